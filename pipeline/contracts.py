@@ -1,0 +1,271 @@
+"""What a modality, a backbone, an objective and a technique promise each other.
+
+Shapes: B rows of a batch, D features, N tokens or positions, C channels or classes, H and W height and width.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pipeline.registry import Options
+
+Arrays = dict[str, np.ndarray]
+"""Decoded rows: every array has the rows as its first dimension."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows on their way through a model.
+
+    ``rows``: (B,) int64 row ids of the manifest, on the host. ``keys``: (B,) int64, one random key a row from (seed, epoch, row):
+    whatever is random about a row (crop, mask) follows from its key, so it is the same at any number of ranks.
+    ``data``: named tensors, each with first dimension B.
+    """
+
+    rows: np.ndarray
+    keys: Tensor
+    data: dict[str, Tensor]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.data[name]
+
+    def replace(self, **tensors: Tensor) -> Batch:
+        return Batch(self.rows, self.keys, {**self.data, **tensors})
+
+    def to(self, device: torch.device) -> Batch:
+        if device.type == "cpu":
+            return self
+        move = {name: tensor.to(device, non_blocking=True) for name, tensor in self.data.items()}
+        return Batch(self.rows, self.keys.to(device, non_blocking=True), move)
+
+    def pin(self) -> Batch:
+        return Batch(self.rows, self.keys.pin_memory(), {name: tensor.pin_memory() for name, tensor in self.data.items()})
+
+    def split(self, size: int | None) -> list[Batch]:
+        """Micro-batches of at most ``size`` rows, in order; itself when size is none."""
+        if size is None or len(self) <= size:
+            return [self]
+        return [Batch(self.rows[i:i + size], self.keys[i:i + size], {n: t[i:i + size] for n, t in self.data.items()})
+                for i in range(0, len(self), size)]
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a backbone gives: ``pooled`` (B, D), ``tokens`` (B, N, D) with ``mask`` (B, N, true where real), ``stages`` (named maps)."""
+
+    pooled: Tensor
+    tokens: Tensor | None = None
+    mask: Tensor | None = None
+    stages: dict[str, Tensor] = field(default_factory=dict)
+    latent: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One named feature map of a backbone, its channels and its stride in input pixels."""
+
+    name: str
+    channels: int
+    stride: int
+
+
+class Modality(ABC):
+    """How a row becomes tensors. ``state`` is what was fitted on the source (means, vocabulary): JSON, it travels in the bundle."""
+
+    registered_name: ClassVar[str]
+    options_class: ClassVar[type[Options]]
+    roles: ClassVar[tuple[str, ...]] = ()
+    """Column roles that the modality reads, the first one being the input itself."""
+
+    def __init__(self, options: Any, state: dict[str, Any]):
+        self.options, self.state = options, state
+
+    @classmethod
+    @abstractmethod
+    def fit(cls, options: Any, table: Any, columns: dict[str, str], backbone: str) -> dict[str, Any]:
+        """State from a sample of training rows (a pyarrow table), the column of each role and the backbone's name."""
+
+    @abstractmethod
+    def decode(self, table: Any, columns: dict[str, str]) -> tuple[Arrays, list[str]]:
+        """Rows to arrays, and for each row "" or the reason why it cannot be decoded (its arrays are then zeros)."""
+
+    def inputs(self) -> dict[str, Any]:
+        """What a backbone must know to be built: channels and size, or vocabulary and length."""
+        return {}
+
+    def pack(self, table: Any, columns: dict[str, str]) -> Any:
+        """Documents to fixed rows (a pyarrow table), for objectives that are ``packed``. Raises ValueError where it makes no sense."""
+        raise ValueError(f"modality {self.registered_name} cannot be packed")
+
+    def collate(self, arrays: Arrays) -> dict[str, Tensor]:
+        """Arrays of one batch to host tensors."""
+        return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+
+    def augment(self, batch: Batch) -> Batch:
+        """Random changes on the device, from ``batch.keys`` alone. Training only."""
+        return batch
+
+    def finish(self, batch: Batch) -> Batch:
+        """Deterministic end on the device (uint8 to normalised floats). Training and evaluation."""
+        return batch
+
+
+class Backbone(nn.Module, ABC):
+    """The network that is carried over."""
+
+    pooled_dim: int
+    token_dim: int | None = None
+    stage_info: tuple[Stage, ...] = ()
+    causal: bool = False
+    arch: dict[str, Any]
+    """What rebuilds it offline: ``{"name": "library/model", "options": {...}, "inputs": {...}}``."""
+
+    @abstractmethod
+    def __init__(self, architecture: str, options: Any, inputs: dict[str, Any]):
+        """Random weights from torch's generator. ``inputs`` is what the modality gives. Raises ValueError where they do not fit."""
+        super().__init__()
+
+    @abstractmethod
+    def forward(self, batch: Batch, *, token_mask: Tensor | None = None, want: tuple[str, ...] = ()) -> Features:
+        """``want`` names what is needed beyond ``pooled``: "tokens", "stages"."""
+
+    @abstractmethod
+    def layers(self) -> dict[str, list[str]]:
+        """Layer name to parameter names, from input to output, covering every parameter exactly once."""
+
+    def embedding(self) -> nn.Embedding:
+        """The input embedding, for objectives that tie their output to it."""
+        raise ValueError(f"{self.arch['name']} has no token embedding: language-model objectives need a text backbone")
+
+
+class Objective(nn.Module, ABC):
+    """One kind of task: head, loss, prediction and metrics together.
+
+    ``state`` is what was fitted on the training rows (label names): JSON, it travels in the bundle.
+    """
+
+    registered_name: ClassVar[str]
+    options_class: ClassVar[type[Options]]
+    roles: ClassVar[tuple[str, ...]] = ()
+    """Column roles that it reads beyond the modality's."""
+    metrics: ClassVar[tuple[str, ...]] = ("loss",)
+    """Names in pipeline.metrics, the primary one first."""
+    packed: ClassVar[bool] = False
+    log_names: ClassVar[tuple[str, ...]] = ()
+    """Keys of the further sums that ``loss`` gives."""
+    couples_rows: ClassVar[bool] = False
+    """True for losses that compare rows with each other: exempt from the micro-batch equality."""
+
+    options: Any
+    state: dict[str, Any]
+
+    @classmethod
+    def fit(cls, options: Any, table: Any, columns: dict[str, str]) -> dict[str, Any]:
+        """State from the training rows' own columns (a pyarrow table of the roles' columns)."""
+        return {}
+
+    @classmethod
+    def encode(cls, table: Any, columns: dict[str, str], state: dict[str, Any]) -> Arrays:
+        """The roles' columns to arrays. Raises ValueError naming a value that the state does not know."""
+        return {}
+
+    @abstractmethod
+    def __init__(self, backbone: Backbone, options: Any, state: dict[str, Any]):
+        super().__init__()
+        self.options, self.state = options, state
+
+    @abstractmethod
+    def loss(self, backbone: Backbone, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """(sum of the losses, how many there are, further sums to log). The loop divides by the global count."""
+
+    @abstractmethod
+    def predict(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
+        """What the metrics need and ``predict`` writes; each with first dimension B."""
+
+    def head_loss(self, features: Tensor, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]] | None:
+        """The loss from cached pooled features (B, D), when the head needs no more; None when it does."""
+        return None
+
+    def head_predict(self, features: Tensor, batch: Batch) -> dict[str, Tensor] | None:
+        return None
+
+    def after_step(self, step: int) -> None:
+        """Called after each optimiser step (momentum teachers, queues)."""
+
+
+class Task(nn.Module):
+    """Backbone and objective as the one module that DDP wraps."""
+
+    def __init__(self, backbone: Backbone, objective: Objective):
+        super().__init__()
+        self.backbone, self.objective = backbone, objective
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        if len(batch) == 0:  # a rank whose rows were all undecodable still takes part in the reduction
+            zero = sum(((p * 0.0).sum() for p in self.parameters() if p.requires_grad), torch.zeros(()))
+            return zero, torch.zeros((), device=zero.device), {}
+        return self.objective.loss(self.backbone, batch)
+
+    def layers(self) -> dict[str, list[str]]:
+        """The backbone's layers and, last, ``head``: every parameter of the objective. Names are the task's."""
+        out = {name: [f"backbone.{p}" for p in params] for name, params in self.backbone.layers().items()}
+        out["head"] = [f"objective.{name}" for name, _ in self.objective.named_parameters()]
+        return out
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of a run with its own rates: a schedule of its own, and a fresh optimiser."""
+
+    name: str
+    steps: int
+    lr_scale: float = 1.0
+
+
+class Technique:
+    """How a backbone is adapted, as hooks that by default do nothing (= train everything)."""
+
+    registered_name: ClassVar[str]
+    options_class: ClassVar[type[Options]]
+    from_source: ClassVar[bool] = True
+    """False: the backbone starts from its random initialisation."""
+    frozen: ClassVar[bool] = False
+    """True: the backbone never moves, so that its features may be computed once."""
+
+    def __init__(self, options: Any = None):
+        self.options = options if options is not None else self.options_class()
+
+    def wrap(self, task: Task) -> Task:
+        return task
+
+    def phases(self, steps: int) -> tuple[Phase, ...]:
+        return (Phase("all", steps),)
+
+    def rates(self, layers: dict[str, list[str]], phase: str) -> dict[str, float]:
+        """Learning-rate multiplier of every layer, 0 for frozen. Must name each layer exactly once."""
+        return dict.fromkeys(layers, 1.0)
+
+    def penalty(self, task: Task, batch: Batch) -> Tensor | None:
+        """A regulariser added to the mean loss."""
+        return None
+
+    def streams(self) -> tuple[str, ...]:
+        """Names of further streams that the loss reads."""
+        return ()
+
+    def at_test(self, task: Task, stream: Any) -> Task:
+        """Change of the task before the test rows are read (e.g. statistics of the target)."""
+        return task
+
+    def after_fanout(self, trials: list[Any]) -> list[Any]:
+        """Further trials made of finished ones (soups, weight-space ensembles)."""
+        return []

@@ -1,0 +1,1 @@
+"""Row order, streams and memory tables: from files to device batches."""

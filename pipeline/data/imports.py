@@ -1,0 +1,114 @@
+"""Image folders, JSON Lines, CSV and plain text brought into Parquet, once, keyed by what was found."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path, PurePosixPath
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.json
+import pyarrow.parquet as pq
+
+from pipeline import storage
+from pipeline.job import spec_hash
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
+FORMATS = {".parquet": "parquet", ".pq": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".csv": "csv", ".tsv": "csv",
+           ".txt": "text", ".text": "text", **dict.fromkeys(IMAGE_SUFFIXES, "images")}
+GROUP_ROWS = 1024
+
+
+def _expand(uris: list[str]) -> list[tuple[str, str]]:
+    """(root, file) of every file, sorted; hidden files and files of unknown kind in folders are left out."""
+    out = []
+    for uri in uris:
+        found = [uri] if storage.is_dir(uri) else storage.glob(uri)
+        if not found:
+            raise ValueError(f"{uri}: no such file, folder or glob")
+        for entry in found:
+            if storage.is_dir(entry):
+                inside = [f for f in storage.list_files(entry) if not any(p.startswith((".", "_")) for p in PurePosixPath(f[len(entry):]).parts)]
+                out += [(entry, f) for f in inside if PurePosixPath(f).suffix.lower() in FORMATS]
+            else:
+                out.append(("", entry))
+    return sorted(dict.fromkeys(out), key=lambda pair: pair[1])
+
+
+def to_parquet(uris: list[str], form: str, imports_uri: str) -> list[str]:
+    """Parquet files that hold the rows of the given files: themselves, or an import of them under ``imports_uri``.
+
+    Raises ValueError for no files, kinds that are mixed, an empty file or text that is not UTF-8 (file and line named).
+    """
+    pairs = _expand(uris)
+    kinds = {form} if form != "auto" else {FORMATS.get(PurePosixPath(f).suffix.lower(), "") for _, f in pairs}
+    if not pairs or kinds == {""}:
+        raise ValueError(f"{', '.join(uris)}: no files of a known kind ({', '.join(sorted(FORMATS))}); set data.format")
+    if len(kinds) > 1:
+        raise ValueError(f"{', '.join(uris)}: files of several kinds ({', '.join(sorted(k or 'unknown' for k in kinds))}); name one kind by a glob")
+    kind = kinds.pop()
+    for _, file in pairs:
+        if storage.size(file) == 0 and kind != "images":  # an empty image is one bad row, an empty table is a mistake
+            raise ValueError(f"{file}: the file is empty (0 bytes); remove it or write it again")
+    if kind == "parquet":
+        return [file for _, file in pairs]
+    if kind == "images":
+        key = spec_hash(kind, [[f, storage.size(f)] for _, f in pairs])
+    else:
+        key = spec_hash(kind, [[PurePosixPath(f).name, storage.fingerprint(f)] for _, f in pairs])
+    folder = storage.join(imports_uri, key)
+    if not storage.exists(storage.join(folder, "manifest.json")):
+        _import(kind, pairs, folder)
+    return [storage.join(folder, "rows.parquet")]
+
+
+def _import(kind: str, pairs: list[tuple[str, str]], folder: str) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch, "rows.parquet")
+        if kind == "images":
+            files = [file for _, file in pairs]
+            labels = [PurePosixPath(file).parent.name for file in files]
+            pq.write_table(pa.table({"image": files, "label": labels}), path, row_group_size=GROUP_ROWS)
+        else:
+            writer = None
+            for _, file in pairs:
+                for table in _tables(kind, file):
+                    writer = writer or pq.ParquetWriter(path, table.schema)
+                    if not table.schema.equals(writer.schema):
+                        raise ValueError(f"{file}: its columns {table.schema.names} differ from {writer.schema.names} of {pairs[0][1]}")
+                    writer.write_table(table, row_group_size=GROUP_ROWS)
+            assert writer is not None
+            writer.close()
+        storage.commit_folder(folder, {"rows.parquet": path}, {"kind": kind, "format_version": 1})
+
+
+def _tables(kind: str, file: str):
+    with storage.open_read(file) as handle:
+        if kind == "text":
+            yield from _lines(handle, file)
+            return
+        try:
+            if kind == "csv":
+                tab = PurePosixPath(file).suffix.lower() == ".tsv"
+                options = pa.csv.ParseOptions(delimiter="\t" if tab else ",", newlines_in_values=True)
+                yield pa.csv.read_csv(handle, parse_options=options)
+            else:
+                yield pa.json.read_json(handle)
+        except pa.ArrowInvalid as error:
+            raise ValueError(f"{file}: not readable as {kind}: {str(error).splitlines()[0]}") from None
+
+
+def _lines(handle, file: str):
+    """Non-empty lines of a text file, one a row, in tables of bounded size."""
+    lines: list[str] = []
+    for number, raw in enumerate(handle, 1):
+        try:
+            line = raw.decode("utf-8").rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file}:{number}: not UTF-8 text ({error.reason} at byte {error.start} of the line); convert the file") from None
+        if line.strip():
+            lines.append(line)
+        if len(lines) >= 64 * GROUP_ROWS:
+            yield pa.table({"text": lines})
+            lines = []
+    yield pa.table({"text": pa.array(lines, pa.string())})

@@ -1,0 +1,280 @@
+"""Which rows there are: files, row groups, schema and fingerprint, read from footers only; and which split each row is in.
+
+Everything that is read is Parquet: image folders, JSON Lines, CSV and plain text are brought into Parquet once (``imports``).
+A row id is the row's place in the sorted files of its manifest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import PurePosixPath
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline import storage
+from pipeline.data import imports
+from pipeline.job import Data, spec_hash
+from pipeline.registry import nearest
+
+
+@dataclass(frozen=True)
+class Group:
+    """One Parquet row group: its file's number, its number in the file, rows and compressed bytes."""
+
+    file: int
+    number: int
+    rows: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Files and row groups in order. ``fingerprint`` changes when the content does."""
+
+    files: tuple[str, ...]
+    groups: tuple[Group, ...]
+    schema: pa.Schema = field(compare=False)
+    fingerprint: str
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """(groups + 1,) row id of every group's first row."""
+        return np.concatenate([[0], np.cumsum([g.rows for g in self.groups])]).astype(np.int64)
+
+    @property
+    def rows(self) -> int:
+        return int(self.starts[-1])
+
+    @property
+    def size(self) -> int:
+        return sum(group.size for group in self.groups)
+
+    def place(self, row: int) -> str:
+        """File and row group of a row id, for messages."""
+        g = int(np.searchsorted(self.starts, row, side="right")) - 1
+        return f"{self.files[self.groups[g].file]} row {row - self._file_start(self.groups[g].file)}"
+
+    def _file_start(self, file: int) -> int:
+        return int(self.starts[next(i for i, g in enumerate(self.groups) if g.file == file)])
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Some rows of a manifest: ``rows`` holds sorted row ids, none means all."""
+
+    manifest: Manifest
+    rows: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return self.manifest.rows if self.rows is None else len(self.rows)
+
+    def ids(self, indices: np.ndarray) -> np.ndarray:
+        return indices if self.rows is None else self.rows[indices]
+
+    @property
+    def boundaries(self) -> np.ndarray:
+        """First index of every row group within the selection, empty groups left out."""
+        if self.rows is None:
+            return self.manifest.starts
+        return np.unique(np.searchsorted(self.rows, self.manifest.starts))
+
+    def keep(self, mask: np.ndarray) -> Selection:
+        ids = np.arange(self.manifest.rows) if self.rows is None else self.rows
+        return Selection(self.manifest, ids[mask])
+
+
+def build(uris: str | list[str], form: str, imports_uri: str) -> Manifest:
+    """Manifest of files, folders and globs. Raises ValueError for no files, an unreadable file or schemas that differ."""
+    files = imports.to_parquet([uris] if isinstance(uris, str) else uris, form, imports_uri)
+    groups, schema, digest = [], None, hashlib.sha256()
+    for number, file in enumerate(files):
+        metadata = _footer(file)
+        here = metadata.schema.to_arrow_schema().remove_metadata()
+        schema = schema or here
+        if not here.equals(schema):
+            raise ValueError(f"{file}: its schema differs from that of {files[0]}: {_difference(schema, here)}")
+        digest.update(f"{PurePosixPath(file).name} {storage.fingerprint(file)}".encode())
+        for i in range(metadata.num_row_groups):
+            group = metadata.row_group(i)
+            if group.num_rows:
+                groups.append(Group(number, i, group.num_rows, group.total_byte_size))
+    assert schema is not None
+    return Manifest(tuple(files), tuple(groups), schema, digest.hexdigest()[:16])
+
+
+def _footer(file: str) -> pq.FileMetaData:
+    try:
+        with storage.open_read(file) as handle:
+            return pq.read_metadata(handle)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{file}: not a readable Parquet file ({str(error).splitlines()[0]}); remove it or write it again") from None
+
+
+def _difference(a: pa.Schema, b: pa.Schema) -> str:
+    for name in dict.fromkeys([*a.names, *b.names]):
+        first, second = (s.field(name).type if name in s.names else "absent" for s in (a, b))
+        if first != second:
+            return f"column {name!r} is {first} there and {second} here"
+    return "the order of the columns"
+
+
+class Reader:
+    """Takes rows by id, keeping the row groups last read (at most ``cache_bytes`` of them)."""
+
+    def __init__(self, manifest: Manifest, columns: list[str], cache_bytes: int = 256 << 20):
+        self.manifest, self.columns, self.cache_bytes = manifest, columns, cache_bytes
+        self._groups: OrderedDict[int, pa.Table] = OrderedDict()
+        self._held = 0
+
+    def _group(self, g: int) -> pa.Table:
+        if g in self._groups:
+            self._groups.move_to_end(g)
+            return self._groups[g]
+        group = self.manifest.groups[g]
+
+        def read():
+            with storage.open_read(self.manifest.files[group.file]) as handle:
+                return pq.ParquetFile(handle).read_row_group(group.number, columns=self.columns)
+
+        table = storage.retry(read)
+        self._groups[g], self._held = table, self._held + table.nbytes
+        while self._held > self.cache_bytes and len(self._groups) > 1:
+            _, old = self._groups.popitem(last=False)
+            self._held -= old.nbytes
+        return table
+
+    def take(self, rows: np.ndarray) -> pa.Table:
+        """The table of the given row ids, in their order."""
+        which = np.searchsorted(self.manifest.starts, rows, side="right") - 1
+        order = np.argsort(which, kind="stable")
+        parts = []
+        for g in np.unique(which):
+            inside = rows[order][which[order] == g] - self.manifest.starts[g]
+            parts.append(self._group(int(g)).take(pa.array(inside)))
+        back = np.empty(len(rows), dtype=np.int64)
+        back[order] = np.arange(len(rows))
+        table = pa.concat_tables(parts) if parts else self.manifest.schema.empty_table().select(self.columns)
+        return table if (np.diff(order) == 1).all() else table.take(pa.array(back))
+
+
+def read_columns(selection: Selection, columns: list[str]) -> pa.Table:
+    """Whole columns of a selection (labels, splits, groups): a scan of those columns alone."""
+    parts = []
+    for number, file in enumerate(selection.manifest.files):
+        if any(g.file == number for g in selection.manifest.groups):
+            with storage.open_read(file) as handle:
+                parts.append(pq.read_table(handle, columns=columns))
+    table = pa.concat_tables(parts) if parts else selection.manifest.schema.empty_table().select(columns)
+    return table if selection.rows is None else table.take(pa.array(selection.rows))
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The selections of a data spec and, in words, where the splits come from."""
+
+    train: Selection
+    validation: Selection
+    test: Selection
+    origin: str
+
+    @property
+    def fingerprint(self) -> str:
+        return spec_hash([s.manifest.fingerprint for s in (self.train, self.validation, self.test)],
+                         [len(s) for s in (self.train, self.validation, self.test)])
+
+    def sizes(self) -> str:
+        return f"train {len(self.train)}, validation {len(self.validation)}, test {len(self.test)} rows ({self.origin})"
+
+
+def _share(values: pa.ChunkedArray | None, ids: np.ndarray, salt: str) -> np.ndarray:
+    """(n,) numbers in [0, 1), equal for equal group values (or, without a group, one a row)."""
+    if values is None:
+        from pipeline.rng import mix, row_keys
+        keys = row_keys(mix(*salt.encode()), np.zeros(1, dtype=np.int64), ids)
+        return (keys.view(np.uint64) >> np.uint64(11)).astype(np.float64) / float(1 << 53)
+    coded = pc.dictionary_encode(values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values)
+    per_value = np.array([int(hashlib.sha256(f"{salt}{v}".encode()).hexdigest()[:13], 16) / float(16 ** 13) for v in coded.dictionary.to_pylist()])
+    return per_value[coded.indices.to_numpy(zero_copy_only=False)]
+
+
+def _check_columns(manifest: Manifest, data: Data, roles: tuple[str, ...], place: str) -> None:
+    problems = [f"{place}.data.columns: role {role!r} has no column; say {{{role}: NAME}}; columns are {', '.join(manifest.schema.names)}"
+                for role in roles if role not in data.columns]
+    wanted = {**{f"columns.{k}": v for k, v in data.columns.items()}, **{"where": k for k in data.where}}
+    wanted |= {k: v for k, v in (("split_column", data.split_column), ("group", data.group)) if v}
+    problems += [f"{place}.data.{k}: {manifest.files[0]} has no column {v!r}; {nearest(v, manifest.schema.names)}"
+                 for k, v in wanted.items() if v not in manifest.schema.names]
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def _where(selection: Selection, where: dict[str, list]) -> Selection:
+    if not where:
+        return selection
+    table = read_columns(selection, list(where))
+    mask = np.ones(len(table), dtype=bool)
+    for name, values in where.items():
+        column = pc.cast(table[name], pa.string())
+        mask &= pc.is_in(column, value_set=pa.array([str(v) for v in values])).to_numpy(zero_copy_only=False)
+    return selection.keep(mask)
+
+
+def splits(data: Data, roles: tuple[str, ...], place: str, imports_uri: str, need_test: bool) -> Splits:
+    """Train, validation and test rows of a data spec, declared splits first.
+
+    Raises ValueError for a missing column, an empty split or a split value that the column does not hold.
+    """
+    first = build(data.uri if data.uri is not None else data.train or [], data.format, imports_uri)
+    _check_columns(first, data, roles, place)
+    train = _where(Selection(first), data.where)
+    given: dict[str, Selection] = {}
+    origin = []
+    if data.split_column:
+        column = pc.cast(read_columns(train, [data.split_column])[data.split_column], pa.string())
+        whole = train
+        for name in ("train", "validation", "test"):
+            mask = pc.is_in(column, value_set=pa.array(data.split_values.get(name, [name]))).to_numpy(zero_copy_only=False)
+            if mask.any():
+                given[name] = whole.keep(mask)
+        train = given.get("train", whole.keep(np.zeros(len(whole), dtype=bool)))
+        if not len(train):
+            found = ", ".join(map(str, pc.unique(column).to_pylist()[:10]))
+            raise ValueError(f"{place}.data.split_column: no row of {data.split_column} is {data.split_values.get('train', ['train'])}; it holds {found}; set split_values")
+        origin.append(f"column {data.split_column}")
+    for name in ("validation", "test"):
+        files = getattr(data, name)
+        if files is not None:
+            manifest = build(files, data.format, imports_uri)
+            _check_columns(manifest, data, roles, place)
+            given[name] = _where(Selection(manifest), data.where)
+            origin.append(f"{name} files")
+    for name, fraction in (("test", data.test_fraction), ("validation", data.validation_fraction)):
+        if name not in given and fraction > 0:
+            group = read_columns(train, [data.group])[data.group] if data.group else None
+            ids = np.arange(len(train)) if train.rows is None else train.rows
+            held = _share(group, ids, name) < fraction
+            given[name], train = train.keep(held), train.keep(~held)
+            origin.append(f"{name}: {fraction:g} of train by hash of {data.group or 'the row'}")
+    empty = Selection(first, np.zeros(0, dtype=np.int64))
+    out = Splits(train, given.get("validation", empty), given.get("test", empty), "; ".join(origin) or "as given")
+    for name, needed in (("train", True), ("validation", need_test), ("test", need_test)):
+        if needed and not len(getattr(out, name)):
+            raise ValueError(f"{place}.data: the {name} split is empty ({out.sizes()}); give {name} files, a split_column or {name}_fraction")
+    if data.group:
+        _no_crossing(out, data.group, place)
+    return out
+
+
+def _no_crossing(found: Splits, group: str, place: str) -> None:
+    seen: dict[str, str] = {}
+    for name in ("train", "validation", "test"):
+        selection = getattr(found, name)
+        for value in pc.unique(read_columns(selection, [group])[group]).to_pylist() if len(selection) else ():
+            if seen.setdefault(str(value), name) != name:
+                raise ValueError(f"{place}.data.group: {group} {value!r} stands in {seen[str(value)]} and in {name}; a group must not cross splits")

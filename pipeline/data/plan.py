@@ -1,0 +1,153 @@
+"""The order in which rows are read, as a pure function of (rows, seed, epoch, global batch). No Ray, no torch.
+
+Positions count rows over all epochs: global batch t is positions [tG, (t+1)G), so every batch is full, also across the end of
+an epoch, and every epoch covers each row exactly once. Position P belongs to canonical shard P mod C. A rank owns the
+shards s with s mod ranks == rank: the global batch is the same for any number of ranks up to C, the number of steps is
+arithmetic, and a rank reads only its own shards. When ranks divide C and C divides G all ranks hold equally many rows.
+
+Within an epoch the shards are consecutive parts of one shuffled order: ``rows`` permutes all rows; ``blocks`` permutes the
+row groups and the rows inside each (shards then interleave C row groups), which never needs more than C groups at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+
+from pipeline.rng import mix
+
+
+@dataclass(frozen=True)
+class Item:
+    """A run of one shard's sequence: the unit that a data worker reads and decodes."""
+
+    shard: int
+    start: int
+    stop: int
+
+
+class Plan:
+    """Row order of one training run.
+
+    rows: number of selected rows (indices 0 .. rows-1). boundaries: (groups + 1,) first index of every row group, for
+    ``blocks``. Raises ValueError for an empty selection, a global batch larger than the rows or fewer rows than shards.
+    """
+
+    def __init__(self, rows: int, seed: int, global_batch: int, *, shards: int = 8,
+                 shuffle: Literal["rows", "blocks", "none"] = "rows", boundaries: np.ndarray | None = None, item_rows: int = 256):
+        if rows < 1:
+            raise ValueError("there are no rows to train on")
+        if global_batch < 1:
+            raise ValueError(f"global batch {global_batch} must be at least 1")
+        if rows < global_batch:
+            raise ValueError(f"{rows} rows are fewer than one global batch of {global_batch}: lower train.global_batch or add data")
+        self.rows, self.seed, self.global_batch, self.item_rows = rows, seed, global_batch, item_rows
+        self.shards = min(shards, global_batch)
+        self.shuffle = shuffle
+        self.boundaries = np.asarray([0, rows] if boundaries is None else boundaries, dtype=np.int64)
+        if shuffle == "blocks" and (self.boundaries[0] != 0 or self.boundaries[-1] != rows):
+            raise ValueError("boundaries must run from 0 to the number of rows")
+        self._epoch_order = lru_cache(maxsize=3)(self._make_order)
+
+    def __getstate__(self):
+        return {k: v for k, v in self.__dict__.items() if k != "_epoch_order"}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self._epoch_order = lru_cache(maxsize=3)(self._make_order)
+
+    # ------------------------------------------------ one epoch's order
+
+    def _make_order(self, epoch: int):
+        generator = np.random.default_rng(mix(self.seed, epoch))
+        if self.shuffle == "none":
+            return np.arange(self.rows)
+        if self.shuffle == "rows":
+            return generator.permutation(self.rows)
+        blocks = generator.permutation(len(self.boundaries) - 1)
+        sizes = np.diff(self.boundaries)[blocks]
+        return blocks, np.concatenate([[0], np.cumsum(sizes)])
+
+    def order(self, epoch: int, start: int, stop: int) -> np.ndarray:
+        """(stop - start,) row indices at places [start, stop) of an epoch's shuffled order."""
+        made = self._epoch_order(epoch)
+        if isinstance(made, np.ndarray):
+            return made[start:stop]
+        blocks, places = made
+        out = []
+        for i in range(int(np.searchsorted(places, start, side="right")) - 1, len(blocks)):
+            if places[i] >= stop:
+                break
+            low, high = self.boundaries[blocks[i]], self.boundaries[blocks[i] + 1]
+            inside = np.random.default_rng(mix(self.seed, epoch, int(blocks[i]), 1)).permutation(high - low) + low
+            out.append(inside[max(start - places[i], 0):stop - places[i]])
+        return np.concatenate(out) if out else np.zeros(0, dtype=np.int64)
+
+    # ------------------------------------------------ shards
+
+    def _before(self, position: int, shard: int) -> int:
+        """How many positions below ``position`` belong to the shard."""
+        return (position - shard + self.shards - 1) // self.shards
+
+    def sequence(self, shard: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """(n,) row indices and (n,) epochs of places [start, stop) of a shard's endless sequence."""
+        indices, epochs = [], []
+        while start < stop:
+            position = start * self.shards + shard
+            epoch = position // self.rows
+            first = self._before(epoch * self.rows, shard)
+            last = self._before((epoch + 1) * self.rows, shard)
+            offset = sum(self._before((epoch + 1) * self.rows, s) - self._before(epoch * self.rows, s) for s in range(shard))
+            end = min(stop, last)
+            indices.append(self.order(epoch, offset + start - first, offset + end - first))
+            epochs.append(np.full(end - start, epoch, dtype=np.int64))
+            start = end
+        if not indices:
+            return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
+        return np.concatenate(indices), np.concatenate(epochs)
+
+    def owned(self, rank: int, ranks: int) -> list[int]:
+        """Shards of a rank. Raises ValueError for more ranks than shards."""
+        if ranks > self.shards:
+            raise ValueError(f"{ranks} ranks are more than the {self.shards} canonical shards: raise train.canonical_shards "
+                             f"or train.global_batch (now {self.global_batch}), or use fewer workers")
+        return list(range(rank, self.shards, ranks))
+
+    def span(self, step: int, shard: int) -> tuple[int, int]:
+        """Places of the shard's sequence that global batch ``step`` takes."""
+        return self._before(step * self.global_batch, shard), self._before((step + 1) * self.global_batch, shard)
+
+    def places(self, step: int, rank: int, ranks: int) -> tuple[np.ndarray, np.ndarray]:
+        """(n,) shards and (n,) places in their sequences of the rank's part of a global batch, in the order of positions."""
+        positions = np.arange(step * self.global_batch, (step + 1) * self.global_batch)
+        positions = positions[(positions % self.shards) % ranks == rank]
+        return positions % self.shards, positions // self.shards
+
+    def batch(self, step: int, rank: int = 0, ranks: int = 1) -> tuple[np.ndarray, np.ndarray]:
+        """(n,) row indices and (n,) epochs of the rank's part of a global batch, in the order of positions."""
+        shards, places = self.places(step, rank, ranks)
+        indices, epochs = np.empty(len(places), dtype=np.int64), np.empty(len(places), dtype=np.int64)
+        for shard in self.owned(rank, ranks):
+            here = shards == shard
+            start, stop = self.span(step, shard)
+            indices[here], epochs[here] = self.sequence(shard, start, stop)
+        return indices, epochs
+
+    def items(self, first_step: int, last_step: int, rank: int = 0, ranks: int = 1) -> Iterator[Item]:
+        """What the rank must read for steps [first_step, last_step), in the order of need; nothing before first_step."""
+        out = []
+        for shard in self.owned(rank, ranks):
+            start, stop = self.span(first_step, shard)[0], self.span(last_step, shard)[0]
+            while start < stop:
+                end = min(stop, (start // self.item_rows + 1) * self.item_rows)
+                out.append(Item(shard, start, end))
+                start = end
+        return iter(sorted(out, key=lambda item: item.start * self.shards + item.shard))
+
+    def steps(self, epochs: float) -> int:
+        """Whole steps that make up so many epochs, rounded up."""
+        return max(1, int(np.ceil(epochs * self.rows / self.global_batch - 1e-9)))

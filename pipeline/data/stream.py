@@ -1,0 +1,369 @@
+"""From a plan to device-ready batches: rows are read and decoded in Ray Data workers, in this process, or lie in memory.
+
+The one place that runs Ray Data. Encoded files are read by the workers; what crosses the object store is what the modality's
+``decode`` gives: uint8 pixels or token ids, never float images. Whatever the place of decoding, the batches are the same.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import islice
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+
+from pipeline import registry
+from pipeline.contracts import Arrays, Batch, Modality
+from pipeline.data.manifest import Reader, Selection
+from pipeline.data.plan import Item, Plan
+from pipeline.rng import row_keys
+
+Place = Literal["memory", "workers", "train"]
+MEMORY_BYTES = 512 << 20
+"""Decoded rows up to this size are kept in memory by ``auto``."""
+ITEMS_AN_EXECUTION = 4096
+"""Ray Data is handed so many items at a time; a new execution costs seconds, a longer list costs memory."""
+
+
+class TooManyBadRows(ValueError):
+    """The share of rows that cannot be decoded is over the budget."""
+
+
+@dataclass
+class Decoder:
+    """Table rows to arrays: the modality's inputs and the objective's targets."""
+
+    modality: Modality
+    objective: str | None
+    objective_state: dict[str, Any]
+    columns: dict[str, str]
+
+    def names(self) -> list[str]:
+        roles = [*self.modality.roles, *(registry.get("objective", self.objective).roles if self.objective else ())]
+        return list(dict.fromkeys(self.columns[role] for role in roles if role in self.columns))
+
+    def __call__(self, table) -> tuple[Arrays, list[str]]:
+        arrays, bad = self.modality.decode(table, self.columns)
+        if self.objective:
+            arrays = arrays | registry.get("objective", self.objective).encode(table, self.columns, self.objective_state)
+        return arrays, bad
+
+
+class Block(NamedTuple):
+    rows: np.ndarray
+    epochs: np.ndarray
+    arrays: Arrays
+    bad: list[str]
+
+
+class Loader:
+    """Reads and decodes items; made anew in each process that it is sent to."""
+
+    def __init__(self, selection: Selection, decoder: Decoder, plan: Plan | None = None):
+        self.selection, self.decoder, self.plan = selection, decoder, plan
+        self._reader: Reader | None = None
+        self._lock = threading.Lock()
+
+    def __getstate__(self):
+        return (self.selection, self.decoder, self.plan)
+
+    def __setstate__(self, state):
+        self.__init__(*state)
+
+    def __call__(self, item: Item) -> Block:
+        if item.shard < 0:  # a plain range, for evaluation
+            indices, epochs = np.arange(item.start, item.stop), np.zeros(item.stop - item.start, dtype=np.int64)
+        else:
+            assert self.plan is not None
+            indices, epochs = self.plan.sequence(item.shard, item.start, item.stop)
+        rows = self.selection.ids(indices)
+        with self._lock:
+            self._reader = self._reader or Reader(self.selection.manifest, self.decoder.names())
+            table = self._reader.take(rows)
+        arrays, bad = self.decoder(table)
+        return Block(rows, epochs, arrays, bad)
+
+
+# ---------------------------------------------------------------- places of decoding
+
+def _thread_blocks(loader: Loader, items: Iterable[Item], threads: int) -> Iterator[Block]:
+    with ThreadPoolExecutor(threads) as pool:
+        items = iter(items)
+        ahead = deque(pool.submit(loader, item) for item in islice(items, threads + 2))
+        try:
+            while ahead:
+                block = ahead.popleft().result()
+                ahead.extend(pool.submit(loader, item) for item in islice(items, 1))
+                yield block
+        finally:
+            for future in ahead:
+                future.cancel()
+
+
+class _DecodeActor:
+    """One warm process of the Ray Data pool: an item in, a block of decoded rows out."""
+
+    def __init__(self, loader: Loader):
+        torch.set_num_threads(1)
+        self.loader = loader
+
+    def __call__(self, items: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        block = self.loader(Item(*(int(items[name][0]) for name in Item.__dataclass_fields__)))
+        bad = np.array(block.bad, dtype=object)
+        return {"_row": block.rows, "_epoch": block.epochs, "_bad": bad, **block.arrays}
+
+
+@dataclass(frozen=True)
+class DataWorkers:
+    """A rank's share of the cluster for reading and decoding."""
+
+    actors: int = 1
+    cpus_per_actor: float = 0.5
+    object_store_bytes: int = 512 << 20
+
+
+def _ray_blocks(loader: Loader, items: Iterable[Item], workers: DataWorkers) -> Iterator[Block]:
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = True
+    context.execution_options.resource_limits = context.execution_options.resource_limits.copy(
+        cpu=workers.actors * workers.cpus_per_actor, object_store_memory=workers.object_store_bytes)
+    items = iter(items)
+    while segment := list(islice(items, ITEMS_AN_EXECUTION)):
+        data = ray.data.from_items([asdict(item) for item in segment], override_num_blocks=len(segment))
+        data = data.map_batches(_DecodeActor, fn_constructor_args=(loader,), batch_size=None, batch_format="numpy",
+                                num_cpus=workers.cpus_per_actor, compute=ray.data.ActorPoolStrategy(size=workers.actors))
+        for block in data.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=4):
+            rows, epochs, bad = block.pop("_row"), block.pop("_epoch"), block.pop("_bad")
+            yield Block(rows, epochs, block, bad.tolist())
+
+
+def map_items(fn: Callable[[Any], Any], items: Iterable[Any], *, cpus: float = 1.0, ahead: int | None = None) -> Iterator[Any]:
+    """Results of ``fn`` over items, in order, as Ray tasks with a bounded window; in this process when Ray is not running.
+
+    Resumable by its caller: results come in order, so what was kept of them tells which items are left.
+    """
+    import ray
+
+    if not ray.is_initialized():
+        yield from map(fn, items)
+        return
+    task = ray.remote(num_cpus=cpus, max_retries=3)(_apply)
+    window = ahead or max(2, int(2 * ray.cluster_resources().get("CPU", 1) / cpus))
+    held = ray.put(fn)
+    items = iter(items)
+    pending = deque(task.remote(held, item) for item in islice(items, window))
+    while pending:
+        result = ray.get(pending.popleft())
+        pending.extend(task.remote(held, item) for item in islice(items, 1))
+        yield result
+
+
+def _apply(fn, item):
+    torch.set_num_threads(1)
+    return fn(item)
+
+
+# ---------------------------------------------------------------- rows of a run
+
+@dataclass
+class Rows:
+    """The rows of one split with all that turns them into batches; ``arrays`` when they were decoded into memory."""
+
+    selection: Selection
+    decoder: Decoder
+    arrays: Arrays | None = None
+    bad: tuple[tuple[int, str], ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.selection)
+
+    @property
+    def modality(self) -> Modality:
+        return self.decoder.modality
+
+    def in_memory(self, max_bad: float, spread: bool = True) -> Rows:
+        """The same rows decoded once; bad rows left out and listed. Raises TooManyBadRows over the budget."""
+        if self.arrays is not None:
+            return self
+        n, size = len(self.selection), 512
+        loader = Loader(self.selection, self.decoder)
+        items = [Item(-1, i, min(i + size, n)) for i in range(0, n, size)]
+        # processes cost seconds to start: they pay for themselves on large sets of images only
+        blocks = list(map_items(loader, items) if spread and self.selection.manifest.size > (64 << 20) else map(loader, items))
+        good = np.array([not reason for block in blocks for reason in block.bad], dtype=bool)
+        rows = np.concatenate([block.rows for block in blocks]) if blocks else np.zeros(0, dtype=np.int64)
+        bad = tuple((int(row), reason) for block in blocks for row, reason in zip(block.rows, block.bad, strict=True) if reason)
+        check_budget(bad, n, max_bad, self.selection)
+        arrays = {name: np.concatenate([block.arrays[name] for block in blocks]) for name in blocks[0].arrays} if blocks else {}
+        if bad:
+            arrays, rows = {name: array[good] for name, array in arrays.items()}, rows[good]
+        return Rows(Selection(self.selection.manifest, rows), self.decoder, arrays, bad)
+
+    def subset(self, indices: np.ndarray) -> Rows:
+        """Rows at the given places, in ascending order."""
+        indices = np.sort(indices)
+        arrays = None if self.arrays is None else {name: array[indices] for name, array in self.arrays.items()}
+        return Rows(Selection(self.selection.manifest, self.selection.ids(indices)), self.decoder, arrays)
+
+
+def check_budget(bad: Iterable[tuple[int, str]], seen: int, share: float, selection: Selection) -> None:
+    """Raise TooManyBadRows when more than ``share`` of the rows seen are bad (one row is always forgiven)."""
+    bad = list(bad)
+    if len(bad) > max(1, share * seen):
+        named = "; ".join(f"{selection.manifest.place(row)}: {reason}" for row, reason in bad[:3])
+        raise TooManyBadRows(f"{len(bad)} of {seen} rows cannot be decoded, more than data.max_bad_rows={share:g} allows. First ones: {named}")
+
+
+class Loaded(NamedTuple):
+    """A batch, the rows left out of it with their reasons, and the seconds that the consumer waited for it."""
+
+    batch: Batch
+    bad: list[tuple[int, str]]
+    waited: float
+
+
+def _collate(rows: Rows, seed: int, ids: np.ndarray, epochs: np.ndarray, arrays: Arrays) -> Batch:
+    return Batch(ids, torch.from_numpy(row_keys(seed, epochs, ids)), rows.modality.collate(arrays))
+
+
+def _assembled(rows: Rows, plan: Plan, blocks: Iterator[Block], steps: range, rank: int, ranks: int) -> Iterator[tuple[Batch, list]]:
+    """Blocks in item order to batches in step order: each array is copied once, to its place in the batch."""
+    waiting: dict[int, deque] = {shard: deque() for shard in plan.owned(rank, ranks)}
+    items = plan.items(steps.start, steps.stop, rank, ranks)
+    for step in steps:
+        shards, places = plan.places(step, rank, ranks)
+        ids, epochs = np.empty(len(places), dtype=np.int64), np.empty(len(places), dtype=np.int64)
+        good, arrays, bad = np.ones(len(places), dtype=bool), {}, []
+        for shard, held in waiting.items():
+            to = np.flatnonzero(shards == shard)
+            done = 0
+            while done < len(to):
+                while not held:
+                    item, block = next(items), next(blocks)
+                    waiting[item.shard].append([block, 0])
+                block, at = held[0]
+                take = min(len(block.rows) - at, len(to) - done)
+                part, here = slice(at, at + take), to[done:done + take]
+                for name, array in block.arrays.items():
+                    if name not in arrays:
+                        arrays[name] = np.empty((len(places), *array.shape[1:]), dtype=array.dtype)
+                    arrays[name][here] = array[part]
+                ids[here], epochs[here] = block.rows[part], block.epochs[part]
+                for place, reason in zip(here, block.bad[part], strict=True):
+                    if reason:
+                        good[place] = False
+                        bad.append((int(ids[place]), reason))
+                done, held[0][1] = done + take, at + take
+                if held[0][1] == len(block.rows):
+                    held.popleft()
+        if bad:
+            ids, epochs, arrays = ids[good], epochs[good], {name: array[good] for name, array in arrays.items()}
+        yield _collate(rows, plan.seed, ids, epochs, arrays), bad
+
+
+def _from_memory(rows: Rows, plan: Plan, steps: range, rank: int, ranks: int) -> Iterator[tuple[Batch, list]]:
+    assert rows.arrays is not None
+    for step in steps:
+        indices, epochs = plan.batch(step, rank, ranks)
+        arrays = {name: array[indices] for name, array in rows.arrays.items()}
+        yield _collate(rows, plan.seed, rows.selection.ids(indices), epochs, arrays), []
+
+
+def train_batches(rows: Rows, plan: Plan, steps: range, *, rank: int = 0, ranks: int = 1, place: Place = "train", pin: bool = False,
+                  threads: int = 1, workers: DataWorkers | None = None, ahead: int = 3) -> Iterator[Loaded]:
+    """The rank's part of the global batches ``steps``, in order, exactly len(steps) of them.
+
+    Batches are made ``ahead`` in a thread (pinned for a GPU); rows in memory on a CPU are cut when asked for.
+    """
+    if rows.arrays is not None:
+        batches = _from_memory(rows, plan, steps, rank, ranks)
+        if not pin:
+            return _timed(batches)
+    else:
+        loader = Loader(rows.selection, rows.decoder, plan)
+        items = plan.items(steps.start, steps.stop, rank, ranks)
+        blocks = _ray_blocks(loader, items, workers or DataWorkers()) if place == "workers" else _thread_blocks(loader, items, threads)
+        batches = _assembled(rows, plan, blocks, steps, rank, ranks)
+    if pin:
+        batches = ((batch.pin(), bad) for batch, bad in batches)
+    return _timed(_prefetched(batches, ahead))
+
+
+def eval_batches(rows: Rows, size: int, *, rank: int = 0, ranks: int = 1, threads: int = 1, pin: bool = False) -> Iterator[Loaded]:
+    """Each row exactly once over all ranks: rank r reads a contiguous part, the last batch may be short."""
+    n = len(rows)
+    start, stop = n * rank // ranks, n * (rank + 1) // ranks
+    items = [Item(-1, i, min(i + size, stop)) for i in range(start, stop, size)]
+
+    def batches():
+        loader = Loader(rows.selection, rows.decoder)
+        blocks = _thread_blocks(loader, items, threads) if rows.arrays is None else None
+        for item in items:
+            if rows.arrays is not None:
+                ids = rows.selection.ids(np.arange(item.start, item.stop))
+                arrays, bad = {name: array[item.start:item.stop] for name, array in rows.arrays.items()}, []
+            else:
+                ids, _, arrays, reasons = next(blocks)
+                bad = [(int(row), reason) for row, reason in zip(ids, reasons, strict=True) if reason]
+                if bad:
+                    good = np.array([not reason for reason in reasons])
+                    ids, arrays = ids[good], {name: array[good] for name, array in arrays.items()}
+            batch = _collate(rows, 0, ids, np.zeros_like(ids), arrays)
+            yield (batch.pin() if pin else batch), bad
+
+    return _timed(batches())
+
+
+def _timed(batches: Iterator[tuple[Batch, list]]) -> Iterator[Loaded]:
+    started = time.perf_counter()
+    for batch, bad in batches:
+        yield Loaded(batch, bad, time.perf_counter() - started)
+        started = time.perf_counter()
+
+
+def _prefetched(batches: Iterator, ahead: int) -> Iterator:
+    """The same items, made by a thread; an error in the thread is raised here, and leaving early stops the thread."""
+    out: queue.Queue = queue.Queue(maxsize=ahead)
+    stop, end = threading.Event(), object()
+
+    def put(value) -> bool:
+        while not stop.is_set():
+            try:
+                out.put(value, timeout=0.2)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def produce():
+        try:
+            for value in batches:
+                if not put((value, None)):
+                    return
+            put((end, None))
+        except BaseException as error:  # noqa: BLE001 - handed to the consumer, whatever it is
+            put((end, error))
+
+    thread = threading.Thread(target=produce, name="prefetch", daemon=True)
+    thread.start()
+    try:
+        while True:
+            value, error = out.get()
+            if error is not None:
+                raise error
+            if value is end:
+                return
+            yield value
+    finally:
+        stop.set()
+        thread.join(timeout=10)

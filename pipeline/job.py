@@ -1,0 +1,516 @@
+"""The job: one YAML file, typed and frozen, with errors that name the file, the line, the value and the nearest right name.
+
+Nothing here imports torch or Ray: every mistake of a job file is reported at once, before anything starts.
+The rules of the text: a doubled key is refused, ``1e-4`` is a number, ``${NAME}`` comes from the environment, data paths are
+relative to the job file, ``storage`` to the current folder, and ``--set a.b=c`` overrides any field.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pipeline import registry, storage
+
+STARTS = ("bundle:", "file:", "hf:", "timm-hub:")
+"""Prefixes of an existing checkpoint: a bundle, a safetensors or state-dict file, a Hugging Face folder, a timm hub name."""
+
+
+class JobError(ValueError):
+    """Everything that is wrong with a job file, one line a problem."""
+
+    def __init__(self, problems: list[str]):
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+class Spec(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Plug(Spec):
+    """A registered name with its options: ``full`` or ``{lp_ft: {probe_share: 0.3}}``."""
+
+    name: str = Field(description="a registered name")
+    options: dict[str, Any] = Field(default_factory=dict, description="the options that this name declares")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, value):
+        if isinstance(value, str):
+            return {"name": value}
+        if isinstance(value, dict) and len(value) == 1 and "name" not in value:
+            (name, options), = value.items()
+            return {"name": name, "options": options or {}}
+        if isinstance(value, dict) and set(value) <= {"name", "options"}:
+            return value
+        raise ValueError("write a name, or one name with its options: {name: {option: value}}")
+
+    def __str__(self) -> str:
+        return self.name + (json.dumps(self.options, sort_keys=True) if self.options else "")
+
+
+Uris = str | list[str]
+
+
+class Data(Spec):
+    """Where rows come from and what they mean. Either ``uri`` (split here or by a column) or ``train`` with its own files."""
+
+    uri: Uris | None = Field(None, description="file, folder, glob or list of them, local or s3://; split by split_column or by the fractions")
+    train: Uris | None = Field(None, description="files of the training split, when the data come split")
+    validation: Uris | None = Field(None, description="files of the validation split; absent: validation_fraction of train")
+    test: Uris | None = Field(None, description="files of the test split")
+    modality: Plug = Field(description="image, text, ...: how a row becomes tensors")
+    columns: dict[str, str] = Field(default_factory=dict, description="role to column name, e.g. {image: image, label: label}")
+    format: Literal["auto", "parquet", "images", "jsonl", "csv", "text"] = Field("auto", description="auto: by file name")
+    where: dict[str, list[str | int | float | bool]] = Field(default_factory=dict, description="keep rows whose column holds one of these values")
+    split_column: str | None = Field(None, description="a column that names each row's split; it is obeyed")
+    split_values: dict[Literal["train", "validation", "test"], list[str]] = Field(
+        default_factory=lambda: {"train": ["train"], "validation": ["validation", "valid", "val", "dev"], "test": ["test"]},
+        description="which values of split_column mean which split")
+    validation_fraction: float = Field(0.1, ge=0, lt=1, description="share of train held out (by hash of the row or group) when no validation is given")
+    test_fraction: float = Field(0.0, ge=0, lt=1, description="share held out as test when no test is given")
+    group: str | None = Field(None, description="a column (patient, speaker) whose values never cross splits")
+    max_bad_rows: float = Field(0.01, ge=0, le=1, description="share of rows that may be undecodable before the run stops")
+    decode: Literal["auto", "memory", "workers", "train"] = Field(
+        "auto", description="where rows are decoded: once into shared memory, in Ray Data workers, or in the train worker itself; "
+        "auto: sources in Ray Data workers, targets in memory when they fit")
+    shuffle: Literal["auto", "rows", "blocks"] = Field(
+        "auto", description="rows: a full permutation; blocks: row groups permuted, rows permuted inside; auto: rows up to 256 MiB of files")
+
+    @model_validator(mode="after")
+    def _one_origin(self):
+        if (self.uri is None) == (self.train is None):
+            raise ValueError("give either uri (one set of files) or train (with validation and test), not both")
+        if self.train is None and (self.validation or self.test):
+            raise ValueError("validation and test files need train; with uri use split_column or the fractions")
+        return self
+
+
+class Train(Spec):
+    """How long and how to train. One loop reads it, for pretraining and for every fine-tune."""
+
+    steps: int | None = Field(None, ge=1, description="optimiser steps; give steps or epochs")
+    epochs: float | None = Field(None, gt=0, description="passes over the training rows; give steps or epochs")
+    global_batch: int = Field(64, ge=1, description="rows a step over all ranks; the same at any number of ranks")
+    micro_batch: int | None = Field(None, ge=1, description="rows a forward pass on one rank; gradients are accumulated; none: all at once")
+    canonical_shards: int | None = Field(None, ge=1, description="independent row orders that ranks share out; none: 8, or the most ranks if more")
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="adamw (fused) or sgd with momentum (fused)")
+    lr: float = Field(1e-3, gt=0, description="peak learning rate")
+    momentum: float = Field(0.9, ge=0, lt=1, description="sgd momentum")
+    beta1: float = Field(0.9, ge=0, lt=1, description="adamw beta 1")
+    beta2: float = Field(0.999, ge=0, lt=1, description="adamw beta 2")
+    weight_decay: float = Field(0.05, ge=0, description="decoupled; not on norms, biases and other vectors")
+    warmup: float = Field(0.1, ge=0, le=1, description="share of the steps with linear warm-up")
+    schedule: Literal["cosine", "constant"] = Field("cosine", description="after the warm-up")
+    clip_norm: float | None = Field(1.0, gt=0, description="largest global gradient norm; null: off")
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 autocast on a GPU that has it, else fp32")
+    compile: bool = Field(False, description="torch.compile the backbone and its objective")
+    channels_last: bool = Field(False, description="channels-last memory format for convolutions (GPU)")
+    ema: float | None = Field(None, gt=0, lt=1, description="decay of an exponential moving average of the weights, used for evaluation and the bundle")
+    augment: bool = Field(True, description="the modality's augmentation, on the device, seeded by row")
+    eval_every_steps: int | None = Field(None, ge=1, description="validate every so many steps; none: five times a run")
+    checkpoint_every_steps: int | None = Field(None, ge=1, description="write a resume point every so many steps; none: every 1000")
+    log_every_steps: int = Field(10, ge=1, description="write metrics every so many steps")
+    keep: Literal["best", "last"] = Field("best", description="which weights the bundle holds: best by validation, or last")
+    max_bad_steps: int = Field(5, ge=1, description="non-finite steps in a row (each is skipped) before the run stops")
+    trace_rows: bool = Field(False, description="write the row ids of every step beside the metrics (an audit of the data order)")
+
+    @model_validator(mode="after")
+    def _one_length(self):
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("give steps or epochs, not both")
+        return self
+
+
+class Source(Spec):
+    """What to pretrain, or an existing checkpoint to start from (then data and train may be left out)."""
+
+    data: Data | None = Field(None, description="the source corpus")
+    backbone: Plug = Field(description="library/model, e.g. timm/resnet18 or {transformers/bert: {layers: 4}}; or bundle:URI, hf:FOLDER, timm-hub:NAME")
+    init: str | None = Field(None, description="weights to start from: bundle:URI, file:PATH (safetensors or state dict), hf:FOLDER")
+    objective: Plug | None = Field(None, description="classification, mlm, clm, ...")
+    train: Train = Field(default_factory=Train, description="how to pretrain")
+    workers: int | tuple[int, int] = Field(1, description="DDP ranks; [2, 8] is elastic")
+    cpus_per_worker: float | None = Field(None, gt=0, description="logical CPUs a rank; none: by the machine")
+    gpus_per_worker: float | None = Field(None, ge=0, description="GPUs a rank; none: 1 when the cluster has GPUs")
+    max_failures: int = Field(3, ge=-1, description="restarts from the last checkpoint before giving up; -1: without end")
+
+    @model_validator(mode="after")
+    def _whole(self):
+        if self.data is not None and self.objective is None:
+            raise ValueError("a source with data needs an objective (classification, mlm, clm, ...)")
+        if self.data is None and self.init is None and not self.backbone.name.startswith(STARTS):
+            raise ValueError(f"a source needs data to pretrain on, or a checkpoint: init, or a backbone that starts with {', '.join(STARTS)}")
+        low, high = self.worker_range
+        if not 1 <= low <= high:
+            raise ValueError(f"workers {self.workers} must be at least 1, and [fewest, most] when elastic")
+        return self
+
+    @property
+    def worker_range(self) -> tuple[int, int]:
+        return (self.workers, self.workers) if isinstance(self.workers, int) else self.workers
+
+
+class Target(Spec):
+    """One task to adapt the backbones to."""
+
+    data: Data = Field(description="the target's rows")
+    objective: Plug = Field(description="classification, ...")
+    metric: str | None = Field(None, description="primary metric; none: the objective's first")
+    label_fractions: list[float | int] = Field(default_factory=lambda: [1.0], description="floats up to 1.0: shares, stratified and nested; integers: rows per class")
+    sources: list[str] | None = Field(None, description="which sources to adapt; none: all of the same modality")
+    techniques: list[Plug] | None = Field(None, description="techniques for this target alone; none: the job's")
+    train: Train = Field(default_factory=Train, description="how to fine-tune")
+    workers: int = Field(0, ge=0, description="DDP ranks of one trial; 0: inside the trial's own process")
+
+
+class Select(Spec):
+    """Fan out only the sources with the best transferability score."""
+
+    score: Literal["logme", "knn"] = Field("logme", description="transferability score on the target's training features")
+    top: int = Field(2, ge=1, description="how many sources to keep for each target")
+
+
+class Fanout(Spec):
+    """How the trials are drawn and run."""
+
+    seeds: int = Field(3, ge=1, description="final runs of every cell; a seed changes initialisation, row order and label subset")
+    trials: int = Field(1, ge=1, description="hyper-parameter draws of every cell, the same for scratch; the best on validation goes on")
+    search: dict[str, list[float]] = Field(default_factory=dict, description="field of train to [low, high] (log-uniform), or to 3 or more values to choose from")
+    scheduler: Literal["fifo", "asha"] = Field("fifo", description="asha stops the worse search trials of a cell early")
+    gpus_per_trial: float | None = Field(None, ge=0, description="share of a GPU for one trial; none: 0.25 when there are GPUs")
+    cpus_per_trial: float = Field(1.0, gt=0, description="logical CPUs of one trial")
+    max_concurrent_trials: int | None = Field(None, ge=1, description="none: what the resources allow")
+    select: Select | None = Field(None, description="keep only the best-scored sources of each target")
+    keep_bundles: Literal["best", "all", "none"] = Field("best", description="fine-tuned bundles kept: the best seed of each cell on validation, all, or none")
+
+    @model_validator(mode="after")
+    def _ranges(self):
+        for name, values in self.search.items():
+            if name not in Train.model_fields:
+                raise ValueError(f"search.{name}: unknown field of train; {registry.nearest(name, Train.model_fields)}")
+            if len(values) == 2 and not 0 < values[0] <= values[1]:
+                raise ValueError(f"search.{name}: {values} must be [low, high] with 0 < low <= high")
+            if len(values) < 2:
+                raise ValueError(f"search.{name}: give [low, high] or three or more values")
+        if self.trials > 1 and not self.search:
+            raise ValueError("trials above 1 needs search: a field of train with its range, e.g. {lr: [1e-4, 1e-2]}")
+        return self
+
+
+class Job(Spec):
+    """One job file: sources x targets x techniques x seeds, as one table."""
+
+    name: str = Field(description="names the folder under storage", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    storage: str = Field("runs", description="a folder or s3://bucket/prefix, relative to the current folder")
+    seed: int = Field(0, ge=0, description="everything random follows from it")
+    sources: dict[str, Source] = Field(description="what to pretrain on, or existing checkpoints", min_length=1)
+    targets: dict[str, Target] = Field(default_factory=dict, description="the tasks")
+    techniques: list[Plug] = Field(default_factory=lambda: [Plug(name=n) for n in ("scratch", "linear_probe", "full")], description="how to adapt; scratch is always added")
+    fanout: Fanout = Field(default_factory=Fanout, description="seeds, search and resources")
+
+    @model_validator(mode="after")
+    def _known_sources(self):
+        for name, target in self.targets.items():
+            for source in target.sources or ():
+                if source not in self.sources:
+                    raise ValueError(f"targets.{name}.sources: unknown source {source!r}; {registry.nearest(source, self.sources)}")
+        return self
+
+    @property
+    def root(self) -> str:
+        """Folder of this job's runs."""
+        return storage.join(self.storage, self.name)
+
+
+def spec_hash(*parts: Any) -> str:
+    """12 hex digits of SHA-256 over the canonical JSON of the parts (specs or plain values)."""
+    plain = [part.model_dump(mode="json") if isinstance(part, BaseModel) else part for part in parts]
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]
+
+
+# ---------------------------------------------------------------- reading the text
+
+class _Loader(yaml.SafeLoader):
+    """YAML as its users mean it: 1e-4 is a number."""
+
+
+_Loader.yaml_implicit_resolvers = {key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
+
+Path_ = tuple[str | int, ...]
+
+
+def _plain(node: yaml.Node, loader: _Loader, path: Path_, lines: dict[Path_, int], problems: list[tuple[int, str]]) -> Any:
+    lines[path] = node.start_mark.line + 1
+    if isinstance(node, yaml.MappingNode):
+        out: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            key = str(loader.construct_object(key_node))
+            if key in out:
+                problems.append((key_node.start_mark.line + 1, f"{_dots((*path, key))}: this key stands here twice; remove one"))
+            out[key] = _plain(value_node, loader, (*path, key), lines, problems)
+            lines[(*path, key)] = key_node.start_mark.line + 1
+        return out
+    if isinstance(node, yaml.SequenceNode):
+        return [_plain(child, loader, (*path, i), lines, problems) for i, child in enumerate(node.value)]
+    value = loader.construct_object(node)
+    return _expand(value, lines[path], path, problems) if isinstance(value, str) else value
+
+
+def _expand(text: str, line: int, path: Path_, problems: list[tuple[int, str]]) -> str:
+    def value(match):
+        if match[1] not in os.environ:
+            problems.append((line, f"{_dots(path)}: environment variable {match[1]} is not set; set it or write the value"))
+        return os.environ.get(match[1], "")
+
+    return re.sub(r"\$\{(\w+)\}", value, text)
+
+
+def _dots(path: Path_) -> str:
+    return ".".join(str(part) for part in path) or "the job"
+
+
+def _read(text: str, problems: list[tuple[int, str]]) -> tuple[Any, dict[Path_, int]]:
+    lines: dict[Path_, int] = {}
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        data = _plain(node, loader, (), lines, problems) if node else None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        tab = "; YAML is indented by spaces, this line holds a tab" if mark and "\t" in text.splitlines()[min(mark.line, len(text.splitlines()) - 1)] else ""
+        problems.append((mark.line + 1 if mark else 1, f"not valid YAML: {getattr(error, 'problem', error)}{tab}"))
+        return None, lines
+    finally:
+        loader.dispose()
+    if not isinstance(data, dict):
+        problems.append((1, "a job is a mapping with name, sources and targets"))
+        return None, lines
+    return data, lines
+
+
+def _override(data: dict, setting: str, problems: list[tuple[int, str]]) -> Path_:
+    dotted, equals, text = setting.partition("=")
+    path = tuple(dotted.split("."))
+    if not equals or not all(path):
+        problems.append((0, f"--set {setting}: write --set a.b=value"))
+        return ()
+    inner: list[tuple[int, str]] = []
+    loader = _Loader(text)
+    node = loader.get_single_node()
+    value = _plain(node, loader, path, {}, inner) if node else None
+    problems.extend(inner)
+    at: Any = data
+    for i, part in enumerate(path):
+        last = i == len(path) - 1
+        if isinstance(at, list):
+            if not part.isdigit() or int(part) >= len(at):
+                problems.append((0, f"--set {setting}: {_dots(path[:i])} is a list of {len(at)}; write its index"))
+                return ()
+            part = int(part)
+        elif isinstance(at, str) and i:  # a plug written short: {name: {}} takes options
+            problems.append((0, f"--set {setting}: {_dots(path[:i])} is the text {at!r}, it has no fields"))
+            return ()
+        if last:
+            at[part] = value
+        else:
+            if isinstance(at, dict) and not isinstance(at.get(part), (dict, list, str)):
+                at[part] = {}
+            at = at[part]
+    return path
+
+
+# ---------------------------------------------------------------- checks
+
+def _fields_at(loc: Path_) -> dict[str, Any]:
+    """Field names of the spec that a location points into, to name the nearest one."""
+    kinds: dict[str, type[Spec]] = {"sources": Source, "targets": Target, "data": Data, "train": Train, "fanout": Fanout, "select": Select}
+    spec: type[Spec] = Job
+    for part in loc:
+        spec = kinds.get(str(part), spec)
+    return dict(spec.model_fields)
+
+
+def _say(error: Any) -> str:
+    value, kind = error["input"], error["type"]
+    if kind == "extra_forbidden":
+        return f"unknown field; {registry.nearest(str(error['loc'][-1]), _fields_at(tuple(error['loc'][:-1])))}"
+    if kind == "missing":
+        return "this field is required"
+    shown = "" if isinstance(value, (dict, list)) else f" (got {value!r})"
+    return error["msg"].removeprefix("Value error, ") + shown
+
+
+def _plug_problems(kind: str, raw: Any, path: Path_) -> list[tuple[Path_, str]]:
+    try:
+        plug = Plug.model_validate(raw)
+    except ValidationError:
+        return []  # reported with its place by the typed pass
+    at = (*path, plug.name) if isinstance(raw, dict) and plug.name in raw else path
+    name = plug.name
+    if kind == "model":
+        if name.startswith(STARTS):
+            return []
+        library, slash, model = name.partition("/")
+        if not slash:
+            return [(at, f"unknown backbone {name!r}: write library/model, e.g. timm/resnet18; libraries: {', '.join(registry.names('model'))}")]
+        try:
+            known = registry.architectures(library)
+        except ValueError as error:
+            return [(at, str(error))]
+        if model not in known:
+            return [(at, f"unknown {library} model {model!r}; {registry.nearest(model, known)}")]
+        name = library
+    try:
+        options = registry.entry(kind, name).options
+    except ValueError as error:
+        return [(at, str(error))]
+    try:
+        options.model_validate(plug.options)
+    except ValidationError as error:
+        out = []
+        for item in error.errors():
+            text = _say(item)
+            if item["type"] == "extra_forbidden":
+                text = f"unknown option of {plug.name}; {registry.nearest(str(item['loc'][-1]), options.model_fields)}"
+            out.append(((*at, *item["loc"]), text))
+        return out
+    return []
+
+
+def _start_problems(text: Any, path: Path_, folder: Path) -> list[tuple[Path_, str]]:
+    if not isinstance(text, str) or not text.startswith(STARTS):
+        known = f"write one of {', '.join(STARTS)} followed by a path" if path[-1] == "init" and isinstance(text, str) else ""
+        return [(path, f"{text!r} is no checkpoint; {known}")] if known else []
+    prefix, uri = text.split(":", 1)
+    if prefix == "timm-hub" or storage.is_remote(uri):
+        return []
+    return [] if (folder / uri).exists() else [(path, f"{prefix} {uri}: no such path (looked for {folder / uri}); a hub name needs the prefix timm-hub:")]
+
+
+def _name_problems(data: dict, folder: Path) -> list[tuple[Path_, str]]:
+    """Unknown names, wrong options and missing files, in the raw mapping (so that they are found beside other mistakes)."""
+    out: list[tuple[Path_, str]] = []
+
+    def each(value) -> dict:
+        return {k: v for k, v in value.items() if isinstance(v, dict)} if isinstance(value, dict) else {}
+
+    for kind in ("sources", "targets"):
+        for name, part in each(data.get(kind)).items():
+            rows = part.get("data")
+            if isinstance(rows, dict):
+                if "modality" in rows:
+                    out += _plug_problems("modality", rows["modality"], (kind, name, "data", "modality"))
+                for field in ("uri", "train", "validation", "test"):
+                    for uri in [rows[field]] if isinstance(rows.get(field), str) else rows.get(field) or ():
+                        if isinstance(uri, str) and not storage.is_remote(uri) and not (storage.exists(folder / uri) or storage.glob(folder / uri)):
+                            out.append(((kind, name, "data", field), f"{uri}: no such file, folder or glob (looked for {folder / uri})"))
+            if "objective" in part and part["objective"] is not None:
+                out += _plug_problems("objective", part["objective"], (kind, name, "objective"))
+            if kind == "sources" and "backbone" in part:
+                out += _plug_problems("model", part["backbone"], (kind, name, "backbone"))
+                out += _start_problems(part["backbone"], (kind, name, "backbone"), folder)
+            if part.get("init") is not None and kind == "sources":
+                out += _start_problems(part["init"], (kind, name, "init"), folder)
+            for i, technique in enumerate(part.get("techniques") or ()):
+                out += _plug_problems("technique", technique, (kind, name, "techniques", i))
+    for i, technique in enumerate(data.get("techniques") or () if isinstance(data.get("techniques"), list) else ()):
+        out += _plug_problems("technique", technique, ("techniques", i))
+    return out
+
+
+def _absolute(job: dict, folder: Path) -> dict:
+    """Data paths and checkpoints made absolute: they are relative to the job file."""
+    def fix(uri: str) -> str:
+        return uri if storage.is_remote(uri) else str((folder / uri).resolve())
+
+    def start(text: str) -> str:
+        prefix, colon, uri = text.partition(":")
+        return f"{prefix}:{fix(uri)}" if text.startswith(STARTS) and prefix != "timm-hub" and colon else text
+
+    for part in [*job["sources"].values(), *job.get("targets", {}).values()]:
+        for field in ("uri", "train", "validation", "test"):
+            value = (part.get("data") or {}).get(field)
+            if value:
+                part["data"][field] = fix(value) if isinstance(value, str) else [fix(uri) for uri in value]
+        for field in ("backbone", "init"):
+            if isinstance(part.get(field), str):
+                part[field] = start(part[field])
+    return job
+
+
+def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Job:
+    """Read, override and check a job file.
+
+    Raises JobError with every problem found, each as ``file:line: field: what; fix``.
+    """
+    path = Path(path)
+    problems: list[tuple[int, str]] = []
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise JobError([f"{path}: no such job file"]) from None
+    except (UnicodeDecodeError, OSError) as error:
+        raise JobError([f"{path}: cannot be read as UTF-8 text: {error}"]) from None
+    data, lines = _read(text, problems)
+    set_by: dict[Path_, str] = {}
+    if data is not None:
+        for setting in overrides:
+            set_by[_override(data, setting, problems)] = setting
+        found: list[tuple[Path_, str]] = _name_problems(data, path.parent)
+        job = None
+        try:
+            job = Job.model_validate(data)
+        except ValidationError as error:
+            found += [(tuple(e["loc"]), _say(e)) for e in error.errors()]
+        for loc, message in dict.fromkeys(found):
+            at = next((lines[loc[:n]] for n in range(len(loc), -1, -1) if loc[:n] in lines), 1)
+            by = next((s for p, s in set_by.items() if p and loc[: len(p)] == tuple(p)), None)
+            problems.append((0 if by else at, f"{_dots(loc)}: {message}" + (f" (from --set {by})" if by else "")))
+        if job is not None and not problems:
+            return Job.model_validate(_absolute(data, path.parent.resolve()))
+    raise JobError([f"{path}:{line}: {message}" if line else f"{path}: {message}" for line, message in sorted(dict.fromkeys(problems))])
+
+
+def schema() -> dict:
+    """JSON Schema of a job, with descriptions, for editors; registered names are listed as enumerations."""
+    out = Job.model_json_schema()
+    plug = out["$defs"].pop("Plug")
+    del plug
+
+    def choice(kind: str) -> dict:
+        names = registry.names(kind)
+        text: dict[str, Any] = {"type": "string", "enum": names} if kind != "model" else {
+            "type": "string", "pattern": rf"^(({'|'.join(names)})/.+|({'|'.join(p[:-1] for p in STARTS)}):.+)$"}
+        options = {name: {"anyOf": [registry.entry(kind, name).options.model_json_schema(), {"type": "null"}]} for name in names}
+        table = {"type": "object", "minProperties": 1, "maxProperties": 1}
+        if kind == "model":
+            table["patternProperties"] = {f"^{name}/": value for name, value in options.items()}
+        else:
+            table |= {"properties": options, "additionalProperties": False}
+        return {"anyOf": [text, table]}
+
+    kinds = {"modality": "modality", "backbone": "model", "objective": "objective", "techniques": "technique"}
+
+    def put(node: Any, field: str = "") -> Any:
+        if isinstance(node, list):
+            return [put(item, field) for item in node]
+        if not isinstance(node, dict):
+            return node
+        if node.get("$ref") == "#/$defs/Plug":
+            return {**choice(kinds[field]), **{k: v for k, v in node.items() if k == "description"}}
+        return {k: ({name: put(sub, name) for name, sub in v.items()} if k == "properties" else put(v, field))
+                for k, v in node.items() if not (k == "default" and field == "techniques")}
+
+    out = put(out)
+    out["$schema"], out["title"] = "https://json-schema.org/draft/2020-12/schema", "One to Many job"
+    return out

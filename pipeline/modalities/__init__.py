@@ -1,0 +1,1 @@
+"""How a row becomes tensors, one file each."""

@@ -1,0 +1,114 @@
+"""Images: encoded bytes (or paths) to uint8 pixels in the data workers; augmentation and normalisation on the device."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import torch
+from pydantic import Field
+from torch.nn import functional as F
+from torchvision.io import ImageReadMode, decode_image
+
+from pipeline import storage
+from pipeline.contracts import Arrays, Batch, Modality
+from pipeline.registry import Options, register
+from pipeline.rng import uniform
+
+
+class ImageOptions(Options):
+    size: int = Field(224, ge=8, le=4096, description="pixels a side after resize and centre crop")
+    channels: Literal[1, 3] = Field(3, description="1 for grey (X-ray), 3 for colour; files of either kind are converted")
+    fit: Literal["crop", "squash"] = Field("crop", description="crop: shorter side to size, centre crop; squash: both sides to size")
+    crop: Literal["auto", "shift", "resized", "none"] = Field("auto", description="training crop: shift by up to 1/8; resized: random area and aspect; auto: shift up to 64 px")
+    flip: bool = Field(True, description="random horizontal flip in training")
+
+
+@register("modality", "image", options=ImageOptions)
+class Image(Modality):
+    """``image``: (B, C, size, size), uint8 from ``decode``, normalised float32 after ``finish``."""
+
+    roles = ("image",)
+
+    @classmethod
+    def fit(cls, options, table, columns, backbone):
+        """Mean and standard deviation of each channel over the sample. Raises ValueError when no image can be decoded."""
+        arrays, bad = cls(options, {}).decode(table, columns)
+        good = np.array([not reason for reason in bad], dtype=bool)
+        if not good.any():
+            raise ValueError(f"column {columns['image']}: none of the first {len(bad)} images can be decoded: {bad[0] if bad else 'no rows'}")
+        pixels = arrays["image"][good].astype(np.float32) / 255
+        mean, std = pixels.mean((0, 2, 3)), pixels.std((0, 2, 3))
+        return {"mean": mean.round(6).tolist(), "std": np.maximum(std, 1e-3).round(6).tolist()}
+
+    def inputs(self) -> dict[str, Any]:
+        return {"channels": self.options.channels, "size": self.options.size}
+
+    def decode(self, table, columns) -> tuple[Arrays, list[str]]:
+        size, channels = self.options.size, self.options.channels
+        out = np.zeros((len(table), channels, size, size), dtype=np.uint8)
+        bad = [""] * len(table)
+        for i, value in enumerate(table[columns["image"]]):
+            try:
+                out[i] = self._one(value)
+            except (RuntimeError, ValueError) as error:  # what torchvision raises for bytes that are no image
+                bad[i] = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        return {"image": out}, bad
+
+    def _one(self, value: pa.Scalar) -> np.ndarray:
+        data = value.as_py()
+        if isinstance(data, dict):  # the layout of Hugging Face data sets
+            data = data.get("bytes") or data.get("path")
+        if isinstance(data, str):
+            data = storage.read_bytes(data)
+        if not data:
+            raise ValueError("the image is empty (0 bytes)" if data is not None else "the image is null")
+        mode = ImageReadMode.GRAY if self.options.channels == 1 else ImageReadMode.RGB
+        pixels = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=mode)
+        return resize(pixels, self.options.size, self.options.fit).numpy()
+
+    def augment(self, batch: Batch) -> Batch:
+        """Crop and flip by one gather (shift) or one bilinear sampling (resized), from the rows' keys."""
+        x, size = batch["image"], self.options.size
+        crop = self.options.crop if self.options.crop != "auto" else ("shift" if size <= 64 else "resized")
+        if crop == "resized":
+            return batch.replace(image=_resized_crop(x, uniform(batch.keys, 5), self.options.flip))
+        u = uniform(batch.keys, 3)
+        reach = max(1, size // 8) if crop == "shift" else 0
+        move = (u[:, :2] * (2 * reach + 1)).floor().long() - reach
+        along = torch.arange(size, device=x.device)
+        ys, xs = (along[None] + move[:, :1]).clamp(0, size - 1), (along[None] + move[:, 1:2]).clamp(0, size - 1)
+        if self.options.flip:
+            xs = torch.where(u[:, 2:3] < 0.5, xs.flip(1), xs)
+        rows = torch.arange(len(x), device=x.device)[:, None, None, None]
+        channels = torch.arange(x.shape[1], device=x.device)[None, :, None, None]
+        return batch.replace(image=x[rows, channels, ys[:, None, :, None], xs[:, None, None, :]])
+
+    def finish(self, batch: Batch) -> Batch:
+        x = batch["image"]
+        mean = torch.tensor(self.state["mean"], device=x.device).view(1, -1, 1, 1)
+        std = torch.tensor(self.state["std"], device=x.device).view(1, -1, 1, 1)
+        return batch.replace(image=(x.float() * (1 / 255) - mean) / std)
+
+
+def resize(pixels: torch.Tensor, size: int, fit: str = "crop") -> torch.Tensor:
+    """(C, H, W) uint8 to (C, size, size): antialiased bilinear in uint8, then a centre crop."""
+    _, h, w = pixels.shape
+    new = (size, size) if fit == "squash" else (max(size, round(h * size / min(h, w))), max(size, round(w * size / min(h, w))))
+    if new != (h, w):
+        pixels = F.interpolate(pixels[None], size=new, mode="bilinear", antialias=True, align_corners=False)[0]
+    top, left = (new[0] - size) // 2, (new[1] - size) // 2
+    return pixels[:, top:top + size, left:left + size]
+
+
+def _resized_crop(x: torch.Tensor, u: torch.Tensor, flip: bool) -> torch.Tensor:
+    """Area 0.35 to 1, aspect 3/4 to 4/3 (Szegedy et al. 2015, with a milder area), bilinear, uint8 in and out."""
+    area, ratio = 0.35 + 0.65 * u[:, 0], torch.exp((u[:, 1] * 2 - 1) * float(np.log(4 / 3)))
+    width, height = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
+    cx, cy = (u[:, 2] * 2 - 1) * (1 - width), (u[:, 3] * 2 - 1) * (1 - height)
+    sign = torch.where(u[:, 4] < 0.5, -1.0, 1.0) if flip else torch.ones_like(width)
+    zero = torch.zeros_like(width)
+    theta = torch.stack([torch.stack([width * sign, zero, cx], 1), torch.stack([zero, height, cy], 1)], 1)
+    grid = F.affine_grid(theta, list(x.shape), align_corners=False)
+    return F.grid_sample(x.float(), grid, mode="bilinear", padding_mode="reflection", align_corners=False).round().clamp(0, 255).to(torch.uint8)

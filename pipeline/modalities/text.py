@@ -1,0 +1,142 @@
+"""Text: a tokenizer trained on the source corpus (it travels in the bundle), rows of token ids, documents packed without padding."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import torch
+from pydantic import Field
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor
+
+from pipeline.contracts import Arrays, Modality
+from pipeline.registry import Options, register
+
+SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+
+class TextOptions(Options):
+    length: int = Field(128, ge=8, le=65536, description="tokens a row, with [CLS] and [SEP]; longer texts are cut")
+    vocabulary: int = Field(8192, ge=256, le=1_000_000, description="largest vocabulary of the tokenizer that is trained")
+    algorithm: Literal["auto", "wordpiece", "bpe"] = Field("auto", description="auto: byte-level BPE for GPT families, WordPiece for the others")
+    lowercase: bool = Field(True, description="WordPiece only: lower case and strip accents")
+
+
+@register("modality", "text", options=TextOptions)
+class Text(Modality):
+    """``tokens`` (B, N) ids with ``mask`` (B, N) or, for packed rows, ``segments`` (B, N): the document's number, 0 for padding."""
+
+    roles = ("text",)
+
+    @classmethod
+    def fit(cls, options, table, columns, backbone):
+        texts = [text for text, reason in _texts(table[columns["text"]]) if not reason]
+        if not texts:
+            raise ValueError(f"column {columns['text']}: no row holds text to train a tokenizer on")
+        kind = options.algorithm if options.algorithm != "auto" else ("bpe" if "gpt" in backbone else "wordpiece")
+        tokenizer = train_tokenizer(texts, kind, options.vocabulary, options.lowercase)
+        return {"tokenizer": tokenizer.to_str(), "vocabulary": tokenizer.get_vocab_size(), "specials": list(range(len(SPECIALS)))}
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer.from_str(self.state["tokenizer"])
+
+    def __getstate__(self):
+        return {k: v for k, v in self.__dict__.items() if k != "tokenizer"}
+
+    def inputs(self) -> dict[str, Any]:
+        """``specials`` holds the ids of pad, unk, cls, sep and mask, in this order."""
+        return {"vocabulary": self.state["vocabulary"], "length": self.options.length, "specials": self.state["specials"]}
+
+    @property
+    def _dtype(self):
+        return np.uint16 if self.state["vocabulary"] <= 1 << 16 else np.int32
+
+    def _encode(self, column) -> tuple[list[list[int]], list[str]]:
+        pairs = list(_texts(column))
+        bad = [reason for _, reason in pairs]
+        return [e.ids for e in self.tokenizer.encode_batch_fast([text for text, _ in pairs], add_special_tokens=False)], bad
+
+    def decode(self, table, columns) -> tuple[Arrays, list[str]]:
+        if "tokens" in columns:  # rows that ``pack`` made
+            length = self.options.length
+            out = {name: _matrix(table[columns[name]], length) for name in ("tokens", "segments")}
+            return out, [""] * len(table)
+        length = self.options.length
+        encoded, bad = self._encode(table[columns["text"]])
+        pad, _, cls, sep, _ = self.state["specials"]
+        tokens = np.full((len(table), length), pad, dtype=self._dtype)
+        lengths = np.zeros(len(table), dtype=np.int32)
+        for i, ids in enumerate(encoded):
+            row = [cls, *ids[:length - 2], sep]
+            tokens[i, :len(row)], lengths[i] = row, len(row)
+        return {"tokens": tokens, "lengths": lengths}, bad
+
+    def pack(self, table, columns) -> pa.Table:
+        """Documents, each ``[CLS] ids [SEP]``, laid end to end into rows of ``length``; only the last row has padding."""
+        length = self.options.length
+        encoded, bad = self._encode(table[columns["text"]])
+        pad, _, cls, sep, _ = self.state["specials"]
+        pieces = [[cls, *ids, sep] for ids, reason in zip(encoded, bad, strict=True) if not reason and ids]
+        if not pieces:
+            return pa.table({"tokens": pa.array([], pa.list_(pa.uint32(), length)), "segments": pa.array([], pa.list_(pa.uint32(), length))})
+        tokens = np.concatenate([np.array(piece, dtype=np.uint32) for piece in pieces])
+        documents = np.repeat(np.arange(1, len(pieces) + 1, dtype=np.uint32), [len(piece) for piece in pieces])
+        rows = -(-len(tokens) // length)
+        tokens, documents = (np.pad(a, (0, rows * length - len(a)), constant_values=end).reshape(rows, length)
+                             for a, end in ((tokens, pad), (documents, 0)))
+        first = documents[:, :1]
+        segments = np.where(documents > 0, documents - first + 1, 0).astype(np.uint32)
+        return pa.table({"tokens": pa.FixedSizeListArray.from_arrays(tokens.reshape(-1), length),
+                         "segments": pa.FixedSizeListArray.from_arrays(segments.reshape(-1), length)})
+
+    def collate(self, arrays: Arrays) -> dict[str, Tensor]:
+        out = super().collate({k: v for k, v in arrays.items() if k not in ("tokens", "segments", "lengths")})
+        tokens = arrays["tokens"]
+        if "segments" in arrays:
+            out["segments"] = torch.from_numpy(arrays["segments"].astype(np.int32))
+        else:
+            longest = int(arrays["lengths"].max(initial=1))
+            longest = min(tokens.shape[1], -(-longest // 8) * 8)  # few distinct widths
+            tokens = tokens[:, :longest]
+            out["mask"] = torch.from_numpy(np.arange(longest)[None] < arrays["lengths"][:, None])
+        out["tokens"] = torch.from_numpy(tokens.astype(np.int64))
+        return out
+
+
+def _texts(column):
+    """(text, "") or ("", reason) of every value; bytes that are not UTF-8 spoil their own row alone."""
+    column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    raw = column.cast(pa.large_binary()) if not pa.types.is_null(column.type) else column
+    for value in raw:
+        data = value.as_py()
+        try:
+            yield (data.decode("utf-8"), "") if data is not None else ("", "the text is null")
+        except UnicodeDecodeError as error:
+            yield "", f"not UTF-8 text ({error.reason} at byte {error.start})"
+
+
+def _matrix(column, length: int) -> np.ndarray:
+    column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    return column.flatten().to_numpy(zero_copy_only=False).reshape(-1, length)
+
+
+def train_tokenizer(texts: list[str], kind: str, vocabulary: int, lowercase: bool) -> Tokenizer:
+    """WordPiece as BERT's (Devlin et al. 2019) or byte-level BPE as GPT-2's (Radford et al. 2019), specials at ids 0 to 4."""
+    if kind == "wordpiece":
+        tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+        tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        tokenizer.decoder = decoders.WordPiece()
+        trainer: Any = trainers.WordPieceTrainer(vocab_size=vocabulary, special_tokens=list(SPECIALS), show_progress=False)
+    else:
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=list(SPECIALS), show_progress=False,
+                                      initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(texts, trainer=trainer)
+    return tokenizer

@@ -1,0 +1,1 @@
+"""Kinds of task, for pretraining and for targets alike, one file each."""

@@ -1,0 +1,158 @@
+"""Names of modalities, models, objectives and techniques, found by reading the source files, not by importing them.
+
+A file in ``pipeline/<kind folder>/`` that holds ``@register("technique", "lp_ft", options=LPFTOptions)`` adds that name; nothing
+else has to be edited. ``names`` and ``options`` work before torch is imported (a job file is checked in well under a second);
+``get`` imports the one file that is needed.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib
+import importlib.util
+import re
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+FOLDERS = {"modality": "modalities", "model": "models", "objective": "objectives", "technique": "techniques"}
+
+
+class Options(BaseModel):
+    """Base of every options class: frozen, and a key that is not declared is refused.
+
+    The classes that derive from it may use only builtin types, ``Literal`` and ``Field``: they are read without
+    importing the file that holds them.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a name is declared: its module, and the declared options class."""
+
+    kind: str
+    name: str
+    module: str
+    options: type[Options]
+
+
+_registered: dict[tuple[str, str], Any] = {}
+
+
+def register(kind: str, name: str, options: type[Options] = Options):
+    """Class or function decorator that files its object under ``(kind, name)``."""
+
+    def keep(thing):
+        if kind not in FOLDERS:
+            raise ValueError(f"unknown kind {kind!r}; kinds are {', '.join(FOLDERS)}")
+        thing.registered_name, thing.options_class = name, options
+        _registered[kind, name] = thing
+        return thing
+
+    return keep
+
+
+def _calls(tree: ast.Module):
+    for node in tree.body:
+        for decorator in getattr(node, "decorator_list", ()):
+            if isinstance(decorator, ast.Call) and getattr(decorator.func, "id", None) == "register":
+                yield decorator
+
+
+def _options_class(tree: ast.Module, name: str, file: Path) -> type[Options]:
+    """The pydantic class ``name``, compiled alone out of a file that is not imported."""
+    found = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name]
+    if not found:
+        raise ValueError(f"{file}: options class {name} must stand in the same file")
+    space: dict[str, Any] = {"Options": Options, "Field": Field, "Literal": Literal, "__name__": f"{file.stem}.options"}
+    wanted = [node for node in tree.body if isinstance(node, ast.ClassDef) and _is_options(node, tree)]
+    module = ast.Module(body=wanted, type_ignores=[])
+    exec(compile(module, str(file), "exec", dont_inherit=True), space)  # our own source, as an import runs it; types now, not as text
+    return space[name]
+
+
+def _is_options(node: ast.ClassDef, tree: ast.Module) -> bool:
+    bases = {getattr(base, "id", "") for base in node.bases}
+    if "Options" in bases:
+        return True
+    return any(isinstance(n, ast.ClassDef) and n.name in bases and n is not node and _is_options(n, tree) for n in tree.body)
+
+
+@cache
+def entries(kind: str) -> dict[str, Entry]:
+    """Every declared name of a kind, in the order of file and line."""
+    folder = Path(__file__).parent / FOLDERS[kind]
+    out: dict[str, Entry] = {}
+    for file in sorted(folder.glob("*.py")):
+        tree = ast.parse(file.read_text())
+        for call in _calls(tree):
+            declared, name = (ast.literal_eval(argument) for argument in call.args[:2])
+            if declared != kind:
+                raise ValueError(f"{file}:{call.lineno}: a {declared} is registered in the folder of {kind}s")
+            if name in out:
+                raise ValueError(f"{file}:{call.lineno}: {kind} {name!r} is already declared in {out[name].module}")
+            given = next((word.value for word in call.keywords if word.arg == "options"), None)
+            options = _options_class(tree, given.id, file) if isinstance(given, ast.Name) else Options
+            out[name] = Entry(kind, name, f"pipeline.{FOLDERS[kind]}.{file.stem}", options)
+    return out
+
+
+def names(kind: str) -> list[str]:
+    return sorted(entries(kind))
+
+
+def nearest(value: str, valid) -> str:
+    """``did you mean a, b?`` or the list of valid names, for error messages."""
+    valid = sorted(valid)
+    close = difflib.get_close_matches(value, valid, n=3, cutoff=0.6) or [v for v in valid if value.lower() in v.lower()][:3]
+    if close:
+        return f"did you mean {' or '.join(close)}?"
+    shown = valid if len(valid) <= 20 else [*valid[:20], f"... ({len(valid)} in all)"]
+    return f"valid names: {', '.join(shown)}"
+
+
+def entry(kind: str, name: str) -> Entry:
+    """The declaration of a name. Raises ValueError with the nearest valid names."""
+    known = entries(kind)
+    if name not in known:
+        raise ValueError(f"unknown {kind} {name!r}; {nearest(name, known)}")
+    return known[name]
+
+
+def get(kind: str, name: str) -> Any:
+    """The registered object, its file imported now if it was not yet."""
+    found = entry(kind, name)
+    importlib.import_module(found.module)
+    return _registered[kind, name]
+
+
+@cache
+def architectures(library: str) -> frozenset[str]:
+    """Model names that a model library knows, without importing it.
+
+    A file in models/ says in ``ARCHITECTURES`` either the names themselves, or ``(package, glob, regular expression)``:
+    the names are then what the expression's group finds in the package's sources.
+    """
+    found = entry("model", library)
+    tree = ast.parse(Path(__file__).parent.joinpath("models", found.module.rsplit(".", 1)[1] + ".py").read_text())
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "ARCHITECTURES":
+            value = ast.literal_eval(node.value)
+            if isinstance(value, tuple):
+                return _scan(*value)
+            return frozenset(value)
+    raise ValueError(f"{found.module} declares no ARCHITECTURES")
+
+
+def _scan(package: str, pattern: str, expression: str) -> frozenset[str]:
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise ValueError(f"package {package} is not installed: install the project's dependencies (uv sync)")
+    finder = re.compile(expression, re.MULTILINE)
+    return frozenset(name for file in Path(spec.origin).parent.glob(pattern) for name in finder.findall(file.read_text()))

@@ -1,0 +1,49 @@
+"""Techniques that are nothing but learning rates and phases: scratch, linear_probe, full, lp_ft."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from pipeline.contracts import Phase, Technique
+from pipeline.registry import Options, register
+
+
+@register("technique", "scratch")
+class Scratch(Technique):
+    """The same network and budget from its random initialisation: what every gain is measured against."""
+
+    from_source = False
+
+
+@register("technique", "full")
+class Full(Technique):
+    """Every layer moves, from the first step."""
+
+
+@register("technique", "linear_probe")
+class LinearProbe(Technique):
+    """Only the head moves; the backbone stays in evaluation mode, so its features are computed once."""
+
+    frozen = True
+
+    def rates(self, layers, phase):
+        return {name: float(name == "head") for name in layers}
+
+
+class LPFTOptions(Options):
+    probe_share: float = Field(0.3, gt=0, lt=1, description="share of the steps that train the head alone")
+    probe_lr_scale: float = Field(1.0, gt=0, description="learning rate of the first part, relative to lr")
+    full_lr_scale: float = Field(1.0, gt=0, description="learning rate of the second part, relative to lr")
+
+
+@register("technique", "lp_ft", options=LPFTOptions)
+class LPFT(Technique):
+    """First the head, then everything (Kumar et al. 2022)."""
+
+    def phases(self, steps):
+        first = min(max(1, round(self.options.probe_share * steps)), steps - 1) if steps > 1 else 0
+        probe = (Phase("probe", first, self.options.probe_lr_scale),) if first else ()
+        return (*probe, Phase("full", steps - first, self.options.full_lr_scale))
+
+    def rates(self, layers, phase):
+        return {name: 1.0 if phase == "full" or name == "head" else 0.0 for name in layers}

@@ -1,0 +1,1 @@
+"""The one training loop, its optimisers, its evaluation and its launch on Ray Train."""

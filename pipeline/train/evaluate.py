@@ -1,0 +1,75 @@
+"""Exact evaluation: each row once at any number of ranks, metrics from the gathered predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from pipeline.contracts import Batch, Task
+from pipeline.data.stream import Loaded, Rows, eval_batches
+from pipeline.metrics import Predictions, metric
+
+
+@torch.no_grad()
+def predictions(task: Task, batches: Iterator[Loaded], ready: Callable[[Batch, bool], Batch], ranks: Any, autocast: Any) -> Predictions:
+    """Arrays of this rank's rows: what the objective predicts, and ``row``. The task is left in evaluation mode."""
+    task.eval()
+    parts: list[Predictions] = []
+    for batch, _, _ in batches:
+        if not len(batch):
+            continue
+        with autocast:
+            out = task.objective.predict(task.backbone, ready(batch.to(ranks.device), False))
+        parts.append({"row": batch.rows, **{name: tensor.float().cpu().numpy() if tensor.is_floating_point() else tensor.cpu().numpy()
+                                            for name, tensor in out.items()}})
+    return concatenate(parts)
+
+
+def concatenate(parts: list[Predictions]) -> Predictions:
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else {}
+
+
+def gathered(mine: Predictions, ranks: Any) -> Predictions:
+    """Every rank's predictions, ordered by row."""
+    everyone = [mine]
+    if ranks.count > 1:
+        everyone = [{}] * ranks.count
+        dist.all_gather_object(everyone, mine)
+    out = concatenate([part for part in everyone if part])
+    order = np.argsort(out["row"], kind="stable") if out else None
+    return {name: array[order] for name, array in out.items()}
+
+
+def values(found: Predictions, names: tuple[str, ...]) -> dict[str, float]:
+    """Metric values by name. Raises ValueError when nothing was predicted."""
+    if not found:
+        raise ValueError("no row of the split could be evaluated")
+    return {name: metric(name).value(found) for name in names}
+
+
+def evaluator(rows: Rows, names: tuple[str, ...], ready: Callable[[Batch, bool], Batch], ranks: Any, autocast: Callable[[], Any],
+              batch_rows: int, threads: int = 1) -> Callable[[Task], dict[str, float]]:
+    """A function that evaluates a task on ``rows``, the same values on every rank."""
+
+    def evaluate(task: Task) -> dict[str, float]:
+        batches = eval_batches(rows, batch_rows, rank=ranks.rank, ranks=ranks.count, threads=threads, pin=ranks.device.type == "cuda")
+        return values(gathered(predictions(task, batches, ready, ranks, autocast()), ranks), names)
+
+    return evaluate
+
+
+def ready_for(rows: Rows) -> Callable[[Batch, bool], Batch]:
+    """The device part of the rows' modality."""
+    modality = rows.modality
+
+    def ready(batch: Batch, training: bool) -> Batch:
+        if len(batch) == 0:
+            return batch
+        with torch.no_grad():
+            return modality.finish(modality.augment(batch) if training else batch)
+
+    return ready

@@ -1,0 +1,225 @@
+"""Launch on Ray Train: resources, ranks, restarts. The one place that starts Ray and runs Ray Train."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import torch
+
+from pipeline import bundle, storage
+from pipeline.data.stream import DataWorkers
+from pipeline.job import Source
+from pipeline.train import source
+from pipeline.train.loop import NonFinite, Ranks
+from pipeline.train.progress import Progress, training_line
+
+QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_DISABLE_PROGRESS_BARS": "1", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5", "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+         "RAY_AIR_NEW_OUTPUT": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "TOKENIZERS_PARALLELISM": "false", "RAY_TRAIN_ENABLE_STATE_TRACKING": "0"}
+
+
+class ClusterError(RuntimeError):
+    """The cluster cannot give what the job asks for."""
+
+
+class StageError(RuntimeError):
+    """A stage failed; the message is the rank's own error."""
+
+
+def start(address: str | None, verbose: bool) -> None:
+    """Join the cluster that is named (``--address`` or RAY_ADDRESS), else start one of our own. Does nothing when Ray runs already."""
+    if ray.is_initialized():
+        return
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    level = logging.INFO if verbose else logging.ERROR
+    for name in ("ray", "ray.data", "ray.train", "ray.tune"):
+        logging.getLogger(name).setLevel(level)
+    where = address or os.environ.get("RAY_ADDRESS") or "local"
+    extra: dict[str, Any] = {"include_dashboard": False} if where == "local" else {}
+    try:
+        ray.init(address=where, logging_level=level, log_to_driver=verbose, **extra)
+    except ConnectionError as error:
+        raise ClusterError(f"no Ray cluster answers at {where}: {error}") from None
+
+
+def stop() -> None:
+    if ray.is_initialized():
+        ray.shutdown()
+
+
+@dataclass(frozen=True)
+class Share:
+    """Logical resources of one rank and of its data workers."""
+
+    cpus: float
+    gpus: float
+    data: DataWorkers
+    threads: int
+
+
+def share(spec: Source, cpus: float, gpus: float, object_store_bytes: float = 2 << 30) -> Share:
+    """A rank's part of a cluster: never all CPUs, so that Ray Data always has some (it waits for ever without)."""
+    ranks = spec.worker_range[1]
+    rank_cpus = spec.cpus_per_worker or (1.0 if cpus >= 2 * ranks else math.floor(100 * cpus / (2 * ranks)) / 100)
+    rank_gpus = spec.gpus_per_worker if spec.gpus_per_worker is not None else (min(1.0, gpus / ranks) if gpus else 0.0)
+    left = max(0.01, math.floor(100 * (cpus - ranks * rank_cpus) / ranks) / 100)
+    actors = max(1, int(left))
+    data = DataWorkers(actors, min(1.0, left), int(object_store_bytes * 0.5 / ranks))
+    threads = max(1, int((os.cpu_count() or 1) / ranks)) if cpus <= (os.cpu_count() or 1) else max(1, int(rank_cpus))
+    return Share(rank_cpus, rank_gpus, data, threads)
+
+
+def check_fits(spec: Source, mine: Share, cpus: float, gpus: float, place: str) -> list[str]:
+    """Warnings; raises ClusterError when the fewest ranks can never run here."""
+    fewest = spec.worker_range[0]
+    asked = f"{fewest} ranks x ({mine.cpus:g} CPU + {mine.gpus:g} GPU) and {mine.data.cpus_per_actor:g} CPU of data workers a rank"
+    if fewest * (mine.cpus + mine.data.cpus_per_actor) > cpus + 1e-6 or fewest * mine.gpus > gpus + 1e-6:
+        raise ClusterError(f"{place}: the cluster has {cpus:g} CPUs and {gpus:g} GPUs, the request is {asked}; it can never be met. Lower workers, "
+                           "cpus_per_worker or gpus_per_worker, or join a larger cluster (--address)")
+    cores = os.cpu_count() or 1
+    if gpus == 0 and spec.worker_range[1] > max(cpus, cores if cpus <= cores else 0):
+        return [f"warning: {place}: {spec.worker_range[1]} ranks are more than the {cpus:g} CPUs; they will share them"]
+    return []
+
+
+@ray.remote(num_cpus=0)
+class _Board:
+    """Where ranks leave their newest progress and the error that ends the run."""
+
+    def __init__(self):
+        self.record: dict[str, Any] = {}
+        self.fatal: str | None = None
+
+    def post(self, record: dict[str, Any]) -> None:
+        self.record = {**self.record, **record} if record.get("step", 0) >= self.record.get("step", 0) else record
+
+    def fail(self, message: str) -> None:
+        self.fatal = self.fatal or message
+
+    def read(self) -> tuple[dict[str, Any], str | None]:
+        return self.record, self.fatal
+
+
+def _rank_main(config: dict[str, Any]) -> None:
+    import ray.train
+    import ray.train.torch
+
+    work, board = config["work"], config["board"]
+    if ray.get(board.read.remote())[1] is not None:
+        return  # the run ended with an error that a restart cannot mend
+    context = ray.train.get_context()
+    torch.set_num_threads(work.threads)
+    ranks = Ranks(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
+    posted = 0.0
+
+    def on_progress(record: dict[str, Any]) -> None:
+        nonlocal posted
+        if time.monotonic() - posted > 0.3 or record["step"] == record["steps"]:
+            posted = time.monotonic()
+            board.post.remote(record)
+
+    try:
+        source.train_rank(work, ranks, on_progress)
+    except (ValueError, NonFinite, ray.exceptions.UserCodeException) as error:
+        ray.get(board.fail.remote(_first_cause(error)))
+        raise
+
+
+def _first_cause(error: BaseException) -> str:
+    """The message of the error that began it, without Ray's account of the way it took."""
+    while isinstance(error, ray.exceptions.RayError) and (inner := getattr(error, "cause", None) or error.__cause__):
+        error = inner
+    return str(error) if isinstance(error, (ValueError, NonFinite)) else f"{type(error).__name__}: {error}"
+
+
+def _watch(board: Any, name: str, progress: Progress, stop: threading.Event) -> None:
+    while not stop.wait(0.5):
+        try:
+            record, _ = ray.get(board.read.remote(), timeout=5)
+        except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError):
+            continue
+        if record:
+            progress.update(training_line(name, record))
+
+
+def pretrain(stage: source.SourceStage, progress: Progress, verbose: bool, growing: bool = False) -> dict[str, Any]:
+    """Run a source stage to its bundle and return the report's facts; a bundle that is there already is used.
+
+    Raises ClusterError before anything starts, StageError when training failed for good.
+    """
+    if stage.done:
+        facts = dict(bundle.storage.read_json(storage.join(stage.bundle_uri, "manifest.json")).get("training", {}))
+        return {**facts, "source": stage.name, "bundle": stage.bundle_uri, "cached": True}
+    if stage.splits is None:
+        return {**source.import_checkpoint(stage), "bundle": stage.bundle_uri}
+    have = ray.cluster_resources()
+    cpus, gpus = have.get("CPU", 0.0), have.get("GPU", 0.0)
+    mine = share(stage.spec, cpus, gpus, have.get("object_store_memory", 2 << 30))
+    if not growing:
+        for line in check_fits(stage.spec, mine, cpus, gpus, f"sources.{stage.name}"):
+            progress.note(line)
+    progress.update(f"{stage.name}: reading and fitting the source")
+    fitted = source.fit(stage)
+    progress.note(f"{stage.name}: {fitted.text}")
+    work = source.rank_job(stage, fitted, mine.data, mine.threads)
+    board = _Board.remote()
+    ended = threading.Event()
+    watcher = threading.Thread(target=_watch, args=(board, stage.name, progress, ended), daemon=True)
+    watcher.start()
+    error: Exception | None = None
+    try:
+        _trainer(stage, mine, {"work": work, "board": board}, verbose).fit()
+    except ray.train.TrainingFailedError as failed:
+        error = failed
+    finally:
+        ended.set()
+        watcher.join()
+    record, fatal = ray.get(board.read.remote())
+    ray.kill(board)
+    if fatal or error or not stage.done:
+        raise StageError(f"sources.{stage.name}: {fatal or _reason(error)}")
+    progress.update(training_line(stage.name, record), final=True)
+    return {**bundle.storage.read_json(storage.join(stage.bundle_uri, "manifest.json"))["training"], "bundle": stage.bundle_uri}
+
+
+def _reason(error: Exception | None) -> str:
+    failures = getattr(error, "worker_failures", None)
+    if failures:
+        rank, cause = sorted(failures.items())[0]
+        return f"rank {rank}: {type(cause).__name__}: {cause}"
+    return f"training ended without a bundle: {error}"
+
+
+def _trainer(stage: source.SourceStage, mine: Share, config: dict[str, Any], verbose: bool) -> Any:
+    import ray.train
+    import ray.train.torch
+
+    path, filesystem = train_storage(storage.join(stage.uri, "ray"))
+    low, high = stage.spec.worker_range
+    return ray.train.torch.TorchTrainer(
+        _rank_main, train_loop_config=config,
+        scaling_config=ray.train.ScalingConfig(num_workers=low if low == high else (low, high), use_gpu=mine.gpus > 0,
+                                               resources_per_worker={"CPU": mine.cpus, **({"GPU": mine.gpus} if mine.gpus else {})}),
+        run_config=ray.train.RunConfig(name=f"{stage.name}-{stage.key}", storage_path=path, storage_filesystem=filesystem,
+                                       failure_config=ray.train.FailureConfig(max_failures=stage.spec.max_failures),
+                                       logging_config=None if verbose else ray.train.LoggingConfig(log_level="ERROR")))
+
+
+def train_storage(uri: str) -> tuple[str, Any]:
+    """(path, pyarrow filesystem or none) as Ray Train wants them; S3 goes through the same s3fs as everything else."""
+    if not storage.is_remote(uri):
+        return os.path.abspath(uri), None
+    import pyarrow.fs
+
+    filesystem, path = storage.filesystem(uri)
+    return path, pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(filesystem))
+
+

@@ -1,0 +1,337 @@
+"""The one training loop: pretraining and every fine-tune, on one process or under DDP.
+
+It runs to a step count. Losses are sums: gradients are divided by the global count after the reduction, so that neither
+padding nor short or unequal batches bias them. A non-finite step is skipped on all ranks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from pipeline.contracts import Batch, Phase, Task, Technique
+from pipeline.data.stream import Loaded
+from pipeline.job import Train
+from pipeline.metrics import metric
+from pipeline.rng import mix
+from pipeline.train import checkpoint, optim
+
+Log = dict[str, Any]
+
+
+class NonFinite(RuntimeError):
+    """Too many steps in a row had a non-finite loss or gradient."""
+
+
+class Stop(Exception):  # noqa: N818 - a request, not an error
+    """Raised by ``on_eval`` to end the run early (a scheduler's decision)."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the others."""
+
+    rank: int = 0
+    count: int = 1
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+
+class Keeper(Protocol):
+    """Decides which weights are kept, by the validation metrics."""
+
+    def update(self, step: int, metrics: dict[str, Any], task: nn.Module) -> None: ...
+    def restore(self, task: nn.Module) -> None: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class KeepBest:
+    """The weights with the best primary metric (the last ones when there is no validation, or ``keep: last``)."""
+
+    def __init__(self, primary: str, keep: str):
+        self.primary, self.last = primary, keep == "last"
+        self.higher = metric(primary).higher_is_better
+        self.step, self.metrics, self.weights = -1, {}, None
+
+    def update(self, step, metrics, task):
+        old = self.metrics.get(self.primary)
+        new = metrics[self.primary]
+        if not self.last and old is not None and not np.isnan(old) and not (new > old if self.higher else new < old):
+            return
+        self.step, self.metrics = step, dict(metrics)
+        if not self.last:
+            self.weights = {name: tensor.detach().cpu().clone() for name, tensor in task.state_dict().items()}
+
+    def restore(self, task):
+        if self.weights is not None:
+            task.load_state_dict(self.weights)
+
+    def state_dict(self):
+        return {"step": self.step, "metrics": self.metrics, "weights": self.weights}
+
+    def load_state_dict(self, state):
+        self.step, self.metrics, self.weights = state["step"], state["metrics"], state["weights"]
+
+
+@dataclass
+class Run:
+    """Everything that one training run is made of."""
+
+    task: Task
+    technique: Technique
+    train: Train
+    steps: int
+    seed: int
+    batches: Callable[[range], Iterator[Loaded]]
+    """The rank's batches of a range of steps (data/stream)."""
+    ready: Callable[[Batch, bool], Batch]
+    """Device part of the modality: augmentation (when true) and normalisation."""
+    keeper: Keeper
+    evaluate: Callable[[nn.Module], dict[str, Any]] | None = None
+    ranks: Ranks = field(default_factory=Ranks)
+    checkpoints: str | None = None
+    """Folder of resume points; none: the run cannot be resumed."""
+    on_log: Callable[[Log], None] = lambda record: None
+    on_eval: Callable[[int, dict[str, Any]], None] = lambda step, metrics: None
+    on_rows: Callable[[int, np.ndarray], None] | None = None
+    """Told the row ids of every step that was taken (``trace_rows``)."""
+    bad_rows: Callable[[list[tuple[int, str]], int], None] = lambda bad, seen: None
+    """Told of undecodable rows; raises when they are over the budget."""
+    clock: Callable[[], float] = time.perf_counter
+
+
+@dataclass
+class Outcome:
+    """What a run did. ``curve`` holds one record a validation; weights are in the task."""
+
+    steps: int
+    seconds: float
+    rows_per_second: float
+    wait_share: float
+    skipped_steps: int
+    curve: list[dict[str, Any]]
+    params_trained: int
+    resumed_from: int
+    stopped_early: bool = False
+
+
+class _Live:
+    """What lives for one phase: the wrapped module, its optimiser and its parameters."""
+
+    def __init__(self, run: Run, phase: Phase):
+        task, train = run.task, run.train
+        layers = task.layers()
+        rates = optim.apply_rates(task, layers, run.technique.rates(layers, phase.name))
+        groups = getattr(task, "groups", optim.groups)
+        self.groups = groups(task, rates, train) if groups is optim.groups else groups(rates, train)
+        for group in self.groups:
+            group["peak"] *= phase.lr_scale
+        self.params = [p for group in self.groups for p in group["params"]]
+        if not self.params:
+            raise ValueError(f"technique {run.technique.registered_name}, phase {phase.name}: nothing is left to train")
+        self.optimizer = optim.optimizer(self.groups, train)
+        self.module: nn.Module = torch.compile(task, dynamic=False) if train.compile else task  # type: ignore[assignment]
+        if run.ranks.count > 1:  # wrapped anew: DDP would not reduce a layer that is thawed later
+            self.module = DistributedDataParallel(self.module, gradient_as_bucket_view=True)
+
+    def no_sync(self, last: bool):
+        return contextlib.nullcontext() if last or not isinstance(self.module, DistributedDataParallel) else self.module.no_sync()
+
+
+def autocast(train: Train, device: torch.device):
+    """bf16 where the hardware has it (auto), or as told. Raises ValueError for bf16 on a GPU without it."""
+    able = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    if train.precision == "bf16" and device.type == "cuda" and not able:
+        raise ValueError("train.precision: this GPU has no bf16; use auto or fp32")
+    on = train.precision == "bf16" or (train.precision == "auto" and able)
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=on)
+
+
+def fit(run: Run) -> Outcome:
+    """Train to ``run.steps``, from the newest resume point if there is one; the task ends with the weights that were kept.
+
+    Raises NonFinite after ``max_bad_steps`` non-finite steps in a row, naming the rows of the last one.
+    """
+    train, task, ranks, device = run.train, run.task, run.ranks, run.ranks.device
+    phases = run.technique.phases(run.steps)
+    starts = np.concatenate([[0], np.cumsum([p.steps for p in phases])]).tolist()
+    assert starts[-1] == run.steps, f"phases last {starts[-1]} steps, the run {run.steps}"
+
+    # ---- once: device, memory format, resume point (rank 0 reads it for all)
+    task.to(device)
+    if train.channels_last:
+        task.to(memory_format=torch.channels_last)
+    torch.manual_seed(mix(run.seed, ranks.rank, 77))
+    saved = checkpoint.load(run.checkpoints, ranks) if run.checkpoints else None
+    start = saved["step"] if saved else 0
+    curve: list[dict[str, Any]] = saved["curve"] if saved else []
+    ema = optim.EMA(task, train.ema) if train.ema else None
+    if saved:
+        task.load_state_dict(saved["task"])
+        run.keeper.load_state_dict(saved["keeper"])
+        if ema:
+            ema.average = {name: tensor.to(device) for name, tensor in saved["ema"].items()}
+    assert start < run.steps, "a run of zero steps trains nothing"
+
+    eval_every = train.eval_every_steps or max(1, run.steps // 5)
+    save_every = train.checkpoint_every_steps or 1000
+    names = ("loss", "count", *run.task.objective.log_names)
+    window = torch.zeros(len(names), device=device)         # sums since the last log line
+    bad_run = torch.zeros((), device=device)                # non-finite steps in a row, and in all
+    bad_total = torch.full((), float(saved["skipped"]) if saved else 0.0, device=device)
+    recent: deque[np.ndarray] = deque(maxlen=train.max_bad_steps)
+    began = logged = run.clock()
+    waited = waited_all = 0.0
+    rows_seen = rows_logged = 0
+    live: _Live | None = None
+    phase_number = -1
+    norm = torch.zeros((), device=device)
+    stopped = False
+    stream = run.batches(range(start, run.steps))
+
+    step = start
+    try:
+        for step in range(start, run.steps):
+            # ---- a new phase: freeze, thaw, wrap, new optimiser
+            if live is None or step == starts[phase_number + 1]:
+                phase_number = int(np.searchsorted(starts, step, side="right")) - 1
+                live = _Live(run, phases[phase_number])
+                if saved and saved["phase"] == phase_number and step == start:
+                    live.optimizer.load_state_dict(saved["optimizer"])
+                if step == start and saved:
+                    checkpoint.restore_rng(saved, run.seed, ranks)
+            scale = optim.factor(step - starts[phase_number], phases[phase_number].steps, train)
+            for group in live.optimizer.param_groups:
+                group["lr"] = group["peak"] * scale
+
+            # ---- one step: every micro-batch forward and backward, the last one reduces over ranks
+            batch, bad, wait = next(stream)
+            waited += wait
+            if bad:
+                run.bad_rows(bad, rows_seen + len(batch))
+            stats = torch.zeros(len(names), device=device)
+            parts = batch.split(train.micro_batch)
+            for number, part in enumerate(parts):
+                part = run.ready(part.to(device), train.augment)
+                with live.no_sync(number == len(parts) - 1), autocast(train, device):
+                    total, count, logs = live.module(part)
+                    penalty = run.technique.penalty(task, part)
+                    (total if penalty is None else total + penalty * count).backward()
+                zero = stats.new_zeros(())
+                stats += torch.stack([total.detach().float(), count.float(), *(logs.get(n, zero).float() for n in names[2:])])
+            if ranks.count > 1:
+                dist.all_reduce(stats)
+            norm = _step(live, stats, ranks, train, task, bad_run, bad_total)
+            task.objective.after_step(step)
+            if ema:
+                ema.update(task)
+            recent.append(batch.rows)
+            rows_seen += len(batch)
+            window += stats
+            if run.on_rows:
+                run.on_rows(step, batch.rows)
+
+            # ---- rare: log, check for trouble, validate, save
+            done = step + 1
+            if device.type == "cpu" or done % train.log_every_steps == 0 or done == run.steps:
+                if int(bad_run) >= train.max_bad_steps:
+                    rows = np.concatenate(list(recent))[:50].tolist()
+                    raise NonFinite(f"loss or gradient was not finite in {int(bad_run)} steps in a row up to step {done}; lower train.lr, "
+                                    f"check the inputs. Row ids of the last batches (rank {ranks.rank}): {rows}")
+            if done % train.log_every_steps == 0 or done == run.steps:
+                now = run.clock()
+                values = window.tolist()
+                record: Log = {"step": done, "steps": run.steps, "phase": phases[phase_number].name, "lr": live.optimizer.param_groups[0]["lr"],
+                               "grad_norm": float(norm), "rows_per_second": ranks.count * (rows_seen - rows_logged) / max(now - logged, 1e-9),
+                               "wait_share": waited / max(now - logged, 1e-9), "skipped_steps": int(bad_total),
+                               "eta_seconds": (now - began) / (done - start) * (run.steps - done)}
+                record |= {name: value / values[1] if values[1] else float("nan") for name, value in zip(names, values, strict=True) if name != "count"}
+                run.on_log(record)
+                window.zero_()
+                waited_all, waited, logged, rows_logged = waited_all + waited, 0.0, now, rows_seen
+            if run.evaluate and (done % eval_every == 0 or done == run.steps):
+                metrics = _evaluated(run, ema, done)
+                if curve and curve[-1]["step"] >= done:
+                    curve = [c for c in curve if c["step"] < done]
+                curve.append({"step": done, **metrics})
+                run.on_eval(done, metrics)
+            if run.checkpoints and done % save_every == 0 and done < run.steps:
+                checkpoint.save(run.checkpoints, ranks, {
+                    "step": done, "phase": phase_number, "task": task.state_dict(),
+                    "optimizer": live.optimizer.state_dict(), "ema": ema.average if ema else None, "keeper": run.keeper.state_dict(),
+                    "curve": curve, "skipped": int(bad_total)})
+    except Stop:
+        stopped = True
+    finally:
+        close = getattr(stream, "close", None)
+        if close:
+            close()
+    if ema:
+        ema.swap(task)
+    if run.evaluate:
+        run.keeper.restore(task)
+    seconds = run.clock() - began
+    return Outcome(steps=step + 1, seconds=seconds, rows_per_second=ranks.count * rows_seen / max(seconds, 1e-9),
+                   wait_share=(waited_all + waited) / max(seconds, 1e-9), skipped_steps=int(bad_total), curve=curve,
+                   params_trained=_params_trained(run, phases),
+                   resumed_from=start, stopped_early=stopped)
+
+
+def _params_trained(run: Run, phases: tuple[Phase, ...]) -> int:
+    """Parameters that any phase moves."""
+    layers, named = run.task.layers(), dict(run.task.named_parameters())
+    moved = {layer for phase in phases for layer, rate in run.technique.rates(layers, phase.name).items() if rate > 0}
+    return sum(named[name].numel() for layer in moved for name in layers[layer])
+
+
+@torch.no_grad()
+def _step(live: _Live, stats: Tensor, ranks: Ranks, train: Train, task: Task, bad_run: Tensor, bad_total: Tensor) -> Tensor:
+    """Normalise by the global count, clip, step unless something is not finite; nothing here waits for the device."""
+    to_mean = ranks.count / stats[1].clamp(min=1e-12)  # DDP has divided by the ranks
+    clip = getattr(task, "clip_gradients", None)
+    if clip is not None:  # a stack of heads clips each of them alone
+        norm, coefficient = clip(train.clip_norm, to_mean), torch.ones_like(to_mean)
+        finite = torch.isfinite(stats[0])
+    else:
+        norm = optim.global_norm(live.params).to(stats.device) * to_mean
+        coefficient = (train.clip_norm / (norm + 1e-6)).clamp(max=1.0) if train.clip_norm else torch.ones_like(norm)
+        finite = torch.isfinite(norm) & torch.isfinite(stats[0])
+    # torch's fused optimisers take the divisor and the verdict on the device, as they do from GradScaler
+    live.optimizer.grad_scale = 1.0 / (to_mean * coefficient)  # type: ignore[attr-defined]
+    live.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+    live.optimizer.step()
+    live.optimizer.zero_grad(set_to_none=clip is None)
+    bad_run.copy_(torch.where(finite, 0.0, bad_run + 1))
+    bad_total.add_((~finite).float())
+    stats.copy_(torch.where(finite, stats, 0.0))
+    return norm
+
+
+def _evaluated(run: Run, ema: optim.EMA | None, step: int) -> dict[str, Any]:
+    """Validation metrics of the current (averaged) weights, the same on every rank; modes are put back."""
+    assert run.evaluate is not None
+    if ema:
+        ema.swap(run.task)
+    if run.ranks.count > 1:  # norm statistics are rank 0's, as DDP makes them at the next forward
+        for buffer in run.task.buffers():
+            dist.broadcast(buffer, 0)
+    metrics = run.evaluate(run.task)
+    run.keeper.update(step, metrics, run.task)
+    if ema:
+        ema.swap(run.task)
+    optim.train_mode(run.task)
+    return metrics

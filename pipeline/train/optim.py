@@ -1,0 +1,100 @@
+"""Optimisers, schedules and parameter groups: one list of rates that covers every parameter once."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.contracts import Task
+from pipeline.job import Train
+
+
+def apply_rates(task: Task, layers: dict[str, list[str]], rates: dict[str, float]) -> dict[str, float]:
+    """Freeze and thaw by layer, put frozen modules into evaluation mode; parameter name to rate multiplier.
+
+    Raises ValueError when the layers do not cover every parameter exactly once or the rates do not name every layer.
+    """
+    if set(layers) != set(rates):
+        raise ValueError(f"rates name {sorted(rates)} but the layers are {sorted(layers)}")
+    named = dict(task.named_parameters())
+    owner: dict[str, str] = {}
+    for layer, names in layers.items():
+        for name in names:
+            if name not in named:
+                raise ValueError(f"layer {layer} names {name}, which is no parameter")
+            if name in owner:
+                raise ValueError(f"parameter {name} is in layer {owner[name]} and in {layer}")
+            owner[name] = layer
+    if missing := sorted(set(named) - set(owner)):
+        raise ValueError(f"{len(missing)} parameters belong to no layer: {', '.join(missing[:5])}")
+    for name, parameter in named.items():
+        parameter.requires_grad_(rates[owner[name]] > 0)
+    train_mode(task)
+    return {name: rates[layer] for name, layer in owner.items()}
+
+
+def train_mode(module: nn.Module, parent: bool = True) -> None:
+    """Training mode where anything in a module trains; frozen parts stay in evaluation mode (norm statistics, dropout)."""
+    parameters = list(module.parameters())
+    module.training = any(p.requires_grad for p in parameters) if parameters else parent
+    for child in module.children():
+        train_mode(child, module.training)
+
+
+def groups(task: Task, rates: dict[str, float], train: Train) -> list[dict[str, Any]]:
+    """Optimiser groups: equal rate and decay together; vectors and scalars (norms, biases) are not decayed."""
+    out: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in task.named_parameters():
+        if rates[name] > 0:
+            decay = train.weight_decay if parameter.dim() > 1 else 0.0
+            out.setdefault((rates[name], decay), []).append(parameter)
+    return [{"params": params, "peak": rate * train.lr, "weight_decay": decay} for (rate, decay), params in sorted(out.items(), key=lambda i: i[0])]
+
+
+def optimizer(parameter_groups: list[dict[str, Any]], train: Train) -> torch.optim.Optimizer:
+    """Fused AdamW (Loshchilov and Hutter 2019) or SGD with Nesterov momentum; ``peak`` of a group is its learning rate at the top."""
+    parameter_groups = [{**group, "lr": group["peak"]} for group in parameter_groups]
+    if train.optimizer == "adamw":
+        return torch.optim.AdamW(parameter_groups, lr=train.lr, betas=(train.beta1, train.beta2), fused=True)
+    return torch.optim.SGD(parameter_groups, lr=train.lr, momentum=train.momentum, nesterov=train.momentum > 0, fused=True)
+
+
+def factor(step: int, steps: int, train: Train) -> float:
+    """Learning-rate factor of a phase's step: linear warm-up, then cosine to zero (Loshchilov and Hutter 2017) or constant."""
+    warm = round(train.warmup * steps)
+    if step < warm:
+        return (step + 1) / warm
+    if train.schedule == "constant":
+        return 1.0
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def global_norm(parameters: list[nn.Parameter]) -> Tensor:
+    """L2 norm over all gradients, on their device."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    return torch.nn.utils.get_total_norm(grads, foreach=True) if grads else torch.zeros(())
+
+
+class EMA:
+    """Exponential moving average of the trainable weights; ``swapped`` puts it into the model for a while."""
+
+    def __init__(self, task: nn.Module, decay: float):
+        self.decay = decay
+        self.average = {name: p.detach().clone() for name, p in task.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, task: nn.Module) -> None:
+        live = dict(task.named_parameters())
+        names = [name for name in self.average if live[name].requires_grad]
+        torch._foreach_lerp_([self.average[n] for n in names], [live[n].detach() for n in names], 1 - self.decay)
+
+    @torch.no_grad()
+    def swap(self, task: nn.Module) -> None:
+        """Exchange the model's weights and the average, in place; calling it twice changes nothing."""
+        for name, parameter in task.named_parameters():
+            held = parameter.detach().clone()
+            parameter.copy_(self.average[name])
+            self.average[name].copy_(held)

@@ -1,0 +1,1 @@
+"""Scores, cached features, fan-out, results and report."""

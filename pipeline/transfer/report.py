@@ -1,0 +1,371 @@
+"""The report of a job: the terminal's table, report.md and report.html.
+
+It says where transfer paid, where it did not and where that cannot be told, and from what. Cells come from ``transfer.cells``,
+figures from ``transfer.plots``, the two texts from ``transfer.page``; this module decides what is said.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from statistics import fmean, median
+from typing import TYPE_CHECKING, Any
+
+from pipeline import storage
+from pipeline.transfer import page, plots, results, stats
+from pipeline.transfer.cells import EVEN, FAILED, LOSES, REFERENCE, SCRATCH, UNCOMPARED, WINS, Cell, cells, fraction_order
+from pipeline.transfer.page import Block, Bullets, Code, Details, Figure, Heading, Tally, Text, Value
+
+if TYPE_CHECKING:
+    import rich.table
+
+__all__ = ["Cell", "cells", "table", "write"]
+
+Row = dict[str, Any]
+_DASH = "–"
+
+
+# ---------------------------------------------------------------- numbers
+
+def _places(intervals: Iterable[tuple[float | None, float | None]]) -> int:
+    """Decimals that show two digits of a typical interval's width."""
+    widths = [high - low for low, high in intervals if low is not None and high is not None and high > low]
+    return min(6, max(0, math.ceil(-math.log10(median(widths))) + 1)) if widths else 3
+
+
+def _places_by_target(shown: Sequence[Cell]) -> dict[str, int]:
+    by_target: dict[str, list[Cell]] = defaultdict(list)
+    for cell in shown:
+        by_target[cell.target].append(cell)
+    return {target: _places([(c.low, c.high) for c in group]) for target, group in by_target.items()}
+
+
+def _spread(middle: float | None, low: float | None, high: float | None, places: int, sign: str = "") -> str:
+    if middle is None:
+        return _DASH
+    bounds = "" if low is None or high is None else f" [{low:{sign}.{places}f}, {high:{sign}.{places}f}]"
+    return f"{middle:{sign}.{places}f}{bounds}"
+
+
+def _value(cell: Cell, places: int) -> str:
+    return _spread(cell.mean, cell.low, cell.high, places)
+
+
+def _gain(cell: Cell, places: int) -> str:
+    return _spread(cell.gain, cell.gain_low, cell.gain_high, places, "+")
+
+
+def _seconds(seconds: float | None) -> str:
+    if seconds is None:
+        return _DASH
+    if seconds < 100:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def _count(number: float | None) -> str:
+    return _DASH if number is None else f"{number:,.0f}"
+
+
+def _plural(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+# ---------------------------------------------------------------- terminal
+
+def table(cells: Sequence[Cell]) -> rich.table.Table:
+    """The matrix for the terminal, grouped by target; it fits 100 columns, and verdicts have signs as well as colours."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text as Rich
+
+    out = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), caption_justify="left",
+                caption="▲ wins, ▼ loses: the 95 % interval of the gain excludes zero. = it does not. ± over scratch, positive is better.")
+    out.add_column("target / source", overflow="fold", ratio=3)
+    out.add_column("technique", overflow="fold", ratio=3)
+    for name in ("labels", "mean [95 %]", "gain over scratch", "s/trial", "failed"):
+        out.add_column(name, justify="right", no_wrap=True)
+    places = _places_by_target(cells)
+    styles = {WINS: "bold green", LOSES: "bold red", FAILED: "bold red"}
+    target = None
+    for cell in cells:
+        if cell.target != target:
+            target = cell.target
+            out.add_section()
+            better = "" if not cell.metric else f"{cell.metric} {'↑' if cell.higher_is_better else '↓'}"
+            out.add_row(Rich(cell.target, "bold"), Rich(better, "dim"))
+        mark = page.MARKS.get(cell.verdict)
+        gain = f"{mark} {_gain(cell, places[target])}" if mark else "scratch" if cell.verdict == REFERENCE else cell.verdict
+        seconds = _DASH if cell.seconds is None else f"{cell.seconds:.3g}" if cell.seconds < 1000 else f"{cell.seconds:.0f}"
+        out.add_row(Rich("  " + (_DASH if cell.source == SCRATCH else cell.source)), Rich(cell.technique), Rich(plots.fraction_label(cell.label_fraction)),
+                    Rich(_value(cell, places[target])), Rich(gain, styles.get(cell.verdict, "")), Rich(seconds),
+                    Rich(str(cell.n_failed) if cell.n_failed else "", "red"))
+    return out
+
+
+# ---------------------------------------------------------------- the written report
+
+def write(root_uri: str, *, job_name: str, cells: Sequence[Cell], rows: Sequence[Row], curves: dict[str, list[dict[str, Any]]],
+          pretraining: Sequence[dict[str, Any]], splits: dict[str, str], notes: Sequence[str], versions: dict[str, str]) -> tuple[str, str]:
+    """Write report.md and report.html under ``root_uri``, each atomically, and give their URIs.
+
+    ``rows``: results rows (failures and totals are read from them). ``curves``: trial id to ``[{"step", "loss", "validation":
+    {metric: value}}]``. ``pretraining``: one dict a source with ``source, backbone, objective, steps, rows, seconds,
+    rows_per_second, metrics, transfer, bundle_uri, splits``, any of which may be missing. ``splits``: target to where its
+    splits come from. ``versions``: library to version, and whatever else was fixed (device, spec hash of the job).
+    """
+    groups: dict[str, list[Cell]] = defaultdict(list)
+    for cell in cells:
+        groups[cell.target].append(cell)
+    places = _places_by_target(cells)
+    blocks: list[Block] = [*_summary(cells, groups, rows, places), *_gains(groups)]
+    for target, group in groups.items():
+        blocks += _target(target, group, rows, curves, places[target], splits.get(target, ""))
+    blocks += [*_cost(cells, rows), *_scores(rows), *_pretraining(pretraining), *_failures(rows), *_duplicates(rows)]
+    blocks += [*_splits({t: s for t, s in splits.items() if t not in groups}), *_method(cells, rows, notes, versions)]
+    title = _headline(cells)
+    out = storage.join(root_uri, "report.md"), storage.join(root_uri, "report.html")
+    storage.write_bytes(out[0], page.markdown(f"{job_name}: {title[0].lower()}{title[1:]}", blocks).encode())
+    storage.write_bytes(out[1], page.page(title, f"One to Many: job {job_name}", blocks).encode())
+    return out
+
+
+def _verdicts(cells: Iterable[Cell]) -> Counter[str]:
+    return Counter(cell.verdict for cell in cells)
+
+
+def _headline(cells: Sequence[Cell]) -> str:
+    found = _verdicts(cells)
+    compared = found[WINS] + found[LOSES] + found[EVEN]
+    if not compared:
+        return "No trial finished" if cells and all(c.verdict == FAILED for c in cells) else "Nothing to compare with scratch yet"
+    lost = f", and lost in {found[LOSES]}" if found[LOSES] else ", and lost in none"
+    return f"Transfer paid in {found[WINS]} of {_plural(compared, 'comparison')}{lost}"
+
+
+def _summary(cells: Sequence[Cell], groups: dict[str, list[Cell]], rows: Sequence[Row], places: dict[str, int]) -> list[Block]:
+    found = _verdicts(cells)
+    compared = found[WINS] + found[LOSES] + found[EVEN]
+    out: list[Block] = []
+    if compared:
+        out.append(Text("A comparison is one source, technique and label fraction on one target against training from scratch with the same backbone, labels, "
+                        "seeds and search budget. It is won or lost where the 95 % interval of the gain excludes zero.", "lead"))
+    tally = [(str(found[WINS]), "wins", WINS), (str(found[LOSES]), "loses", LOSES), (str(found[EVEN]), "no difference", EVEN)]
+    tally += [(str(found[name]), name, name) for name in (UNCOMPARED, FAILED) if found[name]]
+    trials = {(row["trial_id"], row["trial_stage"]) for row in rows}
+    out.append(Tally([*tally, (str(len(trials)), "trials", "")]))
+    body = []
+    for target, group in groups.items():
+        best = max((c for c in group if c.gain is not None and c.source != SCRATCH), key=lambda c: c.gain or 0, default=None)
+        counts = _verdicts(group)
+        told = Value((f"{_gain(best, places[target])}", f"{best.source} · {best.technique} · {plots.fraction_label(best.label_fraction)}",
+                      f"{page.MARKS.get(best.verdict, '')} {best.verdict}"), best.verdict) if best else _DASH
+        body.append([target, group[0].metric or _DASH, told, str(counts[WINS]), str(counts[LOSES]), str(counts[EVEN]), str(sum(c.n_failed for c in group))])
+    if body:
+        out.append(page.Table(["Target", "Metric", "Largest gain over scratch", "Wins", "Loses", "No difference", "Failed trials"], body, 2))
+        out.append(Text("The largest gain of several is picked by its test value, so it flatters a little; the full matrix is below.", "note"))
+    return out
+
+
+def _gains(groups: dict[str, list[Cell]]) -> list[Block]:
+    shown = {target: compared for target, group in groups.items() if (compared := [c for c in group if c.gain is not None])}
+    if not shown:
+        return []
+    limits, label_inches = plots.forest_layout(shown)
+    out: list[Block] = [Heading("Gain over scratch")]
+    for target, group in shown.items():
+        group = sorted(group, key=lambda c: (fraction_order(c.label_fraction), -(c.gain or 0)))
+        svg = plots.forest(group, f"{target}, gain in {group[0].metric}", limits[target], label_inches)
+        out.append(Figure(svg, ""))
+    out.append(Text("▲ wins, ▼ loses, ○ no difference. Right of the line is better than scratch, whichever direction the metric has. "
+                    "Targets with the same metric share one scale.", "note"))
+    return out
+
+
+# ---------------------------------------------------------------- one target
+
+def _label(cell: Cell, backbones: bool) -> str:
+    source = "scratch" if cell.source == SCRATCH else cell.source
+    technique = "" if cell.source == SCRATCH and cell.technique == "scratch" else f" · {cell.technique}"
+    return f"{source}{technique}" + (f" ({cell.backbone})" if backbones else "")
+
+
+def _target(target: str, group: list[Cell], rows: Sequence[Row], curves: dict[str, list[dict[str, Any]]], places: int, split: str) -> list[Block]:
+    metric = next((c.metric for c in group if c.metric), "")
+    done = [c for c in group if c.mean is not None]
+    out: list[Block] = [Heading(target)]
+    if done:
+        sizes = sorted({c.n_test for c in done if c.n_test})
+        seeds = sorted({c.n_seeds for c in done})
+        out.append(Text(f"Test {metric} ({'higher' if done[0].higher_is_better else 'lower'} is better), mean over {' to '.join(map(str, (seeds[0], seeds[-1])[:len(seeds)]))} "
+                        f"{'seed' if seeds[-1] == 1 else 'seeds'} on {' or '.join(_count(n) for n in sizes) or 'an unknown number of'} test rows, "
+                        "with 95 % intervals; below it the gain over scratch."))
+    out.append(_matrix(group, places))
+    if split:
+        out.append(Text(f"Splits: {split}", "note"))
+    panels = _curves(target, metric, rows, curves)
+    if panels:
+        out.append(Figure(plots.learning(panels, metric), f"{target}: validation {metric} while fine-tuning, mean over seeds."))
+    if len({c.label_fraction for c in done if c.n_train}) > 1:
+        out.append(Figure(plots.label_efficiency(done), f"{target}: test {metric} by number of labelled rows, with 95 % intervals."))
+    return out
+
+
+def _matrix(group: list[Cell], places: int) -> page.Table:
+    fractions = sorted({c.label_fraction for c in group}, key=fraction_order)
+    several = len({c.backbone for c in group}) > 1
+    lines: dict[tuple[str, str, str], dict[str, Cell]] = defaultdict(dict)
+    for cell in sorted(group, key=lambda c: (c.source == SCRATCH, c.source, c.backbone, c.technique)):
+        lines[cell.source, cell.backbone, cell.technique][cell.label_fraction] = cell
+    sizes = {c.label_fraction: c.n_train for c in group if c.n_train}
+    header = ["Source · technique", *(f"{plots.fraction_label(f)} of labels" if "/" not in f else f for f in fractions)]
+    header = [header[0], *(f"{name} ({_count(sizes[f])} rows)" if f in sizes else name for name, f in zip(header[1:], fractions, strict=True))]
+    body = [[_label(next(iter(line.values())), several), *(_matrix_value(line.get(f), places) for f in fractions)] for line in lines.values()]
+    return page.Table(header, body)
+
+
+def _matrix_value(cell: Cell | None, places: int) -> str | Value:
+    if cell is None:
+        return _DASH
+    if cell.verdict == FAILED:
+        return Value(("failed", _plural(cell.n_failed, "trial")), FAILED)
+    lines = [_spread(cell.mean, None, None, places)]
+    lines += [_value(cell, places).partition(" ")[2]] if cell.low is not None and cell.high is not None else []
+    if cell.n_failed:
+        lines.append(f"{_plural(cell.n_failed, 'trial')} failed")
+    if cell.gain is not None:
+        lines.append(f"{_gain(cell, places)} {page.MARKS.get(cell.verdict, '')} {cell.verdict}")
+    elif cell.verdict == UNCOMPARED:
+        lines.append(UNCOMPARED)
+    return Value(tuple(lines), cell.verdict)
+
+
+def _curves(target: str, metric: str, rows: Sequence[Row], curves: dict[str, list[dict[str, Any]]]) -> dict[str, plots.Series]:
+    """label fraction -> (source, technique) -> (step, mean over seeds) of the validation metric."""
+    trials = {row["trial_id"]: row for row in rows if row["target"] == target and row["trial_stage"] == "final" and row["status"] == "done"}
+    points: dict[tuple[str, str, str], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for trial_id, row in trials.items():
+        for point in curves.get(trial_id, ()):
+            value = (point.get("validation") or {}).get(metric)
+            if value is not None and math.isfinite(value):
+                points[row["label_fraction"], row["source"], row["technique"]][point["step"]].append(value)
+    out: dict[str, plots.Series] = defaultdict(dict)
+    for (fraction, source, technique), by_step in points.items():
+        out[fraction][source, technique] = [(step, fmean(values)) for step, values in sorted(by_step.items())]
+    return dict(out)
+
+
+# ---------------------------------------------------------------- the rest
+
+def _trials(rows: Sequence[Row]) -> list[Row]:
+    """One row for each trial and stage."""
+    return list({(row["trial_id"], row["trial_stage"]): row for row in reversed(rows)}.values())[::-1]
+
+
+def _cost(cells: Sequence[Cell], rows: Sequence[Row]) -> list[Block]:
+    shown: dict[tuple[str, str, str], list[Cell]] = defaultdict(list)
+    for cell in cells:
+        if cell.seconds is not None:
+            shown[cell.target, cell.source, cell.technique].append(cell)
+    if not shown:
+        return []
+    spent: dict[tuple[str, str, str], list[float]] = defaultdict(list)
+    for row in _trials(rows):
+        spent[row["target"], row["source"], row["technique"]].append(row.get("seconds") or 0.0)
+    body = []
+    for key, group in shown.items():
+        seconds = sum((c.seconds or 0) * c.n_seeds for c in group) / sum(c.n_seeds for c in group)
+        params = [c.params_trained for c in group if c.params_trained is not None]
+        trials = spent.get(key, [])
+        body.append([key[0], _label(group[0], False), _seconds(seconds), _count(max(params, default=None)), _count(len(trials)), _seconds(sum(trials))])
+    return [Heading("Cost"), page.Table(["Target", "Source · technique", "A final trial", "Parameters trained", "Trials, with search", "All of them"], body, 2)]
+
+
+def _scores(rows: Sequence[Row]) -> list[Block]:
+    scores = {(r["target"], r["source"], r["score_name"]): r["score_value"] for r in rows if r.get("score_name") and r.get("score_value") is not None}
+    if not scores:
+        return []
+    body = [[t, s, n, f"{v:.4g}"] for (t, s, n), v in sorted(scores.items(), key=lambda kv: (kv[0][0], kv[0][2], -kv[1]))]
+    return [Heading("Transferability scores"), page.Table(["Target", "Source", "Score", "Value"], body, 3)]
+
+
+def _pretraining(pretraining: Sequence[dict[str, Any]]) -> list[Block]:
+    if not pretraining:
+        return []
+    body, more = [], []
+    for item in pretraining:
+        measured = ", ".join(f"{name} {value:.4g}" if isinstance(value, (int, float)) else f"{name} {value}" for name, value in (item.get("metrics") or {}).items())
+        body.append([str(item.get("source", _DASH)), str(item.get("backbone") or _DASH), str(item.get("objective") or _DASH), measured or _DASH,
+                     _count(item.get("steps")), _count(item.get("rows")), _seconds(item.get("seconds")), _count(item.get("rows_per_second"))])
+        said = [Text(f"{what}: {item[name]}") for name, what in (("bundle_uri", "Bundle"), ("splits", "Splits")) if item.get(name)]
+        said += [Text("Transfer of tensors:"), Code(str(item["transfer"]))] if item.get("transfer") else []
+        more += [Details(f"{item.get('source', 'source')}: where it comes from and what was carried over", said)] if said else []
+    head = ["Source", "Backbone", "Objective", "Metrics", "Steps", "Rows read", "Time", "Rows/s"]
+    return [Heading("Pretraining"), page.Table(head, body, 4), *more]
+
+
+def _failures(rows: Sequence[Row]) -> list[Block]:
+    failed = [row for row in _trials(rows) if row["status"] == "failed"]
+    if not failed:
+        return []
+    by_error: dict[str, list[Row]] = defaultdict(list)
+    for row in failed:
+        by_error[row.get("error") or "no error was recorded"].append(row)
+    out: list[Block] = [Heading("Failures"), Text(f"{_plural(len(failed), 'trial')} failed; the others went on without them.")]
+    for error, group in sorted(by_error.items(), key=lambda kv: -len(kv[1])):
+        lines = error.strip().splitlines() or [error]
+        out.append(Details(f"{_plural(len(group), 'trial')}: {lines[-1][:160]}", [
+            Bullets([f"{r['trial_id']}: {r['target']} · {r['source']} · {r['technique']} · labels {r['label_fraction']} · seed {r['seed']} "
+                     f"({r['trial_stage']}) {r.get('hyper_parameters') or ''}".strip() for r in group[:20]] + ([f"and {len(group) - 20} more"] if len(group) > 20 else [])),
+            Code(error)]))
+    return out
+
+
+def _duplicates(rows: Sequence[Row]) -> list[Block]:
+    found = results.duplicates(list(rows))
+    if not found:
+        return []
+    return [Heading("Identical results under different settings"),
+            Text("Trials that differ in a setting and still agree to 12 digits say that the setting had no effect: look at these before you trust them.", "warning"), Bullets(found)]
+
+
+def _splits(splits: dict[str, str]) -> list[Block]:
+    return [Heading("Splits"), Bullets([f"{name}: {text}" for name, text in splits.items()])] if splits else []
+
+
+def _method(cells: Sequence[Cell], rows: Sequence[Row], notes: Sequence[str], versions: dict[str, str]) -> list[Block]:
+    found = _verdicts(cells)
+    compared = found[WINS] + found[LOSES] + found[EVEN]
+    bootstrap = (f"Intervals are 95 % percentile bootstraps (Efron and Tibshirani, 1993) with {stats.DRAWS} draws over test units "
+                 f"({stats.RECOMPUTED_DRAWS} for metrics that are no sum over units), whole groups where the data declare them, and over seeds. "
+                 "Deviations between seeds are widened for their small number (Hesterberg, 2015), without which intervals of 3 seeds would be too short.")
+    said = [bootstrap, "Gains are paired: the same seeds and the same test rows, drawn together for both sides. Positive is better."]
+    if compared:
+        said.append(f"Intervals are not corrected for the number of comparisons: of {compared} comparisons without any true difference, about {0.05 * compared:.1f} would still be won or lost.")
+    ways = Counter(cell.interval for cell in cells if cell.interval)
+    said += [f"{way}: {_plural(count, 'cell')}." for way, count in ways.items()]
+    out: list[Block] = [Heading("How this was made"), Bullets(said)]
+    if notes:
+        out += [Heading("Notes", 3), Bullets(list(notes))]
+    ran = [[name, str(version)] for name, version in versions.items()]
+    for column, what in (("spec_hash", "spec hash"), ("git_sha", "git commit"), ("device", "device")):
+        values = sorted({str(row[column]) for row in rows if row.get(column)})
+        if values and what not in versions:
+            ran.append([what, ", ".join(values[:6]) + (f" and {len(values) - 6} more" if len(values) > 6 else "")])
+    times = [row["started_at"] for row in rows if row.get("started_at")]
+    ran += [["first trial started", f"{min(times):%Y-%m-%d %H:%M} UTC"]] if times else []
+    if ran:
+        out += [Heading("Versions", 3), page.Table(["What", "Which"], ran, 2)]
+    winners = [[c.target, _label(c, False), plots.fraction_label(c.label_fraction), _parameters(c.hyper_parameters)] for c in cells if c.n_seeds]
+    if winners:
+        out.append(Details("Hyper-parameters of the final trials", [page.Table(["Target", "Source · technique", "Labels", "Hyper-parameters"], winners, 4)]))
+    return out
+
+
+def _parameters(text: str) -> str:
+    try:
+        return ", ".join(f"{name} {value}" for name, value in json.loads(text).items()) or _DASH
+    except (ValueError, AttributeError):
+        return text

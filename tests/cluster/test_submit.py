@@ -1,0 +1,443 @@
+"""Submitting: what is shipped, what is said, what the exit code is, and one real cluster of two nodes."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import os
+import random
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from cluster import package
+from cluster import submit as submit_module
+from cluster.local import local_cluster
+from cluster.package import collect, write_zip
+from cluster.submit import SubmitError, entrypoint, parse_env, submit
+
+ROOT = Path(__file__).resolve().parents[2]
+RAY_VERSION = submit_module.ray.__version__
+
+
+@pytest.fixture(autouse=True)
+def _no_cluster_in_the_environment(monkeypatch):
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+
+
+@pytest.fixture
+def job(tmp_path):
+    """A job folder: the job file, data beside it, and things that must not travel."""
+    folder = tmp_path / "jobs"
+    for name in ("job.yaml", "data/a.parquet", ".git/config", "runs/old.json", "data/runs/new.json", "w.pt", ".env"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(f"name: {name.replace('/', '-')}\nstorage: s3://bucket/runs\n")
+    return folder / "job.yaml"
+
+
+def test_the_entrypoint_survives_the_shell():
+    command = entrypoint(Path("my jobs/vision.yaml"), ["name=it's", "fanout.search={lr: [1e-4, $HOME]}"])
+    words = ["python", "-m", "pipeline.cli", "run", "my jobs/vision.yaml", "--address", "auto"]
+    words += ["--set", "name=it's", "--set", "fanout.search={lr: [1e-4, $HOME]}"]
+    assert shlex.split(command) == words
+    assert subprocess.check_output(["sh", "-c", "printf '%s\n' " + command], text=True).splitlines() == words
+
+
+def test_variables_are_named_or_given(monkeypatch):
+    monkeypatch.setenv("HERE", "a=b")
+    assert parse_env(["HERE", "THERE=c=d", "EMPTY="]) == {"HERE": "a=b", "THERE": "c=d", "EMPTY": ""}
+    with pytest.raises(SubmitError, match="NOWHERE is not set here"):
+        parse_env(["NOWHERE"])
+    with pytest.raises(SubmitError, match="neither NAME nor NAME=VALUE"):
+        parse_env(["not a name=1"])
+
+
+def test_the_package_is_the_folder_and_the_code_and_says_what_it_leaves_out(job):
+    shipped = collect(job.parent, exclude=["/data/runs/*"])
+    assert {name for name in shipped.files if not name.startswith(("pipeline/", "cluster/"))} == {
+        "job.yaml",
+        "data/a.parquet",
+    }
+    assert shipped.left_out == [".env", ".git", "data/runs/new.json", "runs", "w.pt"]
+    assert shipped.files["cluster/submit.py"] == ROOT / "cluster" / "submit.py"
+    assert "pipeline/__init__.py" in shipped.files
+    assert not any("__pycache__" in name for name in shipped.files)
+    assert not any(name.startswith("cluster/") for name in collect(job.parent, ship_code=False).files)
+
+
+def test_links_are_followed_but_not_in_circles(job, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "b.parquet").write_text("b")
+    (job.parent / "linked").symlink_to(tmp_path / "elsewhere")
+    (job.parent / "circle").symlink_to(job.parent)
+    (job.parent / "dangling").symlink_to(tmp_path / "nothing")
+    files = collect(job.parent, ship_code=False).files
+    assert "linked/b.parquet" in files
+    assert not any(name.startswith(("circle", "dangling")) for name in files)
+
+
+def test_a_checkout_is_shipped_once_and_a_namesake_is_refused(job):
+    (job.parent / "cluster").mkdir()
+    (job.parent / "cluster" / "notes.txt").write_text("not ours")
+    with pytest.raises(SubmitError, match="would hide the Python package cluster"):
+        collect(job.parent)
+    (job.parent / "cluster" / "__init__.py").write_text("")
+    assert [name for name in collect(job.parent).files if name.startswith("cluster/")] == [
+        "cluster/__init__.py",
+        "cluster/notes.txt",
+    ]
+
+
+def test_equal_files_make_equal_packages(job, tmp_path):
+    first = write_zip(collect(job.parent), tmp_path / "1.zip").read_bytes()
+    for file in job.parent.rglob("*"):
+        os.utime(file, (1e9, 1e9))
+    second = write_zip(collect(job.parent), tmp_path / "2.zip").read_bytes()
+    assert first == second
+    with zipfile.ZipFile(tmp_path / "1.zip") as opened:
+        assert opened.read("job.yaml") == job.read_bytes()
+
+
+def test_a_package_too_big_is_refused_with_its_size(job, tmp_path, monkeypatch):
+    (job.parent / "data" / "big.bin").write_bytes(random.Random(0).randbytes(3 * 2**20))
+    monkeypatch.setattr(package, "MAX_PACKAGE_MIB", 2)
+    with pytest.raises(SubmitError, match=r"has 3 MiB.*less than 2; .*data/big.bin \(3 MiB\).*s3://.*exclude"):
+        write_zip(collect(job.parent), tmp_path / "big.zip")
+    monkeypatch.setattr(package, "MAX_PACKAGE_MIB", 0.1)  # so far beyond that it is not even tried
+    with pytest.raises(SubmitError, match="has 3 MiB"):
+        write_zip(collect(job.parent), tmp_path / "never.zip")
+    assert not (tmp_path / "never.zip").exists()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_log_that_starts_over_is_printed_once(seed):
+    draw, said = random.Random(seed), []
+    log = "".join(draw.choice(["", "x", "line\n", "\n"]) for _ in range(30)) + "end"
+    lines = submit_module._Lines(said.append)
+    for reach in [*sorted(draw.choices(range(len(log)), k=4)), len(log)]:
+        lines.restart()
+        at = 0
+        while at < reach:
+            step = draw.randint(1, 9)
+            lines.feed(log[at : min(at + step, reach)])
+            at += step
+    lines.close()
+    assert "\n".join(said) == log
+
+
+def test_an_address_where_nothing_is(job):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    with pytest.raises(SubmitError, match=f"no Ray dashboard answered at http://127.0.0.1:{port}"):
+        submit(job, f"http://127.0.0.1:{port}")
+
+
+@pytest.mark.parametrize("address", ["head:8265", "ray://head:10001", "auto", "http://"])
+def test_what_is_not_an_address(job, address):
+    with pytest.raises(SubmitError, match="is not the address of a Ray dashboard"):
+        submit(job, address)
+
+
+@pytest.mark.slow
+def test_an_address_that_takes_the_call_and_says_nothing(job):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        started = time.monotonic()
+        with pytest.raises(SubmitError, match="no Ray dashboard answered"):
+            submit(job, f"http://127.0.0.1:{server.getsockname()[1]}")
+    assert time.monotonic() - started < 15
+
+
+class FakeDashboard(http.server.BaseHTTPRequestHandler):
+    """As much of Ray's job API as `submit` uses. Tests set `replies`; requests that came are in `requests`."""
+
+    replies: dict[str, tuple[int, object]]
+    requests: list[tuple[str, str, object]]
+
+    def _answer(self) -> None:
+        length = int(self.headers.get("Content-Length", 0))
+        body = self.rfile.read(length)
+        is_json = self.headers.get("Content-Type") == "application/json"
+        self.requests.append((self.command, self.path, json.loads(body) if is_json else dict(self.headers)))
+        path = self.path.partition("?")[0]
+        status, reply = next((value for key, value in self.replies.items() if re.fullmatch(key, path)), (404, "no"))
+        reply = reply.pop(0) if isinstance(reply, list) else reply
+        data = (json.dumps(reply) if not isinstance(reply, str) else reply).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    do_GET = do_POST = do_PUT = _answer
+
+    def log_message(self, *_) -> None:
+        pass
+
+
+@pytest.fixture
+def dashboard():
+    class Handler(FakeDashboard):
+        pass
+
+    Handler.requests = []
+    Handler.replies = {
+        "/api/version": (200, {"version": "4", "ray_version": RAY_VERSION, "ray_commit": "x", "session_name": "s"}),
+        "/api/packages/.*": (200, {}),
+        "/api/v0/nodes": (200, {"data": {"result": {"result": [{"state": "ALIVE"}] * 2 + [{"state": "DEAD"}]}}}),
+    }
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        Handler.address = f"http://127.0.0.1:{server.server_address[1]}"
+        yield Handler
+        server.shutdown()
+
+
+def _ends(dashboard, status: str, code: int | None, message: str = "why") -> None:
+    details = {"type": "SUBMISSION", "status": status, "entrypoint": "e", "message": message, "driver_exit_code": code}
+    dashboard.replies |= {
+        "/api/jobs/": (200, {"job_id": "id", "submission_id": "id"}),
+        "/api/jobs/[^/]+": (200, details),
+        "/api/jobs/[^/]+/logs": (200, {"logs": "one\ntwo"}),  # without logs/tail: following falls back on it
+    }
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "expected"),
+    [
+        ("SUCCEEDED", 0, 0),
+        ("FAILED", 7, 7),
+        ("FAILED", -9, 137),
+        ("FAILED", None, 1),  # the process never started
+        ("FAILED", 0, 1),  # it ended well, but the cluster lost it
+        ("STOPPED", None, 1),
+    ],
+)
+def test_the_exit_code_is_the_jobs(job, dashboard, status, code, expected):
+    _ends(dashboard, status, code)
+    said: list[str] = []
+    assert submit(job, dashboard.address, echo=said.append) == expected
+    assert said[-3:-1] == ["one", "two"]
+    if expected == 1:
+        assert "why" in said[-1]
+
+
+def test_where_the_log_cannot_be_streamed_it_is_fetched(job, dashboard, monkeypatch):
+    _ends(dashboard, "SUCCEEDED", 0)
+    monkeypatch.setattr(submit_module, "RETRY_SECONDS", 0.05)
+    ended = dashboard.replies["/api/jobs/[^/]+"][1]
+    dashboard.replies["/api/jobs/[^/]+"] = (200, [ended | {"status": "RUNNING"}] * 2 + [ended])
+    dashboard.replies["/api/jobs/[^/]+/logs"] = (
+        200,
+        [{"logs": logs} for logs in ("one\nt", "one\ntwo\n", "one\ntwo\n3")],
+    )
+    said: list[str] = []
+    assert submit(job, dashboard.address, echo=said.append) == 0
+    assert said[-4:-1] == ["one", "two", "3"]
+
+
+def test_a_submission_says_how_to_come_back(job, dashboard):
+    _ends(dashboard, "SUCCEEDED", 0)
+    said: list[str] = []
+    env = {"GREETING": "hi", "AWS_SECRET_ACCESS_KEY": "s"}
+    submit(job, dashboard.address, submission_id="mine", follow=False, env=env, overrides=["seed=1"], echo=said.append)
+    text = "\n".join(said)
+    assert f"ray job logs --follow --address {dashboard.address} mine" in text
+    assert f"ray job stop --address {dashboard.address} mine" in text
+    assert f"{dashboard.address}/#/jobs/mine" in text
+    assert "AWS_SECRET_ACCESS_KEY can be read" in text and "left out: .env, .git, runs, w.pt" in text
+    (request,) = [body for command, path, body in dashboard.requests if (command, path) == ("POST", "/api/jobs/")]
+    assert request["entrypoint"] == "python -m pipeline.cli run job.yaml --address auto --set seed=1"
+    assert request["submission_id"] == "mine"
+    assert request["runtime_env"]["env_vars"] == env
+    assert request["runtime_env"]["working_dir"].startswith("gcs://_ray_pkg_")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "warning"),
+    [
+        (["storage=s3://b/p"], None),
+        (["storage=${BUCKET}/p"], None),
+        (["storage=/mnt/runs"], "/mnt/runs must be one disk that all 2 nodes share"),
+        (["storage=file:///mnt/runs"], "must be one disk"),
+        (["storage=runs"], "temporary copy on the cluster, which is deleted later"),
+    ],
+)
+def test_storage_that_the_nodes_do_not_share(job, dashboard, overrides, warning):
+    _ends(dashboard, "SUCCEEDED", 0)
+    said: list[str] = []
+    submit(job, dashboard.address, overrides=["storage=ignored", *overrides], echo=said.append)
+    found = [line for line in said if line.startswith("warning")]
+    assert found == [] if warning is None else warning in found[0]
+
+
+def test_the_address_given_wins_over_the_environment(job, dashboard, monkeypatch):
+    _ends(dashboard, "SUCCEEDED", 0)
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:1")
+    assert submit(job, dashboard.address, echo=lambda _: None) == 0
+    assert os.environ["RAY_ADDRESS"] == "http://127.0.0.1:1"
+
+
+def test_refusals_are_one_clear_line(job, dashboard):
+    _ends(dashboard, "SUCCEEDED", 0)
+    dashboard.replies["/api/jobs/"] = (500, "Traceback ...\nValueError: Job with submission_id mine already exists.\n")
+    with pytest.raises(SubmitError, match=r"did not accept the job: ValueError: .* already exists"):
+        submit(job, dashboard.address, submission_id="mine", echo=lambda _: None)
+    dashboard.replies["/api/version"] = (200, "<html>a router</html>")
+    with pytest.raises(SubmitError, match="is not a Ray dashboard"):
+        submit(job, dashboard.address)
+    with pytest.raises(SubmitError, match="is not under the folder to ship"):
+        submit(job, dashboard.address, working_dir=job.parent / "data")
+    job.write_text("a: [")
+    with pytest.raises(SubmitError, match="cannot read"):
+        submit(job, dashboard.address)
+
+
+def test_tokens(job, dashboard, monkeypatch, tmp_path):
+    _ends(dashboard, "SUCCEEDED", 0)
+    monkeypatch.delenv("RAY_AUTH_MODE")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    version = dashboard.replies["/api/version"]
+    dashboard.replies["/api/version"] = (401, "Unauthorized: Missing authentication token")
+    with pytest.raises(SubmitError, match=r"wants a token, and none is set here.*ray get-auth-token.*RAY_AUTH_TOKEN"):
+        submit(job, dashboard.address)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "wrong")
+    dashboard.replies["/api/version"] = (403, "Forbidden: Invalid authentication token")
+    with pytest.raises(SubmitError, match="refused the one given"):
+        submit(job, dashboard.address)
+    monkeypatch.delenv("RAY_AUTH_TOKEN")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
+    with pytest.raises(SubmitError, match="cannot read the token"):
+        submit(job, dashboard.address)
+    (tmp_path / "token").write_text("right\n")
+    dashboard.replies["/api/version"] = version
+    dashboard.requests.clear()
+    assert submit(job, dashboard.address, echo=lambda _: None) == 0
+    assert dashboard.requests[0][2]["Authorization"] == "Bearer right"
+
+
+def test_contact_lost_for_long(job, dashboard, monkeypatch):
+    _ends(dashboard, "SUCCEEDED", 0)
+    dashboard.replies["/api/jobs/[^/]+"] = (500, "gone")
+    monkeypatch.setattr(submit_module, "LOST_SECONDS", 0.5)
+    monkeypatch.setattr(submit_module, "RETRY_SECONDS", 0.1)
+    with pytest.raises(SubmitError, match=r"lost contact .*mine may still be running: ray job logs"):
+        submit(job, dashboard.address, submission_id="mine", echo=lambda _: None)
+
+
+ENTRY = """
+import os, sys, time
+import ray
+import cluster
+
+print("greeting", os.environ["GREETING"], "with", *sys.argv[1:], flush=True)
+for line in range(4):
+    print("line", line, flush=True)
+    time.sleep(1)
+
+@ray.remote(scheduling_strategy="SPREAD")
+def where():
+    import cluster  # shipped to the workers too
+    time.sleep(1)
+    return ray.get_runtime_context().get_node_id(), cluster.__file__
+
+ray.init(address="auto")
+places = ray.get([where.remote() for _ in range(4)])
+print("nodes", len({node for node, _ in places}))
+code = {os.path.dirname(os.path.dirname(file)) for _, file in places}
+print("copies of the code", len(code), os.getcwd() in code, os.path.exists("job.yaml"))
+sys.exit(7)
+"""
+
+SLEEPER = """
+import time
+for second in range(600):
+    print("tick", second, flush=True)
+    time.sleep(1)
+"""
+
+
+@pytest.fixture(scope="module")
+def real_cluster():
+    with local_cluster(2) as cluster:
+        yield cluster
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_a_job_on_two_nodes_is_followed_to_its_exit_code(real_cluster, tmp_path):
+    (tmp_path / "job.yaml").write_text(f"name: tiny\nstorage: {tmp_path}\n")
+    (tmp_path / "entry.py").write_text(ENTRY)
+    said: list[tuple[float, str]] = []
+    code = submit(
+        tmp_path / "job.yaml",
+        real_cluster.job_address,
+        overrides=["seed=1"],
+        env={"GREETING": "hello"},
+        python_module="entry",
+        echo=lambda line: said.append((time.monotonic(), line)),
+    )
+    lines = [line for _, line in said]
+    assert code == 7, "\n".join(lines)
+    assert "greeting hello with run job.yaml --address auto --set seed=1" in lines
+    times = {line: when for when, line in said}
+    assert times["line 3"] - times["line 0"] > 1, "the log came in one piece"
+    assert [line for line in lines if line.startswith("line ")] == [f"line {i}" for i in range(4)]
+    assert "nodes 2" in lines
+    assert "copies of the code 2 True True" in lines
+    assert any("must be one disk that all 2 nodes share" in line for line in lines)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_ctrl_c_leaves_the_job_running(real_cluster, tmp_path):
+    (tmp_path / "job.yaml").write_text("name: sleeper\nstorage: s3://nowhere/runs\n")
+    (tmp_path / "entry.py").write_text(SLEEPER)
+    program = (
+        "import sys; from functools import partial; from pathlib import Path; from cluster.submit import submit\n"
+        f"sys.exit(submit(Path('job.yaml'), {real_cluster.job_address!r}, submission_id='sleeper',"
+        " python_module='entry', echo=partial(print, flush=True)))"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True
+    )
+    client = submit_module._connect(real_cluster.job_address)
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("tick"):
+                break
+        process.send_signal(signal.SIGINT)
+        rest = process.stdout.read()
+        assert process.wait(timeout=30) == 130
+        assert "no longer following; sleeper goes on" in rest and "ray job stop --address" in rest
+        assert client.get_job_info("sleeper").status == "RUNNING"
+        with pytest.raises(SubmitError, match="already exists"):
+            submit(
+                tmp_path / "job.yaml",
+                real_cluster.job_address,
+                submission_id="sleeper",
+                python_module="entry",
+                echo=lambda _: None,
+            )
+    finally:
+        process.kill()
+        process.wait()
+        client.stop_job("sleeper")
+    deadline = time.monotonic() + 30
+    while not client.get_job_info("sleeper").status.is_terminal() and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert client.get_job_info("sleeper").status == "STOPPED"

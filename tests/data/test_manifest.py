@@ -1,0 +1,586 @@
+"""Which rows there are and in which split: real files of every format, whole, broken and in odd company."""
+
+import json
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pipeline.data import manifest as m
+from pipeline.job import Data
+
+PNG = bytes.fromhex("89504e470d0a1a0a0000000d49484452000000010000000108000000003a7e9b55"
+                    "0000000a49444154789c6360000000020001e221bc330000000049454e44ae426082")
+
+
+def write(path: Path, frame: pd.DataFrame, group: int = 7) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pandas(frame, preserve_index=False), path, row_group_size=group)
+    return path
+
+
+def people(start: int, stop: int) -> pd.DataFrame:
+    """Rows numbered from start: every fourth one shares a person, the number tells the row."""
+    number = np.arange(start, stop)
+    return pd.DataFrame({"number": number, "text": [f"text {n}" for n in number], "label": number % 3, "person": [f"p{n // 4}" for n in number],
+                         "flag": number % 2 == 0, "weight": (number % 4) / 2, "kind": ["ab"[n % 2] for n in number]})
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Three files of 20, 13 and 30 rows in groups of 7, written in another order than that of their names."""
+    bounds = {"b.parquet": (20, 33), "c.parquet": (33, 63), "a.parquet": (0, 20)}
+    for name, (start, stop) in bounds.items():
+        write(tmp_path / "rows" / name, people(start, stop))
+    return tmp_path / "rows"
+
+
+@pytest.fixture
+def imports(tmp_path):
+    return str(tmp_path / "imports")
+
+
+@pytest.fixture
+def split(imports):
+    """Splits of a data spec; the modality is only a name here."""
+    def split(need_test: bool = False, roles: tuple[str, ...] = (), **fields) -> m.Splits:
+        return m.splits(Data(modality="text", **fields), roles, "targets.t", imports, need_test)  # pyright: ignore[reportArgumentType]
+
+    return split
+
+
+def numbers(selection: m.Selection) -> list[int]:
+    return m.read_columns(selection, ["number"])["number"].to_pylist()
+
+
+# ---------------------------------------------------------------- the manifest
+
+@pytest.mark.parametrize("named", ["{0}", "{0}/", "{0}/*.parquet", "{0}/[abc].parquet", "file://{0}", "file://{0}/*.parquet", "{0}/c.parquet {0}/b.parquet {0}/a.parquet",
+                                   "{0} {0}/a.parquet", "{0}/a.parquet {0}/*.parquet"])
+def test_files_folders_and_globs_give_each_row_once_in_the_order_of_names(files, imports, named):
+    built = m.build(named.format(files).split(), "auto", imports)
+    assert [Path(file).name for file in built.files] == ["a.parquet", "b.parquet", "c.parquet"]
+    assert built.rows == 63
+    assert [g.rows for g in built.groups] == [7, 7, 6, 7, 6, 7, 7, 7, 7, 2]
+    assert [(g.file, g.number) for g in built.groups] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (2, 0), (2, 1), (2, 2), (2, 3), (2, 4)]
+    assert built.starts.tolist() == [0, 7, 14, 20, 27, 33, 40, 47, 54, 61, 63]
+    assert built.size > 0
+    assert numbers(m.Selection(built)) == list(range(63))
+
+
+def test_only_footers_are_read(files, imports):
+    """Damaged data pages are no matter for the manifest: it is built from the end of each file."""
+    for file in files.iterdir():
+        content = bytearray(file.read_bytes())
+        footer = int.from_bytes(content[-8:-4], "little") + 8
+        content[4:-footer] = bytes(len(content) - footer - 4)
+        file.write_bytes(content)
+    assert m.build(str(files), "auto", imports).rows == 63
+
+
+def test_the_place_of_a_row_names_its_file_and_its_row_in_it(files, imports):
+    built = m.build(str(files), "auto", imports)
+    assert built.place(0) == f"{files}/a.parquet row 0"
+    assert built.place(19) == f"{files}/a.parquet row 19"
+    assert built.place(20) == f"{files}/b.parquet row 0"
+    assert built.place(62) == f"{files}/c.parquet row 29"
+
+
+def test_fingerprint_follows_the_content_not_the_folder(files, imports, tmp_path):
+    first = m.build(str(files), "auto", imports)
+    assert m.build(str(files / "*.parquet"), "auto", imports).fingerprint == first.fingerprint
+    moved = files.rename(tmp_path / "moved")
+    assert m.build(str(moved), "auto", imports).fingerprint == first.fingerprint
+    content = bytearray((moved / "b.parquet").read_bytes())
+    content[20] ^= 1
+    (moved / "b.parquet").write_bytes(content)
+    assert m.build(str(moved), "auto", imports).fingerprint != first.fingerprint
+    (moved / "b.parquet").unlink()
+    assert m.build(str(moved), "auto", imports).fingerprint != first.fingerprint
+
+
+def test_a_manifest_travels(files, imports):
+    built = m.build(str(files), "auto", imports)
+    again = pickle.loads(pickle.dumps(built))
+    assert again == built and again.schema == built.schema and again.starts.tolist() == built.starts.tolist()
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda frame: frame.assign(label=frame.label.astype("int32")), "column 'label' is int64 there and int32 here"),
+    (lambda frame: frame.assign(label=frame.label.astype(str)), "column 'label' is int64 there and (large_)?string here"),
+    (lambda frame: frame.drop(columns="label"), "column 'label' is int64 there and absent here"),
+    (lambda frame: frame.assign(more=1), "column 'more' is absent there and int64 here"),
+    (lambda frame: frame[frame.columns[::-1]], "the order of the columns"),
+])
+def test_files_whose_schemas_differ_are_refused_by_column(files, imports, change, message):
+    write(files / "d.parquet", change(people(63, 70)))
+    with pytest.raises(ValueError, match=message) as caught:
+        m.build(str(files), "auto", imports)
+    assert str(caught.value).startswith(f"{files}/d.parquet: its schema differs from that of {files}/a.parquet: ")
+
+
+def test_metadata_of_a_schema_is_no_difference(files, imports):
+    table = pa.Table.from_pandas(people(63, 70)).replace_schema_metadata({"written by": "somebody else"})
+    pq.write_table(table, files / "d.parquet")
+    assert m.build(str(files), "auto", imports).rows == 70
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    (b"", "empty (0 bytes)"), (b"PAR1", "not a readable Parquet file"), (b"text, not parquet" * 9, "not a readable Parquet file"), (None, "not a readable Parquet file"),
+], ids=["zero bytes", "four bytes", "text", "truncated"])
+def test_a_broken_file_is_named(files, imports, content, message):
+    whole = (files / "b.parquet").read_bytes()
+    (files / "b.parquet").write_bytes(whole[:-50] if content is None else content)
+    with pytest.raises(ValueError) as caught:
+        m.build(str(files), "auto", imports)
+    assert str(caught.value).startswith(f"{files}/b.parquet: ") and message in str(caught.value)
+
+
+def test_a_damaged_footer_is_named(files, imports):
+    content = bytearray((files / "b.parquet").read_bytes())
+    size = int.from_bytes(content[-8:-4], "little")
+    content[-8 - size:-8] = os.urandom(1) * size
+    (files / "b.parquet").write_bytes(content)
+    with pytest.raises(ValueError, match="b.parquet: not a readable Parquet file"):
+        m.build(str(files), "auto", imports)
+
+
+def test_no_files_are_an_error(tmp_path, imports):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "a.bin").write_bytes(b"x")
+    for uri in ("nowhere", "nowhere/*.parquet", "empty", "other"):
+        with pytest.raises(ValueError, match=uri.split("/")[0]):
+            m.build(str(tmp_path / uri), "auto", imports)
+
+
+def test_files_of_several_kinds_are_refused(files, imports):
+    (files / "x.csv").write_text("a\n1\n")
+    with pytest.raises(ValueError, match=r"files of several kinds \(csv, parquet\); name one kind by a glob"):
+        m.build(str(files), "auto", imports)
+
+
+def test_hidden_files_and_other_suffixes_are_left_out_of_folders(files, imports):
+    for name in (".hidden.parquet", "_SUCCESS", "README.md", "_temporary/x.parquet", ".git/x.parquet"):
+        (files / name).parent.mkdir(exist_ok=True)
+        (files / name).write_text("x")
+    assert m.build(str(files), "auto", imports).rows == 63
+
+
+def test_folders_are_read_to_their_depth(files, imports):
+    write(files / "deep" / "er" / "d.parquet", people(63, 70))
+    assert m.build(str(files), "auto", imports).rows == 70
+
+
+# ---------------------------------------------------------------- rows
+
+ORDERS = st.lists(st.integers(0, 62), max_size=80)
+
+
+@given(rows=ORDERS, cache=st.sampled_from([0, 600, 1 << 20]))
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_take_equals_pandas_in_any_order(files, imports, rows, cache):
+    reader = m.Reader(m.build(str(files), "auto", imports), ["text", "label"], cache_bytes=cache)
+    expected = people(0, 63)[["text", "label"]].iloc[rows]
+    for half in (expected.iloc[:len(rows) // 2], expected.iloc[len(rows) // 2:], expected):  # the cache is warm from the second on
+        got = reader.take(half.index.to_numpy(dtype=np.int64))
+        assert got.column_names == ["text", "label"]
+        assert got.to_pydict() == {name: half[name].tolist() for name in half}
+
+
+def test_the_reader_reads_a_group_once_and_keeps_no_more_than_its_cache(files, imports, monkeypatch):
+    reads = []
+    original = pq.ParquetFile.read_row_group
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", lambda self, number, columns: reads.append((number, tuple(columns))) or original(self, number, columns=columns))
+    built = m.build(str(files), "auto", imports)
+    reader = m.Reader(built, ["text"])
+    for _ in range(3):
+        reader.take(np.array([3, 30, 4, 60, 31]))
+    assert sorted(reads) == [(0, ("text",)), (1, ("text",)), (3, ("text",))], "one column of three groups, each once"
+    tight = m.Reader(built, ["text"], cache_bytes=1)
+    tight.take(np.arange(63))
+    assert len(tight._groups) == 1
+    assert tight._held == sum(table.nbytes for table in tight._groups.values())
+
+
+def test_read_columns_equals_pandas(files, imports):
+    built = m.build(str(files), "auto", imports)
+    expected = people(0, 63)
+    for rows in (None, np.array([0, 5, 19, 20, 62]), np.zeros(0, dtype=np.int64)):
+        got = m.read_columns(m.Selection(built, rows), ["label", "text"])
+        frame = expected if rows is None else expected.iloc[rows]
+        assert got.to_pydict() == {"label": frame.label.tolist(), "text": frame.text.tolist()}
+
+
+@given(mask=st.lists(st.booleans(), min_size=63, max_size=63), second=st.integers(0, 63))
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_boundaries_of_a_selection_mark_its_row_groups(files, imports, mask, second):
+    built = m.build(str(files), "auto", imports)
+    kept = m.Selection(built).keep(np.array(mask))
+    kept = kept.keep(np.arange(len(kept)) < second)
+    rows = np.flatnonzero(mask)[:second]
+    assert len(kept) == len(rows) and kept.ids(np.arange(len(kept))).tolist() == rows.tolist()
+    assert numbers(kept) == rows.tolist()
+    groups = np.searchsorted(built.starts, rows, side="right")
+    edges = [0, *(np.flatnonzero(np.diff(groups)) + 1), len(rows)] if len(rows) else [0]
+    assert kept.boundaries.tolist() == edges
+
+
+def test_files_without_rows_are_no_matter(files, imports):
+    pq.write_table(pq.read_table(files / "a.parquet").slice(0, 0), files / "aa.parquet")
+    built = m.build(str(files), "auto", imports)
+    assert built.rows == 63
+    assert numbers(m.Selection(built)) == list(range(63))
+    assert built.place(20) == f"{files}/b.parquet row 0"
+    assert m.Reader(built, ["number"]).take(np.array([62, 20])).to_pydict() == {"number": [62, 20]}
+
+
+# ---------------------------------------------------------------- splits
+
+def test_a_declared_split_column_is_obeyed(tmp_path, split):
+    frame = people(0, 60)
+    frame["part"] = ["train", "dev", "test", "train", "unused", "train"] * 10
+    write(tmp_path / "a.parquet", frame)
+    got = split(uri=str(tmp_path / "a.parquet"), split_column="part", need_test=True)
+    for name, values in (("train", ["train"]), ("validation", ["dev"]), ("test", ["test"])):
+        assert numbers(getattr(got, name)) == frame.number[frame.part.isin(values)].tolist(), name
+    assert got.sizes() == "train 30, validation 10, test 10 rows (column part)"
+
+
+def test_split_values_may_be_named_and_be_numbers(tmp_path, split):
+    frame = people(0, 60).assign(fold=np.arange(60) % 5)
+    write(tmp_path / "a.parquet", frame)
+    got = split(uri=str(tmp_path / "a.parquet"), split_column="fold", split_values={"train": ["0", "1"], "validation": ["2"], "test": ["4"]}, need_test=True)
+    assert numbers(got.train) == frame.number[frame.fold < 2].tolist()
+    assert numbers(got.validation) == frame.number[frame.fold == 2].tolist()
+    assert numbers(got.test) == frame.number[frame.fold == 4].tolist()
+
+
+def test_a_split_column_without_training_rows_names_what_it_holds(files, split):
+    with pytest.raises(ValueError, match=r"targets\.t\.data\.split_column: no row of kind is \['train'\]; it holds a, b; set split_values"):
+        split(uri=str(files), split_column="kind")
+
+
+def test_a_missing_validation_part_is_held_out_of_train_alone(tmp_path, split):
+    frame = people(0, 400)
+    frame["part"] = np.where(frame.number % 4 == 0, "test", "train")
+    write(tmp_path / "a.parquet", frame)
+    got = split(uri=str(tmp_path / "a.parquet"), split_column="part", validation_fraction=0.2, need_test=True)
+    assert numbers(got.test) == frame.number[frame.part == "test"].tolist()
+    assert sorted(numbers(got.train) + numbers(got.validation)) == frame.number[frame.part == "train"].tolist()
+    assert 30 <= len(got.validation) <= 90
+    assert "column part" in got.origin and "validation: 0.2 of train by hash of the row" in got.origin
+
+
+def test_declared_files_are_obeyed(files, split):
+    got = split(train=str(files / "a.parquet"), validation=[str(files / "b.parquet")], test=str(files / "c.parquet"), need_test=True)
+    assert [numbers(s) for s in (got.train, got.validation, got.test)] == [list(range(20)), list(range(20, 33)), list(range(33, 63))]
+    assert got.origin == "validation files; test files"
+
+
+def test_hash_splits_cover_each_row_once_near_their_shares(tmp_path, split):
+    write(tmp_path / "a.parquet", people(0, 4000), 512)
+    got = split(uri=str(tmp_path / "a.parquet"), validation_fraction=0.1, test_fraction=0.2, need_test=True)
+    parts = [numbers(s) for s in (got.train, got.validation, got.test)]
+    assert sorted(sum(parts, [])) == list(range(4000))
+    assert abs(len(got.test) / 4000 - 0.2) < 0.025
+    assert abs(len(got.validation) / 3200 - 0.1) < 0.025  # four standard errors
+    assert got.origin == "test: 0.2 of train by hash of the row; validation: 0.1 of train by hash of the row"
+    assert max(np.diff(parts[2])) < 60 and parts[2] != list(range(parts[2][0], parts[2][0] + len(parts[2]))), "scattered, not a block"
+
+
+def test_hash_splits_stay_when_other_options_change(tmp_path, split):
+    write(tmp_path / "a.parquet", people(0, 1000), 100)
+    uri = str(tmp_path / "a.parquet")
+    base = split(uri=uri, validation_fraction=0.1, test_fraction=0.2, need_test=True)
+    again = split(test_fraction=0.2, validation_fraction=0.1, uri=[uri])
+    assert numbers(again.test) == numbers(base.test) and numbers(again.validation) == numbers(base.validation)
+    assert again.fingerprint == base.fingerprint
+    more = split(uri=uri, validation_fraction=0.3, test_fraction=0.2)
+    assert numbers(more.test) == numbers(base.test), "validation does not move test"
+    assert set(numbers(base.validation)) < set(numbers(more.validation)), "a larger share holds the smaller one"
+    assert set(numbers(base.test)) < set(numbers(split(uri=uri, validation_fraction=0.1, test_fraction=0.4).test))
+    fewer = split(uri=uri, validation_fraction=0.1, test_fraction=0.2, where={"kind": ["a"]})
+    assert numbers(fewer.test) == [n for n in numbers(base.test) if n % 2 == 0], "a filter moves no row to another split"
+    assert numbers(fewer.validation) == [n for n in numbers(base.validation) if n % 2 == 0]
+
+
+@pytest.mark.parametrize("column", ["person", "label", "weight", "flag"])
+def test_a_group_never_crosses_splits(tmp_path, split, column):
+    frame = people(0, 800).assign(label=lambda f: f.number % 50, weight=lambda f: (f.number % 80) / 7)
+    write(tmp_path / "a.parquet", frame.sample(frac=1, random_state=0), 64)
+    got = split(uri=str(tmp_path / "a.parquet"), group=column, validation_fraction=0.4, test_fraction=0.3)
+    values = [set(m.read_columns(s, [column])[column].to_pylist()) for s in (got.train, got.validation, got.test)]
+    assert not (values[0] & values[1] or values[0] & values[2] or values[1] & values[2])
+    assert sum(len(s) for s in (got.train, got.validation, got.test)) == 800
+    if column != "flag":
+        assert all(values)
+        assert f"by hash of {column}" in got.origin
+
+
+def test_a_group_split_does_not_depend_on_the_order_of_rows(tmp_path, split):
+    frame = people(0, 800)
+    write(tmp_path / "a.parquet", frame)
+    write(tmp_path / "b.parquet", frame[::-1], 33)
+    tests = [split(uri=str(tmp_path / name), group="person", test_fraction=0.3).test for name in ("a.parquet", "b.parquet")]
+    assert sorted(numbers(tests[0])) == sorted(numbers(tests[1])) != []
+
+
+def test_rows_without_a_group_are_one_group_or_refused(tmp_path, split):
+    frame = people(0, 100)
+    frame.loc[::5, "person"] = None
+    write(tmp_path / "a.parquet", frame)
+    try:
+        got = split(uri=str(tmp_path / "a.parquet"), group="person", test_fraction=0.3)
+    except ValueError as error:
+        assert "person" in str(error) and "targets.t.data.group" in str(error)
+    else:
+        assert sum(None in m.read_columns(s, ["person"])["person"].to_pylist() for s in (got.train, got.validation, got.test)) == 1
+
+
+def test_declared_splits_whose_groups_cross_are_refused(files, split):
+    write(files / "test" / "t.parquet", people(18, 24))  # person p4 stands in rows 16 to 19
+    with pytest.raises(ValueError, match=r"targets\.t\.data\.group: person 'p4' stands in train and in test"):
+        split(train=str(files / "a.parquet"), test=str(files / "test"), group="person")
+
+
+WHERE = [
+    ({"kind": ["a"]}, lambda f: f.kind == "a"),
+    ({"kind": ["a", "b"]}, lambda f: f.number >= 0),
+    ({"label": [0, 2]}, lambda f: f.label != 1),
+    ({"label": ["1"]}, lambda f: f.label == 1),
+    ({"flag": [True]}, lambda f: f.flag),
+    ({"flag": [False]}, lambda f: ~f.flag),
+    ({"weight": [0.5, 1.5]}, lambda f: f.weight.isin([0.5, 1.5])),
+    ({"weight": [1.0]}, lambda f: f.weight == 1.0),
+    ({"weight": [1]}, lambda f: f.weight == 1),
+    ({"kind": ["a"], "label": [1]}, lambda f: (f.kind == "a") & (f.label == 1)),
+]
+
+
+@pytest.mark.parametrize(("where", "mask"), WHERE, ids=[str(w[0]) for w in WHERE])
+def test_where_keeps_the_rows_it_names(files, split, where, mask):
+    frame = people(0, 63)
+    got = split(uri=str(files), where=where, validation_fraction=0)
+    assert numbers(got.train) == frame.number[mask(frame)].tolist()
+
+
+def test_where_leaves_nulls_out(tmp_path, split):
+    frame = people(0, 20)
+    frame.loc[::2, "kind"] = None
+    write(tmp_path / "a.parquet", frame)
+    assert numbers(split(uri=str(tmp_path / "a.parquet"), where={"kind": ["b", "None"]}, validation_fraction=0).train) == list(range(1, 20, 2))
+
+
+def test_where_holds_for_every_split(files, split):
+    got = split(train=str(files / "a.parquet"), validation=str(files / "b.parquet"), test=str(files / "c.parquet"), where={"kind": ["a"]}, need_test=True)
+    assert all(n % 2 == 0 for s in (got.train, got.validation, got.test) for n in numbers(s))
+    assert len(got.test) == 15
+
+
+@pytest.mark.parametrize(("fields", "message"), [
+    ({"columns": {"text": "txt"}}, r"targets\.t\.data\.columns\.text: .*a\.parquet has no column 'txt'; did you mean text"),
+    ({"columns": {}}, r"targets\.t\.data\.columns: role 'text' has no column; say \{text: NAME\}; columns are number, text, label"),
+    ({"columns": {"text": "text"}, "where": {"kin": ["a"]}}, "has no column 'kin'; did you mean kind?"),
+    ({"columns": {"text": "text"}, "group": "persn"}, r"targets\.t\.data\.group: .* has no column 'persn'; did you mean person?"),
+    ({"columns": {"text": "text"}, "split_column": "splt"}, r"targets\.t\.data\.split_column: .* has no column 'splt'"),
+])
+def test_a_wrong_column_is_told_with_the_nearest(files, split, fields, message):
+    with pytest.raises(ValueError, match=message):
+        split(uri=str(files), roles=("text",), **fields)
+
+
+def test_all_wrong_columns_are_told_at_once(files, split):
+    with pytest.raises(ValueError) as caught:
+        split(uri=str(files), roles=("text", "label"), columns={"text": "txt"}, where={"kin": ["a"], "flg": [True]}, group="persn")
+    told = str(caught.value)
+    assert all(word in told for word in ("role 'label'", "'txt'", "'kin'", "'flg'", "'persn'"))
+    assert len(told.splitlines()) == 5
+
+
+@pytest.mark.parametrize(("fields", "need_test", "message"), [
+    ({"where": {"kind": ["zzz"]}}, False, r"the train split is empty \(train 0, validation 0, test 0 rows"),
+    ({}, True, "the test split is empty .*; give test files, a split_column or test_fraction"),
+    ({"validation_fraction": 0, "test_fraction": 0.2}, True, "the validation split is empty"),
+])
+def test_an_empty_split_is_refused_with_the_sizes(files, split, fields, need_test, message):
+    with pytest.raises(ValueError, match=message):
+        split(uri=str(files), need_test=need_test, **fields)
+
+
+def test_the_columns_of_every_split_are_checked(files, split):
+    write(files / "test" / "t.parquet", people(0, 5).drop(columns="label"))
+    with pytest.raises(ValueError, match="t.parquet has no column 'label'"):
+        split(train=str(files / "a.parquet"), test=str(files / "test"), roles=("label",), columns={"label": "label"})
+
+
+def test_fingerprint_of_splits_sees_what_is_in_which(files, split):
+    prints = {split(uri=str(files), test_fraction=0.3).fingerprint, split(uri=str(files), test_fraction=0.5).fingerprint,
+              split(uri=str(files / "a.parquet"), test_fraction=0.3).fingerprint}
+    assert len(prints) == 3
+
+
+# ---------------------------------------------------------------- imports of other formats
+
+def rows_of(uri, imports: str, form: str = "auto") -> dict[str, list]:
+    built = m.build(str(uri), form, imports)
+    return m.read_columns(m.Selection(built), built.schema.names).to_pydict()
+
+
+def test_an_image_folder_gives_paths_and_labels(tmp_path, imports):
+    for name in ("cat/1.png", "cat/2.JPG", "dog/3.jpeg", "dog/notes.txt.bak", ".hidden/4.png"):
+        (tmp_path / "pets" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "pets" / name).write_bytes(PNG)
+    got = rows_of(tmp_path / "pets", imports)
+    assert [Path(p).relative_to(tmp_path / "pets").as_posix() for p in got["image"]] == ["cat/1.png", "cat/2.JPG", "dog/3.jpeg"]
+    assert got["label"] == ["cat", "cat", "dog"]
+
+
+def test_an_empty_image_is_one_bad_row_not_a_mistake(tmp_path, imports):
+    (tmp_path / "pets" / "cat").mkdir(parents=True)
+    (tmp_path / "pets" / "cat" / "0.png").write_bytes(b"")
+    (tmp_path / "pets" / "cat" / "1.png").write_bytes(PNG)
+    assert len(rows_of(tmp_path / "pets", imports)["image"]) == 2
+
+
+def test_json_lines(tmp_path, imports):
+    rows = [{"text": f"ein Wörtchen {i}", "label": i % 2, "more": {"deep": [i]}} for i in range(3000)]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+    got = rows_of(tmp_path / "a.jsonl", imports)
+    assert got["text"] == [row["text"] for row in rows] and got["label"] == [row["label"] for row in rows]
+    assert got["more"] == [row["more"] for row in rows]
+
+
+@pytest.mark.parametrize(("name", "comma"), [("a.csv", ","), ("a.tsv", "\t")])
+def test_csv_and_tsv(tmp_path, imports, name, comma):
+    frame = pd.DataFrame({"text": ["plain", "with, comma", "with\ttab", 'with "quotes"', "two\nlines", "ünï"], "label": range(6)})
+    frame.to_csv(tmp_path / name, sep=comma, index=False)
+    assert rows_of(tmp_path / name, imports) == {"text": frame.text.tolist(), "label": frame.label.tolist()}
+
+
+def test_text_lines_of_several_files(tmp_path, imports):
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "b.txt").write_bytes(b"three\r\nfour")
+    (tmp_path / "t" / "a.txt").write_text("one ünï\n\n   \ntwo  \n", encoding="utf-8")
+    assert rows_of(tmp_path / "t", imports) == {"text": ["one ünï", "two  ", "three", "four"]}
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path, imports):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\ntwo\n")
+    assert rows_of(tmp_path / "a.txt", imports) == {"text": ["one", "two"]}
+
+
+def test_many_lines_in_bounded_groups(tmp_path, imports):
+    lines = [f"line {i}" for i in range(70_000)]  # more than one table of 65,536
+    (tmp_path / "a.txt").write_text("\n".join(lines))
+    built = m.build(str(tmp_path / "a.txt"), "auto", imports)
+    assert max(g.rows for g in built.groups) == 1024
+    assert m.read_columns(m.Selection(built), ["text"])["text"].to_pylist() == lines
+
+
+def test_a_format_may_be_named(tmp_path, imports):
+    (tmp_path / "corpus.dat").write_text("one\ntwo\n")
+    assert rows_of(tmp_path / "corpus.dat", imports, "text") == {"text": ["one", "two"]}
+
+
+def test_a_line_that_is_not_utf8_is_refused_by_file_and_line(tmp_path, imports):
+    (tmp_path / "a.txt").write_bytes(b"fine\n\nalso fine\nbad \xff\xfe byte\nfine\n")
+    with pytest.raises(ValueError) as caught:
+        m.build(str(tmp_path / "a.txt"), "auto", imports)
+    assert str(caught.value).startswith(f"{tmp_path}/a.txt:4: not UTF-8 text (invalid start byte at byte 4 of the line)")
+
+
+@pytest.mark.parametrize(("name", "content"), [
+    ("a.csv", b"text,label\nfine,1\nbad \xff byte,2\nalso fine,3\n"),
+    ("a.jsonl", b'{"text": "fine"}\n{"text": "bad \xff byte"}\n{"text": "also fine"}\n'),
+])
+def test_a_field_that_is_not_utf8_is_refused_or_spoils_its_own_row_alone(tmp_path, imports, name, content):
+    from pipeline.modalities.text import Text, TextOptions
+
+    (tmp_path / name).write_bytes(content)
+    try:
+        built = m.build(str(tmp_path / name), "auto", imports)
+    except ValueError as error:
+        assert name in str(error) and "UTF" in str(error)
+        return
+    table = m.Reader(built, ["text"]).take(np.arange(3))
+    text = Text(TextOptions(length=8), Text.fit(TextOptions(length=8, vocabulary=256), table, {"text": "text"}, "bert"))
+    arrays, bad = text.decode(table, {"text": "text"})
+    assert [reason[:14] for reason in bad] == ["", "not UTF-8 text", ""]
+    assert arrays["lengths"][0] > 2 and arrays["lengths"][2] > 2
+
+
+@pytest.mark.parametrize(("name", "content"), [("a.jsonl", b'{"text": "fine"}\n{"text": \n'), ("a.csv", b"a,b\n1,2\n1,2,3\n"), ("a.csv", b""), ("a.txt", b""), ("a.jsonl", b"")])
+def test_broken_tables_are_named(tmp_path, imports, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError) as caught:
+        m.build(str(tmp_path / name), "auto", imports)
+    assert str(caught.value).startswith(f"{tmp_path / name}: ")
+
+
+def test_tables_whose_columns_differ_are_refused_by_column(tmp_path, imports):
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "a.csv").write_text("text,label\nx,1\n")
+    (tmp_path / "t" / "b.csv").write_text("text,label\nx,one\n")
+    with pytest.raises(ValueError) as caught:
+        m.build(str(tmp_path / "t"), "auto", imports)
+    told = str(caught.value)
+    assert told.startswith(f"{tmp_path}/t/b.csv: ") and "a.csv" in told
+    assert "int64" in told and "string" in told, "the names are the same, so the types must be told"
+
+
+def test_an_import_is_made_once_and_again_when_the_content_changes(tmp_path, imports):
+    path = tmp_path / "a.txt"
+    path.write_text("one\ntwo\n")
+    first = m.build(str(path), "auto", imports)
+    written = os.stat(first.files[0]).st_mtime_ns
+    second = m.build(str(path), "auto", imports)
+    assert second.files == first.files and os.stat(first.files[0]).st_mtime_ns == written
+    assert second.fingerprint == first.fingerprint
+    path.write_text("one\nTWO\n")
+    third = m.build(str(path), "auto", imports)
+    assert third.files != first.files and third.fingerprint != first.fingerprint
+    assert m.read_columns(m.Selection(third), ["text"])["text"].to_pylist() == ["one", "TWO"]
+
+
+# ---------------------------------------------------------------- S3 and real data
+
+def test_everything_on_s3(files, s3_server, split, imports):
+    from pipeline import storage
+
+    place = f"{s3_server}/test_manifest"
+    for file in files.iterdir():
+        storage.write_bytes(f"{place}/rows/{file.name}", file.read_bytes())
+    storage.write_bytes(f"{place}/words.txt", b"one\ntwo\n")
+    for uri in (f"{place}/rows", f"{place}/rows/*.parquet", [f"{place}/rows/{name}.parquet" for name in "bca"]):
+        built = m.build(uri, "auto", f"{place}/imports")
+        assert built.rows == 63 and built.files[0] == f"{place}/rows/a.parquet"
+    reader = m.Reader(built, ["number"])
+    assert reader.take(np.array([62, 0, 33, 20])).to_pydict() == {"number": [62, 0, 33, 20]}
+    here, there = split(uri=str(files), test_fraction=0.3), split(uri=f"{place}/rows", test_fraction=0.3)
+    assert numbers(here.test) == numbers(there.test)
+    assert rows_of(f"{place}/words.txt", f"{place}/imports") == {"text": ["one", "two"]}
+    with pytest.raises((ValueError, OSError), match="nowhere"):
+        m.build(f"{place}/nowhere/*.parquet", "auto", imports)
+
+
+@pytest.mark.data
+@pytest.mark.skipif("ONETOMANY_DATA" not in os.environ, reason="ONETOMANY_DATA names no data folder")
+def test_fashion_mnist(split, imports):
+    folder = Path(os.environ["ONETOMANY_DATA"], "vision", "fashion_mnist")
+    got = split(train=str(folder / "train.parquet"), test=str(folder / "test.parquet"), columns={"image": "image", "label": "label"}, roles=("image", "label"),
+                need_test=True, where={"label_name": ["Sandal", "Bag"]})
+    frame = pd.read_parquet(folder / "train.parquet")
+    wanted = frame[frame.label_name.isin(["Sandal", "Bag"])]
+    assert len(got.train) + len(got.validation) == len(wanted) == 2400 and len(got.test) == 400
+    rows = np.random.default_rng(0).permutation(got.train.ids(np.arange(len(got.train))))[:50]
+    table = m.Reader(got.train.manifest, ["image", "label", "orig_index"]).take(rows)
+    assert table["image"].to_pylist() == frame.image.iloc[rows].tolist()
+    assert table["orig_index"].to_pylist() == frame.orig_index.iloc[rows].tolist()

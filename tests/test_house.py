@@ -1,0 +1,170 @@
+"""The rules of the house, read from the sources: floors, siblings, where Ray may be, no work at import, size."""
+
+import ast
+import io
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted((ROOT / "pipeline").rglob("*.py"))
+NAMES = {".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file for file in FILES}
+FLOORS = [
+    {"job", "contracts", "registry", "storage", "rng"},
+    {"metrics", "bundle", "data", "modalities", "models"},
+    {"objectives", "techniques", "starts"},
+    {"train"},
+    {"transfer"},
+    {"cli"},
+]
+SIBLINGS = {"modalities", "models", "objectives", "techniques"}
+"""Folders whose files know nothing of each other."""
+PACKAGES = {"data", "train", "transfer"}
+"""Folders whose modules work together."""
+RAY = ("pipeline.data.stream", "pipeline.train.launch", "pipeline.transfer.fanout", "pipeline.cli", "cluster")
+LONG = {"pipeline.train.loop"}
+"""May be longer than the others, as long as it reads downward."""
+MOST_LINES = 420
+
+EACH = pytest.mark.parametrize("module", NAMES)
+
+
+def part(module: str) -> str:
+    """The house's name of a module: pipeline.data.plan is ``data``."""
+    return (module.split(".") + [""])[1]
+
+
+def floor(module: str) -> int:
+    return next(number for number, names in enumerate(FLOORS) if part(module) in names)
+
+
+def tree(module: str) -> ast.Module:
+    return ast.parse(NAMES[module].read_text(), str(NAMES[module]))
+
+
+def imported(module: str, of: ast.AST | None = None) -> Iterator[str]:
+    """Dotted names that a module imports, anywhere in it, also in functions and for type checking."""
+    package = module if NAMES[module].name == "__init__.py" else module.rpartition(".")[0]
+    for node in ast.walk(of or tree(module)):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package.rsplit(".", node.level - 1)[0] if node.level else ""
+            start = ".".join(filter(None, [base, node.module]))
+            for name in node.names:
+                yield f"{start}.{name.name}" if f"{start}.{name.name}" in NAMES else start
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("importlib.import_module", "import_module", "__import__"):
+            if node.args and isinstance(node.args[0], ast.Constant):
+                yield str(node.args[0].value)
+
+
+def ours(module: str) -> set[str]:
+    return {name for name in imported(module) if name in NAMES and name != "pipeline"} - {module}
+
+
+def test_every_module_has_a_floor():
+    known = set().union(*FLOORS)
+    assert {part(module) for module in NAMES} - {""} <= known, "a new module: give it a floor in DESIGN.md and here"
+    assert known <= {part(module) for module in NAMES} | {"cli"}
+
+
+def test_imports_are_seen():
+    """This file's own reading of imports, on a text that has all kinds of them."""
+    text = ("import ray.data\nfrom pipeline import job, storage\nfrom . import plan\nfrom .plan import Plan\nfrom ..rng import mix\n"
+            "def f():\n    import torch\n    __import__('pandas')\n    importlib.import_module('pipeline.cli')\n")
+    assert list(imported("pipeline.data.manifest", ast.parse(text))) == [
+        "ray.data", "pipeline.job", "pipeline.storage", "pipeline.data.plan", "pipeline.data.plan", "pipeline.rng", "torch", "pandas", "pipeline.cli"]
+
+
+@EACH
+def test_imports_go_to_lower_floors_only(module):
+    if module == "pipeline":
+        assert not ours(module)
+        return
+    for other in ours(module):
+        if part(other) == part(module):
+            assert part(module) not in SIBLINGS or NAMES[other].name == "__init__.py", f"{module} imports its sibling {other}"
+            assert part(module) in SIBLINGS | PACKAGES
+        elif floor(module) == 0:
+            assert floor(other) == 0, f"{module} (floor 0) imports {other} (floor {floor(other)})"
+        else:
+            assert floor(other) < floor(module), f"{module} (floor {floor(module)}) imports {other} (floor {floor(other)})"
+
+
+def test_no_imports_go_in_circles():
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]):
+        assert module not in path, f"a circle: {' -> '.join((*path[path.index(module):], module))}"
+        if module not in done:
+            for other in sorted(ours(module)):
+                visit(other, (*path, module))
+            done.add(module)
+
+    for module in NAMES:
+        visit(module, ())
+
+
+@EACH
+def test_ray_stays_in_its_places(module):
+    if not module.startswith(RAY):
+        assert not [name for name in imported(module) if name.split(".")[0] == "ray"], "Ray is imported only in " + ", ".join(RAY)
+
+
+def test_the_job_file_is_checked_without_heavy_packages():
+    light = {"job", "registry", "storage"}
+    for module in NAMES:
+        if part(module) in light:
+            top = {name.split(".")[0] for node in tree(module).body if isinstance(node, (ast.Import, ast.ImportFrom)) for name in imported(module, node)}
+            assert not top & {"torch", "ray", "timm", "transformers", "numpy", "pyarrow", "pandas", "fsspec", "s3fs"}, module
+
+
+@EACH
+def test_module_level_code_only_defines(module):
+    """Imports, definitions, constants, and settings of a class that the same file defines; nothing that does work at import."""
+    body = tree(module).body
+    classes = {node.name for node in body if isinstance(node, ast.ClassDef)}
+    for node in body:
+        where = f"{NAMES[module]}:{node.lineno}: {ast.unparse(node).splitlines()[0]}"
+        if isinstance(node, ast.Expr):
+            text = isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+            of_class = isinstance(node.value, ast.Call) and ast.unparse(node.value.func).split(".")[0] in classes
+            assert text or of_class, where
+        elif isinstance(node, ast.If):
+            assert ast.unparse(node.test) in ("TYPE_CHECKING", "__name__ == '__main__'"), where
+        else:
+            assert isinstance(node, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)), where
+        if isinstance(node, (ast.Assign, ast.AnnAssign)):
+            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+            assert not ast.unparse(target).startswith("os.environ"), where
+            calls = {ast.unparse(call.func).rpartition(".")[2] for call in ast.walk(node) if isinstance(call, ast.Call)}
+            assert not calls & {"open", "read", "read_text", "read_bytes", "load", "init", "mkdir", "run", "Popen", "get_model", "create_model"}, where
+
+
+@EACH
+def test_broad_excepts_raise_again_or_say_why(module):
+    text = NAMES[module].read_text()
+    comments = {token.start[0] for token in tokenize.generate_tokens(io.StringIO(text).readline) if token.type == tokenize.COMMENT}
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ExceptHandler):
+            caught = {ast.unparse(t) for t in (node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]) if t is not None} if node.type else {"everything"}
+            if caught & {"Exception", "BaseException", "everything"}:
+                again = any(isinstance(inner, ast.Raise) for inner in ast.walk(node))
+                said = comments & set(range(node.lineno, node.body[0].lineno + 1))
+                assert again or said, f"{NAMES[module]}:{node.lineno}: raise again, or say in a comment why everything is caught"
+
+
+@EACH
+def test_files_are_short_and_say_what_they_are_for(module):
+    text = NAMES[module].read_text()
+    lines = len(text.splitlines())
+    assert lines <= MOST_LINES or module in LONG, f"{NAMES[module]} has {lines} lines"
+    assert ast.get_docstring(ast.parse(text)), f"{NAMES[module]} has no docstring"
+    assert NAMES[module].stem not in ("utils", "util", "helpers", "misc", "common")
+
+
+def test_no_folder_is_called_utils():
+    folders = {folder.name for folder in (ROOT / "pipeline").rglob("*") if folder.is_dir()}
+    assert not folders & {"utils", "util", "helpers", "misc", "common"}

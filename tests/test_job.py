@@ -1,0 +1,611 @@
+"""The job file: what is read, what is refused, and that every mistake is told at once, with its line and the nearest right name."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pydantic
+import pytest
+
+from pipeline import job, registry
+
+jsonschema = pytest.importorskip("jsonschema")
+ROOT = Path(job.__file__).parents[1]
+
+GOOD = """\
+name: vision
+storage: runs
+sources:
+  garments:
+    data:
+      uri: rows.parquet
+      modality: {image: {size: 32}}
+      columns: {image: image, label: label}
+      where: {kind: [1, a, true]}
+    backbone: timm/resnet18
+    objective: classification
+    train: {steps: 20, global_batch: 16, lr: 1e-3}
+    workers: [2, 8]
+  words:
+    data: {train: more/*.parquet, validation: [rows.parquet], modality: text, columns: {text: text}}
+    backbone: {transformers/bert: {layers: 2, hidden: 32, heads: 2}}
+    objective: {mlm: {mask_share: 0.2}}
+targets:
+  clothing:
+    data: {uri: rows.parquet, modality: image, columns: {image: image, label: label}}
+    objective: classification
+    label_fractions: [0.05, 1.0, 4]
+    sources: [garments]
+    train:
+      epochs: 2
+techniques: [scratch, full, {lp_ft: {probe_share: 0.5}}]
+fanout:
+  seeds: 2
+  trials: 4
+  search: {lr: [1.0e-4, 1e-2]}
+  select: {score: knn, top: 1}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Where a job's data files are; loading a job looks at their names only."""
+    (tmp_path / "more").mkdir()
+    (tmp_path / "rows.parquet").write_bytes(b"not read while the job is checked")
+    (tmp_path / "more" / "a.parquet").write_bytes(b"")
+    return tmp_path
+
+
+@pytest.fixture
+def load(folder):
+    """Load a job from text (by default the good one, with ``change`` made in it)."""
+    def load(text: str = GOOD, *overrides: str, change: tuple[str, str] | None = None) -> job.Job:
+        if change:
+            assert text.count(change[0]) >= 1, f"{change[0]!r} is not in the text"
+            text = text.replace(*change, 1)
+        (folder / "job.yaml").write_text(text)
+        return job.load(folder / "job.yaml", overrides)
+
+    return load
+
+
+@pytest.fixture
+def problems(load, folder):
+    """The problems of a job that must be refused, without the file's path: ``12: field: what`` or ``field: what``."""
+    def problems(text: str = GOOD, *overrides: str, change: tuple[str, str] | None = None) -> list[str]:
+        with pytest.raises(job.JobError) as caught:
+            load(text, *overrides, change=change)
+        start = f"{folder / 'job.yaml'}:"
+        assert caught.value.problems
+        assert all(line.startswith(start) for line in caught.value.problems)
+        assert str(caught.value) == "\n".join(caught.value.problems)
+        return [line.removeprefix(start).strip() for line in caught.value.problems]
+
+    return problems
+
+
+def line_of(text: str, within: str = GOOD) -> int:
+    """Number of the first line of the good job that holds a text."""
+    return next(number for number, line in enumerate(within.splitlines(), 1) if text in line)
+
+
+# ---------------------------------------------------------------- what is read
+
+def test_a_good_job_is_typed(load):
+    got = load()
+    garments, words = got.sources["garments"], got.sources["words"]
+    assert got.name == "vision" and got.seed == 0
+    assert garments.train.lr == 1e-3 and isinstance(garments.train.lr, float)
+    assert garments.worker_range == (2, 8) and words.worker_range == (1, 1)
+    assert garments.data.modality == job.Plug(name="image", options={"size": 32})
+    assert garments.data.where == {"kind": [1, "a", True]}
+    assert words.backbone == job.Plug(name="transformers/bert", options={"layers": 2, "hidden": 32, "heads": 2})
+    assert got.targets["clothing"].label_fractions == [0.05, 1.0, 4]
+    assert [type(f) for f in got.targets["clothing"].label_fractions] == [float, float, int], "shares and rows per class differ by type"
+    assert [str(t) for t in got.techniques] == ["scratch", "full", 'lp_ft{"probe_share": 0.5}']
+    assert got.fanout.search == {"lr": [1e-4, 1e-2]}
+
+
+def test_defaults_are_documented_ones(load):
+    got = load("name: x\nsources:\n  s: {data: {uri: rows.parquet, modality: image}, backbone: timm/resnet18, objective: classification}\n")
+    assert got.storage == "runs"
+    assert [t.name for t in got.techniques] == ["scratch", "linear_probe", "full"]
+    assert got.fanout.seeds == 3
+    assert got.targets == {}
+
+
+@pytest.mark.parametrize("written", ["full", "{full: }", "{full: {}}", "{name: full}", "{name: full, options: {}}"])
+def test_a_plug_may_be_written_in_several_ways(load, written):
+    assert load(change=("[scratch, full, {lp_ft: {probe_share: 0.5}}]", f"[{written}]")).techniques == [job.Plug(name="full")]
+
+
+@pytest.mark.parametrize(("written", "value"), [("1e-4", 1e-4), ("1E-4", 1e-4), ("1.0e-4", 1e-4), ("1.e-4", 1e-4), ("2e+0", 2.0), ("+1e-4", 1e-4), ("0.001", 1e-3), ("1", 1.0)])
+def test_numbers_with_an_exponent_are_numbers(load, written, value):
+    got = load(change=("lr: 1e-3", f"lr: {written}")).sources["garments"].train.lr
+    assert got == value and isinstance(got, float)
+
+
+def test_quoted_and_word_like_texts_stay_texts(load):
+    got = load(change=("columns: {image: image, label: label}", 'columns: {image: "1e-4", label: e5}'))
+    assert got.sources["garments"].data.columns == {"image": "1e-4", "label": "e5"}
+
+
+def test_environment_variables_are_put_in(load, monkeypatch):
+    monkeypatch.setenv("PLACE_OF_RUNS", "s3://bucket")
+    monkeypatch.setenv("NUM_STEPS", "33")
+    got = load(GOOD.replace("storage: runs", "storage: ${PLACE_OF_RUNS}/deep/${NUM_STEPS}").replace("steps: 20", "steps: '${NUM_STEPS}'"))
+    assert got.storage == "s3://bucket/deep/33"
+    assert got.sources["garments"].train.steps == 33
+
+
+def test_anchors_may_be_used(load):
+    got = load(change=("      epochs: 2", "      epochs: &two 2\n      lr: *two"))
+    assert got.targets["clothing"].train.lr == 2.0
+
+
+def test_data_paths_are_relative_to_the_file_and_storage_is_left_alone(load, folder, monkeypatch):
+    elsewhere = folder / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    got = load(change=("uri: rows.parquet\n", "uri: [rows.parquet, s3://bucket/more.parquet]\n"))
+    assert got.sources["garments"].data.uri == [str(folder / "rows.parquet"), "s3://bucket/more.parquet"]
+    assert got.sources["words"].data.train == str(folder / "more" / "*.parquet")
+    assert got.sources["words"].data.validation == [str(folder / "rows.parquet")]
+    assert got.targets["clothing"].data.uri == str(folder / "rows.parquet")
+    assert got.storage == "runs" and got.root == "runs/vision"
+
+
+def test_a_job_file_named_by_a_relative_path(folder, monkeypatch):
+    (folder / "job.yaml").write_text(GOOD)
+    monkeypatch.chdir(folder.parent)
+    got = job.load(Path(folder.name, "job.yaml"))
+    assert got.sources["garments"].data.uri == str(folder / "rows.parquet")
+
+
+def test_a_folder_a_glob_and_a_file_uri_are_found(load, folder):
+    for uri in ("more", "more/", "more/*.parquet", f"file://{folder}/rows.parquet", str(folder / "more")):
+        load(change=("uri: rows.parquet\n", f"uri: {uri}\n"))
+
+
+@pytest.mark.parametrize("written", ["init: file:weights.safetensors", "init: 'bundle:folder'", "init: hf:folder", "init: bundle:s3://bucket/a"])
+def test_checkpoints_are_relative_to_the_file(load, folder, written):
+    (folder / "weights.safetensors").write_bytes(b"")
+    (folder / "folder").mkdir()
+    init = load(change=("    workers: [2, 8]", f"    {written}")).sources["garments"].init
+    prefix, _, uri = init.partition(":")
+    assert uri == "s3://bucket/a" or Path(uri).is_absolute() and Path(uri).exists()
+    assert written.strip("'").startswith(f"init: {prefix}:") or prefix == "bundle"
+
+
+def test_a_source_may_be_a_checkpoint_alone(load, folder):
+    (folder / "folder").mkdir()
+    text = "name: x\nsources:\n  a: {backbone: bundle:folder}\n  b: {backbone: timm-hub:resnet18.a1_in1k}\n  c: {backbone: timm/resnet18, init: hf:folder}\n"
+    got = load(text)
+    assert got.sources["a"].backbone.name == f"bundle:{folder / 'folder'}"
+    assert got.sources["b"].backbone.name == "timm-hub:resnet18.a1_in1k"
+
+
+def test_a_job_is_frozen(load):
+    got = load()
+    for thing, field in ((got, "name"), (got.sources["garments"], "workers"), (got.sources["garments"].train, "lr"), (got.fanout, "seeds")):
+        with pytest.raises(pydantic.ValidationError, match="frozen"):
+            setattr(thing, field, getattr(thing, field))
+
+
+# ---------------------------------------------------------------- --set
+
+@pytest.mark.parametrize(("setting", "path", "value"), [
+    ("name=other", ("name",), "other"),
+    ("storage=s3://bucket/runs", ("storage",), "s3://bucket/runs"),
+    ("seed=3", ("seed",), 3),
+    ("sources.garments.train.lr=1e-4", ("sources", "garments", "train", "lr"), 1e-4),
+    ("sources.garments.train.compile=true", ("sources", "garments", "train", "compile"), True),
+    ("sources.garments.train.clip_norm=null", ("sources", "garments", "train", "clip_norm"), None),
+    ("sources.garments.workers=[1, 4]", ("sources", "garments", "workers"), (1, 4)),
+    ("sources.words.train.steps=7", ("sources", "words", "train", "steps"), 7),  # train is not in the file
+    ("sources.words.data.max_bad_rows=0.5", ("sources", "words", "data", "max_bad_rows"), 0.5),
+    ("targets.clothing.label_fractions.0=0.25", ("targets", "clothing", "label_fractions", 0), 0.25),
+    ("techniques.2.lp_ft.probe_share=0.7", ("techniques", 2), job.Plug(name="lp_ft", options={"probe_share": 0.7})),
+    ("techniques.1=linear_probe", ("techniques", 1), job.Plug(name="linear_probe")),
+    ("fanout.search.lr=[1e-5, 1e-3]", ("fanout", "search", "lr"), [1e-5, 1e-3]),
+    ("sources.words.objective={mlm: {mask_share: 0.3}}", ("sources", "words", "objective"), job.Plug(name="mlm", options={"mask_share": 0.3})),
+])
+def test_set_overrides_any_field(load, setting, path, value):
+    got = load(GOOD, setting)
+    for part in path:
+        got = got[part] if isinstance(got, (dict, list)) else getattr(got, part)
+    assert got == value and type(got) is type(value)
+
+
+def test_the_last_set_wins_and_several_are_taken(load):
+    got = load(GOOD, "seed=1", "name=a", "seed=2")
+    assert (got.seed, got.name) == (2, "a")
+
+
+def test_set_reads_the_environment(load, monkeypatch, problems):
+    monkeypatch.setenv("BUCKET", "s3://b")
+    monkeypatch.delenv("NOT_SET_ANYWHERE", raising=False)
+    assert load(GOOD, "storage=${BUCKET}/runs").storage == "s3://b/runs"
+    assert any("NOT_SET_ANYWHERE is not set" in line for line in problems(GOOD, "storage=${NOT_SET_ANYWHERE}"))
+
+
+@pytest.mark.parametrize(("setting", "message"), [
+    ("sed=1", "unknown field; did you mean seed?"),
+    ("sources.garments.tran.lr=1", "unknown field; did you mean train?"),
+    ("sources.garments.train.lrr=1", "unknown field; did you mean lr?"),
+    ("fanout.sed=1", "did you mean seeds?"),
+    ("seed=abc", "valid integer"),
+    ("sources.garments.train.lr=-1", "greater than 0"),
+    ("techniques.1=ful", "unknown technique 'ful'; did you mean full?"),
+    ("sources.garments.backbone=timm/resnet81", "did you mean resnet18"),
+])
+def test_a_wrong_set_is_named_with_the_nearest_field(problems, setting, message):
+    assert any(message in line and f"(from --set {setting})" in line for line in problems(GOOD, setting))
+
+
+@pytest.mark.parametrize(("setting", "message"), [
+    ("seed", "write --set a.b=value"),
+    ("=3", "write --set a.b=value"),
+    ("sources..train=3", "write --set a.b=value"),
+    ("techniques.9=full", "a list of 3; write its index"),
+    ("techniques.first=full", "a list of 3; write its index"),
+    ("techniques.1.a=1", "is the text 'full', it has no fields"),
+    ("seed=[", "seed=["),  # not YAML
+    ("sources.garments.workers.0.x=1", "workers"),  # into a number
+    ("seed.x=1", "seed"),
+])
+def test_a_set_that_leads_nowhere_is_refused(problems, setting, message):
+    assert any(message in line for line in problems(GOOD, setting))
+
+
+def test_a_set_of_an_unknown_source_names_the_known_ones(problems):
+    found = "\n".join(problems(GOOD, "sources.garment.train.steps=5"))
+    assert "from --set sources.garment.train.steps=5" in found or "garments" in found
+
+
+# ---------------------------------------------------------------- misspelt keys, at every depth
+
+MISSPELT = [  # line of the good job, wrong line, the field as it is named, nearest
+    ("storage: runs", "storag: runs", "storag", "storage"),
+    ("    workers: [2, 8]", "    wrokers: [2, 8]", "sources.garments.wrokers", "workers"),
+    ("      uri: rows.parquet", "      urii: rows.parquet", "sources.garments.data.urii", "uri"),
+    ("    train: {steps: 20, global_batch: 16, lr: 1e-3}", "    train: {steps: 20, globalbatch: 16}", "sources.garments.train.globalbatch", "global_batch"),
+    ("    label_fractions: [0.05, 1.0, 4]", "    label_fraction: [0.05, 1.0, 4]", "targets.clothing.label_fraction", "label_fractions"),
+    ("      epochs: 2", "      epoch: 2", "targets.clothing.train.epoch", "epochs"),
+    ("  seeds: 2", "  seed: 2", "fanout.seed", "seeds"),
+    ("  select: {score: knn, top: 1}", "  select: {score: knn, topp: 1}", "fanout.select.topp", "top"),
+    ("fanout:", "fan_out:", "fan_out", "fanout"),
+]
+
+
+@pytest.mark.parametrize(("right", "wrong", "field", "nearest"), MISSPELT, ids=[m[2] for m in MISSPELT])
+def test_a_misspelt_key_is_named_with_its_line_and_the_nearest(problems, right, wrong, field, nearest):
+    found = [line for line in problems(change=(right, wrong)) if "unknown field" in line]
+    assert found == [f"{line_of(right)}: {field}: unknown field; did you mean {nearest}?"] or (
+        len(found) == 1 and found[0].startswith(f"{line_of(right)}: {field}: unknown field; did you mean ") and nearest in found[0])
+
+
+OPTIONS = [
+    ("      modality: {image: {size: 32}}", "      modality: {image: {sise: 32}}", "sources.garments.data.modality.image.sise", "unknown option of image; did you mean size?"),
+    ("    objective: {mlm: {mask_share: 0.2}}", "    objective: {mlm: {mask_shar: 0.2}}", "sources.words.objective.mlm.mask_shar", "unknown option of mlm; did you mean mask_share?"),
+    ("    objective: {mlm: {mask_share: 0.2}}", "    objective: {mlm: {mask_share: 2}}", "sources.words.objective.mlm.mask_share", "less than 1 (got 2)"),
+    ("    backbone: {transformers/bert: {layers: 2, hidden: 32, heads: 2}}", "    backbone: {transformers/bert: {layer: 2}}",
+     "sources.words.backbone.transformers/bert.layer", "unknown option of transformers/bert; did you mean layers?"),
+    ("techniques: [scratch, full, {lp_ft: {probe_share: 0.5}}]", "techniques: [scratch, {lp_ft: {probe_shar: 0.5}}]",
+     "techniques.1.lp_ft.probe_shar", "unknown option of lp_ft; did you mean probe_share?"),
+    ("techniques: [scratch, full, {lp_ft: {probe_share: 0.5}}]", "techniques: [{full: {x: 1}}]", "techniques.0.full.x", "unknown option of full"),
+    ("      modality: {image: {size: 32}}", "      modality: {image: {size: big}}", "sources.garments.data.modality.image.size", "valid integer"),
+]
+
+
+@pytest.mark.parametrize(("right", "wrong", "field", "message"), OPTIONS, ids=[m[2] for m in OPTIONS])
+def test_a_wrong_option_is_named_with_its_line(problems, right, wrong, field, message):
+    found = problems(change=(right, wrong))
+    assert len(found) == 1
+    assert found[0].startswith(f"{line_of(right)}: {field}: ") and message in found[0]
+
+
+NAMES = [
+    ("    backbone: timm/resnet18", "    backbone: timm/resnet_18", "sources.garments.backbone", ("unknown timm model 'resnet_18'", "did you mean", "resnet18")),
+    ("    backbone: timm/resnet18", "    backbone: tim/resnet18", "sources.garments.backbone", ("unknown model 'tim'", "did you mean timm?")),
+    ("    backbone: timm/resnet18", "    backbone: resnet18", "sources.garments.backbone", ("library/model", "timm/resnet18")),
+    ("    backbone: {transformers/bert:", "    backbone: {transformers/brt:", "sources.words.backbone", ("unknown transformers model 'brt'", "did you mean bert?")),
+    ("    objective: classification", "    objective: clasification", "sources.garments.objective", ("unknown objective 'clasification'", "did you mean classification?")),
+    ("    objective: {mlm: {mask_share: 0.2}}", "    objective: {mmlm: {mask_share: 0.2}}", "sources.words.objective", ("unknown objective 'mmlm'", "mlm")),
+    ("      modality: {image: {size: 32}}", "      modality: imgae", "sources.garments.data.modality", ("unknown modality 'imgae'", "did you mean image?")),
+    ("techniques: [scratch, full, {lp_ft: {probe_share: 0.5}}]", "techniques: [scratch, linearprobe]", "techniques.1", ("unknown technique 'linearprobe'", "did you mean linear_probe?")),
+    ("    sources: [garments]", "    techniques: [fulll]", "targets.clothing.techniques.0", ("unknown technique 'fulll'", "did you mean full?")),
+    ("    sources: [garments]", "    sources: [garmnets]", "targets.clothing.sources", ("unknown source 'garmnets'", "did you mean garments?")),
+    ("  search: {lr: [1.0e-4, 1e-2]}", "  search: {lrr: [1.0e-4, 1e-2]}", "search.lrr", ("unknown field of train", "did you mean lr?")),
+    ("    sources: [garments]", "    metric: acuracy", "targets.clothing.metric", ("unknown metric 'acuracy'", "did you mean", "accuracy")),
+    ("  select: {score: knn, top: 1}", "  select: {score: logm}", "fanout.select.score", ("logme",)),
+]
+
+
+@pytest.mark.parametrize(("right", "wrong", "field", "messages"), NAMES, ids=[m[1].strip() for m in NAMES])
+def test_an_unknown_name_is_told_with_the_nearest(problems, right, wrong, field, messages):
+    found = problems(change=(right, wrong))
+    assert len(found) == 1, found
+    assert field in found[0] and all(message in found[0] for message in messages)
+
+
+def test_names_of_the_issue_are_known():
+    """timm's names are read from its sources: all of them, and no others."""
+    for model in ("vgg16", "vgg16_bn", "resnet50", "inception_v4", "vit_base_patch16_224", "tf_efficientnet_lite0", "convnext_tiny"):
+        assert model in registry.architectures("timm")
+    assert {"bert", "gpt2"} <= registry.architectures("transformers")
+    assert {"image", "text"} <= set(registry.names("modality"))
+    assert {"classification", "mlm", "clm"} <= set(registry.names("objective"))
+    assert {"scratch", "linear_probe", "full", "lp_ft"} <= set(registry.names("technique"))
+
+
+@pytest.mark.parametrize("called", ["data", "train", "targets", "select", "fanout"])
+def test_a_source_may_have_the_name_of_a_field(load, problems, called):
+    assert called in load(GOOD.replace("  garments:", f"  {called}:").replace("[garments]", f"[{called}]")).sources
+    found = problems(GOOD.replace("  garments:", f"  {called}:").replace("[garments]", f"[{called}]").replace("    workers:", "    worker:"))
+    assert found == [f"{line_of('workers:')}: sources.{called}.worker: unknown field; did you mean workers?"]
+
+
+# ---------------------------------------------------------------- other mistakes
+
+@pytest.mark.parametrize(("right", "wrong", "message"), [
+    ("steps: 20", "steps: many", "train.steps: Input should be a valid integer"),
+    ("steps: 20", "steps: 0", "train.steps: Input should be greater than or equal to 1 (got 0)"),
+    ("steps: 20", "steps: 2.5", "train.steps: "),
+    ("steps: 20", "steps: true", "train.steps: "),
+    ("steps: 20", "steps: 20, epochs: 1", "train: give steps or epochs, not both"),
+    ("lr: 1e-3", "lr: .nan", "train.lr: "),
+    ("lr: 1e-3", "precision: fp16", "train.precision: Input should be 'auto', 'fp32' or 'bf16' (got 'fp16')"),
+    ("workers: [2, 8]", "workers: [8, 2]", "workers (8, 2) must be at least 1"),
+    ("workers: [2, 8]", "workers: 0", "workers 0 must be at least 1"),
+    ("workers: [2, 8]", "workers: many", "sources.garments.workers: "),
+    ("name: vision", "name: a/b", "name: String should match pattern"),
+    ("name: vision", "seed: 1", "name: this field is required"),
+    ("    objective: classification\n    train: {steps", "    train: {steps", "a source with data needs an objective"),
+    ("      uri: rows.parquet", "      uri: rows.parquet\n      train: rows.parquet", "give either uri (one set of files) or train"),
+    ("      uri: rows.parquet", "      validation: rows.parquet", "give either uri"),
+    ("  trials: 4\n  search: {lr: [1.0e-4, 1e-2]}", "  trials: 4", "trials above 1 needs search"),
+    ("search: {lr: [1.0e-4, 1e-2]}", "search: {lr: [1.0e-2, 1e-4]}", "must be [low, high] with 0 < low <= high"),
+    ("search: {lr: [1.0e-4, 1e-2]}", "search: {lr: [1e-4]}", "give [low, high] or three or more"),
+    ("[0.05, 1.0, 4]", "[1.5]", "label_fractions"),
+    ("[0.05, 1.0, 4]", "[0]", "label_fractions"),
+    ("[0.05, 1.0, 4]", "[-2]", "label_fractions"),
+    ("[0.05, 1.0, 4]", "[some]", "targets.clothing.label_fractions.0: "),
+    ("techniques: [scratch, full, {lp_ft: {probe_share: 0.5}}]", "techniques: full", "techniques: Input should be a valid list (got 'full')"),
+    ("techniques: [scratch, full, {lp_ft: {probe_share: 0.5}}]", "techniques: [{full: , scratch: }]", "write a name, or one name with its options"),
+    ("techniques: [scratch, full, {lp_ft: {probe_share: 0.5}}]", "techniques: [3]", "write a name, or one name with its options"),
+    ("techniques: [scratch, full, {lp_ft: {probe_share: 0.5}}]", "techniques: [{lp_ft: 3}]", "techniques.0"),
+    ("    sources: [garments]", "    techniques: full", "targets.clothing.techniques: Input should be a valid list (got 'full')"),
+    ("    sources: [garments]", "    techniques: 5", "targets.clothing.techniques: Input should be a valid list (got 5)"),
+    ("      uri: rows.parquet", "      uri: 5", "sources.garments.data.uri: "),
+    ("      uri: rows.parquet", "      uri: ''", "sources.garments.data.uri: "),
+    ("      uri: rows.parquet", "      uri: gs://bucket/rows.parquet", "gs:// is not supported"),
+    ("      uri: rows.parquet", "      uri: row.parquet", "row.parquet: no such file, folder or glob"),
+    ("      uri: rows.parquet", "      uri: [rows.parquet, mor/*.parquet]", "mor/*.parquet: no such file, folder or glob"),
+    ("    workers: [2, 8]", "    init: weights.pt", "'weights.pt' is no checkpoint; write one of bundle:, file:, hf:"),
+    ("    workers: [2, 8]", "    init: file:weights.pt", "no such path (looked for "),
+    ("    workers: [2, 8]", "    init: 'bundle:'", "sources.garments.init: "),
+    ("    backbone: timm/resnet18", "    backbone: bundle:garments", "bundle garments: no such path (looked for "),
+    ("  garments:\n    data:", "  garments:\n  other:\n    data:", "sources.garments: "),
+])
+def test_mistakes_are_refused_by_one_line(problems, right, wrong, message):
+    found = problems(change=(right, wrong))
+    assert len(found) == 1, found
+    assert message in found[0]
+
+
+def test_missing_files_are_told_before_anything_starts_with_the_place_looked_at(problems, folder):
+    found = problems(change=("      uri: rows.parquet", "      uri: nowhere/rows.parquet"))
+    assert found == [f"{line_of('uri: rows')}: sources.garments.data.uri: nowhere/rows.parquet: no such file, folder or glob "
+                     f"(looked for {folder / 'nowhere/rows.parquet'})"]
+
+
+def test_a_doubled_key_is_refused_at_any_depth(problems):
+    text = GOOD.replace("storage: runs", "storage: runs\nname: again").replace("epochs: 2", "epochs: 2\n      epochs: 3")
+    text = text.replace("lr: 1e-3}", "lr: 1e-3, steps: 20}")
+    assert problems(text) == [
+        "3: name: this key stands here twice; remove one",
+        f"{line_of('lr: 1e-3', text)}: sources.garments.train.steps: this key stands here twice; remove one",
+        f"{line_of('epochs: 3', text)}: targets.clothing.train.epochs: this key stands here twice; remove one",
+    ]
+
+
+def test_a_doubled_source_is_refused(problems):
+    text = GOOD.replace("  words:", "  garments:")
+    assert any(line.startswith(f"{line_of('  words:')}: sources.garments: this key stands here twice") for line in problems(text))
+
+
+def test_an_unset_variable_is_an_error(problems, monkeypatch):
+    monkeypatch.delenv("NOT_SET_ANYWHERE", raising=False)
+    found = problems(change=("storage: runs", "storage: ${NOT_SET_ANYWHERE}/runs"))
+    assert found == ["2: storage: environment variable NOT_SET_ANYWHERE is not set; set it or write the value"]
+
+
+def test_a_tab_is_named(problems):
+    for wrong in ("\tworkers: [2, 8]", "   \tworkers: [2, 8]"):
+        found = problems(change=("    workers: [2, 8]", wrong))
+        assert len(found) == 1
+        assert found[0].startswith(f"{line_of('workers:')}: not valid YAML") and "tab" in found[0]
+
+
+def test_what_is_not_yaml_is_one_line_with_its_number(problems):
+    found = problems(change=("steps: 20, global_batch: 16, lr: 1e-3}", "steps: 20, global_batch: 16, lr: 1e-3"))
+    assert len(found) == 1 and "not valid YAML" in found[0] and found[0].split(":")[0].isdigit()
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n", "- a\n- b\n", "just text\n", "3\n"])
+def test_what_is_not_a_mapping_is_refused(problems, text):
+    assert problems(text) == ["1: a job is a mapping with name, sources and targets"]
+
+
+@pytest.mark.parametrize("text", ["name: x\nsources: {}\n", "name: x\nsources:\n", "name: x\n", "name: x\nsources: [a]\n", "name: x\nsources: {s: 3}\n",
+                                  "name: x\nsources: {s: {data: 3, backbone: 4}}\n", "name: x\nsources: {s: {backbone: }}\n", "a: &x [*x]\n" + GOOD,
+                                  GOOD.replace("targets:", "target:"), GOOD.replace("fanout:", "fanout: 3\nx:"), "? [a, b]\n: 3\n" + GOOD])
+def test_odd_shapes_are_refused_without_a_traceback(problems, text):
+    assert problems(text)
+
+
+def test_files_that_cannot_be_read(folder):
+    for name, content, message in (("absent.yaml", None, "no such job file"), ("latin.yaml", "name: \xe9".encode("latin-1"), "UTF-8")):
+        if content is not None:
+            (folder / name).write_bytes(content)
+        with pytest.raises(job.JobError) as caught:
+            job.load(folder / name)
+        assert len(caught.value.problems) == 1
+        assert str(folder / name) in str(caught.value) and message in str(caught.value)
+    with pytest.raises(job.JobError):
+        job.load(folder)
+
+
+def test_all_mistakes_are_told_at_once_in_the_order_of_lines(problems):
+    text = GOOD
+    wrong = {  # line of the good job -> (wrong line, what must be said of it)
+        "storage: runs": ("storag: runs", "storag: unknown field; did you mean storage?"),
+        "      uri: rows.parquet": ("      uri: row.parquet", "no such file, folder or glob"),
+        "      modality: {image: {size: 32}}": ("      modality: {image: {siz: 32}}", "unknown option of image; did you mean size?"),
+        "    backbone: timm/resnet18": ("    backbone: timm/resnet_18", "unknown timm model 'resnet_18'"),
+        "    train: {steps: 20, global_batch: 16, lr: 1e-3}": ("    train: {steps: x, global_batch: 0, lrr: 1}", "train.steps: Input should be a valid integer"),
+        "    objective: {mlm: {mask_share: 0.2}}": ("    objective: mml", "unknown objective 'mml'; did you mean mlm?"),
+        "    label_fractions: [0.05, 1.0, 4]": ("    label_fraction: [1.0]", "did you mean label_fractions?"),
+        "      epochs: 2": ("      epochs: 2\n      epochs: 2", "this key stands here twice"),
+        "techniques: [scratch, full, {lp_ft: {probe_share: 0.5}}]": ("techniques: [scratch, fill]", "unknown technique 'fill'; did you mean full?"),
+        "  seeds: 2": ("  seeds: 0", "fanout.seeds: Input should be greater than or equal to 1 (got 0)"),
+    }
+    for right, (bad, _) in wrong.items():
+        text = text.replace(right, bad, 1)
+    found = problems(text)
+    assert len(found) == len(wrong) + 2, "train holds three mistakes, every other line one"
+    for bad, message in wrong.values():
+        number = line_of(bad.rpartition("\n")[2], text) + bad.count("\n")
+        assert any(line.startswith(f"{number}: ") and message in line for line in found), (number, message, found)
+    numbers = [int(line.split(":")[0]) for line in found]
+    assert numbers == sorted(numbers)
+
+
+# ---------------------------------------------------------------- before torch and Ray
+
+def test_a_wrong_file_is_refused_in_under_two_seconds_without_torch_or_ray(folder):
+    (folder / "job.yaml").write_text(GOOD.replace("timm/resnet18", "timm/resnet_18").replace("seeds: 2", "seed: 2"))
+    program = textwrap.dedent("""
+        import sys
+        from pipeline import job
+        try:
+            job.load(sys.argv[1])
+        except job.JobError as error:
+            print(error)
+        print(sorted({name.partition(".")[0] for name in sys.modules} & {"torch", "ray", "timm", "transformers", "tokenizers", "pyarrow", "numpy", "pandas"}))
+    """)
+    times = []
+    for _ in range(3):  # the machine is shared: the best of three
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", program, folder / "job.yaml"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+        times.append(time.perf_counter() - start)
+        assert done.returncode == 0 and done.stderr == "", done.stderr
+        *told, loaded = done.stdout.splitlines()
+        assert len(told) == 2 and "resnet18" in told[0] and "did you mean seeds" in told[1]
+        assert loaded == "[]"
+        if times[-1] < 2:
+            break
+    assert min(times) < 2
+
+
+# ---------------------------------------------------------------- the hash of a spec
+
+def test_spec_hash_is_the_same_in_every_process_and_order():
+    a = {"x": [1, 2.5, None, True, "é"], "y": {"b": 1, "a": 2}}
+    b = {"y": {"a": 2, "b": 1}, "x": [1, 2.5, None, True, "é"]}
+    assert job.spec_hash(a) == job.spec_hash(b) == "397808bf26f6"
+    assert job.spec_hash(job.Train()) == job.spec_hash(job.Train().model_dump(mode="json"))
+    code = "from pipeline import job; print(job.spec_hash(job.Train(steps=3), 'a'))"
+    environment = {**os.environ, "PYTHONHASHSEED": "77"}
+    there = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert there.stdout.strip() == job.spec_hash(job.Train(steps=3), "a")
+
+
+def test_spec_hash_sees_every_field():
+    base = job.Train(steps=5)
+    other = {"steps": 6, "global_batch": 3, "micro_batch": 1, "canonical_shards": 2, "optimizer": "sgd", "lr": 2e-3, "momentum": 0.5, "beta1": 0.5, "beta2": 0.5,
+             "weight_decay": 0.1, "warmup": 0.2, "schedule": "constant", "clip_norm": None, "precision": "fp32", "compile": True, "channels_last": True,
+             "ema": 0.9, "augment": False, "eval_every_steps": 3, "checkpoint_every_steps": 3, "log_every_steps": 3, "keep": "last", "max_bad_steps": 1, "trace_rows": True}
+    hashes = {job.spec_hash(base.model_copy(update={name: value})) for name, value in other.items()}
+    assert len(hashes) == len(other) and job.spec_hash(base) not in hashes
+    assert set(job.Train.model_fields) - set(other) == {"epochs"}, "a new field of train: give it another value here"
+    parts = {job.spec_hash("a", "b"), job.spec_hash("b", "a"), job.spec_hash("ab"), job.spec_hash(["a", "b"]), job.spec_hash("a"), job.spec_hash(1), job.spec_hash("1")}
+    assert len(parts) == 7
+
+
+def test_a_comment_or_the_order_of_keys_changes_no_hash(load):
+    text = GOOD.replace("name: vision\nstorage: runs", "# a comment\nstorage: runs\nname: vision   # another")
+    assert job.spec_hash(load(text)) == job.spec_hash(load())
+    assert job.spec_hash(load(GOOD, "seed=1")) != job.spec_hash(load())
+
+
+# ---------------------------------------------------------------- the schema for editors
+
+@pytest.fixture(scope="module")
+def schema():
+    return job.schema()
+
+
+@pytest.fixture(scope="module")
+def validator(schema):
+    return jsonschema.Draft202012Validator(schema)
+
+
+def test_the_schema_is_a_json_schema(schema):
+    jsonschema.Draft202012Validator.check_schema(schema)
+    assert json.loads(json.dumps(schema)) == schema
+    assert "Plug" not in json.dumps(schema)
+
+
+def properties(node, path=()):
+    """(path, property's schema) of every property at every depth."""
+    if isinstance(node, dict):
+        for name, inner in node.get("properties", {}).items() if isinstance(node.get("properties"), dict) else ():
+            yield (*path, name), inner
+        for key, inner in node.items():
+            yield from properties(inner, (*path, key))
+    elif isinstance(node, list):
+        for inner in node:
+            yield from properties(inner, path)
+
+
+def test_every_field_at_every_depth_has_a_description(schema):
+    names = {kind: set(registry.names(kind)) for kind in registry.FOLDERS}
+    plugs = set().union(*names.values())
+    seen = {path: inner for path, inner in properties(schema)}
+    assert len(seen) > 80
+    bare = [".".join(path) for path, inner in seen.items() if not inner.get("description") and path[-1] not in plugs]
+    assert bare == []
+    for field in ("probe_share", "mask_share", "hidden", "drop_path", "vocabulary", "label_smoothing"):
+        assert any(path[-1] == field for path in seen), f"{field}: the options of the registered names are part of the schema"
+
+
+def test_the_schema_takes_what_load_takes(validator):
+    import yaml
+
+    good = yaml.safe_load(GOOD.replace("1e-3", "1.0e-3").replace("1e-2", "1.0e-2"))
+    assert list(validator.iter_errors(good)) == []
+    good["techniques"] = ["full", {"full": None}, {"lp_ft": {"probe_share": 0.2}}]
+    good["sources"]["more"] = {"backbone": "bundle:folder"}
+    assert list(validator.iter_errors(good)) == []
+
+
+@pytest.mark.parametrize("setting", [
+    {"nam": "x"}, {"techniques": ["fulll"]}, {"techniques": [{"lp_ft": {"probe_shar": 0.1}}]}, {"techniques": [{"lp_ftt": {}}]}, {"fanout": {"sed": 1}},
+    {"fanout": {"select": {"scor": "knn"}}}, {"sources": {"s": {"backbone": "resnet18"}}}, {"sources": {"s": {"backbone": "tim/resnet18"}}},
+    {"sources": {"s": {"backbone": {"tim/resnet18": {}}}}}, {"sources": {"s": {"backbone": {"timm/resnet18": {"x": 1}}}}},
+    {"sources": {"s": {"backbone": "timm/resnet18", "objective": "clasification"}}},
+    {"targets": {"t": {"objective": "classification", "data": {"uri": "a", "modality": "imgae"}}}},
+    {"targets": {"t": {"objective": "classification", "data": {"uri": "a", "modality": "image", "colums": {}}}}},
+    {"targets": {"t": {"objective": "classification", "data": {"uri": "a", "modality": "image"}, "train": {"learning_rate": 1}}}},
+], ids=str)
+def test_the_schema_refuses_what_load_refuses(validator, setting):
+    import yaml
+
+    good = yaml.safe_load(GOOD.replace("1e-3", "1.0e-3").replace("1e-2", "1.0e-2"))
+    assert list(validator.iter_errors({**good, **setting}))

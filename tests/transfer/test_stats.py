@@ -1,0 +1,222 @@
+import math
+
+import numpy as np
+import pytest
+
+from pipeline import metrics
+from pipeline.transfer import stats
+from pipeline.transfer.stats import Run
+
+ACCURACY, LOSS = metrics.metric("accuracy"), metrics.metric("loss")
+
+
+def answers(hits: np.ndarray) -> metrics.Predictions:
+    """Two-class predictions that are right exactly where ``hits`` says so."""
+    label = np.zeros(len(hits), np.int64)
+    scores = np.stack([hits, 1 - hits], axis=1).astype(np.float32)
+    return {"scores": scores, "label": label, "loss": np.where(hits, 0.1, 2.0), "count": np.ones(len(hits))}
+
+
+def losses(values: np.ndarray) -> metrics.Predictions:
+    return {"loss": np.asarray(values, np.float64), "count": np.ones(len(values))}
+
+
+def run(predictions, seed=0, rows=None, groups=None) -> Run:
+    n = len(predictions["loss"])
+    return Run(np.arange(n) if rows is None else np.asarray(rows), predictions, seed, groups)
+
+
+def test_accuracy_interval_agrees_with_the_normal_approximation():
+    hits = np.random.default_rng(0).random(2000) < 0.8
+    low, high = stats.interval(ACCURACY, answers(hits), draws=4000)
+    p = hits.mean()
+    half = 1.959964 * math.sqrt(p * (1 - p) / len(hits))
+    assert low == pytest.approx(p - half, abs=0.1 * half)
+    assert high == pytest.approx(p + half, abs=0.1 * half)
+
+
+def test_kinds_of_units_and_single_units_are_drawn_from_the_same_distribution():
+    """The multinomial over equal units against a plain resampling of indices."""
+    hits = np.random.default_rng(1).random(300) < 0.7
+    rng = np.random.default_rng(2)
+    plain = np.percentile(hits[rng.integers(0, 300, (4000, 300))].mean(1), (2.5, 97.5))
+    assert stats.interval(ACCURACY, answers(hits), draws=4000) == pytest.approx(tuple(plain), abs=0.008)
+
+
+def test_interval_of_continuous_units_agrees_with_scipy():
+    from scipy.stats import bootstrap
+
+    values = np.random.default_rng(3).gamma(2.0, size=400)
+    theirs = bootstrap((values,), np.mean, method="percentile", n_resamples=4000, random_state=0).confidence_interval
+    ours = stats.interval(LOSS, losses(values), draws=4000)
+    assert ours == pytest.approx((theirs.low, theirs.high), abs=0.02)
+
+
+def test_interval_of_a_ratio_follows_its_counts():
+    """Perplexity of rows with unequal token counts: final(sum / sum), as an independent loop computes it."""
+    rng = np.random.default_rng(4)
+    count = rng.integers(1, 50, 200).astype(float)
+    total = count * rng.gamma(2.0, size=200)
+    draws = [rng.integers(0, 200, 200) for _ in range(3000)]
+    plain = np.percentile([math.exp(total[i].sum() / count[i].sum()) for i in draws], (2.5, 97.5))
+    ours = stats.interval(metrics.metric("perplexity"), {"loss": total, "count": count}, draws=3000)
+    assert ours == pytest.approx(tuple(plain), rel=0.03)
+
+
+def test_metric_without_units_is_recomputed():
+    hits = np.random.default_rng(5).random(400) < 0.8
+    with_units = stats.interval(ACCURACY, answers(hits))
+    calls = []
+
+    def value(p):
+        calls.append(len(p["label"]))
+        return ACCURACY.value(p)
+
+    without = stats.interval(metrics.Metric("accuracy", True, value), answers(hits))
+    assert without == pytest.approx(with_units, abs=0.015)
+    assert len(calls) <= stats.RECOMPUTED_DRAWS + 1 and set(calls) == {400}
+
+
+def test_recomputed_metric_resamples_whole_groups():
+    sizes = []
+    metric = metrics.Metric("count", True, lambda p: sizes.append(len(p["label"])) or float(p["label"].mean()))
+    groups = np.array([0] * 10 + [1] * 30)
+    low, high = stats.interval(metric, {"label": np.arange(40.0) >= 10}, groups=groups)
+    assert set(sizes) == {20, 40, 60}
+    assert (low, high) == (0.0, 1.0)
+
+
+def test_same_seed_same_interval_and_another_seed_another():
+    p = losses(np.random.default_rng(6).random(100))
+    assert stats.interval(LOSS, p, seed=1) == stats.interval(LOSS, p, seed=1) != stats.interval(LOSS, p, seed=2)
+
+
+def test_groups_widen_the_interval_by_the_design_effect():
+    rng = np.random.default_rng(7)
+    groups = np.repeat(np.arange(40), 25)
+    values = rng.normal(size=40)[groups]  # rows of a group are copies: the design effect is the group's size
+    shuffled = rng.permutation(1000)
+    narrow = stats.interval(LOSS, losses(values))
+    wide = stats.interval(LOSS, losses(values[shuffled]), groups=groups[shuffled])
+    assert (wide[1] - wide[0]) / (narrow[1] - narrow[0]) == pytest.approx(5.0, rel=0.2)
+    assert stats.mean_interval(LOSS, [run(losses(values), groups=groups)])[1:] == pytest.approx(wide, rel=0.15)
+
+
+def test_memory_is_bounded(monkeypatch):
+    p = losses(np.random.default_rng(8).random(500))
+    whole = stats.interval(LOSS, p)
+    monkeypatch.setattr(stats, "_CELLS", 1500)  # three draws a chunk
+    assert stats.interval(LOSS, p) == pytest.approx(whole, abs=1e-12)
+    monkeypatch.setattr(stats, "_WORK", 1)
+    assert stats._totals(np.random.default_rng(0).random((50, 2)), 1000, np.random.default_rng(0)).shape == (stats.RECOMPUTED_DRAWS, 2)
+
+
+def test_no_rows_give_nan():
+    assert all(math.isnan(x) for x in stats.interval(LOSS, losses(np.zeros(0))))
+
+
+def test_uncounted_draws_are_left_out():
+    p = {"loss": np.array([1.0, 0.0]), "count": np.array([1.0, 0.0])}  # a draw of the second row alone has nothing to divide by
+    assert stats.interval(LOSS, p) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize("df", [1, 2, 5, 10, 11, 17, 30, 200])
+def test_t_quantile_and_interval_agree_with_scipy(df):
+    from scipy.stats import t
+
+    assert stats.t_quantile(df) == pytest.approx(t.ppf(0.975, df), abs=2e-4)
+    values = np.random.default_rng(df).normal(size=df + 1)
+    low, high = t.interval(0.95, df, values.mean(), values.std(ddof=1) / math.sqrt(df + 1))
+    assert stats.t_interval(list(values)) == pytest.approx((values.mean(), low, high), abs=1e-3)
+
+
+def test_mean_is_over_seeds_and_one_seed_resamples_units_only():
+    rng = np.random.default_rng(9)
+    runs = [run(losses(rng.normal(s, 1, 200)), s) for s in range(3)]
+    mean, low, high = stats.mean_interval(LOSS, runs)
+    assert mean == pytest.approx(np.mean([r.predictions["loss"].mean() for r in runs]))
+    assert low < mean < high and high - low > 2  # seeds differ by 1: far more than the units' 0.07
+    one = stats.mean_interval(LOSS, runs[:1])
+    assert one[1:] == pytest.approx(stats.interval(LOSS, runs[0].predictions), abs=0.02)
+    with pytest.raises(ValueError, match="no runs"):
+        stats.mean_interval(LOSS, [])
+
+
+def test_rows_are_paired_by_id_not_by_place():
+    rng = np.random.default_rng(10)
+    base = rng.normal(size=300)
+    order = rng.permutation(300)
+    ours = run(losses(base - 0.1), rows=np.arange(300))
+    shuffled = run(losses(base[order]), rows=order)
+    value, low, high = stats.gain(LOSS, [ours], [shuffled])
+    assert (value, low, high) == pytest.approx((0.1, 0.1, 0.1))  # every unit gains exactly 0.1: no spread is left
+
+
+def test_pairing_narrows_the_interval():
+    rng = np.random.default_rng(11)
+    base = rng.normal(size=400)
+    ours = [run(losses(base - 0.1 + rng.normal(0, 0.1, 400)), s) for s in range(3)]
+    scratch = [run(losses(base + rng.normal(0, 0.1, 400)), s) for s in range(3)]
+    _, low, high = stats.gain(LOSS, ours, scratch)
+    a, b = stats.mean_interval(LOSS, ours), stats.mean_interval(LOSS, scratch)
+    assert high - low < 0.5 * ((a[2] - a[1]) + (b[2] - b[1])) / 2
+    assert low > 0
+
+
+def test_gain_is_positive_when_better_in_either_direction():
+    good, bad = np.arange(200) < 180, np.arange(200) < 120
+    for metric in (ACCURACY, LOSS):
+        value, low, high = stats.gain(metric, [run(answers(good))], [run(answers(bad))])
+        assert 0 < low <= value <= high
+        value, low, high = stats.gain(metric, [run(answers(bad))], [run(answers(good))])
+        assert low <= value <= high < 0
+
+
+def test_gain_pairs_seeds_and_uses_the_common_ones():
+    p = {s: losses(np.full(50, float(s))) for s in range(4)}
+    ours = [run(losses(p[s]["loss"] - 1), s) for s in (0, 1, 2)]
+    scratch = [run(p[s], s) for s in (3, 2, 1)]
+    assert stats.gain(LOSS, ours, scratch) == pytest.approx((1, 1, 1))  # seeds differ, but each pair differs by 1
+    with pytest.raises(ValueError, match="no seed in common"):
+        stats.gain(LOSS, ours[:1], scratch)
+    with pytest.raises(ValueError, match="not distinct"):
+        stats.gain(LOSS, [ours[0], ours[0]], scratch)
+
+
+def test_gain_uses_the_rows_in_common():
+    ours = run(losses(np.array([1.0, 2.0, 3.0, 99.0])), rows=[0, 1, 2, 3])
+    scratch = run(losses(np.array([99.0, 4.0, 3.0, 2.0])), rows=[7, 2, 1, 0])
+    assert stats.gain(LOSS, [ours], [scratch]) == pytest.approx((1, 1, 1))
+    with pytest.raises(ValueError, match="no test row in common"):
+        stats.gain(LOSS, [ours], [run(losses(np.ones(2)), rows=[8, 9])])
+    with pytest.raises(ValueError, match="stand twice"):
+        stats.gain(LOSS, [ours], [run(losses(np.ones(2)), rows=[1, 1])])
+    assert list(stats.common_rows([ours, scratch])) == [0, 1, 2]
+
+
+def test_given_groups_follow_the_first_run():
+    rng = np.random.default_rng(12)
+    groups = np.repeat(np.arange(30), 10)
+    effect = rng.normal(0.5, 1, 30)[groups]
+    scratch = [run(losses(np.zeros(300)), s) for s in (1, 2)]
+    ours = [run(losses(-effect[::-1]), s, rows=np.arange(300)[::-1]) for s in (0, 1, 2)]  # the first seed has no pair
+    plain = stats.gain(LOSS, ours, scratch)
+    grouped = stats.gain(LOSS, ours, scratch, groups[::-1])
+    assert grouped[0] == plain[0]
+    assert (grouped[2] - grouped[1]) / (plain[2] - plain[1]) == pytest.approx(math.sqrt(10), rel=0.25)
+    with pytest.raises(ValueError, match="give one a row"):
+        stats.gain(LOSS, ours, scratch, groups[:5])
+
+
+@pytest.mark.parametrize(("across_seeds", "across_units"), [(0.1, 0.1), (0.01, 0.5), (0.03, 0.5)])
+def test_coverage_is_near_nominal_with_three_seeds(across_seeds, across_units):
+    """With no true gain, about 95 % of the intervals hold zero, whichever noise is larger (the plain bootstrap: 75 %)."""
+    rng, held = np.random.default_rng(13), 0
+    repeats = 150
+    for i in range(repeats):
+        shared = rng.normal(0, across_units, 200)  # some rows are easier for one method than for the other
+        ours = [run(losses(shared + rng.normal(0, across_seeds) + rng.normal(0, 0.05, 200)), s) for s in range(3)]
+        zero = [run(losses(np.zeros(200)), s) for s in range(3)]
+        _, low, high = stats.gain(LOSS, ours, zero, draws=200, seed=i)
+        held += low <= 0 <= high
+    assert 0.89 <= held / repeats <= 1.0
