@@ -228,6 +228,16 @@ def test_linked_folders_are_listed_and_circles_end(tmp_path):
     assert storage.list_files(str(tmp_path / "shown")) == [str(tmp_path / "shown/link/f")]
 
 
+def test_folder_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch):
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "f").touch()
+    real, denied = os.scandir, PermissionError(errno.EACCES, "Permission denied")
+    monkeypatch.setattr(os, "scandir", lambda path: Flaky(denied)() if "closed" in path else real(path))
+    for look in (storage.list_files, lambda uri: storage.glob(uri + "/**/f")):
+        with pytest.raises(StorageError, match="Permission denied; give this user access"):
+            look(str(tmp_path))
+
+
 def test_long_listings_take_several_pages(s3_server, monkeypatch):
     root = f"{s3_server}/{uuid.uuid4().hex}"
     for number in range(5):
@@ -375,6 +385,15 @@ def test_5xx_for_ever_is_an_error_after_five_requests(monkeypatch, fast):
             with pytest.raises(StorageError, match="s3://bucket/key: .*tried 5 times"):
                 call("s3://bucket/key")
             assert len(seen) == 5, seen
+
+
+def test_reads_of_an_open_file_are_retried_and_never_short(monkeypatch, fast):
+    answers = [(200, b"12345678"), (503, xml("SlowDown")), (206, b"12345678"), (206, b"1234")]
+    with s3_answers(monkeypatch, *answers) as seen, storage.open_read("s3://bucket/key") as file:
+        assert file.read() == b"12345678" and len(seen) == 3 and len(fast) == 1
+        file.seek(0)
+        with pytest.raises(StorageError, match="s3://bucket/key: 4 of 8 bytes came"):
+            file.raw.readall()
 
 
 def test_dead_server_is_an_error(monkeypatch, fast):

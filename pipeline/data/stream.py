@@ -90,6 +90,11 @@ class Loader:
         arrays, bad = self.decoder(table)
         return Block(rows, epochs, arrays, bad)
 
+    def columns(self, item: Item) -> Arrays:
+        """The block as one set of columns, to cross the object store."""
+        block = self(item)
+        return {"_row": block.rows, "_epoch": block.epochs, "_bad": np.array(block.bad, dtype=object), **block.arrays}
+
 
 # ---------------------------------------------------------------- places of decoding
 
@@ -107,17 +112,15 @@ def _thread_blocks(loader: Loader, items: Iterable[Item], threads: int) -> Itera
                 future.cancel()
 
 
-class _DecodeActor:
-    """One warm process of the Ray Data pool: an item in, a block of decoded rows out."""
+class _Worker:
+    """One warm process of a Ray Data pool: an item in, a block of columns out."""
 
-    def __init__(self, loader: Loader):
+    def __init__(self, work: Callable[[Item], Arrays]):
         torch.set_num_threads(1)
-        self.loader = loader
+        self.work = work
 
-    def __call__(self, items: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        block = self.loader(Item(*(int(items[name][0]) for name in Item.__dataclass_fields__)))
-        bad = np.array(block.bad, dtype=object)
-        return {"_row": block.rows, "_epoch": block.epochs, "_bad": bad, **block.arrays}
+    def __call__(self, items: dict[str, np.ndarray]) -> Arrays:
+        return self.work(Item(*(int(items[name][0]) for name in Item.__dataclass_fields__)))
 
 
 @dataclass(frozen=True)
@@ -127,9 +130,14 @@ class DataWorkers:
     actors: int = 1
     cpus_per_actor: float = 0.5
     object_store_bytes: int = 512 << 20
+    gpus_per_actor: float = 0.0
 
 
-def _ray_blocks(loader: Loader, items: Iterable[Item], workers: DataWorkers) -> Iterator[Block]:
+def map_blocks(work: Callable[[Item], Arrays], items: Iterable[Item], workers: DataWorkers) -> Iterator[Arrays]:
+    """``work`` over items by a Ray Data actor pool, one block of columns an item, in order, with bounded memory.
+
+    ``work`` is sent once to each actor. Encoded or decoded, what it returns should be large enough to be worth its way.
+    """
     import ray.data
 
     context = ray.data.DataContext.get_current()
@@ -140,11 +148,15 @@ def _ray_blocks(loader: Loader, items: Iterable[Item], workers: DataWorkers) -> 
     items = iter(items)
     while segment := list(islice(items, ITEMS_AN_EXECUTION)):
         data = ray.data.from_items([asdict(item) for item in segment], override_num_blocks=len(segment))
-        data = data.map_batches(_DecodeActor, fn_constructor_args=(loader,), batch_size=None, batch_format="numpy",
-                                num_cpus=workers.cpus_per_actor, compute=ray.data.ActorPoolStrategy(size=workers.actors))
-        for block in data.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=4):
-            rows, epochs, bad = block.pop("_row"), block.pop("_epoch"), block.pop("_bad")
-            yield Block(rows, epochs, block, bad.tolist())
+        data = data.map_batches(_Worker, fn_constructor_args=(work,), batch_size=None, batch_format="numpy", num_cpus=workers.cpus_per_actor,
+                                num_gpus=workers.gpus_per_actor or None, compute=ray.data.ActorPoolStrategy(size=workers.actors))
+        yield from data.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=4)
+
+
+def _ray_blocks(loader: Loader, items: Iterable[Item], workers: DataWorkers) -> Iterator[Block]:
+    for columns in map_blocks(loader.columns, items, workers):
+        rows, epochs, bad = columns.pop("_row"), columns.pop("_epoch"), columns.pop("_bad")
+        yield Block(rows, epochs, columns, bad.tolist())
 
 
 def map_items(fn: Callable[[Any], Any], items: Iterable[Any], *, cpus: float = 1.0, ahead: int | None = None) -> Iterator[Any]:
@@ -351,7 +363,7 @@ def _prefetched(batches: Iterator, ahead: int) -> Iterator:
                 if not put((value, None)):
                     return
             put((end, None))
-        except BaseException as error:  # noqa: BLE001 - handed to the consumer, whatever it is
+        except BaseException as error:
             put((end, error))
 
     thread = threading.Thread(target=produce, name="prefetch", daemon=True)

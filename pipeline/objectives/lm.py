@@ -14,7 +14,6 @@ from pipeline.registry import Options, register
 from pipeline.rng import uniform
 
 
-
 class MaskedOptions(Options):
     mask_share: float = Field(0.15, gt=0, lt=1, description="share of the positions to predict; 80 % masked, 10 % random, 10 % kept")
 

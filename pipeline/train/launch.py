@@ -14,7 +14,7 @@ from typing import Any
 import ray
 import torch
 
-from pipeline import bundle, storage
+from pipeline import storage
 from pipeline.data.stream import DataWorkers
 from pipeline.job import Source
 from pipeline.train import source
@@ -150,14 +150,24 @@ def _watch(board: Any, name: str, progress: Progress, stop: threading.Event) -> 
             progress.update(training_line(name, record))
 
 
+def resources() -> dict[str, float]:
+    """Logical CPUs and GPUs of the cluster."""
+    return {name: value for name, value in ray.cluster_resources().items() if name in ("CPU", "GPU")}
+
+
+def facts_of(stage: source.SourceStage) -> dict[str, Any]:
+    """The report's facts of a source that is done."""
+    manifest = storage.read_json(storage.join(stage.bundle_uri, "manifest.json"))
+    return {**manifest.get("training", {}), "source": stage.name, "bundle": stage.bundle_uri}
+
+
 def pretrain(stage: source.SourceStage, progress: Progress, verbose: bool, growing: bool = False) -> dict[str, Any]:
     """Run a source stage to its bundle and return the report's facts; a bundle that is there already is used.
 
     Raises ClusterError before anything starts, StageError when training failed for good.
     """
     if stage.done:
-        facts = dict(bundle.storage.read_json(storage.join(stage.bundle_uri, "manifest.json")).get("training", {}))
-        return {**facts, "source": stage.name, "bundle": stage.bundle_uri, "cached": True}
+        return {**facts_of(stage), "cached": True}
     if stage.splits is None:
         return {**source.import_checkpoint(stage), "bundle": stage.bundle_uri}
     have = ray.cluster_resources()
@@ -187,7 +197,7 @@ def pretrain(stage: source.SourceStage, progress: Progress, verbose: bool, growi
     if fatal or error or not stage.done:
         raise StageError(f"sources.{stage.name}: {fatal or _reason(error)}")
     progress.update(training_line(stage.name, record), final=True)
-    return {**bundle.storage.read_json(storage.join(stage.bundle_uri, "manifest.json"))["training"], "bundle": stage.bundle_uri}
+    return facts_of(stage)
 
 
 def _reason(error: Exception | None) -> str:
@@ -211,6 +221,30 @@ def _trainer(stage: source.SourceStage, mine: Share, config: dict[str, Any], ver
         run_config=ray.train.RunConfig(name=f"{stage.name}-{stage.key}", storage_path=path, storage_filesystem=filesystem,
                                        failure_config=ray.train.FailureConfig(max_failures=stage.spec.max_failures),
                                        logging_config=None if verbose else ray.train.LoggingConfig(log_level="ERROR")))
+
+
+def run_ranks(fn: Callable[[dict[str, Any], Ranks], Any], config: dict[str, Any], workers: int, cpus: float, gpus: float, uri: str, name: str) -> Any:
+    """``fn(config, ranks)`` on several ranks under Ray Train, inside a trial; what rank 0 returns. Raises StageError with the rank's error."""
+    import ray.train
+    import ray.train.torch
+
+    def main(held: dict[str, Any]) -> Any:
+        context = ray.train.get_context()
+        torch.set_num_threads(max(1, int(cpus)))
+        out = fn(held, Ranks(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device()))
+        return out if context.get_world_rank() == 0 else None
+
+    path, filesystem = train_storage(uri)
+    trainer = ray.train.torch.TorchTrainer(
+        main, train_loop_config=config,
+        scaling_config=ray.train.ScalingConfig(num_workers=workers, use_gpu=gpus > 0, resources_per_worker={"CPU": cpus, **({"GPU": gpus} if gpus else {})}),
+        run_config=ray.train.RunConfig(name=name, storage_path=path, storage_filesystem=filesystem))
+    try:
+        return trainer.fit().return_value
+    except ray.train.TrainingFailedError as error:
+        raise StageError(_reason(error)) from error
+    finally:
+        storage.remove_tree(uri)
 
 
 def train_storage(uri: str) -> tuple[str, Any]:

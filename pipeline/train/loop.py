@@ -304,8 +304,8 @@ def _step(live: _Live, stats: Tensor, ranks: Ranks, train: Train, task: Task, ba
     to_mean = ranks.count / stats[1].clamp(min=1e-12)  # DDP has divided by the ranks
     clip = getattr(task, "clip_gradients", None)
     if clip is not None:  # a stack of heads clips each of them alone
-        norm, coefficient = clip(train.clip_norm, to_mean), torch.ones_like(to_mean)
-        finite = torch.isfinite(stats[0])
+        norm, finite = clip(train.clip_norm, to_mean)
+        coefficient = torch.ones_like(to_mean)
     else:
         norm = optim.global_norm(live.params).to(stats.device) * to_mean
         coefficient = (train.clip_norm / (norm + 1e-6)).clamp(max=1.0) if train.clip_norm else torch.ones_like(norm)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
 from pipeline import metrics
-from pipeline.transfer import stats
+from pipeline.transfer import results, stats
 from pipeline.transfer.stats import Run
 
 Row = dict[str, Any]
+Estimate = tuple[float | None, float | None, float | None]
+"""(middle, low, high)."""
 
 SCRATCH = "none"
 """The source of trials that start from random weights: what the others of their backbone, target and label fraction are held against."""
@@ -69,7 +70,7 @@ def cells(rows: list[Row], runs: dict[str, Run]) -> list[Cell]:
     Sorted by target, label fraction, then gain with the largest first (scratch stands at zero, what has no gain comes last).
     """
     groups: dict[tuple, list[Row]] = defaultdict(list)
-    for row in rows:
+    for row in results.filled(rows):
         groups[_key(row)].append(row)
     trials = {key: found for key, group in groups.items() if (found := _final_trials(group)) is not None}
     out = []
@@ -120,8 +121,14 @@ def _mean(rows: list[Row], name: str) -> float | None:
     return fmean(values) if values else None
 
 
-def _finite(values: Sequence[float]) -> tuple[float | None, ...]:
-    return tuple(float(v) if math.isfinite(v) else None for v in values)
+def _whole(rows: list[Row], name: str) -> int | None:
+    mean = _mean(rows, name)
+    return None if mean is None else round(mean)
+
+
+def _finite(values: Estimate) -> Estimate:
+    middle, low, high = (float(v) if v is not None and math.isfinite(v) else None for v in values)
+    return middle, low, high
 
 
 def _cell(key: tuple, done: list[Row], failed: int, scratch: list[Row], runs: dict[str, Run], group: list[Row]) -> Cell:
@@ -140,15 +147,16 @@ def _cell(key: tuple, done: list[Row], failed: int, scratch: list[Row], runs: di
         verdict = UNCOMPARED
     else:
         verdict = WINS if gain[1] > 0 else LOSES if gain[2] < 0 else EVEN
-    whole = {n: _mean(done, n) for n in ("params_trained", "n_train", "n_eval")}
-    params, n_train, n_test = (None if v is None else round(v) for v in whole.values())
-    return Cell(source, backbone, target, technique, fraction, name, higher, len(done), failed, *value, *gain, _mean(done, "seconds"), params,
-                n_train, n_test, first.get("hyper_parameters") or "{}", verdict, how)
+    return Cell(
+        source=source, backbone=backbone, target=target, technique=technique, label_fraction=fraction, metric=name, higher_is_better=higher,
+        n_seeds=len(done), n_failed=failed, mean=value[0], low=value[1], high=value[2], gain=gain[0], gain_low=gain[1], gain_high=gain[2],
+        seconds=_mean(done, "seconds"), params_trained=_whole(done, "params_trained"), n_train=_whole(done, "n_train"), n_test=_whole(done, "n_eval"),
+        hyper_parameters=first.get("hyper_parameters") or "{}", verdict=verdict, interval=how)
 
 
-def _estimates(name: str, higher: bool, done: list[Row], scratch: list[Row], runs: dict[str, Run]) -> tuple[tuple, tuple, str]:
+def _estimates(name: str, higher: bool, done: list[Row], scratch: list[Row], runs: dict[str, Run]) -> tuple[Estimate, Estimate, str]:
     """((mean, low, high), (gain, low, high), how): from predictions where all are at hand, else over seeds."""
-    none = (None, None, None)
+    none: Estimate = (None, None, None)
     if not done:
         return none, none, ""
     metric = metrics.METRICS.get(name)
@@ -158,14 +166,15 @@ def _estimates(name: str, higher: bool, done: list[Row], scratch: list[Row], run
         try:
             value = stats.mean_interval(metric, ours)
             gain = stats.gain(metric, ours, theirs) if theirs and _seeds(done) & _seeds(scratch) else none
-            return _finite(value), gain if gain is none else _finite(gain), _how(ours, theirs)
+            return _finite(value), _finite(gain), _how(ours, theirs)
         except (KeyError, ValueError) as error:  # predictions without what the metric reads, or rows that cannot be paired
             why = f"{T_INTERVAL}: {error}"
     else:
         why = T_INTERVAL
     by_seed = {row["seed"]: row["value"] for row in scratch if row["value"] is not None}
     value = stats.t_interval([row["value"] for row in done if row["value"] is not None])
-    differences = [(row["value"] - by_seed[row["seed"]]) * (1 if higher else -1) for row in done if row["value"] is not None and row["seed"] in by_seed]
+    sign = 1 if higher else -1
+    differences = [sign * (row["value"] - by_seed[row["seed"]]) for row in done if row["value"] is not None and row["seed"] in by_seed]
     gain = _finite(stats.t_interval(differences)) if differences else none
     if len(done) == 1:
         return (_finite(value)[0], done[0].get("value_low"), done[0].get("value_high")), gain, ONE_SEED

@@ -64,8 +64,11 @@ class Tally:
 
 @dataclass(frozen=True)
 class Figure:
+    """``instead``: what Markdown shows, where there is no figure."""
+
     svg: str
-    caption: str
+    caption: str = ""
+    instead: Block | None = None
 
 
 @dataclass(frozen=True)
@@ -86,9 +89,9 @@ def markdown(title: str, blocks: Sequence[Block]) -> str:
 
 
 def _md(text: str) -> str:
-    """Plain text in one line of Markdown. Underscores inside words are left: they mean nothing there."""
+    """Plain text in one line of Markdown. What means nothing where it stands is left: underscores in words, lone brackets."""
     text = " ".join(str(text).split())
-    text = re.sub(r"([\\`*\[\]|#~])|(?<!\w)_|_(?!\w)", lambda m: "\\" + m[0], text)
+    text = re.sub(r"[\\`*|~]|\](?=[(\[:])|(?<!\w)_|_(?!\w)|^[#+-](?= )", lambda m: "\\" + m[0], text)
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
@@ -119,7 +122,7 @@ def _md_block(block: Block) -> str:
     if isinstance(block, Details):
         inner = "\n\n".join(text for part in block.blocks if (text := _md_block(part)))
         return f"**{_md(block.title)}**\n\n{inner}" if inner else ""
-    return f"_{_md(block.caption)} Figure in report.html._"
+    return _md_block(block.instead) if block.instead else f"_{_md(block.caption)} Figure in report.html._"
 
 
 # ---------------------------------------------------------------- HTML
@@ -180,7 +183,8 @@ def _html_block(block: Block) -> str:
     if isinstance(block, Details):
         inner = "\n".join(_html_block(part) for part in block.blocks)
         return f"<details><summary>{_h(block.title)}</summary>\n{inner}\n</details>"
-    return f'<figure><div class="scroll" tabindex="0">{block.svg}</div><figcaption>{_h(block.caption)}</figcaption></figure>'
+    caption = f"<figcaption>{_h(block.caption)}</figcaption>" if block.caption else ""
+    return f'<figure><div class="scroll" tabindex="0">{block.svg}</div>{caption}</figure>'
 
 
 STYLE = """
@@ -209,14 +213,15 @@ ul{padding-left:1.2rem}li{margin:.25rem 0}
 table{border-collapse:collapse;font-size:.9rem;min-width:100%;font-variant-numeric:tabular-nums}
 th,td{text-align:left;vertical-align:top;padding:.5rem 1.1rem .5rem 0;border-bottom:1px solid var(--line)}
 th{font-weight:600;color:var(--soft);font-size:.82rem;white-space:nowrap;vertical-align:bottom}
-td:first-child{overflow-wrap:anywhere;min-width:7rem}
+td:first-child{overflow-wrap:break-word;min-width:7rem;max-width:16rem}
 .n{text-align:right;white-space:nowrap;padding:.5rem 0 .5rem 1.1rem}
 td b{font-weight:600}.sub{display:block;color:var(--soft);font-size:.84rem}
 figure{margin:1rem 0 1.5rem}figure .scroll{margin:0}
-figure svg *{stroke-linejoin:round;stroke-linecap:butt}figure svg{display:block;width:100%;min-width:34rem;height:auto}
+figure svg *{stroke-linejoin:round;stroke-linecap:butt}figure svg{display:block;width:100%;min-width:30rem;height:auto}
 pre{background:var(--panel);padding:.8rem 1rem;border-radius:6px;overflow-x:auto;font:.82rem/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;
 max-height:28rem;margin:.5rem 0 1rem}
 details{margin:.6rem 0;border-bottom:1px solid var(--line);padding-bottom:.6rem}summary{cursor:pointer;overflow-wrap:anywhere}
-@media (max-width:40rem){main{padding:1.75rem 1rem 3rem}h2{margin-top:2.4rem}th,td{padding-right:.8rem}.n{padding-left:.8rem}}
+@media (max-width:40rem){main{padding:1.75rem 1rem 3rem}h2{margin-top:2.4rem}th,td{padding-right:.8rem}.n{padding-left:.8rem}
+td:first-child,th:first-child{position:sticky;left:0;background:var(--paper);min-width:6rem}}
 @media print{main{max-width:none;padding:0}pre{max-height:none;white-space:pre-wrap}figure,tr{break-inside:avoid}}
 """

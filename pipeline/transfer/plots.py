@@ -46,7 +46,7 @@ def forest(cells: Sequence[Cell], title: str, limits: tuple[float, float], label
             colour, marker, fill = looks.get(cell.verdict, looks[EVEN])
             if cell.gain_low is not None and cell.gain_high is not None:
                 axes.plot([cell.gain_low, cell.gain_high], [y, y], color=colour, linewidth=1.6, solid_capstyle="butt", zorder=2)
-            axes.plot([cell.gain], [y], marker=marker, markersize=5.5, color=colour, markerfacecolor=fill, markeredgewidth=1.2, zorder=3)
+            axes.plot([cell.gain or 0.0], [y], marker=marker, markersize=5.5, color=colour, markerfacecolor=fill, markeredgewidth=1.2, zorder=3)
         axes.set_yticks(range(len(cells)), [cell_label(cell) for cell in cells])
         axes.set_ylim(len(cells) - 0.5, -0.5)
         axes.set_xlim(*limits)
@@ -75,8 +75,9 @@ def learning(panels: dict[str, Series], metric: str) -> str:
         names = sorted(panels, key=fraction_order)
         across = min(len(names), 3)
         down = math.ceil(len(names) / across)
-        figure, grid = _figure(0.7 + 2.3 * down, down, across)
         keys = _keys(key for series in panels.values() for key in series)
+        entries = _entries(keys)
+        figure, grid = _figure(0.1 + 2.3 * down + _legend_inches(entries), down, across)
         for axes, name in itertools.zip_longest(grid, names):
             if name is None:
                 axes.set_visible(False)
@@ -87,24 +88,26 @@ def learning(panels: dict[str, Series], metric: str) -> str:
             axes.grid(color=_LINE, linewidth=0.6)
             axes.set_xlabel("step")
         grid[0].set_ylabel(f"validation {metric}")
-        _legend(figure, keys)
+        _legend(figure, entries)
         return _svg(figure, f"Validation {metric} by training step")
 
 
 def label_efficiency(cells: Sequence[Cell]) -> str:
     """Test metric by number of labelled rows, a line for each (source, technique) with its intervals."""
     with _style():
-        figure, (axes,) = _figure(3.3)
         shown = [cell for cell in cells if cell.mean is not None and cell.n_train]
         keys = _keys((cell.source, cell.technique) for cell in shown)
-        sizes = {cell.label_fraction: cell.n_train for cell in shown}
+        entries = _entries(keys)
+        figure, (axes,) = _figure(2.9 + _legend_inches(entries))
+        sizes = {cell.label_fraction: cell.n_train or 0 for cell in shown}
         for i, key in enumerate(keys):
             mine = sorted((cell for cell in shown if (cell.source, cell.technique) == key), key=lambda cell: cell.n_train or 0)
-            nudge = 1 + 0.02 * (i - (len(keys) - 1) / 2)  # so that intervals at one size do not cover each other
-            x, y = [(cell.n_train or 0) * nudge for cell in mine], [cell.mean for cell in mine]
+            nudge = 1 + 0.12 / len(keys) * (i - (len(keys) - 1) / 2)  # so that intervals at one size do not cover each other
+            x, y = [(cell.n_train or 0) * nudge for cell in mine], [cell.mean or 0.0 for cell in mine]
             below = [cell.mean - cell.low if cell.mean is not None and cell.low is not None else 0.0 for cell in mine]
             above = [cell.high - cell.mean if cell.mean is not None and cell.high is not None else 0.0 for cell in mine]
-            axes.errorbar(x, y, yerr=[[max(0.0, v) for v in below], [max(0.0, v) for v in above]], marker="o", markersize=3.5, elinewidth=1, **_look(key, keys))
+            bars = [[max(0.0, v) for v in below], [max(0.0, v) for v in above]]
+            axes.errorbar(x, y, yerr=bars, marker="o", markersize=3.5, elinewidth=1, **_look(key, keys))
         axes.set_xscale("log")
         ticks = sorted(set(sizes.values()))
         axes.set_xticks(ticks, [f"{n:,}\n{', '.join(fraction_label(f) for f in sorted(sizes, key=fraction_order) if sizes[f] == n)}" for n in ticks])
@@ -112,7 +115,7 @@ def label_efficiency(cells: Sequence[Cell]) -> str:
         axes.grid(color=_LINE, linewidth=0.6)
         axes.set_xlabel("labelled training rows")
         axes.set_ylabel(f"test {shown[0].metric}")
-        _legend(figure, keys)
+        _legend(figure, entries)
         return _svg(figure, f"Test {shown[0].metric} by number of labels")
 
 
@@ -148,14 +151,30 @@ def _look(key: tuple[str, str], keys: list[tuple[str, str]]) -> dict[str, Any]:
     return {"color": _COLOURS[techniques.index(key[1]) % 8], "linestyle": _DASHES[sources.index(key[0]) % 4], "linewidth": 1.6}
 
 
-def _legend(figure: Figure, keys: list[tuple[str, str]]) -> None:
+def _entries(keys: list[tuple[str, str]]) -> list[tuple[str, dict[str, Any]]]:
+    """(name, look) of a legend: techniques, and with several sources also the dash of each."""
+    techniques = {technique: _look((source, technique), keys) for source, technique in reversed(keys) if source != "none"}
+    sources = {source: _look((source, technique), keys) for source, technique in reversed(keys) if source != "none"}
+    several = len(sources) > 1
+    out = [(_short(name, 32), look | ({"linestyle": "-"} if several else {})) for name, look in sorted(techniques.items())]
+    out += [(_short(name, 32), look | {"color": _INK}) for name, look in sorted(sources.items()) if several]
+    return out + [(_short(technique, 32), _look((source, technique), keys)) for source, technique in keys if source == "none"]
+
+
+def _columns(entries: list[tuple[str, dict[str, Any]]]) -> int:
+    return max(1, min(len(entries), int(104 / (max((len(name) for name, _ in entries), default=1) + 8))))
+
+
+def _legend_inches(entries: list[tuple[str, dict[str, Any]]]) -> float:
+    return 0.1 + 0.19 * math.ceil(len(entries) / _columns(entries))
+
+
+def _legend(figure: Figure, entries: list[tuple[str, dict[str, Any]]]) -> None:
     from matplotlib.lines import Line2D
 
-    several = len({source for source, _ in keys if source != "none"}) > 1
-    names = [_short(t if s == "none" or not several else f"{s} · {t}", 36) for s, t in keys]
-    handles = [Line2D([], [], label=name.lstrip("_") or name, **_look(key, keys)) for key, name in zip(keys, names, strict=True)]
-    columns = max(1, min(len(keys), int(96 / (max((len(name) for name in names), default=1) + 8))))
-    figure.legend(handles=handles, loc="outside lower left", ncols=columns, frameon=False, labelcolor=_INK, handlelength=2.4)
+    handles = [Line2D([], [], **look) for _, look in entries]
+    names = [name.lstrip("_") or name for name, _ in entries]  # matplotlib hides names that begin with an underscore
+    figure.legend(handles, names, loc="outside lower left", ncols=_columns(entries), frameon=False, labelcolor=_INK, handlelength=2.6)
 
 
 @contextmanager
@@ -163,13 +182,13 @@ def _style() -> Iterator[None]:
     import matplotlib
 
     matplotlib.use("Agg", force=False)
-    settings: dict[str, Any] = {
+    settings: dict[Any, Any] = {
         "font.size": 9, "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "text.parse_math": False, "axes.formatter.use_mathtext": False,
         "axes.unicode_minus": True, "svg.fonttype": "none", "svg.hashsalt": "onetomany", "text.color": _INK, "axes.labelcolor": _SOFT,
         "axes.edgecolor": _LINE, "xtick.color": _LINE, "ytick.color": _LINE, "xtick.labelcolor": _SOFT, "ytick.labelcolor": _INK,
         "axes.spines.top": False, "axes.spines.right": False, "axes.facecolor": "none", "figure.facecolor": "none", "savefig.facecolor": "none",
         "xtick.labelsize": 8.5, "ytick.labelsize": 8.5, "legend.fontsize": 8.5,
-    }  # fmt: skip
+    }
     with matplotlib.rc_context(settings), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # the reader's browser has the font
         yield

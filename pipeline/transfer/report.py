@@ -30,9 +30,9 @@ _DASH = "–"
 # ---------------------------------------------------------------- numbers
 
 def _places(intervals: Iterable[tuple[float | None, float | None]]) -> int:
-    """Decimals that show two digits of a typical interval's width."""
+    """Decimals that show two digits of a typical interval's half width."""
     widths = [high - low for low, high in intervals if low is not None and high is not None and high > low]
-    return min(6, max(0, math.ceil(-math.log10(median(widths))) + 1)) if widths else 3
+    return min(6, max(0, math.ceil(-math.log10(median(widths) / 2)) + 1)) if widths else 3
 
 
 def _places_by_target(shown: Sequence[Cell]) -> dict[str, int]:
@@ -77,30 +77,29 @@ def _plural(number: int, noun: str) -> str:
 
 def table(cells: Sequence[Cell]) -> rich.table.Table:
     """The matrix for the terminal, grouped by target; it fits 100 columns, and verdicts have signs as well as colours."""
-    from rich import box
     from rich.table import Table
     from rich.text import Text as Rich
 
-    out = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), caption_justify="left",
-                caption="▲ wins, ▼ loses: the 95 % interval of the gain excludes zero. = it does not. ± over scratch, positive is better.")
-    out.add_column("target / source", overflow="fold", ratio=3)
-    out.add_column("technique", overflow="fold", ratio=3)
-    for name in ("labels", "mean [95 %]", "gain over scratch", "s/trial", "failed"):
+    out = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), collapse_padding=True, caption_justify="left", caption_style="dim",
+                caption="\n▲ wins, ▼ loses: the 95 % interval of the gain over scratch excludes zero; = it does not. Positive is better.")
+    out.add_column("source", overflow="fold")
+    out.add_column("technique", overflow="fold")
+    for name in ("labels", "mean [95 %]", "gain [95 %]", "s/trial", "failed"):
         out.add_column(name, justify="right", no_wrap=True)
     places = _places_by_target(cells)
     styles = {WINS: "bold green", LOSES: "bold red", FAILED: "bold red"}
-    target = None
+    target: str | None = None
     for cell in cells:
         if cell.target != target:
             target = cell.target
-            out.add_section()
             better = "" if not cell.metric else f"{cell.metric} {'↑' if cell.higher_is_better else '↓'}"
+            out.add_row()
             out.add_row(Rich(cell.target, "bold"), Rich(better, "dim"))
-        mark = page.MARKS.get(cell.verdict)
-        gain = f"{mark} {_gain(cell, places[target])}" if mark else "scratch" if cell.verdict == REFERENCE else cell.verdict
+        digits, mark = places[cell.target], page.MARKS.get(cell.verdict)
+        gain = f"{mark} {_gain(cell, digits)}" if mark else "scratch" if cell.verdict == REFERENCE else cell.verdict
         seconds = _DASH if cell.seconds is None else f"{cell.seconds:.3g}" if cell.seconds < 1000 else f"{cell.seconds:.0f}"
-        out.add_row(Rich("  " + (_DASH if cell.source == SCRATCH else cell.source)), Rich(cell.technique), Rich(plots.fraction_label(cell.label_fraction)),
-                    Rich(_value(cell, places[target])), Rich(gain, styles.get(cell.verdict, "")), Rich(seconds),
+        out.add_row(Rich(" " + (_DASH if cell.source == SCRATCH else cell.source)), Rich(cell.technique), Rich(plots.fraction_label(cell.label_fraction)),
+                    Rich(_value(cell, digits)), Rich(gain, styles.get(cell.verdict, "")), Rich(seconds),
                     Rich(str(cell.n_failed) if cell.n_failed else "", "red"))
     return out
 
@@ -116,11 +115,12 @@ def write(root_uri: str, *, job_name: str, cells: Sequence[Cell], rows: Sequence
     rows_per_second, metrics, transfer, bundle_uri, splits``, any of which may be missing. ``splits``: target to where its
     splits come from. ``versions``: library to version, and whatever else was fixed (device, spec hash of the job).
     """
+    rows = results.filled(rows)
     groups: dict[str, list[Cell]] = defaultdict(list)
     for cell in cells:
         groups[cell.target].append(cell)
     places = _places_by_target(cells)
-    blocks: list[Block] = [*_summary(cells, groups, rows, places), *_gains(groups)]
+    blocks: list[Block] = [*_summary(cells, groups, rows, places), *_gains(groups, places)]
     for target, group in groups.items():
         blocks += _target(target, group, rows, curves, places[target], splits.get(target, ""))
     blocks += [*_cost(cells, rows), *_scores(rows), *_pretraining(pretraining), *_failures(rows), *_duplicates(rows)]
@@ -152,8 +152,8 @@ def _summary(cells: Sequence[Cell], groups: dict[str, list[Cell]], rows: Sequenc
     if compared:
         out.append(Text("A comparison is one source, technique and label fraction on one target against training from scratch with the same backbone, labels, "
                         "seeds and search budget. It is won or lost where the 95 % interval of the gain excludes zero.", "lead"))
-    tally = [(str(found[WINS]), "wins", WINS), (str(found[LOSES]), "loses", LOSES), (str(found[EVEN]), "no difference", EVEN)]
-    tally += [(str(found[name]), name, name) for name in (UNCOMPARED, FAILED) if found[name]]
+    tally = [(str(found[WINS]), "won", WINS), (str(found[LOSES]), "lost", LOSES), (str(found[EVEN]), "no difference", EVEN)]
+    tally += [(str(found[name]), what, name) for name, what in ((UNCOMPARED, "not compared"), (FAILED, "without a result")) if found[name]]
     trials = {(row["trial_id"], row["trial_stage"]) for row in rows}
     out.append(Tally([*tally, (str(len(trials)), "trials", "")]))
     body = []
@@ -169,7 +169,7 @@ def _summary(cells: Sequence[Cell], groups: dict[str, list[Cell]], rows: Sequenc
     return out
 
 
-def _gains(groups: dict[str, list[Cell]]) -> list[Block]:
+def _gains(groups: dict[str, list[Cell]], places: dict[str, int]) -> list[Block]:
     shown = {target: compared for target, group in groups.items() if (compared := [c for c in group if c.gain is not None])}
     if not shown:
         return []
@@ -178,8 +178,9 @@ def _gains(groups: dict[str, list[Cell]]) -> list[Block]:
     for target, group in shown.items():
         group = sorted(group, key=lambda c: (fraction_order(c.label_fraction), -(c.gain or 0)))
         svg = plots.forest(group, f"{target}, gain in {group[0].metric}", limits[target], label_inches)
-        out.append(Figure(svg, ""))
-    out.append(Text("▲ wins, ▼ loses, ○ no difference. Right of the line is better than scratch, whichever direction the metric has. "
+        listed = [[plots.cell_label(c), _gain(c, places[target]), f"{page.MARKS.get(c.verdict, '')} {c.verdict}".strip()] for c in group]
+        out.append(Figure(svg, instead=page.Table([target, f"Gain in {group[0].metric}", "Verdict"], listed)))
+    out.append(Text("▲ wins, ▼ loses, ○ or = no difference. Positive (right of the line) is better than scratch, whichever direction the metric has. "
                     "Targets with the same metric share one scale.", "note"))
     return out
 
@@ -199,9 +200,11 @@ def _target(target: str, group: list[Cell], rows: Sequence[Row], curves: dict[st
     if done:
         sizes = sorted({c.n_test for c in done if c.n_test})
         seeds = sorted({c.n_seeds for c in done})
-        out.append(Text(f"Test {metric} ({'higher' if done[0].higher_is_better else 'lower'} is better), mean over {' to '.join(map(str, (seeds[0], seeds[-1])[:len(seeds)]))} "
-                        f"{'seed' if seeds[-1] == 1 else 'seeds'} on {' or '.join(_count(n) for n in sizes) or 'an unknown number of'} test rows, "
-                        "with 95 % intervals; below it the gain over scratch."))
+        better = "higher" if done[0].higher_is_better else "lower"
+        averaged = _plural(seeds[0], "seed") if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]} seeds"
+        rows_read = " or ".join(_count(n) for n in sizes) or "an unknown number of"
+        out.append(Text(f"Test {metric} ({better} is better), mean over {averaged} on {rows_read} test rows, with 95 % intervals; "
+                        "below it the gain over scratch (▲ wins, ▼ loses, = no difference)."))
     out.append(_matrix(group, places))
     if split:
         out.append(Text(f"Splits: {split}", "note"))
@@ -236,7 +239,7 @@ def _matrix_value(cell: Cell | None, places: int) -> str | Value:
     if cell.n_failed:
         lines.append(f"{_plural(cell.n_failed, 'trial')} failed")
     if cell.gain is not None:
-        lines.append(f"{_gain(cell, places)} {page.MARKS.get(cell.verdict, '')} {cell.verdict}")
+        lines.append(f"{page.MARKS.get(cell.verdict, '')} {_gain(cell, places)}".strip())
     elif cell.verdict == UNCOMPARED:
         lines.append(UNCOMPARED)
     return Value(tuple(lines), cell.verdict)
@@ -280,7 +283,7 @@ def _cost(cells: Sequence[Cell], rows: Sequence[Row]) -> list[Block]:
         params = [c.params_trained for c in group if c.params_trained is not None]
         trials = spent.get(key, [])
         body.append([key[0], _label(group[0], False), _seconds(seconds), _count(max(params, default=None)), _count(len(trials)), _seconds(sum(trials))])
-    return [Heading("Cost"), page.Table(["Target", "Source · technique", "A final trial", "Parameters trained", "Trials, with search", "All of them"], body, 2)]
+    return [Heading("Cost"), page.Table(["Target", "Source · technique", "Final trial", "Parameters trained", "Trials with search", "All trials"], body, 2)]
 
 
 def _scores(rows: Sequence[Row]) -> list[Block]:
@@ -296,7 +299,8 @@ def _pretraining(pretraining: Sequence[dict[str, Any]]) -> list[Block]:
         return []
     body, more = [], []
     for item in pretraining:
-        measured = ", ".join(f"{name} {value:.4g}" if isinstance(value, (int, float)) else f"{name} {value}" for name, value in (item.get("metrics") or {}).items())
+        values = (item.get("metrics") or {}).items()
+        measured = ", ".join(f"{name} {value:.4g}" if isinstance(value, (int, float)) else f"{name} {value}" for name, value in values)
         body.append([str(item.get("source", _DASH)), str(item.get("backbone") or _DASH), str(item.get("objective") or _DASH), measured or _DASH,
                      _count(item.get("steps")), _count(item.get("rows")), _seconds(item.get("seconds")), _count(item.get("rows_per_second"))])
         said = [Text(f"{what}: {item[name]}") for name, what in (("bundle_uri", "Bundle"), ("splits", "Splits")) if item.get(name)]
@@ -316,10 +320,10 @@ def _failures(rows: Sequence[Row]) -> list[Block]:
     out: list[Block] = [Heading("Failures"), Text(f"{_plural(len(failed), 'trial')} failed; the others went on without them.")]
     for error, group in sorted(by_error.items(), key=lambda kv: -len(kv[1])):
         lines = error.strip().splitlines() or [error]
-        out.append(Details(f"{_plural(len(group), 'trial')}: {lines[-1][:160]}", [
-            Bullets([f"{r['trial_id']}: {r['target']} · {r['source']} · {r['technique']} · labels {r['label_fraction']} · seed {r['seed']} "
-                     f"({r['trial_stage']}) {r.get('hyper_parameters') or ''}".strip() for r in group[:20]] + ([f"and {len(group) - 20} more"] if len(group) > 20 else [])),
-            Code(error)]))
+        which = [f"{r['trial_id']}: {r['target']} · {r['source']} · {r['technique']} · labels {r['label_fraction']} · seed {r['seed']} "
+                 f"({r['trial_stage']}) {r.get('hyper_parameters') or ''}".strip() for r in group[:20]]
+        which += [f"and {len(group) - 20} more"] if len(group) > 20 else []
+        out.append(Details(f"{_plural(len(group), 'trial')}: {lines[-1][:160]}", [Bullets(which), Code(error)]))
     return out
 
 
@@ -328,7 +332,8 @@ def _duplicates(rows: Sequence[Row]) -> list[Block]:
     if not found:
         return []
     return [Heading("Identical results under different settings"),
-            Text("Trials that differ in a setting and still agree to 12 digits say that the setting had no effect: look at these before you trust them.", "warning"), Bullets(found)]
+            Text("Trials that differ in a setting and still agree to 12 digits say that the setting had no effect: look at these before you "
+                 "trust them.", "warning"), Bullets(found)]
 
 
 def _splits(splits: dict[str, str]) -> list[Block]:
@@ -343,7 +348,8 @@ def _method(cells: Sequence[Cell], rows: Sequence[Row], notes: Sequence[str], ve
                  "Deviations between seeds are widened for their small number (Hesterberg, 2015), without which intervals of 3 seeds would be too short.")
     said = [bootstrap, "Gains are paired: the same seeds and the same test rows, drawn together for both sides. Positive is better."]
     if compared:
-        said.append(f"Intervals are not corrected for the number of comparisons: of {compared} comparisons without any true difference, about {0.05 * compared:.1f} would still be won or lost.")
+        said.append(f"Intervals are not corrected for the number of comparisons: of {compared} comparisons without any true difference, "
+                    f"about {0.05 * compared:.1f} would still be won or lost.")
     ways = Counter(cell.interval for cell in cells if cell.interval)
     said += [f"{way}: {_plural(count, 'cell')}." for way, count in ways.items()]
     out: list[Block] = [Heading("How this was made"), Bullets(said)]
@@ -352,7 +358,7 @@ def _method(cells: Sequence[Cell], rows: Sequence[Row], notes: Sequence[str], ve
     ran = [[name, str(version)] for name, version in versions.items()]
     for column, what in (("spec_hash", "spec hash"), ("git_sha", "git commit"), ("device", "device")):
         values = sorted({str(row[column]) for row in rows if row.get(column)})
-        if values and what not in versions:
+        if values and not set(values) <= set(map(str, versions.values())):
             ran.append([what, ", ".join(values[:6]) + (f" and {len(values) - 6} more" if len(values) > 6 else "")])
     times = [row["started_at"] for row in rows if row.get("started_at")]
     ran += [["first trial started", f"{min(times):%Y-%m-%d %H:%M} UTC"]] if times else []

@@ -73,13 +73,18 @@ def read(uri: str) -> list[Row]:
     unknown = [name for name in table.column_names if name not in SCHEMA.names]
     if unknown:
         raise ValueError(f"{path} has columns that this version does not know: {', '.join(unknown)}; it was written by a newer one")
-    return [{name: row.get(name) for name in SCHEMA.names} for row in table.to_pylist()]
+    return filled(table.to_pylist())
 
 
 def select(rows: Iterable[Row], trial_ids: Collection[str]) -> list[Row]:
     """The rows of these trials, in order."""
     wanted = set(trial_ids)
     return [row for row in rows if row["trial_id"] in wanted]
+
+
+def filled(rows: Iterable[Row]) -> list[Row]:
+    """The rows with every column of the table, None where they lack it."""
+    return [{name: row.get(name) for name in SCHEMA.names} for row in rows]
 
 
 def _key(row: Row) -> tuple:

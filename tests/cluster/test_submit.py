@@ -164,6 +164,7 @@ class FakeDashboard(http.server.BaseHTTPRequestHandler):
 
     replies: dict[str, tuple[int, object]]
     requests: list[tuple[str, str, object]]
+    address: str
 
     def _answer(self) -> None:
         length = int(self.headers.get("Content-Length", 0))
@@ -181,7 +182,7 @@ class FakeDashboard(http.server.BaseHTTPRequestHandler):
 
     do_GET = do_POST = do_PUT = _answer
 
-    def log_message(self, *_) -> None:
+    def log_message(self, format: str, *args: object) -> None:
         pass
 
 

@@ -4,6 +4,7 @@ import gc
 import os
 import pickle
 import random
+import sys
 import threading
 import time
 from collections import Counter
@@ -404,6 +405,7 @@ def ray_here():
     """Two logical CPUs of this machine, or the cluster that another test's fixture has started."""
     import ray
 
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the workers cannot import this file
     if ray.is_initialized():
         yield ray
         return

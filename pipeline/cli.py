@@ -1,0 +1,241 @@
+"""The command line: verbs only, each a few lines over the library."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from pipeline import __version__
+from pipeline.job import Job, JobError, load, schema
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False, help=(
+    "One job file pretrains backbones on large source corpora, fans out many fine-tunes of them onto target tasks, "
+    "and shows the gain of each over training from scratch."))
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+JobFile = Annotated[Path, typer.Argument(help="The job file (YAML).", metavar="JOB")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="Override any field: --set storage=s3://bucket/runs --set sources.a.train.steps=10.", metavar="A.B=C")]
+Address = Annotated[str | None, typer.Option(help="Join this Ray cluster (auto, or host:port). Without it, and without RAY_ADDRESS, one is started here.")]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Show Ray's own messages too.")]
+Growing = Annotated[bool, typer.Option("--wait-for-resources", help="The cluster can grow: wait for resources it does not have yet instead of refusing.")]
+
+
+def _fail(message: str, code: int) -> typer.Exit:
+    for line in message.splitlines():
+        err.print(f"error: {line}", markup=False)
+    return typer.Exit(code)
+
+
+def _job(file: Path, overrides: list[str] | None) -> Job:
+    try:
+        return load(file, overrides or [])
+    except JobError as error:
+        raise _fail(str(error), 2) from None
+
+
+def _stages(file: Path, overrides: list[str] | None, address: str | None, verbose: bool, growing: bool, verbs: tuple[str, ...], dry: bool = False) -> None:
+    """Check, then run the named stages in one Ray session. Exit 2: bad input; 1: something failed; 130: stopped."""
+    job = _job(file, overrides)
+    if not job.targets and set(verbs) & {"score", "finetune"} and verbs != ("pretrain", "finetune", "report"):
+        raise _fail(f"{file}: this job has no targets", 2)
+    from pipeline import bundle, storage
+    from pipeline.train import launch
+    from pipeline.train.progress import Progress
+    from pipeline.transfer import stages
+
+    with Progress() as progress:
+        try:
+            state = stages.check(job, progress, verbose=verbose, growing=growing)
+            if dry:
+                out.print("\n".join(stages.describe(state)), markup=False, soft_wrap=True)
+                return
+            code = _run(state, address, verbs)
+        except KeyboardInterrupt:
+            progress.note("stopped; what is finished is kept, the same command goes on from here")
+            code = 130
+        except (bundle.BundleError, storage.StorageError, ValueError) as error:
+            raise _fail(str(error), 2) from None
+        except (launch.ClusterError, launch.StageError) as error:
+            raise _fail(str(error), 1) from None
+        finally:
+            launch.stop()
+    raise typer.Exit(code)
+
+
+def _run(state: Any, address: str | None, verbs: tuple[str, ...]) -> int:
+    from pipeline.train import launch
+    from pipeline.transfer import report, results, stages
+
+    launch.start(address, state.verbose)
+    if "pretrain" in verbs:
+        stages.pretrain(state)
+    if not state.targets or not {"score", "finetune"} & set(verbs):
+        return 0
+    shared = stages.share(state)
+    if "score" in verbs:
+        _print_scores(stages.score(state, shared))
+    if "finetune" not in verbs:
+        return 0
+    trials = stages.finetune(state, shared)
+    rows = results.filled(stages.collect(state, shared, trials))
+    cells, where = stages.show(state, rows)
+    out.print(report.table(cells))
+    out.print(f"report: {where[1]}  results: {state.job.root}/results.parquet", markup=False, soft_wrap=True)
+    failed = stages.failures(rows)
+    for line in failed:
+        err.print(f"failed: {line}", markup=False)
+    return 1 if failed else 0
+
+
+def _print_scores(rows: list[dict[str, Any]]) -> None:
+    table = Table("target", "source", "backbone", "LogME", "kNN accuracy", title="Transferability (higher is better)")
+    for row in rows:
+        table.add_row(row["target"], row["source"], row["backbone"], f"{row['logme']:.4f}", f"{row['knn']:.4f}")
+    out.print(table)
+
+
+@app.command()
+def run(job: JobFile, set_: Set = None, address: Address = None, dry_run: Annotated[bool, typer.Option(help="Print stages, trials and cost; run nothing.")] = False,
+        wait_for_resources: Growing = False, verbose: Verbose = False) -> None:
+    """Everything: pretrain, fine-tune, report. What is done already is not done again."""
+    _stages(job, set_, address, verbose, wait_for_resources, ("pretrain", "finetune", "report"), dry_run)
+
+
+@app.command()
+def pretrain(job: JobFile, set_: Set = None, address: Address = None, wait_for_resources: Growing = False, verbose: Verbose = False) -> None:
+    """Train every source to its bundle; goes on where a stopped run left off."""
+    _stages(job, set_, address, verbose, wait_for_resources, ("pretrain",))
+
+
+@app.command()
+def score(job: JobFile, set_: Set = None, address: Address = None, verbose: Verbose = False) -> None:
+    """Rank the pretrained sources for each target by LogME and kNN, without training."""
+    _stages(job, set_, address, verbose, False, ("score",))
+
+
+@app.command()
+def finetune(job: JobFile, set_: Set = None, address: Address = None, wait_for_resources: Growing = False, verbose: Verbose = False) -> None:
+    """Fan out the trials of every target from the pretrained bundles, then report."""
+    _stages(job, set_, address, verbose, wait_for_resources, ("finetune", "report"))
+
+
+@app.command()
+def report(job: JobFile, set_: Set = None) -> None:
+    """Print the table of what has been run and write report.md and report.html again. Starts nothing."""
+    spec = _job(job, set_)
+    from pipeline import storage
+    from pipeline.train.progress import Progress
+    from pipeline.transfer import report as reports
+    from pipeline.transfer import stages
+
+    try:
+        state = stages.check(spec, Progress())
+        rows = stages.current(state)
+        if not rows:
+            raise _fail(f"{spec.root}: no results of this job yet; run it first", 1)
+        cells, where = stages.show(state, rows)
+    except (ValueError, storage.StorageError) as error:
+        raise _fail(str(error), 2) from None
+    out.print(reports.table(cells))
+    out.print(f"report: {where[1]}  results: {spec.root}/results.parquet", markup=False, soft_wrap=True)
+
+
+@app.command()
+def predict(bundle: Annotated[str, typer.Argument(help="A fine-tuned bundle (folder or s3://).")],
+            data: Annotated[list[str], typer.Argument(help="Files, folders or globs to predict.")],
+            output: Annotated[str, typer.Option("-o", "--output", help="Folder for the Parquet files.")],
+            column: Annotated[list[str] | None, typer.Option(help="ROLE=NAME: the column of a role, when it is named otherwise than in training.")] = None,
+            format: Annotated[str, typer.Option(help="auto, parquet, images, jsonl, csv or text.")] = "auto",
+            address: Address = None, verbose: Verbose = False) -> None:
+    """Apply a fine-tuned bundle to new files with Ray Data; writes row, prediction and probabilities as Parquet."""
+    from pipeline import bundle as bundles
+    from pipeline import storage
+    from pipeline.train import launch
+    from pipeline.train.progress import Progress
+    from pipeline.transfer import apply
+
+    try:
+        launch.start(address, verbose)
+        with Progress() as progress:
+            written = apply.predict(bundle, data, output, dict(c.split("=", 1) for c in column or ()), format, progress)
+    except KeyboardInterrupt:
+        raise _fail("stopped; the same command goes on from here", 130) from None
+    except (bundles.BundleError, storage.StorageError, ValueError) as error:
+        raise _fail(str(error), 2) from None
+    finally:
+        launch.stop()
+    out.print(written, markup=False, soft_wrap=True)
+
+
+@app.command()
+def export(bundle: Annotated[str, typer.Argument(help="The bundle to export.")], output: Annotated[str, typer.Argument(help="Folder, or file for a state dict.")],
+           kind: Annotated[str, typer.Option(help="bundle: a verified copy of the folder; state-dict: one .safetensors or .pt file.")] = "bundle",
+           backbone_only: Annotated[bool, typer.Option(help="Leave the head out; names as the model library has them.")] = False) -> None:
+    """Write a bundle elsewhere, or its weights as one file that torch.load or safetensors opens."""
+    from pipeline import bundle as bundles
+    from pipeline import storage
+    from pipeline.transfer import apply
+
+    try:
+        out.print(apply.export(bundle, output, kind, backbone_only), markup=False, soft_wrap=True)
+    except (bundles.BundleError, storage.StorageError, ValueError) as error:
+        raise _fail(str(error), 2) from None
+
+
+@app.command()
+def submit(job: JobFile, address: Annotated[str, typer.Option(help="Job API of the cluster, e.g. http://head:8265.")], set_: Set = None,
+           env: Annotated[list[str] | None, typer.Option(help="NAME or NAME=VALUE for the job's environment (visible in the dashboard).")] = None,
+           exclude: Annotated[list[str] | None, typer.Option(help="Glob of files that do not travel.")] = None,
+           submission_id: Annotated[str | None, typer.Option(help="Name of the submission; none: made up.")] = None,
+           follow: Annotated[bool, typer.Option(help="Follow the log and exit with the job's own code.")] = True) -> None:
+    """Run the same job on a Ray cluster; follows its log and exits with its code."""
+    _job(job, set_)
+    from cluster.submit import SubmitError, parse_env
+    from cluster.submit import submit as send
+
+    try:
+        code = send(job, address, overrides=set_ or [], env=parse_env(env or []), follow=follow, submission_id=submission_id, exclude=tuple(exclude or ()))
+    except SubmitError as error:
+        raise _fail(str(error), 1) from None
+    raise typer.Exit(code)
+
+
+@app.command()
+def doctor(job: Annotated[Path | None, typer.Argument(help="Also check this job's data, storage and resources.", metavar="[JOB]")] = None,
+           set_: Set = None, address: Address = None) -> None:
+    """Is this machine or cluster ready, and what is missing."""
+    from pipeline.transfer import doctoring
+
+    lines = doctoring.examine(_job(job, set_) if job else None, address)
+    table = Table("", "what", "found", "what to do", box=None, pad_edge=False)
+    for line in lines:
+        table.add_row(line.mark, line.what, line.found, line.advice)
+    out.print(table)
+    raise typer.Exit(1 if any(line.mark == "FAIL" for line in lines) else 0)
+
+
+@app.command("schema")
+def print_schema() -> None:
+    """The JSON Schema of a job file, for editors."""
+    sys.stdout.write(json.dumps(schema(), indent=2) + "\n")
+
+
+@app.command()
+def version() -> None:
+    """This program's version."""
+    sys.stdout.write(__version__ + "\n")
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""Use of a bundle after training: predictions on new files, and export."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+import torch
+from safetensors.torch import save as safetensors_bytes
+
+from pipeline import bundle, storage
+from pipeline.bundle import BundleError
+from pipeline.contracts import Arrays
+from pipeline.data import manifest as manifests
+from pipeline.data.manifest import Selection
+from pipeline.data.plan import Item
+from pipeline.data.stream import DataWorkers, Decoder, Rows, eval_batches, map_blocks
+from pipeline.job import spec_hash
+from pipeline.train import evaluate
+from pipeline.train.loop import Ranks
+from pipeline.train.progress import Progress
+
+ROWS_A_PART = 1024
+
+
+class _Predictor:
+    """A bundle in a data worker: rows of an item to columns. Opened at the first item, once a process."""
+
+    def __init__(self, uri: str, selection: Selection, columns: dict[str, str]):
+        self.uri, self.selection, self.columns = uri, selection, columns
+        self._task: Any = None
+
+    def __getstate__(self):
+        return {**self.__dict__, "_task": None}
+
+    def __call__(self, item: Item) -> Arrays:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if self._task is None:
+            found = bundle.load(self.uri)
+            self._task, self._modality = found.task().to(device), found.modality()
+            self._labels = found.manifest["objective"]["state"].get("labels")
+        rows = Rows(self.selection, Decoder(self._modality, None, {}, self.columns))
+        part = Rows(Selection(self.selection.manifest, self.selection.ids(np.arange(item.start, item.stop))), rows.decoder).in_memory(1.0, spread=False)
+        reasons = dict(part.bad)
+        found = evaluate.predictions(self._task, eval_batches(part, 128), evaluate.ready_for(part), Ranks(device=device), torch.no_grad())
+        return self._table(self.selection.ids(np.arange(item.start, item.stop)), found, reasons)
+
+    def _table(self, ids: np.ndarray, found: dict[str, np.ndarray], reasons: dict[int, str]) -> Arrays:
+        """One line a row, in order; a row that cannot be decoded has its reason and no prediction."""
+        n = len(ids)
+        out: Arrays = {"row": ids, "error": np.array([reasons.get(int(i), "") for i in ids], dtype=object)}
+        if self._labels is None:
+            return out | {name: array for name, array in found.items() if name != "row" and len(array) == n}
+        scores = np.full((n, len(self._labels)), np.nan, dtype=np.float32)
+        if found:
+            places = np.searchsorted(ids, found["row"])
+            scores[places] = torch.from_numpy(found["scores"]).softmax(1).numpy()
+        named = ["" if np.isnan(s[0]) else self._labels[int(s.argmax())] for s in scores]
+        return out | {"prediction": np.array(named, dtype=object), "probabilities": scores}
+
+
+def predict(uri: str, data: list[str], output: str, columns: dict[str, str], form: str, progress: Progress) -> str:
+    """Predict files with Ray Data into ``output``/part-NNNNN.parquet, in row order; parts that are there already are kept.
+
+    Raises BundleError for a bundle without a head, ValueError for a missing column or an output of something else.
+    """
+    manifest = storage.open_folder(uri)
+    if manifest.get("objective", {}).get("name") == "none":
+        raise BundleError(f"{uri}: this bundle is a backbone without a head; fine-tune it first")
+    found = manifests.build(data, form, storage.join(output, ".imports"))
+    modality = bundle.build_modality(manifest["modality"])
+    columns = {**{role: manifest.get("columns", {}).get(role, role) for role in modality.roles}, **columns}
+    for role in modality.roles:
+        if columns[role] not in found.schema.names:
+            raise ValueError(f"{found.files[0]} has no column {columns[role]!r} for {role}; columns are {', '.join(found.schema.names)}; say --column {role}=NAME")
+    selection = Selection(found)
+    key = spec_hash(manifest["files"], found.fingerprint, columns)
+    begun = storage.join(output, "predictions.json")
+    if storage.exists(begun) and storage.read_json(begun)["key"] != key:
+        raise ValueError(f"{output} holds predictions of another bundle or of other files; give an empty folder")
+    storage.write_json(begun, {"key": key, "bundle": uri, "files": list(found.files), "rows": found.rows,
+                               "labels": manifest["objective"]["state"].get("labels")})
+    items = [Item(-1, i, min(i + ROWS_A_PART, found.rows)) for i in range(0, found.rows, ROWS_A_PART)]
+    todo = [item for item in items if not storage.exists(_part(output, item))]
+    have = ray.cluster_resources()
+    gpus = have.get("GPU", 0.0)
+    actors = int(max(1, gpus if gpus else have.get("CPU", 1) // 1))
+    workers = DataWorkers(min(actors, max(1, len(todo))), 1.0, int(have.get("object_store_memory", 1 << 30) // 2), 1.0 if gpus else 0.0)
+    work = _Predictor(uri, selection, columns)
+    bad = 0
+    for item, block in zip(todo, map_blocks(work, todo, workers), strict=True):
+        bad += sum(1 for reason in block["error"] if reason)
+        sink = io.BytesIO()
+        pq.write_table(_arrow(block), sink)
+        storage.write_bytes(_part(output, item), sink.getvalue())
+        progress.update(f"predict: rows {item.stop}/{found.rows}  {bad} could not be read", item.stop == found.rows)
+    return f"{output}: {found.rows} rows in {len(items)} parts" + (f", {len(items) - len(todo)} of them from before" if len(todo) < len(items) else "") + (
+        f"; {bad} rows could not be read, see column error" if bad else "")
+
+
+def _part(output: str, item: Item) -> str:
+    return storage.join(output, f"part-{item.start // ROWS_A_PART:05d}.parquet")
+
+
+def _arrow(block: Arrays) -> pa.Table:
+    return pa.table({name: pa.array(array.tolist() if array.ndim > 1 or array.dtype == object else array) for name, array in block.items()})
+
+
+def export(uri: str, output: str, kind: str, backbone_only: bool) -> str:
+    """A verified copy of a bundle, or its weights as one .safetensors or .pt file. Raises ValueError for another kind or suffix."""
+    found = bundle.load(uri)
+    if kind == "bundle":
+        manifest = {k: v for k, v in found.manifest.items() if k != "files"}
+        import tempfile
+
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = storage.fetch_folder(uri, Path(scratch, "copy"))
+            storage.commit_folder(output, {"weights.safetensors": Path(folder, "weights.safetensors").read_bytes()}, manifest)
+        return f"{output}: bundle of {found.manifest['arch']['name']}, {len(found.tensors)} tensors"
+    if kind != "state-dict":
+        raise ValueError(f"--kind {kind}: kinds are bundle and state-dict")
+    tensors = found.tensors
+    if backbone_only:
+        tensors = {name.removeprefix("model."): tensor for name, tensor in found.backbone_tensors().items()}
+    if output.endswith(".safetensors"):
+        data = safetensors_bytes({n: t.contiguous() for n, t in tensors.items()}, metadata={"format": "pt"})
+    elif output.endswith((".pt", ".pth")):
+        buffer = io.BytesIO()
+        torch.save(tensors, buffer)
+        data = buffer.getvalue()
+    else:
+        raise ValueError(f"{output}: a state dict is a .safetensors, .pt or .pth file")
+    storage.write_bytes(output, data)
+    return f"{output}: {len(tensors)} tensors"

@@ -1,0 +1,92 @@
+"""What ``doctor`` looks at: this machine, its cluster, and a job's data, storage and resources."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+from typing import NamedTuple
+
+import psutil
+import torch
+
+from pipeline import storage
+from pipeline.bundle import versions
+from pipeline.job import Job
+from pipeline.train import launch
+from pipeline.train.progress import Progress
+from pipeline.transfer import stages
+
+EXTRAS = {"optuna": "optuna", "mlflow": "mlflow", "wandb": "wandb"}
+
+
+class Line(NamedTuple):
+    mark: str
+    what: str
+    found: str
+    advice: str = ""
+
+
+def examine(job: Job | None, address: str | None) -> list[Line]:
+    """One line a check: ok, warn or FAIL, what was found and what to do."""
+    lines = [*_machine(), *_ray(address)]
+    if job is not None:
+        lines += _job(job)
+    return lines
+
+
+def _machine() -> list[Line]:
+    python = platform.python_version()
+    right = (3, 11) <= sys.version_info[:2] <= (3, 12)
+    memory = psutil.virtual_memory()
+    shm = shutil.disk_usage("/dev/shm") if os.path.isdir("/dev/shm") else None
+    disk = shutil.disk_usage(os.getcwd())
+    found = versions()
+    lines = [Line("ok" if right else "FAIL", "Python", python, "" if right else "use 3.11 or 3.12"),
+             Line("ok", "libraries", ", ".join(f"{k} {found[k]}" for k in ("torch", "ray", "timm", "transformers"))),
+             Line("ok" if (os.cpu_count() or 1) > 1 else "warn", "CPU cores", str(os.cpu_count()), "" if (os.cpu_count() or 1) > 1 else "two or more let data workers run beside training"),
+             Line("ok" if memory.available > 4 << 30 else "warn", "memory", f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free",
+                  "" if memory.available > 4 << 30 else "the quickstart wants 4 GiB free"),
+             Line("ok" if disk.free > 5 << 30 else "warn", "disk here", f"{disk.free / 2**30:.1f} GiB free", "" if disk.free > 5 << 30 else "runs and Ray's spill want some GiB")]
+    if shm is not None:
+        enough = shm.total > 0.25 * memory.total
+        lines.append(Line("ok" if enough else "warn", "/dev/shm", f"{shm.total / 2**30:.1f} GiB", "" if enough else "Ray's object store falls back to disk: give the container --shm-size"))
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        lines.append(Line("ok", "GPUs", ", ".join(names) + (", bf16" if torch.cuda.is_bf16_supported() else ", no bf16 (fp32 is used)")))
+    else:
+        lines.append(Line("ok", "GPUs", "none; everything runs on the CPU"))
+    missing = [name for name, module in EXTRAS.items() if importlib.util.find_spec(module) is None]
+    lines.append(Line("ok", "extras", "all there" if not missing else f"not installed: {', '.join(missing)}", f"uv sync --extra {missing[0]}" if missing else ""))
+    return lines
+
+
+def _ray(address: str | None) -> list[Line]:
+    import ray
+
+    where = address or os.environ.get("RAY_ADDRESS")
+    try:
+        launch.start(address, verbose=False)
+        have, nodes = ray.cluster_resources(), [n for n in ray.nodes() if n["Alive"]]
+        text = f"{len(nodes)} nodes, {have.get('CPU', 0):g} CPU, {have.get('GPU', 0):g} GPU, {have.get('object_store_memory', 0) / 2**30:.1f} GiB object store"
+        return [Line("ok", f"Ray ({where or 'started here'})", text)]
+    except (launch.ClusterError, RuntimeError, OSError) as error:
+        return [Line("FAIL", f"Ray ({where or 'started here'})", str(error)[:200], "check the address, the token (RAY_AUTH_TOKEN) and the versions of Ray")]
+    finally:
+        launch.stop()
+
+
+def _job(job: Job) -> list[Line]:
+    lines = []
+    try:
+        storage.check_writable(job.root)
+        lines.append(Line("ok", "storage", job.root))
+    except storage.StorageError as error:
+        return [Line("FAIL", "storage", str(error), "choose another with --set storage=...")]
+    try:
+        state = stages.check(job, Progress())
+    except (ValueError, storage.StorageError) as error:
+        return [*lines, *(Line("FAIL", "job", text) for text in str(error).splitlines())]
+    return [*lines, *(Line("ok", "job", text) for text in stages.describe(state))]

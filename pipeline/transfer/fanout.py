@@ -1,0 +1,277 @@
+"""Fan-out: many trials at once on Ray Tune. The one place that runs Ray Tune.
+
+Trials are grouped into units: one trial, or all trials of one frozen backbone on one target, whose heads train together. A unit
+writes each trial's record when it ends, so an interrupted fan-out goes on with the trials that have none.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+import warnings
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
+
+from pipeline import storage
+from pipeline.job import Fanout
+from pipeline.metrics import metric
+from pipeline.train import launch
+from pipeline.train.progress import Progress, duration
+from pipeline.transfer import probe, trial
+from pipeline.transfer.trial import Record, Shared
+from pipeline.transfer.trials import Trial
+
+REPORTS = 5
+"""Validations of a trial that the scheduler sees."""
+UNIT_TRIALS = 64
+"""Heads trained together at most: more units keep more workers busy."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What one Tune trial runs."""
+
+    trials: tuple[Trial, ...]
+    together: bool
+
+    @property
+    def first(self) -> Trial:
+        return self.trials[0]
+
+
+def units(trials: list[Trial], shared: Shared) -> list[Unit]:
+    """Frozen trials of one (source, base, target, technique) together, the others one by one, the longest first."""
+    frozen: dict[tuple, list[Trial]] = defaultdict(list)
+    single: list[Unit] = []
+    for one in trials:
+        if one.technique_object.frozen and shared.targets[one.target, one.base].in_memory:
+            frozen[one.source, one.base, one.target, str(one.technique), one.stage].append(one)
+        else:
+            single.append(Unit((one,), False))
+    groups = [Unit(tuple(g[i:i + UNIT_TRIALS]), probe.batchable(g, shared)) for g in frozen.values() for i in range(0, len(g), UNIT_TRIALS)]
+    split = [Unit((one,), False) for unit in groups if not unit.together for one in unit.trials]
+    return single + [unit for unit in groups if unit.together] + split
+
+
+def _run_unit(config: dict[str, Any], shared: Shared, work: list[Unit], asha: bool) -> None:
+    """A Tune trial. An error becomes the trial's record; it stops nothing else."""
+    warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+    unit = work[config["unit"]]
+    torch.set_num_threads(config["threads"])
+    started = time.time()
+
+    def report(step: int, metrics: dict[str, Any]) -> None:
+        name = shared.targets[unit.first.target, unit.first.base].metrics[0]
+        sign = 1.0 if metric(name).higher_is_better else -1.0
+        tune.report({"goodness": sign * metrics[name], "step": step, "validation": metrics, "seconds": time.time() - started})
+
+    try:
+        if unit.together:
+            records = probe.run(list(unit.trials), shared)
+        elif config["workers"]:
+            records = [launch.run_ranks(trial.run_rank, {"trial": unit.first, "shared": shared}, config["workers"], config["cpus"], config["gpus"],
+                                        storage.join(trial.folder(shared, unit.first), "ray"), f"trial-{unit.first.id}")]
+        else:
+            records = [trial.run(unit.first, shared, report=report if asha else lambda step, metrics: None)]
+    except Exception as error:  # whatever it is, it belongs to these trials alone; it is in their rows
+        reason = f"{type(error).__name__}: {error}"[:2000]
+        records = [trial.failed(one, shared, reason) for one in unit.trials if trial.read_record(shared.root, one.id) is None]
+    finally:
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    failed = sum(record["status"] == "failed" for record in records)
+    tune.report({"goodness": float("-inf"), "done_trials": len(unit.trials), "failed_trials": failed, "finished": True})
+
+
+class GroupedASHA(TrialScheduler):
+    """ASHA (Li et al. 2020) within each cell: only trials of one (source, target, technique, label fraction) compete."""
+
+    def __init__(self, cells: dict[int, str]):
+        super().__init__()
+        self.cells = cells
+        self.groups: dict[str, TrialScheduler] = {}
+        self._metric, self._mode = "goodness", "max"
+        self._order = FIFOScheduler()
+
+    def set_search_properties(self, metric, mode, **spec):
+        return True
+
+    def _of(self, trial) -> TrialScheduler:
+        cell = self.cells[trial.config["unit"]]
+        if cell not in self.groups:
+            self.groups[cell] = ASHAScheduler(time_attr="training_iteration", metric="goodness", mode="max", max_t=REPORTS + 1, grace_period=1,
+                                              reduction_factor=2)
+        return self.groups[cell]
+
+    def on_trial_add(self, tune_controller, trial):
+        self._of(trial).on_trial_add(tune_controller, trial)
+
+    def on_trial_error(self, tune_controller, trial):
+        self._of(trial).on_trial_error(tune_controller, trial)
+
+    def on_trial_result(self, tune_controller, trial, result):
+        if result.get("finished"):
+            return TrialScheduler.CONTINUE
+        return self._of(trial).on_trial_result(tune_controller, trial, result)
+
+    def on_trial_complete(self, tune_controller, trial, result):
+        if not result.get("finished"):
+            self._of(trial).on_trial_complete(tune_controller, trial, result)
+
+    def on_trial_remove(self, tune_controller, trial):
+        self._of(trial).on_trial_remove(tune_controller, trial)
+
+    def choose_trial_to_run(self, tune_controller, **kwargs):
+        return self._order.choose_trial_to_run(tune_controller)
+
+    def debug_string(self) -> str:
+        return f"ASHA in {len(self.groups)} cells"
+
+
+class _Show(tune.Callback):
+    """Counts trials on the progress line and lets losing bundles go as soon as a better one is there."""
+
+    def __init__(self, name: str, work: list[Unit], shared: Shared, progress: Progress, keep: str):
+        self.name, self.work, self.shared, self.progress, self.keep = name, work, shared, progress, keep
+        self.total = sum(len(unit.trials) for unit in work)
+        self.done = self.failed = self.pruned = self.running = 0
+        self.began = time.time()
+        self.best: dict[str, Record] = {}
+
+    def _line(self, final: bool = False) -> None:
+        ended = self.done + self.failed + self.pruned
+        eta = (time.time() - self.began) / ended * (self.total - ended) if ended else float("nan")
+        rest = f"  ETA {duration(eta)}" if ended and ended < self.total else ""
+        pruned = f", {self.pruned} pruned" if self.pruned else ""
+        self.progress.update(f"{self.name}: trials {ended}/{self.total}  {self.running} running, {self.failed} failed{pruned}{rest}", final)
+
+    def on_trial_start(self, iteration, trials, trial, **info):
+        self.running += len(self.work[trial.config["unit"]].trials)
+        self._line()
+
+    def _ended(self, one: Any) -> None:
+        unit = self.work[one.config["unit"]]
+        self.running = max(0, self.running - len(unit.trials))
+        last = one.last_result or {}
+        if last.get("finished"):
+            self.failed += last["failed_trials"]
+            self.done += last["done_trials"] - last["failed_trials"]
+            prune_bundles(self.shared.root, list(unit.trials), self.keep, self.best)
+        elif one.status == "ERROR":
+            self.failed += len(unit.trials)
+        else:
+            self.pruned += len(unit.trials)
+        self._line(self.done + self.failed + self.pruned == self.total)
+
+    def on_trial_complete(self, iteration, trials, trial, **info):
+        self._ended(trial)
+
+    def on_trial_error(self, iteration, trials, trial, **info):
+        self._ended(trial)
+
+
+def prune_bundles(root: str, trials: list[Trial], keep: str, best: dict[str, Record]) -> None:
+    """Remove the bundles of trials that another seed of their cell beats on validation."""
+    if keep != "best":
+        return
+    for one in trials:
+        record = trial.read_record(root, one.id)
+        if record is None or record["status"] != "done" or not record["rows"][0].get("bundle_uri"):
+            continue
+        old = best.get(one.cell)
+        loser = record
+        if old is None or _beats(record, old):
+            best[one.cell], loser = record, old
+        if loser is not None and loser["trial_id"] != best[one.cell]["trial_id"]:
+            storage.remove_tree(loser["rows"][0]["bundle_uri"])
+
+
+def _beats(a: Record, b: Record) -> bool:
+    name = a["rows"][0]["metric"]
+    better = a["validation"][name] > b["validation"][name]
+    return better if a["rows"][0]["higher_is_better"] else a["validation"][name] < b["validation"][name]
+
+
+def run(name: str, trials: list[Trial], shared: Shared, spec: Fanout, resources: dict[str, float], progress: Progress) -> list[Record]:
+    """Run the trials that have no record yet; the records of all, in order. A failed trial has a record with its error.
+
+    ``resources``: the cluster's CPU and GPU. Raises KeyboardInterrupt when stopped; what is finished stays.
+    """
+    todo = [one for one in trials if _unfinished(shared.root, one)]
+    work = units(todo, shared)
+    for workers, part in _by_workers(work, shared).items():
+        _tune(name, part, shared, spec, resources, workers, progress)
+    out = []
+    for one in trials:
+        record = trial.read_record(shared.root, one.id)
+        assert record is not None, f"trial {one.id} ended without a record"
+        out.append(record)
+    return out
+
+
+def _unfinished(root: str, one: Trial) -> bool:
+    """Failed trials are tried again by the next run."""
+    record = trial.read_record(root, one.id)
+    return record is None or record["status"] == "failed"
+
+
+def _by_workers(work: list[Unit], shared: Shared) -> dict[int, list[Unit]]:
+    out: dict[int, list[Unit]] = defaultdict(list)
+    for unit in work:
+        out[shared.targets[unit.first.target, unit.first.base].spec.workers].append(unit)
+    return dict(sorted(out.items()))
+
+
+def _tune(name: str, work: list[Unit], shared: Shared, spec: Fanout, resources: dict[str, float], workers: int, progress: Progress) -> None:
+    cpus = min(spec.cpus_per_trial, resources.get("CPU", 1.0))
+    have = resources.get("GPU", 0.0)
+    gpus = spec.gpus_per_trial if spec.gpus_per_trial is not None else (0.25 if have else 0.0)
+    if spec.cpus_per_trial > resources.get("CPU", 1.0) or gpus > have:
+        raise launch.ClusterError(f"fanout: a trial asks for {spec.cpus_per_trial:g} CPU and {gpus:g} GPU, the cluster has "
+                                  f"{resources.get('CPU', 0):g} and {have:g}; lower fanout.cpus_per_trial or gpus_per_trial")
+    mine = {"cpu": 0.01} if workers else {"cpu": cpus, **({"gpu": gpus} if gpus else {})}
+    at_once = spec.max_concurrent_trials
+    if workers:  # ranks are outside Tune's accounts: as many trials as their ranks fit
+        most = max(1, int(min(resources.get("CPU", 1.0) / (workers * cpus), have / (workers * gpus) if gpus else float("inf"))))
+        at_once = min(at_once or most, most)
+    asha = spec.scheduler == "asha" and any(unit.first.stage == "search" for unit in work) and not workers
+    scheduler = GroupedASHA({i: unit.first.cell for i, unit in enumerate(work)}) if asha else None
+    scratch = tempfile.mkdtemp(prefix="onetomany-tune-")
+    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
+    os.environ.setdefault("TUNE_MAX_PENDING_TRIALS_PG", "16")
+    for one in (one for unit in work for one in unit.trials):  # an earlier failure's record must not pass for this run's
+        storage.remove_tree(storage.join(trial.folder(shared, one), "record.json"))
+    try:
+        show = _Show(name, work, shared, progress, spec.keep_bundles)
+        tuner = tune.Tuner(
+            tune.with_resources(tune.with_parameters(_run_unit, shared=shared, work=work, asha=asha), mine),
+            param_space={"unit": tune.grid_search(list(range(len(work)))), "threads": max(1, int(cpus)), "workers": workers, "cpus": cpus, "gpus": gpus},
+            tune_config=tune.TuneConfig(reuse_actors=True, max_concurrent_trials=at_once, scheduler=scheduler),
+            run_config=tune.RunConfig(name="fanout", storage_path=scratch, verbose=0, callbacks=[show]))
+        grid = tuner.fit()
+        for result in grid:
+            _account(work[result.config["unit"]], result, shared)  # type: ignore[index]
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _account(unit: Unit, result: Any, shared: Shared) -> None:
+    """Records of trials that could not write their own: the process died, or the scheduler stopped them."""
+    for one in unit.trials:
+        if trial.read_record(shared.root, one.id) is not None:
+            continue
+        if result.error is not None:
+            lines = [line for line in str(result.error).splitlines() if line.strip()]
+            trial.failed(one, shared, f"the trial's process died: {lines[-1] if lines else type(result.error).__name__}"[:2000])
+        else:
+            last = result.metrics or {}
+            trial.failed(one, shared, "stopped early by asha", "pruned", last.get("validation"),
+                         {"steps": last.get("step"), "seconds": last.get("seconds")})
+

@@ -1,0 +1,252 @@
+"""Frozen backbones: features computed once, and all their heads trained together as one batched problem, by the one loop.
+
+A stack of K heads is one module whose parameters have a leading K; each head has its own rows, order, learning rate and clip,
+and its gradients touch no other head, so the results are those of training one at a time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+
+from pipeline.contracts import Batch, Objective, Task
+from pipeline.data.stream import Loaded, Rows, eval_batches
+from pipeline.job import Train
+from pipeline.metrics import Predictions
+from pipeline.train import evaluate, loop
+from pipeline.train.loop import Ranks
+from pipeline.train.source import device_name
+from pipeline.transfer import trial as trials
+from pipeline.transfer.trial import Record, Shared, TargetData
+from pipeline.transfer.trials import Trial
+
+FEATURE_ROWS = 256
+
+
+@torch.no_grad()
+def features(backbone: nn.Module, rows: Rows, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
+    """(n, D) pooled features of rows in evaluation mode, and the rows' other tensors (labels), both on the device."""
+    backbone.to(device).eval()
+    ready = evaluate.ready_for(rows)
+    pooled, rest = [], []
+    for batch, _, _ in eval_batches(rows, FEATURE_ROWS):
+        batch = ready(batch.to(device), False)
+        pooled.append(backbone(batch).pooled.float())
+        rest.append({name: tensor for name, tensor in batch.data.items() if name == "label"})
+    return torch.cat(pooled), {name: torch.cat([part[name] for part in rest]) for name in rest[0]}
+
+
+class HeadStack(nn.Module):
+    """K heads of one kind as one task for the loop."""
+
+    def __init__(self, heads: list[Objective], trains: list[Train]):
+        super().__init__()
+        self.template = [heads[0]]  # in a list: its own parameters are not this module's
+        self.objective = _NoLogs()
+        self.trains, self.count = trains, len(heads)
+        self.names = [name for name, _ in heads[0].named_parameters()]
+        self.stacked = nn.ParameterList([nn.Parameter(torch.stack([dict(h.named_parameters())[name].detach() for h in heads])) for name in self.names])
+        self.bad = torch.zeros(len(heads))
+        self._views: list[list[nn.Parameter]] = []
+
+    def layers(self) -> dict[str, list[str]]:
+        return {"head": [f"stacked.{i}" for i in range(len(self.names))]}
+
+    def _call(self, function: str, features: Tensor, data: dict[str, Tensor]):
+        template = self.template[0]
+        template.train(self.training)
+        rows = np.zeros(features.shape[-2], dtype=np.int64)
+        keys = torch.zeros(0)
+
+        def one(params, x, tensors):
+            return functional_call(_Method(template, function), {f"head.{n}": p for n, p in params.items()}, (x, Batch(rows, keys, tensors)))
+
+        shared = features.dim() == 2  # evaluation: every head reads the same rows
+        dims = (0, None, None) if shared else (0, 0, 0)
+        return vmap(one, in_dims=dims, randomness="different")(dict(zip(self.names, self.stacked, strict=True)), features, data)
+
+    def forward(self, batch: Batch):
+        """``features`` (K, B, D) with tensors (K, B): sum over heads; the count is one head's, so each gets its own mean."""
+        data = {name: tensor for name, tensor in batch.data.items() if name != "features"}
+        total, count, _ = self._call("head_loss", batch["features"], data)
+        return total.sum(), count[0], {}
+
+    def predict(self, features: Tensor, data: dict[str, Tensor]) -> dict[str, Tensor]:
+        return self._call("head_predict", features, data)
+
+    def groups(self, rates: dict[str, float], train: Train) -> list[dict[str, Any]]:
+        """One optimiser group a head and decay, over views of the stacked parameters and gradients."""
+        out = []
+        for parameter in self.stacked:
+            parameter.grad = torch.zeros_like(parameter)
+        for k, own in enumerate(self.trains):
+            decayed: dict[float, list[nn.Parameter]] = {}
+            for parameter in self.stacked:
+                view = nn.Parameter(parameter.data[k])
+                assert parameter.grad is not None
+                view.grad = parameter.grad[k]
+                decayed.setdefault(own.weight_decay if view.dim() > 1 else 0.0, []).append(view)
+            out += [{"params": params, "peak": own.lr, "weight_decay": decay} for decay, params in decayed.items()]
+        return out
+
+    @torch.no_grad()
+    def clip_gradients(self, max_norm: float | None, to_mean: Tensor) -> tuple[Tensor, Tensor]:
+        """Clip each head by its own norm; a head whose gradient is not finite stands still and is remembered."""
+        grads = [p.grad for p in self.stacked if p.grad is not None]
+        norms = torch.stack([g.flatten(1).norm(dim=1) for g in grads]).norm(dim=0) * to_mean
+        fine = torch.isfinite(norms)
+        self.bad = self.bad.to(norms.device) + (~fine).float()
+        scale = (max_norm / (norms + 1e-6)).clamp(max=1.0) if max_norm else torch.ones_like(norms)
+        for g in grads:
+            shape = (-1, *[1] * (g.dim() - 1))
+            g.copy_(torch.where(fine.view(shape), g * scale.view(shape), 0.0))
+        return norms.nan_to_num().max(), torch.ones_like(to_mean, dtype=torch.bool)
+
+
+class _Method(nn.Module):
+    """An objective's method as a module's forward, which is what functional_call wants."""
+
+    def __init__(self, head: Objective, function: str):
+        super().__init__()
+        self.head, self.function = head, function
+
+    def forward(self, *args):
+        return getattr(self.head, self.function)(*args)
+
+
+class _NoLogs(nn.Module):
+    log_names = ()
+
+    def after_step(self, step: int) -> None:
+        pass
+
+
+class KeepHeads:
+    """Each head's weights at its own best validation."""
+
+    def __init__(self, primary: str, keep: str, count: int):
+        self.best = [loop.KeepBest(primary, keep) for _ in range(count)]
+        self.weights: list[list[Tensor] | None] = [None] * count
+        self.curves: list[list[dict[str, Any]]] = [[] for _ in range(count)]
+
+    def update(self, step, metrics, task):
+        for k, (best, values) in enumerate(zip(self.best, metrics["heads"], strict=True)):
+            self.curves[k].append({"step": step, **values})
+            before = best.step
+            best.update(step, values, _Nothing)
+            if best.step != before:
+                self.weights[k] = [p.detach()[k].clone() for p in task.stacked]
+
+    @torch.no_grad()
+    def restore(self, task):
+        for k, weights in enumerate(self.weights):
+            for parameter, kept in zip(task.stacked, weights or (), strict=False):
+                parameter[k].copy_(kept)
+
+    def state_dict(self):
+        raise RuntimeError("heads train in seconds and are not checkpointed")
+
+    def load_state_dict(self, state):
+        raise RuntimeError("heads train in seconds and are not checkpointed")
+
+
+class _Nothing:
+    """KeepBest wants a task to copy; the stack keeps its own rows instead."""
+
+    @staticmethod
+    def state_dict() -> dict[str, Tensor]:
+        return {}
+
+
+def batchable(group: list[Trial], shared: Shared) -> bool:
+    """Whether trials may share features: a frozen technique without phases of its own, and a head that reads pooled features only."""
+    first = group[0]
+    data = shared.targets[first.target, first.base]
+    kind = type(trials.build(first, shared)[0].objective)
+    return first.technique_object.frozen and data.spec.workers == 0 and kind.head_loss is not Objective.head_loss
+
+
+def run(group: list[Trial], shared: Shared) -> list[Record]:
+    """Train the heads of several trials of one (source, backbone, target) together; same records as ``trial.run``.
+
+    Trials whose steps or batches differ are trained in stacks of their own. A head that met a non-finite step is trained again alone.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    first = group[0]
+    data = shared.targets[first.target, first.base]
+    began = time.time()
+    task, moved, _ = trials.build(first, shared)
+    cached = {name: features(task.backbone, rows, device) for name, rows in (("train", data.train), ("validation", data.validation), ("test", data.test))}
+    shared_seconds = (time.time() - began) / len(group)
+    stacks: dict[tuple, list[tuple[Trial, Train, Rows, int]]] = {}
+    for trial in group:
+        train, rows, steps = trials.resolved(trial, shared)
+        like = train.model_dump(exclude={"lr", "weight_decay"})
+        stacks.setdefault((steps, str(sorted(like.items()))), []).append((trial, train, rows, steps))
+    out: list[Record] = []
+    for members in stacks.values():
+        out += _stack(members, shared, data, cached, moved, shared_seconds, device)
+    return out
+
+
+def _stack(members: list[tuple[Trial, Train, Rows, int]], shared: Shared, data: TargetData, cached: dict[str, Any], moved: str,
+           shared_seconds: float, device: torch.device) -> list[Record]:
+    began = time.time()
+    built = [trials.build(trial, shared) for trial, _, _, _ in members]
+    steps, train = members[0][3], members[0][1]
+    stack = HeadStack([task.objective for task, _, _ in built], [t for _, t, _, _ in members]).to(device)
+    keeper = KeepHeads(data.metrics[0], train.keep, len(members))
+    pooled, tensors = cached["train"]
+
+    def batches(span: range) -> Iterator[Loaded]:
+        whole = data.train.selection.ids(np.arange(len(data.train)))
+        plans = [trials.plan_of(trial, shared, t, rows) for trial, t, rows, _ in members]
+        places = [np.searchsorted(whole, rows.selection.ids(np.arange(len(rows)))) for _, _, rows, _ in members]
+        for step in span:
+            index = torch.from_numpy(np.stack([place[plan.batch(step)[0]] for plan, place in zip(plans, places, strict=True)])).to(device)
+            yield Loaded(Batch(index[0].cpu().numpy(), torch.zeros(0), {"features": pooled[index], **{n: t[index] for n, t in tensors.items()}}), [], 0.0)
+
+    def check(task: nn.Module) -> dict[str, Any]:
+        return {"heads": [evaluate.values(found, data.metrics) for found in _predicted(stack, cached["validation"])]}
+
+    work = loop.Run(task=stack, technique=members[0][0].technique_object, train=train, steps=steps, seed=0, batches=batches,  # type: ignore[arg-type]
+                    ready=lambda batch, training: batch, keeper=keeper, evaluate=check, ranks=Ranks(device=device))
+    outcome = loop.fit(work)
+    tests = [found if trial.stage == "final" else None for (trial, *_), found in zip(members, _predicted(stack, cached["test"]), strict=True)]
+    seconds = (time.time() - began) / len(members) + shared_seconds
+    out = []
+    for k, (trial, own, rows, _) in enumerate(members):
+        if float(stack.bad[k]):
+            out.append(trials.run(trial, shared))
+            continue
+        task, _, start_hash = built[k]
+        _put(task, stack, k)
+        test = None if tests[k] is None else {"row": data.test.selection.ids(np.arange(len(data.test))), **tests[k]}
+        facts = {"params_trained": sum(p[k].numel() for p in stack.stacked), "steps": outcome.steps, "seconds": seconds, "device": device_name(device),
+                 "start_weights": start_hash, "transfer": moved, "n_train": len(rows), "curve": keeper.curves[k], "kept_step": keeper.best[k].step}
+        record = trials.make_record(trial, shared, own, began, facts, keeper.best[k].metrics, test)
+        trials.write(trial, shared, record, test, task if shared.keep_bundles and trial.stage == "final" else None)
+        out.append(record)
+    return out
+
+
+@torch.no_grad()
+def _predicted(stack: HeadStack, rows: tuple[Tensor, dict[str, Tensor]]) -> list[Predictions]:
+    """Predictions of every head on the same rows."""
+    stack.eval()
+    found = {name: tensor.cpu().numpy() for name, tensor in stack.predict(*rows).items()}
+    return [{name: array[k] for name, array in found.items()} for k in range(stack.count)]
+
+
+@torch.no_grad()
+def _put(task: Task, stack: HeadStack, k: int) -> None:
+    own = dict(task.objective.named_parameters())
+    for name, parameter in zip(stack.names, stack.stacked, strict=True):
+        own[name].copy_(parameter[k].cpu())
+

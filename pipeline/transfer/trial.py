@@ -1,0 +1,245 @@
+"""One trial: the same loop as pretraining, on a target's rows, from a source's weights or from scratch. No Ray here."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline import bundle, registry, storage
+from pipeline.contracts import Task
+from pipeline.data.plan import Plan
+from pipeline.data.stream import Rows, eval_batches, train_batches
+from pipeline.job import Target, Train
+from pipeline.metrics import Predictions, metric
+from pipeline.rng import mix
+from pipeline.train import evaluate, loop
+from pipeline.train.log import MetricsLog
+from pipeline.train.loop import Ranks
+from pipeline.train.source import device_name, steps_of
+from pipeline.transfer import stats
+from pipeline.transfer.trials import SCRATCH, Base, Trial, fraction_text, label_subset
+
+EVAL_ROWS = 256
+Record = dict[str, Any]
+
+
+@dataclass
+class TargetData:
+    """A target as one base reads it: decoded rows of the three splits and what the objective fitted."""
+
+    spec: Target
+    objective: dict[str, Any]
+    train: Rows
+    validation: Rows
+    test: Rows
+    labels: np.ndarray | None
+    """(n_train,) class numbers, for stratified label fractions and scores."""
+    groups: np.ndarray | None
+    split_text: str
+
+    @property
+    def in_memory(self) -> bool:
+        return self.train.arrays is not None
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Metric names, the primary one first."""
+        declared = registry.get("objective", self.objective["name"]).metrics
+        primary = self.spec.metric or declared[0]
+        return (primary, *(name for name in declared if name != primary))
+
+
+@dataclass
+class Shared:
+    """What every trial reads: put once into the object store, read by all without a copy."""
+
+    job: str
+    root: str
+    seed: int
+    bases: dict[str, Base]
+    weights: dict[str, dict[str, np.ndarray]]
+    parents: dict[str, str]
+    targets: dict[tuple[str, str], TargetData]
+    keep_bundles: bool
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def folder(shared: Shared, trial: Trial) -> str:
+    return storage.join(shared.root, "trials", trial.id)
+
+
+def read_record(root: str, trial_id: str) -> Record | None:
+    uri = storage.join(root, "trials", trial_id, "record.json")
+    return storage.read_json(uri) if storage.exists(uri) else None
+
+
+def build(trial: Trial, shared: Shared) -> tuple[Task, str, str]:
+    """The task at its start, what was transferred in words, and a hash of its start weights."""
+    base, data = shared.bases[trial.base], shared.targets[trial.target, trial.base]
+    seed = mix(shared.seed, trial.seed)
+    task = bundle.build_task(base.arch, data.objective, seed=seed, head_seed=mix(seed, 1))
+    moved = "backbone and head new (scratch)"
+    if trial.source != SCRATCH:
+        tensors = {name: torch.from_numpy(array) for name, array in shared.weights[trial.source].items()}
+        moved = bundle.transfer(task.backbone, tensors, trial.source).text() + "; head new"
+    return task, moved, weights_hash(task)
+
+
+def weights_hash(task: torch.nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(task.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def resolved(trial: Trial, shared: Shared) -> tuple[Train, Rows, int]:
+    """The training spec as it runs, the labelled rows of this trial and the steps.
+
+    The batch is never larger than the rows; a frozen backbone reads rows without augmentation, since its features are computed once.
+    """
+    data = shared.targets[trial.target, trial.base]
+    rows = data.train.subset(label_subset(data.train, data.labels, trial.label_fraction, mix(shared.seed, trial.seed)))
+    change: dict[str, Any] = {**trial.hyper_parameters}
+    batch = int(change.get("global_batch", data.spec.train.global_batch))
+    change["global_batch"] = min(batch, len(rows))
+    if trial.technique_object.frozen:
+        change["augment"] = False
+    train = Train.model_validate({**data.spec.train.model_dump(), **change})
+    return train, rows, steps_of(train, len(rows))
+
+
+def plan_of(trial: Trial, shared: Shared, train: Train, rows: Rows) -> Plan:
+    return Plan(len(rows), mix(shared.seed, trial.seed, 2), train.global_batch, shards=train.canonical_shards or 8)
+
+
+def run(trial: Trial, shared: Shared, ranks: Ranks | None = None, report: Callable[[int, dict[str, Any]], None] = lambda step, metrics: None) -> Record:
+    """Train, validate and (final trials) test once; write the record, predictions and bundle; return the record.
+
+    ``report`` is told the validation metrics as they come and may raise loop.Stop.
+    """
+    ranks = ranks or Ranks(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    began = time.time()
+    data = shared.targets[trial.target, trial.base]
+    train, rows, steps = resolved(trial, shared)
+    task, moved, start_hash = build(trial, shared)
+    technique = trial.technique_object
+    task = technique.wrap(task)
+    plan = plan_of(trial, shared, train, rows)
+    ready = evaluate.ready_for(rows)
+    autocast = partial(loop.autocast, train, ranks.device)
+    check = evaluate.evaluator(data.validation, data.metrics, ready, ranks, autocast, EVAL_ROWS)
+    log = MetricsLog(folder(shared, trial), tensorboard=True) if ranks.first else None
+
+    def on_log(record: dict[str, Any]) -> None:
+        if log:
+            log.write(record)
+
+    def on_eval(step: int, metrics: dict[str, Any]) -> None:
+        on_log({"step": step, "steps": steps, **{f"validation_{k}": v for k, v in metrics.items()}})
+        report(step, metrics)
+
+    keeper = loop.KeepBest(data.metrics[0], train.keep)
+    work = loop.Run(task=task, technique=technique, train=train, steps=steps, seed=mix(shared.seed, trial.seed, 3),
+                    batches=partial(train_batches, rows, plan, rank=ranks.rank, ranks=ranks.count, place="train", pin=ranks.device.type == "cuda"),
+                    ready=ready, keeper=keeper, evaluate=check, ranks=ranks, on_log=on_log, on_eval=on_eval)
+    try:
+        outcome = loop.fit(work)
+    finally:
+        if log:
+            log.close()
+    test: Predictions | None = None
+    if trial.stage == "final":
+        task = technique.at_test(task, None)
+        test = evaluate.gathered(evaluate.predictions(task, _batches(data.test, ranks), ready, ranks, autocast()), ranks)
+    facts = {"params_trained": outcome.params_trained, "steps": outcome.steps, "seconds": time.time() - began, "device": device_name(ranks.device),
+             "start_weights": start_hash, "transfer": moved, "n_train": len(rows), "curve": outcome.curve, "kept_step": keeper.step,
+             "skipped_steps": outcome.skipped_steps}
+    record = make_record(trial, shared, train, began, facts, keeper.metrics, test)
+    if ranks.first:
+        write(trial, shared, record, test, task if shared.keep_bundles and trial.stage == "final" else None)
+    return record
+
+
+def run_rank(config: dict[str, Any], ranks: Ranks) -> Record:
+    """One rank of a trial under Ray Train."""
+    return run(config["trial"], config["shared"], ranks)
+
+
+def _batches(rows: Rows, ranks: Ranks):
+    return eval_batches(rows, EVAL_ROWS, rank=ranks.rank, ranks=ranks.count, pin=ranks.device.type == "cuda")
+
+
+def make_record(trial: Trial, shared: Shared, train: Train, began: float, facts: dict[str, Any], validation: dict[str, float],
+                test: Predictions | None, status: str = "done", error: str | None = None) -> Record:
+    """A trial's record: its result rows (without gains, which need the other trials), its curve and what truly ran."""
+    data = shared.targets[trial.target, trial.base]
+    ran = {**trial.hyper_parameters, **{k: getattr(train, k) for k in ("lr", "global_batch", "weight_decay", "optimizer")}, "steps": facts.get("steps"),
+           "start_weights": facts.get("start_weights"), **({"technique": trial.technique.options} if trial.technique.options else {})}
+    common = {"job": shared.job, "source": trial.source, "backbone": trial.backbone, "target": trial.target, "objective": data.objective["name"],
+              "technique": trial.technique.name, "hyper_parameters": ran, "seed": trial.seed, "label_fraction": fraction_text(trial.label_fraction),
+              "trial_id": trial.id, "trial_stage": trial.stage, "status": status, "error": error, "n_train": facts.get("n_train"),
+              "params_trained": facts.get("params_trained"), "steps": facts.get("steps"), "seconds": facts.get("seconds"), "device": facts.get("device"),
+              "bundle_uri": None, "parent_uri": shared.parents.get(trial.source), "spec_hash": shared.facts.get("spec_hash"),
+              "git_sha": shared.facts.get("git_sha"), "started_at": began, **shared.facts.get("scores", {}).get(f"{trial.source}|{trial.target}", {})}
+    rows: list[dict[str, Any]] = []
+    for split, found in (("test", evaluate.values(test, data.metrics) if test else {}), ("validation", validation)):
+        for name in data.metrics if found else ():
+            of = metric(name)
+            row = {**common, "metric": name, "value": found[name], "higher_is_better": of.higher_is_better, "split": split,
+                   "n_eval": len(data.test if split == "test" else data.validation)}
+            if split == "test" and test is not None:
+                row["value_low"], row["value_high"] = stats.interval(of, test, groups=data.groups)
+                row["interval"] = "95% bootstrap over test " + ("rows" if data.groups is None else "groups")
+                row["n_units"] = len(test["row"]) if data.groups is None else len(np.unique(data.groups))
+            rows.append(row)
+    if not rows:
+        rows = [{**common, "metric": None, "split": None}]
+    return {"trial_id": trial.id, "cell": trial.cell, "status": status, "error": error, "rows": rows, "curve": facts.get("curve", []),
+            "transfer": facts.get("transfer", ""), "validation": validation, "kept_step": facts.get("kept_step"), "skipped_steps": facts.get("skipped_steps", 0)}
+
+
+def failed(trial: Trial, shared: Shared, error: str, status: str = "failed", validation: dict[str, float] | None = None,
+           facts: dict[str, Any] | None = None) -> Record:
+    """The record of a trial that did not end well. It is written too, so that the table has its row."""
+    data = shared.targets[trial.target, trial.base]
+    train = Train.model_validate({**data.spec.train.model_dump(), **trial.hyper_parameters})
+    record = make_record(trial, shared, train, time.time(), facts or {}, validation or {}, None, status, error)
+    write(trial, shared, record, None, None)
+    return record
+
+
+def write(trial: Trial, shared: Shared, record: Record, test: Predictions | None, task: Task | None) -> None:
+    """Predictions and bundle first, the record last: a trial with a record is complete."""
+    data, where = shared.targets[trial.target, trial.base], folder(shared, trial)
+    if test is not None:
+        extra = {} if data.groups is None else {"group": data.groups}
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **test, **extra)  # type: ignore[arg-type]
+        storage.write_bytes(storage.join(where, "predictions.npz"), buffer.getvalue())
+    if task is not None:
+        uri = storage.join(where, "bundle")
+        bundle.save(uri, task, shared.bases[trial.base].modality, parent=shared.parents.get(trial.source), spec_hash=trial.id,
+                    metrics=record["validation"], columns=data.spec.data.columns, training={"trial": trial.cell, "seed": trial.seed})
+        for row in record["rows"]:
+            row["bundle_uri"] = uri
+    storage.write_json(storage.join(where, "record.json"), record)
+
+
+def read_predictions(root: str, trial_id: str, seed: int) -> stats.Run | None:
+    """Test predictions of a finished trial, for paired intervals."""
+    uri = storage.join(root, "trials", trial_id, "predictions.npz")
+    if not storage.exists(uri):
+        return None
+    with np.load(io.BytesIO(storage.read_bytes(uri)), allow_pickle=False) as found:
+        arrays = {name: found[name] for name in found.files}
+    groups = arrays.pop("group", None)
+    return stats.Run(arrays.pop("row"), arrays, seed, groups)
