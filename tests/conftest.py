@@ -13,7 +13,7 @@ for name, value in {
 }.items():
     os.environ.setdefault(name, value)
 
-import pytest
+import pytest  # noqa: E402
 
 
 @pytest.fixture(scope="session")

@@ -127,6 +127,8 @@ def test_a_plug_may_be_written_in_several_ways(load, written):
 def test_numbers_with_an_exponent_are_numbers(load, written, value):
     got = load(change=("lr: 1e-3", f"lr: {written}")).sources["garments"].train.lr
     assert got == value and isinstance(got, float)
+    kept = load(change=("where: {kind: [1, a, true]}", f"where: {{kind: [{written}, '{written}']}}")).sources["garments"].data.where["kind"]
+    assert kept == [value, written] and not isinstance(kept[0], str), "also where the field itself takes texts"
 
 
 def test_quoted_and_word_like_texts_stay_texts(load):

@@ -59,7 +59,11 @@ def optimizer(parameter_groups: list[dict[str, Any]], train: Train) -> torch.opt
     parameter_groups = [{**group, "lr": group["peak"]} for group in parameter_groups]
     if train.optimizer == "adamw":
         return torch.optim.AdamW(parameter_groups, lr=train.lr, betas=(train.beta1, train.beta2), fused=True)
-    return torch.optim.SGD(parameter_groups, lr=train.lr, momentum=train.momentum, nesterov=train.momentum > 0, fused=True)
+    sgd = torch.optim.SGD(parameter_groups, lr=train.lr, momentum=train.momentum, nesterov=train.momentum > 0, fused=True)
+    if train.momentum:  # zeros from the start: torch 2.11 leaves the buffers unset when the first step is skipped
+        for parameter in (p for group in sgd.param_groups for p in group["params"]):
+            sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return sgd
 
 
 def factor(step: int, steps: int, train: Train) -> float:

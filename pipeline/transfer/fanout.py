@@ -87,7 +87,7 @@ def _run_unit(config: dict[str, Any], shared: Shared, work: list[Unit], asha: bo
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     failed = sum(record["status"] == "failed" for record in records)
-    tune.report({"goodness": float("-inf"), "done_trials": len(unit.trials), "failed_trials": failed, "finished": True})
+    tune.report({"goodness": 0.0, "done_trials": len(unit.trials), "failed_trials": failed, "finished": True})
 
 
 class GroupedASHA(TrialScheduler):
@@ -144,6 +144,10 @@ class _Show(tune.Callback):
         self.done = self.failed = self.pruned = self.running = 0
         self.began = time.time()
         self.best: dict[str, Record] = {}
+
+    def __getstate__(self):
+        """Tune pickles its callbacks to resume them; this one is made anew, and its terminal cannot be pickled."""
+        return {}
 
     def _line(self, final: bool = False) -> None:
         ended = self.done + self.failed + self.pruned

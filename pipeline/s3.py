@@ -1,0 +1,230 @@
+"""The S3 client of the storage, and what local files share with it: errors, retries, the reading of names.
+
+A URI is a plain path, file:///path or s3://bucket/key on any server that speaks S3 (AWS, MinIO, Ceph), with endpoint,
+keys and region from the usual AWS_* variables. An I/O error that may pass is retried with growing pauses, one that will
+not (403, 404, disk full) fails at once with `StorageError`.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import itertools
+import logging
+import os
+import random
+import re
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+Uri = str | os.PathLike[str]
+Result = TypeVar("Result")
+log = logging.getLogger(__name__)
+
+ATTEMPTS = 5
+_JITTER = random.SystemRandom()  # the global generator belongs to training: drawing from it would break bitwise resume
+_PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
+_PERMANENT_NUMBERS = _FULL | {errno.EINVAL, errno.ENOSYS, errno.ENAMETOOLONG, errno.ENOTEMPTY, errno.EFBIG, errno.ELOOP}
+_CLIENTS = {"botocore", "aiobotocore", "boto3", "aiohttp", "urllib3"}  # their errors are not OSErrors
+_TRANSIENT_NAMES = {
+    *("ConnectionError", "HTTPClientError", "ResponseParserError", "IncompleteReadError", "FlexibleChecksumError"),
+    *("IncompleteRead", "ClientPayloadError", "ClientConnectionError"),
+}
+_TRANSIENT_CODES = {"SlowDown", "Throttling", "ThrottlingException", "RequestTimeout", "TooManyRequests"}
+_FIXES = (  # kind of error, what to do about a local path, about S3
+    (FileNotFoundError, "check the path", "check the bucket, the key and AWS_ENDPOINT_URL"),
+    (PermissionError, "give this user access to it", "check AWS_ACCESS_KEY_ID, its secret and the bucket's policy"),
+    ((NotADirectoryError, FileExistsError), "part of it is a file, so choose another folder", "choose another key"),
+    (IsADirectoryError, "name a file, not a folder", "name a file, not a folder"),
+    (Exception, "check the path", "check the address and the AWS_* variables"),
+)
+_FILESYSTEMS: dict[tuple[Any, ...], Any] = {}
+
+
+class StorageError(OSError):
+    """Reading or writing failed for good. The message names the URI, the cause and the fix."""
+
+
+class NotFoundError(StorageError, FileNotFoundError):
+    """The file, folder or bucket is not there (so `except FileNotFoundError` works too)."""
+
+
+# --- errors and retries ---
+
+
+def _is_client_error(error: BaseException) -> bool:
+    return type(error).__module__.partition(".")[0] in _CLIENTS
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether the same call may succeed a moment later: connection, timeout, 5xx, EIO; not 403, 404, disk full."""
+    if isinstance(error, (StorageError, *_PERMANENT)) or type(error).__name__ == "FileExpired":  # replaced while read
+        return False
+    if isinstance(error, OSError):
+        return error.errno not in _PERMANENT_NUMBERS
+    response = getattr(error, "response", None)
+    if _is_client_error(error) and isinstance(response, dict):
+        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        return status >= 500 or status == 429 or response.get("Error", {}).get("Code") in _TRANSIENT_CODES
+    return _is_client_error(error) and any(kind.__name__ in _TRANSIENT_NAMES for kind in type(error).__mro__)
+
+
+def retry(
+    fn: Callable[..., Result],
+    *args: Any,
+    attempts: int = ATTEMPTS,
+    first_delay_s: float = 0.2,
+    sleep: Callable[[float], object] = time.sleep,
+    **kw: Any,
+) -> Result:
+    """`fn(*args, **kw)`, called again after a transient I/O error (`is_transient`), up to `attempts` calls in all.
+
+    The pause after call n is between half and all of first_delay_s * 2 ** (n - 1). The last error is raised as it is.
+    """
+    for attempt in itertools.count(1):
+        try:
+            return fn(*args, **kw)
+        except Exception as error:
+            if attempt >= attempts or not is_transient(error):
+                raise
+            delay_s = first_delay_s * 2 ** (attempt - 1) * _JITTER.uniform(0.5, 1.0)
+            log.warning("attempt %d of %d failed, next in %.1f s: %r", attempt, attempts, delay_s, error)
+        sleep(delay_s)
+    raise AssertionError("unreachable")
+
+
+def call(action: str, uri: Uri, fn: Callable[..., Result], *args: Any, **kw: Any) -> Result:
+    """`fn(*args, **kw)` with retries; an I/O error that remains becomes a StorageError naming `uri`."""
+    try:
+        return retry(fn, *args, **kw)
+    except Exception as error:
+        if isinstance(error, StorageError) or not (isinstance(error, OSError) or _is_client_error(error)):
+            raise
+        text, number = os.fspath(uri), getattr(error, "errno", None)
+        cause = (getattr(error, "strerror", None) or str(error) or type(error).__name__).strip().rstrip(".")
+        filename = getattr(error, "filename", None)
+        if isinstance(filename, str) and filename not in f"{text} {cause}":
+            cause += f" ({filename})"
+        fix = next(fixes[text.startswith("s3://")] for kinds, *fixes in _FIXES if isinstance(error, kinds))
+        if number in _FULL:
+            fix = "free space there or choose another storage"
+        elif is_transient(error):
+            fix = f"tried {ATTEMPTS} times, so {fix} and run again"
+        failure = (NotFoundError if isinstance(error, FileNotFoundError) else StorageError)(
+            f"cannot {action} {text}: {cause}; {fix}"
+        )
+        failure.errno = number
+        raise failure from error
+
+
+# --- names ---
+
+
+def split(uri: Uri, below_root: bool = False) -> tuple[bool, str]:
+    """(is on S3, path): bucket/key there, else a local path. below_root: for what replaces or removes."""
+    text = os.fspath(uri)
+    scheme, colon, rest = text.partition(":/")
+    if not colon or not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*", scheme):
+        remote, path = False, os.path.expanduser(text)
+    elif scheme not in ("s3", "file"):
+        raise StorageError(f"{text}: {scheme}:// is not supported; use a folder, file:// or s3://")
+    elif not rest.startswith("/"):
+        raise StorageError(f"{text}: a slash is lost, as pathlib does; write {scheme}://{rest}")
+    else:
+        remote, path = scheme == "s3", rest[1:].rstrip("/") if scheme == "s3" else rest[1:]
+    if not path or (remote and path.startswith("/")):
+        raise StorageError(f"{text!r} names no place; use a folder, file:///path or s3://bucket/key")
+    if below_root and ("/" not in path if remote else os.path.abspath(path) == "/"):
+        raise StorageError(f"{text} is a whole bucket or disk; name a folder in it")
+    return remote, path
+
+
+# --- the client ---
+
+
+def client(attempts: int = 1) -> Any:
+    """The S3 filesystem of this process and environment; one attempt a request, since `retry` makes the others.
+
+    Keyed by process, because sockets and event loops do not survive a fork, and by environment, so that other keys or
+    another endpoint take effect. Keys stay in the environment: a filesystem pickled to a worker carries none.
+    """
+    import s3fs
+
+    environment = tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_")))
+    key = (os.getpid(), attempts, environment)
+    if key not in _FILESYSTEMS:
+        config: dict[str, Any] = {"retries": {"mode": "standard", "total_max_attempts": attempts}}
+        if any(name.startswith("AWS_ENDPOINT_URL") for name, _ in environment):
+            for option in ("request_checksum_calculation", "response_checksum_validation"):
+                if f"AWS_{option.upper()}" not in os.environ:  # older MinIO and Ceph refuse botocore's new trailers
+                    config[option] = "when_required"
+        region = {"region_name": os.environ["AWS_REGION"]} if "AWS_REGION" in os.environ else {}  # unknown to botocore
+        new = s3fs.S3FileSystem(
+            config_kwargs=config, client_kwargs=region, use_listings_cache=False, skip_instance_cache=True
+        )
+        new.retries = 1  # s3fs's own loop would multiply with botocore's
+        _FILESYSTEMS.setdefault(key, new)
+    return _FILESYSTEMS[key]
+
+
+def on_s3(action: str, uri: Uri, method: str, *args: Any, **kw: Any) -> Any:
+    """`filesystem.method(bucket/key, *args, **kw)`, retried."""
+    return call(action, uri, lambda: getattr(client(), method)(split(uri)[1], *args, **kw))
+
+
+class Reader(io.RawIOBase):
+    """Seekable reads of one S3 object, each range retried. If-Match holds every range to the object first opened."""
+
+    def __init__(self, uri: Uri):
+        self._uri, self._position = uri, 0
+        self._file = on_s3("read", uri, "open", "rb", cache_type="none")
+        self._size: int = call("read", uri, lambda: self._file.size)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        position = offset + (0, self._position, self._size)[whence]
+        if position < 0:
+            raise ValueError(f"{self._uri}: cannot seek to {position}")
+        self._position = position
+        return position
+
+    def readall(self) -> bytes:  # the inherited one asks for 8 KiB at a time
+        return self.read(max(0, self._size - self._position)) or b""
+
+    def readinto(self, buffer: Any) -> int:
+        def read_range() -> bytes:
+            self._file.seek(self._position)
+            return self._file.read(wanted)
+
+        wanted = max(0, min(len(buffer), self._size - self._position))
+        data = call("read", self._uri, read_range) if wanted else b""
+        if len(data) != wanted:
+            raise StorageError(f"cannot read {self._uri}: {len(data)} of {wanted} bytes came; run again")
+        buffer[:wanted] = data
+        self._position += wanted
+        return wanted
+
+
+def list_keys(path: str, recursive: bool) -> list[str]:
+    """Not by s3fs's find or glob: given a depth they walk with on_error="omit", so a 503 reads as an empty folder."""
+    bucket, _, prefix = f"{path}/".partition("/")
+    options: dict[str, Any] = {"Bucket": bucket, "Prefix": prefix, **({} if recursive else {"Delimiter": "/"})}
+    found, more = [], True
+    while more:
+        page = call("list", f"s3://{path}", lambda: client().call_s3("list_objects_v2", **options))
+        keys = [entry["Key"] for entry in page.get("Contents", [])]
+        found += [f"s3://{bucket}/{key}" for key in keys if not key.endswith("/")]
+        more = page.get("IsTruncated", False)
+        options["ContinuationToken"] = page.get("NextContinuationToken")
+    return found
+
+
+def remove_key(uri: str) -> None:
+    on_s3("remove", uri, "rm_file")

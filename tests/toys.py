@@ -1,0 +1,177 @@
+"""Small rows, models and runs that tests share: the shapes of the real ones, no files and no network."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from pipeline import bundle
+from pipeline.contracts import Backbone, Batch, Features, Modality, Task, Technique
+from pipeline.data.manifest import Group, Manifest, Selection
+from pipeline.data.plan import Plan
+from pipeline.data.stream import Decoder, Rows, train_batches
+from pipeline.job import Train
+from pipeline.modalities.image import Image, ImageOptions
+from pipeline.modalities.text import Text, TextOptions
+from pipeline.objectives.classification import Classification
+from pipeline.techniques.rates import Full
+from pipeline.train import evaluate, loop
+from pipeline.train.loop import Ranks
+
+FIRST_ID = 1000
+"""Row ids start here, so that a place is never taken for an id."""
+
+SUBJECTS = ("the old film", "a new play", "this small book", "her first song", "the long story", "my friend's poem")
+VERBS = ("was", "seemed", "is", "remains", "felt", "became")
+WORDS = (("wonderful", "bright", "moving", "charming", "superb"), ("dreadful", "dull", "tedious", "hollow", "clumsy"), ("red", "square", "heavy", "wooden", "cold"))
+
+
+# ---------------------------------------------------------------- rows
+
+def selection(n: int) -> Selection:
+    manifest = Manifest(("memory.parquet",), (Group(0, 0, FIRST_ID + n, 0),), pa.schema([]), "memory")
+    return Selection(manifest, np.arange(FIRST_ID, FIRST_ID + n))
+
+
+def rows_of(modality: Modality, arrays: dict[str, np.ndarray], objective: str | None = None, state: dict[str, Any] | None = None) -> Rows:
+    n = len(next(iter(arrays.values())))
+    return Rows(selection(n), Decoder(modality, objective, state or {}, {}), arrays)
+
+
+def label_state(classes: int = 3) -> dict[str, Any]:
+    return {"values": list(range(classes)), "labels": [f"class {i}" for i in range(classes)]}
+
+
+def images(n: int, size: int = 8, channels: int = 1, classes: int = 3, seed: int = 0, noise: float = 0.6) -> tuple[np.ndarray, np.ndarray]:
+    """(n, C, size, size) uint8 and (n,) labels: a pattern a class, with noise. The patterns do not depend on the seed."""
+    patterns = np.random.default_rng(99).integers(0, 256, (classes, channels, size, size))
+    rng = np.random.default_rng(seed)
+    labels = rng.permutation(np.arange(n) % classes)
+    blurred = (1 - noise) * patterns[labels] + noise * rng.integers(0, 256, (n, channels, size, size))
+    return blurred.round().astype(np.uint8), labels.astype(np.int64)
+
+
+def image_rows(n: int = 64, size: int = 8, channels: int = 1, classes: int = 3, seed: int = 0, noise: float = 0.6, **options) -> Rows:
+    pixels, labels = images(n, size, channels, classes, seed, noise)
+    modality = Image(ImageOptions(size=size, channels=channels, **options), {"mean": [0.5] * channels, "std": [0.25] * channels})
+    return rows_of(modality, {"image": pixels, "label": labels}, "classification", label_state(classes))
+
+
+def sentences(n: int, seed: int = 0, classes: int = 3) -> tuple[list[str], list[int]]:
+    """Sentences of 4 to 30 words or so, and the class that their adjectives tell."""
+    rng = np.random.default_rng(seed)
+    texts, labels = [], []
+    for i in range(n):
+        label = i % classes
+        parts = [f"{rng.choice(SUBJECTS)} {rng.choice(VERBS)} {rng.choice(WORDS[label])}" for _ in range(rng.integers(1, 7))]
+        texts.append((", and ".join(parts) + ".").capitalize())
+        labels.append(label)
+    return texts, labels
+
+
+def text_modality(backbone: str = "transformers/bert", length: int = 32) -> Text:
+    options = TextOptions(length=length, vocabulary=400)
+    table = pa.table({"text": sentences(200, seed=5)[0]})
+    return Text(options, Text.fit(options, table, {"text": "text"}, backbone))
+
+
+def text_rows(n: int = 48, modality: Text | None = None, seed: int = 0) -> Rows:
+    modality = modality or text_modality()
+    texts, labels = sentences(n, seed)
+    arrays, bad = modality.decode(pa.table({"text": texts}), {"text": "text"})
+    assert not any(bad)
+    return rows_of(modality, {**arrays, "label": np.array(labels, dtype=np.int64)}, "classification", label_state())
+
+
+def packed_rows(n: int = 60, modality: Text | None = None, objective: str = "mlm", seed: int = 0) -> Rows:
+    """Rows packed from ``n`` sentences."""
+    modality = modality or text_modality()
+    table = modality.pack(pa.table({"text": sentences(n, seed)[0]}), {"text": "text"})
+    arrays, _ = modality.decode(table, {"tokens": "tokens", "segments": "segments"})
+    return rows_of(modality, arrays, objective)
+
+
+def take(rows: Rows, places, training: bool = False, seed: int = 0) -> Batch:
+    """A batch of the rows at the given places, ready for the model."""
+    from pipeline.rng import row_keys
+
+    places = np.asarray(places)
+    ids = rows.selection.ids(places)
+    assert rows.arrays is not None
+    keys = torch.from_numpy(row_keys(seed, np.zeros_like(ids), ids))
+    batch = Batch(ids, keys, rows.modality.collate({name: array[places] for name, array in rows.arrays.items()}))
+    return evaluate.ready_for(rows)(batch, training)
+
+
+# ---------------------------------------------------------------- models
+
+class Net(Backbone):
+    """Two layers for images; ``norm`` is "layer" or "batch"."""
+
+    def __init__(self, size: int = 8, channels: int = 1, norm: str = "layer", dropout: float = 0.0, width: int = 16):
+        nn.Module.__init__(self)
+        self.stem = nn.Linear(channels * size * size, width)
+        self.norm: nn.Module = nn.LayerNorm(width) if norm == "layer" else nn.BatchNorm1d(width)
+        self.drop = nn.Dropout(dropout)
+        self.block = nn.Linear(width, width)
+        self.pooled_dim = width
+        self.arch = {"name": "toys/net", "options": {}, "inputs": {"channels": channels, "size": size}}
+
+    def forward(self, batch: Batch, *, token_mask=None, want=()) -> Features:
+        x = self.norm(self.stem(batch["image"].flatten(1)))
+        return Features(F.gelu(self.block(self.drop(x))))
+
+    def layers(self) -> dict[str, list[str]]:
+        return {"stem": ["stem.weight", "stem.bias", "norm.weight", "norm.bias"], "block": ["block.weight", "block.bias"]}
+
+
+def net_task(seed: int = 0, classes: int = 3, size: int = 8, **net) -> Task:
+    torch.manual_seed(seed)
+    backbone = Net(size=size, **net)
+    return Task(backbone, Classification(backbone, Classification.options_class(), label_state(classes)))
+
+
+def task_of(name: str, inputs: dict[str, Any], objective: str, state: dict[str, Any] | None = None, seed: int = 0, options: dict[str, Any] | None = None,
+            **backbone: Any) -> Task:
+    """A task of registered parts."""
+    return bundle.build_task({"name": name, "options": backbone, "inputs": inputs}, {"name": objective, "options": options or {}, "state": state or {}}, seed)
+
+
+SMALL = {"layers": 2, "hidden": 16, "heads": 2, "dropout": 0.0}
+"""The smallest transformer."""
+
+
+# ---------------------------------------------------------------- runs
+
+def make_run(rows: Rows, task: Task, *, steps: int = 6, technique: Technique | None = None, seed: int = 0, ranks: Ranks | None = None,
+             validation: Rows | None = None, plan_shards: int = 8, keep: str = "best", checkpoints: str | None = None, **train: Any) -> loop.Run:
+    """A run on rows in memory, with the stream, the plan and the evaluation of the library."""
+    ranks = ranks or Ranks()
+    words = {"global_batch": 8, "augment": False, "log_every_steps": 1, **train}
+    spec = Train(steps=steps, keep=keep, **words)  # type: ignore[arg-type]
+    plan = Plan(len(rows), seed, spec.global_batch, shards=plan_shards)
+    ready = evaluate.ready_for(rows)
+    names = task.objective.metrics
+    check = None
+    if validation is not None:
+        check = evaluate.evaluator(validation, names, ready, ranks, lambda: loop.autocast(spec, ranks.device), 16)
+    return loop.Run(task=task, technique=technique or Full(), train=spec, steps=steps, seed=seed,
+                    batches=partial(train_batches, rows, plan, rank=ranks.rank, ranks=ranks.count), ready=ready,
+                    keeper=loop.KeepBest(names[0], keep), evaluate=check, ranks=ranks, checkpoints=checkpoints)
+
+
+def weights(module: nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of parameters and buffers."""
+    return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+
+
+def furthest(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """The largest difference of two state dicts with the same names; NaN where one is NaN."""
+    assert a.keys() == b.keys()
+    return float(torch.stack([(a[name].double() - b[name].double()).abs().max() for name in a]).max())

@@ -1,0 +1,205 @@
+"""Rates cover every parameter once, decay spares vectors, the schedule is its closed form, the average is its formula."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+from toys import furthest, net_task, weights
+
+from pipeline.job import Train
+from pipeline.train import optim
+
+
+def train(**words) -> Train:
+    return Train(**words)
+
+
+# ---------------------------------------------------------------- rates
+
+def rates_of(task, **changed):
+    return {**dict.fromkeys(task.layers(), 1.0), **changed}
+
+
+def test_rates_freeze_and_thaw_and_put_frozen_parts_into_evaluation_mode():
+    task = net_task(norm="batch", dropout=0.5)
+    task.eval()
+    found = optim.apply_rates(task, task.layers(), rates_of(task, stem=0.0))
+    assert {name for name, p in task.named_parameters() if not p.requires_grad} == {f"backbone.{n}" for n in task.backbone.layers()["stem"]}
+    assert not task.backbone.norm.training and not task.backbone.stem.training
+    assert task.training and task.backbone.block.training and task.objective.training
+    assert found["backbone.stem.weight"] == 0.0 and found["objective.head.weight"] == 1.0 and set(found) == dict(task.named_parameters()).keys()
+    optim.apply_rates(task, task.layers(), rates_of(task, stem=0.1))
+    assert all(p.requires_grad for p in task.parameters()) and task.backbone.norm.training
+
+
+def test_dropout_of_a_frozen_backbone_is_off():
+    task = net_task(dropout=0.5)
+    optim.apply_rates(task, task.layers(), dict.fromkeys(task.layers(), 0.0) | {"head": 1.0})
+    assert not task.backbone.drop.training and task.objective.training
+    optim.apply_rates(task, task.layers(), rates_of(task))
+    assert task.backbone.drop.training
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda layers: layers.pop("stem"), "4 parameters belong to no layer"),
+    (lambda layers: layers["block"].append("backbone.stem.bias"), "backbone.stem.bias is in layer stem and in block"),
+    (lambda layers: layers["block"].append("backbone.gone"), "block names backbone.gone, which is no parameter"),
+])
+def test_layers_that_do_not_cover_every_parameter_once_are_refused(change, message):
+    task = net_task()
+    layers = task.layers()
+    change(layers)
+    with pytest.raises(ValueError, match=message):
+        optim.apply_rates(task, layers, dict.fromkeys(layers, 1.0))
+
+
+def test_rates_that_do_not_name_every_layer_are_refused():
+    task = net_task()
+    with pytest.raises(ValueError, match=r"rates name \['head'\] but the layers are \['block', 'head', 'stem'\]"):
+        optim.apply_rates(task, task.layers(), {"head": 1.0})
+
+
+# ---------------------------------------------------------------- groups and optimisers
+
+def test_vectors_and_scalars_are_not_decayed_and_rates_scale_the_peak():
+    task = net_task()
+    rates = optim.apply_rates(task, task.layers(), rates_of(task, stem=0.0, block=0.1))
+    found = optim.groups(task, rates, train(lr=0.5, weight_decay=0.3))
+    names = {id(p): name for name, p in task.named_parameters()}
+    flat = {names[id(p)]: (group["peak"], group["weight_decay"]) for group in found for p in group["params"]}
+    assert flat == {"backbone.block.weight": (0.05, 0.3), "backbone.block.bias": (0.05, 0.0), "objective.head.weight": (0.5, 0.3), "objective.head.bias": (0.5, 0.0)}
+
+
+def test_decay_moves_matrices_alone():
+    """With gradients of zero, decoupled decay is all that moves: w (1 - lr decay)."""
+    task = net_task()
+    before = weights(task)
+    made = optim.optimizer(optim.groups(task, dict.fromkeys(dict(task.named_parameters()), 1.0), train(lr=0.1, weight_decay=0.5)), train(lr=0.1))
+    for p in task.parameters():
+        p.grad = torch.zeros_like(p)
+    made.step()
+    for name, after in weights(task).items():
+        torch.testing.assert_close(after, before[name] * (1 - 0.1 * 0.5) if after.dim() > 1 else before[name])
+
+
+@pytest.fixture
+def filled():
+    """Memory that is allocated without a fill holds NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+def test_a_step_that_is_skipped_leaves_no_trace_in_the_optimiser(kind, filled):
+    """Also the first one: torch's fused SGD allocates its momentum then, and leaves it unset when the step is not taken."""
+    spec = train(optimizer=kind, lr=0.1, momentum=0.9)
+    results = []
+    for skipped_first in (False, True):
+        task = net_task()
+        made = optim.optimizer(optim.groups(task, dict.fromkeys(dict(task.named_parameters()), 1.0), spec), spec)
+        for gradient in ([math.nan] if skipped_first else []) + [0.5, 1.5]:
+            for p in task.parameters():
+                p.grad = torch.full_like(p, gradient)
+            made.grad_scale, made.found_inf = torch.ones(()), torch.tensor(float(math.isnan(gradient)))
+            made.step()
+        results.append(weights(task))
+    assert furthest(*results) == 0.0
+
+
+@pytest.mark.parametrize("nesterov", [0.0, 0.9])
+def test_sgd_equals_torch_without_fusing(nesterov):
+    spec = train(optimizer="sgd", lr=0.1, momentum=nesterov, weight_decay=0.01)
+    a, b = net_task(), net_task()
+    ours = optim.optimizer(optim.groups(a, dict.fromkeys(dict(a.named_parameters()), 1.0), spec), spec)
+    matrices, vectors = ([p for p in b.parameters() if (p.dim() > 1) == big] for big in (True, False))
+    theirs = torch.optim.SGD([{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}], lr=0.1, momentum=nesterov,
+                             nesterov=nesterov > 0, fused=False, foreach=False)
+    for step in range(4):
+        torch.manual_seed(step)
+        for p, q in zip(a.parameters(), b.parameters(), strict=True):
+            p.grad = torch.randn(p.shape)
+            q.grad = p.grad.clone()
+        ours.step()
+        theirs.step()
+    assert furthest(weights(a), weights(b)) < 1e-6
+
+
+# ---------------------------------------------------------------- schedule
+
+def test_schedule_is_linear_warm_up_then_cosine_to_zero():
+    spec, steps, warm = train(warmup=0.1), 200, 20
+    found = [optim.factor(step, steps, spec) for step in range(steps)]
+    want = [(s + 1) / warm if s < warm else 0.5 * (1 + math.cos(math.pi * (s - warm) / (steps - warm))) for s in range(steps)]
+    assert found == pytest.approx(want, abs=1e-12)
+    assert found[0] == 0.05 and found[warm - 1] == found[warm] == 1.0 and 0 < found[-1] < 1e-4
+    assert found[warm:] == sorted(found[warm:], reverse=True)
+
+
+def test_schedule_equals_torch_schedulers():
+    spec, steps, warm = train(warmup=0.25), 16, 4
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedulers = [torch.optim.lr_scheduler.LinearLR(optimizer, 1 / warm, 1.0, warm - 1), torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps - warm)]
+    scheduler = torch.optim.lr_scheduler.SequentialLR(optimizer, schedulers, [warm])
+    for step in range(steps):
+        assert optim.factor(step, steps, spec) == pytest.approx(scheduler.get_last_lr()[0], abs=1e-7)
+        optimizer.step()
+        scheduler.step()
+
+
+@pytest.mark.parametrize(("words", "want"), [
+    ({"warmup": 0.0, "schedule": "constant"}, [1, 1, 1, 1]),
+    ({"warmup": 0.5, "schedule": "constant"}, [0.5, 1, 1, 1]),
+    ({"warmup": 1.0}, [0.25, 0.5, 0.75, 1]),
+    ({"warmup": 0.0}, [1, 0.5 + 0.5 ** 1.5, 0.5, 0.5 - 0.5 ** 1.5]),
+])
+def test_schedule_at_its_edges(words, want):
+    assert [optim.factor(step, 4, train(**words)) for step in range(4)] == pytest.approx(want)
+
+
+def test_schedule_of_one_step_trains():
+    assert all(optim.factor(0, 1, train(warmup=w, schedule=s)) == 1.0 for w in (0.0, 0.1, 1.0) for s in ("cosine", "constant"))
+
+
+# ---------------------------------------------------------------- norm and average
+
+def test_global_norm_is_the_norm_of_all_gradients_laid_end_to_end():
+    task = net_task()
+    for p in task.parameters():
+        p.grad = torch.randn_like(p)
+    flat = torch.cat([p.grad.flatten() for p in task.parameters() if p.grad is not None])
+    assert optim.global_norm(list(task.parameters())) == pytest.approx(float(flat.norm()))
+    assert optim.global_norm([nn.Parameter(torch.ones(2))]) == 0
+
+
+def test_average_follows_its_formula_and_leaves_frozen_weights_alone():
+    task = net_task()
+    task.backbone.stem.weight.requires_grad_(False)
+    average = optim.EMA(task, 0.8)
+    want = {name: p.detach().clone() for name, p in task.named_parameters()}
+    frozen = want["backbone.stem.weight"].clone()
+    for _ in range(4):
+        with torch.no_grad():
+            for p in task.parameters():
+                p.add_(torch.randn_like(p))
+        average.update(task)
+        want = {name: 0.8 * want[name] + 0.2 * p.detach() for name, p in task.named_parameters()}
+    want["backbone.stem.weight"] = frozen
+    assert furthest(average.average, want) < 1e-6
+
+
+def test_swapping_the_average_twice_changes_nothing():
+    task = net_task()
+    average = optim.EMA(task, 0.5)
+    with torch.no_grad():
+        for p in task.parameters():
+            p.add_(1.0)
+    live, held = weights(task), copy.deepcopy(average.average)
+    places = {name: p.data_ptr() for name, p in task.named_parameters()}
+    average.swap(task)
+    assert furthest(weights(task), held) == 0.0
+    average.swap(task)
+    assert furthest(weights(task), live) == 0.0 and furthest(average.average, held) == 0.0
+    assert places == {name: p.data_ptr() for name, p in task.named_parameters()}  # the optimiser's parameters are still these
