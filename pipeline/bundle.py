@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipeline import registry, storage
+from pipeline import folders, registry, storage
 from pipeline.contracts import Backbone, Modality, Task
 
 FORMAT_VERSION = 1
@@ -165,7 +165,7 @@ def save(uri: str, model: Task | Backbone, modality: Mapping[str, Any], **facts:
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch, "weights.safetensors")
         save_file(tensors, path)
-        storage.commit_folder(uri, {"weights.safetensors": path}, manifest)
+        folders.commit_folder(uri, {"weights.safetensors": path}, manifest)
 
 
 def exists(uri: str) -> bool:
@@ -174,12 +174,12 @@ def exists(uri: str) -> bool:
 
 def load(uri: str) -> Bundle:
     """A verified bundle. Raises BundleError for a newer format, StorageError for a missing or damaged one."""
-    manifest = storage.open_folder(uri)
+    manifest = folders.open_folder(uri)
     version = manifest.get("format_version")
     if manifest.get("kind") != "bundle" or not isinstance(version, int):
         raise BundleError(f"{uri}: this folder is no bundle")
     if version > FORMAT_VERSION:
         raise BundleError(f"{uri}: the bundle has format {version}, this program reads up to {FORMAT_VERSION}; update onetomany")
     with tempfile.TemporaryDirectory() as scratch:
-        folder = storage.fetch_folder(uri, Path(scratch, "bundle"))
+        folder = folders.fetch_folder(uri, Path(scratch, "bundle"))
         return Bundle(uri, manifest, load_file(Path(folder, "weights.safetensors")))

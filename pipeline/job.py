@@ -227,8 +227,8 @@ class Job(Spec):
 
     @property
     def root(self) -> str:
-        """Folder of this job's runs."""
-        return storage.join(self.storage, self.name)
+        """Folder of this job's runs, absolute: Ray's workers have current folders of their own."""
+        return storage.join(self.storage if storage.is_remote(self.storage) else os.path.abspath(self.storage), self.name)
 
 
 def spec_hash(*parts: Any) -> str:

@@ -1,6 +1,7 @@
 """Settings that must stand before anything imports ray, and an S3 server for the tests."""
 
 import os
+import uuid
 
 for name, value in {
     "RAY_AUTH_MODE": "disabled",
@@ -38,3 +39,21 @@ def s3_server():
         boto3.client("s3").create_bucket(Bucket="bucket")
         yield "s3://bucket"
     server.stop()
+
+
+@pytest.fixture(params=["local", "s3"])
+def root(request, tmp_path):
+    """An empty place of one's own, locally and on S3; on S3 the listing shows nothing there yet."""
+    if request.param == "local":
+        return str(tmp_path / "root")
+    return f"{request.getfixturevalue('s3_server')}/{uuid.uuid4().hex}"
+
+
+@pytest.fixture
+def fast(monkeypatch):
+    """The pauses that the storage's own retries ask for, without waiting for them."""
+    from pipeline import s3
+
+    pauses, real = [], s3.retry
+    monkeypatch.setattr(s3, "retry", lambda fn, *args, **kw: real(fn, *args, sleep=pauses.append, **kw))
+    return pauses

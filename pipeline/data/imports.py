@@ -10,7 +10,7 @@ import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet as pq
 
-from pipeline import storage
+from pipeline import folders, storage
 from pipeline.job import spec_hash
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
@@ -79,7 +79,7 @@ def _import(kind: str, pairs: list[tuple[str, str]], folder: str) -> None:
                     writer.write_table(table, row_group_size=GROUP_ROWS)
             assert writer is not None
             writer.close()
-        storage.commit_folder(folder, {"rows.parquet": path}, {"kind": kind, "format_version": 1})
+        folders.commit_folder(folder, {"rows.parquet": path}, {"kind": kind, "format_version": 1})
 
 
 def _tables(kind: str, file: str):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pipeline import storage
+from pipeline import folders, storage
 from pipeline.rng import mix
 
 KEPT = 2
@@ -38,7 +38,7 @@ def save(uri: str, ranks: Any, state: dict[str, Any]) -> None:
         with tempfile.TemporaryDirectory() as scratch:
             path = Path(scratch, "state.pt")
             torch.save({**state, "random": everyone}, path)
-            storage.commit_folder(_folder(uri, state["step"]), {"state.pt": path}, {"step": state["step"], "format_version": 1})
+            folders.commit_folder(_folder(uri, state["step"]), {"state.pt": path}, {"step": state["step"], "format_version": 1})
         for old in _steps(uri)[:-KEPT]:
             storage.remove_tree(_folder(uri, old))
     if ranks.count > 1:
@@ -53,7 +53,7 @@ def load(uri: str, ranks: Any) -> dict[str, Any] | None:
     if newest[0] is None:
         return None
     folder = _folder(uri, newest[0])
-    storage.verify_folder(folder, storage.open_folder(folder))
+    folders.verify_folder(folder, folders.open_folder(folder))
     return torch.load(io.BytesIO(storage.read_bytes(storage.join(folder, "state.pt"))), map_location="cpu", weights_only=True)
 
 

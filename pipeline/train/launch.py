@@ -151,8 +151,10 @@ def _watch(board: Any, name: str, progress: Progress, stop: threading.Event) -> 
 
 
 def resources() -> dict[str, float]:
-    """Logical CPUs and GPUs of the cluster."""
-    return {name: value for name, value in ray.cluster_resources().items() if name in ("CPU", "GPU")}
+    """Logical ``CPU`` and ``GPU`` of the cluster, bytes of ``object_store_memory``, number of living ``nodes``."""
+    have = ray.cluster_resources()
+    return {"CPU": have.get("CPU", 0.0), "GPU": have.get("GPU", 0.0), "object_store_memory": have.get("object_store_memory", 1 << 30),
+            "nodes": float(sum(node["Alive"] for node in ray.nodes()))}
 
 
 def facts_of(stage: source.SourceStage) -> dict[str, Any]:
@@ -170,9 +172,9 @@ def pretrain(stage: source.SourceStage, progress: Progress, verbose: bool, growi
         return {**facts_of(stage), "cached": True}
     if stage.splits is None:
         return {**source.import_checkpoint(stage), "bundle": stage.bundle_uri}
-    have = ray.cluster_resources()
-    cpus, gpus = have.get("CPU", 0.0), have.get("GPU", 0.0)
-    mine = share(stage.spec, cpus, gpus, have.get("object_store_memory", 2 << 30))
+    have = resources()
+    cpus, gpus = have["CPU"], have["GPU"]
+    mine = share(stage.spec, cpus, gpus, have["object_store_memory"])
     if not growing:
         for line in check_fits(stage.spec, mine, cpus, gpus, f"sources.{stage.name}"):
             progress.note(line)
@@ -196,6 +198,7 @@ def pretrain(stage: source.SourceStage, progress: Progress, verbose: bool, growi
     ray.kill(board)
     if fatal or error or not stage.done:
         raise StageError(f"sources.{stage.name}: {fatal or _reason(error)}")
+    storage.remove_tree(storage.join(stage.uri, "ray"))
     progress.update(training_line(stage.name, record), final=True)
     return facts_of(stage)
 

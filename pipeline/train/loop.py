@@ -147,6 +147,16 @@ class _Live:
         self.module: nn.Module = torch.compile(task, dynamic=False) if train.compile else task  # type: ignore[assignment]
         if run.ranks.count > 1:  # wrapped anew: DDP would not reduce a layer that is thawed later
             self.module = DistributedDataParallel(self.module, gradient_as_bucket_view=True)
+        self.statistics = [buffer for buffer in task.buffers() if buffer.is_floating_point()]
+        self.sound = [buffer.clone() for buffer in self.statistics]
+
+    @torch.no_grad()
+    def mend(self) -> None:
+        """Norm statistics that a batch has made non-finite go back to what they last were: no later batch would mend them."""
+        if self.statistics:
+            fine = torch.isfinite(torch.stack(torch._foreach_norm(self.statistics, 1))).tolist()
+            for good, now, held in zip(fine, self.statistics, self.sound, strict=True):
+                (held if good else now).copy_(now if good else held)
 
     def no_sync(self, last: bool):
         return contextlib.nullcontext() if last or not isinstance(self.module, DistributedDataParallel) else self.module.no_sync()
@@ -247,12 +257,15 @@ def fit(run: Run) -> Outcome:
 
             # ---- rare: log, check for trouble, validate, save
             done = step + 1
-            if device.type == "cpu" or done % train.log_every_steps == 0 or done == run.steps:
+            logs, checks = done % train.log_every_steps == 0 or done == run.steps, run.evaluate and (done % eval_every == 0 or done == run.steps)
+            saves = run.checkpoints and done % save_every == 0 and done < run.steps
+            if device.type == "cpu" or logs or checks or saves:
+                live.mend()
                 if int(bad_run) >= train.max_bad_steps:
                     rows = np.concatenate(list(recent))[:50].tolist()
                     raise NonFinite(f"loss or gradient was not finite in {int(bad_run)} steps in a row up to step {done}; lower train.lr, "
                                     f"check the inputs. Row ids of the last batches (rank {ranks.rank}): {rows}")
-            if done % train.log_every_steps == 0 or done == run.steps:
+            if logs:
                 now = run.clock()
                 values = window.tolist()
                 record: Log = {"step": done, "steps": run.steps, "phase": phases[phase_number].name, "lr": live.optimizer.param_groups[0]["lr"],
@@ -263,13 +276,13 @@ def fit(run: Run) -> Outcome:
                 run.on_log(record)
                 window.zero_()
                 waited_all, waited, logged, rows_logged = waited_all + waited, 0.0, now, rows_seen
-            if run.evaluate and (done % eval_every == 0 or done == run.steps):
+            if checks:
                 metrics = _evaluated(run, ema, done)
                 if curve and curve[-1]["step"] >= done:
                     curve = [c for c in curve if c["step"] < done]
                 curve.append({"step": done, **metrics})
                 run.on_eval(done, metrics)
-            if run.checkpoints and done % save_every == 0 and done < run.steps:
+            if saves and run.checkpoints:
                 checkpoint.save(run.checkpoints, ranks, {
                     "step": done, "phase": phase_number, "task": task.state_dict(),
                     "optimizer": live.optimizer.state_dict(), "ema": ema.average if ema else None, "keeper": run.keeper.state_dict(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from pipeline import bundle, registry, starts, storage
+from pipeline import bundle, folders, registry, starts, storage
 from pipeline.data import manifest as manifests
 from pipeline.data.manifest import Selection, Splits
 from pipeline.data.plan import Plan
@@ -183,7 +184,7 @@ def pack(stage: SourceStage, split: str, selection: Selection, modality: dict[st
                 name = f"part-{number:05d}.parquet"
                 files[name] = Path(scratch, name)
                 pq.write_table(table, files[name], row_group_size=4096)
-            storage.commit_folder(folder, files, {"split": split, "documents": len(selection)})
+            folders.commit_folder(folder, files, {"split": split, "documents": len(selection)})
     shards = [f for f in storage.list_files(folder) if f.endswith(".parquet")]
     if not shards:
         return Selection(stage.splits.train.manifest, np.zeros(0, dtype=np.int64)) if stage.splits else selection
@@ -314,7 +315,7 @@ class _Trace:
 
     def __call__(self, step: int, rows: np.ndarray) -> None:
         with open(self.uri, "a") as file:
-            file.write(json.dumps({"step": step, "rows": rows.tolist()}) + "\n")
+            file.write(json.dumps({"step": step, "rows": rows.tolist(), "pid": os.getpid()}) + "\n")
 
 
 def import_checkpoint(stage: SourceStage) -> dict[str, Any]:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import io
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray
 import torch
 from safetensors.torch import save as safetensors_bytes
 
-from pipeline import bundle, storage
+from pipeline import bundle, folders, storage
 from pipeline.bundle import BundleError
 from pipeline.contracts import Arrays
 from pipeline.data import manifest as manifests
@@ -21,7 +21,7 @@ from pipeline.data.manifest import Selection
 from pipeline.data.plan import Item
 from pipeline.data.stream import DataWorkers, Decoder, Rows, eval_batches, map_blocks
 from pipeline.job import spec_hash
-from pipeline.train import evaluate
+from pipeline.train import evaluate, launch
 from pipeline.train.loop import Ranks
 from pipeline.train.progress import Progress
 
@@ -69,7 +69,7 @@ def predict(uri: str, data: list[str], output: str, columns: dict[str, str], for
 
     Raises BundleError for a bundle without a head, ValueError for a missing column or an output of something else.
     """
-    manifest = storage.open_folder(uri)
+    manifest = folders.open_folder(uri)
     if manifest.get("objective", {}).get("name") == "none":
         raise BundleError(f"{uri}: this bundle is a backbone without a head; fine-tune it first")
     found = manifests.build(data, form, storage.join(output, ".imports"))
@@ -87,7 +87,7 @@ def predict(uri: str, data: list[str], output: str, columns: dict[str, str], for
                                "labels": manifest["objective"]["state"].get("labels")})
     items = [Item(-1, i, min(i + ROWS_A_PART, found.rows)) for i in range(0, found.rows, ROWS_A_PART)]
     todo = [item for item in items if not storage.exists(_part(output, item))]
-    have = ray.cluster_resources()
+    have = launch.resources()
     gpus = have.get("GPU", 0.0)
     actors = int(max(1, gpus if gpus else have.get("CPU", 1) // 1))
     workers = DataWorkers(min(actors, max(1, len(todo))), 1.0, int(have.get("object_store_memory", 1 << 30) // 2), 1.0 if gpus else 0.0)
@@ -116,11 +116,9 @@ def export(uri: str, output: str, kind: str, backbone_only: bool) -> str:
     found = bundle.load(uri)
     if kind == "bundle":
         manifest = {k: v for k, v in found.manifest.items() if k != "files"}
-        import tempfile
-
         with tempfile.TemporaryDirectory() as scratch:
-            folder = storage.fetch_folder(uri, Path(scratch, "copy"))
-            storage.commit_folder(output, {"weights.safetensors": Path(folder, "weights.safetensors").read_bytes()}, manifest)
+            folder = folders.fetch_folder(uri, Path(scratch, "copy"))
+            folders.commit_folder(output, {"weights.safetensors": Path(folder, "weights.safetensors").read_bytes()}, manifest)
         return f"{output}: bundle of {found.manifest['arch']['name']}, {len(found.tensors)} tensors"
     if kind != "state-dict":
         raise ValueError(f"--kind {kind}: kinds are bundle and state-dict")

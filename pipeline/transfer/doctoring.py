@@ -64,13 +64,11 @@ def _machine() -> list[Line]:
 
 
 def _ray(address: str | None) -> list[Line]:
-    import ray
-
     where = address or os.environ.get("RAY_ADDRESS")
     try:
         launch.start(address, verbose=False)
-        have, nodes = ray.cluster_resources(), [n for n in ray.nodes() if n["Alive"]]
-        text = f"{len(nodes)} nodes, {have.get('CPU', 0):g} CPU, {have.get('GPU', 0):g} GPU, {have.get('object_store_memory', 0) / 2**30:.1f} GiB object store"
+        have = launch.resources()
+        text = f"{have['nodes']:g} nodes, {have.get('CPU', 0):g} CPU, {have.get('GPU', 0):g} GPU, {have.get('object_store_memory', 0) / 2**30:.1f} GiB object store"
         return [Line("ok", f"Ray ({where or 'started here'})", text)]
     except (launch.ClusterError, RuntimeError, OSError) as error:
         return [Line("FAIL", f"Ray ({where or 'started here'})", str(error)[:200], "check the address, the token (RAY_AUTH_TOKEN) and the versions of Ray")]

@@ -1,0 +1,149 @@
+"""kill -9 in the middle of an epoch: the rerun ends with the same weights, bit for bit, and each row once an epoch."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from tests.e2e.conftest import TINY, environment
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+STEPS, BATCH = 60, 16
+SET = [f"sources.garments.train={{steps: {STEPS}, global_batch: {BATCH}, checkpoint_every_steps: 7, eval_every_steps: 20, trace_rows: true, ema: 0.9}}",
+       "sources.garments.backbone={timm/test_vit: {drop_path: 0.1, drop_rate: 0.1}}", "sources.garments.data.modality={image: {size: 32, channels: 1}}",
+       "targets={}"]
+
+
+def job(folder: Path) -> Path:
+    """A copy of the tiny job with its image source alone."""
+    spec = yaml.safe_load(TINY.read_text())
+    del spec["sources"]["stories"]
+    path = folder / "job.yaml"
+    path.write_text(yaml.safe_dump(spec))
+    return path
+
+
+def launch(folder: Path, tiny_data: Path, *more: str) -> subprocess.Popen:
+    words = [word for setting in (*SET, *more) for word in ("--set", setting)]
+    return subprocess.Popen([sys.executable, "-m", "pipeline.cli", "pretrain", str(job(folder)), *words], cwd=folder, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True, env=environment(tiny_data))
+
+
+def trace(folder: Path, rank: int = 0) -> list[dict]:
+    found = list((folder / "runs/tiny/sources").glob(f"garments-*/rows-rank{rank}.jsonl"))
+    lines = found[0].read_text().splitlines() if found else []
+    out = []
+    for line in lines:
+        try:
+            out.append(json.loads(line))
+        except json.JSONDecodeError:  # the line that the kill cut
+            continue
+    return out
+
+
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen, rank: int = 0) -> dict:
+    end = time.monotonic() + 150
+    while time.monotonic() < end:
+        lines = trace(folder, rank)
+        if lines and lines[-1]["step"] >= step:
+            return lines[-1]
+        assert process.poll() is None, process.stdout.read()[-3000:]
+        time.sleep(0.005)
+    raise AssertionError("the run did not come to the step in time")
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    (path,) = (folder / "runs/tiny/sources").glob("garments-*/bundle/weights.safetensors")
+    return load_file(path)
+
+
+def committed(folder: Path, ranks: int) -> list[int]:
+    """Row ids in the order of steps: of a step that was taken again after a restart, the last time counts."""
+    steps: dict[int, dict[int, list[int]]] = {}
+    for rank in range(ranks):
+        for line in trace(folder, rank):
+            steps.setdefault(line["step"], {})[rank] = line["rows"]
+    assert sorted(steps) == list(range(STEPS))
+    return [row for step in range(STEPS) for rank in range(ranks) for row in steps[step].get(rank, [])]
+
+
+def check_exactly_once(rows: list[int]) -> None:
+    n = len(set(rows))
+    whole = len(rows) // n
+    assert whole >= 3  # the kill was in the middle of an epoch, not at its end
+    for epoch in range(whole):
+        # global batches run on over the end of an epoch: epoch e is rows [e n, (e + 1) n) of the sequence up to the order within a batch
+        counts = Counter(rows[: (epoch + 1) * n // BATCH * BATCH])
+        assert max(counts.values()) - min(counts.get(row, 0) for row in set(rows)) <= 1
+    assert max(Counter(rows).values()) <= whole + 1 and min(Counter(rows).values()) >= whole
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, tiny_data):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    process = launch(folder, tiny_data)
+    output = process.communicate(timeout=280)[0]
+    assert process.returncode == 0, output[-3000:]
+    check_exactly_once(committed(folder, 2))
+    return weights(folder)
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_driver_killed(undisturbed, tmp_path, tiny_data):
+    process = launch(tmp_path, tiny_data)
+    wait_for_step(tmp_path, 24, process)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not list(tmp_path.glob("runs/tiny/sources/*/bundle/manifest.json"))
+    again = launch(tmp_path, tiny_data)
+    output = again.communicate(timeout=280)[0]
+    assert again.returncode == 0, output[-3000:]
+    (manifest,) = tmp_path.glob("runs/tiny/sources/*/bundle/manifest.json")
+    assert json.loads(manifest.read_text())["training"]["resumed_from"] >= 7
+    check_exactly_once(committed(tmp_path, 2))
+    assert equal(weights(tmp_path), undisturbed)
+
+
+def test_train_worker_killed(undisturbed, tmp_path, tiny_data):
+    process = launch(tmp_path, tiny_data)
+    victim = wait_for_step(tmp_path, 24, process, rank=1)["pid"]
+    os.kill(victim, signal.SIGKILL)
+    output = process.communicate(timeout=280)[0]
+    assert process.returncode == 0, output[-3000:]
+    pids = {line["pid"] for line in trace(tmp_path, 1)}
+    assert len(pids) == 2, "the run went on in a new worker"
+    check_exactly_once(committed(tmp_path, 2))
+    assert equal(weights(tmp_path), undisturbed)
+
+
+def test_another_number_of_ranks_after_the_kill(undisturbed, tmp_path, tiny_data):
+    process = launch(tmp_path, tiny_data)
+    wait_for_step(tmp_path, 24, process)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    (point,) = {int(p.parent.name.removeprefix("step-")) for p in sorted(tmp_path.glob("runs/tiny/sources/*/checkpoints/step-*/manifest.json"))[-1:]}
+    again = launch(tmp_path, tiny_data, "sources.garments.workers=1")
+    output = again.communicate(timeout=280)[0]
+    assert again.returncode == 0, output[-3000:]
+    first = {line["step"]: line["rows"] for line in trace(tmp_path, 1) if line["step"] < point}
+    later = [line for line in trace(tmp_path, 0)]
+    steps: dict[int, list[int]] = {}
+    for line in later:
+        steps[line["step"]] = line["rows"] + first.get(line["step"], [])
+    rows = [row for step in range(STEPS) for row in steps[step]]
+    assert all(len(steps[step]) == BATCH for step in range(STEPS))
+    check_exactly_once(rows)
