@@ -58,7 +58,8 @@ def _tensors(uri: str) -> dict[str, Tensor]:
     except storage.StorageError:
         raise
     except Exception as error:  # torch and safetensors raise many kinds for a file that is none of theirs
-        raise BundleError(f"{uri}: not a safetensors file or state dict that can be opened without running code ({type(error).__name__}: {str(error)[:200]})") from error
+        raise BundleError(f"{uri}: not a safetensors file or state dict that can be opened without running code "
+                          f"({type(error).__name__}: {str(error)[:200]})") from error
     for key in ("state_dict", "model", "model_state", "model_state_dict"):
         if isinstance(found, dict) and isinstance(found.get(key), dict):
             found = found[key]
@@ -68,12 +69,19 @@ def _tensors(uri: str) -> dict[str, Tensor]:
 
 
 def _named(tensors: dict[str, Tensor], architecture: str) -> dict[str, Tensor]:
-    """Names as the backbone has them: wrappers' prefixes off, ``model.`` in front."""
-    family = architecture.rpartition("/")[2]
-    for prefix in ("module.", "_orig_mod.", "backbone.", "model.", f"{family}.", "transformer."):
-        if tensors and all(name.startswith(prefix) or name.startswith(("cls.", "lm_head.", "objective.")) for name in tensors):
-            tensors = {name.removeprefix(prefix): t for name, t in tensors.items() if not name.startswith("objective.")}
+    """Names as the backbone has them: wrappers' prefixes off, in whatever order, ``model.`` in front."""
+    prefixes = ("module.", "_orig_mod.", "backbone.", "model.", f"{architecture.rpartition('/')[2]}.", "transformer.")
+    beside = ("cls.", "lm_head.", "objective.")
+    while wrapper := next((p for p in prefixes if any(n.startswith(p) for n in tensors) and all(n.startswith((p, *beside)) for n in tensors)), None):
+        tensors = {name.removeprefix(wrapper): t for name, t in tensors.items() if not name.startswith("objective.")}
     return {f"model.{name}": tensor for name, tensor in tensors.items()}
+
+
+def _published(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """(tensors under today's names, names to drop): bert-base-uncased says LayerNorm.gamma and .beta, gpt2 stores its causal masks."""
+    for old, new in (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")):
+        tensors = {name.replace(old, new): tensor for name, tensor in tensors.items()}
+    return tensors, tuple(name for name in tensors if name.endswith((".attn.bias", ".attn.masked_bias")))
 
 
 def _hugging_face(folder: str) -> Start:
@@ -103,7 +111,8 @@ def _hugging_face(folder: str) -> Start:
     modality = {"name": "text", "options": {"length": length}, "state": state}
     inputs = {"vocabulary": state["vocabulary"], "length": length, "specials": specials}
     arch = {"name": f"transformers/{family}", "options": {"config": config}, "inputs": inputs}
-    return Start(f"hf:{folder}", _named(_tensors(storage.join(folder, "model.safetensors")), arch["name"]), arch, modality)
+    tensors, masks = _published(_named(_tensors(storage.join(folder, "model.safetensors")), arch["name"]))
+    return Start(f"hf:{folder}", tensors, arch, modality, drop=(*HEADS, *masks))
 
 
 def _timm_hub(name: str) -> Start:

@@ -33,7 +33,7 @@ EACH = pytest.mark.parametrize("module", NAMES)
 
 def part(module: str) -> str:
     """The house's name of a module: pipeline.data.plan is ``data``."""
-    return (module.split(".") + [""])[1]
+    return [*module.split("."), ""][1]
 
 
 def floor(module: str) -> int:
@@ -56,8 +56,7 @@ def imported(module: str, of: ast.AST | None = None) -> Iterator[str]:
             for name in node.names:
                 yield f"{start}.{name.name}" if f"{start}.{name.name}" in NAMES else start
         elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("importlib.import_module", "import_module", "__import__"):
-            if node.args and isinstance(node.args[0], ast.Constant):
-                yield str(node.args[0].value)
+            yield from (str(argument.value) for argument in node.args[:1] if isinstance(argument, ast.Constant))
 
 
 def ours(module: str) -> set[str]:
@@ -149,8 +148,8 @@ def test_broad_excepts_raise_again_or_say_why(module):
     comments = {token.start[0] for token in tokenize.generate_tokens(io.StringIO(text).readline) if token.type == tokenize.COMMENT}
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.ExceptHandler):
-            caught = {ast.unparse(t) for t in (node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]) if t is not None} if node.type else {"everything"}
-            if caught & {"Exception", "BaseException", "everything"}:
+            kinds = node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]
+            if {ast.unparse(kind) if kind else "everything" for kind in kinds} & {"Exception", "BaseException", "everything"}:
                 again = any(isinstance(inner, ast.Raise) for inner in ast.walk(node))
                 said = comments & set(range(node.lineno, node.body[0].lineno + 1))
                 assert again or said, f"{NAMES[module]}:{node.lineno}: raise again, or say in a comment why everything is caught"

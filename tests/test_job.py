@@ -123,7 +123,9 @@ def test_a_plug_may_be_written_in_several_ways(load, written):
     assert load(change=("[scratch, full, {lp_ft: {probe_share: 0.5}}]", f"[{written}]")).techniques == [job.Plug(name="full")]
 
 
-@pytest.mark.parametrize(("written", "value"), [("1e-4", 1e-4), ("1E-4", 1e-4), ("1.0e-4", 1e-4), ("1.e-4", 1e-4), ("2e+0", 2.0), ("+1e-4", 1e-4), ("0.001", 1e-3), ("1", 1.0)])
+@pytest.mark.parametrize(("written", "value"), [
+    ("1e-4", 1e-4), ("1E-4", 1e-4), ("1.0e-4", 1e-4), ("1.e-4", 1e-4), ("2e+0", 2.0), ("+1e-4", 1e-4), ("0.001", 1e-3), ("1", 1.0),
+])
 def test_numbers_with_an_exponent_are_numbers(load, written, value):
     got = load(change=("lr: 1e-3", f"lr: {written}")).sources["garments"].train.lr
     assert got == value and isinstance(got, float)
@@ -179,7 +181,7 @@ def test_checkpoints_are_relative_to_the_file(load, folder, written):
     (folder / "folder").mkdir()
     init = load(change=("    workers: [2, 8]", f"    {written}")).sources["garments"].init
     prefix, _, uri = init.partition(":")
-    assert uri == "s3://bucket/a" or Path(uri).is_absolute() and Path(uri).exists()
+    assert uri == "s3://bucket/a" or (Path(uri).is_absolute() and Path(uri).exists())
     assert written.strip("'").startswith(f"init: {prefix}:") or prefix == "bundle"
 
 
@@ -292,8 +294,10 @@ def test_a_misspelt_key_is_named_with_its_line_and_the_nearest(problems, right, 
 
 
 OPTIONS = [
-    ("      modality: {image: {size: 32}}", "      modality: {image: {sise: 32}}", "sources.garments.data.modality.image.sise", "unknown option of image; did you mean size?"),
-    ("    objective: {mlm: {mask_share: 0.2}}", "    objective: {mlm: {mask_shar: 0.2}}", "sources.words.objective.mlm.mask_shar", "unknown option of mlm; did you mean mask_share?"),
+    ("      modality: {image: {size: 32}}", "      modality: {image: {sise: 32}}", "sources.garments.data.modality.image.sise",
+     "unknown option of image; did you mean size?"),
+    ("    objective: {mlm: {mask_share: 0.2}}", "    objective: {mlm: {mask_shar: 0.2}}", "sources.words.objective.mlm.mask_shar",
+     "unknown option of mlm; did you mean mask_share?"),
     ("    objective: {mlm: {mask_share: 0.2}}", "    objective: {mlm: {mask_share: 2}}", "sources.words.objective.mlm.mask_share", "less than 1 (got 2)"),
     ("    backbone: {transformers/bert: {layers: 2, hidden: 32, heads: 2}}", "    backbone: {transformers/bert: {layer: 2}}",
      "sources.words.backbone.transformers/bert.layer", "unknown option of transformers/bert; did you mean layers?"),
@@ -312,14 +316,18 @@ def test_a_wrong_option_is_named_with_its_line(problems, right, wrong, field, me
 
 
 NAMES = [
-    ("    backbone: timm/resnet18", "    backbone: timm/resnet_18", "sources.garments.backbone", ("unknown timm model 'resnet_18'", "did you mean", "resnet18")),
+    ("    backbone: timm/resnet18", "    backbone: timm/resnet_18", "sources.garments.backbone",
+     ("unknown timm model 'resnet_18'", "did you mean", "resnet18")),
     ("    backbone: timm/resnet18", "    backbone: tim/resnet18", "sources.garments.backbone", ("unknown model 'tim'", "did you mean timm?")),
     ("    backbone: timm/resnet18", "    backbone: resnet18", "sources.garments.backbone", ("library/model", "timm/resnet18")),
-    ("    backbone: {transformers/bert:", "    backbone: {transformers/brt:", "sources.words.backbone", ("unknown transformers model 'brt'", "did you mean bert?")),
-    ("    objective: classification", "    objective: clasification", "sources.garments.objective", ("unknown objective 'clasification'", "did you mean classification?")),
+    ("    backbone: {transformers/bert:", "    backbone: {transformers/brt:", "sources.words.backbone",
+     ("unknown transformers model 'brt'", "did you mean bert?")),
+    ("    objective: classification", "    objective: clasification", "sources.garments.objective",
+     ("unknown objective 'clasification'", "did you mean classification?")),
     ("    objective: {mlm: {mask_share: 0.2}}", "    objective: {mmlm: {mask_share: 0.2}}", "sources.words.objective", ("unknown objective 'mmlm'", "mlm")),
     ("      modality: {image: {size: 32}}", "      modality: imgae", "sources.garments.data.modality", ("unknown modality 'imgae'", "did you mean image?")),
-    ("techniques: [scratch, full, {lp_ft: {probe_share: 0.5}}]", "techniques: [scratch, linearprobe]", "techniques.1", ("unknown technique 'linearprobe'", "did you mean linear_probe?")),
+    ("techniques: [scratch, full, {lp_ft: {probe_share: 0.5}}]", "techniques: [scratch, linearprobe]", "techniques.1",
+     ("unknown technique 'linearprobe'", "did you mean linear_probe?")),
     ("    sources: [garments]", "    techniques: [fulll]", "targets.clothing.techniques.0", ("unknown technique 'fulll'", "did you mean full?")),
     ("    sources: [garments]", "    sources: [garmnets]", "targets.clothing.sources", ("unknown source 'garmnets'", "did you mean garments?")),
     ("  search: {lr: [1.0e-4, 1e-2]}", "  search: {lrr: [1.0e-4, 1e-2]}", "search.lrr", ("unknown field of train", "did you mean lr?")),
@@ -470,7 +478,8 @@ def test_all_mistakes_are_told_at_once_in_the_order_of_lines(problems):
         "      uri: rows.parquet": ("      uri: row.parquet", "no such file, folder or glob"),
         "      modality: {image: {size: 32}}": ("      modality: {image: {siz: 32}}", "unknown option of image; did you mean size?"),
         "    backbone: timm/resnet18": ("    backbone: timm/resnet_18", "unknown timm model 'resnet_18'"),
-        "    train: {steps: 20, global_batch: 16, lr: 1e-3}": ("    train: {steps: x, global_batch: 0, lrr: 1}", "train.steps: Input should be a valid integer"),
+        "    train: {steps: 20, global_batch: 16, lr: 1e-3}": (
+            "    train: {steps: x, global_batch: 0, lrr: 1}", "train.steps: Input should be a valid integer"),
         "    objective: {mlm: {mask_share: 0.2}}": ("    objective: mml", "unknown objective 'mml'; did you mean mlm?"),
         "    label_fractions: [0.05, 1.0, 4]": ("    label_fraction: [1.0]", "did you mean label_fractions?"),
         "      epochs: 2": ("      epochs: 2\n      epochs: 2", "this key stands here twice"),
@@ -530,13 +539,16 @@ def test_spec_hash_is_the_same_in_every_process_and_order():
 
 def test_spec_hash_sees_every_field():
     base = job.Train(steps=5)
-    other = {"steps": 6, "global_batch": 3, "micro_batch": 1, "canonical_shards": 2, "optimizer": "sgd", "lr": 2e-3, "momentum": 0.5, "beta1": 0.5, "beta2": 0.5,
+    other = {"steps": 6, "global_batch": 3, "micro_batch": 1, "canonical_shards": 2, "optimizer": "sgd", "lr": 2e-3,
+             "momentum": 0.5, "beta1": 0.5, "beta2": 0.5,
              "weight_decay": 0.1, "warmup": 0.2, "schedule": "constant", "clip_norm": None, "precision": "fp32", "compile": True, "channels_last": True,
-             "ema": 0.9, "augment": False, "eval_every_steps": 3, "checkpoint_every_steps": 3, "log_every_steps": 3, "keep": "last", "max_bad_steps": 1, "trace_rows": True}
+             "ema": 0.9, "augment": False, "eval_every_steps": 3, "checkpoint_every_steps": 3, "log_every_steps": 3,
+             "keep": "last", "max_bad_steps": 1, "trace_rows": True}
     hashes = {job.spec_hash(base.model_copy(update={name: value})) for name, value in other.items()}
     assert len(hashes) == len(other) and job.spec_hash(base) not in hashes
     assert set(job.Train.model_fields) - set(other) == {"epochs"}, "a new field of train: give it another value here"
-    parts = {job.spec_hash("a", "b"), job.spec_hash("b", "a"), job.spec_hash("ab"), job.spec_hash(["a", "b"]), job.spec_hash("a"), job.spec_hash(1), job.spec_hash("1")}
+    parts = {job.spec_hash("a", "b"), job.spec_hash("b", "a"), job.spec_hash("ab"), job.spec_hash(["a", "b"])}
+    parts |= {job.spec_hash("a"), job.spec_hash(1), job.spec_hash("1")}
     assert len(parts) == 7
 
 

@@ -29,7 +29,8 @@ FIRST_ID = 1000
 
 SUBJECTS = ("the old film", "a new play", "this small book", "her first song", "the long story", "my friend's poem")
 VERBS = ("was", "seemed", "is", "remains", "felt", "became")
-WORDS = (("wonderful", "bright", "moving", "charming", "superb"), ("dreadful", "dull", "tedious", "hollow", "clumsy"), ("red", "square", "heavy", "wooden", "cold"))
+WORDS = (("wonderful", "bright", "moving", "charming", "superb"),
+         ("dreadful", "dull", "tedious", "hollow", "clumsy"), ("red", "square", "heavy", "wooden", "cold"))
 
 
 # ---------------------------------------------------------------- rows
@@ -175,3 +176,62 @@ def furthest(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     """The largest difference of two state dicts with the same names; NaN where one is NaN."""
     assert a.keys() == b.keys()
     return float(torch.stack([(a[name].double() - b[name].double()).abs().max() for name in a]).max())
+
+
+# ---------------------------------------------------------------- a target with its trials
+
+def image_files(folder, sizes: dict[str, int], size: int = 16, channels: int = 3, classes: int = 3, noise: float = 0.75) -> dict[str, str]:
+    """A Parquet file of PNG bytes and labels for each split; returns its paths."""
+    import io
+
+    import PIL.Image
+    import pyarrow.parquet as pq
+
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {}
+    for seed, (split, n) in enumerate(sizes.items()):
+        pixels, labels = images(n, size, channels, classes, seed=100 + seed, noise=noise)
+        encoded = []
+        for image in pixels:
+            buffer = io.BytesIO()
+            PIL.Image.fromarray(np.moveaxis(image, 0, -1).squeeze()).save(buffer, "PNG")
+            encoded.append(buffer.getvalue())
+        paths[split] = str(folder / f"{split}.parquet")
+        pq.write_table(pa.table({"picture": encoded, "class": [f"class {i}" for i in labels]}), paths[split], row_group_size=16)
+    return paths
+
+
+def job_of(folder, paths: dict[str, str], train: dict[str, Any] | None = None, **target: Any):
+    """A job with one image source ``src`` and the target ``task`` on the given files."""
+    from pipeline.job import Job
+
+    data = {**paths, "modality": "image", "columns": {"image": "picture", "label": "class"}}
+    return Job.model_validate({
+        "name": "toy", "storage": str(folder / "runs"), "techniques": ["scratch", "linear_probe", "full", "lp_ft"],
+        "sources": {"src": {"data": {**data, "modality": {"image": {"size": 32}}}, "backbone": "timm/test_vit", "objective": "classification"}},
+        "targets": {"task": {"data": data, "objective": "classification", "train": {"steps": 12, "global_batch": 16, "lr": 0.01, **(train or {})}, **target}}})
+
+
+def shared_of(folder, job, paths: dict[str, str], root: str = "trials-root", keep_bundles: bool = False):
+    """What the trials of ``job_of`` read, with one source whose weights are random but fixed."""
+    from pipeline.transfer import targets, trials
+    from pipeline.transfer.trial import Shared
+
+    modality = {"name": "image", "options": ImageOptions(size=32).model_dump(), "state": {"mean": [0.5] * 3, "std": [0.2] * 3}}
+    arch = {"name": "timm/test_vit", "options": {}, "inputs": {"channels": 3, "size": 32}}
+    base = trials.bases({"src": (arch, modality)})[0]
+    held = {name: tensor.numpy() for name, tensor in bundle.build_backbone(arch, seed=77).state_dict().items()}
+    data = targets.prepare(targets.stage(job, "task"), base)
+    return Shared(job="toy", root=str(folder / root), seed=job.seed, bases={base.key: base}, weights={"src": held}, parents={"src": "bundle:src"},
+                  targets={("task", base.key): data}, keep_bundles=keep_bundles)
+
+
+def trial_of(job, shared, technique: Any = "linear_probe", hyper: dict[str, float] | None = None, fraction: float | int = 1.0, seed: int = 0,
+             stage: str = "final"):
+    from pipeline import registry
+    from pipeline.job import Plug
+    from pipeline.transfer import trials
+
+    base, plug = next(iter(shared.bases.values())), Plug.model_validate(technique)
+    source = "src" if registry.get("technique", plug.name).from_source else trials.SCRATCH
+    return trials.make(job, "task", (base, source, plug, fraction), hyper or {}, seed, stage, "source key", "data key")

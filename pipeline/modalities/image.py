@@ -66,6 +66,8 @@ class Image(Modality):
             raise ValueError("the image is empty (0 bytes)" if data is not None else "the image is null")
         mode = ImageReadMode.GRAY if self.options.channels == 1 else ImageReadMode.RGB
         pixels = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=mode)
+        if pixels.dtype == torch.uint16:  # a 16-bit PNG (X-ray): the high byte; a cast would keep the low one
+            pixels = (pixels.to(torch.int32) >> 8).to(torch.uint8)
         return resize(pixels, self.options.size, self.options.fit).numpy()
 
     def augment(self, batch: Batch) -> Batch:

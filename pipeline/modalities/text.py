@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import cached_property
 from typing import Any, Literal
 
@@ -16,6 +17,8 @@ from pipeline.contracts import Arrays, Modality
 from pipeline.registry import Options, register
 
 SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+ALPHABET = 1000
+"""Distinct characters that a WordPiece vocabulary keeps, the most frequent ones; the others are unknown."""
 
 
 class TextOptions(Options):
@@ -110,7 +113,10 @@ class Text(Modality):
 def _texts(column):
     """(text, "") or ("", reason) of every value; bytes that are not UTF-8 spoil their own row alone."""
     column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    raw = column.cast(pa.large_binary()) if not pa.types.is_null(column.type) else column
+    try:
+        raw = column.cast(pa.large_binary()) if not pa.types.is_null(column.type) else column
+    except pa.ArrowNotImplementedError:
+        raise ValueError(f"the text column holds {column.type} values, not text; check data.columns") from None
     for value in raw:
         data = value.as_py()
         try:
@@ -125,18 +131,43 @@ def _matrix(column, length: int) -> np.ndarray:
 
 
 def train_tokenizer(texts: list[str], kind: str, vocabulary: int, lowercase: bool) -> Tokenizer:
-    """WordPiece as BERT's (Devlin et al. 2019) or byte-level BPE as GPT-2's (Radford et al. 2019), specials at ids 0 to 4."""
+    """WordPiece as BERT's (Devlin et al. 2019) or byte-level BPE as GPT-2's (Radford et al. 2019), specials at ids 0 to 4.
+
+    A pure function of the texts.
+    """
     if kind == "wordpiece":
-        tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-        tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
-        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        tokenizer.decoder = decoders.WordPiece()
-        trainer: Any = trainers.WordPieceTrainer(vocab_size=vocabulary, special_tokens=list(SPECIALS), show_progress=False)
-    else:
-        tokenizer = Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=list(SPECIALS), show_progress=False,
-                                      initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+        return _train_wordpiece(texts, vocabulary, lowercase)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=list(SPECIALS), show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     tokenizer.train_from_iterator(texts, trainer=trainer)
+    return tokenizer
+
+
+def _wordpiece(vocabulary: dict[str, int], lowercase: bool) -> Tokenizer:
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    return tokenizer
+
+
+def _train_wordpiece(texts: list[str], vocabulary: int, lowercase: bool) -> Tokenizer:
+    """tokenizers 0.23 gives continuing characters ("##a") their ids in the order of a hash map, another one in every process, and ids
+    break ties between merges. So a first pass without merges finds these characters, and the training starts with them in order."""
+    normalizer, counts = normalizers.BertNormalizer(lowercase=lowercase), Counter()
+    for text in texts:
+        counts.update(normalizer.normalize_str(text))
+    alphabet = sorted((c for c in counts if not c.isspace()), key=lambda c: (-counts[c], c))[:ALPHABET]
+    continuing: list[str] = []
+    tokenizer = _wordpiece({}, lowercase)
+    for size in (0, vocabulary):
+        tokenizer = _wordpiece({}, lowercase)
+        tokenizer.train_from_iterator(texts, trainer=trainers.WordPieceTrainer(
+            vocab_size=size, special_tokens=[*SPECIALS, *continuing], initial_alphabet=alphabet, limit_alphabet=len(alphabet), show_progress=False))
+        continuing = continuing or sorted(token for token in tokenizer.get_vocab() if token.startswith("##") and len(token) == 3)
+    tokenizer = _wordpiece(tokenizer.get_vocab(), lowercase)  # the continuing characters are no special tokens of the result
+    tokenizer.add_special_tokens(list(SPECIALS))
     return tokenizer

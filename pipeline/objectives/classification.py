@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,8 @@ class Classification(Objective):
             if double:
                 raise ValueError(f"column {columns['label_name']}: one label has several names: {double}")
             names = [named[v][0] for v in values]
+            often = Counter(names)  # ImageNet has two cranes: heads are carried over by name, so each name must mean one label
+            names = [name if often[name] == 1 else f"{name} ({value})" for name, value in zip(names, values, strict=True)]
         return {"values": values, "labels": names}
 
     @classmethod

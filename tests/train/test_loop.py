@@ -20,10 +20,12 @@ from pipeline.data.stream import Loaded
 from pipeline.job import Train
 from pipeline.registry import Options
 from pipeline.techniques.rates import LPFT, LinearProbe, LPFTOptions
-from pipeline.train import checkpoint, loop, optim
+from pipeline.train import checkpoint, evaluate, loop, optim
 from pipeline.train.loop import NonFinite, Ranks, Stop
 
 GOLDEN = Path(__file__).parents[1] / "golden"
+PLAIN = {"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0, "clip_norm": None}
+"""One step moves the weights by the learning rate times the gradient."""
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +84,7 @@ def test_loop_equals_a_bare_torch_loop(rows, clip):
 
 def test_clipping_is_clip_grad_norm(rows):
     """One step of plain SGD shows the gradient itself."""
-    run = make_run(rows, net_task(), steps=1, lr=1.0, optimizer="sgd", momentum=0.0, weight_decay=0.0, clip_norm=0.01, warmup=0.0)
+    run = make_run(rows, net_task(), steps=1, lr=1.0, warmup=0.0, **{**PLAIN, "clip_norm": 0.01})
     twin = copy.deepcopy(run.task).train()
     total, count, _ = twin(run.ready(next(iter(run.batches(range(1)))).batch, False))
     (total / count).backward()
@@ -105,8 +107,7 @@ def test_weights_with_a_penalty_equal_the_bare_loop_at_any_micro_batch(rows):
 
     want = None
     for micro in (None, 3, 1):
-        run = make_run(rows, net_task(), steps=1, technique=Shrink(), micro_batch=micro, lr=0.1, optimizer="sgd", momentum=0.0, weight_decay=0.0, clip_norm=None,
-                       warmup=0.0)
+        run = make_run(rows, net_task(), steps=1, technique=Shrink(), micro_batch=micro, lr=0.1, warmup=0.0, **PLAIN)
         if want is None:
             twin = copy.deepcopy(run.task)
             total, count, _ = twin(run.ready(next(iter(run.batches(range(1)))).batch, False))
@@ -133,8 +134,8 @@ def gradients(run: loop.Run) -> list[dict[str, torch.Tensor]]:
     return found
 
 
-def same_at_any_micro_batch(make, steps=3):
-    runs = [make(micro) for micro in (1, 2, 4, 8)]
+def same_at_any_micro_batch(make, sizes=(1, 2, 4, 8), steps=3):
+    runs = [make(micro) for micro in sizes]
     found = [gradients(run) for run in runs]
     for run, gradient in zip(runs[:-1], found[:-1], strict=True):
         for a, b in zip(gradient, found[-1], strict=True):
@@ -150,7 +151,8 @@ def test_eight_micro_batches_of_one_equal_two_of_four(rows):
 def test_eight_micro_batches_of_one_equal_two_of_four_for_a_transformer():
     found = image_rows(16, size=32, channels=3)
     same_at_any_micro_batch(lambda micro: make_run(
-        found, task_of("timm/test_vit", {"channels": 3, "size": 32}, "classification", found.decoder.objective_state), steps=3, micro_batch=micro, lr=1e-4))
+        found, task_of("timm/test_vit", {"channels": 3, "size": 32}, "classification", found.decoder.objective_state), steps=3, micro_batch=micro, lr=1e-4),
+        sizes=(1, 4, 8))
 
 
 @pytest.mark.parametrize(("objective", "architecture"), [("mlm", "bert"), ("clm", "gpt2")])
@@ -165,12 +167,12 @@ def test_token_counts_that_differ_by_row_do_not_weigh_the_mean(objective, archit
             found.arrays["segments"][i, 16:] = 0
             found.arrays["tokens"][i, 16:] = modality.state["specials"][0]
     same_at_any_micro_batch(lambda micro: make_run(found, task_of(f"transformers/{architecture}", modality.inputs(), objective, **SMALL), steps=3,
-                                                   micro_batch=micro, lr=1e-3))
+                                                   micro_batch=micro, lr=1e-3), sizes=(1, 4, 8))
 
 
 def test_a_short_batch_is_divided_by_what_it_holds(rows):
     """Undecodable rows leave a batch of 5: its mean is over 5, and a batch of none trains nothing and logs no number."""
-    run = make_run(rows, net_task(), steps=2, lr=0.1, optimizer="sgd", momentum=0.0, weight_decay=0.0, clip_norm=None, warmup=0.0, schedule="constant")
+    run = make_run(rows, net_task(), steps=2, lr=0.1, warmup=0.0, schedule="constant", **PLAIN)
     whole, told, logs = run.batches, [], []
 
     def short(steps):
@@ -188,7 +190,7 @@ def test_a_short_batch_is_divided_by_what_it_holds(rows):
     outcome = loop.fit(run)
     assert furthest(weights(run.task), want) < 1e-6
     assert told == [(3, 5), (8, 5)] and outcome.skipped_steps == 0
-    assert logs[0]["loss"] == pytest.approx(float(total) / 5, abs=1e-6) and math.isnan(logs[1]["loss"])
+    assert logs[0]["loss"] == pytest.approx(total.item() / 5, abs=1e-6) and math.isnan(logs[1]["loss"])
 
 
 # ---------------------------------------------------------------- what is not finite
@@ -240,11 +242,22 @@ def test_a_gradient_that_is_not_finite_skips_the_step_though_the_loss_is(rows, o
     assert furthest(runs[0][1], runs[1][1]) < 1e-7
 
 
+def test_a_loss_that_is_not_finite_skips_the_step_though_the_gradient_is(rows):
+    """An overflow of the sum alone."""
+    runs = []
+    for add in (math.inf, 0.0):
+        run = make_run(rows, net_task(), steps=1, lr=0.01, warmup=0.0)
+        before, forward = weights(run.task), run.task.forward
+        run.task.forward = lambda batch, add=add, forward=forward: (forward(batch)[0] + add, *forward(batch)[1:])
+        runs.append((loop.fit(run).skipped_steps, furthest(weights(run.task), before) > 0))
+    assert runs == [(1, False), (0, True)]
+
+
 def test_too_many_bad_steps_in_a_row_stop_the_run_with_their_rows(rows):
     run = poisoned(make_run(rows, net_task(), steps=6, max_bad_steps=3), (1, 2, 3))
     seen = {}
     run.on_rows = lambda step, ids: seen.__setitem__(step, ids.tolist())
-    with pytest.raises(NonFinite, match="3 steps in a row up to step 4; lower train.lr") as error:
+    with pytest.raises(NonFinite, match=r"3 steps in a row up to step 4; lower train\.lr") as error:
         loop.fit(run)
     named = set(map(int, str(error.value).split("[")[1].rstrip("]").split(",")))
     assert named == {row for step in (1, 2, 3) for row in seen[step]}
@@ -340,6 +353,14 @@ def test_a_stop_ends_the_run_early_with_what_was_kept(rows, validation):
     run.on_eval = on_eval
     outcome = loop.fit(run)
     assert outcome.stopped_early and outcome.steps == 4 and [point["step"] for point in outcome.curve] == [2, 4]
+
+
+def test_gathered_predictions_stand_in_the_order_of_rows():
+    found = evaluate.gathered({"row": np.array([5, 2, 9]), "scores": np.array([[5.0], [2.0], [9.0]])}, Ranks())
+    assert found["row"].tolist() == [2, 5, 9] and found["scores"].tolist() == [[2.0], [5.0], [9.0]]
+    assert evaluate.gathered({}, Ranks()) == {}
+    with pytest.raises(ValueError, match="no row of the split could be evaluated"):
+        evaluate.values({}, ("accuracy",))
 
 
 # ---------------------------------------------------------------- phases
@@ -510,8 +531,8 @@ def test_channels_last_changes_the_layout_and_not_the_result():
 
 @pytest.mark.slow
 def test_compiled_training_equals_eager_training(rows, validation, tmp_path):
-    runs = [make_run(rows, net_task(), steps=4, compile=switch, lr=0.01, validation=validation, checkpoints=str(tmp_path / str(switch)), checkpoint_every_steps=2)
-            for switch in (False, True)]
+    runs = [make_run(rows, net_task(), steps=4, compile=switch, lr=0.01, validation=validation, checkpoints=str(tmp_path / str(switch)),
+                     checkpoint_every_steps=2) for switch in (False, True)]
     for run in runs:
         loop.fit(run)
     assert furthest(weights(runs[0].task), weights(runs[1].task)) < 1e-5

@@ -69,7 +69,8 @@ def test_vectors_and_scalars_are_not_decayed_and_rates_scale_the_peak():
     found = optim.groups(task, rates, train(lr=0.5, weight_decay=0.3))
     names = {id(p): name for name, p in task.named_parameters()}
     flat = {names[id(p)]: (group["peak"], group["weight_decay"]) for group in found for p in group["params"]}
-    assert flat == {"backbone.block.weight": (0.05, 0.3), "backbone.block.bias": (0.05, 0.0), "objective.head.weight": (0.5, 0.3), "objective.head.bias": (0.5, 0.0)}
+    assert flat == {"backbone.block.weight": (0.05, 0.3), "backbone.block.bias": (0.05, 0.0),
+                    "objective.head.weight": (0.5, 0.3), "objective.head.bias": (0.5, 0.0)}
 
 
 def test_decay_moves_matrices_alone():

@@ -1,0 +1,128 @@
+"""LogME is the maximum of the evidence, kNN is scikit-learn's, and both rank a good source above a bad one."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import minimize
+from toys import image_files, job_of, shared_of
+
+from pipeline.transfer import scores
+from pipeline.transfer.scores import knn, logme
+
+
+def data(n: int, d: int, classes: int = 3, signal: float = 1.0, seed: int = 0):
+    """Features with a part that tells the class, of unequal scales as a network's are."""
+    rng = np.random.default_rng(seed)
+    labels = rng.permutation(np.arange(n) % classes)
+    features = rng.normal(size=(n, d)) * np.exp(rng.normal(size=d)) + signal * rng.normal(size=(classes, d))[labels]
+    return features.astype(np.float32), labels
+
+
+def evidence(features: np.ndarray, y: np.ndarray, log_alpha: float, log_beta: float) -> float:
+    """log p(y | F, alpha, beta) as the density of y ~ N(0, I / beta + F F^T / alpha): no fixed point, no SVD, no posterior mean."""
+    from scipy.stats import multivariate_normal
+
+    covariance = np.eye(len(y)) / np.exp(log_beta) + features @ features.T / np.exp(log_alpha)
+    return float(multivariate_normal.logpdf(y, np.zeros(len(y)), covariance))
+
+
+def maximum(features: np.ndarray, labels: np.ndarray) -> float:
+    found = []
+    for label in np.unique(labels):
+        y = (labels == label).astype(np.float64)
+        tries = [minimize(lambda x, y=y: -evidence(features.astype(np.float64), y, *x), start, method="Nelder-Mead",
+                          options={"xatol": 1e-7, "fatol": 1e-9, "maxiter": 2000}) for start in ((0.0, 0.0), (3.0, 1.0), (3.0, 5.0), (6.0, 2.0))]
+        found.append(-min(t.fun for t in tries) / len(y))
+    return float(np.mean(found))
+
+
+@pytest.mark.parametrize(("n", "d", "signal"), [(60, 4, 1.0), (60, 20, 0.5), (80, 10, 3.0), (40, 39, 0.5), (40, 120, 1.0), (30, 30, 0.0)])
+def test_logme_is_the_maximum_of_the_evidence(n, d, signal):
+    features, labels = data(n, d, signal=signal)
+    assert logme(features, labels) == pytest.approx(maximum(features, labels), abs=1e-4)
+
+
+def test_logme_of_more_directions_than_rows():
+    """The wide case: a part of the prior is never seen by the data and must not enter."""
+    features, labels = data(40, 60, signal=0.0)
+    wide = np.concatenate([features[:, :30], np.zeros((40, 50), np.float32)], axis=1)
+    assert logme(wide, labels) == pytest.approx(logme(features[:, :30], labels), abs=1e-6)
+    assert np.isfinite(logme(features, labels))
+
+
+def test_logme_of_few_rows_is_a_number():
+    """A small target on wide features is the common case: the published fixed point gave NaN or -inf for a third of these."""
+    for seed in range(100):
+        rng = np.random.default_rng(seed)
+        n, d, classes = int(rng.integers(6, 80)), int(rng.integers(4, 600)), int(rng.integers(2, 6))
+        features, labels = data(n, d, classes, float(rng.choice([0, 0.3, 1, 10])), seed)
+        assert -10 < logme(np.maximum(features, 0) if seed % 2 else features, labels) < 10
+
+
+def test_logme_does_not_depend_on_the_basis_or_the_names_of_labels():
+    features, labels = data(60, 8)
+    turn, _ = np.linalg.qr(np.random.default_rng(1).normal(size=(8, 8)))
+    assert logme(features @ turn, labels) == pytest.approx(logme(features, labels), abs=1e-5)
+    assert logme(features, labels * 7 + 3) == pytest.approx(logme(features, labels), abs=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_scores_grow_with_what_features_tell(seed):
+    found = [data(300, 16, signal=signal, seed=seed) for signal in (0.0, 0.5, 2.0)]
+    for score in (logme, knn):
+        values = [score(*pair) for pair in found]
+        assert values == sorted(values) and values[2] > values[0] + 0.1
+
+
+@pytest.mark.parametrize("case", ["constant", "nought", "perfect", "one row a class", "duplicates"])
+def test_logme_of_odd_features_is_a_number(case):
+    labels = np.arange(30) % 3
+    features = {"constant": np.ones((30, 5)), "nought": np.zeros((30, 5)), "perfect": np.eye(3)[labels], "one row a class": np.eye(3),
+                "duplicates": np.repeat(np.eye(3)[labels], 4, 1)}[case]
+    value = logme(features.astype(np.float32), labels[:len(features)])
+    assert np.isfinite(value)
+
+
+def test_knn_is_scikit_learns_leave_one_out():
+    from sklearn.model_selection import LeaveOneOut, cross_val_score
+    from sklearn.neighbors import KNeighborsClassifier
+
+    for classes, k in ((2, 1), (3, 5), (4, 7)):
+        features, labels = data(90, 6, classes, signal=1.0, seed=classes)
+        theirs = cross_val_score(KNeighborsClassifier(k, metric="cosine", algorithm="brute"), features, labels, cv=LeaveOneOut()).mean()
+        assert knn(features, labels, k) == pytest.approx(theirs, abs=1e-9)
+
+
+def test_knn_over_several_blocks_and_with_few_rows():
+    """Rows are compared 1024 at a time; none is its own neighbour."""
+    features, labels = data(2100, 5, signal=2.0)
+    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
+    near = unit @ unit.T
+    np.fill_diagonal(near, -2)
+    want = (labels[near.argmax(1)] == labels).mean()
+    assert knn(features, labels, 1) == pytest.approx(want, abs=1.5 / 2100)  # equal similarities may fall either way
+    assert knn(np.array([[1.0, 0], [1, 0.1], [0, 1], [0.1, 1]]), np.array([0, 0, 1, 1]), 50) == 0.0  # the three others outvote it
+    assert knn(np.array([[1.0, 0], [1, 0.1], [0, 1], [0.1, 1]]), np.array([0, 0, 1, 1]), 1) == 1.0
+
+
+def test_a_source_is_scored_on_a_target(tmp_path, monkeypatch):
+    paths = image_files(tmp_path, {"train": 60, "validation": 24, "test": 24})
+    job = job_of(tmp_path, paths)
+    shared = shared_of(tmp_path, job, paths)
+    key = next(iter(shared.bases))
+    data_ = shared.targets["task", key]
+    found = scores.score(shared, "src", key, "task")
+    assert list(found) == ["logme", "knn"] and scores.score(shared, "src", key, "task") == found
+    from pipeline import bundle
+    from pipeline.transfer.probe import features
+
+    backbone = bundle.build_backbone(shared.bases[key].arch)
+    bundle.transfer(backbone, {n: torch.from_numpy(a) for n, a in shared.weights["src"].items()}, "src")
+    pooled, _ = features(backbone, data_.train, torch.device("cpu"))
+    assert found["knn"] == knn(pooled.numpy(), data_.labels) and found["logme"] == pytest.approx(logme(pooled.numpy(), data_.labels))
+    monkeypatch.setattr(scores, "SCORE_ROWS", 20)
+    assert scores.score(shared, "src", key, "task", ("knn",)) == {"knn": pytest.approx(knn(pooled.numpy()[np.unique(np.linspace(0, 59, 20).astype(int))],
+                                                                                           data_.labels[np.unique(np.linspace(0, 59, 20).astype(int))]))}
+    data_.labels = None
+    with pytest.raises(ValueError, match=r"targets\.task: scores need labels"):
+        scores.score(shared, "src", key, "task")
