@@ -160,7 +160,7 @@ def test_data_paths_are_relative_to_the_file_and_storage_is_left_alone(load, fol
     assert got.sources["words"].data.train == str(folder / "more" / "*.parquet")
     assert got.sources["words"].data.validation == [str(folder / "rows.parquet")]
     assert got.targets["clothing"].data.uri == str(folder / "rows.parquet")
-    assert got.storage == "runs" and got.root == "runs/vision"
+    assert got.storage == "runs" and got.root == str(elsewhere / "runs" / "vision"), "relative to the current folder"
 
 
 def test_a_job_file_named_by_a_relative_path(folder, monkeypatch):

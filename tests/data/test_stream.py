@@ -456,6 +456,7 @@ def test_ray_data_workers_give_the_same_batches(ray_here, tmp_path):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_two_executions_join_without_a_seam(ray_here, rows, monkeypatch):
     """A list of items longer than one execution takes is cut into several."""
     monkeypatch.setattr(stream, "ITEMS_AN_EXECUTION", 7)
@@ -472,6 +473,7 @@ def test_a_fault_in_a_data_worker_reaches_the_consumer(ray_here, tmp_path):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_leaving_ray_data_early_frees_its_workers(ray_here, rows):
     for _ in range(2):  # the second run would wait for ever for CPUs that the first one kept
         batches = stream.train_batches(rows, plan_of(rows, item_rows=4), range(100), place="workers", workers=DataWorkers(actors=2, cpus_per_actor=1.0))
