@@ -12,10 +12,10 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pipeline import registry, storage
 
@@ -33,6 +33,13 @@ class JobError(ValueError):
 
 class Spec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _truth_is_no_number(cls, value, info):
+        if isinstance(value, bool) and "bool" not in str(cls.model_fields[info.field_name].annotation):
+            raise ValueError("true and false are no value here")
+        return value
 
 
 class Plug(Spec):
@@ -58,6 +65,12 @@ class Plug(Spec):
 
 
 Uris = str | list[str]
+
+
+def _fraction(value: float | int) -> float | int:
+    if value <= 0 or (isinstance(value, float) and value > 1):
+        raise ValueError("a share is above 0 and at most 1.0; rows per class are an integer of at least 1")
+    return value
 
 
 class Data(Spec):
@@ -165,7 +178,7 @@ class Target(Spec):
     data: Data = Field(description="the target's rows")
     objective: Plug = Field(description="classification, ...")
     metric: str | None = Field(None, description="primary metric; none: the objective's first")
-    label_fractions: list[float | int] = Field(default_factory=lambda: [1.0], description="floats up to 1.0: shares, stratified and nested; integers: rows per class")
+    label_fractions: list[Annotated[float | int, AfterValidator(_fraction)]] = Field(default_factory=lambda: [1.0], description="floats up to 1.0: shares, stratified and nested; integers: rows per class")
     sources: list[str] | None = Field(None, description="which sources to adapt; none: all of the same modality")
     techniques: list[Plug] | None = Field(None, description="techniques for this target alone; none: the job's")
     train: Train = Field(default_factory=Train, description="how to fine-tune")
@@ -251,6 +264,8 @@ Path_ = tuple[str | int, ...]
 
 def _plain(node: yaml.Node, loader: _Loader, path: Path_, lines: dict[Path_, int], problems: list[tuple[int, str]]) -> Any:
     lines[path] = node.start_mark.line + 1
+    if len(path) > 64:
+        raise yaml.YAMLError("nested too deeply, or an alias that holds itself")
     if isinstance(node, yaml.MappingNode):
         out: dict[str, Any] = {}
         for key_node, value_node in node.value:
@@ -306,9 +321,14 @@ def _override(data: dict, setting: str, problems: list[tuple[int, str]]) -> Path
         return ()
     inner: list[tuple[int, str]] = []
     loader = _Loader(text)
-    node = loader.get_single_node()
-    value = _plain(node, loader, path, {}, inner) if node else None
+    try:
+        node = loader.get_single_node()
+        value = _plain(node, loader, path, {}, inner) if node else None
+    except yaml.YAMLError as error:
+        problems.append((0, f"--set {setting}: the value is not valid YAML: {getattr(error, 'problem', error)}"))
+        return ()
     problems.extend(inner)
+    steps: list[str | int] = []
     at: Any = data
     for i, part in enumerate(path):
         last = i == len(path) - 1
@@ -317,25 +337,28 @@ def _override(data: dict, setting: str, problems: list[tuple[int, str]]) -> Path
                 problems.append((0, f"--set {setting}: {_dots(path[:i])} is a list of {len(at)}; write its index"))
                 return ()
             part = int(part)
-        elif isinstance(at, str) and i:  # a plug written short: {name: {}} takes options
-            problems.append((0, f"--set {setting}: {_dots(path[:i])} is the text {at!r}, it has no fields"))
+        elif not isinstance(at, dict):  # a plug written short: {name: {}} takes options
+            problems.append((0, f"--set {setting}: {_dots(path[:i])} is {'the text ' if isinstance(at, str) else ''}{at!r}, it has no fields"))
             return ()
+        steps.append(part)
+        here: Any = at
         if last:
-            at[part] = value
+            here[part] = value
         else:
-            if isinstance(at, dict) and not isinstance(at.get(part), (dict, list, str)):
-                at[part] = {}
-            at = at[part]
-    return path
+            if isinstance(at, dict) and at.get(part) is None:
+                here[part] = {}
+            at = here[part]
+    return tuple(steps)
 
 
 # ---------------------------------------------------------------- checks
 
 def _fields_at(loc: Path_) -> dict[str, Any]:
     """Field names of the spec that a location points into, to name the nearest one."""
-    kinds: dict[str, type[Spec]] = {"sources": Source, "targets": Target, "data": Data, "train": Train, "fanout": Fanout, "select": Select}
-    spec: type[Spec] = Job
-    for part in loc:
+    kinds: dict[str, type[Spec]] = {"data": Data, "train": Train, "fanout": Fanout, "select": Select}
+    named: dict[str, type[Spec]] = {"sources": Source, "targets": Target}
+    spec: type[Spec] = named.get(str(loc[0]), Job) if len(loc) > 1 else Job
+    for part in loc[2:] if spec is not Job else loc:
         spec = kinds.get(str(part), spec)
     return dict(spec.model_fields)
 
@@ -348,6 +371,15 @@ def _say(error: Any) -> str:
         return "this field is required"
     shown = "" if isinstance(value, (dict, list)) else f" (got {value!r})"
     return error["msg"].removeprefix("Value error, ") + shown
+
+
+def _typed_problems(error: ValidationError) -> list[tuple[Path_, str]]:
+    """Each wrong value once, at its own place: pydantic tells every member of a union, under a made-up part of the path."""
+    out: dict[Path_, str] = {}
+    for item in error.errors():
+        loc = tuple(part for part in item["loc"] if part not in ("int", "float", "str", "bool", "[key]") and not re.fullmatch(r"(tuple|list)\[.*\]", str(part)))
+        out[loc] = f"{out[loc]}; or: {_say(item)}" if loc in out else _say(item)
+    return list(out.items())
 
 
 def _plug_problems(kind: str, raw: Any, path: Path_) -> list[tuple[Path_, str]]:
@@ -392,9 +424,31 @@ def _start_problems(text: Any, path: Path_, folder: Path) -> list[tuple[Path_, s
         known = f"write one of {', '.join(STARTS)} followed by a path" if path[-1] == "init" and isinstance(text, str) else ""
         return [(path, f"{text!r} is no checkpoint; {known}")] if known else []
     prefix, uri = text.split(":", 1)
-    if prefix == "timm-hub" or storage.is_remote(uri):
-        return []
-    return [] if (folder / uri).exists() else [(path, f"{prefix} {uri}: no such path (looked for {folder / uri}); a hub name needs the prefix timm-hub:")]
+    try:
+        if prefix == "timm-hub" or storage.is_remote(uri):
+            return []
+    except storage.StorageError as error:
+        return [(path, str(error))]
+    return [] if storage.exists(_place(uri, folder)) else [(path, f"{prefix} {uri}: no such path (looked for {folder / uri}); a hub name needs the prefix timm-hub:")]
+
+
+def _listed(value: Any) -> list:
+    return value if isinstance(value, list) else []
+
+
+def _place(uri: str, folder: Path) -> str:
+    """A URI as it is, a path relative to the job file made absolute. Raises StorageError for what names no place."""
+    return uri if storage.is_remote(uri) or uri.startswith("file://") else str((folder / uri).resolve())
+
+
+def _missing(uri: str, folder: Path) -> str:
+    """What is wrong with a place of data, or nothing."""
+    try:
+        place = _place(uri, folder)
+        found = storage.is_remote(place) or storage.exists(place) or storage.glob(place)
+    except storage.StorageError as error:
+        return str(error)
+    return "" if found else f"{uri}: no such file, folder or glob (looked for {place})"
 
 
 def _name_problems(data: dict, folder: Path) -> list[tuple[Path_, str]]:
@@ -411,9 +465,9 @@ def _name_problems(data: dict, folder: Path) -> list[tuple[Path_, str]]:
                 if "modality" in rows:
                     out += _plug_problems("modality", rows["modality"], (kind, name, "data", "modality"))
                 for field in ("uri", "train", "validation", "test"):
-                    for uri in [rows[field]] if isinstance(rows.get(field), str) else rows.get(field) or ():
-                        if isinstance(uri, str) and not storage.is_remote(uri) and not (storage.exists(folder / uri) or storage.glob(folder / uri)):
-                            out.append(((kind, name, "data", field), f"{uri}: no such file, folder or glob (looked for {folder / uri})"))
+                    for uri in [rows[field]] if isinstance(rows.get(field), str) else _listed(rows.get(field)):
+                        if isinstance(uri, str) and (problem := _missing(uri, folder)):
+                            out.append(((kind, name, "data", field), problem))
             if "objective" in part and part["objective"] is not None:
                 out += _plug_problems("objective", part["objective"], (kind, name, "objective"))
             if kind == "sources" and "backbone" in part:
@@ -421,9 +475,9 @@ def _name_problems(data: dict, folder: Path) -> list[tuple[Path_, str]]:
                 out += _start_problems(part["backbone"], (kind, name, "backbone"), folder)
             if part.get("init") is not None and kind == "sources":
                 out += _start_problems(part["init"], (kind, name, "init"), folder)
-            for i, technique in enumerate(part.get("techniques") or ()):
+            for i, technique in enumerate(_listed(part.get("techniques"))):
                 out += _plug_problems("technique", technique, (kind, name, "techniques", i))
-    for i, technique in enumerate(data.get("techniques") or () if isinstance(data.get("techniques"), list) else ()):
+    for i, technique in enumerate(_listed(data.get("techniques"))):
         out += _plug_problems("technique", technique, ("techniques", i))
     return out
 
@@ -431,7 +485,7 @@ def _name_problems(data: dict, folder: Path) -> list[tuple[Path_, str]]:
 def _absolute(job: dict, folder: Path) -> dict:
     """Data paths and checkpoints made absolute: they are relative to the job file."""
     def fix(uri: str) -> str:
-        return uri if storage.is_remote(uri) else str((folder / uri).resolve())
+        return _place(uri, folder)
 
     def start(text: str) -> str:
         prefix, colon, uri = text.partition(":")
@@ -471,10 +525,12 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Job:
         try:
             job = Job.model_validate(data)
         except ValidationError as error:
-            found += [(tuple(e["loc"]), _say(e)) for e in error.errors()]
+            found += _typed_problems(error)
         for loc, message in dict.fromkeys(found):
+            known = next(loc[:n] for n in range(len(loc), -1, -1) if loc[:n] in lines or n == 0)
             at = next((lines[loc[:n]] for n in range(len(loc), -1, -1) if loc[:n] in lines), 1)
-            by = next((s for p, s in set_by.items() if p and loc[: len(p)] == tuple(p)), None)
+            by = next((s for p, s in set_by.items() if p and (loc[:len(p)] == p or (p[:len(loc)] == loc and loc not in lines)
+                                                              or (len(known) < len(loc) and p[:len(known) + 1] == loc[:len(known) + 1]))), None)
             problems.append((0 if by else at, f"{_dots(loc)}: {message}" + (f" (from --set {by})" if by else "")))
         if job is not None and not problems:
             return Job.model_validate(_absolute(data, path.parent.resolve()))
@@ -494,6 +550,7 @@ def schema() -> dict:
         options = {name: {"anyOf": [registry.entry(kind, name).options.model_json_schema(), {"type": "null"}]} for name in names}
         table = {"type": "object", "minProperties": 1, "maxProperties": 1}
         if kind == "model":
+            table["additionalProperties"] = False
             table["patternProperties"] = {f"^{name}/": value for name, value in options.items()}
         else:
             table |= {"properties": options, "additionalProperties": False}

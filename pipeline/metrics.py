@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torchmetrics.functional import classification as tmc
 
 from pipeline.registry import nearest
 
@@ -60,27 +59,33 @@ def _loss_units(p: Predictions) -> np.ndarray:
     return np.stack([p["loss"], count], axis=1).astype(np.float64)
 
 
-def _classes(function, **kw):
+def _classes(function: str, **kw):
+    """A torchmetrics function by name; the package takes seconds to import, so it is not imported before it is needed."""
+
     def value(p: Predictions) -> float:
+        from torchmetrics.functional import classification
+
         scores, label = torch.as_tensor(p["scores"]).float(), torch.as_tensor(p["label"]).long()
-        return float(function(scores, label, num_classes=scores.shape[1], **kw))
+        return float(getattr(classification, function)(scores, label, num_classes=scores.shape[1], **kw))
 
     return value
 
 
 def _balanced(p: Predictions) -> float:
     """Mean recall over the classes that have rows. torchmetrics' macro accuracy counts one that was only predicted as 0; scikit-learn does not."""
+    from torchmetrics.functional import classification
+
     scores, label = torch.as_tensor(p["scores"]).float(), torch.as_tensor(p["label"]).long()
-    recall = tmc.multiclass_recall(scores, label, num_classes=scores.shape[1], average="none")
+    recall = classification.multiclass_recall(scores, label, num_classes=scores.shape[1], average="none")
     return float(recall[label.unique()].mean())
 
 
 METRICS: dict[str, Metric] = {m.name: m for m in (
     _ratio("accuracy", True, _hits(1)),
     _ratio("top5_accuracy", True, _hits(5)),
-    Metric("macro_f1", True, _classes(tmc.multiclass_f1_score, average="macro")),
+    Metric("macro_f1", True, _classes("multiclass_f1_score", average="macro")),
     Metric("balanced_accuracy", True, _balanced),
-    Metric("auroc", True, lambda p: _classes(tmc.multiclass_auroc, average="macro")({**p, "scores": torch.as_tensor(p["scores"]).softmax(1).numpy()})),
+    Metric("auroc", True, lambda p: _classes("multiclass_auroc", average="macro")({**p, "scores": torch.as_tensor(p["scores"]).softmax(1).numpy()})),
     _ratio("loss", False, _loss_units),
     _ratio("perplexity", False, _loss_units, lambda mean: math.exp(min(mean, 700.0))),
 )}

@@ -20,7 +20,7 @@ GROUP_ROWS = 1024
 
 
 def _expand(uris: list[str]) -> list[tuple[str, str]]:
-    """(root, file) of every file, sorted; hidden files and files of unknown kind in folders are left out."""
+    """(file, root) of every file, each once, sorted; hidden files and files of unknown kind in folders are left out."""
     out = []
     for uri in uris:
         found = [uri] if storage.is_dir(uri) else storage.glob(uri)
@@ -32,7 +32,7 @@ def _expand(uris: list[str]) -> list[tuple[str, str]]:
                 out += [(entry, f) for f in inside if PurePosixPath(f).suffix.lower() in FORMATS]
             else:
                 out.append(("", entry))
-    return sorted(dict.fromkeys(out), key=lambda pair: pair[1])
+    return sorted({file: root for root, file in reversed(out)}.items())
 
 
 def to_parquet(uris: list[str], form: str, imports_uri: str) -> list[str]:
@@ -41,21 +41,21 @@ def to_parquet(uris: list[str], form: str, imports_uri: str) -> list[str]:
     Raises ValueError for no files, kinds that are mixed, an empty file or text that is not UTF-8 (file and line named).
     """
     pairs = _expand(uris)
-    kinds = {form} if form != "auto" else {FORMATS.get(PurePosixPath(f).suffix.lower(), "") for _, f in pairs}
+    kinds = {form} if form != "auto" else {FORMATS.get(PurePosixPath(f).suffix.lower(), "") for f, _ in pairs}
     if not pairs or kinds == {""}:
         raise ValueError(f"{', '.join(uris)}: no files of a known kind ({', '.join(sorted(FORMATS))}); set data.format")
     if len(kinds) > 1:
         raise ValueError(f"{', '.join(uris)}: files of several kinds ({', '.join(sorted(k or 'unknown' for k in kinds))}); name one kind by a glob")
     kind = kinds.pop()
-    for _, file in pairs:
+    for file, _ in pairs:
         if storage.size(file) == 0 and kind != "images":  # an empty image is one bad row, an empty table is a mistake
             raise ValueError(f"{file}: the file is empty (0 bytes); remove it or write it again")
     if kind == "parquet":
-        return [file for _, file in pairs]
+        return [file for file, _ in pairs]
     if kind == "images":
-        key = spec_hash(kind, [[f, storage.size(f)] for _, f in pairs])
+        key = spec_hash(kind, [[f, storage.size(f)] for f, _ in pairs])
     else:
-        key = spec_hash(kind, [[PurePosixPath(f).name, storage.fingerprint(f)] for _, f in pairs])
+        key = spec_hash(kind, [[PurePosixPath(f).name, storage.fingerprint(f)] for f, _ in pairs])
     folder = storage.join(imports_uri, key)
     if not storage.exists(storage.join(folder, "manifest.json")):
         _import(kind, pairs, folder)
@@ -66,20 +66,24 @@ def _import(kind: str, pairs: list[tuple[str, str]], folder: str) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch, "rows.parquet")
         if kind == "images":
-            files = [file for _, file in pairs]
+            files = [file for file, _ in pairs]
             labels = [PurePosixPath(file).parent.name for file in files]
             pq.write_table(pa.table({"image": files, "label": labels}), path, row_group_size=GROUP_ROWS)
         else:
             writer = None
-            for _, file in pairs:
+            for file, _ in pairs:
                 for table in _tables(kind, file):
                     writer = writer or pq.ParquetWriter(path, table.schema)
                     if not table.schema.equals(writer.schema):
-                        raise ValueError(f"{file}: its columns {table.schema.names} differ from {writer.schema.names} of {pairs[0][1]}")
+                        raise ValueError(f"{file}: its columns ({_columns(table.schema)}) differ from those of {pairs[0][0]} ({_columns(writer.schema)})")
                     writer.write_table(table, row_group_size=GROUP_ROWS)
             assert writer is not None
             writer.close()
         folders.commit_folder(folder, {"rows.parquet": path}, {"kind": kind, "format_version": 1})
+
+
+def _columns(schema: pa.Schema) -> str:
+    return ", ".join(f"{field.name}: {field.type}" for field in schema)
 
 
 def _tables(kind: str, file: str):
@@ -103,7 +107,7 @@ def _lines(handle, file: str):
     lines: list[str] = []
     for number, raw in enumerate(handle, 1):
         try:
-            line = raw.decode("utf-8").rstrip("\r\n")
+            line = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
         except UnicodeDecodeError as error:
             raise ValueError(f"{file}:{number}: not UTF-8 text ({error.reason} at byte {error.start} of the line); convert the file") from None
         if line.strip():

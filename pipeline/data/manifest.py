@@ -112,7 +112,9 @@ def _footer(file: str) -> pq.FileMetaData:
     try:
         with storage.open_read(file) as handle:
             return pq.read_metadata(handle)
-    except pa.ArrowInvalid as error:
+    except storage.StorageError:
+        raise
+    except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(f"{file}: not a readable Parquet file ({str(error).splitlines()[0]}); remove it or write it again") from None
 
 
@@ -198,7 +200,7 @@ def _share(values: pa.ChunkedArray | None, ids: np.ndarray, salt: str) -> np.nda
         from pipeline.rng import mix, row_keys
         keys = row_keys(mix(*salt.encode()), np.zeros(1, dtype=np.int64), ids)
         return (keys.view(np.uint64) >> np.uint64(11)).astype(np.float64) / float(1 << 53)
-    coded = pc.dictionary_encode(values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values)
+    coded = pc.dictionary_encode(values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values, null_encoding="encode")
     per_value = np.array([int(hashlib.sha256(f"{salt}{v}".encode()).hexdigest()[:13], 16) / float(16 ** 13) for v in coded.dictionary.to_pylist()])
     return per_value[coded.indices.to_numpy(zero_copy_only=False)]
 
@@ -206,12 +208,17 @@ def _share(values: pa.ChunkedArray | None, ids: np.ndarray, salt: str) -> np.nda
 def _check_columns(manifest: Manifest, data: Data, roles: tuple[str, ...], place: str) -> None:
     problems = [f"{place}.data.columns: role {role!r} has no column; say {{{role}: NAME}}; columns are {', '.join(manifest.schema.names)}"
                 for role in roles if role not in data.columns]
-    wanted = {**{f"columns.{k}": v for k, v in data.columns.items()}, **{"where": k for k in data.where}}
-    wanted |= {k: v for k, v in (("split_column", data.split_column), ("group", data.group)) if v}
+    wanted = [*((f"columns.{role}", name) for role, name in data.columns.items()), *(("where", name) for name in data.where)]
+    wanted += [(k, v) for k, v in (("split_column", data.split_column), ("group", data.group)) if v]
     problems += [f"{place}.data.{k}: {manifest.files[0]} has no column {v!r}; {nearest(v, manifest.schema.names)}"
-                 for k, v in wanted.items() if v not in manifest.schema.names]
+                 for k, v in wanted if v not in manifest.schema.names]
     if problems:
         raise ValueError("\n".join(problems))
+
+
+def _plain(value) -> str:
+    """One text for what a job file and a column call the same: true and True, 1 and 1.0."""
+    return str(value).lower() if isinstance(value, bool) else str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def _where(selection: Selection, where: dict[str, list]) -> Selection:
@@ -220,8 +227,9 @@ def _where(selection: Selection, where: dict[str, list]) -> Selection:
     table = read_columns(selection, list(where))
     mask = np.ones(len(table), dtype=bool)
     for name, values in where.items():
-        column = pc.cast(table[name], pa.string())
-        mask &= pc.is_in(column, value_set=pa.array([str(v) for v in values])).to_numpy(zero_copy_only=False)
+        kept, coded = {_plain(value) for value in values}, pc.dictionary_encode(table[name].combine_chunks())
+        named = np.array([*(_plain(value) in kept for value in coded.dictionary.to_pylist()), False])  # the last one is for nulls
+        mask &= named[coded.indices.fill_null(-1).to_numpy(zero_copy_only=False)]
     return selection.keep(mask)
 
 

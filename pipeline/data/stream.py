@@ -363,7 +363,7 @@ def _prefetched(batches: Iterator, ahead: int) -> Iterator:
                 if not put((value, None)):
                     return
             put((end, None))
-        except BaseException as error:
+        except BaseException as error:  # handed to the consumer, whatever it is
             put((end, error))
 
     thread = threading.Thread(target=produce, name="prefetch", daemon=True)
