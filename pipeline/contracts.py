@@ -85,6 +85,8 @@ class Modality(ABC):
     options_class: ClassVar[type[Options]]
     roles: ClassVar[tuple[str, ...]] = ()
     """Column roles that the modality reads, the first one being the input itself."""
+    packed_roles: ClassVar[tuple[str, ...]] = ()
+    """Column roles of the rows that ``pack`` makes."""
 
     def __init__(self, options: Any, state: dict[str, Any]):
         self.options, self.state = options, state

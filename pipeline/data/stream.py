@@ -46,7 +46,7 @@ class Decoder:
     columns: dict[str, str]
 
     def names(self) -> list[str]:
-        roles = [*self.modality.roles, *(registry.get("objective", self.objective).roles if self.objective else ())]
+        roles = [*self.modality.roles, *self.modality.packed_roles, *(registry.get("objective", self.objective).roles if self.objective else ())]
         return list(dict.fromkeys(self.columns[role] for role in roles if role in self.columns))
 
     def __call__(self, table) -> tuple[Arrays, list[str]]:

@@ -33,6 +33,7 @@ class Text(Modality):
     """``tokens`` (B, N) ids with ``mask`` (B, N) or, for packed rows, ``segments`` (B, N): the document's number, 0 for padding."""
 
     roles = ("text",)
+    packed_roles = ("tokens", "segments")
 
     @classmethod
     def fit(cls, options, table, columns, backbone):

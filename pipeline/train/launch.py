@@ -21,8 +21,9 @@ from pipeline.train import source
 from pipeline.train.loop import NonFinite, Ranks
 from pipeline.train.progress import Progress, training_line
 
-QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_DISABLE_PROGRESS_BARS": "1", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5", "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
-          "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5", "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
+         "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
          "RAY_AIR_NEW_OUTPUT": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "TOKENIZERS_PARALLELISM": "false", "RAY_TRAIN_ENABLE_STATE_TRACKING": "0"}
 
 
@@ -129,7 +130,7 @@ def _rank_main(config: dict[str, Any]) -> None:
 
     try:
         source.train_rank(work, ranks, on_progress)
-    except (ValueError, NonFinite, ray.exceptions.UserCodeException) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, NonFinite, ray.exceptions.UserCodeException) as error:
         ray.get(board.fail.remote(_first_cause(error)))
         raise
 
