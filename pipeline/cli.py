@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline import __version__
-from pipeline.job import Job, JobError, load, schema
+from pipeline.job import Job, JobError
+from pipeline.jobfile import load, schema
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False, help=(
     "One job file pretrains backbones on large source corpora, fans out many fine-tunes of them onto target tasks, "

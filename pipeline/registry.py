@@ -133,6 +133,12 @@ def get(kind: str, name: str) -> Any:
 
 
 @cache
+def metrics() -> frozenset[str]:
+    """Names of pipeline.metrics, read from its source."""
+    return frozenset(re.findall(r"(?:_ratio|Metric)\(\"(\w+)\"", Path(__file__).with_name("metrics.py").read_text()))
+
+
+@cache
 def architectures(library: str) -> frozenset[str]:
     """Model names that a model library knows, without importing it.
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pydantic
 import pytest
 
-from pipeline import job, registry
+from pipeline import job, jobfile, registry
 
 jsonschema = pytest.importorskip("jsonschema")
 ROOT = Path(job.__file__).parents[1]
@@ -68,7 +68,7 @@ def load(folder):
             assert text.count(change[0]) >= 1, f"{change[0]!r} is not in the text"
             text = text.replace(*change, 1)
         (folder / "job.yaml").write_text(text)
-        return job.load(folder / "job.yaml", overrides)
+        return jobfile.load(folder / "job.yaml", overrides)
 
     return load
 
@@ -166,7 +166,7 @@ def test_data_paths_are_relative_to_the_file_and_storage_is_left_alone(load, fol
 def test_a_job_file_named_by_a_relative_path(folder, monkeypatch):
     (folder / "job.yaml").write_text(GOOD)
     monkeypatch.chdir(folder.parent)
-    got = job.load(Path(folder.name, "job.yaml"))
+    got = jobfile.load(Path(folder.name, "job.yaml"))
     assert got.sources["garments"].data.uri == str(folder / "rows.parquet")
 
 
@@ -464,11 +464,11 @@ def test_files_that_cannot_be_read(folder):
         if content is not None:
             (folder / name).write_bytes(content)
         with pytest.raises(job.JobError) as caught:
-            job.load(folder / name)
+            jobfile.load(folder / name)
         assert len(caught.value.problems) == 1
         assert str(folder / name) in str(caught.value) and message in str(caught.value)
     with pytest.raises(job.JobError):
-        job.load(folder)
+        jobfile.load(folder)
 
 
 def test_all_mistakes_are_told_at_once_in_the_order_of_lines(problems):
@@ -503,9 +503,9 @@ def test_a_wrong_file_is_refused_in_under_two_seconds_without_torch_or_ray(folde
     (folder / "job.yaml").write_text(GOOD.replace("timm/resnet18", "timm/resnet_18").replace("seeds: 2", "seed: 2"))
     program = textwrap.dedent("""
         import sys
-        from pipeline import job
+        from pipeline import job, jobfile
         try:
-            job.load(sys.argv[1])
+            jobfile.load(sys.argv[1])
         except job.JobError as error:
             print(error)
         print(sorted({name.partition(".")[0] for name in sys.modules} & {"torch", "ray", "timm", "transformers", "tokenizers", "pyarrow", "numpy", "pandas"}))
@@ -562,7 +562,7 @@ def test_a_comment_or_the_order_of_keys_changes_no_hash(load):
 
 @pytest.fixture(scope="module")
 def schema():
-    return job.schema()
+    return jobfile.schema()
 
 
 @pytest.fixture(scope="module")

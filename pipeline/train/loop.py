@@ -33,7 +33,7 @@ class NonFinite(RuntimeError):
     """Too many steps in a row had a non-finite loss or gradient."""
 
 
-class Stop(Exception):  # noqa: N818 - a request, not an error
+class Stop(Exception):
     """Raised by ``on_eval`` to end the run early (a scheduler's decision)."""
 
 

@@ -97,7 +97,7 @@ def draws(job: Job) -> list[dict[str, float]]:
             else:
                 value = values[int(generator.integers(len(values)))]
             whole = Train.model_fields[name].annotation in (int, int | None)
-            draw[name] = int(round(value)) if whole else float(f"{value:.6g}")
+            draw[name] = round(value) if whole else float(f"{value:.6g}")
         out.append(draw)
     return out
 

@@ -254,7 +254,7 @@ def test_every_rank_stops_and_names_its_own_rows(team):
 
 # ---------------------------------------------------------------- resume
 
-class Killed(Exception):  # noqa: N818
+class Killed(Exception):
     pass
 
 

@@ -405,7 +405,7 @@ def test_nothing_left_to_train_is_an_error(rows):
 
 # ---------------------------------------------------------------- resume
 
-class Killed(Exception):  # noqa: N818
+class Killed(Exception):
     pass
 
 

@@ -1,0 +1,342 @@
+"""Reading a job file: YAML with line numbers, overrides, every mistake at once with the nearest right name, and the JSON Schema.
+
+The rules of the text: a doubled key is refused, ``1e-4`` is a number, ``${NAME}`` comes from the environment, data paths are
+relative to the job file, ``storage`` to the current folder, and ``--set a.b=c`` overrides any field.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from pipeline import registry, storage
+from pipeline.job import STARTS, Data, Fanout, Job, JobError, Plug, Select, Source, Spec, Target, Train
+
+# ---------------------------------------------------------------- reading the text
+
+class _Loader(yaml.SafeLoader):
+    """YAML as its users mean it: 1e-4 is a number."""
+
+
+_Loader.yaml_implicit_resolvers = {key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
+
+Path_ = tuple[str | int, ...]
+
+
+def _plain(node: yaml.Node, loader: _Loader, path: Path_, lines: dict[Path_, int], problems: list[tuple[int, str]]) -> Any:
+    lines[path] = node.start_mark.line + 1
+    if len(path) > 64:
+        raise yaml.YAMLError("nested too deeply, or an alias that holds itself")
+    if isinstance(node, yaml.MappingNode):
+        out: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            key = str(loader.construct_object(key_node))
+            if key in out:
+                problems.append((key_node.start_mark.line + 1, f"{_dots((*path, key))}: this key stands here twice; remove one"))
+            out[key] = _plain(value_node, loader, (*path, key), lines, problems)
+            lines[(*path, key)] = key_node.start_mark.line + 1
+        return out
+    if isinstance(node, yaml.SequenceNode):
+        return [_plain(child, loader, (*path, i), lines, problems) for i, child in enumerate(node.value)]
+    value = loader.construct_object(node)
+    return _expand(value, lines[path], path, problems) if isinstance(value, str) else value
+
+
+def _expand(text: str, line: int, path: Path_, problems: list[tuple[int, str]]) -> str:
+    def value(match):
+        if match[1] not in os.environ:
+            problems.append((line, f"{_dots(path)}: environment variable {match[1]} is not set; set it or write the value"))
+        return os.environ.get(match[1], "")
+
+    return re.sub(r"\$\{(\w+)\}", value, text)
+
+
+def _dots(path: Path_) -> str:
+    return ".".join(str(part) for part in path) or "the job"
+
+
+def _read(text: str, problems: list[tuple[int, str]]) -> tuple[Any, dict[Path_, int]]:
+    lines: dict[Path_, int] = {}
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        data = _plain(node, loader, (), lines, problems) if node else None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        tab = "; YAML is indented by spaces, this line holds a tab" if mark and "\t" in text.splitlines()[min(mark.line, len(text.splitlines()) - 1)] else ""
+        problems.append((mark.line + 1 if mark else 1, f"not valid YAML: {getattr(error, 'problem', error)}{tab}"))
+        return None, lines
+    finally:
+        loader.dispose()
+    if not isinstance(data, dict):
+        problems.append((1, "a job is a mapping with name, sources and targets"))
+        return None, lines
+    return data, lines
+
+
+def _override(data: dict, setting: str, problems: list[tuple[int, str]]) -> Path_:
+    dotted, equals, text = setting.partition("=")
+    path = tuple(dotted.split("."))
+    if not equals or not all(path):
+        problems.append((0, f"--set {setting}: write --set a.b=value"))
+        return ()
+    inner: list[tuple[int, str]] = []
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        value = _plain(node, loader, path, {}, inner) if node else None
+    except yaml.YAMLError as error:
+        problems.append((0, f"--set {setting}: the value is not valid YAML: {getattr(error, 'problem', error)}"))
+        return ()
+    problems.extend(inner)
+    steps: list[str | int] = []
+    at: Any = data
+    for i, part in enumerate(path):
+        last = i == len(path) - 1
+        if isinstance(at, list):
+            if not part.isdigit() or int(part) >= len(at):
+                problems.append((0, f"--set {setting}: {_dots(path[:i])} is a list of {len(at)}; write its index"))
+                return ()
+            part = int(part)
+        elif not isinstance(at, dict):  # a plug written short: {name: {}} takes options
+            problems.append((0, f"--set {setting}: {_dots(path[:i])} is {'the text ' if isinstance(at, str) else ''}{at!r}, it has no fields"))
+            return ()
+        steps.append(part)
+        here: Any = at
+        if last:
+            here[part] = value
+        else:
+            if isinstance(at, dict) and at.get(part) is None:
+                here[part] = {}
+            at = here[part]
+    return tuple(steps)
+
+
+# ---------------------------------------------------------------- checks
+
+def _fields_at(loc: Path_) -> dict[str, Any]:
+    """Field names of the spec that a location points into, to name the nearest one."""
+    kinds: dict[str, type[Spec]] = {"data": Data, "train": Train, "fanout": Fanout, "select": Select}
+    named: dict[str, type[Spec]] = {"sources": Source, "targets": Target}
+    spec: type[Spec] = named.get(str(loc[0]), Job) if len(loc) > 1 else Job
+    for part in loc[2:] if spec is not Job else loc:
+        spec = kinds.get(str(part), spec)
+    return dict(spec.model_fields)
+
+
+def _say(error: Any) -> str:
+    value, kind = error["input"], error["type"]
+    if kind == "extra_forbidden":
+        return f"unknown field; {registry.nearest(str(error['loc'][-1]), _fields_at(tuple(error['loc'][:-1])))}"
+    if kind == "missing":
+        return "this field is required"
+    shown = "" if isinstance(value, (dict, list)) else f" (got {value!r})"
+    return error["msg"].removeprefix("Value error, ") + shown
+
+
+def _typed_problems(error: ValidationError) -> list[tuple[Path_, str]]:
+    """Each wrong value once, at its own place: pydantic tells every member of a union, under a made-up part of the path."""
+    out: dict[Path_, str] = {}
+    for item in error.errors():
+        loc = tuple(part for part in item["loc"] if part not in ("int", "float", "str", "bool", "[key]") and not re.fullmatch(r"(tuple|list)\[.*\]", str(part)))
+        out[loc] = f"{out[loc]}; or: {_say(item)}" if loc in out else _say(item)
+    return list(out.items())
+
+
+def _plug_problems(kind: str, raw: Any, path: Path_) -> list[tuple[Path_, str]]:
+    try:
+        plug = Plug.model_validate(raw)
+    except ValidationError:
+        return []  # reported with its place by the typed pass
+    at = (*path, plug.name) if isinstance(raw, dict) and plug.name in raw else path
+    name = plug.name
+    if kind == "model":
+        if name.startswith(STARTS):
+            return []
+        library, slash, model = name.partition("/")
+        if not slash:
+            return [(at, f"unknown backbone {name!r}: write library/model, e.g. timm/resnet18; libraries: {', '.join(registry.names('model'))}")]
+        try:
+            known = registry.architectures(library)
+        except ValueError as error:
+            return [(at, str(error))]
+        if model not in known:
+            return [(at, f"unknown {library} model {model!r}; {registry.nearest(model, known)}")]
+        name = library
+    try:
+        options = registry.entry(kind, name).options
+    except ValueError as error:
+        return [(at, str(error))]
+    try:
+        options.model_validate(plug.options)
+    except ValidationError as error:
+        out = []
+        for item in error.errors():
+            text = _say(item)
+            if item["type"] == "extra_forbidden":
+                text = f"unknown option of {plug.name}; {registry.nearest(str(item['loc'][-1]), options.model_fields)}"
+            out.append(((*at, *item["loc"]), text))
+        return out
+    return []
+
+
+def _start_problems(text: Any, path: Path_, folder: Path) -> list[tuple[Path_, str]]:
+    if not isinstance(text, str) or not text.startswith(STARTS):
+        known = f"write one of {', '.join(STARTS)} followed by a path" if path[-1] == "init" and isinstance(text, str) else ""
+        return [(path, f"{text!r} is no checkpoint; {known}")] if known else []
+    prefix, uri = text.split(":", 1)
+    try:
+        if prefix == "timm-hub" or storage.is_remote(uri):
+            return []
+    except storage.StorageError as error:
+        return [(path, str(error))]
+    return [] if storage.exists(_place(uri, folder)) else [(path, f"{prefix} {uri}: no such path (looked for {folder / uri}); a hub name needs the prefix timm-hub:")]
+
+
+def _listed(value: Any) -> list:
+    return value if isinstance(value, list) else []
+
+
+def _place(uri: str, folder: Path) -> str:
+    """A URI as it is, a path relative to the job file made absolute. Raises StorageError for what names no place."""
+    return uri if storage.is_remote(uri) or uri.startswith("file://") else str((folder / uri).resolve())
+
+
+def _missing(uri: str, folder: Path) -> str:
+    """What is wrong with a place of data, or nothing."""
+    try:
+        place = _place(uri, folder)
+        found = storage.is_remote(place) or storage.exists(place) or storage.glob(place)
+    except storage.StorageError as error:
+        return str(error)
+    return "" if found else f"{uri}: no such file, folder or glob (looked for {place})"
+
+
+def _name_problems(data: dict, folder: Path) -> list[tuple[Path_, str]]:
+    """Unknown names, wrong options and missing files, in the raw mapping (so that they are found beside other mistakes)."""
+    out: list[tuple[Path_, str]] = []
+
+    def each(value) -> dict:
+        return {k: v for k, v in value.items() if isinstance(v, dict)} if isinstance(value, dict) else {}
+
+    for kind in ("sources", "targets"):
+        for name, part in each(data.get(kind)).items():
+            rows = part.get("data")
+            if isinstance(rows, dict):
+                if "modality" in rows:
+                    out += _plug_problems("modality", rows["modality"], (kind, name, "data", "modality"))
+                for field in ("uri", "train", "validation", "test"):
+                    for uri in [rows[field]] if isinstance(rows.get(field), str) else _listed(rows.get(field)):
+                        if isinstance(uri, str) and (problem := _missing(uri, folder)):
+                            out.append(((kind, name, "data", field), problem))
+            if "objective" in part and part["objective"] is not None:
+                out += _plug_problems("objective", part["objective"], (kind, name, "objective"))
+            if kind == "sources" and "backbone" in part:
+                out += _plug_problems("model", part["backbone"], (kind, name, "backbone"))
+                out += _start_problems(part["backbone"], (kind, name, "backbone"), folder)
+            if kind == "targets" and isinstance(part.get("metric"), str) and part["metric"] not in (known := registry.metrics()):
+                out.append(((kind, name, "metric"), f"unknown metric {part['metric']!r}; {registry.nearest(part['metric'], known)}"))
+            if part.get("init") is not None and kind == "sources":
+                out += _start_problems(part["init"], (kind, name, "init"), folder)
+            for i, technique in enumerate(_listed(part.get("techniques"))):
+                out += _plug_problems("technique", technique, (kind, name, "techniques", i))
+    for i, technique in enumerate(_listed(data.get("techniques"))):
+        out += _plug_problems("technique", technique, ("techniques", i))
+    return out
+
+
+def _absolute(job: dict, folder: Path) -> dict:
+    """Data paths and checkpoints made absolute: they are relative to the job file."""
+    def fix(uri: str) -> str:
+        return _place(uri, folder)
+
+    def start(text: str) -> str:
+        prefix, colon, uri = text.partition(":")
+        return f"{prefix}:{fix(uri)}" if text.startswith(STARTS) and prefix != "timm-hub" and colon else text
+
+    for part in [*job["sources"].values(), *job.get("targets", {}).values()]:
+        for field in ("uri", "train", "validation", "test"):
+            value = (part.get("data") or {}).get(field)
+            if value:
+                part["data"][field] = fix(value) if isinstance(value, str) else [fix(uri) for uri in value]
+        for field in ("backbone", "init"):
+            if isinstance(part.get(field), str):
+                part[field] = start(part[field])
+    return job
+
+
+def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Job:
+    """Read, override and check a job file.
+
+    Raises JobError with every problem found, each as ``file:line: field: what; fix``.
+    """
+    path = Path(path)
+    problems: list[tuple[int, str]] = []
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise JobError([f"{path}: no such job file"]) from None
+    except (UnicodeDecodeError, OSError) as error:
+        raise JobError([f"{path}: cannot be read as UTF-8 text: {error}"]) from None
+    data, lines = _read(text, problems)
+    set_by: dict[Path_, str] = {}
+    if data is not None:
+        for setting in overrides:
+            set_by[_override(data, setting, problems)] = setting
+        found: list[tuple[Path_, str]] = _name_problems(data, path.parent)
+        job = None
+        try:
+            job = Job.model_validate(data)
+        except ValidationError as error:
+            found += _typed_problems(error)
+        for loc, message in dict.fromkeys(found):
+            known = next(loc[:n] for n in range(len(loc), -1, -1) if loc[:n] in lines or n == 0)
+            at = next((lines[loc[:n]] for n in range(len(loc), -1, -1) if loc[:n] in lines), 1)
+            by = next((s for p, s in set_by.items() if p and (loc[:len(p)] == p or (p[:len(loc)] == loc and loc not in lines)
+                                                              or (len(known) < len(loc) and p[:len(known) + 1] == loc[:len(known) + 1]))), None)
+            problems.append((0 if by else at, f"{_dots(loc)}: {message}" + (f" (from --set {by})" if by else "")))
+        if job is not None and not problems:
+            return Job.model_validate(_absolute(data, path.parent.resolve()))
+    raise JobError([f"{path}:{line}: {message}" if line else f"{path}: {message}" for line, message in sorted(dict.fromkeys(problems))])
+
+
+def schema() -> dict:
+    """JSON Schema of a job, with descriptions, for editors; registered names are listed as enumerations."""
+    out = Job.model_json_schema()
+    plug = out["$defs"].pop("Plug")
+    del plug
+
+    def choice(kind: str) -> dict:
+        names = registry.names(kind)
+        text: dict[str, Any] = {"type": "string", "enum": names} if kind != "model" else {
+            "type": "string", "pattern": rf"^(({'|'.join(names)})/.+|({'|'.join(p[:-1] for p in STARTS)}):.+)$"}
+        options = {name: {"anyOf": [registry.entry(kind, name).options.model_json_schema(), {"type": "null"}]} for name in names}
+        table = {"type": "object", "minProperties": 1, "maxProperties": 1}
+        if kind == "model":
+            table["additionalProperties"] = False
+            table["patternProperties"] = {f"^{name}/": value for name, value in options.items()}
+        else:
+            table |= {"properties": options, "additionalProperties": False}
+        return {"anyOf": [text, table]}
+
+    kinds = {"modality": "modality", "backbone": "model", "objective": "objective", "techniques": "technique"}
+
+    def put(node: Any, field: str = "") -> Any:
+        if isinstance(node, list):
+            return [put(item, field) for item in node]
+        if not isinstance(node, dict):
+            return node
+        if node.get("$ref") == "#/$defs/Plug":
+            return {**choice(kinds[field]), **{k: v for k, v in node.items() if k == "description"}}
+        return {k: ({name: put(sub, name) for name, sub in v.items()} if k == "properties" else put(v, field))
+                for k, v in node.items() if not (k == "default" and field == "techniques")}
+
+    out = put(out)
+    out["$schema"], out["title"] = "https://json-schema.org/draft/2020-12/schema", "One to Many job"
+    return out
