@@ -179,6 +179,17 @@ def test_packed_rows_hold_every_document_end_to_end(modality):
         assert (row[starts] == CLS).all() and (row[starts - 1] == SEP).all() and (row[:len(used)] == CLS).sum() == len(starts) + (row[0] == CLS)
 
 
+def test_padding_is_the_tokenizers_own_pad(wordpiece):
+    """GPT-2's folder has one special for everything, and it is not 0."""
+    other = Text(wordpiece.options, {**wordpiece.state, "specials": [9] * 5})
+    arrays, _ = other.decode(pa.table({"text": ["the old film"]}), COLUMNS)
+    n = int(arrays["lengths"][0])
+    row = arrays["tokens"][0].tolist()
+    assert row[0] == row[n - 1] == 9 and row[n:] == [9] * (32 - n)
+    packed, _ = other.decode(other.pack(pa.table({"text": ["the old film"]}), COLUMNS), {"tokens": "tokens", "segments": "segments"})
+    assert packed["tokens"][0].tolist() == row and packed["segments"][0].tolist() == [1] * n + [0] * (32 - n)
+
+
 def test_packing_nothing_gives_no_rows(modality):
     packed = modality.pack(pa.table({"text": pa.array([None, ""], pa.string())}), COLUMNS)
     assert packed.num_rows == 0 and packed.column_names == ["tokens", "segments"]

@@ -170,6 +170,22 @@ def test_evaluation_sees_each_row_once(team, n):
         assert theirs == pytest.approx(values, abs=1e-6)
 
 
+def rows_that_metrics_see(ranks: Ranks, n: int) -> list[int]:
+    """Of the loop's own evaluator: rows that stand twice would hide in a mean."""
+    rows, seen = image_rows(n), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "values", lambda found, names: seen.extend(found["row"].tolist()) or {})
+        check = evaluate.evaluator(rows, ("loss",), evaluate.ready_for(rows), ranks, lambda: torch.autocast("cpu", enabled=False), 4)
+        check(net_task())
+    return seen
+
+
+@pytest.mark.parametrize("n", [1, 37])
+def test_the_evaluator_counts_no_row_twice(team, n):
+    want = list(range(1000, 1000 + n))
+    assert team(rows_that_metrics_see, n) == [want, want] and rows_that_metrics_see(ONE, n) == want
+
+
 # ---------------------------------------------------------------- empty parts and trouble
 
 def drop(batch: Batch, keep: np.ndarray) -> Batch:
