@@ -22,7 +22,7 @@ out = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 JobFile = Annotated[Path, typer.Argument(help="The job file (YAML).", metavar="JOB")]
-Set = Annotated[list[str] | None, typer.Option("--set", help="Override any field: --set storage=s3://bucket/runs --set sources.a.train.steps=10.", metavar="A.B=C")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="Override any field, e.g. --set sources.a.train.steps=10.", metavar="A.B=C")]
 Address = Annotated[str | None, typer.Option(help="Join this Ray cluster (auto, or host:port). Without it, and without RAY_ADDRESS, one is started here.")]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Show Ray's own messages too.")]
 Growing = Annotated[bool, typer.Option("--wait-for-resources", help="The cluster can grow: wait for resources it does not have yet instead of refusing.")]
@@ -103,7 +103,8 @@ def _print_scores(rows: list[dict[str, Any]]) -> None:
 
 
 @app.command()
-def run(job: JobFile, set_: Set = None, address: Address = None, dry_run: Annotated[bool, typer.Option(help="Print stages, trials and cost; run nothing.")] = False,
+def run(job: JobFile, set_: Set = None, address: Address = None,
+        dry_run: Annotated[bool, typer.Option(help="Print stages, trials and cost; run nothing.")] = False,
         wait_for_resources: Growing = False, verbose: Verbose = False) -> None:
     """Everything: pretrain, fine-tune, report. What is done already is not done again."""
     _stages(job, set_, address, verbose, wait_for_resources, ("pretrain", "finetune", "report"), dry_run)
@@ -176,7 +177,8 @@ def predict(bundle: Annotated[str, typer.Argument(help="A fine-tuned bundle (fol
 
 
 @app.command()
-def export(bundle: Annotated[str, typer.Argument(help="The bundle to export.")], output: Annotated[str, typer.Argument(help="Folder, or file for a state dict.")],
+def export(bundle: Annotated[str, typer.Argument(help="The bundle to export.")],
+           output: Annotated[str, typer.Argument(help="Folder, or file for a state dict.")],
            kind: Annotated[str, typer.Option(help="bundle: a verified copy of the folder; state-dict: one .safetensors or .pt file.")] = "bundle",
            backbone_only: Annotated[bool, typer.Option(help="Leave the head out; names as the model library has them.")] = False) -> None:
     """Write a bundle elsewhere, or its weights as one file that torch.load or safetensors opens."""

@@ -175,7 +175,8 @@ class Target(Spec):
     data: Data = Field(description="the target's rows")
     objective: Plug = Field(description="classification, ...")
     metric: str | None = Field(None, description="primary metric; none: the objective's first")
-    label_fractions: list[Annotated[float | int, AfterValidator(_fraction)]] = Field(default_factory=lambda: [1.0], description="floats: shares (stratified, nested); integers: rows a class")
+    label_fractions: list[Annotated[float | int, AfterValidator(_fraction)]] = Field(
+        default_factory=lambda: [1.0], description="floats: shares (stratified, nested); integers: rows a class")
     sources: list[str] | None = Field(None, description="which sources to adapt; none: all of the same modality")
     techniques: list[Plug] | None = Field(None, description="techniques for this target alone; none: the job's")
     train: Train = Field(default_factory=Train, description="how to fine-tune")
@@ -194,7 +195,8 @@ class Fanout(Spec):
 
     seeds: int = Field(3, ge=1, description="final runs of every cell; a seed changes initialisation, row order and label subset")
     trials: int = Field(1, ge=1, description="hyper-parameter draws of every cell, the same for scratch; the best on validation goes on")
-    search: dict[str, list[float]] = Field(default_factory=dict, description="field of train to [low, high] (log-uniform), or to 3 or more values to choose from")
+    search: dict[str, list[float]] = Field(
+        default_factory=dict, description="field of train to [low, high] (log-uniform), or to 3 or more values to choose from")
     scheduler: Literal["fifo", "asha"] = Field("fifo", description="asha stops the worse search trials of a cell early")
     gpus_per_trial: float | None = Field(None, ge=0, description="share of a GPU for one trial; none: 0.25 when there are GPUs")
     cpus_per_trial: float = Field(1.0, gt=0, description="logical CPUs of one trial")
@@ -224,7 +226,8 @@ class Job(Spec):
     seed: int = Field(0, ge=0, description="everything random follows from it")
     sources: dict[str, Source] = Field(description="what to pretrain on, or existing checkpoints", min_length=1)
     targets: dict[str, Target] = Field(default_factory=dict, description="the tasks")
-    techniques: list[Plug] = Field(default_factory=lambda: [Plug(name=n) for n in ("scratch", "linear_probe", "full")], description="how to adapt; scratch is always added")
+    techniques: list[Plug] = Field(
+        default_factory=lambda: [Plug(name=n) for n in ("scratch", "linear_probe", "full")], description="how to adapt; scratch is always added")
     fanout: Fanout = Field(default_factory=Fanout, description="seeds, search and resources")
 
     @model_validator(mode="after")

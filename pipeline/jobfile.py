@@ -196,7 +196,9 @@ def _start_problems(text: Any, path: Path_, folder: Path) -> list[tuple[Path_, s
             return []
     except storage.StorageError as error:
         return [(path, str(error))]
-    return [] if storage.exists(_place(uri, folder)) else [(path, f"{prefix} {uri}: no such path (looked for {folder / uri}); a hub name needs the prefix timm-hub:")]
+    if storage.exists(_place(uri, folder)):
+        return []
+    return [(path, f"{prefix} {uri}: no such path (looked for {folder / uri}); a hub name needs the prefix timm-hub:")]
 
 
 def _listed(value: Any) -> list:

@@ -172,7 +172,8 @@ def test_a_job_file_named_by_a_relative_path(folder, monkeypatch):
 
 def test_a_folder_a_glob_and_a_file_uri_are_found(load, folder):
     for uri in ("more", "more/", "more/*.parquet", f"file://{folder}/rows.parquet", str(folder / "more")):
-        load(change=("uri: rows.parquet\n", f"uri: {uri}\n"))
+        got = load(change=("uri: rows.parquet\n", f"uri: {uri}\n")).sources["garments"].data.uri
+        assert str(folder) in got and got.removeprefix("file://").startswith("/")
 
 
 @pytest.mark.parametrize("written", ["init: file:weights.safetensors", "init: 'bundle:folder'", "init: hf:folder", "init: bundle:s3://bucket/a"])

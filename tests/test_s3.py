@@ -89,7 +89,7 @@ def s3_answers(monkeypatch, *answers):
             self.end_headers()
             self.wfile.write(b"" if self.command == "HEAD" else body.rstrip(b"|"))
 
-        do_GET = do_PUT = do_HEAD = do_DELETE = answer
+        do_GET = do_PUT = do_HEAD = do_DELETE = answer  # noqa: N815 - http.server names them
 
         def log_message(self, format, *args):
             pass

@@ -253,7 +253,8 @@ def splits(data: Data, roles: tuple[str, ...], place: str, imports_uri: str, nee
         train = given.get("train", whole.keep(np.zeros(len(whole), dtype=bool)))
         if not len(train):
             found = ", ".join(map(str, pc.unique(column).to_pylist()[:10]))
-            raise ValueError(f"{place}.data.split_column: no row of {data.split_column} is {data.split_values.get('train', ['train'])}; it holds {found}; set split_values")
+            raise ValueError(f"{place}.data.split_column: no row of {data.split_column} is "
+                             f"{data.split_values.get('train', ['train'])}; it holds {found}; set split_values")
         origin.append(f"column {data.split_column}")
     for name in ("validation", "test"):
         files = getattr(data, name)

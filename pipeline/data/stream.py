@@ -32,7 +32,7 @@ ITEMS_AN_EXECUTION = 4096
 """Ray Data is handed so many items at a time; a new execution costs seconds, a longer list costs memory."""
 
 
-class TooManyBadRows(ValueError):
+class TooManyBadRowsError(ValueError):
     """The share of rows that cannot be decoded is over the budget."""
 
 
@@ -204,7 +204,7 @@ class Rows:
         return self.decoder.modality
 
     def in_memory(self, max_bad: float, spread: bool = True) -> Rows:
-        """The same rows decoded once; bad rows left out and listed. Raises TooManyBadRows over the budget."""
+        """The same rows decoded once; bad rows left out and listed. Raises TooManyBadRowsError over the budget."""
         if self.arrays is not None:
             return self
         n, size = len(self.selection), 512
@@ -229,11 +229,11 @@ class Rows:
 
 
 def check_budget(bad: Iterable[tuple[int, str]], seen: int, share: float, selection: Selection) -> None:
-    """Raise TooManyBadRows when more than ``share`` of the rows seen are bad (one row is always forgiven)."""
+    """Raise TooManyBadRowsError when more than ``share`` of the rows seen are bad (one row is always forgiven)."""
     bad = list(bad)
     if len(bad) > max(1, share * seen):
         named = "; ".join(f"{selection.manifest.place(row)}: {reason}" for row, reason in bad[:3])
-        raise TooManyBadRows(f"{len(bad)} of {seen} rows cannot be decoded, more than data.max_bad_rows={share:g} allows. First ones: {named}")
+        raise TooManyBadRowsError(f"{len(bad)} of {seen} rows cannot be decoded, more than data.max_bad_rows={share:g} allows. First ones: {named}")
 
 
 class Loaded(NamedTuple):

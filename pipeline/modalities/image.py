@@ -21,7 +21,8 @@ class ImageOptions(Options):
     size: int = Field(224, ge=8, le=4096, description="pixels a side after resize and centre crop")
     channels: Literal[1, 3] = Field(3, description="1 for grey (X-ray), 3 for colour; files of either kind are converted")
     fit: Literal["crop", "squash"] = Field("crop", description="crop: shorter side to size, centre crop; squash: both sides to size")
-    crop: Literal["auto", "shift", "resized", "none"] = Field("auto", description="training crop: shift by up to 1/8; resized: random area and aspect; auto: shift up to 64 px")
+    crop: Literal["auto", "shift", "resized", "none"] = Field(
+        "auto", description="training crop: shift by up to 1/8; resized: random area and aspect; auto: shift up to 64 px")
     flip: bool = Field(True, description="random horizontal flip in training")
 
 

@@ -18,7 +18,7 @@ from pipeline import storage
 from pipeline.data.stream import DataWorkers
 from pipeline.job import Source
 from pipeline.train import source
-from pipeline.train.loop import NonFinite, Ranks
+from pipeline.train.loop import NonFiniteError, Ranks
 from pipeline.train.progress import Progress, training_line
 
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
@@ -130,7 +130,7 @@ def _rank_main(config: dict[str, Any]) -> None:
 
     try:
         source.train_rank(work, ranks, on_progress)
-    except (ValueError, LookupError, TypeError, AttributeError, NonFinite, ray.exceptions.UserCodeException) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, NonFiniteError, ray.exceptions.UserCodeException) as error:
         ray.get(board.fail.remote(_first_cause(error)))
         raise
 
@@ -139,7 +139,7 @@ def _first_cause(error: BaseException) -> str:
     """The message of the error that began it, without Ray's account of the way it took."""
     while isinstance(error, ray.exceptions.RayError) and (inner := getattr(error, "cause", None) or error.__cause__):
         error = inner
-    return str(error) if isinstance(error, (ValueError, NonFinite)) else f"{type(error).__name__}: {error}"
+    return str(error) if isinstance(error, (ValueError, NonFiniteError)) else f"{type(error).__name__}: {error}"
 
 
 def _watch(board: Any, name: str, progress: Progress, stop: threading.Event) -> None:

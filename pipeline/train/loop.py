@@ -29,11 +29,11 @@ from pipeline.train import checkpoint, optim
 Log = dict[str, Any]
 
 
-class NonFinite(RuntimeError):
+class NonFiniteError(RuntimeError):
     """Too many steps in a row had a non-finite loss or gradient."""
 
 
-class Stop(Exception):
+class Stop(Exception):  # noqa: N818 - a request, not an error
     """Raised by ``on_eval`` to end the run early (a scheduler's decision)."""
 
 
@@ -43,7 +43,7 @@ class Ranks:
 
     rank: int = 0
     count: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
     def first(self) -> bool:
@@ -174,7 +174,7 @@ def autocast(train: Train, device: torch.device):
 def fit(run: Run) -> Outcome:
     """Train to ``run.steps``, from the newest resume point if there is one; the task ends with the weights that were kept.
 
-    Raises NonFinite after ``max_bad_steps`` non-finite steps in a row, naming the rows of the last one.
+    Raises NonFiniteError after ``max_bad_steps`` non-finite steps in a row, naming the rows of the last one.
     """
     train, task, ranks, device = run.train, run.task, run.ranks, run.ranks.device
     phases = run.technique.phases(run.steps)
@@ -263,7 +263,7 @@ def fit(run: Run) -> Outcome:
                 live.mend()
                 if int(bad_run) >= train.max_bad_steps:
                     rows = np.concatenate(list(recent))[:50].tolist()
-                    raise NonFinite(f"loss or gradient was not finite in {int(bad_run)} steps in a row up to step {done}; lower train.lr, "
+                    raise NonFiniteError(f"loss or gradient was not finite in {int(bad_run)} steps in a row up to step {done}; lower train.lr, "
                                     f"check the inputs. Row ids of the last batches (rank {ranks.rank}): {rows}")
             if logs:
                 now = run.clock()

@@ -77,7 +77,8 @@ def predict(uri: str, data: list[str], output: str, columns: dict[str, str], for
     columns = {**{role: manifest.get("columns", {}).get(role, role) for role in modality.roles}, **columns}
     for role in modality.roles:
         if columns[role] not in found.schema.names:
-            raise ValueError(f"{found.files[0]} has no column {columns[role]!r} for {role}; columns are {', '.join(found.schema.names)}; say --column {role}=NAME")
+            raise ValueError(f"{found.files[0]} has no column {columns[role]!r} for {role}; "
+                             f"columns are {', '.join(found.schema.names)}; say --column {role}=NAME")
     selection = Selection(found)
     key = spec_hash(manifest["files"], found.fingerprint, columns)
     begun = storage.join(output, "predictions.json")

@@ -37,6 +37,11 @@ def examine(job: Job | None, address: str | None) -> list[Line]:
     return lines
 
 
+def _judged(good: bool, what: str, found: str, advice: str) -> Line:
+    """Fine, or a warning with what to do."""
+    return Line("ok" if good else "warn", what, found, "" if good else advice)
+
+
 def _machine() -> list[Line]:
     python = platform.python_version()
     right = (3, 11) <= sys.version_info[:2] <= (3, 12)
@@ -46,20 +51,21 @@ def _machine() -> list[Line]:
     found = versions()
     lines = [Line("ok" if right else "FAIL", "Python", python, "" if right else "use 3.11 or 3.12"),
              Line("ok", "libraries", ", ".join(f"{k} {found[k]}" for k in ("torch", "ray", "timm", "transformers"))),
-             Line("ok" if (os.cpu_count() or 1) > 1 else "warn", "CPU cores", str(os.cpu_count()), "" if (os.cpu_count() or 1) > 1 else "two or more let data workers run beside training"),
-             Line("ok" if memory.available > 4 << 30 else "warn", "memory", f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free",
-                  "" if memory.available > 4 << 30 else "the quickstart wants 4 GiB free"),
-             Line("ok" if disk.free > 5 << 30 else "warn", "disk here", f"{disk.free / 2**30:.1f} GiB free", "" if disk.free > 5 << 30 else "runs and Ray's spill want some GiB")]
+             _judged((os.cpu_count() or 1) > 1, "CPU cores", str(os.cpu_count()), "two or more let data workers run beside training"),
+             _judged(memory.available > 4 << 30, "memory", f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free",
+                     "the quickstart wants 4 GiB free"),
+             _judged(disk.free > 5 << 30, "disk here", f"{disk.free / 2**30:.1f} GiB free", "runs and Ray's spill want some GiB")]
     if shm is not None:
-        enough = shm.total > 0.25 * memory.total
-        lines.append(Line("ok" if enough else "warn", "/dev/shm", f"{shm.total / 2**30:.1f} GiB", "" if enough else "Ray's object store falls back to disk: give the container --shm-size"))
+        lines.append(_judged(shm.total > 0.25 * memory.total, "/dev/shm", f"{shm.total / 2**30:.1f} GiB",
+                             "Ray's object store falls back to disk: give the container --shm-size"))
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         lines.append(Line("ok", "GPUs", ", ".join(names) + (", bf16" if torch.cuda.is_bf16_supported() else ", no bf16 (fp32 is used)")))
     else:
         lines.append(Line("ok", "GPUs", "none; everything runs on the CPU"))
     missing = [name for name, module in EXTRAS.items() if importlib.util.find_spec(module) is None]
-    lines.append(Line("ok", "extras", "all there" if not missing else f"not installed: {', '.join(missing)}", f"uv sync --extra {missing[0]}" if missing else ""))
+    found_extras = f"not installed: {', '.join(missing)}" if missing else "all there"
+    lines.append(Line("ok", "extras", found_extras, f"uv sync --extra {missing[0]}" if missing else ""))
     return lines
 
 
@@ -68,7 +74,7 @@ def _ray(address: str | None) -> list[Line]:
     try:
         launch.start(address, verbose=False)
         have = launch.resources()
-        text = f"{have['nodes']:g} nodes, {have.get('CPU', 0):g} CPU, {have.get('GPU', 0):g} GPU, {have.get('object_store_memory', 0) / 2**30:.1f} GiB object store"
+        text = f"{have['nodes']:g} nodes, {have['CPU']:g} CPU, {have['GPU']:g} GPU, {have['object_store_memory'] / 2**30:.1f} GiB object store"
         return [Line("ok", f"Ray ({where or 'started here'})", text)]
     except (launch.ClusterError, RuntimeError, OSError) as error:
         return [Line("FAIL", f"Ray ({where or 'started here'})", str(error)[:200], "check the address, the token (RAY_AUTH_TOKEN) and the versions of Ray")]

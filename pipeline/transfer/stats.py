@@ -241,9 +241,6 @@ def _recompute(metric: Metric, runs: list[Predictions], member: np.ndarray | Non
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torchmetrics warns when a resample misses a class, once a draw
         for row in out:
-            if members is None:
-                picked = rng.integers(0, n, n)
-            else:
-                picked = np.concatenate([members[g] for g in rng.integers(0, len(members), len(members))])
+            picked = rng.integers(0, n, n) if members is None else np.concatenate([members[g] for g in rng.integers(0, len(members), len(members))])
             row[:] = [metric.value({name: array[picked] for name, array in p.items()}) for p in runs]
     return out

@@ -74,7 +74,8 @@ def prepare(target: TargetStage, base: Base) -> TargetData:
         labels = parts[0].arrays.get("label") if parts[0].arrays else None
     else:
         labels = objective.encode(table, columns, state).get("label") if table is not None else None
-    bad = [(split, rows.selection.manifest.place(row), why) for split, rows in zip(("train", "validation", "test"), parts, strict=True) for row, why in rows.bad]
+    bad = [(split, rows.selection.manifest.place(row), why)
+           for split, rows in zip(("train", "validation", "test"), parts, strict=True) for row, why in rows.bad]
     text = splits.sizes() + (f"; {len(bad)} rows left out: " + "; ".join(f"{s} {p}: {w}" for s, p, w in bad[:3]) if bad else "")
     groups = None
     if spec.data.group:

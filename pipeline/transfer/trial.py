@@ -204,7 +204,8 @@ def make_record(trial: Trial, shared: Shared, train: Train, began: float, facts:
     if not rows:
         rows = [{**common, "metric": None, "split": None}]
     return {"trial_id": trial.id, "cell": trial.cell, "status": status, "error": error, "rows": rows, "curve": facts.get("curve", []),
-            "transfer": facts.get("transfer", ""), "validation": validation, "kept_step": facts.get("kept_step"), "skipped_steps": facts.get("skipped_steps", 0)}
+            "transfer": facts.get("transfer", ""), "validation": validation,
+            "kept_step": facts.get("kept_step"), "skipped_steps": facts.get("skipped_steps", 0)}
 
 
 def failed(trial: Trial, shared: Shared, error: str, status: str = "failed", validation: dict[str, float] | None = None,

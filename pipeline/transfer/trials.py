@@ -92,10 +92,7 @@ def draws(job: Job) -> list[dict[str, float]]:
     for _ in range(fan.trials):
         draw = {}
         for name, values in sorted(fan.search.items()):
-            if len(values) == 2:
-                value = float(np.exp(generator.uniform(np.log(values[0]), np.log(values[1]))))
-            else:
-                value = values[int(generator.integers(len(values)))]
+            value = float(np.exp(generator.uniform(*np.log(values)))) if len(values) == 2 else values[int(generator.integers(len(values)))]
             whole = Train.model_fields[name].annotation in (int, int | None)
             draw[name] = round(value) if whole else float(f"{value:.6g}")
         out.append(draw)

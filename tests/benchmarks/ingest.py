@@ -1,6 +1,6 @@
 """(a) Ingest of JPEG Parquet: the stream against torch DataLoader with 2 workers and the same decode; and the decode + resize kernel.
 
-    ONETOMANY_DATA=../shared/data .venv/bin/python tests/benchmarks/ingest.py --json ingest.json     # about 7 minutes on 2 quiet cores; --quick: 30 s
+    ONETOMANY_DATA=/path/to/data .venv/bin/python tests/benchmarks/ingest.py --json ingest.json     # about 7 minutes on 2 quiet cores; --quick: 30 s
 
 Photos of coco128 and clothing_small are cut to 224 px and to 64 px, encoded anew (JPEG q85) and written as Parquet with row groups
 of 256 rows. Every side gives the same batches (the plan's rows in the plan's order, the image modality's decode, its collate) to a

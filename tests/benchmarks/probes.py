@@ -1,6 +1,6 @@
 """(c) 64 linear probes x 10 epochs: features computed once and heads trained as one batch, against 64 runs that each recompute features.
 
-    ONETOMANY_DATA=../shared/data .venv/bin/python tests/benchmarks/probes.py --json probes.json     # about 12 minutes on 2 quiet cores; --quick: 20 s
+    ONETOMANY_DATA=/path/to/data .venv/bin/python tests/benchmarks/probes.py --json probes.json     # about 12 minutes on 2 quiet cores; --quick: 20 s
 
 A timm ResNet-18 with random weights (their values do not change the time) at 64 px on the clothing photos (3068 training, 341 validation,
 372 test rows), batch 64, 64 trials that differ in seed and learning rate, each validated five times and tested once, with its record

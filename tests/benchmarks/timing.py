@@ -109,7 +109,7 @@ def write(args: argparse.Namespace, found: dict[str, Any], results: Any) -> None
 
 def data_folder() -> Path:
     """The folder that ONETOMANY_DATA names. Exits with what to do when it names none."""
-    folder = Path(os.environ.get("ONETOMANY_DATA", "../shared/data"))
+    folder = Path(os.environ.get("ONETOMANY_DATA", "ONETOMANY_DATA is not set"))
     if not (folder / "vision").is_dir():
         raise SystemExit(f"no data in {folder}: set ONETOMANY_DATA to the folder that holds vision/clothing_small")
     return folder

@@ -180,7 +180,7 @@ class FakeDashboard(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data)
 
-    do_GET = do_POST = do_PUT = _answer
+    do_GET = do_POST = do_PUT = _answer  # noqa: N815 - http.server names them
 
     def log_message(self, format: str, *args: object) -> None:
         pass

@@ -20,7 +20,7 @@ from pipeline.contracts import Modality
 from pipeline.data import manifest as m
 from pipeline.data import stream
 from pipeline.data.plan import Item, Plan
-from pipeline.data.stream import DataWorkers, Decoder, Loader, Rows, TooManyBadRows
+from pipeline.data.stream import DataWorkers, Decoder, Loader, Rows, TooManyBadRowsError
 from pipeline.rng import row_keys
 
 N = 150
@@ -236,7 +236,7 @@ def test_memory_holds_the_good_rows_and_lists_the_others(tmp_path):
 
 def test_over_the_budget_is_an_error_that_names_files_rows_and_reasons(tmp_path):
     rows = make(tmp_path / "rows", BROKEN)
-    with pytest.raises(TooManyBadRows) as caught:
+    with pytest.raises(TooManyBadRowsError) as caught:
         rows.in_memory(0.01)
     told = str(caught.value)
     assert told.startswith("3 of 150 rows cannot be decoded, more than data.max_bad_rows=0.01 allows.")
@@ -248,9 +248,9 @@ def test_the_budget_counts_from_the_second_row(rows):
     check_one = [(1, "x")]
     stream.check_budget(check_one, 10, 0.01, rows.selection)
     stream.check_budget([(1, "x"), (2, "x")], 200, 0.01, rows.selection)
-    with pytest.raises(TooManyBadRows, match="2 of 199 rows"):
+    with pytest.raises(TooManyBadRowsError, match="2 of 199 rows"):
         stream.check_budget([(1, "x"), (2, "x")], 199, 0.01, rows.selection)
-    with pytest.raises(TooManyBadRows, match=r"more than data\.max_bad_rows=0\.5"):
+    with pytest.raises(TooManyBadRowsError, match=r"more than data\.max_bad_rows=0\.5"):
         stream.check_budget(((i, "x") for i in range(6)), 10, 0.5, rows.selection)
 
 

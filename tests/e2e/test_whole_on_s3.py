@@ -16,7 +16,8 @@ def test_everything_on_s3(s3_server, tiny_data, onetomany, tmp_path):
     for file in tiny_data.iterdir():
         if file.is_file():
             storage.write_bytes(f"{data}/{file.name}", file.read_bytes())
-    done = onetomany("run", TINY, "--set", f"storage={runs}", "--set", "sources.garments.train.checkpoint_every_steps=2", cwd=tmp_path, env={"TINY_DATA": data})
+    words = ("--set", f"storage={runs}", "--set", "sources.garments.train.checkpoint_every_steps=2")
+    done = onetomany("run", TINY, *words, cwd=tmp_path, env={"TINY_DATA": data})
     assert done.returncode == 0, done.stderr[-4000:]
     assert list(tmp_path.iterdir()) == []  # nothing was left on this machine
     with storage.open_read(f"{runs}/tiny/results.parquet") as file:
@@ -26,5 +27,5 @@ def test_everything_on_s3(s3_server, tiny_data, onetomany, tmp_path):
     for needed in ("/report.html", "/bundle/weights.safetensors", "/log/metrics.jsonl", "/record.json"):
         assert any(name.endswith(needed) for name in names), needed
     assert not any("/checkpoints/" in name for name in names)  # cleared once the bundle is there
-    again = onetomany("run", TINY, "--set", f"storage={runs}", "--set", "sources.garments.train.checkpoint_every_steps=2", cwd=tmp_path, env={"TINY_DATA": data})
+    again = onetomany("run", TINY, *words, cwd=tmp_path, env={"TINY_DATA": data})
     assert again.returncode == 0 and "done before" in again.stderr and "trials" not in again.stderr

@@ -18,7 +18,7 @@ from pipeline.contracts import Batch
 from pipeline.data.stream import Loaded, eval_batches
 from pipeline.techniques.rates import LPFT, LPFTOptions
 from pipeline.train import evaluate, loop
-from pipeline.train.loop import NonFinite, Ranks
+from pipeline.train.loop import NonFiniteError, Ranks
 
 pytestmark = pytest.mark.slow
 ONE = Ranks()
@@ -248,7 +248,7 @@ def train_poisoned(ranks: Ranks, bad: list[int], steps: int, **words):
     run.on_rows = lambda step, ids: trace.__setitem__(step, ids.tolist())
     try:
         outcome = loop.fit(run)
-    except NonFinite as error:
+    except NonFiniteError as error:
         return str(error), trace
     return weights(run.task), outcome.skipped_steps
 
@@ -270,7 +270,7 @@ def test_every_rank_stops_and_names_its_own_rows(team):
 
 # ---------------------------------------------------------------- resume
 
-class Killed(Exception):
+class Killed(Exception):  # noqa: N818 - a stand-in for a kill, not an error
     pass
 
 

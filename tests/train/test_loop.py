@@ -21,7 +21,7 @@ from pipeline.job import Train
 from pipeline.registry import Options
 from pipeline.techniques.rates import LPFT, LinearProbe, LPFTOptions
 from pipeline.train import checkpoint, evaluate, loop, optim
-from pipeline.train.loop import NonFinite, Ranks, Stop
+from pipeline.train.loop import NonFiniteError, Ranks, Stop
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 PLAIN = {"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0, "clip_norm": None}
@@ -257,7 +257,7 @@ def test_too_many_bad_steps_in_a_row_stop_the_run_with_their_rows(rows):
     run = poisoned(make_run(rows, net_task(), steps=6, max_bad_steps=3), (1, 2, 3))
     seen = {}
     run.on_rows = lambda step, ids: seen.__setitem__(step, ids.tolist())
-    with pytest.raises(NonFinite, match=r"3 steps in a row up to step 4; lower train\.lr") as error:
+    with pytest.raises(NonFiniteError, match=r"3 steps in a row up to step 4; lower train\.lr") as error:
         loop.fit(run)
     named = set(map(int, str(error.value).split("[")[1].rstrip("]").split(",")))
     assert named == {row for step in (1, 2, 3) for row in seen[step]}
@@ -405,7 +405,7 @@ def test_nothing_left_to_train_is_an_error(rows):
 
 # ---------------------------------------------------------------- resume
 
-class Killed(Exception):
+class Killed(Exception):  # noqa: N818 - a stand-in for a kill, not an error
     pass
 
 

@@ -111,7 +111,7 @@ def spoilt(monkeypatch):
 
             def refuse(trial, *args, **words):
                 if trial.hyper_parameters.get("lr") == 0.02:
-                    raise one_trial.loop.NonFinite("loss or gradient was not finite")
+                    raise one_trial.loop.NonFiniteError("loss or gradient was not finite")
                 return run(trial, *args, **words)
 
             monkeypatch.setattr(one_trial, "run", refuse)
@@ -135,7 +135,7 @@ def test_a_head_that_fails_alone_too_is_one_failed_trial(paths, tmp_path, spoilt
     spoilt({3}, alone_too=True)
     records = probe.run(group, shared)
     assert [record["status"] for record in records] == ["done", "failed", "done"]
-    assert records[1]["error"].startswith("NonFinite: loss or gradient was not finite")
+    assert records[1]["error"].startswith("NonFiniteError: loss or gradient was not finite")
     assert [one_trial.read_record(shared.root, one.id)["status"] for one in group] == ["done", "failed", "done"]
 
 
