@@ -120,7 +120,7 @@ def carry_head(task: Task, bundle: Bundle) -> str:
     own = mine.state_dict()
     if {n: t.shape for n, t in tensors.items()} != {n: t.shape for n, t in own.items()}:
         return "head new: its options differ"
-    if old is not None and old != new:
+    if old is not None and new is not None and old != new:
         order = torch.tensor([old.index(name) for name in new])
         tensors = {n: t[order] if t.dim() and t.shape[0] == len(old) else t for n, t in tensors.items()}
     mine.load_state_dict(tensors)

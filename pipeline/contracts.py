@@ -244,7 +244,7 @@ class Technique:
     """True: the backbone never moves, so that its features may be computed once."""
 
     def __init__(self, options: Any = None):
-        self.options = options if options is not None else self.options_class()
+        self.options: Any = options if options is not None else self.options_class()
 
     def wrap(self, task: Task) -> Task:
         return task

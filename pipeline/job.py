@@ -147,7 +147,7 @@ class Source(Spec):
     backbone: Plug = Field(description="library/model, e.g. timm/resnet18 or {transformers/bert: {layers: 4}}; or bundle:URI, hf:FOLDER, timm-hub:NAME")
     init: str | None = Field(None, description="weights to start from: bundle:URI, file:PATH (safetensors or state dict), hf:FOLDER")
     objective: Plug | None = Field(None, description="classification, mlm, clm, ...")
-    train: Train = Field(default_factory=Train, description="how to pretrain")
+    train: Train = Field(default_factory=lambda: Train.model_validate({}), description="how to pretrain")
     workers: int | tuple[int, int] = Field(1, description="DDP ranks; [2, 8] is elastic")
     cpus_per_worker: float | None = Field(None, gt=0, description="logical CPUs a rank; none: by the machine")
     gpus_per_worker: float | None = Field(None, ge=0, description="GPUs a rank; none: 1 when the cluster has GPUs")
@@ -179,7 +179,7 @@ class Target(Spec):
         default_factory=lambda: [1.0], description="floats: shares (stratified, nested); integers: rows a class")
     sources: list[str] | None = Field(None, description="which sources to adapt; none: all of the same modality")
     techniques: list[Plug] | None = Field(None, description="techniques for this target alone; none: the job's")
-    train: Train = Field(default_factory=Train, description="how to fine-tune")
+    train: Train = Field(default_factory=lambda: Train.model_validate({}), description="how to fine-tune")
     workers: int = Field(0, ge=0, description="DDP ranks of one trial; 0: inside the trial's own process")
 
 
@@ -228,7 +228,7 @@ class Job(Spec):
     targets: dict[str, Target] = Field(default_factory=dict, description="the tasks")
     techniques: list[Plug] = Field(
         default_factory=lambda: [Plug(name=n) for n in ("scratch", "linear_probe", "full")], description="how to adapt; scratch is always added")
-    fanout: Fanout = Field(default_factory=Fanout, description="seeds, search and resources")
+    fanout: Fanout = Field(default_factory=lambda: Fanout.model_validate({}), description="seeds, search and resources")
 
     @model_validator(mode="after")
     def _known_sources(self):

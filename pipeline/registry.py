@@ -71,7 +71,7 @@ def _options_class(tree: ast.Module, name: str, file: Path) -> type[Options]:
     if not found:
         raise ValueError(f"{file}: options class {name} must stand in the same file")
     space: dict[str, Any] = {"Options": Options, "Field": Field, "Literal": Literal, "__name__": f"{file.stem}.options"}
-    wanted = [node for node in tree.body if isinstance(node, ast.ClassDef) and _is_options(node, tree)]
+    wanted: list[ast.stmt] = [node for node in tree.body if isinstance(node, ast.ClassDef) and _is_options(node, tree)]
     module = ast.Module(body=wanted, type_ignores=[])
     exec(compile(module, str(file), "exec", dont_inherit=True), space)  # our own source, as an import runs it; types now, not as text
     return space[name]

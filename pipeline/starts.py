@@ -123,7 +123,7 @@ def _timm_hub(name: str) -> Start:
     except Exception as error:  # the hub's client raises its own many kinds
         raise BundleError(f"timm-hub:{name}: the weights cannot be had from the hub ({type(error).__name__}: {str(error)[:160]}). Without a network, "
                           f"download them elsewhere and give backbone timm/{name.split('.')[0]} with init: file:PATH") from error
-    config = model.pretrained_cfg
+    config: Any = model.pretrained_cfg
     size, mean, std = config["input_size"], list(config["mean"]), list(config["std"])
     modality = {"name": "image", "options": {"size": size[1], "channels": size[0]}, "state": {"mean": mean, "std": std}}
     arch = {"name": f"timm/{name.split('.')[0]}", "options": {}, "inputs": {"channels": size[0], "size": size[1]}}

@@ -6,8 +6,8 @@ import tempfile
 from pathlib import Path, PurePosixPath
 
 import pyarrow as pa
-import pyarrow.csv
-import pyarrow.json
+import pyarrow.csv as pacsv
+import pyarrow.json as pajson
 import pyarrow.parquet as pq
 
 from pipeline import folders, storage
@@ -94,10 +94,10 @@ def _tables(kind: str, file: str):
         try:
             if kind == "csv":
                 tab = PurePosixPath(file).suffix.lower() == ".tsv"
-                options = pa.csv.ParseOptions(delimiter="\t" if tab else ",", newlines_in_values=True)
-                yield pa.csv.read_csv(handle, parse_options=options)
+                options = pacsv.ParseOptions(delimiter="\t" if tab else ",", newlines_in_values=True)
+                yield pacsv.read_csv(handle, parse_options=options)
             else:
-                yield pa.json.read_json(handle)
+                yield pajson.read_json(handle)
         except pa.ArrowInvalid as error:
             raise ValueError(f"{file}: not readable as {kind}: {str(error).splitlines()[0]}") from None
 

@@ -200,7 +200,7 @@ def _share(values: pa.ChunkedArray | None, ids: np.ndarray, salt: str) -> np.nda
         from pipeline.rng import mix, row_keys
         keys = row_keys(mix(*salt.encode()), np.zeros(1, dtype=np.int64), ids)
         return (keys.view(np.uint64) >> np.uint64(11)).astype(np.float64) / float(1 << 53)
-    coded = pc.dictionary_encode(values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values, null_encoding="encode")
+    coded = pc.dictionary_encode(values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values, null_encoding="encode")  # pyright: ignore[reportAttributeAccessIssue]
     per_value = np.array([int(hashlib.sha256(f"{salt}{v}".encode()).hexdigest()[:13], 16) / float(16 ** 13) for v in coded.dictionary.to_pylist()])
     return per_value[coded.indices.to_numpy(zero_copy_only=False)]
 
@@ -227,7 +227,7 @@ def _where(selection: Selection, where: dict[str, list]) -> Selection:
     table = read_columns(selection, list(where))
     mask = np.ones(len(table), dtype=bool)
     for name, values in where.items():
-        kept, coded = {_plain(value) for value in values}, pc.dictionary_encode(table[name].combine_chunks())
+        kept, coded = {_plain(value) for value in values}, pc.dictionary_encode(table[name].combine_chunks())  # pyright: ignore[reportAttributeAccessIssue]
         named = np.array([*(_plain(value) in kept for value in coded.dictionary.to_pylist()), False])  # the last one is for nulls
         mask &= named[coded.indices.fill_null(-1).to_numpy(zero_copy_only=False)]
     return selection.keep(mask)
@@ -247,12 +247,12 @@ def splits(data: Data, roles: tuple[str, ...], place: str, imports_uri: str, nee
         column = pc.cast(read_columns(train, [data.split_column])[data.split_column], pa.string())
         whole = train
         for name in ("train", "validation", "test"):
-            mask = pc.is_in(column, value_set=pa.array(data.split_values.get(name, [name]))).to_numpy(zero_copy_only=False)
+            mask = pc.is_in(column, value_set=pa.array(data.split_values.get(name, [name]))).to_numpy(zero_copy_only=False)  # pyright: ignore[reportAttributeAccessIssue]
             if mask.any():
                 given[name] = whole.keep(mask)
         train = given.get("train", whole.keep(np.zeros(len(whole), dtype=bool)))
         if not len(train):
-            found = ", ".join(map(str, pc.unique(column).to_pylist()[:10]))
+            found = ", ".join(map(str, pc.unique(column).to_pylist()[:10]))  # pyright: ignore[reportAttributeAccessIssue]
             raise ValueError(f"{place}.data.split_column: no row of {data.split_column} is "
                              f"{data.split_values.get('train', ['train'])}; it holds {found}; set split_values")
         origin.append(f"column {data.split_column}")
@@ -284,6 +284,6 @@ def _no_crossing(found: Splits, group: str, place: str) -> None:
     seen: dict[str, str] = {}
     for name in ("train", "validation", "test"):
         selection = getattr(found, name)
-        for value in pc.unique(read_columns(selection, [group])[group]).to_pylist() if len(selection) else ():
+        for value in pc.unique(read_columns(selection, [group])[group]).to_pylist() if len(selection) else ():  # pyright: ignore[reportAttributeAccessIssue]
             if seen.setdefault(str(value), name) != name:
                 raise ValueError(f"{place}.data.group: {group} {value!r} stands in {seen[str(value)]} and in {name}; a group must not cross splits")

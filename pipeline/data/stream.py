@@ -150,7 +150,8 @@ def map_blocks(work: Callable[[Item], Arrays], items: Iterable[Item], workers: D
         data = ray.data.from_items([asdict(item) for item in segment], override_num_blocks=len(segment))
         data = data.map_batches(_Worker, fn_constructor_args=(work,), batch_size=None, batch_format="numpy", num_cpus=workers.cpus_per_actor,
                                 num_gpus=workers.gpus_per_actor or None, compute=ray.data.ActorPoolStrategy(size=workers.actors))
-        yield from data.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=4)
+        yield from data.iter_batches(  # pyright: ignore[reportReturnType] - the numpy format gives arrays
+            batch_size=None, batch_format="numpy", prefetch_batches=4)
 
 
 def _ray_blocks(loader: Loader, items: Iterable[Item], workers: DataWorkers) -> Iterator[Block]:
@@ -325,6 +326,7 @@ def eval_batches(rows: Rows, size: int, *, rank: int = 0, ranks: int = 1, thread
                 ids = rows.selection.ids(np.arange(item.start, item.stop))
                 arrays, bad = {name: array[item.start:item.stop] for name, array in rows.arrays.items()}, []
             else:
+                assert blocks is not None
                 ids, _, arrays, reasons = next(blocks)
                 bad = [(int(row), reason) for row, reason in zip(ids, reasons, strict=True) if reason]
                 if bad:

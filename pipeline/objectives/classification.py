@@ -37,7 +37,7 @@ class Classification(Objective):
         column = table[columns["label"]]
         if column.null_count:
             raise ValueError(f"column {columns['label']}: {column.null_count} training rows have no label")
-        values = sorted(pc.unique(column).to_pylist())
+        values = sorted(pc.unique(column).to_pylist())  # pyright: ignore[reportAttributeAccessIssue]
         if len(values) < 2:
             raise ValueError(f"column {columns['label']}: the training rows hold one label only ({values}); classification needs two")
         names = [str(v) for v in values]
@@ -59,9 +59,9 @@ class Classification(Objective):
         if columns.get("label") not in table.column_names:  # new rows to predict
             return {}
         column = table[columns["label"]]
-        found = pc.index_in(column, value_set=pa.array(state["values"], type=column.type))
+        found = pc.index_in(column, value_set=pa.array(state["values"], type=column.type))  # pyright: ignore[reportAttributeAccessIssue]
         if found.null_count:
-            value = column.filter(pc.is_null(found))[0].as_py()
+            value = column.filter(pc.is_null(found))[0].as_py()  # pyright: ignore[reportAttributeAccessIssue]
             raise ValueError(f"column {columns['label']}: label {value!r} never stands in the training rows; "
                              f"{nearest(str(value), state['labels'])} ({len(state['labels'])} known)")
         return {"label": found.to_numpy().astype(np.int64)}

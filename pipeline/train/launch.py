@@ -13,6 +13,7 @@ from typing import Any
 
 import ray
 import torch
+from ray.exceptions import GetTimeoutError, RayError, UserCodeException
 
 from pipeline import storage
 from pipeline.data.stream import DataWorkers
@@ -130,14 +131,14 @@ def _rank_main(config: dict[str, Any]) -> None:
 
     try:
         source.train_rank(work, ranks, on_progress)
-    except (ValueError, LookupError, TypeError, AttributeError, NonFiniteError, ray.exceptions.UserCodeException) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, NonFiniteError, UserCodeException) as error:
         ray.get(board.fail.remote(_first_cause(error)))
         raise
 
 
 def _first_cause(error: BaseException) -> str:
     """The message of the error that began it, without Ray's account of the way it took."""
-    while isinstance(error, ray.exceptions.RayError) and (inner := getattr(error, "cause", None) or error.__cause__):
+    while isinstance(error, RayError) and (inner := getattr(error, "cause", None) or error.__cause__):
         error = inner
     return str(error) if isinstance(error, (ValueError, NonFiniteError)) else f"{type(error).__name__}: {error}"
 
@@ -146,7 +147,7 @@ def _watch(board: Any, name: str, progress: Progress, stop: threading.Event) -> 
     while not stop.wait(0.5):
         try:
             record, _ = ray.get(board.read.remote(), timeout=5)
-        except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError):
+        except (RayError, GetTimeoutError):
             continue
         if record:
             progress.update(training_line(name, record))
@@ -170,6 +171,8 @@ def pretrain(stage: source.SourceStage, progress: Progress, verbose: bool, growi
 
     Raises ClusterError before anything starts, StageError when training failed for good.
     """
+    import ray.train
+
     if stage.done:
         return {**facts_of(stage), "cached": True}
     if stage.splits is None:
@@ -197,7 +200,7 @@ def pretrain(stage: source.SourceStage, progress: Progress, verbose: bool, growi
         ended.set()
         watcher.join()
     record, fatal = ray.get(board.read.remote())
-    ray.kill(board)
+    ray.kill(board)  # pyright: ignore[reportArgumentType] - Ray's stub of actors
     if fatal or error or not stage.done:
         raise StageError(f"sources.{stage.name}: {fatal or _reason(error)}")
     storage.remove_tree(storage.join(stage.uri, "ray"))

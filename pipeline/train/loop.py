@@ -101,7 +101,7 @@ class Run:
     ready: Callable[[Batch, bool], Batch]
     """Device part of the modality: augmentation (when true) and normalisation."""
     keeper: Keeper
-    evaluate: Callable[[nn.Module], dict[str, Any]] | None = None
+    evaluate: Callable[[Any], dict[str, Any]] | None = None
     ranks: Ranks = field(default_factory=Ranks)
     checkpoints: str | None = None
     """Folder of resume points; none: the run cannot be resumed."""
@@ -136,8 +136,8 @@ class _Live:
         task, train = run.task, run.train
         layers = task.layers()
         rates = optim.apply_rates(task, layers, run.technique.rates(layers, phase.name))
-        groups = getattr(task, "groups", optim.groups)
-        self.groups = groups(task, rates, train) if groups is optim.groups else groups(rates, train)
+        own = getattr(task, "groups", None)  # a stack of heads has a rate for each
+        self.groups = optim.groups(task, rates, train) if own is None else own(rates, train)
         for group in self.groups:
             group["peak"] *= phase.lr_scale
         self.params = [p for group in self.groups for p in group["params"]]
@@ -184,7 +184,7 @@ def fit(run: Run) -> Outcome:
     # ---- once: device, memory format, resume point (rank 0 reads it for all)
     task.to(device)
     if train.channels_last:
-        task.to(memory_format=torch.channels_last)
+        task.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] - nn.Module.to takes it
     torch.manual_seed(mix(run.seed, ranks.rank, 77))
     saved = checkpoint.load(run.checkpoints, ranks) if run.checkpoints else None
     start = saved["step"] if saved else 0

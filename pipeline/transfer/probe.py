@@ -233,7 +233,8 @@ def _stack(members: list[tuple[Trial, Train, Rows, int]], shared: Shared, data: 
             continue
         head, start_hash = built[k]
         _put(head, stack, k)
-        test = None if tests[k] is None else {"row": data.test.selection.ids(np.arange(len(data.test))), **tests[k]}
+        found = tests[k]
+        test = None if found is None else {"row": data.test.selection.ids(np.arange(len(data.test))), **found}
         facts = {"params_trained": sum(p[k].numel() for p in stack.stacked), "steps": outcome.steps, "seconds": seconds, "device": device_name(device),
                  "start_weights": start_hash, "transfer": moved, "n_train": len(rows), "curve": keeper.curves[k], "kept_step": keeper.best[k].step}
         record = trials.make_record(trial, shared, own, began, facts, keeper.best[k].metrics, test)

@@ -92,7 +92,7 @@ def describe(state: State) -> list[str]:
         names = _matching(state, name)
         if job.fanout.select:
             names = names[:job.fanout.select.top]
-        kinds = {(str(job.sources[n].backbone), str(job.sources[n].data.modality if job.sources[n].data else "")) for n in names}
+        kinds = {(str(job.sources[n].backbone), str(data.modality) if (data := job.sources[n].data) else "") for n in names}
         plugs = trials.techniques(job, stage.spec)
         moving = [p for p in plugs if registry.get("technique", p.name).from_source]
         cells = (len(plugs) - len(moving)) * len(kinds) + len(moving) * len(names)

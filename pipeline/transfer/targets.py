@@ -80,7 +80,7 @@ def prepare(target: TargetStage, base: Base) -> TargetData:
     groups = None
     if spec.data.group:
         values = manifests.read_columns(parts[2].selection, [spec.data.group])[spec.data.group]
-        groups = pc.dictionary_encode(values.combine_chunks()).indices.to_numpy(zero_copy_only=False)
+        groups = pc.dictionary_encode(values.combine_chunks()).indices.to_numpy(zero_copy_only=False)  # pyright: ignore[reportAttributeAccessIssue]
     return TargetData(spec, {"name": spec.objective.name, "options": options.model_dump(), "state": state}, parts[0], parts[1], parts[2], labels, groups, text)
 
 
