@@ -51,11 +51,12 @@ class Batch:
         return Batch(self.rows, self.keys.pin_memory(), {name: tensor.pin_memory() for name, tensor in self.data.items()})
 
     def split(self, size: int | None) -> list[Batch]:
-        """Micro-batches of at most ``size`` rows, in order; itself when size is none."""
+        """Micro-batches of at most ``size`` rows, in order and as even as can be (batch norm wants no part of one row); itself when size is none."""
         if size is None or len(self) <= size:
             return [self]
-        return [Batch(self.rows[i:i + size], self.keys[i:i + size], {n: t[i:i + size] for n, t in self.data.items()})
-                for i in range(0, len(self), size)]
+        parts = -(-len(self) // size)
+        cuts = [len(self) * i // parts for i in range(parts + 1)]
+        return [Batch(self.rows[i:j], self.keys[i:j], {n: t[i:j] for n, t in self.data.items()}) for i, j in zip(cuts, cuts[1:], strict=False)]
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
@@ -21,6 +22,13 @@ from pipeline.s3 import NotFoundError, StorageError, Uri
 Files = Mapping[str, bytes | Path]
 
 _PARTS = {"chunksize": 5 * 2**20, "max_concurrency": 4}  # 42 MiB in memory at any size; s3fs's defaults take 1 GB
+
+
+def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """A manifest with the SHA-256 of its own content (canonical JSON) as ``sha256``, replacing an older one."""
+    plain = {name: value for name, value in manifest.items() if name != "sha256"}
+    canonical = json.dumps(json.loads(json.dumps(plain)), sort_keys=True, separators=(",", ":"))
+    return {**plain, "sha256": hashlib.sha256(canonical.encode()).hexdigest()}
 
 
 def _check_names(uri: Uri, names: Iterable[str], manifest_name: str = "") -> None:
@@ -71,7 +79,7 @@ def _commit_local(final: Path, files: Files, manifest: Mapping[str, Any], manife
     temporary = storage.beside(final)
     try:
         temporary.mkdir(parents=True)
-        whole = {**manifest, "files": {name: _stage(source, temporary / name) for name, source in files.items()}}
+        whole = sealed({**manifest, "files": {name: _stage(source, temporary / name) for name, source in files.items()}})
         for folder in {(temporary / name).parent for name in files}:
             storage.sync_folder(folder)
         storage.write_local(temporary / manifest_name, storage.encode(whole))
@@ -143,7 +151,7 @@ def _commit_s3(uri: str, files: Files, manifest: Mapping[str, Any], manifest_nam
         with suppress(StorageError):  # a manifest that cannot be read is replaced all the same
             old = set(_entries(uri, open_folder(uri, manifest_name)))
         s3.remove_key(manifest_uri)
-    whole = {**manifest, "files": {name: _upload(storage.join(uri, name), source) for name, source in files.items()}}
+    whole = sealed({**manifest, "files": {name: _upload(storage.join(uri, name), source) for name, source in files.items()}})
     for name in old.difference(files):  # only what the old manifest names: no other key is ours to remove
         s3.remove_key(storage.join(uri, name))
     storage.write_bytes(manifest_uri, storage.encode(whole))
@@ -161,7 +169,7 @@ def _upload(uri: str, source: bytes | Path) -> dict[str, Any]:
 
 
 def open_folder(uri: Uri, manifest_name: str = "manifest.json") -> dict[str, Any]:
-    """The manifest of a committed folder. Raises NotFoundError when no complete folder is there."""
+    """The manifest of a committed folder, its own checksum verified. Raises NotFoundError when no complete folder is there."""
     try:
         manifest = storage.read_json(storage.join(uri, manifest_name))
     except StorageError as error:
@@ -170,6 +178,8 @@ def open_folder(uri: Uri, manifest_name: str = "manifest.json") -> dict[str, Any
         raise NotFoundError(f"there is no complete folder at {os.fspath(uri)}: {error}") from error
     if not isinstance(manifest, dict):
         raise StorageError(f"{storage.join(uri, manifest_name)} is not a manifest (a JSON object); write the folder again")
+    if manifest.get("sha256") != sealed(manifest)["sha256"]:
+        raise StorageError(f"{storage.join(uri, manifest_name)} is damaged: its content does not have the SHA-256 that it states; write the folder again")
     return manifest
 
 

@@ -69,7 +69,7 @@ def test_manifest_is_not_trusted(root, tmp_path):
     uri = storage.join(root, "bundle")
     entry = {"sha256": "0" * 64, "size": 1}
     for files in ({"../../escape": entry}, {"/etc/x": entry}, {"a": {"size": 1}}, ["a"], None):
-        storage.write_json(uri + "/manifest.json", {"files": files})
+        storage.write_json(uri + "/manifest.json", folders.sealed({"files": files}))  # whoever forges names can seal them too
         with pytest.raises(StorageError, match="bundle: "):
             folders.verify_folder(uri, folders.open_folder(uri))
         with pytest.raises(StorageError, match="bundle: "):
@@ -304,3 +304,14 @@ def test_large_files_are_not_read_whole(root, tmp_path):
     peak = int(done.stdout)
     assert 2**20 < peak < (52 if storage.is_remote(root) else 16) * 2**20
     storage.remove_tree(root)
+
+
+def test_a_changed_manifest_is_found(root):
+    uri = storage.join(root, "sealed")
+    folders.commit_folder(uri, {"a": b"1"}, {"mean": 0.25})
+    assert folders.open_folder(uri)["mean"] == 0.25
+    manifest = storage.read_json(uri + "/manifest.json")
+    for forged in ({**manifest, "mean": 0.26}, {k: v for k, v in manifest.items() if k != "sha256"}):
+        storage.write_json(uri + "/manifest.json", forged)
+        with pytest.raises(StorageError, match=r"manifest\.json is damaged"):
+            folders.open_folder(uri)

@@ -141,7 +141,7 @@ class _Show(tune.Callback):
     def __init__(self, name: str, work: list[Unit], shared: Shared, progress: Progress, keep: str):
         self.name, self.work, self.shared, self.progress, self.keep = name, work, shared, progress, keep
         self.total = sum(len(unit.trials) for unit in work)
-        self.done = self.failed = self.pruned = self.running = 0
+        self.done = self.failed = self.pruned = 0
         self.began = time.time()
         self.best: dict[str, Record] = {}
 
@@ -149,20 +149,19 @@ class _Show(tune.Callback):
         """Tune pickles its callbacks to resume them; this one is made anew, and its terminal cannot be pickled."""
         return {}
 
-    def _line(self, final: bool = False) -> None:
+    def _line(self, trials: list[Any], final: bool = False) -> None:
         ended = self.done + self.failed + self.pruned
+        running = sum(len(self.work[one.config["unit"]].trials) for one in trials if one.status == "RUNNING")
         eta = (time.time() - self.began) / ended * (self.total - ended) if ended else float("nan")
         rest = f"  ETA {duration(eta)}" if ended and ended < self.total else ""
         pruned = f", {self.pruned} pruned" if self.pruned else ""
-        self.progress.update(f"{self.name}: trials {ended}/{self.total}  {self.running} running, {self.failed} failed{pruned}{rest}", final)
+        self.progress.update(f"{self.name}: trials {ended}/{self.total}  {running} running, {self.failed} failed{pruned}{rest}", final)
 
     def on_trial_start(self, iteration, trials, trial, **info):
-        self.running += len(self.work[trial.config["unit"]].trials)
-        self._line()
+        self._line(trials)
 
-    def _ended(self, one: Any) -> None:
+    def _ended(self, trials: list[Any], one: Any) -> None:
         unit = self.work[one.config["unit"]]
-        self.running = max(0, self.running - len(unit.trials))
         last = one.last_result or {}
         if last.get("finished"):
             self.failed += last["failed_trials"]
@@ -172,13 +171,13 @@ class _Show(tune.Callback):
             self.failed += len(unit.trials)
         else:
             self.pruned += len(unit.trials)
-        self._line(self.done + self.failed + self.pruned == self.total)
+        self._line(trials, self.done + self.failed + self.pruned == self.total)
 
     def on_trial_complete(self, iteration, trials, trial, **info):
-        self._ended(trial)
+        self._ended(trials, trial)
 
     def on_trial_error(self, iteration, trials, trial, **info):
-        self._ended(trial)
+        self._ended(trials, trial)
 
 
 def prune_bundles(root: str, trials: list[Trial], keep: str, best: dict[str, Record]) -> None:
