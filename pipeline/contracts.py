@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import numpy as np
@@ -56,7 +57,7 @@ class Batch:
             return [self]
         parts = -(-len(self) // size)
         cuts = [len(self) * i // parts for i in range(parts + 1)]
-        return [Batch(self.rows[i:j], self.keys[i:j], {n: t[i:j] for n, t in self.data.items()}) for i, j in zip(cuts, cuts[1:], strict=False)]
+        return [Batch(self.rows[i:j], self.keys[i:j], {n: t[i:j] for n, t in self.data.items()}) for i, j in pairwise(cuts)]
 
 
 @dataclass(frozen=True)
