@@ -1,3 +1,24 @@
 """One to Many: pretrain backbones once, adapt them to many targets, prove with numbers that the transfer paid."""
 
+import os
+
+RAY_SETTINGS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # else a job under `uv run` builds an environment anew for each of its workers
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_MAX_PENDING_TRIALS_PG": "16",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+"""What Ray reads when it is imported, hence set here, before any module can import it; the user's own values stand."""
+
+for _name, _value in RAY_SETTINGS.items():
+    os.environ.setdefault(_name, _value)
+
 __version__ = "0.1.0"

@@ -22,12 +22,6 @@ from pipeline.train import source
 from pipeline.train.loop import NonFiniteError, Ranks
 from pipeline.train.progress import Progress, training_line
 
-QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
-         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5", "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
-         "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
-         "RAY_AIR_NEW_OUTPUT": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "TOKENIZERS_PARALLELISM": "false", "RAY_TRAIN_ENABLE_STATE_TRACKING": "0"}
-
-
 class ClusterError(RuntimeError):
     """The cluster cannot give what the job asks for."""
 
@@ -40,8 +34,6 @@ def start(address: str | None, verbose: bool) -> None:
     """Join the cluster that is named (``--address`` or RAY_ADDRESS), else start one of our own. Does nothing when Ray runs already."""
     if ray.is_initialized():
         return
-    for name, value in QUIET.items():
-        os.environ.setdefault(name, value)
     level = logging.INFO if verbose else logging.ERROR
     for name in ("ray", "ray.data", "ray.train", "ray.tune"):
         logging.getLogger(name).setLevel(level)

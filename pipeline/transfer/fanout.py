@@ -247,8 +247,6 @@ def _tune(name: str, work: list[Unit], shared: Shared, spec: Fanout, resources: 
     asha = spec.scheduler == "asha" and any(unit.first.stage == "search" for unit in work) and not workers
     scheduler = GroupedASHA({i: unit.first.cell for i, unit in enumerate(work)}) if asha else None
     scratch = tempfile.mkdtemp(prefix="onetomany-tune-")
-    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
-    os.environ.setdefault("TUNE_MAX_PENDING_TRIALS_PG", "16")
     for one in (one for unit in work for one in unit.trials):  # an earlier failure's record must not pass for this run's
         storage.remove_tree(storage.join(trial.folder(shared, one), "record.json"))
     try:
