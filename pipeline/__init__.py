@@ -16,9 +16,11 @@ RAY_SETTINGS = {
     "TUNE_MAX_PENDING_TRIALS_PG": "16",
     "TOKENIZERS_PARALLELISM": "false",
 }
-"""What Ray reads when it is imported, hence set here, before any module can import it; the user's own values stand."""
-
-for _name, _value in RAY_SETTINGS.items():
-    os.environ.setdefault(_name, _value)
 
 __version__ = "0.1.0"
+
+
+def prepare_ray() -> None:
+    """Set what Ray, Tune and the tokenizers read from the environment, most of it when they are imported; the user's own values stand."""
+    for name, value in RAY_SETTINGS.items():
+        os.environ.setdefault(name, value)

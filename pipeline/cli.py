@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from pipeline import __version__
+from pipeline import __version__, prepare_ray
 from pipeline.job import Job, JobError
 from pipeline.jobfile import load, schema
 
@@ -237,6 +237,7 @@ def version() -> None:
 
 
 def main() -> None:
+    prepare_ray()
     app()
 
 

@@ -15,12 +15,13 @@ import ray
 import torch
 from ray.exceptions import GetTimeoutError, RayError, UserCodeException
 
-from pipeline import storage
+from pipeline import prepare_ray, storage
 from pipeline.data.stream import DataWorkers
 from pipeline.job import Source
 from pipeline.train import source
 from pipeline.train.loop import NonFiniteError, Ranks
 from pipeline.train.progress import Progress, training_line
+
 
 class ClusterError(RuntimeError):
     """The cluster cannot give what the job asks for."""
@@ -34,7 +35,9 @@ def start(address: str | None, verbose: bool) -> None:
     """Join the cluster that is named (``--address`` or RAY_ADDRESS), else start one of our own. Does nothing when Ray runs already."""
     if ray.is_initialized():
         return
+    prepare_ray()
     level = logging.INFO if verbose else logging.ERROR
+    os.environ.setdefault("RAY_DATA_LOG_LEVEL", logging.getLevelName(level))  # Ray Data sets its logger up when it is imported
     for name in ("ray", "ray.data", "ray.train", "ray.tune"):
         logging.getLogger(name).setLevel(level)
     where = address or os.environ.get("RAY_ADDRESS") or "local"

@@ -6,7 +6,6 @@ writes each trial's record when it ends, so an interrupted fan-out goes on with 
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 import time
