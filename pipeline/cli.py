@@ -34,9 +34,9 @@ def _fail(message: str, code: int) -> typer.Exit:
     return typer.Exit(code)
 
 
-def _job(file: Path, overrides: list[str] | None) -> Job:
+def _job(file: Path, overrides: list[str] | None, elsewhere: bool = False) -> Job:
     try:
-        return load(file, overrides or [])
+        return load(file, overrides or [], elsewhere)
     except JobError as error:
         raise _fail(str(error), 2) from None
 
@@ -46,7 +46,7 @@ def _stages(file: Path, overrides: list[str] | None, address: str | None, verbos
     job = _job(file, overrides)
     if not job.targets and set(verbs) & {"score", "finetune"} and verbs != ("pretrain", "finetune", "report"):
         raise _fail(f"{file}: this job has no targets", 2)
-    from pipeline import bundle, storage
+    from pipeline import bundle, lease, storage
     from pipeline.train import launch
     from pipeline.train.progress import Progress
     from pipeline.transfer import stages
@@ -55,9 +55,12 @@ def _stages(file: Path, overrides: list[str] | None, address: str | None, verbos
         try:
             state = stages.check(job, progress, verbose=verbose, growing=growing)
             if dry:
-                out.print("\n".join(stages.describe(state)), markup=False, soft_wrap=True)
+                from pipeline.transfer import dry_run
+
+                out.print("\n".join(dry_run.describe(state)), markup=False, soft_wrap=True)
                 return
-            code = _run(state, address, verbs)
+            with lease.hold(job.root):
+                code = _run(state, address, verbs)
         except KeyboardInterrupt:
             progress.note("stopped; what is finished is kept, the same command goes on from here")
             code = 130
@@ -72,9 +75,16 @@ def _stages(file: Path, overrides: list[str] | None, address: str | None, verbos
 
 def _run(state: Any, address: str | None, verbs: tuple[str, ...]) -> int:
     from pipeline.train import launch
-    from pipeline.transfer import report, results, stages
+    from pipeline.transfer import fanout, stages
 
+    if "finetune" in verbs and (before := stages.ended(state)) and all(done for _, done in before):
+        for name, stage in state.sources.items():
+            state.progress.note(f"{name}: done before ({stage.bundle_uri})")
+        state.progress.note(f"all {len(before)} trials are done; nothing to run")
+        return _show(state, stages.current(state))
     launch.start(address, state.verbose)
+    if "finetune" in verbs and not state.growing:
+        fanout.check_fits(state.job, launch.nodes())
     if "pretrain" in verbs:
         stages.pretrain(state)
     if not state.targets or not {"score", "finetune"} & set(verbs):
@@ -83,13 +93,26 @@ def _run(state: Any, address: str | None, verbs: tuple[str, ...]) -> int:
     if "score" in verbs:
         _print_scores(stages.score(state, shared))
     if "finetune" not in verbs:
-        return 0
-    trials = stages.finetune(state, shared)
-    rows = results.filled(stages.collect(state, shared, trials))
+        return 1 if state.broken else 0
+    return _show(state, _rows_of(state, stages.finetune(state, shared)))
+
+
+def _rows_of(state: Any, trials: list[Any]) -> list[dict[str, Any]]:
+    from pipeline.transfer import results, stages
+
+    return results.filled(stages.collect(state, trials))
+
+
+def _show(state: Any, rows: list[dict[str, Any]]) -> int:
+    """Print the table, write the report, name what failed; the exit code."""
+    from pipeline.transfer import report, results, stages
+
     cells, where = stages.show(state, rows)
     out.print(report.table(cells))
+    for line in results.duplicates(rows):
+        err.print(f"warning: {line}", markup=False)
     out.print(f"report: {where[1]}  results: {state.job.root}/results.parquet", markup=False, soft_wrap=True)
-    failed = stages.failures(rows)
+    failed = stages.failures(state, rows)
     for line in failed:
         err.print(f"failed: {line}", markup=False)
     return 1 if failed else 0
@@ -134,7 +157,6 @@ def report(job: JobFile, set_: Set = None) -> None:
     spec = _job(job, set_)
     from pipeline import storage
     from pipeline.train.progress import Progress
-    from pipeline.transfer import report as reports
     from pipeline.transfer import stages
 
     try:
@@ -142,11 +164,9 @@ def report(job: JobFile, set_: Set = None) -> None:
         rows = stages.current(state)
         if not rows:
             raise _fail(f"{spec.root}: no results of this job yet; run it first", 1)
-        cells, where = stages.show(state, rows)
+        raise typer.Exit(_show(state, rows))
     except (ValueError, storage.StorageError) as error:
         raise _fail(str(error), 2) from None
-    out.print(reports.table(cells))
-    out.print(f"report: {where[1]}  results: {spec.root}/results.parquet", markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -163,7 +183,11 @@ def predict(bundle: Annotated[str, typer.Argument(help="A fine-tuned bundle (fol
     from pipeline.train.progress import Progress
     from pipeline.transfer import apply
 
+    wrong = [c for c in column or () if not all(c.partition("="))]
+    if wrong:
+        raise _fail(f"--column {wrong[0]}: write ROLE=NAME, e.g. image=picture", 2)
     try:
+        apply.check(bundle)
         launch.start(address, verbose)
         with Progress() as progress:
             written = apply.predict(bundle, data, output, dict(c.split("=", 1) for c in column or ()), format, progress)
@@ -171,6 +195,8 @@ def predict(bundle: Annotated[str, typer.Argument(help="A fine-tuned bundle (fol
         raise _fail("stopped; the same command goes on from here", 130) from None
     except (bundles.BundleError, storage.StorageError, ValueError) as error:
         raise _fail(str(error), 2) from None
+    except launch.ClusterError as error:
+        raise _fail(str(error), 1) from None
     finally:
         launch.stop()
     out.print(written, markup=False, soft_wrap=True)
@@ -199,7 +225,7 @@ def submit(job: JobFile, address: Annotated[str, typer.Option(help="Job API of t
            submission_id: Annotated[str | None, typer.Option(help="Name of the submission; none: made up.")] = None,
            follow: Annotated[bool, typer.Option(help="Follow the log and exit with the job's own code.")] = True) -> None:
     """Run the same job on a Ray cluster; follows its log and exits with its code."""
-    _job(job, set_)
+    _job(job, set_, elsewhere=True)
     from cluster.submit import SubmitError, parse_env
     from cluster.submit import submit as send
 

@@ -88,7 +88,7 @@ class Modality(ABC):
     roles: ClassVar[tuple[str, ...]] = ()
     """Column roles that the modality reads, the first one being the input itself."""
     packed_roles: ClassVar[tuple[str, ...]] = ()
-    """Column roles of the rows that ``pack`` makes."""
+    """Column roles of the rows that ``pack`` makes; ``tokenize`` makes the first one."""
 
     def __init__(self, options: Any, state: dict[str, Any]):
         self.options, self.state = options, state
@@ -106,9 +106,18 @@ class Modality(ABC):
         """What a backbone must know to be built: channels and size, or vocabulary and length."""
         return {}
 
-    def pack(self, table: Any, columns: dict[str, str]) -> Any:
-        """Documents to fixed rows (a pyarrow table), for objectives that are ``packed``. Raises ValueError where it makes no sense."""
+    def pack(self, table: Any, columns: dict[str, str]) -> tuple[Any, list[str]]:
+        """Documents to fixed rows (a pyarrow table) for objectives that are ``packed``, and for each document "" or the reason why it was
+        left out. Raises ValueError where it makes no sense."""
         raise ValueError(f"modality {self.registered_name} cannot be packed")
+
+    def tokenize(self, table: Any, columns: dict[str, str]) -> tuple[Any, list[str]] | None:
+        """Rows in a form that is cheaper to decode, made once per corpus; None where the rows are as good as they are.
+
+        The good rows (a pyarrow table), the modality's own column replaced by the first of ``packed_roles``, and for each row "" or the reason
+        why it was left out. ``decode`` reads them when ``columns`` names that role alone, and gives what it gives for the rows themselves.
+        """
+        return None
 
     def collate(self, arrays: Arrays) -> dict[str, Tensor]:
         """Arrays of one batch to host tensors."""
@@ -160,7 +169,8 @@ class Objective(nn.Module, ABC):
     registered_name: ClassVar[str]
     options_class: ClassVar[type[Options]]
     roles: ClassVar[tuple[str, ...]] = ()
-    """Column roles that it reads beyond the modality's."""
+    """Column roles that it reads beyond the modality's, and those that it reads where they are given."""
+    optional_roles: ClassVar[tuple[str, ...]] = ()
     metrics: ClassVar[tuple[str, ...]] = ("loss",)
     """Names in pipeline.metrics, the primary one first."""
     packed: ClassVar[bool] = False

@@ -1,20 +1,21 @@
-"""The job: one YAML file, typed and frozen, with errors that name the file, the line, the value and the nearest right name.
+"""The job: its parts typed and frozen, what they refuse, and their JSON Schema. `jobfile` reads it from YAML, and has the rules of the text.
 
 Nothing here imports torch or Ray: every mistake of a job file is reported at once, before anything starts.
-The rules of the text: a doubled key is refused, ``1e-4`` is a number, ``${NAME}`` comes from the environment, data paths are
-relative to the job file, ``storage`` to the current folder, and ``--set a.b=c`` overrides any field.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from pipeline import registry, storage
+from pipeline import registry, s3, storage
 
 STARTS = ("bundle:", "file:", "hf:", "timm-hub:")
 """Prefixes of an existing checkpoint: a bundle, a safetensors or state-dict file, a Hugging Face folder, a timm hub name."""
@@ -28,15 +29,20 @@ class JobError(ValueError):
         self.problems = problems
 
 
-class Spec(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class Spec(registry.Strict):
+    """Base of every part of a job: frozen, an undeclared field is refused, and true and false are no numbers."""
 
-    @field_validator("*", mode="before")
-    @classmethod
-    def _truth_is_no_number(cls, value, info):
-        if isinstance(value, bool) and "bool" not in str(cls.model_fields[info.field_name].annotation):
-            raise ValueError("true and false are no value here")
-        return value
+
+Whole = Annotated[int, BeforeValidator(registry.no_truth)]
+Number = Annotated[float, BeforeValidator(registry.no_truth)]
+"""Numbers in lists: pydantic alone would read true as 1."""
+
+
+def _refuse(problems: list[tuple[tuple[str | int, ...], str]]) -> None:
+    """Raise what is wrong with parts of a spec, each at its own place in it."""
+    if problems:
+        raise ValidationError.from_exception_data("job", [
+            InitErrorDetails(type=PydanticCustomError("value_error", "{text}", {"text": text}), loc=loc, input={}) for loc, text in problems])
 
 
 class Plug(Spec):
@@ -65,7 +71,7 @@ Uris = str | list[str]
 
 
 def _fraction(value: float | int) -> float | int:
-    if value <= 0 or (isinstance(value, float) and value > 1):
+    if not value > 0 or (isinstance(value, float) and value > 1):
         raise ValueError("a share is above 0 and at most 1.0; rows per class are an integer of at least 1")
     return value
 
@@ -78,7 +84,8 @@ class Data(Spec):
     validation: Uris | None = Field(None, description="files of the validation split; absent: validation_fraction of train")
     test: Uris | None = Field(None, description="files of the test split")
     modality: Plug = Field(description="image, text, ...: how a row becomes tensors")
-    columns: dict[str, str] = Field(default_factory=dict, description="role to column name, e.g. {image: image, label: label}")
+    columns: dict[str, str] = Field(
+        default_factory=dict, description="role to column name, e.g. {image: image, label: label}, for the roles that modality and objective read")
     format: Literal["auto", "parquet", "images", "jsonl", "csv", "text"] = Field("auto", description="auto: by file name")
     where: dict[str, list[str | int | float | bool]] = Field(default_factory=dict, description="keep rows whose column holds one of these values")
     split_column: str | None = Field(None, description="a column that names each row's split; it is obeyed")
@@ -91,7 +98,7 @@ class Data(Spec):
     max_bad_rows: float = Field(0.01, ge=0, le=1, description="share of rows that may be undecodable before the run stops")
     decode: Literal["auto", "memory", "workers", "train"] = Field(
         "auto", description="where rows are decoded: once into shared memory, in Ray Data workers, or in the train worker itself; "
-        "auto: sources in Ray Data workers, targets in memory when they fit")
+        "auto: sources in Ray Data workers, targets in memory when they fit; workers: sources only")
     shuffle: Literal["auto", "rows", "blocks"] = Field(
         "auto", description="rows: a full permutation; blocks: row groups permuted, rows permuted inside; auto: rows up to 256 MiB of files")
 
@@ -131,13 +138,48 @@ class Train(Spec):
     log_every_steps: int = Field(10, ge=1, description="write metrics every so many steps")
     keep: Literal["best", "last"] = Field("best", description="which weights the bundle holds: best by validation, or last")
     max_bad_steps: int = Field(5, ge=1, description="non-finite steps in a row (each is skipped) before the run stops")
-    trace_rows: bool = Field(False, description="write the row ids of every step beside the metrics (an audit of the data order)")
+    trace_rows: bool = Field(False, description="write the row ids of every step beside the metrics (an audit of the data order); local storage only")
 
     @model_validator(mode="after")
     def _one_length(self):
         if self.steps is not None and self.epochs is not None:
             raise ValueError("give steps or epochs, not both")
         return self
+
+
+_INTEGER = (int, int | None)
+NUMERIC = tuple(name for name, field in Train.model_fields.items() if field.annotation in (*_INTEGER, float, float | None))
+"""Fields of train that can be searched."""
+
+
+def drawn(train: Train, hyper: Mapping[str, Any]) -> Train:
+    """The train spec with some fields set: steps take the place of epochs, and epochs that of steps.
+
+    Raises ValidationError for an unknown field or a value that its field does not take.
+    """
+    lengths = ("steps", "epochs") if {"steps", "epochs"} & hyper.keys() else ()
+    return Train.model_validate({**train.model_dump(), **dict.fromkeys(lengths), **hyper})
+
+
+def rounded(name: str, value: float) -> float:
+    """A value of a search as it is drawn: whole for a field of whole numbers, else of six digits."""
+    return round(value) if Train.model_fields[name].annotation in _INTEGER else float(f"{value:.6g}")
+
+
+def search_problems(search: Mapping[str, list[float]], trains: Iterable[Train]) -> list[tuple[str, str]]:
+    """(field, what is wrong) of every end of a range and every choice that the train spec of some target does not take."""
+    specs = list(trains) or [Train.model_validate({})]
+    out: dict[tuple[str, str], None] = {}
+    for name, values in search.items():
+        for value in values:
+            draw = rounded(name, value)
+            for train in specs:
+                try:
+                    drawn(train, {name: draw})
+                except ValidationError as error:
+                    shown = f"{value}" if draw == value else f"{value} (drawn as {draw})"
+                    out[name, f"{shown} is refused: {error.errors()[0]['msg'].removeprefix('Value error, ')}"] = None
+    return list(out)
 
 
 class Source(Spec):
@@ -148,7 +190,7 @@ class Source(Spec):
     init: str | None = Field(None, description="weights to start from: bundle:URI, file:PATH (safetensors or state dict), hf:FOLDER")
     objective: Plug | None = Field(None, description="classification, mlm, clm, ...")
     train: Train = Field(default_factory=lambda: Train.model_validate({}), description="how to pretrain")
-    workers: int | tuple[int, int] = Field(1, description="DDP ranks; [2, 8] is elastic")
+    workers: int | tuple[Whole, Whole] = Field(1, description="DDP ranks; [2, 8] is elastic")
     cpus_per_worker: float | None = Field(None, gt=0, description="logical CPUs a rank; none: by the machine")
     gpus_per_worker: float | None = Field(None, ge=0, description="GPUs a rank; none: 1 when the cluster has GPUs")
     max_failures: int = Field(3, ge=-1, description="restarts from the last checkpoint before giving up; -1: without end")
@@ -175,7 +217,7 @@ class Target(Spec):
     data: Data = Field(description="the target's rows")
     objective: Plug = Field(description="classification, ...")
     metric: str | None = Field(None, description="primary metric; none: the objective's first")
-    label_fractions: list[Annotated[float | int, AfterValidator(_fraction)]] = Field(
+    label_fractions: list[Annotated[float | int, BeforeValidator(registry.no_truth), AfterValidator(_fraction)]] = Field(
         default_factory=lambda: [1.0], description="floats: shares (stratified, nested); integers: rows a class")
     sources: list[str] | None = Field(None, description="which sources to adapt; none: all of the same modality")
     techniques: list[Plug] | None = Field(None, description="techniques for this target alone; none: the job's")
@@ -190,13 +232,23 @@ class Select(Spec):
     top: int = Field(2, ge=1, description="how many sources to keep for each target")
 
 
+def _searchable(name: str) -> str:
+    if name not in Train.model_fields:
+        raise ValueError(f"unknown field of train; {registry.nearest(name, NUMERIC)}")
+    if name not in NUMERIC:
+        raise ValueError(f"{name} of train is no number and cannot be searched; these can: {', '.join(NUMERIC)}")
+    return name
+
+
 class Fanout(Spec):
     """How the trials are drawn and run."""
 
     seeds: int = Field(3, ge=1, description="final runs of every cell; a seed changes initialisation, row order and label subset")
-    trials: int = Field(1, ge=1, description="hyper-parameter draws of every cell, the same for scratch; the best on validation goes on")
-    search: dict[str, list[float]] = Field(
-        default_factory=dict, description="field of train to [low, high] (log-uniform), or to 3 or more values to choose from")
+    trials: int = Field(1, ge=1, description="hyper-parameter draws of every cell from search, the same for scratch; the best on validation goes on")
+    search: dict[Annotated[str, AfterValidator(_searchable)], list[Number]] = Field(
+        default_factory=dict, json_schema_extra={"propertyNames": {"enum": list(NUMERIC)}},
+        description="numeric field of train to [low, high] (log-uniform), or to 3 or more values to choose from; needs trials above 1; "
+        "steps drawn take the place of a target's epochs, and the other way round")
     scheduler: Literal["fifo", "asha"] = Field("fifo", description="asha stops the worse search trials of a cell early")
     gpus_per_trial: float | None = Field(None, ge=0, description="share of a GPU for one trial; none: 0.25 when there are GPUs")
     cpus_per_trial: float = Field(1.0, gt=0, description="logical CPUs of one trial")
@@ -206,15 +258,19 @@ class Fanout(Spec):
 
     @model_validator(mode="after")
     def _ranges(self):
+        problems: list[tuple[tuple[str | int, ...], str]] = []
         for name, values in self.search.items():
-            if name not in Train.model_fields:
-                raise ValueError(f"search.{name}: unknown field of train; {registry.nearest(name, Train.model_fields)}")
-            if len(values) == 2 and not 0 < values[0] <= values[1]:
-                raise ValueError(f"search.{name}: {values} must be [low, high] with 0 < low <= high")
-            if len(values) < 2:
-                raise ValueError(f"search.{name}: give [low, high] or three or more values")
+            if not all(map(math.isfinite, values)):
+                problems.append((("search", name), f"{values}: every value must be finite"))
+            elif len(values) == 2 and not 0 < values[0] <= values[1]:
+                problems.append((("search", name), f"{values} must be [low, high] with 0 < low <= high"))
+            elif len(values) < 2:
+                problems.append((("search", name), "give [low, high] or three or more values"))
+        if {"steps", "epochs"} <= self.search.keys():
+            problems.append((("search", "epochs"), "search steps or epochs, not both"))
         if self.trials > 1 and not self.search:
-            raise ValueError("trials above 1 needs search: a field of train with its range, e.g. {lr: [1e-4, 1e-2]}")
+            problems.append((("trials",), "trials above 1 needs search: a field of train with its range, e.g. {lr: [1e-4, 1e-2]}"))
+        _refuse(problems)
         return self
 
 
@@ -222,7 +278,7 @@ class Job(Spec):
     """One job file: sources x targets x techniques x seeds, as one table."""
 
     name: str = Field(description="names the folder under storage", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
-    storage: str = Field("runs", description="a folder or s3://bucket/prefix, relative to the current folder")
+    storage: str = Field("runs", description="a folder (relative to the current one), file:///folder or s3://bucket/prefix")
     seed: int = Field(0, ge=0, description="everything random follows from it")
     sources: dict[str, Source] = Field(description="what to pretrain on, or existing checkpoints", min_length=1)
     targets: dict[str, Target] = Field(default_factory=dict, description="the tasks")
@@ -231,20 +287,58 @@ class Job(Spec):
     fanout: Fanout = Field(default_factory=lambda: Fanout.model_validate({}), description="seeds, search and resources")
 
     @model_validator(mode="after")
-    def _known_sources(self):
-        for name, target in self.targets.items():
-            for source in target.sources or ():
-                if source not in self.sources:
-                    raise ValueError(f"targets.{name}.sources: unknown source {source!r}; {registry.nearest(source, self.sources)}")
+    def _fits_together(self):
+        problems: list[tuple[tuple[str | int, ...], str]] = [
+            (("targets", name, "sources", i), f"unknown source {source!r}; {registry.nearest(source, self.sources)}")
+            for name, target in self.targets.items() for i, source in enumerate(target.sources or ()) if source not in self.sources]
+        found = search_problems(self.fanout.search, (target.train for target in self.targets.values()))
+        _refuse(problems + [(("fanout", "search", field), text) for field, text in found])
         return self
 
     @property
     def root(self) -> str:
         """Folder of this job's runs, absolute: Ray's workers have current folders of their own."""
-        return storage.join(self.storage if storage.is_remote(self.storage) else os.path.abspath(self.storage), self.name)
+        remote, path = s3.split(self.storage)
+        return storage.join(self.storage if remote else os.path.abspath(path), self.name)
 
 
 def spec_hash(*parts: Any) -> str:
     """12 hex digits of SHA-256 over the canonical JSON of the parts (specs or plain values)."""
     plain = [part.model_dump(mode="json") if isinstance(part, BaseModel) else part for part in parts]
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def schema() -> dict:
+    """JSON Schema of a job, with descriptions, for editors; registered names are listed as enumerations."""
+    out = Job.model_json_schema()
+    plug = out["$defs"].pop("Plug")
+    del plug
+
+    def choice(kind: str) -> dict:
+        names = registry.names(kind)
+        text: dict[str, Any] = {"type": "string", "enum": names} if kind != "model" else {
+            "type": "string", "pattern": rf"^(({'|'.join(names)})/.+|({'|'.join(p[:-1] for p in STARTS)}):.+)$"}
+        options = {name: {"anyOf": [registry.entry(kind, name).options.model_json_schema(), {"type": "null"}]} for name in names}
+        table = {"type": "object", "minProperties": 1, "maxProperties": 1}
+        if kind == "model":
+            table["additionalProperties"] = False
+            table["patternProperties"] = {f"^{name}/": value for name, value in options.items()}
+        else:
+            table |= {"properties": options, "additionalProperties": False}
+        return {"anyOf": [text, table]}
+
+    kinds = {"modality": "modality", "backbone": "model", "objective": "objective", "techniques": "technique"}
+
+    def put(node: Any, field: str = "") -> Any:
+        if isinstance(node, list):
+            return [put(item, field) for item in node]
+        if not isinstance(node, dict):
+            return node
+        if node.get("$ref") == "#/$defs/Plug":
+            return {**choice(kinds[field]), **{k: v for k, v in node.items() if k == "description"}}
+        return {k: ({name: put(sub, name) for name, sub in v.items()} if k == "properties" else put(v, field))
+                for k, v in node.items() if not (k == "default" and field == "techniques")}
+
+    out = put(out)
+    out["$schema"], out["title"] = "https://json-schema.org/draft/2020-12/schema", "One to Many job"
+    return out

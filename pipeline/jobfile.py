@@ -1,7 +1,8 @@
-"""Reading a job file: YAML with line numbers, overrides, every mistake at once with the nearest right name, and the JSON Schema.
+"""Reading a job file: YAML with line numbers, overrides, and every mistake at once with the nearest right name.
 
-The rules of the text: a doubled key is refused, ``1e-4`` is a number, ``${NAME}`` comes from the environment, data paths are
-relative to the job file, ``storage`` to the current folder, and ``--set a.b=c`` overrides any field.
+The rules of the text: a doubled key is refused, ``1e-4`` is a number, a date is text, ``<<: *anchor`` merges (own keys win),
+``${NAME}`` comes from the environment, data paths are relative to the job file, ``storage`` to the current folder, and
+``--set a.b=c`` overrides any field.
 """
 
 from __future__ import annotations
@@ -15,37 +16,69 @@ import yaml
 from pydantic import ValidationError
 
 from pipeline import registry, storage
-from pipeline.job import STARTS, Data, Fanout, Job, JobError, Plug, Select, Source, Spec, Target, Train
+from pipeline.job import STARTS, Data, Fanout, Job, JobError, Plug, Select, Source, Spec, Target, Train, search_problems
+from pipeline.job import schema as schema
 
 # ---------------------------------------------------------------- reading the text
 
 class _Loader(yaml.SafeLoader):
-    """YAML as its users mean it: 1e-4 is a number."""
+    """YAML as its users mean it: 1e-4 is a number, 2026-10-01 is text."""
 
 
-_Loader.yaml_implicit_resolvers = {key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
+_YAML = "tag:yaml.org,2002:"
+_Loader.yaml_implicit_resolvers = {
+    key: [(tag, expression) for tag, expression in value if tag != f"{_YAML}timestamp"] for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.add_implicit_resolver(f"{_YAML}float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
 
 Path_ = tuple[str | int, ...]
+MOST_DEEP = 64
 
 
 def _plain(node: yaml.Node, loader: _Loader, path: Path_, lines: dict[Path_, int], problems: list[tuple[int, str]]) -> Any:
     lines[path] = node.start_mark.line + 1
-    if len(path) > 64:
+    if len(path) > MOST_DEEP:
         raise yaml.YAMLError("nested too deeply, or an alias that holds itself")
     if isinstance(node, yaml.MappingNode):
         out: dict[str, Any] = {}
-        for key_node, value_node in node.value:
-            key = str(loader.construct_object(key_node))
-            if key in out:
-                problems.append((key_node.start_mark.line + 1, f"{_dots((*path, key))}: this key stands here twice; remove one"))
+        for key, (line, value_node) in _pairs(node, path, problems).items():
             out[key] = _plain(value_node, loader, (*path, key), lines, problems)
-            lines[(*path, key)] = key_node.start_mark.line + 1
+            lines[(*path, key)] = line
         return out
     if isinstance(node, yaml.SequenceNode):
         return [_plain(child, loader, (*path, i), lines, problems) for i, child in enumerate(node.value)]
-    value = loader.construct_object(node)
+    try:
+        value = loader.construct_object(node)
+    except (ValueError, LookupError, AttributeError) as error:  # a text that looks like what it is not, or a tag that does not fit
+        problems.append((lines[path], f"{_dots(path)}: {node.value!r} is no {node.tag.removeprefix(_YAML)} ({error}); put it in quotes if it is text"))
+        return node.value
     return _expand(value, lines[path], path, problems) if isinstance(value, str) else value
+
+
+def _pairs(node: yaml.MappingNode, path: Path_, problems: list[tuple[int, str]], depth: int = 0) -> dict[str, tuple[int, yaml.Node]]:
+    """(line, value) of every key of a mapping: its own, and below them the merged ones (<<), of which the first named wins."""
+    own: dict[str, tuple[int, yaml.Node]] = {}
+    merged: dict[str, tuple[int, yaml.Node]] = {}
+    if depth > MOST_DEEP:
+        raise yaml.YAMLError("nested too deeply, or an alias that merges itself")
+    merges = 0
+    for key_node, value_node in node.value:
+        line = key_node.start_mark.line + 1
+        if not isinstance(key_node, yaml.ScalarNode):
+            problems.append((line, f"{_dots(path)}: a key is a text, no list or mapping"))
+            continue
+        key, merge = key_node.value, key_node.tag == f"{_YAML}merge"
+        merges += merge
+        if key in own or (merge and merges > 1):
+            problems.append((line, f"{_dots((*path, key))}: this key stands here twice; {'write <<: [*one, *two]' if merge else 'remove one'}"))
+        if not merge:
+            own[key] = (line, value_node)
+            continue
+        for base in value_node.value if isinstance(value_node, yaml.SequenceNode) else [value_node]:
+            if isinstance(base, yaml.MappingNode):
+                merged = {**_pairs(base, path, problems, depth + 1), **merged}
+            else:
+                problems.append((line, f"{_dots((*path, key))}: merges a mapping or a list of mappings, e.g. <<: *anchor"))
+    return {**merged, **own}
 
 
 def _expand(text: str, line: int, path: Path_, problems: list[tuple[int, str]]) -> str:
@@ -94,7 +127,7 @@ def _override(data: dict, setting: str, problems: list[tuple[int, str]]) -> Path
     except yaml.YAMLError as error:
         problems.append((0, f"--set {setting}: the value is not valid YAML: {getattr(error, 'problem', error)}"))
         return ()
-    problems.extend(inner)
+    problems.extend((0, f"{message} (from --set {setting})") for _, message in inner)
     steps: list[str | int] = []
     at: Any = data
     for i, part in enumerate(path):
@@ -136,17 +169,25 @@ def _say(error: Any) -> str:
         return f"unknown field; {registry.nearest(str(error['loc'][-1]), _fields_at(tuple(error['loc'][:-1])))}"
     if kind == "missing":
         return "this field is required"
-    shown = "" if isinstance(value, (dict, list)) else f" (got {value!r})"
+    shown = "" if isinstance(value, (dict, list)) or error["loc"][-1:] == ("[key]",) else f" (got {value!r})"
     return error["msg"].removeprefix("Value error, ") + shown
 
 
 def _typed_problems(error: ValidationError) -> list[tuple[Path_, str]]:
     """Each wrong value once, at its own place: pydantic tells every member of a union, under a made-up part of the path."""
     out: dict[Path_, str] = {}
+    unions: set[Path_] = set()
+    keys = {item["loc"][:-1] for item in error.errors() if item["loc"][-1:] == ("[key]",)}
     for item in error.errors():
-        loc = tuple(part for part in item["loc"] if part not in ("int", "float", "str", "bool", "[key]") and not re.fullmatch(r"(tuple|list)\[.*\]", str(part)))
+        made_up = [part in ("int", "float", "str", "bool", "[key]") or bool(re.fullmatch(r"(tuple|list)\[.*\]", str(part))) for part in item["loc"]]
+        loc = tuple(part for part, no_part in zip(item["loc"], made_up, strict=True) if not no_part)
+        if item["loc"][-1:] != ("[key]",) and any(item["loc"][:len(key)] == key for key in keys):
+            continue  # the value of a wrong key
         out[loc] = f"{out[loc]}; or: {_say(item)}" if loc in out else _say(item)
-    return list(out.items())
+        if made_up[-1:] == [True]:
+            unions.add(loc)
+    inner = {loc[:n] for loc in out for n in range(len(loc))}
+    return [(loc, text) for loc, text in out.items() if loc not in unions & inner]  # "no number" of a list whose second item is wrong
 
 
 def _plug_problems(kind: str, raw: Any, path: Path_) -> list[tuple[Path_, str]]:
@@ -186,13 +227,13 @@ def _plug_problems(kind: str, raw: Any, path: Path_) -> list[tuple[Path_, str]]:
     return []
 
 
-def _start_problems(text: Any, path: Path_, folder: Path) -> list[tuple[Path_, str]]:
+def _start_problems(text: Any, path: Path_, folder: Path, elsewhere: bool) -> list[tuple[Path_, str]]:
     if not isinstance(text, str) or not text.startswith(STARTS):
         known = f"write one of {', '.join(STARTS)} followed by a path" if path[-1] == "init" and isinstance(text, str) else ""
         return [(path, f"{text!r} is no checkpoint; {known}")] if known else []
     prefix, uri = text.split(":", 1)
     try:
-        if prefix == "timm-hub" or storage.is_remote(uri):
+        if prefix == "timm-hub" or storage.is_remote(uri) or (elsewhere and _is_absolute(uri)):
             return []
     except storage.StorageError as error:
         return [(path, str(error))]
@@ -210,44 +251,97 @@ def _place(uri: str, folder: Path) -> str:
     return uri if storage.is_remote(uri) or uri.startswith("file://") else str((folder / uri).resolve())
 
 
-def _missing(uri: str, folder: Path) -> str:
+def _is_absolute(uri: str) -> bool:
+    return uri.startswith("file:///") or Path(uri).is_absolute()
+
+
+def _missing(uri: str, folder: Path, elsewhere: bool) -> str:
     """What is wrong with a place of data, or nothing."""
     try:
         place = _place(uri, folder)
-        found = storage.is_remote(place) or storage.exists(place) or storage.glob(place)
+        found = storage.is_remote(place) or (elsewhere and _is_absolute(uri)) or storage.exists(place) or storage.glob(place)
     except storage.StorageError as error:
         return str(error)
     return "" if found else f"{uri}: no such file, folder or glob (looked for {place})"
 
 
-def _name_problems(data: dict, folder: Path) -> list[tuple[Path_, str]]:
-    """Unknown names, wrong options and missing files, in the raw mapping (so that they are found beside other mistakes)."""
+def _role_problems(part: dict, path: Path_) -> list[tuple[Path_, str]]:
+    """Columns whose role neither the modality nor the objective has, and required roles without a column."""
+    columns = part["data"].get("columns", {})
+    try:
+        plugs = [("modality", Plug.model_validate(part["data"].get("modality"))), ("objective", Plug.model_validate(part.get("objective")))]
+        (inputs, optional_inputs), (labels, optional_labels) = (registry.roles(kind, plug.name) for kind, plug in plugs)
+    except ValueError:
+        return []  # an unknown name or a wrong shape, reported with its place elsewhere
+    if not isinstance(columns, dict):
+        return []
+    required, place = dict.fromkeys((*inputs, *labels)), (*path, "data", "columns")
+    known = {*required, *optional_inputs, *optional_labels}
+    return [*(((*place, role), f"unknown role; {registry.nearest(role, known)}") for role in columns if role not in known),
+            *((place, f"role {role!r} has no column; say columns: {{{role}: NAME}}") for role in required if role not in columns)]
+
+
+def _search_problems(data: dict) -> list[tuple[Path_, str]]:
+    """What is wrong with the search, told also while other parts of the job are wrong."""
+    def valid(spec: type[Spec], raw: Any) -> Any:
+        try:
+            return spec.model_validate({} if raw is None else raw)
+        except ValidationError:
+            return None  # reported by the typed pass
+
+    fanout = data.get("fanout")
+    search = fanout.get("search") if isinstance(fanout, dict) else None
+    if not isinstance(fanout, dict) or not isinstance(search, dict) or not search:
+        return []
+    trains = [train for part in _mappings(data.get("targets")).values() if (train := valid(Train, part.get("train")))]
+    fields = [one for name, values in search.items() if (one := valid(Fanout, {"trials": 2, "search": {name: values}}))]
+    count = valid(Fanout, {"trials": fanout.get("trials", 1), "search": {"lr": [1, 1]}})
+    alone: list[tuple[Path_, str]] = [(("fanout", "search"), "search needs trials above 1, e.g. trials: 8")] if count and count.trials == 1 else []
+    return alone + [(("fanout", "search", name), text) for one in fields for name, text in search_problems(one.search, trains)]
+
+
+def _mappings(value: Any) -> dict[str, dict]:
+    return {k: v for k, v in value.items() if isinstance(v, dict)} if isinstance(value, dict) else {}
+
+
+def _data_problems(part: dict, path: Path_, folder: Path, elsewhere: bool) -> list[tuple[Path_, str]]:
     out: list[tuple[Path_, str]] = []
+    rows, at = part["data"], (*path, "data")
+    if "modality" in rows:
+        out += _plug_problems("modality", rows["modality"], (*at, "modality"))
+    for field in ("uri", "train", "validation", "test"):
+        for uri in [rows[field]] if isinstance(rows.get(field), str) else _listed(rows.get(field)):
+            if isinstance(uri, str) and (problem := _missing(uri, folder, elsewhere)):
+                out.append(((*at, field), problem))
+    if path[0] == "targets" and rows.get("decode") == "workers":
+        out.append(((*at, "decode"), "targets are decoded in memory or in the train worker: say decode: memory, train or auto"))
+    return out + _role_problems(part, path)
 
-    def each(value) -> dict:
-        return {k: v for k, v in value.items() if isinstance(v, dict)} if isinstance(value, dict) else {}
 
-    for kind in ("sources", "targets"):
-        for name, part in each(data.get(kind)).items():
-            rows = part.get("data")
-            if isinstance(rows, dict):
-                if "modality" in rows:
-                    out += _plug_problems("modality", rows["modality"], (kind, name, "data", "modality"))
-                for field in ("uri", "train", "validation", "test"):
-                    for uri in [rows[field]] if isinstance(rows.get(field), str) else _listed(rows.get(field)):
-                        if isinstance(uri, str) and (problem := _missing(uri, folder)):
-                            out.append(((kind, name, "data", field), problem))
-            if "objective" in part and part["objective"] is not None:
-                out += _plug_problems("objective", part["objective"], (kind, name, "objective"))
-            if kind == "sources" and "backbone" in part:
-                out += _plug_problems("model", part["backbone"], (kind, name, "backbone"))
-                out += _start_problems(part["backbone"], (kind, name, "backbone"), folder)
-            if kind == "targets" and isinstance(part.get("metric"), str) and part["metric"] not in (known := registry.metrics()):
-                out.append(((kind, name, "metric"), f"unknown metric {part['metric']!r}; {registry.nearest(part['metric'], known)}"))
-            if part.get("init") is not None and kind == "sources":
-                out += _start_problems(part["init"], (kind, name, "init"), folder)
-            for i, technique in enumerate(_listed(part.get("techniques"))):
-                out += _plug_problems("technique", technique, (kind, name, "techniques", i))
+def _name_problems(data: dict, folder: Path, elsewhere: bool) -> list[tuple[Path_, str]]:
+    """Unknown names and roles, wrong options, searches and places, in the raw mapping (so that they are found beside other mistakes)."""
+    out: list[tuple[Path_, str]] = _search_problems(data)
+    remote = False
+    try:
+        remote = isinstance(data.get("storage"), str) and storage.is_remote(data["storage"])
+    except storage.StorageError as error:
+        out.append((("storage",), str(error)))
+    for kind, name, part in [(group, *item) for group in ("sources", "targets") for item in _mappings(data.get(group)).items()]:
+        if isinstance(part.get("data"), dict):
+            out += _data_problems(part, (kind, name), folder, elsewhere)
+        if part.get("objective") is not None:
+            out += _plug_problems("objective", part["objective"], (kind, name, "objective"))
+        if kind == "sources" and "backbone" in part:
+            out += _plug_problems("model", part["backbone"], (kind, name, "backbone"))
+            out += _start_problems(part["backbone"], (kind, name, "backbone"), folder, elsewhere)
+        if kind == "targets" and isinstance(part.get("metric"), str) and part["metric"] not in (known := registry.metrics()):
+            out.append(((kind, name, "metric"), f"unknown metric {part['metric']!r}; {registry.nearest(part['metric'], known)}"))
+        if part.get("init") is not None and kind == "sources":
+            out += _start_problems(part["init"], (kind, name, "init"), folder, elsewhere)
+        if remote and isinstance(part.get("train"), dict) and part["train"].get("trace_rows") is True:
+            out.append(((kind, name, "train", "trace_rows"), f"rows are traced to local folders only, and storage is {data['storage']}; leave it out"))
+        for i, technique in enumerate(_listed(part.get("techniques"))):
+            out += _plug_problems("technique", technique, (kind, name, "techniques", i))
     for i, technique in enumerate(_listed(data.get("techniques"))):
         out += _plug_problems("technique", technique, ("techniques", i))
     return out
@@ -273,8 +367,8 @@ def _absolute(job: dict, folder: Path) -> dict:
     return job
 
 
-def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Job:
-    """Read, override and check a job file.
+def load(path: str | Path, overrides: list[str] | tuple[str, ...] = (), elsewhere: bool = False) -> Job:
+    """Read, override and check a job file. ``elsewhere``: it will run on other machines, so an absolute path need not exist here.
 
     Raises JobError with every problem found, each as ``file:line: field: what; fix``.
     """
@@ -291,7 +385,7 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Job:
     if data is not None:
         for setting in overrides:
             set_by[_override(data, setting, problems)] = setting
-        found: list[tuple[Path_, str]] = _name_problems(data, path.parent)
+        found: list[tuple[Path_, str]] = _name_problems(data, path.parent, elsewhere)
         job = None
         try:
             job = Job.model_validate(data)
@@ -306,39 +400,3 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Job:
         if job is not None and not problems:
             return Job.model_validate(_absolute(data, path.parent.resolve()))
     raise JobError([f"{path}:{line}: {message}" if line else f"{path}: {message}" for line, message in sorted(dict.fromkeys(problems))])
-
-
-def schema() -> dict:
-    """JSON Schema of a job, with descriptions, for editors; registered names are listed as enumerations."""
-    out = Job.model_json_schema()
-    plug = out["$defs"].pop("Plug")
-    del plug
-
-    def choice(kind: str) -> dict:
-        names = registry.names(kind)
-        text: dict[str, Any] = {"type": "string", "enum": names} if kind != "model" else {
-            "type": "string", "pattern": rf"^(({'|'.join(names)})/.+|({'|'.join(p[:-1] for p in STARTS)}):.+)$"}
-        options = {name: {"anyOf": [registry.entry(kind, name).options.model_json_schema(), {"type": "null"}]} for name in names}
-        table = {"type": "object", "minProperties": 1, "maxProperties": 1}
-        if kind == "model":
-            table["additionalProperties"] = False
-            table["patternProperties"] = {f"^{name}/": value for name, value in options.items()}
-        else:
-            table |= {"properties": options, "additionalProperties": False}
-        return {"anyOf": [text, table]}
-
-    kinds = {"modality": "modality", "backbone": "model", "objective": "objective", "techniques": "technique"}
-
-    def put(node: Any, field: str = "") -> Any:
-        if isinstance(node, list):
-            return [put(item, field) for item in node]
-        if not isinstance(node, dict):
-            return node
-        if node.get("$ref") == "#/$defs/Plug":
-            return {**choice(kinds[field]), **{k: v for k, v in node.items() if k == "description"}}
-        return {k: ({name: put(sub, name) for name, sub in v.items()} if k == "properties" else put(v, field))
-                for k, v in node.items() if not (k == "default" and field == "techniques")}
-
-    out = put(out)
-    out["$schema"], out["title"] = "https://json-schema.org/draft/2020-12/schema", "One to Many job"
-    return out

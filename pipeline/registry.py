@@ -1,8 +1,8 @@
 """Names of modalities, models, objectives and techniques, found by reading the source files, not by importing them.
 
 A file in ``pipeline/<kind folder>/`` that holds ``@register("technique", "lp_ft", options=LPFTOptions)`` adds that name; nothing
-else has to be edited. ``names`` and ``options`` work before torch is imported (a job file is checked in well under a second);
-``get`` imports the one file that is needed.
+else has to be edited. Names, options and column roles are known before torch is imported (a job file is checked in well under
+a second); ``get`` imports the one file that is needed.
 """
 
 from __future__ import annotations
@@ -17,29 +17,47 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 FOLDERS = {"modality": "modalities", "model": "models", "objective": "objectives", "technique": "techniques"}
 
 
-class Options(BaseModel):
-    """Base of every options class: frozen, and a key that is not declared is refused.
+def no_truth(value: Any) -> Any:
+    """The value, unless it is true or false. Raises ValueError: pydantic would read them as 1 and 0."""
+    if isinstance(value, bool):
+        raise ValueError("true and false are no value here")
+    return value
+
+
+class Strict(BaseModel):
+    """Frozen; a key that is not declared is refused, and so is true or false where no bool is declared."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _truth_is_no_number(cls, value, info):
+        return value if "bool" in str(cls.model_fields[info.field_name].annotation) else no_truth(value)
+
+
+class Options(Strict):
+    """Base of every options class.
 
     The classes that derive from it may use only builtin types, ``Literal`` and ``Field``: they are read without
     importing the file that holds them.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a name is declared: its module, and the declared options class."""
+    """Where a name is declared: its module, the declared options class, and the column roles it must have and may have."""
 
     kind: str
     name: str
     module: str
     options: type[Options]
+    roles: tuple[str, ...] = ()
+    optional_roles: tuple[str, ...] = ()
 
 
 _registered: dict[tuple[str, str], Any] = {}
@@ -62,7 +80,7 @@ def _calls(tree: ast.Module):
     for node in tree.body:
         for decorator in getattr(node, "decorator_list", ()):
             if isinstance(decorator, ast.Call) and getattr(decorator.func, "id", None) == "register":
-                yield decorator
+                yield node, decorator
 
 
 def _options_class(tree: ast.Module, name: str, file: Path) -> type[Options]:
@@ -84,6 +102,26 @@ def _is_options(node: ast.ClassDef, tree: ast.Module) -> bool:
     return any(isinstance(n, ast.ClassDef) and n.name in bases and n is not node and _is_options(n, tree) for n in tree.body)
 
 
+def _roles(node: Any, attribute: str, tree: ast.Module, file: Path) -> tuple[str, ...] | None:
+    """Roles that a class attribute names: the class's own, else those of a base in the same file; None when neither says.
+
+    Raises ValueError when they are not written out, since the file is not imported.
+    """
+    for item in node.body if isinstance(node, ast.ClassDef) else ():
+        targets = item.targets if isinstance(item, ast.Assign) else [item.target] if isinstance(item, ast.AnnAssign) else []
+        if attribute in {getattr(target, "id", "") for target in targets} and isinstance(item, (ast.Assign, ast.AnnAssign)) and item.value:
+            try:
+                value = ast.literal_eval(item.value)
+            except ValueError:
+                value = None
+            if not isinstance(value, tuple) or not all(isinstance(role, str) for role in value):
+                raise ValueError(f"{file}:{item.lineno}: {attribute} must be a tuple of texts written out, as this file is read without being imported")
+            return value
+    named = {other.name: other for other in tree.body if isinstance(other, ast.ClassDef) and other is not node}
+    bases = [named[base.id] for base in getattr(node, "bases", ()) if isinstance(base, ast.Name) and base.id in named]
+    return next((found for base in bases if (found := _roles(base, attribute, tree, file)) is not None), None)
+
+
 @cache
 def entries(kind: str) -> dict[str, Entry]:
     """Every declared name of a kind, in the order of file and line."""
@@ -91,7 +129,7 @@ def entries(kind: str) -> dict[str, Entry]:
     out: dict[str, Entry] = {}
     for file in sorted(folder.glob("*.py")):
         tree = ast.parse(file.read_text())
-        for call in _calls(tree):
+        for node, call in _calls(tree):
             declared, name = (ast.literal_eval(argument) for argument in call.args[:2])
             if declared != kind:
                 raise ValueError(f"{file}:{call.lineno}: a {declared} is registered in the folder of {kind}s")
@@ -99,7 +137,8 @@ def entries(kind: str) -> dict[str, Entry]:
                 raise ValueError(f"{file}:{call.lineno}: {kind} {name!r} is already declared in {out[name].module}")
             given = next((word.value for word in call.keywords if word.arg == "options"), None)
             options = _options_class(tree, given.id, file) if isinstance(given, ast.Name) else Options
-            out[name] = Entry(kind, name, f"pipeline.{FOLDERS[kind]}.{file.stem}", options)
+            needed, optional = (_roles(node, attribute, tree, file) or () for attribute in ("roles", "optional_roles"))
+            out[name] = Entry(kind, name, f"pipeline.{FOLDERS[kind]}.{file.stem}", options, needed, optional)
     return out
 
 
@@ -123,6 +162,12 @@ def entry(kind: str, name: str) -> Entry:
     if name not in known:
         raise ValueError(f"unknown {kind} {name!r}; {nearest(name, known)}")
     return known[name]
+
+
+def roles(kind: str, name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(required, optional) column roles of a modality or objective, read from its source. Raises ValueError with the nearest valid names."""
+    found = entry(kind, name)
+    return found.roles, found.optional_roles
 
 
 def get(kind: str, name: str) -> Any:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
-from pipeline import bundle, storage
+from pipeline import bundle, folders, storage
 from pipeline.bundle import BundleError
 
 HEADS = ("model.fc.", "model.head.", "model.head_dist.", "model.classifier.", "model.last_linear.", "model.pooler.", "model.cls.", "model.lm_head.",
@@ -32,6 +32,22 @@ class Start:
     modality: dict[str, Any] | None = None
     bundle: bundle.Bundle | None = None
     drop: tuple[str, ...] = field(default=HEADS)
+
+
+def fingerprint(text: str) -> str:
+    """What a checkpoint holds, whatever its place: its prefix with the checksum of a bundle or the fingerprints of files.
+
+    A hub name stands for itself. Raises BundleError or StorageError when nothing is there.
+    """
+    prefix, _, uri = text.partition(":")
+    if prefix == "bundle":
+        return f"bundle:{folders.open_folder(uri)['sha256']}"
+    if prefix == "file":
+        return f"file:{storage.fingerprint(uri)}"
+    if prefix == "hf" and storage.is_dir(uri):
+        found = [storage.join(uri, name) for name in ("config.json", "model.safetensors", "tokenizer.json")]
+        return "hf:" + " ".join(storage.fingerprint(file) for file in found if storage.exists(file))
+    return text
 
 
 def read(text: str, architecture: str | None = None) -> Start:

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "pipeline").rglob("*.py"))
 NAMES = {".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file for file in FILES}
 FLOORS = [
-    {"job", "jobfile", "contracts", "registry", "s3", "storage", "folders", "rng"},
+    {"job", "jobfile", "contracts", "registry", "s3", "storage", "folders", "rng", "lease"},
     {"metrics", "bundle", "data", "modalities", "models"},
     {"objectives", "techniques", "starts"},
     {"train"},

@@ -63,12 +63,12 @@ def folder(tmp_path):
 @pytest.fixture
 def load(folder):
     """Load a job from text (by default the good one, with ``change`` made in it)."""
-    def load(text: str = GOOD, *overrides: str, change: tuple[str, str] | None = None) -> job.Job:
+    def load(text: str = GOOD, *overrides: str, change: tuple[str, str] | None = None, elsewhere: bool = False) -> job.Job:
         if change:
             assert text.count(change[0]) >= 1, f"{change[0]!r} is not in the text"
             text = text.replace(*change, 1)
         (folder / "job.yaml").write_text(text)
-        return jobfile.load(folder / "job.yaml", overrides)
+        return jobfile.load(folder / "job.yaml", overrides, elsewhere)
 
     return load
 
@@ -76,9 +76,9 @@ def load(folder):
 @pytest.fixture
 def problems(load, folder):
     """The problems of a job that must be refused, without the file's path: ``12: field: what`` or ``field: what``."""
-    def problems(text: str = GOOD, *overrides: str, change: tuple[str, str] | None = None) -> list[str]:
+    def problems(text: str = GOOD, *overrides: str, change: tuple[str, str] | None = None, elsewhere: bool = False) -> list[str]:
         with pytest.raises(job.JobError) as caught:
-            load(text, *overrides, change=change)
+            load(text, *overrides, change=change, elsewhere=elsewhere)
         start = f"{folder / 'job.yaml'}:"
         assert caught.value.problems
         assert all(line.startswith(start) for line in caught.value.problems)
@@ -111,7 +111,8 @@ def test_a_good_job_is_typed(load):
 
 
 def test_defaults_are_documented_ones(load):
-    got = load("name: x\nsources:\n  s: {data: {uri: rows.parquet, modality: image}, backbone: timm/resnet18, objective: classification}\n")
+    got = load("name: x\nsources:\n  s: {data: {uri: rows.parquet, modality: image, columns: {image: i, label: l}}, "
+               "backbone: timm/resnet18, objective: classification}\n")
     assert got.storage == "runs"
     assert [t.name for t in got.techniques] == ["scratch", "linear_probe", "full"]
     assert got.fanout.seeds == 3
@@ -151,6 +152,68 @@ def test_anchors_may_be_used(load):
     assert got.targets["clothing"].train.lr == 2.0
 
 
+MERGED = """\
+name: merged
+sources:
+  one:
+    data: &rows {uri: rows.parquet, modality: image, columns: &roles {image: image, label: label}}
+    backbone: timm/resnet18
+    objective: classification
+    train: &short
+      steps: 20
+      lr: 0.5
+  two:
+    data: {<<: *rows, columns: {<<: *roles, label: kind}}
+    backbone: timm/resnet18
+    objective: classification
+    train: &slow {weight_decay: 0.5, <<: *short, steps: 30}
+  three:
+    data: *rows
+    backbone: timm/resnet18
+    objective: classification
+    train:
+      <<: [{lr: 0.25}, *slow]
+"""
+
+
+def test_mappings_may_be_merged_and_own_keys_win(load, folder):
+    one, two, three = load(MERGED).sources.values()
+    assert two.data.uri == str(folder / "rows.parquet") and two.data.columns == {"image": "image", "label": "kind"}
+    assert one.data.columns == {"image": "image", "label": "label"} and one.train.steps == 20
+    assert two.train == job.Train(steps=30, lr=0.5, weight_decay=0.5), "also where the merge stands behind"
+    assert three.train == job.Train(steps=30, lr=0.25, weight_decay=0.5), "the first of a list wins"
+    assert load(change=("columns: {image: image, label: label}\n      where", "columns: {image: '<<', label: label}\n      where"))
+
+
+@pytest.mark.parametrize(("right", "wrong", "found"), [
+    ("label: kind}", "label: kind, label: kind}", ["11: sources.two.data.columns.label: this key stands here twice; remove one"]),
+    ("<<: *roles", "<<: *roles, <<: *roles", ["11: sources.two.data.columns.<<: this key stands here twice; write <<: [*one, *two]"]),
+    ("<<: [{lr: 0.25}, *slow]", "<<: 3", ["20: sources.three.train.<<: merges a mapping or a list of mappings, e.g. <<: *anchor"]),
+    ("<<: [{lr: 0.25}, *slow]", "<<: [*slow, 3]", ["20: sources.three.train.<<: merges a mapping or a list of mappings, e.g. <<: *anchor"]),
+    ("      lr: 0.5", "      lr: -1", [f"9: sources.{name}.train.lr: Input should be greater than 0 (got -1)" for name in ("one", "two")]),
+    ("<<: *short, steps: 30", "<<: *slow", ["1: not valid YAML: nested too deeply, or an alias that merges itself"]),
+])
+def test_mistakes_in_merges_have_their_lines(problems, right, wrong, found):
+    assert MERGED.count(right) == 1
+    assert problems(MERGED.replace(right, wrong)) == found
+
+
+@pytest.mark.parametrize("written", ["2026-10-01", "2020-13-45", "2001-12-14t21:59:43.10-05:00"])
+def test_dates_are_text(load, written):
+    got = load(change=("where: {kind: [1, a, true]}", f"where: {{{written}: [{written}, 1]}}")).sources["garments"].data.where
+    assert got == {written: [written, 1]}
+    assert load(GOOD, "name=2020-13-45").name == load(change=("name: vision", "name: 2020-13-45")).name == "2020-13-45"
+
+
+@pytest.mark.parametrize("written", ["0x_", "0b_", "!!int many", "!!int ''", "!!bool maybe", "!!timestamp 2020-13-45", "!!timestamp soon", "9" * 5000])
+def test_a_text_that_is_not_what_it_looks_like_is_a_problem_with_its_line(problems, written):
+    found = problems(change=("columns: {image: image, label: label}\n      where", f"columns: {{image: image, label: {written}}}\n      where"))
+    assert len(found) == 1 and found[0].startswith(f"{line_of('columns:')}: sources.garments.data.columns.label: ")
+    assert "put it in quotes if it is text" in found[0]
+    found = problems(GOOD, f"name={written}")
+    assert "put it in quotes" in found[0] and f"(from --set name={written})" in found[0]
+
+
 def test_data_paths_are_relative_to_the_file_and_storage_is_left_alone(load, folder, monkeypatch):
     elsewhere = folder / "elsewhere"
     elsewhere.mkdir()
@@ -161,6 +224,14 @@ def test_data_paths_are_relative_to_the_file_and_storage_is_left_alone(load, fol
     assert got.sources["words"].data.validation == [str(folder / "rows.parquet")]
     assert got.targets["clothing"].data.uri == str(folder / "rows.parquet")
     assert got.storage == "runs" and got.root == str(elsewhere / "runs" / "vision"), "relative to the current folder"
+
+
+@pytest.mark.parametrize(("storage", "root"), [
+    ("file:///some/where", "/some/where/vision"), ("/some/where/", "/some/where/vision"), ("s3://bucket/deep", "s3://bucket/deep/vision"),
+    ("~/runs", os.path.expanduser("~/runs/vision")),
+])
+def test_the_root_is_a_path_or_a_bucket(load, storage, root):
+    assert load(GOOD, f"storage={storage}").root == root
 
 
 def test_a_job_file_named_by_a_relative_path(folder, monkeypatch):
@@ -331,7 +402,7 @@ NAMES = [
      ("unknown technique 'linearprobe'", "did you mean linear_probe?")),
     ("    sources: [garments]", "    techniques: [fulll]", "targets.clothing.techniques.0", ("unknown technique 'fulll'", "did you mean full?")),
     ("    sources: [garments]", "    sources: [garmnets]", "targets.clothing.sources", ("unknown source 'garmnets'", "did you mean garments?")),
-    ("  search: {lr: [1.0e-4, 1e-2]}", "  search: {lrr: [1.0e-4, 1e-2]}", "search.lrr", ("unknown field of train", "did you mean lr?")),
+    ("  search: {lr: [1.0e-4, 1e-2]}", "  search: {lrr: [1.0e-4, 1e-2]}", "fanout.search.lrr", ("unknown field of train", "did you mean lr?")),
     ("    sources: [garments]", "    metric: acuracy", "targets.clothing.metric", ("unknown metric 'acuracy'", "did you mean", "accuracy")),
     ("  select: {score: knn, top: 1}", "  select: {score: logm}", "fanout.select.score", ("logme",)),
 ]
@@ -381,7 +452,17 @@ def test_a_source_may_have_the_name_of_a_field(load, problems, called):
     ("      uri: rows.parquet", "      validation: rows.parquet", "give either uri"),
     ("  trials: 4\n  search: {lr: [1.0e-4, 1e-2]}", "  trials: 4", "trials above 1 needs search"),
     ("search: {lr: [1.0e-4, 1e-2]}", "search: {lr: [1.0e-2, 1e-4]}", "must be [low, high] with 0 < low <= high"),
-    ("search: {lr: [1.0e-4, 1e-2]}", "search: {lr: [1e-4]}", "give [low, high] or three or more"),
+    ("search: {lr: [1.0e-4, 1e-2]}", "search: {lr: [1e-4]}", "fanout.search.lr: give [low, high] or three or more"),
+    ("search: {lr: [1.0e-4, 1e-2]}", "search: {lr: [1, 2, .inf]}", "fanout.search.lr: [1.0, 2.0, inf]: every value must be finite"),
+    ("search: {lr: [1.0e-4, 1e-2]}", "search: {steps: [1, 2], epochs: [1, 2]}", "fanout.search.epochs: search steps or epochs, not both"),
+    ("search: {lr: [1.0e-4, 1e-2]}", "search: {lr: [true, 1e-2]}", "fanout.search.lr.0: true and false are no value here (got True)"),
+    ("[0.05, 1.0, 4]", "[true]", "targets.clothing.label_fractions.0: true and false are no value here (got True)"),
+    ("[0.05, 1.0, 4]", "[.nan]", "label_fractions.0: a share is above 0"),
+    ("workers: [2, 8]", "workers: [true, 8]", "sources.garments.workers.0: true and false are no value here (got True)"),
+    ("{image: {size: 32}}", "{image: {size: true}}", "sources.garments.data.modality.image.size: true and false are no value here"),
+    ("uri: rows.parquet", "uri: [rows.parquet, 5]", "sources.garments.data.uri.1: Input should be a valid string (got 5)"),
+    ("storage: runs", "storage: gs://bucket", "2: storage: gs://bucket: gs:// is not supported"),
+    ("storage: runs", "storage: runs\n? [a, b]\n: 3", "3: the job: a key is a text, no list or mapping"),
     ("[0.05, 1.0, 4]", "[1.5]", "label_fractions"),
     ("[0.05, 1.0, 4]", "[0]", "label_fractions"),
     ("[0.05, 1.0, 4]", "[-2]", "label_fractions"),
@@ -413,6 +494,139 @@ def test_missing_files_are_told_before_anything_starts_with_the_place_looked_at(
     found = problems(change=("      uri: rows.parquet", "      uri: nowhere/rows.parquet"))
     assert found == [f"{line_of('uri: rows')}: sources.garments.data.uri: nowhere/rows.parquet: no such file, folder or glob "
                      f"(looked for {folder / 'nowhere/rows.parquet'})"]
+
+
+NO_ROLES = GOOD.replace("      columns: {image: image, label: label}\n", "")
+
+
+def test_roles_are_those_of_the_modality_and_the_objective(load, problems):
+    columns = "columns: {image: image, label: label}\n"
+    assert load(change=(columns, "columns: {image: image, label: label, label_name: names}\n")).sources["garments"].data.columns["label_name"] == "names"
+    at = f"{line_of('columns:')}: sources.garments.data.columns"
+    assert problems(change=(columns, "columns: {image: image, label: label, label_nmae: label_name}\n")) == [
+        f"{at}.label_nmae: unknown role; did you mean label_name or label?"]
+    assert problems(change=(columns, "columns: {image: image, text: text}\n")) == [
+        f"{at}.text: unknown role; valid names: image, label, label_name", f"{at}: role 'label' has no column; say columns: {{label: NAME}}"]
+    assert problems(NO_ROLES) == [f"5: sources.garments.data.columns: {text}" for text in (
+        "role 'image' has no column; say columns: {image: NAME}", "role 'label' has no column; say columns: {label: NAME}")]
+    assert problems(change=("columns: {text: text}", "columns: {text: text, label: label}")) == [
+        f"{line_of('columns: {text')}: sources.words.data.columns.label: unknown role; valid names: text"], "mlm reads no label"
+    target = "modality: image, columns: {image: image, label: label}"
+    assert problems(change=(target, "modality: image, columns: {image: image}")) == [
+        f"{line_of(target)}: targets.clothing.data.columns: role 'label' has no column; say columns: {{label: NAME}}"]
+
+
+def test_roles_are_not_judged_by_names_that_are_unknown(problems):
+    for change in (("modality: {image: {size: 32}}", "modality: imgae"), ("    objective: classification\n    train: {", "    objective: clas\n    train: {")):
+        assert len(problems(change=change)) == 1
+    assert len(problems(change=("columns: {image: image, label: label}\n", "columns: [image]\n"))) == 1
+
+
+def test_wrong_roles_and_searches_are_told_beside_other_mistakes(problems):
+    text = GOOD.replace("seed", "sed").replace("steps: 20", "steps: x").replace("label: label}\n", "label: label, lbl: x}\n", 1)
+    text = text.replace("modality: image, columns: {image: image, label: label}", "modality: image, decode: workers")
+    text = text.replace("trials: 4", "trials: 1").replace("lr: [1.0e-4, 1e-2]", "warmup: [0.5, 2], keep: [1, 2]").replace("storage: runs", "storag: runs")
+    found = problems(text)
+    for number, message in ((2, "storag: unknown field"), (line_of("lbl", text), "columns.lbl: unknown role"), (line_of("steps: x", text), "train.steps: "),
+                            (line_of("decode", text), "role 'image' has no column"), (line_of("decode", text), "role 'label' has no column"),
+                            (line_of("decode", text), "data.decode: "), (line_of("search", text), "fanout.search.warmup: 2.0 is refused"),
+                            (line_of("search", text), "fanout.search: search needs trials above 1"),
+                            (line_of("search", text), "fanout.search.keep: keep of train is no number"),
+                            (line_of("seds", text), "fanout.seds: unknown field; did you mean seeds?")):
+        assert any(line.startswith(f"{number}: ") and message in line for line in found), (number, message, found)
+    assert len(found) == 10
+
+
+# ---------------------------------------------------------------- searches
+
+SEARCH = "search: {lr: [1.0e-4, 1e-2]}"
+
+
+def test_a_search_with_one_trial_is_refused(problems, load):
+    at = line_of(SEARCH)
+    for one in ("1", "'1'", "1.0"):
+        assert problems(change=("  trials: 4\n", f"  trials: {one}\n")) == [f"{at}: fanout.search: search needs trials above 1, e.g. trials: 8"]
+    assert problems(change=("  trials: 4\n", "")) == [f"{at - 1}: fanout.search: search needs trials above 1, e.g. trials: 8"]
+    assert load(change=(SEARCH, "search: {}"), text=GOOD.replace("trials: 4", "trials: 1")).fanout.trials == 1
+
+
+@pytest.mark.parametrize(("search", "message"), [
+    ("warmup: [0.5, 2]", "fanout.search.warmup: 2.0 is refused: Input should be less than or equal to 1"),
+    ("beta1: [0.5, 0.9, 1]", "fanout.search.beta1: 1.0 is refused: Input should be less than 1"),
+    ("weight_decay: [-1, 0, 1]", "fanout.search.weight_decay: -1.0 is refused: Input should be greater than or equal to 0"),
+    ("global_batch: [0.2, 8]", "fanout.search.global_batch: 0.2 (drawn as 0) is refused: Input should be greater than or equal to 1"),
+    ("momentum: [0.5, 0.99999999]", "fanout.search.momentum: 0.99999999 (drawn as 1.0) is refused: Input should be less than 1"),
+    ("optimizer: [adamw, sgd]", "fanout.search.optimizer: optimizer of train is no number and cannot be searched; these can: steps, epochs, "),
+    ("augment: [0, 1, 1]", "fanout.search.augment: augment of train is no number"),
+    ("compile: [true, false]", "fanout.search.compile: compile of train is no number"),
+    ("precision: [1, 2]", "fanout.search.precision: precision of train is no number"),
+])
+def test_what_a_search_may_not_draw_is_one_error_with_its_line(problems, search, message):
+    text = GOOD.replace(SEARCH, f"search:\n    lr: [1e-3, 1e-2]\n    {search}")
+    found = problems(text)
+    assert len(found) == 1 and found[0].startswith(f"{line_of(f'    {search}', text)}: {message}")
+    with pytest.raises(pydantic.ValidationError, match=r"fanout\.search|no number"):
+        data = jobfile._read(GOOD, [])[0]
+        job.Job.model_validate({**data, "fanout": {"trials": 4, "search": jobfile._read(f"{{{search}}}", [])[0]}})
+
+
+def test_a_search_is_checked_with_every_targets_train(load):
+    for length in ("epochs: [1, 10]", "steps: [1, 10]", "epochs: [0.5, 1, 3]"):
+        for own in ("epochs: 2", "steps: 20", "lr: 1"):
+            assert load(GOOD.replace(SEARCH, f"search: {{{length}}}").replace("      epochs: 2", f"      {own}")).fanout.search
+    assert load(GOOD.replace(SEARCH, "search: {micro_batch: [1, 8], ema: [0.9, 0.99], clip_norm: [0.5, 1, 2]}")).fanout.search
+
+
+def test_what_is_drawn_takes_the_place_of_what_was_there():
+    train = job.Train(steps=20, lr=0.5)
+    assert job.drawn(train, {}) == train
+    assert job.drawn(train, {"epochs": 1.5, "lr": 1}) == job.Train(epochs=1.5, lr=1.0)
+    assert job.drawn(job.Train(epochs=2), {"steps": 3}) == job.Train(steps=3)
+    assert train == job.Train(steps=20, lr=0.5)
+    for wrong in ({"warmup": 2}, {"lrr": 1}, {"steps": 2, "epochs": 2}, {"steps": 2.5}, {"lr": True}):
+        with pytest.raises(pydantic.ValidationError):
+            job.drawn(train, wrong)
+
+
+def test_draws_are_rounded():
+    assert [job.rounded(name, 2.6000000001) for name in ("steps", "micro_batch", "lr", "clip_norm")] == [3, 3, 2.6, 2.6]
+    assert type(job.rounded("steps", 2.6)) is int
+    assert {"steps", "epochs", "lr", "micro_batch", "ema"} <= set(job.NUMERIC) and not {"optimizer", "augment", "keep", "trace_rows"} & set(job.NUMERIC)
+
+
+# ---------------------------------------------------------------- where things are
+
+def test_absolute_paths_of_a_job_that_runs_elsewhere_need_not_exist(load, problems):
+    text = GOOD.replace("uri: rows.parquet\n", "uri: [/on/the/cluster/*.parquet, file:///on/it/rows.parquet]\n")
+    text = text.replace("    workers: [2, 8]", "    init: bundle:/on/the/cluster/bundle")
+    text = text.replace("backbone: {transformers", "init: file:///on/it.pt\n    backbone: {transformers")
+    got = load(text, elsewhere=True)
+    assert got.sources["garments"].data.uri == ["/on/the/cluster/*.parquet", "file:///on/it/rows.parquet"]
+    assert got.sources["garments"].init == "bundle:/on/the/cluster/bundle"
+    assert len(problems(text)) == 4
+    for right, wrong in (("uri: rows.parquet\n", "uri: row.parquet\n"), ("    workers: [2, 8]", "    init: bundle:nowhere"),
+                         ("uri: rows.parquet\n", "uri: gs://bucket/rows.parquet\n")):
+        assert len(problems(change=(right, wrong), elsewhere=True)) == 1
+
+
+def test_targets_are_not_decoded_in_data_workers(load, problems):
+    target = "{uri: rows.parquet, modality: image, columns: {image: image, label: label}}"
+    for place in ("auto", "memory", "train"):
+        assert load(change=(target, f"{target[:-1]}, decode: {place}}}")).targets["clothing"].data.decode == place
+    text = GOOD.replace(f"data: {target}", f"data:\n      <<: {target}\n      decode: workers")
+    assert problems(text) == [f"{line_of('decode', text)}: targets.clothing.data.decode: targets are decoded in memory or in the train worker: "
+                              "say decode: memory, train or auto"]
+    assert load(change=("      uri: rows.parquet", "      uri: rows.parquet\n      decode: workers")).sources["garments"].data.decode == "workers"
+
+
+def test_rows_are_traced_to_local_storage_only(load, problems):
+    traced = "      epochs: 2\n      trace_rows: true"
+    assert load(change=("      epochs: 2", traced)).targets["clothing"].train.trace_rows
+    found = problems(GOOD.replace("      epochs: 2", traced), "storage=s3://bucket/runs")
+    assert found == [f"{line_of('epochs: 2') + 1}: targets.clothing.train.trace_rows: rows are traced to local folders only, "
+                     "and storage is s3://bucket/runs; leave it out"]
+    assert len(problems(GOOD, "storage=s3://bucket/runs", "sources.words.train.trace_rows=true")) == 1
+    assert load(GOOD, "storage=s3://bucket/runs", "sources.words.train.trace_rows=false")
 
 
 def test_a_doubled_key_is_refused_at_any_depth(problems):
@@ -612,6 +826,7 @@ def test_the_schema_takes_what_load_takes(validator):
 
 @pytest.mark.parametrize("setting", [
     {"nam": "x"}, {"techniques": ["fulll"]}, {"techniques": [{"lp_ft": {"probe_shar": 0.1}}]}, {"techniques": [{"lp_ftt": {}}]}, {"fanout": {"sed": 1}},
+    {"fanout": {"search": {"optimizer": [1, 2]}}},
     {"fanout": {"select": {"scor": "knn"}}}, {"sources": {"s": {"backbone": "resnet18"}}}, {"sources": {"s": {"backbone": "tim/resnet18"}}},
     {"sources": {"s": {"backbone": {"tim/resnet18": {}}}}}, {"sources": {"s": {"backbone": {"timm/resnet18": {"x": 1}}}}},
     {"sources": {"s": {"backbone": "timm/resnet18", "objective": "clasification"}}},

@@ -82,6 +82,20 @@ def test_options_are_frozen_and_refuse_what_is_not_declared(kind, name):
             setattr(options(), field, None)
 
 
+@pytest.mark.parametrize(("kind", "name"), [pair for pair in DECLARED if pair[0] in ("modality", "objective")])
+def test_the_roles_read_are_the_roles_imported(kind, name):
+    thing = registry.get(kind, name)
+    assert registry.roles(kind, name) == (thing.roles, getattr(thing, "optional_roles", ()))
+
+
+def test_roles_of_the_names_that_are_there():
+    assert registry.roles("modality", "image") == (("image",), ())
+    assert registry.roles("objective", "classification") == (("label",), ("label_name",))
+    assert registry.roles("objective", "clm") == ((), ())
+    with pytest.raises(ValueError, match="unknown objective 'clmm'; did you mean clm"):
+        registry.roles("objective", "clmm")
+
+
 def test_get_imports_and_gives_the_same_object():
     import pipeline.techniques.rates as rates
 
@@ -155,6 +169,55 @@ def test_options_that_stand_elsewhere_are_refused(house):
     with pytest.raises(ValueError, match="options class Elsewhere must stand in the same file") as caught:
         registry.names("technique")
     assert str(path) in str(caught.value)
+
+
+def test_roles_are_the_classs_own_or_those_of_a_base_in_the_same_file(house):
+    house(objective="""
+        import a_package_that_is_not_installed
+
+        class Base(Elsewhere):
+            roles: ClassVar[tuple[str, ...]] = ("label", "weight")
+
+        @register("objective", "own")
+        class Own(Base):
+            roles = ("box",)
+            optional_roles: ClassVar[tuple[str, ...]] = ("area",)
+
+        @register("objective", "taken")
+        class Taken(a_package_that_is_not_installed.Thing, Own):
+            optional_roles = ()
+
+        @register("objective", "inherited")
+        class Inherited(Base):
+            roles: ClassVar[tuple[str, ...]]
+
+        @register("objective", "bare")
+        def bare():
+            roles = ("no",)
+    """)
+    assert registry.roles("objective", "own") == (("box",), ("area",))
+    assert registry.roles("objective", "taken") == (("box",), ())
+    assert registry.roles("objective", "inherited") == (("label", "weight"), ())
+    assert registry.roles("objective", "bare") == ((), ())
+
+
+@pytest.mark.parametrize("written", ["LABEL", "(LABEL,)", "'label'", "['label']", "(1,)", "('a',) + ('b',)"])
+def test_roles_that_are_not_written_out_are_refused(house, written):
+    path = house(objective=f'LABEL = "label"\n@register("objective", "a")\nclass A:\n    roles = {written}\n')
+    with pytest.raises(ValueError, match="roles must be a tuple of texts written out") as caught:
+        registry.names("objective")
+    assert f"{path}:4" in str(caught.value)
+
+
+@pytest.mark.parametrize(("kind", "name"), DECLARED)
+def test_true_is_no_number_of_an_option(kind, name):
+    options = registry.entry(kind, name).options
+    for field, info in options.model_fields.items():
+        if info.annotation in (int, float):
+            with pytest.raises(pydantic.ValidationError, match="true and false are no value here"):
+                options.model_validate({field: True})
+        if info.annotation is bool:
+            assert options.model_validate({field: True})
 
 
 def test_architectures_are_a_list_or_what_a_package_says(house):

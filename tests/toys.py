@@ -93,7 +93,7 @@ def text_rows(n: int = 48, modality: Text | None = None, seed: int = 0) -> Rows:
 def packed_rows(n: int = 60, modality: Text | None = None, objective: str = "mlm", seed: int = 0) -> Rows:
     """Rows packed from ``n`` sentences."""
     modality = modality or text_modality()
-    table = modality.pack(pa.table({"text": sentences(n, seed)[0]}), {"text": "text"})
+    table, _ = modality.pack(pa.table({"text": sentences(n, seed)[0]}), {"text": "text"})
     arrays, _ = modality.decode(table, {"tokens": "tokens", "segments": "segments"})
     return rows_of(modality, arrays, objective)
 

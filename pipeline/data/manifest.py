@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import groupby
 from pathlib import PurePosixPath
 
 import numpy as np
@@ -91,7 +93,7 @@ class Selection:
 
 def build(uris: str | list[str], form: str, imports_uri: str) -> Manifest:
     """Manifest of files, folders and globs. Raises ValueError for no files, an unreadable file or schemas that differ."""
-    files = imports.to_parquet([uris] if isinstance(uris, str) else uris, form, imports_uri)
+    files, fingerprint = imports.to_parquet([uris] if isinstance(uris, str) else uris, form, imports_uri)
     groups, schema, digest = [], None, hashlib.sha256()
     for number, file in enumerate(files):
         metadata = _footer(file)
@@ -99,13 +101,14 @@ def build(uris: str | list[str], form: str, imports_uri: str) -> Manifest:
         schema = schema or here
         if not here.equals(schema):
             raise ValueError(f"{file}: its schema differs from that of {files[0]}: {_difference(schema, here)}")
-        digest.update(f"{PurePosixPath(file).name} {storage.fingerprint(file)}".encode())
+        if fingerprint is None:
+            digest.update(f"{PurePosixPath(file).name} {storage.fingerprint(file)}".encode())
         for i in range(metadata.num_row_groups):
             group = metadata.row_group(i)
             if group.num_rows:
                 groups.append(Group(number, i, group.num_rows, group.total_byte_size))
     assert schema is not None
-    return Manifest(tuple(files), tuple(groups), schema, digest.hexdigest()[:16])
+    return Manifest(tuple(files), tuple(groups), schema, fingerprint or digest.hexdigest()[:16])
 
 
 def _footer(file: str) -> pq.FileMetaData:
@@ -166,14 +169,31 @@ class Reader:
 
 
 def read_columns(selection: Selection, columns: list[str]) -> pa.Table:
-    """Whole columns of a selection (labels, splits, groups): a scan of those columns alone."""
+    """Whole columns of a selection (labels, splits, groups): a scan of those columns alone. Dictionaries (pandas categoricals) come as values."""
     parts = []
     for number, file in enumerate(selection.manifest.files):
         if any(g.file == number for g in selection.manifest.groups):
             with storage.open_read(file) as handle:
                 parts.append(pq.read_table(handle, columns=columns))
-    table = pa.concat_tables(parts) if parts else selection.manifest.schema.empty_table().select(columns)
+    table = _plain_columns(pa.concat_tables(parts) if parts else selection.manifest.schema.empty_table().select(columns))
     return table if selection.rows is None else table.take(pa.array(selection.rows))
+
+
+def _plain_columns(table: pa.Table) -> pa.Table:
+    return table.cast(pa.schema([field.with_type(field.type.value_type) if pa.types.is_dictionary(field.type) else field for field in table.schema]))
+
+
+def scan(selection: Selection, columns: list[str]) -> Iterator[pa.Table]:
+    """The same rows, one table a row group, in order: for columns that are too large to hold. Row groups of which no row is selected are not read."""
+    manifest, rows = selection.manifest, selection.rows
+    cuts = manifest.starts if rows is None else np.searchsorted(rows, manifest.starts)
+    wanted = [g for g in range(len(manifest.groups)) if cuts[g] < cuts[g + 1]]
+    for number, numbers in groupby(wanted, key=lambda g: manifest.groups[g].file):
+        with storage.open_read(manifest.files[number]) as handle:
+            file = pq.ParquetFile(handle)
+            for g in numbers:
+                table = _plain_columns(file.read_row_group(manifest.groups[g].number, columns=columns))
+                yield table if rows is None else table.take(pa.array(rows[cuts[g]:cuts[g + 1]] - manifest.starts[g]))
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import islice, tee
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -26,8 +26,6 @@ from pipeline.data.plan import Item, Plan
 from pipeline.rng import row_keys
 
 Place = Literal["memory", "workers", "train"]
-MEMORY_BYTES = 512 << 20
-"""Decoded rows up to this size are kept in memory by ``auto``."""
 ITEMS_AN_EXECUTION = 4096
 """Ray Data is handed so many items at a time; a new execution costs seconds, a longer list costs memory."""
 
@@ -48,6 +46,14 @@ class Decoder:
     def names(self) -> list[str]:
         roles = [*self.modality.roles, *self.modality.packed_roles, *(registry.get("objective", self.objective).roles if self.objective else ())]
         return list(dict.fromkeys(self.columns[role] for role in roles if role in self.columns))
+
+    def size(self, selection: Selection) -> int:
+        """Bytes that the selection takes when it is decoded, from a few of its rows."""
+        places = np.unique(np.linspace(0, max(0, len(selection) - 1), min(8, len(selection))).astype(np.int64))
+        if not len(places):
+            return 0
+        arrays, _ = self(Reader(selection.manifest, self.names()).take(selection.ids(places)))
+        return int(sum(array.nbytes for array in arrays.values()) / len(places) * len(selection))
 
     def __call__(self, table) -> tuple[Arrays, list[str]]:
         arrays, bad = self.modality.decode(table, self.columns)
@@ -142,6 +148,7 @@ def map_blocks(work: Callable[[Item], Arrays], items: Iterable[Item], workers: D
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
+    context.target_max_block_size = None  # an item stays one block: Ray would cut one above 1.5 x 128 MiB into several
     context.execution_options.preserve_order = True
     context.execution_options.resource_limits = context.execution_options.resource_limits.copy(
         cpu=workers.actors * workers.cpus_per_actor, object_store_memory=workers.object_store_bytes)
@@ -155,8 +162,10 @@ def map_blocks(work: Callable[[Item], Arrays], items: Iterable[Item], workers: D
 
 
 def _ray_blocks(loader: Loader, items: Iterable[Item], workers: DataWorkers) -> Iterator[Block]:
-    for columns in map_blocks(loader.columns, items, workers):
+    mine, theirs = tee(items)
+    for item, columns in zip(mine, map_blocks(loader.columns, theirs, workers), strict=True):
         rows, epochs, bad = columns.pop("_row"), columns.pop("_epoch"), columns.pop("_bad")
+        assert len(rows) == item.stop - item.start, f"{item} came as a block of {len(rows)} rows"
         yield Block(rows, epochs, columns, bad.tolist())
 
 
@@ -196,6 +205,8 @@ class Rows:
     decoder: Decoder
     arrays: Arrays | None = None
     bad: tuple[tuple[int, str], ...] = ()
+    kept: bool = False
+    """The bad rows are still among the rows (as zeros): the plan counts them as it does when rows are decoded as they come."""
 
     def __len__(self) -> int:
         return len(self.selection)
@@ -204,37 +215,48 @@ class Rows:
     def modality(self) -> Modality:
         return self.decoder.modality
 
-    def in_memory(self, max_bad: float, spread: bool = True) -> Rows:
-        """The same rows decoded once; bad rows left out and listed. Raises TooManyBadRowsError over the budget."""
+    def in_memory(self, max_bad: float, cpus: float = 1.0, keep_bad: bool = False) -> Rows:
+        """The same rows decoded once, by Ray tasks of ``cpus`` each (0: in this process); bad rows listed and, unless kept, left out.
+
+        Raises TooManyBadRowsError over the budget.
+        """
         if self.arrays is not None:
             return self
         n, size = len(self.selection), 512
         loader = Loader(self.selection, self.decoder)
         items = [Item(-1, i, min(i + size, n)) for i in range(0, n, size)]
         # processes cost seconds to start: they pay for themselves on large sets of images only
-        blocks = list(map_items(loader, items) if spread and self.selection.manifest.size > (64 << 20) else map(loader, items))
+        spread = cpus > 0 and self.selection.manifest.size > (64 << 20)
+        blocks = list(map_items(loader, items, cpus=cpus) if spread else map(loader, items))
         good = np.array([not reason for block in blocks for reason in block.bad], dtype=bool)
         rows = np.concatenate([block.rows for block in blocks]) if blocks else np.zeros(0, dtype=np.int64)
         bad = tuple((int(row), reason) for block in blocks for row, reason in zip(block.rows, block.bad, strict=True) if reason)
         check_budget(bad, n, max_bad, self.selection)
         arrays = {name: np.concatenate([block.arrays[name] for block in blocks]) for name in blocks[0].arrays} if blocks else {}
-        if bad:
+        if bad and not keep_bad:
             arrays, rows = {name: array[good] for name, array in arrays.items()}, rows[good]
-        return Rows(Selection(self.selection.manifest, rows), self.decoder, arrays, bad)
+        return Rows(Selection(self.selection.manifest, rows), self.decoder, arrays, bad, keep_bad)
+
+    def part(self, rank: int, ranks: int) -> Rows:
+        """A rank's contiguous share of the rows, as `eval_batches` cuts them."""
+        places = np.arange(len(self) * rank // ranks, len(self) * (rank + 1) // ranks)
+        return self if ranks == 1 else self.subset(places)
 
     def subset(self, indices: np.ndarray) -> Rows:
-        """Rows at the given places, in ascending order."""
+        """Rows at the given places, in ascending order; itself when that is all of them (nothing is copied)."""
+        if len(indices) == len(self):
+            return self
         indices = np.sort(indices)
         arrays = None if self.arrays is None else {name: array[indices] for name, array in self.arrays.items()}
         return Rows(Selection(self.selection.manifest, self.selection.ids(indices)), self.decoder, arrays)
 
 
-def check_budget(bad: Iterable[tuple[int, str]], seen: int, share: float, selection: Selection) -> None:
-    """Raise TooManyBadRowsError when more than ``share`` of the rows seen are bad (one row is always forgiven)."""
-    bad = list(bad)
-    if len(bad) > max(1, share * seen):
-        named = "; ".join(f"{selection.manifest.place(row)}: {reason}" for row, reason in bad[:3])
-        raise TooManyBadRowsError(f"{len(bad)} of {seen} rows cannot be decoded, more than data.max_bad_rows={share:g} allows. First ones: {named}")
+def check_budget(bad: Iterable[tuple[int, str]], rows: int, share: float, selection: Selection) -> None:
+    """Raise TooManyBadRowsError when more than ``share`` of the ``rows`` of a split are bad (one row is always forgiven)."""
+    found = dict(bad)  # a row that is met again in the next epoch is one bad row
+    if len(found) > max(1, share * rows):
+        named = "; ".join(f"{selection.manifest.place(row)}: {reason}" for row, reason in list(found.items())[:3])
+        raise TooManyBadRowsError(f"{len(found)} of {rows} rows cannot be decoded, more than data.max_bad_rows={share:g} allows. First ones: {named}")
 
 
 class Loaded(NamedTuple):
@@ -286,10 +308,16 @@ def _assembled(rows: Rows, plan: Plan, blocks: Iterator[Block], steps: range, ra
 
 def _from_memory(rows: Rows, plan: Plan, steps: range, rank: int, ranks: int) -> Iterator[tuple[Batch, list]]:
     assert rows.arrays is not None
+    reasons = dict(rows.bad) if rows.kept else {}
     for step in steps:
         indices, epochs = plan.batch(step, rank, ranks)
+        ids, bad = rows.selection.ids(indices), []
+        if reasons:
+            bad = [(int(i), reasons[int(i)]) for i in ids if int(i) in reasons]
+            good = np.array([int(i) not in reasons for i in ids], dtype=bool)
+            indices, epochs, ids = indices[good], epochs[good], ids[good]
         arrays = {name: array[indices] for name, array in rows.arrays.items()}
-        yield _collate(rows, plan.seed, rows.selection.ids(indices), epochs, arrays), []
+        yield _collate(rows, plan.seed, ids, epochs, arrays), bad
 
 
 def train_batches(rows: Rows, plan: Plan, steps: range, *, rank: int = 0, ranks: int = 1, place: Place = "train", pin: bool = False,

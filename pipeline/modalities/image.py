@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any, Literal
 
 import numpy as np
+import PIL.Image
 import pyarrow as pa
 import torch
 from pydantic import Field
@@ -15,6 +17,9 @@ from pipeline import storage
 from pipeline.contracts import Arrays, Batch, Modality
 from pipeline.registry import Options, register
 from pipeline.rng import uniform
+
+FIT_IMAGES, FIT_BYTES = 64, 64 << 20
+"""``fit`` decodes so many images at a time, fewer when they are large."""
 
 
 class ImageOptions(Options):
@@ -35,13 +40,20 @@ class Image(Modality):
     @classmethod
     def fit(cls, options, table, columns, backbone):
         """Mean and standard deviation of each channel over the sample. Raises ValueError when no image can be decoded."""
-        arrays, bad = cls(options, {}).decode(table, columns)
-        good = np.array([not reason for reason in bad], dtype=bool)
-        if not good.any():
+        modality, bad = cls(options, {}), []
+        counts, levels = np.zeros((options.channels, 256), dtype=np.int64), np.arange(256)  # how often each level stands in each channel: exact
+        step = max(1, min(FIT_IMAGES, FIT_BYTES // (options.channels * options.size ** 2)))
+        for start in range(0, len(table), step):
+            arrays, reasons = modality.decode(table.slice(start, step), columns)
+            bad += reasons
+            for image in arrays["image"][[not reason for reason in reasons]]:
+                counts += np.stack([np.bincount(channel.reshape(-1), minlength=256) for channel in image])
+        if not counts.any():
             raise ValueError(f"column {columns['image']}: none of the first {len(bad)} images can be decoded: {bad[0] if bad else 'no rows'}")
-        pixels = arrays["image"][good].astype(np.float32) / 255
-        mean, std = pixels.mean((0, 2, 3)), pixels.std((0, 2, 3))
-        return {"mean": mean.round(6).tolist(), "std": np.maximum(std, 1e-3).round(6).tolist()}
+        shares = counts / counts.sum(1, keepdims=True)
+        mean = shares @ levels
+        std = np.sqrt((shares * (levels - mean[:, None]) ** 2).sum(1))
+        return {"mean": (mean / 255).round(6).tolist(), "std": np.maximum(std / 255, 1e-3).round(6).tolist()}
 
     def inputs(self) -> dict[str, Any]:
         return {"channels": self.options.channels, "size": self.options.size}
@@ -65,11 +77,7 @@ class Image(Modality):
             data = storage.read_bytes(data)
         if not data:
             raise ValueError("the image is empty (0 bytes)" if data is not None else "the image is null")
-        mode = ImageReadMode.GRAY if self.options.channels == 1 else ImageReadMode.RGB
-        pixels = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=mode)
-        if pixels.dtype == torch.uint16:  # a 16-bit PNG (X-ray): the high byte; a cast would keep the low one
-            pixels = (pixels.to(torch.int32) >> 8).to(torch.uint8)
-        return resize(pixels, self.options.size, self.options.fit).numpy()
+        return resize(_pixels(data, self.options.channels), self.options.size, self.options.fit).numpy()
 
     def augment(self, batch: Batch) -> Batch:
         """Crop and flip by one gather (shift) or one bilinear sampling (resized), from the rows' keys."""
@@ -93,6 +101,32 @@ class Image(Modality):
         mean = torch.tensor(self.state["mean"], device=x.device).view(1, -1, 1, 1)
         std = torch.tensor(self.state["std"], device=x.device).view(1, -1, 1, 1)
         return batch.replace(image=(x.float() * (1 / 255) - mean) / std)
+
+
+def _pixels(data: bytes, channels: int) -> torch.Tensor:
+    """(channels, H, W) uint8 of a JPEG, PNG, WebP, GIF or BMP file; transparency is dropped, of an animation the first picture is taken.
+
+    Raises RuntimeError or ValueError for bytes that are no such file.
+    """
+    webp = data[:4] == b"RIFF" and data[8:12] == b"WEBP"
+    animated = data[12:16] == b"VP8X" and bool(data[20:21] and data[20] & 2)
+    if not (data.startswith((b"\xff\xd8", b"\x89PNG")) or (webp and channels == 3 and not animated)):
+        return _by_pillow(data, channels)  # torchvision 0.26 has no BMP, no animated WebP, no grey for WebP and GIF, and reads all of an animated GIF
+    pixels = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.GRAY if channels == 1 else ImageReadMode.RGB)
+    if pixels.dtype == torch.uint16:  # a 16-bit PNG (X-ray): the high byte; a cast would keep the low one
+        pixels = (pixels.to(torch.int32) >> 8).to(torch.uint8)
+    return pixels
+
+
+def _by_pillow(data: bytes, channels: int) -> torch.Tensor:
+    try:
+        with PIL.Image.open(io.BytesIO(data), formats=("BMP", "GIF", "WEBP")) as image:
+            pixels = np.array(image.convert("L" if channels == 1 else "RGB"))
+    except PIL.UnidentifiedImageError:
+        raise ValueError("not a JPEG, PNG, WebP, GIF or BMP image, or a broken one") from None
+    except Exception as error:  # broken bytes make Pillow raise OSError, SyntaxError, struct.error, DecompressionBombError and others
+        raise ValueError(f"broken image: {error}") from None
+    return torch.from_numpy(pixels.reshape(*pixels.shape[:2], channels)).permute(2, 0, 1).contiguous()
 
 
 def resize(pixels: torch.Tensor, size: int, fit: str = "crop") -> torch.Tensor:

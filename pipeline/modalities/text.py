@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from functools import cached_property
+from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from pydantic import Field
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -64,29 +66,48 @@ class Text(Modality):
         bad = [reason for _, reason in pairs]
         return [e.ids for e in self.tokenizer.encode_batch_fast([text for text, _ in pairs], add_special_tokens=False)], bad
 
+    def _framed(self, column) -> tuple[list[list[int]], list[str]]:
+        """``[CLS] ids [SEP]`` of every text, cut to ``length``."""
+        encoded, bad = self._encode(column)
+        _, _, cls, sep, _ = self.state["specials"]
+        return [[cls, *ids[:self.options.length - 2], sep] for ids in encoded], bad
+
     def decode(self, table, columns) -> tuple[Arrays, list[str]]:
-        if "tokens" in columns:  # rows that ``pack`` made
-            length = self.options.length
-            out = {name: _matrix(table[columns[name]], length) for name in ("tokens", "segments")}
-            return out, [""] * len(table)
-        length = self.options.length
-        encoded, bad = self._encode(table[columns["text"]])
-        pad, _, cls, sep, _ = self.state["specials"]
-        tokens = np.full((len(table), length), pad, dtype=self._dtype)
-        lengths = np.zeros(len(table), dtype=np.int32)
-        for i, ids in enumerate(encoded):
-            row = [cls, *ids[:length - 2], sep]
-            tokens[i, :len(row)], lengths[i] = row, len(row)
+        """Reads texts, rows that ``pack`` made (``columns`` names tokens and segments) and rows that ``tokenize`` made (tokens alone)."""
+        length, bad = self.options.length, [""] * len(table)
+        if "segments" in columns:
+            return {name: _matrix(table[columns[name]], length) for name in ("tokens", "segments")}, bad
+        if "tokens" in columns:
+            column = table[columns["tokens"]].combine_chunks()
+            lengths, values = pc.list_value_length(column).to_numpy(zero_copy_only=False), column.flatten().to_numpy()  # pyright: ignore[reportAttributeAccessIssue]
+        else:
+            rows, bad = self._framed(table[columns["text"]])
+            lengths, values = np.array([len(row) for row in rows]), np.fromiter(chain.from_iterable(rows), dtype=np.int64)
+        tokens = np.full((len(table), length), self.state["specials"][0], dtype=self._dtype)
+        lengths = lengths.astype(np.int32)
+        tokens[np.arange(length) < lengths[:, None]] = values
         return {"tokens": tokens, "lengths": lengths}, bad
 
-    def pack(self, table, columns) -> pa.Table:
+    def tokenize(self, table, columns) -> tuple[pa.Table, list[str]]:
+        """The good rows with ``tokens`` (a list of ids, ``[CLS] ids [SEP]`` cut to ``length``) in the place of the text."""
+        name = columns["text"]
+        if "tokens" in table.column_names and name != "tokens":
+            raise ValueError("a column is called tokens, the name that token ids get; give it another name")
+        rows, bad = self._framed(table[name])
+        good = np.array([not reason for reason in bad], dtype=bool)
+        tokens = pa.array([row for row, reason in zip(rows, bad, strict=True) if not reason], pa.list_(pa.uint32()))
+        return table.filter(pa.array(good)).set_column(table.column_names.index(name), "tokens", tokens), bad
+
+    def pack(self, table, columns) -> tuple[pa.Table, list[str]]:
         """Documents, each ``[CLS] ids [SEP]``, laid end to end into rows of ``length``; only the last row has padding."""
         length = self.options.length
         encoded, bad = self._encode(table[columns["text"]])
+        bad = [reason or ("" if ids else "the text is empty") for ids, reason in zip(encoded, bad, strict=True)]
         pad, _, cls, sep, _ = self.state["specials"]
-        pieces = [[cls, *ids, sep] for ids, reason in zip(encoded, bad, strict=True) if not reason and ids]
+        pieces = [[cls, *ids, sep] for ids, reason in zip(encoded, bad, strict=True) if not reason]
         if not pieces:
-            return pa.table({"tokens": pa.array([], pa.list_(pa.uint32(), length)), "segments": pa.array([], pa.list_(pa.uint32(), length))})
+            none = pa.array([], pa.list_(pa.uint32(), length))
+            return pa.table({"tokens": none, "segments": none}), bad
         tokens = np.concatenate([np.array(piece, dtype=np.uint32) for piece in pieces])
         documents = np.repeat(np.arange(1, len(pieces) + 1, dtype=np.uint32), [len(piece) for piece in pieces])
         rows = -(-len(tokens) // length)
@@ -95,7 +116,7 @@ class Text(Modality):
         first = documents[:, :1]
         segments = np.where(documents > 0, documents - first + 1, 0).astype(np.uint32)
         return pa.table({"tokens": pa.FixedSizeListArray.from_arrays(tokens.reshape(-1), length),
-                         "segments": pa.FixedSizeListArray.from_arrays(segments.reshape(-1), length)})
+                         "segments": pa.FixedSizeListArray.from_arrays(segments.reshape(-1), length)}), bad
 
     def collate(self, arrays: Arrays) -> dict[str, Tensor]:
         out = super().collate({k: v for k, v in arrays.items() if k not in ("tokens", "segments", "lengths")})

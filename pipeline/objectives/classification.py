@@ -28,12 +28,14 @@ class Classification(Objective):
     """A linear head on ``pooled``. State: ``values`` (what stands in the column) and ``labels`` (their names), in class order."""
 
     roles = ("label",)
+    optional_roles = ("label_name",)
     metrics = ("accuracy", "macro_f1", "loss")
     log_names = ("accuracy",)
 
     @classmethod
     def fit(cls, options, table, columns):
         """Classes are the values of the training rows, sorted; a ``label_name`` column gives their names."""
+        table = pa.table({columns[role]: _plain(table[columns[role]]) for role in ("label", "label_name") if role in columns})
         column = table[columns["label"]]
         if column.null_count:
             raise ValueError(f"column {columns['label']}: {column.null_count} training rows have no label")
@@ -58,8 +60,13 @@ class Classification(Objective):
     def encode(cls, table, columns, state) -> Arrays:
         if columns.get("label") not in table.column_names:  # new rows to predict
             return {}
-        column = table[columns["label"]]
-        found = pc.index_in(column, value_set=pa.array(state["values"], type=column.type))  # pyright: ignore[reportAttributeAccessIssue]
+        column = _plain(table[columns["label"]])
+        try:
+            known = pa.array(state["values"], type=column.type)
+        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
+            raise ValueError(f"column {columns['label']}: it holds {column.type} values, but the labels of the training rows are like "
+                             f"{state['values'][0]!r}; write both in one type") from None
+        found = pc.index_in(column, value_set=known)  # pyright: ignore[reportAttributeAccessIssue]
         if found.null_count:
             value = column.filter(pc.is_null(found))[0].as_py()  # pyright: ignore[reportAttributeAccessIssue]
             raise ValueError(f"column {columns['label']}: label {value!r} never stands in the training rows; "
@@ -94,3 +101,8 @@ class Classification(Objective):
 
     def predict(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
         return self.head_predict(backbone(batch).pooled, batch)
+
+
+def _plain(column):
+    """The values themselves of a column that is stored as a dictionary (a pandas categorical)."""
+    return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column

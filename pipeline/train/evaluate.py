@@ -13,13 +13,23 @@ from pipeline.contracts import Batch, Task
 from pipeline.data.stream import Loaded, Rows, eval_batches
 from pipeline.metrics import Predictions, metric
 
+OnBad = Callable[[list[tuple[int, str]]], None]
+"""Told of rows that could not be decoded, with their reasons."""
+
+
+def _unheard(bad: list[tuple[int, str]]) -> None:
+    """Rows in memory have been looked through before: nothing is told of them again."""
+
 
 @torch.no_grad()
-def predictions(task: Task, batches: Iterator[Loaded], ready: Callable[[Batch, bool], Batch], ranks: Any, autocast: Any) -> Predictions:
+def predictions(task: Task, batches: Iterator[Loaded], ready: Callable[[Batch, bool], Batch], ranks: Any, autocast: Any,
+                on_bad: OnBad = _unheard) -> Predictions:
     """Arrays of this rank's rows: what the objective predicts, and ``row``. The task is left in evaluation mode."""
     task.eval()
     parts: list[Predictions] = []
-    for batch, _, _ in batches:
+    for batch, bad, _ in batches:
+        if bad:
+            on_bad(bad)
         if not len(batch):
             continue
         with autocast:
@@ -52,12 +62,13 @@ def values(found: Predictions, names: tuple[str, ...]) -> dict[str, float]:
 
 
 def evaluator(rows: Rows, names: tuple[str, ...], ready: Callable[[Batch, bool], Batch], ranks: Any, autocast: Callable[[], Any],
-              batch_rows: int, threads: int = 1) -> Callable[[Task], dict[str, float]]:
-    """A function that evaluates a task on ``rows``, the same values on every rank."""
+              batch_rows: int, threads: int = 1, part: bool = False, on_bad: OnBad = _unheard) -> Callable[[Task], dict[str, float]]:
+    """A function that evaluates a task on ``rows``, the same values on every rank. ``part``: the rows are this rank's share already."""
+    rank, count = (0, 1) if part else (ranks.rank, ranks.count)
 
     def evaluate(task: Task) -> dict[str, float]:
-        batches = eval_batches(rows, batch_rows, rank=ranks.rank, ranks=ranks.count, threads=threads, pin=ranks.device.type == "cuda")
-        return values(gathered(predictions(task, batches, ready, ranks, autocast()), ranks), names)
+        batches = eval_batches(rows, batch_rows, rank=rank, ranks=count, threads=threads, pin=ranks.device.type == "cuda")
+        return values(gathered(predictions(task, batches, ready, ranks, autocast(), on_bad), ranks), names)
 
     return evaluate
 

@@ -18,6 +18,7 @@ from ray.exceptions import GetTimeoutError, RayError, UserCodeException
 from pipeline import prepare_ray, storage
 from pipeline.data.stream import DataWorkers
 from pipeline.job import Source
+from pipeline.train import pretrain as work_of
 from pipeline.train import source
 from pipeline.train.loop import NonFiniteError, Ranks
 from pipeline.train.progress import Progress, training_line
@@ -44,8 +45,10 @@ def start(address: str | None, verbose: bool) -> None:
     extra: dict[str, Any] = {"include_dashboard": False} if where == "local" else {}
     try:
         ray.init(address=where, logging_level=level, log_to_driver=verbose, **extra)
-    except ConnectionError as error:
-        raise ClusterError(f"no Ray cluster answers at {where}: {error}") from None
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        what = f"no Ray cluster answers at {where}" if where != "local" else "Ray does not start here"
+        raise ClusterError(f"{what}: {lines[0] if lines else type(error).__name__}; check the address, the token (RAY_AUTH_TOKEN) and Ray's version") from error
 
 
 def stop() -> None:
@@ -63,11 +66,31 @@ class Share:
     threads: int
 
 
+Nodes = list[tuple[float, float]]
+"""Logical CPUs and GPUs of each living node."""
+
+
+def nodes() -> Nodes:
+    return [(node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0)) for node in ray.nodes() if node["Alive"]]
+
+
+def capacity(have: Nodes, cpus: float, gpus: float) -> int:
+    """How many bundles of so many CPUs and GPUs the nodes hold at once: a bundle lies on one node, a share of a GPU on one GPU."""
+    def on(node_cpus: float, node_gpus: float) -> int:
+        by_cpu = math.floor(node_cpus / cpus + 1e-6) if cpus else 10**9
+        by_gpu = 10**9 if not gpus else math.floor(node_gpus / gpus + 1e-6) if gpus >= 1 else int(node_gpus) * math.floor(1 / gpus + 1e-6)
+        return min(by_cpu, by_gpu)
+
+    return sum(on(*node) for node in have)
+
+
 def share(spec: Source, cpus: float, gpus: float, object_store_bytes: float = 2 << 30) -> Share:
     """A rank's part of a cluster: never all CPUs, so that Ray Data always has some (it waits for ever without)."""
     ranks = spec.worker_range[1]
     rank_cpus = spec.cpus_per_worker or (1.0 if cpus >= 2 * ranks else math.floor(100 * cpus / (2 * ranks)) / 100)
-    rank_gpus = spec.gpus_per_worker if spec.gpus_per_worker is not None else (min(1.0, gpus / ranks) if gpus else 0.0)
+    rank_gpus = spec.gpus_per_worker
+    if rank_gpus is None:  # as many ranks a GPU as it takes, each an equal share of one GPU
+        rank_gpus = 0.0 if not gpus else 1.0 if gpus >= ranks else math.floor(1e4 / math.ceil(ranks / gpus)) / 1e4
     left = max(0.01, math.floor(100 * (cpus - ranks * rank_cpus) / ranks) / 100)
     actors = max(1, int(left))
     data = DataWorkers(actors, min(1.0, left), int(object_store_bytes * 0.5 / ranks))
@@ -75,17 +98,27 @@ def share(spec: Source, cpus: float, gpus: float, object_store_bytes: float = 2 
     return Share(rank_cpus, rank_gpus, data, threads)
 
 
-def check_fits(spec: Source, mine: Share, cpus: float, gpus: float, place: str) -> list[str]:
+def check_fits(spec: Source, mine: Share, have: Nodes, place: str) -> list[str]:
     """Warnings; raises ClusterError when the fewest ranks can never run here."""
-    fewest = spec.worker_range[0]
-    asked = f"{fewest} ranks x ({mine.cpus:g} CPU + {mine.gpus:g} GPU) and {mine.data.cpus_per_actor:g} CPU of data workers a rank"
-    if fewest * (mine.cpus + mine.data.cpus_per_actor) > cpus + 1e-6 or fewest * mine.gpus > gpus + 1e-6:
-        raise ClusterError(f"{place}: the cluster has {cpus:g} CPUs and {gpus:g} GPUs, the request is {asked}; it can never be met. Lower workers, "
-                           "cpus_per_worker or gpus_per_worker, or join a larger cluster (--address)")
+    fewest, most = spec.worker_range
+    cpus, gpus = (sum(node[i] for node in have) for i in (0, 1))
+    if capacity(have, mine.cpus, mine.gpus) < fewest or fewest * (mine.cpus + mine.data.cpus_per_actor) > cpus + 1e-6:
+        raise ClusterError(f"{place}: the cluster has {told(have)}, the request is {fewest} ranks x ({mine.cpus:g} CPU + {mine.gpus:g} GPU, each on one node) "
+                           f"and {mine.data.cpus_per_actor:g} CPU of data workers a rank; it can never be met. Lower workers, cpus_per_worker or "
+                           "gpus_per_worker, or join a larger cluster (--address)")
     cores = os.cpu_count() or 1
-    if gpus == 0 and spec.worker_range[1] > max(cpus, cores if cpus <= cores else 0):
-        return [f"warning: {place}: {spec.worker_range[1]} ranks are more than the {cpus:g} CPUs; they will share them"]
-    return []
+    warnings = []
+    if gpus == 0 and most > max(cpus, cores if cpus <= cores else 0):
+        warnings.append(f"warning: {place}: {most} ranks are more than the {cpus:g} CPUs; they will share them")
+    if 0 < mine.gpus < 1 and most > 1:
+        warnings.append(f"warning: {place}: {most} ranks share {gpus:g} GPUs; they reduce over gloo, which is slow. One rank a GPU is faster")
+    return warnings
+
+
+def told(have: Nodes) -> str:
+    """The cluster in words."""
+    each = [f"{cpus:g} CPU + {gpus:g} GPU" for cpus, gpus in sorted(set(have))]
+    return f"{len(have)} node{'s' if len(have) != 1 else ''} of {' or '.join(each)}" if have else "no nodes"
 
 
 @ray.remote(num_cpus=0)
@@ -125,7 +158,7 @@ def _rank_main(config: dict[str, Any]) -> None:
             board.post.remote(record)
 
     try:
-        source.train_rank(work, ranks, on_progress)
+        work_of.train_rank(work, ranks, on_progress, held(config["rows"]) if config["rows"] is not None else None)
     except (ValueError, LookupError, TypeError, AttributeError, NonFiniteError, UserCodeException) as error:
         ray.get(board.fail.remote(_first_cause(error)))
         raise
@@ -171,24 +204,27 @@ def pretrain(stage: source.SourceStage, progress: Progress, verbose: bool, growi
     if stage.done:
         return {**facts_of(stage), "cached": True}
     if stage.splits is None:
-        return {**source.import_checkpoint(stage), "bundle": stage.bundle_uri}
+        return {**work_of.import_checkpoint(stage), "bundle": stage.bundle_uri}
     have = resources()
     cpus, gpus = have["CPU"], have["GPU"]
     mine = share(stage.spec, cpus, gpus, have["object_store_memory"])
     if not growing:
-        for line in check_fits(stage.spec, mine, cpus, gpus, f"sources.{stage.name}"):
+        for line in check_fits(stage.spec, mine, nodes(), f"sources.{stage.name}"):
             progress.note(line)
     progress.update(f"{stage.name}: reading and fitting the source")
     fitted = source.fit(stage)
     progress.note(f"{stage.name}: {fitted.text}")
-    work = source.rank_job(stage, fitted, mine.data, mine.threads)
+    work = work_of.rank_job(stage, fitted, mine.data, mine.threads)
+    if work.place == "memory":
+        progress.update(f"{stage.name}: decoding {len(fitted.train)} rows")
+    rows = work_of.decoded(work)
     board = _Board.remote()
     ended = threading.Event()
     watcher = threading.Thread(target=_watch, args=(board, stage.name, progress, ended), daemon=True)
     watcher.start()
     error: Exception | None = None
     try:
-        _trainer(stage, mine, {"work": work, "board": board}, verbose).fit()
+        _trainer(stage, mine, {"work": work, "board": board, "rows": hold(rows) if rows is not None else None}, verbose).fit()
     except ray.train.TrainingFailedError as failed:
         error = failed
     finally:
@@ -218,7 +254,7 @@ def _trainer(stage: source.SourceStage, mine: Share, config: dict[str, Any], ver
     path, filesystem = train_storage(storage.join(stage.uri, "ray"))
     low, high = stage.spec.worker_range
     return ray.train.torch.TorchTrainer(
-        _rank_main, train_loop_config=config,
+        _rank_main, train_loop_config=config, torch_config=_backend(mine.gpus),
         scaling_config=ray.train.ScalingConfig(num_workers=low if low == high else (low, high), use_gpu=mine.gpus > 0,
                                                resources_per_worker={"CPU": mine.cpus, **({"GPU": mine.gpus} if mine.gpus else {})}),
         run_config=ray.train.RunConfig(name=f"{stage.name}-{stage.key}", storage_path=path, storage_filesystem=filesystem,
@@ -226,20 +262,41 @@ def _trainer(stage: source.SourceStage, mine: Share, config: dict[str, Any], ver
                                        logging_config=None if verbose else ray.train.LoggingConfig(log_level="ERROR")))
 
 
+def hold(value: Any) -> Any:
+    """A reference to a value that was put into the object store once, for all that read it."""
+    return ray.put(value)
+
+
+def held(reference: Any) -> Any:
+    """The value behind a reference; its arrays are read where they lie, without a copy."""
+    return ray.get(reference)
+
+
+def _backend(gpus: float) -> Any:
+    """NCCL refuses two ranks on one GPU, so ranks that share one talk over gloo; else Ray's choice."""
+    import ray.train.torch
+
+    return ray.train.torch.TorchConfig(backend="gloo") if 0 < gpus < 1 else None
+
+
 def run_ranks(fn: Callable[[dict[str, Any], Ranks], Any], config: dict[str, Any], workers: int, cpus: float, gpus: float, uri: str, name: str) -> Any:
-    """``fn(config, ranks)`` on several ranks under Ray Train, inside a trial; what rank 0 returns. Raises StageError with the rank's error."""
+    """``fn(config, ranks)`` on several ranks under Ray Train, inside a trial; what rank 0 returns. References in config are resolved by each rank.
+
+    Raises StageError with the rank's error.
+    """
     import ray.train
     import ray.train.torch
 
-    def main(held: dict[str, Any]) -> Any:
+    def main(config: dict[str, Any]) -> Any:
         context = ray.train.get_context()
+        given = {name: held(value) if isinstance(value, ray.ObjectRef) else value for name, value in config.items()}
         torch.set_num_threads(max(1, int(cpus)))
-        out = fn(held, Ranks(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device()))
+        out = fn(given, Ranks(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device()))
         return out if context.get_world_rank() == 0 else None
 
     path, filesystem = train_storage(uri)
     trainer = ray.train.torch.TorchTrainer(
-        main, train_loop_config=config,
+        main, train_loop_config=config, torch_config=_backend(gpus),
         scaling_config=ray.train.ScalingConfig(num_workers=workers, use_gpu=gpus > 0, resources_per_worker={"CPU": cpus, **({"GPU": gpus} if gpus else {})}),
         run_config=ray.train.RunConfig(name=name, storage_path=path, storage_filesystem=filesystem))
     try:

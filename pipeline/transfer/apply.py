@@ -45,7 +45,7 @@ class _Predictor:
             self._task, self._modality = found.task().to(device), found.modality()
             self._labels = found.manifest["objective"]["state"].get("labels")
         rows = Rows(self.selection, Decoder(self._modality, None, {}, self.columns))
-        part = Rows(Selection(self.selection.manifest, self.selection.ids(np.arange(item.start, item.stop))), rows.decoder).in_memory(1.0, spread=False)
+        part = Rows(Selection(self.selection.manifest, self.selection.ids(np.arange(item.start, item.stop))), rows.decoder).in_memory(1.0, cpus=0)
         reasons = dict(part.bad)
         found = evaluate.predictions(self._task, eval_batches(part, 128), evaluate.ready_for(part), Ranks(device=device), torch.no_grad())
         return self._table(self.selection.ids(np.arange(item.start, item.stop)), found, reasons)
@@ -64,14 +64,20 @@ class _Predictor:
         return out | {"prediction": np.array(named, dtype=object), "probabilities": scores}
 
 
+def check(uri: str) -> dict[str, Any]:
+    """The manifest of a bundle that predictions can be made with. Raises BundleError or StorageError, a damaged file named."""
+    found = bundle.load(uri)
+    if found.manifest["objective"]["name"] == "none":
+        raise BundleError(f"{uri}: this bundle is a backbone without a head; fine-tune it first")
+    return found.manifest
+
+
 def predict(uri: str, data: list[str], output: str, columns: dict[str, str], form: str, progress: Progress) -> str:
     """Predict files with Ray Data into ``output``/part-NNNNN.parquet, in row order; parts that are there already are kept.
 
     Raises BundleError for a bundle without a head, ValueError for a missing column or an output of something else.
     """
-    manifest = folders.open_folder(uri)
-    if manifest.get("objective", {}).get("name") == "none":
-        raise BundleError(f"{uri}: this bundle is a backbone without a head; fine-tune it first")
+    manifest = check(uri)
     found = manifests.build(data, form, storage.join(output, ".imports"))
     modality = bundle.build_modality(manifest["modality"])
     columns = {**{role: manifest.get("columns", {}).get(role, role) for role in modality.roles}, **columns}
@@ -81,7 +87,7 @@ def predict(uri: str, data: list[str], output: str, columns: dict[str, str], for
                              f"columns are {', '.join(found.schema.names)}; say --column {role}=NAME")
     selection = Selection(found)
     key = spec_hash(manifest["files"], found.fingerprint, columns)
-    begun = storage.join(output, "predictions.json")
+    begun = storage.join(output, "_predictions.json")
     if storage.exists(begun) and storage.read_json(begun)["key"] != key:
         raise ValueError(f"{output} holds predictions of another bundle or of other files; give an empty folder")
     storage.write_json(begun, {"key": key, "bundle": uri, "files": list(found.files), "rows": found.rows,

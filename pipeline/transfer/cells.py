@@ -91,8 +91,8 @@ def fraction_order(label_fraction: str) -> tuple[int, float, str]:
 
 
 def _key(row: Row) -> tuple[str, str, str, str, str]:
-    source, backbone, target, technique, fraction = (str(row.get(n) or "") for n in ("source", "backbone", "target", "technique", "label_fraction"))
-    return source, backbone, target, technique, fraction
+    source, backbone, target, fraction = (str(row.get(n) or "") for n in ("source", "backbone", "target", "label_fraction"))
+    return source, backbone, target, results.technique(row) if row.get("technique") else "", fraction
 
 
 def _order(cell: Cell) -> tuple:

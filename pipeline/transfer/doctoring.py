@@ -17,7 +17,7 @@ from pipeline.bundle import versions
 from pipeline.job import Job
 from pipeline.train import launch
 from pipeline.train.progress import Progress
-from pipeline.transfer import stages
+from pipeline.transfer import dry_run, fanout, stages
 
 EXTRAS = {"optuna": "optuna", "mlflow": "mlflow", "wandb": "wandb"}
 
@@ -31,9 +31,13 @@ class Line(NamedTuple):
 
 def examine(job: Job | None, address: str | None) -> list[Line]:
     """One line a check: ok, warn or FAIL, what was found and what to do."""
-    lines = [*_machine(), *_ray(address)]
+    lines = _machine()
+    found, have = _ray(address)
+    lines += found
     if job is not None:
         lines += _job(job)
+        if have is not None:
+            lines += _resources(job, *have)
     return lines
 
 
@@ -69,17 +73,37 @@ def _machine() -> list[Line]:
     return lines
 
 
-def _ray(address: str | None) -> list[Line]:
-    where = address or os.environ.get("RAY_ADDRESS")
+def _ray(address: str | None) -> tuple[list[Line], tuple[launch.Nodes, float] | None]:
+    """What Ray says, and the nodes with their object store when it answers."""
+    what = f"Ray ({address or os.environ.get('RAY_ADDRESS') or 'started here'})"
     try:
         launch.start(address, verbose=False)
         have = launch.resources()
         text = f"{have['nodes']:g} nodes, {have['CPU']:g} CPU, {have['GPU']:g} GPU, {have['object_store_memory'] / 2**30:.1f} GiB object store"
-        return [Line("ok", f"Ray ({where or 'started here'})", text)]
-    except (launch.ClusterError, RuntimeError, OSError) as error:
-        return [Line("FAIL", f"Ray ({where or 'started here'})", str(error)[:200], "check the address, the token (RAY_AUTH_TOKEN) and the versions of Ray")]
+        return [Line("ok", what, text)], (launch.nodes(), have["object_store_memory"])
+    except launch.ClusterError as error:
+        return [Line("FAIL", what, str(error)[:300], "see there")], None
     finally:
         launch.stop()
+
+
+def _resources(job: Job, have: launch.Nodes, object_store_bytes: float) -> list[Line]:
+    """Whether the cluster can ever give what the sources and the trials ask for."""
+    lines, cpus, gpus = [], sum(node[0] for node in have), sum(node[1] for node in have)
+    for name, spec in job.sources.items():
+        mine = launch.share(spec, cpus, gpus, object_store_bytes)
+        try:
+            found = launch.check_fits(spec, mine, have, f"sources.{name}") if spec.data is not None else []
+            lines += [Line("warn", f"source {name}", text.removeprefix("warning: ")) for text in found]
+            if spec.data is not None and not found:
+                lines.append(Line("ok", f"source {name}", f"{spec.workers} ranks of {mine.cpus:g} CPU and {mine.gpus:g} GPU"))
+        except launch.ClusterError as error:
+            lines.append(Line("FAIL", f"source {name}", str(error)))
+    try:
+        fanout.check_fits(job, have)
+    except launch.ClusterError as error:
+        lines.append(Line("FAIL", "fan-out", str(error)))
+    return lines
 
 
 def _job(job: Job) -> list[Line]:
@@ -93,4 +117,4 @@ def _job(job: Job) -> list[Line]:
         state = stages.check(job, Progress())
     except (ValueError, storage.StorageError) as error:
         return [*lines, *(Line("FAIL", "job", text) for text in str(error).splitlines())]
-    return [*lines, *(Line("ok", "job", text) for text in stages.describe(state))]
+    return [*lines, *(Line("ok", "job", text) for text in dry_run.describe(state))]

@@ -6,6 +6,7 @@ writes each trial's record when it ends, so an interrupted fan-out goes on with 
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 import time
@@ -19,7 +20,7 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
 from pipeline import storage
-from pipeline.job import Fanout
+from pipeline.job import Fanout, Job
 from pipeline.metrics import metric
 from pipeline.train import launch
 from pipeline.train.progress import Progress, duration
@@ -27,8 +28,8 @@ from pipeline.transfer import probe, trial
 from pipeline.transfer.trial import Record, Shared
 from pipeline.transfer.trials import Trial
 
-REPORTS = 5
-"""Validations of a trial that the scheduler sees."""
+RUNGS = {"grace_period": 20, "reduction_factor": 2, "max_t": 100}
+"""ASHA halves the trials of a cell at 20, 40 and 80 percent of their steps, however often they validate."""
 UNIT_TRIALS = 64
 """Heads trained together at most: more units keep more workers busy."""
 
@@ -59,26 +60,27 @@ def units(trials: list[Trial], shared: Shared) -> list[Unit]:
     return single + [unit for unit in groups if unit.together] + split
 
 
-def _run_unit(config: dict[str, Any], shared: Shared, work: list[Unit], asha: bool) -> None:
-    """A Tune trial. An error becomes the trial's record; it stops nothing else."""
+def _run_unit(config: dict[str, Any], held: list[Any], work: list[Unit], asha: bool) -> None:
+    """A Tune trial. An error becomes the trial's record; it stops nothing else. ``held``: the reference of what all trials share."""
+    shared: Shared = launch.held(held[0])
     warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
     unit = work[config["unit"]]
     torch.set_num_threads(config["threads"])
     started = time.time()
 
-    def report(step: int, metrics: dict[str, Any]) -> None:
+    def report(step: int, steps: int, metrics: dict[str, Any]) -> None:
         name = shared.targets[unit.first.target, unit.first.base].metrics[0]
         sign = 1.0 if metric(name).higher_is_better else -1.0
-        tune.report({"goodness": sign * metrics[name], "step": step, "validation": metrics, "seconds": time.time() - started})
+        tune.report({"goodness": sign * metrics[name], "percent": 100 * step / steps, "step": step, "validation": metrics, "seconds": time.time() - started})
 
     try:
         if unit.together:
             records = probe.run(list(unit.trials), shared)
         elif config["workers"]:
-            records = [launch.run_ranks(trial.run_rank, {"trial": unit.first, "shared": shared}, config["workers"], config["cpus"], config["gpus"],
+            records = [launch.run_ranks(trial.run_rank, {"trial": unit.first, "shared": held[0]}, config["workers"], config["cpus"], config["gpus"],
                                         storage.join(trial.folder(shared, unit.first), "ray"), f"trial-{unit.first.id}")]
         else:
-            records = [trial.run(unit.first, shared, report=report if asha else lambda step, metrics: None)]
+            records = [trial.run(unit.first, shared, report=report if asha else lambda step, steps, metrics: None)]
     except Exception as error:  # whatever it is, it belongs to these trials alone; it is in their rows
         reason = f"{type(error).__name__}: {error}"[:2000]
         records = [trial.failed(one, shared, reason) for one in unit.trials if trial.read_record(shared.root, one.id) is None]
@@ -105,8 +107,7 @@ class GroupedASHA(TrialScheduler):
     def _of(self, trial) -> TrialScheduler:
         cell = self.cells[trial.config["unit"]]
         if cell not in self.groups:
-            self.groups[cell] = ASHAScheduler(time_attr="training_iteration", metric="goodness", mode="max", max_t=REPORTS + 1, grace_period=1,
-                                              reduction_factor=2)
+            self.groups[cell] = ASHAScheduler(time_attr="percent", metric="goodness", mode="max", stop_last_trials=False, **RUNGS)
         return self.groups[cell]
 
     def on_trial_add(self, tune_controller, trial):
@@ -197,19 +198,19 @@ def prune_bundles(root: str, trials: list[Trial], keep: str, best: dict[str, Rec
 
 def _beats(a: Record, b: Record) -> bool:
     name = a["rows"][0]["metric"]
-    better = a["validation"][name] > b["validation"][name]
-    return better if a["rows"][0]["higher_is_better"] else a["validation"][name] < b["validation"][name]
+    ours, theirs = (r["validation"][name] * (1 if r["rows"][0]["higher_is_better"] else -1) for r in (a, b))
+    return ours > theirs or math.isnan(theirs)
 
 
-def run(name: str, trials: list[Trial], shared: Shared, spec: Fanout, resources: dict[str, float], progress: Progress) -> list[Record]:
+def run(name: str, trials: list[Trial], shared: Shared, spec: Fanout, progress: Progress) -> list[Record]:
     """Run the trials that have no record yet; the records of all, in order. A failed trial has a record with its error.
 
-    ``resources``: the cluster's CPU and GPU. Raises KeyboardInterrupt when stopped; what is finished stays.
+    Raises KeyboardInterrupt when stopped; what is finished stays.
     """
-    todo = [one for one in trials if _unfinished(shared.root, one)]
+    todo = [one for one in trials if unfinished(shared.root, one, spec)]
     work = units(todo, shared)
     for workers, part in _by_workers(work, shared).items():
-        _tune(name, part, shared, spec, resources, workers, progress)
+        _tune(name, part, shared, spec, workers, progress)
     out = []
     for one in trials:
         record = trial.read_record(shared.root, one.id)
@@ -218,10 +219,10 @@ def run(name: str, trials: list[Trial], shared: Shared, spec: Fanout, resources:
     return out
 
 
-def _unfinished(root: str, one: Trial) -> bool:
-    """Failed trials are tried again by the next run."""
+def unfinished(root: str, one: Trial, spec: Fanout) -> bool:
+    """Failed trials are tried again by the next run, and trials that were stopped early when nothing stops them any more."""
     record = trial.read_record(root, one.id)
-    return record is None or record["status"] == "failed"
+    return record is None or record["status"] == "failed" or (record["status"] == "pruned" and spec.scheduler != "asha")
 
 
 def _by_workers(work: list[Unit], shared: Shared) -> dict[int, list[Unit]]:
@@ -231,17 +232,34 @@ def _by_workers(work: list[Unit], shared: Shared) -> dict[int, list[Unit]]:
     return dict(sorted(out.items()))
 
 
-def _tune(name: str, work: list[Unit], shared: Shared, spec: Fanout, resources: dict[str, float], workers: int, progress: Progress) -> None:
-    cpus = min(spec.cpus_per_trial, resources.get("CPU", 1.0))
-    have = resources.get("GPU", 0.0)
-    gpus = spec.gpus_per_trial if spec.gpus_per_trial is not None else (0.25 if have else 0.0)
-    if spec.cpus_per_trial > resources.get("CPU", 1.0) or gpus > have:
-        raise launch.ClusterError(f"fanout: a trial asks for {spec.cpus_per_trial:g} CPU and {gpus:g} GPU, the cluster has "
-                                  f"{resources.get('CPU', 0):g} and {have:g}; lower fanout.cpus_per_trial or gpus_per_trial")
-    mine = {"cpu": 0.01} if workers else {"cpu": cpus, **({"gpu": gpus} if gpus else {})}
+def per_trial(spec: Fanout, have: launch.Nodes) -> tuple[float, float]:
+    """CPUs and GPUs of one trial, or of one rank of a trial."""
+    gpus = sum(node[1] for node in have)
+    most = max((node[0] for node in have), default=1.0)
+    share = spec.gpus_per_trial if spec.gpus_per_trial is not None else (0.25 if gpus else 0.0)
+    return (spec.cpus_per_trial if "cpus_per_trial" in spec.model_fields_set else min(spec.cpus_per_trial, most)), share
+
+
+def check_fits(job: Job, have: launch.Nodes) -> None:
+    """Raises ClusterError when a trial of the job can never run on these nodes."""
+    cpus, gpus = per_trial(job.fanout, have)
+    room = launch.capacity(have, cpus, gpus)
+    for name, target in job.targets.items():
+        needed = max(1, target.workers)
+        if room < needed:
+            ranks = f" for each of {target.workers} ranks" if target.workers else ""
+            raise launch.ClusterError(f"targets.{name}: a trial asks for {cpus:g} CPU and {gpus:g} GPU{ranks}, the cluster has {launch.told(have)}; it can "
+                                      "never be met. Lower fanout.cpus_per_trial, fanout.gpus_per_trial or the target's workers, or join a larger cluster")
+
+
+def _tune(name: str, work: list[Unit], shared: Shared, spec: Fanout, workers: int, progress: Progress) -> None:
+    have = launch.nodes()
+    cpus, gpus = per_trial(spec, have)
+    # a trial that only drives its ranks asks for one byte: any part of a CPU would be missing to the ranks, who would wait for it for ever
+    mine: dict[str, float] = {"memory": 1} if workers else {"cpu": cpus, **({"gpu": gpus} if gpus else {})}
     at_once = spec.max_concurrent_trials
     if workers:  # ranks are outside Tune's accounts: as many trials as their ranks fit
-        most = max(1, int(min(resources.get("CPU", 1.0) / (workers * cpus), have / (workers * gpus) if gpus else float("inf"))))
+        most = max(1, launch.capacity(have, cpus, gpus) // workers)
         at_once = min(at_once or most, most)
     asha = spec.scheduler == "asha" and any(unit.first.stage == "search" for unit in work) and not workers
     scheduler = GroupedASHA({i: unit.first.cell for i, unit in enumerate(work)}) if asha else None
@@ -251,7 +269,7 @@ def _tune(name: str, work: list[Unit], shared: Shared, spec: Fanout, resources: 
     try:
         show = _Show(name, work, shared, progress, spec.keep_bundles)
         tuner = tune.Tuner(
-            tune.with_resources(tune.with_parameters(_run_unit, shared=shared, work=work, asha=asha), mine),
+            tune.with_resources(tune.with_parameters(_run_unit, held=[launch.hold(shared)], work=work, asha=asha), mine),
             param_space={"unit": tune.grid_search(list(range(len(work)))), "threads": max(1, int(cpus)), "workers": workers, "cpus": cpus, "gpus": gpus},
             tune_config=tune.TuneConfig(reuse_actors=True, max_concurrent_trials=at_once, scheduler=scheduler),
             run_config=tune.RunConfig(name="fanout", storage_path=scratch, verbose=0, callbacks=[show]))

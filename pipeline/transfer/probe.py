@@ -8,38 +8,61 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
+from pipeline import storage
 from pipeline.contracts import Backbone, Batch, Objective, Task
 from pipeline.data.stream import Loaded, Rows, eval_batches
-from pipeline.job import Train
+from pipeline.job import Train, spec_hash
 from pipeline.metrics import Predictions
 from pipeline.train import evaluate, loop
 from pipeline.train.loop import Ranks
-from pipeline.train.source import device_name
+from pipeline.train.pretrain import device_name
 from pipeline.transfer import trial as trials
 from pipeline.transfer.trial import Record, Shared, TargetData
 from pipeline.transfer.trials import Trial
 
 FEATURE_ROWS = 256
+FEATURES_VERSION = 1
 
 
 @torch.no_grad()
-def features(backbone: nn.Module, rows: Rows, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
+def features(backbone: nn.Module, rows: Rows, device: torch.device, autocast: Any = None) -> tuple[Tensor, dict[str, Tensor]]:
     """(n, D) pooled features of rows in evaluation mode, and the rows' other tensors (labels), both on the device."""
     backbone.to(device).eval()
     ready = evaluate.ready_for(rows)
     pooled, rest = [], []
     for batch, _, _ in eval_batches(rows, FEATURE_ROWS):
         batch = ready(batch.to(device), False)
-        pooled.append(backbone(batch).pooled.float())
+        with autocast or nullcontext():
+            pooled.append(backbone(batch).pooled.float())
         rest.append({name: tensor for name, tensor in batch.data.items() if name == "label"})
     return torch.cat(pooled), {name: torch.cat([part[name] for part in rest]) for name in rest[0]}
+
+
+def kept_features(backbone: nn.Module, shared: Shared, source: str, base: str, target: str, split: str,
+                  device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
+    """``features`` of a split of a target, computed once for a source and kept in the job's folder for whoever needs them next."""
+    data = shared.targets[target, base]
+    rows: Rows = getattr(data, split)
+    cast = loop.autocast(data.spec.train, device)
+    key = spec_hash(FEATURES_VERSION, shared.source_keys.get(source), base, data.key, split, len(rows), device.type, data.spec.train.precision)
+    uri = storage.join(shared.root, "features", f"{target}-{source}-{split}-{key}.safetensors")
+    known = source in shared.source_keys and bool(data.key)
+    if known and storage.exists(uri):
+        found = load(storage.read_bytes(uri))
+        return found.pop("pooled").to(device), {name: tensor.to(device) for name, tensor in found.items()}
+    pooled, rest = features(backbone, rows, device, cast)
+    if known:
+        storage.write_bytes(uri, save({name: tensor.cpu().contiguous() for name, tensor in {**rest, "pooled": pooled}.items()}))
+    return pooled, rest
 
 
 class HeadStack(nn.Module):
@@ -182,14 +205,20 @@ def run(group: list[Trial], shared: Shared) -> list[Record]:
     data = shared.targets[first.target, first.base]
     began = time.time()
     task, moved, _ = trials.build(first, shared)
-    cached = {name: features(task.backbone, rows, device) for name, rows in (("train", data.train), ("validation", data.validation), ("test", data.test))}
+    splits = ("train", "validation", *(["test"] if first.stage == "final" else []))
+    cached = {name: kept_features(task.backbone, shared, first.source, first.base, first.target, name, device) for name in splits}
     shared_seconds = (time.time() - began) / len(group)
     stacks: dict[tuple, list[tuple[Trial, Train, Rows, int]]] = {}
+    failed: list[Record] = []
     for trial in group:
-        train, rows, steps = trials.resolved(trial, shared)
+        try:
+            train, rows, steps = trials.resolved(trial, shared)
+        except ValueError as error:  # this trial's settings are no settings; the others are fine
+            failed.append(trials.failed(trial, shared, f"{type(error).__name__}: {error}"[:2000]))
+            continue
         like = train.model_dump(exclude={"lr", "weight_decay"})
         stacks.setdefault((steps, str(sorted(like.items()))), []).append((trial, train, rows, steps))
-    out: list[Record] = []
+    out: list[Record] = failed
     for members in stacks.values():
         out += _stack(members, shared, data, task.backbone, cached, moved, shared_seconds, device)
     return out
@@ -216,12 +245,12 @@ def _stack(members: list[tuple[Trial, Train, Rows, int]], shared: Shared, data: 
             yield Loaded(Batch(index[0].cpu().numpy(), torch.zeros(0), {"features": pooled[index], **{n: t[index] for n, t in tensors.items()}}), [], 0.0)
 
     def check(task: nn.Module) -> dict[str, Any]:
-        return {"heads": [evaluate.values(found, data.metrics) for found in _predicted(stack, cached["validation"])]}
+        return {"heads": [evaluate.values(found, data.metrics) for found in _predicted(stack, cached["validation"], train)]}
 
     work = loop.Run(task=stack, technique=members[0][0].technique_object, train=train, steps=steps, seed=0, batches=batches,  # type: ignore[arg-type]
                     ready=lambda batch, training: batch, keeper=keeper, evaluate=check, ranks=Ranks(device=device))
     outcome = loop.fit(work)
-    tests = [found if trial.stage == "final" else None for (trial, *_), found in zip(members, _predicted(stack, cached["test"]), strict=True)]
+    tests: list[Predictions] | list[None] = _predicted(stack, cached["test"], train) if "test" in cached else [None] * len(members)
     seconds = (time.time() - began) / len(members) + shared_seconds
     out = []
     for k, (trial, own, rows, _) in enumerate(members):
@@ -244,10 +273,11 @@ def _stack(members: list[tuple[Trial, Train, Rows, int]], shared: Shared, data: 
 
 
 @torch.no_grad()
-def _predicted(stack: HeadStack, rows: tuple[Tensor, dict[str, Tensor]]) -> list[Predictions]:
-    """Predictions of every head on the same rows."""
+def _predicted(stack: HeadStack, rows: tuple[Tensor, dict[str, Tensor]], train: Train) -> list[Predictions]:
+    """Predictions of every head on the same rows, with the precision that one alone would have."""
     stack.eval()
-    found = {name: tensor.cpu().numpy() for name, tensor in stack.predict(*rows).items()}
+    with loop.autocast(train, rows[0].device):
+        found = {name: tensor.cpu().numpy() for name, tensor in stack.predict(*rows).items()}
     return [{name: array[k] for name, array in found.items()} for k in range(stack.count)]
 
 

@@ -253,7 +253,7 @@ def _curves(target: str, metric: str, rows: Sequence[Row], curves: dict[str, lis
         for point in curves.get(trial_id, ()):
             value = (point.get("validation") or {}).get(metric)
             if value is not None and math.isfinite(value):
-                points[row["label_fraction"], row["source"], row["technique"]][point["step"]].append(value)
+                points[row["label_fraction"], row["source"], results.technique(row)][point["step"]].append(value)
     out: dict[str, plots.Series] = defaultdict(dict)
     for (fraction, source, technique), by_step in points.items():
         out[fraction][source, technique] = [(step, fmean(values)) for step, values in sorted(by_step.items())]
@@ -276,7 +276,7 @@ def _cost(cells: Sequence[Cell], rows: Sequence[Row]) -> list[Block]:
         return []
     spent: dict[tuple[str, str, str], list[float]] = defaultdict(list)
     for row in _trials(rows):
-        spent[row["target"], row["source"], row["technique"]].append(row.get("seconds") or 0.0)
+        spent[row["target"], row["source"], results.technique(row)].append(row.get("seconds") or 0.0)
     body = []
     for key, group in shown.items():
         seconds = sum((c.seconds or 0) * c.n_seeds for c in group) / sum(c.n_seeds for c in group)
@@ -320,7 +320,7 @@ def _failures(rows: Sequence[Row]) -> list[Block]:
     out: list[Block] = [Heading("Failures"), Text(f"{_plural(len(failed), 'trial')} failed; the others went on without them.")]
     for error, group in sorted(by_error.items(), key=lambda kv: -len(kv[1])):
         lines = error.strip().splitlines() or [error]
-        which = [f"{r['trial_id']}: {r['target']} · {r['source']} · {r['technique']} · labels {r['label_fraction']} · seed {r['seed']} "
+        which = [f"{r['trial_id']}: {r['target']} · {r['source']} · {results.technique(r)} · labels {r['label_fraction']} · seed {r['seed']} "
                  f"({r['trial_stage']}) {r.get('hyper_parameters') or ''}".strip() for r in group[:20]]
         which += [f"and {len(group) - 20} more"] if len(group) > 20 else []
         out.append(Details(f"{_plural(len(group), 'trial')}: {lines[-1][:160]}", [Bullets(which), Code(error)]))

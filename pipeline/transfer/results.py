@@ -87,6 +87,14 @@ def filled(rows: Iterable[Row]) -> list[Row]:
     return [{name: row.get(name) for name in SCHEMA.names} for row in rows]
 
 
+def technique(row: Row) -> str:
+    """A row's technique with the options it was given: ``lp_ft (probe_share 0.3)``; with other options it is another one."""
+    ran = row.get("hyper_parameters") or "{}"
+    options = (json.loads(ran) if isinstance(ran, str) else ran).get("technique") or {}
+    told = ", ".join(f"{name} {value}" for name, value in sorted(options.items()))
+    return f"{row['technique']} ({told})" if told else row["technique"]
+
+
 def _key(row: Row) -> tuple:
     return row["trial_id"], row["split"], row["metric"], row["trial_stage"]
 

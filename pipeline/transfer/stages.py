@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,8 @@ class State:
     targets: dict[str, TargetStage] = field(default_factory=dict)
     pretraining: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    broken: dict[str, str] = field(default_factory=dict)
+    """Targets that could not be made ready, with the reason: the others go on without them."""
 
 
 def check(job: Job, progress: Progress, **options: Any) -> State:
@@ -53,7 +56,7 @@ def check(job: Job, progress: Progress, **options: Any) -> State:
     each(source.stage, job.sources, state.sources)
     each(targets.stage, job.targets, state.targets)
     for name, target in state.targets.items():
-        if not problems and not _matching(state, name):
+        if not problems and not matching(state, name):
             problems.append(f"targets.{name}: no source reads {target.spec.data.modality.name}; add one or name it in sources")
     if problems:
         raise ValueError("\n".join(problems))
@@ -68,45 +71,61 @@ def _modality_name(stage: source.SourceStage) -> str | None:
     return "image" if stage.spec.backbone.name.startswith("timm") else "text"
 
 
-def _matching(state: State, target: str) -> list[str]:
+def matching(state: State, target: str) -> list[str]:
     """Sources that a target fans out: those it names, or all of its modality."""
     spec = state.job.targets[target]
     named = spec.sources if spec.sources is not None else list(state.sources)
     return [n for n in named if n in state.sources and _modality_name(state.sources[n]) == spec.data.modality.name]
 
 
-def describe(state: State) -> list[str]:
-    """The resolved stages, trials and cost of ``--dry-run``."""
-    job, lines = state.job, []
-    for name, stage in state.sources.items():
-        done = "done" if stage.done else "to run"
-        if stage.splits is None:
-            lines.append(f"source {name}: {stage.spec.init or stage.spec.backbone} [{done}]")
-            continue
-        train = stage.spec.train
-        steps = str(train.steps) if train.steps else ("after packing" if stage.packed else str(source.steps_of(train, len(stage.splits.train))))
-        lines.append(f"source {name}: {stage.spec.backbone} by {stage.spec.objective}, {steps} steps of {train.global_batch} rows on "
-                     f"{stage.spec.workers} ranks; {stage.splits.sizes()} [{done}]")
-    total = steps_total = 0
-    for name, stage in state.targets.items():
-        names = _matching(state, name)
-        if job.fanout.select:
-            names = names[:job.fanout.select.top]
-        kinds = {(str(job.sources[n].backbone), str(data.modality) if (data := job.sources[n].data) else "") for n in names}
-        plugs = trials.techniques(job, stage.spec)
-        moving = [p for p in plugs if registry.get("technique", p.name).from_source]
-        cells = (len(plugs) - len(moving)) * len(kinds) + len(moving) * len(names)
-        for fraction in stage.spec.label_fractions:
-            search = cells * job.fanout.trials if job.fanout.trials > 1 else 0
-            final = cells * job.fanout.seeds
-            rows = len(stage.splits.train) if isinstance(fraction, int) else int(fraction * len(stage.splits.train))
-            train = stage.spec.train
-            steps = train.steps or source.steps_of(train, max(rows, 1))
-            total, steps_total = total + search + final, steps_total + (search + final) * steps
-            lines.append(f"target {name} at {trials.fraction_text(fraction)} labels: {cells} cells = {search} search + {final} final trials of {steps} steps; "
-                         f"{stage.splits.sizes()}")
-    lines.append(f"in all: {total} trials, {steps_total} steps; results in {job.root}")
-    return lines
+def ended(state: State) -> list[tuple[Trial, bool]]:
+    """Every trial of the job and whether it needs no run any more; empty while a source has no bundle, or the search is not through."""
+    if not state.targets or not all(stage.done for stage in state.sources.values()):
+        return []
+    bases, chosen = _bases(state), _chosen_before(state)
+    if chosen is None:
+        return []
+    search = search_trials(state, bases, chosen)
+    done = [(one, not fanout.unfinished(state.job.root, one, state.job.fanout)) for one in search]
+    if not all(one for _, one in done):
+        return []
+    winners = _winners(search, [trial.read_record(state.job.root, one.id) for one in search])
+    return done + [(one, not fanout.unfinished(state.job.root, one, state.job.fanout)) for one in final_trials(state, bases, chosen, winners)]
+
+
+def _bases(state: State) -> list[Base]:
+    manifests = {name: storage.read_json(storage.join(stage.bundle_uri, "manifest.json")) for name, stage in state.sources.items()}
+    return trials.bases({name: (manifest["arch"], manifest["modality"]) for name, manifest in manifests.items()})
+
+
+# ---------------------------------------------------------------- what a run leaves for `report` beside its trials
+
+def _facts_uri(state: State) -> str:
+    return storage.join(state.job.root, "facts.json")
+
+
+def _facts_key(state: State) -> str:
+    return spec_hash([stage.key for stage in state.sources.values()], [stage.key for stage in state.targets.values()], state.job.fanout.select)
+
+
+def _keep_facts(state: State, chosen: dict[str, set[str]]) -> None:
+    storage.write_json(_facts_uri(state), {"key": _facts_key(state), "notes": state.notes, "broken": state.broken,
+                                           "chosen": {name: sorted(found) for name, found in chosen.items()}})
+
+
+def _facts(state: State) -> dict[str, Any]:
+    """The facts that the newest run of these same sources and targets left, or none."""
+    uri = _facts_uri(state)
+    found = storage.read_json(uri) if storage.exists(uri) else {}
+    return found if found.get("key") == _facts_key(state) else {}
+
+
+def _chosen_before(state: State) -> dict[str, set[str]] | None:
+    """Sources of each target as the newest run chose them; none when that must still be found out by scores."""
+    if state.job.fanout.select is None:
+        return {name: set(matching(state, name)) for name in state.targets}
+    found = _facts(state).get("chosen")
+    return None if found is None else {name: set(found.get(name, ())) for name in state.targets}
 
 
 def pretrain(state: State) -> None:
@@ -132,29 +151,42 @@ def share(state: State) -> Shared:
     loaded = {name: targets.weights(stage.bundle_uri) for name, stage in state.sources.items()}
     found = trials.bases({name: (manifest["arch"], manifest["modality"]) for name, (_, manifest) in loaded.items()})
     held: dict[tuple[str, str], trial.TargetData] = {}
-    for name, target in state.targets.items():
+    for name, target in list(state.targets.items()):
         by_modality: dict[str, trial.TargetData] = {}
-        for base in found:
-            if set(base.sources) & set(_matching(state, name)):
-                key = spec_hash(base.modality)
-                by_modality[key] = held[name, base.key] = by_modality.get(key) or targets.prepare(target, base)
+        state.progress.update(f"{name}: reading")
+        try:
+            for base in found:
+                if set(base.sources) & set(matching(state, name)):
+                    key = spec_hash(base.modality)
+                    by_modality[key] = held[name, base.key] = by_modality.get(key) or targets.prepare(target, base)
+        except ValueError as error:  # one bad target: the others go on
+            state.broken[name] = str(error)
+            state.notes.append(f"{name}: left out: {error}")
+            state.progress.note(f"warning: targets.{name} is left out: {error}")
+            state.targets.pop(name)
+            held = {place: data for place, data in held.items() if place[0] != name}
+            continue
         text = next(iter(by_modality.values())).split_text
+        state.notes.append(f"{name}: {text}") if "left out" in text else None
         state.progress.note(f"{name}: {text}")
+    if not state.targets:
+        raise ValueError("\n".join(f"targets.{name}: {reason}" for name, reason in state.broken.items()))
     _note_overlaps(state)
     facts = {"git_sha": _git_sha(), "spec_hash": spec_hash(job), "scores": {}}
     return Shared(job.name, job.root, job.seed, {base.key: base for base in found}, {name: w for name, (w, _) in loaded.items()},
-                  {name: stage.bundle_uri for name, stage in state.sources.items()}, held, job.fanout.keep_bundles != "none", facts)
+                  {name: stage.bundle_uri for name, stage in state.sources.items()}, held, job.fanout.keep_bundles != "none",
+                  {name: stage.key for name, stage in state.sources.items()}, facts)
 
 
 def _note_overlaps(state: State) -> None:
     """Promise 10: rows of a target that also stand in a source are counted and reported."""
     for name, target in state.targets.items():
-        for source_name in _matching(state, name):
+        for source_name in matching(state, name):
             stage = state.sources[source_name]
             if stage.splits is None or stage.spec.data is None:
                 continue
             role = registry.get("modality", target.spec.data.modality.name).roles[0]
-            count = targets.overlap(target.splits.test, target.spec.data.columns[role], stage.splits.train, stage.spec.data.columns[role])
+            count = targets.overlap(target.splits.test, target.spec.data.columns[role], stage.splits.train, stage.spec.data.columns[role], role == "image")
             if count is None:
                 state.notes.append(f"{name}: too many rows to look for its test rows in source {source_name}")
             elif count:
@@ -163,8 +195,9 @@ def _note_overlaps(state: State) -> None:
 
 
 def _git_sha() -> str | None:
+    """The commit of this code, where it lies in a checkout."""
     try:
-        out = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, timeout=5)
+        out = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=5)
     except (OSError, subprocess.SubprocessError):
         return None
     return out.stdout.strip() or None
@@ -176,7 +209,7 @@ def score(state: State, shared: Shared) -> list[dict[str, Any]]:
     for name in state.targets:
         for base in shared.bases.values():
             for source_name in base.sources:
-                if source_name in _matching(state, name) and (name, base.key) in shared.targets:
+                if source_name in matching(state, name) and (name, base.key) in shared.targets:
                     state.progress.update(f"score: {source_name} for {name}")
                     out.append({"target": name, "source": source_name, "backbone": base.label, **scores.score(shared, source_name, base.key, name)})
     return sorted(out, key=lambda row: (row["target"], -row["logme"]))
@@ -185,7 +218,7 @@ def score(state: State, shared: Shared) -> list[dict[str, Any]]:
 def _select(state: State, shared: Shared) -> dict[str, set[str]]:
     """Sources to fan out for each target: all, or the best-scored."""
     select = state.job.fanout.select
-    chosen = {name: set(_matching(state, name)) for name in state.targets}
+    chosen = {name: set(matching(state, name)) for name in state.targets}
     if select is None:
         return chosen
     by_target: dict[str, list[dict[str, Any]]] = defaultdict(list)
@@ -204,7 +237,7 @@ def _select(state: State, shared: Shared) -> dict[str, set[str]]:
 
 def _cells(state: State, bases: list[Base], chosen: dict[str, set[str]]) -> list[tuple[str, tuple[Base, str, Any, Any]]]:
     return [(name, cell) for name in state.targets
-            for cell in trials.cells(state.job, name, [b for b in bases if set(b.sources) & set(_matching(state, name))], chosen[name])]
+            for cell in trials.cells(state.job, name, [b for b in bases if set(b.sources) & set(matching(state, name))], chosen[name])]
 
 
 def _trial(state: State, name: str, cell: tuple[Base, str, Any, Any], hyper: dict[str, float], seed: int, stage: str) -> Trial:
@@ -229,29 +262,32 @@ def final_trials(state: State, bases: list[Base], chosen: dict[str, set[str]], w
 
 def finetune(state: State, shared: Shared) -> list[Trial]:
     """Search (when there are draws), then every cell's winner with every seed. Returns all trials of the job."""
-    job, chosen, bases = state.job, _select(state, shared), list(shared.bases.values())
-    resources = launch.resources()
+    job, bases = state.job, list(shared.bases.values())
+    chosen = _select(state, shared)
     search = search_trials(state, bases, chosen)
-    winners = _winners(search, fanout.run("search", search, shared, job.fanout, resources, state.progress)) if search else {}
+    winners = _winners(search, fanout.run("search", search, shared, job.fanout, state.progress)) if search else {}
+    for cell in sorted({one.cell for one in search} - set(winners)):
+        state.notes.append(f"search: no trial of {cell} ended well, so it has no winner: its final trials run with the target's own settings")
+        state.progress.note(f"warning: {state.notes[-1]}")
+    _keep_facts(state, chosen)
     final = final_trials(state, bases, chosen, winners)
-    fanout.run("fine-tune", final, shared, job.fanout, resources, state.progress)
+    fanout.run("fine-tune", final, shared, job.fanout, state.progress)
     return [*search, *final]
 
 
 def current(state: State) -> list[dict[str, Any]]:
-    """Rows of the results table that belong to the job as it is now."""
-    if not all(stage.done for stage in state.sources.values()):
+    """Rows of the job as it is now, from the records of the trials that have ended, with the notes of the run that left them."""
+    if not state.targets or not all(stage.done for stage in state.sources.values()):
         return []
-    manifests = {name: storage.read_json(storage.join(stage.bundle_uri, "manifest.json")) for name, stage in state.sources.items()}
-    bases = trials.bases({name: (manifest["arch"], manifest["modality"]) for name, manifest in manifests.items()})
-    chosen = {name: set(_matching(state, name)) for name in state.targets}
+    facts = _facts(state)
+    state.notes, state.broken = facts.get("notes", []), facts.get("broken", {})
+    bases, chosen = _bases(state), _chosen_before(state) or {name: set(matching(state, name)) for name in state.targets}
     search = [(one, record) for one in search_trials(state, bases, chosen) if (record := trial.read_record(state.job.root, one.id))]
     winners = _winners([one for one, _ in search], [record for _, record in search])
-    final = final_trials(state, bases, chosen, winners)
-    return results.select(results.read(state.job.root), {one.id for one in [*(one for one, _ in search), *final]})
+    return results.filled(collect(state, [*(one for one, _ in search), *final_trials(state, bases, chosen, winners)]))
 
 
-def _winners(search: list[Trial], records: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+def _winners(search: list[Trial], records: list[Any]) -> dict[str, dict[str, float]]:
     """The best draw of every cell on validation, at equal budget; pruned and failed trials do not win."""
     best: dict[str, tuple[float, dict[str, float]]] = {}
     for one, record in zip(search, records, strict=True):
@@ -264,8 +300,11 @@ def _winners(search: list[Trial], records: list[dict[str, Any]]) -> dict[str, di
     return {cell: hyper for cell, (_, hyper) in best.items()}
 
 
-def collect(state: State, shared: Shared, found: list[Trial]) -> list[dict[str, Any]]:
-    """Records of trials to rows of the results table, with the gain of each over scratch at the same seed."""
+def collect(state: State, found: list[Trial]) -> list[dict[str, Any]]:
+    """Records of trials to rows of the results table, with the gain of each over scratch at the same seed.
+
+    Names are those of the job as it is now: a record may be older than a name.
+    """
     root = state.job.root
     records = {one.id: record for one in found if (record := trial.read_record(root, one.id)) is not None}
     if state.job.fanout.keep_bundles == "best":
@@ -279,7 +318,8 @@ def collect(state: State, shared: Shared, found: list[Trial]) -> list[dict[str, 
     rows = []
     for one in found:
         for row in records.get(one.id, {"rows": []})["rows"]:
-            row = {**row, "hyper_parameters": json.dumps(row["hyper_parameters"], sort_keys=True), "started_at": datetime.fromtimestamp(row["started_at"], UTC)}
+            row = {**row, "job": state.job.name, "source": one.source, "backbone": one.backbone, "target": one.target,
+                   "hyper_parameters": json.dumps(row["hyper_parameters"], sort_keys=True), "started_at": datetime.fromtimestamp(row["started_at"], UTC)}
             if one.id not in kept:
                 row["bundle_uri"] = None
             against = scratch.get((one.base, one.target, trials.fraction_text(one.label_fraction), one.seed))
@@ -323,5 +363,8 @@ def show(state: State, rows: list[dict[str, Any]]) -> tuple[list[matrix.Cell], t
     return cells, where
 
 
-def failures(rows: list[dict[str, Any]]) -> list[str]:
-    return sorted({f"{row['target']} / {row['technique']} / {row['source']} seed {row['seed']}: {row['error']}" for row in rows if row["status"] == "failed"})
+def failures(state: State, rows: list[dict[str, Any]]) -> list[str]:
+    """A line for each target that was left out and each trial that failed."""
+    left_out = [f"targets.{name}: {reason}" for name, reason in state.broken.items()]
+    return left_out + sorted({f"{row['target']} / {row['technique']} / {row['source']} seed {row['seed']}: {row['error']}"
+                              for row in rows if row["status"] == "failed"})

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,12 +17,12 @@ from pipeline.data.manifest import Selection, Splits
 from pipeline.data.stream import Decoder, Rows
 from pipeline.job import Job, Target, spec_hash
 from pipeline.metrics import metric
-from pipeline.train.source import data_key, sample
+from pipeline.train.source import data_key
 from pipeline.transfer.trial import TargetData
 from pipeline.transfer.trials import Base
 
 MEMORY_BYTES = 2 << 30
-OVERLAP_ROWS = 200_000
+OVERLAP_ROWS, OVERLAP_BYTES = 200_000, 4 << 30
 
 
 @dataclass(frozen=True)
@@ -31,10 +32,22 @@ class TargetStage:
     name: str
     spec: Target
     splits: Splits
+    state: dict[str, Any] = field(default_factory=dict)
+    """What the objective learned of the training rows: label names."""
 
     @property
     def key(self) -> str:
         return spec_hash(data_key(self.spec.data), self.splits.fingerprint)
+
+    def labelled(self, fraction: float | int) -> int:
+        """How many training rows a label fraction stands for."""
+        n = len(self.splits.train)
+        if fraction == 1 and isinstance(fraction, float):
+            return n
+        columns, state = self.spec.data.columns, self.state
+        found = registry.get("objective", self.spec.objective.name).encode(manifests.read_columns(self.splits.train, _label_columns(self.spec)), columns, state)
+        counts = np.bincount(found["label"]) if "label" in found else np.array([n])
+        return int(sum(min(c, fraction) if isinstance(fraction, int) else max(1, round(fraction * c)) for c in counts if c))
 
 
 def stage(job: Job, name: str) -> TargetStage:
@@ -46,7 +59,26 @@ def stage(job: Job, name: str) -> TargetStage:
     if spec.metric is not None and metric(spec.metric).name not in (*objective.metrics, "top5_accuracy", "balanced_accuracy", "auroc"):
         raise ValueError(f"targets.{name}.metric: {spec.metric} is not a metric of {spec.objective.name} ({', '.join(objective.metrics)})")
     found = manifests.splits(spec.data, (*modality.roles, *objective.roles), f"targets.{name}", storage.join(job.root, "imports"), need_test=True)
-    return TargetStage(name, spec, found)
+    state = fit_labels(spec, found)
+    for split in ("train", "validation", "test"):  # a label that training never sees is found now, not after the sources
+        try:
+            objective.encode(manifests.read_columns(getattr(found, split), _label_columns(spec)), spec.data.columns, state)
+        except ValueError as error:
+            raise ValueError(f"targets.{name}.data, {split} split: {error}") from None
+    return TargetStage(name, spec, found, state)
+
+
+def _label_columns(spec: Target) -> list[str]:
+    objective = registry.get("objective", spec.objective.name)
+    return [spec.data.columns[role] for role in (*objective.roles, *objective.optional_roles) if role in spec.data.columns]
+
+
+def fit_labels(spec: Target, splits: Splits) -> dict[str, Any]:
+    """What the objective learns of the training rows' own columns."""
+    objective, needed = registry.get("objective", spec.objective.name), _label_columns(spec)
+    if not needed:
+        return {}
+    return objective.fit(objective.options_class(**spec.objective.options), manifests.read_columns(splits.train, needed), spec.data.columns)
 
 
 def _modality(target: TargetStage, base: Base) -> dict[str, Any]:
@@ -64,16 +96,15 @@ def prepare(target: TargetStage, base: Base) -> TargetData:
     modality = bundle.build_modality(_modality(target, base))
     objective = registry.get("objective", spec.objective.name)
     options = objective.options_class(**spec.objective.options)
-    needed = [columns[role] for role in ("label", "label_name") if role in columns]
-    table = manifests.read_columns(splits.train, needed) if needed else None
-    state = objective.fit(options, table, columns) if table is not None else {}
+    state = target.state or fit_labels(spec, splits)
     decoder = Decoder(modality, spec.objective.name, state, columns)
     parts = [Rows(selection, decoder) for selection in (splits.train, splits.validation, splits.test)]
-    if spec.data.decode == "memory" or (spec.data.decode == "auto" and _decoded_bytes(splits, decoder) <= MEMORY_BYTES):
+    wanted = sum(decoder.size(selection) for selection in (splits.train, splits.validation, splits.test))
+    if spec.data.decode == "memory" or (spec.data.decode == "auto" and wanted <= MEMORY_BYTES):
         parts = [rows.in_memory(spec.data.max_bad_rows) for rows in parts]
         labels = parts[0].arrays.get("label") if parts[0].arrays else None
     else:
-        labels = objective.encode(table, columns, state).get("label") if table is not None else None
+        labels = objective.encode(manifests.read_columns(splits.train, _label_columns(spec)), columns, state).get("label")
     bad = [(split, rows.selection.manifest.place(row), why)
            for split, rows in zip(("train", "validation", "test"), parts, strict=True) for row, why in rows.bad]
     text = splits.sizes() + (f"; {len(bad)} rows left out: " + "; ".join(f"{s} {p}: {w}" for s, p, w in bad[:3]) if bad else "")
@@ -81,27 +112,26 @@ def prepare(target: TargetStage, base: Base) -> TargetData:
     if spec.data.group:
         values = manifests.read_columns(parts[2].selection, [spec.data.group])[spec.data.group]
         groups = pc.dictionary_encode(values.combine_chunks()).indices.to_numpy(zero_copy_only=False)  # pyright: ignore[reportAttributeAccessIssue]
-    return TargetData(spec, {"name": spec.objective.name, "options": options.model_dump(), "state": state}, parts[0], parts[1], parts[2], labels, groups, text)
+    return TargetData(spec, {"name": spec.objective.name, "options": options.model_dump(), "state": state}, parts[0], parts[1], parts[2], labels, groups, text,
+                      spec_hash(target.key, base.modality))
 
 
-def _decoded_bytes(splits: Splits, decoder: Decoder) -> int:
-    few = sample(splits.train, decoder.names(), 8)
-    arrays, _ = decoder(few)
-    each = sum(array.nbytes for array in arrays.values()) / max(1, len(few))
-    return int(each * sum(len(s) for s in (splits.train, splits.validation, splits.test)))
+def overlap(test: Selection, column: str, source: Selection, source_column: str, paths: bool) -> int | None:
+    """How many test rows hold an input that also stands in a source's rows; none when the source is too large to scan here.
 
-
-def overlap(test: Selection, column: str, source: Selection, source_column: str) -> int | None:
-    """How many test rows hold an input that also stands in a source's rows; none when the source is too large to scan here."""
-    if len(source) > OVERLAP_ROWS or len(test) > OVERLAP_ROWS:
+    ``paths``: texts name files (image folders), whose bytes are what is compared.
+    """
+    if max(len(source), len(test)) > OVERLAP_ROWS or source.manifest.size > OVERLAP_BYTES:
         return None
-    seen = set(_digests(source, source_column))
-    return sum(digest in seen for digest in _digests(test, column))
+    seen = set(_digests(source, source_column, paths))
+    return sum(digest in seen for digest in _digests(test, column, paths))
 
 
-def _digests(selection: Selection, column: str) -> list[bytes]:
-    values = manifests.read_columns(selection, [column])[column].to_pylist()
-    return [hashlib.blake2b(v if isinstance(v, bytes) else str(v).encode(), digest_size=12).digest() for v in values]
+def _digests(selection: Selection, column: str, paths: bool) -> Iterator[bytes]:
+    for table in manifests.scan(selection, [column]):
+        for value in table[column].to_pylist():
+            content = value if isinstance(value, bytes) else storage.read_bytes(value) if paths and storage.exists(value) else str(value).encode()
+            yield hashlib.blake2b(content, digest_size=12).digest()
 
 
 def weights(uri: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

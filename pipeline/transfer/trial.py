@@ -16,14 +16,14 @@ import torch
 from pipeline import bundle, registry, storage
 from pipeline.contracts import Task
 from pipeline.data.plan import Plan
-from pipeline.data.stream import Rows, eval_batches, train_batches
-from pipeline.job import Target, Train
+from pipeline.data.stream import Rows, check_budget, eval_batches, train_batches
+from pipeline.job import Target, Train, drawn
 from pipeline.metrics import Predictions, metric
 from pipeline.rng import mix
 from pipeline.train import evaluate, loop
 from pipeline.train.log import MetricsLog
 from pipeline.train.loop import Ranks
-from pipeline.train.source import device_name, steps_of
+from pipeline.train.pretrain import device_name, steps_of
 from pipeline.transfer import stats
 from pipeline.transfer.trials import SCRATCH, Base, Trial, fraction_text, label_subset
 
@@ -43,7 +43,10 @@ class TargetData:
     labels: np.ndarray | None
     """(n_train,) class numbers, for stratified label fractions and scores."""
     groups: np.ndarray | None
+    """(n_test,) group numbers of the test rows, in the order of their ids."""
     split_text: str
+    key: str = ""
+    """Names the rows as they are read: what was computed from them once is filed under it."""
 
     @property
     def in_memory(self) -> bool:
@@ -69,6 +72,7 @@ class Shared:
     parents: dict[str, str]
     targets: dict[tuple[str, str], TargetData]
     keep_bundles: bool
+    source_keys: dict[str, str] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
 
 
@@ -108,12 +112,9 @@ def resolved(trial: Trial, shared: Shared) -> tuple[Train, Rows, int]:
     """
     data = shared.targets[trial.target, trial.base]
     rows = data.train.subset(label_subset(data.train, data.labels, trial.label_fraction, mix(shared.seed, trial.seed)))
-    change: dict[str, Any] = {**trial.hyper_parameters}
-    batch = int(change.get("global_batch", data.spec.train.global_batch))
-    change["global_batch"] = min(batch, len(rows))
-    if trial.technique_object.frozen:
-        change["augment"] = False
-    train = Train.model_validate({**data.spec.train.model_dump(), **change})
+    train = drawn(data.spec.train, trial.hyper_parameters)
+    change: dict[str, Any] = {"global_batch": min(train.global_batch, len(rows)), **({"augment": False} if trial.technique_object.frozen else {})}
+    train = train.model_copy(update=change)
     return train, rows, steps_of(train, len(rows))
 
 
@@ -121,10 +122,15 @@ def plan_of(trial: Trial, shared: Shared, train: Train, rows: Rows) -> Plan:
     return Plan(len(rows), mix(shared.seed, trial.seed, 2), train.global_batch, shards=train.canonical_shards or 8)
 
 
-def run(trial: Trial, shared: Shared, ranks: Ranks | None = None, report: Callable[[int, dict[str, Any]], None] = lambda step, metrics: None) -> Record:
+Report = Callable[[int, int, dict[str, Any]], None]
+"""Told the step, the steps in all and the validation metrics."""
+
+
+def run(trial: Trial, shared: Shared, ranks: Ranks | None = None, report: Report = lambda step, steps, metrics: None) -> Record:
     """Train, validate and (final trials) test once; write the record, predictions and bundle; return the record.
 
-    ``report`` is told the validation metrics as they come and may raise loop.Stop.
+    ``report`` is told the validations as they come, and may raise loop.Stop.
+    Raises TooManyBadRowsError when more rows of a streamed target than its budget allows cannot be decoded.
     """
     ranks = ranks or Ranks(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     began = time.time()
@@ -145,12 +151,18 @@ def run(trial: Trial, shared: Shared, ranks: Ranks | None = None, report: Callab
 
     def on_eval(step: int, metrics: dict[str, Any]) -> None:
         on_log({"step": step, "steps": steps, **{f"validation_{k}": v for k, v in metrics.items()}})
-        report(step, metrics)
+        report(step, steps, metrics)
+
+    bad: list[tuple[int, str]] = []
+
+    def bad_rows(found: list[tuple[int, str]], seen: int) -> None:
+        bad.extend(found)
+        check_budget(bad, len(rows), data.spec.data.max_bad_rows, rows.selection)
 
     keeper = loop.KeepBest(data.metrics[0], train.keep)
     work = loop.Run(task=task, technique=technique, train=train, steps=steps, seed=mix(shared.seed, trial.seed, 3),
                     batches=partial(train_batches, rows, plan, rank=ranks.rank, ranks=ranks.count, place="train", pin=ranks.device.type == "cuda"),
-                    ready=ready, keeper=keeper, evaluate=check, ranks=ranks, on_log=on_log, on_eval=on_eval)
+                    ready=ready, keeper=keeper, evaluate=check, ranks=ranks, on_log=on_log, on_eval=on_eval, bad_rows=bad_rows)
     try:
         outcome = loop.fit(work)
     finally:
@@ -159,7 +171,11 @@ def run(trial: Trial, shared: Shared, ranks: Ranks | None = None, report: Callab
     test: Predictions | None = None
     if trial.stage == "final":
         task = technique.at_test(task, None)
-        test = evaluate.gathered(evaluate.predictions(task, _batches(data.test, ranks), ready, ranks, autocast()), ranks)
+        lost: list[tuple[int, str]] = []
+        mine = evaluate.predictions(task, _batches(data.test, ranks), ready, ranks, autocast(), lost.extend)
+        check_budget(lost, len(data.test), data.spec.data.max_bad_rows, data.test.selection)
+        test = evaluate.gathered(mine, ranks)
+        moved += f"; {len(data.test) - len(test['row'])} test rows could not be read" if len(test["row"]) < len(data.test) else ""
     facts = {"params_trained": outcome.params_trained, "steps": outcome.steps, "seconds": time.time() - began, "device": device_name(ranks.device),
              "start_weights": start_hash, "transfer": moved, "n_train": len(rows), "curve": outcome.curve, "kept_step": keeper.step,
              "skipped_steps": outcome.skipped_steps}
@@ -184,6 +200,7 @@ def make_record(trial: Trial, shared: Shared, train: Train, began: float, facts:
     data = shared.targets[trial.target, trial.base]
     ran = {**trial.hyper_parameters, **{k: getattr(train, k) for k in ("lr", "global_batch", "weight_decay", "optimizer")}, "steps": facts.get("steps"),
            "start_weights": facts.get("start_weights"), **({"technique": trial.technique.options} if trial.technique.options else {})}
+    groups = groups_of(data, test)
     common = {"job": shared.job, "source": trial.source, "backbone": trial.backbone, "target": trial.target, "objective": data.objective["name"],
               "technique": trial.technique.name, "hyper_parameters": ran, "seed": trial.seed, "label_fraction": fraction_text(trial.label_fraction),
               "trial_id": trial.id, "trial_stage": trial.stage, "status": status, "error": error, "n_train": facts.get("n_train"),
@@ -195,11 +212,11 @@ def make_record(trial: Trial, shared: Shared, train: Train, began: float, facts:
         for name in data.metrics if found else ():
             of = metric(name)
             row = {**common, "metric": name, "value": found[name], "higher_is_better": of.higher_is_better, "split": split,
-                   "n_eval": len(data.test if split == "test" else data.validation)}
+                   "n_eval": len(test["row"]) if split == "test" and test is not None else len(data.validation)}
             if split == "test" and test is not None:
-                row["value_low"], row["value_high"] = stats.interval(of, test, groups=data.groups)
-                row["interval"] = "95% bootstrap over test " + ("rows" if data.groups is None else "groups")
-                row["n_units"] = len(test["row"]) if data.groups is None else len(np.unique(data.groups))
+                row["value_low"], row["value_high"] = stats.interval(of, test, groups=groups)
+                row["interval"] = "95% bootstrap over test " + ("rows" if groups is None else "groups")
+                row["n_units"] = len(test["row"]) if groups is None else len(np.unique(groups))
             rows.append(row)
     if not rows:
         rows = [{**common, "metric": None, "split": None}]
@@ -208,11 +225,18 @@ def make_record(trial: Trial, shared: Shared, train: Train, began: float, facts:
             "kept_step": facts.get("kept_step"), "skipped_steps": facts.get("skipped_steps", 0)}
 
 
+def groups_of(data: TargetData, test: Predictions | None) -> np.ndarray | None:
+    """The groups of the test rows that were predicted."""
+    if data.groups is None or test is None:
+        return None
+    return data.groups[np.searchsorted(data.test.selection.ids(np.arange(len(data.test))), test["row"])]
+
+
 def failed(trial: Trial, shared: Shared, error: str, status: str = "failed", validation: dict[str, float] | None = None,
            facts: dict[str, Any] | None = None) -> Record:
     """The record of a trial that did not end well. It is written too, so that the table has its row."""
     data = shared.targets[trial.target, trial.base]
-    train = Train.model_validate({**data.spec.train.model_dump(), **trial.hyper_parameters})
+    train = data.spec.train.model_copy(update=trial.hyper_parameters)  # not checked: it may be what failed
     record = make_record(trial, shared, train, time.time(), facts or {}, validation or {}, None, status, error)
     write(trial, shared, record, None, None)
     return record
@@ -222,7 +246,7 @@ def write(trial: Trial, shared: Shared, record: Record, test: Predictions | None
     """Predictions and bundle first, the record last: a trial with a record is complete."""
     data, where = shared.targets[trial.target, trial.base], folder(shared, trial)
     if test is not None:
-        extra = {} if data.groups is None else {"group": data.groups}
+        extra = {} if data.groups is None else {"group": groups_of(data, test)}
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **test, **extra)  # type: ignore[arg-type]
         storage.write_bytes(storage.join(where, "predictions.npz"), buffer.getvalue())

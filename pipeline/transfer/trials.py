@@ -10,11 +10,11 @@ import numpy as np
 from pipeline import registry
 from pipeline.contracts import Technique
 from pipeline.data.stream import Rows
-from pipeline.job import Job, Plug, Target, Train, spec_hash
+from pipeline.job import Job, Plug, Target, rounded, spec_hash
 from pipeline.rng import mix, row_keys
 from pipeline.train.source import HOW_NOT_WHAT
 
-TRIAL_VERSION = 1
+TRIAL_VERSION = 2
 SCRATCH = "none"
 Fraction = float | int
 
@@ -93,8 +93,7 @@ def draws(job: Job) -> list[dict[str, float]]:
         draw = {}
         for name, values in sorted(fan.search.items()):
             value = float(np.exp(generator.uniform(*np.log(values)))) if len(values) == 2 else values[int(generator.integers(len(values)))]
-            whole = Train.model_fields[name].annotation in (int, int | None)
-            draw[name] = round(value) if whole else float(f"{value:.6g}")
+            draw[name] = rounded(name, value)
         out.append(draw)
     return out
 
@@ -129,7 +128,7 @@ def make(job: Job, target_name: str, cell: tuple[Base, str, Plug, Fraction], hyp
     base, source, plug, fraction = cell
     target = job.targets[target_name]
     what = [target.model_dump(mode="json", include={"objective", "metric", "workers"}), target.train.model_dump(mode="json", exclude=HOW_NOT_WHAT)]
-    identity = spec_hash(TRIAL_VERSION, base.arch, base.modality, source_key if source != SCRATCH else None, data_key, what, plug, hyper,
+    identity = spec_hash(TRIAL_VERSION, source, target_name, base.arch, base.modality, source_key if source != SCRATCH else None, data_key, what, plug, hyper,
                          fraction_text(fraction), seed, stage, job.seed)
     return Trial(source, base.key, base.label, target_name, plug, hyper, fraction, seed, stage, identity)
 

@@ -98,8 +98,8 @@ class Memory(threading.Thread):
 class Fan:
     """Runs trials that were never run before, through transfer/fanout."""
 
-    def __init__(self, shared: Any, some: Any, resources: dict[str, float]):
-        self.shared, self.some, self.resources, self.first = shared, some, resources, 0
+    def __init__(self, shared: Any, some: Any):
+        self.shared, self.some, self.first = shared, some, 0
 
     def __call__(self, count: int, progress: Any = None) -> float:
         from pipeline.job import Fanout
@@ -107,7 +107,7 @@ class Fan:
 
         trials, self.first = self.some(count, self.first), self.first + count
         began = time.perf_counter()
-        records = fanout.run("trivial", trials, self.shared, Fanout(keep_bundles="none"), self.resources, progress or Count())
+        records = fanout.run("trivial", trials, self.shared, Fanout(keep_bundles="none"), progress or Count())
         took = time.perf_counter() - began
         failed = [record["error"] for record in records if record["status"] != "done"]
         assert not failed, failed[0]
@@ -124,7 +124,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as root:
         launch.start(None, verbose=False)
         shared, some = shared_of(root)
-        fan = Fan(shared, some, launch.resources())
+        fan = Fan(shared, some)
         if not args.quick:
             print(f"  first fan-out of 2 trials, not counted: {fan(2):.1f} s")
         times = timing.interleaved({f"{few} trials": lambda: fan(few), f"{many} trials": lambda: fan(many)}, 1 if args.quick else args.repeats)

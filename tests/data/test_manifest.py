@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pipeline import storage
 from pipeline.data import manifest as m
 from pipeline.job import Data
 
@@ -224,6 +225,36 @@ def test_read_columns_equals_pandas(files, imports):
         got = m.read_columns(m.Selection(built, rows), ["label", "text"])
         frame = expected if rows is None else expected.iloc[rows]
         assert got.to_pydict() == {"label": frame.label.tolist(), "text": frame.text.tolist()}
+
+
+@pytest.mark.parametrize("rows", [None, [], [0], [62], [0, 5, 19, 20, 62], list(range(7, 14)), list(range(0, 63, 2))])
+def test_a_scan_gives_the_same_rows_group_by_group_and_reads_no_other(files, imports, rows, monkeypatch):
+    pq.write_table(pq.read_table(files / "a.parquet").slice(0, 0), files / "aa.parquet")
+    built = m.build(str(files), "auto", imports)
+    selection = m.Selection(built, None if rows is None else np.array(rows, dtype=np.int64))
+    reads = []
+    original = pq.ParquetFile.read_row_group
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", lambda self, number, columns: reads.append(columns) or original(self, number, columns=columns))
+    monkeypatch.setattr(pq, "read_table", None)
+    tables = list(m.scan(selection, ["label", "text"]))
+    monkeypatch.undo()
+    groups = [g.rows for g in built.groups] if rows is None else np.unique(np.searchsorted(built.starts, rows, side="right"), return_counts=True)[1].tolist()
+    assert [len(table) for table in tables] == groups and reads == [["label", "text"]] * len(groups)
+    whole = m.read_columns(selection, ["label", "text"])
+    assert pa.concat_tables([whole.slice(0, 0), *tables]).equals(whole)
+
+
+def test_columns_stored_as_dictionaries_come_as_values(tmp_path, imports, split):
+    """Pandas categoricals, with other categories and nulls in the second file."""
+    for name, values in (("a", list("abab") * 5), ("b", [*"cdc", None, *"aaaaaa"])):
+        write(tmp_path / "rows" / f"{name}.parquet", pd.DataFrame({"kind": pd.Categorical(values), "number": range(len(values))}))
+    selection = m.Selection(m.build(str(tmp_path / "rows"), "auto", imports))
+    column = m.read_columns(selection, ["kind"])["kind"]
+    assert column.type in (pa.string(), pa.large_string()) and column.to_pylist() == [*"abab" * 5, *"cdc", None, *"aaaaaa"]
+    assert [value for table in m.scan(selection, ["kind"]) for value in table["kind"].to_pylist()] == column.to_pylist()
+    got = split(uri=str(tmp_path / "rows"), group="kind", test_fraction=0.5, validation_fraction=0)
+    assert sum(len(part) for part in (got.train, got.test)) == 30
+    assert len(split(uri=str(tmp_path / "rows"), where={"kind": ["a"]}, validation_fraction=0).train) == 16
 
 
 @given(mask=st.lists(st.booleans(), min_size=63, max_size=63), second=st.integers(0, 63))
@@ -450,6 +481,83 @@ def test_an_image_folder_gives_paths_and_labels(tmp_path, imports):
     assert got["label"] == ["cat", "cat", "dog"]
 
 
+@pytest.fixture
+def pets(tmp_path):
+    """An image folder of six: cat/0.png to dog/2.png, each of its own bytes and one size."""
+    for i in range(6):
+        path = tmp_path / "pets" / ("cat" if i < 3 else "dog") / f"{i % 3}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(PNG + bytes([i]))
+    return tmp_path / "pets"
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Other bytes under the same name, at least a moment later."""
+    before = path.stat().st_mtime_ns
+    path.write_bytes(content)
+    os.utime(path, ns=(before + 1000, before + 1000))
+
+
+def test_a_replaced_image_of_the_same_size_is_seen(pets, imports):
+    first = m.build(str(pets), "auto", imports)
+    again = m.build(str(pets), "auto", imports)
+    assert again.fingerprint == first.fingerprint and again.files == first.files
+    replace(pets / "cat" / "1.png", PNG + b"x")
+    changed = m.build(str(pets), "auto", imports)
+    assert changed.fingerprint != first.fingerprint and changed.rows == 6
+    (pets / "cat" / "1.png").unlink()
+    assert m.build(str(pets), "auto", imports).fingerprint not in (first.fingerprint, changed.fingerprint)
+
+
+@pytest.mark.parametrize("named", ["{0}", "{0}/", "file://{0}", "{0}/*/*.png", "{0}/**/*.png", "{0}/dog {0}/cat", "{0}/cat/1.png", "{0}/cat/1.png {0}/dog"])
+def test_images_that_are_moved_as_a_whole_keep_their_fingerprint(pets, imports, tmp_path, named):
+    first = m.build(named.format(pets).split(), "auto", imports)
+    (tmp_path / "other" / "place").mkdir(parents=True)
+    moved = pets.rename(tmp_path / "other" / "place" / "animals")
+    second = m.build(named.format(moved).split(), "auto", imports)
+    assert second.fingerprint == first.fingerprint and second.files != first.files
+    paths = m.read_columns(m.Selection(second), ["image"])["image"].to_pylist()
+    assert all(path.startswith(f"{moved}/") and Path(path).is_file() for path in paths), "the rows follow the move"
+
+
+def test_names_and_labels_of_images_are_part_of_their_fingerprint(pets, imports):
+    prints = [m.build(str(pets), "auto", imports).fingerprint]
+    (pets / "cat" / "0.png").rename(pets / "cat" / "00.png")
+    prints.append(m.build(str(pets), "auto", imports).fingerprint)
+    (pets / "cat" / "00.png").rename(pets / "dog" / "00.png")
+    prints.append(m.build(str(pets), "auto", imports).fingerprint)
+    prints.append(m.build(str(pets / "dog"), "auto", imports).fingerprint)
+    (pets / "dog").rename(pets / "wolf")  # the same names below the folder, other labels
+    prints.append(m.build(str(pets / "wolf"), "auto", imports).fingerprint)
+    assert len(set(prints)) == 5
+
+
+def test_relative_images_are_kept_absolute(pets, imports, monkeypatch):
+    monkeypatch.chdir(pets)
+    for uri in ("cat", "cat/*.png", "cat/1.png"):
+        got = rows_of(uri, imports)
+        assert all(Path(path).is_absolute() and Path(path).is_file() for path in got["image"]) and set(got["label"]) == {"cat"}
+    monkeypatch.chdir(pets / "dog")
+    assert rows_of("1.png", imports) == {"image": [str(pets / "dog" / "1.png")], "label": ["dog"]}
+
+
+def test_images_on_s3_are_known_by_their_etags(pets, imports, s3_server):
+    def upload(prefix: str) -> str:
+        for file in sorted(pets.rglob("*.png")):
+            storage.write_bytes(f"{s3_server}/{prefix}/{file.relative_to(pets)}", file.read_bytes())
+        return f"{s3_server}/{prefix}"
+
+    here, there = upload("pets-here/pets"), upload("pets-there/animals")
+    for named in ("{0}", "{0}/*/*.png", "{0}/cat/1.png {0}/dog"):
+        first, second = (m.build(named.format(root).split(), "auto", imports) for root in (here, there))
+        assert first.fingerprint == second.fingerprint and first.files != second.files
+    first = m.build(here, "auto", imports)
+    assert m.read_columns(m.Selection(first), ["image", "label"]).slice(1, 1).to_pylist() == [{"image": f"{here}/cat/1.png", "label": "cat"}]
+    storage.write_bytes(f"{here}/cat/1.png", PNG + b"x")
+    assert m.build(here, "auto", imports).fingerprint != first.fingerprint
+    assert m.build(f"{here}/*/*.png", "auto", imports).fingerprint != first.fingerprint
+
+
 def test_an_empty_image_is_one_bad_row_not_a_mistake(tmp_path, imports):
     (tmp_path / "pets" / "cat").mkdir(parents=True)
     (tmp_path / "pets" / "cat" / "0.png").write_bytes(b"")
@@ -470,6 +578,115 @@ def test_csv_and_tsv(tmp_path, imports, name, comma):
     frame = pd.DataFrame({"text": ["plain", "with, comma", "with\ttab", 'with "quotes"', "two\nlines", "ünï"], "label": range(6)})
     frame.to_csv(tmp_path / name, sep=comma, index=False)
     assert rows_of(tmp_path / name, imports) == {"text": frame.text.tolist(), "label": frame.label.tolist()}
+
+
+# Files larger than one chunk: chunks of a few hundred bytes stand for those of 16 MiB.
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    from pipeline.data import imports
+
+    monkeypatch.setattr(imports, "CHUNK_BYTES", 300)
+    monkeypatch.setattr(imports, "BLOCK_BYTES", 300)
+    return imports
+
+
+def lines_of(path: Path, rows: list) -> Path:
+    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+    return path
+
+
+def test_json_lines_and_csv_are_held_a_chunk_at_a_time(tmp_path, small_chunks):
+    rows = [{"text": f"ein Wörtchen {i}", "label": i % 2} for i in range(2000)]
+    lines_of(tmp_path / "a.jsonl", rows)
+    pd.DataFrame(rows).to_csv(tmp_path / "a.csv", index=False)
+    for tables in (list(small_chunks._json_lines(str(tmp_path / "a.jsonl"))), list(small_chunks._csv(str(tmp_path / "a.csv")))):
+        assert max(len(table) for table in tables) < 30 and len(tables) > 60
+        assert pa.concat_tables(tables).to_pylist() == rows
+
+
+def test_columns_of_json_lines_are_those_of_the_whole_file(tmp_path, imports, small_chunks):
+    """As one chunk would have them: nulls and missing fields become typed, whole numbers fractions, dates strings."""
+    rows: list[dict] = [{"id": i, "none": None, "mixed": i, "when": "2020-01-01", "list": [], "deep": {"a": None, "b": [i]}} for i in range(100)]
+    rows += [{"id": 100, "none": "x", "mixed": 1.5, "when": "later", "list": [{"y": 1}], "deep": {"a": {"c": True}, "d": "new"}, "late": 7}]
+    rows += [{"id": i} for i in range(101, 160)]
+    got = rows_of(lines_of(tmp_path / "a.jsonl", rows), imports)
+    for name in ("id", "none", "when", "mixed", "late"):
+        assert got[name] == [row.get(name) for row in rows], name
+    assert got["list"] == [row.get("list") for row in rows]
+    deep = [{"a": None, "b": [i], "d": None} for i in range(100)] + [{"a": {"c": True}, "b": None, "d": "new"}] + [None] * 59
+    assert got["deep"] == deep
+    assert list(got) == ["id", "none", "mixed", "when", "list", "deep", "late"]
+    whole = tmp_path / "whole.jsonl"
+    small_chunks.CHUNK_BYTES = 1 << 24
+    assert rows_of(lines_of(whole, rows), imports) == got
+
+
+@pytest.mark.parametrize(("last", "message"), [
+    ({"a": "x"}, "column 'a' is int64 in some lines and string in others (lines from "),
+    ({"a": 1, "b": {"c": [True]}}, "column 'b.c' is int64 in some lines and bool in others"),
+    ({"a": 1, "b": 3}, "column 'b' is struct<c: list<item: int64>> in some lines and int64 in others"),
+])
+def test_a_column_that_changes_its_type_is_named(tmp_path, imports, small_chunks, last, message):
+    lines_of(tmp_path / "a.jsonl", [{"a": i, "b": {"c": [i]}} for i in range(100)] + [last])
+    with pytest.raises(ValueError) as caught:
+        m.build(str(tmp_path / "a.jsonl"), "auto", imports)
+    assert str(caught.value).startswith(f"{tmp_path}/a.jsonl: ") and message in str(caught.value).replace("list<element:", "list<item:")
+
+
+def test_a_broken_line_late_in_a_file_is_placed(tmp_path, imports, small_chunks):
+    path = lines_of(tmp_path / "a.jsonl", [{"a": i} for i in range(200)])
+    path.write_text(path.read_text() + '\n{"a": \n')
+    with pytest.raises(ValueError, match=r"a\.jsonl: not readable as jsonl, one object a line: JSON parse error: .* \(counted from line 1\d\d\)"):
+        m.build(str(path), "auto", imports)
+
+
+def test_long_rows(tmp_path, imports):
+    """Longer than any chunk: a line of 40 MB among short ones, in both formats; blank lines are no rows."""
+    rows = [{"text": "short", "label": 0}, {"text": "long " * 8_000_000, "label": 1}, {"text": "short again", "label": 2}]
+    (tmp_path / "a.jsonl").write_text("\n\n" + "\n\n".join(json.dumps(row) for row in rows))
+    pd.DataFrame(rows).to_csv(tmp_path / "a.csv", index=False)
+    for name in ("a.jsonl", "a.csv"):
+        got = rows_of(tmp_path / name, imports)
+        assert got["label"] == [0, 1, 2] and [len(text) for text in got["text"]] == [len(row["text"]) for row in rows]
+
+
+def test_a_line_beyond_the_largest_is_named(tmp_path, imports, small_chunks, monkeypatch):
+    monkeypatch.setattr(small_chunks, "LINE_BYTES", 1000)
+    monkeypatch.setattr(small_chunks, "ROW_BYTES", 1000)
+    lines_of(tmp_path / "a.jsonl", [{"a": "x"}] * 3 + [{"a": "x" * 5000}])
+    with pytest.raises(ValueError, match=r"a\.jsonl:4: the line is longer than"):
+        m.build(str(tmp_path / "a.jsonl"), "auto", imports)
+    (tmp_path / "a.csv").write_text('a,b\n1,"x' + "y\n" * 5000)
+    with pytest.raises(ValueError, match=r"a\.csv: not readable as csv: a row is longer than .*; is a quote left open\?"):
+        m.build(str(tmp_path / "a.csv"), "auto", imports)
+
+
+@pytest.mark.parametrize(("late", "kind", "value"), [
+    ("1.5", pa.float64(), 1.5), ("eleven", pa.string(), "eleven"), ("b\xe4d", pa.binary(), b"b\xe4d"), ("", pa.int64(), None),
+])
+def test_types_of_csv_columns_are_those_of_the_whole_file(tmp_path, imports, small_chunks, late, kind, value):
+    content = "number,text,empty\n" + "".join(f"{i},line {i},\n" for i in range(200)) + f"{late},last,3\n"
+    (tmp_path / "a.csv").write_bytes(content.encode("latin-1"))
+    built = m.build(str(tmp_path / "a.csv"), "auto", imports)
+    got = m.read_columns(m.Selection(built), ["number", "text", "empty"])
+    assert got.schema.types == [kind, pa.string(), pa.int64()]
+    assert got["number"].to_pylist() == [*pa.array(list(map(str, range(200)))).cast(kind).to_pylist(), value]
+    assert got["empty"].to_pylist() == [None] * 200 + [3] and got["text"][-1].as_py() == "last"
+
+
+def test_a_csv_row_with_too_many_fields_late_in_a_file_is_named(tmp_path, imports, small_chunks):
+    (tmp_path / "a.csv").write_text("a,b\n" + "1,2\n" * 300 + "1,2,3\n")
+    with pytest.raises(ValueError, match=r"a\.csv: not readable as csv: CSV parse error: Row #302: Expected 2 columns, got 3"):
+        m.build(str(tmp_path / "a.csv"), "auto", imports)
+
+
+def test_tables_without_rows(tmp_path, imports):
+    (tmp_path / "a.csv").write_text("text,label\n")
+    assert rows_of(tmp_path / "a.csv", imports) == {"text": [], "label": []}
+    (tmp_path / "a.jsonl").write_text("\n  \n")
+    with pytest.raises(ValueError, match=r"a\.jsonl: no line holds an object"):
+        m.build(str(tmp_path / "a.jsonl"), "auto", imports)
 
 
 def test_text_lines_of_several_files(tmp_path, imports):

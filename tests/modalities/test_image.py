@@ -105,6 +105,38 @@ def test_other_layouts():
     assert np.array_equal(again[0], found[0]) and bad == ["", "the image is null"]
 
 
+def test_every_suffix_of_image_folders_can_be_decoded():
+    """In both numbers of channels, as Pillow has them."""
+    from pipeline.data.imports import IMAGE_SUFFIXES
+
+    colour = PIL.Image.fromarray(photo(24, 30))
+    grey, few = colour.convert("L"), colour.quantize(32)
+    forms = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP", ".gif": "GIF", ".bmp": "BMP"}
+    assert forms.keys() == IMAGE_SUFFIXES
+    clear = PIL.Image.fromarray(np.dstack([photo(24, 30), np.full((24, 30), 90, np.uint8)]))
+    moving = {"save_all": True, "append_images": [few.rotate(180), few]}
+    cases = [(form, image, {}) for form in set(forms.values()) for image in (colour, grey)]
+    cases += [("GIF", few, {}), ("GIF", few, {"transparency": 3}), ("GIF", few, moving), ("BMP", few, {}), ("BMP", colour.convert("1"), {}),
+              ("BMP", clear, {}), ("WEBP", clear, {"exact": True}), ("WEBP", colour, {"save_all": True, "append_images": [colour.rotate(180)]})]
+    for form, image, words in cases:
+        data = encoded(image, form, **({"lossless": True} if form == "WEBP" else {}), **words)
+        for channels, mode in ((3, "RGB"), (1, "L")):
+            want = np.asarray(PIL.Image.open(io.BytesIO(data)).convert(mode)).reshape(24, 30, channels)
+            found, bad = decoded([data], size=24, channels=channels)
+            assert bad == [""] and found.shape == (1, channels, 24, 24), (form, image.mode, words, channels, bad)
+            assert np.abs(np.moveaxis(found[0], 0, -1).astype(int) - want[:, 3:27]).max() <= 1, (form, image.mode, words, channels)
+
+
+def test_broken_images_of_the_rarer_formats_have_a_reason():
+    picture = PIL.Image.fromarray(photo(40, 40))
+    wholes = [encoded(picture.quantize(32), "GIF"), encoded(picture, "BMP"), encoded(picture, "WEBP")]
+    data = [whole[:cut] for whole in wholes for cut in (8, 30, len(whole) // 2)] + [encoded(picture, "TIFF"), b"%!PS-Adobe-3.0 EPSF-3.0"]
+    for channels in (1, 3):
+        found, bad = decoded(data, size=16, channels=channels)
+        assert all(bad) and not found.any() and all(len(reason) <= 200 and " object at 0x" not in reason for reason in bad), bad
+        assert bad[-1] == bad[-2] == "not a JPEG, PNG, WebP, GIF or BMP image, or a broken one"
+
+
 def test_paths_are_read(tmp_path):
     pixels = photo(24, 24)
     path = tmp_path / "a.png"
@@ -139,6 +171,24 @@ def test_fit_is_the_mean_and_deviation_of_each_channel():
     arrays, _ = Image(options, state).decode(table.slice(0, 6), {"image": "picture"})
     done = Image(options, state).finish(Batch(np.arange(6), torch.zeros(6, dtype=torch.int64), {"image": torch.from_numpy(arrays["image"])}))["image"]
     assert done.mean((0, 2, 3)).abs().max() < 1e-4 and (done.std((0, 2, 3)) - 1).abs().max() < 1e-2
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_fit_decodes_few_images_at_a_time_and_loses_no_precision(monkeypatch, channels):
+    pictures = [encoded(photo(24, 24, seed)) for seed in range(150)]
+    pictures[70] = pictures[149] = b"broken"
+    table = pa.table({"picture": pa.chunked_array([pictures[:10], pictures[10:]])})
+    options = ImageOptions(size=20, channels=channels)
+    arrays, bad = Image(options, {}).decode(table, {"image": "picture"})
+    pixels = arrays["image"][[not reason for reason in bad]].astype(np.float64) / 255
+    sizes, decode = [], Image.decode
+    monkeypatch.setattr(Image, "decode", lambda self, part, columns: sizes.append(len(part)) or decode(self, part, columns))
+    state = Image.fit(options, table, {"image": "picture"}, "timm/resnet18")
+    assert sizes == [64, 64, 22] and len(pixels) == 148
+    assert state["mean"] == pytest.approx(pixels.mean((0, 2, 3)).tolist(), abs=1e-6) and state["std"] == pytest.approx(pixels.std((0, 2, 3)).tolist(), abs=1e-6)
+    sizes.clear()
+    Image.fit(ImageOptions(size=2048, channels=channels), table.slice(0, 12), {"image": "picture"}, "")
+    assert max(sizes) == {1: 12, 3: 5}[channels], "larger images, fewer at a time"
 
 
 def test_fit_without_a_readable_image_says_which_column():

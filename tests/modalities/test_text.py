@@ -129,9 +129,9 @@ def test_bytes_that_are_no_text_spoil_their_own_row(wordpiece):
     assert bad == ["", "not UTF-8 text (invalid continuation byte at byte 2)", "", "the text is null", ""]
     alone, _ = wordpiece.decode(pa.table({"text": ["the old film", "naïve", "a new play"]}), COLUMNS)
     assert np.array_equal(arrays["tokens"][[0, 2, 4]], alone["tokens"])
-    packed = wordpiece.pack(pa.table({"text": pa.array(values, pa.binary())}), COLUMNS)
-    without = wordpiece.pack(pa.table({"text": ["the old film", "naïve", "a new play"]}), COLUMNS)
-    assert packed.equals(without)
+    packed, reasons = wordpiece.pack(pa.table({"text": pa.array(values, pa.binary())}), COLUMNS)
+    without, none = wordpiece.pack(pa.table({"text": ["the old film", "naïve", "a new play"]}), COLUMNS)
+    assert packed.equals(without) and reasons == bad and none == [""] * 3
 
 
 def test_a_column_that_holds_no_text_is_refused(wordpiece):
@@ -163,7 +163,8 @@ def test_a_vocabulary_above_65536_is_not_cut_to_16_bits(wordpiece):
 def test_packed_rows_hold_every_document_end_to_end(modality):
     texts = sentences(50, seed=2)[0]
     texts[7] = ""  # holds nothing to learn from
-    packed = modality.pack(pa.table({"text": texts}), COLUMNS)
+    packed, left_out = modality.pack(pa.table({"text": texts}), COLUMNS)
+    assert left_out == ["the text is empty" if not text else "" for text in texts]
     arrays, bad = modality.decode(packed, {"tokens": "tokens", "segments": "segments"})
     tokens, segments = arrays["tokens"], arrays["segments"]
     assert not any(bad) and tokens.shape == segments.shape == (packed.num_rows, 32)
@@ -186,23 +187,70 @@ def test_padding_is_the_tokenizers_own_pad(wordpiece):
     n = int(arrays["lengths"][0])
     row = arrays["tokens"][0].tolist()
     assert row[0] == row[n - 1] == 9 and row[n:] == [9] * (32 - n)
-    packed, _ = other.decode(other.pack(pa.table({"text": ["the old film"]}), COLUMNS), {"tokens": "tokens", "segments": "segments"})
+    packed, _ = other.decode(other.pack(pa.table({"text": ["the old film"]}), COLUMNS)[0], {"tokens": "tokens", "segments": "segments"})
     assert packed["tokens"][0].tolist() == row and packed["segments"][0].tolist() == [1] * n + [0] * (32 - n)
 
 
 def test_packing_nothing_gives_no_rows(modality):
-    packed = modality.pack(pa.table({"text": pa.array([None, ""], pa.string())}), COLUMNS)
+    packed, left_out = modality.pack(pa.table({"text": pa.array([None, ""], pa.string())}), COLUMNS)
     assert packed.num_rows == 0 and packed.column_names == ["tokens", "segments"]
+    assert left_out == ["the text is null", "the text is empty"]
+    _, left_out = modality.pack(pa.table({"text": [" \n"]}), COLUMNS)
+    assert left_out == ["the text is empty" if modality.state["vocabulary"] < 400 else ""]  # WordPiece knows no spaces
 
 
 def test_packed_rows_survive_parquet(modality, tmp_path):
     import pyarrow.parquet as pq
 
-    packed = modality.pack(pa.table({"text": sentences(30)[0]}), COLUMNS)
+    packed, _ = modality.pack(pa.table({"text": sentences(30)[0]}), COLUMNS)
     pq.write_table(packed, tmp_path / "p.parquet", row_group_size=3)
     columns = {"tokens": "tokens", "segments": "segments"}
     a, b = (modality.decode(table, columns)[0] for table in (packed, pq.read_table(tmp_path / "p.parquet").slice(2, 5)))
     assert np.array_equal(a["tokens"][2:7], b["tokens"]) and np.array_equal(a["segments"][2:7], b["segments"])
+
+
+# ---------------------------------------------------------------- rows tokenised once
+
+def test_tokenised_rows_decode_to_what_the_texts_decode_to(modality, tmp_path):
+    import pyarrow.parquet as pq
+
+    texts = [*sentences(20, seed=3)[0], "", "a new play " * 40, None, b"na\xefve", "naïve ünknown"]
+    rows = pa.array([text.encode() if isinstance(text, str) else text for text in texts], pa.binary())
+    table = pa.table({"label": pa.array(range(len(texts))), "text": rows, "label_name": [f"name {i}" for i in range(len(texts))]})
+    table = pa.concat_tables([table.slice(0, 7), table.slice(7)])
+    want, bad = modality.decode(table, COLUMNS)
+    made = modality.tokenize(table, COLUMNS)
+    assert made is not None
+    tokenised, reasons = made
+    good = [i for i, reason in enumerate(bad) if not reason]
+    assert reasons == bad and [i for i in range(len(texts)) if i not in good] == [22, 23]
+    assert tokenised.column_names == ["label", "tokens", "label_name"] and tokenised.schema.field("tokens").type == pa.list_(pa.uint32())
+    assert tokenised["label"].to_pylist() == good and tokenised["label_name"].to_pylist() == [f"name {i}" for i in good]
+    assert tokenised["tokens"][0].as_py() == [CLS, *modality.tokenizer.encode(texts[0], add_special_tokens=False).ids[:30], SEP]
+    pq.write_table(tokenised, tmp_path / "t.parquet", row_group_size=5)
+    for read in (tokenised, pq.read_table(tmp_path / "t.parquet")):
+        arrays, none = modality.decode(read, {"tokens": "tokens", "label": "label"})
+        assert none == [""] * len(good) and arrays.keys() == want.keys()
+        assert all(np.array_equal(arrays[name], want[name][good]) and arrays[name].dtype == want[name].dtype for name in want)
+    part, _ = modality.decode(read.slice(3, 9), {"tokens": "tokens"})
+    assert np.array_equal(part["tokens"], want["tokens"][good][3:12]) and np.array_equal(part["lengths"], want["lengths"][good][3:12])
+    assert modality.collate(part)["mask"].shape == modality.collate(part)["tokens"].shape
+
+
+def test_tokenising_nothing_and_a_text_column_called_tokens(wordpiece):
+    made = wordpiece.tokenize(pa.table({"text": pa.array([], pa.string())}), COLUMNS)
+    arrays, bad = wordpiece.decode(made[0], {"tokens": "tokens"})
+    assert made[1] == bad == [] and arrays["tokens"].shape == (0, 32) and arrays["lengths"].shape == (0,)
+    table, _ = wordpiece.tokenize(pa.table({"tokens": ["the old film", None]}), {"text": "tokens"})
+    assert table.column_names == ["tokens"] and table["tokens"].to_pylist()[0][0] == CLS and len(table) == 1
+    with pytest.raises(ValueError, match="a column is called tokens, the name that token ids get"):
+        wordpiece.tokenize(pa.table({"text": ["the old film"], "tokens": [1]}), COLUMNS)
+
+
+def test_other_modalities_have_nothing_to_tokenise():
+    from pipeline.modalities.image import Image, ImageOptions
+
+    assert Image(ImageOptions(), {}).tokenize(pa.table({"image": [b""]}), {"image": "image"}) is None
 
 
 # ---------------------------------------------------------------- masks of masked prediction

@@ -1,0 +1,218 @@
+"""What the ranks of a source run: the plan of its rows, the loop, and at the end its bundle."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline import bundle, starts, storage
+from pipeline.data.plan import Plan
+from pipeline.data.stream import DataWorkers, Decoder, Place, Rows, check_budget, train_batches
+from pipeline.job import Train
+from pipeline.techniques.rates import Full
+from pipeline.train import checkpoint, evaluate, loop
+from pipeline.train.log import MetricsLog
+from pipeline.train.loop import Ranks
+from pipeline.train.source import Fitted, SourceStage, arch_of, canonical_shards
+
+ROWS_SHUFFLE_BYTES = 256 << 20
+VALIDATION_BYTES = 512 << 20
+"""A rank's share of the validation rows is decoded once when it takes no more than this."""
+
+
+@dataclass(frozen=True)
+class RankJob:
+    """All that a rank needs, plain enough to be sent to it."""
+
+    name: str
+    uri: str
+    key: str
+    seed: int
+    train: Train
+    steps: int
+    fitted: Fitted
+    shards: int
+    shuffle: str
+    place: Place
+    max_bad_rows: float
+    workers: DataWorkers
+    threads: int
+    split_text: str
+
+
+def steps_of(train: Train, plan_rows: int) -> int:
+    """Optimiser steps of a run over so many rows; one epoch when nothing was said."""
+    if train.steps is not None:
+        return train.steps
+    return max(1, int(np.ceil((train.epochs or 1.0) * plan_rows / train.global_batch - 1e-9)))
+
+
+def rank_job(stage: SourceStage, fitted: Fitted, workers: DataWorkers, threads: int) -> RankJob:
+    spec = stage.spec
+    assert spec.data is not None
+    n = len(fitted.train)
+    shards = canonical_shards(spec)
+    shuffle = spec.data.shuffle if spec.data.shuffle != "auto" else ("rows" if fitted.train.manifest.size <= ROWS_SHUFFLE_BYTES else "blocks")
+    place: Place = "workers" if spec.data.decode == "auto" else spec.data.decode
+    Plan(n, 0, spec.train.global_batch, shards=shards).owned(0, spec.worker_range[1])  # says at once what cannot work
+    return RankJob(stage.name, stage.uri, stage.key, stage.seed, spec.train, steps_of(spec.train, n), fitted, shards,
+                   shuffle, place, spec.data.max_bad_rows, workers, threads, fitted.text)
+
+
+def decoder_of(fitted: Fitted) -> Decoder:
+    return Decoder(bundle.build_modality(fitted.modality), fitted.objective["name"], fitted.objective["state"], fitted.columns)
+
+
+def decoded(work: RankJob) -> Rows | None:
+    """The training rows decoded once, for ``decode: memory``: the driver does it, and all ranks read them from shared memory."""
+    return Rows(work.fitted.train, decoder_of(work.fitted)).in_memory(work.max_bad_rows, keep_bad=True) if work.place == "memory" else None
+
+
+class _BadRows:
+    """Undecodable rows of all ranks, each once: told to the log, held against the budget by every rank alike."""
+
+    def __init__(self, work: RankJob, ranks: Ranks):
+        self.work, self.ranks = work, ranks
+        self.new: list[tuple[str, int, str]] = []
+        self.found: dict[tuple[str, int], str] = {}
+
+    def add(self, split: str, bad: list[tuple[int, str]]) -> None:
+        self.new += [(split, row, reason) for row, reason in bad]
+
+    def gather(self, log: MetricsLog | None) -> None:
+        """Called by every rank at the same steps. Raises TooManyBadRowsError on all of them or on none."""
+        everyone: list[Any] = [self.new]
+        if self.ranks.count > 1:
+            everyone = [None] * self.ranks.count
+            torch.distributed.all_gather_object(everyone, self.new)
+        self.new = []
+        fresh = {(split, row): reason for part in everyone for split, row, reason in part if (split, row) not in self.found}
+        if not fresh:
+            return
+        self.found |= fresh
+        selections = {"train": self.work.fitted.train, "validation": self.work.fitted.validation}
+        if log:
+            log.quarantine([{"split": split, "row": row, "place": selections[split].manifest.place(row), "reason": reason}
+                            for (split, row), reason in fresh.items()])
+        for split, selection in selections.items():
+            check_budget([(row, reason) for (s, row), reason in self.found.items() if s == split], len(selection), self.work.max_bad_rows, selection)
+
+
+def train_rank(work: RankJob, ranks: Ranks, on_progress: Callable[[dict[str, Any]], None] = lambda record: None, held: Rows | None = None) -> dict[str, Any]:
+    """Pretrain on one of several ranks; rank 0 writes the log and the bundle. Returns the facts that the report shows.
+
+    ``held``: the training rows where they were decoded before (`decoded`).
+    """
+    train, fitted = work.train, work.fitted
+    resume = checkpoint.newest(storage.join(work.uri, "checkpoints"))
+    task = bundle.build_task(fitted.arch, fitted.objective, seed=work.seed)
+    if fitted.initial and not resume:
+        task.load_state_dict(bundle.load(fitted.initial).tensors)
+    decoder, bad = decoder_of(fitted), _BadRows(work, ranks)
+    rows = held or Rows(fitted.train, decoder)
+    plan = Plan(len(rows), work.seed, train.global_batch, shards=work.shards, shuffle=work.shuffle, boundaries=rows.selection.boundaries,  # type: ignore[arg-type]
+                item_rows=max(32, min(256, train.global_batch)))
+    cuda = ranks.device.type == "cuda"
+    batches = partial(train_batches, rows, plan, rank=ranks.rank, ranks=ranks.count, place=work.place, pin=cuda, threads=work.threads,
+                      workers=work.workers)
+    objective = task.objective
+    ready = evaluate.ready_for(rows)
+    check = None
+    if len(fitted.validation):
+        mine = Rows(fitted.validation, decoder).part(ranks.rank, ranks.count)
+        if decoder.size(mine.selection) <= VALIDATION_BYTES:
+            mine = mine.in_memory(1.0, cpus=0)
+            bad.add("validation", list(mine.bad))
+        check = evaluate.evaluator(mine, objective.metrics, ready, ranks, lambda: loop.autocast(train, ranks.device),
+                                   train.micro_batch or -(-train.global_batch // ranks.count), work.threads, part=True,
+                                   on_bad=lambda found: bad.add("validation", found))
+    log = MetricsLog(storage.join(work.uri, "log"), resume) if ranks.first else None
+    if log and fitted.left_out:
+        log.quarantine(list(fitted.left_out))
+
+    def on_log(record: dict[str, Any]) -> None:
+        bad.gather(log)
+        if log:
+            if bad.found:
+                record["bad_rows"] = len(bad.found)
+            log.write(record)
+            on_progress(record)
+
+    def on_eval(step: int, metrics: dict[str, Any]) -> None:
+        on_log({"step": step, "steps": work.steps, **{f"validation_{k}": v for k, v in metrics.items()}})
+
+    trace = _Trace(storage.join(work.uri, f"rows-rank{ranks.rank}.jsonl")) if train.trace_rows else None
+    began = time.time()
+    run = loop.Run(task=task, technique=Full(), train=train, steps=work.steps, seed=work.seed, batches=batches, ready=ready,
+                   keeper=loop.KeepBest(objective.metrics[0], train.keep), evaluate=check, ranks=ranks,
+                   checkpoints=storage.join(work.uri, "checkpoints"), on_log=on_log, on_eval=on_eval, on_rows=trace,
+                   bad_rows=lambda found, seen: bad.add("train", found))
+    try:
+        outcome = loop.fit(run)
+    finally:
+        if log:
+            log.close()
+    facts = {"source": work.name, "backbone": fitted.arch["name"], "objective": fitted.objective["name"], "steps": outcome.steps,
+             "rows": len(rows), "seconds": round(outcome.seconds, 2), "rows_per_second": round(outcome.rows_per_second, 1),
+             "wait_share": round(outcome.wait_share, 4), "skipped_steps": outcome.skipped_steps, "params_trained": outcome.params_trained,
+             "resumed_from": outcome.resumed_from, "bad_rows": len(bad.found) + len(fitted.left_out), "ranks": ranks.count, "device": device_name(ranks.device),
+             "metrics": run.keeper.metrics, "kept_step": run.keeper.step, "curve": outcome.curve, "transfer": fitted.moved, "splits": work.split_text,  # type: ignore[attr-defined]
+             "started_at": began, "spec_hash": work.key}
+    if ranks.first:
+        bundle.save(storage.join(work.uri, "bundle"), task, fitted.modality, parent=fitted.start, training=facts, spec_hash=work.key,
+                    metrics=run.keeper.metrics)  # type: ignore[attr-defined]
+        checkpoint.clear(storage.join(work.uri, "checkpoints"))
+        if fitted.initial:
+            storage.remove_tree(fitted.initial)
+    return facts
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+class _Trace:
+    """Appends {step, rows} lines; a resumed run appends to what is there (the last line of a step counts)."""
+
+    def __init__(self, uri: str):
+        self.uri = uri
+        if storage.is_remote(uri):
+            raise ValueError(f"train.trace_rows writes to a local folder; storage is {uri}")
+
+    def __call__(self, step: int, rows: np.ndarray) -> None:
+        with open(self.uri, "a") as file:
+            file.write(json.dumps({"step": step, "rows": rows.tolist(), "pid": os.getpid()}) + "\n")
+
+
+def import_checkpoint(stage: SourceStage) -> dict[str, Any]:
+    """The bundle of a source that has no data: an existing checkpoint, brought into a bundle. Returns the report's facts."""
+    spec = stage.spec
+    if stage.bundle_uri == spec.backbone.name.partition(":")[2]:
+        found = bundle.load(stage.bundle_uri)
+        return {"source": stage.name, "backbone": found.manifest["arch"]["name"], "objective": found.manifest["objective"]["name"], "steps": 0, "rows": 0,
+                "seconds": 0.0, "rows_per_second": 0.0, "metrics": found.manifest.get("metrics", {}), "transfer": "the bundle itself", "splits": "none",
+                "curve": [], "ranks": 0, "device": "none", "spec_hash": stage.key}
+    text = spec.init or spec.backbone.name
+    start = starts.read(text, spec.backbone.name)
+    began = time.time()
+    modality = start.modality
+    if start.arch is None or modality is None:
+        arch, modality = starts.described(spec.backbone.name, dict(spec.backbone.options))
+    else:
+        arch = arch_of(spec, start, {})
+    backbone = bundle.build_backbone(arch)
+    moved = bundle.transfer(backbone, start.tensors, start.origin, start.drop)
+    facts = {"source": stage.name, "backbone": arch["name"], "objective": "none (checkpoint)", "steps": 0, "rows": 0, "rows_per_second": 0.0,
+             "seconds": round(time.time() - began, 2), "metrics": {}, "transfer": moved.text(), "splits": "none", "curve": [], "ranks": 0,
+             "device": "none", "spec_hash": stage.key}
+    bundle.save(stage.bundle_uri, backbone, modality, parent=text, training=facts, spec_hash=stage.key, metrics={})
+    return facts
+

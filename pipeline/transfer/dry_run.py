@@ -1,0 +1,55 @@
+"""What a job would do, in words: stages, trials and cost in trials and steps."""
+
+from __future__ import annotations
+
+from pipeline import registry
+from pipeline.job import spec_hash
+from pipeline.train import pretrain, source
+from pipeline.transfer import stages, trials
+from pipeline.transfer.stages import State
+
+
+def describe(state: State) -> list[str]:
+    """The resolved stages, trials and cost of ``--dry-run``."""
+    job, lines = state.job, []
+    for name, stage in state.sources.items():
+        done = "done" if stage.done else "to run"
+        if stage.splits is None:
+            lines.append(f"source {name}: {stage.spec.init or stage.spec.backbone} [{done}]")
+            continue
+        train = stage.spec.train
+        steps = str(train.steps) if train.steps else ("after packing" if stage.packed else str(pretrain.steps_of(train, len(stage.splits.train))))
+        lines.append(f"source {name}: {stage.spec.backbone} by {stage.spec.objective}, {steps} steps of {train.global_batch} rows on "
+                     f"{stage.spec.workers} ranks; {stage.splits.sizes()} [{done}]")
+    ready = stages.ended(state)
+    total = steps_total = 0
+    for name, stage in state.targets.items():
+        names = stages.matching(state, name)
+        if job.fanout.select:
+            names = names[:job.fanout.select.top]
+        kinds = {_kind(state, n) for n in names}
+        plugs = trials.techniques(job, stage.spec)
+        moving = [p for p in plugs if registry.get("technique", p.name).from_source]
+        cells = (len(plugs) - len(moving)) * len(kinds) + len(moving) * len(names)
+        for fraction in stage.spec.label_fractions:
+            search = cells * job.fanout.trials if job.fanout.trials > 1 else 0
+            final = cells * job.fanout.seeds
+            rows = stage.labelled(fraction)
+            train = stage.spec.train.model_copy(update={"global_batch": min(stage.spec.train.global_batch, rows)})
+            steps = pretrain.steps_of(train, rows)
+            total, steps_total = total + search + final, steps_total + (search + final) * steps
+            drawn = " (before search)" if {"steps", "epochs", "global_batch"} & set(job.fanout.search) else ""
+            lines.append(f"target {name} at {trials.fraction_text(fraction)} labels: {cells} cells = {search} search + {final} final trials of "
+                         f"{steps} steps{drawn} on {rows} rows; {stage.splits.sizes()}")
+    kept = f", {sum(done for _, done in ready)} of the {len(ready)} trials are done" if ready else ""
+    lines.append(f"in all: {total} trials, {steps_total} steps{kept}; results in {job.root}")
+    return lines
+
+
+def _kind(state: State, name: str) -> tuple[str, ...]:
+    """What tells apart the networks that scratch is trained for: the backbone and what is fitted on a source's rows."""
+    stage = state.sources[name]
+    if stage.splits is None or stage.spec.data is None:
+        return (str(stage.spec.backbone), stage.spec.init or "")
+    return (str(stage.spec.backbone), stage.spec.init or "", str(stage.spec.data.modality), spec_hash(source.data_key(stage.spec.data)),
+            stage.splits.fingerprint)
