@@ -58,7 +58,8 @@ def commit_folder(
 
     files: name in the folder (may hold slashes) -> bytes, or a local file that is handed over: moved or streamed, never
     read whole into memory, gone after a success and untouched after a failure. A folder committed at `uri` before is
-    replaced: locally in one step, on S3 with a time of absence. One with files but no manifest is refused.
+    replaced: locally in one step, on S3 with a time of absence. A local one with files but no manifest is refused; on S3
+    such files are what a killed commit left, and are written over.
     """
     remote, path = s3.split(uri, below_root=True)
     _check_names(uri, files, manifest_name)

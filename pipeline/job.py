@@ -17,8 +17,10 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from pipeline import registry, s3, storage
 
-STARTS = ("bundle:", "file:", "hf:", "timm-hub:")
-"""Prefixes of an existing checkpoint: a bundle, a safetensors or state-dict file, a Hugging Face folder, a timm hub name."""
+STARTS = ("bundle:", "file:", "hf:", "hf-hub:", "timm-hub:")
+"""Prefixes of an existing checkpoint: a bundle, a safetensors or state-dict file, a Hugging Face folder, a name on the hub."""
+HUBS = ("hf-hub", "timm-hub")
+"""Prefixes that name no place on a disk."""
 
 
 class JobError(ValueError):
@@ -186,7 +188,8 @@ class Source(Spec):
     """What to pretrain, or an existing checkpoint to start from (then data and train may be left out)."""
 
     data: Data | None = Field(None, description="the source corpus")
-    backbone: Plug = Field(description="library/model, e.g. timm/resnet18 or {transformers/bert: {layers: 4}}; or bundle:URI, hf:FOLDER, timm-hub:NAME")
+    backbone: Plug = Field(description="library/model, e.g. timm/resnet18 or {transformers/bert: {layers: 4}}; or bundle:URI, hf:FOLDER, hf-hub:NAME, "
+                                       "timm-hub:NAME")
     init: str | None = Field(None, description="weights to start from: bundle:URI, file:PATH (safetensors or state dict), hf:FOLDER")
     objective: Plug | None = Field(None, description="classification, mlm, clm, ...")
     train: Train = Field(default_factory=lambda: Train.model_validate({}), description="how to pretrain")

@@ -16,7 +16,7 @@ import yaml
 from pydantic import ValidationError
 
 from pipeline import registry, storage
-from pipeline.job import STARTS, Data, Fanout, Job, JobError, Plug, Select, Source, Spec, Target, Train, search_problems
+from pipeline.job import HUBS, STARTS, Data, Fanout, Job, JobError, Plug, Select, Source, Spec, Target, Train, search_problems
 from pipeline.job import schema as schema
 
 # ---------------------------------------------------------------- reading the text
@@ -233,13 +233,13 @@ def _start_problems(text: Any, path: Path_, folder: Path, elsewhere: bool) -> li
         return [(path, f"{text!r} is no checkpoint; {known}")] if known else []
     prefix, uri = text.split(":", 1)
     try:
-        if prefix == "timm-hub" or storage.is_remote(uri) or (elsewhere and _is_absolute(uri)):
+        if prefix in HUBS or storage.is_remote(uri) or (elsewhere and _is_absolute(uri)):
             return []
     except storage.StorageError as error:
         return [(path, str(error))]
     if storage.exists(_place(uri, folder)):
         return []
-    return [(path, f"{prefix} {uri}: no such path (looked for {folder / uri}); a hub name needs the prefix timm-hub:")]
+    return [(path, f"{prefix} {uri}: no such path (looked for {folder / uri}); a hub name needs the prefix hf-hub: or timm-hub:")]
 
 
 def _listed(value: Any) -> list:
@@ -354,7 +354,7 @@ def _absolute(job: dict, folder: Path) -> dict:
 
     def start(text: str) -> str:
         prefix, colon, uri = text.partition(":")
-        return f"{prefix}:{fix(uri)}" if text.startswith(STARTS) and prefix != "timm-hub" and colon else text
+        return f"{prefix}:{fix(uri)}" if text.startswith(STARTS) and prefix not in HUBS and colon else text
 
     for part in [*job["sources"].values(), *job.get("targets", {}).values()]:
         for field in ("uri", "train", "validation", "test"):

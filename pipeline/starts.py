@@ -1,4 +1,4 @@
-"""Existing checkpoints to start from: a bundle, a weights file, a Hugging Face folder, a timm hub name.
+"""Existing checkpoints to start from: a bundle, a weights file, a Hugging Face folder, a hub name.
 
 Weights are safetensors, or state dicts opened with ``weights_only=True``: no code is run.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -51,7 +51,7 @@ def fingerprint(text: str) -> str:
 
 
 def read(text: str, architecture: str | None = None) -> Start:
-    """Open ``bundle:URI``, ``file:PATH``, ``hf:FOLDER`` or ``timm-hub:NAME``. Raises BundleError with what to do."""
+    """Open ``bundle:URI``, ``file:PATH``, ``hf:FOLDER``, ``hf-hub:NAME`` or ``timm-hub:NAME``. Raises BundleError with what to do."""
     prefix, _, uri = text.partition(":")
     if prefix == "bundle":
         found = bundle.load(uri)
@@ -62,7 +62,9 @@ def read(text: str, architecture: str | None = None) -> Start:
         return _hugging_face(uri)
     if prefix == "timm-hub":
         return _timm_hub(uri)
-    raise BundleError(f"{text}: a checkpoint is named bundle:URI, file:PATH, hf:FOLDER or timm-hub:NAME")
+    if prefix == "hf-hub":
+        return replace(_hugging_face(_hub_folder(uri)), origin=text)
+    raise BundleError(f"{text}: a checkpoint is named bundle:URI, file:PATH, hf:FOLDER, hf-hub:NAME or timm-hub:NAME")
 
 
 def _tensors(uri: str) -> dict[str, Tensor]:
@@ -129,6 +131,17 @@ def _hugging_face(folder: str) -> Start:
     arch = {"name": f"transformers/{family}", "options": {"config": config}, "inputs": inputs}
     tensors, masks = _published(_named(_tensors(storage.join(folder, "model.safetensors")), arch["name"]))
     return Start(f"hf:{folder}", tensors, arch, modality, drop=(*HEADS, *masks))
+
+
+def _hub_folder(name: str) -> str:
+    """The hub's folder of a model on this machine, fetched when it is not there yet. Raises BundleError without a network."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return snapshot_download(name, allow_patterns=["config.json", "model.safetensors", "tokenizer.json"])
+    except Exception as error:  # the hub's client raises its own many kinds
+        raise BundleError(f"hf-hub:{name}: the model cannot be had from the hub ({type(error).__name__}: {str(error)[:160]}). Without a network, "
+                          "copy its config.json, model.safetensors and tokenizer.json into a folder and give hf:FOLDER") from error
 
 
 def _timm_hub(name: str) -> Start:

@@ -119,7 +119,7 @@ def test_files_that_are_no_weights_are_refused(tmp_path):
         starts.read(f"file:{tmp_path / 'mixed.pt'}", "timm/test_resnet")
     with pytest.raises(storage.StorageError, match=r"gone\.pt"):
         starts.read(f"file:{tmp_path / 'gone.pt'}", "timm/test_resnet")
-    with pytest.raises(BundleError, match="a checkpoint is named bundle:URI, file:PATH, hf:FOLDER or timm-hub:NAME"):
+    with pytest.raises(BundleError, match="a checkpoint is named bundle:URI, file:PATH, hf:FOLDER, hf-hub:NAME or timm-hub:NAME"):
         starts.read("resnet18")
 
 
@@ -239,6 +239,28 @@ def test_old_names_of_published_checkpoints(hugging_face, tmp_path):
             masks += [f"model.h.{i}.attn.bias", f"model.h.{i}.attn.masked_bias"]
     save_file(old, folder / "model.safetensors", metadata={"format": "pt"})
     compare(folder, masks)
+
+
+def test_a_hub_name_is_its_folder_when_there_is_a_network(hugging_face, monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, allow_patterns: str(hugging_face) if name == "some/model" else None)
+    named, folder = starts.read("hf-hub:some/model"), starts.read(f"hf:{hugging_face}")
+    assert named.origin == "hf-hub:some/model" and named.arch == folder.arch and all(torch.equal(t, folder.tensors[n]) for n, t in named.tensors.items())
+
+
+def test_a_hub_name_without_a_network_says_what_to_do():
+    with pytest.raises(BundleError, match=r"hf-hub:some/model: the model cannot be had from the hub .* into a folder and give hf:FOLDER"):
+        starts.read("hf-hub:some/model")
+
+
+def test_a_fingerprint_is_of_the_content_and_not_of_the_place(plain, tmp_path):
+    first, moved, other = tmp_path / "a.safetensors", tmp_path / "elsewhere" / "b.safetensors", tmp_path / "c.safetensors"
+    moved.parent.mkdir()
+    for path, tensors in ((first, plain), (moved, plain), (other, {**plain, "fc.bias": torch.zeros(10)})):
+        save_file(tensors, path)
+    assert starts.fingerprint(f"file:{first}") == starts.fingerprint(f"file:{moved}") != starts.fingerprint(f"file:{other}")
+    assert starts.fingerprint("timm-hub:resnet18") == "timm-hub:resnet18"
 
 
 def test_a_task_on_a_hugging_face_folder_survives_a_bundle(hugging_face, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,21 @@ class MetricsLog:
         self._flushed = time.monotonic()
 
     def _before(self, resume_step: int) -> None:
-        """Lines of steps after the resume point are dropped: they are written again."""
-        target = storage.join(self.uri, "metrics.jsonl")
-        kept = b""
-        if resume_step and storage.exists(target):
-            lines = storage.read_bytes(target).splitlines()
-            kept = b"".join(line + b"\n" for line in lines if json.loads(line).get("step", 0) <= resume_step)
-        (self.folder / "metrics.jsonl").write_bytes(kept)
+        """What an earlier part of the run left: lines of steps after the resume point are dropped, since they are written again."""
+        kept = [line for line in self._lines("metrics.jsonl") if line.get("step", 0) <= resume_step] if resume_step else []
+        (self.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+        listed = self._lines("quarantine.jsonl") if resume_step else []
+        self._quarantined = {(row.get("split"), row["row"]) for row in listed}
+        if listed or storage.exists(storage.join(self.uri, "quarantine.jsonl")):
+            (self.folder / "quarantine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in listed))
+
+    def _lines(self, name: str) -> list[dict[str, Any]]:
+        """The records of a file; a line that a kill cut off is left out."""
+        uri, out = storage.join(self.uri, name), []
+        for line in storage.read_bytes(uri).splitlines() if storage.exists(uri) else ():
+            with suppress(ValueError):
+                out.append(json.loads(line))
+        return out
 
     def write(self, record: dict[str, Any]) -> None:
         with open(self.folder / "metrics.jsonl", "a") as file:
@@ -47,8 +56,12 @@ class MetricsLog:
             self.flush()
 
     def quarantine(self, rows: list[dict[str, Any]]) -> None:
+        """List bad rows ``{split, row, place, reason}``, each once."""
         with open(self.folder / "quarantine.jsonl", "a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+            for row in rows:
+                if (row.get("split"), row["row"]) not in self._quarantined:
+                    self._quarantined.add((row.get("split"), row["row"]))
+                    file.write(json.dumps(row) + "\n")
 
     def flush(self) -> None:
         if self._writer:

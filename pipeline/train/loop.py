@@ -183,6 +183,8 @@ def fit(run: Run) -> Outcome:
 
     # ---- once: device, memory format, resume point (rank 0 reads it for all)
     task.to(device)
+    if train.compile:
+        torch._dynamo.reset()  # trials share a process: without it the eighth one that compiles would quietly run eagerly
     if train.channels_last:
         task.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] - nn.Module.to takes it
     torch.manual_seed(mix(run.seed, ranks.rank, 77))
