@@ -49,7 +49,7 @@ class Batch:
         return Batch(self.rows, self.keys.to(device, non_blocking=True), move)
 
     def pin(self) -> Batch:
-        return Batch(self.rows, self.keys.pin_memory(), {name: tensor.pin_memory() for name, tensor in self.data.items()})
+        return Batch(self.rows, self.keys.pin_memory(), {name: t if t.is_cuda else t.pin_memory() for name, t in self.data.items()})
 
     def split(self, size: int | None) -> list[Batch]:
         """Micro-batches of at most ``size`` rows, in order and as even as can be (batch norm wants no part of one row); itself when size is none."""
@@ -101,6 +101,14 @@ class Modality(ABC):
     @abstractmethod
     def decode(self, table: Any, columns: dict[str, str]) -> tuple[Arrays, list[str]]:
         """Rows to arrays, and for each row "" or the reason why it cannot be decoded (its arrays are then zeros)."""
+
+    def encoded(self, table: Any, columns: dict[str, str]) -> tuple[np.ndarray, list[str]] | None:
+        """(B,) objects, rows as their files' bytes for ``unpack`` to decode on the device, with "" or a reason for each; None where there is no such form."""
+        return None
+
+    def unpack(self, encoded: np.ndarray, device: torch.device) -> tuple[dict[str, Tensor], list[str]]:
+        """What ``decode`` gives, made on the device of what ``encoded`` gave: tensors on the device, and "" or a reason for each row."""
+        raise ValueError(f"modality {self.registered_name} is not decoded on the device")
 
     def inputs(self) -> dict[str, Any]:
         """What a backbone must know to be built: channels and size, or vocabulary and length."""

@@ -98,9 +98,9 @@ class Data(Spec):
     test_fraction: float = Field(0.0, ge=0, lt=1, description="share held out as test when no test is given")
     group: str | None = Field(None, description="a column (patient, speaker) whose values never cross splits")
     max_bad_rows: float = Field(0.01, ge=0, le=1, description="share of rows that may be undecodable before the run stops")
-    decode: Literal["auto", "memory", "workers", "train"] = Field(
-        "auto", description="where rows are decoded: once into shared memory, in Ray Data workers, or in the train worker itself; "
-        "auto: sources in Ray Data workers, targets in memory when they fit; workers: sources only")
+    decode: Literal["auto", "memory", "workers", "train", "device"] = Field(
+        "auto", description="where rows are decoded: once into shared memory, in Ray Data workers, in the train worker itself, or (images) on its device, "
+        "a GPU's own JPEG decoder; auto: sources in Ray Data workers, targets in memory when they fit; workers and device: sources only")
     shuffle: Literal["auto", "rows", "blocks"] = Field(
         "auto", description="rows: a full permutation; blocks: row groups permuted, rows permuted inside; auto: rows up to 256 MiB of files")
 

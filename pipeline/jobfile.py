@@ -313,7 +313,7 @@ def _data_problems(part: dict, path: Path_, folder: Path, elsewhere: bool) -> li
         for uri in [rows[field]] if isinstance(rows.get(field), str) else _listed(rows.get(field)):
             if isinstance(uri, str) and (problem := _missing(uri, folder, elsewhere)):
                 out.append(((*at, field), problem))
-    if path[0] == "targets" and rows.get("decode") == "workers":
+    if path[0] == "targets" and rows.get("decode") in ("workers", "device"):
         out.append(((*at, "decode"), "targets are decoded in memory or in the train worker: say decode: memory, train or auto"))
     return out + _role_problems(part, path)
 

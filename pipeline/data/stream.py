@@ -12,94 +12,27 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice, tee
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from pipeline import registry
 from pipeline.contracts import Arrays, Batch, Modality
-from pipeline.data.manifest import Reader, Selection
+from pipeline.data.loader import Block, Decoder, Loader
+from pipeline.data.manifest import Selection
 from pipeline.data.plan import Item, Plan
 from pipeline.rng import row_keys
 
-Place = Literal["memory", "workers", "train"]
+Place = Literal["memory", "workers", "train", "device"]
 ITEMS_AN_EXECUTION = 4096
 """Ray Data is handed so many items at a time; a new execution costs seconds, a longer list costs memory."""
 
 
 class TooManyBadRowsError(ValueError):
     """The share of rows that cannot be decoded is over the budget."""
-
-
-@dataclass
-class Decoder:
-    """Table rows to arrays: the modality's inputs and the objective's targets."""
-
-    modality: Modality
-    objective: str | None
-    objective_state: dict[str, Any]
-    columns: dict[str, str]
-
-    def names(self) -> list[str]:
-        roles = [*self.modality.roles, *self.modality.packed_roles, *(registry.get("objective", self.objective).roles if self.objective else ())]
-        return list(dict.fromkeys(self.columns[role] for role in roles if role in self.columns))
-
-    def size(self, selection: Selection) -> int:
-        """Bytes that the selection takes when it is decoded, from a few of its rows."""
-        places = np.unique(np.linspace(0, max(0, len(selection) - 1), min(8, len(selection))).astype(np.int64))
-        if not len(places):
-            return 0
-        arrays, _ = self(Reader(selection.manifest, self.names()).take(selection.ids(places)))
-        return int(sum(array.nbytes for array in arrays.values()) / len(places) * len(selection))
-
-    def __call__(self, table) -> tuple[Arrays, list[str]]:
-        arrays, bad = self.modality.decode(table, self.columns)
-        if self.objective:
-            arrays = arrays | registry.get("objective", self.objective).encode(table, self.columns, self.objective_state)
-        return arrays, bad
-
-
-class Block(NamedTuple):
-    rows: np.ndarray
-    epochs: np.ndarray
-    arrays: Arrays
-    bad: list[str]
-
-
-class Loader:
-    """Reads and decodes items; made anew in each process that it is sent to."""
-
-    def __init__(self, selection: Selection, decoder: Decoder, plan: Plan | None = None):
-        self.selection, self.decoder, self.plan = selection, decoder, plan
-        self._reader: Reader | None = None
-        self._lock = threading.Lock()
-
-    def __getstate__(self):
-        return (self.selection, self.decoder, self.plan)
-
-    def __setstate__(self, state):
-        self.__init__(*state)
-
-    def __call__(self, item: Item) -> Block:
-        if item.shard < 0:  # a plain range, for evaluation
-            indices, epochs = np.arange(item.start, item.stop), np.zeros(item.stop - item.start, dtype=np.int64)
-        else:
-            assert self.plan is not None
-            indices, epochs = self.plan.sequence(item.shard, item.start, item.stop)
-        rows = self.selection.ids(indices)
-        with self._lock:
-            self._reader = self._reader or Reader(self.selection.manifest, self.decoder.names())
-            table = self._reader.take(rows)
-        arrays, bad = self.decoder(table)
-        return Block(rows, epochs, arrays, bad)
-
-    def columns(self, item: Item) -> Arrays:
-        """The block as one set of columns, to cross the object store."""
-        block = self(item)
-        return {"_row": block.rows, "_epoch": block.epochs, "_bad": np.array(block.bad, dtype=object), **block.arrays}
 
 
 # ---------------------------------------------------------------- places of decoding
@@ -271,8 +204,9 @@ def _collate(rows: Rows, seed: int, ids: np.ndarray, epochs: np.ndarray, arrays:
     return Batch(ids, torch.from_numpy(row_keys(seed, epochs, ids)), rows.modality.collate(arrays))
 
 
-def _assembled(rows: Rows, plan: Plan, blocks: Iterator[Block], steps: range, rank: int, ranks: int) -> Iterator[tuple[Batch, list]]:
-    """Blocks in item order to batches in step order: each array is copied once, to its place in the batch."""
+def _assembled(rows: Rows, plan: Plan, blocks: Iterator[Block], steps: range, rank: int, ranks: int,
+               device: torch.device | None = None) -> Iterator[tuple[Batch, list]]:
+    """Blocks in item order to batches in step order: each array is copied once, to its place in the batch. ``device``: where encoded rows are decoded."""
     waiting: dict[int, deque] = {shard: deque() for shard in plan.owned(rank, ranks)}
     items = plan.items(steps.start, steps.stop, rank, ranks)
     for step in steps:
@@ -301,9 +235,16 @@ def _assembled(rows: Rows, plan: Plan, blocks: Iterator[Block], steps: range, ra
                 done, held[0][1] = done + take, at + take
                 if held[0][1] == len(block.rows):
                     held.popleft()
+        made: dict[str, Tensor] = {}
+        if device is not None:
+            made, reasons = rows.modality.unpack(arrays.pop("encoded"), device)
+            fresh = [(i, reason) for i, reason in enumerate(reasons) if reason and good[i]]
+            bad += [(int(ids[i]), reason) for i, reason in fresh]
+            good[[i for i, _ in fresh]] = False
         if bad:
             ids, epochs, arrays = ids[good], epochs[good], {name: array[good] for name, array in arrays.items()}
-        yield _collate(rows, plan.seed, ids, epochs, arrays), bad
+            made = {name: tensor[torch.from_numpy(good).to(tensor.device)] for name, tensor in made.items()}
+        yield _collate(rows, plan.seed, ids, epochs, arrays).replace(**made), bad
 
 
 def _from_memory(rows: Rows, plan: Plan, steps: range, rank: int, ranks: int) -> Iterator[tuple[Batch, list]]:
@@ -321,20 +262,22 @@ def _from_memory(rows: Rows, plan: Plan, steps: range, rank: int, ranks: int) ->
 
 
 def train_batches(rows: Rows, plan: Plan, steps: range, *, rank: int = 0, ranks: int = 1, place: Place = "train", pin: bool = False,
-                  threads: int = 1, workers: DataWorkers | None = None, ahead: int = 3) -> Iterator[Loaded]:
+                  threads: int = 1, workers: DataWorkers | None = None, ahead: int = 3, device: torch.device | None = None) -> Iterator[Loaded]:
     """The rank's part of the global batches ``steps``, in order, exactly len(steps) of them.
 
-    Batches are made ``ahead`` in a thread (pinned for a GPU); rows in memory on a CPU are cut when asked for.
+    Batches are made ``ahead`` in a thread (pinned for a GPU); rows in memory on a CPU are cut when asked for. With ``device`` as the place Ray Data
+    workers read the files, and their bytes are decoded on ``device`` by that thread.
     """
     if rows.arrays is not None:
         batches = _from_memory(rows, plan, steps, rank, ranks)
         if not pin:
             return _timed(batches)
     else:
-        loader = Loader(rows.selection, rows.decoder, plan)
+        there = (device or torch.device("cpu")) if place == "device" else None
+        loader = Loader(rows.selection, replace(rows.decoder, encoded=there is not None), plan)
         items = plan.items(steps.start, steps.stop, rank, ranks)
-        blocks = _ray_blocks(loader, items, workers or DataWorkers()) if place == "workers" else _thread_blocks(loader, items, threads)
-        batches = _assembled(rows, plan, blocks, steps, rank, ranks)
+        blocks = _thread_blocks(loader, items, threads) if place == "train" else _ray_blocks(loader, items, workers or DataWorkers())
+        batches = _assembled(rows, plan, blocks, steps, rank, ranks, there)
     if pin:
         batches = ((batch.pin(), bad) for batch, bad in batches)
     return _timed(_prefetched(batches, ahead))

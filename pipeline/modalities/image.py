@@ -10,8 +10,9 @@ import PIL.Image
 import pyarrow as pa
 import torch
 from pydantic import Field
+from torch import Tensor
 from torch.nn import functional as F
-from torchvision.io import ImageReadMode, decode_image
+from torchvision.io import ImageReadMode, decode_image, decode_jpeg
 
 from pipeline import storage
 from pipeline.contracts import Arrays, Batch, Modality
@@ -70,14 +71,28 @@ class Image(Modality):
         return {"image": out}, bad
 
     def _one(self, value: pa.Scalar) -> np.ndarray:
-        data = value.as_py()
-        if isinstance(data, dict):  # the layout of Hugging Face data sets
-            data = data.get("bytes") or data.get("path")
-        if isinstance(data, str):
-            data = storage.read_bytes(data)
-        if not data:
-            raise ValueError("the image is empty (0 bytes)" if data is not None else "the image is null")
-        return resize(_pixels(data, self.options.channels), self.options.size, self.options.fit).numpy()
+        return resize(_pixels(_bytes(value), self.options.channels), self.options.size, self.options.fit).numpy()
+
+    def encoded(self, table, columns) -> tuple[np.ndarray, list[str]]:
+        out, bad = np.full(len(table), b"", dtype=object), [""] * len(table)
+        for i, value in enumerate(table[columns["image"]]):
+            try:
+                out[i] = _bytes(value)
+            except ValueError as error:
+                bad[i] = str(error)
+        return out, bad
+
+    def unpack(self, encoded, device) -> tuple[dict[str, Tensor], list[str]]:
+        """JPEGs by the GPU's own decoder where the device is one; other formats, and those that it refuses, on the host."""
+        out = torch.zeros((len(encoded), self.options.channels, self.options.size, self.options.size), dtype=torch.uint8, device=device)
+        bad, there = [""] * len(encoded), _on_gpu(encoded, self.options.channels, device)
+        for i, data in enumerate(encoded):
+            try:
+                pixels = there[i] if i in there else _pixels(data, self.options.channels)
+                out[i] = resize(pixels, self.options.size, self.options.fit)
+            except (RuntimeError, ValueError) as error:
+                bad[i] = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        return {"image": out}, bad
 
     def augment(self, batch: Batch) -> Batch:
         """Crop and flip by one gather (shift) or one bilinear sampling (resized), from the rows' keys."""
@@ -101,6 +116,31 @@ class Image(Modality):
         mean = torch.tensor(self.state["mean"], device=x.device).view(1, -1, 1, 1)
         std = torch.tensor(self.state["std"], device=x.device).view(1, -1, 1, 1)
         return batch.replace(image=(x.float() * (1 / 255) - mean) / std)
+
+
+def _bytes(value: pa.Scalar) -> bytes:
+    """An image's file: bytes, the bytes or path of a Hugging Face data set's cell, or those behind a path. Raises ValueError for nothing."""
+    data = value.as_py()
+    if isinstance(data, dict):
+        data = data.get("bytes") or data.get("path")
+    if isinstance(data, str):
+        data = storage.read_bytes(data)
+    if not data:
+        raise ValueError("the image is empty (0 bytes)" if data is not None else "the image is null")
+    return data
+
+
+def _on_gpu(encoded: np.ndarray, channels: int, device: torch.device) -> dict[int, Tensor]:
+    """Place to (channels, H, W) uint8 on the GPU of every JPEG, decoded in one call; none when one of them is broken (each is then tried on the host)."""
+    places = [i for i, data in enumerate(encoded) if data.startswith(b"\xff\xd8")] if device.type == "cuda" else []
+    if not places:
+        return {}
+    mode = ImageReadMode.GRAY if channels == 1 else ImageReadMode.RGB
+    try:
+        found = decode_jpeg([torch.frombuffer(bytearray(encoded[i]), dtype=torch.uint8) for i in places], mode=mode, device=device)
+    except RuntimeError:
+        return {}
+    return dict(zip(places, found, strict=True))
 
 
 def _pixels(data: bytes, channels: int) -> torch.Tensor:
@@ -130,11 +170,13 @@ def _by_pillow(data: bytes, channels: int) -> torch.Tensor:
 
 
 def resize(pixels: torch.Tensor, size: int, fit: str = "crop") -> torch.Tensor:
-    """(C, H, W) uint8 to (C, size, size): antialiased bilinear in uint8, then a centre crop."""
+    """(C, H, W) uint8 to (C, size, size): antialiased bilinear in uint8 (on a GPU in float, rounded), then a centre crop."""
     _, h, w = pixels.shape
     new = (size, size) if fit == "squash" else (max(size, round(h * size / min(h, w))), max(size, round(w * size / min(h, w))))
     if new != (h, w):
-        pixels = F.interpolate(pixels[None], size=new, mode="bilinear", antialias=True, align_corners=False)[0]
+        whole = pixels[None].float() if pixels.is_cuda else pixels[None]
+        pixels = F.interpolate(whole, size=new, mode="bilinear", antialias=True, align_corners=False)[0]
+        pixels = pixels.round().clamp(0, 255).to(torch.uint8) if pixels.is_cuda else pixels
     top, left = (new[0] - size) // 2, (new[1] - size) // 2
     return pixels[:, top:top + size, left:left + size]
 

@@ -21,7 +21,7 @@ from pipeline.techniques.rates import Full
 from pipeline.train import checkpoint, evaluate, loop
 from pipeline.train.log import MetricsLog
 from pipeline.train.loop import Ranks
-from pipeline.train.source import Fitted, SourceStage, arch_of, canonical_shards
+from pipeline.train.source import Fitted, SourceStage, arch_of, canonical_shards, check_plan
 
 ROWS_SHUFFLE_BYTES = 256 << 20
 VALIDATION_BYTES = 512 << 20
@@ -62,7 +62,7 @@ def rank_job(stage: SourceStage, fitted: Fitted, workers: DataWorkers, threads: 
     shards = canonical_shards(spec)
     shuffle = spec.data.shuffle if spec.data.shuffle != "auto" else ("rows" if fitted.train.manifest.size <= ROWS_SHUFFLE_BYTES else "blocks")
     place: Place = "workers" if spec.data.decode == "auto" else spec.data.decode
-    Plan(n, 0, spec.train.global_batch, shards=shards).owned(0, spec.worker_range[1])  # says at once what cannot work
+    check_plan(stage, n)
     return RankJob(stage.name, stage.uri, stage.key, stage.seed, spec.train, steps_of(spec.train, n), fitted, shards,
                    shuffle, place, spec.data.max_bad_rows, workers, threads, fitted.text)
 
@@ -122,7 +122,7 @@ def train_rank(work: RankJob, ranks: Ranks, on_progress: Callable[[dict[str, Any
                 item_rows=max(32, min(256, train.global_batch)))
     cuda = ranks.device.type == "cuda"
     batches = partial(train_batches, rows, plan, rank=ranks.rank, ranks=ranks.count, place=work.place, pin=cuda, threads=work.threads,
-                      workers=work.workers)
+                      workers=work.workers, device=ranks.device)
     objective = task.objective
     ready = evaluate.ready_for(rows)
     check = None

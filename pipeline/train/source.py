@@ -16,6 +16,7 @@ from pipeline.bundle import BundleError
 from pipeline.contracts import Modality
 from pipeline.data import manifest as manifests
 from pipeline.data.manifest import Selection, Splits
+from pipeline.data.plan import Plan
 from pipeline.data.stream import check_budget, map_items
 from pipeline.job import STARTS, Job, Source, spec_hash
 from pipeline.rng import mix
@@ -74,6 +75,8 @@ def stage(job: Job, name: str) -> SourceStage:
         assert spec.objective is not None
         modality, objective = registry.get("modality", spec.data.modality.name), registry.get("objective", spec.objective.name)
         roles = (*modality.roles, *objective.roles)
+        if spec.data.decode == "device" and modality.encoded is Modality.encoded:
+            raise ValueError(f"sources.{name}.data.decode: {spec.data.modality.name} rows are not decoded on the device; use workers, train, memory or auto")
         splits = manifests.splits(spec.data, roles, f"sources.{name}", storage.join(job.root, "imports"), need_test=False)
     what = spec.model_dump(mode="json", exclude={"data", "workers", "cpus_per_worker", "gpus_per_worker", "max_failures", "train", "init"})
     what["start"] = starts.fingerprint(spec.init) if spec.init else None
@@ -81,7 +84,18 @@ def stage(job: Job, name: str) -> SourceStage:
         what["backbone"]["name"] = starts.fingerprint(spec.backbone.name)
     key = spec_hash(STAGE_VERSION, name, what, spec.train.model_dump(mode="json", exclude=HOW_NOT_WHAT), job.seed,
                     [data_key(spec.data), splits.fingerprint, canonical_shards(spec)] if spec.data and splits else None)
-    return SourceStage(job, name, spec, splits, key)
+    made = SourceStage(job, name, spec, splits, key)
+    if splits is not None and not made.packed:
+        check_plan(made, len(splits.train))
+    return made
+
+
+def check_plan(stage: SourceStage, rows: int) -> None:
+    """Raises ValueError when so many rows cannot fill a global batch, or the ranks are more than there are row orders."""
+    try:
+        Plan(rows, 0, stage.spec.train.global_batch, shards=canonical_shards(stage.spec)).owned(0, stage.spec.worker_range[1])
+    except ValueError as error:
+        raise ValueError(f"sources.{stage.name}: {error}") from None
 
 
 def canonical_shards(spec: Source) -> int:

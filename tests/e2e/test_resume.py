@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from tests.e2e.conftest import TINY, environment
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray]
 STEPS, BATCH = 60, 16
 SET = [f"sources.garments.train={{steps: {STEPS}, global_batch: {BATCH}, checkpoint_every_steps: 7, eval_every_steps: 20, trace_rows: true, ema: 0.9}}",
        "sources.garments.backbone={timm/test_vit: {drop_path: 0.1, drop_rate: 0.1}}", "sources.garments.data.modality={image: {size: 32, channels: 1}}",
@@ -136,6 +136,7 @@ def test_train_worker_killed(undisturbed, tmp_path, tiny_data):
     assert equal(weights(tmp_path), undisturbed)
 
 
+@pytest.mark.slow
 def test_another_number_of_ranks_after_the_kill(undisturbed, tmp_path, tiny_data):
     process = launch(tmp_path, tiny_data)
     wait_for_step(tmp_path, 24, process)

@@ -1,10 +1,12 @@
 """Images: pixels as PIL gives them, broken bytes with a reason, augmentation from the rows' keys alone."""
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import PIL.Image
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -278,3 +280,34 @@ def test_resized_crop_covers_what_it_says():
     assert 0.42 < flipped.float().mean() < 0.58 and (rows[:, 56] > rows[:, 8]).all()
     left = torch.minimum(columns[:, 0], columns[:, -1]) / 4
     assert left.min() >= 0 and left.max() > 10  # windows lie in different places
+
+
+# ---------------------------------------------------------------- decoding on the device
+
+def test_rows_decoded_on_the_device_are_the_batches_of_any_other_place(tmp_path):
+    """Here the device is the CPU: the same path, with torchvision's decoder of the host. Broken rows are found and left out alike."""
+    from pipeline import registry
+    from pipeline.data import manifest, stream
+    from pipeline.data.plan import Plan
+
+    rng, encoded = np.random.default_rng(0), []
+    for i in range(40):
+        buffer = io.BytesIO()
+        PIL.Image.fromarray(rng.integers(0, 255, (20 + i, 30, 3), dtype=np.uint8)).save(buffer, "PNG" if i % 3 else "JPEG")
+        encoded.append(buffer.getvalue())
+    encoded[7], encoded[21], encoded[30] = encoded[7][:50], b"", b"no picture"
+    pq.write_table(pa.table({"picture": encoded, "label": [i % 2 for i in range(40)]}), tmp_path / "rows.parquet", row_group_size=16)
+    columns = {"image": "picture", "label": "label"}
+    kind = registry.get("modality", "image")
+    modality = kind(kind.options_class(size=24), {"mean": [0.5] * 3, "std": [0.2] * 3})
+    rows = stream.Rows(manifest.Selection(manifest.build(str(tmp_path / "rows.parquet"), "auto", "")),
+                       stream.Decoder(modality, "classification", {"values": [0, 1], "labels": ["a", "b"]}, columns))
+    plan = Plan(40, 3, 10, item_rows=8)
+    loader = stream.Loader(rows.selection, replace(rows.decoder, encoded=True), plan)
+    blocks = stream._thread_blocks(loader, plan.items(0, 8), 1)
+    there = list(stream._assembled(rows, plan, blocks, range(8), 0, 1, torch.device("cpu")))
+    plain = [(batch, bad) for batch, bad, _ in stream.train_batches(rows, plan, range(8), place="train")]
+    for (batch, bad), (other, bad_other) in zip(there, plain, strict=True):
+        assert batch.rows.tolist() == other.rows.tolist() and torch.equal(batch["image"], other["image"]) and torch.equal(batch["label"], other["label"])
+        assert {row for row, _ in bad} == {row for row, _ in bad_other}
+    assert {row for _, bad in there for row, _ in bad} == {7, 21, 30}

@@ -1,0 +1,89 @@
+"""Rows of a manifest to arrays: what a data worker, wherever it runs, does with one item of a plan."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pipeline import registry
+from pipeline.contracts import Arrays, Modality
+from pipeline.data.manifest import Reader, Selection
+from pipeline.data.plan import Item, Plan
+
+
+@dataclass
+class Decoder:
+    """Table rows to arrays: the modality's inputs and the objective's targets."""
+
+    modality: Modality
+    objective: str | None
+    objective_state: dict[str, Any]
+    columns: dict[str, str]
+    encoded: bool = False
+    """Inputs stay as they are in their files, to be decoded on the device."""
+
+    def names(self) -> list[str]:
+        roles = [*self.modality.roles, *self.modality.packed_roles, *(registry.get("objective", self.objective).roles if self.objective else ())]
+        return list(dict.fromkeys(self.columns[role] for role in roles if role in self.columns))
+
+    def size(self, selection: Selection) -> int:
+        """Bytes that the selection takes when it is decoded, from a few of its rows."""
+        places = np.unique(np.linspace(0, max(0, len(selection) - 1), min(8, len(selection))).astype(np.int64))
+        if not len(places):
+            return 0
+        arrays, _ = self(Reader(selection.manifest, self.names()).take(selection.ids(places)))
+        return int(sum(array.nbytes for array in arrays.values()) / len(places) * len(selection))
+
+    def __call__(self, table) -> tuple[Arrays, list[str]]:
+        if self.encoded:
+            held = self.modality.encoded(table, self.columns)
+            assert held is not None, f"modality {self.modality.registered_name} is not decoded on the device"
+            arrays, bad = {"encoded": held[0]}, held[1]
+        else:
+            arrays, bad = self.modality.decode(table, self.columns)
+        if self.objective:
+            arrays = arrays | registry.get("objective", self.objective).encode(table, self.columns, self.objective_state)
+        return arrays, bad
+
+
+class Block(NamedTuple):
+    rows: np.ndarray
+    epochs: np.ndarray
+    arrays: Arrays
+    bad: list[str]
+
+
+class Loader:
+    """Reads and decodes items; made anew in each process that it is sent to."""
+
+    def __init__(self, selection: Selection, decoder: Decoder, plan: Plan | None = None):
+        self.selection, self.decoder, self.plan = selection, decoder, plan
+        self._reader: Reader | None = None
+        self._lock = threading.Lock()
+
+    def __getstate__(self):
+        return (self.selection, self.decoder, self.plan)
+
+    def __setstate__(self, state):
+        self.__init__(*state)
+
+    def __call__(self, item: Item) -> Block:
+        if item.shard < 0:  # a plain range, for evaluation
+            indices, epochs = np.arange(item.start, item.stop), np.zeros(item.stop - item.start, dtype=np.int64)
+        else:
+            assert self.plan is not None
+            indices, epochs = self.plan.sequence(item.shard, item.start, item.stop)
+        rows = self.selection.ids(indices)
+        with self._lock:
+            self._reader = self._reader or Reader(self.selection.manifest, self.decoder.names())
+            table = self._reader.take(rows)
+        arrays, bad = self.decoder(table)
+        return Block(rows, epochs, arrays, bad)
+
+    def columns(self, item: Item) -> Arrays:
+        """The block as one set of columns, to cross the object store."""
+        block = self(item)
+        return {"_row": block.rows, "_epoch": block.epochs, "_bad": np.array(block.bad, dtype=object), **block.arrays}

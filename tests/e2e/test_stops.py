@@ -1,0 +1,113 @@
+"""Stopped runs: Ctrl-C in each stage, kill -9 in the fan-out; and trials on several ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from tests.e2e.conftest import TINY, environment
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+LONG = ("--set", "sources.garments.train={steps: 4000, global_batch: 16, checkpoint_every_steps: 5}")
+MANY = ("--set", "fanout.seeds=12", "--set", "targets.shoes.techniques=[scratch, full]", "--set", "targets.reviews.techniques=[scratch, full]")
+
+
+def begin(folder: Path, tiny_data: Path, *words: str) -> subprocess.Popen:
+    """A run in a process group of its own, as a shell starts it."""
+    return subprocess.Popen([sys.executable, "-m", "pipeline.cli", *words], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            env=environment(tiny_data), start_new_session=True)
+
+
+def until(process: subprocess.Popen, found, what: str, seconds: float = 200) -> None:
+    end = time.monotonic() + seconds
+    while not found():
+        assert process.poll() is None, process.stdout.read()[-3000:]
+        assert time.monotonic() < end, f"no {what} in {seconds} s"
+        time.sleep(0.05)
+
+
+def ctrl_c(process: subprocess.Popen) -> str:
+    os.killpg(process.pid, signal.SIGINT)
+    output = process.communicate(timeout=100)[0]
+    assert process.returncode == 130, output[-3000:]
+    assert "stopped; what is finished is kept, the same command goes on from here" in output and "Traceback" not in output, output[-3000:]
+    return output
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory, onetomany):
+    """A folder whose sources are trained."""
+    folder = tmp_path_factory.mktemp("sources")
+    assert onetomany("pretrain", TINY, cwd=folder).returncode == 0
+    return folder
+
+
+def records(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in (folder / "runs/tiny/trials").glob("*/record.json")}
+
+
+def test_ctrl_c_in_pretraining_is_clean_and_goes_on(tmp_path, tiny_data, onetomany):
+    process = begin(tmp_path, tiny_data, "pretrain", str(TINY), *LONG)
+    until(process, lambda: list(tmp_path.glob("runs/tiny/sources/garments-*/checkpoints/step-*/manifest.json")), "checkpoint")
+    ctrl_c(process)
+    point = max(int(path.parent.name.removeprefix("step-")) for path in tmp_path.glob("runs/tiny/sources/garments-*/checkpoints/step-*/manifest.json"))
+    assert not (tmp_path / "runs/tiny/.run.json").exists()
+    process = begin(tmp_path, tiny_data, "pretrain", str(TINY), *LONG)
+
+    def steps() -> list[int]:
+        (log,) = tmp_path.glob("runs/tiny/sources/garments-*/log/metrics.jsonl")
+        return [json.loads(line)["step"] for line in log.read_text().splitlines() if line.endswith("}")]
+
+    until(process, lambda: steps() and steps()[-1] > point, "step after the resume point")
+    ctrl_c(process)
+    assert steps() == sorted(steps())
+
+
+def test_ctrl_c_and_a_killed_driver_in_the_fan_out_lose_nothing(sources, tiny_data, onetomany):
+    for stop in (ctrl_c, lambda process: (os.kill(process.pid, signal.SIGKILL), process.wait())):
+        before = len(records(sources))
+        process = begin(sources, tiny_data, "run", str(TINY), *MANY)
+        until(process, lambda before=before: len(records(sources)) >= before + 4, "finished trial")
+        stop(process)
+        kept = records(sources)
+        assert before + 4 <= len(kept) < 48
+    done = onetomany("run", TINY, *MANY, cwd=sources)
+    assert done.returncode == 0, done.stderr[-3000:]
+    after = records(sources)
+    assert len(after) == 48 and all(after[path] == time for path, time in kept.items()), "what was finished was not run again"
+    rows = pq.read_table(sources / "runs/tiny/results.parquet").to_pylist()
+    assert len({row["trial_id"] for row in rows if row["status"] == "done" and row["split"] == "test"}) == 48
+
+
+def test_two_runs_of_one_job_at_once_are_refused(sources, tiny_data, onetomany):
+    process = begin(sources, tiny_data, "run", str(TINY), "--set", "fanout.seeds=13")
+    until(process, (sources / "runs/tiny/.run.json").exists, "lease")
+    second = onetomany("run", TINY, cwd=sources)
+    assert second.returncode == 2 and f"process {process.pid}" in second.stderr
+    ctrl_c(process)
+
+
+def test_trials_on_two_ranks_give_the_rows_of_one(sources, onetomany):
+    """``workers: 2``: the same loop under Ray Train in a driver; float sums differ by the order of the ranks alone."""
+    words = ("--set", "targets.shoes.techniques=[scratch, full, linear_probe]", "--set", "targets.reviews.techniques=[scratch]", "--set",
+             "targets.shoes.train={steps: 4, global_batch: 8, augment: false}", "--set", "targets.shoes.metric=loss", "--set", "fanout.seeds=1")
+    found = {}
+    for workers in (0, 2):
+        done = onetomany("run", TINY, *words, "--set", f"targets.shoes.workers={workers}", cwd=sources)
+        assert done.returncode == 0, done.stderr[-3000:]
+        rows = [row for row in pq.read_table(sources / "runs/tiny/results.parquet").to_pylist() if row["target"] == "shoes" and row["metric"] == "loss"]
+        ids = {path.parent.name for path in records(sources)}
+        mine = [row for row in rows if row["split"] == "test" and row["trial_id"] in ids and row["steps"] == 4]
+        newest = sorted(mine, key=lambda row: row["started_at"])[-3:]
+        found[workers] = {(row["source"], row["technique"]): row["value"] for row in newest}
+    assert set(found[0]) == {("none", "scratch"), ("garments", "full"), ("garments", "linear_probe")} == set(found[2])
+    for cell, value in found[0].items():
+        assert found[2][cell] == pytest.approx(value, rel=0.02), cell
