@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -224,7 +225,7 @@ def pretrain(stage: source.SourceStage, progress: Progress, verbose: bool, growi
     watcher.start()
     error: Exception | None = None
     try:
-        _trainer(stage, mine, {"work": work, "board": board, "rows": hold(rows) if rows is not None else None}, verbose).fit()
+        _fit(_trainer(stage, mine, {"work": work, "board": board, "rows": hold(rows) if rows is not None else None}, verbose))
     except ray.train.TrainingFailedError as failed:
         error = failed
     finally:
@@ -237,6 +238,18 @@ def pretrain(stage: source.SourceStage, progress: Progress, verbose: bool, growi
     storage.remove_tree(storage.join(stage.uri, "ray"))
     progress.update(training_line(stage.name, record), final=True)
     return facts_of(stage)
+
+
+def _fit(trainer: Any) -> Any:
+    """The trainer's result. Ray Train answers Ctrl-C by ending the process; here it is a KeyboardInterrupt as everywhere else, and Ray's handler goes again."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        return trainer.fit()
+    except SystemExit as end:
+        raise KeyboardInterrupt from end
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, before)
 
 
 def _reason(error: Exception | None) -> str:

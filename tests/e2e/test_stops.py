@@ -96,7 +96,8 @@ def test_two_runs_of_one_job_at_once_are_refused(sources, tiny_data, onetomany):
 
 
 def test_trials_on_two_ranks_give_the_rows_of_one(sources, onetomany):
-    """``workers: 2``: the same loop under Ray Train in a driver; float sums differ by the order of the ranks alone."""
+    """``workers: 2``: the same loop under Ray Train in a driver. A frozen backbone's rows differ by the order of float sums alone; where batch norm
+    trains, each rank has its own half of the batch, as under any DDP."""
     words = ("--set", "targets.shoes.techniques=[scratch, full, linear_probe]", "--set", "targets.reviews.techniques=[scratch]", "--set",
              "targets.shoes.train={steps: 4, global_batch: 8, augment: false}", "--set", "targets.shoes.metric=loss", "--set", "fanout.seeds=1")
     found = {}
@@ -110,4 +111,4 @@ def test_trials_on_two_ranks_give_the_rows_of_one(sources, onetomany):
         found[workers] = {(row["source"], row["technique"]): row["value"] for row in newest}
     assert set(found[0]) == {("none", "scratch"), ("garments", "full"), ("garments", "linear_probe")} == set(found[2])
     for cell, value in found[0].items():
-        assert found[2][cell] == pytest.approx(value, rel=0.02), cell
+        assert found[2][cell] == pytest.approx(value, rel=1e-4 if cell[1] == "linear_probe" else 0.1), cell
