@@ -117,13 +117,13 @@ def test_doctor_looks_at_machine_cluster_and_job(onetomany, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     for said in ("Python", "CPU cores", "Ray (started here)", "storage", "source garments", "2 ranks of"):
         assert said in done.stdout
-    never = onetomany("doctor", TINY, "--set", "sources.garments.workers=4000", "--set", "fanout.cpus_per_trial=900", cwd=tmp_path)
-    assert never.returncode == 1 and never.stdout.count("FAIL") == 2 and "4000 ranks" in never.stdout.replace("\n", " ")
+    never = onetomany("doctor", TINY, "--set", "sources.garments.cpus_per_worker=900", "--set", "fanout.cpus_per_trial=900", cwd=tmp_path)
+    assert never.returncode == 1 and never.stdout.count("FAIL") == 2 and "900 CPU" in never.stdout.replace("\n", " ")
 
 
 @pytest.mark.ray
 def test_more_than_the_cluster_can_ever_give_is_refused_before_a_step(onetomany, tmp_path):
-    for words, said in (("sources.garments.workers=4000", "4000 ranks x"), ("targets.shoes.workers=500", "for each of 500 ranks"),
+    for words, said in (("sources.garments.cpus_per_worker=900", "2 ranks x (900 CPU"), ("targets.shoes.workers=500", "for each of 500 ranks"),
                         ("fanout.cpus_per_trial=900", "a trial asks for 900 CPU")):
         done = onetomany("run", TINY, "--set", words, cwd=tmp_path)
         assert done.returncode == 1 and said in done.stderr and "it can never be met" in done.stderr and "step" not in done.stderr
