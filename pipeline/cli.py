@@ -18,8 +18,8 @@ from pipeline.jobfile import load, schema
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False, help=(
     "One job file pretrains backbones on large source corpora, fans out many fine-tunes of them onto target tasks, "
     "and shows the gain of each over training from scratch."))
-out = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+out = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else 110)
+err = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
 
 JobFile = Annotated[Path, typer.Argument(help="The job file (YAML).", metavar="JOB")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override any field, e.g. --set sources.a.train.steps=10.", metavar="A.B=C")]

@@ -35,7 +35,7 @@ class Progress:
     """Shows the newest line; ``note`` prints a line that stays."""
 
     def __init__(self, console: Console | None = None, clock=time.monotonic):
-        self.console = console or Console(file=sys.stderr, highlight=False, soft_wrap=True)
+        self.console = console or Console(file=sys.stderr, highlight=False, soft_wrap=True, emoji=False)
         self.clock, self._last, self._shown = clock, float("-inf"), ""
         self._live = Live(Text(""), console=self.console, refresh_per_second=4, transient=True) if self.console.is_terminal else None
 

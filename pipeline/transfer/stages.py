@@ -39,6 +39,10 @@ class State:
     notes: list[str] = field(default_factory=list)
     broken: dict[str, str] = field(default_factory=dict)
     """Targets that could not be made ready, with the reason: the others go on without them."""
+    scores: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """``source|target`` to the result columns ``score_name`` and ``score_value``, where sources were chosen by them."""
+    key: str = ""
+    """Of all that the facts of a run depend on (`_keep_facts`)."""
 
 
 def check(job: Job, progress: Progress, **options: Any) -> State:
@@ -60,6 +64,8 @@ def check(job: Job, progress: Progress, **options: Any) -> State:
             problems.append(f"targets.{name}: no source reads {target.spec.data.modality.name}; add one or name it in sources")
     if problems:
         raise ValueError("\n".join(problems))
+    state.key = spec_hash([stage.key for stage in state.sources.values()], {name: [stage.key, matching(state, name)] for name, stage in state.targets.items()},
+                          job.fanout.select)
     return state
 
 
@@ -104,12 +110,8 @@ def _facts_uri(state: State) -> str:
     return storage.join(state.job.root, "facts.json")
 
 
-def _facts_key(state: State) -> str:
-    return spec_hash([stage.key for stage in state.sources.values()], [stage.key for stage in state.targets.values()], state.job.fanout.select)
-
-
 def _keep_facts(state: State, chosen: dict[str, set[str]]) -> None:
-    storage.write_json(_facts_uri(state), {"key": _facts_key(state), "notes": state.notes, "broken": state.broken,
+    storage.write_json(_facts_uri(state), {"key": state.key, "notes": state.notes, "broken": state.broken, "scores": state.scores,
                                            "chosen": {name: sorted(found) for name, found in chosen.items()}})
 
 
@@ -117,7 +119,7 @@ def _facts(state: State) -> dict[str, Any]:
     """The facts that the newest run of these same sources and targets left, or none."""
     uri = _facts_uri(state)
     found = storage.read_json(uri) if storage.exists(uri) else {}
-    return found if found.get("key") == _facts_key(state) else {}
+    return found if found.get("key") == state.key else {}
 
 
 def _chosen_before(state: State) -> dict[str, set[str]] | None:
@@ -172,7 +174,7 @@ def share(state: State) -> Shared:
     if not state.targets:
         raise ValueError("\n".join(f"targets.{name}: {reason}" for name, reason in state.broken.items()))
     _note_overlaps(state)
-    facts = {"git_sha": _git_sha(), "spec_hash": spec_hash(job), "scores": {}}
+    facts = {"git_sha": _git_sha(), "spec_hash": spec_hash(job)}
     return Shared(job.name, job.root, job.seed, {base.key: base for base in found}, {name: w for name, (w, _) in loaded.items()},
                   {name: stage.bundle_uri for name, stage in state.sources.items()}, held, job.fanout.keep_bundles != "none",
                   {name: stage.key for name, stage in state.sources.items()}, facts)
@@ -224,7 +226,7 @@ def _select(state: State, shared: Shared) -> dict[str, set[str]]:
     by_target: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in score(state, shared):
         by_target[row["target"]].append(row)
-        shared.facts["scores"][f"{row['source']}|{row['target']}"] = {"score_name": select.score, "score_value": row[select.score]}
+        state.scores[f"{row['source']}|{row['target']}"] = {"score_name": select.score, "score_value": row[select.score]}
     for name, found in by_target.items():
         best = sorted(found, key=lambda row: -row[select.score])[:select.top]
         chosen[name] = {row["source"] for row in best}
@@ -280,7 +282,8 @@ def current(state: State) -> list[dict[str, Any]]:
     if not state.targets or not all(stage.done for stage in state.sources.values()):
         return []
     facts = _facts(state)
-    state.notes, state.broken = facts.get("notes", []), facts.get("broken", {})
+    state.notes, state.broken, state.scores = facts.get("notes", []), facts.get("broken", {}), facts.get("scores", {})
+    state.targets = {name: stage for name, stage in state.targets.items() if name not in state.broken}
     bases, chosen = _bases(state), _chosen_before(state) or {name: set(matching(state, name)) for name in state.targets}
     search = [(one, record) for one in search_trials(state, bases, chosen) if (record := trial.read_record(state.job.root, one.id))]
     winners = _winners([one for one, _ in search], [record for _, record in search])
@@ -313,6 +316,7 @@ def collect(state: State, found: list[Trial]) -> list[dict[str, Any]]:
         kept = {record["trial_id"] for record in best.values()}
     else:
         kept = set(records)
+    kept = {one for one in kept if (uri := records[one]["rows"][0]["bundle_uri"]) and bundle.exists(uri)}  # another run may have kept fewer
     scratch = {(one.base, one.target, trials.fraction_text(one.label_fraction), one.seed): one for one in found
                if one.source == SCRATCH and one.stage == "final"}
     rows = []
@@ -320,6 +324,7 @@ def collect(state: State, found: list[Trial]) -> list[dict[str, Any]]:
         for row in records.get(one.id, {"rows": []})["rows"]:
             row = {**row, "job": state.job.name, "source": one.source, "backbone": one.backbone, "target": one.target,
                    "hyper_parameters": json.dumps(row["hyper_parameters"], sort_keys=True), "started_at": datetime.fromtimestamp(row["started_at"], UTC)}
+            row |= state.scores.get(f"{one.source}|{one.target}", {})
             if one.id not in kept:
                 row["bundle_uri"] = None
             against = scratch.get((one.base, one.target, trials.fraction_text(one.label_fraction), one.seed))

@@ -206,7 +206,7 @@ def make_record(trial: Trial, shared: Shared, train: Train, began: float, facts:
               "trial_id": trial.id, "trial_stage": trial.stage, "status": status, "error": error, "n_train": facts.get("n_train"),
               "params_trained": facts.get("params_trained"), "steps": facts.get("steps"), "seconds": facts.get("seconds"), "device": facts.get("device"),
               "bundle_uri": None, "parent_uri": shared.parents.get(trial.source), "spec_hash": shared.facts.get("spec_hash"),
-              "git_sha": shared.facts.get("git_sha"), "started_at": began, **shared.facts.get("scores", {}).get(f"{trial.source}|{trial.target}", {})}
+              "git_sha": shared.facts.get("git_sha"), "started_at": began}
     rows: list[dict[str, Any]] = []
     for split, found in (("test", evaluate.values(test, data.metrics) if test else {}), ("validation", validation)):
         for name in data.metrics if found else ():

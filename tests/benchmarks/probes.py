@@ -116,7 +116,8 @@ def heads(shared: Any, data: Any, cached: dict[str, Any], stacks: list[list[Any]
         for one in members:
             train, rows, steps = trial.resolved(one, shared)
             ready.append((one, train, rows, steps))
-        probe._stack(ready, shared, data, cached, "", 0.0, cached["train"][0].device)
+        backbone = trial.build(members[0], shared)[0].backbone
+        probe._stack(ready, shared, data, backbone, cached, "", 0.0, cached["train"][0].device)
 
 
 def _gap(together: list[Any], alone: list[Any]) -> float:

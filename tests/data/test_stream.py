@@ -254,6 +254,31 @@ def test_the_budget_counts_from_the_second_row(rows):
         stream.check_budget(((i, "x") for i in range(6)), 10, 0.5, rows.selection)
 
 
+def test_the_budget_counts_a_row_once_however_often_it_is_met(rows):
+    """In every epoch the same rows are bad, and its reason may be told in other words."""
+    stream.check_budget([(7, "x"), (7, "x"), (7, "y")] * 50, 10, 0.01, rows.selection)
+    stream.check_budget(((row, f"epoch {epoch}") for epoch in range(9) for row in (3, 8)), 200, 0.01, rows.selection)
+    with pytest.raises(TooManyBadRowsError, match=r"^3 of 200 rows cannot be decoded"):
+        stream.check_budget(((row, "x") for _ in range(9) for row in (3, 8, 11)), 200, 0.01, rows.selection)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("shuffle", ["rows", "blocks"])
+def test_bad_rows_that_are_kept_in_memory_leave_the_batches_as_they_are(tmp_path, shuffle, ranks):
+    """Bad rows keep their places in the plan: the same batches, and the same rows told, as when rows are decoded as they come."""
+    rows = make(tmp_path / "rows", {**BROKEN, **{i: f"bad {i}" for i in range(60, 75)}})
+    kept = rows.in_memory(0.2, keep_bad=True)
+    assert len(kept) == N and len(rows.in_memory(0.2)) == N - 18 and [row for row, _ in kept.bad] == sorted([*BROKEN, *range(60, 75)])
+    plan = plan_of(rows, shuffle=shuffle)
+    told = 0
+    for rank in range(ranks):
+        ours, theirs = (list(stream.train_batches(source, plan, range(4, 30), rank=rank, ranks=ranks)) for source in (kept, rows))
+        assert [sorted(loaded.bad) for loaded in ours] == [sorted(loaded.bad) for loaded in theirs]
+        same([loaded._replace(bad=[]) for loaded in ours], [loaded._replace(bad=[]) for loaded in theirs])
+        told += sum(len(loaded.bad) for loaded in ours)
+    assert told > 18, "in more than one epoch"
+
+
 # ---------------------------------------------------------------- threads
 
 @pytest.mark.parametrize("leave", ["break", "close", "drop", "throw"])
@@ -386,6 +411,34 @@ def test_a_subset_is_in_ascending_order_also_in_memory(rows):
         assert batch.rows.tolist() == [3, 77, 140] and batch["square"].tolist() == [9, 5929, 19600]
 
 
+def test_a_subset_of_all_rows_copies_nothing(rows):
+    """A trial with all labels reads the arrays that its target was decoded into, as all trials do."""
+    memory = rows.in_memory(0.0)
+    assert memory.arrays is not None
+    whole, part = memory.subset(np.arange(N)), memory.subset(np.arange(N - 1))
+    assert whole.arrays is not None and part.arrays is not None
+    assert all(np.shares_memory(whole.arrays[name], array) for name, array in memory.arrays.items())
+    assert not any(np.shares_memory(part.arrays[name], array) for name, array in memory.arrays.items())
+    assert len(rows.subset(np.arange(N))) == N and rows.subset(np.arange(N)).arrays is None
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 7, 200])
+@pytest.mark.parametrize("memory", [False, True])
+def test_a_ranks_part_is_what_evaluation_gives_it(rows, memory, ranks):
+    rows = rows.subset(np.arange(1, N, 2))
+    rows = rows.in_memory(0.0) if memory else rows
+    seen = []
+    for rank in range(ranks):
+        part = rows.part(rank, ranks)
+        found, theirs = list(stream.eval_batches(part, 16)), list(stream.eval_batches(rows, 16, rank=rank, ranks=ranks))
+        assert len(found) == len(theirs)
+        if theirs:
+            same(found, theirs)
+        assert part.selection.ids(np.arange(len(part))).tolist() == [row for loaded in theirs for row in loaded.batch.rows.tolist()]
+        seen += part.selection.ids(np.arange(len(part))).tolist()
+    assert seen == list(range(1, N, 2))
+
+
 # ---------------------------------------------------------------- map_items
 
 def test_map_items_without_ray_is_ordered_and_lazy(monkeypatch):
@@ -453,6 +506,15 @@ def test_ray_data_workers_give_the_same_batches(ray_here, tmp_path):
     resumed = stream.train_batches(rows, plan, range(9, 15), rank=1, ranks=2, place="workers", workers=workers)
     same(resumed, stream.train_batches(rows, plan, range(9, 15), rank=1, ranks=2))
     assert threads_of("prefetch") == []
+
+
+@pytest.mark.ray
+def test_an_item_stays_one_block_however_small_ray_wants_its_blocks(ray_here, rows, monkeypatch):
+    """Ray cuts a block above its target in two, and then blocks and items would no longer go together."""
+    context = ray_here.data.DataContext.get_current()
+    monkeypatch.setattr(context, "target_max_block_size", 64)
+    plan = plan_of(rows, item_rows=20)
+    same(stream.train_batches(rows, plan, range(13), place="workers"), stream.train_batches(rows, plan, range(13)))
 
 
 @pytest.mark.ray

@@ -1,0 +1,212 @@
+"""What ranks are given of a cluster, what is refused before anything starts, and which cluster is joined. No Ray runs here."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.data.stream import DataWorkers
+from pipeline.job import Source
+from pipeline.train import launch
+from pipeline.train.launch import ClusterError, Share, capacity, check_fits, share
+
+
+def spec(workers: int | tuple[int, int] = 1, **more) -> Source:
+    return Source.model_validate({"backbone": "bundle:/somewhere", "workers": workers, **more})
+
+
+# ---------------------------------------------------------------- capacity
+
+@pytest.mark.parametrize(("nodes", "cpus", "gpus", "room"), [
+    ([(4.0, 0.0)] * 4, 6, 0, 0),      # 16 CPUs, and no node holds one such rank
+    ([(4.0, 0.0)] * 4, 4, 0, 4),
+    ([(4.0, 0.0)] * 4, 3, 0, 4),      # the fourth CPU of each node makes no fifth rank
+    ([(4.0, 0.0), (9.0, 0.0)], 3, 0, 4),
+    ([(2.0, 0.0)], 0.5, 0, 4),
+    ([(0.3, 0.0)], 0.1, 0, 3),        # 0.3 / 0.1 is a little less than 3
+    ([], 1, 0, 0),
+    ([(8.0, 1.0)] * 2, 1, 2, 0),      # two GPUs on two nodes are no pair
+    ([(8.0, 2.0)] * 2, 1, 2, 2),
+    ([(8.0, 2.0)], 1, 0.5, 4),
+    ([(8.0, 2.0)], 1, 0.75, 2),       # 2 / 0.75 is 2.67, and a share lies on one GPU
+    ([(8.0, 3.0)], 1, 0.6, 3),        # 3 / 0.6 is 5
+    ([(8.0, 2.0)], 1, 0.3333, 6),
+    ([(2.0, 4.0)], 1, 0.5, 2),        # CPUs are what is scarce
+    ([(8.0, 0.0), (8.0, 1.0)], 1, 1, 1),
+    ([(0.0, 2.0)], 0, 0.5, 4),
+])
+def test_a_bundle_lies_on_one_node_and_a_share_of_a_gpu_on_one_gpu(nodes, cpus, gpus, room):
+    assert capacity(nodes, cpus, gpus) == room
+
+
+# ---------------------------------------------------------------- a rank's share
+
+@given(st.integers(1, 64), st.floats(0.5, 512), st.integers(0, 16))
+def test_ranks_and_their_data_workers_never_take_more_cpus_than_there_are(ranks, cpus, gpus):
+    mine = share(spec(ranks), cpus, gpus)
+    data = mine.data.actors * mine.data.cpus_per_actor
+    assert mine.data.actors >= 1 and mine.data.cpus_per_actor > 0 and mine.threads >= 1
+    assert ranks * mine.cpus <= cpus / 2 + 1e-9, "half is left to Ray Data, which waits for ever without"
+    if cpus >= 0.02 * ranks:  # below, Ray has no part of a CPU that is small enough
+        assert mine.cpus > 0 and ranks * (mine.cpus + data) <= cpus + 1e-6
+
+
+@given(st.integers(1, 32), st.floats(0.5, 64), st.floats(0.05, 32))
+def test_what_fits_by_the_check_leaves_cpus_to_the_data_workers(ranks, cpus, each):
+    asked = spec(ranks, cpus_per_worker=each)
+    mine = share(asked, cpus, 0)
+    try:
+        check_fits(asked, mine, [(cpus, 0.0)], "sources.a")
+    except ClusterError:
+        assert ranks * (each + 0.01) > cpus - 0.01 * ranks - 1e-6, "refused though a hundredth of a CPU a rank was left"
+    else:
+        assert mine.cpus == each and ranks * (each + mine.data.actors * mine.data.cpus_per_actor) <= cpus + 1e-5
+
+
+@pytest.mark.parametrize(("ranks", "gpus", "each", "backend"), [
+    (1, 0, 0.0, None), (1, 1, 1.0, None), (2, 2, 1.0, None), (2, 8, 1.0, None), (2, 1, 0.5, "gloo"), (3, 2, 0.5, "gloo"), (3, 1, 0.3333, "gloo"),
+    (7, 1, 0.1428, "gloo"), (7, 2, 0.25, "gloo")])
+def test_ranks_that_share_a_gpu_talk_over_gloo(ranks, gpus, each, backend):
+    mine = share(spec(ranks), 64, gpus)
+    assert mine.gpus == each
+    found = launch._backend(mine.gpus)
+    assert backend == (found and found.backend)
+    assert not gpus or capacity([(64.0, float(gpus))], mine.cpus, mine.gpus) >= ranks, "what is given out can be placed"
+
+
+@given(st.integers(1, 64), st.integers(1, 16))
+def test_every_number_of_ranks_can_be_placed_on_the_gpus_of_one_node(ranks, gpus):
+    mine = share(spec(ranks), 256, gpus)
+    assert 0 < mine.gpus <= 1 and capacity([(256.0, float(gpus))], mine.cpus, mine.gpus) >= ranks
+    assert capacity([(256.0, float(gpus))], mine.cpus, mine.gpus) < ranks + gpus, "and no GPU holds two ranks more than another"
+
+
+def test_what_the_job_says_of_a_rank_is_what_it_gets():
+    mine = share(spec(2, cpus_per_worker=3, gpus_per_worker=0), 16, 4)
+    assert (mine.cpus, mine.gpus) == (3, 0) and mine.data.actors == 5
+    assert share(spec(2), 16, 0, object_store_bytes=1000).data.object_store_bytes == 250, "half of the store, shared by the ranks"
+    assert share(spec((2, 8)), 8, 0).cpus == 0.5, "by the most ranks, not the fewest"
+
+
+# ---------------------------------------------------------------- refused, or warned of
+
+def test_what_can_never_be_met_is_refused_with_what_is_asked_and_what_is_there():
+    asked = spec(2, cpus_per_worker=6)
+    with pytest.raises(ClusterError) as caught:
+        check_fits(asked, share(asked, 16, 0), [(4.0, 0.0)] * 4, "sources.big")
+    told = str(caught.value)
+    assert told.startswith("sources.big: the cluster has 4 nodes of 4 CPU + 0 GPU, the request is 2 ranks x (6 CPU + 0 GPU, each on one node) and 1 CPU of data")
+    assert "it can never be met. Lower workers, cpus_per_worker or gpus_per_worker" in told
+
+
+@pytest.mark.parametrize(("workers", "words", "nodes"), [
+    (1, {"cpus_per_worker": 2}, [(2.0, 0.0)]),         # no part of a CPU is left for data
+    (2, {"gpus_per_worker": 1}, [(8.0, 1.0)]),
+    (1, {"gpus_per_worker": 1}, [(8.0, 0.0)]),
+    (4, {"cpus_per_worker": 3}, [(4.0, 0.0), (4.0, 0.0), (5.5, 0.0)]),  # 13.5 CPUs for 12, in pieces that hold three ranks
+    (1, {}, [])], ids=str)
+def test_requests_that_do_not_fit(workers, words, nodes):
+    asked = spec(workers, **words)
+    mine = share(asked, sum(n[0] for n in nodes), sum(n[1] for n in nodes))
+    with pytest.raises(ClusterError, match="it can never be met"):
+        check_fits(asked, mine, nodes, "sources.a")
+
+
+def test_an_elastic_request_needs_its_fewest_ranks_only():
+    asked = spec((2, 8), cpus_per_worker=1)
+    assert check_fits(asked, share(asked, 3, 0), [(3.0, 0.0)], "sources.a") != [], "eight ranks would share three CPUs: a warning"
+    whole = spec(8, cpus_per_worker=1)
+    with pytest.raises(ClusterError, match="the request is 8 ranks"):
+        check_fits(whole, share(whole, 3, 0), [(3.0, 0.0)], "sources.a")
+    with pytest.raises(ClusterError, match="the request is 2 ranks"):
+        check_fits(asked, share(asked, 2, 0), [(1.0, 0.0)] * 2, "sources.a")
+
+
+@pytest.mark.parametrize(("ranks", "cpus", "cores", "warned"), [(2, 2, 2, False), (3, 2, 2, True), (4, 2, 8, False), (80, 64, 2, True), (64, 64, 2, False)])
+def test_more_ranks_than_cores_is_a_warning(monkeypatch, ranks, cpus, cores, warned):
+    """Cores where the cluster is this machine, its CPUs where it is larger."""
+    monkeypatch.setattr(launch.os, "cpu_count", lambda: cores)
+    found = check_fits(spec(ranks), share(spec(ranks), cpus, 0), [(float(cpus), 0.0)], "sources.a")
+    assert found == ([f"warning: sources.a: {ranks} ranks are more than the {cpus} CPUs; they will share them"] if warned else [])
+
+
+def test_ranks_that_share_gpus_are_a_warning():
+    nodes = [(16.0, 1.0)]
+    line, = check_fits(spec(2), share(spec(2), 16, 1), nodes, "sources.a")
+    assert line.startswith("warning: sources.a: 2 ranks share 1 GPUs; they reduce over gloo, which is slow")
+    assert check_fits(spec(1), share(spec(1), 16, 1), nodes, "sources.a") == []
+    assert check_fits(spec(1), Share(1, 0.25, DataWorkers(), 1), nodes, "sources.a") == [], "one rank reduces over nothing"
+
+
+def test_a_cluster_in_words():
+    assert launch.told([]) == "no nodes"
+    assert launch.told([(4.0, 0.0)]) == "1 node of 4 CPU + 0 GPU"
+    assert launch.told([(8.0, 1.0), (4.0, 0.0), (4.0, 0.0)]) == "3 nodes of 4 CPU + 0 GPU or 8 CPU + 1 GPU"
+
+
+# ---------------------------------------------------------------- which cluster
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What ``ray.init`` was called with; nothing starts."""
+    calls = []
+
+    def init(**words):
+        calls.append(words)
+
+    monkeypatch.setattr(launch.ray, "init", init)
+    monkeypatch.setattr(launch.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(launch, "prepare_ray", lambda: None)
+    monkeypatch.setenv("RAY_DATA_LOG_LEVEL", "ERROR")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    return calls
+
+
+def test_without_an_address_a_cluster_of_our_own_is_started(asked):
+    """Never ``auto``, nor none at all: both join whatever cluster somebody has started on the machine."""
+    launch.start(None, False)
+    call, = asked
+    assert call["address"] == "local" and call["include_dashboard"] is False and call["log_to_driver"] is False
+
+
+@pytest.mark.parametrize(("address", "variable", "joined"), [
+    (None, "10.0.0.1:6379", "10.0.0.1:6379"), ("ray://head:10001", None, "ray://head:10001"), ("auto", None, "auto"), ("a:1", "b:2", "a:1")])
+def test_a_cluster_that_is_named_is_joined(asked, monkeypatch, address, variable, joined):
+    if variable:
+        monkeypatch.setenv("RAY_ADDRESS", variable)
+    launch.start(address, True)
+    call, = asked
+    assert call["address"] == joined and call["log_to_driver"] is True
+    assert "include_dashboard" not in call, "Ray refuses it for a cluster that runs already"
+
+
+def test_a_session_that_runs_is_kept(asked, monkeypatch):
+    monkeypatch.setattr(launch.ray, "is_initialized", lambda: True)
+    launch.start("10.0.0.1:6379", False)
+    assert asked == []
+
+
+@pytest.mark.parametrize("error", [ConnectionError("\n  Could not find any running Ray instance.\nmore"), RuntimeError("Version mismatch"),
+                                   ValueError("bad address"), ConnectionError()], ids=repr)
+@pytest.mark.parametrize("address", [None, "10.0.0.1:6379"])
+def test_a_cluster_that_does_not_answer_is_one_clear_error(asked, monkeypatch, error, address):
+    def init(**words):
+        raise error
+
+    monkeypatch.setattr(launch.ray, "init", init)
+    with pytest.raises(ClusterError) as caught:
+        launch.start(address, False)
+    told = str(caught.value)
+    assert told.startswith("no Ray cluster answers at 10.0.0.1:6379: " if address else "Ray does not start here: ")
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    assert (lines[0] if lines else "ConnectionError") in told and "\n" not in told and "check the address, the token" in told
+
+
+# ---------------------------------------------------------------- the error of a rank
+
+def test_the_cause_of_an_error_is_told_without_the_way_it_took():
+    from ray.exceptions import RayTaskError
+
+    assert launch._first_cause(RayTaskError("f", "traceback", ValueError("row 3 is bad"))) == "row 3 is bad"
+    assert launch._first_cause(KeyError("x")) == "KeyError: 'x'"

@@ -1,0 +1,347 @@
+"""What runs, in which company, what is stopped early, which bundles stay and what can never run: the fan-out's decisions, without a cluster."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from ray.tune.schedulers import TrialScheduler
+from toys import image_files, job_of, shared_of, trial_of
+
+from pipeline.job import Fanout, Job, Plug
+from pipeline.train import launch
+from pipeline.train.launch import ClusterError
+from pipeline.train.loop import Ranks
+from pipeline.transfer import fanout
+from pipeline.transfer import trial as one_trial
+from pipeline.transfer.fanout import GroupedASHA
+from pipeline.transfer.trials import Trial
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    return image_files(tmp_path_factory.mktemp("data"), {"train": 30, "validation": 12, "test": 12})
+
+
+@pytest.fixture(scope="module")
+def world(paths, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    job = job_of(folder, paths)
+    return job, shared_of(folder, job, paths)
+
+
+# ---------------------------------------------------------------- ASHA within each cell
+
+def play(cells: dict[int, str], goodness: dict[int, list[float]]) -> dict[int, float]:
+    """Trials that validate in turns, as often as they have numbers, in the order of ``goodness``; the percent at which each was stopped.
+
+    What Tune does with a trial: added, told of, completed; its last report says that it is finished.
+    """
+    scheduler = GroupedASHA(cells)
+    running = {unit: SimpleNamespace(trial_id=f"trial-{unit}", config={"unit": unit}, last_result=None) for unit in goodness}
+    for one in running.values():
+        scheduler.on_trial_add(None, one)
+    stopped = {}
+    for k in range(max(map(len, goodness.values()))):
+        for unit, values in goodness.items():
+            if unit not in running or k >= len(values):
+                continue
+            one, percent = running[unit], 100 * (k + 1) / len(values)
+            one.last_result = {"goodness": values[k], "percent": percent, "training_iteration": k + 1}
+            if scheduler.on_trial_result(None, one, one.last_result) == TrialScheduler.STOP:
+                stopped[unit] = percent
+                scheduler.on_trial_complete(None, running.pop(unit), one.last_result)
+            elif k + 1 == len(values):
+                last = {"goodness": 0.0, "percent": 100.0, "done_trials": 1, "failed_trials": 0, "finished": True}
+                assert scheduler.on_trial_result(None, one, last) == TrialScheduler.CONTINUE
+                scheduler.on_trial_complete(None, running.pop(unit), last)
+    return stopped
+
+
+@pytest.mark.parametrize("times", [1, 5, 6, 10, 41])
+@pytest.mark.parametrize("course", ["rising", "falling", "nan"])
+def test_a_trial_without_rivals_is_never_stopped(times, course):
+    values = {"rising": np.arange(times), "falling": -np.arange(times), "nan": np.full(times, np.nan)}[course]
+    assert play({0: "a"}, {0: values.tolist()}) == {}
+
+
+@pytest.mark.parametrize("times", [5, 6, 10, 41])
+def test_the_worse_trials_of_a_cell_are_stopped_at_the_first_rung(times):
+    stopped = play(dict.fromkeys(range(8), "a"), {unit: [1.0 - unit / 10] * times for unit in range(8)})
+    assert set(stopped) == set(range(1, 8)), "told of from the best to the worst, each is below the half before it"
+    first = math.ceil(times * 0.2) / times * 100  # the first validation at or after 20 percent of the steps
+    assert all(percent == pytest.approx(first) for percent in stopped.values())
+
+
+@pytest.mark.parametrize("times", [1, 5, 6, 10, 41])
+def test_the_best_trial_of_a_cell_is_never_stopped(times):
+    rng = np.random.default_rng(times)
+    some = 0
+    for _ in range(30):
+        order = rng.permutation(9).tolist()
+        stopped = play(dict.fromkeys(order, "a"), {unit: [unit / 10 + 0.01 * k for k in range(times)] for unit in order})
+        assert 8 not in stopped
+        rungs = {round(100 * math.ceil(times * share) / times) for share in (0.2, 0.4, 0.8)}
+        assert {round(percent) for percent in stopped.values()} <= rungs
+        some += len(stopped)
+    assert some > 60, "and others are"
+
+
+def test_a_trial_that_falls_behind_is_stopped_at_a_later_rung():
+    falls = [0.9, 0.8, 0.1, 0.05, 0.0]
+    stopped = play(dict.fromkeys(range(3), "a"), {0: [0.7] * 5, 1: [0.8] * 5, 2: falls})
+    assert stopped[2] == 80.0, "best at 20 and 40 percent, worst at 80"
+
+
+def test_cells_do_not_compete():
+    """However bad a technique is on a target, its trials are held against each other alone."""
+    cells = {**dict.fromkeys(range(4), "good"), 4: "bad", 5: "worse"}
+    goodness = {unit: [0.9] * 5 for unit in range(4)} | {4: [0.1] * 5, 5: [0.0] * 5}
+    assert play(cells, goodness) == {}
+    assert play(dict.fromkeys(cells, "one"), goodness) == {4: 20.0, 5: 20.0}
+
+
+def test_trials_of_a_cell_may_come_when_others_are_through():
+    scheduler = GroupedASHA({0: "a", 1: "a"})
+    first, second = (SimpleNamespace(trial_id=f"trial-{unit}", config={"unit": unit}, last_result=None) for unit in range(2))
+    finished = {"goodness": 0.0, "percent": 100.0, "finished": True}
+    scheduler.on_trial_add(None, first)
+    for percent in (20, 40, 60, 80, 100):
+        assert scheduler.on_trial_result(None, first, {"goodness": 0.5, "percent": percent}) == TrialScheduler.CONTINUE
+    assert scheduler.on_trial_result(None, first, finished) == TrialScheduler.CONTINUE
+    scheduler.on_trial_complete(None, first, finished)
+    scheduler.on_trial_add(None, second)
+    assert scheduler.on_trial_result(None, second, {"goodness": 0.4, "percent": 20}) == TrialScheduler.STOP
+    assert "1 cells" in scheduler.debug_string()
+
+
+# ---------------------------------------------------------------- what a Tune trial reports
+
+def run_unit(monkeypatch, shared, unit, run, asha=True, **config):
+    """What ``_run_unit`` reports, with ``trial.run`` replaced."""
+    reports = []
+    monkeypatch.setattr(fanout.tune, "report", reports.append)
+    monkeypatch.setattr(launch, "held", lambda reference: reference)
+    monkeypatch.setattr(one_trial, "run", run)
+    fanout._run_unit({"unit": 0, "threads": 1, "workers": 0, "cpus": 1.0, "gpus": 0.0, **config}, [shared], [unit], asha)
+    return reports
+
+
+@pytest.mark.parametrize(("metric", "goodness"), [("accuracy", 0.25), ("loss", -0.25)])
+def test_goodness_is_higher_for_the_better_whatever_the_metric(paths, tmp_path, monkeypatch, metric, goodness):
+    job = job_of(tmp_path, paths, metric=metric)
+    shared = shared_of(tmp_path, job, paths)
+
+    def run(one, shared, report):
+        report(3, 12, {metric: 0.25})
+        return {"status": "done"}
+
+    unit = fanout.Unit((trial_of(job, shared, "full", stage="search"),), False)
+    first, last = run_unit(monkeypatch, shared, unit, run)
+    assert (first["goodness"], first["percent"], first["step"], first["validation"]) == (goodness, 25.0, 3, {metric: 0.25})
+    assert last == {"goodness": 0.0, "done_trials": 1, "failed_trials": 0, "finished": True}
+    assert len(run_unit(monkeypatch, shared, unit, run, asha=False)) == 1, "validations are told to a scheduler alone"
+
+
+def test_whatever_a_trial_raises_becomes_its_record(paths, tmp_path, monkeypatch):
+    job = job_of(tmp_path, paths)
+    shared = shared_of(tmp_path, job, paths)
+
+    def run(one, shared, report):
+        raise MemoryError("no more\nof it" + "x" * 5000)
+
+    one = trial_of(job, shared, "full")
+    last, = run_unit(monkeypatch, shared, fanout.Unit((one,), False), run)
+    assert last["failed_trials"] == 1
+    record = one_trial.read_record(shared.root, one.id)
+    assert record is not None and record["status"] == "failed" and record["error"].startswith("MemoryError: no more") and len(record["error"]) == 2000
+
+
+# ---------------------------------------------------------------- which bundles stay
+
+def made(root: Path, seed: int, validation: float, higher: bool = True, cell: str = "full", status: str = "done") -> Trial:
+    """A trial as `trial.write` leaves it: its bundle, then its record."""
+    one = Trial("src", "base", "timm/x", "task", Plug(name=cell), {}, 1.0, seed, "final", f"{cell}-{seed}")
+    folder = root / "trials" / one.id
+    uri = str(folder / "bundle")
+    Path(uri).mkdir(parents=True)
+    Path(uri, "manifest.json").write_text("{}")
+    metric = "accuracy" if higher else "loss"
+    rows = [{"metric": metric, "higher_is_better": higher, "split": split, "bundle_uri": uri} for split in ("test", "validation")]
+    record = {"trial_id": one.id, "cell": one.cell, "status": status, "rows": rows, "validation": {metric: validation, "other": -validation}}
+    (folder / "record.json").write_text(json.dumps(record))
+    return one
+
+
+def left(root: Path) -> list[str]:
+    return sorted(folder.parent.name for folder in (root / "trials").glob("*/bundle"))
+
+
+@pytest.mark.parametrize("higher", [True, False])
+@pytest.mark.parametrize("order", list(itertools.permutations(range(4))))
+@pytest.mark.parametrize("once", [True, False])
+def test_the_best_seed_of_a_cell_keeps_its_bundle(tmp_path, order, higher, once):
+    """In whatever order trials end, one by one or all at once; lower is better for a loss; NaN is the worst of all."""
+    values = [0.2, float("nan"), 0.9, 0.5]
+    trials = [made(tmp_path, seed, values[seed], higher) for seed in order]
+    best: dict = {}
+    if once:
+        fanout.prune_bundles(str(tmp_path), trials, "best", best)
+    else:
+        for one in trials:
+            fanout.prune_bundles(str(tmp_path), [one], "best", best)
+    winner = f"full-{2 if higher else 0}"
+    assert left(tmp_path) == [winner] and [record["trial_id"] for record in best.values()] == [winner]
+    assert all((tmp_path / "trials" / one.id / "record.json").exists() for one in trials), "their results stay"
+    again: dict = {}
+    fanout.prune_bundles(str(tmp_path), trials, "best", again)
+    assert left(tmp_path) == [winner] and again == best, "the results table comes to the same, from the records"
+
+
+def test_a_cell_of_nan_alone_keeps_one_bundle(tmp_path):
+    trials = [made(tmp_path, seed, float("nan")) for seed in range(3)]
+    fanout.prune_bundles(str(tmp_path), trials, "best", {})
+    assert len(left(tmp_path)) == 1
+
+
+def test_cells_keep_a_bundle_each_and_failed_trials_do_not_count(tmp_path):
+    trials = [made(tmp_path, 0, 0.5), made(tmp_path, 1, 0.9, status="failed"), made(tmp_path, 2, 0.6, cell="lp_ft"), made(tmp_path, 3, 0.4, cell="lp_ft")]
+    missing = Trial("src", "base", "timm/x", "task", Plug(name="full"), {}, 1.0, 9, "final", "never-ran")
+    fanout.prune_bundles(str(tmp_path), [missing, *trials], "best", {})
+    assert left(tmp_path) == ["full-0", "full-1", "lp_ft-2"]
+
+
+@pytest.mark.parametrize("keep", ["all", "none"])
+def test_nothing_is_pruned_where_all_are_kept_or_none_was_made(tmp_path, keep):
+    trials = [made(tmp_path, seed, seed / 10) for seed in range(3)]
+    fanout.prune_bundles(str(tmp_path), trials, keep, {})
+    assert len(left(tmp_path)) == 3
+
+
+def test_trials_make_bundles_only_where_some_are_kept(paths, tmp_path):
+    job = job_of(tmp_path, paths, {"steps": 2})
+    for keep in (True, False):
+        shared = shared_of(tmp_path, job, paths, root=f"keep-{keep}", keep_bundles=keep)
+        for stage in ("search", "final"):
+            record = one_trial.run(trial_of(job, shared, "full", stage=stage), shared, Ranks())
+            assert (record["rows"][0]["bundle_uri"] is not None) == (keep and stage == "final")
+        assert len(left(Path(shared.root))) == keep
+
+
+# ---------------------------------------------------------------- what can never run
+
+def asking(paths, folder, workers: int = 0, **words) -> Job:
+    job = job_of(folder, paths, workers=workers)
+    return job.model_copy(update={"fanout": Fanout.model_validate(words)})
+
+
+@pytest.mark.parametrize(("words", "workers", "nodes", "told"), [
+    ({"cpus_per_trial": 6}, 0, [(4.0, 0.0)] * 4, "a trial asks for 6 CPU and 0 GPU, the cluster has 4 nodes of 4 CPU + 0 GPU"),
+    ({"gpus_per_trial": 1}, 0, [(4.0, 0.0)], "a trial asks for 1 CPU and 1 GPU, the cluster has 1 node of 4 CPU + 0 GPU"),
+    ({"gpus_per_trial": 2}, 0, [(8.0, 1.0)] * 2, "a trial asks for 1 CPU and 2 GPU"),
+    ({}, 5, [(4.0, 0.0)], "a trial asks for 1 CPU and 0 GPU for each of 5 ranks"),
+    ({"cpus_per_trial": 3}, 3, [(4.0, 0.0)] * 2, "a trial asks for 3 CPU and 0 GPU for each of 3 ranks"),
+    ({"gpus_per_trial": 0.75}, 3, [(16.0, 2.0)], "a trial asks for 1 CPU and 0.75 GPU for each of 3 ranks"),
+    ({}, 0, [], "the cluster has no nodes")], ids=str)
+def test_a_trial_that_can_never_run_is_refused_with_its_target(paths, tmp_path, words, workers, nodes, told):
+    with pytest.raises(ClusterError) as caught:
+        fanout.check_fits(asking(paths, tmp_path, workers, **words), nodes)
+    assert str(caught.value).startswith("targets.task: a trial asks for") and told in str(caught.value)
+    assert "it can never be met. Lower fanout.cpus_per_trial, fanout.gpus_per_trial or the target's workers" in str(caught.value)
+
+
+@pytest.mark.parametrize(("words", "workers", "nodes"), [
+    ({}, 0, [(0.5, 0.0)]),                       # one CPU is a default, no wish: a smaller machine gives what it has
+    ({"cpus_per_trial": 4}, 0, [(2.0, 0.0), (4.0, 0.0)]),
+    ({}, 4, [(4.0, 0.0)]), ({}, 4, [(2.0, 0.0)] * 2), ({}, 4, [(8.0, 1.0)]), ({"gpus_per_trial": 0.5}, 3, [(8.0, 2.0)]),
+    ({"gpus_per_trial": 0}, 4, [(4.0, 1.0)])], ids=str)
+def test_trials_that_fit(paths, tmp_path, words, workers, nodes):
+    fanout.check_fits(asking(paths, tmp_path, workers, **words), nodes)
+
+
+def test_a_trial_takes_what_the_job_says_or_a_share():
+    assert fanout.per_trial(Fanout.model_validate({}), [(4.0, 0.0), (8.0, 0.0)]) == (1.0, 0.0)
+    assert fanout.per_trial(Fanout.model_validate({}), [(0.5, 0.0)]) == (0.5, 0.0)
+    assert fanout.per_trial(Fanout.model_validate({}), [(4.0, 0.0), (8.0, 1.0)]) == (1.0, 0.25)
+    assert fanout.per_trial(Fanout.model_validate({"cpus_per_trial": 6, "gpus_per_trial": 0}), [(4.0, 1.0)]) == (6.0, 0.0)
+
+
+# ---------------------------------------------------------------- what is still to run
+
+@pytest.mark.parametrize(("status", "scheduler", "again"), [
+    (None, "fifo", True), (None, "asha", True), ("done", "fifo", False), ("done", "asha", False), ("failed", "fifo", True), ("failed", "asha", True),
+    ("pruned", "asha", False), ("pruned", "fifo", True)])
+def test_what_failed_runs_again_and_what_was_stopped_early_when_nothing_stops_it_any_more(tmp_path, status, scheduler, again):
+    one = made(tmp_path, 0, 0.5, status=status or "done")
+    if status is None:
+        (tmp_path / "trials" / one.id / "record.json").unlink()
+    assert fanout.unfinished(str(tmp_path), one, Fanout.model_validate({"scheduler": scheduler})) is again
+
+
+def test_only_what_is_to_run_is_run(world, monkeypatch, tmp_path):
+    job, shared = world
+    trials = [trial_of(job, shared, "full", seed=seed) for seed in range(4)]
+    for one, status in zip(trials, ("done", "failed", "pruned"), strict=False):
+        one_trial.failed(one, shared, "why", status)
+    ran = []
+
+    def tune(name, work, shared, spec, workers, progress):
+        ran.extend(one.id for unit in work for one in unit.trials)
+        for one in (one for unit in work for one in unit.trials):
+            one_trial.failed(one, shared, "", "done")
+
+    monkeypatch.setattr(fanout, "_tune", tune)
+    records = fanout.run("x", trials, shared, job.fanout, None)  # type: ignore[arg-type]
+    assert ran == [one.id for one in trials[1:]] and [record["trial_id"] for record in records] == [one.id for one in trials]
+    assert [record["status"] for record in records] == ["done"] * 4
+
+
+# ---------------------------------------------------------------- units
+
+def ids(unit: fanout.Unit) -> list[str]:
+    return [one.id for one in unit.trials]
+
+
+def test_frozen_trials_of_one_backbone_and_target_run_together_and_others_alone(world):
+    job, shared = world
+    probes = [trial_of(job, shared, "linear_probe", {"lr": lr}, fraction, seed) for lr in (0.01, 0.1) for fraction in (0.5, 1.0) for seed in range(2)]
+    searched = [trial_of(job, shared, "linear_probe", {"lr": lr}, stage="search") for lr in (0.01, 0.1)]
+    others = [trial_of(job, shared, name, seed=seed) for name in ("scratch", "full", "lp_ft") for seed in range(2)]
+    mixed = [trial for pair in itertools.zip_longest(probes, searched, others) for trial in pair if trial is not None]
+    found = fanout.units(mixed, shared)
+    alone = [unit for unit in found if not unit.together]
+    together = [unit for unit in found if unit.together]
+    assert found == [*alone, *together], "the long ones first"
+    assert sorted(ids(unit) for unit in alone) == sorted([one.id] for one in others)
+    assert sorted(sorted(ids(unit)) for unit in together) == sorted(sorted(one.id for one in group) for group in (probes, searched))
+
+
+def test_a_group_has_a_bounded_size(world, monkeypatch):
+    job, shared = world
+    monkeypatch.setattr(fanout, "UNIT_TRIALS", 3)
+    probes = [trial_of(job, shared, "linear_probe", seed=seed) for seed in range(7)]
+    found = fanout.units(probes, shared)
+    assert [len(unit.trials) for unit in found] == [3, 3, 1] and all(unit.together for unit in found)
+    assert [i for unit in found for i in ids(unit)] == [one.id for one in probes]
+
+
+def test_frozen_trials_of_rows_that_do_not_lie_in_memory_or_of_several_ranks_run_alone(paths, tmp_path):
+    job = job_of(tmp_path, {**paths, "decode": "train"})
+    shared = shared_of(tmp_path, job, paths)
+    assert not next(iter(shared.targets.values())).in_memory
+    job_ranks = job_of(tmp_path, paths, workers=2)
+    for job, shared in ((job, shared), (job_ranks, shared_of(tmp_path, job_ranks, paths))):
+        probes = [trial_of(job, shared, "linear_probe", seed=seed) for seed in range(3)]
+        assert [(ids(unit), unit.together) for unit in fanout.units(probes, shared)] == [([one.id], False) for one in probes]
+
+
+def test_units_are_told_apart_by_the_ranks_that_their_target_asks_for(world):
+    job, shared = world
+    data = next(iter(shared.targets.values()))
+    work = fanout.units([trial_of(job, shared, "full")], shared)
+    assert fanout._by_workers(work, shared) == {0: work} and data.spec.workers == 0

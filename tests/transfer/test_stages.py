@@ -1,0 +1,499 @@
+"""A job's stages in this process, from bundles that are there already: what is refused, what is run, what the table and `report` say of it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from toys import image_files, label_state, task_of
+
+from pipeline import bundle, storage
+from pipeline.data import manifest as manifests
+from pipeline.data.manifest import Selection
+from pipeline.job import Job
+from pipeline.train import source
+from pipeline.train.loop import Ranks
+from pipeline.train.progress import Progress
+from pipeline.transfer import fanout, results, stages, targets, trial, trials
+
+MODALITY = {"name": "image", "options": {"size": 32, "channels": 3}, "state": {"mean": [0.5] * 3, "std": [0.2] * 3}}
+COLUMNS = {"image": "picture", "label": "class"}
+
+
+class Silent(Progress):
+    """Keeps what it is told."""
+
+    def __init__(self):
+        self.lines: list[str] = []
+
+    def update(self, line: str, final: bool = False) -> None:
+        pass
+
+    def note(self, line: str) -> None:
+        self.lines.append(line)
+
+
+@pytest.fixture(scope="session")
+def paths(tmp_path_factory):
+    return image_files(tmp_path_factory.mktemp("data"), {"train": 36, "validation": 18, "test": 18})
+
+
+def saved(path: Path, seed: int, mean: float = 0.5) -> str:
+    """A bundle of a ViT; other weights for another seed, another base for another mean."""
+    task = task_of("timm/test_vit", {"channels": 3, "size": 32}, "classification", label_state(), seed=seed)
+    bundle.save(str(path), task, {**MODALITY, "state": {"mean": [mean] * 3, "std": [0.2] * 3}}, training={"transfer": ""}, metrics={})
+    return f"bundle:{path}"
+
+
+@pytest.fixture(scope="session")
+def bundles(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bundles")
+    return {"a": saved(folder / "a", 1), "b": saved(folder / "b", 2), "far": saved(folder / "far", 3, mean=0.4)}
+
+
+def job_of(folder: Path, sources: dict[str, Any], paths: dict[str, str], techniques=("scratch", "linear_probe", "full"), target_names=("task",), **fan) -> Job:
+    """A job of bundles and targets; a source that is a text is a bundle's URI."""
+    sources = {name: {"backbone": of} if isinstance(of, str) else of for name, of in sources.items()}
+    target = {"data": {**paths, "modality": "image", "columns": COLUMNS}, "objective": "classification",
+              "train": {"steps": 3, "global_batch": 12, "lr": 0.01, "eval_every_steps": 3}}
+    return Job.model_validate({"name": "toy", "storage": str(folder / "runs"), "sources": sources, "targets": dict.fromkeys(target_names, target),
+                               "techniques": list(techniques), "fanout": {"seeds": 2, **fan}})
+
+
+def changed(job: Job, **parts) -> Job:
+    return Job.model_validate({**job.model_dump(mode="json"), **parts})
+
+
+def with_data(job: Job, name: str, **data) -> Job:
+    dumped = job.model_dump(mode="json")
+    dumped["targets"][name]["data"] |= data
+    return Job.model_validate(dumped)
+
+
+def prepared(job: Job) -> stages.State:
+    return stages.check(job, Silent())
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Trials run in this process, one after the other; the ids of those that ran."""
+    ran: list[str] = []
+
+    def run(name, wanted, shared, spec, progress):
+        for one in wanted:
+            if fanout.unfinished(shared.root, one, spec):
+                ran.append(one.id)
+                trial.run(one, shared, Ranks())
+        return [trial.read_record(shared.root, one.id) for one in wanted]
+
+    monkeypatch.setattr(fanout, "run", run)
+    return ran
+
+
+def whole(job: Job) -> tuple[stages.State, list[dict[str, Any]]]:
+    """The stages of `run` after pretraining."""
+    state = prepared(job)
+    shared = stages.share(state)
+    rows = results.filled(stages.collect(state, stages.finetune(state, shared)))
+    return state, rows
+
+
+def reported(job: Job) -> tuple[stages.State, list[dict[str, Any]]]:
+    """What `report` finds, in a command of its own."""
+    state = prepared(job)
+    return state, stages.current(state)
+
+
+def alike(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> bool:
+    def key(row):
+        return row["trial_id"], str(row["split"]), str(row["metric"])
+
+    return sorted(one, key=key) == sorted(other, key=key)
+
+
+def primary(rows: list[dict[str, Any]], **where) -> list[dict[str, Any]]:
+    """Test rows of the primary metric."""
+    return [row for row in rows if row["split"] == "test" and row["metric"] == "accuracy" and all(row[k] == v for k, v in where.items())]
+
+
+# ---------------------------------------------------------------- a whole run, and what `report` says of it
+
+def test_a_run_leaves_its_table_and_report_says_the_same(tmp_path, bundles, paths, here):
+    job = job_of(tmp_path, {"a": bundles["a"], "b": bundles["b"]}, paths)
+    before = prepared(job)
+    assert stages.ended(before) == [(one, False) for one, _ in stages.ended(before)] and len(stages.ended(before)) == 10, "known, and none done"
+    _, rows = whole(job)
+    assert len(here) == 2 * (1 + 2 * 2), "scratch once for the two sources, which read alike"
+    assert {(row["source"], row["technique"], row["seed"]) for row in primary(rows)} == {
+        *(("none", "scratch", seed) for seed in range(2)),
+        *((name, technique, seed) for name in "ab" for technique in ("linear_probe", "full") for seed in range(2))}
+    scratch = {row["seed"]: row["value"] for row in primary(rows, source="none")}
+    for row in primary(rows):
+        if row["source"] == "none":
+            assert row["gain"] is None and row["scratch_value"] is None
+        else:
+            assert row["scratch_value"] == scratch[row["seed"]], "of the same seed"
+            assert row["gain"] == pytest.approx(row["value"] - row["scratch_value"]) and row["gain_low"] <= row["gain"] <= row["gain_high"]
+    losses = [row for row in rows if row["metric"] == "loss" and row["split"] == "test" and row["source"] != "none"]
+    assert losses and all(row["gain"] == pytest.approx(row["scratch_value"] - row["value"]) for row in losses), "lower is better"
+    assert all(row["gain"] is None for row in rows if row["split"] == "validation")
+    written = results.read(job.root)
+    assert alike(written, rows) and len(written) == 10 * 2 * 3
+    state, again = reported(job)
+    assert alike(again, rows) and state.notes == [] and state.broken == {}
+    ended = stages.ended(prepared(job))
+    assert len(ended) == 10 and all(done for _, done in ended) and {one.id for one, _ in ended} == set(here)
+    here.clear()
+    _, third = whole(job)
+    assert here == [] and alike(third, rows), "a second run runs nothing"
+
+
+def test_a_bundle_is_told_of_where_it_is(tmp_path, bundles, paths, here):
+    """The best seed of each cell, and no other, says where its bundle lies."""
+    _, rows = whole(job_of(tmp_path, {"a": bundles["a"]}, paths))
+    uris = {row["trial_id"]: row["bundle_uri"] for row in primary(rows)}
+    assert all(uri is None or bundle.load(uri).manifest["spec_hash"] == name for name, uri in uris.items())
+    assert sum(uri is not None for uri in uris.values()) == 3
+    for cell in (("none", "scratch"), ("a", "linear_probe"), ("a", "full")):
+        of = {row["trial_id"]: row for row in rows if (row["source"], row["technique"]) == cell and row["split"] == "validation" and row["metric"] == "accuracy"}
+        kept, = (row for row in of.values() if row["bundle_uri"])
+        assert kept["value"] == max(row["value"] for row in of.values())
+
+
+@pytest.mark.parametrize("words", [{"seeds": 3, "keep_bundles": "all"}, {"seeds": 1}, {"seeds": 3, "keep_bundles": "none"}], ids=str)
+def test_a_row_never_names_a_bundle_that_is_gone(tmp_path, bundles, paths, here, words):
+    """After a run that kept the best bundles, another that keeps others or has fewer seeds."""
+    job = job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch", "full"), seeds=3)
+    whole(job)
+    _, rows = whole(changed(job, fanout=words))
+    assert {row["bundle_uri"] for row in rows if row["bundle_uri"] and not bundle.exists(row["bundle_uri"])} == set()
+
+
+def test_report_before_anything_ran_has_no_rows(tmp_path, bundles, paths):
+    job = job_of(tmp_path, {"a": bundles["a"]}, paths)
+    _, rows = reported(job)
+    assert rows == [] and results.read(job.root) == []
+
+
+def test_an_interrupted_run_is_reported_as_far_as_it_came(tmp_path, bundles, paths, here, monkeypatch):
+    job = job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch", "full"))
+    real, count = trial.run, []
+
+    def stop(one, shared, ranks):
+        if len(count) == 3:
+            raise KeyboardInterrupt
+        count.append(one.id)
+        return real(one, shared, ranks)
+
+    monkeypatch.setattr(trial, "run", stop)
+    with pytest.raises(KeyboardInterrupt):
+        whole(job)
+    _, rows = reported(job)
+    assert {row["trial_id"] for row in rows} == set(count)
+    ended = stages.ended(prepared(job))
+    assert sorted(done for _, done in ended) == [False, True, True, True]
+    monkeypatch.setattr(trial, "run", real)
+    here.clear()
+    whole(job)
+    assert here == [one.id for one, done in ended if not done], "the rest alone"
+
+
+def test_a_technique_more_keeps_the_rows_that_are_there(tmp_path, bundles, paths, here):
+    job = job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch", "full"))
+    _, rows = whole(job)
+    here.clear()
+    _, more = whole(changed(job, techniques=["scratch", "full", "linear_probe"]))
+    assert len(here) == 2 and {row["trial_id"] for row in more if row["technique"] == "linear_probe"} == set(here)
+    assert alike([row for row in more if row["technique"] != "linear_probe"], rows)
+    written = results.read(job.root)
+    assert alike(written, more)
+    here.clear()
+    _, fewer = whole(job)
+    assert here == [] and alike(fewer, rows), "the table of a job is of the job as it is now"
+
+
+def test_a_search_picks_the_best_draw_and_is_kept(tmp_path, bundles, paths, here):
+    job = job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch", "full"), trials=2, search={"lr": [1e-4, 1e-1]})
+    _, rows = whole(job)
+    draws = trials.draws(job)
+    for technique in ("scratch", "full"):
+        searched = [row for row in rows if (row["trial_stage"], row["technique"], row["metric"]) == ("search", technique, "accuracy")]
+        assert sorted(json.loads(row["hyper_parameters"])["lr"] for row in searched) == sorted(draw["lr"] for draw in draws)
+        assert {row["split"] for row in searched} == {"validation"}
+        best = max(searched, key=lambda row: row["value"])
+        final = primary(rows, technique=technique)
+        assert [row["seed"] for row in final] == [0, 1] and {json.loads(row["hyper_parameters"])["lr"] for row in final} == {
+            json.loads(best["hyper_parameters"])["lr"]}, "of draws that are equally good, the first"
+    assert alike(reported(job)[1], rows)
+    assert all(done for _, done in stages.ended(prepared(job))) and len(stages.ended(prepared(job))) == 4 + 4
+
+
+def test_ended_knows_nothing_of_the_finals_while_the_search_is_not_through(tmp_path, bundles, paths, here):
+    job = job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch", "full"), trials=2, search={"lr": [1e-4, 1e-1]})
+    assert stages.ended(prepared(job)) == []
+    whole(job)
+    one = next(one for one, _ in stages.ended(prepared(job)) if one.stage == "search")
+    storage.remove_tree(storage.join(job.root, "trials", one.id, "record.json"))
+    assert stages.ended(prepared(job)) == []
+
+
+def test_ended_is_empty_while_a_source_has_no_bundle(tmp_path, bundles, paths):
+    pretrained = {"data": {**{k: paths[k] for k in ("train", "validation")}, "modality": {"image": {"size": 32}}, "columns": COLUMNS},
+                  "backbone": "timm/test_vit", "objective": "classification", "train": {"steps": 2, "global_batch": 12}}
+    job = job_of(tmp_path, {"a": bundles["a"], "new": pretrained}, paths)
+    state = prepared(job)
+    assert stages.ended(state) == [] and stages.current(state) == []
+    with pytest.raises(ValueError, match="sources new have no bundle yet: run `pretrain`"):
+        stages.share(state)
+
+
+# ---------------------------------------------------------------- names and contents
+
+def test_two_names_of_one_bundle_are_two_sources(tmp_path, bundles, paths, here):
+    job = job_of(tmp_path, {"a": bundles["a"], "same": bundles["a"]}, paths, techniques=("scratch", "full"))
+    state, rows = whole(job)
+    assert state.sources["a"].key != state.sources["same"].key
+    by_source = {name: {row["trial_id"] for row in primary(rows, source=name)} for name in ("a", "same", "none")}
+    assert all(len(found) == 2 for found in by_source.values()) and len(set.union(*by_source.values())) == 6
+    values = [sorted((row["seed"], row["value"]) for row in primary(rows, source=name)) for name in ("a", "same")]
+    assert values[0] == values[1], "with the same results"
+
+
+def test_what_a_checkpoint_holds_decides_and_not_its_place(tmp_path, bundles, paths, here):
+    first = saved(tmp_path / "here", 1)
+    job = job_of(tmp_path, {"a": first}, paths, techniques=("scratch", "full"))
+    _, rows = whole(job)
+    shutil.copytree(tmp_path / "here", tmp_path / "there")
+    moved = changed(job, sources={"a": {"backbone": f"bundle:{tmp_path / 'there'}"}})
+    assert prepared(moved).sources["a"].key == prepared(job).sources["a"].key
+    here.clear()
+    assert {row["trial_id"] for row in whole(moved)[1]} == {row["trial_id"] for row in rows} and here == []
+    shutil.rmtree(tmp_path / "here")
+    saved(tmp_path / "here", 2)
+    assert prepared(job).sources["a"].key != prepared(moved).sources["a"].key, "the same path, other weights"
+    here.clear()
+    _, again = whole(job)
+    assert len(here) == 2, "full with each seed; scratch has no weights of a source"
+    assert {row["trial_id"] for row in primary(again, source="none")} == {row["trial_id"] for row in primary(rows, source="none")}
+
+
+def test_rows_that_are_there_take_the_label_that_their_backbone_has_now(tmp_path, bundles, paths, here):
+    """A second base of one architecture: timm/test_vit becomes timm/test_vit@a, and the new table names it so in every row."""
+    job = job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch", "full"))
+    _, rows = whole(job)
+    assert {row["backbone"] for row in rows} == {"timm/test_vit"}
+    here.clear()
+    _, both = whole(changed(job, sources={"a": {"backbone": bundles["a"]}, "far": {"backbone": bundles["far"]}}))
+    assert len(here) == 4, "only what is new: full and scratch of the other base"
+    old = {row["trial_id"] for row in rows}
+    assert {row["backbone"] for row in both if row["trial_id"] in old} == {"timm/test_vit@a"}
+    assert {row["backbone"] for row in both if row["trial_id"] not in old} == {"timm/test_vit@far"}
+    assert alike(results.read(job.root), both), "in the file too"
+    for row in primary(both):
+        if row["source"] != "none":
+            against, = primary(both, source="none", backbone=row["backbone"], seed=row["seed"])
+            assert row["scratch_value"] == against["value"], "scratch of its own base"
+
+
+def test_a_target_with_another_name_is_another_target(tmp_path, bundles, paths, here):
+    _, rows = whole(job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch", "full"), target_names=("one", "two")))
+    assert len({row["trial_id"] for row in rows}) == 2 * 4
+    assert {(row["target"], row["source"]) for row in primary(rows)} == {(t, s) for t in ("one", "two") for s in ("a", "none")}
+
+
+# ---------------------------------------------------------------- sources kept by score
+
+def test_the_best_scored_source_alone_is_fanned_out_and_report_agrees(tmp_path, bundles, paths, here):
+    job = job_of(tmp_path, {"a": bundles["a"], "b": bundles["b"]}, paths, techniques=("scratch", "full"), select={"score": "logme", "top": 1})
+    assert stages.ended(prepared(job)) == [], "which sources are fanned out must be found out first"
+    state, rows = whole(job)
+    scored = stages.score(state, stages.share(prepared(job)))
+    best = max(scored, key=lambda row: row["logme"])["source"]
+    other = "b" if best == "a" else "a"
+    assert {row["source"] for row in rows} == {best, "none"}
+    assert f"task: sources kept by logme: {best}; left out: {other}" in state.notes
+    named = primary(rows, source=best)
+    assert all((row["score_name"], row["score_value"]) == ("logme", pytest.approx(max(one["logme"] for one in scored))) for row in named)
+    again, same = reported(job)
+    assert alike(same, rows) and again.notes == state.notes
+    assert len(stages.ended(prepared(job))) == 4 and all(done for _, done in stages.ended(prepared(job)))
+    here.clear()
+    everything = changed(job, fanout={"seeds": 2})
+    _, all_rows = whole(everything)
+    assert len(here) == 2 and {row["source"] for row in all_rows} == {"a", "b", "none"}
+
+
+def test_sources_that_a_target_names_now_are_those_that_are_fanned_out(tmp_path, bundles, paths, here):
+    """What an earlier run kept by score is no answer for another choice of sources."""
+    job = job_of(tmp_path, {"a": bundles["a"], "b": bundles["b"]}, paths, techniques=("scratch", "full"), select={"score": "logme", "top": 1})
+    _, rows = whole(job)
+    best, = {row["source"] for row in rows} - {"none"}
+    other = "b" if best == "a" else "a"
+    dumped = job.model_dump(mode="json")
+    dumped["targets"]["task"]["sources"] = [other]
+    job = Job.model_validate(dumped)
+    ended = stages.ended(prepared(job))
+    assert best not in {one.source for one, _ in ended} and not (ended and all(done for _, done in ended)), "else `run` says that nothing is to run"
+    assert best not in {row["source"] for row in reported(job)[1]}
+    assert {row["source"] for row in whole(job)[1]} == {other, "none"}
+
+
+def test_rows_that_were_there_before_have_their_sources_score_too(tmp_path, bundles, paths, here):
+    job = job_of(tmp_path, {"a": bundles["a"], "b": bundles["b"]}, paths, techniques=("scratch", "full"))
+    whole(job)
+    _, rows = whole(changed(job, fanout={"seeds": 2, "select": {"score": "knn", "top": 2}}))
+    assert {row["score_name"] for row in primary(rows) if row["source"] != "none"} == {"knn"}
+
+
+# ---------------------------------------------------------------- bad targets, bad labels
+
+def damaged(paths: dict[str, str], folder: Path, split: str, count: int) -> dict[str, str]:
+    """The same files with ``count`` pictures of one split cut short."""
+    table = pq.read_table(paths[split])
+    pictures = [picture[:30] if i < count else picture for i, picture in enumerate(table["picture"].to_pylist())]
+    folder.mkdir(exist_ok=True)
+    pq.write_table(table.set_column(table.schema.get_field_index("picture"), "picture", pa.array(pictures, pa.binary())), folder / f"{split}.parquet")
+    return {**paths, split: str(folder / f"{split}.parquet")}
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_target_over_its_budget_of_bad_rows_is_left_out_and_the_other_goes_on(tmp_path, bundles, paths, here, split):
+    job = job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch", "full"), target_names=("good", "bad"))
+    job = with_data(job, "bad", **damaged(paths, tmp_path / "damaged", split, 9))
+    state, rows = whole(job)
+    assert set(state.broken) == {"bad"} and state.broken["bad"].startswith(f"9 of {36 if split == 'train' else 18} rows cannot be decoded")
+    assert {row["target"] for row in rows} == {"good"} and len(primary(rows)) == 4
+    failed = stages.failures(state, rows)
+    assert len(failed) == 1 and failed[0].startswith("targets.bad: 9 of ")
+    assert any(line.startswith("warning: targets.bad is left out: 9 of") for line in state.progress.lines)
+    assert any(note.startswith("bad: left out: 9 of") for note in state.notes), "in the report"
+
+
+def test_report_still_tells_of_a_target_that_was_left_out(tmp_path, bundles, paths, here):
+    job = job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch", "full"), target_names=("good", "bad"))
+    job = with_data(job, "bad", **damaged(paths, tmp_path / "damaged", "train", 9))
+    state, rows = whole(job)
+    again, same = reported(job)
+    assert alike(same, rows)
+    assert again.notes == state.notes and again.broken == state.broken
+    assert stages.failures(again, same) == stages.failures(state, rows) != [], "so `report` exits with 1 as the run did"
+
+
+def test_where_every_target_is_left_out_nothing_runs(tmp_path, bundles, paths, here):
+    job = with_data(job_of(tmp_path, {"a": bundles["a"]}, paths), "task", **damaged(paths, tmp_path / "damaged", "validation", 9))
+    with pytest.raises(ValueError, match=r"^targets\.task: 9 of 18 rows cannot be decoded"):
+        whole(job)
+    assert here == []
+
+
+def test_bad_rows_within_the_budget_are_left_out_and_noted(tmp_path, bundles, paths, here):
+    job = with_data(job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch", "full")), "task",
+                    **damaged(paths, tmp_path / "damaged", "train", 2), max_bad_rows=0.1)
+    state, rows = whole(job)
+    assert state.broken == {} and {row["n_train"] for row in rows} == {34}
+    note, = state.notes
+    assert note.startswith("task: train 36, validation 18, test 18 rows") and "2 rows left out: train " in note and "train.parquet row 0: " in note
+    assert reported(job)[0].notes == state.notes
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_a_label_never_seen_in_training_is_refused_before_anything_starts(tmp_path, bundles, paths, split):
+    table = pq.read_table(paths[split])
+    labels = ["class 9", *table["class"].to_pylist()[1:]]
+    pq.write_table(table.set_column(table.schema.get_field_index("class"), "class", pa.array(labels)), tmp_path / "odd.parquet")
+    job = with_data(job_of(tmp_path, {"a": bundles["a"]}, paths), "task", **{split: str(tmp_path / "odd.parquet")})
+    with pytest.raises(ValueError) as caught:
+        prepared(job)
+    told = str(caught.value)
+    assert told.startswith(f"targets.task.data, {split} split: column class: label 'class 9' never stands in the training rows")
+
+
+def test_all_problems_of_a_job_are_told_at_once(tmp_path, bundles, paths):
+    job = job_of(tmp_path, {"a": bundles["a"], "gone": f"bundle:{tmp_path / 'nowhere'}"}, paths, target_names=("one", "two"))
+    job = with_data(with_data(job, "one", columns={"image": "pictures", "label": "class"}), "two", test=str(tmp_path / "none.parquet"))
+    with pytest.raises(ValueError) as caught:
+        prepared(job)
+    told = str(caught.value).splitlines()
+    assert any("nowhere" in line for line in told) and any("targets.one.data.columns.image" in line and "picture" in line for line in told)
+    assert any("none.parquet" in line for line in told)
+
+
+# ---------------------------------------------------------------- rows of a target that also stand in a source
+
+def with_source_data(job: Job, name: str, train: str, form: str = "auto", columns=COLUMNS) -> Job:
+    """The job with a source that was pretrained on those files; its bundle is put in its place."""
+    dumped = job.model_dump(mode="json")
+    dumped["sources"][name] = {"data": {"train": train, "modality": {"image": {"size": 32}}, "columns": columns, "format": form, "validation_fraction": 0.0},
+                               "backbone": "timm/test_vit", "objective": "classification", "train": {"steps": 2, "global_batch": 4}}
+    made = Job.model_validate(dumped)
+    saved(Path(source.stage(made, name).bundle_uri), 7)
+    return made
+
+
+def test_test_rows_that_stand_in_a_source_are_counted_and_reported_again(tmp_path, bundles, paths, here):
+    test, train = pq.read_table(paths["test"]), pq.read_table(paths["train"])
+    pq.write_table(pa.concat_tables([train.slice(0, 20), test.slice(2, 5), test.slice(2, 5)]), tmp_path / "corpus.parquet")
+    job = with_source_data(job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch", "full")), "corpus", str(tmp_path / "corpus.parquet"))
+    state, rows = whole(job)
+    assert state.notes == ["task: 5 of 18 test rows also stand in source corpus"] and state.notes[0] in state.progress.lines
+    assert storage.read_json(storage.join(job.root, "facts.json"))["notes"] == state.notes
+    again, same = reported(job)
+    assert again.notes == state.notes and alike(same, rows)
+    other = changed(job, fanout={"seeds": 2, "select": {"top": 1}})
+    assert reported(other)[0].notes == [], "facts of another job are none of this one"
+
+
+def pictures_of(path: str, folder: Path, places: list[int]) -> None:
+    for i, (picture, label) in enumerate(zip(*pq.read_table(path).to_pydict().values(), strict=True)):
+        if i in places:
+            (folder / label).mkdir(parents=True, exist_ok=True)
+            (folder / label / f"{folder.name}-{i}.png").write_bytes(picture)
+
+
+def test_images_are_compared_by_their_bytes_and_not_by_their_paths(tmp_path, paths):
+    pictures_of(paths["test"], tmp_path / "theirs", list(range(18)))
+    pictures_of(paths["train"], tmp_path / "ours", list(range(5, 15)))
+    pictures_of(paths["test"], tmp_path / "ours", [0, 1, 4])
+    theirs, ours = (Selection(manifests.build(str(tmp_path / name), "images", str(tmp_path / "imports"))) for name in ("theirs", "ours"))
+    assert len(theirs) == 18 and len(ours) == 13
+    assert targets.overlap(theirs, "image", ours, "image", True) == 3
+    files = Selection(manifests.build(paths["test"], "auto", str(tmp_path / "imports")))
+    assert targets.overlap(files, "picture", theirs, "image", True) == 18, "Parquet bytes against files"
+    assert targets.overlap(theirs, "image", ours, "image", False) == 0, "as plain texts they would never meet"
+
+
+def test_texts_are_compared_as_texts_and_repeats_count_each(tmp_path):
+    tables = {"source": ["a", "b", "b", str(tmp_path)], "test": ["b", "b", "c", str(tmp_path)]}
+    for name, texts in tables.items():
+        pq.write_table(pa.table({"words": texts}), tmp_path / f"{name}.parquet", row_group_size=2)
+    found = {name: Selection(manifests.build(str(tmp_path / f"{name}.parquet"), "auto", "")) for name in tables}
+    assert targets.overlap(found["test"], "words", found["source"], "words", False) == 3
+    part = Selection(found["test"].manifest, np.array([1, 2]))
+    assert targets.overlap(part, "words", found["source"], "words", False) == 1, "of the selected rows alone"
+
+
+def test_sources_too_large_to_scan_are_said_to_be(tmp_path, bundles, paths, here, monkeypatch):
+    job = with_source_data(job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch", "full")), "corpus", paths["train"])
+    monkeypatch.setattr(targets, "OVERLAP_ROWS", 30)
+    state = prepared(job)
+    stages.share(state)
+    assert state.notes == ["task: too many rows to look for its test rows in source corpus"]
+
+
+# ---------------------------------------------------------------- the report's files
+
+def test_show_writes_the_report_of_the_rows(tmp_path, bundles, paths, here):
+    job = job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch", "full"))
+    state, rows = whole(job)
+    cells, where = stages.show(state, rows)
+    assert {(cell.source, cell.technique, cell.n_seeds) for cell in cells} == {("none", "scratch", 2), ("a", "full", 2)}
+    text = storage.read_bytes(where[0]).decode()
+    assert "task" in text and "full" in text and all(storage.exists(uri) for uri in where)
+    again, same = reported(job)
+    assert stages.show(again, same)[0] == cells
