@@ -96,7 +96,7 @@ def test_what_can_never_be_met_is_refused_with_what_is_asked_and_what_is_there()
     with pytest.raises(ClusterError) as caught:
         check_fits(asked, share(asked, 16, 0), [(4.0, 0.0)] * 4, "sources.big")
     told = str(caught.value)
-    assert told.startswith("sources.big: the cluster has 4 nodes of 4 CPU + 0 GPU, the request is 2 ranks x (6 CPU + 0 GPU, each on one node) and 1 CPU of data")
+    assert told.startswith("sources.big: the cluster has 4 nodes of 4 CPU + 0 GPU, the request is 2 ranks x (6 CPU + 0 GPU, each on one node) and 1 CPU of")
     assert "it can never be met. Lower workers, cpus_per_worker or gpus_per_worker" in told
 
 

@@ -77,7 +77,7 @@ def test_a_note_is_written_always_and_takes_no_turn(shown):
 
 def test_lines_stand_as_they_are(shown):
     """Neither wrapped nor coloured, and brackets are no markup."""
-    progress, clock, lines = shown
+    progress, _, lines = shown
     long = "task: " + "a sentence of several words " * 20 + "[red]s3://bucket/a b[/red] [1, 2] 10% 'x'"
     progress.note(long)
     progress.update(long + " and more", final=True)

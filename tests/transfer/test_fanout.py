@@ -92,10 +92,10 @@ def test_the_best_trial_of_a_cell_is_never_stopped(times):
     assert some > 60, "and others are"
 
 
-def test_a_trial_that_falls_behind_is_stopped_at_a_later_rung():
-    falls = [0.9, 0.8, 0.1, 0.05, 0.0]
+@pytest.mark.parametrize(("falls", "at"), [([0.9, 0.1, 0.05, 0.05, 0.0], 40.0), ([0.9, 0.8, 0.1, 0.05, 0.0], 80.0), ([0.9, 0.8, 0.1, 0.9, 0.0], None)])
+def test_a_trial_that_falls_behind_is_stopped_at_a_later_rung(falls, at):
     stopped = play(dict.fromkeys(range(3), "a"), {0: [0.7] * 5, 1: [0.8] * 5, 2: falls})
-    assert stopped[2] == 80.0, "best at 20 and 40 percent, worst at 80"
+    assert stopped.get(2) == at, "at 20, 40 and 80 percent it is held against the others, and between them it is not"
 
 
 def test_cells_do_not_compete():
@@ -118,6 +118,19 @@ def test_trials_of_a_cell_may_come_when_others_are_through():
     scheduler.on_trial_add(None, second)
     assert scheduler.on_trial_result(None, second, {"goodness": 0.4, "percent": 20}) == TrialScheduler.STOP
     assert "1 cells" in scheduler.debug_string()
+
+
+def test_a_trial_that_says_it_is_finished_is_not_stopped_and_its_last_report_is_no_result():
+    """It carries no goodness: a trial that failed must not lower the bar for the others."""
+    scheduler = GroupedASHA(dict.fromkeys(range(3), "a"))
+    good, failed, third = (SimpleNamespace(trial_id=f"trial-{unit}", config={"unit": unit}, last_result=None) for unit in range(3))
+    for one in (good, failed, third):
+        scheduler.on_trial_add(None, one)
+    finished = {"goodness": 0.0, "percent": 100.0, "done_trials": 1, "failed_trials": 1, "finished": True}
+    assert scheduler.on_trial_result(None, good, {"goodness": 0.5, "percent": 80}) == TrialScheduler.CONTINUE
+    assert scheduler.on_trial_result(None, failed, finished) == TrialScheduler.CONTINUE
+    scheduler.on_trial_complete(None, failed, finished)
+    assert scheduler.on_trial_result(None, third, {"goodness": 0.3, "percent": 80}) == TrialScheduler.STOP, "below 0.5, and not above the half of 0.5 and 0"
 
 
 # ---------------------------------------------------------------- what a Tune trial reports
@@ -335,9 +348,9 @@ def test_frozen_trials_of_rows_that_do_not_lie_in_memory_or_of_several_ranks_run
     shared = shared_of(tmp_path, job, paths)
     assert not next(iter(shared.targets.values())).in_memory
     job_ranks = job_of(tmp_path, paths, workers=2)
-    for job, shared in ((job, shared), (job_ranks, shared_of(tmp_path, job_ranks, paths))):
-        probes = [trial_of(job, shared, "linear_probe", seed=seed) for seed in range(3)]
-        assert [(ids(unit), unit.together) for unit in fanout.units(probes, shared)] == [([one.id], False) for one in probes]
+    for one_job, held in ((job, shared), (job_ranks, shared_of(tmp_path, job_ranks, paths))):
+        probes = [trial_of(one_job, held, "linear_probe", seed=seed) for seed in range(3)]
+        assert [(ids(unit), unit.together) for unit in fanout.units(probes, held)] == [([one.id], False) for one in probes]
 
 
 def test_units_are_told_apart_by_the_ranks_that_their_target_asks_for(world):

@@ -161,7 +161,8 @@ def test_a_bundle_is_told_of_where_it_is(tmp_path, bundles, paths, here):
     assert all(uri is None or bundle.load(uri).manifest["spec_hash"] == name for name, uri in uris.items())
     assert sum(uri is not None for uri in uris.values()) == 3
     for cell in (("none", "scratch"), ("a", "linear_probe"), ("a", "full")):
-        of = {row["trial_id"]: row for row in rows if (row["source"], row["technique"]) == cell and row["split"] == "validation" and row["metric"] == "accuracy"}
+        of = {row["trial_id"]: row for row in rows
+              if (row["source"], row["technique"]) == cell and row["split"] == "validation" and row["metric"] == "accuracy"}
         kept, = (row for row in of.values() if row["bundle_uri"])
         assert kept["value"] == max(row["value"] for row in of.values())
 
