@@ -27,6 +27,8 @@ from pipeline.data.plan import Item, Plan
 from pipeline.rng import row_keys
 
 Place = Literal["memory", "workers", "train", "device"]
+ITEM_BYTES, ITEM_ROWS = 32 << 20, (32, 2048)
+"""What a data worker decodes at a time: a block costs Ray Data about 10 ms of processor time whatever its size, so small rows go in large numbers."""
 ITEMS_AN_EXECUTION = 4096
 """Ray Data is handed so many items at a time; a new execution costs seconds, a longer list costs memory."""
 
@@ -182,6 +184,13 @@ class Rows:
         indices = np.sort(indices)
         arrays = None if self.arrays is None else {name: array[indices] for name, array in self.arrays.items()}
         return Rows(Selection(self.selection.manifest, self.selection.ids(indices)), self.decoder, arrays)
+
+
+def rows_an_item(rows: Rows, shards: int) -> int:
+    """How many rows a data worker reads and decodes at a time: ITEM_BYTES of them, and no more than a shard has in an epoch."""
+    each = max(1, rows.decoder.size(rows.selection) // max(1, len(rows)))
+    low, high = ITEM_ROWS
+    return max(low, min(high, ITEM_BYTES // each, len(rows) // shards))
 
 
 def check_budget(bad: Iterable[tuple[int, str]], rows: int, share: float, selection: Selection) -> None:

@@ -15,7 +15,7 @@ import torch
 
 from pipeline import bundle, starts, storage
 from pipeline.data.plan import Plan
-from pipeline.data.stream import DataWorkers, Decoder, Place, Rows, check_budget, train_batches
+from pipeline.data.stream import DataWorkers, Decoder, Place, Rows, check_budget, rows_an_item, train_batches
 from pipeline.job import Train
 from pipeline.techniques.rates import Full
 from pipeline.train import checkpoint, evaluate, loop
@@ -119,7 +119,7 @@ def train_rank(work: RankJob, ranks: Ranks, on_progress: Callable[[dict[str, Any
     decoder, bad = decoder_of(fitted), _BadRows(work, ranks)
     rows = held or Rows(fitted.train, decoder)
     plan = Plan(len(rows), work.seed, train.global_batch, shards=work.shards, shuffle=work.shuffle, boundaries=rows.selection.boundaries,  # type: ignore[arg-type]
-                item_rows=max(32, min(256, train.global_batch)))
+                item_rows=rows_an_item(rows, work.shards))
     cuda = ranks.device.type == "cuda"
     batches = partial(train_batches, rows, plan, rank=ranks.rank, ranks=ranks.count, place=work.place, pin=cuda, threads=work.threads,
                       workers=work.workers, device=ranks.device)

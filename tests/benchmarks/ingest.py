@@ -143,10 +143,10 @@ def sides(path: Path, size: int, spec: dict[str, Any]) -> dict[str, Steady]:
     from torch.utils.data import DataLoader
 
     from pipeline.data.plan import Plan
-    from pipeline.data.stream import DataWorkers, train_batches
+    from pipeline.data.stream import DataWorkers, rows_an_item, train_batches
 
     rows, batch = rows_of(path, size), spec["batch"]
-    plan = Plan(len(rows), 0, batch, item_rows=max(32, min(256, batch)))
+    plan = Plan(len(rows), 0, batch, item_rows=rows_an_item(rows, 8))
     span = range(2 * (spec["warm"] + spec["steps"]))  # twice what is read: no side comes near its end
 
     def ours(place: str) -> Callable[[], Iterator[Any]]:

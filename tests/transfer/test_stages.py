@@ -176,6 +176,20 @@ def test_a_row_never_names_a_bundle_that_is_gone(tmp_path, bundles, paths, here,
     assert {row["bundle_uri"] for row in rows if row["bundle_uri"] and not bundle.exists(row["bundle_uri"])} == set()
 
 
+def test_a_gain_without_predictions_has_no_interval(tmp_path, bundles, paths, here):
+    """A metric may lack test units too. It is better or worse by its direction."""
+    job = job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch", "full"))
+    _, rows = whole(job)
+    for row in primary(rows, source="none"):
+        storage.remove_tree(storage.join(job.root, "trials", row["trial_id"], "predictions.npz"))
+    _, again = reported(job)
+    compared = [row for row in again if row["gain"] is not None]
+    assert {row["metric"] for row in compared} == {"accuracy", "macro_f1", "loss"} and len(compared) == 6
+    for row in compared:
+        sign = -1 if row["metric"] == "loss" else 1
+        assert row["gain"] == pytest.approx(sign * (row["value"] - row["scratch_value"])) and row["gain_low"] is row["gain_high"] is None
+
+
 def test_report_before_anything_ran_has_no_rows(tmp_path, bundles, paths):
     job = job_of(tmp_path, {"a": bundles["a"]}, paths)
     _, rows = reported(job)
@@ -328,6 +342,8 @@ def test_the_best_scored_source_alone_is_fanned_out_and_report_agrees(tmp_path, 
     everything = changed(job, fanout={"seeds": 2})
     _, all_rows = whole(everything)
     assert len(here) == 2 and {row["source"] for row in all_rows} == {"a", "b", "none"}
+    whole(job)
+    assert alike(reported(job)[1], rows), "though trials of the other source have ended meanwhile"
 
 
 def test_sources_that_a_target_names_now_are_those_that_are_fanned_out(tmp_path, bundles, paths, here):
@@ -384,6 +400,20 @@ def test_report_still_tells_of_a_target_that_was_left_out(tmp_path, bundles, pat
     assert alike(same, rows)
     assert again.notes == state.notes and again.broken == state.broken
     assert stages.failures(again, same) == stages.failures(state, rows) != [], "so `report` exits with 1 as the run did"
+
+
+@pytest.mark.parametrize("select", [None, {"score": "knn", "top": 1}], ids=str)
+def test_a_target_that_was_left_out_is_tried_again(tmp_path, bundles, paths, here, select):
+    """Its budget is no part of any key, and yet a larger one is enough."""
+    job = job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch", "full"), target_names=("good", "bad"), select=select)
+    job = with_data(job, "bad", **damaged(paths, tmp_path / "damaged", "train", 9))
+    whole(job)
+    job = with_data(job, "bad", max_bad_rows=0.5)
+    ended = stages.ended(prepared(job))
+    assert not (ended and all(done for _, done in ended)), "else `run` says that nothing is to run"
+    here.clear()
+    state, rows = whole(job)
+    assert len(here) == 4 and state.broken == {} and {row["target"] for row in primary(rows)} == {"good", "bad"}
 
 
 def test_where_every_target_is_left_out_nothing_runs(tmp_path, bundles, paths, here):
