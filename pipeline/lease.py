@@ -37,12 +37,19 @@ def hold(root: str) -> Iterator[None]:
                         "another name or storage")
     ended = threading.Event()
 
+    def ours() -> bool:
+        found = _read(uri)
+        return found is not None and found.get("id") == mine["id"]
+
     def renew() -> None:
         while not ended.wait(RENEW_SECONDS):
             with contextlib.suppress(storage.StorageError):  # the next one, or the run itself, will say what is wrong
-                storage.write_json(uri, {**mine, "time": time.time()})
+                if ours():  # a run that was taken for dead does not take the lease back
+                    storage.write_json(uri, {**mine, "time": time.time()})
 
     storage.write_json(uri, {**mine, "time": time.time()})
+    if not ours():  # of two runs that start in the same moment the later writer goes on
+        raise BusyError(f"{root}: another run of this job has started in this moment; give the command again when it has ended")
     thread = threading.Thread(target=renew, name="lease", daemon=True)
     thread.start()
     try:
@@ -51,7 +58,8 @@ def hold(root: str) -> Iterator[None]:
         ended.set()
         thread.join()
         with contextlib.suppress(storage.StorageError):
-            storage.remove_tree(uri)
+            if ours():
+                storage.remove_tree(uri)
 
 
 def _read(uri: str) -> dict[str, Any] | None:

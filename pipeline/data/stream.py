@@ -28,7 +28,10 @@ from pipeline.rng import row_keys
 
 Place = Literal["memory", "workers", "train", "device"]
 ITEM_BYTES, ITEM_ROWS = 32 << 20, (32, 2048)
-"""What a data worker decodes at a time: a block costs Ray Data about 10 ms of processor time whatever its size, so small rows go in large numbers."""
+"""What a data worker decodes at a time: a block costs Ray Data about 10 ms of processor time whatever its size, so small rows go in large numbers.
+Measured on two quiet cores against a DataLoader: at 224 px 8 MiB 0.51, 16 MiB 0.61, 32 MiB 0.78, 64 MiB 0.70; at 64 px 256 rows 0.48, 1365 rows 1.2."""
+IN_FLIGHT = 8
+"""Items that wait at each worker, so that it never waits for the driver: 0.91 at 224 px, where Ray's default of 2 gives 0.78."""
 ITEMS_AN_EXECUTION = 4096
 """Ray Data is handed so many items at a time; a new execution costs seconds, a longer list costs memory."""
 
@@ -90,8 +93,9 @@ def map_blocks(work: Callable[[Item], Arrays], items: Iterable[Item], workers: D
     items = iter(items)
     while segment := list(islice(items, ITEMS_AN_EXECUTION)):
         data = ray.data.from_items([asdict(item) for item in segment], override_num_blocks=len(segment))
+        pool = ray.data.ActorPoolStrategy(size=workers.actors, max_tasks_in_flight_per_actor=IN_FLIGHT)
         data = data.map_batches(_Worker, fn_constructor_args=(work,), batch_size=None, batch_format="numpy", num_cpus=workers.cpus_per_actor,
-                                num_gpus=workers.gpus_per_actor or None, compute=ray.data.ActorPoolStrategy(size=workers.actors))
+                                num_gpus=workers.gpus_per_actor or None, compute=pool)
         yield from data.iter_batches(  # pyright: ignore[reportReturnType] - the numpy format gives arrays
             batch_size=None, batch_format="numpy", prefetch_batches=4)
 

@@ -212,6 +212,8 @@ def pretrain(stage: source.SourceStage, progress: Progress, verbose: bool, growi
     if not growing:
         for line in check_fits(stage.spec, mine, nodes(), f"sources.{stage.name}"):
             progress.note(line)
+    low, high = stage.spec.worker_range
+    most = high if growing else max(low, min(high, int((cpus + 1e-6) // (mine.cpus + mine.data.cpus_per_actor))))  # elastic ranks leave Ray Data its CPUs
     progress.update(f"{stage.name}: reading and fitting the source")
     fitted = source.fit(stage)
     progress.note(f"{stage.name}: {fitted.text}")
@@ -225,7 +227,7 @@ def pretrain(stage: source.SourceStage, progress: Progress, verbose: bool, growi
     watcher.start()
     error: Exception | None = None
     try:
-        _fit(_trainer(stage, mine, {"work": work, "board": board, "rows": hold(rows) if rows is not None else None}, verbose))
+        _fit(_trainer(stage, mine, {"work": work, "board": board, "rows": hold(rows) if rows is not None else None}, verbose, most))
     except ray.train.TrainingFailedError as failed:
         error = failed
     finally:
@@ -260,15 +262,15 @@ def _reason(error: Exception | None) -> str:
     return f"training ended without a bundle: {error}"
 
 
-def _trainer(stage: source.SourceStage, mine: Share, config: dict[str, Any], verbose: bool) -> Any:
+def _trainer(stage: source.SourceStage, mine: Share, config: dict[str, Any], verbose: bool, most: int) -> Any:
     import ray.train
     import ray.train.torch
 
     path, filesystem = train_storage(storage.join(stage.uri, "ray"))
-    low, high = stage.spec.worker_range
+    low = stage.spec.worker_range[0]
     return ray.train.torch.TorchTrainer(
         _rank_main, train_loop_config=config, torch_config=_backend(mine.gpus),
-        scaling_config=ray.train.ScalingConfig(num_workers=low if low == high else (low, high), use_gpu=mine.gpus > 0,
+        scaling_config=ray.train.ScalingConfig(num_workers=low if low == most else (low, most), use_gpu=mine.gpus > 0,
                                                resources_per_worker={"CPU": mine.cpus, **({"GPU": mine.gpus} if mine.gpus else {})}),
         run_config=ray.train.RunConfig(name=f"{stage.name}-{stage.key}", storage_path=path, storage_filesystem=filesystem,
                                        failure_config=ray.train.FailureConfig(max_failures=stage.spec.max_failures),

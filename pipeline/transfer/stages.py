@@ -86,8 +86,8 @@ def matching(state: State, target: str) -> list[str]:
 
 def ended(state: State) -> list[tuple[Trial, bool]]:
     """Every trial of the job and whether it needs no run any more; empty while a source has no bundle, or the search is not through."""
-    if not state.targets or not all(stage.done for stage in state.sources.values()):
-        return []
+    if not state.targets or not all(stage.done for stage in state.sources.values()) or _facts(state).get("broken"):
+        return []  # a target that was left out is tried again
     bases, chosen = _bases(state), _chosen_before(state)
     if chosen is None:
         return []
