@@ -375,6 +375,7 @@ def real_cluster():
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_a_job_on_two_nodes_is_followed_to_its_exit_code(real_cluster, tmp_path):
     (tmp_path / "job.yaml").write_text(f"name: tiny\nstorage: {tmp_path}\n")

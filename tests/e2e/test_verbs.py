@@ -123,8 +123,7 @@ def test_doctor_looks_at_machine_cluster_and_job(onetomany, tmp_path):
 
 @pytest.mark.ray
 def test_more_than_the_cluster_can_ever_give_is_refused_before_a_step(onetomany, tmp_path):
-    for words, said in (("sources.garments.cpus_per_worker=900", "2 ranks x (900 CPU"), ("targets.shoes.workers=500", "for each of 500 ranks"),
-                        ("fanout.cpus_per_trial=900", "a trial asks for 900 CPU")):
+    for words, said in (("sources.garments.cpus_per_worker=900", "2 ranks x (900 CPU"), ("targets.shoes.workers=500", "for each of 500 ranks")):
         done = onetomany("run", TINY, "--set", words, cwd=tmp_path)
         assert done.returncode == 1 and said in done.stderr and "it can never be met" in done.stderr and "step" not in done.stderr
 

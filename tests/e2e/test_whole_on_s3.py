@@ -8,7 +8,7 @@ import pytest
 from pipeline import storage
 from tests.e2e.conftest import TINY
 
-pytestmark = [pytest.mark.ray]
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 def test_everything_on_s3(s3_server, tiny_data, onetomany, tmp_path):
