@@ -112,3 +112,10 @@ def test_trials_on_two_ranks_give_the_rows_of_one(sources, onetomany):
     assert set(found[0]) == {("none", "scratch"), ("garments", "full"), ("garments", "linear_probe")} == set(found[2])
     for cell, value in found[0].items():
         assert found[2][cell] == pytest.approx(value, rel=1e-4 if cell[1] == "linear_probe" else 0.1), cell
+
+
+def test_elastic_ranks_take_what_there_is(onetomany, tmp_path):
+    done = onetomany("pretrain", TINY, "--set", "sources.garments.workers=[1, 2]", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (manifest,) = tmp_path.glob("runs/tiny/sources/garments-*/bundle/manifest.json")
+    assert json.loads(manifest.read_text())["training"]["ranks"] in (1, 2)
