@@ -29,9 +29,10 @@ from pipeline.rng import row_keys
 Place = Literal["memory", "workers", "train", "device"]
 ITEM_BYTES, ITEM_ROWS = 32 << 20, (32, 2048)
 """What a data worker decodes at a time: a block costs Ray Data about 10 ms of processor time whatever its size, so small rows go in large numbers.
-Measured on two quiet cores against a DataLoader: at 224 px 8 MiB 0.51, 16 MiB 0.61, 32 MiB 0.78, 64 MiB 0.70; at 64 px 256 rows 0.48, 1365 rows 1.2."""
+Measured on two cores against a DataLoader, at 224 px with Ray's own number of waiting items: 8 MiB 0.51, 16 MiB 0.61, 32 MiB 0.78. At 64 px, with
+other work on the machine: 256 rows 0.48, 2048 rows 0.96."""
 IN_FLIGHT = 8
-"""Items that wait at each worker, so that it never waits for the driver: 0.91 at 224 px, where Ray's default of 2 gives 0.78."""
+"""Items that wait at each worker, so that it never waits for the driver: 0.91 at 224 px with items of 32 MiB (0.70 with 64 MiB)."""
 ITEMS_AN_EXECUTION = 4096
 """Ray Data is handed so many items at a time; a new execution costs seconds, a longer list costs memory."""
 
