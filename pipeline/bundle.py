@@ -74,21 +74,26 @@ class Transfer:
     kept: tuple[str, ...]
     new: tuple[str, ...]
     dropped: tuple[str, ...]
+    changed: tuple[str, ...] = ()
+    """What was put into another shape, in words."""
 
     def text(self) -> str:
         def part(names: tuple[str, ...]) -> str:
             return f" ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})" if names else ""
 
-        return f"{len(self.kept)} tensors kept, {len(self.new)} new{part(self.new)}, {len(self.dropped)} dropped{part(self.dropped)}"
+        moved = f"{len(self.kept)} tensors kept, {len(self.new)} new{part(self.new)}, {len(self.dropped)} dropped{part(self.dropped)}"
+        return "; ".join((moved, *self.changed))
 
 
 def transfer(backbone: Backbone, tensors: Mapping[str, Tensor], origin: str, drop: tuple[str, ...] = ()) -> Transfer:
     """Load a backbone strictly: every one of its tensors must be given with its shape.
 
-    Tensors under a prefix of ``drop`` (a classifier) may be left over. Raises BundleError naming what is missing, has another shape
+    The backbone may put a tensor into the shape that its input asks for (``Backbone.adapted``), which is told. Tensors under a prefix of
+    ``drop`` (a classifier) may be left over. Raises BundleError naming what is missing, has another shape
     or is left over without having been named.
     """
     own = backbone.state_dict()
+    tensors, changed = backbone.adapted(dict(tensors))
     shapes = [f"{n} is {tuple(tensors[n].shape)} there and {tuple(own[n].shape)} here" for n in own if n in tensors and tensors[n].shape != own[n].shape]
     missing = [n for n in own if n not in tensors and not n.endswith("num_batches_tracked")]
     left = [n for n in tensors if n not in own]
@@ -101,7 +106,7 @@ def transfer(backbone: Backbone, tensors: Mapping[str, Tensor], origin: str, dro
     if problems:
         raise BundleError(f"{origin} does not fit {backbone.arch['name']}: {'; '.join(problems)}. Check the model's name and its input")
     backbone.load_state_dict({n: t for n, t in tensors.items() if n in own}, strict=False)
-    return Transfer(tuple(n for n in own if n in tensors), tuple(n for n in own if n not in tensors), tuple(left))
+    return Transfer(tuple(n for n in own if n in tensors), tuple(n for n in own if n not in tensors), tuple(left), tuple(changed))
 
 
 def carry_head(task: Task, bundle: Bundle) -> str:

@@ -26,12 +26,17 @@ class Batch:
 
     ``rows``: (B,) int64 row ids of the manifest, on the host. ``keys``: (B,) int64, one random key a row from (seed, epoch, row):
     whatever is random about a row (crop, mask) follows from its key, so it is the same at any number of ranks.
-    ``data``: named tensors, each with first dimension B.
+    ``data``: named tensors, each with first dimension B. ``shards``: (B,) the canonical shard of each row, where a plan made the batch.
+
+    Names with a meaning of their own, for dense tasks on images: ``boxes`` (B, M, 4) float32 corners x0 y0 x1 y1, a box without area standing
+    for no box, as shares of the row's own image until the modality's ``finish`` and in pixels of the input after it; ``mask`` (B, H, W) one
+    class number a pixel of the input; ``frame`` (B, 4) float32 (width, height, left, top) in pixels of the input: where the whole image lies.
     """
 
     rows: np.ndarray
     keys: Tensor
     data: dict[str, Tensor]
+    shards: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -40,16 +45,26 @@ class Batch:
         return self.data[name]
 
     def replace(self, **tensors: Tensor) -> Batch:
-        return Batch(self.rows, self.keys, {**self.data, **tensors})
+        return Batch(self.rows, self.keys, {**self.data, **tensors}, self.shards)
+
+    def partners(self) -> Tensor:
+        """(B,) int64 on the keys' device: for each row the next one of its canonical shard, in a ring: a pairing (mixup) that is the same at
+        any number of ranks. Without shards all rows are one ring."""
+        shards = self.shards if self.shards is not None else np.zeros(len(self), dtype=np.int64)
+        order = np.argsort(shards, kind="stable")
+        out = np.empty(len(self), dtype=np.int64)
+        for part in np.split(order, np.flatnonzero(np.diff(shards[order])) + 1):
+            out[part] = np.roll(part, -1)
+        return torch.from_numpy(out).to(self.keys.device)
 
     def to(self, device: torch.device) -> Batch:
         if device.type == "cpu":
             return self
         move = {name: tensor.to(device, non_blocking=True) for name, tensor in self.data.items()}
-        return Batch(self.rows, self.keys.to(device, non_blocking=True), move)
+        return Batch(self.rows, self.keys.to(device, non_blocking=True), move, self.shards)
 
     def pin(self) -> Batch:
-        return Batch(self.rows, self.keys.pin_memory(), {name: t if t.is_cuda else t.pin_memory() for name, t in self.data.items()})
+        return Batch(self.rows, self.keys.pin_memory(), {name: t if t.is_cuda else t.pin_memory() for name, t in self.data.items()}, self.shards)
 
     def split(self, size: int | None) -> list[Batch]:
         """Micro-batches of at most ``size`` rows, in order and as even as can be (batch norm wants no part of one row); itself when size is none."""
@@ -57,7 +72,8 @@ class Batch:
             return [self]
         parts = -(-len(self) // size)
         cuts = [len(self) * i // parts for i in range(parts + 1)]
-        return [Batch(self.rows[i:j], self.keys[i:j], {n: t[i:j] for n, t in self.data.items()}) for i, j in pairwise(cuts)]
+        return [Batch(self.rows[i:j], self.keys[i:j], {n: t[i:j] for n, t in self.data.items()}, None if self.shards is None else self.shards[i:j])
+                for i, j in pairwise(cuts)]
 
 
 @dataclass(frozen=True)
@@ -80,6 +96,21 @@ class Stage:
     stride: int
 
 
+@dataclass(frozen=True)
+class View:
+    """One random look at a row, for objectives that compare several: ``size`` in pixels a side (none: the input's), ``area`` the smallest and
+    largest share of the image in the crop, and how probable colour jitter, blur and solarisation are (SimCLR, Chen et al. 2020, appendix A;
+    BYOL, Grill et al. 2020, table 6). ``strength`` scales the jitter."""
+
+    size: int | None = None
+    area: tuple[float, float] = (0.2, 1.0)
+    jitter: float = 0.8
+    strength: float = 1.0
+    grey: float = 0.2
+    blur: float = 0.5
+    solarize: float = 0.0
+
+
 class Modality(ABC):
     """How a row becomes tensors. ``state`` is what was fitted on the source (means, vocabulary): JSON, it travels in the bundle."""
 
@@ -87,6 +118,10 @@ class Modality(ABC):
     options_class: ClassVar[type[Options]]
     roles: ClassVar[tuple[str, ...]] = ()
     """Column roles that the modality reads, the first one being the input itself."""
+    optional_roles: ClassVar[tuple[str, ...]] = ()
+    """Column roles that it reads where an objective has them (a mask moves with its image)."""
+    target_options: ClassVar[tuple[str, ...]] = ()
+    """Options that a target may set otherwise than its source did: they change how rows are read, not what was fitted."""
     packed_roles: ClassVar[tuple[str, ...]] = ()
     """Column roles of the rows that ``pack`` makes; ``tokenize`` makes the first one."""
 
@@ -135,6 +170,14 @@ class Modality(ABC):
         """Random changes on the device, from ``batch.keys`` alone. Training only."""
         return batch
 
+    def check(self, roles: tuple[str, ...]) -> None:
+        """Raises ValueError where the options do not suit an objective that reads these roles."""
+        return
+
+    def views(self, batch: Batch, views: tuple[View, ...]) -> Batch:
+        """The batch with ``view0``, ``view1``, ... beside its input: finished tensors, each with first dimension B, from ``batch.keys`` alone."""
+        raise ValueError(f"modality {self.registered_name} has no random views: self-supervision by comparing views needs images")
+
     def finish(self, batch: Batch) -> Batch:
         """Deterministic end on the device (uint8 to normalised floats). Training and evaluation."""
         return batch
@@ -163,6 +206,11 @@ class Backbone(nn.Module, ABC):
     def layers(self) -> dict[str, list[str]]:
         """Layer name to parameter names, from input to output, covering every parameter exactly once."""
 
+    def adapted(self, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+        """A checkpoint's tensors, under this backbone's names, in the shapes that this input asks for (an embedding of positions resampled,
+        a first layer's channels summed), and in words what was changed. By default nothing is."""
+        return tensors, []
+
     def embedding(self) -> nn.Embedding:
         """The input embedding, for objectives that tie their output to it."""
         raise ValueError(f"{self.arch['name']} has no token embedding: language-model objectives need a text backbone")
@@ -185,7 +233,11 @@ class Objective(nn.Module, ABC):
     log_names: ClassVar[tuple[str, ...]] = ()
     """Keys of the further sums that ``loss`` gives."""
     couples_rows: ClassVar[bool] = False
-    """True for losses that compare rows with each other: exempt from the micro-batch equality."""
+    """True for losses that compare the rows of a global batch with each other: they gather over ranks and take no micro-batches."""
+    fit_roles: ClassVar[tuple[str, ...] | None] = None
+    """Roles whose columns are read whole for ``fit`` and checked before anything starts; none: all of ``roles`` and ``optional_roles``."""
+    label_tensors: ClassVar[tuple[str, ...]] = ("label",)
+    """Tensors that ``head_loss`` and ``head_predict`` read beside the features."""
 
     options: Any
     state: dict[str, Any]
@@ -200,10 +252,19 @@ class Objective(nn.Module, ABC):
         """The roles' columns to arrays. Raises ValueError naming a value that the state does not know."""
         return {}
 
+    @classmethod
+    def refused(cls, table: Any, columns: dict[str, str], state: dict[str, Any]) -> list[str]:
+        """For each row "" or why its labels cannot be used (a box without area): such a row is left out, listed and held against the budget."""
+        return [""] * len(table)
+
     @abstractmethod
     def __init__(self, backbone: Backbone, options: Any, state: dict[str, Any]):
         super().__init__()
         self.options, self.state = options, state
+
+    def views(self) -> tuple[View, ...]:
+        """Random views that the loss compares: the modality makes them (``view0``, ...) in the place of its augmentation, in evaluation too."""
+        return ()
 
     @abstractmethod
     def loss(self, backbone: Backbone, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -220,8 +281,18 @@ class Objective(nn.Module, ABC):
     def head_predict(self, features: Tensor, batch: Batch) -> dict[str, Tensor] | None:
         return None
 
-    def after_step(self, step: int) -> None:
-        """Called after each optimiser step (momentum teachers, queues)."""
+    def absent(self, backbone: Backbone) -> None:
+        """What a rank without rows does in the place of ``loss``: an objective with ``couples_rows`` takes part in its gathering."""
+
+    def after_step(self, backbone: Backbone, step: int, steps: int) -> None:
+        """Called after each of ``steps`` optimiser steps (momentum teachers, queues)."""
+
+    def after_training(self, backbone: Backbone) -> None:
+        """Called once before the bundle is written: a method whose teacher is what should be carried over puts it into the backbone."""
+
+    def written(self, found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """What ``onetomany predict`` writes of predictions: named columns, rows first; text as object arrays. By default the predictions."""
+        return found
 
 
 class Task(nn.Module):
@@ -234,6 +305,7 @@ class Task(nn.Module):
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         if len(batch) == 0:  # a rank whose rows were all undecodable still takes part in the reduction
             zero = sum(((p * 0.0).sum() for p in self.parameters() if p.requires_grad), torch.zeros(()))
+            self.objective.absent(self.backbone)
             return zero, torch.zeros((), device=zero.device), {}
         return self.objective.loss(self.backbone, batch)
 

@@ -17,8 +17,9 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from pipeline import registry, s3, storage
 
-STARTS = ("bundle:", "file:", "hf:", "hf-hub:", "timm-hub:")
-"""Prefixes of an existing checkpoint: a bundle, a safetensors or state-dict file, a Hugging Face folder, a name on the hub."""
+STARTS = ("bundle:", "file:", "file-by-order:", "hf:", "hf-hub:", "timm-hub:")
+"""Prefixes of an existing checkpoint: a bundle, a safetensors or state-dict file (by its names, or by order and shape where they differ), a
+Hugging Face folder, a name on the hub."""
 HUBS = ("hf-hub", "timm-hub")
 """Prefixes that name no place on a disk."""
 
@@ -97,6 +98,7 @@ class Data(Spec):
     validation_fraction: float = Field(0.1, ge=0, lt=1, description="share of train held out (by hash of the row or group) when no validation is given")
     test_fraction: float = Field(0.0, ge=0, lt=1, description="share held out as test when no test is given")
     group: str | None = Field(None, description="a column (patient, speaker) whose values never cross splits")
+    more: list[Data] = Field(default_factory=list, description="further corpora, their splits joined to these: columns of the same names and types")
     max_bad_rows: float = Field(0.01, ge=0, le=1, description="share of rows that may be undecodable before the run stops")
     decode: Literal["auto", "memory", "workers", "train", "device"] = Field(
         "auto", description="where rows are decoded: once into shared memory, in Ray Data workers, in the train worker itself, or (images) on its device, "
@@ -190,8 +192,11 @@ class Source(Spec):
     data: Data | None = Field(None, description="the source corpus")
     backbone: Plug = Field(description="library/model, e.g. timm/resnet18 or {transformers/bert: {layers: 4}}; or bundle:URI, hf:FOLDER, hf-hub:NAME, "
                                        "timm-hub:NAME")
-    init: str | None = Field(None, description="weights to start from: bundle:URI, file:PATH (safetensors or state dict), hf:FOLDER")
+    init: str | None = Field(None, description="weights to start from: bundle:URI, file:PATH (safetensors or state dict), hf:FOLDER; file-by-order:PATH "
+                                               "pairs tensors by order and shape where the file's names differ")
     objective: Plug | None = Field(None, description="classification, mlm, clm, ...")
+    probe: Data | None = Field(None, description="labelled rows on which the backbone's features are tried at every validation: kNN accuracy on the "
+                                                 "validation split by the nearest training rows; columns: the input and label")
     train: Train = Field(default_factory=lambda: Train.model_validate({}), description="how to pretrain")
     workers: int | tuple[Whole, Whole] = Field(1, description="DDP ranks; [2, 8] is elastic")
     cpus_per_worker: float | None = Field(None, gt=0, description="logical CPUs a rank; none: by the machine")
@@ -225,6 +230,8 @@ class Target(Spec):
     sources: list[str] | None = Field(None, description="which sources to adapt; none: all of the same modality")
     techniques: list[Plug] | None = Field(None, description="techniques for this target alone; none: the job's")
     train: Train = Field(default_factory=lambda: Train.model_validate({}), description="how to fine-tune")
+    drop_overlap: Literal["none", "exact", "near"] = Field(
+        "none", description="leave out test rows that also stand in a source: the same bytes, or (images) nearly so by a perceptual hash; all are counted")
     workers: int = Field(0, ge=0, description="DDP ranks of one trial; 0: inside the trial's own process")
 
 

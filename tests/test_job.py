@@ -478,7 +478,7 @@ def test_a_source_may_have_the_name_of_a_field(load, problems, called):
     ("      uri: rows.parquet", "      uri: gs://bucket/rows.parquet", "gs:// is not supported"),
     ("      uri: rows.parquet", "      uri: row.parquet", "row.parquet: no such file, folder or glob"),
     ("      uri: rows.parquet", "      uri: [rows.parquet, mor/*.parquet]", "mor/*.parquet: no such file, folder or glob"),
-    ("    workers: [2, 8]", "    init: weights.pt", "'weights.pt' is no checkpoint; write one of bundle:, file:, hf:"),
+    ("    workers: [2, 8]", "    init: weights.pt", "'weights.pt' is no checkpoint; write one of bundle:, file:, file-by-order:, hf:"),
     ("    workers: [2, 8]", "    init: file:weights.pt", "no such path (looked for "),
     ("    workers: [2, 8]", "    init: 'bundle:'", "sources.garments.init: "),
     ("    backbone: timm/resnet18", "    backbone: bundle:garments", "bundle garments: no such path (looked for "),

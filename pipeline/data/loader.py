@@ -26,7 +26,8 @@ class Decoder:
     """Inputs stay as they are in their files, to be decoded on the device."""
 
     def names(self) -> list[str]:
-        roles = [*self.modality.roles, *self.modality.packed_roles, *(registry.get("objective", self.objective).roles if self.objective else ())]
+        objective = registry.get("objective", self.objective) if self.objective else None
+        roles = [*self.modality.roles, *self.modality.packed_roles, *((*objective.roles, *objective.optional_roles) if objective else ())]
         return list(dict.fromkeys(self.columns[role] for role in roles if role in self.columns))
 
     def size(self, selection: Selection) -> int:
@@ -45,7 +46,9 @@ class Decoder:
         else:
             arrays, bad = self.modality.decode(table, self.columns)
         if self.objective:
-            arrays = arrays | registry.get("objective", self.objective).encode(table, self.columns, self.objective_state)
+            objective = registry.get("objective", self.objective)
+            arrays = arrays | objective.encode(table, self.columns, self.objective_state)
+            bad = [mine or theirs for mine, theirs in zip(bad, objective.refused(table, self.columns, self.objective_state), strict=True)]
         return arrays, bad
 
 

@@ -170,6 +170,8 @@ class Reader:
 
 def read_columns(selection: Selection, columns: list[str]) -> pa.Table:
     """Whole columns of a selection (labels, splits, groups): a scan of those columns alone. Dictionaries (pandas categoricals) come as values."""
+    if not columns:
+        return pa.table({})
     parts = []
     for number, file in enumerate(selection.manifest.files):
         if any(g.file == number for g in selection.manifest.groups):

@@ -214,8 +214,8 @@ class Loaded(NamedTuple):
     waited: float
 
 
-def _collate(rows: Rows, seed: int, ids: np.ndarray, epochs: np.ndarray, arrays: Arrays) -> Batch:
-    return Batch(ids, torch.from_numpy(row_keys(seed, epochs, ids)), rows.modality.collate(arrays))
+def _collate(rows: Rows, seed: int, ids: np.ndarray, epochs: np.ndarray, arrays: Arrays, shards: np.ndarray | None = None) -> Batch:
+    return Batch(ids, torch.from_numpy(row_keys(seed, epochs, ids)), rows.modality.collate(arrays), shards)
 
 
 def _assembled(rows: Rows, plan: Plan, blocks: Iterator[Block], steps: range, rank: int, ranks: int,
@@ -256,9 +256,9 @@ def _assembled(rows: Rows, plan: Plan, blocks: Iterator[Block], steps: range, ra
             bad += [(int(ids[i]), reason) for i, reason in fresh]
             good[[i for i, _ in fresh]] = False
         if bad:
-            ids, epochs, arrays = ids[good], epochs[good], {name: array[good] for name, array in arrays.items()}
+            ids, epochs, shards, arrays = ids[good], epochs[good], shards[good], {name: array[good] for name, array in arrays.items()}
             made = {name: tensor[torch.from_numpy(good).to(tensor.device)] for name, tensor in made.items()}
-        yield _collate(rows, plan.seed, ids, epochs, arrays).replace(**made), bad
+        yield _collate(rows, plan.seed, ids, epochs, arrays, shards).replace(**made), bad
 
 
 def _from_memory(rows: Rows, plan: Plan, steps: range, rank: int, ranks: int) -> Iterator[tuple[Batch, list]]:
@@ -266,13 +266,14 @@ def _from_memory(rows: Rows, plan: Plan, steps: range, rank: int, ranks: int) ->
     reasons = dict(rows.bad) if rows.kept else {}
     for step in steps:
         indices, epochs = plan.batch(step, rank, ranks)
+        shards = plan.places(step, rank, ranks)[0]
         ids, bad = rows.selection.ids(indices), []
         if reasons:
             bad = [(int(i), reasons[int(i)]) for i in ids if int(i) in reasons]
             good = np.array([int(i) not in reasons for i in ids], dtype=bool)
-            indices, epochs, ids = indices[good], epochs[good], ids[good]
+            indices, epochs, ids, shards = indices[good], epochs[good], ids[good], shards[good]
         arrays = {name: array[indices] for name, array in rows.arrays.items()}
-        yield _collate(rows, plan.seed, ids, epochs, arrays), bad
+        yield _collate(rows, plan.seed, ids, epochs, arrays, shards), bad
 
 
 def train_batches(rows: Rows, plan: Plan, steps: range, *, rank: int = 0, ranks: int = 1, place: Place = "train", pin: bool = False,

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from pipeline.contracts import Batch, Task
+from pipeline.contracts import Batch, Objective, Task
 from pipeline.data.stream import Loaded, Rows, eval_batches
 from pipeline.metrics import Predictions, metric
 
@@ -73,14 +73,16 @@ def evaluator(rows: Rows, names: tuple[str, ...], ready: Callable[[Batch, bool],
     return evaluate
 
 
-def ready_for(rows: Rows) -> Callable[[Batch, bool], Batch]:
-    """The device part of the rows' modality."""
-    modality = rows.modality
+def ready_for(rows: Rows, objective: Objective | None = None) -> Callable[[Batch, bool], Batch]:
+    """The device part of the rows' modality: its augmentation, or the views that the objective compares, and its finish."""
+    modality, views = rows.modality, objective.views() if objective is not None else ()
 
     def ready(batch: Batch, training: bool) -> Batch:
         if len(batch) == 0:
             return batch
         with torch.no_grad():
+            if views:
+                return modality.finish(modality.views(batch, views))
             return modality.finish(modality.augment(batch) if training else batch)
 
     return ready

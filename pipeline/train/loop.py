@@ -248,7 +248,7 @@ def fit(run: Run) -> Outcome:
             if ranks.count > 1:
                 dist.all_reduce(stats)
             norm = _step(live, stats, ranks, train, task, bad_run, bad_total)
-            task.objective.after_step(step)
+            task.objective.after_step(task.backbone, step, run.steps)
             if ema:
                 ema.update(task)
             recent.append(batch.rows)

@@ -124,7 +124,7 @@ def train_rank(work: RankJob, ranks: Ranks, on_progress: Callable[[dict[str, Any
     batches = partial(train_batches, rows, plan, rank=ranks.rank, ranks=ranks.count, place=work.place, pin=cuda, threads=work.threads,
                       workers=work.workers, device=ranks.device)
     objective = task.objective
-    ready = evaluate.ready_for(rows)
+    ready = evaluate.ready_for(rows, objective)
     check = None
     if len(fitted.validation):
         mine = Rows(fitted.validation, decoder).part(ranks.rank, ranks.count)
@@ -167,6 +167,7 @@ def train_rank(work: RankJob, ranks: Ranks, on_progress: Callable[[dict[str, Any
              "metrics": run.keeper.metrics, "kept_step": run.keeper.step, "curve": outcome.curve, "transfer": fitted.moved, "splits": work.split_text,  # type: ignore[attr-defined]
              "started_at": began, "spec_hash": work.key}
     if ranks.first:
+        objective.after_training(task.backbone)
         bundle.save(storage.join(work.uri, "bundle"), task, fitted.modality, parent=fitted.start, training=facts, spec_hash=work.key,
                     metrics=run.keeper.metrics)  # type: ignore[attr-defined]
         checkpoint.clear(storage.join(work.uri, "checkpoints"))

@@ -75,6 +75,10 @@ def stage(job: Job, name: str) -> SourceStage:
         assert spec.objective is not None
         modality, objective = registry.get("modality", spec.data.modality.name), registry.get("objective", spec.objective.name)
         roles = (*modality.roles, *objective.roles)
+        check_modality(f"sources.{name}", spec.data.modality.name, spec.data.modality.options, spec.objective.name)
+        if objective.couples_rows and spec.train.micro_batch is not None:
+            raise ValueError(f"sources.{name}.train.micro_batch: {spec.objective.name} compares all rows of a global batch with each other, which parts of "
+                             "it would not do; leave it out, and use more workers or a smaller global_batch")
         if spec.data.decode == "device" and modality.encoded is Modality.encoded:
             raise ValueError(f"sources.{name}.data.decode: {spec.data.modality.name} rows are not decoded on the device; use workers, train, memory or auto")
         splits = manifests.splits(spec.data, roles, f"sources.{name}", storage.join(job.root, "imports"), need_test=False)
@@ -88,6 +92,15 @@ def stage(job: Job, name: str) -> SourceStage:
     if splits is not None and not made.packed:
         check_plan(made, len(splits.train))
     return made
+
+
+def check_modality(place: str, name: str, options: dict[str, Any], objective: str) -> None:
+    """Raises ValueError where a modality's options do not suit the objective."""
+    kind = registry.get("modality", name)
+    try:
+        kind(kind.options_class(**options), {}).check(registry.get("objective", objective).roles)
+    except ValueError as error:
+        raise ValueError(f"{place}.data.modality: {error}") from None
 
 
 def check_plan(stage: SourceStage, rows: int) -> None:
@@ -144,7 +157,8 @@ def fit(stage: SourceStage) -> Fitted:
     options = objective.options_class(**spec.objective.options)
     columns = dict(spec.data.columns)
     needed = [columns[role] for role in (*objective.roles, *objective.optional_roles) if role in columns]
-    state = objective.fit(options, manifests.read_columns(splits.train, needed), columns) if needed else {}
+    wanted = needed if objective.fit_roles is None else [columns[role] for role in objective.fit_roles if role in columns]
+    state = objective.fit(options, manifests.read_columns(splits.train, wanted), columns)
     arch = held.manifest["arch"] if held else arch_of(spec, start, bundle.build_modality(modality).inputs())
     fitted = {"name": spec.objective.name, "options": options.model_dump(), "state": state}
     moved = held.manifest["training"]["transfer"] if held else ""
@@ -174,7 +188,7 @@ def arch_of(spec: Source, start: starts.Start | None, inputs: dict[str, Any]) ->
     fixed = [name for name in given if "config" in start.arch["options"] and name != "pool"]
     if fixed:
         raise BundleError(f"backbone options {', '.join(fixed)}: the configuration of {start.origin} decides them; leave them out")
-    return {**start.arch, "options": {**start.arch["options"], **given}}
+    return {**start.arch, "options": {**start.arch["options"], **given}, "inputs": {**start.arch["inputs"], **inputs}}
 
 
 def import_start(stage: SourceStage, start: starts.Start, arch: dict[str, Any], modality: dict[str, Any], objective: dict[str, Any], uri: str) -> str:
@@ -195,10 +209,11 @@ def fit_modality(stage: SourceStage, start: starts.Start | None) -> dict[str, An
         if start.modality["name"] != plug.name:
             raise ValueError(f"sources.{stage.name}: {start.origin} reads {start.modality['name']}, the data are {plug.name}")
         theirs = start.modality["options"]
-        given = {k: v for k, v in plug.options.items() if theirs.get(k, v) != v}
+        own = registry.get("modality", plug.name).target_options
+        given = {k: v for k, v in plug.options.items() if k not in own and theirs.get(k, v) != v}
         if given:
             raise ValueError(f"sources.{stage.name}.data.modality: {given} contradicts {start.origin} ({theirs}); leave it out")
-        return {**start.modality, "options": {**plug.options, **theirs}}
+        return {**start.modality, "options": {**theirs, **plug.options}}
     path = storage.join(stage.uri, "modality.json")
     if storage.exists(path):
         return storage.read_json(path)

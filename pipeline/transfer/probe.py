@@ -17,7 +17,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from pipeline import storage
+from pipeline import registry, storage
 from pipeline.contracts import Backbone, Batch, Objective, Task
 from pipeline.data.stream import Loaded, Rows, eval_batches
 from pipeline.job import Train, spec_hash
@@ -37,13 +37,14 @@ FEATURES_VERSION = 1
 def features(backbone: nn.Module, rows: Rows, device: torch.device, autocast: Any = None) -> tuple[Tensor, dict[str, Tensor]]:
     """(n, D) pooled features of rows in evaluation mode, and the rows' other tensors (labels), both on the device."""
     backbone.to(device).eval()
+    labels = registry.get("objective", rows.decoder.objective).label_tensors if rows.decoder.objective else ()
     ready = evaluate.ready_for(rows)
     pooled, rest = [], []
     for batch, _, _ in eval_batches(rows, FEATURE_ROWS):
         batch = ready(batch.to(device), False)
         with autocast or nullcontext():
             pooled.append(backbone(batch).pooled.float())
-        rest.append({name: tensor for name, tensor in batch.data.items() if name == "label"})
+        rest.append({name: tensor for name, tensor in batch.data.items() if name in labels})
     return torch.cat(pooled), {name: torch.cat([part[name] for part in rest]) for name in rest[0]}
 
 
@@ -70,6 +71,7 @@ class HeadStack(nn.Module):
 
     def __init__(self, heads: list[Objective], trains: list[Train]):
         super().__init__()
+        self.backbone = None
         self.template = [heads[0]]  # in a list: its own parameters are not this module's
         self.objective = _NoLogs()
         self.trains, self.count = trains, len(heads)
@@ -146,7 +148,7 @@ class _Method(nn.Module):
 class _NoLogs(nn.Module):
     log_names = ()
 
-    def after_step(self, step: int) -> None:
+    def after_step(self, backbone: Any, step: int, steps: int) -> None:
         pass
 
 

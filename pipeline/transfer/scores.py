@@ -59,7 +59,7 @@ def score(shared: Shared, source: str, base_key: str, target: str, names: tuple[
     data = shared.targets[target, base_key]
     if data.labels is None:
         raise ValueError(f"targets.{target}: scores need labels, the objective {data.objective['name']} has none")
-    backbone = bundle.build_backbone(shared.bases[base_key].arch)
+    backbone = bundle.build_backbone(data.arch)
     bundle.transfer(backbone, {n: torch.from_numpy(a) for n, a in shared.weights[source].items()}, source)
     n = len(data.train)
     places = np.unique(np.linspace(0, n - 1, min(SCORE_ROWS, n)).astype(np.int64))

@@ -62,8 +62,14 @@ def check(job: Job, progress: Progress, **options: Any) -> State:
     for name, target in state.targets.items():
         if not problems and not matching(state, name):
             problems.append(f"targets.{name}: no source reads {target.spec.data.modality.name}; add one or name it in sources")
+        elif not problems:
+            for source_name in matching(state, name):
+                try:
+                    targets.check_modality(target, job.sources[source_name])
+                except ValueError as error:
+                    problems.append(str(error))
     if problems:
-        raise ValueError("\n".join(problems))
+        raise ValueError("\n".join(dict.fromkeys(problems)))
     state.key = spec_hash([stage.key for stage in state.sources.values()], {name: [stage.key, matching(state, name)] for name, stage in state.targets.items()},
                           job.fanout.select)
     return state

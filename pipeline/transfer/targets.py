@@ -15,8 +15,9 @@ from pipeline import bundle, registry, storage
 from pipeline.data import manifest as manifests
 from pipeline.data.manifest import Selection, Splits
 from pipeline.data.stream import Decoder, Rows
-from pipeline.job import Job, Target, spec_hash
+from pipeline.job import Job, Source, Target, spec_hash
 from pipeline.metrics import metric
+from pipeline.train import source as train_source
 from pipeline.train.source import data_key
 from pipeline.transfer.trial import TargetData
 from pipeline.transfer.trials import Base
@@ -70,30 +71,33 @@ def stage(job: Job, name: str) -> TargetStage:
 
 def _label_columns(spec: Target) -> list[str]:
     objective = registry.get("objective", spec.objective.name)
-    return [spec.data.columns[role] for role in (*objective.roles, *objective.optional_roles) if role in spec.data.columns]
+    roles = objective.fit_roles if objective.fit_roles is not None else (*objective.roles, *objective.optional_roles)
+    return [spec.data.columns[role] for role in roles if role in spec.data.columns]
 
 
 def fit_labels(spec: Target, splits: Splits) -> dict[str, Any]:
     """What the objective learns of the training rows' own columns."""
     objective, needed = registry.get("objective", spec.objective.name), _label_columns(spec)
-    if not needed:
-        return {}
     return objective.fit(objective.options_class(**spec.objective.options), manifests.read_columns(splits.train, needed), spec.data.columns)
 
 
 def _modality(target: TargetStage, base: Base) -> dict[str, Any]:
+    """The source's modality, with the options that a target may set for itself."""
     plug = target.spec.data.modality
-    differ = {k: v for k, v in plug.options.items() if base.modality["options"].get(k) != v}
+    own = registry.get("modality", plug.name).target_options
+    differ = {k: v for k, v in plug.options.items() if k not in own and base.modality["options"].get(k) != v}
     if differ:
         raise ValueError(f"targets.{target.name}.data.modality: {differ} contradicts the source, whose rows were read with "
-                         f"{base.modality['options']}; a target is read as its backbone was: leave the options out")
-    return base.modality
+                         f"{base.modality['options']}; a target is read as its backbone was: leave the options out"
+                         + (f" ({', '.join(own)} may differ)" if own else ""))
+    return {**base.modality, "options": {**base.modality["options"], **plug.options}}
 
 
 def prepare(target: TargetStage, base: Base) -> TargetData:
     """Decode the three splits. Raises ValueError for a label that never stands in the training rows, or too many bad rows."""
     spec, splits, columns = target.spec, target.splits, target.spec.data.columns
-    modality = bundle.build_modality(_modality(target, base))
+    spec_of_modality = _modality(target, base)
+    modality = bundle.build_modality(spec_of_modality)
     objective = registry.get("objective", spec.objective.name)
     options = objective.options_class(**spec.objective.options)
     state = target.state or fit_labels(spec, splits)
@@ -113,7 +117,14 @@ def prepare(target: TargetStage, base: Base) -> TargetData:
         values = manifests.read_columns(parts[2].selection, [spec.data.group])[spec.data.group]
         groups = pc.dictionary_encode(values.combine_chunks()).indices.to_numpy(zero_copy_only=False)  # pyright: ignore[reportAttributeAccessIssue]
     return TargetData(spec, {"name": spec.objective.name, "options": options.model_dump(), "state": state}, parts[0], parts[1], parts[2], labels, groups, text,
-                      spec_hash(target.key, base.modality))
+                      {**base.arch, "inputs": modality.inputs() or base.arch["inputs"]}, spec_of_modality, spec_hash(target.key, spec_of_modality))
+
+
+def check_modality(target: TargetStage, source: Source) -> None:
+    """Raises ValueError where the target's objective does not suit how its rows would be read: with its source's options and its own."""
+    plug = target.spec.data.modality
+    if source.data is not None:
+        train_source.check_modality(f"targets.{target.name}", plug.name, {**source.data.modality.options, **plug.options}, target.spec.objective.name)
 
 
 def overlap(test: Selection, column: str, source: Selection, source_column: str, paths: bool) -> int | None:

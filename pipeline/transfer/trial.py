@@ -45,6 +45,9 @@ class TargetData:
     groups: np.ndarray | None
     """(n_test,) group numbers of the test rows, in the order of their ids."""
     split_text: str
+    arch: dict[str, Any] = field(default_factory=dict)
+    """The base's architecture, for the input as this target is read."""
+    modality: dict[str, Any] = field(default_factory=dict)
     key: str = ""
     """Names the rows as they are read: what was computed from them once is filed under it."""
 
@@ -87,9 +90,9 @@ def read_record(root: str, trial_id: str) -> Record | None:
 
 def build(trial: Trial, shared: Shared) -> tuple[Task, str, str]:
     """The task at its start, what was transferred in words, and a hash of its start weights."""
-    base, data = shared.bases[trial.base], shared.targets[trial.target, trial.base]
+    data = shared.targets[trial.target, trial.base]
     seed = mix(shared.seed, trial.seed)
-    task = bundle.build_task(base.arch, data.objective, seed=seed, head_seed=mix(seed, 1))
+    task = bundle.build_task(data.arch, data.objective, seed=seed, head_seed=mix(seed, 1))
     moved = "backbone and head new (scratch)"
     if trial.source != SCRATCH:
         tensors = {name: torch.from_numpy(array) for name, array in shared.weights[trial.source].items()}
@@ -140,7 +143,7 @@ def run(trial: Trial, shared: Shared, ranks: Ranks | None = None, report: Report
     technique = trial.technique_object
     task = technique.wrap(task)
     plan = plan_of(trial, shared, train, rows)
-    ready = evaluate.ready_for(rows)
+    ready = evaluate.ready_for(rows, task.objective)
     autocast = partial(loop.autocast, train, ranks.device)
     check = evaluate.evaluator(data.validation, data.metrics, ready, ranks, autocast, EVAL_ROWS)
     log = MetricsLog(folder(shared, trial), tensorboard=True) if ranks.first else None
@@ -252,7 +255,7 @@ def write(trial: Trial, shared: Shared, record: Record, test: Predictions | None
         storage.write_bytes(storage.join(where, "predictions.npz"), buffer.getvalue())
     if task is not None:
         uri = storage.join(where, "bundle")
-        bundle.save(uri, task, shared.bases[trial.base].modality, parent=shared.parents.get(trial.source), spec_hash=trial.id,
+        bundle.save(uri, task, data.modality, parent=shared.parents.get(trial.source), spec_hash=trial.id,
                     metrics=record["validation"], columns=data.spec.data.columns, training={"trial": trial.cell, "seed": trial.seed})
         for row in record["rows"]:
             row["bundle_uri"] = uri
