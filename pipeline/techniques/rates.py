@@ -1,4 +1,4 @@
-"""Techniques that are nothing but learning rates and phases: scratch, linear_probe, full, lp_ft."""
+"""Techniques that are nothing but learning rates and phases: scratch, random_probe, linear_probe, full, lp_ft."""
 
 from __future__ import annotations
 
@@ -28,6 +28,13 @@ class LinearProbe(Technique):
 
     def rates(self, layers, phase):
         return {name: float(name == "head") for name in layers}
+
+
+@register("technique", "random_probe")
+class RandomProbe(LinearProbe):
+    """A linear probe of random weights: what a probe owes to its backbone's shape alone, and so what pretraining must beat."""
+
+    from_source = False
 
 
 class LPFTOptions(Options):

@@ -76,7 +76,7 @@ def cells(rows: list[Row], runs: dict[str, Run]) -> list[Cell]:
     out = []
     for key, (done, failed) in trials.items():
         source, backbone, target, _, fraction = key
-        scratch = next((t[0] for k, t in trials.items() if k[0] == SCRATCH and (k[1], k[2], k[4]) == (backbone, target, fraction)), [])
+        scratch = next((t[0] for k, t in trials.items() if k[0] == SCRATCH and k[3] == "scratch" and (k[1], k[2], k[4]) == (backbone, target, fraction)), [])
         out.append(_cell(key, done, failed, [] if source == SCRATCH else scratch, runs, groups[key]))
     return sorted(out, key=_order)
 

@@ -27,7 +27,7 @@ from pipeline.train.loop import Ranks
 from pipeline.train.pretrain import device_name
 from pipeline.transfer import trial as trials
 from pipeline.transfer.trial import Record, Shared, TargetData
-from pipeline.transfer.trials import Trial
+from pipeline.transfer.trials import SCRATCH, Trial
 
 FEATURE_ROWS = 256
 FEATURES_VERSION = 1
@@ -190,11 +190,12 @@ class _Nothing:
 
 
 def batchable(group: list[Trial], shared: Shared) -> bool:
-    """Whether trials may share features: a frozen technique without phases of its own, and a head that reads pooled features only."""
+    """Whether trials may share features: a frozen technique without phases of its own, and a head that reads pooled features only. Random weights
+    differ with the seed, so theirs are not shared."""
     first = group[0]
     data = shared.targets[first.target, first.base]
     kind = type(trials.build(first, shared)[0].objective)
-    return first.technique_object.frozen and data.spec.workers == 0 and kind.head_loss is not Objective.head_loss
+    return first.technique_object.frozen and first.source != SCRATCH and data.spec.workers == 0 and kind.head_loss is not Objective.head_loss
 
 
 def run(group: list[Trial], shared: Shared) -> list[Record]:

@@ -102,8 +102,9 @@ def techniques(job: Job, target: Target) -> list[Plug]:
     """The target's or the job's techniques, scratch first and always."""
     named = target.techniques if target.techniques is not None else job.techniques
     rest = [plug for plug in named if registry.get("technique", plug.name).from_source]
-    first = [plug for plug in named if not registry.get("technique", plug.name).from_source] or [Plug(name="scratch")]
-    return [*first, *rest]
+    unsourced = [plug for plug in named if not registry.get("technique", plug.name).from_source]
+    scratch = [plug for plug in unsourced if plug.name == "scratch"] or [Plug(name="scratch")]
+    return [*scratch, *(plug for plug in unsourced if plug.name != "scratch"), *rest]
 
 
 def cells(job: Job, target_name: str, found: list[Base], chosen: set[str]) -> list[tuple[Base, str, Plug, Fraction]]:

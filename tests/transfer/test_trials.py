@@ -10,8 +10,8 @@ import torch
 from toys import image_files, image_rows, job_of, rows_of, shared_of, trial_of
 
 from pipeline.job import Job, Plug, Train
+from pipeline.transfer import probe, trials
 from pipeline.transfer import trial as one_trial
-from pipeline.transfer import trials
 from pipeline.transfer.trials import label_subset
 
 
@@ -206,6 +206,19 @@ def test_scratch_is_always_there_and_first(world):
     assert [plug.name for plug in trials.techniques(job, job.targets["task"])] == ["scratch", "full"]
     job = changed(world[0], "targets.task.techniques", [{"name": "lp_ft"}, {"name": "scratch"}])
     assert [plug.name for plug in trials.techniques(job, job.targets["task"])] == ["scratch", "lp_ft"]
+    job = changed(world[0], "targets.task.techniques", [{"name": "random_probe"}, {"name": "full"}])
+    assert [plug.name for plug in trials.techniques(job, job.targets["task"])] == ["scratch", "random_probe", "full"]
+
+
+def test_a_probe_of_random_weights_starts_where_scratch_does_and_moves_the_head_alone(world):
+    job, shared = world
+    found = {name: trial_of(job, shared, name) for name in ("scratch", "random_probe")}
+    start, kept = (one_trial.build(one, shared)[0].backbone.state_dict() for one in found.values())
+    assert all(torch.equal(start[name], kept[name]) for name in start)
+    record = one_trial.run(found["random_probe"], shared)
+    task = one_trial.build(found["random_probe"], shared)[0]
+    assert record["rows"][0]["params_trained"] == sum(p.numel() for p in task.objective.parameters())
+    assert not probe.batchable([found["random_probe"]], shared)  # the weights differ with the seed
 
 
 # ---------------------------------------------------------------- seeds and what a trial is made of
