@@ -324,7 +324,7 @@ def collect(state: State, found: list[Trial]) -> list[dict[str, Any]]:
         kept = set(records)
     kept = {one for one in kept if (uri := records[one]["rows"][0]["bundle_uri"]) and bundle.exists(uri)}  # another run may have kept fewer
     scratch = {(one.base, one.target, trials.fraction_text(one.label_fraction), one.seed): one for one in found
-               if one.source == SCRATCH and one.stage == "final"}
+               if one.source == SCRATCH and one.technique.name == "scratch" and one.stage == "final"}
     rows = []
     for one in found:
         for row in records.get(one.id, {"rows": []})["rows"]:
