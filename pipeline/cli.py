@@ -219,6 +219,50 @@ def export(bundle: Annotated[str, typer.Argument(help="The bundle to export.")],
 
 
 @app.command()
+def prepare(name: Annotated[str | None, typer.Argument(help="imagenet, webdataset, coco, chestxray14 or imagefolder; see --list.")] = None,
+            source: Annotated[str | None, typer.Argument(help="The publisher's folder or archive, local or s3://.")] = None,
+            output: Annotated[str | None, typer.Option("-o", "--output", help="Folder for the Parquet parts, local or s3://.")] = None,
+            set_: Annotated[list[str] | None, typer.Option("--set", help="An option of the importer; --list shows them.", metavar="KEY=VALUE")] = None,
+            resize: Annotated[int | None, typer.Option(help="Shorter side in pixels, only downwards; larger images are written as JPEG anew.")] = None,
+            quality: Annotated[int | None, typer.Option(help="Write every image as JPEG anew with this quality (1 to 100).")] = None,
+            rows_per_part: Annotated[int | None, typer.Option(help="Rows of a part; none: about 96 MiB.")] = None,
+            max_bad: Annotated[float, typer.Option(help="Share of rows that may be broken.")] = 0.01,
+            list_: Annotated[bool, typer.Option("--list", help="Show the importers (or NAME alone), what they read and their options.")] = False,
+            verify: Annotated[bool, typer.Option(help="Read every part of OUTPUT again and compare its SHA-256; writes nothing.")] = False,
+            address: Address = None, verbose: Verbose = False) -> None:
+    """A publisher's raw files to sharded Parquet, in parallel; goes on where a stopped run left off. `prepare --list` shows the importers."""
+    from pipeline import lease, storage
+    from pipeline.data.prepare import importing, write
+    from pipeline.train import launch
+    from pipeline.train.progress import Progress
+
+    try:
+        if list_:
+            out.print(importing.describe(name), markup=False, soft_wrap=True)
+            return
+        if verify and output:
+            found = write.verify(output)
+            out.print(f"{output}: {len(found['files'])} parts are as they were written", markup=False, soft_wrap=True)
+            return
+        if not (name and source and output):
+            raise ValueError("write: onetomany prepare NAME SOURCE -o OUTPUT (--list shows the names), or --verify -o OUTPUT")
+        work = write.Preparation(name, source, output, importing.options_of(name, set_ or []), write.Settings(resize, quality, rows_per_part, max_bad))
+        with Progress() as progress, lease.hold(output):
+            if work.todo:
+                launch.start(address, verbose)
+            work.run(progress.update)
+    except KeyboardInterrupt:
+        raise _fail("stopped; the same command goes on from here", 130) from None
+    except (storage.StorageError, ValueError) as error:
+        raise _fail(str(error), 2) from None
+    except launch.ClusterError as error:
+        raise _fail(str(error), 1) from None
+    finally:
+        launch.stop()
+    out.print(work.told(), markup=False, soft_wrap=True)
+
+
+@app.command()
 def submit(job: JobFile, address: Annotated[str, typer.Option(help="Job API of the cluster, e.g. http://head:8265.")], set_: Set = None,
            env: Annotated[list[str] | None, typer.Option(help="NAME or NAME=VALUE for the job's environment (visible in the dashboard).")] = None,
            exclude: Annotated[list[str] | None, typer.Option(help="Glob of files that do not travel.")] = None,

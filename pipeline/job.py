@@ -114,6 +114,20 @@ class Data(Spec):
             raise ValueError("validation and test files need train; with uri use split_column or the fractions")
         return self
 
+    @model_validator(mode="after")
+    def _joinable(self):
+        problems: list[tuple[tuple[str | int, ...], str]] = []
+        for i, part in enumerate(self.more):
+            if part.more:
+                problems.append((("more", i, "more"), "corpora are joined to the first one alone: list all of them there"))
+            if part.modality.name != self.modality.name or part.modality.options not in ({}, self.modality.options):
+                text = f"it is {part.modality}, that of the first rows {self.modality}; joined rows are read alike, say the same"
+                problems.append((("more", i, "modality"), text))
+            if part.columns not in ({}, self.columns):
+                problems.append((("more", i, "columns"), f"they are {part.columns}, those of the first rows {self.columns}: leave them out, or say the same"))
+        _refuse(problems)
+        return self
+
 
 class Train(Spec):
     """How long and how to train. One loop reads it, for pretraining and for every fine-tune."""
@@ -209,6 +223,8 @@ class Source(Spec):
             raise ValueError("a source with data needs an objective (classification, mlm, clm, ...)")
         if self.data is None and self.init is None and not self.backbone.name.startswith(STARTS):
             raise ValueError(f"a source needs data to pretrain on, or a checkpoint: init, or a backbone that starts with {', '.join(STARTS)}")
+        if self.probe is not None and (self.data is None or self.probe.modality.name != self.data.modality.name):
+            raise ValueError("a probe tries the backbone while it is pretrained: it needs data beside it, and the same modality")
         low, high = self.worker_range
         if not 1 <= low <= high:
             raise ValueError(f"workers {self.workers} must be at least 1, and [fewest, most] when elastic")

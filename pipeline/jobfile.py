@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ _Loader.add_implicit_resolver(f"{_YAML}float", re.compile(r"^[-+]?[0-9][0-9_]*(\
 
 Path_ = tuple[str | int, ...]
 MOST_DEEP = 64
+OF_ALL = ("decode", "shuffle", "max_bad_rows")
+"""Fields of data that hold for all joined corpora."""
 
 
 def _plain(node: yaml.Node, loader: _Loader, path: Path_, lines: dict[Path_, int], problems: list[tuple[int, str]]) -> Any:
@@ -155,7 +158,7 @@ def _override(data: dict, setting: str, problems: list[tuple[int, str]]) -> Path
 
 def _fields_at(loc: Path_) -> dict[str, Any]:
     """Field names of the spec that a location points into, to name the nearest one."""
-    kinds: dict[str, type[Spec]] = {"data": Data, "train": Train, "fanout": Fanout, "select": Select}
+    kinds: dict[str, type[Spec]] = {"data": Data, "probe": Data, "more": Data, "train": Train, "fanout": Fanout, "select": Select}
     named: dict[str, type[Spec]] = {"sources": Source, "targets": Target}
     spec: type[Spec] = named.get(str(loc[0]), Job) if len(loc) > 1 else Job
     for part in loc[2:] if spec is not Job else loc:
@@ -265,17 +268,17 @@ def _missing(uri: str, folder: Path, elsewhere: bool) -> str:
     return "" if found else f"{uri}: no such file, folder or glob (looked for {place})"
 
 
-def _role_problems(part: dict, path: Path_) -> list[tuple[Path_, str]]:
-    """Columns whose role neither the modality nor the objective has, and required roles without a column."""
-    columns = part["data"].get("columns", {})
+def _role_problems(rows: dict, objective: Any, at: Path_) -> list[tuple[Path_, str]]:
+    """Columns whose role neither the modality nor the objective has, and required roles without a column; those of a probe have no objective but a label."""
+    columns = rows.get("columns", {})
     try:
-        plugs = [("modality", Plug.model_validate(part["data"].get("modality"))), ("objective", Plug.model_validate(part.get("objective")))]
-        (inputs, optional_inputs), (labels, optional_labels) = (registry.roles(kind, plug.name) for kind, plug in plugs)
+        inputs, optional_inputs = registry.roles("modality", Plug.model_validate(rows.get("modality")).name)
+        labels, optional_labels = (("label",), ()) if at[-1] == "probe" else registry.roles("objective", Plug.model_validate(objective).name)
     except ValueError:
         return []  # an unknown name or a wrong shape, reported with its place elsewhere
     if not isinstance(columns, dict):
         return []
-    required, place = dict.fromkeys((*inputs, *labels)), (*path, "data", "columns")
+    required, place = dict.fromkeys((*inputs, *labels)), (*at, "columns")
     known = {*required, *optional_inputs, *optional_labels}
     return [*(((*place, role), f"unknown role; {registry.nearest(role, known)}") for role in columns if role not in known),
             *((place, f"role {role!r} has no column; say columns: {{{role}: NAME}}") for role in required if role not in columns)]
@@ -304,18 +307,30 @@ def _mappings(value: Any) -> dict[str, dict]:
     return {k: v for k, v in value.items() if isinstance(v, dict)} if isinstance(value, dict) else {}
 
 
+def _corpora(part: dict, path: Path_) -> Iterator[tuple[dict, Path_]]:
+    """Every mapping of a source or target that names rows, with its place: data, probe, and what is joined to them."""
+    for field in ("data", "probe"):
+        if isinstance(rows := part.get(field), dict):
+            yield rows, (*path, field)
+            yield from ((more, (*path, field, "more", i)) for i, more in enumerate(_listed(rows.get("more"))) if isinstance(more, dict))
+
+
 def _data_problems(part: dict, path: Path_, folder: Path, elsewhere: bool) -> list[tuple[Path_, str]]:
     out: list[tuple[Path_, str]] = []
-    rows, at = part["data"], (*path, "data")
-    if "modality" in rows:
-        out += _plug_problems("modality", rows["modality"], (*at, "modality"))
-    for field in ("uri", "train", "validation", "test"):
-        for uri in [rows[field]] if isinstance(rows.get(field), str) else _listed(rows.get(field)):
-            if isinstance(uri, str) and (problem := _missing(uri, folder, elsewhere)):
-                out.append(((*at, field), problem))
-    if path[0] == "targets" and rows.get("decode") in ("workers", "device"):
-        out.append(((*at, "decode"), "targets are decoded in memory or in the train worker: say decode: memory, train or auto"))
-    return out + _role_problems(part, path)
+    for rows, at in _corpora(part, path):
+        if "modality" in rows:
+            out += _plug_problems("modality", rows["modality"], (*at, "modality"))
+        for field in ("uri", "train", "validation", "test"):
+            for uri in [rows[field]] if isinstance(rows.get(field), str) else _listed(rows.get(field)):
+                if isinstance(uri, str) and (problem := _missing(uri, folder, elsewhere)):
+                    out.append(((*at, field), problem))
+        if at[-1] in ("data", "probe"):
+            out += _role_problems(rows, part.get("objective"), at)
+        else:
+            out += [((*at, field), "said once, for all corpora that are joined, beside the first one's files") for field in OF_ALL if field in rows]
+        if at == ("targets", path[1], "data") and rows.get("decode") in ("workers", "device"):
+            out.append(((*at, "decode"), "targets are decoded in memory or in the train worker: say decode: memory, train or auto"))
+    return out
 
 
 def _name_problems(data: dict, folder: Path, elsewhere: bool) -> list[tuple[Path_, str]]:
@@ -327,8 +342,7 @@ def _name_problems(data: dict, folder: Path, elsewhere: bool) -> list[tuple[Path
     except storage.StorageError as error:
         out.append((("storage",), str(error)))
     for kind, name, part in [(group, *item) for group in ("sources", "targets") for item in _mappings(data.get(group)).items()]:
-        if isinstance(part.get("data"), dict):
-            out += _data_problems(part, (kind, name), folder, elsewhere)
+        out += _data_problems(part, (kind, name), folder, elsewhere)
         if part.get("objective") is not None:
             out += _plug_problems("objective", part["objective"], (kind, name, "objective"))
         if kind == "sources" and "backbone" in part:
@@ -357,10 +371,10 @@ def _absolute(job: dict, folder: Path) -> dict:
         return f"{prefix}:{fix(uri)}" if text.startswith(STARTS) and prefix not in HUBS and colon else text
 
     for part in [*job["sources"].values(), *job.get("targets", {}).values()]:
-        for field in ("uri", "train", "validation", "test"):
-            value = (part.get("data") or {}).get(field)
-            if value:
-                part["data"][field] = fix(value) if isinstance(value, str) else [fix(uri) for uri in value]
+        for rows, _ in _corpora(part, ()):
+            for field in ("uri", "train", "validation", "test"):
+                if value := rows.get(field):
+                    rows[field] = fix(value) if isinstance(value, str) else [fix(uri) for uri in value]
         for field in ("backbone", "init"):
             if isinstance(part.get(field), str):
                 part[field] = start(part[field])

@@ -1,33 +1,46 @@
-"""Metrics by name, computed by torchmetrics from gathered predictions.
+"""Metrics by name, computed from gathered predictions.
 
 A metric that is a ratio of sums over test units (accuracy, loss, perplexity) also gives each unit's (numerator, denominator),
-which makes bootstrap intervals cheap; the others are computed anew for every resample.
+and one that can be computed from how often each unit was drawn gives ``resampled``: both make bootstrap intervals cheap. The
+others are computed anew for every resample.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from pipeline import coco
 from pipeline.registry import nearest
 
 Predictions = dict[str, np.ndarray]
-"""Named arrays with the test units first: ``scores`` (n, classes) logits, ``label`` (n,), ``loss`` (n,), ``count`` (n,)."""
+"""Named arrays with the test units first: ``scores`` (n, classes) logits, ``label`` (n,), ``loss`` (n,), ``count`` (n,).
+
+Of several labels a row: ``labels`` (n, L) 0 or 1 beside ``scores`` (n, L), and ``min_positives`` (n,), how many positives among the n
+rows a label needs to stand in a macro average (1 without it).
+"""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """``value`` of predictions; ``units`` (n, 2) numerators and denominators when value = final(sum / sum)."""
+    """``value`` of predictions; ``units`` (n, 2) numerators and denominators when value = final(sum / sum).
+
+    ``resampled`` (predictions, counts) -> (R,) values: ``counts`` (R, n) says how often each unit was drawn in each of R resamples,
+    so what does not change with the draw (sorting, matching) is done once. NaN where a resample has no value.
+    ``each`` names the metric of one label (``of_label``) that this one averages.
+    """
 
     name: str
     higher_is_better: bool
     value: Callable[[Predictions], float]
     units: Callable[[Predictions], np.ndarray] | None = None
     final: Callable[[float], float] = float
+    resampled: Callable[[Predictions, np.ndarray], np.ndarray] | None = None
+    each: str | None = None
 
     def of_units(self, units: np.ndarray) -> float:
         """The value from (n, 2) units; NaN when nothing was counted."""
@@ -59,40 +72,224 @@ def _loss_units(p: Predictions) -> np.ndarray:
     return np.stack([p["loss"], count], axis=1).astype(np.float64)
 
 
-def _classes(function: str, **kw):
-    """A torchmetrics function by name; the package takes seconds to import, so it is not imported before it is needed."""
-
-    def value(p: Predictions) -> float:
-        from torchmetrics.functional import classification
-
-        scores, label = torch.as_tensor(p["scores"]).float(), torch.as_tensor(p["label"]).long()
-        return float(getattr(classification, function)(scores, label, num_classes=scores.shape[1], **kw))
-
-    return value
+def confusion(p: Predictions) -> np.ndarray:
+    """(C, C) int64 rows of each true class (first axis) that were taken for each class (second axis)."""
+    classes = p["scores"].shape[1]
+    return np.bincount(p["label"].astype(np.int64) * classes + p["scores"].argmax(1), minlength=classes * classes).reshape(classes, classes)
 
 
-def _balanced(p: Predictions) -> float:
-    """Mean recall over the classes that have rows. torchmetrics' macro accuracy counts one that was only predicted as 0; scikit-learn does not."""
-    from torchmetrics.functional import classification
+# ---------------------------------------------------------------- from how often each row was drawn
 
-    scores, label = torch.as_tensor(p["scores"]).float(), torch.as_tensor(p["label"]).long()
-    recall = classification.multiclass_recall(scores, label, num_classes=scores.shape[1], average="none")
-    return float(recall[label.unique()].mean())
+def _columns(counts: np.ndarray) -> np.ndarray:
+    """(n, R) float64 of counts (R, n): the draws of a row lie together, so rows are sorted and summed in long runs."""
+    return np.ascontiguousarray(counts.T, dtype=np.float64)
+
+
+def _mean_where(values: np.ndarray, there: np.ndarray) -> np.ndarray:
+    """(R,) means over the first axis of what is there; NaN where nothing is."""
+    count = there.sum(0)
+    return np.where(count > 0, np.where(there, values, 0.0).sum(0) / np.maximum(count, 1), np.nan)
+
+
+def _f1(hits: np.ndarray, true: np.ndarray, guessed: np.ndarray) -> np.ndarray:
+    return 2 * hits / np.maximum(true + guessed, 1)
+
+
+def _class_counts(p: Predictions, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Drawn rows of each class: hits, true ones and predicted ones, each (C, R)."""
+    drawn, label, guess = _columns(counts), p["label"].astype(np.int64), p["scores"].argmax(1)
+
+    def by_class(of: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        out = np.zeros((p["scores"].shape[1], drawn.shape[1]))
+        order = rows[np.argsort(of[rows], kind="stable")]
+        if len(order):
+            found, starts = np.unique(of[order], return_index=True)
+            out[found] = np.add.reduceat(drawn[order], starts, axis=0)
+        return out
+
+    every = np.arange(len(label))
+    return by_class(label, np.flatnonzero(label == guess)), by_class(label, every), by_class(guess, every)
+
+
+def _balanced(p: Predictions, counts: np.ndarray) -> np.ndarray:
+    """Mean recall over the classes that a draw has rows of."""
+    hits, true, _ = _class_counts(p, counts)
+    return _mean_where(hits / np.maximum(true, 1), true > 0)
+
+
+def _macro_f1(p: Predictions, counts: np.ndarray) -> np.ndarray:
+    """Of classes by the largest score; of label sets by probabilities above 0.5, over the ``scored`` labels."""
+    if "labels" in p:
+        kept, drawn = scored(p), _columns(counts)
+        true, guess = p["labels"][:, kept].astype(bool), p["scores"][:, kept] > 0
+        hits, true, guessed = ((part.T.astype(np.float64) @ drawn) for part in (true & guess, true, guess))
+        return _mean_where(_f1(hits, true, guessed), true > 0)
+    hits, true, guessed = _class_counts(p, counts)
+    return _mean_where(_f1(hits, true, guessed), true + guessed > 0)
+
+
+def _once(resampled: Callable[[Predictions, np.ndarray], np.ndarray]) -> Callable[[Predictions], float]:
+    """The value of the rows themselves: each drawn once."""
+    return lambda p: float(resampled(p, np.ones((1, len(next(iter(p.values())))), dtype=np.int64))[0])
+
+
+def _ranked(scores: np.ndarray, positive: np.ndarray, drawn: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(G, R) drawn positives and negatives of each run of equal scores, the highest first; neighbouring runs without a positive are one."""
+    order = np.argsort(-scores, kind="stable")
+    s, y, drawn = scores[order], positive[order], drawn[order]
+    starts = np.flatnonzero(np.concatenate([[True], s[1:] != s[:-1]]))
+    held = np.add.reduceat(y.astype(np.int64), starts) > 0
+    starts = starts[held | np.concatenate([[True], held[:-1]])]
+    rows = np.add.reduceat(drawn, starts, axis=0)
+    hits = np.add.reduceat(drawn * y[:, None], starts, axis=0)
+    return hits, rows - hits
+
+
+def weighted_auroc(scores: np.ndarray, positive: np.ndarray, drawn: np.ndarray) -> np.ndarray:
+    """(R,) areas under the ROC curve: how often a positive scores above a negative, ties counted half (Mann and Whitney, 1947).
+
+    scores: (n,). positive: (n,) bool. drawn: (n, R) weights of the rows. NaN without both classes or where a score is NaN.
+    """
+    if not len(scores) or np.isnan(scores).any():
+        return np.full(drawn.shape[1], np.nan)
+    hits, misses = _ranked(scores, positive, drawn)
+    pairs = hits.sum(0) * misses.sum(0)
+    below = misses.sum(0) - np.cumsum(misses, axis=0)
+    return np.where(pairs > 0, (hits * (below + misses / 2)).sum(0) / np.maximum(pairs, 1e-300), np.nan)
+
+
+def weighted_average_precision(scores: np.ndarray, positive: np.ndarray, drawn: np.ndarray) -> np.ndarray:
+    """(R,) average precisions: the precision at each threshold times the recall that it adds, not interpolated (as scikit-learn has it).
+
+    Arguments and NaN as for ``weighted_auroc``.
+    """
+    if not len(scores) or np.isnan(scores).any():
+        return np.full(drawn.shape[1], np.nan)
+    hits, misses = _ranked(scores, positive, drawn)
+    found = np.cumsum(hits, axis=0)
+    precision = found / np.maximum(found + np.cumsum(misses, axis=0), 1e-300)
+    total, both = hits.sum(0), (hits.sum(0) > 0) & (misses.sum(0) > 0)
+    return np.where(both, (hits * precision).sum(0) / np.maximum(total, 1e-300), np.nan)
+
+
+Ranking = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+RANKINGS: dict[str, Ranking] = {"auroc": weighted_auroc, "average_precision": weighted_average_precision}
+"""Metrics of one label, by the name that a results row ``auroc/Effusion`` begins with."""
+
+
+def _macro(ranking: Ranking, scores: np.ndarray, positive: np.ndarray, drawn: np.ndarray) -> np.ndarray:
+    """(R,) means over the labels that have both classes in a draw; NaN where none has, or a score is NaN."""
+    if np.isnan(scores).any():
+        return np.full(drawn.shape[1], np.nan)
+    values = np.array([ranking(scores[:, k], positive[:, k], drawn) for k in range(scores.shape[1])]).reshape(-1, drawn.shape[1])
+    return _mean_where(values, ~np.isnan(values))
+
+
+def _auroc(p: Predictions, counts: np.ndarray) -> np.ndarray:
+    """Each class against the rest, by its probability."""
+    scores = torch.as_tensor(p["scores"]).double().softmax(1).numpy()
+    return _macro(weighted_auroc, scores, p["label"][:, None] == np.arange(scores.shape[1]), _columns(counts))
+
+
+# ---------------------------------------------------------------- several labels a row
+
+def scored(p: Predictions, strict: bool = False) -> np.ndarray:
+    """(L,) bool: labels that stand in macro averages, as they have a negative and ``min_positives`` positives among these rows.
+
+    It is counted once, over the rows that are scored, so it is the same for every run and every resample of them. A resample may
+    still miss one class of a label: that label is left out of its average. Where no label has so many (a small validation split),
+    those with one positive stand in, unless ``strict``, as for test rows. Raises ValueError when no label is left.
+    """
+    n, found = len(p["labels"]), p["labels"].sum(0, dtype=np.int64)
+    least = max(1, int(p["min_positives"][0])) if n and "min_positives" in p else 1
+    for enough in (least,) if strict else (least, 1):
+        kept = (found >= enough) & (found < n)
+        if kept.any():
+            return kept
+    raise ValueError(f"none of {len(found)} labels has {least if strict else 1} positive rows and a negative one among these {n} rows (at most "
+                     f"{int(found.max(initial=0))} positive): {'lower min_positives, or ' if strict else ''}give this split more rows")
+
+
+def _macro_of_labels(ranking: Ranking) -> Callable[[Predictions, np.ndarray], np.ndarray]:
+    def resampled(p: Predictions, counts: np.ndarray) -> np.ndarray:
+        kept = scored(p)
+        return _macro(ranking, p["scores"][:, kept], p["labels"][:, kept].astype(bool), _columns(counts))
+
+    return resampled
+
+
+def _micro_f1_units(p: Predictions) -> np.ndarray:
+    true, guess = p["labels"].astype(bool), p["scores"] > 0
+    return np.stack([2 * (true & guess).sum(1), true.sum(1) + guess.sum(1)], axis=1).astype(np.float64)
+
+
+def of_label(name: str, column: int | None) -> Metric:
+    """The metric of one label, such as ``auroc/Effusion``, from its column of the predictions' scores and labels."""
+    ranking = RANKINGS[name.partition("/")[0]]
+
+    def resampled(p: Predictions, counts: np.ndarray) -> np.ndarray:
+        if column is None:
+            raise ValueError(f"metric {name}: it is not known which column of the predictions is this label's")
+        return ranking(p["scores"][:, column], p["labels"][:, column].astype(bool), _columns(counts))
+
+    return Metric(name, True, _once(resampled), resampled=resampled)
+
+
+def per_label(name: str, p: Predictions, labels: Sequence[str]) -> dict[str, float]:
+    """``auroc`` or ``average_precision`` of every label by itself; labels without both classes among the rows have none."""
+    found = {label: of_label(f"{name}/{label}", k).value(p) for k, label in enumerate(labels)}
+    return {label: value for label, value in found.items() if not math.isnan(value)}
+
+
+# ---------------------------------------------------------------- boxes and masks
+
+def _map(p: Predictions, counts: np.ndarray) -> np.ndarray:
+    return coco.average_precision(p, coco.IOU_THRESHOLDS, counts)
+
+
+def _map50(p: Predictions, counts: np.ndarray) -> np.ndarray:
+    return coco.average_precision(p, coco.IOU_THRESHOLDS[:1], counts)
+
+
+def _miou(p: Predictions, counts: np.ndarray) -> np.ndarray:
+    """Mean over classes of intersection over union, each summed over all images; a class that is neither there nor predicted is left out."""
+    drawn = counts.astype(np.float64)
+    inner, guessed, true = (drawn @ p[name].astype(np.float64) for name in ("intersection", "predicted", "actual"))
+    union = guessed + true - inner
+    return _mean_where((inner / np.maximum(union, 1)).T, (union > 0).T)
+
+
+def _pixel_units(p: Predictions) -> np.ndarray:
+    return np.stack([p["intersection"].sum(1), p["actual"].sum(1)], axis=1).astype(np.float64)
 
 
 METRICS: dict[str, Metric] = {m.name: m for m in (
     _ratio("accuracy", True, _hits(1)),
     _ratio("top5_accuracy", True, _hits(5)),
-    Metric("macro_f1", True, _classes("multiclass_f1_score", average="macro")),
-    Metric("balanced_accuracy", True, _balanced),
-    Metric("auroc", True, lambda p: _classes("multiclass_auroc", average="macro")({**p, "scores": torch.as_tensor(p["scores"]).softmax(1).numpy()})),
+    Metric("macro_f1", True, _once(_macro_f1), resampled=_macro_f1),
+    _ratio("micro_f1", True, _micro_f1_units),
+    Metric("balanced_accuracy", True, _once(_balanced), resampled=_balanced),
+    Metric("auroc", True, _once(_auroc), resampled=_auroc),
+    Metric("macro_auroc", True, _once(_macro_of_labels(weighted_auroc)), resampled=_macro_of_labels(weighted_auroc), each="auroc"),
+    Metric("macro_average_precision", True, _once(_macro_of_labels(weighted_average_precision)),
+           resampled=_macro_of_labels(weighted_average_precision), each="average_precision"),
+    Metric("map", True, _once(_map), resampled=_map),
+    Metric("map50", True, _once(_map50), resampled=_map50),
+    Metric("miou", True, _once(_miou), resampled=_miou),
+    _ratio("pixel_accuracy", True, _pixel_units),
     _ratio("loss", False, _loss_units),
     _ratio("perplexity", False, _loss_units, lambda mean: math.exp(min(mean, 700.0))),
 )}
 
 
-def metric(name: str) -> Metric:
-    """A metric by name. Raises ValueError with the nearest names."""
+def metric(name: str, labels: Sequence[str] = ()) -> Metric:
+    """A metric by name; ``auroc/Effusion`` is that of one label, whose column is its place in ``labels``.
+
+    Raises ValueError with the nearest names.
+    """
+    of, _, label = name.partition("/")
+    if label and of in RANKINGS:
+        return of_label(name, list(labels).index(label) if label in labels else None)
     if name not in METRICS:
         raise ValueError(f"unknown metric {name!r}; {nearest(name, METRICS)}")
     return METRICS[name]

@@ -1,4 +1,4 @@
-"""Names of modalities, models, objectives and techniques, found by reading the source files, not by importing them.
+"""Names of modalities, models, objectives, techniques and importers, found by reading the source files, not by importing them.
 
 A file in ``pipeline/<kind folder>/`` that holds ``@register("technique", "lp_ft", options=LPFTOptions)`` adds that name; nothing
 else has to be edited. Names, options and column roles are known before torch is imported (a job file is checked in well under
@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-FOLDERS = {"modality": "modalities", "model": "models", "objective": "objectives", "technique": "techniques"}
+FOLDERS = {"modality": "modalities", "model": "models", "objective": "objectives", "technique": "techniques", "importer": "data/prepare"}
 
 
 def no_truth(value: Any) -> Any:
@@ -138,7 +138,7 @@ def entries(kind: str) -> dict[str, Entry]:
             given = next((word.value for word in call.keywords if word.arg == "options"), None)
             options = _options_class(tree, given.id, file) if isinstance(given, ast.Name) else Options
             needed, optional = (_roles(node, attribute, tree, file) or () for attribute in ("roles", "optional_roles"))
-            out[name] = Entry(kind, name, f"pipeline.{FOLDERS[kind]}.{file.stem}", options, needed, optional)
+            out[name] = Entry(kind, name, f"pipeline.{FOLDERS[kind].replace('/', '.')}.{file.stem}", options, needed, optional)
     return out
 
 

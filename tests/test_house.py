@@ -12,8 +12,8 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "pipeline").rglob("*.py"))
 NAMES = {".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file for file in FILES}
 FLOORS = [
-    {"job", "jobfile", "contracts", "registry", "s3", "storage", "folders", "rng", "lease"},
-    {"metrics", "bundle", "data", "modalities", "models"},
+    {"job", "jobfile", "contracts", "registry", "s3", "storage", "folders", "rng", "lease", "coco", "pixels", "imagefile"},
+    {"metrics", "bundle", "gather", "data", "modalities", "models", "pyramid"},
     {"objectives", "techniques", "starts"},
     {"train"},
     {"transfer"},
@@ -90,6 +90,11 @@ def test_imports_go_to_lower_floors_only(module):
             assert floor(other) == 0, f"{module} (floor 0) imports {other} (floor {floor(other)})"
         else:
             assert floor(other) < floor(module), f"{module} (floor {floor(module)}) imports {other} (floor {floor(other)})"
+
+
+def test_importers_know_nothing_of_each_other():
+    importers = {name for name, file in NAMES.items() if '@register("importer"' in file.read_text()}
+    assert importers and not [(name, other) for name in importers for other in ours(name) & importers]
 
 
 def test_no_imports_go_in_circles():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -257,6 +258,59 @@ def test_checkpoints_are_relative_to_the_file(load, folder, written):
     assert written.strip("'").startswith(f"init: {prefix}:") or prefix == "bundle"
 
 
+JOINED = """\
+name: ssl
+sources:
+  xray:
+    data:
+      uri: rows.parquet
+      modality: {image: {size: 32}}
+      columns: {image: image}
+      more:
+        - {uri: more/*.parquet, modality: image, split_column: split_by_patient}
+        - {train: [rows.parquet], validation: more, modality: {image: {size: 32}}, columns: {image: image}, where: {view: [PA]}}
+    probe: {train: rows.parquet, test: more, modality: image, columns: {image: image, label: label}, more: [{uri: more, modality: image}]}
+    backbone: timm/resnet18
+    init: file-by-order:weights.pth
+    objective: simclr
+    train: {steps: 2}
+"""
+
+
+def test_joined_corpora_and_the_probe_are_relative_to_the_file(load, folder):
+    (folder / "weights.pth").write_bytes(b"x")
+    source = load(JOINED).sources["xray"]
+    assert source.init == f"file-by-order:{folder}/weights.pth"
+    assert source.data and [part.uri or part.train for part in source.data.more] == [f"{folder}/more/*.parquet", [f"{folder}/rows.parquet"]]
+    assert source.data.more[1].validation == f"{folder}/more"
+    assert source.probe and (source.probe.train, source.probe.test) == (f"{folder}/rows.parquet", f"{folder}/more")
+    assert source.probe.more[0].uri == f"{folder}/more"
+
+
+@pytest.mark.parametrize(("right", "wrong", "message"), [
+    ("modality: image, split_column", "modality: text, split_column", r"data\.more\.0\.modality: it is text, that of the first rows image"),
+    ("modality: image, split_column", "modality: {image: {size: 64}}, split_column", r"data\.more\.0\.modality: it is image\{.size.: 64\}, that of the first"),
+    ("modality: image, split_column", "modality: imgae, split_column", r"data\.more\.0\.modality: unknown modality 'imgae'; did you mean image"),
+    ("modality: image, split_column", "split_column", r"data\.more\.0\.modality: this field is required"),
+    ("columns: {image: image}, where", "columns: {image: picture}, where", r"data\.more\.1\.columns: they are .*picture.*, those of the first"),
+    ("uri: more/*.parquet", "uri: nowhere", r"data\.more\.0\.uri: nowhere: no such file, folder or glob"),
+    ("uri: more/*.parquet", "uri: more/*.parquet, more: [{uri: more, modality: image}]", r"data\.more\.0\.more: corpora are joined to the first one alone"),
+    ("split_column: split", "decode: memory, split_column: split", r"data\.more\.0\.decode: said once, for all corpora that are joined"),
+    ("split_column: split", "splitcolumn: split", r"data\.more\.0\.splitcolumn: unknown field; did you mean split_column"),
+    ("test: more, modality", "test: moer, modality", r"probe\.test: moer: no such file"),
+    ("{image: image, label: label}", "{image: image}", r"probe\.columns: role 'label' has no column; say columns: \{label: NAME\}"),
+    ("{image: image, label: label}", "{image: image, label: label, labl: x}", r"probe\.columns\.labl: unknown role; did you mean label"),
+    ("modality: image, columns: {image: image, label: label}, more: [{uri: more, modality: image}]", "modality: text, columns: {text: text, label: a}", r"a probe tries the backbone while it is pretrained"),
+    ("init: file-by-order:weights.pth", "init: file-by-order:wieghts.pth", r"init: file-by-order wieghts\.pth: no such path"),
+    ("train: rows.parquet, test", "trian: rows.parquet, test", r"probe\.trian: unknown field; did you mean train"),
+])
+def test_mistakes_in_joined_corpora_and_the_probe_have_their_place(problems, folder, right, wrong, message):
+    (folder / "weights.pth").write_bytes(b"x")
+    assert right in JOINED
+    found = problems(JOINED.replace(right, wrong, 1))
+    assert any(re.match(rf"\d+: sources\.xray.*{message}", one) for one in found), found
+
+
 def test_a_source_may_be_a_checkpoint_alone(load, folder):
     (folder / "folder").mkdir()
     text = "name: x\nsources:\n  a: {backbone: bundle:folder}\n  b: {backbone: timm-hub:resnet18.a1_in1k}\n  c: {backbone: timm/resnet18, init: hf:folder}\n"
@@ -506,7 +560,7 @@ def test_roles_are_those_of_the_modality_and_the_objective(load, problems):
     assert problems(change=(columns, "columns: {image: image, label: label, label_nmae: label_name}\n")) == [
         f"{at}.label_nmae: unknown role; did you mean label_name or label?"]
     assert problems(change=(columns, "columns: {image: image, text: text}\n")) == [
-        f"{at}.text: unknown role; valid names: image, label, label_name", f"{at}: role 'label' has no column; say columns: {{label: NAME}}"]
+        f"{at}.text: unknown role; valid names: image, label, label_name, mask", f"{at}: role 'label' has no column; say columns: {{label: NAME}}"]
     assert problems(NO_ROLES) == [f"5: sources.garments.data.columns: {text}" for text in (
         "role 'image' has no column; say columns: {image: NAME}", "role 'label' has no column; say columns: {label: NAME}")]
     assert problems(change=("columns: {text: text}", "columns: {text: text, label: label}")) == [

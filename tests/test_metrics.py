@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import sklearn.metrics as theirs
 
+from pipeline import metrics, registry
 from pipeline.metrics import METRICS, metric
 
 
@@ -15,6 +16,26 @@ def predictions(n=200, classes=5, seed=0, skill=1.0, labels=None):
     scores = rng.normal(size=(len(label), classes)).astype(np.float32)
     scores[np.arange(len(label)), label] += skill
     return {"scores": scores, "label": label.astype(np.int64), "loss": rng.gamma(2.0, size=len(label)), "row": np.arange(len(label))}
+
+
+def label_sets(n=120, labels=6, seed=0, skill=1.0, step=None, share=None):
+    """Predictions of several labels a row; ``step`` rounds the scores, so that many are equal."""
+    rng = np.random.default_rng([seed, 7])
+    truth = rng.random((n, labels)) < (np.linspace(0.05, 0.6, labels) if share is None else share)
+    scores = rng.normal(size=(n, labels)) + skill * (truth - 0.5)
+    scores = np.round(scores / step) * step if step else scores
+    return {"scores": scores.astype(np.float32), "labels": truth.astype(np.uint8), "loss": rng.gamma(2.0, size=n)}
+
+
+def repeated(p, counts):
+    """The rows of one resample, each as often as it was drawn."""
+    return {name: np.repeat(array, counts, axis=0) for name, array in p.items()}
+
+
+def everything(n=200, classes=7):
+    """Predictions with all that any metric reads."""
+    pixels = {name: np.random.default_rng(0).integers(1, 50, (n, classes)) for name in ("intersection", "actual")}
+    return {"labels": label_sets(n, classes)["labels"], **predictions(n, classes), **pixels}
 
 
 def softmax(scores):
@@ -66,7 +87,7 @@ def test_a_huge_loss_has_a_perplexity_and_not_an_error():
 
 @pytest.mark.parametrize("name", [name for name, of in METRICS.items() if of.units])
 def test_units_give_the_value(name):
-    of, p = metric(name), predictions(classes=7)
+    of, p = metric(name), everything()
     units = of.units(p)
     assert units.shape == (200, 2) and units.dtype == np.float64
     assert of.of_units(units) == pytest.approx(of.value(p), abs=1e-12)
@@ -76,7 +97,7 @@ def test_units_give_the_value(name):
 
 @pytest.mark.parametrize("name", [name for name, of in METRICS.items() if of.units])
 def test_nothing_counted_is_not_a_number(name):
-    p = {key: array[:0] for key, array in predictions().items()}
+    p = {key: array[:0] for key, array in everything().items()}
     assert math.isnan(metric(name).value(p)) and math.isnan(metric(name).of_units(np.zeros((0, 2))))
 
 
@@ -87,3 +108,126 @@ def test_directions():
 def test_an_unknown_metric_is_named_with_its_nearest():
     with pytest.raises(ValueError, match=r"unknown metric 'acuracy'; did you mean accuracy"):
         metric("acuracy")
+
+
+# ---------------------------------------------------------------- resamples
+
+def theirs_of(name, p):
+    """scikit-learn's value of predictions; the macro averages over the labels with both classes, which it does not leave out by itself."""
+    if "labels" not in p:
+        y, guess = p["label"], p["scores"].argmax(1)
+        if name == "auroc":
+            chance = softmax(p["scores"].astype(np.float64))
+            there = [k for k in range(chance.shape[1]) if 0 < (y == k).sum() < len(y)]
+            return np.mean([theirs.roc_auc_score(y == k, chance[:, k]) for k in there]) if there else np.nan
+        return {"macro_f1": lambda: theirs.f1_score(y, guess, average="macro"), "balanced_accuracy": lambda: theirs.balanced_accuracy_score(y, guess)}[name]()
+    y, scores = p["labels"].astype(bool), p["scores"]
+    there = [k for k in range(y.shape[1]) if y[:, k].any() and (name == "macro_f1" or not y[:, k].all())]
+    one = {"macro_auroc": theirs.roc_auc_score, "macro_average_precision": theirs.average_precision_score,
+           "macro_f1": lambda a, b: theirs.f1_score(a, b > 0)}[name]
+    return np.mean([one(y[:, k], scores[:, k]) for k in there]) if there else np.nan
+
+
+MANY = ("macro_auroc", "macro_average_precision", "macro_f1")
+
+
+@pytest.mark.parametrize("name", ["macro_f1", "balanced_accuracy", "auroc"])
+@pytest.mark.parametrize(("n", "classes"), [(1, 3), (7, 4), (40, 2), (150, 12)])
+@pytest.mark.filterwarnings("ignore:y_pred contains classes not in y_true", "ignore:A single label was found")
+def test_resamples_of_classes_equal_scikit_learn_on_repeated_rows(name, n, classes):
+    """12 classes in 150 rows, 4 in 7 and 3 in one: draws miss classes."""
+    p = predictions(n, classes, seed=n)
+    p["scores"] = np.round(p["scores"] * 2) / 2  # equal scores
+    counts = np.random.default_rng(n).multinomial(n, np.full(n, 1 / n), size=25)
+    found = metric(name).resampled(p, counts)
+    want = [theirs_of(name, repeated(p, row)) for row in counts]
+    assert found.shape == (25,) and found == pytest.approx(want, abs=1e-9, nan_ok=True)
+    assert metric(name).value(p) == pytest.approx(theirs_of(name, p), abs=1e-9, nan_ok=True)
+
+
+@pytest.mark.parametrize("name", MANY)
+@pytest.mark.parametrize(("n", "step"), [(2, None), (9, 1.0), (60, 0.5), (200, None), (200, 5.0)])
+@pytest.mark.filterwarnings("ignore:No positive class found")
+def test_resamples_of_label_sets_equal_scikit_learn_on_repeated_rows(name, n, step):
+    p = label_sets(n, 6, seed=n, step=step)
+    p["labels"][0], p["labels"][1] = 1, 0  # every label counts among the rows, though not in every draw
+    counts = np.random.default_rng(n).multinomial(n, np.full(n, 1 / n), size=25)
+    found = metric(name).resampled(p, counts)
+    assert found == pytest.approx([theirs_of(name, repeated(p, row)) for row in counts], abs=1e-9, nan_ok=True)
+    assert metric(name).value(p) == pytest.approx(theirs_of(name, p), abs=1e-9)
+
+
+def test_fifty_random_cases_of_single_labels_equal_scikit_learn():
+    """AUROC and average precision as weighted sums, against scikit-learn's with sample weights; ties, few rows, rare and common labels."""
+    for seed in range(50):
+        rng = np.random.default_rng(seed)
+        n = int(rng.integers(2, 80))
+        truth = rng.random(n) < rng.choice([0.05, 0.5, 0.95])
+        truth[:2] = True, False
+        scores = np.round(rng.normal(size=n) * rng.choice([1, 3, 100])).astype(np.float32)
+        weights = rng.integers(0, 4, (n, 3)).astype(float)
+        weights[:2] += 1
+        for name, other in (("auroc", theirs.roc_auc_score), ("average_precision", theirs.average_precision_score)):
+            want = [other(truth, scores, sample_weight=w) for w in weights.T]
+            assert metrics.RANKINGS[name](scores, truth, weights) == pytest.approx(want, abs=1e-9)
+
+
+def test_micro_f1_equals_scikit_learn():
+    p = label_sets(80)
+    assert metric("micro_f1").value(p) == pytest.approx(theirs.f1_score(p["labels"], p["scores"] > 0, average="micro"), abs=1e-12)
+
+
+def test_labels_without_both_classes_have_no_ranking():
+    p = label_sets(30, 3)
+    p["labels"][:, 0], p["labels"][:, 1] = 0, 1
+    names = ("never", "always", "some")
+    for name, other in (("auroc", theirs.roc_auc_score), ("average_precision", theirs.average_precision_score)):
+        assert metrics.per_label(name, p, names) == {"some": pytest.approx(other(p["labels"][:, 2], p["scores"][:, 2]), abs=1e-9)}
+        assert metric(f"macro_{name}").value(p) == pytest.approx(other(p["labels"][:, 2], p["scores"][:, 2]), abs=1e-9)
+
+
+def test_a_macro_average_is_over_labels_with_enough_positives():
+    p = label_sets(60, 4)
+    p["labels"][:] = 0
+    for k, positives in enumerate((2, 19, 20, 40)):
+        p["labels"][:positives, k] = 1
+    p["min_positives"] = np.full(60, 20, np.int32)
+    assert metrics.scored(p).tolist() == [False, False, True, True]
+    each = metrics.per_label("auroc", p, "abcd")
+    assert metric("macro_auroc").value(p) == pytest.approx((each["c"] + each["d"]) / 2) and len(each) == 4
+    counts = np.random.default_rng(0).multinomial(60, np.full(60, 1 / 60), size=20)  # a draw with 15 positives keeps its label, one with 25 gains none
+    halves = [np.mean([theirs.roc_auc_score(np.repeat(p["labels"][:, k], c), np.repeat(p["scores"][:, k], c)) for k in (2, 3)]) for c in counts]
+    assert metric("macro_auroc").resampled(p, counts) == pytest.approx(halves, abs=1e-9)
+    p["min_positives"] += 30  # more than any label has: a validation split is then judged by all of them, test rows are not
+    with pytest.raises(ValueError, match=r"none of 4 labels has 50 positive rows .* these 60 rows \(at most 40 positive\): lower min_positives"):
+        metrics.scored(p, strict=True)
+    assert metrics.scored(p).all() and metric("macro_auroc").value(p) == pytest.approx(np.mean(list(each.values())))
+    with pytest.raises(ValueError, match="none of 4 labels has 1 positive rows and a negative one among these 60 rows"):
+        metric("macro_auroc").value({**p, "labels": p["labels"] * 0})
+
+
+def test_a_score_that_is_no_number_makes_no_rank():
+    p = label_sets(30, 3)
+    p["scores"][4, 1] = np.nan
+    assert math.isnan(metric("macro_auroc").value(p)) and math.isnan(metric("macro_average_precision").value(p))
+    assert set(metrics.per_label("auroc", p, "abc")) == {"a", "c"}
+
+
+def test_the_metric_of_a_label_reads_its_column():
+    p, names = label_sets(50, 3), ["Mass", "Effusion", "A/B"]
+    for k, name in enumerate(names):
+        assert metric(f"auroc/{name}", names).value(p) == pytest.approx(theirs.roc_auc_score(p["labels"][:, k], p["scores"][:, k]))
+    assert metric("auroc/Mass").higher_is_better
+    with pytest.raises(ValueError, match="auroc/Mass: it is not known which column"):
+        metric("auroc/Mass").value(p)
+    with pytest.raises(ValueError, match="unknown metric 'recall/Mass'"):
+        metric("recall/Mass", names)
+
+
+def test_confusion_equals_scikit_learn():
+    p = predictions(60, 5, labels=np.arange(60) % 4)
+    assert np.array_equal(metrics.confusion(p), theirs.confusion_matrix(p["label"], p["scores"].argmax(1), labels=range(5)))
+
+
+def test_the_registry_reads_every_name_from_the_source():
+    assert registry.metrics() >= set(METRICS)

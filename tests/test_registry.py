@@ -16,9 +16,9 @@ DECLARED = [(kind, name) for kind in registry.FOLDERS for name in registry.names
 
 @pytest.fixture
 def house(tmp_path, monkeypatch):
-    """An empty house with the four folders; ``house(technique=text)`` writes a file in the folder of a kind."""
+    """An empty house with the folder of every kind; ``house(technique=text)`` writes a file in the folder of a kind."""
     for folder in registry.FOLDERS.values():
-        (tmp_path / folder).mkdir()
+        (tmp_path / folder).mkdir(parents=True)
     monkeypatch.setattr(registry, "__file__", str(tmp_path / "registry.py"))
     caches = (registry.entries, registry.architectures)
     for function in caches:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from pipeline import bundle
-from pipeline.contracts import Backbone, Batch, Features, Modality, Task, Technique
+from pipeline.contracts import Backbone, Batch, Features, Modality, Objective, Task, Technique
 from pipeline.data.manifest import Group, Manifest, Selection
 from pipeline.data.plan import Plan
 from pipeline.data.stream import Decoder, Rows, train_batches
@@ -98,8 +98,8 @@ def packed_rows(n: int = 60, modality: Text | None = None, objective: str = "mlm
     return rows_of(modality, arrays, objective)
 
 
-def take(rows: Rows, places, training: bool = False, seed: int = 0) -> Batch:
-    """A batch of the rows at the given places, ready for the model."""
+def take(rows: Rows, places, training: bool = False, seed: int = 0, objective: Objective | None = None) -> Batch:
+    """A batch of the rows at the given places, ready for the model, with the views that the objective compares."""
     from pipeline.rng import row_keys
 
     places = np.asarray(places)
@@ -107,7 +107,7 @@ def take(rows: Rows, places, training: bool = False, seed: int = 0) -> Batch:
     assert rows.arrays is not None
     keys = torch.from_numpy(row_keys(seed, np.zeros_like(ids), ids))
     batch = Batch(ids, keys, rows.modality.collate({name: array[places] for name, array in rows.arrays.items()}))
-    return evaluate.ready_for(rows)(batch, training)
+    return evaluate.ready_for(rows, objective)(batch, training)
 
 
 # ---------------------------------------------------------------- models

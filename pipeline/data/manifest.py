@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
 from pathlib import PurePosixPath
@@ -147,7 +147,7 @@ class Reader:
             with storage.open_read(self.manifest.files[group.file]) as handle:
                 return pq.ParquetFile(handle).read_row_group(group.number, columns=self.columns)
 
-        table = storage.retry(read)
+        table = typed(storage.retry(read), self.manifest.schema)
         self._groups[g], self._held = table, self._held + table.nbytes
         while self._held > self.cache_bytes and len(self._groups) > 1:
             _, old = self._groups.popitem(last=False)
@@ -168,6 +168,12 @@ class Reader:
         return table if (np.diff(order) == 1).all() else table.take(pa.array(back))
 
 
+def typed(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """The table with the schema's types: files of joined corpora may hold text or whole numbers in another width."""
+    wanted = pa.schema([schema.field(name).remove_metadata() for name in table.column_names])
+    return table if table.schema.equals(wanted) else table.cast(wanted)
+
+
 def read_columns(selection: Selection, columns: list[str]) -> pa.Table:
     """Whole columns of a selection (labels, splits, groups): a scan of those columns alone. Dictionaries (pandas categoricals) come as values."""
     if not columns:
@@ -176,7 +182,7 @@ def read_columns(selection: Selection, columns: list[str]) -> pa.Table:
     for number, file in enumerate(selection.manifest.files):
         if any(g.file == number for g in selection.manifest.groups):
             with storage.open_read(file) as handle:
-                parts.append(pq.read_table(handle, columns=columns))
+                parts.append(typed(pq.read_table(handle, columns=columns), selection.manifest.schema))
     table = _plain_columns(pa.concat_tables(parts) if parts else selection.manifest.schema.empty_table().select(columns))
     return table if selection.rows is None else table.take(pa.array(selection.rows))
 
@@ -194,7 +200,7 @@ def scan(selection: Selection, columns: list[str]) -> Iterator[pa.Table]:
         with storage.open_read(manifest.files[number]) as handle:
             file = pq.ParquetFile(handle)
             for g in numbers:
-                table = _plain_columns(file.read_row_group(manifest.groups[g].number, columns=columns))
+                table = _plain_columns(typed(file.read_row_group(manifest.groups[g].number, columns=columns), manifest.schema))
                 yield table if rows is None else table.take(pa.array(rows[cuts[g]:cuts[g + 1]] - manifest.starts[g]))
 
 
@@ -227,12 +233,12 @@ def _share(values: pa.ChunkedArray | None, ids: np.ndarray, salt: str) -> np.nda
     return per_value[coded.indices.to_numpy(zero_copy_only=False)]
 
 
-def _check_columns(manifest: Manifest, data: Data, roles: tuple[str, ...], place: str) -> None:
-    problems = [f"{place}.data.columns: role {role!r} has no column; say {{{role}: NAME}}; columns are {', '.join(manifest.schema.names)}"
+def _check_columns(manifest: Manifest, data: Data, roles: tuple[str, ...], at: str) -> None:
+    problems = [f"{at}.columns: role {role!r} has no column; say {{{role}: NAME}}; columns are {', '.join(manifest.schema.names)}"
                 for role in roles if role not in data.columns]
     wanted = [*((f"columns.{role}", name) for role, name in data.columns.items()), *(("where", name) for name in data.where)]
     wanted += [(k, v) for k, v in (("split_column", data.split_column), ("group", data.group)) if v]
-    problems += [f"{place}.data.{k}: {manifest.files[0]} has no column {v!r}; {nearest(v, manifest.schema.names)}"
+    problems += [f"{at}.{k}: {manifest.files[0]} has no column {v!r}; {nearest(v, manifest.schema.names)}"
                  for k, v in wanted if v not in manifest.schema.names]
     if problems:
         raise ValueError("\n".join(problems))
@@ -255,34 +261,58 @@ def _where(selection: Selection, where: dict[str, list]) -> Selection:
     return selection.keep(mask)
 
 
-def splits(data: Data, roles: tuple[str, ...], place: str, imports_uri: str, need_test: bool) -> Splits:
-    """Train, validation and test rows of a data spec, declared splits first.
+SPLITS = ("train", "validation", "test")
 
-    Raises ValueError for a missing column, an empty split or a split value that the column does not hold.
+
+def splits(data: Data, roles: tuple[str, ...], place: str, imports_uri: str, need_test: bool) -> Splits:
+    """Train, validation and test rows of a data spec, declared splits first; further corpora (``more``) come after the first one's rows.
+
+    Raises ValueError for a missing column, an empty split, a split value that the column does not hold, a group that stands in two splits, or
+    corpora that cannot be joined.
     """
+    at = f"{place}.data"
+    parts = [_splits(data, roles, at, imports_uri)]
+    for i, part in enumerate(data.more):
+        parts.append(_splits(part.model_copy(update={"columns": data.columns}), roles, f"{at}.more.{i}", imports_uri))
+    groups = [one.group for one in (data, *data.more)]
+    for i, group in enumerate(groups[1:]):
+        if group != groups[0] and (need_test or groups[0]):
+            raise ValueError(f"{at}.more.{i}.group: it is {group or 'not given'}, that of the first rows {groups[0] or 'is not given'}; "
+                             "joined corpora are grouped by one column, say the same of each")
+    out = parts[0] if len(parts) == 1 else _joined(parts, [*data.columns.values(), *([data.group] if data.group else [])], at)
+    for name, needed in (("train", True), ("validation", need_test), ("test", need_test)):
+        if needed and not len(getattr(out, name)):
+            raise ValueError(f"{at}: the {name} split is empty ({out.sizes()}); give {name} files, a split_column or {name}_fraction")
+    for group in dict.fromkeys(filter(None, groups)):
+        _no_crossing([part for part, own in zip(parts, groups, strict=True) if own == group], group, at)
+    return out
+
+
+def _splits(data: Data, roles: tuple[str, ...], at: str, imports_uri: str) -> Splits:
+    """Those of one corpus."""
     first = build(data.uri if data.uri is not None else data.train or [], data.format, imports_uri)
-    _check_columns(first, data, roles, place)
+    _check_columns(first, data, roles, at)
     train = _where(Selection(first), data.where)
     given: dict[str, Selection] = {}
     origin = []
     if data.split_column:
         column = pc.cast(read_columns(train, [data.split_column])[data.split_column], pa.string())
         whole = train
-        for name in ("train", "validation", "test"):
+        for name in SPLITS:
             mask = pc.is_in(column, value_set=pa.array(data.split_values.get(name, [name]))).to_numpy(zero_copy_only=False)  # pyright: ignore[reportAttributeAccessIssue]
             if mask.any():
                 given[name] = whole.keep(mask)
         train = given.get("train", whole.keep(np.zeros(len(whole), dtype=bool)))
         if not len(train):
             found = ", ".join(map(str, pc.unique(column).to_pylist()[:10]))  # pyright: ignore[reportAttributeAccessIssue]
-            raise ValueError(f"{place}.data.split_column: no row of {data.split_column} is "
+            raise ValueError(f"{at}.split_column: no row of {data.split_column} is "
                              f"{data.split_values.get('train', ['train'])}; it holds {found}; set split_values")
         origin.append(f"column {data.split_column}")
     for name in ("validation", "test"):
         files = getattr(data, name)
         if files is not None:
             manifest = build(files, data.format, imports_uri)
-            _check_columns(manifest, data, roles, place)
+            _check_columns(manifest, data, roles, at)
             given[name] = _where(Selection(manifest), data.where)
             origin.append(f"{name} files")
     for name, fraction in (("test", data.test_fraction), ("validation", data.validation_fraction)):
@@ -291,21 +321,71 @@ def splits(data: Data, roles: tuple[str, ...], place: str, imports_uri: str, nee
             ids = np.arange(len(train)) if train.rows is None else train.rows
             held = _share(group, ids, name) < fraction
             given[name], train = train.keep(held), train.keep(~held)
-            origin.append(f"{name}: {fraction:g} of train by hash of {data.group or 'the row'}")
-    empty = Selection(first, np.zeros(0, dtype=np.int64))
-    out = Splits(train, given.get("validation", empty), given.get("test", empty), "; ".join(origin) or "as given")
-    for name, needed in (("train", True), ("validation", need_test), ("test", need_test)):
-        if needed and not len(getattr(out, name)):
-            raise ValueError(f"{place}.data: the {name} split is empty ({out.sizes()}); give {name} files, a split_column or {name}_fraction")
+            origin.append(f"{name}: random {fraction:g} of train by hash of {data.group or 'the row'}")
     if data.group:
-        _no_crossing(out, data.group, place)
-    return out
+        origin.append(f"no {data.group} in two splits")
+    empty = Selection(first, np.zeros(0, dtype=np.int64))
+    return Splits(train, given.get("validation", empty), given.get("test", empty), "; ".join(origin) or "as given")
 
 
-def _no_crossing(found: Splits, group: str, place: str) -> None:
+def _joined(parts: list[Splits], columns: list[str], at: str) -> Splits:
+    """Each split of several corpora as one selection, in the order of the job file."""
+    chosen = {name: [(i, found) for i, part in enumerate(parts) if len(found := getattr(part, name))] or [(0, getattr(parts[0], name))] for name in SPLITS}
+    whole = {name: _concatenated([selection for _, selection in found], columns, [at if i == 0 else f"{at}.more.{i - 1}" for i, _ in found])
+             for name, found in chosen.items()}
+    told = "; ".join(f"corpus {i + 1}: {part.origin}" for i, part in enumerate(parts))
+    if len({part.origin for part in parts}) == 1:
+        told = f"each of {len(parts)} corpora: {parts[0].origin}"
+    return Splits(whole["train"], whole["validation"], whole["test"], told)
+
+
+def _concatenated(selections: list[Selection], columns: list[str], places: list[str]) -> Selection:
+    """Row ids, files and row groups of the second after those of the first, and so on; ``columns`` have the types of the first.
+
+    Raises ValueError for a column that is of another kind in a later one (whole numbers or texts of another width are no other kind).
+    """
+    first = selections[0].manifest
+    for selection, place in zip(selections, places, strict=True):
+        for name in dict.fromkeys(columns):
+            theirs, ours = selection.manifest.schema.field(name).type, first.schema.field(name).type
+            if _kind(theirs) != _kind(ours):
+                raise ValueError(f"{place}: column {name!r} is {theirs} in {selection.manifest.files[0]} and {ours} in {first.files[0]}; "
+                                 "joined corpora need columns of the same type: write one of them anew")
+    if len(selections) == 1:
+        return selections[0]
+    manifests = [selection.manifest for selection in selections]
+    files = np.cumsum([0, *(len(manifest.files) for manifest in manifests)])
+    rows = np.cumsum([0, *(manifest.rows for manifest in manifests)])
+    schema = _plain_columns(first.schema.empty_table().select(list(dict.fromkeys(columns)))).schema
+    joined = Manifest(tuple(file for manifest in manifests for file in manifest.files),
+                      tuple(replace(group, file=int(group.file + files[i])) for i, manifest in enumerate(manifests) for group in manifest.groups),
+                      schema, spec_hash([manifest.fingerprint for manifest in manifests]))
+    ids = [selection.ids(np.arange(len(selection))) + rows[i] for i, selection in enumerate(selections)]
+    return Selection(joined, None if all(selection.rows is None for selection in selections) else np.concatenate(ids))
+
+
+def _kind(of: pa.DataType) -> str:
+    """One word for types whose values are cast to each other without loss of meaning."""
+    if pa.types.is_dictionary(of):
+        return _kind(of.value_type)
+    if pa.types.is_list(of) or pa.types.is_large_list(of):
+        return f"list of {_kind(of.value_type)}"
+    named = {"text": (pa.types.is_string, pa.types.is_large_string), "bytes": (pa.types.is_binary, pa.types.is_large_binary),
+             "whole number": (pa.types.is_integer,), "number": (pa.types.is_floating,)}
+    return next((word for word, tests in named.items() if any(test(of) for test in tests)), str(of))
+
+
+def _no_crossing(parts: list[Splits], group: str, at: str) -> None:
+    """Raises ValueError for values of the group (patients) that stand in two splits, also of two corpora that are grouped by one column."""
     seen: dict[str, str] = {}
-    for name in ("train", "validation", "test"):
-        selection = getattr(found, name)
-        for value in pc.unique(read_columns(selection, [group])[group]).to_pylist() if len(selection) else ():  # pyright: ignore[reportAttributeAccessIssue]
-            if seen.setdefault(str(value), name) != name:
-                raise ValueError(f"{place}.data.group: {group} {value!r} stands in {seen[str(value)]} and in {name}; a group must not cross splits")
+    crossing: dict[str, str] = {}
+    for name in SPLITS:
+        for selection in (getattr(part, name) for part in parts):
+            for value in pc.unique(read_columns(selection, [group])[group]).to_pylist() if len(selection) else ():  # pyright: ignore[reportAttributeAccessIssue]
+                if seen.setdefault(str(value), name) != name:
+                    crossing.setdefault(str(value), f"{group} {value!r} stands in {seen[str(value)]} and in {name}")
+    if crossing:
+        others = [value for value in crossing][1:]
+        more = f" (and so do {len(others)} more: {', '.join(others[:4])}{', ...' if len(others) > 4 else ''})" if others else ""
+        raise ValueError(f"{at}.group: {next(iter(crossing.values()))}{more}; a group must not cross splits: take a split_column that keeps each "
+                         f"{group} whole, or leave the splits out to have them made by hash of {group}")

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
+import math
+from functools import cache
 from typing import Any
 
 import timm
+import torch
 from pydantic import Field
+from timm.layers import PatchEmbed, resample_abs_pos_embed, resize_rel_pos_bias_table
 from timm.models import group_parameters
-from torch import Tensor
+from timm.models._manipulate import adapt_input_conv
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
 
 from pipeline.contracts import Backbone, Batch, Features, Stage
 from pipeline.registry import Options, register
@@ -32,20 +39,19 @@ class Timm(Backbone):
         super().__init__(architecture, options, inputs)
         if "channels" not in inputs:
             raise ValueError(f"timm/{architecture} reads images; these rows are {', '.join(inputs) or 'something else'}")
-        wanted: dict[str, Any] = {"in_chans": inputs["channels"], "num_classes": 0, "pretrained": False}
-        config = timm.models.get_pretrained_cfg(architecture, allow_unregistered=True)
-        if config is not None and config.fixed_input_size:
-            wanted["img_size"] = inputs["size"]
-        if architecture.startswith("inception_v3"):
-            wanted["aux_logits"] = False  # with the auxiliary head it returns a tuple in evaluation too
-        if options.drop_path:
-            wanted["drop_path_rate"] = options.drop_path
-        if options.drop_rate:
-            wanted["drop_rate"] = options.drop_rate
-        self.model: Any = timm.create_model(architecture, **wanted)
+        for option, argument in (("drop_path", "drop_path_rate"), ("drop_rate", "drop_rate")):
+            if getattr(options, option) and argument not in _arguments(architecture):
+                raise ValueError(f"timm/{architecture} has no {option}: leave it out")
+        if problem := _refused(architecture, inputs["channels"], inputs["size"]):
+            raise ValueError(problem)
+        self.model: Any = _create(architecture, inputs["channels"], inputs["size"], drop_path_rate=options.drop_path, drop_rate=options.drop_rate)
         self.arch = {"name": f"timm/{architecture}", "options": options.model_dump(), "inputs": dict(inputs)}
         self.pooled_dim = getattr(self.model, "head_hidden_size", None) or self.model.num_features
-        self.token_dim = self.model.num_features if hasattr(self.model, "blocks") and hasattr(self.model, "patch_embed") else None
+        shape, _ = _probed(architecture, inputs["channels"], inputs["size"])
+        self.token_dim = shape[2] if len(shape) == 3 else None
+        embed: Any = self.model.patch_embed if issubclass(type(self.model), VisionTransformer) else None
+        self.patch: int | None = int(embed.patch_size[0]) if type(embed) is PatchEmbed else None
+        """Pixels a side of a plain vision transformer's patches, which ``token_mask`` can leave out (true); none for other models."""
         info = self.model.feature_info
         info = info.info if hasattr(info, "info") else info
         self.stage_info = tuple(Stage(str(i["module"]), int(i["num_chs"]), int(i["reduction"])) for i in info)
@@ -57,11 +63,114 @@ class Timm(Backbone):
             x, maps = self.model.forward_intermediates(x)
             stages = dict(zip((stage.name for stage in self.stage_info), maps, strict=True))
         else:
-            x = self.model.forward_features(x)
-        tokens = x if x.dim() == 3 else None
+            x = self.model.forward_features(x) if token_mask is None else self._visible(x, token_mask)
+        tokens = x if self.token_dim is not None else None
         return Features(self.model.forward_head(x, pre_logits=True), tokens=tokens, stages=stages)
 
+    def _visible(self, x: Tensor, token_mask: Tensor) -> Tensor:
+        """(B, prefix + k, D) tokens of the k patches of each row that ``token_mask`` (B, N, row by row over the image) leaves, without the others."""
+        if self.patch is None:
+            raise ValueError(f"{self.arch['name']} cannot leave patches out: only plain vision transformers can (timm/vit_*, timm/deit_*)")
+        m = self.model
+        x = m._pos_embed(m.patch_embed(x))
+        prefix = m.num_prefix_tokens
+        places = (~token_mask).nonzero()[:, 1].view(len(x), -1)
+        kept = x[:, prefix:].gather(1, places[:, :, None].expand(-1, -1, x.shape[2]))
+        return m.norm(m.blocks(m.norm_pre(torch.cat([x[:, :prefix], kept], dim=1))))
+
+    def adapted(self, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+        """timm's rules (timm.models.adapt_input_conv, timm.layers): the first convolution's weights are summed over colours for one channel, one
+        channel's are repeated and divided; position embeddings are resampled bicubically to this input's grid (Dosovitskiy et al. 2021, section 3.2)."""
+        out, notes = dict(tensors), []
+        first: Any = self.model.pretrained_cfg.get("first_conv") or ()
+        firsts = {f"model.{name}.weight" for name in ((first,) if isinstance(first, str) else first)}
+        for name, mine in self.state_dict().items():
+            theirs = out.get(name)
+            if theirs is None or theirs.shape == mine.shape or theirs.dim() != mine.dim():
+                continue
+            if name in firsts and theirs.shape[1] in (1, 3) and theirs.shape[2:] == mine.shape[2:]:
+                had, has = theirs.shape[1], mine.shape[1]
+                out[name] = adapt_input_conv(has, theirs) if had == 3 else theirs.repeat(1, has, 1, 1) / has
+                notes.append(f"{name}: {had} input channels {'summed into' if has == 1 else 'repeated to'} {has}")
+            elif name == "model.pos_embed" and mine.dim() == 3:
+                prefix = 0 if getattr(self.model, "no_embed_class", False) else getattr(self.model, "num_prefix_tokens", 1)
+                old, new = math.isqrt(max(0, theirs.shape[1] - prefix)), self.model.patch_embed.grid_size
+                if old and old ** 2 + prefix == theirs.shape[1] and theirs.shape[2] == mine.shape[2]:
+                    resample: Any = resample_abs_pos_embed  # torch.fx.wrap hides from type checkers that it can be called
+                    out[name] = resample(theirs, new_size=list(new), old_size=[old, old], num_prefix_tokens=prefix)
+                    notes.append(f"{name}: resampled from {old} x {old} to {new[0]} x {new[1]} patches")
+            elif name.endswith(".relative_position_bias_table") and theirs.shape[1:] == mine.shape[1:]:
+                module: Any = self.get_submodule(name.rpartition(".")[0])
+                window = module.window_size
+                out[name] = resize_rel_pos_bias_table(theirs, new_window_size=window, new_bias_shape=tuple(mine.shape))
+                notes.append(f"{name}: resampled to a window of {window[0]} x {window[1]} patches")
+        return out, notes
+
     def layers(self) -> dict[str, list[str]]:
-        groups = group_parameters(self.model, self.model.group_matcher(coarse=False))
-        ordered = sorted(groups.items(), key=lambda item: item[0])
-        return {f"layer{i:02d}": [f"model.{name}" for name in names] for i, (_, names) in enumerate(ordered)}
+        if hasattr(self.model, "group_matcher"):
+            groups = group_parameters(self.model, self.model.group_matcher(coarse=False))
+            ordered = [names for _, names in sorted(groups.items(), key=lambda item: item[0])]
+        else:  # a few models do not say: what they are made of, in order, lists of blocks one by one; embeddings of their own go with the first
+            parts: dict[str, list[str]] = {}
+            names = [name for name, _ in self.model.named_parameters()]
+            stem = next(name for name in names if "." in name)
+            for name in names:
+                child, *rest = (name if "." in name else stem).split(".")
+                listed = isinstance(getattr(self.model, child), (nn.Sequential, nn.ModuleList))
+                parts.setdefault(f"{child}.{rest[0]}" if listed else child, []).append(name)
+            ordered = list(parts.values())
+        return {f"layer{i:02d}": [f"model.{name}" for name in names] for i, names in enumerate(ordered)}
+
+
+@cache
+def _arguments(architecture: str) -> frozenset[str]:
+    """What the constructor of an architecture's class takes."""
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        kind = type(timm.create_model(architecture, num_classes=0))
+    return frozenset(name for base in kind.__mro__ if "__init__" in vars(base) for name in inspect.signature(base).parameters)
+
+
+def _create(architecture: str, channels: int, size: int, **rates: float) -> Any:
+    """The timm model without a classifier, for images of ``size`` pixels a side, and of others where it takes them."""
+    known = _arguments(architecture)
+    wanted: dict[str, Any] = {"in_chans": channels, "num_classes": 0, **{name: rate for name, rate in rates.items() if name in known}}
+    config = timm.models.get_pretrained_cfg(architecture, allow_unregistered=True)
+    if config is not None and config.fixed_input_size:
+        wanted["img_size"] = size
+    if "dynamic_img_size" in known:
+        wanted["dynamic_img_size"] = True
+    if "aux_logits" in known:
+        wanted["aux_logits"] = False  # with the auxiliary head Inception v3 returns a tuple in evaluation too
+    return timm.create_model(architecture, pretrained=False, **wanted)
+
+
+SEVERAL = "gives several tensors, not one"
+
+
+@cache
+def _probed(architecture: str, channels: int, size: int) -> tuple[tuple[int, ...], str]:
+    """(shape of what the model makes of one such image, "") or ((), why it cannot), by a pass without memory or arithmetic (device meta)."""
+    try:
+        with torch.device("meta"), torch.random.fork_rng(devices=[]), torch.no_grad():
+            model = _create(architecture, channels, size).eval()
+            found = model.forward_features(torch.empty(1, channels, size, size))
+            if not isinstance(found, Tensor):
+                return (), SEVERAL
+            model.forward_head(found, pre_logits=True)
+            return tuple(found.shape), ""
+    except Exception as error:  # assertions, shapes and more: each family has its own way to refuse
+        return (), (f"{error}".strip() or type(error).__name__).splitlines()[0][:160]
+
+
+@cache
+def _refused(architecture: str, channels: int, size: int) -> str:
+    """What is wrong with a size, with the next one that is right; or nothing, also for a model that cannot be asked without memory."""
+    reason = _probed(architecture, channels, size)[1]
+    if reason == SEVERAL:
+        return f"timm/{architecture} cannot be a backbone here: its forward_features {SEVERAL}"
+    config = timm.models.get_pretrained_cfg(architecture, allow_unregistered=True)
+    usual = config.input_size[-1] if config is not None else 224
+    if not reason or _probed(architecture, channels, usual)[1]:
+        return ""
+    least = next((other for other in range(size + 1, max(size, usual) + 65) if not _probed(architecture, channels, other)[1]), usual)
+    return f"timm/{architecture} takes no images of {size} pixels a side ({reason}); the next size that it takes is {least}: say so in data.modality"

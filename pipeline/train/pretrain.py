@@ -18,7 +18,7 @@ from pipeline.data.plan import Plan
 from pipeline.data.stream import DataWorkers, Decoder, Place, Rows, check_budget, rows_an_item, train_batches
 from pipeline.job import Train
 from pipeline.techniques.rates import Full
-from pipeline.train import checkpoint, evaluate, loop
+from pipeline.train import checkpoint, evaluate, loop, probe
 from pipeline.train.log import MetricsLog
 from pipeline.train.loop import Ranks
 from pipeline.train.source import Fitted, SourceStage, arch_of, canonical_shards, check_plan
@@ -137,6 +137,9 @@ def train_rank(work: RankJob, ranks: Ranks, on_progress: Callable[[dict[str, Any
     log = MetricsLog(storage.join(work.uri, "log"), resume) if ranks.first else None
     if log and fitted.left_out:
         log.quarantine(list(fitted.left_out))
+    if check and fitted.probe:
+        tried = probe.prober(fitted.probe, rows.modality, ranks, lambda: loop.autocast(train, ranks.device), lambda found: log and log.quarantine(found))
+        check = _both(check, tried)
 
     def on_log(record: dict[str, Any]) -> None:
         bad.gather(log)
@@ -147,12 +150,12 @@ def train_rank(work: RankJob, ranks: Ranks, on_progress: Callable[[dict[str, Any
             on_progress(record)
 
     def on_eval(step: int, metrics: dict[str, Any]) -> None:
-        on_log({"step": step, "steps": work.steps, **{f"validation_{k}": v for k, v in metrics.items()}})
+        on_log({"step": step, "steps": work.steps, **{k if k == probe.METRIC else f"validation_{k}": v for k, v in metrics.items()}})
 
     trace = _Trace(storage.join(work.uri, f"rows-rank{ranks.rank}.jsonl")) if train.trace_rows else None
     began = time.time()
     run = loop.Run(task=task, technique=Full(), train=train, steps=work.steps, seed=work.seed, batches=batches, ready=ready,
-                   keeper=loop.KeepBest(objective.metrics[0], train.keep), evaluate=check, ranks=ranks,
+                   keeper=loop.KeepBest(objective.metrics[0], "last" if objective.couples_rows else train.keep), evaluate=check, ranks=ranks,
                    checkpoints=storage.join(work.uri, "checkpoints"), on_log=on_log, on_eval=on_eval, on_rows=trace,
                    bad_rows=lambda found, seen: bad.add("train", found))
     try:
@@ -174,6 +177,11 @@ def train_rank(work: RankJob, ranks: Ranks, on_progress: Callable[[dict[str, Any
         if fitted.initial:
             storage.remove_tree(fitted.initial)
     return facts
+
+
+def _both(check: Callable[[Any], dict[str, float]], tried: Callable[[Any], float]) -> Callable[[Any], dict[str, float]]:
+    """The validation metrics and, beside them, the probe's."""
+    return lambda task: {**check(task), probe.METRIC: tried(task)}
 
 
 def device_name(device: torch.device) -> str:

@@ -22,7 +22,7 @@ def training_line(name: str, record: dict[str, Any]) -> str:
     """step/total, loss, metrics, rows/s, share of time waiting for data, ETA."""
     parts = [f"{name}: step {record.get('step', 0)}/{record.get('steps', '?')}"]
     for key, value in record.items():
-        if key in ("loss", "accuracy") or (key.startswith("validation_") and key != "validation_loss"):
+        if key in ("loss", "accuracy", "probe_knn") or (key.startswith("validation_") and key != "validation_loss"):
             parts.append(f"{key.replace('validation_', 'val ')} {value:.4g}")
     if "rows_per_second" in record:
         parts += [f"{record['rows_per_second']:.0f} rows/s", f"data wait {record['wait_share']:.0%}", f"ETA {duration(record['eta_seconds'])}"]

@@ -13,13 +13,14 @@ import pyarrow.parquet as pq
 
 from pipeline import bundle, folders, registry, starts, storage
 from pipeline.bundle import BundleError
-from pipeline.contracts import Modality
+from pipeline.contracts import Modality, Objective
 from pipeline.data import manifest as manifests
 from pipeline.data.manifest import Selection, Splits
 from pipeline.data.plan import Plan
 from pipeline.data.stream import check_budget, map_items
 from pipeline.job import STARTS, Job, Source, spec_hash
 from pipeline.rng import mix
+from pipeline.train import probe as probes
 
 STAGE_VERSION = 2
 """Raised when the code of a stage changes what it makes from the same job."""
@@ -42,6 +43,7 @@ class SourceStage:
     spec: Source
     splits: Splits | None
     key: str
+    probe: Splits | None = None
 
     @property
     def uri(self) -> str:
@@ -79,16 +81,24 @@ def stage(job: Job, name: str) -> SourceStage:
         if objective.couples_rows and spec.train.micro_batch is not None:
             raise ValueError(f"sources.{name}.train.micro_batch: {spec.objective.name} compares all rows of a global batch with each other, which parts of "
                              "it would not do; leave it out, and use more workers or a smaller global_batch")
+        if objective.views is not Objective.views and modality.views is Modality.views:
+            raise ValueError(f"sources.{name}.objective: {spec.objective.name} compares random views of a row, and {spec.data.modality.name} rows have none; "
+                             "it is for images")
+        if objective.couples_rows and spec.train.keep == "best" and "keep" in spec.train.model_fields_set:
+            raise ValueError(f"sources.{name}.train.keep: the validation loss of {spec.objective.name} follows from which rows are validated together and says "
+                             "little of the backbone; leave it out: the last weights are kept")
         if spec.data.decode == "device" and modality.encoded is Modality.encoded:
             raise ValueError(f"sources.{name}.data.decode: {spec.data.modality.name} rows are not decoded on the device; use workers, train, memory or auto")
         splits = manifests.splits(spec.data, roles, f"sources.{name}", storage.join(job.root, "imports"), need_test=False)
-    what = spec.model_dump(mode="json", exclude={"data", "workers", "cpus_per_worker", "gpus_per_worker", "max_failures", "train", "init"})
+    probe = probes.splits(spec, f"sources.{name}", bool(splits and len(splits.validation)), storage.join(job.root, "imports"))
+    what = spec.model_dump(mode="json", exclude={"data", "probe", "workers", "cpus_per_worker", "gpus_per_worker", "max_failures", "train", "init"})
     what["start"] = starts.fingerprint(spec.init) if spec.init else None
     if spec.backbone.name.startswith(STARTS):  # where a checkpoint lies does not count, what it holds does
         what["backbone"]["name"] = starts.fingerprint(spec.backbone.name)
     key = spec_hash(STAGE_VERSION, name, what, spec.train.model_dump(mode="json", exclude=HOW_NOT_WHAT), job.seed,
-                    [data_key(spec.data), splits.fingerprint, canonical_shards(spec)] if spec.data and splits else None)
-    made = SourceStage(job, name, spec, splits, key)
+                    [data_key(spec.data), splits.fingerprint, canonical_shards(spec)] if spec.data and splits else None,
+                    *([[data_key(spec.probe), probe.fingerprint]] if spec.probe and probe else []))
+    made = SourceStage(job, name, spec, splits, key, probe)
     if splits is not None and not made.packed:
         check_plan(made, len(splits.train))
     return made
@@ -132,6 +142,7 @@ class Fitted:
     moved: str
     left_out: tuple[dict[str, Any], ...]
     text: str
+    probe: probes.Probe | None = None
 
 
 def sample(selection: Selection, columns: list[str], rows: int) -> pa.Table:
@@ -175,7 +186,10 @@ def fit(stage: SourceStage) -> Fitted:
         note += f"; {form} into {len(train)} and {len(validation)} rows of {bundle.build_modality(modality).inputs()['length']} tokens"
     if left_out:
         note += f"; {len(left_out)} rows left out ({left_out[0]['place']}: {left_out[0]['reason']}{', ...' if len(left_out) > 1 else ''})"
-    return Fitted(arch, modality, fitted, columns, train, validation, text, initial if text else None, moved, tuple(left_out), note)
+    probe = probes.prepare(spec.probe, stage.probe, bundle.build_modality(modality)) if spec.probe and stage.probe else None
+    if probe:
+        note += f"; probe of {len(probe.train)} training and {len(probe.validation)} validation rows"
+    return Fitted(arch, modality, fitted, columns, train, validation, text, initial if text else None, moved, tuple(left_out), note, probe)
 
 
 def arch_of(spec: Source, start: starts.Start | None, inputs: dict[str, Any]) -> dict[str, Any]:

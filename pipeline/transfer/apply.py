@@ -43,25 +43,25 @@ class _Predictor:
         if self._task is None:
             found = bundle.load(self.uri)
             self._task, self._modality = found.task().to(device), found.modality()
-            self._labels = found.manifest["objective"]["state"].get("labels")
-        rows = Rows(self.selection, Decoder(self._modality, None, {}, self.columns))
-        part = Rows(Selection(self.selection.manifest, self.selection.ids(np.arange(item.start, item.stop))), rows.decoder).in_memory(1.0, cpus=0)
-        reasons = dict(part.bad)
-        found = evaluate.predictions(self._task, eval_batches(part, 128), evaluate.ready_for(part), Ranks(device=device), torch.no_grad())
-        return self._table(self.selection.ids(np.arange(item.start, item.stop)), found, reasons)
+        ids = self.selection.ids(np.arange(item.start, item.stop))
+        rows = Rows(Selection(self.selection.manifest, ids), Decoder(self._modality, None, {}, self.columns)).in_memory(1.0, cpus=0, keep_bad=True)
+        found = evaluate.predictions(self._task, eval_batches(rows, 128), evaluate.ready_for(rows), Ranks(device=device), torch.no_grad())
+        found.pop("row")
+        return _table(ids, self._task.objective.written(found), dict(rows.bad))
 
-    def _table(self, ids: np.ndarray, found: dict[str, np.ndarray], reasons: dict[int, str]) -> Arrays:
-        """One line a row, in order; a row that cannot be decoded has its reason and no prediction."""
-        n = len(ids)
-        out: Arrays = {"row": ids, "error": np.array([reasons.get(int(i), "") for i in ids], dtype=object)}
-        if self._labels is None:
-            return out | {name: array for name, array in found.items() if name != "row" and len(array) == n}
-        scores = np.full((n, len(self._labels)), np.nan, dtype=np.float32)
-        if found:
-            places = np.searchsorted(ids, found["row"])
-            scores[places] = torch.from_numpy(found["scores"]).softmax(1).numpy()
-        named = ["" if np.isnan(s[0]) else self._labels[int(s.argmax())] for s in scores]
-        return out | {"prediction": np.array(named, dtype=object), "probabilities": scores}
+
+def _table(ids: np.ndarray, found: Arrays, reasons: dict[int, str]) -> Arrays:
+    """One line a row, in order; a row that cannot be decoded was predicted from zeros: it has its reason and no prediction."""
+    bad = np.array([int(i) in reasons for i in ids], dtype=bool)
+    out: Arrays = {"row": ids, "error": np.array([reasons.get(int(i), "") for i in ids], dtype=object)}
+    for name, array in found.items():
+        if array.dtype == object:
+            for place in np.flatnonzero(bad):
+                array[place] = type(array[place])()  # an empty one of its kind, so that all parts have one schema
+        else:
+            array[bad] = np.nan if array.dtype.kind == "f" else -1
+        out[name] = array
+    return out
 
 
 def check(uri: str) -> dict[str, Any]:

@@ -6,12 +6,15 @@ Text is escaped here and nowhere else: blocks hold plain text, and figures hold 
 from __future__ import annotations
 
 import html
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from statistics import median
 
 MARKS = {"wins": "▲", "loses": "▼", "no difference": "="}
 """Verdicts are told by sign and word, never by colour alone."""
+DASH = "–"
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,17 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Heat:
+    """A table of shares between 0 and 1, shown in per cent and shaded by them; ``names`` are the rows' names."""
+
+    corner: str
+    header: Sequence[str]
+    names: Sequence[str]
+    shares: Sequence[Sequence[float]]
+    caption: str = ""
+
+
+@dataclass(frozen=True)
 class Tally:
     """Numbers to see first: (number, what, tone)."""
 
@@ -79,7 +93,26 @@ class Details:
     blocks: Sequence[Block] = field(default_factory=tuple)
 
 
-Block = Heading | Text | Bullets | Code | Table | Tally | Figure | Details
+Block = Heading | Text | Bullets | Code | Table | Heat | Tally | Figure | Details
+
+
+# ---------------------------------------------------------------- numbers
+
+def places(intervals: Iterable[tuple[float | None, float | None]]) -> int:
+    """Decimals that show two digits of a typical interval's half width."""
+    widths = [high - low for low, high in intervals if low is not None and high is not None and high > low]
+    return min(6, max(0, math.ceil(-math.log10(median(widths) / 2)) + 1)) if widths else 3
+
+
+def spread(middle: float | None, low: float | None, high: float | None, places: int, sign: str = "") -> str:
+    if middle is None:
+        return DASH
+    bounds = "" if low is None or high is None else f" [{low:{sign}.{places}f}, {high:{sign}.{places}f}]"
+    return f"{middle:{sign}.{places}f}{bounds}"
+
+
+def percent(share: float) -> str:
+    return "·" if share == 0 else "<1" if share < 0.005 else f"{100 * share:.0f}"
 
 
 # ---------------------------------------------------------------- Markdown
@@ -119,6 +152,9 @@ def _md_block(block: Block) -> str:
         rule = [":--" if i < block.text_columns else "--:" for i in range(len(block.header))]
         lines = [[_md(name) for name in block.header], rule, *([_md_cell(value) for value in row] for row in block.rows)]
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    if isinstance(block, Heat):
+        body = [[name, *map(percent, line)] for name, line in zip(block.names, block.shares, strict=True)]
+        return _md_block(Table([block.corner, *block.header], body)) + (f"\n\n_{_md(block.caption)}_" if block.caption else "")
     if isinstance(block, Details):
         inner = "\n\n".join(text for part in block.blocks if (text := _md_block(part)))
         return f"**{_md(block.title)}**\n\n{inner}" if inner else ""
@@ -166,6 +202,16 @@ def _html_table(table: Table) -> str:
     return f'<div class="scroll" tabindex="0"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
 
 
+def _html_heat(heat: Heat) -> str:
+    head = f'<th scope="col">{_h(heat.corner)}</th>' + "".join(f'<th scope="col" class=n>{_h(name)}</th>' for name in heat.header)
+    shade = "background:color-mix(in srgb,var(--s0) {:.0f}%,transparent)"  # 55 % at most: ink stays readable on it in light and dark
+    lines = ["".join(f'<td class=n style="{shade.format(55 * share)}">{_h(percent(share))}</td>' for share in line) for line in heat.shares]
+    body = "\n".join(f'<tr><th scope="row">{_h(name)}</th>{line}</tr>' for name, line in zip(heat.names, lines, strict=True))
+    caption = f"<figcaption>{_h(heat.caption)}</figcaption>" if heat.caption else ""
+    return (f'<figure><div class="scroll" tabindex="0"><table class="heat">\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
+            f"{caption}</figure>")
+
+
 def _html_block(block: Block) -> str:
     if isinstance(block, Heading):
         return f"<h{block.level}>{_h(block.text)}</h{block.level}>"
@@ -177,6 +223,8 @@ def _html_block(block: Block) -> str:
         return f"<pre>{_h(block.text.strip(chr(10)))}</pre>"
     if isinstance(block, Table):
         return _html_table(block)
+    if isinstance(block, Heat):
+        return _html_heat(block)
     if isinstance(block, Tally):
         items = (f'<div class="{_slug(tone)}"><dd>{_h(number)}</dd><dt>{_h(what)}</dt></div>' for number, what, tone in block.items)
         return f'<dl class="tally">{"".join(items)}</dl>'
@@ -215,6 +263,7 @@ th,td{text-align:left;vertical-align:top;padding:.5rem 1.1rem .5rem 0;border-bot
 th{font-weight:600;color:var(--soft);font-size:.82rem;white-space:nowrap;vertical-align:bottom}
 td:first-child{overflow-wrap:break-word;min-width:7rem;max-width:16rem}
 .n{text-align:right;white-space:nowrap;padding:.5rem 0 .5rem 1.1rem}
+.heat{min-width:0}.heat th,.heat td{padding:.35rem .6rem;vertical-align:middle}
 td b{font-weight:600}.sub{display:block;color:var(--soft);font-size:.84rem}
 figure{margin:1rem 0 1.5rem}figure .scroll{margin:0}
 figure svg *{stroke-linejoin:round;stroke-linecap:butt}figure svg{display:block;width:100%;min-width:30rem;height:auto}

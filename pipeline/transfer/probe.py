@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -17,35 +16,20 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from pipeline import registry, storage
+from pipeline import storage
 from pipeline.contracts import Backbone, Batch, Objective, Task
-from pipeline.data.stream import Loaded, Rows, eval_batches
+from pipeline.data.stream import Loaded, Rows
 from pipeline.job import Train, spec_hash
 from pipeline.metrics import Predictions
 from pipeline.train import evaluate, loop
 from pipeline.train.loop import Ranks
 from pipeline.train.pretrain import device_name
+from pipeline.train.probe import features
 from pipeline.transfer import trial as trials
 from pipeline.transfer.trial import Record, Shared, TargetData
 from pipeline.transfer.trials import SCRATCH, Trial
 
-FEATURE_ROWS = 256
 FEATURES_VERSION = 1
-
-
-@torch.no_grad()
-def features(backbone: nn.Module, rows: Rows, device: torch.device, autocast: Any = None) -> tuple[Tensor, dict[str, Tensor]]:
-    """(n, D) pooled features of rows in evaluation mode, and the rows' other tensors (labels), both on the device."""
-    backbone.to(device).eval()
-    labels = registry.get("objective", rows.decoder.objective).label_tensors if rows.decoder.objective else ()
-    ready = evaluate.ready_for(rows)
-    pooled, rest = [], []
-    for batch, _, _ in eval_batches(rows, FEATURE_ROWS):
-        batch = ready(batch.to(device), False)
-        with autocast or nullcontext():
-            pooled.append(backbone(batch).pooled.float())
-        rest.append({name: tensor for name, tensor in batch.data.items() if name in labels})
-    return torch.cat(pooled), {name: torch.cat([part[name] for part in rest]) for name in rest[0]}
 
 
 def kept_features(backbone: nn.Module, shared: Shared, source: str, base: str, target: str, split: str,
@@ -194,8 +178,9 @@ def batchable(group: list[Trial], shared: Shared) -> bool:
     differ with the seed, so theirs are not shared."""
     first = group[0]
     data = shared.targets[first.target, first.base]
-    kind = type(trials.build(first, shared)[0].objective)
-    return first.technique_object.frozen and first.source != SCRATCH and data.spec.workers == 0 and kind.head_loss is not Objective.head_loss
+    objective = trials.build(first, shared)[0].objective
+    pooled = type(objective).head_loss is not Objective.head_loss and not getattr(objective, "mixes", False)  # mixed images have no cached features
+    return first.technique_object.frozen and first.source != SCRATCH and data.spec.workers == 0 and pooled
 
 
 def run(group: list[Trial], shared: Shared) -> list[Record]:

@@ -10,11 +10,11 @@ import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from statistics import fmean, median
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from pipeline import storage
-from pipeline.transfer import page, plots, results, stats
+from pipeline.transfer import labels, page, plots, results, stats
 from pipeline.transfer.cells import EVEN, FAILED, LOSES, REFERENCE, SCRATCH, UNCOMPARED, WINS, Cell, cells, fraction_order
 from pipeline.transfer.page import Block, Bullets, Code, Details, Figure, Heading, Tally, Text, Value
 
@@ -24,37 +24,24 @@ if TYPE_CHECKING:
 __all__ = ["Cell", "cells", "table", "write"]
 
 Row = dict[str, Any]
-_DASH = "–"
+_DASH = page.DASH
 
 
 # ---------------------------------------------------------------- numbers
-
-def _places(intervals: Iterable[tuple[float | None, float | None]]) -> int:
-    """Decimals that show two digits of a typical interval's half width."""
-    widths = [high - low for low, high in intervals if low is not None and high is not None and high > low]
-    return min(6, max(0, math.ceil(-math.log10(median(widths) / 2)) + 1)) if widths else 3
-
 
 def _places_by_target(shown: Sequence[Cell]) -> dict[str, int]:
     by_target: dict[str, list[Cell]] = defaultdict(list)
     for cell in shown:
         by_target[cell.target].append(cell)
-    return {target: _places([(c.low, c.high) for c in group]) for target, group in by_target.items()}
-
-
-def _spread(middle: float | None, low: float | None, high: float | None, places: int, sign: str = "") -> str:
-    if middle is None:
-        return _DASH
-    bounds = "" if low is None or high is None else f" [{low:{sign}.{places}f}, {high:{sign}.{places}f}]"
-    return f"{middle:{sign}.{places}f}{bounds}"
+    return {target: page.places([(c.low, c.high) for c in group]) for target, group in by_target.items()}
 
 
 def _value(cell: Cell, places: int) -> str:
-    return _spread(cell.mean, cell.low, cell.high, places)
+    return page.spread(cell.mean, cell.low, cell.high, places)
 
 
 def _gain(cell: Cell, places: int) -> str:
-    return _spread(cell.gain, cell.gain_low, cell.gain_high, places, "+")
+    return page.spread(cell.gain, cell.gain_low, cell.gain_high, places, "+")
 
 
 def _seconds(seconds: float | None) -> str:
@@ -107,13 +94,15 @@ def table(cells: Sequence[Cell]) -> rich.table.Table:
 # ---------------------------------------------------------------- the written report
 
 def write(root_uri: str, *, job_name: str, cells: Sequence[Cell], rows: Sequence[Row], curves: dict[str, list[dict[str, Any]]],
-          pretraining: Sequence[dict[str, Any]], splits: dict[str, str], notes: Sequence[str], versions: dict[str, str]) -> tuple[str, str]:
+          pretraining: Sequence[dict[str, Any]], splits: dict[str, str], notes: Sequence[str], versions: dict[str, str],
+          runs: dict[str, stats.Run] | None = None) -> tuple[str, str]:
     """Write report.md and report.html under ``root_uri``, each atomically, and give their URIs.
 
     ``rows``: results rows (failures and totals are read from them). ``curves``: trial id to ``[{"step", "loss", "validation":
     {metric: value}}]``. ``pretraining``: one dict a source with ``source, backbone, objective, steps, rows, seconds,
     rows_per_second, metrics, transfer, bundle_uri, splits``, any of which may be missing. ``splits``: target to where its
-    splits come from. ``versions``: library to version, and whatever else was fixed (device, spec hash of the job).
+    splits come from. ``versions``: library to version, and whatever else was fixed (device, spec hash of the job). ``runs``: trial id to
+    test predictions, for what is said of single classes and labels.
     """
     rows = results.filled(rows)
     groups: dict[str, list[Cell]] = defaultdict(list)
@@ -122,7 +111,7 @@ def write(root_uri: str, *, job_name: str, cells: Sequence[Cell], rows: Sequence
     places = _places_by_target(cells)
     blocks: list[Block] = [*_summary(cells, groups, rows, places), *_gains(groups, places)]
     for target, group in groups.items():
-        blocks += _target(target, group, rows, curves, places[target], splits.get(target, ""))
+        blocks += _target(target, group, rows, curves, places[target], splits.get(target, ""), runs or {})
     blocks += [*_cost(cells, rows), *_scores(rows), *_pretraining(pretraining), *_failures(rows), *_duplicates(rows)]
     blocks += [*_splits({t: s for t, s in splits.items() if t not in groups}), *_method(cells, rows, notes, versions)]
     title = _headline(cells)
@@ -193,7 +182,8 @@ def _label(cell: Cell, backbones: bool) -> str:
     return f"{source}{technique}" + (f" ({cell.backbone})" if backbones else "")
 
 
-def _target(target: str, group: list[Cell], rows: Sequence[Row], curves: dict[str, list[dict[str, Any]]], places: int, split: str) -> list[Block]:
+def _target(target: str, group: list[Cell], rows: Sequence[Row], curves: dict[str, list[dict[str, Any]]], places: int, split: str,
+            runs: dict[str, stats.Run]) -> list[Block]:
     metric = next((c.metric for c in group if c.metric), "")
     done = [c for c in group if c.mean is not None]
     out: list[Block] = [Heading(target)]
@@ -213,7 +203,7 @@ def _target(target: str, group: list[Cell], rows: Sequence[Row], curves: dict[st
         out.append(Figure(plots.learning(panels, metric), f"{target}: validation {metric} while fine-tuning, mean over seeds."))
     if len({c.label_fraction for c in done if c.n_train}) > 1:
         out.append(Figure(plots.label_efficiency(done), f"{target}: test {metric} by number of labelled rows, with 95 % intervals."))
-    return out
+    return out + labels.blocks(target, done, rows, runs)
 
 
 def _matrix(group: list[Cell], places: int) -> page.Table:
@@ -234,7 +224,7 @@ def _matrix_value(cell: Cell | None, places: int) -> str | Value:
         return _DASH
     if cell.verdict == FAILED:
         return Value(("failed", _plural(cell.n_failed, "trial")), FAILED)
-    lines = [_spread(cell.mean, None, None, places)]
+    lines = [page.spread(cell.mean, None, None, places)]
     lines += [_value(cell, places).partition(" ")[2]] if cell.low is not None and cell.high is not None else []
     if cell.n_failed:
         lines.append(f"{_plural(cell.n_failed, 'trial')} failed")
@@ -344,8 +334,9 @@ def _method(cells: Sequence[Cell], rows: Sequence[Row], notes: Sequence[str], ve
     found = _verdicts(cells)
     compared = found[WINS] + found[LOSES] + found[EVEN]
     bootstrap = (f"Intervals are 95 % percentile bootstraps (Efron and Tibshirani, 1993) with {stats.DRAWS} draws over test units "
-                 f"({stats.RECOMPUTED_DRAWS} for metrics that are no sum over units), whole groups where the data declare them, and over seeds. "
-                 "Deviations between seeds are widened for their small number (Hesterberg, 2015), without which intervals of 3 seeds would be too short.")
+                 f"(down to {stats.RECOMPUTED_DRAWS} where rows are many and the metric is no sum over them), whole groups where the data declare "
+                 "them, and over seeds. Deviations between seeds are widened for their small number (Hesterberg, 2015), without which intervals of "
+                 "3 seeds would be too short.")
     said = [bootstrap, "Gains are paired: the same seeds and the same test rows, drawn together for both sides. Positive is better."]
     if compared:
         said.append(f"Intervals are not corrected for the number of comparisons: of {compared} comparisons without any true difference, "

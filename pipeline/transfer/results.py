@@ -29,9 +29,10 @@ SCHEMA = pa.schema([
     ("higher_is_better", pa.bool_()), ("split", _TEXT), ("n_train", _INT), ("n_eval", _INT), ("n_units", _INT), ("params_trained", _INT),
     ("steps", _INT), ("seconds", _FLOAT), ("device", _TEXT), ("bundle_uri", _TEXT), ("parent_uri", _TEXT), ("scratch_value", _FLOAT),
     ("gain", _FLOAT), ("gain_low", _FLOAT), ("gain_high", _FLOAT), ("score_name", _TEXT), ("score_value", _FLOAT), ("spec_hash", _TEXT),
-    ("git_sha", _TEXT), ("started_at", pa.timestamp("us", tz="UTC")),
+    ("git_sha", _TEXT), ("started_at", pa.timestamp("us", tz="UTC")), ("split_origin", _TEXT),
 ])
-"""``source`` is "none" for scratch; ``hyper_parameters`` is JSON; ``label_fraction`` is "1.0", "0.05" or "5/class"; a failed
+"""``split_origin`` says where the splits come from (a column, files, at random by which hash): rows of one target that differ in it were
+tested on other rows. ``source`` is "none" for scratch; ``hyper_parameters`` is JSON; ``label_fraction`` is "1.0", "0.05" or "5/class"; a failed
 trial leaves one row without split and metric."""
 
 _ALLOWED = {"trial_stage": ("search", "final"), "status": ("done", "failed", "pruned")}
@@ -85,6 +86,16 @@ def select(rows: Iterable[Row], trial_ids: Collection[str]) -> list[Row]:
 def filled(rows: Iterable[Row]) -> list[Row]:
     """The rows with every column of the table, None where they lack it."""
     return [{name: row.get(name) for name in SCHEMA.names} for row in rows]
+
+
+def told_apart(rows: Iterable[Row]) -> list[Row]:
+    """The rows; where those of one target were split in several ways, its name says which: an official split and a random one never share a table."""
+    rows = list(rows)
+    origins: dict[Any, set] = defaultdict(set)
+    for row in rows:
+        origins[row.get("target")].add(row.get("split_origin"))
+    return [{**row, "target": f"{row['target']} [{row.get('split_origin') or 'splits not recorded'}]"} if len(origins[row.get("target")]) > 1 else row
+            for row in rows]
 
 
 def technique(row: Row) -> str:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from pipeline import bundle
+from pipeline import bundle, registry
+from pipeline.metrics import weighted_auroc
+from pipeline.train.probe import KNN, neighbours
 from pipeline.transfer.probe import features
 from pipeline.transfer.trial import Shared
 
 SCORE_ROWS = 2000
-KNN = 5
 
 
 def logme(found: np.ndarray, labels: np.ndarray) -> float:
     """Log of the maximum evidence a row, averaged over classes (LogME: You et al., ICML 2021). Higher is better.
 
-    found: (n, D) features. labels: (n,) class numbers. The evidence is that of y ~ N(0, (t I + F F') / alpha); the best alpha of every t is
+    found: (n, D) features. labels: (n,) class numbers, or (n, L) 0 or 1, then averaged over the labels that some rows have and some have
+    not; NaN without such a label. The evidence is that of y ~ N(0, (t I + F F') / alpha); the best alpha of every t is
     known, so t alone is searched. The published fixed point gave NaN or -inf in 117 of 300 random cases, nearly all with D > n, and
     stops at the lower of two maxima in others.
     """
@@ -24,7 +26,9 @@ def logme(found: np.ndarray, labels: np.ndarray) -> float:
     n = len(f)
     u, s, _ = np.linalg.svd(f, full_matrices=False)
     sigma = s**2                                                          # (r,)
-    y = (labels[:, None] == np.unique(labels)).astype(np.float64)         # (n, C)
+    y = (_telling(labels) if labels.ndim > 1 else labels[:, None] == np.unique(labels)).astype(np.float64)  # (n, C)
+    if not y.shape[1]:
+        return float("nan")
     z2 = (u.T @ y) ** 2                                                   # (r, C)
     rest = np.maximum(y.sum(0) - z2.sum(0), 0.0) if len(s) < n else 0.0   # (C,) what no direction explains
     t = max(float(sigma.max()), 1e-30) * np.logspace(-10, 4, 561)[:, None]
@@ -38,17 +42,24 @@ def logme(found: np.ndarray, labels: np.ndarray) -> float:
     return float(np.where(value.max(0) > best, value.max(0), peak).mean())
 
 
+def _telling(labels: np.ndarray) -> np.ndarray:
+    """The columns of (n, L) labels that hold both 0 and 1."""
+    return labels[:, labels.any(0) & ~labels.all(0)]
+
+
 def knn(found: np.ndarray, labels: np.ndarray, k: int = KNN) -> float:
-    """Leave-one-out accuracy of the majority of the k nearest rows by cosine. Higher is better."""
-    f = torch.nn.functional.normalize(torch.from_numpy(found.astype(np.float32)), dim=1)
+    """Leave-one-out accuracy of the majority of the k nearest rows by cosine. Higher is better.
+
+    labels: (n,) class numbers. Of (n, L) labels, 0 or 1, it is the macro AUROC of how many of the k nearest rows have each label, as most
+    rows have none of the rare ones, whatever the features; NaN where no label tells rows apart.
+    """
     y = torch.from_numpy(labels.astype(np.int64))
-    hits = 0
-    for start in range(0, len(f), 1024):
-        near = f[start:start + 1024] @ f.T
-        near[torch.arange(len(near)), torch.arange(start, start + len(near))] = -2.0
-        votes = y[near.topk(min(k, len(f) - 1), dim=1).indices]
-        hits += int((votes.mode(1).values == y[start:start + 1024]).sum())
-    return hits / len(f)
+    nearest = y[neighbours(found, k)]
+    if y.dim() == 1:
+        return float((nearest.mode(1).values == y).double().mean())
+    everyone = np.ones((len(found), 1))
+    areas = [weighted_auroc(vote, label, everyone)[0] for vote, label in zip(nearest.sum(1).numpy().T, (y.numpy() > 0).T, strict=True)]
+    return float(np.nanmean(areas)) if not np.isnan(areas).all() else float("nan")
 
 
 SCORES = {"logme": logme, "knn": knn}
@@ -57,12 +68,14 @@ SCORES = {"logme": logme, "knn": knn}
 def score(shared: Shared, source: str, base_key: str, target: str, names: tuple[str, ...] = ("logme", "knn")) -> dict[str, float]:
     """Scores of a source on the training rows of a target (at most SCORE_ROWS, evenly spread). Raises ValueError without labels."""
     data = shared.targets[target, base_key]
-    if data.labels is None:
+    several = registry.get("objective", data.objective["name"]).label_tensors == ("labels",)
+    if data.labels is None and not several:
         raise ValueError(f"targets.{target}: scores need labels, the objective {data.objective['name']} has none")
     backbone = bundle.build_backbone(data.arch)
     bundle.transfer(backbone, {n: torch.from_numpy(a) for n, a in shared.weights[source].items()}, source)
     n = len(data.train)
     places = np.unique(np.linspace(0, n - 1, min(SCORE_ROWS, n)).astype(np.int64))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found, _ = features(backbone, data.train.subset(places), device)
-    return {name: SCORES[name](found.cpu().numpy(), data.labels[places]) for name in names}
+    found, rest = features(backbone, data.train.subset(places), device)
+    labels = rest["labels"].cpu().numpy() if data.labels is None else data.labels[places]
+    return {name: SCORES[name](found.cpu().numpy(), labels) for name in names}

@@ -6,20 +6,20 @@ import json
 import subprocess
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pipeline import bundle, registry, storage
+from pipeline import bundle, storage
 from pipeline.job import Job, spec_hash
 from pipeline.metrics import metric
 from pipeline.train import launch, source
 from pipeline.train.progress import Progress
 from pipeline.transfer import cells as matrix
-from pipeline.transfer import fanout, report, results, scores, stats, targets, trial, trials
+from pipeline.transfer import fanout, overlap, report, results, scores, stats, targets, trial, trials
 from pipeline.transfer.targets import TargetStage
 from pipeline.transfer.trial import Shared
 from pipeline.transfer.trials import SCRATCH, Base, Trial
@@ -41,6 +41,8 @@ class State:
     """Targets that could not be made ready, with the reason: the others go on without them."""
     scores: dict[str, dict[str, Any]] = field(default_factory=dict)
     """``source|target`` to the result columns ``score_name`` and ``score_value``, where sources were chosen by them."""
+    left_out: dict[str, int] = field(default_factory=dict)
+    """How many test rows of a target were left out because they also stand in a source."""
     key: str = ""
     """Of all that the facts of a run depend on (`_keep_facts`)."""
 
@@ -68,8 +70,13 @@ def check(job: Job, progress: Progress, **options: Any) -> State:
                     targets.check_modality(target, job.sources[source_name])
                 except ValueError as error:
                     problems.append(str(error))
+        if job.fanout.select is not None and not target.scored:
+            problems.append(f"fanout.select: targets.{name} is {target.spec.objective.name}, and {job.fanout.select.score} scores sources by classes or labels "
+                            "of rows: leave select out, or put the target in a job of its own")
     if problems:
         raise ValueError("\n".join(dict.fromkeys(problems)))
+    for name, target in state.targets.items():
+        state.targets[name] = replace(target, against=overlap.key(target, {n: state.sources[n] for n in matching(state, name)}))
     state.key = spec_hash([stage.key for stage in state.sources.values()], {name: [stage.key, matching(state, name)] for name, stage in state.targets.items()},
                           job.fanout.select)
     return state
@@ -117,7 +124,7 @@ def _facts_uri(state: State) -> str:
 
 
 def _keep_facts(state: State, chosen: dict[str, set[str]]) -> None:
-    storage.write_json(_facts_uri(state), {"key": state.key, "notes": state.notes, "broken": state.broken, "scores": state.scores,
+    storage.write_json(_facts_uri(state), {"key": state.key, "notes": state.notes, "broken": state.broken, "scores": state.scores, "left_out": state.left_out,
                                            "chosen": {name: sorted(found) for name, found in chosen.items()}})
 
 
@@ -163,10 +170,12 @@ def share(state: State) -> Shared:
         by_modality: dict[str, trial.TargetData] = {}
         state.progress.update(f"{name}: reading")
         try:
+            seen = overlap.look(target, {n: state.sources[n] for n in matching(state, name)}, storage.join(job.root, "signs"))
+            target = replace(target, splits=replace(target.splits, test=seen.test))
             for base in found:
                 if set(base.sources) & set(matching(state, name)):
                     key = spec_hash(base.modality)
-                    by_modality[key] = held[name, base.key] = by_modality.get(key) or targets.prepare(target, base)
+                    by_modality[key] = held[name, base.key] = targets.for_base(by_modality[key], base) if key in by_modality else targets.prepare(target, base)
         except ValueError as error:  # one bad target: the others go on
             state.broken[name] = str(error)
             state.notes.append(f"{name}: left out: {error}")
@@ -175,31 +184,18 @@ def share(state: State) -> Shared:
             held = {place: data for place, data in held.items() if place[0] != name}
             continue
         text = next(iter(by_modality.values())).split_text
-        state.notes.append(f"{name}: {text}") if "left out" in text else None
+        state.notes.append(f"{name}: {text}") if "rows left out" in text else None
         state.progress.note(f"{name}: {text}")
+        state.left_out[name] = len(state.targets[name].splits.test) - len(seen.test)
+        for note in seen.notes:
+            state.notes.append(note)
+            state.progress.note(note)
     if not state.targets:
         raise ValueError("\n".join(f"targets.{name}: {reason}" for name, reason in state.broken.items()))
-    _note_overlaps(state)
     facts = {"git_sha": _git_sha(), "spec_hash": spec_hash(job)}
     return Shared(job.name, job.root, job.seed, {base.key: base for base in found}, {name: w for name, (w, _) in loaded.items()},
                   {name: stage.bundle_uri for name, stage in state.sources.items()}, held, job.fanout.keep_bundles != "none",
                   {name: stage.key for name, stage in state.sources.items()}, facts)
-
-
-def _note_overlaps(state: State) -> None:
-    """Promise 10: rows of a target that also stand in a source are counted and reported."""
-    for name, target in state.targets.items():
-        for source_name in matching(state, name):
-            stage = state.sources[source_name]
-            if stage.splits is None or stage.spec.data is None:
-                continue
-            role = registry.get("modality", target.spec.data.modality.name).roles[0]
-            count = targets.overlap(target.splits.test, target.spec.data.columns[role], stage.splits.train, stage.spec.data.columns[role], role == "image")
-            if count is None:
-                state.notes.append(f"{name}: too many rows to look for its test rows in source {source_name}")
-            elif count:
-                state.notes.append(f"{name}: {count} of {len(target.splits.test)} test rows also stand in source {source_name}")
-                state.progress.note(state.notes[-1])
 
 
 def _git_sha() -> str | None:
@@ -214,7 +210,11 @@ def _git_sha() -> str | None:
 def score(state: State, shared: Shared) -> list[dict[str, Any]]:
     """Transferability of every source for every target."""
     out = []
-    for name in state.targets:
+    for name, target in state.targets.items():
+        if not target.scored:
+            state.notes.append(f"{name}: no transferability scores, which need classes or labels of rows; its objective is {target.spec.objective.name}")
+            state.progress.note(state.notes[-1])
+            continue
         for base in shared.bases.values():
             for source_name in base.sources:
                 if source_name in matching(state, name) and (name, base.key) in shared.targets:
@@ -288,7 +288,7 @@ def current(state: State) -> list[dict[str, Any]]:
     if not state.targets or not all(stage.done for stage in state.sources.values()):
         return []
     facts = _facts(state)
-    state.notes, state.broken, state.scores = facts.get("notes", []), facts.get("broken", {}), facts.get("scores", {})
+    state.notes, state.broken, state.scores, state.left_out = facts.get("notes", []), *(facts.get(name, {}) for name in ("broken", "scores", "left_out"))
     state.targets = {name: stage for name, stage in state.targets.items() if name not in state.broken}
     bases, chosen = _bases(state), _chosen_before(state) or {name: set(matching(state, name)) for name in state.targets}
     search = [(one, record) for one in search_trials(state, bases, chosen) if (record := trial.read_record(state.job.root, one.id))]
@@ -329,6 +329,7 @@ def collect(state: State, found: list[Trial]) -> list[dict[str, Any]]:
     for one in found:
         for row in records.get(one.id, {"rows": []})["rows"]:
             row = {**row, "job": state.job.name, "source": one.source, "backbone": one.backbone, "target": one.target,
+                   "split_origin": state.targets[one.target].split_origin,
                    "hyper_parameters": json.dumps(row["hyper_parameters"], sort_keys=True), "started_at": datetime.fromtimestamp(row["started_at"], UTC)}
             row |= state.scores.get(f"{one.source}|{one.target}", {})
             if one.id not in kept:
@@ -355,7 +356,7 @@ def _gain(root: str, one: Trial, against: Trial, row: dict[str, Any], records: d
 
 def show(state: State, rows: list[dict[str, Any]]) -> tuple[list[matrix.Cell], tuple[str, str]]:
     """Cells of the job's table, and the written report."""
-    root = state.job.root
+    root, rows = state.job.root, results.told_apart(rows)
     final = [row for row in rows if row["trial_stage"] == "final"]
     runs = {row["trial_id"]: run for row in final if row["status"] == "done" and row["split"] == "test"
             and (run := trial.read_predictions(root, row["trial_id"], row["seed"])) is not None}
@@ -369,9 +370,15 @@ def show(state: State, rows: list[dict[str, Any]]) -> tuple[list[matrix.Cell], t
         state.pretraining = [launch.facts_of(stage) for stage in state.sources.values() if stage.done]
     where = report.write(root, job_name=state.job.name, cells=cells, rows=rows, curves=curves,
                          pretraining=[{**facts, "bundle_uri": facts.get("bundle")} for facts in state.pretraining],
-                         splits={name: stage.splits.sizes() for name, stage in state.targets.items()}, notes=state.notes,
-                         versions={**bundle.versions(), "job": spec_hash(state.job)})
+                         splits={name: _splits_told(state, stage) for name, stage in state.targets.items()}, notes=state.notes,
+                         versions={**bundle.versions(), "job": spec_hash(state.job)}, runs=runs)
     return cells, where
+
+
+def _splits_told(state: State, stage: TargetStage) -> str:
+    gone = state.left_out.get(stage.name)
+    told = f"; {gone} of the test rows also stand in a source and were left out (drop_overlap: {stage.spec.drop_overlap})"
+    return stage.splits.sizes() + (told if gone else "")
 
 
 def failures(state: State, rows: list[dict[str, Any]]) -> list[str]:

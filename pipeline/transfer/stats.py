@@ -36,13 +36,14 @@ _Z_975 = 1.959964
 class Run:
     """Test predictions of one trial: ``rows`` (n,) int64 row ids, each once, and what was predicted for them.
 
-    ``groups`` (n,) names the patient, speaker or scene of each row, where the data declare one.
+    ``groups`` (n,) names the patient, speaker or scene of each row, where the data declare one; ``labels`` the columns of the scores.
     """
 
     rows: np.ndarray
     predictions: Predictions
     seed: int
     groups: np.ndarray | None = None
+    labels: tuple[str, ...] = ()
 
 
 def t_quantile(df: int) -> float:
@@ -202,6 +203,8 @@ def _resample(metric: Metric, runs: list[Predictions], groups: np.ndarray | None
         if len(groups) != n:
             raise ValueError(f"{len(groups)} groups for {n} rows; give one a row")
         member = np.unique(groups, return_inverse=True)[1].reshape(-1)
+    if metric.units is None and metric.resampled is not None:
+        return _recount(metric, runs, member, n, draws, rng)
     if metric.units is None:
         return _recompute(metric, runs, member, n, min(draws, RECOMPUTED_DRAWS), rng)
     units = np.concatenate([np.asarray(metric.units(p), dtype=np.float64) for p in runs], axis=1)
@@ -226,9 +229,27 @@ def _totals(units: np.ndarray, draws: int, rng: np.random.Generator) -> np.ndarr
     chunk = max(1, _CELLS // n)
     out = []
     for start in range(0, draws, chunk):
-        size = min(chunk, draws - start)
-        picked = rng.integers(0, n, (size, n)) + n * np.arange(size)[:, None]
-        out.append(np.bincount(picked.reshape(-1), minlength=size * n).reshape(size, n).astype(np.float64) @ units)
+        out.append(_counts(n, min(chunk, draws - start), rng).astype(np.float64) @ units)
+    return np.concatenate(out)
+
+
+def _counts(n: int, draws: int, rng: np.random.Generator) -> np.ndarray:
+    """(draws, n) int64: how often each of n units comes when n are drawn with replacement."""
+    picked = rng.integers(0, n, (draws, n)) + n * np.arange(draws)[:, None]
+    return np.bincount(picked.reshape(-1), minlength=draws * n).reshape(draws, n)
+
+
+def _recount(metric: Metric, runs: list[Predictions], member: np.ndarray | None, n: int, draws: int, rng: np.random.Generator) -> np.ndarray:
+    """Values from how often each unit was drawn (whole groups with ``member``), chunk by chunk of draws, all runs on the same counts."""
+    assert metric.resampled is not None
+    cells = max(array.size for p in runs for array in p.values())  # a metric of many classes reads each of them in every draw
+    draws = max(min(draws, RECOMPUTED_DRAWS), min(draws, _WORK // cells))
+    chunk, drawn = max(1, _CELLS // n), n if member is None else int(member.max()) + 1
+    out = []
+    for start in range(0, draws, chunk):
+        counts = _counts(drawn, min(chunk, draws - start), rng)
+        counts = counts if member is None else counts[:, member]
+        out.append(np.stack([np.asarray(metric.resampled(p, counts), dtype=np.float64) for p in runs], axis=1))
     return np.concatenate(out)
 
 

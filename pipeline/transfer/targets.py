@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +11,7 @@ import pyarrow.compute as pc
 
 from pipeline import bundle, registry, storage
 from pipeline.data import manifest as manifests
-from pipeline.data.manifest import Selection, Splits
+from pipeline.data.manifest import Splits
 from pipeline.data.stream import Decoder, Rows
 from pipeline.job import Job, Source, Target, spec_hash
 from pipeline.metrics import metric
@@ -23,7 +21,6 @@ from pipeline.transfer.trial import TargetData
 from pipeline.transfer.trials import Base
 
 MEMORY_BYTES = 2 << 30
-OVERLAP_ROWS, OVERLAP_BYTES = 200_000, 4 << 30
 
 
 @dataclass(frozen=True)
@@ -35,10 +32,24 @@ class TargetStage:
     splits: Splits
     state: dict[str, Any] = field(default_factory=dict)
     """What the objective learned of the training rows: label names."""
+    against: str = ""
+    """What the test rows that are left out depend on (`overlap.key`)."""
 
     @property
     def key(self) -> str:
-        return spec_hash(data_key(self.spec.data), self.splits.fingerprint)
+        return spec_hash(data_key(self.spec.data), self.splits.fingerprint, *([self.against] if self.against else []))
+
+    @property
+    def split_origin(self) -> str:
+        """Where the splits come from, as the results table says it."""
+        drop = self.spec.drop_overlap
+        return self.splits.origin + (f"; test rows that stand in a source left out ({drop})" if drop != "none" else "")
+
+    @property
+    def scored(self) -> bool:
+        """Whether transferability scores can be computed: of rows with one class, or with a set of labels."""
+        objective = registry.get("objective", self.spec.objective.name)
+        return "label" in objective.roles or (objective.roles == ("labels",) and objective.label_tensors == ("labels",))
 
     def labelled(self, fraction: float | int) -> int:
         """How many training rows a label fraction stands for."""
@@ -47,7 +58,8 @@ class TargetStage:
             return n
         columns, state = self.spec.data.columns, self.state
         found = registry.get("objective", self.spec.objective.name).encode(manifests.read_columns(self.splits.train, _label_columns(self.spec)), columns, state)
-        counts = np.bincount(found["label"]) if "label" in found else np.array([n])
+        one_class = "label" in found and found["label"].ndim == 1
+        counts = np.bincount(found["label"]) if one_class else np.array([n])
         return int(sum(min(c, fraction) if isinstance(fraction, int) else max(1, round(fraction * c)) for c in counts if c))
 
 
@@ -55,9 +67,13 @@ def stage(job: Job, name: str) -> TargetStage:
     """Raises ValueError for data that cannot be used or a metric that the objective does not give."""
     spec = job.targets[name]
     modality, objective = registry.get("modality", spec.data.modality.name), registry.get("objective", spec.objective.name)
-    if objective.packed:
-        raise ValueError(f"targets.{name}.objective: {spec.objective.name} is for sources; targets here are classification")
-    if spec.metric is not None and metric(spec.metric).name not in (*objective.metrics, "top5_accuracy", "balanced_accuracy", "auroc"):
+    if objective.packed or objective.couples_rows or not objective.roles:
+        usable = [one for one in registry.names("objective") if registry.entry("objective", one).roles]
+        raise ValueError(f"targets.{name}.objective: {spec.objective.name} is for sources; a target's rows have labels: {', '.join(usable)}")
+    more = ("top5_accuracy", "balanced_accuracy", "auroc") if "label" in objective.roles else ()
+    if spec.drop_overlap == "near" and modality.roles[0] != "image":
+        raise ValueError(f"targets.{name}.drop_overlap: near duplicates are found among images, these rows are {spec.data.modality.name}: say exact")
+    if spec.metric is not None and metric(spec.metric).name not in (*objective.metrics, *more):
         raise ValueError(f"targets.{name}.metric: {spec.metric} is not a metric of {spec.objective.name} ({', '.join(objective.metrics)})")
     found = manifests.splits(spec.data, (*modality.roles, *objective.roles), f"targets.{name}", storage.join(job.root, "imports"), need_test=True)
     state = fit_labels(spec, found)
@@ -120,29 +136,16 @@ def prepare(target: TargetStage, base: Base) -> TargetData:
                       {**base.arch, "inputs": modality.inputs() or base.arch["inputs"]}, spec_of_modality, spec_hash(target.key, spec_of_modality))
 
 
+def for_base(data: TargetData, base: Base) -> TargetData:
+    """The same rows for another base that reads them alike."""
+    return replace(data, arch={**base.arch, "inputs": bundle.build_modality(data.modality).inputs() or base.arch["inputs"]})
+
+
 def check_modality(target: TargetStage, source: Source) -> None:
     """Raises ValueError where the target's objective does not suit how its rows would be read: with its source's options and its own."""
     plug = target.spec.data.modality
     if source.data is not None:
         train_source.check_modality(f"targets.{target.name}", plug.name, {**source.data.modality.options, **plug.options}, target.spec.objective.name)
-
-
-def overlap(test: Selection, column: str, source: Selection, source_column: str, paths: bool) -> int | None:
-    """How many test rows hold an input that also stands in a source's rows; none when the source is too large to scan here.
-
-    ``paths``: texts name files (image folders), whose bytes are what is compared.
-    """
-    if max(len(source), len(test)) > OVERLAP_ROWS or source.manifest.size > OVERLAP_BYTES:
-        return None
-    seen = set(_digests(source, source_column, paths))
-    return sum(digest in seen for digest in _digests(test, column, paths))
-
-
-def _digests(selection: Selection, column: str, paths: bool) -> Iterator[bytes]:
-    for table in manifests.scan(selection, [column]):
-        for value in table[column].to_pylist():
-            content = value if isinstance(value, bytes) else storage.read_bytes(value) if paths and storage.exists(value) else str(value).encode()
-            yield hashlib.blake2b(content, digest_size=12).digest()
 
 
 def weights(uri: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

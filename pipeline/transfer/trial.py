@@ -18,7 +18,7 @@ from pipeline.contracts import Task
 from pipeline.data.plan import Plan
 from pipeline.data.stream import Rows, check_budget, eval_batches, train_batches
 from pipeline.job import Target, Train, drawn
-from pipeline.metrics import Predictions, metric
+from pipeline.metrics import Predictions, metric, per_label, scored
 from pipeline.rng import mix
 from pipeline.train import evaluate, loop
 from pipeline.train.log import MetricsLog
@@ -61,6 +61,11 @@ class TargetData:
         declared = registry.get("objective", self.objective["name"]).metrics
         primary = self.spec.metric or declared[0]
         return (primary, *(name for name in declared if name != primary))
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """Names of the classes or labels, in the order of the scores' columns; none where the objective has none."""
+        return tuple(map(str, self.objective["state"].get("labels", ())))
 
 
 @dataclass
@@ -211,9 +216,9 @@ def make_record(trial: Trial, shared: Shared, train: Train, began: float, facts:
               "bundle_uri": None, "parent_uri": shared.parents.get(trial.source), "spec_hash": shared.facts.get("spec_hash"),
               "git_sha": shared.facts.get("git_sha"), "started_at": began}
     rows: list[dict[str, Any]] = []
-    for split, found in (("test", evaluate.values(test, data.metrics) if test else {}), ("validation", validation)):
-        for name in data.metrics if found else ():
-            of = metric(name)
+    for split, found in (("test", tested(data, test) if test else {}), ("validation", validation)):
+        for name in found if split == "test" else data.metrics if found else ():
+            of = metric(name, data.label_names)
             row = {**common, "metric": name, "value": found[name], "higher_is_better": of.higher_is_better, "split": split,
                    "n_eval": len(test["row"]) if split == "test" and test is not None else len(data.validation)}
             if split == "test" and test is not None:
@@ -226,6 +231,18 @@ def make_record(trial: Trial, shared: Shared, train: Train, began: float, facts:
     return {"trial_id": trial.id, "cell": trial.cell, "status": status, "error": error, "rows": rows, "curve": facts.get("curve", []),
             "transfer": facts.get("transfer", ""), "validation": validation,
             "kept_step": facts.get("kept_step"), "skipped_steps": facts.get("skipped_steps", 0)}
+
+
+def tested(data: TargetData, test: Predictions) -> dict[str, float]:
+    """Test values by metric, the primary one first. Behind them those of single labels (``auroc/Effusion``) that a metric of several averages:
+    of every label that some test rows have and some have not. Raises ValueError where no label has the positives that it needs to be averaged."""
+    if "min_positives" in test:
+        scored(test, strict=True)
+    found = evaluate.values(test, data.metrics)
+    for each in (metric(name).each for name in data.metrics):
+        if each is not None:
+            found |= {f"{each}/{label}": value for label, value in per_label(each, test, data.label_names).items()}
+    return found
 
 
 def groups_of(data: TargetData, test: Predictions | None) -> np.ndarray | None:
@@ -250,6 +267,7 @@ def write(trial: Trial, shared: Shared, record: Record, test: Predictions | None
     data, where = shared.targets[trial.target, trial.base], folder(shared, trial)
     if test is not None:
         extra = {} if data.groups is None else {"group": groups_of(data, test)}
+        extra |= {"label_names": np.array(data.label_names)} if data.label_names else {}
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **test, **extra)  # type: ignore[arg-type]
         storage.write_bytes(storage.join(where, "predictions.npz"), buffer.getvalue())
@@ -269,5 +287,5 @@ def read_predictions(root: str, trial_id: str, seed: int) -> stats.Run | None:
         return None
     with np.load(io.BytesIO(storage.read_bytes(uri)), allow_pickle=False) as found:
         arrays = {name: found[name] for name in found.files}
-    groups = arrays.pop("group", None)
-    return stats.Run(arrays.pop("row"), arrays, seed, groups)
+    groups, labels = arrays.pop("group", None), tuple(arrays.pop("label_names", np.zeros(0, str)).tolist())
+    return stats.Run(arrays.pop("row"), arrays, seed, groups, labels)

@@ -314,7 +314,7 @@ def test_a_missing_validation_part_is_held_out_of_train_alone(tmp_path, split):
     assert numbers(got.test) == frame.number[frame.part == "test"].tolist()
     assert sorted(numbers(got.train) + numbers(got.validation)) == frame.number[frame.part == "train"].tolist()
     assert 30 <= len(got.validation) <= 90
-    assert "column part" in got.origin and "validation: 0.2 of train by hash of the row" in got.origin
+    assert "column part" in got.origin and "validation: random 0.2 of train by hash of the row" in got.origin
 
 
 def test_declared_files_are_obeyed(files, split):
@@ -330,7 +330,7 @@ def test_hash_splits_cover_each_row_once_near_their_shares(tmp_path, split):
     assert sorted([*parts[0], *parts[1], *parts[2]]) == list(range(4000))
     assert abs(len(got.test) / 4000 - 0.2) < 0.025
     assert abs(len(got.validation) / 3200 - 0.1) < 0.025  # four standard errors
-    assert got.origin == "test: 0.2 of train by hash of the row; validation: 0.1 of train by hash of the row"
+    assert got.origin == "test: random 0.2 of train by hash of the row; validation: random 0.1 of train by hash of the row"
     assert max(np.diff(parts[2])) < 60 and parts[2] != list(range(parts[2][0], parts[2][0] + len(parts[2]))), "scattered, not a block"
 
 
@@ -385,8 +385,102 @@ def test_rows_without_a_group_are_one_group_or_refused(tmp_path, split):
 
 def test_declared_splits_whose_groups_cross_are_refused(files, split):
     write(files / "test" / "t.parquet", people(18, 24))  # person p4 stands in rows 16 to 19
-    with pytest.raises(ValueError, match=r"targets\.t\.data\.group: person 'p4' stands in train and in test"):
+    with pytest.raises(ValueError, match=r"targets\.t\.data\.group: person 'p4' stands in train and in test; a group must not cross splits"):
         split(train=str(files / "a.parquet"), test=str(files / "test"), group="person")
+
+
+def test_a_split_column_that_cuts_through_people_is_refused_and_they_are_named(tmp_path, split):
+    frame = people(0, 60).assign(part=["train", "dev", "test", "train", "train", "train"] * 10)
+    write(tmp_path / "a.parquet", frame)
+    with pytest.raises(ValueError) as caught:
+        split(uri=str(tmp_path / "a.parquet"), split_column="part", group="person", need_test=True)
+    crossing = sorted(person for person, parts in frame.groupby("person").part if parts.nunique() > 1)
+    first, _, rest = str(caught.value).partition(" (and so do ")
+    assert first.removeprefix("targets.t.data.group: ").split("'")[1] in crossing
+    assert rest.startswith(f"{len(crossing) - 1} more: ") and set(rest[8:].split(",", 5)[i].strip() for i in range(4)) <= set(crossing)
+    whole = frame.assign(part=np.where(frame.number < 20, "train", np.where(frame.number < 40, "dev", "test")))
+    write(tmp_path / "a.parquet", whole)
+    got = split(uri=str(tmp_path / "a.parquet"), split_column="part", group="person", need_test=True)
+    assert got.origin == "column part; no person in two splits"
+
+
+# ---------------------------------------------------------------- joined corpora
+
+def more(**fields) -> dict:
+    return {"modality": "text", **fields}
+
+
+def test_joined_corpora_follow_each_other_with_their_own_splits_and_filters(files, tmp_path, split, imports):
+    other = people(100, 160).assign(part=["train", "dev", "test"] * 20)
+    write(tmp_path / "other.parquet", other, 11)
+    columns = {"text": "text", "label": "label"}
+    got = split(uri=str(files), where={"kind": ["a"]}, validation_fraction=0.2, test_fraction=0.2, columns=columns, need_test=True, roles=("text", "label"),
+                more=[more(uri=str(tmp_path / "other.parquet"), split_column="part")])
+    alone = split(uri=str(files), where={"kind": ["a"]}, validation_fraction=0.2, test_fraction=0.2, columns=columns)
+    for name, value in (("train", "train"), ("validation", "dev"), ("test", "test")):
+        joined, first = getattr(got, name), getattr(alone, name)
+        texts = [*m.read_columns(first, ["text"])["text"].to_pylist(), *other.text[other.part == value]]
+        assert m.read_columns(joined, ["text"])["text"].to_pylist() == texts and len(joined) == len(texts)
+        assert [text for table in m.scan(joined, ["text"]) for text in table["text"].to_pylist()] == texts
+        ids = joined.ids(np.arange(len(joined)))
+        assert (np.diff(ids) > 0).all() and ids[:len(first)].tolist() == first.ids(np.arange(len(first))).tolist(), "the first one's ids stay"
+        mixed = np.random.default_rng(0).permutation(len(joined))
+        assert m.Reader(joined.manifest, ["text"]).take(joined.ids(mixed))["text"].to_pylist() == [texts[i] for i in mixed]
+        assert joined.boundaries[0] == 0 and joined.boundaries[-1] == len(joined)
+        assert joined.manifest.place(int(ids[-1])).startswith(str(tmp_path / "other.parquet"))
+        assert joined.manifest.place(int(ids[-1])).endswith(f"row {other.number[other.part == value].max() - 100}")
+    assert got.origin.startswith("corpus 1: test: random 0.2 of train") and got.origin.endswith("; corpus 2: column part")
+    assert pickle.loads(pickle.dumps(got)).fingerprint == got.fingerprint != alone.fingerprint
+    again = split(uri=str(files), validation_fraction=0, columns=columns, more=[more(uri=str(files), validation_fraction=0)])
+    assert again.train.rows is None and len(again.train) == 2 * 63 and again.origin == "each of 2 corpora: as given"
+
+
+def test_a_joined_corpus_may_bring_training_rows_alone(files, split):
+    got = split(train=str(files / "a.parquet"), validation=str(files / "b.parquet"), columns={"text": "text"},
+                more=[more(train=str(files / "c.parquet"), validation_fraction=0)])
+    assert [len(s) for s in (got.train, got.validation, got.test)] == [20 + 30, 13, 0]
+    assert got.validation.manifest.files == (str(files / "b.parquet"),)
+
+
+def test_joined_columns_take_the_types_of_the_first(tmp_path, split):
+    first, second = people(0, 20), people(20, 40)
+    pq.write_table(pa.table({"text": pa.array(first.text.tolist()), "label": pa.array(first.label.tolist(), pa.int32())}), tmp_path / "a.parquet")
+    coded = pa.array(second.text.tolist(), pa.large_string()).dictionary_encode()
+    pq.write_table(pa.table({"label": pa.array(second.label.tolist(), pa.int64()), "text": coded, "more": [0] * 20}), tmp_path / "b.parquet")
+    for names in (("a", "b"), ("b", "a")):
+        got = split(uri=str(tmp_path / f"{names[0]}.parquet"), columns={"text": "text", "label": "label"}, validation_fraction=0,
+                    more=[more(uri=str(tmp_path / f"{names[1]}.parquet"), validation_fraction=0)])
+        whole = m.read_columns(got.train, ["text", "label"])
+        assert sorted(whole["text"].to_pylist()) == sorted([*first.text, *second.text])
+        assert m.Reader(got.train.manifest, ["text", "label"]).take(np.array([0, 39])).schema.equals(whole.schema)
+
+
+@pytest.mark.parametrize(("frame", "fields", "message"), [
+    (people(0, 5).drop(columns="label"), {}, r"targets\.t\.data\.more\.0\.columns\.label: .*o\.parquet has no column 'label'"),
+    (people(0, 5).astype({"label": str}), {}, r"targets\.t\.data\.more\.0: column 'label' is (large_)?string in .*o\.parquet and int64 in .*a\.parquet; "),
+    (people(0, 5), {"where": {"kin": ["a"]}}, r"targets\.t\.data\.more\.0\.where: .* has no column 'kin'; did you mean kind"),
+    (people(0, 5), {"split_column": "kind"}, r"targets\.t\.data\.more\.0\.split_column: no row of kind is \['train'\]"),
+])
+def test_corpora_that_do_not_fit_are_refused_with_their_place(files, tmp_path, split, frame, fields, message):
+    other = more(uri=str(write(tmp_path / "o.parquet", frame)), validation_fraction=0, **fields)
+    with pytest.raises(ValueError, match=message):
+        split(uri=str(files), columns={"text": "text", "label": "label"}, more=[other])
+
+
+def test_people_cross_no_splits_of_joined_corpora(files, tmp_path, split):
+    other = write(tmp_path / "other.parquet", people(18, 30))
+    parts = {"train": str(files / "a.parquet"), "validation": str(files / "c.parquet"), "columns": {"text": "text"}}
+    with pytest.raises(ValueError, match=r"data\.group: person 'p8' stands in train and in validation"):
+        split(**parts, group="person", more=[more(uri=str(place), validation_fraction=0, group="person") for place in (other, files / "b.parquet")])
+    with pytest.raises(ValueError, match=r"data\.more\.0\.group: it is not given, that of the first rows person; joined corpora are grouped by one column"):
+        split(**parts, group="person", more=[more(uri=str(other))])
+    got = split(uri=str(files / "b.parquet"), validation_fraction=0.4, columns={"text": "text"},
+                more=[more(uri=str(files / "a.parquet"), group="person", validation_fraction=0.4)])
+    ours = [set(m.read_columns(s, ["text"])["text"].to_pylist()) for s in (got.train, got.validation)]
+    assert not ours[0] & ours[1] and "corpus 2: validation: random 0.4 of train by hash of person; no person in two splits" in got.origin
+    with pytest.raises(ValueError, match=r"more\.0\.group: it is person, that of the first rows is not given"):
+        split(uri=str(files / "b.parquet"), test_fraction=0.3, columns={"text": "text"}, need_test=True,
+              more=[more(uri=str(files / "a.parquet"), group="person")])
 
 
 WHERE = [

@@ -1,9 +1,17 @@
-"""Labels of classification, in whatever type a column holds them."""
+"""Labels of classification, in whatever type a column holds them; mixup and CutMix as their papers have them."""
 
+import numpy as np
 import pyarrow as pa
 import pytest
+import torch
+from scipy import stats
+from torch.nn import functional as F
+from toys import Net, images, label_state, text_rows
 
+from pipeline.contracts import Batch, Task
+from pipeline.objectives import classification
 from pipeline.objectives.classification import Classification, ClassificationOptions
+from pipeline.rng import row_keys
 
 COLUMNS = {"label": "kind"}
 OPTIONS = ClassificationOptions()
@@ -41,3 +49,128 @@ def test_labels_of_another_type_than_in_training_are_told(column):
     state = Classification.fit(OPTIONS, pa.table({"kind": ["cat", "dog"]}), COLUMNS)
     with pytest.raises(ValueError, match=r"column kind: it holds (int64|null) values, but the labels of the training rows are like 'cat'"):
         Classification.encode(pa.table({"kind": column}), COLUMNS, state)
+
+
+# ---------------------------------------------------------------- mixup and CutMix
+
+def keys(n: int, seed: int = 0) -> torch.Tensor:
+    rows = np.arange(n)
+    return torch.from_numpy(row_keys(seed, np.zeros_like(rows), rows))
+
+
+def batch(n: int = 16, shards: int = 4) -> Batch:
+    pixels, label = images(n)
+    return Batch(np.arange(n), keys(n), {"image": torch.from_numpy(pixels).float() / 64 - 2, "label": torch.from_numpy(label)}, np.arange(n) % shards)
+
+
+def task_with(seed: int = 0, **options) -> Task:
+    torch.manual_seed(seed)
+    net = Net()
+    return Task(net, Classification(net, ClassificationOptions(**options), label_state()))
+
+
+def ring(n: int = 16, shards: int = 4) -> torch.Tensor:
+    """Row i is in shard i modulo ``shards``, and its partner the next one there."""
+    return torch.tensor([i + shards if i + shards < n else i % shards for i in range(n)])
+
+
+@pytest.mark.parametrize("alpha", [0.05, 0.2, 0.7, 1.0])
+def test_shares_have_the_beta_distribution(alpha):
+    found = classification.beta(keys(20_000), alpha).double().numpy()
+    assert found.min() >= 0 and found.max() <= 1
+    inner = found[(found > 1e-6) & (found < 1 - 1e-6)]  # float32 rounds the ends, where a small alpha has much of its mass
+    low, high = stats.beta.cdf((1e-6, 1 - 1e-6), alpha, alpha)
+    assert len(inner) / len(found) == pytest.approx(high - low, abs=0.015)
+    assert stats.kstest(inner, lambda x: (stats.beta.cdf(x, alpha, alpha) - low) / (high - low)).pvalue > 0.01
+
+
+def test_mixup_is_the_formula_of_the_paper(monkeypatch):
+    """Zhang et al. 2018: x = l x_i + (1 - l) x_j, y = l y_i + (1 - l) y_j, and the cross-entropy with that y."""
+    rows, other = batch(), ring()
+    share = torch.linspace(0, 1, 16)
+    monkeypatch.setattr(classification, "beta", lambda keys, alpha: share)
+    task = task_with(mixup=0.4, label_smoothing=0.1)
+    total, count, logs = task(rows)
+    x = share[:, None, None, None] * rows["image"] + (1 - share)[:, None, None, None] * rows["image"][other]
+    y = F.one_hot(rows["label"], 3).float()
+    y = share[:, None] * y + (1 - share)[:, None] * y[other]
+    scores = task.objective.scores(task.backbone(rows.replace(image=x)).pooled)
+    assert total.item() == pytest.approx(F.cross_entropy(scores, y, reduction="sum", label_smoothing=0.1).item(), rel=1e-5) and count.item() == 16
+    assert logs["accuracy"].item() == pytest.approx(y[torch.arange(16), scores.argmax(1)].sum().item(), rel=1e-5)
+
+
+def rand_bbox(width: int, height: int, lam: float, cx: int, cy: int) -> tuple[int, int, int, int]:
+    """Of the authors' CutMix code (clovaai/CutMix-PyTorch), with the centre given."""
+    cut_rat = np.sqrt(1.0 - lam)
+    cut_w, cut_h = int(width * cut_rat), int(height * cut_rat)
+    return (int(np.clip(cx - cut_w // 2, 0, width)), int(np.clip(cy - cut_h // 2, 0, height)),
+            int(np.clip(cx + cut_w // 2, 0, width)), int(np.clip(cy + cut_h // 2, 0, height)))
+
+
+def test_cutmix_is_the_code_of_the_authors(monkeypatch):
+    """A patch of the partner at the same place; labels are mixed by the pixels that it has after it was cut off at the border."""
+    rows = batch(64)
+    rows = rows.replace(image=torch.randn(64, 2, 12, 10, generator=torch.Generator().manual_seed(0)))
+    lam = torch.linspace(0, 1, 64)
+    monkeypatch.setattr(classification, "beta", lambda keys, alpha: lam)
+    other, share, found = classification.mixed(rows, 0.0, 1.0)
+    assert torch.equal(other, ring(64))
+    place = classification.uniform(rows.keys, 3, classification._CUT)
+    for i in range(64):
+        x0, y0, x1, y1 = rand_bbox(10, 12, lam[i].item(), int(place[i, 2] * 10), int(place[i, 1] * 12))
+        want = rows["image"][i].clone()
+        want[:, y0:y1, x0:x1] = rows["image"][other[i], :, y0:y1, x0:x1]
+        assert torch.equal(found[i], want)
+        assert share[i].item() == pytest.approx(1 - (x1 - x0) * (y1 - y0) / 120)
+    assert len(share.unique()) > 15
+
+
+def test_with_both_each_row_takes_one():
+    rows = batch(4000)
+    x, other = rows["image"], ring(4000)
+    _, share, found = classification.mixed(rows, 0.5, 0.5)
+    cut = ((found == x) | (found == x[other])).flatten(1).all(1)  # every pixel is one row's or the other's
+    assert 0.45 < cut.float().mean() < 0.56
+    assert not torch.equal(share[:2000], share[2000:])
+
+
+@pytest.mark.parametrize("options", [{"mixup": 0.4}, {"cutmix": 1.0}, {"mixup": 0.2, "cutmix": 0.5}], ids=str)
+def test_mixing_is_the_same_at_any_number_of_ranks(options):
+    """Loss and gradients of 2 and 4 ranks add up to those of one; ranks hold whole shards."""
+    rows = batch(48, 4)
+    alone = task_with(**options)
+    total, _, logs = alone(rows)
+    total.backward()
+    for ranks in (2, 4):
+        split = task_with(**options)
+        sums, hits = 0.0, 0.0
+        for rank in range(ranks):
+            mine = np.flatnonzero(rows.shards % ranks == rank)
+            part = Batch(rows.rows[mine], rows.keys[mine], {name: tensor[mine] for name, tensor in rows.data.items()}, rows.shards[mine])
+            loss, _, more = split(part)
+            loss.backward()
+            sums, hits = sums + loss.item(), hits + more["accuracy"].item()
+        assert (sums, hits) == pytest.approx((total.item(), logs["accuracy"].item()), rel=1e-5)
+        for p, q in zip(alone.parameters(), split.parameters(), strict=True):
+            assert p.grad is not None and q.grad is not None
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5)
+    plain, _, _ = task_with()(rows)
+    assert abs(plain.item() - total.item()) > 1e-3
+
+
+def test_nothing_is_mixed_in_evaluation():
+    rows, mixing, plain = batch(), task_with(mixup=0.4, cutmix=1.0).eval(), task_with().eval()
+    assert torch.equal(mixing(rows)[0], plain(rows)[0])
+    found, want = (task.objective.predict(task.backbone, rows) for task in (mixing, plain))
+    assert all(torch.equal(found[name], want[name]) for name in want)
+
+
+def test_what_cannot_be_mixed_is_told():
+    task = task_with(mixup=0.4)
+    with pytest.raises(ValueError, match="cannot train a head on cached features"):
+        task.objective.head_loss(torch.zeros(4, 16), batch(4))
+    with pytest.raises(ValueError, match="these 4 rows lie in as many shards: raise global_batch"):
+        task(batch(4, 4))
+    tokens = text_rows(4).arrays
+    with pytest.raises(ValueError, match=r"mix images, and these rows hold label, tokens"):
+        classification.mixed(Batch(np.arange(4), keys(4), {"label": torch.zeros(4), "tokens": torch.from_numpy(tokens["tokens"])}), 0.4, 0.0)

@@ -355,9 +355,9 @@ def test_the_same_input_gives_the_same_bytes(tmp_path):
 
 
 def test_decimals_follow_the_interval():
-    assert report._places([(0.81, 0.83), (0.5, 0.6), (0.7, 0.72)]) == 3
-    assert report._places([(20.0, 21.0)]) == 2 and report._places([(1000.0, 1400.0)]) == 0
-    assert report._places([(0.5, 0.5), (None, None)]) == 3
+    assert page.places([(0.81, 0.83), (0.5, 0.6), (0.7, 0.72)]) == 3
+    assert page.places([(20.0, 21.0)]) == 2 and page.places([(1000.0, 1400.0)]) == 0
+    assert page.places([(0.5, 0.5), (None, None)]) == 3
 
 
 def test_curves_are_means_over_seeds():

@@ -11,7 +11,8 @@ from pipeline.transfer import results
 
 DESIGN = """job source backbone target objective technique hyper_parameters seed label_fraction
 trial_id trial_stage status error metric value value_low value_high interval higher_is_better split n_train n_eval n_units
-params_trained steps seconds device bundle_uri parent_uri scratch_value gain gain_low gain_high score_name score_value spec_hash git_sha started_at"""
+params_trained steps seconds device bundle_uri parent_uri scratch_value gain gain_low gain_high score_name score_value spec_hash git_sha started_at
+split_origin"""
 
 
 def row(trial_id="a", metric="accuracy", value=0.5, **more):
@@ -136,3 +137,12 @@ def test_without_loss_two_equal_metrics_are_needed():
     assert "every test metric is identical in 2 trials that differ in seed" in sentence
     rows[-1]["value"] = 0.91
     assert not results.duplicates(rows)
+
+
+def test_rows_of_one_target_that_were_split_in_two_ways_are_told_apart():
+    rows = [{"target": "xray", "split_origin": "column split_by_patient", "value": 0.6}, {"target": "xray", "split_origin": "test: random 0.2", "value": 0.9},
+            {"target": "xray", "value": 0.7}, {"target": "photos", "split_origin": "files"}, {"target": "photos", "split_origin": "files"}]
+    told = results.told_apart(rows)
+    assert [row["target"] for row in told] == ["xray [column split_by_patient]", "xray [test: random 0.2]", "xray [splits not recorded]", "photos", "photos"]
+    assert [row.get("value") for row in told] == [row.get("value") for row in rows]
+    assert results.told_apart(rows[:1] + rows[3:]) == rows[:1] + rows[3:] and rows[0]["target"] == "xray"

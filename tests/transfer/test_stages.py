@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from toys import image_files, label_state, task_of
 
-from pipeline import bundle, storage
-from pipeline.data import manifest as manifests
-from pipeline.data.manifest import Selection
-from pipeline.job import Job
+from pipeline import bundle, registry, storage
+from pipeline.data import duplicates
+from pipeline.job import Job, Plug
 from pipeline.train import source
 from pipeline.train.loop import Ranks
 from pipeline.train.progress import Progress
-from pipeline.transfer import fanout, results, stages, targets, trial, trials
+from pipeline.transfer import fanout, overlap, results, stages, targets, trial, trials
 
 MODALITY = {"name": "image", "options": {"size": 32, "channels": 3}, "state": {"mean": [0.5] * 3, "std": [0.2] * 3}}
 COLUMNS = {"image": "picture", "label": "class"}
@@ -480,41 +480,182 @@ def test_test_rows_that_stand_in_a_source_are_counted_and_reported_again(tmp_pat
     assert reported(other)[0].notes == [], "facts of another job are none of this one"
 
 
-def pictures_of(path: str, folder: Path, places: list[int]) -> None:
-    for i, (picture, label) in enumerate(zip(*pq.read_table(path).to_pydict().values(), strict=True)):
-        if i in places:
-            (folder / label).mkdir(parents=True, exist_ok=True)
-            (folder / label / f"{folder.name}-{i}.png").write_bytes(picture)
+def changed_pictures(path: str, places: list[int], quality: int = 90) -> pa.Table:
+    """Rows of a file, their pictures encoded anew as JPEG: other bytes, nearly the same pixels."""
+    table = pq.read_table(path).take(places)
+    out = []
+    for picture in table["picture"].to_pylist():
+        buffer = io.BytesIO()
+        with PIL.Image.open(io.BytesIO(picture)) as image:
+            image.save(buffer, "JPEG", quality=quality, subsampling=0)
+        out.append(buffer.getvalue())
+    return table.set_column(table.schema.get_field_index("picture"), "picture", pa.array(out))
 
 
-def test_images_are_compared_by_their_bytes_and_not_by_their_paths(tmp_path, paths):
-    pictures_of(paths["test"], tmp_path / "theirs", list(range(18)))
-    pictures_of(paths["train"], tmp_path / "ours", list(range(5, 15)))
-    pictures_of(paths["test"], tmp_path / "ours", [0, 1, 4])
-    theirs, ours = (Selection(manifests.build(str(tmp_path / name), "images", str(tmp_path / "imports"))) for name in ("theirs", "ours"))
-    assert len(theirs) == 18 and len(ours) == 13
-    assert targets.overlap(theirs, "image", ours, "image", True) == 3
-    files = Selection(manifests.build(paths["test"], "auto", str(tmp_path / "imports")))
-    assert targets.overlap(files, "picture", theirs, "image", True) == 18, "Parquet bytes against files"
-    assert targets.overlap(theirs, "image", ours, "image", False) == 0, "as plain texts they would never meet"
+def with_target(job: Job, **fields) -> Job:
+    dumped = job.model_dump(mode="json")
+    dumped["targets"]["task"] |= fields
+    return Job.model_validate(dumped)
 
 
-def test_texts_are_compared_as_texts_and_repeats_count_each(tmp_path):
-    tables = {"source": ["a", "b", "b", str(tmp_path)], "test": ["b", "b", "c", str(tmp_path)]}
-    for name, texts in tables.items():
-        pq.write_table(pa.table({"words": texts}), tmp_path / f"{name}.parquet", row_group_size=2)
-    found = {name: Selection(manifests.build(str(tmp_path / f"{name}.parquet"), "auto", "")) for name in tables}
-    assert targets.overlap(found["test"], "words", found["source"], "words", False) == 3
-    part = Selection(found["test"].manifest, np.array([1, 2]))
-    assert targets.overlap(part, "words", found["source"], "words", False) == 1, "of the selected rows alone"
+@pytest.fixture
+def leaking(tmp_path, bundles, paths):
+    """A job whose source holds 5 of the target's test pictures as they are and 3 encoded anew."""
+    test, train = pq.read_table(paths["test"]), pq.read_table(paths["train"])
+    pq.write_table(pa.concat_tables([train.slice(0, 20), test.slice(2, 5), changed_pictures(paths["test"], [10, 11, 17])]), tmp_path / "corpus.parquet")
+    return with_source_data(job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch", "full")), "corpus", str(tmp_path / "corpus.parquet"))
 
 
-def test_sources_too_large_to_scan_are_said_to_be(tmp_path, bundles, paths, here, monkeypatch):
-    job = with_source_data(job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch", "full")), "corpus", paths["train"])
-    monkeypatch.setattr(targets, "OVERLAP_ROWS", 30)
+@pytest.mark.parametrize(("mode", "left_out"), [("none", []), ("exact", [2, 3, 4, 5, 6]), ("near", [2, 3, 4, 5, 6, 10, 11, 17])])
+def test_test_rows_that_stand_in_a_source_are_counted_and_left_out_where_the_job_says_so(leaking, here, mode, left_out):
+    job = with_target(leaking, drop_overlap=mode)
+    state, rows = whole(job)
+    counted = "task: 5 of 18 test rows also stand in source corpus, 3 more nearly so (perceptual hash)"
+    assert counted in state.notes and counted in state.progress.lines
+    told = f"task: {len(left_out)} of 18 test rows left out because they also stand in a source (drop_overlap: {mode})"
+    assert (told in state.notes) == (mode != "none")
+    assert (any("a is a checkpoint" in note for note in state.notes)) == (mode != "none")
+    kept = [i for i in range(18) if i not in left_out]
+    for row in primary(rows):
+        assert row["n_eval"] == len(kept) and row["split_origin"].startswith("validation files; test files")
+        assert trial.read_predictions(job.root, row["trial_id"], row["seed"]).rows.tolist() == kept, "scratch and every source alike"
+        assert row["split_origin"].endswith(f"left out ({mode})") == (mode != "none")
+    again, same = reported(job)
+    assert again.notes == state.notes and again.left_out == state.left_out == {"task": len(left_out)} and alike(same, rows)
+    text = storage.read_bytes(stages.show(again, same)[1][0]).decode()
+    assert (f"test 18 rows (validation files; test files); {len(left_out)} of the test rows also stand in a source and were left out" in text) == bool(left_out)
+    assert counted in text
+    here.clear()
+    whole(job)
+    assert here == []
+
+
+def test_another_way_to_leave_rows_out_is_other_trials(leaking, tmp_path, here, paths):
+    """Also when a source's rows change: others may be left out then."""
+    key = prepared(leaking).targets["task"].key
+    assert prepared(with_target(leaking, drop_overlap="exact")).targets["task"].key != key
+    before = prepared(with_target(leaking, drop_overlap="near")).targets["task"].key
+    pq.write_table(pq.read_table(paths["train"]).slice(0, 22), tmp_path / "corpus.parquet")
+    assert prepared(leaking).targets["task"].key == key and prepared(with_target(leaking, drop_overlap="near")).targets["task"].key != before
+
+
+def test_rows_are_read_once_to_be_compared(leaking, here, monkeypatch):
+    stages.share(prepared(leaking))
+    monkeypatch.setattr(duplicates, "_Signer", None)
+    stages.share(prepared(leaking))
+
+
+def test_repeats_of_a_targets_own_training_rows_are_told(tmp_path, bundles, paths, here):
+    pq.write_table(pa.concat_tables([pq.read_table(paths["test"]), pq.read_table(paths["train"]).slice(3, 2), changed_pictures(paths["train"], [9])]),
+                   tmp_path / "test.parquet")
+    job = with_target(with_data(job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch",)), "task", test=str(tmp_path / "test.parquet")))
     state = prepared(job)
+    shared = stages.share(state)
+    assert state.notes == ["task: 2 of 21 test rows also stand in its own training rows, 1 more nearly so (perceptual hash)"]
+    assert all(len(data.test) == 21 for data in shared.targets.values()), "told, and left to the user"
+
+
+def test_a_target_without_a_row_to_test_on_is_left_out_with_its_reason(tmp_path, bundles, paths, here):
+    job = with_source_data(job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch",)), "corpus", paths["test"])
+    state = prepared(with_target(job, drop_overlap="exact"))
+    with pytest.raises(ValueError, match=r"targets\.task\.drop_overlap: all 18 test rows also stand in a source and none is left"):
+        stages.share(state)
+
+
+@pytest.mark.parametrize("objective", ["simclr", "mlm", "mae"])
+def test_objectives_without_labels_are_for_sources(tmp_path, bundles, paths, objective):
+    job = with_target(job_of(tmp_path, {"a": bundles["a"]}, paths), objective=objective)
+    with pytest.raises(ValueError, match=rf"targets\.task\.objective: {objective} is for sources; a target's rows have labels: classification, .*multilabel"):
+        prepared(job)
+
+
+def test_near_duplicates_of_other_rows_than_images_are_refused(tmp_path, bundles):
+    frame = pa.table({"words": [f"a {i}" for i in range(40)], "class": [i % 2 for i in range(40)]})
+    pq.write_table(frame, tmp_path / "texts.parquet")
+    dumped = job_of(tmp_path, {"a": bundles["a"]}, {"train": str(tmp_path / "texts.parquet")}).model_dump(mode="json")
+    dumped["targets"]["task"] |= {"drop_overlap": "near"}
+    dumped["targets"]["task"]["data"] |= {"modality": "text", "columns": {"text": "words", "label": "class"}, "test_fraction": 0.2}
+    with pytest.raises(ValueError, match=r"targets\.task\.drop_overlap: near duplicates are found among images, these rows are text: say exact"):
+        prepared(Job.model_validate(dumped))
+
+
+def test_sources_too_large_to_scan_are_said_to_be_and_are_read_to_leave_rows_out(leaking, here, monkeypatch):
+    monkeypatch.setattr(overlap, "MOST_ROWS", 25)
+    state = prepared(leaking)
     stages.share(state)
-    assert state.notes == ["task: too many rows to look for its test rows in source corpus"]
+    assert state.notes == ["task: too many rows to look for its test rows in source corpus; drop_overlap: exact or near reads them all",
+                           "task: too many rows to look for its test rows in its own training rows"]
+    state = prepared(with_target(leaking, drop_overlap="near"))
+    stages.share(state)
+    assert any("8 of 18 test rows left out" in note for note in state.notes)
+
+
+# ---------------------------------------------------------------- what a target may have of its own
+
+def test_bases_that_read_alike_keep_their_own_architectures(tmp_path, bundles, paths, here):
+    task = task_of("timm/test_resnet", {"channels": 3, "size": 32}, "classification", label_state(), seed=5)
+    bundle.save(str(tmp_path / "resnet"), task, MODALITY, training={"transfer": ""}, metrics={})
+    shared = stages.share(prepared(job_of(tmp_path, {"a": bundles["a"], "b": f"bundle:{tmp_path / 'resnet'}"}, paths)))
+    assert {shared.targets["task", base.key].arch["name"] for base in shared.bases.values()} == {"timm/test_vit", "timm/test_resnet"}
+    for base in shared.bases.values():
+        data = shared.targets["task", base.key]
+        assert data.arch == base.arch and data.train is shared.targets["task", next(iter(shared.bases))].train, "decoded once"
+
+
+def test_a_target_read_in_another_size_is_other_trials(tmp_path, bundles, paths, here, monkeypatch):
+    kind = registry.get("modality", "image")
+    monkeypatch.setattr(kind, "target_options", ("size",))
+    job = job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch", "linear_probe"))
+    _, rows = whole(job)
+    here.clear()
+    larger = with_data(job, "task", modality={"image": {"size": 48}})
+    state, other = whole(larger)
+    assert len(here) == 4 and not {row["trial_id"] for row in other} & {row["trial_id"] for row in rows}
+    sizes = {}
+    for one in (job, larger):
+        state = prepared(one)
+        data, = stages.share(state).targets.values()
+        sizes[data.key] = (data.train.arrays["image"].shape[-1], data.arch["inputs"]["size"], data.modality["options"]["size"])
+    assert list(sizes.values()) == [(32, 32, 32), (48, 48, 48)], "and features of its rows are kept under another key"
+
+
+# ---------------------------------------------------------------- where splits come from
+
+def test_every_row_says_where_its_splits_come_from_and_two_ways_never_share_a_table(tmp_path, bundles, paths, here):
+    job = job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch", "full"))
+    _, files = whole(job)
+    random = with_data(job, "task", validation=None, test=None, test_fraction=0.3, validation_fraction=0.2)
+    state, drawn = whole(random)
+    assert {row["split_origin"] for row in files} == {"validation files; test files"}
+    assert {row["split_origin"] for row in drawn} == {"test: random 0.3 of train by hash of the row; validation: random 0.2 of train by hash of the row"}
+    both = results.read(job.root)
+    assert {row["split_origin"] for row in both} == {row["split_origin"] for row in [*files, *drawn]} and len(both) == len(files) + len(drawn)
+    cells, where = stages.show(state, both)
+    names = {f"task [{row['split_origin']}]" for row in both}
+    assert {cell.target for cell in cells} == names and all(cell.n_seeds == 2 for cell in cells)
+    text = storage.read_bytes(where[0]).decode()
+    assert all(name.split(" [")[1].rstrip("]") in text for name in names)
+    cells, where = stages.show(state, drawn)
+    assert {cell.target for cell in cells} == {"task"}
+    assert "test: random 0.3 of train by hash of the row" in storage.read_bytes(where[0]).decode()
+
+
+# ---------------------------------------------------------------- targets without classes
+
+def test_scores_need_classes_or_labels(tmp_path, bundles, paths, here, monkeypatch):
+    monkeypatch.setattr(targets.TargetStage, "scored", property(lambda self: False))
+    job = job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch",))
+    state = prepared(job)
+    assert stages.score(state, stages.share(state)) == []
+    assert state.notes == ["task: no transferability scores, which need classes or labels of rows; its objective is classification"]
+    with pytest.raises(ValueError, match=r"fanout\.select: targets\.task is classification, and logme scores sources by classes or labels of rows: leave"):
+        prepared(changed(job, fanout={"seeds": 2, "select": {"top": 1}}))
+
+
+@pytest.mark.parametrize(("objective", "scored"), [("classification", True), ("multilabel", True), ("detection", False)])
+def test_which_targets_are_scored(tmp_path, paths, objective, scored):
+    spec = job_of(tmp_path, {"a": "bundle:nowhere"}, paths).targets["task"]
+    assert targets.TargetStage("task", spec.model_copy(update={"objective": Plug(name=objective)}), None).scored == scored  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------- the report's files

@@ -220,3 +220,61 @@ def test_coverage_is_near_nominal_with_three_seeds(across_seeds, across_units):
         _, low, high = stats.gain(LOSS, ours, zero, draws=200, seed=i)
         held += low <= 0 <= high
     assert 0.89 <= held / repeats <= 1.0
+
+
+# ---------------------------------------------------------------- metrics that count how often a row was drawn
+
+def label_sets(n: int, seed: int, skill: float) -> metrics.Predictions:
+    """Three labels a row, of which a tenth, a third and two thirds of the rows have one; two seeds see the same truth."""
+    truth = np.random.default_rng(9).random((n, 3)) < (0.1, 0.33, 0.67)
+    return {"scores": np.random.default_rng(seed).normal(size=(n, 3)).astype(np.float32) + skill * truth, "labels": truth.astype(np.uint8), "loss": np.zeros(n)}
+
+
+def recomputed(name: str) -> metrics.Metric:
+    """The same metric without its short cut."""
+    of = metrics.metric(name)
+    return metrics.Metric(of.name, of.higher_is_better, of.value)
+
+
+@pytest.mark.parametrize("groups", [None, np.repeat(np.arange(60), 5)], ids=["rows", "groups"])
+@pytest.mark.parametrize("name", ["macro_auroc", "macro_average_precision", "macro_f1"])
+def test_counted_and_recomputed_intervals_agree(monkeypatch, name, groups):
+    monkeypatch.setattr(stats, "RECOMPUTED_DRAWS", 1000)
+    ours, scratch = ([run(label_sets(300, seed + 10 * (skill > 1), skill), seed, groups=groups) for seed in (0, 1)] for skill in (1.4, 1.0))
+    counted, anew = metrics.metric(name), recomputed(name)
+    for a, b in ((stats.interval(counted, ours[0].predictions, groups=groups), stats.interval(anew, ours[0].predictions, groups=groups)),
+                 (stats.gain(counted, ours, scratch), stats.gain(anew, ours, scratch))):
+        width = b[-1] - b[-2]
+        assert width > 0.02 and a == pytest.approx(b, abs=0.1 * width)
+
+
+def test_counted_draws_are_whole_groups_and_the_same_for_every_run():
+    seen = []
+
+    def resampled(p, counts):
+        seen.append(counts)
+        return counts @ p["loss"]
+
+    of = metrics.Metric("total", True, lambda p: float(p["loss"].sum()), resampled=resampled)
+    groups = np.array([5, 5, 2, 9, 9, 9])
+    gain = stats.gain(of, [run(losses(np.arange(6.0)), groups=groups)], [run(losses(np.arange(6.0) - 1), groups=groups)])
+    assert gain[0] == 6.0 and gain[1] < gain[2]  # a draw of three groups holds 3 to 9 rows, each better by one
+    counts = np.concatenate(seen[::2])
+    assert np.array_equal(counts, np.concatenate(seen[1::2])) and counts.shape == (stats.DRAWS, 6)
+    assert (counts[:, 0] == counts[:, 1]).all() and (counts[:, 3] == counts[:, 5]).all() and (counts[:, [0, 2, 3]].sum(1) == 3).all()
+    assert counts.std(0).min() > 0
+
+
+def test_counted_draws_hold_bounded_memory(monkeypatch):
+    sizes = []
+    of = metrics.Metric("mean", True, lambda p: float(p["loss"].mean()), resampled=lambda p, counts: sizes.append(len(counts)) or counts @ p["loss"] / 500)
+    p = losses(np.random.default_rng(8).random(500))
+    whole = stats.interval(of, p)
+    assert sizes == [stats.DRAWS]
+    monkeypatch.setattr(stats, "_CELLS", 1500)  # three draws a chunk
+    assert stats.interval(of, p) == pytest.approx(whole, abs=1e-12) and set(sizes[1:]) == {3, 1}
+    for cells, draws in ((500 * 700 * 3, 700), (1, stats.RECOMPUTED_DRAWS)):  # scores of 3 classes a row: three times the work
+        sizes.clear()
+        monkeypatch.setattr(stats, "_WORK", cells)
+        stats.interval(of, {**p, "scores": np.zeros((500, 3))})
+        assert sum(sizes) == draws

@@ -1,0 +1,53 @@
+"""A folder, zip or tar with a folder a class."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Literal
+
+import pyarrow as pa
+from pydantic import Field
+
+from pipeline.data.prepare import files
+from pipeline.data.prepare.importing import SPLITS, Importer, Index, depth, few, no_empty_classes, place, table
+from pipeline.registry import Options, register
+
+
+class ImageFolderOptions(Options):
+    layout: Literal["auto", "split/class", "class"] = Field(
+        "auto", description="auto: split/class when every top folder is called train, val, test or the like, else class")
+
+
+@register("importer", "imagefolder", options=ImageFolderOptions)
+class ImageFolder(Importer):
+    """SPLIT/CLASS/FILE or CLASS/FILE in a folder, zip or tar; a tar or zip in the folder counts as one, a top folder that holds all is passed over.
+
+    Columns: ``label`` (the class folder's name).
+    """
+
+    def index(self, source: str) -> Index:
+        found = files.listing(source)
+        tops = {name.split("/")[0] for name in [*(entry.name for entry in found.images), *found.empty]}
+        if len(tops) == 1 and min((depth(e.name) for e in found.images), default=0) > 2 and not tops <= set(SPLITS):
+            found = found.without_common_folder()
+            tops = {name.split("/")[0] for name in [*(entry.name for entry in found.images), *found.empty]}
+        split = self.options.layout == "split/class" or (self.options.layout == "auto" and tops <= set(SPLITS))
+        wanted = 3 if split else 2
+        wrong = [entry.name for entry in found.images if depth(entry.name) != wanted]
+        if wrong:
+            raise ValueError(f"{source}: images that do not lie as {'SPLIT/CLASS/FILE' if split else 'CLASS/FILE'}: {few(wrong)}; "
+                             "move them, or say --set layout=split/class or class")
+        no_empty_classes([*found.empty, *_without_images(found, wanted)], source)
+        rows = []
+        for entry in found.images:
+            *before, label, _ = entry.name.split("/")
+            rows.append(place(entry, SPLITS.get(before[0], before[0]) if before else "train", label=label))
+        splits = Counter(row["split"] for row in rows)
+        return Index(table(rows, {"label": pa.string()}, source), found.mark, info={"labels": sorted({row["label"] for row in rows})},
+                     notes={"layout": "split/class" if split else "class, all rows in train", "rows": dict(splits), "files left out": found.others()})
+
+
+def _without_images(found: files.Listing, wanted: int) -> list[str]:
+    """Class folders that hold other files only."""
+    full = {entry.name.rpartition("/")[0] for entry in found.images}
+    return sorted({entry.name.rpartition("/")[0] for entry in found.entries if depth(entry.name) == wanted} - full)

@@ -1,0 +1,129 @@
+"""What an importer promises: from a publisher's files to an index of rows, no image read; what is done with it is the same for all."""
+
+from __future__ import annotations
+
+import inspect
+import textwrap
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Any, ClassVar
+
+import pyarrow as pa
+import pydantic
+
+from pipeline import registry, storage
+from pipeline.data.prepare.files import Entry
+from pipeline.data.prepare.pixels import Picture
+from pipeline.registry import Options
+
+PLACE = pa.schema([("_uri", pa.string()), ("_member", pa.string()), ("_offset", pa.int64()), ("_size", pa.int64()),
+                   ("path", pa.string()), ("split", pa.string())])
+SPLITS = {"train": "train", "training": "train", "val": "validation", "valid": "validation", "validation": "validation", "dev": "validation", "test": "test",
+          "testing": "test"}
+"""Publishers' names of splits to those of a job file."""
+NAMED = 5
+"""So many examples an error message names."""
+
+
+@dataclass(frozen=True)
+class Index:
+    """``rows``: PLACE and the importer's own columns, those that begin with an underscore not to be written. ``extra``: columns that ``complete`` adds.
+    ``notes``: counts for the summary. ``info``: what the columns mean, kept in the manifest. ``mark``: changes when the files do."""
+
+    rows: pa.Table
+    mark: str
+    extra: tuple[pa.Field, ...] = ()
+    notes: dict[str, Any] = field(default_factory=dict)
+    info: dict[str, Any] = field(default_factory=dict)
+
+
+class Importer(ABC):
+    """One publisher's format. ``label`` names the column (a value or a list of values a row) that the summary counts."""
+
+    registered_name: ClassVar[str]
+    options_class: ClassVar[type[Options]]
+    label: ClassVar[str] = "label"
+
+    def __init__(self, options: Any = None):
+        self.options: Any = options if options is not None else self.options_class()
+
+    @abstractmethod
+    def index(self, source: str) -> Index:
+        """Every row of ``source``. Raises ValueError for files that are not what the publisher gives."""
+
+    def complete(self, row: dict[str, Any], picture: Picture) -> dict[str, Any]:
+        """The row's columns once its image is known: what lies in pixels moves with it. Raises BrokenImageError for a row that cannot be used."""
+        return row
+
+
+def place(entry: Entry, split: str, **columns: Any) -> dict[str, Any]:
+    """One row of an index."""
+    return {"_uri": entry.uri, "_member": entry.member, "_offset": entry.offset, "_size": entry.size, "path": entry.name, "split": split, **columns}
+
+
+def table(rows: list[dict[str, Any]], columns: dict[str, pa.DataType], source: str) -> pa.Table:
+    """The rows as a table. Raises ValueError when there are none."""
+    if not rows:
+        raise ValueError(f"{source}: no images found in the layout that this importer reads; see onetomany prepare --list")
+    return pa.Table.from_pylist(rows, schema=pa.schema([*PLACE, *(pa.field(name, kind) for name, kind in columns.items())]))
+
+
+def few(names: Iterable[Any]) -> str:
+    """The first few, and how many there are."""
+    names = list(names)
+    return ", ".join(map(str, names[:NAMED])) + (f", ... ({len(names)} in all)" if len(names) > NAMED else "")
+
+
+def first_there(source: str, *candidates: str) -> str | None:
+    """The first of some names below ``source`` that is there."""
+    return next((uri for name in candidates if storage.exists(uri := storage.join(source, name))), None)
+
+
+def lines(uri: str) -> list[str]:
+    """The lines of a text file, blank ones left out. Raises ValueError for one that is not UTF-8."""
+    try:
+        text = storage.read_bytes(uri).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{uri}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def no_empty_classes(names: Iterable[str], source: str) -> None:
+    """Raises ValueError naming class folders that hold no image: they would be labels without rows."""
+    names = sorted(names)
+    if names:
+        raise ValueError(f"{source}: class folders without images: {few(names)}; fill or remove them")
+
+
+def depth(name: str) -> int:
+    return len(PurePosixPath(name).parts)
+
+
+def options_of(name: str, pairs: list[str]) -> Any:
+    """The options of an importer from ``key=value`` texts. Raises ValueError naming the wrong one and the nearest right one."""
+    kind, given = registry.entry("importer", name).options, {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(f"--set {pair}: write KEY=VALUE; options of {name}: {', '.join(kind.model_fields) or 'none'}")
+        if key not in kind.model_fields:
+            raise ValueError(f"--set {pair}: importer {name} has no option {key!r}; {registry.nearest(key, kind.model_fields)}")
+        given[key] = value
+    try:
+        return kind.model_validate(given)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"--set {first['loc'][0]}={first['input']}: {first['msg'].lower()}") from None
+
+
+def describe(name: str | None) -> str:
+    """What the importers (or one) read, their columns and options. Raises ValueError for a name that is none."""
+    out = []
+    for one in [name] if name else registry.names("importer"):
+        importer = registry.get("importer", one)
+        out += [one, textwrap.indent(inspect.cleandoc(importer.__doc__).replace("``", ""), "  ")]
+        out += [f"  --set {key}={info.default}: {info.description}" for key, info in importer.options_class.model_fields.items()]
+        out.append("")
+    return "\n".join(out).rstrip()

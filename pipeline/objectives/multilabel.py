@@ -1,0 +1,133 @@
+"""Multi-label classification: any number of labels a row, of whatever a backbone pools (findings of an X-ray, tags)."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pipeline.contracts import Arrays, Backbone, Batch, Objective
+from pipeline.registry import Options, nearest, register
+
+
+class MultilabelOptions(Options):
+    separator: str = Field("|", min_length=1, description="between the labels of a row, where the column holds texts (ChestX-ray14's A|B) and no lists")
+    labels: list[str] | None = Field(None, description="the labels in their order; none: those of the training rows, sorted")
+    min_positives: int = Field(1, ge=1, description="test rows that must have a label for it to stand in macro averages; validation too, but "
+                               "where no label has so many validation rows, those with one stand in")
+    pos_weight: Literal["none", "balanced"] = Field("none", description="balanced: in training a positive of a label weighs (negatives / positives), "
+                                                    "counted over all training rows; the evaluated loss is not weighted")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the linear layer")
+    norm: bool = Field(True, description="layer norm without parameters before the linear layer, so that one learning rate fits every backbone")
+
+
+@register("objective", "multilabel", options=MultilabelOptions)
+class Multilabel(Objective):
+    """A linear head on ``pooled`` with one logit a label; binary cross-entropy, summed over rows and averaged over labels.
+
+    The ``labels`` column holds lists of texts or integers, or texts with a separator. A null, an empty list or an empty text is a row
+    without labels. State: ``labels`` (their names, in column order), ``separator``, ``positives`` (training rows that have each) and ``rows``.
+    """
+
+    roles = ("labels",)
+    metrics = ("macro_auroc", "macro_average_precision", "macro_f1", "micro_f1", "loss")
+    label_tensors = ("labels",)
+
+    @classmethod
+    def fit(cls, options, table, columns):
+        """Raises ValueError when no training row has a label, or one has a label that option ``labels`` does not name."""
+        found, _ = _entries(table[columns["labels"]], columns["labels"], options.separator)
+        names = options.labels or sorted(pc.unique(found).to_pylist())  # pyright: ignore[reportAttributeAccessIssue]
+        if len(set(names)) != len(names):
+            raise ValueError(f"option labels of multilabel: {sorted({n for n in names if names.count(n) > 1})} stand twice")
+        if not names:
+            raise ValueError(f"column {columns['labels']}: none of {len(table)} training rows has a label")
+        state = {"labels": names, "separator": options.separator}
+        return {**state, "positives": cls.encode(table, columns, state)["labels"].sum(0, dtype=np.int64).tolist(), "rows": len(table)}
+
+    @classmethod
+    def encode(cls, table, columns, state) -> Arrays:
+        """``labels`` (n, L) uint8."""
+        if columns.get("labels") not in table.column_names:  # new rows to predict
+            return {}
+        found, rows = _entries(table[columns["labels"]], columns["labels"], state["separator"])
+        places = pc.index_in(found, value_set=pa.array(state["labels"], pa.string()))  # pyright: ignore[reportAttributeAccessIssue]
+        if places.null_count:
+            value = found.filter(pc.is_null(places))[0].as_py()  # pyright: ignore[reportAttributeAccessIssue]
+            raise ValueError(f"column {columns['labels']}: label {value!r} is none of the {len(state['labels'])} known ones (those of the training rows, or "
+                             f"option labels); {nearest(value, state['labels'])}")
+        out = np.zeros((len(table), len(state["labels"])), dtype=np.uint8)
+        out[rows, places.to_numpy()] = 1
+        return {"labels": out}
+
+    def __init__(self, backbone: Backbone, options: MultilabelOptions, state: dict[str, Any]):
+        super().__init__(backbone, options, state)
+        self.head = nn.Linear(backbone.pooled_dim, len(state["labels"]))
+
+    def scores(self, pooled: Tensor) -> Tensor:
+        if self.options.norm:
+            pooled = F.layer_norm(pooled, pooled.shape[-1:])
+        return self.head(F.dropout(pooled, self.options.dropout, self.training)).float()
+
+    def _weight(self, device: torch.device) -> Tensor | None:
+        """(L,) negatives a positive; no buffer, as a stack of heads shares its template's."""
+        if self.options.pos_weight == "none":
+            return None
+        return torch.tensor([(self.state["rows"] - p) / max(p, 1) for p in self.state["positives"]], device=device)
+
+    def head_loss(self, features: Tensor, batch: Batch):
+        scores, labels = self.scores(features), batch["labels"].float()
+        losses = F.binary_cross_entropy_with_logits(scores, labels, reduction="none", pos_weight=self._weight(scores.device))
+        return losses.mean(-1).sum(), torch.full((), float(labels.shape[0]), device=labels.device), {}
+
+    def loss(self, backbone: Backbone, batch: Batch):
+        return self.head_loss(backbone(batch).pooled, batch)
+
+    def head_predict(self, features: Tensor, batch: Batch) -> dict[str, Tensor]:
+        scores = self.scores(features)
+        out = {"scores": scores}
+        if "labels" in batch.data:
+            labels = batch["labels"]
+            least = torch.full((len(labels),), self.options.min_positives, dtype=torch.int32, device=labels.device)
+            out |= {"labels": labels, "loss": F.binary_cross_entropy_with_logits(scores, labels.float(), reduction="none").mean(-1), "min_positives": least}
+        return out
+
+    def predict(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
+        return self.head_predict(backbone(batch).pooled, batch)
+
+    def written(self, found):
+        """``prediction``: names of the labels above 0.5. ``probabilities`` (n, L), in the order of the bundle's labels."""
+        chances = torch.from_numpy(found["scores"]).sigmoid().numpy()
+        named = np.empty(len(chances), dtype=object)
+        named[:] = [[name for name, chance in zip(self.state["labels"], row, strict=True) if chance > 0.5] for row in chances]
+        return {"prediction": named, "probabilities": chances}
+
+
+def _entries(column: pa.ChunkedArray, name: str, separator: str) -> tuple[pa.Array, np.ndarray]:
+    """(m,) texts, every label of every row, and (m,) the rows that they belong to. Raises ValueError for a column of another type."""
+    kind = column.type
+    if pa.types.is_dictionary(kind):
+        column, kind = column.cast(kind.value_type), kind.value_type
+    if pa.types.is_null(kind):
+        return pa.array([], pa.string()), np.zeros(0, dtype=np.int64)
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        column = pc.split_pattern(column, separator)  # pyright: ignore[reportAttributeAccessIssue]
+    elif not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
+        raise ValueError(f"column {name} holds {kind}: labels are lists of texts or integers, or texts such as 'A{separator}B'")
+    whole = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    rows, flat = pc.list_parent_indices(whole), pc.list_flatten(whole)  # pyright: ignore[reportAttributeAccessIssue]
+    if pa.types.is_dictionary(flat.type):
+        flat = flat.cast(flat.type.value_type)
+    if not (pa.types.is_integer(flat.type) or pa.types.is_string(flat.type) or pa.types.is_large_string(flat.type) or pa.types.is_null(flat.type)):
+        raise ValueError(f"column {name} holds lists of {flat.type}: labels are texts or integers")
+    if flat.null_count:
+        raise ValueError(f"column {name}: {flat.null_count} labels inside its lists are null; a row without labels is an empty list")
+    texts = pc.utf8_trim_whitespace(flat.cast(pa.string()))  # pyright: ignore[reportAttributeAccessIssue]
+    real = pc.not_equal(texts, "")  # pyright: ignore[reportAttributeAccessIssue]
+    return texts.filter(real), rows.filter(real).to_numpy().astype(np.int64)

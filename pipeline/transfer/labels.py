@@ -1,0 +1,131 @@
+"""What the report says of single classes and labels: the confusion matrix of a target's best cell, and its labels one by one."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from pipeline import metrics
+from pipeline.transfer import results, stats
+from pipeline.transfer.cells import SCRATCH, Cell
+from pipeline.transfer.page import DASH, MARKS, Block, Heading, Heat, Table, Text, Value, places, spread
+from pipeline.transfer.plots import cell_label
+from pipeline.transfer.stats import Run
+
+MOST_CLASSES = 20
+"""A confusion matrix of more classes is not readable: then the commonest confusions are listed."""
+MOST_PAIRS = 10
+MOST_LABELS = 60
+
+Row = dict[str, Any]
+
+
+def blocks(target: str, done: Sequence[Cell], rows: Sequence[Row], runs: dict[str, Run]) -> list[Block]:
+    """Of the best finished cell of a target (by its primary metric); nothing where the test predictions are not at hand or have no classes.
+
+    done: cells of the target with a mean. rows: results rows, of any target.
+    """
+    shown = [(cell, found) for cell in done if (found := _runs(cell, rows, runs))]
+    if not shown:
+        return []
+    best, ours = max(shown, key=lambda pair: (pair[0].mean or 0.0) * (1 if pair[0].higher_is_better else -1))
+    if all(_classes(run) for run in ours):
+        return _confusion(target, best, ours)
+    if not all(_label_sets(run) for run in ours):
+        return []
+    scratch = next((found for cell, found in shown if cell.source == SCRATCH and best.source != SCRATCH
+                    and (cell.backbone, cell.label_fraction) == (best.backbone, best.label_fraction)), [])
+    return _labels(target, best, ours, scratch)
+
+
+def _runs(cell: Cell, rows: Sequence[Row], runs: dict[str, Run]) -> list[Run]:
+    """Test predictions of a cell's seeds."""
+    ids = dict.fromkeys(row["trial_id"] for row in rows
+                        if row["trial_stage"] == "final" and row["status"] == "done" and row["target"] == cell.target and row["source"] == cell.source
+                        and (row["backbone"] or "") == cell.backbone and row["label_fraction"] == cell.label_fraction
+                        and results.technique(row) == cell.technique)
+    return [runs[one] for one in ids if one in runs]
+
+
+def _classes(run: Run) -> bool:
+    p = run.predictions
+    return {"scores", "label"} <= set(p) and p["scores"].ndim == 2 and p["label"].ndim == 1 and p["scores"].shape[1] == len(run.labels)
+
+
+def _label_sets(run: Run) -> bool:
+    p = run.predictions
+    return {"scores", "labels"} <= set(p) and p["scores"].shape == p["labels"].shape == (len(run.rows), len(run.labels))
+
+
+def _seeds(count: int) -> str:
+    return f"{count} seeds together" if count > 1 else "one seed"
+
+
+# ---------------------------------------------------------------- classes
+
+def _confusion(target: str, cell: Cell, runs: list[Run]) -> list[Block]:
+    names = runs[0].labels
+    counts = sum((metrics.confusion(run.predictions) for run in runs), np.zeros((len(names), len(names)), np.int64))
+    sizes = counts.sum(1)
+    shares = counts / np.maximum(sizes[:, None], 1)
+    whose = f"{target}: {cell_label(cell)} of labels, {_seeds(len(runs))}"
+    if len(names) <= MOST_CLASSES:
+        each = [f"{name} ({size // len(runs):,})" for name, size in zip(names, sizes, strict=True)]
+        caption = f"{whose}. Per cent of the test rows of each true class (how many there are) that were taken for each class."
+        return [Heading("Confusion matrix", 3), Heat("True class", [_short(name) for name in names], each, shares.tolist(), caption)]
+    wrong = np.where(np.eye(len(names), dtype=bool), 0, counts)
+    pairs = [divmod(int(flat), len(names)) for flat in np.argsort(-wrong, axis=None, kind="stable")[:MOST_PAIRS]]
+    body = [[names[i], names[j], f"{counts[i, j] / len(runs):,.1f}", f"{100 * shares[i, j]:.1f} %"] for i, j in pairs if wrong[i, j]]
+    if not body:
+        return []
+    return [Heading("Commonest confusions", 3), Text(f"{whose}, averaged over seeds.", "note"),
+            Table(["True class", "Taken for", "Test rows", "Of the true class"], body, 2)]
+
+
+def _short(name: str, most: int = 14) -> str:
+    return name if len(name) <= most else name[:most - 1] + "…"
+
+
+# ---------------------------------------------------------------- labels
+
+def _labels(target: str, cell: Cell, ours: list[Run], scratch: list[Run]) -> list[Block]:
+    names, positive = ours[0].labels, ours[0].predictions["labels"].sum(0, dtype=np.int64)
+    often = [k for k in np.argsort(-positive, kind="stable") if 0 < positive[k] < len(ours[0].rows)]
+    estimates: dict[str, list[tuple]] = defaultdict(list)
+    paired = bool(scratch) and bool({run.seed for run in ours} & {run.seed for run in scratch})
+    for k in often[:MOST_LABELS]:
+        for name in metrics.RANKINGS:
+            of = metrics.of_label(f"{name}/{names[k]}", int(k))
+            estimates[name].append(stats.mean_interval(of, ours))
+            if paired:
+                estimates[f"{name} scratch"].append(stats.mean_interval(of, scratch))
+                estimates[f"{name} gain"].append(stats.gain(of, ours, scratch))
+    digits = places([(low, high) for _, low, high in estimates["auroc"]])
+    head, body = ["Label", "Test rows"], [[names[k], f"{positive[k]:,}"] for k in often[:MOST_LABELS]]
+    for name, said in (("auroc", "AUROC"), ("average_precision", "Average precision")):
+        for kind in ("", " scratch", " gain") if paired else ("",):
+            head.append(f"{said}{kind.replace(' scratch', ', scratch').replace(' gain', ', gain')}")
+            for line, estimate in zip(body, estimates[f"{name}{kind}"], strict=True):
+                line.append(_cell(estimate, digits, kind == " gain"))
+    least = max(int(run.predictions["min_positives"].max(initial=1)) if "min_positives" in run.predictions else 1 for run in ours)
+    told = f"{target}: {cell_label(cell)} of labels{' beside scratch' if paired else ''}, mean over {_plural(len(ours))} with 95 % intervals."
+    told += f" Macro averages are over the labels with at least {least} test rows." if least > 1 else ""
+    told += f" The {MOST_LABELS} commonest of {len(often)} labels; results.parquet has all." if len(often) > MOST_LABELS else ""
+    return [Heading("Label by label", 3), Text(told), Table(head, body)] if body else []
+
+
+def _plural(seeds: int) -> str:
+    return "one seed" if seeds == 1 else f"{seeds} seeds"
+
+
+def _cell(estimate: tuple[float, float, float], digits: int, gain: bool) -> Value | str:
+    middle, low, high = (None if np.isnan(v) else v for v in estimate)
+    if middle is None:
+        return DASH
+    sign = "+" if gain else ""
+    first, _, bounds = spread(middle, low, high, digits, sign).partition(" ")
+    verdict = "" if not gain or low is None or high is None else "wins" if low > 0 else "loses" if high < 0 else "no difference"
+    return Value(tuple(part for part in (first, f"{bounds} {MARKS.get(verdict, '')}".strip()) if part), verdict)

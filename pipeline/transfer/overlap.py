@@ -1,0 +1,69 @@
+"""Promise 10: test rows of a target that also stand in its sources, or among its own training rows: counted, told, and left out where the job says so."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline import registry
+from pipeline.data import duplicates
+from pipeline.data.manifest import Selection
+from pipeline.job import spec_hash
+from pipeline.train.source import SourceStage, data_key
+from pipeline.transfer.targets import TargetStage
+
+MOST_ROWS, MOST_BYTES = 200_000, 4 << 30
+"""What is read only to be counted; ``drop_overlap`` reads whatever it takes."""
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """What was found, in sentences, and the test rows that stay."""
+
+    notes: tuple[str, ...]
+    test: Selection
+
+
+def key(target: TargetStage, sources: dict[str, SourceStage]) -> str:
+    """What the rows that are left out depend on; nothing where none are."""
+    mode = target.spec.drop_overlap
+    held = [[data_key(stage.spec.data), stage.splits.fingerprint] for _, stage in sorted(sources.items()) if stage.splits and stage.spec.data]
+    return "" if mode == "none" else spec_hash(mode, duplicates.VERSION, duplicates.NEAR_BITS, duplicates.NEAR_CORRELATION, held)
+
+
+def look(target: TargetStage, sources: dict[str, SourceStage], folder: str) -> Overlap:
+    """Compare the test rows with the training rows of every source and of the target itself; what rows are compared by is kept under the folder.
+
+    Test rows are left out for all sources alike, so that their trials are compared on the same rows. Raises ValueError when none would stay.
+    """
+    name, mode, test = target.name, target.spec.drop_overlap, target.splits.test
+    modality = target.spec.data.modality.name
+    role = registry.get("modality", modality).roles[0]
+    notes, gone, mine = [], np.zeros(len(test), dtype=bool), None
+    others: list[tuple[str, Selection, str]] = []
+    for source_name, stage in sources.items():
+        if stage.splits is not None and stage.spec.data is not None:
+            others.append((f"source {source_name}", stage.splits.train, stage.spec.data.columns[role]))
+        elif mode != "none":
+            notes.append(f"{name}: source {source_name} is a checkpoint, and what it was trained on is not known here: none of its rows can be left out")
+    others.append(("its own training rows", target.splits.train, target.spec.data.columns[role]))
+    for where, selection, column in others:
+        ours = where.startswith("its own")
+        if (mode == "none" or ours) and (max(len(selection), len(test)) > MOST_ROWS or selection.manifest.size > MOST_BYTES):
+            notes.append(f"{name}: too many rows to look for its test rows in {where}" + ("" if ours else "; drop_overlap: exact or near reads them all"))
+            continue
+        mine = mine or duplicates.signs(test, modality, target.spec.data.columns[role], folder)
+        theirs = duplicates.signs(selection, modality, column, folder)
+        same = duplicates.exact(mine, theirs)
+        like = duplicates.near(mine, theirs) & ~same
+        if same.any() or like.any():
+            told = f"{same.sum()} of {len(test)} test rows also stand in {where}" + (f", {like.sum()} more nearly so (perceptual hash)" if like.any() else "")
+            notes.append(f"{name}: {told}")
+        if mode != "none" and not ours:
+            gone |= same | like if mode == "near" else same
+    if mode != "none":
+        if gone.all():
+            raise ValueError(f"targets.{name}.drop_overlap: all {len(test)} test rows also stand in a source and none is left; take another test split")
+        notes.append(f"{name}: {gone.sum()} of {len(test)} test rows left out because they also stand in a source (drop_overlap: {mode})")
+    return Overlap(tuple(notes), test.keep(~gone) if gone.any() else test)

@@ -1,0 +1,176 @@
+"""Archives are read in place, and refused when they lead outside, are links, or are not whole."""
+
+import gzip
+import io
+import tarfile
+import zipfile
+
+import pytest
+from data.prepare.conftest import tar, write
+
+from pipeline.data.prepare import files
+from pipeline.data.prepare.pixels import BrokenImageError
+
+
+def contents(found: files.Listing) -> dict[str, bytes]:
+    reader = files.Reader()
+    try:
+        return {entry.name: reader.entry(entry) for entry in found.entries}
+    finally:
+        reader.close()
+
+
+def test_the_same_files_in_a_folder_a_tar_and_a_zip(tmp_path):
+    held = {"train/cat/1.jpg": b"one", "train/dog/2.jpg": b"two" * 5000, "read.me": b""}
+    for name, data in held.items():
+        write(tmp_path / "plain" / name, data)
+    write(tmp_path / "a.tar", tar(held))
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in held.items():
+            archive.writestr(name, data)
+    for place in ("plain", "a.tar", "a.zip"):
+        found = files.listing(str(tmp_path / place))
+        assert contents(found) == held, place
+        assert [entry.name for entry in found.images] == ["train/cat/1.jpg", "train/dog/2.jpg"]
+        assert found.others() == {".me": 1}
+
+
+def test_tars_in_a_tar_and_archives_in_a_folder_are_looked_into(tmp_path):
+    inner = {"a/1.jpg": b"x" * 700, "2.jpg": b"y"}
+    outer = write(tmp_path / "set/outer.tar", tar({"n1.tar": tar(inner), "n2.tar": tar({"3.jpg": b"z" * 513}), "4.jpg": b"four"}))
+    wanted = {"n1/a/1.jpg": b"x" * 700, "n1/2.jpg": b"y", "n2/3.jpg": b"z" * 513, "4.jpg": b"four"}
+    assert contents(files.listing(str(outer))) == wanted
+    assert contents(files.listing(str(tmp_path / "set"))) == {f"outer/{name}": data for name, data in wanted.items()}
+
+
+def test_on_s3_they_are_the_same(s3_server, tmp_path):
+    from pipeline import storage
+
+    root = f"{s3_server}/prepare-files"
+    storage.write_bytes(f"{root}/a/1.jpg", b"one")
+    storage.write_bytes(f"{root}/b.tar", tar({"n1.tar": tar({"2.jpg": b"two" * 999}), "3.jpg": b"three"}))
+    sink = io.BytesIO()
+    with zipfile.ZipFile(sink, "w") as archive:
+        archive.writestr("4.jpg", b"four")
+    storage.write_bytes(f"{root}/c.zip", sink.getvalue())
+    assert contents(files.listing(root)) == {"a/1.jpg": b"one", "b/n1/2.jpg": b"two" * 999, "b/3.jpg": b"three", "c/4.jpg": b"four"}
+
+
+@pytest.mark.parametrize("name", ["../out.jpg", "a/../../out.jpg", "/etc/out.jpg", "C:/out.jpg", "..\\out.jpg"])
+@pytest.mark.parametrize("form", ["tar", "inner", "zip"])
+def test_names_that_lead_outside_are_refused(tmp_path, name, form):
+    if form == "zip":
+        with zipfile.ZipFile(tmp_path / "bad.zip", "w") as archive:
+            archive.writestr(name, b"x")
+        path = tmp_path / "bad.zip"
+    else:
+        data = tar({"fine.jpg": b"x", name: b"x"})
+        path = write(tmp_path / "bad.tar", tar({"n1.tar": data}) if form == "inner" else data)
+    with pytest.raises(ValueError, match="leads outside of the archive") as caught:
+        files.listing(str(path))
+    assert str(path) in str(caught.value)
+    assert ("n1.tar" in str(caught.value)) == (form == "inner")
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE])
+def test_links_in_a_tar_are_refused(tmp_path, kind):
+    with tarfile.open(tmp_path / "bad.tar", "w") as archive:
+        info = tarfile.TarInfo("link.jpg")
+        info.type, info.linkname = kind, "/etc/passwd"
+        archive.addfile(info)
+    with pytest.raises(ValueError, match=r"link\.jpg' is a link or special file"):
+        files.listing(str(tmp_path / "bad.tar"))
+
+
+def test_links_in_a_zip_are_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "bad.zip", "w") as archive:
+        info = zipfile.ZipInfo("link.jpg")
+        info.external_attr = 0o120777 << 16
+        archive.writestr(info, "/etc/passwd")
+    with pytest.raises(ValueError, match=r"link\.jpg' is a link"):
+        files.listing(str(tmp_path / "bad.zip"))
+
+
+@pytest.mark.parametrize("at", [100, 512, 512 + 300, 1536, 1536 + 100, 1536 + 512 + 2])
+def test_a_tar_that_ends_early_is_refused_wherever_it_ends(tmp_path, at):
+    """1536 is where the second header begins: tarfile itself takes that for a whole archive of one file."""
+    data = tar({"1.jpg": b"a" * 600, "2.jpg": b"b" * 600})
+    path = write(tmp_path / "cut.tar", data[:at])
+    with pytest.raises(ValueError, match="not a whole tar file"):
+        files.listing(str(path))
+
+
+def test_a_tar_with_a_damaged_header_is_refused(tmp_path):
+    data = bytearray(tar({"1.jpg": b"a" * 600, "2.jpg": b"b" * 600}))
+    data[1536 + 5] ^= 1
+    with pytest.raises(ValueError, match=r"at byte 1536, after 1 files"):
+        files.listing(str(write(tmp_path / "bad.tar", bytes(data))))
+
+
+def test_an_inner_tar_that_ends_early_is_named(tmp_path):
+    path = write(tmp_path / "outer.tar", tar({"n1.tar": tar({"1.jpg": b"a" * 600})[:900]}))
+    with pytest.raises(ValueError, match=r"outer\.tar:n1\.tar: not a whole tar file"):
+        files.listing(str(path))
+
+
+def test_what_cannot_be_read_is_refused_with_what_to_do(tmp_path):
+    data = tar({"1.jpg": b"x"})
+    with pytest.raises(ValueError, match="decompress it first"):
+        files.listing(str(write(tmp_path / "a.tar.gz", gzip.compress(data))))
+    with pytest.raises(ValueError, match="not a whole zip file"):
+        files.listing(str(write(tmp_path / "a.zip", b"PK\3\4 and then nothing")))
+    with pytest.raises(ValueError, match="no such file or folder"):
+        files.listing(str(tmp_path / "nothing"))
+    twice = io.BytesIO()
+    with tarfile.open(fileobj=twice, mode="w") as archive:
+        for _ in range(2):
+            archive.addfile(tarfile.TarInfo("1.jpg"), io.BytesIO())
+    with pytest.raises(ValueError, match=r"1\.jpg stands in it 2 times"):
+        files.listing(str(write(tmp_path / "twice.tar", twice.getvalue())))
+
+
+def test_a_damaged_zip_member_is_one_broken_row(tmp_path):
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("1.jpg", b"first" * 50)
+        archive.writestr("2.jpg", b"second" * 50)
+    data = bytearray(path.read_bytes())
+    data[data.index(b"first") + 3] ^= 1
+    path.write_bytes(bytes(data))
+    one, two = files.listing(str(path)).entries
+    with pytest.raises(BrokenImageError, match="CRC"):
+        files.Reader().entry(one)
+    assert files.Reader().entry(two) == b"second" * 50
+
+
+def test_a_member_larger_than_an_image_is_not_read(tmp_path):
+    with pytest.raises(BrokenImageError, match="more than an image has"):
+        files.Reader()(str(tmp_path / "nothing.zip"), "bomb.jpg", -1, files.MOST_BYTES + 1)
+
+
+def test_the_mark_changes_with_a_file(tmp_path):
+    write(tmp_path / "a/1.jpg", b"one")
+    first = files.listing(str(tmp_path / "a")).mark
+    assert files.listing(str(tmp_path / "a")).mark == first
+    write(tmp_path / "a/2.jpg", b"two")
+    assert files.listing(str(tmp_path / "a")).mark != first
+
+
+def test_empty_folders_are_told(tmp_path):
+    write(tmp_path / "a/cat/1.jpg", b"one")
+    (tmp_path / "a/dog").mkdir()
+    assert files.listing(str(tmp_path / "a")).empty == ["dog"]
+    with tarfile.open(tmp_path / "b.tar", "w") as archive:
+        archive.add(tmp_path / "a", arcname=".")
+    assert files.listing(str(tmp_path / "b.tar")).empty == ["dog"]
+    with zipfile.ZipFile(tmp_path / "c.zip", "w") as archive:
+        archive.writestr("cat/1.jpg", b"x")
+        archive.writestr("dog/", b"")
+    assert files.listing(str(tmp_path / "c.zip")).empty == ["dog"]
+    assert files.listing(str(write(tmp_path / "d.tar", tar({"n1.tar": tar({"1.jpg": b"x"}), "n2.tar": tar({})})))).empty == ["n2"]
+
+
+def test_ahead_keeps_the_order_and_raises():
+    assert list(files.ahead(lambda i: i * i, range(100), 3)) == [i * i for i in range(100)]
+    with pytest.raises(ZeroDivisionError):
+        list(files.ahead(lambda i: 1 // i, [1, 0]))

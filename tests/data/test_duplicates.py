@@ -1,0 +1,209 @@
+"""Which rows are the same and which images nearly so: against references, real images changed, and real images that only look alike."""
+
+import io
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.fft import dctn
+
+from pipeline.data import duplicates as d
+from pipeline.data import manifest as m
+
+CLOTHING = Path(d.__file__).parents[2] / "jobs" / "data" / "clothing_48px.parquet"
+WITH_DATA = pytest.mark.skipif("ONETOMANY_DATA" not in os.environ, reason="ONETOMANY_DATA names no data folder")
+
+
+@pytest.fixture
+def signs(tmp_path):
+    """Signs of files, folders or lists of values."""
+    def signs(of, modality: str = "image", column: str = "image", form: str = "auto", rows: list[int] | None = None) -> d.Signs:
+        if isinstance(of, list):
+            number = len(list(tmp_path.glob("made-*")))
+            path = tmp_path / f"made-{number}.parquet"
+            pq.write_table(pa.table({column: of}), path, row_group_size=50)
+            of = path
+        found = m.build(str(of), form, str(tmp_path / "imports"))
+        return d.signs(m.Selection(found, None if rows is None else np.array(rows)), modality, column, str(tmp_path / "signs"))
+
+    return signs
+
+
+def png(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    PIL.Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def jpeg(data: bytes, quality: int) -> bytes:
+    buffer = io.BytesIO()
+    with PIL.Image.open(io.BytesIO(data)) as image:
+        (image if image.mode == "L" else image.convert("RGB")).save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()
+
+
+def resized(data: bytes, factor: float) -> bytes:
+    buffer = io.BytesIO()
+    with PIL.Image.open(io.BytesIO(data)) as image:
+        (image if image.mode == "L" else image.convert("RGB")).resize((round(image.width * factor), round(image.height * factor)), 3).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+CHANGES = {"jpeg 75": lambda data: jpeg(data, 75), "jpeg 90": lambda data: jpeg(data, 90), "three quarters": lambda data: resized(data, 0.75),
+           "twice, jpeg 75": lambda data: jpeg(resized(data, 2), 75)}
+
+
+def real(path: Path, n: int) -> list[bytes]:
+    return pq.read_table(path, columns=["image"])["image"].to_pylist()[:n]
+
+
+# ---------------------------------------------------------------- the hash and the search
+
+def test_the_hash_is_that_of_the_paper():
+    """Against SciPy's DCT: frequencies 1 to 8 of both axes, each above the median or not, in the order of rows."""
+    grey = np.random.default_rng(0).integers(0, 256, (20, 32, 32)).astype(np.uint8)
+    low = dctn(grey.astype(float), axes=(1, 2), norm="ortho")[:, 1:9, 1:9].reshape(20, 64)
+    expected = low > np.median(low, axis=1, keepdims=True)
+    found = d.phash(grey)
+    assert found.dtype == np.uint64 and found.shape == (20,) and d.phash(grey[:0]).shape == (0,)
+    assert (np.unpackbits(found[:, None].view(np.uint8), axis=1).astype(bool) == expected).all()
+    assert (expected.sum(1) == 32).all()
+
+
+def made(hashes, thumbs, first: int) -> d.Signs:
+    digests = np.arange(first, first + len(hashes), dtype=np.uint64)
+    return d.Signs(digests, np.ones(len(hashes), bool), np.array(hashes, np.uint64), np.array(thumbs, np.uint8))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32), st.sampled_from([1, 7, 1 << 20]))
+def test_the_search_finds_what_comparing_all_pairs_finds(seed, pairs):
+    """Hashes 0 to 8 bits apart, thumbnails with more or less noise, and some of each twice."""
+    rng = np.random.default_rng(seed)
+    hashes = rng.integers(0, 2**64, 40, dtype=np.uint64)
+    thumbs = rng.integers(0, 256, (40, 256))
+    chosen = rng.integers(0, 40, 60)
+    flips = np.array([sum(1 << int(b) for b in rng.choice(64, rng.integers(0, 9), replace=False)) for _ in chosen], dtype=np.uint64)
+    noise = rng.normal(0, 1, (60, 256)) * rng.choice([0, 5, 15, 60], 60)[:, None]
+    rows = made(hashes[chosen] ^ flips, np.clip(thumbs[chosen] + noise, 0, 255), 0)
+    others = made(hashes, thumbs, 1000)
+    apart = np.bitwise_count(rows.hash[:, None] ^ others.hash[None])
+    alike = np.corrcoef(rows.thumb, others.thumb)[:60, 60:]
+    clear = np.abs(alike - d.NEAR_CORRELATION) > 1e-5
+    expected = (apart <= d.NEAR_BITS) & (alike >= d.NEAR_CORRELATION)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(d, "PAIRS", pairs)
+        found = d.near(rows, others)
+    assert (found == expected.any(1))[clear.all(1)].all()
+    assert found.any() and not found.all(), "both happen"
+
+
+def test_bands_cover_the_hash_once():
+    assert [bit for low, high in d._bands() for bit in range(low, high)] == list(range(64)) and len(list(d._bands())) == d.NEAR_BITS + 1
+
+
+# ---------------------------------------------------------------- real images
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_photos_encoded_or_resized_are_found(signs, change):
+    whole = real(CLOTHING, 400)
+    photos = signs(whole)
+    changed = signs([CHANGES[change](data) for data in whole[:150]])
+    assert not d.exact(changed, photos).any()
+    assert d.near(changed, photos).mean() >= 0.98
+    assert d.near(changed, signs(whole[150:])).mean() <= 0.01, "others are not taken for them"
+
+
+def test_photos_that_are_cut_or_mirrored_are_other_ones(signs):
+    """Said in the docstring: what the hash does not find."""
+    whole = real(CLOTHING, 40)
+    with_changes = [png(np.asarray(PIL.Image.open(io.BytesIO(data)).convert("RGB"))[:, ::-1]) for data in whole]
+    assert d.near(signs(with_changes), signs(whole)).mean() < 0.3
+
+
+def test_different_photos_are_not_near(signs):
+    photos = real(CLOTHING, 2313)
+    half = len(photos) // 2
+    assert d.near(signs(photos[:half]), signs(photos[half:])).mean() < 0.003
+
+
+def neighbours(found: d.Signs) -> np.ndarray:
+    """How many other rows each row is near to, by comparing every two."""
+    assert found.hash is not None and found.thumb is not None
+    close = np.bitwise_count(found.hash[:, None] ^ found.hash[None]) <= d.NEAR_BITS
+    alike = np.corrcoef(found.thumb) >= d.NEAR_CORRELATION
+    return (close & alike).sum(1) - 1
+
+
+@pytest.mark.data
+@WITH_DATA
+@pytest.mark.parametrize(("place", "most"), [("healthcare/nih_chestxray14_1000/nih1000.parquet", 0), ("healthcare/pneumoniamnist/train.parquet", 10)])
+def test_xrays_that_look_alike_are_not_near(signs, place, most):
+    """Of pneumoniamnist 5 pairs have equal pixels, and no other pair is near; the hash alone takes far more for near."""
+    path = Path(os.environ["ONETOMANY_DATA"]) / place
+    found = signs(path)
+    assert (neighbours(found) > 0).sum() <= most
+    assert found.hash is not None
+    loose = np.bitwise_count(found.hash[:, None] ^ found.hash[None]) <= 6
+    assert loose.sum() - len(found) > 10
+    variants = signs([CHANGES["jpeg 75"](data) for data in real(path, 200)])
+    assert d.near(variants, found).mean() >= 0.99
+
+
+# ---------------------------------------------------------------- what is compared
+
+def test_images_are_compared_by_their_bytes_wherever_they_lie(signs, tmp_path):
+    rng = np.random.default_rng(0)
+    pictures = [png(rng.integers(0, 256, (16, 16, 3)).astype(np.uint8)) for _ in range(9)]
+    for name, places in (("a", range(6)), ("b", range(4, 9))):
+        for i in places:
+            (tmp_path / name / "cat").mkdir(parents=True, exist_ok=True)
+            (tmp_path / name / "cat" / f"{name}{i}.png").write_bytes(pictures[i])
+    a, b = (signs(tmp_path / name, form="images") for name in "ab")
+    assert d.exact(a, b).tolist() == [False] * 4 + [True] * 2 and d.exact(b, a).tolist() == [True] * 2 + [False] * 3
+    assert d.exact(signs(pictures), a).tolist() == [True] * 6 + [False] * 3, "bytes of a column against files"
+    assert (d.near(a, b) == d.exact(a, b)).all()
+
+
+def test_texts_are_compared_as_texts_and_repeats_count_each(signs, tmp_path):
+    source, test = ["a", "b", "b", str(tmp_path), None], ["b", "b", "c", str(tmp_path), None]
+    theirs = signs(source, "text", "words")
+    assert d.exact(signs(test, "text", "words"), theirs).tolist() == [True, True, False, True, False], "nothing is no text"
+    assert d.near(signs(test, "text", "words"), theirs).tolist() == [True, True, False, True, False]
+    path = tmp_path / "made-1.parquet"
+    assert d.exact(signs(path, "text", "words", rows=[1, 2]), theirs).tolist() == [True, False], "of the selected rows alone"
+    assert len(signs(path, "text", "words", rows=[])) == 0 and not d.exact(theirs, signs(path, "text", "words", rows=[])).any()
+
+
+def test_images_that_cannot_be_read_or_show_nothing_are_near_to_none(signs):
+    grey, dark = (png(np.full((16, 16), level, np.uint8)) for level in (128, 3))
+    broken = [b"no image", b"", None]
+    mine = signs([grey, dark, *broken])
+    assert mine.readable.tolist() == [True, True, True, False, False]
+    assert d.near(mine, signs([jpeg(grey, 80), b"another one", b"", None])).tolist() == [False] * 5, "flat ones have nothing to compare"
+    assert d.exact(mine, mine).tolist() == [True, True, True, False, False]
+    assert d.near(mine, signs([grey])).tolist() == [True, False, False, False, False]
+
+
+def test_rows_are_read_once_and_again_when_they_change(signs, tmp_path, monkeypatch):
+    path, whole = tmp_path / "rows.parquet", real(CLOTHING, 120)
+    pq.write_table(pa.table({"image": whole}), path, row_group_size=50)
+    there = pickle.loads(pickle.dumps(d._Signer(m.Selection(m.build(str(path), "auto", "")), "image", "image")))  # as a Ray task gets it
+    assert (there((50, 100))["hash"] == signs(whole[50:100]).hash).all()
+    calls, work = [], d._Signer.__call__
+    monkeypatch.setattr(d._Signer, "__call__", lambda self, span: calls.append(span) or work(self, span))
+    first, again = signs(path), signs(path)
+    assert calls == [(0, 50), (50, 100), (100, 120)], "row group by row group"
+    for name in ("digest", "readable", "hash", "thumb"):
+        assert (getattr(first, name) == getattr(again, name)).all()
+    signs(path, rows=[3, 110])
+    assert calls[3:] == [(0, 1), (1, 2)]
+    pq.write_table(pa.table({"image": whole[::-1]}), path, row_group_size=120)
+    assert (signs(path).digest == first.digest[::-1]).all() and len(calls) == 6

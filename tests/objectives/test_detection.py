@@ -1,0 +1,312 @@
+"""Detection: columns to targets, losses against torchvision's and additive over rows, predictions on the whole image, and that it learns."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from torchvision.models.detection.fcos import FCOSHead
+from torchvision.models.detection.roi_heads import fastrcnn_loss
+from torchvision.models.detection.rpn import RegionProposalNetwork
+
+from pipeline import registry
+from pipeline.contracts import Batch, Task
+from pipeline.data.stream import Decoder
+from pipeline.metrics import metric
+from pipeline.objectives import detection
+from pipeline.objectives.detection import Detection, DetectionOptions
+from pipeline.train import loop
+from tests import toys
+
+SIDE = 96
+METHODS = pytest.mark.parametrize("method", ["fcos", "faster_rcnn"])
+COLUMNS = {"boxes": "boxes", "labels": "labels"}
+STATE: dict[str, Any] = {"values": [0, 1, 2], "labels": ["cat", "dog", "cow"], "box_format": "xyxy", "relative": True, "max_boxes": 4}
+
+
+def table_of(boxes, labels, **more) -> pa.Table:
+    return pa.table({"boxes": pa.array(boxes, pa.list_(pa.list_(pa.float64()))), "labels": labels, **more})
+
+
+def fitted(table, columns=COLUMNS, **options) -> dict[str, Any]:
+    return Detection.fit(DetectionOptions(**options), table, columns)
+
+
+def task_of(method: str, backbone: str = "test_resnet", **options) -> Task:
+    return toys.task_of(f"timm/{backbone}", {"channels": 3, "size": SIDE}, "detection", STATE,
+                        options={"method": method, "channels": 64, "convs": 1, "anchor": 4.0, **options})
+
+
+def batch_of(rows: int = 4, seed: int = 0, boxes: int = 4) -> Batch:
+    """Images with ``boxes`` random boxes each, in pixels, as the modality hands them over."""
+    rng = torch.Generator().manual_seed(seed)
+    low, side = torch.rand(rows, 4, 2, generator=rng) * 0.5, 0.15 + torch.rand(rows, 4, 2, generator=rng) * 0.35
+    corners, labels = torch.cat([low, low + side], 2) * SIDE, torch.randint(0, 3, (rows, 4), generator=rng)
+    corners[:, boxes:], labels[:, boxes:] = 0, -1
+    return Batch(np.arange(rows), torch.arange(rows) + 5, {
+        "image": torch.randn(rows, 3, SIDE, SIDE, generator=rng), "boxes": corners, "labels": labels, "crowd": torch.zeros(rows, 4, dtype=torch.bool),
+        "frame": torch.tensor([SIDE, SIDE, 0.0, 0.0]).expand(rows, 4)})
+
+
+def part(batch: Batch, rows: slice) -> Batch:
+    return Batch(batch.rows[rows], batch.keys[rows], {name: tensor[rows] for name, tensor in batch.data.items()})
+
+
+# ---------------------------------------------------------------- columns
+
+@pytest.mark.parametrize(("form", "relative", "box"), [
+    ("xyxy", True, [0.1, 0.2, 0.5, 0.8]), ("xywh", True, [0.1, 0.2, 0.4, 0.6]), ("cxcywh", True, [0.3, 0.5, 0.4, 0.6]),
+    ("xyxy", False, [20, 20, 100, 80]), ("xywh", False, [20, 20, 80, 60]), ("cxcywh", False, [60, 50, 80, 60])])
+def test_every_way_to_write_a_box(form, relative, box):
+    columns = {**COLUMNS, "crowd": "crowd", "width": "w", "height": "h"}
+    table = table_of([[box], []], [[7], []], crowd=[[1], []], w=[200, 200], h=[100, 100])
+    state = fitted(table, columns, box_format=form, relative=relative)
+    assert Detection.refused(table, columns, state) == ["", ""]
+    found = Detection.encode(table, columns, json.loads(json.dumps(state)))
+    np.testing.assert_allclose(found["boxes"][0, 0], [0.1, 0.2, 0.5, 0.8], atol=1e-6)
+    assert found["boxes"].shape == (2, 100, 4) and found["boxes"].dtype == np.float32 and not found["boxes"][0, 1:].any() and not found["boxes"][1].any()
+    assert found["labels"][0].tolist() == [0] + [-1] * 99 and (found["labels"][1] == -1).all() and found["crowd"].sum() == 1
+
+
+def test_class_numbers_may_have_holes_and_names():
+    box = [0.1, 0.1, 0.5, 0.5]
+    table = table_of([[box, box], [box]], [[90, 3], [17]])
+    assert fitted(table)["values"] == [3, 17, 90] and fitted(table)["labels"] == ["3", "17", "90"]
+    assert Detection.encode(table, COLUMNS, fitted(table))["labels"][:, :2].tolist() == [[2, 0], [1, -1]]
+    named = fitted(table, names={"3": "car", 17: "cat", "44": "bottle", "90": "toothbrush"})
+    assert named["values"] == [3, 17, 44, 90] and Detection.encode(table, COLUMNS, named)["labels"][0, 0] == 3
+    texts = table_of([[box, box]], [["cat", "ant"]])
+    assert fitted(texts)["labels"] == ["ant", "cat"] and fitted(texts, names=["cat", "dog", "ant"])["values"] == ["cat", "dog", "ant"]
+    with pytest.raises(ValueError, match=r"column labels: class 90 of the training rows has no name in objective.names"):
+        fitted(table, names=[f"class {i}" for i in range(80)])
+    with pytest.raises(ValueError, match=r"two classes have the same name"):
+        fitted(table, names={3: "a", 17: "a", 90: "b"})
+    with pytest.raises(ValueError, match=r"the training rows hold no box"):
+        fitted(table_of([[]], pa.array([[]], pa.list_(pa.int64()))))
+    with pytest.raises(ValueError, match=r"boxes in pixels need a width column"):
+        fitted(table, relative=False)
+
+
+@pytest.mark.parametrize(("boxes", "labels", "reason"), [
+    ([[0.1, float("nan"), 0.2, 0.3]], [0], r"box \[0\.1, nan, 0\.2, 0\.3\] is not finite"),
+    ([[0.1, 0.1, 0.1, 0.3]], [0], r"box \[0\.1, 0\.1, 0\.1, 0\.3\] has no area"),
+    ([[0.5, 0.1, 0.3, 0.3]], [0], r"has no area \(read as xyxy\)"),
+    ([[1.2, 0.1, 1.5, 0.3]], [0], r"lies outside its image \(read as shares of it\)"),
+    ([[0.1, 0.1, 0.2, 0.3]], [8], r"class 8 is none of the 3 classes"),
+    ([[0.1, 0.1, 0.2, 0.3]], [0, 1], r"1 boxes, but 2 labels"),
+    ([[0.1, 0.1, 0.2, 0.3]] * 5, [0] * 5, r"5 boxes, more than objective.max_boxes=4"),
+    ([[0.1, 0.1, 0.2]], [0], r"a box is not 4 numbers"),
+    (None, None, r"null; an image without objects has empty lists"),
+    ([], [], r""), ([[-0.1, 0.9, 0.2, 1.1]], [2], r"")])
+def test_rows_that_cannot_be_used_are_refused_with_the_reason(boxes, labels, reason):
+    good = [[0.1, 0.1, 0.5, 0.5]]
+    table = table_of([good, boxes, good], [[1], labels, [2]])
+    found = Detection.refused(table, COLUMNS, STATE)
+    assert found[0] == found[2] == ""
+    assert not found[1] if not reason else pytest.importorskip("re").search(reason, found[1]), found[1]
+    arrays = Detection.encode(table, COLUMNS, STATE)
+    assert arrays["labels"][:, 0].tolist() == [1, labels[0] if labels and not reason else -1, 2] and np.isfinite(arrays["boxes"]).all()
+    assert arrays["boxes"].min() >= 0 and arrays["boxes"].max() <= 1
+
+
+def test_new_rows_have_no_labels():
+    assert Detection.encode(pa.table({"image": [b""]}), COLUMNS, STATE) == {} and Detection.refused(pa.table({"image": [b""]}), COLUMNS, STATE) == [""]
+
+
+# ---------------------------------------------------------------- losses
+
+def test_fcos_equals_torchvision(monkeypatch):
+    """Where every image has objects, the sums over the count are torchvision's own losses."""
+    task, batch = task_of("fcos").eval(), batch_of()
+    detector, targets = task.objective.detector, detection._targets(batch)
+    outputs, anchors, sizes = detector._outputs(detector.backbone(task.backbone(batch, want=("stages",)), (SIDE, SIDE)), batch)
+    seen = {}
+    monkeypatch.setattr(detector.head, "compute_loss", lambda *arguments: seen.update(zip(("t", "o", "a", "m"), arguments, strict=True)) or {"count": 0})
+    detector.compute_loss(targets, outputs, anchors, sizes)
+    theirs = FCOSHead.compute_loss(detector.head, seen["t"], seen["o"], seen["a"], seen["m"])
+    monkeypatch.undo()
+    total, count, logs = task(batch)
+    for mine, name in (("classification", "classification"), ("box", "bbox_regression"), ("centerness", "bbox_ctrness")):
+        assert (logs[mine] / count).item() == pytest.approx(theirs[name].item(), rel=1e-5)
+    assert (total / count).item() == pytest.approx(sum(theirs.values()).item(), rel=1e-5)
+
+
+def test_faster_rcnn_equals_torchvision(monkeypatch):
+    """With as many samples from each image, the mean over images is torchvision's mean over samples. Both stages are handed the same samples."""
+    task, batch = task_of("faster_rcnn").eval(), batch_of()
+    detector, seen = task.objective.detector, {}
+    mine, pick = detector.rpn.by_image, detector.roi_heads.select_training_samples
+    monkeypatch.setattr(detector.rpn, "by_image", lambda *arguments: seen.update(rpn=arguments) or mine(*arguments))
+
+    def kept(*arguments):
+        seen["roi"] = pick(*arguments)
+        return seen["roi"]
+
+    monkeypatch.setattr(detector.roi_heads, "select_training_samples", kept)
+    total, count, logs = task(batch)
+    scores, shifts, labels, wanted = seen["rpn"]
+    objects, boxes = RegionProposalNetwork.compute_loss(detector.rpn, scores.reshape(-1, 1), shifts.reshape(-1, 4), labels, wanted)
+    maps = detector.backbone(task.backbone(batch, want=("stages",)), (SIDE, SIDE))
+    regions, _, kinds, targets = seen["roi"]
+    assert {len(k) for k in kinds} == {512} and {int((k > 0).sum()) for k in kinds} != {0}
+    classification, off = fastrcnn_loss(*detector._regions(maps, regions, batch), kinds, targets)
+    for name, theirs in (("objectness", objects), ("proposal_box", boxes), ("classification", classification), ("box", off)):
+        assert (logs[name] / count).item() == pytest.approx(theirs.item(), rel=1e-4), name
+    assert count == 4 and (total / count).item() == pytest.approx((objects + boxes + classification + off).item(), rel=1e-4)
+
+
+@METHODS
+def test_sums_and_counts_add_up_over_ranks(method):
+    """Rows on two ranks, one of them without a box, give the sums of all of them together: samples follow from rows, not from a generator."""
+    task, batch = task_of(method).eval(), batch_of(4)
+    batch.data["boxes"][3], batch.data["labels"][3] = 0, -1
+    torch.manual_seed(1)
+    total, count, logs = task(batch)
+    torch.manual_seed(2)
+    halves = [task(part(batch, rows)) for rows in (slice(0, 1), slice(1, 4))]
+    assert sum(h[1] for h in halves) == count
+    assert sum(h[0] for h in halves).item() == pytest.approx(total.item(), rel=1e-4)
+    for name in task.objective.log_names:
+        assert sum(h[2][name] for h in halves).item() == pytest.approx(logs[name].item(), rel=1e-4, abs=1e-6), name
+    found = task.objective.predict(task.backbone, batch)
+    assert found["loss"].sum().item() == pytest.approx(total.item(), rel=1e-4) and found["count"].sum() == count
+
+
+@METHODS
+@pytest.mark.parametrize("backbone", ["test_resnet", "test_vit", "test_efficientnet"])
+@pytest.mark.parametrize(("rows", "boxes"), [(2, 4), (1, 2), (2, 0)])
+def test_every_parameter_is_in_the_graph(method, backbone, rows, boxes):
+    """DDP waits for all of them: with boxes, with one image, and with no box in the whole batch."""
+    task = task_of(method, backbone)
+    total, count, _ = task(batch_of(rows, boxes=boxes))
+    total.backward()
+    assert torch.isfinite(total) and count > 0
+    assert [name for name, p in task.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()] == []
+
+
+@METHODS
+def test_bf16(method):
+    task, batch = task_of(method), batch_of(2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        total, count, _ = task(batch)
+        total.backward()
+        task.eval()
+        with torch.no_grad():
+            found = task.objective.predict(task.backbone, batch)
+    exact = task_of(method)(batch)
+    assert total.dtype == torch.float32 and (total / count).item() == pytest.approx((exact[0] / exact[1]).item(), rel=0.1)
+    assert all(torch.isfinite(p.grad).all() for p in task.parameters() if p.grad is not None)
+    assert all(torch.isfinite(t.float()).all() for t in found.values())
+
+
+def test_a_crowd_is_neither_object_nor_background():
+    task, batch = task_of("fcos").eval(), batch_of(2, boxes=1)
+    detector = task.objective.detector
+    maps = detector.backbone(task.backbone(batch, want=("stages",)), (SIDE, SIDE))
+    without, counts = detector.losses(maps, batch, detection._targets(batch))
+    crowd, labels, boxes = batch["crowd"].clone(), batch["labels"].clone(), batch["boxes"].clone()
+    crowd[0, 1], labels[0, 1], boxes[0, 1] = True, 2, torch.tensor([0.0, 0.0, SIDE, SIDE])  # all over the image, and over its object
+    with_crowd, same = detector.losses(maps, batch, detection._targets(batch.replace(crowd=crowd, labels=labels, boxes=boxes)))
+    assert torch.equal(counts, same) and torch.equal(without["box"], with_crowd["box"])
+    assert with_crowd["classification"][0] < without["classification"][0] and with_crowd["classification"][1] == without["classification"][1]
+
+
+def test_samples_are_the_row_s_own():
+    labels = torch.cat([torch.ones(50), torch.zeros(300), -torch.ones(50)])
+    sampler = detection.Sampler(64, 0.5, 11)
+    sampler.keys = torch.tensor([3, 4])
+    yes, no = sampler([labels, labels])
+    assert [int(m.sum()) for m in (*yes, *no)] == [32] * 4 and not torch.equal(yes[0], yes[1])
+    assert all((labels[m] == 1).all() for m in yes) and all((labels[m] == 0).all() for m in no)
+    sampler.keys = torch.tensor([4])
+    assert torch.equal(sampler([labels])[0][0], yes[1])
+    assert int(sampler([labels[40:]])[1][0].sum()) == 54  # 10 objects leave room for background
+
+
+# ---------------------------------------------------------------- predictions
+
+@pytest.mark.parametrize("fit", ["pad", "squash"])
+def test_predictions_are_shares_of_the_whole_image(fit, monkeypatch):
+    """Detections where the objects lie in the input come out as the boxes of the table, at any aspect of the image."""
+    import io
+
+    import PIL.Image
+
+    files = []
+    for size in ((200, 100), (60, 120)):
+        buffer = io.BytesIO()
+        PIL.Image.new("RGB", size, (90, 90, 90)).save(buffer, "PNG")
+        files.append(buffer.getvalue())
+    boxes = [[[0.1, 0.2, 0.5, 0.8], [0.0, 0.0, 1.0, 1.0]], [[0.6, 0.05, 0.9, 0.25]]]
+    table, columns = table_of(boxes, [[1, 2], [0]], image=files), {**COLUMNS, "image": "image"}
+    kind = registry.get("modality", "image")
+    modality = kind(kind.options_class(size=SIDE, fit=fit), {"mean": [0.5] * 3, "std": [0.2] * 3})
+    arrays, bad = Decoder(modality, "detection", STATE, columns)(table)
+    assert bad == ["", ""]
+    task = task_of("fcos").eval()
+    batch = toys.take(toys.rows_of(modality, arrays, "detection", STATE), [0, 1])
+    monkeypatch.setattr(task.objective.detector, "detections", lambda maps, batch: [
+        {"boxes": torch.cat([t["boxes"], torch.tensor([[-9.0, -9.0, -1.0, -1.0]])]), "labels": torch.cat([t["labels"], torch.tensor([0])]),
+         "scores": torch.linspace(0.9, 0.5, len(t["labels"]) + 1)} for t in detection._targets(batch)])
+    with torch.no_grad():
+        found = {name: tensor.numpy() for name, tensor in task.objective.predict(task.backbone, batch).items()}
+    assert found["boxes"].shape == (2, 100, 4) and (found["classes"] >= 0).sum(1).tolist() == [2, 1]  # one lay outside
+    np.testing.assert_allclose(found["boxes"][0, :2], boxes[0], atol=1e-5)
+    np.testing.assert_allclose(found["boxes"][1, :1], boxes[1], atol=1e-5)
+    np.testing.assert_allclose(found["true_boxes"][0, :2], boxes[0], atol=1e-5)
+    assert metric("map").value(found) == metric("map50").value(found) == pytest.approx(1.0)
+    written = task.objective.written(found)
+    assert written["labels"].tolist() == [["dog", "cow"], ["cat"]] and written["boxes"][1] == [pytest.approx(boxes[1][0], abs=1e-5)]
+    assert [len(s) for s in written["scores"]] == [2, 1]
+
+
+@METHODS
+def test_predictions_without_labels(method):
+    task, batch = task_of(method, score_threshold=0.0).eval(), batch_of(2)
+    new = Batch(batch.rows, batch.keys, {name: batch[name] for name in ("image", "frame")})
+    with torch.no_grad():
+        found = task.objective.predict(task.backbone, new)
+    assert set(found) == {"boxes", "scores", "classes"} and (found["classes"] >= 0).any()
+    assert (found["scores"].diff(dim=1) <= 0).all() and found["boxes"].min() >= 0 and found["boxes"].max() <= 1
+    assert set(found["classes"].unique().tolist()) <= {-1, 0, 1, 2}
+
+
+def test_what_cannot_be_built_is_refused():
+    with pytest.raises(ValueError, match=r"gives no feature maps"):
+        Detection(toys.Net(), DetectionOptions(), STATE)
+
+
+# ---------------------------------------------------------------- on real images
+
+@pytest.mark.slow
+@pytest.mark.data
+@pytest.mark.timeout(1200)
+def test_it_learns_sixteen_photographs_from_scratch():
+    """ResNet-18, 192 px, one process of two threads: mAP@[.5:.95] on the images that it was trained on."""
+    folder = Path(os.environ.get("ONETOMANY_DATA") or pytest.skip("ONETOMANY_DATA names no data folder"), "vision", "coco128_detection")
+    table = pq.read_table(folder / "train.parquet")
+    few = [i for i, labels in enumerate(table["labels"].to_pylist()) if 1 <= len(labels) <= 6][:16]
+    table = table.take(few)
+    columns = {"image": "image", "boxes": "boxes_cxcywh_norm", "labels": "labels"}
+    options = DetectionOptions(box_format="cxcywh", names=json.loads((folder / "classes.json").read_text()), channels=int(os.environ.get("CH","64")), convs=int(os.environ.get("CV","2")))
+    state = Detection.fit(options, table, columns)
+    kind = registry.get("modality", "image")
+    image = kind.options_class(size=192, fit="pad", flip=False, crop="none")
+    modality = kind(image, kind.fit(image, table, columns, "timm/resnet18"))
+    arrays, bad = Decoder(modality, "detection", state, columns)(table)
+    assert bad == [""] * 16
+    rows = toys.rows_of(modality, arrays, "detection", state)
+    task = toys.task_of("timm/resnet18", modality.inputs(), "detection", state, options=options.model_dump())
+    N=int(os.environ.get("N","150"))
+    run = toys.make_run(rows, task, steps=N, validation=rows, global_batch=16, lr=float(os.environ.get("LR","2e-3")), eval_every_steps=int(os.environ.get("EV","25")), keep="last", log_every_steps=25)
+    began = time.time()
+    run.on_log = lambda r: print({k: round(v, 4) if isinstance(v, float) else v for k, v in r.items()}, round(time.time()-began), flush=True)
+    run.on_eval = lambda step, m: print(step, m, round(time.time()-began), flush=True)
+    outcome = loop.fit(run)
+    print(outcome.curve[-1], outcome.seconds)
+    assert outcome.curve[-1]["map"] >= 0.80
