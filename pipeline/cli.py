@@ -226,20 +226,24 @@ def prepare(name: Annotated[str | None, typer.Argument(help="imagenet, webdatase
             resize: Annotated[int | None, typer.Option(help="Shorter side in pixels, only downwards; larger images are written as JPEG anew.")] = None,
             quality: Annotated[int | None, typer.Option(help="Write every image as JPEG anew with this quality (1 to 100).")] = None,
             rows_per_part: Annotated[int | None, typer.Option(help="Rows of a part; none: about 96 MiB.")] = None,
-            max_bad: Annotated[float, typer.Option(help="Share of rows that may be broken.")] = 0.01,
+            max_bad: Annotated[float, typer.Option(help="Share of rows that may be broken; one always may, unless this is 0.")] = 0.01,
             list_: Annotated[bool, typer.Option("--list", help="Show the importers (or NAME alone), what they read and their options.")] = False,
             verify: Annotated[bool, typer.Option(help="Read every part of OUTPUT again and compare its SHA-256; writes nothing.")] = False,
             address: Address = None, verbose: Verbose = False) -> None:
     """A publisher's raw files to sharded Parquet, in parallel; goes on where a stopped run left off. `prepare --list` shows the importers."""
     from pipeline import lease, storage
-    from pipeline.data.prepare import importing, write
+    from pipeline.data.prepare import importing
+
+    if list_:
+        try:
+            return out.print(importing.describe(name), markup=False, soft_wrap=True)
+        except ValueError as error:
+            raise _fail(str(error), 2) from None
+    from pipeline.data.prepare import write
     from pipeline.train import launch
     from pipeline.train.progress import Progress
 
     try:
-        if list_:
-            out.print(importing.describe(name), markup=False, soft_wrap=True)
-            return
         if verify and output:
             found = write.verify(output)
             out.print(f"{output}: {len(found['files'])} parts are as they were written", markup=False, soft_wrap=True)

@@ -238,6 +238,8 @@ class Objective(nn.Module, ABC):
     """Roles whose columns are read whole for ``fit`` and checked before anything starts; none: all of ``roles`` and ``optional_roles``."""
     label_tensors: ClassVar[tuple[str, ...]] = ("label",)
     """Tensors that ``head_loss`` and ``head_predict`` read beside the features."""
+    mixes: bool = False
+    """True for an objective that changes its inputs in training (mixup): features computed once are then not those that it trains on."""
 
     options: Any
     state: dict[str, Any]

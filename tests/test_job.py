@@ -300,7 +300,8 @@ def test_joined_corpora_and_the_probe_are_relative_to_the_file(load, folder):
     ("test: more, modality", "test: moer, modality", r"probe\.test: moer: no such file"),
     ("{image: image, label: label}", "{image: image}", r"probe\.columns: role 'label' has no column; say columns: \{label: NAME\}"),
     ("{image: image, label: label}", "{image: image, label: label, labl: x}", r"probe\.columns\.labl: unknown role; did you mean label"),
-    ("modality: image, columns: {image: image, label: label}, more: [{uri: more, modality: image}]", "modality: text, columns: {text: text, label: a}", r"a probe tries the backbone while it is pretrained"),
+    ("modality: image, columns: {image: image, label: label}, more: [{uri: more, modality: image}]",
+     "modality: text, columns: {text: text, label: a}", r"a probe tries the backbone while it is pretrained"),
     ("init: file-by-order:weights.pth", "init: file-by-order:wieghts.pth", r"init: file-by-order wieghts\.pth: no such path"),
     ("train: rows.parquet, test", "trian: rows.parquet, test", r"probe\.trian: unknown field; did you mean train"),
 ])

@@ -25,6 +25,7 @@ ARCHITECTURES = ("timm", "models/*.py", r"^@register_model\ndef (\w+)")
 class TimmOptions(Options):
     drop_path: float = Field(0.0, ge=0, lt=1, description="stochastic depth rate")
     drop_rate: float = Field(0.0, ge=0, lt=1, description="dropout before the head, inside the backbone")
+    patch_size: int | None = Field(None, ge=1, description="vision transformers: pixels a side of a patch; none: the architecture's own. Small images want less")
 
 
 @register("model", "timm", options=TimmOptions)
@@ -39,15 +40,15 @@ class Timm(Backbone):
         super().__init__(architecture, options, inputs)
         if "channels" not in inputs:
             raise ValueError(f"timm/{architecture} reads images; these rows are {', '.join(inputs) or 'something else'}")
-        for option, argument in (("drop_path", "drop_path_rate"), ("drop_rate", "drop_rate")):
+        for option, argument in (("drop_path", "drop_path_rate"), ("drop_rate", "drop_rate"), ("patch_size", "patch_size")):
             if getattr(options, option) and argument not in _arguments(architecture):
                 raise ValueError(f"timm/{architecture} has no {option}: leave it out")
-        if problem := _refused(architecture, inputs["channels"], inputs["size"]):
+        if problem := _refused(architecture, inputs["channels"], inputs["size"], options.patch_size):
             raise ValueError(problem)
-        self.model: Any = _create(architecture, inputs["channels"], inputs["size"], drop_path_rate=options.drop_path, drop_rate=options.drop_rate)
+        self.model: Any = _create(architecture, inputs["channels"], inputs["size"], options.patch_size, drop_path_rate=options.drop_path, drop_rate=options.drop_rate)
         self.arch = {"name": f"timm/{architecture}", "options": options.model_dump(), "inputs": dict(inputs)}
         self.pooled_dim = getattr(self.model, "head_hidden_size", None) or self.model.num_features
-        shape, _ = _probed(architecture, inputs["channels"], inputs["size"])
+        shape, _ = _probed(architecture, inputs["channels"], inputs["size"], options.patch_size)
         self.token_dim = shape[2] if len(shape) == 3 else None
         embed: Any = self.model.patch_embed if issubclass(type(self.model), VisionTransformer) else None
         self.patch: int | None = int(embed.patch_size[0]) if type(embed) is PatchEmbed else None
@@ -130,13 +131,15 @@ def _arguments(architecture: str) -> frozenset[str]:
     return frozenset(name for base in kind.__mro__ if "__init__" in vars(base) for name in inspect.signature(base).parameters)
 
 
-def _create(architecture: str, channels: int, size: int, **rates: float) -> Any:
+def _create(architecture: str, channels: int, size: int, patch_size: int | None, **rates: float) -> Any:
     """The timm model without a classifier, for images of ``size`` pixels a side, and of others where it takes them."""
     known = _arguments(architecture)
     wanted: dict[str, Any] = {"in_chans": channels, "num_classes": 0, **{name: rate for name, rate in rates.items() if name in known}}
     config = timm.models.get_pretrained_cfg(architecture, allow_unregistered=True)
     if config is not None and config.fixed_input_size:
         wanted["img_size"] = size
+    if patch_size is not None:
+        wanted["patch_size"] = patch_size
     if "dynamic_img_size" in known:
         wanted["dynamic_img_size"] = True
     if "aux_logits" in known:
@@ -148,11 +151,11 @@ SEVERAL = "gives several tensors, not one"
 
 
 @cache
-def _probed(architecture: str, channels: int, size: int) -> tuple[tuple[int, ...], str]:
+def _probed(architecture: str, channels: int, size: int, patch_size: int | None = None) -> tuple[tuple[int, ...], str]:
     """(shape of what the model makes of one such image, "") or ((), why it cannot), by a pass without memory or arithmetic (device meta)."""
     try:
         with torch.device("meta"), torch.random.fork_rng(devices=[]), torch.no_grad():
-            model = _create(architecture, channels, size).eval()
+            model = _create(architecture, channels, size, patch_size).eval()
             found = model.forward_features(torch.empty(1, channels, size, size))
             if not isinstance(found, Tensor):
                 return (), SEVERAL
@@ -163,14 +166,14 @@ def _probed(architecture: str, channels: int, size: int) -> tuple[tuple[int, ...
 
 
 @cache
-def _refused(architecture: str, channels: int, size: int) -> str:
+def _refused(architecture: str, channels: int, size: int, patch_size: int | None) -> str:
     """What is wrong with a size, with the next one that is right; or nothing, also for a model that cannot be asked without memory."""
-    reason = _probed(architecture, channels, size)[1]
+    reason = _probed(architecture, channels, size, patch_size)[1]
     if reason == SEVERAL:
         return f"timm/{architecture} cannot be a backbone here: its forward_features {SEVERAL}"
     config = timm.models.get_pretrained_cfg(architecture, allow_unregistered=True)
     usual = config.input_size[-1] if config is not None else 224
-    if not reason or _probed(architecture, channels, usual)[1]:
+    if not reason or (patch_size is None and _probed(architecture, channels, usual)[1]):
         return ""
-    least = next((other for other in range(size + 1, max(size, usual) + 65) if not _probed(architecture, channels, other)[1]), usual)
+    least = next((other for other in range(size + 1, max(size, usual) + 65) if not _probed(architecture, channels, other, patch_size)[1]), usual)
     return f"timm/{architecture} takes no images of {size} pixels a side ({reason}); the next size that it takes is {least}: say so in data.modality"

@@ -26,6 +26,9 @@ from pipeline.rng import uniform
 DETECTIONS = 100
 """Detections an image: as many as COCO's metric looks at."""
 
+AT_ONCE = 16
+"""Images predicted at a time: evaluation hands over hundreds, whose 1000 regions each would take 13 GB (256 images, width 256)."""
+
 Targets = list[dict[str, Tensor]]
 """One a row: ``boxes`` (k, 4) pixels, ``labels`` (k,) class numbers, ``crowd`` (c, 4) regions that count neither as object nor as background."""
 
@@ -122,6 +125,10 @@ class Detection(Objective):
     def predict(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
         """``boxes`` (B, 100, 4) corners as shares of the whole image, ``scores`` (B, 100), ``classes`` (B, 100; -1: none), the surest first; with labels
         ``true_boxes``, ``true_classes``, ``true_crowd`` (B, max_boxes) as the modality left them, and ``loss`` with its ``count`` (B,)."""
+        parts = [self._predicted(backbone, part) for part in batch.split(AT_ONCE)]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def _predicted(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
         _, maps = self._maps(backbone, batch)
         frame = batch["frame"].float()
         b, device = len(batch), frame.device

@@ -19,6 +19,8 @@ from pipeline.registry import Options, register
 
 OUTSIDE = 255
 """Class of pixels where no image is, as the modality writes it."""
+AT_ONCE = 16
+"""Images predicted at a time: evaluation hands over hundreds, whose scores would take 40 GB (256 images, 150 classes, 512 px)."""
 
 
 class SegmentationOptions(Options):
@@ -92,6 +94,10 @@ class Segmentation(Objective):
     def predict(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
         """With masks ``intersection``, ``predicted``, ``actual`` (B, classes): labelled pixels of the input, padding left out, and ``loss`` with its
         ``count`` (B,). Without them ``classes`` (B, H, W) uint8 and the ``frame`` (B, 4) where the image lies in them."""
+        parts = [self._predicted(backbone, part) for part in batch.split(AT_ONCE)]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def _predicted(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
         scores, _ = self._scores(backbone, batch)
         guess, frame = scores.argmax(1), batch["frame"]
         if "mask" not in batch.data:

@@ -31,7 +31,8 @@ HOW_NOT_WHAT = {"log_every_steps", "checkpoint_every_steps", "trace_rows"}
 
 def data_key(data: Any) -> dict[str, Any]:
     """The part of a data spec that a key depends on: not where the files lie (their fingerprint counts)."""
-    return data.model_dump(mode="json", exclude=WHERE_NOT_WHAT | {"decode", "max_bad_rows"})
+    left_out = dict.fromkeys(WHERE_NOT_WHAT | {"decode", "max_bad_rows"}, True)
+    return data.model_dump(mode="json", exclude={**left_out, "more": {"__all__": left_out}})
 
 
 @dataclass(frozen=True)
@@ -208,7 +209,7 @@ def arch_of(spec: Source, start: starts.Start | None, inputs: dict[str, Any]) ->
 def import_start(stage: SourceStage, start: starts.Start, arch: dict[str, Any], modality: dict[str, Any], objective: dict[str, Any], uri: str) -> str:
     """A checkpoint read once for all ranks and restarts: the task as it starts, as a bundle. Returns in words what was carried over."""
     task = bundle.build_task(arch, objective, seed=stage.seed)
-    moved = bundle.transfer(task.backbone, start.tensors, start.origin, start.drop).text()
+    moved = start.onto(task.backbone).text()
     if start.bundle:
         moved += "; " + bundle.carry_head(task, start.bundle)
     bundle.save(uri, task, modality, parent=start.origin, training={"transfer": moved}, spec_hash=stage.key, metrics={})

@@ -24,21 +24,27 @@ Row = dict[str, Any]
 
 
 def blocks(target: str, done: Sequence[Cell], rows: Sequence[Row], runs: dict[str, Run]) -> list[Block]:
-    """Of the best finished cell of a target (by its primary metric); nothing where the test predictions are not at hand or have no classes.
+    """Of the best finished cell of a target (by its primary metric; labels: the best with a source, beside scratch). Nothing where the test
+    predictions are not at hand or have no classes.
 
     done: cells of the target with a mean. rows: results rows, of any target.
     """
     shown = [(cell, found) for cell in done if (found := _runs(cell, rows, runs))]
     if not shown:
         return []
-    best, ours = max(shown, key=lambda pair: (pair[0].mean or 0.0) * (1 if pair[0].higher_is_better else -1))
+    best, ours = _best(shown)
     if all(_classes(run) for run in ours):
         return _confusion(target, best, ours)
     if not all(_label_sets(run) for run in ours):
         return []
+    best, ours = _best([pair for pair in shown if pair[0].source != SCRATCH] or shown)
     scratch = next((found for cell, found in shown if cell.source == SCRATCH and best.source != SCRATCH
                     and (cell.backbone, cell.label_fraction) == (best.backbone, best.label_fraction)), [])
     return _labels(target, best, ours, scratch)
+
+
+def _best(shown: list[tuple[Cell, list[Run]]]) -> tuple[Cell, list[Run]]:
+    return max(shown, key=lambda pair: (pair[0].mean or 0.0) * (1 if pair[0].higher_is_better else -1))
 
 
 def _runs(cell: Cell, rows: Sequence[Row], runs: dict[str, Run]) -> list[Run]:
@@ -105,13 +111,14 @@ def _labels(target: str, cell: Cell, ours: list[Run], scratch: list[Run]) -> lis
                 estimates[f"{name} gain"].append(stats.gain(of, ours, scratch))
     digits = places([(low, high) for _, low, high in estimates["auroc"]])
     head, body = ["Label", "Test rows"], [[names[k], f"{positive[k]:,}"] for k in often[:MOST_LABELS]]
-    for name, said in (("auroc", "AUROC"), ("average_precision", "Average precision")):
+    for name, said in (("auroc", "AUROC"), ("average_precision", "AP")):
         for kind in ("", " scratch", " gain") if paired else ("",):
             head.append(f"{said}{kind.replace(' scratch', ', scratch').replace(' gain', ', gain')}")
             for line, estimate in zip(body, estimates[f"{name}{kind}"], strict=True):
                 line.append(_cell(estimate, digits, kind == " gain"))
     least = max(int(run.predictions["min_positives"].max(initial=1)) if "min_positives" in run.predictions else 1 for run in ours)
-    told = f"{target}: {cell_label(cell)} of labels{' beside scratch' if paired else ''}, mean over {_plural(len(ours))} with 95 % intervals."
+    told = (f"{target}: {cell_label(cell)} of labels{' beside scratch' if paired else ''}, mean over {_plural(len(ours))} with 95 % intervals. "
+            "AP: average precision.")
     told += f" Macro averages are over the labels with at least {least} test rows." if least > 1 else ""
     told += f" The {MOST_LABELS} commonest of {len(often)} labels; results.parquet has all." if len(often) > MOST_LABELS else ""
     return [Heading("Label by label", 3), Text(told), Table(head, body)] if body else []

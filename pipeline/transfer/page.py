@@ -263,7 +263,7 @@ th,td{text-align:left;vertical-align:top;padding:.5rem 1.1rem .5rem 0;border-bot
 th{font-weight:600;color:var(--soft);font-size:.82rem;white-space:nowrap;vertical-align:bottom}
 td:first-child{overflow-wrap:break-word;min-width:7rem;max-width:16rem}
 .n{text-align:right;white-space:nowrap;padding:.5rem 0 .5rem 1.1rem}
-.heat{min-width:0}.heat th,.heat td{padding:.35rem .6rem;vertical-align:middle}
+.heat{min-width:0;margin-bottom:.5rem}.heat th,.heat td{padding:.35rem .6rem;vertical-align:middle}
 td b{font-weight:600}.sub{display:block;color:var(--soft);font-size:.84rem}
 figure{margin:1rem 0 1.5rem}figure .scroll{margin:0}
 figure svg *{stroke-linejoin:round;stroke-linecap:butt}figure svg{display:block;width:100%;min-width:30rem;height:auto}

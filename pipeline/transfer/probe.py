@@ -179,7 +179,7 @@ def batchable(group: list[Trial], shared: Shared) -> bool:
     first = group[0]
     data = shared.targets[first.target, first.base]
     objective = trials.build(first, shared)[0].objective
-    pooled = type(objective).head_loss is not Objective.head_loss and not getattr(objective, "mixes", False)  # mixed images have no cached features
+    pooled = type(objective).head_loss is not Objective.head_loss and not objective.mixes  # mixed images have no cached features
     return first.technique_object.frozen and first.source != SCRATCH and data.spec.workers == 0 and pooled
 
 

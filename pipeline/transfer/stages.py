@@ -343,13 +343,15 @@ def collect(state: State, found: list[Trial]) -> list[dict[str, Any]]:
 
 
 def _gain(root: str, one: Trial, against: Trial, row: dict[str, Any], records: dict[str, Any]) -> dict[str, Any]:
-    of = metric(row["metric"])
     theirs = next((r["value"] for r in records[against.id]["rows"] if r["split"] == "test" and r["metric"] == row["metric"]), None)
     if theirs is None:
         return {}
-    out = {"scratch_value": theirs, "gain": (row["value"] - theirs) * (1 if of.higher_is_better else -1)}
+    out = {"scratch_value": theirs, "gain": (row["value"] - theirs) * (1 if row["higher_is_better"] else -1)}
+    if "/" in row["metric"]:  # one label's own: the report has its interval over all seeds
+        return out
+    of = metric(row["metric"])
     ours, scratch = (trial.read_predictions(root, t.id, t.seed) for t in (one, against))
-    if of.units is not None and ours is not None and scratch is not None:
+    if (of.units is not None or of.resampled is not None) and ours is not None and scratch is not None:
         out["gain"], out["gain_low"], out["gain_high"] = stats.gain(of, [ours], [scratch])
     return out
 

@@ -260,7 +260,7 @@ def _recompute(metric: Metric, runs: list[Predictions], member: np.ndarray | Non
         members = np.split(order, np.cumsum(np.bincount(member))[:-1])
     out = np.empty((draws, len(runs)))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torchmetrics warns when a resample misses a class, once a draw
+        warnings.simplefilter("ignore")  # a metric may warn of a class that a resample misses, once a draw
         for row in out:
             picked = rng.integers(0, n, n) if members is None else np.concatenate([members[g] for g in rng.integers(0, len(members), len(members))])
             row[:] = [metric.value({name: array[picked] for name, array in p.items()}) for p in runs]

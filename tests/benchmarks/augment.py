@@ -4,8 +4,8 @@
 
 Augmentation: a uint8 batch in memory to normalised floats, 224 px and 64 px. ``theirs`` is what a user would write: torchvision.transforms.v2 on uint8
 tensors, image by image, stacked; one thread, as in a data worker. ``cpu`` is the image modality's augment (or views) and finish with one thread, both
-in processor time; ``gpu`` the same on the GPU where there is one, by the clock. ``crop``: random resized crop, flip. ``colour``: with jitter 0.4. ``randaugment``: with two operations of
-magnitude 9. ``view``: SimCLR's (crop 0.2 to 1, flip, jitter 0.8, grey, blur).
+in processor time; ``gpu`` the same on the GPU where there is one, by the clock. ``crop``: random resized crop, flip. ``colour``: with jitter 0.4.
+``randaugment``: with two operations of magnitude 9. ``view``: SimCLR's (crop 0.2 to 1, flip, jitter 0.8, grey, blur).
 
 Epoch: train/loop.fit with ResNet-18 (a GPU: ResNet-50 at 224 px) and augmentation over coco128's photos as JPEG, read and decoded by the project's own
 loader as training goes, against the same over random pixels that lie in memory. Target: at least 0.90 of its rate on a CPU, 0.95 on a GPU. ``--place``
@@ -30,7 +30,6 @@ from typing import Any
 import ingest
 import timing
 
-WARM_STEPS = 3
 BATCHES = {224: 16, 64: 128}
 KINDS: dict[str, dict[str, Any]] = {"crop": {}, "colour": {"colour": 0.4}, "randaugment": {"randaugment": 9}, "view": {}}
 STATE = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
@@ -132,7 +131,8 @@ def photos(path: Path, rows: int, side: int) -> None:
 
 
 def epoch(task: Any, rows: Any, spec: dict[str, Any], device: Any, place: str, threads: int, processor: list[float]) -> Callable[[], float]:
-    """Rows/s of one epoch of the loop, its first steps left out; ``processor`` is given the milliseconds of processor time a row."""
+    """Rows/s of one whole epoch of the loop, from its first request for a batch: decoding runs ahead, and what ran ahead before a count began would be
+    left out of it. ``processor`` is given the milliseconds of processor time a row."""
     import torch
 
     from pipeline.data.plan import Plan
@@ -147,25 +147,22 @@ def epoch(task: Any, rows: Any, spec: dict[str, Any], device: Any, place: str, t
     train = Train(steps=steps, global_batch=spec["batch"], lr=1e-3, augment=True, log_every_steps=10)
 
     def side() -> float:
-        times, used = [], []
+        began: list[tuple[float, float]] = []
 
         def batches(span: range) -> Iterator[Any]:
             stream = train_batches(rows, plan, span, place=place, pin=device.type == "cuda", threads=threads,  # type: ignore[arg-type]
                                    workers=DataWorkers(actors=max(1, threads), cpus_per_actor=0.5), device=device)
             for _ in span:
-                if len(times) == WARM_STEPS and device.type == "cuda":
-                    torch.cuda.synchronize()
-                times.append(time.perf_counter())
-                used.append(time.process_time())
+                began.append((time.perf_counter(), time.process_time()))
                 yield next(stream)
 
         loop.fit(loop.Run(task=copy.deepcopy(task), technique=Full(), train=train, steps=steps, seed=0, batches=batches, ready=ready_for(rows),
                           keeper=loop.KeepBest("accuracy", "best")))
         if device.type == "cuda":
             torch.cuda.synchronize()
-        counted = spec["batch"] * (steps - WARM_STEPS)
-        processor.append(1e3 * (time.process_time() - used[WARM_STEPS]) / counted)
-        return counted / (time.perf_counter() - times[WARM_STEPS])
+        clock, used = began[0]
+        processor.append(1e3 * (time.process_time() - used) / len(rows))
+        return len(rows) / (time.perf_counter() - clock)
 
     return side
 
@@ -182,7 +179,7 @@ def epochs(args: Any, results: dict[str, Any], folder: str) -> list[list[str]]:
     torch.set_num_threads(max(1, cores - 1))
     spec: dict[str, Any] = ({"model": "resnet50", "size": 224, "batch": 256, "rows": 256 * 60, "target": 0.95} if gpu
                             else {"model": "resnet18", "size": 112, "batch": 32, "rows": 32 * 24, "target": 0.90})
-    spec |= {"rows": 8 * spec["batch"]} if args.quick else {}
+    spec["rows"] = args.rows or (2 * spec["batch"] if args.quick else spec["rows"])
     photos(Path(folder, "photos.parquet"), spec["rows"], spec["size"] + 32)
     real = ingest.rows_of(Path(folder, "photos.parquet"), spec["size"])
     random = np.random.default_rng(0)
@@ -261,6 +258,7 @@ def _decoded(part: Any) -> int:
 
 def main() -> None:
     args = timing.options(__doc__, repeats=5, place={"choices": ["train", "workers", "device"], "default": "train", "help": "where JPEGs are decoded (train)"},
+                          rows={"type": int, "help": "rows of the epoch, a multiple of 32 (768; on a GPU 15360)"},
                           only={"choices": ["augment", "epoch", "decode"], "help": "one part only"})
     found, results = timing.describe(args), {}
     import torch
@@ -271,7 +269,8 @@ def main() -> None:
     if args.only in (None, "epoch"):
         with tempfile.TemporaryDirectory() as folder:
             lines = epochs(args, results, folder)
-        timing.table("Epoch", ["model", "place", "synthetic rows/s", "JPEG rows/s", "JPEG / synthetic", "synthetic CPU ms", "JPEG CPU ms", "ratio", "target"], lines)
+        header = ["model", "place", "synthetic rows/s", "JPEG rows/s", "JPEG / synthetic", "synthetic CPU ms", "JPEG CPU ms", "ratio", "target"]
+        timing.table("Epoch", header, lines)
     if args.only in (None, "decode") and torch.cuda.is_available():
         timing.table("JPEG 500 x 375 to 224, rows/s", ["side", "rows/s", "ratio to 16 processes"], decoding(args, results))
     timing.write(args, found, results)

@@ -146,6 +146,7 @@ def test_truncated_files_are_broken_rows(form):
 
 # ---------------------------------------------------------------- layouts
 
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency")
 def test_layouts_of_colour_are_those_of_pillow():
     """CMYK, palettes with and without transparency, grey with alpha, one bit, 16 bits; grey to colour and back."""
     colour = soft(32, 32)
@@ -221,7 +222,7 @@ def test_masks_give_class_numbers_with_their_images_geometry(fit, device):
     """A palette gives its indices whatever its colours; each class stands where its colour stands."""
     colours = np.random.default_rng(1).integers(0, 256, (5, 3)).astype(np.uint8)
     classes = np.zeros((60, 90), np.uint8)
-    classes[:, 30:60], classes[:30, 60:], classes[30:, 60:] = 1, 2, 4
+    classes[:, 31:60], classes[:29, 60:], classes[29:, 60:] = 1, 2, 4
     forms = [palette_mask(classes), PIL.Image.fromarray(classes), PIL.Image.fromarray(classes.astype(np.uint16))]
     found, bad = read([saved(colours[classes])] * 3, [saved(form) for form in forms], size=48, fit=fit, device=device)
     assert bad == ["", "", ""] and found["mask"].dtype == np.uint8 and found["mask"].shape == (3, 48, 48)
@@ -235,6 +236,8 @@ def test_masks_give_class_numbers_with_their_images_geometry(fit, device):
     want = np.full((48, 48), 255)
     want[top:top + h, left:left + w] = 0
     assert np.array_equal(found["mask"][0] == 255, want == 255)
+    pillow = PIL.Image.fromarray(classes).resize((w, h), PIL.Image.Resampling.NEAREST)  # between centres of pixels, not between their corners
+    assert np.array_equal(found["mask"][0, top:top + h, left:left + w], np.asarray(pillow))
 
 
 @pytest.mark.parametrize(("depth", "colour"), [(1, 0), (2, 0), (4, 0), (1, 3), (2, 3), (4, 3)])

@@ -142,6 +142,18 @@ def test_squashed_images_need_no_frame_and_padded_ones_do():
         modality().finish(bare)
 
 
+def test_randaugment_moves_nothing_under_boxes_and_masks():
+    """Object and background stay of one colour each, up to their edge."""
+    before = painted(80)
+    after = modality(crop="none", flip=False, randaugment=30).augment(before)
+    assert torch.equal(after["mask"], before["mask"]) and sum((a != b).any() for a, b in zip(after["image"], before["image"], strict=True)) > 20
+    white = (before["mask"] == 1).float()[:, None]
+    near = torch.nn.functional.max_pool2d(white, 5, 1, 2)[:, 0] - 1 + torch.nn.functional.max_pool2d(1 - white, 5, 1, 2)[:, 0] > 0  # sharpened
+    for image, part, edge in zip(after["image"], white[:, 0] > 0, near, strict=True):
+        for where in (part & ~edge, ~part & ~edge):
+            assert (image[:, where] == image[:, where][:, :1]).all()
+
+
 def test_what_lies_outside_is_the_mean_colour():
     kind = Image(ImageOptions(size=SIZE, fit="pad", crop="resized", scale=[0.5, 0.5]), STATE)
     after = kind.finish(kind.augment(painted(20)))

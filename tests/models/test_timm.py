@@ -243,3 +243,11 @@ def test_what_no_rule_covers_stays_refused():
         bundle.transfer(new, tensors, "checkpoint")
     with pytest.raises(bundle.BundleError, match=r"model\.conv1\.weight is \(64, 2, 7, 7\) there"):
         bundle.transfer(build("resnet18", 64), build("resnet18", 64, 2).state_dict(), "checkpoint")
+
+
+def test_small_images_may_have_small_patches():
+    backbone = bundle.build_backbone({"name": "timm/vit_tiny_patch16_224", "options": {"patch_size": 4}, "inputs": {"channels": 1, "size": 32}})
+    assert backbone.stage_info[0].stride == 4 and backbone(images(2, 32, 1), want=("stages",)).stages["blocks.0"].shape[2:] == (8, 8)
+    for name, patch, message in (("vit_tiny_patch16_224", 5, "takes no images of 32 pixels a side .* is 35"), ("resnet18", 4, "has no patch_size")):
+        with pytest.raises(ValueError, match=message):
+            bundle.build_backbone({"name": f"timm/{name}", "options": {"patch_size": patch}, "inputs": {"channels": 1, "size": 32}})

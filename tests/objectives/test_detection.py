@@ -198,7 +198,7 @@ def test_bf16(method):
         task.eval()
         with torch.no_grad():
             found = task.objective.predict(task.backbone, batch)
-    exact = task_of(method)(batch)
+    exact = task_of(method).to(memory_format=torch.channels_last)(batch)  # pyright: ignore[reportCallIssue]
     assert total.dtype == torch.float32 and (total / count).item() == pytest.approx((exact[0] / exact[1]).item(), rel=0.1)
     assert all(torch.isfinite(p.grad).all() for p in task.parameters() if p.grad is not None)
     assert all(torch.isfinite(t.float()).all() for t in found.values())
@@ -266,6 +266,16 @@ def test_predictions_are_shares_of_the_whole_image(fit, monkeypatch):
 
 
 @METHODS
+def test_many_images_are_predicted_in_parts(method, monkeypatch):
+    task, batch = task_of(method).eval(), batch_of(5)
+    with torch.no_grad():
+        whole = task.objective.predict(task.backbone, batch)
+        monkeypatch.setattr(detection, "AT_ONCE", 2)
+        parts = task.objective.predict(task.backbone, batch)
+    assert whole.keys() == parts.keys() and all(torch.allclose(whole[name].float(), parts[name].float(), rtol=1e-3, atol=1e-4) for name in whole)
+
+
+@METHODS
 def test_predictions_without_labels(method):
     task, batch = task_of(method, score_threshold=0.0).eval(), batch_of(2)
     new = Batch(batch.rows, batch.keys, {name: batch[name] for name in ("image", "frame")})
@@ -281,19 +291,41 @@ def test_what_cannot_be_built_is_refused():
         Detection(toys.Net(), DetectionOptions(), STATE)
 
 
-# ---------------------------------------------------------------- on real images
+# ---------------------------------------------------------------- learning
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@METHODS
+def test_it_learns_rectangles(method):
+    """Two kinds of rectangles on noise, 4 images: both methods find them again."""
+    rng = np.random.default_rng(0)
+    pixels, boxes = rng.integers(0, 60, (4, 3, SIDE, SIDE)).astype(np.uint8), np.zeros((4, 4, 4), np.float32)
+    labels = np.full((4, 4), -1)
+    for i in range(4):
+        for j, left in enumerate((2, 50)):
+            x, y, w, h = left + rng.integers(0, 10), rng.integers(0, 40), rng.integers(18, 32), rng.integers(18, 50)
+            labels[i, j] = kind = rng.integers(0, 2)
+            pixels[i, kind, y:y + h, x:x + w] = 230
+            boxes[i, j] = np.array([x, y, x + w, y + h]) / SIDE
+    kind = registry.get("modality", "image")
+    modality = kind(kind.options_class(size=SIDE, fit="squash"), {"mean": [0.5] * 3, "std": [0.25] * 3})
+    frame = np.tile(np.array([SIDE, SIDE, 0, 0], np.float32), (4, 1))
+    rows = toys.rows_of(modality, {"image": pixels, "boxes": boxes, "labels": labels, "crowd": np.zeros((4, 4), bool), "frame": frame}, "detection", STATE)
+    run = toys.make_run(rows, task_of(method, "resnet10t"), steps=40, validation=rows, global_batch=4, lr=2e-3, keep="last", eval_every_steps=40)
+    found = loop.fit(run).curve[-1]
+    assert found["map50"] >= 0.7 and found["map"] >= 0.4, found
+
 
 @pytest.mark.slow
 @pytest.mark.data
 @pytest.mark.timeout(1200)
 def test_it_learns_sixteen_photographs_from_scratch():
-    """ResNet-18, 192 px, one process of two threads: mAP@[.5:.95] on the images that it was trained on."""
+    """ResNet-18, 192 px, FCOS: mAP@[.5:.95] on the images that it was trained on. 85 s on two free cores, where it reaches 0.9."""
     folder = Path(os.environ.get("ONETOMANY_DATA") or pytest.skip("ONETOMANY_DATA names no data folder"), "vision", "coco128_detection")
     table = pq.read_table(folder / "train.parquet")
-    few = [i for i, labels in enumerate(table["labels"].to_pylist()) if 1 <= len(labels) <= 6][:16]
-    table = table.take(few)
+    table = table.take([i for i, labels in enumerate(table["labels"].to_pylist()) if 1 <= len(labels) <= 6][:16])
     columns = {"image": "image", "boxes": "boxes_cxcywh_norm", "labels": "labels"}
-    options = DetectionOptions(box_format="cxcywh", names=json.loads((folder / "classes.json").read_text()), channels=int(os.environ.get("CH","64")), convs=int(os.environ.get("CV","2")))
+    options = DetectionOptions(box_format="cxcywh", names=json.loads((folder / "classes.json").read_text()), channels=64, convs=2)
     state = Detection.fit(options, table, columns)
     kind = registry.get("modality", "image")
     image = kind.options_class(size=192, fit="pad", flip=False, crop="none")
@@ -302,11 +334,7 @@ def test_it_learns_sixteen_photographs_from_scratch():
     assert bad == [""] * 16
     rows = toys.rows_of(modality, arrays, "detection", state)
     task = toys.task_of("timm/resnet18", modality.inputs(), "detection", state, options=options.model_dump())
-    N=int(os.environ.get("N","150"))
-    run = toys.make_run(rows, task, steps=N, validation=rows, global_batch=16, lr=float(os.environ.get("LR","2e-3")), eval_every_steps=int(os.environ.get("EV","25")), keep="last", log_every_steps=25)
-    began = time.time()
-    run.on_log = lambda r: print({k: round(v, 4) if isinstance(v, float) else v for k, v in r.items()}, round(time.time()-began), flush=True)
-    run.on_eval = lambda step, m: print(step, m, round(time.time()-began), flush=True)
+    run = toys.make_run(rows, task, steps=100, validation=rows, global_batch=16, lr=2e-3, keep="last")
     outcome = loop.fit(run)
-    print(outcome.curve[-1], outcome.seconds)
-    assert outcome.curve[-1]["map"] >= 0.80
+    print(outcome.curve, outcome.seconds)
+    assert outcome.curve[-1]["map"] >= 0.80, outcome.curve

@@ -96,7 +96,7 @@ def test_it_is_the_set_s_mean_not_the_images(monkeypatch):
 
 # ---------------------------------------------------------------- the loss
 
-def test_sums_and_counts_add_up_over_ranks():
+def test_sums_and_counts_add_up_over_ranks(monkeypatch):
     task, batch = task_of().eval(), batch_of(4)
     batch["mask"][2] = 255
     total, count, logs = task(batch)
@@ -104,11 +104,12 @@ def test_sums_and_counts_add_up_over_ranks():
     assert sum(h[1] for h in halves) == count == (batch["mask"] != 255).sum()
     assert sum(h[0] for h in halves).item() == pytest.approx(total.item(), rel=1e-5)
     assert sum(h[2]["pixel_accuracy"] for h in halves) == logs["pixel_accuracy"]
+    monkeypatch.setattr("pipeline.objectives.segmentation.AT_ONCE", 2)
     found = task.objective.predict(task.backbone, batch)
     assert found["loss"].sum().item() == pytest.approx(total.item(), rel=1e-5) and found["count"].sum() == count and found["loss"][2] == 0
     assert found["intersection"].sum() == logs["pixel_accuracy"]
-    assert (total / count).item() == pytest.approx(float(torch.nn.functional.cross_entropy(
-        task.objective._scores(task.backbone, batch)[0], batch["mask"].long(), ignore_index=255)), rel=1e-5)
+    assert (total / count).item() == pytest.approx(torch.nn.functional.cross_entropy(
+        task.objective._scores(task.backbone, batch)[0], batch["mask"].long(), ignore_index=255).item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("backbone", ["test_resnet", "test_vit", "test_convnext"])
@@ -172,7 +173,7 @@ def test_masks_move_with_their_images(fit):
 @pytest.mark.data
 @pytest.mark.timeout(1200)
 def test_it_learns_sixteen_masks_from_scratch():
-    """ResNet-18, 192 px, one process of two threads: mIoU on the masks that it was trained on."""
+    """ResNet-18, 192 px: mIoU over the 43 labelled classes of the masks that it was trained on."""
     folder = Path(os.environ.get("ONETOMANY_DATA") or pytest.skip("ONETOMANY_DATA names no data folder"), "vision", "coco128_detection")
     masks = pq.read_table(folder / "semantic_masks_train.parquet", columns=["image_id", "mask"]).slice(0, 16)
     table = masks.join(pq.read_table(folder / "train.parquet", columns=["image_id", "image"]), "image_id", join_type="inner").sort_by("image_id")
@@ -180,8 +181,7 @@ def test_it_learns_sixteen_masks_from_scratch():
     kinds = np.unique(np.concatenate([[0], *(mask.ravel() for mask in found)]))  # 0 is unlabelled; of 200 numbers most do not stand in 16 images
     table = table.set_column(table.column_names.index("mask"), "mask", pa.array([png(np.searchsorted(kinds, mask).astype(np.uint8)) for mask in found]))
     columns = {"image": "image", "mask": "mask"}
-    print(len(kinds), "classes")
-    options = SegmentationOptions(classes=len(kinds), ignore=0, dropout=0.0, channels=int(os.environ.get("CH", "64")))  # 0 is unlabelled there
+    options = SegmentationOptions(classes=len(kinds), ignore=0, dropout=0.0, channels=64)
     state = Segmentation.fit(options, pa.table({}), columns)
     kind = registry.get("modality", "image")
     image = kind.options_class(size=192, fit="pad", flip=False, crop="none")
@@ -190,8 +190,7 @@ def test_it_learns_sixteen_masks_from_scratch():
     assert bad == [""] * 16
     rows = toys.rows_of(modality, arrays, "segmentation", state)
     task = toys.task_of("timm/resnet18", modality.inputs(), "segmentation", state, options=options.model_dump())
-    run = toys.make_run(rows, task, steps=int(os.environ.get("N", "100")), validation=rows, global_batch=16, lr=float(os.environ.get("LR", "2e-3")), keep="last", log_every_steps=10)
-    run.on_log = lambda r: print({k: round(v, 4) if isinstance(v, float) else v for k, v in r.items()}, flush=True)
-    run.on_eval = lambda step, m: print(step, m, flush=True)
+    run = toys.make_run(rows, task, steps=600, validation=rows, global_batch=4, lr=1e-3, keep="last")
     outcome = loop.fit(run)
+    print(outcome.curve, outcome.seconds)
     assert outcome.curve[-1]["miou"] >= 0.80, outcome.curve

@@ -80,8 +80,7 @@ def test_the_table_of_labels_has_ours_beside_scratch():
     made = {("none", "scratch"): [findings(300, names, s, 0.3, 20) for s in (0, 1, 2)], ("src", "full"): [findings(300, names, s, 1.8, 20) for s in (0, 1, 2)]}
     _, text, listed = said(*table("macro_auroc", made))
     assert "at least 20 test rows" in text.text and "beside scratch, mean over 3 seeds" in text.text
-    assert listed.header == ["Label", "Test rows", "AUROC", "AUROC, scratch", "AUROC, gain", "Average precision", "Average precision, scratch",
-                             "Average precision, gain"]
+    assert listed.header == ["Label", "Test rows", "AUROC", "AUROC, scratch", "AUROC, gain", "AP", "AP, scratch", "AP, gain"]
     truth = made["src", "full"][0].predictions["labels"]
     assert [line[:2] for line in listed.rows] == [[names[k], str(truth[:, k].sum())] for k in (2, 1, 0)]  # the commonest first
     for k, line in zip((2, 1, 0), listed.rows, strict=True):
@@ -92,6 +91,13 @@ def test_the_table_of_labels_has_ours_beside_scratch():
         low, mark = re.match(r"\[([+-]\d\.\d+), \+\d\.\d+\] ([▲=])$", line[4].lines[1]).groups()
         assert (mark == "▲") == (float(low) > 0) and line[4].tone == {"▲": "wins", "=": "no difference"}[mark]
     assert listed.rows[0][4].tone == "wins"
+
+
+def test_labels_are_compared_with_scratch_where_scratch_is_the_better():
+    made = {("none", "scratch"): [findings(200, ("a", "b"), 0, 1.8)], ("src", "full"): [findings(200, ("a", "b"), 0, 1.2)],
+            ("src", "linear_probe"): [findings(200, ("a", "b"), 0, 0.3)]}
+    _, text, listed = said(*table("macro_auroc", made))
+    assert "src · full" in text.text and "beside scratch" in text.text and float(listed.rows[0][4].lines[0]) < 0
 
 
 def test_nothing_is_said_without_predictions_or_names():

@@ -126,3 +126,18 @@ def test_a_source_is_scored_on_a_target(tmp_path, monkeypatch):
     data_.labels = None
     with pytest.raises(ValueError, match=r"targets\.task: scores need labels"):
         scores.score(shared, "src", key, "task")
+
+
+def test_scores_of_label_sets():
+    """LogME is the mean over the labels that tell rows apart; kNN the macro AUROC of how many neighbours have a label."""
+    from sklearn.metrics import roc_auc_score
+    from sklearn.neighbors import NearestNeighbors
+
+    features, kinds = data(60, 12, classes=3)
+    sets = np.stack([kinds == 1, kinds > 0, kinds < 0, kinds >= 0], axis=1).astype(np.uint8)  # the third never, the last always
+    assert logme(features, sets) == pytest.approx(np.mean([logme(features, column[:, None]) for column in sets.T[:2]]), abs=1e-9)
+    assert logme(features, np.eye(3, dtype=np.uint8)[kinds]) == pytest.approx(logme(features, kinds), abs=1e-9)
+    near = NearestNeighbors(n_neighbors=6, metric="cosine", algorithm="brute").fit(features).kneighbors(features, return_distance=False)[:, 1:]
+    want = [roc_auc_score(column, column[near].sum(1)) for column in sets.T[:2].astype(int)]
+    assert knn(features, sets) == pytest.approx(np.mean(want), abs=1e-9)
+    assert np.isnan(logme(features, sets[:, 2:])) and np.isnan(knn(features, sets[:, 2:]))

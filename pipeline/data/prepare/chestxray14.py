@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from typing import Any, Literal
 
 import pyarrow as pa
 from pydantic import Field
 
 from pipeline import storage
-from pipeline.data.prepare import files
+from pipeline.data.prepare import files, importing
 from pipeline.data.prepare.importing import Importer, Index, few, first_there, lines, place, table
 from pipeline.registry import Options, nearest, register
 
@@ -84,13 +82,8 @@ class ChestXray14(Importer):
 
 def _records(uri: str) -> list[dict[str, Any]]:
     """Rows of the CSV. Raises ValueError naming the column, line or finding that is wrong."""
-    reader = csv.DictReader(io.StringIO(storage.read_bytes(uri).decode("utf-8-sig")))
-    names = [name or "" for name in reader.fieldnames or ()]
-    for name in COLUMNS:
-        if name not in names:
-            raise ValueError(f"{uri}: no column {name!r}; {nearest(name, names)}")
     out, seen = [], set()
-    for number, row in enumerate(reader, 2):
+    for number, row in enumerate(importing.records(uri, COLUMNS), 2):
         findings = sorted({text.strip() for text in (row["Finding Labels"] or "").split("|")} - {NOTHING})
         wrong = [name for name in findings if name not in FINDINGS]
         if wrong:

@@ -22,6 +22,8 @@ from pipeline.registry import Options, register
 IGNORED = 255
 """The class number of pixels that no metric counts: crowds."""
 NEEDED = {"images": ("id", "file_name", "width", "height"), "annotations": ("image_id", "category_id", "bbox"), "categories": ("id", "name")}
+ROUNDING = 0.01
+"""Pixels by which publishers' own rounding puts boxes outside: cut, but not worth a count."""
 COLUMNS = {"image_id": pa.int64(), "boxes": pa.list_(pa.list_(pa.float32())), "labels": pa.list_(pa.int64()), "label_names": pa.list_(pa.string()),
            "crowd": pa.list_(pa.bool_()), "_width": pa.int64(), "_height": pa.int64(), "_masks": pa.string()}
 
@@ -46,7 +48,7 @@ class Coco(Importer):
     class number is the category's id, or that plus 1 where an id is 0.
     """
 
-    label = "labels"
+    label = "label_names"
 
     def index(self, source: str) -> Index:
         found = storage.glob(storage.join(source, self.options.annotations))
@@ -145,9 +147,9 @@ def _read(uri: str) -> dict[str, Any]:
         raise ValueError(f"{uri}: no list {absent[0]!r}; a file of COCO instances has images, annotations and categories")
     for name, needed in NEEDED.items():
         for i, item in enumerate(data[name]):
-            lacks = [key for key in needed if key not in item]
+            lacks = [key for key in needed if not isinstance(item, dict) or key not in item]
             if lacks:
-                raise ValueError(f"{uri}: {name}[{i}] (id {item.get('id')}) has no {lacks[0]}")
+                raise ValueError(f"{uri}: {name}[{i}] has no {lacks[0]}: {str(item)[:100]}")
     for name, key in (("images", "id"), ("images", "file_name"), ("categories", "id")):
         doubled = [value for value, n in Counter(item[key] for item in data[name]).items() if n > 1]
         if doubled:
@@ -191,8 +193,6 @@ def _kept(annotations: list[dict[str, Any]], image: dict[str, Any], uri: str, co
         if x1 <= x0 or y1 <= y0:
             counts["boxes outside the image, dropped"] += 1
             continue
-        if (x0, y0) != (x, y) or x + w > image["width"] or y + h > image["height"]:
-            counts["boxes partly outside the image, cut"] += 1
-            w, h = x1 - x0, y1 - y0
-        out.append((annotation, [x0, y0, w, h]))
+        counts["boxes partly outside the image, cut"] += max(x0 - x, y0 - y, x + w - x1, y + h - y1) > ROUNDING
+        out.append((annotation, [x0, y0, x1 - x0, y1 - y0]))
     return out

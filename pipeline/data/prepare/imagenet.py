@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 from typing import Any
 
@@ -12,7 +10,7 @@ from pydantic import Field
 
 from pipeline import storage
 from pipeline.data.prepare import files
-from pipeline.data.prepare.importing import Importer, Index, few, first_there, lines, no_empty_classes, place, table
+from pipeline.data.prepare.importing import Importer, Index, few, first_there, lines, no_empty_classes, place, records, table
 from pipeline.registry import Options, register
 
 BELOW = ("", "Data/CLS-LOC/", "ILSVRC/Data/CLS-LOC/")
@@ -21,6 +19,9 @@ VALIDATION = ("val", "ILSVRC2012_img_val.tar", "ILSVRC2012_img_val", "val.tar", 
 NAMES = ("LOC_synset_mapping.txt", "synset_words.txt")
 MAP, TRUTH, SOLUTION = "map_clsloc.txt", "ILSVRC2012_validation_ground_truth.txt", "LOC_val_solution.csv"
 DEVKIT = ("", "devkit/data/", "ILSVRC2012_devkit_t12/data/", "devkit/", "ILSVRC/")
+
+
+WNID = re.compile(r"n\d{8}")
 
 
 class ImageNetOptions(Options):
@@ -37,6 +38,8 @@ class ImageNet(Importer):
     words, from LOC_synset_mapping.txt or synset_words.txt, then map_clsloc.txt; else the wnid). The ground truth counts classes from 1 in the devkit's
     order, which is not the sorted one: map_clsloc.txt says it (meta.mat is not read).
     """
+
+    label = "wnid"
 
     def index(self, source: str) -> Index:
         named = _names(source)
@@ -72,7 +75,7 @@ class ImageNet(Importer):
 
 
 def _wnid(name: str) -> str | None:
-    return next((part for part in name.split("/")[:-1] if re.fullmatch(r"n\d{8}", part)), None)
+    return next((part for part in name.split("/")[:-1] if WNID.fullmatch(part)), None)
 
 
 def _find(source: str, chosen: str, known: tuple[str, ...]) -> str | None:
@@ -112,18 +115,18 @@ def _truth(source: str, images: list[files.Entry]) -> dict[str, str]:
     """Name to wnid of flat validation files. Raises ValueError when neither file with their classes is there, or it does not name them all."""
     solution, truth = _beside(source, SOLUTION), _beside(source, TRUTH)
     if solution is not None:
-        reader = csv.DictReader(io.StringIO(storage.read_bytes(solution).decode("utf-8-sig")))
-        if not {"ImageId", "PredictionString"} <= set(reader.fieldnames or ()):
-            raise ValueError(f"{solution}: no columns ImageId and PredictionString")
-        wnid_of: dict[Any, str] = {row["ImageId"]: row["PredictionString"].split(" ")[0] for row in reader}
+        wnid_of: dict[Any, str] = {row["ImageId"]: (row["PredictionString"] or "").split(" ")[0] for row in records(solution, ("ImageId", "PredictionString"))}
+        wrong = [f"{name}: {wnid!r}" for name, wnid in wnid_of.items() if not WNID.fullmatch(wnid)]
+        if wrong:
+            raise ValueError(f"{solution}: PredictionString begins with no WordNet id: {few(wrong)}")
         keys = {entry.name: entry.name.rpartition("/")[2].partition(".")[0] for entry in images}
         where = solution
     elif truth is not None:
-        wnids = {number: wnid for number, wnid, _ in _map(source)}
+        wnids = {str(number): wnid for number, wnid, _ in _map(source)}
         if not wnids:
             raise ValueError(f"{truth}: its numbers are in the devkit's order, which {MAP} says (meta.mat is not read): put {MAP}, or {SOLUTION}, beside it")
-        numbers = [int(line) for line in lines(truth)]
-        outside = sorted(set(numbers) - set(wnids))
+        numbers = lines(truth)
+        outside = [number for number in numbers if number not in wnids]
         if outside:
             raise ValueError(f"{truth}: numbers that {MAP} does not have: {few(outside)}")
         wnid_of = {i: wnids[number] for i, number in enumerate(numbers, 1)}

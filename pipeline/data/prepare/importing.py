@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import inspect
+import io
 import textwrap
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, ClassVar
@@ -81,13 +83,27 @@ def first_there(source: str, *candidates: str) -> str | None:
     return next((uri for name in candidates if storage.exists(uri := storage.join(source, name))), None)
 
 
+def text(uri: str) -> str:
+    """A text file. Raises ValueError for one that is not UTF-8."""
+    try:
+        return storage.read_bytes(uri).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{uri}: not UTF-8 text ({error.reason} at byte {error.start}); convert the file") from None
+
+
 def lines(uri: str) -> list[str]:
     """The lines of a text file, blank ones left out. Raises ValueError for one that is not UTF-8."""
-    try:
-        text = storage.read_bytes(uri).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{uri}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    return [line.strip() for line in text(uri).splitlines() if line.strip()]
+
+
+def records(uri: str, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    """Rows of a CSV file. Raises ValueError for one of the ``columns`` that it lacks."""
+    reader = csv.DictReader(io.StringIO(text(uri)))
+    names = [name or "" for name in reader.fieldnames or ()]
+    for name in columns:
+        if name not in names:
+            raise ValueError(f"{uri}: no column {name!r}; {registry.nearest(name, names)}")
+    yield from reader
 
 
 def no_empty_classes(names: Iterable[str], source: str) -> None:

@@ -70,6 +70,8 @@ class Preparation:
 
     def __init__(self, name: str, source: str, output: str, options: Any = None, settings: Settings | None = None):
         self.name, self.source, self.output, self.settings = name, absolute(source), absolute(output), settings or Settings()
+        if f"{self.output}/".startswith(f"{self.source}/"):
+            raise ValueError(f"{self.output} lies in {self.source}: the parts would become part of what they are made of; give a folder outside")
         self.importer: Importer = registry.get("importer", name)(options)
         self.index: Index = self.importer.index(self.source)
         self.order = _order(self.index.rows)

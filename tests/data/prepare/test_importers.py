@@ -96,6 +96,16 @@ def test_imagenet_files_that_do_not_fit(imagenet, tmp_path):
     truth.write_text("1\n2\n3\n4\n2\n1\n")
     with pytest.raises(ValueError, match=r"numbers that map_clsloc\.txt does not have: 4"):
         index("imagenet", imagenet)
+    truth.write_text("1\n2\n3\n3\n2\none\n")
+    with pytest.raises(ValueError, match=r"map_clsloc\.txt does not have: one"):
+        index("imagenet", imagenet)
+    solution = write(imagenet / "LOC_val_solution.csv", "ImageId,Prediction\n")
+    with pytest.raises(ValueError, match="no column 'PredictionString'; did you mean Prediction"):
+        index("imagenet", imagenet)
+    solution.write_text("ImageId,PredictionString\nILSVRC2012_val_00000001\nILSVRC2012_val_00000002,fox 1 2 3 4\n")
+    with pytest.raises(ValueError, match="no WordNet id: ILSVRC2012_val_00000001: '', ILSVRC2012_val_00000002: 'fox'"):
+        index("imagenet", imagenet)
+    solution.unlink()
     shutil.rmtree(imagenet / "devkit")
     with pytest.raises(ValueError, match=r"meta\.mat is not read\): put map_clsloc\.txt"):
         index("imagenet", imagenet)
@@ -179,6 +189,9 @@ def test_chestxray14_files_that_do_not_fit(chest):
     test.unlink()
     with pytest.raises(ValueError, match=r"test_list\.txt is not there"):
         index("chestxray14", chest)
+    table.write_bytes(text.replace("PA,", "P\xc4,").encode("latin-1"))
+    with pytest.raises(ValueError, match=r"Data_Entry_2017\.csv: not UTF-8 text"):
+        index("chestxray14", chest)
     table.write_text(text.replace("Patient ID", "Patient"))
     with pytest.raises(ValueError, match="no column 'Patient ID'; did you mean Patient"):
         index("chestxray14", chest)
@@ -243,7 +256,7 @@ def test_coco_files_that_do_not_fit(coco):
     refused(r"images without a file \(files gone\.jpg\)", images=[*good["images"], {"id": 5, "file_name": "gone.jpg", "width": 4, "height": 4}])
     assert len(index("coco", coco, "missing=skip")[0]) == 4
     refused(r"images with the same id: 1", images=[*good["images"], good["images"][0]])
-    refused(r"annotations\[0\] \(id 11\) has no bbox", annotations=[{k: v for k, v in box.items() if k != "bbox"}])
+    refused(r"annotations\[0\] has no bbox: .*'id': 11", annotations=[{k: v for k, v in box.items() if k != "bbox"}])
     refused(r"bbox \[1, 2, 3\] is not \[x, y, width, height\]", annotations=[{**box, "bbox": [1, 2, 3]}])
     refused("no list 'categories'", categories=None)
     refused("category 90 is 'toothbrush' here and 'brush' in", categories=[{"id": 1, "name": "person"}, {"id": 90, "name": "brush"}])

@@ -68,16 +68,16 @@ def test_the_shorter_side_is_made_smaller_and_antialiased():
     assert examine(encoded(1, (333, 100)), resize=50).size == (166, 50)
 
 
-@pytest.mark.parametrize("size", [(1600, 1066), (1601, 1067), (1603, 901)])
+@pytest.mark.parametrize("size", [(1600, 1280), (1601, 1281), (1921, 1281)])
 def test_a_large_photo_is_made_smaller_as_well_as_by_the_whole_of_it(size):
-    """It is decoded at a quarter of its size; 34 dB is what JPEG at quality 92 costs by itself. A part of a pixel beside it would cost more."""
+    """It is decoded at a quarter of its size, of which the last pixel may be a part only: 44 dB, and 38 dB when that is overlooked."""
     y, x = np.mgrid[:size[1], :size[0]].astype(np.float64)
     waves = [127 + 60 * np.sin(x / a + y / b) + 60 * np.sin(x / b - y / a) for a, b in ((41, 60), (53, 90), (77, 47))]
     data = saved(PIL.Image.fromarray(np.stack(waves, 2).astype(np.uint8)), quality=95)
     picture = examine(data, resize=160, quality=100)
     assert picture.stored == size and min(picture.size) == 160
     wanted = np.asarray(opened(data).resize(picture.size, PIL.Image.Resampling.BICUBIC), dtype=float)
-    assert 10 * np.log10(255 ** 2 / ((np.asarray(opened(picture.data), dtype=float) - wanted) ** 2).mean()) > 36
+    assert 10 * np.log10(255 ** 2 / ((np.asarray(opened(picture.data), dtype=float) - wanted) ** 2).mean()) > 42
 
 
 @pytest.mark.parametrize(("mode", "after"), [("1", "L"), ("L", "L"), ("LA", "L"), ("P", "RGB"), ("RGBA", "RGB"), ("RGB", "RGB"), ("CMYK", "RGB")])

@@ -239,6 +239,8 @@ def test_a_folder_of_another_source_or_other_options_is_refused(folder, tmp_path
     write(folder / "train/cat/new.jpg", encoded(77))
     with pytest.raises(ValueError, match="another source or of other options"):
         prepare("imagefolder", folder, tmp_path / "out")
+    with pytest.raises(ValueError, match="give a folder outside"):
+        prepare("imagefolder", folder, folder / "out")
     write(tmp_path / "mine/thesis.txt", "x")
     with pytest.raises(ValueError, match=r"holds other files \(thesis\.txt\)"):
         prepare("imagefolder", folder, tmp_path / "mine")
