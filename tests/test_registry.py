@@ -89,7 +89,7 @@ def test_the_roles_read_are_the_roles_imported(kind, name):
 
 
 def test_roles_of_the_names_that_are_there():
-    assert registry.roles("modality", "image") == (("image",), ())
+    assert registry.roles("modality", "image") == (("image",), ("mask",))
     assert registry.roles("objective", "classification") == (("label",), ("label_name",))
     assert registry.roles("objective", "clm") == ((), ())
     with pytest.raises(ValueError, match="unknown objective 'clmm'; did you mean clm"):

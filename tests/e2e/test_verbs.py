@@ -17,7 +17,7 @@ from pipeline import bundle, folders, storage
 from tests.e2e.conftest import ROOT, SAMPLES, TINY
 
 JOBS = sorted((ROOT / "jobs").glob("*.yaml"))
-VERBS = ("run", "pretrain", "score", "finetune", "report", "predict", "export", "submit", "doctor", "schema", "version")
+VERBS = ("run", "prepare", "pretrain", "score", "finetune", "report", "predict", "export", "submit", "doctor", "schema", "version")
 
 
 # ---------------------------------------------------------------- quick ones, without Ray
