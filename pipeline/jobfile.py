@@ -33,6 +33,7 @@ _Loader.add_implicit_resolver(f"{_YAML}float", re.compile(r"^[-+]?[0-9][0-9_]*(\
 
 Path_ = tuple[str | int, ...]
 MOST_DEEP = 64
+_VARIABLE = re.compile(r"\$\{(\w+)\}")
 OF_ALL = ("decode", "shuffle", "max_bad_rows")
 """Fields of data that hold for all joined corpora."""
 
@@ -88,9 +89,9 @@ def _expand(text: str, line: int, path: Path_, problems: list[tuple[int, str]]) 
     def value(match):
         if match[1] not in os.environ:
             problems.append((line, f"{_dots(path)}: environment variable {match[1]} is not set; set it or write the value"))
-        return os.environ.get(match[1], "")
+        return os.environ.get(match[1], match[0])  # left as it is, no other place is looked for
 
-    return re.sub(r"\$\{(\w+)\}", value, text)
+    return _VARIABLE.sub(value, text)
 
 
 def _dots(path: Path_) -> str:
@@ -236,7 +237,7 @@ def _start_problems(text: Any, path: Path_, folder: Path, elsewhere: bool) -> li
         return [(path, f"{text!r} is no checkpoint; {known}")] if known else []
     prefix, uri = text.split(":", 1)
     try:
-        if prefix in HUBS or storage.is_remote(uri) or (elsewhere and _is_absolute(uri)):
+        if _VARIABLE.search(uri) or prefix in HUBS or storage.is_remote(uri) or (elsewhere and _is_absolute(uri)):
             return []
     except storage.StorageError as error:
         return [(path, str(error))]
@@ -259,7 +260,9 @@ def _is_absolute(uri: str) -> bool:
 
 
 def _missing(uri: str, folder: Path, elsewhere: bool) -> str:
-    """What is wrong with a place of data, or nothing."""
+    """What is wrong with a place of data, or nothing; nothing too where a variable in it is not set, which is told already."""
+    if _VARIABLE.search(uri):
+        return ""
     try:
         place = _place(uri, folder)
         found = storage.is_remote(place) or (elsewhere and _is_absolute(uri)) or storage.exists(place) or storage.glob(place)

@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 import torch
 from safetensors.torch import save as safetensors_bytes
 
-from pipeline import bundle, folders, storage
+from pipeline import bundle, folders, registry, storage
 from pipeline.bundle import BundleError
-from pipeline.contracts import Arrays
+from pipeline.contracts import Arrays, Objective
 from pipeline.data import manifest as manifests
 from pipeline.data.manifest import Selection
 from pipeline.data.plan import Item
@@ -69,6 +69,8 @@ def check(uri: str) -> dict[str, Any]:
     found = bundle.load(uri)
     if found.manifest["objective"]["name"] == "none":
         raise BundleError(f"{uri}: this bundle is a backbone without a head; fine-tune it first")
+    if registry.get("objective", found.manifest["objective"]["name"]).views is not Objective.views:
+        raise BundleError(f"{uri}: {found.manifest['objective']['name']} compares views of a row and predicts nothing; fine-tune it first")
     return found.manifest
 
 

@@ -141,7 +141,7 @@ def _cell(key: tuple, done: list[Row], failed: int, scratch: list[Row], runs: di
     value, gain, how = _estimates(name, higher, done, scratch, runs)
     if not done:
         verdict = FAILED
-    elif source == SCRATCH:
+    elif source == SCRATCH and technique == "scratch":
         verdict = REFERENCE
     elif gain[1] is None or gain[2] is None:
         verdict = UNCOMPARED

@@ -10,7 +10,7 @@ import numpy as np
 
 from pipeline import metrics
 from pipeline.transfer import results, stats
-from pipeline.transfer.cells import SCRATCH, Cell
+from pipeline.transfer.cells import REFERENCE, SCRATCH, Cell
 from pipeline.transfer.page import DASH, MARKS, Block, Heading, Heat, Table, Text, Value, places, spread
 from pipeline.transfer.plots import cell_label
 from pipeline.transfer.stats import Run
@@ -38,7 +38,7 @@ def blocks(target: str, done: Sequence[Cell], rows: Sequence[Row], runs: dict[st
     if not all(_label_sets(run) for run in ours):
         return []
     best, ours = _best([pair for pair in shown if pair[0].source != SCRATCH] or shown)
-    scratch = next((found for cell, found in shown if cell.source == SCRATCH and best.source != SCRATCH
+    scratch = next((found for cell, found in shown if cell.verdict == REFERENCE and best.source != SCRATCH
                     and (cell.backbone, cell.label_fraction) == (best.backbone, best.label_fraction)), [])
     return _labels(target, best, ours, scratch)
 

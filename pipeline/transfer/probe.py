@@ -38,7 +38,8 @@ def kept_features(backbone: nn.Module, shared: Shared, source: str, base: str, t
     data = shared.targets[target, base]
     rows: Rows = getattr(data, split)
     cast = loop.autocast(data.spec.train, device)
-    key = spec_hash(FEATURES_VERSION, shared.source_keys.get(source), base, data.key, split, len(rows), device.type, data.spec.train.precision)
+    labelled = [data.objective["name"], data.objective["state"]]  # the rows' labels are kept too: which column is which label
+    key = spec_hash(FEATURES_VERSION, shared.source_keys.get(source), base, data.key, labelled, split, len(rows), device.type, data.spec.train.precision)
     uri = storage.join(shared.root, "features", f"{target}-{source}-{split}-{key}.safetensors")
     known = source in shared.source_keys and bool(data.key)
     if known and storage.exists(uri):
@@ -186,7 +187,8 @@ def batchable(group: list[Trial], shared: Shared) -> bool:
 def run(group: list[Trial], shared: Shared) -> list[Record]:
     """Train the heads of several trials of one (source, backbone, target) together; same records as ``trial.run``.
 
-    Trials whose steps or batches differ are trained in stacks of their own. A head that met a non-finite step is trained again alone.
+    Trials whose steps or batches differ are trained in stacks of their own. A head that met a non-finite step is trained again alone; so are all
+    where a row that is read as it comes cannot be decoded, as places of rows and of features differ then.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     first = group[0]
@@ -195,6 +197,8 @@ def run(group: list[Trial], shared: Shared) -> list[Record]:
     task, moved, _ = trials.build(first, shared)
     splits = ("train", "validation", *(["test"] if first.stage == "final" else []))
     cached = {name: kept_features(task.backbone, shared, first.source, first.base, first.target, name, device) for name in splits}
+    if any(len(pooled) != len(getattr(data, name)) for name, (pooled, _) in cached.items()):  # rows read as they come, and some cannot be decoded
+        return [_alone(trial, shared) for trial in group]
     shared_seconds = (time.time() - began) / len(group)
     stacks: dict[tuple, list[tuple[Trial, Train, Rows, int]]] = {}
     failed: list[Record] = []
@@ -243,10 +247,7 @@ def _stack(members: list[tuple[Trial, Train, Rows, int]], shared: Shared, data: 
     out = []
     for k, (trial, own, rows, _) in enumerate(members):
         if float(stack.bad[k]):
-            try:
-                out.append(trials.run(trial, shared))
-            except Exception as error:  # it is this head's alone: the others are done
-                out.append(trials.failed(trial, shared, f"{type(error).__name__}: {error}"[:2000]))
+            out.append(_alone(trial, shared))
             continue
         head, start_hash = built[k]
         _put(head, stack, k)
@@ -258,6 +259,13 @@ def _stack(members: list[tuple[Trial, Train, Rows, int]], shared: Shared, data: 
         trials.write(trial, shared, record, test, Task(backbone, head) if shared.keep_bundles and trial.stage == "final" else None)
         out.append(record)
     return out
+
+
+def _alone(trial: Trial, shared: Shared) -> Record:
+    try:
+        return trials.run(trial, shared)
+    except Exception as error:  # it is this trial's alone: the others go on
+        return trials.failed(trial, shared, f"{type(error).__name__}: {error}"[:2000])
 
 
 @torch.no_grad()

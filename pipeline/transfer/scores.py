@@ -77,5 +77,5 @@ def score(shared: Shared, source: str, base_key: str, target: str, names: tuple[
     places = np.unique(np.linspace(0, n - 1, min(SCORE_ROWS, n)).astype(np.int64))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found, rest = features(backbone, data.train.subset(places), device)
-    labels = rest["labels"].cpu().numpy() if data.labels is None else data.labels[places]
+    labels = rest["labels" if several else "label"].cpu().numpy()  # of the rows that could be decoded
     return {name: SCORES[name](found.cpu().numpy(), labels) for name in names}

@@ -21,6 +21,7 @@ from pipeline.transfer.trial import TargetData
 from pipeline.transfer.trials import Base
 
 MEMORY_BYTES = 2 << 30
+CHECKED_ROWS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,8 @@ class TargetStage:
         n = len(self.splits.train)
         if fraction == 1 and isinstance(fraction, float):
             return n
-        columns, state = self.spec.data.columns, self.state
-        found = registry.get("objective", self.spec.objective.name).encode(manifests.read_columns(self.splits.train, _label_columns(self.spec)), columns, state)
-        one_class = "label" in found and found["label"].ndim == 1
-        counts = np.bincount(found["label"]) if one_class else np.array([n])
+        labels = _classes(self.spec, self.splits, self.state)
+        counts = np.array([n]) if labels is None else np.bincount(labels)
         return int(sum(min(c, fraction) if isinstance(fraction, int) else max(1, round(fraction * c)) for c in counts if c))
 
 
@@ -78,8 +77,10 @@ def stage(job: Job, name: str) -> TargetStage:
     found = manifests.splits(spec.data, (*modality.roles, *objective.roles), f"targets.{name}", storage.join(job.root, "imports"), need_test=True)
     state = fit_labels(spec, found)
     for split in ("train", "validation", "test"):  # a label that training never sees is found now, not after the sources
+        table = manifests.read_columns(getattr(found, split), _label_columns(spec))
         try:
-            objective.encode(manifests.read_columns(getattr(found, split), _label_columns(spec)), spec.data.columns, state)
+            for start in range(0, len(table), CHECKED_ROWS):  # boxes and label sets of a large corpus would take gigabytes at once
+                objective.encode(table.slice(start, CHECKED_ROWS), spec.data.columns, state)
         except ValueError as error:
             raise ValueError(f"targets.{name}.data, {split} split: {error}") from None
     return TargetStage(name, spec, found, state)
@@ -89,6 +90,14 @@ def _label_columns(spec: Target) -> list[str]:
     objective = registry.get("objective", spec.objective.name)
     roles = objective.fit_roles if objective.fit_roles is not None else (*objective.roles, *objective.optional_roles)
     return [spec.data.columns[role] for role in roles if role in spec.data.columns]
+
+
+def _classes(spec: Target, splits: Splits, state: dict[str, Any]) -> np.ndarray | None:
+    """(n_train,) class numbers, for objectives whose rows have one class."""
+    objective = registry.get("objective", spec.objective.name)
+    if "label" not in objective.roles:
+        return None
+    return objective.encode(manifests.read_columns(splits.train, _label_columns(spec)), spec.data.columns, state)["label"]
 
 
 def fit_labels(spec: Target, splits: Splits) -> dict[str, Any]:
@@ -124,7 +133,7 @@ def prepare(target: TargetStage, base: Base) -> TargetData:
         parts = [rows.in_memory(spec.data.max_bad_rows) for rows in parts]
         labels = parts[0].arrays.get("label") if parts[0].arrays else None
     else:
-        labels = objective.encode(manifests.read_columns(splits.train, _label_columns(spec)), columns, state).get("label")
+        labels = _classes(spec, splits, state)
     bad = [(split, rows.selection.manifest.place(row), why)
            for split, rows in zip(("train", "validation", "test"), parts, strict=True) for row, why in rows.bad]
     text = splits.sizes() + (f"; {len(bad)} rows left out: " + "; ".join(f"{s} {p}: {w}" for s, p, w in bad[:3]) if bad else "")

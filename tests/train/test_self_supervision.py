@@ -14,7 +14,7 @@ from pipeline.job import Job
 from pipeline.train import pretrain, probe, source
 from pipeline.train.loop import Ranks
 
-pytestmark = [pytest.mark.slow, pytest.mark.data]
+pytestmark = [pytest.mark.slow, pytest.mark.data, pytest.mark.timeout(900)]
 FOLDER = Path(os.environ.get("ONETOMANY_DATA", ""), "vision/fashion_mnist")
 
 CASES = {
