@@ -126,8 +126,11 @@ def carry_head(task: Task, bundle: Bundle) -> str:
     if {n: t.shape for n, t in tensors.items()} != {n: t.shape for n, t in own.items()}:
         return "head new: its options differ"
     if old is not None and new is not None and old != new:
+        last = {"head.weight", "head.bias"}  # one row a label
+        if not last & set(tensors) or any(t.dim() and t.shape[0] == len(old) for n, t in tensors.items() if n not in last):
+            return "head new: its labels stand in another order"
         order = torch.tensor([old.index(name) for name in new])
-        tensors = {n: t[order] if t.dim() and t.shape[0] == len(old) else t for n, t in tensors.items()}
+        tensors = {n: t[order] if n in last else t for n, t in tensors.items()}
     mine.load_state_dict(tensors)
     return "head kept: the same labels" + ("" if old == new else ", put into their new order")
 

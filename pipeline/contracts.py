@@ -238,6 +238,8 @@ class Objective(nn.Module, ABC):
     """Roles whose columns are read whole for ``fit`` and checked before anything starts; none: all of ``roles`` and ``optional_roles``."""
     label_tensors: ClassVar[tuple[str, ...]] = ("label",)
     """Tensors that ``head_loss`` and ``head_predict`` read beside the features."""
+    written_types: ClassVar[dict[str, Any]] = {}
+    """Arrow types of those columns of ``written`` that hold lists: where all lists of a file are empty, nothing else tells."""
     mixes: bool = False
     """True for an objective that changes its inputs in training (mixup): features computed once are then not those that it trains on."""
 

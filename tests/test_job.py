@@ -705,6 +705,17 @@ def test_an_unset_variable_is_an_error(problems, monkeypatch):
     assert found == ["2: storage: environment variable NOT_SET_ANYWHERE is not set; set it or write the value"]
 
 
+@pytest.mark.parametrize(("right", "wrong"), [
+    ("backbone: timm/resnet18", "backbone: bundle:${NOT_SET_ANYWHERE}/bundle"),
+    ("train: more/*.parquet", "train: '${NOT_SET_ANYWHERE}/*.parquet'"),
+])
+def test_an_unset_variable_in_a_path_is_one_problem(problems, monkeypatch, right, wrong):
+    monkeypatch.delenv("NOT_SET_ANYWHERE", raising=False)
+    assert right in GOOD
+    found = problems(change=(right, wrong))
+    assert len(found) == 1 and found[0].endswith("environment variable NOT_SET_ANYWHERE is not set; set it or write the value"), found
+
+
 def test_a_tab_is_named(problems):
     for wrong in ("\tworkers: [2, 8]", "   \tworkers: [2, 8]"):
         found = problems(change=("    workers: [2, 8]", wrong))

@@ -32,8 +32,8 @@ from pipeline.job import spec_hash
 NEAR_BITS, NEAR_CORRELATION = 4, 0.98
 VERSION = 1
 """Raised when the code makes other signs of the same rows."""
-SPREAD_BYTES = 64 << 20
-"""Processes cost seconds to start: smaller files are read in this one."""
+SPREAD_BYTES, SPREAD_IMAGES = 64 << 20, 20_000
+"""Processes cost seconds to start: smaller files are read in this one. Image folders are counted, as their rows are paths."""
 SIDE, FREQUENCIES, THUMB = 32, 8, 16
 PAIRS = 1 << 20
 """Pairs that are compared at a time."""
@@ -67,7 +67,8 @@ def signs(selection: Selection, modality: str, column: str, folder: str) -> Sign
     work = _Signer(selection, modality, column)
     cuts = selection.boundaries.tolist()
     spans = list(pairwise(cuts))  # row groups, which are read whole
-    parts = list(map_items(work, spans) if len(spans) > 1 and selection.manifest.size > SPREAD_BYTES else map(work, spans)) or [work((0, 0))]
+    large = selection.manifest.size > SPREAD_BYTES or (modality == "image" and len(selection) > SPREAD_IMAGES)
+    parts = list(map_items(work, spans) if len(spans) > 1 and large else map(work, spans)) or [work((0, 0))]
     arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)  # type: ignore[arg-type]

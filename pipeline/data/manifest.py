@@ -179,8 +179,9 @@ def read_columns(selection: Selection, columns: list[str]) -> pa.Table:
     if not columns:
         return pa.table({})
     parts = []
+    filled = {g.file for g in selection.manifest.groups}
     for number, file in enumerate(selection.manifest.files):
-        if any(g.file == number for g in selection.manifest.groups):
+        if number in filled:
             with storage.open_read(file) as handle:
                 parts.append(typed(pq.read_table(handle, columns=columns), selection.manifest.schema))
     table = _plain_columns(pa.concat_tables(parts) if parts else selection.manifest.schema.empty_table().select(columns))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from pydantic import Field
@@ -69,6 +70,7 @@ class Detection(Objective):
     optional_roles = ("crowd", "width", "height")
     metrics = ("map", "map50", "loss")
     label_tensors = ("boxes", "labels", "crowd", "frame")
+    written_types = {"boxes": pa.list_(pa.list_(pa.float64())), "scores": pa.list_(pa.float64()), "labels": pa.list_(pa.string())}
 
     @classmethod
     def fit(cls, options, table, columns):

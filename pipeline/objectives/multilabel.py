@@ -38,6 +38,7 @@ class Multilabel(Objective):
     roles = ("labels",)
     metrics = ("macro_auroc", "macro_average_precision", "macro_f1", "micro_f1", "loss")
     label_tensors = ("labels",)
+    written_types = {"prediction": pa.list_(pa.string())}
 
     @classmethod
     def fit(cls, options, table, columns):

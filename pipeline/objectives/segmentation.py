@@ -24,7 +24,7 @@ AT_ONCE = 16
 
 
 class SegmentationOptions(Options):
-    classes: int | list[str] = Field(description="how many classes the masks hold, from 0, or their names in that order; at most 255")
+    classes: int | list[str] = Field(0, description="how many classes the masks hold, from 0, or their names in that order; 2 to 255, always needed")
     ignore: int = Field(255, ge=0, le=255, description="class of pixels that are neither learned nor counted; 255 never is")
     channels: int = Field(128, ge=32, multiple_of=32, description="width of the decoder")
     dropout: float = Field(0.1, ge=0, lt=1, description="of whole channels before the last layer")
@@ -117,6 +117,7 @@ class Segmentation(Objective):
         out = np.empty(len(found["classes"]), dtype=object)
         for i, (classes, (width, height, left, top)) in enumerate(zip(found["classes"], found["frame"].round().astype(int), strict=True)):
             buffer = io.BytesIO()
+            height, width = max(1, height), max(1, width)  # a row that cannot be decoded has none
             PIL.Image.fromarray(classes[max(0, top):top + height, max(0, left):left + width]).save(buffer, "PNG")
             out[i] = buffer.getvalue()
         return {"mask": out}

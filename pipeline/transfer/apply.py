@@ -100,12 +100,12 @@ def predict(uri: str, data: list[str], output: str, columns: dict[str, str], for
     gpus = have.get("GPU", 0.0)
     actors = int(max(1, gpus if gpus else have.get("CPU", 1) // 1))
     workers = DataWorkers(min(actors, max(1, len(todo))), 1.0, int(have.get("object_store_memory", 1 << 30) // 2), 1.0 if gpus else 0.0)
-    work = _Predictor(uri, selection, columns)
+    work, types = _Predictor(uri, selection, columns), registry.get("objective", manifest["objective"]["name"]).written_types
     bad = 0
     for item, block in zip(todo, map_blocks(work, todo, workers), strict=True):
         bad += sum(1 for reason in block["error"] if reason)
         sink = io.BytesIO()
-        pq.write_table(_arrow(block), sink)
+        pq.write_table(_arrow(block, types), sink)
         storage.write_bytes(_part(output, item), sink.getvalue())
         progress.update(f"predict: rows {item.stop}/{found.rows}  {bad} could not be read", item.stop == found.rows)
     return f"{output}: {found.rows} rows in {len(items)} parts" + (f", {len(items) - len(todo)} of them from before" if len(todo) < len(items) else "") + (
@@ -116,8 +116,8 @@ def _part(output: str, item: Item) -> str:
     return storage.join(output, f"part-{item.start // ROWS_A_PART:05d}.parquet")
 
 
-def _arrow(block: Arrays) -> pa.Table:
-    return pa.table({name: pa.array(array.tolist() if array.ndim > 1 or array.dtype == object else array) for name, array in block.items()})
+def _arrow(block: Arrays, types: dict[str, pa.DataType]) -> pa.Table:
+    return pa.table({name: pa.array(array.tolist() if array.ndim > 1 or array.dtype == object else array, types.get(name)) for name, array in block.items()})
 
 
 def export(uri: str, output: str, kind: str, backbone_only: bool) -> str:

@@ -187,8 +187,7 @@ def batchable(group: list[Trial], shared: Shared) -> bool:
 def run(group: list[Trial], shared: Shared) -> list[Record]:
     """Train the heads of several trials of one (source, backbone, target) together; same records as ``trial.run``.
 
-    Trials whose steps or batches differ are trained in stacks of their own. A head that met a non-finite step is trained again alone; so are all
-    where a row that is read as it comes cannot be decoded, as places of rows and of features differ then.
+    Trials whose steps or batches differ are trained in stacks of their own. A head that met a non-finite step is trained again alone.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     first = group[0]
@@ -197,8 +196,6 @@ def run(group: list[Trial], shared: Shared) -> list[Record]:
     task, moved, _ = trials.build(first, shared)
     splits = ("train", "validation", *(["test"] if first.stage == "final" else []))
     cached = {name: kept_features(task.backbone, shared, first.source, first.base, first.target, name, device) for name in splits}
-    if any(len(pooled) != len(getattr(data, name)) for name, (pooled, _) in cached.items()):  # rows read as they come, and some cannot be decoded
-        return [_alone(trial, shared) for trial in group]
     shared_seconds = (time.time() - began) / len(group)
     stacks: dict[tuple, list[tuple[Trial, Train, Rows, int]]] = {}
     failed: list[Record] = []
@@ -247,7 +244,10 @@ def _stack(members: list[tuple[Trial, Train, Rows, int]], shared: Shared, data: 
     out = []
     for k, (trial, own, rows, _) in enumerate(members):
         if float(stack.bad[k]):
-            out.append(_alone(trial, shared))
+            try:
+                out.append(trials.run(trial, shared))
+            except Exception as error:  # it is this head's alone: the others are done
+                out.append(trials.failed(trial, shared, f"{type(error).__name__}: {error}"[:2000]))
             continue
         head, start_hash = built[k]
         _put(head, stack, k)
@@ -259,13 +259,6 @@ def _stack(members: list[tuple[Trial, Train, Rows, int]], shared: Shared, data: 
         trials.write(trial, shared, record, test, Task(backbone, head) if shared.keep_bundles and trial.stage == "final" else None)
         out.append(record)
     return out
-
-
-def _alone(trial: Trial, shared: Shared) -> Record:
-    try:
-        return trials.run(trial, shared)
-    except Exception as error:  # it is this trial's alone: the others go on
-        return trials.failed(trial, shared, f"{type(error).__name__}: {error}"[:2000])
 
 
 @torch.no_grad()

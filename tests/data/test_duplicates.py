@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from scipy.fft import dctn
 
 from pipeline.data import duplicates as d
+from pipeline.data import imports
 from pipeline.data import manifest as m
 
 CLOTHING = Path(d.__file__).parents[2] / "jobs" / "data" / "clothing_48px.parquet"
@@ -170,6 +171,19 @@ def test_images_are_compared_by_their_bytes_wherever_they_lie(signs, tmp_path):
     assert d.exact(a, b).tolist() == [False] * 4 + [True] * 2 and d.exact(b, a).tolist() == [True] * 2 + [False] * 3
     assert d.exact(signs(pictures), a).tolist() == [True] * 6 + [False] * 3, "bytes of a column against files"
     assert (d.near(a, b) == d.exact(a, b)).all()
+
+
+def test_a_large_image_folder_is_read_on_ray(signs, tmp_path, monkeypatch):
+    """Its rows are paths: their bytes say nothing of what there is to decode."""
+    for i in range(6):
+        (tmp_path / "folder" / "kind").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "folder" / "kind" / f"{i}.png").write_bytes(png(np.full((8, 8), 40 * i, np.uint8)))
+    spread = []
+    monkeypatch.setattr(d, "map_items", lambda fn, items: spread.append(len(items)) or map(fn, items))
+    monkeypatch.setattr(imports, "GROUP_ROWS", 2)
+    assert len(signs(tmp_path / "folder", rows=[0, 2, 4])) == 3 and not spread
+    monkeypatch.setattr(d, "SPREAD_IMAGES", 5)
+    assert len(signs(tmp_path / "folder")) == 6 and spread == [3]
 
 
 def test_texts_are_compared_as_texts_and_repeats_count_each(signs, tmp_path):

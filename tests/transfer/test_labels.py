@@ -93,6 +93,19 @@ def test_the_table_of_labels_has_ours_beside_scratch():
     assert listed.rows[0][4].tone == "wins"
 
 
+def test_scratch_is_no_probe_of_random_weights():
+    made = {("none", "random_probe"): [findings(200, NAMES, 0, 0.9)], ("none", "scratch"): [findings(200, NAMES, 0, 0.3)],
+            ("src", "linear_probe"): [findings(200, NAMES, 0, 1.8)]}
+    rows, runs = table("macro_auroc", made)
+    shown = next(block for block in said(rows, runs) if isinstance(block, page.Table))
+    [scratch] = made["none", "scratch"]
+    for line in shown.rows:
+        want = metrics.of_label(f"auroc/{line[0]}", NAMES.index(line[0])).value(scratch.predictions)
+        assert float(line[list(shown.header).index("AUROC, scratch")].lines[0]) == pytest.approx(want, abs=0.05)
+    verdicts = {cell.technique: cell.verdict for cell in matrix.cells(rows, runs)}
+    assert verdicts["scratch"] == matrix.REFERENCE and verdicts["random_probe"] == matrix.UNCOMPARED
+
+
 def test_labels_are_compared_with_scratch_where_scratch_is_the_better():
     made = {("none", "scratch"): [findings(200, ("a", "b"), 0, 1.8)], ("src", "full"): [findings(200, ("a", "b"), 0, 1.2)],
             ("src", "linear_probe"): [findings(200, ("a", "b"), 0, 0.3)]}
@@ -184,6 +197,22 @@ def test_rows_of_single_labels_go_into_the_table_and_not_into_the_matrix(world, 
     assert [cell.metric for cell in cells] == ["macro_auroc"] * 2 and all(cell.n_seeds == 2 and cell.low is not None for cell in cells)
     blocks = labels.blocks("task", cells, read, runs)
     assert [line[0] for line in blocks[-1].rows] == ["a", "b"]
+
+
+def test_kept_features_follow_which_column_is_which_label(world, tmp_path):
+    """The rows' labels are kept beside their features: other labels, or another order of them, are other rows."""
+    _, paths, job_with = world
+    found = {}
+    for names in (["a", "b", "rare"], ["b", "a", "rare"]):
+        job = job_with(multilabel={"labels": names})
+        shared = shared_of(tmp_path, job, paths)
+        shared.source_keys["src"] = "key"
+        one = trial_of(job, shared, "linear_probe")
+        [record] = probe.run([one], shared)
+        run = one_trial.read_predictions(shared.root, one.id, 0)
+        assert run is not None and run.labels == tuple(names)
+        found[names[0]] = dict(zip(names, run.predictions["labels"].T.tolist(), strict=True)), record["status"]
+    assert found["a"] == found["b"] and found["a"][0]["a"] != found["a"][0]["b"]
 
 
 def test_mixed_images_are_not_trained_from_cached_features(world):

@@ -1,11 +1,14 @@
 """LogME is the maximum of the evidence, kNN is scikit-learn's, and both rank a good source above a bad one."""
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from scipy.optimize import minimize
 from toys import image_files, job_of, shared_of
 
+from pipeline.job import Job
 from pipeline.transfer import scores
 from pipeline.transfer.scores import knn, logme
 
@@ -126,6 +129,20 @@ def test_a_source_is_scored_on_a_target(tmp_path, monkeypatch):
     data_.labels = None
     with pytest.raises(ValueError, match=r"targets\.task: scores need labels"):
         scores.score(shared, "src", key, "task")
+
+
+def test_a_row_that_cannot_be_decoded_as_it_is_read_shifts_no_label(tmp_path):
+    paths = image_files(tmp_path, {"train": 60, "validation": 24, "test": 24})
+    table = pq.read_table(paths["train"])
+    pictures = [b"no picture" if i == 5 else picture for i, picture in enumerate(table["picture"].to_pylist())]
+    pq.write_table(table.set_column(0, "picture", pa.array(pictures)), paths["train"], row_group_size=16)
+    found = []
+    for decode in ("memory", "train"):
+        job = job_of(tmp_path, paths).model_dump(mode="json")
+        job["targets"]["task"]["data"]["decode"] = decode
+        shared = shared_of(tmp_path, Job.model_validate(job), paths)
+        found.append(scores.score(shared, "src", next(iter(shared.bases)), "task"))
+    assert found[0] == pytest.approx(found[1])
 
 
 def test_scores_of_label_sets():

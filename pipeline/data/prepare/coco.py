@@ -70,6 +70,10 @@ class Coco(Importer):
             listed = files.listing(self._images(source, name))
             marks.append(listed.mark)
             rows += self._rows(_read(uri), uri, _by_name(listed), _split(name), categories, counts)
+        places = Counter((row["split"], row["path"], row["_uri"], row["_offset"]) for row in rows)
+        twice = [f"{path} ({split})" for (split, path, *_), n in places.items() if n > 1]
+        if twice:
+            raise ValueError(f"{source}: images that two of the annotation files put into one split: {few(twice)}; say --set annotations=NAME.json")
         extra = (pa.field("mask", pa.binary()),) if self.options.masks == "semantic" else ()
         named = [{"id": i, "name": categories[i], **({"mask_value": i + shift} if extra else {})} for i in sorted(categories)]
         return Index(table(rows, COLUMNS, source), " ".join(marks), extra, notes={"boxes": sum(len(row["boxes"]) for row in rows), **counts},
@@ -124,7 +128,7 @@ class Coco(Importer):
             try:
                 objects, shift = json.loads(row["_masks"])
                 mask = semantic(objects, shift, height, width)
-            except (ValueError, KeyError, TypeError) as error:
+            except (ArithmeticError, LookupError, TypeError, ValueError) as error:
                 raise BrokenImageError(f"its mask cannot be drawn: {error}") from None
             out["mask"] = pixels.png(pixels.nearest(mask, picture.size))
         return out
@@ -150,6 +154,10 @@ def _read(uri: str) -> dict[str, Any]:
             lacks = [key for key in needed if not isinstance(item, dict) or key not in item]
             if lacks:
                 raise ValueError(f"{uri}: {name}[{i}] has no {lacks[0]}: {str(item)[:100]}")
+    for key in ("id", "width", "height"):
+        wrong = [image[key] for image in data["images"] if not isinstance(image[key], (int, float)) or not float(image[key]).is_integer()]
+        if wrong:
+            raise ValueError(f"{uri}: images whose {key} is no whole number: {few(map(repr, wrong))}")
     for name, key in (("images", "id"), ("images", "file_name"), ("categories", "id")):
         doubled = [value for value, n in Counter(item[key] for item in data[name]).items() if n > 1]
         if doubled:

@@ -13,11 +13,11 @@ import threading
 import zipfile
 import zlib
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
 
@@ -67,9 +67,10 @@ class Listing:
         """How many files of each other kind are left out."""
         return dict(Counter(entry.suffix or posixpath.basename(entry.name) for entry in self.entries if not entry.is_image))
 
-    def without_common_folder(self) -> Listing:
-        """The same files below the one folder that holds them all (train2017.zip holds train2017/): its name is dropped, however deep."""
+    def without_common_folder(self, keep: Container[str] = ()) -> Listing:
+        """The same files below the one folder that holds them all (train2017.zip holds train2017/): its name is dropped, and deeper, up to one of ``keep``."""
         shared = posixpath.commonpath([posixpath.dirname(entry.name) for entry in self.entries]) if self.entries else ""
+        shared = "/".join(takewhile(lambda name: name not in keep, shared.split("/")))
         cut = len(shared) + 1 if shared else 0
         return replace(self, entries=[entry._replace(name=entry.name[cut:]) for entry in self.entries], empty=[name[cut:] for name in self.empty])
 
@@ -133,6 +134,7 @@ def _folder(uri: str) -> Listing:
         entries += found
         empty += bare
         digest.update(f"{[entry.name for entry in found]} {mark}".encode())
+    _refuse_doubled(entries, uri, "such as in an archive and in a folder of its name; remove one of them")
     return Listing(sorted(entries), sorted(empty), digest.hexdigest())
 
 
@@ -146,15 +148,18 @@ def _empty_folders(root: str) -> list[str]:
             if folder != root and not [name for name in (*folders, *names) if not _hidden(name)] and not _hidden(str(Path(folder).relative_to(root)))]
 
 
+def _refuse_doubled(entries: list[Entry], uri: str, fix: str) -> None:
+    name, count = next(iter(Counter(entry.name for entry in entries).most_common(1)), ("", 0))
+    if count > 1:
+        raise ValueError(f"{uri}: {name} stands in it {count} times; {fix}")
+
+
 def _archive(uri: str, prefix: str) -> Listing:
     if uri.lower().endswith(COMPRESSED):
         raise ValueError(f"{uri}: a compressed tar can only be read from its start, not by many at once; decompress it first (gunzip, unxz: it stays a tar)")
     with closing(_open(uri)) as handle:
         files, folders = (_zip if uri.lower().endswith(".zip") else _tar)(uri, handle, uri)
-    names = Counter(entry.name for entry in files)
-    doubled = [name for name, count in names.items() if count > 1]
-    if doubled:
-        raise ValueError(f"{uri}: {doubled[0]} stands in it {names[doubled[0]]} times; write the archive again")
+    _refuse_doubled(files, uri, "write the archive again")
     held = {folder.as_posix() for parent in {posixpath.dirname(entry.name) for entry in files} for folder in PurePosixPath(parent, "x").parents}
     entries = [entry._replace(name=prefix + entry.name) for entry in files if not _hidden(entry.name)]
     empty = [prefix + name for name in sorted(set(folders) - held)] + ([prefix.rstrip("/")] if prefix and not files else [])
@@ -276,7 +281,7 @@ class Reader:
     def _from_zip(self, uri: str, member: str) -> bytes:
         with self._lock:
             if uri not in self._zips:
-                self._zips[uri] = zipfile.ZipFile(_open(uri))
+                self._zips[uri] = zipfile.ZipFile(storage.open_read(uri))
             archive = self._zips[uri]
             try:
                 with archive.open(member) as file:

@@ -29,7 +29,7 @@ class ImageFolder(Importer):
         found = files.listing(source)
         tops = {name.split("/")[0] for name in [*(entry.name for entry in found.images), *found.empty]}
         if len(tops) == 1 and min((depth(e.name) for e in found.images), default=0) > 2 and not tops <= set(SPLITS):
-            found = found.without_common_folder()
+            found = found.without_common_folder(keep=SPLITS)
             tops = {name.split("/")[0] for name in [*(entry.name for entry in found.images), *found.empty]}
         split = self.options.layout == "split/class" or (self.options.layout == "auto" and tops <= set(SPLITS))
         wanted = 3 if split else 2

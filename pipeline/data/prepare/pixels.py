@@ -96,9 +96,9 @@ def _orientation(image: PIL.Image.Image) -> int:
 
 
 def _eight_bits(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Grey or RGB; of 16 bits the high byte, transparency dropped, as the image modality decodes them."""
+    """Grey or RGB; 16 bits rounded to 8, transparency dropped, as the image modality decodes them."""
     if image.mode.startswith("I"):
-        return PIL.Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+        return PIL.Image.fromarray(((np.asarray(image).astype(np.int64) + 128) // 257).clip(0, 255).astype(np.uint8))
     return image if image.mode in ("L", "RGB") else image.convert("L" if image.mode in ("1", "LA", "La") else "RGB")
 
 

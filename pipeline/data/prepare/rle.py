@@ -9,6 +9,9 @@ from typing import Any
 
 import numpy as np
 
+FARTHEST = 1 << 20
+"""An edge takes memory by its length in pixels."""
+
 
 def counts_of(text: str | bytes) -> list[int]:
     """Run lengths from compressed text: 5 bits a character, differences to the run before the last from the third on."""
@@ -75,8 +78,8 @@ def mask_of(segmentation: Any, height: int, width: int) -> np.ndarray:
         for points in segmentation:
             if len(points) < 6 or len(points) % 2:
                 raise ValueError(f"a polygon of {len(points)} numbers")
-            if not np.isfinite(points).all():
-                raise ValueError("a polygon with a number that is not finite")
+            if not (np.abs(points) < FARTHEST).all():
+                raise ValueError(f"a polygon with a number that is not finite, or beyond {FARTHEST} pixels")
             out |= from_polygon(points, height, width)
         return out
     if list(segmentation["size"]) != [height, width]:

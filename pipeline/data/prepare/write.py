@@ -75,9 +75,10 @@ class Preparation:
         self.importer: Importer = registry.get("importer", name)(options)
         self.index: Index = self.importer.index(self.source)
         self.order = _order(self.index.rows)
-        self.parts = _parts(self.index.rows.take(pa.array(self.order)).select(["split", "_size"]), self.settings)
+        self.parts = _parts(self.index.rows.select(["split", "_size"]).take(pa.array(self.order)), self.settings)
         s = self.settings
-        self.key = spec_hash(FORMAT_VERSION, name, self.importer.options, s.resize, s.quality, s.rows_per_part, self.index.mark, _digest(self.index.rows))
+        self.key = spec_hash(FORMAT_VERSION, name, self.importer.options, s.resize, s.quality, s.rows_per_part, self.index.mark, self.index.info,
+                             _digest(self.index.rows))
         self._check_output()
 
     def _check_output(self) -> None:

@@ -43,6 +43,14 @@ def test_tars_in_a_tar_and_archives_in_a_folder_are_looked_into(tmp_path):
     assert contents(files.listing(str(tmp_path / "set"))) == {f"outer/{name}": data for name, data in wanted.items()}
 
 
+def test_a_file_in_an_archive_and_in_a_folder_of_its_name_is_not_taken_twice(tmp_path):
+    write(tmp_path / "set/cat.tar", tar({"1.jpg": b"x", "2.jpg": b"y"}))
+    assert len(files.listing(str(tmp_path / "set")).entries) == 2
+    write(tmp_path / "set/cat/1.jpg", b"x")
+    with pytest.raises(ValueError, match=r"set: cat/1\.jpg stands in it 2 times; such as in an archive and in a folder of its name; remove one"):
+        files.listing(str(tmp_path / "set"))
+
+
 def test_on_s3_they_are_the_same(s3_server, tmp_path):
     from pipeline import storage
 
@@ -168,6 +176,27 @@ def test_empty_folders_are_told(tmp_path):
         archive.writestr("dog/", b"")
     assert files.listing(str(tmp_path / "c.zip")).empty == ["dog"]
     assert files.listing(str(write(tmp_path / "d.tar", tar({"n1.tar": tar({"1.jpg": b"x"}), "n2.tar": tar({})})))).empty == ["n2"]
+
+
+def test_a_member_of_a_zip_on_s3_costs_little_more_than_its_bytes(s3_server, monkeypatch):
+    from pipeline import s3, storage
+
+    sink = io.BytesIO()
+    with zipfile.ZipFile(sink, "w") as archive:
+        for i in range(40):
+            archive.writestr(f"{i:02d}.jpg", bytes([i]) * 200_000)
+    storage.write_bytes(uri := f"{s3_server}/prepare-zip/a.zip", sink.getvalue())
+    found, reader, plain, taken = files.listing(uri).entries, files.Reader(), s3.Reader.readinto, []
+
+    def counted(self, buffer):
+        taken.append(plain(self, buffer))
+        return taken[-1]
+
+    monkeypatch.setattr(s3.Reader, "readinto", counted)
+    for i in (30, 2, 25, 9):
+        assert reader.entry(found[i]) == bytes([i]) * 200_000
+    reader.close()
+    assert sum(taken) < 5 * (1 << 20) + 200_000, "a piece of 1 MiB each, and the directory"
 
 
 def test_ahead_keeps_the_order_and_raises():

@@ -37,6 +37,11 @@ def test_image_folders_with_and_without_splits_in_folder_tar_and_zip(folder, tmp
     assert counts(index("imagefolder", tmp_path / "a.zip")[0], "label") == FOLDER
 
 
+def test_a_split_alone_below_a_top_folder_keeps_its_name(folder, tmp_path):
+    members = {f"animals/v1/{path.relative_to(folder)}": path.read_bytes() for path in sorted((folder / "val").rglob("*.jpg"))}
+    assert counts(index("imagefolder", write(tmp_path / "val.tar", tar(members)))[0], "label") == {("validation", "cat"): 2, ("validation", "dog"): 2}
+
+
 def test_image_folders_that_are_not_as_said(folder):
     write(folder / "train/cat/notes.txt", "mine")
     assert index("imagefolder", folder)[1].notes["files left out"] == {".txt": 1}
@@ -258,9 +263,20 @@ def test_coco_files_that_do_not_fit(coco):
     refused(r"images with the same id: 1", images=[*good["images"], good["images"][0]])
     refused(r"annotations\[0\] has no bbox: .*'id': 11", annotations=[{k: v for k, v in box.items() if k != "bbox"}])
     refused(r"bbox \[1, 2, 3\] is not \[x, y, width, height\]", annotations=[{**box, "bbox": [1, 2, 3]}])
+    refused(r"images whose id is no whole number: 'a', 1\.5", images=[{**good["images"][0], "id": i} for i in ("a", 1.5)])
+    refused("images whose width is no whole number: None", images=[{**good["images"][0], "width": None}])
     refused("no list 'categories'", categories=None)
     refused("category 90 is 'toothbrush' here and 'brush' in", categories=[{"id": 1, "name": "person"}, {"id": 90, "name": "brush"}])
     refused("cannot hold: 300", "masks=semantic", categories=[*good["categories"], {"id": 300, "name": "x"}])
+
+
+def test_coco_images_of_two_files_of_one_split_are_refused(coco):
+    annotations = coco / "annotations"
+    (coco / "train2017").rename(coco / "images")
+    shutil.copy(annotations / "instances_train2017.json", annotations / "instances_train2014.json")
+    with pytest.raises(ValueError, match=r"into one split: 000001\.jpg \(train\), 000002\.jpg \(train\), .*; say --set annotations="):
+        index("coco", coco)
+    assert len(index("coco", coco, "annotations=annotations/instances_*2017.json")[0]) == 4
 
 
 # ---------------------------------------------------------------- options

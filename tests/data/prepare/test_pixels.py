@@ -13,8 +13,9 @@ import torch
 from data.prepare.conftest import encoded
 from torchvision.io import ImageReadMode, decode_image
 
+from pipeline import imagefile
 from pipeline.data.prepare import pixels
-from pipeline.data.prepare.pixels import BrokenImageError, examine
+from pipeline.data.prepare.pixels import BrokenImageError, _eight_bits, examine
 
 
 def opened(data: bytes) -> PIL.Image.Image:
@@ -89,10 +90,12 @@ def test_every_mode_becomes_grey_or_rgb(mode, after):
     assert np.abs(np.asarray(found, dtype=float) - np.asarray(image.convert(after), dtype=float)).mean() < 6
 
 
-def test_of_16_bits_the_high_byte_is_kept():
-    image = PIL.Image.fromarray((np.arange(64 * 48, dtype=np.uint32).reshape(48, 64) * 21).astype(np.uint16))
-    found = np.asarray(opened(examine(saved(image, "PNG"), quality=98).data), dtype=float)
-    assert np.abs(found - (np.asarray(image) >> 8)).max() <= 4
+def test_of_16_bits_are_8_as_where_the_file_itself_is_read():
+    levels = (np.arange(64 * 48, dtype=np.uint32).reshape(48, 64) * 21).astype(np.uint16)
+    data = saved(PIL.Image.fromarray(levels), "PNG")
+    found, wanted = np.asarray(opened(examine(data, quality=98).data), dtype=float), imagefile.pixels(data, 1)[0].numpy()
+    assert np.abs(found - wanted).max() <= 4
+    assert (np.asarray(_eight_bits(opened(data))) == wanted).all()
 
 
 def test_of_an_animation_the_first_picture_is_kept():

@@ -51,6 +51,8 @@ def test_masks_that_do_not_fit_are_refused():
         rle.mask_of([[1, 2, 3, 4]], 30, 40)
     with pytest.raises(ValueError, match="not finite"):
         rle.mask_of([[1, 2, 3, 4, float("nan"), 6]], 30, 40)
+    with pytest.raises(ValueError, match="beyond 1048576 pixels"):
+        rle.mask_of([[1, 2, 3, 4, 1e12, 6]], 30, 40)
     with pytest.raises(ValueError, match="in the middle of a number"):
         rle.counts_of(b"PSn")
 

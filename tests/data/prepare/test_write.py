@@ -114,6 +114,19 @@ def test_an_image_of_another_size_than_its_annotations_is_left_out(coco, tmp_pat
                                          "reason": "the image is 30 x 40 pixels, its annotations are for 40 x 30"}]
 
 
+@pytest.mark.parametrize("segmentation", [
+    {"size": [30, 40], "counts": "o" * 40 + "0"}, {"size": [30], "counts": [1200]}, {"size": [30, 40], "counts": [1 << 70]}, {"counts": [1200]},
+    [[1, 1, 1e12, 1, 1, 9]], [["a"] * 6]])
+def test_a_mask_that_cannot_be_drawn_is_one_broken_row(coco, tmp_path, segmentation):
+    path = coco / "annotations/instances_train2017.json"
+    data = json.loads(path.read_text())
+    data["annotations"][0]["segmentation"] = segmentation
+    path.write_text(json.dumps(data))
+    assert prepare("coco", coco, tmp_path / "out", "masks=semantic")["rows"] == {"train": 2, "validation": 1}
+    broken, = json.loads((tmp_path / "out/_summary.json").read_text())["broken"]["files"]
+    assert broken["path"] == "000001.jpg" and broken["reason"].startswith("its mask cannot be drawn")
+
+
 def test_larger_images_are_made_smaller_once_and_smaller_ones_kept(folder, tmp_path):
     write(folder / "train/cat/large.png", encoded(9, size=(400, 300), form="PNG"))
     prepare("imagefolder", folder, tmp_path / "out", resize=64, quality=None)
@@ -244,6 +257,14 @@ def test_a_folder_of_another_source_or_other_options_is_refused(folder, tmp_path
     write(tmp_path / "mine/thesis.txt", "x")
     with pytest.raises(ValueError, match=r"holds other files \(thesis\.txt\)"):
         prepare("imagefolder", folder, tmp_path / "mine")
+
+
+def test_a_folder_whose_columns_meant_something_else_is_refused(coco, tmp_path):
+    prepare("coco", coco, tmp_path / "out")
+    for path in (coco / "annotations").glob("*.json"):
+        path.write_text(path.read_text().replace('"categories": [', '"categories": [{"id": 5, "name": "airplane"}, '))
+    with pytest.raises(ValueError, match="another source or of other options"):
+        prepare("coco", coco, tmp_path / "out")
 
 
 def test_a_source_and_an_output_on_s3(folder, tmp_path, s3_server):
