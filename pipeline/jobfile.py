@@ -86,7 +86,7 @@ def _pairs(node: yaml.MappingNode, path: Path_, problems: list[tuple[int, str]],
 
 
 def _expand(text: str, line: int, path: Path_, problems: list[tuple[int, str]]) -> str:
-    def value(match):
+    def value(match: re.Match[str]) -> str:
         if match[1] not in os.environ:
             problems.append((line, f"{_dots(path)}: environment variable {match[1]} is not set; set it or write the value"))
         return os.environ.get(match[1], match[0])  # left as it is, no other place is looked for

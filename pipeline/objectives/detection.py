@@ -45,7 +45,8 @@ class DetectionOptions(Options):
     convs: int = Field(4, ge=1, le=8, description="fcos: convolutions before each output")
     anchor: float = Field(8.0, gt=0, description="faster_rcnn: side of the anchors of a level in its strides; less for small images")
     score_threshold: float = Field(0.05, ge=0, lt=1, description="detections below it are not given")
-    nms_threshold: float = Field(0.6, gt=0, le=1, description="of two detections of a class that overlap more than this the surer one stays")
+    nms_threshold: float | None = Field(None, gt=0, le=1, description="of two detections of a class that overlap more than this the surer one stays; none: "
+                                                                      "0.6 for fcos, 0.5 for faster_rcnn")
 
 
 @register("objective", "detection", options=DetectionOptions)
@@ -280,7 +281,7 @@ class OneStage(FCOS):
     def __init__(self, backbone: Backbone, classes: int, options: DetectionOptions):
         pyramid = Pyramid(backbone, (8, 16, 32), options.channels, "p6p7")
         super().__init__(pyramid, classes, anchor_generator=Anchors(pyramid.strides, 1.0, (1.0,)), head=_Head(options.channels, 1, classes, options.convs),
-                         score_thresh=options.score_threshold, nms_thresh=options.nms_threshold, detections_per_img=DETECTIONS)
+                         score_thresh=options.score_threshold, nms_thresh=options.nms_threshold or 0.6, detections_per_img=DETECTIONS)
 
     def _outputs(self, maps: dict[str, Tensor], batch: Batch):
         levels = [*maps.values()]
@@ -371,7 +372,7 @@ class TwoStage(nn.Module):
         self.rpn = _Proposals(Anchors(self.backbone.strides, options.anchor, ratios), RPNHead(width, len(ratios)), 0.7, 0.3, 256, 0.5, keep, keep, 0.7)
         pool = MultiScaleRoIAlign([str(i) for i in range(len(self.backbone.base))], 7, 2)
         self.roi_heads = RoIHeads(pool, TwoMLPHead(width * 49, 1024), FastRCNNPredictor(1024, classes + 1), 0.5, 0.5, 512, 0.25, None,
-                                  options.score_threshold, min(options.nms_threshold, 0.5), DETECTIONS)
+                                  options.score_threshold, options.nms_threshold or 0.5, DETECTIONS)
         self.rpn.fg_bg_sampler, self.roi_heads.fg_bg_sampler = self.samplers  # pyright: ignore[reportAttributeAccessIssue]
 
     def _regions(self, maps: dict[str, Tensor], boxes: list[Tensor], batch: Batch) -> tuple[Tensor, Tensor]:

@@ -109,7 +109,9 @@ class Segmentation(Objective):
         def counted(values: Tensor, where: Tensor) -> Tensor:
             return torch.bincount((place + values)[where], minlength=len(batch) * classes).view(len(batch), classes)
 
-        return {"intersection": counted(truth, there & (guess == truth)), "predicted": counted(guess, there), "actual": counted(truth, there),
+        guessed = counted(guess, there)
+        guessed[:, self.state["ignore"]:self.state["ignore"] + 1] = 0  # an ignored class has no IoU, also where it is taken for another one
+        return {"intersection": counted(truth, there & (guess == truth)), "predicted": guessed, "actual": counted(truth, there),
                 "loss": F.cross_entropy(scores, truth, ignore_index=OUTSIDE, reduction="none").sum((1, 2)), "count": there.sum((1, 2)).float()}
 
     def written(self, found):

@@ -124,6 +124,10 @@ def prepare(target: TargetStage, base: Base) -> TargetData:
     spec_of_modality = _modality(target, base)
     modality = bundle.build_modality(spec_of_modality)
     objective = registry.get("objective", spec.objective.name)
+    try:
+        modality.check(objective.roles)  # a source that is a checkpoint tells how its rows are read only now
+    except ValueError as error:
+        raise ValueError(f"data.modality: {error}") from None
     options = objective.options_class(**spec.objective.options)
     state = target.state or fit_labels(spec, splits)
     decoder = Decoder(modality, spec.objective.name, state, columns)

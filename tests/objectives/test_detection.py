@@ -276,6 +276,20 @@ def test_many_images_are_predicted_in_parts(method, monkeypatch):
 
 
 @METHODS
+@pytest.mark.parametrize("told", [None, 0.8])
+def test_how_much_detections_may_overlap_is_as_told(method, told):
+    """Two boxes of one class, both sure, that overlap by 0.7."""
+    task, batch = task_of(method, nms_threshold=told).eval(), batch_of(1)
+    detector = task.objective.detector
+    held = detector if method == "fcos" else detector.roi_heads
+    assert held.nms_thresh == (told or {"fcos": 0.6, "faster_rcnn": 0.5}[method])
+    if method == "faster_rcnn":
+        boxes = torch.tensor([[10.0, 10, 50, 50], [10, 10, 50, 38]])
+        found = held.postprocess_detections(torch.tensor([[0.0, 9, 0, 0]] * 2), torch.zeros(2, 16), [boxes], [(SIDE, SIDE)])[0][0]
+        assert len(found) == (2 if told else 1)
+
+
+@METHODS
 def test_predictions_without_labels(method):
     task, batch = task_of(method, score_threshold=0.0).eval(), batch_of(2)
     new = Batch(batch.rows, batch.keys, {name: batch[name] for name in ("image", "frame")})

@@ -28,7 +28,7 @@ class ChestXray14Options(Options):
 
 @register("importer", "chestxray14", options=ChestXray14Options)
 class ChestXray14(Importer):
-    """Data_Entry_2017.csv, train_val_list.txt and test_list.txt, and the PNGs in images_001 to images_012 or one folder, also as tar or zip.
+    """Data_Entry_2017.csv, train_val_list.txt and test_list.txt, and the PNGs in images_001 to images_012 or one folder, also as tar, tar.gz or zip.
 
     Columns: ``findings`` (list, empty for No Finding), ``patient_id`` (the group of a job), ``follow_up``, ``age``, ``sex``, ``view``. The official
     lists are the splits train and test; a job cuts its validation rows from train by patient (group: patient_id).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import io
 import os
@@ -19,14 +20,16 @@ from contextlib import closing
 from dataclasses import dataclass, field, replace
 from itertools import islice, takewhile
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, cast
 
 from pipeline import s3, storage
 from pipeline.data.imports import IMAGE_SUFFIXES
 from pipeline.data.prepare.pixels import BrokenImageError
 
-ARCHIVES = (".tar", ".zip")
-COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
+GZIPPED = (".tar.gz", ".tgz")
+"""Read from the start alone: rows of one stand together (``write``), and each part of them costs one pass."""
+ARCHIVES = (".tar", ".zip", *GZIPPED)
+COMPRESSED = (".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 MOST_BYTES = 1 << 30
 """No single file is larger; a zip that claims so is not unpacked."""
 THREADS = 16
@@ -121,7 +124,7 @@ def _folder(uri: str) -> Listing:
     def look(file: str) -> tuple[list[Entry], str, list[str]]:
         name = file[len(uri):].lstrip("/")
         if file.lower().endswith((*ARCHIVES, *COMPRESSED)):
-            found = _archive(file, name.rpartition(".")[0] + "/")
+            found = _archive(file, re.sub(r"(\.tar)?\.\w+$", "/", name))
             return found.entries, found.mark, found.empty
         info = known.get(file)
         if info is not None:
@@ -156,9 +159,13 @@ def _refuse_doubled(entries: list[Entry], uri: str, fix: str) -> None:
 
 def _archive(uri: str, prefix: str) -> Listing:
     if uri.lower().endswith(COMPRESSED):
-        raise ValueError(f"{uri}: a compressed tar can only be read from its start, not by many at once; decompress it first (gunzip, unxz: it stays a tar)")
+        raise ValueError(f"{uri}: of compressed tars only .tar.gz is read; decompress it first (bunzip2, unxz, unzstd: it stays a tar)")
     with closing(_open(uri)) as handle:
-        files, folders = (_zip if uri.lower().endswith(".zip") else _tar)(uri, handle, uri)
+        if uri.lower().endswith(GZIPPED):
+            with gzip.GzipFile(fileobj=handle) as unpacked:
+                files, folders = _tar(uri, cast(BinaryIO, unpacked), uri)
+        else:
+            files, folders = (_zip if uri.lower().endswith(".zip") else _tar)(uri, handle, uri)
     _refuse_doubled(files, uri, "write the archive again")
     held = {folder.as_posix() for parent in {posixpath.dirname(entry.name) for entry in files} for folder in PurePosixPath(parent, "x").parents}
     entries = [entry._replace(name=prefix + entry.name) for entry in files if not _hidden(entry.name)]
@@ -209,6 +216,8 @@ def _tar(uri: str, handle: BinaryIO, where: str, start: int = 0, size: int | Non
                     folders.append(name)
                 elif not member.isreg() or member.issparse():
                     raise ValueError(f"{where}: member {member.name!r} is a link or special file; only plain files are read: pack the files themselves")
+                elif member.size > MOST_BYTES and isinstance(handle, gzip.GzipFile) and not name.lower().endswith(".tar"):  # it is unpacked to be passed
+                    raise ValueError(f"{where}: member {member.name!r} unpacks to {member.size} bytes; such an archive is not to be trusted: gunzip it by hand")
                 elif name.lower().endswith(".tar"):
                     inner, bare = _tar(uri, handle, f"{where}:{name}", start + member.offset_data, member.size)
                     folder = name[:-len(".tar")]
@@ -218,7 +227,7 @@ def _tar(uri: str, handle: BinaryIO, where: str, start: int = 0, size: int | Non
                     entries.append(Entry(name, uri, "", start + member.offset_data, member.size))
             view.seek(archive.offset)
             end = view.read(tarfile.BLOCKSIZE)
-    except (tarfile.TarError, EOFError) as error:
+    except (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{where}: not a whole tar file ({error}); get it again") from None
     if len(end) < tarfile.BLOCKSIZE or end.strip(b"\0"):  # tarfile takes a damaged header, and a file that ends early, for the end
         raise ValueError(f"{where}: not a whole tar file (at byte {start + archive.offset}, after {len(entries)} files, is neither a header nor the end mark); "
@@ -253,10 +262,12 @@ class _Window(io.RawIOBase):
 # ---------------------------------------------------------------- reading
 
 class Reader:
-    """Bytes of entries; a zip stays open between them. Threads may share one."""
+    """Bytes of entries; a zip or tar.gz stays open between them, and of a tar.gz the next lies behind the last, or all is unpacked anew.
+    Threads may share one."""
 
     def __init__(self):
         self._zips: dict[str, zipfile.ZipFile] = {}
+        self._stream: tuple[str, gzip.GzipFile, BinaryIO] | None = None
         self._lock = threading.Lock()
 
     def __call__(self, uri: str, member: str, offset: int, size: int) -> bytes:
@@ -267,7 +278,9 @@ class Reader:
             return self._from_zip(uri, member)
         if offset < 0:
             return storage.read_bytes(uri)
-        if storage.is_remote(uri):
+        if uri.lower().endswith(GZIPPED):
+            data = self._from_stream(uri, offset, size)
+        elif storage.is_remote(uri):
             data = s3.on_s3("read", uri, "cat_file", start=offset, end=offset + size) if size else b""
         else:
             data = s3.call("read", uri, _range, s3.split(uri)[1], offset, size)
@@ -292,10 +305,28 @@ class Reader:
             raise BrokenImageError("it unpacks to more than an image has")
         return data
 
+    def _from_stream(self, uri: str, offset: int, size: int) -> bytes:
+        with self._lock:
+            if self._stream is None or self._stream[0] != uri:
+                self._close_stream()
+                handle = _open(uri)
+                self._stream = uri, gzip.GzipFile(fileobj=handle), handle
+            try:
+                self._stream[1].seek(offset)
+                return self._stream[1].read(size)
+            except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+                raise BrokenImageError(f"the archive is damaged: {error}") from None
+
+    def _close_stream(self) -> None:
+        for file in self._stream[1:] if self._stream else ():
+            file.close()
+        self._stream = None
+
     def close(self) -> None:
         for archive in self._zips.values():
             archive.close()
         self._zips.clear()
+        self._close_stream()
 
 
 def _range(path: str, offset: int, size: int) -> bytes:

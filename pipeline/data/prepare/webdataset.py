@@ -39,17 +39,16 @@ class WebDataset(Importer):
             marks.append(f"{PurePosixPath(shard).name} {mark}")
             split = self.options.split or _split(shard)
             for key, parts in samples.items():
-                image = next((parts[suffix] for suffix in parts if f".{suffix}" in IMAGE_SUFFIXES), None)
-                for suffix in parts.keys() - set(TEXTS) - {suffix for suffix in parts if f".{suffix}" in IMAGE_SUFFIXES}:
+                kind = next((suffix for suffix in parts if f".{suffix}" in IMAGE_SUFFIXES), None)
+                for suffix in parts.keys() - {*TEXTS, kind}:
                     left[suffix] = left.get(suffix, 0) + 1
-                if image is None:
+                if kind is None:
                     bare.append(f"{shard}:{key}")
                     continue
                 columns = {"label": self._value(parts, self.options.label, f"{shard}:{key}"),
                            "label_name": self._value(parts, self.options.label_name, f"{shard}:{key}"),
                            "text": parts.get("txt"), "json": parts.get("json"), "key": key}
-                named = image._replace(name=f"{PurePosixPath(shard).name}/{image.name}")
-                rows.append(place(named, split, **columns))
+                rows.append(place(parts[kind]._replace(name=f"{PurePosixPath(shard).name}/{parts[kind].name}"), split, **columns))
         kinds: dict[str, pa.DataType] = {"key": pa.string()}
         if self.options.label:
             whole = all(re.fullmatch(r"-?\d{1,18}", row["label"]) for row in rows)

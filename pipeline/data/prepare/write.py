@@ -1,7 +1,8 @@
 """From an index of rows to parts on disk: in parallel, each written whole, with checksums; what is there already is kept.
 
 A part's rows follow from the index alone, so a run that was killed and goes on writes the same bytes. Rows of a split stand in a random
-but fixed order: a block of them is a fair sample of the classes, which training that streams blocks relies on.
+but fixed order: a block of them is a fair sample of the classes, which training that streams blocks relies on. Only rows of a tar.gz
+stay with their archive, in a random order there: it can be read from its start alone, so that each part costs a pass over its archive.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import pyarrow.parquet as pq
 
 from pipeline import folders, registry, storage
 from pipeline.data.prepare import summary
-from pipeline.data.prepare.files import Reader, absolute, ahead
+from pipeline.data.prepare.files import GZIPPED, Reader, absolute, ahead
 from pipeline.data.prepare.importing import Importer, Index, few
 from pipeline.data.prepare.pixels import BrokenImageError, examine
 from pipeline.data.stream import map_items
@@ -188,12 +189,14 @@ def verify(output: str) -> dict[str, Any]:
 
 
 def _order(rows: pa.Table) -> np.ndarray:
-    """Places of the rows by split, then at random: a function of the paths alone."""
-    by_path = rows.select(["split", "path"]).append_column("at", pa.array(np.arange(len(rows)))).sort_by([("split", "ascending"), ("path", "ascending")])
+    """Places of the rows by split, those of a tar.gz together, then at random: a function of the paths alone."""
+    numbered = rows.select(["split", "path", "_uri"]).append_column("at", pa.array(np.arange(len(rows))))
+    by_path = numbered.sort_by([("split", "ascending"), ("path", "ascending")])
     places = by_path["at"].to_numpy()
     coded = by_path["split"].combine_chunks().dictionary_encode().indices.to_numpy(zero_copy_only=False)
+    streams = pa.array(uri if uri.lower().endswith(GZIPPED) else "" for uri in by_path["_uri"].to_pylist()).dictionary_encode().indices.to_numpy()
     keys = row_keys(mix(*b"prepare"), np.zeros(1, dtype=np.int64), np.arange(len(rows)))
-    return places[np.lexsort((keys, coded))]
+    return places[np.lexsort((keys, streams, coded))]
 
 
 def _parts(rows: pa.Table, settings: Settings) -> list[Part]:
@@ -243,8 +246,10 @@ def _rows(importer: Importer, settings: Settings, reader: Reader, rows: pa.Table
         except BrokenImageError as error:
             return row, b"", str(error)
 
-    out, broken = [], []
-    for row, data, reason in ahead(read, rows.to_pylist(), 4):
+    listed, out, broken = rows.to_pylist(), {}, []
+    one_way = any(row["_uri"].lower().endswith(GZIPPED) for row in listed)
+    places = sorted(range(len(listed)), key=lambda i: (listed[i]["_uri"], listed[i]["_offset"])) if one_way else range(len(listed))
+    for i, (row, data, reason) in zip(places, ahead(read, (listed[i] for i in places), 1 if one_way else 4), strict=True):
         try:
             if reason:
                 raise BrokenImageError(reason)
@@ -254,8 +259,8 @@ def _rows(importer: Importer, settings: Settings, reader: Reader, rows: pa.Table
             broken.append({"path": row["path"], "split": row["split"], "reason": str(error)})
             continue
         width, height = picture.size
-        out.append({**made, "image": picture.data, "width": width, "height": height, "sha256": hashlib.sha256(data).hexdigest()})
-    return out, broken
+        out[i] = {**made, "image": picture.data, "width": width, "height": height, "sha256": hashlib.sha256(data).hexdigest()}
+    return [out[i] for i in sorted(out)], broken
 
 
 def _parquet(rows: list[dict[str, Any]], schema: pa.Schema) -> bytes:

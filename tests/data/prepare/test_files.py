@@ -2,9 +2,11 @@
 
 import gzip
 import io
+import lzma
 import tarfile
 import zipfile
 
+import numpy as np
 import pytest
 from data.prepare.conftest import tar, write
 
@@ -121,10 +123,34 @@ def test_an_inner_tar_that_ends_early_is_named(tmp_path):
         files.listing(str(path))
 
 
+def test_a_gzipped_tar_is_read_from_its_start_once(tmp_path, monkeypatch):
+    held = {f"images/{i}.png": bytes([i]) * 40_000 for i in range(9)}
+    write(tmp_path / "set/images_001.tar.gz", gzip.compress(tar(held)))
+    write(tmp_path / "set/n1.tgz", gzip.compress(tar({"in.tar": tar(held)})))
+    back, plain = [], gzip._GzipReader._rewind
+    monkeypatch.setattr(gzip._GzipReader, "_rewind", lambda self: (back.append(1), plain(self))[1])
+    found = files.listing(str(tmp_path / "set"))
+    assert contents(found) == {f"{folder}/images/{i}.png": bytes([i]) * 40_000 for folder in ("images_001", "n1/in") for i in range(9)} and not back
+    reader = files.Reader()
+    assert reader.entry(found.entries[5]) + reader.entry(found.entries[2]) == bytes([5]) * 40_000 + bytes([2]) * 40_000, "back too, at a price"
+    reader.close()
+
+
+def test_a_gzipped_tar_that_is_damaged_or_a_bomb_is_refused(tmp_path):
+    data = gzip.compress(tar({"1.jpg": np.random.default_rng(0).bytes(9000)}))
+    for broken in (data[:-3000], data[:5], b"no gzip" * 99):
+        with pytest.raises(ValueError, match=r"a\.tar\.gz: not a whole tar file"):
+            files.listing(str(write(tmp_path / "a.tar.gz", broken)))
+    info = tarfile.TarInfo("bomb.jpg")
+    info.size = 1 << 40
+    with pytest.raises(ValueError, match=r"bomb\.jpg' unpacks to 1099511627776 bytes"):
+        files.listing(str(write(tmp_path / "b.tar.gz", gzip.compress(info.tobuf() + bytes(1024)))))
+
+
 def test_what_cannot_be_read_is_refused_with_what_to_do(tmp_path):
     data = tar({"1.jpg": b"x"})
-    with pytest.raises(ValueError, match="decompress it first"):
-        files.listing(str(write(tmp_path / "a.tar.gz", gzip.compress(data))))
+    with pytest.raises(ValueError, match=r"only \.tar\.gz is read; decompress it first"):
+        files.listing(str(write(tmp_path / "a.tar.xz", lzma.compress(data))))
     with pytest.raises(ValueError, match="not a whole zip file"):
         files.listing(str(write(tmp_path / "a.zip", b"PK\3\4 and then nothing")))
     with pytest.raises(ValueError, match="no such file or folder"):

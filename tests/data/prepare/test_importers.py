@@ -144,12 +144,13 @@ def test_webdataset_shards(webdataset):
 
 
 def test_webdataset_captions_and_samples_of_other_parts(tmp_path):
-    members = {"a.jpg": encoded(1), "a.txt": "a caption é".encode(), "b.txt": b"without a picture", "c.PNG": encoded(2, form="PNG"), "c.seg.npy": b"x"}
+    members = {"a.jpg": encoded(1), "a.txt": "a caption é".encode(), "b.txt": b"without a picture", "c.PNG": encoded(2, form="PNG"), "c.seg.npy": b"x",
+               "c.gif": encoded(3, form="GIF")}
     write(tmp_path / "s/0.tar", tar(members))
     rows, found = index("webdataset", tmp_path / "s", "label=")
     assert [(row["key"], row["text"], row["path"]) for row in rows] == [("a", "a caption é", "0.tar/a.jpg"), ("c", None, "0.tar/c.PNG")]
     assert "label" not in rows[0]
-    assert found.notes == {"shards": 1, "samples without an image, left out": 1, "parts left out": {"seg.npy": 1}}
+    assert found.notes == {"shards": 1, "samples without an image, left out": 1, "parts left out": {"seg.npy": 1, "gif": 1}}
     with pytest.raises(ValueError, match=r"0\.tar:a: no part cls for the label \(it has jpg, txt\)"):
         index("webdataset", tmp_path / "s")
     with pytest.raises(ValueError, match=r"write cls, txt or json\.FIELD"):

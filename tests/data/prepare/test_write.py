@@ -1,8 +1,10 @@
 """Parts: what they hold, the same bytes however often a run is killed, and nothing done twice."""
 
+import gzip
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -70,6 +72,30 @@ def test_rows_of_a_part_are_a_mixture_of_the_classes(tmp_path):
     prepare("imagefolder", tmp_path / "set", tmp_path / "out", rows_per_part=50)
     for file in (tmp_path / "out").glob("*.parquet"):
         assert 10 < Counter(pq.read_table(file)["label"].to_pylist())["a"] < 40
+
+
+def test_rows_of_gzipped_tars_are_those_of_folders_and_each_part_reads_on(chest, tmp_path, monkeypatch):
+    """As the NIH gives them: images_001.tar.gz, in which lies images/."""
+    prepare("chestxray14", chest, tmp_path / "plain")
+    for folder in sorted(chest.glob("images_*")):
+        write(chest / f"{folder.name}.tar.gz", gzip.compress(tar({f"images/{file.name}": file.read_bytes() for file in sorted(folder.rglob("*.png"))})))
+        shutil.rmtree(folder)
+    monkeypatch.setattr(gzip._GzipReader, "_rewind", lambda self: pytest.fail("unpacked anew"))
+    prepare("chestxray14", chest, tmp_path / "packed")
+    for place in ("plain", "packed"):
+        assert len(list((tmp_path / place).glob("*.parquet"))) == 2
+    one, two = ({row["path"]: row for row in read(tmp_path / place)} for place in ("plain", "packed"))
+    assert one == two and len(one) == 6
+
+
+def test_a_part_of_a_gzipped_tar_is_one_pass_over_one_archive_and_yet_a_mixture(tmp_path):
+    for label in ("cat", "dog"):
+        write(tmp_path / f"set/{label}.tar.gz", gzip.compress(tar({f"{i:02d}.jpg": encoded(i) for i in range(20)})))
+    prepare("imagefolder", tmp_path / "set", tmp_path / "out", rows_per_part=10)
+    found = [pq.read_table(file).to_pylist() for file in sorted((tmp_path / "out").glob("*.parquet"))]
+    assert [{row["label"] for row in part} for part in found] == [{"cat"}, {"cat"}, {"dog"}, {"dog"}]
+    assert sorted(row["path"] for part in found for row in part) == [f"{label}/{i:02d}.jpg" for label in ("cat", "dog") for i in range(20)]
+    assert all(paths != sorted(paths) for part in found if (paths := [row["path"] for row in part]))
 
 
 def test_coco_boxes_and_masks_move_with_their_image(coco, tmp_path):
