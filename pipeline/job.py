@@ -94,7 +94,7 @@ class Data(Spec):
     split_column: str | None = Field(None, description="a column that names each row's split; it is obeyed")
     split_values: dict[Literal["train", "validation", "test"], list[str]] = Field(
         default_factory=lambda: {"train": ["train"], "validation": ["validation", "valid", "val", "dev"], "test": ["test"]},
-        description="which values of split_column mean which split")
+        description="which values of split_column mean which split; a split that is left out is the rows of its own name, unless they are another's")
     validation_fraction: float = Field(0.1, ge=0, lt=1, description="share of train held out (by hash of the row or group) when no validation is given")
     test_fraction: float = Field(0.0, ge=0, lt=1, description="share held out as test when no test is given")
     group: str | None = Field(None, description="a column (patient, speaker) whose values never cross splits")
@@ -112,7 +112,15 @@ class Data(Spec):
             raise ValueError("give either uri (one set of files) or train (with validation and test), not both")
         if self.train is None and (self.validation or self.test):
             raise ValueError("validation and test files need train; with uri use split_column or the fractions")
+        named = [value for values in self.split_values.values() for value in values]
+        if twice := sorted({value for value in named if named.count(value) > 1}):
+            raise ValueError(f"split_values: {', '.join(twice)} stands twice; a row lies in one split")
         return self
+
+    def values_of(self, split: str) -> list[str]:
+        """The values of ``split_column`` that mean a split."""
+        others = {value for name, values in self.split_values.items() if name != split for value in values}
+        return self.split_values.get(split, [value for value in (split,) if value not in others])  # type: ignore[call-overload]
 
     @model_validator(mode="after")
     def _joinable(self):

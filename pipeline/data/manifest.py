@@ -300,14 +300,14 @@ def _splits(data: Data, roles: tuple[str, ...], at: str, imports_uri: str) -> Sp
         column = pc.cast(read_columns(train, [data.split_column])[data.split_column], pa.string())
         whole = train
         for name in SPLITS:
-            mask = pc.is_in(column, value_set=pa.array(data.split_values.get(name, [name]))).to_numpy(zero_copy_only=False)  # pyright: ignore[reportAttributeAccessIssue]
+            mask = pc.is_in(column, value_set=pa.array(data.values_of(name), pa.string())).to_numpy(zero_copy_only=False)  # pyright: ignore[reportAttributeAccessIssue]
             if mask.any():
                 given[name] = whole.keep(mask)
         train = given.get("train", whole.keep(np.zeros(len(whole), dtype=bool)))
         if not len(train):
             found = ", ".join(map(str, pc.unique(column).to_pylist()[:10]))  # pyright: ignore[reportAttributeAccessIssue]
             raise ValueError(f"{at}.split_column: no row of {data.split_column} is "
-                             f"{data.split_values.get('train', ['train'])}; it holds {found}; set split_values")
+                             f"{data.values_of('train')}; it holds {found}; set split_values")
         origin.append(f"column {data.split_column}")
     for name in ("validation", "test"):
         files = getattr(data, name)

@@ -25,7 +25,8 @@ ARCHITECTURES = ("timm", "models/*.py", r"^@register_model\ndef (\w+)")
 class TimmOptions(Options):
     drop_path: float = Field(0.0, ge=0, lt=1, description="stochastic depth rate")
     drop_rate: float = Field(0.0, ge=0, lt=1, description="dropout before the head, inside the backbone")
-    patch_size: int | None = Field(None, ge=1, description="vision transformers: pixels a side of a patch; none: the architecture's own. Small images want less")
+    patch_size: int | None = Field(
+        None, ge=1, description="vision transformers: pixels a side of a patch; none: the architecture's own. Small images want less")
 
 
 @register("model", "timm", options=TimmOptions)
@@ -45,7 +46,8 @@ class Timm(Backbone):
                 raise ValueError(f"timm/{architecture} has no {option}: leave it out")
         if problem := _refused(architecture, inputs["channels"], inputs["size"], options.patch_size):
             raise ValueError(problem)
-        self.model: Any = _create(architecture, inputs["channels"], inputs["size"], options.patch_size, drop_path_rate=options.drop_path, drop_rate=options.drop_rate)
+        rates = {"drop_path_rate": options.drop_path, "drop_rate": options.drop_rate}
+        self.model: Any = _create(architecture, inputs["channels"], inputs["size"], options.patch_size, **rates)
         self.arch = {"name": f"timm/{architecture}", "options": options.model_dump(), "inputs": dict(inputs)}
         self.pooled_dim = getattr(self.model, "head_hidden_size", None) or self.model.num_features
         shape, _ = _probed(architecture, inputs["channels"], inputs["size"], options.patch_size)

@@ -292,6 +292,16 @@ def test_a_declared_split_column_is_obeyed(tmp_path, split):
     assert got.sizes() == "train 30, validation 10, test 10 rows (column part)"
 
 
+def test_a_value_of_the_split_column_is_one_split_alone(tmp_path, split):
+    """Published validation rows taken for the test are not the validation rows as well, though nothing else is said of these."""
+    pq.write_table(pa.table({"image": [b"x"] * 100, "label": [0] * 100, "kind": ["train"] * 60 + ["validation"] * 40}), tmp_path / "a.parquet")
+    got = split(uri=str(tmp_path / "a.parquet"), split_column="kind", split_values={"test": ["validation"]}, validation_fraction=0.2, need_test=True)
+    rows = [set(part.ids(np.arange(len(part))).tolist()) for part in (got.train, got.validation, got.test)]
+    assert rows[2] == set(range(60, 100)) and rows[0] | rows[1] == set(range(60)) and all(rows) and not rows[0] & rows[1]
+    with pytest.raises(ValueError, match="split_values: validation stands twice; a row lies in one split"):
+        split(uri=str(tmp_path / "a.parquet"), split_column="kind", split_values={"test": ["validation"], "validation": ["validation"]})
+
+
 def test_split_values_may_be_named_and_be_numbers(tmp_path, split):
     frame = people(0, 60).assign(fold=np.arange(60) % 5)
     write(tmp_path / "a.parquet", frame)

@@ -318,3 +318,27 @@ def test_a_failed_trial_has_its_row(world, paths, tmp_path):
     record = one_trial.failed(one, shared, "OutOfMemoryError: no more")
     assert one_trial.read_record(shared.root, one.id) == record
     assert [(row["status"], row["error"], row["hyper_parameters"]["lr"]) for row in record["rows"]] == [("failed", "OutOfMemoryError: no more", 0.7)]
+
+
+def test_boxes_of_a_checkpoint_that_reads_cropped_images_are_refused(tmp_path, paths):
+    """The job says nothing of how a checkpoint's images are read: it is known when the target's are."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from pipeline.transfer import targets
+
+    boxed = {}
+    for split, path in paths.items():
+        table = pq.read_table(path)
+        boxed[split] = str(tmp_path / f"{split}.parquet")
+        pq.write_table(table.append_column("boxes", pa.array([[[0.1, 0.1, 0.9, 0.9]]] * len(table))).append_column("kinds", pa.array([[1]] * len(table))),
+                       boxed[split])
+    job = job_of(tmp_path, paths, data={**boxed, "modality": "image", "columns": {"image": "picture", "boxes": "boxes", "labels": "kinds"}},
+                 objective="detection")
+    stage, options = targets.stage(job, "task"), {"size": 32, "channels": 3}
+    crops, pads = (trials.bases({"src": ({"name": "timm/test_resnet", "options": {}, "inputs": {"channels": 3, "size": 32}},
+                                         {"name": "image", "options": {**options, "fit": fit}, "state": {"mean": [0.5] * 3, "std": [0.2] * 3}})})[0]
+                   for fit in ("crop", "pad"))
+    with pytest.raises(ValueError, match=r"data\.modality: fit: crop cuts away .* say fit: pad"):
+        targets.prepare(stage, crops)
+    assert len(targets.prepare(stage, pads).train) == 60

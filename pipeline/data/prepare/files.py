@@ -102,9 +102,9 @@ def absolute(uri: str) -> str:
 
 
 def listing(uri: str) -> Listing:
-    """All files below a folder or in a zip or tar; archives in a folder, and tars in a tar, are looked into under their own name without suffix.
+    """All files below a folder or in a zip, tar or tar.gz; archives in a folder, and tars in a tar, are looked into under their own name without suffix.
 
-    Raises ValueError for nothing there, a compressed tar, a damaged archive, or a name or link in it that leads outside.
+    Raises ValueError for nothing there, a tar compressed otherwise, a damaged archive, or a name or link in it that leads outside.
     """
     uri = absolute(uri)
     if storage.is_dir(uri):

@@ -86,7 +86,7 @@ def _shards(source: str) -> list[str]:
     missing = [text for text in spread if len(spread) > 1 and not storage.exists(text)]
     if missing:
         raise ValueError(f"{source}: shards that are not there: {few(missing)}")
-    tars = sorted(uri for uri in found if uri.lower().endswith((".tar", *files.COMPRESSED)))
+    tars = sorted(uri for uri in found if uri.lower().endswith((".tar", *files.GZIPPED, *files.COMPRESSED)))
     if not tars:
         raise ValueError(f"{source}: no .tar shards there")
     return tars
@@ -120,6 +120,7 @@ def _samples(shard: str) -> tuple[dict[str, dict[str, Any]], str]:
                 raise ValueError(f"{shard}: {entry.name}: not UTF-8 text ({error.reason} at byte {error.start})") from None
         else:
             parts[suffix] = entry
+    reader.close()
     return out, found.mark
 
 

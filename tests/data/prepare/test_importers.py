@@ -1,5 +1,6 @@
 """Each importer's index: every row with its labels and split, and what is wrong in a publisher's files told before an image is read."""
 
+import gzip
 import json
 import shutil
 import zipfile
@@ -141,6 +142,14 @@ def test_webdataset_shards(webdataset):
     assert {row["label_name"] for row in ranged} == {"0", "1", "2"}
     assert len(index("webdataset", f"{webdataset}/train-*.tar")[0]) == 6
     assert found.notes["samples without an image, left out"] == 0
+
+
+def test_webdataset_shards_may_be_gzipped(webdataset):
+    wanted = counts(index("webdataset", webdataset)[0], "label")
+    for shard in webdataset.glob("*.tar"):
+        write(webdataset / f"{shard.name}.gz", gzip.compress(shard.read_bytes()))
+        shard.unlink()
+    assert counts(index("webdataset", webdataset)[0], "label") == wanted
 
 
 def test_webdataset_captions_and_samples_of_other_parts(tmp_path):
