@@ -85,9 +85,13 @@ class Detection(Objective):
             values = sorted(kinds)
             names = [str(value) for value in values]
         else:
-            pairs = options.names.items() if isinstance(options.names, dict) else enumerate(options.names)
+            pairs = [*(options.names.items() if isinstance(options.names, dict) else enumerate(options.names))]
             texts = bool(kinds) and isinstance(kinds[0], str)
-            values, names = [[*part] for part in zip(*((name if texts else int(key), name) for key, name in pairs), strict=True)]
+            wrong = [key for key, _ in pairs if not texts and not str(key).isdecimal()]
+            if wrong or not pairs:
+                raise ValueError("objective.names: " + (f"{wrong[0]!r} is no class number, and column {columns['labels']} holds numbers; say number: name"
+                                                        if wrong else "no class is named; leave it out to take the values of the training rows"))
+            values, names = [name if texts else int(key) for key, name in pairs], [name for _, name in pairs]
             unknown = sorted(set(kinds) - set(values))
             if unknown:
                 raise ValueError(f"column {columns['labels']}: class {unknown[0]!r} of the training rows has no name in objective.names; "

@@ -84,6 +84,10 @@ def test_class_numbers_may_have_holes_and_names():
     assert fitted(texts)["labels"] == ["ant", "cat"] and fitted(texts, names=["cat", "dog", "ant"])["values"] == ["cat", "dog", "ant"]
     with pytest.raises(ValueError, match=r"column labels: class 90 of the training rows has no name in objective.names"):
         fitted(table, names=[f"class {i}" for i in range(80)])
+    with pytest.raises(ValueError, match=r"objective.names: 'cat' is no class number, and column labels holds numbers; say number: name"):
+        fitted(table, names={"cat": "3", 17: "cow", 90: "ant"})
+    with pytest.raises(ValueError, match=r"objective.names: no class is named"):
+        fitted(table, names=[])
     with pytest.raises(ValueError, match=r"two classes have the same name"):
         fitted(table, names={3: "a", 17: "a", 90: "b"})
     with pytest.raises(ValueError, match=r"the training rows hold no box"):
@@ -279,8 +283,7 @@ def test_many_images_are_predicted_in_parts(method, monkeypatch):
 @pytest.mark.parametrize("told", [None, 0.8])
 def test_how_much_detections_may_overlap_is_as_told(method, told):
     """Two boxes of one class, both sure, that overlap by 0.7."""
-    task, batch = task_of(method, nms_threshold=told).eval(), batch_of(1)
-    detector = task.objective.detector
+    detector = task_of(method, nms_threshold=told).eval().objective.detector
     held = detector if method == "fcos" else detector.roi_heads
     assert held.nms_thresh == (told or {"fcos": 0.6, "faster_rcnn": 0.5}[method])
     if method == "faster_rcnn":

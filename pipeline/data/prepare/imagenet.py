@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import re
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
@@ -17,8 +19,8 @@ BELOW = ("", "Data/CLS-LOC/", "ILSVRC/Data/CLS-LOC/")
 TRAIN = ("train", "ILSVRC2012_img_train.tar", "ILSVRC2012_img_train", "train.tar")
 VALIDATION = ("val", "ILSVRC2012_img_val.tar", "ILSVRC2012_img_val", "val.tar", "validation")
 NAMES = ("LOC_synset_mapping.txt", "synset_words.txt")
-MAP, TRUTH, SOLUTION = "map_clsloc.txt", "ILSVRC2012_validation_ground_truth.txt", "LOC_val_solution.csv"
-DEVKIT = ("", "devkit/data/", "ILSVRC2012_devkit_t12/data/", "devkit/", "ILSVRC/")
+MAP, META, TRUTH, SOLUTION = "map_clsloc.txt", "meta.mat", "ILSVRC2012_validation_ground_truth.txt", "LOC_val_solution.csv"
+DEVKIT = ("", "devkit/data/", "data/", "ILSVRC2012_devkit_t12/data/", "devkit/", "ILSVRC/")
 
 
 WNID = re.compile(r"n\d{8}")
@@ -32,11 +34,11 @@ class ImageNetOptions(Options):
 @register("importer", "imagenet", options=ImageNetOptions)
 class ImageNet(Importer):
     """train: WNID/FILE folders, WNID.tar files, or ILSVRC2012_img_train.tar (a tar of tars), read in place; val: WNID folders, or flat files with
-    LOC_val_solution.csv, or with ILSVRC2012_validation_ground_truth.txt and map_clsloc.txt.
+    LOC_val_solution.csv, or with ILSVRC2012_validation_ground_truth.txt and the devkit's meta.mat (2012) or map_clsloc.txt (later ones).
 
     Columns: ``label`` (place of the wnid among all wnids, sorted: 0 to 999, as heads trained elsewhere have it), ``wnid``, ``label_name`` (the synset's
-    words, from LOC_synset_mapping.txt or synset_words.txt, then map_clsloc.txt; else the wnid). The ground truth counts classes from 1 in the devkit's
-    order, which is not the sorted one: map_clsloc.txt says it (meta.mat is not read).
+    words, from LOC_synset_mapping.txt or synset_words.txt, then the devkit; else the wnid). The ground truth counts classes from 1 in the devkit's
+    order, which is not the sorted one.
     """
 
     label = "wnid"
@@ -100,8 +102,10 @@ def _names(source: str) -> dict[str, str]:
 
 
 def _map(source: str) -> list[tuple[int, str, str]]:
-    """(number in the devkit, wnid, name) of map_clsloc.txt; nothing when it is not there."""
+    """(number in the devkit, wnid, name) of map_clsloc.txt or meta.mat; nothing when neither is there."""
     uri = _beside(source, MAP)
+    if uri is None and (meta := _beside(source, META)) is not None:
+        return _meta(meta)
     out = []
     for number, line in enumerate(lines(uri) if uri else (), 1):
         found = re.fullmatch(r"(n\d{8})\s+(\d+)\s+(\S+)", line)
@@ -109,6 +113,18 @@ def _map(source: str) -> list[tuple[int, str, str]]:
             raise ValueError(f"{uri}:{number}: {line!r} is not WNID NUMBER NAME")
         out.append((int(found[2]), found[1], found[3]))
     return out
+
+
+def _meta(uri: str) -> list[tuple[int, str, str]]:
+    """The same of the 2012 devkit's MATLAB file, whose synsets without children are the classes."""
+    from scipy.io import loadmat
+    from scipy.io.matlab import MatReadError
+
+    try:
+        synsets = np.atleast_1d(loadmat(io.BytesIO(storage.read_bytes(uri)), squeeze_me=True, variable_names=["synsets"])["synsets"])
+        return [(int(s["ILSVRC2012_ID"]), str(s["WNID"]), str(s["words"]).split(",")[0]) for s in synsets if int(s["num_children"]) == 0]
+    except (MatReadError, ValueError, KeyError, IndexError, TypeError, NotImplementedError) as error:
+        raise ValueError(f"{uri}: not the devkit's meta.mat ({type(error).__name__}: {error})") from None
 
 
 def _truth(source: str, images: list[files.Entry]) -> dict[str, str]:
@@ -124,16 +140,16 @@ def _truth(source: str, images: list[files.Entry]) -> dict[str, str]:
     elif truth is not None:
         wnids = {str(number): wnid for number, wnid, _ in _map(source)}
         if not wnids:
-            raise ValueError(f"{truth}: its numbers are in the devkit's order, which {MAP} says (meta.mat is not read): put {MAP}, or {SOLUTION}, beside it")
+            raise ValueError(f"{truth}: its numbers are in the devkit's order, which {META} or {MAP} says: put one of them, or {SOLUTION}, beside it")
         numbers = lines(truth)
         outside = [number for number in numbers if number not in wnids]
         if outside:
-            raise ValueError(f"{truth}: numbers that {MAP} does not have: {few(outside)}")
+            raise ValueError(f"{truth}: numbers that the devkit's {MAP} or {META} does not have: {few(outside)}")
         wnid_of = {i: wnids[number] for i, number in enumerate(numbers, 1)}
         keys = {entry.name: _serial(entry.name) for entry in images}
         where = truth
     else:
-        raise ValueError(f"{source}: validation images without class folders need {SOLUTION}, or {TRUTH} and {MAP}; or leave them out: --set val=none")
+        raise ValueError(f"{source}: validation images without class folders need {SOLUTION}, or {TRUTH} with {META} or {MAP}; or leave them out: val=none")
     unnamed = [name for name, key in keys.items() if key not in wnid_of]
     if unnamed:
         raise ValueError(f"{where}: no class for {few(unnamed)}")

@@ -6,6 +6,7 @@ import shutil
 import zipfile
 from collections import Counter
 
+import numpy as np
 import pytest
 from data.prepare.conftest import WNIDS, encoded, tar, write
 
@@ -94,16 +95,33 @@ def test_imagenet_from_folders_and_kaggles_files(imagenet, tmp_path):
     assert counts(index("imagenet", per_class, "val=none")[0], "label_name") == {("train", wnid): 1 for wnid in WNIDS}
 
 
+def test_imagenet_from_the_files_of_2012_alone(imagenet):
+    """The devkit of 2012 says its order in MATLAB's meta.mat, where inner synsets, which are no classes, follow the leaves."""
+    from scipy.io import savemat
+
+    before, _ = index("imagenet", imagenet)
+    shutil.rmtree(imagenet / "devkit")
+    kind = [("ILSVRC2012_ID", object), ("WNID", object), ("words", object), ("num_children", object)]
+    leaves = [(i, wnid, f"{name}, another word", 0) for i, (wnid, name) in enumerate(WNIDS.items(), 1)]
+    meta = imagenet / "ILSVRC2012_devkit_t12/data/meta.mat"
+    savemat(meta, {"synsets": np.array([*leaves, (4, "n00001740", "entity", 3)], dtype=kind)})
+    after, info = index("imagenet", imagenet)
+    assert after == before and len(info.info["labels"]) == len(WNIDS)
+    meta.write_bytes(b"no MATLAB file")
+    with pytest.raises(ValueError, match=r"not the devkit's meta\.mat"):
+        index("imagenet", imagenet)
+
+
 def test_imagenet_files_that_do_not_fit(imagenet, tmp_path):
     truth = imagenet / "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt"
     truth.write_text("1\n2\n3\n")
     with pytest.raises(ValueError, match=r"no class for ILSVRC2012_val_00000004\.JPEG.*00000006\.JPEG"):
         index("imagenet", imagenet)
     truth.write_text("1\n2\n3\n4\n2\n1\n")
-    with pytest.raises(ValueError, match=r"numbers that map_clsloc\.txt does not have: 4"):
+    with pytest.raises(ValueError, match=r"numbers that the devkit's map_clsloc\.txt or meta\.mat does not have: 4"):
         index("imagenet", imagenet)
     truth.write_text("1\n2\n3\n3\n2\none\n")
-    with pytest.raises(ValueError, match=r"map_clsloc\.txt does not have: one"):
+    with pytest.raises(ValueError, match=r"meta\.mat does not have: one"):
         index("imagenet", imagenet)
     solution = write(imagenet / "LOC_val_solution.csv", "ImageId,Prediction\n")
     with pytest.raises(ValueError, match="no column 'PredictionString'; did you mean Prediction"):
@@ -113,7 +131,7 @@ def test_imagenet_files_that_do_not_fit(imagenet, tmp_path):
         index("imagenet", imagenet)
     solution.unlink()
     shutil.rmtree(imagenet / "devkit")
-    with pytest.raises(ValueError, match=r"meta\.mat is not read\): put map_clsloc\.txt"):
+    with pytest.raises(ValueError, match=r"which meta\.mat or map_clsloc\.txt says: put one of them"):
         index("imagenet", imagenet)
     truth.unlink()
     with pytest.raises(ValueError, match=r"without class folders need LOC_val_solution\.csv.*val=none"):
