@@ -119,7 +119,7 @@ def _show(state: Any, rows: list[dict[str, Any]]) -> int:
 
 
 def _print_scores(rows: list[dict[str, Any]]) -> None:
-    table = Table("target", "source", "backbone", "LogME", "kNN accuracy", title="Transferability (higher is better)")
+    table = Table("target", "source", "backbone", "LogME", "kNN", title="Transferability (higher is better)")
     for row in rows:
         table.add_row(row["target"], row["source"], row["backbone"], f"{row['logme']:.4f}", f"{row['knn']:.4f}")
     out.print(table)

@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -325,6 +326,7 @@ def collect(state: State, found: list[Trial]) -> list[dict[str, Any]]:
     kept = {one for one in kept if (uri := records[one]["rows"][0]["bundle_uri"]) and bundle.exists(uri)}  # another run may have kept fewer
     scratch = {(one.base, one.target, trials.fraction_text(one.label_fraction), one.seed): one for one in found
                if one.source == SCRATCH and one.technique.name == "scratch" and one.stage == "final"}
+    predictions = lru_cache(maxsize=8)(partial(trial.read_predictions, root))  # of a trial's several metrics, and of its scratch
     rows = []
     for one in found:
         for row in records.get(one.id, {"rows": []})["rows"]:
@@ -336,13 +338,14 @@ def collect(state: State, found: list[Trial]) -> list[dict[str, Any]]:
                 row["bundle_uri"] = None
             against = scratch.get((one.base, one.target, trials.fraction_text(one.label_fraction), one.seed))
             if row["split"] == "test" and against is not None and against.id in records and one.source != SCRATCH:
-                row |= _gain(root, one, against, row, records)
+                row |= _gain(predictions, one, against, row, records)
             rows.append(row)
     results.append(root, rows)
     return rows
 
 
-def _gain(root: str, one: Trial, against: Trial, row: dict[str, Any], records: dict[str, Any]) -> dict[str, Any]:
+def _gain(predictions: Callable[[str, int], stats.Run | None], one: Trial, against: Trial, row: dict[str, Any],
+          records: dict[str, Any]) -> dict[str, Any]:
     theirs = next((r["value"] for r in records[against.id]["rows"] if r["split"] == "test" and r["metric"] == row["metric"]), None)
     if theirs is None:
         return {}
@@ -350,7 +353,7 @@ def _gain(root: str, one: Trial, against: Trial, row: dict[str, Any], records: d
     if "/" in row["metric"]:  # one label's own: the report has its interval over all seeds
         return out
     of = metric(row["metric"])
-    ours, scratch = (trial.read_predictions(root, t.id, t.seed) for t in (one, against))
+    ours, scratch = (predictions(t.id, t.seed) for t in (one, against))
     if (of.units is not None or of.resampled is not None) and ours is not None and scratch is not None:
         out["gain"], out["gain_low"], out["gain_high"] = stats.gain(of, [ours], [scratch])
     return out

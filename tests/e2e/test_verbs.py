@@ -15,11 +15,14 @@ import pytest
 import yaml
 
 from pipeline import bundle, folders, jobfile, storage
+from pipeline.train.progress import Progress
+from pipeline.transfer import dry_run, stages
 from tests.e2e.conftest import ROOT, SAMPLES, TINY
 
 JOBS = sorted((ROOT / "jobs").rglob("*.yaml"))
 BIG = [job for job in JOBS if job.parent.name == "jobs" and job.stem != "quickstart"]
 """Those whose data are not here: published corpora, named by variables of the environment."""
+QUICKSTART = ROOT / "jobs/quickstart.yaml"
 SMALL = [job for job in JOBS if job.parent.name == "small"]
 NEEDS_DATA = (pytest.mark.data, pytest.mark.skipif("ONETOMANY_DATA" not in os.environ, reason="ONETOMANY_DATA is not set"))
 VERBS = ("run", "prepare", "pretrain", "score", "finetune", "report", "predict", "export", "submit", "doctor", "schema", "version")
@@ -41,14 +44,27 @@ def test_the_schema_takes_every_shipped_job(onetomany, tmp_path):
         jsonschema.validate(yaml.safe_load(re.sub(r"(?<![\d.])(\d+)e-", r"\1.0e-", job.read_text())), schema)
 
 
-@pytest.mark.parametrize("job", [ROOT / "jobs/quickstart.yaml", *(pytest.param(job, marks=NEEDS_DATA) for job in SMALL)], ids=lambda job: job.stem)
-def test_a_dry_run_of_every_job_that_can_run_here_tells_its_cost(job, onetomany, tmp_path):
-    done = onetomany("run", job, "--dry-run", cwd=tmp_path, env=beside(job, tmp_path / "masks"))
+def test_a_dry_run_of_the_quickstart_tells_its_cost(onetomany, tmp_path):
+    done = onetomany("run", QUICKSTART, "--dry-run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    spec = yaml.safe_load(job.read_text())
-    assert all(f"source {name}: " in done.stdout for name in spec["sources"]) and all(f"target {name} at " in done.stdout for name in spec["targets"])
-    assert re.search(r"in all: \d+ trials, \d+ steps; results in ", done.stdout)
+    tells_its_cost(QUICKSTART, done.stdout)
     assert not list(tmp_path.rglob("*.json")), "nothing was run"
+
+
+def tells_its_cost(job: Path, told: str) -> None:
+    spec = yaml.safe_load(job.read_text())
+    assert all(f"source {name}: " in told for name in spec["sources"]) and all(f"target {name} at " in told for name in spec["targets"])
+    assert re.search(r"in all: \d+ trials, \d+ steps; results in ", told)
+
+
+@pytest.mark.parametrize("job", [pytest.param(job, marks=NEEDS_DATA) for job in SMALL], ids=lambda job: job.stem)
+def test_every_small_job_fits_its_data_and_tells_its_cost(job, tmp_path, monkeypatch):
+    """What a dry run does, in this process."""
+    for name, value in beside(job, tmp_path / "masks").items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    tells_its_cost(job, "\n".join(dry_run.describe(stages.check(jobfile.load(job, []), Progress()))))
+    assert re.search(r"^# Seen: ", job.read_text(), re.MULTILINE), "a job opens with the figures to expect"
 
 
 def beside(job: Path, folder: Path) -> dict[str, str]:
@@ -173,7 +189,7 @@ def test_two_steps_of_every_small_job(job, onetomany, tmp_path):
 @pytest.mark.timeout(900)
 def test_the_quickstart_on_s3_wins_somewhere_and_hides_no_loss(s3_server, onetomany, tmp_path):
     """The main job as README has it, with its runs on an S3 server."""
-    done = onetomany("run", JOBS[[job.stem for job in JOBS].index("quickstart")], "--set", f"storage={s3_server}/quick", cwd=tmp_path, timeout=880)
+    done = onetomany("run", QUICKSTART, "--set", f"storage={s3_server}/quick", cwd=tmp_path, timeout=880)
     assert done.returncode == 0, done.stderr[-4000:]
     assert list(tmp_path.iterdir()) == [], "nothing was left on this machine"
     with storage.open_read(f"{s3_server}/quick/quickstart/results.parquet") as file:
