@@ -22,7 +22,7 @@ from pipeline.job import STARTS, Job, Source, spec_hash
 from pipeline.rng import mix
 from pipeline.train import probe as probes
 
-STAGE_VERSION = 2
+STAGE_VERSION = 3
 """Raised when the code of a stage changes what it makes from the same job."""
 FIT_ROWS, FIT_TEXT_BYTES = 2048, 64 << 20
 WHERE_NOT_WHAT = {"uri", "train", "validation", "test"}
