@@ -82,7 +82,7 @@ def ready_for(rows: Rows, objective: Objective | None = None) -> Callable[[Batch
             return batch
         with torch.no_grad():
             if views:
-                return modality.finish(modality.views(batch, views))
+                return modality.views(batch, views)
             return modality.finish(modality.augment(batch) if training else batch)
 
     return ready
