@@ -109,8 +109,8 @@ def _by_pillow(data: bytes, channels: int) -> Tensor:
     return torch.from_numpy(found.reshape(*found.shape[:2], channels)).permute(2, 0, 1).contiguous()
 
 
-def classes(data: bytes, size: torch.Size) -> Tensor:
-    """(H, W) uint8 class numbers of a PNG: a palette's indices, never its colours, or levels of grey. Raises ValueError for another size than its image's."""
+def class_numbers(data: bytes) -> np.ndarray:
+    """(H, W) int64 of a PNG: a palette's indices, never its colours, or levels of grey. Raises ValueError for what is no such file."""
     if not data.startswith(PNG) or len(data) < 26:
         raise ValueError("the mask is no PNG file: it must be one, with a class number a pixel")
     _check_size(data)
@@ -122,8 +122,12 @@ def classes(data: bytes, size: torch.Size) -> Tensor:
             found = np.array(image).astype(np.int64)
     except Exception as error:  # broken bytes make Pillow raise OSError, SyntaxError, struct.error and others
         raise ValueError(f"broken mask: {error}") from None
-    if colour == 0 and depth in (2, 4):  # Pillow stretches them to 255
-        found //= 255 // (2 ** depth - 1)
+    return found // (255 // (2 ** depth - 1)) if colour == 0 and depth in (2, 4) else found  # Pillow stretches them to 255
+
+
+def classes(data: bytes, size: torch.Size) -> Tensor:
+    """(H, W) uint8 class numbers of a mask. Raises ValueError for another size than its image's, or a number that no mask may hold."""
+    found = class_numbers(data)
     if found.max(initial=0) > IGNORED:
         raise ValueError(f"the mask holds class {found.max()}: the greatest is {IGNORED - 1}, and {IGNORED} is what is left out")
     if found.shape != tuple(size):

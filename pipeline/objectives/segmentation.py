@@ -12,12 +12,12 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline import storage
+from pipeline import imagefile, storage
 from pipeline.contracts import Backbone, Batch, Features, Objective
 from pipeline.pyramid import Pyramid
 from pipeline.registry import Options, register
 
-OUTSIDE = 255
+OUTSIDE = imagefile.IGNORED
 """Class of pixels where no image is, as the modality writes it."""
 AT_ONCE = 16
 """Images predicted at a time: evaluation hands over hundreds, whose scores would take 40 GB (256 images, 150 classes, 512 px)."""
@@ -130,11 +130,8 @@ def _refused(value: Any, classes: int, ignore: int) -> str:
     data = (value.get("bytes") or value.get("path")) if isinstance(value, dict) else value
     data = (storage.read_bytes(data) if isinstance(data, str) else data) or b""
     try:
-        with PIL.Image.open(io.BytesIO(data), formats=("PNG",)) as image:
-            found = np.unique(np.asarray(image)).astype(np.int64)
-    except Exception:  # broken bytes make Pillow raise OSError, SyntaxError, struct.error and others
+        found = np.unique(imagefile.class_numbers(data))
+    except ValueError:
         return ""
-    if data[25] == 0 and data[24] in (2, 4):  # Pillow stretches 2 and 4 bits of grey to 255
-        found //= 255 // (2 ** data[24] - 1)
     unknown = found[(found >= classes) & (found != ignore) & (found != OUTSIDE)]
     return f"the mask holds class {unknown[0]}, but objective.classes says {classes} (0 to {classes - 1}) and {ignore} is ignored" if len(unknown) else ""

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 import PIL.Image
 
+from pipeline.imagefile import MOST_PIXELS
+
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-MAX_PIXELS = 1 << 27
-"""A header that claims more is refused before memory is taken: 2^27 RGB pixels are 0.4 GB."""
 QUALITY = 92
 _ORIENTATION, _TURNED = 0x0112, range(5, 9)
 _UPRIGHT = {2: PIL.Image.Transpose.FLIP_LEFT_RIGHT, 3: PIL.Image.Transpose.ROTATE_180, 4: PIL.Image.Transpose.FLIP_TOP_BOTTOM,
@@ -66,10 +66,10 @@ def _decoded(data: bytes, resize: int | None) -> tuple[PIL.Image.Image, tuple[in
     """The image, its size as stored, and, when it was decoded smaller (a JPEG, to twice the size that is wanted at least), what part of it is the image."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)  # MAX_PIXELS decides
+            warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)  # MOST_PIXELS decides
             image = PIL.Image.open(io.BytesIO(data), formats=FORMATS)
-        if image.width * image.height > MAX_PIXELS:
-            raise BrokenImageError(f"its header claims {image.width} x {image.height} pixels, more than {MAX_PIXELS}")
+        if image.width * image.height > MOST_PIXELS:
+            raise BrokenImageError(f"its header claims {image.width} x {image.height} pixels, more than {MOST_PIXELS}")
         stored = image.size
         wanted = None if resize is None else tuple(math.ceil(2 * resize * side / min(stored)) for side in stored)
         drafted = image.draft(None, wanted)  # pyright: ignore[reportArgumentType]
@@ -79,8 +79,8 @@ def _decoded(data: bytes, resize: int | None) -> tuple[PIL.Image.Image, tuple[in
         raise
     except PIL.UnidentifiedImageError:
         raise BrokenImageError(f"not a {', '.join(FORMATS)} image, or a broken one") from None
-    except PIL.Image.DecompressionBombError as error:  # from the header too, far above MAX_PIXELS
-        raise BrokenImageError(f"its header claims more than {MAX_PIXELS} pixels ({error})") from None
+    except PIL.Image.DecompressionBombError as error:  # from the header too, far above MOST_PIXELS
+        raise BrokenImageError(f"its header claims more than {MOST_PIXELS} pixels ({error})") from None
     except Exception as error:  # broken bytes make Pillow raise OSError, SyntaxError, struct.error, ValueError and others
         raise BrokenImageError(f"broken image: {error or type(error).__name__}") from None
 
