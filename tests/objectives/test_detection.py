@@ -337,7 +337,7 @@ def test_it_learns_rectangles(method):
 @pytest.mark.data
 @pytest.mark.timeout(1200)
 def test_it_learns_sixteen_photographs_from_scratch():
-    """ResNet-18, 192 px, FCOS: mAP@[.5:.95] on the images that it was trained on. 85 s on two free cores, where it reaches 0.9."""
+    """ResNet-18, 192 px, FCOS: mAP@[.5:.95] on the images that it was trained on. Seen on two free cores: 0.85 after 60 steps, 0.97 after 100 (58 s)."""
     folder = Path(os.environ.get("ONETOMANY_DATA") or pytest.skip("ONETOMANY_DATA names no data folder"), "vision", "coco128_detection")
     table = pq.read_table(folder / "train.parquet")
     table = table.take([i for i, labels in enumerate(table["labels"].to_pylist()) if 1 <= len(labels) <= 6][:16])

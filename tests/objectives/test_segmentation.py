@@ -192,7 +192,7 @@ def test_it_learns_sixteen_masks_from_scratch():
     assert bad == [""] * 16
     rows = toys.rows_of(modality, arrays, "segmentation", state)
     task = toys.task_of("timm/resnet18", modality.inputs(), "segmentation", state, options=options.model_dump())
-    run = toys.make_run(rows, task, steps=500, validation=rows, global_batch=4, lr=1e-3, keep="last")
+    run = toys.make_run(rows, task, steps=800, validation=rows, global_batch=4, lr=1e-3, keep="last")
     outcome = loop.fit(run)
     print(outcome.curve, outcome.seconds)
     assert outcome.curve[-1]["miou"] >= 0.80, outcome.curve
