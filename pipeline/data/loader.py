@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +16,21 @@ from pipeline import registry
 from pipeline.contracts import Arrays, Modality
 from pipeline.data.manifest import Reader, Selection
 from pipeline.data.plan import Item, Plan
+
+
+def threaded_map(fn: Callable[[Any], Any], items: Iterable[Any], threads: int = 16, waiting: int | None = None) -> Iterator[Any]:
+    """Results of ``fn`` in order, at most ``waiting`` of them (twice the threads) begun and not yet taken; what is not begun is dropped on leaving early."""
+    with ThreadPoolExecutor(threads) as pool:
+        items = iter(items)
+        begun = deque(pool.submit(fn, item) for item in islice(items, waiting or 2 * threads))
+        try:
+            while begun:
+                result = begun.popleft().result()
+                begun.extend(pool.submit(fn, item) for item in islice(items, 1))
+                yield result
+        finally:
+            for future in begun:
+                future.cancel()
 
 
 @dataclass

@@ -11,7 +11,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from itertools import islice, tee
 from typing import Any, Literal, NamedTuple
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 
 from pipeline.contracts import Arrays, Batch, Modality
-from pipeline.data.loader import Block, Decoder, Loader
+from pipeline.data.loader import Block, Decoder, Loader, threaded_map
 from pipeline.data.manifest import Selection
 from pipeline.data.plan import Item, Plan
 from pipeline.rng import row_keys
@@ -42,20 +41,6 @@ class TooManyBadRowsError(ValueError):
 
 
 # ---------------------------------------------------------------- places of decoding
-
-def _thread_blocks(loader: Loader, items: Iterable[Item], threads: int) -> Iterator[Block]:
-    with ThreadPoolExecutor(threads) as pool:
-        items = iter(items)
-        ahead = deque(pool.submit(loader, item) for item in islice(items, threads + 2))
-        try:
-            while ahead:
-                block = ahead.popleft().result()
-                ahead.extend(pool.submit(loader, item) for item in islice(items, 1))
-                yield block
-        finally:
-            for future in ahead:
-                future.cancel()
-
 
 class _Worker:
     """One warm process of a Ray Data pool: an item in, a block of columns out."""
@@ -291,7 +276,7 @@ def train_batches(rows: Rows, plan: Plan, steps: range, *, rank: int = 0, ranks:
         there = (device or torch.device("cpu")) if place == "device" else None
         loader = Loader(rows.selection, replace(rows.decoder, encoded=there is not None), plan)
         items = plan.items(steps.start, steps.stop, rank, ranks)
-        blocks = _thread_blocks(loader, items, threads) if place == "train" else _ray_blocks(loader, items, workers or DataWorkers())
+        blocks = threaded_map(loader, items, threads, threads + 2) if place == "train" else _ray_blocks(loader, items, workers or DataWorkers())
         batches = _assembled(rows, plan, blocks, steps, rank, ranks, there)
     if pin:
         batches = ((batch.pin(), bad) for batch, bad in batches)
@@ -306,7 +291,7 @@ def eval_batches(rows: Rows, size: int, *, rank: int = 0, ranks: int = 1, thread
 
     def batches():
         loader = Loader(rows.selection, rows.decoder)
-        blocks = _thread_blocks(loader, items, threads) if rows.arrays is None else None
+        blocks = threaded_map(loader, items, threads, threads + 2) if rows.arrays is None else None
         for item in items:
             if rows.arrays is not None:
                 ids = rows.selection.ids(np.arange(item.start, item.stop))

@@ -19,6 +19,7 @@ import torch
 from pipeline.contracts import Modality
 from pipeline.data import manifest as m
 from pipeline.data import stream
+from pipeline.data.loader import threaded_map
 from pipeline.data.plan import Item, Plan
 from pipeline.data.stream import DataWorkers, Decoder, Loader, Rows, TooManyBadRowsError
 from pipeline.rng import row_keys
@@ -571,3 +572,9 @@ def test_pinned_batches_are_the_same(rows):
         pinned = list(stream.train_batches(source, plan, range(5), pin=True))
         assert all(loaded.batch["pixels"].is_pinned() for loaded in pinned)
         same(pinned, stream.train_batches(source, plan, range(5)))
+
+
+def test_threads_keep_the_order_and_raises():
+    assert list(threaded_map(lambda i: i * i, range(100), 3)) == [i * i for i in range(100)]
+    with pytest.raises(ZeroDivisionError):
+        list(threaded_map(lambda i: 1 // i, [1, 0]))

@@ -13,17 +13,17 @@ import tarfile
 import threading
 import zipfile
 import zlib
-from collections import Counter, deque
-from collections.abc import Callable, Container, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Container
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from itertools import islice, takewhile
+from itertools import takewhile
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple, cast
 
 from pipeline import s3, storage
 from pipeline.data.imports import IMAGE_SUFFIXES
+from pipeline.data.loader import threaded_map
 from pipeline.data.prepare.pixels import BrokenImageError
 
 GZIPPED = (".tar.gz", ".tgz")
@@ -32,7 +32,6 @@ ARCHIVES = (".tar", ".zip", *GZIPPED)
 COMPRESSED = (".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 MOST_BYTES = 1 << 30
 """No single file is larger; a zip that claims so is not unpacked."""
-THREADS = 16
 
 
 class Entry(NamedTuple):
@@ -78,21 +77,6 @@ class Listing:
         return replace(self, entries=[entry._replace(name=entry.name[cut:]) for entry in self.entries], empty=[name[cut:] for name in self.empty])
 
 
-def ahead(fn: Callable[[Any], Any], items: Iterable[Any], threads: int = THREADS) -> Iterator[Any]:
-    """Results of ``fn`` in order, at most 2 x ``threads`` of them waiting: for reads that are slow to answer, not for work."""
-    with ThreadPoolExecutor(threads) as pool:
-        items = iter(items)
-        waiting = deque(pool.submit(fn, item) for item in islice(items, 2 * threads))
-        try:
-            while waiting:
-                result = waiting.popleft().result()
-                waiting.extend(pool.submit(fn, item) for item in islice(items, 1))
-                yield result
-        finally:
-            for future in waiting:
-                future.cancel()
-
-
 # ---------------------------------------------------------------- listing
 
 def absolute(uri: str) -> str:
@@ -133,7 +117,7 @@ def _folder(uri: str) -> Listing:
         return [Entry(name, file, "", -1, status.st_size)], str(status.st_mtime_ns), []
 
     entries, digest, empty = [], hashlib.sha256(), [] if remote else _empty_folders(root)
-    for found, mark, bare in ahead(look, [file for file in files if not _hidden(file[len(uri):])]):
+    for found, mark, bare in threaded_map(look, [file for file in files if not _hidden(file[len(uri):])]):
         entries += found
         empty += bare
         digest.update(f"{[entry.name for entry in found]} {mark}".encode())

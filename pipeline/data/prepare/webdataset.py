@@ -12,6 +12,7 @@ from pydantic import Field
 
 from pipeline import storage
 from pipeline.data.imports import IMAGE_SUFFIXES
+from pipeline.data.loader import threaded_map
 from pipeline.data.prepare import files
 from pipeline.data.prepare.importing import SPLITS, Importer, Index, few, place, table
 from pipeline.registry import Options, register
@@ -35,7 +36,7 @@ class WebDataset(Importer):
     def index(self, source: str) -> Index:
         shards = _shards(source)
         rows, marks, bare, left = [], [], [], {}
-        for shard, (samples, mark) in zip(shards, files.ahead(_samples, shards), strict=True):
+        for shard, (samples, mark) in zip(shards, threaded_map(_samples, shards), strict=True):
             marks.append(f"{PurePosixPath(shard).name} {mark}")
             split = self.options.split or _split(shard)
             for key, parts in samples.items():

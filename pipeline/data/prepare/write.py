@@ -20,8 +20,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import folders, registry, storage
+from pipeline.data.loader import threaded_map
 from pipeline.data.prepare import summary
-from pipeline.data.prepare.files import GZIPPED, Reader, absolute, ahead
+from pipeline.data.prepare.files import GZIPPED, Reader, absolute
 from pipeline.data.prepare.importing import Importer, Index, few
 from pipeline.data.prepare.pixels import BrokenImageError, examine
 from pipeline.data.stream import map_items
@@ -102,7 +103,7 @@ class Preparation:
             found = storage.read_json(self._record_uri(part))
             return found if storage.size(uri) == found["size"] else None
 
-        return {part.name: found for part, found in zip(self.parts, ahead(record, self.parts), strict=True) if found}
+        return {part.name: found for part, found in zip(self.parts, threaded_map(record, self.parts), strict=True) if found}
 
     @property
     def todo(self) -> list[Part]:
@@ -249,7 +250,7 @@ def _rows(importer: Importer, settings: Settings, reader: Reader, rows: pa.Table
     listed, out, broken = rows.to_pylist(), {}, []
     one_way = any(row["_uri"].lower().endswith(GZIPPED) for row in listed)
     places = sorted(range(len(listed)), key=lambda i: (listed[i]["_uri"], listed[i]["_offset"])) if one_way else range(len(listed))
-    for i, (row, data, reason) in zip(places, ahead(read, (listed[i] for i in places), 1 if one_way else 4), strict=True):
+    for i, (row, data, reason) in zip(places, threaded_map(read, (listed[i] for i in places), 1 if one_way else 4), strict=True):
         try:
             if reason:
                 raise BrokenImageError(reason)

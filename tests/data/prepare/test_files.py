@@ -223,9 +223,3 @@ def test_a_member_of_a_zip_on_s3_costs_little_more_than_its_bytes(s3_server, mon
         assert reader.entry(found[i]) == bytes([i]) * 200_000
     reader.close()
     assert sum(taken) < 5 * (1 << 20) + 200_000, "a piece of 1 MiB each, and the directory"
-
-
-def test_ahead_keeps_the_order_and_raises():
-    assert list(files.ahead(lambda i: i * i, range(100), 3)) == [i * i for i in range(100)]
-    with pytest.raises(ZeroDivisionError):
-        list(files.ahead(lambda i: 1 // i, [1, 0]))
