@@ -75,17 +75,19 @@ def table(cells: Sequence[Cell]) -> rich.table.Table:
         out.add_column(name, justify="right", no_wrap=True)
     places = _places_by_target(cells)
     styles = {WINS: "bold green", LOSES: "bold red", FAILED: "bold red"}
-    target: str | None = None
+    target, several = None, False
     for cell in cells:
         if cell.target != target:
             target = cell.target
+            several = len({other.backbone for other in cells if other.target == target}) > 1
             better = "" if not cell.metric else f"{cell.metric} {'↑' if cell.higher_is_better else '↓'}"
             out.add_row()
             out.add_row(Rich(cell.target, "bold"), Rich(better, "dim"))
         digits, mark = places[cell.target], page.MARKS.get(cell.verdict)
         gain = f"{mark} {_gain(cell, digits)}" if mark else "scratch" if cell.verdict == REFERENCE else cell.verdict
         seconds = _DASH if cell.seconds is None else f"{cell.seconds:.3g}" if cell.seconds < 1000 else f"{cell.seconds:.0f}"
-        out.add_row(Rich(" " + (_DASH if cell.source == SCRATCH else cell.source)), Rich(cell.technique), Rich(plots.fraction_label(cell.label_fraction)),
+        source = cell.source if cell.source != SCRATCH else f"{_DASH} {cell.backbone.rpartition('/')[2]}" if several else _DASH
+        out.add_row(Rich(f" {source}"), Rich(cell.technique), Rich(plots.fraction_label(cell.label_fraction)),
                     Rich(_value(cell, digits)), Rich(gain, styles.get(cell.verdict, "")), Rich(seconds),
                     Rich(str(cell.n_failed) if cell.n_failed else "", "red"))
     return out

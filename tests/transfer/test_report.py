@@ -225,6 +225,12 @@ def render(cells, width=100):
     return console.file.getvalue()
 
 
+def test_scratch_is_told_apart_where_a_target_has_several_backbones(written):
+    cells = [c for c in written[0] if c.target == "clothing"]
+    one = cells + [replace(c, backbone="timm/vgg11") for c in cells if c.source == "none"]
+    assert any(" – vgg11" in line for line in render(one).splitlines()) and "vgg11" not in render(cells)
+
+
 def test_table_is_readable_in_100_columns_without_colour(written):
     text = render(written[0])
     assert max(len(line) for line in text.splitlines()) <= 100 and "…" not in text
