@@ -261,6 +261,11 @@ class Objective(nn.Module, ABC):
         """For each row "" or why its labels cannot be used (a box without area): such a row is left out, listed and held against the budget."""
         return [""] * len(table)
 
+    @classmethod
+    def check_test(cls, options: Any, table: Any, columns: dict[str, str], state: dict[str, Any]) -> None:
+        """Raises ValueError where the test rows' labels cannot give the metrics that the options ask for: told before anything is trained."""
+        return
+
     @abstractmethod
     def __init__(self, backbone: Backbone, options: Any, state: dict[str, Any]):
         super().__init__()

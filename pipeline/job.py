@@ -250,7 +250,7 @@ class Target(Spec):
     objective: Plug = Field(description="classification, ...")
     metric: str | None = Field(None, description="primary metric; none: the objective's first")
     label_fractions: list[Annotated[float | int, BeforeValidator(registry.no_truth), AfterValidator(_fraction)]] = Field(
-        default_factory=lambda: [1.0], description="floats: shares (stratified, nested); integers: rows a class, or in all where a row has no single class")
+        default_factory=lambda: [1.0], description="floats: shares (stratified, nested); integers: rows a class")
     sources: list[str] | None = Field(None, description="which sources to adapt; none: all of the same modality")
     techniques: list[Plug] | None = Field(None, description="techniques for this target alone; none: the job's")
     train: Train = Field(default_factory=lambda: Train.model_validate({}), description="how to fine-tune")

@@ -50,22 +50,24 @@ class Multilabel(Objective):
         if not names:
             raise ValueError(f"column {columns['labels']}: none of {len(table)} training rows has a label")
         state = {"labels": names, "separator": options.separator}
-        return {**state, "positives": cls.encode(table, columns, state)["labels"].sum(0, dtype=np.int64).tolist(), "rows": len(table)}
+        return {**state, "positives": _positives(table, columns, state).tolist(), "rows": len(table)}
 
     @classmethod
     def encode(cls, table, columns, state) -> Arrays:
         """``labels`` (n, L) uint8."""
         if columns.get("labels") not in table.column_names:  # new rows to predict
             return {}
-        found, rows = _entries(table[columns["labels"]], columns["labels"], state["separator"])
-        places = pc.index_in(found, value_set=pa.array(state["labels"], pa.string()))  # pyright: ignore[reportAttributeAccessIssue]
-        if places.null_count:
-            value = found.filter(pc.is_null(places))[0].as_py()  # pyright: ignore[reportAttributeAccessIssue]
-            raise ValueError(f"column {columns['labels']}: label {value!r} is none of the {len(state['labels'])} known ones (those of the training rows, or "
-                             f"option labels); {nearest(value, state['labels'])}")
         out = np.zeros((len(table), len(state["labels"])), dtype=np.uint8)
-        out[rows, places.to_numpy()] = 1
+        out[_places(table, columns, state)] = 1
         return {"labels": out}
+
+    @classmethod
+    def check_test(cls, options, table, columns, state):
+        """Some label must have ``min_positives`` rows with it, and one without."""
+        found = _positives(table, columns, state)
+        if not ((found >= options.min_positives) & (found < len(table))).any():
+            raise ValueError(f"none of {len(found)} labels has {options.min_positives} positive rows and a negative one among these {len(table)} (at most "
+                             f"{int(found.max(initial=0))} positive): lower min_positives, or give this split more rows")
 
     def __init__(self, backbone: Backbone, options: MultilabelOptions, state: dict[str, Any]):
         super().__init__(backbone, options, state)
@@ -108,6 +110,24 @@ class Multilabel(Objective):
         named = np.empty(len(chances), dtype=object)
         named[:] = [[name for name, chance in zip(self.state["labels"], row, strict=True) if chance > 0.5] for row in chances]
         return {"prediction": named, "probabilities": chances}
+
+
+def _places(table: pa.Table, columns: dict[str, str], state: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """(row, label number) of every label of every row. Raises ValueError for a label that is not known."""
+    found, rows = _entries(table[columns["labels"]], columns["labels"], state["separator"])
+    places = pc.index_in(found, value_set=pa.array(state["labels"], pa.string()))  # pyright: ignore[reportAttributeAccessIssue]
+    if places.null_count:
+        value = found.filter(pc.is_null(places))[0].as_py()  # pyright: ignore[reportAttributeAccessIssue]
+        raise ValueError(f"column {columns['labels']}: label {value!r} is none of the {len(state['labels'])} known ones (those of the training rows, or "
+                         f"option labels); {nearest(value, state['labels'])}")
+    return rows, places.to_numpy().astype(np.int64)
+
+
+def _positives(table: pa.Table, columns: dict[str, str], state: dict[str, Any]) -> np.ndarray:
+    """(L,) rows that have each label; one that stands in a row twice counts once."""
+    rows, places = _places(table, columns, state)
+    count = len(state["labels"])
+    return np.bincount(np.unique(rows * count + places) % count, minlength=count)
 
 
 def _entries(column: pa.ChunkedArray, name: str, separator: str) -> tuple[pa.Array, np.ndarray]:

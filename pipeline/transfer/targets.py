@@ -69,6 +69,10 @@ def stage(job: Job, name: str) -> TargetStage:
     if objective.packed or objective.couples_rows or not objective.roles:
         usable = [one for one in registry.names("objective") if registry.entry("objective", one).roles]
         raise ValueError(f"targets.{name}.objective: {spec.objective.name} is for sources; a target's rows have labels: {', '.join(usable)}")
+    whole = [fraction for fraction in spec.label_fractions if isinstance(fraction, int)]
+    if whole and "label" not in objective.roles:
+        raise ValueError(f"targets.{name}.label_fractions: {whole[0]} means {whole[0]} rows a class, and a row of {spec.objective.name} has no single class: "
+                         "give shares, such as 0.1")
     more = ("top5_accuracy", "balanced_accuracy", "auroc") if "label" in objective.roles else ()
     if spec.drop_overlap == "near" and modality.roles[0] != "image":
         raise ValueError(f"targets.{name}.drop_overlap: near duplicates are found among images, these rows are {spec.data.modality.name}: say exact")
@@ -81,6 +85,8 @@ def stage(job: Job, name: str) -> TargetStage:
         try:
             for start in range(0, len(table), CHECKED_ROWS):  # boxes and label sets of a large corpus would take gigabytes at once
                 objective.encode(table.slice(start, CHECKED_ROWS), spec.data.columns, state)
+            if split == "test":
+                objective.check_test(objective.options_class(**spec.objective.options), table, spec.data.columns, state)
         except ValueError as error:
             raise ValueError(f"targets.{name}.data, {split} split: {error}") from None
     return TargetStage(name, spec, found, state)

@@ -13,7 +13,7 @@ from toys import image_files, job_of, shared_of, trial_of
 from pipeline import metrics, storage
 from pipeline.job import Job
 from pipeline.transfer import cells as matrix
-from pipeline.transfer import labels, page, probe, report, results
+from pipeline.transfer import labels, page, probe, report, results, targets
 from pipeline.transfer import trial as one_trial
 from pipeline.transfer.stats import Run
 
@@ -226,10 +226,26 @@ def test_mixed_images_are_not_trained_from_cached_features(world):
 
 
 def test_test_rows_must_have_the_positives_that_were_asked_for(world, tmp_path):
-    """30 test rows, 20 of them with "a": 21 are asked for. Search trials read no test rows, and validation has no such label either."""
+    """30 test rows, 20 of them with "a": one is left out after the job was checked. Search trials read no test rows; validation has no such label either."""
     _, paths, job_with = world
-    job = job_with(multilabel={"min_positives": 21})
+    job = job_with(multilabel={"min_positives": 20})
     shared = shared_of(tmp_path, job, paths)
     assert one_trial.run(trial_of(job, shared, stage="search"), shared)["status"] == "done"
-    with pytest.raises(ValueError, match=r"none of 3 labels has 21 positive rows and a negative one among these 30 rows \(at most 20 positive\)"):
+    data = next(iter(shared.targets.values()))
+    with_a = np.flatnonzero(data.test.arrays["labels"][:, 0])
+    data.test = data.test.subset(np.setdiff1d(np.arange(30), with_a[:1]))
+    with pytest.raises(ValueError, match=r"none of 3 labels has 20 positive rows and a negative one among these 29 rows \(at most 19 positive\)"):
         one_trial.run(trial_of(job, shared), shared)
+
+
+def test_too_few_positives_and_rows_a_class_of_no_class_are_told_before_anything_is_trained(world):
+    _, _, job_with = world
+    job = job_with(multilabel={"min_positives": 20})
+    targets.stage(job, "task")
+    job = job_with(multilabel={"min_positives": 21})
+    with pytest.raises(ValueError, match=r"targets\.task\.data, test split: none of 3 labels has 21 positive rows .* these 30 \(at most 20 positive\)"):
+        targets.stage(job, "task")
+    spec = job_with(multilabel={}).model_dump(mode="json")
+    spec["targets"]["task"]["label_fractions"] = [5]
+    with pytest.raises(ValueError, match=r"targets\.task\.label_fractions: 5 means 5 rows a class, and a row of multilabel has no single class"):
+        targets.stage(Job.model_validate(spec), "task")
