@@ -288,6 +288,7 @@ def test_rows_decoded_on_the_device_are_the_batches_of_any_other_place(tmp_path)
     """Here the device is the CPU: the same path, with torchvision's decoder of the host. Broken rows are found and left out alike."""
     from pipeline import registry
     from pipeline.data import manifest, stream
+    from pipeline.data.loader import threaded_map
     from pipeline.data.plan import Plan
 
     rng, encoded = np.random.default_rng(0), []
@@ -304,7 +305,7 @@ def test_rows_decoded_on_the_device_are_the_batches_of_any_other_place(tmp_path)
                        stream.Decoder(modality, "classification", {"values": [0, 1], "labels": ["a", "b"]}, columns))
     plan = Plan(40, 3, 10, item_rows=8)
     loader = stream.Loader(rows.selection, replace(rows.decoder, encoded=True), plan)
-    blocks = stream._thread_blocks(loader, plan.items(0, 8), 1)
+    blocks = threaded_map(loader, plan.items(0, 8), 1)
     there = list(stream._assembled(rows, plan, blocks, range(8), 0, 1, torch.device("cpu")))
     plain = [(batch, bad) for batch, bad, _ in stream.train_batches(rows, plan, range(8), place="train")]
     for (batch, bad), (other, bad_other) in zip(there, plain, strict=True):
