@@ -88,6 +88,16 @@ class Features:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """Rows as they stand in their files, for what numbers cannot tell (text): ``table`` holds the columns that modality and objective read (a
+    pyarrow table), ``columns`` names the column of each role, ``modality`` is the one that decoded them."""
+
+    table: Any
+    columns: dict[str, str]
+    modality: Modality
+
+
+@dataclass(frozen=True)
 class Stage:
     """One named feature map of a backbone, its channels and its stride in input pixels."""
 
@@ -299,7 +309,14 @@ class Objective(nn.Module, ABC):
     def after_training(self, backbone: Backbone) -> None:
         """Called once before the bundle is written: a method whose teacher is what should be carried over puts it into the backbone."""
 
-    def written(self, found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def complete(self, found: dict[str, np.ndarray], origin: Origin) -> dict[str, np.ndarray]:
+        """The predictions with what only the rows' own text tells (whether an answer is right), for the metrics: arrays of numbers, rows first.
+
+        Called on the host, with the rows of ``found`` in their order.
+        """
+        return found
+
+    def written(self, found: dict[str, np.ndarray], origin: Origin) -> dict[str, np.ndarray]:
         """What ``onetomany predict`` writes of predictions: named columns, rows first; text as object arrays. By default the predictions."""
         return found
 
@@ -364,6 +381,10 @@ class Technique:
     def streams(self) -> tuple[str, ...]:
         """Names of further streams that the loss reads."""
         return ()
+
+    def finish(self, task: Task) -> Task:
+        """The trained task as it is tested and kept, under the names of the one that ``wrap`` was given: adapters are merged into the weights."""
+        return task
 
     def at_test(self, task: Task, stream: Any) -> Task:
         """Change of the task before the test rows are read (e.g. statistics of the target)."""

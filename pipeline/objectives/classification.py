@@ -126,7 +126,7 @@ class Classification(Objective):
     def predict(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
         return self.head_predict(backbone(batch).pooled, batch)
 
-    def written(self, found):
+    def written(self, found, origin):
         """``prediction``: the likeliest label's name. ``probabilities`` (n, C), in the order of the bundle's labels."""
         names = np.array(self.state["labels"], dtype=object)
         return {"prediction": names[found["scores"].argmax(1)], "probabilities": torch.from_numpy(found["scores"]).softmax(1).numpy()}

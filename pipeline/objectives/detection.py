@@ -153,7 +153,7 @@ class Detection(Objective):
                     "true_crowd": batch["crowd"].bool(), "loss": torch.stack([*parts.values()]).sum(0), "count": counts}
         return out
 
-    def written(self, found):
+    def written(self, found, origin):
         """A list a row: ``boxes`` (corners x0 y0 x1 y1 as shares of the image), ``scores`` and ``labels`` (class names), the surest first."""
         names = np.array(self.state["labels"], dtype=object)
         out = {name: np.empty(len(found["scores"]), dtype=object) for name in ("boxes", "scores", "labels")}

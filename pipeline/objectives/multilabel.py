@@ -104,7 +104,7 @@ class Multilabel(Objective):
     def predict(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
         return self.head_predict(backbone(batch).pooled, batch)
 
-    def written(self, found):
+    def written(self, found, origin):
         """``prediction``: names of the labels above 0.5. ``probabilities`` (n, L), in the order of the bundle's labels."""
         chances = torch.from_numpy(found["scores"]).sigmoid().numpy()
         named = np.empty(len(chances), dtype=object)

@@ -114,7 +114,7 @@ class Segmentation(Objective):
         return {"intersection": counted(truth, there & (guess == truth)), "predicted": guessed, "actual": counted(truth, there),
                 "loss": F.cross_entropy(scores, truth, ignore_index=OUTSIDE, reduction="none").sum((1, 2)), "count": there.sum((1, 2)).float()}
 
-    def written(self, found):
+    def written(self, found, origin):
         """``mask``: a PNG of class numbers a row, the whole image at the input's resolution (to be resized to the image's own, nearest pixel)."""
         out = np.empty(len(found["classes"]), dtype=object)
         for i, (classes, (width, height, left, top)) in enumerate(zip(found["classes"], found["frame"].round().astype(int), strict=True)):

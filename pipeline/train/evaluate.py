@@ -9,7 +9,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from pipeline.contracts import Batch, Objective, Task
+from pipeline.contracts import Batch, Objective, Origin, Task
+from pipeline.data.manifest import Reader
 from pipeline.data.stream import Loaded, Rows, eval_batches
 from pipeline.metrics import Predictions, metric
 
@@ -43,6 +44,24 @@ def concatenate(parts: list[Predictions]) -> Predictions:
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else {}
 
 
+class Completer:
+    """Brings the rows' own text to their predictions, where the objective asks for it (``Objective.complete``)."""
+
+    def __init__(self, rows: Rows):
+        self.rows = rows
+        self._reader: Reader | None = None
+
+    def __call__(self, objective: Objective, found: Predictions) -> Predictions:
+        if not found or type(objective).complete is Objective.complete:
+            return found
+        return objective.complete(found, self.origin(found["row"]))
+
+    def origin(self, ids: np.ndarray) -> Origin:
+        decoder, schema = self.rows.decoder, self.rows.selection.manifest.schema
+        self._reader = self._reader or Reader(self.rows.selection.manifest, [name for name in decoder.names() if name in schema.names])
+        return Origin(self._reader.take(ids), decoder.columns, decoder.modality)
+
+
 def gathered(mine: Predictions, ranks: Any) -> Predictions:
     """Every rank's predictions, ordered by row."""
     everyone = [mine]
@@ -65,10 +84,12 @@ def evaluator(rows: Rows, names: tuple[str, ...], ready: Callable[[Batch, bool],
               batch_rows: int, threads: int = 1, part: bool = False, on_bad: OnBad = _unheard) -> Callable[[Task], dict[str, float]]:
     """A function that evaluates a task on ``rows``, the same values on every rank. ``part``: the rows are this rank's share already."""
     rank, count = (0, 1) if part else (ranks.rank, ranks.count)
+    complete = Completer(rows)
 
     def evaluate(task: Task) -> dict[str, float]:
         batches = eval_batches(rows, batch_rows, rank=rank, ranks=count, threads=threads, pin=ranks.device.type == "cuda")
-        return values(gathered(predictions(task, batches, ready, ranks, autocast(), on_bad), ranks), names)
+        mine = complete(task.objective, predictions(task, batches, ready, ranks, autocast(), on_bad))
+        return values(gathered(mine, ranks), names)
 
     return evaluate
 

@@ -47,7 +47,7 @@ class _Predictor:
         rows = Rows(Selection(self.selection.manifest, ids), Decoder(self._modality, None, {}, self.columns)).in_memory(1.0, cpus=0, keep_bad=True)
         found = evaluate.predictions(self._task, eval_batches(rows, 128), evaluate.ready_for(rows), Ranks(device=device), torch.no_grad())
         found.pop("row")
-        return _table(ids, self._task.objective.written(found), dict(rows.bad))
+        return _table(ids, self._task.objective.written(found, evaluate.Completer(rows).origin(ids)), dict(rows.bad))
 
 
 def _table(ids: np.ndarray, found: Arrays, reasons: dict[int, str]) -> Arrays:

@@ -64,8 +64,9 @@ class TargetData:
 
     @property
     def label_names(self) -> tuple[str, ...]:
-        """Names of the classes or labels, in the order of the scores' columns; none where the objective has none."""
-        return tuple(map(str, self.objective["state"].get("labels", ())))
+        """Names of what single values are told of: the types of entities, or the classes or labels in the order of the scores' columns."""
+        state = self.objective["state"]
+        return tuple(map(str, state.get("types", state.get("labels", ()))))
 
 
 @dataclass
@@ -177,11 +178,13 @@ def run(trial: Trial, shared: Shared, ranks: Ranks | None = None, report: Report
         if log:
             log.close()
     test: Predictions | None = None
+    task = technique.finish(task)
     if trial.stage == "final":
         task = technique.at_test(task, None)
         lost: list[tuple[int, str]] = []
         mine = evaluate.predictions(task, _batches(data.test, ranks), ready, ranks, autocast(), lost.extend)
         check_budget(lost, len(data.test), data.spec.data.max_bad_rows, data.test.selection)
+        mine = evaluate.Completer(data.test)(task.objective, mine)
         test = evaluate.gathered(mine, ranks)
         moved += f"; {len(data.test) - len(test['row'])} test rows could not be read" if len(test["row"]) < len(data.test) else ""
     facts = {"params_trained": outcome.params_trained, "steps": outcome.steps, "seconds": time.time() - began, "device": device_name(ranks.device),

@@ -264,7 +264,7 @@ def test_predictions_are_shares_of_the_whole_image(fit, monkeypatch):
     np.testing.assert_allclose(found["boxes"][1, :1], boxes[1], atol=1e-5)
     np.testing.assert_allclose(found["true_boxes"][0, :2], boxes[0], atol=1e-5)
     assert metric("map").value(found) == metric("map50").value(found) == pytest.approx(1.0)
-    written = task.objective.written(found)
+    written = task.objective.written(found, None)
     assert written["labels"].tolist() == [["dog", "cow"], ["cat"]] and written["boxes"][1] == [pytest.approx(boxes[1][0], abs=1e-5)]
     assert [len(s) for s in written["scores"]] == [2, 1]
 

@@ -121,11 +121,11 @@ def test_training_finds_the_labels_and_written_names_them():
         optimiser.step()
     with torch.no_grad():
         found = {name: tensor.numpy() for name, tensor in task.eval().objective.predict(task.backbone, rows).items()}
-    out = task.objective.written(found)
+    out = task.objective.written(found, None)
     assert set(out) == {"prediction", "probabilities"} and out["probabilities"] == pytest.approx(1 / (1 + np.exp(-found["scores"])), rel=1e-5)
     named = [[KNOWN[k] for k in np.flatnonzero(row)] for row in rows["labels"].numpy()]
     assert out["prediction"].dtype == object and sum(a == b for a, b in zip(out["prediction"], named, strict=True)) >= 54
-    assert [type(p) for p in task.objective.written({"scores": found["scores"][:1]})["prediction"]] == [list]
+    assert [type(p) for p in task.objective.written({"scores": found["scores"][:1]}, None)["prediction"]] == [list]
 
 
 def test_a_head_is_carried_over_by_the_names_of_its_labels(tmp_path):
