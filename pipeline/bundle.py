@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import platform
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline import folders, registry, storage
-from pipeline.contracts import Backbone, Modality, Task
+from pipeline.contracts import Backbone, Modality, Objective, Task
 
 FORMAT_VERSION = 1
 
@@ -117,22 +117,28 @@ def carry_head(task: Task, bundle: Bundle) -> str:
     theirs, mine = bundle.manifest["objective"], task.objective
     if theirs["name"] != mine.registered_name:
         return f"head new: the objective was {theirs['name']}, now it is {mine.registered_name}"
-    old, new = theirs["state"].get("labels"), mine.state.get("labels")
+    tensors = {n.removeprefix("objective."): t for n, t in bundle.tensors.items() if n.startswith("objective.")}
+    return load_head(mine, tensors, theirs["state"].get("labels"))
+
+
+def load_head(mine: Objective, tensors: Mapping[str, Tensor], labels: Sequence[str] | None) -> str:
+    """Load a head whose tensors have the objective's own names and stand for ``labels``, by the rules of ``carry_head``."""
+    old, new = labels, mine.state.get("labels")
     if old is not None and new is not None and sorted(old) != sorted(new):
         differ = sorted(set(old) ^ set(new))
         return f"head new: its labels differ from these ({len(differ)} names, e.g. {', '.join(map(str, differ[:4]))})"
-    tensors = {n.removeprefix("objective."): t for n, t in bundle.tensors.items() if n.startswith("objective.")}
     own = mine.state_dict()
     if {n: t.shape for n, t in tensors.items()} != {n: t.shape for n, t in own.items()}:
         return "head new: its options differ"
-    if old is not None and new is not None and old != new:
+    ordered = old is None or new is None or list(old) == list(new)
+    if not ordered:
         last = {"head.weight", "head.bias"}  # one row a label
         if not last & set(tensors) or any(t.dim() and t.shape[0] == len(old) for n, t in tensors.items() if n not in last):
             return "head new: its labels stand in another order"
         order = torch.tensor([old.index(name) for name in new])
         tensors = {n: t[order] if n in last else t for n, t in tensors.items()}
-    mine.load_state_dict(tensors)
-    return "head kept: the same labels" + ("" if old == new else ", put into their new order")
+    mine.load_state_dict(dict(tensors))
+    return "head kept: the same labels" + ("" if ordered else ", put into their new order")
 
 
 @dataclass(frozen=True)

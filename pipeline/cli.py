@@ -205,9 +205,10 @@ def predict(bundle: Annotated[str, typer.Argument(help="A fine-tuned bundle (fol
 @app.command()
 def export(bundle: Annotated[str, typer.Argument(help="The bundle to export.")],
            output: Annotated[str, typer.Argument(help="Folder, or file for a state dict.")],
-           kind: Annotated[str, typer.Option(help="bundle: a verified copy of the folder; state-dict: one .safetensors or .pt file.")] = "bundle",
+           kind: Annotated[str, typer.Option(help="bundle: a verified copy of the folder; hugging-face: a folder that transformers' Auto classes open (or "
+                                                  "timm.create_model, local-dir:); state-dict: one .safetensors or .pt file.")] = "bundle",
            backbone_only: Annotated[bool, typer.Option(help="Leave the head out; names as the model library has them.")] = False) -> None:
-    """Write a bundle elsewhere, or its weights as one file that torch.load or safetensors opens."""
+    """Write a bundle elsewhere, as a folder that transformers opens, or its weights as one file that torch.load or safetensors opens."""
     from pipeline import bundle as bundles
     from pipeline import storage
     from pipeline.transfer import apply
@@ -219,13 +220,14 @@ def export(bundle: Annotated[str, typer.Argument(help="The bundle to export.")],
 
 
 @app.command()
-def prepare(name: Annotated[str | None, typer.Argument(help="imagenet, webdataset, coco, chestxray14 or imagefolder; see --list.")] = None,
-            source: Annotated[str | None, typer.Argument(help="The publisher's folder or archive, local or s3://.")] = None,
+def prepare(name: Annotated[str | None, typer.Argument(help="imagenet, webdataset, coco, chestxray14, imagefolder, text, conll, squad or csv; see --list.")] = None,
+            source: Annotated[str | None, typer.Argument(help="The publisher's folder, archive or (text) file, local or s3://.")] = None,
             output: Annotated[str | None, typer.Option("-o", "--output", help="Folder for the Parquet parts, local or s3://.")] = None,
             set_: Annotated[list[str] | None, typer.Option("--set", help="An option of the importer; --list shows them.", metavar="KEY=VALUE")] = None,
-            resize: Annotated[int | None, typer.Option(help="Shorter side in pixels, only downwards; larger images are written as JPEG anew.")] = None,
-            quality: Annotated[int | None, typer.Option(help="Write every image as JPEG anew with this quality (1 to 100).")] = None,
-            rows_per_part: Annotated[int | None, typer.Option(help="Rows of a part; none: about 96 MiB.")] = None,
+            resize: Annotated[int | None, typer.Option(help="Images: shorter side in pixels, only downwards; larger ones are written as JPEG anew.")] = None,
+            quality: Annotated[int | None, typer.Option(help="Images: write every one as JPEG anew with this quality (1 to 100).")] = None,
+            rows_per_part: Annotated[int | None, typer.Option(help="Images: rows of a part; none: as --part-mb says.")] = None,
+            part_mb: Annotated[float | None, typer.Option(help="Size of a part in MiB of images or source text; none: 96.")] = None,
             max_bad: Annotated[float, typer.Option(help="Share of rows that may be broken; one always may, unless this is 0.")] = 0.01,
             list_: Annotated[bool, typer.Option("--list", help="Show the importers (or NAME alone), what they read and their options.")] = False,
             verify: Annotated[bool, typer.Option(help="Read every part of OUTPUT again and compare its SHA-256; writes nothing.")] = False,
@@ -250,7 +252,7 @@ def prepare(name: Annotated[str | None, typer.Argument(help="imagenet, webdatase
             return
         if not (name and source and output):
             raise ValueError("write: onetomany prepare NAME SOURCE -o OUTPUT (--list shows the names), or --verify -o OUTPUT")
-        work = write.Preparation(name, source, output, importing.options_of(name, set_ or []), write.Settings(resize, quality, rows_per_part, max_bad))
+        work = write.Preparation(name, source, output, importing.options_of(name, set_ or []), write.Settings(resize, quality, rows_per_part, max_bad, part_mb))
         with Progress() as progress, lease.hold(output):
             if work.todo:
                 launch.start(address, verbose)

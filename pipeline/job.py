@@ -89,7 +89,9 @@ class Data(Spec):
     modality: Plug = Field(description="image, text, ...: how a row becomes tensors")
     columns: dict[str, str] = Field(
         default_factory=dict, description="role to column name, e.g. {image: image, label: label}, for the roles that modality and objective read")
-    format: Literal["auto", "parquet", "images", "jsonl", "csv", "text"] = Field("auto", description="auto: by file name")
+    format: Literal["auto", "parquet", "images", "jsonl", "csv", "text", "paragraphs", "documents"] = Field(
+        "auto", description="auto: by file name; plain text is read as a row a line (text), as rows parted by blank lines (paragraphs), or as a row a "
+        "file (documents)")
     where: dict[str, list[str | int | float | bool]] = Field(default_factory=dict, description="keep rows whose column holds one of these values")
     split_column: str | None = Field(None, description="a column that names each row's split; it is obeyed")
     split_values: dict[Literal["train", "validation", "test"], list[str]] = Field(
@@ -99,6 +101,9 @@ class Data(Spec):
     test_fraction: float = Field(0.0, ge=0, lt=1, description="share held out as test when no test is given")
     group: str | None = Field(None, description="a column (patient, speaker) whose values never cross splits")
     more: list[Data] = Field(default_factory=list, description="further corpora, their splits joined to these: columns of the same names and types")
+    weight: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="sources with more corpora: share of the training rows that is drawn from this one, relative to "
+        "the others' weights, whatever their sizes; each corpus comes whole in every epoch of its own; all have a weight or none; validation is unweighted")
     max_bad_rows: float = Field(0.01, ge=0, le=1, description="share of rows that may be undecodable before the run stops")
     decode: Literal["auto", "memory", "workers", "train", "device"] = Field(
         "auto", description="where rows are decoded: once into shared memory, in Ray Data workers, in the train worker itself, or (images) on its device, "
@@ -117,6 +122,11 @@ class Data(Spec):
             raise ValueError(f"split_values: {', '.join(twice)} stands twice; a row lies in one split")
         return self
 
+    @property
+    def weights(self) -> tuple[float | None, ...]:
+        """Those of the first corpus and of each that is joined to it."""
+        return (self.weight, *(part.weight for part in self.more))
+
     def values_of(self, split: str) -> list[str]:
         """The values of ``split_column`` that mean a split."""
         others = {value for name, values in self.split_values.items() if name != split for value in values}
@@ -133,6 +143,10 @@ class Data(Spec):
                 problems.append((("more", i, "modality"), text))
             if part.columns not in ({}, self.columns):
                 problems.append((("more", i, "columns"), f"they are {part.columns}, those of the first rows {self.columns}: leave them out, or say the same"))
+        lacking = [i for i, weight in enumerate(self.weights) if weight is None]
+        if 0 < len(lacking) <= len(self.more):
+            problems += [((*(("more", i - 1) if i else ()), "weight"), "other corpora of these rows have a weight: give this one its own, or none of "
+                          "them any") for i in lacking]
         _refuse(problems)
         return self
 
@@ -208,6 +222,13 @@ def search_problems(search: Mapping[str, list[float]], trains: Iterable[Train]) 
     return list(out)
 
 
+def _weighted(data: Data | None, at: str, why: str) -> list[tuple[tuple[str | int, ...], str]]:
+    """A problem of every weight in a data spec whose corpora are not drawn from by weights."""
+    given = data.weights if data is not None else ()
+    return [((at, *(("more", i - 1) if i else ()), "weight"), f"weights mix the corpora of a source; {why}: leave it out")
+            for i, weight in enumerate(given) if weight is not None]
+
+
 class Source(Spec):
     """What to pretrain, or an existing checkpoint to start from (then data and train may be left out)."""
 
@@ -233,6 +254,9 @@ class Source(Spec):
             raise ValueError(f"a source needs data to pretrain on, or a checkpoint: init, or a backbone that starts with {', '.join(STARTS)}")
         if self.probe is not None and (self.data is None or self.probe.modality.name != self.data.modality.name):
             raise ValueError("a probe tries the backbone while it is pretrained: it needs data beside it, and the same modality")
+        problems = [(("data", "weight"), "it tells how often a corpus is drawn from beside others (data.more), and here is one: leave it out")
+                    ] if self.data and self.data.weight is not None and not self.data.more else []
+        _refuse([*problems, *_weighted(self.probe, "probe", "the rows of a probe are read whole")])
         low, high = self.worker_range
         if not 1 <= low <= high:
             raise ValueError(f"workers {self.workers} must be at least 1, and [fewest, most] when elastic")
@@ -257,6 +281,11 @@ class Target(Spec):
     drop_overlap: Literal["none", "exact", "near"] = Field(
         "none", description="leave out test rows that also stand in a source: the same bytes, or (images) nearly so by a perceptual hash; all are counted")
     workers: int = Field(0, ge=0, description="DDP ranks of one trial; 0: inside the trial's own process")
+
+    @model_validator(mode="after")
+    def _unweighted(self):
+        _refuse(_weighted(self.data, "data", "a target's rows are trained on as they are, and its label fractions are shares of them"))
+        return self
 
 
 class Select(Spec):

@@ -36,6 +36,8 @@ MOST_DEEP = 64
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
 OF_ALL = ("decode", "shuffle", "max_bad_rows")
 """Fields of data that hold for all joined corpora."""
+PLACES = {"text": ("tokenizer",)}
+"""Options of modalities that name a place: relative to the job file, as data are."""
 
 
 def _plain(node: yaml.Node, loader: _Loader, path: Path_, lines: dict[Path_, int], problems: list[tuple[int, str]]) -> Any:
@@ -318,15 +320,22 @@ def _corpora(part: dict, path: Path_) -> Iterator[tuple[dict, Path_]]:
             yield from ((more, (*path, field, "more", i)) for i, more in enumerate(_listed(rows.get("more"))) if isinstance(more, dict))
 
 
+def _named(rows: dict) -> Iterator[tuple[Any, Any, Path_]]:
+    """Every text of a data spec that names a place: what holds it, its key there, its field."""
+    for field in ("uri", "train", "validation", "test"):
+        holder, keys = (rows[field], range(len(rows[field]))) if isinstance(rows.get(field), list) else (rows, {field} & rows.keys())
+        yield from ((holder, key, (field,)) for key in keys if isinstance(holder[key], str))
+    plug = rows.get("modality")
+    name, way = (plug["name"], "options") if isinstance(plug, dict) and "name" in plug else [next(iter(plug), "")] * 2 if isinstance(plug, dict) else ("", "")
+    if isinstance(plug, dict) and isinstance(options := plug.get(way), dict):
+        yield from ((options, one, ("modality", way, one)) for one in PLACES.get(str(name), ()) if isinstance(options.get(one), str))
+
+
 def _data_problems(part: dict, path: Path_, folder: Path, elsewhere: bool) -> list[tuple[Path_, str]]:
     out: list[tuple[Path_, str]] = []
     for rows, at in _corpora(part, path):
-        if "modality" in rows:
-            out += _plug_problems("modality", rows["modality"], (*at, "modality"))
-        for field in ("uri", "train", "validation", "test"):
-            for uri in [rows[field]] if isinstance(rows.get(field), str) else _listed(rows.get(field)):
-                if isinstance(uri, str) and (problem := _missing(uri, folder, elsewhere)):
-                    out.append(((*at, field), problem))
+        out += _plug_problems("modality", rows["modality"], (*at, "modality")) if "modality" in rows else []
+        out += [((*at, *field), problem) for holder, key, field in _named(rows) if (problem := _missing(holder[key], folder, elsewhere))]
         if at[-1] in ("data", "probe"):
             out += _role_problems(rows, part.get("objective"), at)
         else:
@@ -366,21 +375,13 @@ def _name_problems(data: dict, folder: Path, elsewhere: bool) -> list[tuple[Path
 
 def _absolute(job: dict, folder: Path) -> dict:
     """Data paths and checkpoints made absolute: they are relative to the job file."""
-    def fix(uri: str) -> str:
-        return _place(uri, folder)
-
-    def start(text: str) -> str:
-        prefix, colon, uri = text.partition(":")
-        return f"{prefix}:{fix(uri)}" if text.startswith(STARTS) and prefix not in HUBS and colon else text
-
     for part in [*job["sources"].values(), *job.get("targets", {}).values()]:
         for rows, _ in _corpora(part, ()):
-            for field in ("uri", "train", "validation", "test"):
-                if value := rows.get(field):
-                    rows[field] = fix(value) if isinstance(value, str) else [fix(uri) for uri in value]
+            for holder, key, _ in _named(rows):
+                holder[key] = _place(holder[key], folder)
         for field in ("backbone", "init"):
-            if isinstance(part.get(field), str):
-                part[field] = start(part[field])
+            if isinstance(text := part.get(field), str) and text.startswith(STARTS) and (prefix := text.partition(":")[0]) not in HUBS:
+                part[field] = f"{prefix}:{_place(text.partition(':')[2], folder)}"
     return job
 
 

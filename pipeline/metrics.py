@@ -21,7 +21,8 @@ Predictions = dict[str, np.ndarray]
 """Named arrays with the test units first: ``scores`` (n, classes) logits, ``label`` (n,), ``loss`` (n,), ``count`` (n,).
 
 Of several labels a row: ``labels`` (n, L) 0 or 1 beside ``scores`` (n, L), and ``min_positives`` (n,), how many positives among the n
-rows a label needs to stand in a macro average (1 without it).
+rows a label needs to stand in a macro average (1 without it). Of entities: ``hits``, ``guessed`` and ``actual`` (n, T) by type; of words:
+``right`` of ``words`` (n,). Of answers: ``exact`` and ``f1`` (n,), 0 to 1. Of language models: ``bytes`` (n,) beside ``loss``, a sum of nats.
 """
 
 
@@ -48,12 +49,12 @@ class Metric:
         return self.final(float(total[0] / total[1])) if total[1] else float("nan")
 
 
-def _ratio(name: str, higher: bool, units: Callable[[Predictions], np.ndarray], final: Callable[[float], float] = float) -> Metric:
+def _ratio(name: str, higher: bool, units: Callable[[Predictions], np.ndarray], final: Callable[[float], float] = float, each: str | None = None) -> Metric:
     def value(p: Predictions) -> float:
         total = units(p).sum(0)
         return final(float(total[0] / total[1])) if total[1] else float("nan")
 
-    return Metric(name, higher, value, units, final)
+    return Metric(name, higher, value, units, final, each=each)
 
 
 def _hits(k: int):
@@ -70,6 +71,26 @@ def _hits(k: int):
 def _loss_units(p: Predictions) -> np.ndarray:
     count = p["count"] if "count" in p else np.ones(len(p["loss"]))
     return np.stack([p["loss"], count], axis=1).astype(np.float64)
+
+
+def _bytes_units(p: Predictions) -> np.ndarray:
+    """Bits and UTF-8 bytes: comparable between tokenizers, as perplexity is not. No value for rows whose bytes were not counted."""
+    known = p["bytes"] if "bytes" in p else np.zeros(len(p["loss"]))
+    return np.stack([p["loss"] / math.log(2), known], axis=1).astype(np.float64)
+
+
+def _means(name: str) -> Callable[[Predictions], np.ndarray]:
+    return lambda p: np.stack([p[name], np.ones(len(p[name]))], axis=1).astype(np.float64)
+
+
+def _word_units(p: Predictions) -> np.ndarray:
+    return np.stack([p["right"], p["words"]], axis=1).astype(np.float64)
+
+
+def _entity_units(p: Predictions, kind: int | None = None) -> np.ndarray:
+    """F1 = 2 hits / (found + true): a ratio of sums, over all types (micro) or of one."""
+    hits, guessed, actual = (p[name].sum(1) if kind is None else p[name][:, kind] for name in ("hits", "guessed", "actual"))
+    return np.stack([2 * hits, guessed + actual], axis=1).astype(np.float64)
 
 
 def confusion(p: Predictions) -> np.ndarray:
@@ -176,6 +197,9 @@ Ranking = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 RANKINGS: dict[str, Ranking] = {"auroc": weighted_auroc, "average_precision": weighted_average_precision}
 """Metrics of one label, by the name that a results row ``auroc/Effusion`` begins with."""
 
+RATIOS: dict[str, Callable[[Predictions, int | None], np.ndarray]] = {"entity_f1": _entity_units}
+"""Those that are ratios of sums over test units (``entity_f1/person``): (n, 2) units of the label in a column."""
+
 
 def _macro(ranking: Ranking, scores: np.ndarray, positive: np.ndarray, drawn: np.ndarray) -> np.ndarray:
     """(R,) means over the labels that have both classes in a draw; NaN where none has, or a score is NaN."""
@@ -224,19 +248,25 @@ def _micro_f1_units(p: Predictions) -> np.ndarray:
 
 
 def of_label(name: str, column: int | None) -> Metric:
-    """The metric of one label, such as ``auroc/Effusion``, from its column of the predictions' scores and labels."""
-    ranking = RANKINGS[name.partition("/")[0]]
+    """The metric of one label, such as ``auroc/Effusion`` or ``entity_f1/person``, from its column of the predictions' arrays."""
+    of = name.partition("/")[0]
 
-    def resampled(p: Predictions, counts: np.ndarray) -> np.ndarray:
+    def known() -> int:
         if column is None:
             raise ValueError(f"metric {name}: it is not known which column of the predictions is this label's")
-        return ranking(p["scores"][:, column], p["labels"][:, column].astype(bool), _columns(counts))
+        return column
+
+    if of in RATIOS:
+        return _ratio(name, True, lambda p: RATIOS[of](p, known()))
+
+    def resampled(p: Predictions, counts: np.ndarray) -> np.ndarray:
+        return RANKINGS[of](p["scores"][:, known()], p["labels"][:, known()].astype(bool), _columns(counts))
 
     return Metric(name, True, _once(resampled), resampled=resampled)
 
 
 def per_label(name: str, p: Predictions, labels: Sequence[str]) -> dict[str, float]:
-    """``auroc`` or ``average_precision`` of every label by itself; labels without both classes among the rows have none."""
+    """A metric of every label by itself; labels without both classes among the rows have no ranking, types that are neither there nor found no F1."""
     found = {label: of_label(f"{name}/{label}", k).value(p) for k, label in enumerate(labels)}
     return {label: value for label, value in found.items() if not math.isnan(value)}
 
@@ -277,18 +307,23 @@ METRICS: dict[str, Metric] = {m.name: m for m in (
     Metric("map50", True, _once(_map50), resampled=_map50),
     Metric("miou", True, _once(_miou), resampled=_miou),
     _ratio("pixel_accuracy", True, _pixel_units),
+    _ratio("entity_f1", True, _entity_units, each="entity_f1"),
+    _ratio("word_accuracy", True, _word_units),
+    _ratio("answer_f1", True, _means("f1")),
+    _ratio("exact_match", True, _means("exact")),
     _ratio("loss", False, _loss_units),
+    _ratio("bits_per_byte", False, _bytes_units),
     _ratio("perplexity", False, _loss_units, lambda mean: math.exp(min(mean, 700.0))),
 )}
 
 
 def metric(name: str, labels: Sequence[str] = ()) -> Metric:
-    """A metric by name; ``auroc/Effusion`` is that of one label, whose column is its place in ``labels``.
+    """A metric by name; ``auroc/Effusion`` is that of one label (or type of entity), whose column is its place in ``labels``.
 
     Raises ValueError with the nearest names.
     """
     of, _, label = name.partition("/")
-    if label and of in RANKINGS:
+    if label and (of in RANKINGS or of in RATIOS):
         return of_label(name, list(labels).index(label) if label in labels else None)
     if name not in METRICS:
         raise ValueError(f"unknown metric {name!r}; {nearest(name, METRICS)}")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import io
-import json
 import sys
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,11 +16,11 @@ import torch
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
-from pipeline import bundle, folders, registry, storage
+from pipeline import bundle, folders, hugging_face, registry, storage
 from pipeline.bundle import BundleError
-from pipeline.contracts import Backbone
+from pipeline.contracts import Backbone, Task
 
-HEADS = ("model.fc.", "model.head.", "model.head_dist.", "model.classifier.", "model.last_linear.", "model.pooler.", "model.cls.", "model.lm_head.",
+HEADS = ("model.fc.", "model.head.", "model.head_dist.", "model.last_linear.", "model.pooler.", *(f"model.{head}" for head in hugging_face.HEADS),
          "model.embeddings.position_ids", "model.classif.", "model.AuxLogits.")
 """Prefixes of what a checkpoint may hold beyond the backbone: classifiers, poolers, language-model heads."""
 
@@ -38,11 +37,36 @@ class Start:
     drop: tuple[str, ...] = field(default=HEADS)
     notes: tuple[str, ...] = ()
     """In words, what was done to its names."""
+    heads: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    """Heads of a Hugging Face checkpoint: tensors under the objective's own names, keyed by objective."""
+    labels: tuple[str, ...] | None = None
+    """What the rows of its ``tagging`` head stand for."""
+    headless: dict[str, str] = field(default_factory=dict)
+    """Why it has no head for an objective."""
 
     def onto(self, backbone: Backbone) -> bundle.Transfer:
-        """Load the backbone strictly (``bundle.transfer``), the notes among what was changed."""
-        moved = bundle.transfer(backbone, self.tensors, self.origin, self.drop)
-        return replace(moved, changed=(*self.notes, *moved.changed))
+        """Load the backbone strictly (``bundle.transfer``), the notes among what was changed.
+
+        A pooler that the backbone has and the checkpoint has not (roberta-base's) stays as it was initialised, and is told as new.
+        """
+        own = backbone.state_dict() if "model.pooler." in self.drop else {}
+        fresh = {name: tensor for name, tensor in own.items() if name.startswith("model.pooler.") and name not in self.tensors}
+        moved = bundle.transfer(backbone, {**self.tensors, **fresh}, self.origin, self.drop)
+        return replace(moved, kept=tuple(name for name in moved.kept if name not in fresh), new=(*moved.new, *fresh), changed=(*self.notes, *moved.changed))
+
+    def head_onto(self, task: Task) -> str:
+        """Load the head that fits the task's objective; says in words what was done, nothing for a checkpoint that never holds heads."""
+        name, objective = task.objective.registered_name, task.objective
+        if self.bundle:
+            return bundle.carry_head(task, self.bundle)
+        if name not in self.heads:
+            return f"head new: {self.headless[name]}" if name in self.headless else ""
+        if getattr(objective.options, "norm", False):
+            return "head new: the checkpoint's has no layer norm before its linear layer (option norm)"
+        if not self.heads[name]:
+            return "no head to carry: the output is the embedding"
+        said = bundle.load_head(objective, self.heads[name], self.labels if name == "tagging" else None)
+        return said if name == "tagging" or said.startswith("head new") else f"head kept: the checkpoint's own for {name}"
 
 
 def fingerprint(text: str) -> str:
@@ -56,8 +80,10 @@ def fingerprint(text: str) -> str:
     if prefix in ("file", "file-by-order"):
         return f"{prefix}:{storage.fingerprint(uri)}"
     if prefix == "hf" and storage.is_dir(uri):
-        found = [storage.join(uri, name) for name in ("config.json", "model.safetensors", "tokenizer.json")]
-        return "hf:" + " ".join(storage.fingerprint(file) for file in found if storage.exists(file))
+        found = [storage.join(uri, name) for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")]
+        held = any(storage.exists(storage.join(uri, name)) for name in (hugging_face.MODEL, hugging_face.INDEX))  # ``read`` says what is missing
+        weights = hugging_face.weight_files(uri) if held else []
+        return "hf:" + " ".join(storage.fingerprint(file) for file in (*found, *weights) if storage.exists(file))
     return text
 
 
@@ -103,7 +129,7 @@ def _tensors(uri: str) -> dict[str, Tensor]:
 def _named(tensors: dict[str, Tensor], architecture: str) -> dict[str, Tensor]:
     """Names as the backbone has them: wrappers' prefixes off, in whatever order, ``model.`` in front."""
     prefixes = ("module.", "_orig_mod.", "backbone.", "model.", f"{architecture.rpartition('/')[2]}.", "transformer.")
-    beside = ("cls.", "lm_head.", "objective.")
+    beside = ("objective.", *hugging_face.HEADS)
     while wrapper := next((p for p in prefixes if any(n.startswith(p) for n in tensors) and all(n.startswith((p, *beside)) for n in tensors)), None):
         tensors = {name.removeprefix(wrapper): t for name, t in tensors.items() if not name.startswith("objective.")}
     return {f"model.{name}": tensor for name, tensor in tensors.items()}
@@ -218,45 +244,17 @@ def _paired(found: dict[str, Tensor], backbone: Backbone) -> dict[str, str]:
     return {name: pairs[name] for name in found if name in pairs}
 
 
-def _published(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """(tensors under today's names, names to drop): bert-base-uncased says LayerNorm.gamma and .beta, gpt2 stores its causal masks."""
-    for old, new in (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")):
-        tensors = {name.replace(old, new): tensor for name, tensor in tensors.items()}
-    return tensors, tuple(name for name in tensors if name.endswith((".attn.bias", ".attn.masked_bias")))
-
-
 def _hugging_face(folder: str) -> Start:
     path = storage.join(folder, "config.json")
     if not storage.exists(path):
         raise BundleError(f"hf:{folder}: no config.json in this folder; a Hugging Face folder has config.json, model.safetensors and tokenizer.json")
-    config = json.loads(storage.read_bytes(path))
+    config = storage.read_json(path)
+    if not isinstance(config, dict):
+        raise BundleError(f"{path}: not a configuration (a JSON object)")
     if "architecture" in config:
         return _timm_folder(folder, config)
-    family = config.get("model_type")
-    if family not in ("bert", "gpt2"):
-        raise BundleError(f"hf:{folder}: model_type {family!r} has no adapter; families are bert and gpt2. Image models are read as timm writes them "
-                          "(timm.models.save_for_hf: config.json with its architecture), or as init: file:PATH beside backbone: timm/NAME")
-    for needed in ("model.safetensors", "tokenizer.json"):
-        if not storage.exists(storage.join(folder, needed)):
-            raise BundleError(f"hf:{folder}: {needed} is missing; save the model again with transformers' save_pretrained (safetensors)")
-    from tokenizers import Tokenizer
-
-    text = storage.read_bytes(storage.join(folder, "tokenizer.json")).decode()
-    tokenizer = Tokenizer.from_str(text)
-    names = (("[PAD]", "<pad>", "<|endoftext|>"), ("[UNK]", "<unk>", "<|endoftext|>"), ("[CLS]", "<s>", "<|endoftext|>"),
-             ("[SEP]", "</s>", "<|endoftext|>"), ("[MASK]", "<mask>", "<|endoftext|>"))
-    specials = [next((i for n in group if (i := tokenizer.token_to_id(n)) is not None), None) for group in names]
-    if None in specials:
-        raise BundleError(f"hf:{folder}: its tokenizer lacks special tokens (pad, unk, cls, sep, mask found: {specials})")
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    length = min(config.get("max_position_embeddings") or config.get("n_positions") or 512, 512)
-    state = {"tokenizer": tokenizer.to_str(), "vocabulary": tokenizer.get_vocab_size(), "specials": specials}
-    modality = {"name": "text", "options": {"length": length}, "state": state}
-    inputs = {"vocabulary": state["vocabulary"], "length": length, "specials": specials}
-    arch = {"name": f"transformers/{family}", "options": {"config": config}, "inputs": inputs}
-    tensors, masks = _published(_named(_tensors(storage.join(folder, "model.safetensors")), arch["name"]))
-    return Start(f"hf:{folder}", tensors, arch, modality, drop=(*HEADS, *masks))
+    found = hugging_face.read(folder, config)
+    return Start(f"hf:{folder}", found.tensors, found.arch, found.modality, drop=found.drop, heads=found.heads, labels=found.labels, headless=found.headless)
 
 
 def _hub_folder(name: str) -> str:
@@ -264,7 +262,8 @@ def _hub_folder(name: str) -> str:
     from huggingface_hub import snapshot_download
 
     try:
-        return snapshot_download(name, allow_patterns=["config.json", "model.safetensors", "tokenizer.json"])
+        return snapshot_download(name, allow_patterns=["config.json", "model.safetensors", "model.safetensors.index.json", "model-*.safetensors",
+                                                       "tokenizer*.json", "special_tokens_map.json"])
     except Exception as error:  # the hub's client raises its own many kinds
         raise BundleError(f"hf-hub:{name}: the model cannot be had from the hub ({type(error).__name__}: {str(error)[:160]}). Without a network, "
                           "copy its config.json, model.safetensors and tokenizer.json into a folder and give hf:FOLDER") from error
@@ -283,6 +282,10 @@ def _timm_hub(name: str) -> Start:
     return Start(f"timm-hub:{name}", tensors, arch, modality, drop=(*HEADS, *_classifiers(_blank(arch["name"], tensors))))
 
 
+BESIDE = ("img_size", "in_chans", "num_classes", "global_pool", "dynamic_img_size", "drop_rate", "drop_path_rate", "aux_logits")
+"""Arguments of timm's models that the input decides here, that the training does, or that are of no backbone."""
+
+
 def _timm_folder(folder: str, config: dict[str, Any]) -> Start:
     """A folder as timm.models.save_for_hf writes it: config.json with architecture and pretrained_cfg (input size, mean, std), model.safetensors."""
     architecture, weights = config["architecture"], storage.join(folder, "model.safetensors")
@@ -290,13 +293,15 @@ def _timm_folder(folder: str, config: dict[str, Any]) -> Start:
         raise BundleError(f"hf:{folder}: timm has no model {architecture!r}; {registry.nearest(str(architecture), registry.architectures('timm'))}")
     if not storage.exists(weights):
         raise BundleError(f"hf:{folder}: model.safetensors is missing; save the model with timm.models.save_for_hf(model, folder, safe_serialization=True)")
-    built = {k: v for k, v in config.get("model_args", {}).items() if k not in ("img_size", "in_chans", "num_classes", "global_pool", "dynamic_img_size")}
+    built = {k: v for k, v in config.get("model_args", {}).items() if k not in BESIDE}
+    options = {"patch_size": built.pop("patch_size")} if isinstance(built.get("patch_size"), int) else {}
     if built:
         raise BundleError(f"hf:{folder}: the model was built with {built}, which timm/{architecture} has not by itself: no adapter builds it so")
     there = config.get("pretrained_cfg", {})
     if absent := [key for key in ("input_size", "mean", "std") if key not in there]:
         raise BundleError(f"hf:{folder}: pretrained_cfg in config.json has no {', '.join(absent)}; say backbone: timm/{architecture}, init: file:{weights}")
     arch, modality = _told(architecture, there)
+    arch["options"] = options
     tensors = _named(_tensors(weights), architecture)
     return Start(f"hf:{folder}", tensors, arch, modality, drop=(*HEADS, *_classifiers(_blank(arch["name"], tensors))))
 

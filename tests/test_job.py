@@ -448,7 +448,7 @@ NAMES = [
     ("    backbone: timm/resnet18", "    backbone: tim/resnet18", "sources.garments.backbone", ("unknown model 'tim'", "did you mean timm?")),
     ("    backbone: timm/resnet18", "    backbone: resnet18", "sources.garments.backbone", ("library/model", "timm/resnet18")),
     ("    backbone: {transformers/bert:", "    backbone: {transformers/brt:", "sources.words.backbone",
-     ("unknown transformers model 'brt'", "did you mean bert?")),
+     ("unknown transformers model 'brt'", "did you mean", "bert")),
     ("    objective: classification", "    objective: clasification", "sources.garments.objective",
      ("unknown objective 'clasification'", "did you mean classification?")),
     ("    objective: {mlm: {mask_share: 0.2}}", "    objective: {mmlm: {mask_share: 0.2}}", "sources.words.objective", ("unknown objective 'mmlm'", "mlm")),

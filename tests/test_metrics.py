@@ -34,8 +34,19 @@ def repeated(p, counts):
 
 def everything(n=200, classes=7):
     """Predictions with all that any metric reads."""
-    pixels = {name: np.random.default_rng(0).integers(1, 50, (n, classes)) for name in ("intersection", "actual")}
-    return {"labels": label_sets(n, classes)["labels"], **predictions(n, classes), **pixels}
+    rng = np.random.default_rng(0)
+    pixels = {name: rng.integers(1, 50, (n, classes)) for name in ("intersection", "actual")}
+    texts = {"exact": rng.integers(0, 2, n), "f1": rng.random(n), "bytes": rng.integers(1, 900, n)}
+    return {"labels": label_sets(n, classes)["labels"], **predictions(n, classes), **texts, **entities(n, classes), **pixels}
+
+
+def entities(n=200, types=7, seed=0):
+    """Counts of entities by row and type, and of words."""
+    rng = np.random.default_rng([seed, 3])
+    hits = rng.poisson(0.4, (n, types))
+    words = rng.integers(1, 40, n)
+    return {"hits": hits, "guessed": hits + rng.poisson(0.2, (n, types)), "actual": hits + rng.poisson(0.3, (n, types)),
+            "words": words, "right": rng.binomial(words, 0.8)}
 
 
 def softmax(scores):
@@ -81,6 +92,25 @@ def test_rows_with_counts_are_weighed_by_them():
     assert metric("loss").value(p) == pytest.approx(7 / 4) and metric("perplexity").value(p) == pytest.approx(math.exp(7 / 4))
 
 
+def test_bits_per_byte_is_the_same_whatever_the_tokens():
+    """Two tokenizers, a document of 40 bytes read with 0.5 bits each: the loss in nats, over 10 tokens or over 25."""
+    nats = 20 * math.log(2)
+    coarse = {"loss": np.array([nats]), "count": np.array([10.0]), "bytes": np.array([40.0], np.float32)}
+    fine = {"loss": np.array([nats / 4, 3 * nats / 4]), "count": np.array([5.0, 20.0]), "bytes": np.array([10.0, 30.0], np.float32)}
+    assert metric("bits_per_byte").value(coarse) == pytest.approx(0.5, abs=1e-12) == metric("bits_per_byte").value(fine)
+    assert metric("perplexity").value(coarse) != pytest.approx(metric("perplexity").value(fine))
+    assert math.isnan(metric("bits_per_byte").value({"loss": np.array([1.0]), "count": np.array([1.0])}))  # rows packed before bytes were counted
+
+
+def test_metrics_of_entities_words_and_answers_are_their_formulas():
+    p = entities()
+    hits, precision, recall = p["hits"].sum(), p["hits"].sum() / p["guessed"].sum(), p["hits"].sum() / p["actual"].sum()
+    assert metric("entity_f1").value(p) == pytest.approx(2 * precision * recall / (precision + recall)) and hits > 0
+    assert metric("word_accuracy").value(p) == pytest.approx(p["right"].sum() / p["words"].sum())
+    q = {"exact": np.array([1.0, 0, 0]), "f1": np.array([1.0, 0.5, 0])}
+    assert metric("exact_match").value(q) == pytest.approx(1 / 3) and metric("answer_f1").value(q) == pytest.approx(0.5)
+
+
 def test_a_huge_loss_has_a_perplexity_and_not_an_error():
     assert metric("perplexity").value({"loss": np.array([1e4])}) == math.exp(700)
 
@@ -102,7 +132,7 @@ def test_nothing_counted_is_not_a_number(name):
 
 
 def test_directions():
-    assert {name for name, of in METRICS.items() if not of.higher_is_better} == {"loss", "perplexity"}
+    assert {name for name, of in METRICS.items() if not of.higher_is_better} == {"loss", "perplexity", "bits_per_byte"}
 
 
 def test_an_unknown_metric_is_named_with_its_nearest():
@@ -222,6 +252,22 @@ def test_the_metric_of_a_label_reads_its_column():
         metric("auroc/Mass").value(p)
     with pytest.raises(ValueError, match="unknown metric 'recall/Mass'"):
         metric("recall/Mass", names)
+
+
+def test_the_metric_of_a_type_of_entities_reads_its_column():
+    p, names = entities(types=3), ["person", "location", "work/of art"]
+    for k, name in enumerate(names):
+        of = metric(f"entity_f1/{name}", names)
+        assert of.value(p) == pytest.approx(2 * p["hits"][:, k].sum() / (p["guessed"][:, k] + p["actual"][:, k]).sum())
+        assert of.higher_is_better and of.of_units(of.units(p)) == of.value(p)  # a ratio of sums: its intervals are cheap
+    assert metric("entity_f1").each == "entity_f1"
+    for name in ("hits", "guessed", "actual"):
+        p[name][:, 1] = 0
+    p["hits"][:, 2] = p["actual"][:, 2] = 0
+    found = metrics.per_label("entity_f1", p, names)
+    assert set(found) == {"person", "work/of art"} and found["work/of art"] == 0  # what is found and never there is wrong; what is neither is nothing
+    with pytest.raises(ValueError, match="entity_f1/person: it is not known which column"):
+        metric("entity_f1/person").value(p)
 
 
 def test_confusion_equals_scikit_learn():

@@ -8,14 +8,12 @@ import time
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
-from toys import image_rows, label_state, sentences, take, task_of
+from safetensors.torch import save_file
+from toys import image_rows, label_state, take, task_of
 
 from pipeline import bundle, starts, storage
 from pipeline.bundle import BundleError
 from pipeline.contracts import Batch
-from pipeline.modalities.text import train_tokenizer
 
 INPUTS = {"channels": 3, "size": 32}
 
@@ -141,119 +139,6 @@ def test_the_hub_without_a_network_fails_at_once_with_what_to_do(monkeypatch):
         starts.read("timm-hub:no_such_model")
 
 
-# ---------------------------------------------------------------- Hugging Face folders
-
-def tokenizer_of(family: str) -> Tokenizer:
-    """BERT's specials stand in a trained vocabulary; GPT-2 has <|endoftext|> alone."""
-    texts = sentences(100)[0]
-    if family == "bert":
-        tokenizer = train_tokenizer(texts, "wordpiece", 300, True)
-        tokenizer.enable_truncation(16)  # published tokenizers cut and pad: neither may stay on
-        tokenizer.enable_padding(length=16)
-        return tokenizer
-    from tokenizers import decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=320, special_tokens=["<|endoftext|>"], show_progress=False,
-                                                             initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    return tokenizer
-
-
-@pytest.fixture(scope="module", params=["bert", "bert_lm", "gpt2", "gpt2_lm"])
-def hugging_face(request, tmp_path_factory):
-    return saved_by_transformers(request.param, tmp_path_factory.mktemp(request.param))
-
-
-def saved_by_transformers(kind: str, folder):
-    """A folder as save_pretrained leaves it, with or without a language-model head."""
-    import transformers as hf
-
-    family, _, head = kind.partition("_")
-    tokenizer = tokenizer_of(family)
-    torch.manual_seed(0)
-    if family == "bert":
-        config = hf.BertConfig(vocab_size=tokenizer.get_vocab_size() + 3, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
-                               max_position_embeddings=40)
-        model = hf.BertForMaskedLM(config) if head else hf.BertModel(config)
-    else:
-        config = hf.GPT2Config(vocab_size=tokenizer.get_vocab_size(), n_embd=32, n_layer=2, n_head=4, n_positions=40)
-        model = hf.GPT2LMHeadModel(config) if head else hf.GPT2Model(config)
-    for p in model.parameters():  # biases and norms start as noughts and ones: a mix-up of those would not be seen
-        torch.nn.init.normal_(p, std=0.3)
-    model.save_pretrained(folder)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    return folder
-
-
-def compare(folder, masks=()):
-    """The backbone's states against those of transformers' own AutoModel, on padded rows of text."""
-    import transformers as hf
-
-    start = starts.read(f"hf:{folder}")
-    assert start.arch is not None and start.modality is not None
-    backbone = bundle.build_backbone(start.arch, seed=1).eval()
-    moved = bundle.transfer(backbone, start.tensors, start.origin, start.drop)
-    assert not moved.new and {name for name in moved.dropped if ".attn." in name} == set(masks)
-    modality = bundle.build_modality(start.modality)
-    import pyarrow as pa
-
-    arrays, bad = modality.decode(pa.table({"text": sentences(3, seed=8)[0]}), {"text": "text"})
-    data = modality.collate(arrays)
-    assert not any(bad) and not data["mask"].all()
-    with torch.no_grad():
-        ours = backbone(Batch(np.arange(3), torch.zeros(3, dtype=torch.long), data)).tokens
-        theirs = hf.AutoModel.from_pretrained(folder).eval()(input_ids=data["tokens"], attention_mask=data["mask"].long()).last_hidden_state
-    assert ours is not None and (ours - theirs)[data["mask"]].abs().max() < 1e-5 and theirs.abs().max() > 0.1
-    return start, moved
-
-
-def test_a_hugging_face_folder_gives_transformers_own_states(hugging_face):
-    start, moved = compare(hugging_face)
-    family = json.loads((hugging_face / "config.json").read_text())["model_type"]
-    assert start.arch["name"] == f"transformers/{family}"
-    assert all(name.startswith(("model.pooler.", "model.cls.", "model.lm_head.")) for name in moved.dropped)  # and each is reported
-    assert start.modality["options"]["length"] == 40
-    own = Tokenizer.from_file(str(hugging_face / "tokenizer.json"))
-    own.no_padding()
-    own.no_truncation()
-    text = sentences(1, seed=8)[0][0] * 3
-    modality = bundle.build_modality(start.modality)
-    assert modality.tokenizer.encode(text, add_special_tokens=False).ids == own.encode(text, add_special_tokens=False).ids
-
-
-def test_old_names_of_published_checkpoints(hugging_face, tmp_path):
-    """bert-base-uncased on the hub says LayerNorm.gamma and .beta, gpt2 stores its causal masks: transformers reads both, so must we."""
-    import shutil
-
-    folder = tmp_path / "old"
-    shutil.copytree(hugging_face, folder)
-    tensors = load_file(folder / "model.safetensors")
-    old = {name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): t.clone() for name, t in tensors.items()}
-    prefix = "transformer." if any(name.startswith("transformer.") for name in old) else ""
-    masks = []
-    if f"{prefix}h.0.attn.c_attn.weight" in old:
-        for i in range(2):
-            old[f"{prefix}h.{i}.attn.bias"] = torch.ones(1, 1, 40, 40).tril()
-            old[f"{prefix}h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
-            masks += [f"model.h.{i}.attn.bias", f"model.h.{i}.attn.masked_bias"]
-    save_file(old, folder / "model.safetensors", metadata={"format": "pt"})
-    compare(folder, masks)
-
-
-def test_a_hub_name_is_its_folder_when_there_is_a_network(hugging_face, monkeypatch):
-    import huggingface_hub
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, allow_patterns: str(hugging_face) if name == "some/model" else None)
-    named, folder = starts.read("hf-hub:some/model"), starts.read(f"hf:{hugging_face}")
-    assert named.origin == "hf-hub:some/model" and named.arch == folder.arch and all(torch.equal(t, folder.tensors[n]) for n, t in named.tensors.items())
-
-
-def test_a_hub_name_without_a_network_says_what_to_do():
-    with pytest.raises(BundleError, match=r"hf-hub:some/model: the model cannot be had from the hub .* into a folder and give hf:FOLDER"):
-        starts.read("hf-hub:some/model")
-
-
 def test_a_fingerprint_is_of_the_content_and_not_of_the_place(plain, tmp_path):
     first, moved, other = tmp_path / "a.safetensors", tmp_path / "elsewhere" / "b.safetensors", tmp_path / "c.safetensors"
     moved.parent.mkdir()
@@ -261,36 +146,6 @@ def test_a_fingerprint_is_of_the_content_and_not_of_the_place(plain, tmp_path):
         save_file(tensors, path)
     assert starts.fingerprint(f"file:{first}") == starts.fingerprint(f"file:{moved}") != starts.fingerprint(f"file:{other}")
     assert starts.fingerprint("timm-hub:resnet18") == "timm-hub:resnet18"
-
-
-def test_a_task_on_a_hugging_face_folder_survives_a_bundle(hugging_face, tmp_path):
-    start = starts.read(f"hf:{hugging_face}")
-    backbone = bundle.build_backbone(start.arch, seed=1)
-    bundle.transfer(backbone, start.tensors, start.origin, start.drop)
-    bundle.save(str(tmp_path / "b"), backbone, start.modality)
-    again = starts.read(f"bundle:{tmp_path / 'b'}")
-    assert again.arch == backbone.arch and again.modality == start.modality
-    twin = bundle.build_backbone(again.arch)
-    assert not bundle.transfer(twin, again.tensors, "b", again.drop).dropped
-    assert all(torch.equal(a, b) for a, b in zip(twin.state_dict().values(), backbone.state_dict().values(), strict=True))
-
-
-@pytest.mark.parametrize(("spoil", "message"), [
-    (lambda f: (f / "config.json").unlink(), "no config.json in this folder; a Hugging Face folder has config.json, model.safetensors and tokenizer.json"),
-    (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json is missing; save the model again"),
-    (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
-     "model.safetensors is missing; save the model again with transformers' save_pretrained"),
-    (lambda f: (f / "config.json").write_text(json.dumps({"model_type": "t5"})), "model_type 't5' has no adapter; families are bert and gpt2"),
-    (lambda f: (f / "tokenizer.json").write_text(Tokenizer.from_str(WORDS).to_str()), r"its tokenizer lacks special tokens"),
-])
-def test_an_incomplete_folder_says_what_is_missing(tmp_path, spoil, message):
-    spoil(saved_by_transformers("bert", tmp_path))
-    with pytest.raises(BundleError, match=message):
-        starts.read(f"hf:{tmp_path}")
-
-
-WORDS = json.dumps({"version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None, "pre_tokenizer": None,
-                    "post_processor": None, "decoder": None, "model": {"type": "WordLevel", "vocab": {"a": 0, "[UNK]": 1}, "unk_token": "[UNK]"}})
 
 
 # ---------------------------------------------------------------- image models: other libraries' names, order, folders of timm

@@ -1,14 +1,18 @@
-"""Image folders, JSON Lines, CSV and plain text brought into Parquet, once, keyed by what was found."""
+"""Image folders, JSON Lines, CSV and plain text brought into Parquet, once, keyed by what was found.
+
+JSON Lines, CSV and text may be compressed (.jsonl.zst, .csv.gz, .txt.gz): they are read as a stream, never whole.
+"""
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa
 import pyarrow.csv as pacsv
@@ -21,13 +25,62 @@ from pipeline.job import spec_hash
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
 FORMATS = {".parquet": "parquet", ".pq": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".csv": "csv", ".tsv": "csv",
            ".txt": "text", ".text": "text", **dict.fromkeys(IMAGE_SUFFIXES, "images")}
-GROUP_ROWS = 1024
+CODECS = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
+UNPACKED = {"parquet", "images"}
+"""Kinds that are not read compressed as a whole: these files are compressed inside."""
+TEXTS = {"text", "paragraphs", "documents"}
+"""Kinds of plain text: a row is a line, a stretch between blank lines, or a file. Their column ``text`` is binary, so that a row that is not UTF-8 is
+told as bad where it is read, and spoils no other one."""
+TEXT_VERSION = 2
+GROUP_ROWS, GROUP_BYTES = 1024, 64 << 20
+"""A row group of text has at most so many rows, and no further one from so many bytes on."""
 CHUNK_BYTES, LINE_BYTES = 16 << 20, 1 << 30
-"""JSON Lines are read in chunks of so many bytes, more where one line is longer, up to the second number."""
+"""JSON Lines are read in chunks of so many bytes, more where one line is longer, up to the second number: the limit of every row of text too."""
+MARK = b"\xef\xbb\xbf"
+WIDE = (b"\xff\xfe", b"\xfe\xff")
+"""How UTF-8 and UTF-16 say in a file's first bytes that they are it."""
 BLOCK_BYTES, ROW_BYTES = 4 << 20, 256 << 20
 """The same for CSV, where Arrow reads a dozen or more blocks ahead: 0.25 GB in memory for a file of any size (2026-11-24, 4 MiB; 0.7 GB with 16)."""
 WIDER = {pa.null(): pa.int64(), pa.int64(): pa.float64(), pa.float64(): pa.string(), pa.string(): pa.binary()}
 """What a CSV column becomes when a value is not of its type; string for types that are not listed."""
+
+
+def _kind(file: str) -> str:
+    """What the name of a file says it holds; "" where it says nothing that is known."""
+    path = PurePosixPath(file.lower())
+    packed = path.suffix in CODECS
+    kind = FORMATS.get(path.with_suffix("").suffix if packed else path.suffix, "")
+    return "" if packed and kind in UNPACKED else kind
+
+
+class _Unpacked(io.RawIOBase):
+    """A compressed file as a stream of what is in it. Raises ValueError, with the file, where it is damaged or ends too early."""
+
+    def __init__(self, file: str, codec: str):
+        self._file, self._codec = file, codec
+        self._under = storage.open_read(file)
+        self._stream: Any = pa.CompressedInputStream(self._under, codec)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            return self._stream.readinto(buffer)
+        except storage.StorageError:
+            raise
+        except (OSError, pa.ArrowInvalid) as error:
+            raise ValueError(f"{self._file}: not readable as {self._codec}: {error}; the file is damaged or was cut off, fetch it again") from None
+
+    def close(self) -> None:
+        self._under.close()
+        super().close()
+
+
+def _open(file: str) -> BinaryIO:
+    """The bytes of a file, without the compression that its name tells."""
+    codec = CODECS.get(PurePosixPath(file.lower()).suffix)
+    return io.BufferedReader(_Unpacked(file, codec), 1 << 20) if codec else storage.open_read(file)
 
 
 def _expand(uris: list[str]) -> list[tuple[str, str]]:
@@ -40,7 +93,7 @@ def _expand(uris: list[str]) -> list[tuple[str, str]]:
         for entry in found:
             if storage.is_dir(entry):
                 inside = [f for f in storage.list_files(entry) if not any(p.startswith((".", "_")) for p in PurePosixPath(f[len(entry):]).parts)]
-                out += [(entry, f) for f in inside if PurePosixPath(f).suffix.lower() in FORMATS]
+                out += [(entry, f) for f in inside if _kind(f)]
             else:
                 out.append(("", entry))
     return sorted({file: root for root, file in reversed(out)}.items())
@@ -50,12 +103,13 @@ def to_parquet(uris: list[str], form: str, imports_uri: str) -> tuple[list[str],
     """Parquet files that hold the rows of the given files: themselves, or an import of them under ``imports_uri``. And, for images, a
     fingerprint of what was found, wherever it lies; none where the Parquet files themselves tell.
 
-    Raises ValueError for no files, kinds that are mixed, an empty file or text that is not UTF-8 (file and line named).
+    Raises ValueError for no files, kinds that are mixed, an empty file, or one that is cut off or has a row beyond the limit (file and line named).
     """
     pairs = _expand(uris)
-    kinds = {form} if form != "auto" else {FORMATS.get(PurePosixPath(f).suffix.lower(), "") for f, _ in pairs}
+    kinds = {form} if form != "auto" else {_kind(f) for f, _ in pairs}
     if not pairs or kinds == {""}:
-        raise ValueError(f"{', '.join(uris)}: no files of a known kind ({', '.join(sorted(FORMATS))}); set data.format")
+        raise ValueError(f"{', '.join(uris)}: no files of a known kind ({', '.join(sorted(FORMATS))}, and compressed "
+                         f"{', '.join(CODECS)}); set data.format")
     if len(kinds) > 1:
         raise ValueError(f"{', '.join(uris)}: files of several kinds ({', '.join(sorted(k or 'unknown' for k in kinds))}); name one kind by a glob")
     kind, fingerprint, images = kinds.pop(), None, []
@@ -66,11 +120,11 @@ def to_parquet(uris: list[str], form: str, imports_uri: str) -> tuple[list[str],
         fingerprint = spec_hash(kind, [[image.name, image.label, image.mark] for image in images])
     else:
         for file in files:
-            if storage.size(file) == 0:  # an empty image is one bad row, an empty table is a mistake
+            if kind != "documents" and storage.size(file) == 0:  # an empty image or document is one bad row, an empty table is a mistake
                 raise ValueError(f"{file}: the file is empty (0 bytes); remove it or write it again")
         if kind == "parquet":
             return files, None
-        key = spec_hash(kind, [[PurePosixPath(file).name, storage.fingerprint(file)] for file in files])
+        key = spec_hash(kind, [[PurePosixPath(file).name, storage.fingerprint(file)] for file in files], *([TEXT_VERSION] if kind in TEXTS else []))
     folder = storage.join(imports_uri, key)
     if not storage.exists(storage.join(folder, "manifest.json")):
         with tempfile.TemporaryDirectory() as scratch:
@@ -121,7 +175,7 @@ def _images(pairs: list[tuple[str, str]]) -> list[_Image]:
 # ---------------------------------------------------------------- tables and text
 
 def _write(kind: str, files: list[str], path: Path) -> None:
-    tables = {"csv": _csv, "jsonl": _json_lines, "text": _lines}[kind]
+    tables = {"csv": _csv, "jsonl": _json_lines, "text": _lines, "paragraphs": _paragraphs, "documents": _document}[kind]
     writer = None
     for file in files:
         for table in tables(file):
@@ -165,8 +219,8 @@ def _csv(file: str) -> Iterator[pa.Table]:
 
 def _csv_blocks(file: str, types: dict[str, pa.DataType], block_bytes: int) -> Iterator[pa.Table]:
     """The first table has no rows. Types of columns that are not given follow from the first block; another type in a later one is an error."""
-    tab = PurePosixPath(file).suffix.lower() == ".tsv"
-    with storage.open_read(file) as handle:
+    tab = ".tsv" in PurePosixPath(file.lower()).suffixes[-2:]
+    with _open(file) as handle:
         reader = pacsv.open_csv(handle, pacsv.ReadOptions(block_size=block_bytes, use_threads=False),
                                 pacsv.ParseOptions(delimiter="\t" if tab else ",", newlines_in_values=True), pacsv.ConvertOptions(column_types=types))
         yield reader.schema.empty_table()
@@ -192,7 +246,7 @@ def _json_lines(file: str) -> Iterator[pa.Table]:
 def _chunks(file: str) -> Iterator[tuple[int, bytes]]:
     """(number of the first line, whole lines) of a file, about CHUNK_BYTES at a time; blank chunks are left out."""
     number = 1
-    with storage.open_read(file) as handle:
+    with _open(file) as handle:
         while chunk := handle.read(CHUNK_BYTES):
             lines = chunk.count(b"\n")
             if not chunk.endswith(b"\n"):
@@ -232,21 +286,70 @@ def _wider(a: pa.DataType, b: pa.DataType, name: str = "") -> pa.DataType:
 
 
 def _lines(file: str) -> Iterator[pa.Table]:
-    """Non-empty lines of a text file, one a row, in tables of bounded size."""
-    with storage.open_read(file) as handle:
-        yield from _text_tables(handle, file)
+    """Lines of a text file, one a row; blank ones are left out."""
+    return _grouped(line.rstrip(b"\r\n") for line in _read_lines(file) if not _blank(line))
 
 
-def _text_tables(handle: BinaryIO, file: str) -> Iterator[pa.Table]:
-    lines: list[str] = []
-    for number, raw in enumerate(handle, 1):
-        try:
-            line = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{file}:{number}: not UTF-8 text ({error.reason} at byte {error.start} of the line); convert the file") from None
-        if line.strip():
-            lines.append(line)
-        if len(lines) >= 64 * GROUP_ROWS:
-            yield pa.table({"text": lines})
-            lines = []
-    yield pa.table({"text": pa.array(lines, pa.string())})
+def _paragraphs(file: str) -> Iterator[pa.Table]:
+    """Stretches between blank lines, one a row, with the line breaks inside them."""
+    def found() -> Iterator[bytes]:
+        lines: list[bytes] = []
+        size = 0
+        for number, line in enumerate(_read_lines(file), 1):
+            blank = _blank(line)
+            if not blank:
+                lines.append(line)
+                size += len(line)
+            if size > LINE_BYTES:
+                raise ValueError(f"{file}:{number}: the paragraph is longer than {LINE_BYTES >> 20} MiB; blank lines separate documents (or say format: text)")
+            if blank and lines:
+                yield b"".join(lines).rstrip(b"\r\n")
+                lines, size = [], 0
+        if lines:
+            yield b"".join(lines).rstrip(b"\r\n")
+
+    return _grouped(found())
+
+
+def _document(file: str) -> Iterator[pa.Table]:
+    """A whole file as one row."""
+    with _open(file) as handle:
+        data = handle.read(LINE_BYTES + 1)
+    if len(data) > LINE_BYTES:
+        raise ValueError(f"{file}: the document is larger than {LINE_BYTES >> 20} MiB; cut it up, or say format: text (a line is a document) or paragraphs")
+    return _grouped(iter([_marked(file, data)]))
+
+
+def _blank(line: bytes) -> bool:
+    return not line.strip() or (len(line) < 64 and not line.decode("utf-8", "replace").strip())
+
+
+def _marked(file: str, start: bytes) -> bytes:
+    """The first bytes of a file without the mark of UTF-8. Raises ValueError for that of UTF-16."""
+    if start.startswith(WIDE):
+        raise ValueError(f"{file}: the file is UTF-16; convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)")
+    return start.removeprefix(MARK)
+
+
+def _read_lines(file: str) -> Iterator[bytes]:
+    with _open(file) as handle:
+        number = 1
+        while line := handle.readline(LINE_BYTES):
+            if len(line) == LINE_BYTES and not line.endswith(b"\n"):
+                raise ValueError(f"{file}:{number}: the line is longer than {LINE_BYTES >> 20} MiB; a text file has one document a line, "
+                                 "or say format: paragraphs or documents")
+            yield _marked(file, line) if number == 1 else line
+            number += 1
+
+
+def _grouped(rows: Iterator[bytes]) -> Iterator[pa.Table]:
+    """Tables of bounded size, at least one."""
+    held: list[bytes] = []
+    size = 0
+    for row in rows:
+        held.append(row)
+        size += len(row)
+        if size >= GROUP_BYTES or len(held) >= 64 * GROUP_ROWS:
+            yield pa.table({"text": pa.array(held, pa.binary())})
+            held, size = [], 0
+    yield pa.table({"text": pa.array(held, pa.binary())})

@@ -213,6 +213,8 @@ class Splits:
     validation: Selection
     test: Selection
     origin: str
+    corpora: tuple[int, ...] = ()
+    """Training rows of each corpus, in the order of the job file and of ``train``."""
 
     @property
     def fingerprint(self) -> str:
@@ -284,6 +286,10 @@ def splits(data: Data, roles: tuple[str, ...], place: str, imports_uri: str, nee
     for name, needed in (("train", True), ("validation", need_test), ("test", need_test)):
         if needed and not len(getattr(out, name)):
             raise ValueError(f"{at}: the {name} split is empty ({out.sizes()}); give {name} files, a split_column or {name}_fraction")
+    for i, (weight, rows) in enumerate(zip(data.weights, out.corpora, strict=True)):
+        if weight is not None and not rows:
+            raise ValueError(f"{at}{f'.more.{i - 1}' if i else ''}: this corpus has weight {weight:g} and no training row to draw; leave it out, or look "
+                             f"at its splits and where ({parts[i].sizes()})")
     for group in dict.fromkeys(filter(None, groups)):
         _no_crossing([part for part, own in zip(parts, groups, strict=True) if own == group], group, at)
     return out
@@ -326,7 +332,7 @@ def _splits(data: Data, roles: tuple[str, ...], at: str, imports_uri: str) -> Sp
     if data.group:
         origin.append(f"no {data.group} in two splits")
     empty = Selection(first, np.zeros(0, dtype=np.int64))
-    return Splits(train, given.get("validation", empty), given.get("test", empty), "; ".join(origin) or "as given")
+    return Splits(train, given.get("validation", empty), given.get("test", empty), "; ".join(origin) or "as given", (len(train),))
 
 
 def _joined(parts: list[Splits], columns: list[str], at: str) -> Splits:
@@ -337,7 +343,7 @@ def _joined(parts: list[Splits], columns: list[str], at: str) -> Splits:
     told = "; ".join(f"corpus {i + 1}: {part.origin}" for i, part in enumerate(parts))
     if len({part.origin for part in parts}) == 1:
         told = f"each of {len(parts)} corpora: {parts[0].origin}"
-    return Splits(whole["train"], whole["validation"], whole["test"], told)
+    return Splits(whole["train"], whole["validation"], whole["test"], told, tuple(len(part.train) for part in parts))
 
 
 def _concatenated(selections: list[Selection], columns: list[str], places: list[str]) -> Selection:

@@ -7,6 +7,11 @@ arithmetic, and a rank reads only its own shards. When ranks divide C and C divi
 
 Within an epoch the shards are consecutive parts of one shuffled order: ``rows`` permutes all rows; ``blocks`` permutes the
 row groups and the rows inside each (shards then interleave C row groups), which never needs more than C groups at a time.
+
+A mixture draws from several corpora by weights. Each corpus then is an endless sequence of its own, in which each of its epochs
+covers each of its rows exactly once, and a row's epoch is that of its corpus. Which corpus a place of a shard draws from
+follows from (seed, shard, chunk of CHUNK places): every chunk has the same numbers of draws, so where a corpus's sequence stands
+at any place is closed form, too. What is called an epoch of the plan is then as many positions as there are rows in all.
 """
 
 from __future__ import annotations
@@ -20,6 +25,12 @@ import numpy as np
 
 from pipeline.rng import mix
 
+Shuffle = Literal["rows", "blocks", "none"]
+CHUNK = 4096
+"""Places of a shard in which a mixture has its shares: weights are whole parts of so many."""
+Mixture = tuple[tuple[int, int, float], ...]
+"""(first row index, one past the last, weight) of every corpus, in the order of their rows."""
+
 
 @dataclass(frozen=True)
 class Item:
@@ -30,27 +41,12 @@ class Item:
     stop: int
 
 
-class Plan:
-    """Row order of one training run.
+class Order:
+    """An endless sequence of shuffled epochs over rows 0 .. rows-1, dealt out to shards. boundaries: as in Plan."""
 
-    rows: number of selected rows (indices 0 .. rows-1). boundaries: (groups + 1,) first index of every row group, for
-    ``blocks``. Raises ValueError for an empty selection, a global batch larger than the rows or fewer rows than shards.
-    """
-
-    def __init__(self, rows: int, seed: int, global_batch: int, *, shards: int = 8,
-                 shuffle: Literal["rows", "blocks", "none"] = "rows", boundaries: np.ndarray | None = None, item_rows: int = 256):
-        if rows < 1:
-            raise ValueError("there are no rows to train on")
-        if global_batch < 1:
-            raise ValueError(f"global batch {global_batch} must be at least 1")
-        if rows < global_batch:
-            raise ValueError(f"{rows} rows are fewer than one global batch of {global_batch}: lower train.global_batch or add data")
-        self.rows, self.seed, self.global_batch, self.item_rows = rows, seed, global_batch, item_rows
-        self.shards = min(shards, global_batch)
-        self.shuffle = shuffle
-        self.boundaries = np.asarray([0, rows] if boundaries is None else boundaries, dtype=np.int64)
-        if shuffle == "blocks" and (self.boundaries[0] != 0 or self.boundaries[-1] != rows):
-            raise ValueError("boundaries must run from 0 to the number of rows")
+    def __init__(self, rows: int, seed: int, shards: int, shuffle: Shuffle, boundaries: np.ndarray):
+        self.rows, self.seed, self.shards, self.boundaries = rows, seed, shards, boundaries
+        self.shuffle: Shuffle = shuffle
         self._epoch_order = lru_cache(maxsize=3)(self._make_order)
 
     def __getstate__(self):
@@ -109,6 +105,101 @@ class Plan:
         if not indices:
             return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
         return np.concatenate(indices), np.concatenate(epochs)
+
+
+class Mixed:
+    """Corpora drawn from by weights, each in the order of its own. Within a chunk the draws of a corpus lie in equal stretches, one at random in
+    each, so that its share is near its weight after any number of places and not at the chunk's end alone."""
+
+    def __init__(self, mixture: Mixture, plan: Order):
+        weights = np.array([weight for *_, weight in mixture], dtype=np.float64)
+        if [start for start, *_ in mixture] != [0, *(stop for _, stop, _ in mixture[:-1])] or mixture[-1][1] != plan.rows:
+            raise ValueError(f"the corpora of a mixture must follow each other from row 0 to row {plan.rows}: {mixture}")
+        self.seed, self.starts = plan.seed, [start for start, *_ in mixture]
+        self.draws = draws_a_chunk(weights)
+        for number, (start, stop, weight) in enumerate(mixture, 1):
+            if stop <= start:
+                raise ValueError(f"corpus {number} has weight {weight:g} and no rows to train on: leave it out")
+        self.parts = [Order(stop - start, mix(plan.seed, 3, c), plan.shards, plan.shuffle, _inside(plan.boundaries, start, stop))
+                      for c, (start, stop, _) in enumerate(mixture)]
+        self._chunk = lru_cache(maxsize=2 * plan.shards)(self._make_chunk)
+
+    def __getstate__(self):
+        return {k: v for k, v in self.__dict__.items() if k != "_chunk"}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self._chunk = lru_cache(maxsize=2 * self.parts[0].shards)(self._make_chunk)
+
+    def _make_chunk(self, shard: int, chunk: int) -> tuple[np.ndarray, np.ndarray]:
+        """(CHUNK,) corpus of every place and (CHUNK,) how many draws of the chunk its corpus had before it."""
+        corpora = np.repeat(np.arange(len(self.draws)), self.draws)
+        number = np.concatenate([np.arange(count) for count in self.draws])
+        when = (number + np.random.default_rng(mix(self.seed, shard, chunk, 2)).random(CHUNK)) / self.draws[corpora]
+        order = np.argsort(when, kind="stable")
+        return corpora[order], number[order]
+
+    def sequence(self, shard: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """As `Plan.sequence`."""
+        n = max(0, stop - start)
+        indices, epochs = np.empty(n, dtype=np.int64), np.empty(n, dtype=np.int64)
+        for chunk in range(start // CHUNK, -(-stop // CHUNK) if n else 0):
+            low, high = max(start, chunk * CHUNK), min(stop, (chunk + 1) * CHUNK)
+            corpora, number = (part[low - chunk * CHUNK:high - chunk * CHUNK] for part in self._chunk(shard, chunk))
+            for c in np.unique(corpora):
+                here = np.flatnonzero(corpora == c)
+                first = chunk * int(self.draws[c]) + int(number[here[0]])
+                found, whose = self.parts[c].sequence(shard, first, first + len(here))
+                indices[low - start + here], epochs[low - start + here] = found + self.starts[c], whose
+        return indices, epochs
+
+
+def draws_a_chunk(weights: np.ndarray) -> np.ndarray:
+    """(corpora,) whole numbers that add up to CHUNK, each within one of its share. Raises ValueError for weights that are not above 0, or one so small
+    that nothing would be drawn for it."""
+    if not len(weights) or not (np.isfinite(weights).all() and (weights > 0).all()):
+        raise ValueError(f"weights {', '.join(f'{w:g}' for w in weights)}: each must be above 0")
+    shares = weights / weights.sum()
+    cuts = np.round(np.cumsum(shares) * CHUNK)
+    out = np.diff([0, *cuts[:-1], CHUNK]).astype(np.int64)
+    if (out < 1).any():
+        c = int(out.argmin())
+        raise ValueError(f"the weight {weights[c]:g} of corpus {c + 1} is {shares[c]:.2g} of all weights, and the smallest share is 1 of {CHUNK}: "
+                         "raise it, or leave the corpus out")
+    return out
+
+
+def _inside(boundaries: np.ndarray, start: int, stop: int) -> np.ndarray:
+    """Those of a range of rows, counted from its first."""
+    return np.unique(np.clip(boundaries, start, stop)) - start
+
+
+class Plan(Order):
+    """Row order of one training run.
+
+    rows: number of selected rows (indices 0 .. rows-1). boundaries: (groups + 1,) first index of every row group, for
+    ``blocks``. mixture: corpora as ranges of the rows, with weights; none: every row once an epoch. Raises ValueError for an empty
+    selection, a global batch larger than the rows or fewer rows than shards, an empty corpus or a weight that no draw stands for.
+    """
+
+    def __init__(self, rows: int, seed: int, global_batch: int, *, shards: int = 8, shuffle: Shuffle = "rows", boundaries: np.ndarray | None = None,
+                 item_rows: int = 256, mixture: Mixture | None = None):
+        if rows < 1:
+            raise ValueError("there are no rows to train on")
+        if global_batch < 1:
+            raise ValueError(f"global batch {global_batch} must be at least 1")
+        if rows < global_batch:
+            raise ValueError(f"{rows} rows are fewer than one global batch of {global_batch}: lower train.global_batch or add data")
+        bounds = np.asarray([0, rows] if boundaries is None else boundaries, dtype=np.int64)
+        if shuffle == "blocks" and (bounds[0] != 0 or bounds[-1] != rows):
+            raise ValueError("boundaries must run from 0 to the number of rows")
+        super().__init__(rows, seed, min(shards, global_batch), shuffle, bounds)
+        self.global_batch, self.item_rows = global_batch, item_rows
+        self.mixed = Mixed(mixture, self) if mixture is not None else None
+
+    def sequence(self, shard: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """(n,) row indices and (n,) epochs, of a mixture those of each row's corpus, of places [start, stop) of a shard's endless sequence."""
+        return self.mixed.sequence(shard, start, stop) if self.mixed is not None else super().sequence(shard, start, stop)
 
     def owned(self, rank: int, ranks: int) -> list[int]:
         """Shards of a rank. Raises ValueError for more ranks than shards."""

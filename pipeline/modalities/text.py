@@ -1,150 +1,323 @@
-"""Text: a tokenizer trained on the source corpus (it travels in the bundle), rows of token ids, documents packed without padding."""
+"""Text: a tokenizer (trained on the source corpus, or an existing one; it travels in the bundle), rows of token ids, documents packed without padding."""
 
 from __future__ import annotations
 
-from collections import Counter
+from collections.abc import Sequence
 from functools import cached_property
-from itertools import chain
-from typing import Any, Literal
+from itertools import pairwise
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from pydantic import Field
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 from torch import Tensor
 
+from pipeline import tokenizer as tokenizers
 from pipeline.contracts import Arrays, Modality
 from pipeline.registry import Options, register
+from pipeline.tokenizer import PIECE_BYTES, SPECIALS
 
-SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-ALPHABET = 1000
-"""Distinct characters that a WordPiece vocabulary keeps, the most frequent ones; the others are unknown."""
+LARGEST_WORD = 32767
+"""Words of a row that have a number (int16)."""
 
 
 class TextOptions(Options):
     length: int = Field(128, ge=8, le=65536, description="tokens a row, with [CLS] and [SEP]; longer texts are cut")
+    tokenizer: str | None = Field(None, description="folder with an existing tokenizer.json, as transformers saves it; none: one is trained on the corpus")
     vocabulary: int = Field(8192, ge=256, le=1_000_000, description="largest vocabulary of the tokenizer that is trained")
     algorithm: Literal["auto", "wordpiece", "bpe"] = Field("auto", description="auto: byte-level BPE for GPT families, WordPiece for the others")
     lowercase: bool = Field(True, description="WordPiece only: lower case and strip accents")
+    windows: int | None = Field(None, ge=1, le=1024, description="question answering: most windows that a long text is read in; none: it is cut")
+    stride: int = Field(128, ge=0, le=65535, description="tokens that neighbouring windows share")
+
+
+class _Rows(NamedTuple):
+    """``[CLS] a [SEP] b [SEP]`` of some rows: (B, N) ids padded at their end, (B,) tokens of each, (B, N) token types."""
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    types: np.ndarray
 
 
 @register("modality", "text", options=TextOptions)
 class Text(Modality):
-    """``tokens`` (B, N) ids with ``mask`` (B, N) or, for packed rows, ``segments`` (B, N): the document's number, 0 for padding."""
+    """Rows of N = ``length`` tokens, (B, n) after ``collate`` (n: the longest row), each ``[CLS] text [SEP]``.
+
+    ``tokens`` (B, N) ids with ``mask`` (B, N); with a second text ``[CLS] a [SEP] b [SEP]`` and ``types`` (B, N), 1 for b (BERT's token types);
+    for lists of words ``words`` (B, N), the number of the word whose first token stands there, else -1; with ``windows`` W everything is (B, W, N)
+    and ``offsets`` (B, W, N, 2) are the characters of each token of the text in windows. Packed rows have ``segments`` (B, N), the document's
+    number in the row, 0 for padding, and ``bytes`` (B,), the UTF-8 bytes that their tokens stand for.
+    """
 
     roles = ("text",)
-    packed_roles = ("tokens", "segments")
+    optional_roles = ("text_pair",)
+    packed_roles = ("tokens", "segments", "bytes")
+    target_options = ("length", "stride", "windows")
 
     @classmethod
     def fit(cls, options, table, columns, backbone):
-        texts = [text for text, reason in _texts(table[columns["text"]]) if not reason]
-        if not texts:
+        if options.tokenizer is not None:
+            beside = {"vocabulary", "algorithm", "lowercase"} & options.model_fields_set
+            if beside:
+                raise ValueError(f"tokenizer: {options.tokenizer} is there already, so {', '.join(sorted(beside))} decide nothing; leave them out")
+            text, vocabulary, specials = tokenizers.from_folder(options.tokenizer)
+            return {"tokenizer": text, "vocabulary": vocabulary, "specials": specials}
+        documents = [b" ".join(row) if isinstance(row, list) else row for role in ("text", "text_pair") if columns.get(role) in table.column_names
+                     for row, reason in zip(*(_words if _lists(table[columns[role]]) else _documents)(table[columns[role]], role), strict=True) if not reason]
+        if not documents:
             raise ValueError(f"column {columns['text']}: no row holds text to train a tokenizer on")
         kind = options.algorithm if options.algorithm != "auto" else ("bpe" if "gpt" in backbone else "wordpiece")
-        tokenizer = train_tokenizer(texts, kind, options.vocabulary, options.lowercase)
+        tokenizer = tokenizers.train_tokenizer(tokenizers.texts_of(documents), kind, options.vocabulary, options.lowercase)
         return {"tokenizer": tokenizer.to_str(), "vocabulary": tokenizer.get_vocab_size(), "specials": list(range(len(SPECIALS)))}
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.from_str(self.state["tokenizer"])
 
+    @cached_property
+    def _continuing(self) -> str | None:
+        return tokenizers.continuing(self.tokenizer, self.state["vocabulary"], self.state["specials"])
+
     def __getstate__(self):
         return {k: v for k, v in self.__dict__.items() if k != "tokenizer"}
 
     def inputs(self) -> dict[str, Any]:
-        """``specials`` holds the ids of pad, unk, cls, sep and mask, in this order."""
-        return {"vocabulary": self.state["vocabulary"], "length": self.options.length, "specials": self.state["specials"]}
+        """``specials`` holds the ids of pad, unk, cls, sep and mask, in this order; ``continuing`` the tokens that go on a word, as a bitmap."""
+        known = {"continuing": self._continuing} if self._continuing else {}
+        return {"vocabulary": self.state["vocabulary"], "length": self.options.length, "specials": self.state["specials"], **known}
+
+    def check(self, roles) -> None:
+        options = self.options
+        if options.windows is not None and "answers" not in roles:
+            raise ValueError("windows: a text is read in windows by objectives that look for answers (qa); leave windows out, or set it to null")
+        if options.windows is None and "answers" in roles:
+            raise ValueError("answers are looked for in windows of a long text; say modality: {text: {length: 384, windows: 8, stride: 128}}")
+        if options.windows is not None and options.stride > options.length - 4:
+            raise ValueError(f"stride: windows of {options.length} tokens that share {options.stride} never move on; choose a smaller stride or more length")
 
     @property
     def _dtype(self):
         return np.uint16 if self.state["vocabulary"] <= 1 << 16 else np.int32
 
-    def _encode(self, column) -> tuple[list[list[int]], list[str]]:
-        pairs = list(_texts(column))
-        bad = [reason for _, reason in pairs]
-        return [e.ids for e in self.tokenizer.encode_batch_fast([text for text, _ in pairs], add_special_tokens=False)], bad
-
-    def _framed(self, column) -> tuple[list[list[int]], list[str]]:
-        """``[CLS] ids [SEP]`` of every text, cut to ``length``."""
-        encoded, bad = self._encode(column)
-        _, _, cls, sep, _ = self.state["specials"]
-        return [[cls, *ids[:self.options.length - 2], sep] for ids in encoded], bad
+    # ------------------------------------------------------------ rows
 
     def decode(self, table, columns) -> tuple[Arrays, list[str]]:
-        """Reads texts, rows that ``pack`` made (``columns`` names tokens and segments) and rows that ``tokenize`` made (tokens alone)."""
-        length, bad = self.options.length, [""] * len(table)
+        """Reads texts, pairs and lists of words, rows that ``pack`` made (``columns`` names tokens and segments) and rows that ``tokenize`` made
+        (tokens alone)."""
+        length, pair = self.options.length, "text_pair" in columns
         if "segments" in columns:
-            return {name: _matrix(table[columns[name]], length) for name in ("tokens", "segments")}, bad
+            return self._packed(table, columns), [""] * len(table)
         if "tokens" in columns:
             column = table[columns["tokens"]].combine_chunks()
-            lengths, values = pc.list_value_length(column).to_numpy(zero_copy_only=False), column.flatten().to_numpy()  # pyright: ignore[reportAttributeAccessIssue]
-        else:
-            rows, bad = self._framed(table[columns["text"]])
-            lengths, values = np.array([len(row) for row in rows]), np.fromiter(chain.from_iterable(rows), dtype=np.int64)
-        tokens = np.full((len(table), length), self.state["specials"][0], dtype=self._dtype)
-        lengths = lengths.astype(np.int32)
-        tokens[np.arange(length) < lengths[:, None]] = values
-        return {"tokens": tokens, "lengths": lengths}, bad
+            lengths = pc.list_value_length(column).to_numpy(zero_copy_only=False).astype(np.int32)  # pyright: ignore[reportAttributeAccessIssue]
+            tokens = np.full((len(table), length), self.state["specials"][0], dtype=self._dtype)
+            tokens[np.arange(length) < lengths[:, None]] = column.flatten().to_numpy()
+            return {"tokens": tokens, "lengths": lengths}, [""] * len(table)
+        if _lists(table[columns["text"]]):
+            if pair or self.options.windows is not None:
+                raise ValueError(f"column {columns['text']} holds lists of words: these have no {'text_pair' if pair else 'windows'}; leave it out")
+            return self._worded(table[columns["text"]])
+        if self.options.windows is not None:
+            return self._windowed(table, columns)
+        rows, bad = self._framed(table, columns)
+        return {"tokens": rows.tokens, "lengths": rows.lengths, **({"types": rows.types} if pair else {})}, bad
 
-    def tokenize(self, table, columns) -> tuple[pa.Table, list[str]]:
-        """The good rows with ``tokens`` (a list of ids, ``[CLS] ids [SEP]`` cut to ``length``) in the place of the text."""
+    def _packed(self, table, columns) -> Arrays:
+        found = {name: _matrix(table[columns[name]], self.options.length) for name in ("tokens", "segments")}
+        if "bytes" in columns:
+            found["bytes"] = table[columns["bytes"]].to_numpy().astype(np.float32)
+        return found
+
+    def _rows(self, parts: Sequence[Sequence[np.ndarray]], length: int) -> _Rows:
+        """Rows of one or two lists of ids each, which leave room for the special tokens."""
+        pad, _, cls, sep, _ = self.state["specials"]
+        tokens, types = np.full((len(parts), length), pad, dtype=self._dtype), np.zeros((len(parts), length), dtype=np.uint8)
+        lengths = np.zeros(len(parts), dtype=np.int32)
+        for row, texts in enumerate(parts):
+            tokens[row, 0], place = cls, 1
+            for number, ids in enumerate(texts):
+                end = place + len(ids)
+                tokens[row, place:end], tokens[row, end], types[row, place:end + 1] = ids, sep, number
+                place = end + 1
+            lengths[row] = place
+        return _Rows(tokens, lengths, types)
+
+    def _framed(self, table, columns) -> tuple[_Rows, list[str]]:
+        """``[CLS] a [SEP]`` or ``[CLS] a [SEP] b [SEP]`` of every row, the longer text cut first (as transformers' longest_first)."""
+        roles = [role for role in ("text", "text_pair") if role in columns]
+        room = self.options.length - 1 - len(roles)
+        documents, reasons = zip(*(_documents(table[columns[role]], role) for role in roles), strict=True)
+        texts = [[one.ids for one in tokenizers.encode_first(self.tokenizer, some, room, self._dtype)] for some in documents]
+        if len(texts) == 1:
+            parts = [(ids[:room],) for ids in texts[0]]
+        else:
+            parts = [(a[:n], b[:m]) for a, b in zip(*texts, strict=True) for n, m in [_shares(len(a), len(b), room)]]
+        return self._rows(parts, self.options.length), [next(filter(None, row), "") for row in zip(*reasons, strict=True)]
+
+    def _worded(self, column) -> tuple[Arrays, list[str]]:
+        lists, bad = _words(column, "text")
+        room = self.options.length - 2
+        words = [[word.decode() for word in row[:LARGEST_WORD + 1]] for row in lists]
+        encoded = tokenizers.encode_words(self.tokenizer, words, room, self._dtype)
+        rows = self._rows([(ids[:room],) for ids, _ in encoded], self.options.length)
+        numbers = np.full(rows.tokens.shape, -1, dtype=np.int16)
+        for row, (_, of) in enumerate(encoded):
+            of = of[:room]
+            firsts = np.flatnonzero(np.diff(of, prepend=-1))
+            numbers[row, firsts + 1] = of[firsts]
+        return {"tokens": rows.tokens, "lengths": rows.lengths, "words": numbers}, bad
+
+    def _windowed(self, table, columns) -> tuple[Arrays, list[str]]:
+        """The last text in windows as transformers cuts them (return_overflowing_tokens with a stride), the first one before each."""
+        length, most = self.options.length, self.options.windows
+        roles = [role for role in ("text", "text_pair") if role in columns]
+        documents, reasons = zip(*(_documents(table[columns[role]], role) for role in roles), strict=True)
+        bad = [next(filter(None, row), "") for row in zip(*reasons, strict=True)]
+        texts = tokenizers.encode_first(self.tokenizer, documents[-1], length * most + 1, self._dtype, offsets=True)
+        asked = tokenizers.encode_first(self.tokenizer, documents[0], length + 1, self._dtype, offsets=True) if len(roles) == 2 else None
+        parts: list[tuple[np.ndarray, ...]] = []
+        places: list[tuple[int, int, int, np.ndarray]] = []  # row, window, where its text begins, offsets
+        for row, text in enumerate(texts):
+            question = (asked[row].ids,) if asked else ()
+            before = 1 + sum(len(ids) + 1 for ids in question)
+            starts, reason = self._starts(len(text.ids), text.whole, before)
+            bad[row] = bad[row] or reason
+            if not bad[row]:
+                room = length - before - 1
+                parts += [(*question, text.ids[start:start + room]) for start in starts]
+                places += [(row, window, before, text.offsets[start:start + room]) for window, start in enumerate(starts)]
+        rows = self._rows(parts, length)
+        out = {"tokens": np.full((len(table), most, length), self.state["specials"][0], dtype=self._dtype),
+               "lengths": np.zeros((len(table), most), dtype=np.int32), "types": np.zeros((len(table), most, length), dtype=np.uint8)}
+        offsets = np.full((len(table), most, length, 2), -1, dtype=np.int32)
+        for i, (row, window, before, spans) in enumerate(places):
+            for name, array in rows._asdict().items():
+                out[name][row, window] = array[i]
+            offsets[row, window, before:before + len(spans)] = spans
+        return {**out, "offsets": offsets}, bad
+
+    def _starts(self, tokens: int, whole: bool, before: int) -> tuple[range, str]:
+        """First tokens of the windows of a text with so many tokens, ``before`` of which stand in front of each; or why there are none."""
+        length, stride, most = self.options.length, self.options.stride, self.options.windows
+        room, asked = length - before - 1, f"the question takes {before - 2} of {length} tokens"
+        if room < 1:
+            return range(0), asked
+        if tokens > room and room <= stride:
+            return range(0), f"{asked} and leaves {room} for the text, of which windows share {stride}"
+        count = 1 + max(0, -(-(tokens - room) // max(1, room - stride)))
+        if count > most:
+            return range(0), f"the text takes {'' if whole else 'at least '}{count} windows of {length} tokens, more than windows: {most}"
+        return range(0, count * max(1, room - stride), max(1, room - stride)), ""
+
+    def tokenize(self, table, columns) -> tuple[pa.Table, list[str]] | None:
+        """The good rows with ``tokens`` (a list of ids, ``[CLS] ids [SEP]`` cut to ``length``) in the place of the text. None for pairs, words and windows."""
         name = columns["text"]
+        if "text_pair" in columns or self.options.windows is not None or _lists(table[name]):
+            return None
         if "tokens" in table.column_names and name != "tokens":
             raise ValueError("a column is called tokens, the name that token ids get; give it another name")
-        rows, bad = self._framed(table[name])
+        rows, bad = self._framed(table, columns)
         good = np.array([not reason for reason in bad], dtype=bool)
-        tokens = pa.array([row for row, reason in zip(rows, bad, strict=True) if not reason], pa.list_(pa.uint32()))
-        return table.filter(pa.array(good)).set_column(table.column_names.index(name), "tokens", tokens), bad
+        tokens, lengths = rows.tokens[good], rows.lengths[good]
+        ids = tokens[np.arange(self.options.length) < lengths[:, None]].astype(self._stored)
+        column = pa.ListArray.from_arrays(np.append(0, np.cumsum(lengths)).astype(np.int32), pa.array(ids))
+        return table.filter(pa.array(good)).set_column(table.column_names.index(name), "tokens", column), bad
+
+    @property
+    def _stored(self):
+        return np.uint16 if self.state["vocabulary"] <= 1 << 16 else np.uint32
+
+    # ------------------------------------------------------------ packing
 
     def pack(self, table, columns) -> tuple[pa.Table, list[str]]:
-        """Documents, each ``[CLS] ids [SEP]``, laid end to end into rows of ``length``; only the last row has padding."""
-        length = self.options.length
-        encoded, bad = self._encode(table[columns["text"]])
-        bad = [reason or ("" if ids else "the text is empty") for ids, reason in zip(encoded, bad, strict=True)]
+        """Documents, each ``[CLS] ids [SEP]``, laid end to end into rows of ``length``; only the last row has padding.
+
+        ``bytes`` of a row: the bytes of a document's text are spread evenly over its tokens but the first, which nothing predicts.
+        """
+        length, stored = self.options.length, self._stored
+        documents, bad = _documents(table[columns["text"]], "text")
+        encoded = tokenizers.encode(self.tokenizer, documents, stored)
+        bad = [reason or ("" if len(ids) else "the text is empty") for ids, reason in zip(encoded, bad, strict=True)]
         pad, _, cls, sep, _ = self.state["specials"]
-        pieces = [[cls, *ids, sep] for ids, reason in zip(encoded, bad, strict=True) if not reason]
-        if not pieces:
-            none = pa.array([], pa.list_(pa.uint32(), length))
-            return pa.table({"tokens": none, "segments": none}), bad
-        tokens = np.concatenate([np.array(piece, dtype=np.uint32) for piece in pieces])
-        documents = np.repeat(np.arange(1, len(pieces) + 1, dtype=np.uint32), [len(piece) for piece in pieces])
-        rows = -(-len(tokens) // length)
-        tokens, documents = (np.pad(a, (0, rows * length - len(a)), constant_values=end).reshape(rows, length)
-                             for a, end in ((tokens, pad), (documents, 0)))
-        first = documents[:, :1]
-        segments = np.where(documents > 0, documents - first + 1, 0).astype(np.uint32)
-        return pa.table({"tokens": pa.FixedSizeListArray.from_arrays(tokens.reshape(-1), length),
-                         "segments": pa.FixedSizeListArray.from_arrays(segments.reshape(-1), length)}), bad
+        sizes = np.array([len(document) for document, reason in zip(documents, bad, strict=True) if not reason], dtype=np.float64)
+        kept = [ids for ids, reason in zip(encoded, bad, strict=True) if not reason]
+        counts = np.array([len(ids) + 2 for ids in kept], dtype=np.int64)
+        rows = -(-int(counts.sum()) // length)
+        ends = np.cumsum(counts)
+        tokens = np.full(rows * length, pad, dtype=stored)
+        numbers = np.zeros(rows * length, dtype=np.int32)
+        for number, (ids, end) in enumerate(zip(kept, ends.tolist(), strict=True), 1):
+            start = end - len(ids) - 2
+            tokens[start], tokens[start + 1:end - 1], tokens[end - 1], numbers[start:end] = cls, ids, sep, number
+        numbers = numbers.reshape(rows, length)
+        segments = np.where(numbers > 0, numbers - numbers[:, :1] + 1, 0).astype(np.uint16)
+        return pa.table({"tokens": _lists_of(tokens, length), "segments": _lists_of(segments.reshape(-1), length),
+                         "bytes": _bytes_of_rows(counts, ends, sizes, rows, length)}), bad
 
     def collate(self, arrays: Arrays) -> dict[str, Tensor]:
-        out = super().collate({k: v for k, v in arrays.items() if k not in ("tokens", "segments", "lengths")})
-        tokens = arrays["tokens"]
+        own = {"tokens", "types", "words", "offsets"} & set(arrays)
+        out = super().collate({k: v for k, v in arrays.items() if k not in (*own, "segments", "lengths")})
+        width = arrays["tokens"].shape[-1]
         if "segments" in arrays:
             out["segments"] = torch.from_numpy(arrays["segments"].astype(np.int32))
         else:
-            longest = int(arrays["lengths"].max(initial=1))
-            longest = min(tokens.shape[1], -(-longest // 8) * 8)  # few distinct widths
-            tokens = tokens[:, :longest]
-            out["mask"] = torch.from_numpy(np.arange(longest)[None] < arrays["lengths"][:, None])
-        out["tokens"] = torch.from_numpy(tokens.astype(np.int64))
+            width = min(width, -(-int(arrays["lengths"].max(initial=1)) // 8) * 8)  # few distinct widths
+            out["mask"] = torch.from_numpy(np.arange(width) < arrays["lengths"][..., None])
+        for name in own:
+            cut = arrays[name][..., :width, :] if name == "offsets" else arrays[name][..., :width]
+            out[name] = torch.from_numpy(np.ascontiguousarray(cut) if name == "offsets" else cut.astype(np.int64))
         return out
 
 
-def _texts(column):
-    """(text, "") or ("", reason) of every value; bytes that are not UTF-8 spoil their own row alone."""
+# ---------------------------------------------------------------- columns
+
+def _lists(column) -> bool:
+    return pa.types.is_list(column.type) or pa.types.is_large_list(column.type) or pa.types.is_fixed_size_list(column.type)
+
+
+def _documents(column, role: str) -> tuple[list[memoryview], list[str]]:
+    """The bytes of every value, and "" or the reason why a value is no text (it is then empty); bytes that are not UTF-8 spoil their own row alone."""
     column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    if pa.types.is_null(column.type):
+        column = pa.nulls(len(column), pa.large_binary())
     try:
-        raw = column.cast(pa.large_binary()) if not pa.types.is_null(column.type) else column
+        raw = column.cast(pa.large_binary())
     except pa.ArrowNotImplementedError:
-        raise ValueError(f"the text column holds {column.type} values, not text; check data.columns") from None
-    for value in raw:
-        data = value.as_py()
-        try:
-            yield (data.decode("utf-8"), "") if data is not None else ("", "the text is null")
-        except UnicodeDecodeError as error:
-            yield "", f"not UTF-8 text ({error.reason} at byte {error.start})"
+        raise ValueError(f"the {role} column holds {column.type} values, not text; check data.columns") from None
+    offsets = np.frombuffer(raw.buffers()[1], dtype=np.int64)[raw.offset:raw.offset + len(raw) + 1].tolist() if len(raw) else [0]
+    data = memoryview(raw.buffers()[2] or b"")
+    documents = [data[start:stop] for start, stop in pairwise(offsets)]
+    bad = [""] * len(raw)
+    for i in np.flatnonzero(raw.is_null().to_numpy(zero_copy_only=False)).tolist():
+        documents[i], bad[i] = data[:0], f"the {role} is null"
+    try:
+        raw.cast(pa.large_string())  # Arrow checks a whole column in no time
+    except pa.ArrowInvalid:
+        for i, document in enumerate(documents):
+            if reason := tokenizers.not_utf8(document):
+                documents[i], bad[i] = data[:0], reason
+    return documents, bad
+
+
+def _words(column, role: str) -> tuple[list[list[bytes]], list[str]]:
+    """The words of every row, and "" or the reason why they are none (the row has then no words)."""
+    column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    documents, bad = _documents(column.flatten(), "word")
+    rows, reasons, place = [], [], 0
+    for count in pc.list_value_length(column).to_pylist():  # pyright: ignore[reportAttributeAccessIssue]
+        here = slice(place, place + (count or 0))
+        place = here.stop
+        row = [bytes(word) for word in documents[here]]
+        reason = f"the {role} is null" if count is None else "there are no words" if not count else ""
+        for number, (word, why) in enumerate(zip(row, bad[here], strict=True)):
+            long = f"it has {len(word)} bytes, more than {PIECE_BYTES}" if len(word) > PIECE_BYTES else ""
+            reason = reason or (f"word {number}: {why or long}" if why or long else "")
+        rows.append([] if reason else row)
+        reasons.append(reason)
+    return rows, reasons
 
 
 def _matrix(column, length: int) -> np.ndarray:
@@ -152,44 +325,23 @@ def _matrix(column, length: int) -> np.ndarray:
     return column.flatten().to_numpy(zero_copy_only=False).reshape(-1, length)
 
 
-def train_tokenizer(texts: list[str], kind: str, vocabulary: int, lowercase: bool) -> Tokenizer:
-    """WordPiece as BERT's (Devlin et al. 2019) or byte-level BPE as GPT-2's (Radford et al. 2019), specials at ids 0 to 4.
-
-    A pure function of the texts.
-    """
-    if kind == "wordpiece":
-        return _train_wordpiece(texts, vocabulary, lowercase)
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=list(SPECIALS), show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    tokenizer.train_from_iterator(texts, trainer=trainer)
-    return tokenizer
+def _lists_of(values: np.ndarray, length: int) -> pa.FixedSizeListArray:
+    return pa.FixedSizeListArray.from_arrays(pa.array(values), length)
 
 
-def _wordpiece(vocabulary: dict[str, int], lowercase: bool) -> Tokenizer:
-    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece()
-    return tokenizer
+def _shares(a: int, b: int, room: int) -> tuple[int, int]:
+    """Tokens that two texts keep when the longer one is cut first, the second one where both are too long and one is left over (tokenizers' rule)."""
+    short = min(a, b, room // 2)
+    long = min(max(a, b), room - short)
+    return (short, long) if a <= b else (long, short)
 
 
-def _train_wordpiece(texts: list[str], vocabulary: int, lowercase: bool) -> Tokenizer:
-    """tokenizers 0.23 gives continuing characters ("##a") their ids in the order of a hash map, another one in every process, and ids
-    break ties between merges. So a first pass without merges finds these characters, and the training starts with them in order."""
-    normalizer, counts = normalizers.BertNormalizer(lowercase=lowercase), Counter()
-    for text in texts:
-        counts.update(normalizer.normalize_str(text))
-    alphabet = sorted((c for c in counts if not c.isspace()), key=lambda c: (-counts[c], c))[:ALPHABET]
-    continuing: list[str] = []
-    tokenizer = _wordpiece({}, lowercase)
-    for size in (0, vocabulary):
-        tokenizer = _wordpiece({}, lowercase)
-        tokenizer.train_from_iterator(texts, trainer=trainers.WordPieceTrainer(
-            vocab_size=size, special_tokens=[*SPECIALS, *continuing], initial_alphabet=alphabet, limit_alphabet=len(alphabet), show_progress=False))
-        continuing = continuing or sorted(token for token in tokenizer.get_vocab() if token.startswith("##") and len(token) == 3)
-    tokenizer = _wordpiece(tokenizer.get_vocab(), lowercase)  # the continuing characters are no special tokens of the result
-    tokenizer.add_special_tokens(list(SPECIALS))
-    return tokenizer
+def _bytes_of_rows(counts: np.ndarray, ends: np.ndarray, sizes: np.ndarray, rows: int, length: int) -> pa.Array:
+    """(rows,) float32 from the documents' tokens (k,), where each ends (k,) and its bytes (k,)."""
+    if not rows:
+        return pa.array([], pa.float32())
+    edges = np.minimum(np.arange(rows + 1) * length, ends[-1])
+    document = np.minimum(np.searchsorted(ends, edges, side="right"), len(ends) - 1)
+    inside = np.maximum(0, edges - (ends - counts)[document] - 1)
+    until = (np.cumsum(sizes) - sizes)[document] + sizes[document] * inside / (counts[document] - 1)
+    return pa.array(np.diff(until).astype(np.float32))

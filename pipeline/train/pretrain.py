@@ -14,14 +14,14 @@ import numpy as np
 import torch
 
 from pipeline import bundle, starts, storage
-from pipeline.data.plan import Plan
+from pipeline.data.plan import Mixture, Plan
 from pipeline.data.stream import DataWorkers, Decoder, Place, Rows, check_budget, rows_an_item, train_batches
 from pipeline.job import Train
 from pipeline.techniques.rates import Full
 from pipeline.train import checkpoint, evaluate, loop, probe
 from pipeline.train.log import MetricsLog
 from pipeline.train.loop import Ranks
-from pipeline.train.source import Fitted, SourceStage, arch_of, canonical_shards, check_plan
+from pipeline.train.source import Fitted, SourceStage, arch_of, canonical_shards, check_plan, mixture
 
 ROWS_SHUFFLE_BYTES = 256 << 20
 VALIDATION_BYTES = 512 << 20
@@ -46,6 +46,8 @@ class RankJob:
     workers: DataWorkers
     threads: int
     split_text: str
+    mixture: Mixture | None = None
+    """Ranges and weights of the corpora, where they have weights."""
 
 
 def steps_of(train: Train, plan_rows: int) -> int:
@@ -62,9 +64,9 @@ def rank_job(stage: SourceStage, fitted: Fitted, workers: DataWorkers, threads: 
     shards = canonical_shards(spec)
     shuffle = spec.data.shuffle if spec.data.shuffle != "auto" else ("rows" if fitted.train.manifest.size <= ROWS_SHUFFLE_BYTES else "blocks")
     place: Place = "workers" if spec.data.decode == "auto" else spec.data.decode
-    check_plan(stage, n)
+    check_plan(stage, fitted.corpora)
     return RankJob(stage.name, stage.uri, stage.key, stage.seed, spec.train, steps_of(spec.train, n), fitted, shards,
-                   shuffle, place, spec.data.max_bad_rows, workers, threads, fitted.text)
+                   shuffle, place, spec.data.max_bad_rows, workers, threads, fitted.text, mixture(spec, fitted.corpora))
 
 
 def decoder_of(fitted: Fitted) -> Decoder:
@@ -119,7 +121,7 @@ def train_rank(work: RankJob, ranks: Ranks, on_progress: Callable[[dict[str, Any
     decoder, bad = decoder_of(fitted), _BadRows(work, ranks)
     rows = held or Rows(fitted.train, decoder)
     plan = Plan(len(rows), work.seed, train.global_batch, shards=work.shards, shuffle=work.shuffle, boundaries=rows.selection.boundaries,  # type: ignore[arg-type]
-                item_rows=rows_an_item(rows, work.shards))
+                item_rows=rows_an_item(rows, work.shards), mixture=work.mixture)
     cuda = ranks.device.type == "cuda"
     batches = partial(train_batches, rows, plan, rank=ranks.rank, ranks=ranks.count, place=work.place, pin=cuda, threads=work.threads,
                       workers=work.workers, device=ranks.device)

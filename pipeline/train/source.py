@@ -16,23 +16,43 @@ from pipeline.bundle import BundleError
 from pipeline.contracts import Modality, Objective
 from pipeline.data import manifest as manifests
 from pipeline.data.manifest import Selection, Splits
-from pipeline.data.plan import Plan
+from pipeline.data.plan import Mixture, Plan
 from pipeline.data.stream import check_budget, map_items
-from pipeline.job import STARTS, Job, Source, spec_hash
+from pipeline.job import STARTS, Data, Job, Plug, Source, spec_hash
+from pipeline.jobfile import PLACES
 from pipeline.rng import mix
 from pipeline.train import probe as probes
 
-STAGE_VERSION = 3
+STAGE_VERSION = 4
 """Raised when the code of a stage changes what it makes from the same job."""
 FIT_ROWS, FIT_TEXT_BYTES = 2048, 64 << 20
 WHERE_NOT_WHAT = {"uri", "train", "validation", "test"}
 HOW_NOT_WHAT = {"log_every_steps", "checkpoint_every_steps", "trace_rows"}
+PACKED = {name: name for name in ("tokens", "segments", "bytes")}
+"""Columns of packed rows."""
+TOKENIZER = ("tokenizer.json", "special_tokens_map.json", "tokenizer_config.json")
+"""Files of a folder that decide what a tokenizer does."""
 
 
-def data_key(data: Any) -> dict[str, Any]:
-    """The part of a data spec that a key depends on: not where the files lie (their fingerprint counts)."""
+def data_key(data: Data) -> dict[str, Any]:
+    """The part of a data spec that a key depends on: not where files and tokenizers lie (what they hold counts)."""
     left_out = dict.fromkeys(WHERE_NOT_WHAT | {"decode", "max_bad_rows"}, True)
-    return data.model_dump(mode="json", exclude={**left_out, "more": {"__all__": left_out}})
+    out = data.model_dump(mode="json", exclude={**left_out, "more": {"__all__": left_out}})
+    for one, part in ((out, data), *zip(out["more"], data.more, strict=True)):
+        one["modality"]["options"] = by_content(part.modality)
+    return out
+
+
+def by_content(modality: Plug) -> dict[str, Any]:
+    """A modality's options with what a place holds instead of the place: a tokenizer is the same wherever its folder lies.
+
+    Raises StorageError when nothing is there.
+    """
+    def held(folder: str) -> str:
+        files = [storage.join(folder, name) for name in TOKENIZER]
+        return spec_hash([storage.fingerprint(file) if file == files[0] or storage.exists(file) else None for file in files])
+
+    return {name: held(value) if value and name in PLACES.get(modality.name, ()) else value for name, value in modality.options.items()}
 
 
 @dataclass(frozen=True)
@@ -79,6 +99,8 @@ def stage(job: Job, name: str) -> SourceStage:
         modality, objective = registry.get("modality", spec.data.modality.name), registry.get("objective", spec.objective.name)
         roles = (*modality.roles, *objective.roles)
         check_modality(f"sources.{name}", spec.data.modality.name, spec.data.modality.options, spec.objective.name)
+        if objective.packed:
+            check_packed(f"sources.{name}", spec.data, spec.objective.name)
         if objective.couples_rows and spec.train.micro_batch is not None:
             raise ValueError(f"sources.{name}.train.micro_batch: {spec.objective.name} compares all rows of a global batch with each other, which parts of "
                              "it would not do; leave it out, and use more workers or a smaller global_batch")
@@ -101,7 +123,7 @@ def stage(job: Job, name: str) -> SourceStage:
                     *([[data_key(spec.probe), probe.fingerprint]] if spec.probe and probe else []))
     made = SourceStage(job, name, spec, splits, key, probe)
     if splits is not None and not made.packed:
-        check_plan(made, len(splits.train))
+        check_plan(made, splits.corpora)
     return made
 
 
@@ -114,12 +136,32 @@ def check_modality(place: str, name: str, options: dict[str, Any], objective: st
         raise ValueError(f"{place}.data.modality: {error}") from None
 
 
-def check_plan(stage: SourceStage, rows: int) -> None:
-    """Raises ValueError when so many rows cannot fill a global batch, or the ranks are more than there are row orders."""
+def check_packed(place: str, data: Data, objective: str) -> None:
+    """Raises ValueError where rows cannot be packed for an objective that wants it, or have more than the one text that is packed."""
+    kind = registry.get("modality", data.modality.name)
+    if kind.pack is Modality.pack:
+        able = [name for name in registry.names("modality") if registry.get("modality", name).pack is not Modality.pack]
+        raise ValueError(f"{place}.objective: {objective} reads packed documents, and {data.modality.name} rows cannot be packed: it is for {', '.join(able)}")
+    for role in kind.optional_roles:
+        if role in data.columns:
+            raise ValueError(f"{place}.data.columns.{role}: {objective} reads one text a row, packed with others: leave {role} out, or write both texts "
+                             "into one column")
+
+
+def check_plan(stage: SourceStage, corpora: tuple[int, ...]) -> None:
+    """Raises ValueError when so many rows cannot fill a global batch, the ranks are more than there are row orders, or weights cannot be kept."""
     try:
-        Plan(rows, 0, stage.spec.train.global_batch, shards=canonical_shards(stage.spec)).owned(0, stage.spec.worker_range[1])
+        Plan(sum(corpora), 0, stage.spec.train.global_batch, shards=canonical_shards(stage.spec), mixture=mixture(stage.spec, corpora)
+             ).owned(0, stage.spec.worker_range[1])
     except ValueError as error:
         raise ValueError(f"sources.{stage.name}: {error}") from None
+
+
+def mixture(spec: Source, corpora: tuple[int, ...]) -> Mixture | None:
+    """Ranges and weights of a source's corpora, given the rows of each; None where they have no weights: then every row comes once an epoch."""
+    weights = [weight for weight in (spec.data.weights if spec.data else ()) if weight is not None]
+    ends = np.cumsum(corpora).tolist()
+    return tuple(zip([0, *ends[:-1]], ends, weights, strict=True)) if weights else None
 
 
 def canonical_shards(spec: Source) -> int:
@@ -129,7 +171,8 @@ def canonical_shards(spec: Source) -> int:
 
 @dataclass(frozen=True)
 class Fitted:
-    """What was fitted on the corpus, and the rows as training reads them (packed or tokenised ones for text)."""
+    """What was fitted on the corpus, and the rows as training reads them (packed or tokenised ones for text). ``corpora``: how many of ``train``
+    each corpus has, in their order."""
 
     arch: dict[str, Any]
     modality: dict[str, Any]
@@ -143,6 +186,7 @@ class Fitted:
     moved: str
     left_out: tuple[dict[str, Any], ...]
     text: str
+    corpora: tuple[int, ...]
     probe: probes.Probe | None = None
 
 
@@ -177,20 +221,24 @@ def fit(stage: SourceStage) -> Fitted:
     if start:
         moved = import_start(stage, start, arch, modality, fitted, initial)
     left_out: list[dict[str, Any]] = []
-    train, validation, note = splits.train, splits.validation, splits.sizes()
-    form = "packed" if objective.packed else "tokenised" if type(bundle.build_modality(modality)).tokenize is not Modality.tokenize else ""
-    if form:
-        train, validation = (shards(stage, name, selection, modality, form, needed, left_out)
-                             for name, selection in (("train", train), ("validation", validation)))
-        columns = {"tokens": "tokens", "segments": "segments"} if form == "packed" else {
-            **{role: name for role, name in columns.items() if name in needed}, "tokens": "tokens"}
-        note += f"; {form} into {len(train)} and {len(validation)} rows of {bundle.build_modality(modality).inputs()['length']} tokens"
+    train, validation, corpora, note = splits.train, splits.validation, splits.corpora, splits.sizes()
+    work = Work(modality, columns, form_of(objective, modality, train, columns), tuple(needed))
+    if work.form:
+        made = [shards(storage.join(stage.uri, "tokens", name), name, selection, work, spec.data.max_bad_rows, parts)
+                for name, selection, parts in (("train", train, corpora), ("validation", validation, (len(validation),)))]
+        train, validation, corpora, columns = made[0].rows, made[1].rows, made[0].corpora, work.made
+        left_out = [row for one in made for row in one.left_out]
+        note += f"; {work.form} into {len(train)} and {len(validation)} rows of {bundle.build_modality(modality).inputs()['length']} tokens"
+    if mixed := mixture(spec, corpora):
+        note += "; drawn by weight, as shares of the training rows: " + ", ".join(
+            f"{weight / sum(w for *_, w in mixed):.3g} from corpus {i} ({stop - start} rows)" for i, (start, stop, weight) in enumerate(mixed, 1))
+        note += "; validation is unweighted"
     if left_out:
         note += f"; {len(left_out)} rows left out ({left_out[0]['place']}: {left_out[0]['reason']}{', ...' if len(left_out) > 1 else ''})"
     probe = probes.prepare(spec.probe, stage.probe, bundle.build_modality(modality)) if spec.probe and stage.probe else None
     if probe:
         note += f"; probe of {len(probe.train)} training and {len(probe.validation)} validation rows"
-    return Fitted(arch, modality, fitted, columns, train, validation, text, initial if text else None, moved, tuple(left_out), note, probe)
+    return Fitted(arch, modality, fitted, columns, train, validation, text, initial if text else None, moved, tuple(left_out), note, corpora, probe)
 
 
 def arch_of(spec: Source, start: starts.Start | None, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -209,9 +257,7 @@ def arch_of(spec: Source, start: starts.Start | None, inputs: dict[str, Any]) ->
 def import_start(stage: SourceStage, start: starts.Start, arch: dict[str, Any], modality: dict[str, Any], objective: dict[str, Any], uri: str) -> str:
     """A checkpoint read once for all ranks and restarts: the task as it starts, as a bundle. Returns in words what was carried over."""
     task = bundle.build_task(arch, objective, seed=stage.seed)
-    moved = start.onto(task.backbone).text()
-    if start.bundle:
-        moved += "; " + bundle.carry_head(task, start.bundle)
+    moved = "; ".join(filter(None, (start.onto(task.backbone).text(), start.head_onto(task))))
     bundle.save(uri, task, modality, parent=start.origin, training={"transfer": moved}, spec_hash=stage.key, metrics={})
     return moved
 
@@ -224,69 +270,115 @@ def fit_modality(stage: SourceStage, start: starts.Start | None) -> dict[str, An
         if start.modality["name"] != plug.name:
             raise ValueError(f"sources.{stage.name}: {start.origin} reads {start.modality['name']}, the data are {plug.name}")
         theirs = start.modality["options"]
-        own = registry.get("modality", plug.name).target_options
-        given = {k: v for k, v in plug.options.items() if k not in own and theirs.get(k, v) != v}
+        own, named = registry.get("modality", plug.name).target_options, by_content(plug)
+        given = {k: plug.options[k] for k, v in named.items()
+                 if k not in own and theirs.get(k, v if k not in PLACES.get(plug.name, ()) else None) != v}  # a checkpoint brings its own tokenizer
         if given:
             raise ValueError(f"sources.{stage.name}.data.modality: {given} contradicts {start.origin} ({theirs}); leave it out")
-        return {**start.modality, "options": {**theirs, **plug.options}}
+        return {**start.modality, "options": {**theirs, **named}}
     path = storage.join(stage.uri, "modality.json")
     if storage.exists(path):
         return storage.read_json(path)
     kind = registry.get("modality", plug.name)
     options = kind.options_class(**plug.options)
-    names = [spec.data.columns[role] for role in kind.roles]
+    names = input_columns(kind, registry.get("objective", spec.objective.name) if spec.objective else Objective, spec.data.columns)
     rows = FIT_ROWS
     if stage.packed:  # a tokenizer wants many documents, as many as a bounded memory holds
         per_row = max(1, stage.splits.train.manifest.size // max(1, stage.splits.train.manifest.rows))
         rows = max(FIT_ROWS, FIT_TEXT_BYTES // per_row)
     state = kind.fit(options, sample(stage.splits.train, names, rows), spec.data.columns, spec.backbone.name)
-    found = {"name": plug.name, "options": options.model_dump(), "state": state}
+    found = {"name": plug.name, "options": {**options.model_dump(), **by_content(plug)}, "state": state}
     storage.write_json(path, found)
     return found
 
 
-class _Shard:
-    """One chunk of texts to packed or tokenised rows, in a Ray task, with the reason of each text that is left out."""
-
-    def __init__(self, selection: Selection, modality: dict[str, Any], columns: dict[str, str], form: str, kept: list[str]):
-        self.selection, self.modality, self.columns, self.form, self.kept = selection, modality, columns, form, kept
-
-    def __call__(self, span: tuple[int, int]) -> tuple[pa.Table, list[tuple[int, str]]]:
-        modality = bundle.build_modality(self.modality)
-        reader = manifests.Reader(self.selection.manifest, list(dict.fromkeys([*(self.columns[role] for role in modality.roles), *self.kept])))
-        ids = self.selection.ids(np.arange(*span))
-        made = (modality.pack if self.form == "packed" else modality.tokenize)(reader.take(ids), self.columns)
-        assert made is not None
-        return made[0], [(int(row), reason) for row, reason in zip(ids, made[1], strict=True) if reason]
+def input_columns(modality: type[Modality], objective: type[Objective], columns: dict[str, str]) -> list[str]:
+    """Columns of what a row is, without what is to be found out about it (a mask that moves with its image is the objective's)."""
+    theirs = (*objective.roles, *objective.optional_roles)
+    return list(dict.fromkeys(columns[role] for role in (*modality.roles, *modality.optional_roles) if role in columns and role not in theirs))
 
 
 EMPTY = "the text is empty"
 """What modalities say of a text without a word: it is left out and listed, and is no damage that counts against the budget."""
 
 
-def shards(stage: SourceStage, split: str, selection: Selection, modality: dict[str, Any], form: str, kept: list[str], left_out: list[dict[str, Any]],
-           chunk: int = 8192) -> Selection:
-    """Tokenise a split once into Parquet under the stage's folder; a second call finds it there. Texts left out are added to the list."""
-    data = stage.spec.data
-    assert data is not None
-    folder = storage.join(stage.uri, "tokens", split)
+@dataclass(frozen=True)
+class Work:
+    """How rows are made from texts, plain enough to be sent to a Ray task: ``form`` is "packed", "tokenised" or, where rows stay as they are, nothing;
+    ``kept`` names the columns that stay beside the tokens."""
+
+    modality: dict[str, Any]
+    columns: dict[str, str]
+    form: str
+    kept: tuple[str, ...]
+
+    @property
+    def made(self) -> dict[str, str]:
+        """Columns of the rows that are made, by their roles."""
+        return dict(PACKED) if self.form == "packed" else {**{role: name for role, name in self.columns.items() if name in self.kept}, "tokens": "tokens"}
+
+
+def form_of(objective: type[Objective], modality: dict[str, Any], rows: Selection, columns: dict[str, str]) -> str:
+    """The form of `Work` that suits an objective and the rows, of which the first is looked at."""
+    if objective.packed:
+        return "packed"
+    reads = bundle.build_modality(modality)
+    if type(reads).tokenize is Modality.tokenize or not len(rows):
+        return ""
+    return "tokenised" if reads.tokenize(sample(rows, input_columns(type(reads), objective, columns), 1), columns) is not None else ""
+
+
+class _Shard:
+    """One chunk of texts to packed or tokenised rows, in a Ray task, with the reason of each text that is left out."""
+
+    def __init__(self, selection: Selection, work: Work):
+        self.selection, self.work = selection, work
+
+    def __call__(self, span: tuple[int, int, int]) -> tuple[int, pa.Table, list[tuple[int, str]]]:
+        work, (corpus, start, stop) = self.work, span
+        modality = bundle.build_modality(work.modality)
+        read = [work.columns[role] for role in (*modality.roles, *modality.optional_roles) if role in work.columns]
+        ids = self.selection.ids(np.arange(start, stop))
+        table = manifests.Reader(self.selection.manifest, list(dict.fromkeys([*read, *work.kept]))).take(ids)
+        made = modality.pack(table, work.columns) if work.form == "packed" else modality.tokenize(table, work.columns)
+        assert made is not None
+        return corpus, made[0], [(int(row), reason) for row, reason in zip(ids, made[1], strict=True) if reason]
+
+
+@dataclass(frozen=True)
+class Shards:
+    """The rows that were made of a split, how many of each corpus, and the texts that were left out."""
+
+    rows: Selection
+    corpora: tuple[int, ...]
+    left_out: tuple[dict[str, Any], ...]
+
+
+def shards(folder: str, split: str, selection: Selection, work: Work, max_bad_rows: float, corpora: tuple[int, ...], chunk: int = 8192) -> Shards:
+    """Pack or tokenise a split once into Parquet in a folder of its own; a second call finds it there. No packed row holds texts of two of the
+    ``corpora``, which are given as how many of the selection's rows each has.
+
+    Raises TooManyBadRowsError for more texts than the budget allows that cannot be read.
+    """
     if not storage.exists(storage.join(folder, "manifest.json")):
-        spans = [(i, min(i + chunk, len(selection))) for i in range(0, len(selection), chunk)]
-        work = _Shard(selection, modality, data.columns, form, kept)
-        made = map_items(work, spans) if len(spans) > 1 else map(work, spans)
+        ends = np.cumsum(corpora).tolist()
+        spans = [(c, i, min(i + chunk, end)) for c, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)) for i in range(start, end, chunk)]
+        do = _Shard(selection, work)
+        made = map_items(do, spans) if len(spans) > 1 else map(do, spans)
         bad: list[tuple[int, str]] = []
+        counts = [0] * len(corpora)
         with tempfile.TemporaryDirectory() as scratch:
             files: dict[str, Any] = {}
-            for number, (table, reasons) in enumerate(made):
+            for number, (corpus, table, reasons) in enumerate(made):
                 bad += reasons
+                counts[corpus] += len(table)
                 name = f"part-{number:05d}.parquet"
                 files[name] = Path(scratch, name)
                 pq.write_table(table, files[name], row_group_size=4096)
-            check_budget([one for one in bad if one[1] != EMPTY], len(selection), data.max_bad_rows, selection)
+            check_budget([one for one in bad if one[1] != EMPTY], len(selection), max_bad_rows, selection)
             listed = [{"row": row, "place": selection.manifest.place(row), "reason": reason} for row, reason in bad]
-            folders.commit_folder(folder, files, {"split": split, "documents": len(selection), "left_out": listed})
-    left_out += [{"split": split, **row} for row in folders.open_folder(folder)["left_out"]]
+            folders.commit_folder(folder, files, {"split": split, "documents": len(selection), "corpora": counts, "left_out": listed})
+    kept = folders.open_folder(folder)
     found = [f for f in storage.list_files(folder) if f.endswith(".parquet")]
-    if not found:
-        return Selection(stage.splits.train.manifest, np.zeros(0, dtype=np.int64)) if stage.splits else selection
-    return Selection(manifests.build(found, "parquet", ""))
+    rows = Selection(manifests.build(found, "parquet", "")) if found else selection
+    return Shards(rows, tuple(kept["corpora"]), tuple({"split": split, **row} for row in kept["left_out"]))

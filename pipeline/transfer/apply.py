@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import torch
 from safetensors.torch import save as safetensors_bytes
 
-from pipeline import bundle, folders, registry, storage
+from pipeline import bundle, folders, hugging_face, registry, storage
 from pipeline.bundle import BundleError
 from pipeline.contracts import Arrays, Objective
 from pipeline.data import manifest as manifests
@@ -26,6 +26,8 @@ from pipeline.train.loop import Ranks
 from pipeline.train.progress import Progress
 
 ROWS_A_PART = 1024
+EXPORTED = "onetomany.json"
+"""Of an exported folder: where it is from, and each file's checksum."""
 
 
 class _Predictor:
@@ -121,7 +123,10 @@ def _arrow(block: Arrays, types: dict[str, pa.DataType]) -> pa.Table:
 
 
 def export(uri: str, output: str, kind: str, backbone_only: bool) -> str:
-    """A verified copy of a bundle, or its weights as one .safetensors or .pt file. Raises ValueError for another kind or suffix."""
+    """A verified copy of a bundle, its weights as one .safetensors or .pt file, or a folder that transformers (or timm) opens.
+
+    Raises ValueError for another kind or suffix, and where an export is there already; BundleError for what the other library has no class for.
+    """
     found = bundle.load(uri)
     if kind == "bundle":
         manifest = {k: v for k, v in found.manifest.items() if k != "files"}
@@ -129,8 +134,18 @@ def export(uri: str, output: str, kind: str, backbone_only: bool) -> str:
             folder = folders.fetch_folder(uri, Path(scratch, "copy"))
             folders.commit_folder(output, {"weights.safetensors": Path(folder, "weights.safetensors").read_bytes()}, manifest)
         return f"{output}: bundle of {found.manifest['arch']['name']}, {len(found.tensors)} tensors"
+    if kind == "hugging-face":
+        if storage.exists(storage.join(output, EXPORTED)) or (storage.exists(output) and not storage.is_dir(output)):
+            raise ValueError(f"{output} is there already; give a new folder, or remove it first")
+        facts = {"kind": "export", "bundle": uri, "sha256_of_bundle": found.manifest["sha256"], "backbone_only": backbone_only, "versions": bundle.versions()}
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch, "folder")
+            folder.mkdir()
+            text = hugging_face.write(found, folder, backbone_only)
+            folders.commit_folder(output, {path.name: path for path in sorted(folder.iterdir())}, facts, EXPORTED)
+        return f"{output}: {text}"
     if kind != "state-dict":
-        raise ValueError(f"--kind {kind}: kinds are bundle and state-dict")
+        raise ValueError(f"--kind {kind}: kinds are bundle, hugging-face and state-dict")
     tensors = found.tensors
     if backbone_only:
         tensors = {name.removeprefix("model."): tensor for name, tensor in found.backbone_tensors().items()}

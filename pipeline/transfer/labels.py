@@ -1,9 +1,10 @@
-"""What the report says of single classes and labels: the confusion matrix of a target's best cell, and its labels one by one."""
+"""What the report says of single classes and labels: the confusion matrix of a target's best cell, and its labels or types of entities one by one."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,22 @@ MOST_LABELS = 60
 Row = dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Kind:
+    """What is told one by one: labels of rows, or types of entities. ``measures``: metrics of one, and how the table calls them."""
+
+    heading: str
+    first: str
+    counted: str
+    plural: str
+    measures: tuple[tuple[str, str], ...]
+    told: str = ""
+
+
+LABELS = Kind("Label by label", "Label", "Test rows", "labels", (("auroc", "AUROC"), ("average_precision", "AP")), " AP: average precision.")
+TYPES = Kind("Type by type", "Type", "Test entities", "types", (("entity_f1", "F1"),))
+
+
 def blocks(target: str, done: Sequence[Cell], rows: Sequence[Row], runs: dict[str, Run]) -> list[Block]:
     """Of the best finished cell of a target (by its primary metric; labels: the best with a source, beside scratch). Nothing where the test
     predictions are not at hand or have no classes.
@@ -35,12 +52,13 @@ def blocks(target: str, done: Sequence[Cell], rows: Sequence[Row], runs: dict[st
     best, ours = _best(shown)
     if all(_classes(run) for run in ours):
         return _confusion(target, best, ours)
-    if not all(_label_sets(run) for run in ours):
+    kind = next((kind for kind, has in ((LABELS, _label_sets), (TYPES, _type_counts)) if all(has(run) for run in ours)), None)
+    if kind is None:
         return []
     best, ours = _best([pair for pair in shown if pair[0].source != SCRATCH] or shown)
     scratch = next((found for cell, found in shown if cell.verdict == REFERENCE and best.source != SCRATCH
                     and (cell.backbone, cell.label_fraction) == (best.backbone, best.label_fraction)), [])
-    return _labels(target, best, ours, scratch)
+    return _each(kind, target, best, ours, scratch)
 
 
 def _best(shown: list[tuple[Cell, list[Run]]]) -> tuple[Cell, list[Run]]:
@@ -64,6 +82,11 @@ def _classes(run: Run) -> bool:
 def _label_sets(run: Run) -> bool:
     p = run.predictions
     return {"scores", "labels"} <= set(p) and p["scores"].shape == p["labels"].shape == (len(run.rows), len(run.labels))
+
+
+def _type_counts(run: Run) -> bool:
+    p = run.predictions
+    return {"hits", "guessed", "actual"} <= set(p) and p["hits"].shape == p["actual"].shape == (len(run.rows), len(run.labels))
 
 
 def _seeds(count: int) -> str:
@@ -95,33 +118,33 @@ def _short(name: str, most: int = 14) -> str:
     return name if len(name) <= most else name[:most - 1] + "…"
 
 
-# ---------------------------------------------------------------- labels
+# ---------------------------------------------------------------- labels and types
 
-def _labels(target: str, cell: Cell, ours: list[Run], scratch: list[Run]) -> list[Block]:
-    names, positive = ours[0].labels, ours[0].predictions["labels"].sum(0, dtype=np.int64)
-    often = [k for k in np.argsort(-positive, kind="stable") if 0 < positive[k] < len(ours[0].rows)]
+def _each(kind: Kind, target: str, cell: Cell, ours: list[Run], scratch: list[Run]) -> list[Block]:
+    names, p = ours[0].labels, ours[0].predictions
+    positive = p["labels" if kind is LABELS else "actual"].sum(0, dtype=np.int64)
+    often = [k for k in np.argsort(-positive, kind="stable") if 0 < positive[k] < (len(ours[0].rows) if kind is LABELS else np.inf)]
     estimates: dict[str, list[tuple]] = defaultdict(list)
     paired = bool(scratch) and bool({run.seed for run in ours} & {run.seed for run in scratch})
     for k in often[:MOST_LABELS]:
-        for name in metrics.RANKINGS:
+        for name, _ in kind.measures:
             of = metrics.of_label(f"{name}/{names[k]}", int(k))
             estimates[name].append(stats.mean_interval(of, ours))
             if paired:
                 estimates[f"{name} scratch"].append(stats.mean_interval(of, scratch))
                 estimates[f"{name} gain"].append(stats.gain(of, ours, scratch))
-    digits = places([(low, high) for _, low, high in estimates["auroc"]])
-    head, body = ["Label", "Test rows"], [[names[k], f"{positive[k]:,}"] for k in often[:MOST_LABELS]]
-    for name, said in (("auroc", "AUROC"), ("average_precision", "AP")):
-        for kind in ("", " scratch", " gain") if paired else ("",):
-            head.append(f"{said}{kind.replace(' scratch', ', scratch').replace(' gain', ', gain')}")
-            for line, estimate in zip(body, estimates[f"{name}{kind}"], strict=True):
-                line.append(_cell(estimate, digits, kind == " gain"))
+    digits = places([(low, high) for _, low, high in estimates[kind.measures[0][0]]])
+    head, body = [kind.first, kind.counted], [[names[k], f"{positive[k]:,}"] for k in often[:MOST_LABELS]]
+    for name, said in kind.measures:
+        for extra in ("", " scratch", " gain") if paired else ("",):
+            head.append(f"{said}{extra.replace(' scratch', ', scratch').replace(' gain', ', gain')}")
+            for line, estimate in zip(body, estimates[f"{name}{extra}"], strict=True):
+                line.append(_cell(estimate, digits, extra == " gain"))
     least = max(int(run.predictions["min_positives"].max(initial=1)) if "min_positives" in run.predictions else 1 for run in ours)
-    told = (f"{target}: {cell_label(cell)} of labels{' beside scratch' if paired else ''}, mean over {_plural(len(ours))} with 95 % intervals. "
-            "AP: average precision.")
+    told = f"{target}: {cell_label(cell)} of labels{' beside scratch' if paired else ''}, mean over {_plural(len(ours))} with 95 % intervals.{kind.told}"
     told += f" Macro averages are over the labels with at least {least} test rows." if least > 1 else ""
-    told += f" The {MOST_LABELS} commonest of {len(often)} labels; results.parquet has all." if len(often) > MOST_LABELS else ""
-    return [Heading("Label by label", 3), Text(told), Table(head, body)] if body else []
+    told += f" The {MOST_LABELS} commonest of {len(often)} {kind.plural}; results.parquet has all." if len(often) > MOST_LABELS else ""
+    return [Heading(kind.heading, 3), Text(told), Table(head, body)] if body else []
 
 
 def _plural(seeds: int) -> str:

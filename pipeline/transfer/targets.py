@@ -10,18 +10,19 @@ import numpy as np
 import pyarrow.compute as pc
 
 from pipeline import bundle, registry, storage
+from pipeline.contracts import Modality, Objective, Task, Technique
 from pipeline.data import manifest as manifests
 from pipeline.data.manifest import Splits
 from pipeline.data.stream import Decoder, Rows
-from pipeline.job import Job, Source, Target, spec_hash
+from pipeline.job import Job, Plug, Source, Target, spec_hash
 from pipeline.metrics import metric
 from pipeline.train import source as train_source
-from pipeline.train.source import data_key
+from pipeline.train.source import STAGE_VERSION, data_key
 from pipeline.transfer.trial import TargetData
-from pipeline.transfer.trials import Base
+from pipeline.transfer.trials import Base, techniques
 
 MEMORY_BYTES = 2 << 30
-CHECKED_ROWS = 1 << 16
+CHECKED_ROWS, TRIED_ROWS = 1 << 16, 64
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,9 @@ class TargetStage:
     """What the objective learned of the training rows: label names."""
     against: str = ""
     """What the test rows that are left out depend on (`overlap.key`)."""
+    root: str = ""
+    """The job's folder, where packed rows are kept."""
+    techniques: tuple[Plug, ...] = ()
 
     @property
     def key(self) -> str:
@@ -52,8 +56,12 @@ class TargetStage:
         objective = registry.get("objective", self.spec.objective.name)
         return "label" in objective.roles or (objective.roles == ("labels",) and objective.label_tensors == ("labels",))
 
+    @property
+    def packed(self) -> bool:
+        return registry.get("objective", self.spec.objective.name).packed
+
     def labelled(self, fraction: float | int) -> int:
-        """How many training rows a label fraction stands for."""
+        """How many training rows a label fraction stands for; where documents will be packed into rows, how many documents."""
         n = len(self.splits.train)
         if fraction == 1 and isinstance(fraction, float):
             return n
@@ -66,9 +74,12 @@ def stage(job: Job, name: str) -> TargetStage:
     """Raises ValueError for data that cannot be used or a metric that the objective does not give."""
     spec = job.targets[name]
     modality, objective = registry.get("modality", spec.data.modality.name), registry.get("objective", spec.objective.name)
-    if objective.packed or objective.couples_rows or not objective.roles:
-        usable = [one for one in registry.names("objective") if registry.entry("objective", one).roles]
-        raise ValueError(f"targets.{name}.objective: {spec.objective.name} is for sources; a target's rows have labels: {', '.join(usable)}")
+    if not _for_targets(objective):
+        usable = [one for one in registry.names("objective") if _for_targets(registry.get("objective", one))]
+        raise ValueError(f"targets.{name}.objective: {spec.objective.name} is for sources; a target's rows have labels, or are texts to model: "
+                         f"{', '.join(usable)}")
+    if objective.packed:
+        train_source.check_packed(f"targets.{name}", spec.data, spec.objective.name)
     whole = [fraction for fraction in spec.label_fractions if isinstance(fraction, int)]
     if whole and "label" not in objective.roles:
         raise ValueError(f"targets.{name}.label_fractions: {whole[0]} means {whole[0]} rows a class, and a row of {spec.objective.name} has no single class: "
@@ -80,16 +91,32 @@ def stage(job: Job, name: str) -> TargetStage:
         raise ValueError(f"targets.{name}.metric: {spec.metric} is not a metric of {spec.objective.name} ({', '.join(objective.metrics)})")
     found = manifests.splits(spec.data, (*modality.roles, *objective.roles), f"targets.{name}", storage.join(job.root, "imports"), need_test=True)
     state = fit_labels(spec, found)
+    kinds = modality, objective
     for split in ("train", "validation", "test"):  # a label that training never sees is found now, not after the sources
-        table = manifests.read_columns(getattr(found, split), _label_columns(spec))
+        selection = getattr(found, split)
+        table = manifests.read_columns(selection, _label_columns(spec))
         try:
+            _try_rows(selection, spec, state, *kinds)
             for start in range(0, len(table), CHECKED_ROWS):  # boxes and label sets of a large corpus would take gigabytes at once
                 objective.encode(table.slice(start, CHECKED_ROWS), spec.data.columns, state)
             if split == "test":
                 objective.check_test(objective.options_class(**spec.objective.options), table, spec.data.columns, state)
         except ValueError as error:
             raise ValueError(f"targets.{name}.data, {split} split: {error}") from None
-    return TargetStage(name, spec, found, state)
+    return TargetStage(name, spec, found, state, root=job.root, techniques=tuple(techniques(job, spec)))
+
+
+def _for_targets(objective: type[Objective]) -> bool:
+    return not objective.couples_rows and (objective.packed or bool(objective.roles))
+
+
+def _try_rows(selection: manifests.Selection, spec: Target, state: dict[str, Any], modality: type[Modality], objective: type[Objective]) -> None:
+    """A few rows with all their columns: an objective may compare its labels with the row's own text. Raises ValueError for columns of a wrong type."""
+    roles = (*modality.roles, *modality.optional_roles, *objective.roles, *objective.optional_roles)
+    names = list(dict.fromkeys(spec.data.columns[role] for role in roles if role in spec.data.columns))
+    table = train_source.sample(selection, names, TRIED_ROWS)
+    objective.encode(table, spec.data.columns, state)
+    objective.refused(table, spec.data.columns, state)
 
 
 def _label_columns(spec: Target) -> list[str]:
@@ -116,12 +143,13 @@ def _modality(target: TargetStage, base: Base) -> dict[str, Any]:
     """The source's modality, with the options that a target may set for itself."""
     plug = target.spec.data.modality
     own = registry.get("modality", plug.name).target_options
-    differ = {k: v for k, v in plug.options.items() if k not in own and base.modality["options"].get(k) != v}
+    named = train_source.by_content(plug)
+    differ = {k: plug.options[k] for k, v in named.items() if k not in own and base.modality["options"].get(k) != v}
     if differ:
         raise ValueError(f"targets.{target.name}.data.modality: {differ} contradicts the source, whose rows were read with "
                          f"{base.modality['options']}; a target is read as its backbone was: leave the options out"
                          + (f" ({', '.join(own)} may differ)" if own else ""))
-    return {**base.modality, "options": {**base.modality["options"], **plug.options}}
+    return {**base.modality, "options": {**base.modality["options"], **named}}
 
 
 def prepare(target: TargetStage, base: Base) -> TargetData:
@@ -136,35 +164,93 @@ def prepare(target: TargetStage, base: Base) -> TargetData:
         raise ValueError(f"data.modality: {error}") from None
     options = objective.options_class(**spec.objective.options)
     state = target.state or fit_labels(spec, splits)
+    fitted = {"name": spec.objective.name, "options": options.model_dump(), "state": state}
+    arch = _arch(base, modality)
+    _check_base(target, base, arch, fitted)
+    selections, lost, text = [splits.train, splits.validation, splits.test], [], splits.sizes()
+    if target.packed:
+        made = [_packed(target, name, selection, spec_of_modality) for name, selection in zip(manifests.SPLITS, selections, strict=True)]
+        selections, columns = [one.rows for one in made], dict(train_source.PACKED)
+        lost = [(row["split"], row["place"], row["reason"]) for one in made for row in one.left_out]
+        text += "; packed into " + ", ".join(f"{len(one.rows)}" for one in made) + f" rows of {modality.inputs()['length']} tokens, which are the units"
     decoder = Decoder(modality, spec.objective.name, state, columns)
-    parts = [Rows(selection, decoder) for selection in (splits.train, splits.validation, splits.test)]
-    wanted = sum(decoder.size(selection) for selection in (splits.train, splits.validation, splits.test))
+    parts = [Rows(selection, decoder) for selection in selections]
+    wanted = sum(decoder.size(selection) for selection in selections)
     if spec.data.decode == "memory" or (spec.data.decode == "auto" and wanted <= MEMORY_BYTES):
         parts = [rows.in_memory(spec.data.max_bad_rows) for rows in parts]
-        labels = parts[0].arrays.get("label") if parts[0].arrays else None
+        labels = parts[0].arrays.get("label") if parts[0].arrays and "label" in objective.roles else None
     else:
         labels = _classes(spec, splits, state)
-    bad = [(split, rows.selection.manifest.place(row), why)
-           for split, rows in zip(("train", "validation", "test"), parts, strict=True) for row, why in rows.bad]
-    text = splits.sizes() + (f"; {len(bad)} rows left out: " + "; ".join(f"{s} {p}: {w}" for s, p, w in bad[:3]) if bad else "")
+    bad = lost + [(split, rows.selection.manifest.place(row), why) for split, rows in zip(manifests.SPLITS, parts, strict=True) for row, why in rows.bad]
+    text += (f"; {len(bad)} rows left out: " + "; ".join(f"{s} {p}: {w}" for s, p, w in bad[:3]) if bad else "")
     groups = None
-    if spec.data.group:
+    if spec.data.group and not target.packed:
         values = manifests.read_columns(parts[2].selection, [spec.data.group])[spec.data.group]
         groups = pc.dictionary_encode(values.combine_chunks()).indices.to_numpy(zero_copy_only=False)  # pyright: ignore[reportAttributeAccessIssue]
-    return TargetData(spec, {"name": spec.objective.name, "options": options.model_dump(), "state": state}, parts[0], parts[1], parts[2], labels, groups, text,
-                      {**base.arch, "inputs": modality.inputs() or base.arch["inputs"]}, spec_of_modality, spec_hash(target.key, spec_of_modality))
+    return TargetData(spec, fitted, parts[0], parts[1], parts[2], labels, groups, text, arch, spec_of_modality, spec_hash(target.key, spec_of_modality))
+
+
+def _packed(target: TargetStage, split: str, selection: manifests.Selection, modality: dict[str, Any]) -> train_source.Shards:
+    """The split's documents packed into rows, once for all bases that read alike. Raises ValueError where none is left."""
+    work = train_source.Work(modality, target.spec.data.columns, "packed", ())
+    folder = storage.join(target.root, "packed", f"{target.name}-{split}-{spec_hash(STAGE_VERSION, target.key, modality)}")
+    made = train_source.shards(folder, split, selection, work, target.spec.data.max_bad_rows, (len(selection),))
+    if not len(made.rows):
+        raise ValueError(f"data: the {split} split holds no text to pack ({len(selection)} rows, all of them left out)")
+    return made
 
 
 def for_base(data: TargetData, base: Base) -> TargetData:
-    """The same rows for another base that reads them alike."""
-    return replace(data, arch={**base.arch, "inputs": bundle.build_modality(data.modality).inputs() or base.arch["inputs"]})
+    """The same rows for another base that reads them alike. Raises ValueError where its backbone does not suit them."""
+    arch = _arch(base, bundle.build_modality(data.modality))
+    _build(base, arch, data.objective)
+    return replace(data, arch=arch)
+
+
+def _arch(base: Base, modality: Modality) -> dict[str, Any]:
+    """The base's architecture, for the input as the target is read."""
+    return {**base.arch, "inputs": modality.inputs() or base.arch["inputs"]}
+
+
+def _build(base: Base, arch: dict[str, Any], objective: dict[str, Any]) -> Task:
+    """The task with random weights, which the source's would fit. Raises ValueError where objective or rows do not suit the backbone: more tokens than
+    it has positions, an objective that needs another kind of backbone."""
+    try:
+        task = bundle.build_task(arch, objective, seed=0)
+        if arch["inputs"] != base.arch["inputs"]:
+            bundle.transfer(task.backbone, bundle.build_backbone(base.arch, seed=0).state_dict(), f"the backbone of {', '.join(base.sources)}")
+    except ValueError as error:
+        read = {name: value for name, value in arch["inputs"].items() if isinstance(value, int)}
+        raise ValueError(f"the backbone {base.label} does not suit {objective['name']} on these rows ({read}): {error}") from None
+    return task
+
+
+def _check_base(target: TargetStage, base: Base, arch: dict[str, Any], objective: dict[str, Any]) -> None:
+    """As `_build`, and raises ValueError for a technique that would train nothing: a head alone where the objective has none of its own."""
+    task = _build(base, arch, objective)
+    for plug in target.techniques:
+        kind = registry.get("technique", plug.name)
+        one = kind(kind.options_class(**plug.options))
+        layers = task.layers()
+        if kind.wrap is not Technique.wrap:
+            continue  # what it adds is trained
+        for phase in one.phases(10):
+            if not any(layers[name] for name, rate in one.rates(layers, phase.name).items() if rate):
+                raise ValueError(f"techniques: {plug.name} trains the head alone, and {objective['name']} has none (its output is the backbone's own "
+                                 f"embedding): give targets.{target.name} techniques of its own, such as [scratch, full, lora]")
 
 
 def check_modality(target: TargetStage, source: Source) -> None:
     """Raises ValueError where the target's objective does not suit how its rows would be read: with its source's options and its own."""
-    plug = target.spec.data.modality
-    if source.data is not None:
-        train_source.check_modality(f"targets.{target.name}", plug.name, {**source.data.modality.options, **plug.options}, target.spec.objective.name)
+    plug, place = target.spec.data.modality, f"targets.{target.name}"
+    if source.data is None:
+        return
+    train_source.check_modality(place, plug.name, {**source.data.modality.options, **plug.options}, target.spec.objective.name)
+    theirs = registry.get("modality", plug.name).options_class(**source.data.modality.options)
+    room, wanted = source.backbone.options.get("positions") or getattr(theirs, "length", None), plug.options.get("length")
+    if wanted and room and wanted > room and source.backbone.name.startswith("transformers/") and not source.backbone.options.get("config"):
+        raise ValueError(f"{place}.data.modality: length {wanted} is longer than the {room} positions of {source.backbone.name} as its source is trained: "
+                         f"raise positions there ({{{source.backbone.name}: {{positions: {wanted}}}}}), or shorten length here")
 
 
 def weights(uri: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

@@ -147,7 +147,9 @@ def run(trial: Trial, shared: Shared, ranks: Ranks | None = None, report: Report
     train, rows, steps = resolved(trial, shared)
     task, moved, start_hash = build(trial, shared)
     technique = trial.technique_object
-    task = technique.wrap(task)
+    with torch.random.fork_rng(devices=[]):  # what a technique adds starts from the trial's seed, as the head does
+        torch.manual_seed(mix(shared.seed, trial.seed, 4))
+        task = technique.wrap(task)
     plan = plan_of(trial, shared, train, rows)
     ready = evaluate.ready_for(rows, task.objective)
     autocast = partial(loop.autocast, train, ranks.device)

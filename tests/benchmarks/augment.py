@@ -14,10 +14,9 @@ row of this process: with place train, its ratio is what is left of the rate whe
 
 GPU decode (where there is a GPU): JPEGs to batches by ``unpack`` there, against ``decode`` in a process for each of 16 cores.
 
-Measured on 2 cores that seven other processes used as well (load 11 to 17), torch 2.11, no GPU. theirs / ours in processor time, median of 2 turns: at 64
-px crop 2.1, colour 3.1, randaugment 1.4, view 2.9; at 224 px 0.65, 0.97, 0.65 and 1.5 (torchvision resizes uint8 with vector code of its own there).
-Epoch (--rows 128 --repeats 4): JPEG / synthetic 1.02 [0.85, 1.27] by the clock, which such a machine makes worth little, 0.986 [0.976, 1.03] in processor
-time. Nothing of the GPU's was measured.
+Measured on 2 cores (load 2 before, one other process that mostly read), torch 2.11, no GPU, default rows, 5 minutes. theirs / ours in processor time,
+median of 5 turns: at 64 px crop 2.4, colour 2.4, randaugment 1.4, view 2.8; at 224 px 0.78, 0.93, 0.53 and 4.4 (torchvision resizes uint8 with vector code of
+its own there). Epoch: JPEG / synthetic 0.912 [0.800, 0.988] by the clock, 0.911 in processor time. Nothing of the GPU's was measured.
 """
 
 from __future__ import annotations

@@ -1,26 +1,45 @@
 """The order of rows as properties of a pure function (design, promises 1 and 2). Neither Ray nor files are needed."""
 
 import pickle
+from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.plan import Plan
+from pipeline.data import plan as module
+from pipeline.data.plan import CHUNK, Plan
 
 RANKS = (1, 2, 3, 4, 8)
 quick = settings(max_examples=60, deadline=None)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def short_chunks():
+    """Else no small plan would come to the end of one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "CHUNK", 24)
+        yield
+
+
 @st.composite
-def plans(draw, max_rows: int = 300) -> Plan:
-    """Any plan: rows, row groups of any size (also single rows), global batch, shards, kind of shuffle, item length."""
+def plans(draw, max_rows: int = 300, mixed: bool | None = False) -> Plan:
+    """Any plan: rows, row groups of any size (also single rows), global batch, shards, kind of shuffle, item length; with or without a mixture of
+    corpora of any size, or (``mixed`` none) one of both."""
     sizes = draw(st.lists(st.integers(1, 40), min_size=1, max_size=12).filter(lambda sizes: sum(sizes) <= max_rows))
-    rows = sum(sizes)
+    rows, bounds = sum(sizes), np.concatenate([[0], np.cumsum(sizes)])
+    mixture = None
+    if draw(st.booleans()) if mixed is None else mixed:
+        cuts = [*sorted(draw(st.sets(st.integers(0, len(sizes) - 1), max_size=3)) | {0}), len(sizes)]
+        ends = [int(bounds[cut]) for cut in cuts]
+        mixture = tuple((start, stop, draw(st.sampled_from([0.1, 0.25, 1 / 3, 1.0]))) for start, stop in pairwise(ends))
     return Plan(rows, draw(st.integers(0, 1 << 32)), draw(st.integers(1, rows)), shards=draw(st.integers(1, 16)),
-                shuffle=draw(st.sampled_from(["rows", "blocks", "none"])), boundaries=np.concatenate([[0], np.cumsum(sizes)]),
-                item_rows=draw(st.integers(1, 50)))
+                shuffle=draw(st.sampled_from(["rows", "blocks", "none"])), boundaries=bounds, item_rows=draw(st.integers(1, 50)), mixture=mixture)
+
+
+either = plans(mixed=None)
 
 
 def positions(plan: Plan, last: int) -> tuple[np.ndarray, np.ndarray]:
@@ -61,7 +80,7 @@ def test_a_batch_spans_two_epochs():
 
 # ---------------------------------------------------------------- ranks
 
-@given(plans(), st.integers(0, 20), st.sampled_from(RANKS))
+@given(either, st.integers(0, 20), st.sampled_from(RANKS))
 @quick
 def test_ranks_share_out_the_global_batch(plan, step, ranks):
     """Merged by position, the ranks' parts are the global batch of one rank, row for row."""
@@ -100,7 +119,7 @@ def test_equal_parts_when_ranks_divide_shards_and_shards_divide_the_batch(shards
         assert {len(plan.batch(step, rank, ranks)[0]) for rank in range(ranks)} == {plan.global_batch // ranks}
 
 
-@given(plans(), st.integers(1, 12))
+@given(either, st.integers(1, 12))
 @quick
 def test_every_rank_has_a_part_in_every_step(plan, steps):
     """The number of steps is arithmetic; what could differ is a rank without rows in a step, which must not happen either."""
@@ -132,7 +151,7 @@ def read(plan: Plan, first: int, last: int, rank: int, ranks: int) -> dict[int, 
     return out
 
 
-@given(plans(), st.integers(0, 12), st.integers(0, 12), st.sampled_from(RANKS))
+@given(either, st.integers(0, 12), st.integers(0, 12), st.sampled_from(RANKS))
 @quick
 def test_items_bring_the_rows_of_their_steps_and_nothing_else(plan, first, more, ranks):
     last = first + more
@@ -146,7 +165,7 @@ def test_items_bring_the_rows_of_their_steps_and_nothing_else(plan, first, more,
         assert not any(queues.values()), "nothing is read beyond the last step"
 
 
-@given(plans(), st.integers(0, 15), st.integers(1, 15), st.sampled_from(RANKS), st.sampled_from(RANKS))
+@given(either, st.integers(0, 15), st.integers(1, 15), st.sampled_from(RANKS), st.sampled_from(RANKS))
 @quick
 def test_resume_at_any_position_gives_the_remaining_sequence(plan, first, more, ranks_before, ranks_after):
     """Also with another number of ranks: the committed steps and the rest together are the uninterrupted run."""
@@ -169,7 +188,7 @@ def test_items_come_in_the_order_of_need(plan, first, more):
     assert starts == sorted(starts) and len(set(starts)) == len(starts)
 
 
-@given(plans(), st.integers(0, 15), st.integers(0, 60), st.integers(0, 60))
+@given(either, st.integers(0, 15), st.integers(0, 60), st.integers(0, 60))
 @quick
 def test_sequence_may_be_cut_anywhere(plan, shard, a, b):
     shard, (low, high) = shard % plan.shards, sorted((a, b))
@@ -181,11 +200,12 @@ def test_sequence_may_be_cut_anywhere(plan, shard, a, b):
 
 # ---------------------------------------------------------------- seeds, epochs, purity
 
-@given(plans())
+@given(either)
 @quick
 def test_a_pickled_or_rebuilt_plan_has_the_same_order(plan):
     plan.batch(0)  # fills the cache, which does not travel
-    rebuilt = Plan(plan.rows, plan.seed, plan.global_batch, shards=plan.shards, shuffle=plan.shuffle, boundaries=plan.boundaries)
+    rebuilt = Plan(plan.rows, plan.seed, plan.global_batch, shards=plan.shards, shuffle=plan.shuffle, boundaries=plan.boundaries,
+                   mixture=plan.mixed and tuple(zip(plan.mixed.starts, [*plan.mixed.starts[1:], plan.rows], plan.mixed.draws.tolist(), strict=True)))
     for other in (pickle.loads(pickle.dumps(plan)), rebuilt):
         for step in (3, 0, 1):
             assert plan.batch(step)[0].tolist() == other.batch(step)[0].tolist()
@@ -271,6 +291,104 @@ def test_blocks_keep_each_row_group_together(plan):
     order = plan.order(0, 0, plan.rows)
     group = np.searchsorted(plan.boundaries, order, side="right") - 1
     assert (np.diff(group) != 0).sum() == len(np.unique(group)) - 1
+
+
+# ---------------------------------------------------------------- mixtures
+
+THREE = ((0, 1200, 0.5), (1200, 1230, 0.3), (1230, 2000, 0.2))
+
+
+def corpus_of(plan: Plan, indices: np.ndarray) -> np.ndarray:
+    assert plan.mixed is not None
+    return np.searchsorted(plan.mixed.starts, indices, side="right") - 1
+
+
+@given(plans(mixed=True))
+@quick
+def test_a_corpus_covers_each_of_its_rows_exactly_once_in_each_of_its_epochs(plan):
+    """After any number of chunks, what was drawn of a corpus are so many whole epochs, each row once in each, and a part of the next one."""
+    assert plan.mixed is not None
+    for chunks in (1, 2, 3):
+        positions_ = chunks * module.CHUNK * plan.shards
+        parts = [plan.sequence(shard, 0, positions_ // plan.shards) for shard in range(plan.shards)]
+        indices, epochs = (np.concatenate(part) for part in zip(*parts, strict=True))
+        corpora = corpus_of(plan, indices)
+        for c, (part, start) in enumerate(zip(plan.mixed.parts, plan.mixed.starts, strict=True)):
+            drawn = Counter(zip(indices[corpora == c].tolist(), epochs[corpora == c].tolist(), strict=True))
+            assert set(drawn.values()) <= {1}, "no row twice in one epoch"
+            assert sum(drawn.values()) == chunks * plan.mixed.draws[c] * plan.shards, "as many as its weight says"
+            whole, rest = divmod(sum(drawn.values()), part.rows)
+            for epoch in range(whole):
+                assert sorted(row for row, e in drawn if e == epoch) == list(range(start, start + part.rows))
+            assert sum(e == whole for _, e in drawn) == rest and max(e for _, e in drawn) <= whole
+
+
+@pytest.mark.parametrize("shuffle", ["rows", "blocks"])
+def test_shares_are_kept_after_any_number_of_places_and_to_one_draw_at_the_end_of_a_chunk(monkeypatch, shuffle):
+    monkeypatch.setattr(module, "CHUNK", CHUNK)
+    plan = Plan(2000, 3, 64, shards=4, shuffle=shuffle, boundaries=np.array([0, 500, 1200, 1230, 1600, 2000]), mixture=THREE)
+    weights = np.array([weight for *_, weight in THREE])
+    for shard in range(4):
+        indices, _ = plan.sequence(shard, 0, 3 * CHUNK)
+        counts = np.cumsum(corpus_of(plan, indices)[:, None] == np.arange(3), axis=0)
+        places = np.arange(1, 3 * CHUNK + 1)[:, None]
+        assert np.abs(counts - places * weights).max() < 1 + 3 * weights.max() + 3, "1 + corpora x share, and a draw of rounding a chunk"
+        for chunk in (1, 2, 3):
+            assert np.abs(counts[chunk * CHUNK - 1] / chunk - CHUNK * weights).max() <= 1
+    batches = np.concatenate([np.bincount(corpus_of(plan, plan.batch(step)[0]), minlength=3)[None] for step in range(200)])
+    assert np.abs(batches.mean(0) / 64 - weights).max() < 0.003
+    assert (batches[:, 0] > 20).all() and (batches[:, 0] < 44).all(), "every batch is a mixture"
+
+
+def test_a_small_corpus_comes_often_and_is_never_in_the_same_order(monkeypatch):
+    monkeypatch.setattr(module, "CHUNK", CHUNK)
+    plan = Plan(2000, 3, 64, shards=4, mixture=THREE)
+    indices, epochs = zip(*(plan.batch(step) for step in range(40)), strict=True)
+    indices, epochs = np.concatenate(indices), np.concatenate(epochs)
+    small = corpus_of(plan, indices) == 1
+    assert epochs[small].max() == 40 * 64 * 0.3 // 30 and epochs[~small].max() <= 1, "epochs are the corpus's own"
+    orders = [indices[small & (epochs == epoch)].tolist() for epoch in range(10)]
+    assert all(sorted(order) == list(range(1200, 1230)) for order in orders) and len({tuple(order) for order in orders}) == 10
+
+
+def test_a_mixture_is_no_matter_of_what_was_asked_before():
+    a, b = Plan(2000, 1, 50, mixture=THREE), Plan(2000, 1, 50, mixture=THREE)
+    forward = [[part.tolist() for part in a.batch(step)] for step in range(60)]
+    backward = [[part.tolist() for part in b.batch(step)] for step in reversed(range(60))]
+    assert forward == backward[::-1]
+    far = 10 ** 9  # closed form: no walk to get there
+    assert (a.sequence(0, far, far + 50)[0] == a.sequence(0, far - 20, far + 50)[0][20:]).all()
+
+
+def test_row_groups_of_a_mixture_stay_together():
+    """A shard reads each corpus block by block, as it does without a mixture."""
+    bounds = np.arange(0, 6401, 100)
+    plan = Plan(6400, 0, 80, shuffle="blocks", boundaries=bounds, mixture=((0, 3200, 1.0), (3200, 6400, 3.0)))
+    indices, _ = plan.sequence(2, 0, 400)
+    assert len(np.unique(indices // 100)) <= 400 // 100 + 4
+
+
+def test_golden_mixture():
+    """As `test_golden_order`; row indices and epochs of each step."""
+    plan = Plan(12, 7, 6, shards=2, mixture=((0, 4, 1.0), (4, 12, 2.0)))
+    assert [[part.tolist() for part in plan.batch(step)] for step in range(3)] == GOLDEN_MIXTURE
+
+
+GOLDEN_MIXTURE = [[[2, 0, 5, 8, 11, 10], [0, 0, 0, 0, 0, 0]], [[6, 3, 1, 7, 4, 9], [0, 0, 0, 0, 0, 0]], [[9, 8, 1, 2, 7, 11], [1, 1, 1, 1, 1, 1]]]
+
+
+@pytest.mark.parametrize(("mixture", "message"), [
+    (((0, 50, 1.0), (50, 90, 1.0)), "follow each other from row 0 to row 100"),
+    (((0, 50, 1.0), (60, 100, 1.0)), "follow each other"),
+    (((1, 100, 1.0),), "follow each other"),
+    (((0, 100, 1.0), (100, 100, 0.5)), r"corpus 2 has weight 0\.5 and no rows"),
+    (((0, 50, 1.0), (50, 100, 0.0)), "each must be above 0"),
+    (((0, 50, 1.0), (50, 100, float("nan"))), "each must be above 0"),
+    (((0, 50, 1.0), (50, 100, 0.001)), r"weight 0\.001 of corpus 2 is 0\.001 of all weights, and the smallest share is 1 of 24"),
+])
+def test_impossible_mixtures_are_refused(mixture, message):
+    with pytest.raises(ValueError, match=message):
+        Plan(100, 0, 10, mixture=mixture)
 
 
 # ---------------------------------------------------------------- mistakes

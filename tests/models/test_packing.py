@@ -1,8 +1,11 @@
-"""Documents packed into one row are as if each stood alone: states, losses and gradients."""
+"""Documents packed into one row are as if each stood alone: states, losses and gradients. Rows of one shape compile once."""
+
+import base64
 
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from toys import task_of
 
 from pipeline.contracts import Batch, Task
@@ -12,6 +15,7 @@ LENGTH, VOCABULARY = 32, 60
 INPUTS = {"vocabulary": VOCABULARY, "length": LENGTH, "specials": [0, 1, 2, 3, 4]}
 SIZES = ((9, 14, 5), (32,), (3, 29), (20,))
 """Lengths of the documents of each row; the first and the last row end in padding."""
+FAMILIES = ("bert", "roberta", "distilbert", "gpt2")
 
 
 def make(architecture: str) -> Task:
@@ -19,7 +23,7 @@ def make(architecture: str) -> Task:
     return task_of(f"transformers/{architecture}", INPUTS, objective, seed=3, layers=3, hidden=32, heads=4, dropout=0.0).eval()
 
 
-@pytest.fixture(params=["bert", "gpt2"], scope="module")
+@pytest.fixture(params=FAMILIES, scope="module")
 def task(request) -> Task:
     return make(request.param)
 
@@ -28,12 +32,12 @@ def batch(tokens: torch.Tensor, segments: torch.Tensor) -> Batch:
     return Batch(np.arange(len(tokens)), torch.arange(len(tokens)), {"tokens": tokens, "segments": segments})
 
 
-def packed() -> tuple[Batch, list[tuple[int, slice]]]:
+def packed(every: tuple[tuple[int, ...], ...] = SIZES) -> tuple[Batch, list[tuple[int, slice]]]:
     """Rows of random tokens, and the place (row, slice) of every document."""
     torch.manual_seed(0)
-    tokens, segments = torch.zeros(len(SIZES), LENGTH, dtype=torch.long), torch.zeros(len(SIZES), LENGTH, dtype=torch.int32)
+    tokens, segments = torch.zeros(len(every), LENGTH, dtype=torch.long), torch.zeros(len(every), LENGTH, dtype=torch.int32)
     places = []
-    for row, sizes in enumerate(SIZES):
+    for row, sizes in enumerate(every):
         at = 0
         for number, size in enumerate(sizes, start=1):
             here = slice(at, at + size)
@@ -131,6 +135,7 @@ def test_causal_loss_is_the_sum_of_the_documents_losses():
 
 
 def test_gradients_of_packed_rows_are_those_of_the_documents():
+    """Of every parameter."""
     task = make("gpt2")
     whole, places = packed()
     task(whole)[0].backward()
@@ -143,9 +148,10 @@ def test_gradients_of_packed_rows_are_those_of_the_documents():
         assert p.grad is not None and (p.grad - packed_gradient[name]).abs().max() < 1e-4 * max(1.0, float(p.grad.abs().max()))
 
 
-def test_masked_loss_is_that_of_the_documents_alone():
+@pytest.mark.parametrize("architecture", FAMILIES[:3])
+def test_masked_loss_is_that_of_the_documents_alone(architecture):
     """The masks of the packed row, put by hand into each document."""
-    task = make("bert")
+    task = make(architecture)
     whole, places = packed()
     chosen, valid, tokens = task.objective._chosen(whole)
     total, count, _ = task(whole)
@@ -168,6 +174,46 @@ def test_mask_and_positions_by_hand():
     causal = document_mask(segments, causal=True)[0, 0]
     assert torch.equal(causal, document_mask(segments, causal=False)[0, 0].tril()) and causal.any(1).all()
     assert restarted_positions(torch.tensor([[3, 3, 1, 1], [1, 2, 1, 1]])).tolist() == [[0, 1, 0, 1], [0, 0, 0, 1]]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_positions_restart_with_every_document(architecture):
+    """What the model's own table of positions is asked for; RoBERTa counts from the one behind padding's."""
+    task = make(architecture)
+    (table,) = [module for name, module in task.backbone.model.named_modules() if name.endswith(("position_embeddings", "wpe"))]
+    asked = []
+    table.register_forward_pre_hook(lambda module, args: asked.append(args[0]))
+    whole, places = packed()
+    task.backbone(whole)
+    first = 1 if architecture == "roberta" else 0  # padding's id is 0 here
+    for row, here in places:
+        assert asked[0][row, here].tolist() == list(range(first, first + here.stop - here.start))
+    if architecture == "roberta":
+        assert not asked[0][whole["segments"] == 0].any()
+    row, here = places[0]
+    task.backbone(alone(whole, row, here))
+    assert asked[1].expand(1, -1)[0].tolist() == asked[0][row, here].tolist()
+
+
+@pytest.mark.parametrize(("architecture", "objective"), [
+    ("bert", {"whole_word": True}), ("gpt2", {}), *[pytest.param(name, {}, marks=pytest.mark.slow) for name in ("bert", "roberta", "distilbert")]])
+def test_rows_of_one_shape_compile_once(architecture, objective):
+    """Whatever rows they are and however long their documents: training steps with dropout, without a break in the graph."""
+    inputs = {**INPUTS, "continuing": base64.b64encode(np.packbits(np.arange(VOCABULARY) % 3 == 2)).decode()}
+    task = task_of(f"transformers/{architecture}", inputs, "clm" if architecture == "gpt2" else "mlm", seed=3, options=objective,
+                   layers=1, hidden=16, heads=2, dropout=0.1)
+    torch._dynamo.reset()
+    backend = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(task, dynamic=False, backend=backend, fullgraph=True)
+    for step, sizes in enumerate((SIZES, ((1, 1, 30), (2, 2), (8, 8, 8, 8), (31,)), ((32,), (32,), (32,), (32,)), ((5,), (4, 4), (3, 3, 3), (2,)))):
+        whole, _ = packed(sizes)
+        total, count, _ = compiled(Batch(whole.rows + 7 * step, whole.keys * 5 + step, whole.data, whole.rows % 3))
+        total.backward()
+        assert torch.isfinite(total) and count > 0
+    assert backend.frame_count == 1
+    task.eval(), compiled.eval()
+    torch.testing.assert_close(compiled(packed()[0])[0], task(packed()[0])[0], rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize(("architecture", "objective", "message"), [

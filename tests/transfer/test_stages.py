@@ -564,10 +564,14 @@ def test_a_target_without_a_row_to_test_on_is_left_out_with_its_reason(tmp_path,
         stages.share(state)
 
 
-@pytest.mark.parametrize("objective", ["simclr", "mlm", "mae"])
-def test_objectives_without_labels_are_for_sources(tmp_path, bundles, paths, objective):
+@pytest.mark.parametrize(("objective", "message"), [
+    ("simclr", "simclr is for sources; a target's rows have labels, or are texts to model: classification, clm, .*multilabel"),
+    ("mae", "mae is for sources; a target's rows have labels, or are texts to model: classification, clm, .*multilabel"),
+    ("mlm", "mlm reads packed documents, and image rows cannot be packed: it is for text"),
+])
+def test_objectives_without_labels_are_for_sources_or_for_texts(tmp_path, bundles, paths, objective, message):
     job = with_target(job_of(tmp_path, {"a": bundles["a"]}, paths), objective=objective)
-    with pytest.raises(ValueError, match=rf"targets\.task\.objective: {objective} is for sources; a target's rows have labels: classification, .*multilabel"):
+    with pytest.raises(ValueError, match=rf"targets\.task\.objective: {message}"):
         prepared(job)
 
 

@@ -144,7 +144,7 @@ def _refuse_doubled(entries: list[Entry], uri: str, fix: str) -> None:
 def _archive(uri: str, prefix: str) -> Listing:
     if uri.lower().endswith(COMPRESSED):
         raise ValueError(f"{uri}: of compressed tars only .tar.gz is read; decompress it first (bunzip2, unxz, unzstd: it stays a tar)")
-    with closing(_open(uri)) as handle:
+    with closing(open_archive(uri)) as handle:
         if uri.lower().endswith(GZIPPED):
             with gzip.GzipFile(fileobj=handle) as unpacked:
                 files, folders = _tar(uri, cast(BinaryIO, unpacked), uri)
@@ -157,7 +157,7 @@ def _archive(uri: str, prefix: str) -> Listing:
     return Listing(sorted(entries), empty, storage.fingerprint(uri))
 
 
-def _open(uri: str) -> BinaryIO:
+def open_archive(uri: str) -> BinaryIO:
     """Headers of a tar lie as far apart as its members: on S3 larger pieces make fewer requests."""
     return io.BufferedReader(s3.Reader(uri), 16 << 20) if storage.is_remote(uri) else storage.open_read(uri)
 
@@ -189,7 +189,7 @@ def _zip(uri: str, handle: BinaryIO, where: str) -> tuple[list[Entry], list[str]
 
 def _tar(uri: str, handle: BinaryIO, where: str, start: int = 0, size: int | None = None) -> tuple[list[Entry], list[str]]:
     """Members of the tar that lies in ``size`` bytes of ``handle`` from ``start``. Offsets are those in ``handle``."""
-    view = io.BufferedReader(_Window(handle, start, size)) if size is not None else handle
+    view = io.BufferedReader(Window(handle, start, size)) if size is not None else handle
     entries, folders = [], []
     try:
         with tarfile.open(fileobj=view, mode="r:") as archive:
@@ -219,7 +219,7 @@ def _tar(uri: str, handle: BinaryIO, where: str, start: int = 0, size: int | Non
     return entries, folders
 
 
-class _Window(io.RawIOBase):
+class Window(io.RawIOBase):
     """A part of a file as a file."""
 
     def __init__(self, handle: BinaryIO, start: int, size: int):
@@ -293,7 +293,7 @@ class Reader:
         with self._lock:
             if self._stream is None or self._stream[0] != uri:
                 self._close_stream()
-                handle = _open(uri)
+                handle = open_archive(uri)
                 self._stream = uri, gzip.GzipFile(fileobj=handle), handle
             try:
                 self._stream[1].seek(offset)

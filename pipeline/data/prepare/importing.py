@@ -22,8 +22,8 @@ from pipeline.registry import Options
 
 PLACE = pa.schema([("_uri", pa.string()), ("_member", pa.string()), ("_offset", pa.int64()), ("_size", pa.int64()),
                    ("path", pa.string()), ("split", pa.string())])
-SPLITS = {"train": "train", "training": "train", "val": "validation", "valid": "validation", "validation": "validation", "dev": "validation", "test": "test",
-          "testing": "test"}
+SPLITS = {"train": "train", "training": "train", "val": "validation", "valid": "validation", "validation": "validation", "dev": "validation",
+          "testa": "validation", "test": "test", "testing": "test", "testb": "test"}
 """Publishers' names of splits to those of a job file."""
 NAMED = 5
 """So many examples an error message names."""

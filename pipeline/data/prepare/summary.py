@@ -19,7 +19,8 @@ EXAMPLES = 20
 
 
 def summarise(output: str, parts: list[str], label: str, broken: list[dict[str, str]], notes: dict[str, Any]) -> dict[str, Any]:
-    """Counts over all parts: rows and classes of each split, image sizes, files with equal bytes within and across splits, what is broken and why."""
+    """Counts over all parts: rows and classes of each split, what is broken and why; of images also their sizes, and files with equal bytes within and
+    across splits."""
     tables = []
     for name in parts:
         with storage.open_read(storage.join(output, name)) as handle:
@@ -27,7 +28,7 @@ def summarise(output: str, parts: list[str], label: str, broken: list[dict[str, 
             tables.append(file.read(columns=[n for n in ("split", "path", "width", "height", "sha256", label) if n in file.schema_arrow.names]))
     rows = pa.concat_tables(tables).combine_chunks()
     return {"rows": dict(sorted(Counter(rows["split"].to_pylist()).items())), "classes": _classes(rows, label), "sizes": _sizes(rows),
-            "duplicates": duplicates(rows, label),
+            "duplicates": duplicates(rows, label) if "sha256" in rows.column_names else {},
             "broken": {"rows": len(broken), "reasons": dict(Counter(row["reason"] for row in broken).most_common()), "files": broken}, "notes": notes}
 
 
@@ -49,7 +50,7 @@ def _classes(rows: pa.Table, label: str) -> dict[str, Any]:
 
 def _sizes(rows: pa.Table) -> dict[str, Any]:
     """Pixels at the given percentiles, of the images as written."""
-    if not len(rows):
+    if not len(rows) or "width" not in rows.column_names:
         return {}
     width, height = (rows[name].to_numpy() for name in ("width", "height"))
     measured = {"width": width, "height": height, "shorter_side": np.minimum(width, height), "megapixels": width * height / 1e6}
@@ -74,22 +75,25 @@ def duplicates(rows: pa.Table, label: str) -> dict[str, Any]:
             "examples": [[f"{row['split']}: {row['path']}" for row in group] for group in groups[:EXAMPLES]]}
 
 
-def markdown(title: str, found: dict[str, Any]) -> str:
-    """The same in short, for people."""
+def markdown(title: str, found: dict[str, Any], noun: str = "files") -> str:
+    """The same in short, for people; ``noun``: what broken ones are."""
     out = [f"# {title}", "", "| split | rows |", "|---|---|", *(f"| {split} | {n} |" for split, n in found["rows"].items())]
     if found["sizes"]:
         out += ["", "| size | " + " | ".join(f"{share} %" for share in SHARES) + " |", "|---" * (len(SHARES) + 1) + "|"]
         out += [f"| {name.replace('_', ' ')} | " + " | ".join(f"{value:g}" for value in values.values()) + " |" for name, values in found["sizes"].items()]
     out += _class_table(found["classes"])
-    same = found["duplicates"]
-    out += ["", f"Exact duplicates: {same['files']} files stand more than once ({same['rows_beyond_the_first']} rows beyond the first); "
-            f"within splits: {_told(same['within'])}; across splits: {_told(same['across'])}; with different labels: {same['with_different_labels']}."]
-    out += [f"- {' = '.join(group)}" for group in same["examples"]]
-    out += ["", f"Broken files, left out: {found['broken']['rows']}."]
+    out += _duplicate_lines(found["duplicates"]) if found["duplicates"] else []
+    out += ["", f"Broken {noun}, left out: {found['broken']['rows']}."]
     out += [f"- {row['split']}: {row['path']}: {row['reason']}" for row in found["broken"]["files"][:EXAMPLES]]
     if found["notes"]:
         out += ["", *(f"- {name}: {_told(value) if isinstance(value, dict) else value}" for name, value in found["notes"].items())]
     return "\n".join(out) + "\n"
+
+
+def _duplicate_lines(same: dict[str, Any]) -> list[str]:
+    out = ["", f"Exact duplicates: {same['files']} files stand more than once ({same['rows_beyond_the_first']} rows beyond the first); "
+            f"within splits: {_told(same['within'])}; across splits: {_told(same['across'])}; with different labels: {same['with_different_labels']}."]
+    return out + [f"- {' = '.join(group)}" for group in same["examples"]]
 
 
 def _class_table(classes: dict[str, Any]) -> list[str]:

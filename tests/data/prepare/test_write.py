@@ -42,8 +42,8 @@ def parts(output) -> dict[str, bytes]:
 
 # ---------------------------------------------------------------- what is written
 
-@pytest.mark.parametrize("name", registry.names("importer"))
-def test_a_job_reads_what_every_importer_writes(name, request, tmp_path):
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_job_reads_what_every_importer_of_images_writes(name, request, tmp_path):
     done = prepare(name, request.getfixturevalue(SOURCES[name]), tmp_path / "out", rows_per_part=2)
     data = Data.model_validate({"uri": str(tmp_path / "out"), "split_column": "split", "modality": "image", "columns": {"image": "image"},
                                 "validation_fraction": 0.0, "test_fraction": 0.0})
@@ -323,7 +323,7 @@ def ray_runs():
 
 
 @pytest.mark.ray
-def test_on_ray_every_importer_writes_the_same_bytes(ray_runs, request, tmp_path, monkeypatch):
+def test_on_ray_every_importer_of_images_writes_the_same_bytes(ray_runs, request, tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "stop", lambda: None)
     run = CliRunner().invoke
     for name, source in SOURCES.items():

@@ -1,0 +1,145 @@
+"""Which documents of a corpus are left out: too short or long, of other letters, or alike.
+
+Near duplicates are those whose sets of word 5-shingles have a Jaccard similarity of at least a threshold, estimated by MinHash (Broder 1997) and found by
+banding; of each connected component the first one stays, as Lee et al. 2022 (Deduplicating Training Data Makes Language Models Better) do.
+
+Memory: a document takes 17 bytes, with MinHash 529 (128 signatures of 4 bytes), and 24 more while one band is sorted; pairs in addition.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator
+from functools import lru_cache
+
+import numpy as np
+from datasketch import MinHash
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+NUM_PERM, SHINGLE = 128, 5
+RECALL = 0.999
+"""Two documents of just the threshold's similarity meet in a band with at least this probability."""
+NEIGHBOURS = 32
+"""Of documents that share a band, each is compared with the first one and with so many before it."""
+AT_A_TIME = 8192
+"""Shingles that are hashed at a time: a book's would take gigabytes."""
+PAIRS = 1 << 20
+"""Pairs that are compared at a time."""
+WORD = re.compile(r"\w+")
+
+
+# ---------------------------------------------------------------- one document
+
+@lru_cache(1 << 16)
+def _letter(character: str) -> str:
+    """The script of a letter or of a mark on one, from its Unicode name (LATIN SMALL LETTER A; han for CJK), or "" for what is no letter."""
+    if unicodedata.category(character)[0] not in "LM":
+        return ""
+    word = unicodedata.name(character, "OTHER").split()[0].lower()
+    return "han" if word == "cjk" else word
+
+
+def shares(text: str, script: str) -> tuple[float, float]:
+    """(letters among the characters that are not blank, letters of the script among the letters that have one); 0 where there are none."""
+    characters = Counter(text)
+    solid = letters = own = of_any = 0
+    for character, count in characters.items():
+        if character.isspace():
+            continue
+        solid += count
+        name = _letter(character)
+        letters += count * bool(name)
+        if name and name != "combining":
+            of_any += count
+            own += count * (name == script)
+    return letters / max(1, solid), own / max(1, of_any)
+
+
+def digest(text: str) -> bytes:
+    """16 bytes of the SHA-1 of the text in lower case, with single spaces."""
+    return hashlib.sha1(" ".join(text.lower().split()).encode(), usedforsecurity=False).digest()[:16]
+
+
+def shingles(text: str) -> set[bytes]:
+    """Runs of SHINGLE words in lower case, without punctuation; one of all words for a shorter text."""
+    words = WORD.findall(text.lower())
+    return {" ".join(words[i:i + SHINGLE]).encode() for i in range(max(1, len(words) - SHINGLE + 1))}
+
+
+def signatures(texts: Iterator[str]) -> Iterator[np.ndarray]:
+    """(NUM_PERM,) uint32 for each text."""
+    empty = MinHash(num_perm=NUM_PERM, seed=1)
+    for text in texts:
+        one, found = empty.copy(), list(shingles(text))
+        for start in range(0, len(found), AT_A_TIME):
+            one.update_batch(found[start:start + AT_A_TIME])
+        yield one.hashvalues.astype(np.uint32)
+
+
+# ---------------------------------------------------------------- all documents
+
+def exact(digests: np.ndarray) -> np.ndarray:
+    """(n,) int64: for each row of (n, 2) uint64 digests the first row that is equal to it, itself when none is before."""
+    order = np.lexsort((np.arange(len(digests)), digests[:, 1], digests[:, 0]))
+    ordered = digests[order]
+    new = np.ones(len(order), dtype=bool)
+    new[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
+    out = np.empty(len(order), dtype=np.int64)
+    out[order] = order[np.maximum.accumulate(np.where(new, np.arange(len(order)), 0))]
+    return out
+
+
+def rows_a_band(threshold: float) -> int:
+    """The most rows of a band, which make the fewest pairs, with which a pair at the threshold meets with probability RECALL."""
+    return max((r for r in range(1, NUM_PERM + 1) if 1 - (1 - threshold**r) ** (NUM_PERM // r) >= RECALL), default=1)
+
+
+def near(signs: np.ndarray, threshold: float) -> np.ndarray:
+    """(n,) int64: for each of (n, NUM_PERM) signatures the first of its component, whose neighbours agree in at least that share of their signatures."""
+    n, rows = len(signs), rows_a_band(threshold)
+    if n < 2:
+        return np.arange(n)
+    lefts, rights = [np.arange(0)], [np.arange(0)]
+    for first in range(0, NUM_PERM - rows + 1, rows):
+        for left, right in _candidates(_mixed(signs[:, first:first + rows])):
+            for start in range(0, len(left), PAIRS):
+                a, b = left[start:start + PAIRS], right[start:start + PAIRS]
+                alike = np.count_nonzero(signs[a] == signs[b], axis=1) >= threshold * NUM_PERM
+                lefts.append(a[alike])
+                rights.append(b[alike])
+    a, b = np.concatenate(lefts), np.concatenate(rights)
+    _, component = connected_components(coo_array((np.ones(len(a), dtype=np.int8), (a, b)), shape=(n, n)), directed=False)
+    firsts = np.full(component.max() + 1, n, dtype=np.int64)
+    np.minimum.at(firsts, component, np.arange(n))
+    return firsts[component]
+
+
+def _mixed(band: np.ndarray) -> np.ndarray:
+    """(n,) uint64 of a band (n, r): equal for equal rows, and hardly ever else (which costs a comparison, no more)."""
+    out = np.zeros(len(band), dtype=np.uint64)
+    for column in band.T:
+        out = (out ^ column.astype(np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
+        out ^= out >> np.uint64(29)
+    return out
+
+
+def _candidates(keys: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Pairs of rows with equal keys: each with the NEIGHBOURS before it and with the first."""
+    order = np.argsort(keys, kind="stable")
+    ordered = keys[order]
+    starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
+    sizes = np.diff(np.r_[starts, len(ordered)])
+    place = np.arange(len(ordered)) - np.repeat(starts, sizes)  # within its group
+    shared = np.flatnonzero(np.repeat(sizes, sizes) > 1)
+    for back in range(1, NEIGHBOURS + 1):
+        at = shared[place[shared] >= back]
+        if not len(at):
+            return
+        yield order[at - back], order[at]
+    far = shared[place[shared] > NEIGHBOURS]
+    if len(far):
+        yield order[far - place[far]], order[far]

@@ -1,0 +1,249 @@
+"""CSV and TSV (RFC 4180: fields in quotes may hold delimiters, line ends and doubled quotes), whatever their columns are called."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import re
+from collections import deque
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+from pydantic import Field
+
+from pipeline import registry
+from pipeline.data.prepare.importing import SPLITS, few
+from pipeline.data.prepare.sources import ROW_BYTES, Piece, Reading, decoded, find, plain_suffix, wholes
+from pipeline.data.prepare.tables import KINDS, Found, Settled, TableImporter, wider
+from pipeline.registry import Options, register
+
+SUFFIXES = (".csv", ".tsv", ".tab")
+WHOLE, NUMBER = re.compile(r"[+-]?(0|[1-9]\d{0,17})"), re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?|nan|[+-]?inf", re.IGNORECASE)
+NAMES = {"string": 4, "float": 3, "int": 2}
+TEXTS = ("text", "text_pair")
+
+
+class CsvOptions(Options):
+    columns: str = Field("", description="NEW=OLD,... : what columns are to be called, such as text=review,label=stars; by number (text=5) without a header")
+    keep: bool = Field(True, description="false: columns that --set columns does not name are dropped")
+    delimiter: str = Field("", description="one character, or tab; empty: tab for .tsv and .tab, else a comma")
+    quote: str = Field('"', description="what encloses fields; empty: nothing does, every line is a row")
+    header: bool = Field(True, description="false: the first line is a row; columns are then called by names, or by their numbers from 0")
+    names: str = Field("", description="names of all columns for files without a header, such as label,title,text")
+    required: str = Field("text", description="columns (new names) of which an empty field makes a row broken, those that the file has")
+    types: str = Field("", description="NAME=string, float or int,... in the place of what the values look like; text and text_pair are always texts")
+    split_column: str = Field("", description="the column (its name in the file) that tells each row's split; the others then follow its values")
+    encoding: str = Field("utf-8", description="of the files, such as latin-1; one in which ASCII is ASCII")
+    split: Literal["", "train", "validation", "test"] = Field("", description="the split of all files; empty: from the file's name or folder, else train")
+
+
+@register("importer", "csv", options=CsvOptions)
+class Csv(TableImporter):
+    """CSV and TSV files (one, a folder, glob or archive, also .gz and .zst), with quotes and line ends in them, with or without a header.
+
+    Columns: as in the files, or as --set columns="text=review,label=stars" calls them. Their types are the same over all files: whole numbers (none with
+    leading zeros), other numbers, else text; an empty field is null. Broken: a row with another number of fields than the header, a quote that is left open,
+    no text. Rows of a part stand in a random but fixed order, since such files are often sorted by class. A file is one part: cut large ones up.
+    """
+
+    label = "label"
+    mixes = True
+
+    def __init__(self, options: Any = None):
+        super().__init__(options)
+        o = self.options
+        self.mapping = _pairs("columns", o.columns)
+        self.given_types = _pairs("types", o.types)
+        for name, kind in self.given_types.items():
+            if kind not in NAMES:
+                raise ValueError(f"--set types={name}={kind}: {registry.nearest(kind, NAMES)}")
+        for name, value in (("delimiter", o.delimiter), ("quote", o.quote)):
+            if len(value) > 1 and value not in ("tab", "\\t"):
+                raise ValueError(f"--set {name}={value}: one character, or tab")
+        if o.names and o.header:
+            raise ValueError(f"--set names={o.names}: names are for files without a header; say --set header=false too, or rename with --set columns=NEW=OLD")
+        try:
+            ascii_alike = "a,\n\"".encode(codecs.lookup(o.encoding).name) == b"a,\n\""
+        except LookupError:
+            ascii_alike = False
+        if not ascii_alike:
+            raise ValueError(f"--set encoding={o.encoding}: no encoding in which ASCII is ASCII, such as latin-1; convert the files (iconv -t UTF-8)")
+
+    def pieces(self, source: str, part_bytes: int) -> tuple[list[Piece], str, dict[str, Any]]:
+        listed = find(source, SUFFIXES, self.options.split or ("all" if self.options.split_column else ""))
+        return wholes(listed), listed.mark, {"files left out": listed.others} if listed.others else {}
+
+    def _records(self, reading: Reading) -> Iterator[tuple[int, list[str]]]:
+        """(line, fields) of every record; those that cannot be parsed are told to ``reading``.
+
+        A record goes over lines while a quote is open. One that no later line closes, or that becomes a row only by swallowing others (another number
+        of fields), is the first line alone: the lines after it are read anew.
+        """
+        o, again, width = self.options, deque[tuple[int, bytes | None]](), 0
+        tab = o.delimiter in ("tab", "\\t") or (not o.delimiter and plain_suffix(reading.piece.name) != ".csv")
+        delimiter = "\t" if tab else o.delimiter or ","
+        source = _lines(reading.numbered(), again)
+        for number, raw in source:
+            if raw is not None and not raw.strip():
+                continue
+            text, wrong = decoded(raw, o.encoding)
+            fields, more = [], []
+            if not wrong and (not o.quote or o.quote not in text):
+                fields = text.split(delimiter)
+            elif not wrong:
+                fields, wrong, more = self._quoted(text, delimiter, source)
+                if more and (wrong or (width and len(fields) != width)):
+                    again.extendleft(reversed(more))
+                    wrong = wrong if wrong != OPEN and wrong else f"{OPEN}: no later line closes it"
+            if wrong:
+                reading.bad(number, wrong)
+            else:
+                width = width or len(fields)
+                yield number, fields
+
+    def _quoted(self, text: str, delimiter: str, source: Iterator[tuple[int, bytes | None]]) -> tuple[list[str], str, list[tuple[int, bytes | None]]]:
+        """(fields, "" or what is wrong, further lines that were taken) of a record that begins with a line."""
+        quote, held, more = self.options.quote, [text], []
+        fields, wrong = _parsed(held, delimiter, quote)
+        quotes, size = text.count(quote), len(text)
+        while wrong == OPEN and size < ROW_BYTES and (line := next(source, None)) is not None:
+            more.append(line)
+            part, bad = decoded(line[1], self.options.encoding)
+            if bad:
+                return [], f"a line of it is {bad}", more
+            held.append(part)
+            quotes, size = quotes + part.count(quote), size + len(part)
+            if quotes % 2 == 0:  # else it is still open: quotes within it are doubled
+                fields, wrong = _parsed(held, delimiter, quote)
+        return fields, wrong, more
+
+    def _named(self, reading: Reading) -> Iterator[dict[str, str]]:
+        """Every row by the new names of its columns."""
+        o, names = self.options, [name.strip() for name in self.options.names.split(",")] if self.options.names else None
+        picked: list[tuple[str, int]] | None = None
+        for number, fields in self._records(reading):
+            if picked is None:
+                header = [name.strip() for name in fields] if o.header else names or [str(i) for i in range(len(fields))]
+                picked, width = self._picked(header, reading.place(number)), len(header)
+                if o.header:
+                    continue
+            if len(fields) != width:
+                reading.bad(number, f"{len(fields)} fields, where there are {width} columns")
+                continue
+            row = {name: fields[i] for name, i in picked}
+            empty = next((name for name in o.required.split(",") if name.strip() in row and not row[name.strip()].strip()), None)
+            if empty is not None:
+                reading.bad(number, f"no {empty.strip()}")
+            elif (nul := next((name for name, value in row.items() if "\0" in value), None)) is not None:
+                reading.bad(number, f"a NUL character in {nul}")
+            else:
+                yield row
+
+    def _picked(self, header: list[str], place: str) -> list[tuple[str, int]]:
+        """(new name, which field) of the columns that are kept. Raises ValueError for one that is not there."""
+        doubled = next((name for name in header if header.count(name) > 1), None)
+        if doubled is not None:
+            raise ValueError(f"{place}: two columns are called {doubled!r}; if this line is a row, say --set header=false, else rename one")
+        split = self.options.split_column
+        for option, name in [("columns", old) for old in self.mapping.values()] + ([("split_column", split)] if split else []):
+            if name not in header:
+                raise ValueError(f"{place}: no column {name!r} for --set {option}; {registry.nearest(name, header)}")
+        new = {old: name for name, old in self.mapping.items()}
+        taken = [(new.get(old, old), i) for i, old in enumerate(header) if old in new or (self.options.keep and old != split)]
+        clash = [name for name, _ in taken if [n for n, _ in taken].count(name) > 1]
+        if clash:
+            raise ValueError(f"{place}: --set columns calls a column {clash[0]!r}, as another one is called; rename that one too, or say --set keep=false")
+        if "split" in dict(taken):
+            raise ValueError(f"{place}: a column is called split, as the one that says which rows are for training and which for tests; if it is that, say "
+                             "--set split_column=split, else rename it: --set columns=fold=split")
+        return [*taken, ("split", header.index(split))] if split else taken
+
+    def survey(self, reading: Reading) -> Found:
+        """The columns and what their values look like."""
+        kinds: dict[str, int] = {}
+        rows = 0
+        for row in self._named(reading):
+            rows += 1
+            for name, value in row.items():
+                known = kinds.get(name, 0)
+                kinds[name] = known if known == 4 else wider(known, 4 if name in TEXTS else _kind(value))
+        return {"rows": np.array(rows), "names": np.array(list(kinds), dtype=np.str_), "kinds": np.array(list(kinds.values()), dtype=np.int64)}
+
+    def settle(self, pieces: list[Piece], found: list[Found]) -> Settled:
+        kinds: dict[str, int] = {}
+        for one in found:
+            for name, kind in zip(one["names"].tolist(), one["kinds"].tolist(), strict=True):
+                kinds[name] = wider(kinds.get(name, 0), kind)
+        kinds.pop("split", None)
+        for name, kind in self.given_types.items():
+            if name not in kinds:
+                raise ValueError(f"--set types: no column {name!r}; {registry.nearest(name, kinds)}")
+            if kinds[name] > NAMES[kind]:
+                raise ValueError(f"--set types={name}={kind}: it holds values that are {'no numbers' if kinds[name] == 4 else 'no whole numbers'}")
+            kinds[name] = NAMES[kind]
+        missing = {name: few(piece.name for piece, one in zip(pieces, found, strict=True) if int(one["rows"]) and name not in one["names"]) for name in kinds}
+        told: dict[str, Any] = {"kinds": kinds}
+        columns = [pa.field(name, KINDS[kind] if kind else pa.string()) for name, kind in kinds.items()]
+        return Settled(columns, [told] * len(pieces), {f"files without a column {name}, where it is null": where for name, where in missing.items() if where})
+
+    def rows(self, reading: Reading) -> Iterator[dict[str, Any]]:
+        kinds = reading.told["kinds"]
+        for row in self._named(reading):
+            made = {name: _value(row[name], kind) if name in row else None for name, kind in kinds.items()}
+            if "split" in row:
+                made["split"] = SPLITS.get(row["split"].strip().lower(), row["split"].strip())
+            yield made
+
+
+OPEN = "a quote is left open"
+
+
+def _lines(fresh: Iterator[tuple[int, int, bytes | None]], again: deque[tuple[int, bytes | None]]) -> Iterator[tuple[int, bytes | None]]:
+    """Lines that were given back first, then new ones."""
+    while True:
+        if again:
+            yield again.popleft()
+        elif (line := next(fresh, None)) is not None:
+            yield line[0], line[2]
+        else:
+            return
+
+
+def _parsed(held: list[str], delimiter: str, quote: str) -> tuple[list[str], str]:
+    """(fields, "" or why there are none; OPEN when a quote is) of the lines of a record."""
+    csv.field_size_limit(2 * ROW_BYTES)
+    try:
+        rows = list(csv.reader([f"{line}\n" for line in held[:-1]] + held[-1:], delimiter=delimiter, quotechar=quote, strict=True))
+    except csv.Error as error:
+        return [], OPEN if "unexpected end" in str(error) else f"not of CSV: {error}"
+    return (rows[0], "") if len(rows) == 1 else ([], f"{len(rows)} rows in one")
+
+
+def _kind(value: str) -> int:
+    """What a field looks like: the place in KINDS."""
+    value = value.strip()
+    if not value:
+        return 0
+    return 2 if WHOLE.fullmatch(value) else 3 if NUMBER.fullmatch(value) and not re.match(r"[+-]?0\d", value) else 4
+
+
+def _value(text: str, kind: int) -> Any:
+    if kind != 4:
+        text = text.strip()
+    if not text:
+        return None
+    return int(text) if kind == 2 else float(text) if kind == 3 else text
+
+
+def _pairs(option: str, text: str) -> dict[str, str]:
+    """NEW=OLD,... as a mapping. Raises ValueError for what is not so written."""
+    out = {}
+    for pair in text.split(",") if text else ():
+        new, equals, old = (part.strip() for part in pair.partition("="))
+        if not (new and equals and old) or new in out:
+            raise ValueError(f"--set {option}={text}: {'two columns are called ' + new if new in out else f'{pair!r} is not NAME=VALUE'}; write "
+                             f"{'text=review,label=stars' if option == 'columns' else 'label=string,stars=float'}")
+        out[new] = old
+    return out

@@ -1,0 +1,257 @@
+"""Targets of texts: documents packed for language models, and what of rows, backbone and objective does not fit, told before any training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from toys import SMALL, sentences, task_of, text_modality
+
+from pipeline import bundle, registry
+from pipeline.data import manifest as manifests
+from pipeline.data.stream import TooManyBadRowsError
+from pipeline.job import Job, JobError
+from pipeline.train.loop import Ranks
+from pipeline.transfer import fanout, stages, targets, trial, trials
+from pipeline.transfer.trial import Shared
+
+LENGTH = 32
+
+
+class Silent:
+    def update(self, line: str, final: bool = False) -> None:
+        pass
+
+    def note(self, line: str) -> None:
+        pass
+
+
+def modality_of(backbone: str) -> dict[str, Any]:
+    made = text_modality(backbone, LENGTH)
+    return {"name": "text", "options": made.options.model_dump(), "state": made.state}
+
+
+def saved(path: Path, backbone: str, **options: Any) -> str:
+    modality = modality_of(backbone)
+    task = task_of(backbone, bundle.build_modality(modality).inputs(), "clm" if "gpt" in backbone else "mlm", seed=1, **SMALL, **options)
+    bundle.save(str(path), task.backbone, modality, training={"transfer": ""}, metrics={})
+    return f"bundle:{path}"
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    return {name: saved(folder / name, f"transformers/{name}") for name in ("gpt2", "bert")}
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory):
+    """Documents with a class, three of them not readable, by split."""
+    path = tmp_path_factory.mktemp("texts") / "texts.parquet"
+    found, labels = sentences(240, seed=3)
+    raw: list[Any] = [text.encode() for text in found]
+    for i in (5, 100, 200):
+        raw[i] = b"\xff broken"
+    split = ["train" if i % 5 < 3 else "validation" if i % 5 == 3 else "test" for i in range(240)]
+    pq.write_table(pa.table({"words": raw, "kind": [f"kind {i}" for i in labels], "split": split, "who": [f"w{i // 5 * 10 + i % 5}" for i in range(240)]}), path)
+    return str(path)
+
+
+def job_of(folder: Path, source: str, uri: str, objective: Any = "clm", columns: dict[str, str] | None = None, data: dict[str, Any] | None = None,
+           techniques: Any = ("scratch", "full"), fan: dict[str, Any] | None = None, **target: Any) -> Job:
+    spec = {"uri": uri, "split_column": "split", "modality": "text", "columns": columns or {"text": "words"}, "max_bad_rows": 0.05, **(data or {})}
+    return Job.model_validate({"name": "toy", "storage": str(folder / "runs"), "sources": {"src": {"backbone": source}}, "techniques": list(techniques),
+                               "targets": {"task": {"data": spec, "objective": objective, "train": {"steps": 3, "global_batch": 8}, **target}},
+                               "fanout": {"seeds": 1, **(fan or {})}})
+
+
+def shared_of(job: Job) -> tuple[stages.State, Shared]:
+    state = stages.check(job, Silent())  # type: ignore[arg-type]
+    return state, stages.share(state)
+
+
+def data_of(shared: Shared) -> trial.TargetData:
+    (data,) = shared.targets.values()
+    return data
+
+
+# ---------------------------------------------------------------- packed targets
+
+@pytest.mark.parametrize(("objective", "model"), [("clm", "gpt2"), ("mlm", "bert")])
+def test_documents_of_a_target_are_packed_once_and_read_as_rows(tmp_path, models, texts, objective, model):
+    job = job_of(tmp_path, models[model], texts, objective)
+    state, shared = shared_of(job)
+    data = data_of(shared)
+    files = sorted(Path(job.root, "packed").rglob("*.parquet"))
+    assert len(files) == 3 and data.labels is None
+    modality = bundle.build_modality(data.modality)
+    for split in ("train", "validation", "test"):
+        rows, documents = getattr(data, split), getattr(state.targets["task"].splits, split)
+        assert rows.arrays is not None and {"tokens", "segments", "bytes"} <= set(rows.arrays)
+        good = [text for text in manifests.read_columns(documents, ["words"])["words"].to_pylist() if text[:1] != b"\xff"]
+        assert len(rows) == len(rows.arrays["tokens"]) < len(documents)
+        ids = [[i for i in modality.tokenizer.encode(text.decode(), add_special_tokens=False).ids] for text in good]  # type: ignore[attr-defined]
+        cls, sep = modality.state["specials"][2:4]
+        flat = rows.arrays["tokens"][rows.arrays["segments"] > 0].tolist()
+        assert flat == [token for one in ids for token in (cls, *one, sep)], "every document whole and in order"
+        assert rows.arrays["bytes"].sum() == pytest.approx(sum(map(len, good)))
+    assert "3 rows left out" in data.split_text and "packed into" in data.split_text and "which are the units" in data.split_text
+    before = [path.stat().st_mtime_ns for path in files]
+    again = data_of(shared_of(job)[1])
+    assert [path.stat().st_mtime_ns for path in sorted(Path(job.root, "packed").rglob("*.parquet"))] == before, "found again"
+    assert (again.train.arrays["tokens"] == data.train.arrays["tokens"]).all() and again.split_text == data.split_text  # type: ignore[index]
+
+
+def test_a_causal_model_is_fine_tuned_on_documents_and_told_by_packed_rows(tmp_path, models, texts):
+    job = job_of(tmp_path, models["gpt2"], texts, label_fractions=[0.5, 1.0])
+    state, shared = shared_of(job)
+    found = stages.final_trials(state, list(shared.bases.values()), {"task": {"src"}}, {})
+    assert {one.label_fraction for one in found} == {0.5, 1.0} and len(found) == 4
+    records = [trial.run(one, shared, Ranks()) for one in found]
+    data = data_of(shared)
+    for one, record in zip(found, records, strict=True):
+        values = {(row["split"], row["metric"]): row for row in record["rows"]}
+        assert values["test", "perplexity"]["value"] > 1 and values["test", "bits_per_byte"]["value"] > 0
+        assert values["test", "perplexity"]["value"] == pytest.approx(np.exp(values["test", "loss"]["value"]))
+        assert values["test", "loss"]["n_train"] == round(one.label_fraction * len(data.train)), "shares are shares of packed rows"
+        assert values["test", "loss"]["n_units"] == values["test", "loss"]["n_eval"] == len(data.test)
+        kept = trial.read_predictions(shared.root, one.id, 0)
+        assert kept is not None and len(kept.rows) == len(data.test) and {"loss", "count", "bytes"} <= set(kept.predictions)
+        manifest = bundle.load(record["rows"][0]["bundle_uri"]).manifest
+        assert manifest["columns"] == {"text": "words"}, "what predict reads: rows as they are"
+    assert not fanout.unfinished(shared.root, found[0], job.fanout)
+
+
+def test_a_probe_of_a_masked_model_trains_the_head_alone(tmp_path, models, texts):
+    job = job_of(tmp_path, models["bert"], texts, "mlm", techniques=("scratch", "linear_probe"))
+    state, shared = shared_of(job)
+    one = next(t for t in stages.final_trials(state, list(shared.bases.values()), {"task": {"src"}}, {}) if t.technique.name == "linear_probe")
+    (unit,) = fanout.units([one], shared)
+    assert not unit.together, "its head reads tokens: no features are cached"
+    record = trial.run(one, shared, Ranks())
+    after, start = bundle.load(record["rows"][0]["bundle_uri"]), bundle.load(models["bert"].partition(":")[2])
+    assert all((tensor == start.backbone_tensors()[name]).all() for name, tensor in after.backbone_tensors().items())
+    assert record["rows"][0]["params_trained"] == sum(p.numel() for p in after.task().objective.parameters())
+
+
+@pytest.mark.parametrize("technique", ["linear_probe", "random_probe", "lp_ft"])
+def test_a_technique_that_would_train_nothing_is_refused(tmp_path, models, texts, technique):
+    state = stages.check(job_of(tmp_path, models["gpt2"], texts, techniques=("scratch", technique)), Silent())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=rf"targets\.task: techniques: {technique} trains the head alone, and clm has none .* \[scratch, full, lora\]"):
+        stages.share(state)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"columns": {"text": "words", "text_pair": "kind"}}, r"targets\.task\.data\.columns\.text_pair: clm reads one text a row"),
+    ({"metric": "accuracy"}, r"targets\.task\.metric: accuracy is not a metric of clm \(perplexity, bits_per_byte, loss\)"),
+    ({"label_fractions": [4]}, r"targets\.task\.label_fractions: 4 means 4 rows a class, and a row of clm has no single class: give shares"),
+    ({"fan": {"select": {"score": "logme", "top": 1}}}, r"fanout\.select: targets\.task is clm, and logme scores sources by classes"),
+])
+def test_what_packed_rows_have_not_is_refused(tmp_path, models, texts, change, message):
+    with pytest.raises(ValueError, match=message):
+        stages.check(job_of(tmp_path, models["gpt2"], texts, **change), Silent())  # type: ignore[arg-type]
+
+
+def test_texts_beyond_the_budget_and_splits_without_a_text_leave_the_target_out(tmp_path, models, texts):
+    job = job_of(tmp_path, models["gpt2"], texts, data={"max_bad_rows": 0.0})
+    stage = targets.stage(job, "task")
+    (base,) = trials.bases({"src": (bundle.load(models["gpt2"].partition(":")[2]).manifest["arch"], modality_of("transformers/gpt2"))})
+    with pytest.raises(TooManyBadRowsError, match=r"of 144 rows cannot be decoded.*texts\.parquet row 5"):
+        targets.prepare(stage, base)
+    pq.write_table(pa.table({"words": ["some text", "more text", "", ""], "split": ["train", "validation", "test", "test"]}), tmp_path / "few.parquet")
+    with pytest.raises(ValueError, match=r"the test split holds no text to pack \(2 rows, all of them left out\)"):
+        targets.prepare(targets.stage(job_of(tmp_path, models["gpt2"], str(tmp_path / "few.parquet")), "task"), base)
+
+
+def test_a_group_is_kept_out_of_other_splits_and_is_no_unit_of_packed_rows(tmp_path, models, texts):
+    data = data_of(shared_of(job_of(tmp_path, models["gpt2"], texts, data={"group": "who"}))[1])
+    assert data.groups is None and "no who in two splits" in data.split_text
+
+
+# ---------------------------------------------------------------- what does not fit
+
+def test_an_objective_for_another_kind_of_backbone_leaves_the_target_out(tmp_path, models, texts):
+    state = stages.check(job_of(tmp_path, models["bert"], texts, "clm"), Silent())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"targets\.task: the backbone bert does not suit clm on these rows .*bert sees the future"):
+        stages.share(state)
+
+
+@pytest.mark.parametrize(("options", "numbers"), [({"positions": 48}, ("64 tokens", "48 positions")), ({}, ("32", "64"))])
+def test_rows_longer_than_the_backbone_are_refused_before_training(tmp_path, texts, options, numbers):
+    """Also where the positions follow from the length that its source was read with."""
+    source = saved(tmp_path / "short", "transformers/bert", **options)
+    columns = {"text": "words", "label": "kind"}
+    job = job_of(tmp_path, source, texts, "classification", columns, {"modality": {"text": {"length": 64}}})
+    with pytest.raises(ValueError, match=r"targets\.task: the backbone bert does not suit classification on these rows .*64") as caught:
+        stages.share(stages.check(job, Silent()))  # type: ignore[arg-type]
+    assert all(number in str(caught.value) for number in numbers)
+    fits = job_of(tmp_path, source, texts, "classification", columns, {"modality": {"text": {"length": 16}}})
+    assert data_of(shared_of(fits)[1]).arch["inputs"]["length"] == 16
+
+
+def test_every_base_of_a_target_is_tried(tmp_path, models, texts):
+    """The second base reads its rows like the first one, from which they are taken."""
+    job = job_of(tmp_path, models["bert"], texts, "mlm")
+    both = job.model_dump(mode="json")
+    task = task_of("transformers/gpt2", bundle.build_modality(modality_of("transformers/bert")).inputs(), "clm", seed=1, **SMALL)
+    bundle.save(str(tmp_path / "gpt"), task.backbone, modality_of("transformers/bert"), training={"transfer": ""}, metrics={})
+    both["sources"]["other"] = {"backbone": f"bundle:{tmp_path / 'gpt'}"}
+    with pytest.raises(ValueError, match=r"the backbone gpt2 does not suit mlm"):
+        shared_of(Job.model_validate(both))
+
+
+@pytest.mark.parametrize(("backbone", "refused"), [({"positions": 48}, True), ({}, True), ({"positions": 64}, False)])
+def test_a_source_to_be_pretrained_with_too_few_positions_is_told_before_anything_runs(tmp_path, texts, backbone, refused):
+    source = {"data": {"uri": texts, "split_column": "split", "modality": {"text": {"length": 32, "vocabulary": 300}}, "columns": {"text": "words"}},
+              "backbone": {"transformers/bert": {**SMALL, **backbone}}, "objective": "mlm", "train": {"steps": 2, "global_batch": 4}}
+    job = job_of(tmp_path, "bundle:none", texts, "classification", {"text": "words", "label": "kind"}, {"modality": {"text": {"length": 64}}})
+    job = Job.model_validate({**job.model_dump(mode="json"), "sources": {"src": source}})
+    if not refused:
+        assert stages.check(job, Silent()).targets  # type: ignore[arg-type]
+        return
+    with pytest.raises(ValueError, match=rf"targets\.task\.data\.modality: length 64 is longer than the {backbone.get('positions', 32)} positions of "
+                                         r"transformers/bert.*positions: 64"):
+        stages.check(job, Silent())  # type: ignore[arg-type]
+
+
+def test_tags_of_a_text_that_is_no_list_of_words_are_refused_by_its_type(tmp_path, models):
+    table = {"words": ["one two", "three", "four five"] * 4, "tags": [["O", "B-x"], ["O"], ["B-x", "O"]] * 4, "split": ["train", "validation", "test"] * 4}
+    pq.write_table(pa.table(table), tmp_path / "plain.parquet")
+    columns = {"text": "words", "tags": "tags"}
+    with pytest.raises(ValueError, match=r"targets\.task\.data, train split: column words holds string: tagging reads a list of words"):
+        stages.check(job_of(tmp_path, models["bert"], str(tmp_path / "plain.parquet"), "tagging", columns), Silent())  # type: ignore[arg-type]
+    pq.write_table(pa.table({**table, "words": [text.split() for text in table["words"]]}), tmp_path / "lists.parquet")
+    job = job_of(tmp_path, models["bert"], str(tmp_path / "lists.parquet"), "tagging", columns, label_fractions=[0.5])
+    data = data_of(shared_of(job)[1])
+    assert data.labels is None
+    assert len(trials.label_subset(data.train, data.labels, 0.5, 0)) == 2, "shares of all rows, which have no class"
+
+
+def test_answers_are_compared_with_their_context_before_anything_starts(tmp_path, models):
+    rows = 12
+    table = {"question": ["who was it"] * rows, "context": ["it was her"] * rows, "answers": [["her"]] * rows, "starts": [[7]] * rows,
+             "split": ["train", "validation", "test"] * (rows // 3)}
+    columns = {"text": "question", "text_pair": "context", "answers": "answers", "answer_start": "starts"}
+    windows = {"modality": {"text": {"length": 24, "windows": 2, "stride": 4}}}
+    pq.write_table(pa.table(table), tmp_path / "qa.parquet")
+    data = data_of(shared_of(job_of(tmp_path, models["bert"], str(tmp_path / "qa.parquet"), "qa", columns, windows))[1])
+    assert data.train.arrays is not None and data.train.arrays["tokens"].shape == (4, 2, 24)
+    pq.write_table(pa.table({**table, "context": list(range(rows))}), tmp_path / "numbers.parquet")
+    with pytest.raises(ValueError, match=r"targets\.task.*int64"):
+        stages.check(job_of(tmp_path, models["bert"], str(tmp_path / "numbers.parquet"), "qa", columns, windows), Silent())  # type: ignore[arg-type]
+
+
+def test_weights_of_corpora_are_for_sources(tmp_path, models, texts):
+    more = [{"uri": texts, "split_column": "split", "modality": "text", "weight": 1.0}]
+    with pytest.raises(ValueError, match=r"weights mix the corpora of a source; a target's rows are trained on as they are"):
+        job_of(tmp_path, models["gpt2"], texts, data={"weight": 2.0, "more": more})
+
+
+def test_the_objectives_that_may_be_targets():
+    usable = {name for name in registry.names("objective") if targets._for_targets(registry.get("objective", name))}
+    assert {"classification", "multilabel", "mlm", "clm"} <= usable and not {"simclr", "dino", "mae"} & usable
+    assert issubclass(JobError, ValueError)
