@@ -130,15 +130,16 @@ def load_head(mine: Objective, tensors: Mapping[str, Tensor], labels: Sequence[s
     own = mine.state_dict()
     if {n: t.shape for n, t in tensors.items()} != {n: t.shape for n, t in own.items()}:
         return "head new: its options differ"
-    ordered = old is None or new is None or list(old) == list(new)
-    if not ordered:
+    said = "head kept: the same labels"
+    if old is not None and new is not None and list(old) != list(new):
+        said += ", put into their new order"
         last = {"head.weight", "head.bias"}  # one row a label
         if not last & set(tensors) or any(t.dim() and t.shape[0] == len(old) for n, t in tensors.items() if n not in last):
             return "head new: its labels stand in another order"
         order = torch.tensor([old.index(name) for name in new])
         tensors = {n: t[order] if n in last else t for n, t in tensors.items()}
     mine.load_state_dict(dict(tensors))
-    return "head kept: the same labels" + ("" if ordered else ", put into their new order")
+    return said
 
 
 @dataclass(frozen=True)

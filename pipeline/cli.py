@@ -220,7 +220,7 @@ def export(bundle: Annotated[str, typer.Argument(help="The bundle to export.")],
 
 
 @app.command()
-def prepare(name: Annotated[str | None, typer.Argument(help="imagenet, webdataset, coco, chestxray14, imagefolder, text, conll, squad or csv; see --list.")] = None,
+def prepare(name: Annotated[str | None, typer.Argument(help="imagenet, webdataset, coco, chestxray14, imagefolder, text, conll, squad, csv: --list.")] = None,
             source: Annotated[str | None, typer.Argument(help="The publisher's folder, archive or (text) file, local or s3://.")] = None,
             output: Annotated[str | None, typer.Option("-o", "--output", help="Folder for the Parquet parts, local or s3://.")] = None,
             set_: Annotated[list[str] | None, typer.Option("--set", help="An option of the importer; --list shows them.", metavar="KEY=VALUE")] = None,

@@ -236,12 +236,13 @@ def write(found: bundle.Bundle, folder: Path, backbone_only: bool) -> str:
 
 
 def _configure(config: Any, family: str, ids: dict[str, int], tensors: dict[str, Tensor], objective: str, labels: list[str] | None) -> None:
-    if family != "roberta":  # its positions are counted from the padding's id, which the model was built with
-        config.pad_token_id = ids["pad_token"]
+    """The configuration that the bundle's backbone was built with, with the tokenizer's ids, the embedding's rows and the labels of its head."""
+    config.pad_token_id = ids["pad_token"]
     if family in ("roberta", "gpt2"):
         config.bos_token_id, config.eos_token_id = ids["cls_token"], ids["sep_token"]
     config.vocab_size = next(t.shape[0] for name, t in tensors.items() if name.endswith(_embedding(family)))
     config.tie_word_embeddings = True
+    config.num_labels = 2  # a checkpoint's own labels are not this model's; question answering has first and last
     if labels is not None and objective != "none":
         config.id2label, config.label2id = dict(enumerate(labels)), {label: i for i, label in enumerate(labels)}
     if objective in LINEAR_HEADS:
@@ -299,7 +300,7 @@ def _sequence(uri: str, family: str, name: str, backbone: Any, head: Any, tensor
     return {**out, f"{prefix}ln_f.bias": shifted, "score.weight": weight}, "; the classifier's bias went into the bias of ln_f, as score has none"
 
 
-def _padded(tokenizer: Tokenizer, specials: dict[str, str], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _padded(tokenizer: Any, specials: dict[str, str], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """A token of its own for padding: GPT2ForSequenceClassification reads the last token that is none, and the end of a text must not be one."""
     specials["pad_token"] = "<|pad|>"
     tokenizer.add_special_tokens([specials["pad_token"]])
@@ -322,12 +323,12 @@ def _save(kind: Any, config: Any, tensors: dict[str, Tensor], folder: Path) -> N
     save_file({name: tensor.float().contiguous() for name, tensor in tensors.items()}, folder / MODEL, metadata={"format": "pt"})
 
 
-def _framed(state: dict[str, Any], words: bool) -> tuple[Tokenizer, dict[str, str]]:
+def _framed(state: dict[str, Any], words: bool) -> tuple[Any, dict[str, str]]:
     """The tokenizer with the frame that the modality gives its rows ([CLS] a [SEP] b [SEP]) as its post-processor, and its special tokens by role.
 
     For ``words`` byte-level BPE puts a space before each, as the modality does (transformers: is_split_into_words).
     """
-    tokenizer = Tokenizer.from_str(state["tokenizer"])
+    tokenizer: Any = Tokenizer.from_str(state["tokenizer"])
     roles = zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), state["specials"], strict=True)
     specials = {role: tokenizer.id_to_token(number) for role, number in roles if number is not None}
     cls, sep = specials["cls_token"], specials["sep_token"]
@@ -342,7 +343,7 @@ def _framed(state: dict[str, Any], words: bool) -> tuple[Tokenizer, dict[str, st
     return tokenizer, specials
 
 
-def _save_tokenizer(tokenizer: Tokenizer, specials: dict[str, str], folder: Path, length: int, config: Any) -> None:
+def _save_tokenizer(tokenizer: Any, specials: dict[str, str], folder: Path, length: int, config: Any) -> None:
     """A class of transformers that reads tokenizer.json as it stands, in its version 4 and 5: those of the families make rules of their own."""
     tokenizer.save(str(folder / TOKENIZER))
     types = ["token_type_ids"] if getattr(config, "type_vocab_size", 1) > 1 else []

@@ -83,9 +83,11 @@ def _train_wordpiece(texts: list[str], vocabulary: int, lowercase: bool) -> Toke
 # ---------------------------------------------------------------- a folder of transformers
 
 def special_ids(tokenizer: Tokenizer, named: dict[str, str] | None = None) -> list[int | None]:
-    """Ids of pad, unk, cls, sep and mask, in this order: of the names that are given for them, else of the usual ones; None where neither is there."""
+    """Ids of pad, unk, cls, sep and mask, in this order: of the names that are given for them, else of the usual ones, else of the name that is given
+    for ``any``; None where none is in the vocabulary."""
     named = named or {}
-    found = ((tokenizer.token_to_id(name) for name in (*([named[role]] if role in named else []), *usual)) for role, usual in USUAL.items())
+    tried = ([*filter(None, [named.get(role)]), *usual, *filter(None, [named.get("any")])] for role, usual in USUAL.items())
+    found = ((tokenizer.token_to_id(name) for name in names) for names in tried)
     return [next((i for i in ids if i is not None), None) for ids in found]
 
 
@@ -132,8 +134,8 @@ def _declared(folder: str) -> dict[str, str]:
     plain = {role: value["content"] if isinstance(value, dict) else value for role, value in names.items()}
     named = {role: str(value) for role, value in plain.items() if value is not None}
     if "eos" in named and not {"cls", "sep"} & set(named):
-        named = {**dict.fromkeys(USUAL, named["eos"]), "cls": named.get("bos", named["eos"]), **named}
-    return {role: name for role, name in named.items() if role in USUAL}
+        named |= {"cls": named.get("bos", named["eos"]), "sep": named["eos"], "any": named["eos"]}
+    return named
 
 
 # ---------------------------------------------------------------- words
@@ -179,9 +181,19 @@ def not_utf8(document: Buffer) -> str:
         try:
             str(document[start:stop], "utf-8")
         except UnicodeDecodeError as error:
-            return f"not UTF-8 text ({error.reason} at byte {start + error.start})"
+            place = start + error.start
+            return f"not UTF-8 text ({_reason(document[place:place + 4])} at byte {place})"
         start = stop
     return ""
+
+
+def _reason(document: Buffer) -> str:
+    """Why these bytes do not begin with a character: at the end of a piece it may seem to be cut off."""
+    try:
+        str(document, "utf-8")
+    except UnicodeDecodeError as error:
+        return error.reason
+    raise AssertionError("these bytes are UTF-8")
 
 
 def _boundary(document: Buffer, stop: int) -> int:
@@ -191,7 +203,7 @@ def _boundary(document: Buffer, stop: int) -> int:
     return next((place for place in range(stop, stop - 4, -1) if document[place] & 0xC0 != 0x80), stop)
 
 
-def piece(document: Buffer, start: int, size: int = PIECE_BYTES) -> tuple[str, int]:
+def piece(document: Buffer, start: int, size: int) -> tuple[str, int]:
     """The next piece of a document, of about ``size`` bytes and at most PIECE_BYTES, and the byte where it ends."""
     while True:
         stop = _boundary(document, start + size)
@@ -210,10 +222,10 @@ def piece(document: Buffer, start: int, size: int = PIECE_BYTES) -> tuple[str, i
 
 def pieces(document: Buffer) -> Iterator[str]:
     """A whole document in pieces, in order; an empty one has one."""
-    text, stop = piece(document, 0)
+    text, stop = piece(document, 0, PIECE_BYTES)
     yield text
     while stop < len(document):
-        text, stop = piece(document, stop)
+        text, stop = piece(document, stop, PIECE_BYTES)
         yield text
 
 

@@ -12,9 +12,9 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "pipeline").rglob("*.py"))
 NAMES = {".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file for file in FILES}
 FLOORS = [
-    {"job", "jobfile", "contracts", "registry", "s3", "storage", "folders", "rng", "lease", "coco", "pixels", "imagefile"},
+    {"job", "jobfile", "contracts", "registry", "s3", "storage", "folders", "rng", "lease", "coco", "pixels", "imagefile", "spans", "tokenizer"},
     {"metrics", "bundle", "gather", "data", "modalities", "models", "pyramid"},
-    {"objectives", "techniques", "starts"},
+    {"objectives", "techniques", "starts", "hugging_face"},
     {"train"},
     {"transfer"},
     {"cli"},

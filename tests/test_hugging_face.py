@@ -506,6 +506,22 @@ def test_more_labels_than_a_head_can_hold_are_refused(family, tmp_path, monkeypa
         apply.export(uri, str(tmp_path / "out"), "hugging-face", False)
 
 
+@torch.no_grad()
+def test_a_checkpoint_with_other_labels_is_exported_with_the_heads_own(tmp_path):
+    """In half precision, with nine labels; it becomes a model for question answering."""
+    saved("bert.ForTokenClassification", tmp_path / "model", num_labels=9)
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    save_file({name: t.half() for name, t in tensors.items()}, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    start = starts.read(f"hf:{tmp_path / 'model'}")
+    task, _ = task_from(start, "qa", STATES["qa"])
+    bundle.save(str(tmp_path / "b"), task, start.modality)
+    apply.export(str(tmp_path / "b"), str(tmp_path / "out"), "hugging-face", False)
+    batch = rows(bundle.build_modality(start.modality), sentences(3, seed=8)[0])
+    found = loaded("AutoModelForQuestionAnswering", tmp_path / "out")(input_ids=batch["tokens"], attention_mask=batch["mask"].long())
+    ours = scores(task, "qa", batch)
+    assert (found.start_logits - ours[..., 0])[batch["mask"]].abs().max() < 1e-5 and found.start_logits.dtype == torch.float32
+
+
 # ---------------------------------------------------------------- tokenizers
 
 @pytest.mark.parametrize("family", [*FAMILIES, "published roberta", "published gpt2"])

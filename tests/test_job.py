@@ -312,6 +312,64 @@ def test_mistakes_in_joined_corpora_and_the_probe_have_their_place(problems, fol
     assert any(re.match(rf"\d+: sources\.xray.*{message}", one) for one in found), found
 
 
+WEIGHED = """\
+name: text
+sources:
+  words:
+    data:
+      uri: rows.parquet
+      modality: {text: {length: 32, tokenizer: more}}
+      columns: {text: text}
+      weight: 0.7
+      more:
+        - {uri: more, modality: text, weight: 2}
+        - {uri: rows.parquet, modality: {name: text, options: {length: 32, tokenizer: more}}, weight: 1e-3}
+    backbone: transformers/bert
+    objective: mlm
+    train: {steps: 2}
+targets:
+  task:
+    data: {uri: rows.parquet, modality: {text: {tokenizer: more/../more}}, columns: {text: text, label: label}, format: paragraphs}
+    objective: classification
+"""
+
+
+def test_corpora_have_weights_and_tokenizers_lie_relative_to_the_file(load, folder):
+    got = load(WEIGHED)
+    data = got.sources["words"].data
+    assert data and data.weights == (0.7, 2.0, 1e-3)
+    assert data.modality.options["tokenizer"] == data.more[1].modality.options["tokenizer"] == f"{folder}/more"
+    assert got.targets["task"].data.modality.options["tokenizer"] == f"{folder}/more" and got.targets["task"].data.format == "paragraphs"
+    away = load(WEIGHED, change=("tokenizer: more/../more", "tokenizer: s3://bucket/more"))
+    assert away.targets["task"].data.modality.options["tokenizer"] == "s3://bucket/more"
+
+
+@pytest.mark.parametrize(("right", "wrong", "message"), [
+    ("modality: text, weight: 2", "modality: text", r"\d+: sources\.words\.data\.more\.0\.weight: other corpora of these rows have a weight: give this one"),
+    ("      weight: 0.7\n", "", r"\d+: sources\.words\.data\.weight: other corpora of these rows have a weight"),
+    ("weight: 0.7", "weight: 0", r"8: sources\.words\.data\.weight: .*greater than 0"),
+    ("weight: 0.7", "weight: true", r"8: sources\.words\.data\.weight: "),
+    ("weight: 0.7", "weight: .inf", r"8: sources\.words\.data\.weight: .*finite"),
+    ("format: paragraphs", "weight: 1", r"\d+: targets\.task\.data\.weight: weights mix the corpora of a source; a target's rows are trained on as they are"),
+    ("format: paragraphs", "more: [{uri: more, modality: text, weight: 1}]", r"\d+: targets\.task\.data\.weight: other corpora"),
+    ("    backbone:", "    probe: {uri: more, modality: text, columns: {text: a, label: b}, weight: 1}\n    backbone:",
+     r"\d+: sources\.words\.probe\.weight: weights mix the corpora of a source; the rows of a probe are read whole"),
+    ("tokenizer: more}}\n", "tokenizer: moer}}\n", r"6: sources\.words\.data\.modality\.text\.tokenizer: moer: no such file, folder or glob"),
+    ("tokenizer: more}}, weight", "tokenizer: moer}}, weight", r"\d+: sources\.words\.data\.more\.1\.modality\.options\.tokenizer: moer: no such"),
+    ("format: paragraphs", "format: paragraph", r"\d+: targets\.task\.data\.format: .*'documents'"),
+])
+def test_mistakes_in_weights_and_tokenizers_have_their_place(problems, right, wrong, message):
+    assert right in WEIGHED
+    found = problems(WEIGHED.replace(right, wrong, 1))
+    assert any(re.match(message, one) for one in found), found
+
+
+def test_one_corpus_alone_has_no_weight(problems):
+    start, end = WEIGHED.index("      more:\n"), WEIGHED.index("    backbone:")
+    found = problems(WEIGHED[:start] + WEIGHED[end:])
+    assert found == ["8: sources.words.data.weight: it tells how often a corpus is drawn from beside others (data.more), and here is one: leave it out"]
+
+
 def test_a_source_may_be_a_checkpoint_alone(load, folder):
     (folder / "folder").mkdir()
     text = "name: x\nsources:\n  a: {backbone: bundle:folder}\n  b: {backbone: timm-hub:resnet18.a1_in1k}\n  c: {backbone: timm/resnet18, init: hf:folder}\n"
@@ -565,7 +623,7 @@ def test_roles_are_those_of_the_modality_and_the_objective(load, problems):
     assert problems(NO_ROLES) == [f"5: sources.garments.data.columns: {text}" for text in (
         "role 'image' has no column; say columns: {image: NAME}", "role 'label' has no column; say columns: {label: NAME}")]
     assert problems(change=("columns: {text: text}", "columns: {text: text, label: label}")) == [
-        f"{line_of('columns: {text')}: sources.words.data.columns.label: unknown role; valid names: text"], "mlm reads no label"
+        f"{line_of('columns: {text')}: sources.words.data.columns.label: unknown role; valid names: text, text_pair"], "mlm reads no label"
     target = "modality: image, columns: {image: image, label: label}"
     assert problems(change=(target, "modality: image, columns: {image: image}")) == [
         f"{line_of(target)}: targets.clothing.data.columns: role 'label' has no column; say columns: {{label: NAME}}"]

@@ -94,7 +94,7 @@ def packed_rows(n: int = 60, modality: Text | None = None, objective: str = "mlm
     """Rows packed from ``n`` sentences."""
     modality = modality or text_modality()
     table, _ = modality.pack(pa.table({"text": sentences(n, seed)[0]}), {"text": "text"})
-    arrays, _ = modality.decode(table, {"tokens": "tokens", "segments": "segments"})
+    arrays, _ = modality.decode(table, {name: name for name in table.column_names})
     return rows_of(modality, arrays, objective)
 
 

@@ -51,22 +51,26 @@ class QuestionAnswering(Objective):
 
     @classmethod
     def fit(cls, options, table, columns):
-        """Raises ValueError without a context column, and for rows without an answer where ``unanswerable`` is false."""
+        """Raises ValueError without a context column, without any answer, and for rows without one where ``unanswerable`` is false."""
         if "text_pair" not in columns:
             raise ValueError("question answering reads two texts: name them both (columns: {text: QUESTION, text_pair: CONTEXT})")
-        state = {"unanswerable": options.unanswerable}
-        _answerable(table, columns, state)
+        golds, state = _golds(table, columns), {"unanswerable": options.unanswerable}
+        if not any(answers for answers, *_ in golds):
+            raise ValueError(f"column {columns['answers']}: none of {len(golds)} training rows has an answer")
+        _answerable(golds, columns, state)
         return state
 
     @classmethod
     def encode(cls, table, columns, state) -> Arrays:
-        """``span`` (n, 2) int32, (-2, -2) for rows that are refused."""
+        """``span`` (n, 2) int32, (-2, -2) for rows that are refused. Raises ValueError as ``fit`` does for rows without an answer."""
         if columns.get("answers") not in table.column_names:  # new rows to predict
             return {}
         span = np.full((len(table), 2), -2, dtype=np.int32)
-        for i, (answers, starts, reason) in enumerate(_golds(table, columns)):
+        golds = _golds(table, columns)
+        _answerable(golds, columns, state)
+        for i, (answers, starts, reason) in enumerate(golds):
             if not reason:
-                span[i] = (_stripped(answers[0], starts[0])) if answers else -1
+                span[i] = _stripped(answers[0], starts[0]) if answers else -1
         return {"span": span}
 
     @classmethod
@@ -77,10 +81,6 @@ class QuestionAnswering(Objective):
         contexts = _contexts(table, columns) if columns.get("text_pair") in table.column_names else [None] * len(table)
         return [reason or next(filter(None, (_misplaced(answer, start, context) for answer, start in zip(answers, starts, strict=True))), "")
                 for (answers, starts, reason), context in zip(_golds(table, columns), contexts, strict=True)]
-
-    @classmethod
-    def check_test(cls, options, table, columns, state):
-        _answerable(table, columns, {"unanswerable": options.unanswerable})
 
     def __init__(self, backbone: Backbone, options: QAOptions, state: dict[str, Any]):
         super().__init__(backbone, options, state)
@@ -101,7 +101,7 @@ class QuestionAnswering(Objective):
         return (F.cross_entropy(scores[..., 0], first, reduction="none") + F.cross_entropy(scores[..., 1], last, reduction="none")) / 2
 
     def loss(self, backbone: Backbone, batch: Batch):
-        windows, _ = flattened(batch)
+        windows, _ = flattened(batch)  # pyright: ignore[reportCallIssue, reportGeneralTypeIssues, reportArgumentType]
         scores, features = self._scores(backbone, windows)
         unused = features.pooled.float().sum() * 0.0  # a pooler belongs to the graph too: DDP waits for every parameter
         return self._losses(scores, windows).sum() + unused, torch.full((), float(len(windows)), device=scores.device), {}
@@ -121,7 +121,7 @@ class QuestionAnswering(Objective):
     def predict(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
         """``answer`` (B, 2) int32 characters of the context, (-1, -1) for none; ``score`` of the best span and ``null_score`` (B,); with answers ``loss``
         and its ``count`` (B,)."""
-        windows, real = flattened(batch)
+        windows, real = flattened(batch)  # pyright: ignore[reportCallIssue, reportGeneralTypeIssues, reportArgumentType]
         parts = [self._answers(backbone, part) for part in windows.split(AT_ONCE) if len(part)]
         found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else {}
 
@@ -161,6 +161,7 @@ class QuestionAnswering(Objective):
 
 # ---------------------------------------------------------------- windows
 
+@torch.compiler.disable
 def flattened(batch: Batch) -> tuple[Batch, Tensor]:
     """The real windows (R of them) of all rows as rows of their own, with ``target`` (R, 2), and which windows (B, W) are real."""
     if "offsets" not in batch.data or batch["offsets"].dim() != 4:
@@ -238,11 +239,8 @@ def _golds(table: pa.Table, columns: dict[str, str]) -> list[tuple[list[str], li
     return out
 
 
-def _answerable(table: pa.Table, columns: dict[str, str], state: dict[str, Any]) -> None:
-    golds = _golds(table, columns)
+def _answerable(golds: list[tuple[list[str], list[int], str]], columns: dict[str, str], state: dict[str, Any]) -> None:
     without = sum(1 for answers, _, reason in golds if not answers and not reason)
-    if without == len(golds):
-        raise ValueError(f"column {columns['answers']}: none of {len(golds)} rows has an answer")
     if without and not state["unanswerable"]:
         raise ValueError(f"column {columns['answers']}: {without} of {len(golds)} rows have no answer; set objective.unanswerable: true to predict that too, "
                          "or leave them out (data.where)")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline import bundle, registry, storage
@@ -115,8 +116,12 @@ def _try_rows(selection: manifests.Selection, spec: Target, state: dict[str, Any
     roles = (*modality.roles, *modality.optional_roles, *objective.roles, *objective.optional_roles)
     names = list(dict.fromkeys(spec.data.columns[role] for role in roles if role in spec.data.columns))
     table = train_source.sample(selection, names, TRIED_ROWS)
-    objective.encode(table, spec.data.columns, state)
-    objective.refused(table, spec.data.columns, state)
+    try:
+        objective.encode(table, spec.data.columns, state)
+        objective.refused(table, spec.data.columns, state)
+    except (TypeError, AttributeError, pa.ArrowNotImplementedError, pa.ArrowTypeError) as error:  # a value was not what its column should hold
+        held = ", ".join(f"{role}: {name} is {table.schema.field(name).type}" for role, name in spec.data.columns.items() if name in names)
+        raise ValueError(f"{spec.objective.name} cannot read these columns ({held}): {error}; check data.columns") from error
 
 
 def _label_columns(spec: Target) -> list[str]:
@@ -208,8 +213,12 @@ def for_base(data: TargetData, base: Base) -> TargetData:
 
 
 def _arch(base: Base, modality: Modality) -> dict[str, Any]:
-    """The base's architecture, for the input as the target is read."""
-    return {**base.arch, "inputs": modality.inputs() or base.arch["inputs"]}
+    """The base's architecture, for the input as the target is read: with as many positions as its source had, where their number followed from the
+    length of the source's rows."""
+    options, known = dict(base.arch["options"]), registry.entry("model", base.arch["name"].partition("/")[0]).options.model_fields
+    if "positions" in known and not options.get("positions") and not options.get("config"):
+        options["positions"] = base.arch["inputs"]["length"]
+    return {**base.arch, "options": options, "inputs": modality.inputs() or base.arch["inputs"]}
 
 
 def _build(base: Base, arch: dict[str, Any], objective: dict[str, Any]) -> Task:

@@ -445,6 +445,21 @@ def test_joined_corpora_follow_each_other_with_their_own_splits_and_filters(file
     assert again.train.rows is None and len(again.train) == 2 * 63 and again.origin == "each of 2 corpora: as given"
 
 
+def test_training_rows_are_told_by_corpus_in_the_order_of_the_job_file(files, tmp_path, split):
+    write(tmp_path / "other.parquet", people(100, 160).assign(part=["train", "dev", "test"] * 20))
+    got = split(uri=str(files), validation_fraction=0.2, columns={"text": "text"}, need_test=False,
+                more=[more(uri=str(tmp_path / "other.parquet"), split_column="part"), more(uri=str(files), where={"kind": ["none"]}),
+                      more(train=str(files / "b.parquet"), validation_fraction=0)])
+    assert got.corpora[1:] == (20, 0, 13) and sum(got.corpora) == len(got.train)
+    ends = np.cumsum(got.corpora)
+    held = m.read_columns(got.train, ["text"])["text"].to_pylist()
+    assert held[ends[0]:ends[1]] == [f"text {n}" for n in range(100, 160, 3)] and held[ends[2]:] == [f"text {n}" for n in range(20, 33)]
+    assert split(uri=str(files), validation_fraction=0).corpora == (63,)
+    with pytest.raises(ValueError, match=r"targets\.t\.data\.more\.0: this corpus has weight 2 and no training row to draw; leave it out, or look at its "
+                                         r"splits and where \(train 0, validation 0"):
+        split(uri=str(files), weight=1.0, more=[more(uri=str(files), where={"kind": ["none"]}, weight=2.0)])
+
+
 def test_a_joined_corpus_may_bring_training_rows_alone(files, split):
     got = split(train=str(files / "a.parquet"), validation=str(files / "b.parquet"), columns={"text": "text"},
                 more=[more(train=str(files / "c.parquet"), validation_fraction=0)])
@@ -797,12 +812,12 @@ def test_text_lines_of_several_files(tmp_path, imports):
     (tmp_path / "t").mkdir()
     (tmp_path / "t" / "b.txt").write_bytes(b"three\r\nfour")
     (tmp_path / "t" / "a.txt").write_text("one ünï\n\n   \ntwo  \n", encoding="utf-8")
-    assert rows_of(tmp_path / "t", imports) == {"text": ["one ünï", "two  ", "three", "four"]}
+    assert rows_of(tmp_path / "t", imports) == {"text": ["one ünï".encode(), b"two  ", b"three", b"four"]}
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path, imports):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\ntwo\n")
-    assert rows_of(tmp_path / "a.txt", imports) == {"text": ["one", "two"]}
+    assert rows_of(tmp_path / "a.txt", imports) == {"text": [b"one", b"two"]}
 
 
 def test_many_lines_in_bounded_groups(tmp_path, imports):
@@ -810,39 +825,12 @@ def test_many_lines_in_bounded_groups(tmp_path, imports):
     (tmp_path / "a.txt").write_text("\n".join(lines))
     built = m.build(str(tmp_path / "a.txt"), "auto", imports)
     assert max(g.rows for g in built.groups) == 1024
-    assert m.read_columns(m.Selection(built), ["text"])["text"].to_pylist() == lines
+    assert m.read_columns(m.Selection(built), ["text"])["text"].to_pylist() == [line.encode() for line in lines]
 
 
 def test_a_format_may_be_named(tmp_path, imports):
     (tmp_path / "corpus.dat").write_text("one\ntwo\n")
-    assert rows_of(tmp_path / "corpus.dat", imports, "text") == {"text": ["one", "two"]}
-
-
-def test_a_line_that_is_not_utf8_is_refused_by_file_and_line(tmp_path, imports):
-    (tmp_path / "a.txt").write_bytes(b"fine\n\nalso fine\nbad \xff\xfe byte\nfine\n")
-    with pytest.raises(ValueError) as caught:
-        m.build(str(tmp_path / "a.txt"), "auto", imports)
-    assert str(caught.value).startswith(f"{tmp_path}/a.txt:4: not UTF-8 text (invalid start byte at byte 4 of the line)")
-
-
-@pytest.mark.parametrize(("name", "content"), [
-    ("a.csv", b"text,label\nfine,1\nbad \xff byte,2\nalso fine,3\n"),
-    ("a.jsonl", b'{"text": "fine"}\n{"text": "bad \xff byte"}\n{"text": "also fine"}\n'),
-])
-def test_a_field_that_is_not_utf8_is_refused_or_spoils_its_own_row_alone(tmp_path, imports, name, content):
-    from pipeline.modalities.text import Text, TextOptions
-
-    (tmp_path / name).write_bytes(content)
-    try:
-        built = m.build(str(tmp_path / name), "auto", imports)
-    except ValueError as error:
-        assert name in str(error) and "UTF" in str(error)
-        return
-    table = m.Reader(built, ["text"]).take(np.arange(3))
-    text = Text(TextOptions(length=8), Text.fit(TextOptions(length=8, vocabulary=256), table, {"text": "text"}, "bert"))
-    arrays, bad = text.decode(table, {"text": "text"})
-    assert [reason[:14] for reason in bad] == ["", "not UTF-8 text", ""]
-    assert arrays["lengths"][0] > 2 and arrays["lengths"][2] > 2
+    assert rows_of(tmp_path / "corpus.dat", imports, "text") == {"text": [b"one", b"two"]}
 
 
 @pytest.mark.parametrize(("name", "content"), [
@@ -877,7 +865,7 @@ def test_an_import_is_made_once_and_again_when_the_content_changes(tmp_path, imp
     path.write_text("one\nTWO\n")
     third = m.build(str(path), "auto", imports)
     assert third.files != first.files and third.fingerprint != first.fingerprint
-    assert m.read_columns(m.Selection(third), ["text"])["text"].to_pylist() == ["one", "TWO"]
+    assert m.read_columns(m.Selection(third), ["text"])["text"].to_pylist() == [b"one", b"TWO"]
 
 
 # ---------------------------------------------------------------- S3 and real data
@@ -896,7 +884,7 @@ def test_everything_on_s3(files, s3_server, split, imports):
     assert reader.take(np.array([62, 0, 33, 20])).to_pydict() == {"number": [62, 0, 33, 20]}
     here, there = split(uri=str(files), test_fraction=0.3), split(uri=f"{place}/rows", test_fraction=0.3)
     assert numbers(here.test) == numbers(there.test)
-    assert rows_of(f"{place}/words.txt", f"{place}/imports") == {"text": ["one", "two"]}
+    assert rows_of(f"{place}/words.txt", f"{place}/imports") == {"text": [b"one", b"two"]}
     with pytest.raises((ValueError, OSError), match="nowhere"):
         m.build(f"{place}/nowhere/*.parquet", "auto", imports)
 

@@ -34,7 +34,7 @@ def table_of(answers, starts, contexts=None) -> pa.Table:
 
 
 def golds(table, columns=COLUMNS) -> dict[str, Any]:
-    return {"span": QuestionAnswering.encode(table, columns, {})["span"].tolist(), "bad": QuestionAnswering.refused(table, columns, {})}
+    return {"span": QuestionAnswering.encode(table, columns, {"unanswerable": True})["span"].tolist(), "bad": QuestionAnswering.refused(table, columns, {})}
 
 
 # ---------------------------------------------------------------- columns
@@ -76,7 +76,7 @@ def test_characters_are_those_of_the_text_and_not_bytes():
 
 @pytest.mark.parametrize(("columns", "options", "answers", "message"), [
     ({"text": "question"}, {}, ["a"], r"question answering reads two texts: name them both"),
-    ({}, {}, [None, ""], "column answers: none of 2 rows has an answer"),
+    ({}, {}, [None, ""], "column answers: none of 2 training rows has an answer"),
     ({}, {}, ["a", None, ""], "column answers: 2 of 3 rows have no answer; set objective.unanswerable: true"),
     ({}, {}, [0.5], "column answers holds double: answers are texts or lists of texts"),
     ({"answer_start": "answers"}, {}, ["a"], "column answers holds string: answer_start are whole numbers")])
@@ -89,9 +89,9 @@ def test_columns_that_cannot_be_used_are_told(columns, options, answers, message
 def test_rows_without_an_answer_need_the_option():
     table = pa.table({"answers": ["a", None], "starts": [0, None]})
     assert QuestionAnswering.fit(QAOptions(unanswerable=True), table, COLUMNS) == {"unanswerable": True}
-    QuestionAnswering.check_test(QAOptions(unanswerable=True), table, COLUMNS, {})
-    with pytest.raises(ValueError, match="1 of 2 rows have no answer"):
-        QuestionAnswering.check_test(QAOptions(), table, COLUMNS, {"unanswerable": False})
+    assert QuestionAnswering.encode(table, COLUMNS, {"unanswerable": True})["span"].tolist() == [[0, 1], [-1, -1]]
+    with pytest.raises(ValueError, match="1 of 2 rows have no answer"):  # of any split: each is encoded before anything starts
+        QuestionAnswering.encode(table, COLUMNS, {"unanswerable": False})
 
 
 # ---------------------------------------------------------------- windows

@@ -6,26 +6,34 @@ import copy
 import io
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+import toys
 from peft import LoraConfig, get_peft_model
-from toys import SMALL, furthest, image_files, image_rows, job_of, label_state, make_run, net_task, shared_of, take, task_of, text_modality, text_rows, \
-    trial_of, weights
 from torch import nn
+from toys import SMALL, furthest, image_rows, label_state, make_run, net_task, take, task_of, text_modality, text_rows, trial_of, weights
 
 from pipeline import bundle, storage
 from pipeline.contracts import Batch, Task
-from pipeline.techniques.peft import ADDED, Adapted, Lora, LoraOptions
-from pipeline.techniques.rates import Full
+from pipeline.job import Job
+from pipeline.techniques.peft import ADDED, Adapted, Lora, LoraOptions, adaptable
+from pipeline.techniques.rates import Full, LinearProbe
 from pipeline.train import loop, optim
-from pipeline.transfer import fanout, trial
+from pipeline.transfer import fanout, targets, trial, trials
 
 IMAGE = {"channels": 3, "size": 32}
 FAMILIES = ["transformers/bert", "transformers/roberta", "transformers/distilbert", "transformers/gpt2", "timm/test_vit", "timm/test_resnet",
             "timm/test_efficientnet", "timm/tf_mobilenetv3_small_minimal_100"]
 """Encoders, GPT-2's Conv1D, a vision transformer, convolutions plain, grouped (left alone) and padded as TensorFlow does."""
+
+
+TECHNIQUES = ["scratch", "linear_probe", "full", "lp_ft", "lora"]
+PLUG = {"lora": {"rank": 4, "lr_scale": 2.0}}
 
 
 def lora(**options) -> Lora:
@@ -132,10 +140,7 @@ def test_what_cannot_be_merged_is_left_alone():
     backbone = net_task().backbone
     backbone.grouped, backbone.dilated = nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 4, 3, dilation=2)
     backbone.attention, backbone.kept = nn.MultiheadAttention(4, 2), nn.Conv2d(4, 4, 3)
-    adapted = lora().wrap(Task(backbone, net_task().objective)) if False else None
-    from pipeline.techniques.peft import adaptable
-
-    assert adapted is None and list(adaptable(backbone)) == ["stem", "block", "kept"]
+    assert list(adaptable(backbone)) == ["stem", "block", "kept"]
     found = adaptable(made("timm/test_nfnet")[0].backbone)
     assert found and all("attn" in name for name in found)  # its convolutions standardise their weights; squeeze and excitation do not
 
@@ -264,24 +269,28 @@ def test_bf16_trains_and_ends_in_float32_weights():
     assert outcome.skipped_steps == 0 and {tensor.dtype for tensor in ended.parameters()} == {torch.float32}
 
 
+@pytest.mark.slow
 def test_lora_learns_what_full_fine_tuning_learns():
-    """Sentences whose adjectives tell their class, from random weights: validation accuracy after 60 steps."""
+    """Sentences whose adjectives tell their class, which a linear probe of this backbone does not learn: validation accuracy after 150 steps.
+
+    Measured over three seeds: full 1.0, lora 0.97 to 1.0, linear probe 0.5 to 0.72.
+    """
     modality = text_modality()
     rows, validation = text_rows(180, modality), text_rows(60, modality, seed=1)
     found = {}
-    for name, technique in (("full", Full()), ("lora", lora(lr_scale=2.0))):
-        task = task_of("transformers/bert", modality.inputs(), "classification", label_state(), **{**SMALL, "hidden": 32})
-        torch.manual_seed(0)
-        run = make_run(rows, technique.wrap(task), steps=60, technique=technique, validation=validation, lr=5e-3, global_batch=16)
+    for name, technique in (("full", Full()), ("lora", lora()), ("probe", LinearProbe())):
+        task = task_of("transformers/bert", modality.inputs(), "classification", label_state(), 11, **{**SMALL, "hidden": 32})
+        torch.manual_seed(1)
+        run = make_run(rows, technique.wrap(task), steps=150, technique=technique, validation=validation, lr=5e-3, global_batch=16, seed=1)
         loop.fit(run)
         found[name] = run.keeper.metrics["accuracy"]
-    assert found["full"] > 0.9 and found["lora"] > found["full"] - 0.05, found
+    assert found["full"] > 0.95 and found["lora"] > found["full"] - 0.05 and found["probe"] < 0.8, found
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["toys/net", "timm/test_vit"])
+@pytest.mark.parametrize("name", ["toys/net", "transformers/bert"])
 def test_compiled_training_equals_eager_training(name):
-    rows = image_rows(48) if name == "toys/net" else image_rows(48, size=32, channels=3)
+    rows = image_rows(48) if name == "toys/net" else text_rows(48)
     runs = []
     for switch in (False, True):
         task = net_task() if name == "toys/net" else made(name)[0]
@@ -292,21 +301,70 @@ def test_compiled_training_equals_eager_training(name):
     assert furthest(weights(runs[0].task), weights(runs[1].task)) < 1e-5
 
 
+def rank_of_two(rank: int, file: str, out: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    run = adapted_run(net_task(), ranks=loop.Ranks(rank, 2), micro_batch=2)
+    loop.fit(run)
+    torch.save(weights(run.task), f"{out}-{rank}")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_ranks_give_the_weights_of_one(tmp_path):
+    torch.multiprocessing.spawn(rank_of_two, (str(tmp_path / "store"), str(tmp_path / "out")), nprocs=2)
+    run = adapted_run(net_task(), micro_batch=2)
+    loop.fit(run)
+    two = [torch.load(tmp_path / f"out-{rank}", weights_only=True) for rank in (0, 1)]
+    assert furthest(*two) == 0.0 and furthest(two[0], weights(run.task)) < 1e-5
+
+
 # ---------------------------------------------------------------- trials
 
+def text_world(folder: Path):
+    """What ``toys.job_of`` and ``toys.shared_of`` give for images, for sentences."""
+    paths = {}
+    for seed, (split, n) in enumerate({"train": 60, "validation": 24, "test": 30}.items()):
+        said, labels = toys.sentences(n, seed)
+        paths[split] = str(folder / f"{split}.parquet")
+        pq.write_table(pa.table({"text": said, "label": [f"class {i}" for i in labels]}), paths[split])
+    modality = text_modality()
+    arch = {"name": "transformers/bert", "options": SMALL, "inputs": modality.inputs()}
+    data = {**paths, "modality": "text", "columns": {"text": "text", "label": "label"}}
+    source = {"data": data, "backbone": {"transformers/bert": SMALL}, "objective": "classification"}
+    job = Job.model_validate({"name": "toy", "storage": str(folder / "runs"), "techniques": TECHNIQUES, "sources": {"src": source}, "targets": {
+        "task": {"data": data, "objective": "classification", "train": {"steps": 8, "global_batch": 16, "lr": 0.01}}}})
+    base = trials.bases({"src": (arch, {"name": "text", "options": modality.options.model_dump(), "state": modality.state})})[0]
+    held = {name: tensor.numpy() for name, tensor in bundle.build_backbone(arch, seed=77).state_dict().items()}
+    return job, trial.Shared(job="toy", root=str(folder / "root"), seed=0, bases={base.key: base}, weights={"src": held}, parents={"src": "bundle:src"},
+                             targets={("task", base.key): targets.prepare(targets.stage(job, "task"), base)}, keep_bundles=True)
+
+
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
+def worlds(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lora")
-    paths = image_files(folder / "data", {"train": 60, "validation": 24, "test": 30})
-    job = job_of(folder, paths)
-    return job, shared_of(folder, job, paths, keep_bundles=True)
+    paths = toys.image_files(folder / "data", {"train": 60, "validation": 24, "test": 30})
+    job = toys.job_of(folder, paths)
+    return {"image": (job, toys.shared_of(folder, job, paths, keep_bundles=True)), "text": text_world(tmp_path_factory.mktemp("text"))}
 
 
-PLUG = {"lora": {"rank": 4, "lr_scale": 2.0}}
+@pytest.fixture
+def world(worlds):
+    return worlds["image"]
 
 
-def test_a_trial_s_bundle_is_the_plain_task_and_predicts_what_was_recorded(world):
-    job, shared = world
+@pytest.mark.parametrize("name", TECHNIQUES)
+@pytest.mark.parametrize("kind", ["image", "text"])
+def test_lora_stands_beside_the_other_techniques(worlds, kind, name):
+    job, shared = worlds[kind]
+    record = trial.run(trial_of(job, shared, name), shared)
+    rows = {row["split"]: row for row in record["rows"] if row["metric"] == "accuracy"}
+    assert record["status"] == "done" and set(rows) == {"test", "validation"} and rows["test"]["technique"] == name
+
+
+@pytest.mark.parametrize("kind", ["image", "text"])
+def test_a_trial_s_bundle_is_the_plain_task_and_predicts_what_was_recorded(worlds, kind):
+    job, shared = worlds[kind]
     one = trial_of(job, shared, PLUG)
     record = trial.run(one, shared)
     assert record["status"] == "done", record["error"]

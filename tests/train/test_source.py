@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from toys import image_files, label_state, sentences, task_of
+from toys import image_files, label_state, sentences, task_of, text_modality
 
 from pipeline import bundle, storage
 from pipeline.bundle import BundleError
+from pipeline.data import manifest as manifests
 from pipeline.data.stream import DataWorkers, TooManyBadRowsError
 from pipeline.job import Job
 from pipeline.train import pretrain, source
 from pipeline.train.loop import Ranks
+from pipeline.transfer import targets, trials
 
 SMALL_BERT = {"transformers/bert": {"layers": 1, "hidden": 16, "heads": 2, "dropout": 0.0}}
 
@@ -157,6 +160,168 @@ def test_text_that_cannot_be_read_is_counted_listed_and_held_against_the_budget(
     assert {row["reason"] for row in listed if row["row"] == 12} == {source.EMPTY}
     assert all("not UTF-8" in row["reason"] and "broken.parquet row" in row["place"] for row in listed if row["row"] != 12)
     assert "4 rows left out" in fitted.text
+
+
+def test_pairs_stay_as_they_are_and_keep_their_second_text(tmp_path, texts):
+    table = pq.read_table(texts)
+    pq.write_table(table.append_column("other", table["words"]), tmp_path / "pairs.parquet")
+    job = text_job(tmp_path, str(tmp_path / "pairs.parquet"), columns={"text": "words", "text_pair": "other", "label": "kind"})
+    stage, fitted, facts = pretrained(job)
+    assert fitted.columns == {"text": "words", "text_pair": "other", "label": "kind"} and not Path(stage.uri, "tokens").exists()
+    assert facts["steps"] == 6 and "tokenised" not in fitted.text
+
+
+def test_a_packed_source_has_one_text_and_rows_that_can_be_packed(tmp_path, texts, images):
+    with pytest.raises(ValueError, match=r"sources\.src\.data\.columns\.text_pair: mlm reads one text a row"):
+        source.stage(text_job(tmp_path, texts, "mlm", columns={"text": "words", "text_pair": "kind"}), "src")
+    with pytest.raises(ValueError, match=r"sources\.src\.objective: clm reads packed documents, and image rows cannot be packed: it is for text"):
+        source.stage(image_job(tmp_path, images, objective="clm"), "src")
+
+
+# ---------------------------------------------------------------- tokenizers of other hands
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    """A folder of a tokenizer, as transformers writes it."""
+    text = Path(tmp_path, "tokenizer", "tokenizer.json")
+    text.parent.mkdir()
+    text.write_text(text_modality().state["tokenizer"])
+    return text.parent
+
+
+def tokenizer_job(folder: Path, uri: str, held: Path, **target) -> Job:
+    job = text_job(folder, uri, modality={"text": {"length": 24, "tokenizer": str(held)}}).model_dump(mode="json")
+    data = {"uri": uri, "modality": {"text": target}, "columns": {"text": "words", "label": "kind"}, "test_fraction": 0.2}
+    return Job.model_validate({**job, "targets": {"task": {"data": data, "objective": "classification", "train": {"steps": 2, "global_batch": 8}}}})
+
+
+def test_a_tokenizer_counts_by_what_it_holds_and_not_by_its_place(tmp_path, texts, tokenizer):
+    job = tokenizer_job(tmp_path, texts, tokenizer)
+    stage, fitted, facts = pretrained(job)
+    assert fitted.modality["state"]["tokenizer"] == text_modality().state["tokenizer"] and facts["steps"] == 6
+    assert str(tmp_path) not in json.dumps(fitted.modality), "no place of this machine travels"
+    moved = tokenizer.rename(tmp_path / "elsewhere")
+    assert key(tokenizer_job(tmp_path, texts, moved)) == stage.key
+    (base,) = trials.bases({"src": (fitted.arch, fitted.modality)})
+    same = tokenizer_job(tmp_path, texts, moved, tokenizer=str(moved))
+    assert targets.prepare(targets.stage(same, "task"), base).modality == fitted.modality, "the same tokenizer named once more"
+    Path(moved, "special_tokens_map.json").write_text('{"mask_token": "[MASK]"}')
+    assert key(tokenizer_job(tmp_path, texts, moved)) != stage.key, "which tokens are special is part of it"
+    with pytest.raises(ValueError, match=r"contradicts the source"):
+        targets.prepare(targets.stage(same, "task"), base)
+    Path(moved, "tokenizer.json").unlink()
+    with pytest.raises(storage.StorageError, match=r"tokenizer\.json"):
+        key(tokenizer_job(tmp_path, texts, moved))
+
+
+def test_a_checkpoint_brings_its_own_tokenizer(tmp_path, texts, tokenizer):
+    stage, *_ = pretrained(text_job(tmp_path / "first", texts))
+    job = text_job(tmp_path, texts, modality={"text": {"tokenizer": str(tokenizer)}})
+    job = job.model_copy(update={"sources": {"src": job.sources["src"].model_copy(update={"init": f"bundle:{stage.bundle_uri}"})}})
+    with pytest.raises(ValueError, match=r"sources\.src\.data\.modality: .*tokenizer.* contradicts bundle:"):
+        source.fit(source.stage(job, "src"))
+
+
+# ---------------------------------------------------------------- weighted corpora
+
+def corpora(folder: Path, sizes=(70, 30, 20)) -> list[str]:
+    """Files whose texts each have a word of their own corpus; one text of the second cannot be read."""
+    folder.mkdir(exist_ok=True)
+    words, out = ("alpha", "beta", "gamma"), []
+    for i, (word, size) in enumerate(zip(words, sizes, strict=True)):
+        found, labels = sentences(size, seed=i)
+        texts = [" ".join(f"{word} {part}" for part in text.split()).encode() for text in found]
+        if i == 1:
+            texts[3] = b"\xff broken"
+        out.append(write_texts(folder / f"{word}.parquet", texts, [f"kind {i}" for i in labels]))
+    return out
+
+
+def mixed_job(folder: Path, files: list[str], weights=(0.5, 0.2, 0.3), objective="mlm", **train) -> Job:
+    job = text_job(folder, files[0], objective, validation_fraction=0.1, max_bad_rows=0.05).model_dump(mode="json")
+    data = job["sources"]["src"]["data"]
+    data |= {"weight": weights[0], "more": [{"uri": uri, "modality": "text", "weight": weight, "validation_fraction": 0.1}
+                                            for uri, weight in zip(files[1:], weights[1:], strict=True)]}
+    job["sources"]["src"]["train"] |= train
+    return Job.model_validate(job)
+
+
+def drawn(stage) -> list[list[int]]:
+    lines = [json.loads(line) for line in Path(stage.uri, "rows-rank0.jsonl").read_text().splitlines()]
+    return [rows for _, rows in sorted({line["step"]: line["rows"] for line in lines}.items())]
+
+
+@pytest.mark.parametrize("objective", ["mlm", "classification"])
+def test_corpora_are_drawn_by_their_weights_and_no_row_holds_two_of_them(tmp_path, objective):
+    job = mixed_job(tmp_path, corpora(tmp_path / "texts"), objective=objective, steps=40, global_batch=20, trace_rows=True)
+    stage, fitted, facts = pretrained(job)
+    assert stage.splits is not None and len(fitted.corpora) == 3 and sum(fitted.corpora) == len(fitted.train)
+    assert sum(stage.splits.corpora) == len(stage.splits.train)
+    if objective == "classification":
+        assert fitted.corpora == (stage.splits.corpora[0], stage.splits.corpora[1] - 1, stage.splits.corpora[2]), "a row less, in its own corpus"
+    modality = bundle.build_modality(fitted.modality)
+    ends = np.cumsum(fitted.corpora)
+    corpus_of = np.searchsorted(ends, np.arange(len(fitted.train)), side="right")
+    tokens = manifests.read_columns(fitted.train, ["tokens"])["tokens"].to_pylist()
+    own = [{word for word in ("alpha", "beta", "gamma") if word in modality.tokenizer.decode(row)} for row in tokens]  # type: ignore[attr-defined]
+    assert own == [{("alpha", "beta", "gamma")[c]} for c in corpus_of]
+    rows = np.array(drawn(stage))
+    assert rows.shape == (40, 20)
+    assert np.abs(np.bincount(corpus_of[rows.ravel()], minlength=3) / rows.size - (0.5, 0.2, 0.3)).max() < 0.02
+    told = ", ".join(f"{w} from corpus {i} ({n} rows)" for i, (w, n) in enumerate(zip((0.5, 0.2, 0.3), fitted.corpora, strict=True), 1))
+    assert f"drawn by weight, as shares of the training rows: {told}; validation is unweighted" in facts["splits"]
+    for c in range(3):  # at any moment the rows of a corpus were drawn equally often, but for its newest epoch and what shards are ahead
+        counts = np.bincount(rows.ravel(), minlength=len(corpus_of))[corpus_of == c]
+        assert counts.max() - counts.min() <= 2
+
+
+def test_a_run_on_a_mixture_that_was_stopped_ends_with_the_same_bundle_and_rows(tmp_path):
+    files = corpora(tmp_path / "texts")
+    train = {"steps": 12, "checkpoint_every_steps": 4, "trace_rows": True}
+    whole, _, _ = pretrained(mixed_job(tmp_path / "whole", files, **train))
+    cut = source.stage(mixed_job(tmp_path / "cut", files, **train), "src")
+    work = pretrain.rank_job(cut, source.fit(cut), DataWorkers(), 1)
+
+    class StopError(Exception):
+        pass
+
+    def stop(record):
+        if record["step"] >= 6:
+            raise StopError
+
+    with pytest.raises(StopError):
+        pretrain.train_rank(work, Ranks(), stop)
+    facts = pretrain.train_rank(work, Ranks())
+    assert facts["resumed_from"] == 4 and drawn(cut) == drawn(whole)
+    one, other = (bundle.load(stage.bundle_uri).tensors for stage in (whole, cut))
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def test_weights_are_part_of_the_key_and_must_be_drawable(tmp_path):
+    files = corpora(tmp_path / "texts")
+    first = key(mixed_job(tmp_path, files))
+    assert first != key(mixed_job(tmp_path, files, weights=(0.5, 0.3, 0.2))) and first != key(mixed_job(tmp_path, files, weights=(None, None, None)))
+    with pytest.raises(ValueError, match=r"sources\.src: the weight 1e-06 of corpus 3 is 1e-06 of all weights, and the smallest share is 1 of 4096"):
+        source.stage(mixed_job(tmp_path, files, weights=(0.5, 0.5, 1e-6), objective="classification"), "src")
+    job = mixed_job(tmp_path, files).model_dump(mode="json")
+    job["sources"]["src"]["data"]["more"][1]["where"] = {"kind": ["no such kind"]}
+    with pytest.raises(ValueError, match=r"sources\.src\.data\.more\.1: this corpus has weight 0\.3 and no training row to draw"):
+        source.stage(Job.model_validate(job), "src")
+
+
+@pytest.mark.parametrize("decode", ["train", "memory"])
+def test_bad_rows_leave_the_corpora_of_images_where_they_are(tmp_path, images, decode):
+    table = pq.read_table(images["validation"])
+    pictures = table["picture"].to_pylist()
+    pictures[2] = b"no picture"
+    pq.write_table(table.set_column(0, "picture", pa.array(pictures)), tmp_path / "more.parquet")
+    job = image_job(tmp_path, images, train={"steps": 12, "global_batch": 12, "trace_rows": True}).model_dump(mode="json")
+    job["sources"]["src"]["data"] |= {"weight": 1.0, "decode": decode, "max_bad_rows": 0.1,
+                                      "more": [{"train": str(tmp_path / "more.parquet"), "modality": "image", "weight": 2.0, "validation_fraction": 0.0}]}
+    stage, fitted, _ = pretrained(Job.model_validate(job))
+    assert fitted.corpora == (60, 24)
+    rows = np.concatenate(drawn(stage))
+    assert (rows == 62).sum() == 0 and abs((rows >= 60).mean() - 2 / 3) < 0.05
 
 
 # ---------------------------------------------------------------- images that cannot be decoded

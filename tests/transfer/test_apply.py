@@ -144,6 +144,15 @@ def test_an_export_is_whole_or_absent_and_never_over_another_folder(text_bundle,
         apply.export(text_bundle, str(tmp_path / "x"), "onnx", False)
 
 
+def test_a_folder_is_exported_and_read_on_s3_too(text_bundle, root):
+    apply.export(text_bundle, f"{root}/out", "hugging-face", False)
+    start, here = starts.read(f"hf:{root}/out"), bundle.load(text_bundle)
+    assert all(torch.equal(tensor, start.tensors[name]) for name, tensor in here.backbone_tensors().items())
+    assert starts.fingerprint(f"hf:{root}/out").count(" ") == 4  # config, tokenizer with its two descriptions, weights
+    with pytest.raises(ValueError, match="out is there already"):
+        apply.export(text_bundle, f"{root}/out", "hugging-face", True)
+
+
 def test_the_command_writes_a_folder_that_transformers_opens(text_bundle, tmp_path):
     import transformers
 

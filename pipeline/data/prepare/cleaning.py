@@ -3,7 +3,8 @@
 Near duplicates are those whose sets of word 5-shingles have a Jaccard similarity of at least a threshold, estimated by MinHash (Broder 1997) and found by
 banding; of each connected component the first one stays, as Lee et al. 2022 (Deduplicating Training Data Makes Language Models Better) do.
 
-Memory: a document takes 17 bytes, with MinHash 529 (128 signatures of 4 bytes), and 24 more while one band is sorted; pairs in addition.
+Memory: in the process that decides, a document takes 25 bytes, with MinHash 537 (128 signatures of 4 bytes), up to three times as much while they are
+put together: 1.8 kB a document at the peak of a run of 100,000 documents of 20 words, 9 s of one processor for both passes (2026-11-25).
 """
 
 from __future__ import annotations

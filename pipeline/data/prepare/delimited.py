@@ -6,7 +6,7 @@ import codecs
 import csv
 import re
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -22,7 +22,12 @@ from pipeline.registry import Options, register
 SUFFIXES = (".csv", ".tsv", ".tab")
 WHOLE, NUMBER = re.compile(r"[+-]?(0|[1-9]\d{0,17})"), re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?|nan|[+-]?inf", re.IGNORECASE)
 NAMES = {"string": 4, "float": 3, "int": 2}
+LABEL = re.compile(r"[+-]?(0\d.*|\d{19,})")
+"""Digits that are no number: leading zeros, or more of them than an int64 or a float holds."""
 TEXTS = ("text", "text_pair")
+OPEN = "a quote is left open"
+Line = tuple[int, bytes | None]
+"""Its number, and its bytes (None: too long)."""
 
 
 class CsvOptions(Options):
@@ -81,11 +86,12 @@ class Csv(TableImporter):
         A record goes over lines while a quote is open. One that no later line closes, or that becomes a row only by swallowing others (another number
         of fields), is the first line alone: the lines after it are read anew.
         """
-        o, again, width = self.options, deque[tuple[int, bytes | None]](), 0
+        o, again, width = self.options, deque[Line](), 0
         tab = o.delimiter in ("tab", "\\t") or (not o.delimiter and plain_suffix(reading.piece.name) != ".csv")
         delimiter = "\t" if tab else o.delimiter or ","
-        source = _lines(reading.numbered(), again)
-        for number, raw in source:
+        take = _taker(reading.numbered(), again)
+        while (line := take()) is not None:
+            number, raw = line
             if raw is not None and not raw.strip():
                 continue
             text, wrong = decoded(raw, o.encoding)
@@ -93,7 +99,7 @@ class Csv(TableImporter):
             if not wrong and (not o.quote or o.quote not in text):
                 fields = text.split(delimiter)
             elif not wrong:
-                fields, wrong, more = self._quoted(text, delimiter, source)
+                fields, wrong, more = self._quoted(text, delimiter, take)
                 if more and (wrong or (width and len(fields) != width)):
                     again.extendleft(reversed(more))
                     wrong = wrong if wrong != OPEN and wrong else f"{OPEN}: no later line closes it"
@@ -103,12 +109,12 @@ class Csv(TableImporter):
                 width = width or len(fields)
                 yield number, fields
 
-    def _quoted(self, text: str, delimiter: str, source: Iterator[tuple[int, bytes | None]]) -> tuple[list[str], str, list[tuple[int, bytes | None]]]:
+    def _quoted(self, text: str, delimiter: str, take: Callable[[], Line | None]) -> tuple[list[str], str, list[Line]]:
         """(fields, "" or what is wrong, further lines that were taken) of a record that begins with a line."""
         quote, held, more = self.options.quote, [text], []
         fields, wrong = _parsed(held, delimiter, quote)
         quotes, size = text.count(quote), len(text)
-        while wrong == OPEN and size < ROW_BYTES and (line := next(source, None)) is not None:
+        while wrong == OPEN and size < ROW_BYTES and (line := take()) is not None:
             more.append(line)
             part, bad = decoded(line[1], self.options.encoding)
             if bad:
@@ -197,18 +203,15 @@ class Csv(TableImporter):
             yield made
 
 
-OPEN = "a quote is left open"
-
-
-def _lines(fresh: Iterator[tuple[int, int, bytes | None]], again: deque[tuple[int, bytes | None]]) -> Iterator[tuple[int, bytes | None]]:
-    """Lines that were given back first, then new ones."""
-    while True:
+def _taker(fresh: Iterator[tuple[int, int, bytes | None]], again: deque[Line]) -> Callable[[], Line | None]:
+    """Gives the lines that were given back, then new ones, then None; no generator, which would be at its end when lines of the end are given back."""
+    def take() -> Line | None:
         if again:
-            yield again.popleft()
-        elif (line := next(fresh, None)) is not None:
-            yield line[0], line[2]
-        else:
-            return
+            return again.popleft()
+        line = next(fresh, None)
+        return line and (line[0], line[2])
+
+    return take
 
 
 def _parsed(held: list[str], delimiter: str, quote: str) -> tuple[list[str], str]:
@@ -226,7 +229,9 @@ def _kind(value: str) -> int:
     value = value.strip()
     if not value:
         return 0
-    return 2 if WHOLE.fullmatch(value) else 3 if NUMBER.fullmatch(value) and not re.match(r"[+-]?0\d", value) else 4
+    if WHOLE.fullmatch(value):
+        return 2
+    return 4 if LABEL.fullmatch(value) or not NUMBER.fullmatch(value) else 3
 
 
 def _value(text: str, kind: int) -> Any:

@@ -22,7 +22,7 @@ from pipeline.data.prepare.files import absolute
 from pipeline.data.prepare.images import ImageWork
 from pipeline.data.prepare.importing import few
 from pipeline.data.prepare.parts import Made, Part, Settings, Tell, Work
-from pipeline.data.prepare.tables import TableImporter, TableWork
+from pipeline.data.prepare.tables import SURVEYS, TableImporter, TableWork
 from pipeline.data.stream import map_items
 from pipeline.job import spec_hash
 
@@ -46,7 +46,7 @@ class Preparation:
             raise ValueError(f"{self.output} lies in {self.source}: the parts would become part of what they are made of; give a folder outside")
         importer: Any = registry.get("importer", name)(options)
         self.options = importer.options
-        kind = TableWork if isinstance(importer, TableImporter) else ImageWork
+        kind: Any = TableWork if isinstance(importer, TableImporter) else ImageWork
         self.work: Work = kind(name, importer, self.source, self.settings)
         self.parts = self.work.parts
         self.key = spec_hash(FORMAT_VERSION, name, importer.options, *self.work.key)
@@ -55,10 +55,15 @@ class Preparation:
     def _check_output(self) -> None:
         begun = storage.join(self.output, BEGUN)
         if storage.exists(begun):
-            if storage.read_json(begun)["key"] != self.key:
+            if storage.read_json(begun)["key"] != self.key and self._holds_parts():
                 raise ValueError(f"{self.output} holds parts of another source or of other options (see {BEGUN} there); give an empty folder")
         elif others := [uri for uri in storage.list_files(self.output) if not uri.rpartition("/")[2].startswith(".")]:
             raise ValueError(f"{self.output} holds other files ({few(name.rpartition('/')[2] for name in others)}); give an empty folder")
+
+    def _holds_parts(self) -> bool:
+        """Whether a run that began here came to write anything: one that was refused before leaves nothing to lose."""
+        below = [uri[len(self.output):].lstrip("/") for uri in storage.list_files(self.output)]
+        return any(name != BEGUN and not name.startswith((f"{SURVEYS}/", ".")) for name in below)
 
     @cached_property
     def records(self) -> dict[str, dict[str, Any]]:
@@ -92,8 +97,11 @@ class Preparation:
             manifest = folders.open_folder(self.output, MANIFEST)
             self._check_listed(broken, manifest.get("read", sum(manifest["rows"].values()) + len(broken)))
             return manifest
-        storage.write_json(storage.join(self.output, BEGUN), {"key": self.key, "importer": self.name, "source": self.source,
-                                                              "options": self.options.model_dump(mode="json")})
+        begun = storage.join(self.output, BEGUN)
+        if storage.exists(begun) and storage.read_json(begun)["key"] != self.key:
+            storage.remove_tree(storage.join(self.output, SURVEYS))
+        storage.write_json(begun, {"key": self.key, "importer": self.name, "source": self.source,
+                                   "options": self.options.model_dump(mode="json")})
         self.work.begin(self.output, self._check_budget, tell, cpus)
         self._check_listed(broken, self.work.total)
         todo = self.todo
