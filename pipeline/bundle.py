@@ -30,7 +30,7 @@ class BundleError(ValueError):
 
 def versions() -> dict[str, str]:
     """Versions that a result depends on."""
-    packages = ("onetomany", "torch", "torchvision", "ray", "timm", "transformers", "numpy", "pyarrow")
+    packages = ("onetomany", "torch", "torchvision", "ray", "timm", "transformers", "peft", "numpy", "pyarrow")
     found = {}
     for name in packages:
         try:

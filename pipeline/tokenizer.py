@@ -248,7 +248,7 @@ def _groups(parts: Iterable[tuple[int, str]]) -> Iterator[tuple[list[int], list[
 def encode(tokenizer: Tokenizer, documents: Sequence[Buffer], dtype: Any) -> list[np.ndarray]:
     """All ids of each document, special tokens left out, in memory for the ids and one group of pieces.
 
-    A line of 100 MB (2026-11-25, English, 27 million ids): see tests/test_tokenizer.py.
+    A line of 100 MB of English, 24 million ids (2026-11-25): packing it takes 0.6 GB beside the line, its first 512 ids none.
     """
     found: list[list[np.ndarray]] = [[] for _ in documents]
     for numbers, texts in _groups((i, text) for i, document in enumerate(documents) for text in pieces(document)):
@@ -314,7 +314,7 @@ def encode_words(tokenizer: Tokenizer, rows: Sequence[Sequence[str]], most: int,
     found: list[tuple[np.ndarray, np.ndarray]] = [(np.zeros(0, dtype=dtype), np.zeros(0, dtype=np.int32))] * len(rows)
     todo, count = list(range(len(rows))), most
     while todo:
-        parts = [[space + word for word in rows[i][:count]] for i in todo]
+        parts = [[space + word if word else "" for word in rows[i][:count]] for i in todo]
         for i, encoding in zip(todo, tokenizer.encode_batch(parts, is_pretokenized=True, add_special_tokens=False), strict=True):
             found[i] = np.array(encoding.ids, dtype=dtype), np.array(encoding.word_ids, dtype=np.int32)
         todo, count = [i for i in todo if len(found[i][0]) < most and count < len(rows[i])], 4 * count

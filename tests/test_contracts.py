@@ -24,7 +24,7 @@ from pipeline.train import loop
 
 EXAMPLES = {
     "timm": {"resnet10t": 32, "vgg11": 32, "inception_v3": 75, "vit_tiny_patch16_224": 32, "convnext_atto": 32},
-    "transformers": {"bert": SMALL, "gpt2": SMALL},
+    "transformers": {"bert": SMALL, "roberta": SMALL, "distilbert": SMALL, "gpt2": SMALL},
 }
 LARGE = ("timm/vgg11",)
 """Half a gigabyte of weights."""

@@ -14,7 +14,8 @@ NAMES = {".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix("._
 FLOORS = [
     {"job", "jobfile", "contracts", "registry", "s3", "storage", "folders", "rng", "lease", "coco", "pixels", "imagefile", "spans", "tokenizer"},
     {"metrics", "bundle", "gather", "data", "modalities", "models", "pyramid"},
-    {"objectives", "techniques", "starts", "hugging_face"},
+    {"objectives", "techniques", "hugging_face"},
+    {"starts"},
     {"train"},
     {"transfer"},
     {"cli"},

@@ -46,7 +46,8 @@ class Decoder:
 
     def names(self) -> list[str]:
         objective = registry.get("objective", self.objective) if self.objective else None
-        roles = [*self.modality.roles, *self.modality.optional_roles, *self.modality.packed_roles, *((*objective.roles, *objective.optional_roles) if objective else ())]
+        inputs = (*self.modality.roles, *self.modality.optional_roles, *self.modality.packed_roles)
+        roles = (*inputs, *((*objective.roles, *objective.optional_roles) if objective else ()))
         return list(dict.fromkeys(self.columns[role] for role in roles if role in self.columns))
 
     def size(self, selection: Selection) -> int:

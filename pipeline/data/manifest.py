@@ -282,7 +282,9 @@ def splits(data: Data, roles: tuple[str, ...], place: str, imports_uri: str, nee
         if group != groups[0] and (need_test or groups[0]):
             raise ValueError(f"{at}.more.{i}.group: it is {group or 'not given'}, that of the first rows {groups[0] or 'is not given'}; "
                              "joined corpora are grouped by one column, say the same of each")
-    out = parts[0] if len(parts) == 1 else _joined(parts, [*data.columns.values(), *([data.group] if data.group else [])], at)
+    out = parts[0] if len(parts) == 1 else _joined(
+        parts, [*data.columns.values(), *([data.group] if data.group else [])], at,
+        frozenset(data.columns.get(role, "") for role in ("text", "text_pair")) if data.modality.name == "text" else frozenset())
     for name, needed in (("train", True), ("validation", need_test), ("test", need_test)):
         if needed and not len(getattr(out, name)):
             raise ValueError(f"{at}: the {name} split is empty ({out.sizes()}); give {name} files, a split_column or {name}_fraction")
@@ -335,10 +337,10 @@ def _splits(data: Data, roles: tuple[str, ...], at: str, imports_uri: str) -> Sp
     return Splits(train, given.get("validation", empty), given.get("test", empty), "; ".join(origin) or "as given", (len(train),))
 
 
-def _joined(parts: list[Splits], columns: list[str], at: str) -> Splits:
+def _joined(parts: list[Splits], columns: list[str], at: str, texts: frozenset[str]) -> Splits:
     """Each split of several corpora as one selection, in the order of the job file."""
     chosen = {name: [(i, found) for i, part in enumerate(parts) if len(found := getattr(part, name))] or [(0, getattr(parts[0], name))] for name in SPLITS}
-    whole = {name: _concatenated([selection for _, selection in found], columns, [at if i == 0 else f"{at}.more.{i - 1}" for i, _ in found])
+    whole = {name: _concatenated([selection for _, selection in found], columns, [at if i == 0 else f"{at}.more.{i - 1}" for i, _ in found], texts)
              for name, found in chosen.items()}
     told = "; ".join(f"corpus {i + 1}: {part.origin}" for i, part in enumerate(parts))
     if len({part.origin for part in parts}) == 1:
@@ -346,16 +348,18 @@ def _joined(parts: list[Splits], columns: list[str], at: str) -> Splits:
     return Splits(whole["train"], whole["validation"], whole["test"], told, tuple(len(part.train) for part in parts))
 
 
-def _concatenated(selections: list[Selection], columns: list[str], places: list[str]) -> Selection:
-    """Row ids, files and row groups of the second after those of the first, and so on; ``columns`` have the types of the first.
+def _concatenated(selections: list[Selection], columns: list[str], places: list[str], texts: frozenset[str] = frozenset()) -> Selection:
+    """Row ids, files and row groups of the second after those of the first, and so on; ``columns`` have the types of the first, ``texts`` (columns
+    that hold texts, as text or as bytes that may not be UTF-8) that of bytes where the corpora differ.
 
     Raises ValueError for a column that is of another kind in a later one (whole numbers or texts of another width are no other kind).
     """
     first = selections[0].manifest
+    as_bytes = {name for name in texts & {*columns} if {_kind(selection.manifest.schema.field(name).type) for selection in selections} == {"text", "bytes"}}
     for selection, place in zip(selections, places, strict=True):
         for name in dict.fromkeys(columns):
             theirs, ours = selection.manifest.schema.field(name).type, first.schema.field(name).type
-            if _kind(theirs) != _kind(ours):
+            if _kind(theirs) != _kind(ours) and name not in as_bytes:
                 raise ValueError(f"{place}: column {name!r} is {theirs} in {selection.manifest.files[0]} and {ours} in {first.files[0]}; "
                                  "joined corpora need columns of the same type: write one of them anew")
     if len(selections) == 1:
@@ -364,6 +368,7 @@ def _concatenated(selections: list[Selection], columns: list[str], places: list[
     files = np.cumsum([0, *(len(manifest.files) for manifest in manifests)])
     rows = np.cumsum([0, *(manifest.rows for manifest in manifests)])
     schema = _plain_columns(first.schema.empty_table().select(list(dict.fromkeys(columns)))).schema
+    schema = pa.schema([field.with_type(pa.binary()) if field.name in as_bytes else field for field in schema])
     joined = Manifest(tuple(file for manifest in manifests for file in manifest.files),
                       tuple(replace(group, file=int(group.file + files[i])) for i, manifest in enumerate(manifests) for group in manifest.groups),
                       schema, spec_hash([manifest.fingerprint for manifest in manifests]))

@@ -219,7 +219,7 @@ def import_checkpoint(stage: SourceStage) -> dict[str, Any]:
         arch, modality = starts.described(spec.backbone.name, dict(spec.backbone.options))
     else:
         arch = arch_of(spec, start, {})
-    backbone = bundle.build_backbone(arch)
+    backbone = bundle.build_backbone(arch, stage.seed)
     moved = start.onto(backbone)
     facts = {"source": stage.name, "backbone": arch["name"], "objective": "none (checkpoint)", "steps": 0, "rows": 0, "rows_per_second": 0.0,
              "seconds": round(time.time() - began, 2), "metrics": {}, "transfer": moved.text(), "splits": "none", "curve": [], "ranks": 0,
