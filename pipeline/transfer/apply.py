@@ -84,8 +84,11 @@ def predict(uri: str, data: list[str], output: str, columns: dict[str, str], for
     manifest = check(uri)
     found = manifests.build(data, form, storage.join(output, ".imports"))
     modality = bundle.build_modality(manifest["modality"])
-    columns = {**{role: manifest.get("columns", {}).get(role, role) for role in modality.roles}, **columns}
-    for role in modality.roles:
+    objective, known = registry.get("objective", manifest["objective"]["name"]), manifest.get("columns", {})
+    labels = (*objective.roles, *objective.optional_roles)  # what rows to predict need not have
+    needed = [*modality.roles, *(role for role in modality.optional_roles if role not in labels and (role in known or role in columns))]
+    columns = {**{role: known.get(role, role) for role in needed}, **columns}
+    for role in needed:
         if columns[role] not in found.schema.names:
             raise ValueError(f"{found.files[0]} has no column {columns[role]!r} for {role}; "
                              f"columns are {', '.join(found.schema.names)}; say --column {role}=NAME")
@@ -102,12 +105,12 @@ def predict(uri: str, data: list[str], output: str, columns: dict[str, str], for
     gpus = have.get("GPU", 0.0)
     actors = int(max(1, gpus if gpus else have.get("CPU", 1) // 1))
     workers = DataWorkers(min(actors, max(1, len(todo))), 1.0, int(have.get("object_store_memory", 1 << 30) // 2), 1.0 if gpus else 0.0)
-    work, types = _Predictor(uri, selection, columns), registry.get("objective", manifest["objective"]["name"]).written_types
+    work = _Predictor(uri, selection, columns)
     bad = 0
     for item, block in zip(todo, map_blocks(work, todo, workers), strict=True):
         bad += sum(1 for reason in block["error"] if reason)
         sink = io.BytesIO()
-        pq.write_table(_arrow(block, types), sink)
+        pq.write_table(_arrow(block, objective.written_types), sink)
         storage.write_bytes(_part(output, item), sink.getvalue())
         progress.update(f"predict: rows {item.stop}/{found.rows}  {bad} could not be read", item.stop == found.rows)
     return f"{output}: {found.rows} rows in {len(items)} parts" + (f", {len(items) - len(todo)} of them from before" if len(todo) < len(items) else "") + (
