@@ -252,6 +252,9 @@ class Source(Spec):
             raise ValueError("a source with data needs an objective (classification, mlm, clm, ...)")
         if self.data is None and self.init is None and not self.backbone.name.startswith(STARTS):
             raise ValueError(f"a source needs data to pretrain on, or a checkpoint: init, or a backbone that starts with {', '.join(STARTS)}")
+        if self.init is not None and self.backbone.name.startswith(STARTS):
+            raise ValueError(f"init {self.init} and backbone {self.backbone.name} are both checkpoints: start from one of them; beside init the backbone is "
+                             "library/model")
         if self.probe is not None and (self.data is None or self.probe.modality.name != self.data.modality.name):
             raise ValueError("a probe tries the backbone while it is pretrained: it needs data beside it, and the same modality")
         problems = [(("data", "weight"), "it tells how often a corpus is drawn from beside others (data.more), and here is one: leave it out")
@@ -386,6 +389,7 @@ def schema() -> dict:
         if kind == "model":
             table["additionalProperties"] = False
             table["patternProperties"] = {f"^{name}/": value for name, value in options.items()}
+            table["patternProperties"][rf"^({'|'.join(p[:-1] for p in STARTS)}):"] = {"anyOf": list(options.values())}  # the checkpoint tells which
         else:
             table |= {"properties": options, "additionalProperties": False}
         return {"anyOf": [text, table]}

@@ -205,7 +205,8 @@ def _plug_problems(kind: str, raw: Any, path: Path_) -> list[tuple[Path_, str]]:
     name = plug.name
     if kind == "model":
         if name.startswith(STARTS):
-            return []
+            known = {field for library in registry.names("model") for field in registry.entry("model", library).options.model_fields}
+            return [((*at, one), f"unknown option of a backbone; {registry.nearest(one, known)}") for one in plug.options if one not in known]
         library, slash, model = name.partition("/")
         if not slash:
             return [(at, f"unknown backbone {name!r}: write library/model, e.g. timm/resnet18; libraries: {', '.join(registry.names('model'))}")]
@@ -220,32 +221,30 @@ def _plug_problems(kind: str, raw: Any, path: Path_) -> list[tuple[Path_, str]]:
         options = registry.entry(kind, name).options
     except ValueError as error:
         return [(at, str(error))]
+    out: list[tuple[Path_, str]] = []
     try:
         options.model_validate(plug.options)
     except ValidationError as error:
-        out = []
         for item in error.errors():
             text = _say(item)
             if item["type"] == "extra_forbidden":
                 text = f"unknown option of {plug.name}; {registry.nearest(str(item['loc'][-1]), options.model_fields)}"
             out.append(((*at, *item["loc"]), text))
-        return out
-    return []
+    return out
 
 
 def _start_problems(text: Any, path: Path_, folder: Path, elsewhere: bool) -> list[tuple[Path_, str]]:
     if not isinstance(text, str) or not text.startswith(STARTS):
-        known = f"write one of {', '.join(STARTS)} followed by a path" if path[-1] == "init" and isinstance(text, str) else ""
-        return [(path, f"{text!r} is no checkpoint; {known}")] if known else []
+        known = f"{text!r} is no checkpoint; write one of {', '.join(STARTS)} followed by a path"
+        return [(path, known)] if path[-1] == "init" and isinstance(text, str) else []
     prefix, uri = text.split(":", 1)
-    try:
-        if _VARIABLE.search(uri) or prefix in HUBS or storage.is_remote(uri) or (elsewhere and _is_absolute(uri)):
-            return []
-    except storage.StorageError as error:
-        return [(path, str(error))]
-    if storage.exists(_place(uri, folder)):
-        return []
-    return [(path, f"{prefix} {uri}: no such path (looked for {folder / uri}); a hub name needs the prefix hf-hub: or timm-hub:")]
+    problem = "" if prefix in HUBS else _missing(uri, folder, elsewhere, globs=False)
+    return [(path, f"{prefix} {problem}; a hub name needs the prefix hf-hub: or timm-hub:")] if problem else []
+
+
+def _name_of(plug: Any) -> Any:
+    """The name in a plug as it is written: by itself, or with its options."""
+    return plug.get("name", next(iter(plug), None)) if isinstance(plug, dict) else plug
 
 
 def _listed(value: Any) -> list:
@@ -261,16 +260,16 @@ def _is_absolute(uri: str) -> bool:
     return uri.startswith("file:///") or Path(uri).is_absolute()
 
 
-def _missing(uri: str, folder: Path, elsewhere: bool) -> str:
-    """What is wrong with a place of data, or nothing; nothing too where a variable in it is not set, which is told already."""
+def _missing(uri: str, folder: Path, elsewhere: bool, globs: bool = True) -> str:
+    """What is wrong with a place of data or of a checkpoint, or nothing; nothing too where a variable in it is not set, which is told already."""
     if _VARIABLE.search(uri):
         return ""
     try:
         place = _place(uri, folder)
-        found = storage.is_remote(place) or (elsewhere and _is_absolute(uri)) or storage.exists(place) or storage.glob(place)
+        found = storage.is_remote(place) or (elsewhere and _is_absolute(uri)) or storage.exists(place) or (globs and storage.glob(place))
     except storage.StorageError as error:
         return str(error)
-    return "" if found else f"{uri}: no such file, folder or glob (looked for {place})"
+    return "" if found else f"{uri}: no such {'file, folder or glob' if globs else 'path'} (looked for {place})"
 
 
 def _role_problems(rows: dict, objective: Any, at: Path_) -> list[tuple[Path_, str]]:
@@ -359,7 +358,7 @@ def _name_problems(data: dict, folder: Path, elsewhere: bool) -> list[tuple[Path
             out += _plug_problems("objective", part["objective"], (kind, name, "objective"))
         if kind == "sources" and "backbone" in part:
             out += _plug_problems("model", part["backbone"], (kind, name, "backbone"))
-            out += _start_problems(part["backbone"], (kind, name, "backbone"), folder, elsewhere)
+            out += _start_problems(_name_of(part["backbone"]), (kind, name, "backbone"), folder, elsewhere)
         if kind == "targets" and isinstance(part.get("metric"), str) and part["metric"] not in (known := registry.metrics()):
             out.append(((kind, name, "metric"), f"unknown metric {part['metric']!r}; {registry.nearest(part['metric'], known)}"))
         if part.get("init") is not None and kind == "sources":
@@ -380,8 +379,9 @@ def _absolute(job: dict, folder: Path) -> dict:
             for holder, key, _ in _named(rows):
                 holder[key] = _place(holder[key], folder)
         for field in ("backbone", "init"):
-            if isinstance(text := part.get(field), str) and text.startswith(STARTS) and (prefix := text.partition(":")[0]) not in HUBS:
-                part[field] = f"{prefix}:{_place(text.partition(':')[2], folder)}"
+            if (text := str(_name_of(part.get(field)))).startswith(STARTS) and (prefix := text.partition(":")[0]) not in HUBS:
+                place = f"{prefix}:{_place(text.partition(':')[2], folder)}"
+                part[field] = {**Plug.model_validate(part[field]).model_dump(), "name": place} if isinstance(part[field], dict) else place
     return job
 
 

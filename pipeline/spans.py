@@ -8,15 +8,40 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 
 LETTERS = {"bio": "BI", "bioes": "BIES"}
 """Prefixes of a scheme: begin, inside, end and single. BIO is the one called IOB2 too (Tjong Kim Sang and Veenstra 1999), BIOES adds the last word of an
 entity and entities of one word (Ratinov and Roth 2009, who call them L and U)."""
 
 PUNCTUATION = frozenset(string.punctuation)
+
+
+# ---------------------------------------------------------------- columns
+
+def texts(column: pa.Array | pa.ChunkedArray) -> list[Any]:
+    """The values of a column of texts, or of lists of texts, also where they are stored as bytes.
+
+    Bytes that are not UTF-8 become U+FFFD: the modality leaves such a row out, and it must not stop the others.
+    """
+    return _decoded(column.cast(_of_bytes(column.type)).to_pylist())
+
+
+def _of_bytes(kind: pa.DataType) -> pa.DataType:
+    if pa.types.is_dictionary(kind):
+        return _of_bytes(kind.value_type)
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        return pa.large_list(_of_bytes(kind.value_type))
+    return pa.large_binary()
+
+
+def _decoded(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_decoded(one) for one in value]
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
 
 
 # ---------------------------------------------------------------- tags

@@ -87,6 +87,16 @@ def fingerprint(text: str) -> str:
     return text
 
 
+def modality_name(text: str) -> str:
+    """What the rows of a checkpoint or a backbone name are, image or text, without opening its weights: a folder is timm's when its config.json names
+    an ``architecture``. A hub name that is not here yet is taken for text, unless it is one of timm's."""
+    prefix, _, uri = text.partition(":")
+    config = storage.join(uri, "config.json") if prefix == "hf" else ""
+    if config and storage.exists(config):
+        return "image" if "architecture" in storage.read_json(config) else "text"
+    return "image" if text.startswith("timm") else "text"
+
+
 def read(text: str, architecture: str | None = None) -> Start:
     """Open ``bundle:URI``, ``file:PATH``, ``file-by-order:PATH``, ``hf:FOLDER``, ``hf-hub:NAME`` or ``timm-hub:NAME``; files need the
     ``architecture`` (library/model) that they are for. Raises BundleError with what to do."""

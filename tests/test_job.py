@@ -378,6 +378,24 @@ def test_a_source_may_be_a_checkpoint_alone(load, folder):
     assert got.sources["b"].backbone.name == "timm-hub:resnet18.a1_in1k"
 
 
+@pytest.mark.parametrize("written", ["{'hf:folder': {pool: pooler}}", "{name: 'hf:folder', options: {pool: pooler}}"])
+def test_a_checkpoint_with_options_has_its_place_and_its_rules(load, problems, folder, written):
+    (folder / "folder").mkdir()
+    text = f"name: x\nsources:\n  a:\n    backbone: {written}\n"
+    backbone = load(text).sources["a"].backbone
+    assert (backbone.name, backbone.options) == (f"hf:{folder / 'folder'}", {"pool": "pooler"})
+    (missing,) = problems(text.replace("hf:folder", "hf:nowhere"))
+    assert missing.startswith(f"4: sources.a.backbone: hf nowhere: no such path (looked for {folder / 'nowhere'})")
+    (option,) = problems(text.replace("pool: pooler", "pol: pooler"))
+    assert option.startswith("4: sources.a.backbone") and option.endswith("pol: unknown option of a backbone; did you mean pool?")
+
+
+def test_a_source_starts_from_one_checkpoint(problems, folder):
+    (folder / "folder").mkdir()
+    found = problems("name: x\nsources:\n  a:\n    backbone: hf:folder\n    init: bundle:folder\n")
+    assert len(found) == 1 and "init bundle:folder and backbone hf:folder are both checkpoints: start from one of them" in found[0]
+
+
 def test_a_job_is_frozen(load):
     got = load()
     for thing, field in ((got, "name"), (got.sources["garments"], "workers"), (got.sources["garments"].train, "lr"), (got.fanout, "seeds")):
@@ -945,6 +963,7 @@ def test_the_schema_takes_what_load_takes(validator):
     assert list(validator.iter_errors(good)) == []
     good["techniques"] = ["full", {"full": None}, {"lp_ft": {"probe_share": 0.2}}]
     good["sources"]["more"] = {"backbone": "bundle:folder"}
+    good["sources"]["pooled"] = {"backbone": {"hf:folder": {"pool": "pooler"}}}
     assert list(validator.iter_errors(good)) == []
 
 
@@ -952,7 +971,8 @@ def test_the_schema_takes_what_load_takes(validator):
     {"nam": "x"}, {"techniques": ["fulll"]}, {"techniques": [{"lp_ft": {"probe_shar": 0.1}}]}, {"techniques": [{"lp_ftt": {}}]}, {"fanout": {"sed": 1}},
     {"fanout": {"search": {"optimizer": [1, 2]}}},
     {"fanout": {"select": {"scor": "knn"}}}, {"sources": {"s": {"backbone": "resnet18"}}}, {"sources": {"s": {"backbone": "tim/resnet18"}}},
-    {"sources": {"s": {"backbone": {"tim/resnet18": {}}}}}, {"sources": {"s": {"backbone": {"timm/resnet18": {"x": 1}}}}},
+    {"sources": {"s": {"backbone": {"tim/resnet18": {}}}}}, {"sources": {"s": {"backbone": {"hf:folder": {"pol": "x"}}}}},
+    {"sources": {"s": {"backbone": {"timm/resnet18": {"x": 1}}}}},
     {"sources": {"s": {"backbone": "timm/resnet18", "objective": "clasification"}}},
     {"targets": {"t": {"objective": "classification", "data": {"uri": "a", "modality": "imgae"}}}},
     {"targets": {"t": {"objective": "classification", "data": {"uri": "a", "modality": "image", "colums": {}}}}},

@@ -348,3 +348,12 @@ def test_a_folder_of_timm_that_lacks_something_says_so(timm_folder, spoil, messa
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(BundleError, match=message):
         starts.read(f"hf:{folder}")
+
+
+def test_what_a_checkpoint_reads_is_told_before_it_is_opened(tmp_path):
+    """A folder as timm saves it is a source of images, also while its bundle is not made yet."""
+    for folder, config in (("timm", {"architecture": "resnet10t"}), ("bert", {"model_type": "bert"})):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "config.json").write_text(json.dumps(config))
+    named = (f"hf:{tmp_path}/timm", f"hf:{tmp_path}/bert", "timm/resnet18", "timm-hub:resnet18", "transformers/bert")
+    assert [starts.modality_name(name) for name in named] == ["image", "text", "image", "image", "text"]

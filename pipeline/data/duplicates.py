@@ -53,18 +53,19 @@ class Signs:
         return len(self.digest)
 
 
-def signs(selection: Selection, modality: str, column: str, folder: str) -> Signs:
-    """Of every row of a selection, read once and kept under the folder: the same rows are not read again. On Ray where it runs and it pays.
+def signs(selection: Selection, modality: str, columns: tuple[str, ...], folder: str) -> Signs:
+    """Of every row of a selection by all the columns together, read once and kept under the folder: the same rows are not read again. On Ray where it
+    runs and it pays.
 
     Raises StorageError for files that cannot be read.
     """
     ids = selection.ids(np.arange(len(selection)))
-    key = spec_hash(VERSION, selection.manifest.fingerprint, modality, column, hashlib.sha256(ids.tobytes()).hexdigest())
+    key = spec_hash(VERSION, selection.manifest.fingerprint, modality, *columns, hashlib.sha256(ids.tobytes()).hexdigest())
     uri = storage.join(folder, f"{key}.npz")
     if storage.exists(uri):
         with np.load(io.BytesIO(storage.read_bytes(uri)), allow_pickle=False) as found:
             return Signs(**{name: found[name] for name in found.files})
-    work = _Signer(selection, modality, column)
+    work = _Signer(selection, modality, columns)
     cuts = selection.boundaries.tolist()
     spans = list(pairwise(cuts))  # row groups, which are read whole
     large = selection.manifest.size > SPREAD_BYTES or (modality == "image" and len(selection) > SPREAD_IMAGES)
@@ -79,23 +80,29 @@ def signs(selection: Selection, modality: str, column: str, folder: str) -> Sign
 class _Signer:
     """A span of a selection to its signs, in this process or in a Ray task."""
 
-    def __init__(self, selection: Selection, modality: str, column: str):
-        self.selection, self.modality, self.column = selection, modality, column
+    def __init__(self, selection: Selection, modality: str, columns: tuple[str, ...]):
+        self.selection, self.modality, self.columns = selection, modality, columns
 
     def __call__(self, span: tuple[int, int]) -> dict[str, np.ndarray]:
         kind = registry.get("modality", self.modality)
-        table = Reader(self.selection.manifest, [self.column]).take(self.selection.ids(np.arange(*span)))
+        table = Reader(self.selection.manifest, list(dict.fromkeys(self.columns))).take(self.selection.ids(np.arange(*span)))
         if self.modality != "image":
-            values = table[self.column].to_pylist()
-            digests = [_digest(value if isinstance(value, bytes) else str(value).encode()) for value in values]
-            return {"digest": np.array(digests, dtype=np.uint64), "readable": np.array([value is not None for value in values], dtype=bool)}
+            rows = list(zip(*(table[column].to_pylist() for column in self.columns), strict=True))
+            return {"digest": np.array([_digest(_content(row)) for row in rows], dtype=np.uint64),
+                    "readable": np.array([None not in row for row in rows], dtype=bool)}
         image: Any = kind(kind.options_class(size=SIDE, channels=1, fit="squash"), {})
-        encoded, missing = image.encoded(table, {image.roles[0]: self.column})
+        encoded, missing = image.encoded(table, {image.roles[0]: self.columns[0]})
         pixels, _ = image.unpack(encoded, torch.device("cpu"))  # zeros for what is no image: without contrast, near to nothing
         grey = pixels["image"].numpy()[:, 0]
         there = np.array([not reason for reason in missing], dtype=bool)
         thumb = grey.reshape(-1, THUMB, SIDE // THUMB, THUMB, SIDE // THUMB).mean((2, 4)).round().astype(np.uint8).reshape(-1, THUMB * THUMB)
         return {"digest": np.array([_digest(bytes(data)) for data in encoded], dtype=np.uint64), "readable": there, "hash": phash(grey), "thumb": thumb}
+
+
+def _content(row: tuple[Any, ...]) -> bytes:
+    """The bytes of a row's values; of several each with its length before it, so that no two rows share them."""
+    parts = [value if isinstance(value, bytes) else str(value).encode() for value in row]
+    return parts[0] if len(parts) == 1 else b"".join(len(part).to_bytes(8, "little") + part for part in parts)
 
 
 def _digest(content: bytes) -> int:

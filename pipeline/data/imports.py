@@ -83,9 +83,10 @@ def _open(file: str) -> BinaryIO:
     return io.BufferedReader(_Unpacked(file, codec), 1 << 20) if codec else storage.open_read(file)
 
 
-def _expand(uris: list[str]) -> list[tuple[str, str]]:
-    """(file, root) of every file, each once, sorted; hidden files and files of unknown kind in folders are left out."""
-    out = []
+def _expand(uris: list[str], form: str) -> list[tuple[str, str]]:
+    """(file, root) of every file, each once, sorted; in folders hidden files, those of unknown kind and, where a form is told, those of another one are
+    left out."""
+    out, of_form = [], "text" if form in TEXTS else form
     for uri in uris:
         found = [uri] if storage.is_dir(uri) else storage.glob(uri)
         if not found:
@@ -93,7 +94,7 @@ def _expand(uris: list[str]) -> list[tuple[str, str]]:
         for entry in found:
             if storage.is_dir(entry):
                 inside = [f for f in storage.list_files(entry) if not any(p.startswith((".", "_")) for p in PurePosixPath(f[len(entry):]).parts)]
-                out += [(entry, f) for f in inside if _kind(f)]
+                out += [(entry, f) for f in inside if _kind(f) and (form == "auto" or _kind(f) == of_form)]
             else:
                 out.append(("", entry))
     return sorted({file: root for root, file in reversed(out)}.items())
@@ -105,8 +106,10 @@ def to_parquet(uris: list[str], form: str, imports_uri: str) -> tuple[list[str],
 
     Raises ValueError for no files, kinds that are mixed, an empty file, or one that is cut off or has a row beyond the limit (file and line named).
     """
-    pairs = _expand(uris)
+    pairs = _expand(uris, form)
     kinds = {form} if form != "auto" else {_kind(f) for f, _ in pairs}
+    if not pairs and form != "auto":
+        raise ValueError(f"{', '.join(uris)}: no file of format {form} in there; a folder's files are told by their names, name others by a glob")
     if not pairs or kinds == {""}:
         raise ValueError(f"{', '.join(uris)}: no files of a known kind ({', '.join(sorted(FORMATS))}, and compressed "
                          f"{', '.join(CODECS)}); set data.format")
@@ -178,6 +181,9 @@ def _write(kind: str, files: list[str], path: Path) -> None:
     tables = {"csv": _csv, "jsonl": _json_lines, "text": _lines, "paragraphs": _paragraphs, "documents": _document}[kind]
     writer = None
     for file in files:
+        if kind not in TEXTS:  # these look at their first bytes as they read them
+            with _open(file) as handle:
+                _marked(file, handle.read(len(MARK)))
         for table in tables(file):
             writer = writer or pq.ParquetWriter(path, table.schema)
             if not table.schema.equals(writer.schema):

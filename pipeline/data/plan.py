@@ -238,7 +238,3 @@ class Plan(Order):
                 out.append(Item(shard, start, end))
                 start = end
         return iter(sorted(out, key=lambda item: item.start * self.shards + item.shard))
-
-    def steps(self, epochs: float) -> int:
-        """Whole steps that make up so many epochs, rounded up."""
-        return max(1, int(np.ceil(epochs * self.rows / self.global_batch - 1e-9)))

@@ -280,13 +280,13 @@ def _lists(column) -> bool:
 
 def _documents(column, role: str) -> tuple[list[memoryview], list[str]]:
     """The bytes of every value, and "" or the reason why a value is no text (it is then empty); bytes that are not UTF-8 spoil their own row alone."""
-    column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     if pa.types.is_null(column.type):
         column = pa.nulls(len(column), pa.large_binary())
     try:
-        raw = column.cast(pa.large_binary())
+        raw = column.cast(pa.large_binary())  # before chunks are joined: together they may hold more than 2 GiB
     except pa.ArrowNotImplementedError:
         raise ValueError(f"the {role} column holds {column.type} values, not text; check data.columns") from None
+    raw = raw.combine_chunks() if isinstance(raw, pa.ChunkedArray) else raw
     offsets = np.frombuffer(raw.buffers()[1], dtype=np.int64)[raw.offset:raw.offset + len(raw) + 1].tolist() if len(raw) else [0]
     data = memoryview(raw.buffers()[2] or b"")
     documents = [data[start:stop] for start, stop in pairwise(offsets)]

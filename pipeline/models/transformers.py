@@ -122,6 +122,9 @@ def _build(architecture: str, options: TransformersOptions, inputs: dict[str, An
     configs = {"bert": hf.BertConfig, "roberta": hf.RobertaConfig, "distilbert": hf.DistilBertConfig, "gpt2": hf.GPT2Config}
     models = {"bert": hf.BertModel, "roberta": hf.RobertaModel, "distilbert": hf.DistilBertModel, "gpt2": hf.GPT2Model}
     config: Any = configs[architecture](**(options.config if options.config is not None else _sizes(architecture, options, inputs)))
+    if architecture != "gpt2" and getattr(config, "is_decoder", False):
+        raise ValueError(f"transformers/{architecture}: the configuration says is_decoder: true, a model that sees no future; here it is to see both sides: "
+                         "take a checkpoint of an encoder, or transformers/gpt2")
     if architecture in POOLERS:
         return models[architecture](config, add_pooling_layer=options.pool == "pooler")
     return models[architecture](config)

@@ -30,7 +30,8 @@ class MaskedOptions(Options):
 
 
 class CausalOptions(Options):
-    generate: int = Field(0, ge=0, description="new tokens that predict writes behind each text; it ends earlier where the model ends the text")
+    generate: int = Field(0, ge=0, description="new tokens that predict writes behind each text, cut to the modality's length; fewer where the model "
+                                             "ends the text")
     temperature: float = Field(0.0, ge=0, description="of what generate draws from; 0: always the likeliest token")
     top_k: int | None = Field(None, ge=1, description="generate draws from so many likeliest tokens; none: from all")
 
@@ -47,7 +48,8 @@ class MaskedLM(Objective):
     Bits per byte is here an estimate of the pseudo-likelihood (Salazar et al. 2020), not comparable with a causal model's: each token is seen
     from both sides. A row's bytes count by the share of its tokens that were predicted among those that could have been.
 
-    Raises ValueError for a causal backbone, for one whose pooler would never be trained, and where ``whole_word`` lacks ``continuing``.
+    Raises ValueError for a causal backbone, for one whose pooler would never be trained, for a tokenizer without a mask of its own, and where
+    ``whole_word`` lacks ``continuing``.
     """
 
     metrics = ("perplexity", "bits_per_byte", "loss")
@@ -62,12 +64,17 @@ class MaskedLM(Objective):
         if backbone.causal:
             raise ValueError(f"{name} is causal: masked prediction needs a bidirectional backbone (transformers/bert), or use clm")
         if backbone.arch["options"].get("pool") == "pooler":
-            raise ValueError(f"{name}: mlm never reads the pooler, so it would not be trained; leave out pool: pooler, and set it on the target")
+            raise ValueError(f"{name}: mlm never reads the pooler, so it would not be trained; leave out pool: pooler")
+        self.mask_id, others = inputs["specials"][-1], inputs["specials"][:-1]
+        if self.mask_id in others:
+            raise ValueError(f"{name}: mlm puts the mask in the place of tokens, and token {self.mask_id} is this tokenizer's mask and its "
+                             f"{('pad', 'unk', 'cls', 'sep')[others.index(self.mask_id)]} too (GPT-2's has one special token for all): give a tokenizer "
+                             "with a mask of its own, or use clm with transformers/gpt2")
         width = embedding.embedding_dim
         activation, eps = getattr(backbone, "activation", "gelu"), getattr(backbone, "norm_eps", 1e-12)
         self.transform = nn.Sequential(nn.Linear(width, width), ACT2FN[activation], nn.LayerNorm(width, eps=eps))
         self.bias = nn.Parameter(torch.zeros(embedding.num_embeddings))
-        self.mask_id = inputs["specials"][-1]
+        self.vocabulary: int = inputs["vocabulary"]
         self.register_buffer("specials", torch.tensor(sorted(set(inputs["specials"]))), persistent=False)
         if options.whole_word:
             self.register_buffer("continuing", _continuing(name, inputs, embedding.num_embeddings), persistent=False)
@@ -78,8 +85,7 @@ class MaskedLM(Objective):
         k = max(1, round(self.options.mask_share * tokens.shape[1]))
         places, valid = self._words(batch, k) if self.options.whole_word else self._tokens(batch, k)
         how, other = uniform(batch.keys, k, stream=1), uniform(batch.keys, k, stream=2)
-        vocabulary = self.bias.shape[0]
-        random = (other * vocabulary).long()
+        random = (other * self.vocabulary).long().clamp(max=self.vocabulary - 1)  # the product may be rounded up
         old = tokens.gather(1, places)
         new = torch.where(how < 0.8, self.mask_id, torch.where(how < 0.9, random, old))
         return places, valid, tokens.scatter(1, places, torch.where(valid, new, old))
@@ -156,8 +162,9 @@ class CausalLM(Objective):
 
     Of a packed row's bytes, those of the predicted tokens count: all but, where the row goes on a document begun in the row before, its first one.
 
-    With ``generate``, ``predict`` also writes ``generated``: what the model says behind each text, without the text's own end. A text that leaves
-    too few positions gives its last tokens as the prompt. Draws follow from the row's key alone, so they are the same in any batch. Packed rows
+    With ``generate``, ``predict`` also writes ``generated``: what the model says behind each text, without the text's own end. A text longer than
+    the modality's ``length`` is cut there first: it is gone on with from the cut, where its loss counts an end of text. Of what is left and leaves too
+    few positions the last tokens are the prompt. Draws follow from the row's key alone, so they are the same in any batch. Packed rows
     (those that a target is evaluated on while it trains) are not gone on with.
 
     Raises ValueError for a backbone that sees the future, or that has no room for what is to be generated.
@@ -204,7 +211,7 @@ class CausalLM(Objective):
         losses, weight = self._rows(backbone, batch)
         out = {"loss": losses.sum(1), "count": weight.sum(1)}
         if "bytes" in batch.data:
-            goes_on = (batch["tokens"][:, 0] != self.begin_id).to(weight.dtype)
+            goes_on = ((batch["tokens"][:, 0] != self.begin_id) | (weight[:, 0] == 0)).to(weight.dtype)  # a first token has one behind it, an end none
             out["bytes"] = batch["bytes"] * out["count"] / (out["count"] + goes_on).clamp(min=1)
         if self.options.generate and "segments" not in batch.data:
             out["generated"] = self._generated(backbone, batch)

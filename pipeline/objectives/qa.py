@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from pipeline.contracts import Arrays, Backbone, Batch, Features, Objective
 from pipeline.registry import Options, register
-from pipeline.spans import answer_scores
+from pipeline.spans import answer_scores, texts
 
 AT_ONCE = 32
 """Windows predicted at a time: evaluation hands over hundreds of rows of several windows each."""
@@ -40,7 +40,8 @@ class QuestionAnswering(Objective):
     answer's characters without outer spaces, (-1, -1) without one.
 
     The loss is BERT's: each window is an example, the mean of the cross entropies of first and last token over its positions; its first position, [CLS],
-    where it does not hold the whole answer. Summed over windows, over their number. The answer of a row is its best span over all windows, first
+    where it does not hold the whole answer. Summed over windows, over their number. Compiled, the last window is read again, without weight, until there
+    are a round number of them, so that few numbers are compiled for. The answer of a row is its best span over all windows, first
     plus last score, among all spans of up to ``max_answer_length`` tokens (the reference looks at 20 firsts and 20 lasts); the score of no answer is
     the smallest [CLS] score of its windows, as in the reference.
     """
@@ -101,10 +102,10 @@ class QuestionAnswering(Objective):
         return (F.cross_entropy(scores[..., 0], first, reduction="none") + F.cross_entropy(scores[..., 1], last, reduction="none")) / 2
 
     def loss(self, backbone: Backbone, batch: Batch):
-        windows, _ = flattened(batch)  # pyright: ignore[reportCallIssue, reportGeneralTypeIssues, reportArgumentType]
+        windows, _ = flattened(batch, torch.compiler.is_compiling())  # pyright: ignore[reportCallIssue, reportGeneralTypeIssues, reportArgumentType]
         scores, features = self._scores(backbone, windows)
         unused = features.pooled.float().sum() * 0.0  # a pooler belongs to the graph too: DDP waits for every parameter
-        return self._losses(scores, windows).sum() + unused, torch.full((), float(len(windows)), device=scores.device), {}
+        return (self._losses(scores, windows) * windows["weight"]).sum() + unused, windows["weight"].sum(), {}
 
     def _answers(self, backbone: Backbone, windows: Batch) -> dict[str, Tensor]:
         """Of each window the ``best`` span's score (R,), its characters ``span`` (R, 2), the score of ``none`` (R,), and ``loss`` where it is known."""
@@ -162,8 +163,11 @@ class QuestionAnswering(Objective):
 # ---------------------------------------------------------------- windows
 
 @torch.compiler.disable
-def flattened(batch: Batch) -> tuple[Batch, Tensor]:
-    """The real windows (R of them) of all rows as rows of their own, with ``target`` (R, 2), and which windows (B, W) are real."""
+def flattened(batch: Batch, rounded: bool = False) -> tuple[Batch, Tensor]:
+    """The real windows (R of them) of all rows as rows of their own, with ``target`` (R, 2) and ``weight`` (R,), and which windows (B, W) are real.
+
+    ``rounded``: the last one again and again, with a weight of 0, up to 4, 5, 6 or 7 times a power of two.
+    """
     if "offsets" not in batch.data or batch["offsets"].dim() != 4:
         raise ValueError("question answering reads contexts in windows, and these rows have none: name columns text and text_pair, and give "
                          "data.modality.text the option windows (the most that a context may take)")
@@ -173,6 +177,12 @@ def flattened(batch: Batch) -> tuple[Batch, Tensor]:
     if "span" in batch.data:
         order, count = real.cumsum(1)[real], real.sum(1)[row]
         data["target"] = targets(data["offsets"].long(), batch["span"][row].long(), order == 1, order == count)
+    data["weight"] = torch.ones(len(row), device=row.device)
+    if rounded and len(row):
+        step = 1 << max(0, len(row).bit_length() - 3)
+        place = torch.arange(-(-len(row) // step) * step, device=row.device)
+        row, data = row[place.clamp(max=len(row) - 1)], {name: tensor[place.clamp(max=len(row) - 1)] for name, tensor in data.items()}
+        data["weight"] = (place < real.sum()).float()
     return Batch(batch.rows[row.cpu().numpy()], batch.keys[row.to(batch.keys.device)], data), real
 
 
@@ -196,9 +206,8 @@ def targets(offsets: Tensor, span: Tensor, opens: Tensor, closes: Tensor) -> Ten
 # ---------------------------------------------------------------- rows
 
 def _contexts(table: pa.Table, columns: dict[str, str]) -> list[str]:
-    """Texts as the modality reads them; bytes that are not UTF-8 belong to a row that it left out."""
-    values = table[columns["text_pair"]].to_pylist()
-    return [value.decode("utf-8", "replace") if isinstance(value, bytes) else value or "" for value in values]
+    """Texts as the modality reads them."""
+    return [value or "" for value in texts(table[columns["text_pair"]])]
 
 
 def _column(table: pa.Table, columns: dict[str, str], role: str) -> list[Any]:
@@ -212,11 +221,11 @@ def _column(table: pa.Table, columns: dict[str, str], role: str) -> list[Any]:
     kind = column.type
     while pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_dictionary(kind):
         kind = kind.value_type
-    text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    text = any(same(kind) for same in (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary))
     if not pa.types.is_null(kind) and not (text if role == "answers" else pa.types.is_integer(kind)):
         what = "texts or lists of texts" if role == "answers" else "whole numbers or lists of them"
         raise ValueError(f"column {name} holds {column.type}: {role} are {what}")
-    return [value if isinstance(value, list) else [] if value is None else [value] for value in column.to_pylist()]
+    return [value if isinstance(value, list) else [] if value is None else [value] for value in (texts(column) if text else column.to_pylist())]
 
 
 def _golds(table: pa.Table, columns: dict[str, str]) -> list[tuple[list[str], list[int], str]]:
@@ -227,14 +236,12 @@ def _golds(table: pa.Table, columns: dict[str, str]) -> list[tuple[list[str], li
         reason = ""
         if not any(answers):
             answers, starts = [], []
-        elif None in answers or "" in answers:
-            reason = f"answer {answers.index(None) if None in answers else answers.index('')} of {len(answers)} is empty"
+        elif empty := [str(i) for i, answer in enumerate(answers) if not (answer or "").strip()]:
+            reason = f"answer {empty[0]} of {len(answers)} is empty"
         elif starts is not None and len(starts) != len(answers):
             reason = f"{len(answers)} answers, but {len(starts)} answer starts"
         elif starts is not None and None in starts:
             reason = f"the start of answer {answers[starts.index(None)][:SHOWN]!r} is null"
-        elif not any(map(str.strip, answers)):
-            reason = "the answer is blank"
         out.append((answers, starts if starts is not None else [], reason))
     return out
 

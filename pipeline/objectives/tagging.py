@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from pipeline.contracts import Arrays, Backbone, Batch, Features, Objective
 from pipeline.registry import Options, nearest, register
-from pipeline.spans import Tagset, check, scheme
+from pipeline.spans import Tagset, check, scheme, texts
 
 MOST_TAGS = int(np.iinfo(np.int16).max)
 
@@ -57,7 +57,7 @@ class Tagging(Objective):
         """Raises ValueError for tags of no scheme, numbers without a name, names for a column of texts, fewer than two tags."""
         name = columns["tags"]
         flat, _, numeric = _lists(table[name], name)
-        found = pc.unique(flat).drop_null().to_pylist()  # pyright: ignore[reportAttributeAccessIssue]
+        found = texts(pc.unique(flat).drop_null())  # pyright: ignore[reportAttributeAccessIssue]
         numbers: dict[str, str] = {}
         if options.names is not None:
             if not numeric:
@@ -108,7 +108,7 @@ class Tagging(Objective):
             if not _is_list(column.type):
                 raise ValueError(f"column {columns['text']} holds {column.type}: tagging reads a list of words, one for each tag")
             words = pc.list_value_length(column).to_pylist()  # pyright: ignore[reportAttributeAccessIssue]
-        rows = _lists(table[columns["tags"]], columns["tags"], flat=False)[0].to_pylist()
+        rows = texts(_lists(table[columns["tags"]], columns["tags"], flat=False)[0])
         return [_refused(tags, count, state) for tags, count in zip(rows, words, strict=True)]
 
     @classmethod
@@ -170,7 +170,7 @@ class Tagging(Objective):
     def written(self, found, origin):
         """``tags``: the name of each word's tag (without a scheme null for a word that has no position). With a scheme ``entities``: lists of
         {type, first, last, text}, words numbered from 0."""
-        rows = [row or [] for row in origin.table[origin.columns["text"]].to_pylist()]
+        rows = [row or [] for row in texts(origin.table[origin.columns["text"]])]
         plain = self.tagset.scheme == "none"
         named = np.array([*self.state["labels"], None if plain else "O"], dtype=object)
         tags: Any = np.empty(len(rows), dtype=object)
@@ -220,7 +220,7 @@ def _numbered(flat: pa.Array, name: str, state: dict[str, Any]) -> np.ndarray:
     found = pc.index_in(flat, value_set=pa.array([*known], pa.string()), skip_nulls=True)  # pyright: ignore[reportAttributeAccessIssue]
     lost = pc.and_(pc.is_null(found), pc.is_valid(flat))  # pyright: ignore[reportAttributeAccessIssue]
     if pc.any(lost).as_py():  # pyright: ignore[reportAttributeAccessIssue]
-        value = flat.filter(lost)[0].as_py()
+        value = texts(flat.filter(lost).slice(0, 1))[0]
         raise ValueError(f"column {name}: tag {value!r} never stands in the training rows (nor in objective.names); {nearest(value, known)} "
                          f"({len(known)} known)")
     numbers = np.array([*(state["labels"].index(tag) for tag in known.values()), -1])

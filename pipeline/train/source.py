@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,8 @@ from pipeline.train import probe as probes
 STAGE_VERSION = 4
 """Raised when the code of a stage changes what it makes from the same job."""
 FIT_ROWS, FIT_TEXT_BYTES = 2048, 64 << 20
+SPAN_ROWS, SPAN_BYTES = 8192, 16 << 20
+"""Texts that are packed or tokenised in one task: at most so many, and about so many bytes of their files."""
 WHERE_NOT_WHAT = {"uri", "train", "validation", "test"}
 HOW_NOT_WHAT = {"log_every_steps", "checkpoint_every_steps", "trace_rows"}
 PACKED = {name: name for name in ("tokens", "segments", "bytes")}
@@ -251,7 +255,16 @@ def arch_of(spec: Source, start: starts.Start | None, inputs: dict[str, Any]) ->
     fixed = [name for name in given if "config" in start.arch["options"] and name != "pool"]
     if fixed:
         raise BundleError(f"backbone options {', '.join(fixed)}: the configuration of {start.origin} decides them; leave them out")
-    return {**start.arch, "options": {**start.arch["options"], **given}, "inputs": {**start.arch["inputs"], **inputs}}
+    return read_otherwise({**start.arch, "options": {**start.arch["options"], **given}}, {**start.arch["inputs"], **inputs})
+
+
+def read_otherwise(arch: dict[str, Any], inputs: dict[str, Any]) -> dict[str, Any]:
+    """An architecture whose weights are there, for rows that are read otherwise than theirs were: with as many positions as it had, where their number
+    followed from the length of those rows."""
+    options, known = dict(arch["options"]), registry.entry("model", arch["name"].partition("/")[0]).options.model_fields
+    if "positions" in known and not options.get("positions") and not options.get("config") and inputs["length"] != arch["inputs"]["length"]:
+        options["positions"] = arch["inputs"]["length"]
+    return {**arch, "options": options, "inputs": inputs}
 
 
 def import_start(stage: SourceStage, start: starts.Start, arch: dict[str, Any], modality: dict[str, Any], objective: dict[str, Any], uri: str) -> str:
@@ -354,17 +367,37 @@ class Shards:
     left_out: tuple[dict[str, Any], ...]
 
 
-def shards(folder: str, split: str, selection: Selection, work: Work, max_bad_rows: float, corpora: tuple[int, ...], chunk: int = 8192) -> Shards:
+def spans(selection: Selection, corpora: tuple[int, ...]) -> list[tuple[int, int, int]]:
+    """(corpus, first index, one past the last) of the texts of every task; which they are follows from the files alone, as packed rows do from them."""
+    groups = selection.manifest.groups
+    bytes_a_row = np.array([group.size / group.rows for group in groups])
+    out, start = [], 0
+    for corpus, count in enumerate(corpora):
+        end = start + count
+        while start < end:
+            stop = min(start + SPAN_ROWS, end)
+            ids = selection.ids(np.arange(start, stop))
+            held = np.cumsum(bytes_a_row[np.searchsorted(selection.manifest.starts, ids, side="right") - 1])
+            parts = int(-(-held[-1] // SPAN_BYTES)) or 1
+            cuts = np.unique(np.searchsorted(held, held[-1] * np.arange(1, parts) / parts) + 1).clip(max=len(held) - 1)
+            edges = [start, *(start + cuts).tolist(), stop]
+            out += [(corpus, first, last) for first, last in pairwise(edges) if first < last]
+            start = stop
+    return out
+
+
+def shards(folder: str, split: str, selection: Selection, work: Work, max_bad_rows: float, corpora: tuple[int, ...]) -> Shards:
     """Pack or tokenise a split once into Parquet in a folder of its own; a second call finds it there. No packed row holds texts of two of the
     ``corpora``, which are given as how many of the selection's rows each has.
 
     Raises TooManyBadRowsError for more texts than the budget allows that cannot be read.
     """
+    def check(bad: Iterable[tuple[int, str]]) -> None:
+        check_budget([one for one in bad if one[1] != EMPTY], len(selection), max_bad_rows, selection)
+
     if not storage.exists(storage.join(folder, "manifest.json")):
-        ends = np.cumsum(corpora).tolist()
-        spans = [(c, i, min(i + chunk, end)) for c, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)) for i in range(start, end, chunk)]
-        do = _Shard(selection, work)
-        made = map_items(do, spans) if len(spans) > 1 else map(do, spans)
+        tasks, do = spans(selection, corpora), _Shard(selection, work)
+        made = map_items(do, tasks) if len(tasks) > 1 else map(do, tasks)
         bad: list[tuple[int, str]] = []
         counts = [0] * len(corpora)
         with tempfile.TemporaryDirectory() as scratch:
@@ -375,10 +408,11 @@ def shards(folder: str, split: str, selection: Selection, work: Work, max_bad_ro
                 name = f"part-{number:05d}.parquet"
                 files[name] = Path(scratch, name)
                 pq.write_table(table, files[name], row_group_size=4096)
-            check_budget([one for one in bad if one[1] != EMPTY], len(selection), max_bad_rows, selection)
+            check(bad)
             listed = [{"row": row, "place": selection.manifest.place(row), "reason": reason} for row, reason in bad]
             folders.commit_folder(folder, files, {"split": split, "documents": len(selection), "corpora": counts, "left_out": listed})
     kept = folders.open_folder(folder)
-    found = [f for f in storage.list_files(folder) if f.endswith(".parquet")]
+    check((row["row"], row["reason"]) for row in kept["left_out"])  # the budget may be another one by now
+    found = [storage.join(folder, name) for name in sorted(kept["files"])]
     rows = Selection(manifests.build(found, "parquet", "")) if found else selection
     return Shards(rows, tuple(kept["corpora"]), tuple({"split": split, **row} for row in kept["left_out"]))

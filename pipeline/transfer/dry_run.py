@@ -22,7 +22,7 @@ def describe(state: State) -> list[str]:
         lines.append(f"source {name}: {stage.spec.backbone} by {stage.spec.objective}, {steps} steps of {train.global_batch} rows on "
                      f"{stage.spec.workers} ranks; {stage.splits.sizes()} [{done}]")
     ready = stages.ended(state)
-    total = steps_total = 0
+    total, steps_total, unknown = 0, 0, 0
     for name, stage in state.targets.items():
         names = stages.matching(state, name)
         if job.fanout.select:
@@ -36,13 +36,15 @@ def describe(state: State) -> list[str]:
             final = cells * job.fanout.seeds
             rows = stage.labelled(fraction)
             train = stage.spec.train.model_copy(update={"global_batch": min(stage.spec.train.global_batch, rows)})
-            steps = pretrain.steps_of(train, rows)
-            total, steps_total = total + search + final, steps_total + (search + final) * steps
+            known = train.steps is not None or not stage.packed  # how many rows documents are packed into is found out by a run
+            steps = pretrain.steps_of(train, rows) if known else 0
+            total, steps_total, unknown = total + search + final, steps_total + (search + final) * steps, unknown + (not known)
             drawn = " (before search)" if {"steps", "epochs", "global_batch"} & set(job.fanout.search) else ""
             lines.append(f"target {name} at {trials.fraction_text(fraction)} labels: {cells} cells = {search} search + {final} final trials of "
-                         f"{steps} steps{drawn} on {rows} rows; {stage.splits.sizes()}")
+                         f"{steps if known else 'after packing'} steps{drawn} on {rows} {'documents' if stage.packed else 'rows'}; {stage.splits.sizes()}")
     kept = f", {sum(done for _, done in ready)} of the {len(ready)} trials are done" if ready else ""
-    lines.append(f"in all: {total} trials, {steps_total} steps{kept}; results in {job.root}")
+    steps_told = f"{steps_total} steps" + (" and those to be known after packing" if unknown else "")
+    lines.append(f"in all: {total} trials, {steps_told}{kept}; results in {job.root}")
     return lines
 
 

@@ -27,9 +27,17 @@ class Overlap:
 
 def key(target: TargetStage, sources: dict[str, SourceStage]) -> str:
     """What the rows that are left out depend on; nothing where none are."""
-    mode = target.spec.drop_overlap
-    held = [[data_key(stage.spec.data), stage.splits.fingerprint] for _, stage in sorted(sources.items()) if stage.splits and stage.spec.data]
+    mode, spec = target.spec.drop_overlap, target.spec.data
+    held = [[data_key(data), stage.splits.fingerprint, *compared(spec.modality.name, spec.columns, data.columns)[1:]]
+            for _, stage in sorted(sources.items()) if stage.splits and (data := stage.spec.data)]
     return "" if mode == "none" else spec_hash(mode, duplicates.VERSION, duplicates.NEAR_BITS, duplicates.NEAR_CORRELATION, held)
+
+
+def compared(modality: str, *columns: dict[str, str]) -> tuple[str, ...]:
+    """Roles by which rows are the same: the input itself, and the second text where the rows of both sides are pairs (many pairs share their first)."""
+    kind = registry.get("modality", modality)
+    pairs = [role for role in ("text_pair",) if role in kind.optional_roles and all(role in named for named in columns)]
+    return (kind.roles[0], *pairs)
 
 
 def look(target: TargetStage, sources: dict[str, SourceStage], folder: str) -> Overlap:
@@ -39,22 +47,22 @@ def look(target: TargetStage, sources: dict[str, SourceStage], folder: str) -> O
     """
     name, mode, test = target.name, target.spec.drop_overlap, target.splits.test
     modality = target.spec.data.modality.name
-    role = registry.get("modality", modality).roles[0]
-    notes, gone, mine = [], np.zeros(len(test), dtype=bool), None
-    others: list[tuple[str, Selection, str]] = []
+    notes, gone = [], np.zeros(len(test), dtype=bool)
+    others: list[tuple[str, Selection, dict[str, str]]] = []
     for source_name, stage in sources.items():
         if stage.splits is not None and stage.spec.data is not None:
-            others.append((f"source {source_name}", stage.splits.train, stage.spec.data.columns[role]))
+            others.append((f"source {source_name}", stage.splits.train, stage.spec.data.columns))
         elif mode != "none":
             notes.append(f"{name}: source {source_name} is a checkpoint, and what it was trained on is not known here: none of its rows can be left out")
-    others.append(("its own training rows", target.splits.train, target.spec.data.columns[role]))
-    for where, selection, column in others:
+    others.append(("its own training rows", target.splits.train, target.spec.data.columns))
+    for where, selection, columns in others:
         ours = where.startswith("its own")
         if (mode == "none" or ours) and (max(len(selection), len(test)) > MOST_ROWS or selection.manifest.size > MOST_BYTES):
             notes.append(f"{name}: too many rows to look for its test rows in {where}" + ("" if ours else "; drop_overlap: exact or near reads them all"))
             continue
-        mine = mine or duplicates.signs(test, modality, target.spec.data.columns[role], folder)
-        theirs = duplicates.signs(selection, modality, column, folder)
+        roles = compared(modality, target.spec.data.columns, columns)
+        mine, theirs = (duplicates.signs(rows, modality, tuple(named[role] for role in roles), folder)
+                        for rows, named in ((test, target.spec.data.columns), (selection, columns)))
         same = duplicates.exact(mine, theirs)
         like = duplicates.near(mine, theirs) & ~same
         if same.any() or like.any():

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import bundle, storage
+from pipeline import bundle, starts, storage
 from pipeline.job import Job, spec_hash
 from pipeline.metrics import metric
 from pipeline.train import launch, source
@@ -88,7 +88,7 @@ def _modality_name(stage: source.SourceStage) -> str | None:
         return stage.spec.data.modality.name
     if stage.done:
         return storage.read_json(storage.join(stage.bundle_uri, "manifest.json"))["modality"]["name"]
-    return "image" if stage.spec.backbone.name.startswith("timm") else "text"
+    return starts.modality_name(stage.spec.backbone.name)
 
 
 def matching(state: State, target: str) -> list[str]:

@@ -170,7 +170,7 @@ def prepare(target: TargetStage, base: Base) -> TargetData:
     options = objective.options_class(**spec.objective.options)
     state = target.state or fit_labels(spec, splits)
     fitted = {"name": spec.objective.name, "options": options.model_dump(), "state": state}
-    arch = _arch(base, modality)
+    arch = train_source.read_otherwise(base.arch, modality.inputs() or base.arch["inputs"])
     _check_base(target, base, arch, fitted)
     selections, lost, text = [splits.train, splits.validation, splits.test], [], splits.sizes()
     if target.packed:
@@ -207,18 +207,9 @@ def _packed(target: TargetStage, split: str, selection: manifests.Selection, mod
 
 def for_base(data: TargetData, base: Base) -> TargetData:
     """The same rows for another base that reads them alike. Raises ValueError where its backbone does not suit them."""
-    arch = _arch(base, bundle.build_modality(data.modality))
+    arch = train_source.read_otherwise(base.arch, bundle.build_modality(data.modality).inputs() or base.arch["inputs"])
     _build(base, arch, data.objective)
     return replace(data, arch=arch)
-
-
-def _arch(base: Base, modality: Modality) -> dict[str, Any]:
-    """The base's architecture, for the input as the target is read: with as many positions as its source had, where their number followed from the
-    length of the source's rows."""
-    options, known = dict(base.arch["options"]), registry.entry("model", base.arch["name"].partition("/")[0]).options.model_fields
-    if "positions" in known and not options.get("positions") and not options.get("config"):
-        options["positions"] = base.arch["inputs"]["length"]
-    return {**base.arch, "options": options, "inputs": modality.inputs() or base.arch["inputs"]}
 
 
 def _build(base: Base, arch: dict[str, Any], objective: dict[str, Any]) -> Task:

@@ -25,14 +25,16 @@ WITH_DATA = pytest.mark.skipif("ONETOMANY_DATA" not in os.environ, reason="ONETO
 @pytest.fixture
 def signs(tmp_path):
     """Signs of files, folders or lists of values."""
-    def signs(of, modality: str = "image", column: str = "image", form: str = "auto", rows: list[int] | None = None) -> d.Signs:
+    def signs(of, modality: str = "image", column: str | tuple[str, ...] = "image", form: str = "auto", rows: list[int] | None = None) -> d.Signs:
         if isinstance(of, list):
             number = len(list(tmp_path.glob("made-*")))
             path = tmp_path / f"made-{number}.parquet"
-            pq.write_table(pa.table({column: of}), path, row_group_size=50)
+            made = {column: of} if isinstance(column, str) else dict(zip(column, map(list, zip(*of, strict=True)), strict=True))
+            pq.write_table(pa.table(made), path, row_group_size=50)
             of = path
         found = m.build(str(of), form, str(tmp_path / "imports"))
-        return d.signs(m.Selection(found, None if rows is None else np.array(rows)), modality, column, str(tmp_path / "signs"))
+        return d.signs(m.Selection(found, None if rows is None else np.array(rows)), modality,
+                       (column,) if isinstance(column, str) else column, str(tmp_path / "signs"))
 
     return signs
 
@@ -196,6 +198,13 @@ def test_texts_are_compared_as_texts_and_repeats_count_each(signs, tmp_path):
     assert len(signs(path, "text", "words", rows=[])) == 0 and not d.exact(theirs, signs(path, "text", "words", rows=[])).any()
 
 
+def test_pairs_are_the_same_when_both_texts_are(signs):
+    both = ("text", "text_pair")
+    train = signs([("a cat", "sleeps"), ("a cat", "runs"), ("a", "bc"), (None, "x")], "text", both)
+    test = signs([("a cat", "runs"), ("a cat", "eats"), ("ab", "c"), (None, "x")], "text", both)
+    assert d.exact(test, train).tolist() == [True, False, False, False]
+
+
 def test_images_that_cannot_be_read_or_show_nothing_are_near_to_none(signs):
     grey, dark = (png(np.full((16, 16), level, np.uint8)) for level in (128, 3))
     broken = [b"no image", b"", None]
@@ -209,7 +218,7 @@ def test_images_that_cannot_be_read_or_show_nothing_are_near_to_none(signs):
 def test_rows_are_read_once_and_again_when_they_change(signs, tmp_path, monkeypatch):
     path, whole = tmp_path / "rows.parquet", real(CLOTHING, 120)
     pq.write_table(pa.table({"image": whole}), path, row_group_size=50)
-    there = pickle.loads(pickle.dumps(d._Signer(m.Selection(m.build(str(path), "auto", "")), "image", "image")))  # as a Ray task gets it
+    there = pickle.loads(pickle.dumps(d._Signer(m.Selection(m.build(str(path), "auto", "")), "image", ("image",))))  # as a Ray task gets it
     assert (there((50, 100))["hash"] == signs(whole[50:100]).hash).all()
     calls, work = [], d._Signer.__call__
     monkeypatch.setattr(d._Signer, "__call__", lambda self, span: calls.append(span) or work(self, span))

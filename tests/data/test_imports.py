@@ -169,6 +169,19 @@ def test_large_documents_come_in_groups_of_bounded_size(tmp_path, imports, monke
     assert {group.rows for group in built.groups} == {4}
 
 
+def test_a_folder_read_as_documents_has_no_tables_and_images_among_them(tmp_path, imports):
+    folder = tmp_path / "t"
+    folder.mkdir()
+    for name, data in (("a.txt", b"first\n\nsecond"), ("labels.csv", b"file,label\na.txt,1\n"), ("cover.jpg", b"\xff\xd8"), ("meta.json", b"{}")):
+        (folder / name).write_bytes(data)
+    assert rows_of(folder, imports, "documents") == {"text": [b"first\n\nsecond"]}
+    assert rows_of(folder, imports, "paragraphs") == {"text": [b"first", b"second"]}
+    assert rows_of(folder, imports, "csv") == {"file": ["a.txt"], "label": [1]}
+    assert rows_of(folder / "*.csv", imports, "text") == {"text": [b"file,label", b"a.txt,1"]}  # a glob names what it means
+    with pytest.raises(ValueError, match="no file of format parquet in there"):
+        m.build(str(folder), "parquet", imports)
+
+
 # ---------------------------------------------------------------- rows that are not UTF-8
 
 @pytest.mark.parametrize(("name", "content"), [
@@ -183,6 +196,18 @@ def test_a_row_that_is_not_utf8_spoils_itself_alone(tmp_path, imports, name, con
         assert call(table, {"text": "text"})[1] == ["", "not UTF-8 text (invalid start byte at byte 4)", ""]
     arrays, _ = text.decode(table, {"text": "text"})
     assert arrays["lengths"].tolist()[::2] == [len(text.tokenizer.encode(t, add_special_tokens=False).ids) + 2 for t in ("fine", "also fine")]
+
+
+@pytest.mark.parametrize(("name", "text"), [("a.jsonl", '{"text": "one"}\n'), ("a.csv", "text,label\none,1\n"), ("a.csv.gz", "text,label\none,1\n")])
+def test_tables_may_have_the_mark_of_utf8_and_not_that_of_utf16(tmp_path, imports, name, text):
+    def write(data: bytes) -> None:
+        (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+
+    write(text.encode("utf-8-sig"))
+    assert rows_of(tmp_path / name, imports)["text"] == ["one"]
+    write(text.encode("utf-16"))
+    with pytest.raises(ValueError, match=f"{name}: the file is UTF-16; convert it to UTF-8"):
+        m.build(str(tmp_path / name), "auto", imports)
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])

@@ -131,13 +131,6 @@ def test_every_rank_has_a_part_in_every_step(plan, steps):
             assert read == sum(parts), "what a rank reads is what its steps take, no more and no less"
 
 
-def test_steps_of_epochs_are_rounded_up():
-    plan = Plan(100, 0, 32)
-    assert [plan.steps(epochs) for epochs in (0.001, 0.32, 0.33, 1, 2, 3.2)] == [1, 1, 2, 4, 7, 10]
-    assert Plan(96, 0, 32).steps(1) == 3
-    assert Plan(96, 0, 32).steps(1 / 3) == 1  # not 2 by a rounding error
-
-
 # ---------------------------------------------------------------- items: what is read
 
 def read(plan: Plan, first: int, last: int, rank: int, ranks: int) -> dict[int, list[tuple[int, int]]]:

@@ -230,6 +230,8 @@ def test_an_objective_that_does_not_fit_says_so(architecture, objective, message
     ("transformers/gpt2", INPUTS, {"positions": 16}, "rows of 32 tokens are longer than the 16 positions of gpt2"),
     ("transformers/bert", INPUTS, {"config": {"vocab_size": 50, "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}},
      "the tokenizer has 60 tokens, the embedding of bert 50"),
+    ("transformers/bert", INPUTS, {"config": {"is_decoder": True, "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}},
+     "transformers/bert: the configuration says is_decoder: true"),
     ("timm/test_resnet", INPUTS, {}, "timm/test_resnet reads images; these rows are vocabulary, length, specials")])
 def test_inputs_that_do_not_fit_are_refused(name, inputs, options, message):
     with pytest.raises(ValueError, match=message):

@@ -224,6 +224,16 @@ def test_padding_takes_no_share_of_the_masks(options):
         assert valid[i].sum() <= max(1, round(0.15 * size)) and (options or valid[i].sum() == max(1, round(0.15 * size)))
 
 
+def test_random_tokens_are_those_that_the_tokenizer_has():
+    """An embedding padded to a round number has more rows; and a number just below one times the vocabulary may be rounded up to it."""
+    config = {**make("bert").backbone.model.config.to_dict(), "vocab_size": 600}
+    objective, given = make("bert", config=config).objective, packed(400)
+    places, valid, tokens = objective._chosen(given)
+    new = tokens.gather(1, places)[valid]
+    drawn = new[(new != SPECIALS[-1]) & (new != given["tokens"].gather(1, places)[valid])]
+    assert len(drawn) > 100 and VOCABULARY - 10 < drawn.max() < VOCABULARY
+
+
 def test_words_end_with_their_document():
     """Two documents without marks between them, the second one beginning with a token that goes on a word."""
     tokens = torch.tensor([[10, 40, 41, 42, 43, 11, 12, 13]]).expand(200, -1)
@@ -262,6 +272,7 @@ def test_words_are_drawn_evenly():
     ("bert", {"whole_word": True}, {"vocabulary": 60, "length": 40, "specials": SPECIALS}, {},
      "transformers/bert: whole_word needs the tokens that go on a word"),
     ("bert", {}, INPUTS, {"pool": "pooler"}, "transformers/bert: mlm never reads the pooler"),
+    ("bert", {}, {**INPUTS, "specials": [0, 1, 2, 3, 3]}, {}, "token 3 is this tokenizer's mask and its sep too"),
     ("gpt2", {"generate": 40}, INPUTS, {}, "generate 40 leaves no place for a text in the 40 positions of transformers/gpt2"),
     ("gpt2", {"top_k": 5}, INPUTS, {}, "clm: top_k 5 draws from several tokens, temperature 0 always takes the likeliest")])
 def test_what_cannot_be_done_is_told(family, options, inputs, backbone, message):
@@ -282,6 +293,16 @@ def test_causal_bytes_are_those_of_the_predicted_tokens():
     by_hand = [3 * sum(s[i] == s[i - 1] > 0 for i in range(1, LENGTH)) for s in segments]
     assert found["bytes"].tolist() == pytest.approx(by_hand) and not first[1, 0] and first[0, 0]
     assert found["bytes"].shape == found["loss"].shape and "bytes" not in task.objective.predict(task.backbone, packed())
+
+
+@torch.no_grad()
+def test_a_row_that_begins_with_the_end_of_a_document_counts_no_byte_of_it():
+    """GPT-2's tokenizer has one token for beginning and end."""
+    task = make("gpt2", inputs={**INPUTS, "specials": [2] * 5})
+    tokens = torch.tensor([[2, 2, 10, 11, 12, 2], [2, 10, 11, 12, 13, 2], [9, 2, 2, 10, 11, 2]])
+    segments = torch.tensor([[1, 2, 2, 2, 2, 2], [1, 1, 1, 1, 1, 1], [1, 1, 2, 2, 2, 2]], dtype=torch.int32)
+    found = task.objective.predict(task.backbone, batch(tokens=tokens, segments=segments, bytes=torch.tensor([15.0, 15.0, 15.0])))
+    assert found["count"].tolist() == [4, 5, 4] and found["bytes"].tolist() == pytest.approx([12, 15, 12])
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers as hf
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from pipeline import registry
 from pipeline.contracts import Backbone, Batch, Features, Origin, Task
@@ -35,6 +36,11 @@ def table_of(answers, starts, contexts=None) -> pa.Table:
 
 def golds(table, columns=COLUMNS) -> dict[str, Any]:
     return {"span": QuestionAnswering.encode(table, columns, {"unanswerable": True})["span"].tolist(), "bad": QuestionAnswering.refused(table, columns, {})}
+
+
+def as_text(column: pa.Array) -> pa.Array:
+    """Bytes under the type of texts, unlooked at, as files may hold them."""
+    return pa.Array.from_buffers(pa.string(), len(column), column.buffers())
 
 
 # ---------------------------------------------------------------- columns
@@ -61,7 +67,8 @@ def test_every_form_of_a_column_gives_the_same_spans():
     ("London", -1, "answer 'London' is not at -1; it stands at 25"), ("1815.", 900, "answer '1815.' is not at 900; it stands at 36"),
     (["London", "1815"], [25, 35], "answer '1815' is not at 35; it stands at 36"), (["London", "1815"], [25], "2 answers, but 1 answer starts"),
     (["London", ""], [25, 3], "answer 1 of 2 is empty"), (["London", None], [25, 3], "answer 1 of 2 is empty"),
-    (["London"], [None], "the start of answer 'London' is null"), (" ", 3, "the answer is blank"),
+    (["London"], [None], "the start of answer 'London' is null"), (" ", 3, "answer 0 of 1 is empty"),
+    ([" ", "London"], [3, 25], "answer 0 of 2 is empty"),
     ("x" * 100, 0, f"answer {'x' * 60 + '…'!r} is not at 0; it stands nowhere in the context")])
 def test_an_answer_that_is_not_in_its_place_is_refused(answers, starts, reason):
     one = golds(table_of([answers], pa.array([starts])))
@@ -84,6 +91,18 @@ def test_columns_that_cannot_be_used_are_told(columns, options, answers, message
     table = pa.table({"answers": answers, "starts": [0] * len(answers)})
     with pytest.raises(ValueError, match=message):
         QuestionAnswering.fit(QAOptions(**options), table, columns if "text" in columns else {**COLUMNS, **columns})
+
+
+def test_a_row_that_is_not_utf8_spoils_itself_alone():
+    """JSON Lines and Parquet hand on such bytes in columns of texts."""
+    contexts = pa.array([CONTEXT.encode(), b"caf\xe9 of London", CONTEXT.encode()])
+    table = table_of(["London", "London", b"Lon\xe9"], [25, 8, 25], contexts)
+    for made in (table, table.set_column(1, "context", as_text(contexts))):
+        assert golds(made)["bad"] == ["", "", "answer 'Lon\ufffd' is not at 25; it stands nowhere in the context"]
+        found = {"answer": np.array([[25, 31]] * 3), "score": np.zeros(3)}
+        objective = words_task().objective
+        assert objective.complete(found, Origin(made, COLUMNS, None))["exact"][0] == 1
+        assert objective.written(found, Origin(made, COLUMNS, None))["answer"].tolist()[::2] == ["London"] * 2
 
 
 def test_rows_without_an_answer_need_the_option():
@@ -296,6 +315,33 @@ def test_the_loss_adds_up_over_rows_and_windows_and_padding_is_no_position():
     assert found["loss"].shape == (5,) and metric("loss").value(found) == pytest.approx((total / count).item(), abs=1e-6)
     total.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in task.parameters())
+
+
+@pytest.mark.parametrize("backbone", ["roberta", "bert"])
+def test_every_parameter_takes_part_in_the_reduction(backbone):
+    """DDP waits for all of them, a pooler that answers do not need among them."""
+    task = toys.task_of(f"transformers/{backbone}", INPUTS, "qa", {}, pool="pooler", **toys.SMALL).train()
+    task(cut(some(3), 16, 4, 12, [[4, 11]] * 3))[0].backward()
+    assert all(p.grad is not None for p in task.parameters())
+    assert not task.backbone.model.pooler.dense.weight.grad.any()
+
+
+def test_compiled_it_reads_few_numbers_of_windows():
+    task = toys.task_of("transformers/bert", INPUTS, "qa", {}, **toys.SMALL).train()
+    torch._dynamo.reset()
+    backend = CompileCounterWithBackend("aot_eager")
+    compiled, counts = torch.compile(task, dynamic=False, backend=backend), []
+    for seed in range(12):
+        rows = some(8, seed=seed, longest=34)
+        batch = cut(rows, 16, 4, 12, [[4, 4 * len(context) - 1] for _, context in rows])
+        counts.append(len(qa.flattened(batch, True)[0]))
+        (total, count, _), (want, windows, _) = compiled(batch), task(batch)
+        torch.testing.assert_close(total, want, rtol=1e-5, atol=1e-5)
+        assert count == windows == batch["mask"].any(-1).sum() <= counts[-1] <= 1.25 * windows
+        total.backward()
+    before = backend.frame_count
+    real = {int(cut(some(8, seed=seed, longest=34), 16, 4, 12)["mask"].any(-1).sum()) for seed in range(12)}
+    assert len(set(counts)) < len(real) and before <= 2 * len(set(counts))
 
 
 # ---------------------------------------------------------------- answers

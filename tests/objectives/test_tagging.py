@@ -239,6 +239,26 @@ def test_what_is_written():
     assert plain.written({"prediction": prediction[2:3]}, Origin(pa.table({"words": words[2:3]}), COLUMNS, None))["tags"].tolist() == [["A", None]]
 
 
+def test_words_in_bytes_are_written_as_text():
+    """As imports hand them on where a row of the file is not UTF-8; such a row has no prediction and stops no other one."""
+    words = pa.array([[b"Zo\xc3\xab", b"Lovelace"], [b"caf\xe9"]], pa.list_(pa.binary()))
+    as_text = pa.ListArray.from_arrays(words.offsets, pa.Array.from_buffers(pa.string(), 3, words.values.buffers()))
+    for column in (words, as_text):
+        found = {"prediction": np.array(padded([[3, 4], [3]]), np.int16)}
+        out = task_of().objective.written(found, Origin(pa.table({"words": column}), COLUMNS, None))
+        assert out["entities"][0] == [{"type": "per", "first": 0, "last": 1, "text": "Zoë Lovelace"}] and len(out["tags"][1]) == 1
+        with pytest.raises(ValueError, match="tag 'caf\ufffd' never stands in the training rows"):
+            Tagging.encode(pa.table({"tags": as_text.slice(1)}), COLUMNS, fitted())
+    assert Tagging.refused(pa.table({"tags": pa.chunked_array([table_of(ROWS)["tags"].chunk(0)])}), COLUMNS, fitted()) == [""] * 3
+
+
+def test_every_parameter_takes_part_in_the_reduction():
+    """DDP waits for all of them, a pooler that tags do not need among them."""
+    backbone = toys.task_of("transformers/bert", INPUTS, "tagging", fitted(), options={"max_words": 6}, pool="pooler", **toys.SMALL).train()
+    backbone(batch_of())[0].backward()
+    assert all(p.grad is not None for p in backbone.parameters()) and not backbone.backbone.model.pooler.dense.weight.grad.any()
+
+
 def test_what_cannot_be_built_or_read_is_refused():
     with pytest.raises(ValueError, match="toys/net gives no tokens: tagging needs a backbone of texts"):
         Tagging(toys.Net(), TaggingOptions(), fitted())

@@ -16,7 +16,7 @@ from pipeline import bundle, storage
 from pipeline.bundle import BundleError
 from pipeline.data import manifest as manifests
 from pipeline.data.stream import DataWorkers, TooManyBadRowsError
-from pipeline.job import Job
+from pipeline.job import Job, Plug
 from pipeline.train import pretrain, source
 from pipeline.train.loop import Ranks
 from pipeline.transfer import targets, trials
@@ -145,6 +145,35 @@ def test_labelled_text_is_tokenised_once_and_trains(tmp_path, texts):
     source.fit(source.stage(text_job(tmp_path, texts), "src"))
     assert [path.stat().st_mtime_ns for path in shards] == before
     assert facts["steps"] == 6 and 0 <= facts["metrics"]["accuracy"] <= 1
+
+
+def test_parts_of_another_packing_are_no_rows_and_the_budget_is_that_of_now(tmp_path, texts):
+    stage = source.stage(text_job(tmp_path, write_texts(tmp_path / "bad.parquet", [b"some words", b"\xff", b"more"] * 20, ["a"] * 60), "mlm",
+                                  max_bad_rows=1.0), "src")
+    fitted = source.fit(stage)
+    folder = Path(stage.uri, "tokens", "train")
+    Path(folder, "part-00009.parquet").write_bytes(Path(folder, "part-00000.parquet").read_bytes())  # on S3 a killed packing may leave one
+    assert len(source.fit(stage).train) == len(fitted.train)
+    strict = source.stage(text_job(tmp_path, str(tmp_path / "bad.parquet"), "mlm", max_bad_rows=0.01), "src")
+    assert strict.key == stage.key
+    with pytest.raises(TooManyBadRowsError, match=r"rows cannot be decoded, more than data\.max_bad_rows=0\.01"):
+        source.fit(strict)
+
+
+@pytest.mark.parametrize(("length", "fits"), [(16, True), (24, True), (32, False)])
+def test_a_source_goes_on_from_a_bundle_with_rows_of_another_length(tmp_path, texts, length, fits):
+    first, *_ = pretrained(text_job(tmp_path / "first", texts, "mlm"))
+    job = text_job(tmp_path, texts, "mlm", modality={"text": {"length": length}})
+    job = job.model_copy(update={"sources": {"src": job.sources["src"].model_copy(update={"backbone": Plug(name=f"bundle:{first.bundle_uri}")})}})
+    if not fits:
+        with pytest.raises(ValueError, match="32 tokens are longer than the 24 positions"):
+            pretrained(job)
+        return
+    stage, fitted, facts = pretrained(job)
+    held = bundle.load(stage.bundle_uri)
+    assert held.tensors["backbone.model.embeddings.position_embeddings.weight"].shape[0] == 24 and "tensors kept, 0 new" in facts["transfer"]
+    assert held.modality().inputs()["length"] == length
+    assert (fitted.arch == bundle.load(first.bundle_uri).manifest["arch"]) == (length == 24), "the same network is one base"
 
 
 def test_text_that_cannot_be_read_is_counted_listed_and_held_against_the_budget(tmp_path):

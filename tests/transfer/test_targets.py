@@ -16,7 +16,7 @@ from pipeline.data import manifest as manifests
 from pipeline.data.stream import TooManyBadRowsError
 from pipeline.job import Job
 from pipeline.train.loop import Ranks
-from pipeline.transfer import fanout, stages, targets, trial, trials
+from pipeline.transfer import dry_run, fanout, overlap, stages, targets, trial, trials
 from pipeline.transfer.trial import Shared
 
 LENGTH = 32
@@ -244,6 +244,39 @@ def test_answers_are_compared_with_their_context_before_anything_starts(tmp_path
     pq.write_table(pa.table({**table, "context": list(range(rows))}), tmp_path / "numbers.parquet")
     with pytest.raises(ValueError, match=r"targets\.task\.data, train split: qa cannot read these columns .*text_pair: context is int64"):
         stages.check(job_of(tmp_path, models["bert"], str(tmp_path / "numbers.parquet"), "qa", columns, windows), Silent())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("train", "steps", "whole"), [
+    ({"epochs": 2, "global_batch": 8}, "after packing", "0 steps and those to be known after packing,"), ({"steps": 5}, "5", "10 steps,")])
+def test_a_dry_run_does_not_count_documents_as_packed_rows(tmp_path, models, texts, train, steps, whole):
+    state = stages.check(job_of(tmp_path, models["gpt2"], texts, train=train), Silent())  # type: ignore[arg-type]
+    lines = dry_run.describe(state)
+    assert f"0 search + 2 final trials of {steps} steps on 144 documents" in lines[1] and f"in all: 2 trials, {whole}" in lines[-1]
+
+
+def pair_job(folder: Path, source: dict[str, str]) -> Job:
+    """Pairs of which all share their first text, and a source that holds some of the test pairs."""
+    folder.mkdir(exist_ok=True)
+    rows = [{"a": "a premise", "b": f"hypothesis {i}", "label": f"kind {i % 2}", "split": ("train", "validation", "test")[i % 3]} for i in range(36)]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "pairs.parquet")
+    pq.write_table(pa.Table.from_pylist([row for row in rows if row["split"] == "test"][:4] * 5), folder / "corpus.parquet")
+    data = {"modality": {"text": {"length": 16, "vocabulary": 256}}}
+    bert = {"transformers/bert": {"layers": 1, "hidden": 16, "heads": 2}}
+    return Job.model_validate({"name": "toy", "storage": str(folder / "runs"), "sources": {"src": {
+        "data": {"uri": str(folder / "corpus.parquet"), "columns": {**source, "label": "label"}, **data}, "backbone": bert, "objective": "classification",
+        "train": {"steps": 1, "global_batch": 8}}}, "targets": {"task": {
+            "data": {"uri": str(folder / "pairs.parquet"), "split_column": "split", "columns": {"text": "a", "text_pair": "b", "label": "label"}, **data},
+            "objective": "classification", "drop_overlap": "exact"}}})
+
+
+def test_pairs_are_test_rows_of_a_source_when_both_texts_are_there(tmp_path):
+    state = stages.check(pair_job(tmp_path, {"text": "a", "text_pair": "b"}), Silent())  # type: ignore[arg-type]
+    found = overlap.look(state.targets["task"], state.sources, str(tmp_path / "signs"))
+    left_out = "4 of 12 test rows left out because they also stand in a source"
+    assert len(found.test) == 8 and any(left_out in note for note in found.notes) and not any("its own" in note for note in found.notes)
+    single = stages.check(pair_job(tmp_path / "single", {"text": "b"}), Silent())  # type: ignore[arg-type]
+    assert overlap.look(single.targets["task"], single.sources, str(tmp_path / "signs")).test.rows.tolist() == list(range(2, 36, 3))  # type: ignore[union-attr]
+    assert overlap.key(single.targets["task"], single.sources) != overlap.key(state.targets["task"], state.sources)
 
 
 def test_weights_of_corpora_are_for_sources(tmp_path, models, texts):

@@ -66,8 +66,8 @@ def digest(text: str) -> bytes:
 
 
 def shingles(text: str) -> set[bytes]:
-    """Runs of SHINGLE words in lower case, without punctuation; one of all words for a shorter text."""
-    words = WORD.findall(text.lower())
+    """Runs of SHINGLE words in lower case, without punctuation (unless there is nothing else); one of all words for a shorter text."""
+    words = WORD.findall(text.lower()) or text.split()
     return {" ".join(words[i:i + SHINGLE]).encode() for i in range(max(1, len(words) - SHINGLE + 1))}
 
 

@@ -65,12 +65,13 @@ class Conll(TableImporter):
         return wholes(listed), listed.mark, {"files left out": listed.others} if listed.others else {}
 
     def _sentences(self, reading: Reading) -> Iterator[Sentence]:
-        """Every sentence of a file, good or not."""
-        o, tab = self.options, "\t" if self.options.separator == "tab" else None
+        """Every sentence of a file, good or not; what stands before the first -DOCSTART- is a document too."""
+        o, between = self.options, re.compile("\t" if self.options.separator == "tab" else "[ \t]+")  # other spaces are part of a word
         words, tags, widths, first, reason, document = [], [], Counter[int](), 0, "", 0
         for number, _, raw in reading.numbered():
             line, wrong = decoded(raw)
-            cells = line.split(tab)
+            wrong = wrong or ("a carriage return within the line" if "\r" in line else "")
+            cells = between.split(line if o.separator == "tab" else line.strip(" \t"))
             starts = not wrong and line.startswith(DOCUMENT)
             if not wrong and (starts or not line.strip()):
                 if words or reason:
@@ -80,7 +81,7 @@ class Conll(TableImporter):
                 continue
             if not wrong and o.comment and line.startswith(o.comment):
                 continue
-            first = first or number
+            first, document = first or number, document or 1
             try:
                 if not wrong:
                     widths[min(len(cells), WIDEST)] += 1
@@ -117,8 +118,8 @@ class Conll(TableImporter):
         inside = sum(int(one["inside"]) for one in found)
         told, documents = [], 0
         for one in found:
-            told.append({"scheme": scheme, "width": int(one["widths"].argmax()), "documents": documents + (int(one["documents"]) == 0)})
-            documents += max(1, int(one["documents"]))
+            told.append({"scheme": scheme, "width": int(one["widths"].argmax()), "documents": documents})
+            documents += int(one["documents"])
         notes = {"scheme": f"{scheme}, written as bio ({inside} I- became B-)" if scheme == "iob1" else scheme, "documents": documents}
         if self.options.repair and scheme == "bio":
             notes["I- without B-, now B-"] = inside

@@ -25,6 +25,7 @@ NAMES = {"string": 4, "float": 3, "int": 2}
 LABEL = re.compile(r"[+-]?(0\d.*|\d{19,})")
 """Digits that are no number: leading zeros, or more of them than an int64 or a float holds."""
 TEXTS = ("text", "text_pair")
+TAB = "\t"
 OPEN = "a quote is left open"
 Line = tuple[int, bytes | None]
 """Its number, and its bytes (None: too long)."""
@@ -67,6 +68,8 @@ class Csv(TableImporter):
         for name, value in (("delimiter", o.delimiter), ("quote", o.quote)):
             if len(value) > 1 and value not in ("tab", "\\t"):
                 raise ValueError(f"--set {name}={value}: one character, or tab")
+        if o.split and o.split_column:
+            raise ValueError(f"--set split={o.split}: --set split_column={o.split_column} gives each row its own; say one of them")
         if o.names and o.header:
             raise ValueError(f"--set names={o.names}: names are for files without a header; say --set header=false too, or rename with --set columns=NEW=OLD")
         try:
@@ -92,7 +95,7 @@ class Csv(TableImporter):
         take = _taker(reading.numbered(), again)
         while (line := take()) is not None:
             number, raw = line
-            if raw is not None and not raw.strip():
+            if raw is not None and not raw.strip(b" \r"):
                 continue
             text, wrong = decoded(raw, o.encoding)
             fields, more = [], []
@@ -103,6 +106,8 @@ class Csv(TableImporter):
                 if more and (wrong or (width and len(fields) != width)):
                     again.extendleft(reversed(more))
                     wrong = wrong if wrong != OPEN and wrong else f"{OPEN}: no later line closes it"
+            if wrong and o.header and not width:
+                raise ValueError(f"{reading.place(number)}: the names of the columns cannot be read: {wrong}; see --set encoding, quote and header")
             if wrong:
                 reading.bad(number, wrong)
             else:
@@ -111,19 +116,26 @@ class Csv(TableImporter):
 
     def _quoted(self, text: str, delimiter: str, take: Callable[[], Line | None]) -> tuple[list[str], str, list[Line]]:
         """(fields, "" or what is wrong, further lines that were taken) of a record that begins with a line."""
-        quote, held, more = self.options.quote, [text], []
-        fields, wrong = _parsed(held, delimiter, quote)
-        quotes, size = text.count(quote), len(text)
-        while wrong == OPEN and size < ROW_BYTES and (line := take()) is not None:
-            more.append(line)
-            part, bad = decoded(line[1], self.options.encoding)
-            if bad:
-                return [], f"a line of it is {bad}", more
-            held.append(part)
-            quotes, size = quotes + part.count(quote), size + len(part)
-            if quotes % 2 == 0:  # else it is still open: quotes within it are doubled
-                fields, wrong = _parsed(held, delimiter, quote)
-        return fields, wrong, more
+        more: list[Line] = []
+
+        def lines() -> Iterator[str]:
+            size = len(text)
+            yield f"{text}\n"
+            while size < ROW_BYTES and (line := take()) is not None:
+                more.append(line)
+                part, bad = decoded(line[1], self.options.encoding)
+                if bad:
+                    raise ValueError(f"a line of it is bad: {bad}")
+                size += len(part)
+                yield f"{part}\n"
+
+        csv.field_size_limit(2 * ROW_BYTES)
+        try:
+            return next(csv.reader(lines(), delimiter=delimiter, quotechar=self.options.quote, strict=True)), "", more
+        except csv.Error as error:
+            return [], OPEN if "unexpected end" in str(error) else f"not of CSV: {error}", more
+        except ValueError as error:  # of lines()
+            return [], str(error), more
 
     def _named(self, reading: Reading) -> Iterator[dict[str, str]]:
         """Every row by the new names of its columns."""
@@ -139,16 +151,17 @@ class Csv(TableImporter):
                 reading.bad(number, f"{len(fields)} fields, where there are {width} columns")
                 continue
             row = {name: fields[i] for name, i in picked}
-            empty = next((name for name in o.required.split(",") if name.strip() in row and not row[name.strip()].strip()), None)
+            empty = next((name for name in map(str.strip, [*o.required.split(","), "split"]) if name in row and not row[name].strip()), None)
             if empty is not None:
-                reading.bad(number, f"no {empty.strip()}")
-            elif (nul := next((name for name, value in row.items() if "\0" in value), None)) is not None:
-                reading.bad(number, f"a NUL character in {nul}")
+                reading.bad(number, f"no {empty}")
             else:
                 yield row
 
     def _picked(self, header: list[str], place: str) -> list[tuple[str, int]]:
         """(new name, which field) of the columns that are kept. Raises ValueError for one that is not there."""
+        other = next((c for c in ";,|\t" if c in header[0]), "")
+        if len(header) == 1 and other and self.options.header and not self.options.delimiter:
+            raise ValueError(f"{place}: one column, {header[0]!r}; is it {'tab' if other == TAB else other} that stands between them? Say --set delimiter=...")
         doubled = next((name for name in header if header.count(name) > 1), None)
         if doubled is not None:
             raise ValueError(f"{place}: two columns are called {doubled!r}; if this line is a row, say --set header=false, else rename one")
@@ -212,16 +225,6 @@ def _taker(fresh: Iterator[tuple[int, int, bytes | None]], again: deque[Line]) -
         return line and (line[0], line[2])
 
     return take
-
-
-def _parsed(held: list[str], delimiter: str, quote: str) -> tuple[list[str], str]:
-    """(fields, "" or why there are none; OPEN when a quote is) of the lines of a record."""
-    csv.field_size_limit(2 * ROW_BYTES)
-    try:
-        rows = list(csv.reader([f"{line}\n" for line in held[:-1]] + held[-1:], delimiter=delimiter, quotechar=quote, strict=True))
-    except csv.Error as error:
-        return [], OPEN if "unexpected end" in str(error) else f"not of CSV: {error}"
-    return (rows[0], "") if len(rows) == 1 else ([], f"{len(rows)} rows in one")
 
 
 def _kind(value: str) -> int:

@@ -5,6 +5,7 @@ Nothing is read whole but what has no lines (JSON documents, members that are Pa
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import posixpath
 import re
@@ -64,7 +65,7 @@ def find(source: str, suffixes: tuple[str, ...], split: str = "") -> Listed:
 
     Raises ValueError where there is none.
     """
-    if re.search(r"[*?[]", source):
+    if re.search(r"[*?[]", source) and not storage.exists(source) and not storage.is_dir(source):
         names = storage.glob(source)
         shared = posixpath.commonpath([posixpath.dirname(name.rpartition("://")[2]) for name in names]) if names else ""
         entries = [Entry(name.rpartition("://")[2][len(shared):].lstrip("/"), name, "", -1, storage.size(name)) for name in names]
@@ -94,9 +95,10 @@ def _reading_order(file: tuple[Entry, str]) -> tuple[int, str, str, int, str]:
 
 
 def split_of(name: str) -> str:
-    """The split that a file's name says (eng.testa, wnut17train.conll, dev-v2.0.json), else that of the nearest folder that does, else train."""
+    """The split that a file's name says (eng.testa, wnut17train.conll, dev-v2.0.json, testset.csv), else that of the nearest folder that does, else train."""
     for part in reversed(name.lower().split("/")):
-        found = next((SPLITS[word] for word in re.split(r"[^a-z]+", part) if word in SPLITS), None)
+        words = (word.removesuffix("set") for word in re.split(r"[^a-z]+", part))
+        found = next((SPLITS[word] for word in words if word in SPLITS), None)
         if found:
             return found
     return "train"
@@ -210,7 +212,9 @@ class Reading:
     def numbered(self, beyond: bool = False) -> Iterator[tuple[int, int, bytes | None]]:
         """(number from 1, byte where it begins, line without its end) of the lines that begin in the piece; None for a line that is too long.
 
-        ``beyond``: also those after the piece, up to where the caller stops. Raises ValueError for a file in UTF-16.
+        ``beyond``: also those after the piece, up to where the caller stops.
+
+        Raises ValueError for a file in UTF-16, or one whose lines end with a carriage return alone.
         """
         start, stop = self.piece.start, self.piece.stop
         with self.open() as handle:
@@ -228,11 +232,13 @@ class Reading:
                 self.lines += stop < 0 or begins < stop
                 if begins == 0 and raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
                     raise ValueError(f"{self.piece.name}: UTF-16; convert the file to UTF-8 (iconv -f UTF-16 -t UTF-8)")
+                if begins == 0 and not raw.endswith(b"\n") and b"\r" in raw.rstrip(b"\r"):
+                    raise ValueError(f"{self.piece.name}: its lines end with a carriage return alone; convert the file (tr '\\r' '\\n')")
                 if len(raw) > ROW_BYTES:
                     at += 0 if raw.endswith(b"\n") else _length(handle, 1 << 20)
                     yield number, begins, None
                     continue
-                yield number, begins, (raw.removeprefix(b"\xef\xbb\xbf") if begins == 0 else raw).rstrip(b"\r\n")
+                yield number, begins, (raw.removeprefix(codecs.BOM_UTF8) if begins == 0 else raw).rstrip(b"\r\n")
 
 
 def _length(handle: BinaryIO, step: int) -> int:

@@ -45,22 +45,22 @@ class Squad(TableImporter):
         return wholes(listed), listed.mark, {"files left out": listed.others} if listed.others else {}
 
     def survey(self, reading: Reading) -> Found:
-        """Ids of all questions, to find those that stand twice, and what the questions are like."""
+        """Ids of the good questions, to find those that stand twice, and what the questions are like."""
         ids, counts = [], Counter[str]()
         for row, reason, moved in self._questions(reading):
-            ids.append(row["id"])
+            ids.append("" if reason else row["id"])
             if reason:
-                reading.bad(row["id"] or f"question {len(ids)}", reason)
+                reading.bad(_name(row, len(ids)), reason)
             else:
                 counts.update(["rows", *["unanswerable"] * (not row["answers"]), *["moved"] * moved])
         numbers = {name: np.array(counts[name]) for name in ("rows", "unanswerable", "moved")}
-        return {"ids": np.array([one.encode("utf-8", "replace") for one in ids], dtype=np.bytes_), **numbers}
+        return {"ids": np.array([one.encode() for one in ids], dtype=np.bytes_), **numbers}
 
     def settle(self, pieces: list[Piece], found: list[Found]) -> Settled:
         seen: set[bytes] = set()
         told = []
         for one in found:
-            again = [i for i, name in enumerate(one["ids"].tolist()) if name in seen or seen.add(name)]
+            again = [i for i, name in enumerate(one["ids"].tolist()) if name and (name in seen or seen.add(name))]
             told.append({"again": frozenset(again)})
         total = {name: sum(int(one[name]) for one in found) for name in ("unanswerable", "moved")}
         notes: dict[str, Any] = {"unanswerable questions": total["unanswerable"]}
@@ -74,14 +74,14 @@ class Squad(TableImporter):
             if not reason and number in reading.told["again"]:
                 reason = "its id stood before"
             if reason:
-                reading.bad(row["id"] or f"question {number + 1}", reason)
+                reading.bad(_name(row, number + 1), reason)
             else:
                 yield row
 
     def _questions(self, reading: Reading) -> Iterator[tuple[dict[str, Any], str, int]]:
         """(row, "" or why it is broken, how many answers were moved) for every question of a file."""
         for title, context, qa in _walk(_document(reading), reading.piece.name):
-            row = {"id": qa.get("id", ""), "title": title, "context": context, "question": qa.get("question")}
+            row = {"id": "" if qa.get("id") is None else qa["id"], "title": title, "context": context, "question": qa.get("question")}
             given = qa.get("answers") or []
             if not isinstance(row["id"], str):
                 row["id"] = str(row["id"])
@@ -115,6 +115,11 @@ class Squad(TableImporter):
             return text, nearest, ""
         where = "it stands nowhere in the context" if nearest is None else f"the nearest place is {nearest}"
         return "", 0, f"answer {_short(text)} is not at {start}: there stands {_short(context[max(0, start):][:len(text)])}; {where}"
+
+
+def _name(row: dict[str, Any], number: int) -> str:
+    """What a question is called in the list of broken rows: its id, where it has one that can be written."""
+    return f"question {number}" if not row["id"] or unfit(row["id"], "id") else row["id"]
 
 
 def _short(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 import json
 from collections import Counter
@@ -109,7 +110,8 @@ class Text(TableImporter):
         elif suffix in LINES:
             yield from self._of_json(reading)
         elif self.options.documents == "file":
-            text, wrong = decoded(reading.whole(ROW_BYTES), "utf-8-sig")
+            raw = reading.whole(ROW_BYTES)
+            text, wrong = decoded(raw and raw.removeprefix(codecs.BOM_UTF8))
             if wrong:
                 reading.bad("whole", wrong)
             else:
@@ -176,7 +178,8 @@ class Text(TableImporter):
                 reading.bad(number, f"no text in field {wanted!r}; {registry.nearest(wanted, row)}" if isinstance(row, dict) else "no JSON object")
                 continue
             kept = {name: row.get(name) for name in self.kept}
-            wrong = unfit(text, "the text") or next((w for name, v in kept.items() if (w := unfit(json.dumps(v, ensure_ascii=False), name))), "")
+            texts = {name: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for name, v in kept.items()}
+            wrong = unfit(text, "the text") or next((w for name, v in texts.items() if (w := unfit(v, name))), "")
             if wrong:
                 reading.bad(number, wrong)
             else:
@@ -267,6 +270,9 @@ class Text(TableImporter):
         told = [{"drop": part > 0, "kinds": kinds} for part in np.split(reasons, cuts)]
         counts = Counter(reasons[reasons > 0].tolist())
         notes = {"dropped": {REASONS[code]: count for code, count in sorted(counts.items())}, "documents read": len(reasons)}
+        if len(reasons) and reasons.all():
+            why = ", ".join(f"{reason} {count}" for reason, count in notes["dropped"].items())
+            raise ValueError(f"all of the {len(reasons)} documents would be dropped: {why}; loosen those options")
         return Settled(columns, told, notes, dropped=self._list(pieces, found, reasons, twins) if counts else None)
 
     def _alike(self, found: list[Found], reasons: np.ndarray) -> np.ndarray:

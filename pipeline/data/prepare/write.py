@@ -124,7 +124,9 @@ class Preparation:
         """What stands in the output, in a line."""
         done = folders.open_folder(self.output, MANIFEST)
         rows = ", ".join(f"{split} {n}" for split, n in done["rows"].items())
-        return f"{self.output}: {rows} rows in {len(done['files'])} parts, {done['broken']} broken {self.work.noun} left out; see _summary.md there"
+        dropped = done.get("read", 0) and done["read"] - sum(done["rows"].values()) - done["broken"]
+        left = f"{done['broken']} broken {self.work.noun}{f' and {dropped} dropped ones' if dropped else ''} left out"
+        return f"{self.output}: {rows} rows in {len(done['files'])} parts, {left}; see _summary.md there"
 
     def _jobs(self, parts: list[Part]) -> Iterator[tuple[str, Any]]:
         for part in parts:

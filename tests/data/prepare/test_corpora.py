@@ -15,7 +15,8 @@ from data.prepare.conftest import read, write
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from pipeline.data.prepare import cleaning, importing
+from pipeline import registry
+from pipeline.data.prepare import cleaning, importing, sources
 from pipeline.data.prepare.write import Preparation, Settings
 
 
@@ -50,6 +51,8 @@ def test_documents_of_each_kind_of_file(tmp_path):
     rows, _, _ = prepare(tmp_path / "in/b.jsonl", tmp_path / "json", "text=body", "keep=year,url,tags")
     assert rows == [{"text": "four", "id": "b.jsonl:1", "year": 1999.0, "url": None, "tags": '["x"]', "split": "train"},
                     {"text": "five", "id": "b.jsonl:3", "year": 0.5, "url": None, "tags": None, "split": "train"}]
+    write(tmp_path / "nul.jsonl", '{"text": "a", "url": "x\\u0000"}\n{"text": "b", "url": "y"}\n')
+    assert [row["text"] for row in prepare(tmp_path / "nul.jsonl", tmp_path / "nul", "keep=url", max_bad=0.5)[0]] == ["b"]
     rows, _, _ = prepare(tmp_path / "in/c.parquet", tmp_path / "parquet", "keep=year", part_mb=1e-5, max_bad=0.5)
     assert [(row["text"], row["id"], row["year"]) for row in rows] == [("six", "c.parquet:1", 6), ("seven", "c.parquet:3", 8)]
     assert len(list((tmp_path / "parquet").glob("train*.parquet"))) == 3
@@ -57,6 +60,36 @@ def test_documents_of_each_kind_of_file(tmp_path):
     assert found == [{"path": "c.parquet:2", "split": "train", "reason": "null"}]
     rows, _, _ = prepare(tmp_path / "in", tmp_path / "all", max_bad=0.5)
     assert [row["text"] for row in rows] == ["one", "two", "three", "4", "5", "six", "seven"]
+
+
+@pytest.mark.parametrize("documents", ["line", "blank"])
+@pytest.mark.parametrize("seed", range(4))
+def test_ranges_of_a_file_give_every_document_once_with_its_place(documents, seed, tmp_path):
+    """Lines of many lengths, some blank, both line ends: cut anywhere, they are what the whole file is."""
+    draw = random.Random(seed)
+    lines = ["" if draw.random() < 0.3 else "wörd " * draw.randrange(1, 12) + str(i) for i in range(60)]
+    end = "\r\n" if seed % 2 else "\n"
+    data = (end.join(lines) + (end if seed < 2 else "")).encode()
+    write(tmp_path / "a.txt", (b"\xef\xbb\xbf" if seed == 3 else b"") + data)
+    if documents == "line":
+        wanted = [(line, f"a.txt:{i}") for i, line in enumerate(lines, 1) if line]
+    else:
+        wanted, held = [], []
+        for i, line in enumerate([*lines, ""], 1):
+            held += [(line, i)] if line else []
+            if not line and held:
+                wanted.append(("\n".join(text for text, _ in held), f"a.txt:{held[0][1]}"))
+                held = []
+    importer = registry.get("importer", "text")(importing.options_of("text", [f"documents={documents}"]))
+    for size in (7, 23, 61, 150, 4000):
+        found, before = [], 0
+        pieces, _, _ = importer.pieces(str(tmp_path / "a.txt"), size)
+        for piece in pieces:
+            reading = sources.Reading(piece, sources.Opener(), before=before)
+            found += [(text, reading.place(at)) for at, text, _ in importer._documents(reading)]
+            before += reading.lines
+        assert found == wanted, size
+        assert (len(pieces) > 100) == (size == 7)
 
 
 def test_a_parquet_string_that_is_no_utf8_is_one_broken_row(tmp_path):
@@ -111,6 +144,21 @@ def test_an_equal_of_a_near_duplicate_names_the_one_that_is_kept(tmp_path):
     write(tmp_path / "a.txt", "\n".join([" ".join(words), near, near.upper(), "something else altogether"]))
     _, _, dropped = prepare(tmp_path / "a.txt", tmp_path / "out", "dedup=near")
     assert [(row["id"], row["reason"], row["twin"]) for row in dropped] == [("a.txt:2", "near duplicate", "a.txt:1"), ("a.txt:3", "exact duplicate", "a.txt:1")]
+
+
+def test_documents_without_words_are_alike_only_when_they_are(tmp_path):
+    write(tmp_path / "a.txt", "!!!\n???\n\U0001F389 \U0001F389\nhello\n!!!\n")
+    rows, _, dropped = prepare(tmp_path / "a.txt", tmp_path / "out", "dedup=near")
+    assert len(rows) == 4 and [(row["id"], row["twin"]) for row in dropped] == [("a.txt:5", "a.txt:1")]
+
+
+def test_a_corpus_of_which_nothing_would_stay_is_refused(tmp_path):
+    write(tmp_path / "a.txt", "some words\n\na b\nb c\n")
+    with pytest.raises(ValueError, match=r"all of the 3 documents would be dropped: too short \(min_chars\) 2, too few words \(min_words\) 1"):
+        prepare(tmp_path / "a.txt", tmp_path / "out", "min_chars=5", "min_words=3")
+    prepare(tmp_path / "a.txt", tmp_path / "out", "min_chars=5")
+    told = Preparation("text", str(tmp_path / "a.txt"), str(tmp_path / "out"), importing.options_of("text", ["min_chars=5"])).told()
+    assert told.endswith("train 1 rows in 1 parts, 0 broken rows and 2 dropped ones left out; see _summary.md there")
 
 
 def test_documents_that_share_no_more_than_bands_are_verified():

@@ -322,6 +322,7 @@ def ray_runs():
     ray.shutdown()
 
 
+@pytest.mark.slow  # the engine is that of tables (test_tables), which starts Ray in the quick run
 @pytest.mark.ray
 def test_on_ray_every_importer_of_images_writes_the_same_bytes(ray_runs, request, tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "stop", lambda: None)

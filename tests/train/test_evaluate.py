@@ -1,0 +1,68 @@
+"""The rows' own columns beside their predictions: those of the same rows, however the rows are held."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from toys import sentences, text_modality
+
+from pipeline.contracts import Objective
+from pipeline.data import manifest as manifests
+from pipeline.data.stream import Decoder, Rows, eval_batches
+from pipeline.train import evaluate
+from pipeline.train.loop import Ranks
+
+
+@pytest.fixture
+def rows(tmp_path) -> Rows:
+    """60 texts in two files, of which a column selects some; two of them cannot be read."""
+    found = [f"{text} number {i}".encode() for i, text in enumerate(sentences(60, seed=1)[0])]
+    found[7], found[50] = b"\xff", b"\xff"
+    for part in (0, 1):
+        pq.write_table(pa.table({"words": found[part * 30:part * 30 + 30]}), tmp_path / f"{part}.parquet", row_group_size=8)
+    whole = manifests.Selection(manifests.build(str(tmp_path), "parquet", ""))
+    modality = text_modality()
+    return Rows(whole.keep(np.arange(60) % 3 != 1), Decoder(modality, None, {}, {"text": "words"}))
+
+
+class Reads(Objective):
+    """Predicts a sum of the tokens, and completes it by the sum that the row's own text gives."""
+
+    def __init__(self):
+        torch.nn.Module.__init__(self)
+
+    def loss(self, backbone, batch):
+        raise NotImplementedError
+
+    def predict(self, backbone, batch):
+        return {"sum": (batch["tokens"] * batch["mask"]).sum(1)}
+
+    def complete(self, found, origin):
+        assert len(origin.table) == len(found["row"]) and origin.table.column_names == ["words"]
+        arrays, _ = origin.modality.decode(origin.table, origin.columns)
+        kept = np.arange(arrays["tokens"].shape[1]) < arrays["lengths"][:, None]
+        return {**found, "again": (arrays["tokens"].astype(np.int64) * kept).sum(1)}
+
+
+@pytest.mark.parametrize("held", ["files", "memory", "subset of memory", "subset of files", "part"])
+def test_predictions_are_completed_by_their_own_rows(rows, held):
+    made = rows.in_memory(1.0, cpus=0) if "memory" in held else rows
+    if "subset" in held:
+        made = made.subset(np.array([9, 2, 31, 14, 3]))
+    ids = made.selection.ids(np.arange(len(made)))
+    task, got = type("T", (torch.nn.Module,), {"objective": Reads(), "backbone": None})(), []
+    for rank in range(2):
+        mine = made.part(rank, 2) if held == "part" else made
+        batches = eval_batches(mine, 4, rank=0 if held == "part" else rank, ranks=1 if held == "part" else 2)
+        found = evaluate.predictions(task, batches, evaluate.ready_for(made), Ranks(), torch.no_grad())
+        got.append(evaluate.Completer(mine)(task.objective, found))
+    whole = evaluate.concatenate(got)
+    assert whole["row"].tolist() == [i for i in ids.tolist() if i not in (7, 50)] and len(set(whole["sum"].tolist())) > 4
+    assert whole["sum"].tolist() == whole["again"].tolist()
+
+
+def test_a_rank_without_rows_completes_nothing(rows):
+    assert evaluate.Completer(rows)(Reads(), {}) == {}
