@@ -26,7 +26,7 @@ from pipeline.train import launch
 from pipeline.train.progress import Progress, duration
 from pipeline.transfer import probe, trial
 from pipeline.transfer.trial import Record, Shared
-from pipeline.transfer.trials import Trial
+from pipeline.transfer.trials import SCRATCH, Trial
 
 RUNGS = {"grace_period": 20, "reduction_factor": 2, "max_t": 100}
 """ASHA halves the trials of a cell at 20, 40 and 80 percent of their steps, however often they validate."""
@@ -47,12 +47,13 @@ class Unit:
 
 
 def units(trials: list[Trial], shared: Shared) -> list[Unit]:
-    """Frozen trials of one (source, base, target, technique) together, the others one by one, the longest first."""
+    """Frozen trials of one (source, base, target, technique) together, those of random weights by seed; the others one by one, the longest first."""
     frozen: dict[tuple, list[Trial]] = defaultdict(list)
     single: list[Unit] = []
     for one in trials:
         if one.technique_object.frozen and shared.targets[one.target, one.base].in_memory:
-            frozen[one.source, one.base, one.target, str(one.technique), one.stage].append(one)
+            weights = one.seed if one.source == SCRATCH else None
+            frozen[one.source, weights, one.base, one.target, str(one.technique), one.stage].append(one)
         else:
             single.append(Unit((one,), False))
     groups = [Unit(tuple(g[i:i + UNIT_TRIALS]), probe.batchable(g, shared)) for g in frozen.values() for i in range(0, len(g), UNIT_TRIALS)]

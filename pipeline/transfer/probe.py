@@ -27,7 +27,7 @@ from pipeline.train.pretrain import device_name
 from pipeline.train.probe import features
 from pipeline.transfer import trial as trials
 from pipeline.transfer.trial import Record, Shared, TargetData
-from pipeline.transfer.trials import SCRATCH, Trial
+from pipeline.transfer.trials import Trial
 
 FEATURES_VERSION = 1
 
@@ -175,13 +175,12 @@ class _Nothing:
 
 
 def batchable(group: list[Trial], shared: Shared) -> bool:
-    """Whether trials may share features: a frozen technique without phases of its own, and a head that reads pooled features only. Random weights
-    differ with the seed, so theirs are not shared."""
+    """Whether trials of one backbone may share features: a frozen technique without phases of its own, and a head that reads pooled features only."""
     first = group[0]
     data = shared.targets[first.target, first.base]
     objective = trials.build(first, shared)[0].objective
     pooled = type(objective).head_loss is not Objective.head_loss and not objective.mixes  # mixed images have no cached features
-    return first.technique_object.frozen and first.source != SCRATCH and data.spec.workers == 0 and pooled
+    return first.technique_object.frozen and data.spec.workers == 0 and pooled
 
 
 def run(group: list[Trial], shared: Shared) -> list[Record]:

@@ -9,7 +9,7 @@ import torch
 from toys import image_files, job_of, shared_of, trial_of
 
 from pipeline import bundle
-from pipeline.transfer import probe
+from pipeline.transfer import fanout, probe
 from pipeline.transfer import trial as one_trial
 
 LRS, SEEDS, FRACTIONS = (1e-3, 3e-2, 0.5), (0, 1), (0.5, 4)
@@ -20,11 +20,11 @@ def paths(tmp_path_factory):
     return image_files(tmp_path_factory.mktemp("data"), {"train": 64, "validation": 30, "test": 36})
 
 
-def both(folder, paths, hypers=({},), seeds=(0,), fractions=(1.0,), stage="final", train=None, **target):
+def both(folder, paths, hypers=({},), seeds=(0,), fractions=(1.0,), stage="final", train=None, technique="linear_probe", **target):
     """(trials, records together, records one at a time, the two Shared)."""
     job = job_of(folder, paths, {"eval_every_steps": 4, **(train or {})}, **target)
     worlds = [shared_of(folder, job, paths, root=root, keep_bundles=True) for root in ("together", "alone")]
-    group = [trial_of(job, worlds[0], "linear_probe", hyper, fraction, seed, stage) for hyper, seed, fraction in itertools.product(hypers, seeds, fractions)]
+    group = [trial_of(job, worlds[0], technique, hyper, fraction, seed, stage) for hyper, seed, fraction in itertools.product(hypers, seeds, fractions)]
     assert len({one.id for one in group}) == len(group) and probe.batchable(group, worlds[0])
     together = {record["trial_id"]: record for record in probe.run(group, worlds[0])}
     alone = {one.id: one_trial.run(one, worlds[1]) for one in group}
@@ -62,6 +62,14 @@ def test_heads_together_equal_one_at_a_time(paths, tmp_path):
     check(group, together, alone, worlds)
     values = {record["rows"][2]["value"] for record in together.values()}
     assert len(values) == len(group) == 12  # no two of them are copies
+
+
+def test_probes_of_random_weights_share_the_features_of_their_seed(paths, tmp_path):
+    group, together, alone, worlds = both(tmp_path, paths, [{"lr": 0.003}, {"lr": 0.05}], (1,), (0.5, 1.0), technique="random_probe")
+    check(group, together, alone, worlds)
+    other = trial_of(job_of(tmp_path, paths, {"eval_every_steps": 4}), worlds[0], "random_probe", {"lr": 0.05}, seed=2)
+    units = fanout.units([*group, other], worlds[0])
+    assert [(len(unit.trials), unit.together) for unit in units] == [(4, True), (1, True)]  # another seed, other weights
 
 
 @pytest.mark.parametrize("train", [

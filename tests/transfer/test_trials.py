@@ -218,7 +218,7 @@ def test_a_probe_of_random_weights_starts_where_scratch_does_and_moves_the_head_
     record = one_trial.run(found["random_probe"], shared)
     task = one_trial.build(found["random_probe"], shared)[0]
     assert record["rows"][0]["params_trained"] == sum(p.numel() for p in task.objective.parameters())
-    assert not probe.batchable([found["random_probe"]], shared)  # the weights differ with the seed
+    assert probe.batchable([found["random_probe"]], shared) and not probe.batchable([found["scratch"]], shared)
 
 
 # ---------------------------------------------------------------- seeds and what a trial is made of
