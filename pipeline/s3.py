@@ -86,7 +86,7 @@ def retry(
     for attempt in itertools.count(1):
         try:
             return fn(*args, **kw)
-        except Exception as error:
+        except Exception as error:  # of any kind: is_transient knows those that pass, every other is raised as it is
             if attempt >= attempts or not is_transient(error):
                 raise
             delay_s = first_delay_s * 2 ** (attempt - 1) * _JITTER.uniform(0.5, 1.0)
@@ -99,7 +99,7 @@ def call(action: str, uri: Uri, fn: Callable[..., Result], *args: Any, **kw: Any
     """`fn(*args, **kw)` with retries; an I/O error that remains becomes a StorageError naming `uri`."""
     try:
         return retry(fn, *args, **kw)
-    except Exception as error:
+    except Exception as error:  # of any kind: botocore's have no common base; what is no I/O error is raised as it is
         if isinstance(error, StorageError) or not (isinstance(error, OSError) or _is_client_error(error)):
             raise
         text, number = os.fspath(uri), getattr(error, "errno", None)

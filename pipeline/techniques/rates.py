@@ -20,17 +20,24 @@ class Full(Technique):
     """Every layer moves, from the first step."""
 
 
-@register("technique", "linear_probe")
+class ProbeOptions(Options):
+    lr_scale: float = Field(1.0, gt=0, description="learning rate of the head, relative to lr: alone it takes a larger one than a whole network")
+
+
+@register("technique", "linear_probe", options=ProbeOptions)
 class LinearProbe(Technique):
     """Only the head moves; the backbone stays in evaluation mode, so its features are computed once."""
 
     frozen = True
 
+    def phases(self, steps):
+        return (Phase("all", steps, self.options.lr_scale),)
+
     def rates(self, layers, phase):
         return {name: float(name == "head") for name in layers}
 
 
-@register("technique", "random_probe")
+@register("technique", "random_probe", options=ProbeOptions)
 class RandomProbe(LinearProbe):
     """A linear probe of random weights: what a probe owes to its backbone's shape alone, and so what pretraining must beat."""
 

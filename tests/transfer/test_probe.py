@@ -64,6 +64,14 @@ def test_heads_together_equal_one_at_a_time(paths, tmp_path):
     assert len(values) == len(group) == 12  # no two of them are copies
 
 
+def test_a_scaled_rate_is_that_rate_together_and_alone(paths, tmp_path):
+    scaled = both(tmp_path / "scaled", paths, [{"lr": 0.003}], technique={"linear_probe": {"lr_scale": 10.0}})
+    check(*scaled)
+    plain = both(tmp_path / "plain", paths, [{"lr": 0.03}, {"lr": 0.003}])
+    scaled_loss, same, slower = ([point["loss"] for point in record["curve"]] for run in (scaled, plain) for record in run[1].values())
+    assert scaled_loss == pytest.approx(same) and scaled_loss[-1] != pytest.approx(slower[-1])
+
+
 def test_probes_of_random_weights_share_the_features_of_their_seed(paths, tmp_path):
     group, together, alone, worlds = both(tmp_path, paths, [{"lr": 0.003}, {"lr": 0.05}], (1,), (0.5, 1.0), technique="random_probe")
     check(group, together, alone, worlds)
