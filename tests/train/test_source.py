@@ -304,12 +304,9 @@ def test_corpora_are_drawn_by_their_weights_and_no_row_holds_two_of_them(tmp_pat
         assert counts.max() - counts.min() <= 2
 
 
-def test_a_run_on_a_mixture_that_was_stopped_ends_with_the_same_bundle_and_rows(tmp_path):
-    files = corpora(tmp_path / "texts")
-    train = {"steps": 12, "checkpoint_every_steps": 4, "trace_rows": True}
-    whole, _, _ = pretrained(mixed_job(tmp_path / "whole", files, **train))
-    cut = source.stage(mixed_job(tmp_path / "cut", files, **train), "src")
-    work = pretrain.rank_job(cut, source.fit(cut), DataWorkers(), 1)
+def stopped_and_gone_on(stage):
+    """Stopped after step 6, which leaves no bundle, and run again: the facts of the second run."""
+    work = pretrain.rank_job(stage, source.fit(stage), DataWorkers(), 1)
 
     class StopError(Exception):
         pass
@@ -320,7 +317,16 @@ def test_a_run_on_a_mixture_that_was_stopped_ends_with_the_same_bundle_and_rows(
 
     with pytest.raises(StopError):
         pretrain.train_rank(work, Ranks(), stop)
-    facts = pretrain.train_rank(work, Ranks())
+    assert not bundle.exists(stage.bundle_uri)
+    return pretrain.train_rank(work, Ranks())
+
+
+def test_a_run_on_a_mixture_that_was_stopped_ends_with_the_same_bundle_and_rows(tmp_path):
+    files = corpora(tmp_path / "texts")
+    train = {"steps": 12, "checkpoint_every_steps": 4, "trace_rows": True}
+    whole, _, _ = pretrained(mixed_job(tmp_path / "whole", files, **train))
+    cut = source.stage(mixed_job(tmp_path / "cut", files, **train), "src")
+    facts = stopped_and_gone_on(cut)
     assert facts["resumed_from"] == 4 and drawn(cut) == drawn(whole)
     one, other = (bundle.load(stage.bundle_uri).tensors for stage in (whole, cut))
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
@@ -401,19 +407,7 @@ def test_a_run_that_was_stopped_goes_on_and_ends_with_the_same_bundle(tmp_path, 
     whole = bundle.load(stage.bundle_uri).tensors
     job = image_job(tmp_path / "cut", images, train=train)
     cut = source.stage(job, "src")
-    work = pretrain.rank_job(cut, source.fit(cut), DataWorkers(), 1)
-
-    class StopError(Exception):
-        pass
-
-    def stop(record):
-        if record["step"] >= 6:
-            raise StopError
-
-    with pytest.raises(StopError):
-        pretrain.train_rank(work, Ranks(), stop)
-    assert not bundle.exists(cut.bundle_uri)
-    facts = pretrain.train_rank(work, Ranks())
+    facts = stopped_and_gone_on(cut)
     assert facts["resumed_from"] == 4
     assert all(torch.equal(t, whole[n]) for n, t in bundle.load(cut.bundle_uri).tensors.items())
     steps = [json.loads(line)["step"] for line in Path(cut.uri, "log/metrics.jsonl").read_text().splitlines()]
