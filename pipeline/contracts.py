@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pipeline.ragged import lengths, padded
 from pipeline.registry import Options
 
 Arrays = dict[str, np.ndarray]
-"""Decoded rows: every array has the rows as its first dimension."""
+"""Decoded rows: every array has the rows as its first dimension. Rows that differ in length are an object array of 1-D arrays (``ragged``)."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,9 @@ class Modality(ABC):
     """Options that a target may set otherwise than its source did: they change how rows are read, not what was fitted."""
     packed_roles: ClassVar[tuple[str, ...]] = ()
     """Column roles of the rows that ``pack`` makes; ``tokenize`` makes the first one."""
+    cost_role: ClassVar[str | None] = None
+    """The optional role whose column tells what a row costs (audio: seconds), so that no file is opened for it."""
+    cost_unit: ClassVar[str] = ""
 
     def __init__(self, options: Any, state: dict[str, Any]):
         self.options, self.state = options, state
@@ -146,6 +150,11 @@ class Modality(ABC):
     @abstractmethod
     def decode(self, table: Any, columns: dict[str, str]) -> tuple[Arrays, list[str]]:
         """Rows to arrays, and for each row "" or the reason why it cannot be decoded (its arrays are then zeros)."""
+
+    def costs(self, table: Any, columns: dict[str, str]) -> np.ndarray | None:
+        """(B,) float64, what each row costs to train on, for batches that are cut by it (audio: seconds; 0 where that cannot be told); None where
+        all rows cost the same. Reads the column of ``cost_role`` where there is one, and else the rows themselves."""
+        return None
 
     def encoded(self, table: Any, columns: dict[str, str]) -> tuple[np.ndarray, list[str]] | None:
         """(B,) objects, rows as their files' bytes for ``unpack`` to decode on the device, with "" or a reason for each; None where there is no such form."""
@@ -173,8 +182,10 @@ class Modality(ABC):
         return None
 
     def collate(self, arrays: Arrays) -> dict[str, Tensor]:
-        """Arrays of one batch to host tensors."""
-        return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+        """Arrays of one batch to host tensors: of a ragged array ``name`` (B, n) with zeros behind each row's end, and ``name_lengths`` (B,)."""
+        plain = {name: padded(array) if array.dtype == object else array for name, array in arrays.items()}
+        plain |= {f"{name}_lengths": lengths(array) for name, array in arrays.items() if array.dtype == object}
+        return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in plain.items()}
 
     def augment(self, batch: Batch) -> Batch:
         """Random changes on the device, from ``batch.keys`` alone. Training only."""
@@ -200,6 +211,9 @@ class Backbone(nn.Module, ABC):
     token_dim: int | None = None
     stage_info: tuple[Stage, ...] = ()
     causal: bool = False
+    convolutions: tuple[tuple[int, int, int], ...] | None = None
+    """(kernel, stride, padding) of what lies between an input's samples and ``tokens``, in that order (``frames``): how many tokens a row has follows
+    from its length alone. None for inputs that are no signal."""
     arch: dict[str, Any]
     """What rebuilds it offline: ``{"name": "library/model", "options": {...}, "inputs": {...}}``."""
 
@@ -270,6 +284,16 @@ class Objective(nn.Module, ABC):
     def refused(cls, table: Any, columns: dict[str, str], state: dict[str, Any]) -> list[str]:
         """For each row "" or why its labels cannot be used (a box without area): such a row is left out, listed and held against the budget."""
         return [""] * len(table)
+
+    @classmethod
+    def suit(cls, state: dict[str, Any], backbone: Backbone) -> dict[str, Any]:
+        """The state, completed by what follows from the backbone (how long its tokens are). ``backbone`` may lie on the meta device."""
+        return state
+
+    @classmethod
+    def misfits(cls, arrays: Arrays, state: dict[str, Any]) -> list[str] | None:
+        """For each decoded row "" or why input and labels do not go together (more letters than frames): left out and listed, as in ``refused``."""
+        return None
 
     @classmethod
     def check_test(cls, options: Any, table: Any, columns: dict[str, str], state: dict[str, Any]) -> None:

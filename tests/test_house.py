@@ -12,7 +12,8 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "pipeline").rglob("*.py"))
 NAMES = {".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file for file in FILES}
 FLOORS = [
-    {"job", "jobfile", "contracts", "registry", "s3", "storage", "folders", "rng", "lease", "coco", "pixels", "imagefile", "spans", "tokenizer"},
+    {"job", "jobfile", "contracts", "registry", "s3", "storage", "folders", "rng", "lease", "coco", "pixels", "imagefile", "spans", "tokenizer",
+     "ragged", "frames", "audiofile", "spectrogram", "transcripts"},
     {"metrics", "bundle", "gather", "data", "modalities", "models", "pyramid"},
     {"objectives", "techniques", "hugging_face"},
     {"starts"},
