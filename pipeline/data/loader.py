@@ -16,6 +16,7 @@ from pipeline import registry
 from pipeline.contracts import Arrays, Modality
 from pipeline.data.manifest import Reader, Selection
 from pipeline.data.plan import Item, Plan
+from pipeline.ragged import ragged, size
 
 
 def threaded_map(fn: Callable[[Any], Any], items: Iterable[Any], threads: int = 16, waiting: int | None = None) -> Iterator[Any]:
@@ -56,7 +57,7 @@ class Decoder:
         if not len(places):
             return 0
         arrays, _ = self(Reader(selection.manifest, self.names()).take(selection.ids(places)))
-        return int(sum(array.nbytes for array in arrays.values()) / len(places) * len(selection))
+        return int(sum(map(size, arrays.values())) / len(places) * len(selection))
 
     def __call__(self, table) -> tuple[Arrays, list[str]]:
         if self.encoded:
@@ -69,7 +70,16 @@ class Decoder:
             objective = registry.get("objective", self.objective)
             arrays = arrays | objective.encode(table, self.columns, self.objective_state)
             bad = [mine or theirs for mine, theirs in zip(bad, objective.refused(table, self.columns, self.objective_state), strict=True)]
+            if (misfits := objective.misfits(arrays, self.objective_state)) is not None:
+                bad = [mine or theirs for mine, theirs in zip(bad, misfits, strict=True)]
         return arrays, bad
+
+
+RAGGED = "_ragged:"
+
+
+def _is_ragged(array: np.ndarray) -> bool:
+    return array.dtype == object and bool(len(array)) and isinstance(array[0], np.ndarray)
 
 
 class Block(NamedTuple):
@@ -107,6 +117,32 @@ class Loader:
         return Block(rows, epochs, arrays, bad)
 
     def columns(self, item: Item) -> Arrays:
-        """The block as one set of columns, to cross the object store."""
+        """The block as one set of columns, to cross the object store. Ray Data would make one array of ragged rows that happen to be of one length:
+        the names of those columns tell."""
         block = self(item)
-        return {"_row": block.rows, "_epoch": block.epochs, "_bad": np.array(block.bad, dtype=object), **block.arrays}
+        named = {f"{RAGGED}{name}" if _is_ragged(array) else name: array for name, array in block.arrays.items()}
+        return {"_row": block.rows, "_epoch": block.epochs, "_bad": np.array(block.bad, dtype=object), **named}
+
+    @staticmethod
+    def block(columns: Arrays) -> Block:
+        """What `columns` made, after its way."""
+        rows, epochs, bad = columns.pop("_row"), columns.pop("_epoch"), columns.pop("_bad")
+        arrays = {name.removeprefix(RAGGED): ragged(array) if name.startswith(RAGGED) else array for name, array in columns.items()}
+        return Block(rows, epochs, arrays, bad.tolist())
+
+
+class Costs:
+    """What the rows of an item cost (`Modality.costs`), read from the column that tells or from the rows' own headers."""
+
+    def __init__(self, selection: Selection, modality: Modality, columns: dict[str, str]):
+        self.selection, self.modality = selection, modality
+        told = columns.get(modality.cost_role or "")
+        self.columns = {str(modality.cost_role): told} if told is not None else columns
+        self.tells = told is not None
+
+    def __call__(self, item: Item) -> np.ndarray:
+        inputs = (*self.modality.roles, *self.modality.optional_roles)
+        names = list(dict.fromkeys(self.columns[role] for role in inputs if role in self.columns))
+        found = self.modality.costs(Reader(self.selection.manifest, names).take(self.selection.ids(np.arange(item.start, item.stop))), self.columns)
+        assert found is not None, f"modality {self.modality.registered_name} does not tell what rows cost"
+        return found

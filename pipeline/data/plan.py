@@ -195,6 +195,7 @@ class Plan(Order):
             raise ValueError("boundaries must run from 0 to the number of rows")
         super().__init__(rows, seed, min(shards, global_batch), shuffle, bounds)
         self.global_batch, self.item_rows = global_batch, item_rows
+        self.batches_an_epoch: float = rows / global_batch
         self.mixed = Mixed(mixture, self) if mixture is not None else None
 
     def sequence(self, shard: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
@@ -208,13 +209,21 @@ class Plan(Order):
                              f"or train.global_batch (now {self.global_batch}), or use fewer workers")
         return list(range(rank, self.shards, ranks))
 
+    def start(self, step: int) -> int:
+        """The first position of global batch ``step``."""
+        return step * self.global_batch
+
+    def steps(self, epochs: float) -> int:
+        """Global batches of so many epochs, rounded up, one at least."""
+        return max(1, int(np.ceil(epochs * self.batches_an_epoch - 1e-9)))
+
     def span(self, step: int, shard: int) -> tuple[int, int]:
         """Places of the shard's sequence that global batch ``step`` takes."""
-        return self._before(step * self.global_batch, shard), self._before((step + 1) * self.global_batch, shard)
+        return self._before(self.start(step), shard), self._before(self.start(step + 1), shard)
 
     def places(self, step: int, rank: int, ranks: int) -> tuple[np.ndarray, np.ndarray]:
         """(n,) shards and (n,) places in their sequences of the rank's part of a global batch, in the order of positions."""
-        positions = np.arange(step * self.global_batch, (step + 1) * self.global_batch)
+        positions = np.arange(self.start(step), self.start(step + 1))
         positions = positions[(positions % self.shards) % ranks == rank]
         return positions % self.shards, positions // self.shards
 

@@ -20,9 +20,11 @@ import torch
 from torch import Tensor
 
 from pipeline.contracts import Arrays, Batch, Modality
-from pipeline.data.loader import Block, Decoder, Loader, threaded_map
+from pipeline.data.buckets import BucketPlan
+from pipeline.data.loader import Block, Costs, Decoder, Loader, threaded_map
 from pipeline.data.manifest import Selection
-from pipeline.data.plan import Item, Plan
+from pipeline.data.plan import Item, Mixture, Plan, Shuffle
+from pipeline.ragged import lengths
 from pipeline.rng import row_keys
 
 Place = Literal["memory", "workers", "train", "device"]
@@ -32,6 +34,10 @@ Measured on two cores against a DataLoader, at 224 px with Ray's own number of w
 other work on the machine: 256 rows 0.48, 2048 rows 0.96."""
 IN_FLIGHT = 8
 """Items that wait at each worker, so that it never waits for the driver: 0.91 at 224 px with items of 32 MiB (0.70 with 64 MiB)."""
+COST_ROWS = 4096
+"""Rows whose headers are read in one task."""
+EVAL_SAMPLES = 1 << 21
+"""Padded samples of an evaluation batch of ragged rows, two minutes at 16 kHz: rows of like length are then evaluated together."""
 ITEMS_AN_EXECUTION = 4096
 """Ray Data is handed so many items at a time; a new execution costs seconds, a longer list costs memory."""
 
@@ -89,9 +95,9 @@ def map_blocks(work: Callable[[Item], Arrays], items: Iterable[Item], workers: D
 def _ray_blocks(loader: Loader, items: Iterable[Item], workers: DataWorkers) -> Iterator[Block]:
     mine, theirs = tee(items)
     for item, columns in zip(mine, map_blocks(loader.columns, theirs, workers), strict=True):
-        rows, epochs, bad = columns.pop("_row"), columns.pop("_epoch"), columns.pop("_bad")
-        assert len(rows) == item.stop - item.start, f"{item} came as a block of {len(rows)} rows"
-        yield Block(rows, epochs, columns, bad.tolist())
+        block = loader.block(columns)
+        assert len(block.rows) == item.stop - item.start, f"{item} came as a block of {len(block.rows)} rows"
+        yield block
 
 
 def map_items(fn: Callable[[Any], Any], items: Iterable[Any], *, cpus: float = 1.0, ahead: int | None = None) -> Iterator[Any]:
@@ -132,6 +138,8 @@ class Rows:
     bad: tuple[tuple[int, str], ...] = ()
     kept: bool = False
     """The bad rows are still among the rows (as zeros): the plan counts them as it does when rows are decoded as they come."""
+    costs: np.ndarray | None = None
+    """What each row costs, where batches are cut by it."""
 
     def __len__(self) -> int:
         return len(self.selection)
@@ -160,7 +168,16 @@ class Rows:
         arrays = {name: np.concatenate([block.arrays[name] for block in blocks]) for name in blocks[0].arrays} if blocks else {}
         if bad and not keep_bad:
             arrays, rows = {name: array[good] for name, array in arrays.items()}, rows[good]
-        return Rows(Selection(self.selection.manifest, rows), self.decoder, arrays, bad, keep_bad)
+        left = self.costs if self.costs is None or keep_bad or not bad else self.costs[good]
+        return Rows(Selection(self.selection.manifest, rows), self.decoder, arrays, bad, keep_bad, left)
+
+    def with_costs(self, cpus: float = 1.0) -> Rows:
+        """The same rows with what each costs: from the column that tells, or from the rows' headers by Ray tasks of ``cpus`` each (0: in this process)."""
+        work, n = Costs(self.selection, self.modality, self.decoder.columns), len(self)
+        step = COST_ROWS if not work.tells else max(1, n)
+        items = [Item(-1, i, min(i + step, n)) for i in range(0, n, step)]
+        found = list(map_items(work, items, cpus=cpus) if cpus > 0 and len(items) > 1 else map(work, items))
+        return replace(self, costs=np.concatenate(found) if found else np.zeros(0))
 
     def part(self, rank: int, ranks: int) -> Rows:
         """A rank's contiguous share of the rows, as `eval_batches` cuts them."""
@@ -173,7 +190,8 @@ class Rows:
             return self
         indices = np.sort(indices)
         arrays = None if self.arrays is None else {name: array[indices] for name, array in self.arrays.items()}
-        return Rows(Selection(self.selection.manifest, self.selection.ids(indices)), self.decoder, arrays)
+        costs = None if self.costs is None else self.costs[indices]
+        return Rows(Selection(self.selection.manifest, self.selection.ids(indices)), self.decoder, arrays, costs=costs)
 
 
 def rows_an_item(rows: Rows, shards: int) -> int:
@@ -189,6 +207,16 @@ def check_budget(bad: Iterable[tuple[int, str]], rows: int, share: float, select
     if len(found) > max(1, share * rows):
         named = "; ".join(f"{selection.manifest.place(row)}: {reason}" for row, reason in list(found.items())[:3])
         raise TooManyBadRowsError(f"{len(found)} of {rows} rows cannot be decoded, more than data.max_bad_rows={share:g} allows. First ones: {named}")
+
+
+def plan_of(rows: Rows, seed: int, global_batch: int, batch_cost: float | None = None, *, shards: int = 8, shuffle: Shuffle = "rows",
+            item_rows: int = 256, mixture: Mixture | None = None) -> Plan:
+    """The order in which rows are trained on: batches of ``global_batch`` rows, or of about ``batch_cost``. Raises ValueError as `Plan` and `BucketPlan`."""
+    bounds = rows.selection.boundaries
+    if batch_cost is None:
+        return Plan(len(rows), seed, global_batch, shards=shards, shuffle=shuffle, boundaries=bounds, item_rows=item_rows, mixture=mixture)
+    assert rows.costs is not None and mixture is None
+    return BucketPlan(rows.costs, batch_cost, seed, shards=shards, shuffle=shuffle, boundaries=bounds, item_rows=item_rows)
 
 
 class Loaded(NamedTuple):
@@ -284,7 +312,8 @@ def train_batches(rows: Rows, plan: Plan, steps: range, *, rank: int = 0, ranks:
 
 
 def eval_batches(rows: Rows, size: int, *, rank: int = 0, ranks: int = 1, threads: int = 1, pin: bool = False) -> Iterator[Loaded]:
-    """Each row exactly once over all ranks: rank r reads a contiguous part, the last batch may be short."""
+    """Each row exactly once over all ranks: rank r reads a contiguous part, the last batch may be short. Ragged rows come in batches of like length,
+    and not in their order."""
     n = len(rows)
     start, stop = n * rank // ranks, n * (rank + 1) // ranks
     items = [Item(-1, i, min(i + size, stop)) for i in range(start, stop, size)]
@@ -303,10 +332,26 @@ def eval_batches(rows: Rows, size: int, *, rank: int = 0, ranks: int = 1, thread
                 if bad:
                     good = np.array([not reason for reason in reasons])
                     ids, arrays = ids[good], {name: array[good] for name, array in arrays.items()}
-            batch = _collate(rows, 0, ids, np.zeros_like(ids), arrays)
-            yield (batch.pin() if pin else batch), bad
+            for part in _alike(arrays, len(ids)):
+                batch = _collate(rows, 0, ids[part], np.zeros(len(ids[part]), dtype=np.int64), {name: array[part] for name, array in arrays.items()})
+                yield (batch.pin() if pin else batch), bad
+                bad = []
 
     return _timed(batches())
+
+
+def _alike(arrays: Arrays, rows: int) -> list[Any]:
+    """Places of the rows that are evaluated together: all, or of ragged rows those of like length, as many as EVAL_SAMPLES allow."""
+    held = [array for array in arrays.values() if array.dtype == object and rows and isinstance(array[0], np.ndarray)]
+    sizes = sum(map(lengths, held), np.zeros(rows, dtype=np.int64))
+    if not sizes.any():
+        return [slice(None)]
+    order, out, start = np.argsort(sizes, kind="stable"), [], 0
+    for stop in range(1, rows + 1):
+        if stop == rows or (stop + 1 - start) * sizes[order[stop]] > EVAL_SAMPLES:
+            out.append(order[start:stop])
+            start = stop
+    return out
 
 
 def _timed(batches: Iterator[tuple[Batch, list]]) -> Iterator[Loaded]:

@@ -25,7 +25,7 @@ def _unheard(bad: list[tuple[int, str]]) -> None:
 @torch.no_grad()
 def predictions(task: Task, batches: Iterator[Loaded], ready: Callable[[Batch, bool], Batch], ranks: Any, autocast: Any,
                 on_bad: OnBad = _unheard) -> Predictions:
-    """Arrays of this rank's rows: what the objective predicts, and ``row``. The task is left in evaluation mode."""
+    """Arrays of this rank's rows, ordered by row: what the objective predicts, and ``row``. The task is left in evaluation mode."""
     task.eval()
     parts: list[Predictions] = []
     for batch, bad, _ in batches:
@@ -37,11 +37,21 @@ def predictions(task: Task, batches: Iterator[Loaded], ready: Callable[[Batch, b
             out = task.objective.predict(task.backbone, ready(batch.to(ranks.device), False))
         parts.append({"row": batch.rows, **{name: tensor.float().cpu().numpy() if tensor.is_floating_point() else tensor.cpu().numpy()
                                             for name, tensor in out.items()}})
-    return concatenate(parts)
+    return _by_row(concatenate(parts))
 
 
 def concatenate(parts: list[Predictions]) -> Predictions:
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else {}
+    """Parts one behind the other. Where their rows are of other lengths, shorter ones end in -1 (whole numbers) or NaN."""
+    return {name: _stacked([part[name] for part in parts]) for name in parts[0]} if parts else {}
+
+
+def _stacked(arrays: list[np.ndarray]) -> np.ndarray:
+    shapes = [array.shape[1:] for array in arrays]
+    if len(set(shapes)) > 1:
+        wide = tuple(map(max, zip(*shapes, strict=True)))
+        fill = np.nan if arrays[0].dtype.kind == "f" else -1
+        arrays = [np.pad(a, [(0, 0), *((0, most - have) for most, have in zip(wide, a.shape[1:], strict=True))], constant_values=fill) for a in arrays]
+    return np.concatenate(arrays)
 
 
 class Completer:
@@ -68,9 +78,12 @@ def gathered(mine: Predictions, ranks: Any) -> Predictions:
     if ranks.count > 1:
         everyone = [{}] * ranks.count
         dist.all_gather_object(everyone, mine)
-    out = concatenate([part for part in everyone if part])
-    order = np.argsort(out["row"], kind="stable") if out else None
-    return {name: array[order] for name, array in out.items()}
+    return _by_row(concatenate([part for part in everyone if part]))
+
+
+def _by_row(found: Predictions) -> Predictions:
+    order = np.argsort(found["row"], kind="stable") if found else None
+    return {name: array[order] for name, array in found.items()}
 
 
 def values(found: Predictions, names: tuple[str, ...]) -> dict[str, float]:

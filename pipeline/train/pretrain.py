@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from pipeline import bundle, starts, storage
+from pipeline.data.buckets import BucketPlan
 from pipeline.data.plan import Mixture, Plan
-from pipeline.data.stream import DataWorkers, Decoder, Place, Rows, check_budget, rows_an_item, train_batches
+from pipeline.data.stream import DataWorkers, Decoder, Place, Rows, check_budget, plan_of, rows_an_item, train_batches
 from pipeline.job import Train
 from pipeline.techniques.rates import Full
 from pipeline.train import checkpoint, evaluate, loop, probe
@@ -50,23 +51,27 @@ class RankJob:
     """Ranges and weights of the corpora, where they have weights."""
 
 
-def steps_of(train: Train, plan_rows: int) -> int:
-    """Optimiser steps of a run over so many rows; one epoch when nothing was said."""
-    if train.steps is not None:
-        return train.steps
-    return max(1, int(np.ceil((train.epochs or 1.0) * plan_rows / train.global_batch - 1e-9)))
+def steps_of(train: Train, plan: Plan) -> int:
+    """Optimiser steps of a run; one epoch when nothing was said."""
+    return train.steps if train.steps is not None else plan.steps(train.epochs or 1.0)
 
 
 def rank_job(stage: SourceStage, fitted: Fitted, workers: DataWorkers, threads: int) -> RankJob:
     spec = stage.spec
     assert spec.data is not None
-    n = len(fitted.train)
     shards = canonical_shards(spec)
     shuffle = spec.data.shuffle if spec.data.shuffle != "auto" else ("rows" if fitted.train.manifest.size <= ROWS_SHUFFLE_BYTES else "blocks")
     place: Place = "workers" if spec.data.decode == "auto" else spec.data.decode
     check_plan(stage, fitted.corpora)
-    return RankJob(stage.name, stage.uri, stage.key, stage.seed, spec.train, steps_of(spec.train, n), fitted, shards,
-                   shuffle, place, spec.data.max_bad_rows, workers, threads, fitted.text, mixture(spec, fitted.corpora))
+    work = RankJob(stage.name, stage.uri, stage.key, stage.seed, spec.train, 0, fitted, shards, shuffle, place, spec.data.max_bad_rows, workers, threads,
+                   fitted.text, mixture(spec, fitted.corpora))
+    return replace(work, steps=steps_of(spec.train, order_of(work, Rows(fitted.train, decoder_of(fitted), costs=fitted.costs), 1)))
+
+
+def order_of(work: RankJob, rows: Rows, item_rows: int) -> Plan:
+    """The order in which a source's rows are read, ``item_rows`` at a time."""
+    return plan_of(rows, work.seed, work.train.global_batch, work.train.batch_cost, shards=work.shards, shuffle=work.shuffle,  # type: ignore[arg-type]
+                   item_rows=item_rows, mixture=work.mixture)
 
 
 def decoder_of(fitted: Fitted) -> Decoder:
@@ -75,7 +80,9 @@ def decoder_of(fitted: Fitted) -> Decoder:
 
 def decoded(work: RankJob) -> Rows | None:
     """The training rows decoded once, for ``decode: memory``: the driver does it, and all ranks read them from shared memory."""
-    return Rows(work.fitted.train, decoder_of(work.fitted)).in_memory(work.max_bad_rows, keep_bad=True) if work.place == "memory" else None
+    if work.place != "memory":
+        return None
+    return Rows(work.fitted.train, decoder_of(work.fitted), costs=work.fitted.costs).in_memory(work.max_bad_rows, keep_bad=True)
 
 
 class _BadRows:
@@ -119,9 +126,8 @@ def train_rank(work: RankJob, ranks: Ranks, on_progress: Callable[[dict[str, Any
     if fitted.initial and not resume:
         task.load_state_dict(bundle.load(fitted.initial).tensors)
     decoder, bad = decoder_of(fitted), _BadRows(work, ranks)
-    rows = held or Rows(fitted.train, decoder)
-    plan = Plan(len(rows), work.seed, train.global_batch, shards=work.shards, shuffle=work.shuffle, boundaries=rows.selection.boundaries,  # type: ignore[arg-type]
-                item_rows=rows_an_item(rows, work.shards), mixture=work.mixture)
+    rows = held or Rows(fitted.train, decoder, costs=fitted.costs)
+    plan = order_of(work, rows, rows_an_item(rows, work.shards))
     cuda = ranks.device.type == "cuda"
     batches = partial(train_batches, rows, plan, rank=ranks.rank, ranks=ranks.count, place=work.place, pin=cuda, threads=work.threads,
                       workers=work.workers, device=ranks.device)
@@ -170,7 +176,7 @@ def train_rank(work: RankJob, ranks: Ranks, on_progress: Callable[[dict[str, Any
              "wait_share": round(outcome.wait_share, 4), "skipped_steps": outcome.skipped_steps, "params_trained": outcome.params_trained,
              "resumed_from": outcome.resumed_from, "bad_rows": len(bad.found) + len(fitted.left_out), "ranks": ranks.count, "device": device_name(ranks.device),
              "metrics": run.keeper.metrics, "kept_step": run.keeper.step, "curve": outcome.curve, "transfer": fitted.moved, "splits": work.split_text,  # type: ignore[attr-defined]
-             "started_at": began, "spec_hash": work.key}
+             "started_at": began, "spec_hash": work.key, **({"padding_share": round(plan.padding(), 4)} if isinstance(plan, BucketPlan) else {})}
     if ranks.first:
         objective.after_training(task.backbone)
         bundle.save(storage.join(work.uri, "bundle"), task, fitted.modality, parent=fitted.start, training=facts, spec_hash=work.key,

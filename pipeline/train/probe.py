@@ -36,13 +36,15 @@ def features(backbone: nn.Module, rows: Rows, device: torch.device, autocast: An
     backbone.to(device).eval()
     labels = registry.get("objective", rows.decoder.objective).label_tensors if rows.decoder.objective else ()
     ready = evaluate.ready_for(rows)
-    pooled, rest = [], []
+    pooled, rest, ids = [], [], []
     for batch, _, _ in eval_batches(rows, FEATURE_ROWS):
         batch = ready(batch.to(device), False)
         with autocast or nullcontext():
             pooled.append(backbone(batch).pooled.float())
         rest.append({name: tensor for name, tensor in batch.data.items() if name in labels})
-    return torch.cat(pooled), {name: torch.cat([part[name] for part in rest]) for name in rest[0]}
+        ids.append(batch.rows)
+    order = torch.from_numpy(np.argsort(np.concatenate(ids), kind="stable")).to(device)
+    return torch.cat(pooled)[order], {name: torch.cat([part[name] for part in rest])[order] for name in rest[0]}
 
 
 def neighbours(found: np.ndarray, k: int, tried: np.ndarray | None = None) -> Tensor:

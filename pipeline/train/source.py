@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
 from pipeline import bundle, folders, registry, starts, storage
 from pipeline.bundle import BundleError
@@ -19,10 +20,11 @@ from pipeline.contracts import Modality, Objective
 from pipeline.data import manifest as manifests
 from pipeline.data.manifest import Selection, Splits
 from pipeline.data.plan import Mixture, Plan
-from pipeline.data.stream import check_budget, map_items
+from pipeline.data.stream import Decoder, Rows, check_budget, map_items
 from pipeline.job import STARTS, Data, Job, Plug, Source, spec_hash
 from pipeline.jobfile import PLACES
 from pipeline.rng import mix
+from pipeline.train import checks
 from pipeline.train import probe as probes
 
 STAGE_VERSION = 4
@@ -102,20 +104,7 @@ def stage(job: Job, name: str) -> SourceStage:
         assert spec.objective is not None
         modality, objective = registry.get("modality", spec.data.modality.name), registry.get("objective", spec.objective.name)
         roles = (*modality.roles, *objective.roles)
-        check_modality(f"sources.{name}", spec.data.modality.name, spec.data.modality.options, spec.objective.name)
-        if objective.packed:
-            check_packed(f"sources.{name}", spec.data, spec.objective.name)
-        if objective.couples_rows and spec.train.micro_batch is not None:
-            raise ValueError(f"sources.{name}.train.micro_batch: {spec.objective.name} compares all rows of a global batch with each other, which parts of "
-                             "it would not do; leave it out, and use more workers or a smaller global_batch")
-        if objective.views is not Objective.views and modality.views is Modality.views:
-            raise ValueError(f"sources.{name}.objective: {spec.objective.name} compares random views of a row, and {spec.data.modality.name} rows have none; "
-                             "it is for images")
-        if objective.couples_rows and spec.train.keep == "best" and "keep" in spec.train.model_fields_set:
-            raise ValueError(f"sources.{name}.train.keep: the validation loss of {spec.objective.name} follows from which rows are validated together and says "
-                             "little of the backbone; leave it out: the last weights are kept")
-        if spec.data.decode == "device" and modality.encoded is Modality.encoded:
-            raise ValueError(f"sources.{name}.data.decode: {spec.data.modality.name} rows are not decoded on the device; use workers, train, memory or auto")
+        checks.source(f"sources.{name}", spec)
         splits = manifests.splits(spec.data, roles, f"sources.{name}", storage.join(job.root, "imports"), need_test=False)
     probe = probes.splits(spec, f"sources.{name}", bool(splits and len(splits.validation)), storage.join(job.root, "imports"))
     what = spec.model_dump(mode="json", exclude={"data", "probe", "workers", "cpus_per_worker", "gpus_per_worker", "max_failures", "train", "init"})
@@ -131,29 +120,10 @@ def stage(job: Job, name: str) -> SourceStage:
     return made
 
 
-def check_modality(place: str, name: str, options: dict[str, Any], objective: str) -> None:
-    """Raises ValueError where a modality's options do not suit the objective."""
-    kind = registry.get("modality", name)
-    try:
-        kind(kind.options_class(**options), {}).check(registry.get("objective", objective).roles)
-    except ValueError as error:
-        raise ValueError(f"{place}.data.modality: {error}") from None
-
-
-def check_packed(place: str, data: Data, objective: str) -> None:
-    """Raises ValueError where rows cannot be packed for an objective that wants it, or have more than the one text that is packed."""
-    kind = registry.get("modality", data.modality.name)
-    if kind.pack is Modality.pack:
-        able = [name for name in registry.names("modality") if registry.get("modality", name).pack is not Modality.pack]
-        raise ValueError(f"{place}.objective: {objective} reads packed documents, and {data.modality.name} rows cannot be packed: it is for {', '.join(able)}")
-    for role in kind.optional_roles:
-        if role in data.columns:
-            raise ValueError(f"{place}.data.columns.{role}: {objective} reads one text a row, packed with others: leave {role} out, or write both texts "
-                             "into one column")
-
-
 def check_plan(stage: SourceStage, corpora: tuple[int, ...]) -> None:
     """Raises ValueError when so many rows cannot fill a global batch, the ranks are more than there are row orders, or weights cannot be kept."""
+    if stage.spec.train.batch_cost is not None:
+        return
     try:
         Plan(sum(corpora), 0, stage.spec.train.global_batch, shards=canonical_shards(stage.spec), mixture=mixture(stage.spec, corpora)
              ).owned(0, stage.spec.worker_range[1])
@@ -192,6 +162,8 @@ class Fitted:
     text: str
     corpora: tuple[int, ...]
     probe: probes.Probe | None = None
+    costs: np.ndarray | None = None
+    """What each training row costs, where batches are cut by it."""
 
 
 def sample(selection: Selection, columns: list[str], rows: int) -> pa.Table:
@@ -220,6 +192,7 @@ def fit(stage: SourceStage) -> Fitted:
     wanted = needed if objective.fit_roles is None else [columns[role] for role in objective.fit_roles if role in columns]
     state = objective.fit(options, manifests.read_columns(splits.train, wanted), columns)
     arch = held.manifest["arch"] if held else arch_of(spec, start, bundle.build_modality(modality).inputs())
+    state = suited(objective, state, arch)
     fitted = {"name": spec.objective.name, "options": options.model_dump(), "state": state}
     moved = held.manifest["training"]["transfer"] if held else ""
     if start:
@@ -242,7 +215,18 @@ def fit(stage: SourceStage) -> Fitted:
     probe = probes.prepare(spec.probe, stage.probe, bundle.build_modality(modality)) if spec.probe and stage.probe else None
     if probe:
         note += f"; probe of {len(probe.train)} training and {len(probe.validation)} validation rows"
-    return Fitted(arch, modality, fitted, columns, train, validation, text, initial if text else None, moved, tuple(left_out), note, corpora, probe)
+    costs = None
+    if spec.train.batch_cost is not None:
+        costs = Rows(train, Decoder(bundle.build_modality(modality), spec.objective.name, state, columns)).with_costs().costs
+    return Fitted(arch, modality, fitted, columns, train, validation, text, initial if text else None, moved, tuple(left_out), note, corpora, probe, costs)
+
+
+def suited(objective: type[Objective], state: dict[str, Any], arch: dict[str, Any]) -> dict[str, Any]:
+    """What an objective learned, with what it must know of the backbone (`Objective.suit`). Raises ValueError where that is not for it."""
+    if objective.suit.__func__ is Objective.suit.__func__:
+        return state
+    with torch.device("meta"):
+        return objective.suit(state, bundle.build_backbone(arch, seed=0))
 
 
 def arch_of(spec: Source, start: starts.Start | None, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -262,7 +246,7 @@ def read_otherwise(arch: dict[str, Any], inputs: dict[str, Any]) -> dict[str, An
     """An architecture whose weights are there, for rows that are read otherwise than theirs were: with as many positions as it had, where their number
     followed from the length of those rows."""
     options, known = dict(arch["options"]), registry.entry("model", arch["name"].partition("/")[0]).options.model_fields
-    if "positions" in known and not options.get("positions") and not options.get("config") and inputs["length"] != arch["inputs"]["length"]:
+    if "positions" in known and not options.get("positions") and not options.get("config") and inputs.get("length") != arch["inputs"].get("length"):
         options["positions"] = arch["inputs"]["length"]
     return {**arch, "options": options, "inputs": inputs}
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pipeline import registry
-from pipeline.job import spec_hash
-from pipeline.train import pretrain, source
+from pipeline.data.plan import Plan
+from pipeline.job import Train, spec_hash
+from pipeline.train import source
 from pipeline.transfer import stages, trials
 from pipeline.transfer.stages import State
 
@@ -18,11 +19,11 @@ def describe(state: State) -> list[str]:
             lines.append(f"source {name}: {stage.spec.init or stage.spec.backbone} [{done}]")
             continue
         train = stage.spec.train
-        steps = str(train.steps) if train.steps else ("after packing" if stage.packed else str(pretrain.steps_of(train, len(stage.splits.train))))
-        lines.append(f"source {name}: {stage.spec.backbone} by {stage.spec.objective}, {steps} steps of {train.global_batch} rows on "
+        rows = len(stage.splits.train)
+        lines.append(f"source {name}: {stage.spec.backbone} by {stage.spec.objective}, {_steps(train, rows, stage.packed)} steps of {_size(train)} on "
                      f"{stage.spec.workers} ranks; {stage.splits.sizes()} [{done}]")
     ready = stages.ended(state)
-    total, steps_total, unknown = 0, 0, 0
+    total, steps_total, unknown = 0, 0, ""
     for name, stage in state.targets.items():
         names = stages.matching(state, name)
         if job.fanout.select:
@@ -36,16 +37,31 @@ def describe(state: State) -> list[str]:
             final = cells * job.fanout.seeds
             rows = stage.labelled(fraction)
             train = stage.spec.train.model_copy(update={"global_batch": min(stage.spec.train.global_batch, rows)})
-            known = train.steps is not None or not stage.packed  # how many rows documents are packed into is found out by a run
-            steps = pretrain.steps_of(train, rows) if known else 0
-            total, steps_total, unknown = total + search + final, steps_total + (search + final) * steps, unknown + (not known)
+            steps = _steps(train, rows, stage.packed)
+            total += search + final
+            if isinstance(steps, int):
+                steps_total += (search + final) * steps
+            else:
+                unknown = f" and those to be known {steps}"
             drawn = " (before search)" if {"steps", "epochs", "global_batch"} & set(job.fanout.search) else ""
             lines.append(f"target {name} at {trials.fraction_text(fraction)} labels: {cells} cells = {search} search + {final} final trials of "
-                         f"{steps if known else 'after packing'} steps{drawn} on {rows} {'documents' if stage.packed else 'rows'}; {stage.splits.sizes()}")
+                         f"{steps} steps{drawn} on {rows} {'documents' if stage.packed else 'rows'}; {stage.splits.sizes()}")
     kept = f", {sum(done for _, done in ready)} of the {len(ready)} trials are done" if ready else ""
-    steps_told = f"{steps_total} steps" + (" and those to be known after packing" if unknown else "")
-    lines.append(f"in all: {total} trials, {steps_told}{kept}; results in {job.root}")
+    lines.append(f"in all: {total} trials, {steps_total} steps{unknown}{kept}; results in {job.root}")
     return lines
+
+
+def _steps(train: Train, rows: int, packed: bool) -> int | str:
+    """Steps of a run, or when they will be known: into how many rows documents are packed, or into how many batches rows are cut, a run finds out."""
+    if train.steps is not None:
+        return train.steps
+    if packed:
+        return "after packing"
+    return "after sorting" if train.batch_cost is not None else Plan(rows, 0, train.global_batch).steps(train.epochs or 1.0)
+
+
+def _size(train: Train) -> str:
+    return f"{train.global_batch} rows" if train.batch_cost is None else f"cost {train.batch_cost:g}"
 
 
 def _kind(state: State, name: str) -> tuple[str, ...]:

@@ -226,7 +226,7 @@ def _stack(members: list[tuple[Trial, Train, Rows, int]], shared: Shared, data: 
 
     def batches(span: range) -> Iterator[Loaded]:
         whole = data.train.selection.ids(np.arange(len(data.train)))
-        plans = [trials.plan_of(trial, shared, t, rows) for trial, t, rows, _ in members]
+        plans = [trials.order_of(trial, shared, t, rows) for trial, t, rows, _ in members]
         places = [np.searchsorted(whole, rows.selection.ids(np.arange(len(rows)))) for _, _, rows, _ in members]
         for step in span:
             index = torch.from_numpy(np.stack([place[plan.batch(step)[0]] for plan, place in zip(plans, places, strict=True)])).to(device)

@@ -175,7 +175,7 @@ def share(state: State) -> Shared:
             target = replace(target, splits=replace(target.splits, test=seen.test))
             for base in found:
                 if set(base.sources) & set(matching(state, name)):
-                    key = spec_hash(base.modality)
+                    key = targets.reading(target, base)
                     by_modality[key] = held[name, base.key] = targets.for_base(by_modality[key], base) if key in by_modality else targets.prepare(target, base)
         except ValueError as error:  # one bad target: the others go on
             state.broken[name] = str(error)

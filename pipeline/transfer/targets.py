@@ -17,6 +17,7 @@ from pipeline.data.manifest import Splits
 from pipeline.data.stream import Decoder, Rows
 from pipeline.job import Job, Plug, Source, Target, spec_hash
 from pipeline.metrics import metric
+from pipeline.train import checks
 from pipeline.train import source as train_source
 from pipeline.train.source import STAGE_VERSION, data_key
 from pipeline.transfer.trial import TargetData
@@ -80,7 +81,8 @@ def stage(job: Job, name: str) -> TargetStage:
         raise ValueError(f"targets.{name}.objective: {spec.objective.name} is for sources; a target's rows have labels, or are texts to model: "
                          f"{', '.join(usable)}")
     if objective.packed:
-        train_source.check_packed(f"targets.{name}", spec.data, spec.objective.name)
+        checks.check_packed(f"targets.{name}", spec.data, spec.objective.name)
+    checks.check_costs(f"targets.{name}", spec.data, spec.train, objective)
     whole = [fraction for fraction in spec.label_fractions if isinstance(fraction, int)]
     if whole and "label" not in objective.roles:
         raise ValueError(f"targets.{name}.label_fractions: {whole[0]} means {whole[0]} rows a class, and a row of {spec.objective.name} has no single class: "
@@ -168,9 +170,9 @@ def prepare(target: TargetStage, base: Base) -> TargetData:
     except ValueError as error:
         raise ValueError(f"data.modality: {error}") from None
     options = objective.options_class(**spec.objective.options)
-    state = target.state or fit_labels(spec, splits)
-    fitted = {"name": spec.objective.name, "options": options.model_dump(), "state": state}
     arch = train_source.read_otherwise(base.arch, modality.inputs() or base.arch["inputs"])
+    state = train_source.suited(objective, target.state or fit_labels(spec, splits), arch)
+    fitted = {"name": spec.objective.name, "options": options.model_dump(), "state": state}
     _check_base(target, base, arch, fitted)
     selections, lost, text = [splits.train, splits.validation, splits.test], [], splits.sizes()
     if target.packed:
@@ -183,9 +185,10 @@ def prepare(target: TargetStage, base: Base) -> TargetData:
     wanted = sum(decoder.size(selection) for selection in selections)
     if spec.data.decode == "memory" or (spec.data.decode == "auto" and wanted <= MEMORY_BYTES):
         parts = [rows.in_memory(spec.data.max_bad_rows) for rows in parts]
-        labels = parts[0].arrays.get("label") if parts[0].arrays and "label" in objective.roles else None
-    else:
-        labels = _classes(spec, splits, state)
+    if spec.train.batch_cost is not None:
+        parts[0] = parts[0].with_costs()
+    held = parts[0].arrays
+    labels = _classes(spec, splits, state) if held is None else held.get("label") if "label" in objective.roles else None
     bad = lost + [(split, rows.selection.manifest.place(row), why) for split, rows in zip(manifests.SPLITS, parts, strict=True) for row, why in rows.bad]
     text += (f"; {len(bad)} rows left out: " + "; ".join(f"{s} {p}: {w}" for s, p, w in bad[:3]) if bad else "")
     groups = None
@@ -203,6 +206,13 @@ def _packed(target: TargetStage, split: str, selection: manifests.Selection, mod
     if not len(made.rows):
         raise ValueError(f"data: the {split} split holds no text to pack ({len(selection)} rows, all of them left out)")
     return made
+
+
+def reading(target: TargetStage, base: Base) -> str:
+    """What the decoded rows of a target depend on: bases that read them alike share them."""
+    objective = registry.get("objective", target.spec.objective.name)
+    suits = objective.suit.__func__ is not Objective.suit.__func__  # which rows can be used follows from the backbone too
+    return spec_hash(base.modality, *([base.arch] if suits else []))
 
 
 def for_base(data: TargetData, base: Base) -> TargetData:
@@ -245,7 +255,7 @@ def check_modality(target: TargetStage, source: Source) -> None:
     plug, place = target.spec.data.modality, f"targets.{target.name}"
     if source.data is None:
         return
-    train_source.check_modality(place, plug.name, {**source.data.modality.options, **plug.options}, target.spec.objective.name)
+    checks.check_modality(place, plug.name, {**source.data.modality.options, **plug.options}, target.spec.objective.name)
     theirs = registry.get("modality", plug.name).options_class(**source.data.modality.options)
     room, wanted = source.backbone.options.get("positions") or getattr(theirs, "length", None), plug.options.get("length")
     if wanted and room and wanted > room and source.backbone.name.startswith("transformers/") and not source.backbone.options.get("config"):

@@ -16,7 +16,7 @@ import torch
 from pipeline import bundle, registry, storage
 from pipeline.contracts import Task
 from pipeline.data.plan import Plan
-from pipeline.data.stream import Rows, check_budget, eval_batches, train_batches
+from pipeline.data.stream import Rows, check_budget, eval_batches, plan_of, train_batches
 from pipeline.job import Target, Train, drawn
 from pipeline.metrics import Predictions, metric, per_label, scored
 from pipeline.rng import mix
@@ -117,18 +117,23 @@ def weights_hash(task: torch.nn.Module) -> str:
 def resolved(trial: Trial, shared: Shared) -> tuple[Train, Rows, int]:
     """The training spec as it runs, the labelled rows of this trial and the steps.
 
-    The batch is never larger than the rows; a frozen backbone reads rows without augmentation, since its features are computed once.
+    The batch is never larger than the rows; a frozen backbone reads rows without augmentation, since its features are computed once, and in batches
+    of as many rows as ``batch_cost`` holds on average: features are all of one length.
     """
     data = shared.targets[trial.target, trial.base]
     rows = data.train.subset(label_subset(data.train, data.labels, trial.label_fraction, mix(shared.seed, trial.seed)))
     train = drawn(data.spec.train, trial.hyper_parameters)
-    change: dict[str, Any] = {"global_batch": min(train.global_batch, len(rows)), **({"augment": False} if trial.technique_object.frozen else {})}
-    train = train.model_copy(update=change)
-    return train, rows, steps_of(train, len(rows))
+    change: dict[str, Any] = {"augment": False} if trial.technique_object.frozen else {}
+    batch = train.global_batch
+    if trial.technique_object.frozen and train.batch_cost is not None:
+        assert data.train.costs is not None
+        batch, change["batch_cost"] = max(1, round(train.batch_cost / max(float(data.train.costs.mean()), 1e-9))), None
+    train = train.model_copy(update={**change, "global_batch": min(batch, len(rows))})
+    return train, rows, steps_of(train, order_of(trial, shared, train, rows))
 
 
-def plan_of(trial: Trial, shared: Shared, train: Train, rows: Rows) -> Plan:
-    return Plan(len(rows), mix(shared.seed, trial.seed, 2), train.global_batch, shards=train.canonical_shards or 8)
+def order_of(trial: Trial, shared: Shared, train: Train, rows: Rows) -> Plan:
+    return plan_of(rows, mix(shared.seed, trial.seed, 2), train.global_batch, train.batch_cost, shards=train.canonical_shards or 8)
 
 
 Report = Callable[[int, int, dict[str, Any]], None]
@@ -150,7 +155,7 @@ def run(trial: Trial, shared: Shared, ranks: Ranks | None = None, report: Report
     with torch.random.fork_rng(devices=[]):  # what a technique adds starts from the trial's seed, as the head does
         torch.manual_seed(mix(shared.seed, trial.seed, 4))
         task = technique.wrap(task)
-    plan = plan_of(trial, shared, train, rows)
+    plan = order_of(trial, shared, train, rows)
     ready = evaluate.ready_for(rows, task.objective)
     autocast = partial(loop.autocast, train, ranks.device)
     check = evaluate.evaluator(data.validation, data.metrics, ready, ranks, autocast, EVAL_ROWS)
@@ -212,6 +217,8 @@ def make_record(trial: Trial, shared: Shared, train: Train, began: float, facts:
     """A trial's record: its result rows (without gains, which need the other trials), its curve and what truly ran."""
     data = shared.targets[trial.target, trial.base]
     ran = {**trial.hyper_parameters, **{k: getattr(train, k) for k in ("lr", "global_batch", "weight_decay", "optimizer")}, "steps": facts.get("steps"),
+           **({"batch_cost": train.batch_cost, "global_batch": None} if train.batch_cost else {}),
+           **({"normalization": data.objective["state"]["normalization"]} if "normalization" in data.objective["state"] else {}),
            "start_weights": facts.get("start_weights"), **({"technique": trial.technique.options} if trial.technique.options else {})}
     groups = groups_of(data, test)
     common = {"job": shared.job, "source": trial.source, "backbone": trial.backbone, "target": trial.target, "objective": data.objective["name"],

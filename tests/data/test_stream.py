@@ -4,7 +4,6 @@ import gc
 import os
 import pickle
 import random
-import sys
 import threading
 import time
 from collections import Counter
@@ -452,20 +451,6 @@ def test_map_items_without_ray_is_ordered_and_lazy(monkeypatch):
     assert len(taken) == 3
     assert list(results) == [i * i for i in range(3, 100)]
     assert list(stream.map_items(str, [])) == []
-
-
-@pytest.fixture(scope="session")
-def ray_here():
-    """Two logical CPUs of this machine, or the cluster that another test's fixture has started."""
-    import ray
-
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the workers cannot import this file
-    if ray.is_initialized():
-        yield ray
-        return
-    ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=200 << 20, log_to_driver=False)
-    yield ray
-    ray.shutdown()
 
 
 def slow_square(x: int) -> int:

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.data import manifest as manifests
+from pipeline.data.plan import Plan
 from pipeline.job import Train
 from pipeline.train import pretrain, source
 
@@ -28,7 +29,7 @@ def test_a_task_reads_a_bounded_number_of_bytes(tmp_path, monkeypatch):
 
 def test_steps_of_epochs_are_rounded_up():
     def steps(rows: int, **train) -> int:
-        return pretrain.steps_of(Train.model_validate({"global_batch": 32, **train}), rows)
+        return pretrain.steps_of(Train.model_validate({"global_batch": 32, **train}), Plan(rows, 0, 32))
 
     assert [steps(100, epochs=epochs) for epochs in (0.001, 0.32, 0.33, 1, 2, 3.2)] == [1, 1, 2, 4, 7, 10]
     assert steps(96) == steps(96, epochs=1) == 3 and steps(96, steps=9) == 9

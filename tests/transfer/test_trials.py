@@ -230,7 +230,7 @@ def test_a_seed_changes_initialisation_order_and_subset(world):
         one = trial_of(job, shared, "full", fraction=0.5, seed=seed)
         task, moved, start = one_trial.build(one, shared)
         train, rows, _ = one_trial.resolved(one, shared)
-        plan = one_trial.plan_of(one, shared, train, rows)
+        plan = one_trial.order_of(one, shared, train, rows)
         ids = rows.selection.ids(np.arange(len(rows)))
         seen.append((start, tuple(plan.batch(0)[0]), tuple(ids), task.objective.head.weight.detach().clone(), task.backbone.state_dict()))
         assert moved.endswith("; head new") and "0 new, 0 dropped" in moved
