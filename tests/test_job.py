@@ -571,6 +571,7 @@ def test_a_source_may_have_the_name_of_a_field(load, problems, called):
     ("steps: 20", "steps: 2.5", "train.steps: "),
     ("steps: 20", "steps: true", "train.steps: "),
     ("steps: 20", "steps: 20, epochs: 1", "train: give steps or epochs, not both"),
+    ("steps: 20", "steps: 20, batch_cost: 60", "train: give global_batch (rows a step) or batch_cost (what the rows of a step cost in all)"),
     ("lr: 1e-3", "lr: .nan", "train.lr: "),
     ("lr: 1e-3", "precision: fp16", "train.precision: Input should be 'auto', 'fp32' or 'bf16' (got 'fp16')"),
     ("workers: [2, 8]", "workers: [8, 2]", "workers (8, 2) must be at least 1"),

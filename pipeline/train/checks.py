@@ -61,7 +61,5 @@ def check_costs(place: str, data: Data, train: Train, objective: type[Objective]
         why = f"rows of {data.modality.name} all cost the same here (it is for {', '.join(able)})"
     elif any(weight is not None for weight in data.weights):
         why = "corpora with weights are drawn row by row"
-    elif data.shuffle == "none":
-        why = "shuffle: none keeps the order of the rows, and batch_cost sorts them by their length"
     if why:
         raise ValueError(f"{place}.train.batch_cost: {why}; say global_batch")

@@ -216,8 +216,8 @@ def pretrain(stage: source.SourceStage, progress: Progress, verbose: bool, growi
     most = high if growing else max(low, min(high, int((cpus + 1e-6) // (mine.cpus + mine.data.cpus_per_actor))))  # elastic ranks leave Ray Data its CPUs
     progress.update(f"{stage.name}: reading and fitting the source")
     fitted = source.fit(stage)
-    progress.note(f"{stage.name}: {fitted.text}")
     work = work_of.rank_job(stage, fitted, mine.data, mine.threads)
+    progress.note(f"{stage.name}: {work.split_text}")
     if work.place == "memory":
         progress.update(f"{stage.name}: decoding {len(fitted.train)} rows")
     rows = work_of.decoded(work)

@@ -65,7 +65,11 @@ def rank_job(stage: SourceStage, fitted: Fitted, workers: DataWorkers, threads: 
     check_plan(stage, fitted.corpora)
     work = RankJob(stage.name, stage.uri, stage.key, stage.seed, spec.train, 0, fitted, shards, shuffle, place, spec.data.max_bad_rows, workers, threads,
                    fitted.text, mixture(spec, fitted.corpora))
-    return replace(work, steps=steps_of(spec.train, order_of(work, Rows(fitted.train, decoder_of(fitted), costs=fitted.costs), 1)))
+    rows = Rows(fitted.train, decoder_of(fitted), costs=fitted.costs)
+    plan, text = order_of(work, rows, 1), fitted.text
+    if isinstance(plan, BucketPlan):
+        text += f"; {plan.batches_an_epoch:.0f} batches an epoch of up to {plan.batch_cost:g} {rows.modality.cost_unit}, {plan.padding():.1%} of them padding"
+    return replace(work, steps=steps_of(spec.train, plan), split_text=text)
 
 
 def order_of(work: RankJob, rows: Rows, item_rows: int) -> Plan:

@@ -1,0 +1,30 @@
+"""Batches by cost are for rows that differ in length, told before any row is read."""
+
+import pytest
+
+from pipeline.contracts import Objective
+from pipeline.job import Data, Train
+from pipeline.train import checks
+
+
+def spec(**data) -> Data:
+    return Data.model_validate({"uri": "rows.parquet", "modality": "audio", "columns": {"audio": "audio"}, **data})
+
+
+def refused(data: Data, train: dict, objective: type = Objective) -> str:
+    with pytest.raises(ValueError) as error:
+        checks.check_costs("sources.a", data, Train.model_validate(train), objective)
+    return str(error.value)
+
+
+def test_batch_cost_is_for_rows_that_cost_differently():
+    assert refused(spec(modality="image", columns={"image": "image"}), {"batch_cost": 9}) == (
+        "sources.a.train.batch_cost: rows of image all cost the same here (it is for audio); say global_batch")
+    assert "rows of audio all cost the same" in refused(spec(), {"batch_cost": 9}, type("Packed", (Objective,), {"packed": True}))
+    checks.check_costs("sources.a", spec(), Train.model_validate({"batch_cost": 9}), Objective)
+    checks.check_costs("sources.a", spec(modality="image", columns={"image": "image"}), Train(), Objective)
+
+
+def test_batch_cost_takes_no_weights():
+    assert "corpora with weights are drawn row by row" in refused(
+        spec(weight=0.5, more=[{"uri": "other.parquet", "modality": "audio", "weight": 0.5}]), {"batch_cost": 9})
