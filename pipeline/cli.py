@@ -174,9 +174,10 @@ def predict(bundle: Annotated[str, typer.Argument(help="A fine-tuned bundle (fol
             data: Annotated[list[str], typer.Argument(help="Files, folders or globs to predict.")],
             output: Annotated[str, typer.Option("-o", "--output", help="Folder for the Parquet files.")],
             column: Annotated[list[str] | None, typer.Option(help="ROLE=NAME: the column of a role, when it is named otherwise than in training.")] = None,
-            format: Annotated[str, typer.Option(help="auto, parquet, images, jsonl, csv or text.")] = "auto",
+            format: Annotated[str, typer.Option(help="auto, parquet, images, audio, jsonl, csv or text.")] = "auto",
+            srt: Annotated[bool, typer.Option("--srt", help="Of speech: one file of subtitles a recording too.")] = False,
             address: Address = None, verbose: Verbose = False) -> None:
-    """Apply a fine-tuned bundle to new files with Ray Data; writes row, prediction and probabilities as Parquet."""
+    """Apply a fine-tuned bundle to new files with Ray Data; writes row, prediction and probabilities (of speech text, words and their times) as Parquet."""
     from pipeline import bundle as bundles
     from pipeline import storage
     from pipeline.train import launch
@@ -187,10 +188,10 @@ def predict(bundle: Annotated[str, typer.Argument(help="A fine-tuned bundle (fol
     if wrong:
         raise _fail(f"--column {wrong[0]}: write ROLE=NAME, e.g. image=picture", 2)
     try:
-        apply.check(bundle)
+        apply.check(bundle, srt)
         launch.start(address, verbose)
         with Progress() as progress:
-            written = apply.predict(bundle, data, output, dict(c.split("=", 1) for c in column or ()), format, progress)
+            written = apply.predict(bundle, data, output, dict(c.split("=", 1) for c in column or ()), format, progress, srt)
     except KeyboardInterrupt:
         raise _fail("stopped; the same command goes on from here", 130) from None
     except (bundles.BundleError, storage.StorageError, ValueError) as error:
@@ -220,14 +221,14 @@ def export(bundle: Annotated[str, typer.Argument(help="The bundle to export.")],
 
 
 @app.command()
-def prepare(name: Annotated[str | None, typer.Argument(help="imagenet, webdataset, coco, chestxray14, imagefolder, text, conll, squad, csv: --list.")] = None,
+def prepare(name: Annotated[str | None, typer.Argument(help="imagenet, coco, librispeech, commonvoice, manifest, text, csv and others: --list.")] = None,
             source: Annotated[str | None, typer.Argument(help="The publisher's folder, archive or (text) file, local or s3://.")] = None,
             output: Annotated[str | None, typer.Option("-o", "--output", help="Folder for the Parquet parts, local or s3://.")] = None,
             set_: Annotated[list[str] | None, typer.Option("--set", help="An option of the importer; --list shows them.", metavar="KEY=VALUE")] = None,
             resize: Annotated[int | None, typer.Option(help="Images: shorter side in pixels, only downwards; larger ones are written as JPEG anew.")] = None,
             quality: Annotated[int | None, typer.Option(help="Images: write every one as JPEG anew with this quality (1 to 100).")] = None,
-            rows_per_part: Annotated[int | None, typer.Option(help="Images: rows of a part; none: as --part-mb says.")] = None,
-            part_mb: Annotated[float | None, typer.Option(help="Size of a part in MiB of images or source text; none: 96.")] = None,
+            rows_per_part: Annotated[int | None, typer.Option(help="Images, recordings: rows of a part; none: as --part-mb says.")] = None,
+            part_mb: Annotated[float | None, typer.Option(help="Size of a part in MiB of images, recordings or source text; none: 96.")] = None,
             max_bad: Annotated[float, typer.Option(help="Share of rows that may be broken; one always may, unless this is 0.")] = 0.01,
             list_: Annotated[bool, typer.Option("--list", help="Show the importers (or NAME alone), what they read and their options.")] = False,
             verify: Annotated[bool, typer.Option(help="Read every part of OUTPUT again and compare its SHA-256; writes nothing.")] = False,

@@ -1,7 +1,8 @@
 """Folders of transformers: config.json, model.safetensors and tokenizer.json, read to start from and written to be used elsewhere; timm's are written too.
 
-Families are BERT (Devlin et al. 2019), RoBERTa (Liu et al. 2019), DistilBERT (Sanh et al. 2019) and GPT-2 (Radford et al. 2019). Backbone names are
-``model.`` and transformers' own; heads have transformers' names there and the objectives' here.
+Families are BERT (Devlin et al. 2019), RoBERTa (Liu et al. 2019), DistilBERT (Sanh et al. 2019), GPT-2 (Radford et al. 2019) and, of samples in the place
+of texts (``speech_folders``), wav2vec 2.0 (Baevski et al. 2020). Backbone names are ``model.`` and transformers' own; heads have transformers' names
+there and the objectives' here.
 """
 
 from __future__ import annotations
@@ -19,20 +20,22 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, pre_tokenizers, processors
 from torch import Tensor
 
-from pipeline import bundle, storage
+from pipeline import bundle, speech_folders, storage
 from pipeline import tokenizer as tokenizers
 from pipeline.bundle import BundleError
 
-FAMILIES = {"bert": ("Bert", "bert."), "roberta": ("Roberta", "roberta."), "distilbert": ("DistilBert", "distilbert."), "gpt2": ("GPT2", "transformer.")}
+FAMILIES = {"bert": ("Bert", "bert."), "roberta": ("Roberta", "roberta."), "distilbert": ("DistilBert", "distilbert."), "gpt2": ("GPT2", "transformer."),
+            "wav2vec2": ("Wav2Vec2", speech_folders.PREFIX)}
 """Of each family the beginning of its classes' names, and of its tensors' names where a model has a head."""
 MASKED = {"bert": ("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions.bias", "cls.predictions.decoder"),
           "roberta": ("lm_head.dense", "lm_head.layer_norm", "lm_head.bias", "lm_head.decoder"),
           "distilbert": ("vocab_transform", "vocab_layer_norm", "vocab_projector.bias", "vocab_projector")}
 """Of each family's masked-language-model head: dense layer, layer norm, bias, and the output that is tied to the embedding."""
-HEADS = ("cls.", "lm_head.", "classifier.", "pre_classifier.", "qa_outputs.", "score.", "vocab_transform.", "vocab_layer_norm.", "vocab_projector.")
+HEADS = ("cls.", "lm_head.", "classifier.", "pre_classifier.", "qa_outputs.", "score.", "vocab_transform.", "vocab_layer_norm.", "vocab_projector.",
+         "quantizer.", "project_hid.", "project_q.", "projector.")
 CLASSES = {"mlm": "ForMaskedLM", "clm": "LMHeadModel", "tagging": "ForTokenClassification", "qa": "ForQuestionAnswering",
            "classification": "ForSequenceClassification", "multilabel": "ForSequenceClassification", "none": "Model"}
-"""How the class of transformers ends that has an objective's head."""
+"""How the class of transformers ends that has an objective's head, of families for texts."""
 POOLS = {"bert": "pooler", "roberta": "pooler", "distilbert": "first", "gpt2": "last"}
 """What ForSequenceClassification of each family reads."""
 LINEAR_HEADS = ("classification", "multilabel")
@@ -59,6 +62,8 @@ def read(folder: str, config: dict[str, Any]) -> Checkpoint:
     """The checkpoint of a folder whose ``config`` is read. Raises BundleError with what is missing or does not fit, and what to do."""
     family = _family(folder, config)
     weights = weight_files(folder)
+    if family == "wav2vec2":
+        return _speech(folder, config, _weights(folder, weights))
     if not storage.exists(storage.join(folder, TOKENIZER)):
         raise BundleError(f"hf:{folder}: {TOKENIZER} is missing; save the model again with transformers' save_pretrained, and its tokenizer")
     tensors = _today(_weights(folder, weights), FAMILIES[family][1])
@@ -76,6 +81,19 @@ def read(folder: str, config: dict[str, Any]) -> Checkpoint:
     heads, labels, headless = _heads(family, config, tensors)
     masks = tuple(f"model.{name}" for name in tensors if name.endswith((".attn.bias", ".attn.masked_bias")))
     drop = (*(f"model.{head}" for head in ("pooler.", *HEADS)), "model.embeddings.position_ids", *masks)
+    return Checkpoint(arch, modality, {f"model.{name}": t for name, t in tensors.items()}, drop, heads, labels, headless)
+
+
+def _speech(folder: str, config: dict[str, Any], tensors: dict[str, Tensor]) -> Checkpoint:
+    """wav2vec 2.0's: a model that was trained without masks (mask_time_prob: 0) has no embedding for them, and one that was published without it gets one."""
+    tensors = _today(tensors, speech_folders.PREFIX)
+    try:
+        modality = speech_folders.modality(folder)
+        heads, labels, headless = speech_folders.heads(folder, config, tensors)
+    except ValueError as error:
+        raise BundleError(f"hf:{error}") from None
+    arch = {"name": "transformers/wav2vec2", "options": {"config": config}, "inputs": bundle.build_modality(modality).inputs()}
+    drop = (*(f"model.{head}" for head in HEADS), "model.masked_spec_embed")
     return Checkpoint(arch, modality, {f"model.{name}": t for name, t in tensors.items()}, drop, heads, labels, headless)
 
 
@@ -207,8 +225,9 @@ def write(found: bundle.Bundle, folder: Path, backbone_only: bool) -> str:
     import transformers
 
     objective = found.manifest["objective"]["name"]
-    if not backbone_only and objective not in CLASSES:
-        raise BundleError(f"{found.uri}: transformers has no class with a head for {objective} (it has for {', '.join(c for c in CLASSES if c != 'none')}); "
+    known = speech_folders.OBJECTIVES if family == "wav2vec2" else tuple(CLASSES)
+    if not backbone_only and objective not in known:
+        raise BundleError(f"{found.uri}: transformers has no class with a head for {objective} (it has for {', '.join(known[:-1])}); "
                           "--backbone-only writes the plain model")
     if backbone_only or objective == "none":
         backbone, head, objective = bundle.build_backbone(found.manifest["arch"]), None, "none"
@@ -216,6 +235,8 @@ def write(found: bundle.Bundle, folder: Path, backbone_only: bool) -> str:
     else:
         task = found.task()
         backbone, head = task.backbone, task.objective
+    if family == "wav2vec2":
+        return _write_speech(found, backbone, head, folder)
     model: Any = backbone.model
     name = FAMILIES[family][0] + CLASSES[objective]
     tensors, config = {n: t.detach() for n, t in model.state_dict().items()}, copy.deepcopy(model.config)
@@ -233,6 +254,19 @@ def write(found: bundle.Bundle, folder: Path, backbone_only: bool) -> str:
     _save(getattr(transformers, name), config, tensors, folder)
     _save_tokenizer(tokenizer, specials, folder, found.modality().inputs()["length"], config)
     return f"{name} with {sum(t.numel() for t in tensors.values())} parameters{note}"
+
+
+def _write_speech(found: bundle.Bundle, backbone: Any, head: Any, folder: Path) -> str:
+    import transformers
+
+    try:
+        made = speech_folders.written(backbone, head, found.modality())
+    except ValueError as error:
+        raise BundleError(f"{found.uri}: {error}") from None
+    _save(getattr(transformers, made.kind), made.config, made.tensors, folder)
+    for name, content in made.files.items():
+        (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
+    return f"{made.kind} with {sum(t.numel() for t in made.tensors.values())} parameters"
 
 
 def _configure(config: Any, family: str, ids: dict[str, int], tensors: dict[str, Tensor], objective: str, labels: list[str] | None) -> None:

@@ -89,9 +89,9 @@ class Data(Spec):
     modality: Plug = Field(description="image, text, ...: how a row becomes tensors")
     columns: dict[str, str] = Field(
         default_factory=dict, description="role to column name, e.g. {image: image, label: label}, for the roles that modality and objective read")
-    format: Literal["auto", "parquet", "images", "jsonl", "csv", "text", "paragraphs", "documents"] = Field(
-        "auto", description="auto: by file name; plain text is read as a row a line (text), as rows parted by blank lines (paragraphs), or as a row a "
-        "file (documents)")
+    format: Literal["auto", "parquet", "images", "audio", "jsonl", "csv", "text", "paragraphs", "documents"] = Field(
+        "auto", description="auto: by file name; recordings longer than 30 s are cut at silence (audio); plain text is read as a row a line (text), as "
+        "rows parted by blank lines (paragraphs), or as a row a file (documents)")
     where: dict[str, list[str | int | float | bool]] = Field(default_factory=dict, description="keep rows whose column holds one of these values")
     split_column: str | None = Field(None, description="a column that names each row's split; it is obeyed")
     split_values: dict[Literal["train", "validation", "test"], list[str]] = Field(
@@ -157,6 +157,8 @@ class Train(Spec):
     steps: int | None = Field(None, ge=1, description="optimiser steps; give steps or epochs")
     epochs: float | None = Field(None, gt=0, description="passes over the training rows; give steps or epochs")
     global_batch: int = Field(64, ge=1, description="rows a step over all ranks; the same at any number of ranks")
+    batch_cost: float | None = Field(None, gt=0, description="in the place of global_batch: a step takes rows of like length, as many as cost so much "
+                                     "in all when padded to the longest (audio: seconds)")
     micro_batch: int | None = Field(None, ge=1, description="rows a forward pass on one rank; gradients are accumulated; none: all at once")
     canonical_shards: int | None = Field(None, ge=1, description="independent row orders that ranks share out; none: 8, or the most ranks if more")
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="adamw (fused) or sgd with momentum (fused)")
@@ -184,6 +186,8 @@ class Train(Spec):
     def _one_length(self):
         if self.steps is not None and self.epochs is not None:
             raise ValueError("give steps or epochs, not both")
+        if self.batch_cost is not None and "global_batch" in self.model_fields_set:
+            raise ValueError("give global_batch (rows a step) or batch_cost (what the rows of a step cost in all), not both")
         return self
 
 

@@ -22,7 +22,8 @@ Predictions = dict[str, np.ndarray]
 
 Of several labels a row: ``labels`` (n, L) 0 or 1 beside ``scores`` (n, L), and ``min_positives`` (n,), how many positives among the n
 rows a label needs to stand in a macro average (1 without it). Of entities: ``hits``, ``guessed`` and ``actual`` (n, T) by type; of words:
-``right`` of ``words`` (n,). Of answers: ``exact`` and ``f1`` (n,), 0 to 1. Of language models: ``bytes`` (n,) beside ``loss``, a sum of nats.
+``right`` of ``words`` (n,). Of answers: ``exact`` and ``f1`` (n,), 0 to 1. Of language models: ``bytes`` (n,) beside ``loss``, a sum of nats. Of
+transcripts: ``word_errors`` of ``words`` and ``char_errors`` of ``chars`` (n,). Of samples: ``count`` of them (n,) beside ``loss``, a sum of nats.
 """
 
 
@@ -83,8 +84,13 @@ def _means(name: str) -> Callable[[Predictions], np.ndarray]:
     return lambda p: np.stack([p[name], np.ones(len(p[name]))], axis=1).astype(np.float64)
 
 
-def _word_units(p: Predictions) -> np.ndarray:
-    return np.stack([p["right"], p["words"]], axis=1).astype(np.float64)
+def _shares(part: str, whole: str) -> Callable[[Predictions], np.ndarray]:
+    return lambda p: np.stack([p[part], p[whole]], axis=1).astype(np.float64)
+
+
+def _sample_units(p: Predictions) -> np.ndarray:
+    """Bits and samples (van den Oord et al. 2016 quantise them to 256 values, 8 bits each without a model)."""
+    return _loss_units(p) / np.array([math.log(2), 1.0])
 
 
 def _entity_units(p: Predictions, kind: int | None = None) -> np.ndarray:
@@ -308,10 +314,13 @@ METRICS: dict[str, Metric] = {m.name: m for m in (
     Metric("miou", True, _once(_miou), resampled=_miou),
     _ratio("pixel_accuracy", True, _pixel_units),
     _ratio("entity_f1", True, _entity_units, each="entity_f1"),
-    _ratio("word_accuracy", True, _word_units),
+    _ratio("word_accuracy", True, _shares("right", "words")),
     _ratio("answer_f1", True, _means("f1")),
     _ratio("exact_match", True, _means("exact")),
+    _ratio("wer", False, _shares("word_errors", "words")),
+    _ratio("cer", False, _shares("char_errors", "chars")),
     _ratio("loss", False, _loss_units),
+    _ratio("bits_per_sample", False, _sample_units),
     _ratio("bits_per_byte", False, _bytes_units),
     _ratio("perplexity", False, _loss_units, lambda mean: math.exp(min(mean, 700.0))),
 )}

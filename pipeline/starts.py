@@ -16,13 +16,17 @@ import torch
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
-from pipeline import bundle, folders, hugging_face, registry, storage
+from pipeline import bundle, folders, hugging_face, registry, speech_folders, storage
 from pipeline.bundle import BundleError
 from pipeline.contracts import Backbone, Task
 
 HEADS = ("model.fc.", "model.head.", "model.head_dist.", "model.last_linear.", "model.pooler.", *(f"model.{head}" for head in hugging_face.HEADS),
-         "model.embeddings.position_ids", "model.classif.", "model.AuxLogits.")
+         "model.embeddings.position_ids", "model.classif.", "model.AuxLogits.", "model.masked_spec_embed")
 """Prefixes of what a checkpoint may hold beyond the backbone: classifiers, poolers, language-model heads."""
+FRESH = ("model.pooler.", "model.masked_spec_embed")
+"""Prefixes of what a checkpoint may lack: a pooler (roberta-base), the embedding of hidden frames (wav2vec2-base-960h)."""
+SPEECH = ("torchaudio/", "wavenet/", "transformers/wav2vec2")
+"""How names of backbones begin that read audio."""
 
 
 @dataclass(frozen=True)
@@ -40,17 +44,17 @@ class Start:
     heads: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     """Heads of a Hugging Face checkpoint: tensors under the objective's own names, keyed by objective."""
     labels: tuple[str, ...] | None = None
-    """What the rows of its ``tagging`` head stand for."""
+    """What the rows of its ``tagging`` or ``ctc`` head stand for."""
     headless: dict[str, str] = field(default_factory=dict)
     """Why it has no head for an objective."""
 
     def onto(self, backbone: Backbone) -> bundle.Transfer:
         """Load the backbone strictly (``bundle.transfer``), the notes among what was changed.
 
-        A pooler that the backbone has and the checkpoint has not (roberta-base's) stays as it was initialised, and is told as new.
+        What is ``FRESH`` that the backbone has and the checkpoint has not stays as it was initialised, and is told as new.
         """
-        own = backbone.state_dict() if "model.pooler." in self.drop else {}
-        fresh = {name: tensor for name, tensor in own.items() if name.startswith("model.pooler.") and name not in self.tensors}
+        spare = tuple(prefix for prefix in FRESH if prefix in self.drop)
+        fresh = {name: tensor for name, tensor in backbone.state_dict().items() if name.startswith(spare) and name not in self.tensors} if spare else {}
         moved = bundle.transfer(backbone, {**self.tensors, **fresh}, self.origin, self.drop)
         return replace(moved, kept=tuple(name for name in moved.kept if name not in fresh), new=(*moved.new, *fresh), changed=(*self.notes, *moved.changed))
 
@@ -65,8 +69,8 @@ class Start:
             return "head new: the checkpoint's has no layer norm before its linear layer (option norm)"
         if not self.heads[name]:
             return "no head to carry: the output is the embedding"
-        said = bundle.load_head(objective, self.heads[name], self.labels if name == "tagging" else None)
-        return said if name == "tagging" or said.startswith("head new") else f"head kept: the checkpoint's own for {name}"
+        said = bundle.load_head(objective, self.heads[name], self.labels if name in ("tagging", "ctc") else None)
+        return said if name in ("tagging", "ctc") or said.startswith("head new") else f"head kept: the checkpoint's own for {name}"
 
 
 def fingerprint(text: str) -> str:
@@ -80,7 +84,8 @@ def fingerprint(text: str) -> str:
     if prefix in ("file", "file-by-order"):
         return f"{prefix}:{storage.fingerprint(uri)}"
     if prefix == "hf" and storage.is_dir(uri):
-        found = [storage.join(uri, name) for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")]
+        found = [storage.join(uri, name) for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+                                                        *speech_folders.FILES[:3])]
         held = any(storage.exists(storage.join(uri, name)) for name in (hugging_face.MODEL, hugging_face.INDEX))  # ``read`` says what is missing
         weights = hugging_face.weight_files(uri) if held else []
         return "hf:" + " ".join(storage.fingerprint(file) for file in (*found, *weights) if storage.exists(file))
@@ -88,13 +93,16 @@ def fingerprint(text: str) -> str:
 
 
 def modality_name(text: str) -> str:
-    """What the rows of a checkpoint or a backbone name are, image or text, without opening its weights: a folder is timm's when its config.json names
-    an ``architecture``. A hub name that is not here yet is taken for text, unless it is one of timm's."""
+    """What the rows of a checkpoint or a backbone name are, image, audio or text, without opening its weights: a folder is timm's when its config.json names
+    an ``architecture``. A hub name that is not here yet is taken for text, unless it is one of timm's or names wav2vec2."""
     prefix, _, uri = text.partition(":")
     config = storage.join(uri, "config.json") if prefix == "hf" else ""
     if config and storage.exists(config):
-        return "image" if "architecture" in storage.read_json(config) else "text"
-    return "image" if text.startswith("timm") else "text"
+        told = storage.read_json(config)
+        return "image" if "architecture" in told else "audio" if told.get("model_type") == "wav2vec2" else "text"
+    if text.startswith("timm"):
+        return "image"
+    return "audio" if text.startswith(SPEECH) or (prefix == "hf-hub" and "wav2vec2" in uri.lower()) else "text"
 
 
 def read(text: str, architecture: str | None = None) -> Start:
@@ -273,7 +281,8 @@ def _hub_folder(name: str) -> str:
 
     try:
         return snapshot_download(name, allow_patterns=["config.json", "model.safetensors", "model.safetensors.index.json", "model-*.safetensors",
-                                                       "tokenizer*.json", "special_tokens_map.json"])
+                                                       "tokenizer*.json", "special_tokens_map.json", "preprocessor_config.json",
+                                                       "processor_config.json", "vocab.json"])
     except Exception as error:  # the hub's client raises its own many kinds
         raise BundleError(f"hf-hub:{name}: the model cannot be had from the hub ({type(error).__name__}: {str(error)[:160]}). Without a network, "
                           "copy its config.json, model.safetensors and tokenizer.json into a folder and give hf:FOLDER") from error

@@ -1,4 +1,4 @@
-"""Image folders, JSON Lines, CSV and plain text brought into Parquet, once, keyed by what was found.
+"""Folders of images and of sound, JSON Lines, CSV and plain text brought into Parquet, once, keyed by what was found.
 
 JSON Lines, CSV and text may be compressed (.jsonl.zst, .csv.gz, .txt.gz): they are read as a stream, never whole.
 """
@@ -9,7 +9,7 @@ import io
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
@@ -23,11 +23,17 @@ from pipeline import folders, s3, storage
 from pipeline.job import spec_hash
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
+AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf", ".w64"}
 FORMATS = {".parquet": "parquet", ".pq": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".csv": "csv", ".tsv": "csv",
-           ".txt": "text", ".text": "text", **dict.fromkeys(IMAGE_SUFFIXES, "images")}
+           ".txt": "text", ".text": "text", **dict.fromkeys(IMAGE_SUFFIXES, "images"), **dict.fromkeys(AUDIO_SUFFIXES, "audio")}
 CODECS = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
-UNPACKED = {"parquet", "images"}
+LISTED = {"images", "audio"}
+"""Kinds whose rows name files: the Parquet file holds their URIs."""
+UNPACKED = {"parquet", *LISTED}
 """Kinds that are not read compressed as a whole: these files are compressed inside."""
+LONGEST_SECONDS = 30.0
+"""Recordings that are longer are cut where they are quietest."""
+AUDIO_VERSION = 1
 TEXTS = {"text", "paragraphs", "documents"}
 """Kinds of plain text: a row is a line, a stretch between blank lines, or a file. Their column ``text`` is binary, so that a row that is not UTF-8 is
 told as bad where it is read, and spoils no other one."""
@@ -101,7 +107,7 @@ def _expand(uris: list[str], form: str) -> list[tuple[str, str]]:
 
 
 def to_parquet(uris: list[str], form: str, imports_uri: str) -> tuple[list[str], str | None]:
-    """Parquet files that hold the rows of the given files: themselves, or an import of them under ``imports_uri``. And, for images, a
+    """Parquet files that hold the rows of the given files: themselves, or an import of them under ``imports_uri``. And, for images and sound, a
     fingerprint of what was found, wherever it lies; none where the Parquet files themselves tell.
 
     Raises ValueError for no files, kinds that are mixed, an empty file, or one that is cut off or has a row beyond the limit (file and line named).
@@ -115,12 +121,12 @@ def to_parquet(uris: list[str], form: str, imports_uri: str) -> tuple[list[str],
                          f"{', '.join(CODECS)}); set data.format")
     if len(kinds) > 1:
         raise ValueError(f"{', '.join(uris)}: files of several kinds ({', '.join(sorted(k or 'unknown' for k in kinds))}); name one kind by a glob")
-    kind, fingerprint, images = kinds.pop(), None, []
+    kind, fingerprint, listed = kinds.pop(), None, []
     files = [file for file, _ in pairs]
-    if kind == "images":
-        images = _images(pairs)
-        key = spec_hash(kind, [[image.uri, image.mark] for image in images])
-        fingerprint = spec_hash(kind, [[image.name, image.label, image.mark] for image in images])
+    if kind in LISTED:
+        listed, cut = _listed(pairs), [AUDIO_VERSION, LONGEST_SECONDS] if kind == "audio" else []
+        key = spec_hash(kind, [[file.uri, file.mark] for file in listed], *cut)
+        fingerprint = spec_hash(kind, [[file.name, file.label, file.mark] for file in listed], *cut)
     else:
         for file in files:
             if kind != "documents" and storage.size(file) == 0:  # an empty image or document is one bad row, an empty table is a mistake
@@ -132,19 +138,19 @@ def to_parquet(uris: list[str], form: str, imports_uri: str) -> tuple[list[str],
     if not storage.exists(storage.join(folder, "manifest.json")):
         with tempfile.TemporaryDirectory() as scratch:
             path = Path(scratch, "rows.parquet")
-            if kind == "images":
-                pq.write_table(pa.table({"image": [i.uri for i in images], "label": [i.label for i in images]}), path, row_group_size=GROUP_ROWS)
+            if kind in LISTED:
+                pq.write_table(_recordings(listed) if kind == "audio" else _pictures(listed), path, row_group_size=GROUP_ROWS)
             else:
                 _write(kind, files, path)
             folders.commit_folder(folder, {"rows.parquet": path}, {"kind": kind, "format_version": 1})
     return [storage.join(folder, "rows.parquet")], fingerprint
 
 
-# ---------------------------------------------------------------- images
+# ---------------------------------------------------------------- images and sound
 
-class _Image(NamedTuple):
-    """Where an image lies, its path below the folder that was named (below what they share, for globs and files), its folder's name, and
-    its bytes with the time of its last change (on S3 the ETag): another image in its place has another mark."""
+class _File(NamedTuple):
+    """Where a file lies, its path below the folder that was named (below what they share, for globs and files), its folder's name, and
+    its bytes with the time of its last change (on S3 the ETag): another one in its place has another mark."""
 
     uri: str
     name: str
@@ -152,14 +158,14 @@ class _Image(NamedTuple):
     mark: str
 
 
-def _images(pairs: list[tuple[str, str]]) -> list[_Image]:
+def _listed(pairs: list[tuple[str, str]]) -> list[_File]:
     loose = [file.split("/")[:-1] for file, root in pairs if not root]
     shared = next((i for i, names in enumerate(zip(*loose, strict=False)) if len(set(names)) > 1), min(map(len, loose), default=0))
     listed = {}
     for root in dict.fromkeys(root for _, root in pairs if root and storage.is_remote(root)):
         listed |= s3.on_s3("list", root, "find", detail=True)  # one request a thousand files
 
-    def look(pair: tuple[str, str]) -> _Image:
+    def look(pair: tuple[str, str]) -> _File:
         file, root = pair
         remote, path = s3.split(file)
         if remote:
@@ -169,10 +175,42 @@ def _images(pairs: list[tuple[str, str]]) -> list[_Image]:
             status = s3.call("look at", file, os.stat, path)
             uri, mark = os.path.abspath(path), f"{status.st_size} {status.st_mtime_ns}"
         name = file[len(root):].lstrip("/") if root else "/".join(file.split("/")[shared:])
-        return _Image(uri, name, PurePosixPath(uri).parent.name, mark)
+        return _File(uri, name, PurePosixPath(uri).parent.name, mark)
 
-    with ThreadPoolExecutor(16) as pool:  # for file servers that answer slowly
-        return [image for part in pool.map(lambda i: list(map(look, pairs[i:i + 256])), range(0, len(pairs), 256)) for image in part]
+    return list(_each(look, pairs))
+
+
+def _each(work: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+    """Results in order, from threads: for file servers that answer slowly."""
+    with ThreadPoolExecutor(16) as pool:
+        for part in pool.map(lambda i: list(map(work, items[i:i + 64])), range(0, len(items), 64)):
+            yield from part
+
+
+def _pictures(found: list[_File]) -> pa.Table:
+    return pa.table({"image": [file.uri for file in found], "label": [file.label for file in found]})
+
+
+def _recordings(found: list[_File]) -> pa.Table:
+    """A row for each recording or piece of one, in order: ``audio`` (URI), ``label`` (the folder's name), ``recording`` (the path below the folder that
+    was named), ``start`` and ``seconds``, which are null for a file that is broken: the modality tells where it is read."""
+    from pipeline import audiofile  # here: only folders of sound need its library
+
+    def pieces(file: _File) -> list[tuple[float | None, float | None]]:
+        try:
+            with storage.open_read(file.uri) as handle:
+                seconds = audiofile.inspect(handle).seconds
+                if seconds <= LONGEST_SECONDS:
+                    return [(0.0, seconds)]
+                handle.seek(0)
+                return [(start, stop - start) for start, stop in audiofile.pieces(handle, None, LONGEST_SECONDS)]
+        except audiofile.BrokenAudioError:
+            return [(None, None)]
+
+    rows = [(file, start, seconds) for file, parts in zip(found, _each(pieces, found), strict=True) for start, seconds in parts]
+    table = {"audio": [file.uri for file, _, _ in rows], "label": [file.label for file, _, _ in rows], "recording": [file.name for file, _, _ in rows]}
+    return pa.table({**table, "start": pa.array([start for _, start, _ in rows], pa.float64()),
+                     "seconds": pa.array([seconds for _, _, seconds in rows], pa.float64())})
 
 
 # ---------------------------------------------------------------- tables and text

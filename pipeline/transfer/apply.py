@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,9 @@ import pyarrow.parquet as pq
 import torch
 from safetensors.torch import save as safetensors_bytes
 
-from pipeline import bundle, folders, hugging_face, registry, storage
+from pipeline import bundle, folders, hugging_face, registry, storage, transcripts
 from pipeline.bundle import BundleError
-from pipeline.contracts import Arrays, Objective
+from pipeline.contracts import Arrays, Modality, Objective
 from pipeline.data import manifest as manifests
 from pipeline.data.manifest import Selection
 from pipeline.data.plan import Item
@@ -25,16 +26,20 @@ from pipeline.train import evaluate, launch
 from pipeline.train.loop import Ranks
 from pipeline.train.progress import Progress
 
-ROWS_A_PART = 1024
+ROWS_A_PART, PIECES_A_PART = 1024, 128
+"""Rows of a file of predictions; of recordings fewer, as a row of half a minute takes a megabyte in memory."""
+PIECE = ("start", "seconds")
+"""Roles of a row that is a piece of a longer recording: rows to predict have them or not, whatever those of training had."""
 EXPORTED = "onetomany.json"
 """Of an exported folder: where it is from, and each file's checksum."""
 
 
 class _Predictor:
-    """A bundle in a data worker: rows of an item to columns. Opened at the first item, once a process."""
+    """A bundle in a data worker: rows of an item to columns. Opened at the first item, once a process. ``carried``: columns of the rows that stand
+    beside the predictions, by the names that they have there."""
 
-    def __init__(self, uri: str, selection: Selection, columns: dict[str, str]):
-        self.uri, self.selection, self.columns = uri, selection, columns
+    def __init__(self, uri: str, selection: Selection, columns: dict[str, str], carried: dict[str, str] | None = None):
+        self.uri, self.selection, self.columns, self.carried = uri, selection, columns, carried or {}
         self._task: Any = None
 
     def __getstate__(self):
@@ -49,7 +54,16 @@ class _Predictor:
         rows = Rows(Selection(self.selection.manifest, ids), Decoder(self._modality, None, {}, self.columns)).in_memory(1.0, cpus=0, keep_bad=True)
         found = evaluate.predictions(self._task, eval_batches(rows, 128), evaluate.ready_for(rows), Ranks(device=device), torch.no_grad())
         found.pop("row")
-        return _table(ids, self._task.objective.written(found, evaluate.Completer(rows).origin(ids)), dict(rows.bad))
+        return {**_table(ids, self._task.objective.written(found, evaluate.Completer(rows).origin(ids)), dict(rows.bad)), **self._pieces(ids)}
+
+    def _pieces(self, ids: np.ndarray) -> Arrays:
+        """(n,) each: the recording's name, and where in it a row begins and how long it is, in seconds, NaN where that is not told."""
+        if not self.carried:
+            return {}
+        table = manifests.Reader(self.selection.manifest, list(dict.fromkeys(self.carried.values()))).take(ids)
+        held = {name: table[column].to_pylist() for name, column in self.carried.items()}
+        return {name: np.array([str(value) if value is not None else "" for value in values], dtype=object) if name == "recording" else
+                np.array([np.nan if value is None else value for value in values], dtype=np.float64) for name, values in held.items()}
 
 
 def _table(ids: np.ndarray, found: Arrays, reasons: dict[int, str]) -> Arrays:
@@ -66,32 +80,33 @@ def _table(ids: np.ndarray, found: Arrays, reasons: dict[int, str]) -> Arrays:
     return out
 
 
-def check(uri: str) -> dict[str, Any]:
-    """The manifest of a bundle that predictions can be made with. Raises BundleError or StorageError, a damaged file named."""
+def check(uri: str, srt: bool = False) -> dict[str, Any]:
+    """The manifest of a bundle that predictions can be made with (``srt``: subtitles of them too). Raises BundleError or StorageError, a damaged file named."""
     found = bundle.load(uri)
-    if found.manifest["objective"]["name"] == "none":
+    name = found.manifest["objective"]["name"]
+    if name == "none":
         raise BundleError(f"{uri}: this bundle is a backbone without a head; fine-tune it first")
-    if registry.get("objective", found.manifest["objective"]["name"]).views is not Objective.views:
-        raise BundleError(f"{uri}: {found.manifest['objective']['name']} compares views of a row and predicts nothing; fine-tune it first")
+    objective = registry.get("objective", name)
+    if objective.views is not Objective.views:
+        raise BundleError(f"{uri}: {name} compares views of a row and predicts nothing; fine-tune it first")
+    if srt and "words" not in objective.written_types:
+        raise BundleError(f"{uri}: --srt writes what was said and when, and this bundle's {name} transcribes nothing; leave --srt out")
     return found.manifest
 
 
-def predict(uri: str, data: list[str], output: str, columns: dict[str, str], form: str, progress: Progress) -> str:
+def predict(uri: str, data: list[str], output: str, columns: dict[str, str], form: str, progress: Progress, srt: bool = False) -> str:
     """Predict files with Ray Data into ``output``/part-NNNNN.parquet, in row order; parts that are there already are kept.
 
-    Raises BundleError for a bundle without a head, ValueError for a missing column or an output of something else.
+    Of recordings the columns ``recording``, ``start`` and ``seconds`` stand beside the predictions, where the rows have them. ``srt``: also one .srt a
+    recording, its rows joined in the order of ``start``. Raises BundleError for a bundle without a head, or one that transcribes nothing where
+    subtitles are wanted; ValueError for a missing column or an output of something else.
     """
-    manifest = check(uri)
+    manifest = check(uri, srt)
     found = manifests.build(data, form, storage.join(output, ".imports"))
     modality = bundle.build_modality(manifest["modality"])
-    objective, known = registry.get("objective", manifest["objective"]["name"]), manifest.get("columns", {})
-    labels = (*objective.roles, *objective.optional_roles)  # what rows to predict need not have
-    needed = [*modality.roles, *(role for role in modality.optional_roles if role not in labels and (role in known or role in columns))]
-    columns = {**{role: known.get(role, role) for role in needed}, **columns}
-    for role in needed:
-        if columns[role] not in found.schema.names:
-            raise ValueError(f"{found.files[0]} has no column {columns[role]!r} for {role}; "
-                             f"columns are {', '.join(found.schema.names)}; say --column {role}=NAME")
+    objective = registry.get("objective", manifest["objective"]["name"])
+    columns = _columns(modality, objective, manifest.get("columns", {}), columns, found)
+    carried = _carried(modality, columns, found)
     selection = Selection(found)
     key = spec_hash(manifest["files"], found.fingerprint, columns)
     begun = storage.join(output, "_predictions.json")
@@ -99,26 +114,83 @@ def predict(uri: str, data: list[str], output: str, columns: dict[str, str], for
         raise ValueError(f"{output} holds predictions of another bundle or of other files; give an empty folder")
     storage.write_json(begun, {"key": key, "bundle": uri, "files": list(found.files), "rows": found.rows,
                                "labels": manifest["objective"]["state"].get("labels")})
-    items = [Item(-1, i, min(i + ROWS_A_PART, found.rows)) for i in range(0, found.rows, ROWS_A_PART)]
-    todo = [item for item in items if not storage.exists(_part(output, item))]
+    step = PIECES_A_PART if modality.cost_role else ROWS_A_PART
+    items = [Item(-1, i, min(i + step, found.rows)) for i in range(0, found.rows, step)]
+    parts = {item: storage.join(output, f"part-{number:05d}.parquet") for number, item in enumerate(items)}
+    todo = [item for item in items if not storage.exists(parts[item])]
     have = launch.resources()
     gpus = have.get("GPU", 0.0)
     actors = int(max(1, gpus if gpus else have.get("CPU", 1) // 1))
     workers = DataWorkers(min(actors, max(1, len(todo))), 1.0, int(have.get("object_store_memory", 1 << 30) // 2), 1.0 if gpus else 0.0)
-    work = _Predictor(uri, selection, columns)
+    work = _Predictor(uri, selection, columns, carried)
     bad = 0
     for item, block in zip(todo, map_blocks(work, todo, workers), strict=True):
         bad += sum(1 for reason in block["error"] if reason)
         sink = io.BytesIO()
         pq.write_table(_arrow(block, objective.written_types), sink)
-        storage.write_bytes(_part(output, item), sink.getvalue())
+        storage.write_bytes(parts[item], sink.getvalue())
         progress.update(f"predict: rows {item.stop}/{found.rows}  {bad} could not be read", item.stop == found.rows)
-    return f"{output}: {found.rows} rows in {len(items)} parts" + (f", {len(items) - len(todo)} of them from before" if len(todo) < len(items) else "") + (
-        f"; {bad} rows could not be read, see column error" if bad else "")
+    return (f"{output}: {found.rows} rows in {len(items)} parts" + (f", {len(items) - len(todo)} of them from before" if len(todo) < len(items) else "")
+            + (f", {_subtitles(output, list(parts.values()))} recordings as .srt" if srt else "")
+            + (f"; {bad} rows could not be read, see column error" if bad else ""))
 
 
-def _part(output: str, item: Item) -> str:
-    return storage.join(output, f"part-{item.start // ROWS_A_PART:05d}.parquet")
+def _columns(modality: Modality, objective: type[Objective], known: dict[str, str], given: dict[str, str], found: manifests.Manifest) -> dict[str, str]:
+    """The column of each role that rows to predict need: as told, or named as in training, or as the role itself (an imported folder's).
+
+    Raises ValueError for one that is not there. A piece's roles are taken where they are there.
+    """
+    labels, out = (*objective.roles, *objective.optional_roles), dict(given)  # labels rows to predict need not have
+    names = found.schema.names
+    for role in (*modality.roles, *(role for role in modality.optional_roles if role not in labels)):
+        told = [given[role]] if role in given else [known.get(role, role), role]
+        there = next((name for name in told if name in names), None)
+        needed = role in given or role in modality.roles or (role in known and role not in PIECE)
+        if there is not None and (needed or role in PIECE):
+            out[role] = there
+        elif needed:
+            raise ValueError(f"{found.files[0]} has no column {told[0]!r} for {role}; columns are {', '.join(names)}; say --column {role}=NAME")
+    return out
+
+
+def _carried(modality: Modality, columns: dict[str, str], found: manifests.Manifest) -> dict[str, str]:
+    """Columns that tell of which recording a row is a piece; a column of files' names is one of recordings."""
+    if not set(PIECE) & set(modality.optional_roles):
+        return {}
+    out = {role: columns[role] for role in PIECE if role in columns}
+    recording, first = columns.get("recording", "recording"), columns[modality.roles[0]]
+    if recording not in found.schema.names and "recording" in columns:
+        raise ValueError(f"{found.files[0]} has no column {recording!r} for recording; columns are {', '.join(found.schema.names)}")
+    kind = found.schema.field(first).type
+    if recording in found.schema.names or pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        out["recording"] = recording if recording in found.schema.names else first
+    return out
+
+
+def _subtitles(output: str, parts: list[str]) -> int:
+    """One .srt a recording beside the parts, each written at once; how many. A recording's rows are held until its last one is read."""
+    def read(part: str, wanted: tuple[str, ...]) -> list[dict[str, Any]]:
+        with storage.open_read(part) as handle:
+            file = pq.ParquetFile(handle)
+            return file.read([name for name in wanted if name in file.schema_arrow.names]).to_pylist()
+
+    def name(row: dict[str, Any]) -> str:
+        return row.get("recording") or f"row-{row['row']:06d}"
+
+    def begin(row: dict[str, Any]) -> float:
+        told = row.get("start")
+        return 0.0 if told is None or math.isnan(told) else told
+
+    ends = {name(row): number for number, part in enumerate(parts) for row in read(part, ("row", "recording"))}
+    files, held = transcripts.file_names(ends, ".srt"), {}
+    for number, part in enumerate(parts):
+        for row in read(part, ("row", "recording", "start", "words")):
+            held.setdefault(name(row), []).append(row)
+        for recording in [one for one in held if ends[one] == number]:
+            rows = sorted(held.pop(recording), key=begin)
+            said = transcripts.cues(word for row in rows for word in row["words"] or ())
+            storage.write_bytes(storage.join(output, *files[recording].split("/")), transcripts.srt(said).encode())
+    return len(files)
 
 
 def _arrow(block: Arrays, types: dict[str, pa.DataType]) -> pa.Table:

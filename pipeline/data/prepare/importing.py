@@ -32,13 +32,15 @@ NAMED = 5
 @dataclass(frozen=True)
 class Index:
     """``rows``: PLACE and the importer's own columns, those that begin with an underscore not to be written. ``extra``: columns that ``complete`` adds.
-    ``notes``: counts for the summary. ``info``: what the columns mean, kept in the manifest. ``mark``: changes when the files do."""
+    ``notes``: counts for the summary. ``info``: what the columns mean, kept in the manifest. ``mark``: changes when the files do.
+    ``broken``: rows without a place (a transcript without its recording): path, split and reason, listed and held against the budget."""
 
     rows: pa.Table
     mark: str
     extra: tuple[pa.Field, ...] = ()
     notes: dict[str, Any] = field(default_factory=dict)
     info: dict[str, Any] = field(default_factory=dict)
+    broken: list[dict[str, str]] = field(default_factory=list)
 
 
 class Importer(ABC):
@@ -65,10 +67,10 @@ def place(entry: Entry, split: str, **columns: Any) -> dict[str, Any]:
     return {"_uri": entry.uri, "_member": entry.member, "_offset": entry.offset, "_size": entry.size, "path": entry.name, "split": split, **columns}
 
 
-def table(rows: list[dict[str, Any]], columns: dict[str, pa.DataType], source: str) -> pa.Table:
+def table(rows: list[dict[str, Any]], columns: dict[str, pa.DataType], source: str, noun: str = "images") -> pa.Table:
     """The rows as a table. Raises ValueError when there are none."""
     if not rows:
-        raise ValueError(f"{source}: no images found in the layout that this importer reads; see onetomany prepare --list")
+        raise ValueError(f"{source}: no {noun} found in the layout that this importer reads; see onetomany prepare --list")
     return pa.Table.from_pylist(rows, schema=pa.schema([*PLACE, *(pa.field(name, kind) for name, kind in columns.items())]))
 
 

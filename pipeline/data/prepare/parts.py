@@ -1,9 +1,9 @@
-"""What the engine (``write``) asks of a kind of source: its parts, and how one of them is made. Images and tables differ in what a part is."""
+"""What the engine (``write``) asks of a kind of source: its parts, and how one of them is made. Images, recordings and tables differ in what a part is."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 PART_BYTES = 96 << 20
-"""About so many bytes of images or of text in a part."""
+"""About so many bytes of files or of text in a part."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,15 @@ class Work(ABC):
 
     noun: str
     """What broken ones are called."""
+    measures: tuple[str, ...] = ()
+    """Columns that the summary measures."""
     parts: list[Part]
     key: tuple[Any, ...]
     """What the rows depend on beyond the importer's name and options."""
     label: str
     total: int = 0
+    broken: Sequence[dict[str, str]] = ()
+    """Rows that cannot become part of a part, known from the publisher's lists; ``total`` counts them too."""
     notes: dict[str, Any]
     info: dict[str, Any]
 

@@ -1,7 +1,7 @@
 """From a source to parts on disk: in parallel, each written whole, with checksums; what is there already is kept.
 
 A part's rows follow from the source and the options alone, so a run that was killed and goes on writes the same bytes. What a part is and how one
-is made is another thing for images (``images``) than for text and tables (``tables``).
+is made is another thing for images (``images``) than for recordings (``audio``) and for text and tables (``tables``).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 from pipeline import folders, registry, s3, storage
 from pipeline.data.loader import threaded_map
 from pipeline.data.prepare import summary
+from pipeline.data.prepare.audio import AudioImporter, AudioWork
 from pipeline.data.prepare.files import absolute
 from pipeline.data.prepare.images import ImageWork
 from pipeline.data.prepare.importing import few
@@ -46,7 +47,7 @@ class Preparation:
             raise ValueError(f"{self.output} lies in {self.source}: the parts would become part of what they are made of; give a folder outside")
         importer: Any = registry.get("importer", name)(options)
         self.options = importer.options
-        kind: Any = TableWork if isinstance(importer, TableImporter) else ImageWork
+        kind: Any = TableWork if isinstance(importer, TableImporter) else AudioWork if isinstance(importer, AudioImporter) else ImageWork
         self.work: Work = kind(name, importer, self.source, self.settings)
         self.parts = self.work.parts
         self.key = spec_hash(FORMAT_VERSION, name, importer.options, *self.work.key)
@@ -92,7 +93,7 @@ class Preparation:
 
     def run(self, tell: Tell = lambda line, final: None, cpus: float = 1.0) -> dict[str, Any]:
         """Write what is missing, as Ray tasks where Ray runs; the manifest, last. Raises ValueError when more rows are broken than ``max_bad`` allows."""
-        broken = [row for part in self.parts if part.name in self.records for row in self.records[part.name]["broken"]]
+        broken = [*self.work.broken, *(row for part in self.parts if part.name in self.records for row in self.records[part.name]["broken"])]
         if self.is_done:
             manifest = folders.open_folder(self.output, MANIFEST)
             self._check_listed(broken, manifest.get("read", sum(manifest["rows"].values()) + len(broken)))
@@ -105,7 +106,7 @@ class Preparation:
         self.work.begin(self.output, self._check_budget, tell, cpus)
         self._check_listed(broken, self.work.total)
         todo = self.todo
-        done = sum(self.work.weight(part) for part in self.parts if part.name in self.records)
+        done = len(self.work.broken) + sum(self.work.weight(part) for part in self.parts if part.name in self.records)
         for part, (record, error) in zip(todo, map_items(partial(_write_part, self.work.make, self.output), self._jobs(todo), cpus=cpus), strict=True):
             if error:
                 raise ValueError(error)
@@ -124,9 +125,10 @@ class Preparation:
         """What stands in the output, in a line."""
         done = folders.open_folder(self.output, MANIFEST)
         rows = ", ".join(f"{split} {n}" for split, n in done["rows"].items())
-        dropped = done.get("read", 0) and done["read"] - sum(done["rows"].values()) - done["broken"]
+        dropped = max(0, done.get("read", 0) - sum(done["rows"].values()) - done["broken"])  # of recordings that were cut there are more than were read
         left = f"{done['broken']} broken {self.work.noun}{f' and {dropped} dropped ones' if dropped else ''} left out"
-        return f"{self.output}: {rows} rows in {len(done['files'])} parts, {left}; see _summary.md there"
+        warnings = "".join(f"\nwarning: {line}" for line in done.get("warnings", ()))
+        return f"{self.output}: {rows} rows in {len(done['files'])} parts, {left}; see _summary.md there{warnings}"
 
     def _jobs(self, parts: list[Part]) -> Iterator[tuple[str, Any]]:
         for part in parts:
@@ -142,7 +144,7 @@ class Preparation:
 
     def _finish(self, broken: list[dict[str, str]]) -> dict[str, Any]:
         notes = {**self.work.notes, **_added([record["amounts"] for record in self.records.values() if "amounts" in record])}
-        found = summary.summarise(self.output, [part.name for part in self.parts], self.work.label, broken, notes)
+        found = summary.summarise(self.output, [part.name for part in self.parts], self.work.label, self.work.measures, broken, notes)
         storage.write_json(storage.join(self.output, "_summary.json"), found)
         storage.write_bytes(storage.join(self.output, "_summary.md"), summary.markdown(f"{self.name}: {self.source}", found, self.work.noun).encode())
         self.work.end(self.output)
@@ -150,6 +152,7 @@ class Preparation:
             "format_version": FORMAT_VERSION, "importer": self.name,
             "options": self.options.model_dump(mode="json"), "source": self.source, "key": self.key,
             "resize": self.settings.resize, "quality": self.settings.quality, "rows": found["rows"], "broken": len(broken), "read": self.work.total,
+            **({"warnings": warned} if (warned := summary.warnings(found)) else {}),
             "about": self.work.info, "columns": {field.name: str(field.type) for field in self.work.schema},
             "files": {part.name: {name: self.records[part.name][name] for name in ("sha256", "size", "rows")} | {"split": part.split} for part in self.parts}})
         storage.write_json(storage.join(self.output, MANIFEST), manifest)

@@ -1,0 +1,297 @@
+"""Speech recognition by connectionist temporal classification (Graves et al. 2006): characters or sub-words from the frames of a recording."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import torch
+import torchaudio.functional as audio
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pipeline import frames, storage, transcripts
+from pipeline.contracts import Arrays, Backbone, Batch, Objective
+from pipeline.ragged import lengths, ragged
+from pipeline.registry import Options, register
+from pipeline.spans import texts
+
+BEAM_THRESHOLD = 50.0
+"""A hypothesis whose logarithm is further below the best one's is dropped."""
+SPACE = "|"
+"""How a language model's file writes the space, which is no word of it."""
+
+
+class CTCOptions(Options):
+    units: Literal["characters", "subwords"] = Field("characters", description="labels: the characters of the training transcripts, or sub-words of them (BPE)")
+    vocabulary: int = Field(256, ge=4, le=32767, description="subwords: how many labels at most, the blank with them")
+    case: Literal["upper", "lower", "keep"] = Field("upper", description="transcripts are brought to this case, for training and for WER alike")
+    punctuation: Literal["drop", "keep"] = Field("drop", description="drop: marks and symbols go, but for apostrophes; dashes and slashes become spaces")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the linear layer")
+    norm: bool = Field(False, description="layer norm without parameters before the linear layer")
+    convolutions: int = Field(0, ge=0, le=16, description="convolutions of three frames before the linear layer, not causal, each with a ReLU (WaveNet's "
+                                                          "recogniser has a few, van den Oord et al. 2016)")
+    beam: int = Field(0, ge=0, le=10000, description="0: the likeliest label of each frame; else beam search over so many hypotheses, by flashlight-text")
+    lm: str | None = Field(None, description="beam search: an n-gram model of the labels, ARPA or KenLM's binary form, on this machine; each label is a word "
+                                             "of it, the space is written |")
+    lm_weight: float = Field(1.0, ge=0, description="beam search: weight of the language model's logarithms, which are of base 10")
+    word_score: float = Field(0.0, description="beam search: added to the score of the hypotheses that it ends with, for each of their words")
+
+
+@register("objective", "ctc", options=CTCOptions)
+class CTC(Objective):
+    """A linear head on the tokens (frames) of a recording, trained by the sum over all alignments of its transcript.
+
+    Columns: ``transcript``, a text. Tensors: ``transcript`` (B, L) int32 label numbers, from 1 on, and ``transcript_lengths`` (B,). Label 0 is the blank.
+    The loss is summed over recordings and divided by their labels, so that it is nats a label whatever their lengths: each label weighs the same. A row
+    without an alignment (more labels, and blanks between equal ones, than frames) counts for nothing; the log's ``dropped`` is how many labels such rows
+    have, as a share of the others': rows are looked through before, so there are none but where speed perturbation shortened one.
+
+    State: ``labels``, ``characters``, ``tokenizer`` (``transcripts.Alphabet``), ``normalization`` (names of the rules), and of the backbone (``suit``)
+    ``convolutions`` and ``rate``, from which a recording's frames follow.
+    """
+
+    roles = ("transcript",)
+    fit_roles = ("transcript",)
+    metrics = ("wer", "cer", "loss")
+    log_names = ("dropped",)
+    label_tensors = ("transcript", "transcript_lengths")
+    written_types = {"words": pa.list_(pa.struct({"word": pa.string(), "start": pa.float64(), "end": pa.float64()}))}
+
+    @classmethod
+    def fit(cls, options, table, columns):
+        """Raises ValueError for a column of no texts, without any character, with more than 500 of them, or more than the vocabulary has room for."""
+        rules = transcripts.rules_of(options.case, options.punctuation)
+        found = [text for text in _normalised(table, columns, rules) if text]
+        try:
+            alphabet = transcripts.Alphabet.of(found) if options.units == "characters" else transcripts.Alphabet.of_subwords(found, options.vocabulary)
+        except ValueError as error:
+            raise ValueError(f"column {columns['transcript']}, the transcripts of {len(table)} training rows: {error}") from None
+        return {**alphabet.state(), "units": options.units, "normalization": rules}
+
+    @classmethod
+    def encode(cls, table, columns, state) -> Arrays:
+        """``transcript``: (n,) ragged int32 label numbers; none for rows that are refused."""
+        if columns.get("transcript") not in table.column_names:  # new rows to predict
+            return {}
+        alphabet = transcripts.Alphabet.from_state(state)
+        read = _normalised(table, columns, state["normalization"])
+        return {"transcript": ragged(alphabet.encode("" if alphabet.strange(text) else text) for text in read)}
+
+    @classmethod
+    def refused(cls, table, columns, state):
+        """Rows whose transcript is null, empty, or has characters that no training transcript has."""
+        if columns.get("transcript") not in table.column_names:
+            return [""] * len(table)
+        alphabet = transcripts.Alphabet.from_state(state)
+        return [alphabet.strange(text) if text else "the transcript is empty" for text in _normalised(table, columns, state["normalization"])]
+
+    @classmethod
+    def suit(cls, state, backbone):
+        """``convolutions`` and ``rate`` (samples a second). Raises ValueError for a backbone whose tokens are no frames of a recording."""
+        _check(backbone)
+        return {**state, "convolutions": [list(one) for one in backbone.convolutions or ()], "rate": int(backbone.arch["inputs"]["rate"])}
+
+    @classmethod
+    def misfits(cls, arrays, state):
+        """Rows with more labels than frames: each label takes one, and so does the blank between two equal ones."""
+        if "transcript" not in arrays:
+            return None
+        samples = lengths(arrays["audio"])
+        there = frames.count(samples, state["convolutions"])
+        needed = [len(labels) + transcripts.repeats(labels) for labels in arrays["transcript"]]
+        return [f"the transcript's {len(labels)} labels need {need} frames, the recording has {have}" if need > have and heard else ""
+                for labels, need, have, heard in zip(arrays["transcript"], needed, there, samples, strict=True)]
+
+    def __init__(self, backbone: Backbone, options: CTCOptions, state: dict[str, Any]):
+        super().__init__(backbone, options, state)
+        width = _check(backbone)
+        self.alphabet = transcripts.Alphabet.from_state(state)
+        self.convolutions = nn.ModuleList(nn.Conv1d(width, width, 3, padding=1) for _ in range(options.convolutions))
+        self.dropout = nn.Dropout(options.dropout)
+        self.head = nn.Linear(width, len(state["labels"]))
+        if options.beam:
+            self._beam_search()
+        elif options.lm:
+            raise ValueError("objective.lm: a language model takes part in beam search alone: set beam (100 is usual), or leave lm out")
+
+    def emissions(self, backbone: Backbone, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(B, N, labels) float32 log probabilities and (B,) int64 how many frames of each row are its own."""
+        features = backbone(batch, want=("tokens",))
+        x, mask = features.tokens, features.mask
+        assert x is not None and mask is not None
+        if self.options.norm:
+            x = F.layer_norm(x, x.shape[-1:])
+        for convolution in self.convolutions:
+            x = x.masked_fill(~mask[..., None], 0.0)  # what lies behind a row's end is not heard
+            x = F.relu(convolution(x.transpose(1, 2)).transpose(1, 2))
+        return self.head(self.dropout(x)).float().log_softmax(-1), mask.sum(1)
+
+    def loss(self, backbone: Backbone, batch: Batch):
+        log_probs, ends = self.emissions(backbone, batch)
+        losses, counts, dropped = ctc_losses(log_probs, ends, batch["transcript"], batch["transcript_lengths"])  # pyright: ignore[reportCallIssue]
+        return losses.sum(), counts.sum().float(), {"dropped": dropped.sum()}
+
+    def predict(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
+        """``prediction`` (B, L) int32 label numbers, -1 behind them.
+
+        With transcripts ``loss`` and its ``count`` (B,). Without them, for new recordings, ``confidence`` (B,), and ``first`` and ``last`` (B, L) int32, the
+        frames that each label lies on in the likeliest alignment, -1 behind.
+        """
+        log_probs, ends = self.emissions(backbone, batch)
+        labels = self._searched(log_probs, ends) if self.options.beam else greedy(log_probs, ends)
+        out = {"prediction": labels}
+        if "transcript" in batch.data:
+            losses, counts, _ = ctc_losses(log_probs, ends, batch["transcript"], batch["transcript_lengths"])  # pyright: ignore[reportCallIssue]
+            return {**out, "loss": losses, "count": counts.float()}
+        count = (labels >= 0).sum(1)
+        nats = ctc_losses(log_probs, ends, labels.clamp(min=0), count)[0]  # pyright: ignore[reportCallIssue]
+        first, last = aligned(log_probs, ends, labels)
+        return {**out, "confidence": (-nats / count.clamp(min=1)).exp(), "first": first, "last": last}
+
+    def complete(self, found, origin):
+        """``word_errors``, ``words``, ``char_errors`` and ``chars`` (n,) against the rows' own normalised transcripts; without them as it is."""
+        if origin.columns.get("transcript") not in origin.table.column_names:
+            return found
+        said = [self.alphabet.decode(labels) for labels in found["prediction"]]
+        return {**found, **transcripts.errors(said, _normalised(origin.table, origin.columns, self.state["normalization"]))}
+
+    def written(self, found, origin):
+        """``text``. ``confidence``: the probability that the model gives the text, over all its alignments, a label: the root of as many as it has labels.
+        ``words``: lists of {word, start, end}, seconds of the recording; where a row is a piece of one (role ``start``), of the whole."""
+        begins = np.zeros(len(found["prediction"]))
+        if origin.columns.get("start") in origin.table.column_names:
+            begins = np.array([float(start or 0.0) for start in origin.table[origin.columns["start"]].to_pylist()])
+        said: Any = np.empty(len(begins), dtype=object)
+        words: Any = np.empty(len(begins), dtype=object)
+        for i, (labels, first, last) in enumerate(zip(found["prediction"], found["first"], found["last"], strict=True)):
+            there = labels >= 0
+            placed = self.alphabet.words(labels[there], first[there], last[there])
+            edges = frames.seconds(np.array([[a, b + 1] for _, a, b in placed]).reshape(-1, 2), self.state["convolutions"], self.state["rate"]) + begins[i]
+            said[i] = self.alphabet.decode(labels)
+            words[i] = [{"word": word, "start": round(float(a), 4), "end": round(float(b), 4)} for (word, *_), (a, b) in zip(placed, edges, strict=True)]
+        return {"text": said, "confidence": found["confidence"], "words": words}
+
+    # ---------------------------------------------------------------- beam search
+
+    def _beam_search(self) -> _Search:
+        return _search(self.alphabet.labels, self.options.beam, self.options.lm, self.options.lm_weight)
+
+    def _searched(self, log_probs: Tensor, ends: Tensor) -> Tensor:
+        """(B, L) int32, -1 behind: the best hypothesis of each row. Hypotheses are label sequences, each with the sum over its alignments in the beam."""
+        found = []
+        for emissions, end in zip(log_probs.cpu().contiguous(), ends.tolist(), strict=True):
+            best: tuple[float, np.ndarray] = (float("-inf"), np.zeros(0, dtype=np.int32))
+            ended = self._beam_search().decoder.decode(emissions.data_ptr(), end, emissions.shape[1]) if end else []
+            for one in ended:
+                path = np.array(one.tokens[1:-1], dtype=np.int32)  # without what stands before the first frame and behind the last one
+                labels = path[np.append(True, path[1:] != path[:-1]) & (path > 0)]
+                score = one.score + self.options.word_score * len(self.alphabet.decode(labels).split())
+                best = max(best, (score, labels), key=lambda pair: pair[0])
+            found.append(torch.from_numpy(best[1]))
+        return nn.utils.rnn.pad_sequence(found, batch_first=True, padding_value=-1).to(log_probs.device)
+
+
+class _Search(NamedTuple):
+    decoder: Any
+    model: Any
+    """The language model: the decoder does not keep it alive."""
+
+
+@lru_cache(maxsize=4)
+def _search(labels: tuple[str, ...], beam: int, lm: str | None, weight: float) -> _Search:
+    """Once a process: a language model takes seconds to read. Raises ValueError without flashlight-text, for no such file or another kind of model."""
+    try:
+        from flashlight.lib.text import decoder as flashlight  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise ValueError("objective.beam: beam search needs flashlight-text, which is not installed: pip install 'onetomany[beam]', or set beam: 0") from None
+    model = _language_model(labels, lm) if lm else flashlight.ZeroLM()
+    options = flashlight.LexiconFreeDecoderOptions(beam_size=beam, beam_size_token=len(labels), beam_threshold=BEAM_THRESHOLD, lm_weight=weight if lm else 0.0,
+                                                   sil_score=0.0, log_add=True, criterion_type=flashlight.CriterionType.CTC)
+    nothing = -1  # no label is silence, which flashlight would take for one that was said before the first frame
+    return _Search(flashlight.LexiconFreeDecoder(options, model, nothing, 0, []), model)
+
+
+def _language_model(labels: tuple[str, ...], path: str) -> Any:
+    from flashlight.lib.text.decoder.kenlm import KenLM  # pyright: ignore[reportMissingImports]
+    from flashlight.lib.text.dictionary import Dictionary  # pyright: ignore[reportMissingImports]
+
+    if storage.is_remote(path) or not storage.exists(path):
+        raise ValueError(f"objective.lm: there is no file {path} on this machine; give the path of an ARPA or KenLM file, or leave lm out")
+    named = [SPACE if label == " " else label for label in labels]
+    try:
+        model = KenLM(path, Dictionary([*named, "\N{REPLACEMENT CHARACTER} no label"]))
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"objective.lm: {path} is not readable as a language model: {str(error).splitlines()[0]}") from None
+    start = model.start(False)
+    unknown = model.score(start, len(named))[1]
+    strange = [name for number, name in enumerate(named) if number and model.score(start, number)[1] == unknown]
+    if len(strange) > len(labels) // 2:
+        raise ValueError(f"objective.lm: {path} does not know {len(strange)} of {len(labels) - 1} labels ({', '.join(strange[:8])}): it must be a model of the "
+                         f"labels, not of words; train it on the transcripts with a space between any two labels, and {SPACE} for their own spaces")
+    return model
+
+
+# ---------------------------------------------------------------- rows
+
+def _check(backbone: Backbone) -> int:
+    """The width of its tokens. Raises ValueError for a backbone whose tokens are no frames of a recording."""
+    if backbone.token_dim is None or backbone.convolutions is None:
+        raise ValueError(f"{backbone.arch['name']} gives no frames of a recording: ctc needs a backbone of speech (torchaudio/deepspeech2, wavenet/wavenet, "
+                         "transformers/wav2vec2)")
+    return backbone.token_dim
+
+
+def _normalised(table: pa.Table, columns: dict[str, str], rules: str) -> list[str]:
+    """(n,) normalised transcripts, "" for nulls. Raises ValueError for a column of another type."""
+    column = table[columns["transcript"]]
+    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
+        raise ValueError(f"column {columns['transcript']} holds {column.type}: transcripts are texts")
+    return [transcripts.normalised(text or "", rules) for text in texts(column)]
+
+
+# ---------------------------------------------------------------- frames and labels
+
+@torch.compiler.disable
+def ctc_losses(log_probs: Tensor, ends: Tensor, labels: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(B,) float32 nats, (B,) int64 labels that they are of, and (B,) int64 labels of rows that have no alignment: their loss and gradient are zero.
+
+    log_probs: (B, N, C). ends: (B,) frames. labels: (B, L) whole numbers from 1 on. counts: (B,) labels.
+    """
+    labels, counts = labels.long(), counts.long()
+    if not log_probs.shape[1]:
+        log_probs = F.pad(log_probs, (0, 0, 0, 1))
+    inside = torch.arange(labels.shape[1], device=labels.device) < counts[:, None]
+    same = ((labels[:, 1:] == labels[:, :-1]) & inside[:, 1:]).sum(1)
+    none = counts + same > ends
+    with torch.autocast(log_probs.device.type, enabled=False):
+        losses = F.ctc_loss(log_probs.float().transpose(0, 1), labels, ends, counts, reduction="none", zero_infinity=True)
+    return losses, counts.masked_fill(none, 0), counts.masked_fill(~none, 0)
+
+
+def greedy(log_probs: Tensor, ends: Tensor) -> Tensor:
+    """(B, L) int32 label numbers, -1 behind: the likeliest label of each frame, runs of one label taken once, blanks left out (best path decoding)."""
+    path = log_probs.argmax(-1)
+    inside = torch.arange(path.shape[1], device=path.device) < ends[:, None]
+    kept = (path != 0) & inside & (path != F.pad(path, (1, 0))[:, :-1])
+    place = kept.cumsum(1) - 1
+    out = torch.full((len(path), int(kept.sum(1).max()) if path.numel() else 0), -1, dtype=torch.int32, device=path.device)
+    row, frame = kept.nonzero(as_tuple=True)
+    out[row, place[row, frame]] = path[row, frame].to(torch.int32)
+    return out
+
+
+def aligned(log_probs: Tensor, ends: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """First and last frame of each label (B, L) int32 in the likeliest alignment (torchaudio's forced_align, a row at a time); -1 where no label is."""
+    first, last = torch.full_like(labels, -1), torch.full_like(labels, -1)
+    for i, (end, count) in enumerate(zip(ends.tolist(), (labels >= 0).sum(1).tolist(), strict=True)):
+        if count:
+            path = audio.forced_align(log_probs[i:i + 1, :end].contiguous(), labels[i:i + 1, :count].contiguous())[0][0]
+            before, after = F.pad(path, (1, 0))[:-1], F.pad(path, (0, 1))[1:]
+            first[i, :count] = ((path != 0) & (path != before)).nonzero()[:, 0].to(torch.int32)
+            last[i, :count] = ((path != 0) & (path != after)).nonzero()[:, 0].to(torch.int32)
+    return first, last

@@ -1,0 +1,292 @@
+"""Sound files as they come: of every kind, cut off, empty, with samples that are no numbers; resampled, encoded, cut at silence."""
+
+import io
+import struct
+import tracemalloc
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import soundfile
+from scipy import signal
+
+from pipeline import audiofile
+from pipeline.audiofile import BrokenAudioError, LongAudioError
+
+RATE = 16000
+
+
+def tone(seconds: float = 1.0, rate: int = RATE, hertz: float = 440.0, amplitude: float = 0.5) -> np.ndarray:
+    return (amplitude * np.sin(2 * np.pi * hertz * np.arange(round(seconds * rate)) / rate)).astype(np.float32)
+
+
+def saved(samples: np.ndarray, rate: int = RATE, form: str = "WAV", subtype: str | None = None) -> bytes:
+    out = io.BytesIO()
+    soundfile.write(out, samples, rate, format=form, subtype=subtype)
+    return out.getvalue()
+
+
+KINDS = [("WAV", "PCM_16"), ("WAV", "PCM_U8"), ("WAV", "PCM_24"), ("WAV", "PCM_32"), ("WAV", "FLOAT"), ("WAV", "DOUBLE"), ("WAV", "ULAW"), ("RF64", "PCM_16"),
+         ("AIFF", "PCM_16"), ("FLAC", "PCM_16"), ("FLAC", "PCM_24"), ("OGG", "VORBIS"), ("OGG", "OPUS"), ("MP3", "MPEG_LAYER_III")]
+CLOSE = {"PCM_U8": 1.01 / 128, "ULAW": 2e-2, "VORBIS": 3e-2, "OPUS": 3e-2, "MPEG_LAYER_III": 3e-2}
+
+
+# ---------------------------------------------------------------- decode
+
+@pytest.mark.parametrize("seconds", [1.0, 0.5])
+@pytest.mark.parametrize(("form", "subtype"), KINDS)
+def test_every_kind_decodes_to_its_samples(form, subtype, seconds):
+    samples = tone(seconds)
+    data = saved(samples, form=form, subtype=subtype)
+    found, rate = audiofile.decode(data)
+    assert rate == RATE and found.dtype == np.float32 and found.shape == samples.shape
+    middle = slice(800, -800)  # lossy codecs ring at the ends
+    assert np.abs(found - samples)[middle].max() < CLOSE.get(subtype, 1 / 32768)
+    info = audiofile.inspect(data)
+    assert (info.rate, info.channels, info.frames, info.seconds) == (RATE, 1, len(samples), seconds) and info.subtype == subtype
+    assert audiofile.inspect(io.BytesIO(data)) == info
+
+
+def test_channels_are_averaged():
+    channels = np.random.default_rng(0).uniform(-0.5, 0.5, (1000, 5)).astype(np.float32)
+    found, _ = audiofile.decode(saved(channels, subtype="FLOAT"))
+    assert np.allclose(found, channels.mean(1), atol=1e-7) and audiofile.inspect(saved(channels)).channels == 5
+
+
+@pytest.mark.parametrize(("form", "subtype"), [("WAV", "PCM_16"), ("FLAC", "PCM_16"), ("OGG", "VORBIS"), ("MP3", "MPEG_LAYER_III")])
+def test_a_piece_is_what_lies_there(form, subtype):
+    data = saved(np.random.default_rng(0).normal(0, 0.1, 10 * RATE), form=form, subtype=subtype)
+    whole, _ = audiofile.decode(data)
+    for start, seconds in ((0.0, 2.0), (3.25, 1.5), (9.5, 0.5), (4.0, None)):
+        found, _ = audiofile.decode(data, start, seconds)
+        first = round(start * RATE)
+        want = whole[first:] if seconds is None else whole[first:first + round(seconds * RATE)]
+        assert found.shape == want.shape and np.abs(found - want).max() < 1e-6
+
+
+def test_a_piece_of_a_long_file_is_read_by_itself():
+    class Counting(io.BytesIO):
+        count = 0
+
+        def readinto(self, buffer):
+            found = super().readinto(buffer)
+            self.count += found
+            return found
+
+    for form in ("WAV", "FLAC"):
+        file = Counting(saved(np.random.default_rng(0).normal(0, 0.1, 300 * RATE), form=form))
+        audiofile.decode(file, 200.0, 1.0)
+        assert file.count < 200_000 < len(file.getvalue()) / 20
+
+
+@pytest.mark.parametrize(("start", "seconds", "text"), [
+    (2.0, None, "a piece from 2 s on of a recording of 1.00 s"), (0.5, 1.0, "a piece from 0.5 s on, 1 s long, of a recording of 1.00 s"),
+    (-1.0, None, "from -1 s on"), (0.0, 0.0, "0 s long"), (1.0, None, "from 1 s on")])
+def test_a_piece_must_lie_in_its_recording(start, seconds, text):
+    with pytest.raises(BrokenAudioError, match=text):
+        audiofile.decode(saved(tone()), start, seconds)
+
+
+def test_a_piece_may_end_a_rounding_behind_the_end():
+    assert len(audiofile.decode(saved(tone()), 0.5, 0.55)[0]) == RATE // 2
+
+
+def test_what_is_too_long_is_not_read(monkeypatch):
+    data = saved(tone(10))
+    monkeypatch.setattr(soundfile.SoundFile, "read", None)
+    with pytest.raises(LongAudioError, match=r"10\.00 s long, more than 9 s"):
+        audiofile.decode(data, most=9)
+    monkeypatch.undo()
+    assert len(audiofile.decode(data, most=10)[0]) == 10 * RATE and len(audiofile.decode(data, 1.0, 9.0, most=9)[0]) == 9 * RATE
+
+
+# ---------------------------------------------------------------- broken files
+
+def refused(data: bytes, text: str) -> None:
+    for work in (audiofile.decode, audiofile.inspect):
+        with pytest.raises(BrokenAudioError, match=text):
+            work(data)
+
+
+def wav(samples: int, promised: int) -> bytes:
+    data = bytearray(saved(tone(samples / RATE)))
+    data[40:44] = struct.pack("<I", promised)
+    return bytes(data)
+
+
+def test_no_file_and_no_samples():
+    refused(b"", "empty \\(0 bytes\\)")
+    refused(b"no sound" * 100, "no sound file that libsndfile reads")
+    refused(saved(tone()[:0]), "no samples")
+    refused(saved(tone(), form="FLAC")[:30], "broken FLAC file, cut off or without samples")
+    refused(saved(tone())[:30], "broken WAV file")
+
+
+def test_a_header_that_promises_more_samples_than_there_are():
+    refused(wav(RATE, 2 * RATE * 10), r"1\.00 s of sound, its header promises 10\.00 s: the file was cut off")
+    assert len(audiofile.decode(wav(RATE, 2 * RATE))[0]) == RATE
+    aiff = saved(tone(2), form="AIFF")
+    refused(aiff[:-2 * RATE], r"1\.00 s of sound, its header promises 2\.00 s")
+
+
+def test_a_writer_into_a_pipe_does_not_know_the_length():
+    for unknown in (0xFFFFFFFF, 0x7FFFF000):
+        assert len(audiofile.decode(wav(RATE, unknown))[0]) == RATE
+    flac = bytearray(saved(tone(3), form="FLAC"))
+    flac[21] &= 0xF0
+    flac[22:26] = bytes(4)
+    assert audiofile.inspect(bytes(flac)).frames == 3 * RATE
+    assert np.array_equal(audiofile.decode(bytes(flac))[0], audiofile.decode(saved(tone(3), form="FLAC"))[0])
+
+
+@pytest.mark.parametrize(("form", "subtype", "kept"), [
+    *((form, subtype, kept) for form, subtype in KINDS if form != "MP3" for kept in (0.5, 0.9, 0.999)), ("MP3", "MPEG_LAYER_III", 0.5)])
+def test_a_file_that_was_cut_off_is_told(form, subtype, kept):
+    data = saved(np.random.default_rng(0).uniform(-0.5, 0.5, 3 * RATE).astype(np.float32), form=form, subtype=subtype)
+    with pytest.raises(BrokenAudioError, match="cut off"):
+        audiofile.decode(data[:int(kept * len(data))])
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
+def test_samples_that_are_no_numbers(wrong):
+    samples = tone()
+    samples[[8000, 9000]] = wrong
+    with pytest.raises(BrokenAudioError, match=r"2 of 16000 samples are no numbers \(NaN or infinite\), the first at 0\.500 s"):
+        audiofile.decode(saved(samples, subtype="FLOAT"))
+    assert len(audiofile.decode(saved(samples, subtype="FLOAT"), 0.6)[0]) == 6400
+
+
+def test_a_flipped_bit_in_flac_is_told():
+    data = bytearray(saved(np.random.default_rng(0).normal(0, 0.1, 3 * RATE), form="FLAC"))
+    data[len(data) // 2] ^= 0x10
+    with pytest.raises(BrokenAudioError, match="broken FLAC"):
+        audiofile.decode(bytes(data))
+
+
+@pytest.mark.parametrize("rate", [1, 999, 1_000_001])
+def test_rates_that_no_recording_has(rate):
+    refused(saved(tone(), rate), f"its header says {rate} samples a second")
+
+
+@pytest.mark.parametrize("form", ["WAV", "FLAC", "OGG"])
+@pytest.mark.parametrize("after", [0, 100, 40_000])
+def test_an_io_error_is_no_broken_file(form, after):
+    """libsndfile takes a read that failed for the file's end: the row would be skipped for good."""
+    class Failing(io.BytesIO):
+        def readinto(self, buffer):
+            if self.tell() >= after:
+                raise OSError("the server went away")
+            return super().readinto(buffer)
+
+    data = saved(np.random.default_rng(0).normal(0, 0.1, 10 * RATE), form=form)
+    for work in (audiofile.decode, lambda file: audiofile.decode(file, 0.5, 9.0), lambda file: audiofile.pieces(file, None, 2.0)):
+        with pytest.raises(OSError, match="the server went away"):
+            work(Failing(data))
+
+
+# ---------------------------------------------------------------- samples
+
+@pytest.mark.parametrize(("rate", "to"), [(8000, 16000), (11025, 16000), (44100, 16000), (48000, 16000), (22050, 16000), (16000, 8000), (22255, 16000)])
+def test_resampling_keeps_tones_and_cuts_what_would_fold_back(rate, to):
+    found = audiofile.resample(tone(1.0, rate, 1000.0), rate, to)
+    assert found.dtype == np.float32 and abs(len(found) - to) <= 1
+    middle = slice(to // 10, -to // 10)
+    assert np.abs(found - tone(1.1, to, 1000.0)[:len(found)])[middle].max() < 5e-3
+    if rate > to:
+        high = audiofile.resample(tone(1.0, rate, 0.48 * rate), rate, to)
+        assert np.abs(high[middle]).max() < 0.02 or to >= 0.96 * rate
+
+
+def test_resampling_agrees_with_scipy():
+    noise = signal.lfilter(*signal.butter(6, 0.2), np.random.default_rng(0).normal(0, 0.3, 44100)).astype(np.float32)
+    found, want = audiofile.resample(noise, 44100, 16000), signal.resample_poly(noise, 160, 441)
+    assert found.shape == want.shape and np.abs(found - want)[500:-500].max() < 0.01 * np.abs(want).max()
+    assert audiofile.resample(noise, 16000, 16000) is noise
+
+
+def test_pcm_is_exact_rounded_and_clipped():
+    levels = np.arange(-32768, 32768, dtype=np.int16)
+    assert np.array_equal(audiofile.pcm(audiofile.decode(saved(levels))[0]), levels)
+    assert audiofile.pcm(np.array([2.0, -2.0, 1.0, 0.4 / 32768, 0.6 / 32768], dtype=np.float32)).tolist() == [32767, -32768, 32767, 0, 1]
+    samples = np.array([0.5], dtype=np.float32)
+    audiofile.pcm(samples)
+    assert samples[0] == 0.5
+
+
+def test_encoding_is_lossless():
+    samples = np.random.default_rng(0).integers(-32768, 32768, 5000).astype(np.int16)
+    data = audiofile.encode(samples, 8000)
+    assert data.startswith(b"fLaC") and audiofile.inspect(data).rate == 8000
+    assert np.array_equal(audiofile.pcm(audiofile.decode(data)[0]), samples)
+
+
+def test_level():
+    assert audiofile.level(np.array([0.25, -0.5, 0, 0], dtype=np.float32)) == (0.5, 0.0)
+    assert audiofile.level(np.array([32767, -32768, 0, 0], dtype=np.int16)) == (1.0, 0.5)
+    assert audiofile.level(np.zeros(0, dtype=np.int16)) == (0.0, 0.0) and audiofile.level(np.zeros(5, dtype=np.float32)) == (0.0, 0.0)
+
+
+# ---------------------------------------------------------------- pieces
+
+def spoken(seconds: float, pauses: list[float], rate: int = RATE, wide: float = 0.4) -> np.ndarray:
+    """Noise with quiet stretches around the given times."""
+    rng = np.random.default_rng(0)
+    samples = rng.uniform(-0.5, 0.5, round(seconds * rate)).astype(np.float32)
+    for at in pauses:
+        samples[round((at - wide / 2) * rate):round((at + wide / 2) * rate)] *= 0.01
+    return samples
+
+
+def check_pieces(found: list[tuple[float, float]], total: float, longest: float) -> None:
+    assert found[0][0] == 0 and found[-1][1] == pytest.approx(total)
+    assert all(a[1] == b[0] for a, b in pairwise(found)) and all(0 < stop - start <= longest + 1e-6 for start, stop in found)
+
+
+@pytest.mark.parametrize("rate", [8000, 16000, 44100])
+def test_recordings_are_cut_in_their_pauses(rate):
+    samples = spoken(60, [7.0, 14.0, 21.0, 27.0, 36.0, 41.0, 50.5], rate)
+    found = audiofile.pieces(samples, rate, 10.0)
+    check_pieces(found, 60.0, 10.0)
+    cuts = [stop for _, stop in found[:-1]]
+    assert [min((7, 14, 21, 27, 36, 41, 50.5), key=lambda pause: abs(pause - cut)) for cut in cuts] == [7, 14, 21, 27, 36, 41, 50.5]
+    assert all(min(abs(pause - cut) for pause in (7, 14, 21, 27, 36, 41, 50.5)) < 0.15 for cut in cuts)
+    assert audiofile.pieces(saved(samples, rate, "FLAC"), None, 10.0) == audiofile.pieces(io.BytesIO(saved(samples, rate, "FLAC")), None, 10.0)
+    assert np.allclose(audiofile.pieces(saved(samples, rate, "FLAC"), None, 10.0), found, atol=0.03)
+
+
+@pytest.mark.parametrize("total", [10.001, 10.5, 12.4, 12.6, 19.99, 20.0, 31.0, 57.3])
+@pytest.mark.parametrize("how", ["silence", "windows"])
+def test_no_piece_is_too_long_or_a_scrap(total, how):
+    for samples in (spoken(total, []), np.zeros(round(total * 8000), dtype=np.float32)):
+        found = audiofile.pieces(samples, 8000, 10.0, how)  # type: ignore[arg-type]
+        check_pieces(found, len(samples) / 8000, 10.0)
+        assert min(stop - start for start, stop in found) >= 2.4
+        assert how == "silence" or len({round(stop - start, 6) for start, stop in found}) == 1
+
+
+def test_what_is_short_is_one_piece():
+    assert audiofile.pieces(tone(2.0), RATE, 2.0) == [(0.0, 2.0)] == audiofile.pieces(saved(tone(2.0)), None, 2.0, "windows")
+    with pytest.raises(ValueError, match="at most 0 s"):
+        audiofile.pieces(tone(), RATE, 0.0)
+
+
+def test_samples_that_are_no_numbers_are_not_cut_in():
+    samples = spoken(20, [8.0])
+    samples[round(5.5 * RATE):6 * RATE] = np.nan
+    assert audiofile.pieces(samples, RATE, 10.0)[0][1] == pytest.approx(8.0, abs=0.2)
+
+
+def test_hours_are_read_in_bounded_memory(tmp_path):
+    path = tmp_path / "long.wav"
+    minute = (spoken(60, [10.0, 28.0, 55.0], 8000) * 32767).astype(np.int16)
+    with soundfile.SoundFile(path, "w", 8000, 1, "PCM_16") as file:
+        for _ in range(120):
+            file.write(minute)
+    tracemalloc.start()
+    with open(path, "rb") as file:
+        found = audiofile.pieces(file, None, 30.0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    check_pieces(found, 7200.0, 30.0)
+    assert all(min(abs(stop % 60 - pause) for pause in (10, 28, 55)) < 0.2 for _, stop in found[:-2])
+    assert peak < 40 << 20 < path.stat().st_size
