@@ -901,7 +901,7 @@ def test_spec_hash_sees_every_field():
              "momentum": 0.5, "beta1": 0.5, "beta2": 0.5,
              "weight_decay": 0.1, "warmup": 0.2, "schedule": "constant", "clip_norm": None, "precision": "fp32", "compile": True, "channels_last": True,
              "ema": 0.9, "augment": False, "eval_every_steps": 3, "checkpoint_every_steps": 3, "log_every_steps": 3,
-             "keep": "last", "max_bad_steps": 1, "trace_rows": True}
+             "keep": "last", "max_bad_steps": 1, "trace_rows": True, "batch_cost": 2.0}
     hashes = {job.spec_hash(base.model_copy(update={name: value})) for name, value in other.items()}
     assert len(hashes) == len(other) and job.spec_hash(base) not in hashes
     assert set(job.Train.model_fields) - set(other) == {"epochs"}, "a new field of train: give it another value here"

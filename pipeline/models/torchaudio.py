@@ -50,6 +50,8 @@ class TorchaudioOptions(Options):
 @register("model", "torchaudio", options=TorchaudioOptions)
 class Torchaudio(Backbone):
     """Input ``mel`` (B, T, F) with ``mask`` (B, T), true for a row's own frames, which come first. ``tokens`` (B, N, D), zeros behind a row's end.
+    Of ``deepspeech2`` and ``conformer``, ``latent`` (B, N, latent_dim, wanted as "latent") is what their convolutions give, and ``token_mask`` (B, N)
+    hides steps of it behind ``front.mask_embedding`` from the layers above, as wav2vec 2.0 does over samples.
 
     Nothing of a row depends on the batch around it: frames behind its end are zeros before every convolution, recurrent layers read packed rows,
     and norms are taken over a step's channels, or over a row's own steps.
@@ -72,6 +74,7 @@ class Torchaudio(Backbone):
         self.arch = {"name": name, "options": o, "inputs": dict(inputs)}
         bins, drop = inputs["channels"], o["dropout"]
         self.front: _Front | None = None
+        self.hides_frames = architecture != "deepspeech"
         self.deepspeech: Any = None
         self.recurrent: nn.ModuleList | None = None
         self.conformer: Any = None
@@ -86,6 +89,7 @@ class Torchaudio(Backbone):
             plane = conformer or o["convolution"] == "time_frequency"
             kernels = [3] * len(o["strides"]) if conformer else o["kernels"]
             self.front = _Front(bins, o["channels"], kernels, o["strides"], plane, wide=not conformer)
+            self.latent_dim = self.front.width
             own = [(kernel, step, kernel // 2) for kernel, step in zip(kernels, o["strides"], strict=True)]
             if conformer:
                 width = o["hidden"]
@@ -99,16 +103,24 @@ class Torchaudio(Backbone):
         self.convolutions = (*((int(k), int(s), int(p)) for k, s, p in inputs["convolutions"]), *self.own)
         self.pooled_dim = self.token_dim = width
 
+    def frame_mask(self, batch: Batch) -> Tensor:
+        """(B, N) true for the steps that a row has; N is 1 where no row has any."""
+        count = max(1, frames.count(max(1, batch["mel"].shape[1]), self.own))
+        return torch.arange(count, device=batch["mask"].device) < frames.count(batch["mask"].sum(1), self.own)[:, None]
+
     def forward(self, batch: Batch, *, token_mask: Tensor | None = None, want: tuple[str, ...] = ()) -> Features:
-        if token_mask is not None:
-            raise ValueError(f"{self.arch['name']} cannot leave tokens out; for masked pretraining take transformers/wav2vec2")
         mel, mask = batch["mel"], batch["mask"]
         if mel.shape[1] == 0:  # a batch whose rows all have no samples
             mel, mask = F.pad(mel, (0, 0, 0, 1)), F.pad(mask, (0, 1))
         lengths = mask.sum(1)
         x = mel * mask[:, :, None]
+        latent = None
         if self.front is not None:
-            x, lengths = self.front(x, lengths)
+            latent, lengths = self.front(x, lengths)
+            hider = self.front.mask_embedding.to(latent.dtype)
+            x = latent + 0.0 * hider if token_mask is None else torch.where(token_mask[:, :, None], hider, latent)  # DDP waits for its gradient
+        elif token_mask is not None:
+            raise ValueError(f"{self.arch['name']} cannot leave tokens out; for masked pretraining take torchaudio/deepspeech2 or transformers/wav2vec2")
         if self.deepspeech is not None:
             x, lengths = self._deepspeech(x, lengths)
         real = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
@@ -121,7 +133,8 @@ class Torchaudio(Backbone):
             for layer in self.conformer.conformer_layers:
                 x = _conformer_layer(layer, x, real, seen)
         x = x * real[:, :, None]
-        return Features(x.sum(1) / lengths.clamp(min=1)[:, None], tokens=x, mask=real)
+        return Features(x.sum(1) / lengths.clamp(min=1)[:, None], tokens=x, mask=real, latent=latent if "latent" in want else None,
+                        stages={"convolved": latent} if "convolved" in want and latent is not None else {})
 
     def _deepspeech(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """(B, N, hidden) and (B,) their lengths: torchaudio's layers up to the output layer."""
@@ -187,6 +200,7 @@ class _Front(nn.Module):
                 convolution, width = nn.Conv1d(width, channels, kernel, step, padding), channels
             self.layers.append(nn.ModuleDict({"convolution": convolution, "norm": nn.LayerNorm(width * depth)}))
         self.width = width * depth
+        self.mask_embedding = nn.Parameter(torch.empty(self.width).uniform_())
 
     def forward(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """(B, N, width), zeros behind each row's end, and (B,) the rows' lengths."""

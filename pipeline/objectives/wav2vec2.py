@@ -104,7 +104,8 @@ class Wav2Vec2Pretraining(Objective):
     def __init__(self, backbone: Backbone, options: Wav2Vec2Options, state: dict[str, Any]):
         super().__init__(backbone, options, state)
         if not getattr(backbone, "hides_frames", False):
-            raise ValueError(f"{backbone.arch['name']}: wav2vec2 hides frames between convolutions and a context network, which takes transformers/wav2vec2")
+            raise ValueError(f"{backbone.arch['name']}: wav2vec2 hides frames between convolutions and a context network, which takes "
+                             "transformers/wav2vec2, torchaudio/deepspeech2 or torchaudio/conformer")
         if options.code_width % options.groups:
             raise ValueError(f"wav2vec2.code_width {options.code_width} must be a multiple of wav2vec2.groups {options.groups}")
         features: Any = backbone.latent_dim

@@ -189,7 +189,29 @@ def test_layers_are_in_order_and_hold_each_parameter_once(variant):
 def test_every_parameter_has_a_gradient(variant):
     backbone = build(variant).train()
     backbone(mels(*SIZES)).tokens.square().sum().backward()
-    assert [name for name, p in backbone.named_parameters() if p.grad is None or not p.grad.abs().sum()] == []
+    without = [name for name, p in backbone.named_parameters() if p.grad is None or not p.grad.abs().sum()]
+    assert without == ([] if variant == "deepspeech" else ["front.mask_embedding"]) and all(p.grad is not None for p in backbone.parameters())
+    if variant != "deepspeech":
+        backbone(batch := mels(*SIZES), token_mask=backbone.frame_mask(batch)).tokens.square().sum().backward()
+        assert backbone.front.mask_embedding.grad.abs().sum() > 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", ["deepspeech2", "plane", "conformer"])
+def test_hidden_steps_are_not_seen_and_latent_is(variant):
+    """What stands behind hidden steps changes ``latent`` there, and no token of the row."""
+    backbone, batch = build(variant), mels(40, 24)
+    mask = backbone.frame_mask(batch)
+    assert torch.equal(mask, backbone(batch).mask) and mask.shape == backbone(batch).tokens.shape[:2]
+    spans = torch.zeros_like(mask)
+    spans[:, 4:] = mask[:, 4:]
+    other = Batch(batch.rows, batch.keys, {"mel": batch["mel"].clone(), "mask": batch["mask"]})
+    other["mel"][:, 22:] += 1.0  # beyond what the first four steps see
+    ours, theirs = (backbone(one, token_mask=spans, want=("tokens", "latent", "convolved")) for one in (batch, other))
+    assert ours.latent.shape == (2, 10, backbone.latent_dim) and torch.equal(ours.latent, ours.stages["convolved"])
+    assert torch.equal(ours.latent[:, :4], theirs.latent[:, :4]) and not torch.equal(ours.latent[:, 5:], theirs.latent[:, 5:])
+    assert torch.equal(ours.tokens, theirs.tokens) and not torch.equal(ours.tokens, backbone(batch).tokens)
+    assert ours.latent is not None and backbone(batch).latent is None
 
 
 def test_dropout_is_there_in_training_alone(variant):
@@ -240,6 +262,7 @@ def test_what_does_not_fit_is_refused(variant, inputs, options, told):
         build(variant, inputs, **options)
 
 
-def test_tokens_cannot_be_left_out(variant):
+def test_deepspeech_cannot_hide_steps():
+    assert not build("deepspeech").hides_frames
     with pytest.raises(ValueError, match="cannot leave tokens out"):
-        build(variant)(mels(20), token_mask=torch.zeros(1, 5, dtype=torch.bool))
+        build("deepspeech")(mels(20), token_mask=torch.zeros(1, 5, dtype=torch.bool))

@@ -253,7 +253,7 @@ def test_codes_that_are_all_the_same_are_noticed_and_warned_of_once():
 
 @pytest.mark.parametrize(("name", "inputs", "options", "told"), [
     ("transformers/bert", {"vocabulary": 30, "length": 8, "specials": [0, 1, 2, 3, 4]}, {},
-     "transformers/bert: wav2vec2 hides frames between convolutions and a context network, which takes transformers/wav2vec2"),
+     "transformers/bert: wav2vec2 hides frames between convolutions and a context network, which takes transformers/wav2vec2, torchaudio"),
     ("transformers/wav2vec2", INPUTS, {"code_width": 15}, "wav2vec2.code_width 15 must be a multiple of wav2vec2.groups 2"),
 ])
 def test_what_does_not_fit_is_refused(name, inputs, options, told):
@@ -331,6 +331,32 @@ def test_a_few_steps_lower_the_loss_on_real_speech():
         losses.append(float(logs["contrastive"] / count))
         accuracies.append(float(logs["accuracy"] / count))
     assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5]) and np.mean(accuracies[-5:]) > 2 * np.mean(accuracies[:5]), (losses, accuracies)
+
+
+@pytest.mark.parametrize(("name", "sizes"), [
+    ("torchaudio/deepspeech2", {"layers": 1, "hidden": 16, "channels": 12, "kernels": [5, 3]}),
+    ("torchaudio/conformer", {"layers": 1, "hidden": 16, "heads": 2, "intermediate": 24, "kernel": 7, "channels": 3})])
+def test_networks_over_log_mels_learn_by_it(name, sizes):
+    """One row's mels over and over: the loss falls, each parameter of the backbone has a gradient, and rows do not depend on the batch around them."""
+    inputs = {"features": "mel", "rate": 16000, "channels": 12, "convolutions": [[400, 160, 0]]}
+    made = task_of(name, inputs, "wav2vec2", options={**SMALL, "mask_length": 4}, seed=0, dropout=0.0, **sizes)
+    lengths = torch.tensor([160, 90])
+    mask = torch.arange(160) < lengths[:, None]
+    mel = torch.randn(2, 160, 12, generator=torch.Generator().manual_seed(0)).cumsum(1) * mask[:, :, None]
+    batch = Batch(np.arange(2), torch.from_numpy(row_keys(1, np.zeros(2, dtype=np.int64), np.arange(2))), {"mel": mel / 10, "mask": mask})
+    found = made.eval().objective.predict(made.backbone, batch)
+    alone = made.objective.predict(made.backbone, Batch(batch.rows[1:], batch.keys[1:], {"mel": mel[1:, :90] / 10, "mask": mask[1:, :90]}))
+    assert found["count"][1] == alone["count"][0] > 4 and found["loss"][1].item() == pytest.approx(alone["loss"][0].item(), rel=1e-4)
+    made.train()
+    optimizer, losses = torch.optim.AdamW(made.parameters(), lr=3e-3), []
+    for _ in range(30):
+        total, count, logs = made(batch)
+        (total / count).backward()
+        assert losses or all(p.grad is not None and p.grad.abs().sum() > 0 for p in made.backbone.parameters())
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(logs["contrastive"] / count))
+    assert losses[-1] < 0.8 * losses[0], losses
 
 
 def test_it_reads_no_labels():

@@ -53,8 +53,6 @@ def test_documents_of_each_kind_of_file(tmp_path):
                     {"text": "five", "id": "b.jsonl:3", "year": 0.5, "url": None, "tags": None, "split": "train"}]
     write(tmp_path / "nul.jsonl", '{"text": "a", "url": "x\\u0000"}\n{"text": "b", "url": "y"}\n')
     assert [row["text"] for row in prepare(tmp_path / "nul.jsonl", tmp_path / "nul", "keep=url", max_bad=0.5)[0]] == ["b"]
-    write(tmp_path / "nul.jsonl", '{"text": "a", "url": "x\\u0000"}\n{"text": "b", "url": "y"}\n')
-    assert [row["text"] for row in prepare(tmp_path / "nul.jsonl", tmp_path / "nul", "keep=url", max_bad=0.5)[0]] == ["b"]
     rows, _, _ = prepare(tmp_path / "in/c.parquet", tmp_path / "parquet", "keep=year", part_mb=1e-5, max_bad=0.5)
     assert [(row["text"], row["id"], row["year"]) for row in rows] == [("six", "c.parquet:1", 6), ("seven", "c.parquet:3", 8)]
     assert len(list((tmp_path / "parquet").glob("train*.parquet"))) == 3
@@ -161,19 +159,6 @@ def test_a_corpus_of_which_nothing_would_stay_is_refused(tmp_path):
     prepare(tmp_path / "a.txt", tmp_path / "out", "min_chars=5")
     told = Preparation("text", str(tmp_path / "a.txt"), str(tmp_path / "out"), importing.options_of("text", ["min_chars=5"])).told()
     assert told.endswith("train 1 rows in 1 parts, 0 broken rows and 2 dropped ones left out; see _summary.md there")
-
-
-def test_documents_without_words_are_alike_only_when_they_are(tmp_path):
-    write(tmp_path / "a.txt", "!!!\n???\n\U0001F389 \U0001F389\nhello\n!!!\n")
-    rows, _, dropped = prepare(tmp_path / "a.txt", tmp_path / "out", "dedup=near")
-    assert len(rows) == 4 and [(row["id"], row["twin"]) for row in dropped] == [("a.txt:5", "a.txt:1")]
-
-
-def test_a_corpus_of_which_nothing_would_stay_is_refused(tmp_path):
-    write(tmp_path / "a.txt", "some words\n\na b\nb c\n")
-    with pytest.raises(ValueError, match=r"all of the 3 documents would be dropped: too short \(min_chars\) 2, too few words \(min_words\) 1"):
-        prepare(tmp_path / "a.txt", tmp_path / "out", "min_chars=5", "min_words=3")
-    prepare(tmp_path / "a.txt", tmp_path / "out", "min_chars=5")
 
 
 def test_documents_that_share_no_more_than_bands_are_verified():

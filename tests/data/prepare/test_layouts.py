@@ -81,18 +81,6 @@ def test_a_carriage_return_within_a_line_does_not_make_a_word_of_two_lines(tmp_p
     assert [row["words"] for row in rows] == [["Rome"]] and reasons(found) == {"a.conll:1": "line 1: a carriage return within the line"}
 
 
-def test_what_stands_before_the_first_docstart_is_a_document_of_its_own(tmp_path):
-    write(tmp_path / "in/a.train", "-DOCSTART- O\n\na O\n\n")
-    write(tmp_path / "in/b.train", "b O\n\n-DOCSTART- O\n\nc O\n")
-    rows, found = prepare("conll", tmp_path / "in", tmp_path / "out")
-    assert [(row["words"], row["document"]) for row in rows] == [(["a"], 1), (["b"], 2), (["c"], 3)] and found["notes"]["documents"] == 3
-
-
-def test_a_carriage_return_within_a_line_does_not_make_a_word_of_two_lines(tmp_path):
-    rows, found = prepare("conll", write(tmp_path / "a.conll", "Anna B-PER\rsleeps O\n\nRome B-LOC\n\n"), tmp_path / "out")
-    assert [row["words"] for row in rows] == [["Rome"]] and reasons(found) == {"a.conll:1": "line 1: a carriage return within the line"}
-
-
 def test_broken_sentences_are_listed_with_their_line(tmp_path):
     text = ("Inside I-LOC\n\nOther B-LOC\nkind I-PER\n\nno_tag\nmore O\n\nthree X O\n\nfoo PER\n\n" + GOOD)
     rows, found = prepare("conll", write(tmp_path / "a.conll", text), tmp_path / "out", "scheme=bio", max_bad=0.2)
@@ -209,28 +197,6 @@ def test_offsets_count_characters_also_beyond_the_basic_plane(tmp_path):
         assert reasons(found)[f"{name}.json:2"].endswith("the nearest place is 3")
 
 
-def test_ids_that_are_none_or_cannot_be_written_or_stood_at_a_broken_question(tmp_path):
-    text = squad(asked("off", "Denver", 23), asked("off", "Denver", 25), {**asked("", "Denver", 25), "id": None}, {**asked("", "Denver", 25), "id": 7},
-                 asked("@@", "Denver", 25)).encode().replace(b"@@", b"a\xff")
-    rows, found = prepare("squad", write(tmp_path / "dev.json", text), tmp_path / "out", max_bad=0.1)
-    kept = {row["id"]: row["answer_start"] for row in rows}
-    assert kept["off"] == [25] and kept["7"] == [25] and "None" not in kept
-    told = {path.removeprefix("dev.json:"): reason for path, reason in reasons(found).items()}
-    assert told.pop("off").startswith("answer 'Denver' is not at 23") and sorted(told.values()) == ["no id", "the id is not UTF-8 text (at character 1)"]
-    assert all(path.startswith("question ") for path in told)
-
-
-def test_offsets_count_characters_also_beyond_the_basic_plane(tmp_path):
-    """JSON may write such a character as two escapes: it is one."""
-    question = {"id": "1", "question": "Who?", "answers": [{"text": "cat \U0001F431", "answer_start": 3}]}
-    late = {"id": "2", "question": "Who?", "answers": [{"text": "cat", "answer_start": 5}]}
-    document = {"data": [{"title": "A", "paragraphs": [{"context": "\U0001F600\U0001F600 cat \U0001F431", "qas": [question, late]}]}]}
-    for name, escapes in (("a", True), ("b", False)):
-        rows, found = prepare("squad", write(tmp_path / f"{name}.json", json.dumps(document, ensure_ascii=escapes)), tmp_path / name)
-        assert [(row["context"][3:], row["answers"], row["answer_start"]) for row in rows] == [("cat \U0001F431", ["cat \U0001F431"], [3])]
-        assert reasons(found)[f"{name}.json:2"].endswith("the nearest place is 3")
-
-
 @pytest.mark.data
 def test_xquad_comes_back_as_it_was(tmp_path):
     wanted = pq.read_table(folder("text/xquad_en") / "xquad_en.parquet").to_pylist()
@@ -296,31 +262,6 @@ def test_quotes_line_ends_in_fields_and_a_quote_that_is_left_open(tmp_path):
     assert kept == {'two\nlines, and "quotes"': 1, "after": 3, '5" disk': 4, 'this"one': 6, "more": 7, "last": 9}
     rows, found = prepare("csv", write(tmp_path / "b.tsv", 'text\tlabel\n"he said\t1\nso" he did\t2\n'), tmp_path / "tsv", "quote=", max_bad=0)
     assert by_text(rows)[0]["text"] == '"he said' and len(rows) == 2
-
-
-def test_a_quote_may_stand_in_a_field_without_quotes_beside_one_that_goes_over_lines(tmp_path):
-    text = 'size,text\n5" disk,"two\nlines"\n"7"" disk","one ""\n\nmore"\n8,b\n'
-    rows, _ = prepare("csv", write(tmp_path / "a.csv", text), tmp_path / "out", max_bad=0)
-    wanted = list(csv.DictReader(io.StringIO(text, newline="")))
-    assert len(wanted) == 3 and by_text([{n: row[n] for n in ("size", "text")} for row in rows]) == by_text(wanted)
-
-
-@pytest.mark.parametrize(("data", "said"), [
-    ("text,l\xe4bel\nfoo,1\nbar,0\n".encode("latin-1"), "a.csv:1: the names of the columns cannot be read: not UTF-8"),
-    (b'"text,label\nfoo,1\nbar,0\n', "a.csv:1: the names of the columns cannot be read: a quote"),
-    (b"text;label\nfoo;1\n", "a.csv:1: one column, 'text;label'; is it ; that"), (b"text\tlabel\nfoo\t1\n", "is it tab that")])
-def test_no_row_is_taken_for_the_names_of_the_columns_nor_all_columns_for_one(data, said, tmp_path):
-    with pytest.raises(ValueError, match=said):
-        prepare("csv", write(tmp_path / "a.csv", data), tmp_path / "out", max_bad=0.9)
-
-
-def test_a_row_of_empty_fields_and_one_without_a_split_are_broken(tmp_path):
-    rows, found = prepare("csv", write(tmp_path / "a.tsv", "text\tlabel\n\t\n\nfoo\t1\n"), tmp_path / "tsv")
-    assert len(rows) == 1 and reasons(found) == {"a.tsv:2": "no text"}
-    rows, found = prepare("csv", write(tmp_path / "b.csv", "text,fold\na,train\nb, \nc,dev\n"), tmp_path / "out", "split_column=fold")
-    assert found["rows"] == {"train": 1, "validation": 1} and reasons(found) == {"b.csv:3": "no split"}
-    with pytest.raises(ValueError, match="--set split=test: --set split_column=fold gives each row its own"):
-        prepare("csv", tmp_path / "b.csv", tmp_path / "none", "split_column=fold", "split=test")
 
 
 def test_a_quote_may_stand_in_a_field_without_quotes_beside_one_that_goes_over_lines(tmp_path):

@@ -192,7 +192,6 @@ def test_compressed_files_and_archives_give_the_same_rows(name, suffix, request,
 
 @pytest.mark.parametrize(("name", "split"), [
     ("testset.csv", "test"), ("my-devset/a.txt", "validation"), ("subset/asset.txt", "train"),
-    ("testset.csv", "test"), ("my-devset/a.txt", "validation"), ("subset/asset.txt", "train"),
     ("eng.testa", "validation"), ("eng.testb", "test"), ("wnut17train.conll", "train"), ("emerging.dev.conll", "validation"),
     ("emerging.test.annotated", "test"),
     ("dev-v2.0.json", "validation"), ("train/part-1.csv", "train"), ("test/train.txt", "train"), ("a/valid/x_1.txt", "validation"), ("latest.csv", "train"),
@@ -258,18 +257,6 @@ def test_places_of_broken_rows_in_later_ranges_are_those_of_the_file(tmp_path):
         prepare("text", tmp_path / "a.txt", tmp_path / "none", part_mb=SMALL, max_bad=0)
     prepare("text", tmp_path / "a.txt", tmp_path / "out", part_mb=SMALL)
     assert json.loads((tmp_path / "out/_summary.json").read_text())["broken"]["files"][0]["path"] == "a.txt:77"
-
-
-@pytest.mark.parametrize(("name", "text"), [("text", "one\rtwo\r"), ("text", "one\rtwo"), ("csv", "text,label\ra,1\r"), ("conll", "Anna O\rRome O\r\r")])
-def test_lines_that_end_with_a_carriage_return_alone_are_told(name, text, tmp_path):
-    suffix = {"text": "txt"}.get(name, name)
-    with pytest.raises(ValueError, match=f"a.{suffix}: its lines end with a carriage return alone; convert the file"):
-        prepare(name, write(tmp_path / f"a.{suffix}", text), tmp_path / "out")
-
-
-def test_a_folder_whose_name_looks_like_a_pattern_is_a_folder(tmp_path):
-    write(tmp_path / "in[1]/a.txt", "one\n")
-    assert prepare("text", tmp_path / "in[1]", tmp_path / "out")["rows"] == {"train": 1}
 
 
 @pytest.mark.parametrize(("name", "text"), [("text", "one\rtwo\r"), ("text", "one\rtwo"), ("csv", "text,label\ra,1\r"), ("conll", "Anna O\rRome O\r\r")])
