@@ -202,7 +202,8 @@ def drawn(train: Train, hyper: Mapping[str, Any]) -> Train:
     Raises ValidationError for an unknown field or a value that its field does not take.
     """
     lengths = ("steps", "epochs") if {"steps", "epochs"} & hyper.keys() else ()
-    return Train.model_validate({**train.model_dump(), **dict.fromkeys(lengths), **hyper})
+    own = train.model_dump(exclude=None if train.batch_cost is None else {"global_batch"})
+    return Train.model_validate({**own, **dict.fromkeys(lengths), **hyper})
 
 
 def rounded(name: str, value: float) -> float:

@@ -715,6 +715,7 @@ def test_what_is_drawn_takes_the_place_of_what_was_there():
     assert job.drawn(train, {"epochs": 1.5, "lr": 1}) == job.Train(epochs=1.5, lr=1.0)
     assert job.drawn(job.Train(epochs=2), {"steps": 3}) == job.Train(steps=3)
     assert train == job.Train(steps=20, lr=0.5)
+    assert job.drawn(job.Train(batch_cost=4.0), {"lr": 1}).batch_cost == 4.0 and job.drawn(job.Train(batch_cost=4.0), {"batch_cost": 2}).batch_cost == 2.0
     for wrong in ({"warmup": 2}, {"lrr": 1}, {"steps": 2, "epochs": 2}, {"steps": 2.5}, {"lr": True}):
         with pytest.raises(pydantic.ValidationError):
             job.drawn(train, wrong)

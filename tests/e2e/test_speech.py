@@ -37,7 +37,7 @@ def speech_data(tmp_path_factory) -> Path:
     folder, rng = tmp_path_factory.mktemp("speech"), np.random.default_rng(0)
     rows = []
     for i in range(60):
-        word, seconds, rate = i % 4, float(rng.uniform(0.4, 1.2).round(3)), (8000, 16000)[i % 2]
+        word, seconds, rate = i % 4, round(rng.uniform(0.6, 1.2), 3), (8000, 16000)[i % 2]
         split = ("train", "train", "train", "validation", "test")[i // 12]
         rows.append({"audio": encoded(tone(word, seconds, rate, i), rate), "seconds": seconds, "text": f"{WORDS[word]} {WORDS[(word + 1) % 4]}", "digit": word,
                      "speaker": f"s{i // 4}", "split": split})
