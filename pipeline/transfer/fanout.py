@@ -161,6 +161,9 @@ class _Show(tune.Callback):
     def on_trial_start(self, iteration, trials, trial, **info):
         self._line(trials)
 
+    def on_step_end(self, iteration, trials, **info):
+        self._line(trials)
+
     def _ended(self, trials: list[Any], one: Any) -> None:
         unit = self.work[one.config["unit"]]
         last = one.last_result or {}

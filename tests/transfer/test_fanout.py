@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import math
@@ -11,12 +12,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from ray.tune.schedulers import TrialScheduler
+from rich.console import Console
 from toys import image_files, job_of, shared_of, trial_of
 
 from pipeline.job import Fanout, Job, Plug
 from pipeline.train import launch
 from pipeline.train.launch import ClusterError
 from pipeline.train.loop import Ranks
+from pipeline.train.progress import Progress
 from pipeline.transfer import fanout
 from pipeline.transfer import trial as one_trial
 from pipeline.transfer.fanout import GroupedASHA
@@ -358,3 +361,16 @@ def test_units_are_told_apart_by_the_ranks_that_their_target_asks_for(world):
     data = next(iter(shared.targets.values()))
     work = fanout.units([trial_of(job, shared, "full")], shared)
     assert fanout._by_workers(work, shared) == {0: work} and data.spec.workers == 0
+
+
+def test_the_line_tells_trials_that_have_begun_since():
+    """Tune calls ``on_trial_start`` while a trial is still pending: a long trial would be told as none."""
+    console, times = Console(file=io.StringIO(), force_terminal=False, width=200), itertools.count(0, 60)
+    work = [SimpleNamespace(trials=("a",), first=None), SimpleNamespace(trials=("b", "c"), first=None)]
+    show = fanout._Show("fine-tune", work, SimpleNamespace(root=""), Progress(console, clock=lambda: next(times)), "none")
+    trials = [SimpleNamespace(config={"unit": unit}, status="PENDING") for unit in range(2)]
+    show.on_trial_start(0, trials, trials[0])
+    trials[1].status = "RUNNING"
+    show.on_step_end(0, trials)
+    assert [line.strip() for line in console.file.getvalue().splitlines()] == [
+        "fine-tune: trials 0/3  0 running, 0 failed", "fine-tune: trials 0/3  2 running, 0 failed"]
