@@ -6,6 +6,7 @@ both are looked after here, so that a file that was cut off is told as broken, a
 
 from __future__ import annotations
 
+import hashlib
 import io
 import struct
 from collections.abc import Iterator
@@ -18,14 +19,19 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 import soundfile
 
+from pipeline import audioheader
+
 RATES = (1000, 1_000_000)
 """Samples a second that a recording may have: a broken header's rate would ask for a filter of any size."""
 LARGEST_TERM = 1000
 """A quotient of rates has no larger denominator: beyond it (22,255 Hz of old Macintoshes) the nearest one is taken, at most 0.001 % off."""
-STREAMED = 0x7FFF0000
-"""From here on the size of a RIFF chunk says that its writer, into a pipe, did not know it (0xFFFFFFFF; sox: 0x7FFFF000)."""
+KINDS = {b"RIFF": "WAV", b"RF64": "WAV", b"fLaC": "FLAC", b"OggS": "OGG", b"FORM": "AIFF", b"riff": "W64", b"caff": "CAF", b".snd": "AU", b"NIST": "SPHERE"}
+"""How files begin."""
 FLAC_LENGTH = slice(21, 26)
 """Where a FLAC file says how many samples it has, in 36 bits (RFC 9639, section 8.2)."""
+KNOWN_BYTES = 1 << 16
+"""A FLAC file whose samples were counted is known again by its size and so many bytes of its beginning and of its end."""
+_counted: dict[bytes, bytes] = {}
 OVER_SECONDS = 0.1
 """A piece may end so far behind its recording: manifests round their seconds."""
 HOP_SECONDS, QUIET_SECONDS = 0.02, 0.2
@@ -34,8 +40,8 @@ BLOCK_HOPS = 3000
 """It reads so many of them at a time: a minute."""
 LOUDEST = 1e6
 """No energy counts for more: sums of larger ones would lose what is quiet; full scale has at most 1."""
-CLIPPED = 0.9999
-"""From here on a sample counts as clipped: 32767 of 32768 is 0.99997."""
+FULL_SCALE = {"ULAW": 32124 / 32768, "ALAW": 32256 / 32768, "PCM_U8": 127 / 128, "PCM_S8": 127 / 128}
+"""The largest sample of a subtype where that is below 0.9999: 32767 of 32768 is 0.99997."""
 Sound = bytes | BinaryIO
 
 
@@ -96,7 +102,7 @@ class _Watched:
     def readinto(self, buffer: Any) -> int:
         at, count = self._at, 0
         try:
-            if self._error is None:
+            if self._error is None and 0 <= at < self.size:  # a damaged header leads anywhere
                 self._file.seek(at)
                 count = self._file.readinto(buffer)  # pyright: ignore[reportAttributeAccessIssue] - every binary file has it
         except BaseException as error:  # of any kind: cffi would print it and go on; ``check`` raises it
@@ -140,18 +146,29 @@ def _why(file: _Watched, error: soundfile.LibsndfileError) -> str:
     start = file.read(12)
     if not start:
         return "the file is empty (0 bytes)"
-    kind = {b"RIFF": "WAV", b"fLaC": "FLAC", b"OggS": "OGG", b"FORM": "AIFF", b"RF64": "WAV"}.get(start[:4], "MP3" if start[:3] == b"ID3" else "")
+    kind = KINDS.get(start[:4], "MP3" if start[:3] == b"ID3" else "")
     said = error.error_string.strip().rstrip(".")
     return f"broken {kind} file, cut off or without samples ({said})" if kind else f"no sound file that libsndfile reads ({said})"
 
 
 def _flac_length(file: _Watched) -> bytes:
-    """FLAC_LENGTH of a file whose writer, into a pipe, left it open; else nothing. libsndfile cannot seek in such a file: its samples are counted here."""
+    """FLAC_LENGTH of a file whose writer, into a pipe, left it open; else nothing. libsndfile cannot seek in such a file: its samples are
+    counted here, once in a process for all pieces of a recording."""
     file.seek(0)
     start = file.read(FLAC_LENGTH.stop)
-    file.seek(0)
     if start[:4] != b"fLaC" or len(start) < FLAC_LENGTH.stop or start[21] & 15 or any(start[22:]):
         return b""
+    ends = hashlib.sha256(f"{file.size} ".encode())
+    for at in (0, max(0, file.size - KNOWN_BYTES)):
+        file.seek(at)
+        ends.update(file.read(KNOWN_BYTES))
+    if ends.digest() not in _counted:
+        file.seek(0)
+        _counted[ends.digest()] = _count(file, start)
+    return _counted[ends.digest()]
+
+
+def _count(file: _Watched, start: bytes) -> bytes:
     frames = 0
     try:
         with _Forward(file) as sound:  # pyright: ignore[reportArgumentType] - as in ``opened``
@@ -171,32 +188,11 @@ def _frames(sound: soundfile.SoundFile) -> int:
 
 
 def _promised(file: _Watched) -> float:
-    """How many times as much sound a WAV or AIFF file promises as it holds, infinite for an OGG file that ends within a page; else 1."""
-    size = file.size
-    file.seek(0)
-    kind, times = file.read(4), 1.0
-    if kind in (b"RIFF", b"RF64", b"FORM"):
-        number, name = (">I", b"SSND") if kind == b"FORM" else ("<I", b"data")
-        at, wide = 12, 0
-        while at + 8 <= size:
-            file.seek(at)
-            head = file.read(8)
-            length = struct.unpack(number, head[4:])[0]
-            at += 8
-            if head[:4] == b"ds64":  # EBU Tech 3306: RF64's sizes of 64 bits
-                wide = struct.unpack("<QQ", file.read(16).ljust(16, b"\0"))[1]
-            if head[:4] == name:
-                length = wide or (length if length < STREAMED else 0)
-                times = max(1.0, length / max(1, size - at))
-                break
-            at += length + length % 2
-    elif kind == b"OggS":  # RFC 3533, section 6: a page says how long it is
-        file.seek(max(0, size - (1 << 16) - 512))
-        tail = file.read()
-        page = tail[tail.rfind(b"OggS"):]
-        whole = len(page) >= 27 and len(page) >= 27 + page[26] and len(page) >= 27 + page[26] + sum(page[27:27 + page[26]])
-        times = 1.0 if whole else np.inf
-    return times
+    """As ``audioheader.promised``. Raises BrokenAudioError for MP3 whose end nothing tells."""
+    if audioheader.has_unknown_length(file):
+        raise BrokenAudioError("MP3 of a varying bit rate without a table of its length, so that its end would be lost; write it again: "
+                               "ffmpeg -i in.mp3 -c copy out.mp3")
+    return audioheader.promised(file)
 
 
 def _check_promise(times: float, rate: int, frames: int) -> None:
@@ -212,7 +208,7 @@ def _cut_off(there: float, promised: float) -> str:
 
 def inspect(data: Sound) -> Info:
     """What the header says. Raises BrokenAudioError for no sound file, no samples, or fewer of them than the header promises where that can be told
-    without decoding (WAV, AIFF, OGG)."""
+    without decoding (all but FLAC and MP3), and MP3 whose end nothing tells."""
     file = _Watched(data)
     times = _promised(file)
     with opened(file) as sound:
@@ -227,16 +223,24 @@ def decode(data: Sound, start: float = 0.0, seconds: float | None = None, most: 
     Raises BrokenAudioError for no sound file, no samples, fewer samples than the header promises, a piece that lies behind the recording's end, and samples
     that are no numbers; LongAudioError, before they are read, for more than ``most`` seconds.
     """
+    _, samples, rate, _ = _read(data, start, seconds, most)
+    return samples, rate
+
+
+def measured(data: Sound, start: float = 0.0, seconds: float | None = None) -> tuple[np.ndarray, int, float, float]:
+    """As ``decode``, and the ``level`` of the channels that were averaged."""
+    channels, samples, rate, subtype = _read(data, start, seconds, None)
+    return samples, rate, *level(channels, subtype)
+
+
+def _read(data: Sound, start: float, seconds: float | None, most: float | None) -> tuple[np.ndarray, np.ndarray, int, str]:
+    """((n, channels), (n,) their mean, rate, subtype)."""
     file = _Watched(data)
     times = _promised(file) if start == 0 else 1.0  # a piece's recording was looked at when it was cut; here the piece must be there
     with opened(file) as sound:
-        rate, frames = sound.samplerate, _frames(sound)
+        rate, frames, subtype = sound.samplerate, _frames(sound), sound.subtype
         _check_promise(times, rate, frames)
-        first = round(start * rate)
-        count = frames - first if seconds is None else round(seconds * rate)
-        if start < 0 or count <= 0 or first + count > frames + OVER_SECONDS * rate or first >= frames:
-            raise BrokenAudioError(f"a piece from {start:g} s on{'' if seconds is None else f', {seconds:g} s long,'} of a recording of {frames / rate:.2f} s")
-        count = min(count, frames - first)
+        first, count = _span(rate, frames, start, seconds)
         if most is not None and count > most * rate:
             raise LongAudioError(f"{count / rate:.2f} s long, more than {most:g} s")
         if first:
@@ -249,7 +253,16 @@ def decode(data: Sound, start: float = 0.0, seconds: float | None = None, most: 
     if not finite.all():
         raise BrokenAudioError(f"{count - int(finite.sum())} of {count} samples are no numbers (NaN or infinite), the first at "
                                f"{(first + int(finite.argmin())) / rate:.3f} s")
-    return samples, rate
+    return found, samples, rate, subtype
+
+
+def _span(rate: int, frames: int, start: float, seconds: float | None) -> tuple[int, int]:
+    """(first sample, how many) of a piece of a recording. Raises BrokenAudioError where it does not lie in it."""
+    first = round(start * rate)
+    count = frames - first if seconds is None else round(seconds * rate)
+    if start < 0 or count <= 0 or first + count > frames + OVER_SECONDS * rate or first >= frames:
+        raise BrokenAudioError(f"a piece from {start:g} s on{'' if seconds is None else f', {seconds:g} s long,'} of a recording of {frames / rate:.2f} s")
+    return first, min(count, frames - first)
 
 
 @lru_cache(32)
@@ -285,18 +298,21 @@ def encode(samples: np.ndarray, rate: int) -> bytes:
     return out.getvalue()
 
 
-def level(samples: np.ndarray) -> tuple[float, float]:
-    """Largest absolute value (full scale is 1; int16 or floats), and the share of samples that reach full scale: clipped ones."""
+def level(samples: np.ndarray, subtype: str = "") -> tuple[float, float]:
+    """Largest absolute value (full scale is 1; int16 or floats), and the share of samples that reach full scale (that of libsndfile's ``subtype``): clipped
+    ones. Of (n, channels) the share of the channel that has most of them."""
     if not len(samples):
         return 0.0, 0.0
     size = np.abs(samples.astype(np.float32) / (32768 if samples.dtype == np.int16 else 1))
-    return float(size.max()), float((size >= CLIPPED).mean())
+    return float(size.max()), float((size >= FULL_SCALE.get(subtype, 1.0) - 1e-4).mean(0).max())
 
 
 # ---------------------------------------------------------------- pieces
 
-def pieces(sound: np.ndarray | Sound, rate: int | None, longest: float, how: Literal["silence", "windows"] = "silence") -> list[tuple[float, float]]:
-    """(start, stop) in seconds of the pieces of a recording, one behind the other, none longer than ``longest``; one piece when it is no longer itself.
+def pieces(sound: np.ndarray | Sound, rate: int | None, longest: float, how: Literal["silence", "windows"] = "silence",
+           start: float = 0.0, seconds: float | None = None) -> list[tuple[float, float]]:
+    """(start, stop) in seconds of the pieces of a recording, one behind the other, none longer than ``longest``; one piece when it is no longer itself. Of a
+    file also of ``seconds`` of it from ``start`` on.
 
     ``silence``: each cut lies where 0.2 s are quietest, in the second half of what a piece may have; ``windows``: as few equal pieces as can be.
     ``rate`` is that of an array; a file has its own. A file is read a minute at a time. Raises BrokenAudioError as ``decode`` does.
@@ -312,11 +328,15 @@ def pieces(sound: np.ndarray | Sound, rate: int | None, longest: float, how: Lit
     with opened(data) as file:
         frames = _frames(file)
         _check_promise(times, file.samplerate, frames)
-        return _cut(_blocks(file), frames, file.samplerate, longest, how)
+        first, count = _span(file.samplerate, frames, start, seconds)
+        if first:
+            file.seek(first)
+        return [(start + a, start + b) for a, b in _cut(_blocks(file, count), count, file.samplerate, longest, how)]
 
 
-def _blocks(sound: soundfile.SoundFile) -> Iterator[np.ndarray]:
-    while len(block := sound.read(BLOCK_HOPS * _hop(sound.samplerate), dtype="float32", always_2d=True)):
+def _blocks(sound: soundfile.SoundFile, frames: int) -> Iterator[np.ndarray]:
+    while len(block := sound.read(min(frames, BLOCK_HOPS * _hop(sound.samplerate)), dtype="float32", always_2d=True)):
+        frames -= len(block)
         yield block.mean(1)
 
 

@@ -262,6 +262,8 @@ class Objective(nn.Module, ABC):
     """Roles whose columns are read whole for ``fit`` and checked before anything starts; none: all of ``roles`` and ``optional_roles``."""
     label_tensors: ClassVar[tuple[str, ...]] = ("label",)
     """Tensors that ``head_loss`` and ``head_predict`` read beside the features."""
+    origin_roles: ClassVar[tuple[str, ...] | None] = None
+    """Roles whose columns ``complete`` and ``written`` read; none: all."""
     written_types: ClassVar[dict[str, Any]] = {}
     """Arrow types of those columns of ``written`` that hold lists: where all lists of a file are empty, nothing else tells."""
     mixes: bool = False
@@ -291,14 +293,13 @@ class Objective(nn.Module, ABC):
         return state
 
     @classmethod
-    def misfits(cls, arrays: Arrays, state: dict[str, Any]) -> list[str] | None:
-        """For each decoded row "" or why input and labels do not go together (more letters than frames): left out and listed, as in ``refused``."""
+    def unlearnable(cls, table: Any, columns: dict[str, str], state: dict[str, Any], arrays: Arrays | None = None, seconds: Any = None) -> list[str] | None:
+        """For each row "" or why it can be scored but not learned from (more letters than frames, by ``arrays`` or ``seconds``); None: all can."""
         return None
 
     @classmethod
     def check_test(cls, options: Any, table: Any, columns: dict[str, str], state: dict[str, Any]) -> None:
         """Raises ValueError where the test rows' labels cannot give the metrics that the options ask for: told before anything is trained."""
-        return
 
     @abstractmethod
     def __init__(self, backbone: Backbone, options: Any, state: dict[str, Any]):

@@ -36,8 +36,8 @@ MOST_DEEP = 64
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
 OF_ALL = ("decode", "shuffle", "max_bad_rows")
 """Fields of data that hold for all joined corpora."""
-PLACES = {"text": ("tokenizer",)}
-"""Options of modalities that name a place: relative to the job file, as data are."""
+PLACES = {"text": ("tokenizer",), "ctc": ("lm",)}
+"""Options of modalities and objectives that name a place: relative to the job file, as data are."""
 
 
 def _plain(node: yaml.Node, loader: _Loader, path: Path_, lines: dict[Path_, int], problems: list[tuple[int, str]]) -> Any:
@@ -320,14 +320,15 @@ def _corpora(part: dict, path: Path_) -> Iterator[tuple[dict, Path_]]:
 
 
 def _named(rows: dict) -> Iterator[tuple[Any, Any, Path_]]:
-    """Every text of a data spec that names a place: what holds it, its key there, its field."""
+    """Every text of a data spec, or of what holds an objective, that names a place: what holds it, its key there, its field."""
     for field in ("uri", "train", "validation", "test"):
         holder, keys = (rows[field], range(len(rows[field]))) if isinstance(rows.get(field), list) else (rows, {field} & rows.keys())
         yield from ((holder, key, (field,)) for key in keys if isinstance(holder[key], str))
-    plug = rows.get("modality")
-    name, way = (plug["name"], "options") if isinstance(plug, dict) and "name" in plug else [next(iter(plug), "")] * 2 if isinstance(plug, dict) else ("", "")
-    if isinstance(plug, dict) and isinstance(options := plug.get(way), dict):
-        yield from ((options, one, ("modality", way, one)) for one in PLACES.get(str(name), ()) if isinstance(options.get(one), str))
+    for kind in ("modality", "objective"):
+        plug = rows[kind] if isinstance(rows.get(kind), dict) else {}
+        name, way = (plug["name"], "options") if "name" in plug else [next(iter(plug), "")] * 2
+        if isinstance(options := plug.get(way), dict):
+            yield from ((options, one, (kind, way, one)) for one in PLACES.get(str(name), ()) if isinstance(options.get(one), str))
 
 
 def _data_problems(part: dict, path: Path_, folder: Path, elsewhere: bool) -> list[tuple[Path_, str]]:
@@ -356,6 +357,8 @@ def _name_problems(data: dict, folder: Path, elsewhere: bool) -> list[tuple[Path
         out += _data_problems(part, (kind, name), folder, elsewhere)
         if part.get("objective") is not None:
             out += _plug_problems("objective", part["objective"], (kind, name, "objective"))
+            places = _named({"objective": part["objective"]})
+            out += [((kind, name, *at), problem) for held, key, at in places if (problem := _missing(held[key], folder, elsewhere))]
         if kind == "sources" and "backbone" in part:
             out += _plug_problems("model", part["backbone"], (kind, name, "backbone"))
             out += _start_problems(_name_of(part["backbone"]), (kind, name, "backbone"), folder, elsewhere)
@@ -365,17 +368,14 @@ def _name_problems(data: dict, folder: Path, elsewhere: bool) -> list[tuple[Path
             out += _start_problems(part["init"], (kind, name, "init"), folder, elsewhere)
         if remote and isinstance(part.get("train"), dict) and part["train"].get("trace_rows") is True:
             out.append(((kind, name, "train", "trace_rows"), f"rows are traced to local folders only, and storage is {data['storage']}; leave it out"))
-        for i, technique in enumerate(_listed(part.get("techniques"))):
-            out += _plug_problems("technique", technique, (kind, name, "techniques", i))
-    for i, technique in enumerate(_listed(data.get("techniques"))):
-        out += _plug_problems("technique", technique, ("techniques", i))
-    return out
+        out += [one for i, plug in enumerate(_listed(part.get("techniques"))) for one in _plug_problems("technique", plug, (kind, name, "techniques", i))]
+    return out + [one for i, plug in enumerate(_listed(data.get("techniques"))) for one in _plug_problems("technique", plug, ("techniques", i))]
 
 
 def _absolute(job: dict, folder: Path) -> dict:
     """Data paths and checkpoints made absolute: they are relative to the job file."""
     for part in [*job["sources"].values(), *job.get("targets", {}).values()]:
-        for rows, _ in _corpora(part, ()):
+        for rows, _ in (*_corpora(part, ()), ({"objective": part.get("objective")}, ())):
             for holder, key, _ in _named(rows):
                 holder[key] = _place(holder[key], folder)
         for field in ("backbone", "init"):

@@ -69,11 +69,16 @@ def standardized(x: Tensor, lengths: Tensor) -> Tensor:
 
 
 def speed(x: Tensor, lengths: Tensor, percent: int) -> tuple[Tensor, Tensor]:
-    """Rows played at ``percent`` of their speed, pitch and all (Ko et al. 2015), and their new lengths, ceil(lengths * 100 / percent)."""
+    """Rows played at ``percent`` of their speed, pitch and all (Ko et al. 2015), and their new lengths, ceil(lengths * 100 / percent). Float32 also
+    inside autocast and where convolutions may use TF32, as they may on a GPU: it has 10 bits of the 24 that sound has."""
     common = gcd(percent, 100)
     old, new = percent // common, 100 // common
     lengths = -(-lengths * new // old)
-    x = F.resample(x, old, new) if old != new else x
+    if old != new:
+        cudnn = torch.backends.cudnn
+        kept = {name: getattr(cudnn, name) for name in ("enabled", "benchmark", "benchmark_limit", "deterministic")}
+        with cudnn.flags(**kept, allow_tf32=False), torch.autocast(x.device.type, enabled=False):
+            x = F.resample(x.float(), old, new)
     return x * within(lengths, x.shape[1]), lengths
 
 

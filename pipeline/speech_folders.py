@@ -64,7 +64,7 @@ def heads(folder: str, config: dict[str, Any], tensors: dict[str, Tensor]) -> tu
 
 def _labels(folder: str, config: dict[str, Any], count: int) -> dict[str, int] | str:
     """Our labels, the blank first, and their rows in the head: its special tokens but the blank, which no transcript holds, are left out. Else why not."""
-    vocabulary, told = _json(folder, VOCABULARY), _json(folder, TOKENIZER_CONFIG)
+    vocabulary, told = _json(folder, VOCABULARY), {**_json(folder, "special_tokens_map.json"), **_json(folder, TOKENIZER_CONFIG)}
     if not vocabulary or not all(isinstance(number, int) and 0 <= number < count for number in vocabulary.values()):
         return f"its {VOCABULARY} does not say what the {count} rows of its output stand for" if vocabulary else f"the folder has no {VOCABULARY}"
     blank, delimiter = config.get("pad_token_id", 0), _token(told, "word_delimiter_token", SPACE)

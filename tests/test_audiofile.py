@@ -10,7 +10,7 @@ import pytest
 import soundfile
 from scipy import signal
 
-from pipeline import audiofile
+from pipeline import audiofile, audioheader
 from pipeline.audiofile import BrokenAudioError, LongAudioError
 
 RATE = 16000
@@ -27,6 +27,7 @@ def saved(samples: np.ndarray, rate: int = RATE, form: str = "WAV", subtype: str
 
 
 KINDS = [("WAV", "PCM_16"), ("WAV", "PCM_U8"), ("WAV", "PCM_24"), ("WAV", "PCM_32"), ("WAV", "FLOAT"), ("WAV", "DOUBLE"), ("WAV", "ULAW"), ("RF64", "PCM_16"),
+         ("W64", "PCM_24"), ("CAF", "PCM_16"), ("AU", "PCM_16"), ("AU", "ULAW"), ("NIST", "PCM_16"), ("NIST", "ULAW"),
          ("AIFF", "PCM_16"), ("FLAC", "PCM_16"), ("FLAC", "PCM_24"), ("OGG", "VORBIS"), ("OGG", "OPUS"), ("MP3", "MPEG_LAYER_III")]
 CLOSE = {"PCM_U8": 1.01 / 128, "ULAW": 2e-2, "VORBIS": 3e-2, "OPUS": 3e-2, "MPEG_LAYER_III": 3e-2}
 
@@ -125,6 +126,8 @@ def test_no_file_and_no_samples():
 def test_a_header_that_promises_more_samples_than_there_are():
     refused(wav(RATE, 2 * RATE * 10), r"1\.00 s of sound, its header promises 10\.00 s: the file was cut off")
     assert len(audiofile.decode(wav(RATE, 2 * RATE))[0]) == RATE
+    little = struct.pack("<4s5I", b"dns.", 24, 4 * RATE, 3, RATE, 1) + (tone() * 32767).astype("<i2").tobytes()
+    refused(little, r"1\.00 s of sound, its header promises 2\.00 s")
     aiff = saved(tone(2), form="AIFF")
     refused(aiff[:-2 * RATE], r"1\.00 s of sound, its header promises 2\.00 s")
 
@@ -132,6 +135,11 @@ def test_a_header_that_promises_more_samples_than_there_are():
 def test_a_writer_into_a_pipe_does_not_know_the_length():
     for unknown in (0xFFFFFFFF, 0x7FFFF000):
         assert len(audiofile.decode(wav(RATE, unknown))[0]) == RATE
+    for form, at, unknown in (("AU", 8, b"\xff" * 4), ("CAF", saved(tone(), form="CAF").index(b"data") + 4, b"\xff" * 8)):
+        data = bytearray(saved(tone(), form=form))
+        data[at:at + len(unknown)] = unknown
+        assert audioheader.promised(io.BytesIO(data)) == 1
+    assert len(audiofile.decode(bytes(data[:at]) + saved(tone(), form="CAF")[at:])[0]) == RATE
     flac = bytearray(saved(tone(3), form="FLAC"))
     flac[21] &= 0xF0
     flac[22:26] = bytes(4)
@@ -145,6 +153,58 @@ def test_a_file_that_was_cut_off_is_told(form, subtype, kept):
     data = saved(np.random.default_rng(0).uniform(-0.5, 0.5, 3 * RATE).astype(np.float32), form=form, subtype=subtype)
     with pytest.raises(BrokenAudioError, match="cut off"):
         audiofile.decode(data[:int(kept * len(data))])
+
+
+@pytest.mark.parametrize(("was", "now", "times"), [
+    ("", "", 2), ("pcm", "pcm,embedded-shorten-v2.00", 1), ("   1024", "   none", 1), ("   1024", "9999999", 1), ("   1024", "     -9", 1),
+    ("i 1000", "i many", 1), ("sample_count", "count", 1), ("channel_count -i 1", "channel_count -i 2", 4),
+    ("channel_count -i 1\n", "", 2), ("n_bytes -i 2", "n_bytes", 1)])
+def test_what_a_sphere_header_promises(was, now, times):
+    """Nothing, where it makes no sense, and of samples that shorten compressed."""
+    head = "NIST_1A\n   1024\nchannel_count -i 1\nsample_count -i 1000\nsample_n_bytes -i 2\nsample_coding -s3 pcm\nend_head\n"
+    assert audioheader.promised(io.BytesIO(head.replace(was, now).encode().ljust(1024) + bytes(1000))) == times
+
+
+@pytest.mark.parametrize("start", [b"", b"RI", b"RIFF", b"RIFF" + bytes(1 << 20), b"FORM1234AIFF", b"riff" + bytes(500), b"caff" + bytes(300),
+                                   b".snd" + b"\xff" * 9, b".snd", b"NIST", b"NIST_1A\n", b"OggS", b"ID3",
+                                   b"ID3\4\0\0\x7f\x7f\x7f\x7f", b"\xff\xf3\x88", b"\xff\xfb"])
+def test_scraps_promise_nothing(start):
+    assert audioheader.promised(io.BytesIO(start)) in (1, float("inf")) and not audioheader.has_unknown_length(io.BytesIO(start))
+    refused(start, "empty|broken|no sound file")
+
+
+def test_a_varying_rate_of_mp3_without_a_table_is_refused():
+    """libsndfile takes the file's size by its first frame's rate for its length: 20 s become 48 s, 40 s 14 s."""
+    samples = np.concatenate([np.zeros(10 * RATE), np.random.default_rng(0).uniform(-0.5, 0.5, 10 * RATE)]).astype(np.float32)
+    out = {mode: io.BytesIO() for mode in ("VARIABLE", "CONSTANT")}
+    for mode, file in out.items():
+        soundfile.write(file, samples, RATE, format="MP3", bitrate_mode=mode, compression_level=0.5)
+    for tag in (b"", b"ID3\x04\x00\x00\x00\x00\x01\x00" + bytes(128)):
+        varying, constant = (tag + file.getvalue() for file in out.values())
+        assert len(audiofile.decode(varying)[0]) == len(audiofile.decode(constant)[0]) == 20 * RATE
+        bare, even = (tag + file.getvalue()[file.getvalue().index(b"\xff\xf3", 100):] for file in out.values())  # without the first frame, which is the table
+        refused(bare, "varying bit rate without a table of its length.*ffmpeg -i in.mp3 -c copy out.mp3")
+        with pytest.raises(BrokenAudioError, match="varying bit rate"):
+            audiofile.pieces(bare, None, 5.0)
+        assert audiofile.inspect(even).seconds == pytest.approx(20, abs=0.2)
+        holed = varying.replace(b"Xing\0\0\0\x0f", b"Xing\0\0\0\x0e")  # a table that does not say how many frames there are
+        assert holed != varying
+        refused(holed, "varying bit rate")
+
+
+@pytest.mark.parametrize("size", [1 << 63, (1 << 64) - 512, 0xFFFFFFF0_00000000])
+@pytest.mark.parametrize(("form", "chunk", "behind"), [("RF64", b"ds64", 16), ("W64", b"data", 16)])
+def test_a_size_that_leads_before_the_file_is_a_broken_file(form, chunk, behind, size, tmp_path):
+    """libsndfile would have it read there: what Python raises then is no I/O error."""
+    data = bytearray(saved(tone(), form=form))
+    at = data.index(chunk) + behind
+    assert struct.unpack_from("<Q", data, at)[0] - 2 * RATE in (0, 24), "the size of its samples"
+    data[at:at + 8] = size.to_bytes(8, "little")
+    (tmp_path / "a").write_bytes(data)
+    refused(bytes(data), "cut off")
+    for work in (audiofile.decode, audiofile.inspect, lambda file: audiofile.pieces(file, None, 1.0)):
+        with open(tmp_path / "a", "rb") as file, pytest.raises(BrokenAudioError, match="cut off"):
+            work(file)
 
 
 @pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
@@ -223,7 +283,19 @@ def test_encoding_is_lossless():
 def test_level():
     assert audiofile.level(np.array([0.25, -0.5, 0, 0], dtype=np.float32)) == (0.5, 0.0)
     assert audiofile.level(np.array([32767, -32768, 0, 0], dtype=np.int16)) == (1.0, 0.5)
+    assert audiofile.level(np.array([[0.5, 1], [0.5, 0], [-0.5, 0], [0.5, -1]], dtype=np.float32)) == (1.0, 0.5), "one channel of two"
     assert audiofile.level(np.zeros(0, dtype=np.int16)) == (0.0, 0.0) and audiofile.level(np.zeros(5, dtype=np.float32)) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(("form", "subtype"), [("WAV", "ULAW"), ("WAV", "ALAW"), ("NIST", "ULAW"), ("WAV", "PCM_U8"), ("AIFF", "PCM_S8"), ("WAV", "PCM_16"),
+                                               ("WAV", "FLOAT"), ("FLAC", "PCM_24")])
+def test_clipping_is_seen_in_samples_of_any_width_and_in_one_channel(form, subtype):
+    loud, quiet = np.clip(tone(amplitude=3.0), -1, 1), tone(amplitude=0.9)
+    for samples in (loud, np.stack([quiet, loud], 1), np.stack([loud, -loud], 1)):
+        found, _, peak, clipped = audiofile.measured(saved(samples, form=form, subtype=subtype))
+        assert peak > 0.98 and 0.7 < clipped < 0.85 and np.array_equal(found, audiofile.decode(saved(samples, form=form, subtype=subtype))[0])
+    assert audiofile.measured(saved(quiet, form=form, subtype=subtype))[3] == 0
+    assert audiofile.measured(saved(np.concatenate([quiet, loud]), form=form, subtype=subtype), 1.0, 0.5)[3] > 0.7
 
 
 # ---------------------------------------------------------------- pieces
@@ -268,6 +340,34 @@ def test_what_is_short_is_one_piece():
     assert audiofile.pieces(tone(2.0), RATE, 2.0) == [(0.0, 2.0)] == audiofile.pieces(saved(tone(2.0)), None, 2.0, "windows")
     with pytest.raises(ValueError, match="at most 0 s"):
         audiofile.pieces(tone(), RATE, 0.0)
+
+
+@pytest.mark.parametrize("how", ["silence", "windows"])
+def test_a_part_of_a_recording_is_cut_as_if_it_were_all(how):
+    samples = spoken(60, [7.0, 14.0, 21.0, 27.0, 36.0, 41.0, 50.5])
+    data = saved(samples)
+    found = audiofile.pieces(data, None, 5.0, how, 20.0, 25.0)
+    assert found == [(20 + start, 20 + stop) for start, stop in audiofile.pieces(saved(samples[20 * RATE:45 * RATE]), None, 5.0, how)]
+    assert audiofile.pieces(data, None, 30.0, how, 58.0) == [(58.0, 60.0)]
+    for start, seconds in ((59.0, 2.0), (60.0, None), (-1.0, 2.0)):
+        with pytest.raises(BrokenAudioError, match=r"of a recording of 60\.00 s"):
+            audiofile.pieces(data, None, 5.0, how, start, seconds)
+
+
+def test_a_flac_file_of_unknown_length_is_counted_once(monkeypatch):
+    """Not once for each piece."""
+    def unknown(seconds: float) -> bytes:
+        flac = bytearray(saved(np.random.default_rng(round(seconds)).normal(0, 0.1, round(seconds * RATE)), form="FLAC"))
+        flac[21:26] = bytes([flac[21] & 0xF0, 0, 0, 0, 0])
+        return bytes(flac)
+
+    read, data = [], unknown(20)
+    real = soundfile.SoundFile.read
+    monkeypatch.setattr(soundfile.SoundFile, "read", lambda self, frames=-1, **other: read.append(len(found := real(self, frames, **other))) or found)
+    for start, stop in audiofile.pieces(data, None, 5.0):
+        assert len(audiofile.decode(io.BytesIO(data), start, stop - start)[0]) == round(stop * RATE) - round(start * RATE)
+    assert sum(read) <= 3 * 20 * RATE
+    assert audiofile.inspect(unknown(21)).seconds == 21 and audiofile.inspect(data).seconds == 20
 
 
 def test_samples_that_are_no_numbers_are_not_cut_in():

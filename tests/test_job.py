@@ -13,6 +13,7 @@ import pydantic
 import pytest
 
 from pipeline import job, jobfile, registry
+from pipeline.train.source import by_content
 
 jsonschema = pytest.importorskip("jsonschema")
 ROOT = Path(job.__file__).parents[1]
@@ -342,6 +343,26 @@ def test_corpora_have_weights_and_tokenizers_lie_relative_to_the_file(load, fold
     assert got.targets["task"].data.modality.options["tokenizer"] == f"{folder}/more" and got.targets["task"].data.format == "paragraphs"
     away = load(WEIGHED, change=("tokenizer: more/../more", "tokenizer: s3://bucket/more"))
     assert away.targets["task"].data.modality.options["tokenizer"] == "s3://bucket/more"
+
+
+def test_a_language_model_lies_relative_to_the_file_and_is_a_part_of_the_job(load, problems, folder):
+    (folder / "words.arpa").write_text("one")
+    job = """\
+name: speech
+sources:
+  said: {data: {uri: rows.parquet, modality: audio, columns: {audio: a, transcript: t}}, backbone: torchaudio/deepspeech2, objective: ctc, train: {steps: 2}}
+targets:
+  words:
+    data: {uri: rows.parquet, modality: audio, columns: {audio: a, transcript: t}}
+    objective: {ctc: {beam: 5, lm: words.arpa}}
+"""
+    objective = load(job).targets["words"].objective
+    assert objective.options["lm"] == f"{folder}/words.arpa"
+    before = by_content(objective)
+    (folder / "words.arpa").write_text("other words")
+    assert before["beam"] == 5 and before["lm"] != by_content(objective)["lm"] and "words.arpa" not in str(before)
+    (folder / "words.arpa").unlink()
+    assert problems(job) == [f"7: targets.words.objective.ctc.lm: words.arpa: no such file, folder or glob (looked for {folder}/words.arpa)"]
 
 
 @pytest.mark.parametrize(("right", "wrong", "message"), [

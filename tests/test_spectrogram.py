@@ -112,6 +112,22 @@ def test_speed_is_torchaudios_and_sees_no_padding(percent):
         assert not found[i, len(want):].any()
 
 
+def test_speed_is_exact_inside_autocast_and_where_convolutions_may_use_tf32(monkeypatch):
+    """On a GPU, where they may unless told not to; what was set is set again."""
+    cudnn, inside = torch.backends.cudnn, []
+    before = [cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32]
+    resample = torchaudio.functional.resample
+    monkeypatch.setattr(torchaudio.functional, "resample",
+                        lambda *a: inside.append([cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32]) or resample(*a))
+    x, lengths = padded([noise(4000), noise(900)])
+    want, _ = ops.speed(x, lengths, 90)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, _ = ops.speed(x, lengths, 90)
+    assert found.dtype == torch.float32 and torch.equal(found, want)
+    assert inside == [[*before[:3], False]] * 2 and [cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32] == before
+    assert before[0] and before[3], "as PyTorch has them"
+
+
 def test_faster_is_higher():
     tone = torch.sin(2 * torch.pi * 1000 * torch.arange(RATE) / RATE)[None]
     found, lengths = ops.speed(tone, torch.tensor([RATE]), 110)

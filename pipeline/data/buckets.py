@@ -18,7 +18,8 @@ from pipeline.data.plan import Plan, Shuffle
 from pipeline.rng import mix
 
 WIDTH = 0.92
-"""A bucket's cheapest row costs at least this share of its dearest one, unless it would then hold fewer than LEAST batches."""
+"""A bucket's cheapest row costs at least this share of its dearest one, unless it would then hold fewer than LEAST batches. No row joins it that would
+make two batches more of it: one long row would cut up all others."""
 LEAST = 2
 WINDOW_ROWS = 16384
 """About so many rows in a window of row groups."""
@@ -37,7 +38,7 @@ class BucketPlan(Plan):
     """As `Plan`, with global batches whose rows times the longest of them are about ``batch_cost`` (one row where that is longer).
 
     costs: (rows,) what each row costs, in the unit of ``batch_cost``; 0 where it is not known. Raises ValueError for costs of another number, and
-    a ``batch_cost`` or costs that are no numbers above zero.
+    a ``batch_cost`` that is no number above zero, costs that are negative or no numbers, and costs that are all 0.
     """
 
     def __init__(self, costs: np.ndarray, batch_cost: float, seed: int, *, shards: int = 8, shuffle: Shuffle = "rows",
@@ -50,6 +51,9 @@ class BucketPlan(Plan):
         if not np.isfinite(costs).all() or (costs < 0).any():
             row = int(np.flatnonzero(~np.isfinite(costs) | (costs < 0))[0])
             raise ValueError(f"row {row} costs {costs[row]}: a cost is a number from 0 on")
+        if len(costs) and not costs.any():
+            raise ValueError(f"all {len(costs)} rows cost 0, so that batch_cost cannot cut them: no column and no header of theirs tells what they cost; "
+                             "look at the first of them, name a column that tells, or say global_batch")
         super().__init__(len(costs), seed, 1, shards=shards, shuffle=shuffle, boundaries=boundaries, item_rows=item_rows)
         self.shards, self.batch_cost, self.costs = min(shards, len(costs)), batch_cost, costs
         self.windows = [self._window(rows) for rows in self._cut(seed)]
@@ -78,15 +82,22 @@ class BucketPlan(Plan):
         costs, buckets, batches, start = self.costs[rows], [0], [], 0
         while start < len(rows):
             stop = int(np.searchsorted(costs, costs[start] / WIDTH, side="right"))
-            while stop < len(rows) and stop - start < LEAST * self._rows_of(costs[stop - 1]):
+            while (stop < len(rows) and stop - start < LEAST * self._rows_of(costs[stop - 1])
+                   and (not costs[stop - 1] or self._parts(costs[start:stop + 1]) <= self._parts(costs[start:stop]) + 1)):
                 stop += 1
-            if len(rows) - stop < LEAST * self._rows_of(costs[-1]):
-                stop = len(rows)
-            parts = -(-(stop - start) // self._rows_of(costs[stop - 1]))
+            parts = self._parts(costs[start:stop])
+            if 0 < len(rows) - stop < LEAST * self._rows_of(costs[-1]):
+                joined = self._parts(costs[start:])
+                if joined <= parts + self._parts(costs[stop:]) + 1:
+                    stop, parts = len(rows), joined
             batches.append(np.array([(stop - start) * i // parts for i in range(parts + 1)], dtype=np.int64))
             buckets.append(stop)
             start = stop
         return _Window(rows, np.array(buckets, dtype=np.int64), tuple(batches))
+
+    def _parts(self, costs: np.ndarray) -> int:
+        """Batches of a bucket of rows, by cost."""
+        return -(-len(costs) // self._rows_of(costs[-1]))
 
     def _rows_of(self, longest: float) -> int:
         """Rows of a batch in which each is padded to the longest one."""

@@ -1,4 +1,4 @@
-"""Rows that are the same: equal content by a digest, images also nearly so by a perceptual hash.
+"""Rows that are the same: equal content by a digest (of recordings the bytes of their files), images also nearly so by a perceptual hash.
 
 The hash is pHash (Zauner, "Implementation and Benchmarking of Perceptual Image Hash Functions", 2010): 32 x 32 grey pixels, the 8 x 8 lowest
 frequencies of their DCT-II without the constant ones, one bit each for being above the median. Two images are near duplicates when their hashes
@@ -22,18 +22,21 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 
-from pipeline import registry, storage
+from pipeline import audiofile, registry, storage
+from pipeline.data.loader import threaded_map
 from pipeline.data.manifest import Reader, Selection
 from pipeline.data.stream import map_items
 from pipeline.job import spec_hash
 
 NEAR_BITS, NEAR_CORRELATION = 4, 0.98
-VERSION = 1
+VERSION = 2
 """Raised when the code makes other signs of the same rows."""
 SPREAD_BYTES, SPREAD_IMAGES = 64 << 20, 20_000
-"""Processes cost seconds to start: smaller files are read in this one. Image folders are counted, as their rows are paths."""
+"""Processes cost seconds to start: smaller files are read in this one. Folders of images and of sound are counted, as their rows are paths."""
+BLOCK_BYTES = 1 << 20
 SIDE, FREQUENCIES, THUMB = 32, 8, 16
 PAIRS = 1 << 20
 """Pairs that are compared at a time."""
@@ -53,22 +56,22 @@ class Signs:
         return len(self.digest)
 
 
-def signs(selection: Selection, modality: str, columns: tuple[str, ...], folder: str) -> Signs:
+def signs(selection: Selection, modality: str, columns: tuple[str, ...], folder: str, piece: tuple[str | None, str | None] = (None, None)) -> Signs:
     """Of every row of a selection by all the columns together, read once and kept under the folder: the same rows are not read again. On Ray where it
-    runs and it pays.
+    runs and it pays. ``piece``: the columns of ``start`` and ``seconds`` of rows that are pieces of recordings.
 
     Raises StorageError for files that cannot be read.
     """
     ids = selection.ids(np.arange(len(selection)))
-    key = spec_hash(VERSION, selection.manifest.fingerprint, modality, *columns, hashlib.sha256(ids.tobytes()).hexdigest())
+    key = spec_hash(VERSION, selection.manifest.fingerprint, modality, *columns, piece, hashlib.sha256(ids.tobytes()).hexdigest())
     uri = storage.join(folder, f"{key}.npz")
     if storage.exists(uri):
         with np.load(io.BytesIO(storage.read_bytes(uri)), allow_pickle=False) as found:
             return Signs(**{name: found[name] for name in found.files})
-    work = _Signer(selection, modality, columns)
+    work = _Signer(selection, modality, columns, piece)
     cuts = selection.boundaries.tolist()
     spans = list(pairwise(cuts))  # row groups, which are read whole
-    large = selection.manifest.size > SPREAD_BYTES or (modality == "image" and len(selection) > SPREAD_IMAGES)
+    large = selection.manifest.size > SPREAD_BYTES or (modality in ("image", "audio") and len(selection) > SPREAD_IMAGES)
     parts = list(map_items(work, spans) if len(spans) > 1 and large else map(work, spans)) or [work((0, 0))]
     arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     buffer = io.BytesIO()
@@ -80,12 +83,15 @@ def signs(selection: Selection, modality: str, columns: tuple[str, ...], folder:
 class _Signer:
     """A span of a selection to its signs, in this process or in a Ray task."""
 
-    def __init__(self, selection: Selection, modality: str, columns: tuple[str, ...]):
-        self.selection, self.modality, self.columns = selection, modality, columns
+    def __init__(self, selection: Selection, modality: str, columns: tuple[str, ...], piece: tuple[str | None, str | None] = (None, None)):
+        self.selection, self.modality, self.columns, self.piece = selection, modality, columns, piece
 
     def __call__(self, span: tuple[int, int]) -> dict[str, np.ndarray]:
         kind = registry.get("modality", self.modality)
-        table = Reader(self.selection.manifest, list(dict.fromkeys(self.columns))).take(self.selection.ids(np.arange(*span)))
+        names = list(dict.fromkeys([*self.columns, *filter(None, self.piece)]))
+        table = Reader(self.selection.manifest, names).take(self.selection.ids(np.arange(*span)))
+        if self.modality == "audio":
+            return self._recordings(table)
         if self.modality != "image":
             rows = list(zip(*(table[column].to_pylist() for column in self.columns), strict=True))
             return {"digest": np.array([_digest(_content(row)) for row in rows], dtype=np.uint64),
@@ -97,6 +103,45 @@ class _Signer:
         there = np.array([not reason for reason in missing], dtype=bool)
         thumb = grey.reshape(-1, THUMB, SIDE // THUMB, THUMB, SIDE // THUMB).mean((2, 4)).round().astype(np.uint8).reshape(-1, THUMB * THUMB)
         return {"digest": np.array([_digest(bytes(data)) for data in encoded], dtype=np.uint64), "readable": there, "hash": phash(grey), "thumb": thumb}
+
+
+    def _recordings(self, table: pa.Table) -> dict[str, np.ndarray]:
+        starts, lengths = ([None] * len(table) if name is None else table[name].to_pylist() for name in self.piece)
+        names = list(dict.fromkeys(place for place in map(_place, table[self.columns[0]]) if isinstance(place, str)))
+        known = dict(zip(names, threaded_map(_recording, names), strict=True))
+        digests, readable = np.zeros(len(table), dtype=np.uint64), np.zeros(len(table), dtype=bool)
+        for i, place in enumerate(map(_place, table[self.columns[0]])):
+            if place:
+                content, total = known[place] if isinstance(place, str) else _recording(place)
+                digests[i], readable[i] = _digest(content + _piece(starts[i], lengths[i], total)), True
+        return {"digest": digests, "readable": readable}
+
+
+def _place(cell: pa.Scalar) -> str | bytes | None:
+    """The bytes or the file that a cell of recordings holds or names, as the modality takes it."""
+    value = cell.as_py()
+    value = value.get("bytes") or value.get("path") if isinstance(value, dict) else value
+    return value if isinstance(value, (str, bytes)) else None
+
+
+def _recording(place: str | bytes) -> tuple[bytes, float]:
+    """A digest of a sound file's bytes, and its seconds; 0 for a broken one."""
+    digest = hashlib.blake2b(digest_size=16)
+    with io.BytesIO(place) if isinstance(place, bytes) else storage.open_read(place) as file:
+        while block := file.read(BLOCK_BYTES):
+            digest.update(block)
+        try:
+            return digest.digest(), audiofile.inspect(file).seconds
+        except audiofile.BrokenAudioError:
+            return digest.digest(), 0.0
+
+
+def _piece(start: Any, seconds: Any, total: float) -> bytes:
+    """Which part of its recording a row is; nothing for all of it."""
+    begin, length = (value if isinstance(value, (int, float)) and value == value else None for value in (start, seconds))  # NaN is null
+    if begin is None or (begin == 0 and (length is None or abs(length - total) <= audiofile.OVER_SECONDS)):
+        return b""
+    return f" {begin:.3f} {'' if length is None else f'{length:.3f}'}".encode()
 
 
 def _content(row: tuple[Any, ...]) -> bytes:

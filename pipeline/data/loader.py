@@ -44,11 +44,14 @@ class Decoder:
     columns: dict[str, str]
     encoded: bool = False
     """Inputs stay as they are in their files, to be decoded on the device."""
+    training: bool = True
+    """Rows are to be learned from: those that can only be scored are left out."""
 
-    def names(self) -> list[str]:
+    def names(self, roles: tuple[str, ...] | None = None) -> list[str]:
+        """The columns of all roles, or of these."""
         objective = registry.get("objective", self.objective) if self.objective else None
         inputs = (*self.modality.roles, *self.modality.optional_roles, *self.modality.packed_roles)
-        roles = (*inputs, *((*objective.roles, *objective.optional_roles) if objective else ()))
+        roles = (*inputs, *((*objective.roles, *objective.optional_roles) if objective else ())) if roles is None else roles
         return list(dict.fromkeys(self.columns[role] for role in roles if role in self.columns))
 
     def size(self, selection: Selection) -> int:
@@ -70,12 +73,14 @@ class Decoder:
             objective = registry.get("objective", self.objective)
             arrays = arrays | objective.encode(table, self.columns, self.objective_state)
             bad = [mine or theirs for mine, theirs in zip(bad, objective.refused(table, self.columns, self.objective_state), strict=True)]
-            if (misfits := objective.misfits(arrays, self.objective_state)) is not None:
-                bad = [mine or theirs for mine, theirs in zip(bad, misfits, strict=True)]
+            if self.training and (reasons := objective.unlearnable(table, self.columns, self.objective_state, arrays)) is not None:
+                bad = [mine or theirs for mine, theirs in zip(bad, reasons, strict=True)]
         return arrays, bad
 
 
 RAGGED = "_ragged:"
+SILENT_ROWS = 256
+"""Rows whose headers are read at once."""
 
 
 def _is_ragged(array: np.ndarray) -> bool:
@@ -137,12 +142,23 @@ class Costs:
     def __init__(self, selection: Selection, modality: Modality, columns: dict[str, str]):
         self.selection, self.modality = selection, modality
         told = columns.get(modality.cost_role or "")
-        self.columns = {str(modality.cost_role): told} if told is not None else columns
+        self.columns = columns
         self.tells = told is not None
 
     def __call__(self, item: Item) -> np.ndarray:
-        inputs = (*self.modality.roles, *self.modality.optional_roles)
-        names = list(dict.fromkeys(self.columns[role] for role in inputs if role in self.columns))
-        found = self.modality.costs(Reader(self.selection.manifest, names).take(self.selection.ids(np.arange(item.start, item.stop))), self.columns)
-        assert found is not None, f"modality {self.modality.registered_name} does not tell what rows cost"
+        ids = self.selection.ids(np.arange(item.start, item.stop))
+        if not self.tells:
+            return self._of(ids, self.columns)
+        found = self._of(ids, {str(self.modality.cost_role): self.columns[str(self.modality.cost_role)]})
+        silent = np.flatnonzero(found == 0)
+        for start in range(0, len(silent), SILENT_ROWS):  # the column is null: the row's own header tells
+            some = silent[start:start + SILENT_ROWS]
+            found[some] = self._of(ids[some], self.columns)
         return found
+
+    def _of(self, ids: np.ndarray, columns: dict[str, str]) -> np.ndarray:
+        roles = (*self.modality.roles, *self.modality.optional_roles)
+        names = list(dict.fromkeys(columns[role] for role in roles if role in columns))
+        found = self.modality.costs(Reader(self.selection.manifest, names).take(ids), columns)
+        assert found is not None, f"modality {self.modality.registered_name} does not tell what rows cost"
+        return np.array(found)

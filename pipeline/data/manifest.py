@@ -161,7 +161,9 @@ class Reader:
         parts = []
         for g in np.unique(which):
             inside = rows[order][which[order] == g] - self.manifest.starts[g]
-            parts.append(self._group(int(g)).take(pa.array(inside)))
+            group = self._group(int(g))
+            stretch = len(inside) * 2 >= len(group) and (np.diff(inside) == 1).all()  # not copied; a smaller one would keep all of the group in memory
+            parts.append(group.slice(int(inside[0]), len(inside)) if stretch else group.take(pa.array(inside)))
         back = np.empty(len(rows), dtype=np.int64)
         back[order] = np.arange(len(rows))
         table = pa.concat_tables(parts) if parts else self.manifest.schema.empty_table().select(self.columns)
@@ -225,15 +227,27 @@ class Splits:
         return f"train {len(self.train)}, validation {len(self.validation)}, test {len(self.test)} rows ({self.origin})"
 
 
+def units(values: pa.ChunkedArray) -> np.ndarray:
+    """(n,) int64: one number for all rows of a group; each row without one (null) has a number of its own."""
+    coded = pc.dictionary_encode(values.combine_chunks())  # pyright: ignore[reportAttributeAccessIssue]
+    found = coded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+    alone = found < 0
+    found[alone] = len(coded.dictionary) + np.arange(alone.sum())
+    return found
+
+
 def _share(values: pa.ChunkedArray | None, ids: np.ndarray, salt: str) -> np.ndarray:
-    """(n,) numbers in [0, 1), equal for equal group values (or, without a group, one a row)."""
+    """(n,) numbers in [0, 1), equal for equal group values; of a row without a group its own."""
+    from pipeline.rng import mix, row_keys
+
+    keys = row_keys(mix(*salt.encode()), np.zeros(1, dtype=np.int64), ids)
+    own = (keys.view(np.uint64) >> np.uint64(11)).astype(np.float64) / float(1 << 53)
     if values is None:
-        from pipeline.rng import mix, row_keys
-        keys = row_keys(mix(*salt.encode()), np.zeros(1, dtype=np.int64), ids)
-        return (keys.view(np.uint64) >> np.uint64(11)).astype(np.float64) / float(1 << 53)
-    coded = pc.dictionary_encode(values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values, null_encoding="encode")  # pyright: ignore[reportAttributeAccessIssue]
-    per_value = np.array([int(hashlib.sha256(f"{salt}{v}".encode()).hexdigest()[:13], 16) / float(16 ** 13) for v in coded.dictionary.to_pylist()])
-    return per_value[coded.indices.to_numpy(zero_copy_only=False)]
+        return own
+    coded = pc.dictionary_encode(values.combine_chunks())  # pyright: ignore[reportAttributeAccessIssue]
+    per_value = np.array([int(hashlib.sha256(f"{salt}{v}".encode()).hexdigest()[:13], 16) / float(16 ** 13) for v in coded.dictionary.to_pylist()] + [np.nan])
+    shares = per_value[coded.indices.fill_null(-1).to_numpy(zero_copy_only=False)]
+    return np.where(np.isnan(shares), own, shares)
 
 
 def _check_columns(manifest: Manifest, data: Data, roles: tuple[str, ...], at: str) -> None:
@@ -388,13 +402,13 @@ def _kind(of: pa.DataType) -> str:
 
 
 def _no_crossing(parts: list[Splits], group: str, at: str) -> None:
-    """Raises ValueError for values of the group (patients) that stand in two splits, also of two corpora that are grouped by one column."""
+    """Raises ValueError for values of the group (patients) that stand in two splits, also of two corpora that are grouped by one column. Null is no group."""
     seen: dict[str, str] = {}
     crossing: dict[str, str] = {}
     for name in SPLITS:
         for selection in (getattr(part, name) for part in parts):
             for value in pc.unique(read_columns(selection, [group])[group]).to_pylist() if len(selection) else ():  # pyright: ignore[reportAttributeAccessIssue]
-                if seen.setdefault(str(value), name) != name:
+                if value is not None and seen.setdefault(str(value), name) != name:
                     crossing.setdefault(str(value), f"{group} {value!r} stands in {seen[str(value)]} and in {name}")
     if crossing:
         others = [value for value in crossing][1:]

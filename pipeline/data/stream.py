@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
-from itertools import islice, tee
+from itertools import islice, pairwise, tee
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -34,8 +34,8 @@ Measured on two cores against a DataLoader, at 224 px with Ray's own number of w
 other work on the machine: 256 rows 0.48, 2048 rows 0.96."""
 IN_FLIGHT = 8
 """Items that wait at each worker, so that it never waits for the driver: 0.91 at 224 px with items of 32 MiB (0.70 with 64 MiB)."""
-COST_ROWS = 4096
-"""Rows whose headers are read in one task."""
+COST_ROWS, COST_BYTES = 4096, 64 << 20
+"""Rows whose headers are read in one task, and about so many bytes where they hold their files, but at least a row group."""
 EVAL_SAMPLES = 1 << 21
 """Padded samples of an evaluation batch of ragged rows, two minutes at 16 kHz: rows of like length are then evaluated together."""
 ITEMS_AN_EXECUTION = 4096
@@ -174,10 +174,19 @@ class Rows:
     def with_costs(self, cpus: float = 1.0) -> Rows:
         """The same rows with what each costs: from the column that tells, or from the rows' headers by Ray tasks of ``cpus`` each (0: in this process)."""
         work, n = Costs(self.selection, self.modality, self.decoder.columns), len(self)
-        step = COST_ROWS if not work.tells else max(1, n)
-        items = [Item(-1, i, min(i + step, n)) for i in range(0, n, step)]
+        items = [Item(-1, start, stop) for start, stop in pairwise([0, n] if work.tells else self._cost_cuts()) if start < stop]
         found = list(map_items(work, items, cpus=cpus) if cpus > 0 and len(items) > 1 else map(work, items))
         return replace(self, costs=np.concatenate(found) if found else np.zeros(0))
+
+    def _cost_cuts(self) -> list[int]:
+        """Whole row groups, which are read whole, as many as COST_ROWS and COST_BYTES allow; parts of one that has more rows."""
+        manifest, cuts = self.selection.manifest, [0]
+        most = min(COST_ROWS, COST_BYTES * manifest.rows // max(1, manifest.size))
+        for start, stop in pairwise(self.selection.boundaries.tolist()):
+            if cuts[-1] < start and stop - cuts[-1] > most:
+                cuts.append(start)
+            cuts += range(cuts[-1] + COST_ROWS, stop, COST_ROWS)
+        return [*cuts, len(self)]
 
     def part(self, rank: int, ranks: int) -> Rows:
         """A rank's contiguous share of the rows, as `eval_batches` cuts them."""

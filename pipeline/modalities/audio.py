@@ -130,22 +130,25 @@ class Audio(Modality):
     # ------------------------------------------------------------ in the data workers
 
     def decode(self, table, columns) -> tuple[Arrays, list[str]]:
-        found, bad = [NO_SOUND] * len(table), [""] * len(table)
+        found, bad, uncut = [NO_SOUND] * len(table), [""] * len(table), {"start", "seconds"} <= columns.keys()
         for i, value, start, seconds in _rows(table, columns):
             try:
-                found[i] = self._samples(value, start, seconds)
+                found[i] = self._samples(value, start, seconds, uncut)
             except ValueError as error:  # BrokenAudioError is one
                 bad[i] = (str(error).splitlines() or [type(error).__name__])[0][:300]
         return {"audio": ragged(found)}, bad
 
-    def _samples(self, value: Any, start: Any, seconds: Any) -> np.ndarray:
-        """(n,) int16 of one row. Raises ValueError with the reason why it is bad."""
+    def _samples(self, value: Any, start: Any, seconds: Any, uncut: bool) -> np.ndarray:
+        """(n,) int16 of one row. Raises ValueError with the reason why it is bad. ``uncut``: one without a start could not be cut, if it is long: a folder's
+        recording that is broken."""
         begin, length = _number(start, "start"), _number(seconds, "seconds")
         rate, most = self.options.rate, self.options.max_seconds
         with _sound(value, whole=not begin) as file:
             try:
                 samples, own = audiofile.decode(file, begin or 0.0, None if begin is None else length, most)
             except LongAudioError as error:
+                if uncut and begin is None:
+                    audiofile.pieces(file, None, max(1.0, most))  # reads all of it, and raises what is wrong
                 raise ValueError(f"{error}: cut long recordings (a folder read as format: audio is cut at silence, and start and seconds name a piece), "
                                  "or raise the modality's max_seconds") from None
         if own != rate:
@@ -162,15 +165,15 @@ class Audio(Modality):
         known = np.isfinite(out) & (out > 0)
         out = np.where(known, out, 0.0)
         if "audio" in columns and not known.all():
-            unknown = np.flatnonzero(~known)
+            unknown, values, starts = np.flatnonzero(~known), table[columns["audio"]], _times(table, columns, "start")
             with ThreadPoolExecutor(16) as pool:  # for files that lie on slow servers
-                out[unknown] = list(pool.map(self._measured, _rows(table.take(pa.array(unknown)), columns)))
+                out[unknown] = list(pool.map(lambda i: self._measured(values[i], starts[i]), unknown.tolist()))
         return out
 
-    def _measured(self, row: tuple[int, Any, Any, Any]) -> float:
+    def _measured(self, cell: pa.Scalar, start: Any) -> float:
         try:
-            with _sound(row[1], whole=False) as file:
-                return max(0.0, audiofile.inspect(file).seconds - (_number(row[2], "start") or 0.0))
+            with _sound(cell.as_py(), whole=False) as file:
+                return max(0.0, audiofile.inspect(file).seconds - (_number(start, "start") or 0.0))
         except ValueError:  # decode tells what is wrong
             return 0.0
 
@@ -245,10 +248,13 @@ class Audio(Modality):
 
 def _rows(table: pa.Table, columns: dict[str, str]) -> Iterator[tuple[int, Any, Any, Any]]:
     """(place, audio, start, seconds) of each row, as Python's values; none where there is no such column."""
-    nothing = [None] * len(table)
-    start, seconds = (table[columns[role]].to_pylist() if columns.get(role) in table.column_names else nothing for role in ("start", "seconds"))
+    start, seconds = (_times(table, columns, role) for role in ("start", "seconds"))
     for i, value in enumerate(table[columns["audio"]]):
         yield i, value.as_py(), start[i], seconds[i]
+
+
+def _times(table: pa.Table, columns: dict[str, str], role: str) -> list[Any]:
+    return table[columns[role]].to_pylist() if columns.get(role) in table.column_names else [None] * len(table)
 
 
 def _number(value: Any, role: str) -> float | None:
@@ -264,10 +270,14 @@ def _number(value: Any, role: str) -> float | None:
 def _sound(value: Any, whole: bool) -> Iterator[bytes | BinaryIO]:
     """A recording's file: bytes, the bytes or path of a Hugging Face data set's cell, or the open file behind a path, of which a piece is read by ranges.
 
-    Raises BrokenAudioError for nothing.
+    Raises BrokenAudioError for nothing, and for what is neither.
     """
     if isinstance(value, dict):
+        if not {"bytes", "path"} & {*value}:
+            raise BrokenAudioError(f"a struct of {', '.join(value)} is no file: structs of bytes and path are read, as of Hugging Face's Audio(decode=False)")
         value = value.get("bytes") or value.get("path")
+    if value is not None and not isinstance(value, (bytes, str)):
+        raise BrokenAudioError(f"a value of type {type(value).__name__} is no recording: files' bytes, their paths or structs of both are read")
     if not value:
         raise BrokenAudioError("the audio is empty (0 bytes)" if value is not None else "the audio is null")
     if not isinstance(value, str):

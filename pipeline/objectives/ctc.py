@@ -59,6 +59,7 @@ class CTC(Objective):
     metrics = ("wer", "cer", "loss")
     log_names = ("dropped",)
     label_tensors = ("transcript", "transcript_lengths")
+    origin_roles = ("transcript", "start")
     written_types = {"words": pa.list_(pa.struct({"word": pa.string(), "start": pa.float64(), "end": pa.float64()}))}
 
     @classmethod
@@ -74,7 +75,7 @@ class CTC(Objective):
 
     @classmethod
     def encode(cls, table, columns, state) -> Arrays:
-        """``transcript``: (n,) ragged int32 label numbers; none for rows that are refused."""
+        """``transcript``: (n,) ragged int32 label numbers; none for rows with characters that no training transcript has."""
         if columns.get("transcript") not in table.column_names:  # new rows to predict
             return {}
         alphabet = transcripts.Alphabet.from_state(state)
@@ -83,11 +84,10 @@ class CTC(Objective):
 
     @classmethod
     def refused(cls, table, columns, state):
-        """Rows whose transcript is null, empty, or has characters that no training transcript has."""
+        """Rows whose transcript is null or empty."""
         if columns.get("transcript") not in table.column_names:
             return [""] * len(table)
-        alphabet = transcripts.Alphabet.from_state(state)
-        return [alphabet.strange(text) if text else "the transcript is empty" for text in _normalised(table, columns, state["normalization"])]
+        return ["" if text else "the transcript is empty" for text in _normalised(table, columns, state["normalization"])]
 
     @classmethod
     def suit(cls, state, backbone):
@@ -96,15 +96,20 @@ class CTC(Objective):
         return {**state, "convolutions": [list(one) for one in backbone.convolutions or ()], "rate": int(backbone.arch["inputs"]["rate"])}
 
     @classmethod
-    def misfits(cls, arrays, state):
-        """Rows with more labels than frames: each label takes one, and so does the blank between two equal ones."""
-        if "transcript" not in arrays:
+    def unlearnable(cls, table, columns, state, arrays=None, seconds=None):
+        """Rows whose transcript has characters that no training transcript has, and those with more labels than frames: each label takes one, and so does
+        the blank between two equal ones. ``seconds`` may be rounded: what lies within a hundredth is left to ``arrays``."""
+        if columns.get("transcript") not in table.column_names:
             return None
-        samples = lengths(arrays["audio"])
-        there = frames.count(samples, state["convolutions"])
-        needed = [len(labels) + transcripts.repeats(labels) for labels in arrays["transcript"]]
-        return [f"the transcript's {len(labels)} labels need {need} frames, the recording has {have}" if need > have and heard else ""
-                for labels, need, have, heard in zip(arrays["transcript"], needed, there, samples, strict=True)]
+        alphabet = transcripts.Alphabet.from_state(state)
+        read = _normalised(table, columns, state["normalization"])
+        samples = lengths(arrays["audio"]) if arrays is not None else np.where(seconds > 0, np.ceil((seconds + 0.01) * state["rate"]), 0).astype(np.int64)
+        out = [alphabet.strange(text) for text in read]
+        labels = [alphabet.encode("" if strange else text) for text, strange in zip(read, out, strict=True)]
+        for i, (one, have, heard) in enumerate(zip(labels, frames.count(samples, state["convolutions"]), samples, strict=True)):
+            if heard and (need := len(one) + transcripts.repeats(one)) > have:
+                out[i] = f"the transcript's {len(one)} labels need {need} frames, the recording has {have}"
+        return out
 
     def __init__(self, backbone: Backbone, options: CTCOptions, state: dict[str, Any]):
         super().__init__(backbone, options, state)
@@ -146,11 +151,12 @@ class CTC(Objective):
         out = {"prediction": labels}
         if "transcript" in batch.data:
             losses, counts, _ = ctc_losses(log_probs, ends, batch["transcript"], batch["transcript_lengths"])  # pyright: ignore[reportCallIssue]
-            return {**out, "loss": losses, "count": counts.float()}
+            return {**out, "loss": losses.masked_fill(counts == 0, 0.0), "count": counts.float()}
         count = (labels >= 0).sum(1)
         nats = ctc_losses(log_probs, ends, labels.clamp(min=0), count)[0]  # pyright: ignore[reportCallIssue]
         first, last = aligned(log_probs, ends, labels)
-        return {**out, "confidence": (-nats / count.clamp(min=1)).exp(), "first": first, "last": last}
+        confidence = (-nats / count.clamp(min=1)).exp().masked_fill(ends == 0, float("nan"))
+        return {**out, "confidence": confidence, "first": first, "last": last}
 
     def complete(self, found, origin):
         """``word_errors``, ``words``, ``char_errors`` and ``chars`` (n,) against the rows' own normalised transcripts; without them as it is."""
@@ -164,7 +170,8 @@ class CTC(Objective):
         ``words``: lists of {word, start, end}, seconds of the recording; where a row is a piece of one (role ``start``), of the whole."""
         begins = np.zeros(len(found["prediction"]))
         if origin.columns.get("start") in origin.table.column_names:
-            begins = np.array([float(start or 0.0) for start in origin.table[origin.columns["start"]].to_pylist()])
+            begins = np.array([start or 0.0 for start in origin.table[origin.columns["start"]].to_pylist()], dtype=np.float64)
+            begins = np.where(np.isfinite(begins), begins, 0.0)
         said: Any = np.empty(len(begins), dtype=object)
         words: Any = np.empty(len(begins), dtype=object)
         for i, (labels, first, last) in enumerate(zip(found["prediction"], found["first"], found["last"], strict=True)):

@@ -188,10 +188,11 @@ class Wav2Vec2Pretraining(Objective):
         everyone = local + (gather.summed(local) - local.detach())  # the value of all ranks, the gradient of this one's rows
         soft, hard, sums = everyone.split([o.groups * o.entries, o.groups * o.entries, 3])
         counted = sums[0].clamp(min=1.0)
-        usage, perplexity = (_perplexity(part.view(o.groups, -1) / counted) for part in (hard, soft))
+        used, perplexity = (_perplexity(part.view(o.groups, -1) / counted) for part in (hard, soft))
+        least, usage, perplexity = used.min(), used.sum(), perplexity.sum()
         diversity = (o.groups * o.entries - perplexity) / (o.groups * o.entries)
         extra = sums[0] * (o.diversity * diversity + o.feature_penalty * sums[1] / sums[2].clamp(min=1.0))
-        self.usage.copy_(torch.where(sums[0] >= 10 * COLLAPSED, usage, self.usage).detach())  # few frames cannot choose many entries
+        self.usage.copy_(torch.where(sums[0] >= 10 * COLLAPSED, least, self.usage).detach())  # few frames cannot choose many entries
         logs |= {name: value.detach() * count for name, value in zip(self.log_names[2:], (diversity, usage, perplexity), strict=True)}
         return total + (extra * count / counted).detach() + (extra - extra.detach()), count, logs  # each rank's share, the gradient of the whole
 
@@ -203,11 +204,11 @@ class Wav2Vec2Pretraining(Objective):
         self.progress.fill_((step + 1) / steps)
         if self._told or step < 0.2 * steps or step % max(1, steps // 20) or gather.ranks()[0]:
             return
-        usage = float(self.usage) / self.options.groups
+        usage = float(self.usage)
         if usage < COLLAPSED:
             self._told = True
             warnings.warn(f"wav2vec2: the quantiser has collapsed: at step {step + 1} of {steps} the perplexity of its codes is {usage:.1f} of "
-                          f"{self.options.entries} entries a group, so frames are hardly told apart. Lower train.lr, raise wav2vec2.diversity, take larger "
+                          f"{self.options.entries} entries of a group, so frames are hardly told apart. Lower train.lr, raise wav2vec2.diversity, take larger "
                           "batches, or a longer warm-up", stacklevel=2)
 
     def predict(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
@@ -226,5 +227,5 @@ def _equal(chosen: Tensor) -> Tensor:
 
 
 def _perplexity(shares: Tensor) -> Tensor:
-    """The sum over groups of the exponential of the entropy of (G, V) shares; finite, with its gradient, where an entry has none."""
-    return (-(shares * shares.clamp(min=1e-20).log()).sum(-1)).exp().sum()
+    """(G,) the exponential of the entropy of (G, V) shares; finite, with its gradient, where an entry has none."""
+    return (-(shares * shares.clamp(min=1e-20).log()).sum(-1)).exp()

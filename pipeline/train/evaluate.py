@@ -64,11 +64,11 @@ class Completer:
     def __call__(self, objective: Objective, found: Predictions) -> Predictions:
         if not found or type(objective).complete is Objective.complete:
             return found
-        return objective.complete(found, self.origin(found["row"]))
+        return objective.complete(found, self.origin(objective, found["row"]))
 
-    def origin(self, ids: np.ndarray) -> Origin:
+    def origin(self, objective: Objective, ids: np.ndarray) -> Origin:
         decoder, schema = self.rows.decoder, self.rows.selection.manifest.schema
-        self._reader = self._reader or Reader(self.rows.selection.manifest, [name for name in decoder.names() if name in schema.names])
+        self._reader = self._reader or Reader(self.rows.selection.manifest, [name for name in decoder.names(objective.origin_roles) if name in schema.names])
         return Origin(self._reader.take(ids), decoder.columns, decoder.modality)
 
 

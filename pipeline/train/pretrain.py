@@ -139,7 +139,7 @@ def train_rank(work: RankJob, ranks: Ranks, on_progress: Callable[[dict[str, Any
     ready = evaluate.ready_for(rows, objective)
     check = None
     if len(fitted.validation):
-        mine = Rows(fitted.validation, decoder).part(ranks.rank, ranks.count)
+        mine = Rows(fitted.validation, replace(decoder, training=False)).part(ranks.rank, ranks.count)
         if decoder.size(mine.selection) <= VALIDATION_BYTES:
             mine = mine.in_memory(1.0, cpus=0)
             bad.add("validation", list(mine.bad))

@@ -49,16 +49,16 @@ def data_key(data: Data) -> dict[str, Any]:
     return out
 
 
-def by_content(modality: Plug) -> dict[str, Any]:
-    """A modality's options with what a place holds instead of the place: a tokenizer is the same wherever its folder lies.
+def by_content(plug: Plug) -> dict[str, Any]:
+    """The options of a modality or objective with what a place holds instead of the place: a tokenizer is the same wherever its folder lies.
 
     Raises StorageError when nothing is there.
     """
-    def held(folder: str) -> str:
-        files = [storage.join(folder, name) for name in TOKENIZER]
+    def held(name: str, place: str) -> str:
+        files = [storage.join(place, one) for one in TOKENIZER] if name == "tokenizer" else [place]
         return spec_hash([storage.fingerprint(file) if file == files[0] or storage.exists(file) else None for file in files])
 
-    return {name: held(value) if value and name in PLACES.get(modality.name, ()) else value for name, value in modality.options.items()}
+    return {name: held(name, value) if value and name in PLACES.get(plug.name, ()) else value for name, value in plug.options.items()}
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,8 @@ def stage(job: Job, name: str) -> SourceStage:
     probe = probes.splits(spec, f"sources.{name}", bool(splits and len(splits.validation)), storage.join(job.root, "imports"))
     what = spec.model_dump(mode="json", exclude={"data", "probe", "workers", "cpus_per_worker", "gpus_per_worker", "max_failures", "train", "init"})
     what["start"] = starts.fingerprint(spec.init) if spec.init else None
+    if spec.objective is not None:
+        what["objective"]["options"] = by_content(spec.objective)
     if spec.backbone.name.startswith(STARTS):  # where a checkpoint lies does not count, what it holds does
         what["backbone"]["name"] = starts.fingerprint(spec.backbone.name)
     key = spec_hash(STAGE_VERSION, name, what, spec.train.model_dump(mode="json", exclude=HOW_NOT_WHAT), job.seed,
@@ -210,15 +212,30 @@ def fit(stage: SourceStage) -> Fitted:
         note += "; drawn by weight, as shares of the training rows: " + ", ".join(
             f"{weight / sum(w for *_, w in mixed):.3g} from corpus {i} ({stop - start} rows)" for i, (start, stop, weight) in enumerate(mixed, 1))
         note += "; validation is unweighted"
-    if left_out:
-        note += f"; {len(left_out)} rows left out ({left_out[0]['place']}: {left_out[0]['reason']}{', ...' if len(left_out) > 1 else ''})"
     probe = probes.prepare(spec.probe, stage.probe, bundle.build_modality(modality)) if spec.probe and stage.probe else None
     if probe:
         note += f"; probe of {len(probe.train)} training and {len(probe.validation)} validation rows"
     costs = None
     if spec.train.batch_cost is not None:
-        costs = Rows(train, Decoder(bundle.build_modality(modality), spec.objective.name, state, columns)).with_costs().costs
+        rows, lost = learnable(Rows(train, Decoder(bundle.build_modality(modality), spec.objective.name, state, columns)).with_costs(), spec.data.max_bad_rows)
+        left_out += [{"split": "train", "row": row, "place": train.manifest.place(row), "reason": reason} for row, reason in lost]
+        train, costs = rows.selection, rows.costs
+    if left_out:
+        note += f"; {len(left_out)} rows left out ({left_out[0]['place']}: {left_out[0]['reason']}{', ...' if len(left_out) > 1 else ''})"
     return Fitted(arch, modality, fitted, columns, train, validation, text, initial if text else None, moved, tuple(left_out), note, corpora, probe, costs)
+
+
+def learnable(rows: Rows, max_bad: float) -> tuple[Rows, list[tuple[int, str]]]:
+    """The rows that can be learned from by what they cost, before any is decoded, and (row, reason) of the others. Raises TooManyBadRowsError."""
+    decoder, ids = rows.decoder, rows.selection.ids(np.arange(len(rows)))
+    objective = registry.get("objective", str(decoder.objective))
+    if objective.unlearnable.__func__ is Objective.unlearnable.__func__ or not len(rows):
+        return rows, []
+    table = manifests.read_columns(rows.selection, [decoder.columns[role] for role in objective.roles if role in decoder.columns])
+    reasons = objective.unlearnable(table, decoder.columns, decoder.objective_state, None, rows.costs) or [""] * len(rows)
+    bad = [(int(row), reason) for row, reason in zip(ids, reasons, strict=True) if reason]
+    check_budget(bad, len(rows), max_bad, rows.selection)
+    return rows.subset(np.flatnonzero([not reason for reason in reasons])), bad
 
 
 def suited(objective: type[Objective], state: dict[str, Any], arch: dict[str, Any]) -> dict[str, Any]:

@@ -54,7 +54,8 @@ class _Predictor:
         rows = Rows(Selection(self.selection.manifest, ids), Decoder(self._modality, None, {}, self.columns)).in_memory(1.0, cpus=0, keep_bad=True)
         found = evaluate.predictions(self._task, eval_batches(rows, 128), evaluate.ready_for(rows), Ranks(device=device), torch.no_grad())
         found.pop("row")
-        return {**_table(ids, self._task.objective.written(found, evaluate.Completer(rows).origin(ids)), dict(rows.bad)), **self._pieces(ids)}
+        objective = self._task.objective
+        return {**_table(ids, objective.written(found, evaluate.Completer(rows).origin(objective, ids)), dict(rows.bad)), **self._pieces(ids)}
 
     def _pieces(self, ids: np.ndarray) -> Arrays:
         """(n,) each: the recording's name, and where in it a row begins and how long it is, in seconds, NaN where that is not told."""
@@ -138,19 +139,28 @@ def predict(uri: str, data: list[str], output: str, columns: dict[str, str], for
 def _columns(modality: Modality, objective: type[Objective], known: dict[str, str], given: dict[str, str], found: manifests.Manifest) -> dict[str, str]:
     """The column of each role that rows to predict need: as told, or named as in training, or as the role itself (an imported folder's).
 
-    Raises ValueError for one that is not there. A piece's roles are taken where they are there.
+    Raises ValueError for one that is not there, and for a label, which rows to predict need not have. A piece's roles are taken where they were in
+    training, and from a folder of files, which was cut into them.
     """
-    labels, out = (*objective.roles, *objective.optional_roles), dict(given)  # labels rows to predict need not have
+    labels, out = (*objective.roles, *objective.optional_roles), dict(given)
+    if known_labels := [role for role in given if role in labels and role not in (*modality.roles, *modality.optional_roles)]:
+        raise ValueError(f"--column {known_labels[0]}: rows to predict need no {known_labels[0]}; leave it out")
     names = found.schema.names
     for role in (*modality.roles, *(role for role in modality.optional_roles if role not in labels)):
         told = [given[role]] if role in given else [known.get(role, role), role]
         there = next((name for name in told if name in names), None)
         needed = role in given or role in modality.roles or (role in known and role not in PIECE)
-        if there is not None and (needed or role in PIECE):
+        if there is not None and (needed or (role in PIECE and (role in known or _are_places(found, out[modality.roles[0]])))):
             out[role] = there
         elif needed:
             raise ValueError(f"{found.files[0]} has no column {told[0]!r} for {role}; columns are {', '.join(names)}; say --column {role}=NAME")
     return out
+
+
+def _are_places(found: manifests.Manifest, name: str) -> bool:
+    """Whether the column holds places of files, not their bytes."""
+    kind = found.schema.field(name).type
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
 def _carried(modality: Modality, columns: dict[str, str], found: manifests.Manifest) -> dict[str, str]:
@@ -161,8 +171,7 @@ def _carried(modality: Modality, columns: dict[str, str], found: manifests.Manif
     recording, first = columns.get("recording", "recording"), columns[modality.roles[0]]
     if recording not in found.schema.names and "recording" in columns:
         raise ValueError(f"{found.files[0]} has no column {recording!r} for recording; columns are {', '.join(found.schema.names)}")
-    kind = found.schema.field(first).type
-    if recording in found.schema.names or pa.types.is_string(kind) or pa.types.is_large_string(kind):
+    if recording in found.schema.names or _are_places(found, first):
         out["recording"] = recording if recording in found.schema.names else first
     return out
 

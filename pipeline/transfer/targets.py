@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from pipeline import bundle, registry, storage
 from pipeline.contracts import Modality, Objective, Task, Technique
@@ -181,20 +180,22 @@ def prepare(target: TargetStage, base: Base) -> TargetData:
         lost = [(row["split"], row["place"], row["reason"]) for one in made for row in one.left_out]
         text += "; packed into " + ", ".join(f"{len(one.rows)}" for one in made) + f" rows of {modality.inputs()['length']} tokens, which are the units"
     decoder = Decoder(modality, spec.objective.name, state, columns)
-    parts = [Rows(selection, decoder) for selection in selections]
+    parts = [Rows(selection, replace(decoder, training=name == "train")) for name, selection in zip(manifests.SPLITS, selections, strict=True)]
     wanted = sum(decoder.size(selection) for selection in selections)
     if spec.data.decode == "memory" or (spec.data.decode == "auto" and wanted <= MEMORY_BYTES):
         parts = [rows.in_memory(spec.data.max_bad_rows) for rows in parts]
     if spec.train.batch_cost is not None:
         parts[0] = parts[0].with_costs()
+        if parts[0].arrays is None:  # rows in memory have been looked through
+            parts[0], short = train_source.learnable(parts[0], spec.data.max_bad_rows)
+            lost += [("train", selections[0].manifest.place(row), reason) for row, reason in short]
     held = parts[0].arrays
     labels = _classes(spec, splits, state) if held is None else held.get("label") if "label" in objective.roles else None
     bad = lost + [(split, rows.selection.manifest.place(row), why) for split, rows in zip(manifests.SPLITS, parts, strict=True) for row, why in rows.bad]
     text += (f"; {len(bad)} rows left out: " + "; ".join(f"{s} {p}: {w}" for s, p, w in bad[:3]) if bad else "")
     groups = None
     if spec.data.group and not target.packed:
-        values = manifests.read_columns(parts[2].selection, [spec.data.group])[spec.data.group]
-        groups = pc.dictionary_encode(values.combine_chunks()).indices.to_numpy(zero_copy_only=False)  # pyright: ignore[reportAttributeAccessIssue]
+        groups = manifests.units(manifests.read_columns(parts[2].selection, [spec.data.group])[spec.data.group])
     return TargetData(spec, fitted, parts[0], parts[1], parts[2], labels, groups, text, arch, spec_of_modality, spec_hash(target.key, spec_of_modality))
 
 

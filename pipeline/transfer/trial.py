@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from pipeline import bundle, registry, storage
-from pipeline.contracts import Task
+from pipeline.contracts import Objective, Task
 from pipeline.data.plan import Plan
 from pipeline.data.stream import Rows, check_budget, eval_batches, plan_of, train_batches
 from pipeline.job import Target, Train, drawn
@@ -117,15 +117,16 @@ def weights_hash(task: torch.nn.Module) -> str:
 def resolved(trial: Trial, shared: Shared) -> tuple[Train, Rows, int]:
     """The training spec as it runs, the labelled rows of this trial and the steps.
 
-    The batch is never larger than the rows; a frozen backbone reads rows without augmentation, since its features are computed once, and in batches
-    of as many rows as ``batch_cost`` holds on average: features are all of one length.
+    The batch is never larger than the rows; a frozen backbone reads rows without augmentation. Where its features are computed once, batches have as many
+    rows as ``batch_cost`` holds on average: features are all of one length.
     """
     data = shared.targets[trial.target, trial.base]
     rows = data.train.subset(label_subset(data.train, data.labels, trial.label_fraction, mix(shared.seed, trial.seed)))
     train = drawn(data.spec.train, trial.hyper_parameters)
     change: dict[str, Any] = {"augment": False} if trial.technique_object.frozen else {}
     batch = train.global_batch
-    if trial.technique_object.frozen and train.batch_cost is not None:
+    pooled = registry.get("objective", data.objective["name"]).head_loss is not Objective.head_loss
+    if trial.technique_object.frozen and pooled and train.batch_cost is not None:
         assert data.train.costs is not None
         batch, change["batch_cost"] = max(1, round(train.batch_cost / max(float(data.train.costs.mean()), 1e-9))), None
     train = train.model_copy(update={**change, "global_batch": min(batch, len(rows))})

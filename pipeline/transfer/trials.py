@@ -12,7 +12,7 @@ from pipeline.contracts import Technique
 from pipeline.data.stream import Rows
 from pipeline.job import Job, Plug, Target, rounded, spec_hash
 from pipeline.rng import mix, row_keys
-from pipeline.train.source import HOW_NOT_WHAT
+from pipeline.train.source import HOW_NOT_WHAT, by_content
 
 TRIAL_VERSION = 4
 SCRATCH = "none"
@@ -129,6 +129,7 @@ def make(job: Job, target_name: str, cell: tuple[Base, str, Plug, Fraction], hyp
     base, source, plug, fraction = cell
     target = job.targets[target_name]
     what = [target.model_dump(mode="json", include={"objective", "metric", "workers"}), target.train.model_dump(mode="json", exclude=HOW_NOT_WHAT)]
+    what[0]["objective"]["options"] = by_content(target.objective)
     identity = spec_hash(TRIAL_VERSION, source, target_name, base.arch, base.modality, source_key if source != SCRATCH else None, data_key, what, plug, hyper,
                          fraction_text(fraction), seed, stage, job.seed)
     return Trial(source, base.key, base.label, target_name, plug, hyper, fraction, seed, stage, identity)

@@ -113,9 +113,20 @@ def test_rows_that_are_longer_than_a_batch_stand_alone():
     assert max(len(b) for b in found) == 10
 
 
+@pytest.mark.parametrize("long", [[60.0], [7200.0], [7200.0] * 2, [40.0] * 3, [35.0, 33.0, 38.0, 39.0]])
+def test_a_few_long_rows_do_not_cut_up_the_others(long):
+    costs = np.random.default_rng(0).uniform(1, 15, 10_000)
+    usual, plan = BucketPlan(costs, 200, 0), BucketPlan(np.concatenate([costs, long]), 200, 0)
+    assert usual.batches_an_epoch < plan.batches_an_epoch <= usual.batches_an_epoch + len(long)
+    assert sum(len(b) == 1 for b in batches(plan)) <= len(long) and plan.padding() < 0.05
+    assert sorted(np.concatenate(batches(plan))) == list(range(10_000 + len(long)))
+    assert len(batches(BucketPlan(np.concatenate([costs[:20], long]), 200, 0))) <= 4 + len(long), "20 more, if a long row cut them"
+
+
 def test_rows_of_unknown_cost_and_few_rows():
-    assert sorted(np.concatenate(batches(BucketPlan(np.zeros(5), 10, 0)))) == list(range(5))
-    assert BucketPlan(np.zeros(5), 10, 0).padding() == 0
+    costs = np.array([0.0] * 20 + [4.0] * 9)
+    assert sorted(np.concatenate(batches(BucketPlan(costs, 10, 0)))) == list(range(29))
+    assert max(len(b) for b in batches(BucketPlan(costs, 10, 0))) == 2, "each may be as long as the longest"
     one = BucketPlan(np.array([3.0]), 10, 0)
     assert one.batch(4)[0].tolist() == [0] and one.batch(4)[1].tolist() == [4]
 
@@ -130,7 +141,7 @@ def test_a_bucket_is_narrow_where_rows_are_many():
 
 @pytest.mark.parametrize(("costs", "cost", "shuffle", "says"), [
     ([1.0, float("nan")], 10, "rows", "row 1 costs nan"), ([1.0, -2.0], 10, "rows", "row 1 costs -2.0"), ([1.0], 0, "rows", "batch_cost 0 must be above 0"),
-    ([1.0], 5, "none", "shuffle: none keeps the order"), ([], 5, "rows", "no rows to train on")])
+    ([0.0, 0.0], 5, "rows", "all 2 rows cost 0"), ([1.0], 5, "none", "shuffle: none keeps the order"), ([], 5, "rows", "no rows to train on")])
 def test_what_cannot_be_cut_is_refused(costs, cost, shuffle, says):
     with pytest.raises(ValueError, match=says):
         BucketPlan(np.array(costs), cost, 0, shuffle=shuffle)

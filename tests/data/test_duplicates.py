@@ -10,10 +10,12 @@ import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.fft import dctn
 
+from pipeline import storage
 from pipeline.data import duplicates as d
 from pipeline.data import imports
 from pipeline.data import manifest as m
@@ -25,7 +27,8 @@ WITH_DATA = pytest.mark.skipif("ONETOMANY_DATA" not in os.environ, reason="ONETO
 @pytest.fixture
 def signs(tmp_path):
     """Signs of files, folders or lists of values."""
-    def signs(of, modality: str = "image", column: str | tuple[str, ...] = "image", form: str = "auto", rows: list[int] | None = None) -> d.Signs:
+    def signs(of, modality: str = "image", column: str | tuple[str, ...] = "image", form: str = "auto", rows: list[int] | None = None,
+              piece: tuple[str | None, str | None] = (None, None)) -> d.Signs:
         if isinstance(of, list):
             number = len(list(tmp_path.glob("made-*")))
             path = tmp_path / f"made-{number}.parquet"
@@ -34,7 +37,7 @@ def signs(tmp_path):
             of = path
         found = m.build(str(of), form, str(tmp_path / "imports"))
         return d.signs(m.Selection(found, None if rows is None else np.array(rows)), modality,
-                       (column,) if isinstance(column, str) else column, str(tmp_path / "signs"))
+                       (column,) if isinstance(column, str) else column, str(tmp_path / "signs"), piece)
 
     return signs
 
@@ -203,6 +206,53 @@ def test_pairs_are_the_same_when_both_texts_are(signs):
     train = signs([("a cat", "sleeps"), ("a cat", "runs"), ("a", "bc"), (None, "x")], "text", both)
     test = signs([("a cat", "runs"), ("a cat", "eats"), ("ab", "c"), (None, "x")], "text", both)
     assert d.exact(test, train).tolist() == [True, False, False, False]
+
+
+def sound(seed: int, seconds: float = 1.0) -> bytes:
+    out = io.BytesIO()
+    soundfile.write(out, np.random.default_rng(seed).uniform(-0.5, 0.5, round(seconds * 8000)), 8000, format="FLAC")
+    return out.getvalue()
+
+
+def test_recordings_are_compared_by_their_bytes_wherever_they_lie(signs, tmp_path):
+    sounds = [sound(i) for i in range(9)]
+    for name, places in (("a", range(6)), ("b", range(4, 9))):
+        for i in places:
+            (tmp_path / name / "cat").mkdir(parents=True, exist_ok=True)
+            (tmp_path / name / "cat" / f"{name}{i}.flac").write_bytes(sounds[i])
+    a, b = (signs(tmp_path / name, "audio", "audio", "audio") for name in "ab")
+    assert d.exact(a, b).tolist() == [False] * 4 + [True] * 2 and d.exact(b, a).tolist() == [True] * 2 + [False] * 3
+    assert d.near(a, b).tolist() == d.exact(a, b).tolist()
+    assert d.exact(signs(sounds, "audio", "audio"), a).tolist() == [True] * 6 + [False] * 3, "bytes of a column against files"
+    structs = [{"bytes": sounds[0], "path": "elsewhere"}, {"bytes": None, "path": str(tmp_path / "a/cat/a3.flac")}, {"bytes": b"x", "path": "y"}, None,
+               {"bytes": None, "path": None}]
+    found = signs(structs, "audio", "audio")
+    assert d.exact(found, a).tolist() == [True, True, False, False, False] and found.readable.tolist() == [True] * 3 + [False] * 2
+    (tmp_path / "a/cat/a3.flac").unlink()
+    with pytest.raises(storage.StorageError, match=r"a3\.flac"):
+        signs([*structs[:2], *structs[:2]], "audio", "audio")
+
+
+def test_pieces_of_one_recording_are_rows_of_their_own(signs, tmp_path, monkeypatch):
+    path, long = tmp_path / "long.flac", sound(1, 4.0)
+    path.write_bytes(long)
+    columns, piece = ("audio", "from", "long"), ("from", "long")
+
+    def made(*rows):
+        pq.write_table(pa.table({name: pa.array([row[i] for row in rows], kind) for i, (name, kind) in
+                                 enumerate(zip(columns, (None, pa.float64(), pa.float64()), strict=True))}), tmp_path / "p.parquet")
+        return signs(tmp_path / "p.parquet", "audio", "audio", piece=piece)
+
+    opened, real = [], storage.open_read
+    monkeypatch.setattr(storage, "open_read", lambda uri: opened.append(uri) or real(uri))
+    theirs = made((str(path), 0.0, 1.0), (str(path), 1.0, 1.5), (str(path), 2.5, None))
+    assert opened.count(str(path)) == 1, "each file is read once a row group"
+    assert len({*theirs.digest.tolist()}) == 3
+    assert d.exact(made((long, 0.0, 1.0), (long, 1.0, 1.0), (long, 2.5, None), (long, None, 1.0), (sound(2, 4.0), 0.0, 1.0)), theirs).tolist() == [
+        True, False, True, False, False]
+    whole = signs([long], "audio", "audio")
+    assert d.exact(made((str(path), None, None), (str(path), 0.0, 4.0), (str(path), 0.0, None), (str(path), float("nan"), 3.0), (str(path), 0.0, 3.0)),
+                   whole).tolist() == [True] * 4 + [False], "all of a recording is the recording"
 
 
 def test_images_that_cannot_be_read_or_show_nothing_are_near_to_none(signs):

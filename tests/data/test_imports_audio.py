@@ -5,6 +5,7 @@ import tracemalloc
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import soundfile
 
@@ -81,6 +82,25 @@ def test_a_broken_file_is_one_bad_row(tmp_path, imports):
     _, bad = modality.decode(table, columns)
     assert [reason[:20] for reason in bad] == ["", "the file is empty (0", "no sound file that l", "0.75 s of sound, its", "no samples", ""]
     assert modality.costs(table, columns).tolist() == [1.0, 0.0, 0.0, 0.0, 0.0, 1.0]
+
+
+def test_a_long_recording_that_is_broken_is_not_called_too_long(tmp_path, imports):
+    """Its header says how long it is; that it was cut off is seen only where it is cut at silence."""
+    folder = tmp_path / "x"
+    whole = sound(folder / "a.flac", 60.0).read_bytes()
+    mp3 = sound(folder / "b.mp3", 60.0, format="MP3").read_bytes()
+    (folder / "a.flac").write_bytes(whole[:len(whole) // 2])
+    (folder / "b.mp3").write_bytes(mp3[:len(mp3) // 2])
+    (folder / "c.flac").write_bytes(whole[:len(whole) // 2] + bytes(500) + whole[len(whole) // 2 + 500:])
+    table = m.Reader(m.build(str(folder), "auto", imports), ["audio", "start", "seconds"]).take(np.arange(3))
+    assert table["start"].to_pylist() == [None] * 3
+    modality, columns = Audio(AudioOptions(), MEL), {"audio": "audio", "start": "start", "seconds": "seconds"}
+    for reason, part in zip(modality.decode(table, columns)[1], ("broken FLAC file, cut off", "its header promises 60.00 s: the file was cut", "broken FLAC"),
+                            strict=True):
+        assert part in reason and "longer than" not in reason and "more than" not in reason
+    sound(tmp_path / "long.wav", 60.0)
+    long = pa.table({"audio": [str(tmp_path / "long.wav")], "start": pa.nulls(1, pa.float64()), "seconds": pa.nulls(1, pa.float64())})
+    assert "60.00 s long, more than 40 s: cut long recordings" in modality.decode(long, columns)[1][0]
 
 
 def test_the_import_is_kept_and_made_anew_for_another_file(tmp_path, imports, monkeypatch):

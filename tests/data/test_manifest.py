@@ -218,6 +218,16 @@ def test_the_reader_reads_a_group_once_and_keeps_no_more_than_its_cache(files, i
     assert tight._held == sum(table.nbytes for table in tight._groups.values())
 
 
+@pytest.mark.parametrize(("taken", "copied"), [(range(7), False), (range(2, 7), False), (range(1, 3), True), ((0, 1, 2, 4, 5), True), ((6, 5, 4, 3), True)])
+def test_most_of_a_row_group_is_not_copied(files, imports, taken, copied):
+    """Of files' bytes it would be twice in memory. A small part is, so that it does not keep all of them there."""
+    reader = m.Reader(m.build(str(files), "auto", imports), ["text"])
+    group = reader._group(0)["text"].chunk(0)
+    found = reader.take(np.array(taken))["text"]
+    assert found.to_pylist() == [f"text {i}" for i in taken]
+    assert (found.chunk(0).buffers()[2].address != group.buffers()[2].address) == copied
+
+
 def test_read_columns_equals_pandas(files, imports):
     built = m.build(str(files), "auto", imports)
     expected = people(0, 63)
@@ -381,16 +391,25 @@ def test_a_group_split_does_not_depend_on_the_order_of_rows(tmp_path, split):
     assert sorted(numbers(tests[0])) == sorted(numbers(tests[1])) != []
 
 
-def test_rows_without_a_group_are_one_group_or_refused(tmp_path, split):
-    frame = people(0, 100)
+def test_rows_without_a_group_stand_each_for_itself(tmp_path, split):
+    frame = people(0, 400)
     frame.loc[::5, "person"] = None
     write(tmp_path / "a.parquet", frame)
-    try:
-        got = split(uri=str(tmp_path / "a.parquet"), group="person", test_fraction=0.3)
-    except ValueError as error:
-        assert "person" in str(error) and "targets.t.data.group" in str(error)
-    else:
-        assert sum(None in m.read_columns(s, ["person"])["person"].to_pylist() for s in (got.train, got.validation, got.test)) == 1
+    got = split(uri=str(tmp_path / "a.parquet"), group="person", validation_fraction=0.3, test_fraction=0.3)
+    people_of = [m.read_columns(s, ["person"])["person"].to_pylist() for s in (got.train, got.validation, got.test)]
+    assert all(10 < found.count(None) < 60 for found in people_of) and sum(found.count(None) for found in people_of) == 80
+    assert not any({*a} & {*b} - {None} for a, b in zip(people_of, people_of[1:] + people_of[:1], strict=True))
+    declared = frame.assign(part=np.where(frame.number < 200, "train", "test"))
+    write(tmp_path / "a.parquet", declared)
+    assert len(split(uri=str(tmp_path / "a.parquet"), split_column="part", group="person", need_test=True, validation_fraction=0.1).test) == 200
+    write(tmp_path / "none.parquet", frame.assign(person=None))
+    assert len(split(uri=str(tmp_path / "none.parquet"), group="person", validation_fraction=0.3).validation) > 50
+
+
+def test_units_of_rows_are_their_groups():
+    found = m.units(pa.chunked_array([["a", None, "b"], [None, "a"]])).tolist()
+    assert found[0] == found[4] and len({*found}) == 4
+    assert len({*m.units(pa.chunked_array([pa.nulls(3)])).tolist()}) == 3
 
 
 def test_declared_splits_whose_groups_cross_are_refused(files, split):

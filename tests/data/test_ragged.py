@@ -35,9 +35,8 @@ class Ramps(Modality):
         return {"wave": ragged(np.arange(n, n + n % 13, dtype=np.int16) for n in numbers)}, ["bad" if n % 41 == 40 else "" for n in numbers]
 
     def costs(self, table, columns):
-        if "seconds" in columns:
-            return table[columns["seconds"]].to_numpy()
-        return np.array([n % 13 for n in table[columns["wave"]].to_pylist()], dtype=np.float64)
+        told = np.nan_to_num(table[columns["seconds"]].to_numpy()) if "seconds" in columns else np.zeros(len(table))
+        return np.where(told > 0, told, [n % 13 for n in table[columns["wave"]].to_pylist()] if "wave" in columns else 0.0)
 
 
 class Sums(Objective):
@@ -98,7 +97,7 @@ def test_ray_data_workers_give_the_same_rows(ray_here, rows):
         assert plain(stream.train_batches(rows, plan, range(20), place="workers", workers=DataWorkers(1, 0.5))) == expected
 
 
-def test_costs_come_from_their_column_or_from_the_rows(rows, monkeypatch):
+def test_costs_come_from_their_column_or_from_the_rows(rows, tmp_path, monkeypatch):
     monkeypatch.setattr(stream, "COST_ROWS", 7)
     assert rows.with_costs(cpus=0).costs.tolist() == [i % 13 for i in range(N)]
     rows.decoder.columns["seconds"] = "seconds"
@@ -106,6 +105,10 @@ def test_costs_come_from_their_column_or_from_the_rows(rows, monkeypatch):
     assert told.costs.tolist() == [0.5 * (i % 13) for i in range(N)]
     assert told.subset(np.array([5, 3])).costs.tolist() == [1.5, 2.5]
     assert len(told.in_memory(1.0, cpus=0).costs) == N - 2, "those of bad rows are gone with them"
+    half = pa.table({"wave": list(range(N)), "seconds": [0.5 * (i % 13) if i % 2 else None for i in range(N)]})
+    pq.write_table(half, tmp_path / "half.parquet")
+    silent = Rows(m.Selection(m.build(str(tmp_path / "half.parquet"), "auto", str(tmp_path))), Decoder(Ramps(None, {}), None, {}, rows.decoder.columns))
+    assert silent.with_costs(cpus=0).costs.tolist() == [(0.5 if i % 2 else 1) * (i % 13) for i in range(N)], "null: the row itself tells"
     looked_at = np.linspace(0, N - 1, 8).astype(int) % 13
     assert rows.decoder.size(rows.selection) == 2 * looked_at.sum() * N // 8, "by what the rows hold"
 
@@ -141,11 +144,13 @@ def test_labels_that_do_not_fit_their_row_are_bad(rows, monkeypatch):
         roles = ()
 
         @classmethod
-        def misfits(cls, arrays, state):
+        def unlearnable(cls, table, columns, state, arrays=None, seconds=None):
             return [f"{len(row)} samples are too few" if len(row) < state["least"] else "" for row in arrays["wave"]]
 
     monkeypatch.setattr("pipeline.registry.get", lambda kind, name: Short)
     rows.decoder.objective, rows.decoder.objective_state = "short", {"least": 3}
     found = dict(rows.in_memory(1.0, cpus=0).bad)
     assert found[40] == "bad" and found[13] == "0 samples are too few" and set(found) == {i for i in range(N) if i % 13 < 3} | {40, 81}
+    rows.decoder.training = False
+    assert set(dict(rows.in_memory(1.0, cpus=0).bad)) == {40, 81}, "they can be scored"
 

@@ -563,3 +563,25 @@ def test_threads_keep_the_order_and_raises():
     assert list(threaded_map(lambda i: i * i, range(100), 3)) == [i * i for i in range(100)]
     with pytest.raises(ZeroDivisionError):
         list(threaded_map(lambda i: 1 // i, [1, 0]))
+
+
+# ---------------------------------------------------------------- costs
+
+@pytest.mark.parametrize(("most_rows", "most_bytes", "sizes"), [
+    (4096, 1 << 30, [150]), (4096, 1, [16, 16, 8, 16, 16, 16, 13, 16, 16, 16, 1]), (40, 1 << 30, [40, 32, 29, 32, 17]), (10, 1, None)])
+def test_what_rows_cost_is_read_by_whole_row_groups_of_few_bytes(rows, monkeypatch, most_rows, most_bytes, sizes):
+    seen = []
+
+    class Length(Squares):
+        def costs(self, table, columns):
+            seen.append(len(table))
+            return np.array([len(text) for text in table["text"].to_pylist()], dtype=np.float64)
+
+    monkeypatch.setattr(stream, "COST_ROWS", most_rows)
+    monkeypatch.setattr(stream, "COST_BYTES", most_bytes)
+    rows.decoder.modality = Length(None, {})
+    assert rows.with_costs(cpus=0).costs.tolist() == [len(str(i)) for i in range(N)]
+    assert seen == sizes or (sizes is None and max(seen) == 10)
+    some = rows.subset(np.arange(3, 140, 7))
+    assert some.with_costs(cpus=0).costs.tolist() == [len(str(i)) for i in range(3, 140, 7)]
+    assert rows.subset(np.zeros(0, dtype=np.int64)).with_costs(cpus=0).costs.shape == (0,)

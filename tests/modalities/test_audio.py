@@ -2,6 +2,7 @@
 
 import io
 import os
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +109,17 @@ def test_start_and_seconds_name_a_piece(tmp_path, form):
         assert np.array_equal(row, all_of_it[round(16000 * start):round(16000 * stop)])
 
 
+@pytest.mark.parametrize(("values", "says"), [
+    ([1.5], "a value of type float is no recording: files' bytes"), ([0], "a value of type int is no recording"),
+    ([[0.1, 0.2]], "a value of type list is no recording"), ([[]], "a value of type list is no recording"), ([True], "type bool"),
+    ([{"array": [0.1, 0.2], "sampling_rate": 16000}], r"a struct of array, sampling_rate is no file: structs of bytes and path are read"),
+    ([{"path": None, "bytes": None}], "the audio is null"), ([{"path": None, "bytes": b""}], "the audio is")])
+def test_columns_that_hold_no_files_are_told_as_what_they_are(values, says):
+    found, bad = read(values)
+    assert says in bad[0] and len(found[0]) == 0
+    assert Audio(AudioOptions(), MEL).costs(pa.table({"x": values}), {"audio": "x"}).tolist() == [0.0]
+
+
 def test_times_that_are_none():
     for start, seconds, text in ((-1.0, 1.0, "start: -1.0 is no time in seconds"), (0.0, float("inf"), "seconds: inf is no time"), (0.0, 0.0, "0 s long")):
         _, bad = read([saved(noise())], start=[start], seconds=[seconds])
@@ -160,6 +172,19 @@ def test_costs_are_seconds(tmp_path):
     assert modality.costs(mixed.slice(0, 0), columns).shape == (0,)
     whole = pa.table({"sound": [path] * 3, "long": pa.array([3, 2, None])})
     assert modality.costs(whole, {**columns, "seconds": "long"}).tolist() == [3.0, 2.0, 2.0]
+
+
+def test_costs_hold_no_second_copy_of_files():
+    table = pa.table({"sound": [saved(noise(4.0, seed=i)) for i in range(100)]})
+    before, tracking = pa.total_allocated_bytes(), []
+    measured = Audio._measured
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Audio, "_measured", lambda self, *row: tracking.append(pa.total_allocated_bytes() - before) or measured(self, *row))
+        tracemalloc.start()
+        assert Audio(AudioOptions(), MEL).costs(table, {"audio": "sound"}).tolist() == [4.0] * 100
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert max(tracking) < table.nbytes / 4 and peak < table.nbytes / 2
 
 
 # ---------------------------------------------------------------- fit and inputs

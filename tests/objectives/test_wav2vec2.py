@@ -241,11 +241,21 @@ def test_codes_that_are_all_the_same_are_noticed_and_warned_of_once():
         warnings.simplefilter("always")
         made.objective.after_step(made.backbone, 10, 100)
     assert not early, "at first few entries may be in use"
-    with pytest.warns(UserWarning, match=r"the quantiser has collapsed: at step 51 of 100 the perplexity of its codes is 1\.0 of 12 entries a group"):
+    with pytest.warns(UserWarning, match=r"the quantiser has collapsed: at step 51 of 100 the perplexity of its codes is 1\.0 of 12 entries of a group"):
         made.objective.after_step(made.backbone, 50, 100)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         made.objective.after_step(made.backbone, 55, 100)
+    half = task({"diversity": 0.0})
+    with torch.no_grad():
+        half.objective.quantizer.weight_proj.weight[:12].zero_()
+        half.objective.quantizer.weight_proj.bias[3] = 50.0
+    half.train()
+    assert float(half(batch)[2]["code_perplexity"]) > 6 * float(half(batch)[1]), "the other group uses many"
+    with pytest.warns(UserWarning, match=r"perplexity of its codes is 1\.0 of 12 entries of a group"):
+        half.objective.after_step(half.backbone, 50, 100)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         sound = task()
         sound.train()(batch)
         sound.objective.after_step(sound.backbone, 50, 100)

@@ -66,7 +66,7 @@ def save(folder, steps: int = 0) -> str:
     task = task_of("torchaudio/deepspeech2", modality.inputs(), "ctc", state, **SMALL, dropout=0.0)
     optimizer = torch.optim.Adam(task.parameters(), 0.005)
     arrays = {**modality.decode(heard, columns)[0], **CTC.encode(heard, columns, state)}
-    assert not any(CTC.refused(heard, columns, state)) and not any(CTC.misfits(arrays, state) or ())
+    assert not any(CTC.refused(heard, columns, state)) and not any(CTC.unlearnable(heard, columns, state, arrays) or ())
     for step in range(steps):
         rows = np.random.default_rng(step).choice(len(said), 16, replace=False)
         batch = modality.finish(Batch(rows, torch.from_numpy(rows), modality.collate({name: array[rows] for name, array in arrays.items()})))
@@ -110,7 +110,7 @@ def test_a_piece_has_its_own_place_and_a_broken_row_its_reason(untrained, tmp_pa
     whole = found(untrained, pa.table({"sound": [encoded(samples[:int(cut * RATE)]), encoded(samples[int(cut * RATE):])]}), tmp_path / "a")
     table = {"sound": [data, data, b"no sound", b"", encoded(np.zeros(0, dtype=np.float32))], "start": [0.0, cut, None, 1.0, 0.0],
              "seconds": [cut, length - cut, None, 1.0, None], "take": ["x", "x", "y", "z", None]}
-    pieces = found(untrained, pa.table(table), tmp_path / "b", recording="take")
+    pieces = found(untrained, pa.table(table), tmp_path / "b", recording="take", start="start", seconds="seconds")
     assert pieces[0].schema == pieces[1].schema and "null" not in str(pieces[0].schema)
     rows, alone = pa.concat_tables(pieces).to_pylist(), pa.concat_tables(whole).to_pylist()
     assert [row["row"] for row in rows] == list(range(5)) and [bool(row["error"]) for row in rows] == [False, False, True, True, True]
@@ -123,6 +123,12 @@ def test_a_piece_has_its_own_place_and_a_broken_row_its_reason(untrained, tmp_pa
     for here, there in zip(rows[1]["words"], alone[1]["words"], strict=True):
         assert here["word"] == there["word"] and here["start"] == pytest.approx(there["start"] + cut, abs=2e-4)
         assert cut <= here["start"] < here["end"] <= length
+
+
+def test_a_start_that_is_no_number_is_that_of_the_whole_recording(untrained, tmp_path):
+    data = encoded(sound("CAD B")[0])
+    rows = found(untrained, pa.table({"sound": [data] * 3, "start": [None, float("nan"), 0.0]}), tmp_path, start="start")[0].to_pylist()
+    assert rows[0]["words"] and rows[0]["words"] == rows[1]["words"] == rows[2]["words"] and not any(row["error"] for row in rows)
 
 
 def test_items_without_any_good_row_have_the_same_columns(untrained, tmp_path):
@@ -149,6 +155,12 @@ def test_columns_are_those_of_training_or_named_as_their_roles(untrained, tmp_pa
     for given, name in (({}, "sound"), ({"audio": "voice"}, "voice"), ({"audio": "a", "start": "from"}, "from"), ({"audio": "a", "recording": "take"}, "take")):
         with pytest.raises(ValueError, match=f"rows.parquet has no column '{name}' for .*; columns are a, b"):
             columns(known, given, a=pa.binary(), b=pa.binary())
+    segments = dict(sound=pa.binary(), start=number, seconds=number)
+    assert columns({"audio": "sound"}, {}, **segments) == ({"audio": "sound"}, {}), "where a recording was cut from another one says nothing of it"
+    assert columns({"audio": "sound", "start": "start"}, {}, **segments)[0] == columns(
+        {"audio": "sound"}, {"start": "start"}, **segments)[0] == {"audio": "sound", "start": "start"}
+    with pytest.raises(ValueError, match="--column transcript: rows to predict need no transcript; leave it out"):
+        columns(known, {"transcript": "said"}, sound=pa.binary(), said=pa.string())
     text, image = (registry.get("modality", name) for name in ("text", "image"))
     assert not set(apply.PIECE) & {*text.optional_roles, *image.optional_roles}
 

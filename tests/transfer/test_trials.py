@@ -3,12 +3,17 @@
 import itertools
 import math
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from toys import image_files, image_rows, job_of, rows_of, shared_of, trial_of
 
+from pipeline.data import manifest
+from pipeline.data.stream import Rows
 from pipeline.job import Job, Plug, Train
 from pipeline.transfer import probe, trials
 from pipeline.transfer import trial as one_trial
@@ -342,3 +347,19 @@ def test_boxes_of_a_checkpoint_that_reads_cropped_images_are_refused(tmp_path, p
     with pytest.raises(ValueError, match=r"data\.modality: fit: crop cuts away .* say fit: pad"):
         targets.prepare(stage, crops)
     assert len(targets.prepare(stage, pads).train) == 60
+
+
+@pytest.mark.parametrize(("objective", "technique", "batch"), [
+    ("classification", "linear_probe", (None, 9)), ("classification", "full", (60.0, 64)), ("ctc", "linear_probe", (60.0, 64)), ("ctc", "full", (60.0, 64))])
+def test_rows_are_read_by_cost_unless_features_of_one_length_are_kept(objective, technique, batch, tmp_path):
+    """Recognition has no features computed once: one long row among short ones must not be padded to by a batch of many."""
+    pq.write_table(pa.table({"x": list(range(100))}), tmp_path / "rows.parquet")
+    costs = np.where(np.arange(100) % 10, 4.0, 30.0)  # 6.6 on average
+    rows = Rows(manifest.Selection(manifest.build(str(tmp_path / "rows.parquet"), "auto", str(tmp_path))), None, costs=costs)
+    train = Train.model_validate({"batch_cost": 60.0, "steps": 5})
+    data = SimpleNamespace(train=rows, labels=None, spec=SimpleNamespace(train=train), objective={"name": objective})
+    shared = SimpleNamespace(targets={("task", "base"): data}, seed=0)
+    plug = Plug.model_validate(technique)
+    one = trials.Trial("src", "base", "base", "task", plug, {}, 1.0, 0, "final", "id")
+    found, _, steps = one_trial.resolved(one, shared)
+    assert (found.batch_cost, found.global_batch) == batch and steps == 5 and found.augment == (technique == "full")

@@ -271,7 +271,7 @@ def _rows(terms: Terms, reader: Reader, listed: list[dict[str, Any]], bad: list[
                         made, told = _row(row, data, info, span, whole, terms)
                     except BrokenAudioError as error:
                         at = "" if whole else f" from {span[0]:.2f} s to {span[1]:.2f} s"
-                        bad.append(broken(f"{row['path']}{at}", row["split"], str(error)))
+                        bad.append(broken(f"{row['path']}{at}", row["split"], str(error)) | ({"pieces": str(len(spans))} if len(spans) > 1 else {}))
                         continue
                     counts.update((what, row["split"]) for what in told)
                     yield i, made
@@ -329,17 +329,13 @@ def _spans(row: dict[str, Any], data: Sound, info: Info, terms: Terms) -> tuple[
         return [(start, stop)], whole
     if (row.get("transcript") or "").strip():
         raise BrokenAudioError(f"{stop - start:.1f} s with a transcript, longer than longest={terms.longest:g}: align and cut it, or raise --set longest")
-    if whole:
-        return audiofile.pieces(data, None, terms.longest, terms.cut), False
-    samples, rate = audiofile.decode(data, start, stop - start)
-    return [(start + a, start + b) for a, b in audiofile.pieces(samples, rate, terms.longest, terms.cut)], False
+    return audiofile.pieces(data, None, terms.longest, terms.cut, start, None if whole else stop - start), False
 
 
 def _row(row: dict[str, Any], data: Sound, info: Info, span: tuple[float, float], whole: bool, terms: Terms) -> tuple[dict[str, Any], list[str]]:
     """(one row, which of COUNTED it is)."""
     start, stop = span
-    samples, rate = audiofile.decode(data) if whole else audiofile.decode(data, start, stop - start)
-    peak, clipped = audiofile.level(samples)
+    samples, rate, peak, clipped = audiofile.measured(data) if whole else audiofile.measured(data, start, stop - start)
     told = [what for what, is_so in zip(COUNTED, (peak <= SILENT, clipped > CLIPPED, not whole), strict=False) if is_so]
     content = _content(data) if whole else b""
     if whole and terms.rate in (0, rate) and not (terms.mono and info.channels > 1):

@@ -49,7 +49,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Made:
-    """A part as Parquet (in memory, or a file that is moved away), its rows, those that were left out, and what its importer adds up, by split."""
+    """A part as Parquet (in memory, or a file that is moved away), its rows, those that were left out (``pieces``: one of so many that a recording was cut
+    into), and what its importer adds up, by split."""
 
     data: bytes | Path
     rows: int

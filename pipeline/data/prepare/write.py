@@ -135,7 +135,16 @@ class Preparation:
             yield part.name, self.work.payload(part)
 
     def _check_listed(self, broken: list[dict[str, str]], total: int) -> None:
-        self._check_budget([f"{row['path']}: {row['reason']}" for row in broken[:NAMED]], len(broken), total)
+        """Broken rows of the source against all of them; pieces of recordings that were cut against as many rows as are to be expected by those of the parts
+        that stand."""
+        pieces = [row for row in broken if "pieces" in row]
+        groups = [([row for row in broken if "pieces" not in row], total)]
+        if pieces:
+            stand = [part for part in self.parts if part.name in self.records]
+            rows = sum(self.records[part.name]["rows"] + len(self.records[part.name]["broken"]) for part in stand)
+            groups.append((pieces, rows * sum(map(self.work.weight, self.parts)) // sum(map(self.work.weight, stand))))
+        for found, of in groups:
+            self._check_budget([f"{row['path']}: {row['reason']}" for row in found[:NAMED]], len(found), of)
 
     def _check_budget(self, first: list[str], broken: int, total: int) -> None:
         share = self.settings.max_bad

@@ -21,7 +21,7 @@ from data.prepare.speech import librispeech, manifest, prepare, reasons, samples
 from scipy.signal import resample_poly
 
 from pipeline import cli, storage
-from pipeline.data.prepare import audio, files
+from pipeline.data.prepare import audio, files, importing
 from pipeline.data.prepare.write import MANIFEST, Preparation, Settings, verify
 
 ROOT = Path(cli.__file__).parents[1]
@@ -155,6 +155,17 @@ def test_hours_in_one_file_are_cut_in_bounded_memory(tmp_path, monkeypatch, minu
     assert file.metadata.num_row_groups > 3 and peak < (12 << 20) + 4 * audio.GROUP_BYTES, f"{peak >> 20} MiB"
 
 
+def test_most_of_a_long_recording_is_cut_in_bounded_memory_too(tmp_path, monkeypatch):
+    path = long_file(tmp_path / "in/long.wav", 20)
+    monkeypatch.setattr(audio, "STREAMED", 1 << 20)
+    read, real = [], soundfile.SoundFile.read
+    monkeypatch.setattr(soundfile.SoundFile, "read", lambda self, frames=-1, **other: read.append(len(found := real(self, frames, **other))) or found)
+    manifest(tmp_path / "in", [{"audio_filepath": path.name, "offset": 61.0, "duration": 1000.0}])
+    rows = sorted(prepare("manifest", tmp_path / "in", tmp_path / "out")[0], key=lambda row: row["recording_start"])
+    assert rows[0]["recording_start"] == 61 and sum(row["seconds"] for row in rows) == pytest.approx(1000) and max(row["seconds"] for row in rows) <= 30
+    assert max(read) <= 60 * 8000, "a minute at a time"
+
+
 # ---------------------------------------------------------------- broken ones, levels, speakers
 
 def test_broken_recordings_are_listed_with_their_reason(tmp_path):
@@ -181,17 +192,37 @@ def test_a_bad_stretch_of_a_long_recording_is_one_broken_piece(tmp_path):
     assert len(rows) == 7 and path.startswith("long.bin.wav from 6.") and "1 of 2" in reason and "at 7.500 s" in reason
 
 
+def test_broken_pieces_count_against_pieces_and_broken_files_against_files(tmp_path):
+    """Three of 200 pieces are no reason to stop where two in a hundred may be broken; nor do the pieces hide that a third of the files is broken."""
+    values = bursts([3] * 200)
+    for at in (60_000, 600_000, 1_200_000):
+        values[at] = np.inf
+    source = listed(tmp_path / "in", long=wave(values, 8000, subtype="FLOAT"), short=sound(1, 1.0, 8000)).parent
+    rows, found = prepare("manifest", source, tmp_path / "out", "longest=4", max_bad=0.02)
+    assert len(rows) == 198 and len(found["broken"]["files"]) == 3
+    again = Preparation("manifest", str(source), str(tmp_path / "out"), importing.options_of("manifest", ["longest=4"]), Settings(max_bad=0.02))
+    assert again.is_done and again.run()["broken"] == 3
+    with pytest.raises(ValueError, match=r"3 of 201 rows are broken, more than --max-bad 0\.01 allows"):
+        prepare("manifest", source, tmp_path / "strict", "longest=4", max_bad=0.01)
+    with pytest.raises(ValueError, match=r"3 of 201 rows are broken, more than --max-bad 0 allows"):
+        prepare("manifest", source, tmp_path / "none", "longest=4", max_bad=0)
+    source = listed(tmp_path / "in", **{f"no{i}": b"no sound" for i in range(2)}, long=wave(values, 8000, subtype="FLOAT"), short=sound(1, 1.0, 8000)).parent
+    with pytest.raises(ValueError, match=r"2 of 4 rows are broken, more than --max-bad 0\.02 allows"):
+        prepare("manifest", source, tmp_path / "files", "longest=4", max_bad=0.02)
+
+
 def test_silent_and_clipped_recordings_are_kept_and_counted(tmp_path):
     loud = np.sin(np.arange(8000) / 5) * 3
-    by_split = {"train": {"quiet": np.full(8000, 20, dtype=np.int16), "loud": loud.clip(-1, 1), "fine": loud / 10}, "dev": {"zero": np.zeros(800)}}
+    by_split = {"train": {"quiet": np.full(8000, 20, dtype=np.int16), "loud": loud.clip(-1, 1), "fine": loud / 10}, "dev": {"zero": np.zeros(800)},
+                "test": {"law": loud.clip(-1, 1), "one_of_two": np.stack([loud.clip(-1, 1), np.zeros(8000)], 1)}}
     for split, sounds in by_split.items():
         for name, values in sounds.items():
-            write(tmp_path / f"in/{name}.wav", wave(values))
+            write(tmp_path / f"in/{name}.wav", wave(values, subtype="ULAW" if name == "law" else "PCM_16"))
         manifest(tmp_path / "in", [{"audio_filepath": f"{name}.wav", "text": "x"} for name in sounds], f"{split}_manifest.json")
     rows, found = prepare("manifest", tmp_path / "in", tmp_path / "out")
-    assert len(rows) == 4 and found["notes"]["silent"] == {"train": 1, "validation": 1} and found["notes"]["clipped"] == {"train": 1}
+    assert len(rows) == 6 and found["notes"]["silent"] == {"train": 1, "validation": 1} and found["notes"]["clipped"] == {"train": 1, "test": 2}
     text = (tmp_path / "out/_summary.md").read_text()
-    assert "- silent: train 1, validation 1" in text and "- clipped: train 1" in text and "- cut out of longer recordings: none" in text
+    assert "- silent: train 1, validation 1" in text and "- clipped: test 2, train 1" in text and "- cut out of longer recordings: none" in text
 
 
 def test_hours_and_speakers_are_counted_and_those_in_two_splits_told(tmp_path):
