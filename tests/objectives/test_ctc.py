@@ -138,7 +138,7 @@ def test_more_labels_than_frames_are_found_before_training():
     reasons = ["", "the transcript's 7 labels need 7 frames, the recording has 6", "the transcript's 4 labels need 7 frames, the recording has 6", "", ""]
     assert CTC.unlearnable(table, COLUMNS, state, arrays) == reasons
     assert CTC.unlearnable(pa.table({"sound": ["a"]}), COLUMNS, state, arrays) is None
-    told = CTC.unlearnable(table, COLUMNS, state, None, (samples - 161) / 16000 * (samples > 0))  # seconds leave a hundredth
+    told = CTC.unlearnable(table, COLUMNS, state, None, (samples - 159) / 16000 * (samples > 0))  # seconds leave a hundredth
     assert told == ["", *reasons[1:3], "", ""] and CTC.unlearnable(table, COLUMNS, state, None, samples / 16000)[1] == ""
     log_probs, count = torch.randn(1, 6, 4).log_softmax(-1), torch.tensor
     for row, reason in zip(labels[:3], reasons, strict=False):  # torch agrees where there is no alignment
@@ -260,9 +260,11 @@ def test_the_loss_is_in_float32_under_bf16():
 
 
 def test_convolutions_hear_their_neighbours_alone():
-    torch.manual_seed(0)  # not every rectifier lets something through
     task = task_of(width=5, convolutions=2)
-    mel = torch.randn(20, 5)
+    with torch.no_grad():  # no rectifier holds anything back
+        for p in task.objective.convolutions.parameters():
+            p.abs_()
+    mel = torch.rand(20, 5)
     plain, _ = task.objective.emissions(task.backbone, batch_of([mel]))
     other = mel.clone()
     other[10] += 1
