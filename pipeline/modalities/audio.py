@@ -119,10 +119,13 @@ class Audio(Modality):
         return {"features": "mel", "mean": [round(value, 5) for value in mean.tolist()], "std": [round(value, 5) for value in std.tolist()]}
 
     def inputs(self) -> dict[str, Any]:
-        """``convolutions``: those of the features, from the samples on (``frames``)."""
+        """``convolutions``: those of the features, from the samples on (``frames``). ``scale``: of samples that are not between -1 and 1."""
         if self.features == "wave":
-            return {"features": "wave", "rate": self.options.rate, "channels": 1, "convolutions": []}
+            return {"features": "wave", "rate": self.options.rate, "channels": 1, "convolutions": [], **({"scale": "variance 1"} if self._normalizes() else {})}
         return {"features": "mel", "rate": self.options.rate, "channels": self.options.mels, "convolutions": [list(one) for one in self._convolutions()]}
+
+    def _normalizes(self) -> bool:
+        return self.state.get("normalize", True) if self.options.normalize is None else self.options.normalize
 
     def _convolutions(self) -> tuple[tuple[int, int, int], ...]:
         return ((self.window, self.hop, 0),) if self.features == "mel" else ()
@@ -233,8 +236,7 @@ class Audio(Modality):
         if self.features == "wave":
             x = nn.pad(x, (0, max(0, self.window - x.shape[1])))  # rows of no samples alone
             mask = ops.within(lengths, x.shape[1])
-            normalize = self.state.get("normalize", True) if self.options.normalize is None else self.options.normalize
-            made = {"wave": ops.standardized(x, lengths) if normalize else x, "mask": mask}
+            made = {"wave": ops.standardized(x, lengths) if self._normalizes() else x, "mask": mask}
         else:
             mel = ops.log_mel(x, self.options.rate, self.window, self.hop, self.options.mels)
             mask = ops.within(frames.count(lengths, self._convolutions()), mel.shape[1])

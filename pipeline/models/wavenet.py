@@ -53,7 +53,7 @@ class WaveNet(Backbone):
         if inputs.get("features") != "wave":
             raise ValueError(f"{name} reads the samples of audio (features wave); these rows are "
                              f"{inputs.get('features') or ', '.join(inputs) or 'something else'}")
-        if inputs.get("scale", "peak1") != "peak1":
+        if "scale" in inputs:
             raise ValueError(f"{name} reads samples between -1 and 1, as mu-law wants them; these are scaled to {inputs['scale']}: "
                              "set normalize: false in data.modality")
         if options.frame_kernel % 2 == 0:

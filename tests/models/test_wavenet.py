@@ -7,6 +7,7 @@ from torchaudio.functional import mu_law_decoding, mu_law_encoding
 
 from pipeline import bundle, frames
 from pipeline.contracts import Batch
+from pipeline.modalities.audio import Audio, AudioOptions
 
 INPUTS = {"features": "wave", "rate": 8000, "channels": 1, "convolutions": []}
 SMALL = {"layers": 3, "stacks": 2, "residual": 6, "skip": 5, "pool": 10, "frame_layers": 2, "frame_kernel": 3}
@@ -184,7 +185,7 @@ def test_a_bundle_gives_the_same_backbone(tmp_path):
 @pytest.mark.parametrize(("inputs", "options", "told"), [
     ({"features": "mel", "rate": 16000, "channels": 80, "convolutions": [[400, 160, 0]]}, {}, "reads the samples of audio .features wave.; these rows are mel"),
     ({"channels": 3, "size": 32}, {}, "these rows are channels, size"),
-    ({**INPUTS, "scale": "unit_variance"}, {}, "scaled to unit_variance: set normalize: false"),
+    (Audio(AudioOptions(normalize=True), {"features": "wave"}).inputs(), {}, "scaled to variance 1: set normalize: false"),
     (INPUTS, {"frame_kernel": 4}, "frame_kernel 4 must be odd")])
 def test_what_does_not_fit_is_refused(inputs, options, told):
     with pytest.raises(ValueError, match=f"wavenet/wavenet.*{told}"):
