@@ -61,7 +61,7 @@ def look(target: TargetStage, sources: dict[str, SourceStage], folder: str) -> O
             notes.append(f"{name}: too many rows to look for its test rows in {where}" + ("" if ours else "; drop_overlap: exact or near reads them all"))
             continue
         roles = compared(modality, target.spec.data.columns, columns)
-        mine, theirs = (duplicates.signs(rows, modality, tuple(named[role] for role in roles), folder)
+        mine, theirs = (duplicates.signs(rows, modality, tuple(named[role] for role in roles), folder, (named.get("start"), named.get("seconds")))
                         for rows, named in ((test, target.spec.data.columns), (selection, columns)))
         same = duplicates.exact(mine, theirs)
         like = duplicates.near(mine, theirs) & ~same
