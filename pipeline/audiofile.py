@@ -40,6 +40,8 @@ BLOCK_HOPS = 3000
 """It reads so many of them at a time: a minute."""
 LOUDEST = 1e6
 """No energy counts for more: sums of larger ones would lose what is quiet; full scale has at most 1."""
+SIXTEEN = {"PCM_16", "PCM_S8", "PCM_U8"}
+"""Subtypes of up to 16 bits a sample."""
 FULL_SCALE = {"ULAW": 32124 / 32768, "ALAW": 32256 / 32768, "PCM_U8": 127 / 128, "PCM_S8": 127 / 128}
 """The largest sample of a subtype where that is below 0.9999: 32767 of 32768 is 0.99997."""
 Sound = bytes | BinaryIO
@@ -217,13 +219,14 @@ def inspect(data: Sound) -> Info:
     return found
 
 
-def decode(data: Sound, start: float = 0.0, seconds: float | None = None, most: float | None = None) -> tuple[np.ndarray, int]:
+def decode(data: Sound, start: float = 0.0, seconds: float | None = None, most: float | None = None, sixteen_at: int | None = None) -> tuple[np.ndarray, int]:
     """(n,) float32 mono samples from -1 to 1 (floating-point files may hold more), and their rate: all, or ``seconds`` of them from ``start`` (seconds) on.
+    Mono files of up to 16 bits at the rate ``sixteen_at`` give int16, which is what ``pcm`` makes of their floats.
 
     Raises BrokenAudioError for no sound file, no samples, fewer samples than the header promises, a piece that lies behind the recording's end, and samples
     that are no numbers; LongAudioError, before they are read, for more than ``most`` seconds.
     """
-    _, samples, rate, _ = _read(data, start, seconds, most)
+    _, samples, rate, _ = _read(data, start, seconds, most, sixteen_at)
     return samples, rate
 
 
@@ -233,7 +236,7 @@ def measured(data: Sound, start: float = 0.0, seconds: float | None = None) -> t
     return samples, rate, *level(channels, subtype)
 
 
-def _read(data: Sound, start: float, seconds: float | None, most: float | None) -> tuple[np.ndarray, np.ndarray, int, str]:
+def _read(data: Sound, start: float, seconds: float | None, most: float | None, sixteen_at: int | None = None) -> tuple[np.ndarray, np.ndarray, int, str]:
     """((n, channels), (n,) their mean, rate, subtype)."""
     file = _Watched(data)
     times = _promised(file) if start == 0 else 1.0  # a piece's recording was looked at when it was cut; here the piece must be there
@@ -245,10 +248,12 @@ def _read(data: Sound, start: float, seconds: float | None, most: float | None) 
             raise LongAudioError(f"{count / rate:.2f} s long, more than {most:g} s")
         if first:
             sound.seek(first)
-        found = sound.read(count, dtype="float32", always_2d=True)
+        found = sound.read(count, dtype="int16" if rate == sixteen_at and sound.channels == 1 and subtype in SIXTEEN else "float32", always_2d=True)
         if len(found) < count:
             raise BrokenAudioError(_cut_off((first + len(found)) / rate, frames / rate))
     samples = found[:, 0] if found.shape[1] == 1 else found.mean(1)
+    if samples.dtype == np.int16:
+        return found, samples, rate, subtype
     finite = np.isfinite(samples)
     if not finite.all():
         raise BrokenAudioError(f"{count - int(finite.sum())} of {count} samples are no numbers (NaN or infinite), the first at "

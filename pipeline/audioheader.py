@@ -109,6 +109,9 @@ def has_unknown_length(file: Any) -> bool:
     """Whether a file is MP3 of several bit rates without a table (Xing, Info, VBRI) that tells its frames: its length is then guessed from its first frame's
     rate. Every frame's header is looked at until two differ: 0.05 s for an hour of a constant rate."""
     at, kbits, known = _after_id3(file), 0, {}
+    file.seek(at)
+    if not _frame(file.read(3))[0]:
+        return False
     block, base = b"", at
     while True:
         if at + 4 > base + len(block):

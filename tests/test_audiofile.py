@@ -273,6 +273,20 @@ def test_pcm_is_exact_rounded_and_clipped():
     assert samples[0] == 0.5
 
 
+@pytest.mark.parametrize(("form", "subtype"), KINDS)
+def test_sixteen_bits_are_taken_as_they_are(form, subtype):
+    samples = np.random.default_rng(0).uniform(-1, 1, 4000).astype(np.float32)
+    rate = 16000
+    both = np.stack([samples, -samples / 2], 1)
+    for data, whole in ((saved(samples, rate, form, subtype), subtype in ("PCM_16", "PCM_U8")), (saved(both, rate, form, subtype), False)):
+        floats, plain = audiofile.decode(data)[0], audiofile.decode(data, sixteen_at=rate)[0]
+        assert floats.dtype == np.float32 and plain.dtype == (np.int16 if whole else np.float32)
+        assert np.array_equal(plain if whole else audiofile.pcm(plain), audiofile.pcm(floats))
+        assert audiofile.decode(data, sixteen_at=8000)[0].dtype == np.float32
+        piece = audiofile.decode(data, 0.05, 0.1, None, rate)[0]
+        assert len(piece) == 1600 and np.array_equal(piece if whole else audiofile.pcm(piece), audiofile.pcm(audiofile.decode(data, 0.05, 0.1)[0]))
+
+
 def test_encoding_is_lossless():
     samples = np.random.default_rng(0).integers(-32768, 32768, 5000).astype(np.int16)
     data = audiofile.encode(samples, 8000)

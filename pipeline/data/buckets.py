@@ -22,7 +22,7 @@ WIDTH = 0.92
 make two batches more of it: one long row would cut up all others."""
 LEAST = 2
 WINDOW_ROWS = 16384
-"""About so many rows in a window of row groups."""
+"""At most about so many rows in a window of row groups."""
 
 
 class _Window(NamedTuple):
@@ -37,12 +37,13 @@ class _Window(NamedTuple):
 class BucketPlan(Plan):
     """As `Plan`, with global batches whose rows times the longest of them are about ``batch_cost`` (one row where that is longer).
 
-    costs: (rows,) what each row costs, in the unit of ``batch_cost``; 0 where it is not known. Raises ValueError for costs of another number, and
+    costs: (rows,) what each row costs, in the unit of ``batch_cost``; 0 where it is not known. ``window_rows``: how many of a window (``blocks``) a
+    reader can hold at once, since a batch takes its rows from anywhere in it. Raises ValueError for costs of another number, and
     a ``batch_cost`` that is no number above zero, costs that are negative or no numbers, and costs that are all 0.
     """
 
     def __init__(self, costs: np.ndarray, batch_cost: float, seed: int, *, shards: int = 8, shuffle: Shuffle = "rows",
-                 boundaries: np.ndarray | None = None, item_rows: int = 256):
+                 boundaries: np.ndarray | None = None, item_rows: int = 256, window_rows: int = WINDOW_ROWS):
         if not batch_cost > 0:
             raise ValueError(f"batch_cost {batch_cost:g} must be above 0")
         if shuffle == "none":
@@ -55,7 +56,7 @@ class BucketPlan(Plan):
             raise ValueError(f"all {len(costs)} rows cost 0, so that batch_cost cannot cut them: no column and no header of theirs tells what they cost; "
                              "look at the first of them, name a column that tells, or say global_batch")
         super().__init__(len(costs), seed, 1, shards=shards, shuffle=shuffle, boundaries=boundaries, item_rows=item_rows)
-        self.shards, self.batch_cost, self.costs = min(shards, len(costs)), batch_cost, costs
+        self.shards, self.batch_cost, self.costs, self.window_rows = min(shards, len(costs)), batch_cost, costs, window_rows
         self.windows = [self._window(rows) for rows in self._cut(seed)]
         self.batches_an_epoch = float(sum(len(bounds) - 1 for window in self.windows for bounds in window.batches))
         self._epoch = lru_cache(maxsize=3)(self._make_epoch)
@@ -73,7 +74,7 @@ class BucketPlan(Plan):
             return [np.arange(self.rows)]
         groups = np.random.default_rng(mix(seed, 4)).permutation(len(self.boundaries) - 1)
         sizes = np.diff(self.boundaries)[groups]
-        number = (np.cumsum(sizes) - sizes) // WINDOW_ROWS
+        number = (np.cumsum(sizes) - sizes) // self.window_rows
         bounds = self.boundaries.tolist()
         return [np.concatenate([np.arange(bounds[g], bounds[g + 1]) for g in np.sort(groups[number == n]).tolist()]) for n in np.unique(number)]
 

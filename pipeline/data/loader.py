@@ -148,17 +148,20 @@ class Costs:
     def __call__(self, item: Item) -> np.ndarray:
         ids = self.selection.ids(np.arange(item.start, item.stop))
         if not self.tells:
-            return self._of(ids, self.columns)
-        found = self._of(ids, {str(self.modality.cost_role): self.columns[str(self.modality.cost_role)]})
-        silent = np.flatnonzero(found == 0)
+            return self._of(self._reader(self.columns), ids, self.columns)
+        told = {str(self.modality.cost_role): self.columns[str(self.modality.cost_role)]}
+        found = self._of(self._reader(told), ids, told)
+        silent, reader = np.flatnonzero(found == 0), self._reader(self.columns)
         for start in range(0, len(silent), SILENT_ROWS):  # the column is null: the row's own header tells
             some = silent[start:start + SILENT_ROWS]
-            found[some] = self._of(ids[some], self.columns)
+            found[some] = self._of(reader, ids[some], self.columns)
         return found
 
-    def _of(self, ids: np.ndarray, columns: dict[str, str]) -> np.ndarray:
+    def _reader(self, columns: dict[str, str]) -> Reader:
         roles = (*self.modality.roles, *self.modality.optional_roles)
-        names = list(dict.fromkeys(columns[role] for role in roles if role in columns))
-        found = self.modality.costs(Reader(self.selection.manifest, names).take(ids), columns)
+        return Reader(self.selection.manifest, list(dict.fromkeys(columns[role] for role in roles if role in columns)))
+
+    def _of(self, reader: Reader, ids: np.ndarray, columns: dict[str, str]) -> np.ndarray:
+        found = self.modality.costs(reader.take(ids), columns)
         assert found is not None, f"modality {self.modality.registered_name} does not tell what rows cost"
         return np.array(found)

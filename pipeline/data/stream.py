@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from pipeline.contracts import Arrays, Batch, Modality
-from pipeline.data.buckets import BucketPlan
+from pipeline.data.buckets import WINDOW_ROWS, BucketPlan
 from pipeline.data.loader import Block, Costs, Decoder, Loader, threaded_map
 from pipeline.data.manifest import Selection
 from pipeline.data.plan import Item, Mixture, Plan, Shuffle
@@ -28,6 +28,8 @@ from pipeline.ragged import lengths
 from pipeline.rng import row_keys
 
 Place = Literal["memory", "workers", "train", "device"]
+WINDOW_BYTES = 192 << 20
+"""Of the row groups from which a batch by cost takes its rows: a `Reader` keeps them all, and reads each once."""
 ITEM_BYTES, ITEM_ROWS = 32 << 20, (32, 2048)
 """What a data worker decodes at a time: a block costs Ray Data about 10 ms of processor time whatever its size, so small rows go in large numbers.
 Measured on two cores against a DataLoader, at 224 px with Ray's own number of waiting items: 8 MiB 0.51, 16 MiB 0.61, 32 MiB 0.78. At 64 px, with
@@ -225,7 +227,9 @@ def plan_of(rows: Rows, seed: int, global_batch: int, batch_cost: float | None =
     if batch_cost is None:
         return Plan(len(rows), seed, global_batch, shards=shards, shuffle=shuffle, boundaries=bounds, item_rows=item_rows, mixture=mixture)
     assert rows.costs is not None and mixture is None
-    return BucketPlan(rows.costs, batch_cost, seed, shards=shards, shuffle=shuffle, boundaries=bounds, item_rows=item_rows)
+    each = rows.selection.manifest.size // max(1, rows.selection.manifest.rows)
+    window = max(1, min(WINDOW_ROWS, WINDOW_BYTES // max(1, each)))
+    return BucketPlan(rows.costs, batch_cost, seed, shards=shards, shuffle=shuffle, boundaries=bounds, item_rows=item_rows, window_rows=window)
 
 
 class Loaded(NamedTuple):

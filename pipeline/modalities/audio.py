@@ -148,7 +148,7 @@ class Audio(Modality):
         rate, most = self.options.rate, self.options.max_seconds
         with _sound(value, whole=not begin) as file:
             try:
-                samples, own = audiofile.decode(file, begin or 0.0, None if begin is None else length, most)
+                samples, own = audiofile.decode(file, begin or 0.0, None if begin is None else length, most, rate)
             except LongAudioError as error:
                 if uncut and begin is None:
                     audiofile.pieces(file, None, max(1.0, most))  # reads all of it, and raises what is wrong
@@ -158,7 +158,7 @@ class Audio(Modality):
             samples = audiofile.resample(samples, own, rate)
         if len(samples) < self.window:
             raise ValueError(f"{len(samples) / rate:g} s, shorter than one window of {self.options.window:g} s")
-        return audiofile.pcm(samples)
+        return samples if samples.dtype == np.int16 else audiofile.pcm(samples)
 
     def costs(self, table, columns) -> np.ndarray:
         """(B,) float64 seconds of each row: the column ``seconds`` where it has a number, else what the file's header says; 0 where neither can be read,

@@ -98,12 +98,12 @@ class CTC(Objective):
     @classmethod
     def unlearnable(cls, table, columns, state, arrays=None, seconds=None):
         """Rows whose transcript has characters that no training transcript has, and those with more labels than frames: each label takes one, and so does
-        the blank between two equal ones. ``seconds`` may be rounded: what lies within a hundredth is left to ``arrays``."""
+        the blank between two equal ones. ``seconds`` may be rounded, even to whole ones: what is not clear by them is left to ``arrays``."""
         if columns.get("transcript") not in table.column_names:
             return None
         alphabet = transcripts.Alphabet.from_state(state)
         read = _normalised(table, columns, state["normalization"])
-        samples = lengths(arrays["audio"]) if arrays is not None else np.where(seconds > 0, np.ceil((seconds + 0.01) * state["rate"]), 0).astype(np.int64)
+        samples = lengths(arrays["audio"]) if arrays is not None else np.where(seconds > 0, (1.1 * seconds + 1) * state["rate"], 0).astype(np.int64)
         out = [alphabet.strange(text) for text in read]
         labels = [alphabet.encode("" if strange else text) for text, strange in zip(read, out, strict=True)]
         for i, (one, have, heard) in enumerate(zip(labels, frames.count(samples, state["convolutions"]), samples, strict=True)):

@@ -27,7 +27,7 @@ from pipeline.rng import mix
 from pipeline.train import checks
 from pipeline.train import probe as probes
 
-STAGE_VERSION = 4
+STAGE_VERSION = 5
 """Raised when the code of a stage changes what it makes from the same job."""
 FIT_ROWS, FIT_TEXT_BYTES = 2048, 64 << 20
 SPAN_ROWS, SPAN_BYTES = 8192, 16 << 20

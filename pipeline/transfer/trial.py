@@ -125,8 +125,8 @@ def resolved(trial: Trial, shared: Shared) -> tuple[Train, Rows, int]:
     train = drawn(data.spec.train, trial.hyper_parameters)
     change: dict[str, Any] = {"augment": False} if trial.technique_object.frozen else {}
     batch = train.global_batch
-    pooled = registry.get("objective", data.objective["name"]).head_loss is not Objective.head_loss
-    if trial.technique_object.frozen and pooled and train.batch_cost is not None:
+    kept = data.in_memory and not data.spec.workers and registry.get("objective", data.objective["name"]).head_loss is not Objective.head_loss
+    if trial.technique_object.frozen and kept and train.batch_cost is not None:
         assert data.train.costs is not None
         batch, change["batch_cost"] = max(1, round(train.batch_cost / max(float(data.train.costs.mean()), 1e-9))), None
     train = train.model_copy(update={**change, "global_batch": min(batch, len(rows))})

@@ -14,7 +14,7 @@ from pipeline.job import Job, Plug, Target, rounded, spec_hash
 from pipeline.rng import mix, row_keys
 from pipeline.train.source import HOW_NOT_WHAT, by_content
 
-TRIAL_VERSION = 4
+TRIAL_VERSION = 5
 SCRATCH = "none"
 Fraction = float | int
 

@@ -93,11 +93,10 @@ def test_it_is_the_same_after_a_journey_and_for_the_same_seed():
     assert plan.batch(0)[0].tolist() != BucketPlan(costs, 60, 6).batch(0)[0].tolist()
 
 
-def test_blocks_are_read_close_together(monkeypatch):
+def test_blocks_are_read_close_together():
     """What a stretch of steps reads lies in few row groups, each epoch in other ones first."""
-    monkeypatch.setattr("pipeline.data.buckets.WINDOW_ROWS", 200)
     bounds = np.arange(0, 2001, 20)
-    plan = BucketPlan(lengths(2000), 120, 5, shuffle="blocks", boundaries=bounds)
+    plan = BucketPlan(lengths(2000), 120, 5, shuffle="blocks", boundaries=bounds, window_rows=200)
     assert len(plan.windows) == 10
     for epoch in range(2):
         found = batches(plan, epoch)

@@ -7,6 +7,7 @@ import random
 import threading
 import time
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -585,3 +586,13 @@ def test_what_rows_cost_is_read_by_whole_row_groups_of_few_bytes(rows, monkeypat
     some = rows.subset(np.arange(3, 140, 7))
     assert some.with_costs(cpus=0).costs.tolist() == [len(str(i)) for i in range(3, 140, 7)]
     assert rows.subset(np.zeros(0, dtype=np.int64)).with_costs(cpus=0).costs.shape == (0,)
+
+
+def test_windows_of_batches_by_cost_hold_no_more_than_a_reader_keeps(rows, monkeypatch):
+    """Batches take their rows from anywhere in a window: one that a reader cannot hold would be read again and again."""
+    costly = replace(rows, costs=np.arange(1.0, N + 1))
+    assert len(stream.plan_of(costly, 0, 12, 200.0, shuffle="blocks").windows) == 1
+    each = rows.selection.manifest.size // N
+    monkeypatch.setattr(stream, "WINDOW_BYTES", 40 * each)
+    windows = stream.plan_of(costly, 0, 12, 200.0, shuffle="blocks").windows
+    assert len(windows) >= 2 and max(len(window.rows) for window in windows) <= 56 and sum(len(window.rows) for window in windows) == N

@@ -349,15 +349,16 @@ def test_boxes_of_a_checkpoint_that_reads_cropped_images_are_refused(tmp_path, p
     assert len(targets.prepare(stage, pads).train) == 60
 
 
-@pytest.mark.parametrize(("objective", "technique", "batch"), [
-    ("classification", "linear_probe", (None, 9)), ("classification", "full", (60.0, 64)), ("ctc", "linear_probe", (60.0, 64)), ("ctc", "full", (60.0, 64))])
-def test_rows_are_read_by_cost_unless_features_of_one_length_are_kept(objective, technique, batch, tmp_path):
+@pytest.mark.parametrize(("objective", "technique", "in_memory", "batch"), [
+    ("classification", "linear_probe", True, (None, 9)), ("classification", "linear_probe", False, (60.0, 64)), ("classification", "full", True, (60.0, 64)),
+    ("ctc", "linear_probe", True, (60.0, 64)), ("ctc", "full", True, (60.0, 64))])
+def test_rows_are_read_by_cost_unless_features_of_one_length_are_kept(objective, technique, in_memory, batch, tmp_path):
     """Recognition has no features computed once: one long row among short ones must not be padded to by a batch of many."""
     pq.write_table(pa.table({"x": list(range(100))}), tmp_path / "rows.parquet")
     costs = np.where(np.arange(100) % 10, 4.0, 30.0)  # 6.6 on average
     rows = Rows(manifest.Selection(manifest.build(str(tmp_path / "rows.parquet"), "auto", str(tmp_path))), None, costs=costs)
     train = Train.model_validate({"batch_cost": 60.0, "steps": 5})
-    data = SimpleNamespace(train=rows, labels=None, spec=SimpleNamespace(train=train), objective={"name": objective})
+    data = SimpleNamespace(train=rows, labels=None, spec=SimpleNamespace(train=train, workers=0), objective={"name": objective}, in_memory=in_memory)
     shared = SimpleNamespace(targets={("task", "base"): data}, seed=0)
     plug = Plug.model_validate(technique)
     one = trials.Trial("src", "base", "base", "task", plug, {}, 1.0, 0, "final", "id")
