@@ -67,7 +67,7 @@ class Side:
         return sound / (here + elsewhere)
 
 
-def sides(path: Path, files: list[bytes], warm: int, steps: int) -> dict[str, Side]:
+def sides(path: Path, files: list[bytes], warm: int, steps: int, place: str) -> dict[str, Side]:
     import numpy as np
     import soundfile
 
@@ -78,7 +78,7 @@ def sides(path: Path, files: list[bytes], warm: int, steps: int) -> dict[str, Si
     modality = bundle.build_modality({"name": "audio", "options": {}, "state": {"features": "mel", "mean": [0.0] * 80, "std": [1.0] * 80}})
     decoder = Decoder(modality, None, {}, {"audio": "audio", "seconds": "seconds"})
     rows = Rows(manifest.Selection(manifest.build(str(path), "parquet", "")), decoder).with_costs(0)
-    plan = plan_of(rows, 0, 0, BATCH_SECONDS, item_rows=rows_an_item(rows, 8))
+    plan = plan_of(rows, 0, 0, BATCH_SECONDS, shuffle="blocks", item_rows=rows_an_item(rows, 8))  # as a source of this size is read
     span = range(2 * (warm + steps))  # twice what is read: no side comes near its end
 
     def ours(place: str) -> Callable[[], Iterator[float]]:
@@ -100,11 +100,12 @@ def sides(path: Path, files: list[bytes], warm: int, steps: int) -> dict[str, Si
     for row, length, id_ in zip(batch["audio"], batch["audio_lengths"], batch.rows, strict=True):
         want = soundfile.read(io.BytesIO(files[id_ % len(files)]), dtype="int16")[0]
         assert len(want) == length and (row[:length].numpy() == want).all(), "the sides give different samples"
-    return {"bare": Side(bare, warm, steps, True), "train": Side(ours("train"), warm, steps, True), "workers": Side(ours("workers"), warm, steps, False)}
+    made = {"bare": Side(bare, warm, steps, True), "train": Side(ours("train"), warm, steps, True), "workers": Side(ours("workers"), warm, steps, False)}
+    return {name: side for name, side in made.items() if name == "bare" or place in (name, "both")}
 
 
 def main() -> None:
-    args = timing.options(__doc__, repeats=5)
+    args = timing.options(__doc__, repeats=5, place={"choices": ["train", "workers", "both"], "default": "both", "help": "where recordings are decoded"})
     found = timing.describe(args)
     spec = {"copies": COPIES, "warm": WARM, "steps": STEPS} | (QUICK if args.quick else {})
     import torch
@@ -115,10 +116,12 @@ def main() -> None:
         files = make_parquet(spec["copies"], path)
         from pipeline.train import launch
 
-        launch.start(None, verbose=False)
-        made = sides(path, files, spec["warm"], spec["steps"])
+        if args.place != "train":
+            launch.start(None, verbose=False)
+        made = sides(path, files, spec["warm"], spec["steps"], args.place)
         rates = timing.interleaved(made, args.repeats)
-        launch.stop()
+        if args.place != "train":
+            launch.stop()
     lines, results = [], {}
     for name, side in made.items():
         core, wall = timing.ratio(rates[name], rates["bare"]), timing.ratio(side.wall, made["bare"].wall)
