@@ -135,4 +135,4 @@ class BucketPlan(Plan):
         rows, starts = self._epoch(epoch)
         costs = self.costs[rows]
         whole = float((np.maximum.reduceat(costs, starts[:-1]) * np.diff(starts)).sum())
-        return 1 - float(costs.sum()) / whole if whole else 0.0
+        return max(0.0, 1 - float(costs.sum()) / whole) if whole else 0.0

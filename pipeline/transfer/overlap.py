@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 
-from pipeline import registry
+from pipeline import registry, storage
 from pipeline.data import duplicates
 from pipeline.data.manifest import Selection
 from pipeline.job import spec_hash
-from pipeline.train.source import SourceStage, data_key
+from pipeline.train.source import SourceStage, data_key, sample
 from pipeline.transfer.targets import TargetStage
 
 MOST_ROWS, MOST_BYTES = 200_000, 4 << 30
@@ -40,6 +41,16 @@ def compared(modality: str, *columns: dict[str, str]) -> tuple[str, ...]:
     return (kind.roles[0], *pairs)
 
 
+def _bytes(selection: Selection, modality: str, columns: dict[str, str]) -> int:
+    """About so many bytes are read of the rows; where a column of images or recordings holds the places of their files, as a few of them tell."""
+    named = columns[registry.get("modality", modality).roles[0]]
+    if modality == "text" or not len(selection) or not pa.types.is_string(selection.manifest.schema.field(named).type):
+        return selection.manifest.size
+    places = sample(selection, [named], 16)[named].to_pylist()
+    held = [storage.size(place) for place in places if place and storage.exists(place)]
+    return len(selection) * sum(held) // max(1, len(held))
+
+
 def look(target: TargetStage, sources: dict[str, SourceStage], folder: str) -> Overlap:
     """Compare the test rows with the training rows of every source and of the target itself; what rows are compared by is kept under the folder.
 
@@ -57,7 +68,7 @@ def look(target: TargetStage, sources: dict[str, SourceStage], folder: str) -> O
     others.append(("its own training rows", target.splits.train, target.spec.data.columns))
     for where, selection, columns in others:
         ours = where.startswith("its own")
-        if (mode == "none" or ours) and (max(len(selection), len(test)) > MOST_ROWS or selection.manifest.size > MOST_BYTES):
+        if (mode == "none" or ours) and (max(len(selection), len(test)) > MOST_ROWS or _bytes(selection, modality, columns) > MOST_BYTES):
             notes.append(f"{name}: too many rows to look for its test rows in {where}" + ("" if ours else "; drop_overlap: exact or near reads them all"))
             continue
         roles = compared(modality, target.spec.data.columns, columns)

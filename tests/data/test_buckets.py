@@ -148,3 +148,7 @@ def test_what_cannot_be_cut_is_refused(costs, cost, shuffle, says):
 
 def test_plans_of_rows_count_their_steps():
     assert Plan(100, 0, 32).steps(1.0) == 4 and Plan(96, 0, 32).steps(1 / 3) == 1
+
+
+def test_rows_of_one_length_have_no_padding():
+    assert str(BucketPlan(np.full(14, 0.8), 10, 0).padding()) == "0.0", "and not -0.0"
