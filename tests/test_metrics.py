@@ -37,7 +37,8 @@ def everything(n=200, classes=7):
     rng = np.random.default_rng(0)
     pixels = {name: rng.integers(1, 50, (n, classes)) for name in ("intersection", "actual")}
     texts = {"exact": rng.integers(0, 2, n), "f1": rng.random(n), "bytes": rng.integers(1, 900, n)}
-    return {"labels": label_sets(n, classes)["labels"], **predictions(n, classes), **texts, **entities(n, classes), **pixels}
+    heard = {"word_errors": rng.integers(0, 9, n), "char_errors": rng.integers(0, 40, n), "chars": rng.integers(1, 90, n)}
+    return {"labels": label_sets(n, classes)["labels"], **predictions(n, classes), **texts, **heard, **entities(n, classes), **pixels}
 
 
 def entities(n=200, types=7, seed=0):
@@ -132,7 +133,8 @@ def test_nothing_counted_is_not_a_number(name):
 
 
 def test_directions():
-    assert {name for name, of in METRICS.items() if not of.higher_is_better} == {"loss", "perplexity", "bits_per_byte"}
+    assert {name for name, of in METRICS.items() if not of.higher_is_better} == {
+        "loss", "perplexity", "bits_per_byte", "bits_per_sample", "wer", "cer"}
 
 
 def test_an_unknown_metric_is_named_with_its_nearest():
