@@ -14,7 +14,8 @@ import numpy as np
 
 from pipeline import registry
 from pipeline.contracts import Arrays, Modality
-from pipeline.data.manifest import Reader, Selection
+from pipeline.data.buckets import BucketPlan
+from pipeline.data.manifest import READER_BYTES, Reader, Selection
 from pipeline.data.plan import Item, Plan
 from pipeline.ragged import ragged, size
 
@@ -78,6 +79,8 @@ class Decoder:
         return arrays, bad
 
 
+WINDOWS_BYTES = 512 << 20
+"""Kept of row groups where batches take their rows from all over a window (`stream.WINDOW_BYTES`): an item may stand in two of them."""
 RAGGED = "_ragged:"
 SILENT_ROWS = 256
 """Rows whose headers are read at once."""
@@ -116,7 +119,8 @@ class Loader:
             indices, epochs = self.plan.sequence(item.shard, item.start, item.stop)
         rows = self.selection.ids(indices)
         with self._lock:
-            self._reader = self._reader or Reader(self.selection.manifest, self.decoder.names())
+            kept = WINDOWS_BYTES if isinstance(self.plan, BucketPlan) else READER_BYTES
+            self._reader = self._reader or Reader(self.selection.manifest, self.decoder.names(), kept)
             table = self._reader.take(rows)
         arrays, bad = self.decoder(table)
         return Block(rows, epochs, arrays, bad)

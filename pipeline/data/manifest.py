@@ -129,10 +129,13 @@ def _difference(a: pa.Schema, b: pa.Schema) -> str:
     return "the order of the columns"
 
 
+READER_BYTES = 256 << 20
+
+
 class Reader:
     """Takes rows by id, keeping the row groups last read (at most ``cache_bytes`` of them)."""
 
-    def __init__(self, manifest: Manifest, columns: list[str], cache_bytes: int = 256 << 20):
+    def __init__(self, manifest: Manifest, columns: list[str], cache_bytes: int = READER_BYTES):
         self.manifest, self.columns, self.cache_bytes = manifest, columns, cache_bytes
         self._groups: OrderedDict[int, pa.Table] = OrderedDict()
         self._held = 0
