@@ -105,7 +105,9 @@ class CTC(Objective):
         read = _normalised(table, columns, state["normalization"])
         samples = lengths(arrays["audio"]) if arrays is not None else np.where(seconds > 0, (1.1 * seconds + 1) * state["rate"], 0).astype(np.int64)
         out = [alphabet.strange(text) for text in read]
-        labels = [alphabet.encode("" if strange else text) for text, strange in zip(read, out, strict=True)]
+        labels: Any = (arrays or {}).get("transcript")  # what ``encode`` made of them
+        if labels is None:
+            labels = [alphabet.encode("" if strange else text) for text, strange in zip(read, out, strict=True)]
         for i, (one, have, heard) in enumerate(zip(labels, frames.count(samples, state["convolutions"]), samples, strict=True)):
             if heard and (need := len(one) + transcripts.repeats(one)) > have:
                 out[i] = f"the transcript's {len(one)} labels need {need} frames, the recording has {have}"

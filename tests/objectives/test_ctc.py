@@ -22,10 +22,11 @@ from pipeline.data import manifest
 from pipeline.data.loader import Decoder
 from pipeline.data.stream import Rows, TooManyBadRowsError
 from pipeline.metrics import metric
+from pipeline.modalities.audio import Audio, AudioOptions
 from pipeline.objectives import ctc
 from pipeline.objectives.ctc import CTC, CTCOptions
 from pipeline.ragged import ragged
-from pipeline.train import source
+from pipeline.train import evaluate, source
 
 COLUMNS = {"audio": "sound", "transcript": "said"}
 MEL = [[400, 160, 0]]
@@ -158,6 +159,15 @@ def test_rows_that_cannot_be_learned_from_are_left_out_by_their_seconds_alone(tm
     assert [row for row, _ in bad] == [1, 3] and "180 labels need 180 frames" in bad[0][1] and "holds 'Z'" in bad[1][1]
     with pytest.raises(TooManyBadRowsError, match="2 of 4 rows"):
         source.learnable(rows, 0.25)
+
+
+def test_transcripts_are_read_again_without_their_recordings(tmp_path):
+    """For the errors of each validation."""
+    pq.write_table(pa.table({"sound": [b"sound"] * 3, "said": ["AB", "B", "A"], "other": [1, 2, 3]}), tmp_path / "rows.parquet")
+    decoder = Decoder(Audio(AudioOptions(), {"features": "mel"}), "ctc", {}, {"audio": "sound", **COLUMNS})
+    rows = Rows(manifest.Selection(manifest.build(str(tmp_path / "rows.parquet"), "auto", str(tmp_path))), decoder)
+    assert set(decoder.names()) == {"sound", "said"}
+    assert evaluate.Completer(rows).origin(task_of(width=4).objective, np.array([2, 0])).table.to_pydict() == {"said": ["A", "AB"]}
 
 
 def test_a_backbone_that_hears_nothing_is_refused():
