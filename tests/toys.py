@@ -17,7 +17,9 @@ from pipeline.data.manifest import Group, Manifest, Selection
 from pipeline.data.plan import Plan
 from pipeline.data.stream import Decoder, Rows, train_batches
 from pipeline.job import Train
+from pipeline.modalities.events import Events, EventsOptions
 from pipeline.modalities.image import Image, ImageOptions
+from pipeline.modalities.table import Table, TableOptions
 from pipeline.modalities.text import Text, TextOptions
 from pipeline.objectives.classification import Classification
 from pipeline.techniques.rates import Full
@@ -43,6 +45,42 @@ def selection(n: int) -> Selection:
 def rows_of(modality: Modality, arrays: dict[str, np.ndarray], objective: str | None = None, state: dict[str, Any] | None = None) -> Rows:
     n = len(next(iter(arrays.values())))
     return Rows(selection(n), Decoder(modality, objective, state or {}, {}), arrays)
+
+
+def stays(n: int, seed: int = 0, variables: int = 5, hours: float = 24.0) -> pa.Table:
+    """Stays of some ten to forty events, one of them without any; facts with gaps. Lengths, times, variables and values are random."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for i in range(n):
+        count = 0 if i == 1 else int(rng.integers(10, 40))
+        rows.append({"entity": i, "patient": f"p{i // 2}", "times": np.sort(rng.uniform(0, hours, count)).astype(np.float32),
+                     "variables": [f"v{k}" for k in rng.integers(0, variables, count)], "values": rng.normal(3, 2, count).astype(np.float32), "events": count,
+                     "static": {"Age": None if i % 4 == 3 else float(rng.uniform(20, 90)), "Gender": ("female", "male")[i % 2], "codes": ["a", "b"][:i % 3]},
+                     "label": int(rng.integers(0, 2))})
+    lists = {"times": pa.list_(pa.float32()), "variables": pa.list_(pa.string()), "values": pa.list_(pa.float32()), "events": pa.int32(), "label": pa.int64(),
+             "entity": pa.int64(), "patient": pa.string(),
+             "static": pa.struct({"Age": pa.float64(), "Gender": pa.string(), "codes": pa.list_(pa.string())})}
+    return pa.table({name: pa.array([row[name] for row in rows], kind) for name, kind in lists.items()})
+
+
+EVENT_COLUMNS = {name: name for name in ("times", "variables", "values", "static")}
+
+
+def event_rows(n: int, **options: Any) -> Rows:
+    """Rows of ``stays`` with their labels."""
+    table, chosen = stays(n), EventsOptions(hours=24, **{"min_rows": 1, **options})
+    modality = Events(chosen, Events.fit(chosen, table, EVENT_COLUMNS, "events/gru"))
+    arrays, bad = modality.decode(table, EVENT_COLUMNS)
+    assert not any(bad)
+    return rows_of(modality, {**arrays, "label": table["label"].to_numpy()}, "classification", label_state(2))
+
+
+def table_rows(n: int) -> Rows:
+    """The static facts of ``stays`` as rows of a table."""
+    table, columns = stays(n), {"features": "static"}
+    modality = Table(TableOptions(), Table.fit(TableOptions(), table, columns, ""))
+    arrays, _ = modality.decode(table, columns)
+    return rows_of(modality, {**arrays, "label": table["label"].to_numpy()}, "classification", label_state(2))
 
 
 def label_state(classes: int = 3) -> dict[str, Any]:

@@ -45,7 +45,8 @@ PAIRS = 1 << 20
 @dataclass(frozen=True)
 class Signs:
     """What rows are compared by: ``digest`` (n,) uint64 of their content and ``readable`` (n,) bool; of images also ``hash`` (n,) uint64 and
-    ``thumb`` (n, 256) uint8. A row that cannot be read equals no other."""
+    ``thumb`` (n, 256) uint8. A row that cannot be read, and a record without events, equals
+    no other."""
 
     digest: np.ndarray
     readable: np.ndarray
@@ -95,7 +96,7 @@ class _Signer:
         if self.modality != "image":
             rows = list(zip(*(table[column].to_pylist() for column in self.columns), strict=True))
             return {"digest": np.array([_digest(_content(row)) for row in rows], dtype=np.uint64),
-                    "readable": np.array([None not in row for row in rows], dtype=bool)}
+                    "readable": np.array([None not in row and not all(value == [] for value in row) for row in rows], dtype=bool)}
         image: Any = kind(kind.options_class(size=SIDE, channels=1, fit="squash"), {})
         encoded, missing = image.encoded(table, {image.roles[0]: self.columns[0]})
         pixels, _ = image.unpack(encoded, torch.device("cpu"))  # zeros for what is no image: without contrast, near to nothing

@@ -1,0 +1,120 @@
+"""Facts of a row without times: a struct of numbers, texts (categories) and lists of texts (codes), as numbers and places in a vocabulary."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.ragged import ragged
+
+MOST = 8.0
+"""Standardised numbers lie within so many deviations."""
+
+
+class Facts:
+    """``state``: ``numbers`` (names), their ``mean`` and ``std``, and ``codes``: known texts as ``FIELD=TEXT``. Fields are known by name; truth values
+    are texts."""
+
+    def __init__(self, state: dict[str, Any]):
+        self.state = state
+        self.place = {code: place + 1 for place, code in enumerate(state["codes"])}
+
+    @staticmethod
+    def nothing() -> dict[str, Any]:
+        return {"numbers": [], "mean": [], "std": [], "codes": []}
+
+    @staticmethod
+    def fit(column: Any, name: str, min_rows: int) -> dict[str, Any]:
+        """State from a column of structs. A text is known where ``min_rows`` rows have it. Raises ValueError for another type, named."""
+        out = Facts.nothing()
+        found = Counter()
+        for field, values in _fields(column, name):
+            if _numeric(values.type):
+                numbers = _floats(values)
+                numbers = numbers[np.isfinite(numbers)]
+                if not len(numbers):
+                    continue
+                std = float(numbers.std())
+                for key, value in (("numbers", field), ("mean", float(f"{numbers.mean():.7g}")), ("std", float(f"{std:.7g}") if std > 1e-9 else 1.0)):
+                    out[key].append(value)
+            else:
+                for codes in _codes(field, values):
+                    found.update(set(codes))
+        out["codes"] = sorted(code for code, count in found.items() if count >= min_rows)
+        return out
+
+    def sizes(self) -> dict[str, int]:
+        return {"numbers": len(self.state["numbers"]), "codes": len(self.state["codes"])}
+
+    def known(self, column: Any) -> str:
+        """In words, which fields and texts of these rows are not known; "" where all are."""
+        lost, texts, kinds = [], 0, set()
+        for field, values in _fields(column, "static"):
+            if _numeric(values.type):
+                if field not in self.state["numbers"] and len(values) > values.null_count:
+                    lost.append(field)
+            else:
+                kinds |= {code for codes in _codes(field, values) for code in codes}
+        texts = len([code for code in kinds if code not in self.place])
+        return "; ".join(filter(None, [f"static numbers left out: {', '.join(lost)}" if lost else "",
+                                       f"{texts} of {len(kinds)} static texts are unknown" if texts else ""]))
+
+    def decode(self, column: Any, rows: int) -> dict[str, np.ndarray]:
+        """``numbers`` (B, K) float32 standardised, 0 where unknown; ``numbers_known`` (B, K) bool; ``codes``, ragged int64 places of known texts plus 1."""
+        numbers = np.full((rows, len(self.state["numbers"])), np.nan)
+        codes: list[list[int]] = [[] for _ in range(rows)]
+        at = {name: place for place, name in enumerate(self.state["numbers"])}
+        for field, values in _fields(column, "static") if column is not None else ():
+            if _numeric(values.type):
+                if field in at:
+                    numbers[:, at[field]] = _floats(values)
+            else:
+                for row, texts in enumerate(_codes(field, values)):
+                    codes[row] += [self.place[text] for text in texts if text in self.place]
+        known = np.isfinite(numbers)
+        scaled = (np.where(known, numbers, 0.0) - self.state["mean"]) / self.state["std"] if len(at) else numbers
+        return {"numbers": np.where(known, scaled.clip(-MOST, MOST), 0.0).astype(np.float32), "numbers_known": known,
+                "codes": ragged(np.array(sorted(set(row)), dtype=np.int64) for row in codes)}
+
+
+def _fields(column: Any, name: str) -> list[tuple[str, Any]]:
+    """(name, values as one Arrow array) of a struct's fields; a null struct has null fields."""
+    column = pa.concat_arrays(column.chunks) if isinstance(column, pa.ChunkedArray) and column.num_chunks else column
+    if isinstance(column, pa.ChunkedArray):
+        column = pa.array([], column.type)
+    if not pa.types.is_struct(column.type):
+        raise ValueError(f"column {name}: it holds {column.type}; facts are a struct of numbers, texts and lists of texts")
+    out = []
+    for field, values in zip(column.type, column.flatten(), strict=True):
+        values = values.dictionary_decode() if pa.types.is_dictionary(values.type) else values
+        inner = values.type.value_type if _listed(values.type) else values.type
+        if not (_numeric(values.type) or _text(inner) or pa.types.is_boolean(inner) or pa.types.is_null(inner)):
+            raise ValueError(f"column {name}, field {field.name}: it holds {values.type}; facts are numbers, texts and lists of texts")
+        out.append((field.name, values))
+    return out
+
+
+def _listed(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind)
+
+
+def _text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or (pa.types.is_dictionary(kind) and _text(kind.value_type))
+
+
+def _numeric(kind: pa.DataType) -> bool:
+    return pa.types.is_integer(kind) or pa.types.is_floating(kind)
+
+
+def _floats(values: Any) -> np.ndarray:
+    return pc.cast(values, pa.float64()).to_numpy(zero_copy_only=False)
+
+
+def _codes(field: str, values: Any) -> list[list[str]]:
+    """For each row its texts as FIELD=TEXT."""
+    listed = _listed(values.type)
+    return [[] if value is None else [f"{field}={one}" for one in (value if listed else [value]) if one is not None] for value in values.to_pylist()]

@@ -1,0 +1,58 @@
+"""Rows of a plain table: numbers and categories without times."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from pipeline.contracts import Arrays, Modality
+from pipeline.facts import Facts
+from pipeline.ragged import padded
+from pipeline.registry import Options, register
+
+
+class TableOptions(Options):
+    min_rows: int = Field(2, ge=1, description="rows of the fitted sample that must have a text for it to be known")
+
+
+@register("modality", "table", options=TableOptions)
+class Table(Modality):
+    """Rows whose ``features`` are a struct of numbers, texts (categories) and lists of texts, as ``onetomany prepare table`` writes them. Fields are known
+    by name, so that another table shares what it has in common with the one that the state was fitted on.
+
+    Tensors: ``numbers`` (B, K) float32 standardised and 0 where missing, ``numbers_known`` (B, K) bool, ``codes`` (B, C) int64 places among the known texts
+    plus 1, 0 behind a row's end.
+    """
+
+    roles = ("features",)
+
+    def __init__(self, options: Any, state: dict[str, Any]):
+        super().__init__(options, state)
+        self.facts = Facts(state or Facts.nothing())
+
+    @classmethod
+    def fit(cls, options, table, columns, backbone):
+        """Raises ValueError for a column that is no struct, and where it holds neither a number nor a text that can be known."""
+        found = Facts.fit(table[columns["features"]], columns["features"], options.min_rows)
+        if not found["numbers"] and not found["codes"]:
+            raise ValueError(f"column {columns['features']}: no field holds a number, or a text that {options.min_rows} of {len(table)} rows have")
+        return found
+
+    def inputs(self) -> dict[str, Any]:
+        """How many numbers and texts are known."""
+        return {"features": "table", **self.facts.sizes()}
+
+    def known(self, table, columns) -> str:
+        """In words, which fields and texts of these rows the state lacks; "" where it knows all."""
+        return self.facts.known(table[columns["features"]])
+
+    def decode(self, table, columns) -> tuple[Arrays, list[str]]:
+        column = table[columns["features"]]
+        return self.facts.decode(column, len(table)), ["" if value.is_valid else "the features are null" for value in column]
+
+    def collate(self, arrays: Arrays) -> dict[str, Tensor]:
+        codes = torch.from_numpy(padded(arrays["codes"], 1))
+        return {"codes": codes, **super().collate({name: array for name, array in arrays.items() if name != "codes"})}

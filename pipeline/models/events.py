@@ -1,0 +1,174 @@
+"""Backbones for irregular events: a recurrent network over an hourly grid, and a transformer over the set of events (STraTS)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from pipeline.contracts import Backbone, Batch, Features
+from pipeline.registry import Options, register
+
+ARCHITECTURES = ["gru", "strats"]
+DAY = 24.0
+
+
+class EventsModelOptions(Options):
+    width: int = Field(128, ge=8, description="channels of tokens")
+    layers: int = Field(1, ge=1, le=24, description="recurrent layers, or blocks of the transformer")
+    heads: int = Field(4, ge=1, description="strats: heads of attention")
+    bin: float = Field(1.0, gt=0, le=24 * 31, description="gru: hours of a step; values of one variable in a step are averaged")
+    dropout: float = Field(0.2, ge=0, lt=1, description="dropout")
+
+
+@register("model", "events", options=EventsModelOptions)
+class EventsBackbone(Backbone):
+    """Input: the tensors of modality events. ``inputs``: ``variables``, ``numbers`` and ``codes`` (how many), ``start`` and ``hours``.
+
+    ``gru``: values on a grid of ``bin`` hours, each step with every variable's last mean value, whether it was measured in that step, and the hours since it
+    was (the input of GRU-D, Che et al. 2018, whose learned decays the recurrent network has to find), beside the static facts; then a GRU. ``tokens``
+    (B, T, width) are causal: a token knows the events before the end of its step, which ``stages["times"]`` (B, T) float32 tells in hours. ``pooled``
+    (B, 2 width): the last token and the mean of all. Rows end with the step of their last event.
+
+    ``strats`` (Tipirneni and Reddy 2022): each event is the sum of an embedding of its variable and of two networks of one number (d^1/2 tanh units), one
+    for its time and one for its value; a transformer over the set; ``pooled`` (B, 2 width): the tokens weighed by fusion attention, beside the embedded
+    static facts. ``tokens`` (B, N, width) in the order of the events. ``token_mask`` (B, N) hides values: nothing is added for them.
+
+    Raises ValueError for another architecture, and for rows that are no events.
+    """
+
+    def __init__(self, architecture: str, options: EventsModelOptions, inputs: dict[str, Any]):
+        super().__init__(architecture, options, inputs)
+        name = f"events/{architecture}"
+        if missing := {"variables", "numbers", "codes", "start", "hours"} - inputs.keys():
+            raise ValueError(f"{name} reads events (modality events); these rows give no {', '.join(sorted(missing))}")
+        if architecture == "strats" and options.width % options.heads:
+            raise ValueError(f"{name}: width {options.width} is not divided by heads {options.heads}")
+        self.options = options
+        self.arch = {"name": name, "options": options.model_dump(), "inputs": dict(inputs)}
+        self.token_dim, self.pooled_dim, self.causal = options.width, 2 * options.width, architecture == "gru"
+        self.static = Static(inputs["numbers"], inputs["codes"], options.width)
+        self.body = Grid(options, inputs) if architecture == "gru" else Strats(options, inputs)
+
+    def forward(self, batch: Batch, *, token_mask: Tensor | None = None, want: tuple[str, ...] = ()) -> Features:
+        if token_mask is not None and self.causal:
+            raise ValueError(f"{self.arch['name']} has no token for each event: forecast pretrains it, or mask events with events/strats")
+        return self.body(batch, self.static(batch), token_mask)
+
+    def layers(self) -> dict[str, list[str]]:
+        out: dict[str, list[str]] = {}
+        for name, _ in self.named_parameters():
+            top, part, number, *_ = [*name.split("."), "", ""]
+            out.setdefault("static" if top == "static" else f"block{number.zfill(2)}" if part == "blocks" else part, []).append(name)
+        return {name: out[name] for name in sorted(out, key=lambda name: (name != "static", name not in ("embed", "enter"), name == "fuse", name))}
+
+
+class Static(nn.Module):
+    """(B, width) of a row's static facts: numbers with whether they are known, and the mean of its texts' vectors."""
+
+    def __init__(self, numbers: int, codes: int, width: int):
+        super().__init__()
+        self.numbers = nn.Linear(2 * numbers, width)
+        self.codes = nn.Embedding(codes + 1, width, padding_idx=0)
+
+    def forward(self, batch: Batch) -> Tensor:
+        codes = batch["codes"]
+        found = self.codes(codes).sum(1) / (codes > 0).sum(1, keepdim=True).clamp(min=1).sqrt()
+        return torch.tanh(self.numbers(torch.cat([batch["numbers"], batch["numbers_known"].to(batch["numbers"].dtype)], 1)) + found)
+
+
+def grid(batch: Batch, variables: int, start: float, step: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, T, V) float32 mean value in each step, (B, T, V) bool whether it was measured, (B,) int64 steps of each row up to that of its last event."""
+    times, mask = batch["times"], batch["mask"]
+    place = ((times - start) / step).floor().long().clamp(min=0)
+    steps = torch.where(mask, place + 1, 1).amax(1)
+    rows, length = len(times), int(steps.max()) if len(times) else 1
+    index = (torch.arange(rows, device=times.device)[:, None] * length + place) * variables + batch["variables"]
+    index, weight = index[mask], torch.ones_like(times)[mask]
+    count = torch.zeros(rows * length * variables, device=times.device).index_add_(0, index, weight)
+    total = torch.zeros_like(count).index_add_(0, index, batch["values"].float()[mask])
+    shape = rows, length, variables
+    return (total / count.clamp(min=1)).view(shape), (count > 0).view(shape), steps
+
+
+class Grid(nn.Module):
+    def __init__(self, options: EventsModelOptions, inputs: dict[str, Any]):
+        super().__init__()
+        self.variables, self.start, self.step = inputs["variables"], inputs["start"], options.bin
+        self.enter = nn.Linear(3 * self.variables, options.width)
+        self.drop = nn.Dropout(options.dropout)
+        self.gru = nn.GRU(options.width, options.width, options.layers, batch_first=True, dropout=options.dropout if options.layers > 1 else 0.0)
+
+    def forward(self, batch: Batch, static: Tensor, token_mask: Tensor | None) -> Features:
+        value, seen, steps = grid(batch, self.variables, self.start, self.step)
+        at = torch.arange(value.shape[1], device=value.device)
+        last = torch.where(seen, at[:, None], -1).cummax(1).values
+        value = value.gather(1, last.clamp(min=0)) * (last >= 0)
+        ago = torch.where(last >= 0, at[:, None] - last, at[:, None] + 1) * (self.step / (2 * DAY))
+        x = torch.cat([value, seen.to(value.dtype), ago.to(value.dtype).clamp(max=2.0)], 2)
+        tokens, _ = self.gru(self.drop(torch.relu(self.enter(x) + static[:, None])))
+        real = at < steps[:, None]
+        tokens = tokens * real[..., None]
+        end = tokens[torch.arange(len(tokens), device=tokens.device), steps - 1]
+        mean = tokens.sum(1) / steps[:, None]
+        times = (self.start + (at + 1) * self.step).float().expand(len(tokens), -1)
+        return Features(torch.cat([end, mean], 1), tokens=tokens, mask=real, stages={"times": times})
+
+
+class One(nn.Module):
+    """(..., width) of one number: d^1/2 tanh units between (STraTS's continuous value embedding)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.enter, self.leave = nn.Linear(1, math.isqrt(width)), nn.Linear(math.isqrt(width), width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.leave(torch.tanh(self.enter(x[..., None])))
+
+
+class Embed(nn.Module):
+    def __init__(self, options: EventsModelOptions, inputs: dict[str, Any]):
+        super().__init__()
+        self.variable, self.time, self.value = nn.Embedding(inputs["variables"], options.width), One(options.width), One(options.width)
+
+    def forward(self, batch: Batch, token_mask: Tensor | None) -> Tensor:
+        value = self.value(batch["values"])
+        if token_mask is not None:
+            value = value * ~token_mask[..., None]
+        return self.variable(batch["variables"]) + self.time(batch["times"] / DAY) + value
+
+
+class Fuse(nn.Module):
+    """Weights of the tokens by attention (STraTS, section 3.2.4); a row without tokens has the zero vector."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.enter, self.leave = nn.Linear(width, width), nn.Linear(width, 1, bias=False)
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        score = self.leave(torch.tanh(self.enter(tokens)))[..., 0].float()
+        weight = score.masked_fill(~mask, -1e9).softmax(1) * mask
+        return (weight[..., None].to(tokens.dtype) * tokens).sum(1)
+
+
+class Strats(nn.Module):
+    def __init__(self, options: EventsModelOptions, inputs: dict[str, Any]):
+        super().__init__()
+        width = options.width
+        self.embed = Embed(options, inputs)
+        self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(width, options.heads, 2 * width, options.dropout, "gelu", batch_first=True, norm_first=True)
+                                    for _ in range(options.layers))
+        self.fuse = Fuse(width)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, batch: Batch, static: Tensor, token_mask: Tensor | None) -> Features:
+        mask = batch["mask"]
+        x = self.embed(batch, token_mask)
+        seen = mask | ~mask.any(1, keepdim=True)  # a row without events attends to its padding, whose tokens count for nothing
+        for block in self.blocks:
+            x = block(x, src_key_padding_mask=~seen)
+        x = self.norm(x) * mask[..., None]
+        return Features(torch.cat([self.fuse(x, mask), static], 1), tokens=x, mask=mask)
