@@ -7,74 +7,20 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pipeline.batch import Batch
 from pipeline.ragged import lengths, padded
 from pipeline.registry import Options
 
+__all__ = ["Arrays", "Backbone", "Batch", "Features", "Modality", "Objective", "Origin", "Phase", "Stage", "Task", "Technique", "View"]
+
 Arrays = dict[str, np.ndarray]
 """Decoded rows: every array has the rows as its first dimension. Rows that differ in length are an object array of 1-D arrays (``ragged``)."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Rows on their way through a model.
-
-    ``rows``: (B,) int64 row ids of the manifest, on the host. ``keys``: (B,) int64, one random key a row from (seed, epoch, row):
-    whatever is random about a row (crop, mask) follows from its key, so it is the same at any number of ranks.
-    ``data``: named tensors, each with first dimension B. ``shards``: (B,) the canonical shard of each row, where a plan made the batch.
-
-    Names with a meaning of their own, for dense tasks on images: ``boxes`` (B, M, 4) float32 corners x0 y0 x1 y1, a box without area standing
-    for no box, as shares of the row's own image until the modality's ``finish`` and in pixels of the input after it; ``mask`` (B, H, W) one
-    class number a pixel of the input; ``frame`` (B, 4) float32 (width, height, left, top) in pixels of the input: where the whole image lies.
-    """
-
-    rows: np.ndarray
-    keys: Tensor
-    data: dict[str, Tensor]
-    shards: np.ndarray | None = None
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.data[name]
-
-    def replace(self, **tensors: Tensor) -> Batch:
-        return Batch(self.rows, self.keys, {**self.data, **tensors}, self.shards)
-
-    def partners(self) -> Tensor:
-        """(B,) int64 on the keys' device: for each row the next one of its canonical shard, in a ring: a pairing (mixup) that is the same at
-        any number of ranks. Without shards all rows are one ring."""
-        shards = self.shards if self.shards is not None else np.zeros(len(self), dtype=np.int64)
-        order = np.argsort(shards, kind="stable")
-        out = np.empty(len(self), dtype=np.int64)
-        for part in np.split(order, np.flatnonzero(np.diff(shards[order])) + 1):
-            out[part] = np.roll(part, -1)
-        return torch.from_numpy(out).to(self.keys.device)
-
-    def to(self, device: torch.device) -> Batch:
-        if device.type == "cpu":
-            return self
-        move = {name: tensor.to(device, non_blocking=True) for name, tensor in self.data.items()}
-        return Batch(self.rows, self.keys.to(device, non_blocking=True), move, self.shards)
-
-    def pin(self) -> Batch:
-        return Batch(self.rows, self.keys.pin_memory(), {name: t if t.is_cuda else t.pin_memory() for name, t in self.data.items()}, self.shards)
-
-    def split(self, size: int | None) -> list[Batch]:
-        """Micro-batches of at most ``size`` rows, in order and as even as can be (batch norm wants no part of one row); itself when size is none."""
-        if size is None or len(self) <= size:
-            return [self]
-        parts = -(-len(self) // size)
-        cuts = [len(self) * i // parts for i in range(parts + 1)]
-        return [Batch(self.rows[i:j], self.keys[i:j], {n: t[i:j] for n, t in self.data.items()}, None if self.shards is None else self.shards[i:j])
-                for i, j in pairwise(cuts)]
 
 
 @dataclass(frozen=True)
@@ -155,6 +101,10 @@ class Modality(ABC):
         """(B,) float64, what each row costs to train on, for batches that are cut by it (audio: seconds; 0 where that cannot be told); None where
         all rows cost the same. Reads the column of ``cost_role`` where there is one, and else the rows themselves."""
         return None
+
+    def known(self, table: Any, columns: dict[str, str]) -> str:
+        """In words, what of these rows the fitted state knows and what it leaves out (variables of another hospital); "" where that is no question."""
+        return ""
 
     def encoded(self, table: Any, columns: dict[str, str]) -> tuple[np.ndarray, list[str]] | None:
         """(B,) objects, rows as their files' bytes for ``unpack`` to decode on the device, with "" or a reason for each; None where there is no such form."""
@@ -268,6 +218,8 @@ class Objective(nn.Module, ABC):
     """Arrow types of those columns of ``written`` that hold lists: where all lists of a file are empty, nothing else tells."""
     mixes: bool = False
     """True for an objective that changes its inputs in training (mixup): features computed once are then not those that it trains on."""
+    calibrates: bool = False
+    """True where ``calibrate`` has something to do, which costs the predictions of the validation rows."""
 
     options: Any
     state: dict[str, Any]
@@ -306,6 +258,11 @@ class Objective(nn.Module, ABC):
         super().__init__()
         self.options, self.state = options, state
 
+    @classmethod
+    def measures(cls, options: Any, state: dict[str, Any]) -> tuple[str, ...]:
+        """Metrics that a target is told by, the primary one first: ``metrics``, or those of what the state tells (how many classes)."""
+        return cls.metrics
+
     def views(self) -> tuple[View, ...]:
         """Random views that the loss compares: the modality makes them (``view0``, ...) in the place of its augmentation, in evaluation too."""
         return ()
@@ -333,6 +290,11 @@ class Objective(nn.Module, ABC):
 
     def after_training(self, backbone: Backbone) -> None:
         """Called once before the bundle is written: a method whose teacher is what should be carried over puts it into the backbone."""
+
+    def calibrate(self, found: dict[str, np.ndarray]) -> None:
+        """Fit what turns scores into probabilities and decisions (temperature, threshold) on the predictions of the VALIDATION rows, once, after the best
+        weights are chosen and before any test row is read. It goes into ``state``, a new one (trials share what they were built with), and so into the
+        bundle; ``predict`` uses it from then on."""
 
     def complete(self, found: dict[str, np.ndarray], origin: Origin) -> dict[str, np.ndarray]:
         """The predictions with what only the rows' own text tells (whether an answer is right), for the metrics: arrays of numbers, rows first.

@@ -288,6 +288,8 @@ class Target(Spec):
     train: Train = Field(default_factory=lambda: Train.model_validate({}), description="how to fine-tune")
     drop_overlap: Literal["none", "exact", "near"] = Field(
         "none", description="leave out test rows that also stand in a source: the same bytes, or (images) nearly so by a perceptual hash; all are counted")
+    subgroups: list[str] = Field(default_factory=list, description="columns of the test rows (sex, age_band, static.CareUnit) by whose values the report and "
+                                                                   "the results tell the primary metric apart")
     workers: int = Field(0, ge=0, description="DDP ranks of one trial; 0: inside the trial's own process")
 
     @model_validator(mode="after")

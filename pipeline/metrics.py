@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from pipeline import coco
+from pipeline import calibration, coco
+from pipeline.ranking import Ranking, weighted_auroc, weighted_average_precision, weighted_min_precision_sensitivity
 from pipeline.registry import nearest
 
 Predictions = dict[str, np.ndarray]
@@ -24,6 +25,8 @@ Of several labels a row: ``labels`` (n, L) 0 or 1 beside ``scores`` (n, L), and 
 rows a label needs to stand in a macro average (1 without it). Of entities: ``hits``, ``guessed`` and ``actual`` (n, T) by type; of words:
 ``right`` of ``words`` (n,). Of answers: ``exact`` and ``f1`` (n,), 0 to 1. Of language models: ``bytes`` (n,) beside ``loss``, a sum of nats. Of
 transcripts: ``word_errors`` of ``words`` and ``char_errors`` of ``chars`` (n,). Of samples: ``count`` of them (n,) beside ``loss``, a sum of nats.
+Of rows that are judged at several positions (every hour): ``scores`` (n, M, classes) and ``label`` (n, M), -1 where a row has no more positions.
+Of two classes the second is the positive one; ``threshold`` (n,) the probability from which rows are called so, where one was chosen.
 """
 
 
@@ -58,13 +61,38 @@ def _ratio(name: str, higher: bool, units: Callable[[Predictions], np.ndarray], 
     return Metric(name, higher, value, units, final, each=each)
 
 
+def _summed(values: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """(n, 2) float64: each row's sum of values, and how many there are, of (n,) or of (n, M) positions."""
+    n = len(values)
+    return np.stack([np.where(known, values, 0).reshape(n, -1).sum(1), known.reshape(n, -1).sum(1)], axis=1).astype(np.float64) if n else np.zeros((0, 2))
+
+
 def _hits(k: int):
     def units(p: Predictions) -> np.ndarray:
         scores, label = torch.as_tensor(p["scores"]), torch.as_tensor(p["label"])
         if not len(label):
             return np.zeros((0, 2))
-        hits = (scores.topk(min(k, scores.shape[1]), dim=1).indices == label[:, None]).any(1)
-        return np.stack([hits.numpy().astype(np.float64), np.ones(len(hits))], axis=1)
+        hits = (scores.topk(min(k, scores.shape[-1]), dim=-1).indices == label[..., None]).any(-1)
+        return _summed(hits.numpy(), p["label"] >= 0)
+
+    return units
+
+
+def _brier_units(p: Predictions) -> np.ndarray:
+    """Squared errors of probabilities: of two classes the positive one's, of more their sum over classes (Brier 1950)."""
+    chance, label = calibration.softmax(p["scores"]), p["label"]
+    if chance.shape[-1] == 2:
+        return _summed((chance[..., 1] - (label == 1)) ** 2, label >= 0)
+    return _summed(((chance - (label[..., None] == np.arange(chance.shape[-1]))) ** 2).sum(-1), label >= 0)
+
+
+def _called(of: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]) -> Callable[[Predictions], np.ndarray]:
+    """Units of a share at the decision threshold: ``of`` (rows called positive, positive rows) gives what is right, and of which."""
+    def units(p: Predictions) -> np.ndarray:
+        known = p["label"] >= 0
+        threshold = p["threshold"].reshape(-1, *[1] * (known.ndim - 1))
+        right, among = of((calibration.softmax(p["scores"])[..., 1] >= threshold) & known, p["label"] == 1)
+        return _summed(right, among & known)
 
     return units
 
@@ -122,12 +150,22 @@ def _f1(hits: np.ndarray, true: np.ndarray, guessed: np.ndarray) -> np.ndarray:
     return 2 * hits / np.maximum(true + guessed, 1)
 
 
+def _positions(p: Predictions, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(K, C) scores, (K,) int64 labels and (K, R) how often each was drawn: of rows, or of every position of rows, drawn as often as its row."""
+    scores, label, drawn = p["scores"], p["label"].astype(np.int64), _columns(counts)
+    if label.ndim == 1:
+        return scores, label, drawn
+    row, place = np.nonzero(label >= 0)
+    return scores[row, place], label[row, place], drawn[row]
+
+
 def _class_counts(p: Predictions, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Drawn rows of each class: hits, true ones and predicted ones, each (C, R)."""
-    drawn, label, guess = _columns(counts), p["label"].astype(np.int64), p["scores"].argmax(1)
+    scores, label, drawn = _positions(p, counts)
+    guess = scores.argmax(1)
 
     def by_class(of: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        out = np.zeros((p["scores"].shape[1], drawn.shape[1]))
+        out = np.zeros((scores.shape[1], drawn.shape[1]))
         order = rows[np.argsort(of[rows], kind="stable")]
         if len(order):
             found, starts = np.unique(of[order], return_index=True)
@@ -160,46 +198,6 @@ def _once(resampled: Callable[[Predictions, np.ndarray], np.ndarray]) -> Callabl
     return lambda p: float(resampled(p, np.ones((1, len(next(iter(p.values())))), dtype=np.int64))[0])
 
 
-def _ranked(scores: np.ndarray, positive: np.ndarray, drawn: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(G, R) drawn positives and negatives of each run of equal scores, the highest first; neighbouring runs without a positive are one."""
-    order = np.argsort(-scores, kind="stable")
-    s, y, drawn = scores[order], positive[order], drawn[order]
-    starts = np.flatnonzero(np.concatenate([[True], s[1:] != s[:-1]]))
-    held = np.add.reduceat(y.astype(np.int64), starts) > 0
-    starts = starts[held | np.concatenate([[True], held[:-1]])]
-    rows = np.add.reduceat(drawn, starts, axis=0)
-    hits = np.add.reduceat(drawn * y[:, None], starts, axis=0)
-    return hits, rows - hits
-
-
-def weighted_auroc(scores: np.ndarray, positive: np.ndarray, drawn: np.ndarray) -> np.ndarray:
-    """(R,) areas under the ROC curve: how often a positive scores above a negative, ties counted half (Mann and Whitney, 1947).
-
-    scores: (n,). positive: (n,) bool. drawn: (n, R) weights of the rows. NaN without both classes or where a score is NaN.
-    """
-    if not len(scores) or np.isnan(scores).any():
-        return np.full(drawn.shape[1], np.nan)
-    hits, misses = _ranked(scores, positive, drawn)
-    pairs = hits.sum(0) * misses.sum(0)
-    below = misses.sum(0) - np.cumsum(misses, axis=0)
-    return np.where(pairs > 0, (hits * (below + misses / 2)).sum(0) / np.maximum(pairs, 1e-300), np.nan)
-
-
-def weighted_average_precision(scores: np.ndarray, positive: np.ndarray, drawn: np.ndarray) -> np.ndarray:
-    """(R,) average precisions: the precision at each threshold times the recall that it adds, not interpolated (as scikit-learn has it).
-
-    Arguments and NaN as for ``weighted_auroc``.
-    """
-    if not len(scores) or np.isnan(scores).any():
-        return np.full(drawn.shape[1], np.nan)
-    hits, misses = _ranked(scores, positive, drawn)
-    found = np.cumsum(hits, axis=0)
-    precision = found / np.maximum(found + np.cumsum(misses, axis=0), 1e-300)
-    total, both = hits.sum(0), (hits.sum(0) > 0) & (misses.sum(0) > 0)
-    return np.where(both, (hits * precision).sum(0) / np.maximum(total, 1e-300), np.nan)
-
-
-Ranking = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 RANKINGS: dict[str, Ranking] = {"auroc": weighted_auroc, "average_precision": weighted_average_precision}
 """Metrics of one label, by the name that a results row ``auroc/Effusion`` begins with."""
 
@@ -215,10 +213,39 @@ def _macro(ranking: Ranking, scores: np.ndarray, positive: np.ndarray, drawn: np
     return _mean_where(values, ~np.isnan(values))
 
 
-def _auroc(p: Predictions, counts: np.ndarray) -> np.ndarray:
-    """Each class against the rest, by its probability."""
-    scores = torch.as_tensor(p["scores"]).double().softmax(1).numpy()
-    return _macro(weighted_auroc, scores, p["label"][:, None] == np.arange(scores.shape[1]), _columns(counts))
+def _of_classes(ranking: Ranking) -> Callable[[Predictions, np.ndarray], np.ndarray]:
+    """Of two classes the positive one's, by how far its score lies above the other's; of more each against the rest, by its probability, averaged."""
+    def resampled(p: Predictions, counts: np.ndarray) -> np.ndarray:
+        scores, label, drawn = _positions(p, counts)
+        if scores.shape[1] == 2:
+            return ranking(scores[:, 1].astype(np.float64) - scores[:, 0], label == 1, drawn)
+        chance = torch.as_tensor(scores).double().softmax(1).numpy()
+        return _macro(ranking, chance, label[:, None] == np.arange(scores.shape[1]), drawn)
+
+    return resampled
+
+
+def _calibration_error(p: Predictions, counts: np.ndarray) -> np.ndarray:
+    scores, label, drawn = _positions(p, counts)
+    return calibration.weighted_calibration_error(*calibration.confidence(scores, label), drawn)
+
+
+def _kappa(p: Predictions, counts: np.ndarray) -> np.ndarray:
+    """Cohen's kappa with linear weights: one less than the mean distance between classes, as a share of what chance gives (Cohen 1968; lengths of stay:
+    Harutyunyan et al. 2019). NaN where only one class is there and called."""
+    scores, label, drawn = _positions(p, counts)
+    classes = scores.shape[1]
+    cell = label * classes + scores.argmax(1)
+    table = np.zeros((classes * classes, drawn.shape[1]))
+    if len(cell):
+        order = np.argsort(cell, kind="stable")
+        there, starts = np.unique(cell[order], return_index=True)
+        table[there] = np.add.reduceat(drawn[order], starts, axis=0)
+    table = table.reshape(classes, classes, -1)
+    apart = np.abs(np.arange(classes)[:, None] - np.arange(classes)).astype(np.float64)
+    found = np.einsum("cd,cdr->r", apart, table)
+    expected = np.einsum("cr,cd,dr->r", table.sum(1), apart, table.sum(0)) / np.maximum(table.sum((0, 1)), 1)
+    return np.where(expected > 0, 1 - found / np.maximum(expected, 1e-300), np.nan)
 
 
 # ---------------------------------------------------------------- several labels a row
@@ -305,7 +332,16 @@ METRICS: dict[str, Metric] = {m.name: m for m in (
     Metric("macro_f1", True, _once(_macro_f1), resampled=_macro_f1),
     _ratio("micro_f1", True, _micro_f1_units),
     Metric("balanced_accuracy", True, _once(_balanced), resampled=_balanced),
-    Metric("auroc", True, _once(_auroc), resampled=_auroc),
+    Metric("auroc", True, _once(_of_classes(weighted_auroc)), resampled=_of_classes(weighted_auroc)),
+    Metric("auprc", True, _once(_of_classes(weighted_average_precision)), resampled=_of_classes(weighted_average_precision)),
+    Metric("min_precision_sensitivity", True, _once(_of_classes(weighted_min_precision_sensitivity)),
+           resampled=_of_classes(weighted_min_precision_sensitivity)),
+    Metric("kappa", True, _once(_kappa), resampled=_kappa),
+    _ratio("brier", False, _brier_units),
+    Metric("ece", False, _once(_calibration_error), resampled=_calibration_error),
+    _ratio("precision_at_threshold", True, _called(lambda called, positive: (called & positive, called))),
+    _ratio("sensitivity_at_threshold", True, _called(lambda called, positive: (called & positive, positive))),
+    _ratio("specificity_at_threshold", True, _called(lambda called, positive: (~called & ~positive, ~positive))),
     Metric("macro_auroc", True, _once(_macro_of_labels(weighted_auroc)), resampled=_macro_of_labels(weighted_auroc), each="auroc"),
     Metric("macro_average_precision", True, _once(_macro_of_labels(weighted_average_precision)),
            resampled=_macro_of_labels(weighted_average_precision), each="average_precision"),

@@ -19,7 +19,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-FOLDERS = {"modality": "modalities", "model": "models", "objective": "objectives", "technique": "techniques", "importer": "data/prepare"}
+FOLDERS = {"modality": "modalities", "model": "models", "objective": "objectives", "technique": "techniques", "importer": "data/prepare",
+           "cohort": "data/cohorts"}
 
 
 def no_truth(value: Any) -> Any:

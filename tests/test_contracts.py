@@ -13,7 +13,22 @@ import PIL.Image
 import pyarrow as pa
 import pytest
 import torch
-from toys import SMALL, image_rows, label_state, make_run, net_task, packed_rows, sentences, take, task_of, text_modality, text_rows, weights
+from toys import (
+    SMALL,
+    event_rows,
+    image_rows,
+    label_state,
+    make_run,
+    net_task,
+    packed_rows,
+    sentences,
+    table_rows,
+    take,
+    task_of,
+    text_modality,
+    text_rows,
+    weights,
+)
 
 from pipeline import bundle, registry
 from pipeline.contracts import Batch, Objective, Task, Technique
@@ -24,6 +39,7 @@ from pipeline.train import loop
 
 EXAMPLES = {
     "timm": {"resnet10t": 32, "vgg11": 32, "inception_v3": 75, "vit_tiny_patch16_224": 32, "convnext_atto": 32},
+    "events": {"gru": {}, "strats": {}},
     "transformers": {"bert": SMALL, "roberta": SMALL, "distilbert": SMALL, "gpt2": SMALL},
 }
 LARGE = ("timm/vgg11",)
@@ -37,6 +53,8 @@ def rows_for(name: str):
     given = EXAMPLES.get(library, {}).get(architecture)
     if isinstance(given, int):
         return image_rows(8, size=given, channels=3), {}
+    if library in ("events", "table"):
+        return (event_rows if library == "events" else table_rows)(8), {}
     if isinstance(given, dict):
         return text_rows(8, text_modality(name)), given
     for rows in (image_rows(8, size=32, channels=3), text_rows(8, text_modality(name))):
@@ -338,11 +356,14 @@ def test_smoothing_and_dropout_are_for_training_only():
 
 # ---------------------------------------------------------------- classification's labels
 
+OPTIONS = Classification.options_class()
+
+
 def test_labels_are_fitted_by_value_and_named():
     table = pa.table({"y": [3, 1, 3, 2], "n": ["c", "a", "c", "b"]})
     fit = Classification.fit
-    assert fit(Options(), table, {"label": "y"}) == {"values": [1, 2, 3], "labels": ["1", "2", "3"]}
-    state = fit(Options(), table, {"label": "y", "label_name": "n"})
+    assert fit(OPTIONS, table, {"label": "y"}) == {"values": [1, 2, 3], "labels": ["1", "2", "3"]}
+    state = fit(OPTIONS, table, {"label": "y", "label_name": "n"})
     assert state == {"values": [1, 2, 3], "labels": ["a", "b", "c"]}
     assert Classification.encode(table, {"label": "y"}, state)["label"].tolist() == [2, 0, 2, 1]
     assert Classification.encode(table.select(["n"]), {"label": "y"}, state) == {}  # new rows to predict
@@ -355,12 +376,12 @@ def test_labels_are_fitted_by_value_and_named():
 ])
 def test_labels_that_cannot_be_told_apart_are_refused(table, columns, message):
     with pytest.raises(ValueError, match=message):
-        Classification.fit(Options(), pa.table(table), columns)
+        Classification.fit(OPTIONS, pa.table(table), columns)
 
 
 def test_labels_of_one_name_stay_apart():
     """ImageNet has two cranes; a head is carried over by name."""
-    state = Classification.fit(Options(), pa.table({"y": [0, 1, 2], "n": ["crane", "owl", "crane"]}), {"label": "y", "label_name": "n"})
+    state = Classification.fit(OPTIONS, pa.table({"y": [0, 1, 2], "n": ["crane", "owl", "crane"]}), {"label": "y", "label_name": "n"})
     assert state["labels"] == ["crane (0)", "owl", "crane (2)"]
 
 

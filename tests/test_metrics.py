@@ -5,9 +5,12 @@ import math
 import numpy as np
 import pytest
 import sklearn.metrics as theirs
+import torch
 
-from pipeline import metrics, registry
+from pipeline import calibration, metrics, registry
 from pipeline.metrics import METRICS, metric
+from pipeline.ranking import weighted_min_precision_sensitivity
+from pipeline.transfer import stats
 
 
 def predictions(n=200, classes=5, seed=0, skill=1.0, labels=None):
@@ -38,7 +41,8 @@ def everything(n=200, classes=7):
     pixels = {name: rng.integers(1, 50, (n, classes)) for name in ("intersection", "actual")}
     texts = {"exact": rng.integers(0, 2, n), "f1": rng.random(n), "bytes": rng.integers(1, 900, n)}
     heard = {"word_errors": rng.integers(0, 9, n), "char_errors": rng.integers(0, 40, n), "chars": rng.integers(1, 90, n)}
-    return {"labels": label_sets(n, classes)["labels"], **predictions(n, classes), **texts, **heard, **entities(n, classes), **pixels}
+    return {"labels": label_sets(n, classes)["labels"], **predictions(n, classes), **texts, **heard, **entities(n, classes), **pixels,
+            "threshold": np.full(n, 0.2)}
 
 
 def entities(n=200, types=7, seed=0):
@@ -134,12 +138,191 @@ def test_nothing_counted_is_not_a_number(name):
 
 def test_directions():
     assert {name for name, of in METRICS.items() if not of.higher_is_better} == {
-        "loss", "perplexity", "bits_per_byte", "bits_per_sample", "wer", "cer"}
+        "loss", "perplexity", "bits_per_byte", "bits_per_sample", "wer", "cer", "brier", "ece"}
 
 
 def test_an_unknown_metric_is_named_with_its_nearest():
     with pytest.raises(ValueError, match=r"unknown metric 'acuracy'; did you mean accuracy"):
         metric("acuracy")
+
+
+# ---------------------------------------------------------------- two classes, probabilities, and several positions a row
+
+CLINICAL = ("auroc", "auprc", "min_precision_sensitivity", "brier", "ece", "loss", "precision_at_threshold", "sensitivity_at_threshold",
+            "specificity_at_threshold")
+
+
+def risks(n=200, seed=0, skill=1.0, step=None, share=0.2, threshold=0.3):
+    """Predictions of two classes, the second rare; ``step`` rounds the scores, so that many are equal."""
+    label = (np.random.default_rng([seed, 1]).random(n) < share).astype(np.int64)
+    label[:2] = 0, 1
+    p = predictions(n, 2, seed, skill, label[:n])
+    p["scores"] = np.round(p["scores"] / step).astype(np.float32) * step if step else p["scores"]
+    return {**p, "threshold": np.full(n, threshold)}
+
+
+def clinical_of_theirs(p):
+    y, chance = p["label"], softmax(p["scores"].astype(np.float64))[:, 1]
+    called = chance >= p["threshold"]
+    both = 0 < y.sum() < len(y)
+    precision, sensitivity, _ = theirs.precision_recall_curve(y, chance) if both else ([np.nan], [np.nan], 0)
+    bins = [np.flatnonzero((chance >= k / 15) & ((chance < (k + 1) / 15) | (k == 14))) for k in range(15)]
+
+    def share(part, whole):
+        return part.sum() / whole.sum() if whole.any() else np.nan
+
+    return {"auroc": theirs.roc_auc_score(y, chance) if both else np.nan, "auprc": theirs.average_precision_score(y, chance) if both else np.nan,
+            "min_precision_sensitivity": np.minimum(precision, sensitivity).max(), "brier": theirs.brier_score_loss(y, chance), "loss": p["loss"].mean(),
+            "ece": sum(len(b) / len(y) * abs(y[b].mean() - chance[b].mean()) for b in bins if len(b)),
+            "precision_at_threshold": share(called & (y == 1), called), "sensitivity_at_threshold": share(called & (y == 1), y == 1),
+            "specificity_at_threshold": share(~called & (y == 0), y == 0)}
+
+
+def test_fifty_random_cases_of_two_classes_equal_scikit_learn():
+    """Ties, few rows, rare and common positives; and their resamples equal scikit-learn's on repeated rows."""
+    for seed in range(50):
+        rng = np.random.default_rng(seed)
+        n = int(rng.integers(3, 120))
+        p = risks(n, seed, rng.choice([0, 1, 3]), rng.choice([None, 0.5, 4.0]), rng.choice([0.05, 0.5, 0.9]), rng.choice([0.05, 0.5, 0.8]))
+        want = clinical_of_theirs(p)
+        assert {name: metric(name).value(p) for name in want} == pytest.approx(want, abs=1e-6, nan_ok=True)
+        counts = rng.multinomial(n, np.full(n, 1 / n), size=6)
+        each = [clinical_of_theirs(repeated(p, row)) for row in counts]
+        for name in CLINICAL:
+            of = metric(name)
+            found = of.resampled(p, counts) if of.resampled else [of.of_units(repeated({"u": of.units(p)}, row)["u"]) for row in counts]
+            assert found == pytest.approx([one[name] for one in each], abs=1e-6, nan_ok=True), name
+
+
+def test_the_positive_class_is_the_second():
+    """AUROC is the same from either side, the area under the precision-recall curve is not."""
+    p = risks(share=0.1)
+    turned = {**p, "scores": p["scores"][:, ::-1], "label": 1 - p["label"]}
+    assert metric("auroc").value(p) == pytest.approx(metric("auroc").value(turned), abs=1e-12)
+    assert metric("auprc").value(turned) > metric("auprc").value(p) + 0.2
+    assert metric("ece").value(p) == pytest.approx(metric("ece").value(turned), abs=0.05)
+    assert metric("brier").value(p) == pytest.approx(metric("brier").value(turned), abs=1e-12)
+
+
+def test_of_more_classes_the_brier_score_is_brier_s_and_the_calibration_error_the_likeliest_class_s():
+    from torchmetrics.functional.classification import multiclass_calibration_error
+
+    p = predictions(300, 4)
+    chance = softmax(p["scores"].astype(np.float64))
+    assert metric("brier").value(p) == pytest.approx(((chance - np.eye(4)[p["label"]]) ** 2).sum(1).mean(), abs=1e-9)
+    want = multiclass_calibration_error(torch.from_numpy(chance), torch.from_numpy(p["label"]), 4, n_bins=15).item()
+    assert metric("ece").value(p) == pytest.approx(want, abs=1e-6)
+    assert metric("auprc").value(p) == pytest.approx(np.mean([theirs.average_precision_score(p["label"] == k, chance[:, k]) for k in range(4)]), abs=1e-9)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 10])
+def test_kappa_equals_scikit_learn(classes):
+    """Linear weights; in resamples too, which may miss classes."""
+    p = predictions(80, classes, seed=classes)
+    counts = np.random.default_rng(1).multinomial(80, np.full(80, 1 / 80), size=20)
+
+    def kappa(q):
+        return theirs.cohen_kappa_score(q["label"], q["scores"].argmax(1), weights="linear", labels=range(classes))
+
+    assert metric("kappa").value(p) == pytest.approx(kappa(p), abs=1e-9)
+    assert metric("kappa").resampled(p, counts) == pytest.approx([kappa(repeated(p, row)) for row in counts], abs=1e-9)
+    assert math.isnan(metric("kappa").value({"scores": np.eye(3)[[1, 1]], "label": np.array([1, 1])}))
+
+
+def hourly(n=30, classes=2, most=9, seed=0):
+    """Predictions at 0 to ``most`` positions a row, what is behind a row's last one NaN and -1, as evaluation pads them."""
+    rng = np.random.default_rng([seed, 5])
+    known = np.arange(most) < rng.integers(0, most + 1, n)[:, None]
+    label = np.where(known, rng.integers(0, classes, (n, most)), -1)
+    scores = np.where(known[..., None], rng.normal(size=(n, most, classes)) + (np.arange(classes) == label[..., None]), np.nan).astype(np.float32)
+    return {"scores": scores, "label": label, "loss": rng.gamma(2.0, size=n) * known.sum(1), "count": known.sum(1).astype(float),
+            "threshold": np.full(n, 0.4)}
+
+
+def flat(p):
+    """Every position as a row of its own."""
+    known = p["label"] >= 0
+    return {"scores": p["scores"][known], "label": p["label"][known], "loss": np.zeros(known.sum()), "threshold": np.full(known.sum(), 0.4)}
+
+
+@pytest.mark.parametrize("name", ["auroc", "auprc", "min_precision_sensitivity", "brier", "ece", "accuracy", "macro_f1", "balanced_accuracy", "kappa",
+                                  "precision_at_threshold", "sensitivity_at_threshold", "specificity_at_threshold"])
+@pytest.mark.parametrize("classes", [2, 5])
+def test_metrics_of_positions_are_those_of_all_of_them_together(name, classes):
+    """A resample draws rows with all of their positions."""
+    p, of = hourly(classes=classes), metric(name)
+    assert of.value(p) == pytest.approx(of.value(flat(p)), abs=1e-12)
+    counts = np.random.default_rng(1).multinomial(30, np.full(30, 1 / 30), size=8)
+    found = of.resampled(p, counts) if of.resampled else [of.of_units(np.repeat(of.units(p), row, axis=0)) for row in counts]
+    assert found == pytest.approx([of.value(flat(repeated(p, row))) for row in counts], abs=1e-12)
+
+
+def test_intervals_of_positions_draw_rows_and_groups():
+    """Positions of one row go together, so their interval is wider than one over positions; draws are made in parts that fit."""
+    p = hourly(60, most=40)
+    p["label"] = np.where(p["label"] < 0, -1, np.arange(60)[:, None] % 2)
+    p["scores"] += np.random.default_rng(0).normal(size=(60, 1, 1)) * [0, 1]  # a row's positions are alike, and err alike
+    rows, positions = (stats.interval(metric("auroc"), q) for q in (p, flat(p)))
+    assert rows[1] - rows[0] > 1.3 * (positions[1] - positions[0])
+    groups = stats.interval(metric("auroc"), p, groups=np.arange(60) // 6)
+    assert groups[1] - groups[0] > 0 and groups != rows
+
+
+def test_a_score_that_is_no_number_has_no_risk():
+    p = risks(40)
+    p["scores"][3, 1] = np.nan
+    for name in ("auroc", "auprc", "min_precision_sensitivity", "ece", "brier"):
+        assert math.isnan(metric(name).value(p)), name
+    assert math.isnan(weighted_min_precision_sensitivity(np.zeros(0), np.zeros(0, bool), np.zeros((0, 1)))[0])
+
+
+# ---------------------------------------------------------------- temperature and threshold
+
+def test_the_temperature_is_the_one_with_the_smallest_loss():
+    from scipy.optimize import minimize_scalar
+
+    p = predictions(400, 3, skill=1.0)
+    found = calibration.temperature(4 * p["scores"], p["label"])
+    best = minimize_scalar(lambda t: theirs.log_loss(p["label"], softmax(4 * p["scores"].astype(np.float64) / t)), bounds=(0.05, 20), method="bounded",
+                           options={"xatol": 1e-8})
+    assert found == pytest.approx(best.x, rel=1e-4) == pytest.approx(4 * calibration.temperature(p["scores"], p["label"]), rel=1e-4)
+    sets = label_sets(400, 5)
+    found = calibration.temperature(3 * sets["scores"], sets["labels"])
+    best = minimize_scalar(lambda t: np.logaddexp(0, np.where(sets["labels"], -3, 3) * sets["scores"].astype(np.float64) / t).mean(), bounds=(0.05, 20),
+                           method="bounded", options={"xatol": 1e-8})
+    assert found == pytest.approx(best.x, rel=1e-4)
+
+
+def test_a_temperature_is_never_nought_or_endless():
+    right = np.eye(3)[[0, 1, 2]]
+    assert calibration.temperature(right, np.arange(3)) == pytest.approx(0.05) and calibration.temperature(right, np.array([1, 2, 0])) == pytest.approx(20)
+    assert calibration.temperature(right[:0], np.zeros(0, np.int64)) == 1 == calibration.temperature(right * np.nan, np.arange(3))
+    assert calibration.sigmoid(np.array([-800.0, 0, 800])).tolist() == [0, 0.5, 1]
+
+
+@pytest.mark.parametrize("goal", ["f1", "youden"])
+def test_no_other_threshold_is_better(goal):
+    def worth(positive, called):
+        return theirs.f1_score(positive, called) if goal == "f1" else called[positive].mean() - called[~positive].mean()
+
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        positive = rng.random(60) < 0.3
+        positive[:2] = True, False
+        chance = np.round(np.clip(0.3 + 0.2 * positive + rng.normal(0, 0.2, 60), 0, 1), 1 + seed % 2)
+        found = calibration.best_threshold(chance, positive, goal)
+        assert worth(positive, chance >= found) == pytest.approx(max(worth(positive, chance >= t) for t in np.unique(chance)))
+        assert found not in chance or found == 0
+    assert calibration.best_threshold(chance, np.zeros(60, bool), goal) == 0.5
+
+
+def test_reliability_has_bins_of_equally_many_rows():
+    rng = np.random.default_rng(0)
+    chance = rng.random(1000)
+    found = calibration.reliability(chance, rng.random(1000) < chance ** 2)
+    assert [n for _, _, n in found] == [100] * 10 and [said for said, _, _ in found] == sorted(said for said, _, _ in found)
+    assert all(true == pytest.approx(said ** 2, abs=0.15) for said, true, _ in found)
+    assert len(calibration.reliability(chance[:59], chance[:59] > 0)) == 2 and calibration.reliability(chance[:39], chance[:39] > 0) == []
 
 
 # ---------------------------------------------------------------- resamples

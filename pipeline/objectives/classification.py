@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline import calibration, imbalance
 from pipeline.contracts import Arrays, Backbone, Batch, Objective
 from pipeline.registry import Options, nearest, register
 from pipeline.rng import uniform
@@ -28,13 +29,23 @@ class ClassificationOptions(Options):
                          "(Zhang et al. 2018; 0.1 to 0.4 there); rows are paired within their canonical shard, and within a micro-batch")
     cutmix: float = Field(0.0, ge=0, le=1, description="training only: a patch of another row's image, its area from Beta(cutmix, cutmix) (Yun et al. 2019; "
                           "1 there); with mixup too, each row takes one of both by a fair coin")
+    positive: str | int | float | bool | None = Field(None, description="of two classes the positive one, by its value or name (the event that is foretold): "
+                                                      "it stands second; none: the larger value")
+    class_weight: Literal["none", "balanced"] = Field("none", description="balanced: in training a row weighs rows / (classes x rows of its class), counted "
+                                                      "over all training rows; the evaluated loss is not weighted")
+    focal: float = Field(0.0, ge=0, description="training only: gamma of the focal loss, (1 - p) ** gamma times the cross-entropy (Lin et al. 2017; 2 there)")
+    calibrate: Literal["none", "temperature"] = Field("none", description="temperature: after training one scalar that the scores are divided by is fitted "
+                                                      "on the validation rows (Guo et al. 2017); test metrics and predict use it")
+    threshold: Literal["none", "f1", "youden"] = Field("none", description="of two classes: rows are called positive from the probability with the largest "
+                                                       "F1, or sensitivity + specificity, on the validation rows; none: the likelier class")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the linear layer")
     norm: bool = Field(True, description="layer norm without parameters before the linear layer, so that one learning rate fits every backbone")
 
 
 @register("objective", "classification", options=ClassificationOptions)
 class Classification(Objective):
-    """A linear head on ``pooled``. State: ``values`` (what stands in the column) and ``labels`` (their names), in class order."""
+    """A linear head on ``pooled``. State: ``values`` (what stands in the column) and ``labels`` (their names), in class order; ``counts``, training rows of
+    each, for class weights; ``temperature`` and ``threshold`` where they were fitted."""
 
     roles = ("label",)
     optional_roles = ("label_name",)
@@ -42,8 +53,13 @@ class Classification(Objective):
     log_names = ("accuracy",)
 
     @classmethod
+    def measures(cls, options, state):
+        """Of two classes also how well the positive one is ranked, and how far probabilities are off."""
+        return (*cls.metrics, "auroc", "auprc", "min_precision_sensitivity", "brier", "ece") if len(state["labels"]) == 2 else cls.metrics
+
+    @classmethod
     def fit(cls, options, table, columns):
-        """Classes are the values of the training rows, sorted; a ``label_name`` column gives their names."""
+        """Classes are the values of the training rows, sorted, a named positive one last; a ``label_name`` column gives their names."""
         table = pa.table({columns[role]: _plain(table[columns[role]]) for role in ("label", "label_name") if role in columns})
         column = table[columns["label"]]
         if column.null_count:
@@ -63,7 +79,11 @@ class Classification(Objective):
             names = [named[v][0] for v in values]
             often = Counter(names)  # ImageNet has two cranes: heads are carried over by name, so each name must mean one label
             names = [name if often[name] == 1 else f"{name} ({value})" for name, value in zip(names, values, strict=True)]
-        return {"values": values, "labels": names}
+        order = _order(values, names, options)
+        state = {"values": [values[k] for k in order], "labels": [names[k] for k in order]}
+        if options.class_weight != "none":
+            state["counts"] = np.bincount(cls.encode(table, columns, state)["label"], minlength=len(values)).tolist()
+        return state
 
     @classmethod
     def encode(cls, table, columns, state) -> Arrays:
@@ -96,12 +116,24 @@ class Classification(Objective):
         """Whether training needs the images themselves, so that cached features will not do."""
         return self.options.mixup > 0 or self.options.cutmix > 0
 
+    @property
+    def calibrates(self) -> bool:
+        return self.options.calibrate != "none" or self.options.threshold != "none"
+
+    def _losses(self, scores: Tensor, label: Tensor) -> Tensor:
+        """(B,) of a training batch: smoothed, weighted by class, focal."""
+        weight = imbalance.balanced(self.state["counts"], scores.device) if self.options.class_weight != "none" else None
+        return imbalance.cross_entropies(scores, label, weight, self.options.focal, self.options.label_smoothing)
+
     def head_loss(self, features: Tensor, batch: Batch):
         if self.mixes and self.training:
             raise ValueError("options mixup and cutmix of classification mix images: they cannot train a head on cached features; leave them out")
         scores, label = self.scores(features).float(), batch["label"]
-        smoothing = self.options.label_smoothing if self.training else 0.0
-        total = F.cross_entropy(scores, label, reduction="sum", label_smoothing=smoothing)
+        if self.training and (self.options.class_weight != "none" or self.options.focal):
+            total = self._losses(scores, label).sum()
+        else:
+            smoothing = self.options.label_smoothing if self.training else 0.0
+            total = F.cross_entropy(scores, label, reduction="sum", label_smoothing=smoothing)
         hits = (scores.argmax(-1) == label).sum()
         return total, torch.full((), float(label.shape[0]), device=label.device), {"accuracy": hits}
 
@@ -112,24 +144,54 @@ class Classification(Objective):
         scores = self.scores(backbone(batch.replace(image=images)).pooled).float()
         total, hits = torch.zeros((), device=scores.device), torch.zeros((), device=scores.device)
         for label, weight in ((batch["label"], share), (batch["label"][other], 1 - share)):
-            total = total + (weight * F.cross_entropy(scores, label, reduction="none", label_smoothing=self.options.label_smoothing)).sum()
+            total = total + (weight * self._losses(scores, label)).sum()
             hits = hits + (weight * (scores.argmax(-1) == label)).sum()
         return total, torch.full((), float(len(batch)), device=scores.device), {"accuracy": hits.detach()}
 
     def head_predict(self, features: Tensor, batch: Batch) -> dict[str, Tensor]:
-        scores = self.scores(features).float()
+        scores = self.scores(features).float() / self.state.get("temperature", 1.0)
         out = {"scores": scores}
         if "label" in batch.data:
             out |= {"label": batch["label"], "loss": F.cross_entropy(scores, batch["label"], reduction="none")}
+        if "threshold" in self.state:
+            out["threshold"] = torch.full((scores.shape[0],), self.state["threshold"], dtype=torch.float64, device=scores.device)
         return out
 
     def predict(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
         return self.head_predict(backbone(batch).pooled, batch)
 
+    def calibrate(self, found):
+        if not self.calibrates:
+            return
+        scores = found["scores"]
+        if self.options.calibrate == "temperature":
+            self.state = {**self.state, "temperature": calibration.temperature(scores, found["label"])}
+            scores = scores / np.float32(self.state["temperature"])
+        if self.options.threshold != "none":
+            chance = calibration.softmax(scores)[:, 1]
+            self.state = {**self.state, "threshold": calibration.best_threshold(chance, found["label"] == 1, self.options.threshold)}
+
     def written(self, found, origin):
-        """``prediction``: the likeliest label's name. ``probabilities`` (n, C), in the order of the bundle's labels."""
+        """``prediction``: the likeliest label's name, or by the threshold. ``probabilities`` (n, C), in the order of the bundle's labels."""
         names = np.array(self.state["labels"], dtype=object)
-        return {"prediction": names[found["scores"].argmax(1)], "probabilities": torch.from_numpy(found["scores"]).softmax(1).numpy()}
+        chance = calibration.softmax(found["scores"])
+        called = chance[:, 1] >= self.state["threshold"] if "threshold" in self.state else found["scores"].argmax(1)
+        return {"prediction": names[np.asarray(called, dtype=np.int64)], "probabilities": chance.astype(np.float32)}
+
+
+def _order(values: list[Any], names: list[str], options: ClassificationOptions) -> list[int]:
+    """Places of the values in class order. Raises ValueError for a positive class that is not there, or options for two classes where there are more."""
+    if options.positive is None and options.threshold == "none":
+        return list(range(len(values)))
+    if len(values) != 2:
+        name = "positive" if options.positive is not None else "threshold"
+        raise ValueError(f"option {name} of classification is for two classes, and the training rows hold {len(values)}: leave it out")
+    if options.positive is None:
+        return [0, 1]
+    found = [k for k, (value, name) in enumerate(zip(values, names, strict=True)) if str(options.positive) in (str(value), name)]
+    if len(found) != 1:
+        raise ValueError(f"option positive of classification: {options.positive!r} is none of the classes {', '.join(names)}")
+    return [1 - found[0], found[0]]
 
 
 # ---------------------------------------------------------------- mixing

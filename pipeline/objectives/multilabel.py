@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline import calibration, imbalance
 from pipeline.contracts import Arrays, Backbone, Batch, Objective
 from pipeline.registry import Options, nearest, register
 
@@ -23,6 +24,9 @@ class MultilabelOptions(Options):
                                "where no label has so many validation rows, those with one stand in")
     pos_weight: Literal["none", "balanced"] = Field("none", description="balanced: in training a positive of a label weighs (negatives / positives), "
                                                     "counted over all training rows; the evaluated loss is not weighted")
+    focal: float = Field(0.0, ge=0, description="training only: gamma of the focal loss, (1 - p) ** gamma times the cross-entropy (Lin et al. 2017; 2 there)")
+    calibrate: Literal["none", "temperature"] = Field("none", description="temperature: after training one scalar that all scores are divided by is fitted on "
+                                                      "the validation rows (Guo et al. 2017); test metrics and predict use it")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the linear layer")
     norm: bool = Field(True, description="layer norm without parameters before the linear layer, so that one learning rate fits every backbone")
 
@@ -32,7 +36,8 @@ class Multilabel(Objective):
     """A linear head on ``pooled`` with one logit a label; binary cross-entropy, summed over rows and averaged over labels.
 
     The ``labels`` column holds lists of texts or integers, or texts with a separator. A null, an empty list or an empty text is a row
-    without labels. State: ``labels`` (their names, in column order), ``separator``, ``positives`` (training rows that have each) and ``rows``.
+    without labels. State: ``labels`` (their names, in column order), ``separator``, ``positives`` (training rows that have each) and ``rows``;
+    ``temperature`` where it was fitted.
     """
 
     roles = ("labels",)
@@ -84,16 +89,25 @@ class Multilabel(Objective):
             return None
         return torch.tensor([(self.state["rows"] - p) / max(p, 1) for p in self.state["positives"]], device=device)
 
+    @property
+    def calibrates(self) -> bool:
+        return self.options.calibrate != "none"
+
+    def calibrate(self, found):
+        if self.calibrates:
+            self.state = {**self.state, "temperature": calibration.temperature(found["scores"], found["labels"])}
+
     def head_loss(self, features: Tensor, batch: Batch):
         scores, labels = self.scores(features), batch["labels"].float()
-        losses = F.binary_cross_entropy_with_logits(scores, labels, reduction="none", pos_weight=self._weight(scores.device))
+        gamma = self.options.focal if self.training else 0.0
+        losses = imbalance.binary_cross_entropies(scores, labels, self._weight(scores.device), gamma)
         return losses.mean(-1).sum(), torch.full((), float(labels.shape[0]), device=labels.device), {}
 
     def loss(self, backbone: Backbone, batch: Batch):
         return self.head_loss(backbone(batch).pooled, batch)
 
     def head_predict(self, features: Tensor, batch: Batch) -> dict[str, Tensor]:
-        scores = self.scores(features)
+        scores = self.scores(features) / self.state.get("temperature", 1.0)
         out = {"scores": scores}
         if "labels" in batch.data:
             labels = batch["labels"]

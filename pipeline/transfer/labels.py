@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import metrics
+from pipeline import calibration, metrics
 from pipeline.transfer import results, stats
 from pipeline.transfer.cells import REFERENCE, SCRATCH, Cell
-from pipeline.transfer.page import DASH, MARKS, Block, Heading, Heat, Table, Text, Value, places, spread
-from pipeline.transfer.plots import cell_label
+from pipeline.transfer.page import DASH, MARKS, Block, Figure, Heading, Heat, Table, Text, Value, places, spread
+from pipeline.transfer.plots import cell_label, reliability
 from pipeline.transfer.stats import Run
 
 MOST_CLASSES = 20
@@ -50,15 +50,24 @@ def blocks(target: str, done: Sequence[Cell], rows: Sequence[Row], runs: dict[st
     if not shown:
         return []
     best, ours = _best(shown)
+    if all(_two(run) for run in ours):
+        return [*two_classes(target, done, rows, runs), *(_confusion(target, best, ours) if all(_classes(run) for run in ours) else [])]
     if all(_classes(run) for run in ours):
         return _confusion(target, best, ours)
     kind = next((kind for kind, has in ((LABELS, _label_sets), (TYPES, _type_counts)) if all(has(run) for run in ours)), None)
-    if kind is None:
-        return []
+    picked_one = picked(done, rows, runs)
+    return _each(kind, target, *picked_one) if kind is not None and picked_one is not None else []
+
+
+def picked(done: Sequence[Cell], rows: Sequence[Row], runs: dict[str, Run]) -> tuple[Cell, list[Run], list[Run]] | None:
+    """The best finished cell with a source (without one the best of all), its runs, and those of scratch with the same backbone and labels ([] for scratch
+    itself). None where no test predictions are at hand."""
+    shown = [(cell, found) for cell in done if (found := _runs(cell, rows, runs))]
+    if not shown:
+        return None
     best, ours = _best([pair for pair in shown if pair[0].source != SCRATCH] or shown)
-    scratch = next((found for cell, found in shown if cell.verdict == REFERENCE and best.source != SCRATCH
-                    and (cell.backbone, cell.label_fraction) == (best.backbone, best.label_fraction)), [])
-    return _each(kind, target, best, ours, scratch)
+    return best, ours, next((found for cell, found in shown if cell.verdict == REFERENCE and best.source != SCRATCH
+                             and (cell.backbone, cell.label_fraction) == (best.backbone, best.label_fraction)), [])
 
 
 def _best(shown: list[tuple[Cell, list[Run]]]) -> tuple[Cell, list[Run]]:
@@ -72,6 +81,12 @@ def _runs(cell: Cell, rows: Sequence[Row], runs: dict[str, Run]) -> list[Run]:
                         and (row["backbone"] or "") == cell.backbone and row["label_fraction"] == cell.label_fraction
                         and results.technique(row) == cell.technique)
     return [runs[one] for one in ids if one in runs]
+
+
+def _two(run: Run) -> bool:
+    """Two classes, of each row or at each of its positions."""
+    p = run.predictions
+    return {"scores", "label"} <= set(p) and len(run.labels) == 2 and p["scores"].shape == (*p["label"].shape, 2)
 
 
 def _classes(run: Run) -> bool:
@@ -114,6 +129,51 @@ def _confusion(target: str, cell: Cell, runs: list[Run]) -> list[Block]:
             Table(["True class", "Taken for", "Test rows", "Of the true class"], body, 2)]
 
 
+# ---------------------------------------------------------------- two classes
+
+def two_classes(target: str, done: Sequence[Cell], rows: Sequence[Row], runs: dict[str, Run]) -> list[Block]:
+    """Every metric of the best cell with a source beside scratch, and whether their probabilities came true (a reliability diagram)."""
+    found = picked(done, rows, runs)
+    if found is None:
+        return []
+    best, ours, scratch = found
+    ids = {row["metric"]: None for row in rows if row["target"] == best.target and row["split"] == "test" and row["metric"] and row["value"] is not None}
+    names = [name for name in ids if name in metrics.METRICS and all(_has(name, run) for run in (*ours, *scratch))]
+    paired = bool({run.seed for run in ours} & {run.seed for run in scratch})
+    body: list[list[str | Value]] = []
+    for name in names:
+        of = metrics.metric(name)
+        each = [stats.mean_interval(of, ours), *([stats.mean_interval(of, scratch), stats.gain(of, ours, scratch)] if paired else [])]
+        digits = places([(low, high) for _, low, high in each])
+        body.append([f"{name} {'↑' if of.higher_is_better else '↓'}", *(estimate(one, digits, i == 2) for i, one in enumerate(each))])
+    said = (f"{target}: {cell_label(best)} of labels{' beside scratch' if paired else ''}, mean over {_plural(len(ours))} with 95 % intervals; the positive "
+            f"class is {ours[0].labels[1]}. ↑ higher is better, ↓ lower is; a positive gain is better.")
+    out: list[Block] = [Heading("All metrics", 3), Text(said), Table(["Metric", best.source, *(["scratch", "gain"] if paired else [])], body)] if body else []
+    return out + _reliability(target, best, ours, scratch if paired else [])
+
+
+def _has(name: str, run: Run) -> bool:
+    return not name.endswith("_at_threshold") or "threshold" in run.predictions
+
+
+def _reliability(target: str, cell: Cell, ours: list[Run], scratch: list[Run]) -> list[Block]:
+    """Of bins with equally many rows, at least 20 each: nothing of single rows can be read from it."""
+    curves: dict[str, list[tuple[float, float, int]]] = {}
+    for name, side in ((cell_label(cell), ours), ("scratch", scratch)):
+        pairs = [calibration.confidence(run.predictions["scores"][known], run.predictions["label"][known])
+                 for run in side for known in [run.predictions["label"] >= 0]]
+        said, true = (np.concatenate(parts) for parts in zip(*pairs, strict=True)) if pairs else (np.zeros(0), np.zeros(0))
+        if points := calibration.reliability(said, true, least=20 * max(len(side), 1)):
+            curves[name] = points
+    if not curves:
+        return []
+    listed = [[name, f"{100 * said:.3g} %", f"{100 * true:.3g} %", f"{n:,}"] for name, points in curves.items() for said, true, n in points]
+    caption = (f"{target}: what share of the rows were {ours[0].labels[1]}, by the probability that was said; on the line it is the same. Bins hold equally "
+               f"many test rows, {_seeds(len(ours))}.")
+    return [Heading("Calibration", 3), Figure(reliability(curves, ours[0].labels[1]), caption,
+                                              Table(["Model", "Mean probability", "Came true", "Test rows"], listed))]
+
+
 def _short(name: str, most: int = 14) -> str:
     return name if len(name) <= most else name[:most - 1] + "…"
 
@@ -138,8 +198,8 @@ def _each(kind: Kind, target: str, cell: Cell, ours: list[Run], scratch: list[Ru
     for name, said in kind.measures:
         for extra in ("", " scratch", " gain") if paired else ("",):
             head.append(f"{said}{extra.replace(' scratch', ', scratch').replace(' gain', ', gain')}")
-            for line, estimate in zip(body, estimates[f"{name}{extra}"], strict=True):
-                line.append(_cell(estimate, digits, extra == " gain"))
+            for line, one in zip(body, estimates[f"{name}{extra}"], strict=True):
+                line.append(estimate(one, digits, extra == " gain"))
     least = max(int(run.predictions["min_positives"].max(initial=1)) if "min_positives" in run.predictions else 1 for run in ours)
     told = f"{target}: {cell_label(cell)} of labels{' beside scratch' if paired else ''}, mean over {_plural(len(ours))} with 95 % intervals.{kind.told}"
     told += f" Macro averages are over the labels with at least {least} test rows." if least > 1 else ""
@@ -151,8 +211,9 @@ def _plural(seeds: int) -> str:
     return "one seed" if seeds == 1 else f"{seeds} seeds"
 
 
-def _cell(estimate: tuple[float, float, float], digits: int, gain: bool) -> Value | str:
-    middle, low, high = (None if np.isnan(v) else v for v in estimate)
+def estimate(found: tuple[float, float, float], digits: int, gain: bool) -> Value | str:
+    """A table cell of (middle, low, high), the interval below; a gain's has its verdict."""
+    middle, low, high = (None if np.isnan(v) else v for v in found)
     if middle is None:
         return DASH
     sign = "+" if gain else ""

@@ -35,7 +35,8 @@ def key(target: TargetStage, sources: dict[str, SourceStage]) -> str:
 
 
 def compared(modality: str, *columns: dict[str, str]) -> tuple[str, ...]:
-    """Roles by which rows are the same: the input itself (of records its times, variables and values), and the second text where the rows of both sides are pairs (many pairs share their first)."""
+    """Roles by which rows are the same: the input itself (of records its times, variables and values), and the second text where the rows of both sides
+    are pairs (many pairs share their first)."""
     kind = registry.get("modality", modality)
     pairs = [role for role in ("text_pair",) if role in kind.optional_roles and all(role in named for named in columns)]
     return (*kind.roles, *pairs)

@@ -119,6 +119,25 @@ def label_efficiency(cells: Sequence[Cell]) -> str:
         return _svg(figure, f"Test {shown[0].metric} by number of labels")
 
 
+def reliability(curves: dict[str, list[tuple[float, float, int]]], positive: str) -> str:
+    """What came true by the probability that was said, a line for each name: (probability, share, rows) points; the first is ours, the second grey."""
+    with _style():
+        looks: list[dict[str, Any]] = [{"color": _COLOURS[0], "linewidth": 1.8}, {"color": _SOFT, "linestyle": _DASHES[2], "linewidth": 1.8}]
+        entries = [(_short(name, 48), look) for name, look in zip(curves, looks, strict=False)]
+        figure, (axes,) = _figure(3.4 + _legend_inches(entries))
+        most = min(1.0, 1.08 * max(max(said, true) for points in curves.values() for said, true, _ in points))
+        axes.plot([0, most], [0, most], color=_LINE, linewidth=1.2, zorder=1)
+        for points, (_, look) in zip(curves.values(), entries, strict=False):
+            axes.plot([said for said, _, _ in points], [true for _, true, _ in points], marker="o", markersize=4, **look)
+        axes.set_xlim(0, most)
+        axes.set_ylim(0, most)
+        axes.grid(color=_LINE, linewidth=0.6)
+        axes.set_xlabel(f"probability of {_short(positive, 40)} that was said")
+        axes.set_ylabel("share that came true")
+        _legend(figure, entries)
+        return _svg(figure, f"Calibration: share of {positive} by the probability that was said")
+
+
 def cell_label(cell: Cell) -> str:
     return f"{_short(cell.source, 24)} · {_short(cell.technique, 28)} · {fraction_label(cell.label_fraction)}"
 

@@ -239,6 +239,7 @@ def _stack(members: list[tuple[Trial, Train, Rows, int]], shared: Shared, data: 
                     ready=lambda batch, training: batch, keeper=keeper, evaluate=check, ranks=Ranks(device=device))
     outcome = loop.fit(work)
     tests: list[Predictions] | list[None] = _predicted(stack, cached["test"], train) if "test" in cached else [None] * len(members)
+    held = _predicted(stack, cached["validation"], train) if "test" in cached and built[0][0].calibrates else []
     seconds = (time.time() - began) / len(members) + shared_seconds
     out = []
     for k, (trial, own, rows, _) in enumerate(members):
@@ -251,9 +252,13 @@ def _stack(members: list[tuple[Trial, Train, Rows, int]], shared: Shared, data: 
         head, start_hash = built[k]
         _put(head, stack, k)
         found = tests[k]
+        if held:
+            head.calibrate(held[k])
+            found = _alone(head, cached["test"], train)
         test = None if found is None else {"row": data.test.selection.ids(np.arange(len(data.test))), **found}
         facts = {"params_trained": sum(p[k].numel() for p in stack.stacked), "steps": outcome.steps, "seconds": seconds, "device": device_name(device),
-                 "start_weights": start_hash, "transfer": moved, "n_train": len(rows), "curve": keeper.curves[k], "kept_step": keeper.best[k].step}
+                 "start_weights": start_hash, "transfer": moved, "n_train": len(rows), "curve": keeper.curves[k], "kept_step": keeper.best[k].step,
+                 "fitted": trials.fitted(head)}
         record = trials.make_record(trial, shared, own, began, facts, keeper.best[k].metrics, test)
         trials.write(trial, shared, record, test, Task(backbone, head) if shared.keep_bundles and trial.stage == "final" else None)
         out.append(record)
@@ -267,6 +272,16 @@ def _predicted(stack: HeadStack, rows: tuple[Tensor, dict[str, Tensor]], train: 
     with loop.autocast(train, rows[0].device):
         found = {name: tensor.cpu().numpy() for name, tensor in stack.predict(*rows).items()}
     return [{name: array[k] for name, array in found.items()} for k in range(stack.count)]
+
+
+@torch.no_grad()
+def _alone(head: Objective, rows: tuple[Tensor, dict[str, Tensor]], train: Train) -> Predictions:
+    """Predictions of one head, with what it alone has fitted on the validation rows."""
+    head = head.to(rows[0].device).eval()
+    with loop.autocast(train, rows[0].device):
+        found = head.head_predict(rows[0], Batch(np.zeros(len(rows[0]), dtype=np.int64), torch.zeros(0), rows[1]))
+    assert found is not None
+    return {name: tensor.cpu().numpy() for name, tensor in found.items()}
 
 
 @torch.no_grad()

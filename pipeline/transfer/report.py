@@ -14,7 +14,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from pipeline import storage
-from pipeline.transfer import labels, page, plots, results, stats
+from pipeline.transfer import labels, page, plots, results, stats, subgroups
 from pipeline.transfer.cells import EVEN, FAILED, LOSES, REFERENCE, SCRATCH, UNCOMPARED, WINS, Cell, cells, fraction_order
 from pipeline.transfer.page import Block, Bullets, Code, Details, Figure, Heading, Tally, Text, Value
 
@@ -205,7 +205,7 @@ def _target(target: str, group: list[Cell], rows: Sequence[Row], curves: dict[st
         out.append(Figure(plots.learning(panels, metric), f"{target}: validation {metric} while fine-tuning, mean over seeds."))
     if len({c.label_fraction for c in done if c.n_train}) > 1:
         out.append(Figure(plots.label_efficiency(done), f"{target}: test {metric} by number of labelled rows, with 95 % intervals."))
-    return out + labels.blocks(target, done, rows, runs)
+    return out + labels.blocks(target, done, rows, runs) + subgroups.blocks(target, done, rows, runs)
 
 
 def _matrix(group: list[Cell], places: int) -> page.Table:

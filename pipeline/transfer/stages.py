@@ -20,7 +20,7 @@ from pipeline.metrics import metric
 from pipeline.train import launch, source
 from pipeline.train.progress import Progress
 from pipeline.transfer import cells as matrix
-from pipeline.transfer import fanout, overlap, report, results, scores, stats, targets, trial, trials
+from pipeline.transfer import fanout, overlap, report, results, scores, stats, subgroups, targets, trial, trials
 from pipeline.transfer.targets import TargetStage
 from pipeline.transfer.trial import Shared
 from pipeline.transfer.trials import SCRATCH, Base, Trial
@@ -46,6 +46,8 @@ class State:
     """How many test rows of a target were left out because they also stand in a source."""
     key: str = ""
     """Of all that the facts of a run depend on (`_keep_facts`)."""
+    subgroups: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+    """Of each target that names some: column to the values of its test rows."""
 
 
 def check(job: Job, progress: Progress, **options: Any) -> State:
@@ -340,8 +342,26 @@ def collect(state: State, found: list[Trial]) -> list[dict[str, Any]]:
             if row["split"] == "test" and against is not None and against.id in records and one.source != SCRATCH:
                 row |= _gain(predictions, one, against, row, records)
             rows.append(row)
+        rows += _by_subgroup(state, predictions, rows, one)
     results.append(root, rows)
     return rows
+
+
+def _by_subgroup(state: State, predictions: Callable[[str, int], stats.Run | None], rows: list[dict[str, Any]], one: Trial) -> list[dict[str, Any]]:
+    """The primary metric's row of a final trial, once for each subgroup of the test rows."""
+    spec, primary = state.targets[one.target].spec, next((row for row in rows if row["trial_id"] == one.id and row["split"] == "test"), None)
+    run = predictions(one.id, one.seed) if spec.subgroups and primary is not None else None
+    return subgroups.result_rows(_told(state, one.target, run), primary) if run is not None and primary is not None else []
+
+
+def _told(state: State, target: str, run: stats.Run) -> stats.Run:
+    """The run with the subgroups that its target names."""
+    stage = state.targets.get(target)
+    if stage is None or not stage.spec.subgroups:
+        return run
+    if target not in state.subgroups:
+        state.subgroups[target] = subgroups.read(stage.splits.test, stage.spec.subgroups, f"targets.{target}.subgroups")
+    return subgroups.told(run, stage.splits.test, state.subgroups[target])
 
 
 def _gain(predictions: Callable[[str, int], stats.Run | None], one: Trial, against: Trial, row: dict[str, Any],
@@ -361,10 +381,11 @@ def _gain(predictions: Callable[[str, int], stats.Run | None], one: Trial, again
 
 def show(state: State, rows: list[dict[str, Any]]) -> tuple[list[matrix.Cell], tuple[str, str]]:
     """Cells of the job's table, and the written report."""
-    root, rows = state.job.root, results.told_apart(rows)
+    root, named = state.job.root, {row["trial_id"]: row["target"] for row in rows}
+    rows = results.told_apart(rows)
     final = [row for row in rows if row["trial_stage"] == "final"]
-    runs = {row["trial_id"]: run for row in final if row["status"] == "done" and row["split"] == "test"
-            and (run := trial.read_predictions(root, row["trial_id"], row["seed"])) is not None}
+    tested = {row["trial_id"]: row["seed"] for row in final if row["status"] == "done" and row["split"] == "test"}
+    runs = {one: _told(state, named[one], run) for one, seed in tested.items() if (run := trial.read_predictions(root, one, seed)) is not None}
     cells = matrix.cells(rows, runs)
     curves = {}
     for trial_id in {row["trial_id"] for row in final}:

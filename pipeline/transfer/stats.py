@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -36,7 +36,8 @@ _Z_975 = 1.959964
 class Run:
     """Test predictions of one trial: ``rows`` (n,) int64 row ids, each once, and what was predicted for them.
 
-    ``groups`` (n,) names the patient, speaker or scene of each row, where the data declare one; ``labels`` the columns of the scores.
+    ``groups`` (n,) names the patient, speaker or scene of each row, where the data declare one; ``labels`` the columns of the scores;
+    ``subgroups`` the value of each row (n,) in each column that the target is told apart by.
     """
 
     rows: np.ndarray
@@ -44,6 +45,7 @@ class Run:
     seed: int
     groups: np.ndarray | None = None
     labels: tuple[str, ...] = ()
+    subgroups: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 def t_quantile(df: int) -> float:
@@ -244,7 +246,8 @@ def _recount(metric: Metric, runs: list[Predictions], member: np.ndarray | None,
     assert metric.resampled is not None
     cells = max(array.size for p in runs for array in p.values())  # a metric of many classes reads each of them in every draw
     draws = max(min(draws, RECOMPUTED_DRAWS), min(draws, _WORK // cells))
-    chunk, drawn = max(1, _CELLS // n), n if member is None else int(member.max()) + 1
+    held = max((p["label"].size for p in runs if "label" in p), default=n)  # a row may have many positions, and each is drawn with it
+    chunk, drawn = max(1, _CELLS // max(n, held)), n if member is None else int(member.max()) + 1
     out = []
     for start in range(0, draws, chunk):
         counts = _counts(drawn, min(chunk, draws - start), rng)

@@ -19,11 +19,14 @@ from pipeline.metrics import metric
 from pipeline.train import checks
 from pipeline.train import source as train_source
 from pipeline.train.source import STAGE_VERSION, data_key
+from pipeline.transfer import subgroups
 from pipeline.transfer.trial import TargetData
 from pipeline.transfer.trials import Base, techniques
 
 MEMORY_BYTES = 2 << 30
 CHECKED_ROWS, TRIED_ROWS = 1 << 16, 64
+OF_CLASSES = ("top5_accuracy", "balanced_accuracy", "kappa", "auroc", "auprc", "min_precision_sensitivity", "brier", "ece")
+"""Metrics that a target whose rows have one class may be judged by, beside those that its objective gives."""
 
 
 @dataclass(frozen=True)
@@ -86,13 +89,16 @@ def stage(job: Job, name: str) -> TargetStage:
     if whole and "label" not in objective.roles:
         raise ValueError(f"targets.{name}.label_fractions: {whole[0]} means {whole[0]} rows a class, and a row of {spec.objective.name} has no single class: "
                          "give shares, such as 0.1")
-    more = ("top5_accuracy", "balanced_accuracy", "auroc") if "label" in objective.roles else ()
     if spec.drop_overlap == "near" and modality.roles[0] != "image":
         raise ValueError(f"targets.{name}.drop_overlap: near duplicates are found among images, these rows are {spec.data.modality.name}: say exact")
-    if spec.metric is not None and metric(spec.metric).name not in (*objective.metrics, *more):
-        raise ValueError(f"targets.{name}.metric: {spec.metric} is not a metric of {spec.objective.name} ({', '.join(objective.metrics)})")
     found = manifests.splits(spec.data, (*modality.roles, *objective.roles), f"targets.{name}", storage.join(job.root, "imports"), need_test=True)
     state = fit_labels(spec, found)
+    known = objective.measures(objective.options_class(**spec.objective.options), state)
+    if spec.metric is not None and metric(spec.metric).name not in (*known, *(OF_CLASSES if "label" in objective.roles else ())):
+        raise ValueError(f"targets.{name}.metric: {spec.metric} is not a metric of {spec.objective.name} ({', '.join(known)})")
+    if spec.subgroups and objective.packed:
+        raise ValueError(f"targets.{name}.subgroups: the rows of {spec.objective.name} are packed from several: leave them out")
+    subgroups.read(found.test, spec.subgroups, f"targets.{name}.subgroups")
     kinds = modality, objective
     for split in ("train", "validation", "test"):  # a label that training never sees is found now, not after the sources
         selection = getattr(found, split)
@@ -179,6 +185,8 @@ def prepare(target: TargetStage, base: Base) -> TargetData:
         selections, columns = [one.rows for one in made], dict(train_source.PACKED)
         lost = [(row["split"], row["place"], row["reason"]) for one in made for row in one.left_out]
         text += "; packed into " + ", ".join(f"{len(one.rows)}" for one in made) + f" rows of {modality.inputs()['length']} tokens, which are the units"
+    elif known := modality.known(_sampled(target, modality, objective), columns):
+        text += f"; {known}"
     decoder = Decoder(modality, spec.objective.name, state, columns)
     parts = [Rows(selection, replace(decoder, training=name == "train")) for name, selection in zip(manifests.SPLITS, selections, strict=True)]
     wanted = sum(decoder.size(selection) for selection in selections)
@@ -197,6 +205,11 @@ def prepare(target: TargetStage, base: Base) -> TargetData:
     if spec.data.group and not target.packed:
         groups = manifests.units(manifests.read_columns(parts[2].selection, [spec.data.group])[spec.data.group])
     return TargetData(spec, fitted, parts[0], parts[1], parts[2], labels, groups, text, arch, spec_of_modality, spec_hash(target.key, spec_of_modality))
+
+
+def _sampled(target: TargetStage, modality: Modality, objective: type[Objective]) -> pa.Table:
+    names = train_source.input_columns(type(modality), objective, target.spec.data.columns)
+    return train_source.sample(target.splits.train, names, train_source.FIT_ROWS)
 
 
 def _packed(target: TargetStage, split: str, selection: manifests.Selection, modality: dict[str, Any]) -> train_source.Shards:

@@ -28,6 +28,8 @@ from pipeline.transfer import stats
 from pipeline.transfer.trials import SCRATCH, Base, Trial, fraction_text, label_subset
 
 EVAL_ROWS = 256
+AT_THRESHOLD = ("precision_at_threshold", "sensitivity_at_threshold", "specificity_at_threshold")
+"""Metrics of test rows alone: the threshold is chosen on the validation rows."""
 Record = dict[str, Any]
 
 
@@ -58,7 +60,8 @@ class TargetData:
     @property
     def metrics(self) -> tuple[str, ...]:
         """Metric names, the primary one first."""
-        declared = registry.get("objective", self.objective["name"]).metrics
+        kind = registry.get("objective", self.objective["name"])
+        declared = kind.measures(kind.options_class(**self.objective["options"]), self.objective["state"])
         primary = self.spec.metric or declared[0]
         return (primary, *(name for name in declared if name != primary))
 
@@ -188,6 +191,9 @@ def run(trial: Trial, shared: Shared, ranks: Ranks | None = None, report: Report
     test: Predictions | None = None
     task = technique.finish(task)
     if trial.stage == "final":
+        if task.objective.calibrates:
+            held = evaluate.predictions(task, _batches(data.validation, ranks), ready, ranks, autocast())
+            task.objective.calibrate(evaluate.gathered(evaluate.Completer(data.validation)(task.objective, held), ranks))
         task = technique.at_test(task, None)
         lost: list[tuple[int, str]] = []
         mine = evaluate.predictions(task, _batches(data.test, ranks), ready, ranks, autocast(), lost.extend)
@@ -197,7 +203,7 @@ def run(trial: Trial, shared: Shared, ranks: Ranks | None = None, report: Report
         moved += f"; {len(data.test) - len(test['row'])} test rows could not be read" if len(test["row"]) < len(data.test) else ""
     facts = {"params_trained": outcome.params_trained, "steps": outcome.steps, "seconds": time.time() - began, "device": device_name(ranks.device),
              "start_weights": start_hash, "transfer": moved, "n_train": len(rows), "curve": outcome.curve, "kept_step": keeper.step,
-             "skipped_steps": outcome.skipped_steps}
+             "skipped_steps": outcome.skipped_steps, "fitted": fitted(task.objective)}
     record = make_record(trial, shared, train, began, facts, keeper.metrics, test)
     if ranks.first:
         write(trial, shared, record, test, task if shared.keep_bundles and trial.stage == "final" else None)
@@ -220,7 +226,8 @@ def make_record(trial: Trial, shared: Shared, train: Train, began: float, facts:
     ran = {**trial.hyper_parameters, **{k: getattr(train, k) for k in ("lr", "global_batch", "weight_decay", "optimizer")}, "steps": facts.get("steps"),
            **({"batch_cost": train.batch_cost, "global_batch": None} if train.batch_cost else {}),
            **({"normalization": data.objective["state"]["normalization"]} if "normalization" in data.objective["state"] else {}),
-           "start_weights": facts.get("start_weights"), **({"technique": trial.technique.options} if trial.technique.options else {})}
+           "start_weights": facts.get("start_weights"), **facts.get("fitted", {}),
+           **({"technique": trial.technique.options} if trial.technique.options else {})}
     groups = groups_of(data, test)
     common = {"job": shared.job, "source": trial.source, "backbone": trial.backbone, "target": trial.target, "objective": data.objective["name"],
               "technique": trial.technique.name, "hyper_parameters": ran, "seed": trial.seed, "label_fraction": fraction_text(trial.label_fraction),
@@ -251,11 +258,16 @@ def tested(data: TargetData, test: Predictions) -> dict[str, float]:
     of every label that some test rows have and some have not. Raises ValueError where no label has the positives that it needs to be averaged."""
     if "min_positives" in test:
         scored(test, strict=True)
-    found = evaluate.values(test, data.metrics)
+    found = evaluate.values(test, (*data.metrics, *(AT_THRESHOLD if "threshold" in test else ())))
     for each in (metric(name).each for name in data.metrics):
         if each is not None:
             found |= {f"{each}/{label}": value for label, value in per_label(each, test, data.label_names).items()}
     return found
+
+
+def fitted(objective: Objective) -> dict[str, float]:
+    """What was fitted on the validation rows after training."""
+    return {name: objective.state[name] for name in ("temperature", "threshold") if objective.calibrates and name in objective.state}
 
 
 def groups_of(data: TargetData, test: Predictions | None) -> np.ndarray | None:

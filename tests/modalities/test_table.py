@@ -13,7 +13,8 @@ COLUMNS = {"features": "static"}
 
 
 def built(inputs, **options):
-    return bundle.build_backbone({"name": "table/ft_transformer", "options": {"width": 16, "layers": 2, "heads": 2, **options}, "inputs": inputs}, seed=1).eval()
+    chosen = {"width": 16, "layers": 2, "heads": 2, **options}
+    return bundle.build_backbone({"name": "table/ft_transformer", "options": chosen, "inputs": inputs}, seed=1).eval()
 
 
 def test_null_features_are_bad_rows_and_gaps_are_not():

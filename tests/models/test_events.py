@@ -23,7 +23,8 @@ def test_the_grid_is_what_a_loop_makes(rows):
     batch = take(rows, np.arange(8))
     value, seen, steps = grid(batch, 5, 0.0, 2.0)
     for i in range(8):
-        events = [(float(t), int(v), float(x)) for t, v, x, m in zip(batch["times"][i], batch["variables"][i], batch["values"][i], batch["mask"][i], strict=True) if m]
+        parts = zip(*(batch[name][i].tolist() for name in ("times", "variables", "values", "mask")), strict=True)
+        events = [(t, v, x) for t, v, x, real in parts if real]
         assert steps[i] == max([int(t // 2) + 1 for t, _, _ in events], default=1)
         for step in range(value.shape[1]):
             for variable in range(5):
@@ -57,8 +58,9 @@ def test_values_are_carried_forward_and_their_age_is_told(rows):
     """One measurement at the start: every later step has its value, and the steps differ by its age alone."""
     inputs = rows.modality.inputs()
     backbone = built("gru", inputs, width=16)
-    data = {"times": torch.tensor([[0.5, 5.5]]), "variables": torch.tensor([[0, 1]]), "values": torch.tensor([[2.0, 1.0]]), "mask": torch.ones(1, 2, dtype=torch.bool),
-            "numbers": torch.zeros(1, inputs["numbers"]), "numbers_known": torch.zeros(1, inputs["numbers"], dtype=torch.bool), "codes": torch.zeros(1, 1, dtype=torch.long)}
+    data = {"times": torch.tensor([[0.5, 5.5]]), "variables": torch.tensor([[0, 1]]), "values": torch.tensor([[2.0, 1.0]]),
+            "mask": torch.ones(1, 2, dtype=torch.bool), "numbers": torch.zeros(1, inputs["numbers"]),
+            "numbers_known": torch.zeros(1, inputs["numbers"], dtype=torch.bool), "codes": torch.zeros(1, 1, dtype=torch.long)}
     caught = {}
     hook = backbone.body.enter.register_forward_pre_hook(lambda module, args: caught.update(x=args[0]))
     backbone(Batch(np.arange(1), torch.zeros(1, dtype=torch.long), data))

@@ -174,3 +174,120 @@ def test_what_cannot_be_mixed_is_told():
     tokens = text_rows(4).arrays
     with pytest.raises(ValueError, match=r"mix images, and these rows hold label, tokens"):
         classification.mixed(Batch(np.arange(4), keys(4), {"label": torch.zeros(4), "tokens": torch.from_numpy(tokens["tokens"])}), 0.4, 0.0)
+
+
+# ---------------------------------------------------------------- two classes, rare classes, calibration
+
+@pytest.mark.parametrize(("positive", "values"), [(None, ["alive", "dead"]), ("alive", ["dead", "alive"]), ("dead", ["alive", "dead"])])
+def test_the_positive_class_stands_second(positive, values):
+    table = pa.table({"kind": ["dead", "alive", "alive"], "name": ["died", "lived", "lived"]})
+    state = Classification.fit(ClassificationOptions(positive=positive), table, COLUMNS)
+    assert state == {"values": values, "labels": values}
+    assert Classification.encode(table, COLUMNS, state)["label"].tolist() == [values.index(v) for v in ("dead", "alive", "alive")]
+
+
+@pytest.mark.parametrize(("column", "positive"), [([0, 1, 1], 0), ([0, 1, 1], "0 by name"), ([False, True, True], False), ([1.5, 2.0, 2.0], 1.5)])
+def test_a_positive_class_of_any_type_is_found_by_value_or_name(column, positive):
+    table = pa.table({"kind": column, "name": [f"{value} by name" for value in column]})
+    state = Classification.fit(ClassificationOptions(positive=positive), table, {**COLUMNS, "label_name": "name"})
+    assert state["values"][1] == column[0] and type(state["values"][1]) is type(column[0]) and state["labels"][1] == f"{column[0]} by name"
+
+
+@pytest.mark.parametrize(("options", "column", "message"), [
+    ({"positive": "sick"}, ["a", "b"], "option positive of classification: 'sick' is none of the classes a, b"),
+    ({"positive": "a"}, ["a", "b", "c"], "option positive of classification is for two classes, and the training rows hold 3"),
+    ({"threshold": "f1"}, ["a", "b", "c"], "option threshold of classification is for two classes")])
+def test_options_of_two_classes_that_do_not_fit_are_told(options, column, message):
+    with pytest.raises(ValueError, match=message):
+        Classification.fit(ClassificationOptions(**options), pa.table({"kind": column}), COLUMNS)
+
+
+def test_two_classes_are_measured_by_what_clinicians_read():
+    names = Classification.measures(OPTIONS, label_state(2))
+    assert names == ("accuracy", "macro_f1", "loss", "auroc", "auprc", "min_precision_sensitivity", "brier", "ece")
+    assert Classification.measures(OPTIONS, label_state(3)) == Classification.metrics
+
+
+def rare(**options) -> Task:
+    table = pa.table({"kind": [0] * 6 + [1] * 3 + [2]})
+    chosen = ClassificationOptions(**options)
+    state = Classification.fit(chosen, table, COLUMNS)
+    torch.manual_seed(0)
+    net = Net()
+    return Task(net, Classification(net, chosen, state))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_class_weights_and_the_focal_loss_are_their_formulas(smoothing):
+    """Weights as scikit-learn's "balanced"; only in training, and mixed rows take those of both classes."""
+    from sklearn.utils.class_weight import compute_class_weight
+
+    plain, task, rows = rare(), rare(class_weight="balanced", focal=2.0, label_smoothing=smoothing), batch(18)
+    assert task.objective.state["counts"] == [6, 3, 1] and "counts" not in plain.objective.state
+    weight = torch.from_numpy(compute_class_weight("balanced", classes=np.arange(3), y=np.repeat([0, 1, 2], [6, 3, 1]))).float()
+    scores = task.objective.scores(task.backbone(rows).pooled).double()
+    label = rows["label"]
+    true = scores.softmax(1)[torch.arange(18), label]
+    losses = F.cross_entropy(scores, label, weight=weight.double(), reduction="none", label_smoothing=smoothing) * (1 - true) ** 2
+    total, count, _ = task.train()(rows)
+    assert total.item() == pytest.approx(losses.sum().item(), rel=1e-4) and count.item() == 18
+    assert sum(task(part)[0].item() for part in rows.split(5)) == pytest.approx(total.item(), rel=1e-5)
+    if not smoothing:
+        assert losses.sum().item() == pytest.approx((-weight[label] * (1 - true) ** 2 * true.log()).sum().item(), rel=1e-6)
+    assert task.eval()(rows)[0].item() == pytest.approx(plain.eval()(rows)[0].item(), rel=1e-6)
+    found = task.objective.predict(task.backbone, rows)["loss"]
+    assert found.double().detach().numpy() == pytest.approx(F.cross_entropy(scores, label, reduction="none").detach().numpy(), rel=1e-4)
+
+
+def test_mixed_rows_are_weighted_too(monkeypatch):
+    rows, share = batch(16), torch.linspace(0, 1, 16)
+    monkeypatch.setattr(classification, "beta", lambda keys, alpha: share)
+    task = rare(class_weight="balanced", focal=1.0, mixup=0.4)
+    x = share[:, None, None, None] * rows["image"] + (1 - share)[:, None, None, None] * rows["image"][ring()]
+    scores = task.objective.scores(task.backbone(rows.replace(image=x)).pooled)
+    weight, chance = torch.tensor([10 / 18, 10 / 9, 10 / 3]), scores.softmax(1)
+
+    def of(label):
+        p = chance[torch.arange(16), label]
+        return -weight[label] * (1 - p) * p.log()
+
+    want = (share * of(rows["label"]) + (1 - share) * of(rows["label"][ring()])).sum()
+    assert task.train()(rows)[0].item() == pytest.approx(want.item(), rel=1e-4)
+
+
+def test_a_focal_loss_of_a_certain_row_has_a_slope():
+    """At p = 1 a root's slope is infinite, and the gradient would be no number."""
+    task = rare(focal=0.5)
+    with torch.no_grad():
+        task.objective.head.weight.mul_(1e4)
+    task.train()(batch(16))[0].backward()
+    assert all(torch.isfinite(p.grad).all() for p in task.parameters())
+
+
+def test_temperature_and_threshold_come_from_the_rows_that_are_given():
+    """The state is a new one, as trials share theirs; predict then gives calibrated scores, and calls by the threshold."""
+    torch.manual_seed(0)
+    net, options = Net(), ClassificationOptions(calibrate="temperature", threshold="f1")
+    shared = label_state(2)
+    task = Task(net, Classification(net, options, shared)).eval()
+    rows = batch(64).replace(label=torch.zeros(64, dtype=torch.int64))
+    with torch.no_grad():
+        task.objective.head.bias[1] -= 1  # the second class is rare, and said far too surely
+        rows = rows.replace(label=torch.distributions.Categorical(logits=task.objective.predict(net, rows)["scores"]).sample())
+        for tensor in task.objective.head.parameters():
+            tensor.mul_(6)
+        before = {name: tensor.numpy() for name, tensor in task.objective.predict(net, rows).items()}
+        assert task.objective.calibrates and "threshold" not in before
+        task.objective.calibrate(before)
+        after = {name: tensor.numpy() for name, tensor in task.objective.predict(net, rows).items()}
+    state = task.objective.state
+    assert shared == label_state(2) and set(state) == {"values", "labels", "temperature", "threshold"} and 2 < state["temperature"] < 19
+    assert after["scores"] == pytest.approx(before["scores"] / state["temperature"], rel=1e-5)
+    assert after["loss"].mean() < before["loss"].mean()
+    assert after["threshold"] == pytest.approx(np.full(64, state["threshold"])) and state["threshold"] < 0.5
+    chance = np.exp(after["scores"][:, 1]) / np.exp(after["scores"]).sum(1)
+    out = task.objective.written(after, None)
+    assert out["prediction"].tolist() == ["class 1" if p >= state["threshold"] else "class 0" for p in chance]
+    assert out["probabilities"][:, 1] == pytest.approx(chance, abs=1e-6)
+    plain = task_with().objective
+    assert not plain.calibrates and plain.calibrate({}) is None

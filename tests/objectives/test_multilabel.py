@@ -140,3 +140,32 @@ def test_a_head_is_carried_over_by_the_names_of_its_labels(tmp_path):
     assert torch.equal(again.objective.head.weight, task.objective.head.weight.flip(0))
     other = bundle.build_task(arch, {**head, "state": {**head["state"], "labels": ["Edema", "Mass", "Nodule"]}}, seed=2)
     assert "head new: its labels differ" in bundle.carry_head(other, saved)
+
+
+def test_the_focal_loss_is_that_of_each_label():
+    """Lin et al. 2017, with the weights of positives; only in training."""
+    task, plain, rows = built(pos_weight="balanced", focal=1.5), built(pos_weight="balanced"), batch()
+    chance = task.objective.scores(task.backbone(rows).pooled).sigmoid().double()
+    y, weights = rows["labels"].double(), torch.tensor([7, 40, 1])
+    want = -(weights * y * (1 - chance) ** 1.5 * chance.log() + (1 - y) * chance ** 1.5 * (1 - chance).log())
+    assert task.train()(rows)[0].item() == pytest.approx(want.mean(1).sum().item(), rel=1e-4)
+    assert task.eval()(rows)[0].item() == pytest.approx(plain.eval()(rows)[0].item(), rel=1e-6)
+
+
+@torch.no_grad()
+def test_one_temperature_is_fitted_for_all_labels():
+    task, rows = built(calibrate="temperature").eval(), batch(60)
+    rows = rows.replace(labels=torch.bernoulli(task.objective.predict(task.backbone, rows)["scores"].sigmoid()).to(torch.uint8))
+    for tensor in task.objective.head.parameters():
+        tensor.mul_(6)
+    state = task.objective.state
+    before = {name: tensor.numpy() for name, tensor in task.objective.predict(task.backbone, rows).items()}
+    task.objective.calibrate(before)
+    after = {name: tensor.numpy() for name, tensor in task.objective.predict(task.backbone, rows).items()}
+    hot = task.objective.state["temperature"]
+    assert "temperature" not in state and 2 < hot < 19 and task.objective.calibrates and not built().objective.calibrates
+    assert after["scores"] == pytest.approx(before["scores"] / hot, rel=1e-5)
+    assert after["loss"].mean() < before["loss"].mean()
+    for other in (0.9 * hot, 1.1 * hot):
+        scores, labels = torch.from_numpy(before["scores"] / other), torch.from_numpy(before["labels"]).float()
+        assert F.binary_cross_entropy_with_logits(scores, labels) > after["loss"].mean()

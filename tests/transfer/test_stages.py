@@ -675,3 +675,30 @@ def test_show_writes_the_report_of_the_rows(tmp_path, bundles, paths, here):
     assert "task" in text and "full" in text and all(storage.exists(uri) for uri in where)
     again, same = reported(job)
     assert stages.show(again, same)[0] == cells
+
+
+def test_subgroups_of_test_rows_stand_in_the_table_and_the_report_and_train_nothing(tmp_path, bundles, here):
+    """Named after the trials ran: their kept predictions are told apart."""
+    files = image_files(tmp_path / "data", {"train": 36, "validation": 18, "test": 66}, classes=2)
+    table = pq.read_table(files["test"])
+    pq.write_table(table.append_column("sex", pa.array([["female", "male", None][i % 3 if i < 60 else 0] for i in range(66)])), files["test"])
+    job = job_of(tmp_path, {"a": bundles["a"]}, files, techniques=("scratch", "full"))
+    _, before = whole(job)
+    assert len(here) == 4 and not [row for row in before if "@" in (row["metric"] or "")]
+    dumped = job.model_dump(mode="json")
+    dumped["targets"]["task"]["subgroups"] = ["sex"]
+    state, rows = whole(Job.model_validate(dumped))
+    assert len(here) == 4, "no trial is run anew"
+    parts = [row for row in rows if "@" in (row["metric"] or "")]
+    assert {row["metric"] for row in parts} == {"accuracy@sex=female", "accuracy@sex=male", "accuracy@sex=not recorded"} and len(parts) == 4 * 3
+    assert {(row["metric"].partition("=")[2], row["n_eval"]) for row in parts} == {("female", 26), ("male", 20), ("not recorded", 20)}
+    assert all(row["split"] == "test" and row["value_low"] <= row["value"] <= row["value_high"] and row["gain"] is None for row in parts)
+    whole_rows = {row["trial_id"]: row["value"] for row in primary(rows)}
+    for trial_id, value in whole_rows.items():
+        mine = [row for row in parts if row["trial_id"] == trial_id]
+        assert value == pytest.approx(sum(row["value"] * row["n_eval"] for row in mine) / 66)
+    _, (markdown, _) = stages.show(state, rows)
+    text = storage.read_bytes(markdown).decode()
+    assert "### Subgroups" in text and "| sex=female | 26 |" in text and "### Calibration" in text
+    assert alike(reported(Job.model_validate(dumped))[1], rows)
+    assert alike(reported(job)[1], before)

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import codecs
-import csv
-import re
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -14,21 +10,14 @@ import pyarrow as pa
 from pydantic import Field
 
 from pipeline import registry
+from pipeline.data.prepare.dialect import SUFFIXES, Dialect, field_kind, field_value
 from pipeline.data.prepare.importing import SPLITS, few
-from pipeline.data.prepare.sources import ROW_BYTES, Piece, Reading, decoded, find, plain_suffix, wholes
+from pipeline.data.prepare.sources import Piece, Reading, find, wholes
 from pipeline.data.prepare.tables import KINDS, Found, Settled, TableImporter, wider
 from pipeline.registry import Options, register
 
-SUFFIXES = (".csv", ".tsv", ".tab")
-WHOLE, NUMBER = re.compile(r"[+-]?(0|[1-9]\d{0,17})"), re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?|nan|[+-]?inf", re.IGNORECASE)
 NAMES = {"string": 4, "float": 3, "int": 2}
-LABEL = re.compile(r"[+-]?(0\d.*|\d{19,})")
-"""Digits that are no number: leading zeros, or more of them than an int64 or a float holds."""
 TEXTS = ("text", "text_pair")
-TAB = "\t"
-OPEN = "a quote is left open"
-Line = tuple[int, bytes | None]
-"""Its number, and its bytes (None: too long)."""
 
 
 class CsvOptions(Options):
@@ -65,83 +54,21 @@ class Csv(TableImporter):
         for name, kind in self.given_types.items():
             if kind not in NAMES:
                 raise ValueError(f"--set types={name}={kind}: {registry.nearest(kind, NAMES)}")
-        for name, value in (("delimiter", o.delimiter), ("quote", o.quote)):
-            if len(value) > 1 and value not in ("tab", "\\t"):
-                raise ValueError(f"--set {name}={value}: one character, or tab")
         if o.split and o.split_column:
             raise ValueError(f"--set split={o.split}: --set split_column={o.split_column} gives each row its own; say one of them")
         if o.names and o.header:
             raise ValueError(f"--set names={o.names}: names are for files without a header; say --set header=false too, or rename with --set columns=NEW=OLD")
-        try:
-            ascii_alike = "a,\n\"".encode(codecs.lookup(o.encoding).name) == b"a,\n\""
-        except LookupError:
-            ascii_alike = False
-        if not ascii_alike:
-            raise ValueError(f"--set encoding={o.encoding}: no encoding in which ASCII is ASCII, such as latin-1; convert the files (iconv -t UTF-8)")
+        self.dialect = Dialect(o.delimiter, o.quote, o.encoding)
 
     def pieces(self, source: str, part_bytes: int) -> tuple[list[Piece], str, dict[str, Any]]:
         listed = find(source, SUFFIXES, self.options.split or ("all" if self.options.split_column else ""))
         return wholes(listed), listed.mark, {"files left out": listed.others} if listed.others else {}
 
-    def _records(self, reading: Reading) -> Iterator[tuple[int, list[str]]]:
-        """(line, fields) of every record; those that cannot be parsed are told to ``reading``.
-
-        A record goes over lines while a quote is open. One that no later line closes, or that becomes a row only by swallowing others (another number
-        of fields), is the first line alone: the lines after it are read anew.
-        """
-        o, again, width = self.options, deque[Line](), 0
-        tab = o.delimiter in ("tab", "\\t") or (not o.delimiter and plain_suffix(reading.piece.name) != ".csv")
-        delimiter = "\t" if tab else o.delimiter or ","
-        take = _taker(reading.numbered(), again)
-        while (line := take()) is not None:
-            number, raw = line
-            if raw is not None and not raw.strip(b" \r"):
-                continue
-            text, wrong = decoded(raw, o.encoding)
-            fields, more = [], []
-            if not wrong and (not o.quote or o.quote not in text):
-                fields = text.split(delimiter)
-            elif not wrong:
-                fields, wrong, more = self._quoted(text, delimiter, take)
-                if more and (wrong or (width and len(fields) != width)):
-                    again.extendleft(reversed(more))
-                    wrong = wrong if wrong != OPEN and wrong else f"{OPEN}: no later line closes it"
-            if wrong and o.header and not width:
-                raise ValueError(f"{reading.place(number)}: the names of the columns cannot be read: {wrong}; see --set encoding, quote and header")
-            if wrong:
-                reading.bad(number, wrong)
-            else:
-                width = width or len(fields)
-                yield number, fields
-
-    def _quoted(self, text: str, delimiter: str, take: Callable[[], Line | None]) -> tuple[list[str], str, list[Line]]:
-        """(fields, "" or what is wrong, further lines that were taken) of a record that begins with a line."""
-        more: list[Line] = []
-
-        def lines() -> Iterator[str]:
-            size = len(text)
-            yield f"{text}\n"
-            while size < ROW_BYTES and (line := take()) is not None:
-                more.append(line)
-                part, bad = decoded(line[1], self.options.encoding)
-                if bad:
-                    raise ValueError(f"a line of it is bad: {bad}")
-                size += len(part)
-                yield f"{part}\n"
-
-        csv.field_size_limit(2 * ROW_BYTES)
-        try:
-            return next(csv.reader(lines(), delimiter=delimiter, quotechar=self.options.quote, strict=True)), "", more
-        except csv.Error as error:
-            return [], OPEN if "unexpected end" in str(error) else f"not of CSV: {error}", more
-        except ValueError as error:  # of lines()
-            return [], str(error), more
-
     def _named(self, reading: Reading) -> Iterator[dict[str, str]]:
         """Every row by the new names of its columns."""
         o, names = self.options, [name.strip() for name in self.options.names.split(",")] if self.options.names else None
         picked: list[tuple[str, int]] | None = None
-        for number, fields in self._records(reading):
+        for number, fields in self.dialect.records(reading, o.header):
             if picked is None:
                 header = [name.strip() for name in fields] if o.header else names or [str(i) for i in range(len(fields))]
                 picked, width = self._picked(header, reading.place(number)), len(header)
@@ -159,12 +86,7 @@ class Csv(TableImporter):
 
     def _picked(self, header: list[str], place: str) -> list[tuple[str, int]]:
         """(new name, which field) of the columns that are kept. Raises ValueError for one that is not there."""
-        other = next((c for c in ";,|\t" if c in header[0]), "")
-        if len(header) == 1 and other and self.options.header and not self.options.delimiter:
-            raise ValueError(f"{place}: one column, {header[0]!r}; is it {'tab' if other == TAB else other} that stands between them? Say --set delimiter=...")
-        doubled = next((name for name in header if header.count(name) > 1), None)
-        if doubled is not None:
-            raise ValueError(f"{place}: two columns are called {doubled!r}; if this line is a row, say --set header=false, else rename one")
+        self.dialect.check_header(header, place, self.options.header)
         split = self.options.split_column
         for option, name in [("columns", old) for old in self.mapping.values()] + ([("split_column", split)] if split else []):
             if name not in header:
@@ -187,7 +109,7 @@ class Csv(TableImporter):
             rows += 1
             for name, value in row.items():
                 known = kinds.get(name, 0)
-                kinds[name] = known if known == 4 else wider(known, 4 if name in TEXTS else _kind(value))
+                kinds[name] = known if known == 4 else wider(known, 4 if name in TEXTS else field_kind(value))
         return {"rows": np.array(rows), "names": np.array(list(kinds), dtype=np.str_), "kinds": np.array(list(kinds.values()), dtype=np.int64)}
 
     def settle(self, pieces: list[Piece], found: list[Found]) -> Settled:
@@ -210,39 +132,10 @@ class Csv(TableImporter):
     def rows(self, reading: Reading) -> Iterator[dict[str, Any]]:
         kinds = reading.told["kinds"]
         for row in self._named(reading):
-            made = {name: _value(row[name], kind) if name in row else None for name, kind in kinds.items()}
+            made = {name: field_value(row[name], kind) if name in row else None for name, kind in kinds.items()}
             if "split" in row:
                 made["split"] = SPLITS.get(row["split"].strip().lower(), row["split"].strip())
             yield made
-
-
-def _taker(fresh: Iterator[tuple[int, int, bytes | None]], again: deque[Line]) -> Callable[[], Line | None]:
-    """Gives the lines that were given back, then new ones, then None; no generator, which would be at its end when lines of the end are given back."""
-    def take() -> Line | None:
-        if again:
-            return again.popleft()
-        line = next(fresh, None)
-        return line and (line[0], line[2])
-
-    return take
-
-
-def _kind(value: str) -> int:
-    """What a field looks like: the place in KINDS."""
-    value = value.strip()
-    if not value:
-        return 0
-    if WHOLE.fullmatch(value):
-        return 2
-    return 4 if LABEL.fullmatch(value) or not NUMBER.fullmatch(value) else 3
-
-
-def _value(text: str, kind: int) -> Any:
-    if kind != 4:
-        text = text.strip()
-    if not text:
-        return None
-    return int(text) if kind == 2 else float(text) if kind == 3 else text
 
 
 def _pairs(option: str, text: str) -> dict[str, str]:

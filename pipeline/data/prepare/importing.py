@@ -120,12 +120,17 @@ def depth(name: str) -> int:
 
 
 def options_of(name: str, pairs: list[str]) -> Any:
-    """The options of an importer from ``key=value`` texts. Raises ValueError naming the wrong one and the nearest right one."""
-    kind, given = registry.entry("importer", name).options, {}
+    """The options of an importer from ``key=value`` texts; unknown ones go into its ``options``, where it has such, to be checked by itself. Raises ValueError
+    naming the wrong one and the nearest right one."""
+    kind = registry.entry("importer", name).options
+    given: dict[str, Any] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals:
             raise ValueError(f"--set {pair}: write KEY=VALUE; options of {name}: {', '.join(kind.model_fields) or 'none'}")
+        if key not in kind.model_fields and "options" in kind.model_fields:
+            given.setdefault("options", {})[key] = value
+            continue
         if key not in kind.model_fields:
             raise ValueError(f"--set {pair}: importer {name} has no option {key!r}; {registry.nearest(key, kind.model_fields)}")
         given[key] = value

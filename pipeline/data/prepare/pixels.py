@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import numpy as np
 import PIL.Image
 
-from pipeline.imagefile import MOST_PIXELS
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 QUALITY = 92
@@ -64,6 +63,8 @@ def _turned(size: tuple[int, int]) -> tuple[int, int]:
 
 def _decoded(data: bytes, resize: int | None) -> tuple[PIL.Image.Image, tuple[int, int], tuple[float, float, float, float] | None]:
     """The image, its size as stored, and, when it was decoded smaller (a JPEG, to twice the size that is wanted at least), what part of it is the image."""
+    from pipeline.imagefile import MOST_PIXELS  # here: it imports torchvision, 80 MB in every worker that prepares tables
+
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)  # MOST_PIXELS decides

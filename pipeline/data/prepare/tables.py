@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline import storage
@@ -57,7 +58,7 @@ class TableImporter(ABC):
 
     registered_name: ClassVar[str]
     options_class: ClassVar[type[Options]]
-    label: ClassVar[str] = ""
+    label: str = ""
     amounts: ClassVar[dict[str, str]] = {}
     mixes: ClassVar[bool] = False
 
@@ -69,12 +70,13 @@ class TableImporter(ABC):
         """What is read at a time, in reading order, the same at every call; a mark that changes when the files do; notes for the summary."""
 
     @abstractmethod
-    def rows(self, reading: Reading) -> Iterator[dict[str, Any]]:
-        """The good rows of a piece, in order; ``reading.bad`` takes the others. Raises ValueError for a file that is not what the publisher gives."""
+    def rows(self, reading: Reading) -> Iterator[dict[str, Any] | pa.Table]:
+        """The good rows of a piece, in order, one by one or many as a table; ``reading.bad`` takes the others. Raises ValueError for a file that is not what
+        the publisher gives."""
 
     def survey(self, reading: Reading) -> Found:
         """What ``settle`` needs to know of a piece; ``rows``, their number, always."""
-        return {"rows": np.array(sum(1 for _ in self.rows(reading)))}
+        return {"rows": np.array(sum(1 if isinstance(row, dict) else len(row) for row in self.rows(reading)))}
 
     @abstractmethod
     def settle(self, pieces: list[Piece], found: list[Found]) -> Settled:
@@ -164,7 +166,7 @@ class TableWork(Work):
                     for piece, one, before in zip(self.pieces, found, self._before, strict=True) for at, reason in one["examples"].tolist()]
         check(examples, sum(int(one["broken"]) for one in found), self.total)
         self._settled = self.importer.settle(self.pieces, found)
-        self.notes, self.info = {**self._found_notes, **self.settled.notes}, self.settled.info
+        self.notes, self.info, self.label = {**self._found_notes, **self.settled.notes}, self.settled.info, self.importer.label
 
     @property
     def schema(self) -> pa.Schema:
@@ -249,6 +251,11 @@ def _make(importer: TableImporter, schema: pa.Schema, payload: list[tuple[Piece,
             for piece, before, told in payload:
                 reading = Reading(piece, opener, False, told, before, most=1 << 62)
                 for row in importer.rows(reading):
+                    if not isinstance(row, dict):
+                        block = row if "split" in row.column_names else row.append_column("split", pa.array([piece.split] * len(row), pa.string()))
+                        counts.update(_counted(block, importer.amounts))
+                        writer.add(block.select(schema.names).cast(schema))
+                        continue
                     row.setdefault("split", piece.split)
                     counts[row["split"], "rows"] += 1
                     for name, column in importer.amounts.items():
@@ -264,12 +271,41 @@ def _make(importer: TableImporter, schema: pa.Schema, payload: list[tuple[Piece,
     return Made(path, rows, broken, amounts)
 
 
+def _counted(block: pa.Table, amounts: dict[str, str]) -> dict[tuple[str, str], int]:
+    """How many rows of each split a table has, and what its columns' lengths add up to."""
+    out: dict[tuple[str, str], int] = {}
+    for split in sorted(set(block["split"].to_pylist())):
+        here = block.filter(pc.equal(block["split"], split))  # pyright: ignore[reportAttributeAccessIssue]
+        out[split, "rows"] = len(here)
+        for name, column in amounts.items():
+            out[split, name] = int(_lengths(here[column]).sum())
+    return out
+
+
+def _lengths(column: Any) -> np.ndarray:
+    """(rows,) int64, of lists and texts; 0 for null."""
+    kind = column.type
+    count = pc.list_value_length if pa.types.is_list(kind) or pa.types.is_large_list(kind) else pc.binary_length  # pyright: ignore[reportAttributeAccessIssue]
+    return np.asarray(count(column).fill_null(0).to_numpy(), dtype=np.int64)
+
+
+def _weights(block: pa.Table) -> np.ndarray:
+    """(rows,) int64, about how many bytes each row takes, as `_Writer.write` counts them."""
+    out = np.zeros(len(block), dtype=np.int64)
+    for column in block.columns:
+        kind = column.type
+        listed, text = pa.types.is_list(kind) or pa.types.is_large_list(kind), pa.types.is_string(kind) or pa.types.is_large_string(kind)
+        out += _lengths(column) * (16 if listed else 1) if listed or text else 8 * (kind.num_fields if pa.types.is_struct(kind) else 1)
+    return out
+
+
 class _Writer:
     """Rows to row groups; those that are mixed wait until there are MIXED_BYTES of them, or all."""
 
     def __init__(self, path: Path, schema: pa.Schema, mixes: bool):
         self.schema, self.mixes, self.file = schema, mixes, pq.ParquetWriter(path, schema, compression="zstd")
         self.held: list[dict[str, Any]] = []
+        self.blocks: list[pa.Table] = []
         self.waiting: list[pa.Table] = []
         self.weight = self.number = 0
 
@@ -277,21 +313,40 @@ class _Writer:
         return self
 
     def write(self, row: dict[str, Any]) -> None:
+        if self.blocks:
+            self._flush()
         self.held.append(row)
-        self.weight += sum(len(value) if isinstance(value, str) else 16 * len(value) if isinstance(value, list) else 8 for value in row.values())
+        self.weight += sum(len(value) if isinstance(value, str) else 16 * len(value) if isinstance(value, list) else
+                           8 * len(value) if isinstance(value, dict) else 8 for value in row.values())
         if self.weight >= GROUP_BYTES or len(self.held) >= GROUP_ROWS:
             self._flush()
 
-    def _flush(self) -> None:
+    def add(self, block: pa.Table) -> None:
+        """Rows as a table; where row groups end does not depend on how rows were cut into tables."""
         if self.held:
-            table = pa.Table.from_pylist(self.held, schema=self.schema)
+            self._flush()
+        total, at = np.cumsum(_weights(block)), 0
+        while at < len(block):
+            before = int(total[at - 1]) if at else 0
+            most = at + GROUP_ROWS - sum(map(len, self.blocks))
+            stop = min(most, int(np.searchsorted(total, before + GROUP_BYTES - self.weight)) + 1)
+            self.blocks.append(block.slice(at, stop - at))
+            if stop > len(block):
+                self.weight += int(total[-1]) - before
+                return
+            self._flush()
+            at = stop
+
+    def _flush(self) -> None:
+        if self.held or self.blocks:
+            table = pa.Table.from_pylist(self.held, schema=self.schema) if self.held else pa.concat_tables(self.blocks).combine_chunks()
             if not self.mixes:
                 self.file.write_table(table)
             else:
                 self.waiting.append(table)
                 if sum(one.nbytes for one in self.waiting) >= MIXED_BYTES:
                     self._mix()
-        self.held, self.weight = [], 0
+        self.held, self.blocks, self.weight = [], [], 0
 
     def _mix(self) -> None:
         if self.waiting:

@@ -14,15 +14,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from pipeline import registry, storage
+from pipeline import registry
 from pipeline.data.loader import threaded_map
-from pipeline.data.prepare import cleaning
-from pipeline.data.prepare.files import MOST_BYTES, Entry
-from pipeline.data.prepare.sources import ROW_BYTES, SQUEEZED, Listed, Piece, Reading, decoded, find, plain_suffix, ranges, unfit, wholes
+from pipeline.data.prepare import cleaning, parquet
+from pipeline.data.prepare.files import MOST_BYTES
+from pipeline.data.prepare.sources import ROW_BYTES, Listed, Piece, Reading, decoded, find, plain_suffix, ranges, unfit, wholes
 from pipeline.data.prepare.tables import KINDS, Found, Settled, TableImporter, as_kind, kind_of, wider
 from pipeline.registry import Options, register
 
-PLAIN, LINES, PARQUET = (".txt", ".text"), (".jsonl", ".ndjson"), (".parquet", ".pq")
+PLAIN, LINES, PARQUET = (".txt", ".text"), (".jsonl", ".ndjson"), parquet.SUFFIXES
 BATCH_ROWS = 256
 REASONS = ("", "empty", "too short (min_chars)", "too long (max_chars)", "too few words (min_words)", "too few letters (min_letters)",
            "of another script (script)", "exact duplicate", "near duplicate")
@@ -78,27 +78,16 @@ class Text(TableImporter):
         strange = [entry.name for entry, _ in listed.files if plain_suffix(entry.name) not in (*PLAIN, *LINES, *PARQUET)]
         if strange:
             raise ValueError(f"{strange[0]}: of no kind that is read ({', '.join((*PLAIN, *LINES, *PARQUET))}, also with .gz or .zst); rename it by its kind")
-        groups = dict(zip([entry for entry, _ in listed.files], threaded_map(self._groups, [entry for entry, _ in listed.files]), strict=True))
+        groups = dict(zip([entry for entry, _ in listed.files], threaded_map(parquet.groups, [entry for entry, _ in listed.files]), strict=True))
         pieces = []
         for entry, split in listed.files:
             one = Listed([(entry, split)], {}, "")
             by_lines = plain_suffix(entry.name) in LINES or self.options.documents != "file"
             if groups[entry]:
-                pieces += _row_groups(entry, split, groups[entry], part_bytes)
+                pieces += parquet.row_groups(entry, split, groups[entry], part_bytes)
             else:
                 pieces += ranges(one, part_bytes) if by_lines and plain_suffix(entry.name) not in PARQUET else wholes(one)
         return pieces, listed.mark, {"files left out": listed.others} if listed.others else {}
-
-    def _groups(self, entry: Entry) -> list[int]:
-        """Bytes of the row groups of a Parquet file that can be read in parts; none for other files. Raises ValueError for one that is damaged."""
-        if plain_suffix(entry.name) not in PARQUET or entry.offset >= 0 or entry.member or entry.name.lower().endswith(SQUEEZED):
-            return []
-        try:
-            with storage.open_read(entry.uri) as handle:
-                about = pq.ParquetFile(handle).metadata
-                return [about.row_group(i).total_byte_size for i in range(about.num_row_groups)]
-        except pa.ArrowInvalid as error:
-            raise ValueError(f"{entry.name}: not a whole Parquet file ({error}); get it again") from None
 
     # ------------------------------------------------------------ documents
 
@@ -310,14 +299,3 @@ class Text(TableImporter):
         for number, (place, text, kept) in enumerate(self._documents(reading)):
             if not drop[number]:
                 yield {"text": text, "id": reading.place(place), **{key: as_kind(value, kinds[key]) for key, value in kept.items()}}
-
-
-def _row_groups(entry: Entry, split: str, sizes: list[int], most: int) -> list[Piece]:
-    """Neighbouring row groups of a Parquet file, up to about ``most`` bytes of them."""
-    out: list[Piece] = []
-    for i, size in enumerate(sizes):
-        if out and out[-1].size + size <= most:
-            out[-1] = out[-1]._replace(stop=i + 1, size=out[-1].size + size)
-        else:
-            out.append(Piece(entry.name, split, entry, i, i + 1, size))
-    return out

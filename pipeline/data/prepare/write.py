@@ -1,7 +1,8 @@
 """From a source to parts on disk: in parallel, each written whole, with checksums; what is there already is kept.
 
 A part's rows follow from the source and the options alone, so a run that was killed and goes on writes the same bytes. What a part is and how one
-is made is another thing for images (``images``) than for recordings (``audio``) and for text and tables (``tables``).
+is made is another thing for images (``images``) than for recordings (``audio``), for text and tables (``tables``)
+and for long tables of events (``grouped``).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pipeline.data.loader import threaded_map
 from pipeline.data.prepare import summary
 from pipeline.data.prepare.audio import AudioImporter, AudioWork
 from pipeline.data.prepare.files import absolute
+from pipeline.data.prepare.grouped import GroupedImporter, GroupedWork
 from pipeline.data.prepare.images import ImageWork
 from pipeline.data.prepare.importing import few
 from pipeline.data.prepare.parts import Made, Part, Settings, Tell, Work
@@ -31,6 +33,8 @@ MANIFEST, BEGUN = "_manifest.json", "_prepare.json"
 """Names that begin with an underscore are passed over where the folder is read as data."""
 FORMAT_VERSION = 1
 UPLOAD_BYTES = 16 << 20
+WORKS = ((TableImporter, TableWork), (AudioImporter, AudioWork), (GroupedImporter, GroupedWork))
+"""What makes the parts of each kind of importer; images otherwise."""
 NAMED = 3
 """So many broken rows an error message names."""
 
@@ -47,7 +51,7 @@ class Preparation:
             raise ValueError(f"{self.output} lies in {self.source}: the parts would become part of what they are made of; give a folder outside")
         importer: Any = registry.get("importer", name)(options)
         self.options = importer.options
-        kind: Any = TableWork if isinstance(importer, TableImporter) else AudioWork if isinstance(importer, AudioImporter) else ImageWork
+        kind: Any = next((work for base, work in WORKS if isinstance(importer, base)), ImageWork)
         self.work: Work = kind(name, importer, self.source, self.settings)
         self.parts = self.work.parts
         self.key = spec_hash(FORMAT_VERSION, name, importer.options, *self.work.key)
