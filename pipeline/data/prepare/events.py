@@ -189,8 +189,11 @@ def _table(uri: str) -> pa.Table:
     entry = found.files[0][0]
     with closing(Opener()) as opener, opener(entry) as handle:
         try:
-            options = pcsv.ConvertOptions(strings_can_be_null=True, null_values=NULLS)
-            table = pq.read_table(handle) if entry.name.lower().endswith(".parquet") else pcsv.read_csv(pa.PythonFile(handle, mode="r"), convert_options=options)
+            if entry.name.lower().endswith(".parquet"):
+                table = pq.read_table(handle)
+            else:
+                options = pcsv.ConvertOptions(strings_can_be_null=True, null_values=NULLS)
+                table = pcsv.read_csv(pa.PythonFile(handle, mode="r"), convert_options=options)
         except (pa.ArrowInvalid, OSError, EOFError):
             raise ValueError(f"{entry.name}: not a whole table with one row an entity; get it again") from None
     return pa.table({field.name: _plain(table[field.name], field.type) for field in table.schema})

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import numpy as np
 import PIL.Image
 
-
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 QUALITY = 92
 _ORIENTATION, _TURNED = 0x0112, range(5, 9)

@@ -72,8 +72,8 @@ def test_streams_equal_sql(tmp_path, form):
     manifest = prepare("events", file, tmp_path / "out", *COLUMNS, part_mb=64 * KB)
     assert len(manifest["files"]) > 5
     found = {int(key): events(row) for key, row in rows(tmp_path / "out").items()}
-    sql = duckdb.sql("select machine, list((h, what, r) order by h, what, r) from (select distinct machine, time::float as h, what, reading::float as r from data) "
-                     "group by machine").fetchall()
+    sql = duckdb.sql("select machine, list((h, what, r) order by h, what, r) from (select distinct machine, time::float as h, what, reading::float as r "
+                     "from data) group by machine").fetchall()
     assert found == {machine: [tuple(one.values()) if isinstance(one, dict) else tuple(one) for one in listed] for machine, listed in sql}
     notes = summary(tmp_path / "out")["notes"]
     distinct = sum(map(len, found.values()))
@@ -197,15 +197,16 @@ def test_units(tmp_path, unit, time, hours):
 def test_entities_with_facts_and_outcomes(tmp_path, form):
     """Timestamps of the years 2100 count from the entity's own start; facts are inputs, all else are outcomes; entities without events stay."""
     people = "stay,person,begin,Age,Sex,died,note\n3,30,2150-01-01 12:00:00,50,F,0,x\n1,10,2101-06-01 00:00:00,70.5,M,1,y\n2,10,2101-08-01 00:00:00,,M,0,z\n"
-    long = "stay,at,what,value\n1,2101-06-01 06:30:00,HR,80\n3,2150-01-01 11:00:00,HR,90\n1,2101-05-31 23:00:00,Temp,98.6\n9,2101-06-01 00:00:00,HR,1\n1,soon,HR,1\n"
+    long = "stay,at,what,value\n1,2101-06-01 06:30:00,HR,80\n3,2150-01-01 11:00:00,HR,90\n1,2101-05-31 23:00:00,Temp,98.6\n9,2101-06-01 00:00:00,HR,1\n"
+    long += "1,soon,HR,1\n"
     (tmp_path / "people.csv").write_text(people)
     (tmp_path / "long.csv").write_text(long)
     if form == "parquet":
         for name in ("people", "long"):
             read = pcsv.read_csv(tmp_path / f"{name}.csv", convert_options=pcsv.ConvertOptions(column_types={"at": pa.string()}))
             pq.write_table(read, tmp_path / f"{name}.parquet")
-    options = [f"entities={tmp_path}/people.{form}", "entity=stay", "time=at", "variable=what", "unit=timestamp", "start=begin", "static=Age,Sex", "group=person",
-               "split=test", "clean=clinical"]
+    options = [f"entities={tmp_path}/people.{form}", "entity=stay", "time=at", "variable=what", "unit=timestamp", "start=begin", "static=Age,Sex",
+               "group=person","split=test", "clean=clinical"]
     manifest = prepare("events", tmp_path / f"long.{form}", tmp_path / "out", *options)
     found = rows(tmp_path / "out")
     assert manifest["rows"] == {"test": 3} and list(found) != [] and set(found) == {1, 2, 3}
@@ -218,12 +219,12 @@ def test_entities_with_facts_and_outcomes(tmp_path, form):
 
 def test_clinical_ranges(tmp_path):
     """Outside of the outlier bounds: left out; between those and the valid ones: set to the bound; fractions to percent, F to C, a pH without its point."""
-    (tmp_path / "long.csv").write_text("entity,time,variable,value\na,0,FiO2,0.5\na,1,FiO2,40\na,2,FiO2,105\na,3,Temp,20\na,4,Temp,100.4\na,5,pH,735\na,6,HR,400\n"
-                                       "a,7,HR,360\na,8,Weight,0\na,9,own,1e9\na,10,SaO2,0.97\n")
+    (tmp_path / "long.csv").write_text("entity,time,variable,value\na,0,FiO2,0.5\na,1,FiO2,40\na,2,FiO2,105\na,3,Temp,20\na,4,Temp,100.4\na,5,pH,735\n"
+                                       "a,6,HR,400\na,7,HR,360\na,8,Weight,0\na,9,own,1e9\na,10,SaO2,0.97\n")
     prepare("events", tmp_path / "long.csv", tmp_path / "out", "clean=clinical")
     f = {name: np.float32(value).item() for name, value in (("pH", 7.35), ("SaO2", 97), ("Temp", 38))}
-    assert events(rows(tmp_path / "out")["a"]) == [(0, "FiO2", 50), (1, "FiO2", 40), (2, "FiO2", 100), (4, "Temp", f["Temp"]), (5, "pH", f["pH"]), (7, "HR", 350),
-                                                   (9, "own", 1e9), (10, "SaO2", f["SaO2"])]
+    assert events(rows(tmp_path / "out")["a"]) == [(0, "FiO2", 50), (1, "FiO2", 40), (2, "FiO2", 100), (4, "Temp", f["Temp"]), (5, "pH", f["pH"]),
+                                                   (7, "HR", 350), (9, "own", 1e9), (10, "SaO2", f["SaO2"])]
     assert dropped(tmp_path / "out") == {"events: out of range": 3, plausible.CLAMPED: 2}
 
 
@@ -323,8 +324,8 @@ def test_data_folder(tmp_path):
             f"entities={folder}/records_b.parquet", "static=Age,Gender", part_mb=2)
     found = pa.concat_tables([pq.read_table(file) for file in sorted((tmp_path / "out").glob("*.parquet"))])
     assert len(found) == 4000 and {"In-hospital_death", "Survival", "ICUType"} <= set(found.column_names)
-    ours = duckdb.sql("select v, count(*), round(sum(x), 1), min(t), max(t) from (select unnest(variables) v, unnest(values)::double x, unnest(times) t from found) "
-                      "group by v order by v").fetchall()
+    ours = duckdb.sql("select v, count(*), round(sum(x), 1), min(t), max(t) from (select unnest(variables) v, unnest(values)::double x, "
+                      "unnest(times) t from found) group by v order by v").fetchall()
     sql = duckdb.sql(f"select parameter::varchar v, count(*), round(sum(value::double), 1), min(minute / 60)::float, max(minute / 60)::float from "
                      f"(select distinct * from '{folder}/events_b.parquet') group by v order by v").fetchall()
     assert ours == sql and len(sql) == 37

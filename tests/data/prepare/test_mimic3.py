@@ -165,8 +165,9 @@ def test_each_dropped_event_has_one_reason(mimic, tmp_path):
     assert notes["events dropped by reason"] == {
         "chartevents: a pair of numbers": 1, "chartevents: no number": 3, "chartevents: marked as an error": 1, "chartevents: out of range": 1,
         "chartevents: no time": 1, "chartevents: no item id": 1, "chartevents: unknown item": 1, "chartevents: no stay": 2, "chartevents: outside the stay": 2,
-        "labevents: outside the stay": 1, "labevents: no stay": 1, "outputevents: out of range": 1, "outputevents: no value": 1, "outputevents: unknown item": 1,
-        "inputevents_cv: no value": 1, "inputevents_cv: unknown item": 1, "inputevents_mv: rewritten": 1, "inputevents_mv: out of range": 1,
+        "labevents: outside the stay": 1, "labevents: no stay": 1, "outputevents: out of range": 1, "outputevents: no value": 1,
+        "outputevents: unknown item": 1, "inputevents_cv: no value": 1, "inputevents_cv: unknown item": 1, "inputevents_mv: rewritten": 1,
+        "inputevents_mv: out of range": 1,
         "inputevents_mv: outside the stay": 1, "prescriptions: outside the stay": 1, "prescriptions: no drug": 1, plausible.CENSORED: 3}
     lost = sum(count for name, count in notes["events dropped by reason"].items() if ": " in name)
     assert notes["events dropped: duplicate"] == {"train": 1} and notes["events that follow from others"] == {"train": 1}
@@ -182,7 +183,8 @@ def test_facts_and_outcomes(mimic, tmp_path):
                                      "previous_codes": []}
     assert found[1010]["static"]["previous_codes"] == ["0389", "4019"] and found[1001]["static"]["previous_codes"] == []
     assert found[2000]["static"]["Age"] == 91.4 and found[2000]["static"]["Gender"] == "male"
-    names = ("patient", "hospital_death", "death_hours", "icu_hours", "discharge_hours", "readmission_days", "care_unit", "dbsource", "stays_in_admission", "transfers")
+    names = ("patient", "hospital_death", "death_hours", "icu_hours", "discharge_hours", "readmission_days", "care_unit", "dbsource",
+             "stays_in_admission", "transfers")
     assert {entity: tuple(row[name] for name in names) for entity, row in found.items()} == {
         1000: (1, 0, None, 48, 218, pytest.approx(49.5), "MICU", "carevue", 2, 0), 1001: (1, 0, None, 48, 132, pytest.approx(49.5), "MICU", "carevue", 2, 1),
         1010: (1, 1, 83, 83, 95, None, "CCU", "metavision", 1, 0), 2000: (2, 0, None, 72, 432, None, "CSRU", "metavision", 3, 0)}
@@ -316,19 +318,22 @@ def test_demo_as_the_publishers_csv(demo, prepared, tmp_path, case):
 
 STREAMS = """
 with stays as (select s.*, a.admittime from '{demo}/icustays.parquet' s join '{demo}/admissions.parquet' a using (hadm_id)),
-raw as (select 'chartevents' t, row_number() over () n, subject_id, hadm_id, itemid, charttime, valuenum v, null::varchar w from '{demo}/chartevents_vitals.parquet'
+raw as (select 'chartevents' t, row_number() over () n, subject_id, hadm_id, itemid, charttime, valuenum v, null::varchar w
+        from '{demo}/chartevents_vitals.parquet'
         union all select 'labevents', row_number() over (), subject_id, hadm_id, itemid, charttime, valuenum, value from '{demo}/labevents.parquet'),
 items as (select * from read_csv('{clinical}/items.csv', comment='#', header=true, all_varchar=true)),
 ranges as (select variable, outlier_low::double a, valid_low::double b, valid_high::double c, outlier_high::double d
            from read_csv('{clinical}/ranges.csv', comment='#', header=true, all_varchar=true)),
 numbers as (select raw.*, i.variable, i.conversion, coalesce(v, try_cast(regexp_replace(w, '^(<|>|LESS THAN |GREATER THAN )\\s*', '') as double)) x
             from raw join items i on i."table" = raw.t and i.itemid::int = raw.itemid),
-units as (select *, case when conversion = 'celsius' and x >= 79 then (x - 32) * 5 / 9 when conversion = 'percent' and x > 0 and x <= 1.1 then x * 100 else x end y
+units as (select *, case when conversion = 'celsius' and x >= 79 then (x - 32) * 5 / 9 when conversion = 'percent' and x > 0 and x <= 1.1 then x * 100
+          else x end y
           from numbers where x is not null),
 good as (select u.*, case when r.variable is null then y else least(greatest(y, b), c) end z from units u left join ranges r using (variable)
          where r.variable is null or (y >= a and y <= d)),
-drugs as (select 'prescriptions' t, row_number() over () n, subject_id, hadm_id, case when startdate = date_trunc('day', startdate) then startdate + interval 1 day
-          else startdate end charttime, 'drug: ' || regexp_replace(trim(drug), '\\s+', ' ', 'g') variable, 1.0::double z from '{demo}/prescriptions.parquet'),
+drugs as (select 'prescriptions' t, row_number() over () n, subject_id, hadm_id, case when startdate = date_trunc('day', startdate)
+          then startdate + interval 1 day else startdate end charttime,
+          'drug: ' || regexp_replace(trim(drug), '\\s+', ' ', 'g') variable, 1.0::double z from '{demo}/prescriptions.parquet'),
 every as (select t, n, subject_id, hadm_id, charttime, variable, z from good union all select * from drugs),
 placed as (select e.*, s.icustay_id, s.intime, s.admittime, row_number() over (partition by t, n order by s.outtime) k from every e join stays s
            on case when e.hadm_id is not null then s.hadm_id = e.hadm_id else s.subject_id = e.subject_id end and s.outtime >= e.charttime),
@@ -362,7 +367,8 @@ def test_demo_stays_equal_sql(demo, prepared):
                round(epoch(dischtime - intime) / 3600, 6), round(epoch(next - dischtime) / 86400, 6), first_careunit, dbsource,
                count(*) over (partition by hadm_id), (first_careunit <> last_careunit or first_wardid <> last_wardid)::int, admission_type,
                case when gender = 'F' then 'female' else 'male' end, round(least(date_diff('day', dob, intime::date) / 365.2425, 300), 1)
-        from '{demo}/icustays.parquet' s join a using (hadm_id) join '{demo}/patients.parquet' p on p.subject_id = s.subject_id order by icustay_id""").fetchall()
+        from '{demo}/icustays.parquet' s join a using (hadm_id) join '{demo}/patients.parquet' p on p.subject_id = s.subject_id
+        order by icustay_id""").fetchall()
 
     def told(row: dict) -> tuple:
         numbers = [None if row[name] is None else round(row[name], 6) for name in ("death_hours", "icu_hours", "discharge_hours", "readmission_days")]
@@ -385,7 +391,8 @@ def test_demo_codes_equal_sql(demo, prepared):
     found = rows(prepared)
     own = dict(duckdb.sql(f"select icustay_id, list(distinct icd9_code) from '{demo}/icustays.parquet' join '{demo}/diagnoses_icd.parquet' using (hadm_id) "
                           "where icd9_code is not null group by icustay_id").fetchall())
-    earlier = dict(duckdb.sql(f"""select icustay_id, list(distinct icd9_code) from '{demo}/icustays.parquet' s join '{demo}/admissions.parquet' a using (hadm_id)
+    earlier = dict(duckdb.sql(f"""select icustay_id, list(distinct icd9_code) from '{demo}/icustays.parquet' s
+        join '{demo}/admissions.parquet' a using (hadm_id)
         join '{demo}/admissions.parquet' b on b.subject_id = a.subject_id and b.dischtime <= a.admittime
         join '{demo}/diagnoses_icd.parquet' d on d.hadm_id = b.hadm_id where icd9_code is not null group by icustay_id""").fetchall())
     assert {entity: set(row["icd9"]) for entity, row in found.items()} == {entity: set(own.get(entity, ())) for entity in found}

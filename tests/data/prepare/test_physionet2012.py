@@ -39,7 +39,8 @@ def summary(output) -> dict:
 
 
 def record(number: int, age=54, gender=0, height=-1, unit=4, weight=-1, more: str = "") -> str:
-    return (f"{HEAD}00:00,RecordID,{number}\n00:00,Age,{age}\n00:00,Gender,{gender}\n00:00,Height,{height}\n00:00,ICUType,{unit}\n00:00,Weight,{weight}\n{more}")
+    return (f"{HEAD}00:00,RecordID,{number}\n00:00,Age,{age}\n00:00,Gender,{gender}\n"
+            f"00:00,Height,{height}\n00:00,ICUType,{unit}\n00:00,Weight,{weight}\n{more}")
 
 
 @pytest.fixture
@@ -157,7 +158,8 @@ def written_back(folder: Path, root: Path, name: str, step: int) -> list[int]:
     records = pq.read_table(folder / f"records_{name}.parquet").to_pylist()[::step]
     wanted = [row["recordid"] for row in records]
     lines: dict[int, io.StringIO] = {number: io.StringIO() for number in wanted}
-    sql = f"select recordid, minute, parameter::varchar, value from '{folder}/events_{name}.parquet' where recordid in {tuple(wanted)} order by recordid, minute"
+    sql = f"select recordid, minute, parameter::varchar, value from '{folder}/events_{name}.parquet' where recordid in {tuple(wanted)} " \
+          f"order by recordid, minute"
     for number, minute, parameter, value in duckdb.sql(sql).fetchall():
         lines[number].write(f"{minute // 60:02d}:{minute % 60:02d},{parameter},{value:.9g}\n")
     (root / f"set-{name}").mkdir(parents=True)
@@ -208,5 +210,6 @@ def test_tables_equal_sql(tmp_path):
         good as (select distinct recordid, minute, p, least(greatest(v, valid_low), valid_high)::float v from clean join ranges r on r.variable = p
                  where v >= outlier_low and v <= outlier_high)
         select p, count(*), round(sum(v::double), 0) from good group by p order by p""").fetchall()
-    ours = duckdb.sql(f"select p, count(*), round(sum(v::double), 0) from (select unnest(variables) p, unnest(values) v from {found}) group by p order by p").fetchall()
+    ours = duckdb.sql(f"select p, count(*), round(sum(v::double), 0) from "
+                      f"(select unnest(variables) p, unnest(values) v from {found}) group by p order by p").fetchall()
     assert ours == sql and len(sql) == 37

@@ -79,7 +79,8 @@ SOURCES = {"text": ("text", []), "conll": ("conll", []), "squad": ("squad", []),
 def test_all_importers_are_tested():
     images = {"imagefolder", "imagenet", "webdataset", "chestxray14", "coco"}
     sounds = {"librispeech", "commonvoice", "speech_commands", "manifest", "an4"}
-    assert set(registry.names("importer")) == images | sounds | set(SOURCES)
+    records = {"events", "physionet2012", "mimic3", "cohort", "table"}
+    assert set(registry.names("importer")) == images | sounds | records | set(SOURCES)
 
 
 @pytest.mark.parametrize("name", SOURCES)
