@@ -221,8 +221,8 @@ def export(bundle: Annotated[str, typer.Argument(help="The bundle to export.")],
 
 
 @app.command()
-def prepare(name: Annotated[str | None, typer.Argument(help="imagenet, coco, librispeech, commonvoice, manifest, text, csv and others: --list.")] = None,
-            source: Annotated[str | None, typer.Argument(help="The publisher's folder, archive or (text) file, local or s3://.")] = None,
+def prepare(name: Annotated[str | None, typer.Argument(help="imagenet, coco, librispeech, commonvoice, text, csv, mimic3 and others: --list.")] = None,
+            source: Annotated[str | None, typer.Argument(help="The publisher's folder, archive or file, local or s3://.")] = None,
             output: Annotated[str | None, typer.Option("-o", "--output", help="Folder for the Parquet parts, local or s3://.")] = None,
             set_: Annotated[list[str] | None, typer.Option("--set", help="An option of the importer; --list shows them.", metavar="KEY=VALUE")] = None,
             resize: Annotated[int | None, typer.Option(help="Images: shorter side in pixels, only downwards; larger ones are written as JPEG anew.")] = None,

@@ -18,7 +18,8 @@ SCHEMA = pa.schema([
     ("values", pa.list_(pa.float32())), ("events", pa.int32()),
     ("static", pa.struct([("Age", pa.float64()), ("Gender", pa.string()), ("CareUnit", pa.string())])),
     ("hospital_death", pa.int8()), ("death_hours", pa.float64()), ("icu_hours", pa.float64()), ("discharge_hours", pa.float64()),
-    ("icd9", pa.list_(pa.string())), ("readmission_days", pa.float64()), ("care_unit", pa.string()), ("dbsource", pa.string()),
+    ("icd9", pa.list_(pa.string())), ("readmission_days", pa.float64()), ("next_icd9", pa.list_(pa.string())),
+    ("care_unit", pa.string()), ("dbsource", pa.string()),
     ("stays_in_admission", pa.int32()), ("transfers", pa.bool_()), ("split", pa.string())])
 
 
@@ -26,7 +27,8 @@ def stay(entity: int = 1, hours: float | None = 60.0, times=(0.5, 1.5, 30.0), di
     """One stay: ``died`` is the hour of death in the hospital."""
     return {"entity": entity, "patient": entity // 10, "times": list(times), "variables": [f"v{i}" for i in range(len(times))],
             "values": [float(i) for i in range(len(times))], "events": len(times), "static": {"Age": age, "Gender": "female", "CareUnit": "MICU"},
-            "hospital_death": int(died is not None), "death_hours": died, "icu_hours": hours, "discharge_hours": hours, "icd9": [], "readmission_days": None,
+            "hospital_death": int(died is not None), "death_hours": died, "icu_hours": hours, "discharge_hours": hours, "icd9": [],
+            "readmission_days": None, "next_icd9": None,
             "care_unit": "MICU", "dbsource": "metavision", "stays_in_admission": 1, "transfers": False, "split": "train", **other}
 
 
@@ -154,6 +156,15 @@ def test_readmission_within_30_days():
     assert why == ["", "", "", "died in the hospital", "next admission before discharge", ""]
 
 
+def test_codes_of_the_next_visit_are_categories():
+    found, why = made("next_codes", stay(1, next_icd9=["42731", "427.0 ", "v4511", None, "0389"]), stay(2, next_icd9=[]), stay(3), stay(4, next_icd9=["E8888"]),
+                      stay(5, hours=20.0, next_icd9=["5849"], times=(1.0, 20.5)), stay(6, hours=None, next_icd9=["5849"]))
+    assert [row["labels"] for row in found] == [["038", "427", "V45"], ["E88"], ["584"]] and found[2]["times"] == [1.0]
+    assert why == ["", "no next admission with codes", "no next admission with codes", "", "", "length of stay unknown"]
+    assert not {"next_icd9", "icd9"} & set(found[0])
+    assert made("next_codes", stay(1, next_icd9=["42731"]), characters=5)[0][0]["labels"] == ["42731"]
+
+
 def test_phenotypes_are_25_and_no_code_is_of_two():
     text = (Path(phenotyping.__file__).parent / "phenotypes.csv").read_text()
     codes = [code for line in text.splitlines()[3:] for code in line.rpartition(",")[2].split()]
@@ -213,7 +224,8 @@ def drawn(count: int) -> list[dict]:
         died = float(draw.integers(1, 4 * 120)) / 4 if draw.random() < 0.4 else None
         out.append(stay(i, hours, times, died, age=None if draw.random() < 0.05 else float(draw.choice([17, 18, 60])), transfers=bool(draw.random() < 0.1),
                         stays_in_admission=int(draw.choice([1, 1, 1, 1, 2])), icd9=draw.choice(codes, draw.integers(0, 6)).tolist(),
-                        readmission_days=float(draw.choice([0.5, 30, 30.5, 300])) if draw.random() < 0.5 else None))
+                        readmission_days=float(draw.choice([0.5, 30, 30.5, 300])) if draw.random() < 0.5 else None,
+                        next_icd9=codes[i % 5:i % 5 + i % 4] if i % 2 else None))
     return out
 
 
@@ -240,7 +252,7 @@ def test_batches_and_slices_change_nothing_and_types_hold_without_rows(task):
     assert pa.concat_tables([table for table, _ in parts]).equals(whole) and np.concatenate([reasons for _, reasons in parts]).tolist() == why.tolist()
     assert cohort.select(definition, SCHEMA.empty_table())[0].schema == whole.schema
     assert definition.label in whole.column_names and not set(whole.column_names) & {"hospital_death", "death_hours", "icu_hours", "discharge_hours", "icd9",
-                                                                                     "readmission_days", "stays_in_admission", "transfers"}
+                                                                                     "readmission_days", "next_icd9", "stays_in_admission", "transfers"}
     assert set(definition.needs(SCHEMA.names)) <= set(cohort.names_of(SCHEMA))
 
 

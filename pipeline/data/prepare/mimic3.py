@@ -44,9 +44,10 @@ class Mimic3(GroupedImporter):
 
     Columns: entity (icustay_id), patient (subject_id), times (hours since admission to intensive care), variables, values, events, static (Age, Gender,
     CareUnit, Source, AdmissionType, previous_codes), and the outcomes hospital_death, death_hours, icu_hours, discharge_hours, icd9, readmission_days,
-    care_unit, dbsource, stays_in_admission, transfers. An event belongs to the first stay of its admission that ends after it. Items go by
-    clinical/items.csv, CareVue and MetaVision under one name, values by clinical/ranges.csv; drugs are called drug: NAME, inputs input: NAME. What stands
-    without a time of day counts from the day's end, an infusion from its end: nothing is known before it was. All rows are train: cut by patient.
+    next_icd9 (of the patient's next admission), care_unit, dbsource, stays_in_admission, transfers. An event belongs to the first stay of its admission
+    that ends after it. Items go by clinical/items.csv, CareVue and MetaVision under one name, values by clinical/ranges.csv; drugs are called
+    drug: NAME, inputs input: NAME. What stands without a time of day counts from the day's end, an infusion from its end: nothing is known before
+    it was. All rows are train: cut by patient.
     """
 
     label = "hospital_death"

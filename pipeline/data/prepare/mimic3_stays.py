@@ -30,7 +30,8 @@ FACTS = pa.struct([("Age", pa.float64()), ("Gender", pa.string()), ("CareUnit", 
                    ("previous_codes", pa.list_(pa.string()))])
 SCHEMA = pa.schema([("entity", pa.int64()), ("patient", pa.int64()), ("static", FACTS), ("hospital_death", pa.int64()), ("death_hours", pa.float64()),
                     ("icu_hours", pa.float64()), ("discharge_hours", pa.float64()), ("icd9", pa.list_(pa.string())), ("readmission_days", pa.float64()),
-                    ("care_unit", pa.string()), ("dbsource", pa.string()), ("stays_in_admission", pa.int64()), ("transfers", pa.int64()),
+                    ("next_icd9", pa.list_(pa.string())), ("care_unit", pa.string()), ("dbsource", pa.string()), ("stays_in_admission", pa.int64()),
+                    ("transfers", pa.int64()),
                     ("split", pa.string())])
 GENDERS = {"F": "female", "M": "male"}
 
@@ -124,7 +125,7 @@ def _row(row: dict[str, Any], start: int, end: int, patients: dict[int, tuple[st
     gender, born = patients[patient]
     others = sorted((other.start, other.end, hadm) for hadm, other in admissions.of[patient] if hadm != number)
     earlier = [code for _, ended, hadm in others if ended <= own.start for code in codes.get(hadm, ())]
-    later = [began for began, _, _ in others if began >= own.end]
+    later = [(began, hadm) for began, _, hadm in others if began >= own.end]
     age = None if born is None else (start - born) / YEAR
     moved = [(row["first_careunit"], row["last_careunit"]), (row["first_wardid"], row["last_wardid"])]
     return {"entity": row["icustay_id"], "patient": patient, "static": {
@@ -132,7 +133,8 @@ def _row(row: dict[str, Any], start: int, end: int, patients: dict[int, tuple[st
         "Source": row["dbsource"], "AdmissionType": own.type, "previous_codes": list(dict.fromkeys(earlier))},
         "hospital_death": own.expired, "death_hours": None if own.death is None else (own.death - start) / 3600, "icu_hours": (end - start) / 3600,
         "discharge_hours": (own.end - start) / 3600, "icd9": list(dict.fromkeys(codes.get(number, ()))),
-        "readmission_days": (min(later) - own.end) / 86400 if later else None, "care_unit": row["first_careunit"], "dbsource": row["dbsource"],
+        "readmission_days": (later[0][0] - own.end) / 86400 if later else None,
+        "next_icd9": list(dict.fromkeys(codes.get(later[0][1], ()))) if later else None, "care_unit": row["first_careunit"], "dbsource": row["dbsource"],
         "stays_in_admission": counts[number], "transfers": int(any(None not in pair and pair[0] != pair[1] for pair in moved)), "split": "train"}
 
 

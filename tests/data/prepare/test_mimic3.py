@@ -189,6 +189,7 @@ def test_facts_and_outcomes(mimic, tmp_path):
         1000: (1, 0, None, 48, 218, pytest.approx(49.5), "MICU", "carevue", 2, 0), 1001: (1, 0, None, 48, 132, pytest.approx(49.5), "MICU", "carevue", 2, 1),
         1010: (1, 1, 83, 83, 95, None, "CCU", "metavision", 1, 0), 2000: (2, 0, None, 72, 432, None, "CSRU", "metavision", 3, 0)}
     assert [found[i]["icd9"] for i in (1000, 1010, 2000)] == [["0389", "4019"], ["41071"], ["41401"]]
+    assert [found[i]["next_icd9"] for i in (1000, 1001, 1010, 2000)] == [["41071"], ["41071"], None, None]
 
 
 def test_broken_stays_are_listed_by_place(mimic, tmp_path):
