@@ -106,4 +106,5 @@ def best_threshold(chance: np.ndarray, positive: np.ndarray, goal: Literal["f1",
     value = 2 * hits / (calls + true) if goal == "f1" else hits / true - (calls - hits) / (len(positive) - true)
     best = int(np.argmax(value))
     below = ranked[ends[best] + 1] if best + 1 < len(ends) else 0.0
-    return float((ranked[ends[best]] + below) / 2)
+    found = np.float32((ranked[ends[best]] + below) / 2)  # as test predictions hold it
+    return float(found if found <= ranked[ends[best]] else np.nextafter(found, np.float32(0)))

@@ -13,6 +13,8 @@ from pipeline.ragged import ragged
 
 MOST = 8.0
 """Standardised numbers lie within so many deviations."""
+TAILS = (0.001, 0.999)
+"""Mean and deviation are those of values clipped to these quantiles. The quantiles themselves, which may be one patient's, are not kept."""
 
 
 class Facts:
@@ -29,15 +31,16 @@ class Facts:
 
     @staticmethod
     def fit(column: Any, name: str, min_rows: int) -> dict[str, Any]:
-        """State from a column of structs. A text is known where ``min_rows`` rows have it. Raises ValueError for another type, named."""
+        """State from a column of structs. A number or a text is known where ``min_rows`` rows have it. Raises ValueError for another type, named."""
         out = Facts.nothing()
         found = Counter()
         for field, values in _fields(column, name):
             if _numeric(values.type):
                 numbers = _floats(values)
                 numbers = numbers[np.isfinite(numbers)]
-                if not len(numbers):
+                if len(numbers) < min_rows:
                     continue
+                numbers = numbers.clip(*np.quantile(numbers, TAILS))
                 std = float(numbers.std())
                 for key, value in (("numbers", field), ("mean", float(f"{numbers.mean():.7g}")), ("std", float(f"{std:.7g}") if std > 1e-9 else 1.0)):
                     out[key].append(value)
@@ -50,25 +53,35 @@ class Facts:
     def sizes(self) -> dict[str, int]:
         return {"numbers": len(self.state["numbers"]), "codes": len(self.state["codes"])}
 
-    def known(self, column: Any) -> str:
-        """In words, which fields and texts of these rows are not known; "" where all are."""
-        lost, texts, kinds = [], 0, set()
-        for field, values in _fields(column, "static"):
+    def known(self, column: Any, name: str) -> str:
+        """In words, which fields and texts of these rows are not known, and which known numbers they lack; "" where all are the same."""
+        there, kinds = [], set()
+        for field, values in self._matched(column, name):
             if _numeric(values.type):
-                if field not in self.state["numbers"] and len(values) > values.null_count:
-                    lost.append(field)
+                there += [field] if len(values) > values.null_count else []
             else:
                 kinds |= {code for codes in _codes(field, values) for code in codes}
+        left, lacking = ([one for one in some if one not in others] for some, others in ((there, self.state["numbers"]), (self.state["numbers"], there)))
         texts = len([code for code in kinds if code not in self.place])
-        return "; ".join(filter(None, [f"static numbers left out: {', '.join(lost)}" if lost else "",
-                                       f"{texts} of {len(kinds)} static texts are unknown" if texts else ""]))
+        return "; ".join(filter(None, [f"numbers of {name} left out: {', '.join(left)}" if left else "", f"not there: {', '.join(lacking)}" if lacking else "",
+                                       f"{texts} of {len(kinds)} texts of {name} are unknown" if texts else ""]))
 
-    def decode(self, column: Any, rows: int) -> dict[str, np.ndarray]:
+    def _matched(self, column: Any, name: str) -> list[tuple[str, Any]]:
+        """Its fields. Raises ValueError for one that holds texts here and numbers where the state was fitted, or the other way round."""
+        found = _fields(column, name)
+        for field, values in found:
+            texts = any(code.startswith(f"{field}=") for code in self.place)
+            if (field in self.state["numbers"] and not _numeric(values.type)) or (texts and _numeric(values.type)):
+                raise ValueError(f"column {name}, field {field}: it holds {values.type} here and {'texts' if texts else 'numbers'} in the rows that it was "
+                                 "fitted on; write both in one type")
+        return found
+
+    def decode(self, column: Any, rows: int, name: str) -> dict[str, np.ndarray]:
         """``numbers`` (B, K) float32 standardised, 0 where unknown; ``numbers_known`` (B, K) bool; ``codes``, ragged int64 places of known texts plus 1."""
         numbers = np.full((rows, len(self.state["numbers"])), np.nan)
         codes: list[list[int]] = [[] for _ in range(rows)]
-        at = {name: place for place, name in enumerate(self.state["numbers"])}
-        for field, values in _fields(column, "static") if column is not None else ():
+        at = {number: place for place, number in enumerate(self.state["numbers"])}
+        for field, values in self._matched(column, name) if column is not None else ():
             if _numeric(values.type):
                 if field in at:
                     numbers[:, at[field]] = _floats(values)
@@ -94,7 +107,8 @@ def _fields(column: Any, name: str) -> list[tuple[str, Any]]:
         inner = values.type.value_type if _listed(values.type) else values.type
         if not (_numeric(values.type) or _text(inner) or pa.types.is_boolean(inner) or pa.types.is_null(inner)):
             raise ValueError(f"column {name}, field {field.name}: it holds {values.type}; facts are numbers, texts and lists of texts")
-        out.append((field.name, values))
+        if not pa.types.is_null(values.type):
+            out.append((field.name, values))
     return out
 
 
@@ -111,7 +125,7 @@ def _numeric(kind: pa.DataType) -> bool:
 
 
 def _floats(values: Any) -> np.ndarray:
-    return pc.cast(values, pa.float64()).to_numpy(zero_copy_only=False)
+    return pc.cast(values, pa.float64(), safe=False).to_numpy(zero_copy_only=False)  # a checked cast tells the value in its error
 
 
 def _codes(field: str, values: Any) -> list[list[str]]:

@@ -78,7 +78,7 @@ def event_rows(n: int, **options: Any) -> Rows:
 def table_rows(n: int) -> Rows:
     """The static facts of ``stays`` as rows of a table."""
     table, columns = stays(n), {"features": "static"}
-    modality = Table(TableOptions(), Table.fit(TableOptions(), table, columns, ""))
+    modality = Table(TableOptions(), Table.fit(TableOptions(min_rows=1), table, columns, ""))
     arrays, _ = modality.decode(table, columns)
     return rows_of(modality, {**arrays, "label": table["label"].to_numpy()}, "classification", label_state(2))
 

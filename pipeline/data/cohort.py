@@ -110,7 +110,9 @@ def wrong(table: pa.Table) -> np.ndarray:
     strange[rows_of(times)[~np.isfinite(flat(times))]] = True
     empty = np.asarray(whole(table, "entity").is_null().to_numpy(zero_copy_only=False))
     shortest, longest = np.min(lengths, axis=0), np.max(lengths, axis=0)
-    return reasons(len(table), (empty, "no entity"), (shortest < 0, "no times, variables or values"),
+    unsplit = (np.asarray(whole(table, "split").is_null().to_numpy(zero_copy_only=False)) if "split" in table.column_names
+               else np.zeros(len(table), dtype=bool))
+    return reasons(len(table), (empty, "no entity"), (unsplit, "no split"), (shortest < 0, "no times, variables or values"),
                    (shortest != longest, "times, variables and values of different lengths"), (strange, "a time that is no number"))
 
 

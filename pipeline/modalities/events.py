@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from pipeline.contracts import Arrays, Batch, Modality
-from pipeline.facts import MOST, Facts
+from pipeline.facts import MOST, TAILS, Facts
 from pipeline.ragged import padded, ragged
 from pipeline.registry import Options, register
 from pipeline.rng import uniform
@@ -23,8 +23,6 @@ from pipeline.rng import uniform
 NAMED = 8
 DROP = 0
 """Stream of a row's key."""
-TAILS = (0.001, 0.999)
-"""Mean and deviation are those of a variable's values clipped to these quantiles. The quantiles themselves, which may be one patient's, are not kept."""
 
 
 class EventsOptions(Options):
@@ -108,7 +106,7 @@ class Events(Modality):
         named = [name for name in lost if rows[name] >= self.options.min_rows][:NAMED]  # a rare name may tell of a patient
         if lost:
             text += f"; left out: {', '.join([*named, *([f'{len(lost) - len(named)} others'] if len(named) < len(lost) else [])])}"
-        static = self.facts.known(table[columns["static"]]) if columns.get("static") in table.column_names else ""
+        static = self.facts.known(table[columns["static"]], columns["static"]) if columns.get("static") in table.column_names else ""
         return text + (f"; {static}" if static else "")
 
     def decode(self, table, columns) -> tuple[Arrays, list[str]]:
@@ -125,7 +123,7 @@ class Events(Modality):
         spans = list(pairwise(np.searchsorted(row, np.arange(len(table) + 1)).tolist()))
         out: Arrays = {role: ragged([array[start:stop] for start, stop in spans])
                        for role, array in (("times", time), ("variables", place.astype(np.int64)), ("values", value))}
-        return out | self.facts.decode(table[columns["static"]] if "static" in columns else None, len(table)), reasons
+        return out | self.facts.decode(table[columns["static"]] if "static" in columns else None, len(table), columns.get("static", "")), reasons
 
     def costs(self, table, columns) -> np.ndarray:
         """(B,) float64 events of each row, and 1, so that no row is for nothing: the column ``events`` where there is one, else as long as its times are."""
@@ -180,7 +178,7 @@ def _lists(table: pa.Table, columns: dict[str, str]) -> tuple[Parts, list[str]]:
     good = pa.array([not reason for reason in reasons])
     flat = {role: pc.list_flatten(column.filter(good)) for role, column in found.items()}  # pyright: ignore[reportAttributeAccessIssue]
     row = np.repeat(np.arange(len(table)), np.where(good.to_numpy(zero_copy_only=False), n, 0))
-    time, value = (pc.fill_null(pc.cast(flat[role], pa.float32()), math.nan).to_numpy() for role in ("times", "values"))
+    time, value = (pc.fill_null(pc.cast(flat[role], pa.float32(), safe=False), math.nan).to_numpy() for role in ("times", "values"))
     name = flat["variables"] if pa.types.is_dictionary(flat["variables"].type) else pc.cast(flat["variables"], pa.string()).dictionary_encode()
     for role, wrong in (("time", ~np.isfinite(time)), ("value", ~np.isfinite(value)), ("variable", name.is_null().to_numpy(zero_copy_only=False))):
         for i in np.unique(row[wrong]):

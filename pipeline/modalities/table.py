@@ -15,7 +15,7 @@ from pipeline.registry import Options, register
 
 
 class TableOptions(Options):
-    min_rows: int = Field(2, ge=1, description="rows of the fitted sample that must have a text for it to be known")
+    min_rows: int = Field(10, ge=1, description="rows of the fitted sample that must have a number, or a text, for it to be known")
 
 
 @register("modality", "table", options=TableOptions)
@@ -47,11 +47,11 @@ class Table(Modality):
 
     def known(self, table, columns) -> str:
         """In words, which fields and texts of these rows the state lacks; "" where it knows all."""
-        return self.facts.known(table[columns["features"]])
+        return self.facts.known(table[columns["features"]], columns["features"])
 
     def decode(self, table, columns) -> tuple[Arrays, list[str]]:
         column = table[columns["features"]]
-        return self.facts.decode(column, len(table)), ["" if value.is_valid else "the features are null" for value in column]
+        return self.facts.decode(column, len(table), columns["features"]), ["" if value.is_valid else "the features are null" for value in column]
 
     def collate(self, arrays: Arrays) -> dict[str, Tensor]:
         codes = torch.from_numpy(padded(arrays["codes"], 1))

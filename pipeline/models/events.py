@@ -30,8 +30,9 @@ class EventsBackbone(Backbone):
 
     ``gru``: values on a grid of ``bin`` hours, each step with every variable's last mean value, whether it was measured in that step, and the hours since it
     was (the input of GRU-D, Che et al. 2018, whose learned decays the recurrent network has to find), beside the static facts; then a GRU. ``tokens``
-    (B, T, width) are causal: a token knows the events before the end of its step, which ``stages["times"]`` (B, T) float32 tells in hours. ``pooled``
-    (B, 2 width): the last token and the mean of all. Rows end with the step of their last event.
+    (B, T, width) are causal: a token knows the events before the end of its step, which ``stages["times"]`` (B, T) float32 tells in hours;
+    ``stages["charted"]`` (B, T) bool are the steps that hold events. ``pooled`` (B, 2 width): the last token and the mean of all. Rows end with the step of
+    their last event.
 
     ``strats`` (Tipirneni and Reddy 2022): each event is the sum of an embedding of its variable and of two networks of one number (d^1/2 tanh units), one
     for its time and one for its value; a transformer over the set; ``pooled`` (B, 2 width): the tokens weighed by fusion attention, beside the embedded
@@ -115,7 +116,7 @@ class Grid(nn.Module):
         end = tokens[torch.arange(len(tokens), device=tokens.device), steps - 1]
         mean = tokens.sum(1) / steps[:, None]
         times = (self.start + (at + 1) * self.step).float().expand(len(tokens), -1)
-        return Features(torch.cat([end, mean], 1), tokens=tokens, mask=real, stages={"times": times})
+        return Features(torch.cat([end, mean], 1), tokens=tokens, mask=real, stages={"times": times, "charted": seen.any(2)})
 
 
 class One(nn.Module):

@@ -32,7 +32,8 @@ class Forecast(Objective):
     measured there, each error counted up to 5 deviations, and cross-entropy of whether they are, weighed by ``presence``; both averaged over all variables.
 
     A causal backbone (events/gru) forecasts at each of its tokens that has events behind it, from the token alone; others once a row, from ``pooled`` of the
-    events up to a cut that the row's key chooses (in evaluation the middle). Nothing from after that hour is read. Rows with nothing to forecast take no part.
+    events up to a cut that the row's key chooses (in evaluation the middle). Nothing from after that hour is read. Rows with nothing to forecast take no part,
+    nor do hours whose horizon reaches beyond the window: what comes after it is not known, and is no absence.
 
     Logged, averaged over all variables as the loss is: ``measured``, the share that is measured; ``error``, the squared errors of those; ``zero_error``, those
     of always forecasting the mean, which is 0. error / measured is the mean squared error.
@@ -47,6 +48,11 @@ class Forecast(Objective):
         if "variables" not in inputs:
             raise ValueError(f"{backbone.arch['name']} reads no events: forecast takes a backbone of events, such as events/gru")
         self.variables: int = inputs["variables"]
+        self.latest: float = inputs["hours"] - options.horizon
+        """The last hour whose horizon lies within the window."""
+        if self.latest <= inputs["start"]:
+            raise ValueError(f"forecast.horizon: {options.horizon:g} hours ahead are as many as the window has ({inputs['start']:g} to {inputs['hours']:g}): "
+                             "lower horizon, or raise hours in data.modality")
         width: Any = backbone.token_dim if backbone.causal else backbone.pooled_dim
         self.head = nn.Sequential(nn.Dropout(options.dropout), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 2 * self.variables))
 
@@ -72,7 +78,8 @@ class Forecast(Objective):
         first = times.masked_fill(~mask, float("inf")).amin(1)
         last = times.masked_fill(~mask, float("-inf")).amax(1)
         low = first + self.options.after
-        high = torch.maximum(last - self.options.horizon / 2, low)
+        low = low.clamp(max=self.latest)
+        high = torch.maximum((last - self.options.horizon / 2).clamp(max=self.latest), low)
         share = uniform(batch.keys, 1, CUT)[:, 0] if self.training else torch.full_like(first, 0.5)
         hour = torch.where(mask.any(1), low + (high - low) * share, torch.zeros_like(first)).nan_to_num()
         return batch.replace(mask=mask & (times < hour[:, None])), hour[:, None]
@@ -88,7 +95,7 @@ class Forecast(Objective):
             features = backbone(seen)
             found, real, unused = features.pooled[:, None], seen["mask"].any(1, keepdim=True), features.pooled
         mean, present = self.ahead(batch, hours)
-        real = real & present.any(2)
+        real = real & present.any(2) & (hours <= self.latest)
         value, logit = self.head(found).float().unflatten(-1, (2, self.variables)).unbind(-2)
         squares = (value - mean).clamp(-FARTHEST, FARTHEST).square() * present
         told = F.binary_cross_entropy_with_logits(logit, present.float(), reduction="none")

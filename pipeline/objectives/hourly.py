@@ -28,20 +28,22 @@ class HourlyOptions(Options):
     focal: float = Field(0.0, ge=0, description="training only: gamma of the focal loss, (1 - p) ** gamma times the cross-entropy (Lin et al. 2017; 2 there)")
     calibrate: Literal["none", "temperature"] = Field("none", description="temperature: after training one scalar that the scores are divided by is fitted "
                                                       "on the validation rows (Guo et al. 2017); test metrics and predict use it")
-    every: float = Field(1.0, gt=0, description="hours between the times of rows to predict that have no label_times")
+    every: float = Field(1.0, gt=0, description="hours between the times at which onetomany predict judges new rows, up to their last event")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the linear layer")
     norm: bool = Field(True, description="layer norm without parameters before the linear layer, so that one learning rate fits every backbone")
 
 
 @register("objective", "hourly", options=HourlyOptions)
 class Hourly(Objective):
-    """A linear head on a causal backbone's tokens: the label at time t is told from the last token whose information ends at t or before, and before the
-    first one from a learned start vector, beside log(1 + hours since then): rows may end with their last event. So nothing from after t reaches a
-    prediction at t (Harutyunyan et al. 2019, decompensation and length of stay).
+    """A linear head on a causal backbone's tokens: the label at time t is told from the last token that holds events and whose information ends at t or
+    before, and before the first one from a learned start vector, beside log(1 + hours since then). That a row's tokens end with its last event tells
+    nothing: tokens without events are passed over. So nothing from after t reaches a prediction at t (Harutyunyan et al. 2019, decompensation and length
+    of stay). Label times after the hour up to which events are read are refused.
 
-    Columns: ``label_times``, a list of hours since the row's start, ascending, and ``label_values``, a list as long. The backbone gives ``tokens`` and, in
-    ``stages["times"]`` (B, N) float32, the hour at which each token's information ends, ascending. The loss is the cross entropy summed over labels.
-    Predictions are padded to (B, M): ``label`` -1 and ``times`` NaN behind a row's last one. State: ``labels`` (class names) and ``counts`` (training labels).
+    Columns: ``label_times``, a list of hours since the row's start, ascending, and ``label_values``, a list as long. The backbone gives ``tokens``, in
+    ``stages["times"]`` (B, N) float32 the hour at which each token's information ends, ascending, and in ``stages["charted"]`` (B, N) bool which of them
+    hold events. The loss is the cross entropy summed over labels. Predictions are padded to (B, M): ``label`` -1 and ``times`` NaN behind a row's last
+    one. State: ``labels`` (class names), ``counts`` (training labels) and ``hours`` (up to which events are read).
     """
 
     roles = ("label_times", "label_values")
@@ -74,15 +76,25 @@ class Hourly(Objective):
     @classmethod
     def encode(cls, table, columns, state) -> Arrays:
         """``label_times`` and ``label_values``: (n,) ragged float32 and int16; none for rows that ``refused`` names."""
-        if columns.get("label_values") not in table.column_names:  # new rows to predict, maybe at times of their own
+        if columns.get("label_values") not in table.column_names:  # new rows to predict
             return {}
         fine = np.array([not reason for reason in cls.refused(table, columns, state)], dtype=bool)
+        late = (_lists(table[columns["label_times"]], columns["label_times"])[0] > state.get("hours", np.inf)).sum()
+        if late:
+            raise ValueError(f"column {columns['label_times']}: {late} times lie after hour {state['hours']:g}, up to which events are read: they would "
+                             "be judged by what is long past: raise hours in data.modality ({events: {hours: ...}})")
         out: Arrays = {}
         for role, kind in (("label_times", np.float32), ("label_values", np.int16)):
             flat, lengths = _lists(table[columns[role]], columns[role])
             parts = np.split(flat, np.cumsum(lengths)[:-1])[:len(table)]
             out[role] = ragged(part.astype(kind) if good else np.zeros(0, kind) for part, good in zip(parts, fine, strict=True))
         return out
+
+    @classmethod
+    def suit(cls, state, backbone):
+        """``hours``: up to which events are read."""
+        hours = backbone.arch["inputs"].get("hours")
+        return state if hours is None else {**state, "hours": hours}
 
     @classmethod
     def refused(cls, table, columns, state):
@@ -132,7 +144,9 @@ class Hourly(Objective):
         else:
             times, known = self._clock(ends, there)
         ends = ends.masked_fill(~there, torch.inf).contiguous()
-        place = torch.searchsorted(ends, times.contiguous(), right=True)
+        charted = F.pad(features.stages.get("charted", there) & there, (1, 0), value=True)
+        last = torch.where(charted, torch.arange(charted.shape[1], device=ends.device), 0).cummax(1).values
+        place = last.gather(1, torch.searchsorted(ends, times.contiguous(), right=True))
         age = (times - F.pad(ends, (1, 0)).gather(1, place)).clamp(min=0).log1p()
         tokens = torch.cat([self.start.to(tokens.dtype).expand(len(tokens), 1, -1), tokens], dim=1)
         chosen = tokens.gather(1, place[..., None].expand(-1, -1, tokens.shape[2]))

@@ -157,21 +157,23 @@ def _has(name: str, run: Run) -> bool:
 
 
 def _reliability(target: str, cell: Cell, ours: list[Run], scratch: list[Run]) -> list[Block]:
-    """Of bins with equally many rows, at least 20 each: nothing of single rows can be read from it."""
+    """Of bins with equally many predictions, so many that each has at least 20 groups or rows: nothing of single ones can be read from it."""
     curves: dict[str, list[tuple[float, float, int]]] = {}
     for name, side in ((cell_label(cell), ours), ("scratch", scratch)):
         pairs = [calibration.confidence(run.predictions["scores"][known], run.predictions["label"][known])
                  for run in side for known in [run.predictions["label"] >= 0]]
+        most = max((int(np.bincount(np.repeat(np.unique(run.rows if run.groups is None else run.groups, return_inverse=True)[1],
+                                              (run.predictions["label"] >= 0).reshape(len(run.rows), -1).sum(1))).max(initial=1)) for run in side), default=1)
         said, true = (np.concatenate(parts) for parts in zip(*pairs, strict=True)) if pairs else (np.zeros(0), np.zeros(0))
-        if points := calibration.reliability(said, true, least=20 * max(len(side), 1)):
+        if points := calibration.reliability(said, true, least=20 * most * max(len(side), 1)):
             curves[name] = points
     if not curves:
         return []
     listed = [[name, f"{100 * said:.3g} %", f"{100 * true:.3g} %", f"{n:,}"] for name, points in curves.items() for said, true, n in points]
     caption = (f"{target}: what share of the rows were {ours[0].labels[1]}, by the probability that was said; on the line it is the same. Bins hold equally "
-               f"many test rows, {_seeds(len(ours))}.")
+               f"many predictions, {_seeds(len(ours))}.")
     return [Heading("Calibration", 3), Figure(reliability(curves, ours[0].labels[1]), caption,
-                                              Table(["Model", "Mean probability", "Came true", "Test rows"], listed))]
+                                              Table(["Model", "Mean probability", "Came true", "Predictions"], listed))]
 
 
 def _short(name: str, most: int = 14) -> str:

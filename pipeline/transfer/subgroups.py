@@ -1,7 +1,8 @@
 """How well a target is predicted for parts of its test rows: by sex, age band, care unit. The parts are columns of the rows (``Target.subgroups``).
 
 Small parts tell little, and may tell of single people: one with fewer than 20 units (groups such as patients, where they are declared) or without
-both classes is shown with its size alone, one with fewer than 5 as "<5". They are computed from the kept predictions: a column more trains nothing anew.
+both classes is shown with its size alone, those with fewer than 5 together, without their names. They are computed from the kept predictions: a column
+more trains nothing anew.
 """
 
 from __future__ import annotations
@@ -76,13 +77,27 @@ class Part:
 
 
 def parts(run: Run, of: Metric) -> list[Part]:
-    """Every value of every column, by its name. ``scored``: it has enough units, and the metric a value."""
-    return [_part(f"{column}={value}", texts == value, run, of) for column, texts in run.subgroups.items() for value in sorted(set(texts))]
+    """Every value of every column, by its name; those that fewer than 5 units have stand together without theirs, with the smallest others where they
+    would be fewer than 5 still. ``scored``: it has enough units, and the metric a value."""
+    out = []
+    for column, texts in run.subgroups.items():
+        found = sorted((_part(f"{column}={value}", texts == value, run, of) for value in set(texts)), key=lambda part: (part.units, part.name))
+        small, where = 0, np.zeros(len(texts), dtype=bool)
+        while small < len(found) and (found[small].units < HIDDEN_BELOW or (small and _units(run, where) < HIDDEN_BELOW)):
+            where = where | found[small].where
+            small += 1
+        out += sorted(found[small:], key=lambda part: part.name)
+        out += [_part(f"{column}: others", where, run, of)] if small else []
+    return out
+
+
+def _units(run: Run, where: np.ndarray) -> int:
+    return int(where.sum()) if run.groups is None else len(np.unique(run.groups[where]))
 
 
 def _part(name: str, where: np.ndarray, run: Run, of: Metric) -> Part:
     p = _masked(run.predictions, where)
-    units = int(where.sum()) if run.groups is None else len(np.unique(run.groups[where]))
+    units = _units(run, where)
     label = p["label"] if "label" in p and p.get("scores", np.zeros(0)).shape[-1] == 2 else None
     both = label is None or ((label == 1).any() and (label == 0).any())
     return Part(name, where, units, None if label is None else int((label == 1).sum()), bool(units >= LEAST_UNITS and both and _has_value(of, p)))

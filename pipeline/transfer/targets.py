@@ -185,7 +185,7 @@ def prepare(target: TargetStage, base: Base) -> TargetData:
         selections, columns = [one.rows for one in made], dict(train_source.PACKED)
         lost = [(row["split"], row["place"], row["reason"]) for one in made for row in one.left_out]
         text += "; packed into " + ", ".join(f"{len(one.rows)}" for one in made) + f" rows of {modality.inputs()['length']} tokens, which are the units"
-    elif known := modality.known(_sampled(target, modality, objective), columns):
+    elif type(modality).known is not Modality.known and (known := modality.known(_sampled(target, modality, objective), columns)):
         text += f"; {known}"
     decoder = Decoder(modality, spec.objective.name, state, columns)
     parts = [Rows(selection, replace(decoder, training=name == "train")) for name, selection in zip(manifests.SPLITS, selections, strict=True)]

@@ -18,7 +18,7 @@ def built(inputs, **options):
 
 
 def test_null_features_are_bad_rows_and_gaps_are_not():
-    modality = Table(TableOptions(), Table.fit(TableOptions(), stays(8), COLUMNS, ""))
+    modality = Table(TableOptions(), Table.fit(TableOptions(min_rows=1), stays(8), COLUMNS, ""))
     table = pa.table({"static": pa.array([None, {"Age": None, "Gender": None, "codes": None}], stays(1)["static"].type)})
     arrays, bad = modality.decode(table, COLUMNS)
     assert bad == ["the features are null", ""] and not arrays["numbers_known"].any()
@@ -27,14 +27,14 @@ def test_null_features_are_bad_rows_and_gaps_are_not():
 
 
 def test_what_nothing_can_be_learned_of_is_refused():
-    with pytest.raises(ValueError, match="no field holds a number, or a text that 2 of 1 rows have"):
+    with pytest.raises(ValueError, match="no field holds a number, or a text that 10 of 1 rows have"):
         Table.fit(TableOptions(), pa.table({"static": pa.array([{"a": "x"}])}), COLUMNS, "")
 
 
 def test_fields_that_are_not_known_are_told():
-    modality = Table(TableOptions(), Table.fit(TableOptions(), stays(8), COLUMNS, ""))
+    modality = Table(TableOptions(), Table.fit(TableOptions(min_rows=1), stays(8), COLUMNS, ""))
     assert modality.known(stays(8), COLUMNS) == ""
-    assert modality.known(pa.table({"static": pa.array([{"Age": 3.0, "Weight": 80.0}])}), COLUMNS) == "static numbers left out: Weight"
+    assert modality.known(pa.table({"static": pa.array([{"Age": 3.0, "Weight": 80.0}])}), COLUMNS) == "numbers of static left out: Weight"
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from toys import event_rows, take
+from toys import event_rows, take, task_of
 
 from pipeline import bundle
 from pipeline.contracts import Batch
@@ -119,3 +119,19 @@ def test_what_does_not_fit_is_refused(rows, name, options, inputs, told):
         built(name, inputs or rows.modality.inputs(), **options)
     with pytest.raises(ValueError, match="no token for each event"):
         built("gru", rows.modality.inputs())(take(rows, [0]), token_mask=torch.zeros(1, 1, dtype=torch.bool))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("changed", ["other values", "none at all"])
+def test_no_hourly_prediction_knows_the_future_nor_that_there_is_one(rows, changed):
+    """With all events from an hour on changed, or left out, predictions up to then stay: that a stay goes on is the label itself."""
+    made = task_of("events/gru", rows.modality.inputs(), "hourly", {"labels": ["0", "1"], "counts": [5, 5]}, seed=2, width=16).eval()
+    clock = torch.arange(1.0, 24.0)
+    batch = take(rows, np.arange(8)).replace(label_times=clock.expand(8, -1), label_times_lengths=torch.full((8,), 23),
+                                             label_values=torch.zeros(8, 23, dtype=torch.int16))
+    whole = made.objective.predict(made.backbone, batch)["scores"]
+    for hour in (3.0, 8.0, 15.0):
+        other = future_changed(batch, hour) if changed == "other values" else batch.replace(mask=batch["mask"] & (batch["times"] < hour))
+        found = made.objective.predict(made.backbone, other)["scores"]
+        torch.testing.assert_close(found[:, clock <= hour], whole[:, clock <= hour], rtol=0, atol=0)
+        assert (found[:, clock > hour + 2] - whole[:, clock > hour + 2]).abs().max() > 1e-4

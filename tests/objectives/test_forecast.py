@@ -46,7 +46,7 @@ def test_the_loss_is_the_formula_on_what_the_network_forecasts(rows, backbone):
     mean, seen = objective.ahead(batch, hours)
     value, logit = objective.head(tokens).unflatten(-1, (2, 5)).unbind(-2)
     expected = count = 0.0
-    for i, n in (real & seen.any(2)).nonzero().tolist():
+    for i, n in (real & seen.any(2) & (hours <= 20.0)).nonzero().tolist():  # 4 hours before the window's end
         chance = torch.sigmoid(logit[i, n]).double()
         told = -torch.where(seen[i, n], chance, 1 - chance).log()
         squares = [min(abs(float(value[i, n, v] - mean[i, n, v])), FARTHEST) ** 2 for v in range(5) if seen[i, n, v]]
@@ -66,6 +66,17 @@ def test_a_cut_row_is_forecast_without_its_future(rows):
     again, _ = made.objective._cut(other)
     torch.testing.assert_close(made.backbone(cut).pooled[keep], made.backbone(again).pooled[keep], rtol=0, atol=0)
     assert earliest > 2.0 and made(batch)[0] != made(other)[0]
+
+
+@torch.no_grad()
+def test_what_the_window_cuts_off_is_no_absence(rows):
+    """Hours whose horizon reaches beyond the window are not forecast: nothing tells what is measured there."""
+    made, batch = task(rows, "forecast", horizon=6.0), take(rows, np.arange(8))
+    _, real, _ = made.objective._rows(made.backbone, batch)
+    hours = made.backbone(batch).stages["times"]
+    assert real[hours == 18.0].any() and not real[hours > 18.0].any() and (hours > 18.0).any()
+    with pytest.raises(ValueError, match="24 hours ahead are as many as the window has"):
+        task(rows, "forecast", horizon=24.0)
 
 
 def test_rows_without_a_future_take_no_part(rows):

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -88,13 +89,25 @@ def test_a_column_of_people_is_refused_and_not_told(selection, monkeypatch):
 
 def test_parts_are_scored_where_there_is_enough_to_score():
     found = {part.name: part for part in subgroups.parts(run_of(), metrics.metric("auroc"))}
-    assert list(found) == ["sex=female", "sex=male", "unit=CCU", "unit=CSRU", "unit=MICU", "unit=NICU", "unit=SICU"]
-    assert [name for name, part in found.items() if not part.scored] == ["unit=CCU", "unit=CSRU", "unit=NICU"]  # 12 rows, 3 rows, nobody positive
-    assert {name: found[f"unit={name}"].units for name in UNITS} == UNITS and found["unit=NICU"].positives == 0
+    assert list(found) == ["sex=female", "sex=male", "unit=MICU", "unit=NICU", "unit=SICU", "unit: others"]
+    assert [name for name, part in found.items() if not part.scored] == ["unit=NICU", "unit: others"]  # nobody positive; 15 rows
+    assert {name: found[f"unit={name}"].units for name in ("MICU", "SICU")} == {"MICU": 60, "SICU": 90} and found["unit=NICU"].positives == 0
+    assert found["unit: others"].units == 15  # the 3 of one unit would be told by what the others lack: they stand with the next smallest
     patients = run_of(groups=np.arange(N) // 10)  # 40 of them: no unit of few rows has 20
     found = {part.name: part for part in subgroups.parts(patients, metrics.metric("auroc"))}
     assert found["sex=male"].units == 40 and found["sex=male"].scored
-    assert found["unit=CCU"].units == len(np.unique(patients.groups[patients.subgroups["unit"] == "CCU"]))
+    small = np.isin(patients.subgroups["unit"], ["CCU", "CSRU"])
+    assert found["unit: others"].units == len(np.unique(patients.groups[small])) and not {"unit=CCU", "unit=CSRU"} & set(found)
+
+
+def test_values_of_single_people_are_not_named():
+    """An age that one row has, in a column of few values, and a column in which each value is one patient's."""
+    rare = run_of()
+    ages = np.where(np.arange(N) == 7, "63.4", np.where(np.arange(N) < 200, "young", "old")).astype(object)
+    names = [part.name for part in subgroups.parts(replace(rare, subgroups={"age": ages}), metrics.metric("auroc"))]
+    assert names == ["age=old", "age: others"]  # one alone is not hidden by its size: the smaller of the two others goes with it
+    ids = replace(run_of(groups=np.arange(N) // 40), subgroups={"id": (np.arange(N) // 40).astype(str).astype(object)})
+    assert [(part.name, part.units) for part in subgroups.parts(ids, metrics.metric("auroc"))] == [("id: others", 10)]
 
 
 @pytest.mark.parametrize("grouped", [False, True])
@@ -152,7 +165,7 @@ def test_the_report_has_a_line_for_each_part_and_hides_small_ones():
     assert listed.header == ["Subgroup", "Test rows", "Positives", "auroc", "auroc, scratch", "gain"]
     lines = {line[0]: line[1:] for line in listed.rows}
     ours = MADE["src", "full"]
-    assert lines["unit=CSRU"] == ["<5", "–", "–", "–", "–"] and lines["unit=CCU"][:3] == ["12", "–", "–"] and lines["unit=NICU"][1:3] == ["–", "–"]
+    assert lines["unit: others"] == ["15", "–", "–", "–", "–"] and lines["unit=NICU"][1:3] == ["–", "–"] and not {"unit=CSRU", "unit=CCU"} & set(lines)
     for name in ("all test rows", "sex=female", "unit=SICU"):
         column, _, kind = name.partition("=")
         where = ours[0].subgroups[column] == kind if kind else np.ones(N, bool)
@@ -186,7 +199,7 @@ def test_two_classes_have_all_metrics_and_a_calibration_curve_in_the_report(tmp_
     assert np.mean(rates) == pytest.approx(100 * MADE["src", "full"][0].predictions["label"].mean(), abs=0.1) and rates[-1] > rates[0]
     uris = report.write(str(tmp_path), job_name="j", cells=cells, rows=rows, curves={}, pretraining=[], splits={}, notes=[], versions={}, runs=runs)
     markdown, html = (storage.read_bytes(uri).decode() for uri in uris)
-    assert "### Subgroups" in markdown and "| unit=CSRU | &lt;5 |" in markdown and "probability of dead that was said" in html
+    assert "### Subgroups" in markdown and "| unit: others | 15 |" in markdown and "probability of dead that was said" in html
     assert "#0101" not in html and "#0102" not in html
 
 

@@ -25,6 +25,8 @@ class Mortality(Definition):
 
     Rows of MIMIC-III: ``hospital_death``, stays of at least ``hours``. Rows of PhysioNet 2012: ``in_hospital_death``; the challenge chose stays of 48 hours and
     more itself and tells no length of the ICU stay, so none is left out by length, age or unit; nor is one where --set outcome= names another column.
+    A stay whose ``death_hours`` (where there are such) lie before the prediction time is left out: its label is known by then. The benchmark's own code keeps
+    those (times of death and of discharge from intensive care do not always agree).
     """
 
     def needs(self, names: list[str]) -> dict[str, str]:
@@ -39,8 +41,10 @@ class Mortality(Definition):
         if self._column(table.column_names) != "hospital_death":
             return reasons(len(table), unknown)
         stay = numbers(table, "icu_hours")
+        died = numbers(table, "death_hours") if "death_hours" in table.column_names else np.full(len(table), np.nan)
         return reasons(len(table), *benchmark(table, self.options.exclude), unknown, (np.isnan(stay), "length of stay unknown"),
-                       (stay < self.options.hours - EPS, f"stay shorter than {self.options.hours:g} hours"))
+                       (stay < self.options.hours - EPS, f"stay shorter than {self.options.hours:g} hours"),
+                       (died < self.options.hours - EPS, "died before the prediction time"))
 
     def window(self, table: pa.Table) -> np.ndarray:
         return np.full(len(table), self.options.hours)

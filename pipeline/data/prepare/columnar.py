@@ -32,6 +32,7 @@ SUFFIXES = (".csv", ".tsv", ".parquet")
 INSTANT = r"^\d{4}-\d\d-\d\d([ T]\d\d:\d\d(:\d\d(\.\d{1,9})?)?)?$"
 BAD_LINE = "another number of fields than the header has"
 NULLS = ["", "NULL", "NA", "NaN", "nan"]
+"""What a field of numbers, times or ids may hold for nothing; of texts the empty one alone is: a variable may be called NA, a drug nan."""
 KINDS = {"id": pa.int64(), "number": pa.float64(), "time": pa.timestamp("s"), "text": pa.string()}
 
 
@@ -195,7 +196,7 @@ def _of_parquet(cut: Cut, columns: dict[str, Column], opener: Opener, tally: Tal
         try:
             for batch in file.iter_batches(BATCH_ROWS, row_groups=groups, columns=list(picked.values())):
                 tally.rows += len(batch)
-                yield _shaped({name: _shape(batch.column(own), columns[name].kind) for name, own in picked.items()}, columns, len(batch))
+                yield _shaped({name: _fitting(batch.column(own), columns[name].kind, own, entry) for name, own in picked.items()}, columns, len(batch))
         except (pa.ArrowInvalid, OSError):
             raise ValueError(f"{entry.name}: a damaged Parquet file; get it again") from None
 
@@ -206,6 +207,27 @@ def _parquet(entry: Entry, handle: BinaryIO) -> pq.ParquetFile:
         return pq.ParquetFile(stored)
     except (pa.ArrowInvalid, OSError):
         raise ValueError(f"{entry.name}: not a whole Parquet file; get it again") from None
+
+
+def without_nulls(array: Any, text: bool) -> Any:
+    """A column of CSV, null where a text stands for nothing: the empty one in a column of texts, any of NULLS in others."""
+    if not pa.types.is_string(array.type):
+        return array
+    nothing = pc.is_in(array, value_set=pa.array([""] if text else NULLS))  # pyright: ignore[reportAttributeAccessIssue]
+    return pc.if_else(nothing, None, array)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _fitting(array: Any, kind: str, name: str, entry: Entry) -> Any:
+    """As ``_shape``. Raises ValueError naming the column and its type where that is of another kind."""
+    types, found = pa.types, array.type
+    try:
+        if types.is_binary(found) or types.is_large_binary(found) or types.is_fixed_size_binary(found) or (kind in ("id", "number") and types.is_temporal(found)):
+            raise pa.ArrowInvalid
+        return _shape(array, kind)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ValueError):
+        needed = {"id": "whole numbers", "number": "numbers", "time": "times, or texts such as 2101-10-20 19:08:00", "text": "texts"}[kind]
+        advice = "; if these are times of events, give unit=timestamp and start=COLUMN" if kind == "number" and types.is_temporal(found) else ""
+        raise ValueError(f"{entry.name}: column {name!r} has the type {found}, where {needed} are read{advice or '; convert it'}") from None
 
 
 def _shape(array: Any, kind: str) -> Any:
@@ -263,10 +285,11 @@ def _of_csv(cut: Cut, columns: dict[str, Column], opener: Opener, tally: Tally, 
                                    pcsv.ParseOptions(delimiter=delimiter, newlines_in_values=cut.start == 0 and cut.stop < 0,
                                                      invalid_row_handler=lambda row: tally.line(f"{entry.name}:{_place(row, cut)}", BAD_LINE)),
                                    pcsv.ConvertOptions(column_types=types, include_columns=list(types), timestamp_parsers=[pcsv.ISO8601],
-                                                       strings_can_be_null=True, null_values=NULLS))
+                                                       null_values=NULLS))
             for batch in reader:
                 tally.rows += len(batch)
-                yield _shaped({name: _shape(batch.column(i), columns[name].kind) for i, name in enumerate(picked)}, columns, len(batch))
+                yield _shaped({name: _shape(without_nulls(batch.column(i), columns[name].kind == "text"), columns[name].kind) for i, name in enumerate(picked)},
+                              columns, len(batch))
         except pa.ArrowInvalid as error:
             if str(error).startswith("Empty CSV file"):
                 return

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from pipeline import registry
 from pipeline.data.prepare.dialect import SUFFIXES, Dialect, field_kind, field_value
-from pipeline.data.prepare.importing import SPLITS, few
+from pipeline.data.prepare.importing import NO_SPLIT, SPLITS, few
 from pipeline.data.prepare.sources import Piece, Reading, find, wholes
 from pipeline.data.prepare.tables import KINDS, Found, Settled, TableImporter, wider
 from pipeline.registry import Options, register
@@ -81,6 +81,8 @@ class Csv(TableImporter):
             empty = next((name for name in map(str.strip, [*o.required.split(","), "split"]) if name in row and not row[name].strip()), None)
             if empty is not None:
                 reading.bad(number, f"no {empty}")
+            elif "split" in row and row["split"].strip().lower() not in SPLITS:
+                reading.bad(number, NO_SPLIT)
             else:
                 yield row
 
@@ -134,7 +136,7 @@ class Csv(TableImporter):
         for row in self._named(reading):
             made = {name: field_value(row[name], kind) if name in row else None for name, kind in kinds.items()}
             if "split" in row:
-                made["split"] = SPLITS.get(row["split"].strip().lower(), row["split"].strip())
+                made["split"] = SPLITS[row["split"].strip().lower()]
             yield made
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import Any, Literal
 
 import numpy as np
@@ -16,7 +16,7 @@ from pydantic import Field
 
 from pipeline import registry, storage
 from pipeline.data.prepare import plausible
-from pipeline.data.prepare.columnar import NULLS, SUFFIXES, Column, Cut, Tally, batches, cuts, header, instants
+from pipeline.data.prepare.columnar import NULLS, SUFFIXES, Column, Cut, Tally, batches, cuts, header, instants, without_nulls
 from pipeline.data.prepare.files import absolute
 from pipeline.data.prepare.grouped import Entities, Events, GroupedImporter, Sources
 from pipeline.data.prepare.importing import few
@@ -25,6 +25,8 @@ from pipeline.registry import Options, register
 
 HOURS = {"hours": 1.0, "minutes": 1 / 60, "seconds": 1 / 3600, "days": 24.0}
 TABLE = "events"
+MOST_HOURS = 100_000
+"""More than eleven years from an entity's start: rather absolute times that were written as numbers."""
 
 
 class EventsOptions(Options):
@@ -48,7 +50,8 @@ class LongTable(GroupedImporter):
     """Long tables with one row an event (CSV, also .gz or .zst, or Parquet): entity, time, variable, value; and a table with one row an entity.
 
     Columns: entity, patient (with --set group), times (hours since the start), variables, values, events (how many), static (--set static), and the
-    outcomes. Texts such as <0.1 count as their bound; what is no number is left out and counted by reason, and so are exact duplicates and events of
+    outcomes. Ids are texts, as they stand in a CSV table (01 is another than 1), or whole numbers of Parquet. Texts such as <0.1 count as their bound; what
+    is no number is left out and counted by reason, and so are exact duplicates and events of
     nobody in the entities' table. Memory stays flat however long the table is.
     """
 
@@ -79,7 +82,7 @@ class LongTable(GroupedImporter):
             rows = pa.table({"entity": ids, "split": pa.array([o.split] * len(ids), pa.string())})
             return Entities(rows, {"ids": _lookup(ids), "start": None}, info=self._info([], []))
         name = o.entities.rpartition("/")[2]
-        table = _table(o.entities)
+        table = _table(o.entities, (o.entity, o.group))
         columns = table.column_names
         static, outcomes = ([part.strip() for part in text.split(",") if part.strip()] for text in (o.static, o.outcomes))
         for option, wanted in (("entity", [o.entity]), ("static", static), ("outcomes", outcomes), ("group", [o.group]), ("start", [o.start])):
@@ -90,6 +93,9 @@ class LongTable(GroupedImporter):
         taken = {"entity", "patient", "times", "variables", "values", "events", "static", "split"}
         if clash := taken.intersection(outcomes):
             raise ValueError(f"{name}: an outcome is called {min(clash)!r}, as a column that rows have anyway; rename it or leave it out of --set outcomes")
+        for option, one in (("entity", o.entity), ("group", o.group)):
+            if one:
+                table = table.set_column(columns.index(one), one, _ids(table[one], f"{name}: column {one!r} for --set {option}"))
         table, broken = self._good(table, name)
         out = {"entity": table[o.entity], **({"patient": table[o.group]} if o.group else {}),
                **({"static": _struct(table, static)} if static else {}), **{one: table[one] for one in outcomes}}
@@ -123,7 +129,7 @@ class LongTable(GroupedImporter):
         with closing(Opener()) as opener:
             for cut in self._taken:
                 for batch in batches(cut, {self.options.entity: Column(self._kind)}, opener, Tally()):
-                    found = pc.drop_null(pc.unique(batch.column(0)))  # pyright: ignore[reportAttributeAccessIssue]
+                    found = pc.drop_null(pc.unique(_trimmed(batch.column(0).combine_chunks())))  # pyright: ignore[reportAttributeAccessIssue]
                     seen = pc.unique(pa.concat_arrays([found, *([seen] if seen is not None else [])]))  # pyright: ignore[reportAttributeAccessIssue]
         ids = seen if seen is not None else pa.array([], pa.int64() if self._kind == "id" else pa.string())
         return ids.take(pc.sort_indices(ids))  # pyright: ignore[reportAttributeAccessIssue]
@@ -137,8 +143,8 @@ class LongTable(GroupedImporter):
             raise ValueError(f"--set entity={o.entity} time={o.time} variable={o.variable} value={o.value}: two of them are the same column")
         ranges = plausible.Ranges()
         for batch in batches(cut, columns, opener, tally):
-            rows = _found(ids, batch[o.entity].combine_chunks())
-            hours, timed = self._hours(batch[o.time], rows, keys["start"])
+            rows = _found(ids, _trimmed(batch[o.entity].combine_chunks()))
+            hours, timed = self._hours(batch[o.time], rows, keys["start"], cut)
             encoded = pc.utf8_trim_whitespace(batch[o.variable]).combine_chunks().dictionary_encode()  # pyright: ignore[reportAttributeAccessIssue]
             names = [str(name) for name in encoded.dictionary.to_pylist()]
             codes = encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)
@@ -160,13 +166,18 @@ class LongTable(GroupedImporter):
                 rows, hours, codes, values = (column[good] for column in (rows, hours, codes, values))
             yield Events(rows, hours, codes, names, values)
 
-    def _hours(self, column: Any, rows: np.ndarray, start: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-        """((n,) hours since the entity's start, (n,) which there are)."""
+    def _hours(self, column: Any, rows: np.ndarray, start: np.ndarray | None, cut: Cut) -> tuple[np.ndarray, np.ndarray]:
+        """((n,) hours since the entity's start, (n,) which there are). Raises ValueError for numbers that can be no such hours."""
         if start is not None:
             seconds, timed = instants(column)
             return (seconds - start[rows]) / 3600, timed
         found = plausible.numbers(column)
-        return found.values * HOURS[self.options.unit], found.reasons == 0
+        hours, timed = found.values * HOURS[self.options.unit], found.reasons == 0
+        if far := np.count_nonzero(timed & (rows >= 0) & (np.abs(hours) > MOST_HOURS)):
+            raise ValueError(f"{few(entry.name for entry in cut.entries)}: {far} of {len(hours)} rows are more than {MOST_HOURS} hours "
+                             f"from the entity's start, with --set unit={self.options.unit}; name their unit, or if they are absolute, write them as timestamps (2101-10-20 19:08:00) "
+                             "and give unit=timestamp and start=COLUMN of the entities' table")
+        return hours, timed
 
 
 def _is_whole(entry: Any, column: str, opener: Opener) -> bool:
@@ -181,8 +192,8 @@ def _is_whole(entry: Any, column: str, opener: Opener) -> bool:
         return pa.types.is_integer(pq.ParquetFile(handle).schema_arrow.field(own).type)
 
 
-def _table(uri: str) -> pa.Table:
-    """A table with one row an entity: whole numbers as int64, texts as strings. Raises ValueError for what is none."""
+def _table(uri: str, ids: tuple[str, ...]) -> pa.Table:
+    """A table with one row an entity: whole numbers as int64, texts as strings, and so the ``ids`` of CSV. Raises ValueError for what is none."""
     found = find(uri, SUFFIXES)
     if len(found.files) != 1:
         raise ValueError(f"{uri}: {len(found.files)} tables ({few(entry.name for entry, _ in found.files)}) for --set entities; name one file")
@@ -192,8 +203,9 @@ def _table(uri: str) -> pa.Table:
             if entry.name.lower().endswith(".parquet"):
                 table = pq.read_table(handle)
             else:
-                options = pcsv.ConvertOptions(strings_can_be_null=True, null_values=NULLS)
+                options = pcsv.ConvertOptions(null_values=NULLS, column_types={name: pa.string() for name in ids if name})
                 table = pcsv.read_csv(pa.PythonFile(handle, mode="r"), convert_options=options)
+                table = pa.table({name: without_nulls(table[name], True) for name in table.column_names})
         except (pa.ArrowInvalid, OSError, EOFError):
             raise ValueError(f"{entry.name}: not a whole table with one row an entity; get it again") from None
     return pa.table({field.name: _plain(table[field.name], field.type) for field in table.schema})
@@ -202,7 +214,30 @@ def _table(uri: str) -> pa.Table:
 def _plain(column: Any, kind: pa.DataType) -> Any:
     if pa.types.is_dictionary(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind):
         return column.cast(pa.string())
-    return column.cast(pa.int64()) if pa.types.is_integer(kind) else column
+    if pa.types.is_integer(kind):
+        with suppress(pa.ArrowInvalid):  # more than an int64 holds
+            return column.cast(pa.int64())
+    return column
+
+
+def _ids(column: Any, what: str) -> Any:
+    """A column of ids as int64 or strings. Raises ValueError for another kind."""
+    kind = column.type
+    if pa.types.is_string(kind):
+        return _trimmed(column)
+    if pa.types.is_floating(kind):
+        column = pc.if_else(pc.is_nan(column), None, column)  # pyright: ignore[reportAttributeAccessIssue]
+    if pa.types.is_integer(kind) or pa.types.is_floating(kind):
+        with suppress(pa.ArrowInvalid):  # a fraction, or more than an int64 holds
+            return column.cast(pa.int64())
+    raise ValueError(f"{what} has the type {kind}, where ids are whole numbers (to 2^63) or texts; convert it to texts")
+
+
+def _trimmed(column: Any) -> Any:
+    """Ids without blanks around them, null where a text stands for nothing."""
+    if not pa.types.is_string(column.type):
+        return column
+    return without_nulls(pc.utf8_trim_whitespace(column), False)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _struct(table: pa.Table, names: list[str]) -> pa.Array:

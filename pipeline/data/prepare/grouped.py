@@ -29,7 +29,7 @@ from pipeline import folders, storage
 from pipeline.data.prepare.columnar import Cut, Tally
 from pipeline.data.prepare.parts import Check, Made, Part, Settings, Tell, Work
 from pipeline.data.prepare.sources import Opener
-from pipeline.data.prepare.tables import SURVEYS
+from pipeline.data.prepare.tables import NAMED, SURVEYS
 from pipeline.data.stream import map_items
 from pipeline.registry import Options
 from pipeline.rng import mix, row_keys
@@ -42,6 +42,8 @@ GROUP_EVENTS, GROUP_ROWS = 1 << 19, 16384
 """At most about so many events, and so many rows, in a row group."""
 NAMED_VARIABLES = 400
 """Up to so many variables (all drugs are one) the summary counts one by one."""
+LEAST, COUNTED = 5, "events of "
+"""Variables with fewer events of a split than that stand in no summary by their names; the others do after these words."""
 EVENT = np.dtype([("row", "<i4"), ("hours", "<f4"), ("variable", "<i4"), ("value", "<f4")])
 DUPLICATE, NOT_FINITE = "duplicate", "out of range"
 COLUMNS = (pa.field("times", pa.list_(pa.float32())), pa.field("variables", pa.list_(pa.string())), pa.field("values", pa.list_(pa.float32())),
@@ -126,6 +128,9 @@ class GroupedWork(Work):
         rows = self.entities.rows
         if not len(rows) and not self.entities.broken:
             raise ValueError(f"{source}: no entities; the table that names them is empty: get it again")
+        if not len(rows):
+            first, count = self.entities.broken[0], len(self.entities.broken)
+            raise ValueError(f"{source}: none of {count} entities can be used. First one: {first['path']}: {first['reason']}")
         self.buckets, self.parts = _buckets(rows, self.entities.group, sum(cut.size for cut in self.sources.cuts), most)
         self.total, self.broken = len(rows) + len(self.entities.broken), self.entities.broken
         self.key = (self.sources.mark, [[cut.table, len(cut.entries), cut.start, cut.stop] for cut in self.sources.cuts], len(self.parts))
@@ -135,7 +140,9 @@ class GroupedWork(Work):
         self.notes, self.info = {**self.sources.notes, **self.entities.notes}, self.entities.info
 
     def begin(self, output: str, check: Check, tell: Tell, cpus: float) -> None:
-        """The first pass: every piece of every table to scratch."""
+        """The first pass: every piece of every table to scratch. Raises ValueError for more broken entities or lines than may be, and where rows are read
+        but no event is left."""
+        check([f"{row['path']}: {row['reason']}" for row in self.broken[:NAMED]], len(self.broken), self.total)
         self._scratch = [storage.join(output, SURVEYS, f"{i:05d}-of-{len(self.sources.cuts):05d}") for i in range(len(self.sources.cuts))]
         jobs = [(uri, cut) for uri, cut in zip(self._scratch, self.sources.cuts, strict=True) if not storage.exists(storage.join(uri, "manifest.json"))]
         split = partial(_partition, self.importer, self.entities.keys, self.buckets, len(self.parts))
@@ -151,6 +158,9 @@ class GroupedWork(Work):
         dropped: Counter[str] = Counter()
         for one in found:
             dropped.update(one["dropped"])
+        if read and not any(one["events"] for one in found):
+            why = ", ".join(f"{name} {count}" for name, count in sorted(dropped.items()) if count)
+            raise ValueError(f"no event is left of {read} rows: {why}; name the right columns, and the right table of entities")
         names = {name for one in found for name in one["names"]}
         self._counts = len(set(map(_kind, names))) <= NAMED_VARIABLES
         self.notes |= {"rows of events read": read, **({"lines that are no rows, left out": bad} if bad else {}),
@@ -174,6 +184,16 @@ class GroupedWork(Work):
 
     def weight(self, part: Part) -> int:
         return part.stop - part.start
+
+    def shown(self, amounts: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
+        """Without the names of variables with so few events that they may tell of one patient."""
+        out, rare = {}, Counter[str]()
+        for name, counts in amounts.items():
+            few = [split for split, count in counts.items() if count < LEAST] if name.startswith(COUNTED) else []
+            rare.update(few)
+            if left := {split: count for split, count in counts.items() if split not in few}:
+                out[name] = left
+        return {**out, **({f"variables with fewer than {LEAST} events": dict(rare)} if rare else {})}
 
     def clear(self, output: str) -> None:
         storage.remove_tree(storage.join(output, SURVEYS))
@@ -225,7 +245,8 @@ def _partition(importer: GroupedImporter, keys: Any, buckets: np.ndarray, count:
                     written += len(block)
             sink = io.BytesIO()
             np.save(sink, np.array(index, dtype=np.int64).reshape(-1, count + 1))
-            about = {"rows": tally.rows, "bad": tally.bad, "listed": tally.listed, "dropped": dict(dropped), "names": list(vocabulary)}
+            about = {"rows": tally.rows, "bad": tally.bad, "listed": tally.listed, "dropped": dict(dropped), "names": list(vocabulary),
+                     "events": written}
             folders.commit_folder(uri, {"events": path, "index.npy": sink.getvalue()}, about)
     except (ValueError, storage.StorageError) as error:
         return uri, str(error)
@@ -288,7 +309,7 @@ def _make(importer: GroupedImporter, schema: pa.Schema, pieces: list[str], count
     if counts:
         per = np.bincount(found["variable"], minlength=len(names))
         for name, count in zip(names, per, strict=True):
-            amounts.setdefault(f"events of {_kind(name)}", {split: 0})[split] += int(count)
+            amounts.setdefault(f"{COUNTED}{_kind(name)}", {split: 0})[split] += int(count)
     return Made(path, len(out), [], {name: count for name, count in amounts.items() if count[split] or name == "events"})
 
 

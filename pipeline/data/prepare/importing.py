@@ -25,6 +25,7 @@ PLACE = pa.schema([("_uri", pa.string()), ("_member", pa.string()), ("_offset", 
 SPLITS = {"train": "train", "training": "train", "val": "validation", "valid": "validation", "validation": "validation", "dev": "validation",
           "testa": "validation", "test": "test", "testing": "test", "testb": "test"}
 """Publishers' names of splits to those of a job file."""
+NO_SPLIT = "its split is none of train, validation and test"
 NAMED = 5
 """So many examples an error message names."""
 
@@ -128,6 +129,8 @@ def options_of(name: str, pairs: list[str]) -> Any:
         key, equals, value = pair.partition("=")
         if not equals:
             raise ValueError(f"--set {pair}: write KEY=VALUE; options of {name}: {', '.join(kind.model_fields) or 'none'}")
+        if key == "options" and key in kind.model_fields:
+            raise ValueError(f"--set {pair}: give the options of the task by their own names, such as --set exclude=none; see onetomany prepare --list")
         if key not in kind.model_fields and "options" in kind.model_fields:
             given.setdefault("options", {})[key] = value
             continue

@@ -103,7 +103,7 @@ class Mimic3(GroupedImporter):
 
     def _measured(self, cut: Cut, ids: dict[str, Column], opener: Opener, tally: Tally, block: _Block) -> Iterator[Events]:
         columns = {**ids, "itemid": Column("id"), "charttime": Column("time"), "valuenum": Column("number", False), "value": Column("text", False),
-                   "error": Column("id", False)}
+                   "error": Column("id", False), "iserror": Column("id", False)}
         items, codes, conversions = block.keys["items"][cut.table]
         names, ranges = block.keys["names"], plausible.Ranges()
         for batch in batches(cut, columns, opener, tally):
@@ -112,7 +112,7 @@ class Mimic3(GroupedImporter):
             at = np.minimum(np.searchsorted(items, item), len(items) - 1)
             block.drop(NO_ITEM, item < 0)
             block.drop(UNKNOWN, items[at] != item)
-            block.drop("marked as an error", _whole(batch["error"]) == 1)
+            block.drop("marked as an error", (_whole(batch["error"]) == 1) | (_whole(batch["iserror"]) == 1))
             batch, at = block.keep(batch), at[block.good]  # the most rows of CHARTEVENTS end here
             rows, hours = block.place(batch, batch["charttime"])
             batch, at = batch.filter(pa.array(block.good)), at[block.good]

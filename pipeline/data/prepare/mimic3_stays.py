@@ -132,10 +132,15 @@ def _row(row: dict[str, Any], start: int, end: int, patients: dict[int, tuple[st
         "Age": None if age is None else SHIFTED if age > OLDEST else max(0.0, age), "Gender": gender, "CareUnit": row["first_careunit"],
         "Source": row["dbsource"], "AdmissionType": own.type, "previous_codes": list(dict.fromkeys(earlier))},
         "hospital_death": own.expired, "death_hours": None if own.death is None else (own.death - start) / 3600, "icu_hours": (end - start) / 3600,
-        "discharge_hours": (own.end - start) / 3600, "icd9": list(dict.fromkeys(codes.get(number, ()))),
+        "discharge_hours": (own.end - start) / 3600, "icd9": _distinct(codes, number),
         "readmission_days": (later[0][0] - own.end) / 86400 if later else None,
-        "next_icd9": list(dict.fromkeys(codes.get(later[0][1], ()))) if later else None, "care_unit": row["first_careunit"], "dbsource": row["dbsource"],
+        "next_icd9": _distinct(codes, later[0][1]) if later else None, "care_unit": row["first_careunit"], "dbsource": row["dbsource"],
         "stays_in_admission": counts[number], "transfers": int(any(None not in pair and pair[0] != pair[1] for pair in moved)), "split": "train"}
+
+
+def _distinct(codes: dict[int, list[str]], number: int) -> list[str] | None:
+    """An admission's codes, each once; None where none are known, which is not the same as none."""
+    return list(dict.fromkeys(codes[number])) if number in codes else None
 
 
 class _Admissions(dict[int, _Admission]):

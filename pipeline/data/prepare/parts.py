@@ -102,6 +102,10 @@ class Work(ABC):
     def weight(self, part: Part) -> int:
         """Rows of the source that stand in a part."""
 
+    def shown(self, amounts: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
+        """What the summary tells of the sums over all parts."""
+        return amounts
+
     def end(self, output: str) -> None:
         """What is to be written when all parts are there."""
         return

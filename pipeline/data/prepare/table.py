@@ -16,7 +16,7 @@ from pydantic import Field
 
 from pipeline import registry
 from pipeline.data.prepare import dialect, parquet
-from pipeline.data.prepare.importing import SPLITS, few
+from pipeline.data.prepare.importing import NO_SPLIT, SPLITS, few
 from pipeline.data.prepare.sources import Listed, Piece, Reading, find, plain_suffix, wholes
 from pipeline.data.prepare.tables import KINDS, Found, Settled, TableImporter, wider
 from pipeline.registry import Options, register
@@ -36,7 +36,7 @@ class TableOptions(Options):
     drop: str = Field("", description="columns that are no features")
     categorical: str = Field("", description="columns whose numbers are codes: kept as texts")
     numeric: str = Field("", description="columns of numbers though some values are none (<0.1, ERROR): those are counted and null")
-    missing: str = Field(",NA,NaN,nan,?,null", description="texts that mean a missing value; the first one here is the empty text")
+    missing: str = Field(",NA,N/A,NaN,nan,?,null,NULL,None", description="texts that mean a missing value; the first one here is the empty text")
     delimiter: str = Field("", description="one character, or tab; empty: tab for .tsv and .tab, else a comma")
     quote: str = Field('"', description="what encloses fields; empty: nothing does, every line is a row")
     encoding: str = Field("utf-8", description="of the files, such as latin-1; one in which ASCII is ASCII")
@@ -162,6 +162,9 @@ class Table(TableImporter):
     def _whole(self, reading: Reading, places: list[int], columns: dict[str, list[Any]]) -> Iterator[tuple[list[int], dict[str, list[Any]]]]:
         """The batch without rows that lack a label or a split, which are told to ``reading``."""
         lacking: dict[int, str] = {}
+        if self.options.split_column:
+            texts = [_text(value) for value in columns[self.options.split_column]]
+            lacking = {i: NO_SPLIT for i, text in enumerate(texts) if text is not None and text.lower() not in SPLITS}
         for name, what in [(self.options.split_column, "split"), *((name, f"label ({name})") for name in reversed(self.labels))]:
             if name:
                 lacking |= {i: f"no {what}" for i, value in enumerate(columns[name]) if value is None or value != value}
@@ -219,6 +222,9 @@ class Table(TableImporter):
         noted = {"columns without a value": [name for name, column in features.items() if not column.present],
                  "columns with one value": [name for name, column in features.items() if column.present and len(column.distinct) == 1],
                  "whole numbers with few values (if they are codes: --set categorical=)": whole,
+                 "categories though most values are numbers (if the others mean none: --set numeric=)":
+                     [name for name, column in features.items()
+                      if not number[name] and name not in self.categorical and 0 < 2 * column.strange < column.present],
                  f"categories with more than {MANY} values (names? --set drop=)":
                      [name for name, column in features.items() if not number[name] and len(column.distinct) > MANY]}
         missing = {name: rows - column.present for name, column in features.items() if column.present < rows}
@@ -236,7 +242,7 @@ class Table(TableImporter):
                 made[name] = pa.array([_as(value, kind) for value in found[name]], KINDS[kind] if kind else pa.string())
             if self.options.split_column:
                 texts = [_text(value) or "" for value in found[self.options.split_column]]
-                made["split"] = pa.array([SPLITS.get(text.lower(), text) for text in texts], pa.string())
+                made["split"] = pa.array([SPLITS[text.lower()] for text in texts], pa.string())
             if places:
                 yield pa.table(made)
 
@@ -271,9 +277,10 @@ def _hash(value: Any) -> int:
 
 
 def _kind(value: Any) -> int:
-    """The place in KINDS; truths are categories, floats without a fraction whole numbers."""
+    """The place in KINDS; truths are categories, floats without a fraction whole numbers, as texts (1.0) too."""
     if isinstance(value, str):
-        return dialect.field_kind(value)
+        kind = dialect.field_kind(value)
+        return _kind(float(value)) if kind == 3 else kind
     if isinstance(value, float):
         return 2 if value.is_integer() and abs(value) < 1 << 53 else 3
     return 2 if not isinstance(value, bool) and abs(value) < 1 << 63 else 4
@@ -307,7 +314,11 @@ def _as(value: Any, kind: int) -> Any:
     """A label, id or group as one of that kind of KINDS."""
     if kind == 4:
         return _text(value)
-    return None if value is None or value != value else int(value) if kind == 2 else float(value)
+    if value is None or value != value:
+        return None
+    if kind == 2:
+        return int(float(value)) if isinstance(value, str) and not dialect.WHOLE.fullmatch(value) else int(value)
+    return float(value)
 
 
 def _listed(text: str) -> list[str]:

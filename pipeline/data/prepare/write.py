@@ -156,7 +156,7 @@ class Preparation:
             raise ValueError(f"{broken} of {total} rows are broken, more than --max-bad {share:g} allows. First ones: {'; '.join(first[:NAMED])}")
 
     def _finish(self, broken: list[dict[str, str]]) -> dict[str, Any]:
-        notes = {**self.work.notes, **_added([record["amounts"] for record in self.records.values() if "amounts" in record])}
+        notes = {**self.work.notes, **self.work.shown(_added([record["amounts"] for record in self.records.values() if "amounts" in record]))}
         found = summary.summarise(self.output, [part.name for part in self.parts], self.work.label, self.work.measures, broken, notes)
         storage.write_json(storage.join(self.output, "_summary.json"), found)
         storage.write_bytes(storage.join(self.output, "_summary.md"), summary.markdown(f"{self.name}: {self.source}", found, self.work.noun).encode())
