@@ -58,7 +58,8 @@ def test_mortality_has_the_first_48_hours_of_stays_that_last_so_long():
 
 
 @pytest.mark.parametrize(("changed", "reason"), [
-    ({"hours": 47.999}, "stay shorter than 48 hours"), ({"hours": None}, "length of stay unknown"), ({"times": (48.5, 50.0)}, "no events in the window"),
+    ({"hours": 47.999}, "stay shorter than 48 hours"), ({"hours": None}, "length of stay unknown"), ({"died": 47.9}, "died before the prediction time"),
+    ({"times": (48.5, 50.0)}, "no events in the window"),
     ({"times": (-5.0, -1.0)}, "no events in the window"), ({"times": ()}, "no events in the window"), ({"age": 17.9}, "younger than 18"),
     ({"age": None}, "age unknown"),
     ({"transfers": True}, "moved between ICUs, or not known"), ({"stays_in_admission": 2}, "several ICU stays in the admission, or not known"),
@@ -197,7 +198,7 @@ def reference(task: str, one: dict) -> dict | None:
     length, inside = one["icu_hours"], [t for t in one["times"] if t >= 0]
     lived = one["death_hours"] if one["hospital_death"] else math.inf
     if task == "mortality":
-        return {"label": one["hospital_death"], "until": 48} if length >= 48 and any(t <= 48 for t in inside) else None
+        return {"label": one["hospital_death"], "until": 48} if length >= 48 and lived >= 48 and any(t <= 48 for t in inside) else None
     if task == "phenotyping":
         names = {phenotyping.phenotypes()[code][0] for code in one["icd9"] if code in phenotyping.phenotypes()}
         return {"labels": sorted(names), "until": length} if any(t <= length for t in inside) else None

@@ -221,7 +221,8 @@ def _fitting(array: Any, kind: str, name: str, entry: Entry) -> Any:
     """As ``_shape``. Raises ValueError naming the column and its type where that is of another kind."""
     types, found = pa.types, array.type
     try:
-        if types.is_binary(found) or types.is_large_binary(found) or types.is_fixed_size_binary(found) or (kind in ("id", "number") and types.is_temporal(found)):
+        bytes_ = types.is_binary(found) or types.is_large_binary(found) or types.is_fixed_size_binary(found)
+        if bytes_ or (kind in ("id", "number") and types.is_temporal(found)):
             raise pa.ArrowInvalid
         return _shape(array, kind)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ValueError):

@@ -51,8 +51,8 @@ class LongTable(GroupedImporter):
 
     Columns: entity, patient (with --set group), times (hours since the start), variables, values, events (how many), static (--set static), and the
     outcomes. Ids are texts, as they stand in a CSV table (01 is another than 1), or whole numbers of Parquet. Texts such as <0.1 count as their bound; what
-    is no number is left out and counted by reason, and so are exact duplicates and events of
-    nobody in the entities' table. Memory stays flat however long the table is.
+    is no number is left out and counted by reason, and so are exact duplicates and events of nobody in the entities' table. Memory stays flat however
+    long the table is.
     """
 
     def sources(self, source: str, cut_bytes: int) -> Sources:
@@ -175,8 +175,8 @@ class LongTable(GroupedImporter):
         hours, timed = found.values * HOURS[self.options.unit], found.reasons == 0
         if far := np.count_nonzero(timed & (rows >= 0) & (np.abs(hours) > MOST_HOURS)):
             raise ValueError(f"{few(entry.name for entry in cut.entries)}: {far} of {len(hours)} rows are more than {MOST_HOURS} hours "
-                             f"from the entity's start, with --set unit={self.options.unit}; name their unit, or if they are absolute, write them as timestamps (2101-10-20 19:08:00) "
-                             "and give unit=timestamp and start=COLUMN of the entities' table")
+                             f"from the entity's start, with --set unit={self.options.unit}; name their unit, or if they are absolute, write them as "
+                             "timestamps (2101-10-20 19:08:00) and give unit=timestamp and start=COLUMN of the entities' table")
         return hours, timed
 
 
