@@ -280,3 +280,11 @@ def test_rows_are_read_once_and_again_when_they_change(signs, tmp_path, monkeypa
     assert calls[3:] == [(0, 1), (1, 2)]
     pq.write_table(pa.table({"image": whole[::-1]}), path, row_group_size=120)
     assert (signs(path).digest == first.digest[::-1]).all() and len(calls) == 6
+
+
+def test_records_are_the_same_by_all_their_events_and_those_without_any_are_no_twins(signs, tmp_path):
+    times, names = [[1.0, 2.0], [1.0, 2.0], [1.0, 2.0], [], []], [["a", "b"], ["a", "b"], ["a", "b"], [], []]
+    table = pa.table({"times": times, "variables": names, "values": [[1.0, 2.0], [1.0, 2.0], [1.0, 3.0], [], []]})
+    pq.write_table(table, tmp_path / "rows.parquet")
+    found = signs(tmp_path / "rows.parquet", "events", ("times", "variables", "values"))
+    assert found.digest[0] == found.digest[1] != found.digest[2] and found.readable.tolist() == [True, True, True, False, False]
