@@ -176,10 +176,13 @@ def test_the_old_names_of_the_positions_weight_are_known():
 
 
 def test_bfloat16_gives_finite_states(kind):
+    """With torch's own kernels: oneDNN's for bfloat16 were seen to be wrong by a quarter on one processor (AMX)."""
     backbone, batch = build(kind), batch_of()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = backbone(batch)
-    assert torch.isfinite(found.tokens).all() and (found.pooled.float() - backbone(batch).pooled).abs().max() < 0.2
+    with torch.backends.mkldnn.flags(enabled=False):  # type: ignore[attr-defined]
+        exact = backbone(batch)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = backbone(batch)
+    assert torch.isfinite(found.tokens).all() and (found.tokens.float() - exact.tokens)[exact.mask].norm() < 0.03 * exact.tokens[exact.mask].norm()
 
 
 @pytest.mark.parametrize(("options", "inputs", "told"), [
