@@ -17,7 +17,8 @@ def facts(rows=ROWS, kind=KIND, min_rows=1):
 
 def test_numbers_are_standardised_and_gaps_are_told_apart_from_means():
     found = facts().decode(pa.array(ROWS, KIND), 4, "static")
-    np.testing.assert_allclose(found["numbers"], [[-1, -1], [1, 0], [0, 1], [0, 0]], atol=0.01)  # ages: mean 30, deviation 10; beds: 2 and 1
+    ages, beds = (np.array(two, float).clip(*np.quantile(two, (0.001, 0.999))).std() for two in ([20, 40], [1, 3]))
+    np.testing.assert_allclose(found["numbers"], [[-10 / ages, -1 / beds], [10 / ages, 0], [0, 1 / beds], [0, 0]], rtol=1e-6)  # means are 30 and 2
     assert found["numbers_known"].tolist() == [[True, True], [True, False], [False, True], [False, False]]
 
 
@@ -36,7 +37,7 @@ def test_fields_are_known_by_name_in_any_order_and_types_may_differ():
     other = pa.array([{"sex": "m", "age": 50, "weight": 3.0}, {"sex": "x", "age": None, "weight": None}],
                      pa.struct({"sex": pa.dictionary(pa.int8(), pa.string()), "weight": pa.float32(), "age": pa.int64()}))
     found = facts().decode(other, 2, "static")
-    np.testing.assert_allclose(found["numbers"], [[2, 0], [0, 0]], atol=0.01)
+    np.testing.assert_allclose(found["numbers"], [[20 / 9.98, 0], [0, 0]], rtol=1e-6)  # 50 is 20 above the mean; the quantiles are 20.02 and 39.98
     assert [row.tolist() for row in found["codes"]] == [[4], []]
     assert facts().known(other, "static") == "numbers of static left out: weight; not there: beds; 1 of 2 texts of static are unknown"
     assert facts().known(pa.array(ROWS, KIND), "static") == ""
