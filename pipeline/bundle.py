@@ -117,8 +117,7 @@ def carry_head(task: Task, bundle: Bundle) -> str:
     theirs, mine = bundle.manifest["objective"], task.objective
     if theirs["name"] != mine.registered_name:
         return f"head new: the objective was {theirs['name']}, now it is {mine.registered_name}"
-    tensors = {n.removeprefix("objective."): t for n, t in bundle.tensors.items() if n.startswith("objective.")}
-    return load_head(mine, tensors, theirs["state"].get("labels"))
+    return load_head(mine, bundle.head_tensors(), theirs["state"].get("labels"))
 
 
 def load_head(mine: Objective, tensors: Mapping[str, Tensor], labels: Sequence[str] | None) -> str:
@@ -142,6 +141,17 @@ def load_head(mine: Objective, tensors: Mapping[str, Tensor], labels: Sequence[s
     return said
 
 
+def carry_tensors(mine: Objective, name: str, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
+    """Load what a source's head has of the same name and shape (``Objective.carries_head``): how many tensors were kept, and in words."""
+    if name != mine.registered_name:
+        return 0, f"head new: the source's objective was {name}"
+    own = mine.state_dict()
+    kept = {n: t for n, t in tensors.items() if n in own and own[n].shape == t.shape}
+    mine.load_state_dict(kept, strict=False)
+    told = Transfer(tuple(kept), tuple(n for n in own if n not in kept), tuple(n for n in tensors if n not in kept))
+    return len(kept), f"head: {told.text()}"
+
+
 @dataclass(frozen=True)
 class Bundle:
     uri: str
@@ -161,6 +171,9 @@ class Bundle:
 
     def backbone_tensors(self) -> dict[str, Tensor]:
         return {n.removeprefix("backbone."): t for n, t in self.tensors.items() if n.startswith("backbone.")}
+
+    def head_tensors(self) -> dict[str, Tensor]:
+        return {n.removeprefix("objective."): t for n, t in self.tensors.items() if n.startswith("objective.")}
 
 
 def save(uri: str, model: Task | Backbone, modality: Mapping[str, Any], **facts: Any) -> None:

@@ -81,6 +81,8 @@ class Modality(ABC):
     """Options that a target may set otherwise than its source did: they change how rows are read, not what was fitted."""
     packed_roles: ClassVar[tuple[str, ...]] = ()
     """Column roles of the rows that ``pack`` makes; ``tokenize`` makes the first one."""
+    fitted_roles: ClassVar[tuple[str, ...]] = ()
+    """Optional roles that ``fit`` and ``grown`` read even where an objective has them (actions are history and label)."""
     cost_role: ClassVar[str | None] = None
     """The optional role whose column tells what a row costs (audio: seconds), so that no file is opened for it."""
     cost_unit: ClassVar[str] = ""
@@ -105,6 +107,10 @@ class Modality(ABC):
     def known(self, table: Any, columns: dict[str, str]) -> str:
         """In words, what of these rows the fitted state knows and what it leaves out (variables of another hospital); "" where that is no question."""
         return ""
+
+    def grown(self, table: Any, columns: dict[str, str]) -> dict[str, Any]:
+        """The state, completed by what a target's training rows have and the source's had not (another robot's spaces); what is known stays as it was."""
+        return self.state
 
     def encoded(self, table: Any, columns: dict[str, str]) -> tuple[np.ndarray, list[str]] | None:
         """(B,) objects, rows as their files' bytes for ``unpack`` to decode on the device, with "" or a reason for each; None where there is no such form."""
@@ -208,6 +214,10 @@ class Objective(nn.Module, ABC):
     """Keys of the further sums that ``loss`` gives."""
     couples_rows: ClassVar[bool] = False
     """True for losses that compare the rows of a global batch with each other: they gather over ranks and take no micro-batches."""
+    carries_head: ClassVar[bool] = False
+    """True: a target with the same objective starts with its source's head, the tensors of the same name and shape (a policy's decoder)."""
+    whole_rows: ClassVar[bool] = False
+    """True: whole numbers of label_fractions are rows (demonstrations), since a row has no class."""
     fit_roles: ClassVar[tuple[str, ...] | None] = None
     """Roles whose columns are read whole for ``fit`` and checked before anything starts; none: all of ``roles`` and ``optional_roles``."""
     label_tensors: ClassVar[tuple[str, ...]] = ("label",)
@@ -263,6 +273,11 @@ class Objective(nn.Module, ABC):
         """Metrics that a target is told by, the primary one first: ``metrics``, or those of what the state tells (how many classes)."""
         return cls.metrics
 
+    @classmethod
+    def test_metrics(cls, options: Any, state: dict[str, Any]) -> tuple[str, ...]:
+        """Metrics of what ``tested`` adds, told of test rows alone; the first one is then the primary one there, unless the target names another."""
+        return ()
+
     def views(self) -> tuple[View, ...]:
         """Random views that the loss compares: the modality makes them (``view0``, ...) in the place of its augmentation, in evaluation too."""
         return ()
@@ -301,6 +316,11 @@ class Objective(nn.Module, ABC):
 
         Called on the host, with the rows of ``found`` in their order.
         """
+        return found
+
+    def tested(self, backbone: Backbone, found: dict[str, np.ndarray], origin: Origin) -> dict[str, np.ndarray]:
+        """The predictions of test rows with what takes more than a pass over them (a policy's own episodes in the simulator): once, after training, on the
+        host, with the rows of ``found`` in their order; arrays of numbers, rows first."""
         return found
 
     def written(self, found: dict[str, np.ndarray], origin: Origin) -> dict[str, np.ndarray]:
@@ -345,6 +365,8 @@ class Technique:
     options_class: ClassVar[type[Options]]
     from_source: ClassVar[bool] = True
     """False: the backbone starts from its random initialisation."""
+    learns: ClassVar[bool] = True
+    """False: the source's network is tried as it is; one trial stands for all label fractions and seeds."""
     frozen: ClassVar[bool] = False
     """True: the backbone never moves, so that its features may be computed once."""
 
@@ -353,6 +375,10 @@ class Technique:
 
     def wrap(self, task: Task) -> Task:
         return task
+
+    def steps(self, steps: int) -> int:
+        """How many it takes where the target is given so many."""
+        return steps
 
     def phases(self, steps: int) -> tuple[Phase, ...]:
         return (Phase("all", steps),)

@@ -404,7 +404,8 @@ def test_phases_fill_the_steps_and_rates_cover_every_layer(technique):
     layers = net_task().layers()
     for steps in (1, 2, 3, 10, 1000):
         phases = technique.phases(steps)
-        assert sum(phase.steps for phase in phases) == steps and all(phase.steps > 0 and phase.lr_scale > 0 for phase in phases)
+        assert sum(phase.steps for phase in phases) == (steps if technique.learns else 0)
+        assert all(phase.steps > 0 and phase.lr_scale > 0 for phase in phases)
         for phase in phases:
             rates = technique.rates(layers, phase.name)
             assert set(rates) == set(layers) and all(rate >= 0 for rate in rates.values()) and any(rates.values())
@@ -414,17 +415,25 @@ def test_a_technique_trains_what_it_says_and_nothing_else(technique):
     task = technique.wrap(net_task(norm="batch"))
     before = weights(task)
     run = make_run(image_rows(32), task, steps=6, technique=technique, lr=0.01, warmup=0.0, weight_decay=0.1)
-    outcome = loop.fit(run)
+    outcome = loop.fit(run) if technique.learns else loop.untrained(run)
     layers = task.layers()
     moving = {name for phase in technique.phases(6) for layer, rate in technique.rates(layers, phase.name).items() if rate > 0 for name in layers[layer]}
     after = weights(task)
     changed = {name for name in after if not torch.equal(after[name], before[name])}
     assert changed & set(dict(task.named_parameters())) == moving
     assert outcome.params_trained == sum(p.numel() for name, p in task.named_parameters() if name in moving)
-    if technique.frozen:
+    if not technique.learns:
+        assert not changed and outcome.steps == 0
+    elif technique.frozen:
         assert not any(name.startswith("backbone.") for name in changed)
     else:
         assert any(name.startswith("backbone.") for name in changed)
+
+
+def test_scratch_may_be_given_more_steps_than_others():
+    kind = registry.get("technique", "scratch")
+    assert [kind(kind.options_class(budget=budget)).steps(40) for budget in (1.0, 2.5, 0.001)] == [40, 100, 1]
+    assert all(registry.get("technique", name)().steps(40) == 40 for name in registry.names("technique"))
 
 
 def test_scratch_is_there_and_starts_from_nothing():

@@ -1,4 +1,4 @@
-"""Techniques that are nothing but learning rates and phases: scratch, random_probe, linear_probe, full, lp_ft."""
+"""Techniques that are nothing but learning rates and phases: scratch, zero_shot, random_probe, linear_probe, full, lp_ft."""
 
 from __future__ import annotations
 
@@ -8,11 +8,31 @@ from pipeline.contracts import Phase, Technique
 from pipeline.registry import Options, register
 
 
-@register("technique", "scratch")
+class ScratchOptions(Options):
+    budget: float = Field(1.0, gt=0, le=1000, description="steps, relative to the target's: a row beside plain scratch shows what scratch reaches with more")
+
+
+@register("technique", "scratch", options=ScratchOptions)
 class Scratch(Technique):
     """The same network and budget from its random initialisation: what every gain is measured against."""
 
     from_source = False
+
+    def steps(self, steps):
+        return max(1, round(self.options.budget * steps))
+
+
+@register("technique", "zero_shot")
+class ZeroShot(Technique):
+    """The source's network and head as they are, tried on the target's test rows: where adaptation starts. For objectives whose head is carried over."""
+
+    learns = False
+
+    def phases(self, steps):
+        return ()
+
+    def rates(self, layers, phase):
+        return dict.fromkeys(layers, 0.0)
 
 
 @register("technique", "full")

@@ -66,6 +66,13 @@ class Completer:
             return found
         return objective.complete(found, self.origin(objective, found["row"]))
 
+    def tested(self, task: Task, found: Predictions) -> Predictions:
+        """As calling it, and what the objective finds out about test rows alone (``Objective.tested``)."""
+        found = self(task.objective, found)
+        if not found or type(task.objective).tested is Objective.tested:
+            return found
+        return task.objective.tested(task.backbone, found, self.origin(task.objective, found["row"]))
+
     def origin(self, objective: Objective, ids: np.ndarray) -> Origin:
         decoder, schema = self.rows.decoder, self.rows.selection.manifest.schema
         self._reader = self._reader or Reader(self.rows.selection.manifest, [name for name in decoder.names(objective.origin_roles) if name in schema.names])

@@ -306,6 +306,16 @@ def fit(run: Run) -> Outcome:
                    resumed_from=start, stopped_early=stopped)
 
 
+def untrained(run: Run) -> Outcome:
+    """The task as it is: validated once, nothing trained."""
+    run.task.to(run.ranks.device)
+    began, curve = run.clock(), []
+    if run.evaluate:
+        curve = [{"step": 0, **_evaluated(run, None, 0)}]
+        run.on_eval(0, {name: value for name, value in curve[0].items() if name != "step"})
+    return Outcome(steps=0, seconds=run.clock() - began, rows_per_second=0.0, wait_share=0.0, skipped_steps=0, curve=curve, params_trained=0, resumed_from=0)
+
+
 def _params_trained(run: Run, phases: tuple[Phase, ...]) -> int:
     """Parameters that any phase moves."""
     layers, named = run.task.layers(), dict(run.task.named_parameters())

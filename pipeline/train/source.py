@@ -308,7 +308,7 @@ def fit_modality(stage: SourceStage, start: starts.Start | None) -> dict[str, An
 
 def input_columns(modality: type[Modality], objective: type[Objective], columns: dict[str, str]) -> list[str]:
     """Columns of what a row is, without what is to be found out about it (a mask that moves with its image is the objective's)."""
-    theirs = (*objective.roles, *objective.optional_roles)
+    theirs = {*objective.roles, *objective.optional_roles} - set(modality.fitted_roles)
     return list(dict.fromkeys(columns[role] for role in (*modality.roles, *modality.optional_roles) if role in columns and role not in theirs))
 
 

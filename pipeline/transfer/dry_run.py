@@ -30,6 +30,8 @@ def describe(state: State) -> list[str]:
             names = names[:job.fanout.select.top]
         kinds = {_kind(state, n) for n in names}
         plugs = trials.techniques(job, stage.spec)
+        tried = sum(not trials.learns(plug) for plug in plugs) * len(names)
+        plugs = [plug for plug in plugs if trials.learns(plug)]
         moving = [p for p in plugs if registry.get("technique", p.name).from_source]
         cells = (len(plugs) - len(moving)) * len(kinds) + len(moving) * len(names)
         for fraction in stage.spec.label_fractions:
@@ -46,6 +48,9 @@ def describe(state: State) -> list[str]:
             drawn = " (before search)" if {"steps", "epochs", "global_batch"} & set(job.fanout.search) else ""
             lines.append(f"target {name} at {trials.fraction_text(fraction)} labels: {cells} cells = {search} search + {final} final trials of "
                          f"{steps} steps{drawn} on {rows} {'documents' if stage.packed else 'rows'}; {stage.splits.sizes()}")
+        if tried:
+            total += tried
+            lines.append(f"target {name} without training: {tried} final trials")
     kept = f", {sum(done for _, done in ready)} of the {len(ready)} trials are done" if ready else ""
     lines.append(f"in all: {total} trials, {steps_total} steps{unknown}{kept}; results in {job.root}")
     return lines

@@ -167,7 +167,7 @@ def share(state: State) -> Shared:
     if missing:
         raise ValueError(f"sources {', '.join(missing)} have no bundle yet: run `pretrain` (or `run`) first")
     loaded = {name: targets.weights(stage.bundle_uri) for name, stage in state.sources.items()}
-    found = trials.bases({name: (manifest["arch"], manifest["modality"]) for name, (_, manifest) in loaded.items()})
+    found = trials.bases({name: (manifest["arch"], manifest["modality"]) for name, (_, _, manifest) in loaded.items()})
     held: dict[tuple[str, str], trial.TargetData] = {}
     for name, target in list(state.targets.items()):
         by_modality: dict[str, trial.TargetData] = {}
@@ -196,9 +196,10 @@ def share(state: State) -> Shared:
     if not state.targets:
         raise ValueError("\n".join(f"targets.{name}: {reason}" for name, reason in state.broken.items()))
     facts = {"git_sha": _git_sha(), "spec_hash": spec_hash(job)}
-    return Shared(job.name, job.root, job.seed, {base.key: base for base in found}, {name: w for name, (w, _) in loaded.items()},
+    return Shared(job.name, job.root, job.seed, {base.key: base for base in found}, {name: w for name, (w, _, _) in loaded.items()},
                   {name: stage.bundle_uri for name, stage in state.sources.items()}, held, job.fanout.keep_bundles != "none",
-                  {name: stage.key for name, stage in state.sources.items()}, facts)
+                  {name: stage.key for name, stage in state.sources.items()}, facts,
+                  {name: (manifest["objective"]["name"], head) for name, (_, head, manifest) in loaded.items()})
 
 
 def _git_sha() -> str | None:
@@ -259,7 +260,8 @@ def _trial(state: State, name: str, cell: tuple[Base, str, Any, Any], hyper: dic
 def search_trials(state: State, bases: list[Base], chosen: dict[str, set[str]]) -> list[Trial]:
     """Every cell with every draw; none when there is only one draw."""
     draws = trials.draws(state.job)
-    return [_trial(state, name, cell, hyper, 0, "search") for name, cell in _cells(state, bases, chosen) for hyper in draws] if len(draws) > 1 else []
+    found = _cells(state, bases, chosen) if len(draws) > 1 else []
+    return [_trial(state, name, cell, hyper, 0, "search") for name, cell in found if trials.learns(cell[2]) for hyper in draws]
 
 
 def final_trials(state: State, bases: list[Base], chosen: dict[str, set[str]], winners: dict[str, dict[str, float]]) -> list[Trial]:
@@ -267,7 +269,7 @@ def final_trials(state: State, bases: list[Base], chosen: dict[str, set[str]], w
     out = []
     for name, cell in _cells(state, bases, chosen):
         hyper = winners.get(_trial(state, name, cell, {}, 0, "final").cell, {})
-        out += [_trial(state, name, cell, hyper, seed, "final") for seed in range(state.job.fanout.seeds)]
+        out += [_trial(state, name, cell, hyper, seed, "final") for seed in range(state.job.fanout.seeds if trials.learns(cell[2]) else 1)]
     return out
 
 
@@ -327,7 +329,7 @@ def collect(state: State, found: list[Trial]) -> list[dict[str, Any]]:
         kept = set(records)
     kept = {one for one in kept if (uri := records[one]["rows"][0]["bundle_uri"]) and bundle.exists(uri)}  # another run may have kept fewer
     scratch = {(one.base, one.target, trials.fraction_text(one.label_fraction), one.seed): one for one in found
-               if one.source == SCRATCH and one.technique.name == "scratch" and one.stage == "final"}
+               if one.source == SCRATCH and str(one.technique) == "scratch" and one.stage == "final"}
     predictions = lru_cache(maxsize=8)(partial(trial.read_predictions, root))  # of a trial's several metrics, and of its scratch
     rows = []
     for one in found:

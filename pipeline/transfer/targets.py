@@ -86,14 +86,15 @@ def stage(job: Job, name: str) -> TargetStage:
         checks.check_packed(f"targets.{name}", spec.data, spec.objective.name)
     checks.check_costs(f"targets.{name}", spec.data, spec.train, objective)
     whole = [fraction for fraction in spec.label_fractions if isinstance(fraction, int)]
-    if whole and "label" not in objective.roles:
+    if whole and "label" not in objective.roles and not objective.whole_rows:
         raise ValueError(f"targets.{name}.label_fractions: {whole[0]} means {whole[0]} rows a class, and a row of {spec.objective.name} has no single class: "
                          "give shares, such as 0.1")
     if spec.drop_overlap == "near" and modality.roles[0] != "image":
         raise ValueError(f"targets.{name}.drop_overlap: near duplicates are found among images, these rows are {spec.data.modality.name}: say exact")
     found = manifests.splits(spec.data, (*modality.roles, *objective.roles), f"targets.{name}", storage.join(job.root, "imports"), need_test=True)
     state = fit_labels(spec, found)
-    known = objective.measures(objective.options_class(**spec.objective.options), state)
+    options = objective.options_class(**spec.objective.options)
+    known = (*objective.measures(options, state), *objective.test_metrics(options, state))
     if spec.metric is not None and metric(spec.metric).name not in (*known, *(OF_CLASSES if "label" in objective.roles else ())):
         raise ValueError(f"targets.{name}.metric: {spec.metric} is not a metric of {spec.objective.name} ({', '.join(known)})")
     if spec.subgroups and objective.packed:
@@ -152,7 +153,7 @@ def fit_labels(spec: Target, splits: Splits) -> dict[str, Any]:
 
 
 def _modality(target: TargetStage, base: Base) -> dict[str, Any]:
-    """The source's modality, with the options that a target may set for itself."""
+    """The source's modality, with the options that a target may set for itself, and with what it learns of the target's own rows (``Modality.grown``)."""
     plug = target.spec.data.modality
     own = registry.get("modality", plug.name).target_options
     named = train_source.by_content(plug)
@@ -161,7 +162,12 @@ def _modality(target: TargetStage, base: Base) -> dict[str, Any]:
         raise ValueError(f"targets.{target.name}.data.modality: {differ} contradicts the source, whose rows were read with "
                          f"{base.modality['options']}; a target is read as its backbone was: leave the options out"
                          + (f" ({', '.join(own)} may differ)" if own else ""))
-    return {**base.modality, "options": {**base.modality["options"], **named}}
+    spec = {**base.modality, "options": {**base.modality["options"], **named}}
+    reads = bundle.build_modality(spec)
+    if type(reads).grown is Modality.grown:
+        return spec
+    names = train_source.input_columns(type(reads), registry.get("objective", target.spec.objective.name), target.spec.data.columns)
+    return {**spec, "state": reads.grown(train_source.sample(target.splits.train, names, train_source.FIT_ROWS), target.spec.data.columns)}
 
 
 def prepare(target: TargetStage, base: Base) -> TargetData:
@@ -256,6 +262,9 @@ def _check_base(target: TargetStage, base: Base, arch: dict[str, Any], objective
         kind = registry.get("technique", plug.name)
         one = kind(kind.options_class(**plug.options))
         layers = task.layers()
+        if not kind.learns and not type(task.objective).carries_head:
+            raise ValueError(f"techniques: {plug.name} tries the source's own head, and {objective['name']} starts with a new one: leave it out, or give "
+                             f"targets.{target.name} techniques of its own")
         if kind.wrap is not Technique.wrap:
             continue  # what it adds is trained
         for phase in one.phases(10):
@@ -277,9 +286,10 @@ def check_modality(target: TargetStage, source: Source) -> None:
                          f"raise positions there ({{{source.backbone.name}: {{positions: {wanted}}}}}), or shorten length here")
 
 
-def weights(uri: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """A bundle's backbone as arrays (for the object store) and its manifest."""
+def weights(uri: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, Any]]:
+    """A bundle's backbone and its head as arrays (for the object store), and its manifest."""
     found = bundle.load(uri)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return {name: tensor.numpy() for name, tensor in found.backbone_tensors().items()}, found.manifest
+        backbone, head = ({name: tensor.numpy() for name, tensor in part.items()} for part in (found.backbone_tensors(), found.head_tensors()))
+        return backbone, head, found.manifest

@@ -62,8 +62,15 @@ class TargetData:
         """Metric names, the primary one first."""
         kind = registry.get("objective", self.objective["name"])
         declared = kind.measures(kind.options_class(**self.objective["options"]), self.objective["state"])
-        primary = self.spec.metric or declared[0]
+        primary = self.spec.metric if self.spec.metric and self.spec.metric not in self.test_metrics else declared[0]
         return (primary, *(name for name in declared if name != primary))
+
+    @property
+    def test_metrics(self) -> tuple[str, ...]:
+        """Names of metrics of test rows alone, the one that the target names first."""
+        kind = registry.get("objective", self.objective["name"])
+        declared = kind.test_metrics(kind.options_class(**self.objective["options"]), self.objective["state"])
+        return tuple(sorted(declared, key=lambda name: name != self.spec.metric))
 
     @property
     def label_names(self) -> tuple[str, ...]:
@@ -86,6 +93,8 @@ class Shared:
     keep_bundles: bool
     source_keys: dict[str, str] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+    heads: dict[str, tuple[str, dict[str, np.ndarray]]] = field(default_factory=dict)
+    """Of each source its objective and the tensors of its head, for objectives that carry them over."""
 
 
 def folder(shared: Shared, trial: Trial) -> str:
@@ -105,7 +114,14 @@ def build(trial: Trial, shared: Shared) -> tuple[Task, str, str]:
     moved = "backbone and head new (scratch)"
     if trial.source != SCRATCH:
         tensors = {name: torch.from_numpy(array) for name, array in shared.weights[trial.source].items()}
-        moved = bundle.transfer(task.backbone, tensors, trial.source).text() + "; head new"
+        moved = bundle.transfer(task.backbone, tensors, trial.source).text()
+        kept, told = 0, "head new"
+        if type(task.objective).carries_head:
+            name, head = shared.heads[trial.source]
+            kept, told = bundle.carry_tensors(task.objective, name, {name: torch.from_numpy(array) for name, array in head.items()})
+        if not trial.technique_object.learns and not kept:
+            raise ValueError(f"{trial.technique.name}: nothing of the head of source {trial.source} fits this target ({told}): it can only be fine-tuned")
+        moved += f"; {told}"
     return task, moved, weights_hash(task)
 
 
@@ -124,6 +140,8 @@ def resolved(trial: Trial, shared: Shared) -> tuple[Train, Rows, int]:
     rows as ``batch_cost`` holds on average: features are all of one length.
     """
     data = shared.targets[trial.target, trial.base]
+    if not trial.technique_object.learns:
+        return data.spec.train.model_copy(update={"global_batch": min(data.spec.train.global_batch, len(data.train))}), data.train, 0
     rows = data.train.subset(label_subset(data.train, data.labels, trial.label_fraction, mix(shared.seed, trial.seed)))
     train = drawn(data.spec.train, trial.hyper_parameters)
     change: dict[str, Any] = {"augment": False} if trial.technique_object.frozen else {}
@@ -133,7 +151,7 @@ def resolved(trial: Trial, shared: Shared) -> tuple[Train, Rows, int]:
         assert data.train.costs is not None
         batch, change["batch_cost"] = max(1, round(train.batch_cost / max(float(data.train.costs.mean()), 1e-9))), None
     train = train.model_copy(update={**change, "global_batch": min(batch, len(rows))})
-    return train, rows, steps_of(train, order_of(trial, shared, train, rows))
+    return train, rows, trial.technique_object.steps(steps_of(train, order_of(trial, shared, train, rows)))
 
 
 def order_of(trial: Trial, shared: Shared, train: Train, rows: Rows) -> Plan:
@@ -184,7 +202,7 @@ def run(trial: Trial, shared: Shared, ranks: Ranks | None = None, report: Report
                     batches=partial(train_batches, rows, plan, rank=ranks.rank, ranks=ranks.count, place="train", pin=ranks.device.type == "cuda"),
                     ready=ready, keeper=keeper, evaluate=check, ranks=ranks, on_log=on_log, on_eval=on_eval, bad_rows=bad_rows)
     try:
-        outcome = loop.fit(work)
+        outcome = loop.fit(work) if technique.learns else loop.untrained(work)
     finally:
         if log:
             log.close()
@@ -198,11 +216,11 @@ def run(trial: Trial, shared: Shared, ranks: Ranks | None = None, report: Report
         lost: list[tuple[int, str]] = []
         mine = evaluate.predictions(task, _batches(data.test, ranks), ready, ranks, autocast(), lost.extend)
         check_budget(lost, len(data.test), data.spec.data.max_bad_rows, data.test.selection)
-        mine = evaluate.Completer(data.test)(task.objective, mine)
+        mine = evaluate.Completer(data.test).tested(task, mine)
         test = evaluate.gathered(mine, ranks)
         moved += f"; {len(data.test) - len(test['row'])} test rows could not be read" if len(test["row"]) < len(data.test) else ""
     facts = {"params_trained": outcome.params_trained, "steps": outcome.steps, "seconds": time.time() - began, "device": device_name(ranks.device),
-             "start_weights": start_hash, "transfer": moved, "n_train": len(rows), "curve": outcome.curve, "kept_step": keeper.step,
+             "start_weights": start_hash, "transfer": moved, "n_train": len(rows) if technique.learns else 0, "curve": outcome.curve, "kept_step": keeper.step,
              "skipped_steps": outcome.skipped_steps, "fitted": fitted(task.objective)}
     record = make_record(trial, shared, train, began, facts, keeper.metrics, test)
     if ranks.first:
@@ -258,7 +276,10 @@ def tested(data: TargetData, test: Predictions) -> dict[str, float]:
     of every label that some test rows have and some have not. Raises ValueError where no label has the positives that it needs to be averaged."""
     if "min_positives" in test:
         scored(test, strict=True)
-    found = evaluate.values(test, (*data.metrics, *(AT_THRESHOLD if "threshold" in test else ())))
+    names = (*data.test_metrics, *data.metrics)
+    if data.spec.metric in data.metrics:
+        names = (*data.metrics, *data.test_metrics)
+    found = evaluate.values(test, (*names, *(AT_THRESHOLD if "threshold" in test else ())))
     for each in (metric(name).each for name in data.metrics):
         if each is not None:
             found |= {f"{each}/{label}": value for label, value in per_label(each, test, data.label_names).items()}

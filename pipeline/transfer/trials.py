@@ -103,12 +103,17 @@ def techniques(job: Job, target: Target) -> list[Plug]:
     named = target.techniques if target.techniques is not None else job.techniques
     rest = [plug for plug in named if registry.get("technique", plug.name).from_source]
     unsourced = [plug for plug in named if not registry.get("technique", plug.name).from_source]
-    scratch = [plug for plug in unsourced if plug.name == "scratch"] or [Plug(name="scratch")]
-    return [*scratch, *(plug for plug in unsourced if plug.name != "scratch"), *rest]
+    plain = Plug(name="scratch")
+    return [plain, *(plug for plug in unsourced if plug != plain), *rest]
+
+
+def learns(plug: Plug) -> bool:
+    """Whether a technique trains at all; what does not is tried once."""
+    return registry.get("technique", plug.name).learns
 
 
 def cells(job: Job, target_name: str, found: list[Base], chosen: set[str]) -> list[tuple[Base, str, Plug, Fraction]]:
-    """(base, source, technique, label fraction) of a target; ``chosen`` are the sources that may be used."""
+    """(base, source, technique, label fraction) of a target; ``chosen`` are the sources that may be used. What learns nothing stands at no rows, 0."""
     target = job.targets[target_name]
     out: list[tuple[Base, str, Plug, Fraction]] = []
     for base in found:
@@ -117,10 +122,13 @@ def cells(job: Job, target_name: str, found: list[Base], chosen: set[str]) -> li
             continue
         for fraction in target.label_fractions:
             for plug in techniques(job, target):
+                if not learns(plug):
+                    continue
                 if registry.get("technique", plug.name).from_source:
                     out += [(base, source, plug, fraction) for source in sources]
                 else:
                     out.append((base, SCRATCH, plug, fraction))
+        out += [(base, source, plug, 0) for plug in techniques(job, target) if not learns(plug) for source in sources]
     return out
 
 
