@@ -46,7 +46,7 @@ def blocks(target: str, done: Sequence[Cell], rows: Sequence[Row], runs: dict[st
 
     done: cells of the target with a mean. rows: results rows, of any target.
     """
-    shown = [(cell, found) for cell in done if (found := _runs(cell, rows, runs))]
+    shown = [(cell, found) for cell in done if (found := runs_of(cell, rows, runs))]
     if not shown:
         return []
     best, ours = _best(shown)
@@ -62,7 +62,7 @@ def blocks(target: str, done: Sequence[Cell], rows: Sequence[Row], runs: dict[st
 def picked(done: Sequence[Cell], rows: Sequence[Row], runs: dict[str, Run]) -> tuple[Cell, list[Run], list[Run]] | None:
     """The best finished cell with a source (without one the best of all), its runs, and those of scratch with the same backbone and labels ([] for scratch
     itself). None where no test predictions are at hand."""
-    shown = [(cell, found) for cell in done if (found := _runs(cell, rows, runs))]
+    shown = [(cell, found) for cell in done if (found := runs_of(cell, rows, runs))]
     if not shown:
         return None
     best, ours = _best([pair for pair in shown if pair[0].source != SCRATCH] or shown)
@@ -74,7 +74,7 @@ def _best(shown: list[tuple[Cell, list[Run]]]) -> tuple[Cell, list[Run]]:
     return max(shown, key=lambda pair: (pair[0].mean or 0.0) * (1 if pair[0].higher_is_better else -1))
 
 
-def _runs(cell: Cell, rows: Sequence[Row], runs: dict[str, Run]) -> list[Run]:
+def runs_of(cell: Cell, rows: Sequence[Row], runs: dict[str, Run]) -> list[Run]:
     """Test predictions of a cell's seeds."""
     ids = dict.fromkeys(row["trial_id"] for row in rows
                         if row["trial_stage"] == "final" and row["status"] == "done" and row["target"] == cell.target and row["source"] == cell.source

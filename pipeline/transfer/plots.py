@@ -93,10 +93,11 @@ def learning(panels: dict[str, Series], metric: str) -> str:
 
 
 def label_efficiency(cells: Sequence[Cell]) -> str:
-    """Test metric by number of labelled rows, a line for each (source, technique) with its intervals."""
+    """Test metric by number of labelled rows, a line for each (source, technique) with its intervals; what was trained on none is a level line."""
     with _style():
         shown = [cell for cell in cells if cell.mean is not None and cell.n_train]
-        keys = _keys((cell.source, cell.technique) for cell in shown)
+        untrained = [cell for cell in cells if cell.mean is not None and cell.n_train == 0]
+        keys = _keys((cell.source, cell.technique) for cell in [*shown, *untrained])
         entries = _entries(keys)
         figure, (axes,) = _figure(2.9 + _legend_inches(entries))
         sizes = {cell.label_fraction: cell.n_train or 0 for cell in shown}
@@ -108,6 +109,8 @@ def label_efficiency(cells: Sequence[Cell]) -> str:
             above = [cell.high - cell.mean if cell.mean is not None and cell.high is not None else 0.0 for cell in mine]
             bars = [[max(0.0, v) for v in below], [max(0.0, v) for v in above]]
             axes.errorbar(x, y, yerr=bars, marker="o", markersize=3.5, elinewidth=1, **_look(key, keys))
+        for cell in untrained:
+            axes.axhline(cell.mean or 0.0, **_look((cell.source, cell.technique), keys))
         axes.set_xscale("log")
         ticks = sorted(set(sizes.values()))
         axes.set_xticks(ticks, [f"{n:,}\n{', '.join(fraction_label(f) for f in sorted(sizes, key=fraction_order) if sizes[f] == n)}" for n in ticks])
@@ -143,7 +146,9 @@ def cell_label(cell: Cell) -> str:
 
 
 def fraction_label(label_fraction: str) -> str:
-    """"0.05" -> "5 %", "5/class" as it is."""
+    """"0.05" -> "5 %", "5/class" as it is, "0/class" -> "none"."""
+    if label_fraction == "0/class":
+        return "none"
     try:
         return f"{100 * float(label_fraction):.4g} %"
     except ValueError:
@@ -162,11 +167,12 @@ def _keys(found: Any) -> list[tuple[str, str]]:
 
 
 def _look(key: tuple[str, str], keys: list[tuple[str, str]]) -> dict[str, Any]:
-    """A colour for each technique, a dash for each source; scratch is grey."""
+    """A colour for each technique, a dash for each source; scratch is grey, and so is what else starts from no source, with a dash of its own."""
     techniques = list(dict.fromkeys(technique for source, technique in keys if source != "none"))
     sources = list(dict.fromkeys(source for source, _ in keys if source != "none"))
     if key[0] == "none":
-        return {"color": _SOFT, "linestyle": _DASHES[2], "linewidth": 1.8}
+        plain = [technique for source, technique in keys if source == "none"]
+        return {"color": _SOFT, "linestyle": _DASHES[(2 + plain.index(key[1])) % 4], "linewidth": 1.8}
     return {"color": _COLOURS[techniques.index(key[1]) % 8], "linestyle": _DASHES[sources.index(key[0]) % 4], "linewidth": 1.6}
 
 

@@ -14,7 +14,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from pipeline import storage
-from pipeline.transfer import labels, page, plots, results, stats, subgroups
+from pipeline.transfer import episodes, labels, page, plots, results, stats, subgroups
 from pipeline.transfer.cells import EVEN, FAILED, LOSES, REFERENCE, SCRATCH, UNCOMPARED, WINS, Cell, cells, fraction_order
 from pipeline.transfer.page import Block, Bullets, Code, Details, Figure, Heading, Tally, Text, Value
 
@@ -200,12 +200,13 @@ def _target(target: str, group: list[Cell], rows: Sequence[Row], curves: dict[st
     out.append(_matrix(group, places))
     if split:
         out.append(Text(f"Splits: {split}", "note"))
-    panels = _curves(target, metric, rows, curves)
+    followed = _followed(metric, target, rows, curves)
+    panels = _curves(target, followed, rows, curves)
     if panels:
-        out.append(Figure(plots.learning(panels, metric), f"{target}: validation {metric} while fine-tuning, mean over seeds."))
+        out.append(Figure(plots.learning(panels, followed), f"{target}: validation {followed} while fine-tuning, mean over seeds."))
     if len({c.label_fraction for c in done if c.n_train}) > 1:
         out.append(Figure(plots.label_efficiency(done), f"{target}: test {metric} by number of labelled rows, with 95 % intervals."))
-    return out + labels.blocks(target, done, rows, runs) + subgroups.blocks(target, done, rows, runs)
+    return out + labels.blocks(target, done, rows, runs) + subgroups.blocks(target, done, rows, runs) + episodes.blocks(target, done, rows, runs)
 
 
 def _matrix(group: list[Cell], places: int) -> page.Table:
@@ -215,7 +216,7 @@ def _matrix(group: list[Cell], places: int) -> page.Table:
     for cell in sorted(group, key=lambda c: (c.source == SCRATCH, c.source, c.backbone, c.technique)):
         lines[cell.source, cell.backbone, cell.technique][cell.label_fraction] = cell
     sizes = {c.label_fraction: c.n_train for c in group if c.n_train}
-    header = ["Source · technique", *(f"{plots.fraction_label(f)} of labels" if "/" not in f else f for f in fractions)]
+    header = ["Source · technique", *(f"{plots.fraction_label(f)} of labels" if "/" not in f else plots.fraction_label(f) for f in fractions)]
     header = [header[0], *(f"{name} ({_count(sizes[f])} rows)" if f in sizes else name for name, f in zip(header[1:], fractions, strict=True))]
     body = [[_label(next(iter(line.values())), several), *(_matrix_value(line.get(f), places) for f in fractions)] for line in lines.values()]
     return page.Table(header, body)
@@ -235,6 +236,13 @@ def _matrix_value(cell: Cell | None, places: int) -> str | Value:
     elif cell.verdict == UNCOMPARED:
         lines.append(UNCOMPARED)
     return Value(tuple(lines), cell.verdict)
+
+
+def _followed(metric: str, target: str, rows: Sequence[Row], curves: dict[str, list[dict[str, Any]]]) -> str:
+    """The metric that learning curves show: the primary one, or what validations have in its place where it is told of test rows alone."""
+    held = (point.get("validation") or {} for row in rows if row["target"] == target for point in curves.get(row["trial_id"], ()))
+    names = list(next(held, {}))
+    return metric if metric in names or not names else names[0]
 
 
 def _curves(target: str, metric: str, rows: Sequence[Row], curves: dict[str, list[dict[str, Any]]]) -> dict[str, plots.Series]:

@@ -1,0 +1,63 @@
+"""Policies in the simulator: what the report says of success, return and length of their episodes, beside the expert and random actions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from pipeline.metrics import METRICS
+from pipeline.transfer import stats
+from pipeline.transfer.cells import REFERENCE, SCRATCH, Cell, fraction_order
+from pipeline.transfer.labels import runs_of
+from pipeline.transfer.page import DASH, Block, Heading, Table, Text, Value, places, spread
+from pipeline.transfer.stats import Run
+
+Row = dict[str, Any]
+TOLD = ("success", "return", "steps")
+"""Metrics of an episode, also of the expert's (``expert_success``) and of random actions' (``random_success``) in the same worlds."""
+Estimate = tuple[float, float, float]
+
+
+def blocks(target: str, done: Sequence[Cell], rows: Sequence[Row], runs: dict[str, Run]) -> list[Block]:
+    """How the policies of a target fare in its simulator: the expert, random actions, and every cell by number of demonstrations, the untrained ones (zero
+    shot) first. Nothing where no policy was tried in one."""
+    ran = [(cell, found) for cell in done if (found := [run for run in runs_of(cell, rows, runs) if "success" in run.predictions])]
+    if not ran:
+        return []
+    shown: list[tuple[str, str, list[Run]]] = []
+    first = ran[0][1][:1]
+    for who in ("expert", "random"):
+        if not np.isnan(first[0].predictions.get(f"{who}_success", np.full(1, np.nan))).all():
+            shown.append((who, f"{who}_", first))
+    ran.sort(key=lambda pair: (fraction_order(pair[0].label_fraction), pair[0].verdict == REFERENCE, pair[0].source, pair[0].technique))
+    shown += [(_label(cell), "", found) for cell, found in ran]
+    estimates = [[_estimate(f"{prefix}{name}", found) for name in TOLD] for _, prefix, found in shown]
+    digits = [places([line[i][1:] for line in estimates]) for i in range(len(TOLD))]
+    body: list[list[str | Value]] = [[label, *(_told(one, digit) for one, digit in zip(line, digits, strict=True))]
+                                     for (label, *_), line in zip(shown, estimates, strict=True)]
+    gone = sum(int(run.predictions["diverged"].sum()) for _, found in ran for run in found if "diverged" in run.predictions)
+    said = (f"{target}: mean over the {len(first[0].rows)} test worlds and seeds, with 95 % intervals; every policy starts from the same states. "
+            + (f"In {gone} episodes the simulation diverged; they count as failures." if gone else ""))
+    return [Heading("In the simulator", 3), Text(said.strip()), Table(["Policy", "Success", "Return", "Steps"], body)]
+
+
+def _label(cell: Cell) -> str:
+    who = cell.technique if cell.source == SCRATCH else f"{cell.source} · {cell.technique}"
+    return f"{who}, {cell.n_train} episode{'s' if cell.n_train != 1 else ''}" if cell.n_train else who
+
+
+def _estimate(name: str, found: list[Run]) -> Estimate:
+    """(mean, low, high), NaN where it was not recorded."""
+    if any(name not in run.predictions for run in found):
+        return math.nan, math.nan, math.nan
+    return stats.mean_interval(METRICS[name], found)
+
+
+def _told(value: Estimate, digits: int) -> str | Value:
+    if math.isnan(value[0]):
+        return DASH
+    middle, low, high = value
+    return spread(middle, None if math.isnan(low) else low, None if math.isnan(high) else high, digits)
