@@ -13,7 +13,7 @@ FILES = sorted((ROOT / "pipeline").rglob("*.py"))
 NAMES = {".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file for file in FILES}
 FLOORS = [
     {"job", "jobfile", "contracts", "registry", "s3", "storage", "folders", "rng", "lease", "coco", "pixels", "imagefile", "spans", "tokenizer",
-     "ragged", "facts", "batch", "calibration", "imbalance", "ranking", "frames", "audiofile", "audioheader", "spectrogram", "transcripts"},
+     "ragged", "facts", "batch", "calibration", "imbalance", "ranking", "frames", "audiofile", "audioheader", "spectrogram", "transcripts", "simulation"},
     {"metrics", "bundle", "gather", "data", "modalities", "models", "pyramid", "speech_folders"},
     {"objectives", "techniques", "hugging_face"},
     {"starts"},
@@ -23,7 +23,7 @@ FLOORS = [
 ]
 SIBLINGS = {"modalities", "models", "objectives", "techniques"}
 """Folders whose files know nothing of each other."""
-PACKAGES = {"data", "train", "transfer"}
+PACKAGES = {"data", "train", "transfer", "simulation"}
 """Folders whose modules work together."""
 RAY = ("pipeline.data.stream", "pipeline.train.launch", "pipeline.transfer.fanout", "pipeline.cli", "cluster")
 LONG = {"pipeline.train.loop"}
