@@ -25,6 +25,8 @@ Of several labels a row: ``labels`` (n, L) 0 or 1 beside ``scores`` (n, L), and 
 rows a label needs to stand in a macro average (1 without it). Of entities: ``hits``, ``guessed`` and ``actual`` (n, T) by type; of words:
 ``right`` of ``words`` (n,). Of answers: ``exact`` and ``f1`` (n,), 0 to 1. Of language models: ``bytes`` (n,) beside ``loss``, a sum of nats. Of
 transcripts: ``word_errors`` of ``words`` and ``char_errors`` of ``chars`` (n,). Of samples: ``count`` of them (n,) beside ``loss``, a sum of nats.
+Of policies: ``squared_error``, summed over ``action_numbers`` (n,), standardised; of an episode of each row ``success`` (n,) 0 or 1, ``return`` and
+``steps``, beside those of the demonstration (``expert_``) and of a random policy (``random_``) in the same world.
 Of rows that are judged at several positions (every hour): ``scores`` (n, M, classes) and ``label`` (n, M), -1 where a row has no more positions.
 Of two classes the second is the positive one; ``threshold`` (n,) the probability from which rows are called so, where one was chosen.
 """
@@ -355,6 +357,16 @@ METRICS: dict[str, Metric] = {m.name: m for m in (
     _ratio("exact_match", True, _means("exact")),
     _ratio("wer", False, _shares("word_errors", "words")),
     _ratio("cer", False, _shares("char_errors", "chars")),
+    _ratio("action_error", False, _shares("squared_error", "action_numbers")),
+    _ratio("success", True, _means("success")),
+    _ratio("return", True, _means("return")),
+    _ratio("steps", True, _means("steps")),
+    _ratio("expert_success", True, _means("expert_success")),
+    _ratio("expert_return", True, _means("expert_return")),
+    _ratio("expert_steps", True, _means("expert_steps")),
+    _ratio("random_success", True, _means("random_success")),
+    _ratio("random_return", True, _means("random_return")),
+    _ratio("random_steps", True, _means("random_steps")),
     _ratio("loss", False, _loss_units),
     _ratio("bits_per_sample", False, _sample_units),
     _ratio("bits_per_byte", False, _bytes_units),

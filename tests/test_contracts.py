@@ -27,6 +27,7 @@ from toys import (
     task_of,
     text_modality,
     text_rows,
+    trajectory_rows,
     weights,
 )
 
@@ -40,6 +41,7 @@ from pipeline.train import loop
 EXAMPLES = {
     "timm": {"resnet10t": 32, "vgg11": 32, "inception_v3": 75, "vit_tiny_patch16_224": 32, "convnext_atto": 32},
     "events": {"gru": {}, "strats": {}},
+    "policy": {"mlp": {}, "transformer": {}},
     "transformers": {"bert": SMALL, "roberta": SMALL, "distilbert": SMALL, "gpt2": SMALL},
 }
 LARGE = ("timm/vgg11",)
@@ -53,8 +55,9 @@ def rows_for(name: str):
     given = EXAMPLES.get(library, {}).get(architecture)
     if isinstance(given, int):
         return image_rows(8, size=given, channels=3), {}
-    if library in ("events", "table"):
-        return (event_rows if library == "events" else table_rows)(8), {}
+    made = {"events": event_rows, "table": table_rows, "policy": trajectory_rows}
+    if library in made:
+        return made[library](8), {}
     if isinstance(given, dict):
         return text_rows(8, text_modality(name)), given
     for rows in (image_rows(8, size=32, channels=3), text_rows(8, text_modality(name))):

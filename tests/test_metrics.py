@@ -41,8 +41,17 @@ def everything(n=200, classes=7):
     pixels = {name: rng.integers(1, 50, (n, classes)) for name in ("intersection", "actual")}
     texts = {"exact": rng.integers(0, 2, n), "f1": rng.random(n), "bytes": rng.integers(1, 900, n)}
     heard = {"word_errors": rng.integers(0, 9, n), "char_errors": rng.integers(0, 40, n), "chars": rng.integers(1, 90, n)}
-    return {"labels": label_sets(n, classes)["labels"], **predictions(n, classes), **texts, **heard, **entities(n, classes), **pixels,
+    return {"labels": label_sets(n, classes)["labels"], **predictions(n, classes), **texts, **heard, **entities(n, classes), **pixels, **policies(n),
             "threshold": np.full(n, 0.2)}
+
+
+def policies(n=200, seed=0):
+    """Errors of actions, and what an episode of each row's world came to: the policy's own, the demonstration's and a random policy's."""
+    rng = np.random.default_rng([seed, 5])
+    episodes = {f"{who}{name}": values for who in ("", "expert_", "random_") for name, values in (
+        ("success", rng.integers(0, 2, n).astype(float)), ("return", rng.normal(size=n)), ("steps", rng.integers(1, 400, n).astype(float)))}
+    numbers = 3 * rng.integers(1, 9, n)
+    return {**episodes, "squared_error": rng.gamma(2.0, size=n) * numbers, "action_numbers": numbers}
 
 
 def entities(n=200, types=7, seed=0):
@@ -116,6 +125,13 @@ def test_metrics_of_entities_words_and_answers_are_their_formulas():
     assert metric("exact_match").value(q) == pytest.approx(1 / 3) and metric("answer_f1").value(q) == pytest.approx(0.5)
 
 
+def test_metrics_of_policies_are_means_over_numbers_and_over_episodes():
+    p = policies()
+    assert metric("action_error").value(p) == pytest.approx(p["squared_error"].sum() / p["action_numbers"].sum())
+    for name in ("success", "return", "steps", "expert_success", "expert_return", "expert_steps", "random_success", "random_return", "random_steps"):
+        assert metric(name).value(p) == pytest.approx(p[name].mean()) and metric(name).units(p)[:, 1].tolist() == [1.0] * 200
+
+
 def test_a_huge_loss_has_a_perplexity_and_not_an_error():
     assert metric("perplexity").value({"loss": np.array([1e4])}) == math.exp(700)
 
@@ -138,7 +154,7 @@ def test_nothing_counted_is_not_a_number(name):
 
 def test_directions():
     assert {name for name, of in METRICS.items() if not of.higher_is_better} == {
-        "loss", "perplexity", "bits_per_byte", "bits_per_sample", "wer", "cer", "brier", "ece"}
+        "loss", "perplexity", "bits_per_byte", "bits_per_sample", "wer", "cer", "brier", "ece", "action_error"}
 
 
 def test_an_unknown_metric_is_named_with_its_nearest():

@@ -21,6 +21,7 @@ from pipeline.modalities.events import Events, EventsOptions
 from pipeline.modalities.image import Image, ImageOptions
 from pipeline.modalities.table import Table, TableOptions
 from pipeline.modalities.text import Text, TextOptions
+from pipeline.modalities.trajectory import Trajectory, TrajectoryOptions
 from pipeline.objectives.classification import Classification
 from pipeline.techniques.rates import Full
 from pipeline.train import evaluate, loop
@@ -80,6 +81,34 @@ def table_rows(n: int) -> Rows:
     table, columns = stays(n), {"features": "static"}
     modality = Table(TableOptions(), Table.fit(TableOptions(min_rows=1), table, columns, ""))
     arrays, _ = modality.decode(table, columns)
+    return rows_of(modality, {**arrays, "label": table["label"].to_numpy()}, "classification", label_state(2))
+
+
+ROBOTS = {"arm": (3, 2), "cart": (2, 1)}
+"""Numbers of an observation and of an action."""
+TRAJECTORY_COLUMNS = {name: name for name in ("observations", "actions", "task", "embodiment", "steps")}
+
+
+def episodes(n: int, seed: int = 0, robots: tuple[str, ...] = ("arm", "cart"), least: int = 5, most: int = 12) -> pa.Table:
+    """Episodes of two robots in turn, of random lengths: the action is a linear function of the observation; two tasks, and every third row has none."""
+    rng, out = np.random.default_rng(seed), []
+    for i in range(n):
+        robot, steps = robots[i % len(robots)], int(rng.integers(least, most + 1))
+        seen = rng.normal(3.0, 2.0, (steps, ROBOTS[robot][0])).astype(np.float32)
+        done = seen @ np.linspace(-1, 1, seen.shape[1] * ROBOTS[robot][1], dtype=np.float32).reshape(seen.shape[1], -1)
+        out.append({"observations": seen.tolist(), "actions": done.tolist(), "task": ("push", "reach", "")[i % 3], "embodiment": robot, "steps": steps,
+                    "label": i % 2})
+    kinds = {"observations": pa.list_(pa.list_(pa.float32())), "actions": pa.list_(pa.list_(pa.float32())), "task": pa.string(), "embodiment": pa.string(),
+             "steps": pa.int64(), "label": pa.int64()}
+    return pa.table({name: pa.array([row[name] for row in out], kind) for name, kind in kinds.items()})
+
+
+def trajectory_rows(n: int, table: pa.Table | None = None, modality: Modality | None = None) -> Rows:
+    """Rows of ``episodes`` with a label."""
+    table = episodes(n) if table is None else table
+    modality = modality or Trajectory(TrajectoryOptions(), Trajectory.fit(TrajectoryOptions(), table, TRAJECTORY_COLUMNS, "policy/mlp"))
+    arrays, bad = modality.decode(table, TRAJECTORY_COLUMNS)
+    assert not any(bad)
     return rows_of(modality, {**arrays, "label": table["label"].to_numpy()}, "classification", label_state(2))
 
 

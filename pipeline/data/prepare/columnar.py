@@ -33,7 +33,9 @@ INSTANT = r"^\d{4}-\d\d-\d\d([ T]\d\d:\d\d(:\d\d(\.\d{1,9})?)?)?$"
 BAD_LINE = "another number of fields than the header has"
 NULLS = ["", "NULL", "NA", "NaN", "nan"]
 """What a field of numbers, times or ids may hold for nothing; of texts the empty one alone is: a variable may be called NA, a drug nan."""
-KINDS = {"id": pa.int64(), "number": pa.float64(), "time": pa.timestamp("s"), "text": pa.string()}
+KINDS = {"id": pa.int64(), "number": pa.float64(), "time": pa.timestamp("s"), "moment": pa.timestamp("us"), "text": pa.string(),
+         "numbers": pa.list_(pa.float64())}
+"""``moment``: a time whose parts of a second count; it comes as int64 microseconds since 1970. ``numbers``: a list of them, which Parquet alone has."""
 
 
 class Column(NamedTuple):
@@ -226,7 +228,8 @@ def _fitting(array: Any, kind: str, name: str, entry: Entry) -> Any:
             raise pa.ArrowInvalid
         return _shape(array, kind)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ValueError):
-        needed = {"id": "whole numbers", "number": "numbers", "time": "times, or texts such as 2101-10-20 19:08:00", "text": "texts"}[kind]
+        needed = {"id": "whole numbers", "number": "numbers", "text": "texts", "numbers": "lists of numbers"}.get(
+            kind, "times, or texts such as 2101-10-20 19:08:00")
         advice = "; if these are times of events, give unit=timestamp and start=COLUMN" if kind == "number" and types.is_temporal(found) else ""
         raise ValueError(f"{entry.name}: column {name!r} has the type {found}, where {needed} are read{advice or '; convert it'}") from None
 
@@ -238,6 +241,9 @@ def _shape(array: Any, kind: str) -> Any:
     if kind == "time":
         seconds, there = instants(array)
         return pa.array(seconds, pa.int64(), mask=~there).cast(KINDS["time"])
+    if kind == "moment":
+        array = _times(array) if pa.types.is_string(array.type) else array
+        return array.cast(pa.timestamp("us", getattr(array.type, "tz", None)), safe=False).cast(pa.int64())
     if kind == "id" and pa.types.is_floating(array.type):
         array = pc.if_else(pc.equal(pc.floor(array), array), array, None)  # pyright: ignore[reportAttributeAccessIssue]
     if kind == "id" and pa.types.is_string(array.type):

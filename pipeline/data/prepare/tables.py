@@ -247,7 +247,7 @@ def _make(importer: TableImporter, schema: pa.Schema, payload: list[tuple[Piece,
     """The rows of a part as Parquet in a file: no more in memory than one row group, or than are mixed."""
     path, opener, broken, counts = scratch / "part.parquet", Opener(), [], Counter()
     try:
-        with _Writer(path, schema, importer.mixes) as writer:
+        with RowGroups(path, schema, importer.mixes) as writer:
             for piece, before, told in payload:
                 reading = Reading(piece, opener, False, told, before, most=1 << 62)
                 for row in importer.rows(reading):
@@ -290,17 +290,28 @@ def _lengths(column: Any) -> np.ndarray:
 
 
 def _weights(block: pa.Table) -> np.ndarray:
-    """(rows,) int64, about how many bytes each row takes, as `_Writer.write` counts them."""
+    """(rows,) int64, about how many bytes each row takes, as `RowGroups.write` counts them."""
     out = np.zeros(len(block), dtype=np.int64)
     for column in block.columns:
         kind = column.type
         listed, text = pa.types.is_list(kind) or pa.types.is_large_list(kind), pa.types.is_string(kind) or pa.types.is_large_string(kind)
+        if listed and (pa.types.is_list(kind.value_type) or pa.types.is_binary(kind.value_type)):
+            out += _inner_weights(column, 4 if pa.types.is_list(kind.value_type) else 1)
+            continue
         out += _lengths(column) * (16 if listed else 1) if listed or text else 8 * (kind.num_fields if pa.types.is_struct(kind) else 1)
     return out
 
 
-class _Writer:
-    """Rows to row groups; those that are mixed wait until there are MIXED_BYTES of them, or all."""
+def _inner_weights(column: Any, each: int) -> np.ndarray:
+    """(rows,) int64, bytes of what lies in lists of lists (of ``each`` bytes a value) or of files."""
+    held, lengths = column.combine_chunks(), _lengths(column)
+    bounds = np.concatenate([[0], np.cumsum(_lengths(held.flatten()) * each)])
+    ends = np.cumsum(lengths)
+    return bounds[ends] - bounds[ends - lengths]
+
+
+class RowGroups:
+    """Rows, one by one or as tables, to row groups of a Parquet file; those that are mixed wait until there are MIXED_BYTES of them, or all."""
 
     def __init__(self, path: Path, schema: pa.Schema, mixes: bool):
         self.schema, self.mixes, self.file = schema, mixes, pq.ParquetWriter(path, schema, compression="zstd")
@@ -309,7 +320,7 @@ class _Writer:
         self.waiting: list[pa.Table] = []
         self.weight = self.number = 0
 
-    def __enter__(self) -> _Writer:
+    def __enter__(self) -> RowGroups:
         return self
 
     def write(self, row: dict[str, Any]) -> None:

@@ -1,8 +1,8 @@
 """From a source to parts on disk: in parallel, each written whole, with checksums; what is there already is kept.
 
 A part's rows follow from the source and the options alone, so a run that was killed and goes on writes the same bytes. What a part is and how one
-is made is another thing for images (``images``) than for recordings (``audio``), for text and tables (``tables``)
-and for long tables of events (``grouped``).
+is made is another thing for images (``images``) than for recordings (``audio``), for text and tables (``tables``),
+for long tables of events (``grouped``) and for a robot's episodes (``episodes``).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pipeline import folders, registry, s3, storage
 from pipeline.data.loader import threaded_map
 from pipeline.data.prepare import summary
 from pipeline.data.prepare.audio import AudioImporter, AudioWork
+from pipeline.data.prepare.episodes import EpisodeImporter, EpisodeWork
 from pipeline.data.prepare.files import absolute
 from pipeline.data.prepare.grouped import GroupedImporter, GroupedWork
 from pipeline.data.prepare.images import ImageWork
@@ -33,7 +34,7 @@ MANIFEST, BEGUN = "_manifest.json", "_prepare.json"
 """Names that begin with an underscore are passed over where the folder is read as data."""
 FORMAT_VERSION = 1
 UPLOAD_BYTES = 16 << 20
-WORKS = ((TableImporter, TableWork), (AudioImporter, AudioWork), (GroupedImporter, GroupedWork))
+WORKS = ((TableImporter, TableWork), (AudioImporter, AudioWork), (GroupedImporter, GroupedWork), (EpisodeImporter, EpisodeWork))
 """What makes the parts of each kind of importer; images otherwise."""
 NAMED = 3
 """So many broken rows an error message names."""
@@ -46,10 +47,12 @@ class Preparation:
     """
 
     def __init__(self, name: str, source: str, output: str, options: Any = None, settings: Settings | None = None):
-        self.name, self.source, self.output, self.settings = name, absolute(source), absolute(output), settings or Settings()
-        if f"{self.output}/".startswith(f"{self.source}/"):
-            raise ValueError(f"{self.output} lies in {self.source}: the parts would become part of what they are made of; give a folder outside")
         importer: Any = registry.get("importer", name)(options)
+        reads_files = getattr(importer, "reads_files", True)  # what is simulated has the name of an environment as its source
+        self.name, self.output, self.settings = name, absolute(output), settings or Settings()
+        self.source = absolute(source) if reads_files else source
+        if reads_files and f"{self.output}/".startswith(f"{self.source}/"):
+            raise ValueError(f"{self.output} lies in {self.source}: the parts would become part of what they are made of; give a folder outside")
         self.options = importer.options
         kind: Any = next((work for base, work in WORKS if isinstance(importer, base)), ImageWork)
         self.work: Work = kind(name, importer, self.source, self.settings)

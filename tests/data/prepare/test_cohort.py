@@ -330,14 +330,14 @@ def test_blocks_of_any_size_make_the_same_row_groups(limit, tmp_path, monkeypatc
     monkeypatch.setattr(tables, limit, 50 if limit == "GROUP_ROWS" else int(weights.mean() * 40))
     groups = []
     for size in (1, 7, 50, 203):
-        with tables._Writer(tmp_path / f"{size}.parquet", SCHEMA, False) as writer:
+        with tables.RowGroups(tmp_path / f"{size}.parquet", SCHEMA, False) as writer:
             for start in range(0, 203, size):
                 writer.add(table.slice(start, size))
         about = pq.ParquetFile(tmp_path / f"{size}.parquet").metadata
         groups.append([about.row_group(i).num_rows for i in range(about.num_row_groups)])
         assert pq.read_table(tmp_path / f"{size}.parquet").equals(table)
     assert groups == [groups[0]] * 4 and (groups[0] == [50, 50, 50, 50, 3] if limit == "GROUP_ROWS" else 4 <= len(groups[0]) <= 7)
-    with tables._Writer(tmp_path / "mixed.parquet", SCHEMA, True) as writer:
+    with tables.RowGroups(tmp_path / "mixed.parquet", SCHEMA, True) as writer:
         for start in range(0, 203, 7):
             writer.add(table.slice(start, 7))
     mixed = pq.read_table(tmp_path / "mixed.parquet")

@@ -80,7 +80,8 @@ def test_all_importers_are_tested():
     images = {"imagefolder", "imagenet", "webdataset", "chestxray14", "coco"}
     sounds = {"librispeech", "commonvoice", "speech_commands", "manifest", "an4"}
     records = {"events", "physionet2012", "mimic3", "cohort", "table"}
-    assert set(registry.names("importer")) == images | sounds | records | set(SOURCES)
+    robots = {"trajectories", "lerobot", "rollouts"}
+    assert set(registry.names("importer")) == images | sounds | records | robots | set(SOURCES)
 
 
 @pytest.mark.parametrize("name", SOURCES)

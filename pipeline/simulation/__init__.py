@@ -1,0 +1,1 @@
+"""Environments with dynamics as arguments, experts for them, and episodes of policies in many at once."""

@@ -1,0 +1,190 @@
+"""Worlds: an environment of gymnasium or of our own with its dynamics, so that what was learned in one can be tried in another.
+
+A world is data: its text stands in the rows that were made in it, and makes it again.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from pipeline.registry import nearest
+from pipeline.rng import mix
+
+MULTIPLIERS = ("mass", "friction", "damping", "gear")
+"""Of body masses and inertias, of sliding, torsional and rolling friction, of joint damping, and of actuator gears; 1 as published."""
+FIELDS = {"mass": ("body_mass", "body_inertia"), "friction": ("geom_friction",), "damping": ("dof_damping",), "gear": ("actuator_gear",)}
+"""The arrays of a MuJoCo model that each of them multiplies."""
+ADDED = ("latency", "noise")
+"""Whole steps that actions come late, and the standard deviation of Gaussian noise on observations; 0 as published."""
+OWN = {"onetomany/Reach-v0": "reach", "onetomany/Push-v0": "push", "onetomany/WallFollowing-v0": "range_world"}
+"""Environments of this package, and the module that has each."""
+NEEDED = "simulation needs gymnasium and MuJoCo: pip install 'onetomany[robotics]'"
+
+
+@dataclass(frozen=True)
+class World:
+    """An environment ``id``, the ``steps`` after which an episode is cut, the ``seed`` of its start and of its noise, ``dynamics`` (see MULTIPLIERS and
+    ADDED; what is left out is as published), and ``skill`` where an environment has several. Raises ValueError for dynamics that are none."""
+
+    id: str
+    steps: int
+    seed: int
+    dynamics: Mapping[str, float] = field(default_factory=dict)
+    skill: str = ""
+
+    def __post_init__(self):
+        for name, value in self.dynamics.items():
+            if name not in (*MULTIPLIERS, *ADDED):
+                raise ValueError(f"dynamics {name}: {nearest(name, (*MULTIPLIERS, *ADDED))}")
+            if not math.isfinite(value) or value < 0 or (name in MULTIPLIERS and value == 0) or (name == "latency" and value != int(value)):
+                raise ValueError(f"dynamics {name}={value}: " + {"latency": "a whole number of steps from 0", "noise": "a deviation from 0"}.get(
+                    name, "a multiplier above 0"))
+        if self.steps < 1:
+            raise ValueError(f"steps {self.steps}: an episode has at least 1")
+
+    def text(self) -> str:
+        """Canonical JSON, which ``parse`` reads."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def parse(cls, text: str) -> World:
+        """Raises ValueError for a text that is no world."""
+        try:
+            found = json.loads(text)
+            return cls(str(found["id"]), int(found["steps"]), int(found["seed"]), {str(k): float(v) for k, v in found.get("dynamics", {}).items()},
+                       str(found.get("skill", "")))
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{text[:80]!r} is no world: {error!r}; rollouts write JSON with id, steps, seed and dynamics") from None
+
+
+def drawn(ranges: Mapping[str, float | Sequence[float]], seed: int) -> dict[str, float]:
+    """Dynamics: numbers as they are, (low, high) drawn by the seed, log-uniform for multipliers and uniform for latency (whole) and noise. What one of them
+    is follows from the others' names too, as all come from one stream. Raises ValueError for a range that is none."""
+    rng = np.random.default_rng(mix(seed, 0xD1A))
+    out = {}
+    for name, value in sorted(ranges.items()):
+        if isinstance(value, int | float):
+            out[name] = float(value)
+            continue
+        if len(value) != 2 or not value[0] <= value[1] or (name in MULTIPLIERS and value[0] <= 0):
+            raise ValueError(f"dynamics {name}={tuple(value)}: a range is (low, high), for multipliers above 0")
+        if name in MULTIPLIERS:
+            out[name] = float(np.exp(rng.uniform(*np.log(np.asarray(value, dtype=np.float64)))))
+        else:
+            low, high = value
+            out[name] = float(rng.integers(int(low), int(high) + 1)) if name == "latency" else float(rng.uniform(low, high))
+    return out
+
+
+def make(world: World) -> Any:
+    """A fresh environment with the world's dynamics, to be reset with its seed. Raises ValueError for an id that is not installed, with the nearest names,
+    for a skill that it has not, for dynamics that it has not, and where gymnasium is missing."""
+    try:
+        import gymnasium
+    except ModuleNotFoundError:
+        raise ValueError(f"{world.id}: {NEEDED}") from None
+    if world.id in OWN:
+        env = _own(world)
+    else:
+        if world.skill:
+            raise ValueError(f"{world.id} has no skill {world.skill!r}; leave skill out")
+        try:
+            env = gymnasium.make(world.id, disable_env_checker=True, max_episode_steps=world.steps)
+        except gymnasium.error.DependencyNotInstalled as error:
+            raise ValueError(f"{world.id}: {NEEDED} ({error})") from None
+        except (gymnasium.error.Error, ModuleNotFoundError) as error:
+            known = [*gymnasium.registry, *OWN]
+            told = f"{world.id}: {error}" if world.id in known else f"environment {world.id!r} is not installed; {nearest(world.id, known)}"
+            raise ValueError(told) from None
+    _quiet(env)
+    _change(env, world)
+    latency, noise = int(world.dynamics.get("latency", 0)), world.dynamics.get("noise", 0.0)
+    return _Late(env, latency, noise, world.seed) if latency or noise else env
+
+
+def _own(world: World) -> Any:
+    module = importlib.import_module(f"pipeline.simulation.{OWN[world.id]}")
+    return _Cut(module.environment(world), world.steps)
+
+
+def _quiet(env: Any) -> None:
+    """MuJoCo writes its warnings to a file of the working directory unless somebody takes them; rollouts count them themselves."""
+    if getattr(env.unwrapped, "model", None) is not None:
+        import mujoco
+
+        if mujoco.get_mju_user_warning() is None:
+            mujoco.set_mju_user_warning(_ignored)
+
+
+def _ignored(text: str) -> None:
+    return
+
+
+def _change(env: Any, world: World) -> None:
+    """Multiply what the world says in the MuJoCo model, and bring up to date what follows from masses."""
+    own = getattr(env.unwrapped, "takes", ())  # multipliers that an environment without MuJoCo sees to itself
+    wanted = {name: world.dynamics[name] for name in MULTIPLIERS if name not in own and world.dynamics.get(name, 1.0) != 1.0}
+    if not wanted:
+        return
+    model = getattr(env.unwrapped, "model", None)
+    if model is None:
+        raise ValueError(f"{world.id} is no MuJoCo environment: it has no {', '.join(wanted)} to multiply; "
+                         f"{', '.join((*own, *ADDED))} can be given")
+    import mujoco
+
+    for name, factor in wanted.items():
+        for array in FIELDS[name]:
+            getattr(model, array)[:] *= factor
+    mujoco.mj_setConst(model, env.unwrapped.data)
+
+
+class _Cut:
+    """An environment whose episodes are cut after so many steps (gymnasium's own TimeLimit takes its own environments alone)."""
+
+    def __init__(self, env: Any, steps: int):
+        self.env, self.limit, self.steps = env, steps, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.env, name)
+
+    def reset(self, **options: Any) -> tuple[np.ndarray, dict]:
+        self.steps = 0
+        return self.env.reset(**options)
+
+    def step(self, action: Any) -> tuple[np.ndarray, Any, bool, bool, dict]:
+        self.steps += 1
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        return observation, reward, terminated, truncated or self.steps >= self.limit, info
+
+
+class _Late:
+    """Actions that come ``latency`` steps late (the first ones are zero, or class 0), and Gaussian noise on observations, from the world's seed."""
+
+    def __init__(self, env: Any, latency: int, noise: float, seed: int):
+        self.env, self.latency, self.noise, self.seed = env, latency, noise, seed
+        self.rng, self.waiting = np.random.default_rng(), []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.env, name)
+
+    def reset(self, **options: Any) -> tuple[np.ndarray, dict]:
+        self.rng = np.random.default_rng(mix(self.seed, 0x0B5))
+        space = self.env.action_space
+        self.waiting = [np.zeros(space.shape, dtype=space.dtype) if space.shape else 0] * self.latency
+        observation, info = self.env.reset(**options)
+        return self._seen(observation), info
+
+    def step(self, action: Any) -> tuple[np.ndarray, Any, bool, bool, dict]:
+        self.waiting.append(action)
+        observation, *rest = self.env.step(self.waiting.pop(0))
+        return (self._seen(observation), *rest)
+
+    def _seen(self, observation: np.ndarray) -> np.ndarray:
+        return observation + self.noise * self.rng.standard_normal(observation.shape) if self.noise else observation

@@ -1,0 +1,148 @@
+"""Experts: what demonstrations are made by. They may read the simulator's own state, which the policies that learn from them never see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from pipeline.registry import nearest
+from pipeline.rng import mix
+from pipeline.simulation.environment import World, make
+from pipeline.simulation.rollout import Episode, rollout
+
+
+class Expert(Protocol):
+    def act(self, env: Any, observation: np.ndarray) -> Any:
+        """The action (A,) in the environment's units, or a class's number."""
+        ...
+
+
+class Random:
+    """Uniform actions, from the world's seed."""
+
+    def __init__(self, world: World):
+        self.rng = np.random.default_rng(mix(world.seed, 0xAC7))
+
+    def act(self, env: Any, observation: np.ndarray) -> Any:
+        space = env.action_space
+        return self.rng.uniform(space.low, space.high).astype(np.float32) if space.shape else int(self.rng.integers(space.n))
+
+
+class LQR:
+    """The linear-quadratic regulator about the upright rest of a pendulum on a cart: u = -K x with K from the discrete algebraic Riccati equation of
+    the simulator's own linearisation of this very world, so it knows the masses, gears and damping. x is (qpos, qvel) of the simulator.
+
+    One step of the linearisation is one action (`frame_skip` steps of the simulator), taken by central differences of whole steps: MuJoCo's
+    mjd_transitionFD refuses these models' RK4 integrator. Of 150 starts, InvertedDoublePendulum stays up for 400 steps in all as published, and in 141
+    with masses x 2.5, gear x 0.45 and damping x 3: from the others the saturated motor cannot catch it (neither could predictive control that knows the
+    bounds, 140). Cheap actions, or a dearer place of the cart, lose more. Raises ValueError for a world that is no such pendulum.
+    """
+
+    IDS = ("InvertedPendulum", "InvertedDoublePendulum")
+    WEIGHTS = 0.3, 10.0, 10.0
+    """Prices of the cart's place, of each angle, and of the action; velocities are free."""
+
+    def __init__(self, world: World):
+        import mujoco
+        from scipy.linalg import solve_discrete_are
+
+        if world.id.partition("-")[0] not in self.IDS:
+            raise ValueError(f"expert lqr balances {' and '.join(self.IDS)}, not {world.id}")
+        env = make(World(world.id, world.steps, world.seed, {k: v for k, v in world.dynamics.items() if k not in ("latency", "noise")}))
+        model, skip = env.unwrapped.model, env.unwrapped.frame_skip
+        data, n, m = mujoco.MjData(model), 2 * model.nv, model.nu
+
+        def after(state: np.ndarray, control: np.ndarray) -> np.ndarray:
+            mujoco.mj_resetData(model, data)
+            data.qpos[:], data.qvel[:], data.ctrl[:] = state[:model.nq], state[model.nq:], control
+            mujoco.mj_step(model, data, skip)
+            return np.concatenate([data.qpos, data.qvel])
+
+        step, rest, still = 1e-5, np.zeros(n), np.zeros(m)
+        whole = np.stack([(after(rest + d, still) - after(rest - d, still)) / (2 * step) for d in step * np.eye(n)], 1)
+        pushed = np.stack([(after(rest, d) - after(rest, -d)) / (2 * step) for d in step * np.eye(m)], 1)
+        place, angle, action = self.WEIGHTS
+        weight, price = np.diag([place] + [angle] * (model.nv - 1) + [0.0] * model.nv), action * np.eye(m)
+        p = solve_discrete_are(whole, pushed, weight, price)
+        self.whole, self.pushed = whole, pushed
+        self.gain = np.linalg.solve(price + pushed.T @ p @ pushed, pushed.T @ p @ whole)
+        env.close()
+
+    def act(self, env: Any, observation: np.ndarray) -> np.ndarray:
+        """(1,) float32, which the bounds may cut."""
+        data = env.unwrapped.data
+        return (-self.gain @ np.concatenate([data.qpos, data.qvel])).astype(np.float32)
+
+
+def _reach(world: World) -> Expert:
+    from pipeline.simulation.reach import Reaching
+
+    return Reaching(world)
+
+
+def _push(world: World) -> Expert:
+    from pipeline.simulation.push import Pushing
+
+    return Pushing(world)
+
+
+def _wall(world: World) -> Expert:
+    from pipeline.simulation.range_world import WallFollower
+
+    return WallFollower(world)
+
+
+EXPERTS: dict[str, Callable[[World], Expert]] = {"random": Random, "lqr": LQR, "reach": _reach, "push": _push, "wall": _wall}
+"""Experts by name; each is made for the world that it acts in."""
+
+
+def expert(name: str, world: World) -> Expert:
+    """Raises ValueError with the nearest names, and for a world that the expert is not for."""
+    if name not in EXPERTS:
+        raise ValueError(f"unknown expert {name!r}; {nearest(name, EXPERTS)}")
+    return EXPERTS[name](world)
+
+
+class Demonstrator:
+    """Experts as the policy of a rollout: one for each world. ``explore``: standard deviation, as a share of half an action's range, of Gaussian noise that is
+    added to what is executed; ``clean`` holds what the experts would have done (labels of noisy demonstrations, DART, Laskey et al. 2017)."""
+
+    def __init__(self, experts: Sequence[Expert], explore: float = 0.0):
+        self.experts, self.explore = experts, explore
+        self.envs: list[Any] = []
+        self.clean: list[list[Any]] = []
+        self.rngs: list[np.random.Generator] = []
+
+    def start(self, envs: list[Any]) -> None:
+        self.envs = envs
+
+    def begin(self, worlds: Sequence[World]) -> None:
+        self.clean = [[] for _ in worlds]
+        self.rngs = [np.random.default_rng(mix(world.seed, 0xE4)) for world in worlds]
+
+    def act(self, observations: list[np.ndarray | None], rewards: list[float]) -> list[Any]:
+        out: list[Any] = []
+        for one, env, observation, clean, rng in zip(self.experts, self.envs, observations, self.clean, self.rngs, strict=True):
+            if observation is None:
+                out.append(None)
+                continue
+            action, space = one.act(env, observation), env.action_space
+            if space.shape:
+                action = np.clip(action, space.low, space.high).astype(np.float32)
+            clean.append(action)
+            if self.explore and space.shape:
+                action = action + self.explore * (space.high - space.low) / 2 * rng.standard_normal(space.shape)
+            out.append(action)
+        return out
+
+
+def demonstrations(worlds: Sequence[World], experts: Sequence[Expert], explore: float = 0.0) -> list[Episode]:
+    """An episode of its expert in each world; their ``actions`` are the experts' own, also where what was executed was noisy."""
+    who = Demonstrator(experts, explore)
+    episodes = rollout(worlds, who, start=who.start)
+    for episode, clean in zip(episodes, who.clean, strict=True):
+        if len(clean):
+            episode.actions = np.array(clean, dtype=episode.actions.dtype)
+    return episodes

@@ -1,0 +1,94 @@
+"""Skills of a planar arm with two joints (gymnasium's Reacher-v5): its fingertip is to be where a skill says, as a function of the target that it sees."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from pipeline.registry import nearest
+from pipeline.simulation.environment import World
+
+BASE = "Reacher-v5"
+UPPER, LOWER = 0.1, 0.11
+"""Metres from the base to the elbow, and from there to the fingertip."""
+LAST, NEAR = 10, 0.02
+"""Success: over the last so many steps the fingertip is so many metres from where it should be, on average."""
+ACTION_COST = 0.01
+STIFF, SLOW = 150.0, 25.0
+"""The expert's torque for a joint that is a radian off, and for one that moves at a radian a second; at the joint, before the gear of the published model."""
+GEAR = 200.0
+
+
+def _orbit(target: np.ndarray, seconds: float) -> np.ndarray:
+    return 0.7 * target + 0.04 * np.array([np.cos(3.0 * seconds), np.sin(3.0 * seconds)])
+
+
+SKILLS: dict[str, Callable[[np.ndarray, float], np.ndarray]] = {
+    "reach": lambda target, seconds: target,
+    "mirror": lambda target, seconds: -target,
+    "quarter": lambda target, seconds: np.array([-target[1], target[0]]),
+    "half": lambda target, seconds: 0.5 * target,
+    "orbit": _orbit,
+}
+"""(2,) metres from the base, of (2,) the target and the seconds since the start: the target, its mirror image through the base, it turned by a quarter about
+the base, half-way to it, and a circle of 4 cm about a point near it."""
+
+
+class Reach:
+    """The published model, rewarded by -distance - ACTION_COST |action|^2 of the skill's point. Observations (10,) are the published ones, which know nothing
+    of the skill; actions (2,) are torques as shares of the largest. Raises ValueError for a skill that is none."""
+
+    time_limit = 75
+
+    def __init__(self, world: World):
+        import gymnasium
+
+        if world.skill not in SKILLS:
+            raise ValueError(f"{world.id} has no skill {world.skill!r}; {nearest(world.skill, SKILLS)}")
+        self.env = gymnasium.make(BASE, disable_env_checker=True, max_episode_steps=1 << 30).unwrapped
+        self.point, self.distances = SKILLS[world.skill], []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["env"], name)
+
+    @property
+    def unwrapped(self) -> Reach:
+        return self
+
+    def reset(self, **options: Any) -> tuple[np.ndarray, dict[str, Any]]:
+        self.distances = []
+        return self.env.reset(**options)
+
+    def wanted(self) -> np.ndarray:
+        """(2,) where the fingertip should be now."""
+        return self.point(self.env.data.qpos[2:4].copy(), len(self.distances) * self.env.dt)
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        observation, _, _, _, _ = self.env.step(action)
+        self.distances.append(float(np.linalg.norm(self.env.get_body_com("fingertip")[:2] - self.wanted())))
+        reward = -self.distances[-1] - ACTION_COST * float(np.square(action).sum())
+        return observation, reward, False, False, {"success": float(np.mean(self.distances[-LAST:])) < NEAR, "distance": self.distances[-1]}
+
+
+class Reaching:
+    """Inverse kinematics of the two links with the elbow to one side, and torques as of springs and dampers at the joints. It reads the simulator's state."""
+
+    def __init__(self, world: World):
+        if not world.id.startswith("onetomany/Reach"):
+            raise ValueError(f"expert reach moves the arm of onetomany/Reach-v0, not {world.id}")
+
+    def act(self, env: Any, observation: np.ndarray) -> np.ndarray:
+        arm = env.unwrapped
+        x, y = arm.wanted()
+        far = np.clip(np.hypot(x, y), abs(UPPER - LOWER) + 0.01, UPPER + LOWER - 1e-4)
+        elbow = np.arccos(np.clip((far**2 - UPPER**2 - LOWER**2) / (2 * UPPER * LOWER), -1, 1))
+        shoulder = np.arctan2(y, x) - np.arctan2(LOWER * np.sin(elbow), UPPER + LOWER * np.cos(elbow))
+        joints, speeds = arm.data.qpos[:2], arm.data.qvel[:2]
+        off = np.array([(shoulder - joints[0] + np.pi) % (2 * np.pi) - np.pi, elbow - joints[1]])
+        return ((STIFF * off - SLOW * speeds) / GEAR).astype(np.float32)
+
+
+def environment(world: World) -> Reach:
+    return Reach(world)

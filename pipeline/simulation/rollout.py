@@ -1,0 +1,177 @@
+"""Episodes of a policy in many worlds at once: all go in step, so that a network is asked once a step for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from pipeline.simulation.environment import World, make
+from pipeline.simulation.pictures import picture
+
+LEAST_SPEED = 0.5
+"""Metres a second, over the whole episode, that a walker or hopper makes at least where it succeeds."""
+FAR = 1e6
+"""A simulation whose observations or rewards are larger has diverged."""
+
+
+class Policy(Protocol):
+    def begin(self, worlds: Sequence[World]) -> None:
+        """Forget what was seen: these worlds begin."""
+
+    def act(self, observations: list[np.ndarray | None], rewards: list[float]) -> list[Any]:
+        """An action for each world, in its own units or as a class's number; None for a world that has ended, whose observation is None."""
+        ...
+
+
+@dataclass
+class Episode:
+    """One episode of T steps. ``observations`` (T, O) float32, of which each was there before its action; ``actions`` (T, A) float32 or (T,) int64, as the
+    policy gave them, within the environment's bounds; ``rewards`` (T,) float64; ``diverged``: why the simulation went wrong, or "" ; ``frames``: small
+    (H, W, 3) uint8 pictures."""
+
+    world: World
+    observations: np.ndarray
+    actions: np.ndarray
+    rewards: np.ndarray
+    terminated: bool
+    truncated: bool
+    success: bool
+    diverged: str = ""
+    frames: list[np.ndarray] = field(default_factory=list)
+
+
+@dataclass
+class _Running:
+    env: Any
+    observation: np.ndarray | None
+    start: float
+    observations: list[np.ndarray] = field(default_factory=list)
+    actions: list[Any] = field(default_factory=list)
+    rewards: list[float] = field(default_factory=list)
+    terminated: bool = False
+    truncated: bool = False
+    diverged: str = ""
+    info: dict[str, Any] = field(default_factory=dict)
+    frames: list[np.ndarray] = field(default_factory=list)
+
+
+def rollout(worlds: Sequence[World], policy: Policy, frames: int = 0, start: Callable[[list[Any]], None] | None = None) -> list[Episode]:
+    """An episode in each world. What happens in one follows from its own text and the policy alone, whatever stands beside it.
+
+    ``frames``: a picture every so many steps where pictures can be made, none without fuss where not. ``start``: told of the environments before the first
+    step (experts read the simulator's state). Actions outside the bounds are clipped. Raises ValueError for worlds that cannot be made.
+    """
+    running = []
+    try:
+        for world in worlds:
+            env = make(world)
+            running.append(_Running(env, None, 0.0))
+            observation, _ = env.reset(seed=world.seed)
+            running[-1].observation, running[-1].start = np.asarray(observation, dtype=np.float32), _place(env)
+        if start is not None:
+            start([one.env for one in running])
+        policy.begin(worlds)
+        while any(one.observation is not None for one in running):
+            chosen = policy.act([one.observation for one in running], [one.rewards[-1] if one.rewards else 0.0 for one in running])
+            for one, action in zip(running, chosen, strict=True):
+                if one.observation is not None:
+                    _step(one, action, frames)
+        return [_ended(one, world) for one, world in zip(running, worlds, strict=True)]
+    finally:
+        for one in running:
+            one.env.close()
+
+
+def _step(one: _Running, action: Any, frames: int) -> None:
+    action = _given(one.env.action_space, action)
+    number = len(one.actions)
+    if frames and number % frames == 0:
+        one.frames += picture(one.env)
+    one.observations.append(one.observation)  # type: ignore[arg-type]
+    one.actions.append(action)
+    if np.isfinite(action).all():
+        observation, reward, one.terminated, one.truncated, one.info = one.env.step(action)
+        observation = np.asarray(observation, dtype=np.float32)
+        one.diverged = _wrong(one.env, observation, float(reward))
+    else:
+        observation, reward, one.diverged = None, 0.0, "the policy's action is not finite"
+    if one.diverged:
+        one.rewards.append(0.0)
+        one.diverged, one.observation = f"step {number}: {one.diverged}", None
+        return
+    one.rewards.append(float(reward))
+    one.observation = None if one.terminated or one.truncated else observation
+
+
+def _given(space: Any, action: Any) -> Any:
+    """A policy's action as the environment takes it: (A,) float32 within the bounds, or a class's number. Raises ValueError for one of another kind."""
+    if space.shape:
+        array = np.asarray(action, dtype=np.float32)
+        if array.size != int(np.prod(space.shape)):
+            raise ValueError(f"the policy's action {action!r}: the environment takes {int(np.prod(space.shape))} numbers")
+        return np.clip(array.reshape(space.shape), space.low, space.high)
+    if np.size(action) != 1 or not 0 <= int(np.ravel(action)[0]) < space.n:
+        raise ValueError(f"the policy's action {action!r}: the environment takes one of {space.n} classes, numbered from 0")
+    return int(np.ravel(action)[0])
+
+
+def _wrong(env: Any, observation: np.ndarray, reward: float) -> str:
+    """Why the simulation has diverged, or ""."""
+    told = _warned(env)  # first: after a bad state MuJoCo starts anew, and all is finite again
+    if told:
+        return f"MuJoCo warns of {told}"
+    if not np.isfinite(reward) or not np.isfinite(observation).all():
+        return f"{'the reward' if not np.isfinite(reward) else 'an observation'} is not finite"
+    far = max(abs(reward), float(np.abs(observation).max(initial=0)))
+    return f"an observation or reward of {far:.3g}, which is beyond {FAR:.0e}" if far > FAR else ""
+
+
+def _warned(env: Any) -> str:
+    """What MuJoCo found bad in this episode: positions, velocities, accelerations or controls that are not finite or huge."""
+    data = getattr(env.unwrapped, "data", None)
+    if data is None:
+        return ""
+    import mujoco
+
+    bad = {"mjWARN_BADQPOS": "positions", "mjWARN_BADQVEL": "velocities", "mjWARN_BADQACC": "accelerations", "mjWARN_BADCTRL": "controls"}
+    found = [what for name, what in bad.items() if data.warning[int(getattr(mujoco.mjtWarning, name))].number]
+    return f"bad {' and '.join(found)}" if found else ""
+
+
+def _ended(one: _Running, world: World) -> Episode:
+    discrete = not one.env.action_space.shape
+    return Episode(world, np.array(one.observations, dtype=np.float32), np.array(one.actions, dtype=np.int64 if discrete else np.float32),
+                   np.array(one.rewards, dtype=np.float64), bool(one.terminated) and not one.diverged, bool(one.truncated) and not one.diverged,
+                   not one.diverged and succeeded(world, one.env, one.info, one.terminated, len(one.rewards), one.start), one.diverged, one.frames)
+
+
+def succeeded(world: World, env: Any, info: dict[str, Any], terminated: bool, steps: int, start: float) -> bool:
+    """Whether an episode that has ended is a success.
+
+    | environment | success |
+    |---|---|
+    | our own | what it says itself (``info["success"]``) |
+    | Hopper, Walker2d, HalfCheetah, Ant, Humanoid, Swimmer | not fallen up to the time limit, and LEAST_SPEED metres a second on the way |
+    | Reacher | the fingertip within 2 cm of the target in the end |
+    | Pusher | the object within 5 cm of the goal in the end |
+    | others (InvertedPendulum, InvertedDoublePendulum) | not ended (fallen) before the time limit |
+    """
+    if "success" in info:
+        return bool(info["success"])
+    name = world.id.partition("-")[0]
+    if name in ("Hopper", "Walker2d", "HalfCheetah", "Ant", "Humanoid", "Swimmer"):
+        return not terminated and _place(env) - start >= LEAST_SPEED * steps * float(env.unwrapped.dt)
+    if name in ("Reacher", "Pusher"):
+        body = env.unwrapped.get_body_com
+        near = np.linalg.norm(body("fingertip") - body("target")) if name == "Reacher" else np.linalg.norm(body("object") - body("goal"))
+        return bool(near < (0.02 if name == "Reacher" else 0.05))
+    return not terminated
+
+
+def _place(env: Any) -> float:
+    """Metres along the first axis, where the environment has such."""
+    data = getattr(env.unwrapped, "data", None)
+    return float(data.qpos[0]) if data is not None and len(data.qpos) else 0.0

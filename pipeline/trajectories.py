@@ -1,0 +1,214 @@
+"""Columns of episodes to arrays: observations and actions of all rows one behind the other, why a row cannot be read, and what is fitted on them.
+
+Nothing is copied where the columns hold float32 without nulls, and nothing is done step by step. Rows are B episodes of T steps each.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from torch import nn
+
+NONE, CLASSES = -1, -2
+"""Widths of actions: there is no column; they are names of classes."""
+CONSTANT = 1e-6
+"""A number whose deviation is below this share of its size does not vary: it is not divided by it."""
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """A column of episodes: ``values`` of all rows one behind the other (float32, or places among ``classes``, -1 for null), and (B + 1,) ``ends``, between
+    which each row's lie."""
+
+    values: np.ndarray
+    ends: np.ndarray
+    classes: list[str] | None = None
+
+    def rows(self, values: np.ndarray, kept: np.ndarray) -> Iterator[np.ndarray]:
+        """Each row's part of values like these; nothing of a row that is not kept."""
+        for start, stop, good in zip(self.ends[:-1].tolist(), self.ends[1:].tolist(), kept.tolist(), strict=True):
+            yield values[start:stop if good else start]
+
+
+@dataclass(frozen=True)
+class Episodes:
+    """The columns of a table as arrays: (B,) ``steps``, ``widths`` of the observations, ``action_widths`` (or NONE, CLASSES), ``robot`` the place of the
+    embodiment among ``robots`` or -1, and ``reasons``, "" for a row that can be read."""
+
+    reasons: list[str]
+    steps: np.ndarray
+    widths: np.ndarray
+    action_widths: np.ndarray
+    observations: Numbers
+    actions: Numbers | None
+    robot: np.ndarray
+    robots: list[str]
+
+    @classmethod
+    def read(cls, table: pa.Table, columns: dict[str, str]) -> Episodes:
+        """Of the columns of roles observations, actions and embodiment. Raises ValueError for columns of another type."""
+        reasons = [""] * len(table)
+        steps, widths, observations = _numbers(table, columns["observations"], "observations", reasons)
+        actions, action_widths = None, np.full(len(table), NONE)
+        if columns.get("actions") in table.column_names:
+            kind = table.schema.field(columns["actions"]).type
+            read = _numbers if _is_list(kind) and _is_list(kind.value_type) else _classes
+            taken, action_widths, actions = read(table, columns["actions"], "actions", reasons)
+            for i in np.flatnonzero(taken != steps).tolist():
+                reasons[i] = reasons[i] or (f"the episode has {steps[i]} observations and {taken[i]} actions: an action stands beside every observation; leave "
+                                            "out a last observation that has none")
+        named = [cleaned(text) for text in texts(table, columns, "embodiment")]
+        robots = sorted(set(named) - {""})
+        where = {text: number for number, text in enumerate(robots)}
+        return cls(reasons, steps, widths, action_widths, observations, actions, np.array([where.get(text, -1) for text in named], dtype=np.int64), robots)
+
+    @property
+    def good(self) -> np.ndarray:
+        return np.array([not reason for reason in self.reasons], dtype=bool)
+
+    @property
+    def discrete(self) -> bool:
+        return self.actions is not None and self.actions.classes is not None
+
+    def classes(self, rows: np.ndarray) -> set[str]:
+        """Names of the classes that the actions of some rows have."""
+        assert self.actions is not None and self.actions.classes is not None
+        found = {place for i in rows.tolist() for place in np.unique(self.actions.values[self.actions.ends[i]:self.actions.ends[i + 1]]).tolist()}
+        return {self.actions.classes[place] for place in found}
+
+    def name(self, row: int) -> str:
+        """What a row's space is called, without the number of its classes."""
+        action = int(self.action_widths[row])
+        return self.robots[self.robot[row]] if self.robot[row] >= 0 else f"o{self.widths[row]}" + ("c" if action == CLASSES else f"a{max(0, action)}")
+
+    def spaces(self, among: np.ndarray, taken: tuple[str, ...] = ()) -> dict[str, Any]:
+        """Spaces of some rows, by name, with their statistics over all steps; where rows of one name differ in their widths, of those that most of them have.
+        A name of widths that is ``taken`` goes on with _2."""
+        named: dict[str, list[int]] = {}
+        for i in among.tolist():
+            named.setdefault(self.name(i), []).append(i)
+        out: dict[str, Any] = {}
+        for name, members in sorted(named.items()):
+            mine = np.array(members)
+            (width, action), _ = Counter(zip(self.widths[mine].tolist(), self.action_widths[mine].tolist(), strict=True)).most_common(1)[0]
+            mine = mine[(self.widths[mine] == width) & (self.action_widths[mine] == action)]
+            discrete = sorted(self.classes(mine)) if action == CLASSES else None
+            facts: dict[str, Any] = {"observation": width, "action": max(0, action) if discrete is None else len(discrete), "discrete": discrete}
+            facts |= _statistics(self.observations, mine, "observation", width) | _statistics(self.actions, mine, "action", action)
+            told = f"{name}{facts['action']}" if action == CLASSES and self.robot[mine[0]] < 0 else name
+            free = next(text for text in (told, *(f"{told}_{n}" for n in range(2, 1 << 20))) if text not in {*taken, *out})
+            out[free] = facts
+        return out
+
+
+def _statistics(numbers: Numbers | None, rows: np.ndarray, what: str, width: int) -> dict[str, list[float]]:
+    """Mean and deviation of some rows' steps, in float64, of actions the least and the greatest too. What does not vary has deviation 1."""
+    bounds = ("low", "high") if what == "action" else ()
+    if numbers is None or width <= 0:
+        return {f"{what}_{key}": [] for key in ("mean", "std", *bounds)}
+    parts = [numbers.values[numbers.ends[i]:numbers.ends[i + 1]].reshape(-1, width) for i in rows.tolist()]
+    count = sum(len(part) for part in parts)
+    mean = np.sum([part.sum(0, dtype=np.float64) for part in parts], axis=0) / count
+    std = np.sqrt(np.sum([np.square(part - mean).sum(0) for part in parts], axis=0) / count)
+    found = {"mean": mean, "std": np.where(std > CONSTANT * np.maximum(1.0, np.abs(mean)), std, 1.0)}
+    if bounds:
+        found |= {"low": np.min([part.min(0) for part in parts], axis=0), "high": np.max([part.max(0) for part in parts], axis=0)}
+    return {f"{what}_{key}": [float(f"{x:.7g}") for x in values.tolist()] for key, values in found.items()}
+
+
+def first_of_rows(wrong: np.ndarray, ends: np.ndarray) -> Iterator[tuple[int, int]]:
+    """(row, place) of the first of each row's values that are ``wrong``."""
+    places = np.flatnonzero(wrong)
+    rows, first = np.unique(np.searchsorted(ends, places, side="right") - 1, return_index=True)
+    yield from zip(rows.tolist(), places[first].tolist(), strict=True)
+
+
+def _numbers(table: pa.Table, name: str, role: str, reasons: list[str]) -> tuple[np.ndarray, np.ndarray, Numbers]:
+    """(B,) steps (-1 null), (B,) numbers a step, and the numbers; rows that cannot be read get a reason. Raises ValueError for a column of another type."""
+    column, kind = _joined(table[name]), table.schema.field(name).type
+    deep = kind.value_type.value_type if _is_list(kind) and _is_list(kind.value_type) else None
+    if deep is None or not (pa.types.is_integer(deep) or pa.types.is_floating(deep) or pa.types.is_null(deep)):
+        raise ValueError(f"column {name}: it holds {kind}; {role} are lists, one entry a step, of lists of numbers"
+                         + (" or of class names" if role == "actions" else ""))
+    steps = _lengths(column).astype(np.int64)
+    inner = pc.list_flatten(column)  # pyright: ignore[reportAttributeAccessIssue]
+    length, flat = _lengths(inner), pc.list_flatten(inner)  # pyright: ignore[reportAttributeAccessIssue]
+    values = _filled(pc.cast(flat, pa.float32(), safe=False), np.nan)
+    starts = np.concatenate([[0], np.cumsum(np.maximum(steps, 0))])
+    widths = np.zeros(len(column), dtype=np.int64)
+    widths[steps > 0] = length[starts[:-1][steps > 0]]
+    alike = bool(len(length)) and length[0] >= 0 and bool((length == length[0]).all())
+    ends = starts * int(length[0]) if alike else np.concatenate([[0], np.cumsum(np.maximum(length, 0), dtype=np.int64)])[starts]
+    for i in np.flatnonzero((steps <= 0) | (widths <= 0)).tolist():
+        why = f"the {role} are null" if steps[i] < 0 else "the episode has no steps" if not steps[i] else (
+            f"{role}: step 0 {'is null' if widths[i] < 0 else 'has no numbers'}")
+        reasons[i] = reasons[i] or why
+    if not alike:
+        for i, at in first_of_rows(length != np.repeat(widths, np.maximum(steps, 0)), starts):
+            differs = f"has {length[at]} numbers, step 0 has {widths[i]}" if length[at] >= 0 else "is null"
+            reasons[i] = reasons[i] or f"{role}: step {at - starts[i]} {differs}"
+    if not np.isfinite(values).all():
+        for i, at in first_of_rows(~np.isfinite(values), ends):
+            reasons[i] = reasons[i] or f"{role}: step {(at - ends[i]) // widths[i]}, number {(at - ends[i]) % widths[i]} is {values[at]}"
+    return steps, widths, Numbers(values, ends)
+
+
+def _classes(table: pa.Table, name: str, role: str, reasons: list[str]) -> tuple[np.ndarray, np.ndarray, Numbers]:
+    """As `_numbers`, of lists of class names, or of whole numbers or truth values, which are then the names."""
+    column, kind = _joined(table[name]), table.schema.field(name).type
+    value = kind.value_type if _is_list(kind) else pa.null()
+    plain = value.value_type if pa.types.is_dictionary(value) else value
+    if not (pa.types.is_string(plain) or pa.types.is_large_string(plain) or pa.types.is_integer(plain) or pa.types.is_boolean(plain)):
+        raise ValueError(f"column {name}: it holds {kind}; {role} are lists, one entry a step, of lists of numbers or of class names")
+    steps = _lengths(column).astype(np.int64)
+    flat = pc.cast(pc.list_flatten(column), pa.string()).dictionary_encode()  # pyright: ignore[reportAttributeAccessIssue]
+    values, ends = _filled(flat.indices, -1), np.concatenate([[0], np.cumsum(np.maximum(steps, 0))])
+    for i in np.flatnonzero(steps < 0).tolist():
+        reasons[i] = reasons[i] or f"the {role} are null"
+    for i, at in first_of_rows(values < 0, ends):
+        reasons[i] = reasons[i] or f"{role}: step {at - ends[i]} is null"
+    return steps, np.full(len(column), CLASSES), Numbers(values, ends, flat.dictionary.to_pylist())
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
+def _joined(column: pa.ChunkedArray) -> Any:
+    """A column as one array; nothing is copied where it is one already."""
+    if column.num_chunks == 1:
+        return column.chunk(0)
+    return pa.concat_arrays(column.unify_dictionaries().chunks) if column.num_chunks else pa.array([], column.type)
+
+
+def _lengths(lists: Any) -> np.ndarray:
+    """(n,) whole numbers, how long each list is, -1 for null."""
+    return _filled(pc.list_value_length(lists), -1)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _filled(array: Any, value: float) -> np.ndarray:
+    """An array with a value for null; ``fill_null`` copies even where there is nothing to fill."""
+    return (pc.fill_null(array, value) if array.null_count else array).to_numpy()
+
+
+def texts(table: pa.Table, columns: dict[str, str], role: str) -> list[str]:
+    """(B,) texts of a role's column; "" for null, and for all rows where there is no such column."""
+    if columns.get(role) not in table.column_names:
+        return [""] * len(table)
+    return pc.fill_null(pc.cast(table[columns[role]], pa.string()), "").to_pylist()
+
+
+@lru_cache(maxsize=4096)
+def cleaned(text: str) -> str:
+    """A robot's name as a part of a network may be called: other characters than A-Z, a-z, 0-9, _ and - become _, and a name that every module has (``to``,
+    ``train``) gets one behind it."""
+    found = re.sub(r"[^A-Za-z0-9_-]", "_", text.strip())
+    return f"{found}_" if found and hasattr(nn.ModuleDict(), found) else found

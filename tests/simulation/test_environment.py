@@ -1,0 +1,105 @@
+"""Worlds make the same environment again, change what they say and nothing else, and refuse what they cannot be."""
+
+import mujoco
+import numpy as np
+import pytest
+
+from pipeline.simulation import environment
+from pipeline.simulation.environment import World, drawn, make
+
+PENDULUM = "InvertedDoublePendulum-v5"
+
+
+def model_of(**dynamics):
+    return make(World(PENDULUM, 50, 0, dynamics)).unwrapped.model
+
+
+def test_a_world_is_its_text():
+    world = World("Hopper-v5", 300, 7, {"mass": 1.5, "latency": 2.0}, "hop")
+    assert World.parse(world.text()) == world and world.text() == World.parse(world.text()).text()
+    for text in ("", "[]", '{"id": "a"}', '{"id": "a", "steps": 3, "seed": 1, "dynamics": 4}'):
+        with pytest.raises(ValueError, match="is no world"):
+            World.parse(text)
+
+
+@pytest.mark.parametrize(("dynamics", "said"), [
+    ({"mas": 2.0}, "dynamics mas: did you mean mass"), ({"mass": 0.0}, "dynamics mass=0.0: a multiplier above 0"),
+    ({"gear": float("nan")}, "dynamics gear=nan"),
+    ({"latency": 1.5}, "latency=1.5: a whole number of steps"), ({"noise": -1.0}, "noise=-1.0: a deviation from 0")])
+def test_dynamics_that_are_none_are_refused(dynamics, said):
+    with pytest.raises(ValueError, match=said):
+        World(PENDULUM, 10, 0, dynamics)
+
+
+def test_dynamics_change_what_they_say_and_nothing_else():
+    plain = model_of()
+    for name, arrays in environment.FIELDS.items():
+        model = model_of(**{name: 2.5})
+        for array in {array for fields in environment.FIELDS.values() for array in fields}:
+            factor = 2.5 if array in arrays else 1.0
+            assert np.allclose(getattr(model, array), factor * getattr(plain, array), rtol=1e-12), (name, array)
+
+
+def test_what_follows_from_masses_follows_them():
+    """Subtree masses and inverse inertias are MuJoCo's own for a model that is written with those masses."""
+    heavy = model_of(mass=2.5)
+    text = mujoco.MjModel.from_xml_path(make(World(PENDULUM, 5, 0)).unwrapped.fullpath)
+    text.body_mass[:] *= 2.5
+    text.body_inertia[:] *= 2.5
+    mujoco.mj_setConst(text, mujoco.MjData(text))
+    for name in ("body_subtreemass", "dof_invweight0", "body_invweight0"):
+        assert np.allclose(getattr(heavy, name), getattr(text, name))
+        assert not np.allclose(getattr(heavy, name), getattr(model_of(), name))
+
+
+def episode(world, actions):
+    env = make(world)
+    seen = [env.reset(seed=world.seed)[0]]
+    for action in actions:
+        seen.append(env.step(np.array([action]))[0])
+    return np.array(seen)
+
+
+def test_late_actions_come_so_many_steps_later():
+    actions = np.linspace(-1, 1, 8)
+    late = episode(World(PENDULUM, 50, 3, {"latency": 2}), actions)
+    prompt = episode(World(PENDULUM, 50, 3), [0, 0, *actions[:6]])
+    assert np.array_equal(late, prompt) and not np.allclose(late, episode(World(PENDULUM, 50, 3), actions))
+
+
+def test_noise_is_on_observations_alone_and_follows_the_seed():
+    actions = [0.1] * 30
+    clean, noisy = (episode(World(PENDULUM, 50, 3, dynamics), actions) for dynamics in ({}, {"noise": 0.05}))
+    assert np.std(noisy - clean) == pytest.approx(0.05, rel=0.15)
+    assert np.array_equal(noisy, episode(World(PENDULUM, 50, 3, {"noise": 0.05}), actions))
+    assert not np.array_equal((noisy - clean)[0], (episode(World(PENDULUM, 50, 4, {"noise": 0.05}), actions) - episode(World(PENDULUM, 50, 4), actions))[0])
+
+
+def test_ranges_are_drawn_by_the_seed_within_their_bounds():
+    ranges = {"mass": (0.5, 2.0), "gear": 0.7, "latency": (0, 3), "noise": (0.0, 0.1)}
+    found = [drawn(ranges, seed) for seed in range(400)]
+    assert found[5] == drawn(ranges, 5) and len({one["mass"] for one in found}) == 400
+    masses, late = np.array([one["mass"] for one in found]), {one["latency"] for one in found}
+    assert masses.min() >= 0.5 and masses.max() <= 2.0 and abs(np.log(masses).mean()) < 0.08 and late == {0.0, 1.0, 2.0, 3.0}
+    assert {one["gear"] for one in found} == {0.7} and all(World(PENDULUM, 1, 0, one) for one in found)
+
+
+@pytest.mark.parametrize("ends", [(2.0, 0.5), (0.0, 1.0), (1.0,), (1.0, float("nan"))])
+def test_a_range_that_is_none_is_refused(ends):
+    with pytest.raises(ValueError, match="dynamics mass="):
+        drawn({"mass": ends}, 0)
+
+
+def test_what_is_not_installed_is_named(monkeypatch):
+    with pytest.raises(ValueError, match=r"environment 'InvertedDoublePendulun-v5' is not installed; did you mean InvertedDoublePendulum-v5"):
+        make(World("InvertedDoublePendulun-v5", 10, 0))
+    with pytest.raises(ValueError, match="Hopper-v5 has no skill 'jump'"):
+        make(World("Hopper-v5", 10, 0, {}, "jump"))
+    monkeypatch.setitem(__import__("sys").modules, "gymnasium", None)
+    with pytest.raises(ValueError, match=r"pip install 'onetomany\[robotics\]'"):
+        make(World(PENDULUM, 10, 0))
+
+
+def test_masses_of_what_has_none_are_refused():
+    with pytest.raises(ValueError, match="is no MuJoCo environment: it has no mass to multiply"):
+        make(World("onetomany/WallFollowing-v0", 10, 0, {"mass": 2.0}))
