@@ -95,22 +95,29 @@ def _mixture(out: Tensor, components: int) -> tuple[Tensor, Tensor, Tensor]:
     return logits, rest[..., 0, :, :], _bounded(rest[..., 1, :, :])
 
 
-def _log_density(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """(...) of independent numbers (..., A)."""
-    return (-0.5 * ((x - mean) * torch.exp(-log_std)).square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
+def _log_densities(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+    """(..., A) of each number by itself."""
+    return -0.5 * ((x - mean) * torch.exp(-log_std)).square() - log_std - 0.5 * math.log(2 * math.pi)
 
 
-def losses(head: str, out: Tensor, target: Tensor, components: int) -> Tensor:
-    """(...) losses of what a head tells (..., outputs) of actions (..., A)."""
+def losses(head: str, out: Tensor, target: Tensor, components: int, beta: float = 0.0) -> Tensor:
+    """(...) losses of what a head tells (..., outputs) of actions (..., A): of mse the squared error averaged over an action's numbers, else the negative
+    log-likelihood in nats.
+
+    ``beta``: densities are weighed by the variance that is told, to this power and as a constant (beta-NLL, Seitzer et al. 2022): without it what is told
+    badly gets a large variance and is learned no more. Of a mixture the variance is the geometric mean over numbers and components."""
     if head == "mse":
         return (out - target).square().mean(-1)
     if head == "categorical":
         return -(out.log_softmax(-1) * target).sum(-1)
     if head == "gaussian":
         mean, raw = out.chunk(2, -1)
-        return -_log_density(target, mean, _bounded(raw))
+        log_std = _bounded(raw)
+        return -(_log_densities(target, mean, log_std) * torch.exp(2 * beta * log_std.detach())).sum(-1)
     logits, mean, log_std = _mixture(out, components)
-    return -torch.logsumexp(logits.log_softmax(-1) + _log_density(target[..., None, :], mean, log_std), -1)
+    shares = logits.log_softmax(-1)
+    found = -torch.logsumexp(shares + _log_densities(target[..., None, :], mean, log_std).sum(-1), -1)
+    return found * torch.exp(2 * beta * (shares.exp() * log_std.mean(-1)).sum(-1).detach())
 
 
 def likeliest(head: str, out: Tensor, components: int) -> Tensor:

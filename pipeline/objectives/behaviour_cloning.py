@@ -22,6 +22,8 @@ from pipeline.simulation.rollout import rollout
 
 COMPARED = ("return", "success", "steps", "random_return", "random_success", "random_steps")
 """Columns of an episode that tell what its expert, and a random policy in its place, reached; the policy's own are told beside them."""
+FRAMES, SHOWN = 6, 2
+"""Pictures of an episode, and of how many worlds, where pictures can be made."""
 REACHED = ("success", "return", "steps")
 
 
@@ -224,6 +226,7 @@ class BehaviourCloning(Objective):
     def tested(self, backbone, found, origin):
         """With ``environment``: an episode of the policy in each row's world, and arrays (n,) float64 ``success`` (0 or 1), ``return``, ``steps``, the same of
         ``expert_`` and ``random_`` from the rows' columns, and ``diverged`` (0 or 1): a simulation that went wrong is no success, its return that until then.
+        ``frames`` (n, FRAMES, H, W, 3) uint8 where pictures can be made, of the first SHOWN worlds; black behind an episode's end.
 
         All rows go in step, one forward pass a step, in float32 on the backbone's device. The pass always holds all rows, also ended ones, so that what a
         row does never follows from when others end."""
@@ -232,11 +235,16 @@ class BehaviourCloning(Objective):
         worlds = _worlds(origin.table[origin.columns["environment"]], origin.columns["environment"])
         self.eval()
         pilot = Pilot(backbone.eval(), self, origin.modality, found["space"], found["task"])
-        episodes = rollout(worlds, pilot, start=pilot.meet)
+        episodes = rollout(worlds, pilot, start=pilot.meet, frames=max(1, max(world.steps for world in worlds) // FRAMES))
         out = {"diverged": np.array([bool(one.diverged) for one in episodes], dtype=np.float64),
                "return": np.array([np.sum(one.rewards, dtype=np.float64) for one in episodes]),
                "steps": np.array([len(one.rewards) for one in episodes], dtype=np.float64)}
         out["success"] = np.array([one.success for one in episodes], dtype=np.float64) * (1 - out["diverged"])
+        if any(one.frames for one in episodes[:SHOWN]):
+            first = next(one.frames[0] for one in episodes[:SHOWN] if one.frames)
+            out["frames"] = np.zeros((len(episodes), FRAMES, *first.shape), dtype=np.uint8)
+            for row, one in enumerate(episodes[:SHOWN]):
+                out["frames"][row, :len(one.frames[:FRAMES])] = one.frames[:FRAMES]
         for role in COMPARED:
             if role in origin.columns:
                 out[role if role.startswith("random_") else f"expert_{role}"] = _numbers(origin.table[origin.columns[role]])
@@ -274,7 +282,7 @@ class Pilot:
         self.plans: deque[np.ndarray] = deque(maxlen=self.objective.options.chunk)
 
     def act(self, observations: list[np.ndarray | None], rewards: Any) -> list[Any]:
-        """One action a world, in the environment's own units or as a class's number; None for worlds that have ended."""
+        """One action a world, in the environment's own units or as a class's name; None for worlds that have ended."""
         n = len(observations)
         now = self.seen[-1].copy() if self.seen else np.zeros((n, self.widths[0]), dtype=np.float32)
         for name, rows in self.rows.items():
@@ -290,7 +298,8 @@ class Pilot:
             space, width = self.known[name], self.objective.spaces[name]["action"]
             chosen = value[rows, :width]
             place = chosen.argmax(1)
-            acted = self.modality.act(name, place if space["discrete"] else chosen)
+            # names of classes: the environment may count them otherwise than the rows that were learned from
+            acted = [space["discrete"][k] for k in place] if space["discrete"] else self.modality.act(name, chosen)
             if not space["discrete"]:
                 acted = np.stack([np.clip(action, *self.bounds[row]) for row, action in zip(rows, acted, strict=True)])
                 chosen = (acted - np.array(space["action_mean"])) / np.array(space["action_std"])

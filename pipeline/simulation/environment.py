@@ -48,6 +48,8 @@ class World:
                     name, "a multiplier above 0"))
         if self.steps < 1:
             raise ValueError(f"steps {self.steps}: an episode has at least 1")
+        if self.seed < 0:
+            raise ValueError(f"seed {self.seed}: a whole number from 0")
 
     def text(self) -> str:
         """Canonical JSON, which ``parse`` reads."""
@@ -109,6 +111,14 @@ def make(world: World) -> Any:
     return _Late(env, latency, noise, world.seed) if latency or noise else env
 
 
+def simulator() -> Any:
+    """The module mujoco. Raises ValueError where it is missing."""
+    try:
+        return importlib.import_module("mujoco")
+    except ModuleNotFoundError:
+        raise ValueError(NEEDED) from None
+
+
 def _own(world: World) -> Any:
     module = importlib.import_module(f"pipeline.simulation.{OWN[world.id]}")
     return _Cut(module.environment(world), world.steps)
@@ -117,8 +127,7 @@ def _own(world: World) -> Any:
 def _quiet(env: Any) -> None:
     """MuJoCo writes its warnings to a file of the working directory unless somebody takes them; rollouts count them themselves."""
     if getattr(env.unwrapped, "model", None) is not None:
-        import mujoco
-
+        mujoco = simulator()
         if mujoco.get_mju_user_warning() is None:
             mujoco.set_mju_user_warning(_ignored)
 
@@ -137,12 +146,10 @@ def _change(env: Any, world: World) -> None:
     if model is None:
         raise ValueError(f"{world.id} is no MuJoCo environment: it has no {', '.join(wanted)} to multiply; "
                          f"{', '.join((*own, *ADDED))} can be given")
-    import mujoco
-
     for name, factor in wanted.items():
         for array in FIELDS[name]:
             getattr(model, array)[:] *= factor
-    mujoco.mj_setConst(model, env.unwrapped.data)
+    simulator().mj_setConst(model, env.unwrapped.data)
 
 
 class _Cut:

@@ -9,7 +9,7 @@ import numpy as np
 
 from pipeline.registry import nearest
 from pipeline.rng import mix
-from pipeline.simulation.environment import World, make
+from pipeline.simulation.environment import World, make, simulator
 from pipeline.simulation.rollout import Episode, rollout
 
 
@@ -45,13 +45,13 @@ class LQR:
     """Prices of the cart's place, of each angle, and of the action; velocities are free."""
 
     def __init__(self, world: World):
-        import mujoco
         from scipy.linalg import solve_discrete_are
 
         if world.id.partition("-")[0] not in self.IDS:
             raise ValueError(f"expert lqr balances {' and '.join(self.IDS)}, not {world.id}")
         env = make(World(world.id, world.steps, world.seed, {k: v for k, v in world.dynamics.items() if k not in ("latency", "noise")}))
         model, skip = env.unwrapped.model, env.unwrapped.frame_skip
+        mujoco = simulator()
         data, n, m = mujoco.MjData(model), 2 * model.nv, model.nu
 
         def after(state: np.ndarray, control: np.ndarray) -> np.ndarray:

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.simulation.environment import simulator
+
 SIZE = 96, 128
 """Height and width in pixels."""
 HEADLESS = ("egl", "osmesa")
@@ -23,9 +25,7 @@ def picture(env: Any) -> list[np.ndarray]:
     if os.environ.get("MUJOCO_GL") not in HEADLESS or getattr(plain, "model", None) is None or getattr(plain, "_no_pictures", False):
         return []
     try:
-        import mujoco
-
-        renderer = mujoco.Renderer(plain.model, *SIZE)
+        renderer = simulator().Renderer(plain.model, *SIZE)
         try:
             renderer.update_scene(plain.data, _camera(plain))
             return [renderer.render().copy()]
@@ -38,8 +38,7 @@ def picture(env: Any) -> list[np.ndarray]:
 
 def _camera(plain: Any) -> Any:
     """The model's own tracking camera, or a free one where gymnasium has it."""
-    import mujoco
-
+    mujoco = simulator()
     if mujoco.mj_name2id(plain.model, mujoco.mjtObj.mjOBJ_CAMERA, "track") >= 0:
         return "track"
     camera = mujoco.MjvCamera()

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.rng import mix
-from pipeline.simulation.environment import World
+from pipeline.simulation.environment import World, simulator
 
 PUCK, PUSHER = 0.05, 0.03
 """Radii in metres."""
@@ -54,11 +54,11 @@ class Push:
     time_limit, frame_skip = 200, 5
 
     def __init__(self, world: World):
-        import mujoco
         from gymnasium import spaces
 
         if world.skill:
             raise ValueError(f"{world.id} has no skill {world.skill!r}; leave skill out")
+        mujoco = simulator()
         self.model = mujoco.MjModel.from_xml_string(XML)
         self.data, self.mujoco = mujoco.MjData(self.model), mujoco
         self.observation_space = spaces.Box(-np.inf, np.inf, (10,), np.float32)

@@ -15,7 +15,8 @@ What is like the log was measured on the first three quarters of it, and what di
 | who drove | by the smallest of S11..S15 and the smallest of S18..S20 | `WallFollower` |
 
 The driver turned sharply right where the first was at most 0.9 m; else slightly right where the second was below 0.495 m, slightly left above 0.9 m, and
-drove ahead between them. That gives every one of those rows' actions.
+drove ahead between them. That gives every one of the log's actions. A random forest that has seen 60 rooms of this world and nothing of the log has a
+macro-F1 of 0.95 on the log's last quarter, a small perceptron 0.74, logistic regression 0.66 (1 % of the log's training time: 0.27, -, 0.21).
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from pipeline.simulation.environment import World, make
+from pipeline.simulation.environment import World, make, simulator
 from pipeline.simulation.pictures import picture
 
 LEAST_SPEED = 0.5
@@ -86,7 +86,7 @@ def rollout(worlds: Sequence[World], policy: Policy, frames: int = 0, start: Cal
 
 
 def _step(one: _Running, action: Any, frames: int) -> None:
-    action = _given(one.env.action_space, action)
+    action = _given(one.env.action_space, _numbered(one.env, action) if isinstance(action, str) else action)
     number = len(one.actions)
     if frames and number % frames == 0:
         one.frames += picture(one.env)
@@ -104,6 +104,14 @@ def _step(one: _Running, action: Any, frames: int) -> None:
         return
     one.rewards.append(float(reward))
     one.observation = None if one.terminated or one.truncated else observation
+
+
+def _numbered(env: Any, name: str) -> int:
+    """The number of a class's name, as the environment counts them. Raises ValueError for a name that it has not."""
+    names = list(getattr(env.unwrapped, "classes", None) or map(str, range(getattr(env.action_space, "n", 0))))
+    if name not in names:
+        raise ValueError(f"action {name!r}: the environment has {', '.join(names) or 'numbers, and no names'}")
+    return names.index(name)
 
 
 def _given(space: Any, action: Any) -> Any:
@@ -134,10 +142,9 @@ def _warned(env: Any) -> str:
     data = getattr(env.unwrapped, "data", None)
     if data is None:
         return ""
-    import mujoco
-
     bad = {"mjWARN_BADQPOS": "positions", "mjWARN_BADQVEL": "velocities", "mjWARN_BADQACC": "accelerations", "mjWARN_BADCTRL": "controls"}
-    found = [what for name, what in bad.items() if data.warning[int(getattr(mujoco.mjtWarning, name))].number]
+    kinds = simulator().mjtWarning
+    found = [what for name, what in bad.items() if data.warning[int(getattr(kinds, name))].number]
     return f"bad {' and '.join(found)}" if found else ""
 
 

@@ -9,15 +9,16 @@ from typing import Any
 import numpy as np
 
 from pipeline.metrics import METRICS
-from pipeline.transfer import stats
+from pipeline.transfer import plots, stats
 from pipeline.transfer.cells import REFERENCE, SCRATCH, Cell, fraction_order
 from pipeline.transfer.labels import runs_of
-from pipeline.transfer.page import DASH, Block, Heading, Table, Text, Value, places, spread
+from pipeline.transfer.page import DASH, Block, Figure, Heading, Table, Text, Value, places, spread
 from pipeline.transfer.stats import Run
 
 Row = dict[str, Any]
 TOLD = ("success", "return", "steps")
 """Metrics of an episode, also of the expert's (``expert_success``) and of random actions' (``random_success``) in the same worlds."""
+MOST_STRIPS = 5
 Estimate = tuple[float, float, float]
 
 
@@ -41,7 +42,18 @@ def blocks(target: str, done: Sequence[Cell], rows: Sequence[Row], runs: dict[st
     gone = sum(int(run.predictions["diverged"].sum()) for _, found in ran for run in found if "diverged" in run.predictions)
     said = (f"{target}: mean over the {len(first[0].rows)} test worlds and seeds, with 95 % intervals; every policy starts from the same states. "
             + (f"In {gone} episodes the simulation diverged; they count as failures." if gone else ""))
-    return [Heading("In the simulator", 3), Text(said.strip()), Table(["Policy", "Success", "Return", "Steps"], body)]
+    out: list[Block] = [Heading("In the simulator", 3), Text(said.strip()), Table(["Policy", "Success", "Return", "Steps"], body)]
+    return [*out, *_strips(target, ran)]
+
+
+def _strips(target: str, ran: list[tuple[Cell, list[Run]]]) -> list[Block]:
+    """Pictures of the first test world for untrained policies and those of the fewest demonstrations; nothing where none could be made."""
+    filmed = [(cell, found[0].predictions["frames"][0]) for cell, found in ran if found[0].predictions.get("frames", np.zeros(1)).any()]
+    if not filmed:
+        return []
+    least = min((cell.n_train or 0 for cell, _ in filmed if cell.n_train), default=0)
+    shown = {_label(cell): frames for cell, frames in filmed if not cell.n_train or cell.n_train == least}
+    return [Figure(plots.strips(dict(list(shown.items())[:MOST_STRIPS])), f"{target}: the first test world, one of the seeds; black is behind an episode's end.")]
 
 
 def _label(cell: Cell) -> str:

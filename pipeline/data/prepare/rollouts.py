@@ -170,12 +170,10 @@ class Rollouts(EpisodeImporter):
     # ------------------------------------------------------------ the episodes of a part
 
     def episodes(self, items: list[Job], settings: Settings) -> Iterator[Result]:
-        worlds = [job.world for job in items]
-        who = [self.trained or experts.expert(self.options.expert, world) for world in worlds]
-        shown = experts.demonstrations(worlds, who, self.options.explore)
-        blind = shown if self.options.expert == "random" else experts.demonstrations(worlds, [experts.expert("random", world) for world in worlds])
-        for job, found, random in zip(items, shown, blind, strict=True):
-            yield self._result(job, found, random)
+        for job in items:  # one after the other: an expert gains nothing from a batch, and a single model stays in the processor's cache
+            shown, = experts.demonstrations([job.world], [self.trained or experts.expert(self.options.expert, job.world)], self.options.explore)
+            blind = shown if self.options.expert == "random" else experts.demonstrations([job.world], [experts.expert("random", job.world)])[0]
+            yield self._result(job, shown, blind)
 
     def _result(self, job: Job, found: rollout.Episode, random: rollout.Episode) -> Result:
         name, total, blind = f"{job.split}-{job.number:06d}", float(found.rewards.sum()), float(random.rewards.sum())
