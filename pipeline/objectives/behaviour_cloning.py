@@ -32,6 +32,8 @@ class BehaviourCloningOptions(Options):
         "auto", description="what is told of an action. Numbers: mse, gaussian (mean and deviation) or mixture of Gaussians (where demonstrations differ); "
                             "class names: categorical. auto: mse or categorical")
     components: int = Field(5, ge=2, le=64, description="mixture: how many Gaussians")
+    beta: float = Field(0.5, ge=0, le=1, description="gaussian, mixture, training only: densities are weighed by the told variance to this power (beta-NLL, "
+                                                     "Seitzer et al. 2022; 0.5 there); 0: plain likelihood, which neglects what is hard to tell")
     chunk: int = Field(1, ge=1, le=1000, description="every step predicts this many actions, its own and those that follow (action chunks of ACT)")
     ensemble: float | None = Field(0.01, ge=0, description="chunks in a rollout: an action is the mean of all predictions of it, weighed by exp(-ensemble i), "
                                                            "i = 0 being the oldest (ACT's m); none: the newest prediction alone")
@@ -45,9 +47,12 @@ class BehaviourCloning(Objective):
 
     Actions are standardised numbers or one-hot classes (modality trajectory). The loss is summed over the places of chunks that lie within their episode:
     mse, squared errors averaged over an action's numbers; gaussian and mixture, the negative log-density in nats of independent numbers (mixture density
-    networks, Bishop 1994), the logarithm of a deviation kept within ``actions.LOG_STD`` by a tanh; categorical, the cross entropy. Policies are told
-    deterministically: the mean, the mean of the likeliest component, the likeliest class. ``auto`` takes mse for numbers: with one to ten demonstrations of
-    a deterministic expert its policies were as good as the others' or better.
+    networks, Bishop 1994), the logarithm of a deviation kept within ``actions.LOG_STD`` by a tanh, in training weighed (``beta``); categorical, the cross
+    entropy. Policies are deterministic: the mean, the mean of the likeliest component, the likeliest class.
+
+    ``auto`` takes mse for numbers, which did best for a deterministic expert. InvertedDoublePendulum-v5, an MLP, 100 demonstrations of an LQR expert and 1500
+    steps, then 5 demonstrations under other dynamics and 300 steps; mean steps of 400 in 20 worlds, one seed, before and after: mse 400 and 381, gaussian
+    259 and 382 (18 and 14 with beta 0), mixture 72 and 87 (12 and 12). A likelihood is for demonstrations that differ where observations are alike.
 
     Predictions are of each step's own action. Of numbers: ``squared_error`` summed over ``action_numbers``. Of classes: ``scores`` (B, T, C) NaN behind a row's
     end and ``label`` (B, T) -1 there; where spaces have other classes, a class is its place in its own space; ``squared_error`` is how many are wrong.
@@ -161,7 +166,7 @@ class BehaviourCloning(Objective):
         """(n, T, chunk) losses, which places count, and squared errors averaged over an action's numbers (of classes: 1 where it is wrong)."""
         target, known = actions.chunks(acts[..., :self.spaces[name]["action"]], mask, self.options.chunk)
         head = self.heads[name]
-        found = actions.losses(head, out, target, self.options.components)
+        found = actions.losses(head, out, target, self.options.components, self.options.beta if self.training else 0.0)
         best = actions.likeliest(head, out, self.options.components)
         error = (best.argmax(-1) != target.argmax(-1)).float() if head == "categorical" else (best - target).square().mean(-1)
         return found.masked_fill(~known, 0.0), known, error.masked_fill(~known, 0.0)
@@ -236,9 +241,9 @@ class BehaviourCloning(Objective):
         self.eval()
         pilot = Pilot(backbone.eval(), self, origin.modality, found["space"], found["task"])
         episodes = rollout(worlds, pilot, start=pilot.meet, frames=max(1, max(world.steps for world in worlds) // FRAMES))
-        out = {"diverged": np.array([bool(one.diverged) for one in episodes], dtype=np.float64),
-               "return": np.array([np.sum(one.rewards, dtype=np.float64) for one in episodes]),
-               "steps": np.array([len(one.rewards) for one in episodes], dtype=np.float64)}
+        out: dict[str, np.ndarray] = {"diverged": np.array([bool(one.diverged) for one in episodes], dtype=np.float64)}
+        out["return"] = np.array([np.sum(one.rewards, dtype=np.float64) for one in episodes])
+        out["steps"] = np.array([len(one.rewards) for one in episodes], dtype=np.float64)
         out["success"] = np.array([one.success for one in episodes], dtype=np.float64) * (1 - out["diverged"])
         if any(one.frames for one in episodes[:SHOWN]):
             first = next(one.frames[0] for one in episodes[:SHOWN] if one.frames)

@@ -201,8 +201,9 @@ def prune_bundles(root: str, trials: list[Trial], keep: str, best: dict[str, Rec
 
 
 def _beats(a: Record, b: Record) -> bool:
-    name = a["rows"][0]["metric"]
-    ours, theirs = (r["validation"][name] * (1 if r["rows"][0]["higher_is_better"] else -1) for r in (a, b))
+    """By the primary metric of validation rows, which may be another than that of test rows."""
+    rows = (next(row for row in record["rows"] if row["split"] == "validation") for record in (a, b))
+    ours, theirs = (row["value"] * (1 if row["higher_is_better"] else -1) for row in rows)
     return ours > theirs or math.isnan(theirs)
 
 

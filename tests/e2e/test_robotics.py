@@ -23,7 +23,7 @@ def rollouts(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("rollouts")
     lqr = ["expert=lqr", "explore=0.1", "max_steps=60", "validation_episodes=2", "test_episodes=4", "keep=success"]
     for name, source, words in (("nominal", PENDULUM, [*lqr, "episodes=24"]), ("shifted", PENDULUM, [*lqr, "episodes=6", "dynamics=mass=2.5,gear=0.45,damping=3"]),
-                                ("walls", "onetomany/WallFollowing-v0", ["expert=wall", "episodes=4", "validation_episodes=2", "test_episodes=2", "max_steps=40"])):
+                                ("walls", "onetomany/WallFollowing-v0", ["expert=wall", "episodes=6", "validation_episodes=2", "test_episodes=2", "max_steps=200"])):
         Preparation("rollouts", source, str(folder / name), options_of("rollouts", words)).run()
     return folder
 
@@ -56,8 +56,8 @@ def test_what_transfers_to_another_robot_is_told(done):
     rows = [row for row in pq.read_table(done[0] / "results.parquet").to_pylist() if row["target"] == "other_robot" and row["split"] == "test"]
     assert {row["source"] for row in rows} == {"nominal", "dynamics", "none"} and all(row["status"] == "done" for row in rows)
     assert next(row["metric"] for row in rows) == "success" and {"macro_f1", "accuracy"} <= {row["metric"] for row in rows}
-    moved = [record for record in map(Path.read_text, done[0].glob("trials/*/record.json")) if "WallFollowing" in record]
-    assert any("encoders.WallFollowing" in record and "new" in record for record in moved)
+    moved = [record for record in map(Path.read_text, done[0].glob("trials/*/record.json")) if "decoders.o24c4" in record]
+    assert any("encoders.o24c4 new" in record and "trunk kept" in record for record in moved), "without embodiment a space has the name of its widths"
 
 
 def test_the_report_shows_policies_beside_expert_and_chance(done):

@@ -181,6 +181,26 @@ def test_deviations_stay_within_their_bounds():
     assert exact.item() == pytest.approx(2 * (actions.LOG_STD[0] + 0.5 * math.log(2 * math.pi)), rel=1e-6)
 
 
+def test_in_training_densities_are_weighed_by_the_told_variance_which_gets_no_gradient_by_it():
+    """beta-NLL by torch.distributions, with the gradient of its weights left out; evaluation has none."""
+    torch.manual_seed(0)
+    out, target, beta = torch.randn(7, 6, requires_grad=True), torch.randn(7, 3), 0.5
+    mean, deviation = out[:, :3], std(out[:, 3:])
+    want = -(dist.Normal(mean, deviation).log_prob(target) * deviation.detach() ** (2 * beta)).sum(-1)
+    found = actions.losses("gaussian", out, target, 1, beta)
+    torch.testing.assert_close(found, want)
+    torch.testing.assert_close(*(torch.autograd.grad(one.sum(), out, retain_graph=True)[0] for one in (found, want)))
+    told = torch.randn(7, 2 * (1 + 2 * 3), requires_grad=True)
+    logits, deviation = told[:, :2], std(told[:, 8:]).view(7, 2, 3)
+    weight = torch.exp(2 * beta * (logits.softmax(-1) * deviation.log().mean(-1)).sum(-1)).detach()
+    plain, weighed = (actions.losses("mixture", told, target, 2, b) for b in (0.0, beta))
+    torch.testing.assert_close(weighed, plain * weight)
+    torch.testing.assert_close(*(torch.autograd.grad(one.sum(), told, retain_graph=True)[0] for one in (weighed, plain * weight)))
+    (task, rows), (bare, _) = (case(head="gaussian", beta=b) for b in (0.5, 0.0))
+    batch = take(rows, np.arange(12))
+    assert task.eval()(batch)[0] == bare.eval()(batch)[0] == bare.train()(batch)[0] != task.train()(batch)[0]
+
+
 @torch.no_grad()
 @each_head
 def test_padding_and_neighbours_change_nothing_and_parts_make_the_whole(options):
