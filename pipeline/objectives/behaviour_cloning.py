@@ -249,7 +249,8 @@ class BehaviourCloning(Objective):
             first = next(one.frames[0] for one in episodes[:SHOWN] if one.frames)
             out["frames"] = np.zeros((len(episodes), FRAMES, *first.shape), dtype=np.uint8)
             for row, one in enumerate(episodes[:SHOWN]):
-                out["frames"][row, :len(one.frames[:FRAMES])] = one.frames[:FRAMES]
+                for place, frame in enumerate(one.frames[:FRAMES]):
+                    out["frames"][row, place] = frame
         for role in COMPARED:
             if role in origin.columns:
                 out[role if role.startswith("random_") else f"expert_{role}"] = _numbers(origin.table[origin.columns[role]])

@@ -538,7 +538,7 @@ def test_what_a_policy_does_in_a_rollout_is_what_it_predicts_of_that_episode(arc
 
 
 @pytest.mark.parametrize("architecture", ["mlp", "transformer"])
-def test_classes_are_acted_by_their_numbers_and_remembered(architecture):
+def test_classes_are_acted_by_name_and_remembered(architecture):
     table = episodes(12, discrete=True)
     modality = Trajectory(TrajectoryOptions(), Trajectory.fit(TrajectoryOptions(), table, COLUMNS, ""))
     arch = {"name": f"policy/{architecture}", "options": {"width": 16, "window": 2, "context": 9, "heads": 2}, "inputs": modality.inputs()}
@@ -546,12 +546,37 @@ def test_classes_are_acted_by_their_numbers_and_remembered(architecture):
     seen = np.array(table["seen"][4].as_py(), dtype=np.float32)
     pilot = Pilot(task.backbone, task.objective, modality, np.array([modality.decode(table, COLUMNS)[0]["space"][4]]), np.array([2]))
     pilot.begin([])
-    acted = [int(pilot.act([one], [0.0])[0]) for one in seen]
-    again = table.slice(4, 1).set_column(1, "done", pa.array([[CLASSES[k] for k in acted]]))
+    acted = [pilot.act([one], [0.0])[0] for one in seen]
+    again = table.slice(4, 1).set_column(1, "done", pa.array([acted]))
     again = again.set_column(3, "what", pa.array([modality.state["tasks"][1]]))
     with torch.no_grad():
         told = task.objective.predict(task.backbone, Batch(np.arange(1), torch.zeros(1), modality.collate(modality.decode(again, COLUMNS)[0])))
-    assert told["scores"][0, :len(seen)].argmax(1).tolist() == acted and len(seen) > 3
+    assert [CLASSES[k] for k in told["scores"][0, :len(seen)].argmax(1)] == acted and len(seen) > 3
+
+
+def test_classes_that_the_rows_count_otherwise_than_the_world_are_done_by_their_names():
+    """The world's classes are four, the demonstrations know two of them: their second one is the world's third (Slight-Left-Turn)."""
+    rng = np.random.default_rng(0)
+    table = pa.table({"observations": pa.array([rng.uniform(0, 5, (2, 24)).tolist()], pa.list_(pa.list_(pa.float32()))),
+                      "actions": pa.array([["Slight-Left-Turn", "Move-Forward"]]), "environment": [World("onetomany/WallFollowing-v0", 9, 5, {}).text()]})
+    columns = {name: name for name in table.column_names}
+    modality = Trajectory(TrajectoryOptions(), Trajectory.fit(TrajectoryOptions(), table, columns, ""))
+    backbone = Plain(modality.inputs())
+    head = BehaviourCloning(backbone, OPTIONS, BehaviourCloning.fit(OPTIONS, table, columns))
+    (decoder,) = head.decoders.values()
+    with torch.no_grad():
+        decoder.weight.zero_()
+        decoder.bias.copy_(torch.tensor([0.0, 1.0]))
+    found = {"space": np.zeros(1, dtype=np.int64), "task": np.zeros(1, dtype=np.int64)}
+    out = head.tested(backbone, found, Origin(table, columns, modality))
+    env = make(World("onetomany/WallFollowing-v0", 9, 5, {}))
+    env.reset(seed=5)
+    rewards, ended = [], False
+    while not ended:
+        _, reward, terminated, truncated, _ = env.step(2)
+        rewards.append(reward)
+        ended = terminated or truncated
+    assert out["return"].tolist() == [sum(rewards)] and out["steps"].tolist() == [len(rewards)]
 
 
 def test_a_rollout_ensembles_its_chunks():
@@ -594,13 +619,15 @@ def test_a_simulation_that_diverged_is_no_success(monkeypatch):
     table = demonstrations(2)
     task, origin, found = lawful(table)
 
-    def made(these, policy, start):
-        return [Episode(world, np.zeros((3, 9)), np.zeros((3, 1)), np.array([1.0, 2.0, 3.5]), False, i == 0, True, "NaN" if i else "", None)
-                for i, world in enumerate(these)]
+    def made(these, policy, **also):
+        return [Episode(world, np.zeros((3, 9)), np.zeros((3, 1)), np.array([1.0, 2.0, 3.5]), False, i == 0, True, "NaN" if i else "",
+                        [np.full((2, 4, 3), 7, dtype=np.uint8)] * 2 if i else []) for i, world in enumerate(these)]
 
     monkeypatch.setattr(behaviour_cloning, "rollout", made)
     out = task.objective.tested(task.backbone, found, origin)
     assert out["success"].tolist() == [1, 0] and out["diverged"].tolist() == [0, 1] and out["return"].tolist() == [6.5, 6.5]
+    assert out["frames"].shape == (2, behaviour_cloning.FRAMES, 2, 4, 3)  # pictures of the second alone
+    assert not out["frames"][0].any() and (out["frames"][1, :2] == 7).all() and not out["frames"][1, 2:].any()
 
 
 def test_worlds_that_cannot_be_are_told_before_anything_is_trained():

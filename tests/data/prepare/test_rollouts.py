@@ -65,6 +65,8 @@ def test_rows_are_what_happens_in_the_environment(tmp_path):
     assert len({row["environment"] for row in rows}) == len(rows), "no world stands in two splits"
     assert notes(tmp_path / "out")["expert's success"] == {"test": 1.0, "train": 1.0, "validation": 1.0}
     assert notes(tmp_path / "out")["steps"] == {"test": 24, "train": 60, "validation": 12}
+    for told, column in (("expert's return, mean", "return"), ("random policy's return, mean", "random_return")):
+        assert np.isclose(notes(tmp_path / "out")[told]["train"], np.mean([row[column] for row in rows if row["split"] == "train"]), atol=1e-3)
 
 
 def test_an_episode_follows_from_seed_split_and_number_alone(tmp_path):
@@ -85,6 +87,24 @@ def test_dynamics_are_given_or_drawn_for_each_episode(tmp_path):
     world = World.parse(read(tmp_path / "out")[0]["environment"])
     env, plain = make(world), make(World(world.id, world.steps, world.seed))
     assert np.allclose(env.unwrapped.model.body_mass, plain.unwrapped.model.body_mass * world.dynamics["mass"])
+
+
+def test_episodes_are_shared_out_evenly_among_skills(tmp_path):
+    done = prepare(tmp_path / "out", "expert=reach", "episodes=7", "test_episodes=2", "skills=reach,mirror,half", "max_steps=75", source="onetomany/Reach-v0")
+    rows = {row["episode"]: row for row in read(tmp_path / "out")}
+    skills = {name: (row["task"], json.loads(row["environment"])["skill"]) for name, row in rows.items()}
+    assert skills == {**{f"train-{i:06d}": (("reach", "mirror", "half")[i % 3],) * 2 for i in range(7)},
+                      "test-000000": ("reach",) * 2, "test-000001": ("mirror",) * 2}
+    found = json.loads((tmp_path / "out/_summary.json").read_text())
+    assert found["classes"]["train"]["labels"] == {"half": 2, "mirror": 2, "reach": 3} and done["rows"] == {"test": 2, "train": 7}
+    assert set(found["notes"]["expert's success at mirror"]) == {"test", "train"} and set(found["notes"]["expert's success at half"]) == {"train"}
+    rate = np.mean([row["success"] for row in rows.values() if row["task"] == "reach" and row["split"] == "train"])
+    assert np.isclose(found["notes"]["expert's success at reach"]["train"], rate, atol=1e-3)
+    for pairs, said in ((["skills=reach,mirrored"], "no skill 'mirrored'; did you mean mirror"), ([], "no skill ''")):
+        with pytest.raises(ValueError, match=said):
+            prepared(tmp_path / "none", "expert=reach", *pairs, source="onetomany/Reach-v0")
+    with pytest.raises(ValueError, match="one is trained for one skill, not for reach,mirror"):
+        prepared(tmp_path / "none", "expert=ppo", "skills=reach,mirror", source="onetomany/Reach-v0")
 
 
 def test_what_is_executed_is_noisy_and_what_is_recorded_is_the_experts_own(tmp_path):
