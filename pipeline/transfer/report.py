@@ -252,7 +252,7 @@ def _curves(target: str, metric: str, rows: Sequence[Row], curves: dict[str, lis
     for trial_id, row in trials.items():
         for point in curves.get(trial_id, ()):
             value = (point.get("validation") or {}).get(metric)
-            if value is not None and math.isfinite(value):
+            if value is not None and math.isfinite(value) and point["step"]:  # what was not trained has no curve
                 points[row["label_fraction"], row["source"], results.technique(row)][point["step"]].append(value)
     out: dict[str, plots.Series] = defaultdict(dict)
     for (fraction, source, technique), by_step in points.items():

@@ -133,6 +133,9 @@ def test_classes_are_one_hot_by_their_sorted_names():
     assert modality.inputs()["spaces"]["o3c3"] == {"observation": 3, "action": 3, "discrete": True}
     batch, bad = read(modality, rows)
     assert batch["actions"].tolist() == [[[0, 0, 1], [1, 0, 0], [0, 1, 0]], [[0, 1, 0], [0, 1, 0], [0, 0, 0]]] and not any(bad)
+    rows = rows.append_column("embodiment", pa.array(["arm", "leg"])).take([0, 1, 1])
+    batch, bad = read(made(rows), rows)
+    assert not any(bad) and batch["actions"].shape == (3, 3, 3) and batch["actions"][1].tolist() == [[1, 0, 0], [1, 0, 0], [0, 0, 0]]
 
 
 @pytest.mark.parametrize("kind", [pa.list_(pa.int64()), pa.large_list(pa.int8()), pa.list_(pa.dictionary(pa.int32(), pa.string()))])

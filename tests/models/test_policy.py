@@ -262,6 +262,7 @@ def test_frames_are_seen_by_a_vision_backbone(name):
         late = batch.replace(images=torch.cat([batch["images"][:, :3], 255 - batch["images"][:, 3:]], 1))
         change = (backbone(late).tokens - backbone(batch).tokens).abs().amax(2)
         assert not change[:, :3].any() and change[1, 3:].min() > 1e-5
+        torch.testing.assert_close(backbone(rows_of(batch, [1])).tokens[0], backbone(batch).tokens[1], rtol=1e-5, atol=1e-5)
     tokens.square().sum().backward()
     named = dict(backbone.named_parameters())
     assert all(p.grad is not None for n, p in named.items() if n.startswith(("vision.", "project.")))
