@@ -251,5 +251,5 @@ def test_seeds_of_backbone_and_head_are_apart():
 def test_an_unregistered_backbone_cannot_be_loaded_back(tmp_path):
     """What is stored is a name; a name that nobody registered is refused with the valid ones."""
     bundle.save(str(tmp_path / "b"), net_task(), MODALITY)
-    with pytest.raises(ValueError, match="unknown model 'toys'; valid names: events, table, timm, torchaudio, transformers, wavenet"):
+    with pytest.raises(ValueError, match="unknown model 'toys'; valid names: events, policy, table, timm, torchaudio, transformers, wavenet"):
         bundle.load(str(tmp_path / "b")).task()

@@ -202,8 +202,8 @@ def prune_bundles(root: str, trials: list[Trial], keep: str, best: dict[str, Rec
 
 def _beats(a: Record, b: Record) -> bool:
     """By the primary metric of validation rows, which may be another than that of test rows."""
-    rows = (next(row for row in record["rows"] if row["split"] == "validation") for record in (a, b))
-    ours, theirs = (row["value"] * (1 if row["higher_is_better"] else -1) for row in rows)
+    row = next(row for row in a["rows"] if row["split"] == "validation")
+    ours, theirs = (record["validation"][row["metric"]] * (1 if row["higher_is_better"] else -1) for record in (a, b))
     return ours > theirs or math.isnan(theirs)
 
 

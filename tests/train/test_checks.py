@@ -19,7 +19,7 @@ def refused(data: Data, train: dict, objective: type = Objective) -> str:
 
 def test_batch_cost_is_for_rows_that_cost_differently():
     assert refused(spec(modality="image", columns={"image": "image"}), {"batch_cost": 9}) == (
-        "sources.a.train.batch_cost: rows of image all cost the same here (it is for audio, events); say global_batch")
+        "sources.a.train.batch_cost: rows of image all cost the same here (it is for audio, events, trajectory); say global_batch")
     assert "rows of audio all cost the same" in refused(spec(), {"batch_cost": 9}, type("Packed", (Objective,), {"packed": True}))
     checks.check_costs("sources.a", spec(), Train.model_validate({"batch_cost": 9}), Objective)
     checks.check_costs("sources.a", spec(modality="image", columns={"image": "image"}), Train(), Objective)

@@ -565,8 +565,8 @@ def test_a_target_without_a_row_to_test_on_is_left_out_with_its_reason(tmp_path,
 
 
 @pytest.mark.parametrize(("objective", "message"), [
-    ("simclr", "simclr is for sources; a target's rows have labels, or are texts to model: classification, clm, .*multilabel"),
-    ("mae", "mae is for sources; a target's rows have labels, or are texts to model: classification, clm, .*multilabel"),
+    ("simclr", "simclr is for sources; a target's rows have labels, or are texts to model: behaviour_cloning, classification, clm, .*multilabel"),
+    ("mae", "mae is for sources; a target's rows have labels, or are texts to model: behaviour_cloning, classification, clm, .*multilabel"),
     ("mlm", "mlm reads packed documents, and image rows cannot be packed: it is for text"),
 ])
 def test_objectives_without_labels_are_for_sources_or_for_texts(tmp_path, bundles, paths, objective, message):
