@@ -22,7 +22,7 @@ from pipeline.simulation.rollout import rollout
 
 COMPARED = ("return", "success", "steps", "random_return", "random_success", "random_steps")
 """Columns of an episode that tell what its expert, and a random policy in its place, reached; the policy's own are told beside them."""
-FRAMES, SHOWN = 6, 2
+FRAMES, SHOWN = 6, 1
 """Pictures of an episode, and of how many worlds, where pictures can be made."""
 REACHED = ("success", "return", "steps")
 

@@ -48,12 +48,13 @@ def blocks(target: str, done: Sequence[Cell], rows: Sequence[Row], runs: dict[st
 
 def _strips(target: str, ran: list[tuple[Cell, list[Run]]]) -> list[Block]:
     """Pictures of the first test world for untrained policies and those of the fewest demonstrations; nothing where none could be made."""
-    filmed = [(cell, found[0].predictions["frames"][0]) for cell, found in ran if found[0].predictions.get("frames", np.zeros(1)).any()]
+    filmed = [(cell, film) for cell, found in ran if (film := found[0].film) is not None]
     if not filmed:
         return []
     least = min((cell.n_train or 0 for cell, _ in filmed if cell.n_train), default=0)
     shown = {_label(cell): frames for cell, frames in filmed if not cell.n_train or cell.n_train == least}
-    return [Figure(plots.strips(dict(list(shown.items())[:MOST_STRIPS])), f"{target}: the first test world, one of the seeds; black is behind an episode's end.")]
+    told = f"{target}: the first test world, one of the seeds; black is behind an episode's end."
+    return [Figure(plots.strips(dict(list(shown.items())[:MOST_STRIPS])), told)]
 
 
 def _label(cell: Cell) -> str:

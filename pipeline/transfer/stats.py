@@ -37,7 +37,7 @@ class Run:
     """Test predictions of one trial: ``rows`` (n,) int64 row ids, each once, and what was predicted for them.
 
     ``groups`` (n,) names the patient, speaker or scene of each row, where the data declare one; ``labels`` the columns of the scores;
-    ``subgroups`` the value of each row (n,) in each column that the target is told apart by.
+    ``subgroups`` the value of each row (n,) in each column that the target is told apart by. ``film``: (F, H, W, 3) uint8 pictures of the first row's episode.
     """
 
     rows: np.ndarray
@@ -46,6 +46,7 @@ class Run:
     groups: np.ndarray | None = None
     labels: tuple[str, ...] = ()
     subgroups: dict[str, np.ndarray] = field(default_factory=dict)
+    film: np.ndarray | None = None
 
 
 def t_quantile(df: int) -> float:

