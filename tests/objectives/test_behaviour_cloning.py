@@ -624,6 +624,7 @@ def test_a_simulation_that_diverged_is_no_success(monkeypatch):
                         [np.full((2, 4, 3), 7, dtype=np.uint8)] * 2 if i else []) for i, world in enumerate(these)]
 
     monkeypatch.setattr(behaviour_cloning, "rollout", made)
+    monkeypatch.setattr(behaviour_cloning, "SHOWN", 2)
     out = task.objective.tested(task.backbone, found, origin)
     assert out["success"].tolist() == [1, 0] and out["diverged"].tolist() == [0, 1] and out["return"].tolist() == [6.5, 6.5]
     assert out["frames"].shape == (2, behaviour_cloning.FRAMES, 2, 4, 3)  # pictures of the second alone
