@@ -102,8 +102,8 @@ class Policy(Backbone):
     def _encoded(self, encoders: nn.ModuleDict, x: Tensor, space: Tensor) -> Tensor:
         """(B, T, width) of (B, T, n): each row by the encoder of its own space, zeros where that has none."""
         parts, places = [], []
-        present = (set(space.unique().tolist()) if len(self.spaces) > 1 else None) or {0}
-        for number in sorted(present):
+        present: list[int] = (space.unique().tolist() if len(self.spaces) > 1 else []) or [0]  # ascending
+        for number in present:
             rows = (space == number).nonzero()[:, 0] if len(present) > 1 else None
             mine = x if rows is None else x[rows]
             encoder: Any = dict(encoders.items()).get(self.spaces[number])

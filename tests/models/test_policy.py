@@ -291,7 +291,7 @@ def test_a_frame_is_what_the_vision_backbone_says_of_it():
     (INPUTS, {"vision": "timm/resnet18"}, "vision: timm/resnet18 has no frames to read"),
     (FRAMES, {"vision": "timm/resnet81"}, "vision: timm/resnet81 is no LIBRARY/MODEL; did you mean resnet"),
     (FRAMES, {"vision": "tim/resnet18"}, "no LIBRARY/MODEL"), (FRAMES, {"vision": "transformers/bert"}, "vision: transformers/bert reads text"),
-    ({**INPUTS, "images": [3, 16, 16]}, {"vision": "timm/inception_v3"}, "vision: timm/inception_v3 takes no images of 16 pixels")])
+    ({**INPUTS, "images": [3, 10, 10]}, {"vision": "timm/test_vit"}, "vision: timm/test_vit takes no images of 10 pixels")])
 def test_what_does_not_fit_is_refused(inputs, options, told):
     with pytest.raises(ValueError, match=told):
         built("mlp", inputs, **options)

@@ -141,6 +141,8 @@ def test_the_layouts_give_the_same_bytes_whatever_the_parts_and_row_groups(v21, 
     assert len(found[0]) == 3 and all(a.equals(b) and b.equals(c) for a, b, c in zip(*found, strict=True))
     prepare(v30, tmp_path / "d", "split=train")
     assert pa.concat_tables(found[0]).to_pylist() == read(tmp_path / "d")
+    prepare(v30, tmp_path / "e", "split=train", part_mb=250 / 2**20)  # episodes are 6, 4 and 5 steps of six float32 and one more
+    assert [len(pq.read_table(file)) for file in sorted((tmp_path / "e").glob("*.parquet"))] == [2, 1] and read(tmp_path / "e") == read(tmp_path / "d")
 
 
 @pytest.mark.parametrize("layout", ["v21", "v30"])
