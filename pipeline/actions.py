@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pipeline.lists import is_list
+
 LOG_STD = (-5.0, 2.0)
 """Bounds of the logarithm of a standardised action's deviation: below, a few exact demonstrations would drive the density to infinity."""
 Kind = Literal["continuous", "discrete"]
@@ -35,7 +37,7 @@ def kind_of(column: pa.ChunkedArray, name: str) -> Kind:
 
 
 def _value_type(kind: pa.DataType) -> pa.DataType | None:
-    return kind.value_type if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind) else None
+    return kind.value_type if is_list(kind) else None
 
 
 def _plain(kind: pa.DataType) -> pa.DataType:

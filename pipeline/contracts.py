@@ -83,6 +83,8 @@ class Modality(ABC):
     """Column roles of the rows that ``pack`` makes; ``tokenize`` makes the first one."""
     fitted_roles: ClassVar[tuple[str, ...]] = ()
     """Optional roles that ``fit`` and ``grown`` read even where an objective has them (actions are history and label)."""
+    unfitted_roles: ClassVar[tuple[str, ...]] = ()
+    """Optional roles of which ``fit``, ``grown`` and ``known`` get no column: large ones (frames)."""
     cost_role: ClassVar[str | None] = None
     """The optional role whose column tells what a row costs (audio: seconds), so that no file is opened for it."""
     cost_unit: ClassVar[str] = ""

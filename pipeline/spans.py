@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from pipeline.lists import is_list
+
 LETTERS = {"bio": "BI", "bioes": "BIES"}
 """Prefixes of a scheme: begin, inside, end and single. BIO is the one called IOB2 too (Tjong Kim Sang and Veenstra 1999), BIOES adds the last word of an
 entity and entities of one word (Ratinov and Roth 2009, who call them L and U)."""
@@ -33,7 +35,7 @@ def texts(column: pa.Array | pa.ChunkedArray) -> list[Any]:
 def _of_bytes(kind: pa.DataType) -> pa.DataType:
     if pa.types.is_dictionary(kind):
         return _of_bytes(kind.value_type)
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+    if is_list(kind):
         return pa.large_list(_of_bytes(kind.value_type))
     return pa.large_binary()
 

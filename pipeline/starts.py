@@ -61,6 +61,8 @@ class Start:
     def head_onto(self, task: Task) -> str:
         """Load the head that fits the task's objective; says in words what was done, nothing for a checkpoint that never holds heads."""
         name, objective = task.objective.registered_name, task.objective
+        if self.bundle and type(objective).carries_head:
+            return bundle.carry_tensors(objective, self.bundle.manifest["objective"]["name"], self.bundle.head_tensors())[1]
         if self.bundle:
             return bundle.carry_head(task, self.bundle)
         if name not in self.heads:

@@ -17,6 +17,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from torch import nn
 
+from pipeline.lists import filled, floats, is_list, joined, lengths
+
 NONE, CLASSES = -1, -2
 """Widths of actions: there is no column; they are names of classes."""
 CONSTANT = 1e-6
@@ -60,7 +62,7 @@ class Episodes:
         actions, action_widths = None, np.full(len(table), NONE)
         if columns.get("actions") in table.column_names:
             kind = table.schema.field(columns["actions"]).type
-            read = _numbers if _is_list(kind) and _is_list(kind.value_type) else _classes
+            read = _numbers if is_list(kind) and is_list(kind.value_type) else _classes
             taken, action_widths, actions = read(table, columns["actions"], "actions", reasons)
             for i in np.flatnonzero(taken != steps).tolist():
                 reasons[i] = reasons[i] or (f"the episode has {steps[i]} observations and {taken[i]} actions: an action stands beside every observation; leave "
@@ -133,15 +135,15 @@ def first_of_rows(wrong: np.ndarray, ends: np.ndarray) -> Iterator[tuple[int, in
 
 def _numbers(table: pa.Table, name: str, role: str, reasons: list[str]) -> tuple[np.ndarray, np.ndarray, Numbers]:
     """(B,) steps (-1 null), (B,) numbers a step, and the numbers; rows that cannot be read get a reason. Raises ValueError for a column of another type."""
-    column, kind = _joined(table[name]), table.schema.field(name).type
-    deep = kind.value_type.value_type if _is_list(kind) and _is_list(kind.value_type) else None
+    column, kind = joined(table[name]), table.schema.field(name).type
+    deep = kind.value_type.value_type if is_list(kind) and is_list(kind.value_type) else None
     if deep is None or not (pa.types.is_integer(deep) or pa.types.is_floating(deep) or pa.types.is_null(deep)):
         raise ValueError(f"column {name}: it holds {kind}; {role} are lists, one entry a step, of lists of numbers"
                          + (" or of class names" if role == "actions" else ""))
-    steps = _lengths(column).astype(np.int64)
+    steps = lengths(column).astype(np.int64)
     inner = pc.list_flatten(column)  # pyright: ignore[reportAttributeAccessIssue]
-    length, flat = _lengths(inner), pc.list_flatten(inner)  # pyright: ignore[reportAttributeAccessIssue]
-    values = _filled(pc.cast(flat, pa.float32(), safe=False), np.nan)
+    length, flat = lengths(inner), pc.list_flatten(inner)  # pyright: ignore[reportAttributeAccessIssue]
+    values = floats(flat)
     starts = np.concatenate([[0], np.cumsum(np.maximum(steps, 0))])
     widths = np.zeros(len(column), dtype=np.int64)
     widths[steps > 0] = length[starts[:-1][steps > 0]]
@@ -163,40 +165,19 @@ def _numbers(table: pa.Table, name: str, role: str, reasons: list[str]) -> tuple
 
 def _classes(table: pa.Table, name: str, role: str, reasons: list[str]) -> tuple[np.ndarray, np.ndarray, Numbers]:
     """As `_numbers`, of lists of class names, or of whole numbers or truth values, which are then the names."""
-    column, kind = _joined(table[name]), table.schema.field(name).type
-    value = kind.value_type if _is_list(kind) else pa.null()
+    column, kind = joined(table[name]), table.schema.field(name).type
+    value = kind.value_type if is_list(kind) else pa.null()
     plain = value.value_type if pa.types.is_dictionary(value) else value
     if not (pa.types.is_string(plain) or pa.types.is_large_string(plain) or pa.types.is_integer(plain) or pa.types.is_boolean(plain)):
         raise ValueError(f"column {name}: it holds {kind}; {role} are lists, one entry a step, of lists of numbers or of class names")
-    steps = _lengths(column).astype(np.int64)
+    steps = lengths(column).astype(np.int64)
     flat = pc.cast(pc.list_flatten(column), pa.string()).dictionary_encode()  # pyright: ignore[reportAttributeAccessIssue]
-    values, ends = _filled(flat.indices, -1), np.concatenate([[0], np.cumsum(np.maximum(steps, 0))])
+    values, ends = filled(flat.indices, -1), np.concatenate([[0], np.cumsum(np.maximum(steps, 0))])
     for i in np.flatnonzero(steps < 0).tolist():
         reasons[i] = reasons[i] or f"the {role} are null"
     for i, at in first_of_rows(values < 0, ends):
         reasons[i] = reasons[i] or f"{role}: step {at - ends[i]} is null"
     return steps, np.full(len(column), CLASSES), Numbers(values, ends, flat.dictionary.to_pylist())
-
-
-def _is_list(kind: pa.DataType) -> bool:
-    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-
-
-def _joined(column: pa.ChunkedArray) -> Any:
-    """A column as one array; nothing is copied where it is one already."""
-    if column.num_chunks == 1:
-        return column.chunk(0)
-    return pa.concat_arrays(column.unify_dictionaries().chunks) if column.num_chunks else pa.array([], column.type)
-
-
-def _lengths(lists: Any) -> np.ndarray:
-    """(n,) whole numbers, how long each list is, -1 for null."""
-    return _filled(pc.list_value_length(lists), -1)  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def _filled(array: Any, value: float) -> np.ndarray:
-    """An array with a value for null; ``fill_null`` copies even where there is nothing to fill."""
-    return (pc.fill_null(array, value) if array.null_count else array).to_numpy()
 
 
 def texts(table: pa.Table, columns: dict[str, str], role: str) -> list[str]:

@@ -13,7 +13,7 @@ FILES = sorted((ROOT / "pipeline").rglob("*.py"))
 NAMES = {".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file for file in FILES}
 FLOORS = [
     {"job", "jobfile", "contracts", "registry", "s3", "storage", "folders", "rng", "lease", "coco", "pixels", "imagefile", "spans", "tokenizer",
-     "ragged", "facts", "batch", "calibration", "imbalance", "ranking", "frames", "audiofile", "audioheader", "spectrogram", "transcripts",
+     "ragged", "lists", "facts", "batch", "calibration", "imbalance", "ranking", "frames", "audiofile", "audioheader", "spectrogram", "transcripts",
      "actions", "trajectories", "simulation"},
     {"metrics", "bundle", "gather", "data", "modalities", "models", "pyramid", "speech_folders"},
     {"objectives", "techniques", "hugging_face"},

@@ -13,7 +13,7 @@ import pydantic
 import pytest
 
 from pipeline import job, jobfile, registry
-from pipeline.train.source import by_content
+from pipeline.train.fitting import by_content
 
 jsonschema = pytest.importorskip("jsonschema")
 ROOT = Path(job.__file__).parents[1]

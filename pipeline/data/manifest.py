@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline import storage
+from pipeline import lists, storage
 from pipeline.data import imports
 from pipeline.job import Data, spec_hash
 from pipeline.registry import nearest
@@ -166,11 +166,11 @@ class Reader:
             inside = rows[order][which[order] == g] - self.manifest.starts[g]
             group = self._group(int(g))
             stretch = len(inside) * 2 >= len(group) and (np.diff(inside) == 1).all()  # not copied; a smaller one would keep all of the group in memory
-            parts.append(group.slice(int(inside[0]), len(inside)) if stretch else group.take(pa.array(inside)))
+            parts.append(group.slice(int(inside[0]), len(inside)) if stretch else lists.take(group, inside))
         back = np.empty(len(rows), dtype=np.int64)
         back[order] = np.arange(len(rows))
         table = pa.concat_tables(parts) if parts else self.manifest.schema.empty_table().select(self.columns)
-        return table if (np.diff(order) == 1).all() else table.take(pa.array(back))
+        return table if (np.diff(order) == 1).all() else lists.take(table, back)
 
 
 def typed(table: pa.Table, schema: pa.Schema) -> pa.Table:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from itertools import pairwise
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from pipeline.contracts import Arrays, Batch, Modality
 from pipeline.facts import MOST, TAILS, Facts
+from pipeline.lists import filled, floats, is_list, joined, lengths
 from pipeline.ragged import padded, ragged
 from pipeline.registry import Options, register
 from pipeline.rng import uniform
@@ -111,8 +111,8 @@ class Events(Modality):
 
     def decode(self, table, columns) -> tuple[Arrays, list[str]]:
         (row, time, name, value), reasons = _lists(table, columns)
-        known = pc.fill_null(pc.index_in(name.dictionary, value_set=self.names), -1)  # pyright: ignore[reportAttributeAccessIssue]
-        place = known.to_numpy()[name.indices.to_numpy()]
+        known = filled(pc.index_in(name.dictionary, value_set=self.names), -1)  # pyright: ignore[reportAttributeAccessIssue]
+        place = known[name.indices.to_numpy()]
         kept = (place >= 0) & (time >= -self.options.before) & (time < self.options.hours)
         if not kept.all():
             row, time, place, value = row[kept], time[kept], place[kept], value[kept]
@@ -162,26 +162,25 @@ def _lists(table: pa.Table, columns: dict[str, str]) -> tuple[Parts, list[str]]:
     """
     found, reasons = {}, [""] * len(table)
     for role in Events.roles:
-        column = table[columns[role]].unify_dictionaries().combine_chunks()
-        column = pa.concat_arrays(column.chunks) if isinstance(column, pa.ChunkedArray) else column
-        kind = column.type
-        if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not _suits(role, kind.value_type):
-            raise ValueError(f"column {columns[role]}: it holds {kind}; {role} are lists of {'texts' if role == 'variables' else 'numbers'}, "
+        found[role] = column = joined(table[columns[role]])
+        if not is_list(column.type) or not _suits(role, column.type.value_type):
+            raise ValueError(f"column {columns[role]}: it holds {column.type}; {role} are lists of {'texts' if role == 'variables' else 'numbers'}, "
                              "as onetomany prepare events writes them")
-        found[role] = column
-    lengths = {role: pc.list_value_length(column) for role, column in found.items()}  # pyright: ignore[reportAttributeAccessIssue]
-    counts = {role: pc.fill_null(length, -1).to_numpy().astype(np.int64) for role, length in lengths.items()}
+    counts = {role: lengths(column).astype(np.int64) for role, column in found.items()}
     n = counts["times"]
     for i in np.flatnonzero((n < 0) | (n != counts["variables"]) | (n != counts["values"])):
         told = ", ".join(f"{counts[role][i]} {role}" if counts[role][i] >= 0 else f"null {role}" for role in Events.roles)
         reasons[i] = f"an event is a time, a variable and a value, and the row has {told}"
-    good = pa.array([not reason for reason in reasons])
-    flat = {role: pc.list_flatten(column.filter(good)) for role, column in found.items()}  # pyright: ignore[reportAttributeAccessIssue]
-    row = np.repeat(np.arange(len(table)), np.where(good.to_numpy(zero_copy_only=False), n, 0))
-    time, value = (pc.fill_null(pc.cast(flat[role], pa.float32(), safe=False), math.nan).to_numpy() for role in ("times", "values"))
+    good = np.array([not reason for reason in reasons], dtype=bool)
+    if not good.all():
+        found = {role: column.filter(pa.array(good)) for role, column in found.items()}
+    flat = {role: pc.list_flatten(column) for role, column in found.items()}  # pyright: ignore[reportAttributeAccessIssue]
+    row = np.repeat(np.arange(len(table)), np.where(good, n, 0))
+    time, value = floats(flat["times"]), floats(flat["values"])
     name = flat["variables"] if pa.types.is_dictionary(flat["variables"].type) else pc.cast(flat["variables"], pa.string()).dictionary_encode()
-    for role, wrong in (("time", ~np.isfinite(time)), ("value", ~np.isfinite(value)), ("variable", name.is_null().to_numpy(zero_copy_only=False))):
-        for i in np.unique(row[wrong]):
+    nameless = name.is_null().to_numpy(zero_copy_only=False) if name.null_count else np.zeros(len(name), dtype=bool)
+    for role, wrong in (("time", ~np.isfinite(time)), ("value", ~np.isfinite(value)), ("variable", nameless)):
+        for i in np.unique(row[wrong]) if wrong.any() else ():
             reasons[i] = reasons[i] or f"{np.count_nonzero(wrong & (row == i))} of its {n[i]} events have no {role}, or one that is no number"
     if any(reasons):
         kept = np.array([not reason for reason in reasons])[row]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pipeline import tokenizer as tokenizers
 from pipeline.contracts import Arrays, Modality
+from pipeline.lists import is_list
 from pipeline.registry import Options, register
 from pipeline.tokenizer import PIECE_BYTES, SPECIALS
 
@@ -66,7 +67,8 @@ class Text(Modality):
             text, vocabulary, specials = tokenizers.from_folder(options.tokenizer)
             return {"tokenizer": text, "vocabulary": vocabulary, "specials": specials}
         documents = [b" ".join(row) if isinstance(row, list) else row for role in ("text", "text_pair") if columns.get(role) in table.column_names
-                     for row, reason in zip(*(_words if _lists(table[columns[role]]) else _documents)(table[columns[role]], role), strict=True) if not reason]
+                     for row, reason in zip(*(_words if is_list(table[columns[role]].type) else _documents)(table[columns[role]], role), strict=True)
+                     if not reason]
         if not documents:
             raise ValueError(f"column {columns['text']}: no row holds text to train a tokenizer on")
         kind = options.algorithm if options.algorithm != "auto" else ("bpe" if "gpt" in backbone else "wordpiece")
@@ -116,7 +118,7 @@ class Text(Modality):
             tokens = np.full((len(table), length), self.state["specials"][0], dtype=self._dtype)
             tokens[np.arange(length) < lengths[:, None]] = column.flatten().to_numpy()
             return {"tokens": tokens, "lengths": lengths}, [""] * len(table)
-        if _lists(table[columns["text"]]):
+        if is_list(table[columns["text"]].type):
             if pair or self.options.windows is not None:
                 raise ValueError(f"column {columns['text']} holds lists of words: these have no {'text_pair' if pair else 'windows'}; leave it out")
             return self._worded(table[columns["text"]])
@@ -215,7 +217,7 @@ class Text(Modality):
     def tokenize(self, table, columns) -> tuple[pa.Table, list[str]] | None:
         """The good rows with ``tokens`` (a list of ids, ``[CLS] ids [SEP]`` cut to ``length``) in the place of the text. None for pairs, words and windows."""
         name = columns["text"]
-        if "text_pair" in columns or self.options.windows is not None or _lists(table[name]):
+        if "text_pair" in columns or self.options.windows is not None or is_list(table[name].type):
             return None
         if "tokens" in table.column_names and name != "tokens":
             raise ValueError("a column is called tokens, the name that token ids get; give it another name")
@@ -273,10 +275,6 @@ class Text(Modality):
 
 
 # ---------------------------------------------------------------- columns
-
-def _lists(column) -> bool:
-    return pa.types.is_list(column.type) or pa.types.is_large_list(column.type) or pa.types.is_fixed_size_list(column.type)
-
 
 def _documents(column, role: str) -> tuple[list[memoryview], list[str]]:
     """The bytes of every value, and "" or the reason why a value is no text (it is then empty); bytes that are not UTF-8 spoil their own row alone."""

@@ -51,6 +51,7 @@ class Trajectory(Modality):
     roles = ("observations",)
     optional_roles = ("actions", "task", "embodiment", "images", "steps")
     fitted_roles = ("actions",)
+    unfitted_roles = ("images",)
     cost_role = "steps"
     cost_unit = "steps"
 
@@ -65,7 +66,7 @@ class Trajectory(Modality):
     def fit(cls, options, table, columns, backbone):
         """Spaces with their statistics, and the tasks, of the rows that can be read. Raises ValueError when none can, and where frames are given without
         option images, or asked for and not given."""
-        given = columns.get("images") in table.column_names
+        given = "images" in columns
         if given != (options.images is not None):
             raise ValueError("images: " + (f"column {columns['images']} holds frames and the modality reads none: say {{trajectory: {{images: 96}}}} (pixels a "
                              "side), or leave the column out" if given else "the modality is to read frames, and no column has them: name it in data.columns"))

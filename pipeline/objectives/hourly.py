@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from pipeline import calibration, imbalance
 from pipeline.contracts import Arrays, Backbone, Batch, Objective
+from pipeline.lists import is_list
 from pipeline.ragged import ragged
 from pipeline.registry import Options, register
 
@@ -204,7 +205,7 @@ def _lists(column: pa.ChunkedArray, name: str) -> tuple[np.ndarray, np.ndarray]:
     kind = column.type
     if pa.types.is_null(kind):
         column, kind = column.cast(pa.list_(pa.float64())), pa.list_(pa.float64())
-    nested = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    nested = is_list(kind)
     inner = kind.value_type if nested else kind
     if not nested or not (pa.types.is_integer(inner) or pa.types.is_floating(inner) or pa.types.is_boolean(inner) or pa.types.is_null(inner)):
         raise ValueError(f"column {name} holds {kind}: hourly reads a list of numbers a row")

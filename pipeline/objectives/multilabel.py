@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from pipeline import calibration, imbalance
 from pipeline.contracts import Arrays, Backbone, Batch, Objective
+from pipeline.lists import is_list
 from pipeline.registry import Options, nearest, register
 
 
@@ -153,7 +154,7 @@ def _entries(column: pa.ChunkedArray, name: str, separator: str) -> tuple[pa.Arr
         return pa.array([], pa.string()), np.zeros(0, dtype=np.int64)
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
         column = pc.split_pattern(column, separator)  # pyright: ignore[reportAttributeAccessIssue]
-    elif not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
+    elif not is_list(kind):
         raise ValueError(f"column {name} holds {kind}: labels are lists of texts or integers, or texts such as 'A{separator}B'")
     whole = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     rows, flat = pc.list_parent_indices(whole), pc.list_flatten(whole)  # pyright: ignore[reportAttributeAccessIssue]

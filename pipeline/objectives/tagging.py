@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.contracts import Arrays, Backbone, Batch, Features, Objective
+from pipeline.lists import is_list
 from pipeline.registry import Options, nearest, register
 from pipeline.spans import Tagset, check, scheme, texts
 
@@ -105,7 +106,7 @@ class Tagging(Objective):
         words: list[int | None] = [None] * len(table)
         if columns.get("text") in table.column_names:
             column = table[columns["text"]]
-            if not _is_list(column.type):
+            if not is_list(column.type):
                 raise ValueError(f"column {columns['text']} holds {column.type}: tagging reads a list of words, one for each tag")
             words = pc.list_value_length(column).to_pylist()  # pyright: ignore[reportAttributeAccessIssue]
         rows = texts(_lists(table[columns["tags"]], columns["tags"], flat=False)[0])
@@ -192,10 +193,6 @@ def _tagset(state: dict[str, Any]) -> Tagset:
     return Tagset(tuple(state["labels"]), tuple(state["types"]), state["scheme"])
 
 
-def _is_list(kind: pa.DataType) -> bool:
-    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-
-
 def _lists(column: pa.ChunkedArray, name: str, flat: bool = True) -> tuple[pa.Array, np.ndarray, bool]:
     """(m,) texts, the tags of all rows one behind the other (``flat``; else a list a row), (n,) how many each row has, and whether they were numbers.
 
@@ -203,7 +200,7 @@ def _lists(column: pa.ChunkedArray, name: str, flat: bool = True) -> tuple[pa.Ar
     """
     if pa.types.is_null(column.type):
         column = column.cast(pa.list_(pa.string()))
-    inner = column.type.value_type if _is_list(column.type) else None
+    inner = column.type.value_type if is_list(column.type) else None
     if inner is not None and pa.types.is_dictionary(inner):
         inner = inner.value_type
     numeric = inner is not None and pa.types.is_integer(inner)

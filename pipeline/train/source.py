@@ -21,23 +21,19 @@ from pipeline.data import manifest as manifests
 from pipeline.data.manifest import Selection, Splits
 from pipeline.data.plan import Mixture, Plan
 from pipeline.data.stream import Decoder, Rows, check_budget, map_items
-from pipeline.job import STARTS, Data, Job, Plug, Source, spec_hash
-from pipeline.jobfile import PLACES
+from pipeline.job import STARTS, Data, Job, Source, spec_hash
 from pipeline.rng import mix
-from pipeline.train import checks
+from pipeline.train import checks, fitting
 from pipeline.train import probe as probes
 
 STAGE_VERSION = 5
 """Raised when the code of a stage changes what it makes from the same job."""
-FIT_ROWS, FIT_TEXT_BYTES = 2048, 64 << 20
 SPAN_ROWS, SPAN_BYTES = 8192, 16 << 20
 """Texts that are packed or tokenised in one task: at most so many, and about so many bytes of their files."""
 WHERE_NOT_WHAT = {"uri", "train", "validation", "test"}
 HOW_NOT_WHAT = {"log_every_steps", "checkpoint_every_steps", "trace_rows"}
 PACKED = {name: name for name in ("tokens", "segments", "bytes")}
 """Columns of packed rows."""
-TOKENIZER = ("tokenizer.json", "special_tokens_map.json", "tokenizer_config.json")
-"""Files of a folder that decide what a tokenizer does."""
 
 
 def data_key(data: Data) -> dict[str, Any]:
@@ -45,20 +41,8 @@ def data_key(data: Data) -> dict[str, Any]:
     left_out = dict.fromkeys(WHERE_NOT_WHAT | {"decode", "max_bad_rows"}, True)
     out = data.model_dump(mode="json", exclude={**left_out, "more": {"__all__": left_out}})
     for one, part in ((out, data), *zip(out["more"], data.more, strict=True)):
-        one["modality"]["options"] = by_content(part.modality)
+        one["modality"]["options"] = fitting.by_content(part.modality)
     return out
-
-
-def by_content(plug: Plug) -> dict[str, Any]:
-    """The options of a modality or objective with what a place holds instead of the place: a tokenizer is the same wherever its folder lies.
-
-    Raises StorageError when nothing is there.
-    """
-    def held(name: str, place: str) -> str:
-        files = [storage.join(place, one) for one in TOKENIZER] if name == "tokenizer" else [place]
-        return spec_hash([storage.fingerprint(file) if file == files[0] or storage.exists(file) else None for file in files])
-
-    return {name: held(name, value) if value and name in PLACES.get(plug.name, ()) else value for name, value in plug.options.items()}
 
 
 @dataclass(frozen=True)
@@ -110,7 +94,7 @@ def stage(job: Job, name: str) -> SourceStage:
     what = spec.model_dump(mode="json", exclude={"data", "probe", "workers", "cpus_per_worker", "gpus_per_worker", "max_failures", "train", "init"})
     what["start"] = starts.fingerprint(spec.init) if spec.init else None
     if spec.objective is not None:
-        what["objective"]["options"] = by_content(spec.objective)
+        what["objective"]["options"] = fitting.by_content(spec.objective)
     if spec.backbone.name.startswith(STARTS):  # where a checkpoint lies does not count, what it holds does
         what["backbone"]["name"] = starts.fingerprint(spec.backbone.name)
     key = spec_hash(STAGE_VERSION, name, what, spec.train.model_dump(mode="json", exclude=HOW_NOT_WHAT), job.seed,
@@ -168,13 +152,6 @@ class Fitted:
     """What each training row costs, where batches are cut by it."""
 
 
-def sample(selection: Selection, columns: list[str], rows: int) -> pa.Table:
-    """Up to ``rows`` rows, evenly spread."""
-    n = len(selection)
-    places = np.unique(np.linspace(0, n - 1, min(rows, n)).astype(np.int64))
-    return manifests.Reader(selection.manifest, columns).take(selection.ids(places))
-
-
 def fit(stage: SourceStage) -> Fitted:
     """Fit modality and objective on the training rows, pack or tokenise text, bring in a checkpoint: once, kept in the stage's folder.
 
@@ -186,7 +163,8 @@ def fit(stage: SourceStage) -> Fitted:
     initial = storage.join(stage.uri, "initial")
     held = bundle.load(initial) if text and bundle.exists(initial) else None
     start = starts.read(text, spec.backbone.name) if text and held is None else None
-    modality = held.manifest["modality"] if held else fit_modality(stage, start)
+    modality, known = (held.manifest["modality"], "") if held else fitting.fit_modality(
+        spec, splits.train, start, f"sources.{stage.name}", storage.join(stage.uri, "modality.json"))
     objective = registry.get("objective", spec.objective.name)
     options = objective.options_class(**spec.objective.options)
     columns = dict(spec.data.columns)
@@ -198,7 +176,7 @@ def fit(stage: SourceStage) -> Fitted:
     fitted = {"name": spec.objective.name, "options": options.model_dump(), "state": state}
     moved = held.manifest["training"]["transfer"] if held else ""
     if start:
-        moved = import_start(stage, start, arch, modality, fitted, initial)
+        moved = import_start(stage, start, arch, modality, fitted, initial, known)
     left_out: list[dict[str, Any]] = []
     train, validation, corpora, note = splits.train, splits.validation, splits.corpora, splits.sizes()
     work = Work(modality, columns, form_of(objective, modality, train, columns), tuple(needed))
@@ -268,48 +246,13 @@ def read_otherwise(arch: dict[str, Any], inputs: dict[str, Any]) -> dict[str, An
     return {**arch, "options": options, "inputs": inputs}
 
 
-def import_start(stage: SourceStage, start: starts.Start, arch: dict[str, Any], modality: dict[str, Any], objective: dict[str, Any], uri: str) -> str:
-    """A checkpoint read once for all ranks and restarts: the task as it starts, as a bundle. Returns in words what was carried over."""
+def import_start(stage: SourceStage, start: starts.Start, arch: dict[str, Any], modality: dict[str, Any], objective: dict[str, Any], uri: str,
+                 known: str) -> str:
+    """A checkpoint read once for all ranks and restarts: the task as it starts, as a bundle. Returns in words what was carried over, and ``known``."""
     task = bundle.build_task(arch, objective, seed=stage.seed)
-    moved = "; ".join(filter(None, (start.onto(task.backbone).text(), start.head_onto(task))))
+    moved = "; ".join(filter(None, (start.onto(task.backbone).text(), start.head_onto(task), known)))
     bundle.save(uri, task, modality, parent=start.origin, training={"transfer": moved}, spec_hash=stage.key, metrics={})
     return moved
-
-
-def fit_modality(stage: SourceStage, start: starts.Start | None) -> dict[str, Any]:
-    spec = stage.spec
-    assert spec.data is not None and stage.splits is not None
-    plug = spec.data.modality
-    if start and start.modality:
-        if start.modality["name"] != plug.name:
-            raise ValueError(f"sources.{stage.name}: {start.origin} reads {start.modality['name']}, the data are {plug.name}")
-        theirs = start.modality["options"]
-        own, named = registry.get("modality", plug.name).target_options, by_content(plug)
-        given = {k: plug.options[k] for k, v in named.items()
-                 if k not in own and theirs.get(k, v if k not in PLACES.get(plug.name, ()) else None) != v}  # a checkpoint brings its own tokenizer
-        if given:
-            raise ValueError(f"sources.{stage.name}.data.modality: {given} contradicts {start.origin} ({theirs}); leave it out")
-        return {**start.modality, "options": {**theirs, **named}}
-    path = storage.join(stage.uri, "modality.json")
-    if storage.exists(path):
-        return storage.read_json(path)
-    kind = registry.get("modality", plug.name)
-    options = kind.options_class(**plug.options)
-    names = input_columns(kind, registry.get("objective", spec.objective.name) if spec.objective else Objective, spec.data.columns)
-    rows = FIT_ROWS
-    if stage.packed:  # a tokenizer wants many documents, as many as a bounded memory holds
-        per_row = max(1, stage.splits.train.manifest.size // max(1, stage.splits.train.manifest.rows))
-        rows = max(FIT_ROWS, FIT_TEXT_BYTES // per_row)
-    state = kind.fit(options, sample(stage.splits.train, names, rows), spec.data.columns, spec.backbone.name)
-    found = {"name": plug.name, "options": {**options.model_dump(), **by_content(plug)}, "state": state}
-    storage.write_json(path, found)
-    return found
-
-
-def input_columns(modality: type[Modality], objective: type[Objective], columns: dict[str, str]) -> list[str]:
-    """Columns of what a row is, without what is to be found out about it (a mask that moves with its image is the objective's)."""
-    theirs = {*objective.roles, *objective.optional_roles} - set(modality.fitted_roles)
-    return list(dict.fromkeys(columns[role] for role in (*modality.roles, *modality.optional_roles) if role in columns and role not in theirs))
 
 
 EMPTY = "the text is empty"
@@ -339,7 +282,7 @@ def form_of(objective: type[Objective], modality: dict[str, Any], rows: Selectio
     reads = bundle.build_modality(modality)
     if type(reads).tokenize is Modality.tokenize or not len(rows):
         return ""
-    return "tokenised" if reads.tokenize(sample(rows, input_columns(type(reads), objective, columns), 1), columns) is not None else ""
+    return "tokenised" if reads.tokenize(fitting.sample(rows, fitting.input_columns(type(reads), objective, columns), 1), columns) is not None else ""
 
 
 class _Shard:

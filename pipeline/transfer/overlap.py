@@ -11,7 +11,8 @@ from pipeline import registry, storage
 from pipeline.data import duplicates
 from pipeline.data.manifest import Selection
 from pipeline.job import spec_hash
-from pipeline.train.source import SourceStage, data_key, sample
+from pipeline.train.fitting import sample
+from pipeline.train.source import SourceStage, data_key
 from pipeline.transfer.targets import TargetStage
 
 MOST_ROWS, MOST_BYTES = 200_000, 4 << 30

@@ -16,7 +16,7 @@ from pipeline.data.manifest import Splits
 from pipeline.data.stream import Decoder, Rows
 from pipeline.job import Job, Plug, Source, Target, spec_hash
 from pipeline.metrics import metric
-from pipeline.train import checks
+from pipeline.train import checks, fitting
 from pipeline.train import source as train_source
 from pipeline.train.source import STAGE_VERSION, data_key
 from pipeline.transfer import subgroups
@@ -121,9 +121,10 @@ def _for_targets(objective: type[Objective]) -> bool:
 
 def _try_rows(selection: manifests.Selection, spec: Target, state: dict[str, Any], modality: type[Modality], objective: type[Objective]) -> None:
     """A few rows with all their columns: an objective may compare its labels with the row's own text. Raises ValueError for columns of a wrong type."""
-    roles = (*modality.roles, *modality.optional_roles, *objective.roles, *objective.optional_roles)
+    mine = [role for role in (*modality.roles, *modality.optional_roles) if role not in modality.unfitted_roles]
+    roles = (*mine, *objective.roles, *objective.optional_roles)
     names = list(dict.fromkeys(spec.data.columns[role] for role in roles if role in spec.data.columns))
-    table = train_source.sample(selection, names, TRIED_ROWS)
+    table = fitting.sample(selection, names, TRIED_ROWS)
     try:
         objective.encode(table, spec.data.columns, state)
         objective.refused(table, spec.data.columns, state)
@@ -152,28 +153,24 @@ def fit_labels(spec: Target, splits: Splits) -> dict[str, Any]:
     return objective.fit(objective.options_class(**spec.objective.options), manifests.read_columns(splits.train, needed), spec.data.columns)
 
 
-def _modality(target: TargetStage, base: Base) -> dict[str, Any]:
-    """The source's modality, with the options that a target may set for itself, and with what it learns of the target's own rows (``Modality.grown``)."""
+def _modality(target: TargetStage, base: Base) -> tuple[dict[str, Any], str]:
+    """The source's modality with the options that a target may set for itself, and completed by the target's own rows (`fitting.completed`)."""
     plug = target.spec.data.modality
     own = registry.get("modality", plug.name).target_options
-    named = train_source.by_content(plug)
+    named = fitting.by_content(plug)
     differ = {k: plug.options[k] for k, v in named.items() if k not in own and base.modality["options"].get(k) != v}
     if differ:
         raise ValueError(f"targets.{target.name}.data.modality: {differ} contradicts the source, whose rows were read with "
                          f"{base.modality['options']}; a target is read as its backbone was: leave the options out"
                          + (f" ({', '.join(own)} may differ)" if own else ""))
-    spec = {**base.modality, "options": {**base.modality["options"], **named}}
-    reads = bundle.build_modality(spec)
-    if type(reads).grown is Modality.grown:
-        return spec
-    names = train_source.input_columns(type(reads), registry.get("objective", target.spec.objective.name), target.spec.data.columns)
-    return {**spec, "state": reads.grown(train_source.sample(target.splits.train, names, train_source.FIT_ROWS), target.spec.data.columns)}
+    return fitting.completed({**base.modality, "options": {**base.modality["options"], **named}}, target.splits.train,
+                             registry.get("objective", target.spec.objective.name), target.spec.data.columns)
 
 
 def prepare(target: TargetStage, base: Base) -> TargetData:
     """Decode the three splits. Raises ValueError for a label that never stands in the training rows, or too many bad rows."""
     spec, splits, columns = target.spec, target.splits, target.spec.data.columns
-    spec_of_modality = _modality(target, base)
+    spec_of_modality, known = _modality(target, base)
     modality = bundle.build_modality(spec_of_modality)
     objective = registry.get("objective", spec.objective.name)
     try:
@@ -191,7 +188,7 @@ def prepare(target: TargetStage, base: Base) -> TargetData:
         selections, columns = [one.rows for one in made], dict(train_source.PACKED)
         lost = [(row["split"], row["place"], row["reason"]) for one in made for row in one.left_out]
         text += "; packed into " + ", ".join(f"{len(one.rows)}" for one in made) + f" rows of {modality.inputs()['length']} tokens, which are the units"
-    elif type(modality).known is not Modality.known and (known := modality.known(_sampled(target, modality, objective), columns)):
+    elif known:
         text += f"; {known}"
     decoder = Decoder(modality, spec.objective.name, state, columns)
     parts = [Rows(selection, replace(decoder, training=name == "train")) for name, selection in zip(manifests.SPLITS, selections, strict=True)]
@@ -211,11 +208,6 @@ def prepare(target: TargetStage, base: Base) -> TargetData:
     if spec.data.group and not target.packed:
         groups = manifests.units(manifests.read_columns(parts[2].selection, [spec.data.group])[spec.data.group])
     return TargetData(spec, fitted, parts[0], parts[1], parts[2], labels, groups, text, arch, spec_of_modality, spec_hash(target.key, spec_of_modality))
-
-
-def _sampled(target: TargetStage, modality: Modality, objective: type[Objective]) -> pa.Table:
-    names = train_source.input_columns(type(modality), objective, target.spec.data.columns)
-    return train_source.sample(target.splits.train, names, train_source.FIT_ROWS)
 
 
 def _packed(target: TargetStage, split: str, selection: manifests.Selection, modality: dict[str, Any]) -> train_source.Shards:

@@ -12,7 +12,8 @@ from pipeline.contracts import Technique
 from pipeline.data.stream import Rows
 from pipeline.job import Job, Plug, Target, rounded, spec_hash
 from pipeline.rng import mix, row_keys
-from pipeline.train.source import HOW_NOT_WHAT, by_content
+from pipeline.train.fitting import by_content
+from pipeline.train.source import HOW_NOT_WHAT
 
 TRIAL_VERSION = 5
 SCRATCH = "none"

@@ -1,0 +1,56 @@
+"""Arrow columns of lists: their rows by place, and their lengths and values as arrays. What need not be copied is not."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+LONG_BYTES = 4096
+"""Lists of lists are copied row by row where a row holds so much on average; of smaller ones pyarrow's own way is the faster one."""
+
+
+def is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
+def take(table: pa.Table, places: np.ndarray) -> pa.Table:
+    """``table.take``, which looks up lists of lists one inner list at a time: in columns of long ones each stretch of rows is copied as a whole."""
+    long = {name for name in table.column_names if is_list(kind := table[name].type) and is_list(kind.value_type)
+            and table[name].nbytes >= LONG_BYTES * len(table)} if len(places) else set()
+    if not long:
+        return table.take(pa.array(places))
+    others = table.drop_columns(list(long))
+    others = others.take(pa.array(places)) if others.num_columns else others
+    cuts = [0, *(np.flatnonzero(np.diff(places) != 1) + 1).tolist(), len(places)]
+    columns = []
+    for name in table.column_names:
+        parts = [part for start, stop in pairwise(cuts) for part in table[name].slice(int(places[start]), stop - start).chunks
+                 ] if name in long else []
+        columns.append(pa.chunked_array(parts).combine_chunks() if name in long else others[name])
+    return pa.table(columns, schema=table.schema)
+
+
+def joined(column: pa.ChunkedArray) -> Any:
+    """A column as one array."""
+    if column.num_chunks == 1:
+        return column.chunk(0)
+    return pa.concat_arrays(column.unify_dictionaries().chunks) if column.num_chunks else pa.array([], column.type)
+
+
+def lengths(lists: Any) -> np.ndarray:
+    """(n,) whole numbers, how long each list is, -1 for null."""
+    return filled(pc.list_value_length(lists), -1)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def filled(array: Any, value: float) -> np.ndarray:
+    """An array with a value for null; ``fill_null`` copies even where there is nothing to fill."""
+    return (pc.fill_null(array, value) if array.null_count else array).to_numpy()
+
+
+def floats(array: Any) -> np.ndarray:
+    """(n,) float32 of an array of numbers, NaN for null."""
+    return filled(array if array.type == pa.float32() else pc.cast(array, pa.float32(), safe=False), np.nan)
