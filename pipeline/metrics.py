@@ -32,6 +32,13 @@ Of two classes the second is the positive one; ``threshold`` (n,) the probabilit
 """
 
 
+SHARES = frozenset((
+    "accuracy", "top5_accuracy", "macro_f1", "micro_f1", "balanced_accuracy", "auroc", "auprc", "min_precision_sensitivity", "ece", "precision_at_threshold",
+    "sensitivity_at_threshold", "specificity_at_threshold", "macro_auroc", "macro_average_precision", "average_precision", "map", "map50", "miou",
+    "pixel_accuracy", "entity_f1", "word_accuracy", "answer_f1", "exact_match", "success", "expert_success", "random_success"))
+"""Metrics between 0 and 1: an interval that Student's t widens ends there."""
+
+
 @dataclass(frozen=True)
 class Metric:
     """``value`` of predictions; ``units`` (n, 2) numerators and denominators when value = final(sum / sum).
@@ -48,6 +55,11 @@ class Metric:
     final: Callable[[float], float] = float
     resampled: Callable[[Predictions, np.ndarray], np.ndarray] | None = None
     each: str | None = None
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """The least and the greatest value that there can be."""
+        return (0.0, 1.0) if self.name.partition("/")[0] in SHARES else (-math.inf, math.inf)
 
     def of_units(self, units: np.ndarray) -> float:
         """The value from (n, 2) units; NaN when nothing was counted."""

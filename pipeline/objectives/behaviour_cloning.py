@@ -22,7 +22,7 @@ from pipeline.simulation.rollout import rollout
 
 COMPARED = ("return", "success", "steps", "random_return", "random_success", "random_steps")
 """Columns of an episode that tell what its expert, and a random policy in its place, reached; the policy's own are told beside them."""
-FRAMES, SHOWN = 6, 1
+FRAMES = 6
 """Pictures of an episode, and of how many worlds, where pictures can be made."""
 REACHED = ("success", "return", "steps")
 
@@ -231,7 +231,7 @@ class BehaviourCloning(Objective):
     def tested(self, backbone, found, origin):
         """With ``environment``: an episode of the policy in each row's world, and arrays (n,) float64 ``success`` (0 or 1), ``return``, ``steps``, the same of
         ``expert_`` and ``random_`` from the rows' columns, and ``diverged`` (0 or 1): a simulation that went wrong is no success, its return that until then.
-        ``frames`` (n, FRAMES, H, W, 3) uint8 where pictures can be made, of the first SHOWN worlds; black behind an episode's end.
+        ``frames`` (n, FRAMES, H, W, 3) uint8 where pictures can be made, of the first world; black behind an episode's end.
 
         All rows go in step, one forward pass a step, in float32 on the backbone's device. The pass always holds all rows, also ended ones, so that what a
         row does never follows from when others end."""
@@ -245,12 +245,9 @@ class BehaviourCloning(Objective):
         out["return"] = np.array([np.sum(one.rewards, dtype=np.float64) for one in episodes])
         out["steps"] = np.array([len(one.rewards) for one in episodes], dtype=np.float64)
         out["success"] = np.array([one.success for one in episodes], dtype=np.float64) * (1 - out["diverged"])
-        if any(one.frames for one in episodes[:SHOWN]):
-            first = next(one.frames[0] for one in episodes[:SHOWN] if one.frames)
-            out["frames"] = np.zeros((len(episodes), FRAMES, *first.shape), dtype=np.uint8)
-            for row, one in enumerate(episodes[:SHOWN]):
-                for place, frame in enumerate(one.frames[:FRAMES]):
-                    out["frames"][row, place] = frame
+        if film := episodes[0].frames[:FRAMES]:
+            out["frames"] = np.zeros((len(episodes), FRAMES, *film[0].shape), dtype=np.uint8)
+            out["frames"][0, :len(film)] = film
         for role in COMPARED:
             if role in origin.columns:
                 out[role if role.startswith("random_") else f"expert_{role}"] = _numbers(origin.table[origin.columns[role]])

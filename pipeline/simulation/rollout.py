@@ -61,8 +61,9 @@ class _Running:
 def rollout(worlds: Sequence[World], policy: Policy, frames: int = 0, start: Callable[[list[Any]], None] | None = None) -> list[Episode]:
     """An episode in each world. What happens in one follows from its own text and the policy alone, whatever stands beside it.
 
-    ``frames``: a picture every so many steps where pictures can be made, none without fuss where not. ``start``: told of the environments before the first
-    step (experts read the simulator's state). Actions outside the bounds are clipped. Raises ValueError for worlds that cannot be made.
+    ``frames``: a picture of the first world every so many steps where pictures can be made, none without fuss where not. ``start``: told of the
+    environments before the first step (experts read the simulator's state). Actions outside the bounds are clipped. Raises ValueError for worlds that cannot
+    be made.
     """
     running = []
     try:
@@ -78,7 +79,7 @@ def rollout(worlds: Sequence[World], policy: Policy, frames: int = 0, start: Cal
             chosen = policy.act([one.observation for one in running], [one.rewards[-1] if one.rewards else 0.0 for one in running])
             for one, action in zip(running, chosen, strict=True):
                 if one.observation is not None:
-                    _step(one, action, frames)
+                    _step(one, action, frames if one is running[0] else 0)
         return [_ended(one, world) for one, world in zip(running, worlds, strict=True)]
     finally:
         for one in running:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+import numpy as np
+
 from pipeline import metrics
 from pipeline.transfer import results, stats
 from pipeline.transfer.stats import Run
@@ -82,8 +84,8 @@ def cells(rows: list[Row], runs: dict[str, Run]) -> list[Cell]:
 
 
 def fraction_order(label_fraction: str) -> tuple[int, float, str]:
-    """Sort key of label fractions: rows per class first, then shares, each from small to large."""
-    number = label_fraction.removesuffix("/class")
+    """Sort key of label fractions: rows per class or rows alone first, then shares, each from small to large."""
+    number = label_fraction.removesuffix("/class").removesuffix(" rows")
     try:
         return int(number == label_fraction), float(number), label_fraction
     except ValueError:
@@ -172,7 +174,8 @@ def _estimates(name: str, higher: bool, done: list[Row], scratch: list[Row], run
     else:
         why = T_INTERVAL
     by_seed = {row["seed"]: row["value"] for row in scratch if row["value"] is not None}
-    value = stats.t_interval([row["value"] for row in done if row["value"] is not None])
+    middle, *ends = stats.t_interval([row["value"] for row in done if row["value"] is not None])
+    value = (middle, *np.clip(ends, *(metric.bounds if metric else (-math.inf, math.inf))))
     sign = 1 if higher else -1
     differences = [sign * (row["value"] - by_seed[row["seed"]]) for row in done if row["value"] is not None and row["seed"] in by_seed]
     gain = _finite(stats.t_interval(differences)) if differences else none

@@ -46,7 +46,8 @@ def describe(state: State) -> list[str]:
             else:
                 unknown = f" and those to be known {steps}"
             drawn = " (before search)" if {"steps", "epochs", "global_batch"} & set(job.fanout.search) else ""
-            lines.append(f"target {name} at {trials.fraction_text(fraction)} labels: {cells} cells = {search} search + {final} final trials of "
+            share = trials.fraction_text(fraction, stage.spec.objective.name)
+            lines.append(f"target {name} at {share} labels: {cells} cells = {search} search + {final} final trials of "
                          f"{steps} steps{drawn} on {rows} {'documents' if stage.packed else 'rows'}; {stage.splits.sizes()}")
         if tried:
             total += tried

@@ -161,8 +161,8 @@ def cell_label(cell: Cell) -> str:
 
 
 def fraction_label(label_fraction: str) -> str:
-    """"0.05" -> "5 %", "5/class" as it is, "0/class" -> "none"."""
-    if label_fraction == "0/class":
+    """"0.05" -> "5 %", "5/class" and "5 rows" as they are, "0 rows" -> "none"."""
+    if label_fraction in ("0/class", "0 rows"):
         return "none"
     try:
         return f"{100 * float(label_fraction):.4g} %"

@@ -32,7 +32,7 @@ SCHEMA = pa.schema([
     ("git_sha", _TEXT), ("started_at", pa.timestamp("us", tz="UTC")), ("split_origin", _TEXT),
 ])
 """``split_origin`` says where the splits come from (a column, files, at random by which hash): rows of one target that differ in it were
-tested on other rows. ``source`` is "none" for scratch; ``hyper_parameters`` is JSON; ``label_fraction`` is "1.0", "0.05" or "5/class"; a failed
+tested on other rows. ``source`` is "none" for scratch; ``hyper_parameters`` is JSON; ``label_fraction`` is "1.0", "0.05", "5/class" or "5 rows"; a failed
 trial leaves one row without split and metric."""
 
 _ALLOWED = {"trial_stage": ("search", "final"), "status": ("done", "failed", "pruned")}

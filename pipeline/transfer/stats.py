@@ -86,7 +86,7 @@ def interval(metric: Metric, predictions: Predictions, *, groups: np.ndarray | N
 
 
 def mean_interval(metric: Metric, runs: list[Run], groups: np.ndarray | None = None, *, draws: int = DRAWS, seed: int = 0) -> tuple[float, float, float]:
-    """(mean, low, high) of the mean over the seeds' runs, over test units and seeds.
+    """(mean, low, high) of the mean over the seeds' runs, over test units and seeds, within the metric's bounds.
 
     ``groups`` (n,) belongs to the rows of ``runs[0]``; without it the runs' own groups are taken. Rows that not every run has
     are left out. Raises ValueError when no row is common, or a row stands twice.
@@ -96,8 +96,8 @@ def mean_interval(metric: Metric, runs: list[Run], groups: np.ndarray | None = N
     predictions, groups = _aligned(runs, groups, runs[0])
     values = np.array([metric.value(p) for p in predictions])
     rng = np.random.default_rng(seed)
-    low, high = _bounds(_seed_draws(values, _resample(metric, predictions, groups, draws, rng), rng))
-    return float(values.mean()), low, high
+    low, high = np.clip(_bounds(_seed_draws(values, _resample(metric, predictions, groups, draws, rng), rng)), *metric.bounds)
+    return float(values.mean()), float(low), float(high)
 
 
 def gain(metric: Metric, ours: list[Run], scratch: list[Run], groups: np.ndarray | None = None, *, draws: int = DRAWS,

@@ -248,8 +248,9 @@ def make_record(trial: Trial, shared: Shared, train: Train, began: float, facts:
            **({"technique": trial.technique.options} if trial.technique.options else {})}
     groups = groups_of(data, test)
     common = {"job": shared.job, "source": trial.source, "backbone": trial.backbone, "target": trial.target, "objective": data.objective["name"],
-              "technique": trial.technique.name, "hyper_parameters": ran, "seed": trial.seed, "label_fraction": fraction_text(trial.label_fraction),
-              "trial_id": trial.id, "trial_stage": trial.stage, "status": status, "error": error, "n_train": facts.get("n_train"),
+              "technique": trial.technique.name, "hyper_parameters": ran, "seed": trial.seed,
+              "label_fraction": fraction_text(trial.label_fraction, data.spec.objective.name), "trial_id": trial.id,
+              "trial_stage": trial.stage, "status": status, "error": error, "n_train": facts.get("n_train"),
               "params_trained": facts.get("params_trained"), "steps": facts.get("steps"), "seconds": facts.get("seconds"), "device": facts.get("device"),
               "bundle_uri": None, "parent_uri": shared.parents.get(trial.source), "spec_hash": shared.facts.get("spec_hash"),
               "git_sha": shared.facts.get("git_sha"), "started_at": began}

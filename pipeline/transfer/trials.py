@@ -60,8 +60,11 @@ class Trial:
         return kind(kind.options_class(**self.technique.options))
 
 
-def fraction_text(fraction: Fraction) -> str:
-    return f"{fraction}/class" if isinstance(fraction, int) else f"{fraction:g}" if fraction < 1 else "1.0"
+def fraction_text(fraction: Fraction, objective: str = "") -> str:
+    """A label fraction as tables have it: a share, or rows a class; rows alone where the ``objective`` says that its rows have no class
+    (``Objective.whole_rows``)."""
+    unit = " rows" if objective and registry.get("objective", objective).whole_rows else "/class"
+    return f"{fraction}{unit}" if isinstance(fraction, int) else f"{fraction:g}" if fraction < 1 else "1.0"
 
 
 def bases(stages: dict[str, tuple[dict[str, Any], dict[str, Any]]]) -> list[Base]:

@@ -33,8 +33,8 @@ def shown(*trials):
 
 
 def test_policies_stand_behind_expert_and_chance_by_how_much_they_saw():
-    out = shown(told("zero_shot", "sim", "0/class", 0, 0, 1), *(told("full", "sim", "5/class", 5, seed, 9) for seed in range(2)),
-                *(told("scratch", "none", "5/class", 5, seed, 3) for seed in range(2)), told("full", "sim", "1/class", 1, 0, 6))
+    out = shown(told("zero_shot", "sim", "0 rows", 0, 0, 1), *(told("full", "sim", "5 rows", 5, seed, 9) for seed in range(2)),
+                *(told("scratch", "none", "5 rows", 5, seed, 3) for seed in range(2)), told("full", "sim", "1 rows", 1, 0, 6))
     table = next(block for block in out if isinstance(block, page.Table))
     lines = {str(line[0]): line[1:] for line in table.rows}
     assert list(lines) == ["expert", "sim · zero_shot", "sim · full, 1 episode", "sim · full, 5 episodes", "scratch, 5 episodes"]
@@ -44,25 +44,25 @@ def test_policies_stand_behind_expert_and_chance_by_how_much_they_saw():
 
 
 def test_episodes_that_diverged_are_counted():
-    row, run = told("full", "sim", "1/class", 1, 0, 6)
+    row, run = told("full", "sim", "1 rows", 1, 0, 6)
     run.predictions["diverged"][:2] = 1
     assert "In 2 episodes the simulation diverged" in page.markdown("", shown((row, run)))
 
 
 def test_nothing_is_told_of_targets_without_a_simulator():
-    row, run = told("full", "sim", "1/class", 1, 0, 6)
+    row, run = told("full", "sim", "1 rows", 1, 0, 6)
     run.predictions.pop("success")
     assert episodes.blocks("robot", [], [row], {row["trial_id"]: run}) == [] == shown((row, run))
 
 
 def test_pictures_are_of_the_untrained_and_of_the_fewest_demonstrations():
     film = np.random.default_rng(0).integers(0, 255, (4, 8, 10, 3), dtype=np.uint8)
-    out = shown(told("zero_shot", "sim", "0/class", 0, 0, 1, film), told("full", "sim", "1/class", 1, 0, 6, film),
-                told("full", "sim", "5/class", 5, 0, 9, film))
+    out = shown(told("zero_shot", "sim", "0 rows", 0, 0, 1, film), told("full", "sim", "1 rows", 1, 0, 6, film),
+                told("full", "sim", "5 rows", 5, 0, 9, film))
     figure = next(block for block in out if isinstance(block, page.Figure))
     text = page.page("t", "e", out)
     assert "Pictures of episodes: sim · zero_shot, sim · full, 1 episode" in text and text.count("<image") == 8 and "first test world" in str(figure)
-    assert not [block for block in shown(told("full", "sim", "1/class", 1, 0, 6)) if isinstance(block, page.Figure)]
+    assert not [block for block in shown(told("full", "sim", "1 rows", 1, 0, 6)) if isinstance(block, page.Figure)]
 
 
 def test_a_trial_keeps_the_pictures_of_its_first_row_alone(tmp_path, monkeypatch):

@@ -142,6 +142,14 @@ def test_mean_is_over_seeds_and_one_seed_resamples_units_only():
         stats.mean_interval(LOSS, [])
 
 
+def test_an_interval_of_a_share_ends_where_shares_do():
+    runs = [run(answers(np.arange(20) < right), seed) for seed, right in enumerate((20, 20, 12))]
+    mean, low, high = stats.mean_interval(ACCURACY, runs)
+    assert mean == pytest.approx(52 / 60) and low < 0.6 and high == 1.0, "Student's widening for 3 seeds goes beyond"
+    assert stats.mean_interval(LOSS, runs)[2] > LOSS.value(runs[2].predictions), "a loss has no greatest value"
+    assert metrics.metric("auroc/fluid", ["fluid"]).bounds == (0.0, 1.0) and metrics.metric("kappa").bounds[0] < 0
+
+
 def test_rows_are_paired_by_id_not_by_place():
     rng = np.random.default_rng(10)
     base = rng.normal(size=300)

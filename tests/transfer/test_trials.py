@@ -152,6 +152,7 @@ def test_a_share_outside_its_range_is_refused(share):
 
 
 def test_fractions_are_told_apart_in_words():
+    assert [trials.fraction_text(f, "behaviour_cloning") for f in (1, 0.05, 0)] == ["1 rows", "0.05", "0 rows"]
     assert [trials.fraction_text(f) for f in (1, 1.0, 0.05, 0.25, 10)] == ["1/class", "1.0", "0.05", "0.25", "10/class"]
 
 
