@@ -15,6 +15,8 @@ import pytest
 import torch
 from toys import (
     SMALL,
+    TRAJECTORY_COLUMNS,
+    episodes,
     event_rows,
     image_rows,
     label_state,
@@ -247,6 +249,11 @@ def test_names_and_outputs_survive_a_bundle(case, tmp_path):
 def objective_case(name: str):
     """A task of an objective with the smallest backbone that it takes, and rows."""
     kind = registry.get("objective", name)
+    if name in ("behaviour_cloning", "dynamics"):
+        table = episodes(12)
+        rows = trajectory_rows(12, table)
+        state = kind.fit(kind.options_class(), table, TRAJECTORY_COLUMNS)
+        return task_of("policy/mlp", rows.modality.inputs(), name, state, seed=1, width=16), rows
     if not set(kind.roles) <= {"label"}:
         pytest.skip(f"{name} reads the roles {kind.roles}: give it rows here")
     for backbone in ("transformers/bert", "transformers/gpt2", "timm/test_vit"):
@@ -281,7 +288,7 @@ def test_loss_is_a_sum_with_its_count(objective):
         torch.testing.assert_close(sum(p[0] for p in parts), total, rtol=1e-4, atol=1e-4)
         assert sum(p[1] for p in parts) == count
         for name in logs:
-            assert sum(p[2][name] for p in parts) == logs[name]
+            torch.testing.assert_close(sum(p[2][name] for p in parts), logs[name], rtol=1e-6, atol=0)
 
 
 def test_an_objective_trains_everything_it_made(objective):
@@ -317,7 +324,11 @@ def test_predictions_are_by_row_and_give_the_metrics(objective):
     if not task.objective.couples_rows:
         part = task.objective.predict(task.backbone, take(rows, [4, 1], objective=task.objective))
         for name, tensor in part.items():
-            torch.testing.assert_close(tensor, found[name][[4, 1]], rtol=1e-4, atol=1e-4)
+            whole = found[name][[4, 1]]
+            if whole.ndim > 1:  # steps are padded to the longest row of a batch
+                assert not whole[:, tensor.shape[1]:].nan_to_num().any()
+                whole = whole[:, :tensor.shape[1]]
+            torch.testing.assert_close(tensor, whole, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
 @torch.no_grad()
