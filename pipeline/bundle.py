@@ -141,12 +141,13 @@ def load_head(mine: Objective, tensors: Mapping[str, Tensor], labels: Sequence[s
     return said
 
 
-def carry_tensors(mine: Objective, name: str, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
-    """Load what a source's head has of the same name and shape (``Objective.carries_head``): how many tensors were kept, and in words."""
-    if name != mine.registered_name:
-        return 0, f"head new: the source's objective was {name}"
+def carry_tensors(mine: Objective, theirs: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[int, str]:
+    """Load what a source's head has of the same name, shape and meaning (``Objective.carries_head``): how many tensors were kept, and in words.
+    ``theirs``: the source's objective, {name, options}."""
+    if theirs["name"] != mine.registered_name:
+        return 0, f"head new: the source's objective was {theirs['name']}"
     own = mine.state_dict()
-    kept = {n: t for n, t in tensors.items() if n in own and own[n].shape == t.shape}
+    kept = {n: t for n, t in tensors.items() if n in own and own[n].shape == t.shape and mine.carried(theirs["options"], n)}
     mine.load_state_dict(kept, strict=False)
     told = Transfer(tuple(kept), tuple(n for n in own if n not in kept), tuple(n for n in tensors if n not in kept))
     return len(kept), f"head: {told.text()}"

@@ -55,9 +55,8 @@ class Stage:
 
 @dataclass(frozen=True)
 class View:
-    """One random look at a row, for objectives that compare several: ``size`` in pixels a side (none: the input's), ``area`` the smallest and
-    largest share of the image in the crop, and how probable colour jitter, blur and solarisation are (SimCLR, Chen et al. 2020, appendix A;
-    BYOL, Grill et al. 2020, table 6). ``strength`` scales the jitter."""
+    """One random look at a row (SimCLR, Chen et al. 2020, appendix A; BYOL, Grill et al. 2020, table 6): ``size`` in pixels a side (none: the input's), the
+    smallest and largest ``area`` of the crop as shares, the chances of colour jitter, blur and solarisation; ``strength`` scales the jitter."""
 
     size: int | None = None
     area: tuple[float, float] = (0.2, 1.0)
@@ -83,6 +82,8 @@ class Modality(ABC):
     """Column roles of the rows that ``pack`` makes; ``tokenize`` makes the first one."""
     fitted_roles: ClassVar[tuple[str, ...]] = ()
     """Optional roles that ``fit`` and ``grown`` read even where an objective has them (actions are history and label)."""
+    strata: ClassVar[tuple[str, ...]] = ()
+    """Optional roles whose every value is to be among the rows that ``fit``, ``grown`` and ``known`` get (robots, tasks)."""
     unfitted_roles: ClassVar[tuple[str, ...]] = ()
     """Optional roles of which ``fit``, ``grown`` and ``known`` get no column: large ones (frames)."""
     cost_role: ClassVar[str | None] = None
@@ -217,7 +218,7 @@ class Objective(nn.Module, ABC):
     couples_rows: ClassVar[bool] = False
     """True for losses that compare the rows of a global batch with each other: they gather over ranks and take no micro-batches."""
     carries_head: ClassVar[bool] = False
-    """True: a target with the same objective starts with its source's head, the tensors of the same name and shape (a policy's decoder)."""
+    """True: a target with the same objective starts with its source's head, the tensors of the same name and shape that ``carried`` (a policy's decoder)."""
     whole_rows: ClassVar[bool] = False
     """True: whole numbers of label_fractions are rows (demonstrations), since a row has no class."""
     fit_roles: ClassVar[tuple[str, ...] | None] = None
@@ -245,6 +246,15 @@ class Objective(nn.Module, ABC):
     def encode(cls, table: Any, columns: dict[str, str], state: dict[str, Any]) -> Arrays:
         """The roles' columns to arrays. Raises ValueError naming a value that the state does not know."""
         return {}
+
+    def carried(self, options: dict[str, Any], name: str) -> bool:
+        """Whether a tensor of a source's head that was made with ``options`` means the same here."""
+        return True
+
+    @classmethod
+    def beyond(cls, theirs: dict[str, Any], mine: dict[str, Any]) -> str:
+        """In words, what of a target's rows a source's head cannot have learned, by what backbones know of their rows (``Modality.inputs``); "" nothing."""
+        return ""
 
     @classmethod
     def refused(cls, table: Any, columns: dict[str, str], state: dict[str, Any]) -> list[str]:

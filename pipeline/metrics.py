@@ -123,7 +123,8 @@ def _bytes_units(p: Predictions) -> np.ndarray:
 
 
 def _means(name: str) -> Callable[[Predictions], np.ndarray]:
-    return lambda p: np.stack([p[name], np.ones(len(p[name]))], axis=1).astype(np.float64)
+    """Of the rows that have a value."""
+    return lambda p: _summed(p[name], ~np.isnan(p[name]))
 
 
 def _shares(part: str, whole: str) -> Callable[[Predictions], np.ndarray]:

@@ -62,7 +62,7 @@ class Start:
         """Load the head that fits the task's objective; says in words what was done, nothing for a checkpoint that never holds heads."""
         name, objective = task.objective.registered_name, task.objective
         if self.bundle and type(objective).carries_head:
-            return bundle.carry_tensors(objective, self.bundle.manifest["objective"]["name"], self.bundle.head_tensors())[1]
+            return bundle.carry_tensors(objective, self.bundle.manifest["objective"], self.bundle.head_tensors())[1]
         if self.bundle:
             return bundle.carry_head(task, self.bundle)
         if name not in self.heads:

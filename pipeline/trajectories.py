@@ -21,8 +21,8 @@ from pipeline.lists import filled, floats, is_list, joined, lengths
 
 NONE, CLASSES = -1, -2
 """Widths of actions: there is no column; they are names of classes."""
-CONSTANT = 1e-6
-"""A number whose deviation is below this share of its size does not vary: it is not divided by it."""
+CONSTANT, STILL = 1e-6, 1e-12
+"""A number whose deviation is below this share of its greatest value, or below this, does not vary (it is rounding): it is not divided by it."""
 
 
 @dataclass(frozen=True)
@@ -51,26 +51,37 @@ class Episodes:
     action_widths: np.ndarray
     observations: Numbers
     actions: Numbers | None
+    executed: Numbers | None
     robot: np.ndarray
     robots: list[str]
 
     @classmethod
     def read(cls, table: pa.Table, columns: dict[str, str]) -> Episodes:
-        """Of the columns of roles observations, actions and embodiment. Raises ValueError for columns of another type."""
+        """Of the columns of roles observations, actions, executed and embodiment. Raises ValueError for columns of another type."""
         reasons = [""] * len(table)
         steps, widths, observations = _numbers(table, columns["observations"], "observations", reasons)
-        actions, action_widths = None, np.full(len(table), NONE)
-        if columns.get("actions") in table.column_names:
-            kind = table.schema.field(columns["actions"]).type
+        action_widths = np.full(len(table), NONE)
+        found: dict[str, Numbers] = {}
+        for role in [role for role in ("actions", "executed") if columns.get(role) in table.column_names]:
+            kind = table.schema.field(columns[role]).type
             read = _numbers if is_list(kind) and is_list(kind.value_type) else _classes
-            taken, action_widths, actions = read(table, columns["actions"], "actions", reasons)
+            taken, wide, found[role] = read(table, columns[role], role, reasons)
             for i in np.flatnonzero(taken != steps).tolist():
-                reasons[i] = reasons[i] or (f"the episode has {steps[i]} observations and {taken[i]} actions: an action stands beside every observation; leave "
+                reasons[i] = reasons[i] or (f"the episode has {steps[i]} observations and {taken[i]} {role}: an action stands beside every observation; leave "
                                             "out a last observation that has none")
+            for i in np.flatnonzero(wide != action_widths).tolist() if len(found) > 1 else ():
+                reasons[i] = reasons[i] or f"{role} are {_kind(wide[i])}, actions are {_kind(action_widths[i])}: they are of one kind"
+            action_widths = wide if len(found) == 1 else action_widths
         named = [cleaned(text) for text in texts(table, columns, "embodiment")]
         robots = sorted(set(named) - {""})
         where = {text: number for number, text in enumerate(robots)}
-        return cls(reasons, steps, widths, action_widths, observations, actions, np.array([where.get(text, -1) for text in named], dtype=np.int64), robots)
+        robot = np.array([where.get(text, -1) for text in named], dtype=np.int64)
+        return cls(reasons, steps, widths, action_widths, observations, found.get("actions"), found.get("executed"), robot, robots)
+
+    @property
+    def acts(self) -> Numbers | None:
+        """The actions, or what was executed where there are none."""
+        return self.executed if self.actions is None else self.actions
 
     @property
     def good(self) -> np.ndarray:
@@ -78,13 +89,16 @@ class Episodes:
 
     @property
     def discrete(self) -> bool:
-        return self.actions is not None and self.actions.classes is not None
+        return self.acts is not None and self.acts.classes is not None
 
     def classes(self, rows: np.ndarray) -> set[str]:
         """Names of the classes that the actions of some rows have."""
-        assert self.actions is not None and self.actions.classes is not None
-        found = {place for i in rows.tolist() for place in np.unique(self.actions.values[self.actions.ends[i]:self.actions.ends[i + 1]]).tolist()}
-        return {self.actions.classes[place] for place in found}
+        if not len(rows):
+            return set()
+        acts = self.acts
+        assert acts is not None and acts.classes is not None
+        found = {place for i in rows.tolist() for place in np.unique(acts.values[acts.ends[i]:acts.ends[i + 1]]).tolist()}
+        return {acts.classes[place] for place in found}
 
     def name(self, row: int) -> str:
         """What a row's space is called, without the number of its classes."""
@@ -104,25 +118,27 @@ class Episodes:
             mine = mine[(self.widths[mine] == width) & (self.action_widths[mine] == action)]
             discrete = sorted(self.classes(mine)) if action == CLASSES else None
             facts: dict[str, Any] = {"observation": width, "action": max(0, action) if discrete is None else len(discrete), "discrete": discrete}
-            facts |= _statistics(self.observations, mine, "observation", width) | _statistics(self.actions, mine, "action", action)
+            facts |= _statistics(self.observations, mine, "observation", width) | _statistics(self.acts, mine, "action", action)
             told = f"{name}{facts['action']}" if action == CLASSES and self.robot[mine[0]] < 0 else name
             free = next(text for text in (told, *(f"{told}_{n}" for n in range(2, 1 << 20))) if text not in {*taken, *out})
             out[free] = facts
         return out
 
 
+def _kind(width: int) -> str:
+    return "classes" if width == CLASSES else f"{max(0, width)} numbers a step"
+
+
 def _statistics(numbers: Numbers | None, rows: np.ndarray, what: str, width: int) -> dict[str, list[float]]:
-    """Mean and deviation of some rows' steps, in float64, of actions the least and the greatest too. What does not vary has deviation 1."""
-    bounds = ("low", "high") if what == "action" else ()
+    """Mean and deviation of some rows' steps, in float64. What does not vary has deviation 1."""
     if numbers is None or width <= 0:
-        return {f"{what}_{key}": [] for key in ("mean", "std", *bounds)}
+        return {f"{what}_{key}": [] for key in ("mean", "std")}
     parts = [numbers.values[numbers.ends[i]:numbers.ends[i + 1]].reshape(-1, width) for i in rows.tolist()]
     count = sum(len(part) for part in parts)
     mean = np.sum([part.sum(0, dtype=np.float64) for part in parts], axis=0) / count
     std = np.sqrt(np.sum([np.square(part - mean).sum(0) for part in parts], axis=0) / count)
-    found = {"mean": mean, "std": np.where(std > CONSTANT * np.maximum(1.0, np.abs(mean)), std, 1.0)}
-    if bounds:
-        found |= {"low": np.min([part.min(0) for part in parts], axis=0), "high": np.max([part.max(0) for part in parts], axis=0)}
+    size = np.max([np.abs(part).max(0) for part in parts], axis=0)
+    found = {"mean": mean, "std": np.where(std > np.maximum(CONSTANT * size, STILL), std, 1.0)}
     return {f"{what}_{key}": [float(f"{x:.7g}") for x in values.tolist()] for key, values in found.items()}
 
 

@@ -291,7 +291,7 @@ def shared_of(folder, job, paths: dict[str, str], root: str = "trials-root", kee
     data = targets.prepare(targets.stage(job, "task"), base)
     head = {name: tensor.numpy() for name, tensor in bundle.build_task(arch, data.objective, seed=77).objective.state_dict().items()}
     return Shared(job="toy", root=str(folder / root), seed=job.seed, bases={base.key: base}, weights={"src": held}, parents={"src": "bundle:src"},
-                  targets={("task", base.key): data}, keep_bundles=keep_bundles, heads={"src": (data.objective["name"], head)})
+                  targets={("task", base.key): data}, keep_bundles=keep_bundles, heads={"src": (data.objective, head)})
 
 
 def trial_of(job, shared, technique: Any = "linear_probe", hyper: dict[str, float] | None = None, fraction: float | int = 1.0, seed: int = 0,

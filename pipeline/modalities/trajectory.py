@@ -20,9 +20,13 @@ from pipeline.registry import Options, nearest, register
 from pipeline.trajectories import CLASSES, NONE, Episodes, Numbers, first_of_rows, texts
 
 NAMED = 8
+TOLD_SHARE = 0.01
+"""Numbers beyond MOST are told of where they are so many."""
 MOST = 10.0
 """Standardised observations lie within so many deviations: a network is not asked about a world that has blown up."""
 CHANNELS = 3
+NUMBERS = {"observations": "observation", "actions": "action", "executed": "action"}
+"""Roles of numbers, and what a space knows of them."""
 BLOCK = 1 << 14
 """Numbers that are standardised at a time: they stay in a core's cache, and are many for one call."""
 BY_WIDTH = re.compile(r"o\d+[ac]\d+(_\d+)?")
@@ -36,21 +40,24 @@ class TrajectoryOptions(Options):
 @register("modality", "trajectory", options=TrajectoryOptions)
 class Trajectory(Modality):
     """Rows whose ``observations`` are T lists of numbers, and ``actions`` T lists of numbers or T class names (texts; whole numbers are their own names).
-    Action t is taken after observation t. ``images`` are T frames as JPEG or PNG bytes.
+    Action t is taken after observation t. ``executed``, of the same kind, are the actions that were done where those to be learned are others (an expert's
+    answers beside what it was made to do). ``images`` are T frames as JPEG or PNG bytes.
 
     A *space* is a robot's observation and action space, with its own mean and deviation; rows of several stand in one corpus. It has the name that column
     ``embodiment`` gives (characters other than letters, digits, _ and - become _), else that of its widths: o9a1, or o24c4 with four classes. A row without
     a name belongs to the space that has the name of its widths, else to the only one that has these widths.
 
     Tensors, with O and A the widest space's: ``observations`` (B, T, O) float32, standardised and within MOST deviations; ``mask`` (B, T) true where there
-    is a step; ``actions`` (B, T, A) float32, standardised, or one-hot where they are classes (no tensor without the column); ``space`` (B,) int64;
+    is a step; ``actions`` and ``executed`` (B, T, A) float32, standardised by the deviations of actions, or one-hot where they are classes (no tensor without
+    the column); ``action_std`` (B, A) those deviations; ``space`` (B,) int64;
     ``task`` (B,) int64 its place among the known tasks plus 1, or 0; with option images ``images`` (B, T, 3, size, size) uint8. Noughts fill what a row
     lacks.
     """
 
     roles = ("observations",)
-    optional_roles = ("actions", "task", "embodiment", "images", "steps")
+    optional_roles = ("actions", "executed", "task", "embodiment", "images", "steps")
     fitted_roles = ("actions",)
+    strata = ("task", "embodiment")
     unfitted_roles = ("images",)
     cost_role = "steps"
     cost_unit = "steps"
@@ -66,14 +73,18 @@ class Trajectory(Modality):
     def fit(cls, options, table, columns, backbone):
         """Spaces with their statistics, and the tasks, of the rows that can be read. Raises ValueError when none can, and where frames are given without
         option images, or asked for and not given."""
-        given = "images" in columns
-        if given != (options.images is not None):
-            raise ValueError("images: " + (f"column {columns['images']} holds frames and the modality reads none: say {{trajectory: {{images: 96}}}} (pixels a "
-                             "side), or leave the column out" if given else "the modality is to read frames, and no column has them: name it in data.columns"))
+        cls._check_frames(options, columns)
         rows = Episodes.read(table, columns)
         if not rows.good.any():
             raise ValueError(f"column {columns['observations']}: none of the first {len(table)} rows can be read: {[*rows.reasons, 'no rows'][0]}")
         return {"spaces": rows.spaces(np.flatnonzero(rows.good)), "tasks": sorted(set(texts(table, columns, "task")) - {""})}
+
+    @staticmethod
+    def _check_frames(options: Any, columns: dict[str, str]) -> None:
+        given = "images" in columns
+        if given != (options.images is not None):
+            raise ValueError("images: " + (f"column {columns['images']} holds frames and the modality reads none: say {{trajectory: {{images: 96}}}} (pixels a "
+                             "side), or leave the column out" if given else "the modality is to read frames, and no column has them: name it in data.columns"))
 
     def inputs(self) -> dict[str, Any]:
         """``spaces``: of each its widths and whether its actions are classes; how many ``tasks``; ``images`` (channels, height, width) or none."""
@@ -88,8 +99,12 @@ class Trajectory(Modality):
         place, _, lacking = self._placed(rows)
         parts = [_told("space", Counter(self.names[i] for i in place.tolist() if i >= 0), Counter(map(rows.name, lacking.tolist())))]
         for i, space in enumerate(self.spaces.values()):
-            lost = rows.classes(np.flatnonzero(place == i)) - set(space.discrete or ()) if rows.discrete else ()
+            mine = np.flatnonzero(place == i)
+            lost = rows.classes(mine) - set(space.discrete or ()) if rows.discrete else ()
             parts += [f"{space.name} lacks the classes {', '.join(sorted(lost)[:NAMED])}"] if lost else []
+            far = space.beyond(rows.observations, mine)
+            if far >= TOLD_SHARE:
+                parts.append(f"{far:.0%} of the numbers that {space.name} observes lie beyond {MOST:g} of its deviations, and are cut there")
         tasks = Counter(text for text in texts(table, columns, "task") if text)
         if tasks:
             have = Counter({text: count for text, count in tasks.items() if text in self.tasks})
@@ -99,17 +114,28 @@ class Trajectory(Modality):
     def grown(self, table, columns) -> dict[str, Any]:
         """The state with the spaces and tasks of these rows that it lacks behind its own, which stay as they are. Rows without a name whose classes are not
         all known make a new space."""
+        self._check_frames(self.options, columns)
         rows = Episodes.read(table, columns)
         place, _, lacking = self._placed(rows)
+        chosen = dict(self.state.get("chosen", {}))
         for i, space in enumerate(self.spaces.values()):
             mine = np.flatnonzero((place == i) & (rows.robot < 0))
-            if rows.discrete and rows.classes(mine) - set(space.discrete or ()):
-                lacking = np.union1d(lacking, mine)
+            if rows.discrete and (classes := rows.classes(mine)) - set(space.discrete or ()):
+                fits = [name for name in self._by_width(space.observation, CLASSES) if classes <= set(self.spaces[name].discrete or ())]
+                if fits:
+                    chosen[str(space.observation)] = fits[-1]
+                else:
+                    lacking = np.union1d(lacking, mine)
         tasks = sorted(set(texts(table, columns, "task")) - {"", *self.tasks})
-        if not len(lacking) and not tasks:
+        new = rows.spaces(lacking, self.names)
+        chosen |= {str(facts["observation"]): name for name, facts in new.items() if facts["discrete"] and BY_WIDTH.fullmatch(name)}
+        if not new and not tasks and chosen == self.state.get("chosen", {}):
             return self.state
-        spaces = {**self.state["spaces"], **rows.spaces(lacking, self.names)}
-        return {**self.state, "spaces": spaces, "tasks": [*self.tasks, *tasks]}
+        return {**self.state, "spaces": {**self.state["spaces"], **new}, "tasks": [*self.tasks, *tasks], **({"chosen": chosen} if chosen else {})}
+
+    def _by_width(self, observation: int, action: int) -> list[str]:
+        """Spaces that rows without a name may be of, and that are told by their widths."""
+        return [name for name, space in self.spaces.items() if space.fits(observation, action) and BY_WIDTH.fullmatch(name)]
 
     def _placed(self, rows: Episodes) -> tuple[np.ndarray, list[str], np.ndarray]:
         """(B,) number of each row's space, or -1; the reasons, completed; and the good rows of spaces that the state could have and lacks."""
@@ -135,9 +161,9 @@ class Trajectory(Modality):
             if robot not in self.spaces:
                 return "", f"embodiment {robot} is not known; {nearest(robot, self.spaces)}"
             return robot, "" if robot in fits else f"{self.spaces[robot].text()}, the row has {said}"
-        own = [name for name in fits if BY_WIDTH.fullmatch(name)]
-        if action == CLASSES and own:
-            return own[-1], ""  # a target's own comes behind those of its source
+        own = self._by_width(observation, action)
+        if action == CLASSES and own:  # their names tell of their number alone: ``grown`` has looked which are meant
+            return self.state.get("chosen", {}).get(str(observation), own[-1]), ""
         if len(own or fits) == 1:
             return (own or fits)[0], ""
         if fits:
@@ -151,12 +177,12 @@ class Trajectory(Modality):
             raise ValueError(f"images: frames of {self.options.images} pixels are to be read, and no column has them: name it in data.columns")
         rows = Episodes.read(table, columns)
         place, reasons, _ = self._placed(rows)
-        codes = self._codes(rows.actions, place, reasons) if rows.actions is not None and rows.discrete else None
+        taken = {role: numbers for role, numbers in (("actions", rows.actions), ("executed", rows.executed)) if numbers is not None}
+        codes = {role: self._codes(role, numbers, place, reasons) for role, numbers in taken.items() if numbers.classes is not None}
         frames = self._frames(table[columns["images"]], rows, reasons) if self.options.images is not None else None
         place[[bool(reason) for reason in reasons]] = -1
         out: Arrays = {"observations": ragged(rows.observations.rows(rows.observations.values, place >= 0))}
-        if rows.actions is not None:
-            out["actions"] = ragged(rows.actions.rows(rows.actions.values if codes is None else codes, place >= 0))
+        out |= {role: ragged(numbers.rows(codes.get(role, numbers.values), place >= 0)) for role, numbers in taken.items()}
         if frames is not None:
             out["images"] = ragged(frame if i >= 0 else frame[:0] for frame, i in zip(frames, place.tolist(), strict=True))
         where = {text: number for number, text in enumerate(self.tasks, 1)}
@@ -164,15 +190,15 @@ class Trajectory(Modality):
         out["space"] = np.maximum(place, 0)
         return out, reasons
 
-    def _codes(self, actions: Numbers, place: np.ndarray, reasons: list[str]) -> np.ndarray:
-        """(steps,) float32 place of each action among its space's classes; a row that has another one gets a reason."""
+    def _codes(self, role: str, actions: Numbers, place: np.ndarray, reasons: list[str]) -> np.ndarray:
+        """(steps,) float32 place of each action among its space's classes; a row that has another one to be learned gets a reason, what was executed -1."""
         assert actions.classes is not None
         table = np.full((len(self.names) + 1, len(actions.classes) + 1), -1.0, dtype=np.float32)
         for i in np.unique(place[place >= 0]).tolist():
             where = {text: number for number, text in enumerate(self.spaces[self.names[i]].discrete or ())}
             table[i, :-1] = [where.get(text, -1) for text in actions.classes]
         codes = table[np.repeat(place, np.diff(actions.ends)), actions.values]
-        for i, at in first_of_rows(codes < 0, actions.ends):
+        for i, at in first_of_rows(codes < 0, actions.ends) if role == "actions" else ():
             if not reasons[i]:
                 text, space = actions.classes[actions.values[at]], self.spaces[self.names[place[i]]]
                 reasons[i] = f"actions: step {at - actions.ends[i]} is {text!r}, which is no class of space {space.name}; {nearest(text, space.discrete)}"
@@ -210,18 +236,23 @@ class Trajectory(Modality):
         steps = np.array([len(row) // space.observation for row, space in zip(arrays["observations"], spaces, strict=True)], dtype=np.int64)
         most = max(1, int(steps.max(initial=0)))
         own: dict[str, np.ndarray] = {"mask": np.arange(most) < steps[:, None]}
-        for name in [name for name in ("observations", "actions") if name in arrays]:
-            width = max((getattr(space, name[:-1]) for space in self.spaces.values()), default=0)
+        most_acts = max((space.action for space in self.spaces.values()), default=0)
+        for name, what in [(name, what) for name, what in NUMBERS.items() if name in arrays]:
+            width = max((getattr(space, what) for space in self.spaces.values()), default=0)
             own[name] = out = np.zeros((rows, most, width), dtype=np.float32)
             flat = out.reshape(rows, most * width)
             for i, (row, space) in enumerate(zip(arrays[name], spaces, strict=True)):
-                mine = getattr(space, name[:-1])
-                if name == "actions" and space.discrete is not None:
-                    flat[i, np.arange(len(row)) * width + row.astype(np.int64)] = 1.0
+                mine = getattr(space, what)
+                if what == "action" and space.discrete is not None:
+                    flat[i, (np.arange(len(row)) * width + row.astype(np.int64))[row >= 0]] = 1.0
                 elif mine == width:
-                    space.standard(row, name, flat[i, :len(row)])
+                    space.standard(row, what, flat[i, :len(row)])
                 elif len(row):
-                    out[i, :len(row) // mine, :mine] = space.standard(row, name, np.empty_like(row)).reshape(-1, mine)
+                    out[i, :len(row) // mine, :mine] = space.standard(row, what, np.empty_like(row)).reshape(-1, mine)
+        if "actions" in own:
+            own["action_std"] = np.ones((rows, most_acts), dtype=np.float32)
+            for i, space in enumerate(spaces):
+                own["action_std"][i, :len(space.action_std)] = space.action_std
         if "images" in arrays:
             size = self.options.images
             own["images"] = np.zeros((rows, most, CHANNELS, size, size), dtype=np.uint8)
@@ -235,7 +266,7 @@ class Trajectory(Modality):
         one, found = self._space(space), np.ascontiguousarray(observations, dtype=np.float32)
         if found.ndim != 2 or found.shape[1] != one.observation:
             raise ValueError(f"space {space} has observations of {one.observation} numbers, these are of shape {found.shape}")
-        return one.standard(found.reshape(-1), "observations", np.empty(found.size, dtype=np.float32)).reshape(found.shape)
+        return one.standard(found.reshape(-1), "observation", np.empty(found.size, dtype=np.float32)).reshape(found.shape)
 
     def act(self, space: str, actions: np.ndarray) -> np.ndarray:
         """What an environment takes: (n, A) float32 in its own units of (n, A) standardised actions, not clipped; (n,) int64 of (n,) classes: their
@@ -261,7 +292,12 @@ class Space:
         for what in ("observation", "action"):
             mean, std = (np.array(statistics[f"{what}_{which}"], dtype=np.float64) for which in ("mean", "std"))
             times = max(1, BLOCK // max(1, len(mean)))
-            self._blocks[f"{what}s"] = np.tile(mean.astype(np.float32), times), np.tile((1 / std).astype(np.float32), times)
+            self._blocks[what] = np.tile(mean.astype(np.float32), times), np.tile((1 / std).astype(np.float32), times)
+
+    def beyond(self, observations: Numbers, rows: np.ndarray) -> float:
+        """The share of the numbers that these rows observe that lie beyond MOST deviations."""
+        mine = np.concatenate([observations.values[observations.ends[i]:observations.ends[i + 1]] for i in rows.tolist()] or [np.zeros(0, np.float32)])
+        return float(np.mean(np.abs(self.standard(mine, "observation", np.empty_like(mine))) >= MOST)) if len(mine) else 0.0
 
     def fits(self, observation: int, action: int) -> bool:
         """Whether rows of these widths are of this space; ``action``: how many numbers, or NONE, CLASSES."""
@@ -280,7 +316,7 @@ class Space:
             part = out[start:start + len(mean)]
             np.subtract(values[start:start + len(mean)], mean[:len(part)], out=part)
             np.multiply(part, scale[:len(part)], out=part)
-            if what == "observations":
+            if what == "observation":
                 part.clip(-MOST, MOST, out=part)  # np.clip takes twice as long as all of this
         return out
 

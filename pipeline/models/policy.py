@@ -44,7 +44,8 @@ class Policy(Backbone):
     ``mlp``: the encoded observations of the last ``window`` steps side by side (zeros before the start), then ``layers`` of linear, GELU, dropout. It does
     not read actions.
 
-    ``transformer``: transformers' GPT-2 over the encoded observations, to each of which the action before it is added (``action_encoders.<space>``). Episodes
+    ``transformer``: transformers' GPT-2 over the encoded observations, to each of which the action before it, as it was executed where that is told, is added
+    (``action_encoders.<space>``). Episodes
     longer than ``context`` are cut into pieces of ``context`` steps, each from position 0 and without the action before its first step, as the Decision
     Transformer trains (Chen et al. 2021); a rollout feeds the last ``context`` steps.
 
@@ -91,8 +92,9 @@ class Policy(Backbone):
             x = x + self._seen(batch, mask)
         acted = None
         if self.action_encoders is not None:
-            if "actions" in batch.data:
-                acted = self._encoded(self.action_encoders, batch["actions"], batch["space"])
+            done = batch.data.get("executed", batch.data.get("actions"))
+            if done is not None:
+                acted = self._encoded(self.action_encoders, done, batch["space"])
             else:
                 x = self._touched(x, self.action_encoders.values())
         tokens = self.body(x, acted, mask)
@@ -142,7 +144,8 @@ class Policy(Backbone):
         return out | ({"norm": last} if last else {})
 
     def adapted(self, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-        """Encoders of spaces, and rows of tasks, that the checkpoint lacks stay as they are here; those that are not asked for are dropped."""
+        """Encoders of spaces that the checkpoint lacks stay as they are here, a new task begins as the mean of those that it has (zeros where it has none);
+        what is not asked for is dropped."""
         own, out, notes = self.state_dict(), dict(tensors), []
         for part in PER_SPACE:
             mine, theirs = (_by_space(part, names) for names in (own, tensors))
@@ -158,7 +161,8 @@ class Policy(Backbone):
         old, new = tensors.get("tasks.weight"), own["tasks.weight"]
         if old is not None and old.shape != new.shape and old.shape[1:] == new.shape[1:]:
             kept = min(len(old), len(new))
-            out["tasks.weight"] = torch.cat([old[:kept].to(new.dtype), new[kept:].to(old.device)])
+            known = old[1:kept].mean(0, keepdim=True) if kept > 1 else torch.zeros_like(old[:1])
+            out["tasks.weight"] = torch.cat([old[:kept], known.expand(len(new) - kept, -1)]).to(new.dtype)
             rest = f"{len(new) - kept} new" if len(new) > kept else f"{len(old) - kept} dropped"
             notes.append(f"tasks: {kept - 1} kept, {rest}")
         return out, [*notes, "trunk kept"] if notes else []

@@ -54,7 +54,8 @@ class BehaviourCloning(Objective):
     steps, then 5 demonstrations under other dynamics and 300 steps; mean steps of 400 in 20 worlds, one seed, before and after: mse 400 and 381, gaussian
     259 and 382 (18 and 14 with beta 0), mixture 72 and 87 (12 and 12). A likelihood is for demonstrations that differ where observations are alike.
 
-    Predictions are of each step's own action. Of numbers: ``squared_error`` summed over ``action_numbers``. Of classes: ``scores`` (B, T, C) NaN behind a row's
+    Predictions are of each step's own action. Of numbers: ``squared_error`` in their own units, so that sources of other deviations compare (losses are
+    standardised), summed over ``action_numbers``. Of classes: ``scores`` (B, T, C) NaN behind a row's
     end and ``label`` (B, T) -1 there; where spaces have other classes, a class is its place in its own space; ``squared_error`` is how many are wrong.
     State: ``kind`` (continuous or discrete), ``labels`` (class names, in the modality's order) and ``columns`` (the optional ones that the rows have).
 
@@ -145,6 +146,18 @@ class BehaviourCloning(Objective):
         self.decoders = nn.ModuleDict({name: nn.Linear(backbone.token_dim, options.chunk * many) for name, many in told.items()})
         self.widest = max((space["action"] for space in self.spaces.values() if space["discrete"] == (state["kind"] == "discrete")), default=1)
 
+    def carried(self, options, name):
+        """Decoders mean the same where they tell of as many actions by a head of the same kind."""
+        theirs, space = BehaviourCloningOptions(**options), self.spaces[name.split(".")[1]]
+        head = actions.head_of(self.options.head, space["discrete"])
+        return (theirs.chunk == self.options.chunk and actions.head_of(theirs.head, space["discrete"]) == head
+                and (head != "mixture" or theirs.components == self.options.components))
+
+    @classmethod
+    def beyond(cls, theirs, mine):
+        new = [name for name in mine["spaces"] if name not in theirs["spaces"]]
+        return f"its rows are of space {', '.join(new)}, which no row of the source is of" if new else ""
+
     # ---------------------------------------------------------------- tokens to actions
 
     def decoded(self, tokens: Tensor, space: Tensor) -> list[tuple[str, Tensor, Tensor]]:
@@ -162,13 +175,15 @@ class BehaviourCloning(Objective):
         assert tokens is not None
         return self.decoded(tokens, batch["space"])
 
-    def _losses(self, name: str, out: Tensor, acts: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(n, T, chunk) losses, which places count, and squared errors averaged over an action's numbers (of classes: 1 where it is wrong)."""
+    def _losses(self, name: str, out: Tensor, acts: Tensor, mask: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """(n, T, chunk) losses, which places count, and squared errors averaged over an action's numbers (of classes: 1 where it is wrong), in the numbers'
+        own units where their deviations (n, A) are given as ``scale``."""
         target, known = actions.chunks(acts[..., :self.spaces[name]["action"]], mask, self.options.chunk)
         head = self.heads[name]
         found = actions.losses(head, out, target, self.options.components, self.options.beta if self.training else 0.0)
         best = actions.likeliest(head, out, self.options.components)
-        error = (best.argmax(-1) != target.argmax(-1)).float() if head == "categorical" else (best - target).square().mean(-1)
+        off = best - target if scale is None else (best - target) * scale[:, None, None, :best.shape[-1]]
+        error = (best.argmax(-1) != target.argmax(-1)).float() if head == "categorical" else off.square().mean(-1)
         return found.masked_fill(~known, 0.0), known, error.masked_fill(~known, 0.0)
 
     def loss(self, backbone: Backbone, batch: Batch):
@@ -193,7 +208,7 @@ class BehaviourCloning(Objective):
             width = self.spaces[name]["action"]
             best[rows, :, :width] = actions.likeliest(self.heads[name], of[:, :, 0], self.options.components)
             if graded:
-                losses, known, errors = self._losses(name, of, batch["actions"][rows], mask[rows])
+                losses, known, errors = self._losses(name, of, batch["actions"][rows], mask[rows], batch["action_std"][rows])
                 numbers = 1 if discrete else width
                 for key, value in (("loss", losses.sum((1, 2))), ("count", known.sum((1, 2)).float()), ("squared_error", errors[:, :, 0].sum(1) * numbers),
                                    ("action_numbers", known[:, :, 0].sum(1).float() * numbers)):

@@ -15,6 +15,8 @@ from pipeline.registry import Options, register
 
 STILL = 1e-3
 """Root mean square of a number's change, in deviations of the number itself, below which it counts as standing still."""
+ACTS = ("actions", "executed")
+"""Tensors of actions. What changes the world is what was executed, where that is told."""
 MOST_STEPS = 1e6
 """The deviations of changes are means over all steps so far, and from so many on over about the last so many."""
 
@@ -30,11 +32,12 @@ class DynamicsOptions(Options):
 class Dynamics(Objective):
     """Two heads of each space on a causal backbone's tokens, for every step that has a next one in its row.
 
-    ``forward_heads.<space>``: from token t and action t, the change of the observation from t to t + 1, each number in its own changes' deviation (a running
-    mean over the training rows, ``changes.<space>``); squared error averaged over the observation's numbers. ``inverse_heads.<space>``: from tokens t and
-    t + 1 the action t: of numbers the squared error averaged over them, of classes the cross entropy. The pass for it is given no actions at all: where a
-    backbone reads earlier actions, token t + 1 would hold the answer. Such representations keep what can be controlled (Pathak et al. 2017), and serve
-    imitation with few demonstrations (Brandfonbrener et al. 2023, "Inverse Dynamics Pretraining Learns Good Representations for Multitask Imitation").
+    ``forward_heads.<space>``: from token t and action t (as it was executed, where rows tell), the change of the observation from t to t + 1, each number
+    in its own changes' deviation (a running mean over the training rows, ``changes.<space>``); squared error averaged over the observation's numbers.
+    ``inverse_heads.<space>``: from tokens t and t + 1 the action t: of numbers the squared error averaged over them, of classes the cross entropy. The pass
+    for it is given no actions at all: where a backbone reads earlier actions, token t + 1 would hold the answer. Such representations keep what can be
+    controlled (Pathak et al. 2017), and serve imitation with few demonstrations (Brandfonbrener et al. 2023, "Inverse Dynamics Pretraining Learns Good
+    Representations for Multitask Imitation").
 
     Logged, as means over steps: ``forward_error`` and ``inverse_error``, the squared errors (of classes the share that is wrong), beside ``forward_zero`` and
     ``inverse_zero``, those of telling no change and the mean action (of classes those of a guess). Raises ValueError for a backbone that is none of policies,
@@ -88,7 +91,7 @@ class Dynamics(Objective):
         if "actions" not in batch.data:
             raise ValueError("dynamics tells of actions, and these rows have none: say --column actions=NAME")
         options = self.options
-        unseen = Batch(batch.rows, batch.keys, {name: tensor for name, tensor in batch.data.items() if name != "actions"}, batch.shards)
+        unseen = Batch(batch.rows, batch.keys, {name: tensor for name, tensor in batch.data.items() if name not in ACTS}, batch.shards)
         alike = not self.remembers
         blind = self._tokens(backbone, unseen) if options.inverse or alike else None
         seeing = blind if alike else self._tokens(backbone, batch) if options.forward else None
@@ -98,7 +101,7 @@ class Dynamics(Objective):
             rows = (batch["space"] == number).nonzero()[:, 0]
             if not len(rows):
                 continue
-            there, acts = known[rows], batch["actions"][rows, :-1, :space["action"]]
+            there, acts = known[rows], batch.data.get("executed", batch["actions"])[rows, :-1, :space["action"]]
             if seeing is not None and options.forward:
                 seen = batch["observations"][rows, :, :space["observation"]]
                 change = self.changes[name](seen[:, 1:] - seen[:, :-1], there)

@@ -31,10 +31,17 @@ def by_content(plug: Plug) -> dict[str, Any]:
     return {name: held(name, value) if value and name in PLACES.get(plug.name, ()) else value for name, value in plug.options.items()}
 
 
-def sample(selection: Selection, columns: list[str], rows: int) -> pa.Table:
-    """Up to ``rows`` rows, evenly spread."""
+def sample(selection: Selection, columns: list[str], rows: int, strata: list[str] | None = None) -> pa.Table:
+    """Up to ``rows`` rows, evenly spread; over the values that the columns ``strata`` have together, where there are more rows: at least one of each."""
     n = len(selection)
     places = np.unique(np.linspace(0, n - 1, min(rows, n)).astype(np.int64))
+    if strata and n > rows:
+        coded = [manifests.units(column.cast(pa.string()).fill_null("")) for column in manifests.read_columns(selection, strata).itercolumns()]
+        _, which = np.unique(np.stack(coded), axis=1, return_inverse=True)
+        order = np.argsort(which.reshape(-1), kind="stable")
+        parts = np.split(order, np.cumsum(np.bincount(which.reshape(-1)))[:-1])
+        each = max(1, rows // len(parts))
+        places = np.sort(np.concatenate([part[np.unique(np.linspace(0, len(part) - 1, min(each, len(part))).astype(np.int64))] for part in parts]))
     return manifests.Reader(selection.manifest, columns).take(selection.ids(places))
 
 
@@ -62,7 +69,7 @@ def fit_modality(spec: Source, rows: Selection, start: starts.Start | None, plac
     if objective.packed:  # a tokenizer wants many documents, as many as a bounded memory holds
         per_row = max(1, rows.manifest.size // max(1, rows.manifest.rows))
         most = max(FIT_ROWS, FIT_TEXT_BYTES // per_row)
-    state = kind.fit(options, sample(rows, names, most), spec.data.columns, spec.backbone.name)
+    state = kind.fit(options, sample(rows, names, most, strata_of(kind, spec.data.columns)), spec.data.columns, spec.backbone.name)
     found = {"name": plug.name, "options": {**options.model_dump(), **by_content(plug)}, "state": state}
     storage.write_json(path, found)
     return found, ""
@@ -74,7 +81,7 @@ def completed(modality: dict[str, Any], rows: Selection, objective: type[Objecti
     reads = bundle.build_modality(modality)
     if type(reads).grown is Modality.grown and type(reads).known is Modality.known:
         return modality, ""
-    table = sample(rows, fitted_columns(type(reads), objective, columns), FIT_ROWS)
+    table = sample(rows, fitted_columns(type(reads), objective, columns), FIT_ROWS, strata_of(type(reads), columns))
     return {**modality, "state": reads.grown(table, columns)}, reads.known(table, columns)
 
 
@@ -82,6 +89,11 @@ def fitted_columns(modality: type[Modality], objective: type[Objective], columns
     """`input_columns` without those that nothing is learned of and that may take gigabytes (``Modality.unfitted_roles``)."""
     left_out = {columns.get(role) for role in modality.unfitted_roles}
     return [name for name in input_columns(modality, objective, columns) if name not in left_out]
+
+
+def strata_of(modality: type[Modality], columns: dict[str, str]) -> list[str]:
+    """Columns of ``Modality.strata``."""
+    return [columns[role] for role in modality.strata if role in columns]
 
 
 def input_columns(modality: type[Modality], objective: type[Objective], columns: dict[str, str]) -> list[str]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pipeline import registry
+from pipeline.contracts import Technique
 from pipeline.data.plan import Plan
-from pipeline.job import Train, spec_hash
+from pipeline.job import Plug, Train, spec_hash
 from pipeline.train import source
 from pipeline.transfer import stages, trials
 from pipeline.transfer.stages import State
@@ -32,29 +33,36 @@ def describe(state: State) -> list[str]:
         plugs = trials.techniques(job, stage.spec)
         tried = sum(not trials.learns(plug) for plug in plugs) * len(names)
         plugs = [plug for plug in plugs if trials.learns(plug)]
-        moving = [p for p in plugs if registry.get("technique", p.name).from_source]
-        cells = (len(plugs) - len(moving)) * len(kinds) + len(moving) * len(names)
+        counts = [(_technique(plug), len(names) if registry.get("technique", plug.name).from_source else len(kinds)) for plug in plugs]
+        cells = sum(many for _, many in counts)
+        tries, seeds = job.fanout.trials if job.fanout.trials > 1 else 0, job.fanout.seeds
+        total += len(stage.spec.label_fractions) * cells * (tries + seeds)
         for fraction in stage.spec.label_fractions:
-            search = cells * job.fanout.trials if job.fanout.trials > 1 else 0
-            final = cells * job.fanout.seeds
             rows = stage.labelled(fraction)
             train = stage.spec.train.model_copy(update={"global_batch": min(stage.spec.train.global_batch, rows)})
             steps = _steps(train, rows, stage.packed)
-            total += search + final
+            told = str(steps)
             if isinstance(steps, int):
-                steps_total += (search + final) * steps
+                steps_total += sum(many * (tries + seeds) * technique.steps(steps) for technique, many in counts)
+                longer = sorted({technique.steps(steps) for technique, _ in counts} - {steps})
+                told += f" (with a budget of its own {', '.join(map(str, longer))})" if longer else ""
             else:
                 unknown = f" and those to be known {steps}"
             drawn = " (before search)" if {"steps", "epochs", "global_batch"} & set(job.fanout.search) else ""
             share = trials.fraction_text(fraction, stage.spec.objective.name)
-            lines.append(f"target {name} at {share} labels: {cells} cells = {search} search + {final} final trials of "
-                         f"{steps} steps{drawn} on {rows} {'documents' if stage.packed else 'rows'}; {stage.splits.sizes()}")
+            lines.append(f"target {name} at {share} labels: {cells} cells = {cells * tries} search + {cells * seeds} final trials of "
+                         f"{told} steps{drawn} on {rows} {'documents' if stage.packed else 'rows'}; {stage.splits.sizes()}")
         if tried:
             total += tried
             lines.append(f"target {name} without training: {tried} final trials")
     kept = f", {sum(done for _, done in ready)} of the {len(ready)} trials are done" if ready else ""
     lines.append(f"in all: {total} trials, {steps_total} steps{unknown}{kept}; results in {job.root}")
     return lines
+
+
+def _technique(plug: Plug) -> Technique:
+    kind = registry.get("technique", plug.name)
+    return kind(kind.options_class(**plug.options))
 
 
 def _steps(train: Train, rows: int, packed: bool) -> int | str:

@@ -25,16 +25,17 @@ Estimate = tuple[float, float, float]
 def blocks(target: str, done: Sequence[Cell], rows: Sequence[Row], runs: dict[str, Run]) -> list[Block]:
     """How the policies of a target fare in its simulator: the expert, random actions, and every cell by number of demonstrations, the untrained ones (zero
     shot) first. Nothing where no policy was tried in one."""
-    ran = [(cell, found) for cell in done if (found := [run for run in runs_of(cell, rows, runs) if "success" in run.predictions])]
+    ran = [(cell, found) for cell in done if (found := [run for run in runs_of(cell, rows, runs) if "return" in run.predictions])]
     if not ran:
         return []
     shown: list[tuple[str, str, list[Run]]] = []
     first = ran[0][1][:1]
     for who in ("expert", "random"):
-        if not np.isnan(first[0].predictions.get(f"{who}_success", np.full(1, np.nan))).all():
+        if any(not np.isnan(first[0].predictions.get(f"{who}_{name}", np.full(1, np.nan))).all() for name in TOLD):
             shown.append((who, f"{who}_", first))
     ran.sort(key=lambda pair: (fraction_order(pair[0].label_fraction), pair[0].verdict == REFERENCE, pair[0].source, pair[0].technique))
-    shown += [(_label(cell), "", found) for cell, found in ran]
+    several = len({cell.backbone for cell, _ in ran}) > 1
+    shown += [(_label(cell, several), "", found) for cell, found in ran]
     estimates = [[_estimate(f"{prefix}{name}", found) for name in TOLD] for _, prefix, found in shown]
     digits = [places([line[i][1:] for line in estimates]) for i in range(len(TOLD))]
     body: list[list[str | Value]] = [[label, *(_told(one, digit) for one, digit in zip(line, digits, strict=True))]
@@ -43,22 +44,24 @@ def blocks(target: str, done: Sequence[Cell], rows: Sequence[Row], runs: dict[st
     said = (f"{target}: mean over the {len(first[0].rows)} test worlds and seeds, with 95 % intervals; every policy starts from the same states. "
             + (f"In {gone} episodes the simulation diverged; they count as failures." if gone else ""))
     out: list[Block] = [Heading("In the simulator", 3), Text(said.strip()), Table(["Policy", "Success", "Return", "Steps"], body)]
-    return [*out, *_strips(target, ran)]
+    return [*out, *_strips(target, ran, several)]
 
 
-def _strips(target: str, ran: list[tuple[Cell, list[Run]]]) -> list[Block]:
+def _strips(target: str, ran: list[tuple[Cell, list[Run]]], several: bool) -> list[Block]:
     """Pictures of the first test world for untrained policies and those of the fewest demonstrations; nothing where none could be made."""
     filmed = [(cell, film) for cell, found in ran if (film := found[0].film) is not None]
     if not filmed:
         return []
     least = min((cell.n_train or 0 for cell, _ in filmed if cell.n_train), default=0)
-    shown = {_label(cell): frames for cell, frames in filmed if not cell.n_train or cell.n_train == least}
+    shown = {_label(cell, several): frames for cell, frames in filmed if not cell.n_train or cell.n_train == least}
     told = f"{target}: the first test world, one of the seeds; black is behind an episode's end."
     return [Figure(plots.strips(dict(list(shown.items())[:MOST_STRIPS])), told)]
 
 
-def _label(cell: Cell) -> str:
+def _label(cell: Cell, several: bool) -> str:
+    """``several``: there are several backbones, so that each is named."""
     who = cell.technique if cell.source == SCRATCH else f"{cell.source} · {cell.technique}"
+    who += f" ({cell.backbone})" if several else ""
     return f"{who}, {cell.n_train} episode{'s' if cell.n_train != 1 else ''}" if cell.n_train else who
 
 

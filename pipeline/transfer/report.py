@@ -216,8 +216,10 @@ def _matrix(group: list[Cell], places: int) -> page.Table:
     for cell in sorted(group, key=lambda c: (c.source == SCRATCH, c.source, c.backbone, c.technique)):
         lines[cell.source, cell.backbone, cell.technique][cell.label_fraction] = cell
     sizes = {c.label_fraction: c.n_train for c in group if c.n_train}
-    header = ["Source · technique", *(f"{plots.fraction_label(f)} of labels" if "/" not in f else plots.fraction_label(f) for f in fractions)]
-    header = [header[0], *(f"{name} ({_count(sizes[f])} rows)" if f in sizes else name for name, f in zip(header[1:], fractions, strict=True))]
+    header = ["Source · technique", *(f"{plots.fraction_label(f)} of labels" if f.replace(".", "").isdigit() else plots.fraction_label(f) for f in fractions)]
+    counted = {f: f"{name} ({_count(sizes[f])} rows)" if f in sizes and not f.endswith(" rows") else name
+               for name, f in zip(header[1:], fractions, strict=True)}
+    header = [header[0], *counted.values()]
     body = [[_label(next(iter(line.values())), several), *(_matrix_value(line.get(f), places) for f in fractions)] for line in lines.values()]
     return page.Table(header, body)
 

@@ -199,7 +199,7 @@ def share(state: State) -> Shared:
     return Shared(job.name, job.root, job.seed, {base.key: base for base in found}, {name: w for name, (w, _, _) in loaded.items()},
                   {name: stage.bundle_uri for name, stage in state.sources.items()}, held, job.fanout.keep_bundles != "none",
                   {name: stage.key for name, stage in state.sources.items()}, facts,
-                  {name: (manifest["objective"]["name"], head) for name, (_, head, manifest) in loaded.items()})
+                  {name: (manifest["objective"], head) for name, (_, head, manifest) in loaded.items()})
 
 
 def _git_sha() -> str | None:

@@ -93,7 +93,7 @@ class Shared:
     keep_bundles: bool
     source_keys: dict[str, str] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
-    heads: dict[str, tuple[str, dict[str, np.ndarray]]] = field(default_factory=dict)
+    heads: dict[str, tuple[dict[str, Any], dict[str, np.ndarray]]] = field(default_factory=dict)
     """Of each source its objective and the tensors of its head, for objectives that carry them over."""
 
 
@@ -117,8 +117,8 @@ def build(trial: Trial, shared: Shared) -> tuple[Task, str, str]:
         moved = bundle.transfer(task.backbone, tensors, trial.source).text()
         kept, told = 0, "head new"
         if type(task.objective).carries_head:
-            name, head = shared.heads[trial.source]
-            kept, told = bundle.carry_tensors(task.objective, name, {name: torch.from_numpy(array) for name, array in head.items()})
+            theirs, head = shared.heads[trial.source]
+            kept, told = bundle.carry_tensors(task.objective, theirs, {name: torch.from_numpy(array) for name, array in head.items()})
         if not trial.technique_object.learns and not kept:
             raise ValueError(f"{trial.technique.name}: nothing of the head of source {trial.source} fits this target ({told}): it can only be fine-tuned")
         moved += f"; {told}"
@@ -207,6 +207,7 @@ def run(trial: Trial, shared: Shared, ranks: Ranks | None = None, report: Report
         if log:
             log.close()
     test: Predictions | None = None
+    film: np.ndarray | None = None
     task = technique.finish(task)
     if trial.stage == "final":
         if task.objective.calibrates:
@@ -218,13 +219,14 @@ def run(trial: Trial, shared: Shared, ranks: Ranks | None = None, report: Report
         check_budget(lost, len(data.test), data.spec.data.max_bad_rows, data.test.selection)
         mine = evaluate.Completer(data.test).tested(task, mine)
         test = evaluate.gathered(mine, ranks)
+        film = test.pop("frames", [None])[0]  # of the first row alone, and no prediction: intervals resample what stands there
         moved += f"; {len(data.test) - len(test['row'])} test rows could not be read" if len(test["row"]) < len(data.test) else ""
     facts = {"params_trained": outcome.params_trained, "steps": outcome.steps, "seconds": time.time() - began, "device": device_name(ranks.device),
              "start_weights": start_hash, "transfer": moved, "n_train": len(rows) if technique.learns else 0, "curve": outcome.curve, "kept_step": keeper.step,
              "skipped_steps": outcome.skipped_steps, "fitted": fitted(task.objective)}
     record = make_record(trial, shared, train, began, facts, keeper.metrics, test)
     if ranks.first:
-        write(trial, shared, record, test, task if shared.keep_bundles and trial.stage == "final" else None)
+        write(trial, shared, record, test, task if shared.keep_bundles and trial.stage == "final" else None, film)
     return record
 
 
@@ -309,16 +311,15 @@ def failed(trial: Trial, shared: Shared, error: str, status: str = "failed", val
     return record
 
 
-def write(trial: Trial, shared: Shared, record: Record, test: Predictions | None, task: Task | None) -> None:
-    """Predictions and bundle first, the record last: a trial with a record is complete."""
+def write(trial: Trial, shared: Shared, record: Record, test: Predictions | None, task: Task | None, film: np.ndarray | None = None) -> None:
+    """Predictions (and pictures, ``film``) and bundle first, the record last: a trial with a record is complete."""
     data, where = shared.targets[trial.target, trial.base], folder(shared, trial)
     if test is not None:
         extra = {} if data.groups is None else {"group": groups_of(data, test)}
         extra |= {"label_names": np.array(data.label_names)} if data.label_names else {}
-        if "frames" in test:  # of the first row alone: a report holds the predictions of all trials
-            extra["film"] = test["frames"][0]
+        extra |= {} if film is None else {"film": film}
         buffer = io.BytesIO()
-        np.savez_compressed(buffer, **{name: array for name, array in test.items() if name != "frames"}, **extra)  # type: ignore[arg-type]
+        np.savez_compressed(buffer, **test, **extra)  # type: ignore[arg-type]
         storage.write_bytes(storage.join(where, "predictions.npz"), buffer.getvalue())
     if task is not None:
         uri = storage.join(where, "bundle")

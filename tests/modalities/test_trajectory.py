@@ -54,8 +54,7 @@ def test_steps_are_standardised_by_the_statistics_of_all_steps():
     modality = made(table(*rows))
     seen, done = (np.concatenate([np.array(row[k]) for row in rows]) for k in (0, 1))
     facts = modality.state["spaces"]["o3a2"]
-    for key, want in {"observation_mean": seen.mean(0), "observation_std": seen.std(0), "action_mean": done.mean(0), "action_std": done.std(0),
-                      "action_low": done.min(0), "action_high": done.max(0)}.items():
+    for key, want in {"observation_mean": seen.mean(0), "observation_std": seen.std(0), "action_mean": done.mean(0), "action_std": done.std(0)}.items():
         np.testing.assert_allclose(facts[key], want, rtol=2e-6, err_msg=key)
     assert (facts["observation"], facts["action"], facts["discrete"], modality.state["tasks"]) == (3, 2, None, [])
     batch, bad = read(modality, table(*rows))
@@ -314,6 +313,56 @@ def test_classes_that_a_source_lacks_make_a_space_of_their_own():
         batch, bad = read(Trajectory(source.options, state), target)
         assert not any(bad) and batch["space"].tolist() == [len(spaces) - 1] * 2
     assert source.known(table(steered("aexw"), actions=NAMES), COLUMNS) == "1 of 1 spaces are known; o3c4 lacks the classes e, w, x"
+
+
+def test_rows_without_a_name_find_the_space_that_has_their_classes():
+    first = made(table(steered("abcd"), actions=NAMES))
+    second = Trajectory(first.options, first.grown(table(steered("abe"), actions=NAMES), COLUMNS))
+    assert second.names == ("o3c4", "o3c3") and read(second, table(steered("ab"), actions=NAMES))[0]["space"].tolist() == [1], "those that it grew for"
+    back = table(steered("abcd"), steered("ab"), actions=NAMES)
+    third = Trajectory(first.options, json.loads(json.dumps(second.grown(back, COLUMNS))))
+    assert third.names == ("o3c4", "o3c3"), "no third space of the same classes"
+    batch, bad = read(third, back)
+    assert not any(bad) and batch["space"].tolist() == [0, 0]
+
+
+def test_numbers_far_beyond_the_source_are_told():
+    source = made(table(walk(50, 3, 2, seed=1)))
+    near, far = table(walk(50, 3, 2, seed=2)), table(walk(50, 3, 2, seed=2, shift=1e4))
+    assert source.known(near, COLUMNS) == "1 of 1 spaces are known"
+    assert source.known(far, COLUMNS) == "1 of 1 spaces are known; 100% of the numbers that o3a2 observes lie beyond 10 of its deviations, and are cut there"
+
+
+def test_small_units_are_no_rounding():
+    one, two = np.random.default_rng(0).normal(0, 5e-7, (40, 3)), np.full((40, 2), 1000.0) + np.random.default_rng(1).normal(0, 1e-5, (40, 2))
+    facts = made(table((one.tolist(), two.tolist()))).state["spaces"]["o3a2"]
+    np.testing.assert_allclose(facts["observation_std"], one.std(0), rtol=1e-5)
+    assert facts["action_std"] == [1.0, 1.0], "float32 has no more digits: that is rounding"
+
+
+def test_what_was_executed_stands_beside_what_is_to_be_learned():
+    rows = table(walk(6), walk(4, seed=1)).append_column("executed", pa.array([walk(6, seed=8)[1], walk(4, seed=9)[1]]))
+    columns = {**COLUMNS, "executed": "executed"}
+    modality = made(rows)
+    arrays, bad = modality.decode(rows, columns)
+    batch, std = modality.collate(arrays), np.array(modality.state["spaces"]["o3a2"]["action_std"])
+    assert not any(bad) and not torch.equal(batch["executed"], batch["actions"])
+    want = (np.array(rows["executed"][0].as_py()) - np.array(modality.state["spaces"]["o3a2"]["action_mean"])) / std
+    np.testing.assert_allclose(batch["executed"][0], want, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(batch["action_std"], np.tile(std, (2, 1)), rtol=1e-6)
+    short = rows.set_column(rows.schema.get_field_index("executed"), "executed", pa.array([walk(6, 3, 3)[1], walk(3)[1]]))
+    assert modality.decode(short, columns)[1] == ["executed are 3 numbers a step, actions are 2 numbers a step: they are of one kind",
+                                                  "the episode has 4 observations and 3 executed: an action stands beside every observation; leave out a last "
+                                                  "observation that has none"]
+    named = table(steered("abca"), actions=NAMES).append_column("executed", pa.array([list("abzz")]))
+    classes = made(named)
+    arrays, bad = classes.decode(named, columns)
+    assert bad == [""] and classes.collate(arrays)["executed"][0].sum(-1).tolist() == [1, 1, 0, 0], "a class that nobody teaches is no class"
+
+
+def test_frames_that_a_source_does_not_read_are_refused_in_a_target():
+    with pytest.raises(ValueError, match="column im holds frames and the modality reads none"):
+        made(table(walk(4))).grown(table(walk(4)), {**COLUMNS, "images": "im"})
 
 
 def test_new_robots_of_known_widths_are_new():

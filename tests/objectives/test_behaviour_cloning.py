@@ -152,7 +152,7 @@ def test_losses_are_those_of_distributions_step_by_step(options):
                         told = dist.MixtureSameFamily(dist.Categorical(logits=of[:k]), dist.Independent(dist.Normal(means, stds), 1))
                         total -= float(told.log_prob(goal))
                         mean = means[of[:k].argmax()]
-                    error = float((mean - goal).square().sum())
+                    error = float(((mean - goal) * torch.tensor(space["action_std"])).square().sum())  # in the action's own units
                 count += 1
                 if h == 0:
                     squares[i] += error
@@ -413,9 +413,19 @@ def test_it_can_be_written_down_and_carried_over():
     inputs = Trajectory(TrajectoryOptions(), {**rows.modality.state, "spaces": {name: other[name] for name in ("arm", "hand")}}).inputs()
     backbone = Steps(inputs)
     head = BehaviourCloning(backbone, task.objective.options, task.objective.state)
-    many, told = bundle.carry_tensors(head, "behaviour_cloning", task.objective.state_dict())
+    many, told = bundle.carry_tensors(head, {"name": "behaviour_cloning", "options": task.objective.options.model_dump()}, task.objective.state_dict())
     assert many == 2 and torch.equal(head.decoders["arm"].weight, task.objective.decoders["arm"].weight) and "2 dropped (decoders.leg" in told
     assert "decoders.hand.weight" in told and BehaviourCloning.carries_head and BehaviourCloning.whole_rows
+
+
+@pytest.mark.parametrize(("theirs", "mine", "kept"), [
+    ({"head": "gaussian"}, {"head": "mse", "chunk": 2}, 0), ({"head": "auto"}, {"head": "mse"}, 4), ({"chunk": 3}, {"head": "mse", "chunk": 3}, 4),
+    ({"head": "mixture", "components": 3}, {"head": "mixture", "components": 3}, 4), ({"head": "gaussian", "dropout": 0.2}, {"head": "gaussian"}, 4)])
+def test_a_decoder_that_means_something_else_is_new(theirs, mine, kept):
+    """Deviations of a gaussian are as many numbers as the second action of a chunk."""
+    source, target = case(**theirs)[0], case(**mine)[0]
+    spec = {"name": "behaviour_cloning", "options": source.objective.options.model_dump()}
+    assert bundle.carry_tensors(target.objective, spec, source.objective.state_dict())[0] == kept
 
 
 # ---------------------------------------------------------------- episodes
@@ -621,14 +631,13 @@ def test_a_simulation_that_diverged_is_no_success(monkeypatch):
 
     def made(these, policy, **also):
         return [Episode(world, np.zeros((3, 9)), np.zeros((3, 1)), np.array([1.0, 2.0, 3.5]), False, i == 0, True, "NaN" if i else "",
-                        [np.full((2, 4, 3), 7, dtype=np.uint8)] * 2 if i else []) for i, world in enumerate(these)]
+                        [np.full((2, 4, 3), 7, dtype=np.uint8)] * 2 if not i else []) for i, world in enumerate(these)]
 
     monkeypatch.setattr(behaviour_cloning, "rollout", made)
-    monkeypatch.setattr(behaviour_cloning, "SHOWN", 2)
     out = task.objective.tested(task.backbone, found, origin)
     assert out["success"].tolist() == [1, 0] and out["diverged"].tolist() == [0, 1] and out["return"].tolist() == [6.5, 6.5]
-    assert out["frames"].shape == (2, behaviour_cloning.FRAMES, 2, 4, 3)  # pictures of the second alone
-    assert not out["frames"][0].any() and (out["frames"][1, :2] == 7).all() and not out["frames"][1, 2:].any()
+    assert out["frames"].shape == (2, behaviour_cloning.FRAMES, 2, 4, 3)  # pictures of the first alone
+    assert not out["frames"][1].any() and (out["frames"][0, :2] == 7).all() and not out["frames"][0, 2:].any()
 
 
 def test_worlds_that_cannot_be_are_told_before_anything_is_trained():

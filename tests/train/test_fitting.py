@@ -16,7 +16,7 @@ from transfer.test_stages import Silent
 
 from pipeline import bundle, registry
 from pipeline.data import manifest as manifests
-from pipeline.job import Job
+from pipeline.job import Job, Plug
 from pipeline.modalities.trajectory import Trajectory
 from pipeline.train import fitting, source
 from pipeline.transfer import stages
@@ -76,6 +76,27 @@ def test_a_source_that_continues_on_another_robot_grows_and_keeps_what_it_has(fi
     assert "0 of 1 spaces are known; new: o7a3 (12 rows)" in fitted.moved and "encoders.o7a3 new" in fitted.moved and "trunk kept" in fitted.moved
     assert all(torch.equal(initial[name], tensor) for name, tensor in before.tensors.items()), "ranks start from what the first one had learned"
     assert {name.replace("o5a2", "o7a3") for name in before.tensors} <= after.tensors.keys(), "a head for each robot"
+
+
+def test_a_policy_is_not_tried_as_it_is_on_a_robot_that_it_does_not_know(first):
+    job, _ = first
+    job = job.model_copy(update={"techniques": [Plug(name="zero_shot")]})
+    with pytest.raises(ValueError, match=r"zero_shot tries the source's own head as it is, and its rows are of space o7a3, which no row of the source is of"):
+        stages.share(stages.check(job, Silent()))
+
+
+def test_every_task_stands_in_the_sample(tmp_path):
+    """Skills in turn, and a step through the rows that meets one of them alone."""
+    rows = 2 * 64 - 1
+    skills = [["push", "pull"][i % 2] for i in range(rows)]
+    skills[5] = "rare"
+    pq.write_table(pa.table({"number": range(rows), "skill": pa.array([None if i == 7 else skill for i, skill in enumerate(skills)])}), tmp_path / "a.parquet")
+    selection = manifests.Selection(manifests.build(str(tmp_path / "a.parquet"), "parquet", ""))
+    assert set(fitting.sample(selection, ["skill"], 64)["skill"].to_pylist()) == {"push"}, "what an even step finds"
+    found = fitting.sample(selection, ["number", "skill"], 64, ["skill"]).to_pydict()
+    assert set(found["skill"]) == {"push", "pull", "rare", None} and len(found["number"]) <= 64
+    assert found["number"] == sorted(set(found["number"])) and found["skill"].count("push") == found["skill"].count("pull") == 16
+    assert len(fitting.sample(selection, ["number"], 1000, ["skill"])) == rows
 
 
 def test_frames_are_not_read_to_fit_a_modality(tmp_path, monkeypatch):

@@ -43,6 +43,21 @@ def test_policies_stand_behind_expert_and_chance_by_how_much_they_saw():
     assert means["scratch, 5 episodes"][0] == 0.25 and "random" not in lines and "diverged" not in page.markdown("", out)
 
 
+def test_backbones_are_named_where_there_are_several():
+    first, second = told("scratch", "none", "5 rows", 5, 0, 9), told("scratch", "none", "5 rows", 5, 1, 3)
+    second[0]["backbone"] = "policy/transformer"
+    table = next(block for block in shown(first, second) if isinstance(block, page.Table))
+    assert [str(line[0]) for line in table.rows] == ["expert", "scratch (policy/mlp), 5 episodes", "scratch (policy/transformer), 5 episodes"]
+
+
+def test_an_expert_without_a_known_success_is_shown_by_its_return():
+    row, run = told("full", "sim", "1 rows", 1, 0, 6)
+    run.predictions["expert_success"], run.predictions["success"] = np.full(WORLDS, np.nan), np.full(WORLDS, np.nan)
+    table = next(block for block in shown((row, run)) if isinstance(block, page.Table))
+    expert = next(line for line in table.rows if line[0] == "expert")
+    assert str(expert[1]) == page.DASH and float(str(expert[2]).split()[0]) == 11.0
+
+
 def test_episodes_that_diverged_are_counted():
     row, run = told("full", "sim", "1 rows", 1, 0, 6)
     run.predictions["diverged"][:2] = 1
@@ -51,7 +66,7 @@ def test_episodes_that_diverged_are_counted():
 
 def test_nothing_is_told_of_targets_without_a_simulator():
     row, run = told("full", "sim", "1 rows", 1, 0, 6)
-    run.predictions.pop("success")
+    run.predictions.pop("return")
     assert episodes.blocks("robot", [], [row], {row["trial_id"]: run}) == [] == shown((row, run))
 
 

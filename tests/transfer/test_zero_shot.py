@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 from toys import image_files, job_of, shared_of, trial_of
+from transfer.test_stages import Silent
 
 from pipeline import bundle
+from pipeline.job import Job
 from pipeline.objectives.classification import Classification
-from pipeline.transfer import cells, targets, trial, trials
+from pipeline.transfer import cells, dry_run, stages, targets, trial, trials
 
 
 @pytest.fixture(scope="module")
@@ -50,15 +52,15 @@ def test_zero_shot_is_tried_once_whatever_the_labels_and_seeds(tmp_path, paths, 
 
 def test_a_head_is_carried_by_name_and_shape_alone(tmp_path, paths, carried):
     job, shared = world(tmp_path, paths)
-    name, head = shared.heads["src"]
+    theirs, head = shared.heads["src"]
     start, moved, _ = trial.build(trial_of(job, shared, "full"), shared)
     assert "head: 2 tensors kept" in moved and torch.equal(start.objective.state_dict()["head.weight"], torch.from_numpy(head["head.weight"]))
     fresh = trial.build(trial_of(job, shared, "scratch"), shared)[0].objective.state_dict()["head.bias"]
-    shared.heads["src"] = (name, {"head.weight": head["head.weight"], "head.bias": np.zeros(7, np.float32), "old": np.zeros(1, np.float32)})
+    shared.heads["src"] = (theirs, {"head.weight": head["head.weight"], "head.bias": np.zeros(7, np.float32), "old": np.zeros(1, np.float32)})
     start, moved, _ = trial.build(trial_of(job, shared, "full"), shared)
     assert "head: 1 tensors kept, 1 new (head.bias), 2 dropped (head.bias, old)" in moved
     assert torch.equal(start.objective.state_dict()["head.bias"], fresh)
-    shared.heads["src"] = ("multilabel", head)
+    shared.heads["src"] = ({"name": "multilabel", "options": {}}, head)
     assert "head new: the source's objective was multilabel" in trial.build(trial_of(job, shared, "full"), shared)[1]
     with pytest.raises(ValueError, match=r"zero_shot: nothing of the head of source src fits this target \(head new: the source's objective was multilabel\)"):
         trial.build(trial_of(job, shared, "zero_shot", fraction=0), shared)
@@ -129,3 +131,13 @@ def test_weights_of_a_bundle_come_with_its_head(tmp_path, paths):
     backbone, head, manifest = targets.weights(str(tmp_path / "b"))
     assert set(backbone) == set(task.backbone.state_dict()) and set(head) == set(task.objective.state_dict())
     assert manifest["objective"]["name"] == "classification"
+
+
+def test_a_dry_run_counts_the_steps_of_a_budget(tmp_path, paths):
+    job = job_of(tmp_path, paths)
+    spec = {**job.model_dump(mode="json"), "techniques": ["scratch", {"scratch": {"budget": 5}}, "full"]}
+    spec["sources"]["src"]["train"] = {"steps": 1, "global_batch": 16}
+    job = Job.model_validate(spec)
+    lines = dry_run.describe(stages.check(job, Silent()))
+    assert "of 12 (with a budget of its own 60) steps on 30 rows" in lines[-2]
+    assert f"in all: {3 * job.fanout.seeds} trials, {84 * job.fanout.seeds} steps" in lines[-1]
