@@ -12,10 +12,7 @@ process. Target of issue 6: at least 0.6 of the bare scan.
 from __future__ import annotations
 
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import timing
 
@@ -43,14 +40,6 @@ def make_parquet(path: Path, copies: int) -> float:
     return stays.nbytes * copies / 1e6
 
 
-def rate(work: Callable[[], Any], megabytes: float) -> Callable[[], float]:
-    def side() -> float:
-        began = time.process_time()
-        work()
-        return megabytes / (time.process_time() - began)
-    return side
-
-
 def main() -> None:
     args = timing.options(__doc__, repeats=5)
     found = timing.describe(args)
@@ -58,9 +47,6 @@ def main() -> None:
     import pyarrow.parquet as pq
     import torch
 
-    from pipeline import bundle
-    from pipeline.data import manifest
-    from pipeline.data.stream import Decoder, Rows, plan_of, train_batches
     from pipeline.modalities.events import Events, EventsOptions
 
     torch.set_num_threads(1)
@@ -69,22 +55,7 @@ def main() -> None:
         path = Path(folder, "stays.parquet")
         megabytes = make_parquet(path, QUICK_COPIES if args.quick else COPIES)
         state = Events.fit(EventsOptions(), pq.read_table(path).slice(0, 2048), COLUMNS, "events/gru")
-        modality = bundle.build_modality({"name": "events", "options": {}, "state": state})
-        rows = Rows(manifest.Selection(manifest.build(str(path), "parquet", "")), Decoder(modality, None, {}, COLUMNS))
-        plan = plan_of(rows, 0, BATCH, shuffle="blocks")
-        steps = len(rows) // BATCH
-        print(f"  {len(rows)} stays, {megabytes:.0f} MB in memory, {steps} batches", flush=True)
-
-        def bare() -> None:
-            file = pq.ParquetFile(path)
-            for group in range(file.num_row_groups):
-                file.read_row_group(group, columns=list(COLUMNS), use_threads=False)
-
-        def stream() -> None:
-            seen = sum(len(loaded.batch) for loaded in train_batches(rows, plan, range(steps), place="train", threads=1))
-            assert seen == steps * BATCH
-
-        sides = {"bare": rate(bare, megabytes), "stream": rate(stream, megabytes)}
+        sides = timing.batches_and_scan(path, megabytes, {"name": "events", "options": {}, "state": state}, COLUMNS, BATCH)
         for side in sides.values():
             side()  # warm
         rates = timing.interleaved(sides, args.repeats)

@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -113,3 +114,32 @@ def data_folder() -> Path:
     if not (folder / "vision").is_dir():
         raise SystemExit(f"no data in {folder}: set ONETOMANY_DATA to the folder that holds vision/clothing_small")
     return folder
+
+
+def batches_and_scan(path: Path, megabytes: float, modality: dict[str, Any], columns: dict[str, str], batch: int) -> dict[str, Callable[[], float]]:
+    """``bare``, a scan of a Parquet file's columns in one thread, and ``stream``, its batches in the order of a plan: megabytes per second of this process's
+    processor time."""
+    import pyarrow.parquet as pq
+
+    from pipeline import bundle
+    from pipeline.data import manifest
+    from pipeline.data.stream import Decoder, Rows, plan_of, train_batches
+
+    rows = Rows(manifest.Selection(manifest.build(str(path), "parquet", "")), Decoder(bundle.build_modality(modality), None, {}, columns))
+    plan, steps = plan_of(rows, 0, batch, shuffle="blocks"), len(rows) // batch
+    print(f"  {len(rows)} rows, {megabytes:.0f} MB in memory, {steps} batches", flush=True)
+
+    def bare() -> None:
+        file = pq.ParquetFile(path)
+        for group in range(file.num_row_groups):
+            file.read_row_group(group, columns=list(columns), use_threads=False)
+
+    def stream() -> None:
+        assert sum(len(loaded.batch) for loaded in train_batches(rows, plan, range(steps), place="train", threads=1)) == steps * batch
+
+    def rate(work: Callable[[], None]) -> float:
+        began = time.process_time()
+        work()
+        return megabytes / (time.process_time() - began)
+
+    return {"bare": partial(rate, bare), "stream": partial(rate, stream)}

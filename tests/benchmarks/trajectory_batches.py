@@ -13,7 +13,6 @@ memory, the same on both sides; seconds are processor time of this process. Targ
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,39 +50,14 @@ def make_parquet(path: Path, episodes: int, robots: tuple[str, ...]) -> float:
     return total / 1e6
 
 
-def rate(work: Callable[[], Any], megabytes: float) -> Callable[[], float]:
-    def side() -> float:
-        began = time.process_time()
-        work()
-        return megabytes / (time.process_time() - began)
-    return side
-
-
 def sides_of(path: Path, megabytes: float) -> dict[str, Callable[[], float]]:
     """A bare scan of a file and its batches."""
     import pyarrow.parquet as pq
 
-    from pipeline import bundle
-    from pipeline.data import manifest
-    from pipeline.data.stream import Decoder, Rows, plan_of, train_batches
     from pipeline.modalities.trajectory import Trajectory, TrajectoryOptions
 
     state = Trajectory.fit(TrajectoryOptions(), pq.ParquetFile(path).read_row_group(0), COLUMNS, "policy/mlp")
-    modality = bundle.build_modality({"name": "trajectory", "options": {}, "state": state})
-    rows = Rows(manifest.Selection(manifest.build(str(path), "parquet", "")), Decoder(modality, None, {}, COLUMNS))
-    plan, steps = plan_of(rows, 0, BATCH, shuffle="blocks"), len(rows) // BATCH
-    print(f"  {len(rows)} episodes, {megabytes:.0f} MB in memory, {steps} batches, {len(state['spaces'])} spaces", flush=True)
-
-    def bare() -> None:
-        file = pq.ParquetFile(path)
-        for group in range(file.num_row_groups):
-            file.read_row_group(group, columns=list(COLUMNS), use_threads=False)
-
-    def stream() -> None:
-        seen = sum(len(loaded.batch) for loaded in train_batches(rows, plan, range(steps), place="train", threads=1))
-        assert seen == steps * BATCH
-
-    return {"bare": rate(bare, megabytes), "stream": rate(stream, megabytes)}
+    return timing.batches_and_scan(path, megabytes, {"name": "trajectory", "options": {}, "state": state}, COLUMNS, BATCH)
 
 
 def main() -> None:
