@@ -253,7 +253,7 @@ class Objective(nn.Module, ABC):
 
     @classmethod
     def beyond(cls, theirs: dict[str, Any], mine: dict[str, Any]) -> str:
-        """In words, what of a target's rows a source's head cannot have learned, by what backbones know of their rows (``Modality.inputs``); "" nothing."""
+        """In words, what of a target's rows a source's network cannot have learned, by what backbones know of their rows (``Modality.inputs``); "" nothing."""
         return ""
 
     @classmethod

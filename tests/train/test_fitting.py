@@ -78,10 +78,11 @@ def test_a_source_that_continues_on_another_robot_grows_and_keeps_what_it_has(fi
     assert {name.replace("o5a2", "o7a3") for name in before.tensors} <= after.tensors.keys(), "a head for each robot"
 
 
-def test_a_policy_is_not_tried_as_it_is_on_a_robot_that_it_does_not_know(first):
+@pytest.mark.parametrize("technique", ["zero_shot", "linear_probe"])
+def test_a_policy_is_not_tried_as_it_is_on_a_robot_that_it_does_not_know(first, technique):
     job, _ = first
-    job = job.model_copy(update={"techniques": [Plug(name="zero_shot")]})
-    with pytest.raises(ValueError, match=r"zero_shot tries the source's own head as it is, and its rows are of space o7a3, which no row of the source is of"):
+    job = job.model_copy(update={"techniques": [Plug(name=technique)]})
+    with pytest.raises(ValueError, match=f"{technique} takes the source's network as it is, and its rows are of space o7a3, which no row of the source is of"):
         stages.share(stages.check(job, Silent()))
 
 
