@@ -258,8 +258,8 @@ def _check_base(target: TargetStage, base: Base, arch: dict[str, Any], objective
             raise ValueError(f"techniques: {plug.name} tries the source's own head, and {objective['name']} starts with a new one: leave it out, or give "
                              f"targets.{target.name} techniques of its own")
         if (one.frozen or not kind.learns) and kind.from_source and (why := type(task.objective).beyond(base.arch["inputs"], arch["inputs"])):
-            raise ValueError(f"techniques: {plug.name} takes the source's network as it is, and {why}: give targets.{target.name} techniques of its own, such as "
-                             "[scratch, full]")
+            raise ValueError(f"techniques: {plug.name} takes the source's network as it is, and {why}: give targets.{target.name} techniques of its own, such "
+                             "as [scratch, full]")
         if kind.wrap is not Technique.wrap:
             continue  # what it adds is trained
         for phase in one.phases(10):
