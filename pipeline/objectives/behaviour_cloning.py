@@ -18,12 +18,14 @@ from pipeline import actions
 from pipeline.contracts import Arrays, Backbone, Batch, Objective
 from pipeline.registry import Options, nearest, register
 from pipeline.simulation.environment import World, make
-from pipeline.simulation.rollout import rollout
+from pipeline.simulation.rollout import judged, rollout
 
 COMPARED = ("return", "success", "steps", "random_return", "random_success", "random_steps")
 """Columns of an episode that tell what its expert, and a random policy in its place, reached; the policy's own are told beside them."""
 FRAMES = 6
-"""Pictures of an episode, and of how many worlds, where pictures can be made."""
+"""Pictures of an episode, where pictures can be made."""
+TRIED = 64
+"""Rows whose worlds are looked at to know whether success is known in them."""
 REACHED = ("success", "return", "steps")
 
 
@@ -57,7 +59,8 @@ class BehaviourCloning(Objective):
     Predictions are of each step's own action. Of numbers: ``squared_error`` in their own units, so that sources of other deviations compare (losses are
     standardised), summed over ``action_numbers``. Of classes: ``scores`` (B, T, C) NaN behind a row's
     end and ``label`` (B, T) -1 there; where spaces have other classes, a class is its place in its own space; ``squared_error`` is how many are wrong.
-    State: ``kind`` (continuous or discrete), ``labels`` (class names, in the modality's order) and ``columns`` (the optional ones that the rows have).
+    State: ``kind`` (continuous or discrete), ``labels`` (class names, in the modality's order), ``columns`` (the optional ones that the rows have) and
+    ``judged`` (whether it is known what success is in their worlds).
 
     Where rows have ``environment``, ``tested`` puts the policy into each test row's world, with its seed and dynamics, and tells success, return and steps
     beside the expert's and a random policy's. Raises ValueError for a backbone that is none of policies, and for a head that does not suit the actions.
@@ -78,11 +81,13 @@ class BehaviourCloning(Objective):
 
     @classmethod
     def test_metrics(cls, options, state):
-        """Success, return and steps of the policy's own episodes, of the experts' and of random ones; () without ``environment``."""
+        """Success (where it is known what that is), return and steps of the policy's own episodes, of the experts' and of random ones; () without
+        ``environment``."""
         if "environment" not in state["columns"]:
             return ()
-        return (*REACHED, *(f"expert_{name}" for name in REACHED if name in state["columns"]),
-                *(f"random_{name}" for name in REACHED if f"random_{name}" in state["columns"]))
+        told = REACHED if state.get("judged", True) else REACHED[1:]
+        return (*told, *(f"expert_{name}" for name in told if name in state["columns"]),
+                *(f"random_{name}" for name in told if f"random_{name}" in state["columns"]))
 
     @classmethod
     def fit(cls, options, table, columns):
@@ -96,6 +101,8 @@ class BehaviourCloning(Objective):
             raise ValueError(f"option head of behaviour_cloning: {options.head} does not suit column {name}, whose actions are "
                              f"{'class names' if kind == 'discrete' else 'numbers'}: say {fine}, or leave it out")
         state = {"kind": kind, "columns": told}
+        if columns.get("environment") in table.column_names:
+            state["judged"] = all(judged(world.id) for world in _worlds(table[columns["environment"]].slice(0, TRIED), columns["environment"]))
         return state if kind == "continuous" else {**state, "labels": actions.names_of(table[name])}
 
     @classmethod
@@ -244,9 +251,10 @@ class BehaviourCloning(Objective):
         return out
 
     def tested(self, backbone, found, origin):
-        """With ``environment``: an episode of the policy in each row's world, and arrays (n,) float64 ``success`` (0 or 1), ``return``, ``steps``, the same of
-        ``expert_`` and ``random_`` from the rows' columns, and ``diverged`` (0 or 1): a simulation that went wrong is no success, its return that until then.
-        ``frames`` (n, FRAMES, H, W, 3) uint8 where pictures can be made, of the first world; black behind an episode's end.
+        """With ``environment``: an episode of the policy in each row's world, and arrays (n,) float64 ``success`` (0 or 1, NaN where it is not known what
+        that is), ``return``, ``steps``, the same of ``expert_`` and ``random_`` from the rows' columns, and ``diverged`` (0 or 1): a simulation that went
+        wrong is no success, its return that until then. ``frames`` (n, FRAMES, H, W, 3) uint8 where pictures can be made, of the first world; black behind
+        an episode's end.
 
         All rows go in step, one forward pass a step, in float32 on the backbone's device. The pass always holds all rows, also ended ones, so that what a
         row does never follows from when others end."""

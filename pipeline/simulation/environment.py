@@ -62,8 +62,8 @@ class World:
             found = json.loads(text)
             return cls(str(found["id"]), int(found["steps"]), int(found["seed"]), {str(k): float(v) for k, v in found.get("dynamics", {}).items()},
                        str(found.get("skill", "")))
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{text[:80]!r} is no world: {error!r}; rollouts write JSON with id, steps, seed and dynamics") from None
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+            raise ValueError(f"{text[:200]!r} is no world: {error!r}; rollouts write JSON with id, steps, seed and dynamics") from None
 
 
 def drawn(ranges: Mapping[str, float | Sequence[float]], seed: int) -> dict[str, float]:
@@ -97,14 +97,14 @@ def make(world: World) -> Any:
     else:
         if world.skill:
             raise ValueError(f"{world.id} has no skill {world.skill!r}; leave skill out")
+        if world.id not in gymnasium.registry and ":" not in world.id:  # module:id is registered by its module, when it is made
+            raise ValueError(f"environment {world.id!r} is not installed; {nearest(world.id, [*gymnasium.registry, *OWN])}")
         try:
             env = gymnasium.make(world.id, disable_env_checker=True, max_episode_steps=world.steps)
         except gymnasium.error.DependencyNotInstalled as error:
             raise ValueError(f"{world.id}: {NEEDED} ({error})") from None
         except (gymnasium.error.Error, ModuleNotFoundError) as error:
-            known = [*gymnasium.registry, *OWN]
-            told = f"{world.id}: {error}" if world.id in known else f"environment {world.id!r} is not installed; {nearest(world.id, known)}"
-            raise ValueError(told) from None
+            raise ValueError(f"{world.id}: {error}") from None
     _quiet(env)
     _change(env, world)
     latency, noise = int(world.dynamics.get("latency", 0)), world.dynamics.get("noise", 0.0)
@@ -172,17 +172,19 @@ class _Cut:
 
 
 class _Late:
-    """Actions that come ``latency`` steps late (the first ones are zero, or class 0), and Gaussian noise on observations, from the world's seed."""
+    """Actions that come ``latency`` steps late (the first ones are zero, or class 0), and Gaussian noise on observations, from the seed given to ``reset``,
+    else going on from the world's."""
 
     def __init__(self, env: Any, latency: int, noise: float, seed: int):
-        self.env, self.latency, self.noise, self.seed = env, latency, noise, seed
-        self.rng, self.waiting = np.random.default_rng(), []
+        self.env, self.latency, self.noise = env, latency, noise
+        self.rng, self.waiting = np.random.default_rng(mix(seed, 0x0B5)), []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.env, name)
 
     def reset(self, **options: Any) -> tuple[np.ndarray, dict]:
-        self.rng = np.random.default_rng(mix(self.seed, 0x0B5))
+        if options.get("seed") is not None:
+            self.rng = np.random.default_rng(mix(options["seed"], 0x0B5))
         space = self.env.action_space
         self.waiting = [np.zeros(space.shape, dtype=space.dtype) if space.shape else 0] * self.latency
         observation, info = self.env.reset(**options)

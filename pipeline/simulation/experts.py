@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
 
 from pipeline.registry import nearest
 from pipeline.rng import mix
-from pipeline.simulation.environment import World, make, simulator
+from pipeline.simulation.environment import ADDED, World, make, simulator
 from pipeline.simulation.rollout import Episode, rollout
 
 
@@ -45,11 +46,17 @@ class LQR:
     """Prices of the cart's place, of each angle, and of the action; velocities are free."""
 
     def __init__(self, world: World):
-        from scipy.linalg import solve_discrete_are
-
         if world.id.partition("-")[0] not in self.IDS:
             raise ValueError(f"expert lqr balances {' and '.join(self.IDS)}, not {world.id}")
-        env = make(World(world.id, world.steps, world.seed, {k: v for k, v in world.dynamics.items() if k not in ("latency", "noise")}))
+        self.whole, self.pushed, self.gain = self._solved(world.id, tuple((k, v) for k, v in sorted(world.dynamics.items()) if k not in ADDED))
+
+    @classmethod
+    @lru_cache(maxsize=8)
+    def _solved(cls, ident: str, dynamics: tuple[tuple[str, float], ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The two matrices of the linearisation and K. Kept, as many episodes have the same dynamics."""
+        from scipy.linalg import solve_discrete_are
+
+        env = make(World(ident, 1, 0, dict(dynamics)))
         model, skip = env.unwrapped.model, env.unwrapped.frame_skip
         mujoco = simulator()
         data, n, m = mujoco.MjData(model), 2 * model.nv, model.nu
@@ -63,12 +70,11 @@ class LQR:
         step, rest, still = 1e-5, np.zeros(n), np.zeros(m)
         whole = np.stack([(after(rest + d, still) - after(rest - d, still)) / (2 * step) for d in step * np.eye(n)], 1)
         pushed = np.stack([(after(rest, d) - after(rest, -d)) / (2 * step) for d in step * np.eye(m)], 1)
-        place, angle, action = self.WEIGHTS
+        place, angle, action = cls.WEIGHTS
         weight, price = np.diag([place] + [angle] * (model.nv - 1) + [0.0] * model.nv), action * np.eye(m)
         p = solve_discrete_are(whole, pushed, weight, price)
-        self.whole, self.pushed = whole, pushed
-        self.gain = np.linalg.solve(price + pushed.T @ p @ pushed, pushed.T @ p @ whole)
         env.close()
+        return whole, pushed, np.linalg.solve(price + pushed.T @ p @ pushed, pushed.T @ p @ whole)
 
     def act(self, env: Any, observation: np.ndarray) -> np.ndarray:
         """(1,) float32, which the bounds may cut."""
@@ -139,10 +145,11 @@ class Demonstrator:
 
 
 def demonstrations(worlds: Sequence[World], experts: Sequence[Expert], explore: float = 0.0) -> list[Episode]:
-    """An episode of its expert in each world; their ``actions`` are the experts' own, also where what was executed was noisy."""
+    """An episode of its expert in each world; their ``actions`` are the experts' own, also where what was ``executed`` was noisy."""
     who = Demonstrator(experts, explore)
     episodes = rollout(worlds, who, start=who.start)
     for episode, clean in zip(episodes, who.clean, strict=True):
+        episode.executed = episode.actions
         if len(clean):
             episode.actions = np.array(clean, dtype=episode.actions.dtype)
     return episodes

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.rng import mix
+from pipeline.simulation.rollout import divergence
 
 LAYERS = ("0", "2", "4")
 """Names of the linear layers in torch's Sequential, between which tanh stands."""
@@ -348,7 +349,7 @@ class _Runner:
 
     def _step(self, batch: Batch, t: int, k: int, env: Any, action: np.ndarray, rng: np.random.Generator) -> None:
         observation, reward, terminated, truncated, _ = env.step(action)
-        if not (np.isfinite(reward) and np.isfinite(observation).all()):  # the simulation blew up: as bad as an end without a reward
+        if divergence(env, observation, reward):  # as bad as an end without a reward
             reward, terminated = 0.0, True
         assert self.now is not None
         batch.rewards[t, k], batch.terminated[t, k], batch.ended[t, k] = reward, terminated, terminated or truncated

@@ -48,7 +48,7 @@ class Reach:
         if world.skill not in SKILLS:
             raise ValueError(f"{world.id} has no skill {world.skill!r}; {nearest(world.skill, SKILLS)}")
         self.env: Any = gymnasium.make(BASE, disable_env_checker=True, max_episode_steps=1 << 30).unwrapped
-        self.point, self.distances = SKILLS[world.skill], []
+        self.point, self.distances, self.steps = SKILLS[world.skill], [], 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["env"], name)
@@ -58,15 +58,16 @@ class Reach:
         return self
 
     def reset(self, **options: Any) -> tuple[np.ndarray, dict[str, Any]]:
-        self.distances = []
+        self.distances, self.steps = [], 0
         return self.env.reset(**options)
 
-    def wanted(self) -> np.ndarray:
-        """(2,) where the fingertip should be now."""
-        return self.point(self.env.data.qpos[2:4].copy(), len(self.distances) * self.env.dt)
+    def wanted(self, ahead: int = 0) -> np.ndarray:
+        """(2,) where the fingertip should be now, or so many steps later."""
+        return self.point(self.env.data.qpos[2:4].copy(), (self.steps + ahead) * self.env.dt)
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         observation, _, _, _, _ = self.env.step(action)
+        self.steps += 1
         self.distances.append(float(np.linalg.norm(self.env.get_body_com("fingertip")[:2] - self.wanted())))
         reward = -self.distances[-1] - ACTION_COST * float(np.square(action).sum())
         return observation, reward, False, False, {"success": float(np.mean(self.distances[-LAST:])) < NEAR, "distance": self.distances[-1]}
@@ -87,7 +88,7 @@ class Reaching:
     def act(self, env: Any, observation: np.ndarray) -> np.ndarray:
         """(2,) float32, which the bounds may cut."""
         arm = env.unwrapped
-        x, y = arm.wanted()
+        x, y = arm.wanted(1)  # what its action is measured by
         far = np.clip(np.hypot(x, y), abs(UPPER - LOWER) + 0.01, UPPER + LOWER - 1e-4)
         elbow = np.arccos(np.clip((far**2 - UPPER**2 - LOWER**2) / (2 * UPPER * LOWER), -1, 1))
         shoulder = np.arctan2(y, x) - np.arctan2(LOWER * np.sin(elbow), UPPER + LOWER * np.cos(elbow))

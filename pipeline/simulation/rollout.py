@@ -8,9 +8,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from pipeline.simulation.environment import World, make, simulator
+from pipeline.simulation.environment import OWN, World, make, simulator
 from pipeline.simulation.pictures import picture
 
+UPRIGHT = ("InvertedPendulum", "InvertedDoublePendulum", "CartPole")
+WALKERS = ("Hopper", "Walker2d", "HalfCheetah", "Ant", "Humanoid")
+PLACED = {"Reacher": ("fingertip", "target", 0.02), "Pusher": ("object", "goal", 0.05)}
+"""Environments of gymnasium whose success is known, without their versions. PLACED: a body, the one where it should be, and metres between them."""
+JUDGED = (*(ident.partition("-")[0] for ident in OWN), *UPRIGHT, *WALKERS, *PLACED)
 LEAST_SPEED = 0.5
 """Metres a second, over the whole episode, that a walker or hopper makes at least where it succeeds."""
 FAR = 1e6
@@ -29,8 +34,8 @@ class Policy(Protocol):
 @dataclass
 class Episode:
     """One episode of T steps. ``observations`` (T, O) float32, of which each was there before its action; ``actions`` (T, A) float32 or (T,) int64, as the
-    policy gave them, within the environment's bounds; ``rewards`` (T,) float64; ``diverged``: why the simulation went wrong, or "" ; ``frames``: small
-    (H, W, 3) uint8 pictures."""
+    policy gave them, within the environment's bounds; ``rewards`` (T,) float64; ``success``: None where it is not known what that is; ``diverged``: why the
+    simulation went wrong, or "" ; ``frames``: small (H, W, 3) uint8 pictures; ``executed``: of demonstrations, what was done where ``actions`` are labels."""
 
     world: World
     observations: np.ndarray
@@ -38,9 +43,10 @@ class Episode:
     rewards: np.ndarray
     terminated: bool
     truncated: bool
-    success: bool
+    success: bool | None
     diverged: str = ""
     frames: list[np.ndarray] = field(default_factory=list)
+    executed: np.ndarray | None = None
 
 
 @dataclass
@@ -56,6 +62,11 @@ class _Running:
     diverged: str = ""
     info: dict[str, Any] = field(default_factory=dict)
     frames: list[np.ndarray] = field(default_factory=list)
+
+
+def judged(ident: str) -> bool:
+    """Whether it is known what success is in an environment."""
+    return ident.partition("-")[0] in JUDGED
 
 
 def rollout(worlds: Sequence[World], policy: Policy, frames: int = 0, start: Callable[[list[Any]], None] | None = None) -> list[Episode]:
@@ -96,7 +107,7 @@ def _step(one: _Running, action: Any, frames: int) -> None:
     if np.isfinite(action).all():
         observation, reward, one.terminated, one.truncated, one.info = one.env.step(action)
         observation = np.asarray(observation, dtype=np.float32)
-        one.diverged = _wrong(one.env, observation, float(reward))
+        one.diverged = divergence(one.env, observation, float(reward))
     else:
         observation, reward, one.diverged = None, 0.0, "the policy's action is not finite"
     if one.diverged:
@@ -127,8 +138,8 @@ def _given(space: Any, action: Any) -> Any:
     return int(np.ravel(action)[0])
 
 
-def _wrong(env: Any, observation: np.ndarray, reward: float) -> str:
-    """Why the simulation has diverged, or ""."""
+def divergence(env: Any, observation: np.ndarray, reward: float) -> str:
+    """Why the simulation has diverged with this step, or ""."""
     told = _warned(env)  # first: after a bad state MuJoCo starts anew, and all is finite again
     if told:
         return f"MuJoCo warns of {told}"
@@ -151,32 +162,33 @@ def _warned(env: Any) -> str:
 
 def _ended(one: _Running, world: World) -> Episode:
     discrete = not one.env.action_space.shape
+    success = succeeded(world, one.env, one.info, one.terminated, len(one.rewards), one.start)
     return Episode(world, np.array(one.observations, dtype=np.float32), np.array(one.actions, dtype=np.int64 if discrete else np.float32),
                    np.array(one.rewards, dtype=np.float64), bool(one.terminated) and not one.diverged, bool(one.truncated) and not one.diverged,
-                   not one.diverged and succeeded(world, one.env, one.info, one.terminated, len(one.rewards), one.start), one.diverged, one.frames)
+                   success and not one.diverged, one.diverged, one.frames)
 
 
-def succeeded(world: World, env: Any, info: dict[str, Any], terminated: bool, steps: int, start: float) -> bool:
-    """Whether an episode that has ended is a success.
+def succeeded(world: World, env: Any, info: dict[str, Any], terminated: bool, steps: int, start: float) -> bool | None:
+    """Whether an episode that has ended is a success; None where it is not known what that is.
 
     | environment | success |
     |---|---|
-    | our own | what it says itself (``info["success"]``) |
-    | Hopper, Walker2d, HalfCheetah, Ant, Humanoid, Swimmer | not fallen up to the time limit, and LEAST_SPEED metres a second on the way |
+    | our own, and others that say it themselves | ``info["success"]`` |
+    | InvertedPendulum, InvertedDoublePendulum, CartPole | not ended (fallen) before the time limit |
+    | Hopper, Walker2d, HalfCheetah, Ant, Humanoid | not fallen up to the time limit, and LEAST_SPEED metres a second on the way |
     | Reacher | the fingertip within 2 cm of the target in the end |
     | Pusher | the object within 5 cm of the goal in the end |
-    | others (InvertedPendulum, InvertedDoublePendulum) | not ended (fallen) before the time limit |
+    | others | None: what an end means differs (MountainCar ends where it succeeds), and Swimmer is too slow for LEAST_SPEED |
     """
-    if "success" in info:
-        return bool(info["success"])
+    if world.id in OWN or "success" in info:
+        return bool(info.get("success"))
     name = world.id.partition("-")[0]
-    if name in ("Hopper", "Walker2d", "HalfCheetah", "Ant", "Humanoid", "Swimmer"):
+    if name in WALKERS:
         return not terminated and _place(env) - start >= LEAST_SPEED * steps * float(env.unwrapped.dt)
-    if name in ("Reacher", "Pusher"):
-        body = env.unwrapped.get_body_com
-        near = np.linalg.norm(body("fingertip") - body("target")) if name == "Reacher" else np.linalg.norm(body("object") - body("goal"))
-        return bool(near < (0.02 if name == "Reacher" else 0.05))
-    return not terminated
+    if name in PLACED:
+        body, goal, near = PLACED[name]
+        return bool(np.linalg.norm(env.unwrapped.get_body_com(body) - env.unwrapped.get_body_com(goal)) < near)
+    return not terminated if name in UPRIGHT else None
 
 
 def _place(env: Any) -> float:

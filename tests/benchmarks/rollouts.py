@@ -4,7 +4,7 @@
 
 HalfCheetah-v5 with random actions in episodes of 1000 steps, as the task has them, and InvertedDoublePendulum-v5 with the LQR expert in episodes of 400.
 ``bare``: one environment in this process, reset and stepped with that policy's actions, nothing kept. ``rollouts``: the importer as a user runs it, on Ray
-with two CPUs, whose workers have run before: worlds made, regulators computed, episodes simulated in parts of 16 (and a random policy's beside the
+with two CPUs, whose workers have run before: worlds made, the regulator computed once, episodes simulated in parts of 16 (and a random policy's beside the
 regulator's, not counted), checked, and written as Parquet with manifest and summary; all of its wall time counts. ``alone``: the same in this process
 without Ray, by processor time, for what the importer itself costs. Target of issue 7: at least 1.6 of the bare loop. Two processes need two idle cores.
 """

@@ -287,6 +287,9 @@ def test_what_is_fitted():
     full = BehaviourCloning.test_metrics(OPTIONS, {**told, "columns": list(BehaviourCloning.optional_roles)})
     assert set(full) == {f"{who}{name}" for who in ("", "expert_", "random_") for name in ("success", "return", "steps")}
     assert full[:3] == ("success", "return", "steps") and {*full, "action_error"} <= set(METRICS)
+    for ident, names in (("Hopper-v5", ("success", "return", "steps")), ("MountainCarContinuous-v0", ("return", "steps"))):
+        rows = episodes().append_column("env", pa.array([World(ident, 40, 0, {}).text()] * len(episodes())))
+        assert BehaviourCloning.test_metrics(OPTIONS, BehaviourCloning.fit(OPTIONS, rows, {**COLUMNS, "environment": "env"})) == names
 
 
 @pytest.mark.parametrize(("names", "order"), [

@@ -1,5 +1,7 @@
 """Worlds make the same environment again, change what they say and nothing else, and refuse what they cannot be."""
 
+import json
+
 import mujoco
 import numpy as np
 import pytest
@@ -20,6 +22,15 @@ def test_a_world_is_its_text():
     for text in ("", "[]", '{"id": "a"}', '{"id": "a", "steps": 3, "seed": 1, "dynamics": 4}'):
         with pytest.raises(ValueError, match="is no world"):
             World.parse(text)
+
+
+@pytest.mark.parametrize(("changed", "said"), [
+    ({"dynamics": {"mass": "x"}}, "could not convert string to float: 'x'"), ({"steps": "ten"}, "'ten'"),
+    ({"seed": float("inf")}, "cannot convert float infinity"),
+    ({"dynamics": {"mas": 2.0}}, "dynamics mas: did you mean mass"), ({"steps": 0}, "steps 0: an episode has at least 1")])
+def test_a_text_that_is_no_world_is_named_with_what_is_wrong_in_it(changed, said):
+    with pytest.raises(ValueError, match=r"'\{\"id\": \"Hopper-v5\".* is no world: .*" + said):
+        World.parse(json.dumps({"id": "Hopper-v5", "steps": 3, "seed": 1, **changed}))
 
 
 @pytest.mark.parametrize(("dynamics", "said"), [
@@ -82,6 +93,15 @@ def test_noise_is_on_observations_alone_and_follows_the_seed():
     assert not np.allclose((noisy - clean)[0], (episode(World(PENDULUM, 50, 4, {"noise": 0.05}), actions) - episode(World(PENDULUM, 50, 4), actions))[0])
 
 
+def test_noise_differs_from_episode_to_episode():
+    """Where one environment is reset again and again, as in training: by the seed given to reset, and without one it goes on."""
+    noisy, clean = (make(World(PENDULUM, 50, 3, dynamics)) for dynamics in ({"noise": 0.05}, {}))
+    found = [noisy.reset(seed=seed)[0] - clean.reset(seed=seed)[0] for seed in (3, 8, 3)]
+    assert np.allclose(found[0], found[2]) and not np.allclose(found[0], found[1])
+    first = [env.reset()[0] for env in (noisy, clean)]
+    assert not np.allclose(first[0] - first[1], found[0])
+
+
 def test_ranges_are_drawn_by_the_seed_within_their_bounds():
     ranges = {"mass": (0.5, 2.0), "gear": 0.7, "latency": (0, 3), "noise": (0.0, 0.1)}
     found = [drawn(ranges, seed) for seed in range(400)]
@@ -100,6 +120,10 @@ def test_a_range_that_is_none_is_refused(ends):
 def test_what_is_not_installed_is_named(monkeypatch):
     with pytest.raises(ValueError, match=r"environment 'InvertedDoublePendulun-v5' is not installed; did you mean InvertedDoublePendulum-v5"):
         make(World("InvertedDoublePendulun-v5", 10, 0))
+    with pytest.raises(ValueError, match="environment 'Hopper' is not installed; did you mean Hopper-v5"):
+        make(World("Hopper", 10, 0))
+    with pytest.raises(ValueError, match="nowhere:Hopper-v5: No module named 'nowhere'"):
+        make(World("nowhere:Hopper-v5", 10, 0))
     with pytest.raises(ValueError, match="Hopper-v5 has no skill 'jump'"):
         make(World("Hopper-v5", 10, 0, {}, "jump"))
     monkeypatch.setitem(__import__("sys").modules, "gymnasium", None)

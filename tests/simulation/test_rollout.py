@@ -5,6 +5,7 @@ import mujoco
 import numpy as np
 import pytest
 
+from pipeline.simulation import experts
 from pipeline.simulation import rollout as rollouts
 from pipeline.simulation.environment import World, make
 from pipeline.simulation.experts import LQR, Random, demonstrations, expert
@@ -115,8 +116,20 @@ def test_noisy_demonstrations_keep_the_expert_s_own_actions_as_labels():
     noisy, clean = (demonstrations([world], [LQR(world)], explore)[0] for explore in (0.1, 0.0))
     assert np.array_equal(noisy.observations[0], clean.observations[0]) and np.array_equal(noisy.actions[0], clean.actions[0])
     assert not np.allclose(noisy.observations[1], clean.observations[1])
+    assert np.array_equal(clean.executed, clean.actions) and not np.allclose(noisy.executed, noisy.actions) and noisy.executed.dtype == np.float32
+    env = make(world)
+    seen = [env.reset(seed=1)[0], *(env.step(action)[0] for action in noisy.executed)]
+    assert np.array_equal(np.float32(seen[:-1]), noisy.observations) and np.abs(noisy.executed).max() <= 1
     again = demonstrations([world], [LQR(world)], 0.1)[0]
     assert np.array_equal(noisy.observations, again.observations)
+
+
+def test_lqr_is_solved_once_for_the_same_dynamics(monkeypatch):
+    met = []
+    monkeypatch.setattr(experts, "make", lambda world: met.append(world.dynamics) or make(world))
+    dynamics = {"mass": 1.2345, "gear": 0.9}
+    first, noisy, other = (LQR(World(PENDULUM, 9, seed, given)) for seed, given in enumerate((dynamics, {"noise": 0.1, **dynamics}, {"mass": 1.2346})))
+    assert met == [dynamics, {"mass": 1.2346}] and np.array_equal(first.gain, noisy.gain) and not np.array_equal(first.gain, other.gain)
 
 
 def test_an_expert_that_is_none_is_named():
@@ -213,3 +226,10 @@ def test_walkers_succeed_by_staying_up_and_getting_on():
             return [None if one is None else np.zeros(3) for one in observations]
 
     assert [(one.success, one.terminated) for one in rollout(worlds, Still())] == [(False, False)] * 2  # it stands, and gets nowhere
+
+
+@pytest.mark.parametrize(("ident", "steps", "action", "want"), [
+    ("CartPole-v1", 5, 0, True), ("CartPole-v1", 50, 0, False), ("MountainCarContinuous-v0", 5, [1.0], None), ("Swimmer-v5", 5, [0.0, 0.0], None),
+    ("Swimmer-v5", 5, [np.nan, 0.0], None), ("onetomany/Push-v0", 5, [np.nan, 0.0], False)])
+def test_success_is_told_where_it_is_known_what_that_is(ident, steps, action, want):
+    assert rollout([World(ident, steps, 0)], Given(action))[0].success is want

@@ -8,7 +8,7 @@ from safetensors.numpy import save
 
 from pipeline import storage
 from pipeline.simulation.environment import World, make
-from pipeline.simulation.ppo import Adam, Bounds, Network, Ppo, Running, Settings, advantages, mean_actions, scaled
+from pipeline.simulation.ppo import Adam, Bounds, Network, Ppo, Running, Settings, _Runner, advantages, mean_actions, scaled
 from pipeline.simulation.training import Trained, train
 
 PENDULUM = World("InvertedPendulum-v5", steps=300, seed=0, dynamics={})
@@ -156,6 +156,26 @@ def test_a_simulation_that_blows_up_is_an_end():
         ppo.block()
     assert np.isfinite(ppo.network.vector).all() and np.isfinite(ppo.observations.mean).all()
     assert ppo.curve[-1][1:] == (4, 5)
+
+
+def test_a_state_that_mujoco_calls_bad_is_an_end_as_in_a_rollout():
+    """MuJoCo starts anew after a bad state: what is seen is finite then, and an ordinary step without that."""
+    env, done = make(PENDULUM), []
+    step = env.unwrapped.step
+
+    def blow(action):
+        done.append(action)
+        if len(done) == 3:
+            env.unwrapped.data.qvel[:] = 1e20
+        return step(action)
+
+    env.unwrapped.step = blow
+    ppo = Ppo(lambda k: env, 1, 0, Settings(environments=1, horizon=16, epochs=1, minibatch=8, width=16, block=1))
+    ppo.bounds = Bounds(np.zeros(1), np.zeros(1))
+    runner = _Runner(ppo)
+    batch = runner.run(np.random.default_rng(0))
+    assert np.flatnonzero(batch.terminated[:, 0]).tolist()[0] == 2 and batch.rewards[2, 0] == 0 and runner.done[0] == (2.0, 3.0)
+    assert np.isfinite(batch.raw).all() and not batch.terminated[3, 0], "a warning is of its own episode alone"
 
 
 # --- stopping and going on ---

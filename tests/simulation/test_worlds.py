@@ -36,6 +36,19 @@ def test_skills_are_points_of_the_target():
     assert np.allclose(np.linalg.norm(circle, axis=1), 0.04) and np.ptp(circle[:, 0]) > 0.07
 
 
+def test_a_moving_point_is_measured_where_it_is_after_the_step():
+    arm = make(World(ARM, 75, 3, {}, "orbit")).unwrapped
+    arm.reset(seed=3)
+    target = arm.data.qpos[2:4].copy()
+    assert np.array_equal(arm.wanted(), reach.SKILLS["orbit"](target, 0.0))
+    for step in range(1, 4):
+        ahead = arm.wanted(1)
+        _, _, _, _, info = arm.step(np.zeros(2))
+        want = reach.SKILLS["orbit"](target, step * arm.dt)
+        assert np.array_equal(arm.wanted(), want) and np.array_equal(ahead, want)
+        assert info["distance"] == np.linalg.norm(arm.get_body_com("fingertip")[:2] - want)
+
+
 def test_the_arm_that_reaches_does_not_mirror():
     """What counts is the skill's own point, not that of another."""
     world = World(ARM, 75, 3, {}, "reach")

@@ -34,7 +34,8 @@ class UnusableError(ValueError):
 @dataclass(frozen=True)
 class Episode:
     """T steps: ``observations`` (T, O) float32, in whose place ``actions`` (T, A) float32 or T names of classes were taken; ``rewards`` (T,) float32 and
-    ``images`` T encoded files where there are such. ``terminated``: it ended by itself; ``truncated``: it was cut, by a time limit or where its log ends."""
+    ``images`` T encoded files where there are such. ``terminated``: it ended by itself; ``truncated``: it was cut, by a time limit or where its log ends.
+    ``executed``: what was done, like ``actions``, where those are labels."""
 
     name: str
     observations: np.ndarray
@@ -45,11 +46,13 @@ class Episode:
     images: list[bytes] | None = None
     task: str = ""
     embodiment: str = ""
+    executed: np.ndarray | list[str] | None = None
 
 
-def fields(discrete: bool | None, rewards: bool, images: bool = False) -> list[pa.Field]:
+def fields(discrete: bool | None, rewards: bool, images: bool = False, executed: bool = False) -> list[pa.Field]:
     """The columns of an episode, without ``split``. ``discrete``: actions are names of classes; None: there are none."""
-    actions = [] if discrete is None else [pa.field("actions", pa.list_(pa.string()) if discrete else VECTORS)]
+    names = [] if discrete is None else ["actions", "executed"] if executed else ["actions"]
+    actions = [pa.field(name, pa.list_(pa.string()) if discrete else VECTORS) for name in names]
     return [pa.field("episode", pa.string()), pa.field("task", pa.string()), pa.field("embodiment", pa.string()), pa.field("observations", VECTORS), *actions,
             *([pa.field("rewards", pa.list_(pa.float32()))] if rewards else []), *([pa.field("images", pa.list_(pa.binary()))] if images else []),
             pa.field("terminated", pa.bool_()), pa.field("truncated", pa.bool_()), pa.field("steps", pa.int64())]
@@ -59,8 +62,9 @@ def row(episode: Episode, split: str, more: dict[str, pa.Array] | None = None) -
     """The episode as a table of one row; ``more``: further columns, arrays of one value."""
     e = episode
     columns: dict[str, Any] = {"episode": [e.name], "task": [e.task], "embodiment": [e.embodiment], "observations": _vectors(e.observations)}
-    if e.actions is not None:
-        columns["actions"] = _vectors(e.actions) if isinstance(e.actions, np.ndarray) else pa.array([e.actions], pa.list_(pa.string()))
+    for name, acts in (("actions", e.actions), ("executed", e.executed)):
+        if acts is not None:
+            columns[name] = _vectors(acts) if isinstance(acts, np.ndarray) else pa.array([acts], pa.list_(pa.string()))
     if e.rewards is not None:
         columns["rewards"] = _listed(pa.array(e.rewards.astype(np.float32, copy=False)))
     if e.images is not None:
@@ -88,6 +92,8 @@ def matrix(column: Any, what: str, width: int = 0) -> np.ndarray:
     """
     held = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     if not pa.types.is_nested(held.type):
+        if width > 1:
+            raise UnusableError(f"{what} of 1 number in step 0, where {width} are needed")
         return held.cast(pa.float64(), safe=False).fill_null(float("nan")).to_numpy(zero_copy_only=False)[:, None]
     held = held.cast(pa.list_(pa.float64()))
     widths = pc.list_value_length(held).fill_null(0).to_numpy()  # pyright: ignore[reportAttributeAccessIssue]

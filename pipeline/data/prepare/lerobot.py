@@ -31,7 +31,7 @@ NUMBERS = ("float", "double", "int", "uint", "bool", "half")
 class LerobotOptions(Options):
     observations: str = Field("", description="features that make an observation, in order: observation.state; empty: all observation.* that are numbers")
     actions: str = Field("action", description="the feature that is the action; empty: none")
-    images: str = Field("", description="the camera whose frames are kept as JPEG, such as observation.images.front (extra video); empty: none")
+    images: str = Field("", description="camera whose frames are kept: observation.images.front; videos (extra video) as JPEG, images as they are; empty: none")
     embodiment: str = Field("", description="the robot's name; empty: robot_type of meta/info.json")
     split: Literal["", "train", "validation", "test"] = Field("", description="the split of all episodes; empty: as meta/info.json has them")
 
@@ -41,9 +41,9 @@ class Lerobot(EpisodeImporter):
     """LeRobot data sets as LeRobot writes them, layouts v2.0, v2.1 (a file an episode) and v3.0 (many episodes a file): the folder with meta/ and data/.
 
     Columns: episode, task (its text), embodiment, observations, actions, rewards (next.reward, where there is one), images (--set images=CAMERA, with
-    --resize and --quality), terminated (next.done of the last row), truncated, steps, split. A frame is the one nearest to its row's timestamp. Left out and
-    counted by reason: episodes whose rows and metadata disagree (number of rows, range of index, widths), without their files or frames, or with values
-    that are no finite numbers.
+    --resize and --quality; without them images that are stored as such keep their bytes), terminated (next.done of the last row), truncated, steps, split.
+    A frame is the one nearest to its row's timestamp. Left out and counted by reason: episodes whose rows and metadata disagree (number of rows, range of
+    index, widths), without their files or frames, or with values that are no finite numbers.
     """
 
     label = "task"
@@ -64,8 +64,7 @@ class Lerobot(EpisodeImporter):
             video.library()
         if not o.images and (settings.resize or settings.quality):
             raise ValueError("--resize and --quality say how images are written; name a camera: --set images=observation.images.front")
-        splits, outside = lerobot_layout.splits(layout)
-        split = {number: o.split or found for number, found in splits.items()}
+        split, outside = lerobot_layout.splits(layout, o.split)
         known = sorted(layout.episodes, key=lambda one: (split[one.number], one.number))
         if not known:
             raise ValueError(f"{source}: no episodes" + (f"; of {len(layout.missing)} in the metadata none has its files" if layout.missing else ""))
@@ -73,7 +72,7 @@ class Lerobot(EpisodeImporter):
         cameras = [name for name, about in layout.features.items() if about["dtype"] in ("video", "image") and name != o.images]
         self.layout = Layout(layout.version, layout.info, layout.features, layout.tasks, [], layout.mark)  # travels to every task: without the episodes
         notes = {"layout": layout.version, **({"cameras left out (--set images= takes one)": few(cameras)} if cameras else {}),
-                 **({"episodes in no range of splits, taken as train": outside} if outside and not o.split else {})}
+                 **({"episodes in no range of splits, taken as train": outside} if outside else {})}
         info = {"observations": self.observed, "actions": o.actions, "images": o.images, "fps": layout.fps, "layout": layout.version,
                 "names": {name: layout.features[name].get("names") for name in (*self.observed, o.actions) if name}}
         broken = [{"path": f"episode {number}", "split": split[number], "reason": why} for number, why in layout.missing]
@@ -137,6 +136,9 @@ class Lerobot(EpisodeImporter):
         needed = [*self.observed, *filter(None, [self.options.actions]), *more, *self._stored_images()]
         if lacking := [name for name in ("episode_index", *needed) if name not in there]:
             raise ValueError(f"{entry.name}: no column {lacking[0]!r}, which meta/info.json names; there are {few(there)}")
+        if first.video is not None and "timestamp" not in there:
+            raise ValueError(f"{entry.name}: no column 'timestamp', by which the frames of {self.options.images} are found; get the file again, or leave "
+                             f"--set images= out; there are {few(there)}")
         held: list[pa.Table] = []
         current = -1
         reading = Reading(piece._replace(start=start, stop=stop), opener)

@@ -93,16 +93,24 @@ def read(source: str, camera: str) -> Layout:
     return Layout(version, info, info["features"], tasks, episodes, files.mark, missing)
 
 
-def splits(layout: Layout) -> tuple[dict[int, str], int]:
-    """(the split of every episode, how many are in no range of meta/info.json's and so are train). Raises ValueError for a split of another name or form."""
-    ranges = []
+def splits(layout: Layout, fixed: str = "") -> tuple[dict[int, str], int]:
+    """(the split of every episode, how many are in no range of meta/info.json's and so are train). ``fixed``: that of all, whatever stands there.
+
+    Raises ValueError for a split of another name or form, and for ranges that overlap.
+    """
+    numbers = [*(one.number for one in layout.episodes), *(number for number, _ in layout.missing)]
+    if fixed:
+        return dict.fromkeys(numbers, fixed), 0
+    ranges: list[tuple[int, int, str]] = []
     for name, text in (layout.info.get("splits") or {}).items():
         found = re.fullmatch(r"(\d+):(\d+)", str(text).strip())
         split = SPLITS.get(str(name).lower())
         if not found or not split:
             raise ValueError(f"{INFO}: split {name!r}: {text!r} is no range of episodes of train, validation or test; say --set split=train")
-        ranges.append((int(found[1]), int(found[2]), split))
-    numbers = [*(one.number for one in layout.episodes), *(number for number, _ in layout.missing)]
+        start, stop = int(found[1]), int(found[2])
+        if both := next((other for a, b, other in ranges if max(a, start) < min(b, stop)), ""):
+            raise ValueError(f"{INFO}: split {name!r}: {text!r} overlaps the range of {both}; mend the ranges, or say --set split=train")
+        ranges.append((start, stop, split))
     out = {number: next((split for a, b, split in ranges if a <= number < b), "") for number in numbers}
     return {number: split or "train" for number, split in out.items()}, sum(not split for split in out.values())
 

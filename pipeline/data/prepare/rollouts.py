@@ -41,7 +41,7 @@ class RolloutsOptions(Options):
     seed: int = Field(0, ge=0, description="of all episodes: each follows from it, its split and its number alone")
     dynamics: str = Field("", description="multipliers mass, friction, damping, gear, and latency (steps), noise: mass=2.5,gear=0.45, or drawn mass=0.5..2")
     skills: str = Field("", description="of environments with several: episodes are shared out evenly, reach,push")
-    explore: float = Field(0.0, ge=0, le=1, description="noise of what is executed, a share of half an action's range; actions stay the expert's (DART)")
+    explore: float = Field(0.0, ge=0, le=1, description="train episodes only: noise of what is executed, a share of half an action's range (DART)")
     keep: Literal["all", "success"] = Field("all", description="success: only episodes in which the expert succeeded")
     embodiment: str = Field("", description="the robot's name; empty: the environment's, without its version")
 
@@ -58,12 +58,13 @@ class Job(NamedTuple):
 class Rollouts(EpisodeImporter):
     """Episodes of an expert in simulation; SOURCE is an environment: InvertedDoublePendulum-v5, Hopper-v5, onetomany/WallFollowing-v0 (extra robotics).
 
-    Columns: episode, task (the skill), embodiment, observations, actions (the expert's own, also where --set explore= makes what is executed noisy, as
-    DART, Laskey et al. 2017), rewards, terminated, truncated, steps, environment (id, steps, seed and dynamics, which make the world again), return, success,
-    and those of a random policy in the same world: random_return, random_success, random_steps. The same seeds give the same rows on any number of
-    workers. An expert that is trained here, by proximal policy optimisation in worlds of these dynamics, stays beside the rows as _expert.safetensors, and
-    may be named as the expert of others. Left out and counted: episodes in which the simulator diverged, and with --set keep=success those in which the
-    expert failed.
+    Columns: episode, task (the skill), embodiment, observations, actions (the expert's own), executed (what was done: the same, except in train episodes with
+    --set explore=, whose noise leads to observations that the expert alone never meets, as DART, Laskey et al. 2017), rewards, terminated, truncated, steps,
+    environment (id, steps, seed and dynamics, which make the world again), return, success (empty where it is not known what that is), and those of a random
+    policy in the same world: random_return, random_success, random_steps, empty where its simulation diverged. Validation and test episodes have no noise:
+    theirs are the expert's own figures. The same seeds give the same rows on any number of workers. An expert that is trained here, by proximal policy
+    optimisation in worlds of these dynamics, stays beside the rows as _expert.safetensors, and may be named as the expert of others. Left out and counted:
+    episodes in which the simulator diverged, and with --set keep=success those in which the expert failed.
     """
 
     reads_files = False
@@ -78,7 +79,6 @@ class Rollouts(EpisodeImporter):
         self.skills = [name.strip() for name in o.skills.split(",") if name.strip()]
         if not sum(getattr(o, option) for option in SPLITS.values()):
             raise ValueError("--set episodes=0: no episodes in any split; give episodes=, validation_episodes= or test_episodes=")
-        self.label = "task" if self.skills else "success"
         if o.expert == PPO and len(self.skills) > 1:
             raise ValueError(f"--set expert=ppo: one is trained for one skill, not for {o.skills}; prepare them apart")
         self.classes: list[str] | None = None
@@ -100,11 +100,16 @@ class Rollouts(EpisodeImporter):
                 jobs.append(Job(split, number, World(source, steps, seed, environment.drawn(self.ranges, seed), skill)))
         content = self._load()
         widths = [self._look(job.world) for job in {job.world.skill: job for job in reversed(jobs)}.values()]
+        judged = rollout.judged(source)
+        self.label = "task" if self.skills else "success" if judged else ""
+        if o.keep == "success" and not judged:
+            raise ValueError(f"--set keep=success: what success is in {source} is not known; known: {', '.join(rollout.JUDGED)}. Leave keep out")
         versions = {name: metadata.version(name) for name in ("gymnasium", "mujoco")}
         info = {"expert": o.expert, "dynamics": o.dynamics, "skills": self.skills, "classes": self.classes, "explore": o.explore, "versions": versions}
         mark = " ".join([source, str(steps), content, *(f"{name} {version}" for name, version in versions.items())])
-        sizes = np.full(len(jobs), 4.0 * steps * (max(map(sum, widths)) + 1))
-        return Episodes(jobs, [job.split for job in jobs], sizes, [*fields(self.classes is not None, True), *MORE], mark, {"steps at most": steps}, info)
+        sizes = np.full(len(jobs), 4.0 * steps * max(seen + 2 * done + 1 for seen, done in widths))
+        columns = [*fields(self.classes is not None, True, executed=True), *MORE]
+        return Episodes(jobs, [job.split for job in jobs], sizes, columns, mark, {"steps at most": steps}, info)
 
     def _load(self) -> str:
         """The expert that a file holds, and the file's SHA-256; nothing for others."""
@@ -159,47 +164,67 @@ class Rollouts(EpisodeImporter):
                 raise ValueError(f"--set explore={self.options.explore:g}: noise of numbers, while {world.id} takes classes of actions; leave it out")
         finally:
             env.close()
-        widths = None if self.trained is None else (len(self.trained.mean), len(self.trained.low))
-        if widths and widths != (seen.shape[0], *(done.shape or (0,))):
-            raise ValueError(f"{self.options.expert} was trained on {widths[0]} observations and {widths[1]} actions, while {world.id} has "
-                             f"{seen.shape[0]} and {done.shape[0] if done.shape else 'classes'}; name an expert of its own")
-        if not widths and self.options.expert != PPO:
+        if self.trained is not None:
+            self._check_trained(world)
+        elif self.options.expert != PPO:
             experts.expert(self.options.expert, world)
         return seen.shape[0], done.shape[0] if done.shape else 4
+
+    def _check_trained(self, world: World) -> None:
+        """Raises ValueError for an expert that was trained in another environment or for another skill, whatever its dynamics were."""
+        own = World.parse(self.trained.facts.get("world", ""))
+        if (own.id, own.skill) != (world.id, world.skill):
+            theirs, asked = (f"{one.id} (skill {one.skill})" if one.skill else one.id for one in (own, world))
+            raise ValueError(f"--set expert={self.options.expert} was trained in {theirs}, while {asked} is asked for; name an expert of its own")
 
     # ------------------------------------------------------------ the episodes of a part
 
     def episodes(self, items: list[Job], settings: Settings) -> Iterator[Result]:
         for job in items:  # one after the other: an expert gains nothing from a batch, and a single model stays in the processor's cache
-            shown, = experts.demonstrations([job.world], [self.trained or experts.expert(self.options.expert, job.world)], self.options.explore)
+            explore = self.options.explore if job.split == "train" else 0.0
+            shown, = experts.demonstrations([job.world], [self.trained or experts.expert(self.options.expert, job.world)], explore)
             blind = shown if self.options.expert == "random" else experts.demonstrations([job.world], [experts.expert("random", job.world)])[0]
             yield self._result(job, shown, blind)
 
     def _result(self, job: Job, found: rollout.Episode, random: rollout.Episode) -> Result:
-        name, total, blind = f"{job.split}-{job.number:06d}", float(found.rewards.sum()), float(random.rewards.sum())
+        name, total = f"{job.split}-{job.number:06d}", float(found.rewards.sum())
         if found.diverged:
             return Result(job.split, broken={"path": f"episode {name}", "split": job.split, "reason": f"the simulator diverged: {found.diverged}"},
                           amounts={"diverged": 1})
-        amounts = {"simulated": 1, "success": int(found.success), "return": total, "random success": int(random.success), "random return": blind}
+        amounts = {"simulated": 1, "return": total, **_success(found.success)}
         if job.world.skill:
-            amounts |= {f"simulated {job.world.skill}": 1, f"success {job.world.skill}": int(found.success)}
+            amounts |= _success(found.success, f" at {job.world.skill}")
+        if random.diverged:
+            blind: tuple[Any, ...] = (None, None, None)
+            amounts["random diverged"] = 1
+        else:
+            blind = float(random.rewards.sum()), random.success, len(random.rewards)
+            amounts |= {"random": 1, "random return": blind[0], **_success(random.success, " of random")}
         if self.options.keep == "success" and not found.success:
             return Result(job.split, amounts={**amounts, "failed": 1})
-        actions = found.actions if self.classes is None else [self.classes[code] for code in found.actions.tolist()]
-        episode = Episode(name, found.observations, actions, found.terminated, found.truncated, found.rewards, None, job.world.skill, self.robot)
-        more = zip(MORE, (job.world.text(), total, found.success, blind, random.success, len(random.rewards)), strict=True)
+        assert found.executed is not None
+        actions, executed = (acts if self.classes is None else [self.classes[code] for code in acts.tolist()] for acts in (found.actions, found.executed))
+        episode = Episode(name, found.observations, actions, found.terminated, found.truncated, found.rewards, None, job.world.skill, self.robot, executed)
+        more = zip(MORE, (job.world.text(), total, found.success, *blind), strict=True)
         return Result(job.split, row(episode, job.split, {field.name: pa.array([value], field.type) for field, value in more}),
                       amounts={**amounts, "steps": len(found.rewards)})
 
     def shown(self, amounts: dict[str, dict[str, Any]]) -> dict[str, Any]:
-        def share(name: str, of: str = "simulated") -> dict[str, float]:
-            return {split: round(amounts.get(name, {}).get(split, 0) / count, 4) for split, count in amounts[of].items()}
-
-        out: dict[str, Any] = {"steps": amounts["steps"], "expert's success": share("success"), "expert's return, mean": share("return"),
-                               "random policy's success": share("random success"), "random policy's return, mean": share("random return")}
-        out |= {f"expert's success at {skill}": share(f"success {skill}", f"simulated {skill}") for skill in self.skills if f"simulated {skill}" in amounts}
+        shares = {"expert's success": ("success", "judged"), "expert's return, mean": ("return", "simulated"),
+                  "random policy's success": ("success of random", "judged of random"), "random policy's return, mean": ("random return", "random"),
+                  **{f"expert's success at {skill}": (f"success at {skill}", f"judged at {skill}") for skill in self.skills}}
+        out: dict[str, Any] = {"steps": amounts["steps"]}
+        for told, (name, of) in shares.items():
+            if of in amounts:
+                out[told] = {split: round(amounts[name].get(split, 0) / count, 4) for split, count in amounts[of].items()}
         return out | {told: amounts[name] for name, told in (("diverged", "episodes in which the simulator diverged"),
+                                                            ("random diverged", "episodes in which the random policy's simulation diverged"),
                                                             ("failed", "episodes left out, in which the expert failed")) if name in amounts}
+
+
+def _success(success: bool | None, whose: str = "") -> dict[str, int]:
+    """What is added up of it; nothing where it is not known."""
+    return {} if success is None else {f"judged{whose}": 1, f"success{whose}": int(success)}
 
 
 def _ranges(text: str) -> dict[str, float | tuple[float, float]]:

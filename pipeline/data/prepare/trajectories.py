@@ -75,6 +75,7 @@ class Trajectories(TableImporter):
         self.low, self.high = _bounds("action_low", o.action_low), _bounds("action_high", o.action_high)
         self.rules = logs.Rules(o.episode_steps, o.validation_share, o.test_share, o.open == "allow", o.task_name, o.embodiment_name)
         self.roles = logs.Roles(())
+        self.coded = False  # actions are classes because the first ones are whole numbers
 
     def pieces(self, source: str, part_bytes: int) -> tuple[list[Piece], str, dict[str, Any]]:
         o = self.options
@@ -125,7 +126,8 @@ class Trajectories(TableImporter):
         values = first.get(column)
         whole = kind == "whole" or (kind == "text" and values is not None and _all(values, logs.WHOLE))
         if o.action_names or whole:
-            return bool(o.action_names) or not (self.low or self.high)
+            self.coded = not o.action_names and not (self.low or self.high)
+            return bool(o.action_names) or self.coded
         return kind == "text" and not (values is not None and _all(values, logs.NUMBER))
 
     # ------------------------------------------------------------ the two passes
@@ -158,8 +160,12 @@ class Trajectories(TableImporter):
 
     def settle(self, pieces: list[Piece], found: list[Found]) -> Settled:
         if not any(int(one["rows"]) for one in found):
-            at, reason = next(one["examples"].tolist()[0] for one in found if len(one["examples"]))
-            raise ValueError(f"no episode is left of {sum(int(one['broken']) for one in found)}. First one: {pieces[0].name}: {at}: {reason}")
+            piece, (at, reason) = next((piece, one["examples"].tolist()[0]) for piece, one in zip(pieces, found, strict=True) if len(one["examples"]))
+            raise ValueError(f"no episode is left of {sum(int(one['broken']) for one in found)}. First one: {piece.name}: {at}: {reason}")
+        for piece, one in zip(pieces, found, strict=True):
+            if self.coded and (text := next((text for text in one["classes"].tolist() if not re.match(logs.WHOLE, text)), "")):
+                raise ValueError(f"{piece.name}: {self.roles.actions[0]} is {text!r}, while it began with whole numbers and so was taken as classes; "
+                                 "say --set discrete=false where it is numbers, --set discrete=true where it is names of classes")
         known: dict[str, tuple[list[int], str]] = {}
         for piece, one in zip(pieces, found, strict=True):
             for robot, widths, name in zip(one["robots"].tolist(), one["widths"].tolist(), one["first"].tolist(), strict=True):
@@ -236,8 +242,8 @@ def _types(piece: Piece, opener: Opener, names: set[str]) -> tuple[dict[str, str
         return dict.fromkeys(names, "text"), {name: first[name].combine_chunks() for name in names}
     with Reading(piece, opener).open() as handle:
         schema = pq.ParquetFile(handle if not piece.entry.member and piece.entry.offset < 0 else pa.BufferReader(handle.read())).schema_arrow
-    kinds = {"numbers": lambda kind: pa.types.is_nested(kind), "whole": lambda kind: pa.types.is_integer(kind) or pa.types.is_boolean(kind),
-             "moment": pa.types.is_temporal, "number": lambda kind: pa.types.is_floating(kind) or pa.types.is_decimal(kind)}
+    kinds = {"numbers": lambda kind: pa.types.is_nested(kind), "whole": pa.types.is_integer, "moment": pa.types.is_temporal,
+             "number": lambda kind: pa.types.is_floating(kind) or pa.types.is_decimal(kind)}
     types = {name: next((kind for kind, holds in kinds.items() if holds(schema.field(name).type)), "text") for name in names}
     return types, {name: pa.array(["x"]) for name, kind in types.items() if kind == "text"}
 

@@ -182,6 +182,21 @@ def test_images_in_the_table_are_kept_as_they_are_or_made_smaller(v30, tmp_path)
     assert all(PIL.Image.open(io.BytesIO(data)).size == (21, 16) for row in read(tmp_path / "small") for data in row["images"])
 
 
+def test_frames_need_the_times_of_their_rows(v21, tmp_path):
+    for file in (v21 / "data").rglob("*.parquet"):
+        pd.read_parquet(file).drop(columns="timestamp").to_parquet(file, index=False)
+    with pytest.raises(ValueError, match=r"episode_00000\d\.parquet: no column 'timestamp', by which the frames of observation\.images\.front are found"):
+        prepare(v21, tmp_path / "out", f"images={FRONT}")
+    prepare(v21, tmp_path / "out")
+    assert len(read(tmp_path / "out")) == 3
+
+
+def test_one_split_for_all_does_not_ask_what_the_ranges_are(v30, tmp_path):
+    about = json.loads((v30 / "meta/info.json").read_text())
+    write(v30 / "meta/info.json", json.dumps({**about, "splits": {"seen": "all", "train": "0:9", "test": "2:3"}}))
+    assert prepare(v30, tmp_path / "out", "split=validation")["rows"] == {"validation": 3}
+
+
 def test_features_and_robot_may_be_named(v30, tmp_path):
     about = json.loads((v30 / "meta/info.json").read_text())
     write(v30 / "meta/info.json", json.dumps({**about, "robot_type": None, "splits": {"train": "0:2"}}))
@@ -215,6 +230,7 @@ def test_an_episode_of_v3_whose_metadata_is_not_true_is_left_out_naming_both_num
     (lambda rows: rows.assign(frame_index=[0, 1, 3, 2]), "frame_index is 3 in step 2"),
     (lambda rows: rows.assign(timestamp=[0, 0.1, 0.1, 0.2]), "timestamp does not ascend in data/chunk-000/episode_000001.parquet, at step 2"),
     (lambda rows: rows.assign(action=[[1.0, 2.0], [1.0, 2.0], [1.0], [1.0, 2.0]]), "action of 1 numbers in step 2, where 2 are needed"),
+    (lambda rows: rows.assign(action=1.5), "action of 1 number in step 0, where 2 are needed"),
     (lambda rows: rows.assign(**{"observation.force": [0, 1, np.nan, np.nan]}), r"observation.force 0 is no number in step 2 (2 such steps)"),
     (lambda rows: rows.assign(task_index=7), "task_index 7 is none of the 2 tasks of meta/tasks"),
     (lambda rows: rows.assign(episode_index=0), "no row of it in data/chunk-000/episode_000001.parquet, but its length in the metadata is 4")])
@@ -242,6 +258,7 @@ def test_videos_that_are_missing_or_broken(v21, tmp_path):
     ({"meta/info.json": None}, [], r"no meta/info\.json; name the folder of a LeRobot data set"),
     ({"meta/info.json": info("v1.6")}, [], r"codebase_version 'v1\.6', which is none of v2\.0, v2\.1 and v3\.0"),
     ({"meta/info.json": info("v2.1", splits={"seen": "0:3"})}, [], r"split 'seen': '0:3' is no range of episodes .*--set split=train"),
+    ({"meta/info.json": info("v2.1", splits={"train": "0:2", "test": "1:3"})}, [], r"split 'test': '1:3' overlaps the range of train; mend .*split=train"),
     ({"meta/info.json": info("v2.1", fps=None)}, [], r"meta/info\.json has no fps"),
     ({"meta/episodes.jsonl": None}, [], r"no meta/episodes\.jsonl, which a data set of layout v2 has"),
     ({"meta/episodes.jsonl": "{\n"}, [], r"meta/episodes\.jsonl:1: not JSON"),

@@ -17,7 +17,7 @@ from pipeline.data import manifest
 from pipeline.data.prepare import importing
 from pipeline.data.prepare.write import Preparation, Settings, verify
 from pipeline.job import Data
-from pipeline.simulation import training
+from pipeline.simulation import experts, training
 from pipeline.simulation.environment import World, make
 
 PENDULUM = "InvertedDoublePendulum-v5"
@@ -124,6 +124,21 @@ def test_what_is_executed_is_noisy_and_what_is_recorded_is_the_experts_own(tmp_p
     (gain, left), (same, left_of_noisy) = fitted(clean), fitted(noisy)
     assert left < 1e-4 and left_of_noisy < 1e-4 and np.allclose(gain, same, atol=1e-2)
     assert clean[0]["observations"][0] == noisy[0]["observations"][0] and clean[0]["observations"][-1] != noisy[0]["observations"][-1]
+    assert all(row["executed"] == row["actions"] for row in clean) and all(row["executed"] != row["actions"] for row in noisy)
+    for row in noisy:  # played again: what is seen follows from what was executed
+        env = gymnasium.make(PENDULUM, max_episode_steps=12)
+        seen = [env.reset(seed=json.loads(row["environment"])["seed"])[0], *(env.step(np.float32(action))[0] for action in row["executed"])]
+        assert np.array_equal(np.float32(seen[:-1]), np.float32(row["observations"])) and np.abs(row["executed"]).max() <= 1
+
+
+def test_only_train_episodes_are_noisy(tmp_path):
+    """What test rows say of the expert is the expert's own, which the policy is compared with."""
+    pairs = (*SHORT, "episodes=2", "validation_episodes=2", "test_episodes=2")
+    prepare(tmp_path / "clean", *pairs)
+    prepare(tmp_path / "noisy", *pairs, "explore=0.3")
+    clean, noisy = ({row["episode"]: row for row in read(tmp_path / name)} for name in ("clean", "noisy"))
+    assert {name for name in clean if clean[name] == noisy[name]} == {"validation-000000", "validation-000001", "test-000000", "test-000001"}
+    assert all(noisy[name]["executed"] != noisy[name]["actions"] for name in ("train-000000", "train-000001"))
 
 
 def test_only_successes_are_kept_when_asked_and_the_experts_rate_is_of_all(tmp_path):
@@ -137,6 +152,38 @@ def test_only_successes_are_kept_when_asked_and_the_experts_rate_is_of_all(tmp_p
         assert np.isclose(notes(tmp_path / out)["expert's return, mean"]["train"], np.mean([row["return"] for row in every]), atol=1e-3)
     assert notes(tmp_path / "kept")["episodes left out, in which the expert failed"] == {"train": 20 - len(kept)}
     assert every[0]["return"] == every[0]["random_return"], "the expert is the random policy here"
+
+
+def test_success_that_is_not_known_is_empty_and_cannot_be_kept(tmp_path):
+    pairs, source = ("expert=random", "max_steps=5", "episodes=2"), "MountainCarContinuous-v0"
+    prepare(tmp_path / "out", *pairs, source=source)
+    assert all(row["success"] is None and row["random_success"] is None and row["random_steps"] == 5 for row in read(tmp_path / "out"))
+    found = json.loads((tmp_path / "out/_summary.json").read_text())
+    assert found["classes"] == {} and not [name for name in found["notes"] if "success" in name] and "expert's return, mean" in found["notes"]
+    with pytest.raises(ValueError, match=r"keep=success: what success is in MountainCarContinuous-v0 is not known; known: onetomany/Reach, .*CartPole.*Hopper"):
+        prepared(tmp_path / "none", *pairs, "keep=success", source=source)
+
+
+def test_a_random_episode_that_diverged_has_no_figures(tmp_path, monkeypatch):
+    """The expert's own is a row all the same; the mean is of the others."""
+    real = experts.demonstrations
+
+    def shown(worlds, acting, explore=0.0):
+        found = real(worlds, acting, explore)
+        if isinstance(acting[0], experts.Random) and worlds[0].seed == seeds["train-000001"]:
+            found[0].diverged = "step 2: bad"
+        return found
+
+    prepare(tmp_path / "whole", *SHORT, "episodes=3")
+    whole = {row["episode"]: row for row in read(tmp_path / "whole")}
+    seeds = {name: json.loads(row["environment"])["seed"] for name, row in whole.items()}
+    monkeypatch.setattr(experts, "demonstrations", shown)
+    prepare(tmp_path / "out", *SHORT, "episodes=3")
+    blind = dict.fromkeys(("random_return", "random_success", "random_steps"))
+    assert {row["episode"]: row for row in read(tmp_path / "out")} == {**whole, "train-000001": {**whole["train-000001"], **blind}}
+    told = notes(tmp_path / "out")
+    assert told["episodes in which the random policy's simulation diverged"] == {"train": 1} and told["random policy's success"] == {"train": 0.0}
+    assert np.isclose(told["random policy's return, mean"]["train"], np.mean([whole[f"train-00000{i}"]["random_return"] for i in (0, 2)]), atol=1e-3)
 
 
 def test_a_simulator_that_diverges_is_marked_counted_and_not_used(tmp_path):
@@ -171,14 +218,25 @@ def test_an_expert_is_trained_stays_beside_the_rows_and_may_be_named_for_others(
     shutil.rmtree(tmp_path / "a/_parts")
     (tmp_path / "a/_manifest.json").unlink()
     prepare(tmp_path / "a", "expert=ppo", "expert_steps=2048", *pairs, source=source)
-    for other, expert, said in ((PENDULUM, kept, "was trained on 4 observations and 1 actions, while InvertedDoublePendulum-v5 has 9 and 1"),
+    for other, expert, said in ((PENDULUM, kept, "was trained in InvertedPendulum-v5, while InvertedDoublePendulum-v5 is asked for"),
+                                ("InvertedPendulum-v4", kept, "was trained in InvertedPendulum-v5, while InvertedPendulum-v4 is asked for"),
                                 (source, tmp_path / "no.safetensors", "no such file for --set expert"),
-                                ("CartPole-v1", kept, "has 4 and classes")):
+                                ("CartPole-v1", kept, "was trained in InvertedPendulum-v5, while CartPole-v1 is asked for")):
         with pytest.raises(ValueError, match=said):
             prepared(tmp_path / "c", f"expert={expert}", source=other)
     (tmp_path / "bad.safetensors").write_bytes(b"none")
     with pytest.raises(ValueError, match=r"bad\.safetensors: not an expert"):
         prepared(tmp_path / "c", f"expert={tmp_path / 'bad.safetensors'}", source=source)
+
+
+def test_an_expert_of_one_skill_is_not_taken_for_another(tmp_path):
+    source, file = "onetomany/Reach-v0", tmp_path / "_expert.safetensors"
+    world = World(source, 75, 0, {"mass": 2.0}, "mirror")
+    file.write_bytes(training.train(world, env_steps=1, seed=0, settings=training.Settings(environments=1, horizon=8, epochs=1, minibatch=8)).to_bytes())
+    prepare(tmp_path / "out", f"expert={file}", "skills=mirror", "episodes=1", source=source)
+    for skills in ("reach", "mirror,reach"):
+        with pytest.raises(ValueError, match=r"was trained in onetomany/Reach-v0 \(skill mirror\), while onetomany/Reach-v0 \(skill reach\) is asked for"):
+            prepared(tmp_path / "none", f"expert={file}", f"skills={skills}", "episodes=2", source=source)
 
 
 # ---------------------------------------------------------------- runs
@@ -224,6 +282,7 @@ def test_a_job_reads_the_rows(tmp_path):
 
 @pytest.mark.parametrize(("source", "pairs", "said"), [
     ("InvertedDoublPendulum-v5", SHORT, "environment 'InvertedDoublPendulum-v5' is not installed; did you mean InvertedDoublePendulum-v5"),
+    ("Hopper", ["expert=random"], "environment 'Hopper' is not installed; did you mean Hopper-v5"),
     (PENDULUM, ["expert=lqrr"], "unknown expert 'lqrr'; did you mean lqr"),
     (PENDULUM, [], "--set expert= is missing"),
     ("Hopper-v5", SHORT, "expert lqr balances InvertedPendulum and InvertedDoublePendulum, not Hopper-v5"),
@@ -244,7 +303,8 @@ def test_bad_worlds_and_options_give_one_clear_message(tmp_path, source, pairs, 
 def test_classes_of_actions_and_the_environments_own_time_limit(tmp_path):
     prepare(tmp_path / "out", "expert=random", "episodes=3", source="CartPole-v1")
     for row in read(tmp_path / "out"):
-        assert set(row["actions"]) <= {"0", "1"} and len(row["actions"]) == row["steps"] and json.loads(row["environment"])["steps"] == 500
+        assert set(row["actions"]) <= {"0", "1"} and row["executed"] == row["actions"]
+        assert len(row["actions"]) == row["steps"] and json.loads(row["environment"])["steps"] == 500
 
 
 def test_without_the_extra_the_command_line_says_what_to_install(tmp_path, monkeypatch):

@@ -149,6 +149,28 @@ def test_actions_are_classes_or_numbers(tmp_path, values, pairs, want):
     assert [action.lower() if isinstance(action, str) else action for action in read(tmp_path / "csv")[0]["actions"]] == want
 
 
+def test_fractions_after_whole_numbers_are_no_classes(tmp_path, monkeypatch):
+    monkeypatch.setattr(columnar, "BATCH_ROWS", 2)
+    numbers(4, act=[0, 1, 1, 0]).to_csv(write(tmp_path / "logs/a.csv", ""), index=False)
+    numbers(4, act=[0, 1, 0.5, 2]).to_csv(tmp_path / "logs/b.csv", index=False)
+    pairs = ("observations=x", "actions=act")
+    with pytest.raises(ValueError, match=r"^b\.csv: act is '0\.5', while it began with whole numbers .* --set discrete=false .* --set discrete=true"):
+        prepare(tmp_path / "logs", tmp_path / "none", *pairs)
+    found = {}
+    for choice in ("false", "true"):
+        prepare(tmp_path / "logs", tmp_path / choice, *pairs, f"discrete={choice}")
+        found[choice] = [action for row in read(tmp_path / choice) for action in row["actions"]]
+    assert found == {"false": [[0], [1], [1], [0], [0], [1], [0.5], [2]], "true": ["0", "1", "1", "0", "0", "1", "0.5", "2"]}
+
+
+def test_a_whole_number_is_one_class_however_it_is_written(tmp_path):
+    write(tmp_path / "logs/a.csv", "x,act\n1,0\n2,1\n3,0.0\n4,1.\n")
+    numbers(3, act=[1.0, 0.0, 2.0]).to_parquet(tmp_path / "logs/b.parquet")
+    prepare(tmp_path / "logs", tmp_path / "out", "observations=x", "actions=act")
+    assert [row["actions"] for row in read(tmp_path / "out")] == [["0", "1", "0", "1"], ["1", "0", "2"]]
+    assert summary(tmp_path / "out")["notes"]["classes of actions"] == 3
+
+
 def test_parquet_may_hold_lists(tmp_path):
     pq.write_table(pa.table({"o": [[1.0, 2.0], [3.0, 4.0]], "u": pa.array([[0.5], [1.0]], pa.list_(pa.float32(), 1))}), tmp_path / "a.parquet")
     prepare(tmp_path / "a.parquet", tmp_path / "out", "observations=o", "actions=u")
@@ -239,6 +261,13 @@ def test_bad_tables_and_options_give_one_clear_message(tmp_path, text, pairs, sa
     own = {pair.partition("=")[0] for pair in pairs}
     with pytest.raises(ValueError, match=said):
         prepare(write(tmp_path / "a.csv", text), tmp_path / "out", *(pair for pair in ROLES if pair.partition("=")[0] not in own), *pairs)
+
+
+def test_an_episode_is_named_with_its_own_file(tmp_path):
+    pd.DataFrame({"run": pd.Series(dtype=str), "x": pd.Series(dtype=float), "over": pd.Series(dtype=bool)}).to_parquet(write(tmp_path / "odd/a.parquet", ""))
+    pd.DataFrame({"run": ["a", "a"], "x": [1.0, 2.0], "over": [False, False]}).to_parquet(tmp_path / "odd/b.parquet")
+    with pytest.raises(ValueError, match=r"no episode is left of 1\. First one: b\.parquet: episode a .*it has no end"):
+        prepare(tmp_path / "odd", tmp_path / "out", "observations=x", "episode=run", "done=over")
 
 
 def test_a_run_that_was_stopped_goes_on_and_the_command_line_says_what_was_done(tmp_path, monkeypatch):
