@@ -6,12 +6,14 @@ writes each trial's record when it ends, so an interrupted fan-out goes on with 
 
 from __future__ import annotations
 
+import ctypes
 import math
 import shutil
 import tempfile
 import time
 import warnings
 from collections import defaultdict
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,10 +88,17 @@ def _run_unit(config: dict[str, Any], held: list[Any], work: list[Unit], asha: b
         reason = f"{type(error).__name__}: {error}"[:2000]
         records = [trial.failed(one, shared, reason) for one in unit.trials if trial.read_record(shared.root, one.id) is None]
     finally:
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        release()
     failed = sum(record["status"] == "failed" for record in records)
     tune.report({"goodness": 0.0, "done_trials": len(unit.trials), "failed_trials": failed, "finished": True})
+
+
+def release() -> None:
+    """What a trial took goes back to the device and to the system: glibc would keep it, and one process serves many trials."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    with suppress(OSError, AttributeError):  # another system's C library
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 class GroupedASHA(TrialScheduler):

@@ -374,3 +374,19 @@ def test_the_line_tells_trials_that_have_begun_since():
     show.on_step_end(0, trials)
     assert [line.strip() for line in console.file.getvalue().splitlines()] == [
         "fine-tune: trials 0/3  0 running, 0 failed", "fine-tune: trials 0/3  2 running, 0 failed"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+def test_what_a_trial_took_goes_back_to_the_system():
+    def held() -> int:
+        """MiB that are this process's own."""
+        return int(Path("/proc/self/status").read_text().partition("RssAnon:")[2].split()[0]) >> 10
+
+    fanout.release()
+    before = held()
+    parts = [np.ones(8 << 10) for _ in range(8 << 10)]  # 64 KiB each: below what the C library maps by itself
+    last = parts[-1]
+    del parts
+    kept = held()
+    fanout.release()
+    assert kept - before > 400 and held() - before < 100 and last.any()
