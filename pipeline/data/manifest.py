@@ -159,18 +159,16 @@ class Reader:
 
     def take(self, rows: np.ndarray) -> pa.Table:
         """The table of the given row ids, in their order."""
-        which = np.searchsorted(self.manifest.starts, rows, side="right") - 1
-        order = np.argsort(which, kind="stable")
-        parts = []
-        for g in np.unique(which):
-            inside = rows[order][which[order] == g] - self.manifest.starts[g]
+        groups, first, which = np.unique(np.searchsorted(self.manifest.starts, rows, side="right") - 1, return_index=True, return_inverse=True)
+        seen = np.argsort(first)  # groups in the order in which they come: rows that come group by group are copied once
+        order, parts = np.argsort(np.argsort(seen)[which], kind="stable"), []
+        for g, inside in zip(groups[seen], np.split(rows[order], np.cumsum(np.bincount(which)[seen])[:-1]), strict=True) if len(rows) else ():
+            inside = inside - self.manifest.starts[g]
             group = self._group(int(g))
             stretch = len(inside) * 2 >= len(group) and (np.diff(inside) == 1).all()  # not copied; a smaller one would keep all of the group in memory
             parts.append(group.slice(int(inside[0]), len(inside)) if stretch else lists.take(group, inside))
-        back = np.empty(len(rows), dtype=np.int64)
-        back[order] = np.arange(len(rows))
         table = pa.concat_tables(parts) if parts else self.manifest.schema.empty_table().select(self.columns)
-        return table if (np.diff(order) == 1).all() else lists.take(table, back)
+        return table if (np.diff(order) == 1).all() else lists.take(table, np.argsort(order))
 
 
 def typed(table: pa.Table, schema: pa.Schema) -> pa.Table:
