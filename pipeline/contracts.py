@@ -112,7 +112,7 @@ class Modality(ABC):
         return ""
 
     def grown(self, table: Any, columns: dict[str, str]) -> dict[str, Any]:
-        """The state, completed by what a target's training rows have and the source's had not (another robot's spaces); what is known stays as it was."""
+        """The state, completed by what a target's or a continuing source's training rows have besides (another robot's spaces); what is known stays."""
         return self.state
 
     def encoded(self, table: Any, columns: dict[str, str]) -> tuple[np.ndarray, list[str]] | None:
@@ -200,10 +200,8 @@ class Backbone(nn.Module, ABC):
 
 
 class Objective(nn.Module, ABC):
-    """One kind of task: head, loss, prediction and metrics together.
-
-    ``state`` is what was fitted on the training rows (label names): JSON, it travels in the bundle.
-    """
+    """One kind of task: head, loss, prediction and metrics together. ``state`` is what was fitted on the training rows (label names): JSON, it travels in
+    the bundle."""
 
     registered_name: ClassVar[str]
     options_class: ClassVar[type[Options]]
@@ -218,7 +216,7 @@ class Objective(nn.Module, ABC):
     couples_rows: ClassVar[bool] = False
     """True for losses that compare the rows of a global batch with each other: they gather over ranks and take no micro-batches."""
     carries_head: ClassVar[bool] = False
-    """True: a target with the same objective starts with its source's head, the tensors of the same name and shape that ``carried`` (a policy's decoder)."""
+    """True: a target with the same objective starts with its source's head, tensors of the same name and shape that are ``carried`` (a decoder)."""
     whole_rows: ClassVar[bool] = False
     """True: whole numbers of label_fractions are rows (demonstrations), since a row has no class."""
     fit_roles: ClassVar[tuple[str, ...] | None] = None
@@ -233,6 +231,8 @@ class Objective(nn.Module, ABC):
     """True for an objective that changes its inputs in training (mixup): features computed once are then not those that it trains on."""
     calibrates: bool = False
     """True where ``calibrate`` has something to do, which costs the predictions of the validation rows."""
+    film: np.ndarray | None = None
+    """(F, H, W, 3) uint8 pictures of what ``tested`` tried first, where some could be made."""
 
     options: Any
     state: dict[str, Any]

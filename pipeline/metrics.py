@@ -25,7 +25,7 @@ Of several labels a row: ``labels`` (n, L) 0 or 1 beside ``scores`` (n, L), and 
 rows a label needs to stand in a macro average (1 without it). Of entities: ``hits``, ``guessed`` and ``actual`` (n, T) by type; of words:
 ``right`` of ``words`` (n,). Of answers: ``exact`` and ``f1`` (n,), 0 to 1. Of language models: ``bytes`` (n,) beside ``loss``, a sum of nats. Of
 transcripts: ``word_errors`` of ``words`` and ``char_errors`` of ``chars`` (n,). Of samples: ``count`` of them (n,) beside ``loss``, a sum of nats.
-Of policies: ``squared_error``, summed over ``action_numbers`` (n,), standardised; of an episode of each row ``success`` (n,) 0 or 1, ``return`` and
+Of policies: ``squared_error``, summed over ``action_numbers`` (n,), in their own units; of an episode of each row ``success`` (n,) 0, 1 or NaN, ``return`` and
 ``steps``, beside those of the demonstration (``expert_``) and of a random policy (``random_``) in the same world.
 Of rows that are judged at several positions (every hour): ``scores`` (n, M, classes) and ``label`` (n, M), -1 where a row has no more positions.
 Of two classes the second is the positive one; ``threshold`` (n,) the probability from which rows are called so, where one was chosen.
@@ -58,7 +58,7 @@ class Metric:
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """The least and the greatest value that there can be."""
+        """Between which an interval is kept: 0 and 1 for shares; others are not bounded."""
         return (0.0, 1.0) if self.name.partition("/")[0] in SHARES else (-math.inf, math.inf)
 
     def of_units(self, units: np.ndarray) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -62,7 +63,13 @@ class Episodes:
         steps, widths, observations = _numbers(table, columns["observations"], "observations", reasons)
         action_widths = np.full(len(table), NONE)
         found: dict[str, Numbers] = {}
-        for role in [role for role in ("actions", "executed") if columns.get(role) in table.column_names]:
+        roles = [role for role in ("actions", "executed") if columns.get(role) in table.column_names]
+        if len(roles) == 2 and table[columns["executed"]].null_count:  # nothing else was done there than what is to be learned
+            name, kind = columns["executed"], table.schema.field(columns["executed"]).type
+            with suppress(pa.ArrowInvalid, pa.ArrowNotImplementedError):  # of another kind than actions: the rows are told as they are read
+                done = pc.if_else(pc.is_null(table[name]), table[columns["actions"]].cast(kind), table[name])  # pyright: ignore[reportAttributeAccessIssue]
+                table = table.set_column(table.schema.get_field_index(name), name, done)
+        for role in roles:
             kind = table.schema.field(columns[role]).type
             read = _numbers if is_list(kind) and is_list(kind.value_type) else _classes
             taken, wide, found[role] = read(table, columns[role], role, reasons)

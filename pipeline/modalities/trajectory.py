@@ -96,7 +96,7 @@ class Trajectory(Modality):
     def known(self, table, columns) -> str:
         """In words, which spaces and tasks of these rows the state has, and what it lacks."""
         rows = Episodes.read(table, columns)
-        place, _, lacking = self._placed(rows)
+        place, lacking, _ = self._settled(rows)
         parts = [_told("space", Counter(self.names[i] for i in place.tolist() if i >= 0), Counter(map(rows.name, lacking.tolist())))]
         for i, space in enumerate(self.spaces.values()):
             mine = np.flatnonzero(place == i)
@@ -116,22 +116,29 @@ class Trajectory(Modality):
         all known make a new space."""
         self._check_frames(self.options, columns)
         rows = Episodes.read(table, columns)
-        place, _, lacking = self._placed(rows)
-        chosen = dict(self.state.get("chosen", {}))
-        for i, space in enumerate(self.spaces.values()):
-            mine = np.flatnonzero((place == i) & (rows.robot < 0))
-            if rows.discrete and (classes := rows.classes(mine)) - set(space.discrete or ()):
-                fits = [name for name in self._by_width(space.observation, CLASSES) if classes <= set(self.spaces[name].discrete or ())]
-                if fits:
-                    chosen[str(space.observation)] = fits[-1]
-                else:
-                    lacking = np.union1d(lacking, mine)
+        _, lacking, chosen = self._settled(rows)
         tasks = sorted(set(texts(table, columns, "task")) - {"", *self.tasks})
         new = rows.spaces(lacking, self.names)
         chosen |= {str(facts["observation"]): name for name, facts in new.items() if facts["discrete"] and BY_WIDTH.fullmatch(name)}
         if not new and not tasks and chosen == self.state.get("chosen", {}):
             return self.state
         return {**self.state, "spaces": {**self.state["spaces"], **new}, "tasks": [*self.tasks, *tasks], **({"chosen": chosen} if chosen else {})}
+
+    def _settled(self, rows: Episodes) -> tuple[np.ndarray, np.ndarray, dict[str, str]]:
+        """(B,) number of each row's space or -1, the good rows of spaces that the state lacks, and, by width of observations, which space rows without a name
+        whose actions are classes are of: the one that they are taken for, or the last one that has all their classes, else a new one."""
+        place, _, lacking = self._placed(rows)
+        chosen, before = dict(self.state.get("chosen", {})), place.copy()
+        for i, space in enumerate(self.spaces.values()):
+            mine = np.flatnonzero((before == i) & (rows.robot < 0))
+            if rows.discrete and (classes := rows.classes(mine)) - set(space.discrete or ()):
+                fits = [name for name in self._by_width(space.observation, CLASSES) if classes <= set(self.spaces[name].discrete or ())]
+                place[mine] = self.names.index(fits[-1]) if fits else -1
+                if fits:
+                    chosen[str(space.observation)] = fits[-1]
+                else:
+                    lacking = np.union1d(lacking, mine)
+        return place, lacking, chosen
 
     def _by_width(self, observation: int, action: int) -> list[str]:
         """Spaces that rows without a name may be of, and that are told by their widths."""

@@ -69,7 +69,7 @@ class BehaviourCloning(Objective):
     roles = ("actions",)
     optional_roles = ("environment", "return", "success", "steps", "random_return", "random_success", "random_steps")
     origin_roles = optional_roles
-    metrics = ("action_error", "loss")
+    metrics = ("loss", "action_error")
     log_names = ("error",)
     carries_head = True
     whole_rows = True
@@ -77,7 +77,8 @@ class BehaviourCloning(Objective):
 
     @classmethod
     def measures(cls, options, state):
-        return cls.metrics if state["kind"] == "continuous" else ("macro_f1", "accuracy", "loss")
+        """Of numbers a source is judged by its loss, which is standardised: of several robots none counts more by its units."""
+        return ("action_error", "loss") if state["kind"] == "continuous" else ("macro_f1", "accuracy", "loss")
 
     @classmethod
     def test_metrics(cls, options, state):
@@ -102,7 +103,9 @@ class BehaviourCloning(Objective):
                              f"{'class names' if kind == 'discrete' else 'numbers'}: say {fine}, or leave it out")
         state = {"kind": kind, "columns": told}
         if columns.get("environment") in table.column_names:
-            state["judged"] = all(judged(world.id) for world in _worlds(table[columns["environment"]].slice(0, TRIED), columns["environment"]))
+            worlds = _worlds(table[columns["environment"]].drop_null().slice(0, TRIED), columns["environment"])
+            told = columns.get("success") in table.column_names and table[columns["success"]].null_count < len(table)
+            state["judged"] = told or all(judged(world.id) for world in worlds)
         return state if kind == "continuous" else {**state, "labels": actions.names_of(table[name])}
 
     @classmethod
@@ -182,22 +185,24 @@ class BehaviourCloning(Objective):
         assert tokens is not None
         return self.decoded(tokens, batch["space"])
 
-    def _losses(self, name: str, out: Tensor, acts: Tensor, mask: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """(n, T, chunk) losses, which places count, and squared errors averaged over an action's numbers (of classes: 1 where it is wrong), in the numbers'
-        own units where their deviations (n, A) are given as ``scale``."""
+    def _losses(self, name: str, out: Tensor, acts: Tensor, std: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(n, T, chunk) losses, which places count, and squared errors averaged over an action's numbers, in their own units by their deviations ``std`` (n, A)
+        (of classes: 1 where it is wrong)."""
         target, known = actions.chunks(acts[..., :self.spaces[name]["action"]], mask, self.options.chunk)
         head = self.heads[name]
         found = actions.losses(head, out, target, self.options.components, self.options.beta if self.training else 0.0)
         best = actions.likeliest(head, out, self.options.components)
-        off = best - target if scale is None else (best - target) * scale[:, None, None, :best.shape[-1]]
-        error = (best.argmax(-1) != target.argmax(-1)).float() if head == "categorical" else off.square().mean(-1)
+        if head == "categorical":
+            error = (best.argmax(-1) != target.argmax(-1)).float()
+        else:
+            error = ((best - target) * std[:, None, None, :best.shape[-1]]).square().mean(-1)
         return found.masked_fill(~known, 0.0), known, error.masked_fill(~known, 0.0)
 
     def loss(self, backbone: Backbone, batch: Batch):
         mask = batch["mask"]
         total, count, error = torch.zeros((), device=mask.device), torch.zeros((), device=mask.device), torch.zeros((), device=mask.device)
         for name, rows, out in self._told(backbone, batch):
-            losses, known, errors = self._losses(name, out, batch["actions"][rows], mask[rows])
+            losses, known, errors = self._losses(name, out, batch["actions"][rows], batch["action_std"][rows], mask[rows])
             total, count, error = total + losses.sum(), count + known.sum(), error + errors.detach().sum()
         for parameter in (*backbone.parameters(), *self.parameters()):  # of spaces that this batch has no row of: DDP waits for every gradient
             total = total + 0.0 * parameter.sum() if parameter.requires_grad else total
@@ -215,7 +220,7 @@ class BehaviourCloning(Objective):
             width = self.spaces[name]["action"]
             best[rows, :, :width] = actions.likeliest(self.heads[name], of[:, :, 0], self.options.components)
             if graded:
-                losses, known, errors = self._losses(name, of, batch["actions"][rows], mask[rows], batch["action_std"][rows])
+                losses, known, errors = self._losses(name, of, batch["actions"][rows], batch["action_std"][rows], mask[rows])
                 numbers = 1 if discrete else width
                 for key, value in (("loss", losses.sum((1, 2))), ("count", known.sum((1, 2)).float()), ("squared_error", errors[:, :, 0].sum(1) * numbers),
                                    ("action_numbers", known[:, :, 0].sum(1).float() * numbers)):
@@ -253,8 +258,8 @@ class BehaviourCloning(Objective):
     def tested(self, backbone, found, origin):
         """With ``environment``: an episode of the policy in each row's world, and arrays (n,) float64 ``success`` (0 or 1, NaN where it is not known what
         that is), ``return``, ``steps``, the same of ``expert_`` and ``random_`` from the rows' columns, and ``diverged`` (0 or 1): a simulation that went
-        wrong is no success, its return that until then. ``frames`` (n, FRAMES, H, W, 3) uint8 where pictures can be made, of the first world; black behind
-        an episode's end.
+        wrong is no success, its return that until then. ``film`` has FRAMES pictures of the first world where they can be made, black behind an episode's
+        end.
 
         All rows go in step, one forward pass a step, in float32 on the backbone's device. The pass always holds all rows, also ended ones, so that what a
         row does never follows from when others end."""
@@ -269,8 +274,7 @@ class BehaviourCloning(Objective):
         out["steps"] = np.array([len(one.rewards) for one in episodes], dtype=np.float64)
         out["success"] = np.array([one.success for one in episodes], dtype=np.float64) * (1 - out["diverged"])
         if film := episodes[0].frames[:FRAMES]:
-            out["frames"] = np.zeros((len(episodes), FRAMES, *film[0].shape), dtype=np.uint8)
-            out["frames"][0, :len(film)] = film
+            self.film = np.stack([*film, *[np.zeros_like(film[0])] * (FRAMES - len(film))])
         for role in COMPARED:
             if role in origin.columns:
                 out[role if role.startswith("random_") else f"expert_{role}"] = _numbers(origin.table[origin.columns[role]])

@@ -34,7 +34,7 @@ class Dynamics(Objective):
 
     ``forward_heads.<space>``: from token t and action t (as it was executed, where rows tell), the change of the observation from t to t + 1, each number
     in its own changes' deviation (a running mean over the training rows, ``changes.<space>``); squared error averaged over the observation's numbers.
-    ``inverse_heads.<space>``: from tokens t and t + 1 the action t: of numbers the squared error averaged over them, of classes the cross entropy. The pass
+    ``inverse_heads.<space>``: from tokens t and t + 1 that action: of numbers the squared error averaged over them, of classes the cross entropy. The pass
     for it is given no actions at all: where a backbone reads earlier actions, token t + 1 would hold the answer. Such representations keep what can be
     controlled (Pathak et al. 2017), and serve imitation with few demonstrations (Brandfonbrener et al. 2023, "Inverse Dynamics Pretraining Learns Good
     Representations for Multitask Imitation").
@@ -101,7 +101,10 @@ class Dynamics(Objective):
             rows = (batch["space"] == number).nonzero()[:, 0]
             if not len(rows):
                 continue
-            there, acts = known[rows], batch.data.get("executed", batch["actions"])[rows, :-1, :space["action"]]
+            acts = batch.data.get("executed", batch["actions"])[rows, :-1, :space["action"]]
+            if space["discrete"]:  # a class that nobody teaches was executed
+                known[rows] &= acts.any(-1)
+            there = known[rows]
             if seeing is not None and options.forward:
                 seen = batch["observations"][rows, :, :space["observation"]]
                 change = self.changes[name](seen[:, 1:] - seen[:, :-1], there)

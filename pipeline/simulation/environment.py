@@ -85,6 +85,16 @@ def drawn(ranges: Mapping[str, float | Sequence[float]], seed: int) -> dict[str,
     return out
 
 
+def check_named(ident: str) -> None:
+    """Raises ValueError for an environment that is not known by this very name: without its version it would be another one with another gymnasium."""
+    try:
+        import gymnasium
+    except ModuleNotFoundError:
+        raise ValueError(f"{ident}: {NEEDED}") from None
+    if ident not in OWN and ident not in gymnasium.registry and ":" not in ident:  # module:id is registered by its module, when it is made
+        raise ValueError(f"environment {ident!r} is not installed; {nearest(ident, [*gymnasium.registry, *OWN])}")
+
+
 def make(world: World) -> Any:
     """A fresh environment with the world's dynamics, to be reset with its seed. Raises ValueError for an id that is not installed, with the nearest names,
     for a skill that it has not, for dynamics that it has not, and where gymnasium is missing."""
@@ -97,12 +107,12 @@ def make(world: World) -> Any:
     else:
         if world.skill:
             raise ValueError(f"{world.id} has no skill {world.skill!r}; leave skill out")
-        if world.id not in gymnasium.registry and ":" not in world.id:  # module:id is registered by its module, when it is made
-            raise ValueError(f"environment {world.id!r} is not installed; {nearest(world.id, [*gymnasium.registry, *OWN])}")
         try:
             env = gymnasium.make(world.id, disable_env_checker=True, max_episode_steps=world.steps)
         except gymnasium.error.DependencyNotInstalled as error:
             raise ValueError(f"{world.id}: {NEEDED} ({error})") from None
+        except gymnasium.error.UnregisteredEnv:
+            raise ValueError(f"environment {world.id!r} is not installed; {nearest(world.id, [*gymnasium.registry, *OWN])}") from None
         except (gymnasium.error.Error, ModuleNotFoundError) as error:
             raise ValueError(f"{world.id}: {error}") from None
     _quiet(env)

@@ -65,8 +65,8 @@ class _Running:
 
 
 def judged(ident: str) -> bool:
-    """Whether it is known what success is in an environment."""
-    return ident.partition("-")[0] in JUDGED
+    """Whether it is known what success is in an environment, or its own module may say it (``module:id``)."""
+    return ":" in ident or ident.partition("-")[0] in JUDGED
 
 
 def rollout(worlds: Sequence[World], policy: Policy, frames: int = 0, start: Callable[[list[Any]], None] | None = None) -> list[Episode]:

@@ -32,16 +32,16 @@ def by_content(plug: Plug) -> dict[str, Any]:
 
 
 def sample(selection: Selection, columns: list[str], rows: int, strata: list[str] | None = None) -> pa.Table:
-    """Up to ``rows`` rows, evenly spread; over the values that the columns ``strata`` have together, where there are more rows: at least one of each."""
+    """Up to ``rows`` rows, evenly spread. With ``strata``, columns of which every value (together) is to be there, drawn from a fixed seed, since what comes in
+    turn may be missed by even steps, and one more row of each value that was not drawn, ``rows`` of those at most."""
     n = len(selection)
     places = np.unique(np.linspace(0, n - 1, min(rows, n)).astype(np.int64))
     if strata and n > rows:
         coded = [manifests.units(column.cast(pa.string()).fill_null("")) for column in manifests.read_columns(selection, strata).itercolumns()]
-        _, which = np.unique(np.stack(coded), axis=1, return_inverse=True)
-        order = np.argsort(which.reshape(-1), kind="stable")
-        parts = np.split(order, np.cumsum(np.bincount(which.reshape(-1)))[:-1])
-        each = max(1, rows // len(parts))
-        places = np.sort(np.concatenate([part[np.unique(np.linspace(0, len(part) - 1, min(each, len(part))).astype(np.int64))] for part in parts]))
+        _, first, which = np.unique(np.stack(coded), axis=1, return_index=True, return_inverse=True)
+        places = np.random.default_rng(0).choice(n, rows, replace=False)
+        missed = np.delete(first, np.unique(which.reshape(-1)[places]))
+        places = np.union1d(places, missed[:rows])
     return manifests.Reader(selection.manifest, columns).take(selection.ids(places))
 
 

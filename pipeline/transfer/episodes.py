@@ -42,7 +42,7 @@ def blocks(target: str, done: Sequence[Cell], rows: Sequence[Row], runs: dict[st
                                      for (label, *_), line in zip(shown, estimates, strict=True)]
     gone = sum(int(run.predictions["diverged"].sum()) for _, found in ran for run in found if "diverged" in run.predictions)
     said = (f"{target}: mean over the {len(first[0].rows)} test worlds and seeds, with 95 % intervals; every policy starts from the same states. "
-            + (f"In {gone} episodes the simulation diverged; they count as failures." if gone else ""))
+            + (f"In {gone} episodes the simulation diverged; none of them is a success." if gone else ""))
     out: list[Block] = [Heading("In the simulator", 3), Text(said.strip()), Table(["Policy", "Success", "Return", "Steps"], body)]
     return [*out, *_strips(target, ran, several)]
 

@@ -207,7 +207,6 @@ def run(trial: Trial, shared: Shared, ranks: Ranks | None = None, report: Report
         if log:
             log.close()
     test: Predictions | None = None
-    film: np.ndarray | None = None
     task = technique.finish(task)
     if trial.stage == "final":
         if task.objective.calibrates:
@@ -219,14 +218,13 @@ def run(trial: Trial, shared: Shared, ranks: Ranks | None = None, report: Report
         check_budget(lost, len(data.test), data.spec.data.max_bad_rows, data.test.selection)
         mine = evaluate.Completer(data.test).tested(task, mine)
         test = evaluate.gathered(mine, ranks)
-        film = test.pop("frames", [None])[0]  # of the first row alone, and no prediction: intervals resample what stands there
         moved += f"; {len(data.test) - len(test['row'])} test rows could not be read" if len(test["row"]) < len(data.test) else ""
     facts = {"params_trained": outcome.params_trained, "steps": outcome.steps, "seconds": time.time() - began, "device": device_name(ranks.device),
              "start_weights": start_hash, "transfer": moved, "n_train": len(rows) if technique.learns else 0, "curve": outcome.curve, "kept_step": keeper.step,
              "skipped_steps": outcome.skipped_steps, "fitted": fitted(task.objective)}
     record = make_record(trial, shared, train, began, facts, keeper.metrics, test)
     if ranks.first:
-        write(trial, shared, record, test, task if shared.keep_bundles and trial.stage == "final" else None, film)
+        write(trial, shared, record, test, task if shared.keep_bundles and trial.stage == "final" else None, task.objective.film)
     return record
 
 

@@ -312,7 +312,7 @@ def test_classes_that_a_source_lacks_make_a_space_of_their_own():
         assert list(state["spaces"]) == spaces
         batch, bad = read(Trajectory(source.options, state), target)
         assert not any(bad) and batch["space"].tolist() == [len(spaces) - 1] * 2
-    assert source.known(table(steered("aexw"), actions=NAMES), COLUMNS) == "1 of 1 spaces are known; o3c4 lacks the classes e, w, x"
+    assert source.known(table(steered("aexw"), actions=NAMES), COLUMNS) == "0 of 1 spaces are known; new: o3c (1 rows)"
 
 
 def test_rows_without_a_name_find_the_space_that_has_their_classes():
@@ -320,6 +320,7 @@ def test_rows_without_a_name_find_the_space_that_has_their_classes():
     second = Trajectory(first.options, first.grown(table(steered("abe"), actions=NAMES), COLUMNS))
     assert second.names == ("o3c4", "o3c3") and read(second, table(steered("ab"), actions=NAMES))[0]["space"].tolist() == [1], "those that it grew for"
     back = table(steered("abcd"), steered("ab"), actions=NAMES)
+    assert second.known(back, COLUMNS) == "1 of 1 spaces are known"
     third = Trajectory(first.options, json.loads(json.dumps(second.grown(back, COLUMNS))))
     assert third.names == ("o3c4", "o3c3"), "no third space of the same classes"
     batch, bad = read(third, back)
@@ -354,6 +355,11 @@ def test_what_was_executed_stands_beside_what_is_to_be_learned():
     assert modality.decode(short, columns)[1] == ["executed are 3 numbers a step, actions are 2 numbers a step: they are of one kind",
                                                   "the episode has 4 observations and 3 executed: an action stands beside every observation; leave out a last "
                                                   "observation that has none"]
+    some = rows.set_column(rows.schema.get_field_index("executed"), "executed", pa.array([walk(6, seed=8)[1], None]))
+    arrays, bad = modality.decode(some, columns)
+    found = modality.collate(arrays)
+    assert not any(bad) and torch.equal(found["executed"][1], found["actions"][1]), "where none is told, what stands there was done"
+    assert torch.equal(found["executed"][0], batch["executed"][0])
     named = table(steered("abca"), actions=NAMES).append_column("executed", pa.array([list("abzz")]))
     classes = made(named)
     arrays, bad = classes.decode(named, columns)

@@ -281,7 +281,7 @@ def test_what_is_fitted():
     worlds = {**COLUMNS, "environment": "env", "return": "r", "random_steps": "n"}
     told = BehaviourCloning.fit(OPTIONS, episodes(), worlds)
     assert told == {"kind": "continuous", "columns": ["environment", "return", "random_steps"]}
-    assert BehaviourCloning.measures(OPTIONS, told) == ("action_error", "loss")
+    assert BehaviourCloning.measures(OPTIONS, told) == ("action_error", "loss") and BehaviourCloning.metrics[0] == "loss", "standardised, for many robots"
     assert BehaviourCloning.test_metrics(OPTIONS, told) == ("success", "return", "steps", "expert_return", "random_steps")
     assert BehaviourCloning.test_metrics(OPTIONS, {**told, "columns": ["return"]}) == ()
     full = BehaviourCloning.test_metrics(OPTIONS, {**told, "columns": list(BehaviourCloning.optional_roles)})
@@ -290,6 +290,10 @@ def test_what_is_fitted():
     for ident, names in (("Hopper-v5", ("success", "return", "steps")), ("MountainCarContinuous-v0", ("return", "steps"))):
         rows = episodes().append_column("env", pa.array([World(ident, 40, 0, {}).text()] * len(episodes())))
         assert BehaviourCloning.test_metrics(OPTIONS, BehaviourCloning.fit(OPTIONS, rows, {**COLUMNS, "environment": "env"})) == names
+        judged = rows.append_column("won", pa.array([True, *[None] * (len(rows) - 1)]))  # the rows know it themselves
+        assert BehaviourCloning.fit(OPTIONS, judged, {**COLUMNS, "environment": "env", "success": "won"})["judged"]
+    rows = episodes().append_column("env", pa.nulls(len(episodes()), pa.string()))  # a real robot's
+    assert BehaviourCloning.fit(OPTIONS, rows, {**COLUMNS, "environment": "env"})["judged"]
 
 
 @pytest.mark.parametrize(("names", "order"), [
@@ -639,8 +643,9 @@ def test_a_simulation_that_diverged_is_no_success(monkeypatch):
     monkeypatch.setattr(behaviour_cloning, "rollout", made)
     out = task.objective.tested(task.backbone, found, origin)
     assert out["success"].tolist() == [1, 0] and out["diverged"].tolist() == [0, 1] and out["return"].tolist() == [6.5, 6.5]
-    assert out["frames"].shape == (2, behaviour_cloning.FRAMES, 2, 4, 3)  # pictures of the first alone
-    assert not out["frames"][1].any() and (out["frames"][0, :2] == 7).all() and not out["frames"][0, 2:].any()
+    film = task.objective.film
+    assert film.shape == (behaviour_cloning.FRAMES, 2, 4, 3) and (film[:2] == 7).all() and not film[2:].any()  # pictures of the first alone
+    assert out["success"].shape == (2,) and "film" not in out
 
 
 def test_worlds_that_cannot_be_are_told_before_anything_is_trained():

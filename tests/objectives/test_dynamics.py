@@ -209,3 +209,20 @@ def test_what_cannot_be_learned_is_told():
     del batch.data["actions"]
     with pytest.raises(ValueError, match="say --column actions=NAME"):
         task.objective.predict(task.backbone, batch)
+
+
+@torch.no_grad()
+@every
+def test_what_was_executed_is_what_changes_the_world(architecture, discrete):
+    """Actions to be learned may be others: they decide nothing here. A step whose class nobody teaches counts for nothing."""
+    task, batch, _ = case(architecture, discrete)
+    task.eval()
+    executed = batch["actions"].flip(0)
+    executed = torch.where(batch["mask"][..., None], executed, 0.0)
+    want = task(batch.replace(actions=executed))
+    found = task(batch.replace(executed=executed))
+    torch.testing.assert_close(found[0], want[0])
+    assert found[1] == want[1]
+    none, row = executed.clone(), int((batch["mask"][:, 1] & executed[:, 0].any(-1)).nonzero()[0])
+    none[row, 0] = 0.0
+    assert task(batch.replace(executed=none))[1] == found[1] - int(discrete)

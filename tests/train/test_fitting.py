@@ -95,8 +95,9 @@ def test_every_task_stands_in_the_sample(tmp_path):
     selection = manifests.Selection(manifests.build(str(tmp_path / "a.parquet"), "parquet", ""))
     assert set(fitting.sample(selection, ["skill"], 64)["skill"].to_pylist()) == {"push"}, "what an even step finds"
     found = fitting.sample(selection, ["number", "skill"], 64, ["skill"]).to_pydict()
-    assert set(found["skill"]) == {"push", "pull", "rare", None} and len(found["number"]) <= 64
-    assert found["number"] == sorted(set(found["number"])) and found["skill"].count("push") == found["skill"].count("pull") == 16
+    assert set(found["skill"]) == {"push", "pull", "rare", None} and 64 <= len(found["number"]) <= 66
+    assert found["number"] == sorted(set(found["number"])) and 20 < found["skill"].count("push") < 44 and 20 < found["skill"].count("pull") < 44
+    assert len(fitting.sample(selection, ["number"], 8, ["number"])) == 16, "as many again at most, where nearly all differ"
     assert len(fitting.sample(selection, ["number"], 1000, ["skill"])) == rows
 
 

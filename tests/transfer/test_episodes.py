@@ -80,14 +80,18 @@ def test_pictures_are_of_the_untrained_and_of_the_fewest_demonstrations():
     assert not [block for block in shown(told("full", "sim", "1 rows", 1, 0, 6)) if isinstance(block, page.Figure)]
 
 
-def test_a_trial_keeps_the_pictures_of_its_first_row_alone(tmp_path, monkeypatch):
+def test_a_trial_keeps_its_pictures_beside_its_predictions(tmp_path, monkeypatch):
     paths = image_files(tmp_path, {"train": 24, "validation": 9, "test": 9})
     pictures = np.arange(9 * 2 * 4 * 5 * 3, dtype=np.uint8).reshape(9, 2, 4, 5, 3)
-    monkeypatch.setattr(Classification, "tested", lambda self, backbone, found, origin: {**found, "frames": pictures})
+    def tested(self, backbone, found, origin):
+        self.film = pictures[0]
+        return found
+
+    monkeypatch.setattr(Classification, "tested", tested)
     job = job_of(tmp_path, paths)
     shared = shared_of(tmp_path, job, paths)
     record = trial.run(trial_of(job, shared, "full"), shared)
     run = trial.read_predictions(shared.root, record["trial_id"], 0)
-    assert run is not None and np.array_equal(run.film, pictures[0]) and "frames" not in run.predictions and len(run.rows) == 9
+    assert run is not None and np.array_equal(run.film, pictures[0]) and "film" not in run.predictions and len(run.rows) == 9
     with np.load(io.BytesIO(storage.read_bytes(storage.join(shared.root, "trials", record["trial_id"], "predictions.npz")))) as kept:
-        assert "frames" not in kept.files and all(len(kept[name]) == 9 for name in run.predictions)
+        assert all(len(kept[name]) == 9 for name in run.predictions)

@@ -21,8 +21,8 @@ from pipeline.data.prepare.sources import Opener, Piece
 
 NUMBER = r"^\s*[+-]?((\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?|inf)\s*$"
 WHOLE = r"^\s*[+-]?\d{1,18}(\.0*)?\s*$"
-ZEROS = r"^([+-]?\d{1,18})\.0*$"
-"""A whole number as a column of floats has it: class 0.0 is class 0."""
+ZEROS = r"^(-?)\+?(\d{1,18})\.0*$"
+"""A whole number as a column of floats has it: class 0.0 is class 0, and so is -0.0."""
 TRUE, FALSE = ("true", "1", "1.0", "t", "yes"), ("false", "0", "0.0", "f", "no", "")
 
 
@@ -286,7 +286,7 @@ def _vector_actions(rows: pa.Table, roles: Roles) -> np.ndarray:
 
 def _classes(rows: pa.Table, roles: Roles) -> list[str]:
     texts = pc.utf8_trim_whitespace(rows[roles.actions[0]])  # pyright: ignore[reportAttributeAccessIssue]
-    texts = pc.replace_substring_regex(texts, ZEROS, r"\1")  # pyright: ignore[reportAttributeAccessIssue]
+    texts = pc.replace_substring_regex(pc.replace_substring_regex(texts, ZEROS, r"\1\2"), "^-(0+)$", r"\1")  # pyright: ignore[reportAttributeAccessIssue]
     found = texts.fill_null("").to_pylist()
     if "" in found:
         raise UnusableError(f"no action in step {found.index('')}")

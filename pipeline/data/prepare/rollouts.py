@@ -89,6 +89,7 @@ class Rollouts(EpisodeImporter):
 
     def index(self, source: str, settings: Settings) -> Episodes:
         o = self.options
+        environment.check_named(source)
         self.robot = o.embodiment or source.rpartition("/")[2].rpartition("-v")[0] or source
         steps = o.max_steps or self._time_limit(source)
         self.world = World(source, steps, 0, {}, self.skills[0] if self.skills else "")

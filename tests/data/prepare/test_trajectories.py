@@ -164,7 +164,7 @@ def test_fractions_after_whole_numbers_are_no_classes(tmp_path, monkeypatch):
 
 
 def test_a_whole_number_is_one_class_however_it_is_written(tmp_path):
-    write(tmp_path / "logs/a.csv", "x,act\n1,0\n2,1\n3,0.0\n4,1.\n")
+    write(tmp_path / "logs/a.csv", "x,act\n1,0\n2,+1.0\n3,-0.0\n4,1.\n")
     numbers(3, act=[1.0, 0.0, 2.0]).to_parquet(tmp_path / "logs/b.parquet")
     prepare(tmp_path / "logs", tmp_path / "out", "observations=x", "actions=act")
     assert [row["actions"] for row in read(tmp_path / "out")] == [["0", "1", "0", "1"], ["1", "0", "2"]]
