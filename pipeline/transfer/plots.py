@@ -114,7 +114,8 @@ def label_efficiency(cells: Sequence[Cell]) -> str:
             axes.axhline(cell.mean or 0.0, **_look((cell.source, cell.technique), keys))
         axes.set_xscale("log")
         ticks = sorted(set(sizes.values()))
-        axes.set_xticks(ticks, [f"{n:,}\n{', '.join(fraction_label(f) for f in sorted(sizes, key=fraction_order) if sizes[f] == n)}" for n in ticks])
+        told = [", ".join(fraction_label(f) for f in sorted(sizes, key=fraction_order) if sizes[f] == n and not f.endswith(" rows")) for n in ticks]
+        axes.set_xticks(ticks, [f"{n:,}\n{text}" for n, text in zip(ticks, told, strict=True)])
         axes.set_xticks([], minor=True)
         axes.grid(color=_LINE, linewidth=0.6)
         axes.set_xlabel("labelled training rows")
@@ -164,6 +165,8 @@ def fraction_label(label_fraction: str) -> str:
     """"0.05" -> "5 %", "5/class" and "5 rows" as they are, "0 rows" -> "none"."""
     if label_fraction in ("0/class", "0 rows"):
         return "none"
+    if label_fraction == "1 rows":
+        return "1 row"
     try:
         return f"{100 * float(label_fraction):.4g} %"
     except ValueError:

@@ -168,6 +168,7 @@ def test_cells_are_sorted_by_target_fraction_and_gain(written):
         gains = [c.gain for c in group if c.label_fraction == "0.05" and c.gain is not None]
         assert gains == sorted(gains, reverse=True)
     assert sorted(["1.0", "0.05", "5/class", "10/class"], key=cells_module.fraction_order) == ["5/class", "10/class", "0.05", "1.0"]
+    assert [plots.fraction_label(f) for f in ("0 rows", "1 rows", "2 rows", "0.05")] == ["none", "1 row", "2 rows", "5 %"]
     assert sorted(["0.5", "10 rows", "2 rows"], key=cells_module.fraction_order) == ["2 rows", "10 rows", "0.5"]
 
 
