@@ -1,23 +1,49 @@
 """(l) Gradient-boosted trees on summary features of PhysioNet 2012: what a user would pick in the place of a pretrained network for records.
 
-    ONETOMANY_DATA=/path/to/data .venv/bin/python tests/benchmarks/trees.py --json trees.json     # about 6 minutes on 2 quiet cores; --quick: 20 s
+    onetomany prepare physionet2012 /path/to/data/healthcare/physionet2012 -o records/physionet2012
+    RECORDS=$PWD/records ONETOMANY_DATA=/path/to/data .venv/bin/python tests/benchmarks/trees.py --json trees.json     # 6 minutes on 2 cores; --quick: 20 s
 
 scikit-learn's HistGradientBoostingClassifier with its defaults on, of each variable, mean, least, greatest, first, last, number and deviation over 48
-hours and over the last 24, beside age, sex, height, weight and the kind of unit. Trained on a stratified share of set-a's labels (five draws), tested on
-all of set-b: the shares and test rows of jobs/small/physionet2012.yaml, whose figures stand beside these in its header.
+hours and over the last 24, beside age, sex, height, weight and the kind of unit. Trained on the very stays that the trials of jobs/small/physionet2012.yaml
+are (target mortality, by its shares and seeds), ``and validation`` on those and the validation stays, which trials choose their step by; tested on all of
+set-b. The job's figures stand beside these in its header.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import timing
 
-SHARES = (0.02, 0.05, 0.1, 1.0)
+JOB, TARGET = Path(__file__).parents[2] / "jobs/small/physionet2012.yaml", "mortality"
 STATISTICS = ("mean", "min", "max", "first", "last", "count", "std")
+
+
+def subsets() -> dict[str, list[np.ndarray]]:
+    """Record ids that the job's trials learn from: of each share those of every seed, alone and with the validation stays; all labels are one draw."""
+    from pipeline import jobfile
+    from pipeline.data.manifest import read_columns
+    from pipeline.data.stream import Rows
+    from pipeline.rng import mix
+    from pipeline.transfer import targets, trials
+
+    job = jobfile.load(str(JOB), [])
+    stage = targets.stage(job, TARGET)
+    spec, splits = stage.spec, stage.splits
+    train, held = (read_columns(rows, ["entity", spec.data.columns["label"]]) for rows in (splits.train, splits.validation))
+    names, labels = train["entity"].to_numpy(), train[spec.data.columns["label"]].to_numpy().astype(np.int64)
+    out: dict[str, list[np.ndarray]] = {}
+    for fraction in spec.label_fractions:
+        rows = Rows(splits.train, None)  # type: ignore[arg-type]  # which rows there are is all that is asked
+        drawn = [trials.label_subset(rows, labels, fraction, mix(job.seed, seed)) for seed in range(job.fanout.seeds if fraction < 1 else 1)]
+        out[f"{fraction:g}"] = [names[places] for places in drawn]
+        out[f"{fraction:g} and validation"] = [np.concatenate([names[places], held["entity"].to_numpy()]) for places in drawn]
+    return out
 
 
 def features(letter: str):
     """(4000, F) float64 with NaN where nothing was measured, and (4000,) in-hospital death."""
-    import numpy as np
     import pandas as pd
     import pyarrow.parquet as pq
 
@@ -37,26 +63,25 @@ def features(letter: str):
 def main() -> None:
     args = timing.options(__doc__, repeats=5)
     found = timing.describe(args)
-    import numpy as np
     from sklearn.ensemble import HistGradientBoostingClassifier
     from sklearn.metrics import average_precision_score, roc_auc_score
-    from sklearn.model_selection import train_test_split
 
     (train, label), (test, truth) = features("a"), features("b")
     test = test.reindex(columns=train.columns)
     lines, results = [], {}
-    for share in SHARES[:2] if args.quick else SHARES:
+    drawn = subsets()
+    for share in list(drawn)[:2] if args.quick else drawn:
         scores = []
-        for seed in range(1 if share == 1 else args.repeats):  # all rows are one draw
-            rows = np.arange(len(train)) if share == 1 else train_test_split(np.arange(len(train)), train_size=share, stratify=label, random_state=seed)[0]
+        for seed, names in enumerate(drawn[share][:args.repeats]):
+            rows = train.index.get_indexer(names)
             kept = train.columns[train.iloc[rows].nunique() > 1]  # scikit-learn cannot bin a column of nothing, or of one value
             model = HistGradientBoostingClassifier(random_state=seed).fit(train.iloc[rows][kept], label[rows])
             chance = model.predict_proba(test[kept])[:, 1]
             scores.append((roc_auc_score(truth, chance), average_precision_score(truth, chance)))
-            print(f"    share {share:g}, draw {seed + 1}: AUROC {scores[-1][0]:.3f}, AUPRC {scores[-1][1]:.3f}", flush=True)
-        results[f"{share:g}"] = scores
+            print(f"    share {share}, {len(names)} stays, draw {seed + 1}: AUROC {scores[-1][0]:.3f}, AUPRC {scores[-1][1]:.3f}", flush=True)
+        results[share] = scores
         spreads = [timing.Spread.of([score[i] for score in scores]) for i in range(2)]
-        lines.append([f"{share:g}", *(f"{np.mean([score[i] for score in scores]):.3f} ({spreads[i].low:.3f} to {spreads[i].high:.3f})" for i in range(2))])
+        lines.append([share, *(f"{np.mean([score[i] for score in scores]):.3f} ({spreads[i].low:.3f} to {spreads[i].high:.3f})" for i in range(2))])
     timing.table("Gradient-boosted trees on set-b, mean (least to greatest) over draws", ["share of labels", "AUROC", "AUPRC"], lines)
     timing.write(args, found, results)
 
