@@ -136,7 +136,7 @@ class Demonstrator:
                 continue
             action, space = one.act(env, observation), env.action_space
             if space.shape:
-                action = np.clip(action, space.low, space.high).astype(np.float32)
+                action = np.minimum(np.maximum(action, space.low), space.high).astype(np.float32)
             clean.append(action)
             if self.explore and space.shape:
                 action = action + self.explore * (space.high - space.low) / 2 * rng.standard_normal(space.shape)

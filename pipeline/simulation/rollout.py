@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -130,9 +131,11 @@ def _given(space: Any, action: Any) -> Any:
     """A policy's action as the environment takes it: (A,) float32 within the bounds, or a class's number. Raises ValueError for one of another kind."""
     if space.shape:
         array = np.asarray(action, dtype=np.float32)
-        if array.size != int(np.prod(space.shape)):
-            raise ValueError(f"the policy's action {action!r}: the environment takes {int(np.prod(space.shape))} numbers")
-        return np.clip(array.reshape(space.shape), space.low, space.high)
+        if array.shape != space.shape:
+            if array.size != int(np.prod(space.shape)):
+                raise ValueError(f"the policy's action {action!r}: the environment takes {int(np.prod(space.shape))} numbers")
+            array = array.reshape(space.shape)
+        return np.minimum(np.maximum(array, space.low), space.high)  # np.clip takes twice as long
     if np.size(action) != 1 or not 0 <= int(np.ravel(action)[0]) < space.n:
         raise ValueError(f"the policy's action {action!r}: the environment takes one of {space.n} classes, numbered from 0")
     return int(np.ravel(action)[0])
@@ -143,16 +146,17 @@ def divergence(env: Any, observation: np.ndarray, reward: float) -> str:
     told = _warned(env)  # first: after a bad state MuJoCo starts anew, and all is finite again
     if told:
         return f"MuJoCo warns of {told}"
-    if not np.isfinite(reward) or not np.isfinite(observation).all():
-        return f"{'the reward' if not np.isfinite(reward) else 'an observation'} is not finite"
-    far = max(abs(reward), float(np.abs(observation).max(initial=0)))
+    least, most = float(observation.min(initial=0)), float(observation.max(initial=0))
+    if not (math.isfinite(reward) and math.isfinite(least) and math.isfinite(most)):
+        return f"{'the reward' if not math.isfinite(reward) else 'an observation'} is not finite"
+    far = max(abs(reward), -least, most)
     return f"an observation or reward of {far:.3g}, which is beyond {FAR:.0e}" if far > FAR else ""
 
 
 def _warned(env: Any) -> str:
     """What MuJoCo found bad in this episode: positions, velocities, accelerations or controls that are not finite or huge."""
     data = getattr(env.unwrapped, "data", None)
-    if data is None:
+    if data is None or not data.warning.number.any():
         return ""
     bad = {"mjWARN_BADQPOS": "positions", "mjWARN_BADQVEL": "velocities", "mjWARN_BADQACC": "accelerations", "mjWARN_BADCTRL": "controls"}
     kinds = simulator().mjtWarning
