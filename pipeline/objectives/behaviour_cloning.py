@@ -153,6 +153,8 @@ class BehaviourCloning(Objective):
         self.spaces: dict[str, dict[str, Any]] = inputs["spaces"]
         self.heads = {name: actions.head_of(options.head, space["discrete"]) for name, space in self.spaces.items()}
         told = {name: actions.outputs(self.heads[name], space["action"], options.components) for name, space in self.spaces.items()}
+        self.remembers = any(name.startswith("action_encoders.") for name, _ in backbone.named_parameters())
+        """Whether the backbone reads earlier actions."""
         self.decoders = nn.ModuleDict({name: nn.Linear(backbone.token_dim, options.chunk * many) for name, many in told.items()})
         self.widest = max((space["action"] for space in self.spaces.values() if space["discrete"] == (state["kind"] == "discrete")), default=1)
 
@@ -213,6 +215,8 @@ class BehaviourCloning(Objective):
         behind a row's end. ``space`` and ``task`` (B,) int64 as in the batch."""
         mask, device = batch["mask"], batch["mask"].device
         graded, discrete = "actions" in batch.data, self.state["kind"] == "discrete"
+        if self.remembers and not graded and "executed" not in batch.data:
+            raise ValueError(f"{backbone.arch['name']} reads the actions before each step, and these rows have none: say --column actions=NAME (or executed=NAME)")
         out = {"space": batch["space"], "task": batch["task"]}
         sums = {name: torch.zeros(len(batch), device=device) for name in ("loss", "count", "squared_error", "action_numbers") if graded}
         best = torch.full((*mask.shape, self.widest), -torch.inf if discrete else 0.0, device=device)

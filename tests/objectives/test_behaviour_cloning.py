@@ -393,6 +393,9 @@ def test_new_rows_are_written_in_their_own_units(tmp_path, discrete):
     assert new.arrays is not None and len(new.bad) == 1
     with torch.no_grad():
         batch = Batch(np.arange(12), torch.zeros(12), rows.modality.collate(new.arrays))
+        with pytest.raises(ValueError, match=r"toys/steps reads the actions before each step, and these rows have none: say --column actions=NAME"):
+            task.objective.predict(task.backbone, batch)
+        task.objective.remembers = False  # as one that reads observations alone
         found = {name: tensor.numpy() for name, tensor in task.eval().objective.predict(task.backbone, batch).items()}
         tokens = task.backbone(batch, want=("tokens",)).tokens
         task.objective.train()
