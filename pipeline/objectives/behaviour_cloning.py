@@ -216,7 +216,7 @@ class BehaviourCloning(Objective):
         mask, device = batch["mask"], batch["mask"].device
         graded, discrete = "actions" in batch.data, self.state["kind"] == "discrete"
         if self.remembers and not graded and "executed" not in batch.data:
-            raise ValueError(f"{backbone.arch['name']} reads the actions before each step, and these rows have none: say --column actions=NAME (or executed=NAME)")
+            raise ValueError(f"{backbone.arch['name']} reads the actions before each step, and these rows have none: say --column actions=NAME, or executed")
         out = {"space": batch["space"], "task": batch["task"]}
         sums = {name: torch.zeros(len(batch), device=device) for name in ("loss", "count", "squared_error", "action_numbers") if graded}
         best = torch.full((*mask.shape, self.widest), -torch.inf if discrete else 0.0, device=device)
