@@ -203,7 +203,7 @@ def prepare(target: TargetStage, base: Base) -> TargetData:
     held = parts[0].arrays
     labels = _classes(spec, splits, state) if held is None else held.get("label") if "label" in objective.roles else None
     if most := max((fraction for fraction in spec.label_fractions if isinstance(fraction, int)), default=0):
-        least = len(parts[0]) if labels is None else int((counts := np.bincount(labels))[counts > 0].min(initial=most))
+        least = len(parts[0]) if labels is None else int(np.unique(labels, return_counts=True)[1].min(initial=most))
         text += f"; {most} rows{'' if labels is None else ' of each class'} were asked for, {least} are there" if least < most else ""
     bad = lost + [(split, rows.selection.manifest.place(row), why) for split, rows in zip(manifests.SPLITS, parts, strict=True) for row, why in rows.bad]
     text += (f"; {len(bad)} rows left out: " + "; ".join(f"{s} {p}: {w}" for s, p, w in bad[:3]) if bad else "")
