@@ -279,13 +279,14 @@ def job_of(folder, paths: dict[str, str], train: dict[str, Any] | None = None, *
         "targets": {"task": {"data": data, "objective": "classification", "train": {"steps": 12, "global_batch": 16, "lr": 0.01, **(train or {})}, **target}}})
 
 
-def shared_of(folder, job, paths: dict[str, str], root: str = "trials-root", keep_bundles: bool = False):
-    """What the trials of ``job_of`` read, with one source whose weights are random but fixed."""
+def shared_of(folder, job, paths: dict[str, str], root: str = "trials-root", keep_bundles: bool = False, source: tuple[dict, dict] | None = None):
+    """What the trials of ``job_of`` read, with one source whose weights are random but fixed: an image backbone, or what ``source`` (architecture,
+    modality) says."""
     from pipeline.transfer import targets, trials
     from pipeline.transfer.trial import Shared
 
-    modality = {"name": "image", "options": ImageOptions(size=32).model_dump(), "state": {"mean": [0.5] * 3, "std": [0.2] * 3}}
-    arch = {"name": "timm/test_vit", "options": {}, "inputs": {"channels": 3, "size": 32}}
+    arch, modality = source or ({"name": "timm/test_vit", "options": {}, "inputs": {"channels": 3, "size": 32}},
+                                {"name": "image", "options": ImageOptions(size=32).model_dump(), "state": {"mean": [0.5] * 3, "std": [0.2] * 3}})
     base = trials.bases({"src": (arch, modality)})[0]
     held = {name: tensor.numpy() for name, tensor in bundle.build_backbone(arch, seed=77).state_dict().items()}
     data = targets.prepare(targets.stage(job, "task"), base)

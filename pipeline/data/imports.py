@@ -308,7 +308,8 @@ def _parsed(file: str, number: int, chunk: bytes, schema: pa.Schema | None) -> p
         return pajson.read_json(pa.BufferReader(chunk), pajson.ReadOptions(block_size=len(chunk) + 1), pajson.ParseOptions(explicit_schema=schema))
     except pa.ArrowInvalid as error:
         after = f" (counted from line {number})" if number > 1 else ""
-        raise ValueError(f"{file}: not readable as jsonl, one object a line: {str(error).splitlines()[0]}{after}") from None
+        raise ValueError(f"{file}: not readable as jsonl, one object a line: {str(error).splitlines()[0]}{after}; mend the "
+                         "line, or let onetomany prepare text leave it out and list it") from None
 
 
 def _wider(a: pa.DataType, b: pa.DataType, name: str = "") -> pa.DataType:

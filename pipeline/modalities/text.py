@@ -235,7 +235,9 @@ class Text(Modality):
     # ------------------------------------------------------------ packing
 
     def pack(self, table, columns) -> tuple[pa.Table, list[str]]:
-        """Documents, each ``[CLS] ids [SEP]``, laid end to end into rows of ``length``; only the last row has padding.
+        """Documents, each ``[CLS] ids [SEP]``, laid end to end into rows of ``length``; only the last row has padding. A document that
+        the end of a row cuts goes on in the next one as if it began there (GPT's rows, Radford et al. 2019): the rest does not see what stood before, and
+        its first token is predicted by nothing. A document that lies in one row has the loss that it has alone.
 
         ``bytes`` of a row: the bytes of a document's text are spread evenly over its tokens but the first, which nothing predicts.
         """

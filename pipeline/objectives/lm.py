@@ -46,7 +46,8 @@ class MaskedLM(Objective):
     words longer than a row's number of positions are never drawn.
 
     Bits per byte is here an estimate of the pseudo-likelihood (Salazar et al. 2020), not comparable with a causal model's: each token is seen
-    from both sides. A row's bytes count by the share of its tokens that were predicted among those that could have been.
+    from both sides. A row's bytes count by the share of its tokens that were predicted among those that stand for text. Unknown words are never
+    predicted, nor are their bytes counted; so it compares tokenizers that spell (nearly) everything.
 
     Raises ValueError for a causal backbone, for one whose pooler would never be trained, for a tokenizer without a mask of its own, and where
     ``whole_word`` lacks ``continuing``.
@@ -76,6 +77,7 @@ class MaskedLM(Objective):
         self.bias = nn.Parameter(torch.zeros(embedding.num_embeddings))
         self.vocabulary: int = inputs["vocabulary"]
         self.register_buffer("specials", torch.tensor(sorted(set(inputs["specials"]))), persistent=False)
+        self.register_buffer("silent", torch.tensor(sorted({id_ for i, id_ in enumerate(inputs["specials"]) if i != 1})), persistent=False)
         if options.whole_word:
             self.register_buffer("continuing", _continuing(name, inputs, embedding.num_embeddings), persistent=False)
 
@@ -144,11 +146,13 @@ class MaskedLM(Objective):
         return losses.sum(), weight.sum(), {"accuracy": hits.sum()}
 
     def predict(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
-        """``loss`` and ``count`` (B,), and ``bytes`` (B,) where the batch has them: those of the predicted share of the tokens that are no specials."""
+        """``loss`` and ``count`` (B,), and ``bytes`` (B,) where the batch has them: those of the predicted share of the tokens that stand for text, unknown
+        words among them, which are never predicted."""
         losses, weight, _ = self._rows(backbone, batch)
         out = {"loss": losses.sum(1), "count": weight.sum(1)}
         if "bytes" in batch.data:
-            out["bytes"] = batch["bytes"] * out["count"] / self._text(batch["tokens"]).sum(1).clamp(min=1)
+            spelt = ~torch.isin(batch["tokens"], self.silent)  # type: ignore[arg-type]
+            out["bytes"] = batch["bytes"] * out["count"] / spelt.sum(1).clamp(min=1)
         return out
 
     def written(self, found: dict[str, np.ndarray], origin: Origin) -> dict[str, np.ndarray]:

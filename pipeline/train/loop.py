@@ -144,7 +144,7 @@ class _Live:
         if not self.params:
             raise ValueError(f"technique {run.technique.registered_name}, phase {phase.name}: nothing is left to train")
         self.optimizer = optim.optimizer(self.groups, train)
-        self.module: nn.Module = torch.compile(task, dynamic=False) if train.compile else task  # type: ignore[assignment]
+        self.module: nn.Module = torch.compile(task) if train.compile else task  # type: ignore[assignment]
         if run.ranks.count > 1:  # wrapped anew: DDP would not reduce a layer that is thawed later
             self.module = DistributedDataParallel(self.module, gradient_as_bucket_view=True)
         self.statistics = [buffer for buffer in task.buffers() if buffer.is_floating_point()]

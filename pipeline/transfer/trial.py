@@ -15,6 +15,7 @@ import torch
 
 from pipeline import bundle, registry, storage
 from pipeline.contracts import Objective, Task
+from pipeline.data.buckets import BucketPlan
 from pipeline.data.plan import Plan
 from pipeline.data.stream import Rows, check_budget, eval_batches, plan_of, train_batches
 from pipeline.job import Target, Train, drawn
@@ -221,7 +222,8 @@ def run(trial: Trial, shared: Shared, ranks: Ranks | None = None, report: Report
         moved += f"; {len(data.test) - len(test['row'])} test rows could not be read" if len(test["row"]) < len(data.test) else ""
     facts = {"params_trained": outcome.params_trained, "steps": outcome.steps, "seconds": time.time() - began, "device": device_name(ranks.device),
              "start_weights": start_hash, "transfer": moved, "n_train": len(rows) if technique.learns else 0, "curve": outcome.curve, "kept_step": keeper.step,
-             "skipped_steps": outcome.skipped_steps, "fitted": fitted(task.objective)}
+             "skipped_steps": outcome.skipped_steps, "fitted": fitted(task.objective),
+             **({"padding_share": round(plan.padding(), 4)} if isinstance(plan, BucketPlan) else {})}
     record = make_record(trial, shared, train, began, facts, keeper.metrics, test)
     if ranks.first:
         write(trial, shared, record, test, task if shared.keep_bundles and trial.stage == "final" else None, task.objective.film)
@@ -242,7 +244,7 @@ def make_record(trial: Trial, shared: Shared, train: Train, began: float, facts:
     """A trial's record: its result rows (without gains, which need the other trials), its curve and what truly ran."""
     data = shared.targets[trial.target, trial.base]
     ran = {**trial.hyper_parameters, **{k: getattr(train, k) for k in ("lr", "global_batch", "weight_decay", "optimizer")}, "steps": facts.get("steps"),
-           **({"batch_cost": train.batch_cost, "global_batch": None} if train.batch_cost else {}),
+           **({"batch_cost": train.batch_cost, "global_batch": None, "padding_share": facts.get("padding_share")} if train.batch_cost else {}),
            **({"normalization": data.objective["state"]["normalization"]} if "normalization" in data.objective["state"] else {}),
            "start_weights": facts.get("start_weights"), **facts.get("fitted", {}),
            **({"technique": trial.technique.options} if trial.technique.options else {})}

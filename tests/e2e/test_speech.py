@@ -101,6 +101,8 @@ def test_batches_by_duration_tell_their_padding(done):
     assert found["spoken"]["padding_share"] > 0.01
     shares = re.findall(r"batches an epoch of up to \d+ seconds, ([0-9.]+)% of them padding", " ".join(facts["splits"] for facts in found.values()))
     assert [float(share) for share in shares] == [pytest.approx(100 * facts["padding_share"], abs=0.06) for facts in found.values()]
+    ran = [json.loads(row["hyper_parameters"]) for row in rows(done)]
+    assert [one["padding_share"] for one in ran if one.get("batch_cost")] and all(0 <= one["padding_share"] < 0.3 for one in ran if one.get("batch_cost"))
 
 
 def best(done: Path, target: str, technique: str) -> str:

@@ -15,7 +15,7 @@ from pipeline.rng import uniform
 
 VOCABULARY, LENGTH = 60, 40
 SPECIALS = [0, 1, 2, 3, 4]
-PAD, CLS, SEP = 0, 2, 3
+PAD, UNK, CLS, SEP = 0, 1, 2, 3
 CONTINUING = np.arange(VOCABULARY) >= 35
 """Tokens 35 to 59 go on a word."""
 INPUTS = {"vocabulary": VOCABULARY, "length": LENGTH, "specials": SPECIALS, "continuing": base64.b64encode(np.packbits(CONTINUING)).decode()}
@@ -313,6 +313,9 @@ def test_masked_bytes_are_the_predicted_share():
     text = (given["tokens"] > 4).sum(1)
     torch.testing.assert_close(found["bytes"], given["bytes"] * found["count"] / text)
     assert "bytes" not in task.objective.predict(task.backbone, rows())
+    half = torch.where(torch.arange(given["tokens"].shape[1]) % 2 == 0, UNK, given["tokens"])  # what is never predicted has bytes as well
+    found = task.objective.predict(task.backbone, given.replace(tokens=half))
+    torch.testing.assert_close(found["bytes"], given["bytes"] * found["count"] / ((half == UNK) | (half > 4)).sum(1))
     empty = batch(tokens=torch.tensor([[CLS, SEP, PAD, PAD, PAD, PAD, PAD, PAD]]), mask=torch.ones(1, 8, dtype=torch.bool), bytes=torch.zeros(1))
     nothing = task.objective.predict(task.backbone, empty)
     assert nothing["bytes"] == 0 and nothing["count"] == 0 and nothing["loss"] == 0

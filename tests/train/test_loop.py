@@ -7,12 +7,14 @@ not to change numbers leaves them as they are.
 import copy
 import math
 import os
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from toys import SMALL, furthest, image_rows, make_run, net_task, packed_rows, task_of, text_modality, weights
+from toys import SMALL, furthest, image_rows, make_run, net_task, packed_rows, task_of, text_modality, text_rows, weights
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from pipeline import storage
 from pipeline.contracts import Batch, Technique
@@ -536,6 +538,20 @@ def test_compiled_training_equals_eager_training(rows, validation, tmp_path):
     for run in runs:
         loop.fit(run)
     assert furthest(weights(runs[0].task), weights(runs[1].task)) < 1e-5
+
+
+def test_rows_of_many_widths_compile_twice(monkeypatch):
+    """Once for the first width and once for all others (torch gives up after eight)."""
+    found, widths = text_rows(), set()
+    task = task_of("transformers/bert", found.modality.inputs(), "classification", found.decoder.objective_state, **SMALL)
+    run = make_run(found, task, steps=12, global_batch=2, compile=True)
+    for loaded in run.batches(range(run.steps)):
+        widths.add(loaded.batch["tokens"].shape[1])
+    counter = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    torch._dynamo.reset()
+    loop.fit(run)
+    assert len(widths) > 2 and counter.frame_count == 2
 
 
 # ---------------------------------------------------------------- golden losses

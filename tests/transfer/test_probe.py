@@ -4,9 +4,11 @@ import itertools
 import math
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
-from toys import image_files, job_of, shared_of, trial_of
+from toys import SMALL, image_files, job_of, sentences, shared_of, text_modality, trial_of
 
 from pipeline import bundle
 from pipeline.transfer import fanout, probe
@@ -20,10 +22,10 @@ def paths(tmp_path_factory):
     return image_files(tmp_path_factory.mktemp("data"), {"train": 64, "validation": 30, "test": 36})
 
 
-def both(folder, paths, hypers=({},), seeds=(0,), fractions=(1.0,), stage="final", train=None, technique="linear_probe", **target):
+def both(folder, paths, hypers=({},), seeds=(0,), fractions=(1.0,), stage="final", train=None, technique="linear_probe", source=None, **target):
     """(trials, records together, records one at a time, the two Shared)."""
     job = job_of(folder, paths, {"eval_every_steps": 4, **(train or {})}, **target)
-    worlds = [shared_of(folder, job, paths, root=root, keep_bundles=True) for root in ("together", "alone")]
+    worlds = [shared_of(folder, job, paths, root=root, keep_bundles=True, source=source) for root in ("together", "alone")]
     group = [trial_of(job, worlds[0], technique, hyper, fraction, seed, stage) for hyper, seed, fraction in itertools.product(hypers, seeds, fractions)]
     assert len({one.id for one in group}) == len(group) and probe.batchable(group, worlds[0])
     together = {record["trial_id"]: record for record in probe.run(group, worlds[0])}
@@ -62,6 +64,20 @@ def test_heads_together_equal_one_at_a_time(paths, tmp_path):
     check(group, together, alone, worlds)
     values = {record["rows"][2]["value"] for record in together.values()}
     assert len(values) == len(group) == 12  # no two of them are copies
+
+
+def test_texts_are_cached_as_they_are_trained_on(tmp_path):
+    """Of many widths, padded beside other texts in each place."""
+    found, modality = {}, text_modality()
+    for seed, (split, count) in enumerate({"train": 64, "validation": 30, "test": 36}.items()):
+        texts, labels = sentences(count, seed)
+        found[split] = str(tmp_path / f"{split}.parquet")
+        pq.write_table(pa.table({"text": texts, "class": [f"c{label}" for label in labels]}), found[split])
+    source = ({"name": "transformers/bert", "options": {**SMALL, "dropout": 0.1}, "inputs": modality.inputs()},
+              {"name": "text", "options": modality.options.model_dump(), "state": modality.state})
+    data = {**found, "modality": "text", "columns": {"text": "text", "label": "class"}}
+    check(*both(tmp_path, found, [{"lr": 0.003}, {"lr": 0.05}], (0, 1), (0.5, 1.0), source=source, data=data))
+    assert len({len(text.split()) for text in pq.read_table(found["train"])["text"].to_pylist()}) > 4
 
 
 def test_a_scaled_rate_is_that_rate_together_and_alone(paths, tmp_path):
