@@ -14,8 +14,9 @@ the clock (the stream decodes in one thread or process, and collates in another)
 A side warms up until the reader holds as many row groups as it may keep: before that it takes fresh memory from the system for all that it reads, which is
 zeroed page by page and costs as much again as reading (0.59 of bare over the first 200 batches, once in a run).
 
-Seen (2 cores beside a training, --place train): bare 6657 [6494, 6785], train 6785 [6643, 7295] seconds of sound a second of one core, 1.02 [1.01, 1.08]
-of bare: decoding the same files takes 0.98 of bare's time there, and what reading and collating add is less than what differs between them otherwise.
+Seen (2 cores beside other trainings): --place train, 5 turns: bare 6657 [6494, 6785], train 6785 [6643, 7295] seconds of sound a second of one core, 1.02
+[1.01, 1.08] of bare; both, 3 turns: train 1.08 [0.92, 1.11] of bare and workers 0.81 [0.63, 0.86], Ray's processes included. Decoding the same files takes
+0.98 of bare's time in this process: what reading and collating add is less than what differs between turns.
 """
 
 from __future__ import annotations
