@@ -44,6 +44,8 @@ SIXTEEN = {"PCM_16", "PCM_S8", "PCM_U8"}
 """Subtypes of up to 16 bits a sample."""
 FULL_SCALE = {"ULAW": 32124 / 32768, "ALAW": 32256 / 32768, "PCM_U8": 127 / 128, "PCM_S8": 127 / 128}
 """The largest sample of a subtype where that is below 0.9999: 32767 of 32768 is 0.99997."""
+MOST_PEAK = 16.0
+"""Times full scale that the samples of a floating-point file may reach: those of one in integer scale (32768 is full there) would all but be clipped."""
 Sound = bytes | BinaryIO
 
 
@@ -190,7 +192,10 @@ def _frames(sound: soundfile.SoundFile) -> int:
 
 
 def _promised(file: _Watched) -> float:
-    """As ``audioheader.promised``. Raises BrokenAudioError for MP3 whose end nothing tells."""
+    """As ``audioheader.promised``. Raises BrokenAudioError for MP3 whose end nothing tells, and OGG of several recordings."""
+    if audioheader.is_joined(file):
+        raise BrokenAudioError("several recordings joined in one OGG file, of which only the first would be read; write them as one: "
+                               "ffmpeg -i in.ogg out.flac")
     if audioheader.has_unknown_length(file):
         raise BrokenAudioError("MP3 of a varying bit rate without a table of its length, so that its end would be lost; write it again: "
                                "ffmpeg -i in.mp3 -c copy out.mp3")
@@ -199,7 +204,8 @@ def _promised(file: _Watched) -> float:
 
 def _check_promise(times: float, rate: int, frames: int) -> None:
     if times == np.inf:
-        raise BrokenAudioError(f"the file ends within a page of OGG, after {frames / rate:.2f} s of sound: it was cut off")
+        raise BrokenAudioError(f"the file ends without OGG's last page, after {frames / rate:.2f} s of sound: it was cut off, or its writer was stopped (to "
+                               "take it as it is: ffmpeg -i in.ogg -c copy out.ogg)")
     if round(frames * times) > frames:
         raise BrokenAudioError(_cut_off(frames / rate, frames * times / rate))
 
@@ -210,7 +216,7 @@ def _cut_off(there: float, promised: float) -> str:
 
 def inspect(data: Sound) -> Info:
     """What the header says. Raises BrokenAudioError for no sound file, no samples, or fewer of them than the header promises where that can be told
-    without decoding (all but FLAC and MP3), and MP3 whose end nothing tells."""
+    without decoding (all but FLAC and MP3), MP3 whose end nothing tells, and OGG of several recordings."""
     file = _Watched(data)
     times = _promised(file)
     with opened(file) as sound:
@@ -224,7 +230,7 @@ def decode(data: Sound, start: float = 0.0, seconds: float | None = None, most: 
     Mono files of up to 16 bits at the rate ``sixteen_at`` give int16, which is what ``pcm`` makes of their floats.
 
     Raises BrokenAudioError for no sound file, no samples, fewer samples than the header promises, a piece that lies behind the recording's end, and samples
-    that are no numbers; LongAudioError, before they are read, for more than ``most`` seconds.
+    that are no numbers or above 16 times full scale; LongAudioError, before they are read, for more than ``most`` seconds.
     """
     _, samples, rate, _ = _read(data, start, seconds, most, sixteen_at)
     return samples, rate
@@ -258,6 +264,10 @@ def _read(data: Sound, start: float, seconds: float | None, most: float | None, 
     if not finite.all():
         raise BrokenAudioError(f"{count - int(finite.sum())} of {count} samples are no numbers (NaN or infinite), the first at "
                                f"{(first + int(finite.argmin())) / rate:.3f} s")
+    peak = float(max(found.max(), -found.min()))
+    if peak > MOST_PEAK:
+        raise BrokenAudioError(f"its samples are floating-point numbers up to {peak:g}, where full scale is 1: they are in integer scale; divide them by "
+                               "what is full there (ffmpeg -i in.wav -af volume=1/32768 out.wav)")
     return found, samples, rate, subtype
 
 

@@ -22,8 +22,8 @@ MP3_BLOCK = 1 << 20
 
 
 def promised(file: Any) -> float:
-    """How many times as much sound a file promises as it holds (WAV, AIFF, W64, CAF, AU, NIST SPHERE that is not compressed), infinite for an OGG file that
-    ends within a page; 1 where nothing tells."""
+    """How many times as much sound a file promises as it holds (WAV, AIFF, W64, CAF, AU, NIST SPHERE that is not compressed), infinite for an OGG file
+    without its end; 1 where nothing tells."""
     size = file.seek(0, io.SEEK_END)
     file.seek(0)
     start = file.read(40)
@@ -95,12 +95,30 @@ def _sphere(file: Any, size: int, start: bytes) -> tuple[int, int]:
         return 0, 0
 
 
+# ---------------------------------------------------------------- OGG
+
+def is_joined(file: Any) -> bool:
+    """Whether an OGG file ends with another stream than those it begins with (chained ones, RFC 3533, section 4): libsndfile reads the first alone."""
+    file.seek(0)
+    start, at, serials = file.read(1 << 12), 0, set()
+    while start[at:at + 4] == b"OggS" and len(start) >= at + 27 and start[at + 5] & 2:  # multiplexed streams begin all at once
+        serials.add(start[at + 14:at + 18])
+        at += 27 + start[at + 26] + sum(start[at + 27:at + 27 + start[at + 26]])
+    last = _last_page(file, file.seek(0, io.SEEK_END)) if serials else b""
+    return len(last) >= 18 and last[14:18] not in serials
+
+
 def _ends_whole(file: Any, size: int) -> bool:
-    """Whether an OGG file's last page is all there: it says how long it is (RFC 3533, section 6)."""
+    """Whether an OGG file's last page is all there, it says how long it is, and says that it is the last one (RFC 3533, section 6)."""
+    page = _last_page(file, size)
+    return len(page) >= 27 and len(page) >= 27 + page[26] and len(page) >= 27 + page[26] + sum(page[27:27 + page[26]]) and bool(page[5] & 4)
+
+
+def _last_page(file: Any, size: int) -> bytes:
+    """From an OGG file's last page on."""
     file.seek(max(0, size - (1 << 16) - 512))
     tail = file.read()
-    page = tail[tail.rfind(b"OggS"):]
-    return len(page) >= 27 and len(page) >= 27 + page[26] and len(page) >= 27 + page[26] + sum(page[27:27 + page[26]])
+    return tail[max(0, tail.rfind(b"OggS")):]
 
 
 # ---------------------------------------------------------------- MP3

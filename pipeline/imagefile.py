@@ -18,21 +18,23 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.io import ImageReadMode, decode_image, decode_jpeg
 
+from pipeline import storage
 from pipeline.pixels import IGNORED, levels
 
 MOST_PIXELS = 1 << 27
 """134 million, 400 MB in colour."""
 PNG, JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8"
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 
 
 def on_gpu(files: Any, channels: int, device: torch.device) -> dict[int, Tensor]:
     """Place to (channels, H, W) uint8 on the GPU of every JPEG, decoded in one call; none when one of them is broken (each is then tried on the host).
 
-    What is too large or must be turned (EXIF), which nvJPEG does not do, is left to the host.
+    What is too large or must be turned (EXIF), which nvJPEG does not do, is left to the host, and so are CMYK and RGB, which it would take for YCbCr.
     """
     if device.type != "cuda":
         return {}
-    places = [i for i, data in enumerate(files) if data.startswith(JPEG) and 0 < np.prod(_jpeg_size(data) or 0) <= MOST_PIXELS and not _turned(data)]
+    places = [i for i, data in enumerate(files) if data.startswith(JPEG) and _plain(data) and not _turned(data)]
     if not places:
         return {}
     mode = ImageReadMode.GRAY if channels == 1 else ImageReadMode.RGB
@@ -53,23 +55,33 @@ def _turned(data: bytes) -> bool:
         return True
 
 
-def _jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """(height, width) from the frame header (ITU-T T.81, B.2.2), none where the markers before it are not in order."""
-    at = 2
-    while at + 9 <= len(data) and data[at] == 0xFF:
+def _plain(data: bytes) -> bool:
+    """Whether a JPEG is grey or YCbCr, of a size that may be decoded."""
+    height, width, components, ycc = _jpeg_frame(data) or (0, 0, 0, False)
+    return 0 < height * width <= MOST_PIXELS and (components == 1 or (components == 3 and ycc))
+
+
+def _jpeg_frame(data: bytes) -> tuple[int, int, int, bool] | None:
+    """Height, width and number of components from the frame header (ITU-T T.81, B.2.2), and whether three of them would be YCbCr, which Adobe's marker before
+    it may deny (ITU-T T.872, 6.5.3); none where the markers before it are not in order."""
+    at, ycc = 2, True
+    while at + 10 <= len(data) and data[at] == 0xFF:
         marker, length = data[at + 1], struct.unpack_from(">H", data, at + 2)[0]
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            return struct.unpack_from(">HH", data, at + 5)
+            return *struct.unpack_from(">HHB", data, at + 5), ycc
+        if marker == 0xEE and data[at + 4:at + 9] == b"Adobe":
+            ycc = data[at + 15:at + 16] != b"\0"
         at += 2 + length
     return None
 
 
 def _check_size(data: bytes) -> None:
     """Raises ValueError for a file whose header promises more than MOST_PIXELS, or for what is no image."""
-    size = struct.unpack_from(">II", data, 16) if data.startswith(PNG) and len(data) > 24 else _jpeg_size(data) if data.startswith(JPEG) else None
+    frame = _jpeg_frame(data) if data.startswith(JPEG) else None
+    size = struct.unpack_from(">II", data, 16) if data.startswith(PNG) and len(data) > 24 else frame and frame[:2]
     if size is None:
         try:
-            with PIL.Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP", "GIF", "BMP")) as image:
+            with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 size = image.size
         except PIL.Image.DecompressionBombError as error:  # Pillow's own limit is above ours
             raise ValueError(f"the image is too large: {error}") from None
@@ -79,6 +91,22 @@ def _check_size(data: bytes) -> None:
             raise ValueError(f"broken image: {error}") from None
     if size[0] * size[1] > MOST_PIXELS:
         raise ValueError(f"the image is too large: its header says {max(size)} x {min(size)} pixels, more than {MOST_PIXELS} in all")
+
+
+def upright_size(value: Any) -> tuple[int, int] | None:
+    """(width, height) of what ``pixels`` gives of a file, without decoding it; none for what cannot be read, of which decoding tells why.
+
+    ``value``: the file's bytes or path, or a Hugging Face data set's cell, which holds either.
+    """
+    value = (value.get("bytes") or value.get("path")) if isinstance(value, dict) else value
+    data = storage.read_bytes(value) if isinstance(value, str) else value or b""
+    try:
+        with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            exif = PIL.Image.Exif()  # alone, as decoders read it: Pillow's getexif would look into XMP too, and read a PNG to its end
+            exif.load(image.info.get("exif", b""))
+            return (image.height, image.width) if 5 <= exif.get(0x0112, 1) <= 8 else image.size
+    except Exception:  # what Pillow raises for broken files has no end of kinds
+        return None
 
 
 def pixels(data: bytes, channels: int) -> Tensor:
@@ -151,8 +179,11 @@ def place(shape: torch.Size, size: int, fit: str) -> tuple[int, int, int, int]:
 
 def resize(picture: Tensor, size: int, fit: str = "crop", fill: list[float] | None = None, nearest: bool = False) -> Tensor:
     """(C, H, W) uint8 to (C, size, size): antialiased bilinear in uint8 (on a GPU in float, rounded) or the nearest pixel, then a centre crop,
-    or ``fill`` around it (a level a channel; 0)."""
+    or ``fill`` around it (a level a channel; 0). Raises ValueError where the enlarged picture would have more than MOST_PIXELS before it is cropped."""
     height, width, top, left = place(picture.shape[1:], size, fit)
+    if height * width > MOST_PIXELS:  # 1 x 8000 to 224: 2.4 GB
+        raise ValueError(f"the image is too thin to be cropped: {picture.shape[2]} x {picture.shape[1]} pixels would become {width} x {height}, more than "
+                         f"{MOST_PIXELS} in all; fit: pad or squash takes it")
     if (height, width) != tuple(picture.shape[1:]):
         whole = picture[None].float() if picture.is_cuda else picture[None]
         how: dict[str, Any] = {"mode": "nearest-exact"} if nearest else {"mode": "bilinear", "antialias": True, "align_corners": False}

@@ -134,6 +134,13 @@ def placed_boxes(shares: Tensor, frame: Tensor, size: int) -> Tensor:
     return torch.where(((left_over > 0) & (left_over >= VISIBLE * whole))[..., None], boxes, torch.zeros_like(boxes))
 
 
+def in_crowd(boxes: Tensor, crowd: Tensor) -> Tensor:
+    """(N,) bool: which of the ``boxes`` (N, 4) have half of their area or more in one of the regions ``crowd`` (C, 4). COCO measures overlap with a crowd
+    so, over the detection's own area (pycocotools: iscrowd)."""
+    low, high = torch.maximum(boxes[:, None, :2], crowd[:, :2]), torch.minimum(boxes[:, None, 2:], crowd[:, 2:])
+    return ((high - low).clamp(min=0).prod(2) >= 0.5 * (boxes[:, 2:] - boxes[:, :2]).prod(1)[:, None]).any(1)
+
+
 def shifted(x: Tensor, u: Tensor, reach: int, flip: bool) -> Tensor:
     """Moved by whole pixels, up to ``reach`` each way, the border repeated, by one gather. ``u``: (B, 3)."""
     size = x.shape[-1]

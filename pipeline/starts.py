@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import io
+import re
 import sys
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -166,10 +167,9 @@ def _file(text: str, uri: str, architecture: str) -> Start:
     missing = _missing(own, tensors)
     if not missing:
         return Start(text, tensors, drop=drop)
-    renamed = _renamed(tensors, own)
-    if renamed is not None and not _missing(own, renamed):
-        rule = f"names put into timm's by its rules for {type(own.model).__module__}"
-        return Start(text, renamed, drop=drop, notes=(rule,))
+    for renamed, rules in ((_renamed(tensors, own), "its rules"), (_from_torchvision(tensors, own), "torchvision's")):
+        if renamed is not None and not _missing(own, renamed):
+            return Start(text, renamed, drop=drop, notes=(f"names put into timm's by {rules} for {type(own.model).__module__}",))
     try:
         _paired(found, own)
     except BundleError:
@@ -203,6 +203,37 @@ def _renamed(tensors: dict[str, Tensor], backbone: Any) -> dict[str, Tensor] | N
     except Exception:  # the rules look names up and reshape: another model's file fails in many ways, and is then told by its names
         return None
     return {f"model.{name}": tensor for name, tensor in out.items()}
+
+
+TORCHVISION = {
+    "vision_transformer": {
+        r"^class_token$": "cls_token", r"^conv_proj\.": "patch_embed.proj.", r"^encoder\.pos_embedding$": "pos_embed", r"^encoder\.ln\.": "norm.",
+        r"^encoder\.layers\.encoder_layer_(\d+)\.": r"blocks.\1.", r"\.ln_(\d)\.": r".norm\1.", r"\.self_attention\.in_proj_": ".attn.qkv.",
+        r"\.self_attention\.out_proj\.": ".attn.proj.", r"\.mlp\.(?:0|linear_1)\.": ".mlp.fc1.", r"\.mlp\.(?:3|linear_2)\.": ".mlp.fc2.",
+        r"^heads\.head\.": "head."},
+    "convnext": {
+        r"^features\.0\.0\.": "stem.0.", r"^features\.0\.1\.": "stem.1.", r"^features\.1\.": "stages.0.blocks.",
+        **{rf"^features\.{2 * i}\.": f"stages.{i}.downsample." for i in (1, 2, 3)}, **{rf"^features\.{2 * i + 1}\.": f"stages.{i}.blocks." for i in (1, 2, 3)},
+        r"\.block\.0\.": ".conv_dw.", r"\.block\.2\.": ".norm.", r"\.block\.3\.": ".mlp.fc1.", r"\.block\.5\.": ".mlp.fc2.",
+        r"\.layer_scale$": ".gamma", r"^classifier\.0\.": "head.norm.", r"^classifier\.2\.": "head.fc."}}
+"""Names of torchvision's models, and what timm has in their place, by timm's family: those that no rule of timm's knows. An MLP has had two names."""
+
+
+def _from_torchvision(tensors: dict[str, Tensor], backbone: Any) -> dict[str, Tensor] | None:
+    """The file's tensors by ``TORCHVISION``, with timm's shapes where they differ in dimensions of one (a layer's scale, a linear layer as convolution).
+
+    None where the model's family is none of them.
+    """
+    names, own, out = TORCHVISION.get(type(backbone.model).__module__.rpartition(".")[2]), backbone.state_dict(), {}
+    if names is None:
+        return None
+    for name, tensor in tensors.items():
+        plain = name.removeprefix("model.")
+        for pattern, ours in names.items():
+            plain = re.sub(pattern, ours, plain)
+        mine = own.get(f"model.{plain}", tensor)
+        out[f"model.{plain}"] = tensor.reshape(mine.shape) if tensor.squeeze().shape == mine.squeeze().shape else tensor
+    return out
 
 
 COUNTER = "num_batches_tracked"

@@ -28,28 +28,45 @@ ROWS_AT_ONCE = 256
 # ---------------------------------------------------------------- normalisation
 
 class _Punctuation(dict[int, str]):
-    """What ``no_punctuation`` makes of each character's code, found out once: dashes and connectors part words, other marks and symbols vanish."""
+    """What ``no_punctuation`` makes of each character's code, found out once: dashes, connectors and slashes (those of fractions too) part words, other marks
+    and symbols vanish."""
 
     def __missing__(self, code: int) -> str:
         kind = unicodedata.category(chr(code))
-        parts = kind in ("Pd", "Pc") or chr(code) in "/\\"
+        parts = kind in ("Pd", "Pc") or chr(code) in "/\\\u2044\u2215"
         self[code] = " " if parts else "" if kind[0] in "PS" and chr(code) != "'" else chr(code)
         return self[code]
 
 
-_PUNCTUATION = _Punctuation()
-_APOSTROPHES = str.maketrans(dict.fromkeys("’‘ʼ‛`´", "'"))
+class _Format(dict[int, str]):
+    """What ``nfkc`` makes of each character's code before it composes: characters of format vanish, but for those that join letters or keep them apart."""
+
+    def __missing__(self, code: int) -> str:
+        self[code] = "" if unicodedata.category(chr(code)) == "Cf" and chr(code) not in "\u200c\u200d" else chr(code)
+        return self[code]
+
+
+_PUNCTUATION, _FORMAT = _Punctuation(), _Format()
+_APOSTROPHES = str.maketrans({**dict.fromkeys("’‘ʼ‛`´\uff40\u1fef\u1ffd", "'"), "ŉ": "'n"})
+
+
+def _composed(text: str) -> str:
+    """Letters and accents as one character again, as ``nfkc`` has them: a change of case parts some, and where a mark between them goes they come together."""
+    return unicodedata.normalize("NFC", text)
+
 
 RULES: dict[str, Callable[[str], str]] = {
     "apostrophe": lambda text: text.translate(_APOSTROPHES),
-    "nfkc": lambda text: unicodedata.normalize("NFKC", text),
-    "upper": str.upper,
-    "lower": str.lower,
-    "no_punctuation": lambda text: text.translate(_PUNCTUATION),
+    "nfkc": lambda text: unicodedata.normalize("NFKC", text.translate(_FORMAT)),
+    "upper": lambda text: _composed(text.upper()),
+    "lower": lambda text: _composed(text.lower()),
+    "no_punctuation": lambda text: _composed(text.translate(_PUNCTUATION)),
     "spaces": lambda text: " ".join(text.split()),
 }
-"""Rules of normalisation by name. apostrophe: its typographic forms become '. nfkc: Unicode's compatibility composition (UAX 15). no_punctuation: Unicode's
-marks (P) and symbols (S) go, but for '; dashes, underscores and slashes become spaces. spaces: white space becomes single spaces, none at the ends."""
+"""Rules of normalisation by name. apostrophe: its typographic forms become ', those too that nfkc would make (of ŉ). nfkc: Unicode's compatibility composition
+(UAX 15), without characters of format (Cf: soft hyphens, spaces of no width, byte order marks), but for the joiner and non-joiner, which spell words.
+no_punctuation: Unicode's marks (P) and symbols (S) go, but for '; dashes, underscores and slashes become spaces, also that of ½, which is 1 2. spaces: white
+space becomes single spaces, none at the ends. A text that went through the rules of ``rules_of`` stays as it is when it goes through them again."""
 
 
 def rules_of(case: str, punctuation: str) -> str:

@@ -192,6 +192,47 @@ def test_a_varying_rate_of_mp3_without_a_table_is_refused():
         refused(holed, "varying bit rate")
 
 
+def ogg_pages(data: bytes) -> list[bytes]:
+    out, at = [], 0
+    while at < len(data):
+        stop = at + 27 + data[at + 26] + sum(data[at + 27:at + 27 + data[at + 26]])
+        out.append(data[at:stop])
+        at = stop
+    return out
+
+
+@pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
+def test_recordings_joined_in_one_ogg_file_are_told(subtype):
+    """libsndfile reads the first one, without a word."""
+    one, two = (saved(tone(seconds), form="OGG", subtype=subtype) for seconds in (1.0, 2.0))
+    assert one[14:18] != two[14:18], "serial numbers"
+    for data in (one + two, two + one, one + one + two, one + two[:-10]):
+        refused(data, "several recordings joined in one OGG file")
+        with pytest.raises(BrokenAudioError, match="several recordings joined"):
+            audiofile.pieces(data, None, 1.0)
+
+
+@pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
+def test_streams_side_by_side_in_an_ogg_file_are_no_joined_recordings(subtype):
+    """All of them begin before the sound; whichever ends last. (The other stream's checksums are wrong, so that libsndfile passes over it.)"""
+    first, *pages = ogg_pages(saved(tone(), form="OGG", subtype=subtype))
+    begin, end = (b"OggS\0" + bytes([flag]) + bytes(8) + b"text" + bytes(8) + b"\1\4abcd" for flag in (2, 4))
+    assert len(audiofile.decode(b"".join([first, begin, *pages, end]))[0]) == RATE
+    refused(b"".join([first, *pages, end]), "several recordings joined")
+
+
+@pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
+def test_an_ogg_file_cut_between_pages_is_told(subtype):
+    """All of its pages are whole; that none says it is the last tells."""
+    pages = ogg_pages(saved(np.random.default_rng(0).uniform(-0.5, 0.5, 5 * RATE), form="OGG", subtype=subtype))
+    assert len(pages) > 5 and [page[5] & 4 for page in pages] == [0] * (len(pages) - 1) + [4]
+    for kept in (len(pages) - 1, len(pages) - 2):
+        data = b"".join(pages[:kept])
+        refused(data, r"ends without OGG's last page, after \d\.\d\d s of sound: it was cut off, or its writer was stopped")
+        with pytest.raises(BrokenAudioError, match="ends without OGG's last page"):
+            audiofile.pieces(data, None, 1.0)
+
+
 @pytest.mark.parametrize("size", [1 << 63, (1 << 64) - 512, 0xFFFFFFF0_00000000])
 @pytest.mark.parametrize(("form", "chunk", "behind"), [("RF64", b"ds64", 16), ("W64", b"data", 16)])
 def test_a_size_that_leads_before_the_file_is_a_broken_file(form, chunk, behind, size, tmp_path):
@@ -214,6 +255,20 @@ def test_samples_that_are_no_numbers(wrong):
     with pytest.raises(BrokenAudioError, match=r"2 of 16000 samples are no numbers \(NaN or infinite\), the first at 0\.500 s"):
         audiofile.decode(saved(samples, subtype="FLOAT"))
     assert len(audiofile.decode(saved(samples, subtype="FLOAT"), 0.6)[0]) == 6400
+
+
+@pytest.mark.parametrize("subtype", ["FLOAT", "DOUBLE"])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_floating_point_samples_in_integer_scale_are_told(subtype, sign):
+    """16 times full scale is let through, as loud as nobody writes it; beyond it nearly all samples would be clipped. Channels may cancel each other."""
+    samples = np.zeros((800, 2))
+    samples[5] = [20_000.0 * sign, -20_000.0 * sign]
+    for data in (saved(samples, subtype=subtype), saved(samples[:, 0], subtype=subtype)):
+        for work in (audiofile.decode, audiofile.measured):
+            with pytest.raises(BrokenAudioError, match="floating-point numbers up to 20000, where full scale is 1: they are in integer scale"):
+                work(data)
+    assert audiofile.decode(saved(samples / 1250, subtype=subtype))[0].shape == (800,)
+    assert audiofile.measured(saved(samples[:, 0] / 1250, subtype=subtype))[2] == 16
 
 
 def test_a_flipped_bit_in_flac_is_told():

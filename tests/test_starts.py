@@ -4,11 +4,13 @@ import json
 import os
 import pickle
 import time
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from torchvision.models.convnext import CNBlockConfig
 from toys import image_rows, label_state, take, task_of
 
 from pipeline import bundle, starts, storage
@@ -164,16 +166,23 @@ def loaded(text: str, name: str, size: int = 64):
 
 @torch.no_grad()
 def torchvision_file(name: str, path, **options):
-    """A torchvision model whose biases and norms are no noughts and ones, and its state dict as a file."""
+    """A torchvision model whose biases, norms, scales and last layer are no noughts and ones, and its state dict as a file."""
     import torchvision
 
     torch.manual_seed(0)
     model = getattr(torchvision.models, name)(**options).eval()
     for p in model.parameters():
-        if p.dim() < 2:
+        if p.squeeze().dim() < 2 or not p.any():
             p.add_(0.1 * torch.randn(p.shape))
     torch.save(model.state_dict(), path)
     return model
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "inception_v3": {"transform_input": False, "init_weights": False}, "vit_b_32": {"image_size": 64},
+    "VisionTransformer": {"image_size": 64, "patch_size": 16, "num_layers": 12, "num_heads": 3, "hidden_dim": 192, "mlp_dim": 768},
+    "ConvNeXt": {"block_setting": [CNBlockConfig(40, 80, 2), CNBlockConfig(80, 160, 2), CNBlockConfig(160, 320, 6), CNBlockConfig(320, None, 2)]}}
+"""Of torchvision's models; the last two in the sizes of timm's smallest."""
 
 
 @pytest.mark.parametrize(("theirs", "ours", "prefix", "classifier", "said"), [
@@ -181,18 +190,32 @@ def torchvision_file(name: str, path, **options):
     ("inception_v3", "inception_v3", "file", "fc", "564 tensors kept, 0 new, 16 dropped (model.AuxLogits.conv0.conv.weight, "),
     ("regnet_y_400mf", "regnety_004", "file", "fc", "names put into timm's by its rules for timm.models.regnet"),
     ("efficientnet_b0", "efficientnet_b0", "file-by-order", "classifier.1", "358 tensors paired by order and shape, names unread"),
+    ("VisionTransformer", "vit_tiny_patch16_224", "file", "heads.head", "names put into timm's by torchvision's for timm.models.vision_transformer"),
+    ("ConvNeXt", "convnext_atto", "file", "classifier.2", "names put into timm's by torchvision's for timm.models.convnext"),
+    pytest.param("vit_b_32", "vit_base_patch32_224", "file", "heads.head", "2 dropped (model.head.weight, model.head.bias)", marks=pytest.mark.slow),
+    pytest.param("convnext_tiny", "convnext_tiny", "file", "classifier.2", "2 dropped (model.head.fc.weight, model.head.fc.bias)", marks=pytest.mark.slow),
     pytest.param("vgg11_bn", "vgg11_bn", "file", "classifier.6", "names put into timm's by its rules for timm.models.vgg", marks=pytest.mark.slow),
     pytest.param("densenet121", "densenet121", "file", "classifier", "725 tensors kept, 0 new, 2 dropped", marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_a_file_of_torchvision_gives_torchvisions_own_logits(tmp_path, theirs, ours, prefix, classifier, said):
     size = 96 if theirs == "inception_v3" else 64
-    model = torchvision_file(theirs, tmp_path / "w.pth", **({"transform_input": False, "init_weights": False} if theirs == "inception_v3" else {}))
+    model = torchvision_file(theirs, tmp_path / "w.pth", **OPTIONS.get(theirs, {}))
     backbone, moved = loaded(f"{prefix}:{tmp_path / 'w.pth'}", f"timm/{ours}", size)
     assert not moved.new and said in moved.text()
     batch = blank_images(2, size)
     expected = model(batch["image"])
     logits = model.get_submodule(classifier)(backbone(batch).pooled)
     assert (logits - expected).abs().max() < 1e-4 * expected.abs().max() and expected.std() > 0
+
+
+def test_torchvisions_vision_transformers_have_had_other_names(tmp_path):
+    """MLPBlock's layers were ``linear_1`` and ``linear_2`` in version 1 of its state."""
+    state = torchvision_file("VisionTransformer", tmp_path / "new.pth", **OPTIONS["VisionTransformer"]).state_dict()
+    old = {name.replace(".mlp.0.", ".mlp.linear_1.").replace(".mlp.3.", ".mlp.linear_2."): tensor for name, tensor in state.items()}
+    assert len(old.keys() - state.keys()) == 48
+    torch.save(old, tmp_path / "old.pth")
+    new, first = (starts.read(f"file:{tmp_path / name}.pth", "timm/vit_tiny_patch16_224") for name in ("new", "old"))
+    assert new.tensors.keys() == first.tensors.keys() and all(torch.equal(tensor, first.tensors[name]) for name, tensor in new.tensors.items())
 
 
 def lite0_logits(t: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:

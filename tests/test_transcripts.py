@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import unicodedata
 
 import jiwer
 import numpy as np
@@ -27,12 +28,33 @@ def random_text(rng: random.Random, words: int) -> str:
     ("ﬁve ①", "FIVE 1", "five 1"),
     ("cafe\u0301 £5…", "CAFÉ 5", "café £5..."),
     ("...", "", "..."),
+    ("½ cup, 2\u20443 or 4\u22155", "1 2 CUP 2 3 OR 4 5", "1\u20442 cup, 2\u20443 or 4\u22155"),
+    ("\ufeffco\u00adop\u200bera\u2060te", "COOPERATE", "cooperate"),
+    ("می\u200cخواهم क्\u200dष", "می\u200cخواهم क्\u200dष", "می\u200cخواهم क्\u200dष"),
+    ("ŉ \uff40a\u1fef", "'N 'A'", "'n 'a'"),
+    ("a.\u0301 e\u00ad\u0301", "Á É", "a.\u0301 é"),
     ("ｆｕｌｌ　width", "FULL WIDTH", "full width")])
 def test_rules_do_what_their_names_say(text, upper, kept):
     assert transcripts.normalised(text, UPPER) == upper
     assert transcripts.normalised(text, transcripts.rules_of("keep", "keep")) == kept
     assert transcripts.normalised(text, transcripts.rules_of("lower", "drop")) == upper.lower()
     assert transcripts.normalised(upper, UPPER) == upper
+
+
+@pytest.mark.parametrize("case", ["upper", "lower", "keep"])
+@pytest.mark.parametrize("punctuation", ["drop", "keep"])
+def test_rules_applied_twice_give_the_same(case, punctuation):
+    """Of every character, and of random ones side by side, marks and accents more often than chance has them. (Surrogates are no text.)"""
+    rules = transcripts.rules_of(case, punctuation)
+    every = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000 and unicodedata.category(chr(code)) not in ("Cn", "Co")]
+    rng, bounds = random.Random(0), ((0x300, 0x370), (0x20, 0x250), (0x370, 0x400), (0x1F00, 0x2070))
+    pools = [every, *([chr(code) for code in range(*pair)] for pair in bounds)]
+    texts = [*(f"a{one}b {one}" for one in every), *("".join(rng.choice(rng.choice(pools)) for _ in range(6)) for _ in range(10_000))]
+    for start in range(0, len(texts), 100):  # together, which takes less time
+        once = transcripts.normalised(" ".join(texts[start:start + 100]), rules)
+        again = transcripts.normalised(once, rules)
+        assert again == once, [(word, ascii(word)) for word, other in zip(once.split(), again.split(), strict=False) if word != other][:3]
+        assert not set(once) & set("’‘ʼ‛`´")
 
 
 def test_the_names_of_the_rules_tell_what_was_done():

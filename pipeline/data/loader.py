@@ -80,7 +80,7 @@ class Decoder:
 
 
 WINDOWS_BYTES = 512 << 20
-"""Kept of row groups where batches take their rows from all over a window (`stream.WINDOW_BYTES`): an item may stand in two of them."""
+"""Kept of row groups where batches take their rows from all over a window, at least: `BucketPlan.held_rows` may take more."""
 RAGGED = "_ragged:"
 SILENT_ROWS = 256
 """Rows whose headers are read at once."""
@@ -119,7 +119,9 @@ class Loader:
             indices, epochs = self.plan.sequence(item.shard, item.start, item.stop)
         rows = self.selection.ids(indices)
         with self._lock:
-            kept = WINDOWS_BYTES if isinstance(self.plan, BucketPlan) else READER_BYTES
+            kept = READER_BYTES
+            if isinstance(self.plan, BucketPlan):
+                kept = max(WINDOWS_BYTES, self.plan.held_rows * self.selection.manifest.size // len(self.selection))
             self._reader = self._reader or Reader(self.selection.manifest, self.decoder.names(), kept)
             table = self._reader.take(rows)
         arrays, bad = self.decoder(table)

@@ -28,8 +28,10 @@ from pipeline.ragged import lengths
 from pipeline.rng import row_keys
 
 Place = Literal["memory", "workers", "train", "device"]
-WINDOW_BYTES = 192 << 20
-"""Of the row groups from which a batch by cost takes its rows: a `Reader` keeps them all, and reads each once."""
+WINDOW_BYTES, WINDOW_MOST_BYTES = 192 << 20, 2 << 30
+"""Of the row groups from which a batch by cost takes its rows, and the most of them where batches are large. Each `Reader` keeps two windows and what an item
+goes over, and reads each group once; several readers read them each. Of LibriSpeech (213 kB a row) a window has 200 MB in batches of 480 s, 0.6 GB of 1500 s,
+1.3 GB of 3200 s, and each reader keeps 0.7, 1.5 and 2.9 GB."""
 ITEM_BYTES, ITEM_ROWS = 32 << 20, (32, 2048)
 """What a data worker decodes at a time: a block costs Ray Data about 10 ms of processor time whatever its size, so small rows go in large numbers.
 Measured on two cores against a DataLoader, at 224 px with Ray's own number of waiting items: 8 MiB 0.51, 16 MiB 0.61, 32 MiB 0.78. At 64 px, with
@@ -228,8 +230,9 @@ def plan_of(rows: Rows, seed: int, global_batch: int, batch_cost: float | None =
         return Plan(len(rows), seed, global_batch, shards=shards, shuffle=shuffle, boundaries=bounds, item_rows=item_rows, mixture=mixture)
     assert rows.costs is not None and mixture is None
     each = rows.selection.manifest.size // max(1, rows.selection.manifest.rows)
-    window = max(1, min(WINDOW_ROWS, WINDOW_BYTES // max(1, each)))
-    return BucketPlan(rows.costs, batch_cost, seed, shards=shards, shuffle=shuffle, boundaries=bounds, item_rows=item_rows, window_rows=window)
+    window, most = (max(1, size // max(1, each)) for size in (WINDOW_BYTES, WINDOW_MOST_BYTES))
+    return BucketPlan(rows.costs, batch_cost, seed, shards=shards, shuffle=shuffle, boundaries=bounds, item_rows=item_rows,
+                      window_rows=min(WINDOW_ROWS, window), most_rows=most)
 
 
 class Loaded(NamedTuple):

@@ -49,7 +49,8 @@ class AudioOptions(Options):
     normalize: bool | None = Field(
         None, description="wave: mean 0 and variance 1 in each recording (wav2vec 2.0 base); none: yes, but not for WaveNet, whose mu-law wants -1 to 1")
     max_seconds: float = Field(40.0, gt=0, le=3600, description="longer rows are bad: cut long recordings (an audio folder's are, at silence)")
-    speed: float = Field(0.0, ge=0, le=0.5, description="training: played slower by this share, as it is, or faster (0.1: 0.9, 1 and 1.1), pitch and all")
+    speed: float = Field(0.0, ge=0, le=0.5, multiple_of=0.01, description="training: played slower by this share (whole percent), as it is, or faster (0.1: "
+                                                                          "0.9, 1 and 1.1), pitch and all")
     noise: float = Field(0.0, ge=0, le=1, description="training: share of the rows with white noise")
     noise_snr: list[float] = Field([10.0, 40.0], min_length=2, max_length=2, description="its signal-to-noise ratio in dB, uniform between these")
     frequency_masks: int = Field(2, ge=0, le=16, description="training, mel: SpecAugment's bands of masked mel bins; 0 is off")

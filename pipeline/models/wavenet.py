@@ -102,6 +102,17 @@ class WaveNet(Backbone):
             out = out.add_(skip)
         return out
 
+    def renew_frames(self) -> None:
+        """Initialise the convolutions over tokens anew where they were never trained, which their zero W tells: weight decay shrinks what has no gradient.
+        The numbers are those of a fixed seed."""
+        for number, block in enumerate(self.frames):
+            assert isinstance(block, _Frames)
+            if not block.out.weight.any():
+                with torch.random.fork_rng(devices=[]):
+                    torch.default_generator.manual_seed(number)  # torch.manual_seed would seed the GPUs too, which are not forked
+                    fresh = nn.Conv1d(self.options.skip, self.options.skip, self.options.frame_kernel)
+                block.wide.load_state_dict(fresh.state_dict())
+
     def layers(self) -> dict[str, list[str]]:
         out: dict[str, list[str]] = {}
         for name, _ in self.named_parameters():

@@ -17,9 +17,11 @@ from torchvision.models.detection.fcos import FCOS, FCOSHead
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead, concat_box_prediction_layers
-from torchvision.ops import MultiScaleRoIAlign, box_convert, generalized_box_iou_loss, sigmoid_focal_loss
+from torchvision.ops import MultiScaleRoIAlign, box_convert, box_iou, generalized_box_iou_loss, sigmoid_focal_loss
 
+from pipeline import imagefile
 from pipeline.contracts import Arrays, Backbone, Batch, Features, Objective
+from pipeline.pixels import in_crowd
 from pipeline.pyramid import Pyramid
 from pipeline.registry import Options, nearest, register
 from pipeline.rng import uniform
@@ -112,7 +114,8 @@ class Detection(Objective):
 
     @classmethod
     def refused(cls, table, columns, state):
-        return [reason for *_, reason in _parsed(table, columns, state)] if columns.get("boxes") in table.column_names else [""] * len(table)
+        more = () if state["relative"] else ("image",)  # its own size: boxes in pixels are of the upright picture
+        return [reason for *_, reason in _parsed(table, columns, state, *more)] if columns.get("boxes") in table.column_names else [""] * len(table)
 
     def __init__(self, backbone: Backbone, options: DetectionOptions, state: dict[str, Any]):
         super().__init__(backbone, options, state)
@@ -166,9 +169,10 @@ class Detection(Objective):
 
 # ---------------------------------------------------------------- rows
 
-def _parsed(table, columns, state):
+def _parsed(table, columns, state, *more: str):
     """For each row (boxes (k, 4) shares as corners, labels (k,), crowd (k,), reason); with a reason it has no boxes."""
-    given = {role: table[columns[role]].to_pylist() for role in ("boxes", "labels", "crowd", "width", "height") if columns.get(role) in table.column_names}
+    roles = ("boxes", "labels", "crowd", "width", "height", *more)
+    given = {role: table[columns[role]].to_pylist() for role in roles if columns.get(role) in table.column_names}
     index = {value: i for i, value in enumerate(state["values"])}
     none = (np.zeros((0, 4)), np.zeros(0, np.int64), np.zeros(0, bool))
     for i in range(len(table)):
@@ -200,6 +204,8 @@ def _row(row: dict[str, Any], index: dict[Any, int], state: dict[str, Any]) -> t
         width, height = row["width"], row["height"]
         if not (width and height and width > 0 and height > 0):
             raise ValueError(f"boxes in pixels, but the image is {width} x {height}")
+        if (shown := imagefile.upright_size(row.get("image"))) and shown != (width, height):
+            raise ValueError(f"boxes in pixels of an image of {width} x {height}, but upright (EXIF) the image is {shown[0]} x {shown[1]}")
         corners = corners / [width, height, width, height]
     cut = corners.clip(0, 1)
     for written, whole, kept in zip(given, corners, cut, strict=True):
@@ -348,6 +354,7 @@ class _Proposals(RegionProposalNetwork):
         if targets is None:
             return boxes, {}
         labels, matched = self.assign_targets_to_anchors(anchors, targets)
+        labels = [k.masked_fill((k == 0) & in_crowd(a, t["crowd"]), -1.0) for k, a, t in zip(labels, anchors, targets, strict=True)]
         return boxes, self.by_image(scores.view(len(anchors), -1), shifts.view(len(anchors), -1, 4), labels, self.box_coder.encode(matched, anchors))
 
     def by_image(self, scores, shifts, labels, wanted):
@@ -359,7 +366,7 @@ class _Proposals(RegionProposalNetwork):
 
 
 class TwoStage(nn.Module):
-    """Faster R-CNN (Ren et al. 2015) over a feature pyramid of strides 4 to 64, with torchvision's settings. Crowd regions are left out of its targets."""
+    """Faster R-CNN (Ren et al. 2015) over a feature pyramid of strides 4 to 64, with torchvision's settings. What lies in a crowd is no background."""
 
     losses_named = ("objectness", "proposal_box", "classification", "box")
 
@@ -389,14 +396,15 @@ class TwoStage(nn.Module):
         """Means over the samples of each image by name, each (B,), and ones."""
         for sampler in self.samplers:
             sampler.keys = batch.keys
-        shifted = [{"boxes": t["boxes"], "labels": t["labels"] + 1} for t in targets]  # 0 is the background
+        shifted = [{**t, "labels": t["labels"] + 1} for t in targets]  # 0 is the background
         boxes, parts = self.rpn(_sized(batch), maps, shifted)
+        boxes = [b[~in_crowd(b, t["crowd"]) | (box_iou(b, t["boxes"]) >= 0.5).any(1)] for b, t in zip(boxes, targets, strict=True)]
         boxes, _, labels, wanted = self.roi_heads.select_training_samples(boxes, shifted)
         scores, shifts = self._regions(maps, boxes, batch)
         sizes = [len(b) for b in boxes]
         kinds, real = torch.cat(labels), torch.cat(labels) > 0
         errors = F.cross_entropy(scores, kinds, reduction="none")
-        shifts = shifts.view(len(kinds), -1, 4)
+        shifts = shifts.unflatten(1, (-1, 4))
         off = F.smooth_l1_loss(shifts[real, kinds[real]], torch.cat(wanted)[real], beta=1 / 9, reduction="none").sum(-1)
         off = torch.zeros_like(errors).masked_scatter(real, off)
         for name, values in (("classification", errors), ("box", off)):

@@ -76,6 +76,10 @@ class NextSample(Objective):
         total = losses.sum()
         return total, weight.sum(), {"bits_per_sample": total.detach() / math.log(2), "accuracy": hits.sum()}
 
+    def after_training(self, backbone: Backbone) -> None:
+        """The layers over tokens, which nothing trained, leave as they begin."""
+        backbone.renew_frames()  # type: ignore[operator]
+
     def predict(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
         """``loss`` (B,) in nats and ``count`` (B,), the samples that were predicted."""
         losses, weight, _ = self._rows(backbone, batch)

@@ -90,13 +90,14 @@ class Wav2Vec2Pretraining(Objective):
 
     Logged: ``accuracy`` (hidden frames whose own code is the nearest), ``contrastive``, ``diversity`` (0: all entries in use, towards 1: one of each group),
     ``code_perplexity`` (of the entries that the global batch chose, summed over groups: at most groups x entries; near groups the quantiser has collapsed,
-    which is warned of) and ``prob_perplexity`` (of the softmax, which the diversity loss raises).
+    which is warned of), ``prob_perplexity`` (of the softmax, which the diversity loss raises) and ``code_usage`` (share of the entries that the global batch
+    chose at all; a batch of few hidden frames cannot choose them all).
 
     Raises ValueError for a backbone that cannot hide frames, and where groups do not divide code_width.
     """
 
     metrics = ("loss",)
-    log_names = ("accuracy", "contrastive", "diversity", "code_perplexity", "prob_perplexity")
+    log_names = ("accuracy", "contrastive", "diversity", "code_perplexity", "prob_perplexity", "code_usage")
     couples_rows = True
     progress: Tensor
     usage: Tensor
@@ -189,11 +190,11 @@ class Wav2Vec2Pretraining(Objective):
         soft, hard, sums = everyone.split([o.groups * o.entries, o.groups * o.entries, 3])
         counted = sums[0].clamp(min=1.0)
         used, perplexity = (_perplexity(part.view(o.groups, -1) / counted) for part in (hard, soft))
-        least, usage, perplexity = used.min(), used.sum(), perplexity.sum()
+        least, usage, perplexity, in_use = used.min(), used.sum(), perplexity.sum(), (hard > 0).float().mean()
         diversity = (o.groups * o.entries - perplexity) / (o.groups * o.entries)
         extra = sums[0] * (o.diversity * diversity + o.feature_penalty * sums[1] / sums[2].clamp(min=1.0))
         self.usage.copy_(torch.where(sums[0] >= 10 * COLLAPSED, least, self.usage).detach())  # few frames cannot choose many entries
-        logs |= {name: value.detach() * count for name, value in zip(self.log_names[2:], (diversity, usage, perplexity), strict=True)}
+        logs |= {name: value.detach() * count for name, value in zip(self.log_names[2:], (diversity, usage, perplexity, in_use), strict=True)}
         return total + (extra * count / counted).detach() + (extra - extra.detach()), count, logs  # each rank's share, the gradient of the whole
 
     def absent(self, backbone: Backbone) -> None:

@@ -26,7 +26,7 @@ from pipeline.rng import mix
 from pipeline.train import checks, fitting
 from pipeline.train import probe as probes
 
-STAGE_VERSION = 6
+STAGE_VERSION = 7
 """Raised when the code of a stage changes what it makes from the same job."""
 SPAN_ROWS, SPAN_BYTES = 8192, 16 << 20
 """Texts that are packed or tokenised in one task: at most so many, and about so many bytes of their files."""

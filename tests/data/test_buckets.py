@@ -1,10 +1,12 @@
 """Batches cut by cost: each row once an epoch, alike in length, the same at any number of ranks, bounded."""
 
+import hashlib
 import pickle
 
 import numpy as np
 import pytest
 
+from pipeline.data import stream
 from pipeline.data.buckets import WIDTH, BucketPlan
 from pipeline.data.plan import Plan
 
@@ -103,6 +105,29 @@ def test_blocks_are_read_close_together():
         near = [len({int(r) // 20 for b in found[i:i + 8] for r in b}) for i in range(0, len(found) - 8, 8)]
         assert max(near) <= 20 and len({int(r) // 20 for b in found for r in b}) == 100
     assert set(batches(plan, 0)[0] // 20) != set(batches(plan, 1)[0] // 20)
+
+
+@pytest.mark.parametrize("cost", [480, 1500, 3200])
+def test_windows_hold_enough_batches_for_little_padding(cost):
+    """Rows of 213 kB, as LibriSpeech's are, in row groups of 8 MB and windows as ``stream.plan_of`` asks for them."""
+    rows, group, few, most = 28_539, 39, stream.WINDOW_BYTES // 213_000, stream.WINDOW_MOST_BYTES // 213_000
+    bounds = np.array([*range(0, rows, group), rows])
+    plan = BucketPlan(lengths(rows), cost, 1, shuffle="blocks", boundaries=bounds, window_rows=few, most_rows=most)
+    assert few <= plan.window_rows < most and len(plan.windows) > 4 and max(plan.padding(epoch) for epoch in range(2)) < 0.05
+    assert max(len(window.rows) for window in plan.windows) <= plan.window_rows + group
+    found = batches(plan, 0)
+    assert sorted(np.concatenate(found)) == list(range(rows))
+    same = {tuple(sorted(b)) for b in found} & {tuple(sorted(b)) for b in batches(plan, 1)}
+    assert sum(map(len, same)) < 0.4 * rows, "rows that meet the same ones in the next epoch"
+
+
+def test_plans_with_one_window_are_what_they_were():
+    """Those of earlier versions, which runs are resumed from."""
+    costs, bounds = lengths(500), np.array([*range(0, 500, 30), 500])
+    for shuffle in ("rows", "blocks"):
+        plan = BucketPlan(costs, 100, 5, shuffle=shuffle, boundaries=bounds, window_rows=945, most_rows=10_000)
+        found = batches(plan, 0) + batches(plan, 1)
+        assert hashlib.sha256(repr([b.tolist() for b in found]).encode()).hexdigest()[:16] == "78aa0027be47d04f"
 
 
 def test_rows_that_are_longer_than_a_batch_stand_alone():

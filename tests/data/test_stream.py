@@ -595,4 +595,38 @@ def test_windows_of_batches_by_cost_hold_no_more_than_a_reader_keeps(rows, monke
     each = rows.selection.manifest.size // N
     monkeypatch.setattr(stream, "WINDOW_BYTES", 40 * each)
     windows = stream.plan_of(costly, 0, 12, 200.0, shuffle="blocks").windows
+    assert max(len(window.rows) for window in windows) == 69, "24 batches of 200 / 75.5 rows, and a group"
+    monkeypatch.setattr(stream, "WINDOW_MOST_BYTES", 40 * each)
+    windows = stream.plan_of(costly, 0, 12, 200.0, shuffle="blocks").windows
     assert len(windows) >= 2 and max(len(window.rows) for window in windows) <= 56 and sum(len(window.rows) for window in windows) == N
+
+
+def test_a_reader_of_batches_by_cost_reads_each_row_group_once_an_epoch(tmp_path, monkeypatch):
+    """However large the batches make the windows, and without holding more than two of them and what an item goes over."""
+    random_text = np.random.default_rng(0)
+    table = pa.table({"text": [f"{random_text.bytes(1500).hex()} {i}" for i in range(600)]})
+    pq.write_table(table, tmp_path / "long.parquet", row_group_size=8)
+    rows = Rows(m.Selection(m.build(str(tmp_path / "long.parquet"), "auto", str(tmp_path))), Decoder(Squares(None, {}), None, {}, {"text": "text"}),
+                costs=random_text.uniform(1, 17, 600))
+    each = rows.selection.manifest.size // 600
+    monkeypatch.setattr(stream, "WINDOW_BYTES", 20 * each)
+    monkeypatch.setattr("pipeline.data.loader.WINDOWS_BYTES", 20 * each)
+    read, groups = [], pq.ParquetFile.read_row_group
+
+    def counted(file, number, **words):
+        read.append(number)
+        return groups(file, number, **words)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", counted)
+    for cost in (20.0, 60.0):
+        plan = stream.plan_of(rows, 3, 0, cost, shards=4, shuffle="blocks", item_rows=5)
+        loader, n = Loader(rows.selection, rows.decoder, plan), int(plan.batches_an_epoch)
+        largest = max(len(window.rows) for window in plan.windows)
+        assert len(plan.windows) > 3 and plan.held_rows == 2 * largest + 20
+        for epoch in range(2):
+            read.clear()
+            for item in plan.items(epoch * n, (epoch + 1) * n):
+                loader(item)
+            assert max(Counter(read).values()) == 1 and (epoch or sorted(read) == list(range(75)))
+            assert loader._reader._held <= (plan.held_rows + 8) * each
+    assert stream.plan_of(rows, 3, 0, 60.0, shards=4, item_rows=5).held_rows == 0, "a window of all rows"

@@ -82,6 +82,11 @@ def test_bad_rows_have_their_reason_and_spoil_no_other():
     assert not found[9].any() and set(found[10].tolist()) == {32767}
 
 
+def test_a_recording_in_integer_scale_is_a_bad_row():
+    found, bad = read([saved(noise() * 20_000, subtype="FLOAT"), saved(noise())], pa.binary())
+    assert "floating-point numbers up to" in bad[0] and "in integer scale" in bad[0] and len(found[0]) == 0 and bad[1] == "" and len(found[1]) == 8000
+
+
 @pytest.mark.parametrize("kind", ["bytes", "hub", "path", "hub path"])
 def test_bytes_paths_and_cells_of_the_hub(tmp_path, kind):
     data = saved(noise())
@@ -323,6 +328,18 @@ def test_three_speeds():
     assert torch.allclose(rows_of(done, "mel")[same], plain["mel"][0], atol=1e-5)
     short = modality.augment(batch_of(modality, (410,) * 50, torch.arange(50)))
     assert short["mask"].any(1).all()  # nothing becomes too short to be a frame
+
+
+def test_both_speeds_are_the_same_share_away():
+    """Of every whole percent; other shares are refused: 0.005 would do nothing, 0.015 play 2 % slower and 1 % faster."""
+    assert AudioOptions().speed == 0
+    for percent in range(1, 51):
+        modality = Audio(AudioOptions(speed=percent / 100, frequency_masks=0, time_masks=0), MEL)
+        lengths = modality.augment(batch_of(modality, (16000,) * 30, torch.arange(30)))["audio_lengths"].unique().tolist()
+        assert lengths == [-(-1_600_000 // (100 + change)) for change in (percent, 0, -percent)]
+    for speed in (0.005, 0.015, 0.333):
+        with pytest.raises(ValueError, match=r"multiple of 0\.01"):
+            AudioOptions(speed=speed)
 
 
 def test_noise_comes_to_a_share_of_the_rows_at_its_ratio():

@@ -87,8 +87,38 @@ def test_what_the_gpu_would_not_turn_goes_to_the_host():
     turned, plain = saved(soft(24, 40), "JPEG", exif=exif), saved(soft(24, 40), "JPEG")
     exif[0x0112] = 1
     assert imagefile._turned(turned) and not imagefile._turned(plain) and not imagefile._turned(saved(soft(24, 40), "JPEG", exif=exif))
-    assert imagefile._jpeg_size(turned) == (24, 40) and imagefile._jpeg_size(saved(soft(24, 40), "JPEG", progressive=True)) == (24, 40)
-    assert imagefile._jpeg_size(plain[:30]) is None
+    assert imagefile._jpeg_frame(turned) == imagefile._jpeg_frame(saved(soft(24, 40), "JPEG", progressive=True)) == (24, 40, 3, True)
+    assert imagefile._jpeg_frame(plain[:30]) is None
+
+
+def test_colours_that_the_gpu_would_mistake_go_to_the_host(monkeypatch):
+    """nvJPEG takes four components for nothing that it knows, and three always for YCbCr: Adobe's marker, which says RGB, it does not read."""
+    from pipeline import imagefile
+
+    given: list[bytes] = []
+    monkeypatch.setattr(imagefile, "decode_jpeg", lambda files, **words: given.extend(bytes(file.tolist()) for file in files) or files)
+    colour = soft(24, 40)
+    host = [saved(colour.convert("CMYK"), "JPEG"), saved(colour, "JPEG", keep_rgb=True), saved(colour), saved(colour, "JPEG")[:30]]
+    gpu = [saved(colour, "JPEG"), saved(colour.convert("L"), "JPEG"), saved(colour, "JPEG", subsampling=0, progressive=True)]
+    assert all(b"Adobe" in data[:30] for data in host[:2])
+    files = [part for pair in zip(host, gpu, strict=False) for part in pair] + host[3:]
+    assert sorted(imagefile.on_gpu(files, 3, torch.device("cuda"))) == [1, 3, 5] and given == gpu
+    for data in host[:2]:
+        want = np.asarray(PIL.Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
+        assert np.abs(imagefile.pixels(data, 3).permute(1, 2, 0).numpy() - want).max() <= 1
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])
+def test_the_upright_size_is_told_without_decoding(form):
+    from pipeline import imagefile
+
+    for turn in range(1, 9) if form in ("JPEG", "PNG", "WEBP") else (1,):
+        exif = PIL.Image.Exif()
+        exif[0x0112] = turn
+        data = saved(soft(24, 40), form, **({"exif": exif} if turn > 1 else {}))
+        height, width = imagefile.pixels(data, 3).shape[1:]
+        assert imagefile.upright_size(data) == (width, height) == ((24, 40) if turn > 4 else (40, 24))
+    assert imagefile.upright_size(b"no image") is imagefile.upright_size(b"") is None
 
 
 # ---------------------------------------------------------------- too large, too short
@@ -131,6 +161,21 @@ def test_a_large_image_within_the_limit_is_read():
     data = png(9000, 3, lines=(b"\0" + bytes([128]) * 9000) * 3)
     found, bad = read([data], fit="pad", size=16)
     assert bad == [""] and found["frame"].tolist() == [[16, 1, 0, 7]] and (found["image"][0, :, 7] == 128).all()
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 8000), (8000, 1)])
+def test_an_image_too_thin_to_be_cropped_is_refused_before_memory_is_taken(height, width):
+    """102 bytes: its shorter side at 224 pixels, the longer one would have 1.8 million, in 2.4 GB."""
+    import resource
+
+    data, before = saved(np.zeros((height, width, 3), np.uint8)), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for device in (False, True):
+        found, bad = read([data, saved(soft(32, 32))], size=224, device=device)
+        new = sorted((224, 1792000), reverse=width > height)
+        assert bad == [f"the image is too thin to be cropped: {width} x {height} pixels would become {new[0]} x {new[1]}, more than 134217728 in all; fit: "
+                       "pad or squash takes it", ""] and not found["image"][0].any()
+        assert read([data], size=224, fit="pad", device=device)[1] == read([data], size=224, fit="squash", device=device)[1] == [""]
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10  # kilobytes
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "GIF", "BMP", "WEBP"])
@@ -302,6 +347,14 @@ def test_mean_and_deviation_of_published_checkpoints(options, mean, std):
     assert state["mean"] == pytest.approx(mean) and state["std"] == pytest.approx(std)
     other = Image(ImageOptions(size=16, **options), {"mean": [0.1] * len(mean), "std": [0.9] * len(mean)})
     assert other.state == state, "a checkpoint that tells its own is overridden, not half believed"
+
+
+@pytest.mark.parametrize(("channels", "state", "mean", "std"), [
+    (1, STATE, [0.5], [0.316667]), (3, STATE, STATE["mean"], STATE["std"]), (3, {"mean": [0.5], "std": [0.2]}, [0.5] * 3, [0.2] * 3), (1, {}, None, None)])
+def test_mean_and_deviation_of_colours_are_averaged_for_grey(channels, state, mean, std):
+    """A target's channels are its own: the state is its source's."""
+    modality = Image(ImageOptions(size=16, channels=channels), state)
+    assert "channels" in Image.target_options and (modality.state.get("mean"), modality.state.get("std")) == (mean, std)
 
 
 @pytest.mark.parametrize(("options", "message"), [

@@ -103,6 +103,30 @@ def test_the_convolutions_over_tokens_see_both_sides_and_begin_as_nothing():
 
 
 @torch.no_grad()
+def test_convolutions_over_tokens_that_were_never_trained_are_made_anew():
+    """By a fixed seed, each from numbers of its own, whatever the generator's state, which stays as it is; those that were trained are left alone."""
+    found = []
+    for seed, trained in ((1, None), (2, None), (3, 1)):
+        backbone = bundle.build_backbone({"name": "wavenet/wavenet", "options": SMALL, "inputs": INPUTS}, seed=seed)
+        for block in backbone.frames:
+            block.wide.weight.mul_(0.1)
+        if trained is not None:
+            backbone.frames[trained].out.weight[0, 0] = 0.1
+        before, state = {name: t.clone() for name, t in backbone.state_dict().items()}, torch.random.get_rng_state()
+        backbone.renew_frames()
+        after = backbone.state_dict()
+        assert torch.equal(torch.random.get_rng_state(), state)
+        changed = {".".join(name.split(".")[:3]) for name, t in after.items() if not torch.equal(t, before[name])}
+        assert changed == {f"frames.{i}.wide" for i in range(2) if i != trained}
+        found.append(after)
+    wide = [after["frames.0.wide.weight"] for after in found]
+    assert torch.equal(wide[0], wide[1]) and torch.equal(wide[0], wide[2])
+    assert not torch.equal(wide[0], found[0]["frames.1.wide.weight"])
+    bound = 15 ** -0.5  # of 5 channels and 3 taps: torch's Conv1d is uniform within it
+    assert 0.8 * bound < wide[0].abs().max() <= bound and found[0]["frames.0.wide.bias"].abs().max() <= bound
+
+
+@torch.no_grad()
 @pytest.mark.parametrize(("behind", "frame_layers"), [(0.0, 2), (0.7, 2), (0.7, 0)])
 def test_a_row_gives_the_same_alone_and_padded(behind, frame_layers):
     backbone, sizes = build(frame_layers=frame_layers), (95, 7, 40, 0, 131)

@@ -1,11 +1,13 @@
 """Detection: columns to targets, losses against torchvision's and additive over rows, predictions on the whole image, and that it learns."""
 
+import io
 import json
 import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -118,6 +120,25 @@ def test_rows_that_cannot_be_used_are_refused_with_the_reason(boxes, labels, rea
     assert arrays["boxes"].min() >= 0 and arrays["boxes"].max() <= 1
 
 
+@pytest.mark.parametrize("form", ["bytes", "cell", "path"])
+def test_boxes_in_pixels_of_a_picture_that_is_shown_otherwise_are_refused(form, tmp_path):
+    """Stored 40 x 80 and turned by EXIF, shown 80 x 40: shares of the one would lie elsewhere in the other."""
+    exif, buffer = PIL.Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6
+    PIL.Image.new("RGB", (40, 80)).save(buffer, "JPEG", exif=exif)
+    (tmp_path / "turned.jpg").write_bytes(buffer.getvalue())
+    columns = {**COLUMNS, "width": "w", "height": "h", "image": "image"}
+    files = {"bytes": buffer.getvalue(), "cell": {"bytes": buffer.getvalue(), "path": None}, "path": str(tmp_path / "turned.jpg")}
+    table = table_of([[[0, 20, 10, 40]]] * 3 + [[[0, 60, 10, 80]]], [[0]] * 4, w=[80, 80.0, 40, 40], h=[40, 40.0, 80, 80], image=[files[form]] * 4)
+    wrong = "boxes in pixels of an image of 40.0 x 80.0, but upright (EXIF) the image is 80 x 40"
+    state = {**STATE, "relative": False}
+    assert Detection.refused(table, columns, state) == ["", "", wrong, wrong]
+    assert Detection.refused(table.drop_columns(["image"]), columns, state) == [""] * 4, "labels alone tell no size"
+    assert Detection.refused(table.set_column(4, "image", pa.array([b"no image", b"", None, None])), columns, state) == [""] * 4, "decoding tells"
+    shares = table.set_column(0, "boxes", pa.array([[[0.0, 0.5, 0.1, 0.9]]] * 4))
+    assert Detection.refused(shares, columns, STATE) == [""] * 4, "shares are of the upright picture whatever the columns say"
+
+
 def test_new_rows_have_no_labels():
     assert Detection.encode(pa.table({"image": [b""]}), COLUMNS, STATE) == {} and Detection.refused(pa.table({"image": [b""]}), COLUMNS, STATE) == [""]
 
@@ -220,6 +241,45 @@ def test_a_crowd_is_neither_object_nor_background():
     assert with_crowd["classification"][0] < without["classification"][0] and with_crowd["classification"][1] == without["classification"][1]
 
 
+def test_regions_in_a_crowd_are_no_background_of_two_stages(monkeypatch):
+    """As torchvision labels them but for anchors and regions that have half their area in the crowd, counted here by pixels: these are left out."""
+    task, batch = task_of("faster_rcnn").eval(), batch_of(2, boxes=1)
+    detector, seen = task.objective.detector, []
+    by_image, pick = detector.rpn.by_image, detector.roi_heads.select_training_samples
+    monkeypatch.setattr(detector.rpn, "by_image", lambda *given: seen.append(given[2]) or by_image(*given))
+    monkeypatch.setattr(detector.roi_heads, "select_training_samples", lambda *given: seen.append(picked := pick(*given)) or picked)
+    crowd, labels, boxes = batch["crowd"].clone(), batch["labels"].clone(), batch["boxes"].clone()
+    crowd[0, 1], labels[0, 1], boxes[0, 1] = True, 2, torch.tensor([8.0, 8.0, 80.0, 64.0])
+    maps = detector.backbone(task.backbone(batch, want=("stages",)), (SIDE, SIDE))
+    without, _ = detector.losses(maps, batch, detection._targets(batch))
+    found, counts = detector.losses(maps, batch, detection._targets(batch.replace(crowd=crowd, labels=labels, boxes=boxes)))
+    assert counts.tolist() == [1, 1] and all(found[name][1] == without[name][1] for name in found), "the other image is as it was"
+
+    def inside(regions) -> torch.Tensor:
+        x0, y0, x1, y1 = regions.unbind(1)
+        return (x1.clamp(8, 80) - x0.clamp(8, 80)) * (y1.clamp(8, 64) - y0.clamp(8, 64)) >= 0.5 * (x1 - x0) * (y1 - y0)
+
+    plain, plain_picked, ignoring, picked = seen
+    anchors = inside(detector.rpn.anchor_generator(detection._sized(batch), [*maps.values()])[0])
+    assert (anchors & (plain[0] == 0)).any() and not (anchors & (ignoring[0] == 0)).any() and (ignoring[0] == 1).any()
+    assert torch.equal(torch.where(anchors & (plain[0] == 0), -1.0, plain[0]), ignoring[0]) and torch.equal(plain[1], ignoring[1])
+    background, objects = (picked[0][0][kinds] for kinds in (picked[2][0] == 0, picked[2][0] > 0))
+    assert inside(plain_picked[0][0][plain_picked[2][0] == 0]).any() and len(background) and not inside(background).any()
+    assert len(objects) and inside(objects).any(), "what matches an object stays one, also in a crowd"
+
+
+@METHODS
+def test_an_image_that_is_all_crowd_teaches_nothing_and_stops_nothing(method):
+    task, batch = task_of(method), batch_of(1, boxes=1)
+    batch["boxes"][0, 0], batch["crowd"][0, 0] = torch.tensor([0.0, 0.0, SIDE, SIDE]), True
+    if method == "faster_rcnn":  # an anchor that lies half outside the image is background still
+        batch["boxes"][0, 0] = torch.tensor([-SIDE, -SIDE, 2 * SIDE, 2 * SIDE])
+    total, count, _ = task(batch)
+    total.backward()
+    assert count == 1 and total.item() == (0.0 if method == "faster_rcnn" else pytest.approx(0, abs=1e-3))
+    assert [name for name, p in task.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()] == []
+
+
 def test_samples_are_the_row_s_own():
     labels = torch.cat([torch.ones(50), torch.zeros(300), -torch.ones(50)])
     sampler = detection.Sampler(64, 0.5, 11)
@@ -237,10 +297,6 @@ def test_samples_are_the_row_s_own():
 @pytest.mark.parametrize("fit", ["pad", "squash"])
 def test_predictions_are_shares_of_the_whole_image(fit, monkeypatch):
     """Detections where the objects lie in the input come out as the boxes of the table, at any aspect of the image."""
-    import io
-
-    import PIL.Image
-
     files = []
     for size in ((200, 100), (60, 120)):
         buffer = io.BytesIO()

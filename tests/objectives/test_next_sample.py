@@ -106,6 +106,23 @@ def test_every_parameter_has_a_gradient():
     assert all((p.grad == 0).all() for name, p in task.named_parameters() if name.startswith(("backbone.frames", "backbone.norm")))
 
 
+def test_layers_over_tokens_leave_as_they_begin():
+    """They have no gradient, so that AdamW's decay shrinks them; what they begin as is put back before the bundle is written."""
+    task = make(frame_layers=2, **{k: v for k, v in SMALL.items() if k != "frame_layers"})
+    wide = [block.wide.weight for block in task.backbone.frames]
+    size = [float(weight.detach().std()) for weight in wide]
+    optimizer = torch.optim.AdamW(task.parameters(), lr=1e-2, weight_decay=10.0)
+    for _ in range(30):
+        optimizer.zero_grad()
+        task(waves(40, 30))[0].backward()
+        optimizer.step()
+    assert all(float(weight.detach().std()) < 0.1 * before for weight, before in zip(wide, size, strict=True))
+    others = {name: t.clone() for name, t in task.state_dict().items() if ".wide." not in name}
+    task.objective.after_training(task.backbone)
+    assert all(0.7 < float(weight.detach().std()) / before < 1.4 for weight, before in zip(wide, size, strict=True))
+    assert all(torch.equal(task.state_dict()[name], t) for name, t in others.items())
+
+
 def test_bf16_is_close():
     task = make().eval()
     batch = waves(200, 100)

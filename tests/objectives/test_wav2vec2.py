@@ -228,6 +228,16 @@ def test_the_head_is_float32_under_autocast():
     assert all(torch.isfinite(p.grad).all() for p in made.parameters()) and count > 0
 
 
+def test_code_usage_is_the_share_of_entries_that_were_chosen():
+    """Counted one hidden frame after the other; evaluation, which counts no codes, says 0."""
+    made, batch = scattered(task()).train(), batch_of()
+    found = made.objective._compared(made.backbone, batch)
+    chosen = {(group, int(found.logits[row, k, group].argmax())) for row, k in found.valid.nonzero().tolist() for group in range(2)}
+    _, count, logs = made(batch)
+    assert 2 < len(chosen) < 24 and float(logs["code_usage"] / count) == pytest.approx(len(chosen) / 24)
+    assert made.eval()(batch)[2]["code_usage"] == 0
+
+
 def test_codes_that_are_all_the_same_are_noticed_and_warned_of_once():
     made, batch = task({"diversity": 0.0}), batch_of()
     with torch.no_grad():
@@ -236,6 +246,7 @@ def test_codes_that_are_all_the_same_are_noticed_and_warned_of_once():
     made.train()
     total, count, logs = made(batch)
     assert float(logs["code_perplexity"] / count) == pytest.approx(2.0) and float(logs["diversity"] / count) == pytest.approx(1 - 2 / 24, abs=1e-3)
+    assert float(logs["code_usage"] / count) == pytest.approx(2 / 24)
     assert total == 0 and logs["accuracy"] == 0, "equal codes are no distractors: nothing is left to be told apart"
     with warnings.catch_warnings(record=True) as early:
         warnings.simplefilter("always")

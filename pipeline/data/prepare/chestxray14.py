@@ -96,14 +96,20 @@ def _records(uri: str) -> list[dict[str, Any]]:
         if patient is None:
             raise ValueError(f"{uri}:{number}: Patient ID {row['Patient ID']!r} is no number")
         out.append({"path": name, "findings": findings, "patient_id": patient, "follow_up": _number(row.get("Follow-up #")),
-                    "age": _number(row.get("Patient Age")), "sex": row.get("Patient Gender") or row.get("Patient Sex"), "view": row.get("View Position")})
+                    "age": _years(row.get("Patient Age")), "sex": row.get("Patient Gender") or row.get("Patient Sex"), "view": row.get("View Position")})
     return out
 
 
 def _number(text: str | None) -> int | None:
-    """The 2017 table writes ages as 058Y."""
-    digits = (text or "").strip().rstrip("YMD")
+    digits = (text or "").strip()
     return int(digits) if digits.isdigit() else None
+
+
+def _years(text: str | None) -> int | None:
+    """Whole years: the 2017 table writes ages as DICOM does (PS3.5, 6.2: AS), 058Y, 007M or 013D, that of 2020 as numbers of years."""
+    written = (text or "").strip()
+    number = _number(written.rstrip("YMD"))
+    return number and (0 if written.endswith("D") else number // 12 if written.endswith("M") else number)
 
 
 def _no_patient_in_both(rows: list[dict[str, Any]]) -> None:

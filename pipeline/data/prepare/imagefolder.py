@@ -15,7 +15,7 @@ from pipeline.registry import Options, register
 
 class ImageFolderOptions(Options):
     layout: Literal["auto", "split/class", "class"] = Field(
-        "auto", description="auto: split/class when every top folder is called train, val, test or the like, else class")
+        "auto", description="auto: split/class when every top folder is called train, val, test or the like, in any case, else class")
 
 
 @register("importer", "imagefolder", options=ImageFolderOptions)
@@ -28,10 +28,10 @@ class ImageFolder(Importer):
     def index(self, source: str) -> Index:
         found = files.listing(source)
         tops = {name.split("/")[0] for name in [*(entry.name for entry in found.images), *found.empty]}
-        if len(tops) == 1 and min((depth(e.name) for e in found.images), default=0) > 2 and not tops <= set(SPLITS):
-            found = found.without_common_folder(keep=SPLITS)
+        if len(tops) == 1 and min((depth(e.name) for e in found.images), default=0) > 2 and not all(map(_is_split, tops)):
+            found = found.without_common_folder(keep=[part for part in found.images[0].name.split("/") if _is_split(part)])
             tops = {name.split("/")[0] for name in [*(entry.name for entry in found.images), *found.empty]}
-        split = self.options.layout == "split/class" or (self.options.layout == "auto" and tops <= set(SPLITS))
+        split = self.options.layout == "split/class" or (self.options.layout == "auto" and all(map(_is_split, tops)))
         wanted = 3 if split else 2
         wrong = [entry.name for entry in found.images if depth(entry.name) != wanted]
         if wrong:
@@ -41,10 +41,14 @@ class ImageFolder(Importer):
         rows = []
         for entry in found.images:
             *before, label, _ = entry.name.split("/")
-            rows.append(place(entry, SPLITS.get(before[0], before[0]) if before else "train", label=label))
+            rows.append(place(entry, SPLITS.get(before[0].lower(), before[0]) if before else "train", label=label))
         splits = Counter(row["split"] for row in rows)
         return Index(table(rows, {"label": pa.string()}, source), found.mark, info={"labels": sorted({row["label"] for row in rows})},
                      notes={"layout": "split/class" if split else "class, all rows in train", "rows": dict(splits), "files left out": found.others()})
+
+
+def _is_split(folder: str) -> bool:
+    return folder.lower() in SPLITS
 
 
 def _without_images(found: files.Listing, wanted: int) -> list[str]:

@@ -44,6 +44,16 @@ def test_a_split_alone_below_a_top_folder_keeps_its_name(folder, tmp_path):
     assert counts(index("imagefolder", write(tmp_path / "val.tar", tar(members)))[0], "label") == {("validation", "cat"): 2, ("validation", "dog"): 2}
 
 
+@pytest.mark.parametrize("names", [("Train", "VAL"), ("TRAINING", "Valid"), ("train", "Validation")])
+def test_folders_of_splits_may_be_written_in_any_case(folder, tmp_path, names):
+    members = {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*.jpg"))}
+    cased = {name.replace("train/", f"{names[0]}/").replace("val/", f"{names[1]}/"): data for name, data in members.items()}
+    for pairs in ((), ("layout=split/class",)):
+        assert counts(index("imagefolder", write(tmp_path / "a.tar", tar(cased)), *pairs)[0], "label") == FOLDER
+    alone = {f"animals/v1/{name}": data for name, data in cased.items() if name.startswith(names[1])}
+    assert counts(index("imagefolder", write(tmp_path / "b.tar", tar(alone)))[0], "label") == {("validation", "cat"): 2, ("validation", "dog"): 2}
+
+
 def test_image_folders_that_are_not_as_said(folder):
     write(folder / "train/cat/notes.txt", "mine")
     assert index("imagefolder", folder)[1].notes["files left out"] == {".txt": 1}
@@ -205,6 +215,14 @@ def test_chestxray14_keeps_findings_patients_and_the_official_lists(chest):
         "00000003_000.png": ("train", 3, 74, "F"), "00000004_000.png": ("test", 4, 66, "M"), "00000004_001.png": ("test", 4, 66, "M")}
     assert found.notes["patients"] == 4 and found.notes["split"] == "the official lists"
     assert {row["split"] for row in index("chestxray14", chest, "lists=none")[0]} == {"train"}
+
+
+@pytest.mark.parametrize(("written", "years"), [("058Y", 58), ("007M", 0), ("025M", 2), ("013D", 0), ("000Y", 0), ("57", 57), ("", None), ("old", None)])
+def test_chestxray14_ages_are_years(chest, written, years):
+    """The table of 2017 has ages of children in months and days; a 7-month-old is not seven."""
+    table = chest / "Data_Entry_2017.csv"
+    table.write_text(table.read_text().replace("081Y", written))
+    assert [row["age"] for row in index("chestxray14", chest)[0] if row["patient_id"] == 2] == [years]
 
 
 def test_chestxray14_files_that_do_not_fit(chest):
