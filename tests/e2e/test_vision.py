@@ -82,5 +82,5 @@ def test_every_publisher_has_its_rows_in_the_table(done):
     assert {(row["target"], row["source"], row["technique"]) for row in tested} == {
         ("findings", "imagenet", "linear_probe"), ("findings", "none", "scratch"), ("objects", "imagenet", "full"), ("objects", "none", "scratch"),
         ("masks", "imagenet", "full"), ("masks", "none", "scratch")}
-    assert {row["target"]: row["n_eval"] for row in tested} == {"findings": 12, "objects": 4, "masks": 4}, "the official list and the published validation images"
+    assert {row["target"]: row["n_eval"] for row in tested} == {"findings": 12, "objects": 4, "masks": 4}, "the official list, the published validation images"
     assert {row["n_units"] for row in tested if row["target"] == "findings"} == {6}, "resampled by patient"

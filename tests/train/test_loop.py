@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from toys import SMALL, furthest, image_rows, make_run, net_task, packed_rows, task_of, text_modality, text_rows, weights
 from torch._dynamo.testing import CompileCounterWithBackend
+from toys import SMALL, furthest, image_rows, make_run, net_task, packed_rows, task_of, text_modality, text_rows, weights
 
 from pipeline import storage
 from pipeline.contracts import Batch, Technique
