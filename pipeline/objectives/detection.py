@@ -204,8 +204,9 @@ def _row(row: dict[str, Any], index: dict[Any, int], state: dict[str, Any]) -> t
         width, height = row["width"], row["height"]
         if not (width and height and width > 0 and height > 0):
             raise ValueError(f"boxes in pixels, but the image is {width} x {height}")
-        if (shown := imagefile.upright_size(row.get("image"))) and shown != (width, height):
-            raise ValueError(f"boxes in pixels of an image of {width} x {height}, but upright (EXIF) the image is {shown[0]} x {shown[1]}")
+        wide, high = imagefile.upright_size(row.get("image")) or (width, height)
+        if abs(width * high - height * wide) > max(width, height, wide, high):  # one that was only made smaller has its boxes where they are
+            raise ValueError(f"boxes in pixels of an image of {width} x {height}, but upright (EXIF) the image is {wide} x {high}")
         corners = corners / [width, height, width, height]
     cut = corners.clip(0, 1)
     for written, whole, kept in zip(given, corners, cut, strict=True):
