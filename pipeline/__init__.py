@@ -1,6 +1,7 @@
 """One to Many: pretrain backbones once, adapt them to many targets, prove with numbers that the transfer paid."""
 
 import os
+import platform
 
 RAY_SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -15,6 +16,9 @@ RAY_SETTINGS = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "TUNE_MAX_PENDING_TRIALS_PG": "16",
     "TOKENIZERS_PARALLELISM": "false",
+}
+
+KEEP_MEMORY = {
     # glibc hands blocks above 32 MiB back to the system whenever they are freed, and the next tensor's pages are then made anew, one by one: WaveNet's step
     # on a CPU took 3.5 s so, and takes 1.2 s. Its arenas of 64 MiB a thread would each be wasted on one large tensor (2.7 GB in the place of 1.9).
     # What a trial took goes back at its end (`fanout.release`).
@@ -29,5 +33,7 @@ __version__ = "0.1.0"
 def prepare_ray() -> None:
     """Set what Ray, Tune, the tokenizers and the C library of Ray's workers read from the environment, most of it when they are imported; the user's own
     values stand. On a cluster that is joined workers have their nodes' environment."""
-    for name, value in RAY_SETTINGS.items():
+    library, version = platform.libc_ver()
+    keeps = library == "glibc" and tuple(map(int, version.split(".")[:2])) >= (2, 35)  # before, it refused a threshold above 32 MiB
+    for name, value in (RAY_SETTINGS | (KEEP_MEMORY if keeps else {})).items():
         os.environ.setdefault(name, value)

@@ -115,10 +115,11 @@ def _ends_whole(file: Any, size: int) -> bool:
 
 
 def _last_page(file: Any, size: int) -> bytes:
-    """From an OGG file's last page on."""
+    """From an OGG file's last page on; nothing where there is none in its last 64 KiB, which no page is longer than."""
     file.seek(max(0, size - (1 << 16) - 512))
     tail = file.read()
-    return tail[max(0, tail.rfind(b"OggS")):]
+    at = tail.rfind(b"OggS")
+    return tail[at:] if at >= 0 else b""
 
 
 # ---------------------------------------------------------------- MP3

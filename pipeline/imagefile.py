@@ -68,7 +68,7 @@ def _jpeg_frame(data: bytes) -> tuple[int, int, int, bool] | None:
     while at + 10 <= len(data) and data[at] == 0xFF:
         marker, length = data[at + 1], struct.unpack_from(">H", data, at + 2)[0]
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            return *struct.unpack_from(">HHB", data, at + 5), ycc
+            return *struct.unpack_from(">HHB", data, at + 5), ycc and data[at + 10:at + 19:3] != b"RGB"  # libjpeg goes by such names of components
         if marker == 0xEE and data[at + 4:at + 9] == b"Adobe":
             ycc = data[at + 15:at + 16] != b"\0"
         at += 2 + length
@@ -99,9 +99,8 @@ def upright_size(value: Any) -> tuple[int, int] | None:
     ``value``: the file's bytes or path, or a Hugging Face data set's cell, which holds either.
     """
     value = (value.get("bytes") or value.get("path")) if isinstance(value, dict) else value
-    data = storage.read_bytes(value) if isinstance(value, str) else value or b""
     try:
-        with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with storage.open_read(value) if isinstance(value, str) else io.BytesIO(value or b"") as file, PIL.Image.open(file, formats=FORMATS) as image:
             exif = PIL.Image.Exif()  # alone, as decoders read it: Pillow's getexif would look into XMP too, and read a PNG to its end
             exif.load(image.info.get("exif", b""))
             return (image.height, image.width) if 5 <= exif.get(0x0112, 1) <= 8 else image.size

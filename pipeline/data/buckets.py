@@ -22,8 +22,9 @@ WIDTH = 0.92
 make two batches more of it: one long row would cut up all others."""
 LEAST = 2
 PART_WIDTH, PART_LEAST, PART_BATCHES = 0.94, 1, 24
-"""WIDTH and LEAST of windows that are a part of the rows, and how many batches such a one holds at least: of LibriSpeech's lengths 4.4 to 4.7 % are padding
-then, and three rows of ten meet the same ones in all epochs, as all do in fairseq. 0.92 and 2 would take 64 batches for that, and their memory."""
+"""WIDTH and LEAST of windows that are a part of the rows, and how many batches such a one holds, unless they are more than ``most_rows``: of LibriSpeech's
+lengths 4.4 to 4.7 % are padding then, and three rows of ten meet the same ones in all epochs, as all do in fairseq. 0.92 and 2 would take 64 batches for that,
+and their memory."""
 WINDOW_ROWS = 16384
 """About so many rows in a window of row groups, unless those are fewer than PART_BATCHES batches."""
 

@@ -86,6 +86,13 @@ SILENT_ROWS = 256
 """Rows whose headers are read at once."""
 
 
+def row_bytes(selection: Selection) -> int:
+    """Bytes that a reader holds for each row of a selection: those of the row groups that have some of them, over their number."""
+    manifest = selection.manifest
+    cuts = manifest.starts if selection.rows is None else np.searchsorted(selection.rows, manifest.starts)
+    return sum(manifest.groups[g].size for g in np.flatnonzero(np.diff(cuts)).tolist()) // max(1, len(selection))
+
+
 def _is_ragged(array: np.ndarray) -> bool:
     return array.dtype == object and bool(len(array)) and isinstance(array[0], np.ndarray)
 
@@ -119,13 +126,13 @@ class Loader:
             indices, epochs = self.plan.sequence(item.shard, item.start, item.stop)
         rows = self.selection.ids(indices)
         with self._lock:
-            kept = READER_BYTES
-            if isinstance(self.plan, BucketPlan):
-                kept = max(WINDOWS_BYTES, self.plan.held_rows * self.selection.manifest.size // len(self.selection))
-            self._reader = self._reader or Reader(self.selection.manifest, self.decoder.names(), kept)
+            self._reader = self._reader or Reader(self.selection.manifest, self.decoder.names(), self._kept())
             table = self._reader.take(rows)
         arrays, bad = self.decoder(table)
         return Block(rows, epochs, arrays, bad)
+
+    def _kept(self) -> int:
+        return max(WINDOWS_BYTES, self.plan.held_rows * row_bytes(self.selection)) if isinstance(self.plan, BucketPlan) else READER_BYTES
 
     def columns(self, item: Item) -> Arrays:
         """The block as one set of columns, to cross the object store. Ray Data would make one array of ragged rows that happen to be of one length:

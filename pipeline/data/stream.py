@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pipeline.contracts import Arrays, Batch, Modality
 from pipeline.data.buckets import WINDOW_ROWS, BucketPlan
-from pipeline.data.loader import Block, Costs, Decoder, Loader, threaded_map
+from pipeline.data.loader import Block, Costs, Decoder, Loader, row_bytes, threaded_map
 from pipeline.data.manifest import Selection
 from pipeline.data.plan import Item, Mixture, Plan, Shuffle
 from pipeline.ragged import lengths
@@ -229,7 +229,7 @@ def plan_of(rows: Rows, seed: int, global_batch: int, batch_cost: float | None =
     if batch_cost is None:
         return Plan(len(rows), seed, global_batch, shards=shards, shuffle=shuffle, boundaries=bounds, item_rows=item_rows, mixture=mixture)
     assert rows.costs is not None and mixture is None
-    each = rows.selection.manifest.size // max(1, rows.selection.manifest.rows)
+    each = row_bytes(rows.selection)
     window, most = (max(1, size // max(1, each)) for size in (WINDOW_BYTES, WINDOW_MOST_BYTES))
     return BucketPlan(rows.costs, batch_cost, seed, shards=shards, shuffle=shuffle, boundaries=bounds, item_rows=item_rows,
                       window_rows=min(WINDOW_ROWS, window), most_rows=most)

@@ -65,8 +65,9 @@ class Image(Modality):
     target_options = ("size", "channels", "fit", "crop", "area", "scale", "flip", "colour", "randaugment")
 
     def __init__(self, options: Any, state: dict[str, Any]):
-        given = _published(options)  # they hold for a checkpoint's rows too, whose state says otherwise
-        if not given and len(state.get("mean", ())) not in (0, options.channels):  # a checkpoint's rows had colours and these are grey, or the other way
+        other = len(state.get("mean", ())) not in (0, options.channels)  # the source's rows had colours and these are grey, or the other way
+        given = None if other and isinstance(options.mean, list) and len(options.mean) == len(state["mean"]) else _published(options)
+        if not given and other:  # what is given holds for a checkpoint's rows too, whose state says otherwise
             given = [[round(sum(state[name]) / len(state[name]), 6)] * options.channels for name in ("mean", "std")]
         super().__init__(options, {**state, "mean": given[0], "std": given[1]} if given else state)
         for name, least, most in (("area", 0, 1), ("scale", 0.05, 20)):

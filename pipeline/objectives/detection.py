@@ -205,7 +205,8 @@ def _row(row: dict[str, Any], index: dict[Any, int], state: dict[str, Any]) -> t
         if not (width and height and width > 0 and height > 0):
             raise ValueError(f"boxes in pixels, but the image is {width} x {height}")
         wide, high = imagefile.upright_size(row.get("image")) or (width, height)
-        if abs(width * high - height * wide) > max(width, height, wide, high):  # one that was only made smaller has its boxes where they are
+        as_told, turned = abs(width * high - height * wide), abs(width * wide - height * high)
+        if turned <= max(width, height, wide, high) < as_told:  # one that was only made smaller, or squashed, has its boxes where they are
             raise ValueError(f"boxes in pixels of an image of {width} x {height}, but upright (EXIF) the image is {wide} x {high}")
         corners = corners / [width, height, width, height]
     cut = corners.clip(0, 1)

@@ -47,7 +47,7 @@ class MaskedLM(Objective):
 
     Bits per byte is here an estimate of the pseudo-likelihood (Salazar et al. 2020), not comparable with a causal model's: each token is seen
     from both sides. A row's bytes count by the share of its tokens that were predicted among those that stand for text. Unknown words are never
-    predicted, nor are their bytes counted; so it compares tokenizers that spell (nearly) everything.
+    predicted, and a row's bytes are spread over its tokens, long unknown words among them: it compares tokenizers that spell (nearly) everything.
 
     Raises ValueError for a causal backbone, for one whose pooler would never be trained, for a tokenizer without a mask of its own, and where
     ``whole_word`` lacks ``continuing``.

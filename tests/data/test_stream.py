@@ -19,7 +19,7 @@ import torch
 from pipeline.contracts import Modality
 from pipeline.data import manifest as m
 from pipeline.data import stream
-from pipeline.data.loader import threaded_map
+from pipeline.data.loader import row_bytes, threaded_map
 from pipeline.data.plan import Item, Plan
 from pipeline.data.stream import DataWorkers, Decoder, Loader, Rows, TooManyBadRowsError
 from pipeline.rng import row_keys
@@ -599,6 +599,15 @@ def test_windows_of_batches_by_cost_hold_no_more_than_a_reader_keeps(rows, monke
     monkeypatch.setattr(stream, "WINDOW_MOST_BYTES", 40 * each)
     windows = stream.plan_of(costly, 0, 12, 200.0, shuffle="blocks").windows
     assert len(windows) >= 2 and max(len(window.rows) for window in windows) <= 56 and sum(len(window.rows) for window in windows) == N
+
+
+@pytest.mark.parametrize(("rows", "groups"), [(None, 10), (range(20), 2), (range(0, 100, 10), 10), (range(35, 45), 2)])
+def test_bytes_of_a_row_are_those_that_a_reader_holds_for_it(rows, groups, tmp_path):
+    """Row groups are read whole: few rows of many groups cost as much as all of theirs."""
+    pq.write_table(pa.table({"text": [f"{i:1000d}" for i in range(100)]}), tmp_path / "even.parquet", row_group_size=10, use_dictionary=False)
+    held = m.build(str(tmp_path / "even.parquet"), "auto", str(tmp_path))
+    count = 100 if rows is None else len(rows)
+    assert row_bytes(m.Selection(held, None if rows is None else np.array(rows))) == pytest.approx(held.size / 10 * groups / count, rel=0.01)
 
 
 def test_a_reader_of_batches_by_cost_reads_each_row_group_once_an_epoch(tmp_path, monkeypatch):

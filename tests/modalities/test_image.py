@@ -312,3 +312,11 @@ def test_rows_decoded_on_the_device_are_the_batches_of_any_other_place(tmp_path)
         assert batch.rows.tolist() == other.rows.tolist() and torch.equal(batch["image"], other["image"]) and torch.equal(batch["label"], other["label"])
         assert {row for row, _ in bad} == {row for row, _ in bad_other}
     assert {row for _, bad in there for row, _ in bad} == {7, 21, 30}
+
+
+def test_a_source_that_names_its_colours_has_grey_targets():
+    """Their average, as a name's; numbers that fit the rows themselves stand."""
+    state = {"mean": [0.2, 0.3, 0.7], "std": [0.1, 0.2, 0.3]}
+    grey = Image(ImageOptions(channels=1, mean=[0.2, 0.3, 0.7], std=[0.1, 0.2, 0.3]), state)
+    assert grey.state["mean"] == [0.4] and grey.state["std"] == [0.2]
+    assert Image(ImageOptions(channels=1, mean=[0.9], std=[0.8]), state).state["mean"] == [0.9]

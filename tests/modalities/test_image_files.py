@@ -98,7 +98,10 @@ def test_colours_that_the_gpu_would_mistake_go_to_the_host(monkeypatch):
     given: list[bytes] = []
     monkeypatch.setattr(imagefile, "decode_jpeg", lambda files, **words: given.extend(bytes(file.tolist()) for file in files) or files)
     colour = soft(24, 40)
-    host = [saved(colour.convert("CMYK"), "JPEG"), saved(colour, "JPEG", keep_rgb=True), saved(colour), saved(colour, "JPEG")[:30]]
+    red = saved(colour, "JPEG", keep_rgb=True)
+    marker = red.index(b"\xff\xee")
+    unmarked = red[:marker] + red[marker + 2 + int.from_bytes(red[marker + 2:marker + 4], "big"):]  # its components are called R, G and B all the same
+    host = [saved(colour.convert("CMYK"), "JPEG"), red, saved(colour), saved(colour, "JPEG")[:30], unmarked]
     gpu = [saved(colour, "JPEG"), saved(colour.convert("L"), "JPEG"), saved(colour, "JPEG", subsampling=0, progressive=True)]
     assert all(b"Adobe" in data[:30] for data in host[:2])
     files = [part for pair in zip(host, gpu, strict=False) for part in pair] + host[3:]

@@ -137,6 +137,8 @@ def test_boxes_in_pixels_of_a_picture_that_is_shown_otherwise_are_refused(form, 
     assert Detection.refused(table.set_column(4, "image", pa.array([b"no image", b"", None, None])), columns, state) == [""] * 4, "decoding tells"
     smaller = table.set_column(2, "w", pa.array([799.0] * 4)).set_column(3, "h", pa.array([401] * 4))
     assert Detection.refused(smaller, columns, state) == [""] * 4, "of the picture before it was made smaller, to a pixel"
+    squashed = table.set_column(2, "w", pa.array([100.0] * 4)).set_column(3, "h", pa.array([90] * 4))
+    assert Detection.refused(squashed, columns, state) == [""] * 4, "or was squashed"
     shares = table.set_column(0, "boxes", pa.array([[[0.0, 0.5, 0.1, 0.9]]] * 4))
     assert Detection.refused(shares, columns, STATE) == [""] * 4, "shares are of the upright picture whatever the columns say"
 

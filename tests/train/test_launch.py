@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import pipeline
 from pipeline.data.stream import DataWorkers
 from pipeline.job import Source
 from pipeline.train import launch
@@ -14,6 +17,16 @@ from pipeline.train.launch import ClusterError, Share, capacity, check_fits, sha
 
 def spec(workers: int | tuple[int, int] = 1, **more) -> Source:
     return Source.model_validate({"backbone": "bundle:/somewhere", "workers": workers, **more})
+
+
+@pytest.mark.parametrize(("library", "keeps"), [(("glibc", "2.41"), True), (("glibc", "2.35"), True), (("glibc", "2.31"), False), (("", ""), False)])
+def test_only_a_c_library_that_takes_it_is_told_to_keep_memory(library, keeps, monkeypatch):
+    """An older one refuses the one number and takes the other, and then maps every block above 128 KiB anew."""
+    monkeypatch.setattr("platform.libc_ver", lambda: library)
+    for name in pipeline.KEEP_MEMORY:
+        monkeypatch.delenv(name, raising=False)
+    pipeline.prepare_ray()
+    assert {name for name in pipeline.KEEP_MEMORY if name in os.environ} == (set(pipeline.KEEP_MEMORY) if keeps else set())
 
 
 # ---------------------------------------------------------------- capacity
