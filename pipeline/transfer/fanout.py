@@ -210,10 +210,15 @@ def prune_bundles(root: str, trials: list[Trial], keep: str, best: dict[str, Rec
 
 
 def _beats(a: Record, b: Record) -> bool:
-    """By the primary metric of validation rows, which may be another than that of test rows."""
+    """By the primary metric of validation rows, which may be another than that of test rows. Of equals the smaller seed wins, whichever ended first: else
+    each would be removed for the other, one as they end and one at the end of the run."""
     row = next(row for row in a["rows"] if row["split"] == "validation")
-    ours, theirs = (record["validation"][row["metric"]] * (1 if row["higher_is_better"] else -1) for record in (a, b))
-    return ours > theirs or math.isnan(theirs)
+
+    def rank(record: Record) -> tuple[bool, float, int]:
+        value = record["validation"][row["metric"]] * (1 if row["higher_is_better"] else -1)
+        return not math.isnan(value), 0.0 if math.isnan(value) else value, -record["rows"][0]["seed"]
+
+    return rank(a) > rank(b)
 
 
 def run(name: str, trials: list[Trial], shared: Shared, spec: Fanout, progress: Progress) -> list[Record]:

@@ -188,7 +188,8 @@ def made(root: Path, seed: int, validation: float, higher: bool = True, cell: st
     Path(uri).mkdir(parents=True)
     Path(uri, "manifest.json").write_text("{}")
     metric = "accuracy" if higher else "loss"
-    rows = [{"metric": metric, "higher_is_better": higher, "split": split, "bundle_uri": uri} for split in ("test", "validation")]
+    rows = [{"metric": metric, "higher_is_better": higher, "split": split, "seed": seed, "bundle_uri": uri}
+            for split in ("test", "validation")]
     record = {"trial_id": one.id, "cell": one.cell, "status": status, "rows": rows, "validation": {metric: validation, "other": -validation}}
     (folder / "record.json").write_text(json.dumps(record))
     return one
@@ -219,10 +220,15 @@ def test_the_best_seed_of_a_cell_keeps_its_bundle(tmp_path, order, higher, once)
     assert left(tmp_path) == [winner] and again == best, "the results table comes to the same, from the records"
 
 
-def test_a_cell_of_nan_alone_keeps_one_bundle(tmp_path):
-    trials = [made(tmp_path, seed, float("nan")) for seed in range(3)]
-    fanout.prune_bundles(str(tmp_path), trials, "best", {})
-    assert len(left(tmp_path)) == 1
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+@pytest.mark.parametrize("value", [float("nan"), 0.0])
+def test_a_cell_of_equals_keeps_one_bundle(tmp_path, order, value):
+    """The same one as trials end, in whatever order, and at the end of the run, in the trials' own."""
+    ended, best = [made(tmp_path, seed, value) for seed in order], {}
+    for one in ended:
+        fanout.prune_bundles(str(tmp_path), [one], "best", best)
+    fanout.prune_bundles(str(tmp_path), sorted(ended, key=lambda one: one.seed), "best", {})
+    assert left(tmp_path) == ["full-0"]
 
 
 def test_cells_keep_a_bundle_each_and_failed_trials_do_not_count(tmp_path):
