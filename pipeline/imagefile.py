@@ -94,7 +94,8 @@ def _check_size(data: bytes) -> None:
 
 
 def upright_size(value: Any) -> tuple[int, int] | None:
-    """(width, height) of what ``pixels`` gives of a file, without decoding it; none for what cannot be read, of which decoding tells why.
+    """(width, height) of what ``pixels`` gives of a file, without decoding it; none for no image, of which decoding tells why. Raises StorageError where
+    a path cannot be read, as decoding does.
 
     ``value``: the file's bytes or path, or a Hugging Face data set's cell, which holds either.
     """
@@ -104,6 +105,8 @@ def upright_size(value: Any) -> tuple[int, int] | None:
             exif = PIL.Image.Exif()  # alone, as decoders read it: Pillow's getexif would look into XMP too, and read a PNG to its end
             exif.load(image.info.get("exif", b""))
             return (image.height, image.width) if 5 <= exif.get(0x0112, 1) <= 8 else image.size
+    except storage.StorageError:  # no broken file: one that could not be read
+        raise
     except Exception:  # what Pillow raises for broken files has no end of kinds
         return None
 

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pytest
 import torch
 
+from pipeline import storage
 from pipeline.modalities.image import Image, ImageOptions
 
 STATE = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.25, 0.5]}
@@ -122,6 +123,8 @@ def test_the_upright_size_is_told_without_decoding(form):
         height, width = imagefile.pixels(data, 3).shape[1:]
         assert imagefile.upright_size(data) == (width, height) == ((24, 40) if turn > 4 else (40, 24))
     assert imagefile.upright_size(b"no image") is imagefile.upright_size(b"") is None
+    with pytest.raises(storage.StorageError):
+        imagefile.upright_size("/no/such/picture.jpg")
 
 
 # ---------------------------------------------------------------- too large, too short
