@@ -186,6 +186,13 @@ def fit(stage: SourceStage) -> Fitted:
         train, validation, corpora, columns = made[0].rows, made[1].rows, made[0].corpora, work.made
         left_out = [row for one in made for row in one.left_out]
         note += f"; {work.form} into {len(train)} and {len(validation)} rows of {bundle.build_modality(modality).inputs()['length']} tokens"
+    costs, judged = None, objective.unlearnable.__func__ is not Objective.unlearnable.__func__
+    if spec.train.batch_cost is not None or judged:
+        rows, lost = learnable(Rows(train, Decoder(bundle.build_modality(modality), spec.objective.name, state, columns)).with_costs(), spec.data.max_bad_rows)
+        left_out += [{"split": "train", "row": row, "place": train.manifest.place(row), "reason": reason} for row, reason in lost]
+        gone = np.isin(train.ids(np.arange(len(train))), [row for row, _ in lost])
+        corpora = tuple(len(part) - int(part.sum()) for part in np.split(gone, np.cumsum(corpora)[:-1]))
+        train, costs = rows.selection, rows.costs if spec.train.batch_cost is not None else None
     if mixed := mixture(spec, corpora):
         note += "; drawn by weight, as shares of the training rows: " + ", ".join(
             f"{weight / sum(w for *_, w in mixed):.3g} from corpus {i} ({stop - start} rows)" for i, (start, stop, weight) in enumerate(mixed, 1))
@@ -193,11 +200,6 @@ def fit(stage: SourceStage) -> Fitted:
     probe = probes.prepare(spec.probe, stage.probe, bundle.build_modality(modality)) if spec.probe and stage.probe else None
     if probe:
         note += f"; probe of {len(probe.train)} training and {len(probe.validation)} validation rows"
-    costs = None
-    if spec.train.batch_cost is not None:
-        rows, lost = learnable(Rows(train, Decoder(bundle.build_modality(modality), spec.objective.name, state, columns)).with_costs(), spec.data.max_bad_rows)
-        left_out += [{"split": "train", "row": row, "place": train.manifest.place(row), "reason": reason} for row, reason in lost]
-        train, costs = rows.selection, rows.costs
     if left_out:
         note += f"; {len(left_out)} rows left out ({left_out[0]['place']}: {left_out[0]['reason']}{', ...' if len(left_out) > 1 else ''})"
     return Fitted(arch, modality, fitted, columns, train, validation, text, initial if text else None, moved, tuple(left_out), note, corpora, probe, costs)

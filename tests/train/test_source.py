@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import soundfile
 import torch
 from toys import image_files, label_state, sentences, task_of, text_modality
 
@@ -357,6 +359,23 @@ def test_bad_rows_leave_the_corpora_of_images_where_they_are(tmp_path, images, d
     assert fitted.corpora == (60, 24)
     rows = np.concatenate(drawn(stage))
     assert (rows == 62).sum() == 0 and abs((rows >= 60).mean() - 2 / 3) < 0.05
+
+
+def test_transcripts_that_no_recording_holds_are_known_before_training_whatever_cuts_the_batches(tmp_path):
+    """By rows here, drawn from two corpora by weight: the rows that stay are still those of their corpus."""
+    for name, said in (("a", ["AB", "BA"] * 6), ("b", ["AB", "AB" * 90, "BA", "AB" * 80, *["AB"] * 8])):
+        sounds = []
+        for i in range(12):
+            soundfile.write(sink := io.BytesIO(), np.random.default_rng(i).normal(0, 0.1, 8000), 16000, format="FLAC")
+            sounds.append(sink.getvalue())
+        pq.write_table(pa.table({"sound": sounds, "said": said}), tmp_path / f"{name}.parquet")
+    data = {"train": str(tmp_path / "a.parquet"), "weight": 0.5, "modality": "audio", "columns": {"audio": "sound", "transcript": "said"}, "max_bad_rows": 0.1,
+            "validation": str(tmp_path / "a.parquet"),
+            "more": [{"train": str(tmp_path / "b.parquet"), "modality": "audio", "weight": 0.5, "validation_fraction": 0.0}]}
+    source_ = {"data": data, "backbone": {"torchaudio/deepspeech": {"hidden": 16}}, "objective": "ctc", "train": {"steps": 2, "global_batch": 4}}
+    fitted = source.fit(source.stage(Job.model_validate({"name": "toy", "storage": str(tmp_path / "runs"), "sources": {"src": source_}}), "src"))
+    assert fitted.corpora == (12, 10) and fitted.train.ids(np.arange(22)).tolist() == [*range(13), 14, *range(16, 24)] and fitted.costs is None
+    assert [(row["row"], "labels need" in row["reason"]) for row in fitted.left_out] == [(13, True), (15, True)]
 
 
 # ---------------------------------------------------------------- images that cannot be decoded
