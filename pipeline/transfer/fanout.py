@@ -152,7 +152,7 @@ class _Show(tune.Callback):
         self.name, self.work, self.shared, self.progress, self.keep = name, work, shared, progress, keep
         self.total = sum(len(unit.trials) for unit in work)
         self.done = self.failed = self.pruned = 0
-        self.began = time.time()
+        self.began = self.last_end = time.time()
         self.best: dict[str, Record] = {}
 
     def __getstate__(self):
@@ -162,7 +162,7 @@ class _Show(tune.Callback):
     def _line(self, trials: list[Any], final: bool = False) -> None:
         ended = self.done + self.failed + self.pruned
         running = sum(len(self.work[one.config["unit"]].trials) for one in trials if one.status == "RUNNING")
-        eta = (time.time() - self.began) / ended * (self.total - ended) if ended else float("nan")
+        eta = (self.last_end - self.began) / ended * (self.total - ended) - (time.time() - self.last_end) if ended else float("nan")
         rest = f"  ETA {duration(eta)}" if ended and ended < self.total else ""
         pruned = f", {self.pruned} pruned" if self.pruned else ""
         self.progress.update(f"{self.name}: trials {ended}/{self.total}  {running} running, {self.failed} failed{pruned}{rest}", final)
@@ -175,7 +175,7 @@ class _Show(tune.Callback):
 
     def _ended(self, trials: list[Any], one: Any) -> None:
         unit = self.work[one.config["unit"]]
-        last = one.last_result or {}
+        last, self.last_end = one.last_result or {}, time.time()
         if last.get("finished"):
             self.failed += last["failed_trials"]
             self.done += last["done_trials"] - last["failed_trials"]

@@ -382,6 +382,25 @@ def test_the_line_tells_trials_that_have_begun_since():
         "fine-tune: trials 0/3  0 running, 0 failed", "fine-tune: trials 0/3  2 running, 0 failed"]
 
 
+def test_the_time_left_falls_while_trials_run(monkeypatch):
+    """Two of six took 100 s, so that the others take 200; it rose as long as none ended."""
+    console, clock, now = Console(file=io.StringIO(), force_terminal=False, width=200), itertools.count(0, 60), [1000.0]
+    monkeypatch.setattr(fanout.time, "time", lambda: now[0])
+    work = [SimpleNamespace(trials=(str(i),), first=None) for i in range(6)]
+    show = fanout._Show("fine-tune", work, SimpleNamespace(root=""), Progress(console, clock=lambda: next(clock)), "all")
+    trials = [SimpleNamespace(config={"unit": unit}, status="RUNNING", last_result={"finished": True, "failed_trials": 0, "done_trials": 1})
+              for unit in range(6)]
+    now[0] += 100
+    for trial in trials[:2]:
+        trial.status = "TERMINATED"
+        show._ended(trials, trial)
+    for passed in (60, 60, 120):
+        now[0] += passed
+        show.on_step_end(0, trials)
+    told = [line.rpartition("ETA ")[2] for line in console.file.getvalue().splitlines() if "trials 2/6" in line]
+    assert told == ["3m20s", "2m20s", "1m20s", "0s"]
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
 def test_what_a_trial_took_goes_back_to_the_system():
     def held() -> int:
