@@ -312,8 +312,8 @@ class Objective(nn.Module, ABC):
     def absent(self, backbone: Backbone) -> None:
         """What a rank without rows does in the place of ``loss``: an objective with ``couples_rows`` takes part in its gathering."""
 
-    def after_step(self, backbone: Backbone, step: int, steps: int) -> None:
-        """Called after each of ``steps`` optimiser steps (momentum teachers, queues)."""
+    def after_step(self, backbone: Backbone, step: int, steps: int) -> str | None:
+        """Called after each of ``steps`` optimiser steps (momentum teachers, queues). What it returns its user is told: a codebook that collapsed."""
 
     def after_training(self, backbone: Backbone) -> None:
         """Called once before the bundle is written: a method whose teacher is what should be carried over puts it into the backbone."""

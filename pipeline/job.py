@@ -104,7 +104,7 @@ class Data(Spec):
     weight: float | None = Field(
         None, gt=0, allow_inf_nan=False, description="sources with more corpora: share of the training rows that is drawn from this one, relative to "
         "the others' weights, whatever their sizes; each corpus comes whole in every epoch of its own; all have a weight or none; validation is unweighted")
-    max_bad_rows: float = Field(0.01, ge=0, le=1, description="share of rows that may be undecodable before the run stops")
+    max_bad_rows: float = Field(0.01, ge=0, le=1, description="share of rows that may be undecodable, or not to be learned from, before the run stops")
     decode: Literal["auto", "memory", "workers", "train", "device"] = Field(
         "auto", description="where rows are decoded: once into shared memory, in Ray Data workers, in the train worker itself, or (images) on its device, "
         "a GPU's own JPEG decoder; auto: sources in Ray Data workers, targets in memory when they fit; workers and device: sources only")

@@ -47,7 +47,7 @@ ITEMS_AN_EXECUTION = 4096
 
 
 class TooManyBadRowsError(ValueError):
-    """The share of rows that cannot be decoded is over the budget."""
+    """The share of rows that cannot be decoded, or learned from, is over the budget."""
 
 
 # ---------------------------------------------------------------- places of decoding
@@ -219,7 +219,7 @@ def check_budget(bad: Iterable[tuple[int, str]], rows: int, share: float, select
     found = dict(bad)  # a row that is met again in the next epoch is one bad row
     if len(found) > max(1, share * rows):
         named = "; ".join(f"{selection.manifest.place(row)}: {reason}" for row, reason in list(found.items())[:3])
-        raise TooManyBadRowsError(f"{len(found)} of {rows} rows cannot be decoded, more than data.max_bad_rows={share:g} allows. First ones: {named}")
+        raise TooManyBadRowsError(f"{len(found)} of {rows} rows cannot be used, more than data.max_bad_rows={share:g} allows. First ones: {named}")
 
 
 def plan_of(rows: Rows, seed: int, global_batch: int, batch_cost: float | None = None, *, shards: int = 8, shuffle: Shuffle = "rows",

@@ -29,7 +29,7 @@ WAVE_BACKBONES = ("wavenet", "wav2vec2")
 """What the names of backbones that read samples hold; the others read log-mels."""
 SPEED, NOISE, WHITE, MASKS = 0, 1, 2, 3
 """Streams of a row's key."""
-FIT_SECONDS, FIT_ROWS = 1800.0, 16
+FIT_SECONDS = 1800.0
 """``fit`` looks at so much sound, so many rows at a time."""
 LEAST_STD = 1.0
 """No mel bin's deviation is less: the logarithm of white noise's power has 1.28, and a bin in which the source is silent (8 kHz telephony) would make a
@@ -104,8 +104,8 @@ class Audio(Modality):
             return {"features": "wave", "normalize": "wavenet" not in name if options.normalize is None else options.normalize}
         modality, bad, seconds = cls(options, {"features": "mel"}), [], 0.0
         count, sums, squares = 0, torch.zeros(options.mels, dtype=torch.float64), torch.zeros(options.mels, dtype=torch.float64)
-        for start in range(0, len(table), FIT_ROWS):
-            arrays, reasons = modality.decode(table.slice(start, FIT_ROWS), columns)
+        for place in np.random.default_rng(0).permutation(len(table)):  # FIT_SECONDS from all over the sample, not from its beginning
+            arrays, reasons = modality.decode(table.slice(place, 1), columns)
             bad += reasons
             for row in arrays["audio"][[not reason for reason in reasons]]:
                 mel = ops.log_mel(ops.floats(torch.from_numpy(row)[None]), options.rate, modality.window, modality.hop, options.mels)[0].double()
@@ -114,7 +114,7 @@ class Audio(Modality):
             if seconds >= FIT_SECONDS:
                 break
         if not count:
-            raise ValueError(f"column {columns['audio']}: none of the first {len(bad)} recordings can be decoded: {bad[0] if bad else 'no rows'}")
+            raise ValueError(f"column {columns['audio']}: none of {len(bad)} recordings can be decoded: {bad[0] if bad else 'no rows'}")
         mean = sums / count
         std = (squares / count - mean ** 2).clamp(min=LEAST_STD ** 2).sqrt()
         return {"features": "mel", "mean": [round(value, 5) for value in mean.tolist()], "std": [round(value, 5) for value in std.tolist()]}

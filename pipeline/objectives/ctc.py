@@ -21,6 +21,8 @@ from pipeline.spans import texts
 
 BEAM_THRESHOLD = 50.0
 """A hypothesis whose logarithm is further below the best one's is dropped."""
+SLACK = 0.02
+"""Seconds by which a recording may be longer than is told: resampling and formats that tell milliseconds round."""
 SPACE = "|"
 """How a language model's file writes the space, which is no word of it."""
 
@@ -98,12 +100,12 @@ class CTC(Objective):
     @classmethod
     def unlearnable(cls, table, columns, state, arrays=None, seconds=None):
         """Rows whose transcript has characters that no training transcript has, and those with more labels than frames: each label takes one, and so does
-        the blank between two equal ones. ``seconds`` may be rounded, even to whole ones: what is not clear by them is left to ``arrays``."""
+        the blank between two equal ones. ``seconds`` are those of the recordings, give or take SLACK: what is closer is left to ``arrays``."""
         if columns.get("transcript") not in table.column_names:
             return None
         alphabet = transcripts.Alphabet.from_state(state)
         read = _normalised(table, columns, state["normalization"])
-        samples = lengths(arrays["audio"]) if arrays is not None else np.where(seconds > 0, (1.1 * seconds + 1) * state["rate"], 0).astype(np.int64)
+        samples = lengths(arrays["audio"]) if arrays is not None else np.where(seconds > 0, (seconds + SLACK) * state["rate"], 0).astype(np.int64)
         out = [alphabet.strange(text) for text in read]
         labels: Any = (arrays or {}).get("transcript")  # what ``encode`` made of them
         if labels is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +20,7 @@ SPANS, STARTS, NEGATIVES, NOISE = ((1 << 16) + use for use in range(4))
 NEVER = 2.0
 """Above every uniform number: the place of frames where no span may begin."""
 COLLAPSED = 3.0
-"""Entries of a group: a codebook whose perplexity is smaller tells recordings apart no more."""
+"""Entries of a group: a codebook whose perplexity is smaller tells recordings apart no more; of few entries, a tenth of the way from one to all."""
 
 
 class Wav2Vec2Options(Options):
@@ -201,16 +200,17 @@ class Wav2Vec2Pretraining(Objective):
         if self.training:
             gather.summed(self.progress.new_zeros(2 * self.options.groups * self.options.entries + 3))
 
-    def after_step(self, backbone: Backbone, step: int, steps: int) -> None:
+    def after_step(self, backbone: Backbone, step: int, steps: int) -> str | None:
         self.progress.fill_((step + 1) / steps)
         if self._told or step < 0.2 * steps or step % max(1, steps // 20) or gather.ranks()[0]:
-            return
-        usage = float(self.usage)
-        if usage < COLLAPSED:
-            self._told = True
-            warnings.warn(f"wav2vec2: the quantiser has collapsed: at step {step + 1} of {steps} the perplexity of its codes is {usage:.1f} of "
-                          f"{self.options.entries} entries of a group, so frames are hardly told apart. Lower train.lr, raise wav2vec2.diversity, take larger "
-                          "batches, or a longer warm-up", stacklevel=2)
+            return None
+        usage, least = float(self.usage), min(COLLAPSED, 1 + 0.1 * (self.options.entries - 1))
+        if usage >= least:
+            return None
+        self._told = True
+        return (f"wav2vec2: the quantiser has collapsed: at step {step + 1} of {steps} the perplexity of its codes is {usage:.1f} of "
+                f"{self.options.entries} entries of a group, so frames are hardly told apart; lower train.lr, raise wav2vec2.diversity, take larger "
+                "batches, or a longer warm-up")
 
     def predict(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
         found = self._compared(backbone, batch)

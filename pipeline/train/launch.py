@@ -173,12 +173,16 @@ def _first_cause(error: BaseException) -> str:
 
 
 def _watch(board: Any, name: str, progress: Progress, stop: threading.Event) -> None:
+    told = ""
     while not stop.wait(0.5):
         try:
             record, _ = ray.get(board.read.remote(), timeout=5)
         except (RayError, GetTimeoutError):
             continue
         if record:
+            if (warning := record.get("warning", told)) != told:  # all later records have it too
+                progress.note(f"warning: {name}: {warning}")
+                told = warning
             progress.update(training_line(name, record))
 
 

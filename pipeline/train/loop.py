@@ -212,7 +212,7 @@ def fit(run: Run) -> Outcome:
     live: _Live | None = None
     phase_number = -1
     norm = torch.zeros((), device=device)
-    stopped = False
+    stopped, warning = False, ""
     stream = run.batches(range(start, run.steps))
 
     step = start
@@ -248,7 +248,7 @@ def fit(run: Run) -> Outcome:
             if ranks.count > 1:
                 dist.all_reduce(stats)
             norm = _step(live, stats, ranks, train, task, bad_run, bad_total)
-            task.objective.after_step(task.backbone, step, run.steps)
+            warning = task.objective.after_step(task.backbone, step, run.steps) or warning
             if ema:
                 ema.update(task)
             recent.append(batch.rows)
@@ -275,6 +275,7 @@ def fit(run: Run) -> Outcome:
                                "wait_share": waited / max(now - logged, 1e-9), "skipped_steps": int(bad_total),
                                "eta_seconds": (now - began) / (done - start) * (run.steps - done)}
                 record |= {name: value / values[1] if values[1] else float("nan") for name, value in zip(names, values, strict=True) if name != "count"}
+                record |= {"warning": warning} if warning else {}
                 run.on_log(record)
                 window.zero_()
                 waited_all, waited, logged, rows_logged = waited_all + waited, 0.0, now, rows_seen

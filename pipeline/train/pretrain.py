@@ -153,8 +153,12 @@ def train_rank(work: RankJob, ranks: Ranks, on_progress: Callable[[dict[str, Any
         tried = probe.prober(fitted.probe, rows.modality, ranks, lambda: loop.autocast(train, ranks.device), lambda found: log and log.quarantine(found))
         check = _both(check, tried)
 
+    warning = ""
+
     def on_log(record: dict[str, Any]) -> None:
+        nonlocal warning
         bad.gather(log)
+        warning = record.get("warning", warning)
         if log:
             if bad.found:
                 record["bad_rows"] = len(bad.found)
@@ -180,7 +184,8 @@ def train_rank(work: RankJob, ranks: Ranks, on_progress: Callable[[dict[str, Any
              "wait_share": round(outcome.wait_share, 4), "skipped_steps": outcome.skipped_steps, "params_trained": outcome.params_trained,
              "resumed_from": outcome.resumed_from, "bad_rows": len(bad.found) + len(fitted.left_out), "ranks": ranks.count, "device": device_name(ranks.device),
              "metrics": run.keeper.metrics, "kept_step": run.keeper.step, "curve": outcome.curve, "transfer": fitted.moved, "splits": work.split_text,  # type: ignore[attr-defined]
-             "started_at": began, "spec_hash": work.key, **({"padding_share": round(plan.padding(), 4)} if isinstance(plan, BucketPlan) else {})}
+             "warning": warning, "started_at": began, "spec_hash": work.key,
+             **({"padding_share": round(plan.padding(), 4)} if isinstance(plan, BucketPlan) else {})}
     if ranks.first:
         objective.after_training(task.backbone)
         bundle.save(storage.join(work.uri, "bundle"), task, fitted.modality, parent=fitted.start, training=facts, spec_hash=work.key,

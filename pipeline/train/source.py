@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from pipeline.rng import mix
 from pipeline.train import checks, fitting
 from pipeline.train import probe as probes
 
-STAGE_VERSION = 7
+STAGE_VERSION = 8
 """Raised when the code of a stage changes what it makes from the same job."""
 SPAN_ROWS, SPAN_BYTES = 8192, 16 << 20
 """Texts that are packed or tokenised in one task: at most so many, and about so many bytes of their files."""
@@ -186,8 +187,8 @@ def fit(stage: SourceStage) -> Fitted:
         train, validation, corpora, columns = made[0].rows, made[1].rows, made[0].corpora, work.made
         left_out = [row for one in made for row in one.left_out]
         note += f"; {work.form} into {len(train)} and {len(validation)} rows of {bundle.build_modality(modality).inputs()['length']} tokens"
-    costs, judged = None, objective.unlearnable.__func__ is not Objective.unlearnable.__func__
-    if spec.train.batch_cost is not None or judged:
+    costs = None
+    if spec.train.batch_cost is not None or judges(objective):
         rows, lost = learnable(Rows(train, Decoder(bundle.build_modality(modality), spec.objective.name, state, columns)).with_costs(), spec.data.max_bad_rows)
         left_out += [{"split": "train", "row": row, "place": train.manifest.place(row), "reason": reason} for row, reason in lost]
         gone = np.isin(train.ids(np.arange(len(train))), [row for row, _ in lost])
@@ -205,17 +206,40 @@ def fit(stage: SourceStage) -> Fitted:
     return Fitted(arch, modality, fitted, columns, train, validation, text, initial if text else None, moved, tuple(left_out), note, corpora, probe, costs)
 
 
+def judges(objective: type[Objective]) -> bool:
+    """Whether some rows can be scored but not learned from (``Objective.unlearnable``)."""
+    return objective.unlearnable.__func__ is not Objective.unlearnable.__func__  # type: ignore[attr-defined]
+
+
 def learnable(rows: Rows, max_bad: float) -> tuple[Rows, list[tuple[int, str]]]:
     """The rows that can be learned from by what they cost, before any is decoded, and (row, reason) of the others. Raises TooManyBadRowsError."""
     decoder, ids = rows.decoder, rows.selection.ids(np.arange(len(rows)))
     objective = registry.get("objective", str(decoder.objective))
-    if objective.unlearnable.__func__ is Objective.unlearnable.__func__ or not len(rows):
+    if not judges(objective) or not len(rows):
         return rows, []
     table = manifests.read_columns(rows.selection, [decoder.columns[role] for role in objective.roles if role in decoder.columns])
-    reasons = objective.unlearnable(table, decoder.columns, decoder.objective_state, None, rows.costs) or [""] * len(rows)
+    judge = partial(objective.unlearnable, table, decoder.columns, decoder.objective_state, None)
+    reasons = judge(_exact(rows, judge)) or [""] * len(rows)
     bad = [(int(row), reason) for row, reason in zip(ids, reasons, strict=True) if reason]
     check_budget(bad, len(rows), max_bad, rows.selection)
     return rows.subset(np.flatnonzero([not reason for reason in reasons])), bad
+
+
+def _exact(rows: Rows, judge: Callable[[np.ndarray], list[str] | None]) -> np.ndarray:
+    """(rows,) what rows cost as their own headers have it, for all that a judge might refuse: a column may be rounded, even to whole seconds. Pieces of
+    recordings are as long as told, and so is what cannot be read, give or take the rounding."""
+    columns, costs, tells = rows.decoder.columns, rows.costs, rows.decoder.modality.cost_role
+    assert costs is not None
+    if tells not in columns:
+        return costs
+    doubtful = np.array([bool(reason) for reason in judge(np.maximum(0.01, (costs - 1) / 1.1) * (costs > 0)) or [""] * len(rows)])
+    if "start" in columns:
+        doubtful &= manifests.read_columns(rows.selection, [columns["start"]]).column(0).is_null(nan_is_null=True).to_numpy()
+    places = np.flatnonzero(doubtful)
+    whole = replace(rows.subset(places), decoder=replace(rows.decoder, columns={role: name for role, name in columns.items() if role != tells}))
+    own, out = whole.with_costs().costs, costs.copy()
+    out[places] = np.where(own > 0, own, 1.1 * costs[places] + 1)  # type: ignore[operator]
+    return out
 
 
 def suited(objective: type[Objective], state: dict[str, Any], arch: dict[str, Any]) -> dict[str, Any]:

@@ -158,6 +158,8 @@ def pretrain(state: State) -> None:
             state.progress.note(f"{name}: {facts['steps']} steps in {facts['seconds']:.0f} s; validation {values or 'none'}; bundle {stage.bundle_uri}")
         if facts.get("transfer"):
             state.progress.note(f"{name}: {facts['transfer']}")
+        if facts.get("warning"):
+            state.notes.append(f"sources.{name}: {facts['warning']}")
 
 
 def share(state: State) -> Shared:

@@ -195,10 +195,12 @@ def prepare(target: TargetStage, base: Base) -> TargetData:
     wanted = sum(decoder.size(selection) for selection in selections)
     if spec.data.decode == "memory" or (spec.data.decode == "auto" and wanted <= MEMORY_BYTES):
         parts = [rows.in_memory(spec.data.max_bad_rows) for rows in parts]
-    if spec.train.batch_cost is not None:
+    streamed = parts[0].arrays is None  # rows in memory have been looked through
+    if spec.train.batch_cost is not None or (streamed and train_source.judges(objective)):
         parts[0] = parts[0].with_costs()
-        if parts[0].arrays is None:  # rows in memory have been looked through
+        if streamed:
             parts[0], short = train_source.learnable(parts[0], spec.data.max_bad_rows)
+            parts[0] = parts[0] if spec.train.batch_cost is not None else replace(parts[0], costs=None)
             lost += [("train", selections[0].manifest.place(row), reason) for row, reason in short]
     held = parts[0].arrays
     labels = _classes(spec, splits, state) if held is None else held.get("label") if "label" in objective.roles else None

@@ -220,9 +220,13 @@ def run(trial: Trial, shared: Shared, ranks: Ranks | None = None, report: Report
         mine = evaluate.Completer(data.test).tested(task, mine)
         test = evaluate.gathered(mine, ranks)
         moved += f"; {len(data.test) - len(test['row'])} test rows could not be read" if len(test["row"]) < len(data.test) else ""
+    unread = _lost(bad, ranks)
+    if unread:
+        row, reason = min(unread.items())
+        moved += f"; {len(unread)} training rows left out ({rows.selection.manifest.place(row)}: {reason}{', ...' if len(unread) > 1 else ''})"
     facts = {"params_trained": outcome.params_trained, "steps": outcome.steps, "seconds": time.time() - began, "device": device_name(ranks.device),
-             "start_weights": start_hash, "transfer": moved, "n_train": len(rows) if technique.learns else 0, "curve": outcome.curve, "kept_step": keeper.step,
-             "skipped_steps": outcome.skipped_steps, "fitted": fitted(task.objective),
+             "start_weights": start_hash, "transfer": moved, "n_train": len(rows) - len(unread) if technique.learns else 0, "curve": outcome.curve,
+             "kept_step": keeper.step, "skipped_steps": outcome.skipped_steps, "fitted": fitted(task.objective),
              **({"padding_share": round(plan.padding(), 4)} if isinstance(plan, BucketPlan) else {})}
     record = make_record(trial, shared, train, began, facts, keeper.metrics, test)
     if ranks.first:
@@ -233,6 +237,15 @@ def run(trial: Trial, shared: Shared, ranks: Ranks | None = None, report: Report
 def run_rank(config: dict[str, Any], ranks: Ranks) -> Record:
     """One rank of a trial under Ray Train."""
     return run(config["trial"], config["shared"], ranks)
+
+
+def _lost(bad: list[tuple[int, str]], ranks: Ranks) -> dict[int, str]:
+    """Rows that some rank could not read, each once, with the reason."""
+    everyone: list[Any] = [bad]
+    if ranks.count > 1:
+        everyone = [None] * ranks.count
+        torch.distributed.all_gather_object(everyone, bad)
+    return {row: reason for part in everyone for row, reason in part}
 
 
 def _batches(rows: Rows, ranks: Ranks):

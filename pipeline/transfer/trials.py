@@ -15,7 +15,7 @@ from pipeline.rng import mix, row_keys
 from pipeline.train.fitting import by_content
 from pipeline.train.source import HOW_NOT_WHAT
 
-TRIAL_VERSION = 7
+TRIAL_VERSION = 8
 SCRATCH = "none"
 Fraction = float | int
 

@@ -240,7 +240,7 @@ def test_over_the_budget_is_an_error_that_names_files_rows_and_reasons(tmp_path)
     with pytest.raises(TooManyBadRowsError) as caught:
         rows.in_memory(0.01)
     told = str(caught.value)
-    assert told.startswith("3 of 150 rows cannot be decoded, more than data.max_bad_rows=0.01 allows.")
+    assert told.startswith("3 of 150 rows cannot be used, more than data.max_bad_rows=0.01 allows.")
     for place in ("a.parquet row 3: 3 is bad", "b.parquet row 1: 41 is bad", "c.parquet row 48: 149 is bad"):
         assert place in told
 
@@ -259,7 +259,7 @@ def test_the_budget_counts_a_row_once_however_often_it_is_met(rows):
     """In every epoch the same rows are bad, and its reason may be told in other words."""
     stream.check_budget([(7, "x"), (7, "x"), (7, "y")] * 50, 10, 0.01, rows.selection)
     stream.check_budget(((row, f"epoch {epoch}") for epoch in range(9) for row in (3, 8)), 200, 0.01, rows.selection)
-    with pytest.raises(TooManyBadRowsError, match=r"^3 of 200 rows cannot be decoded"):
+    with pytest.raises(TooManyBadRowsError, match=r"^3 of 200 rows cannot be used"):
         stream.check_budget(((row, "x") for _ in range(9) for row in (3, 8, 11)), 200, 0.01, rows.selection)
 
 

@@ -236,8 +236,16 @@ def test_waves_are_normalised_unless_they_are_for_wavenet(given, backbone, want)
     assert torch.allclose(done[0].std(), torch.tensor(1.0), atol=1e-3) if want else torch.equal(done[0], torch.from_numpy(x).float() / 32768)
 
 
+def test_features_are_fitted_on_all_of_the_sample_and_not_on_its_beginning(monkeypatch):
+    """A corpus of two rooms, one after the other; the second is 40 dB quieter."""
+    rows = [saved(noise(1.0))] * 60 + [saved(noise(1.0) / 100)] * 60
+    monkeypatch.setattr("pipeline.modalities.audio.FIT_SECONDS", 20.0)
+    means = [np.mean(Audio.fit(AudioOptions(), pa.table({"x": part}), {"audio": "x"}, "torchaudio/conformer")["mean"]) for part in (rows, rows[:60], rows[60:])]
+    assert abs(means[0] - (means[1] + means[2]) / 2) < 0.3 * (means[1] - means[2])
+
+
 def test_nothing_to_fit_on():
-    with pytest.raises(ValueError, match=r"column x: none of the first 2 recordings can be decoded: no sound file"):
+    with pytest.raises(ValueError, match=r"column x: none of 2 recordings can be decoded: no sound file"):
         Audio.fit(AudioOptions(), pa.table({"x": [b"broken", b"too"]}), {"audio": "x"}, "torchaudio/conformer")
 
 

@@ -1,5 +1,6 @@
 """CTC: rows that are refused, the loss against a loop and against torch in float64, decoding against every path there is, words in time."""
 
+import io
 import itertools
 import json
 import math
@@ -12,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import soundfile
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -139,26 +141,46 @@ def test_more_labels_than_frames_are_found_before_training():
     reasons = ["", "the transcript's 7 labels need 7 frames, the recording has 6", "the transcript's 4 labels need 7 frames, the recording has 6", "", ""]
     assert CTC.unlearnable(table, COLUMNS, state, arrays) == reasons
     assert CTC.unlearnable(pa.table({"sound": ["a"]}), COLUMNS, state, arrays) is None
-    assert CTC.unlearnable(table, COLUMNS, state, None, samples / 16000) == [""] * 5, "seconds may be whole ones: what is close is left to the samples"
+    assert CTC.unlearnable(table, COLUMNS, state, None, samples / 16000) == [""] * 5, "what is close is left to the samples"
     long = pa.table({"said": ["AB" * 60] * 3})
-    assert [bool(reason) for reason in CTC.unlearnable(long, COLUMNS, state, None, np.array([0.05, 0.0, 3.0]))] == [True, False, False]
+    assert [bool(reason) for reason in CTC.unlearnable(long, COLUMNS, state, None, np.array([1.1, 0.0, 1.25]))] == [True, False, False]
     log_probs, count = torch.randn(1, 6, 4).log_softmax(-1), torch.tensor
     for row, reason in zip(labels[:3], reasons, strict=False):  # torch agrees where there is no alignment
         loss = F.ctc_loss(log_probs.transpose(0, 1), torch.tensor([row]), count([6]), count([len(row)]), reduction="none")
         assert bool(loss.isinf()) == bool(reason)
 
 
-def test_rows_that_cannot_be_learned_from_are_left_out_by_their_seconds_alone(tmp_path):
-    """No recording is read: the column of their bytes holds none."""
-    pq.write_table(pa.table({"sound": [b""] * 4, "said": ["AB", "AB" * 90, "A", "Z"]}), tmp_path / "rows.parquet")
-    state = CTC.suit(fitted(["AB"]), Known(4))
-    decoder = Decoder(None, "ctc", state, {"audio": "sound", **COLUMNS})
-    rows = Rows(manifest.Selection(manifest.build(str(tmp_path / "rows.parquet"), "auto", str(tmp_path))), decoder, costs=np.array([0.1, 0.1, 0.0, 1.0]))
+def recording(seconds: float) -> bytes:
+    soundfile.write(sink := io.BytesIO(), np.random.default_rng(0).normal(0, 0.1, round(16000 * seconds)), 16000, format="FLAC")
+    return sink.getvalue()
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_rows_that_cannot_be_learned_from_are_left_out_before_any_is_decoded(told, tmp_path, monkeypatch):
+    """By their headers, where the column of seconds is rounded and leaves it open; one that is clear by it is not opened."""
+    rows = [(recording(0.9), 1.0, "AB"), (recording(0.9), 1.0, "AB" * 46), (recording(1.4), 1.0, "AB" * 60), (recording(20.0), 20.0, "AB" * 60),
+            (recording(0.5), 1.0, "Z"), (b"", 0.1, "AB" * 90), (b"", None, "A")]
+    pq.write_table(pa.table(dict(zip(("sound", "long", "said"), zip(*rows, strict=True), strict=True))), tmp_path / "rows.parquet")
+    state, opened, measured = CTC.suit(fitted(["AB"]), Known(4)), [], Audio._measured
+    decoder = Decoder(Audio(AudioOptions(), {"features": "mel"}), "ctc", state, {"audio": "sound", **COLUMNS, **({"seconds": "long"} if told else {})})
+    rows = Rows(manifest.Selection(manifest.build(str(tmp_path / "rows.parquet"), "auto", str(tmp_path))), decoder).with_costs(cpus=0)
+    monkeypatch.setattr(Audio, "_measured", lambda self, cell, start: opened.append(len(cell.as_py())) or measured(self, cell, start))
     left, bad = source.learnable(rows, 0.5)
-    assert left.selection.ids(np.arange(2)).tolist() == [0, 2] and left.costs.tolist() == [0.1, 0.0]
-    assert [row for row, _ in bad] == [1, 3] and "180 labels need 180 frames" in bad[0][1] and "holds 'Z'" in bad[1][1]
-    with pytest.raises(TooManyBadRowsError, match="2 of 4 rows"):
+    assert not told or len(recording(20.0)) not in opened
+    reasons = {1: "the transcript's 92 labels need 92 frames, the recording has 90", 4: "no training transcript holds 'Z' (1x)",
+               **({5: "the transcript's 180 labels need 180 frames, the recording has 111"} if told else {})}
+    assert dict(bad) == reasons and left.costs.tolist() == [rows.costs[i] for i in range(7) if i not in reasons]
+    with pytest.raises(TooManyBadRowsError, match=f"{len(reasons)} of 7 rows cannot be used"):
         source.learnable(rows, 0.25)
+
+
+def test_a_piece_of_a_recording_is_as_long_as_told(tmp_path):
+    rows = {"sound": [recording(3.0)] * 3, "from": [0.5, None, 2.0], "long": [1.0, 1.0, 1.0], "said": ["AB" * 60] * 3}
+    pq.write_table(pa.table(rows), tmp_path / "rows.parquet")
+    decoder = Decoder(Audio(AudioOptions(), {"features": "mel"}), "ctc", CTC.suit(fitted(["AB"]), Known(4)),
+                      {"audio": "sound", **COLUMNS, "seconds": "long", "start": "from"})
+    rows = Rows(manifest.Selection(manifest.build(str(tmp_path / "rows.parquet"), "auto", str(tmp_path))), decoder).with_costs(cpus=0)
+    assert [row for row, _ in source.learnable(rows, 1.0)[1]] == [0, 2], "the whole recording has 298 frames"
 
 
 def test_transcripts_are_read_again_without_their_recordings(tmp_path):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -223,3 +225,14 @@ def test_the_cause_of_an_error_is_told_without_the_way_it_took():
 
     assert launch._first_cause(RayTaskError("f", "traceback", ValueError("row 3 is bad"))) == "row 3 is bad"
     assert launch._first_cause(KeyError("x")) == "KeyError: 'x'"
+
+
+def test_a_warning_of_the_ranks_is_told_once(monkeypatch):
+    records = iter([{}, {"step": 1}, {"step": 2, "warning": "the quantiser has collapsed"}, {"step": 3, "warning": "the quantiser has collapsed"}])
+    monkeypatch.setattr(launch.ray, "get", lambda ref, timeout: (next(records), None))
+    stop, lines = threading.Event(), []
+    board = SimpleNamespace(read=SimpleNamespace(remote=lambda: None))
+    progress = SimpleNamespace(note=lines.append, update=lambda line: stop.set() if "step 3" in line else None)
+    monkeypatch.setattr(stop, "wait", lambda seconds: stop.is_set())
+    launch._watch(board, "heard", progress, stop)
+    assert lines == ["warning: heard: the quantiser has collapsed"]

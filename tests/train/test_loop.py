@@ -595,3 +595,13 @@ def test_optimiser_state_is_made_anew_for_a_phase(rows):
         loop.fit(run)
     assert [{int(s["step"]) for s in optimizer.state.values()} for optimizer in made] == [{2}, {2}]
     assert [len(optimizer.state) for optimizer in made] == [2, len(list(run.task.parameters()))]
+
+
+def test_what_an_objective_warns_of_stands_in_every_record_from_then_on(rows):
+    """Records are looked at now and then, so that one alone could be missed."""
+    records: list[dict] = []
+    run = make_run(rows, net_task(), steps=6, log_every_steps=2)
+    run.on_log = records.append
+    run.task.objective.after_step = lambda backbone, step, steps: "collapsed" if step == 2 else None
+    loop.fit(run)
+    assert [record.get("warning") for record in records] == [None, "collapsed", "collapsed"]

@@ -122,7 +122,7 @@ def test_undecodable_rows_are_listed_and_held_against_the_budget(tmp_path, image
     listed = [json.loads(line) for line in Path(stage.uri, "log/quarantine.jsonl").read_text().splitlines()]
     assert [(row["split"], row["row"]) for row in listed] == [("probe train", 7)]
     pq.write_table(table.set_column(0, "picture", pa.array([b"no picture"] * 5 + pictures[5:])), tmp_path / "broken.parquet")
-    with pytest.raises(TooManyBadRowsError, match=r"6 of 45 rows cannot be decoded.*broken\.parquet row 0"):
+    with pytest.raises(TooManyBadRowsError, match=r"6 of 45 rows cannot be used.*broken\.parquet row 0"):
         pretrained(job(tmp_path, images, {**labelled, "train": str(tmp_path / "broken.parquet")}))
 
 

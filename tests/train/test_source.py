@@ -158,7 +158,7 @@ def test_parts_of_another_packing_are_no_rows_and_the_budget_is_that_of_now(tmp_
     assert len(source.fit(stage).train) == len(fitted.train)
     strict = source.stage(text_job(tmp_path, str(tmp_path / "bad.parquet"), "mlm", max_bad_rows=0.01), "src")
     assert strict.key == stage.key
-    with pytest.raises(TooManyBadRowsError, match=r"rows cannot be decoded, more than data\.max_bad_rows=0\.01"):
+    with pytest.raises(TooManyBadRowsError, match=r"rows cannot be used, more than data\.max_bad_rows=0\.01"):
         source.fit(strict)
 
 
@@ -183,7 +183,7 @@ def test_text_that_cannot_be_read_is_counted_listed_and_held_against_the_budget(
     broken = [t.encode() if i not in (7, 31, 58) else b"\xff\xfe broken" for i, t in enumerate(found)]
     broken[12] = b""
     uri = write_texts(tmp_path / "broken.parquet", broken, [f"kind {i}" for i in labels])
-    with pytest.raises(TooManyBadRowsError, match=r"cannot be decoded, more than data\.max_bad_rows=0\.01"):
+    with pytest.raises(TooManyBadRowsError, match=r"cannot be used, more than data\.max_bad_rows=0\.01"):
         pretrained(text_job(tmp_path, uri, "mlm"))
     stage, fitted, facts = pretrained(text_job(tmp_path, uri, "mlm", max_bad_rows=0.05))
     listed = [json.loads(line) for line in Path(stage.uri, "log/quarantine.jsonl").read_text().splitlines()]
@@ -416,7 +416,7 @@ def test_a_source_of_bad_images_stops_with_their_places(tmp_path, images):
     table = pq.read_table(images["train"])
     pictures = [p if i % 3 else b"no picture" for i, p in enumerate(table["picture"].to_pylist())]
     pq.write_table(table.set_column(0, "picture", pa.array(pictures)), tmp_path / "train.parquet")
-    with pytest.raises(TooManyBadRowsError, match=r"of 60 rows cannot be decoded.*train\.parquet row 0: "):
+    with pytest.raises(TooManyBadRowsError, match=r"of 60 rows cannot be used.*train\.parquet row 0: "):
         pretrained(image_job(tmp_path, {**images, "train": str(tmp_path / "train.parquet")}, train={"epochs": 2, "global_batch": 12, "log_every_steps": 1}))
 
 

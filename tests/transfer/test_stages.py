@@ -384,7 +384,7 @@ def test_a_target_over_its_budget_of_bad_rows_is_left_out_and_the_other_goes_on(
     job = job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch", "full"), target_names=("good", "bad"))
     job = with_data(job, "bad", **damaged(paths, tmp_path / "damaged", split, 9))
     state, rows = whole(job)
-    assert set(state.broken) == {"bad"} and state.broken["bad"].startswith(f"9 of {36 if split == 'train' else 18} rows cannot be decoded")
+    assert set(state.broken) == {"bad"} and state.broken["bad"].startswith(f"9 of {36 if split == 'train' else 18} rows cannot be used")
     assert {row["target"] for row in rows} == {"good"} and len(primary(rows)) == 4
     failed = stages.failures(state, rows)
     assert len(failed) == 1 and failed[0].startswith("targets.bad: 9 of ")
@@ -418,7 +418,7 @@ def test_a_target_that_was_left_out_is_tried_again(tmp_path, bundles, paths, her
 
 def test_where_every_target_is_left_out_nothing_runs(tmp_path, bundles, paths, here):
     job = with_data(job_of(tmp_path, {"a": bundles["a"]}, paths), "task", **damaged(paths, tmp_path / "damaged", "validation", 9))
-    with pytest.raises(ValueError, match=r"^targets\.task: 9 of 18 rows cannot be decoded"):
+    with pytest.raises(ValueError, match=r"^targets\.task: 9 of 18 rows cannot be used"):
         whole(job)
     assert here == []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import soundfile
 from toys import SMALL, sentences, task_of, text_modality
 
 from pipeline import bundle, registry
 from pipeline.data import manifest as manifests
 from pipeline.data.stream import TooManyBadRowsError
 from pipeline.job import Job
+from pipeline.modalities.audio import Audio, AudioOptions
 from pipeline.train.loop import Ranks
 from pipeline.transfer import dry_run, fanout, overlap, stages, targets, trial, trials
 from pipeline.transfer.trial import Shared
@@ -161,7 +164,7 @@ def test_texts_beyond_the_budget_and_splits_without_a_text_leave_the_target_out(
     job = job_of(tmp_path, models["gpt2"], texts, data={"max_bad_rows": 0.0})
     stage = targets.stage(job, "task")
     (base,) = trials.bases({"src": (bundle.load(models["gpt2"].partition(":")[2]).manifest["arch"], modality_of("transformers/gpt2"))})
-    with pytest.raises(TooManyBadRowsError, match=r"of 144 rows cannot be decoded.*texts\.parquet row 5"):
+    with pytest.raises(TooManyBadRowsError, match=r"of 144 rows cannot be used.*texts\.parquet row 5"):
         targets.prepare(stage, base)
     pq.write_table(pa.table({"words": ["some text", "more text", "", ""], "split": ["train", "validation", "test", "test"]}), tmp_path / "few.parquet")
     with pytest.raises(ValueError, match=r"the test split holds no text to pack \(2 rows, all of them left out\)"):
@@ -288,3 +291,34 @@ def test_weights_of_corpora_are_for_sources(tmp_path, models, texts):
 def test_the_objectives_that_may_be_targets():
     usable = {name for name in registry.names("objective") if targets._for_targets(registry.get("objective", name))}
     assert {"classification", "multilabel", "mlm", "clm"} <= usable and not {"simclr", "dino", "mae"} & usable
+
+
+@pytest.mark.parametrize("train", [{"global_batch": 8}, {"batch_cost": 8}])
+@pytest.mark.parametrize("decode", ["memory", "train"])
+def test_transcripts_that_no_recording_holds_are_listed_however_rows_are_read(decode, train, tmp_path):
+    """Six of 24 have 40 labels for 25 frames; one recording that is broken is told by the trial where it is decoded there."""
+    def sound(i: int) -> bytes:
+        soundfile.write(sink := io.BytesIO(), np.random.default_rng(i).normal(0, 0.1, 16000), 16000, format="FLAC")
+        return sink.getvalue()
+
+    rows = [{"audio": sound(i), "seconds": 1.0, "text": "AB" * 20 if i in (0, 1, 2, 5, 6, 7) else "AB AB",
+             "split": ("train", "train", "train", "validation", "test")[i % 5]} for i in range(40)]
+    rows[10]["audio"] = rows[10]["audio"][:200]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    heard = Audio(AudioOptions(mels=24), {"features": "mel", "mean": [0.0] * 24, "std": [1.0] * 24})
+    arch = {"name": "torchaudio/deepspeech2", "options": {"layers": 1, "hidden": 8, "channels": 8}, "inputs": heard.inputs()}
+    bundle.save(str(tmp_path / "source"), bundle.build_backbone(arch, 0), {"name": "audio", "options": heard.options.model_dump(), "state": heard.state},
+                training={"transfer": ""}, metrics={})
+    job = Job.model_validate({"name": "toy", "storage": str(tmp_path / "runs"), "sources": {"src": {"backbone": f"bundle:{tmp_path / 'source'}"}},
+                              "techniques": ["full"], "fanout": {"seeds": 1}, "targets": {"task": {
+                                  "data": {"uri": str(tmp_path / "rows.parquet"), "split_column": "split", "modality": "audio", "max_bad_rows": 0.4,
+                                           "decode": decode, "columns": {"audio": "audio", "seconds": "seconds", "transcript": "text"}},
+                                  "objective": "ctc", "train": {"steps": 6, **train}}}})
+    state = stages.check(job, Silent())
+    shared = stages.share(state)
+    (data,) = shared.targets.values()
+    assert len(data.train) == (17 if decode == "memory" else 18) and f"{7 if decode == 'memory' else 6} rows left out" in data.split_text
+    assert "40 labels need 40 frames, the recording has 2" in data.split_text
+    (one, *_) = stages.final_trials(state, list(shared.bases.values()), {"task": {"src"}}, {})
+    record = trial.run(one, shared, Ranks())
+    assert record["rows"][0]["n_train"] == 17 and ("1 training rows left out" in record["transfer"]) == (decode == "train")
