@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 FOLDERS = {"modality": "modalities", "model": "models", "objective": "objectives", "technique": "techniques", "importer": "data/prepare",
            "cohort": "data/cohorts"}
@@ -89,7 +89,7 @@ def _options_class(tree: ast.Module, name: str, file: Path) -> type[Options]:
     found = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name]
     if not found:
         raise ValueError(f"{file}: options class {name} must stand in the same file")
-    space: dict[str, Any] = {"Options": Options, "Field": Field, "Literal": Literal, "__name__": f"{file.stem}.options"}
+    space: dict[str, Any] = {"Options": Options, "Field": Field, "Literal": Literal, "model_validator": model_validator, "__name__": f"{file.stem}.options"}
     wanted: list[ast.stmt] = [node for node in tree.body if isinstance(node, ast.ClassDef) and _is_options(node, tree)]
     module = ast.Module(body=wanted, type_ignores=[])
     exec(compile(module, str(file), "exec", dont_inherit=True), space)  # our own source, as an import runs it; types now, not as text

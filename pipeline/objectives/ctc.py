@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 import torchaudio.functional as audio
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -40,7 +40,13 @@ class CTCOptions(Options):
     lm: str | None = Field(None, description="beam search: an n-gram model of the labels, ARPA or KenLM's binary form, on this machine; each label is a word "
                                              "of it, the space is written |")
     lm_weight: float = Field(1.0, ge=0, description="beam search: weight of the language model's logarithms, which are of base 10")
-    word_score: float = Field(0.0, description="beam search: added to the score of the hypotheses that it ends with, for each of their words")
+    word_score: float = Field(0.0, description="beam search: added to the score of a finished hypothesis for each of its words")
+
+    @model_validator(mode="after")
+    def _lm_takes_part(self):
+        if self.lm and not self.beam:
+            raise ValueError("lm: a language model takes part in beam search alone: set beam (100 is usual), or leave lm out")
+        return self
 
 
 @register("objective", "ctc", options=CTCOptions)
@@ -124,8 +130,6 @@ class CTC(Objective):
         self.head = nn.Linear(width, len(state["labels"]))
         if options.beam:
             self._beam_search()
-        elif options.lm:
-            raise ValueError("objective.lm: a language model takes part in beam search alone: set beam (100 is usual), or leave lm out")
 
     def emissions(self, backbone: Backbone, batch: Batch) -> tuple[Tensor, Tensor]:
         """(B, N, labels) float32 log probabilities and (B,) int64 how many frames of each row are its own."""
@@ -218,7 +222,7 @@ def _search(labels: tuple[str, ...], beam: int, lm: str | None, weight: float) -
     try:
         from flashlight.lib.text import decoder as flashlight  # pyright: ignore[reportMissingImports]
     except ImportError:
-        raise ValueError("objective.beam: beam search needs flashlight-text, which is not installed: pip install 'onetomany[beam]', or set beam: 0") from None
+        raise ValueError("objective.beam: beam search needs flashlight-text, which is not installed: uv sync --extra beam, or set beam: 0") from None
     model = _language_model(labels, lm) if lm else flashlight.ZeroLM()
     options = flashlight.LexiconFreeDecoderOptions(beam_size=beam, beam_size_token=len(labels), beam_threshold=BEAM_THRESHOLD, lm_weight=weight if lm else 0.0,
                                                    sil_score=0.0, log_add=True, criterion_type=flashlight.CriterionType.CTC)
@@ -251,8 +255,8 @@ def _language_model(labels: tuple[str, ...], path: str) -> Any:
 def _check(backbone: Backbone) -> int:
     """The width of its tokens. Raises ValueError for a backbone whose tokens are no frames of a recording."""
     if backbone.token_dim is None or backbone.convolutions is None:
-        raise ValueError(f"{backbone.arch['name']} gives no frames of a recording: ctc needs a backbone of speech (torchaudio/deepspeech2, wavenet/wavenet, "
-                         "transformers/wav2vec2)")
+        raise ValueError(f"{backbone.arch['name']} gives no frames of a recording: ctc needs a backbone of speech (torchaudio/deepspeech, deepspeech2 or "
+                         "conformer, wavenet/wavenet, transformers/wav2vec2)")
     return backbone.token_dim
 
 

@@ -43,7 +43,7 @@ class NextSample(Objective):
         super().__init__(backbone, options, state)
         if getattr(backbone, "levels", None) is None or getattr(backbone, "receptive_field", None) is None:
             raise ValueError(f"{backbone.arch['name']} cannot predict the next sample: that takes a causal backbone at the rate of the samples "
-                             "(wavenet/wavenet); for others use ctc, or wav2vec2 with transformers/wav2vec2")
+                             "(wavenet/wavenet); for others use ctc, or wav2vec2 with transformers/wav2vec2, torchaudio/deepspeech2 or conformer")
         assert backbone.token_dim is not None
         self.crop: int | None = None if options.crop is None else max(2, round(options.crop * backbone.arch["inputs"]["rate"]))
         """Samples of a stretch."""

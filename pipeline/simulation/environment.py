@@ -25,7 +25,7 @@ ADDED = ("latency", "noise")
 """Whole steps that actions come late, and the standard deviation of Gaussian noise on observations; 0 as published."""
 OWN = {"onetomany/Reach-v0": "reach", "onetomany/Push-v0": "push", "onetomany/WallFollowing-v0": "range_world"}
 """Environments of this package, and the module that has each."""
-NEEDED = "simulation needs gymnasium and MuJoCo: pip install 'onetomany[robotics]'"
+NEEDED = "simulation needs gymnasium and MuJoCo: uv sync --extra robotics"
 
 
 @dataclass(frozen=True)

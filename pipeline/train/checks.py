@@ -18,14 +18,14 @@ def source(place: str, spec: Source) -> None:
         check_packed(place, spec.data, spec.objective.name)
     check_costs(place, spec.data, spec.train, objective)
     if objective.couples_rows and spec.train.micro_batch is not None:
-        raise ValueError(f"{place}.train.micro_batch: {spec.objective.name} compares all rows of a global batch with each other, which parts of "
-                         "it would not do; leave it out, and use more workers or a smaller global_batch")
+        raise ValueError(f"{place}.train.micro_batch: the loss of {spec.objective.name} is that of a whole global batch, which parts of it would "
+                         "not give; leave it out, and use more workers, or a smaller global_batch or batch_cost")
     if objective.views is not Objective.views and modality.views is Modality.views:
         raise ValueError(f"{place}.objective: {spec.objective.name} compares random views of a row, and {spec.data.modality.name} rows have none; "
                          "it is for images")
     if objective.couples_rows and spec.train.keep == "best" and "keep" in spec.train.model_fields_set:
-        raise ValueError(f"{place}.train.keep: the validation loss of {spec.objective.name} follows from which rows are validated together and says "
-                         "little of the backbone; leave it out: the last weights are kept")
+        raise ValueError(f"{place}.train.keep: the validation loss of {spec.objective.name} says little of the backbone (its teacher, codes or "
+                         "distractors change as it learns); leave it out: the last weights are kept")
     if spec.data.decode == "device" and modality.encoded is Modality.encoded:
         raise ValueError(f"{place}.data.decode: {spec.data.modality.name} rows are not decoded on the device; use workers, train, memory or auto")
 

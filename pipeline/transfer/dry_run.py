@@ -21,7 +21,9 @@ def describe(state: State) -> list[str]:
             continue
         train = stage.spec.train
         rows = len(stage.splits.train)
-        lines.append(f"source {name}: {stage.spec.backbone} by {stage.spec.objective}, {_steps(train, rows, stage.packed)} steps of {_size(train)} on "
+        steps = _steps(train, rows, stage.packed)
+        told = f"{steps} steps" if isinstance(steps, int) else f"{train.epochs or 1:g} epochs in steps"
+        lines.append(f"source {name}: {stage.spec.backbone} by {stage.spec.objective}, {told} of {_size(train)} on "
                      f"{stage.spec.workers} ranks; {stage.splits.sizes()} [{done}]")
     ready = stages.ended(state)
     total, steps_total, unknown = 0, 0, ""
@@ -41,7 +43,7 @@ def describe(state: State) -> list[str]:
             rows = stage.labelled(fraction)
             train = stage.spec.train.model_copy(update={"global_batch": min(stage.spec.train.global_batch, rows)})
             steps = _steps(train, rows, stage.packed)
-            told = str(steps)
+            told = f"{steps} steps" if isinstance(steps, int) else f"{train.epochs or 1:g} epochs"
             if isinstance(steps, int):
                 steps_total += sum(many * (tries + seeds) * technique.steps(steps) for technique, many in counts)
                 longer = sorted({technique.steps(steps) for technique, _ in counts} - {steps})
@@ -51,7 +53,7 @@ def describe(state: State) -> list[str]:
             drawn = " (before search)" if {"steps", "epochs", "global_batch"} & set(job.fanout.search) else ""
             share = trials.fraction_text(fraction, stage.spec.objective.name)
             lines.append(f"target {name} at {share} labels: {cells} cells = {cells * tries} search + {cells * seeds} final trials of "
-                         f"{told} steps{drawn} on {rows} {'documents' if stage.packed else 'rows'}; {stage.splits.sizes()}")
+                         f"{told}{drawn} on {rows} {'documents' if stage.packed else 'rows'}; {stage.splits.sizes()}")
         if tried:
             total += tried
             lines.append(f"target {name} without training: {tried} final trials")

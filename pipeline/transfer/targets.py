@@ -14,7 +14,8 @@ from pipeline.contracts import Modality, Objective, Task, Technique
 from pipeline.data import manifest as manifests
 from pipeline.data.manifest import Splits
 from pipeline.data.stream import Decoder, Rows
-from pipeline.job import Job, Plug, Source, Target, spec_hash
+from pipeline.job import STARTS, Job, Plug, Source, Target, spec_hash
+from pipeline.jobfile import PLACES
 from pipeline.metrics import metric
 from pipeline.train import checks, fitting
 from pipeline.train import source as train_source
@@ -158,13 +159,18 @@ def _modality(target: TargetStage, base: Base) -> tuple[dict[str, Any], str]:
     plug = target.spec.data.modality
     own = registry.get("modality", plug.name).target_options
     named = fitting.by_content(plug)
-    differ = {k: plug.options[k] for k, v in named.items() if k not in own and base.modality["options"].get(k) != v}
-    if differ:
-        raise ValueError(f"targets.{target.name}.data.modality: {differ} contradicts the source, whose rows were read with "
-                         f"{base.modality['options']}; a target is read as its backbone was: leave the options out"
-                         + (f" ({', '.join(own)} may differ)" if own else ""))
+    _refuse(target, {k: plug.options[k] for k, v in named.items() if k not in own and base.modality["options"].get(k) != v}, base.modality["options"])
     return fitting.completed({**base.modality, "options": {**base.modality["options"], **named}}, target.splits.train,
                              registry.get("objective", target.spec.objective.name), target.spec.data.columns)
+
+
+def _refuse(target: TargetStage, differ: dict[str, Any], theirs: dict[str, Any]) -> None:
+    """Raises ValueError where options of the target's modality are others than its source's."""
+    if differ:
+        own = registry.get("modality", target.spec.data.modality.name).target_options
+        raise ValueError(f"targets.{target.name}.data.modality: {differ} contradicts the source, whose rows are read with "
+                         f"{ {k: theirs.get(k) for k in differ} }; a target is read as its "
+                         "backbone was: leave the options out" + (f" ({', '.join(own)} may differ)" if own else ""))
 
 
 def prepare(target: TargetStage, base: Base) -> TargetData:
@@ -279,7 +285,11 @@ def check_modality(target: TargetStage, source: Source) -> None:
     if source.data is None:
         return
     checks.check_modality(place, plug.name, {**source.data.modality.options, **plug.options}, target.spec.objective.name)
-    theirs = registry.get("modality", plug.name).options_class(**source.data.modality.options)
+    kind = registry.get("modality", plug.name)
+    theirs = kind.options_class(**source.data.modality.options)
+    if not source.init and not source.backbone.name.startswith(STARTS):  # a checkpoint brings its own options, and a tokenizer counts by what it holds
+        fixed = [k for k in plug.options if k not in kind.target_options and k not in PLACES.get(plug.name, ())]
+        _refuse(target, {k: plug.options[k] for k in fixed if getattr(kind.options_class(**plug.options), k) != getattr(theirs, k)}, theirs.model_dump())
     room, wanted = source.backbone.options.get("positions") or getattr(theirs, "length", None), plug.options.get("length")
     if wanted and room and wanted > room and source.backbone.name.startswith("transformers/") and not source.backbone.options.get("config"):
         raise ValueError(f"{place}.data.modality: length {wanted} is longer than the {room} positions of {source.backbone.name} as its source is trained: "

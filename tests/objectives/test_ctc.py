@@ -420,11 +420,11 @@ def test_beam_search_that_cannot_be_made_is_refused_at_once(tmp_path, monkeypatc
     (tmp_path / "bad.arpa").write_text("no model")
     with pytest.raises(ValueError, match=r"bad.arpa is not readable as a language model"):
         task_of(beam=5, lm=str(tmp_path / "bad.arpa"))
-    with pytest.raises(ValueError, match=r"objective.lm: a language model takes part in beam search alone: set beam"):
+    with pytest.raises(ValueError, match=r"lm: a language model takes part in beam search alone: set beam"):
         task_of(lm=str(path))
     ctc._search.cache_clear()
     monkeypatch.setitem(sys.modules, "flashlight.lib.text", None)
-    with pytest.raises(ValueError, match=r"beam search needs flashlight-text, which is not installed: pip install 'onetomany\[beam\]', or set beam: 0"):
+    with pytest.raises(ValueError, match=r"beam search needs flashlight-text, which is not installed: uv sync --extra beam, or set beam: 0"):
         task_of(beam=5)
 
 

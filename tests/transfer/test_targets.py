@@ -250,11 +250,11 @@ def test_answers_are_compared_with_their_context_before_anything_starts(tmp_path
 
 
 @pytest.mark.parametrize(("train", "steps", "whole"), [
-    ({"epochs": 2, "global_batch": 8}, "after packing", "0 steps and those to be known after packing,"), ({"steps": 5}, "5", "10 steps,")])
+    ({"epochs": 2, "global_batch": 8}, "2 epochs", "0 steps and those to be known after packing,"), ({"steps": 5}, "5 steps", "10 steps,")])
 def test_a_dry_run_does_not_count_documents_as_packed_rows(tmp_path, models, texts, train, steps, whole):
     state = stages.check(job_of(tmp_path, models["gpt2"], texts, train=train), Silent())  # type: ignore[arg-type]
     lines = dry_run.describe(state)
-    assert f"0 search + 2 final trials of {steps} steps on 144 documents" in lines[1] and f"in all: 2 trials, {whole}" in lines[-1]
+    assert f"0 search + 2 final trials of {steps} on 144 documents" in lines[1] and f"in all: 2 trials, {whole}" in lines[-1]
 
 
 def pair_job(folder: Path, source: dict[str, str]) -> Job:
@@ -322,3 +322,15 @@ def test_transcripts_that_no_recording_holds_are_listed_however_rows_are_read(de
     (one, *_) = stages.final_trials(state, list(shared.bases.values()), {"task": {"src"}}, {})
     record = trial.run(one, shared, Ranks())
     assert record["rows"][0]["n_train"] == 17 and ("1 training rows left out" in record["transfer"]) == (decode == "train")
+
+
+def test_options_that_contradict_the_source_are_refused_before_it_is_trained(tmp_path, models, texts):
+    job = job_of(tmp_path, models["bert"], texts).model_dump(mode="json")
+    data = {"uri": texts, "columns": {"text": "words"}, "modality": {"text": {"length": 32, "vocabulary": 300}}}
+    job["sources"] = {"src": {"data": data, "backbone": {"transformers/bert": {"layers": 1, "hidden": 16, "heads": 2}}, "objective": "mlm",
+                              "train": {"steps": 1}}}
+    job["targets"]["task"]["data"]["modality"] = {"text": {"vocabulary": 400}}
+    with pytest.raises(ValueError, match=r"targets\.task\.data\.modality: \{'vocabulary': 400\} contradicts the source, whose rows are read with \{'vocab"):
+        stages.check(Job.model_validate(job), Silent())
+    job["targets"]["task"]["data"]["modality"] = {"text": {"vocabulary": 300}}
+    stages.check(Job.model_validate(job), Silent())

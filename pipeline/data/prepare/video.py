@@ -19,7 +19,7 @@ def library() -> Any:
     try:
         import av
     except ImportError:
-        raise ValueError("videos are decoded with PyAV, which is not installed: pip install 'onetomany[video]'") from None
+        raise ValueError("videos are decoded with PyAV, which is not installed: uv sync --extra video") from None
     return av
 
 

@@ -310,7 +310,7 @@ def test_classes_of_actions_and_the_environments_own_time_limit(tmp_path):
 def test_without_the_extra_the_command_line_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gymnasium", None)
     said = CliRunner().invoke(cli.app, ["prepare", "rollouts", PENDULUM, "-o", str(tmp_path / "out"), "--set", "expert=lqr"])
-    assert said.exit_code == 2 and "pip install 'onetomany[robotics]'" in said.output and "Traceback" not in said.output
+    assert said.exit_code == 2 and "uv sync --extra robotics" in said.output and "Traceback" not in said.output
     monkeypatch.undo()
     said = CliRunner().invoke(cli.app, ["prepare", "rollouts", PENDULUM, "-o", str(tmp_path / "out"), "--set", "expert=lqr", "--resize", "64"])
     assert said.exit_code == 2 and "importer rollouts writes no images" in said.output
