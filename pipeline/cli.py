@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from pipeline import __version__, prepare_ray
-from pipeline.job import Job, JobError
+from pipeline.job import Data, Job, JobError
 from pipeline.jobfile import load, schema
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False, help=(
@@ -21,6 +21,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="
 out = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else 110)
 err = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
 
+FORMS: tuple[str, ...] = get_args(Data.model_fields["format"].annotation)
 JobFile = Annotated[Path, typer.Argument(help="The job file (YAML).", metavar="JOB")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override any field, e.g. --set sources.a.train.steps=10.", metavar="A.B=C")]
 Address = Annotated[str | None, typer.Option(help="Join this Ray cluster (auto, or host:port). Without it, and without RAY_ADDRESS, one is started here.")]
@@ -174,7 +175,7 @@ def predict(bundle: Annotated[str, typer.Argument(help="A fine-tuned bundle (fol
             data: Annotated[list[str], typer.Argument(help="Files, folders or globs to predict.")],
             output: Annotated[str, typer.Option("-o", "--output", help="Folder for the Parquet files.")],
             column: Annotated[list[str] | None, typer.Option(help="ROLE=NAME: the column of a role, when it is named otherwise than in training.")] = None,
-            format: Annotated[str, typer.Option(help="auto, parquet, images, audio, jsonl, csv or text.")] = "auto",
+            format: Annotated[str, typer.Option(help=f"{', '.join(FORMS[:-1])} or {FORMS[-1]}.")] = "auto",
             srt: Annotated[bool, typer.Option("--srt", help="Of speech: one file of subtitles a recording too.")] = False,
             address: Address = None, verbose: Verbose = False) -> None:
     """Apply a fine-tuned bundle to new files with Ray Data; writes row, prediction and probabilities (of speech text, words and their times) as Parquet."""
@@ -187,6 +188,8 @@ def predict(bundle: Annotated[str, typer.Argument(help="A fine-tuned bundle (fol
     wrong = [c for c in column or () if not all(c.partition("="))]
     if wrong:
         raise _fail(f"--column {wrong[0]}: write ROLE=NAME, e.g. image=picture", 2)
+    if format not in FORMS:
+        raise _fail(f"--format {format}: it is one of {', '.join(FORMS)}", 2)
     try:
         apply.check(bundle, srt)
         launch.start(address, verbose)

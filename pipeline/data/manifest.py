@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import groupby
 from pathlib import PurePosixPath
 
 import numpy as np
@@ -193,19 +191,6 @@ def read_columns(selection: Selection, columns: list[str]) -> pa.Table:
 
 def _plain_columns(table: pa.Table) -> pa.Table:
     return table.cast(pa.schema([field.with_type(field.type.value_type) if pa.types.is_dictionary(field.type) else field for field in table.schema]))
-
-
-def scan(selection: Selection, columns: list[str]) -> Iterator[pa.Table]:
-    """The same rows, one table a row group, in order: for columns that are too large to hold. Row groups of which no row is selected are not read."""
-    manifest, rows = selection.manifest, selection.rows
-    cuts = manifest.starts if rows is None else np.searchsorted(rows, manifest.starts)
-    wanted = [g for g in range(len(manifest.groups)) if cuts[g] < cuts[g + 1]]
-    for number, numbers in groupby(wanted, key=lambda g: manifest.groups[g].file):
-        with storage.open_read(manifest.files[number]) as handle:
-            file = pq.ParquetFile(handle)
-            for g in numbers:
-                table = _plain_columns(typed(file.read_row_group(manifest.groups[g].number, columns=columns), manifest.schema))
-                yield table if rows is None else table.take(pa.array(rows[cuts[g]:cuts[g + 1]] - manifest.starts[g]))
 
 
 @dataclass(frozen=True)

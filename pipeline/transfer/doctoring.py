@@ -19,7 +19,8 @@ from pipeline.train import launch
 from pipeline.train.progress import Progress
 from pipeline.transfer import dry_run, fanout, stages
 
-EXTRAS = {"optuna": "optuna", "mlflow": "mlflow", "wandb": "wandb"}
+EXTRAS = {"beam": "flashlight", "robotics": "mujoco", "video": "av"}
+"""Extras of pyproject.toml, and a module of each."""
 
 
 class Line(NamedTuple):
