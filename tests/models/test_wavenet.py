@@ -1,6 +1,7 @@
 """WaveNet: causal, of the receptive field that it states, equal to a plain loop over samples, blind to padding."""
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from torchaudio.functional import mu_law_decoding, mu_law_encoding
@@ -8,6 +9,7 @@ from torchaudio.functional import mu_law_decoding, mu_law_encoding
 from pipeline import bundle, frames
 from pipeline.contracts import Batch
 from pipeline.modalities.audio import Audio, AudioOptions
+from pipeline.objectives.ctc import CTC, CTCOptions
 
 INPUTS = {"features": "wave", "rate": 8000, "channels": 1, "convolutions": []}
 SMALL = {"layers": 3, "stacks": 2, "residual": 6, "skip": 5, "pool": 10, "frame_layers": 2, "frame_kernel": 3}
@@ -219,3 +221,27 @@ def test_what_does_not_fit_is_refused(inputs, options, told):
 def test_tokens_cannot_be_left_out():
     with pytest.raises(ValueError, match="cannot leave tokens out"):
         build()(waves(60), token_mask=torch.zeros(1, 6, dtype=torch.bool))
+
+
+def test_a_network_that_predicts_samples_goes_on_to_recognise_words(tmp_path):
+    """Section 3.4: every weight of it is carried over, and learns from transcripts."""
+    arch = {"name": "wavenet/wavenet", "options": SMALL, "inputs": INPUTS}
+    learned = bundle.build_task(arch, {"name": "next_sample", "options": {}, "state": {}}, seed=1)
+    learned.objective.after_training(learned.backbone)
+    bundle.save(str(tmp_path / "source"), learned, {"name": "audio", "options": {}, "state": {}}, training={"transfer": ""}, metrics={})
+    found = bundle.load(str(tmp_path / "source")).backbone_tensors()
+    state = CTC.suit(CTC.fit(CTCOptions(), pa.table({"said": ["AB", "BA"]}), {"transcript": "said"}), learned.backbone)
+    task = bundle.build_task(arch, {"name": "ctc", "options": {}, "state": state}, seed=2)
+    bundle.transfer(task.backbone, found, "the source")
+    assert all(torch.equal(tensor, found[name]) for name, tensor in task.backbone.state_dict().items())
+    batch = waves(400, 300)
+    batch.data.update({"transcript": torch.tensor([[1, 2], [2, 1]], dtype=torch.int32), "transcript_lengths": torch.tensor([2, 2], dtype=torch.int32)})
+    optimizer, losses = torch.optim.Adam(task.parameters(), lr=1e-2), []
+    for _ in range(30):
+        total, count, _ = task(batch)
+        losses.append(float((total / count).detach()))
+        optimizer.zero_grad()
+        (total / count).backward()
+        optimizer.step()
+    moved = {name.partition(".")[0] for name, tensor in task.backbone.state_dict().items() if not torch.equal(tensor, found[name])}
+    assert losses[-1] < 0.5 * losses[0] and moved == {name.partition(".")[0] for name in found}, losses
