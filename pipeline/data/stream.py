@@ -152,8 +152,9 @@ class Rows:
     def modality(self) -> Modality:
         return self.decoder.modality
 
-    def in_memory(self, max_bad: float, cpus: float = 1.0, keep_bad: bool = False) -> Rows:
-        """The same rows decoded once, by Ray tasks of ``cpus`` each (0: in this process); bad rows listed and, unless kept, left out.
+    def in_memory(self, max_bad: float, cpus: float = 1.0, keep_bad: bool = False, lost: int = 0) -> Rows:
+        """The same rows decoded once, by Ray tasks of ``cpus`` each (0: in this process); bad rows listed and, unless kept, left out. ``lost``: see
+        `check_budget`.
 
         Raises TooManyBadRowsError over the budget.
         """
@@ -168,7 +169,7 @@ class Rows:
         good = np.array([not reason for block in blocks for reason in block.bad], dtype=bool)
         rows = np.concatenate([block.rows for block in blocks]) if blocks else np.zeros(0, dtype=np.int64)
         bad = tuple((int(row), reason) for block in blocks for row, reason in zip(block.rows, block.bad, strict=True) if reason)
-        check_budget(bad, n, max_bad, self.selection)
+        check_budget(bad, n, max_bad, self.selection, lost)
         arrays = {name: np.concatenate([block.arrays[name] for block in blocks]) for name in blocks[0].arrays} if blocks else {}
         if bad and not keep_bad:
             arrays, rows = {name: array[good] for name, array in arrays.items()}, rows[good]
@@ -214,12 +215,13 @@ def rows_an_item(rows: Rows, shards: int) -> int:
     return max(low, min(high, ITEM_BYTES // each, len(rows) // shards))
 
 
-def check_budget(bad: Iterable[tuple[int, str]], rows: int, share: float, selection: Selection) -> None:
-    """Raise TooManyBadRowsError when more than ``share`` of the ``rows`` of a split are bad (one row is always forgiven)."""
-    found = dict(bad)  # a row that is met again in the next epoch is one bad row
-    if len(found) > max(1, share * rows):
+def check_budget(bad: Iterable[tuple[int, str]], rows: int, share: float, selection: Selection, lost: int = 0) -> None:
+    """Raise TooManyBadRowsError when more than ``share`` of the ``rows`` of a split are bad (one row is always forgiven). ``lost``: bad rows that are not
+    among them, left out before."""
+    found, rows = dict(bad), rows + lost  # a row that is met again in the next epoch is one bad row
+    if len(found) + lost > max(1, share * rows):
         named = "; ".join(f"{selection.manifest.place(row)}: {reason}" for row, reason in list(found.items())[:3])
-        raise TooManyBadRowsError(f"{len(found)} of {rows} rows cannot be used, more than data.max_bad_rows={share:g} allows. First ones: {named}")
+        raise TooManyBadRowsError(f"{len(found) + lost} of {rows} rows cannot be used, more than data.max_bad_rows={share:g} allows. First ones: {named}")
 
 
 def plan_of(rows: Rows, seed: int, global_batch: int, batch_cost: float | None = None, *, shards: int = 8, shuffle: Shuffle = "rows",

@@ -30,7 +30,7 @@ WAVE_BACKBONES = ("wavenet", "wav2vec2")
 SPEED, NOISE, WHITE, MASKS = 0, 1, 2, 3
 """Streams of a row's key."""
 FIT_SECONDS = 1800.0
-"""``fit`` looks at so much sound, so many rows at a time."""
+"""``fit`` looks at so much sound."""
 LEAST_STD = 1.0
 """No mel bin's deviation is less: the logarithm of white noise's power has 1.28, and a bin in which the source is silent (8 kHz telephony) would make a
 target's sound there a hundred deviations loud."""

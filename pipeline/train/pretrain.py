@@ -86,7 +86,7 @@ def decoded(work: RankJob) -> Rows | None:
     """The training rows decoded once, for ``decode: memory``: the driver does it, and all ranks read them from shared memory."""
     if work.place != "memory":
         return None
-    return Rows(work.fitted.train, decoder_of(work.fitted), costs=work.fitted.costs).in_memory(work.max_bad_rows, keep_bad=True)
+    return Rows(work.fitted.train, decoder_of(work.fitted), costs=work.fitted.costs).in_memory(work.max_bad_rows, keep_bad=True, lost=work.fitted.lost)
 
 
 class _BadRows:
@@ -116,7 +116,8 @@ class _BadRows:
             log.quarantine([{"split": split, "row": row, "place": selections[split].manifest.place(row), "reason": reason}
                             for (split, row), reason in fresh.items()])
         for split, selection in selections.items():
-            check_budget([(row, reason) for (s, row), reason in self.found.items() if s == split], len(selection), self.work.max_bad_rows, selection)
+            check_budget([(row, reason) for (s, row), reason in self.found.items() if s == split], len(selection), self.work.max_bad_rows, selection,
+                         self.work.fitted.lost if split == "train" else 0)
 
 
 def train_rank(work: RankJob, ranks: Ranks, on_progress: Callable[[dict[str, Any]], None] = lambda record: None, held: Rows | None = None) -> dict[str, Any]:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,8 @@ from pipeline.train import probe as probes
 
 STAGE_VERSION = 8
 """Raised when the code of a stage changes what it makes from the same job."""
+STRETCHED, ROUNDED = 1.1, 1.0
+"""A recording is at most so many times as long as a column tells, and so many seconds."""
 SPAN_ROWS, SPAN_BYTES = 8192, 16 << 20
 """Texts that are packed or tokenised in one task: at most so many, and about so many bytes of their files."""
 WHERE_NOT_WHAT = {"uri", "train", "validation", "test"}
@@ -151,6 +152,8 @@ class Fitted:
     probe: probes.Probe | None = None
     costs: np.ndarray | None = None
     """What each training row costs, where batches are cut by it."""
+    lost: int = 0
+    """Training rows that were left out before any was decoded: held against the same budget as those that cannot be decoded."""
 
 
 def fit(stage: SourceStage) -> Fitted:
@@ -187,9 +190,11 @@ def fit(stage: SourceStage) -> Fitted:
         train, validation, corpora, columns = made[0].rows, made[1].rows, made[0].corpora, work.made
         left_out = [row for one in made for row in one.left_out]
         note += f"; {work.form} into {len(train)} and {len(validation)} rows of {bundle.build_modality(modality).inputs()['length']} tokens"
-    costs = None
-    if spec.train.batch_cost is not None or judges(objective):
-        rows, lost = learnable(Rows(train, Decoder(bundle.build_modality(modality), spec.objective.name, state, columns)).with_costs(), spec.data.max_bad_rows)
+    costs: np.ndarray | None = None
+    lost: list[tuple[int, str]] = []
+    decoder = Decoder(bundle.build_modality(modality), spec.objective.name, state, columns)
+    if spec.train.batch_cost is not None or judged(objective, decoder.modality, columns):
+        rows, lost = learnable(Rows(train, decoder).with_costs(), spec.data.max_bad_rows)
         left_out += [{"split": "train", "row": row, "place": train.manifest.place(row), "reason": reason} for row, reason in lost]
         gone = np.isin(train.ids(np.arange(len(train))), [row for row, _ in lost])
         corpora = tuple(len(part) - int(part.sum()) for part in np.split(gone, np.cumsum(corpora)[:-1]))
@@ -203,43 +208,44 @@ def fit(stage: SourceStage) -> Fitted:
         note += f"; probe of {len(probe.train)} training and {len(probe.validation)} validation rows"
     if left_out:
         note += f"; {len(left_out)} rows left out ({left_out[0]['place']}: {left_out[0]['reason']}{', ...' if len(left_out) > 1 else ''})"
-    return Fitted(arch, modality, fitted, columns, train, validation, text, initial if text else None, moved, tuple(left_out), note, corpora, probe, costs)
+    return Fitted(arch, modality, fitted, columns, train, validation, text, initial if text else None, moved, tuple(left_out), note, corpora, probe, costs,
+                  len(lost))
 
 
-def judges(objective: type[Objective]) -> bool:
-    """Whether some rows can be scored but not learned from (``Objective.unlearnable``)."""
+def judged(objective: type[Objective], modality: Modality, columns: dict[str, str]) -> bool:
+    """Whether rows that can be scored but not learned from (``Objective.unlearnable``) are found before any is decoded: where a column tells how long they
+    are. Else only batches that are cut by it are worth a look into every file."""
+    return _judges(objective) and modality.cost_role in columns
+
+
+def _judges(objective: type[Objective]) -> bool:
     return objective.unlearnable.__func__ is not Objective.unlearnable.__func__  # type: ignore[attr-defined]
 
 
 def learnable(rows: Rows, max_bad: float) -> tuple[Rows, list[tuple[int, str]]]:
-    """The rows that can be learned from by what they cost, before any is decoded, and (row, reason) of the others. Raises TooManyBadRowsError."""
-    decoder, ids = rows.decoder, rows.selection.ids(np.arange(len(rows)))
+    """The rows that can be learned from by what they cost, before any is decoded, and (row, reason) of the others. Raises TooManyBadRowsError.
+
+    A column may be rounded, even to whole seconds: what it leaves open the rows' own headers tell. Pieces of recordings are as long as told.
+    """
+    decoder, ids, costs = rows.decoder, rows.selection.ids(np.arange(len(rows))), rows.costs
     objective = registry.get("objective", str(decoder.objective))
-    if not judges(objective) or not len(rows):
+    if not _judges(objective) or not len(rows):
         return rows, []
+    assert costs is not None
     table = manifests.read_columns(rows.selection, [decoder.columns[role] for role in objective.roles if role in decoder.columns])
-    judge = partial(objective.unlearnable, table, decoder.columns, decoder.objective_state, None)
-    reasons = judge(_exact(rows, judge)) or [""] * len(rows)
+    whole = np.full(len(rows), decoder.modality.cost_role in decoder.columns)
+    if whole.all() and "start" in decoder.columns:
+        whole = manifests.read_columns(rows.selection, [decoder.columns["start"]]).column(0).is_null(nan_is_null=True).to_numpy()
+    least = np.where(whole, np.maximum(costs / 2, (costs - ROUNDED) / STRETCHED), costs)
+    reasons = np.array(objective.unlearnable(table, decoder.columns, decoder.objective_state, None, least) or [""] * len(rows), dtype=object)
+    if len(places := np.flatnonzero((reasons != "") & whole)):
+        untold = replace(decoder, columns={role: name for role, name in decoder.columns.items() if role != decoder.modality.cost_role})
+        own: Any = replace(rows.subset(places), decoder=untold).with_costs().costs
+        seconds = np.where(own > 0, own, STRETCHED * costs[places] + ROUNDED)  # 0: a file that cannot be read
+        reasons[places] = objective.unlearnable(table.take(places), decoder.columns, decoder.objective_state, None, seconds)
     bad = [(int(row), reason) for row, reason in zip(ids, reasons, strict=True) if reason]
     check_budget(bad, len(rows), max_bad, rows.selection)
-    return rows.subset(np.flatnonzero([not reason for reason in reasons])), bad
-
-
-def _exact(rows: Rows, judge: Callable[[np.ndarray], list[str] | None]) -> np.ndarray:
-    """(rows,) what rows cost as their own headers have it, for all that a judge might refuse: a column may be rounded, even to whole seconds. Pieces of
-    recordings are as long as told, and so is what cannot be read, give or take the rounding."""
-    columns, costs, tells = rows.decoder.columns, rows.costs, rows.decoder.modality.cost_role
-    assert costs is not None
-    if tells not in columns:
-        return costs
-    doubtful = np.array([bool(reason) for reason in judge(np.maximum(0.01, (costs - 1) / 1.1) * (costs > 0)) or [""] * len(rows)])
-    if "start" in columns:
-        doubtful &= manifests.read_columns(rows.selection, [columns["start"]]).column(0).is_null(nan_is_null=True).to_numpy()
-    places = np.flatnonzero(doubtful)
-    whole = replace(rows.subset(places), decoder=replace(rows.decoder, columns={role: name for role, name in columns.items() if role != tells}))
-    own, out = whole.with_costs().costs, costs.copy()
-    out[places] = np.where(own > 0, own, 1.1 * costs[places] + 1)  # type: ignore[operator]
-    return out
+    return rows.subset(np.flatnonzero(reasons == "")), bad
 
 
 def suited(objective: type[Objective], state: dict[str, Any], arch: dict[str, Any]) -> dict[str, Any]:

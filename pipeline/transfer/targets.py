@@ -202,7 +202,7 @@ def prepare(target: TargetStage, base: Base) -> TargetData:
     if spec.data.decode == "memory" or (spec.data.decode == "auto" and wanted <= MEMORY_BYTES):
         parts = [rows.in_memory(spec.data.max_bad_rows) for rows in parts]
     streamed = parts[0].arrays is None  # rows in memory have been looked through
-    if spec.train.batch_cost is not None or (streamed and train_source.judges(objective)):
+    if spec.train.batch_cost is not None or (streamed and train_source.judged(objective, modality, columns)):
         parts[0] = parts[0].with_costs()
         if streamed:
             parts[0], short = train_source.learnable(parts[0], spec.data.max_bad_rows)

@@ -251,6 +251,8 @@ def test_the_budget_counts_from_the_second_row(rows):
     stream.check_budget([(1, "x"), (2, "x")], 200, 0.01, rows.selection)
     with pytest.raises(TooManyBadRowsError, match="2 of 199 rows"):
         stream.check_budget([(1, "x"), (2, "x")], 199, 0.01, rows.selection)
+    with pytest.raises(TooManyBadRowsError, match="3 of 200 rows"):
+        stream.check_budget([(1, "x"), (2, "x")], 199, 0.01, rows.selection, lost=1)
     with pytest.raises(TooManyBadRowsError, match=r"more than data\.max_bad_rows=0\.5"):
         stream.check_budget(((i, "x") for i in range(6)), 10, 0.5, rows.selection)
 

@@ -367,15 +367,18 @@ def test_transcripts_that_no_recording_holds_are_known_before_training_whatever_
         sounds = []
         for i in range(12):
             soundfile.write(sink := io.BytesIO(), np.random.default_rng(i).normal(0, 0.1, 8000), 16000, format="FLAC")
-            sounds.append(sink.getvalue())
-        pq.write_table(pa.table({"sound": sounds, "said": said}), tmp_path / f"{name}.parquet")
-    data = {"train": str(tmp_path / "a.parquet"), "weight": 0.5, "modality": "audio", "columns": {"audio": "sound", "transcript": "said"}, "max_bad_rows": 0.1,
-            "validation": str(tmp_path / "a.parquet"),
+            sounds.append(sink.getvalue() if (name, i) != ("b", 9) else b"broken")
+        pq.write_table(pa.table({"sound": sounds, "said": said, "long": [0.5] * 12}), tmp_path / f"{name}.parquet")
+    data = {"train": str(tmp_path / "a.parquet"), "weight": 0.5, "modality": "audio", "columns": {"audio": "sound", "transcript": "said", "seconds": "long"},
+            "max_bad_rows": 0.1, "decode": "memory", "validation": str(tmp_path / "a.parquet"),
             "more": [{"train": str(tmp_path / "b.parquet"), "modality": "audio", "weight": 0.5, "validation_fraction": 0.0}]}
     source_ = {"data": data, "backbone": {"torchaudio/deepspeech": {"hidden": 16}}, "objective": "ctc", "train": {"steps": 2, "global_batch": 4}}
-    fitted = source.fit(source.stage(Job.model_validate({"name": "toy", "storage": str(tmp_path / "runs"), "sources": {"src": source_}}), "src"))
+    stage = source.stage(Job.model_validate({"name": "toy", "storage": str(tmp_path / "runs"), "sources": {"src": source_}}), "src")
+    fitted = source.fit(stage)
     assert fitted.corpora == (12, 10) and fitted.train.ids(np.arange(22)).tolist() == [*range(13), 14, *range(16, 24)] and fitted.costs is None
-    assert [(row["row"], "labels need" in row["reason"]) for row in fitted.left_out] == [(13, True), (15, True)]
+    assert [(row["row"], "labels need" in row["reason"]) for row in fitted.left_out] == [(13, True), (15, True)] and fitted.lost == 2
+    with pytest.raises(TooManyBadRowsError, match=r"3 of 24 rows cannot be used.*b\.parquet row 9"):
+        pretrain.decoded(pretrain.rank_job(stage, fitted, DataWorkers(), 1))
 
 
 # ---------------------------------------------------------------- images that cannot be decoded
