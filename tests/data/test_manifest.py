@@ -237,23 +237,6 @@ def test_read_columns_equals_pandas(files, imports):
         assert got.to_pydict() == {"label": frame.label.tolist(), "text": frame.text.tolist()}
 
 
-@pytest.mark.parametrize("rows", [None, [], [0], [62], [0, 5, 19, 20, 62], list(range(7, 14)), list(range(0, 63, 2))])
-def test_a_scan_gives_the_same_rows_group_by_group_and_reads_no_other(files, imports, rows, monkeypatch):
-    pq.write_table(pq.read_table(files / "a.parquet").slice(0, 0), files / "aa.parquet")
-    built = m.build(str(files), "auto", imports)
-    selection = m.Selection(built, None if rows is None else np.array(rows, dtype=np.int64))
-    reads = []
-    original = pq.ParquetFile.read_row_group
-    monkeypatch.setattr(pq.ParquetFile, "read_row_group", lambda self, number, columns: reads.append(columns) or original(self, number, columns=columns))
-    monkeypatch.setattr(pq, "read_table", None)
-    tables = list(m.scan(selection, ["label", "text"]))
-    monkeypatch.undo()
-    groups = [g.rows for g in built.groups] if rows is None else np.unique(np.searchsorted(built.starts, rows, side="right"), return_counts=True)[1].tolist()
-    assert [len(table) for table in tables] == groups and reads == [["label", "text"]] * len(groups)
-    whole = m.read_columns(selection, ["label", "text"])
-    assert pa.concat_tables([whole.slice(0, 0), *tables]).equals(whole)
-
-
 def test_columns_stored_as_dictionaries_come_as_values(tmp_path, imports, split):
     """Pandas categoricals, with other categories and nulls in the second file."""
     for name, values in (("a", list("abab") * 5), ("b", [*"cdc", None, *"aaaaaa"])):
@@ -261,7 +244,6 @@ def test_columns_stored_as_dictionaries_come_as_values(tmp_path, imports, split)
     selection = m.Selection(m.build(str(tmp_path / "rows"), "auto", imports))
     column = m.read_columns(selection, ["kind"])["kind"]
     assert column.type in (pa.string(), pa.large_string()) and column.to_pylist() == [*"abab" * 5, *"cdc", None, *"aaaaaa"]
-    assert [value for table in m.scan(selection, ["kind"]) for value in table["kind"].to_pylist()] == column.to_pylist()
     got = split(uri=str(tmp_path / "rows"), group="kind", test_fraction=0.5, validation_fraction=0)
     assert sum(len(part) for part in (got.train, got.test)) == 30
     assert len(split(uri=str(tmp_path / "rows"), where={"kind": ["a"]}, validation_fraction=0).train) == 16
@@ -450,7 +432,6 @@ def test_joined_corpora_follow_each_other_with_their_own_splits_and_filters(file
         joined, first = getattr(got, name), getattr(alone, name)
         texts = [*m.read_columns(first, ["text"])["text"].to_pylist(), *other.text[other.part == value]]
         assert m.read_columns(joined, ["text"])["text"].to_pylist() == texts and len(joined) == len(texts)
-        assert [text for table in m.scan(joined, ["text"]) for text in table["text"].to_pylist()] == texts
         ids = joined.ids(np.arange(len(joined)))
         assert (np.diff(ids) > 0).all() and ids[:len(first)].tolist() == first.ids(np.arange(len(first))).tolist(), "the first one's ids stay"
         mixed = np.random.default_rng(0).permutation(len(joined))
