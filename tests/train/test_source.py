@@ -14,7 +14,7 @@ import soundfile
 import torch
 from toys import image_files, label_state, sentences, task_of, text_modality
 
-from pipeline import bundle, storage
+from pipeline import bundle, registry, storage
 from pipeline.bundle import BundleError
 from pipeline.data import manifest as manifests
 from pipeline.data.stream import DataWorkers, TooManyBadRowsError
@@ -434,3 +434,9 @@ def test_a_run_that_was_stopped_goes_on_and_ends_with_the_same_bundle(tmp_path, 
     assert all(torch.equal(t, whole[n]) for n, t in bundle.load(cut.bundle_uri).tensors.items())
     steps = [json.loads(line)["step"] for line in Path(cut.uri, "log/metrics.jsonl").read_text().splitlines()]
     assert steps == [3, 6, 9, 9], "validations at 3, 6 and 9 and the log line of the end: what came after step 4 was written once"
+
+
+def test_what_the_objective_warns_of_is_a_fact_of_the_source(tmp_path, images, monkeypatch):
+    monkeypatch.setattr(registry.get("objective", "classification"), "after_step", lambda self, backbone, step, steps: "collapsed" if step == 1 else None)
+    stage, _, facts = pretrained(image_job(tmp_path, images, train={"steps": 4, "global_batch": 12, "log_every_steps": 2}))
+    assert facts["warning"] == "collapsed" and bundle.load(stage.bundle_uri).manifest["training"]["warning"] == "collapsed"
