@@ -30,10 +30,13 @@ SCHEMA = pa.schema([
     ("steps", _INT), ("seconds", _FLOAT), ("device", _TEXT), ("bundle_uri", _TEXT), ("parent_uri", _TEXT), ("scratch_value", _FLOAT),
     ("gain", _FLOAT), ("gain_low", _FLOAT), ("gain_high", _FLOAT), ("score_name", _TEXT), ("score_value", _FLOAT), ("spec_hash", _TEXT),
     ("git_sha", _TEXT), ("started_at", pa.timestamp("us", tz="UTC")), ("split_origin", _TEXT),
+    ("paired_seeds", _INT), ("gain_p_holm", _FLOAT), ("baseline_gain", _FLOAT),
 ])
 """``split_origin`` says where the splits come from (a column, files, at random by which hash): rows of one target that differ in it were
 tested on other rows. ``source`` is "none" for scratch; ``hyper_parameters`` is JSON; ``label_fraction`` is "1.0", "0.05", "5/class" or "5 rows"; a failed
-trial leaves one row without split and metric."""
+trial leaves one row without split and metric. ``paired_seeds`` counts the seeds that a trial's cell and its scratch both have,
+``gain_p_holm`` is the p value of the cell's mean gain over these seeds, corrected by Holm for all comparisons of the job (primary
+metric alone), ``baseline_gain`` the gain over the target's best scratch network at the same label fraction and seed, chosen on validation rows."""
 
 _ALLOWED = {"trial_stage": ("search", "final"), "status": ("done", "failed", "pruned")}
 
