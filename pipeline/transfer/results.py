@@ -31,25 +31,35 @@ SCHEMA = pa.schema([
     ("gain", _FLOAT), ("gain_low", _FLOAT), ("gain_high", _FLOAT), ("score_name", _TEXT), ("score_value", _FLOAT), ("spec_hash", _TEXT),
     ("git_sha", _TEXT), ("started_at", pa.timestamp("us", tz="UTC")), ("split_origin", _TEXT),
     ("paired_seeds", _INT), ("gain_p_holm", _FLOAT), ("baseline_gain", _FLOAT),
+    ("current", pa.bool_()),
+    ("versions", _TEXT),
+    ("made_by", _TEXT),
 ])
 """``split_origin`` says where the splits come from (a column, files, at random by which hash): rows of one target that differ in it were
 tested on other rows. ``source`` is "none" for scratch; ``hyper_parameters`` is JSON; ``label_fraction`` is "1.0", "0.05", "5/class" or "5 rows"; a failed
 trial leaves one row without split and metric. ``paired_seeds`` counts the seeds that a trial's cell and its scratch both have,
 ``gain_p_holm`` is the p value of the cell's mean gain over these seeds, corrected by Holm for all comparisons of the job (primary
-metric alone), ``baseline_gain`` the gain over the target's best scratch network at the same label fraction and seed, chosen on validation rows."""
+metric alone), ``baseline_gain`` the gain over the target's best scratch network at the same label fraction and seed, chosen on validation rows.
+``current`` is true for the trials that the job, as it was when it last ran, consists of; rows of others are kept until they are pruned.
+``versions`` is JSON, library to version; ``made_by`` is the hash of the code that made the trial (`pipeline.provenance`); both are
+null for trials that were run before they were recorded."""
 
 _ALLOWED = {"trial_stage": ("search", "final"), "status": ("done", "failed", "pruned")}
 
 Row = dict[str, Any]
 
 
-def append(uri: str, rows: list[Row]) -> None:
+def append(uri: str, rows: list[Row], current: Collection[str] | None = None) -> None:
     """Add rows to the table under the folder ``uri``; columns that a row lacks are null. The file is replaced whole, atomically.
 
     A row with the (trial_id, split, metric, trial_stage) of an earlier one takes its place; so do the rows of a trial that
     failed before and is done now, for the row with its error. Raises ValueError for an unknown column or a value of the wrong type.
+
+    Args:
+        current: Ids of every trial of the job as it is now. The column ``current`` of all rows, old ones too, is set by it;
+            without it that column stays as it is.
     """
-    if not rows:
+    if not rows and current is None:
         return
     new = _checked(rows)
     finished = {(row["trial_id"], row["trial_stage"]) for row in new if row["status"] == "done"}
@@ -60,8 +70,28 @@ def append(uri: str, rows: list[Row]) -> None:
         kept[_key(row)] = row
     for row in new:
         kept[_key(row)] = row
+    if not kept:
+        return
+    if current is not None:
+        wanted = set(current)
+        for row in kept.values():
+            row["current"] = row["trial_id"] in wanted
+    _write(uri, list(kept.values()))
+
+
+def remove(uri: str, trial_ids: Collection[str]) -> int:
+    """Remove the rows of these trials from the table under the folder ``uri``; how many went."""
+    gone = set(trial_ids)
+    rows = read(uri)
+    kept = [row for row in rows if row["trial_id"] not in gone]
+    if len(kept) < len(rows):
+        _write(uri, kept)
+    return len(rows) - len(kept)
+
+
+def _write(uri: str, rows: list[Row]) -> None:
     sink = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(list(kept.values()), schema=SCHEMA), sink, compression="zstd")
+    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), sink, compression="zstd")
     storage.write_bytes(storage.join(uri, FILE), sink.getvalue())
 
 

@@ -337,7 +337,7 @@ def collect(state: State, found: list[Trial]) -> list[dict[str, Any]]:
     for one in found:
         for row in records.get(one.id, {"rows": []})["rows"]:
             row = {**row, "job": state.job.name, "source": one.source, "backbone": one.backbone, "target": one.target,
-                   "split_origin": state.targets[one.target].split_origin,
+                   "current": True, "split_origin": state.targets[one.target].split_origin,
                    "hyper_parameters": json.dumps(row["hyper_parameters"], sort_keys=True), "started_at": datetime.fromtimestamp(row["started_at"], UTC)}
             row |= state.scores.get(f"{one.source}|{one.target}", {})
             if one.id not in kept:
@@ -347,7 +347,7 @@ def collect(state: State, found: list[Trial]) -> list[dict[str, Any]]:
                 row |= _gain(predictions, one, against, row, records)
             rows.append(row)
         rows += _by_subgroup(state, predictions, rows, one)
-    results.append(root, rows)
+    results.append(root, rows, current={one.id for one in found})
     return rows
 
 

@@ -12,7 +12,7 @@ from pipeline.transfer import results
 DESIGN = """job source backbone target objective technique hyper_parameters seed label_fraction
 trial_id trial_stage status error metric value value_low value_high interval higher_is_better split n_train n_eval n_units
 params_trained steps seconds device bundle_uri parent_uri scratch_value gain gain_low gain_high score_name score_value spec_hash git_sha started_at
-split_origin paired_seeds gain_p_holm baseline_gain"""
+split_origin paired_seeds gain_p_holm baseline_gain current versions made_by"""
 
 
 def row(trial_id="a", metric="accuracy", value=0.5, **more):
@@ -97,6 +97,31 @@ def test_older_files_are_filled_and_newer_ones_refused(tmp_path):
     pq.write_table(pa.Table.from_pylist([row()], schema=new), tmp_path / results.FILE)
     with pytest.raises(ValueError, match="shiny"):
         results.append(str(tmp_path), [row("b")])
+
+
+def test_rows_of_trials_that_the_job_no_longer_has_are_marked(tmp_path):
+    uri = str(tmp_path)
+    results.append(uri, [row("a"), row("b")], current={"a", "b"})
+    assert {r["trial_id"]: r["current"] for r in results.read(uri)} == {"a": True, "b": True}
+    results.append(uri, [row("c")], current={"b", "c", "not run yet"})
+    assert {r["trial_id"]: r["current"] for r in results.read(uri)} == {"a": False, "b": True, "c": True}
+    results.append(uri, [], current={"a"})
+    assert {r["trial_id"]: r["current"] for r in results.read(uri)} == {"a": True, "b": False, "c": False}, "a job that is as it was before"
+
+
+def test_a_table_of_before_the_column_gets_it_at_the_next_run(tmp_path):
+    old = pa.schema([f for f in results.SCHEMA if f.name != "current"])
+    pq.write_table(pa.Table.from_pylist([row("a")], schema=old), tmp_path / results.FILE)
+    assert results.read(str(tmp_path))[0]["current"] is None
+    results.append(str(tmp_path), [row("b")], current={"b"})
+    assert [r["current"] for r in results.read(str(tmp_path))] == [False, True]
+
+
+def test_rows_of_trials_are_removed(tmp_path):
+    assert results.remove(str(tmp_path), {"a"}) == 0 and not (tmp_path / results.FILE).exists()
+    results.append(str(tmp_path), [row("a"), row("b"), row("a", "loss", 1.0)])
+    assert results.remove(str(tmp_path), {"a", "never run"}) == 2
+    assert [r["trial_id"] for r in results.read(str(tmp_path))] == ["b"]
 
 
 def test_select():

@@ -233,6 +233,22 @@ def test_a_technique_more_keeps_the_rows_that_are_there(tmp_path, bundles, paths
     assert here == [] and alike(fewer, rows), "the table of a job is of the job as it is now"
 
 
+def test_the_table_marks_rows_of_trials_that_are_no_longer_in_the_job(tmp_path, bundles, paths, here):
+    job = job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch", "full"))
+    whole(job)
+    steps = job.model_dump(mode="json")
+    steps["targets"]["task"]["train"]["steps"] = 4
+    longer = Job.model_validate(steps)
+    _, rows = whole(longer)
+    written = results.read(job.root)
+    now = {row["trial_id"] for row in rows}
+    assert len(written) == 2 * len(rows), "what was run before is kept"
+    assert {row["trial_id"] for row in written if row["current"]} == now
+    assert all(row["current"] is False for row in written if row["trial_id"] not in now)
+    reported(job)
+    assert {row["trial_id"] for row in results.read(job.root) if not row["current"]} == now, "the job as it was before again"
+
+
 def test_a_search_picks_the_best_draw_and_is_kept(tmp_path, bundles, paths, here):
     job = job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch", "full"), trials=2, search={"lr": [1e-4, 1e-1]})
     _, rows = whole(job)
