@@ -286,6 +286,11 @@ class Objective(nn.Module, ABC):
         return cls.metrics
 
     @classmethod
+    def source_metrics(cls, options: Any, state: dict[str, Any]) -> tuple[str, ...]:
+        """Metrics of a source's validation rows, the first one deciding which weights are kept."""
+        return cls.metrics
+
+    @classmethod
     def test_metrics(cls, options: Any, state: dict[str, Any]) -> tuple[str, ...]:
         """Metrics of what ``tested`` adds, told of test rows alone; the first one is then the primary one there, unless the target names another."""
         return ()

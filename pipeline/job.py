@@ -282,7 +282,7 @@ class Target(Spec):
     objective: Plug = Field(description="classification, ...")
     metric: str | None = Field(None, description="primary metric; none: the objective's first")
     label_fractions: list[Annotated[float | int, BeforeValidator(registry.no_truth), AfterValidator(_fraction)]] = Field(
-        default_factory=lambda: [1.0], description="floats: shares (stratified, nested); integers: rows a class")
+        default_factory=lambda: [1.0], description="floats: shares (stratified, nested), 1.0 is all; integers: rows a class")
     sources: list[str] | None = Field(None, description="which sources to adapt; none: all of the same modality")
     techniques: list[Plug] | None = Field(None, description="techniques for this target alone; none: the job's")
     train: Train = Field(default_factory=lambda: Train.model_validate({}), description="how to fine-tune")
@@ -291,6 +291,17 @@ class Target(Spec):
     subgroups: list[str] = Field(default_factory=list, description="columns of the test rows (sex, age_band, static.CareUnit) by whose values the report and "
                                                                    "the results tell the primary metric apart")
     workers: int = Field(0, ge=0, description="DDP ranks of one trial; 0: inside the trial's own process")
+
+    @model_validator(mode="after")
+    def _one_row_beside_shares(self):
+        """An integer 1 beside shares is nearly always meant as all rows, and would be one row a class."""
+        fractions = self.label_fractions
+        has_share = any(isinstance(fraction, float) for fraction in fractions)
+        mistaken = [place for place, fraction in enumerate(fractions) if isinstance(fraction, int) and fraction == 1]
+        if has_share and mistaken:
+            problem = "1 is one row of each class here, and the values beside it are shares: write 1.0 for all rows"
+            _refuse([(("label_fractions", place), problem) for place in mistaken])
+        return self
 
     @model_validator(mode="after")
     def _unweighted(self):

@@ -1,7 +1,7 @@
 """Reading a job file: YAML with line numbers, overrides, and every mistake at once with the nearest right name.
 
 The rules of the text: a doubled key is refused, ``1e-4`` is a number, a date is text, ``<<: *anchor`` merges (own keys win),
-``${NAME}`` comes from the environment, data paths are relative to the job file, ``storage`` to the current folder, and
+``${NAME}``, in values and in keys, comes from the environment, data paths are relative to the job file, ``storage`` to the current folder, and
 ``--set a.b=c`` overrides any field.
 """
 
@@ -72,7 +72,7 @@ def _pairs(node: yaml.MappingNode, path: Path_, problems: list[tuple[int, str]],
         if not isinstance(key_node, yaml.ScalarNode):
             problems.append((line, f"{_dots(path)}: a key is a text, no list or mapping"))
             continue
-        key, merge = key_node.value, key_node.tag == f"{_YAML}merge"
+        key, merge = _expand(key_node.value, line, path, problems), key_node.tag == f"{_YAML}merge"
         merges += merge
         if key in own or (merge and merges > 1):
             problems.append((line, f"{_dots((*path, key))}: this key stands here twice; {'write <<: [*one, *two]' if merge else 'remove one'}"))

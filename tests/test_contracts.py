@@ -384,7 +384,7 @@ def test_labels_are_fitted_by_value_and_named():
 
 
 @pytest.mark.parametrize(("table", "columns", "message"), [
-    ({"y": [1, None]}, {"label": "y"}, "column y: 1 training rows have no label"),
+    ({"y": [1, None]}, {"label": "y"}, r"column y: 1 of 2 rows have no label \(null\)"),
     ({"y": ["a", "a"]}, {"label": "y"}, r"the training rows hold one label only \(\['a'\]\)"),
     ({"y": [0, 1, 0], "n": ["a", "b", "c"]}, {"label": "y", "label_name": "n"}, r"column n: one label has several names: \{0: \['a', 'c'\]\}"),
 ])
@@ -403,7 +403,7 @@ def test_a_label_never_seen_in_training_is_named():
     state = {"values": ["cat", "dog"], "labels": ["cat", "dog"]}
     with pytest.raises(ValueError, match="column y: label 'dgo' never stands in the training rows; did you mean dog"):
         Classification.encode(pa.table({"y": ["cat", "dgo"]}), {"label": "y"}, state)
-    with pytest.raises(ValueError, match="label None never stands"):
+    with pytest.raises(ValueError, match=r"column y: 1 of 2 rows have no label \(null\)"):
         Classification.encode(pa.table({"y": ["cat", None]}), {"label": "y"}, state)
 
 

@@ -149,6 +149,30 @@ def test_environment_variables_are_put_in(load, monkeypatch):
     assert got.sources["garments"].train.steps == 33
 
 
+def test_environment_variables_are_put_into_keys(load, monkeypatch):
+    """A backbone with options is a key: ``{bundle:${RUNS}/x: {...}}``."""
+    monkeypatch.setenv("NAME_OF_TARGET", "coats")
+    got = load(GOOD.replace("  clothing:", "  ${NAME_OF_TARGET}:"))
+    assert [*got.targets] == ["coats"]
+
+
+def test_an_unset_variable_in_a_key_is_told_with_its_line(problems, monkeypatch):
+    monkeypatch.delenv("NOT_SET_ANYWHERE", raising=False)
+    found = problems(GOOD.replace("  clothing:", "  ${NOT_SET_ANYWHERE}:"))
+    line = 1 + next(i for i, text in enumerate(GOOD.splitlines()) if text == "  clothing:")
+    assert found == [f"{line}: targets: environment variable NOT_SET_ANYWHERE is not set; set it or write the value"]
+
+
+@pytest.mark.parametrize("written", ["[0.1, 1]", "[1, 0.5, 1.0]", "[1.0, 1]"])
+def test_an_integer_one_beside_shares_is_refused(load, problems, written):
+    text = GOOD.replace("[0.05, 1.0, 4]", written)
+    (found,) = problems(text)
+    place = 0 if written.startswith("[1,") else 1
+    assert f"targets.clothing.label_fractions.{place}: 1 is one row of each class here" in found and "write 1.0 for all rows" in found
+    assert load(text.replace(written, "[1, 5, 10]")).targets["clothing"].label_fractions == [1, 5, 10]
+    assert load(text.replace(written, "[0.1, 1.0, 5]")).targets["clothing"].label_fractions == [0.1, 1.0, 5]
+
+
 def test_anchors_may_be_used(load):
     got = load(change=("      epochs: 2", "      epochs: &two 2\n      lr: *two"))
     assert got.targets["clothing"].train.lr == 2.0

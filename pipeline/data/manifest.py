@@ -252,16 +252,48 @@ def _plain(value) -> str:
     return str(value).lower() if isinstance(value, bool) else str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
-def _where(selection: Selection, where: dict[str, list]) -> Selection:
-    if not where:
+MOST_VALUES, SHOWN_VALUES = 50, 10
+"""A column with more distinct values than the first names persons or rows rather than kinds of rows; of others so many values are shown in an error."""
+
+
+def _where(selection: Selection, data: Data, at: str) -> Selection:
+    """The rows that ``where`` keeps. Raises ValueError where it keeps none, with the values that there are."""
+    where = data.where
+    if not where or not len(selection):
         return selection
     table = read_columns(selection, list(where))
     mask = np.ones(len(table), dtype=bool)
+    problems = []
     for name, values in where.items():
         kept, coded = {_plain(value) for value in values}, pc.dictionary_encode(table[name].combine_chunks())  # pyright: ignore[reportAttributeAccessIssue]
         named = np.array([*(_plain(value) in kept for value in coded.dictionary.to_pylist()), False])  # the last one is for nulls
-        mask &= named[coded.indices.fill_null(-1).to_numpy(zero_copy_only=False)]
+        here = named[coded.indices.fill_null(-1).to_numpy(zero_copy_only=False)]
+        mask &= here
+        if not here.any():
+            asked = ", ".join(_plain(value) for value in values) or "none of its values"
+            problems.append(f"{at}.where: no row of {selection.manifest.files[0]} has {asked} in column {name}; {_values_of(coded, name, data)}")
+    if problems:
+        raise ValueError("\n".join(problems))
+    if not mask.any():
+        raise ValueError(f"{at}.where: each of its conditions ({', '.join(where)}) holds for some rows of {selection.manifest.files[0]}, and all together "
+                         "for none; leave one out")
     return selection.keep(mask)
+
+
+def _values_of(coded: pa.DictionaryArray, name: str, data: Data) -> str:
+    """In words, what a column holds: its commonest values, or only how many where they may tell who somebody is."""
+    codes = coded.indices.drop_null().to_numpy(zero_copy_only=False)
+    counts = np.bincount(codes, minlength=len(coded.dictionary))
+    nulls = f", {coded.null_count} nulls" if coded.null_count else ""
+    one_row_each = len(counts) > SHOWN_VALUES and counts.max() == 1
+    is_private = name == data.group or len(counts) > MOST_VALUES or one_row_each
+    if is_private or not len(counts):
+        return f"it holds {len(counts)} distinct values in {len(codes)} rows{nulls}"
+    values = coded.dictionary.to_pylist()
+    order = np.argsort(-counts, kind="stable")[:SHOWN_VALUES]
+    shown = ", ".join(f"{_plain(values[i])} ({counts[i]} rows)" for i in order)
+    more = f" and {len(counts) - len(order)} more" if len(counts) > len(order) else ""
+    return f"it holds {shown}{more}{nulls}"
 
 
 SPLITS = ("train", "validation", "test")
@@ -301,7 +333,7 @@ def _splits(data: Data, roles: tuple[str, ...], at: str, imports_uri: str) -> Sp
     """Those of one corpus."""
     first = build(data.uri if data.uri is not None else data.train or [], data.format, imports_uri)
     _check_columns(first, data, roles, at)
-    train = _where(Selection(first), data.where)
+    train = _where(Selection(first), data, at)
     given: dict[str, Selection] = {}
     origin = []
     if data.split_column:
@@ -322,7 +354,7 @@ def _splits(data: Data, roles: tuple[str, ...], at: str, imports_uri: str) -> Sp
         if files is not None:
             manifest = build(files, data.format, imports_uri)
             _check_columns(manifest, data, roles, at)
-            given[name] = _where(Selection(manifest), data.where)
+            given[name] = _where(Selection(manifest), data, at)
             origin.append(f"{name} files")
     for name, fraction in (("test", data.test_fraction), ("validation", data.validation_fraction)):
         if name not in given and fraction > 0:
@@ -388,16 +420,30 @@ def _kind(of: pa.DataType) -> str:
 
 
 def _no_crossing(parts: list[Splits], group: str, at: str) -> None:
-    """Raises ValueError for values of the group (patients) that stand in two splits, also of two corpora that are grouped by one column. Null is no group."""
-    seen: dict[str, str] = {}
-    crossing: dict[str, str] = {}
+    """Raise ValueError where a value of the group (a patient) stands in two splits, also of two corpora that are grouped by one column.
+
+    Null is no group. The error counts values and names one row of each split by its position: it never holds a value, which may tell who a patient is.
+    """
+    first_seen: dict[str, tuple[str, str]] = {}  # value of the group to the split where it was first found, and the row
+    crossing: dict[str, tuple[str, str, str, str]] = {}
     for name in SPLITS:
         for selection in (getattr(part, name) for part in parts):
-            for value in pc.unique(read_columns(selection, [group])[group]).to_pylist() if len(selection) else ():  # pyright: ignore[reportAttributeAccessIssue]
-                if value is not None and seen.setdefault(str(value), name) != name:
-                    crossing.setdefault(str(value), f"{group} {value!r} stands in {seen[str(value)]} and in {name}")
+            for value, row in _first_rows(selection, group) if len(selection) else ():
+                split, place = first_seen.setdefault(value, (name, selection.manifest.place(row)))
+                if split != name:
+                    crossing.setdefault(value, (split, place, name, selection.manifest.place(row)))
     if crossing:
-        others = [value for value in crossing][1:]
-        more = f" (and so do {len(others)} more: {', '.join(others[:4])}{', ...' if len(others) > 4 else ''})" if others else ""
-        raise ValueError(f"{at}.group: {next(iter(crossing.values()))}{more}; a group must not cross splits: take a split_column that keeps each "
-                         f"{group} whole, or leave the splits out to have them made by hash of {group}")
+        split, place, other, other_place = next(iter(crossing.values()))
+        many = len(crossing)
+        raise ValueError(f"{at}.group: {many} of {len(first_seen)} values of {group} {'stands' if many == 1 else 'stand'} in more than one split: the value "
+                         f"of {place} is in {split}, and {other_place}, which is in {other}, has the same; a group must not cross splits: take a "
+                         f"split_column that keeps each {group} whole, or leave the splits out to have them made by hash of {group}")
+
+
+def _first_rows(selection: Selection, column: str) -> list[tuple[str, int]]:
+    """Every value of a column that is not null, as text, with the id of the first row that holds it."""
+    coded = pc.dictionary_encode(read_columns(selection, [column])[column].combine_chunks())  # pyright: ignore[reportAttributeAccessIssue]
+    codes, first = np.unique(coded.indices.fill_null(-1).to_numpy(zero_copy_only=False), return_index=True)
+    values = coded.dictionary.to_pylist()
+    rows = selection.ids(first)
+    return [(str(values[code]), int(row)) for code, row in zip(codes, rows, strict=True) if code >= 0]

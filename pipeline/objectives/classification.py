@@ -62,8 +62,7 @@ class Classification(Objective):
         """Classes are the values of the training rows, sorted, a named positive one last; a ``label_name`` column gives their names."""
         table = pa.table({columns[role]: _plain(table[columns[role]]) for role in ("label", "label_name") if role in columns})
         column = table[columns["label"]]
-        if column.null_count:
-            raise ValueError(f"column {columns['label']}: {column.null_count} training rows have no label")
+        _refuse_nulls(column, columns["label"])
         values = sorted(pc.unique(column).to_pylist())  # pyright: ignore[reportAttributeAccessIssue]
         if len(values) < 2:
             raise ValueError(f"column {columns['label']}: the training rows hold one label only ({values}); classification needs two")
@@ -90,6 +89,7 @@ class Classification(Objective):
         if columns.get("label") not in table.column_names:  # new rows to predict
             return {}
         column = _plain(table[columns["label"]])
+        _refuse_nulls(column, columns["label"])
         try:
             known = pa.array(state["values"], type=column.type)
         except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
@@ -177,6 +177,19 @@ class Classification(Objective):
         chance = calibration.softmax(found["scores"])
         called = chance[:, 1] >= self.state["threshold"] if "threshold" in self.state else found["scores"].argmax(1)
         return {"prediction": names[np.asarray(called, dtype=np.int64)], "probabilities": chance.astype(np.float32)}
+
+
+SHOWN_LABELS = 5
+
+
+def _refuse_nulls(column: pa.ChunkedArray, name: str) -> None:
+    """Raise ValueError where a row has no label (null), with how many and what to do."""
+    if not column.null_count:
+        return
+    values = [str(value) for value in pc.unique(column.drop_null()).to_pylist()]  # pyright: ignore[reportAttributeAccessIssue]
+    shown = ", ".join([*sorted(values)[:SHOWN_LABELS], *(["..."] if len(values) > SHOWN_LABELS else [])])
+    advice = f"write their labels, or leave these rows out: data.where: {{{name}: [{shown}]}} keeps the rows that have one" if values else "write their labels"
+    raise ValueError(f"column {name}: {column.null_count} of {len(column)} rows have no label (null); {advice}")
 
 
 def _order(values: list[Any], names: list[str], options: ClassificationOptions) -> list[int]:

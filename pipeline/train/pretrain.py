@@ -138,13 +138,14 @@ def train_rank(work: RankJob, ranks: Ranks, on_progress: Callable[[dict[str, Any
                       workers=work.workers, device=ranks.device)
     objective = task.objective
     ready = evaluate.ready_for(rows, objective)
+    metrics_of_source = type(objective).source_metrics(objective.options, objective.state)
     check = None
     if len(fitted.validation):
         mine = Rows(fitted.validation, replace(decoder, training=False)).part(ranks.rank, ranks.count)
         if decoder.size(mine.selection) <= VALIDATION_BYTES:
             mine = mine.in_memory(1.0, cpus=0)
             bad.add("validation", list(mine.bad))
-        check = evaluate.evaluator(mine, objective.metrics, ready, ranks, lambda: loop.autocast(train, ranks.device),
+        check = evaluate.evaluator(mine, metrics_of_source, ready, ranks, lambda: loop.autocast(train, ranks.device),
                                    train.micro_batch or -(-train.global_batch // ranks.count), work.threads, part=True,
                                    on_bad=lambda found: bad.add("validation", found))
     log = MetricsLog(storage.join(work.uri, "log"), resume) if ranks.first else None
@@ -172,7 +173,7 @@ def train_rank(work: RankJob, ranks: Ranks, on_progress: Callable[[dict[str, Any
     trace = _Trace(storage.join(work.uri, f"rows-rank{ranks.rank}.jsonl")) if train.trace_rows else None
     began = time.time()
     run = loop.Run(task=task, technique=Full(), train=train, steps=work.steps, seed=work.seed, batches=batches, ready=ready,
-                   keeper=loop.KeepBest(objective.metrics[0], "last" if objective.couples_rows else train.keep), evaluate=check, ranks=ranks,
+                   keeper=loop.KeepBest(metrics_of_source[0], "last" if objective.couples_rows else train.keep), evaluate=check, ranks=ranks,
                    checkpoints=storage.join(work.uri, "checkpoints"), on_log=on_log, on_eval=on_eval, on_rows=trace,
                    bad_rows=lambda found, seen: bad.add("train", found))
     try:

@@ -93,7 +93,10 @@ def stage(job: Job, name: str) -> TargetStage:
     if spec.drop_overlap == "near" and modality.roles[0] != "image":
         raise ValueError(f"targets.{name}.drop_overlap: near duplicates are found among images, these rows are {spec.data.modality.name}: say exact")
     found = manifests.splits(spec.data, (*modality.roles, *objective.roles), f"targets.{name}", storage.join(job.root, "imports"), need_test=True)
-    state = fit_labels(spec, found)
+    try:
+        state = fit_labels(spec, found)
+    except ValueError as error:
+        raise ValueError(f"targets.{name}.data, train split: {error}") from None
     options = objective.options_class(**spec.objective.options)
     known = (*objective.measures(options, state), *objective.test_metrics(options, state))
     if spec.metric is not None and metric(spec.metric).name not in (*known, *(OF_CLASSES if "label" in objective.roles else ())):

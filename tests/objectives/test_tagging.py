@@ -87,6 +87,14 @@ def test_plain_tags_and_given_schemes():
     assert Tagging.encode(table_of([[3, 4]]), COLUMNS, whole)["tags"][0, :2].tolist() == [3, 4]
 
 
+def test_the_scheme_decides_the_primary_metric():
+    """Plain classes are told by word accuracy, as the field counts parts of speech; words that were cut off do not flatter it as they do entity_f1."""
+    entities, plain = fitted(), fitted([["DET", "NOUN"], ["VERB"]])
+    options = TaggingOptions()
+    assert Tagging.measures(options, entities) == Tagging.source_metrics(options, entities) == ("entity_f1", "word_accuracy", "loss")
+    assert Tagging.measures(options, plain) == Tagging.source_metrics(options, plain) == ("word_accuracy", "entity_f1", "loss")
+
+
 @pytest.mark.parametrize(("options", "tags", "message"), [
     ({}, [["B-a", "X"]], "column tags: tag 'X' has no prefix of a scheme"), ({}, [["B-a", "L-a"]], "column tags: tag 'L-a' is of the scheme BILOU"),
     ({"scheme": "bio"}, [["S-a"]], "column tags: tag 'S-a' is not of the scheme bio"), ({}, [["O"], ["O"]], "the training rows hold 1 different tags"),
