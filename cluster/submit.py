@@ -7,8 +7,9 @@ what is installed here; its own installation only has to bring the dependencies.
 in one request, so data of any size belongs on shared storage. The driver runs on the head; tasks and trainers go where
 Ray places them.
 
-Variables named with `env` reach every process of the job, and anyone who may read the job API reads them too: secrets
-such as AWS_* keys belong in the environment that the cluster itself is started with, or in an instance role.
+Variables named with `env` reach every process of the job. They stand in clear in Ray's logs and in the job API, so a
+name that looks like a secret is refused unless the caller insists: keys belong in the environment that the cluster
+itself is started with, or in an instance role.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ def submit(
     exclude: Sequence[str] = (),
     python_module: str = "pipeline.cli",
     ship_code: bool = True,
+    secrets_in_clear: bool = False,
     echo: Callable[[str], object] = print,
 ) -> int:
     """Submit `job_file` to the Ray cluster whose dashboard is at `address`; return the exit code of the job's process.
@@ -67,11 +69,13 @@ def submit(
     the job running and returns 130. A job that was stopped, or died before its process had an exit code, gives 1.
 
     Raises SubmitError when the address does not answer within about 10 s or wants a token, when the package is too big,
-    when the job file is unreadable, when the cluster refuses the job, or when contact is lost for 3 minutes.
+    when `env` names a secret and `secrets_in_clear` is not set, when the job file is unreadable, when the cluster refuses the job, or when contact is lost for 3 minutes.
     """
     job_file, root = Path(job_file).resolve(), Path(working_dir or Path(job_file).parent).resolve()
     if not job_file.is_relative_to(root):
         raise SubmitError(f"{job_file} is not under the folder to ship, {root}")
+    if not secrets_in_clear:
+        _refuse_secrets(env or {})
     storage = _storage(job_file, overrides)
     package = collect(root, exclude, ship_code)
     submission_id = submission_id or f"{re.sub(r'[^A-Za-z0-9_-]+', '-', job_file.stem)}-{secrets.token_hex(4)}"
@@ -125,6 +129,24 @@ def parse_env(items: Iterable[str]) -> dict[str, str]:
             raise SubmitError(f"{name} is not set here; set it, or write {name}=VALUE")
         env[name] = value if has_value else os.environ[name]
     return env
+
+
+def secret_names(names: Iterable[str]) -> list[str]:
+    """Those of the names that look like a secret's; the name of a file that holds one is none itself."""
+    looks_secret = re.compile("SECRET|TOKEN|PASSW|KEY|CREDENTIAL", re.IGNORECASE)
+    names_a_file = re.compile("_(FILE|PATH)$", re.IGNORECASE)
+    return [name for name in names if looks_secret.search(name) and not names_a_file.search(name)]
+
+
+def _refuse_secrets(env: Mapping[str, str]) -> None:
+    """Raise SubmitError where a variable for the job looks like a secret."""
+    if not (found := secret_names(env)):
+        return
+    raise SubmitError(
+        f"--env {', '.join(found)}: the variables of a job stand in clear in Ray's logs on every node and in the job "
+        "API. Give the cluster its keys where it is started (an instance role, a Kubernetes Secret, the environment "
+        "of `ray start`), or add --secrets-in-clear if everyone who can reach this cluster may read them"
+    )
 
 
 class _Client(JobSubmissionClient):
@@ -210,8 +232,7 @@ def _remarks(client: _Client, package: Package, archive: Path, storage: str, env
     there = client._server_ray_version
     if there and there != ray.__version__:
         yield f"warning: the cluster runs Ray {there}, this machine {ray.__version__}"
-    secret = [name for name in env if re.search("SECRET|TOKEN|PASSW|KEY|CREDENTIAL", name, re.IGNORECASE)]
-    if secret:
+    if secret := secret_names(env):
         yield f"warning: {', '.join(secret)} can be read by everyone who may use this cluster's job API"
     if "://" in storage.removeprefix("file://") or storage.startswith("${"):
         return

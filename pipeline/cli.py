@@ -275,6 +275,8 @@ def prepare(name: Annotated[str | None, typer.Argument(help="imagenet, coco, lib
 @app.command()
 def submit(job: JobFile, address: Annotated[str, typer.Option(help="Job API of the cluster, e.g. http://head:8265.")], set_: Set = None,
            env: Annotated[list[str] | None, typer.Option(help="NAME or NAME=VALUE for the job's environment (visible in the dashboard).")] = None,
+           secrets_in_clear: Annotated[bool, typer.Option(
+               "--secrets-in-clear", help="Let --env name keys and tokens, which everyone who can reach the cluster can then read.")] = False,
            exclude: Annotated[list[str] | None, typer.Option(help="Glob of files that do not travel.")] = None,
            submission_id: Annotated[str | None, typer.Option(help="Name of the submission; none: made up.")] = None,
            follow: Annotated[bool, typer.Option(help="Follow the log and exit with the job's own code.")] = True) -> None:
@@ -284,7 +286,8 @@ def submit(job: JobFile, address: Annotated[str, typer.Option(help="Job API of t
     from cluster.submit import submit as send
 
     try:
-        code = send(job, address, overrides=set_ or [], env=parse_env(env or []), follow=follow, submission_id=submission_id, exclude=tuple(exclude or ()))
+        code = send(job, address, overrides=set_ or [], env=parse_env(env or []), follow=follow, submission_id=submission_id, exclude=tuple(exclude or ()),
+                    secrets_in_clear=secrets_in_clear)
     except SubmitError as error:
         raise _fail(str(error), 1) from None
     raise typer.Exit(code)

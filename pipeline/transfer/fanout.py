@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from ray import tune
+from ray.tune.execution import class_cache
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
 from pipeline import storage
@@ -271,7 +272,19 @@ def check_fits(job: Job, have: launch.Nodes) -> None:
                                       "never be met. Lower fanout.cpus_per_trial, fanout.gpus_per_trial or the target's workers, or join a larger cluster")
 
 
+def keep_keys_out_of_runtime_environments() -> None:
+    """Take the AWS_* names off the list of variables that Ray Tune copies into its actors' runtime environment.
+
+    A runtime environment is written in clear text to logs that every user of the machine may read, and is shown by
+    the dashboard. Workers do not need the copy: on a cluster that this process starts they inherit its environment,
+    on one that it joins they have their node's (an instance role, or the environment of ``ray start``).
+    """
+    listed = class_cache.ENV_VARS_TO_PROPAGATE
+    class_cache.ENV_VARS_TO_PROPAGATE = {name for name in listed if not name.startswith("AWS_")}
+
+
 def _tune(name: str, work: list[Unit], shared: Shared, spec: Fanout, workers: int, progress: Progress) -> None:
+    keep_keys_out_of_runtime_environments()
     have = launch.nodes()
     cpus, gpus = per_trial(spec, have)
     # a trial that only drives its ranks asks for one byte: any part of a CPU would be missing to the ranks, who would wait for it for ever

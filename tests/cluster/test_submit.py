@@ -253,7 +253,8 @@ def test_a_submission_says_how_to_come_back(job, dashboard):
     _ends(dashboard, "SUCCEEDED", 0)
     said: list[str] = []
     env = {"GREETING": "hi", "AWS_SECRET_ACCESS_KEY": "s"}
-    submit(job, dashboard.address, submission_id="mine", follow=False, env=env, overrides=["seed=1"], echo=said.append)
+    options = {"submission_id": "mine", "follow": False, "overrides": ["seed=1"], "echo": said.append}
+    submit(job, dashboard.address, env=env, secrets_in_clear=True, **options)
     text = "\n".join(said)
     assert f"ray job logs --follow --address {dashboard.address} mine" in text
     assert f"ray job stop --address {dashboard.address} mine" in text
@@ -264,6 +265,17 @@ def test_a_submission_says_how_to_come_back(job, dashboard):
     assert request["submission_id"] == "mine"
     assert request["runtime_env"]["env_vars"] == env
     assert request["runtime_env"]["working_dir"].startswith("gcs://_ray_pkg_")
+
+
+def test_a_key_is_not_sent_as_a_variable_of_the_job(job, dashboard):
+    """Variables of a job stand in clear in Ray's logs and in the job API."""
+    _ends(dashboard, "SUCCEEDED", 0)
+    env = {"GREETING": "hi", "AWS_SECRET_ACCESS_KEY": "hush", "AWS_SHARED_CREDENTIALS_FILE": "/etc/aws"}
+    with pytest.raises(SubmitError, match=r"--env AWS_SECRET_ACCESS_KEY: .* stand in clear.*instance role") as caught:
+        submit(job, dashboard.address, env=env, echo=lambda _: None)
+    assert "hush" not in str(caught.value) and dashboard.requests == []
+    del env["AWS_SECRET_ACCESS_KEY"]
+    assert submit(job, dashboard.address, env=env, echo=lambda _: None) == 0
 
 
 @pytest.mark.parametrize(
