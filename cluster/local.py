@@ -1,7 +1,9 @@
 """A Ray cluster of N nodes on one machine, for trying `onetomany submit` and for tests.
 
-    python -m cluster.local 2                    # two nodes, one CPU each; up in about 15 s, Ctrl-C stops it
-    python -m cluster.local 4 --cpus-per-node 2 --no-token
+    python -P -m cluster.local 2                 # two nodes, one CPU each; up in about 15 s, Ctrl-C stops it
+    python -P -m cluster.local 4 --cpus-per-node 2 --no-token
+
+`-P` keeps Python from taking another folder named `cluster` for this one.
 
 Every node is a `ray start --block` of its own, so a node can be killed like a machine that vanishes. Stopping ends the
 processes started here and no others (never `ray stop`, which ends every Ray process of the user).
@@ -153,7 +155,7 @@ def start(
         env["RAY_AUTH_TOKEN_PATH"] = str(token_file)
     handle = Handle(f"{host}:{port}", f"http://{host}:{dashboard_port}", temp_dir, env, mark)
     common = [
-        *(sys.executable, "-c", _LOOPBACK_RAY if loopback else _PLAIN_RAY, "start", "--block"),
+        *(sys.executable, "-P", "-c", _LOOPBACK_RAY if loopback else _PLAIN_RAY, "start", "--block"),
         *("--node-ip-address", host, "--disable-usage-stats"),
         *("--num-cpus", str(cpus_per_node), "--num-gpus", str(gpus_per_node)),
         *("--object-store-memory", str(object_store_mib * 2**20)),
@@ -190,7 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     summary, _, rest = (__doc__ or "").partition("\n")
     parser = argparse.ArgumentParser(
-        prog="python -m cluster.local",
+        prog="python -P -m cluster.local",
         description=summary + "\n" + rest,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -28,6 +28,7 @@ cd "${ONETOMANY_HOME:-${SLURM_SUBMIT_DIR:?run this with sbatch}}"
 python=${ONETOMANY_PYTHON:-$PWD/.venv/bin/python}
 PATH=$(dirname "$python"):$PATH
 export PATH
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}   # `python -P` looks in no folder that is not named
 port=$((10000 + SLURM_JOB_ID % 20000))
 read -r head < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 
@@ -47,10 +48,10 @@ gpus=${SLURM_GPUS_ON_NODE:-0}
 status=0
 # shellcheck disable=SC2016  # expanded by the inner bash, on the node where the job runs
 srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 \
-    "$python" -m ray.scripts.scripts symmetric-run \
+    "$python" -P -m ray.scripts.scripts symmetric-run \
     --address "$head:$port" --min-nodes "$SLURM_JOB_NUM_NODES" --num-cpus "$cpus" --num-gpus "$gpus" \
     -- bash -c 'code=0; "${@:2}" || code=$?; echo "$code" > "$1"; exit "$code"' onetomany "$work/code" \
-    "$python" -m pipeline.cli run "$@" --address auto || status=$?
+    "$python" -P -m pipeline.cli run "$@" --address auto || status=$?
 
 if [[ -s $work/code ]]; then
     exit "$(< "$work/code")"

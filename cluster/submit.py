@@ -62,14 +62,15 @@ def submit(
     """Submit `job_file` to the Ray cluster whose dashboard is at `address`; return the exit code of the job's process.
 
     `working_dir` (default: the job file's folder) is what is shipped, less EXCLUDES and `exclude` (shell patterns of
-    file and folder names; a leading / ties one to the top). The job runs there as `python -m python_module command JOB
-    --address auto --set ...`. Every line of output, ours and the job's, goes to `echo`.
+    file and folder names; a leading / ties one to the top). The job runs there as `python -P -m python_module command
+    JOB --address auto --set ...`. Every line of output, ours and the job's, goes to `echo`.
 
     With `follow=False` the return value is 0 as soon as the cluster has accepted the job. Ctrl-C while following leaves
     the job running and returns 130. A job that was stopped, or died before its process had an exit code, gives 1.
 
     Raises SubmitError when the address does not answer within about 10 s or wants a token, when the package is too big,
-    when `env` names a secret and `secrets_in_clear` is not set, when the job file is unreadable, when the cluster refuses the job, or when contact is lost for 3 minutes.
+    when `env` names a secret and `secrets_in_clear` is not set, when the job file is unreadable, when the cluster
+    refuses the job, or when contact is lost for 3 minutes.
     """
     job_file, root = Path(job_file).resolve(), Path(working_dir or Path(job_file).parent).resolve()
     if not job_file.is_relative_to(root):
@@ -113,8 +114,11 @@ def submit(
 def entrypoint(
     job: Path, overrides: Sequence[str] = (), command: str = "run", python_module: str = "pipeline.cli"
 ) -> str:
-    """The shell command that the cluster runs, in the shipped folder."""
-    words = ["python", "-m", python_module, command, job.as_posix(), "--address", "auto"]
+    """The shell command that the cluster runs, in the shipped folder, which Ray has put on PYTHONPATH.
+
+    `-P` keeps Python from looking for modules in the current folder, whatever else lies there.
+    """
+    words = ["python", "-P", "-m", python_module, command, job.as_posix(), "--address", "auto"]
     return shlex.join(words + [word for override in overrides for word in ("--set", override)])
 
 

@@ -6,15 +6,19 @@ import logging
 import math
 import os
 import signal
+import site
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
 import torch
+from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray.exceptions import GetTimeoutError, RayError, UserCodeException
+from ray.job_config import JobConfig
 
 from pipeline import prepare_ray, storage
 from pipeline.data.stream import DataWorkers
@@ -33,6 +37,30 @@ class StageError(RuntimeError):
     """A stage failed; the message is the rank's own error."""
 
 
+class OwnCode(JobConfig):
+    """Let Ray's workers import this project from where this process has it, whatever lies in the current folder.
+
+    Ray puts the driver's current folder first on the path of its workers. A package named ``pipeline`` there would
+    hide this one, and every worker would die.
+    """
+
+    def __init__(self) -> None:
+        code = str(Path(__file__).resolve().parents[2])
+        is_installed = code in site.getsitepackages()
+        super().__init__(_py_driver_sys_path=[] if is_installed else [code])
+
+    def _runtime_env_has_working_dir(self) -> bool:
+        """Ray adds the folder of the script and the current one only where this is false."""
+        return True
+
+
+def _job_config(where: str) -> dict[str, Any]:
+    """The argument ``job_config`` of ``ray.init``; none for a submitted job, whose working folder holds its code."""
+    is_submitted = RAY_JOB_CONFIG_JSON_ENV_VAR in os.environ
+    is_ray_client = where.startswith("ray://")
+    return {} if is_submitted or is_ray_client else {"job_config": OwnCode()}
+
+
 def start(address: str | None, verbose: bool) -> None:
     """Join the cluster that is named (``--address`` or RAY_ADDRESS), else start one of our own. Does nothing when Ray runs already."""
     if ray.is_initialized():
@@ -45,7 +73,7 @@ def start(address: str | None, verbose: bool) -> None:
     where = address or os.environ.get("RAY_ADDRESS") or "local"
     extra: dict[str, Any] = {"include_dashboard": False} if where == "local" else {}
     try:
-        ray.init(address=where, logging_level=level, log_to_driver=verbose, **extra)
+        ray.init(address=where, logging_level=level, log_to_driver=verbose, **extra, **_job_config(where))
     except (ConnectionError, RuntimeError, ValueError) as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
         what = f"no Ray cluster answers at {where}" if where != "local" else "Ray does not start here"

@@ -52,7 +52,7 @@ def test_help_says_how(capsys):
     with pytest.raises(SystemExit) as end:
         local.main(["--help"])
     assert end.value.code == 0
-    assert "python -m cluster.local 2" in capsys.readouterr().out
+    assert "python -P -m cluster.local 2" in capsys.readouterr().out
 
 
 def test_a_head_that_cannot_start_leaves_nothing(monkeypatch):
@@ -91,7 +91,7 @@ def test_two_nodes_on_loopback_die_one_by_one_and_leave_nothing():
 def test_the_command_asks_for_a_token_and_stops_on_sigterm(monkeypatch, tmp_path):
     (tmp_path / "job.yaml").write_text(f"name: tiny\nstorage: {tmp_path}\n")
     (tmp_path / "entry.py").write_text("print('let in')\n")
-    command = [sys.executable, "-m", "cluster.local", "1", "--dashboard-port", "0"]
+    command = [sys.executable, "-P", "-m", "cluster.local", "1", "--dashboard-port", "0"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None

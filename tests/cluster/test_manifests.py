@@ -202,7 +202,7 @@ def test_the_rayjob_keeps_work_off_the_head_and_gives_workers_gpus(rayjob):
         assert pod["securityContext"]["runAsNonRoot"] and pod["securityContext"]["runAsUser"] == 1000
     assert int(pods[1]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"]) >= 1
     words = shlex.split(rayjob["spec"]["entrypoint"])
-    assert words[:4] == ["python", "-m", "pipeline.cli", "run"] and "auto" in words
+    assert words[:5] == ["python", "-P", "-m", "pipeline.cli", "run"] and "auto" in words
 
 
 def test_ray_has_one_version(rayjob):
@@ -249,7 +249,7 @@ def test_slurm_script_is_sound_bash():
 FAKE_PYTHON = """#!/bin/bash
 case "$*" in
     "-c "*) exec {python} "$@" ;;
-    "-m ray.scripts.scripts symmetric-run "*)
+    "-P -m ray.scripts.scripts symmetric-run "*)
         echo "ray: $*"; cat "$RAY_AUTH_TOKEN_PATH" > "$SEEN/token"; stat -c %a "$RAY_AUTH_TOKEN_PATH" > "$SEEN/mode"
         [[ ${{RAY_FAILS:-}} ]] && exit 0
         while [[ $1 != -- ]]; do shift; done
@@ -302,7 +302,7 @@ def test_slurm_passes_the_job_on_and_its_exit_code_back(slurm, tmp_path):
     ray_line, job_line = ended.stdout.splitlines()
     assert "symmetric-run --address node7:11234 --min-nodes 2 --num-cpus 64 --num-gpus 4 -- " in ray_line
     assert job_line == (
-        "job: -m pipeline.cli run jobs/vision.yaml --set name=a b --set storage=/shared/it's --address auto"
+        "job: -P -m pipeline.cli run jobs/vision.yaml --set name=a b --set storage=/shared/it's --address auto"
     )
     assert len((tmp_path / "token").read_text()) == 64
     assert (tmp_path / "mode").read_text().strip() == "600"

@@ -49,7 +49,7 @@ def job(tmp_path):
 
 def test_the_entrypoint_survives_the_shell():
     command = entrypoint(Path("my jobs/vision.yaml"), ["name=it's", "fanout.search={lr: [1e-4, $HOME]}"])
-    words = ["python", "-m", "pipeline.cli", "run", "my jobs/vision.yaml", "--address", "auto"]
+    words = ["python", "-P", "-m", "pipeline.cli", "run", "my jobs/vision.yaml", "--address", "auto"]
     words += ["--set", "name=it's", "--set", "fanout.search={lr: [1e-4, $HOME]}"]
     assert shlex.split(command) == words
     assert subprocess.check_output(["sh", "-c", "printf '%s\n' " + command], text=True).splitlines() == words
@@ -261,7 +261,7 @@ def test_a_submission_says_how_to_come_back(job, dashboard):
     assert f"{dashboard.address}/#/jobs/mine" in text
     assert "AWS_SECRET_ACCESS_KEY can be read" in text and "left out: .env, .git, runs, w.pt" in text
     (request,) = [body for command, path, body in dashboard.requests if (command, path) == ("POST", "/api/jobs/")]
-    assert request["entrypoint"] == "python -m pipeline.cli run job.yaml --address auto --set seed=1"
+    assert request["entrypoint"] == "python -P -m pipeline.cli run job.yaml --address auto --set seed=1"
     assert request["submission_id"] == "mine"
     assert request["runtime_env"]["env_vars"] == env
     assert request["runtime_env"]["working_dir"].startswith("gcs://_ray_pkg_")

@@ -15,6 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SAMPLES = ROOT / "jobs" / "data"
 TINY = Path(__file__).with_name("tiny.yaml")
+SMALL = Path(__file__).with_name("small.yaml")
 
 
 @pytest.fixture(scope="session")
@@ -36,7 +37,7 @@ def onetomany(tiny_data):
     """Run the command in a process of its own: ``onetomany("run", job, ..., cwd=)``; returns the completed process."""
 
     def call(*words: object, cwd: Path, env: dict[str, str] | None = None, timeout: float = 280) -> subprocess.CompletedProcess:
-        return subprocess.run([sys.executable, "-m", "pipeline.cli", *map(str, words)], cwd=cwd, capture_output=True, text=True, timeout=timeout,
+        return subprocess.run([sys.executable, "-P", "-m", "pipeline.cli", *map(str, words)], cwd=cwd, capture_output=True, text=True, timeout=timeout,
                               env=environment(tiny_data, env))
 
     return call

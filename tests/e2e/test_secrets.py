@@ -11,28 +11,11 @@ import pytest
 
 from cluster.local import local_cluster
 from pipeline import storage
+from tests.e2e.conftest import SMALL
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 SECRETS = {"AWS_SECRET_ACCESS_KEY": "canary-secret-3f9ad1", "AWS_SESSION_TOKEN": "canary-token-77b02c"}
-JOB = """
-name: small
-sources:
-  garments:
-    data: {uri: "${TINY_DATA}/images.parquet", modality: {image: {size: 16, channels: 1}},
-           columns: {image: image, label: label}}
-    backbone: timm/test_resnet
-    objective: classification
-    train: {steps: 2, global_batch: 16}
-targets:
-  shoes:
-    data: {uri: "${TINY_DATA}/images.parquet", where: {label: [5, 7, 9]}, modality: image, test_fraction: 0.3,
-           columns: {image: image, label: label}}
-    objective: classification
-    train: {steps: 2, global_batch: 8}
-techniques: [scratch, full]
-fanout: {seeds: 1}
-"""
 
 
 @pytest.fixture
@@ -70,7 +53,7 @@ def objects_that_hold_a_secret(uri: str) -> list[str]:
 
 
 def test_a_run_leaves_no_secret_in_rays_session_or_in_its_results(data_on_s3, s3_server, onetomany, ray_folder, tmp_path):
-    (tmp_path / "job.yaml").write_text(JOB)
+    shutil.copy(SMALL, tmp_path / "job.yaml")
     runs = f"{s3_server}/secrets-run"
     env = {**SECRETS, "TINY_DATA": data_on_s3, "RAY_TMPDIR": str(ray_folder)}
     done = onetomany("run", "job.yaml", "--set", f"storage={runs}", cwd=tmp_path, env=env)
@@ -85,7 +68,7 @@ def test_a_run_leaves_no_secret_in_rays_session_or_in_its_results(data_on_s3, s3
 
 def test_a_submitted_job_leaves_no_secret_on_the_cluster(data_on_s3, s3_server, onetomany, tmp_path, monkeypatch):
     """The cluster's nodes have the key in their environment, as they have it from a Kubernetes Secret."""
-    (tmp_path / "job.yaml").write_text(JOB)
+    shutil.copy(SMALL, tmp_path / "job.yaml")
     (tmp_path / ".env").write_text("\n".join(f"{name}={secret}" for name, secret in SECRETS.items()))
     runs = f"{s3_server}/secrets-submitted"
     for name, secret in SECRETS.items():
