@@ -166,7 +166,7 @@ class Train(Spec):
     momentum: float = Field(0.9, ge=0, lt=1, description="sgd momentum")
     beta1: float = Field(0.9, ge=0, lt=1, description="adamw beta 1")
     beta2: float = Field(0.999, ge=0, lt=1, description="adamw beta 2")
-    weight_decay: float = Field(0.05, ge=0, description="decoupled; not on norms, biases and other vectors")
+    weight_decay: float = Field(0.05, ge=0, description="decoupled, with sgd too (SGDW); not on norms, biases and other vectors")
     warmup: float = Field(0.1, ge=0, le=1, description="share of the steps with linear warm-up")
     schedule: Literal["cosine", "constant"] = Field("cosine", description="after the warm-up")
     clip_norm: float | None = Field(1.0, gt=0, description="largest global gradient norm; null: off")
@@ -177,6 +177,8 @@ class Train(Spec):
     augment: bool = Field(True, description="the modality's augmentation, on the device, seeded by row")
     eval_every_steps: int | None = Field(None, ge=1, description="validate every so many steps; none: five times a run")
     checkpoint_every_steps: int | None = Field(None, ge=1, description="write a resume point every so many steps; none: every 1000")
+    checkpoint_every_minutes: float | None = Field(
+        10.0, gt=0, allow_inf_nan=False, description="write a resume point too when the newest is so many minutes old; null: by steps alone")
     log_every_steps: int = Field(10, ge=1, description="write metrics every so many steps")
     keep: Literal["best", "last"] = Field("best", description="which weights the bundle holds: best by validation, or last")
     max_bad_steps: int = Field(5, ge=1, description="non-finite steps in a row (each is skipped) before the run stops")
@@ -192,8 +194,10 @@ class Train(Spec):
 
 
 _INTEGER = (int, int | None)
-NUMERIC = tuple(name for name, field in Train.model_fields.items() if field.annotation in (*_INTEGER, float, float | None))
-"""Fields of train that can be searched."""
+_CHANGE_NOTHING = {"log_every_steps", "checkpoint_every_steps", "checkpoint_every_minutes"}
+NUMERIC = tuple(name for name, field in Train.model_fields.items()
+                if field.annotation in (*_INTEGER, float, float | None) and name not in _CHANGE_NOTHING)
+"""Fields of train that can be searched: numbers that change what is learned."""
 
 
 def drawn(train: Train, hyper: Mapping[str, Any]) -> Train:

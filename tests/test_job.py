@@ -942,7 +942,7 @@ def test_spec_hash_sees_every_field():
     other = {"steps": 6, "global_batch": 3, "micro_batch": 1, "canonical_shards": 2, "optimizer": "sgd", "lr": 2e-3,
              "momentum": 0.5, "beta1": 0.5, "beta2": 0.5,
              "weight_decay": 0.1, "warmup": 0.2, "schedule": "constant", "clip_norm": None, "precision": "fp32", "compile": True, "channels_last": True,
-             "ema": 0.9, "augment": False, "eval_every_steps": 3, "checkpoint_every_steps": 3, "log_every_steps": 3,
+             "ema": 0.9, "augment": False, "eval_every_steps": 3, "checkpoint_every_steps": 3, "checkpoint_every_minutes": 7.0, "log_every_steps": 3,
              "keep": "last", "max_bad_steps": 1, "trace_rows": True, "batch_cost": 2.0}
     hashes = {job.spec_hash(base.model_copy(update={name: value})) for name, value in other.items()}
     assert len(hashes) == len(other) and job.spec_hash(base) not in hashes

@@ -14,6 +14,7 @@ from pipeline import folders, storage
 from pipeline.rng import mix
 
 KEPT = 2
+"""So many resume points are kept: when the newest is damaged, the one before it still serves."""
 
 
 def _steps(uri: str) -> list[int]:
@@ -45,16 +46,72 @@ def save(uri: str, ranks: Any, state: dict[str, Any]) -> None:
         dist.barrier()
 
 
-def load(uri: str, ranks: Any) -> dict[str, Any] | None:
-    """The newest complete resume point, the same on every rank; none when there is none. Raises StorageError when it is damaged."""
-    newest = [(_steps(uri) or [None])[-1]] if ranks.first else [None]
+def load(uri: str, ranks: Any) -> tuple[dict[str, Any] | None, list[str]]:
+    """Read the newest resume point that is intact, the same one on every rank.
+
+    Rank 0 looks for it and tells the others. Damaged resume points that are newer are removed:
+    the run writes those steps again.
+
+    Returns:
+        The saved state, or None when there is no resume point, and a line for each damaged
+        resume point that was passed over.
+
+    Raises:
+        StorageError: on every rank, when resume points are there and none of them is intact,
+            or when they cannot be read at this moment.
+    """
+    state: dict[str, Any] | None = None
+    verdict: list[Any] = [None]
+    if ranks.first:
+        state, notes, problem = _newest_intact(uri)
+        verdict = [(state["step"] if state else None, notes, problem)]
     if ranks.count > 1:
-        dist.broadcast_object_list(newest, src=0)
-    if newest[0] is None:
-        return None
-    folder = _folder(uri, newest[0])
+        dist.broadcast_object_list(verdict, src=0)
+    step, notes, problem = verdict[0]
+    if problem:
+        raise storage.StorageError(problem)
+    if step is not None and state is None:
+        state = _read(_folder(uri, step))
+    return state, notes
+
+
+def _newest_intact(uri: str) -> tuple[dict[str, Any] | None, list[str], str]:
+    """The newest state that can be read, a line for each damaged one that is newer, and what stops the run, if anything."""
+    damaged: dict[int, str] = {}
+    try:
+        for step in reversed(_steps(uri)):
+            try:
+                state = _read(_folder(uri, step))
+            except storage.StorageError as error:
+                if not _is_damage(error):
+                    raise
+                damaged[step] = f"the resume point of step {step} is damaged ({error})"
+                continue
+            for newer in damaged:
+                storage.remove_tree(_folder(uri, newer))
+            return state, [f"{line}: training goes on from that of step {step}" for line in damaged.values()], ""
+    except storage.StorageError as error:
+        return None, [], str(error)
+    if damaged:
+        first = next(iter(damaged.values()))
+        return None, [], f"no resume point in {uri} is intact: {first}. Remove that folder to start again from step 0"
+    return None, [], ""
+
+
+def _is_damage(error: storage.StorageError) -> bool:
+    """Whether the content is wrong, or a file is gone; not that the storage does not answer."""
+    cause = error.__cause__
+    return cause is None or isinstance(cause, (ValueError, FileNotFoundError, NotADirectoryError))
+
+
+def _read(folder: str) -> dict[str, Any]:
+    """The state of a resume point, its bytes compared with the checksum in the manifest.
+
+    Raises StorageError, also where torch cannot read what the checksum vouches for.
+    """
     folders.verify_folder(folder, folders.open_folder(folder))
-    return torch.load(io.BytesIO(storage.read_bytes(storage.join(folder, "state.pt"))), map_location="cpu", weights_only=True)
+    content = storage.read_bytes(storage.join(folder, "state.pt"))
+    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
 def restore_rng(state: dict[str, Any], seed: int, ranks: Any) -> None:

@@ -112,6 +112,9 @@ class Run:
     bad_rows: Callable[[list[tuple[int, str]], int], None] = lambda bad, seen: None
     """Told of undecodable rows; raises when they are over the budget."""
     clock: Callable[[], float] = time.perf_counter
+    on_start: Callable[[int, list[str]], None] = lambda step, notes: None
+    """Told, before anything is logged, the step at which training starts (0, or that of the resume point) and a
+    line for each damaged resume point that was passed over."""
 
 
 @dataclass
@@ -188,8 +191,9 @@ def fit(run: Run) -> Outcome:
     if train.channels_last:
         task.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] - nn.Module.to takes it
     torch.manual_seed(mix(run.seed, ranks.rank, 77))
-    saved = checkpoint.load(run.checkpoints, ranks) if run.checkpoints else None
+    saved, passed_over = checkpoint.load(run.checkpoints, ranks) if run.checkpoints else (None, [])
     start = saved["step"] if saved else 0
+    run.on_start(start, passed_over)
     curve: list[dict[str, Any]] = saved["curve"] if saved else []
     ema = optim.EMA(task, train.ema) if train.ema else None
     if saved:
@@ -201,12 +205,14 @@ def fit(run: Run) -> Outcome:
 
     eval_every = train.eval_every_steps or max(1, run.steps // 5)
     save_every = train.checkpoint_every_steps or 1000
+    save_minutes = train.checkpoint_every_minutes
+    ask_clock_every = 1 if ranks.count == 1 else min(10, train.log_every_steps)  # several ranks must agree, which costs a broadcast
     names = ("loss", "count", *run.task.objective.log_names)
     window = torch.zeros(len(names), device=device)         # sums since the last log line
     bad_run = torch.zeros((), device=device)                # non-finite steps in a row, and in all
     bad_total = torch.full((), float(saved["skipped"]) if saved else 0.0, device=device)
     recent: deque[np.ndarray] = deque(maxlen=train.max_bad_steps)
-    began = logged = run.clock()
+    began = logged = saved_at = run.clock()
     waited = waited_all = 0.0
     rows_seen = rows_logged = 0
     live: _Live | None = None
@@ -260,7 +266,10 @@ def fit(run: Run) -> Outcome:
             # ---- rare: log, check for trouble, validate, save
             done = step + 1
             logs, checks = done % train.log_every_steps == 0 or done == run.steps, run.evaluate and (done % eval_every == 0 or done == run.steps)
-            saves = run.checkpoints and done % save_every == 0 and done < run.steps
+            saves = bool(run.checkpoints) and done % save_every == 0 and done < run.steps
+            asks_clock = bool(run.checkpoints) and save_minutes is not None and done % ask_clock_every == 0 and done < run.steps
+            if asks_clock and save_minutes is not None and not saves:
+                saves = _agreed(run.clock() - saved_at >= 60 * save_minutes, ranks)
             if device.type == "cpu" or logs or checks or saves:
                 live.mend()
                 if int(bad_run) >= train.max_bad_steps:
@@ -275,7 +284,8 @@ def fit(run: Run) -> Outcome:
                                "wait_share": waited / max(now - logged, 1e-9), "skipped_steps": int(bad_total),
                                "eta_seconds": (now - began) / (done - start) * (run.steps - done)}
                 record |= {name: value / values[1] if values[1] else float("nan") for name, value in zip(names, values, strict=True) if name != "count"}
-                record |= {"warning": warning} if warning else {}
+                warnings = [*passed_over, *([warning] if warning else [])]
+                record |= {"warning": "; ".join(warnings)} if warnings else {}
                 run.on_log(record)
                 window.zero_()
                 waited_all, waited, logged, rows_logged = waited_all + waited, 0.0, now, rows_seen
@@ -290,6 +300,7 @@ def fit(run: Run) -> Outcome:
                     "step": done, "phase": phase_number, "task": task.state_dict(),
                     "optimizer": live.optimizer.state_dict(), "ema": ema.average if ema else None, "keeper": run.keeper.state_dict(),
                     "curve": curve, "skipped": int(bad_total)})
+                saved_at = run.clock()
     except Stop:
         stopped = True
     finally:
@@ -305,6 +316,15 @@ def fit(run: Run) -> Outcome:
                    wait_share=(waited_all + waited) / max(seconds, 1e-9), skipped_steps=int(bad_total), curve=curve,
                    params_trained=_params_trained(run, phases),
                    resumed_from=start, stopped_early=stopped)
+
+
+def _agreed(verdict: bool, ranks: Ranks) -> bool:
+    """Rank 0's verdict, on every rank: clocks differ, and all must take part in a resume point."""
+    if ranks.count == 1:
+        return verdict
+    told = torch.tensor([int(verdict)], device=ranks.device)
+    dist.broadcast(told, src=0)
+    return bool(told.item())
 
 
 def untrained(run: Run) -> Outcome:

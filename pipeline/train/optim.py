@@ -55,15 +55,45 @@ def groups(task: Task, rates: dict[str, float], train: Train) -> list[dict[str, 
 
 
 def optimizer(parameter_groups: list[dict[str, Any]], train: Train) -> torch.optim.Optimizer:
-    """Fused AdamW (Loshchilov and Hutter 2019) or SGD with Nesterov momentum; ``peak`` of a group is its learning rate at the top."""
+    """Fused AdamW or SGDW with Nesterov momentum (both Loshchilov and Hutter 2019); ``peak`` of a group is its learning rate at the top."""
     parameter_groups = [{**group, "lr": group["peak"]} for group in parameter_groups]
     if train.optimizer == "adamw":
         return torch.optim.AdamW(parameter_groups, lr=train.lr, betas=(train.beta1, train.beta2), fused=True)
-    sgd = torch.optim.SGD(parameter_groups, lr=train.lr, momentum=train.momentum, nesterov=train.momentum > 0, fused=True)
+    sgd = SGDW(parameter_groups, lr=train.lr, momentum=train.momentum, nesterov=train.momentum > 0, fused=True)
     if train.momentum:  # zeros from the start: torch 2.11 leaves the buffers unset when the first step is skipped
         for parameter in (p for group in sgd.param_groups for p in group["params"]):
             sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return sgd
+
+
+class SGDW(torch.optim.SGD):
+    """torch's fused SGD with decoupled weight decay (Loshchilov and Hutter, Decoupled Weight Decay Regularization, ICLR 2019).
+
+    A step first shrinks a weight by lr times ``weight_decay`` of itself, as torch's AdamW does; the decay never enters
+    the momentum. torch's own SGD adds it to the gradient (L2): with momentum m that decays about 1 / (1 - m) times as much.
+    A step that is skipped (``found_inf``) shrinks nothing.
+    """
+
+    @torch.no_grad()
+    def step(self, closure=None):  # type: ignore[override]
+        decays = [group["weight_decay"] for group in self.param_groups]
+        found_inf = getattr(self, "found_inf", None)
+        for group, decay in zip(self.param_groups, decays, strict=True):
+            trained = [p for p in group["params"] if p.grad is not None]
+            if decay == 0 or not trained:
+                continue
+            shrink = group["lr"] * decay
+            if found_inf is None:
+                torch._foreach_mul_(trained, 1 - shrink)
+            else:  # the verdict stays on the device
+                torch._foreach_mul_(trained, 1 - shrink * (1 - found_inf))
+        for group in self.param_groups:
+            group["weight_decay"] = 0.0
+        try:
+            return super().step(closure)
+        finally:
+            for group, decay in zip(self.param_groups, decays, strict=True):
+                group["weight_decay"] = decay
 
 
 def factor(step: int, steps: int, train: Train) -> float:

@@ -126,9 +126,9 @@ def train_rank(work: RankJob, ranks: Ranks, on_progress: Callable[[dict[str, Any
     ``held``: the training rows where they were decoded before (`decoded`).
     """
     train, fitted = work.train, work.fitted
-    resume = checkpoint.newest(storage.join(work.uri, "checkpoints"))
+    checkpoints = storage.join(work.uri, "checkpoints")
     task = bundle.build_task(fitted.arch, fitted.objective, seed=work.seed)
-    if fitted.initial and not resume:
+    if fitted.initial and not checkpoint.newest(checkpoints):
         task.load_state_dict(bundle.load(fitted.initial).tensors)
     decoder, bad = decoder_of(fitted), _BadRows(work, ranks)
     rows = held or Rows(fitted.train, decoder, costs=fitted.costs)
@@ -148,9 +148,14 @@ def train_rank(work: RankJob, ranks: Ranks, on_progress: Callable[[dict[str, Any
         check = evaluate.evaluator(mine, metrics_of_source, ready, ranks, lambda: loop.autocast(train, ranks.device),
                                    train.micro_batch or -(-train.global_batch // ranks.count), work.threads, part=True,
                                    on_bad=lambda found: bad.add("validation", found))
-    log = MetricsLog(storage.join(work.uri, "log"), resume) if ranks.first else None
-    if log and fitted.left_out:
-        log.quarantine(list(fitted.left_out))
+    log: MetricsLog | None = None
+
+    def on_start(step: int, passed_over: list[str]) -> None:
+        nonlocal log
+        if ranks.first:
+            log = MetricsLog(storage.join(work.uri, "log"), step)
+            log.quarantine(list(fitted.left_out))
+
     if check and fitted.probe:
         tried = probe.prober(fitted.probe, rows.modality, ranks, lambda: loop.autocast(train, ranks.device), lambda found: log and log.quarantine(found))
         check = _both(check, tried)
@@ -174,7 +179,7 @@ def train_rank(work: RankJob, ranks: Ranks, on_progress: Callable[[dict[str, Any
     began = time.time()
     run = loop.Run(task=task, technique=Full(), train=train, steps=work.steps, seed=work.seed, batches=batches, ready=ready,
                    keeper=loop.KeepBest(metrics_of_source[0], "last" if objective.couples_rows else train.keep), evaluate=check, ranks=ranks,
-                   checkpoints=storage.join(work.uri, "checkpoints"), on_log=on_log, on_eval=on_eval, on_rows=trace,
+                   checkpoints=checkpoints, on_start=on_start, on_log=on_log, on_eval=on_eval, on_rows=trace,
                    bad_rows=lambda found, seen: bad.add("train", found))
     try:
         outcome = loop.fit(run)
@@ -192,7 +197,7 @@ def train_rank(work: RankJob, ranks: Ranks, on_progress: Callable[[dict[str, Any
         objective.after_training(task.backbone)
         bundle.save(storage.join(work.uri, "bundle"), task, fitted.modality, parent=fitted.start, training=facts, spec_hash=work.key,
                     metrics=run.keeper.metrics)  # type: ignore[attr-defined]
-        checkpoint.clear(storage.join(work.uri, "checkpoints"))
+        checkpoint.clear(checkpoints)
         if fitted.initial:
             storage.remove_tree(fitted.initial)
     return facts

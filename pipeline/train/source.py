@@ -33,7 +33,7 @@ STRETCHED, ROUNDED = 1.1, 1.0
 SPAN_ROWS, SPAN_BYTES = 8192, 16 << 20
 """Texts that are packed or tokenised in one task: at most so many, and about so many bytes of their files."""
 WHERE_NOT_WHAT = {"uri", "train", "validation", "test"}
-HOW_NOT_WHAT = {"log_every_steps", "checkpoint_every_steps", "trace_rows"}
+HOW_NOT_WHAT = {"log_every_steps", "checkpoint_every_steps", "checkpoint_every_minutes", "trace_rows"}
 PACKED = {name: name for name in ("tokens", "segments", "bytes")}
 """Columns of packed rows."""
 

@@ -17,7 +17,7 @@ from toys import SMALL, furthest, image_rows, make_run, net_task, packed_rows, t
 from pipeline.contracts import Batch
 from pipeline.data.stream import Loaded, eval_batches
 from pipeline.techniques.rates import LPFT, LPFTOptions
-from pipeline.train import evaluate, loop
+from pipeline.train import checkpoint, evaluate, loop
 from pipeline.train.loop import NonFiniteError, Ranks
 
 pytestmark = pytest.mark.slow
@@ -302,6 +302,30 @@ def test_two_ranks_go_on_bit_for_bit(team, tmp_path, stop, resumed):
     again = team(train_in_parts, str(tmp_path / "parts"), dropout=0.4)
     for a, b in zip(again, whole, strict=True):
         assert furthest(a[0], b[0]) == 0.0 and a[2] == resumed and a[3] == b[3]
+
+
+def train_by_the_clock(ranks: Ranks, folder: str):
+    """Rank 0's clock says that a resume point is due at every step, that of the other rank says never. The newest one at each log line."""
+    run = make_run(image_rows(48), net_task(), steps=12, ranks=ranks, lr=0.01, log_every_steps=3, checkpoints=folder)
+    minutes = iter(range(10**6))
+    run.clock = lambda: 3600.0 * next(minutes) if ranks.first else 0.0
+    seen, notes = [], []
+    run.on_log = lambda log: seen.append(checkpoint.newest(folder))
+    run.on_start = lambda step, passed_over: notes.extend(passed_over)
+    outcome = loop.fit(run)
+    return weights(run.task), outcome.resumed_from, seen, notes
+
+
+def test_ranks_with_other_clocks_agree_on_the_steps_of_resume_points(team, tmp_path):
+    """Rank 0 decides, every third step here (they ask each other where they log); and on which of them to go on from."""
+    first = team(train_by_the_clock, str(tmp_path))
+    assert [part[2] for part in first] == [[0, 3, 6, 9]] * 2
+    path = tmp_path / "step-0000000009" / "state.pt"
+    path.write_bytes(path.read_bytes()[:-1])
+    again = team(train_by_the_clock, str(tmp_path))
+    assert [part[1] for part in again] == [6, 6]
+    assert all("step 9 is damaged" in part[3][0] for part in again)
+    assert furthest(again[0][0], first[0][0]) == furthest(again[1][0], first[0][0]) == 0.0
 
 
 def torch_seed(ranks: Ranks, seed: int) -> None:

@@ -472,18 +472,79 @@ def test_a_resume_point_that_was_not_finished_is_passed_over(rows, validation, t
     assert checkpoint.newest(str(tmp_path)) == 9
     os.remove(tmp_path / "step-0000000009" / "manifest.json")  # written last, so on S3 it is what a killed writer lacks
     assert checkpoint.newest(str(tmp_path)) == 6
-    state = checkpoint.load(str(tmp_path), Ranks())
-    assert state is not None and state["step"] == 6
+    state, passed_over = checkpoint.load(str(tmp_path), Ranks())
+    assert state is not None and state["step"] == 6 and passed_over == []
 
 
-def test_a_damaged_resume_point_is_refused(rows, validation, tmp_path):
-    loop.fit(resumable(rows, validation, tmp_path, "full"))
-    path = tmp_path / "step-0000000009" / "state.pt"
+def flip_a_bit(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    with pytest.raises(storage.StorageError, match=r"state\.pt"):
+
+
+@pytest.mark.parametrize("file", ["state.pt", "manifest.json"])
+def test_a_damaged_resume_point_gives_way_to_the_one_before(rows, validation, tmp_path, file):
+    """The run goes on from the older one, says so in every record, and ends as if nothing had been damaged."""
+    whole = resumable(rows, validation, tmp_path / "whole", "full")
+    loop.fit(whole)
+    loop.fit(resumable(rows, validation, tmp_path / "parts", "full"))
+    flip_a_bit(tmp_path / "parts" / "step-0000000009" / file)
+    again = resumable(rows, validation, tmp_path / "parts", "full")
+    starts, logs = [], []
+    again.on_start, again.on_log = lambda step, notes: starts.append((step, notes)), logs.append
+    outcome = loop.fit(again)
+    assert outcome.resumed_from == 6 and furthest(weights(again.task), weights(whole.task)) == 0.0
+    (step, notes), = starts
+    assert step == 6 and len(notes) == 1
+    assert "the resume point of step 9 is damaged" in notes[0] and file in notes[0] and "goes on from that of step 6" in notes[0]
+    assert all(notes[0] in log["warning"] for log in logs)
+    assert checkpoint.newest(str(tmp_path / "parts")) == 9, "written again, whole"
+    assert checkpoint.load(str(tmp_path / "parts"), Ranks())[1] == []
+
+
+def test_resume_points_that_are_all_damaged_are_refused(rows, validation, tmp_path):
+    """Days of work are not thrown away in silence: the error names the folder to remove."""
+    loop.fit(resumable(rows, validation, tmp_path, "full"))
+    for step in (6, 9):
+        flip_a_bit(tmp_path / f"step-{step:010d}" / "state.pt")
+    with pytest.raises(storage.StorageError, match=r"no resume point in .* is intact.*step 9.*state\.pt.*Remove that folder"):
         loop.fit(resumable(rows, validation, tmp_path, "full"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-0000000006", "step-0000000009"], "nothing was removed"
+
+
+def test_a_resume_point_that_cannot_be_read_now_is_not_taken_for_damaged(rows, validation, tmp_path, monkeypatch):
+    """A storage that does not answer must not cost the newest resume point."""
+    loop.fit(resumable(rows, validation, tmp_path, "full"))
+
+    def unreachable(uri):
+        raise storage.StorageError(f"cannot read {uri}: the server is down") from ConnectionError("down")
+
+    monkeypatch.setattr(storage, "read_bytes", unreachable)
+    with pytest.raises(storage.StorageError, match="the server is down"):
+        checkpoint.load(str(tmp_path), Ranks())
+    assert checkpoint.newest(str(tmp_path)) == 9
+
+
+def test_resume_points_come_by_time_too(rows, validation, tmp_path):
+    """A short run of slow steps has one: here a step takes four minutes, and none is due by steps."""
+    run = resumable(rows, validation, tmp_path, "full")
+    run.train = run.train.model_copy(update={"checkpoint_every_steps": None, "ema": None})
+    now, saved = [0.0], []
+    run.clock = lambda: now[0]
+    run.on_rows = lambda step, ids: now.__setitem__(0, now[0] + 240.0)
+    run.on_log = lambda record: saved.append(checkpoint.newest(str(tmp_path)))
+    loop.fit(run)
+    assert run.train.checkpoint_every_minutes == 10.0
+    assert saved == [0, 0, 0, 3, 3, 3, 6, 6, 6, 9, 9, 9], "every 12 minutes: the first step after ten"
+
+
+def test_resume_points_by_steps_alone(rows, validation, tmp_path):
+    run = resumable(rows, validation, tmp_path, "full")
+    run.train = run.train.model_copy(update={"checkpoint_every_steps": None, "checkpoint_every_minutes": None})
+    seconds = iter(range(0, 10**9, 10**6))
+    run.clock = lambda: float(next(seconds))
+    loop.fit(run)
+    assert not list(tmp_path.iterdir())
 
 
 def test_only_the_newest_resume_points_are_kept(rows, validation, tmp_path):

@@ -110,22 +110,73 @@ def test_a_step_that_is_skipped_leaves_no_trace_in_the_optimiser(kind, filled):
     assert furthest(*results) == 0.0
 
 
-@pytest.mark.parametrize("nesterov", [0.0, 0.9])
-def test_sgd_equals_torch_without_fusing(nesterov):
-    spec = train(optimizer="sgd", lr=0.1, momentum=nesterov, weight_decay=0.01)
+def trained_side_by_side(momentum: float, decay: float, theirs) -> tuple[dict, dict]:
+    """Weights after four steps on the same random gradients: by our SGD, and by what ``theirs`` makes of (matrices, vectors)."""
+    spec = train(optimizer="sgd", lr=0.1, momentum=momentum, weight_decay=decay)
     a, b = net_task(), net_task()
     ours = optim.optimizer(optim.groups(a, dict.fromkeys(dict(a.named_parameters()), 1.0), spec), spec)
-    matrices, vectors = ([p for p in b.parameters() if (p.dim() > 1) == big] for big in (True, False))
-    theirs = torch.optim.SGD([{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}], lr=0.1, momentum=nesterov,
-                             nesterov=nesterov > 0, fused=False, foreach=False)
+    other = theirs(*([p for p in b.parameters() if (p.dim() > 1) == big] for big in (True, False)))
     for step in range(4):
         torch.manual_seed(step)
         for p, q in zip(a.parameters(), b.parameters(), strict=True):
             p.grad = torch.randn(p.shape)
             q.grad = p.grad.clone()
         ours.step()
-        theirs.step()
-    assert furthest(weights(a), weights(b)) < 1e-6
+        other.step()
+    return weights(a), weights(b)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_sgd_without_decay_is_that_of_torch(momentum):
+    def theirs(matrices, vectors):
+        return torch.optim.SGD([*matrices, *vectors], lr=0.1, momentum=momentum, nesterov=momentum > 0, fused=False, foreach=False)
+
+    assert furthest(*trained_side_by_side(momentum, 0.0, theirs)) < 1e-6
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_sgd_decays_apart_from_the_gradient(momentum):
+    """timm's SGDW is an implementation of its own of Loshchilov and Hutter 2019; torch's SGD (L2) is another thing with momentum."""
+    from timm.optim import SGDW
+
+    def theirs(matrices, vectors):
+        groups = [{"params": matrices, "weight_decay": 0.5}, {"params": vectors, "weight_decay": 0.0}]
+        return SGDW(groups, lr=0.1, momentum=momentum, nesterov=momentum > 0, foreach=False)
+
+    def l2(matrices, vectors):
+        groups = [{"params": matrices, "weight_decay": 0.5}, {"params": vectors, "weight_decay": 0.0}]
+        return torch.optim.SGD(groups, lr=0.1, momentum=momentum, nesterov=momentum > 0, fused=False, foreach=False)
+
+    assert furthest(*trained_side_by_side(momentum, 0.5, theirs)) < 1e-6
+    assert (furthest(*trained_side_by_side(momentum, 0.5, l2)) > 0.05) == (momentum > 0)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+def test_a_search_over_decay_means_the_same_with_and_without_momentum(kind):
+    """Ten steps without a gradient leave w (1 - lr decay)^10: L2 with momentum 0.9 left less than a third of that."""
+    spec = train(optimizer=kind, lr=0.1, momentum=0.9, weight_decay=0.5)
+    task = net_task()
+    before = weights(task)
+    made = optim.optimizer(optim.groups(task, dict.fromkeys(dict(task.named_parameters()), 1.0), spec), spec)
+    for _ in range(10):
+        for p in task.parameters():
+            p.grad = torch.zeros_like(p)
+        made.step()
+    for name, after in weights(task).items():
+        torch.testing.assert_close(after, before[name] * (1 - 0.1 * 0.5) ** 10 if after.dim() > 1 else before[name])
+    assert sorted({group["weight_decay"] for group in made.param_groups}) == [0.0, 0.5]
+
+
+def test_a_skipped_step_of_sgd_decays_nothing():
+    spec = train(optimizer="sgd", lr=0.1, weight_decay=0.5)
+    task = net_task()
+    before = weights(task)
+    made = optim.optimizer(optim.groups(task, dict.fromkeys(dict(task.named_parameters()), 1.0), spec), spec)
+    for p in task.parameters():
+        p.grad = torch.full_like(p, math.nan)
+    made.grad_scale, made.found_inf = torch.ones(()), torch.ones(())
+    made.step()
+    assert furthest(weights(task), before) == 0.0
 
 
 # ---------------------------------------------------------------- schedule

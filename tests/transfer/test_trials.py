@@ -69,7 +69,8 @@ def test_an_id_follows_every_setting_that_matters(world, path, value):
     ("name", "other"), ("storage", "elsewhere"), ("fanout.seeds", 7), ("fanout.cpus_per_trial", 0.5), ("techniques", [{"name": "full"}]),
     ("targets.task.label_fractions", [0.1, 1.0]), ("targets.task.techniques", [{"name": "full"}]), ("targets.task.data.max_bad_rows", 0.5),
     ("sources.src.workers", 4),
-    *[(f"targets.task.train.{name}", value) for name, value in {"log_every_steps": 3, "checkpoint_every_steps": 7, "trace_rows": True}.items()]])
+    *[(f"targets.task.train.{name}", value) for name, value in {
+        "log_every_steps": 3, "checkpoint_every_steps": 7, "checkpoint_every_minutes": 2.5, "trace_rows": True}.items()]])
 def test_an_id_does_not_follow_what_changes_no_number(world, path, value):
     job, shared = world
     assert trial_of(changed(job, path, value), shared).id == trial_of(job, shared).id
