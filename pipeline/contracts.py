@@ -78,6 +78,8 @@ class Modality(ABC):
     """Column roles that it reads where an objective has them (a mask moves with its image)."""
     target_options: ClassVar[tuple[str, ...]] = ()
     """Options that a target may set otherwise than its source did: they change how rows are read, not what was fitted."""
+    file_roles: ClassVar[tuple[str, ...]] = ()
+    """Column roles whose values may name files (images, masks, recordings): what these files hold is part of every key."""
     packed_roles: ClassVar[tuple[str, ...]] = ()
     """Column roles of the rows that ``pack`` makes; ``tokenize`` makes the first one."""
     fitted_roles: ClassVar[tuple[str, ...]] = ()

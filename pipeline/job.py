@@ -92,6 +92,9 @@ class Data(Spec):
     format: Literal["auto", "parquet", "images", "audio", "jsonl", "csv", "text", "paragraphs", "documents"] = Field(
         "auto", description="auto: by file name; recordings longer than 30 s are cut at silence (audio); plain text is read as a row a line (text), as "
         "rows parted by blank lines (paragraphs), or as a row a file (documents)")
+    identity: Literal["content", "stat"] = Field(
+        "content", description="how a changed file is found: content: every file, and every file that a row names, is read once and hashed; stat: by size "
+        "and time of change alone, for corpora that are too large to be read twice")
     where: dict[str, list[str | int | float | bool]] = Field(default_factory=dict, description="keep rows whose column holds one of these values")
     split_column: str | None = Field(None, description="a column that names each row's split; it is obeyed")
     split_values: dict[Literal["train", "validation", "test"], list[str]] = Field(

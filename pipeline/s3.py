@@ -180,7 +180,8 @@ class Reader(io.RawIOBase):
     def __init__(self, uri: Uri):
         self._uri, self._position = uri, 0
         self._file = on_s3("read", uri, "open", "rb", cache_type="none")
-        self._size: int = call("read", uri, lambda: self._file.size)
+        self.size: int = call("read", uri, lambda: self._file.size)
+        self.etag: str = call("read", uri, lambda: self._file.details["ETag"])
 
     def readable(self) -> bool:
         return True
@@ -189,21 +190,21 @@ class Reader(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        position = offset + (0, self._position, self._size)[whence]
+        position = offset + (0, self._position, self.size)[whence]
         if position < 0:
             raise ValueError(f"{self._uri}: cannot seek to {position}")
         self._position = position
         return position
 
     def readall(self) -> bytes:  # the inherited one asks for 8 KiB at a time
-        return self.read(max(0, self._size - self._position)) or b""
+        return self.read(max(0, self.size - self._position)) or b""
 
     def readinto(self, buffer: Any) -> int:
         def read_range() -> bytes:
             self._file.seek(self._position)
             return self._file.read(wanted)
 
-        wanted = max(0, min(len(buffer), self._size - self._position))
+        wanted = max(0, min(len(buffer), self.size - self._position))
         data = call("read", self._uri, read_range) if wanted else b""
         if len(data) != wanted:
             raise StorageError(f"cannot read {self._uri}: {len(data)} of {wanted} bytes came; run again")
@@ -212,18 +213,27 @@ class Reader(io.RawIOBase):
         return wanted
 
 
-def list_keys(path: str, recursive: bool) -> list[str]:
-    """Not by s3fs's find or glob: given a depth they walk with on_error="omit", so a 503 reads as an empty folder."""
+def list_objects(path: str, recursive: bool) -> list[dict[str, Any]]:
+    """Key, Size and ETag of the objects below bucket/prefix.
+
+    Not by s3fs's find or glob: given a depth they walk with on_error="omit", so a 503 reads as an empty folder.
+    """
     bucket, _, prefix = f"{path}/".partition("/")
     options: dict[str, Any] = {"Bucket": bucket, "Prefix": prefix, **({} if recursive else {"Delimiter": "/"})}
-    found, more = [], True
+    found: list[dict[str, Any]] = []
+    more = True
     while more:
         page = call("list", f"s3://{path}", lambda: client().call_s3("list_objects_v2", **options))
-        keys = [entry["Key"] for entry in page.get("Contents", [])]
-        found += [f"s3://{bucket}/{key}" for key in keys if not key.endswith("/")]
+        found += [entry for entry in page.get("Contents", []) if not entry["Key"].endswith("/")]
         more = page.get("IsTruncated", False)
         options["ContinuationToken"] = page.get("NextContinuationToken")
     return found
+
+
+def list_keys(path: str, recursive: bool) -> list[str]:
+    """URIs of the objects below bucket/prefix."""
+    bucket = path.partition("/")[0]
+    return [f"s3://{bucket}/{entry['Key']}" for entry in list_objects(path, recursive)]
 
 
 def remove_key(uri: str) -> None:

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
-from pipeline import bundle, folders, hugging_face, registry, speech_folders, storage
+from pipeline import bundle, folders, hugging_face, identity, registry, speech_folders, storage
 from pipeline.bundle import BundleError
 from pipeline.contracts import Backbone, Task
 
@@ -85,13 +85,13 @@ def fingerprint(text: str) -> str:
     if prefix == "bundle":
         return f"bundle:{folders.open_folder(uri)['sha256']}"
     if prefix in ("file", "file-by-order"):
-        return f"{prefix}:{storage.fingerprint(uri)}"
+        return f"{prefix}:{identity.fingerprint(uri)}"
     if prefix == "hf" and storage.is_dir(uri):
         found = [storage.join(uri, name) for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
                                                         *speech_folders.FILES[:3])]
         held = any(storage.exists(storage.join(uri, name)) for name in (hugging_face.MODEL, hugging_face.INDEX))  # ``read`` says what is missing
         weights = hugging_face.weight_files(uri) if held else []
-        return "hf:" + " ".join(storage.fingerprint(file) for file in (*found, *weights) if storage.exists(file))
+        return "hf:" + " ".join(identity.fingerprint(file) for file in (*found, *weights) if storage.exists(file))
     return text
 
 

@@ -85,10 +85,11 @@ def is_dir(uri: Uri) -> bool:
 
 def size(uri: Uri) -> int:
     """Bytes in a file."""
-    return _file_info(uri)["size"]
+    return file_info(uri)["size"]
 
 
-def _file_info(uri: Uri) -> dict[str, Any]:
+def file_info(uri: Uri) -> dict[str, Any]:
+    """{size, on S3 ETag} of a file; an error for a folder and for nothing there."""
     info = _info(uri)
     if info["type"] == "directory":
         raise StorageError(f"{os.fspath(uri)} is a folder; name a file in it")
@@ -164,28 +165,6 @@ def sha256(uri: Uri) -> tuple[str, int]:
         return digest.hexdigest(), count
 
     return s3.call("read", uri, read)
-
-
-def checksum_or_etag(uri: Uri) -> str:
-    """S3: the ETag; local: SHA-256 of the file up to 64 MiB, of its first and last 8 MiB beyond."""
-    info, (remote, path) = _file_info(uri), s3.split(uri)
-    if remote:
-        return "etag:" + info["ETag"].strip('"')
-    if info["size"] <= 64 * _MIB:
-        return "sha256:" + sha256(uri)[0]
-
-    def read_ends() -> bytes:
-        with open(path, "rb") as file:
-            start = file.read(8 * _MIB)
-            file.seek(-8 * _MIB, os.SEEK_END)
-            return start + file.read()
-
-    return "ends:" + hashlib.sha256(s3.call("read", uri, read_ends)).hexdigest()
-
-
-def fingerprint(uri: Uri) -> str:
-    """`<size in bytes>-<checksum_or_etag>`: changes when the file does and costs little."""
-    return f"{size(uri)}-{checksum_or_etag(uri)}"
 
 
 # --- listing and removing ---

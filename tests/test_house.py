@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "pipeline").rglob("*.py"))
 NAMES = {".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file for file in FILES}
 FLOORS = [
-    {"job", "jobfile", "contracts", "registry", "s3", "storage", "folders", "rng", "lease", "coco", "pixels", "imagefile", "spans", "tokenizer",
+    {"job", "jobfile", "contracts", "registry", "s3", "storage", "identity", "folders", "rng", "lease", "coco", "pixels", "imagefile", "spans", "tokenizer",
      "ragged", "lists", "facts", "batch", "calibration", "imbalance", "ranking", "frames", "audiofile", "audioheader", "spectrogram", "transcripts",
      "actions", "trajectories", "simulation", "provenance"},
     {"metrics", "bundle", "gather", "data", "modalities", "models", "pyramid", "speech_folders"},

@@ -19,7 +19,8 @@ import pyarrow.csv as pacsv
 import pyarrow.json as pajson
 import pyarrow.parquet as pq
 
-from pipeline import folders, s3, storage
+from pipeline import folders, identity, s3, storage
+from pipeline.identity import FileIdentity
 from pipeline.job import spec_hash
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
@@ -106,11 +107,23 @@ def _expand(uris: list[str], form: str) -> list[tuple[str, str]]:
     return sorted({file: root for root, file in reversed(out)}.items())
 
 
-def to_parquet(uris: list[str], form: str, imports_uri: str) -> tuple[list[str], str | None]:
-    """Parquet files that hold the rows of the given files: themselves, or an import of them under ``imports_uri``. And, for images and sound, a
-    fingerprint of what was found, wherever it lies; none where the Parquet files themselves tell.
+class Imported(NamedTuple):
+    """The Parquet files that hold the rows of some files."""
 
-    Raises ValueError for no files, kinds that are mixed, an empty file, or one that is cut off or has a row beyond the limit (file and line named).
+    files: list[str]
+    fingerprint: str | None = None
+    """Of what was found, wherever it lies; none where the Parquet files themselves tell."""
+    own: tuple[FileIdentity, ...] = ()
+    """The Parquet files themselves, where they are no import."""
+    named: tuple[FileIdentity, ...] = ()
+    """The images or recordings of a folder, which the rows name and which are read in training."""
+
+
+def to_parquet(uris: list[str], form: str, imports_uri: str, mode: identity.Mode = "content") -> Imported:
+    """The given files as Parquet: themselves, or an import of them under ``imports_uri``. ``mode``: how files are identified (`identity`).
+
+    Raises ValueError for no files, kinds that are mixed, an empty file, or one that is cut off or has a row beyond the limit (file and line named);
+    ChangedFileError for a file that changes while it is brought in.
     """
     pairs = _expand(uris, form)
     kinds = {form} if form != "auto" else {_kind(f) for f, _ in pairs}
@@ -124,16 +137,18 @@ def to_parquet(uris: list[str], form: str, imports_uri: str) -> tuple[list[str],
     kind, fingerprint, listed = kinds.pop(), None, []
     files = [file for file, _ in pairs]
     if kind in LISTED:
-        listed, cut = _listed(pairs), [AUDIO_VERSION, LONGEST_SECONDS] if kind == "audio" else []
+        listed, cut = _listed(pairs, mode), [AUDIO_VERSION, LONGEST_SECONDS] if kind == "audio" else []
+        read = [file.identity for file in listed]
         key = spec_hash(kind, [[file.uri, file.mark] for file in listed], *cut)
         fingerprint = spec_hash(kind, [[file.name, file.label, file.mark] for file in listed], *cut)
     else:
         for file in files:
             if kind != "documents" and storage.size(file) == 0:  # an empty image or document is one bad row, an empty table is a mistake
                 raise ValueError(f"{file}: the file is empty (0 bytes); remove it or write it again")
+        read = identity.identify(files, mode)
         if kind == "parquet":
-            return files, None
-        key = spec_hash(kind, [[PurePosixPath(file).name, storage.fingerprint(file)] for file in files], *([TEXT_VERSION] if kind in TEXTS else []))
+            return Imported(files, own=tuple(read))
+        key = spec_hash(kind, [[PurePosixPath(file.uri).name, file.content] for file in read], *([TEXT_VERSION] if kind in TEXTS else []))
     folder = storage.join(imports_uri, key)
     if not storage.exists(storage.join(folder, "manifest.json")):
         with tempfile.TemporaryDirectory() as scratch:
@@ -142,42 +157,39 @@ def to_parquet(uris: list[str], form: str, imports_uri: str) -> tuple[list[str],
                 pq.write_table(_recordings(listed) if kind == "audio" else _pictures(listed), path, row_group_size=GROUP_ROWS)
             else:
                 _write(kind, files, path)
+            identity.check_unchanged(read)
             folders.commit_folder(folder, {"rows.parquet": path}, {"kind": kind, "format_version": 1})
-    return [storage.join(folder, "rows.parquet")], fingerprint
+    return Imported([storage.join(folder, "rows.parquet")], fingerprint, named=tuple(read) if kind in LISTED else ())
 
 
 # ---------------------------------------------------------------- images and sound
 
 class _File(NamedTuple):
-    """Where a file lies, its path below the folder that was named (below what they share, for globs and files), its folder's name, and
-    its bytes with the time of its last change (on S3 the ETag): another one in its place has another mark."""
+    """A file, its path below the folder that was named (below what they share, for globs and files) and its folder's name."""
 
-    uri: str
+    identity: FileIdentity
     name: str
     label: str
-    mark: str
+
+    @property
+    def uri(self) -> str:
+        return self.identity.uri
+
+    @property
+    def mark(self) -> str:
+        """What it holds: another one in its place has another mark."""
+        return self.identity.content
 
 
-def _listed(pairs: list[tuple[str, str]]) -> list[_File]:
+def _listed(pairs: list[tuple[str, str]], mode: identity.Mode) -> list[_File]:
     loose = [file.split("/")[:-1] for file, root in pairs if not root]
     shared = next((i for i, names in enumerate(zip(*loose, strict=False)) if len(set(names)) > 1), min(map(len, loose), default=0))
-    listed = {}
-    for root in dict.fromkeys(root for _, root in pairs if root and storage.is_remote(root)):
-        listed |= s3.on_s3("list", root, "find", detail=True)  # one request a thousand files
-
-    def look(pair: tuple[str, str]) -> _File:
-        file, root = pair
-        remote, path = s3.split(file)
-        if remote:
-            info = listed.get(path) or s3.on_s3("look at", file, "info")
-            uri, mark = file, f"{info['size']} {info['ETag'].strip(chr(34))}"
-        else:
-            status = s3.call("look at", file, os.stat, path)
-            uri, mark = os.path.abspath(path), f"{status.st_size} {status.st_mtime_ns}"
+    places = [file if storage.is_remote(file) else os.path.abspath(s3.split(file)[1]) for file, _ in pairs]
+    out = []
+    for (file, root), found in zip(pairs, identity.identify(places, mode), strict=True):
         name = file[len(root):].lstrip("/") if root else "/".join(file.split("/")[shared:])
-        return _File(uri, name, PurePosixPath(uri).parent.name, mark)
-
-    return list(_each(look, pairs))
+        out.append(_File(found, name, PurePosixPath(found.uri).parent.name))
+    return out
 
 
 def _each(work: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:

@@ -10,15 +10,18 @@ import hashlib
 from collections import OrderedDict
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise
 from pathlib import PurePosixPath
+from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline import lists, storage
+from pipeline import identity, lists, registry, storage
 from pipeline.data import imports
+from pipeline.identity import FileIdentity
 from pipeline.job import Data, spec_hash
 from pipeline.registry import nearest
 
@@ -41,6 +44,8 @@ class Manifest:
     groups: tuple[Group, ...]
     schema: pa.Schema = field(compare=False)
     fingerprint: str
+    identities: tuple[FileIdentity | None, ...] = field(default=(), compare=False)
+    """Of ``files`` as they were when the manifest was built; none for files that this project wrote itself."""
 
     @cached_property
     def starts(self) -> np.ndarray:
@@ -54,6 +59,11 @@ class Manifest:
     @property
     def size(self) -> int:
         return sum(group.size for group in self.groups)
+
+    def open(self, file: int) -> BinaryIO:
+        """One of ``files``, by its number, for reading. Raises ChangedFileError when it holds something else than when the manifest was built."""
+        known = self.identities[file] if self.identities else None
+        return storage.open_read(self.files[file]) if known is None else identity.open_unchanged(known)
 
     def place(self, row: int) -> str:
         """File and row group of a row id, for messages."""
@@ -91,7 +101,13 @@ class Selection:
 
 def build(uris: str | list[str], form: str, imports_uri: str) -> Manifest:
     """Manifest of files, folders and globs. Raises ValueError for no files, an unreadable file or schemas that differ."""
-    files, fingerprint = imports.to_parquet([uris] if isinstance(uris, str) else uris, form, imports_uri)
+    return build_with_named(uris, form, imports_uri)[0]
+
+
+def build_with_named(uris: str | list[str], form: str, imports_uri: str, mode: identity.Mode = "content") -> tuple[Manifest, tuple[FileIdentity, ...]]:
+    """As `build`, with the images or recordings that the rows of a folder of them name. ``mode``: how files are identified (`identity`)."""
+    found = imports.to_parquet([uris] if isinstance(uris, str) else uris, form, imports_uri, mode)
+    files, fingerprint = found.files, found.fingerprint
     groups, schema, digest = [], None, hashlib.sha256()
     for number, file in enumerate(files):
         metadata = _footer(file)
@@ -100,13 +116,15 @@ def build(uris: str | list[str], form: str, imports_uri: str) -> Manifest:
         if not here.equals(schema):
             raise ValueError(f"{file}: its schema differs from that of {files[0]}: {_difference(schema, here)}")
         if fingerprint is None:
-            digest.update(f"{PurePosixPath(file).name} {storage.fingerprint(file)}".encode())
+            content = found.own[number].content if found.own else identity.fingerprint(file)
+            digest.update(f"{PurePosixPath(file).name} {content}".encode())
         for i in range(metadata.num_row_groups):
             group = metadata.row_group(i)
             if group.num_rows:
                 groups.append(Group(number, i, group.num_rows, group.total_byte_size))
     assert schema is not None
-    return Manifest(tuple(files), tuple(groups), schema, fingerprint or digest.hexdigest()[:16])
+    made = Manifest(tuple(files), tuple(groups), schema, fingerprint or digest.hexdigest()[:16], found.own)
+    return made, found.named
 
 
 def _footer(file: str) -> pq.FileMetaData:
@@ -145,7 +163,7 @@ class Reader:
         group = self.manifest.groups[g]
 
         def read():
-            with storage.open_read(self.manifest.files[group.file]) as handle:
+            with self.manifest.open(group.file) as handle:
                 return pq.ParquetFile(handle).read_row_group(group.number, columns=self.columns)
 
         table = typed(storage.retry(read), self.manifest.schema)
@@ -181,9 +199,9 @@ def read_columns(selection: Selection, columns: list[str]) -> pa.Table:
         return pa.table({})
     parts = []
     filled = {g.file for g in selection.manifest.groups}
-    for number, file in enumerate(selection.manifest.files):
+    for number in range(len(selection.manifest.files)):
         if number in filled:
-            with storage.open_read(file) as handle:
+            with selection.manifest.open(number) as handle:
                 parts.append(typed(pq.read_table(handle, columns=columns), selection.manifest.schema))
     table = _plain_columns(pa.concat_tables(parts) if parts else selection.manifest.schema.empty_table().select(columns))
     return table if selection.rows is None else table.take(pa.array(selection.rows))
@@ -203,6 +221,8 @@ class Splits:
     origin: str
     corpora: tuple[int, ...] = ()
     """Training rows of each corpus, in the order of the job file and of ``train``."""
+    reads: tuple[FileIdentity, ...] = ()
+    """All files that are read in training: Parquet files, and those that their rows name."""
 
     @property
     def fingerprint(self) -> str:
@@ -331,7 +351,14 @@ def splits(data: Data, roles: tuple[str, ...], place: str, imports_uri: str, nee
 
 def _splits(data: Data, roles: tuple[str, ...], at: str, imports_uri: str) -> Splits:
     """Those of one corpus."""
-    first = build(data.uri if data.uri is not None else data.train or [], data.format, imports_uri)
+    named: dict[tuple[str, ...], tuple[FileIdentity, ...]] = {}
+
+    def built(uris: str | list[str]) -> Manifest:
+        manifest, listed = build_with_named(uris, data.format, imports_uri, data.identity)
+        named[manifest.files] = listed
+        return manifest
+
+    first = built(data.uri if data.uri is not None else data.train or [])
     _check_columns(first, data, roles, at)
     train = _where(Selection(first), data, at)
     given: dict[str, Selection] = {}
@@ -352,7 +379,7 @@ def _splits(data: Data, roles: tuple[str, ...], at: str, imports_uri: str) -> Sp
     for name in ("validation", "test"):
         files = getattr(data, name)
         if files is not None:
-            manifest = build(files, data.format, imports_uri)
+            manifest = built(files)
             _check_columns(manifest, data, roles, at)
             given[name] = _where(Selection(manifest), data, at)
             origin.append(f"{name} files")
@@ -366,7 +393,66 @@ def _splits(data: Data, roles: tuple[str, ...], at: str, imports_uri: str) -> Sp
     if data.group:
         origin.append(f"no {data.group} in two splits")
     empty = Selection(first, np.zeros(0, dtype=np.int64))
-    return Splits(train, given.get("validation", empty), given.get("test", empty), "; ".join(origin) or "as given", (len(train),))
+    parts = [train, given.get("validation", empty), given.get("test", empty)]
+    reads = [file for part in parts for file in (*part.manifest.identities, *named[part.manifest.files]) if file is not None]
+    kind = registry.get("modality", data.modality.name)
+    columns = tuple(data.columns[role] for role in kind.file_roles if role in data.columns)
+    looked = [number for number, part in enumerate(parts) if not named[part.manifest.files]]
+    found, more = with_named_files([parts[number] for number in looked], columns, data.identity)
+    for number, selection in zip(looked, found, strict=True):
+        parts[number] = selection
+    return Splits(parts[0], parts[1], parts[2], "; ".join(origin) or "as given", (len(train),), tuple(dict.fromkeys((*reads, *more))))
+
+
+def with_named_files(selections: list[Selection], columns: tuple[str, ...], mode: identity.Mode) -> tuple[list[Selection], list[FileIdentity]]:
+    """The same rows with the content of the files that they name in the fingerprints of their manifests; and those files.
+
+    A file is named by a text, or by the path of a struct that has no bytes (as in a Hugging Face data set), in one of ``columns``. A file that is not
+    there counts as absent: it is told where its row is read.
+    """
+    names = [_named_files(selection, columns) for selection in selections]
+    known = {file.uri: file for file in identity.identify(sorted(set().union(*names)), mode, absent_ok=True)} if any(names) else {}
+    contents: dict[tuple[str, ...], list[str]] = {}
+    for selection, inside in zip(selections, names, strict=True):
+        contents.setdefault(selection.manifest.files, []).extend(known[name].content for name in inside)
+    made: dict[int, Manifest] = {}
+    for selection in selections:
+        manifest = selection.manifest
+        inside = contents[manifest.files]
+        made[id(manifest)] = replace(manifest, fingerprint=spec_hash(manifest.fingerprint, inside)) if inside else manifest
+    return [Selection(made[id(selection.manifest)], selection.rows) for selection in selections], list(known.values())
+
+
+def _named_files(selection: Selection, columns: tuple[str, ...]) -> list[str]:
+    """The files that some rows name, each once, in the order of the rows."""
+    found: dict[str, None] = {}
+    for name in columns:
+        kind = selection.manifest.schema.field(name).type
+        values = kind.value_type if pa.types.is_dictionary(kind) else kind
+        is_text = pa.types.is_string(values) or pa.types.is_large_string(values)
+        has_path = pa.types.is_struct(values) and values.get_field_index("path") >= 0
+        if not len(selection) or not (is_text or has_path):
+            continue
+        found |= dict.fromkeys(_texts_of(selection, name) if is_text else _paths_of(selection, name))
+    return list(found)
+
+
+def _texts_of(selection: Selection, name: str) -> list[str]:
+    return [value for value in pc.unique(read_columns(selection, [name])[name]).to_pylist() if value]  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _paths_of(selection: Selection, name: str) -> list[str]:
+    """Of structs of bytes and path those paths that stand without bytes. Read a row group at a time: the bytes may take gigabytes."""
+    ids, out = selection.ids(np.arange(len(selection))), []
+    reader = Reader(selection.manifest, [name])
+    for start, stop in pairwise(selection.boundaries.tolist()):
+        cells = reader.take(ids[start:stop])[name].combine_chunks()
+        path = pc.struct_field(cells, "path")  # pyright: ignore[reportAttributeAccessIssue]
+        if cells.type.get_field_index("bytes") >= 0:
+            held = pc.fill_null(pc.binary_length(pc.struct_field(cells, "bytes")), 0)  # pyright: ignore[reportAttributeAccessIssue]
+            path = path.filter(pc.equal(held, 0))  # pyright: ignore[reportAttributeAccessIssue]
+        out += [value for value in path.to_pylist() if value]
+    return out
 
 
 def _joined(parts: list[Splits], columns: list[str], at: str, texts: frozenset[str]) -> Splits:
@@ -377,7 +463,8 @@ def _joined(parts: list[Splits], columns: list[str], at: str, texts: frozenset[s
     told = "; ".join(f"corpus {i + 1}: {part.origin}" for i, part in enumerate(parts))
     if len({part.origin for part in parts}) == 1:
         told = f"each of {len(parts)} corpora: {parts[0].origin}"
-    return Splits(whole["train"], whole["validation"], whole["test"], told, tuple(len(part.train) for part in parts))
+    reads = tuple(dict.fromkeys(file for part in parts for file in part.reads))
+    return Splits(whole["train"], whole["validation"], whole["test"], told, tuple(len(part.train) for part in parts), reads)
 
 
 def _concatenated(selections: list[Selection], columns: list[str], places: list[str], texts: frozenset[str] = frozenset()) -> Selection:
@@ -403,7 +490,8 @@ def _concatenated(selections: list[Selection], columns: list[str], places: list[
     schema = pa.schema([field.with_type(pa.binary()) if field.name in as_bytes else field for field in schema])
     joined = Manifest(tuple(file for manifest in manifests for file in manifest.files),
                       tuple(replace(group, file=int(group.file + files[i])) for i, manifest in enumerate(manifests) for group in manifest.groups),
-                      schema, spec_hash([manifest.fingerprint for manifest in manifests]))
+                      schema, spec_hash([manifest.fingerprint for manifest in manifests]),
+                      tuple(one for manifest in manifests for one in (manifest.identities or (None,) * len(manifest.files))))
     ids = [selection.ids(np.arange(len(selection))) + rows[i] for i, selection in enumerate(selections)]
     return Selection(joined, None if all(selection.rows is None for selection in selections) else np.concatenate(ids))
 

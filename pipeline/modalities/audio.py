@@ -74,6 +74,7 @@ class Audio(Modality):
 
     roles = ("audio",)
     optional_roles = ("start", "seconds")
+    file_roles = ("audio",)
     target_options = ("max_seconds", "speed", "noise", "noise_snr", "frequency_masks", "frequency_width", "time_masks", "time_width", "time_share")
     cost_role = "seconds"
     cost_unit = "seconds"

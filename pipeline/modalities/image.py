@@ -62,6 +62,7 @@ class Image(Modality):
 
     roles = ("image",)
     optional_roles = ("mask",)
+    file_roles = ("image", "mask")
     target_options = ("size", "channels", "fit", "crop", "area", "scale", "flip", "colour", "randaugment")
 
     def __init__(self, options: Any, state: dict[str, Any]):

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline import bundle, registry, starts, storage
+from pipeline import bundle, identity, registry, starts, storage
 from pipeline.contracts import Modality, Objective
 from pipeline.data import manifest as manifests
 from pipeline.data.manifest import Selection
@@ -26,7 +26,7 @@ def by_content(plug: Plug) -> dict[str, Any]:
     """
     def held(name: str, place: str) -> str:
         files = [storage.join(place, one) for one in TOKENIZER] if name == "tokenizer" else [place]
-        return spec_hash([storage.fingerprint(file) if file == files[0] or storage.exists(file) else None for file in files])
+        return spec_hash([identity.fingerprint(file) if file == files[0] or storage.exists(file) else None for file in files])
 
     return {name: held(name, value) if value and name in PLACES.get(plug.name, ()) else value for name, value in plug.options.items()}
 

@@ -22,6 +22,7 @@ from ray.job_config import JobConfig
 
 from pipeline import prepare_ray, storage
 from pipeline.data.stream import DataWorkers
+from pipeline.identity import ChangedFileError
 from pipeline.job import Source
 from pipeline.train import pretrain as work_of
 from pipeline.train import source
@@ -188,7 +189,7 @@ def _rank_main(config: dict[str, Any]) -> None:
 
     try:
         work_of.train_rank(work, ranks, on_progress, held(config["rows"]) if config["rows"] is not None else None)
-    except (ValueError, LookupError, TypeError, AttributeError, NonFiniteError, UserCodeException) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, NonFiniteError, UserCodeException, ChangedFileError) as error:
         ray.get(board.fail.remote(_first_cause(error)))
         raise
 
@@ -197,7 +198,7 @@ def _first_cause(error: BaseException) -> str:
     """The message of the error that began it, without Ray's account of the way it took."""
     while isinstance(error, RayError) and (inner := getattr(error, "cause", None) or error.__cause__):
         error = inner
-    return str(error) if isinstance(error, (ValueError, NonFiniteError)) else f"{type(error).__name__}: {error}"
+    return str(error) if isinstance(error, (ValueError, NonFiniteError, ChangedFileError)) else f"{type(error).__name__}: {error}"
 
 
 def _watch(board: Any, name: str, progress: Progress, stop: threading.Event) -> None:

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline import bundle, starts, storage
+from pipeline import bundle, identity, starts, storage
 from pipeline.data.buckets import BucketPlan
 from pipeline.data.plan import Mixture, Plan
 from pipeline.data.stream import DataWorkers, Decoder, Place, Rows, check_budget, plan_of, rows_an_item, train_batches
+from pipeline.identity import FileIdentity
 from pipeline.job import Train
 from pipeline.techniques.rates import Full
 from pipeline.train import checkpoint, evaluate, loop, probe
@@ -49,6 +50,8 @@ class RankJob:
     split_text: str
     mixture: Mixture | None = None
     """Ranges and weights of the corpora, where they have weights."""
+    reads: tuple[FileIdentity, ...] = ()
+    """Files that are read in training: no bundle is written when one of them has changed."""
 
 
 def steps_of(train: Train, plan: Plan) -> int:
@@ -64,7 +67,7 @@ def rank_job(stage: SourceStage, fitted: Fitted, workers: DataWorkers, threads: 
     place: Place = "workers" if spec.data.decode == "auto" else spec.data.decode
     check_plan(stage, fitted.corpora)
     work = RankJob(stage.name, stage.uri, stage.key, stage.seed, spec.train, 0, fitted, shards, shuffle, place, spec.data.max_bad_rows, workers, threads,
-                   fitted.text, mixture(spec, fitted.corpora))
+                   fitted.text, mixture(spec, fitted.corpora), reads=stage.reads)
     rows = Rows(fitted.train, decoder_of(fitted), costs=fitted.costs)
     plan, text = order_of(work, rows, 1), fitted.text
     if isinstance(plan, BucketPlan):
@@ -194,6 +197,7 @@ def train_rank(work: RankJob, ranks: Ranks, on_progress: Callable[[dict[str, Any
              "warning": warning, "started_at": began, "spec_hash": work.key,
              **({"padding_share": round(plan.padding(), 4)} if isinstance(plan, BucketPlan) else {})}
     if ranks.first:
+        identity.check_unchanged(work.reads)
         objective.after_training(task.backbone)
         bundle.save(storage.join(work.uri, "bundle"), task, fitted.modality, parent=fitted.start, training=facts, spec_hash=work.key,
                     metrics=run.keeper.metrics)  # type: ignore[attr-defined]
@@ -235,6 +239,7 @@ def import_checkpoint(stage: SourceStage) -> dict[str, Any]:
                 "curve": [], "ranks": 0, "device": "none", "spec_hash": stage.key}
     text = spec.init or spec.backbone.name
     start = starts.read(text, spec.backbone.name)
+    stage.check_start()
     began = time.time()
     modality = start.modality
     if start.arch is None or modality is None:

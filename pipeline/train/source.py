@@ -21,6 +21,7 @@ from pipeline.data import manifest as manifests
 from pipeline.data.manifest import Selection, Splits
 from pipeline.data.plan import Mixture, Plan
 from pipeline.data.stream import Decoder, Rows, check_budget, map_items
+from pipeline.identity import ChangedFileError, FileIdentity
 from pipeline.job import STARTS, Data, Job, Source, spec_hash
 from pipeline.rng import mix
 from pipeline.train import checks, fitting
@@ -40,7 +41,7 @@ PACKED = {name: name for name in ("tokens", "segments", "bytes")}
 
 def data_key(data: Data) -> dict[str, Any]:
     """The part of a data spec that a key depends on: not where files and tokenizers lie (what they hold counts)."""
-    left_out = dict.fromkeys(WHERE_NOT_WHAT | {"decode", "max_bad_rows"}, True)
+    left_out = dict.fromkeys(WHERE_NOT_WHAT | {"decode", "max_bad_rows", "identity"}, True)
     out = data.model_dump(mode="json", exclude={**left_out, "more": {"__all__": left_out}})
     for one, part in ((out, data), *zip(out["more"], data.more, strict=True)):
         one["modality"]["options"] = fitting.by_content(part.modality)
@@ -57,6 +58,24 @@ class SourceStage:
     splits: Splits | None
     key: str
     probe: Splits | None = None
+    start: str = ""
+    """What identifies the checkpoint that it starts from (`starts.fingerprint`), or nothing."""
+
+    @property
+    def reads(self) -> tuple[FileIdentity, ...]:
+        """Files that are read in training, as they were when the stage was planned."""
+        return tuple(file for splits in (self.splits, self.probe) if splits is not None for file in splits.reads)
+
+    @property
+    def start_text(self) -> str:
+        """The checkpoint that the job names, or nothing."""
+        return self.spec.init or (self.spec.backbone.name if self.spec.backbone.name.startswith(STARTS) else "")
+
+    def check_start(self) -> None:
+        """Raise ChangedFileError when the checkpoint holds something else than when the stage was planned."""
+        if self.start_text and starts.fingerprint(self.start_text) != self.start:
+            raise ChangedFileError(f"sources.{self.name}: {self.start_text} was changed while it was in use: it holds something else than when the run "
+                                   "was planned; leave it alone until the run ends, and run again")
 
     @property
     def uri(self) -> str:
@@ -94,15 +113,15 @@ def stage(job: Job, name: str) -> SourceStage:
         splits = manifests.splits(spec.data, roles, f"sources.{name}", storage.join(job.root, "imports"), need_test=False)
     probe = probes.splits(spec, f"sources.{name}", bool(splits and len(splits.validation)), storage.join(job.root, "imports"))
     what = spec.model_dump(mode="json", exclude={"data", "probe", "workers", "cpus_per_worker", "gpus_per_worker", "max_failures", "train", "init"})
-    what["start"] = starts.fingerprint(spec.init) if spec.init else None
+    what["start"] = start = starts.fingerprint(spec.init) if spec.init else None
     if spec.objective is not None:
         what["objective"]["options"] = fitting.by_content(spec.objective)
     if spec.backbone.name.startswith(STARTS):  # where a checkpoint lies does not count, what it holds does
-        what["backbone"]["name"] = starts.fingerprint(spec.backbone.name)
+        what["backbone"]["name"] = start = starts.fingerprint(spec.backbone.name)
     key = spec_hash(STAGE_VERSION, name, what, spec.train.model_dump(mode="json", exclude=HOW_NOT_WHAT), job.seed,
                     [data_key(spec.data), splits.fingerprint, canonical_shards(spec)] if spec.data and splits else None,
                     *([[data_key(spec.probe), probe.fingerprint]] if spec.probe and probe else []))
-    made = SourceStage(job, name, spec, splits, key, probe)
+    made = SourceStage(job, name, spec, splits, key, probe, start or "")
     if splits is not None and not made.packed:
         check_plan(made, splits.corpora)
     return made
@@ -180,6 +199,7 @@ def fit(stage: SourceStage) -> Fitted:
     fitted = {"name": spec.objective.name, "options": options.model_dump(), "state": state}
     moved = held.manifest["training"]["transfer"] if held else ""
     if start:
+        stage.check_start()
         moved = import_start(stage, start, arch, modality, fitted, initial, known)
     left_out: list[dict[str, Any]] = []
     train, validation, corpora, note = splits.train, splits.validation, splits.corpora, splits.sizes()

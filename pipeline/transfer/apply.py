@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import torch
 from safetensors.torch import save as safetensors_bytes
 
-from pipeline import bundle, folders, hugging_face, registry, storage, transcripts
+from pipeline import bundle, folders, hugging_face, identity, registry, storage, transcripts
 from pipeline.bundle import BundleError
 from pipeline.contracts import Arrays, Modality, Objective
 from pipeline.data import manifest as manifests
@@ -103,12 +103,18 @@ def predict(uri: str, data: list[str], output: str, columns: dict[str, str], for
     subtitles are wanted; ValueError for a missing column or an output of something else.
     """
     manifest = check(uri, srt)
-    found = manifests.build(data, form, storage.join(output, ".imports"))
+    with identity.shown_by(progress.update):
+        found, named = manifests.build_with_named(data, form, storage.join(output, ".imports"))
     modality = bundle.build_modality(manifest["modality"])
     objective = registry.get("objective", manifest["objective"]["name"])
     columns = _columns(modality, objective, manifest.get("columns", {}), columns, found)
     carried = _carried(modality, columns, found)
+    reads = [*(file for file in found.identities if file is not None), *named]
     selection = Selection(found)
+    if not named:
+        files = tuple(columns[role] for role in modality.file_roles if role in columns)
+        (selection,), more = manifests.with_named_files([selection], files, "content")
+        found, reads = selection.manifest, [*reads, *more]
     key = spec_hash(manifest["files"], found.fingerprint, columns)
     begun = storage.join(output, "_predictions.json")
     if storage.exists(begun) and storage.read_json(begun)["key"] != key:
@@ -131,6 +137,7 @@ def predict(uri: str, data: list[str], output: str, columns: dict[str, str], for
         pq.write_table(_arrow(block, objective.written_types), sink)
         storage.write_bytes(parts[item], sink.getvalue())
         progress.update(f"predict: rows {item.stop}/{found.rows}  {bad} could not be read", item.stop == found.rows)
+    identity.check_unchanged(reads)
     return (f"{output}: {found.rows} rows in {len(items)} parts" + (f", {len(items) - len(todo)} of them from before" if len(todo) < len(items) else "")
             + (f", {_subtitles(output, list(parts.values()))} recordings as .srt" if srt else "")
             + (f"; {bad} rows could not be read, see column error" if bad else ""))

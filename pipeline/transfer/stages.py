@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import bundle, starts, storage
+from pipeline import bundle, identity, starts, storage
 from pipeline.job import Job, spec_hash
 from pipeline.metrics import metric
 from pipeline.train import launch, source
@@ -62,8 +62,9 @@ def check(job: Job, progress: Progress, **options: Any) -> State:
             except (ValueError, storage.StorageError) as error:
                 problems.append(str(error))
 
-    each(source.stage, job.sources, state.sources)
-    each(targets.stage, job.targets, state.targets)
+    with identity.shown_by(progress.update):
+        each(source.stage, job.sources, state.sources)
+        each(targets.stage, job.targets, state.targets)
     for name, target in state.targets.items():
         if not problems and not matching(state, name):
             problems.append(f"targets.{name}: no source reads {target.spec.data.modality.name}; add one or name it in sources")
@@ -80,9 +81,21 @@ def check(job: Job, progress: Progress, **options: Any) -> State:
         raise ValueError("\n".join(dict.fromkeys(problems)))
     for name, target in state.targets.items():
         state.targets[name] = replace(target, against=overlap.key(target, {n: state.sources[n] for n in matching(state, name)}))
+    for note in _notes_on_identity(job):
+        state.notes.append(note)
+        progress.note(note)
     state.key = spec_hash([stage.key for stage in state.sources.values()], {name: [stage.key, matching(state, name)] for name, stage in state.targets.items()},
                           job.fanout.select)
     return state
+
+
+def _notes_on_identity(job: Job) -> list[str]:
+    """A sentence for each source and target whose files are not known by their content."""
+    named = [(f"sources.{name}", data) for name, spec in job.sources.items() for data in (spec.data, spec.probe) if data is not None]
+    named += [(f"targets.{name}", spec.data) for name, spec in job.targets.items()]
+    by_stat = dict.fromkeys(place for place, data in named if "stat" in (data.identity, *(part.identity for part in data.more)))
+    return [f"{place}: its local files are told apart by size and time of change, not by what they hold (data.identity: stat): a change that keeps both is "
+            "not found, and a copy counts as other data" for place in by_stat]
 
 
 def _modality_name(stage: source.SourceStage) -> str | None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline import bundle, registry, storage
+from pipeline import bundle, identity, registry, storage
 from pipeline.contracts import Modality, Objective, Task, Technique
 from pipeline.data import manifest as manifests
 from pipeline.data.manifest import Splits
@@ -177,7 +177,8 @@ def _refuse(target: TargetStage, differ: dict[str, Any], theirs: dict[str, Any])
 
 
 def prepare(target: TargetStage, base: Base) -> TargetData:
-    """Decode the three splits. Raises ValueError for a label that never stands in the training rows, or too many bad rows."""
+    """Decode the three splits. Raises ValueError for a label that never stands in the training rows, or too many bad rows; ChangedFileError for a file
+    that holds something else than when the run was planned."""
     spec, splits, columns = target.spec, target.splits, target.spec.data.columns
     spec_of_modality, known = _modality(target, base)
     modality = bundle.build_modality(spec_of_modality)
@@ -221,7 +222,10 @@ def prepare(target: TargetStage, base: Base) -> TargetData:
     groups = None
     if spec.data.group and not target.packed:
         groups = manifests.units(manifests.read_columns(parts[2].selection, [spec.data.group])[spec.data.group])
-    return TargetData(spec, fitted, parts[0], parts[1], parts[2], labels, groups, text, arch, spec_of_modality, spec_hash(target.key, spec_of_modality))
+    identity.check_unchanged(splits.reads)
+    is_held = all(rows.arrays is not None for rows in parts)
+    return TargetData(spec, fitted, parts[0], parts[1], parts[2], labels, groups, text, arch, spec_of_modality, spec_hash(target.key, spec_of_modality),
+                      () if is_held else splits.reads)
 
 
 def _packed(target: TargetStage, split: str, selection: manifests.Selection, modality: dict[str, Any]) -> train_source.Shards:

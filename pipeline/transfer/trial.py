@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline import bundle, registry, storage
+from pipeline import bundle, identity, registry, storage
 from pipeline.contracts import Objective, Task
 from pipeline.data.buckets import BucketPlan
 from pipeline.data.plan import Plan
 from pipeline.data.stream import Rows, check_budget, eval_batches, plan_of, train_batches
+from pipeline.identity import FileIdentity
 from pipeline.job import Target, Train, drawn
 from pipeline.metrics import Predictions, metric, per_label, scored
 from pipeline.rng import mix
@@ -53,6 +54,8 @@ class TargetData:
     modality: dict[str, Any] = field(default_factory=dict)
     key: str = ""
     """Names the rows as they are read: what was computed from them once is filed under it."""
+    reads: tuple[FileIdentity, ...] = ()
+    """Files that trials read, where the rows are not in memory: no record is written when one of them has changed."""
 
     @property
     def in_memory(self) -> bool:
@@ -230,6 +233,7 @@ def run(trial: Trial, shared: Shared, ranks: Ranks | None = None, report: Report
              **({"padding_share": round(plan.padding(), 4)} if isinstance(plan, BucketPlan) else {})}
     record = make_record(trial, shared, train, began, facts, keeper.metrics, test)
     if ranks.first:
+        identity.check_unchanged(data.reads)
         write(trial, shared, record, test, task if shared.keep_bundles and trial.stage == "final" else None, task.objective.film)
     return record
 

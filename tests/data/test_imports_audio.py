@@ -119,7 +119,7 @@ def test_the_import_is_kept_and_made_anew_for_another_file(tmp_path, imports, mo
 
 def test_the_fingerprint_does_not_depend_on_the_place(tmp_path, imports):
     for name in ("a", "b"):
-        os.utime(sound(tmp_path / name / "yes" / "x.wav", 1.0), ns=(5, 5))
+        os.utime(sound(tmp_path / name / "yes" / "x.wav", 1.0), ns=(5, 5 if name == "a" else 7))
     assert m.build(str(tmp_path / "a"), "auto", imports).fingerprint == m.build(str(tmp_path / "b"), "auto", imports).fingerprint
 
 

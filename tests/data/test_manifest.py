@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline import storage
+from pipeline import identity, storage
+from pipeline.data import imports as made
 from pipeline.data import manifest as m
 from pipeline.job import Data
 
@@ -664,6 +666,104 @@ def test_images_that_are_moved_as_a_whole_keep_their_fingerprint(pets, imports, 
     assert second.fingerprint == first.fingerprint and second.files != first.files
     paths = m.read_columns(m.Selection(second), ["image"])["image"].to_pylist()
     assert all(path.startswith(f"{moved}/") and Path(path).is_file() for path in paths), "the rows follow the move"
+
+
+def test_a_copy_of_an_image_folder_has_its_fingerprint(pets, imports, tmp_path):
+    """`cp -r` gives every file another time of change."""
+    first = m.build(str(pets), "auto", imports)
+    shutil.copytree(pets, tmp_path / "copy", copy_function=shutil.copy)
+    assert (tmp_path / "copy/cat/0.png").stat().st_mtime_ns != (pets / "cat/0.png").stat().st_mtime_ns
+    assert m.build(str(tmp_path / "copy"), "auto", imports).fingerprint == first.fingerprint
+    by_stat = [m.build_with_named(str(folder), "auto", imports, "stat")[0].fingerprint for folder in (pets, tmp_path / "copy")]
+    assert len({first.fingerprint, *by_stat}) == 3
+
+
+def named_rows(folder: Path, values: list, kind: pa.DataType) -> Data:
+    pq.write_table(pa.table({"picture": pa.array(values, kind), "number": range(len(values))}), folder / "rows.parquet", row_group_size=2)
+    return Data(uri=str(folder / "rows.parquet"), modality="image", columns={"image": "picture"}, validation_fraction=0.0)  # pyright: ignore
+
+
+@pytest.mark.parametrize("form", ["text", "struct", "dictionary"])
+def test_files_that_a_column_names_are_part_of_the_fingerprint(pets, imports, tmp_path, form):
+    paths = [*[str(path) for path in sorted(pets.rglob("*.png"))][:4], str(pets / "gone.png")]
+    if form == "struct":
+        kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+        data = named_rows(tmp_path, [*({"path": path} for path in paths), {"bytes": PNG, "path": "a name that is no place"}, None], kind)
+    else:
+        data = named_rows(tmp_path, [*paths, None], pa.string() if form == "text" else pa.dictionary(pa.int32(), pa.string()))
+
+    def found() -> m.Splits:
+        return m.splits(data, ("image",), "sources.s", imports, need_test=False)
+
+    first = found()
+    assert found().fingerprint == first.fingerprint
+    assert [file.uri for file in first.reads] == [str(tmp_path / "rows.parquet"), *sorted(paths)]
+    before = os.stat(paths[1])
+    Path(paths[1]).write_bytes(PNG + b"x")
+    os.utime(paths[1], ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert os.stat(paths[1]).st_size == before.st_size and os.stat(paths[1]).st_mtime_ns == before.st_mtime_ns
+    second = found()
+    assert second.fingerprint != first.fingerprint and second.train.manifest.fingerprint != first.train.manifest.fingerprint
+    Path(paths[4]).write_bytes(PNG)
+    assert found().fingerprint not in (first.fingerprint, second.fingerprint), "a file that was not there"
+    (pets / "dog/2.png").write_bytes(b"of no row")
+    third = found()
+    with pytest.raises(identity.ChangedFileError, match=paths[1]):
+        identity.check_unchanged(first.reads)
+    identity.check_unchanged(third.reads)
+
+
+def test_files_of_rows_that_are_left_out_do_not_count(pets, imports, tmp_path):
+    paths = [str(path) for path in sorted(pets.rglob("*.png"))]
+    data = named_rows(tmp_path, paths, pa.string()).model_copy(update={"where": {"number": [0, 1, 2]}})
+    first = m.splits(data, ("image",), "sources.s", imports, need_test=False)
+    Path(paths[4]).write_bytes(b"another")
+    again = m.splits(data, ("image",), "sources.s", imports, need_test=False)
+    assert again.fingerprint == first.fingerprint and len(first.reads) == 4
+
+
+def test_a_table_that_changes_after_the_manifest_was_built_is_not_read(files, imports):
+    built = m.build(str(files), "auto", imports)
+    reader = m.Reader(built, ["number"])
+    reader.take(np.array([0]))
+    os.utime(files / "b.parquet")  # touched, and still the same
+    assert numbers(m.Selection(built)) == list(range(63))
+    write(files / "b.parquet", people(200, 213))
+    for read in (lambda: numbers(m.Selection(built)), lambda: m.Reader(built, ["number"]).take(np.array([25])),
+                 lambda: pickle.loads(pickle.dumps(reader.manifest)).open(1)):
+        with pytest.raises(identity.ChangedFileError, match=r"b\.parquet was changed while it was in use"):
+            read()
+
+
+def test_a_file_that_changes_while_it_is_brought_in_is_refused(tmp_path, imports, monkeypatch):
+    path, real = tmp_path / "a.csv", made._write
+    path.write_text("text,label\nx,1\n")
+
+    def write_late(kind, files, to):
+        path.write_text("text,label\ny,1\n")
+        real(kind, files, to)
+
+    monkeypatch.setattr(made, "_write", write_late)
+    with pytest.raises(identity.ChangedFileError, match=r"a\.csv was changed while it was in use"):
+        m.build(str(path), "auto", imports)
+    assert not os.path.exists(imports) or not os.listdir(imports)
+
+
+def test_a_csv_of_the_same_size_with_other_labels_is_other_data(tmp_path, imports):
+    """Beyond 64 MiB only the first and last 8 MiB counted once."""
+    path = tmp_path / "a.csv"
+    with open(path, "wb") as file:
+        file.write(b"text,label\n")
+        for _ in range(67):
+            file.write(b"a text of thirty-one letters   ,1\n" * 30000)
+    assert path.stat().st_size > identity.PIECE_BYTES
+    first = identity.fingerprint(path)
+    with open(path, "r+b") as file:
+        file.seek(11 + 34 * 1_000_000 + 32)
+        assert file.read(1) == b"1"
+        file.seek(-1, os.SEEK_CUR)
+        file.write(b"0")
+    assert identity.fingerprint(path) != first
 
 
 def test_names_and_labels_of_images_are_part_of_their_fingerprint(pets, imports):

@@ -18,6 +18,7 @@ from pipeline import bundle, registry, storage
 from pipeline.bundle import BundleError
 from pipeline.data import manifest as manifests
 from pipeline.data.stream import DataWorkers, TooManyBadRowsError
+from pipeline.identity import ChangedFileError
 from pipeline.job import Job, Plug
 from pipeline.train import pretrain, source
 from pipeline.train.loop import Ranks
@@ -91,6 +92,77 @@ def test_a_key_follows_what_a_checkpoint_holds_and_not_where_it_lies(tmp_path, i
     (tmp_path / "a").rename(tmp_path / "b/a")
     assert key(image_job(tmp_path, images, init=f"bundle:{tmp_path / 'b/a'}")) == first
     assert key(image_job(tmp_path, images, init=saved(tmp_path / "b/a", 2))) != first
+
+
+# ---------------------------------------------------------------- files that change
+
+def named_images(folder: Path, count: int = 36) -> dict[str, str]:
+    """A table whose rows name image files."""
+    table = pq.read_table(image_files(folder, {"held": count})["held"])
+    paths = []
+    for i, data in enumerate(table["picture"].to_pylist()):
+        paths.append(str(folder / f"{i}.png"))
+        Path(paths[-1]).write_bytes(data)
+    pq.write_table(pa.table({"picture": paths, "class": table["class"]}), folder / "train.parquet")
+    return {"train": str(folder / "train.parquet"), "first": paths[0]}
+
+
+def test_a_key_follows_the_files_that_rows_name(tmp_path):
+    made = named_images(tmp_path)
+    job = image_job(tmp_path, {"train": made["train"]})
+    first = key(job)
+    assert key(job) == first
+    Path(made["first"]).write_bytes(Path(tmp_path / "5.png").read_bytes())
+    assert key(job) != first
+
+
+def test_a_file_that_changes_in_training_leaves_no_bundle(tmp_path, monkeypatch):
+    made = named_images(tmp_path)
+    stage = source.stage(image_job(tmp_path, {"train": made["train"], "validation_fraction": 0.2}), "src")
+    work = pretrain.rank_job(stage, source.fit(stage), DataWorkers(), 1)
+    real = pretrain.loop.fit
+
+    def fit(run):
+        out = real(run)
+        Path(made["first"]).write_bytes(Path(tmp_path / "5.png").read_bytes())
+        return out
+
+    monkeypatch.setattr(pretrain.loop, "fit", fit)
+    with pytest.raises(ChangedFileError, match=f"^{made['first']} was changed while it was in use"):
+        pretrain.train_rank(work, Ranks())
+    assert not stage.done
+    monkeypatch.undo()
+    again = source.stage(stage.job, "src")
+    assert again.key != stage.key
+    pretrain.train_rank(pretrain.rank_job(again, source.fit(again), DataWorkers(), 1), Ranks())
+    assert again.done
+
+
+def test_a_table_that_changes_in_training_is_an_error(tmp_path, images):
+    train = tmp_path / "train.parquet"
+    train.write_bytes(Path(images["train"]).read_bytes())
+    stage = source.stage(image_job(tmp_path, {"train": str(train), "validation": images["validation"]}), "src")
+    work = pretrain.rank_job(stage, source.fit(stage), DataWorkers(), 1)
+    table = pq.read_table(train)
+    pq.write_table(table.take(np.arange(len(table))[::-1]), train)
+    with pytest.raises(ChangedFileError, match=f"^{train} was changed while it was in use"):
+        pretrain.train_rank(work, Ranks())
+    assert not stage.done
+
+
+def test_a_checkpoint_that_changes_before_it_is_read_is_an_error(tmp_path, images, checkpoint):
+    stage = source.stage(image_job(tmp_path, images, init=checkpoint[0]), "src")
+    storage.remove_tree(str(tmp_path / "start"))
+    bundle.save(str(tmp_path / "start"), task_of("timm/test_resnet", {"channels": 3, "size": 32}, "classification", label_state(), seed=9), MODALITY)
+    with pytest.raises(ChangedFileError, match=r"^sources.src: bundle:.* was changed while it was in use"):
+        source.fit(stage)
+
+
+def test_how_files_are_identified_is_no_part_of_the_key_but_what_it_gives_is(tmp_path, images):
+    plain = source.stage(image_job(tmp_path, images), "src")
+    by_stat = source.stage(image_job(tmp_path, {**images, "identity": "stat"}), "src")
+    assert source.data_key(plain.spec.data) == source.data_key(by_stat.spec.data) and plain.key != by_stat.key
+    assert all("-stat:" in file.content for file in by_stat.reads)
 
 
 MODALITY = {"name": "image", "options": {"size": 32, "channels": 3}, "state": {"mean": [0.5] * 3, "std": [0.2] * 3}}

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from toys import image_files, label_state, task_of
 
-from pipeline import bundle, registry, storage
+from pipeline import bundle, identity, registry, storage
 from pipeline.data import duplicates
 from pipeline.job import Job, Plug
 from pipeline.train import source
@@ -495,6 +495,26 @@ def test_test_rows_that_stand_in_a_source_are_counted_and_reported_again(tmp_pat
     assert again.notes == state.notes and alike(same, rows)
     other = changed(job, fanout={"seeds": 2, "select": {"top": 1}})
     assert reported(other)[0].notes == [], "facts of another job are none of this one"
+
+
+def test_files_that_are_known_by_size_and_time_are_told(tmp_path, bundles, paths, here):
+    job = job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch",))
+    assert prepared(job).notes == []
+    state = prepared(with_data(job, "task", identity="stat"))
+    assert len(state.notes) == 1 and state.notes == state.progress.lines
+    assert state.notes[0].startswith("targets.task: its local files are told apart by size and time of change, not by what they hold")
+
+
+def test_a_target_whose_file_changes_is_an_error(tmp_path, bundles, paths, here):
+    for split, path in paths.items():
+        (tmp_path / f"{split}.parquet").write_bytes(Path(path).read_bytes())
+    job = with_data(job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch",)), "task",
+                    **{split: str(tmp_path / f"{split}.parquet") for split in paths})
+    state = prepared(job)
+    table = pq.read_table(tmp_path / "test.parquet")
+    pq.write_table(table.slice(1), tmp_path / "test.parquet")
+    with pytest.raises(identity.ChangedFileError, match=r"test\.parquet was changed while it was in use"):
+        stages.share(state)
 
 
 def changed_pictures(path: str, places: list[int], quality: int = 90) -> pa.Table:

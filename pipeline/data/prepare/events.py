@@ -14,7 +14,7 @@ import pyarrow.csv as pcsv
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from pipeline import registry, storage
+from pipeline import identity, registry, storage
 from pipeline.data.prepare import plausible
 from pipeline.data.prepare.columnar import NULLS, SUFFIXES, Column, Cut, Tally, batches, cuts, header, instants, without_nulls
 from pipeline.data.prepare.files import absolute
@@ -71,7 +71,7 @@ class LongTable(GroupedImporter):
         with closing(Opener()) as opener:
             all_cuts = [cut for entry in taken for cut in cuts(TABLE, entry, cut_bytes, opener, not o.newlines)]
             self._kind = "id" if _is_whole(taken[0], o.entity, opener) else "text"
-        marks = [found.mark, *([storage.fingerprint(absolute(o.entities))] if o.entities else []), *([plausible.mark()] if o.clean != "none" else [])]
+        marks = [found.mark, *([identity.fingerprint(absolute(o.entities))] if o.entities else []), *([plausible.mark()] if o.clean != "none" else [])]
         self._taken = all_cuts
         return Sources(all_cuts, " ".join(marks), {"files left out": found.others} if found.others else {})
 

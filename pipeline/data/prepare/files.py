@@ -21,7 +21,7 @@ from itertools import takewhile
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple, cast
 
-from pipeline import s3, storage
+from pipeline import identity, s3, storage
 from pipeline.data.imports import IMAGE_SUFFIXES
 from pipeline.data.loader import threaded_map
 from pipeline.data.prepare.pixels import BrokenImageError
@@ -154,7 +154,7 @@ def _archive(uri: str, prefix: str) -> Listing:
     held = {folder.as_posix() for parent in {posixpath.dirname(entry.name) for entry in files} for folder in PurePosixPath(parent, "x").parents}
     entries = [entry._replace(name=prefix + entry.name) for entry in files if not _hidden(entry.name)]
     empty = [prefix + name for name in sorted(set(folders) - held)] + ([prefix.rstrip("/")] if prefix and not files else [])
-    return Listing(sorted(entries), empty, storage.fingerprint(uri))
+    return Listing(sorted(entries), empty, identity.fingerprint(uri))
 
 
 def open_archive(uri: str) -> BinaryIO:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import posixpath
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -13,7 +12,7 @@ from typing import Any, Literal
 import pyarrow as pa
 from pydantic import Field
 
-from pipeline import s3, storage
+from pipeline import identity, storage
 from pipeline.data.loader import threaded_map
 from pipeline.data.prepare import files
 from pipeline.data.prepare.audio import AudioImporter, Line, broken, lines_of, once, others, recording, recordings, sounds
@@ -88,7 +87,7 @@ class Manifest(AudioImporter):
         """(all files, the manifests with their split). Raises ValueError where there is none, or not one that was named."""
         if storage.exists(source) and not storage.is_dir(source) and not source.lower().endswith(files.ARCHIVES):
             entry = files.Entry(posixpath.basename(source), files.absolute(source), "", -1, storage.size(source))
-            found = files.Listing([entry], [], storage.fingerprint(source))
+            found = files.Listing([entry], [], identity.fingerprint(source))
         else:
             found = files.listing(source)
         there = {entry.name: entry for entry in found.entries if entry.suffix in SUFFIXES}
@@ -158,8 +157,7 @@ def _look(uri: str) -> tuple[int, str]:
     """(bytes, mark) of a file; -1 for one that is not there."""
     if not storage.exists(uri) or storage.is_dir(uri):
         return -1, ""
-    remote, path = s3.split(uri)
-    return storage.size(uri), storage.fingerprint(uri) if remote else str(s3.call("look at", uri, os.stat, path).st_mtime_ns)
+    return storage.size(uri), identity.fingerprint(uri, "stat")
 
 
 def _wrong(fields: Any) -> str:

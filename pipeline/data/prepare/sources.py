@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, NamedTuple, cast
 
 import pyarrow as pa
 
-from pipeline import storage
+from pipeline import identity, storage
 from pipeline.data.prepare.files import ARCHIVES, COMPRESSED, GZIPPED, MOST_BYTES, Entry, Listing, Window, listing, open_archive
 from pipeline.data.prepare.importing import SPLITS, few
 
@@ -69,12 +69,12 @@ def find(source: str, suffixes: tuple[str, ...], split: str = "") -> Listed:
         names = storage.glob(source)
         shared = posixpath.commonpath([posixpath.dirname(name.rpartition("://")[2]) for name in names]) if names else ""
         entries = [Entry(name.rpartition("://")[2][len(shared):].lstrip("/"), name, "", -1, storage.size(name)) for name in names]
-        found = Listing(entries, [], " ".join(map(storage.fingerprint, names)))
+        found = Listing(entries, [], " ".join(file.content for file in identity.identify(names)))
     elif storage.is_dir(source) or not storage.exists(source) or source.lower().endswith((*ARCHIVES, *COMPRESSED)):
         found = listing(source)
     else:
         entry = Entry(posixpath.basename(source), source, "", -1, storage.size(source))
-        return Listed([(entry, split or split_of(entry.name))], {}, storage.fingerprint(source))
+        return Listed([(entry, split or split_of(entry.name))], {}, identity.fingerprint(source))
     seen = [entry for entry in found.entries if not re.search(r"(^|/)_", entry.name)]
     taken = [entry for entry in seen if plain_suffix(entry.name) in suffixes]
     others: dict[str, int] = {}
