@@ -30,6 +30,9 @@ EXPANSION = 8
 """About so many bytes of text in one of a compressed table (CHARTEVENTS: 33 GB in 4.2)."""
 SUFFIXES = (".csv", ".tsv", ".parquet")
 INSTANT = r"^\d{4}-\d\d-\d\d([ T]\d\d:\d\d(:\d\d(\.\d{1,9})?)?)?$"
+ZONED = r"^\d{4}-\d\d-\d\d[ T]\d\d:\d\d(:\d\d(\.\d{1,9})?)? ?([Zz]|[+-]\d\d(:?\d\d)?)$"
+"""A time with its zone (ISO 8601: Z, +02:00, +0200, +02)."""
+MIXED_ZONES = "some of its times have a zone (Z, +02:00) and others none, so nobody can tell how far apart they are; write all of them in one way"
 BAD_LINE = "another number of fields than the header has"
 NULLS = ["", "NULL", "NA", "NaN", "nan"]
 """What a field of numbers, times or ids may hold for nothing; of texts the empty one alone is: a variable may be called NA, a drug nan."""
@@ -62,6 +65,8 @@ class Tally:
     rows: int = 0
     bad: int = 0
     listed: list[str] = field(default_factory=list)
+    zoned: set[bool] = field(default_factory=set)
+    """Whether the times that were read had a zone: both where some had one and some none."""
 
     def line(self, place: str, reason: str) -> str:
         self.bad += 1
@@ -137,7 +142,10 @@ def header(entry: Entry, opener: Opener) -> list[str]:
 
 
 def instants(column: Any) -> tuple[np.ndarray, np.ndarray]:
-    """((n,) int64 seconds since 1970, (n,) bool whether there is a time) of times or of texts such as 2101-10-20 19:08:00."""
+    """((n,) int64 seconds since 1970, (n,) bool whether there is a time) of times or of texts such as 2101-10-20 19:08:00 or 2101-10-20T19:08:00+02:00.
+
+    A time with a zone is counted in UTC. Raises ValueError for another type, and where some texts have a zone and others none.
+    """
     array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     if pa.types.is_string(array.type) or pa.types.is_large_string(array.type):
         array = _times(array)
@@ -148,21 +156,47 @@ def instants(column: Any) -> tuple[np.ndarray, np.ndarray]:
     return array.cast(pa.timestamp("s", tz=zone), safe=False).cast(pa.int64()).fill_null(0).to_numpy(zero_copy_only=False), there
 
 
+def zones(column: Any) -> set[bool]:
+    """Whether the times of a column have a zone: {True}, {False}, both, or nothing where there is no time."""
+    if column.null_count == len(column):
+        return set()
+    if pa.types.is_dictionary(column.type):
+        return zones(column.cast(column.type.value_type))
+    if pa.types.is_timestamp(column.type):
+        return {column.type.tz is not None}
+    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+        return {False}
+    text = pc.utf8_trim_whitespace(column)  # pyright: ignore[reportAttributeAccessIssue]
+    found = {True: ZONED, False: INSTANT}
+    return {zoned for zoned, pattern in found.items() if pc.any(pc.match_substring_regex(text, pattern)).as_py()}  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def _times(array: Any) -> Any:
-    """Texts as times, null where they are none."""
+    """Texts as times (UTC where they have a zone), null where they are none. Raises ValueError where some have a zone and others none."""
     text = pc.utf8_trim_whitespace(array)  # pyright: ignore[reportAttributeAccessIssue]
-    good = pc.match_substring_regex(text, INSTANT)  # pyright: ignore[reportAttributeAccessIssue]
+    with_zone = zones(text)
+    if len(with_zone) == 2:
+        raise MixedZonesError(MIXED_ZONES)
+    is_zoned = True in with_zone
+    good = pc.match_substring_regex(text, ZONED if is_zoned else INSTANT)  # pyright: ignore[reportAttributeAccessIssue]
     text = pc.if_else(good, text, None)  # pyright: ignore[reportAttributeAccessIssue]
+    if is_zoned:
+        text = pc.utf8_upper(pc.replace_substring_regex(text, r" ?([Zz]|[+-]\d\d(:?\d\d)?)$", r"\1"))  # pyright: ignore[reportAttributeAccessIssue]
     with suppress(pa.ArrowInvalid):
-        return text.cast(pa.timestamp("us"))
+        return text.cast(pa.timestamp("us", tz="UTC" if is_zoned else None)).cast(pa.timestamp("us"))
     return pa.array([_instant(one) for one in text.to_pylist()], pa.timestamp("us"))  # a day such as the 31st of June: rare
 
 
+class MixedZonesError(ValueError):
+    """Some times of a column have a zone and others none."""
+
+
 def _instant(text: str | None) -> Any:
-    from datetime import datetime
+    from datetime import UTC, datetime
 
     with suppress(ValueError):
-        return datetime.fromisoformat(text) if text else None
+        found = datetime.fromisoformat(text) if text else None
+        return found.astimezone(UTC).replace(tzinfo=None) if found and found.tzinfo else found
     return None
 
 
@@ -198,6 +232,7 @@ def _of_parquet(cut: Cut, columns: dict[str, Column], opener: Opener, tally: Tal
         try:
             for batch in file.iter_batches(BATCH_ROWS, row_groups=groups, columns=list(picked.values())):
                 tally.rows += len(batch)
+                _see_zones({own: (batch.column(own), columns[name].kind) for name, own in picked.items()}, entry, tally)
                 yield _shaped({name: _fitting(batch.column(own), columns[name].kind, own, entry) for name, own in picked.items()}, columns, len(batch))
         except (pa.ArrowInvalid, OSError):
             raise ValueError(f"{entry.name}: a damaged Parquet file; get it again") from None
@@ -209,6 +244,16 @@ def _parquet(entry: Entry, handle: BinaryIO) -> pq.ParquetFile:
         return pq.ParquetFile(stored)
     except (pa.ArrowInvalid, OSError):
         raise ValueError(f"{entry.name}: not a whole Parquet file; get it again") from None
+
+
+def _see_zones(found: dict[str, tuple[Any, str]], entry: Entry, tally: Tally) -> None:
+    """Note whether the times of a batch have zones. Raises ValueError where some have one and others, in this batch or before it, have none."""
+    for own, (column, kind) in found.items():
+        if kind not in ("time", "moment"):
+            continue
+        tally.zoned |= zones(column)
+        if len(tally.zoned) == 2:
+            raise MixedZonesError(f"{entry.name}: column {own!r}: {MIXED_ZONES}")
 
 
 def without_nulls(array: Any, text: bool) -> Any:
@@ -227,6 +272,8 @@ def _fitting(array: Any, kind: str, name: str, entry: Entry) -> Any:
         if bytes_ or (kind in ("id", "number") and types.is_temporal(found)):
             raise pa.ArrowInvalid
         return _shape(array, kind)
+    except MixedZonesError:
+        raise
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ValueError):
         needed = {"id": "whole numbers", "number": "numbers", "text": "texts", "numbers": "lists of numbers"}.get(
             kind, "times, or texts such as 2101-10-20 19:08:00")
@@ -295,6 +342,7 @@ def _of_csv(cut: Cut, columns: dict[str, Column], opener: Opener, tally: Tally, 
                                                        null_values=NULLS))
             for batch in reader:
                 tally.rows += len(batch)
+                _see_zones({own: (batch.column(i), columns[name].kind) for i, (name, own) in enumerate(picked.items())}, entry, tally)
                 yield _shaped({name: _shape(without_nulls(batch.column(i), columns[name].kind == "text"), columns[name].kind) for i, name in enumerate(picked)},
                               columns, len(batch))
         except pa.ArrowInvalid as error:

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from pipeline import identity, registry, storage
 from pipeline.data.prepare import plausible
-from pipeline.data.prepare.columnar import NULLS, SUFFIXES, Column, Cut, Tally, batches, cuts, header, instants, without_nulls
+from pipeline.data.prepare.columnar import NULLS, SUFFIXES, Column, Cut, Tally, batches, cuts, header, instants, without_nulls, zones
 from pipeline.data.prepare.files import absolute
 from pipeline.data.prepare.grouped import Entities, Events, GroupedImporter, Sources
 from pipeline.data.prepare.importing import few
@@ -80,7 +80,7 @@ class LongTable(GroupedImporter):
         if not o.entities:
             ids = self._ids()
             rows = pa.table({"entity": ids, "split": pa.array([o.split] * len(ids), pa.string())})
-            return Entities(rows, {"ids": _lookup(ids), "start": None}, info=self._info([], []))
+            return Entities(rows, {"ids": _lookup(ids), "start": None, "start_zoned": set()}, info=self._info([], []))
         name = o.entities.rpartition("/")[2]
         table = _table(o.entities, (o.entity, o.group))
         columns = table.column_names
@@ -101,9 +101,11 @@ class LongTable(GroupedImporter):
                **({"static": _struct(table, static)} if static else {}), **{one: table[one] for one in outcomes}}
         rows = pa.table({**out, "split": pa.array([o.split] * len(table), pa.string())}).combine_chunks()
         start = instants(table[o.start])[0] if o.start else None
+        zoned = zones(table[o.start]) if o.start else set()
         ids = rows["entity"].combine_chunks()
         self._kind = "id" if pa.types.is_integer(ids.type) else "text"
-        return Entities(rows, {"ids": _lookup(ids), "start": start}, "patient" if o.group else "entity", broken, info=self._info(static, outcomes))
+        keys = {"ids": _lookup(ids), "start": start, "start_zoned": zoned}
+        return Entities(rows, keys, "patient" if o.group else "entity", broken, info=self._info(static, outcomes))
 
     def _good(self, table: pa.Table, name: str) -> tuple[pa.Table, list[dict[str, str]]]:
         """(the rows that can be used, by their ids; the others by their places, counted from 1)."""
@@ -143,6 +145,10 @@ class LongTable(GroupedImporter):
             raise ValueError(f"--set entity={o.entity} time={o.time} variable={o.variable} value={o.value}: two of them are the same column")
         ranges = plausible.Ranges()
         for batch in batches(cut, columns, opener, tally):
+            if o.unit == "timestamp" and len(tally.zoned | keys["start_zoned"]) == 2:
+                with_zone = f"column {o.time!r} of the events" if True in tally.zoned else f"column {o.start!r} of the entities"
+                raise ValueError(f"{few(entry.name for entry in cut.entries)}: {with_zone} has times with a zone (Z, +02:00), and the other column has none: "
+                                 "nobody can tell how far apart they are; write both with a zone, or both without")
             rows = _found(ids, _trimmed(batch[o.entity].combine_chunks()))
             hours, timed = self._hours(batch[o.time], rows, keys["start"], cut)
             encoded = pc.utf8_trim_whitespace(batch[o.variable]).combine_chunks().dictionary_encode()  # pyright: ignore[reportAttributeAccessIssue]

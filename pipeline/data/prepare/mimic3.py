@@ -45,7 +45,8 @@ class Mimic3(GroupedImporter):
     Columns: entity (icustay_id), patient (subject_id), times (hours since admission to intensive care), variables, values, events, static (Age, Gender,
     CareUnit, Source, AdmissionType, previous_codes), and the outcomes hospital_death, death_hours, icu_hours, discharge_hours, icd9, readmission_days,
     next_icd9 (of the patient's next admission), care_unit, dbsource, stays_in_admission, transfers. An event belongs to the first stay of its admission
-    that ends after it. Items go by clinical/items.csv, CareVue and MetaVision under one name, values by clinical/ranges.csv; drugs are called
+    that ends after it. Items go by clinical/items.csv, CareVue and MetaVision under one name, values by clinical/ranges.csv, units (VALUEUOM) by
+    clinical/units.csv: known other units are converted, values in unknown ones left out and counted under their variable; drugs are called
     drug: NAME, inputs input: NAME. What stands without a time of day counts from the day's end, an infusion from its end: nothing is known before
     it was. All rows are train: cut by patient.
     """
@@ -63,25 +64,27 @@ class Mimic3(GroupedImporter):
 
     def entities(self, source: str) -> Entities:
         found = mimic3_stays.stays(self.tables)
-        names, items = self._items()
-        keys = {"by_admission": _Intervals(found.admissions, found.times), "names": names, "items": items,
+        names, items, units = self._items()
+        keys = {"by_admission": _Intervals(found.admissions, found.times), "names": names, "items": items, "units": units,
                 "by_patient": _Intervals(found.rows["patient"].combine_chunks().to_numpy(), found.times), "labels": self._labels()}
         outcomes = [name for name in mimic3_stays.SCHEMA.names if name not in ("entity", "patient", "static", "split")]
         info = {"time": "hours since admission to intensive care", "static": [field.name for field in mimic3_stays.FACTS], "outcomes": outcomes,
                 "units": plausible.units()}
         return Entities(found.rows, keys, "patient", found.broken, found.notes, info)
 
-    def _items(self) -> tuple[list[str], dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]]:
-        """(names of variables; for each table its item ids, sorted, with the place of each one's name, and of its conversion)."""
+    def _items(self) -> tuple[list[str], dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]], dict[str, list[str]]]:
+        """(names of variables; for each table its item ids, sorted, with the place of each one's name, and of its conversion; for each table the unit of
+        each of those items)."""
         rows = list(plausible.rows_of("items.csv"))
         names = sorted({row["variable"] for row in rows})
         place = {name: i for i, name in enumerate(names)}
-        out = {}
+        out, units = {}, {}
         for table in MEASURED:
-            own = sorted((int(row["itemid"]), place[row["variable"]], CONVERSIONS.index(row["conversion"])) for row in rows if row["table"] == table)
-            items, codes, conversions = np.array(own, dtype=np.int64).T
-            out[table] = items, codes, conversions
-        return names, out
+            own = sorted((row for row in rows if row["table"] == table), key=lambda row: int(row["itemid"]))
+            found = [(int(row["itemid"]), place[row["variable"]], CONVERSIONS.index(row["conversion"])) for row in own]
+            items, codes, conversions = np.array(found, dtype=np.int64).T
+            out[table], units[table] = (items, codes, conversions), [row["unit"] for row in own]
+        return names, out, units
 
     def _labels(self) -> tuple[np.ndarray, list[str]]:
         """(item ids, sorted; their labels) of D_ITEMS, for inputs."""
@@ -103,9 +106,10 @@ class Mimic3(GroupedImporter):
 
     def _measured(self, cut: Cut, ids: dict[str, Column], opener: Opener, tally: Tally, block: _Block) -> Iterator[Events]:
         columns = {**ids, "itemid": Column("id"), "charttime": Column("time"), "valuenum": Column("number", False), "value": Column("text", False),
-                   "error": Column("id", False), "iserror": Column("id", False)}
+                   "valueuom": Column("text", False), "error": Column("id", False), "iserror": Column("id", False)}
         items, codes, conversions = block.keys["items"][cut.table]
         names, ranges = block.keys["names"], plausible.Ranges()
+        units = _Factors(names, codes, conversions, block.keys["units"][cut.table])
         for batch in batches(cut, columns, opener, tally):
             block.begin(len(batch))
             item = _whole(batch["itemid"])
@@ -121,8 +125,12 @@ class Mimic3(GroupedImporter):
             for i, reason in enumerate(plausible.REASONS):
                 if i:
                     block.drop(reason, reasons == i)
+            factors = units.of(batch["valueuom"], at)
+            for code in np.unique(codes[at][np.isnan(factors) & block.good]):  # each variable's own count: that is where to look
+                block.drop(f"{names[code]} {plausible.OTHER_UNIT}", np.isnan(factors) & (codes[at] == code))
             block.dropped[plausible.CENSORED] += int(np.count_nonzero(block.good & censored))
-            rows, hours, at, values = (column[block.good] for column in (rows, hours, at, values))
+            block.dropped[plausible.CONVERTED] += int(np.count_nonzero(block.good & (factors != 1)))
+            rows, hours, at, values = (column[block.good] for column in (rows, hours, at, values * factors))
             values = plausible.converted(values, conversions[at], CONVERSIONS)
             values, good = ranges.apply(values, codes[at], names, block.dropped, cut.table)
             yield Events(rows[good], hours[good], codes[at][good], names, values[good])
@@ -204,6 +212,29 @@ class _Intervals:
         stay = self.order[np.minimum(place, len(self.order) - 1)]
         inside = there & (place < len(self.order)) & (self.keys[stay] == keys) & (seconds >= self.times[stay, 0])
         return np.where(inside, stay, -1), there
+
+
+class _Factors:
+    """What the values of a table's items are multiplied by, by the unit that stands beside each (VALUEUOM)."""
+
+    def __init__(self, names: list[str], codes: np.ndarray, conversions: np.ndarray, units: list[str]):
+        self.known, self.variables = plausible.Units(), [names[code] for code in codes]
+        self.conversions, self.units = [CONVERSIONS[number] for number in conversions], units
+        self.found: dict[tuple[str | None, int], float] = {}
+
+    def of(self, written: Any, items: np.ndarray) -> np.ndarray:
+        """(n,) float64, NaN where the unit is not known. ``written``: (n,) texts; ``items``: (n,) places of the items in their table."""
+        encoded = written.combine_chunks().dictionary_encode()
+        texts = [*encoded.dictionary.to_pylist(), None]
+        codes = encoded.indices.fill_null(len(texts) - 1).to_numpy(zero_copy_only=False).astype(np.int64)
+        pairs, which = np.unique(codes * len(self.units) + items, return_inverse=True)
+        factors = [self._factor(texts[pair // len(self.units)], int(pair % len(self.units))) for pair in pairs]
+        return np.array(factors, dtype=np.float64)[which.reshape(-1)] if len(pairs) else np.ones(len(items))
+
+    def _factor(self, text: str | None, item: int) -> float:
+        if (text, item) not in self.found:
+            self.found[text, item] = self.known.factor(text, self.variables[item], self.units[item], self.conversions[item])
+        return self.found[text, item]
 
 
 class _Block:

@@ -104,6 +104,41 @@ def _cast(texts: Any) -> np.ndarray:
 
 # ---------------------------------------------------------------- units
 
+OTHER_UNIT, CONVERTED = "in a unit that clinical/units.csv does not have", "values converted from another unit"
+RAW_UNITS = {"inches": "in", "pounds": "lb"}
+"""The unit that an item's values have before its conversion, where that is not the unit of its variable."""
+
+
+def plain_unit(text: str) -> str:
+    """A unit without what hospitals write differently: case, blanks, signs for micro, dots; "None" is no unit."""
+    plain = "".join(text.lower().split()).replace("\u00b5", "u").replace("\u03bc", "u").replace("deg.", "deg").rstrip(".")
+    plain = plain.removeprefix("x") if plain.startswith("x10") else plain
+    return "" if plain in ("none", "null", "na", "n/a", "nounits", "-") else plain
+
+
+class Units:
+    """Which units a variable's values may be written in, and what each is multiplied by (``clinical/units.csv``)."""
+
+    def __init__(self):
+        self.of_variable: dict[tuple[str, str], float] = {}
+        self.of_unit: dict[tuple[str, str], float] = {}
+        for row in rows_of("units.csv"):
+            known, key = (self.of_unit, row["unit"]) if row["variable"] == "*" else (self.of_variable, row["variable"])
+            known[key, plain_unit(row["written"])] = float(row["factor"])
+
+    def factor(self, written: str | None, variable: str, unit: str, conversion: str) -> float:
+        """What a value in the unit ``written`` is multiplied by to be in that of its item, before the item's conversion; NaN where that is not known.
+
+        ``unit``: that of the variable. No unit at all is taken for the item's own.
+        """
+        plain = plain_unit(written or "")
+        own = RAW_UNITS.get(conversion, unit)
+        if plain in ("", plain_unit(own)):
+            return 1.0
+        known = None if conversion in RAW_UNITS else self.of_variable.get((variable, plain))
+        return self.of_unit.get((own, plain), float("nan")) if known is None else known
+
+
 def converted(values: np.ndarray, conversions: np.ndarray, names: tuple[str, ...]) -> np.ndarray:
     """(n,) float64 in this project's units; ``conversions``: (n,) each value's place in ``names``.
 

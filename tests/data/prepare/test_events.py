@@ -194,6 +194,32 @@ def test_units(tmp_path, unit, time, hours):
 
 
 @pytest.mark.parametrize("form", ["csv", "parquet"])
+@pytest.mark.parametrize("hour", ["06:30:00+02:00", "06:30:00.000 +0200", "04:30:00Z", "04:30Z", "05:30+01"])
+def test_times_with_a_zone_are_read(tmp_path, form, hour):
+    (tmp_path / "people.csv").write_text("entity,begin\n1,2101-06-01T00:00:00+00:00\n2,2101-06-01T02:00:00+02:00\n")
+    (tmp_path / "long.csv").write_text(f"entity,time,variable,value\n1,2101-06-01T{hour},HR,80\n2,2101-06-01T{hour},HR,81\n")
+    if form == "parquet":
+        for name in ("people", "long"):
+            types = {"entity": pa.string(), "begin": pa.string(), "time": pa.string()}
+            pq.write_table(pcsv.read_csv(tmp_path / f"{name}.csv", convert_options=pcsv.ConvertOptions(column_types=types)), tmp_path / f"{name}.parquet")
+    prepare("events", tmp_path / f"long.{form}", tmp_path / "out", f"entities={tmp_path}/people.{form}", "unit=timestamp", "start=begin")
+    found = rows(tmp_path / "out")
+    assert events(found["1"]) == [(4.5, "HR", 80)] and events(found["2"]) == [(4.5, "HR", 81)]
+
+
+@pytest.mark.parametrize(("begin", "times", "message"), [
+    ("2101-06-01 00:00:00", ["2101-06-01T06:30:00Z"], r"long\.csv: column 'time' of the events has times with a zone .*, and the other column has none"),
+    ("2101-06-01T00:00:00Z", ["2101-06-01 06:30:00"], r"long\.csv: column 'begin' of the entities has times with a zone"),
+    ("2101-06-01T00:00:00Z", ["2101-06-01 06:30:00", "2101-06-01T06:30:00Z"], r"long\.csv: column 'time': some of its times have a zone .* and others none"),
+])
+def test_times_with_and_without_a_zone_are_not_mixed(tmp_path, begin, times, message):
+    (tmp_path / "people.csv").write_text(f"entity,begin\n1,{begin}\n")
+    (tmp_path / "long.csv").write_text("entity,time,variable,value\n" + "".join(f"1,{time},HR,80\n" for time in times))
+    with pytest.raises(ValueError, match=message):
+        prepare("events", tmp_path / "long.csv", tmp_path / "out", f"entities={tmp_path}/people.csv", "unit=timestamp", "start=begin")
+
+
+@pytest.mark.parametrize("form", ["csv", "parquet"])
 def test_entities_with_facts_and_outcomes(tmp_path, form):
     """Timestamps of the years 2100 count from the entity's own start; facts are inputs, all else are outcomes; entities without events stay."""
     people = "stay,person,begin,Age,Sex,died,note\n3,30,2150-01-01 12:00:00,50,F,0,x\n1,10,2101-06-01 00:00:00,70.5,M,1,y\n2,10,2101-08-01 00:00:00,,M,0,z\n"

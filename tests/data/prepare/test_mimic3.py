@@ -175,6 +175,41 @@ def test_each_dropped_event_has_one_reason(mimic, tmp_path):
     assert notes["rows of events read"] == read == notes["events"]["train"] + lost + 1 - 1
 
 
+def test_units_are_converted_or_left_out_and_counted(mimic, tmp_path):
+    """VALUEUOM counts: known other units are converted, unknown ones left out under their variable; without a unit a value is the item's own."""
+    head = TABLES["LABEVENTS"].splitlines()[0]
+    given = [("50912", 88.42, "umol/L"), ("50912", 1.5, "furlong"), ("50912", 1.25, "furlong"), ("50912", 1.1, "MG/DL"), ("50912", 1.2, ""),
+             ("50912", 1.3, "None"), ("50889", 2, "mg/dL"), ("51265", 200, "G/L"), ("50818", 40, "MM HG"), ("50821", 10, "kPa"), ("51301", 9, "mL")]
+    lines = [f"1,101,{item},2100-03-02 0{i // 4}:{i:02d}:00,{value},{value},{unit}" for i, (item, value, unit) in enumerate(given)]
+    (mimic / "LABEVENTS.csv").write_text("\n".join([head, *lines]) + "\n")
+    chart = [(226531, 80, "kg"), (226707, 180, "cm"), (220045, 80, "furlong"), (223762, 37, "\u00b0C")]
+    lines = [f"1,101,1010,{item},2100-03-01 05:00:00,{value},{value},{unit},0" for item, value, unit in chart]
+    (mimic / "CHARTEVENTS.csv").write_text("\n".join([TABLES["CHARTEVENTS"].splitlines()[0], *lines]) + "\n")
+    prepare(mimic, tmp_path / "out", "inputs=false", **SOME)
+    found = [(name, round(value, 2)) for _, name, value in events(rows(tmp_path / "out")[1010])]
+    assert sorted(found) == sorted([("Creatinine", 1.0), ("Creatinine", 1.1), ("Creatinine", 1.2), ("Creatinine", 1.3), ("CRP", 20.0), ("Platelets", 200.0),
+                                    ("PaCO2", 40.0), ("PaO2", 75.01), ("Weight", 80.0), ("Height", 180.0), ("Temp", 37.0)])
+    dropped = summary(tmp_path / "out")["notes"]["events dropped by reason"]
+    assert {name: count for name, count in dropped.items() if "unit" in name} == {
+        f"labevents: Creatinine {plausible.OTHER_UNIT}": 2, f"labevents: WBC {plausible.OTHER_UNIT}": 1, f"chartevents: HR {plausible.OTHER_UNIT}": 1,
+        plausible.CONVERTED: 5}
+
+
+def test_every_unit_of_the_demo_and_of_the_table_of_items_is_known():
+    """Units that stand in MIMIC-III's LABEVENTS (its demo has these), and each item's own."""
+    units = plausible.Units()
+    rows_of_items = list(plausible.rows_of("items.csv"))
+    assert all(units.factor(row["unit"], row["variable"], row["unit"], "") == 1 for row in rows_of_items)
+    real = {"Osmolality": "MOSM/KG", "PT": "SECONDS", "PTT": "sec", "PaCO2": "MM HG", "PaO2": "mm Hg", "TSH": "uU/ML", "TotalCO2": "MEQ/L",
+            "Triglycerides": "MG/DL", "TroponinI": "ng/ml", "pH": "UNITS", "UrinePH": "units", "FiO2": None, "INR": None}
+    unit_of = {row["variable"]: row["unit"] for row in rows_of_items}
+    assert {name: units.factor(unit, name, unit_of[name], "") for name, unit in real.items()} == dict.fromkeys(real, 1.0)
+    chart = [("HR", "BPM"), ("RespRate", "insp/min"), ("RespRate", "BPM"), ("Temp", "Deg. F"), ("Temp", "Deg. C"), ("Temp", "?C"), ("TidalVolume", "ml/B"),
+             ("FiO2", "torr"), ("GCS", "Points"), ("Urine", "ml"), ("Weight", "kg")]
+    assert all(units.factor(unit, name, unit_of[name], "") == 1 for name, unit in chart)
+    assert units.factor("mmol/L", "Glucose", "mg/dL", "") == pytest.approx(18.016) and np.isnan(units.factor("furlong", "Glucose", "mg/dL", ""))
+
+
 def test_facts_and_outcomes(mimic, tmp_path):
     prepare(mimic, tmp_path / "out", **SOME)
     found = rows(tmp_path / "out")
@@ -356,6 +391,12 @@ def test_demo_streams_equal_sql(demo, prepared):
     assert len(ours) > 150_000 and sorted(ours) == sorted(sql)
     counts = dict(connection.execute(f"select vital, count(*) from '{demo}/chartevents_vitals.parquet' group by vital").fetchall())
     assert 0.97 * counts["heart_rate"] < sum(event[2] == "HR" for event in ours) <= counts["heart_rate"]
+
+
+@DEMO
+def test_no_row_of_the_demo_is_lost_by_its_unit(prepared):
+    dropped = summary(prepared)["notes"]["events dropped by reason"]
+    assert not [name for name in dropped if plausible.OTHER_UNIT in name]
 
 
 @DEMO

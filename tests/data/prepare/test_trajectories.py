@@ -184,6 +184,9 @@ def test_order_may_be_times_with_parts_of_a_second(tmp_path):
     pd.DataFrame({"when": times, "x": [1.0, 2]}).to_parquet(tmp_path / "b.parquet")
     prepare(tmp_path / "b.parquet", tmp_path / "two", "observations=x", "order=when")
     assert [row["steps"] for out in ("out", "two") for row in read(tmp_path / out)] == [5, 2]
+    write(tmp_path / "c.csv", "when,x\n" + "".join(f"2024-05-01T10:00:00.{i}00+0{5 - i}:00,{i}\n" for i in range(1, 6)))  # ascending in UTC alone
+    prepare(tmp_path / "c.csv", tmp_path / "three", "observations=x", "order=when")
+    assert [row["steps"] for row in read(tmp_path / "three")] == [5]
 
 
 def test_names_of_episodes_in_several_files(tmp_path):
