@@ -47,7 +47,7 @@ def _stages(file: Path, overrides: list[str] | None, address: str | None, verbos
     job = _job(file, overrides)
     if not job.targets and set(verbs) & {"score", "finetune"} and verbs != ("pretrain", "finetune", "report"):
         raise _fail(f"{file}: this job has no targets", 2)
-    from pipeline import bundle, lease, storage
+    from pipeline import bundle, fence, lease, storage
     from pipeline.train import launch
     from pipeline.train.progress import Progress
     from pipeline.transfer import stages
@@ -60,11 +60,13 @@ def _stages(file: Path, overrides: list[str] | None, address: str | None, verbos
 
                 out.print("\n".join(dry_run.describe(state)), markup=False, soft_wrap=True)
                 return
-            with lease.hold(job.root):
+            with lease.hold(job.root, progress.note):
                 code = _run(state, address, verbs)
         except KeyboardInterrupt:
             progress.note("stopped; what is finished is kept, the same command goes on from here")
             code = 130
+        except fence.LostLeaseError as error:
+            raise _fail(str(error), 1) from None
         except (bundle.BundleError, storage.StorageError, ValueError) as error:
             raise _fail(str(error), 2) from None
         except (launch.ClusterError, launch.StageError) as error:
@@ -257,7 +259,7 @@ def prepare(name: Annotated[str | None, typer.Argument(help="imagenet, coco, lib
         if not (name and source and output):
             raise ValueError("write: onetomany prepare NAME SOURCE -o OUTPUT (--list shows the names), or --verify -o OUTPUT")
         work = write.Preparation(name, source, output, importing.options_of(name, set_ or []), write.Settings(resize, quality, rows_per_part, max_bad, part_mb))
-        with Progress() as progress, lease.hold(output):
+        with Progress() as progress, lease.hold(output, progress.note):
             if work.todo:
                 launch.start(address, verbose)
             work.run(progress.update)

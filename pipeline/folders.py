@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from pipeline import s3, storage
+from pipeline import fence, s3, storage
 from pipeline.s3 import NotFoundError, StorageError, Uri
 
 Files = Mapping[str, bytes | Path]
@@ -59,8 +59,10 @@ def commit_folder(
     files: name in the folder (may hold slashes) -> bytes, or a local file that is handed over: moved or streamed, never
     read whole into memory, gone after a success and untouched after a failure. A folder committed at `uri` before is
     replaced: locally in one step, on S3 with a time of absence. A local one with files but no manifest is refused; on S3
-    such files are what a killed commit left, and are written over.
+    such files are what a killed commit left, and are written over. Raises fence.LostLeaseError, with nothing changed, in
+    the folder of a run that lost its lease.
     """
+    fence.check(uri)
     remote, path = s3.split(uri, below_root=True)
     _check_names(uri, files, manifest_name)
     storage.encode(manifest)  # TypeError now, before anything is touched
@@ -84,6 +86,7 @@ def _commit_local(final: Path, files: Files, manifest: Mapping[str, Any], manife
         for folder in {(temporary / name).parent for name in files}:
             storage.sync_folder(folder)
         storage.write_local(temporary / manifest_name, storage.encode(whole))
+        fence.check(final)  # writing the files may have taken long
         _swap_in(temporary, final)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -163,6 +166,7 @@ def _upload(uri: str, source: bytes | Path) -> dict[str, Any]:
     if isinstance(source, bytes):
         storage.write_bytes(uri, source)
         return {"sha256": hashlib.sha256(source).hexdigest(), "size": len(source)}
+    fence.check(uri)
     checksum, count = storage.sha256(source)
     parts = {**_PARTS, "chunksize": max(_PARTS["chunksize"], -(-count // 9_000))}  # S3 takes 10,000 parts at most
     s3.call("write", uri, lambda: s3.client().put_file(os.fspath(source), s3.split(uri)[1], **parts))

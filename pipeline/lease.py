@@ -1,25 +1,38 @@
 """One run of a job at a time: a lease in the job's folder, renewed while the run lives.
 
-Two runs at once would train into the same folders and write the same table. A lease is a small JSON file, so it works on S3 too;
-a run that was killed leaves one that is taken over when its process is gone (same host) or nothing has renewed it for a while.
+Two runs at once would train into the same folders and write the same table. A lease is a small JSON file, so it works on
+S3 too; a run that was killed leaves one that is taken over when its process is gone (same host) or nothing has renewed it
+for a while.
+
+Getting in is exclusive: the file is made only where none is (a hard link locally, a conditional put on S3). Taking over is
+exclusive too: who wants the place of a dead lease first makes a claim, a file named by the dead lease's id, in the same
+way. A store without conditional writes is used with `_enter_without_conditions`, and the run says so.
+
+While the lease is held the process is inside its `fence`: every write under the root checks that the lease is still ours.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import random
+import signal
 import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import psutil
 
-from pipeline import storage
+from pipeline import fence, storage
 
 RENEW_SECONDS, STALE_SECONDS = 20.0, 90.0
+TURNS_SECONDS = 60.0
+"""So long a run tries to get in where several start at once."""
+Lease = dict[str, Any]
+"""``id``, ``host``, ``pid``, ``process_began``, ``pid_namespace`` and ``time``, when it was made or renewed."""
 
 
 class BusyError(ValueError):
@@ -27,47 +40,190 @@ class BusyError(ValueError):
 
 
 @contextlib.contextmanager
-def hold(root: str) -> Iterator[None]:
-    """Hold the lease of the folder ``root``. Raises BusyError naming who has it."""
-    uri = storage.join(root, ".run.json")
-    mine = {"id": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid(), "process_began": psutil.Process().create_time()}
-    held = _read(uri)
-    if held and _alive(held):
-        raise BusyError(f"{root}: a run of this job is at work already (process {held['pid']} on {held['host']}); wait for it, stop it, or give this one "
-                        "another name or storage")
-    ended = threading.Event()
+def hold(root: str, note: Callable[[str], None] = lambda line: None) -> Iterator[None]:
+    """Hold the lease of the folder ``root`` and stay inside its fence.
 
-    def ours() -> bool:
-        found = _read(uri)
-        return found is not None and found.get("id") == mine["id"]
+    ``note`` is told how the lease is kept where the store has no conditional writes. Raises BusyError naming who has it,
+    and fence.LostLeaseError when it went to another run in the meantime: the main thread is interrupted then.
+    """
+    mine = _new_lease()
+    if storage.keeps_conditions(root):
+        _enter(root, mine)
+    else:
+        note(
+            f"{root}: this store has no conditional writes; runs that start at once find out by listing who is first, "
+            "which needs listings that show a write at once"
+        )
+        _enter_without_conditions(root, mine)
+    ended, lost = threading.Event(), threading.Event()
+    holder = threading.current_thread()
 
     def renew() -> None:
         while not ended.wait(RENEW_SECONDS):
             with contextlib.suppress(storage.StorageError):  # the next one, or the run itself, will say what is wrong
-                if ours():  # a run that was taken for dead does not take the lease back
-                    storage.write_json(uri, {**mine, "time": time.time()})
+                if not _is_held(root, mine):  # a run that was taken for dead does not take the lease back
+                    lost.set()
+                    if not ended.is_set():
+                        _interrupt(holder)
+                    return
+                storage.write_json(fence.lease_uri(root), _now(mine))
 
-    storage.write_json(uri, {**mine, "time": time.time()})
-    if not ours():  # of two runs that start in the same moment the later writer goes on
-        raise BusyError(f"{root}: another run of this job has started in this moment; give the command again when it has ended")
     thread = threading.Thread(target=renew, name="lease", daemon=True)
     thread.start()
     try:
-        yield
+        with fence.inside([fence.Fence(root, mine["id"])]):
+            yield
+    except KeyboardInterrupt:
+        if lost.is_set():
+            raise fence.LostLeaseError(fence.describe_loss(root, fence.read_lease(root))) from None
+        raise
     finally:
         ended.set()
         thread.join()
         with contextlib.suppress(storage.StorageError):
-            if ours():
-                storage.remove_tree(uri)
+            if _is_held(root, mine):
+                storage.remove_tree(fence.lease_uri(root))
 
 
-def _read(uri: str) -> dict[str, Any] | None:
-    return storage.read_json(uri) if storage.exists(uri) else None
+def _interrupt(holder: threading.Thread) -> None:
+    """Stop the thread that holds the lease, as Ctrl-C does. Only the main thread can be stopped so: others are stopped by the fence."""
+    if holder is threading.main_thread() and holder.ident is not None:
+        signal.pthread_kill(holder.ident, signal.SIGINT)
 
 
-def _alive(held: dict[str, Any]) -> bool:
-    if held.get("host") != socket.gethostname():
+# ---------------------------------------------------------------- getting in
+
+def _enter(root: str, mine: Lease) -> None:
+    """Make the lease ours where none is, or where the one that is there is dead."""
+    uri = fence.lease_uri(root)
+    for _ in _turns(root):
+        if storage.create(uri, storage.encode(_now(mine))):
+            if _is_held(root, mine):  # a server may keep conditions less strictly than it says
+                return
+            continue
+        held = fence.read_lease(root)
+        if held is None:  # it was released in this moment
+            continue
+        if _is_alive(held):
+            raise _busy(root, held)
+        if _take_over(root, held, mine):
+            return
+
+
+def _take_over(root: str, dead: Lease, mine: Lease) -> bool:
+    """Put our lease in the place of a dead one; false when another run was quicker.
+
+    The claim on a dead lease is made by one run alone, and is removed only after the dead lease was replaced. So whoever
+    has made a claim and then still finds the dead lease in its place is the only one to replace it. A run that died with
+    its claim leaves it behind: that claim is claimed in turn.
+    """
+    left: list[str] = []
+    blocking = dead
+    while True:
+        claim = storage.join(root, f"{fence.LEASE_PREFIX}-claim-{blocking['id']}.json")
+        if storage.create(claim, storage.encode(_now(mine))):
+            break
+        other = _read(claim)
+        if other is None:
+            return False
+        if _is_alive(other):
+            raise _busy(root, other)
+        left.append(claim)
+        blocking = other
+    held = fence.read_lease(root)
+    is_still_there = held is not None and held["id"] == dead["id"]
+    if is_still_there:
+        storage.write_json(fence.lease_uri(root), _now(mine))
+        for one in left:
+            storage.remove_tree(one)
+    storage.remove_tree(claim)
+    return is_still_there and _is_held(root, mine)
+
+
+def _enter_without_conditions(root: str, mine: Lease) -> None:
+    """Get in where the store cannot make a file only where none is: by claims that all runs list.
+
+    A claim is visible before its run looks at those of others, and stays until its run has written the lease. So of two
+    runs that claim at once at least one sees the other's claim; who sees one steps back and tries again a little later.
+    """
+    claim = storage.join(root, f"{fence.LEASE_PREFIX}-claim-{mine['id']}.json")
+    try:
+        for _ in _turns(root):
+            storage.write_json(claim, _now(mine))
+            others = [one for one in _claims(root) if one["id"] != mine["id"] and _is_alive(one)]
+            held = fence.read_lease(root)
+            if held is not None and _is_alive(held):
+                raise _busy(root, held)
+            if not others:
+                storage.write_json(fence.lease_uri(root), _now(mine))
+                return
+            storage.remove_tree(claim)
+    finally:
+        storage.remove_tree(claim)
+
+
+def _claims(root: str) -> list[Lease]:
+    names = (uri for uri in storage.list_files(root, recursive=False) if f"/{fence.LEASE_PREFIX}-claim-" in uri)
+    return [found for found in map(_read, names) if found is not None]
+
+
+def _turns(root: str) -> Iterator[None]:
+    """Tries with random pauses between them. Raises BusyError when they have taken too long."""
+    chance = random.SystemRandom()  # the global generator belongs to training
+    began, pause = time.monotonic(), 0.02
+    while time.monotonic() - began < TURNS_SECONDS:
+        yield
+        time.sleep(chance.uniform(0.1, 1.0) * pause)
+        pause = min(1.0, 2 * pause)
+    raise BusyError(f"{root}: other runs of this job start in this moment; give the command again when they have ended")
+
+
+def _busy(root: str, held: Lease) -> BusyError:
+    return BusyError(
+        f"{root}: a run of this job is at work already (process {held.get('pid')} on {held.get('host')}); wait for it, "
+        "stop it, or give this one another name or storage"
+    )
+
+
+# ---------------------------------------------------------------- leases
+
+def _new_lease() -> Lease:
+    return {
+        "id": uuid.uuid4().hex,
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "process_began": psutil.Process().create_time(),
+        "pid_namespace": _pid_namespace(),
+    }
+
+
+def _pid_namespace() -> int | None:
+    """Containers of one host may have the same name and each a process with our number."""
+    try:
+        return os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        return None
+
+
+def _now(lease: Lease) -> Lease:
+    return {**lease, "time": time.time()}
+
+
+def _read(uri: str) -> Lease | None:
+    try:
+        return fence.parse_lease(uri, storage.read_bytes(uri))
+    except storage.NotFoundError:
+        return None
+
+
+def _is_held(root: str, mine: Lease) -> bool:
+    found = fence.read_lease(root)
+    return found is not None and found["id"] == mine["id"]
+
+
+def _is_alive(held: Lease) -> bool:
+    is_here = held.get("host") == socket.gethostname() and held.get("pid_namespace", _pid_namespace()) == _pid_namespace()
+    if not is_here:
         return time.time() - held.get("time", 0.0) < STALE_SECONDS
     try:  # a number that went to another process since then is not the run
         return abs(psutil.Process(int(held["pid"])).create_time() - held["process_began"]) < 1.0

@@ -47,6 +47,10 @@ class StorageError(OSError):
     """Reading or writing failed for good. The message names the URI, the cause and the fix."""
 
 
+class NoConditionsError(StorageError):
+    """The server does not know conditional writes."""
+
+
 class NotFoundError(StorageError, FileNotFoundError):
     """The file, folder or bucket is not there (so `except FileNotFoundError` works too)."""
 
@@ -238,3 +242,32 @@ def list_keys(path: str, recursive: bool) -> list[str]:
 
 def remove_key(uri: str) -> None:
     on_s3("remove", uri, "rm_file")
+
+
+def create_key(uri: str, data: bytes) -> bool:
+    """Put a small object only where none is; false when one is there. Raises NoConditionsError where the server cannot."""
+    bucket, _, key = split(uri)[1].partition("/")
+
+    def put() -> bool:
+        try:
+            client().call_s3("put_object", Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
+        except Exception as error:  # of any kind: s3fs makes an OSError of some of botocore's errors; others are raised again
+            code = _code(error)
+            if code in ("PreconditionFailed", "ConditionalRequestConflict", "412", "409"):
+                return False
+            if code in ("NotImplemented", "501"):
+                raise NoConditionsError(f"cannot write {uri}: the server has no conditional writes") from error
+            raise
+        return True
+
+    return call("write", uri, put)
+
+
+def _code(error: BaseException | None) -> str:
+    """The S3 error code of an exception, or of one that it was made from; "" when there is none."""
+    while error is not None:
+        response = getattr(error, "response", None)
+        if isinstance(response, dict):
+            return str(response.get("Error", {}).get("Code", ""))
+        error = error.__cause__ or error.__context__
+    return ""

@@ -7,6 +7,7 @@ docstrings name only what comes on top.
 
 from __future__ import annotations
 
+import errno
 import fnmatch
 import hashlib
 import io
@@ -21,7 +22,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from pipeline import s3
+from pipeline import fence, s3
 from pipeline.s3 import NotFoundError as NotFoundError
 from pipeline.s3 import StorageError as StorageError
 from pipeline.s3 import Uri
@@ -113,7 +114,11 @@ def read_bytes(uri: Uri) -> bytes:
 
 
 def write_bytes(uri: Uri, data: bytes) -> None:
-    """Write a file so that a reader sees the old one or all of the new. Makes parent folders."""
+    """Write a file so that a reader sees the old one or all of the new. Makes parent folders.
+
+    Raises fence.LostLeaseError when the file lies in the folder of a run that lost its lease.
+    """
+    fence.check(uri)
     remote, path = s3.split(uri)
     if remote:
         s3.on_s3("write", uri, "pipe_file", data)
@@ -121,14 +126,70 @@ def write_bytes(uri: Uri, data: bytes) -> None:
         s3.call("write", uri, write_local, Path(path), data)
 
 
+def create(uri: Uri, data: bytes) -> bool:
+    """Write a file only where nothing is there: true when this call made it, false when something was there.
+
+    Of several processes that call it at once, one gets true. On S3 that is so where the server keeps conditional writes
+    (`keeps_conditions`). Makes parent folders.
+    """
+    fence.check(uri)
+    remote, path = s3.split(uri)
+    made = s3.create_key(uri, data) if remote else s3.call("write", uri, _create_local, Path(path), data)
+    if made:
+        return True
+    with suppress(NotFoundError):  # an answer that got lost on the way: what is there may be ours
+        return read_bytes(uri) == data
+    return False
+
+
+def _create_local(path: Path, data: bytes) -> bool:
+    """A hard link is made only where nothing is there, and what it shows is whole at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = beside(path)
+    try:
+        _write_new(temporary, data)
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+                raise
+            try:  # a filesystem without hard links
+                _write_new(path, data)
+            except FileExistsError:
+                return False
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+    return True
+
+
+def _write_new(path: Path, data: bytes) -> None:
+    with open(path, "xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def keeps_conditions(folder: Uri) -> bool:
+    """Whether `create` is exclusive here: always so locally, on S3 where the server refuses a second conditional put."""
+    if not is_remote(folder):
+        return True
+    probe = join(folder, f".run-probe-{uuid.uuid4().hex[:12]}")
+    try:
+        return s3.create_key(probe, b"first") and not s3.create_key(probe, b"second")
+    except s3.NoConditionsError:
+        return False
+    finally:
+        s3.remove_key(probe)
+
+
 def write_local(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = beside(path)
     try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        _write_new(temporary, data)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -229,7 +290,11 @@ def _remove_local(path: Path) -> None:
 
 
 def remove_tree(uri: Uri) -> None:
-    """Remove a folder with all below it, or a file; nothing there is no error. A whole bucket is refused."""
+    """Remove a folder with all below it, or a file; nothing there is no error. A whole bucket is refused.
+
+    Raises fence.LostLeaseError in the folder of a run that lost its lease.
+    """
+    fence.check(uri)
     remote, path = s3.split(uri, below_root=True)
     if not remote:
         return s3.call("remove", uri, _remove_local, Path(os.path.abspath(path)))

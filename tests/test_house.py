@@ -12,9 +12,9 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "pipeline").rglob("*.py"))
 NAMES = {".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file for file in FILES}
 FLOORS = [
-    {"job", "jobfile", "contracts", "registry", "s3", "storage", "identity", "folders", "rng", "lease", "coco", "pixels", "imagefile", "spans", "tokenizer",
-     "ragged", "lists", "facts", "batch", "calibration", "imbalance", "ranking", "frames", "audiofile", "audioheader", "spectrogram", "transcripts",
-     "actions", "trajectories", "simulation", "provenance"},
+    {"job", "jobfile", "contracts", "registry", "s3", "storage", "identity", "folders", "rng", "fence", "lease", "coco", "pixels", "imagefile",
+     "spans", "tokenizer", "ragged", "lists", "facts", "batch", "calibration", "imbalance", "ranking", "frames", "audiofile", "audioheader",
+     "spectrogram", "transcripts", "actions", "trajectories", "simulation", "provenance"},
     {"metrics", "bundle", "gather", "data", "modalities", "models", "pyramid", "speech_folders"},
     {"objectives", "techniques", "hugging_face"},
     {"starts"},

@@ -8,14 +8,20 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from pathlib import Path
 
 import psutil
 import pytest
 from faults import run_python
 
-from pipeline import lease, storage
+from pipeline import fence, folders, lease, s3, storage
 from pipeline.lease import BusyError
+from pipeline.train import checkpoint
+from pipeline.train.log import MetricsLog
+from pipeline.train.loop import Ranks
+from pipeline.transfer import results
+from tests.benchmarks.lease_rounds import rounds
 
 
 def held(root: str) -> dict | None:
@@ -150,3 +156,144 @@ def test_a_lease_is_renewed_while_the_run_lives(tmp_path, monkeypatch):
             time.sleep(0.01)
         assert failed and now and first and now["time"] > first["time"] and now["id"] == first["id"]
     assert held(root) is None
+
+
+@pytest.mark.parametrize("conditions", ["local", "kept", "ignored"])
+def test_of_several_that_start_at_once_exactly_one_gets_in(conditions, request, tmp_path):
+    """Half of the rounds find the lease of a dead run. tests/benchmarks/lease_rounds.py plays 30 of each."""
+    place = str(tmp_path) if conditions == "local" else f"{request.getfixturevalue('s3_server')}/{uuid.uuid4().hex}"
+    assert rounds(place, 6, 4, conditions) == {1: 6}
+
+
+def test_a_store_without_conditional_writes_is_named(s3_server, monkeypatch):
+    real = s3.create_key
+
+    def unconditional(uri, data):
+        real(uri, data)
+        return True
+
+    monkeypatch.setattr(s3, "create_key", unconditional)
+    root, said = f"{s3_server}/{uuid.uuid4().hex}", []
+    with lease.hold(root, said.append):
+        assert held(root) is not None
+        with pytest.raises(BusyError, match="is at work already"), lease.hold(root, said.append):
+            pytest.fail("two runs at once")
+    assert said == [f"{root}: this store has no conditional writes; runs that start at once find out by listing who is first, "
+                    "which needs listings that show a write at once"] * 2
+    assert storage.list_files(root) == []
+
+
+def test_a_server_that_refuses_conditional_writes_is_used_without_them(s3_server, monkeypatch):
+    def refuse(uri, data):
+        raise s3.NoConditionsError("501")
+
+    monkeypatch.setattr(s3, "create_key", refuse)
+    root, said = f"{s3_server}/{uuid.uuid4().hex}", []
+    with lease.hold(root, said.append):
+        assert held(root) is not None and len(said) == 1
+
+
+def test_a_claim_whose_run_died_is_claimed_in_turn(root):
+    """Of a run that was killed while it took a dead lease over."""
+    first = left_behind(root, id="first", process_began=psutil.Process().create_time() - 5000)
+    for dead, by in (("first", "second"), ("second", "third")):
+        storage.write_json(storage.join(root, f".run-claim-{dead}.json"), {**first, "id": by})
+    with lease.hold(root):
+        mine = held(root)
+        assert mine is not None and mine["id"] not in ("first", "second", "third")
+        assert [uri for uri in storage.list_files(root) if "/.run-claim" in uri] == []
+    left_behind(root, id="first", process_began=psutil.Process().create_time() - 5000)
+    storage.write_json(storage.join(root, ".run-claim-first.json"), {**first, "id": "living", "process_began": psutil.Process().create_time()})
+    with pytest.raises(BusyError, match="is at work already"), lease.hold(root):
+        pytest.fail("another run is taking the lease over")
+
+
+def test_a_damaged_lease_is_one_line_that_says_what_to_do(root):
+    storage.write_bytes(storage.join(root, ".run.json"), b'{"id": 3')
+    with pytest.raises(storage.StorageError, match=r"\.run\.json is damaged, .*; remove it when no run of this job is at work$"), lease.hold(root):
+        pytest.fail("nobody knows who is at work")
+
+
+# ---------------------------------------------------------------- the fence
+
+def write_log(root: str) -> None:
+    log = MetricsLog(storage.join(root, "log"), tensorboard=False)
+    log.write({"step": 1})
+    log.close()
+
+
+WRITES = {
+    "a file": lambda root: storage.write_bytes(storage.join(root, "a/file"), b"x"),
+    "a folder": lambda root: folders.commit_folder(storage.join(root, "folder"), {"data": b"x"}, {}),
+    "the table": lambda root: results.append(root, [{"trial_id": "t", "status": "done", "trial_stage": "final"}]),
+    "a resume point": lambda root: checkpoint.save(storage.join(root, "checkpoints"), Ranks(), {"step": 1}),
+    "the log": write_log,
+    "a removal": lambda root: storage.remove_tree(storage.join(root, "kept")),
+}
+
+
+@pytest.mark.parametrize("what", WRITES)
+def test_a_run_that_lost_its_lease_writes_nothing_more(root, what):
+    storage.write_bytes(storage.join(root, "kept"), b"x")
+    with pytest.raises(fence.LostLeaseError) as caught, lease.hold(root):
+        left_behind(root, id="other", host="elsewhere", pid=12)  # it was taken over
+        before = storage.list_files(root)
+        storage.write_bytes(root + "-elsewhere", b"x")  # what lies outside is not concerned
+        WRITES[what](root)
+    assert str(caught.value) == (f"{root}: this run no longer holds the lease of its folder (process 12 on elsewhere has it now), so it stops and writes "
+                                 "nothing more; what it finished is kept. Give the command again when no other run is at work")
+    assert storage.list_files(root) == before and held(root) == storage.read_json(storage.join(root, ".run.json"))
+
+
+@pytest.mark.parametrize("what", WRITES)
+def test_a_run_that_holds_its_lease_writes(root, what):
+    storage.write_bytes(storage.join(root, "kept"), b"x")
+    with lease.hold(root):
+        before = storage.list_files(root)
+        WRITES[what](root)
+        assert storage.list_files(root) != before
+
+
+def test_a_lease_whose_file_was_removed_is_lost(root):
+    with pytest.raises(fence.LostLeaseError, match=r"\(its file \.run\.json is gone\)"), lease.hold(root):
+        storage.remove_tree(storage.join(root, ".run.json"))
+        storage.write_bytes(storage.join(root, "file"), b"x")
+
+
+def test_a_lease_that_is_lost_while_nothing_is_written_ends_the_run(root, monkeypatch):
+    """The main thread may be waiting for a rank for hours."""
+    monkeypatch.setattr(lease, "RENEW_SECONDS", 0.05)
+    with pytest.raises(fence.LostLeaseError, match="process 12 on elsewhere has it now"), lease.hold(root):
+        left_behind(root, id="other", host="elsewhere", pid=12)
+        threading.Event().wait(60)
+        pytest.fail("nothing has stopped it")
+    assert not fence.entered()
+
+
+@pytest.mark.ray
+def test_ray_workers_are_inside_the_fence_of_their_run(tmp_path):
+    import ray
+
+    from pipeline.data.stream import map_items
+
+    root = str(tmp_path / "job")
+
+    def write(name: str) -> str:
+        try:
+            storage.write_bytes(storage.join(root, name), b"x")
+        except fence.LostLeaseError as error:
+            return str(error)
+        return "written"
+
+    ray.init(num_cpus=1, include_dashboard=False, logging_level="ERROR")
+    try:
+        with lease.hold(root):
+            assert list(map_items(write, ["a"])) == ["written"]
+            left_behind(root, id="other", host="elsewhere", pid=12)
+            (refused,) = map_items(write, ["b"])
+            assert refused.startswith(f"{root}: this run no longer holds the lease")
+        left_behind(root, id="third", host="elsewhere", pid=13)
+        assert list(map_items(write, ["c"])) == ["written"], "outside of a run, the same worker is free"
+    finally:
+        ray.shutdown()
+    assert sorted(path.name for path in (tmp_path / "job").glob("?")) == ["a", "c"]

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline import fence
 from pipeline.contracts import Arrays, Batch, Modality
 from pipeline.data.buckets import WINDOW_ROWS, BucketPlan
 from pipeline.data.loader import Block, Costs, Decoder, Loader, row_bytes, threaded_map
@@ -116,18 +117,19 @@ def map_items(fn: Callable[[Any], Any], items: Iterable[Any], *, cpus: float = 1
         return
     task = ray.remote(num_cpus=cpus, max_retries=3)(_apply)
     window = ahead or max(2, int(2 * ray.cluster_resources().get("CPU", 1) / cpus))
-    held = ray.put(fn)
+    held, fences = ray.put(fn), fence.entered()
     items = iter(items)
-    pending = deque(task.remote(held, item) for item in islice(items, window))
+    pending = deque(task.remote(held, item, fences) for item in islice(items, window))
     while pending:
         result = ray.get(pending.popleft())
-        pending.extend(task.remote(held, item) for item in islice(items, 1))
+        pending.extend(task.remote(held, item, fences) for item in islice(items, 1))
         yield result
 
 
-def _apply(fn, item):
+def _apply(fn, item, fences):
     torch.set_num_threads(1)
-    return fn(item)
+    with fence.inside(fences):  # what a task writes belongs to the run that asked for it
+        return fn(item)
 
 
 # ---------------------------------------------------------------- rows of a run

@@ -20,7 +20,7 @@ from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray.exceptions import GetTimeoutError, RayError, UserCodeException
 from ray.job_config import JobConfig
 
-from pipeline import prepare_ray, storage
+from pipeline import fence, prepare_ray, storage
 from pipeline.data.stream import DataWorkers
 from pipeline.identity import ChangedFileError
 from pipeline.job import Source
@@ -188,8 +188,9 @@ def _rank_main(config: dict[str, Any]) -> None:
             board.post.remote(record)
 
     try:
-        work_of.train_rank(work, ranks, on_progress, held(config["rows"]) if config["rows"] is not None else None)
-    except (ValueError, LookupError, TypeError, AttributeError, NonFiniteError, UserCodeException, ChangedFileError) as error:
+        with fence.inside(work.fences):
+            work_of.train_rank(work, ranks, on_progress, held(config["rows"]) if config["rows"] is not None else None)
+    except (ValueError, LookupError, TypeError, AttributeError, NonFiniteError, fence.LostLeaseError, UserCodeException, ChangedFileError) as error:
         ray.get(board.fail.remote(_first_cause(error)))
         raise
 
@@ -198,7 +199,8 @@ def _first_cause(error: BaseException) -> str:
     """The message of the error that began it, without Ray's account of the way it took."""
     while isinstance(error, RayError) and (inner := getattr(error, "cause", None) or error.__cause__):
         error = inner
-    return str(error) if isinstance(error, (ValueError, NonFiniteError, ChangedFileError)) else f"{type(error).__name__}: {error}"
+    is_plain = isinstance(error, (ValueError, NonFiniteError, ChangedFileError, fence.LostLeaseError))
+    return str(error) if is_plain else f"{type(error).__name__}: {error}"
 
 
 def _watch(board: Any, name: str, progress: Progress, stop: threading.Event) -> None:
@@ -269,6 +271,7 @@ def pretrain(stage: source.SourceStage, progress: Progress, verbose: bool, growi
     record, fatal = ray.get(board.read.remote())
     ray.kill(board)  # pyright: ignore[reportArgumentType] - Ray's stub of actors
     if fatal or error or not stage.done:
+        fence.check(stage.uri)  # a lease that is lost is the reason, whatever it made of the ranks
         raise StageError(f"sources.{stage.name}: {fatal or _reason(error)}")
     storage.remove_tree(storage.join(stage.uri, "ray"))
     progress.update(training_line(stage.name, record), final=True)
@@ -335,11 +338,14 @@ def run_ranks(fn: Callable[[dict[str, Any], Ranks], Any], config: dict[str, Any]
     import ray.train
     import ray.train.torch
 
+    fences = fence.entered()
+
     def main(config: dict[str, Any]) -> Any:
         context = ray.train.get_context()
         given = {name: held(value) if isinstance(value, ray.ObjectRef) else value for name, value in config.items()}
         torch.set_num_threads(max(1, int(cpus)))
-        out = fn(given, Ranks(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device()))
+        with fence.inside(fences):
+            out = fn(given, Ranks(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device()))
         return out if context.get_world_rank() == 0 else None
 
     path, filesystem = train_storage(uri)

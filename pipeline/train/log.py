@@ -9,13 +9,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pipeline import storage
+from pipeline import fence, storage
 
 
 class MetricsLog:
     """``metrics.jsonl``, ``quarantine.jsonl`` and ``tensorboard/`` under a folder; remote folders are brought up to date by ``flush``."""
 
     def __init__(self, uri: str, resume_step: int = 0, tensorboard: bool = True):
+        fence.check(uri)
         self.uri, self.remote = uri, storage.is_remote(uri)
         self._scratch = tempfile.TemporaryDirectory() if self.remote else None
         self.folder = Path(self._scratch.name if self._scratch else uri)
@@ -46,6 +47,7 @@ class MetricsLog:
         return out
 
     def write(self, record: dict[str, Any]) -> None:
+        fence.check(self.uri)
         with open(self.folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps({"time": round(time.time(), 3), **record}) + "\n")
         if self._writer:
@@ -57,6 +59,7 @@ class MetricsLog:
 
     def quarantine(self, rows: list[dict[str, Any]]) -> None:
         """List bad rows ``{split, row, place, reason}``, each once."""
+        fence.check(self.uri)
         with open(self.folder / "quarantine.jsonl", "a") as file:
             for row in rows:
                 if (row.get("split"), row["row"]) not in self._quarantined:

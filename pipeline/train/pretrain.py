@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline import bundle, identity, starts, storage
+from pipeline import bundle, fence, identity, starts, storage
 from pipeline.data.buckets import BucketPlan
 from pipeline.data.plan import Mixture, Plan
 from pipeline.data.stream import DataWorkers, Decoder, Place, Rows, check_budget, plan_of, rows_an_item, train_batches
@@ -52,6 +52,8 @@ class RankJob:
     """Ranges and weights of the corpora, where they have weights."""
     reads: tuple[FileIdentity, ...] = ()
     """Files that are read in training: no bundle is written when one of them has changed."""
+    fences: tuple[fence.Fence, ...] = ()
+    """The run that the rank belongs to: it writes while that run holds its lease."""
 
 
 def steps_of(train: Train, plan: Plan) -> int:
@@ -67,7 +69,7 @@ def rank_job(stage: SourceStage, fitted: Fitted, workers: DataWorkers, threads: 
     place: Place = "workers" if spec.data.decode == "auto" else spec.data.decode
     check_plan(stage, fitted.corpora)
     work = RankJob(stage.name, stage.uri, stage.key, stage.seed, spec.train, 0, fitted, shards, shuffle, place, spec.data.max_bad_rows, workers, threads,
-                   fitted.text, mixture(spec, fitted.corpora), reads=stage.reads)
+                   fitted.text, mixture(spec, fitted.corpora), reads=stage.reads, fences=fence.entered())
     rows = Rows(fitted.train, decoder_of(fitted), costs=fitted.costs)
     plan, text = order_of(work, rows, 1), fitted.text
     if isinstance(plan, BucketPlan):
@@ -225,6 +227,7 @@ class _Trace:
             raise ValueError(f"train.trace_rows writes to a local folder; storage is {uri}")
 
     def __call__(self, step: int, rows: np.ndarray) -> None:
+        fence.check(self.uri)
         with open(self.uri, "a") as file:
             file.write(json.dumps({"step": step, "rows": rows.tolist(), "pid": os.getpid()}) + "\n")
 

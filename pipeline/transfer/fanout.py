@@ -22,7 +22,7 @@ from ray import tune
 from ray.tune.execution import class_cache
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
-from pipeline import storage
+from pipeline import fence, storage
 from pipeline.job import Fanout, Job
 from pipeline.metrics import metric
 from pipeline.train import launch
@@ -78,20 +78,29 @@ def _run_unit(config: dict[str, Any], held: list[Any], work: list[Unit], asha: b
         tune.report({"goodness": sign * metrics[name], "percent": 100 * step / steps, "step": step, "validation": metrics, "seconds": time.time() - started})
 
     try:
-        if unit.together:
-            records = probe.run(list(unit.trials), shared)
-        elif config["workers"]:
-            records = [launch.run_ranks(trial.run_rank, {"trial": unit.first, "shared": held[0]}, config["workers"], config["cpus"], config["gpus"],
-                                        storage.join(trial.folder(shared, unit.first), "ray"), f"trial-{unit.first.id}")]
-        else:
-            records = [trial.run(unit.first, shared, report=report if asha else lambda step, steps, metrics: None)]
-    except Exception as error:  # whatever it is, it belongs to these trials alone; it is in their rows
-        reason = f"{type(error).__name__}: {error}"[:2000]
-        records = [trial.failed(one, shared, reason) for one in unit.trials if trial.read_record(shared.root, one.id) is None]
+        with fence.inside(shared.fences):
+            records = _records(unit, shared, held[0], config, report if asha else lambda step, steps, metrics: None)
     finally:
         release()
     failed = sum(record["status"] == "failed" for record in records)
     tune.report({"goodness": 0.0, "done_trials": len(unit.trials), "failed_trials": failed, "finished": True})
+
+
+def _records(unit: Unit, shared: Shared, reference: Any, config: dict[str, Any], report: trial.Report) -> list[Record]:
+    """Run a unit's trials to their records. Raises LostLeaseError when the run may not write any more."""
+    fence.check(shared.root)  # before hours of training, not after them
+    try:
+        if unit.together:
+            return probe.run(list(unit.trials), shared)
+        if config["workers"]:
+            where = storage.join(trial.folder(shared, unit.first), "ray")
+            job = {"trial": unit.first, "shared": reference}
+            return [launch.run_ranks(trial.run_rank, job, config["workers"], config["cpus"], config["gpus"], where, f"trial-{unit.first.id}")]
+        return [trial.run(unit.first, shared, report=report)]
+    except Exception as error:  # whatever it is, it belongs to these trials alone; it is in their rows
+        fence.check(shared.root)
+        reason = f"{type(error).__name__}: {error}"[:2000]
+        return [trial.failed(one, shared, reason) for one in unit.trials if trial.read_record(shared.root, one.id) is None]
 
 
 def release() -> None:

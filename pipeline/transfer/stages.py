@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import bundle, identity, starts, storage
+from pipeline import bundle, fence, identity, starts, storage
 from pipeline.job import Job, spec_hash
 from pipeline.metrics import metric
 from pipeline.train import launch, source
@@ -214,7 +214,7 @@ def share(state: State) -> Shared:
     return Shared(job.name, job.root, job.seed, {base.key: base for base in found}, {name: w for name, (w, _, _) in loaded.items()},
                   {name: stage.bundle_uri for name, stage in state.sources.items()}, held, job.fanout.keep_bundles != "none",
                   {name: stage.key for name, stage in state.sources.items()}, facts,
-                  {name: (manifest["objective"], head) for name, (_, head, manifest) in loaded.items()})
+                  {name: (manifest["objective"], head) for name, (_, head, manifest) in loaded.items()}, fence.entered())
 
 
 def _git_sha() -> str | None:

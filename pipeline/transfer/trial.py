@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline import bundle, identity, registry, storage
+from pipeline import bundle, fence, identity, registry, storage
 from pipeline.contracts import Objective, Task
 from pipeline.data.buckets import BucketPlan
 from pipeline.data.plan import Plan
@@ -99,6 +99,8 @@ class Shared:
     facts: dict[str, Any] = field(default_factory=dict)
     heads: dict[str, tuple[dict[str, Any], dict[str, np.ndarray]]] = field(default_factory=dict)
     """Of each source its objective and the tensors of its head, for objectives that carry them over."""
+    fences: tuple[fence.Fence, ...] = ()
+    """The run that the trials belong to: they write while it holds its lease."""
 
 
 def folder(shared: Shared, trial: Trial) -> str:

@@ -119,3 +119,19 @@ def test_elastic_ranks_take_what_there_is(onetomany, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     (manifest,) = tmp_path.glob("runs/tiny/sources/garments-*/bundle/manifest.json")
     assert json.loads(manifest.read_text())["training"]["ranks"] in (1, 2)
+
+
+def test_a_run_that_loses_its_lease_stops_with_one_line_and_writes_nothing_more(tmp_path, tiny_data):
+    """As when it slept for longer than a lease lives, and a run on another machine took over."""
+    process = begin(tmp_path, tiny_data, "run", str(TINY), *LONG)
+    until(process, lambda: list(tmp_path.glob("runs/tiny/sources/garments-*/checkpoints/step-*/manifest.json")), "checkpoint")
+    lease = tmp_path / "runs/tiny/.run.json"
+    other = {**json.loads(lease.read_text()), "id": "other", "host": "elsewhere", "pid": 12}
+    lease.write_text(json.dumps(other))
+    time.sleep(1)  # a write may be under way
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*.json*")}
+    output = process.communicate(timeout=100)[0]
+    assert process.returncode == 1 and "Traceback" not in output, output[-3000:]
+    assert [line for line in output.splitlines() if line.startswith("error: ")] == [line for line in output.splitlines() if "no longer holds the lease" in line]
+    assert "(process 12 on elsewhere has it now), so it stops and writes nothing more; what it finished is kept" in output
+    assert written == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*.json*")} and json.loads(lease.read_text()) == other

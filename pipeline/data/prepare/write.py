@@ -16,7 +16,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from pipeline import folders, registry, s3, storage
+from pipeline import fence, folders, registry, s3, storage
 from pipeline.data.loader import threaded_map
 from pipeline.data.prepare import summary
 from pipeline.data.prepare.audio import AudioImporter, AudioWork
@@ -216,6 +216,7 @@ def _write_part(make: Callable[[Any, Path], Made], output: str, job: tuple[str, 
 
 def _write_file(uri: str, source: Path) -> None:
     """As storage.write_bytes, without the bytes in memory."""
+    fence.check(uri)
     remote, path = s3.split(uri)
     if remote:
         s3.call("write", uri, lambda: s3.client().put_file(str(source), path, chunksize=max(UPLOAD_BYTES, -(-source.stat().st_size // 9_000))))
