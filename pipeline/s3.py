@@ -244,7 +244,7 @@ def remove_key(uri: str) -> None:
     on_s3("remove", uri, "rm_file")
 
 
-def create_key(uri: str, data: bytes) -> bool:
+def create_key(uri: Uri, data: bytes) -> bool:
     """Put a small object only where none is; false when one is there. Raises NoConditionsError where the server cannot."""
     bucket, _, key = split(uri)[1].partition("/")
 
@@ -256,7 +256,7 @@ def create_key(uri: str, data: bytes) -> bool:
             if code in ("PreconditionFailed", "ConditionalRequestConflict", "412", "409"):
                 return False
             if code in ("NotImplemented", "501"):
-                raise NoConditionsError(f"cannot write {uri}: the server has no conditional writes") from error
+                raise NoConditionsError(f"cannot write {os.fspath(uri)}: the server has no conditional writes") from error
             raise
         return True
 
