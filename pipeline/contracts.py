@@ -80,6 +80,8 @@ class Modality(ABC):
     """Options that a target may set otherwise than its source did: they change how rows are read, not what was fitted."""
     file_roles: ClassVar[tuple[str, ...]] = ()
     """Column roles whose values may name files (images, masks, recordings): what these files hold is part of every key."""
+    record_column: ClassVar[str] = ""
+    """The column in which prepared rows keep the id of the record that each was cut from: rows of one record are the same row, however they are cut."""
     packed_roles: ClassVar[tuple[str, ...]] = ()
     """Column roles of the rows that ``pack`` makes; ``tokenize`` makes the first one."""
     fitted_roles: ClassVar[tuple[str, ...]] = ()

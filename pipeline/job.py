@@ -293,8 +293,9 @@ class Target(Spec):
     sources: list[str] | None = Field(None, description="which sources to adapt; none: all of the same modality")
     techniques: list[Plug] | None = Field(None, description="techniques for this target alone; none: the job's")
     train: Train = Field(default_factory=lambda: Train.model_validate({}), description="how to fine-tune")
-    drop_overlap: Literal["none", "exact", "near"] = Field(
-        "none", description="leave out test rows that also stand in a source: the same bytes, or (images) nearly so by a perceptual hash; all are counted")
+    drop_overlap: Literal["none", "exact", "near", "group"] = Field(
+        "none", description="leave out test rows that also stand in a source's training rows: exact: the same bytes, or another cut of the same record; "
+        "near: also images that are nearly the same by a perceptual hash; group: also rows whose group (patient, speaker) stands there; all are counted")
     subgroups: list[str] = Field(default_factory=list, description="columns of the test rows (sex, age_band, static.CareUnit) by whose values the report and "
                                                                    "the results tell the primary metric apart")
     workers: int = Field(0, ge=0, description="DDP ranks of one trial; 0: inside the trial's own process")

@@ -1,4 +1,5 @@
-"""Rows that are the same: equal content by a digest (of recordings the bytes of their files), images also nearly so by a perceptual hash.
+"""Rows that are the same: equal content by a digest (of recordings the bytes of their files), images also nearly so by a perceptual hash, records of
+events also where they are two cuts of one record.
 
 The hash is pHash (Zauner, "Implementation and Benchmarking of Perceptual Image Hash Functions", 2010): 32 x 32 grey pixels, the 8 x 8 lowest
 frequencies of their DCT-II without the constant ones, one bit each for being above the median. Two images are near duplicates when their hashes
@@ -52,24 +53,29 @@ class Signs:
     readable: np.ndarray
     hash: np.ndarray | None = None
     thumb: np.ndarray | None = None
+    record: np.ndarray | None = None
+    """(n,) uint64, of records of events: a digest of the record's id and of its first moment, which all cuts of one record share. 0 for a row without."""
 
     def __len__(self) -> int:
         return len(self.digest)
 
 
-def signs(selection: Selection, modality: str, columns: tuple[str, ...], folder: str, piece: tuple[str | None, str | None] = (None, None)) -> Signs:
+def signs(selection: Selection, modality: str, columns: tuple[str, ...], folder: str, piece: tuple[str | None, str | None] = (None, None),
+          record: str = "") -> Signs:
     """Of every row of a selection by all the columns together, read once and kept under the folder: the same rows are not read again. On Ray where it
-    runs and it pays. ``piece``: the columns of ``start`` and ``seconds`` of rows that are pieces of recordings.
+    runs and it pays. ``piece``: the columns of ``start`` and ``seconds`` of rows that are pieces of recordings. ``record``: the column with the id of the
+    record that a row of events was cut from, or nothing.
 
     Raises StorageError for files that cannot be read.
     """
     ids = selection.ids(np.arange(len(selection)))
-    key = spec_hash(VERSION, selection.manifest.fingerprint, modality, *columns, piece, hashlib.sha256(ids.tobytes()).hexdigest())
+    key = spec_hash(VERSION, selection.manifest.fingerprint, modality, *columns, piece, hashlib.sha256(ids.tobytes()).hexdigest(),
+                    *([record] if record else []))
     uri = storage.join(folder, f"{key}.npz")
     if storage.exists(uri):
         with np.load(io.BytesIO(storage.read_bytes(uri)), allow_pickle=False) as found:
             return Signs(**{name: found[name] for name in found.files})
-    work = _Signer(selection, modality, columns, piece)
+    work = _Signer(selection, modality, columns, piece, record)
     cuts = selection.boundaries.tolist()
     spans = list(pairwise(cuts))  # row groups, which are read whole
     large = selection.manifest.size > SPREAD_BYTES or (modality in ("image", "audio") and len(selection) > SPREAD_IMAGES)
@@ -84,19 +90,25 @@ def signs(selection: Selection, modality: str, columns: tuple[str, ...], folder:
 class _Signer:
     """A span of a selection to its signs, in this process or in a Ray task."""
 
-    def __init__(self, selection: Selection, modality: str, columns: tuple[str, ...], piece: tuple[str | None, str | None] = (None, None)):
-        self.selection, self.modality, self.columns, self.piece = selection, modality, columns, piece
+    def __init__(self, selection: Selection, modality: str, columns: tuple[str, ...], piece: tuple[str | None, str | None] = (None, None),
+                 record: str = ""):
+        self.selection, self.modality, self.columns, self.piece, self.record = selection, modality, columns, piece, record
 
     def __call__(self, span: tuple[int, int]) -> dict[str, np.ndarray]:
         kind = registry.get("modality", self.modality)
-        names = list(dict.fromkeys([*self.columns, *filter(None, self.piece)]))
+        names = list(dict.fromkeys([*self.columns, *filter(None, (*self.piece, self.record))]))
         table = Reader(self.selection.manifest, names).take(self.selection.ids(np.arange(*span)))
         if self.modality == "audio":
             return self._recordings(table)
         if self.modality != "image":
             rows = list(zip(*(table[column].to_pylist() for column in self.columns), strict=True))
-            return {"digest": np.array([_digest(_content(row)) for row in rows], dtype=np.uint64),
-                    "readable": np.array([None not in row and not all(value == [] for value in row) for row in rows], dtype=bool)}
+            out = {"digest": np.array([_digest(_content(row)) for row in rows], dtype=np.uint64),
+                   "readable": np.array([None not in row and not all(value == [] for value in row) for row in rows], dtype=bool)}
+            if self.record:
+                moments = map(_first_moment, rows)
+                marks = [_record(record, moment) for record, moment in zip(table[self.record].to_pylist(), moments, strict=True)]
+                out["record"] = np.array(marks, dtype=np.uint64)
+            return out
         image: Any = kind(kind.options_class(size=SIDE, channels=1, fit="squash"), {})
         encoded, missing = image.encoded(table, {image.roles[0]: self.columns[0]})
         pixels, _ = image.unpack(encoded, torch.device("cpu"))  # zeros for what is no image: without contrast, near to nothing
@@ -151,6 +163,22 @@ def _content(row: tuple[Any, ...]) -> bytes:
     return parts[0] if len(parts) == 1 else b"".join(len(part).to_bytes(8, "little") + part for part in parts)
 
 
+def _first_moment(row: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """(time, what was measured then) of the first moment from the record's start on, of its times, variables and values. A cut leaves out what is later,
+    or what lies before the start, and so keeps it. None for a row without events from its start on."""
+    times, variables, values = ([] if part is None else part for part in row[:3])
+    first = min((time for time in times if time is not None and time >= 0), default=None)
+    if first is None or not len(times) == len(variables) == len(values):
+        return None
+    measured = ((str(variable), value) for time, variable, value in zip(times, variables, values, strict=True) if time == first)
+    return first, sorted(measured, key=str)
+
+
+def _record(record: Any, moment: tuple[Any, ...] | None) -> int:
+    """The digest of a record's id and first moment (ids alone may be the same in two collections); 0 where either is not there."""
+    return 0 if record is None or moment is None else _digest(repr((str(record), moment)).encode())
+
+
 def _digest(content: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
@@ -167,6 +195,13 @@ def phash(grey: np.ndarray) -> np.ndarray:
 def exact(rows: Signs, others: Signs) -> np.ndarray:
     """(n,) which of the rows have the content of one of the others."""
     return np.isin(rows.digest, others.digest[others.readable]) & rows.readable
+
+
+def same_record(rows: Signs, others: Signs) -> np.ndarray:
+    """(n,) which of the rows are cuts of a record of which one of the others is a cut too."""
+    if rows.record is None or others.record is None:
+        return np.zeros(len(rows), dtype=bool)
+    return np.isin(rows.record, others.record) & (rows.record != 0)
 
 
 def near(rows: Signs, others: Signs) -> np.ndarray:

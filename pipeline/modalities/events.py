@@ -49,6 +49,7 @@ class Events(Modality):
 
     roles = ("times", "variables", "values")
     optional_roles = ("static", "events")
+    record_column = "entity"
     target_options = ("hours", "before", "drop")
     cost_role = "events"
     cost_unit = "events"

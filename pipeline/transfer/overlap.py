@@ -1,4 +1,7 @@
-"""Promise 10: test rows of a target that also stand in its sources, or among its own training rows: counted, told, and left out where the job says so."""
+"""Promise 10: test rows of a target that also stand in its sources, or among its own training rows: counted, told, and left out where the job says so.
+
+Rows are compared by what they hold, by the record that they were cut from, and by their group (patient, speaker) where both sides name one.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline import registry, storage
 from pipeline.data import duplicates
+from pipeline.data import manifest as manifests
 from pipeline.data.manifest import Selection
 from pipeline.job import spec_hash
 from pipeline.train.fitting import sample
@@ -30,8 +35,12 @@ class Overlap:
 def key(target: TargetStage, sources: dict[str, SourceStage]) -> str:
     """What the rows that are left out depend on; nothing where none are."""
     mode, spec = target.spec.drop_overlap, target.spec.data
-    held = [[data_key(data), stage.splits.fingerprint, *compared(spec.modality.name, spec.columns, data.columns)[1:]]
-            for _, stage in sorted(sources.items()) if stage.splits and (data := stage.spec.data)]
+    held = []
+    for _, stage in sorted(sources.items()):
+        if stage.splits and stage.spec.data:
+            roles = compared(spec.modality.name, spec.columns, stage.spec.data.columns)
+            record = record_column(spec.modality.name, target.splits.test, stage.splits.train)
+            held.append([data_key(stage.spec.data), stage.splits.fingerprint, *roles[1:], *([record] if record else [])])
     return "" if mode == "none" else spec_hash(mode, duplicates.VERSION, duplicates.NEAR_BITS, duplicates.NEAR_CORRELATION, held)
 
 
@@ -41,6 +50,27 @@ def compared(modality: str, *columns: dict[str, str]) -> tuple[str, ...]:
     kind = registry.get("modality", modality)
     pairs = [role for role in ("text_pair",) if role in kind.optional_roles and all(role in named for named in columns)]
     return (*kind.roles, *pairs)
+
+
+def record_column(modality: str, *selections: Selection) -> str:
+    """The column with the id of the record that each row was cut from, where all have it; else nothing."""
+    name = registry.get("modality", modality).record_column
+    return name if name and all(name in selection.manifest.schema.names for selection in selections) else ""
+
+
+def in_groups(test: Selection, group: str, others: Selection, other_group: str) -> np.ndarray:
+    """(n,) which test rows have a group (a patient, a speaker) that also stands in the other rows. Null is no group."""
+    there = {_text(value) for value in pc.unique(manifests.read_columns(others, [other_group])[other_group]).to_pylist()}  # pyright: ignore[reportAttributeAccessIssue]
+    coded = pc.dictionary_encode(manifests.read_columns(test, [group])[group].combine_chunks())  # pyright: ignore[reportAttributeAccessIssue]
+    known = np.array([*(_text(value) in there for value in coded.dictionary.to_pylist()), False])  # the last one is for nulls
+    return known[coded.indices.fill_null(-1).to_numpy(zero_copy_only=False)]
+
+
+def _text(value: object) -> str | None:
+    """One text for what two tables call the same: 12 and 12.0 and "12"."""
+    if value is None:
+        return None
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def _bytes(selection: Selection, modality: str, columns: dict[str, str]) -> int:
@@ -61,10 +91,22 @@ def look(target: TargetStage, sources: dict[str, SourceStage], folder: str) -> O
     name, mode, test = target.name, target.spec.drop_overlap, target.splits.test
     modality = target.spec.data.modality.name
     notes, gone = [], np.zeros(len(test), dtype=bool)
+    group = target.spec.data.group
     others: list[tuple[str, Selection, dict[str, str]]] = []
     for source_name, stage in sources.items():
         if stage.splits is not None and stage.spec.data is not None:
             others.append((f"source {source_name}", stage.splits.train, stage.spec.data.columns))
+            theirs = stage.spec.data.group
+            if group and theirs:
+                shared = in_groups(test, group, stage.splits.train, theirs)
+                if shared.any():
+                    named = group if group == theirs else f"{group} here, {theirs} there"
+                    notes.append(f"{name}: {shared.sum()} of {len(test)} test rows are of a group that also stands in the training rows of source "
+                                 f"{source_name} (group: {named})")
+                if mode == "group":
+                    gone |= shared
+            elif mode == "group":
+                notes.append(f"{name}: source {source_name} names no group: of its rows only equal ones can be left out")
         elif mode != "none":
             notes.append(f"{name}: source {source_name} is a checkpoint, and what it was trained on is not known here: none of its rows can be left out")
     others.append(("its own training rows", target.splits.train, target.spec.data.columns))
@@ -74,17 +116,22 @@ def look(target: TargetStage, sources: dict[str, SourceStage], folder: str) -> O
             notes.append(f"{name}: too many rows to look for its test rows in {where}" + ("" if ours else "; drop_overlap: exact or near reads them all"))
             continue
         roles = compared(modality, target.spec.data.columns, columns)
-        mine, theirs = (duplicates.signs(rows, modality, tuple(named[role] for role in roles), folder, (named.get("start"), named.get("seconds")))
+        record = record_column(modality, test, selection)
+        mine, theirs = (duplicates.signs(rows, modality, tuple(named[role] for role in roles), folder, (named.get("start"), named.get("seconds")), record)
                         for rows, named in ((test, target.spec.data.columns), (selection, columns)))
         same = duplicates.exact(mine, theirs)
+        cut = duplicates.same_record(mine, theirs) & ~same
         like = duplicates.near(mine, theirs) & ~same
-        if same.any() or like.any():
-            told = f"{same.sum()} of {len(test)} test rows also stand in {where}" + (f", {like.sum()} more nearly so (perceptual hash)" if like.any() else "")
+        if same.any() or cut.any() or like.any():
+            told = f"{same.sum()} of {len(test)} test rows also stand in {where}"
+            told += f", {cut.sum()} more as another cut of the same record (column {record})" if cut.any() else ""
+            told += f", {like.sum()} more nearly so (perceptual hash)" if like.any() else ""
             notes.append(f"{name}: {told}")
         if mode != "none" and not ours:
-            gone |= same | like if mode == "near" else same
+            gone |= same | cut | like if mode == "near" else same | cut
     if mode != "none":
         if gone.all():
             raise ValueError(f"targets.{name}.drop_overlap: all {len(test)} test rows also stand in a source and none is left; take another test split")
-        notes.append(f"{name}: {gone.sum()} of {len(test)} test rows left out because they also stand in a source (drop_overlap: {mode})")
+        also = "or their group also" if mode == "group" else "also"
+        notes.append(f"{name}: {gone.sum()} of {len(test)} test rows left out because they {also} stand in a source (drop_overlap: {mode})")
     return Overlap(tuple(notes), test.keep(~gone) if gone.any() else test)

@@ -92,6 +92,9 @@ def stage(job: Job, name: str) -> TargetStage:
                          "give shares, such as 0.1")
     if spec.drop_overlap == "near" and modality.roles[0] != "image":
         raise ValueError(f"targets.{name}.drop_overlap: near duplicates are found among images, these rows are {spec.data.modality.name}: say exact")
+    if spec.drop_overlap == "group" and not spec.data.group:
+        raise ValueError(f"targets.{name}.drop_overlap: group leaves out rows whose group stands in a source, and data.group names no column: name the one "
+                         "that holds the patient or speaker, or say exact")
     found = manifests.splits(spec.data, (*modality.roles, *objective.roles), f"targets.{name}", storage.join(job.root, "imports"), need_test=True)
     try:
         state = fit_labels(spec, found)

@@ -1,10 +1,17 @@
-"""How much is read to look for test rows among others: of rows that name files, the files."""
+"""Test rows that also stand in a source: by content, by the record that they were cut from, by their people; and how much is read to look for them."""
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import pytest
+from rich.console import Console
 
-from pipeline.data import manifest
-from pipeline.transfer import overlap
+from pipeline import storage
+from pipeline.data import cohort, manifest
+from pipeline.job import Job
+from pipeline.train.progress import Progress
+from pipeline.transfer import overlap, stages
 
 
 def test_rows_that_name_files_count_as_the_files(tmp_path):
@@ -22,3 +29,102 @@ def test_rows_that_name_files_count_as_the_files(tmp_path):
     assert overlap._bytes(held, "audio", {"audio": "sound"}) == held.manifest.size
     texts = rows(["a text"] * 42, pa.string())
     assert overlap._bytes(texts, "text", {"text": "sound"}) == texts.manifest.size
+
+
+# ---------------------------------------------------------------- records that were cut, and people
+
+COLUMNS = {"times": "times", "variables": "variables", "values": "values"}
+
+
+def stays(count: int, first: int = 0, shift: float = 0.0) -> pa.Table:
+    """Records of 10 to 19 events; three records in a row are of one patient. ``shift`` makes other records of the same ids."""
+    draw = np.random.default_rng(first)
+    rows = []
+    for i in range(first, first + count):
+        n = 10 + i % 10
+        times = np.sort(draw.uniform(0, 100, n)).astype(np.float32) + np.float32(shift)
+        rows.append({"entity": 200_000 + i, "patient": 7_000 + i // 3, "times": [-3.0, *times.tolist()],
+                     "variables": ["hr", *(["hr", "bp"][k % 2] for k in range(n))],
+                     "values": [1.0, *draw.normal(size=n).tolist()], "events": n + 1, "label": i % 2, "split": ("train", "validation", "test")[i // 3 % 3]})
+    kinds = {"times": pa.list_(pa.float32()), "values": pa.list_(pa.float32()), "events": pa.int32()}
+    table = pa.Table.from_pylist(rows)
+    for name, kind in kinds.items():
+        table = table.set_column(table.column_names.index(name), name, table[name].cast(kind))
+    return table
+
+
+def record_job(folder, source: pa.Table, target: pa.Table, group=("patient", "patient"), **fields) -> stages.State:
+    """A source that forecasts on records, and a target that classifies others."""
+    for name, table in (("source", source), ("target", target)):
+        pq.write_table(table, folder / f"{name}.parquet")
+    modality = {"events": {"hours": 200, "min_rows": 1}}
+    job = {"name": "toy", "storage": str(folder / "runs"), "sources": {"stays": {
+        "data": {"train": str(folder / "source.parquet"), "modality": modality, "columns": COLUMNS, "group": group[0], "validation_fraction": 0.0},
+        "backbone": {"events/gru": {"width": 16}}, "objective": "forecast", "train": {"steps": 1, "global_batch": 4}}},
+        "targets": {"task": {"data": {"uri": str(folder / "target.parquet"), "split_column": "split", "modality": modality, "group": group[1],
+                                      "columns": {**COLUMNS, "label": "label"}}, "objective": "classification", **fields}}}
+    return stages.check(Job.model_validate(job), Progress(Console(quiet=True)))
+
+
+def looked(state: stages.State) -> overlap.Overlap:
+    return overlap.look(state.targets["task"], state.sources, storage.join(state.job.root, "signs"))
+
+
+def cut(table: pa.Table, hours: float = 48.0, history: bool = True) -> pa.Table:
+    return cohort.until(table, np.full(len(table), hours), history)[0]
+
+
+@pytest.mark.parametrize("history", [True, False])
+def test_cut_records_are_known_by_their_id_before_they_were_cut(tmp_path, history):
+    whole, new = stays(60), stays(60, first=1000)
+    target = pa.concat_tables([cut(whole.slice(0, 18), history=history), new])
+    state = record_job(tmp_path, whole, target, group=(None, None))
+    test = np.flatnonzero(np.array(target["split"].to_pylist()) == "test")
+    known = int((test < 18).sum())
+    assert 0 < known < len(test)
+    found = looked(state)
+    assert found.notes == (f"task: 0 of {len(test)} test rows also stand in source stays, {known} more as another cut of the same record (column entity)",)
+    assert len(found.test) == len(test)
+    left = looked(record_job(tmp_path, whole, target, group=(None, None), drop_overlap="exact"))
+    assert len(left.test) == len(test) - known and not any("200" in note or "7000" in note for note in left.notes)
+
+
+def test_the_same_ids_of_another_collection_are_no_same_records(tmp_path):
+    state = record_job(tmp_path, stays(60), cut(stays(60, shift=0.5)), group=(None, None))
+    assert looked(state).notes == ()
+
+
+def test_test_rows_of_people_whose_other_rows_a_source_learned_from_are_counted(tmp_path):
+    """No row is the same: other stays of the same patients."""
+    whole = stays(60)
+    first = np.array([i % 3 == 0 for i in range(60)])
+    source, target = whole.filter(pa.array(first)), pa.concat_tables([whole.filter(pa.array(~first)), stays(60, first=1000)])
+    target = target.set_column(target.column_names.index("patient"), "patient", target["patient"].cast(pa.string()))
+    state = record_job(tmp_path, source, target)
+    test = [row for row in target.select(["split", "patient"]).to_pylist() if row["split"] == "test"]
+    known = sum(int(row["patient"]) < 7_020 for row in test)
+    assert 0 < known < len(test)
+    told = f"task: {known} of {len(test)} test rows are of a group that also stands in the training rows of source stays (group: patient)"
+    found = looked(state)
+    assert found.notes == (told,) and len(found.test) == len(test)
+    for mode, left in (("exact", len(test)), ("group", len(test) - known)):
+        state = record_job(tmp_path, source, target, drop_overlap=mode)
+        found = looked(state)
+        assert len(found.test) == left and told in found.notes, mode
+        assert not any(row["patient"] in note for row in test for note in found.notes), "no patient's id is shown"
+    assert found.notes[-1] == f"task: {known} of {len(test)} test rows left out because they or their group also stand in a source (drop_overlap: group)"
+
+
+def test_groups_are_compared_where_both_sides_name_one(tmp_path):
+    whole = stays(60)
+    first = pa.array([i % 3 == 0 for i in range(60)])
+    source, target = whole.filter(first), whole.filter(pc.invert(first))
+    assert looked(record_job(tmp_path, source, target, group=(None, "patient"))).notes == ()
+    named = source.rename_columns(["subject" if name == "patient" else name for name in source.column_names])
+    assert "(group: patient here, subject there)" in looked(record_job(tmp_path, named, target, group=("subject", "patient"))).notes[0]
+    state = record_job(tmp_path, source, target, group=(None, "patient"), drop_overlap="group")
+    assert "task: source stays names no group: of its rows only equal ones can be left out" in looked(state).notes
+    keys = {mode: record_job(tmp_path, source, target, drop_overlap=mode).targets["task"].key for mode in ("none", "exact", "group")}
+    assert len(set(keys.values())) == 3
+    with pytest.raises(ValueError, match=r"targets\.task\.drop_overlap: group leaves out rows whose group stands in a source, and data\.group names no"):
+        record_job(tmp_path, source, target, group=(None, None), drop_overlap="group")

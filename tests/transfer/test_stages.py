@@ -517,6 +517,28 @@ def test_a_target_whose_file_changes_is_an_error(tmp_path, bundles, paths, here)
         stages.share(state)
 
 
+def test_a_trial_whose_streamed_files_change_leaves_no_record(tmp_path, bundles, paths, here):
+    """Rows that are not held in memory name image files, and one of them changes while the trial runs."""
+    table = pq.read_table(paths["train"])
+    names = [str(tmp_path / f"{i}.png") for i in range(len(table))]
+    for name, data in zip(names, table["picture"].to_pylist(), strict=True):
+        Path(name).write_bytes(data)
+    pq.write_table(table.set_column(table.schema.get_field_index("picture"), "picture", pa.array(names)), tmp_path / "train.parquet")
+    job = job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch",), seeds=1)
+    job = with_data(job, "task", train=str(tmp_path / "train.parquet"), decode="train")
+    state = prepared(job)
+    shared = stages.share(state)
+    (one,) = stages.final_trials(state, list(shared.bases.values()), {"task": {"a"}}, {})
+    Path(names[3]).write_bytes(table["picture"][4].as_py())
+    with pytest.raises(identity.ChangedFileError, match=f"^{names[3]} was changed while it was in use"):
+        trial.run(one, shared, Ranks())
+    assert trial.read_record(job.root, one.id) is None
+    state = prepared(job)
+    shared = stages.share(state)
+    (again,) = stages.final_trials(state, list(shared.bases.values()), {"task": {"a"}}, {})
+    assert again.id != one.id and trial.run(again, shared, Ranks())["status"] == "done"
+
+
 def changed_pictures(path: str, places: list[int], quality: int = 90) -> pa.Table:
     """Rows of a file, their pictures encoded anew as JPEG: other bytes, nearly the same pixels."""
     table = pq.read_table(path).take(places)
