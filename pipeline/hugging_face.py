@@ -20,9 +20,10 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, pre_tokenizers, processors
 from torch import Tensor
 
-from pipeline import bundle, speech_folders, storage
+from pipeline import bundle, classifier_export, speech_folders, storage
 from pipeline import tokenizer as tokenizers
 from pipeline.bundle import BundleError
+from pipeline.contracts import Task
 
 FAMILIES = {"bert": ("Bert", "bert."), "roberta": ("Roberta", "roberta."), "distilbert": ("DistilBert", "distilbert."), "gpt2": ("GPT2", "transformer."),
             "wav2vec2": ("Wav2Vec2", speech_folders.PREFIX)}
@@ -215,7 +216,9 @@ def write(found: bundle.Bundle, folder: Path, backbone_only: bool) -> str:
     """Write a bundle as transformers' own save_pretrained does, or as timm's save_for_hf; returns what was written, in words.
 
     Transformers' AutoModel classes give the bundle's scores, its AutoTokenizer the modality's token ids; ``timm.create_model("local-dir:FOLDER",
-    pretrained=True)`` gives those of an image classifier. Raises BundleError for what the library has no class for.
+    pretrained=True)`` gives those of an image classifier. A linear head that the library has no class for (one with a layer norm, or on
+    the mean of the tokens) is written beside the plain model, with the code that joins them (``classifier_export``). Raises BundleError for
+    other heads that the library has no class for.
     """
     library, _, family = found.manifest["arch"]["name"].partition("/")
     if library == "timm":
@@ -237,6 +240,8 @@ def write(found: bundle.Bundle, folder: Path, backbone_only: bool) -> str:
         backbone, head = task.backbone, task.objective
     if family == "wav2vec2":
         return _write_speech(found, backbone, head, folder)
+    if head is not None and (lacking := _lacking(family, backbone, head)):
+        return _write_carried(found, Task(backbone, head), folder, lacking)
     model: Any = backbone.model
     name = FAMILIES[family][0] + CLASSES[objective]
     tensors, config = {n: t.detach() for n, t in model.state_dict().items()}, copy.deepcopy(model.config)
@@ -244,11 +249,11 @@ def write(found: bundle.Bundle, folder: Path, backbone_only: bool) -> str:
     note = ""
     if head is not None:
         if objective in LINEAR_HEADS:
-            tensors, note = _sequence(found.uri, family, name, backbone, head, tensors)
+            tensors, note = _sequence(family, Task(backbone, head), tensors)
             if family == "gpt2" and specials["pad_token"] == specials["sep_token"]:
                 tensors, note = _padded(tokenizer, specials, tensors), f"{note}; a token for padding was added, as the end of a text was that too"
         else:
-            tensors = _with_head(found.uri, family, objective, head, tensors)
+            tensors = _with_head(family, objective, head, tensors)
     ids = {key: tokenizer.token_to_id(token) for key, token in specials.items()}
     _configure(config, family, ids, tensors, objective, found.manifest["objective"]["state"].get("labels"))
     _save(getattr(transformers, name), config, tensors, folder)
@@ -256,9 +261,42 @@ def write(found: bundle.Bundle, folder: Path, backbone_only: bool) -> str:
     return f"{name} with {sum(t.numel() for t in tensors.values())} parameters{note}"
 
 
+def _lacking(family: str, backbone: Any, head: Any) -> str:
+    """What the family's own class with a head for the objective has not, in words; nothing where it gives the same scores."""
+    objective = head.registered_name
+    if objective not in classifier_export.OBJECTIVES:
+        return ""
+    lacking = ["layer norm before the linear layer"] if head.options.norm else []
+    if objective in LINEAR_HEADS:
+        pool, labels, width = POOLS[family], len(head.state["labels"]), backbone.pooled_dim
+        if backbone.pool != pool:
+            lacking.append(f"pool: {backbone.pool} (it reads {pool})")
+        elif family == "distilbert" and 2 * labels > width:
+            lacking.append(f"room for {labels} labels")
+        elif family == "gpt2" and _ln_f_shift(head) is None:
+            lacking.append(f"bias for {labels} labels")
+    if not lacking:
+        return ""
+    return f"{FAMILIES[family][0]}{CLASSES[objective]} of transformers has no {' and no '.join(lacking)}"
+
+
+def _write_carried(found: bundle.Bundle, task: Any, folder: Path, lacking: str) -> str:
+    """The plain model as the library opens it, and beside it the head, what it is and the code that joins both."""
+    text = write(found, folder, backbone_only=True).removesuffix(", 0 labels")
+    spec = classifier_export.describe(task, found.modality())
+    save_file(classifier_export.head_tensors(task), folder / classifier_export.HEAD, metadata={"format": "pt"})
+    (folder / classifier_export.SPEC).write_text(json.dumps(spec, indent=2, ensure_ascii=False), encoding="utf-8")
+    (folder / classifier_export.CODE).write_text(classifier_export.code(), encoding="utf-8")
+    return (f"{text}, with a classifier of {len(spec['labels'])} labels beside it: {lacking}, so load it with load() of "
+            f"{classifier_export.CODE} in this folder")
+
+
 def _write_speech(found: bundle.Bundle, backbone: Any, head: Any, folder: Path) -> str:
     import transformers
 
+    if head is not None and head.registered_name in LINEAR_HEADS and head.options.norm:
+        lacking = "Wav2Vec2ForSequenceClassification of transformers has no layer norm before the linear layer"
+        return _write_carried(found, Task(backbone, head), folder, lacking)
     try:
         made = speech_folders.written(backbone, head, found.modality())
     except ValueError as error:
@@ -283,11 +321,8 @@ def _configure(config: Any, family: str, ids: dict[str, int], tensors: dict[str,
         config.problem_type = "single_label_classification" if objective == "classification" else "multi_label_classification"
 
 
-def _with_head(uri: str, family: str, objective: str, head: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The model's tensors under its prefix, and the head's; a pooler has no place beside these heads. Raises BundleError for a head with a norm."""
-    if getattr(head.options, "norm", False):
-        raise BundleError(f"{uri}: the head has a layer norm before its linear layer, {FAMILIES[family][0]}{CLASSES[objective]} of transformers has none. "
-                          "Train with objective option norm: false to export it, or give --backbone-only for the plain model")
+def _with_head(family: str, objective: str, head: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The model's tensors under its prefix, and the head's; a pooler has no place beside these heads."""
     prefix = FAMILIES[family][1]
     out = {f"{prefix}{name}": tensor for name, tensor in tensors.items() if not name.startswith("pooler.")}
     own = {name: tensor.detach() for name, tensor in head.state_dict().items()}
@@ -299,16 +334,10 @@ def _with_head(uri: str, family: str, objective: str, head: Any, tensors: dict[s
     return out
 
 
-def _sequence(uri: str, family: str, name: str, backbone: Any, head: Any, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
-    """(tensors of the family's ForSequenceClassification that give the head's scores, a note). Raises BundleError where none do."""
-    pool, prefix = POOLS[family], FAMILIES[family][1]
-    wrong = [f"backbone option pool: {pool} (it is {backbone.pool})"] if backbone.pool != pool else []
-    if head.options.norm:
-        wrong.append("objective option norm: false (it is true)")
-    if wrong:
-        raise BundleError(f"{uri}: {name} of transformers has another head than this one, and would give other scores. Train with {' and '.join(wrong)} to "
-                          "export the classifier, or give --backbone-only for the plain model")
-    weight, bias = (head.state_dict()[f"head.{part}"].detach() for part in ("weight", "bias"))
+def _sequence(family: str, task: Any, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
+    """(tensors of the family's ForSequenceClassification that give the head's scores, a note), for a head that it has (``_lacking``)."""
+    prefix = FAMILIES[family][1]
+    weight, bias = classifier_export.linear_tensors(task).values()
     out = {f"{prefix}{key}": t for key, t in tensors.items()}
     if family == "bert":
         return {**out, "classifier.weight": weight, "classifier.bias": bias}, ""
@@ -317,21 +346,26 @@ def _sequence(uri: str, family: str, name: str, backbone: Any, head: Any, tensor
         return {**out, **dense, "classifier.out_proj.weight": weight, "classifier.out_proj.bias": bias}, ""
     labels, width = weight.shape
     if family == "distilbert":  # between there is a dense layer with ReLU: relu(z) - relu(-z) is z
-        if 2 * labels > width:
-            raise BundleError(f"{uri}: {name} holds a linear classifier of at most {width // 2} labels (half its width), this one has {labels}; "
-                              "give --backbone-only for the plain model")
         pre, shift, post = torch.zeros(width, width), torch.zeros(width), torch.zeros(labels, width)
         pre[:labels], pre[labels:2 * labels], shift[:labels], shift[labels:2 * labels] = weight, -weight, bias, -bias
         post[:, :labels], post[:, labels:2 * labels] = torch.eye(labels), -torch.eye(labels)
         return {**out, "pre_classifier.weight": pre, "pre_classifier.bias": shift, "classifier.weight": post, "classifier.bias": torch.zeros(labels)}, ""
     if not bias.any():
         return {**out, "score.weight": weight}, ""
-    moved = torch.linalg.pinv(weight.double()) @ bias.double()  # score has no bias: the last norm's bias makes it, W d = b
-    if (weight.double() @ moved - bias.double()).abs().max() > 1e-6 * bias.abs().max():
-        raise BundleError(f"{uri}: {name} has no bias, and the {labels} biases of this classifier cannot be put into the last layer norm of width {width}; "
-                          "give --backbone-only for the plain model")
-    shifted = (out[f"{prefix}ln_f.bias"].double() + moved).float()
+    shift = _ln_f_shift(task.objective)
+    assert shift is not None
+    shifted = (out[f"{prefix}ln_f.bias"].double() + shift).float()
     return {**out, f"{prefix}ln_f.bias": shifted, "score.weight": weight}, "; the classifier's bias went into the bias of ln_f, as score has none"
+
+
+def _ln_f_shift(head: Any) -> Tensor | None:
+    """(D,) float64 what GPT-2's last norm must add so that ``score``, which has no bias, gives the head's; none where there is no such vector."""
+    weight, bias = head.head.weight.detach().double(), head.head.bias.detach().double()
+    if not bias.any():
+        return torch.zeros(weight.shape[1], dtype=torch.float64)
+    shift = torch.linalg.pinv(weight) @ bias  # W d = b
+    wrong = (weight @ shift - bias).abs().max() > 1e-6 * bias.abs().max()
+    return None if wrong else shift
 
 
 def _padded(tokenizer: Any, specials: dict[str, str], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -387,6 +421,18 @@ def _save_tokenizer(tokenizer: Any, specials: dict[str, str], folder: Path, leng
     (folder / "special_tokens_map.json").write_text(json.dumps(specials, indent=2))
 
 
+def _timm_lacking(backbone: Any, head: Any) -> str:
+    """Give timm's model its classifier for the head's labels; in words why that cannot give the head's scores, or nothing."""
+    name = backbone.arch["name"]
+    if head.options.norm:
+        return f"{name} of timm has no layer norm before its classifier"
+    backbone.model.reset_classifier(len(head.state["labels"]))
+    last = backbone.model.get_classifier()
+    if not isinstance(last, torch.nn.Linear) or last.weight.shape != head.head.weight.shape or last.bias is None:
+        return f"{name} of timm has another classifier ({last}, this head is {head.head})"
+    return ""
+
+
 def _write_timm(found: bundle.Bundle, folder: Path, backbone_only: bool) -> str:
     """As timm.models.save_for_hf leaves a model. Raises BundleError where timm's classifier would give other scores than this head."""
     import timm
@@ -402,16 +448,11 @@ def _write_timm(found: bundle.Bundle, folder: Path, backbone_only: bool) -> str:
         backbone = task.backbone
     model, modality, told = backbone.model, found.modality(), {}
     if task is not None and not backbone_only:
-        head: Any = task.objective
-        if head.options.norm:
-            raise BundleError(f"{found.uri}: the head has a layer norm before its linear layer, timm's classifiers have none. Train with objective option "
-                              "norm: false to export it, or give --backbone-only for the plain model")
-        model.reset_classifier(len(head.state["labels"]))
-        last = model.get_classifier()
-        if not isinstance(last, torch.nn.Linear) or last.weight.shape != head.head.weight.shape or last.bias is None:
-            raise BundleError(f"{found.uri}: the classifier of {backbone.arch['name']} in timm is {last}, this head {head.head}; give --backbone-only")
-        last.load_state_dict(head.head.state_dict())
-        told = {"label_names": head.state["labels"]}
+        lacking = _timm_lacking(backbone, task.objective)
+        if lacking:
+            return _write_carried(found, task, folder, lacking)
+        model.get_classifier().load_state_dict(classifier_export.linear_tensors(task))
+        told = {"label_names": task.objective.state["labels"]}
     crop = {"crop": "center", "squash": "squash", "pad": "border"}[modality.options.fit]
     size = (modality.options.channels, modality.options.size, modality.options.size)
     input_ = {"input_size": size, "mean": tuple(modality.state["mean"]), "std": tuple(modality.state["std"]), "interpolation": "bilinear",

@@ -118,8 +118,8 @@ def written(backbone: Any, objective: Any, reader: Modality) -> Folder:
         config.feat_quantizer_dropout, config.mask_time_prob, config.mask_time_length = o.dropout, o.mask_start * o.mask_length, o.mask_length
         return Folder("Wav2Vec2ForPreTraining", config, {**tensors, **{key: own[key] for key in QUANTIZER}}, files)
     if getattr(objective.options, "norm", False):
-        raise ValueError("the head has a layer norm before its linear layer, those of transformers have none. Train with objective option norm: false to "
-                         "export it, or give --backbone-only for the plain model")
+        raise ValueError("the head has a layer norm before its linear layer, Wav2Vec2ForCTC of transformers has none. Train with objective option norm: "
+                         "false to export it, or give --backbone-only for the plain model")
     if name == "ctc":
         vocabulary = _vocabulary(objective)
         config.vocab_size, config.pad_token_id, config.bos_token_id, config.eos_token_id = len(vocabulary), 0, None, None
@@ -135,7 +135,7 @@ def written(backbone: Any, objective: Any, reader: Modality) -> Folder:
     config.problem_type = "single_label_classification" if name == "classification" else "multi_label_classification"
     return Folder("Wav2Vec2ForSequenceClassification", config, {
         **tensors, "projector.weight": torch.eye(width), "projector.bias": torch.zeros(width),
-        **{f"classifier.{part}": own[f"head.{part}"] for part in ("weight", "bias")}}, files)
+        **{f"classifier.{part}": own[f"head.{part}"] / objective.state.get("temperature", 1.0) for part in ("weight", "bias")}}, files)
 
 
 def _vocabulary(objective: Any) -> dict[str, int]:

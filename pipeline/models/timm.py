@@ -49,6 +49,9 @@ class Timm(Backbone):
         rates = {"drop_path_rate": options.drop_path, "drop_rate": options.drop_rate}
         self.model: Any = _create(architecture, inputs["channels"], inputs["size"], options.patch_size, **rates)
         self.arch = {"name": f"timm/{architecture}", "options": options.model_dump(), "inputs": dict(inputs)}
+        self.creation_arguments = creation_arguments(
+            architecture, inputs["channels"], inputs["size"], options.patch_size)
+        """Arguments of ``timm.create_model`` that build ``model``, without dropout and stochastic depth."""
         self.pooled_dim = getattr(self.model, "head_hidden_size", None) or self.model.num_features
         shape, _ = _probed(architecture, inputs["channels"], inputs["size"], options.patch_size)
         self.token_dim = shape[2] if len(shape) == 3 else None
@@ -135,6 +138,13 @@ def _arguments(architecture: str) -> frozenset[str]:
 
 def _create(architecture: str, channels: int, size: int, patch_size: int | None, **rates: float) -> Any:
     """The timm model without a classifier, for images of ``size`` pixels a side, and of others where it takes them."""
+    return timm.create_model(architecture, pretrained=False, **creation_arguments(architecture, channels, size, patch_size, **rates))
+
+
+def creation_arguments(
+    architecture: str, channels: int, size: int, patch_size: int | None = None, **rates: float
+) -> dict[str, Any]:
+    """Arguments of ``timm.create_model`` that build the backbone's model; ``rates`` that the architecture has not are left out."""
     known = _arguments(architecture)
     wanted: dict[str, Any] = {"in_chans": channels, "num_classes": 0, **{name: rate for name, rate in rates.items() if name in known}}
     config = timm.models.get_pretrained_cfg(architecture, allow_unregistered=True)
@@ -146,7 +156,7 @@ def _create(architecture: str, channels: int, size: int, patch_size: int | None,
         wanted["dynamic_img_size"] = True
     if "aux_logits" in known:
         wanted["aux_logits"] = False  # with the auxiliary head Inception v3 returns a tuple in evaluation too
-    return timm.create_model(architecture, pretrained=False, **wanted)
+    return wanted
 
 
 SEVERAL = "gives several tensors, not one"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 import tempfile
 from pathlib import Path
@@ -12,9 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from safetensors.torch import save as safetensors_bytes
+from safetensors.torch import load_file, save_file
 
-from pipeline import bundle, folders, hugging_face, identity, registry, storage, transcripts
+from pipeline import bundle, classifier_export, export_check, folders, hugging_face, identity, registry, storage, transcripts
 from pipeline.bundle import BundleError
 from pipeline.contracts import Arrays, Modality, Objective
 from pipeline.data import manifest as manifests
@@ -216,37 +217,96 @@ def _arrow(block: Arrays, types: dict[str, pa.DataType]) -> pa.Table:
 def export(uri: str, output: str, kind: str, backbone_only: bool) -> str:
     """A verified copy of a bundle, its weights as one .safetensors or .pt file, or a folder that transformers (or timm) opens.
 
-    Raises ValueError for another kind or suffix, and where an export is there already; BundleError for what the other library has no class for.
+    Every export is read again and compared with the bundle on random rows (``export_check``) before it is put in its place; what is
+    returned tells the largest difference. Raises ValueError for another kind or suffix, and where an export is there already; BundleError
+    for what the other library has no class for, and for an export that gives other numbers than the bundle.
     """
     found = bundle.load(uri)
     if kind == "bundle":
-        manifest = {k: v for k, v in found.manifest.items() if k != "files"}
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = folders.fetch_folder(uri, Path(scratch, "copy"))
-            folders.commit_folder(output, {"weights.safetensors": Path(folder, "weights.safetensors").read_bytes()}, manifest)
-        return f"{output}: bundle of {found.manifest['arch']['name']}, {len(found.tensors)} tensors"
+        return _export_bundle(found, output)
     if kind == "hugging-face":
-        if storage.exists(storage.join(output, EXPORTED)) or (storage.exists(output) and not storage.is_dir(output)):
-            raise ValueError(f"{output} is there already; give a new folder, or remove it first")
-        facts = {"kind": "export", "bundle": uri, "sha256_of_bundle": found.manifest["sha256"], "backbone_only": backbone_only, "versions": bundle.versions()}
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = Path(scratch, "folder")
-            folder.mkdir()
-            text = hugging_face.write(found, folder, backbone_only)
-            folders.commit_folder(output, {path.name: path for path in sorted(folder.iterdir())}, facts, EXPORTED)
-        return f"{output}: {text}"
-    if kind != "state-dict":
-        raise ValueError(f"--kind {kind}: kinds are bundle, hugging-face and state-dict")
-    tensors = found.tensors
-    if backbone_only:
-        tensors = {name.removeprefix("model."): tensor for name, tensor in found.backbone_tensors().items()}
-    if output.endswith(".safetensors"):
-        data = safetensors_bytes({n: t.contiguous() for n, t in tensors.items()}, metadata={"format": "pt"})
-    elif output.endswith((".pt", ".pth")):
-        buffer = io.BytesIO()
-        torch.save(tensors, buffer)
-        data = buffer.getvalue()
-    else:
+        return _export_folder(found, output, backbone_only)
+    if kind == "state-dict":
+        return _export_state_dict(found, output, backbone_only)
+    raise ValueError(f"--kind {kind}: kinds are bundle, hugging-face and state-dict")
+
+
+def _export_bundle(found: bundle.Bundle, output: str) -> str:
+    manifest = {k: v for k, v in found.manifest.items() if k != "files"}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = folders.fetch_folder(found.uri, Path(scratch, "copy"))
+        compared = export_check.compare_tensors(found, load_file(Path(folder, "weights.safetensors")))
+        export_check.require(compared, found.uri)
+        folders.commit_folder(output, {"weights.safetensors": Path(folder, "weights.safetensors").read_bytes()}, manifest)
+    return f"{output}: bundle of {found.manifest['arch']['name']}, {len(found.tensors)} tensors; {compared.text()}"
+
+
+def _export_folder(found: bundle.Bundle, output: str, backbone_only: bool) -> str:
+    if storage.exists(storage.join(output, EXPORTED)) or (storage.exists(output) and not storage.is_dir(output)):
+        raise ValueError(f"{output} is there already; give a new folder, or remove it first")
+    facts = {"kind": "export", "bundle": found.uri, "sha256_of_bundle": found.manifest["sha256"], "backbone_only": backbone_only,
+             "versions": bundle.versions()}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch, "folder")
+        folder.mkdir()
+        text = hugging_face.write(found, folder, backbone_only)
+        compared = export_check.require(export_check.compare_folder(found, folder, backbone_only), found.uri)
+        facts["largest_difference"], facts["compared_rows"] = compared.difference, compared.rows
+        folders.commit_folder(output, {path.name: path for path in sorted(folder.iterdir())}, facts, EXPORTED)
+    return f"{output}: {text}; {compared.text()}"
+
+
+def _export_state_dict(found: bundle.Bundle, output: str, backbone_only: bool) -> str:
+    """One file of tensors. With a head a description lies beside it, and for a linear head on timm or transformers the code that loads it:
+    the layer norm before it has no parameters, so the tensors alone would not tell that it is there."""
+    if not output.endswith((".safetensors", ".pt", ".pth")):
         raise ValueError(f"{output}: a state dict is a .safetensors, .pt or .pth file")
-    storage.write_bytes(output, data)
-    return f"{output}: {len(tensors)} tensors"
+    name = output.rpartition("/")[2]
+    stem = name.rpartition(".")[0]
+    with tempfile.TemporaryDirectory() as scratch:
+        place = Path(scratch, name)
+        beside: dict[str, str] = {}
+        if backbone_only or found.manifest["objective"]["name"] == "none":
+            tensors = {one.removeprefix("backbone.").removeprefix("model."): tensor for one, tensor in found.backbone_tensors().items()}
+            if not backbone_only:
+                tensors = found.tensors
+            _write_tensors(place, tensors)
+            compare = export_check.compare_backbone if backbone_only else export_check.compare_tensors
+            compared = compare(found, export_check.read_state_dict(place))
+        else:
+            tensors, beside = _with_norm(found, stem)
+            _write_tensors(place, tensors)
+            for other, text in beside.items():
+                Path(scratch, other).write_text(text, encoding="utf-8")
+            if f"{stem}_classifier.json" in beside:
+                compared = export_check.compare_classifier(found, place)
+            else:
+                compared = export_check.compare_tensors(found, export_check.read_state_dict(place))
+        export_check.require(compared, found.uri)
+        storage.write_bytes(output, place.read_bytes())
+        for other, text in beside.items():
+            storage.write_bytes(output.removesuffix(name) + other, text.encode())
+    also = f", with {' and '.join(sorted(beside))} beside it, which say how the head is built" if beside else ""
+    return f"{output}: {len(tensors)} tensors{also}; {compared.text()}"
+
+
+def _with_norm(found: bundle.Bundle, stem: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """(tensors of a task, the norm before its linear layer as ones and noughts, texts of the files beside them)."""
+    task, modality = found.task(), found.modality()
+    tensors = dict(found.tensors)
+    head = getattr(task.objective, "head", None)
+    if classifier_export.has_norm(task) and isinstance(head, torch.nn.Linear):
+        tensors |= {f"objective.norm.{part}": tensor for part, tensor in classifier_export.norm_tensors(task).items()}
+    if classifier_export.is_carried(task):
+        tensors |= {f"objective.head.{part}": tensor for part, tensor in classifier_export.linear_tensors(task).items()}
+        spec = classifier_export.describe(task, modality)
+        return tensors, {f"{stem}_classifier.json": json.dumps(spec, indent=2, ensure_ascii=False), f"{stem}_classifier.py": classifier_export.code()}
+    told = {key: found.manifest[key] for key in ("arch", "modality", "objective")}
+    return tensors, {f"{stem}_model.json": json.dumps(told, indent=2, ensure_ascii=False)}
+
+
+def _write_tensors(place: Path, tensors: dict[str, Any]) -> None:
+    if place.suffix == ".safetensors":
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, place, metadata={"format": "pt"})
+    else:
+        torch.save(tensors, place)

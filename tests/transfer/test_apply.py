@@ -1,6 +1,10 @@
 """Predictions on files: one line a row, whatever cannot be read, and parts that can be read as one table."""
 
 import io
+import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import PIL.Image
@@ -8,10 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import save_file
 from toys import SMALL, label_state, sentences, task_of, text_modality, weights
 from typer.testing import CliRunner
 
-from pipeline import bundle, cli, folders, hugging_face, registry, starts, storage
+from pipeline import bundle, classifier_export, cli, exported_classifier, folders, hugging_face, registry, starts, storage
 from pipeline.bundle import BundleError
 from pipeline.contracts import Batch
 from pipeline.data import manifest
@@ -87,7 +92,8 @@ def test_timm_gives_the_bundles_scores_and_its_folder_starts_again(name, objecti
 
     task, uri = image_bundle(tmp_path, name, {"norm": False}, objective, **more)
     text = apply.export(uri, str(tmp_path / "out"), "hugging-face", False)
-    assert text.startswith(f"{tmp_path / 'out'}: {name} with ") and text.endswith(f", {len(task.objective.state['labels'])} labels")
+    assert text.startswith(f"{tmp_path / 'out'}: {name} with ")
+    assert f", {len(task.objective.state['labels'])} labels; compared with the bundle on 4 random rows: largest difference of scores " in text
     x = torch.randn(2, 3, 64, 64)
     batch = Batch(np.arange(2), torch.arange(2), {"image": x})
     model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
@@ -102,15 +108,114 @@ def test_timm_gives_the_bundles_scores_and_its_folder_starts_again(name, objecti
     assert start.modality["state"] == {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
 
 
+OPEN_ALONE = """
+import json, sys
+import torch
+from safetensors.torch import load_file
+sys.path.insert(0, sys.argv[1])
+loader = __import__(sys.argv[2])
+assert not [name for name in sys.modules if name.split(".")[0] == "pipeline"], "the exported code needs nothing of this package"
+model = loader.load(*sys.argv[5:])
+with torch.no_grad():
+    torch.save(model(load_file(sys.argv[3])["image"]), sys.argv[4])
+assert not [name for name in sys.modules if name.split(".")[0] == "pipeline"]
+"""
+
+
+def opened_alone(folder, module: str, images: torch.Tensor, *place: str) -> torch.Tensor:
+    """Logits of an exported classifier in a Python of its own that cannot import this package, by timm and torch alone."""
+    save_file({"image": images}, folder / "rows.safetensors")
+    out = folder / "logits.pt"
+    work = folder / "elsewhere"
+    work.mkdir()
+    plain = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "-I", "-c", OPEN_ALONE, str(folder), module, str(folder / "rows.safetensors"), str(out), *place],
+                          cwd=work, env=plain, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return torch.load(out, weights_only=True)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("kind", "suffix"), [("hugging-face", ""), ("state-dict", ".safetensors"), ("state-dict", ".pt")])
+@pytest.mark.parametrize(("name", "objective", "more"), [("timm/test_resnet", "classification", {}), ("timm/test_vit", "multilabel", {"patch_size": 8}),
+                                                         ("timm/test_vgg", "classification", {})])
+def test_a_classifier_trained_with_defaults_is_exported_with_its_norm(name, objective, more, kind, suffix, tmp_path):
+    """The layer norm before the linear layer has no parameters: weights alone gave other classes in timm."""
+    if name == "timm/test_vgg" and "test_vgg" not in registry.architectures("timm"):
+        name = "timm/vgg11"
+    if (name, suffix) == ("timm/vgg11", ".pt"):
+        pytest.skip("one form of a large model is enough")
+    task, uri = image_bundle(tmp_path, name, None, objective, **more)
+    assert task.objective.options.norm
+    out = tmp_path / "export"
+    target = out / f"weights{suffix}" if suffix else out
+    text = apply.export(uri, str(target), kind, False)
+    assert "compared with the bundle on 4 random rows: largest difference of scores " in text
+    x = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    ours = task.objective.predict(task.backbone, Batch(np.arange(3), torch.arange(3), {"image": x}))["scores"]
+    module, place = ("weights_classifier", [str(target)]) if suffix else ("classifier", [])
+    assert (opened_alone(out, module, x, *place) - ours).abs().max() < 1e-4 * ours.abs().max()
+    spec = json.loads((out / f"{module}.json").read_text())
+    assert spec["labels"] == task.objective.state["labels"] and spec["norm"] is True
+    assert [*spec["input"]["mean"], *spec["input"]["std"]] == [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
+    start = starts.read(f"hf:{out}") if not suffix else starts.read(f"file:{target}", name)
+    arch = start.arch or task.backbone.arch
+    twin = bundle.build_backbone({**arch, "inputs": task.backbone.arch["inputs"], "options": task.backbone.arch["options"]})
+    assert not start.onto(twin).new and all(torch.equal(t, weights(task.backbone)[n]) for n, t in weights(twin).items())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["hugging-face", "state-dict"])
+@pytest.mark.parametrize("norm", [True, False])
+def test_an_exported_classifier_gives_calibrated_scores(norm, kind, tmp_path):
+    """A temperature that was fitted is part of what predict writes, so the exported linear layer holds it."""
+    import timm
+
+    task, uri = image_bundle(tmp_path, options={"norm": norm, "calibrate": "temperature"})
+    task.objective.state = {**task.objective.state, "temperature": 2.5}
+    bundle.save(uri, task, IMAGES)
+    out = tmp_path / "export"
+    target = out if kind == "hugging-face" else out / "weights.safetensors"
+    apply.export(uri, str(target), kind, False)
+    x = torch.randn(2, 3, 64, 64)
+    ours = task.objective.predict(task.backbone, Batch(np.arange(2), torch.arange(2), {"image": x}))["scores"]
+    in_timm = kind == "hugging-face" and not norm
+    model = timm.create_model(f"local-dir:{out}", pretrained=True).eval() if in_timm else exported_classifier.load(target)
+    theirs = model(x)
+    assert (theirs - ours).abs().max() < 1e-5 < ours.std()
+
+
+def test_an_export_that_differs_from_its_bundle_is_refused(tmp_path, monkeypatch):
+    """Whatever goes wrong in writing is found by running what was written."""
+    _, uri = image_bundle(tmp_path)
+    plain = classifier_export.linear_tensors
+    monkeypatch.setattr(classifier_export, "linear_tensors", lambda task: {part: 1.01 * tensor for part, tensor in plain(task).items()})
+    for kind, name in (("hugging-face", "out"), ("state-dict", "out.safetensors")):
+        with pytest.raises(BundleError, match=r"the export gives other numbers than the bundle: scores differ by up to .*; nothing was written"):
+            apply.export(uri, str(tmp_path / name), kind, False)
+        assert not (tmp_path / name).exists()
+
+
+def test_a_state_dict_of_another_head_says_how_it_is_built(tmp_path):
+    task, uri = image_bundle(tmp_path, objective="segmentation")
+    text = apply.export(uri, str(tmp_path / "weights.pt"), "state-dict", False)
+    assert "weights_model.json beside it" in text and "largest difference of features 0.0e+00" in text
+    told = json.loads((tmp_path / "weights_model.json").read_text())
+    assert told["objective"]["name"] == "segmentation" and told["arch"] == task.backbone.arch
+    held = torch.load(tmp_path / "weights.pt", weights_only=True)
+    assert all(torch.equal(tensor, held[name]) for name, tensor in task.state_dict().items())
+    text = apply.export(uri, str(tmp_path / "copy"), "bundle", False)
+    assert "compared with the bundle on 4 random rows: largest difference of features 0.0e+00" in text
+    text = apply.export(uri, str(tmp_path / "plain.safetensors"), "state-dict", True)
+    assert "largest difference of features 0.0e+00" in text
+
+
 def test_a_head_that_timm_has_not_is_refused_and_its_backbone_written(tmp_path):
-    _, uri = image_bundle(tmp_path, options={"norm": True})
-    with pytest.raises(BundleError, match=r"timm's classifiers have none. Train with objective option norm: false .* or give --backbone-only"):
-        apply.export(uri, str(tmp_path / "out"), "hugging-face", False)
     task, uri = image_bundle(tmp_path, objective="segmentation")
     with pytest.raises(BundleError, match="timm has no head for segmentation; --backbone-only writes the plain model"):
         apply.export(uri, str(tmp_path / "out"), "hugging-face", False)
     assert not (tmp_path / "out").exists()
-    assert apply.export(uri, str(tmp_path / "out"), "hugging-face", True).endswith(", 0 labels")
+    assert ", 0 labels; compared with the bundle" in apply.export(uri, str(tmp_path / "out"), "hugging-face", True)
     start = starts.read(f"hf:{tmp_path / 'out'}")
     assert all(torch.equal(t, start.tensors[name]) for name, t in weights(task.backbone).items())
 
