@@ -28,17 +28,23 @@ def _folder(uri: str, step: int) -> str:
     return storage.join(uri, f"step-{step:010d}")
 
 
-def save(uri: str, ranks: Any, state: dict[str, Any]) -> None:
-    """Called by every rank at the same step; returns when the resume point is visible."""
+def save(uri: str, ranks: Any, state: dict[str, Any], bad_rows: dict[int, str] | None = None) -> None:
+    """Called by every rank at the same step; returns when the resume point is visible.
+
+    Args:
+        state: The same on every rank.
+        bad_rows: Row id to reason of the rows that this rank could not read so far; those of all ranks are kept.
+    """
     random = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if ranks.device.type == "cuda" else None}
-    everyone: list[Any] = [random]
+    everyone: list[Any] = [(random, bad_rows or {})]
     if ranks.count > 1:
         everyone = [None] * ranks.count
-        dist.all_gather_object(everyone, random)
+        dist.all_gather_object(everyone, (random, bad_rows or {}))
     if ranks.first:
         with tempfile.TemporaryDirectory() as scratch:
             path = Path(scratch, "state.pt")
-            torch.save({**state, "random": everyone}, path)
+            unread = {row: reason for _, bad in everyone for row, reason in bad.items()}
+            torch.save({**state, "random": [random for random, _ in everyone], "bad_rows": unread}, path)
             folders.commit_folder(_folder(uri, state["step"]), {"state.pt": path}, {"step": state["step"], "format_version": 1})
         for old in _steps(uri)[:-KEPT]:
             storage.remove_tree(_folder(uri, old))

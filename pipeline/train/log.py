@@ -3,13 +3,34 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pipeline import fence, storage
+
+
+class RowTrace:
+    """Appends a line {step, rows, pid} for every step of a rank to ``rows-rank<rank>.jsonl`` in a local folder.
+
+    A run that goes on from a resume point appends to what is there: of a step that was taken twice, the last line counts.
+    """
+
+    def __init__(self, folder: str, rank: int):
+        if storage.is_remote(folder):
+            raise ValueError(f"train.trace_rows writes to a local folder; storage is {folder}")
+        self.path = Path(storage.join(folder, f"rows-rank{rank}.jsonl"))
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+
+    def __call__(self, step: int, rows: np.ndarray) -> None:
+        fence.check(str(self.path))
+        with open(self.path, "a") as file:
+            file.write(json.dumps({"step": step, "rows": rows.tolist(), "pid": os.getpid()}) + "\n")
 
 
 class MetricsLog:

@@ -112,6 +112,8 @@ class Run:
     bad_rows: Callable[[list[tuple[int, str]], int], None] = lambda bad, seen: None
     """Told of undecodable rows; raises when they are over the budget."""
     clock: Callable[[], float] = time.perf_counter
+    alive: Callable[[], None] = lambda: None
+    """Called at every step that was taken: whoever waits for this run sees that it does not hang."""
     on_start: Callable[[int, list[str]], None] = lambda step, notes: None
     """Told, before anything is logged, the step at which training starts (0, or that of the resume point) and a
     line for each damaged resume point that was passed over."""
@@ -119,7 +121,10 @@ class Run:
 
 @dataclass
 class Outcome:
-    """What a run did. ``curve`` holds one record a validation; weights are in the task."""
+    """What a run did. ``curve`` holds one record a validation; weights are in the task.
+
+    ``seconds`` counts the parts before the resume point too; ``seconds_before`` are those alone.
+    """
 
     steps: int
     seconds: float
@@ -130,6 +135,7 @@ class Outcome:
     params_trained: int
     resumed_from: int
     stopped_early: bool = False
+    seconds_before: float = 0.0
 
 
 class _Live:
@@ -202,6 +208,10 @@ def fit(run: Run) -> Outcome:
         if ema:
             ema.average = {name: tensor.to(device) for name, tensor in saved["ema"].items()}
     assert start < run.steps, "a run of zero steps trains nothing"
+    seconds_before = float(saved.get("seconds", 0.0)) if saved else 0.0
+    unread: dict[int, str] = dict(saved.get("bad_rows", {})) if saved else {}
+    if unread:
+        run.bad_rows(list(unread.items()), 0)
 
     eval_every = train.eval_every_steps or max(1, run.steps // 5)
     save_every = train.checkpoint_every_steps or 1000
@@ -240,6 +250,7 @@ def fit(run: Run) -> Outcome:
             batch, bad, wait = next(stream)
             waited += wait
             if bad:
+                unread.update(bad)
                 run.bad_rows(bad, rows_seen + len(batch))
             stats = torch.zeros(len(names), device=device)
             parts = batch.split(train.micro_batch)
@@ -262,6 +273,7 @@ def fit(run: Run) -> Outcome:
             window += stats
             if run.on_rows:
                 run.on_rows(step, batch.rows)
+            run.alive()
 
             # ---- rare: log, check for trouble, validate, save
             done = step + 1
@@ -299,7 +311,7 @@ def fit(run: Run) -> Outcome:
                 checkpoint.save(run.checkpoints, ranks, {
                     "step": done, "phase": phase_number, "task": task.state_dict(),
                     "optimizer": live.optimizer.state_dict(), "ema": ema.average if ema else None, "keeper": run.keeper.state_dict(),
-                    "curve": curve, "skipped": int(bad_total)})
+                    "curve": curve, "skipped": int(bad_total), "seconds": seconds_before + run.clock() - began}, unread)
                 saved_at = run.clock()
     except Stop:
         stopped = True
@@ -312,10 +324,10 @@ def fit(run: Run) -> Outcome:
     if run.evaluate:
         run.keeper.restore(task)
     seconds = run.clock() - began
-    return Outcome(steps=step + 1, seconds=seconds, rows_per_second=ranks.count * rows_seen / max(seconds, 1e-9),
+    return Outcome(steps=step + 1, seconds=seconds_before + seconds, rows_per_second=ranks.count * rows_seen / max(seconds, 1e-9),
                    wait_share=(waited_all + waited) / max(seconds, 1e-9), skipped_steps=int(bad_total), curve=curve,
                    params_trained=_params_trained(run, phases),
-                   resumed_from=start, stopped_early=stopped)
+                   resumed_from=start, stopped_early=stopped, seconds_before=seconds_before)
 
 
 def _agreed(verdict: bool, ranks: Ranks) -> bool:
@@ -330,6 +342,7 @@ def _agreed(verdict: bool, ranks: Ranks) -> bool:
 def untrained(run: Run) -> Outcome:
     """The task as it is: validated once, nothing trained."""
     run.task.to(run.ranks.device)
+    run.on_start(0, [])
     began, curve = run.clock(), []
     if run.evaluate:
         curve = [{"step": 0, **_evaluated(run, None, 0)}]

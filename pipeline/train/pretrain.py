@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 
 from pipeline import bundle, fence, identity, starts, storage
 from pipeline.data.buckets import BucketPlan
-from pipeline.data.plan import Mixture, Plan
+from pipeline.data.manifest import Selection
+from pipeline.data.plan import Mixture, Plan, Shuffle
 from pipeline.data.stream import DataWorkers, Decoder, Place, Rows, check_budget, plan_of, rows_an_item, train_batches
 from pipeline.identity import FileIdentity
-from pipeline.job import Train
+from pipeline.job import Data, Train
 from pipeline.techniques.rates import Full
 from pipeline.train import checkpoint, evaluate, loop, probe
-from pipeline.train.log import MetricsLog
+from pipeline.train.log import MetricsLog, RowTrace
 from pipeline.train.loop import Ranks
 from pipeline.train.source import Fitted, SourceStage, arch_of, canonical_shards, check_plan, mixture
 
@@ -61,11 +59,21 @@ def steps_of(train: Train, plan: Plan) -> int:
     return train.steps if train.steps is not None else plan.steps(train.epochs or 1.0)
 
 
+def shuffle_of(data: Data, rows: Selection) -> Shuffle:
+    """The order in which the training rows of a source or of a target are shuffled, when they are read from files.
+
+    A full permutation of files that are larger than memory would read them many times an epoch.
+    """
+    if data.shuffle != "auto":
+        return data.shuffle
+    return "rows" if rows.manifest.size <= ROWS_SHUFFLE_BYTES else "blocks"
+
+
 def rank_job(stage: SourceStage, fitted: Fitted, workers: DataWorkers, threads: int) -> RankJob:
     spec = stage.spec
     assert spec.data is not None
     shards = canonical_shards(spec)
-    shuffle = spec.data.shuffle if spec.data.shuffle != "auto" else ("rows" if fitted.train.manifest.size <= ROWS_SHUFFLE_BYTES else "blocks")
+    shuffle = shuffle_of(spec.data, fitted.train)
     place: Place = "workers" if spec.data.decode == "auto" else spec.data.decode
     check_plan(stage, fitted.corpora)
     work = RankJob(stage.name, stage.uri, stage.key, stage.seed, spec.train, 0, fitted, shards, shuffle, place, spec.data.max_bad_rows, workers, threads,
@@ -154,15 +162,23 @@ def train_rank(work: RankJob, ranks: Ranks, on_progress: Callable[[dict[str, Any
                                    train.micro_batch or -(-train.global_batch // ranks.count), work.threads, part=True,
                                    on_bad=lambda found: bad.add("validation", found))
     log: MetricsLog | None = None
+    found_early: list[dict[str, Any]] = []
+
+    def quarantine(rows: list[dict[str, Any]]) -> None:
+        """Bad rows of the probe: it reads its rows before the log is opened, which waits for the resume point."""
+        if log is None:
+            found_early.extend(rows)
+        else:
+            log.quarantine(rows)
 
     def on_start(step: int, passed_over: list[str]) -> None:
         nonlocal log
         if ranks.first:
             log = MetricsLog(storage.join(work.uri, "log"), step)
-            log.quarantine(list(fitted.left_out))
+            log.quarantine([*fitted.left_out, *found_early])
 
     if check and fitted.probe:
-        tried = probe.prober(fitted.probe, rows.modality, ranks, lambda: loop.autocast(train, ranks.device), lambda found: log and log.quarantine(found))
+        tried = probe.prober(fitted.probe, rows.modality, ranks, lambda: loop.autocast(train, ranks.device), quarantine)
         check = _both(check, tried)
 
     warning = ""
@@ -180,7 +196,7 @@ def train_rank(work: RankJob, ranks: Ranks, on_progress: Callable[[dict[str, Any
     def on_eval(step: int, metrics: dict[str, Any]) -> None:
         on_log({"step": step, "steps": work.steps, **{k if k == probe.METRIC else f"validation_{k}": v for k, v in metrics.items()}})
 
-    trace = _Trace(storage.join(work.uri, f"rows-rank{ranks.rank}.jsonl")) if train.trace_rows else None
+    trace = RowTrace(work.uri, ranks.rank) if train.trace_rows else None
     began = time.time()
     run = loop.Run(task=task, technique=Full(), train=train, steps=work.steps, seed=work.seed, batches=batches, ready=ready,
                    keeper=loop.KeepBest(metrics_of_source[0], "last" if objective.couples_rows else train.keep), evaluate=check, ranks=ranks,
@@ -216,20 +232,6 @@ def _both(check: Callable[[Any], dict[str, float]], tried: Callable[[Any], float
 
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-
-
-class _Trace:
-    """Appends {step, rows} lines; a resumed run appends to what is there (the last line of a step counts)."""
-
-    def __init__(self, uri: str):
-        self.uri = uri
-        if storage.is_remote(uri):
-            raise ValueError(f"train.trace_rows writes to a local folder; storage is {uri}")
-
-    def __call__(self, step: int, rows: np.ndarray) -> None:
-        fence.check(self.uri)
-        with open(self.uri, "a") as file:
-            file.write(json.dumps({"step": step, "rows": rows.tolist(), "pid": os.getpid()}) + "\n")
 
 
 def import_checkpoint(stage: SourceStage) -> dict[str, Any]:

@@ -1,13 +1,14 @@
 """Frozen backbones: features computed once, and all their heads trained together as one batched problem, by the one loop.
 
 A stack of K heads is one module whose parameters have a leading K; each head has its own rows, order, learning rate and clip,
-and its gradients touch no other head, so the results are those of training one at a time.
+and its gradients touch no other head, so the results are those of training one at a time. A head that draws random numbers
+(dropout) is a stack of its own, since what it draws would depend on the heads beside it.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,9 @@ from pipeline.contracts import Backbone, Batch, Objective, Task
 from pipeline.data.stream import Loaded, Rows
 from pipeline.job import Train, spec_hash
 from pipeline.metrics import Predictions
-from pipeline.train import evaluate, loop
+from pipeline.rng import mix
+from pipeline.train import checkpoint, evaluate, loop
+from pipeline.train.log import RowTrace
 from pipeline.train.loop import Ranks
 from pipeline.train.pretrain import device_name
 from pipeline.train.probe import features
@@ -62,7 +65,8 @@ class HeadStack(nn.Module):
         self.trains, self.count = trains, len(heads)
         self.names = [name for name, _ in heads[0].named_parameters()]
         self.stacked = nn.ParameterList([nn.Parameter(torch.stack([dict(h.named_parameters())[name].detach() for h in heads])) for name in self.names])
-        self.bad = torch.zeros(len(heads))
+        self.bad: Tensor
+        self.register_buffer("bad", torch.zeros(len(heads)))  # non-finite steps of each head; a resume point keeps them
         self._views: list[list[nn.Parameter]] = []
 
     def layers(self) -> dict[str, list[str]]:
@@ -79,7 +83,9 @@ class HeadStack(nn.Module):
 
         shared = features.dim() == 2  # evaluation: every head reads the same rows
         dims = (0, None, None) if shared else (0, 0, 0)
-        return vmap(one, in_dims=dims, randomness="different")(dict(zip(self.names, self.stacked, strict=True)), features, data)
+        # several heads that draw random numbers would draw them from one generator: torch refuses that here
+        randomness = "different" if self.count == 1 else "error"
+        return vmap(one, in_dims=dims, randomness=randomness)(dict(zip(self.names, self.stacked, strict=True)), features, data)
 
     def forward(self, batch: Batch):
         """``features`` (K, B, D) with tensors (K, B): sum over heads; the count is one head's, so each gets its own mean."""
@@ -111,7 +117,7 @@ class HeadStack(nn.Module):
         grads = [p.grad for p in self.stacked if p.grad is not None]
         norms = torch.stack([g.flatten(1).norm(dim=1) for g in grads]).norm(dim=0) * to_mean
         fine = torch.isfinite(norms)
-        self.bad = self.bad.to(norms.device) + (~fine).float()
+        self.bad.add_((~fine).float())
         scale = (max_norm / (norms + 1e-6)).clamp(max=1.0) if max_norm else torch.ones_like(norms)
         for g in grads:
             shape = (-1, *[1] * (g.dim() - 1))
@@ -160,10 +166,12 @@ class KeepHeads:
                 parameter[k].copy_(kept)
 
     def state_dict(self):
-        raise RuntimeError("heads train in seconds and are not checkpointed")
+        return {"best": [best.state_dict() for best in self.best], "weights": self.weights, "curves": self.curves}
 
     def load_state_dict(self, state):
-        raise RuntimeError("heads train in seconds and are not checkpointed")
+        for best, saved in zip(self.best, state["best"], strict=True):
+            best.load_state_dict(saved)
+        self.weights, self.curves = state["weights"], state["curves"]
 
 
 class _Nothing:
@@ -183,10 +191,11 @@ def batchable(group: list[Trial], shared: Shared) -> bool:
     return first.technique_object.frozen and data.spec.workers == 0 and pooled
 
 
-def run(group: list[Trial], shared: Shared) -> list[Record]:
+def run(group: list[Trial], shared: Shared, alive: Callable[[], None] = lambda: None) -> list[Record]:
     """Train the heads of several trials of one (source, backbone, target) together; same records as ``trial.run``.
 
-    Trials whose steps or batches differ are trained in stacks of their own. A head that met a non-finite step is trained again alone.
+    Trials whose steps or batches differ are trained in stacks of their own, and so is a head that draws random numbers. A head that
+    met a non-finite step is trained again alone. ``alive`` is called at every step.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     first = group[0]
@@ -196,6 +205,7 @@ def run(group: list[Trial], shared: Shared) -> list[Record]:
     splits = ("train", "validation", *(["test"] if first.stage == "final" else []))
     cached = {name: kept_features(task.backbone, shared, first.source, first.base, first.target, name, device) for name in splits}
     shared_seconds = (time.time() - began) / len(group)
+    noisy = draws_random_numbers(task.objective, cached["train"])
     stacks: dict[tuple, list[tuple[Trial, Train, Rows, int]]] = {}
     failed: list[Record] = []
     for trial in group:
@@ -205,15 +215,30 @@ def run(group: list[Trial], shared: Shared) -> list[Record]:
             failed.append(trials.failed(trial, shared, f"{type(error).__name__}: {error}"[:2000]))
             continue
         like = train.model_dump(exclude={"lr", "weight_decay"})
-        stacks.setdefault((steps, str(sorted(like.items()))), []).append((trial, train, rows, steps))
+        alone = trial.id if noisy else ""
+        stacks.setdefault((steps, str(sorted(like.items())), alone), []).append((trial, train, rows, steps))
     out: list[Record] = failed
     for members in stacks.values():
-        out += _stack(members, shared, data, task.backbone, cached, moved, shared_seconds, device)
+        out += _stack(members, shared, data, task.backbone, cached, moved, shared_seconds, device, alive)
     return out
 
 
+def draws_random_numbers(head: Objective, rows: tuple[Tensor, dict[str, Tensor]]) -> bool:
+    """Whether the head's loss draws random numbers in training (dropout): torch tells, on two of the ``rows``."""
+    pooled, tensors = rows[0][:2], {name: tensor[:2] for name, tensor in rows[1].items()}
+    twins = HeadStack([head, head], []).to(pooled.device).train()
+    both = Batch(np.zeros(2, dtype=np.int64), torch.zeros(0), {name: torch.stack([t, t]) for name, t in {**tensors, "features": pooled}.items()})
+    try:
+        twins(both)
+    except RuntimeError as error:
+        if "randomness" not in str(error):
+            raise
+        return True
+    return False
+
+
 def _stack(members: list[tuple[Trial, Train, Rows, int]], shared: Shared, data: TargetData, backbone: Backbone, cached: dict[str, Any], moved: str,
-           shared_seconds: float, device: torch.device) -> list[Record]:
+           shared_seconds: float, device: torch.device, alive: Callable[[], None]) -> list[Record]:
     began = time.time()
     built: list[tuple[Objective, str]] = []
     for trial, *_ in members:  # the backbone is the same for all: only the heads are kept
@@ -223,11 +248,12 @@ def _stack(members: list[tuple[Trial, Train, Rows, int]], shared: Shared, data: 
     stack = HeadStack([head for head, _ in built], [t for _, t, _, _ in members]).to(device)
     keeper = KeepHeads(data.metrics[0], train.keep, len(members))
     pooled, tensors = cached["train"]
+    whole = data.train.selection.ids(np.arange(len(data.train)))
+    plans = [trials.order_of(trial, shared, t, rows) for trial, t, rows, _ in members]
+    places = [np.searchsorted(whole, rows.selection.ids(np.arange(len(rows)))) for _, _, rows, _ in members]
+    traces = [RowTrace(trials.folder(shared, trial), 0) for trial, *_ in members] if train.trace_rows else []
 
     def batches(span: range) -> Iterator[Loaded]:
-        whole = data.train.selection.ids(np.arange(len(data.train)))
-        plans = [trials.order_of(trial, shared, t, rows) for trial, t, rows, _ in members]
-        places = [np.searchsorted(whole, rows.selection.ids(np.arange(len(rows)))) for _, _, rows, _ in members]
         for step in span:
             index = torch.from_numpy(np.stack([place[plan.batch(step)[0]] for plan, place in zip(plans, places, strict=True)])).to(device)
             yield Loaded(Batch(index[0].cpu().numpy(), torch.zeros(0), {"features": pooled[index], **{n: t[index] for n, t in tensors.items()}}), [], 0.0)
@@ -235,17 +261,27 @@ def _stack(members: list[tuple[Trial, Train, Rows, int]], shared: Shared, data: 
     def check(task: nn.Module) -> dict[str, Any]:
         return {"heads": [evaluate.values(found, data.metrics) for found in _predicted(stack, cached["validation"], train)]}
 
-    work = loop.Run(task=stack, technique=members[0][0].technique_object, train=train, steps=steps, seed=0, batches=batches,  # type: ignore[arg-type]
-                    ready=lambda batch, training: batch, keeper=keeper, evaluate=check, ranks=Ranks(device=device))
+    def on_rows(step: int, rows: np.ndarray) -> None:
+        for trace, plan, place in zip(traces, plans, places, strict=True):
+            trace(step, whole[place[plan.batch(step)[0]]])
+
+    # one head alone is seeded as a trial alone, so that it draws the same random numbers; several draw none
+    seed = mix(shared.seed, members[0][0].seed, 3) if len(members) == 1 else 0
+    notes: list[str] = []
+    points = storage.join(shared.root, "stacks", spec_hash([trial.id for trial, *_ in members]))
+    work = loop.Run(task=stack, technique=members[0][0].technique_object, train=train, steps=steps, seed=seed, batches=batches,  # type: ignore[arg-type]
+                    ready=lambda batch, training: batch, keeper=keeper, evaluate=check, ranks=Ranks(device=device), checkpoints=points,
+                    on_start=lambda step, passed_over: notes.extend(passed_over), on_rows=on_rows if traces else None, alive=alive)
     outcome = loop.fit(work)
+    moved += "".join(f"; {note}" for note in notes)
     tests: list[Predictions] | list[None] = _predicted(stack, cached["test"], train) if "test" in cached else [None] * len(members)
     held = _predicted(stack, cached["validation"], train) if "test" in cached and built[0][0].calibrates else []
-    seconds = (time.time() - began) / len(members) + shared_seconds
+    seconds = (outcome.seconds_before + time.time() - began) / len(members) + shared_seconds
     out = []
     for k, (trial, own, rows, _) in enumerate(members):
         if float(stack.bad[k]):
             try:
-                out.append(trials.run(trial, shared))
+                out.append(trials.run(trial, shared, alive=alive))
             except Exception as error:  # it is this head's alone: the others are done
                 out.append(trials.failed(trial, shared, f"{type(error).__name__}: {error}"[:2000]))
             continue
@@ -258,10 +294,11 @@ def _stack(members: list[tuple[Trial, Train, Rows, int]], shared: Shared, data: 
         test = None if found is None else {"row": data.test.selection.ids(np.arange(len(data.test))), **found}
         facts = {"params_trained": sum(p[k].numel() for p in stack.stacked), "steps": outcome.steps, "seconds": seconds, "device": device_name(device),
                  "start_weights": start_hash, "transfer": moved, "n_train": len(rows), "curve": keeper.curves[k], "kept_step": keeper.best[k].step,
-                 "fitted": trials.fitted(head)}
+                 "resumed_from": outcome.resumed_from, "fitted": trials.fitted(head)}
         record = trials.make_record(trial, shared, own, began, facts, keeper.best[k].metrics, test)
         trials.write(trial, shared, record, test, Task(backbone, head) if shared.keep_bundles and trial.stage == "final" else None)
         out.append(record)
+    checkpoint.clear(points)
     return out
 
 

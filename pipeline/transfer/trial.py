@@ -17,15 +17,15 @@ from pipeline import bundle, fence, identity, registry, storage
 from pipeline.contracts import Objective, Task
 from pipeline.data.buckets import BucketPlan
 from pipeline.data.plan import Plan
-from pipeline.data.stream import Rows, check_budget, eval_batches, plan_of, train_batches
+from pipeline.data.stream import Rows, check_budget, eval_batches, plan_of, rows_an_item, train_batches
 from pipeline.identity import FileIdentity
 from pipeline.job import Target, Train, drawn
 from pipeline.metrics import Predictions, metric, per_label, scored
 from pipeline.rng import mix
-from pipeline.train import evaluate, loop
-from pipeline.train.log import MetricsLog
+from pipeline.train import checkpoint, evaluate, loop
+from pipeline.train.log import MetricsLog, RowTrace
 from pipeline.train.loop import Ranks
-from pipeline.train.pretrain import device_name, steps_of
+from pipeline.train.pretrain import device_name, shuffle_of, steps_of
 from pipeline.transfer import stats
 from pipeline.transfer.trials import SCRATCH, Base, Trial, fraction_text, label_subset
 
@@ -107,6 +107,11 @@ def folder(shared: Shared, trial: Trial) -> str:
     return storage.join(shared.root, "trials", trial.id)
 
 
+def checkpoints(shared: Shared, trial: Trial) -> str:
+    """Folder of a trial's resume points, the same kind as a source's."""
+    return storage.join(folder(shared, trial), "checkpoints")
+
+
 def read_record(root: str, trial_id: str) -> Record | None:
     uri = storage.join(root, "trials", trial_id, "record.json")
     return storage.read_json(uri) if storage.exists(uri) else None
@@ -161,17 +166,24 @@ def resolved(trial: Trial, shared: Shared) -> tuple[Train, Rows, int]:
 
 
 def order_of(trial: Trial, shared: Shared, train: Train, rows: Rows) -> Plan:
-    return plan_of(rows, mix(shared.seed, trial.seed, 2), train.global_batch, train.batch_cost, shards=train.canonical_shards or 8)
+    """The order in which a trial's training rows are read: the source's rule, but rows in memory are permuted as a whole where nothing is said."""
+    data = shared.targets[trial.target, trial.base]
+    shards = train.canonical_shards or max(8, data.spec.workers)
+    shuffle = "rows" if data.in_memory and data.spec.data.shuffle == "auto" else shuffle_of(data.spec.data, rows.selection)
+    item_rows = 256 if data.in_memory else rows_an_item(rows, shards)  # no order depends on it
+    return plan_of(rows, mix(shared.seed, trial.seed, 2), train.global_batch, train.batch_cost, shards=shards, shuffle=shuffle, item_rows=item_rows)
 
 
 Report = Callable[[int, int, dict[str, Any]], None]
 """Told the step, the steps in all and the validation metrics."""
 
 
-def run(trial: Trial, shared: Shared, ranks: Ranks | None = None, report: Report = lambda step, steps, metrics: None) -> Record:
+def run(trial: Trial, shared: Shared, ranks: Ranks | None = None, report: Report = lambda step, steps, metrics: None,
+        alive: Callable[[], None] = lambda: None) -> Record:
     """Train, validate and (final trials) test once; write the record, predictions and bundle; return the record.
 
-    ``report`` is told the validations as they come, and may raise loop.Stop.
+    ``report`` is told the validations as they come, and may raise loop.Stop. ``alive`` is called at every step.
+    A trial that was killed goes on from its newest resume point; the points are removed when the record is written.
     Raises TooManyBadRowsError when more rows of a streamed target than its budget allows cannot be decoded.
     """
     ranks = ranks or Ranks(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
@@ -187,7 +199,14 @@ def run(trial: Trial, shared: Shared, ranks: Ranks | None = None, report: Report
     ready = evaluate.ready_for(rows, task.objective)
     autocast = partial(loop.autocast, train, ranks.device)
     check = evaluate.evaluator(data.validation, data.metrics, ready, ranks, autocast, EVAL_ROWS)
-    log = MetricsLog(folder(shared, trial), tensorboard=True) if ranks.first else None
+    log: MetricsLog | None = None
+    notes: list[str] = []
+
+    def on_start(step: int, passed_over: list[str]) -> None:
+        nonlocal log
+        notes.extend(passed_over)
+        if ranks.first:
+            log = MetricsLog(folder(shared, trial), step)
 
     def on_log(record: dict[str, Any]) -> None:
         if log:
@@ -204,9 +223,11 @@ def run(trial: Trial, shared: Shared, ranks: Ranks | None = None, report: Report
         check_budget(bad, len(rows), data.spec.data.max_bad_rows, rows.selection)
 
     keeper = loop.KeepBest(data.metrics[0], train.keep)
+    trace = RowTrace(folder(shared, trial), ranks.rank) if train.trace_rows else None
     work = loop.Run(task=task, technique=technique, train=train, steps=steps, seed=mix(shared.seed, trial.seed, 3),
                     batches=partial(train_batches, rows, plan, rank=ranks.rank, ranks=ranks.count, place="train", pin=ranks.device.type == "cuda"),
-                    ready=ready, keeper=keeper, evaluate=check, ranks=ranks, on_log=on_log, on_eval=on_eval, bad_rows=bad_rows)
+                    ready=ready, keeper=keeper, evaluate=check, ranks=ranks, checkpoints=checkpoints(shared, trial), on_start=on_start, on_log=on_log,
+                    on_eval=on_eval, on_rows=trace, alive=alive, bad_rows=bad_rows)
     try:
         outcome = loop.fit(work) if technique.learns else loop.untrained(work)
     finally:
@@ -229,9 +250,11 @@ def run(trial: Trial, shared: Shared, ranks: Ranks | None = None, report: Report
     if unread:
         row, reason = min(unread.items())
         moved += f"; {len(unread)} training rows left out ({rows.selection.manifest.place(row)}: {reason}{', ...' if len(unread) > 1 else ''})"
-    facts = {"params_trained": outcome.params_trained, "steps": outcome.steps, "seconds": time.time() - began, "device": device_name(ranks.device),
+    moved += "".join(f"; {note}" for note in notes)
+    seconds = outcome.seconds_before + time.time() - began
+    facts = {"params_trained": outcome.params_trained, "steps": outcome.steps, "seconds": seconds, "device": device_name(ranks.device),
              "start_weights": start_hash, "transfer": moved, "n_train": len(rows) - len(unread) if technique.learns else 0, "curve": outcome.curve,
-             "kept_step": keeper.step, "skipped_steps": outcome.skipped_steps, "fitted": fitted(task.objective),
+             "kept_step": keeper.step, "skipped_steps": outcome.skipped_steps, "resumed_from": outcome.resumed_from, "fitted": fitted(task.objective),
              **({"padding_share": round(plan.padding(), 4)} if isinstance(plan, BucketPlan) else {})}
     record = make_record(trial, shared, train, began, facts, keeper.metrics, test)
     if ranks.first:
@@ -290,7 +313,7 @@ def make_record(trial: Trial, shared: Shared, train: Train, began: float, facts:
         rows = [{**common, "metric": None, "split": None}]
     return {"trial_id": trial.id, "cell": trial.cell, "status": status, "error": error, "rows": rows, "curve": facts.get("curve", []),
             "transfer": facts.get("transfer", ""), "validation": validation,
-            "kept_step": facts.get("kept_step"), "skipped_steps": facts.get("skipped_steps", 0)}
+            "kept_step": facts.get("kept_step"), "skipped_steps": facts.get("skipped_steps", 0), "resumed_from": facts.get("resumed_from", 0)}
 
 
 def tested(data: TargetData, test: Predictions) -> dict[str, float]:
@@ -331,7 +354,10 @@ def failed(trial: Trial, shared: Shared, error: str, status: str = "failed", val
 
 
 def write(trial: Trial, shared: Shared, record: Record, test: Predictions | None, task: Task | None, film: np.ndarray | None = None) -> None:
-    """Predictions (and pictures, ``film``) and bundle first, the record last: a trial with a record is complete."""
+    """Predictions (and pictures, ``film``) and bundle first, the record last: a trial with a record is complete.
+
+    Its resume points go then; those of a failed trial stay, since the next run tries it again.
+    """
     data, where = shared.targets[trial.target, trial.base], folder(shared, trial)
     if test is not None:
         extra = {} if data.groups is None else {"group": groups_of(data, test)}
@@ -347,6 +373,8 @@ def write(trial: Trial, shared: Shared, record: Record, test: Predictions | None
         for row in record["rows"]:
             row["bundle_uri"] = uri
     storage.write_json(storage.join(where, "record.json"), record)
+    if record["status"] != "failed":
+        checkpoint.clear(checkpoints(shared, trial))
 
 
 def read_predictions(root: str, trial_id: str, seed: int) -> stats.Run | None:

@@ -422,6 +422,7 @@ def finish(run: loop.Run):
     run.on_rows = lambda step, ids: trace.__setitem__(step, ids.tolist())
     outcome = loop.fit(run)
     state = torch.load(Path(run.checkpoints or "", "step-0000000009", "state.pt"), weights_only=True)
+    assert state.pop("seconds") > 0  # of both parts, and another number every time
     return weights(run.task), outcome, state, trace, (run.keeper.step, run.keeper.metrics)
 
 

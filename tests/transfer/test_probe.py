@@ -1,7 +1,9 @@
 """Heads trained together on cached features are the heads that are trained one at a time."""
 
 import itertools
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +13,7 @@ import torch
 from toys import SMALL, image_files, job_of, sentences, shared_of, text_modality, trial_of
 
 from pipeline import bundle
+from pipeline.batch import Batch
 from pipeline.transfer import fanout, probe
 from pipeline.transfer import trial as one_trial
 
@@ -120,6 +123,53 @@ def test_label_smoothing_and_another_metric(paths, tmp_path):
                                           objective={"classification": {"label_smoothing": 0.1, "norm": False}})
     check(group, together, alone, worlds, tolerance=2e-5)
     assert next(iter(together.values()))["rows"][0]["metric"] == "balanced_accuracy"
+
+
+@pytest.mark.parametrize("objective", [{"classification": {"dropout": 0.5}}, {"classification": {"dropout": 0.3, "norm": False}}], ids=str)
+def test_heads_with_dropout_do_not_depend_on_those_beside_them(paths, tmp_path, objective):
+    """Each draws its own random numbers, those that it draws alone: with others it would draw from one generator."""
+    check(*both(tmp_path, paths, [{"lr": 0.003}, {"lr": 0.05}], (0, 1), (1.0, 0.5), objective=objective))
+
+
+def test_a_stack_refuses_random_numbers(paths, tmp_path):
+    """What cannot be told apart is not trained together by mistake."""
+    job = job_of(tmp_path, paths, objective={"classification": {"dropout": 0.5}})
+    shared = shared_of(tmp_path, job, paths)
+    heads = [one_trial.build(trial_of(job, shared, seed=seed), shared)[0].objective for seed in (0, 1)]
+    stack = probe.HeadStack(heads, [])
+    rows = torch.randn(2, 4, heads[0].head.in_features), {"label": torch.zeros(2, 4, dtype=torch.long)}
+    batch = Batch(np.zeros(4, dtype=np.int64), torch.zeros(0), {"features": rows[0], **rows[1]})
+    with pytest.raises(RuntimeError, match="randomness"):
+        stack.train()(batch)
+    stack.eval()(batch)
+
+
+@pytest.mark.parametrize("objective", ["classification", {"classification": {"dropout": 0.5}}], ids=str)
+def test_heads_that_were_killed_go_on_bit_for_bit(paths, tmp_path, objective):
+    """Heads together have resume points as a trial alone has, and their rows are traced."""
+    train = {"checkpoint_every_steps": 4, "eval_every_steps": 3, "trace_rows": True}
+    job = job_of(tmp_path, paths, train, objective=objective)
+    whole, parts = (shared_of(tmp_path, job, paths, root=root, keep_bundles=True) for root in ("whole", "parts"))
+    group = [trial_of(job, whole, "linear_probe", {"lr": lr}) for lr in LRS]
+    want = probe.run(group, whole)
+    taken = iter(range(1, 10**6))
+
+    def kill():
+        if next(taken) == 7:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        probe.run(group, parts, kill)
+    torch.manual_seed(12345)
+    found = probe.run(group, parts)
+    assert max(record["resumed_from"] for record in found) == 4
+    for a, b in zip(found, want, strict=True):
+        assert a["curve"] == b["curve"] and a["kept_step"] == b["kept_step"]
+        assert [row["value"] for row in a["rows"]] == [row["value"] for row in b["rows"]]
+    for one in group:
+        lines = [json.loads(line) for line in Path(one_trial.folder(parts, one), "rows-rank0.jsonl").read_text().splitlines()]
+        assert {line["step"] for line in lines} == set(range(12)) and all(len(line["rows"]) == 16 for line in lines)
+    assert not list(Path(parts.root).glob("stacks/*"))
 
 
 @pytest.fixture

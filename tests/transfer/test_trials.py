@@ -1,8 +1,11 @@
 """A trial's id names its content; label subsets are stratified and nested; draws are shared; a seed changes what a seed should."""
 
+import dataclasses
 import itertools
+import json
 import math
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +15,7 @@ import pytest
 import torch
 from toys import image_files, image_rows, job_of, rows_of, shared_of, trial_of
 
+from pipeline import bundle
 from pipeline.data import manifest
 from pipeline.data.stream import Rows
 from pipeline.job import Job, Plug, Train
@@ -309,6 +313,93 @@ def test_a_trial_writes_what_truly_ran(world, paths, tmp_path):
     assert one_trial.weights_hash(again) != start
 
 
+class Killed(Exception):  # noqa: N818 - a stand-in for a kill, not an error
+    pass
+
+
+def killed_after(steps: int):
+    """Called at every step that a trial takes; ends it at one of them."""
+    taken = iter(range(1, 10**6))
+
+    def alive():
+        if next(taken) == steps:
+            raise Killed
+
+    return alive
+
+
+def without_time(record: dict) -> dict:
+    """A record but for what is another every time, and for where it lies."""
+    rows = [{name: value for name, value in row.items() if name not in ("seconds", "started_at", "bundle_uri")} for row in record["rows"]]
+    return {**record, "rows": rows, "resumed_from": None}
+
+
+@pytest.mark.parametrize("technique", ["full", "lp_ft", "scratch", "linear_probe"])
+def test_a_trial_that_was_killed_goes_on_bit_for_bit(paths, tmp_path, technique):
+    """As a source does, by the same resume points, in the trial's own folder; they go when the record is written."""
+    job = job_of(tmp_path, paths, {"checkpoint_every_steps": 4, "eval_every_steps": 3, "ema": 0.9, "trace_rows": True})
+    whole, parts = (shared_of(tmp_path, job, paths, root=root, keep_bundles=True) for root in ("whole", "parts"))
+    one = trial_of(job, whole, technique)
+    want = one_trial.run(one, whole)
+    with pytest.raises(Killed):
+        one_trial.run(one, parts, alive=killed_after(7))
+    points = Path(one_trial.checkpoints(parts, one))
+    assert sorted(p.name for p in points.iterdir()) == ["step-0000000004"]
+    torch.manual_seed(12345)  # the process that goes on has a random state of its own
+    taken = []
+    found = one_trial.run(one, parts, alive=lambda: taken.append(1))
+    assert found["resumed_from"] == 4 and len(taken) == 12 - 4 and want["resumed_from"] == 0
+    assert without_time(found) == without_time(want) and not points.exists()
+    weights = [bundle.load(record["rows"][0]["bundle_uri"]).tensors for record in (found, want)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
+    logs = [[json.loads(line) for line in Path(one_trial.folder(world, one), "metrics.jsonl").read_text().splitlines()] for world in (parts, whole)]
+    assert [line["step"] for line in logs[0]] == [line["step"] for line in logs[1]], "no step stands twice"
+    traces = [{line["step"]: line["rows"] for line in map(json.loads, Path(one_trial.folder(world, one), "rows-rank0.jsonl").read_text().splitlines())}
+              for world in (parts, whole)]
+    assert traces[0] == traces[1] and sorted(traces[0]) == list(range(12)), "trace_rows: every step's rows, as for a source"
+
+
+def test_a_trial_that_failed_keeps_its_resume_points_for_the_next_run(paths, tmp_path):
+    job = job_of(tmp_path, paths, {"checkpoint_every_steps": 4})
+    shared = shared_of(tmp_path, job, paths)
+    one = trial_of(job, shared, "full")
+    with pytest.raises(Killed):
+        one_trial.run(one, shared, alive=killed_after(7))
+    one_trial.failed(one, shared, "the trial's process died")
+    assert Path(one_trial.checkpoints(shared, one), "step-0000000004").exists()
+    one_trial.failed(one, shared, "stopped early by asha", "pruned")
+    assert not Path(one_trial.checkpoints(shared, one)).exists()
+
+
+def streamed(job: Job, shared, paths) -> None:
+    """The target's rows read from their files as the trials of ``shared`` go on."""
+    (place, data), = shared.targets.items()
+    shared.targets[place] = dataclasses.replace(data, train=dataclasses.replace(data.train, arrays=None))
+
+
+@pytest.mark.parametrize(("shuffle", "most"), [("auto", 2.0), ("blocks", 2.0), ("rows", None)])
+def test_a_target_beyond_memory_is_shuffled_by_the_sources_rule(tmp_path, monkeypatch, shuffle, most):
+    """How often its file is read in an epoch: a full permutation of rows in many row groups reads each of them again and again."""
+    paths = image_files(tmp_path / "data", {"train": 512, "validation": 8, "test": 8})
+    job = changed(job_of(tmp_path, paths, {"steps": None, "epochs": 1.0, "global_batch": 8}), "targets.task.data.shuffle", shuffle)
+    shared = shared_of(tmp_path, job, paths)
+    streamed(job, shared, paths)
+    monkeypatch.setattr("pipeline.train.pretrain.ROWS_SHUFFLE_BYTES", 0)  # as if the files were larger than what is read as single rows
+    monkeypatch.setattr("pipeline.data.loader.READER_BYTES", 1 << 17)  # and a reader kept few of the 32 row groups
+    monkeypatch.setattr("pipeline.data.stream.ITEM_ROWS", (8, 8))
+    reads = Counter()
+    original = manifest.pq.ParquetFile.read_row_group
+
+    def counted(self, number, *args, **words):
+        reads.update([number])
+        return original(self, number, *args, **words)
+
+    monkeypatch.setattr(manifest.pq.ParquetFile, "read_row_group", counted)
+    one_trial.run(trial_of(job, shared, "full", stage="search"), shared)
+    epochs = sum(reads.values()) / len(reads)
+    assert len(reads) == 32 and (epochs < most if most else epochs > 5), f"each row group is read {epochs:.1f} times an epoch"
+
+
 def test_a_search_trial_never_reads_the_test_rows(world, paths, tmp_path):
     job, _ = world
     shared = shared_of(tmp_path, job, paths)
@@ -358,9 +449,11 @@ def test_rows_are_read_by_cost_unless_features_of_one_length_are_kept(objective,
     """Recognition has no features computed once: one long row among short ones must not be padded to by a batch of many."""
     pq.write_table(pa.table({"x": list(range(100))}), tmp_path / "rows.parquet")
     costs = np.where(np.arange(100) % 10, 4.0, 30.0)  # 6.6 on average
-    rows = Rows(manifest.Selection(manifest.build(str(tmp_path / "rows.parquet"), "auto", str(tmp_path))), None, costs=costs)
+    decoder = SimpleNamespace(size=len)
+    rows = Rows(manifest.Selection(manifest.build(str(tmp_path / "rows.parquet"), "auto", str(tmp_path))), decoder, costs=costs)
     train = Train.model_validate({"batch_cost": 60.0, "steps": 5})
-    data = SimpleNamespace(train=rows, labels=None, spec=SimpleNamespace(train=train, workers=0), objective={"name": objective}, in_memory=in_memory)
+    spec = SimpleNamespace(train=train, workers=0, data=SimpleNamespace(shuffle="auto"))
+    data = SimpleNamespace(train=rows, labels=None, spec=spec, objective={"name": objective}, in_memory=in_memory)
     shared = SimpleNamespace(targets={("task", "base"): data}, seed=0)
     plug = Plug.model_validate(technique)
     one = trials.Trial("src", "base", "base", "task", plug, {}, 1.0, 0, "final", "id")
