@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipeline import folders, registry, storage
+from pipeline import folders, provenance, registry, storage
 from pipeline.contracts import Backbone, Modality, Objective, Task
 
 FORMAT_VERSION = 1
@@ -30,14 +30,14 @@ class BundleError(ValueError):
 
 def versions() -> dict[str, str]:
     """Versions that a result depends on."""
-    packages = ("onetomany", "torch", "torchvision", "ray", "timm", "transformers", "peft", "numpy", "pyarrow")
+    packages = ("onetomany", "ray", "numpy", "pyarrow")
     found = {}
     for name in packages:
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             found[name] = "not installed as a package"
-    return {"python": platform.python_version(), **found}
+    return {"python": platform.python_version(), **found, **provenance.versions()}
 
 
 def build_modality(spec: Mapping[str, Any]) -> Modality:

@@ -30,12 +30,14 @@ SOURCE_CODE = ("pipeline.train.source", "pipeline.train.pretrain")
 CHECKPOINT_CODE = ("pipeline.starts", "pipeline.hugging_face", "pipeline.speech_folders")
 TRIAL_CODE = ("pipeline.transfer.targets", "pipeline.transfer.trial")
 FROZEN_CODE = ("pipeline.transfer.probe",)
-"""Modules that a source, an imported checkpoint, a trial, and a trial of a frozen backbone start from. The loop, the optimiser, the plan, the
+OVERLAP_CODE = ("pipeline.transfer.overlap",)
+"""Modules that a source, an imported checkpoint, a trial, a trial of a frozen backbone, and one whose test rows leave out those of the sources
+start from. The loop, the optimiser, the plan, the
 loader, the metrics and the evaluation are found by following their imports."""
 
 MAKES_NO_NUMBERS = frozenset({
     # files are moved and locked
-    "pipeline.storage", "pipeline.s3", "pipeline.folders", "pipeline.lease",
+    "pipeline.storage", "pipeline.s3", "pipeline.folders", "pipeline.lease", "pipeline.fence", "pipeline.identity",
     # names and settings: what is set stands in the key of every source and trial
     "pipeline.registry", "pipeline.job", "pipeline.jobfile",
     # refuses, starts, logs and prints
@@ -140,15 +142,20 @@ def made_by(modules: tuple[str, ...], pieces: tuple[Piece, ...]) -> MadeBy:
     return MadeBy(code_of(modules, pieces), versions())
 
 
-def pieces_of(modality: str, arch: str, options: Mapping[str, Any], objective: str | None = None, technique: str | None = None) -> tuple[Piece, ...]:
-    """The registered pieces of a source or trial. ``options``: the backbone's; one that names a backbone itself (``vision: timm/resnet18``)
-    brings in that library too."""
-    libraries = {arch.partition("/")[0]}
+def pieces_of(modality: str | None, arch: str, options: Mapping[str, Any], objective: str | None = None, technique: str | None = None) -> tuple[Piece, ...]:
+    """The registered pieces of a source or trial.
+
+    Args:
+        arch: library/model; one that names a checkpoint brings in no library.
+        options: The backbone's. One that names a backbone itself (``vision: timm/resnet18``) brings in that library too.
+    """
+    libraries = {arch.partition("/")[0]} & registry.entries("model").keys()
     for value in options.values():
         library, slash, _ = value.partition("/") if isinstance(value, str) else ("", "", "")
         if slash and library in registry.entries("model"):
             libraries.add(library)
-    out = [("modality", modality), *(("model", library) for library in sorted(libraries))]
+    out = [("modality", modality)] if modality else []
+    out += [("model", library) for library in sorted(libraries)]
     out += [("objective", objective)] if objective else []
     out += [("technique", technique)] if technique else []
     return tuple(out)

@@ -227,7 +227,8 @@ def resources() -> dict[str, float]:
 def facts_of(stage: source.SourceStage) -> dict[str, Any]:
     """The report's facts of a source that is done."""
     manifest = storage.read_json(storage.join(stage.bundle_uri, "manifest.json"))
-    return {**manifest.get("training", {}), "source": stage.name, "bundle": stage.bundle_uri}
+    made = {"versions": manifest.get("versions", {}), "changes": stage.changes()}
+    return {**manifest.get("training", {}), "source": stage.name, "bundle": stage.bundle_uri, **made}
 
 
 def pretrain(stage: source.SourceStage, progress: Progress, verbose: bool, growing: bool = False) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,7 @@ from pipeline.techniques.rates import Full
 from pipeline.train import checkpoint, evaluate, loop, probe
 from pipeline.train.log import MetricsLog, RowTrace
 from pipeline.train.loop import Ranks
-from pipeline.train.source import Fitted, SourceStage, arch_of, canonical_shards, check_plan, mixture
+from pipeline.train.source import Fitted, SourceStage, arch_of, canonical_shards, check_plan, made_by, mixture
 
 ROWS_SHUFFLE_BYTES = 256 << 20
 VALIDATION_BYTES = 512 << 20
@@ -52,6 +52,8 @@ class RankJob:
     """Files that are read in training: no bundle is written when one of them has changed."""
     fences: tuple[fence.Fence, ...] = ()
     """The run that the rank belongs to: it writes while that run holds its lease."""
+    made_by: dict[str, Any] = field(default_factory=dict)
+    """What the bundle's manifest says of the code that made it."""
 
 
 def steps_of(train: Train, plan: Plan) -> int:
@@ -76,8 +78,9 @@ def rank_job(stage: SourceStage, fitted: Fitted, workers: DataWorkers, threads: 
     shuffle = shuffle_of(spec.data, fitted.train)
     place: Place = "workers" if spec.data.decode == "auto" else spec.data.decode
     check_plan(stage, fitted.corpora)
+    made = made_by(spec, fitted.arch).facts()["made_by"] | ({"begun_by": list(fitted.begun_by)} if fitted.begun_by else {})
     work = RankJob(stage.name, stage.uri, stage.key, stage.seed, spec.train, 0, fitted, shards, shuffle, place, spec.data.max_bad_rows, workers, threads,
-                   fitted.text, mixture(spec, fitted.corpora), reads=stage.reads, fences=fence.entered())
+                   fitted.text, mixture(spec, fitted.corpora), reads=stage.reads, fences=fence.entered(), made_by=made)
     rows = Rows(fitted.train, decoder_of(fitted), costs=fitted.costs)
     plan, text = order_of(work, rows, 1), fitted.text
     if isinstance(plan, BucketPlan):
@@ -218,7 +221,7 @@ def train_rank(work: RankJob, ranks: Ranks, on_progress: Callable[[dict[str, Any
         identity.check_unchanged(work.reads)
         objective.after_training(task.backbone)
         bundle.save(storage.join(work.uri, "bundle"), task, fitted.modality, parent=fitted.start, training=facts, spec_hash=work.key,
-                    metrics=run.keeper.metrics)  # type: ignore[attr-defined]
+                    metrics=run.keeper.metrics, made_by=work.made_by)  # type: ignore[attr-defined]
         checkpoint.clear(checkpoints)
         if fitted.initial:
             storage.remove_tree(fitted.initial)
@@ -256,6 +259,7 @@ def import_checkpoint(stage: SourceStage) -> dict[str, Any]:
     facts = {"source": stage.name, "backbone": arch["name"], "objective": "none (checkpoint)", "steps": 0, "rows": 0, "rows_per_second": 0.0,
              "seconds": round(time.time() - began, 2), "metrics": {}, "transfer": moved.text(), "splits": "none", "curve": [], "ranks": 0,
              "device": "none", "spec_hash": stage.key}
-    bundle.save(stage.bundle_uri, backbone, modality, parent=text, training=facts, spec_hash=stage.key, metrics={})
+    made = made_by(spec, arch, modality["name"])
+    bundle.save(stage.bundle_uri, backbone, modality, parent=text, training=facts, spec_hash=stage.key, metrics={}, made_by=made.facts()["made_by"])
     return facts
 

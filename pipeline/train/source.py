@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from pipeline import bundle, folders, registry, starts, storage
+from pipeline import bundle, folders, provenance, registry, starts, storage
 from pipeline.bundle import BundleError
 from pipeline.contracts import Modality, Objective
 from pipeline.data import manifest as manifests
@@ -23,12 +23,18 @@ from pipeline.data.plan import Mixture, Plan
 from pipeline.data.stream import Decoder, Rows, check_budget, map_items
 from pipeline.identity import ChangedFileError, FileIdentity
 from pipeline.job import STARTS, Data, Job, Source, spec_hash
+from pipeline.provenance import MadeBy
 from pipeline.rng import mix
 from pipeline.train import checks, fitting
 from pipeline.train import probe as probes
 
-STAGE_VERSION = 8
-"""Raised when the code of a stage changes what it makes from the same job."""
+STAGE_FORMAT = 8
+"""The format of a stage's key and folder. Code that makes other numbers does not raise it: what made a bundle is recorded in it
+(`pipeline.provenance`)."""
+BEGUN_FILE = "made_by.json"
+"""In a source's folder: what made the parts of it, oldest first; more than one entry where other code or versions went on with it."""
+WORKING_PARTS = ("checkpoints", "initial", "tokens", "modality.json", "log", "ray", BEGUN_FILE)
+"""What a source's folder holds beside its bundle."""
 STRETCHED, ROUNDED = 1.1, 1.0
 """A recording is at most so many times as long as a column tells, and so many seconds."""
 SPAN_ROWS, SPAN_BYTES = 8192, 16 << 20
@@ -60,6 +66,8 @@ class SourceStage:
     probe: Splits | None = None
     start: str = ""
     """What identifies the checkpoint that it starts from (`starts.fingerprint`), or nothing."""
+    remake: bool = False
+    """Whether a bundle that other code or versions made is made anew."""
 
     @property
     def reads(self) -> tuple[FileIdentity, ...]:
@@ -93,8 +101,25 @@ class SourceStage:
         return mix(self.job.seed, *self.name.encode())
 
     @property
+    def is_given(self) -> bool:
+        """Whether the job names the bundle itself: then it is what it is, whatever made it."""
+        return self.splits is None and self.spec.backbone.name.startswith("bundle:")
+
+    @property
     def done(self) -> bool:
-        return bundle.exists(self.bundle_uri)
+        """Whether its bundle is there, and is not to be made anew."""
+        return bundle.exists(self.bundle_uri) and not (self.remake and self.changes())
+
+    def changes(self) -> tuple[str, ...]:
+        """In words, how code and versions differ now from what made its bundle; empty where nothing does, or where there is no bundle of ours yet."""
+        if self.is_given or not bundle.exists(self.bundle_uri):
+            return ()
+        manifest = storage.read_json(storage.join(self.bundle_uri, "manifest.json"))
+        now = made_by(self.spec, manifest["arch"], manifest["modality"]["name"])
+        found = provenance.changes(provenance.recorded(manifest), now)
+        earlier = [provenance.recorded(facts) for facts in (manifest.get("made_by") or {}).get("begun_by", ())]
+        begun = [provenance.changes(before, made_by(self.spec)) for before in earlier]
+        return (*found, *dict.fromkeys(f"begun by other code or versions ({', '.join(reasons)})" for reasons in begun if reasons))
 
     @property
     def packed(self) -> bool:
@@ -118,13 +143,50 @@ def stage(job: Job, name: str) -> SourceStage:
         what["objective"]["options"] = fitting.by_content(spec.objective)
     if spec.backbone.name.startswith(STARTS):  # where a checkpoint lies does not count, what it holds does
         what["backbone"]["name"] = start = starts.fingerprint(spec.backbone.name)
-    key = spec_hash(STAGE_VERSION, name, what, spec.train.model_dump(mode="json", exclude=HOW_NOT_WHAT), job.seed,
+    key = spec_hash(STAGE_FORMAT, name, what, spec.train.model_dump(mode="json", exclude=HOW_NOT_WHAT), job.seed,
                     [data_key(spec.data), splits.fingerprint, canonical_shards(spec)] if spec.data and splits else None,
                     *([[data_key(spec.probe), probe.fingerprint]] if spec.probe and probe else []))
     made = SourceStage(job, name, spec, splits, key, probe, start or "")
     if splits is not None and not made.packed:
         check_plan(made, splits.corpora)
     return made
+
+
+def made_by(spec: Source, arch: dict[str, Any] | None = None, modality: str | None = None) -> MadeBy:
+    """What makes a source now.
+
+    Args:
+        arch: The backbone's architecture, where a checkpoint tells it; without it, as the job says.
+        modality: The name of the modality of a checkpoint without data.
+    """
+    arch = arch or {"name": spec.backbone.name, "options": spec.backbone.options}
+    imported = spec.init is not None or spec.backbone.name.startswith(STARTS)
+    modules = (*(provenance.SOURCE_CODE if spec.data else ()), *(provenance.CHECKPOINT_CODE if imported else ()))
+    modality = spec.data.modality.name if spec.data else modality
+    objective = spec.objective.name if spec.objective and spec.data else None
+    return provenance.made_by(modules, provenance.pieces_of(modality, arch["name"], arch["options"], objective, "full" if spec.data else None))
+
+
+def begin(stage: SourceStage) -> list[dict[str, Any]]:
+    """Record that the present code works in the folder of a source, and return what began it where that was another.
+
+    What a killed run left is gone on with, whatever began it; only where a source is made anew do the parts of other code go.
+    The bundle that is there stays until the new one is whole.
+    """
+    uri = storage.join(stage.uri, BEGUN_FILE)
+    now = made_by(stage.spec)
+    before = storage.read_json(uri) if storage.exists(uri) else []
+    others = [facts for facts in before if provenance.changes(provenance.recorded(facts), now)]
+    if stage.remake and (others or (not before and bundle.exists(stage.bundle_uri))):
+        for part in WORKING_PARTS:
+            storage.remove_tree(storage.join(stage.uri, part))
+        for file in storage.list_files(stage.uri, recursive=False):
+            if file.rpartition("/")[2].startswith("rows-rank"):
+                storage.remove_tree(file)
+        before, others = [], []
+    if len(others) == len(before):
+        storage.write_json(uri, [*before, now.facts()])
+    return others
 
 
 def check_plan(stage: SourceStage, corpora: tuple[int, ...]) -> None:
@@ -173,6 +235,8 @@ class Fitted:
     """What each training row costs, where batches are cut by it."""
     lost: int = 0
     """Training rows that were left out before any was decoded: held against the same budget as those that cannot be decoded."""
+    begun_by: tuple[dict[str, Any], ...] = ()
+    """What made earlier parts of this source, where that was other code or versions (`begin`)."""
 
 
 def fit(stage: SourceStage) -> Fitted:
@@ -182,6 +246,7 @@ def fit(stage: SourceStage) -> Fitted:
     """
     spec, splits = stage.spec, stage.splits
     assert spec.data is not None and splits is not None and spec.objective is not None
+    begun_by = begin(stage)
     text = spec.init or (spec.backbone.name if spec.backbone.name.startswith(STARTS) else None)
     initial = storage.join(stage.uri, "initial")
     held = bundle.load(initial) if text and bundle.exists(initial) else None
@@ -226,10 +291,12 @@ def fit(stage: SourceStage) -> Fitted:
     probe = probes.prepare(spec.probe, stage.probe, bundle.build_modality(modality)) if spec.probe and stage.probe else None
     if probe:
         note += f"; probe of {len(probe.train)} training and {len(probe.validation)} validation rows"
+    if begun_by:
+        note += "; gone on with what other code or versions began"
     if left_out:
         note += f"; {len(left_out)} rows left out ({left_out[0]['place']}: {left_out[0]['reason']}{', ...' if len(left_out) > 1 else ''})"
     return Fitted(arch, modality, fitted, columns, train, validation, text, initial if text else None, moved, tuple(left_out), note, corpora, probe, costs,
-                  len(lost))
+                  len(lost), tuple(begun_by))
 
 
 def judged(objective: type[Objective], modality: Modality, columns: dict[str, str]) -> bool:

@@ -19,7 +19,7 @@ from pipeline.jobfile import PLACES
 from pipeline.metrics import metric
 from pipeline.train import checks, fitting
 from pipeline.train import source as train_source
-from pipeline.train.source import STAGE_VERSION, data_key
+from pipeline.train.source import STAGE_FORMAT, data_key
 from pipeline.transfer import subgroups
 from pipeline.transfer.trial import TargetData
 from pipeline.transfer.trials import Base, techniques
@@ -234,7 +234,7 @@ def prepare(target: TargetStage, base: Base) -> TargetData:
 def _packed(target: TargetStage, split: str, selection: manifests.Selection, modality: dict[str, Any]) -> train_source.Shards:
     """The split's documents packed into rows, once for all bases that read alike. Raises ValueError where none is left."""
     work = train_source.Work(modality, target.spec.data.columns, "packed", ())
-    folder = storage.join(target.root, "packed", f"{target.name}-{split}-{spec_hash(STAGE_VERSION, target.key, modality)}")
+    folder = storage.join(target.root, "packed", f"{target.name}-{split}-{spec_hash(STAGE_FORMAT, target.key, modality)}")
     made = train_source.shards(folder, split, selection, work, target.spec.data.max_bad_rows, (len(selection),))
     if not len(made.rows):
         raise ValueError(f"data: the {split} split holds no text to pack ({len(selection)} rows, all of them left out)")

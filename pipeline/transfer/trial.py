@@ -27,7 +27,7 @@ from pipeline.train.log import MetricsLog, RowTrace
 from pipeline.train.loop import Ranks
 from pipeline.train.pretrain import device_name, shuffle_of, steps_of
 from pipeline.transfer import stats
-from pipeline.transfer.trials import SCRATCH, Base, Trial, fraction_text, label_subset
+from pipeline.transfer.trials import SCRATCH, Base, Trial, fraction_text, label_subset, made_by
 
 EVAL_ROWS = 256
 AT_THRESHOLD = ("precision_at_threshold", "sensitivity_at_threshold", "specificity_at_threshold")
@@ -101,6 +101,8 @@ class Shared:
     """Of each source its objective and the tensors of its head, for objectives that carry them over."""
     fences: tuple[fence.Fence, ...] = ()
     """The run that the trials belong to: they write while it holds its lease."""
+    parent_weights: dict[str, str] = field(default_factory=dict)
+    """Of each source the SHA-256 of its weights: a trial tells by it which weights it started from."""
 
 
 def folder(shared: Shared, trial: Trial) -> str:
@@ -311,7 +313,9 @@ def make_record(trial: Trial, shared: Shared, train: Train, began: float, facts:
             rows.append(row)
     if not rows:
         rows = [{**common, "metric": None, "split": None}]
-    return {"trial_id": trial.id, "cell": trial.cell, "status": status, "error": error, "rows": rows, "curve": facts.get("curve", []),
+    made = made_by(data.spec, shared.bases[trial.base], trial.technique)
+    return {"trial_id": trial.id, "cell": trial.cell, "status": status, "error": error, **made.facts(),
+            "parent_weights": shared.parent_weights.get(trial.source), "run": shared.facts.get("run"), "rows": rows, "curve": facts.get("curve", []),
             "transfer": facts.get("transfer", ""), "validation": validation,
             "kept_step": facts.get("kept_step"), "skipped_steps": facts.get("skipped_steps", 0), "resumed_from": facts.get("resumed_from", 0)}
 
@@ -369,7 +373,7 @@ def write(trial: Trial, shared: Shared, record: Record, test: Predictions | None
     if task is not None:
         uri = storage.join(where, "bundle")
         bundle.save(uri, task, data.modality, parent=shared.parents.get(trial.source), spec_hash=trial.id,
-                    metrics=record["validation"], columns=data.spec.data.columns, training={"trial": trial.cell, "seed": trial.seed})
+                    metrics=record["validation"], made_by=record["made_by"], columns=data.spec.data.columns, training={"trial": trial.cell, "seed": trial.seed})
         for row in record["rows"]:
             row["bundle_uri"] = uri
     storage.write_json(storage.join(where, "record.json"), record)

@@ -7,15 +7,17 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import registry
+from pipeline import provenance, registry
 from pipeline.contracts import Technique
 from pipeline.data.stream import Rows
 from pipeline.job import Job, Plug, Target, rounded, spec_hash
+from pipeline.provenance import MadeBy
 from pipeline.rng import mix, row_keys
 from pipeline.train.fitting import by_content
 from pipeline.train.source import HOW_NOT_WHAT
 
-TRIAL_VERSION = 8
+TRIAL_FORMAT = 8
+"""The format of a trial's id. Code that makes other numbers does not raise it: what made a trial stands in its record (`pipeline.provenance`)."""
 SCRATCH = "none"
 Fraction = float | int
 
@@ -142,9 +144,17 @@ def make(job: Job, target_name: str, cell: tuple[Base, str, Plug, Fraction], hyp
     target = job.targets[target_name]
     what = [target.model_dump(mode="json", include={"objective", "metric", "workers"}), target.train.model_dump(mode="json", exclude=HOW_NOT_WHAT)]
     what[0]["objective"]["options"] = by_content(target.objective)
-    identity = spec_hash(TRIAL_VERSION, source, target_name, base.arch, base.modality, source_key if source != SCRATCH else None, data_key, what, plug, hyper,
+    identity = spec_hash(TRIAL_FORMAT, source, target_name, base.arch, base.modality, source_key if source != SCRATCH else None, data_key, what, plug, hyper,
                          fraction_text(fraction), seed, stage, job.seed)
     return Trial(source, base.key, base.label, target_name, plug, hyper, fraction, seed, stage, identity)
+
+
+def made_by(target: Target, base: Base, technique: Plug) -> MadeBy:
+    """What makes a trial of a target now: the code of its pieces and of the loop, and the versions of libraries."""
+    frozen = registry.get("technique", technique.name).frozen
+    modules = (*provenance.TRIAL_CODE, *(provenance.FROZEN_CODE if frozen else ()), *(provenance.OVERLAP_CODE if target.drop_overlap != "none" else ()))
+    pieces = provenance.pieces_of(target.data.modality.name, base.arch["name"], base.arch["options"], target.objective.name, technique.name)
+    return provenance.made_by(modules, pieces)
 
 
 def label_subset(rows: Rows, labels: np.ndarray | None, fraction: Fraction, seed: int) -> np.ndarray:
