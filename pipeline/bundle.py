@@ -201,6 +201,11 @@ def exists(uri: str) -> bool:
     return storage.exists(storage.join(uri, "manifest.json"))
 
 
+def weights_sha256(uri: str) -> str:
+    """The SHA-256 of a bundle's weights, as its manifest has it: two bundles with the same one hold the same tensors."""
+    return storage.read_json(storage.join(uri, "manifest.json"))["files"]["weights.safetensors"]["sha256"]
+
+
 def load(uri: str) -> Bundle:
     """A verified bundle. Raises BundleError for a newer format, StorageError for a missing or damaged one."""
     manifest = folders.open_folder(uri)

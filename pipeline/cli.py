@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -29,6 +30,24 @@ Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Show Ray's own m
 Growing = Annotated[bool, typer.Option("--wait-for-resources", help="The cluster can grow: wait for resources it does not have yet instead of refusing.")]
 
 
+class Remake(StrEnum):
+    """What of the things that are done is made anew."""
+
+    NONE = "none"
+    CHANGED = "changed"
+
+
+def _remade(remake: Remake, verbs: tuple[str, ...]) -> tuple[str, ...]:
+    """What of the verbs' work is made anew where other code or versions made it."""
+    if remake == Remake.NONE:
+        return ()
+    return tuple(what for verb, what in (("pretrain", "sources"), ("finetune", "trials")) if verb in verbs)
+
+
+Anew = Annotated[Remake, typer.Option("--remake", help="changed: make anew the sources and trials that other code or library versions made, and nothing else; "
+                                                       "--dry-run lists them. none: use them as they are, marked.")]
+
+
 def _fail(message: str, code: int) -> typer.Exit:
     for line in message.splitlines():
         err.print(f"error: {line}", markup=False)
@@ -42,7 +61,8 @@ def _job(file: Path, overrides: list[str] | None, elsewhere: bool = False) -> Jo
         raise _fail(str(error), 2) from None
 
 
-def _stages(file: Path, overrides: list[str] | None, address: str | None, verbose: bool, growing: bool, verbs: tuple[str, ...], dry: bool = False) -> None:
+def _stages(file: Path, overrides: list[str] | None, address: str | None, verbose: bool, growing: bool, verbs: tuple[str, ...], dry: bool = False,
+            remake: Remake = Remake.NONE) -> None:
     """Check, then run the named stages in one Ray session. Exit 2: bad input; 1: something failed; 130: stopped."""
     job = _job(file, overrides)
     if not job.targets and set(verbs) & {"score", "finetune"} and verbs != ("pretrain", "finetune", "report"):
@@ -54,7 +74,7 @@ def _stages(file: Path, overrides: list[str] | None, address: str | None, verbos
 
     with Progress() as progress:
         try:
-            state = stages.check(job, progress, verbose=verbose, growing=growing)
+            state = stages.check(job, progress, verbose=verbose, growing=growing, remake=_remade(remake, verbs))
             if dry:
                 from pipeline.transfer import dry_run
 
@@ -81,8 +101,8 @@ def _run(state: Any, address: str | None, verbs: tuple[str, ...]) -> int:
     from pipeline.transfer import fanout, stages
 
     if "finetune" in verbs and (before := stages.ended(state)) and all(done for _, done in before):
-        for name, stage in state.sources.items():
-            state.progress.note(f"{name}: done before ({stage.bundle_uri})")
+        for name in state.sources:
+            stages.note_done(state, name)
         state.progress.note(f"all {len(before)} trials are done; nothing to run")
         return _show(state, stages.current(state))
     launch.start(address, state.verbose)
@@ -108,10 +128,12 @@ def _rows_of(state: Any, trials: list[Any]) -> list[dict[str, Any]]:
 
 def _show(state: Any, rows: list[dict[str, Any]]) -> int:
     """Print the table, write the report, name what failed; the exit code."""
-    from pipeline.transfer import report, results, stages
+    from pipeline.transfer import origins, report, results, stages
 
     cells, where = stages.show(state, rows)
     out.print(report.table(cells))
+    for line in origins.reasons(state.origins):
+        err.print(f"note: {line}", markup=False)
     for line in results.duplicates(rows):
         err.print(f"warning: {line}", markup=False)
     out.print(f"report: {where[1]}  results: {state.job.root}/results.parquet", markup=False, soft_wrap=True)
@@ -131,15 +153,16 @@ def _print_scores(rows: list[dict[str, Any]]) -> None:
 @app.command()
 def run(job: JobFile, set_: Set = None, address: Address = None,
         dry_run: Annotated[bool, typer.Option(help="Print stages, trials and cost; run nothing.")] = False,
-        wait_for_resources: Growing = False, verbose: Verbose = False) -> None:
+        wait_for_resources: Growing = False, verbose: Verbose = False, remake: Anew = Remake.NONE) -> None:
     """Everything: pretrain, fine-tune, report. What is done already is not done again."""
-    _stages(job, set_, address, verbose, wait_for_resources, ("pretrain", "finetune", "report"), dry_run)
+    _stages(job, set_, address, verbose, wait_for_resources, ("pretrain", "finetune", "report"), dry_run, remake)
 
 
 @app.command()
-def pretrain(job: JobFile, set_: Set = None, address: Address = None, wait_for_resources: Growing = False, verbose: Verbose = False) -> None:
+def pretrain(job: JobFile, set_: Set = None, address: Address = None, wait_for_resources: Growing = False, verbose: Verbose = False,
+             remake: Anew = Remake.NONE) -> None:
     """Train every source to its bundle; goes on where a stopped run left off."""
-    _stages(job, set_, address, verbose, wait_for_resources, ("pretrain",))
+    _stages(job, set_, address, verbose, wait_for_resources, ("pretrain",), remake=remake)
 
 
 @app.command()
@@ -149,9 +172,10 @@ def score(job: JobFile, set_: Set = None, address: Address = None, verbose: Verb
 
 
 @app.command()
-def finetune(job: JobFile, set_: Set = None, address: Address = None, wait_for_resources: Growing = False, verbose: Verbose = False) -> None:
+def finetune(job: JobFile, set_: Set = None, address: Address = None, wait_for_resources: Growing = False, verbose: Verbose = False,
+             remake: Anew = Remake.NONE) -> None:
     """Fan out the trials of every target from the pretrained bundles, then report."""
-    _stages(job, set_, address, verbose, wait_for_resources, ("finetune", "report"))
+    _stages(job, set_, address, verbose, wait_for_resources, ("finetune", "report"), remake=remake)
 
 
 @app.command()

@@ -271,7 +271,7 @@ def pretrain(stage: source.SourceStage, progress: Progress, verbose: bool, growi
         watcher.join()
     record, fatal = ray.get(board.read.remote())
     ray.kill(board)  # pyright: ignore[reportArgumentType] - Ray's stub of actors
-    if fatal or error or not stage.done:
+    if fatal or error or not stage.has_bundle:
         fence.check(stage.uri)  # a lease that is lost is the reason, whatever it made of the ranks
         raise StageError(f"sources.{stage.name}: {fatal or _reason(error)}")
     storage.remove_tree(storage.join(stage.uri, "ray"))

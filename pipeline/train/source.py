@@ -106,13 +106,17 @@ class SourceStage:
         return self.splits is None and self.spec.backbone.name.startswith("bundle:")
 
     @property
+    def has_bundle(self) -> bool:
+        return bundle.exists(self.bundle_uri)
+
+    @property
     def done(self) -> bool:
         """Whether its bundle is there, and is not to be made anew."""
-        return bundle.exists(self.bundle_uri) and not (self.remake and self.changes())
+        return self.has_bundle and not (self.remake and self.changes())
 
     def changes(self) -> tuple[str, ...]:
         """In words, how code and versions differ now from what made its bundle; empty where nothing does, or where there is no bundle of ours yet."""
-        if self.is_given or not bundle.exists(self.bundle_uri):
+        if self.is_given or not self.has_bundle:
             return ()
         manifest = storage.read_json(storage.join(self.bundle_uri, "manifest.json"))
         now = made_by(self.spec, manifest["arch"], manifest["modality"]["name"])
@@ -177,7 +181,7 @@ def begin(stage: SourceStage) -> list[dict[str, Any]]:
     now = made_by(stage.spec)
     before = storage.read_json(uri) if storage.exists(uri) else []
     others = [facts for facts in before if provenance.changes(provenance.recorded(facts), now)]
-    if stage.remake and (others or (not before and bundle.exists(stage.bundle_uri))):
+    if stage.remake and (others or (not before and stage.has_bundle)):
         for part in WORKING_PARTS:
             storage.remove_tree(storage.join(stage.uri, part))
         for file in storage.list_files(stage.uri, recursive=False):

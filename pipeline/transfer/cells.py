@@ -62,6 +62,8 @@ class Cell:
     hyper_parameters: str
     verdict: str
     interval: str = ""
+    made: str = ""
+    """Where its trials were made by other code or versions than those of now, or by different ones: how it is marked (`transfer.origins`)."""
 
 
 def cells(rows: list[Row], runs: dict[str, Run]) -> list[Cell]:
@@ -73,7 +75,7 @@ def cells(rows: list[Row], runs: dict[str, Run]) -> list[Cell]:
     """
     groups: dict[tuple, list[Row]] = defaultdict(list)
     for row in results.filled(rows):
-        groups[_key(row)].append(row)
+        groups[cell_key(row)].append(row)
     trials = {key: found for key, group in groups.items() if (found := _final_trials(group)) is not None}
     out = []
     for key, (done, failed) in trials.items():
@@ -92,7 +94,8 @@ def fraction_order(label_fraction: str) -> tuple[int, float, str]:
         return 2, 0.0, label_fraction
 
 
-def _key(row: Row) -> tuple[str, str, str, str, str]:
+def cell_key(row: Row) -> tuple[str, str, str, str, str]:
+    """(source, backbone, target, technique with its options, label fraction) of a results row."""
     source, backbone, target, fraction = (str(row.get(n) or "") for n in ("source", "backbone", "target", "label_fraction"))
     return source, backbone, target, results.technique(row) if row.get("technique") else "", fraction
 

@@ -8,6 +8,7 @@ from pipeline.data.plan import Plan
 from pipeline.job import Plug, Train, spec_hash
 from pipeline.train import source
 from pipeline.transfer import stages, trials
+from pipeline.transfer.origins import OTHER, reasons
 from pipeline.transfer.stages import State
 
 
@@ -15,7 +16,10 @@ def describe(state: State) -> list[str]:
     """The resolved stages, trials and cost of ``--dry-run``."""
     job, lines = state.job, []
     for name, stage in state.sources.items():
+        changed = ", ".join(stage.changes())
         done = "done" if stage.done else "to run"
+        if changed:
+            done = f"{done} anew, as it was {OTHER}: {changed}" if stage.remake else f"{done}, {OTHER}: {changed}; it is used as it is"
         if stage.splits is None:
             lines.append(f"source {name}: {stage.spec.init or stage.spec.backbone} [{done}]")
             continue
@@ -59,7 +63,11 @@ def describe(state: State) -> list[str]:
             lines.append(f"target {name} without training: {tried} final trials")
     kept = f", {sum(done for _, done in ready)} of the {len(ready)} trials are done" if ready else ""
     lines.append(f"in all: {total} trials, {steps_total} steps{unknown}{kept}; results in {job.root}")
-    return lines
+    _, origins = stages.kept(state)
+    told = reasons(origins)
+    if told and "trials" in state.remake:
+        told[0] = told[0].partition(" and are used")[0] + " and are made anew"
+    return [*lines, *told]
 
 
 def _technique(plug: Plug) -> Technique:

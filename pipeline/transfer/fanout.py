@@ -11,10 +11,12 @@ import math
 import shutil
 import tempfile
 import time
+import uuid
 import warnings
 from collections import defaultdict
+from collections.abc import Collection
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -100,7 +102,7 @@ def _records(unit: Unit, shared: Shared, reference: Any, config: dict[str, Any],
     except Exception as error:  # whatever it is, it belongs to these trials alone; it is in their rows
         fence.check(shared.root)
         reason = f"{type(error).__name__}: {error}"[:2000]
-        return [trial.failed(one, shared, reason) for one in unit.trials if trial.read_record(shared.root, one.id) is None]
+        return [trial.failed(one, shared, reason) for one in unit.trials if written(shared, one) is None]
 
 
 def release() -> None:
@@ -231,12 +233,12 @@ def _beats(a: Record, b: Record) -> bool:
     return rank(a) > rank(b)
 
 
-def run(name: str, trials: list[Trial], shared: Shared, spec: Fanout, progress: Progress) -> list[Record]:
-    """Run the trials that have no record yet; the records of all, in order. A failed trial has a record with its error.
+def run(name: str, trials: list[Trial], shared: Shared, spec: Fanout, progress: Progress, anew: Collection[str] = ()) -> list[Record]:
+    """Run the trials that have no record yet, and those whose ids are in ``anew``; the records of all, in order. A failed trial has a record with its error.
 
     Raises KeyboardInterrupt when stopped; what is finished stays.
     """
-    todo = [one for one in trials if unfinished(shared.root, one, spec)]
+    todo = [one for one in trials if one.id in anew or unfinished(shared.root, one, spec)]
     work = units(todo, shared)
     for workers, part in _by_workers(work, shared).items():
         _tune(name, part, shared, spec, workers, progress)
@@ -294,6 +296,7 @@ def keep_keys_out_of_runtime_environments() -> None:
 
 def _tune(name: str, work: list[Unit], shared: Shared, spec: Fanout, workers: int, progress: Progress) -> None:
     keep_keys_out_of_runtime_environments()
+    shared = replace(shared, facts={**shared.facts, "run": uuid.uuid4().hex})
     have = launch.nodes()
     cpus, gpus = per_trial(spec, have)
     # a trial that only drives its ranks asks for one byte: any part of a CPU would be missing to the ranks, who would wait for it for ever
@@ -305,8 +308,6 @@ def _tune(name: str, work: list[Unit], shared: Shared, spec: Fanout, workers: in
     asha = spec.scheduler == "asha" and any(unit.first.stage == "search" for unit in work) and not workers
     scheduler = GroupedASHA({i: unit.first.cell for i, unit in enumerate(work)}) if asha else None
     scratch = tempfile.mkdtemp(prefix="onetomany-tune-")
-    for one in (one for unit in work for one in unit.trials):  # an earlier failure's record must not pass for this run's
-        storage.remove_tree(storage.join(trial.folder(shared, one), "record.json"))
     try:
         show = _Show(name, work, shared, progress, spec.keep_bundles)
         tuner = tune.Tuner(
@@ -321,10 +322,16 @@ def _tune(name: str, work: list[Unit], shared: Shared, spec: Fanout, workers: in
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def written(shared: Shared, one: Trial) -> Record | None:
+    """The record that this very run has written of a trial. One of before, of a failure or of other code, stays until this run's takes its place."""
+    record = trial.read_record(shared.root, one.id)
+    return record if record is not None and record.get("run") == shared.facts.get("run") else None
+
+
 def _account(unit: Unit, result: Any, shared: Shared) -> None:
     """Records of trials that could not write their own: the process died, or the scheduler stopped them."""
     for one in unit.trials:
-        if trial.read_record(shared.root, one.id) is not None:
+        if written(shared, one) is not None:
             continue
         if result.error is not None:
             lines = [line for line in str(result.error).splitlines() if line.strip()]

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from pipeline import storage
-from pipeline.transfer import episodes, labels, page, plots, results, stats, subgroups
+from pipeline import provenance, storage
+from pipeline.transfer import episodes, labels, origins, page, plots, results, stats, subgroups
 from pipeline.transfer.cells import EVEN, FAILED, LOSES, REFERENCE, SCRATCH, UNCOMPARED, WINS, Cell, cells, fraction_order
 from pipeline.transfer.page import Block, Bullets, Code, Details, Figure, Heading, Tally, Text, Value
 
@@ -69,6 +69,9 @@ def table(cells: Sequence[Cell]) -> rich.table.Table:
 
     out = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), collapse_padding=True, caption_justify="left", caption_style="dim",
                 caption="\n▲ wins, ▼ loses: the 95 % interval of the gain over scratch excludes zero; = it does not. Positive is better.")
+    signs = [f"{origins.SIGNS[made]} {made}" for made in origins.SIGNS if any(cell.made == made for cell in cells)]
+    if signs:
+        out.caption = f"{out.caption}\n{', '.join(signs)} (than those of now)."
     out.add_column("source", overflow="fold")
     out.add_column("technique", overflow="fold")
     for name in ("labels", "mean [95 %]", "gain [95 %]", "s/trial", "failed"):
@@ -87,7 +90,8 @@ def table(cells: Sequence[Cell]) -> rich.table.Table:
         gain = f"{mark} {_gain(cell, digits)}" if mark else "scratch" if cell.verdict == REFERENCE else cell.verdict
         seconds = _DASH if cell.seconds is None else f"{cell.seconds:.3g}" if cell.seconds < 1000 else f"{cell.seconds:.0f}"
         source = cell.source if cell.source != SCRATCH else f"{_DASH} {cell.backbone.rpartition('/')[2]}" if several else _DASH
-        out.add_row(Rich(f" {source}"), Rich(cell.technique), Rich(plots.fraction_label(cell.label_fraction)),
+        technique = f"{cell.technique} {origins.SIGNS[cell.made]}" if cell.made else cell.technique
+        out.add_row(Rich(f" {source}"), Rich(technique), Rich(plots.fraction_label(cell.label_fraction)),
                     Rich(_value(cell, digits)), Rich(gain, styles.get(cell.verdict, "")), Rich(seconds),
                     Rich(str(cell.n_failed) if cell.n_failed else "", "red"))
     return out
@@ -97,14 +101,15 @@ def table(cells: Sequence[Cell]) -> rich.table.Table:
 
 def write(root_uri: str, *, job_name: str, cells: Sequence[Cell], rows: Sequence[Row], curves: dict[str, list[dict[str, Any]]],
           pretraining: Sequence[dict[str, Any]], splits: dict[str, str], notes: Sequence[str], versions: dict[str, str],
-          runs: dict[str, stats.Run] | None = None) -> tuple[str, str]:
+          runs: dict[str, stats.Run] | None = None, made: Sequence[str] = ()) -> tuple[str, str]:
     """Write report.md and report.html under ``root_uri``, each atomically, and give their URIs.
 
     ``rows``: results rows (failures and totals are read from them). ``curves``: trial id to ``[{"step", "loss", "validation":
     {metric: value}}]``. ``pretraining``: one dict a source with ``source, backbone, objective, steps, rows, seconds,
     rows_per_second, metrics, transfer, bundle_uri, splits``, any of which may be missing. ``splits``: target to where its
-    splits come from. ``versions``: library to version, and whatever else was fixed (device, spec hash of the job). ``runs``: trial id to
-    test predictions, for what is said of single classes and labels.
+    splits come from. ``versions``: whatever was fixed beside the libraries (the hash of the job); the versions of the libraries are those that each
+    trial was run with. ``runs``: trial id to test predictions, for what is said of single classes and labels. ``made``: sentences on the trials that
+    other code or versions made.
     """
     rows = results.filled(rows)
     groups: dict[str, list[Cell]] = defaultdict(list)
@@ -115,7 +120,7 @@ def write(root_uri: str, *, job_name: str, cells: Sequence[Cell], rows: Sequence
     for target, group in groups.items():
         blocks += _target(target, group, rows, curves, places[target], splits.get(target, ""), runs or {})
     blocks += [*_cost(cells, rows), *_scores(rows), *_pretraining(pretraining), *_failures(rows), *_duplicates(rows)]
-    blocks += [*_splits({t: s for t, s in splits.items() if t not in groups}), *_method(cells, rows, notes, versions)]
+    blocks += [*_splits({t: s for t, s in splits.items() if t not in groups}), *_method(cells, rows, notes, versions, made)]
     title = _headline(cells)
     out = storage.join(root_uri, "report.md"), storage.join(root_uri, "report.html")
     storage.write_bytes(out[0], page.markdown(f"{job_name}: {title[0].lower()}{title[1:]}", blocks).encode())
@@ -169,7 +174,7 @@ def _gains(groups: dict[str, list[Cell]], places: dict[str, int]) -> list[Block]
     for target, group in shown.items():
         group = sorted(group, key=lambda c: (fraction_order(c.label_fraction), -(c.gain or 0)))
         svg = plots.forest(group, f"{target}, gain in {group[0].metric}", limits[target], label_inches)
-        listed = [[plots.cell_label(c), _gain(c, places[target]), f"{page.MARKS.get(c.verdict, '')} {c.verdict}".strip()] for c in group]
+        listed = [[plots.cell_label(c), _gain(c, places[target]), f"{page.MARKS.get(c.verdict, '')} {c.verdict} {_sign(c)}".strip()] for c in group]
         out.append(Figure(svg, instead=page.Table([target, f"Gain in {group[0].metric}", "Verdict"], listed)))
     out.append(Text("▲ wins, ▼ loses, ○ or = no difference. Positive (right of the line) is better than scratch, whichever direction the metric has. "
                     "Targets with the same metric share one scale.", "note"))
@@ -224,6 +229,11 @@ def _matrix(group: list[Cell], places: int) -> page.Table:
     return page.Table(header, body)
 
 
+def _sign(cell: Cell) -> str:
+    """The mark of a cell whose trials were made by other code or versions, with its words."""
+    return f"{origins.SIGNS[cell.made]} {cell.made}" if cell.made else ""
+
+
 def _matrix_value(cell: Cell | None, places: int) -> str | Value:
     if cell is None:
         return _DASH
@@ -231,6 +241,7 @@ def _matrix_value(cell: Cell | None, places: int) -> str | Value:
         return Value(("failed", _plural(cell.n_failed, "trial")), FAILED)
     lines = [page.spread(cell.mean, None, None, places)]
     lines += [_value(cell, places).partition(" ")[2]] if cell.low is not None and cell.high is not None else []
+    lines += [_sign(cell)] if cell.made else []
     if cell.n_failed:
         lines.append(f"{_plural(cell.n_failed, 'trial')} failed")
     if cell.gain is not None:
@@ -305,7 +316,10 @@ def _pretraining(pretraining: Sequence[dict[str, Any]]) -> list[Block]:
         measured = ", ".join(f"{name} {value:.4g}" if isinstance(value, (int, float)) else f"{name} {value}" for name, value in values)
         body.append([str(item.get("source", _DASH)), str(item.get("backbone") or _DASH), str(item.get("objective") or _DASH), measured or _DASH,
                      _count(item.get("steps")), _count(item.get("rows")), _seconds(item.get("seconds")), _count(item.get("rows_per_second"))])
-        said = [Text(f"{what}: {item[name]}") for name, what in (("bundle_uri", "Bundle"), ("splits", "Splits")) if item.get(name)]
+        said = [Text(f"Source {origins.OTHER}: {', '.join(item['changes'])}", "warning")] if item.get("changes") else []
+        ran = {name: version for name, version in (item.get("versions") or {}).items() if name in provenance.LIBRARIES}
+        said += [Text("Versions: " + ", ".join(f"{name} {version}" for name, version in ran.items()))] if ran else []
+        said += [Text(f"{what}: {item[name]}") for name, what in (("bundle_uri", "Bundle"), ("splits", "Splits")) if item.get(name)]
         said += [Text("Transfer of tensors:"), Code(str(item["transfer"]))] if item.get("transfer") else []
         more += [Details(f"{item.get('source', 'source')}: where it comes from and what was carried over", said)] if said else []
     head = ["Source", "Backbone", "Objective", "Metrics", "Steps", "Rows read", "Time", "Rows/s"]
@@ -342,7 +356,7 @@ def _splits(splits: dict[str, str]) -> list[Block]:
     return [Heading("Splits"), Bullets([f"{name}: {text}" for name, text in splits.items()])] if splits else []
 
 
-def _method(cells: Sequence[Cell], rows: Sequence[Row], notes: Sequence[str], versions: dict[str, str]) -> list[Block]:
+def _method(cells: Sequence[Cell], rows: Sequence[Row], notes: Sequence[str], versions: dict[str, str], made: Sequence[str]) -> list[Block]:
     found = _verdicts(cells)
     compared = found[WINS] + found[LOSES] + found[EVEN]
     bootstrap = (f"Intervals are 95 % percentile bootstraps (Efron and Tibshirani, 1993) with {stats.DRAWS} draws over test units "
@@ -358,7 +372,9 @@ def _method(cells: Sequence[Cell], rows: Sequence[Row], notes: Sequence[str], ve
     out: list[Block] = [Heading("How this was made"), Bullets(said)]
     if notes:
         out += [Heading("Notes", 3), Bullets(list(notes))]
-    ran = [[name, str(version)] for name, version in versions.items()]
+    if made:
+        out += [Heading("Trials of other code or versions", 3), Text(made[0], "warning"), Bullets(list(made[1:]))]
+    ran = [*origins.versions_table(rows), *([name, str(version)] for name, version in versions.items())]
     for column, what in (("spec_hash", "spec hash"), ("git_sha", "git commit"), ("device", "device")):
         values = sorted({str(row[column]) for row in rows if row.get(column)})
         if values and not set(values) <= set(map(str, versions.values())):

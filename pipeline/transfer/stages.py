@@ -14,13 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import bundle, fence, identity, starts, storage
+from pipeline import bundle, fence, identity, provenance, starts, storage
 from pipeline.job import Job, spec_hash
 from pipeline.metrics import metric
 from pipeline.train import launch, source
 from pipeline.train.progress import Progress
 from pipeline.transfer import cells as matrix
-from pipeline.transfer import fanout, overlap, report, results, scores, stats, subgroups, targets, trial, trials
+from pipeline.transfer import fanout, origins, overlap, report, results, scores, stats, subgroups, targets, trial, trials
+from pipeline.transfer.origins import Origin
 from pipeline.transfer.targets import TargetStage
 from pipeline.transfer.trial import Shared
 from pipeline.transfer.trials import SCRATCH, Base, Trial
@@ -34,6 +35,8 @@ class State:
     progress: Progress
     verbose: bool = False
     growing: bool = False
+    remake: tuple[str, ...] = ()
+    """"sources", "trials" or both: what is made anew where other code or versions made it."""
     sources: dict[str, source.SourceStage] = field(default_factory=dict)
     targets: dict[str, TargetStage] = field(default_factory=dict)
     pretraining: list[dict[str, Any]] = field(default_factory=list)
@@ -48,6 +51,8 @@ class State:
     """Of all that the facts of a run depend on (`_keep_facts`)."""
     subgroups: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
     """Of each target that names some: column to the values of its test rows."""
+    origins: dict[str, Origin] = field(default_factory=dict)
+    """Trial id to what made it, of the trials in the table."""
 
 
 def check(job: Job, progress: Progress, **options: Any) -> State:
@@ -79,6 +84,8 @@ def check(job: Job, progress: Progress, **options: Any) -> State:
                             "of rows: leave select out, or put the target in a job of its own")
     if problems:
         raise ValueError("\n".join(dict.fromkeys(problems)))
+    if "sources" in state.remake:
+        state.sources = {name: replace(stage, remake=True) for name, stage in state.sources.items()}
     for name, target in state.targets.items():
         state.targets[name] = replace(target, against=overlap.key(target, {n: state.sources[n] for n in matching(state, name)}))
     for note in _notes_on_identity(job):
@@ -101,7 +108,7 @@ def _notes_on_identity(job: Job) -> list[str]:
 def _modality_name(stage: source.SourceStage) -> str | None:
     if stage.spec.data is not None:
         return stage.spec.data.modality.name
-    if stage.done:
+    if stage.has_bundle:
         return storage.read_json(storage.join(stage.bundle_uri, "manifest.json"))["modality"]["name"]
     return starts.modality_name(stage.spec.backbone.name)
 
@@ -121,11 +128,59 @@ def ended(state: State) -> list[tuple[Trial, bool]]:
     if chosen is None:
         return []
     search = search_trials(state, bases, chosen)
-    done = [(one, not fanout.unfinished(state.job.root, one, state.job.fanout)) for one in search]
+    done = _ended(state, search, bases)
     if not all(one for _, one in done):
         return []
     winners = _winners(search, [trial.read_record(state.job.root, one.id) for one in search])
-    return done + [(one, not fanout.unfinished(state.job.root, one, state.job.fanout)) for one in final_trials(state, bases, chosen, winners)]
+    return done + _ended(state, final_trials(state, bases, chosen, winners), bases)
+
+
+def _ended(state: State, found: list[Trial], bases: list[Base]) -> list[tuple[Trial, bool]]:
+    anew = _anew(state, found, bases)
+    return [(one, one.id not in anew and not fanout.unfinished(state.job.root, one, state.job.fanout)) for one in found]
+
+
+# ---------------------------------------------------------------- what made the trials that are there
+
+def origins_of(state: State, found: list[Trial], bases: list[Base]) -> dict[str, Origin]:
+    """Trial id to what made it, of those that have ended."""
+    by_key = {base.key: base for base in bases}
+    weights = {name: bundle.weights_sha256(stage.bundle_uri) for name, stage in state.sources.items() if stage.has_bundle}
+    out = {}
+    for one in found:
+        record = trial.read_record(state.job.root, one.id)
+        if record is not None:
+            now = trials.made_by(state.job.targets[one.target], by_key[one.base], one.technique)
+            out[one.id] = origins.of_record(record, now, one.source, weights.get(one.source))
+    return out
+
+
+def _anew(state: State, found: list[Trial], bases: list[Base]) -> set[str]:
+    """Ids of the trials that have ended and are to be made anew."""
+    if "trials" not in state.remake:
+        return set()
+    return {one for one, origin in origins_of(state, found, bases).items() if origin.changes}
+
+
+def kept(state: State) -> tuple[dict[str, tuple[str, ...]], dict[str, Origin]]:
+    """What is there and would be used as it is: source to how code and versions have changed since, and the trials that are known, by id.
+
+    The trials of a search that is not through, or behind a source without a bundle, are known as far as they can be.
+    """
+    changed = {name: stage.changes() for name, stage in state.sources.items() if stage.has_bundle}
+    chosen = _chosen_before(state)
+    if len(changed) < len(state.sources) or chosen is None:
+        return changed, {}
+    bases = _bases(state)
+    search, final = _known_trials(state, bases, chosen)
+    return changed, origins_of(state, [*search, *final], bases)
+
+
+def _known_trials(state: State, bases: list[Base], chosen: dict[str, set[str]]) -> tuple[list[Trial], list[Trial]]:
+    """The search trials that have ended, and the final trials that follow from them."""
+    search = [(one, record) for one in search_trials(state, bases, chosen) if (record := trial.read_record(state.job.root, one.id))]
+    winners = _winners([one for one, _ in search], [record for _, record in search])
+    return [one for one, _ in search], final_trials(state, bases, chosen, winners)
 
 
 def _bases(state: State) -> list[Base]:
@@ -165,7 +220,7 @@ def pretrain(state: State) -> None:
         facts = launch.pretrain(stage, state.progress, state.verbose, state.growing)
         state.pretraining.append(facts)
         if facts.get("cached"):
-            state.progress.note(f"{name}: done before ({stage.bundle_uri})")
+            note_done(state, name)
         else:
             values = ", ".join(f"{k} {v:.4g}" for k, v in facts["metrics"].items())
             state.progress.note(f"{name}: {facts['steps']} steps in {facts['seconds']:.0f} s; validation {values or 'none'}; bundle {stage.bundle_uri}")
@@ -175,10 +230,18 @@ def pretrain(state: State) -> None:
             state.notes.append(f"sources.{name}: {facts['warning']}")
 
 
+def note_done(state: State, name: str) -> None:
+    """Tell of a source that is done, and of what has changed since it was made."""
+    stage = state.sources[name]
+    state.progress.note(f"{name}: done before ({stage.bundle_uri})")
+    if changed := stage.changes():
+        state.progress.note(f"warning: {name}: {origins.OTHER}: {', '.join(changed)}; it is used as it is, --remake changed makes it anew")
+
+
 def share(state: State) -> Shared:
     """What the trials read: weights, decoded targets. Raises ValueError when a source has no bundle yet."""
     job = state.job
-    missing = [name for name, stage in state.sources.items() if not stage.done]
+    missing = [name for name, stage in state.sources.items() if not stage.has_bundle]
     if missing:
         raise ValueError(f"sources {', '.join(missing)} have no bundle yet: run `pretrain` (or `run`) first")
     loaded = {name: targets.weights(stage.bundle_uri) for name, stage in state.sources.items()}
@@ -214,7 +277,8 @@ def share(state: State) -> Shared:
     return Shared(job.name, job.root, job.seed, {base.key: base for base in found}, {name: w for name, (w, _, _) in loaded.items()},
                   {name: stage.bundle_uri for name, stage in state.sources.items()}, held, job.fanout.keep_bundles != "none",
                   {name: stage.key for name, stage in state.sources.items()}, facts,
-                  {name: (manifest["objective"], head) for name, (_, head, manifest) in loaded.items()}, fence.entered())
+                  {name: (manifest["objective"], head) for name, (_, head, manifest) in loaded.items()}, fence.entered(),
+                  {name: bundle.weights_sha256(stage.bundle_uri) for name, stage in state.sources.items()})
 
 
 def _git_sha() -> str | None:
@@ -293,27 +357,27 @@ def finetune(state: State, shared: Shared) -> list[Trial]:
     job, bases = state.job, list(shared.bases.values())
     chosen = _select(state, shared)
     search = search_trials(state, bases, chosen)
-    winners = _winners(search, fanout.run("search", search, shared, job.fanout, state.progress)) if search else {}
+    anew = _anew(state, search, bases)
+    winners = _winners(search, fanout.run("search", search, shared, job.fanout, state.progress, anew)) if search else {}
     for cell in sorted({one.cell for one in search} - set(winners)):
         state.notes.append(f"search: no trial of {cell} ended well, so it has no winner: its final trials run with the target's own settings")
         state.progress.note(f"warning: {state.notes[-1]}")
     _keep_facts(state, chosen)
     final = final_trials(state, bases, chosen, winners)
-    fanout.run("fine-tune", final, shared, job.fanout, state.progress)
+    fanout.run("fine-tune", final, shared, job.fanout, state.progress, _anew(state, final, bases))
     return [*search, *final]
 
 
 def current(state: State) -> list[dict[str, Any]]:
     """Rows of the job as it is now, from the records of the trials that have ended, with the notes of the run that left them."""
-    if not state.targets or not all(stage.done for stage in state.sources.values()):
+    if not state.targets or not all(stage.has_bundle for stage in state.sources.values()):
         return []
     facts = _facts(state)
     state.notes, state.broken, state.scores, state.left_out = facts.get("notes", []), *(facts.get(name, {}) for name in ("broken", "scores", "left_out"))
     state.targets = {name: stage for name, stage in state.targets.items() if name not in state.broken}
     bases, chosen = _bases(state), _chosen_before(state) or {name: set(matching(state, name)) for name in state.targets}
-    search = [(one, record) for one in search_trials(state, bases, chosen) if (record := trial.read_record(state.job.root, one.id))]
-    winners = _winners([one for one, _ in search], [record for _, record in search])
-    return results.filled(collect(state, [*(one for one, _ in search), *final_trials(state, bases, chosen, winners)]))
+    search, final = _known_trials(state, bases, chosen)
+    return results.filled(collect(state, [*search, *final]))
 
 
 def _winners(search: list[Trial], records: list[Any]) -> dict[str, dict[str, float]]:
@@ -336,6 +400,7 @@ def collect(state: State, found: list[Trial]) -> list[dict[str, Any]]:
     """
     root = state.job.root
     records = {one.id: record for one in found if (record := trial.read_record(root, one.id)) is not None}
+    state.origins = origins_of(state, found, _bases(state))
     if state.job.fanout.keep_bundles == "best":
         best: dict[str, Any] = {}
         fanout.prune_bundles(root, [one for one in found if one.stage == "final"], "best", best)
@@ -353,11 +418,15 @@ def collect(state: State, found: list[Trial]) -> list[dict[str, Any]]:
                    "current": True, "split_origin": state.targets[one.target].split_origin,
                    "hyper_parameters": json.dumps(row["hyper_parameters"], sort_keys=True), "started_at": datetime.fromtimestamp(row["started_at"], UTC)}
             row |= state.scores.get(f"{one.source}|{one.target}", {})
+            row |= state.origins[one.id].columns()
             if one.id not in kept:
                 row["bundle_uri"] = None
             against = scratch.get((one.base, one.target, trials.fraction_text(one.label_fraction), one.seed))
             if row["split"] == "test" and against is not None and against.id in records and one.source != SCRATCH:
                 row |= _gain(predictions, one, against, row, records)
+                if mixed := provenance.differences(state.origins[one.id].made, state.origins[against.id].made):
+                    note = f"the gain {origins.MIXED} ({', '.join(mixed)})"
+                    row["interval"] = f"{row['interval']}; {note}" if row.get("interval") else note
             rows.append(row)
         rows += _by_subgroup(state, predictions, rows, one)
     results.append(root, rows, current={one.id for one in found})
@@ -403,18 +472,18 @@ def show(state: State, rows: list[dict[str, Any]]) -> tuple[list[matrix.Cell], t
     final = [row for row in rows if row["trial_stage"] == "final"]
     tested = {row["trial_id"]: row["seed"] for row in final if row["status"] == "done" and row["split"] == "test"}
     runs = {one: _told(state, named[one], run) for one, seed in tested.items() if (run := trial.read_predictions(root, one, seed)) is not None}
-    cells = matrix.cells(rows, runs)
+    cells = origins.marked(matrix.cells(rows, runs), rows, state.origins)
     curves = {}
     for trial_id in {row["trial_id"] for row in final}:
         record = trial.read_record(root, trial_id)
         if record:
             curves[trial_id] = [{"step": c["step"], "loss": c.get("loss"), "validation": {k: v for k, v in c.items() if k != "step"}} for c in record["curve"]]
     if not state.pretraining:
-        state.pretraining = [launch.facts_of(stage) for stage in state.sources.values() if stage.done]
+        state.pretraining = [launch.facts_of(stage) for stage in state.sources.values() if stage.has_bundle]
     where = report.write(root, job_name=state.job.name, cells=cells, rows=rows, curves=curves,
                          pretraining=[{**facts, "bundle_uri": facts.get("bundle")} for facts in state.pretraining],
                          splits={name: _splits_told(state, stage) for name, stage in state.targets.items()}, notes=state.notes,
-                         versions={**bundle.versions(), "job": spec_hash(state.job)}, runs=runs)
+                         versions={"job": spec_hash(state.job)}, runs=runs, made=origins.reasons(state.origins))
     return cells, where
 
 

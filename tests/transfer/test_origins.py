@@ -1,0 +1,302 @@
+"""What other code or library versions made is kept and marked, listed by --dry-run, and made anew on request alone."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from toys import image_files, label_state, task_of
+
+from pipeline import bundle, provenance, storage
+from pipeline.data.stream import DataWorkers
+from pipeline.job import Job
+from pipeline.provenance import MadeBy
+from pipeline.train import pretrain, source
+from pipeline.train.loop import Ranks
+from pipeline.train.progress import Progress
+from pipeline.transfer import cells, dry_run, fanout, origins, report, results, stages, trial
+
+COLUMNS = {"image": "picture", "label": "class"}
+MODALITY = {"name": "image", "options": {"size": 32, "channels": 3}, "state": {"mean": [0.5] * 3, "std": [0.2] * 3}}
+
+
+class Silent(Progress):
+    """Keeps what it is told."""
+
+    def __init__(self):
+        self.lines: list[str] = []
+
+    def update(self, line: str, final: bool = False) -> None:
+        pass
+
+    def note(self, line: str) -> None:
+        self.lines.append(line)
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    return image_files(tmp_path_factory.mktemp("data"), {"train": 36, "validation": 18, "test": 18})
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory):
+    """The URI of a ViT's bundle."""
+    uri = str(tmp_path_factory.mktemp("bundles") / "a")
+    task = task_of("timm/test_vit", {"channels": 3, "size": 32}, "classification", label_state(), seed=1)
+    bundle.save(uri, task, MODALITY, training={"transfer": ""}, metrics={})
+    return {"a": f"bundle:{uri}"}
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Trials run in this process; the ids of those that ran."""
+    ran: list[str] = []
+
+    def run(name, wanted, shared, spec, progress, anew=()):
+        for one in wanted:
+            if one.id in anew or fanout.unfinished(shared.root, one, spec):
+                ran.append(one.id)
+                trial.run(one, shared, Ranks())
+        return [trial.read_record(shared.root, one.id) for one in wanted]
+
+    monkeypatch.setattr(fanout, "run", run)
+    return ran
+
+
+@pytest.fixture
+def edit(monkeypatch):
+    """As if parts of the code had been edited, or another version of a library been installed: edit("technique full", timm="9.9")."""
+    real, installed = provenance.code_of, provenance.versions()
+
+    def change(*parts: str, **versions: str) -> None:
+        def code_of(modules, pieces):
+            return {part: f"{text} edited" if part in parts else text for part, text in real(modules, pieces).items()}
+
+        monkeypatch.setattr(provenance, "code_of", code_of)
+        monkeypatch.setattr(provenance, "versions", lambda: {**installed, **versions})
+        provenance.made_by.cache_clear()
+
+    yield change
+    provenance.made_by.cache_clear()
+
+
+def job_of(folder: Path, sources: dict[str, Any], paths: dict[str, str]) -> Job:
+    target = {"data": {**paths, "modality": "image", "columns": COLUMNS}, "objective": "classification",
+              "train": {"steps": 3, "global_batch": 12, "lr": 0.01, "eval_every_steps": 3}}
+    return Job.model_validate({"name": "toy", "storage": str(folder / "runs"), "sources": sources, "targets": {"task": target},
+                               "techniques": ["scratch", "full", "lp_ft"], "fanout": {"seeds": 2}})
+
+
+def changed(job: Job, **parts) -> Job:
+    return Job.model_validate({**job.model_dump(mode="json"), **parts})
+
+
+def primary(rows: list[dict[str, Any]], **where) -> list[dict[str, Any]]:
+    """Test rows of the primary metric."""
+    return [row for row in rows if row["split"] == "test" and row["metric"] == "accuracy" and all(row[k] == v for k, v in where.items())]
+
+
+def toy(folder, bundles, paths) -> Job:
+    return job_of(folder, {"a": {"backbone": bundles["a"]}}, paths)
+
+
+def prepared(job: Job, *remake: str) -> stages.State:
+    return stages.check(job, Silent(), remake=remake)
+
+
+def again(job: Job, *remake: str) -> tuple[stages.State, list[dict[str, Any]]]:
+    state = prepared(job, *remake)
+    return state, results.filled(stages.collect(state, stages.finetune(state, stages.share(state))))
+
+
+def shown(state: stages.State, rows: list[dict[str, Any]]) -> tuple[list[cells.Cell], str, str]:
+    """The cells, report.md and the terminal's table."""
+    found, (markdown, _) = stages.show(state, rows)
+    text = io.StringIO()
+    Console(width=100, file=text).print(report.table(found))
+    return found, storage.read_bytes(markdown).decode(), text.getvalue()
+
+
+# ---------------------------------------------------------------- trials
+
+def test_every_trial_and_bundle_records_what_made_it(tmp_path, bundles, paths, here):
+    job = toy(tmp_path, bundles, paths)
+    _, rows = again(job)
+    for one in here:
+        record = trial.read_record(job.root, one)
+        assert record is not None
+        made = provenance.recorded(record)
+        assert made is not None and made.versions == provenance.versions() and made.versions["torch"].startswith("2.")
+        assert {"objective classification", "modality image", "model timm", "pipeline.train.loop", "pipeline.metrics"} <= made.code.keys()
+        assert sum(part.startswith("technique ") for part in made.code) == 1
+    for row in results.read(job.root):
+        assert json.loads(row["versions"]) == provenance.versions() and len(row["made_by"]) == 12
+    assert len({row["made_by"] for row in rows}) == 3, "three techniques"
+    kept = next(row["bundle_uri"] for row in primary(rows) if row["bundle_uri"])
+    assert provenance.recorded(bundle.load(kept).manifest) is not None
+
+
+def test_a_changed_technique_is_kept_marked_and_made_anew_on_request(tmp_path, bundles, paths, here, edit):
+    job = toy(tmp_path, bundles, paths)
+    _, rows = again(job)
+    state, rows = again(job)
+    found, markdown, terminal = shown(state, rows)
+    assert not any(cell.made for cell in found) and "†" not in terminal and "†" not in markdown, "nothing has changed"
+    assert not [line for line in dry_run.describe(prepared(job)) if "other code" in line]
+
+    here.clear()
+    edit("technique full")
+    told = dry_run.describe(prepared(job))
+    assert "2 of 6 trials were made by other code or versions than those of now and are used as they are; --remake changed makes them anew" in told
+    assert "2 trials: technique full changed" in told
+    state, rows = again(job)
+    assert here == [], "nothing that is done is redone in silence"
+    found, markdown, terminal = shown(state, rows)
+    assert {cell.technique for cell in found if cell.made == origins.OTHER} == {"full"} and not any(cell.made == origins.MIXED for cell in found)
+    assert "full †" in terminal and "† made by other code or versions" in terminal
+    assert "† made by other code or versions" in markdown and "2 trials: technique full changed" in markdown
+
+    told = dry_run.describe(prepared(job, "sources", "trials"))
+    assert "2 of 6 trials were made by other code or versions than those of now and are made anew" in told
+    assert not all(done for _, done in stages.ended(prepared(job, "sources", "trials"))), "else `run` says that nothing is to run"
+    state, rows = again(job, "sources", "trials")
+    assert sorted(here) == sorted({row["trial_id"] for row in rows if row["technique"] == "full"}), "exactly those"
+    assert not any(cell.made for cell in shown(state, rows)[0])
+    here.clear()
+    assert all(done for _, done in stages.ended(prepared(job, "trials"))), "and once"
+    again(job, "trials")
+    assert here == []
+
+
+def test_a_comparison_of_trials_of_different_versions_carries_the_mark(tmp_path, bundles, paths, here, edit):
+    """Scratch of one version of a library beside fine-tunes of another."""
+    job = toy(tmp_path, bundles, paths)
+    again(changed(job, techniques=["scratch", "full"]))
+    edit(timm="9.9")
+    state, rows = again(job)
+    found, markdown, terminal = shown(state, rows)
+    by_technique = {cell.technique: cell.made for cell in found}
+    assert by_technique == {"scratch": origins.OTHER, "full": origins.OTHER, "lp_ft": origins.MIXED}, "scratch is as old as full is"
+    assert "lp_ft ‡" in terminal and "‡ compares trials of different code or versions" in terminal
+    before = provenance.recorded(trial.read_record(job.root, primary(rows, technique="full")[0]["trial_id"]) or {})
+    assert before is not None
+    mixed = f"the gain compares trials of different code or versions (timm 9.9 and {before.versions['timm']})"
+    assert all(mixed in row["interval"] for row in primary(rows, technique="lp_ft"))
+    assert all("different code" not in row["interval"] for row in primary(rows, technique="full"))
+    assert f"| timm | {before.versions['timm']} (4 trials), 9.9 (2 trials) |" in markdown, "each trial's versions, not today's beside yesterday's"
+
+
+def test_seeds_of_different_code_make_a_cell_mixed(tmp_path, bundles, paths, here, edit):
+    job = toy(tmp_path, bundles, paths)
+    again(changed(job, fanout={"seeds": 1}))
+    edit("pipeline.train.loop")
+    state, rows = again(job)
+    assert {cell.made for cell in shown(state, rows)[0]} == {origins.MIXED}
+
+
+def test_records_of_before_count_as_not_recorded(tmp_path, bundles, paths, here):
+    job = toy(tmp_path, bundles, paths)
+    again(job)
+    for one in here:
+        uri = storage.join(job.root, "trials", one, "record.json")
+        record = storage.read_json(uri)
+        storage.write_json(uri, {name: value for name, value in record.items() if name not in ("made_by", "versions", "parent_weights", "run")})
+    here.clear()
+    state, rows = again(job)
+    assert here == [] and {row["made_by"] for row in rows} == {row["versions"] for row in rows} == {None}
+    assert any("made before code and versions were recorded" in line for line in origins.reasons(state.origins))
+    found, markdown, _ = shown(state, rows)
+    assert {cell.made for cell in found} == {origins.OTHER} and "| torch | not recorded |" in markdown
+    again(job, "trials")
+    assert len(here) == 6
+
+
+def test_trials_of_a_source_that_was_made_anew_are_marked(tmp_path, bundles, paths, here):
+    """Its key is the same, its weights are others: a trial's record says which it started from."""
+    record = {**MadeBy({}, {}).facts(), "parent_weights": "old"}
+    assert origins.of_record(record, MadeBy({}, {}), "a", "new").changes == ("source a was made anew since",)
+    assert origins.of_record(record, MadeBy({}, {}), "a", "old").changes == ()
+    assert origins.of_record({**record, "parent_weights": None}, MadeBy({}, {}), "none", None).changes == ()
+    job = toy(tmp_path, bundles, paths)
+    _, rows = again(job)
+    weights = bundle.weights_sha256(bundles["a"].partition(":")[2])
+    started = {row["source"]: (trial.read_record(job.root, row["trial_id"]) or {})["parent_weights"] for row in rows}
+    assert started == {"a": weights, "none": None}
+
+
+# ---------------------------------------------------------------- sources
+
+def pretraining(folder, paths) -> Job:
+    spec = {"data": {**{name: paths[name] for name in ("train", "validation")}, "modality": {"image": {"size": 32}}, "columns": COLUMNS, "decode": "train"},
+            "backbone": "timm/test_resnet", "objective": "classification", "train": {"steps": 4, "global_batch": 12, "checkpoint_every_steps": 2}}
+    return job_of(folder, {"src": spec}, paths)
+
+
+def run_source(stage: source.SourceStage) -> None:
+    work = pretrain.rank_job(stage, source.fit(stage), DataWorkers(), 1)
+    pretrain.train_rank(work, Ranks(), held=pretrain.decoded(work))
+
+
+def test_a_source_of_other_code_is_used_marked_and_made_anew_on_request(tmp_path, paths, here, edit):
+    job = pretraining(tmp_path, paths)
+    stage = prepared(job).sources["src"]
+    run_source(stage)
+    assert stage.done and stage.changes() == ()
+    first = bundle.load(stage.bundle_uri).manifest
+    assert provenance.recorded(first) is not None
+
+    edit("pipeline.train.optim", torch="9.9")
+    reasons = ("pipeline.train.optim changed", f"torch {provenance.recorded(first).versions['torch']} then, now 9.9")  # type: ignore[union-attr]
+    assert stage.changes() == reasons and stage.done
+    state = prepared(job)
+    stages.note_done(state, "src")
+    assert any("warning: src: made by other code or versions: pipeline.train.optim changed" in line for line in state.progress.lines)  # type: ignore[attr-defined]
+    assert any(line.startswith("source src") and "[done, made by other code or versions: pipeline.train.optim changed, torch" in line
+               for line in dry_run.describe(state))
+
+    anew = prepared(job, "sources").sources["src"]
+    assert not anew.done and prepared(job, "trials").sources["src"].done
+    assert any("[to run anew, as it was made by other code or versions: pipeline.train.optim changed" in line
+               for line in dry_run.describe(prepared(job, "sources", "trials")))
+    fitted = source.fit(anew)
+    assert bundle.load(stage.bundle_uri).manifest == first, "the old one stays until the new one is whole"
+    work = pretrain.rank_job(anew, fitted, DataWorkers(), 1)
+    pretrain.train_rank(work, Ranks(), held=pretrain.decoded(work))
+    assert anew.done and anew.changes() == ()
+    assert bundle.load(stage.bundle_uri).manifest["sha256"] != first["sha256"]
+
+
+def test_a_source_that_other_code_goes_on_with_says_so(tmp_path, paths, edit):
+    """A killed run is gone on with, whatever began it; the bundle tells of both."""
+    job = pretraining(tmp_path, paths)
+    stage = prepared(job).sources["src"]
+    source.fit(stage)
+    edit("pipeline.train.loop")
+    run_source(stage)
+    manifest = bundle.load(stage.bundle_uri).manifest
+    assert len(manifest["made_by"]["begun_by"]) == 1
+    assert stage.changes() == ("begun by other code or versions (pipeline.train.loop changed)",)
+
+
+def test_resume_points_of_other_code_are_dropped_where_a_source_is_made_anew(tmp_path, paths, edit):
+    job = pretraining(tmp_path, paths)
+    stage = prepared(job).sources["src"]
+    source.fit(stage)
+    leftover = storage.join(stage.uri, "checkpoints", "old.json")
+    storage.write_json(leftover, {})
+    assert source.begin(stage) == [] and storage.exists(leftover)
+    edit("pipeline.train.loop")
+    anew = prepared(job, "sources").sources["src"]
+    assert source.begin(anew) == [] and not storage.exists(leftover)
+    storage.write_json(leftover, {})
+    assert source.begin(anew) == [] and storage.exists(leftover), "what the same code has begun is gone on with"
+
+
+def test_a_bundle_that_the_job_names_is_what_it_is(tmp_path, bundles, paths, edit):
+    stage = prepared(toy(tmp_path, bundles, paths), "sources", "trials").sources["a"]
+    edit("model timm")
+    assert stage.changes() == () and stage.done
