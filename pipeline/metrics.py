@@ -37,6 +37,10 @@ SHARES = frozenset((
     "sensitivity_at_threshold", "specificity_at_threshold", "macro_auroc", "macro_average_precision", "average_precision", "map", "map50", "miou",
     "pixel_accuracy", "entity_f1", "word_accuracy", "answer_f1", "exact_match", "success", "expert_success", "random_success"))
 """Metrics between 0 and 1: an interval that Student's t widens ends there."""
+NOT_NEGATIVE = frozenset(("bits_per_sample", "bits_per_byte", "wer", "cer", "action_error"))
+"""Errors: none is the least, and there is no greatest."""
+STEPS = frozenset(("steps", "expert_steps", "random_steps"))
+"""Lengths of episodes: at most the steps after which a world ends them (``most_steps``)."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +60,24 @@ class Metric:
     resampled: Callable[[Predictions, np.ndarray], np.ndarray] | None = None
     each: str | None = None
 
-    @property
-    def bounds(self) -> tuple[float, float]:
-        """Between which an interval is kept: 0 and 1 for shares; others are not bounded."""
-        return (0.0, 1.0) if self.name.partition("/")[0] in SHARES else (-math.inf, math.inf)
+    def bounds(self, p: Predictions) -> tuple[float, float]:
+        """(least, greatest) value that the metric can have on rows such as these, so that no interval passes them."""
+        name = self.name.partition("/")[0]
+        if name in SHARES:
+            return 0.0, 1.0
+        if name == "kappa":
+            return -1.0, 1.0
+        if name == "brier":
+            return 0.0, 1.0 if p["scores"].shape[-1] == 2 else 2.0
+        if name == "perplexity":
+            return 1.0, math.inf
+        if name in STEPS:
+            return 0.0, float(p["most_steps"].mean()) if len(p.get("most_steps", ())) else math.inf
+        if name == "loss":  # of densities (policies that tell numbers) it may be negative, and then there is no least value
+            return (0.0 if p["loss"].min(initial=0) >= 0 else -math.inf), math.inf
+        if name in NOT_NEGATIVE:
+            return 0.0, math.inf
+        return -math.inf, math.inf
 
     def of_units(self, units: np.ndarray) -> float:
         """The value from (n, 2) units; NaN when nothing was counted."""

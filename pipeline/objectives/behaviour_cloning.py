@@ -261,9 +261,9 @@ class BehaviourCloning(Objective):
 
     def tested(self, backbone, found, origin):
         """With ``environment``: an episode of the policy in each row's world, and arrays (n,) float64 ``success`` (0 or 1, NaN where it is not known what
-        that is), ``return``, ``steps``, the same of ``expert_`` and ``random_`` from the rows' columns, and ``diverged`` (0 or 1): a simulation that went
-        wrong is no success, its return that until then. ``film`` has FRAMES pictures of the first world where they can be made, black behind an episode's
-        end.
+        that is), ``return``, ``steps``, the same of ``expert_`` and ``random_`` from the rows' columns, ``most_steps`` (after which a world ends an
+        episode) and ``diverged`` (0 or 1): a simulation that went wrong is no success, its return that until then.
+        ``film`` has FRAMES pictures of the first world where they can be made, black behind an episode's end.
 
         All rows go in step, one forward pass a step, in float32 on the backbone's device. The pass always holds all rows, also ended ones, so that what a
         row does never follows from when others end."""
@@ -276,6 +276,7 @@ class BehaviourCloning(Objective):
         out: dict[str, np.ndarray] = {"diverged": np.array([bool(one.diverged) for one in episodes], dtype=np.float64)}
         out["return"] = np.array([np.sum(one.rewards, dtype=np.float64) for one in episodes])
         out["steps"] = np.array([len(one.rewards) for one in episodes], dtype=np.float64)
+        out["most_steps"] = np.array([world.steps for world in worlds], dtype=np.float64)
         out["success"] = np.array([one.success for one in episodes], dtype=np.float64) * (1 - out["diverged"])
         if film := episodes[0].frames[:FRAMES]:
             self.film = np.stack([*film, *[np.zeros_like(film[0])] * (FRAMES - len(film))])

@@ -10,7 +10,7 @@ import numpy as np
 
 from pipeline.metrics import METRICS
 from pipeline.transfer import plots, stats
-from pipeline.transfer.cells import REFERENCE, SCRATCH, Cell, fraction_order
+from pipeline.transfer.cells import REFERENCE, Cell, fraction_order
 from pipeline.transfer.labels import runs_of
 from pipeline.transfer.page import DASH, Block, Figure, Heading, Table, Text, Value, places, spread
 from pipeline.transfer.stats import Run
@@ -60,7 +60,7 @@ def _strips(target: str, ran: list[tuple[Cell, list[Run]]], several: bool) -> li
 
 def _label(cell: Cell, several: bool) -> str:
     """``several``: there are several backbones, so that each is named."""
-    who = cell.technique if cell.source == SCRATCH else f"{cell.source} · {cell.technique}"
+    who = f"{cell.source} · {cell.technique}"
     who += f" ({cell.backbone})" if several else ""
     return f"{who}, {cell.n_train} episode{'s' if cell.n_train != 1 else ''}" if cell.n_train else who
 

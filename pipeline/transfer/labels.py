@@ -11,7 +11,7 @@ import numpy as np
 
 from pipeline import calibration, metrics
 from pipeline.transfer import results, stats
-from pipeline.transfer.cells import REFERENCE, SCRATCH, Cell
+from pipeline.transfer.cells import REFERENCE, SCRATCH, Cell, verdict
 from pipeline.transfer.page import DASH, MARKS, Block, Figure, Heading, Heat, Table, Text, Value, places, spread
 from pipeline.transfer.plots import cell_label, reliability
 from pipeline.transfer.stats import Run
@@ -143,9 +143,13 @@ def two_classes(target: str, done: Sequence[Cell], rows: Sequence[Row], runs: di
     body: list[list[str | Value]] = []
     for name in names:
         of = metrics.metric(name)
-        each = [stats.mean_interval(of, ours), *([stats.mean_interval(of, scratch), stats.gain(of, ours, scratch)] if paired else [])]
-        digits = places([(low, high) for _, low, high in each])
-        body.append([f"{name} {'↑' if of.higher_is_better else '↓'}", *(estimate(one, digits, i == 2) for i, one in enumerate(each))])
+        means = [stats.mean_interval(of, side) for side in ((ours, scratch) if paired else (ours,))]
+        gain = stats.compare(of, ours, scratch) if paired else None
+        bounds = [(low, high) for _, low, high in means] + ([(gain.low, gain.high)] if gain else [])
+        digits = places(bounds)
+        enough = all(stats.evidence(run).enough for run in (*ours, *scratch))
+        line: list[str | Value] = [f"{name} {'↑' if of.higher_is_better else '↓'}", *(estimate(one, digits) for one in means)]
+        body.append([*line, *([gain_estimate(gain, digits, enough)] if gain else [])])
     said = (f"{target}: {cell_label(best)} of labels{' beside scratch' if paired else ''}, mean over {_plural(len(ours))} with 95 % intervals; the positive "
             f"class is {ours[0].labels[1]}. ↑ higher is better, ↓ lower is; a positive gain is better.")
     out: list[Block] = [Heading("All metrics", 3), Text(said), Table(["Metric", best.source, *(["scratch", "gain"] if paired else [])], body)] if body else []
@@ -187,6 +191,7 @@ def _each(kind: Kind, target: str, cell: Cell, ours: list[Run], scratch: list[Ru
     positive = p["labels" if kind is LABELS else "actual"].sum(0, dtype=np.int64)
     often = [k for k in np.argsort(-positive, kind="stable") if 0 < positive[k] < (len(ours[0].rows) if kind is LABELS else np.inf)]
     estimates: dict[str, list[tuple]] = defaultdict(list)
+    gains: dict[str, list[stats.Gain]] = defaultdict(list)
     paired = bool(scratch) and bool({run.seed for run in ours} & {run.seed for run in scratch})
     for k in often[:MOST_LABELS]:
         for name, _ in kind.measures:
@@ -194,14 +199,18 @@ def _each(kind: Kind, target: str, cell: Cell, ours: list[Run], scratch: list[Ru
             estimates[name].append(stats.mean_interval(of, ours))
             if paired:
                 estimates[f"{name} scratch"].append(stats.mean_interval(of, scratch))
-                estimates[f"{name} gain"].append(stats.gain(of, ours, scratch))
+                gains[name].append(stats.compare(of, ours, scratch))
     digits = places([(low, high) for _, low, high in estimates[kind.measures[0][0]]])
     head, body = [kind.first, kind.counted], [[names[k], f"{positive[k]:,}"] for k in often[:MOST_LABELS]]
     for name, said in kind.measures:
-        for extra in ("", " scratch", " gain") if paired else ("",):
-            head.append(f"{said}{extra.replace(' scratch', ', scratch').replace(' gain', ', gain')}")
+        for extra in ("", " scratch") if paired else ("",):
+            head.append(f"{said}{extra.replace(' scratch', ', scratch')}")
             for line, one in zip(body, estimates[f"{name}{extra}"], strict=True):
-                line.append(estimate(one, digits, extra == " gain"))
+                line.append(estimate(one, digits))
+        if paired:
+            head.append(f"{said}, gain")
+            for line, gain, k in zip(body, gains[name], often, strict=False):
+                line.append(gain_estimate(gain, digits, _enough_of_label(kind, ours[0], int(k))))
     least = max(int(run.predictions["min_positives"].max(initial=1)) if "min_positives" in run.predictions else 1 for run in ours)
     told = f"{target}: {cell_label(cell)} of labels{' beside scratch' if paired else ''}, mean over {_plural(len(ours))} with 95 % intervals.{kind.told}"
     told += f" Macro averages are over the labels with at least {least} test rows." if least > 1 else ""
@@ -213,12 +222,30 @@ def _plural(seeds: int) -> str:
     return "one seed" if seeds == 1 else f"{seeds} seeds"
 
 
-def estimate(found: tuple[float, float, float], digits: int, gain: bool) -> Value | str:
-    """A table cell of (middle, low, high), the interval below; a gain's has its verdict."""
+def _enough_of_label(kind: Kind, run: Run, column: int) -> bool:
+    """Whether a verdict can be given on one label: enough test units on its rarer side, or with an entity of its type."""
+    if kind is LABELS:
+        return stats.rarer_side(run.predictions["labels"][:, column] > 0, run.groups) >= stats.LEAST_RARER_UNITS
+    return stats.count_units(run.predictions["actual"][:, column] > 0, run.groups) >= stats.LEAST_UNITS
+
+
+def estimate(found: tuple[float, float, float], digits: int) -> Value | str:
+    """A table cell of (middle, low, high), the interval below."""
     middle, low, high = (None if np.isnan(v) else v for v in found)
+    return DASH if middle is None else _lines(spread(middle, low, high, digits))
+
+
+def gain_estimate(gain: stats.Gain, digits: int, enough: bool) -> Value | str:
+    """A table cell of a gain with its verdict, which needs ``enough`` test units and two paired seeds."""
+    middle, low, high = (None if np.isnan(v) else v for v in (gain.value, gain.low, gain.high))
     if middle is None:
         return DASH
-    sign = "+" if gain else ""
-    first, _, bounds = spread(middle, low, high, digits, sign).partition(" ")
-    verdict = "" if not gain or low is None or high is None else "wins" if low > 0 else "loses" if high < 0 else "no difference"
-    return Value(tuple(part for part in (first, f"{bounds} {MARKS.get(verdict, '')}".strip()) if part), verdict)
+    word = verdict(low, high, gain.seeds, enough)
+    return _lines(spread(middle, low, high, digits, "+"), MARKS.get(word, ""), word)
+
+
+def _lines(text: str, mark: str = "", tone: str = "") -> Value:
+    """A value and, below it, its interval with its verdict's mark."""
+    first, _, bounds = text.partition(" ")
+    second = f"{bounds} {mark}".strip()
+    return Value((first, second) if second else (first,), tone)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
-MARKS = {"wins": "▲", "loses": "▼", "no difference": "="}
+MARKS = {"wins": "▲", "loses": "▼", "not shown": "○", "too few to tell": "?"}
 """Verdicts are told by sign and word, never by colour alone."""
 DASH = "–"
 

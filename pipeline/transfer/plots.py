@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from pipeline.transfer.cells import EVEN, LOSES, WINS, Cell, fraction_order
+from pipeline.transfer.cells import LOSES, NOT_SHOWN, WINS, Cell, fraction_order
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,9 +42,9 @@ def forest(cells: Sequence[Cell], title: str, limits: tuple[float, float], label
         left = label_inches / _WIDTH
         axes.set_position((left, 0.45 / height, 0.985 - left, 1 - 0.75 / height))
         axes.axvline(0, color=_SOFT, linewidth=0.9, zorder=1)
-        looks = {WINS: (_WINS, "^", _WINS), LOSES: (_LOSES, "v", _LOSES), EVEN: (_SOFT, "o", _PAPER)}
+        looks = {WINS: (_WINS, "^", _WINS), LOSES: (_LOSES, "v", _LOSES), NOT_SHOWN: (_SOFT, "o", _PAPER)}
         for y, cell in enumerate(cells):
-            colour, marker, fill = looks.get(cell.verdict, looks[EVEN])
+            colour, marker, fill = looks.get(cell.verdict, looks[NOT_SHOWN])
             if cell.gain_low is not None and cell.gain_high is not None:
                 axes.plot([cell.gain_low, cell.gain_high], [y, y], color=colour, linewidth=1.6, solid_capstyle="butt", zorder=2)
             axes.plot([cell.gain or 0.0], [y], marker=marker, markersize=5.5, color=colour, markerfacecolor=fill, markeredgewidth=1.2, zorder=3)

@@ -15,16 +15,33 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline import provenance, storage
 from pipeline.transfer import episodes, labels, origins, page, plots, results, stats, subgroups
-from pipeline.transfer.cells import EVEN, FAILED, LOSES, REFERENCE, SCRATCH, UNCOMPARED, WINS, Cell, cells, fraction_order
+from pipeline.transfer.cells import (
+    FAILED,
+    LEAST_SEEDS,
+    LOSES,
+    NOT_SHOWN,
+    REFERENCE,
+    SCRATCH,
+    SIGNIFICANT,
+    TOO_FEW,
+    UNCOMPARED,
+    WINS,
+    Cell,
+    cells,
+    fraction_order,
+)
 from pipeline.transfer.page import Block, Bullets, Code, Details, Figure, Heading, Tally, Text, Value
 
 if TYPE_CHECKING:
     import rich.table
+    import rich.text
 
 __all__ = ["Cell", "cells", "table", "write"]
 
 Row = dict[str, Any]
 _DASH = page.DASH
+SEARCH_NOISE = ("Where hyper-parameters were searched, the settings that were tried again with further seeds tell how much the choice itself varies, and "
+                "intervals of gains include that. A search whose settings were tried with one seed alone does not tell it; its intervals say so.")
 
 
 # ---------------------------------------------------------------- numbers
@@ -63,18 +80,22 @@ def _plural(number: int, noun: str) -> str:
 # ---------------------------------------------------------------- terminal
 
 def table(cells: Sequence[Cell]) -> rich.table.Table:
-    """The matrix for the terminal, grouped by target; it fits 100 columns, and verdicts have signs as well as colours."""
+    """The matrix for the terminal, grouped by target; it fits 100 columns, and verdicts have signs as well as colours.
+
+    ``seeds`` counts the seeds that a cell has in common with what it is compared with, of those that were started. Under a gain over the
+    scratch network of a cell's own backbone stands the one over the best scratch, where that is another.
+    """
     from rich.table import Table
     from rich.text import Text as Rich
 
     out = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), collapse_padding=True, caption_justify="left", caption_style="dim",
-                caption="\n▲ wins, ▼ loses: the 95 % interval of the gain over scratch excludes zero; = it does not. Positive is better.")
+                caption=_caption(cells))
     signs = [f"{origins.SIGNS[made]} {made}" for made in origins.SIGNS if any(cell.made == made for cell in cells)]
     if signs:
         out.caption = f"{out.caption}\n{', '.join(signs)} (than those of now)."
     out.add_column("source", overflow="fold")
     out.add_column("technique", overflow="fold")
-    for name in ("labels", "mean [95 %]", "gain [95 %]", "s/trial", "failed"):
+    for name in ("labels", "mean [95 %]", "gain [95 %]", "seeds", "s/trial"):
         out.add_column(name, justify="right", no_wrap=True)
     places = _places_by_target(cells)
     styles = {WINS: "bold green", LOSES: "bold red", FAILED: "bold red"}
@@ -88,20 +109,55 @@ def table(cells: Sequence[Cell]) -> rich.table.Table:
             out.add_row(Rich(cell.target, "bold"), Rich(better, "dim"))
         digits, mark = places[cell.target], page.MARKS.get(cell.verdict)
         gain = f"{mark} {_gain(cell, digits)}" if mark else "scratch" if cell.verdict == REFERENCE else cell.verdict
+        gain += "*" if cell.survives else ""
         seconds = _DASH if cell.seconds is None else f"{cell.seconds:.3g}" if cell.seconds < 1000 else f"{cell.seconds:.0f}"
-        source = cell.source if cell.source != SCRATCH else f"{_DASH} {cell.backbone.rpartition('/')[2]}" if several else _DASH
-        technique = f"{cell.technique} {origins.SIGNS[cell.made]}" if cell.made else cell.technique
+        source = f"{cell.source} {cell.backbone.rpartition('/')[2]}" if several and cell.source == SCRATCH else cell.source
+        technique = f"{cell.technique} (against {cell.against})" if cell.against else cell.technique
+        technique += f" {origins.SIGNS[cell.made]}" if cell.made else ""
         out.add_row(Rich(f" {source}"), Rich(technique), Rich(plots.fraction_label(cell.label_fraction)),
-                    Rich(_value(cell, digits)), Rich(gain, styles.get(cell.verdict, "")), Rich(seconds),
-                    Rich(str(cell.n_failed) if cell.n_failed else "", "red"))
+                    Rich(_value(cell, digits)), Rich(gain, styles.get(cell.verdict, "")), _seeds_shown(cell), Rich(seconds))
+        if _other_baseline(cell):
+            out.add_row("", Rich("best scratch", "dim"), "", "", Rich(_baseline_gain(cell, digits), "dim"))
     return out
+
+
+def _caption(cells: Sequence[Cell]) -> str:
+    """What the signs of the terminal's table mean."""
+    said = ["▲ wins, ▼ loses: the 95 % interval of the gain over scratch excludes zero;",
+            "* also after Holm's correction for all comparisons. ○ not shown: it holds zero.",
+            "Positive is better. seeds: those that scratch has too; a verdict needs two."]
+    if any(cell.verdict == TOO_FEW for cell in cells):
+        said.append("? too few to tell: too few test units for a verdict; the report has their number.")
+    if any(_other_baseline(cell) for cell in cells):
+        said.append("Gains are over the scratch network of the same backbone; below them those over the target's")
+        said.append("best scratch network (by validation), where that is of another backbone.")
+    return "\n" + "\n".join(said)
+
+
+def _seeds_shown(cell: Cell) -> rich.text.Text:
+    """Paired seeds of a cell (for scratch all that finished), and of how many that were started where those are more."""
+    from rich.text import Text as Rich
+
+    seeds = cell.n_seeds if cell.paired_seeds is None else cell.paired_seeds
+    started = cell.n_seeds + cell.n_failed
+    return Rich(str(seeds)) if seeds == started else Rich(f"{seeds} of {started}", "red")
+
+
+def _other_baseline(cell: Cell) -> bool:
+    """Whether another backbone's scratch is better than the one that a cell is held against."""
+    return bool(cell.baseline) and cell.baseline != cell.backbone and cell.baseline_gain is not None
+
+
+def _baseline_gain(cell: Cell, places: int) -> str:
+    return page.spread(cell.baseline_gain, cell.baseline_low, cell.baseline_high, places, "+")
 
 
 # ---------------------------------------------------------------- the written report
 
 def write(root_uri: str, *, job_name: str, cells: Sequence[Cell], rows: Sequence[Row], curves: dict[str, list[dict[str, Any]]],
           pretraining: Sequence[dict[str, Any]], splits: dict[str, str], notes: Sequence[str], versions: dict[str, str],
-          runs: dict[str, stats.Run] | None = None, made: Sequence[str] = ()) -> tuple[str, str]:
+          runs: dict[str, stats.Run] | None = None, made: Sequence[str] = (),
+          scores: dict[str, dict[str, Any]] | None = None) -> tuple[str, str]:
     """Write report.md and report.html under ``root_uri``, each atomically, and give their URIs.
 
     ``rows``: results rows (failures and totals are read from them). ``curves``: trial id to ``[{"step", "loss", "validation":
@@ -109,7 +165,8 @@ def write(root_uri: str, *, job_name: str, cells: Sequence[Cell], rows: Sequence
     rows_per_second, metrics, transfer, bundle_uri, splits``, any of which may be missing. ``splits``: target to where its
     splits come from. ``versions``: whatever was fixed beside the libraries (the hash of the job); the versions of the libraries are those that each
     trial was run with. ``runs``: trial id to test predictions, for what is said of single classes and labels. ``made``: sentences on the trials that
-    other code or versions made.
+    other code or versions made. ``scores``: ``source|target`` to ``score_name`` and ``score_value``, also of sources that were left out because of
+    them; none: those of the rows.
     """
     rows = results.filled(rows)
     groups: dict[str, list[Cell]] = defaultdict(list)
@@ -119,7 +176,7 @@ def write(root_uri: str, *, job_name: str, cells: Sequence[Cell], rows: Sequence
     blocks: list[Block] = [*_summary(cells, groups, rows, places), *_gains(groups, places)]
     for target, group in groups.items():
         blocks += _target(target, group, rows, curves, places[target], splits.get(target, ""), runs or {})
-    blocks += [*_cost(cells, rows), *_scores(rows), *_pretraining(pretraining), *_failures(rows), *_duplicates(rows)]
+    blocks += [*_cost(cells, rows), *_scores(rows, scores), *_pretraining(pretraining), *_failures(rows), *_duplicates(rows)]
     blocks += [*_splits({t: s for t, s in splits.items() if t not in groups}), *_method(cells, rows, notes, versions, made)]
     title = _headline(cells)
     out = storage.join(root_uri, "report.md"), storage.join(root_uri, "report.html")
@@ -129,27 +186,44 @@ def write(root_uri: str, *, job_name: str, cells: Sequence[Cell], rows: Sequence
 
 
 def _verdicts(cells: Iterable[Cell]) -> Counter[str]:
-    return Counter(cell.verdict for cell in cells)
+    """How many cells with a source have each verdict."""
+    return Counter(cell.verdict for cell in cells if cell.source != SCRATCH or cell.verdict == FAILED)
+
+
+def _survivors(cells: Iterable[Cell]) -> Counter[str]:
+    """Wins and losses of cells with a source that stand after Holm's correction."""
+    return Counter(cell.verdict for cell in cells if cell.transfers and cell.survives)
 
 
 def _headline(cells: Sequence[Cell]) -> str:
-    found = _verdicts(cells)
-    compared = found[WINS] + found[LOSES] + found[EVEN]
+    """Wins and losses that survive the correction for the number of comparisons."""
+    compared = sum(cell.transfers for cell in cells)
     if not compared:
         return "No trial finished" if cells and all(c.verdict == FAILED for c in cells) else "Nothing to compare with scratch yet"
-    lost = f", and lost in {found[LOSES]}" if found[LOSES] else ", and lost in none"
-    return f"Transfer paid in {found[WINS]} of {_plural(compared, 'comparison')}{lost}"
+    stands = _survivors(cells)
+    lost = f", and lost in {stands[LOSES]}" if stands[LOSES] else ", and lost in none"
+    return f"Transfer paid in {stands[WINS]} of {_plural(compared, 'comparison')}{lost}"
+
+
+def _correction(cells: Sequence[Cell]) -> str:
+    """What the headline counts, in one sentence."""
+    found, stands = _verdicts(cells), _survivors(cells)
+    family = sum(cell.gain_p_holm is not None for cell in cells)
+    return (f"The headline counts wins and losses that survive Holm's correction for all {_plural(family, 'comparison')} of the job (corrected p below "
+            f"{SIGNIFICANT}, marked *): {stands[WINS]} of {_plural(found[WINS], 'win')} and {stands[LOSES]} of {found[LOSES]} "
+            f"loss{'' if found[LOSES] == 1 else 'es'} by the plain interval.")
 
 
 def _summary(cells: Sequence[Cell], groups: dict[str, list[Cell]], rows: Sequence[Row], places: dict[str, int]) -> list[Block]:
-    found = _verdicts(cells)
-    compared = found[WINS] + found[LOSES] + found[EVEN]
+    found, stands = _verdicts(cells), _survivors(cells)
     out: list[Block] = []
-    if compared:
+    if any(cell.transfers for cell in cells):
         out.append(Text("A comparison is one source, technique and label fraction on one target against training from scratch with the same backbone, labels, "
-                        "seeds and search budget. It is won or lost where the 95 % interval of the gain excludes zero.", "lead"))
-    tally = [(str(found[WINS]), "won", WINS), (str(found[LOSES]), "lost", LOSES), (str(found[EVEN]), "no difference", EVEN)]
-    tally += [(str(found[name]), what, name) for name, what in ((UNCOMPARED, "not compared"), (FAILED, "without a result")) if found[name]]
+                        f"seeds and search budget. It is won or lost where the 95 % interval of the gain excludes zero. {_correction(cells)}", "lead"))
+    plain = found[WINS] + found[LOSES] - stands[WINS] - stands[LOSES]
+    tally = [(str(stands[WINS]), "won", WINS), (str(stands[LOSES]), "lost", LOSES), (str(found[NOT_SHOWN] + plain), "not shown", NOT_SHOWN)]
+    others = ((TOO_FEW, TOO_FEW), (UNCOMPARED, UNCOMPARED), (FAILED, "without a result"))
+    tally += [(str(found[name]), what, name) for name, what in others if found[name]]
     trials = {(row["trial_id"], row["trial_stage"]) for row in rows}
     out.append(Tally([*tally, (str(len(trials)), "trials", "")]))
     body = []
@@ -158,15 +232,16 @@ def _summary(cells: Sequence[Cell], groups: dict[str, list[Cell]], rows: Sequenc
         counts = _verdicts(group)
         told = Value((f"{_gain(best, places[target])}", f"{best.source} · {best.technique} · {plots.fraction_label(best.label_fraction)}",
                       f"{page.MARKS.get(best.verdict, '')} {best.verdict}"), best.verdict) if best else _DASH
-        body.append([target, group[0].metric or _DASH, told, str(counts[WINS]), str(counts[LOSES]), str(counts[EVEN]), str(sum(c.n_failed for c in group))])
+        numbers = [counts[WINS], counts[LOSES], counts[NOT_SHOWN], sum(c.n_failed for c in group)]
+        body.append([target, group[0].metric or _DASH, told, *map(str, numbers)])
     if body:
-        out.append(page.Table(["Target", "Metric", "Largest gain over scratch", "Wins", "Loses", "No difference", "Failed trials"], body, 2))
+        out.append(page.Table(["Target", "Metric", "Largest gain over scratch", "Wins", "Loses", "Not shown", "Failed trials"], body, 2))
         out.append(Text("The largest gain of several is picked by its test value, so it flatters a little; the full matrix is below.", "note"))
     return out
 
 
 def _gains(groups: dict[str, list[Cell]], places: dict[str, int]) -> list[Block]:
-    shown = {target: compared for target, group in groups.items() if (compared := [c for c in group if c.gain is not None])}
+    shown = {target: compared for target, group in groups.items() if (compared := [c for c in group if c.gain is not None and not c.against])}
     if not shown:
         return []
     limits, label_inches = plots.forest_layout(shown)
@@ -174,19 +249,43 @@ def _gains(groups: dict[str, list[Cell]], places: dict[str, int]) -> list[Block]
     for target, group in shown.items():
         group = sorted(group, key=lambda c: (fraction_order(c.label_fraction), -(c.gain or 0)))
         svg = plots.forest(group, f"{target}, gain in {group[0].metric}", limits[target], label_inches)
-        listed = [[plots.cell_label(c), _gain(c, places[target]), f"{page.MARKS.get(c.verdict, '')} {c.verdict} {_sign(c)}".strip()] for c in group]
-        out.append(Figure(svg, instead=page.Table([target, f"Gain in {group[0].metric}", "Verdict"], listed)))
-    out.append(Text("▲ wins, ▼ loses, ○ or = no difference. Positive (right of the line) is better than scratch, whichever direction the metric has. "
+        listed = [[plots.cell_label(c), _gain(c, places[target]), *_comparison(c)] for c in group]
+        out += [Figure(svg), page.Table([target, f"Gain in {group[0].metric}", "Verdict", "Paired seeds", "p", "p (Holm)"], listed)]
+        out += _baselines(target, group, places[target])
+    out.append(Text("▲ wins, ▼ loses, ○ not shown: the interval holds zero, which does not say that there is no difference. ? too few to tell. * survives "
+                    "Holm's correction. Positive (right of the line) is better than scratch, whichever direction the metric has. "
                     "Targets with the same metric share one scale.", "note"))
     return out
+
+
+def _comparison(cell: Cell) -> list[str]:
+    """Verdict, paired seeds and p values of a comparison, as a table shows them."""
+    word = f"{page.MARKS.get(cell.verdict, '')} {cell.verdict} {_sign(cell)}".strip()
+    corrected = _p_value(cell.gain_p_holm) + (" *" if cell.survives else "")
+    return [word, _count(cell.paired_seeds), _p_value(cell.gain_p), corrected]
+
+
+def _p_value(value: float | None) -> str:
+    return _DASH if value is None else f"{value:.3f}" if value >= 0.001 else "< 0.001"
+
+
+def _baselines(target: str, group: Sequence[Cell], places: int) -> list[Block]:
+    """With several scratch networks: that gains are measured against different ones, and the gains over the best of them."""
+    backbones = sorted({cell.backbone for cell in group})
+    if len(backbones) < 2:
+        return []
+    best = sorted({f"{plots.fraction_label(cell.label_fraction)}: {cell.baseline}" for cell in group if cell.baseline})
+    said = (f"{target}: these gains are measured against {len(backbones)} different scratch networks, each against that of its own backbone "
+            f"({', '.join(backbones)}), so they cannot be compared with each other. The target's best scratch network by validation: "
+            f"{'; '.join(best) or 'unknown'}. Gains over it:")
+    listed = [[plots.cell_label(c), c.backbone, _gain(c, places), _baseline_gain(c, places)] for c in group]
+    return [Text(said), page.Table([target, "Backbone", "Gain over its own scratch", "Gain over the best scratch"], listed, 2)]
 
 
 # ---------------------------------------------------------------- one target
 
 def _label(cell: Cell, backbones: bool) -> str:
-    source = "scratch" if cell.source == SCRATCH else cell.source
-    technique = "" if cell.source == SCRATCH and cell.technique == "scratch" else f" · {cell.technique}"
-    return f"{source}{technique}" + (f" ({cell.backbone})" if backbones else "")
+    return f"{cell.source} · {cell.technique}" + (f" ({cell.backbone})" if backbones else "")
 
 
 def _target(target: str, group: list[Cell], rows: Sequence[Row], curves: dict[str, list[dict[str, Any]]], places: int, split: str,
@@ -201,7 +300,7 @@ def _target(target: str, group: list[Cell], rows: Sequence[Row], curves: dict[st
         averaged = _plural(seeds[0], "seed") if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]} seeds"
         rows_read = " or ".join(_count(n) for n in sizes) or "an unknown number of"
         out.append(Text(f"Test {metric} ({better} is better), mean over {averaged} on {rows_read} test rows, with 95 % intervals; "
-                        "below it the gain over scratch (▲ wins, ▼ loses, = no difference)."))
+                        "below it the gain over scratch (▲ wins, ▼ loses, ○ not shown, ? too few to tell, * survives Holm's correction)."))
     out.append(_matrix(group, places))
     if split:
         out.append(Text(f"Splits: {split}", "note"))
@@ -244,10 +343,16 @@ def _matrix_value(cell: Cell | None, places: int) -> str | Value:
     lines += [_sign(cell)] if cell.made else []
     if cell.n_failed:
         lines.append(f"{_plural(cell.n_failed, 'trial')} failed")
+    if cell.evidence:
+        lines.append(cell.evidence)
+    if cell.against:
+        lines.append(f"against {cell.against}:")
     if cell.gain is not None:
-        lines.append(f"{page.MARKS.get(cell.verdict, '')} {_gain(cell, places)}".strip())
-    elif cell.verdict == UNCOMPARED:
-        lines.append(UNCOMPARED)
+        survives = " *" if cell.survives else ""
+        lines.append(f"{page.MARKS.get(cell.verdict, '')} {_gain(cell, places)}{survives}".strip())
+    if cell.verdict == UNCOMPARED:
+        seeds = f" ({_plural(cell.paired_seeds, 'paired seed')})" if cell.paired_seeds is not None else ""
+        lines.append(f"{UNCOMPARED}{seeds}")
     return Value(tuple(lines), cell.verdict)
 
 
@@ -281,30 +386,40 @@ def _trials(rows: Sequence[Row]) -> list[Row]:
 
 
 def _cost(cells: Sequence[Cell], rows: Sequence[Row]) -> list[Block]:
-    shown: dict[tuple[str, str, str], list[Cell]] = defaultdict(list)
+    shown: dict[tuple[str, str, str, str], list[Cell]] = defaultdict(list)
     for cell in cells:
         if cell.seconds is not None:
-            shown[cell.target, cell.source, cell.technique].append(cell)
+            shown[cell.target, cell.source, cell.backbone, cell.technique].append(cell)
     if not shown:
         return []
-    spent: dict[tuple[str, str, str], list[float]] = defaultdict(list)
+    spent: dict[tuple[str, str, str, str], list[float]] = defaultdict(list)
     for row in _trials(rows):
-        spent[row["target"], row["source"], results.technique(row)].append(row.get("seconds") or 0.0)
+        spent[row["target"], row["source"], row.get("backbone") or "", results.technique(row)].append(row.get("seconds") or 0.0)
+    several = {target for target, *_ in shown if len({key[2] for key in shown if key[0] == target}) > 1}
     body = []
     for key, group in shown.items():
         seconds = sum((c.seconds or 0) * c.n_seeds for c in group) / sum(c.n_seeds for c in group)
         params = [c.params_trained for c in group if c.params_trained is not None]
         trials = spent.get(key, [])
-        body.append([key[0], _label(group[0], False), _seconds(seconds), _count(max(params, default=None)), _count(len(trials)), _seconds(sum(trials))])
+        name = _label(group[0], key[0] in several)
+        body.append([key[0], name, _seconds(seconds), _count(max(params, default=None)), _count(len(trials)), _seconds(sum(trials))])
     return [Heading("Cost"), page.Table(["Target", "Source · technique", "Final trial", "Parameters trained", "Trials with search", "All trials"], body, 2)]
 
 
-def _scores(rows: Sequence[Row]) -> list[Block]:
-    scores = {(r["target"], r["source"], r["score_name"]): r["score_value"] for r in rows if r.get("score_name") and r.get("score_value") is not None}
-    if not scores:
+def _scores(rows: Sequence[Row], scores: dict[str, dict[str, Any]] | None) -> list[Block]:
+    """The score of every source, also of those that were left out because of theirs."""
+    tried = {(row["target"], row["source"]) for row in rows}
+    found = {(r["target"], r["source"], r["score_name"]): r["score_value"] for r in rows if r.get("score_name") and r.get("score_value") is not None}
+    for pair, scored in (scores or {}).items():
+        source, _, target = pair.rpartition("|")
+        found.setdefault((target, source, scored["score_name"]), scored["score_value"])
+    if not found:
         return []
-    body = [[t, s, n, f"{v:.4g}"] for (t, s, n), v in sorted(scores.items(), key=lambda kv: (kv[0][0], kv[0][2], -kv[1]))]
-    return [Heading("Transferability scores"), page.Table(["Target", "Source", "Score", "Value"], body, 3)]
+    body = []
+    for (target, source, name), value in sorted(found.items(), key=lambda kv: (kv[0][0], kv[0][2], -kv[1])):
+        what = "fine-tuned" if (target, source) in tried else "left out"
+        body.append([target, source, name, what, f"{value:.4g}"])
+    return [Heading("Transferability scores"), page.Table(["Target", "Source", "Score", "What became of it", "Value"], body, 4)]
 
 
 def _pretraining(pretraining: Sequence[dict[str, Any]]) -> list[Block]:
@@ -357,16 +472,19 @@ def _splits(splits: dict[str, str]) -> list[Block]:
 
 
 def _method(cells: Sequence[Cell], rows: Sequence[Row], notes: Sequence[str], versions: dict[str, str], made: Sequence[str]) -> list[Block]:
-    found = _verdicts(cells)
-    compared = found[WINS] + found[LOSES] + found[EVEN]
-    bootstrap = (f"Intervals are 95 % percentile bootstraps (Efron and Tibshirani, 1993) with {stats.DRAWS} draws over test units "
-                 f"(down to {stats.RECOMPUTED_DRAWS} where rows are many and the metric is no sum over them), whole groups where the data declare "
-                 "them, and over seeds. Deviations between seeds are widened for their small number (Hesterberg, 2015), without which intervals of "
-                 "3 seeds would be too short.")
-    said = [bootstrap, "Gains are paired: the same seeds and the same test rows, drawn together for both sides. Positive is better."]
+    compared = sum(cell.gain_p_holm is not None for cell in cells)
+    method = (f"Intervals are 95 % and take seeds for the readers and test units for the cases of a multi-reader study (Obuchowski and Rockette, 1995; degrees "
+              f"of freedom as Hillis, 2007): the variance between seeds by Student's t, and the covariance over test units, whole groups where the data "
+              f"declare them, by a paired bootstrap (Efron and Tibshirani, 1993) with {stats.DRAWS} draws (down to {stats.RECOMPUTED_DRAWS} where rows are "
+              "many and the metric is no sum over them). Of one seed they are percentile bootstraps over test units alone.")
+    said = [method, "Gains are paired: the same seeds and the same test rows, drawn together for both sides. Positive is better. A verdict needs "
+            f"{LEAST_SEEDS} paired seeds, and {stats.LEAST_RARER_UNITS} test units of the rarer class ({stats.LEAST_UNITS} test units where rows have no "
+            "classes). No interval passes the bounds of its metric."]
     if compared:
-        said.append(f"Intervals are not corrected for the number of comparisons: of {compared} comparisons without any true difference, "
-                    f"about {0.05 * compared:.1f} would still be won or lost.")
+        said.append(f"The plain intervals are not corrected for the number of comparisons: of {compared} comparisons without any true difference, about "
+                    f"{SIGNIFICANT * compared:.1f} would still be won or lost by them. Corrected p values are Holm's (1979).")
+    if any(row["trial_stage"] == "search" for row in rows):
+        said.append(SEARCH_NOISE)
     ways = Counter(cell.interval for cell in cells if cell.interval)
     said += [f"{way}: {_plural(count, 'cell')}." for way, count in ways.items()]
     out: list[Block] = [Heading("How this was made"), Bullets(said)]

@@ -411,6 +411,7 @@ def collect(state: State, found: list[Trial]) -> list[dict[str, Any]]:
     scratch = {(one.base, one.target, trials.fraction_text(one.label_fraction), one.seed): one for one in found
                if one.source == SCRATCH and str(one.technique) == "scratch" and one.stage == "final"}
     predictions = lru_cache(maxsize=8)(partial(trial.read_predictions, root))  # of a trial's several metrics, and of its scratch
+    targets_of = {one.id: one.target for one in found}
     rows = []
     for one in found:
         for row in records.get(one.id, {"rows": []})["rows"]:
@@ -429,7 +430,33 @@ def collect(state: State, found: list[Trial]) -> list[dict[str, Any]]:
                     row["interval"] = f"{row['interval']}; {note}" if row.get("interval") else note
             rows.append(row)
         rows += _by_subgroup(state, predictions, rows, one)
-    results.append(root, rows, current={one.id for one in found})
+    results.append(root, _compared(rows, matrix.cells(rows, _tested_runs(state, rows, targets_of))), current={one.id for one in found})
+    return rows
+
+
+def _tested_runs(state: State, rows: list[dict[str, Any]], targets_of: dict[str, str]) -> dict[str, stats.Run]:
+    """Test predictions of the finished final trials of these rows, by trial id."""
+    tested = {row["trial_id"]: row["seed"] for row in rows if row["trial_stage"] == "final" and row["status"] == "done" and row["split"] == "test"}
+    found = {one: trial.read_predictions(state.job.root, one, seed) for one, seed in tested.items()}
+    return {one: _told(state, targets_of[one], run) for one, run in found.items() if run is not None}
+
+
+def _compared(rows: list[dict[str, Any]], cells: list[matrix.Cell]) -> list[dict[str, Any]]:
+    """Fill in, on the test rows of trials that started from a source, what only the comparison of whole cells tells: on how many paired seeds it rests,
+    its corrected p value (of the primary metric), and the gain over the target's best scratch network with the same seed. Gives the same rows."""
+    by_key = {(cell.source, cell.backbone, cell.target, cell.technique, cell.label_fraction): cell for cell in cells}
+    tested = [row for row in rows if row["trial_stage"] == "final" and row["split"] == "test" and row["metric"] and row["status"] == "done"]
+    scratch = {(row["backbone"], row["target"], row["label_fraction"], row["metric"], row["seed"]): row["value"] for row in tested
+               if row["source"] == SCRATCH and results.technique(row) == "scratch"}
+    for row in tested:
+        cell = by_key.get(matrix.cell_key(row))
+        if cell is None or row["source"] == SCRATCH or "@" in row["metric"]:
+            continue
+        row["paired_seeds"] = cell.paired_seeds
+        row["gain_p_holm"] = cell.gain_p_holm if row["metric"] == cell.metric else None
+        best = scratch.get((cell.baseline, row["target"], row["label_fraction"], row["metric"], row["seed"]))
+        if best is not None and row["value"] is not None:
+            row["baseline_gain"] = (row["value"] - best) * (1 if row["higher_is_better"] else -1)
     return rows
 
 
@@ -470,8 +497,7 @@ def show(state: State, rows: list[dict[str, Any]]) -> tuple[list[matrix.Cell], t
     root, named = state.job.root, {row["trial_id"]: row["target"] for row in rows}
     rows = results.told_apart(rows)
     final = [row for row in rows if row["trial_stage"] == "final"]
-    tested = {row["trial_id"]: row["seed"] for row in final if row["status"] == "done" and row["split"] == "test"}
-    runs = {one: _told(state, named[one], run) for one, seed in tested.items() if (run := trial.read_predictions(root, one, seed)) is not None}
+    runs = _tested_runs(state, rows, named)
     cells = origins.marked(matrix.cells(rows, runs), rows, state.origins)
     curves = {}
     for trial_id in {row["trial_id"] for row in final}:
@@ -483,7 +509,7 @@ def show(state: State, rows: list[dict[str, Any]]) -> tuple[list[matrix.Cell], t
     where = report.write(root, job_name=state.job.name, cells=cells, rows=rows, curves=curves,
                          pretraining=[{**facts, "bundle_uri": facts.get("bundle")} for facts in state.pretraining],
                          splits={name: _splits_told(state, stage) for name, stage in state.targets.items()}, notes=state.notes,
-                         versions={"job": spec_hash(state.job)}, runs=runs, made=origins.reasons(state.origins))
+                         versions={"job": spec_hash(state.job)}, runs=runs, made=origins.reasons(state.origins), scores=state.scores)
     return cells, where
 
 

@@ -1,11 +1,25 @@
-"""95 % intervals of a metric, of its mean over seeds and of its gain over scratch.
+"""95 % intervals of a metric, of its mean over seeds and of its gain over scratch, and p values of gains.
 
-The method is the percentile bootstrap (Efron and Tibshirani, An Introduction to the Bootstrap, 1993) over test units, or over
-whole groups (patients, speakers) where they are declared; all seeds of one draw see the same units, and a gain is paired on
-seed and on row. Seeds are resampled too, and because three of them are few, their deviations are widened by
-``seed_widening``: the plain percentile interval of 3 seeds is their [min, max], which misses the truth in 25 % of the cases
-when seeds are the larger noise (measured, 1500 repeats of 3 seeds x 500 units: coverage 0.75 plain, 0.94 widened; where
-units are the larger noise 0.94 and 0.97). One seed says nothing about seeds: then only units are resampled.
+One run alone has the percentile bootstrap over its test units (Efron and Tibshirani, An Introduction to the Bootstrap, 1993), or over
+whole groups (patients, speakers) where they are declared. Units and groups are both called units below.
+
+Several seeds on the same test units are what radiology calls a multi-reader multi-case study: seeds are the readers, units the cases,
+and the quantity of a pair of runs is its gain. A gain varies with the seed (initialisation, row order, label subset), with the units
+that happen to be in the test split, and with both together. Its mean over S seeds has the variance
+
+    seed variance of the gains / S  +  covariance over units between the gains of two seeds
+
+(Obuchowski and Rockette, Communications in Statistics 24(2), 1995). The first part is estimated from S values, the second from resampled
+units. The degrees of freedom of Student's t for their sum follow Satterthwaite (1946), as Hillis (Statistics in Medicine 26(3), 2007)
+found best for few readers. All units of one draw are the same for every run, and gains are paired on seed and on row.
+
+Why no percentile bootstrap over seeds: of 3 seeds it is [min, max], which misses the truth in 25 % of the cases when seeds are the larger
+noise. One deviation from Hillis, on the safe side: the seed variance is never taken for less than what resampled units alone explain of it.
+Otherwise three seeds that agree by chance give an interval of no width.
+
+Where hyper-parameters were searched, the noise of the choice itself is a third part (`choice_variance`).
+
+tests/benchmarks/false_verdicts.py measures all this on comparisons without any true difference; its table stands there.
 """
 
 from __future__ import annotations
@@ -16,6 +30,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from scipy import special
 
 from pipeline.metrics import Metric, Predictions
 
@@ -28,8 +43,15 @@ _CELLS = 4_000_000
 _WORK = 200_000_000
 """Resampled units in all: above it there are fewer draws, down to RECOMPUTED_DRAWS."""
 
-_T_975 = (12.706205, 4.302653, 3.182446, 2.776445, 2.570582, 2.446912, 2.364624, 2.306004, 2.262157, 2.228139)
-_Z_975 = 1.959964
+LEAST_RARER_UNITS = 10
+"""Test units of the rarer class below which no verdict is given."""
+LEAST_UNITS = 20
+"""Test units (rows, or groups where they are declared) below which no verdict is given."""
+
+CHOICE_DRAWS = 1000
+"""Simulated searches for the variance that the choice of hyper-parameters adds."""
+CHOICE_DEGREES = 2
+"""Degrees of freedom of that variance: of the few settings that are tried again, three by default, one less."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,24 +71,39 @@ class Run:
     film: np.ndarray | None = None
 
 
-def t_quantile(df: int) -> float:
-    """The 97.5 % point of Student's t: tabled to 10, then Abramowitz and Stegun 26.7.5 (error below 2e-4)."""
-    if df < 1:
-        raise ValueError(f"degrees of freedom {df} must be at least 1")
-    if df <= len(_T_975):
-        return _T_975[df - 1]
-    z = _Z_975
-    return (z + (z**3 + z) / (4 * df) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * df**2)
-            + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * df**3))
+@dataclass(frozen=True)
+class Gain:
+    """A gain over scratch, positive when better whatever the metric's direction.
 
-
-def seed_widening(seeds: int) -> float:
-    """Factor on resampled seed deviations: t / z for their unknown spread, sqrt(S / (S - 1)) for the bootstrap's narrowness.
-
-    The expanded percentile interval of Hesterberg (The American Statistician 69(4), 2015), for the seeds alone:
-    2.7 for 3 seeds, 1.6 for 5, 1.2 for 10. 0 for one seed.
+    ``low`` and ``high`` bound its 95 % interval. ``seeds`` says how many seeds both sides have: of one seed the interval is over test
+    units alone and ``p_value`` is NaN, because one value says nothing of the spread between seeds.
     """
-    return t_quantile(seeds - 1) / _Z_975 * math.sqrt(seeds / (seeds - 1)) if seeds > 1 else 0.0
+
+    value: float
+    low: float
+    high: float
+    p_value: float
+    seeds: int
+
+
+@dataclass(frozen=True)
+class Uncertainty:
+    """The variance of a mean over seeds and the degrees of freedom of Student's t that go with it."""
+
+    variance: float
+    degrees: float
+
+    def half_width(self) -> float:
+        """Of the 95 % interval."""
+        if self.variance <= 0:
+            return 0.0
+        return float(special.stdtrit(self.degrees, 0.975)) * math.sqrt(self.variance)
+
+    def p_value(self, mean: float) -> float:
+        """Two-sided, of the hypothesis that the true mean is zero."""
+        if self.variance <= 0:
+            return 1.0 if mean == 0 else 0.0
+        return float(2 * special.stdtr(self.degrees, -abs(mean) / math.sqrt(self.variance)))
 
 
 def t_interval(values: Sequence[float]) -> tuple[float, float, float]:
@@ -75,8 +112,38 @@ def t_interval(values: Sequence[float]) -> tuple[float, float, float]:
     mean = float(array.mean()) if len(array) else math.nan
     if len(array) < 2:
         return mean, math.nan, math.nan
-    half = t_quantile(len(array) - 1) * float(array.std(ddof=1)) / math.sqrt(len(array))
+    half = Uncertainty(float(array.var(ddof=1)) / len(array), len(array) - 1).half_width()
     return mean, mean - half, mean + half
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p values corrected for their number: below 0.05 the chance of even one false among all of them is below 5 %.
+
+    Holm (Scandinavian Journal of Statistics 6(2), 1979); it asks nothing of how the comparisons depend on each other.
+    """
+    count, corrected, running = len(p_values), [1.0] * len(p_values), 0.0
+    for rank, place in enumerate(np.argsort(p_values, kind="stable")):
+        running = max(running, min(1.0, (count - rank) * p_values[place]))
+        corrected[place] = running
+    return corrected
+
+
+def choice_variance(trials: Sequence[Sequence[float]], *, seed: int = 0) -> float:
+    """Variance that choosing the best of several hyper-parameter settings adds to the chosen one's true value.
+
+    ``trials``: of each setting that was tried again its validation values, one a seed; all have at least two. The search is repeated with
+    the noise that its seeds show (one pooled variance), and the variance is that of the chosen settings' means: nothing where one setting
+    is clearly best or all are equally good, much where the search could as well have ended elsewhere. 0 for fewer than two settings.
+    """
+    if len(trials) < 2:
+        return 0.0
+    means = np.array([np.mean(values) for values in trials])
+    degrees = sum(len(values) - 1 for values in trials)
+    pooled = sum((len(values) - 1) * float(np.var(values, ddof=1)) for values in trials) / degrees
+    noise = np.sqrt([pooled / len(values) for values in trials])
+    rng = np.random.default_rng(seed)
+    chosen = (means + noise * rng.normal(size=(CHOICE_DRAWS, len(means)))).argmax(1)
+    return float(means[chosen].var())
 
 
 def interval(metric: Metric, predictions: Predictions, *, groups: np.ndarray | None = None, draws: int = DRAWS, seed: int = 0) -> tuple[float, float]:
@@ -95,17 +162,26 @@ def mean_interval(metric: Metric, runs: list[Run], groups: np.ndarray | None = N
         raise ValueError("no runs to average")
     predictions, groups = _aligned(runs, groups, runs[0])
     values = np.array([metric.value(p) for p in predictions])
-    rng = np.random.default_rng(seed)
-    low, high = np.clip(_bounds(_seed_draws(values, _resample(metric, predictions, groups, draws, rng), rng)), *metric.bounds)
-    return float(values.mean()), float(low), float(high)
+    resampled = _resample(metric, predictions, groups, draws, np.random.default_rng(seed))
+    mean, low, high, _ = _estimate(values, resampled, _units(predictions, groups), 0.0)
+    low, high = np.clip((low, high), *metric.bounds(predictions[0]))
+    return mean, float(low), float(high)
 
 
 def gain(metric: Metric, ours: list[Run], scratch: list[Run], groups: np.ndarray | None = None, *, draws: int = DRAWS,
          seed: int = 0) -> tuple[float, float, float]:
-    """(gain, low, high) of ours over scratch; positive is better, also for a metric where lower is better.
+    """(gain, low, high) of ours over scratch, as `compare` has it."""
+    found = compare(metric, ours, scratch, groups, draws=draws, seed=seed)
+    return found.value, found.low, found.high
 
-    Paired on seed (seeds that only one side has are left out) and on row. ``groups`` (n,) belongs to the rows of ``ours[0]``;
-    without it the runs' own groups are taken. Raises ValueError when no seed or no row is common, or a row or seed stands twice.
+
+def compare(metric: Metric, ours: list[Run], scratch: list[Run], groups: np.ndarray | None = None, *, choice: float = 0.0, draws: int = DRAWS,
+            seed: int = 0) -> Gain:
+    """The gain of ours over scratch; positive is better, also for a metric where lower is better.
+
+    Paired on seed (seeds that only one side has are left out) and on row. ``groups`` (n,) belongs to the rows of ``ours[0]``; without it the
+    runs' own groups are taken. ``choice``: the variance that the choice of hyper-parameters adds, of both sides together. The interval stays
+    within what the metric's bounds allow a difference. Raises ValueError when no seed or no row is common, or a row or seed stands twice.
     """
     sides = []
     for name, side in (("ours", ours), ("scratch", scratch)):
@@ -120,10 +196,68 @@ def gain(metric: Metric, ours: list[Run], scratch: list[Run], groups: np.ndarray
     sign, n = (1.0 if metric.higher_is_better else -1.0), len(seeds)
     values = np.array([metric.value(p) for p in predictions])
     gains = sign * (values[:n] - values[n:])
-    rng = np.random.default_rng(seed)
-    resampled = _resample(metric, predictions, groups, draws, rng)
-    low, high = _bounds(_seed_draws(gains, sign * (resampled[:, :n] - resampled[:, n:]), rng))
-    return float(gains.mean()), low, high
+    resampled = _resample(metric, predictions, groups, draws, np.random.default_rng(seed))
+    mean, low, high, p_value = _estimate(gains, sign * (resampled[:, :n] - resampled[:, n:]), _units(predictions, groups), choice)
+    least, most = metric.bounds(predictions[0])
+    low, high = np.clip((low, high), least - most, most - least)
+    return Gain(mean, float(low), float(high), p_value, n)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """How many test units a verdict rests on: of the rarer class where rows have classes or labels, else all of them."""
+
+    count: int
+    least: int
+    what: str
+
+    @property
+    def enough(self) -> bool:
+        return self.count >= self.least
+
+    def text(self) -> str:
+        return f"{self.count} {self.what}, a verdict needs {self.least}"
+
+
+def evidence(run: Run) -> Evidence:
+    """The test units that tell two networks apart.
+
+    Of rows with a class: those of the commonest class, or those of all others, whichever are fewer. Of rows with a set of labels: the rarer
+    side of each label, summed over the labels. A group counts once on each side on which it has rows.
+    """
+    p, unit = run.predictions, "test rows" if run.groups is None else "test groups"
+    everyone = np.ones(len(run.rows), dtype=bool)
+    total = count_units(everyone, run.groups)
+    if "label" in p and "scores" in p:
+        return class_evidence(p["label"], run.groups, unit)
+    if "labels" in p and "scores" in p:
+        rarer = sum(rarer_side(column > 0, run.groups) for column in p["labels"].T)
+        return Evidence(min(rarer, total), LEAST_RARER_UNITS, f"{unit} of the rarer side of the labels")
+    return Evidence(total, LEAST_UNITS, unit)
+
+
+def class_evidence(label: np.ndarray, groups: np.ndarray | None, unit: str) -> Evidence:
+    """Evidence of rows with a class each, ``label`` (n,), or one at each of their positions, (n, M) with -1 where there is none."""
+    known = label >= 0
+    if not known.any():
+        return Evidence(0, LEAST_RARER_UNITS, f"{unit} of the rarer class")
+    commonest = np.bincount(label[known].astype(np.int64)).argmax()
+    positions = (len(label), -1)
+    of_commonest = (known & (label == commonest)).reshape(positions).any(1)
+    of_others = (known & (label != commonest)).reshape(positions).any(1)
+    count = min(count_units(of_commonest, groups), count_units(of_others, groups))
+    classes = len(np.unique(label[known]))
+    return Evidence(count, LEAST_RARER_UNITS, f"{unit} of the rarer class" if classes <= 2 else f"{unit} outside of the commonest class")
+
+
+def rarer_side(positive: np.ndarray, groups: np.ndarray | None) -> int:
+    """Units with a positive row, or those with a negative one, whichever are fewer. ``positive`` (n,) bool."""
+    return min(count_units(positive, groups), count_units(~positive, groups))
+
+
+def count_units(where: np.ndarray, groups: np.ndarray | None) -> int:
+    """How many rows, or groups with such a row, are ``where``, (n,) bool."""
+    return int(where.sum()) if groups is None else len(np.unique(groups[where]))
 
 
 def common_rows(runs: list[Run]) -> np.ndarray:
@@ -186,14 +320,40 @@ def _bounds(draws: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _seed_draws(values: np.ndarray, resampled: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """(draws,) of the mean over seeds: units as resampled, (draws, S), plus the widened deviation of resampled seeds, (S,)."""
-    n = len(values)
-    means = resampled.mean(1)
-    if n < 2:
-        return means
-    picked = rng.integers(0, n, (len(means), n))
-    return means + seed_widening(n) * (values[picked].mean(1) - values.mean())
+def _units(predictions: list[Predictions], groups: np.ndarray | None) -> int:
+    """How many units are drawn from: groups where there are any, else rows."""
+    return len(next(iter(predictions[0].values()))) if groups is None else len(np.unique(groups))
+
+
+def _estimate(values: np.ndarray, resampled: np.ndarray, units: int, choice: float) -> tuple[float, float, float, float]:
+    """(mean, low, high, p value of a mean of zero) of one value a seed, (S,), and its resampled values, (draws, S).
+
+    Of one seed: the percentile interval over units, and no p value.
+    """
+    mean = float(values.mean())
+    resampled = resampled[np.isfinite(resampled).all(axis=1)]
+    if len(values) < 2:
+        return (mean, *_bounds(resampled[:, 0]), math.nan)
+    if len(resampled) < 2 or not np.isfinite(values).all():
+        return mean, math.nan, math.nan, math.nan
+    found = _uncertainty(values, resampled, units, choice)
+    half = found.half_width()
+    return mean, mean - half, mean + half, found.p_value(mean)
+
+
+def _uncertainty(values: np.ndarray, resampled: np.ndarray, units: int, choice: float) -> Uncertainty:
+    """The variance of the mean of S values, (S,), over seeds, units and the choice of hyper-parameters (see the module's text)."""
+    seeds = len(values)
+    covariance = np.cov(resampled, rowvar=False) * (units / max(units - 1, 1))  # a resample varies too little by (n - 1) / n
+    diagonal = float(np.trace(covariance))
+    shared = max(0.0, (float(covariance.sum()) - diagonal) / (seeds * (seeds - 1)))
+    explained_by_units = max(0.0, diagonal / seeds - shared) / seeds
+    between_seeds = max(float(values.var(ddof=1)) / seeds, explained_by_units)
+    variance = between_seeds + shared + choice
+    if variance <= 0:
+        return Uncertainty(0.0, seeds - 1)
+    weight = between_seeds**2 / (seeds - 1) + shared**2 / max(units - 1, 1) + choice**2 / CHOICE_DEGREES
+    return Uncertainty(variance, variance**2 / weight)
 
 
 def _resample(metric: Metric, runs: list[Predictions], groups: np.ndarray | None, draws: int, rng: np.random.Generator) -> np.ndarray:

@@ -7,7 +7,7 @@ more trains nothing anew.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -148,16 +148,18 @@ def blocks(target: str, done: Sequence[Cell], rows: Sequence[Row], runs: dict[st
     paired = bool(scratch) and bool({run.seed for run in ours} & {run.seed for run in scratch}) and all(_alike(run, ours[0]) for run in scratch)
     if not all(_alike(run, ours[0]) for run in ours):
         return []
-    estimates = {part.name: _estimates(of, part, ours, scratch if paired else []) for part in shown if part.scored or part is every}
-    digits = places([(found[0][1], found[0][2]) for found in estimates.values()])
+    means = {part.name: _means(of, part, ours, scratch if paired else []) for part in shown if part.scored or part is every}
+    digits = places([(found[0][1], found[0][2]) for found in means.values()])
     unit = "Test rows" if ours[0].groups is None else "Test groups"
     head = ["Subgroup", unit, *(["Positives"] if every.positives is not None else []), best.metric, *([f"{best.metric}, scratch", "gain"] if paired else [])]
     body: list[list[str | Value]] = []
     for part in shown:
         line: list[str | Value] = [part.name, _size(part.units)]
-        found = estimates.get(part.name, [])
+        found = means.get(part.name, [])
         line += [_size(part.positives) if found else DASH] if part.positives is not None else []
-        line += [labels.estimate(one, digits, gain=i == 2) for i, one in enumerate(found)] if found else [DASH] * (3 if paired else 1)
+        line += [labels.estimate(one, digits) for one in found] if found else [DASH] * (2 if paired else 1)
+        if paired:
+            line.append(_gain(of, part, ours, scratch, digits) if found else DASH)
         body.append(line)
     said = (f"{target}: {cell_label(best)} of labels{' beside scratch' if paired else ''}, {best.metric} with 95 % intervals. A subgroup with fewer than "
             f"{LEAST_UNITS} {unit.lower()}, or without both classes, is not scored. Intervals are not corrected for the number of subgroups.")
@@ -168,10 +170,17 @@ def _alike(run: Run, other: Run) -> bool:
     return np.array_equal(run.rows, other.rows)
 
 
-def _estimates(of: Metric, part: Part, ours: Iterable[Run], scratch: list[Run]) -> list[tuple[float, float, float]]:
-    """Ours, and where there is scratch, scratch and the gain over it."""
+def _means(of: Metric, part: Part, ours: list[Run], scratch: list[Run]) -> list[tuple[float, float, float]]:
+    """The mean of ours, and where there is scratch, that of scratch, on the rows of a part."""
+    sides = [[of_part(run, part.where) for run in side] for side in (ours, scratch) if side]
+    return [stats.mean_interval(of, side) for side in sides]
+
+
+def _gain(of: Metric, part: Part, ours: list[Run], scratch: list[Run], digits: int) -> Value | str:
+    """A table cell of the gain of ours over scratch on the rows of a part."""
     mine, theirs = ([of_part(run, part.where) for run in side] for side in (ours, scratch))
-    return [stats.mean_interval(of, mine), *([stats.mean_interval(of, theirs), stats.gain(of, mine, theirs)] if theirs else [])]
+    enough = all(stats.evidence(run).enough for run in (*mine, *theirs))
+    return labels.gain_estimate(stats.compare(of, mine, theirs), digits, enough)
 
 
 def _size(count: int | None) -> str:

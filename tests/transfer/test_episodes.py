@@ -37,17 +37,17 @@ def test_policies_stand_behind_expert_and_chance_by_how_much_they_saw():
                 *(told("scratch", "none", "5 rows", 5, seed, 3) for seed in range(2)), told("full", "sim", "1 rows", 1, 0, 6))
     table = next(block for block in out if isinstance(block, page.Table))
     lines = {str(line[0]): line[1:] for line in table.rows}
-    assert list(lines) == ["expert", "sim · zero_shot", "sim · full, 1 episode", "sim · full, 5 episodes", "scratch, 5 episodes"]
+    assert list(lines) == ["expert", "sim · zero_shot", "sim · full, 1 episode", "sim · full, 5 episodes", "none · scratch, 5 episodes"]
     means = {name: [float(str(value).split()[0]) for value in line] for name, line in lines.items()}
     assert means["expert"] == [1.0, 11.0, 6.0] and means["sim · full, 5 episodes"] == pytest.approx([0.75, 8.0, 5.75], abs=0.01)
-    assert means["scratch, 5 episodes"][0] == 0.25 and "random" not in lines and "diverged" not in page.markdown("", out)
+    assert means["none · scratch, 5 episodes"][0] == 0.25 and "random" not in lines and "diverged" not in page.markdown("", out)
 
 
 def test_backbones_are_named_where_there_are_several():
     first, second = told("scratch", "none", "5 rows", 5, 0, 9), told("scratch", "none", "5 rows", 5, 1, 3)
     second[0]["backbone"] = "policy/transformer"
     table = next(block for block in shown(first, second) if isinstance(block, page.Table))
-    assert [str(line[0]) for line in table.rows] == ["expert", "scratch (policy/mlp), 5 episodes", "scratch (policy/transformer), 5 episodes"]
+    assert [str(line[0]) for line in table.rows] == ["expert", "none · scratch (policy/mlp), 5 episodes", "none · scratch (policy/transformer), 5 episodes"]
 
 
 def test_an_expert_without_a_known_success_is_shown_by_its_return():

@@ -154,6 +154,26 @@ def test_a_run_leaves_its_table_and_report_says_the_same(tmp_path, bundles, path
     assert here == [] and alike(third, rows), "a second run runs nothing"
 
 
+def test_the_table_tells_on_how_much_a_comparison_rests(tmp_path, bundles, paths, here):
+    """Paired seeds, the corrected p value of the primary metric, and the gain over the target's best scratch network."""
+    task = task_of("timm/test_resnet", {"channels": 3, "size": 32}, "classification", label_state(), seed=5)
+    bundle.save(str(tmp_path / "resnet"), task, MODALITY, training={"transfer": ""}, metrics={})
+    job = job_of(tmp_path, {"a": bundles["a"], "b": f"bundle:{tmp_path / 'resnet'}"}, paths, techniques=("scratch", "full"))
+    state, rows = whole(job)
+    cells = {(cell.source, cell.backbone): cell for cell in stages.show(state, rows)[0]}
+    for row in rows:
+        compared = row["split"] == "test" and row["source"] != "none"
+        cell = cells[row["source"], row["backbone"]]
+        assert row["paired_seeds"] == (2 if compared else None)
+        assert row["gain_p_holm"] == (cell.gain_p_holm if compared and row["metric"] == cell.metric else None)
+        if compared:
+            best = next(other["value"] for other in rows if (other["source"], other["backbone"], other["seed"], other["metric"], other["split"])
+                        == ("none", cell.baseline, row["seed"], row["metric"], "test"))
+            assert row["baseline_gain"] == pytest.approx((row["value"] - best) * (1 if row["higher_is_better"] else -1))
+    assert {cell.baseline for cell in cells.values() if cell.source != "none"} <= {"timm/test_vit", "timm/test_resnet"}
+    assert alike(results.read(job.root), rows) and alike(reported(job)[1], rows)
+
+
 def test_a_bundle_is_told_of_where_it_is(tmp_path, bundles, paths, here):
     """The best seed of each cell, and no other, says where its bundle lies."""
     _, rows = whole(job_of(tmp_path, {"a": bundles["a"]}, paths))

@@ -121,13 +121,12 @@ def test_uncounted_draws_are_left_out():
 
 
 @pytest.mark.parametrize("df", [1, 2, 5, 10, 11, 17, 30, 200])
-def test_t_quantile_and_interval_agree_with_scipy(df):
+def test_t_interval_agrees_with_scipy(df):
     from scipy.stats import t
 
-    assert stats.t_quantile(df) == pytest.approx(t.ppf(0.975, df), abs=2e-4)
     values = np.random.default_rng(df).normal(size=df + 1)
     low, high = t.interval(0.95, df, values.mean(), values.std(ddof=1) / math.sqrt(df + 1))
-    assert stats.t_interval(list(values)) == pytest.approx((values.mean(), low, high), abs=1e-3)
+    assert stats.t_interval(list(values)) == pytest.approx((values.mean(), low, high), abs=1e-9)
 
 
 def test_mean_is_over_seeds_and_one_seed_resamples_units_only():
@@ -147,7 +146,7 @@ def test_an_interval_of_a_share_ends_where_shares_do():
     mean, low, high = stats.mean_interval(ACCURACY, runs)
     assert mean == pytest.approx(52 / 60) and low < 0.6 and high == 1.0, "Student's widening for 3 seeds goes beyond"
     assert stats.mean_interval(LOSS, runs)[2] > LOSS.value(runs[2].predictions), "a loss has no greatest value"
-    assert metrics.metric("auroc/fluid", ["fluid"]).bounds == (0.0, 1.0) and metrics.metric("kappa").bounds[0] < 0
+    assert metrics.metric("auroc/fluid", ["fluid"]).bounds({}) == (0.0, 1.0) and metrics.metric("kappa").bounds({}) == (-1.0, 1.0)
 
 
 def test_rows_are_paired_by_id_not_by_place():
@@ -228,6 +227,104 @@ def test_coverage_is_near_nominal_with_three_seeds(across_seeds, across_units):
         _, low, high = stats.gain(LOSS, ours, zero, draws=200, seed=i)
         held += low <= 0 <= high
     assert 0.89 <= held / repeats <= 1.0
+
+
+def seeds_of(gains: np.ndarray, shared: np.ndarray, rng: np.random.Generator) -> list[Run]:
+    """One run a seed: losses of the rows that all seeds share, a gain of its own for each seed, and a little noise."""
+    return [run(losses(shared + gain + rng.normal(0, 0.05, len(shared))), seed) for seed, gain in enumerate(gains)]
+
+
+def test_a_gain_varies_with_seeds_and_with_rows():
+    """Against the same numbers computed here from the cited formula: variance between seeds / S + covariance over rows, Satterthwaite's degrees."""
+    from scipy.stats import t
+
+    rng = np.random.default_rng(20)
+    shared, gains = rng.normal(-0.4, 1.0, 250), rng.normal(0, 0.1, 4)
+    ours, zero = seeds_of(gains, shared, rng), [run(losses(np.zeros(250)), seed) for seed in range(4)]
+    each = -np.array([one.predictions["loss"] for one in ours])
+    covariance = np.cov(each) / 250
+    between, over_rows = each.mean(1).var(ddof=1) / 4, covariance[~np.eye(4, dtype=bool)].mean()
+    degrees = (between + over_rows) ** 2 / (between**2 / 3 + over_rows**2 / 249)
+    half = t.ppf(0.975, degrees) * math.sqrt(between + over_rows)
+    found = stats.compare(LOSS, ours, zero, draws=8000)
+    assert found.seeds == 4 and found.value == pytest.approx(each.mean())
+    assert (found.high - found.low) / 2 == pytest.approx(half, rel=0.04)
+    assert found.p_value == pytest.approx(2 * t.sf(found.value / math.sqrt(between + over_rows), degrees), rel=0.3)
+
+
+def test_the_p_value_and_the_interval_say_the_same():
+    rng = np.random.default_rng(21)
+    for _ in range(40):
+        shared, gains = rng.normal(0.1, 1.0, 60), rng.normal(0, 0.2, 3)
+        found = stats.compare(LOSS, seeds_of(gains, shared, rng), [run(losses(np.zeros(60)), seed) for seed in range(3)], draws=200)
+        assert (found.p_value < 0.05) == (found.low > 0 or found.high < 0)
+
+
+def test_seeds_that_agree_by_chance_do_not_make_the_interval_vanish():
+    """Each seed is right on one row more, another row each time: rows alone explain more spread than the seeds show."""
+    wrong = np.arange(100) < 70
+    ours = []
+    for seed in range(3):
+        better = wrong.copy()
+        better[80 + seed] = True
+        ours.append(run(answers(better), seed))
+    found = stats.compare(ACCURACY, ours, [run(answers(wrong), seed) for seed in range(3)])
+    assert found.value == pytest.approx(0.01) and found.low < 0 < found.high
+
+
+def test_one_pair_of_seeds_has_no_p_value_and_an_interval_over_rows_alone():
+    hits = np.random.default_rng(22).random((2, 300)) < [[0.9], [0.6]]
+    found = stats.compare(ACCURACY, [run(answers(hits[0]), 0), run(answers(hits[0]), 1)], [run(answers(hits[1]), 1)])
+    assert found.seeds == 1 and math.isnan(found.p_value) and 0.2 < found.low < found.value < found.high < 0.4
+
+
+def test_holm_agrees_with_the_definition():
+    p_values = [0.01, 0.04, 0.03, 0.005, 0.5]
+    assert stats.holm(p_values) == pytest.approx([0.04, 0.09, 0.09, 0.025, 0.5])
+    assert stats.holm([0.4, 0.9]) == pytest.approx([0.8, 0.9]) and stats.holm([]) == []
+
+
+def test_the_choice_of_settings_widens_the_interval_where_the_search_could_have_ended_elsewhere():
+    clear, open_ended = [[0.9, 0.91, 0.9], [0.5, 0.51, 0.5]], [[0.9, 0.7, 0.8], [0.85, 0.92, 0.78]]
+    assert stats.choice_variance(clear) == pytest.approx(0.0) and stats.choice_variance(clear[:1]) == 0.0
+    assert stats.choice_variance([[0.8, 0.9], [0.8, 0.9]]) == pytest.approx(0.0), "whichever is chosen, it is as good"
+    # two settings whose means are 0, 1 and whose noise is large: each is chosen about half the time, a variance of 1/4
+    assert stats.choice_variance([[-30.0, 30.0], [-29.0, 31.0]]) == pytest.approx(0.25, abs=0.01)
+    rng = np.random.default_rng(23)
+    ours, zero = seeds_of(rng.normal(0, 0.02, 3), rng.normal(-0.3, 0.5, 200), rng), [run(losses(np.zeros(200)), seed) for seed in range(3)]
+    plain = stats.compare(LOSS, ours, zero)
+    wider = stats.compare(LOSS, ours, zero, choice=stats.choice_variance(open_ended))
+    assert wider.value == plain.value and wider.low < plain.low and wider.p_value > plain.p_value
+
+
+@pytest.mark.parametrize("groups", [None, np.arange(40) // 4], ids=["rows", "groups"])
+def test_evidence_counts_units_of_the_rarer_class(groups):
+    hits = np.ones(40, bool)
+    p = {**answers(hits), "label": (np.arange(40) < 12).astype(np.int64)}
+    found = stats.evidence(run(p, groups=groups))
+    assert found.count == (12 if groups is None else 3) and "rarer class" in found.what and found.enough == (groups is None)
+    many = stats.evidence(run({**p, "label": np.minimum(np.arange(40), 30)}))
+    assert many.count == 10 and "outside of the commonest class" in many.what
+    plain = stats.evidence(run(losses(np.zeros(40)), groups=groups))
+    assert (plain.count, plain.least, plain.what) == ((40, 20, "test rows") if groups is None else (10, 20, "test groups"))
+    positions = {"label": np.array([[0, 0, -1], [0, 1, 1], [0, -1, -1]]), "scores": np.zeros((3, 3, 2)), "loss": np.zeros(3)}
+    assert stats.evidence(run(positions)).count == 1
+    sets = {"labels": np.array([[1, 0], [0, 0], [0, 1], [0, 1]]), "scores": np.zeros((4, 2)), "loss": np.zeros(4)}
+    assert stats.evidence(run(sets)).count == 3, "1 positive of one label and 2 of the other"
+
+
+def test_intervals_end_at_the_bounds_of_their_metrics():
+    bounded = {"label": np.zeros(30), "scores": np.zeros((30, 2)), "loss": np.zeros(30), "most_steps": np.full(30, 400.0)}
+    for name, bounds in {"accuracy": (0, 1), "kappa": (-1, 1), "brier": (0, 1), "perplexity": (1, math.inf), "loss": (0, math.inf), "wer": (0, math.inf),
+                         "steps": (0, 400), "return": (-math.inf, math.inf)}.items():
+        assert metrics.metric(name).bounds(bounded) == bounds, name
+    assert metrics.metric("brier").bounds({"scores": np.zeros((5, 3))}) == (0, 2)
+    rng = np.random.default_rng(24)
+    steps = [{"loss": np.zeros(20), "steps": np.minimum(400, rng.normal(390 - 60 * seed, 40, 20)), "most_steps": np.full(20, 400.0)} for seed in range(3)]
+    low, high = stats.mean_interval(metrics.metric("steps"), [run(p, seed) for seed, p in enumerate(steps)])[1:]
+    assert low >= 0 and high == 400.0, "three seeds whose spread reaches beyond"
+    ours, scratch = ([run(answers(np.arange(40) < right), seed) for seed, right in enumerate(rights)] for rights in ((40, 40, 8), (0, 2, 0)))
+    assert stats.gain(ACCURACY, ours, scratch)[2] == 1.0, "accuracies differ by at most one"
 
 
 # ---------------------------------------------------------------- metrics that count how often a row was drawn
