@@ -225,6 +225,8 @@ class Objective(nn.Module, ABC):
     """True: whole numbers of label_fractions are rows (demonstrations), since a row has no class."""
     fit_roles: ClassVar[tuple[str, ...] | None] = None
     """Roles whose columns are read whole for ``fit`` and checked before anything starts; none: all of ``roles`` and ``optional_roles``."""
+    null_label_means: ClassVar[str] = ""
+    """What a null in the column of the first role is taken for, where it is no mistake: "a row without labels"."""
     label_tensors: ClassVar[tuple[str, ...]] = ("label",)
     """Tensors that ``head_loss`` and ``head_predict`` read beside the features."""
     origin_roles: ClassVar[tuple[str, ...] | None] = None

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.capabilities import Unshared
 from pipeline.ragged import ragged
 
 MOST = 8.0
@@ -65,6 +67,51 @@ class Facts:
         texts = len([code for code in kinds if code not in self.place])
         return "; ".join(filter(None, [f"numbers of {name} left out: {', '.join(left)}" if left else "", f"not there: {', '.join(lacking)}" if lacking else "",
                                        f"{texts} of {len(kinds)} texts of {name} are unknown" if texts else ""]))
+
+    def unshared(self, column: Any, name: str, min_rows: int) -> list[Unshared]:
+        """All numbers and texts that these rows lack of those known, or have beyond them; texts that fewer than ``min_rows`` rows have are only counted."""
+        numbers, rows_with = [], Counter()
+        for field, values in self._matched(column, name):
+            if _numeric(values.type):
+                numbers += [field] if len(values) > values.null_count else []
+            else:
+                for codes in _codes(field, values):
+                    rows_with.update(set(codes))
+        unknown = sorted(code for code in rows_with if code not in self.place)
+        named = tuple(code for code in unknown if rows_with[code] >= min_rows)
+        found = [Unshared(f"numbers of {name} that the source knows and its rows lack", tuple(n for n in self.state["numbers"] if n not in numbers)),
+                 Unshared(f"numbers of {name} that its rows have and the source does not know (left out)",
+                          tuple(n for n in numbers if n not in self.state["numbers"])),
+                 Unshared(f"texts of {name} that the source knows and its rows lack", tuple(code for code in self.place if code not in rows_with)),
+                 Unshared(f"texts of {name} that its rows have and the source does not know (left out)", named, len(unknown) - len(named))]
+        return [one for one in found if one.names or one.rare]
+
+    def features(self, column: Any, name: str, min_rows: int) -> Iterator[tuple[str, np.ndarray]]:
+        """Each field's values: (n,) float64 numbers, (n,) int64 numbers of categories, and of lists of texts (n,) float64 whether a row has each text
+        that ``min_rows`` rows have. Where something is known, only what is known."""
+        known_fields = {*self.state["numbers"], *(code.partition("=")[0] for code in self.place)}
+        for field, values in _fields(column, name):
+            if known_fields and field not in known_fields:
+                continue
+            if _numeric(values.type):
+                yield f"{name}.{field}", _floats(values)
+            elif not _listed(values.type):
+                texts = values if _text(values.type) else values.cast(pa.string())
+                codes = texts.dictionary_encode().indices.fill_null(-1)
+                yield f"{name}.{field}", codes.to_numpy(zero_copy_only=False).astype(np.int64)
+            else:
+                yield from self._presence(field, values, name, min_rows)
+
+    def _presence(self, field: str, values: Any, name: str, min_rows: int) -> Iterator[tuple[str, np.ndarray]]:
+        rows_with: dict[str, set[int]] = {}
+        for row, codes in enumerate(_codes(field, values)):
+            for code in codes:
+                rows_with.setdefault(code, set()).add(row)
+        for code, rows in rows_with.items():
+            if len(rows) >= min_rows and (not self.place or code in self.place):
+                there = np.zeros(len(values))
+                there[sorted(rows)] = 1.0
+                yield f"{name}.{code}", there
 
     def _matched(self, column: Any, name: str) -> list[tuple[str, Any]]:
         """Its fields. Raises ValueError for one that holds texts here and numbers where the state was fitted, or the other way round."""

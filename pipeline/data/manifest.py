@@ -229,6 +229,9 @@ class Splits:
         return spec_hash([s.manifest.fingerprint for s in (self.train, self.validation, self.test)],
                          [len(s) for s in (self.train, self.validation, self.test)])
 
+    def by_name(self) -> dict[str, Selection]:
+        return {name: getattr(self, name) for name in SPLITS}
+
     def sizes(self) -> str:
         return f"train {len(self.train)}, validation {len(self.validation)}, test {len(self.test)} rows ({self.origin})"
 

@@ -13,6 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from pipeline.capabilities import Unshared
 from pipeline.contracts import Arrays, Batch, Modality
 from pipeline.facts import MOST, TAILS, Facts
 from pipeline.lists import filled, floats, is_list, joined, lengths
@@ -109,6 +110,43 @@ class Events(Modality):
             text += f"; left out: {', '.join([*named, *([f'{len(lost) - len(named)} others'] if len(named) < len(lost) else [])])}"
         static = self.facts.known(table[columns["static"]], columns["static"]) if columns.get("static") in table.column_names else ""
         return text + (f"; {static}" if static else "")
+
+    def unshared(self, table, columns) -> list[Unshared]:
+        """All variables and static facts that these rows lack of those known, or have beyond them; a variable that few rows have is only counted."""
+        (row, _, names, _), _ = _lists(table, columns)
+        words = names.dictionary.to_pylist()
+        rows = dict(zip(words, _rows_with(row, names.indices.to_numpy(), len(words)).tolist(), strict=True))
+        unknown = sorted(name for name, count in rows.items() if count and name not in set(self.state["variables"]))
+        named = tuple(name for name in unknown if rows[name] >= self.options.min_rows)
+        found = [Unshared("variables that the source knows and its rows lack", tuple(name for name in self.state["variables"] if not rows.get(name))),
+                 Unshared("variables that its rows have and the source does not know (left out)", named, len(unknown) - len(named))]
+        static = self.facts.unshared(table[columns["static"]], columns["static"], self.options.min_rows) if columns.get("static") in table.column_names else []
+        return [*(one for one in found if one.names or one.rare), *static]
+
+    def features(self, table, columns):
+        """Static facts, and of each variable in the hours that are read how often it stands there, and its first, last, least and largest value."""
+        if columns.get("static") in table.column_names:
+            yield from self.facts.features(table[columns["static"]], columns["static"], self.options.min_rows)
+        (row, time, names, value), _ = _lists(table, columns)
+        inside = (time >= -self.options.before) & (time < self.options.hours)
+        row, time, value, place = row[inside], time[inside], value[inside].astype(np.float64), names.indices.to_numpy()[inside]
+        order = np.lexsort((time, row, place))
+        row, value, place = row[order], value[order], place[order]
+        known = set(self.state.get("variables", []))
+        for number, name in enumerate(names.dictionary.to_pylist()):
+            start, stop = np.searchsorted(place, [number, number + 1])
+            if start == stop or (known and name not in known):
+                continue
+            rows, first, count = np.unique(row[start:stop], return_index=True, return_counts=True)
+            if len(rows) < self.options.min_rows:
+                continue
+            values = value[start:stop]
+            found = {"how often": count, "first value": values[first], "last value": values[first + count - 1],
+                     "least value": np.minimum.reduceat(values, first), "largest value": np.maximum.reduceat(values, first)}
+            for what, numbers in found.items():
+                column = np.full(len(table), 0.0 if what == "how often" else np.nan)
+                column[rows] = numbers
+                yield f"{name} ({what})", column
 
     def decode(self, table, columns) -> tuple[Arrays, list[str]]:
         (row, time, name, value), reasons = _lists(table, columns)

@@ -49,6 +49,12 @@ class Table(Modality):
         """In words, which fields and texts of these rows the state lacks; "" where it knows all."""
         return self.facts.known(table[columns["features"]], columns["features"])
 
+    def unshared(self, table, columns):
+        return self.facts.unshared(table[columns["features"]], columns["features"], self.options.min_rows)
+
+    def features(self, table, columns):
+        yield from self.facts.features(table[columns["features"]], columns["features"], self.options.min_rows)
+
     def decode(self, table, columns) -> tuple[Arrays, list[str]]:
         column = table[columns["features"]]
         return self.facts.decode(column, len(table), columns["features"]), ["" if value.is_valid else "the features are null" for value in column]

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from pipeline import tokenizer as tokenizers
+from pipeline.capabilities import CutRows
 from pipeline.contracts import Arrays, Modality
 from pipeline.lists import is_list
 from pipeline.registry import Options, register
@@ -213,6 +214,39 @@ class Text(Modality):
         if count > most:
             return range(0), f"the text takes {'' if whole else 'at least '}{count} windows of {length} tokens, more than windows: {most}"
         return range(0, count * max(1, room - stride), max(1, room - stride)), ""
+
+    def cut_rows(self, table, columns) -> CutRows | None:
+        """How many words (of lists of words) or tokens lie beyond ``length``. None where texts are read in windows: what does not fit is refused there.
+
+        Tokens of a text of more than PIECE_BYTES are counted in its beginning and estimated for the rest.
+        """
+        if "tokens" in columns or self.options.windows is not None:
+            return None
+        if is_list(table[columns["text"]].type):
+            return self._cut_words(table[columns["text"]])
+        roles = [role for role in ("text", "text_pair") if role in columns]
+        room = self.options.length - 1 - len(roles)
+        counts = []
+        for role in roles:
+            documents, _ = _documents(table[columns[role]], role)
+            encoded = tokenizers.encode_first(self.tokenizer, documents, room + 1, self._dtype, offsets=True)
+            counts.append([len(one.ids) if one.whole else round(len(one.ids) * len(document) / PIECE_BYTES)
+                           for one, document in zip(encoded, documents, strict=True)])
+        tokens = np.array(counts, dtype=np.int64).sum(0)
+        lost = np.maximum(0, tokens - room)  # of a pair the longer text is cut first, until both have room
+        return CutRows(len(table), int(np.count_nonzero(lost)), int(tokens.sum()), int(lost.sum()), "tokens")
+
+    def _cut_words(self, column) -> CutRows:
+        """A word is cut off where its first token has no room."""
+        lists, _ = _words(column, "text")
+        room = self.options.length - 2
+        words = [[word.decode() for word in row[:LARGEST_WORD + 1]] for row in lists]
+        encoded = tokenizers.encode_words(self.tokenizer, words, room + 1, self._dtype)
+        total, lost = np.array([len(row) for row in lists], dtype=np.int64), np.zeros(len(lists), dtype=np.int64)
+        for i, (ids, of) in enumerate(encoded):
+            if len(ids) > room:
+                lost[i] = total[i] - (int(of[:room].max()) + 1)
+        return CutRows(len(lists), int(np.count_nonzero(lost)), int(total.sum()), int(lost.sum()), "words")
 
     def tokenize(self, table, columns) -> tuple[pa.Table, list[str]] | None:
         """The good rows with ``tokens`` (a list of ids, ``[CLS] ids [SEP]`` cut to ``length``) in the place of the text. None for pairs, words and windows."""

@@ -43,6 +43,7 @@ class Multilabel(Objective):
 
     roles = ("labels",)
     metrics = ("macro_auroc", "macro_average_precision", "macro_f1", "micro_f1", "loss")
+    null_label_means = "a row without any label"
     label_tensors = ("labels",)
     written_types = {"prediction": pa.list_(pa.string())}
 

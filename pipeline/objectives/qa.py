@@ -48,6 +48,7 @@ class QuestionAnswering(Objective):
 
     roles = ("answers", "answer_start")
     metrics = ("answer_f1", "exact_match", "loss")
+    null_label_means = "a question that has no answer"
     label_tensors = ("span",)
 
     @classmethod

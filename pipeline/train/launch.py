@@ -254,6 +254,9 @@ def pretrain(stage: source.SourceStage, progress: Progress, verbose: bool, growi
     fitted = source.fit(stage)
     work = work_of.rank_job(stage, fitted, mine.data, mine.threads)
     progress.note(f"{stage.name}: {work.split_text}")
+    for finding in fitted.findings:
+        if finding.in_terminal:
+            progress.note(finding.line(stage.name))
     if work.place == "memory":
         progress.update(f"{stage.name}: decoding {len(fitted.train)} rows")
     rows = work_of.decoded(work)

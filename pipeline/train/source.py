@@ -25,8 +25,9 @@ from pipeline.identity import ChangedFileError, FileIdentity
 from pipeline.job import STARTS, Data, Job, Source, spec_hash
 from pipeline.provenance import MadeBy
 from pipeline.rng import mix
-from pipeline.train import checks, fitting
+from pipeline.train import checks, fitting, row_checks
 from pipeline.train import probe as probes
+from pipeline.train.row_checks import Finding
 
 STAGE_FORMAT = 8
 """The format of a stage's key and folder. Code that makes other numbers does not raise it: what made a bundle is recorded in it
@@ -241,6 +242,8 @@ class Fitted:
     """Training rows that were left out before any was decoded: held against the same budget as those that cannot be decoded."""
     begun_by: tuple[dict[str, Any], ...] = ()
     """What made earlier parts of this source, where that was other code or versions (`begin`)."""
+    findings: tuple[Finding, ...] = ()
+    """What was noticed in the rows before any training, for terminal and report."""
 
 
 def fit(stage: SourceStage) -> Fitted:
@@ -270,6 +273,7 @@ def fit(stage: SourceStage) -> Fitted:
     if start:
         stage.check_start()
         moved = import_start(stage, start, arch, modality, fitted, initial, known)
+    findings = findings_of(stage, modality, bool(start))
     left_out: list[dict[str, Any]] = []
     train, validation, corpora, note = splits.train, splits.validation, splits.corpora, splits.sizes()
     work = Work(modality, columns, form_of(objective, modality, train, columns), tuple(needed))
@@ -300,7 +304,18 @@ def fit(stage: SourceStage) -> Fitted:
     if left_out:
         note += f"; {len(left_out)} rows left out ({left_out[0]['place']}: {left_out[0]['reason']}{', ...' if len(left_out) > 1 else ''})"
     return Fitted(arch, modality, fitted, columns, train, validation, text, initial if text else None, moved, tuple(left_out), note, corpora, probe, costs,
-                  len(lost), tuple(begun_by))
+                  len(lost), tuple(begun_by), tuple(findings))
+
+
+def findings_of(stage: SourceStage, modality: dict[str, Any], continues: bool) -> list[Finding]:
+    """What a look at a sample of a source's rows tells; ``continues``: its modality was fitted on the rows of a checkpoint."""
+    spec, splits = stage.spec, stage.splits
+    assert spec.data is not None and splits is not None and spec.objective is not None
+    objective = registry.get("objective", spec.objective.name)
+    rows = {"train": splits.train, "validation": splits.validation}
+    found = row_checks.cut_texts(bundle.build_modality(modality), objective, rows, spec.data.columns)
+    found += row_checks.null_labels(objective, rows, spec.data.columns)
+    return [*found, *(row_checks.unshared_names(modality, objective, splits.train, spec.data.columns) if continues else ())]
 
 
 def judged(objective: type[Objective], modality: Modality, columns: dict[str, str]) -> bool:

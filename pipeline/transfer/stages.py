@@ -228,6 +228,7 @@ def pretrain(state: State) -> None:
             state.progress.note(f"{name}: {facts['transfer']}")
         if facts.get("warning"):
             state.notes.append(f"sources.{name}: {facts['warning']}")
+        state.notes += [f"sources.{name}: {text}" for text in facts.get("findings", ())]
 
 
 def note_done(state: State, name: str) -> None:
@@ -267,6 +268,11 @@ def share(state: State) -> Shared:
         text = next(iter(by_modality.values())).split_text
         state.notes.append(f"{name}: {text}") if "rows left out" in text else None
         state.progress.note(f"{name}: {text}")
+        found_in_rows = [finding for data in by_modality.values() for finding in data.findings]
+        for finding in dict.fromkeys([*found_in_rows, *targets.more_than_there_is(target, job.fanout.search.get("global_batch", ()))]):
+            state.notes.append(f"{name}: {finding.text}")
+            if finding.in_terminal:
+                state.progress.note(finding.line(name))
         state.left_out[name] = len(state.targets[name].splits.test) - len(seen.test)
         for note in seen.notes:
             state.notes.append(note)

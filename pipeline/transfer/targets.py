@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -17,12 +18,13 @@ from pipeline.data.stream import Decoder, Rows
 from pipeline.job import STARTS, Job, Plug, Source, Target, spec_hash
 from pipeline.jobfile import PLACES
 from pipeline.metrics import metric
-from pipeline.train import checks, fitting
+from pipeline.train import checks, fitting, row_checks
 from pipeline.train import source as train_source
+from pipeline.train.row_checks import Finding
 from pipeline.train.source import STAGE_FORMAT, data_key
-from pipeline.transfer import subgroups
+from pipeline.transfer import leaks, subgroups
 from pipeline.transfer.trial import TargetData
-from pipeline.transfer.trials import Base, techniques
+from pipeline.transfer.trials import Base, fraction_text, techniques
 
 MEMORY_BYTES = 2 << 30
 CHECKED_ROWS, TRIED_ROWS = 1 << 16, 64
@@ -179,22 +181,76 @@ def _refuse(target: TargetStage, differ: dict[str, Any], theirs: dict[str, Any])
                          "backbone was: leave the options out" + (f" ({', '.join(own)} may differ)" if own else ""))
 
 
-def prepare(target: TargetStage, base: Base) -> TargetData:
-    """Decode the three splits. Raises ValueError for a label that never stands in the training rows, or too many bad rows; ChangedFileError for a file
-    that holds something else than when the run was planned."""
-    spec, splits, columns = target.spec, target.splits, target.spec.data.columns
+class Reading(NamedTuple):
+    """How a target's rows are read for one base, before any is decoded."""
+
+    spec_of_modality: dict[str, Any]
+    modality: Modality
+    known: str
+    """In words, what the source knows of these rows (`Modality.known`)."""
+    arch: dict[str, Any]
+    objective: dict[str, Any]
+
+    @property
+    def state(self) -> dict[str, Any]:
+        return self.objective["state"]
+
+
+def reading_of(target: TargetStage, base: Base) -> Reading:
+    """Raises ValueError where rows, objective, techniques or backbone do not suit each other."""
     spec_of_modality, known = _modality(target, base)
     modality = bundle.build_modality(spec_of_modality)
-    objective = registry.get("objective", spec.objective.name)
+    objective = registry.get("objective", target.spec.objective.name)
     try:
         modality.check(objective.roles)  # a source that is a checkpoint tells how its rows are read only now
     except ValueError as error:
         raise ValueError(f"data.modality: {error}") from None
-    options = objective.options_class(**spec.objective.options)
+    options = objective.options_class(**target.spec.objective.options)
     arch = train_source.read_otherwise(base.arch, modality.inputs() or base.arch["inputs"])
-    state = train_source.suited(objective, target.state or fit_labels(spec, splits), arch)
-    fitted = {"name": spec.objective.name, "options": options.model_dump(), "state": state}
+    state = train_source.suited(objective, target.state or fit_labels(target.spec, target.splits), arch)
+    fitted = {"name": target.spec.objective.name, "options": options.model_dump(), "state": state}
     _check_base(target, base, arch, fitted)
+    return Reading(spec_of_modality, modality, known, arch, fitted)
+
+
+def findings(target: TargetStage, reading: Reading) -> list[Finding]:
+    """What a look at a sample of the rows tells: texts that are cut, a feature that decides the label, names that one side lacks, null labels."""
+    spec, objective = target.spec, registry.get("objective", target.spec.objective.name)
+    splits, columns = target.splits.by_name(), target.spec.data.columns
+    return [*row_checks.cut_texts(reading.modality, objective, splits, columns), *leaks.look(reading.modality, spec, splits["train"], reading.state),
+            *row_checks.null_labels(objective, splits, columns),
+            *row_checks.unshared_names(reading.spec_of_modality, objective, splits["train"], columns)]
+
+
+def more_than_there_is(target: TargetStage, searched: Sequence[float] = ()) -> list[Finding]:
+    """Batches and label counts that the job asks for and the training rows do not give; ``searched``: batches that may be drawn."""
+    train, out = target.spec.train, []
+    rows = {fraction: target.labelled(fraction) for fraction in target.spec.label_fractions}
+    batch = int(max(train.global_batch, *searched)) if searched else train.global_batch
+    short = {fraction: count for fraction, count in rows.items() if count < batch}
+    if short and train.batch_cost is None and not target.packed:
+        told = ", ".join(f"{count:,} at {fraction_text(fraction, target.spec.objective.name)}" for fraction, count in short.items())
+        out.append(Finding(f"a batch of {batch} rows is more than the labelled training rows ({told}): there a step takes all of them"))
+    classes = _classes(target.spec, target.splits, target.state)
+    counts = np.array([len(target.splits.train)]) if classes is None else np.bincount(classes)
+    names = [str(name) for name in target.state.get("labels", ())] if classes is not None else []
+    for wanted in (fraction for fraction in target.spec.label_fractions if isinstance(fraction, int)):
+        lacking = np.flatnonzero((counts < wanted) & (counts > 0))
+        if len(lacking) and names:
+            told = ", ".join(f"{names[k]} has {counts[k]}" for k in lacking)
+            out.append(Finding(f"{wanted} rows of each class were asked for (label_fractions), and {told}: all of these are taken"))
+        elif len(lacking):
+            out.append(Finding(f"{wanted} rows were asked for (label_fractions), and {counts[0]} are there: all of them are taken"))
+    return out
+
+
+def prepare(target: TargetStage, base: Base) -> TargetData:
+    """Decode the three splits. Raises ValueError for a label that never stands in the training rows, or too many bad rows; ChangedFileError for a file
+    that holds something else than when the run was planned."""
+    spec, splits, columns = target.spec, target.splits, target.spec.data.columns
+    read = reading_of(target, base)
+    spec_of_modality, modality, known, arch, fitted = read
+    objective, state = registry.get("objective", spec.objective.name), read.state
     selections, lost, text = [splits.train, splits.validation, splits.test], [], splits.sizes()
     if target.packed:
         made = [_packed(target, name, selection, spec_of_modality) for name, selection in zip(manifests.SPLITS, selections, strict=True)]
@@ -217,9 +273,6 @@ def prepare(target: TargetStage, base: Base) -> TargetData:
             lost += [("train", selections[0].manifest.place(row), reason) for row, reason in short]
     held = parts[0].arrays
     labels = _classes(spec, splits, state) if held is None else held.get("label") if "label" in objective.roles else None
-    if most := max((fraction for fraction in spec.label_fractions if isinstance(fraction, int)), default=0):
-        least = len(parts[0]) if labels is None else int(np.unique(labels, return_counts=True)[1].min(initial=most))
-        text += f"; {most} rows{'' if labels is None else ' of each class'} were asked for, {least} are there" if least < most else ""
     bad = lost + [(split, rows.selection.manifest.place(row), why) for split, rows in zip(manifests.SPLITS, parts, strict=True) for row, why in rows.bad]
     text += (f"; {len(bad)} rows left out: " + "; ".join(f"{s} {p}: {w}" for s, p, w in bad[:3]) if bad else "")
     groups = None
@@ -228,7 +281,7 @@ def prepare(target: TargetStage, base: Base) -> TargetData:
     identity.check_unchanged(splits.reads)
     is_held = all(rows.arrays is not None for rows in parts)
     return TargetData(spec, fitted, parts[0], parts[1], parts[2], labels, groups, text, arch, spec_of_modality, spec_hash(target.key, spec_of_modality),
-                      () if is_held else splits.reads)
+                      () if is_held else splits.reads, tuple(findings(target, read)))
 
 
 def _packed(target: TargetStage, split: str, selection: manifests.Selection, modality: dict[str, Any]) -> train_source.Shards:

@@ -26,6 +26,7 @@ from pipeline.train import checkpoint, evaluate, loop
 from pipeline.train.log import MetricsLog, RowTrace
 from pipeline.train.loop import Ranks
 from pipeline.train.pretrain import device_name, shuffle_of, steps_of
+from pipeline.train.row_checks import Finding
 from pipeline.transfer import stats
 from pipeline.transfer.trials import SCRATCH, Base, Trial, fraction_text, label_subset, made_by
 
@@ -56,6 +57,9 @@ class TargetData:
     """Names the rows as they are read: what was computed from them once is filed under it."""
     reads: tuple[FileIdentity, ...] = ()
     """Files that trials read, where the rows are not in memory: no record is written when one of them has changed."""
+
+    findings: tuple[Finding, ...] = ()
+    """What was noticed in its rows before any training, for terminal and report."""
 
     @property
     def in_memory(self) -> bool:

@@ -61,8 +61,9 @@ def test_a_target_says_what_its_source_knows_of_its_rows(first):
     assert "0 of 1 spaces are known; new: o7a3 (12 rows)" in data.split_text, "the source's state is asked, not the one that has grown"
     assert list(data.modality["state"]["spaces"]) == ["o5a2", "o7a3"] and "asked for" not in data.split_text
     task = job.targets["task"].model_copy(update={"label_fractions": [5, 200]})
-    (data,) = stages.share(stages.check(job.model_copy(update={"targets": {"task": task}}), Silent())).targets.values()
-    assert "200 rows were asked for, 12 are there" in data.split_text
+    state = stages.check(job.model_copy(update={"targets": {"task": task}}), Silent())
+    stages.share(state)
+    assert "task: 200 rows were asked for (label_fractions), and 12 are there: all of them are taken" in state.notes
 
 
 def test_a_source_that_continues_on_another_robot_grows_and_keeps_what_it_has(first, tmp_path):

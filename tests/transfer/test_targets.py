@@ -334,3 +334,40 @@ def test_options_that_contradict_the_source_are_refused_before_it_is_trained(tmp
         stages.check(Job.model_validate(job), Silent())
     job["targets"]["task"]["data"]["modality"] = {"text": {"vocabulary": 300}}
     stages.check(Job.model_validate(job), Silent())
+
+
+# ---------------------------------------------------------------- what is noticed before any training
+
+def test_texts_that_are_cut_stand_in_the_report(tmp_path, models, texts):
+    job = job_of(tmp_path, models["bert"], texts, "classification", {"text": "words", "label": "kind"}, data={"modality": {"text": {"length": 8}}})
+    state, _ = shared_of(job)
+    (found,) = [note for note in state.notes if "are cut at length 8" in note]
+    assert found.startswith("task: texts are cut at length 8, and what lies beyond is never read: train ") and "validation " in found and "test " in found
+
+
+def test_batches_and_label_counts_beyond_the_data_are_told(tmp_path, models, texts):
+    columns = {"text": "words", "label": "kind"}
+    job = job_of(tmp_path, models["bert"], texts, "classification", columns, label_fractions=[0.1, 1.0], train={"steps": 3, "global_batch": 64})
+    state, _ = shared_of(job)
+    rows = state.targets["task"].labelled(0.1)
+    expected = f"a batch of 64 rows is more than the labelled training rows ({rows} at 0.1): there a step takes all of them"
+    assert f"task: {expected}" in state.notes
+    job = job_of(tmp_path / "b", models["bert"], texts, "classification", columns, label_fractions=[5, 60], train={"steps": 3, "global_batch": 8})
+    state, _ = shared_of(job)
+    counts = np.bincount(targets._classes(job.targets["task"], state.targets["task"].splits, state.targets["task"].state))
+    told = ", ".join(f"kind {k} has {count}" for k, count in enumerate(counts) if count < 60)
+    assert f"task: 60 rows of each class were asked for (label_fractions), and {told}: all of these are taken" in state.notes
+    job = job_of(tmp_path / "c", models["bert"], texts, "classification", columns, train={"steps": 3, "global_batch": 8})
+    assert not [note for note in shared_of(job)[0].notes if "were asked for" in note or "is more than the labelled" in note]
+
+
+def test_null_labels_say_target_column_how_many_and_what_to_do(tmp_path, models):
+    found, labels = sentences(60, seed=3)
+    for split in ("train", "test"):
+        parts = ["train" if i % 5 < 3 else "validation" if i % 5 == 3 else "test" for i in range(60)]
+        kinds = [None if part == split and i < 10 else f"kind {labels[i]}" for i, part in enumerate(parts)]
+        pq.write_table(pa.table({"words": found, "kind": kinds, "split": parts}), tmp_path / "nulls.parquet")
+        count = sum(kind is None for kind in kinds)
+        message = rf"targets\.task\.data, {split} split: column kind: {count} of {parts.count(split)} rows have no label \(null\); write their labels, or leave"
+        with pytest.raises(ValueError, match=message):
+            shared_of(job_of(tmp_path, models["bert"], str(tmp_path / "nulls.parquet"), "classification", {"text": "words", "label": "kind"}))
