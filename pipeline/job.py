@@ -302,12 +302,13 @@ class Target(Spec):
 
     @model_validator(mode="after")
     def _one_row_beside_shares(self):
-        """An integer 1 beside shares is nearly always meant as all rows, and would be one row a class."""
+        """An integer 1 beside shares is nearly always meant as all rows, and would be one row a class; where 1.0 stands there too, it is not."""
         fractions = self.label_fractions
-        has_share = any(isinstance(fraction, float) for fraction in fractions)
+        shares = [fraction for fraction in fractions if isinstance(fraction, float)]
         mistaken = [place for place, fraction in enumerate(fractions) if isinstance(fraction, int) and fraction == 1]
-        if has_share and mistaken:
-            problem = "1 is one row of each class here, and the values beside it are shares: write 1.0 for all rows"
+        if shares and 1.0 not in shares and mistaken:
+            problem = ("1 is one row of each class here, and values beside it are shares: write 1.0 for all rows (with 1.0 in the list, 1 is taken as one row "
+                       "of each class)")
             _refuse([(("label_fractions", place), problem) for place in mistaken])
         return self
 

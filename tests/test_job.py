@@ -163,14 +163,15 @@ def test_an_unset_variable_in_a_key_is_told_with_its_line(problems, monkeypatch)
     assert found == [f"{line}: targets: environment variable NOT_SET_ANYWHERE is not set; set it or write the value"]
 
 
-@pytest.mark.parametrize("written", ["[0.1, 1]", "[1, 0.5, 1.0]", "[1.0, 1]"])
+@pytest.mark.parametrize("written", ["[0.1, 1]", "[1, 0.5]", "[0.1, 5, 1]"])
 def test_an_integer_one_beside_shares_is_refused(load, problems, written):
     text = GOOD.replace("[0.05, 1.0, 4]", written)
     (found,) = problems(text)
-    place = 0 if written.startswith("[1,") else 1
+    place = written.strip("[]").split(", ").index("1")
     assert f"targets.clothing.label_fractions.{place}: 1 is one row of each class here" in found and "write 1.0 for all rows" in found
     assert load(text.replace(written, "[1, 5, 10]")).targets["clothing"].label_fractions == [1, 5, 10]
-    assert load(text.replace(written, "[0.1, 1.0, 5]")).targets["clothing"].label_fractions == [0.1, 1.0, 5]
+    kept = load(text.replace(written, "[1, 4, 1.0]")).targets["clothing"].label_fractions
+    assert kept == [1, 4, 1.0] and list(map(type, kept)) == [int, int, float], "where all rows are said too, 1 is one row a class"
 
 
 def test_anchors_may_be_used(load):
