@@ -202,9 +202,14 @@ def predict(bundle: Annotated[str, typer.Argument(help="A fine-tuned bundle (fol
             output: Annotated[str, typer.Option("-o", "--output", help="Folder for the Parquet files.")],
             column: Annotated[list[str] | None, typer.Option(help="ROLE=NAME: the column of a role, when it is named otherwise than in training.")] = None,
             format: Annotated[str, typer.Option(help=f"{', '.join(FORMS[:-1])} or {FORMS[-1]}.")] = "auto",
+            keep: Annotated[str | None, typer.Option(help="Columns of the rows that stand beside the predictions too.", metavar="A,B")] = None,
             srt: Annotated[bool, typer.Option("--srt", help="Of speech: one file of subtitles a recording too.")] = False,
             address: Address = None, verbose: Verbose = False) -> None:
-    """Apply a fine-tuned bundle to new files with Ray Data; writes row, prediction and probabilities (of speech text, words and their times) as Parquet."""
+    """Apply a fine-tuned bundle to new files with Ray Data; writes row, prediction and probabilities (of speech text, words and their times) as Parquet.
+
+    Beside them stand `file` (of folders) and the rows' id; `--keep` names further columns. The names of the classes that `probabilities` are
+    of are printed, and stand in the Parquet files' metadata (key `classes`).
+    """
     from pipeline import bundle as bundles
     from pipeline import storage
     from pipeline.train import launch
@@ -220,7 +225,8 @@ def predict(bundle: Annotated[str, typer.Argument(help="A fine-tuned bundle (fol
         apply.check(bundle, srt)
         launch.start(address, verbose)
         with Progress() as progress:
-            written = apply.predict(bundle, data, output, dict(c.split("=", 1) for c in column or ()), format, progress, srt)
+            written = apply.predict(bundle, data, output, dict(c.split("=", 1) for c in column or ()), format, progress, srt,
+                                    tuple(name.strip() for name in (keep or "").split(",") if name.strip()))
     except KeyboardInterrupt:
         raise _fail("stopped; the same command goes on from here", 130) from None
     except (bundles.BundleError, storage.StorageError, ValueError) as error:

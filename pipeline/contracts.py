@@ -102,6 +102,13 @@ class Modality(ABC):
     def fit(cls, options: Any, table: Any, columns: dict[str, str], backbone: str) -> dict[str, Any]:
         """State from a sample of training rows (a pyarrow table), the column of each role and the backbone's name."""
 
+    def needed_type(self, role: str, kind: Any) -> str:
+        """"" where a column of this Arrow type can hold the role, else in words what the role needs ("encoded images: binary, ...").
+
+        Told before rows are read; ``decode`` says what only the values tell.
+        """
+        return ""
+
     @abstractmethod
     def decode(self, table: Any, columns: dict[str, str]) -> tuple[Arrays, list[str]]:
         """Rows to arrays, and for each row "" or the reason why it cannot be decoded (its arrays are then zeros)."""

@@ -55,6 +55,21 @@ class Facts:
     def sizes(self) -> dict[str, int]:
         return {"numbers": len(self.state["numbers"]), "codes": len(self.state["codes"])}
 
+    def needed_type(self, kind: pa.DataType) -> str:
+        """"" where a column of this type can be read with this state, else in words what is needed."""
+        if not pa.types.is_struct(kind):
+            return "a struct of numbers, texts and lists of texts"
+        texts = {code.partition("=")[0] for code in self.state["codes"]}
+        for field in kind:
+            value = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+            if pa.types.is_null(value):
+                continue
+            if field.name in self.state["numbers"] and not _numeric(value):
+                return f"numbers in its field {field.name}, as in training"
+            if field.name in texts and _numeric(value):
+                return f"texts in its field {field.name}, as in training"
+        return ""
+
     def known(self, column: Any, name: str) -> str:
         """In words, which fields and texts of these rows are not known, and which known numbers they lack; "" where all are the same."""
         there, kinds = [], set()

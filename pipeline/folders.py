@@ -106,12 +106,25 @@ def _stage(source: bytes | Path, target: Path) -> dict[str, Any]:
             os.link(source, target)
         except OSError:
             shutil.copyfile(source, target)
+    os.chmod(target, _usual_mode())
     with open(target, "rb") as file:
         os.fsync(file.fileno())
     if isinstance(source, bytes):
         return {"sha256": hashlib.sha256(source).hexdigest(), "size": len(source)}
     checksum, count = storage.sha256(target)
     return {"sha256": checksum, "size": count}
+
+
+def _usual_mode() -> int:
+    """The mode of a file that ``open`` makes here: files that are handed over (safetensors', temporary ones) are 0600, and a colleague of the same
+    group could not read a bundle."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+        umask = int(next(line for line in status.splitlines() if line.startswith("Umask:")).split()[1], 8)
+    except (OSError, StopIteration):  # no Linux: it can be asked for by setting it alone
+        umask = os.umask(0o077)
+        os.umask(umask)
+    return 0o666 & ~umask
 
 
 def _refuse_foreign(final: Path, manifest_name: str) -> None:

@@ -17,6 +17,23 @@ def is_list(kind: pa.DataType) -> bool:
     return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
 
 
+def is_text(kind: pa.DataType) -> bool:
+    """Whether values are texts, also those that are stored as a dictionary."""
+    plain = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return pa.types.is_string(plain) or pa.types.is_large_string(plain) or pa.types.is_string_view(plain)
+
+
+def is_bytes(kind: pa.DataType) -> bool:
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind) or pa.types.is_fixed_size_binary(kind)
+
+
+def holds_files(kind: pa.DataType) -> bool:
+    """Whether values can be files: their bytes, their paths, or structs of both as Hugging Face has them."""
+    if pa.types.is_struct(kind):
+        return bool({"bytes", "path"} & {field.name for field in kind})
+    return is_text(kind) or is_bytes(kind) or pa.types.is_null(kind)
+
+
 def take(table: pa.Table, places: np.ndarray) -> pa.Table:
     """``table.take``, which looks up lists of lists one inner list at a time: in columns of long ones each stretch of rows is copied as a whole."""
     long = {name for name in table.column_names if is_list(kind := table[name].type) and is_list(kind.value_type)

@@ -77,9 +77,11 @@ class DataWorkers:
 def map_blocks(work: Callable[[Item], Arrays], items: Iterable[Item], workers: DataWorkers) -> Iterator[Arrays]:
     """``work`` over items by a Ray Data actor pool, one block of columns an item, in order, with bounded memory.
 
-    ``work`` is sent once to each actor. Encoded or decoded, what it returns should be large enough to be worth its way.
+    ``work`` is sent once to each actor. Encoded or decoded, what it returns should be large enough to be worth its way. A ValueError that
+    ``work`` raises is raised here as it was, without Ray's account of where it happened.
     """
     import ray.data
+    from ray.exceptions import RayError
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -93,8 +95,23 @@ def map_blocks(work: Callable[[Item], Arrays], items: Iterable[Item], workers: D
         pool = ray.data.ActorPoolStrategy(size=workers.actors, max_tasks_in_flight_per_actor=IN_FLIGHT)
         data = data.map_batches(_Worker, fn_constructor_args=(work,), batch_size=None, batch_format="numpy", num_cpus=workers.cpus_per_actor,
                                 num_gpus=workers.gpus_per_actor or None, compute=pool)
-        yield from data.iter_batches(  # pyright: ignore[reportReturnType] - the numpy format gives arrays
-            batch_size=None, batch_format="numpy", prefetch_batches=4)
+        try:
+            yield from data.iter_batches(  # pyright: ignore[reportReturnType] - the numpy format gives arrays
+                batch_size=None, batch_format="numpy", prefetch_batches=4)
+        except RayError as error:
+            cause = first_cause(error)
+            if isinstance(cause, ValueError) and not isinstance(cause, RayError):
+                raise cause.with_traceback(None) from None
+            raise
+
+
+def first_cause(error: BaseException) -> BaseException:
+    """The error that began it, of one that came through Ray."""
+    from ray.exceptions import RayError
+
+    while isinstance(error, RayError) and (inner := getattr(error, "cause", None) or error.__cause__):
+        error = inner
+    return error
 
 
 def _ray_blocks(loader: Loader, items: Iterable[Item], workers: DataWorkers) -> Iterator[Block]:

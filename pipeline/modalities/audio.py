@@ -21,6 +21,7 @@ from pipeline import audiofile, frames, storage
 from pipeline import spectrogram as ops
 from pipeline.audiofile import BrokenAudioError, LongAudioError
 from pipeline.contracts import Arrays, Batch, Modality
+from pipeline.lists import holds_files
 from pipeline.ragged import ragged
 from pipeline.registry import Options, register
 from pipeline.rng import uniform
@@ -119,6 +120,12 @@ class Audio(Modality):
         mean = sums / count
         std = (squares / count - mean ** 2).clamp(min=LEAST_STD ** 2).sqrt()
         return {"features": "mel", "mean": [round(value, 5) for value in mean.tolist()], "std": [round(value, 5) for value in std.tolist()]}
+
+    def needed_type(self, role, kind) -> str:
+        if role == "audio":
+            return "" if holds_files(kind) else "recordings: their files' bytes (binary), their paths (string), or structs of bytes and path"
+        is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind)
+        return "" if is_number else "seconds, a number"
 
     def inputs(self) -> dict[str, Any]:
         """``convolutions``: those of the features, from the samples on (``frames``). ``scale``: of samples that are not between -1 and 1."""

@@ -91,6 +91,13 @@ class Events(Modality):
             state["static"] = Facts.fit(table[columns["static"]], columns["static"], options.min_rows)
         return state
 
+    def needed_type(self, role, kind) -> str:
+        if role == "static":
+            return self.facts.needed_type(kind)
+        if role not in self.roles or (is_list(kind) and _suits(role, kind.value_type)):
+            return ""
+        return f"lists of {'texts' if role == 'variables' else 'numbers'}"
+
     def inputs(self) -> dict[str, Any]:
         """How many variables, static numbers and static texts there are, and from which hour to which events lie."""
         return {"variables": len(self.names), **self.facts.sizes(), "start": -self.options.before, "hours": self.options.hours}

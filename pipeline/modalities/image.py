@@ -16,6 +16,7 @@ from pipeline import imagefile, storage
 from pipeline import pixels as ops
 from pipeline.contracts import Arrays, Batch, Modality, View
 from pipeline.imagefile import resize
+from pipeline.lists import holds_files
 from pipeline.registry import Options, register
 from pipeline.rng import uniform
 
@@ -96,6 +97,9 @@ class Image(Modality):
         mean = shares @ levels
         std = np.sqrt((shares * (levels - mean[:, None]) ** 2).sum(1))
         return {"mean": (mean / 255).round(6).tolist(), "std": np.maximum(std / 255, 1e-3).round(6).tolist()}
+
+    def needed_type(self, role, kind) -> str:
+        return "" if holds_files(kind) else "images: their files' bytes (binary), their paths (string), or structs of bytes and path"
 
     def inputs(self) -> dict[str, Any]:
         return {"channels": self.options.channels, "size": self.options.size}

@@ -41,6 +41,9 @@ class Table(Modality):
             raise ValueError(f"column {columns['features']}: no field holds a number, or a text that {options.min_rows} of {len(table)} rows have")
         return found
 
+    def needed_type(self, role, kind) -> str:
+        return self.facts.needed_type(kind)
+
     def inputs(self) -> dict[str, Any]:
         """How many numbers and texts are known."""
         return {"features": "table", **self.facts.sizes()}

@@ -18,7 +18,7 @@ from torch import Tensor
 from pipeline import tokenizer as tokenizers
 from pipeline.capabilities import CutRows
 from pipeline.contracts import Arrays, Modality
-from pipeline.lists import is_list
+from pipeline.lists import is_bytes, is_list, is_text
 from pipeline.registry import Options, register
 from pipeline.tokenizer import PIECE_BYTES, SPECIALS
 
@@ -75,6 +75,14 @@ class Text(Modality):
         kind = options.algorithm if options.algorithm != "auto" else ("bpe" if "gpt" in backbone else "wordpiece")
         tokenizer = tokenizers.train_tokenizer(tokenizers.texts_of(documents), kind, options.vocabulary, options.lowercase)
         return {"tokenizer": tokenizer.to_str(), "vocabulary": tokenizer.get_vocab_size(), "specials": list(range(len(SPECIALS)))}
+
+    def needed_type(self, role, kind) -> str:
+        if role not in ("text", "text_pair"):
+            return ""
+        values = kind.value_type if is_list(kind) and role == "text" else kind
+        if is_text(values) or is_bytes(values) or pa.types.is_null(values):
+            return ""
+        return "texts (string or binary)" + (" or lists of words" if role == "text" else "")
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pipeline import imagefile
 from pipeline.contracts import Arrays, Modality
+from pipeline.lists import is_list
 from pipeline.ragged import ragged
 from pipeline.registry import Options, nearest, register
 from pipeline.trajectories import CLASSES, NONE, Episodes, Numbers, first_of_rows, texts
@@ -85,6 +86,13 @@ class Trajectory(Modality):
         if given != (options.images is not None):
             raise ValueError("images: " + (f"column {columns['images']} holds frames and the modality reads none: say {{trajectory: {{images: 96}}}} (pixels a "
                              "side), or leave the column out" if given else "the modality is to read frames, and no column has them: name it in data.columns"))
+
+    def needed_type(self, role, kind) -> str:
+        if role != "observations":
+            return ""
+        deep = kind.value_type.value_type if is_list(kind) and is_list(kind.value_type) else None
+        is_number = deep is not None and (pa.types.is_integer(deep) or pa.types.is_floating(deep) or pa.types.is_null(deep))
+        return "" if is_number else "lists, one entry a step, of lists of numbers"
 
     def inputs(self) -> dict[str, Any]:
         """``spaces``: of each its widths and whether its actions are classes; how many ``tasks``; ``images`` (channels, height, width) or none."""

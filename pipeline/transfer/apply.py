@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline import bundle, classifier_export, export_check, folders, hugging_face, identity, registry, storage, transcripts
+from pipeline import bundle, classifier_export, export_check, folders, hugging_face, identity, lists, registry, storage, transcripts
 from pipeline.bundle import BundleError
 from pipeline.contracts import Arrays, Modality, Objective
 from pipeline.data import manifest as manifests
@@ -31,6 +32,12 @@ ROWS_A_PART, PIECES_A_PART = 1024, 128
 """Rows of a file of predictions; of recordings fewer, as a row of half a minute takes a megabyte in memory."""
 PIECE = ("start", "seconds")
 """Roles of a row that is a piece of a longer recording: rows to predict have them or not, whatever those of training had."""
+IDS = ("id", "image_id", "entity")
+"""Columns that name a row, as importers write them: predictions have them too."""
+OWN = ("row", "error")
+"""Columns of all predictions."""
+MOST_NAMED, MOST_LETTERS = 20, 120
+"""Classes that are named in what is printed, and letters of a type."""
 EXPORTED = "onetomany.json"
 """Of an exported folder: where it is from, and each file's checksum."""
 
@@ -96,32 +103,38 @@ def check(uri: str, srt: bool = False) -> dict[str, Any]:
     return found.manifest
 
 
-def predict(uri: str, data: list[str], output: str, columns: dict[str, str], form: str, progress: Progress, srt: bool = False) -> str:
+def predict(uri: str, data: list[str], output: str, columns: dict[str, str], form: str, progress: Progress, srt: bool = False,
+            keep: tuple[str, ...] = ()) -> str:
     """Predict files with Ray Data into ``output``/part-NNNNN.parquet, in row order; parts that are there already are kept.
 
-    Of recordings the columns ``recording``, ``start`` and ``seconds`` stand beside the predictions, where the rows have them. ``srt``: also one .srt a
+    Beside the predictions stand, where the rows have them: ``file``, the place of the file that a row is (of folders), their id (``IDS``), and the
+    columns that ``keep`` names, as they are in the rows; of recordings ``recording``, ``start`` and ``seconds``. The names of the classes that
+    ``probabilities`` are of stand as JSON in the Parquet files' own metadata (``classes``), and in what is returned. ``srt``: also one .srt a
     recording, its rows joined in the order of ``start``. Raises BundleError for a bundle without a head, or one that transcribes nothing where
-    subtitles are wanted; ValueError for a missing column or an output of something else.
+    subtitles are wanted; ValueError for a missing column, one of another type than the bundle reads, or an output of something else.
     """
     manifest = check(uri, srt)
     with identity.shown_by(progress.update):
         found, named = manifests.build_with_named(data, form, storage.join(output, ".imports"))
     modality = bundle.build_modality(manifest["modality"])
     objective = registry.get("objective", manifest["objective"]["name"])
-    columns = _columns(modality, objective, manifest.get("columns", {}), columns, found)
+    where = data[0] if found.files and found.files[0].startswith(storage.join(output, ".imports")) else found.files[0]
+    columns = _columns(modality, objective, manifest.get("columns", {}), columns, found, where)
+    _check_types(modality, columns, found, where)
     carried = _carried(modality, columns, found)
+    kept = _kept(modality, columns, found, keep, where)
     reads = [*(file for file in found.identities if file is not None), *named]
     selection = Selection(found)
     if not named:
         files = tuple(columns[role] for role in modality.file_roles if role in columns)
         (selection,), more = manifests.with_named_files([selection], files, "content")
         found, reads = selection.manifest, [*reads, *more]
-    key = spec_hash(manifest["files"], found.fingerprint, columns)
+    key = spec_hash(manifest["files"], found.fingerprint, columns, kept)
     begun = storage.join(output, "_predictions.json")
     if storage.exists(begun) and storage.read_json(begun)["key"] != key:
         raise ValueError(f"{output} holds predictions of another bundle or of other files; give an empty folder")
-    storage.write_json(begun, {"key": key, "bundle": uri, "files": list(found.files), "rows": found.rows,
-                               "labels": manifest["objective"]["state"].get("labels")})
+    classes = manifest["objective"]["state"].get("labels")
+    storage.write_json(begun, {"key": key, "bundle": uri, "files": list(found.files), "rows": found.rows, "labels": classes})
     step = PIECES_A_PART if modality.cost_role else ROWS_A_PART
     items = [Item(-1, i, min(i + step, found.rows)) for i in range(0, found.rows, step)]
     parts = {item: storage.join(output, f"part-{number:05d}.parquet") for number, item in enumerate(items)}
@@ -131,26 +144,103 @@ def predict(uri: str, data: list[str], output: str, columns: dict[str, str], for
     actors = int(max(1, gpus if gpus else have.get("CPU", 1) // 1))
     workers = DataWorkers(min(actors, max(1, len(todo))), 1.0, int(have.get("object_store_memory", 1 << 30) // 2), 1.0 if gpus else 0.0)
     work = _Predictor(uri, selection, columns, carried)
-    bad = 0
+    bad, reader = 0, manifests.Reader(found, list(dict.fromkeys(kept.values())))
     for item, block in zip(todo, map_blocks(work, todo, workers), strict=True):
         bad += sum(1 for reason in block["error"] if reason)
         sink = io.BytesIO()
-        pq.write_table(_arrow(block, objective.written_types), sink)
+        rows = reader.take(selection.ids(np.arange(item.start, item.stop))) if kept else None
+        pq.write_table(_with_kept(_arrow(block, objective.written_types), rows, kept, classes), sink)
         storage.write_bytes(parts[item], sink.getvalue())
         progress.update(f"predict: rows {item.stop}/{found.rows}  {bad} could not be read", item.stop == found.rows)
     identity.check_unchanged(reads)
     return (f"{output}: {found.rows} rows in {len(items)} parts" + (f", {len(items) - len(todo)} of them from before" if len(todo) < len(items) else "")
             + (f", {_subtitles(output, list(parts.values()))} recordings as .srt" if srt else "")
-            + (f"; {bad} rows could not be read, see column error" if bad else ""))
+            + (f"; {bad} rows could not be read, see column error" if bad else "")
+            + _named_classes(classes, list(parts.values())))
 
 
-def _columns(modality: Modality, objective: type[Objective], known: dict[str, str], given: dict[str, str], found: manifests.Manifest) -> dict[str, str]:
+def _named_classes(classes: list[str] | None, parts: list[str]) -> str:
+    """In words, which class each number of ``probabilities`` is of, where the predictions have that column."""
+    if not classes or not parts:
+        return ""
+    with storage.open_read(parts[0]) as handle:
+        names = pq.read_schema(handle).names
+    if "probabilities" not in names:
+        return ""
+    first = ", ".join(classes[:MOST_NAMED])
+    more = f" and {len(classes) - MOST_NAMED} more (all in the files' metadata, key classes)" if len(classes) > MOST_NAMED else ""
+    return f"; probabilities are of the classes, in this order: {first}{more}"
+
+
+def _kept(modality: Modality, columns: dict[str, str], found: manifests.Manifest, keep: tuple[str, ...], where: str) -> dict[str, str]:
+    """Columns of the rows that stand beside their predictions, by the names that they have there. Raises ValueError for one that is not there."""
+    names, out = found.schema.names, {}
+    files = [columns[role] for role in modality.file_roles[:1] if role in columns]
+    if files and _tells_place(found.schema.field(files[0]).type):
+        out["file"] = files[0]
+    out |= {name: name for name in IDS if name in names}
+    for name in keep:
+        if name not in names:
+            raise ValueError(f"--keep {name}: {where} has no such column; columns are {', '.join(names)}")
+        if name in OWN:
+            raise ValueError(f"--keep {name}: predictions have a column {name} of their own; give it another name in the rows")
+        out[name] = name
+    return out
+
+
+def _tells_place(kind: pa.DataType) -> bool:
+    """Whether a column of files holds their paths, by themselves or in Hugging Face's structs of bytes and path."""
+    if pa.types.is_struct(kind):
+        return "path" in {field.name for field in kind}
+    return lists.is_text(kind)
+
+
+def _with_kept(found: pa.Table, rows: pa.Table | None, kept: dict[str, str], classes: list[str] | None) -> pa.Table:
+    """Predictions with the rows' own columns behind ``row``, and the names of the classes in the table's metadata. Raises ValueError for a column
+    that predictions have too."""
+    place = 1
+    for name, column in kept.items():
+        if name in found.column_names:
+            raise ValueError(f"--keep {name}: predictions have a column {name} of their own; give it another name in the rows")
+        assert rows is not None
+        values = rows[column]
+        if name == "file" and pa.types.is_struct(values.type):
+            values = pc.struct_field(values, "path")  # pyright: ignore[reportAttributeAccessIssue]
+        found = found.add_column(place, pa.field(name, values.type), values)
+        place += 1
+    if classes:
+        found = found.replace_schema_metadata({**(found.schema.metadata or {}), "classes": json.dumps(classes, ensure_ascii=False)})
+    return found
+
+
+def _check_types(modality: Modality, columns: dict[str, str], found: manifests.Manifest, where: str) -> None:
+    """Raises ValueError with file, column, the type that it has and the one that is needed, before anything is read."""
+    for role, name in columns.items():
+        kind = found.schema.field(name).type if name in found.schema.names else None
+        needed = modality.needed_type(role, kind) if kind is not None else ""
+        if needed:
+            raise ValueError(f"{where}: column {name} holds {_short(kind)}, and this bundle's {role} needs {needed}"
+                             + (_prepared(where) if modality.registered_name == "table" and not pa.types.is_struct(kind) else ""))
+
+
+def _short(kind: Any) -> str:
+    """A type in words; long ones (structs of many fields) cut."""
+    text = str(kind)
+    return text if len(text) <= MOST_LETTERS else f"{text[:MOST_LETTERS]}..."
+
+
+def _prepared(where: str) -> str:
+    return f". Plain tables are brought into this form by: onetomany prepare table {where} -o FOLDER (with the options of the training rows)"
+
+
+def _columns(modality: Modality, objective: type[Objective], known: dict[str, str], given: dict[str, str], found: manifests.Manifest,
+             where: str = "") -> dict[str, str]:
     """The column of each role that rows to predict need: as told, or named as in training, or as the role itself (an imported folder's).
 
     Raises ValueError for one that is not there, and for a label, which rows to predict need not have. A piece's roles are taken where they were in
     training, and from a folder of files, which was cut into them.
     """
-    labels, out = (*objective.roles, *objective.optional_roles), dict(given)
+    labels, out, where = (*objective.roles, *objective.optional_roles), dict(given), where or found.files[0]
     if known_labels := [role for role in given if role in labels and role not in (*modality.roles, *modality.optional_roles)]:
         raise ValueError(f"--column {known_labels[0]}: rows to predict need no {known_labels[0]}; leave it out")
     names = found.schema.names
@@ -161,7 +251,9 @@ def _columns(modality: Modality, objective: type[Objective], known: dict[str, st
         if there is not None and (needed or (role in PIECE and (role in known or _are_places(found, out[modality.roles[0]])))):
             out[role] = there
         elif needed:
-            raise ValueError(f"{found.files[0]} has no column {told[0]!r} for {role}; columns are {', '.join(names)}; say --column {role}=NAME")
+            if modality.registered_name == "table":
+                raise ValueError(f"{where} has no column {told[0]!r} with the features as a struct; columns are {', '.join(names)}{_prepared(where)}")
+            raise ValueError(f"{where} has no column {told[0]!r} for {role}; columns are {', '.join(names)}; say --column {role}=NAME")
     return out
 
 
