@@ -325,6 +325,18 @@ class Select(Spec):
     top: int = Field(2, ge=1, description="how many sources to keep for each target")
 
 
+class Finalists(Spec):
+    """How the best draws of a search are tried again before one of them is chosen, the same for scratch."""
+
+    top: int = Field(3, ge=1, description="how many of a cell's best draws are tried again; 1: none, the best with one seed is chosen")
+    seeds: int = Field(2, ge=0, description="further seeds for each of them; the draw with the best mean over all its seeds on validation goes on")
+
+    def further_trials(self, draws: int) -> int:
+        """Trials of a cell beyond its ``draws``."""
+        tried_again = min(self.top, draws)
+        return tried_again * self.seeds if tried_again > 1 else 0
+
+
 def _searchable(name: str) -> str:
     if name not in Train.model_fields:
         raise ValueError(f"unknown field of train; {registry.nearest(name, NUMERIC)}")
@@ -337,11 +349,15 @@ class Fanout(Spec):
     """How the trials are drawn and run."""
 
     seeds: int = Field(3, ge=1, description="final runs of every cell; a seed changes initialisation, row order and label subset")
-    trials: int = Field(1, ge=1, description="hyper-parameter draws of every cell from search, the same for scratch; the best on validation goes on")
+    trials: int = Field(
+        1, ge=1, description="hyper-parameter draws of every cell from search, the same for scratch; the best on validation goes on (search_finalists)")
     search: dict[Annotated[str, AfterValidator(_searchable)], list[Number]] = Field(
         default_factory=dict, json_schema_extra={"propertyNames": {"enum": list(NUMERIC)}},
         description="numeric field of train to [low, high] (log-uniform), or to 3 or more values to choose from; needs trials above 1; "
         "steps drawn take the place of a target's epochs, and the other way round")
+    search_finalists: Finalists = Field(
+        default_factory=lambda: Finalists.model_validate({}), description="the best few draws of a search are tried again with further seeds before one is "
+        "chosen: chosen by one seed, hyper-parameters are partly luck, which the interval of a gain cannot know of. top: 1 turns it off")
     scheduler: Literal["fifo", "asha"] = Field("fifo", description="asha stops the worse search trials of a cell early")
     gpus_per_trial: float | None = Field(None, ge=0, description="share of a GPU for one trial; none: 0.25 when there are GPUs")
     cpus_per_trial: float = Field(1.0, gt=0, description="logical CPUs of one trial")

@@ -42,6 +42,8 @@ def describe(state: State) -> list[str]:
         counts = [(_technique(plug), len(names) if registry.get("technique", plug.name).from_source else len(kinds)) for plug in plugs]
         cells = sum(many for _, many in counts)
         tries, seeds = job.fanout.trials if job.fanout.trials > 1 else 0, job.fanout.seeds
+        again = job.fanout.search_finalists.further_trials(tries)
+        tries += again
         total += len(stage.spec.label_fractions) * cells * (tries + seeds)
         for fraction in stage.spec.label_fractions:
             rows = stage.labelled(fraction)
@@ -56,7 +58,8 @@ def describe(state: State) -> list[str]:
                 unknown = f" and those to be known {steps}"
             drawn = " (before search)" if {"steps", "epochs", "global_batch"} & set(job.fanout.search) else ""
             share = trials.fraction_text(fraction, stage.spec.objective.name)
-            lines.append(f"target {name} at {share} labels: {cells} cells = {cells * tries} search + {cells * seeds} final trials of "
+            searched = f"{cells * tries} search" + (f" ({cells * again} of them try the best draws again)" if again else "")
+            lines.append(f"target {name} at {share} labels: {cells} cells = {searched} + {cells * seeds} final trials of "
                          f"{told}{drawn} on {rows} {'documents' if stage.packed else 'rows'}; {stage.splits.sizes()}")
         if tried:
             total += tried

@@ -127,12 +127,20 @@ def ended(state: State) -> list[tuple[Trial, bool]]:
     bases, chosen = _bases(state), _chosen_before(state)
     if chosen is None:
         return []
-    search = search_trials(state, bases, chosen)
-    done = _ended(state, search, bases)
+    draws = search_trials(state, bases, chosen)
+    done = _ended(state, draws, bases)
     if not all(one for _, one in done):
         return []
-    winners = _winners(search, [trial.read_record(state.job.root, one.id) for one in search])
-    return done + _ended(state, final_trials(state, bases, chosen, winners), bases)
+    again = finalist_trials(state, bases, chosen, _ranked(draws, _records(state, draws)))
+    done += _ended(state, again, bases)
+    if not all(one for _, one in done):
+        return []
+    search = [*draws, *again]
+    return done + _ended(state, final_trials(state, bases, chosen, _winners(search, _records(state, search))), bases)
+
+
+def _records(state: State, found: list[Trial]) -> list[Any]:
+    return [trial.read_record(state.job.root, one.id) for one in found]
 
 
 def _ended(state: State, found: list[Trial], bases: list[Base]) -> list[tuple[Trial, bool]]:
@@ -178,9 +186,11 @@ def kept(state: State) -> tuple[dict[str, tuple[str, ...]], dict[str, Origin]]:
 
 def _known_trials(state: State, bases: list[Base], chosen: dict[str, set[str]]) -> tuple[list[Trial], list[Trial]]:
     """The search trials that have ended, and the final trials that follow from them."""
-    search = [(one, record) for one in search_trials(state, bases, chosen) if (record := trial.read_record(state.job.root, one.id))]
-    winners = _winners([one for one, _ in search], [record for _, record in search])
-    return [one for one, _ in search], final_trials(state, bases, chosen, winners)
+    search = search_trials(state, bases, chosen)
+    search += finalist_trials(state, bases, chosen, _ranked(search, _records(state, search)))
+    records = _records(state, search)
+    there = [one for one, record in zip(search, records, strict=True) if record is not None]
+    return there, final_trials(state, bases, chosen, _winners(search, records))
 
 
 def _bases(state: State) -> list[Base]:
@@ -349,6 +359,19 @@ def search_trials(state: State, bases: list[Base], chosen: dict[str, set[str]]) 
     return [_trial(state, name, cell, hyper, 0, "search") for name, cell in found if trials.learns(cell[2]) for hyper in draws]
 
 
+def finalist_trials(state: State, bases: list[Base], chosen: dict[str, set[str]], ranked: dict[str, list[dict[str, float]]]) -> list[Trial]:
+    """The best few draws of every cell with further seeds (`Fanout.search_finalists`); none where there is nothing to choose from.
+
+    ``ranked``: cell to its draws, the best first.
+    """
+    spec, out = state.job.fanout.search_finalists, []
+    for name, cell in _cells(state, bases, chosen) if ranked else ():
+        best = ranked.get(_trial(state, name, cell, {}, 0, "search").cell, [])[:spec.top]
+        if len(best) > 1:
+            out += [_trial(state, name, cell, hyper, trials.FURTHER_SEARCH_SEEDS + i, "search") for hyper in best for i in range(spec.seeds)]
+    return out
+
+
 def final_trials(state: State, bases: list[Base], chosen: dict[str, set[str]], winners: dict[str, dict[str, float]]) -> list[Trial]:
     """Every cell's winner with every seed; a cell whose search has no winner runs with the target's own settings."""
     out = []
@@ -359,12 +382,17 @@ def final_trials(state: State, bases: list[Base], chosen: dict[str, set[str]], w
 
 
 def finetune(state: State, shared: Shared) -> list[Trial]:
-    """Search (when there are draws), then every cell's winner with every seed. Returns all trials of the job."""
+    """Search (when there are draws), try the best draws again, then every cell's winner with every seed. Returns all trials of the job."""
     job, bases = state.job, list(shared.bases.values())
     chosen = _select(state, shared)
     search = search_trials(state, bases, chosen)
-    anew = _anew(state, search, bases)
-    winners = _winners(search, fanout.run("search", search, shared, job.fanout, state.progress, anew)) if search else {}
+    records = fanout.run("search", search, shared, job.fanout, state.progress, _anew(state, search, bases)) if search else []
+    again = finalist_trials(state, bases, chosen, _ranked(search, records))
+    if again:
+        unpruned = job.fanout.model_copy(update={"scheduler": "fifo"})  # a mean over seeds needs all of them
+        records += fanout.run("search, best again", again, shared, unpruned, state.progress, _anew(state, again, bases))
+        search = [*search, *again]
+    winners = _winners(search, records)
     for cell in sorted({one.cell for one in search} - set(winners)):
         state.notes.append(f"search: no trial of {cell} ended well, so it has no winner: its final trials run with the target's own settings")
         state.progress.note(f"warning: {state.notes[-1]}")
@@ -386,17 +414,38 @@ def current(state: State) -> list[dict[str, Any]]:
     return results.filled(collect(state, [*search, *final]))
 
 
-def _winners(search: list[Trial], records: list[Any]) -> dict[str, dict[str, float]]:
-    """The best draw of every cell on validation, at equal budget; pruned and failed trials do not win."""
-    best: dict[str, tuple[float, dict[str, float]]] = {}
+def _tried(search: list[Trial], records: list[Any]) -> dict[str, list[tuple[dict[str, float], list[float]]]]:
+    """Cell to its draws, each with the validation values of the seeds that it was tried with, larger is better.
+
+    Trials without a record and those that failed, were stopped early or have no value are left out.
+    """
+    out: dict[str, dict[str, tuple[dict[str, float], dict[str, float]]]] = defaultdict(dict)
     for one, record in zip(search, records, strict=True):
-        if record["status"] != "done":
+        if record is None or record["status"] != "done":
             continue
         row = next(r for r in record["rows"] if r["metric"] and r["split"] == "validation")
-        good = row["value"] if row["higher_is_better"] else -row["value"]
-        if not np.isnan(good) and (one.cell not in best or good > best[one.cell][0]):
-            best[one.cell] = (good, one.hyper_parameters)
-    return {cell: hyper for cell, (_, hyper) in best.items()}
+        value = row["value"] if row["higher_is_better"] else -row["value"]
+        if np.isnan(value):
+            continue
+        _, values = out[one.cell].setdefault(json.dumps(one.hyper_parameters, sort_keys=True), (one.hyper_parameters, {}))
+        values[one.id] = value
+    return {cell: [(hyper, list(values.values())) for hyper, values in draws.values()] for cell, draws in out.items()}
+
+
+def _ranked(search: list[Trial], records: list[Any]) -> dict[str, list[dict[str, float]]]:
+    """Cell to its draws, the best first; of draws that are equally good, the one that was drawn first."""
+    return {cell: [hyper for hyper, _ in sorted(draws, key=_standing, reverse=True)] for cell, draws in _tried(search, records).items()}
+
+
+def _winners(search: list[Trial], records: list[Any]) -> dict[str, dict[str, float]]:
+    """The best draw of every cell on validation, at equal budget; pruned and failed trials do not win."""
+    return {cell: ranked[0] for cell, ranked in _ranked(search, records).items()}
+
+
+def _standing(draw: tuple[dict[str, float], list[float]]) -> tuple[int, float]:
+    """A draw that more seeds have finished of comes first: draws that were not tried again, or failed with a seed, were found worse."""
+    _, values = draw
+    return len(values), float(np.mean(values))
 
 
 def collect(state: State, found: list[Trial]) -> list[dict[str, Any]]:

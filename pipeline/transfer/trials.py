@@ -19,6 +19,8 @@ from pipeline.train.source import HOW_NOT_WHAT
 TRIAL_FORMAT = 8
 """The format of a trial's id. Code that makes other numbers does not raise it: what made a trial stands in its record (`pipeline.provenance`)."""
 SCRATCH = "none"
+FURTHER_SEARCH_SEEDS = 1000
+"""Seeds with which the best draws of a search are tried again count from here: none of them is a seed of the final trials, which read the test rows."""
 Fraction = float | int
 
 

@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import PIL.Image
@@ -269,20 +270,75 @@ def test_the_table_marks_rows_of_trials_that_are_no_longer_in_the_job(tmp_path, 
     assert {row["trial_id"] for row in results.read(job.root) if not row["current"]} == now, "the job as it was before again"
 
 
+def searched(rows, technique):
+    """Draw to seed to validation value."""
+    out: dict[float, dict[int, float]] = {}
+    for row in rows:
+        if (row["trial_stage"], row["technique"], row["metric"]) == ("search", technique, "accuracy"):
+            assert row["split"] == "validation"
+            out.setdefault(json.loads(row["hyper_parameters"])["lr"], {})[row["seed"]] = row["value"]
+    return out
+
+
+def test_the_best_draws_are_tried_again_with_further_seeds_before_one_is_chosen(tmp_path, bundles, paths, here):
+    finalists = {"top": 2, "seeds": 2}
+    job = job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch", "full"), trials=4, search={"lr": [1e-4, 1e-1]}, search_finalists=finalists)
+    _, rows = whole(job)
+    for technique in ("scratch", "full"):
+        values = searched(rows, technique)
+        assert sorted(values) == sorted(draw["lr"] for draw in trials.draws(job)) and all(0 in seeds for seeds in values.values())
+        again = [lr for lr, seeds in values.items() if len(seeds) > 1]
+        assert len(again) == 2 and min(values[lr][0] for lr in again) >= max(seeds[0] for lr, seeds in values.items() if lr not in again)
+        final = primary(rows, technique=technique)
+        assert all(set(values[lr]) == {0, 1000, 1001} for lr in again) and {row["seed"] for row in final} == {0, 1}
+        means = {lr: sum(values[lr].values()) / 3 for lr in again}
+        chosen, = {json.loads(row["hyper_parameters"])["lr"] for row in final}
+        assert means[chosen] == max(means.values())
+    assert alike(reported(job)[1], rows)
+    ended = stages.ended(prepared(job))
+    assert len(ended) == 2 * (4 + 2 * 2 + 2) and all(done for _, done in ended)
+    cell = next(cell for cell in stages.show(*reported(job))[0] if cell.source == "a")
+    assert cell.interval.endswith(("paired seeds", "and the choice of hyper-parameters")), "it varies, or by chance every draw was as good"
+    here.clear()
+    _, without = whole(changed(job, fanout={**job.fanout.model_dump(mode="json"), "search_finalists": {"top": 1}}))
+    assert {row["seed"] for row in without if row["trial_stage"] == "search"} == {0}
+    state, again_rows = reported(changed(job, fanout={**job.fanout.model_dump(mode="json"), "search_finalists": {"top": 1}}))
+    cell = next(cell for cell in stages.show(state, again_rows)[0] if cell.source == "a")
+    assert cell.interval.endswith("without the noise of the search, whose settings were tried with one seed")
+
+
+def test_a_draw_that_failed_with_a_further_seed_does_not_win(world_of_draws):
+    search, records = world_of_draws
+    assert stages._winners(search, records) == {"cell": {"lr": 0.2}}
+    records[-1]["status"] = "failed"
+    assert stages._winners(search, records) == {"cell": {"lr": 0.1}}, "with one seed fewer than the other"
+    assert stages._ranked(search[:3], records[:3]) == {"cell": [{"lr": 0.3}, {"lr": 0.2}, {"lr": 0.1}]}
+    assert stages._winners([], []) == {}
+
+
+@pytest.fixture
+def world_of_draws():
+    """Three draws with seed 0, of which two were tried again."""
+    values = {(0.1, 0): 0.5, (0.2, 0): 0.6, (0.3, 0): 0.7, (0.1, 1): 0.6, (0.2, 1): 0.9}
+    search, records = [], []
+    for (lr, seed), value in values.items():
+        search.append(SimpleNamespace(id=f"{lr}-{seed}", cell="cell", hyper_parameters={"lr": lr}))
+        records.append({"status": "done", "rows": [{"metric": "accuracy", "split": "validation", "value": value, "higher_is_better": True}]})
+    return search, records
+
+
 def test_a_search_picks_the_best_draw_and_is_kept(tmp_path, bundles, paths, here):
     job = job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch", "full"), trials=2, search={"lr": [1e-4, 1e-1]})
     _, rows = whole(job)
-    draws = trials.draws(job)
     for technique in ("scratch", "full"):
-        searched = [row for row in rows if (row["trial_stage"], row["technique"], row["metric"]) == ("search", technique, "accuracy")]
-        assert sorted(json.loads(row["hyper_parameters"])["lr"] for row in searched) == sorted(draw["lr"] for draw in draws)
-        assert {row["split"] for row in searched} == {"validation"}
-        best = max(searched, key=lambda row: row["value"])
+        values = searched(rows, technique)
+        assert sorted(values) == sorted(draw["lr"] for draw in trials.draws(job)) and {len(seeds) for seeds in values.values()} == {3}
+        best = max(values, key=lambda lr: sum(values[lr].values()))
         final = primary(rows, technique=technique)
-        assert [row["seed"] for row in final] == [0, 1] and {json.loads(row["hyper_parameters"])["lr"] for row in final} == {
-            json.loads(best["hyper_parameters"])["lr"]}, "of draws that are equally good, the first"
+        assert [row["seed"] for row in final] == [0, 1] and {json.loads(row["hyper_parameters"])["lr"] for row in final} == {best}, \
+            "of draws that are equally good, the first"
     assert alike(reported(job)[1], rows)
-    assert all(done for _, done in stages.ended(prepared(job))) and len(stages.ended(prepared(job))) == 4 + 4
+    assert all(done for _, done in stages.ended(prepared(job))) and len(stages.ended(prepared(job))) == 2 * (2 + 2 * 2) + 4
 
 
 def test_ended_knows_nothing_of_the_finals_while_the_search_is_not_through(tmp_path, bundles, paths, here):
