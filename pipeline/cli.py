@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from enum import StrEnum
@@ -128,11 +129,11 @@ def _rows_of(state: Any, trials: list[Any]) -> list[dict[str, Any]]:
 
 def _show(state: Any, rows: list[dict[str, Any]]) -> int:
     """Print the table, write the report, name what failed; the exit code."""
-    from pipeline.transfer import origins, report, results, stages
+    from pipeline.transfer import origins, pruning, report, results, stages
 
     cells, where = stages.show(state, rows)
     out.print(report.table(cells))
-    for line in origins.reasons(state.origins):
+    for line in (*origins.reasons(state.origins), *pruning.told(results.read(state.job.root))):
         err.print(f"note: {line}", markup=False)
     for line in results.duplicates(rows):
         err.print(f"warning: {line}", markup=False)
@@ -141,6 +142,21 @@ def _show(state: Any, rows: list[dict[str, Any]]) -> int:
     for line in failed:
         err.print(f"failed: {line}", markup=False)
     return 1 if failed else 0
+
+
+def _prune(state: Any, dry_run: bool) -> None:
+    """List the stale trials, and remove them unless that is all that was asked for."""
+    from pipeline import lease
+    from pipeline.transfer import pruning, stages
+
+    held = contextlib.nullcontext() if dry_run else lease.hold(state.job.root, state.progress.note)
+    with held:
+        found = stages.stale(state)
+        for line in found.lines():
+            out.print(line, markup=False, soft_wrap=True)
+        if found.trials and not dry_run:
+            pruning.prune(state.job.root, found)
+            out.print("removed", markup=False)
 
 
 def _print_scores(rows: list[dict[str, Any]]) -> None:
@@ -179,15 +195,24 @@ def finetune(job: JobFile, set_: Set = None, address: Address = None, wait_for_r
 
 
 @app.command()
-def report(job: JobFile, set_: Set = None) -> None:
+def report(job: JobFile, set_: Set = None,
+           prune_stale: Annotated[bool, typer.Option("--prune-stale", help="Also remove the rows, records and bundles of trials that the job no longer has; "
+                                                                           "what another job in the same storage starts from stays.")] = False,
+           dry_run: Annotated[bool, typer.Option("--dry-run", help="With --prune-stale: list what would go; remove nothing.")] = False) -> None:
     """Print the table of what has been run and write report.md and report.html again. Starts nothing."""
     spec = _job(job, set_)
+    if dry_run and not prune_stale:
+        raise _fail("--dry-run lists what --prune-stale would remove: give both", 2)
     from pipeline import storage
     from pipeline.train.progress import Progress
     from pipeline.transfer import stages
 
     try:
         state = stages.check(spec, Progress())
+        if prune_stale:
+            _prune(state, dry_run)
+            if dry_run:
+                return
         rows = stages.current(state)
         if not rows:
             raise _fail(f"{spec.root}: no results of this job yet; run it first", 1)

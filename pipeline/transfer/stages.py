@@ -20,7 +20,7 @@ from pipeline.metrics import metric
 from pipeline.train import launch, source
 from pipeline.train.progress import Progress
 from pipeline.transfer import cells as matrix
-from pipeline.transfer import fanout, origins, overlap, report, results, scores, stats, subgroups, targets, trial, trials
+from pipeline.transfer import fanout, origins, overlap, pruning, report, results, scores, stats, subgroups, targets, trial, trials
 from pipeline.transfer.origins import Origin
 from pipeline.transfer.targets import TargetStage
 from pipeline.transfer.trial import Shared
@@ -224,8 +224,40 @@ def _chosen_before(state: State) -> dict[str, set[str]] | None:
     return None if found is None else {name: set(found.get(name, ())) for name in state.targets}
 
 
+def used_places(state: State) -> dict[str, tuple[str, ...]]:
+    """Of each source the bundle that trials start from, and the checkpoint that it started from itself."""
+    return {name: tuple(filter(None, (stage.bundle_uri, stage.start_text))) for name, stage in state.sources.items()}
+
+
+def all_ids(state: State) -> set[str]:
+    """Ids of all trials of the job, whether they have run or not. Raises ValueError while they cannot be known."""
+    lacking = [name for name, stage in state.sources.items() if not stage.has_bundle]
+    broken, chosen = _facts(state).get("broken") or {}, _chosen_before(state)
+    why = ""
+    if lacking:
+        why = f"sources {', '.join(lacking)} have no bundle yet"
+    elif broken:
+        why = f"targets {', '.join(broken)} were left out of the newest run"
+    elif chosen is None:
+        why = "which sources are fanned out is not known yet"
+    bases = _bases(state) if not why else []
+    search = search_trials(state, bases, chosen) if chosen is not None and not why else []
+    records = [trial.read_record(state.job.root, one.id) for one in search]
+    if any(record is None for record in records):
+        why = "its search is not through"
+    if why or chosen is None:
+        raise ValueError(f"{state.job.root}: {why}, so it is not known which trials belong to the job; run it to its end first, then prune")
+    return {one.id for one in (*search, *final_trials(state, bases, chosen, _winners(search, records)))}
+
+
+def stale(state: State) -> pruning.Stale:
+    """The trials that are kept and that the job no longer has. Raises ValueError while that cannot be known."""
+    return pruning.find(state.job.root, all_ids(state), pruning.uses(state.job.root, used_places(state)))
+
+
 def pretrain(state: State) -> None:
     """Every source to its bundle."""
+    pruning.note_uses(state.job.root, used_places(state))
     for name, stage in state.sources.items():
         facts = launch.pretrain(stage, state.progress, state.verbose, state.growing)
         state.pretraining.append(facts)
@@ -255,6 +287,7 @@ def share(state: State) -> Shared:
     missing = [name for name, stage in state.sources.items() if not stage.has_bundle]
     if missing:
         raise ValueError(f"sources {', '.join(missing)} have no bundle yet: run `pretrain` (or `run`) first")
+    pruning.note_uses(job.root, used_places(state))
     loaded = {name: targets.weights(stage.bundle_uri) for name, stage in state.sources.items()}
     found = trials.bases({name: (manifest["arch"], manifest["modality"]) for name, (_, _, manifest) in loaded.items()})
     held: dict[tuple[str, str], trial.TargetData] = {}
@@ -561,9 +594,10 @@ def show(state: State, rows: list[dict[str, Any]]) -> tuple[list[matrix.Cell], t
             curves[trial_id] = [{"step": c["step"], "loss": c.get("loss"), "validation": {k: v for k, v in c.items() if k != "step"}} for c in record["curve"]]
     if not state.pretraining:
         state.pretraining = [launch.facts_of(stage) for stage in state.sources.values() if stage.has_bundle]
+    notes = [*state.notes, *pruning.told(results.read(root))]
     where = report.write(root, job_name=state.job.name, cells=cells, rows=rows, curves=curves,
                          pretraining=[{**facts, "bundle_uri": facts.get("bundle")} for facts in state.pretraining],
-                         splits={name: _splits_told(state, stage) for name, stage in state.targets.items()}, notes=state.notes,
+                         splits={name: _splits_told(state, stage) for name, stage in state.targets.items()}, notes=notes,
                          versions={"job": spec_hash(state.job)}, runs=runs, made=origins.reasons(state.origins), scores=state.scores)
     return cells, where
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
-from toys import image_files, label_state, task_of
+from stage_runs import COLUMNS, changed, job_of, prepared, primary, saved_vit, trials_in_this_process
+from stage_runs import run_through as again
+from toys import image_files
 
 from pipeline import bundle, provenance, storage
 from pipeline.data.stream import DataWorkers
@@ -17,24 +18,7 @@ from pipeline.job import Job
 from pipeline.provenance import MadeBy
 from pipeline.train import pretrain, source
 from pipeline.train.loop import Ranks
-from pipeline.train.progress import Progress
-from pipeline.transfer import cells, dry_run, fanout, origins, report, results, stages, trial
-
-COLUMNS = {"image": "picture", "label": "class"}
-MODALITY = {"name": "image", "options": {"size": 32, "channels": 3}, "state": {"mean": [0.5] * 3, "std": [0.2] * 3}}
-
-
-class Silent(Progress):
-    """Keeps what it is told."""
-
-    def __init__(self):
-        self.lines: list[str] = []
-
-    def update(self, line: str, final: bool = False) -> None:
-        pass
-
-    def note(self, line: str) -> None:
-        self.lines.append(line)
+from pipeline.transfer import cells, dry_run, origins, report, results, stages, trial
 
 
 @pytest.fixture(scope="module")
@@ -44,27 +28,12 @@ def paths(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory):
-    """The URI of a ViT's bundle."""
-    uri = str(tmp_path_factory.mktemp("bundles") / "a")
-    task = task_of("timm/test_vit", {"channels": 3, "size": 32}, "classification", label_state(), seed=1)
-    bundle.save(uri, task, MODALITY, training={"transfer": ""}, metrics={})
-    return {"a": f"bundle:{uri}"}
+    return {"a": saved_vit(tmp_path_factory.mktemp("bundles") / "a")}
 
 
 @pytest.fixture
 def here(monkeypatch):
-    """Trials run in this process; the ids of those that ran."""
-    ran: list[str] = []
-
-    def run(name, wanted, shared, spec, progress, anew=()):
-        for one in wanted:
-            if one.id in anew or fanout.unfinished(shared.root, one, spec):
-                ran.append(one.id)
-                trial.run(one, shared, Ranks())
-        return [trial.read_record(shared.root, one.id) for one in wanted]
-
-    monkeypatch.setattr(fanout, "run", run)
-    return ran
+    return trials_in_this_process(monkeypatch)
 
 
 @pytest.fixture
@@ -84,33 +53,8 @@ def edit(monkeypatch):
     provenance.made_by.cache_clear()
 
 
-def job_of(folder: Path, sources: dict[str, Any], paths: dict[str, str]) -> Job:
-    target = {"data": {**paths, "modality": "image", "columns": COLUMNS}, "objective": "classification",
-              "train": {"steps": 3, "global_batch": 12, "lr": 0.01, "eval_every_steps": 3}}
-    return Job.model_validate({"name": "toy", "storage": str(folder / "runs"), "sources": sources, "targets": {"task": target},
-                               "techniques": ["scratch", "full", "lp_ft"], "fanout": {"seeds": 2}})
-
-
-def changed(job: Job, **parts) -> Job:
-    return Job.model_validate({**job.model_dump(mode="json"), **parts})
-
-
-def primary(rows: list[dict[str, Any]], **where) -> list[dict[str, Any]]:
-    """Test rows of the primary metric."""
-    return [row for row in rows if row["split"] == "test" and row["metric"] == "accuracy" and all(row[k] == v for k, v in where.items())]
-
-
 def toy(folder, bundles, paths) -> Job:
     return job_of(folder, {"a": {"backbone": bundles["a"]}}, paths)
-
-
-def prepared(job: Job, *remake: str) -> stages.State:
-    return stages.check(job, Silent(), remake=remake)
-
-
-def again(job: Job, *remake: str) -> tuple[stages.State, list[dict[str, Any]]]:
-    state = prepared(job, *remake)
-    return state, results.filled(stages.collect(state, stages.finetune(state, stages.share(state))))
 
 
 def shown(state: stages.State, rows: list[dict[str, Any]]) -> tuple[list[cells.Cell], str, str]:

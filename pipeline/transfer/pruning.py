@@ -1,0 +1,142 @@
+"""Stale trials: what the results table and the storage hold of trials that a job no longer has, and how it is removed on request.
+
+A trial is stale when the job, as its file says it now, does not consist of it any more: another setting, seed, technique, source or target,
+or changed data. Its rows and its bundle are kept until they are pruned, since another job may start from them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline import storage
+from pipeline.job import STARTS
+from pipeline.transfer import results
+from pipeline.transfer.cells import SCRATCH, cell_key
+
+USES_FILE = "uses.json"
+"""In a job's folder: the bundles and checkpoints that its sources start from, so that no other job prunes them."""
+MOST_CELLS = 6
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Stale:
+    """What pruning would remove. ``rows``: rows of results.parquet; ``trials``: ids whose folders (record, predictions, bundle, log) go."""
+
+    rows: int
+    trials: tuple[str, ...]
+    cells: tuple[str, ...]
+    kept: dict[str, str] = field(default_factory=dict)
+    """Trial id to who uses its bundle: these stay."""
+
+    def lines(self) -> list[str]:
+        """What goes and what stays, in words."""
+        if not self.rows and not self.trials:
+            out = ["nothing is stale: every trial that is kept belongs to the job"]
+        else:
+            out = [f"stale: {self.rows} rows of {results.FILE} and the folders of {len(self.trials)} trials, with their bundles", *self.cells]
+        return [*out, *(f"kept: trial {name} is used by {user}" for name, user in self.kept.items())]
+
+
+def told(rows: Sequence[Row]) -> list[str]:
+    """A sentence on the rows of the results table whose trials the job no longer has; none where there are none."""
+    stale = [row for row in rows if row["current"] is False]
+    if not stale:
+        return []
+    found = _cells(stale)
+    more = f" and {len(found) - MOST_CELLS} more" if len(found) > MOST_CELLS else ""
+    return [f"{len(stale)} of the {len(rows)} rows of {results.FILE} are stale: their trials are not in the job any more, and they stand in no table here "
+            f"(the column current is false): {'; '.join(found[:MOST_CELLS])}{more}. `onetomany report JOB --prune-stale` removes them"]
+
+
+def _cells(rows: Iterable[Row]) -> list[str]:
+    """The cells of some rows, each with how many trials it has."""
+    trials = {(row["trial_id"], row["trial_stage"]): cell_key(row) for row in rows}
+    count = Counter(trials.values())
+    out = []
+    for (source, backbone, target, technique, fraction), number in count.items():
+        named = f"scratch of {backbone}" if source == SCRATCH else source
+        out.append(f"{target}: {named}, {technique}, {fraction} labels ({number} trial{'' if number == 1 else 's'})")
+    return sorted(out)
+
+
+def find(root: str, current: set[str], used: Mapping[str, str]) -> Stale:
+    """The stale trials of the job in the folder ``root``.
+
+    Args:
+        current: Ids of all trials of the job.
+        used: Place of a bundle or checkpoint to who uses it (`uses`).
+    """
+    rows = results.read(root)
+    there = {*_folders(storage.join(root, "trials")), *(row["trial_id"] for row in rows)} - current
+    kept = {}
+    for name in sorted(there):
+        inside = _place(storage.join(root, "trials", name)) + "/"
+        users = sorted({user for place, user in used.items() if f"{place}/".startswith(inside)})
+        if users:
+            kept[name] = ", ".join(users)
+    gone = there - kept.keys()
+    stale = [row for row in rows if row["trial_id"] in gone]
+    return Stale(len(stale), tuple(sorted(gone)), tuple(_cells(stale)), kept)
+
+
+def prune(root: str, stale: Stale) -> None:
+    """Remove what is stale: the rows first, so that the table never names a bundle that is gone."""
+    results.remove(root, stale.trials)
+    for name in stale.trials:
+        storage.remove_tree(storage.join(root, "trials", name))
+
+
+# ---------------------------------------------------------------- what other jobs use
+
+def note_uses(root: str, sources: Mapping[str, Sequence[str]]) -> None:
+    """Record in a job's folder what its sources start from: source to the places of bundles and checkpoints."""
+    storage.write_json(storage.join(root, USES_FILE), {name: list(places) for name, places in sources.items()})
+
+
+def uses(root: str, own: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """Place to who uses it, of what the sources of this job and of all jobs beside it in the same storage start from.
+
+    Jobs that were run before their uses were recorded are known by the parents in their tables and bundles. Jobs that lie elsewhere are not known.
+    """
+    out = {_place(place): f"this job's source {name}" for name, places in own.items() for place in places}
+    storage_uri, _, mine = root.rstrip("/").rpartition("/")
+    for job in _folders(storage_uri):
+        if job != mine:
+            out |= {_place(place): f"job {job}" for place in _used_by(storage.join(storage_uri, job))}
+    return out
+
+
+def _used_by(root: str) -> set[str]:
+    found: set[str] = set()
+    recorded = storage.join(root, USES_FILE)
+    if storage.exists(recorded):
+        found |= {place for places in storage.read_json(recorded).values() for place in places}
+    found |= {row["parent_uri"] for row in results.read(root) if row["parent_uri"]}
+    for name in _folders(storage.join(root, "sources")):
+        manifest = storage.join(root, "sources", name, "bundle", "manifest.json")
+        if storage.exists(manifest) and (parent := storage.read_json(manifest).get("parent")):
+            found.add(parent)
+    return found
+
+
+def _place(text: str) -> str:
+    """A bundle's or checkpoint's place as it compares: without what a job writes before it, and a local one without links."""
+    place = text.partition(":")[2] if text.startswith(STARTS) else text
+    place = place.rstrip("/")
+    return place if storage.is_remote(place) else os.path.realpath(place)
+
+
+def _folders(uri: str) -> list[str]:
+    """Names of the folders in a folder; none where there is no such folder."""
+    if not storage.is_dir(uri):
+        return []
+    filesystem, path = storage.filesystem(uri)
+    found = filesystem.ls(path, detail=True)
+    names = [entry["name"].rstrip("/").rpartition("/")[2] for entry in found if entry["type"] == "directory"]
+    return sorted(name for name in names if not name.startswith("."))

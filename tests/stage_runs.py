@@ -1,0 +1,77 @@
+"""Whole runs of a small job without Ray: its stages in this process, from a bundle that is there already."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from toys import label_state, task_of
+
+from pipeline import bundle
+from pipeline.job import Job
+from pipeline.train.loop import Ranks
+from pipeline.train.progress import Progress
+from pipeline.transfer import fanout, results, stages, trial
+
+COLUMNS = {"image": "picture", "label": "class"}
+MODALITY = {"name": "image", "options": {"size": 32, "channels": 3}, "state": {"mean": [0.5] * 3, "std": [0.2] * 3}}
+
+
+class Silent(Progress):
+    """Keeps what it is told."""
+
+    def __init__(self):
+        self.lines: list[str] = []
+
+    def update(self, line: str, final: bool = False) -> None:
+        pass
+
+    def note(self, line: str) -> None:
+        self.lines.append(line)
+
+
+def saved_vit(folder: Path, seed: int = 1) -> str:
+    """The name of a ViT's bundle."""
+    task = task_of("timm/test_vit", {"channels": 3, "size": 32}, "classification", label_state(), seed=seed)
+    bundle.save(str(folder), task, MODALITY, training={"transfer": ""}, metrics={})
+    return f"bundle:{folder}"
+
+
+def trials_in_this_process(monkeypatch) -> list[str]:
+    """Trials run one after the other, without Ray Tune; the ids of those that ran."""
+    ran: list[str] = []
+
+    def run(name, wanted, shared, spec, progress, anew=()):
+        for one in wanted:
+            if one.id in anew or fanout.unfinished(shared.root, one, spec):
+                ran.append(one.id)
+                trial.run(one, shared, Ranks())
+        return [trial.read_record(shared.root, one.id) for one in wanted]
+
+    monkeypatch.setattr(fanout, "run", run)
+    return ran
+
+
+def job_of(folder: Path, sources: dict[str, Any], paths: dict[str, str]) -> Job:
+    target = {"data": {**paths, "modality": "image", "columns": COLUMNS}, "objective": "classification",
+              "train": {"steps": 3, "global_batch": 12, "lr": 0.01, "eval_every_steps": 3}}
+    return Job.model_validate({"name": "toy", "storage": str(folder / "runs"), "sources": sources, "targets": {"task": target},
+                               "techniques": ["scratch", "full", "lp_ft"], "fanout": {"seeds": 2}})
+
+
+def changed(job: Job, **parts) -> Job:
+    return Job.model_validate({**job.model_dump(mode="json"), **parts})
+
+
+def primary(rows: list[dict[str, Any]], **where) -> list[dict[str, Any]]:
+    """Test rows of the primary metric."""
+    return [row for row in rows if row["split"] == "test" and row["metric"] == "accuracy" and all(row[k] == v for k, v in where.items())]
+
+
+def prepared(job: Job, *remake: str) -> stages.State:
+    return stages.check(job, Silent(), remake=remake)
+
+
+def run_through(job: Job, *remake: str) -> tuple[stages.State, list[dict[str, Any]]]:
+    state = prepared(job, *remake)
+    return state, results.filled(stages.collect(state, stages.finetune(state, stages.share(state))))

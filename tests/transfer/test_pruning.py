@@ -1,0 +1,133 @@
+"""Trials that a job no longer has: named by `report`, in no table, and removed on request, but for what another job starts from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from stage_runs import changed, job_of, prepared, run_through, saved_vit, trials_in_this_process
+from toys import image_files
+from typer.testing import CliRunner
+
+from pipeline import bundle, cli, storage
+from pipeline.job import Job
+from pipeline.transfer import pruning, results, stages, trial
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    return image_files(tmp_path_factory.mktemp("data"), {"train": 36, "validation": 18, "test": 18})
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory):
+    return saved_vit(tmp_path_factory.mktemp("bundles") / "a")
+
+
+@pytest.fixture
+def here(monkeypatch):
+    return trials_in_this_process(monkeypatch)
+
+
+def with_steps(job: Job, steps: int) -> Job:
+    data = job.model_dump(mode="json")
+    data["targets"]["task"]["train"]["steps"] = steps
+    return Job.model_validate(data)
+
+
+@pytest.fixture
+def both(tmp_path, vit, paths, here) -> tuple[Job, set[str], set[str]]:
+    """A job that was run with three steps and then with four: (as it is now, ids of stale trials, of current ones)."""
+    first = job_of(tmp_path, {"a": {"backbone": vit}}, paths)
+    _, old = run_through(first)
+    _, new = run_through(with_steps(first, 4))
+    return with_steps(first, 4), {row["trial_id"] for row in old}, {row["trial_id"] for row in new}
+
+
+def folders(job: Job) -> set[str]:
+    return {path.name for path in Path(job.root, "trials").iterdir()}
+
+
+def test_stale_rows_are_named_and_stand_in_no_table(both):
+    job, _, _ = both
+    state = prepared(job)
+    rows = stages.current(state)
+    told, = pruning.told(results.read(job.root))
+    total = len(results.read(job.root))
+    assert told.startswith(f"{total // 2} of the {total} rows of results.parquet are stale")
+    assert "task: a, full, 1.0 labels (2 trials); task: a, lp_ft, 1.0 labels (2 trials); task: scratch of timm/test_vit, scratch, 1.0 labels (2 trials)" in told
+    cells, (markdown, _) = stages.show(state, rows)
+    assert [cell.n_seeds for cell in cells] == [2, 2, 2], "two seeds of now, not four"
+    assert "rows of results.parquet are stale" in storage.read_bytes(markdown).decode()
+    assert state.notes == [], "told anew each time, not kept"
+    assert pruning.told([row for row in results.read(job.root) if row["current"]]) == []
+
+
+def test_stale_trials_go_with_their_rows_and_bundles_and_nothing_else_does(both):
+    job, old, new = both
+    assert folders(job) == old | new
+    found = stages.stale(prepared(job))
+    assert set(found.trials) == old and found.rows == len(results.read(job.root)) // 2 and not found.kept
+    before = [row for row in results.read(job.root) if row["current"]]
+    pruning.prune(job.root, found)
+    assert folders(job) == new and results.read(job.root) == before
+    assert all(bundle.exists(row["bundle_uri"]) for row in before if row["bundle_uri"])
+    assert stages.stale(prepared(job)).lines() == ["nothing is stale: every trial that is kept belongs to the job"]
+    assert all(done for _, done in stages.ended(prepared(job))), "nothing is to be run again"
+
+
+def test_a_trial_that_another_job_starts_from_stays(both, tmp_path, vit, paths):
+    job, old, new = both
+    used = next(row["bundle_uri"] for row in results.read(job.root) if row["bundle_uri"] and row["trial_id"] in old)
+    other = changed(job_of(tmp_path, {"b": {"backbone": f"bundle:{used}"}}, paths), name="other")
+    stages.share(prepared(other))
+    found = stages.stale(prepared(job))
+    assert found.kept == {Path(used).parent.name: "job other"}
+    pruning.prune(job.root, found)
+    assert bundle.exists(used) and folders(job) == new | found.kept.keys()
+    assert any(row["bundle_uri"] == used for row in results.read(job.root)), "and its rows"
+
+
+def test_jobs_that_recorded_no_uses_are_known_by_their_tables(both, tmp_path, paths):
+    job, old, _ = both
+    used = next(row["bundle_uri"] for row in results.read(job.root) if row["bundle_uri"] and row["trial_id"] in old)
+    other = changed(job_of(tmp_path, {"b": {"backbone": f"bundle:{used}"}}, paths), name="other")
+    run_through(other)
+    storage.remove_tree(storage.join(other.root, pruning.USES_FILE))
+    assert stages.stale(prepared(job)).kept == {Path(used).parent.name: "job other"}
+
+
+def test_a_trial_that_the_jobs_own_source_starts_from_stays(both, tmp_path):
+    job, old, _ = both
+    used = next(row["bundle_uri"] for row in results.read(job.root) if row["bundle_uri"] and row["trial_id"] in old)
+    own = changed(job, sources={"a": {"backbone": f"bundle:{used}"}})
+    run_through(own)
+    assert stages.stale(prepared(own)).kept == {Path(used).parent.name: "this job's source a"}
+
+
+def test_nothing_is_pruned_while_the_jobs_trials_are_not_known(both):
+    job, _, _ = both
+    searching = changed(job, fanout={"seeds": 1, "trials": 2, "search": {"lr": [1e-4, 1e-1]}})
+    with pytest.raises(ValueError, match=r"its search is not through, so it is not known which trials belong to the job; run it to its end first"):
+        stages.stale(prepared(searching))
+    run_through(searching)
+    assert set(stages.stale(prepared(searching)).trials) == folders(job) - {
+        one.id for one, _ in stages.ended(prepared(searching))}
+
+
+def test_the_command_lists_first_and_removes_on_request(both, monkeypatch, tmp_path):
+    job, old, new = both
+    monkeypatch.setattr(cli, "_job", lambda file, overrides, elsewhere=False: job)
+
+    def call(*words: str):
+        return CliRunner().invoke(cli.app, ["report", "job.yaml", *words])
+
+    plain = call()
+    assert plain.exit_code == 0 and "rows of results.parquet are stale" in plain.output and folders(job) == old | new
+    listed = call("--prune-stale", "--dry-run")
+    assert listed.exit_code == 0 and "task: a, full, 1.0 labels (2 trials)" in listed.output and folders(job) == old | new
+    assert call("--dry-run").exit_code == 2
+    done = call("--prune-stale")
+    assert done.exit_code == 0 and "removed" in done.output and "are stale: their" not in done.output
+    assert folders(job) == new
+    assert all(trial.read_record(job.root, one) is not None for one in new)
