@@ -68,12 +68,12 @@ def _stages(file: Path, overrides: list[str] | None, address: str | None, verbos
     job = _job(file, overrides)
     if not job.targets and set(verbs) & {"score", "finetune"} and verbs != ("pretrain", "finetune", "report"):
         raise _fail(f"{file}: this job has no targets", 2)
-    from pipeline import bundle, fence, lease, storage
+    from pipeline import bundle, checked, fence, lease, storage
     from pipeline.train import launch
     from pipeline.train.progress import Progress
     from pipeline.transfer import stages
 
-    with Progress() as progress:
+    with Progress() as progress, checked.telling(progress.note):
         try:
             state = stages.check(job, progress, verbose=verbose, growing=growing, remake=_remade(remake, verbs))
             if dry:
@@ -203,20 +203,22 @@ def report(job: JobFile, set_: Set = None,
     spec = _job(job, set_)
     if dry_run and not prune_stale:
         raise _fail("--dry-run lists what --prune-stale would remove: give both", 2)
-    from pipeline import storage
+    from pipeline import checked, storage
     from pipeline.train.progress import Progress
     from pipeline.transfer import stages
 
+    progress = Progress()
     try:
-        state = stages.check(spec, Progress())
-        if prune_stale:
-            _prune(state, dry_run)
-            if dry_run:
-                return
-        rows = stages.current(state)
-        if not rows:
-            raise _fail(f"{spec.root}: no results of this job yet; run it first", 1)
-        raise typer.Exit(_show(state, rows))
+        with checked.telling(progress.note):
+            state = stages.check(spec, progress)
+            if prune_stale:
+                _prune(state, dry_run)
+                if dry_run:
+                    return
+            rows = stages.current(state)
+            if not rows:
+                raise _fail(f"{spec.root}: no results of this job yet; run it first", 1)
+            raise typer.Exit(_show(state, rows))
     except (ValueError, storage.StorageError) as error:
         raise _fail(str(error), 2) from None
 
@@ -299,7 +301,7 @@ def prepare(name: Annotated[str | None, typer.Argument(help="imagenet, coco, lib
             verify: Annotated[bool, typer.Option(help="Read every part of OUTPUT again and compare its SHA-256; writes nothing.")] = False,
             address: Address = None, verbose: Verbose = False) -> None:
     """A publisher's raw files to sharded Parquet, in parallel; goes on where a stopped run left off. `prepare --list` shows the importers."""
-    from pipeline import lease, storage
+    from pipeline import checked, lease, storage
     from pipeline.data.prepare import importing
 
     if list_:
@@ -319,7 +321,7 @@ def prepare(name: Annotated[str | None, typer.Argument(help="imagenet, coco, lib
         if not (name and source and output):
             raise ValueError("write: onetomany prepare NAME SOURCE -o OUTPUT (--list shows the names), or --verify -o OUTPUT")
         work = write.Preparation(name, source, output, importing.options_of(name, set_ or []), write.Settings(resize, quality, rows_per_part, max_bad, part_mb))
-        with Progress() as progress, lease.hold(output, progress.note):
+        with Progress() as progress, checked.telling(progress.note), lease.hold(output, progress.note):
             if work.todo:
                 launch.start(address, verbose)
             work.run(progress.update)

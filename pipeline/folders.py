@@ -16,19 +16,19 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from pipeline import fence, s3, storage
-from pipeline.s3 import NotFoundError, StorageError, Uri
+from pipeline import fence, identity, s3, storage
+from pipeline.s3 import DamagedError, NotFoundError, StorageError, Uri
 
 Files = Mapping[str, bytes | Path]
 
 _PARTS = {"chunksize": 5 * 2**20, "max_concurrency": 4}  # 42 MiB in memory at any size; s3fs's defaults take 1 GB
 
 
-def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """A manifest with the SHA-256 of its own content (canonical JSON) as ``sha256``, replacing an older one."""
-    plain = {name: value for name, value in manifest.items() if name != "sha256"}
+def sealed(manifest: Mapping[str, Any], key: str = "sha256") -> dict[str, Any]:
+    """A manifest with the SHA-256 of its own content (canonical JSON) under ``key``, replacing an older one."""
+    plain = {name: value for name, value in manifest.items() if name != key}
     canonical = json.dumps(json.loads(json.dumps(plain)), sort_keys=True, separators=(",", ":"))
-    return {**plain, "sha256": hashlib.sha256(canonical.encode()).hexdigest()}
+    return {**plain, key: hashlib.sha256(canonical.encode()).hexdigest()}
 
 
 def _check_names(uri: Uri, names: Iterable[str], manifest_name: str = "") -> None:
@@ -39,16 +39,16 @@ def _check_names(uri: Uri, names: Iterable[str], manifest_name: str = "") -> Non
             raise StorageError(f"{os.fspath(uri)}: {name!r} cannot name a file in it; use a relative name without '..'")
 
 
-def _entries(uri: Uri, manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def entries(uri: Uri, manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """manifest["files"], which is data from outside: names stay in the folder, each has its size and SHA-256."""
-    entries = manifest.get("files")
-    if not isinstance(entries, dict) or not all(
+    found = manifest.get("files")
+    if not isinstance(found, dict) or not all(
         isinstance(entry, dict) and isinstance(entry.get("sha256"), str) and isinstance(entry.get("size"), int)
-        for entry in entries.values()
+        for entry in found.values()
     ):
-        raise StorageError(f"{os.fspath(uri)}: its manifest lacks sizes and checksums of files; write the folder again")
-    _check_names(uri, entries)
-    return entries
+        raise DamagedError(f"{os.fspath(uri)}: its manifest lacks sizes and checksums of files; write the folder again")
+    _check_names(uri, found)
+    return found
 
 
 def commit_folder(
@@ -109,10 +109,34 @@ def _stage(source: bytes | Path, target: Path) -> dict[str, Any]:
     os.chmod(target, _usual_mode())
     with open(target, "rb") as file:
         os.fsync(file.fileno())
-    if isinstance(source, bytes):
-        return {"sha256": hashlib.sha256(source).hexdigest(), "size": len(source)}
-    checksum, count = storage.sha256(target)
-    return {"sha256": checksum, "size": count}
+    return entry_of_bytes(source) if isinstance(source, bytes) else entry_of_file(target)
+
+
+def entry_of_bytes(data: bytes) -> dict[str, Any]:
+    """What a manifest says of a file: its SHA-256 and size."""
+    return {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
+
+
+def entry_of_file(path: Path) -> dict[str, Any]:
+    """The same of a local file; of a large one also the digest by which `identity` knows it, so that nobody reads it twice."""
+    whole, pieces = hashlib.sha256(), []
+    count = os.path.getsize(path)
+    with open(path, "rb") as file:
+        for _ in range(-(-count // identity.PIECE_BYTES)):
+            piece = hashlib.sha256()
+            for size in _reads(identity.PIECE_BYTES):
+                chunk = file.read(size)
+                whole.update(chunk)
+                piece.update(chunk)
+            pieces.append(piece.digest())
+    entry: dict[str, Any] = {"sha256": whole.hexdigest(), "size": count}
+    if len(pieces) > 1:
+        entry["sha256_pieces"] = hashlib.sha256(b"".join(pieces)).hexdigest()
+    return entry
+
+
+def _reads(total: int, size: int = 4 * 2**20) -> list[int]:
+    return [min(size, total - start) for start in range(0, total, size)]
 
 
 def _usual_mode() -> int:
@@ -166,7 +190,7 @@ def _commit_s3(uri: str, files: Files, manifest: Mapping[str, Any], manifest_nam
     manifest_uri, old = storage.join(uri, manifest_name), set()
     if storage.exists(manifest_uri):
         with suppress(StorageError):  # a manifest that cannot be read is replaced all the same
-            old = set(_entries(uri, open_folder(uri, manifest_name)))
+            old = set(entries(uri, open_folder(uri, manifest_name)))
         s3.remove_key(manifest_uri)
     whole = sealed({**manifest, "files": {name: _upload(storage.join(uri, name), source) for name, source in files.items()}})
     for name in old.difference(files):  # only what the old manifest names: no other key is ours to remove
@@ -178,12 +202,14 @@ def _commit_s3(uri: str, files: Files, manifest: Mapping[str, Any], manifest_nam
 def _upload(uri: str, source: bytes | Path) -> dict[str, Any]:
     if isinstance(source, bytes):
         storage.write_bytes(uri, source)
-        return {"sha256": hashlib.sha256(source).hexdigest(), "size": len(source)}
+        return entry_of_bytes(source)
     fence.check(uri)
-    checksum, count = storage.sha256(source)
-    parts = {**_PARTS, "chunksize": max(_PARTS["chunksize"], -(-count // 9_000))}  # S3 takes 10,000 parts at most
+    entry = s3.call("read", source, entry_of_file, source)
+    parts = {**_PARTS, "chunksize": max(_PARTS["chunksize"], -(-entry["size"] // 9_000))}  # S3 takes 10,000 parts at most
     s3.call("write", uri, lambda: s3.client().put_file(os.fspath(source), s3.split(uri)[1], **parts))
-    return {"sha256": checksum, "size": count}
+    if "sha256_pieces" in entry:  # a large object is known by its ETag, without being read
+        entry["etag"] = storage.file_info(uri)["ETag"].strip('"')
+    return entry
 
 
 def open_folder(uri: Uri, manifest_name: str = "manifest.json") -> dict[str, Any]:
@@ -195,23 +221,30 @@ def open_folder(uri: Uri, manifest_name: str = "manifest.json") -> dict[str, Any
             raise
         raise NotFoundError(f"there is no complete folder at {os.fspath(uri)}: {error}") from error
     if not isinstance(manifest, dict):
-        raise StorageError(f"{storage.join(uri, manifest_name)} is not a manifest (a JSON object); write the folder again")
+        raise DamagedError(f"{storage.join(uri, manifest_name)} is not a manifest (a JSON object); write the folder again")
     if manifest.get("sha256") != sealed(manifest)["sha256"]:
-        raise StorageError(f"{storage.join(uri, manifest_name)} is damaged: its content does not have the SHA-256 that it states; write the folder again")
+        raise DamagedError(f"{storage.join(uri, manifest_name)} is damaged: its content does not have the SHA-256 that it states; write the folder again")
     return manifest
 
 
 def verify_folder(uri: Uri, manifest: Mapping[str, Any]) -> None:
     """Read every file that the manifest names; the error names the first one that is missing or damaged."""
-    for name, entry in _entries(uri, manifest).items():
-        _verify_file(storage.join(uri, name), entry)
+    for name, entry in entries(uri, manifest).items():
+        verify_file(storage.join(uri, name), entry)
 
 
-def _verify_file(uri: str, entry: Mapping[str, Any], copy: Path | None = None) -> None:
+def verify_file(uri: str, entry: Mapping[str, Any], copy: Path | None = None) -> None:
+    """Read a file (or its ``copy``) and compare it with its entry. Raises DamagedError."""
     checksum, count = storage.sha256(copy or uri)
     if (checksum, count) != (entry["sha256"], entry["size"]):
-        found, wanted = f"{checksum[:12]} and {count} bytes", f"{entry['sha256'][:12]} and {entry['size']}"
-        raise StorageError(f"{uri} is damaged: SHA-256 {found}, its manifest says {wanted}; write the folder again")
+        raise DamagedError(describe_damage(uri, {"sha256": checksum, "size": count}, entry) + "; write the folder again")
+
+
+def describe_damage(uri: Uri, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """One line on a file whose bytes are not those of its entry."""
+    is_now = f"SHA-256 {found['sha256'][:12]} and {found['size']} bytes"
+    was = f"{str(wanted.get('sha256'))[:12]} and {wanted.get('size')}"
+    return f"{os.fspath(uri)} is damaged: {is_now}, its manifest says {was}"
 
 
 def fetch_folder(uri: Uri, destination: Path, verify: bool = True, manifest_name: str = "manifest.json") -> Path:
@@ -233,12 +266,12 @@ def fetch_folder(uri: Uri, destination: Path, verify: bool = True, manifest_name
     s3.call("write", final, _refuse_foreign, final, manifest_name)
     temporary = storage.beside(final)
     try:
-        for name, entry in _entries(uri, manifest).items():
+        for name, entry in entries(uri, manifest).items():
             source, target = storage.join(uri, name), temporary / name
             s3.call("write", final, target.parent.mkdir, parents=True, exist_ok=True)
             s3.on_s3("read", source, "get_file", str(target), **_PARTS)
             if verify:
-                _verify_file(source, entry, target)
+                verify_file(source, entry, target)
         storage.write_bytes(temporary / manifest_name, storage.encode(manifest))
         s3.call("write", final, _swap_in, temporary, final)
     except BaseException:

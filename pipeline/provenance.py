@@ -37,7 +37,7 @@ loader, the metrics and the evaluation are found by following their imports."""
 
 MAKES_NO_NUMBERS = frozenset({
     # files are moved and locked
-    "pipeline.storage", "pipeline.s3", "pipeline.folders", "pipeline.lease", "pipeline.fence", "pipeline.identity",
+    "pipeline.storage", "pipeline.s3", "pipeline.folders", "pipeline.lease", "pipeline.fence", "pipeline.identity", "pipeline.checked",
     # names and settings: what is set stands in the key of every source and trial
     "pipeline.registry", "pipeline.job", "pipeline.jobfile",
     # refuses, starts, logs and prints

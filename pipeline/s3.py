@@ -51,6 +51,10 @@ class NoConditionsError(StorageError):
     """The server does not know conditional writes."""
 
 
+class DamagedError(StorageError):
+    """What is there is not what was written: its checksum says so, or it cannot be read at all."""
+
+
 class NotFoundError(StorageError, FileNotFoundError):
     """The file, folder or bucket is not there (so `except FileNotFoundError` works too)."""
 

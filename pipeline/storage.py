@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from pipeline import fence, s3
+from pipeline.s3 import DamagedError as DamagedError
 from pipeline.s3 import NotFoundError as NotFoundError
 from pipeline.s3 import StorageError as StorageError
 from pipeline.s3 import Uri
@@ -198,11 +199,11 @@ def write_local(path: Path, data: bytes) -> None:
 
 
 def read_json(uri: Uri) -> Any:
-    """The value in a JSON file; StorageError too when it is not JSON."""
+    """The value in a JSON file. Raises DamagedError when it is not JSON."""
     try:
         return json.loads(read_bytes(uri))
-    except ValueError as error:
-        raise StorageError(f"cannot read {os.fspath(uri)}: it is not JSON ({error}); write it again") from error
+    except (ValueError, RecursionError) as error:
+        raise DamagedError(f"cannot read {os.fspath(uri)}: it is not JSON ({error}); write it again") from error
 
 
 def write_json(uri: Uri, value: Any) -> None:

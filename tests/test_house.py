@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "pipeline").rglob("*.py"))
 NAMES = {".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file for file in FILES}
 FLOORS = [
-    {"job", "jobfile", "contracts", "registry", "s3", "storage", "identity", "folders", "rng", "fence", "lease", "coco", "pixels", "imagefile",
+    {"job", "jobfile", "contracts", "registry", "s3", "storage", "identity", "folders", "rng", "checked", "fence", "lease", "coco", "pixels", "imagefile",
      "spans", "tokenizer", "ragged", "lists", "facts", "batch", "calibration", "imbalance", "ranking", "frames", "audiofile", "audioheader",
      "spectrogram", "transcripts", "actions", "trajectories", "simulation", "provenance",
      "exported_classifier", "capabilities"},

@@ -26,7 +26,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from pipeline import audiofile, registry, storage
+from pipeline import audiofile, checked, registry, storage
 from pipeline.data.loader import threaded_map
 from pipeline.data.manifest import Reader, Selection
 from pipeline.data.stream import map_items
@@ -71,9 +71,10 @@ def signs(selection: Selection, modality: str, columns: tuple[str, ...], folder:
     ids = selection.ids(np.arange(len(selection)))
     key = spec_hash(VERSION, selection.manifest.fingerprint, modality, *columns, piece, hashlib.sha256(ids.tobytes()).hexdigest(),
                     *([record] if record else []))
-    uri = storage.join(folder, f"{key}.npz")
-    if storage.exists(uri):
-        with np.load(io.BytesIO(storage.read_bytes(uri)), allow_pickle=False) as found:
+    uri = storage.join(folder, key)
+    content = checked.kept_bytes(uri, "the rows are compared anew")
+    if content is not None:
+        with np.load(io.BytesIO(content), allow_pickle=False) as found:
             return Signs(**{name: found[name] for name in found.files})
     work = _Signer(selection, modality, columns, piece, record)
     cuts = selection.boundaries.tolist()
@@ -83,7 +84,7 @@ def signs(selection: Selection, modality: str, columns: tuple[str, ...], folder:
     arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)  # type: ignore[arg-type]
-    storage.write_bytes(uri, buffer.getvalue())
+    checked.keep_bytes(uri, buffer.getvalue())
     return Signs(**arrays)
 
 

@@ -19,7 +19,7 @@ import pyarrow.csv as pacsv
 import pyarrow.json as pajson
 import pyarrow.parquet as pq
 
-from pipeline import folders, identity, s3, storage
+from pipeline import checked, folders, identity, s3, storage
 from pipeline.identity import FileIdentity
 from pipeline.job import spec_hash
 
@@ -35,6 +35,8 @@ UNPACKED = {"parquet", *LISTED}
 LONGEST_SECONDS = 30.0
 """Recordings that are longer are cut where they are quietest."""
 AUDIO_VERSION = 1
+PREPARED = "_manifest.json"
+"""What `onetomany prepare` leaves beside its parts, with the SHA-256 of each."""
 TEXTS = {"text", "paragraphs", "documents"}
 """Kinds of plain text: a row is a line, a stretch between blank lines, or a file. Their column ``text`` is binary, so that a row that is not UTF-8 is
 told as bad where it is read, and spoils no other one."""
@@ -147,10 +149,11 @@ def to_parquet(uris: list[str], form: str, imports_uri: str, mode: identity.Mode
                 raise ValueError(f"{file}: the file is empty (0 bytes); remove it or write it again")
         read = identity.identify(files, mode)
         if kind == "parquet":
+            _check_prepared(read)
             return Imported(files, own=tuple(read))
         key = spec_hash(kind, [[PurePosixPath(file.uri).name, file.content] for file in read], *([TEXT_VERSION] if kind in TEXTS else []))
     folder = storage.join(imports_uri, key)
-    if not storage.exists(storage.join(folder, "manifest.json")):
+    if checked.whole_folder(folder, "the files are brought in again") is None:
         with tempfile.TemporaryDirectory() as scratch:
             path = Path(scratch, "rows.parquet")
             if kind in LISTED:
@@ -160,6 +163,27 @@ def to_parquet(uris: list[str], form: str, imports_uri: str, mode: identity.Mode
             identity.check_unchanged(read)
             folders.commit_folder(folder, {"rows.parquet": path}, {"kind": kind, "format_version": 1})
     return Imported([storage.join(folder, "rows.parquet")], fingerprint, named=tuple(read) if kind in LISTED else ())
+
+
+def _check_prepared(files: list[FileIdentity]) -> None:
+    """Compare Parquet files that `onetomany prepare` wrote with the manifest that it left beside them.
+
+    Files that are known by a time of change (data.identity: stat) or by an ETag of S3 are not compared.
+    Raises DamagedError for the first one that holds something else.
+    """
+    manifests: dict[str, dict[str, Any]] = {}
+    for file in files:
+        folder, _, name = file.uri.rpartition("/")
+        if "-sha256" not in file.content:
+            continue
+        if folder not in manifests:
+            is_prepared = storage.exists(storage.join(folder or ".", PREPARED))
+            manifests[folder] = folders.open_folder(folder or ".", PREPARED).get("files", {}) if is_prepared else {}
+        entry = manifests[folder].get(name)
+        if entry is not None and not checked.is_same(file.content, entry):
+            raise storage.DamagedError(
+                f"{file.uri} is not what `onetomany prepare` wrote: it does not have the SHA-256 that {PREPARED} beside it states; remove "
+                f"the file and give the same prepare command, which then writes it alone (or remove {PREPARED}, where you changed it yourself)")
 
 
 # ---------------------------------------------------------------- images and sound

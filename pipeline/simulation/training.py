@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -136,7 +137,17 @@ def _restore(ppo: Ppo, data: bytes, facts: dict[str, Any], where: str) -> None:
 
 def _save(arrays: dict[str, np.ndarray], kind: str, facts: dict[str, Any]) -> bytes:
     """A safetensors file that says it is of `kind`. One note holds all: several would come in an order that changes."""
-    return save({name: np.ascontiguousarray(value) for name, value in arrays.items()}, {"onetomany": json.dumps({"kind": kind, "facts": facts})})
+    arrays = {name: np.ascontiguousarray(value) for name, value in arrays.items()}
+    about = {"kind": kind, "facts": facts}
+    return save(arrays, {"onetomany": json.dumps({**about, "sha256": _checksum(arrays, about)})})
+
+
+def _checksum(arrays: dict[str, np.ndarray], about: dict[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    for name in sorted(arrays):
+        digest.update(f"{name} {arrays[name].dtype.str} {arrays[name].shape}".encode())
+        digest.update(np.ascontiguousarray(arrays[name]).tobytes())
+    return digest.hexdigest()
 
 
 def _load(data: bytes, kind: str, wrong: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -147,6 +158,9 @@ def _load(data: bytes, kind: str, wrong: str) -> tuple[dict[str, np.ndarray], di
         about = json.loads(header.get("__metadata__", {}).get("onetomany", "{}"))
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{wrong} ({error}): delete it and train again") from error
+    stated = about.pop("sha256", None)  # files of earlier versions have none
+    if stated is not None and stated != _checksum(arrays, about):
+        raise ValueError(f"{wrong} (it is damaged: its content does not have the SHA-256 that it states): delete it and train again")
     if about.get("kind") != kind:
         raise ValueError(f"{wrong} (its kind is {about.get('kind')}, expected {kind}): delete it and train again")
     return arrays, about["facts"]

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline import bundle, identity, registry, starts, storage
+from pipeline import bundle, checked, identity, registry, starts, storage
 from pipeline.contracts import Modality, Objective
 from pipeline.data import manifest as manifests
 from pipeline.data.manifest import Selection
@@ -60,8 +60,8 @@ def fit_modality(spec: Source, rows: Selection, start: starts.Start | None, plac
         if given:
             raise ValueError(f"{place}.data.modality: {given} contradicts {start.origin} ({theirs}); leave it out")
         return completed({**start.modality, "options": {**theirs, **named}}, rows, objective, spec.data.columns)
-    if storage.exists(path):
-        return storage.read_json(path), ""
+    if (fitted := checked.document_or_none(path, "it is fitted again")) is not None:
+        return fitted, ""
     kind = registry.get("modality", plug.name)
     options = kind.options_class(**plug.options)
     names = fitted_columns(kind, objective, spec.data.columns)
@@ -71,7 +71,7 @@ def fit_modality(spec: Source, rows: Selection, start: starts.Start | None, plac
         most = max(FIT_ROWS, FIT_TEXT_BYTES // per_row)
     state = kind.fit(options, sample(rows, names, most, strata_of(kind, spec.data.columns)), spec.data.columns, spec.backbone.name)
     found = {"name": plug.name, "options": {**options.model_dump(), **by_content(plug)}, "state": state}
-    storage.write_json(path, found)
+    checked.write_document(path, found)
     return found, ""
 
 

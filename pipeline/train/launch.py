@@ -20,7 +20,7 @@ from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray.exceptions import GetTimeoutError, RayError, UserCodeException
 from ray.job_config import JobConfig
 
-from pipeline import fence, prepare_ray, storage
+from pipeline import fence, folders, prepare_ray, storage
 from pipeline.data.stream import DataWorkers, first_cause
 from pipeline.identity import ChangedFileError
 from pipeline.job import Source
@@ -225,7 +225,7 @@ def resources() -> dict[str, float]:
 
 def facts_of(stage: source.SourceStage) -> dict[str, Any]:
     """The report's facts of a source that is done."""
-    manifest = storage.read_json(storage.join(stage.bundle_uri, "manifest.json"))
+    manifest = folders.open_folder(stage.bundle_uri)
     made = {"versions": manifest.get("versions", {}), "changes": stage.changes()}
     return {**manifest.get("training", {}), "source": stage.name, "bundle": stage.bundle_uri, **made}
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from pipeline import bundle, folders, provenance, registry, starts, storage
+from pipeline import bundle, checked, folders, provenance, registry, starts, storage
 from pipeline.bundle import BundleError
 from pipeline.contracts import Modality, Objective
 from pipeline.data import manifest as manifests
@@ -477,7 +477,7 @@ def shards(folder: str, split: str, selection: Selection, work: Work, max_bad_ro
     def check(bad: Iterable[tuple[int, str]]) -> None:
         check_budget([one for one in bad if one[1] != EMPTY], len(selection), max_bad_rows, selection)
 
-    if not storage.exists(storage.join(folder, "manifest.json")):
+    if checked.whole_folder(folder, "these rows are made again") is None:
         tasks, do = spans(selection, corpora), _Shard(selection, work)
         made = map_items(do, tasks) if len(tasks) > 1 else map(do, tasks)
         bad: list[tuple[int, str]] = []

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline import bundle, classifier_export, export_check, folders, hugging_face, identity, lists, registry, storage, transcripts
+from pipeline import bundle, checked, classifier_export, export_check, folders, hugging_face, identity, lists, registry, storage, transcripts
 from pipeline.bundle import BundleError
 from pipeline.contracts import Arrays, Modality, Objective
 from pipeline.data import manifest as manifests
@@ -131,10 +131,10 @@ def predict(uri: str, data: list[str], output: str, columns: dict[str, str], for
         found, reads = selection.manifest, [*reads, *more]
     key = spec_hash(manifest["files"], found.fingerprint, columns, kept)
     begun = storage.join(output, "_predictions.json")
-    if storage.exists(begun) and storage.read_json(begun)["key"] != key:
+    if storage.exists(begun) and checked.read_document(begun).get("key") != key:
         raise ValueError(f"{output} holds predictions of another bundle or of other files; give an empty folder")
     classes = manifest["objective"]["state"].get("labels")
-    storage.write_json(begun, {"key": key, "bundle": uri, "files": list(found.files), "rows": found.rows, "labels": classes})
+    checked.write_document(begun, {"key": key, "bundle": uri, "files": list(found.files), "rows": found.rows, "labels": classes})
     step = PIECES_A_PART if modality.cost_role else ROWS_A_PART
     items = [Item(-1, i, min(i + step, found.rows)) for i in range(0, found.rows, step)]
     parts = {item: storage.join(output, f"part-{number:05d}.parquet") for number, item in enumerate(items)}

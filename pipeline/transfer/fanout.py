@@ -24,7 +24,7 @@ from ray import tune
 from ray.tune.execution import class_cache
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
-from pipeline import fence, storage
+from pipeline import checked, fence, storage
 from pipeline.job import Fanout, Job
 from pipeline.metrics import metric
 from pipeline.train import launch
@@ -79,13 +79,14 @@ def _run_unit(config: dict[str, Any], held: list[Any], work: list[Unit], asha: b
         sign = 1.0 if metric(name).higher_is_better else -1.0
         tune.report({"goodness": sign * metrics[name], "percent": 100 * step / steps, "step": step, "validation": metrics, "seconds": time.time() - started})
 
+    told: list[str] = []
     try:
-        with fence.inside(shared.fences):
+        with fence.inside(shared.fences), checked.telling(told.append):
             records = _records(unit, shared, held[0], config, report if asha else lambda step, steps, metrics: None)
     finally:
         release()
     failed = sum(record["status"] == "failed" for record in records)
-    tune.report({"goodness": 0.0, "done_trials": len(unit.trials), "failed_trials": failed, "finished": True})
+    tune.report({"goodness": 0.0, "done_trials": len(unit.trials), "failed_trials": failed, "finished": True, **({"notes": told} if told else {})})
 
 
 def _records(unit: Unit, shared: Shared, reference: Any, config: dict[str, Any], report: trial.Report) -> list[Record]:
@@ -189,6 +190,8 @@ class _Show(tune.Callback):
         unit = self.work[one.config["unit"]]
         last, self.last_end = one.last_result or {}, time.time()
         if last.get("finished"):
+            for line in last.get("notes", ()):
+                self.progress.note(line)
             self.failed += last["failed_trials"]
             self.done += last["done_trials"] - last["failed_trials"]
             prune_bundles(self.shared.root, list(unit.trials), self.keep, self.best)
@@ -251,9 +254,11 @@ def run(name: str, trials: list[Trial], shared: Shared, spec: Fanout, progress: 
 
 
 def unfinished(root: str, one: Trial, spec: Fanout) -> bool:
-    """Failed trials are tried again by the next run, and trials that were stopped early when nothing stops them any more."""
+    """Failed trials are tried again by the next run, trials that were stopped early when nothing stops them any more, and damaged ones."""
     record = trial.read_record(root, one.id)
-    return record is None or record["status"] == "failed" or (record["status"] == "pruned" and spec.scheduler != "asha")
+    if record is None or record["status"] == "failed" or (record["status"] == "pruned" and spec.scheduler != "asha"):
+        return True
+    return not trial.is_whole(root, one.id, record)
 
 
 def _by_workers(work: list[Unit], shared: Shared) -> dict[int, list[Unit]]:

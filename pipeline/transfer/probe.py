@@ -17,7 +17,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from pipeline import storage
+from pipeline import checked, storage
 from pipeline.contracts import Backbone, Batch, Objective, Task
 from pipeline.data.stream import Loaded, Rows
 from pipeline.job import Train, spec_hash
@@ -43,14 +43,14 @@ def kept_features(backbone: nn.Module, shared: Shared, source: str, base: str, t
     cast = loop.autocast(data.spec.train, device)
     labelled = [data.objective["name"], data.objective["state"]]  # the rows' labels are kept too: which column is which label
     key = spec_hash(FEATURES_VERSION, shared.source_keys.get(source), base, data.key, labelled, split, len(rows), device.type, data.spec.train.precision)
-    uri = storage.join(shared.root, "features", f"{target}-{source}-{split}-{key}.safetensors")
+    uri = storage.join(shared.root, "features", f"{target}-{source}-{split}-{key}")
     known = source in shared.source_keys and bool(data.key)
-    if known and storage.exists(uri):
-        found = load(storage.read_bytes(uri))
+    if known and (content := checked.kept_bytes(uri, "the features are computed again")) is not None:
+        found = load(content)
         return found.pop("pooled").to(device), {name: tensor.to(device) for name, tensor in found.items()}
     pooled, rest = features(backbone, rows, device, cast)
     if known:
-        storage.write_bytes(uri, save({name: tensor.cpu().contiguous() for name, tensor in {**rest, "pooled": pooled}.items()}))
+        checked.keep_bytes(uri, save({name: tensor.cpu().contiguous() for name, tensor in {**rest, "pooled": pooled}.items()}))
     return pooled, rest
 
 

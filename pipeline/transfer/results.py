@@ -5,6 +5,7 @@ Its columns are a public interface: they may be added to, never renamed. One pro
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import math
@@ -16,10 +17,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline import storage
+from pipeline import checked, storage
 from pipeline.registry import nearest
 
 FILE = "results.parquet"
+CHECKSUM = b"onetomany.sha256"
+"""The field of the file's own metadata that holds the checksum of its rows."""
 
 _TEXT, _INT, _FLOAT = pa.string(), pa.int64(), pa.float64()
 SCHEMA = pa.schema([
@@ -64,7 +67,7 @@ def append(uri: str, rows: list[Row], current: Collection[str] | None = None) ->
     new = _checked(rows)
     finished = {(row["trial_id"], row["trial_stage"]) for row in new if row["status"] == "done"}
     kept: dict[tuple, Row] = {}
-    for row in read(uri):
+    for row in _read_or_none(uri):
         if row["metric"] is None and row["status"] != "done" and (row["trial_id"], row["trial_stage"]) in finished:
             continue
         kept[_key(row)] = row
@@ -79,6 +82,15 @@ def append(uri: str, rows: list[Row], current: Collection[str] | None = None) ->
     _write(uri, list(kept.values()))
 
 
+def _read_or_none(uri: str) -> list[Row]:
+    """The rows that are there; none of a damaged table, which is told: it is written anew with the rows that come."""
+    try:
+        return read(uri)
+    except storage.DamagedError as error:
+        checked.tell(f"{error}: it is written again from the records of the job's trials (those of trials that the job no longer has stay under trials/)")
+        return []
+
+
 def remove(uri: str, trial_ids: Collection[str]) -> int:
     """Remove the rows of these trials from the table under the folder ``uri``; how many went."""
     gone = set(trial_ids)
@@ -91,23 +103,45 @@ def remove(uri: str, trial_ids: Collection[str]) -> int:
 
 def _write(uri: str, rows: list[Row]) -> None:
     sink = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), sink, compression="zstd")
+    table = pa.Table.from_pylist(rows, schema=SCHEMA)
+    table = table.replace_schema_metadata({CHECKSUM: _checksum(table)})
+    pq.write_table(table, sink, compression="zstd")
     storage.write_bytes(storage.join(uri, FILE), sink.getvalue())
 
 
 def read(uri: str) -> list[Row]:
     """The rows of the table under the folder ``uri``, oldest first; none when there is no table yet.
 
-    Columns that an older file lacks are null. Raises ValueError when the file has columns that this version does not know.
+    Columns that an older file lacks are null. Raises ValueError when the file has columns that this version does not know, and DamagedError
+    when it does not hold what was written. A table that was written before it had a checksum is taken as it is.
     """
     path = storage.join(uri, FILE)
     if not storage.exists(path):
         return []
-    table = pq.read_table(io.BytesIO(storage.read_bytes(path)))
+    table = _parsed(path, storage.read_bytes(path))
     unknown = [name for name in table.column_names if name not in SCHEMA.names]
     if unknown:
         raise ValueError(f"{path} has columns that this version does not know: {', '.join(unknown)}; it was written by a newer one")
     return filled(table.to_pylist())
+
+
+def _parsed(path: str, data: bytes) -> pa.Table:
+    try:
+        table = pq.read_table(io.BytesIO(data))
+        stated = (table.schema.metadata or {}).get(CHECKSUM)
+        if stated is None or stated == _checksum(table):
+            return table
+    except Exception as error:  # of any kind: what a damaged file makes of the reader has no common base
+        raise storage.DamagedError(f"{path} is damaged: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
+    raise storage.DamagedError(f"{path} is damaged: its rows do not have the SHA-256 that it states")
+
+
+def _checksum(table: pa.Table) -> bytes:
+    """SHA-256 of names, types and values, however they are stored."""
+    digest = hashlib.sha256(json.dumps([[field.name, str(field.type)] for field in table.schema]).encode())
+    for row in table.to_pylist():
+        digest.update(json.dumps(list(row.values()), default=str).encode())
+    return digest.hexdigest().encode()
 
 
 def select(rows: Iterable[Row], trial_ids: Collection[str]) -> list[Row]:

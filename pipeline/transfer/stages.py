@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import bundle, fence, identity, provenance, starts, storage
+from pipeline import bundle, checked, fence, folders, identity, provenance, starts, storage
 from pipeline.job import Job, spec_hash
 from pipeline.metrics import metric
 from pipeline.train import launch, source
@@ -109,7 +109,7 @@ def _modality_name(stage: source.SourceStage) -> str | None:
     if stage.spec.data is not None:
         return stage.spec.data.modality.name
     if stage.has_bundle:
-        return storage.read_json(storage.join(stage.bundle_uri, "manifest.json"))["modality"]["name"]
+        return folders.open_folder(stage.bundle_uri)["modality"]["name"]
     return starts.modality_name(stage.spec.backbone.name)
 
 
@@ -124,6 +124,8 @@ def ended(state: State) -> list[tuple[Trial, bool]]:
     """Every trial of the job and whether it needs no run any more; empty while a source has no bundle, or the search is not through."""
     if not state.targets or not all(stage.done for stage in state.sources.values()) or _facts(state).get("broken"):
         return []  # a target that was left out is tried again
+    if checked.is_damaged(_facts_uri(state)):
+        return []  # the run goes through its stages once more, which makes them again
     bases, chosen = _bases(state), _chosen_before(state)
     if chosen is None:
         return []
@@ -194,7 +196,7 @@ def _known_trials(state: State, bases: list[Base], chosen: dict[str, set[str]]) 
 
 
 def _bases(state: State) -> list[Base]:
-    manifests = {name: storage.read_json(storage.join(stage.bundle_uri, "manifest.json")) for name, stage in state.sources.items()}
+    manifests = {name: folders.open_folder(stage.bundle_uri) for name, stage in state.sources.items()}
     return trials.bases({name: (manifest["arch"], manifest["modality"]) for name, manifest in manifests.items()})
 
 
@@ -205,14 +207,14 @@ def _facts_uri(state: State) -> str:
 
 
 def _keep_facts(state: State, chosen: dict[str, set[str]]) -> None:
-    storage.write_json(_facts_uri(state), {"key": state.key, "notes": state.notes, "broken": state.broken, "scores": state.scores, "left_out": state.left_out,
-                                           "chosen": {name: sorted(found) for name, found in chosen.items()}})
+    facts = {"key": state.key, "notes": state.notes, "broken": state.broken, "scores": state.scores, "left_out": state.left_out}
+    checked.write_document(_facts_uri(state), {**facts, "chosen": {name: sorted(found) for name, found in chosen.items()}})
 
 
 def _facts(state: State) -> dict[str, Any]:
     """The facts that the newest run of these same sources and targets left, or none."""
-    uri = _facts_uri(state)
-    found = storage.read_json(uri) if storage.exists(uri) else {}
+    remedy = "what it told the report (notes, scores, targets that were left out) is missing until the job runs again"
+    found = checked.document_or_none(_facts_uri(state), remedy) or {}
     return found if found.get("key") == state.key else {}
 
 

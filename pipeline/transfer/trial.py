@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline import bundle, fence, identity, registry, storage
+from pipeline import bundle, checked, fence, folders, identity, registry, storage
 from pipeline.contracts import Objective, Task
 from pipeline.data.buckets import BucketPlan
 from pipeline.data.plan import Plan
@@ -34,6 +34,9 @@ EVAL_ROWS = 256
 AT_THRESHOLD = ("precision_at_threshold", "sensitivity_at_threshold", "specificity_at_threshold")
 """Metrics of test rows alone: the threshold is chosen on the validation rows."""
 Record = dict[str, Any]
+RECORD, PREDICTIONS = "record.json", "predictions.npz"
+AGAIN = "the trial counts as not done, and the next run makes it again"
+"""What happens to a trial of which something is damaged."""
 
 
 @dataclass
@@ -119,8 +122,38 @@ def checkpoints(shared: Shared, trial: Trial) -> str:
 
 
 def read_record(root: str, trial_id: str) -> Record | None:
-    uri = storage.join(root, "trials", trial_id, "record.json")
-    return storage.read_json(uri) if storage.exists(uri) else None
+    """The record of a trial, or none where it has none or a damaged one, which is told."""
+    record = checked.document_or_none(storage.join(root, "trials", trial_id, RECORD), AGAIN)
+    if record is not None and not isinstance(record.get("rows"), list):
+        checked.tell(f"{storage.join(root, 'trials', trial_id, RECORD)} is damaged: it is no record of a trial: {AGAIN}")
+        return None
+    return record
+
+
+def is_whole(root: str, trial_id: str, record: Record) -> bool:
+    """Whether the predictions that the record names are there as they were written; damage is told."""
+    return PREDICTIONS not in record.get("files", {}) or _predictions(root, trial_id, record) is not None
+
+
+def _predictions(root: str, trial_id: str, record: Record) -> bytes | None:
+    """The bytes of a trial's predictions, or none where there are none or damaged ones, which is told.
+
+    A record that was written before it named its files vouches for none of them: they are taken as they are.
+    """
+    uri = storage.join(root, "trials", trial_id, PREDICTIONS)
+    entry = record.get("files", {}).get(PREDICTIONS)
+    try:
+        data = storage.read_bytes(uri)
+        if entry is not None:
+            checked.check_bytes(uri, data, entry)
+    except storage.NotFoundError:
+        if entry is not None:
+            checked.tell(f"{uri} is gone: {AGAIN}")
+        return None
+    except storage.DamagedError as error:
+        checked.tell(f"{error}: {AGAIN}")
+        return None
+    return data
 
 
 def build(trial: Trial, shared: Shared) -> tuple[Task, str, str]:
@@ -373,24 +406,25 @@ def write(trial: Trial, shared: Shared, record: Record, test: Predictions | None
         extra |= {} if film is None else {"film": film}
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **test, **extra)  # type: ignore[arg-type]
-        storage.write_bytes(storage.join(where, "predictions.npz"), buffer.getvalue())
+        storage.write_bytes(storage.join(where, PREDICTIONS), buffer.getvalue())
+        record["files"] = {PREDICTIONS: folders.entry_of_bytes(buffer.getvalue())}
     if task is not None:
         uri = storage.join(where, "bundle")
         bundle.save(uri, task, data.modality, parent=shared.parents.get(trial.source), spec_hash=trial.id,
                     metrics=record["validation"], made_by=record["made_by"], columns=data.spec.data.columns, training={"trial": trial.cell, "seed": trial.seed})
         for row in record["rows"]:
             row["bundle_uri"] = uri
-    storage.write_json(storage.join(where, "record.json"), record)
+    checked.write_document(storage.join(where, RECORD), record)
     if record["status"] != "failed":
         checkpoint.clear(checkpoints(shared, trial))
 
 
 def read_predictions(root: str, trial_id: str, seed: int) -> stats.Run | None:
-    """Test predictions of a finished trial, for paired intervals."""
-    uri = storage.join(root, "trials", trial_id, "predictions.npz")
-    if not storage.exists(uri):
+    """Test predictions of a finished trial, for paired intervals; none where there are none or damaged ones, which is told."""
+    data = _predictions(root, trial_id, read_record(root, trial_id) or {})
+    if data is None:
         return None
-    with np.load(io.BytesIO(storage.read_bytes(uri)), allow_pickle=False) as found:
+    with np.load(io.BytesIO(data), allow_pickle=False) as found:
         arrays = {name: found[name] for name in found.files}
     groups, labels, film = arrays.pop("group", None), tuple(arrays.pop("label_names", np.zeros(0, str)).tolist()), arrays.pop("film", None)
     return stats.Run(arrays.pop("row"), arrays, seed, groups, labels, film=film)

@@ -25,7 +25,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline import folders, storage
+from pipeline import checked, folders, storage
 from pipeline.data.prepare.columnar import Cut, Tally
 from pipeline.data.prepare.parts import Check, Made, Part, Settings, Tell, Work
 from pipeline.data.prepare.sources import Opener
@@ -144,7 +144,7 @@ class GroupedWork(Work):
         but no event is left."""
         check([f"{row['path']}: {row['reason']}" for row in self.broken[:NAMED]], len(self.broken), self.total)
         self._scratch = [storage.join(output, SURVEYS, f"{i:05d}-of-{len(self.sources.cuts):05d}") for i in range(len(self.sources.cuts))]
-        jobs = [(uri, cut) for uri, cut in zip(self._scratch, self.sources.cuts, strict=True) if not storage.exists(storage.join(uri, "manifest.json"))]
+        jobs = [(uri, cut) for uri, cut in zip(self._scratch, self.sources.cuts, strict=True) if checked.whole_folder(uri, "this piece is read again") is None]
         split = partial(_partition, self.importer, self.entities.keys, self.buckets, len(self.parts))
         for number, (uri, error) in enumerate(map_items(split, jobs, cpus=cpus), 1):
             if error:
@@ -152,7 +152,7 @@ class GroupedWork(Work):
             if not storage.exists(storage.join(uri, "manifest.json")):
                 raise ValueError(f"{uri}: a worker has written it on another machine; give an output that all machines share, such as s3://")
             tell(f"prepare {self.name}: read {len(self._scratch) - len(jobs) + number}/{len(self._scratch)} pieces", number == len(jobs))
-        found = [storage.read_json(storage.join(uri, "manifest.json")) for uri in self._scratch]
+        found = [folders.open_folder(uri) for uri in self._scratch]
         bad, read = sum(one["bad"] for one in found), sum(one["rows"] for one in found)
         check([place for one in found for place in one["listed"]], bad, read + bad)
         dropped: Counter[str] = Counter()
@@ -323,11 +323,12 @@ def _bucket(pieces: list[str], bucket: int) -> tuple[np.ndarray, list[str]]:
     """(a bucket's records from all pieces, the names of its variables in their order, which its records then count by)."""
     found, place, names = [np.empty(0, dtype=EVENT)], dict[str, int](), list[str]()
     for uri in pieces:
-        index = np.load(io.BytesIO(storage.read_bytes(storage.join(uri, "index.npy"))), allow_pickle=False)
+        manifest = folders.open_folder(uri)
+        index = np.load(io.BytesIO(checked.read_file(uri, manifest, "index.npy")), allow_pickle=False)
         spans = [(int(begin), int(end)) for begin, end in index[:, bucket:bucket + 2] if end > begin]
         if not spans:
             continue
-        own = storage.read_json(storage.join(uri, "manifest.json"))["names"]
+        own = manifest["names"]
         places = np.array([place.setdefault(name, len(place)) for name in own], dtype=np.int32)
         with storage.open_read(storage.join(uri, "events")) as file:
             for begin, end in spans:

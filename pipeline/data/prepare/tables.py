@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline import storage
+from pipeline import checked, storage
 from pipeline.data.prepare.parts import Check, Made, Part, Settings, Tell, Work
 from pipeline.data.prepare.sources import Opener, Piece, Reading
 from pipeline.data.stream import map_items
@@ -143,8 +143,8 @@ class TableWork(Work):
 
     def begin(self, output: str, check: Check, tell: Tell, cpus: float) -> None:
         """The survey, part by part; what was surveyed before is taken as it is. Raises ValueError for more broken rows than may be."""
-        uris = [storage.join(output, SURVEYS, part.name.removesuffix(".parquet") + ".npz") for part in self.parts]
-        there = set(storage.list_files(storage.join(output, SURVEYS)))
+        uris = [storage.join(output, SURVEYS, part.name.removesuffix(".parquet")) for part in self.parts]
+        there = {uri for uri in uris if checked.kept_bytes(uri, "this part is surveyed again") is not None}
         jobs = [(uri, self.pieces[part.start:part.stop]) for uri, part in zip(uris, self.parts, strict=True) if uri not in there]
         for number, (uri, error) in enumerate(map_items(partial(_survey, self.importer), jobs, cpus=cpus), 1):
             if error:
@@ -226,7 +226,7 @@ def _survey(importer: TableImporter, job: tuple[str, list[Piece]]) -> tuple[str,
             out |= {f"{number}/{name}": array for name, array in found.items()}
         sink = io.BytesIO()
         np.savez(sink, **out)
-        storage.write_bytes(uri, sink.getvalue())
+        checked.keep_bytes(uri, sink.getvalue())
     except (ValueError, storage.StorageError) as error:
         return uri, str(error)
     finally:
@@ -236,7 +236,7 @@ def _survey(importer: TableImporter, job: tuple[str, list[Piece]]) -> tuple[str,
 
 def _load(uri: str, pieces: int) -> list[Found]:
     out: list[Found] = [{} for _ in range(pieces)]
-    with np.load(io.BytesIO(storage.read_bytes(uri)), allow_pickle=False) as stored:
+    with np.load(io.BytesIO(checked.read_kept(uri)), allow_pickle=False) as stored:
         for name in stored.files:
             number, _, key = name.partition("/")
             out[int(number)][key] = stored[name]

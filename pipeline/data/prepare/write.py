@@ -7,7 +7,6 @@ for long tables of events (``grouped``) and for a robot's episodes (``episodes``
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import tempfile
@@ -16,7 +15,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from pipeline import fence, folders, registry, s3, storage
+from pipeline import checked, fence, folders, identity, registry, s3, storage
 from pipeline.data.loader import threaded_map
 from pipeline.data.prepare import summary
 from pipeline.data.prepare.audio import AudioImporter, AudioWork
@@ -63,10 +62,18 @@ class Preparation:
     def _check_output(self) -> None:
         begun = storage.join(self.output, BEGUN)
         if storage.exists(begun):
-            if storage.read_json(begun)["key"] != self.key and self._holds_parts():
+            if self._begun_key() != self.key and self._holds_parts():
                 raise ValueError(f"{self.output} holds parts of another source or of other options (see {BEGUN} there); give an empty folder")
         elif others := [uri for uri in storage.list_files(self.output) if not uri.rpartition("/")[2].startswith(".")]:
             raise ValueError(f"{self.output} holds other files ({few(name.rpartition('/')[2] for name in others)}); give an empty folder")
+
+    def _begun_key(self) -> str:
+        """Of what the folder was begun with. Raises DamagedError, with what to do, where nobody can tell any more."""
+        begun = storage.join(self.output, BEGUN)
+        try:
+            return checked.read_document(begun)["key"]
+        except (storage.DamagedError, KeyError) as error:
+            raise storage.DamagedError(f"{begun} is damaged ({error}), so nobody can tell what the parts there are made of; give an empty folder") from None
 
     def _holds_parts(self) -> bool:
         """Whether a run that began here came to write anything: one that was refused before leaves nothing to lose."""
@@ -82,10 +89,23 @@ class Preparation:
             uri = storage.join(self.output, part.name)
             if not {uri, self._record_uri(part)} <= files:
                 return None
-            found = storage.read_json(self._record_uri(part))
-            return found if storage.size(uri) == found["size"] else None
+            found = checked.document_or_none(self._record_uri(part), f"{part.name} is made again")
+            return found if found is not None and storage.size(uri) == found["size"] else None
 
-        return {part.name: found for part, found in zip(self.parts, threaded_map(record, self.parts), strict=True) if found}
+        found = {part.name: one for part, one in zip(self.parts, threaded_map(record, self.parts), strict=True) if one}
+        is_finished = storage.join(self.output, MANIFEST) in files
+        return found if is_finished or storage.is_remote(self.output) else self._undamaged(found)
+
+    def _undamaged(self, records: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """The records of parts that are as they were written. Those of a finished folder are checked where they are read."""
+        files = identity.identify([storage.join(self.output, name) for name in records])
+        out = {}
+        for file, (name, record) in zip(files, records.items(), strict=True):
+            if checked.is_same(file.content, record):
+                out[name] = record
+            else:
+                checked.tell(f"{file.uri} is damaged: it does not have the SHA-256 that was recorded when it was written: it is made again")
+        return out
 
     @property
     def todo(self) -> list[Part]:
@@ -106,9 +126,9 @@ class Preparation:
             self._check_listed(broken, manifest.get("read", sum(manifest["rows"].values()) + len(broken)))
             return manifest
         begun = storage.join(self.output, BEGUN)
-        if storage.exists(begun) and storage.read_json(begun)["key"] != self.key:
+        if storage.exists(begun) and self._begun_key() != self.key:
             storage.remove_tree(storage.join(self.output, SURVEYS))
-        storage.write_json(begun, {"key": self.key, "importer": self.name, "source": self.source,
+        checked.write_document(begun, {"key": self.key, "importer": self.name, "source": self.source,
                                    "options": self.options.model_dump(mode="json")})
         self.work.begin(self.output, self._check_budget, tell, cpus)
         self._check_listed(broken, self.work.total)
@@ -121,7 +141,7 @@ class Preparation:
             if not storage.exists(uri):
                 raise ValueError(f"{uri}: a worker has written it on another machine; give an output that all machines share, such as s3://")
             self.records[part.name] = record
-            storage.write_json(self._record_uri(part), record)
+            checked.write_document(self._record_uri(part), record)
             broken += record["broken"]
             self._check_listed(broken, self.work.total)
             done += self.work.weight(part)
@@ -170,10 +190,15 @@ class Preparation:
             "resize": self.settings.resize, "quality": self.settings.quality, "rows": found["rows"], "broken": len(broken), "read": self.work.total,
             **({"warnings": warned} if (warned := summary.warnings(found)) else {}),
             "about": self.work.info, "columns": {field.name: str(field.type) for field in self.work.schema},
-            "files": {part.name: {name: self.records[part.name][name] for name in ("sha256", "size", "rows")} | {"split": part.split} for part in self.parts}})
+            "files": {part.name: _entry(self.records[part.name]) | {"split": part.split} for part in self.parts}})
         storage.write_json(storage.join(self.output, MANIFEST), manifest)
         self.work.clear(self.output)
         return manifest
+
+
+def _entry(record: dict[str, Any]) -> dict[str, Any]:
+    """What the manifest says of a part."""
+    return {name: record[name] for name in ("sha256", "size", "sha256_pieces", "rows") if name in record}
 
 
 def verify(output: str) -> dict[str, Any]:
@@ -204,14 +229,14 @@ def _write_part(make: Callable[[Any, Path], Made], output: str, job: tuple[str, 
         with tempfile.TemporaryDirectory() as scratch:
             made = make(payload, Path(scratch))
             if isinstance(made.data, bytes):
-                digest, size = hashlib.sha256(made.data).hexdigest(), len(made.data)
+                entry = folders.entry_of_bytes(made.data)
                 storage.write_bytes(uri, made.data)
             else:
-                digest, size = storage.sha256(made.data)
+                entry = s3.call("read", made.data, folders.entry_of_file, made.data)
                 _write_file(uri, made.data)
     except (ValueError, storage.StorageError) as error:
         return {}, str(error)
-    return {"sha256": digest, "size": size, "rows": made.rows, "broken": made.broken, **({"amounts": made.amounts} if made.amounts else {})}, ""
+    return {**entry, "rows": made.rows, "broken": made.broken, **({"amounts": made.amounts} if made.amounts else {})}, ""
 
 
 def _write_file(uri: str, source: Path) -> None:
