@@ -119,7 +119,7 @@ class SourceStage:
         """In words, how code and versions differ now from what made its bundle; empty where nothing does, or where there is no bundle of ours yet."""
         if self.is_given or not self.has_bundle:
             return ()
-        manifest = storage.read_json(storage.join(self.bundle_uri, "manifest.json"))
+        manifest = folders.open_folder(self.bundle_uri)
         now = made_by(self.spec, manifest["arch"], manifest["modality"]["name"])
         found = provenance.changes(provenance.recorded(manifest), now)
         earlier = [provenance.recorded(facts) for facts in (manifest.get("made_by") or {}).get("begun_by", ())]
@@ -180,7 +180,8 @@ def begin(stage: SourceStage) -> list[dict[str, Any]]:
     """
     uri = storage.join(stage.uri, BEGUN_FILE)
     now = made_by(stage.spec)
-    before = storage.read_json(uri) if storage.exists(uri) else []
+    kept = checked.document_or_none(uri, "what code began this source is not known any more") or {}
+    before = kept.get("begun_by", [])
     others = [facts for facts in before if provenance.changes(provenance.recorded(facts), now)]
     if stage.remake and (others or (not before and stage.has_bundle)):
         for part in WORKING_PARTS:
@@ -190,7 +191,7 @@ def begin(stage: SourceStage) -> list[dict[str, Any]]:
                 storage.remove_tree(file)
         before, others = [], []
     if len(others) == len(before):
-        storage.write_json(uri, [*before, now.facts()])
+        checked.write_document(uri, {"begun_by": [*before, now.facts()]})
     return others
 
 
