@@ -60,7 +60,7 @@ class ComparesNames(Protocol):
 class NamesFeatures(Protocol):
     """A modality whose rows are made of single features (columns of a table, variables of a record)."""
 
-    def features(self, table: Any, columns: dict[str, str]) -> Iterator[tuple[str, np.ndarray]]:
+    def single_features(self, table: Any, columns: dict[str, str]) -> Iterator[tuple[str, np.ndarray]]:
         """Each feature's name with its value in every row: (n,) float64, NaN where there is none, or (n,) int64 numbers of categories.
 
         Only what the modality reads: with a fitted state what that knows.

@@ -130,7 +130,7 @@ class Events(Modality):
         static = self.facts.unshared(table[columns["static"]], columns["static"], self.options.min_rows) if columns.get("static") in table.column_names else []
         return [*(one for one in found if one.names or one.rare), *static]
 
-    def features(self, table, columns):
+    def single_features(self, table, columns):
         """Static facts, and of each variable in the hours that are read how often it stands there, and its first, last, least and largest value."""
         if columns.get("static") in table.column_names:
             yield from self.facts.features(table[columns["static"]], columns["static"], self.options.min_rows)

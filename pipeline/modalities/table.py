@@ -55,7 +55,7 @@ class Table(Modality):
     def unshared(self, table, columns):
         return self.facts.unshared(table[columns["features"]], columns["features"], self.options.min_rows)
 
-    def features(self, table, columns):
+    def single_features(self, table, columns):
         yield from self.facts.features(table[columns["features"]], columns["features"], self.options.min_rows)
 
     def decode(self, table, columns) -> tuple[Arrays, list[str]]:

@@ -46,7 +46,7 @@ def look(modality: Modality, spec: Target, rows: Selection, state: dict) -> list
     if not usable:
         return []
     found: dict[str, list[tuple[float, str]]] = {}
-    for feature, values in modality.features(table, columns):
+    for feature, values in modality.single_features(table, columns):
         for name, score in zip(usable, balanced_accuracies(values, list(usable.values())), strict=True):
             if score >= DECIDES:
                 found.setdefault(name, []).append((score, feature))

@@ -137,3 +137,13 @@ def test_all_names_that_one_side_lacks_stand_in_the_report(tmp_path):
     left_out = next(note for note in found if "variables that its rows have and the source does not know" in note)
     have = sorted({name for row in ours["variables"].to_pylist() for name in row})
     assert left_out == f"task: variables that its rows have and the source does not know (left out) ({len(have)}): {', '.join(have)}"
+
+
+@pytest.mark.parametrize("name", ["audio", "image", "text", "trajectory"])
+def test_rows_without_single_features_are_left_alone(name):
+    """A modality of another kind may have anything under any name, as audio has ``features``."""
+    from pipeline import registry
+    from pipeline.capabilities import NamesFeatures
+
+    kind = registry.get("modality", name)
+    assert not isinstance(kind(kind.options_class(), {}), NamesFeatures)
