@@ -6,6 +6,7 @@ The one place that runs Ray Data. Encoded files are read by the workers; what cr
 
 from __future__ import annotations
 
+import pickle
 import queue
 import threading
 import time
@@ -53,6 +54,10 @@ class TooManyBadRowsError(ValueError):
 
 # ---------------------------------------------------------------- places of decoding
 
+REFUSED = "__refused__"
+"""The one column of a block in the place of which its work raised a ValueError, which it holds."""
+
+
 class _Worker:
     """One warm process of a Ray Data pool: an item in, a block of columns out."""
 
@@ -61,7 +66,10 @@ class _Worker:
         self.work = work
 
     def __call__(self, items: dict[str, np.ndarray]) -> Arrays:
-        return self.work(Item(*(int(items[name][0]) for name in Item.__dataclass_fields__)))
+        try:
+            return self.work(Item(*(int(items[name][0]) for name in Item.__dataclass_fields__)))
+        except ValueError as error:  # Ray Data keeps no cause of its own errors: only this process knows what was wrong
+            return {REFUSED: np.array([pickle.dumps(error)], dtype=object)}
 
 
 @dataclass(frozen=True)
@@ -81,7 +89,6 @@ def map_blocks(work: Callable[[Item], Arrays], items: Iterable[Item], workers: D
     ``work`` raises is raised here as it was, without Ray's account of where it happened.
     """
     import ray.data
-    from ray.exceptions import RayError
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -95,23 +102,10 @@ def map_blocks(work: Callable[[Item], Arrays], items: Iterable[Item], workers: D
         pool = ray.data.ActorPoolStrategy(size=workers.actors, max_tasks_in_flight_per_actor=IN_FLIGHT)
         data = data.map_batches(_Worker, fn_constructor_args=(work,), batch_size=None, batch_format="numpy", num_cpus=workers.cpus_per_actor,
                                 num_gpus=workers.gpus_per_actor or None, compute=pool)
-        try:
-            yield from data.iter_batches(  # pyright: ignore[reportReturnType] - the numpy format gives arrays
-                batch_size=None, batch_format="numpy", prefetch_batches=4)
-        except RayError as error:
-            cause = first_cause(error)
-            if isinstance(cause, ValueError) and not isinstance(cause, RayError):
-                raise cause.with_traceback(None) from None
-            raise
-
-
-def first_cause(error: BaseException) -> BaseException:
-    """The error that began it, of one that came through Ray."""
-    from ray.exceptions import RayError
-
-    while isinstance(error, RayError) and (inner := getattr(error, "cause", None) or error.__cause__):
-        error = inner
-    return error
+        for block in data.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=4):
+            if REFUSED in block:
+                raise pickle.loads(block[REFUSED][0])
+            yield block  # pyright: ignore[reportReturnType] - the numpy format gives arrays
 
 
 def _ray_blocks(loader: Loader, items: Iterable[Item], workers: DataWorkers) -> Iterator[Block]:

@@ -21,7 +21,7 @@ from ray.exceptions import GetTimeoutError, RayError, UserCodeException
 from ray.job_config import JobConfig
 
 from pipeline import fence, folders, prepare_ray, storage
-from pipeline.data.stream import DataWorkers, first_cause
+from pipeline.data.stream import DataWorkers
 from pipeline.identity import ChangedFileError
 from pipeline.job import Source
 from pipeline.train import pretrain as work_of
@@ -197,7 +197,8 @@ def _rank_main(config: dict[str, Any]) -> None:
 
 def _first_cause(error: BaseException) -> str:
     """The message of the error that began it, without Ray's account of the way it took."""
-    error = first_cause(error)
+    while isinstance(error, RayError) and (inner := getattr(error, "cause", None) or error.__cause__):
+        error = inner
     is_plain = isinstance(error, (ValueError, NonFiniteError, ChangedFileError, fence.LostLeaseError))
     return str(error) if is_plain else f"{type(error).__name__}: {error}"
 
