@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from pipeline import __version__, prepare_ray
+from pipeline import __version__, prepare_ray, stopping
 from pipeline.job import Data, Job, JobError
 from pipeline.jobfile import load, schema
 
@@ -64,7 +64,7 @@ def _job(file: Path, overrides: list[str] | None, elsewhere: bool = False) -> Jo
 
 def _stages(file: Path, overrides: list[str] | None, address: str | None, verbose: bool, growing: bool, verbs: tuple[str, ...], dry: bool = False,
             remake: Remake = Remake.NONE) -> None:
-    """Check, then run the named stages in one Ray session. Exit 2: bad input; 1: something failed; 130: stopped."""
+    """Check, then run the named stages in one Ray session. Exit 2: bad input; 1: something failed; 130: stopped by Ctrl-C; 143: by SIGTERM."""
     job = _job(file, overrides)
     if not job.targets and set(verbs) & {"score", "finetune"} and verbs != ("pretrain", "finetune", "report"):
         raise _fail(f"{file}: this job has no targets", 2)
@@ -85,7 +85,7 @@ def _stages(file: Path, overrides: list[str] | None, address: str | None, verbos
                 code = _run(state, address, verbs)
         except KeyboardInterrupt:
             progress.note("stopped; what is finished is kept, the same command goes on from here")
-            code = 130
+            code = stopping.exit_code()
         except fence.LostLeaseError as error:
             raise _fail(str(error), 1) from None
         except (bundle.BundleError, storage.StorageError, ValueError) as error:
@@ -255,7 +255,7 @@ def predict(bundle: Annotated[str, typer.Argument(help="A fine-tuned bundle (fol
             written = apply.predict(bundle, data, output, dict(c.split("=", 1) for c in column or ()), format, progress, srt,
                                     tuple(name.strip() for name in (keep or "").split(",") if name.strip()))
     except KeyboardInterrupt:
-        raise _fail("stopped; the same command goes on from here", 130) from None
+        raise _fail("stopped; the same command goes on from here", stopping.exit_code()) from None
     except (bundles.BundleError, storage.StorageError, ValueError) as error:
         raise _fail(str(error), 2) from None
     except launch.ClusterError as error:
@@ -326,7 +326,7 @@ def prepare(name: Annotated[str | None, typer.Argument(help="imagenet, coco, lib
                 launch.start(address, verbose)
             work.run(progress.update)
     except KeyboardInterrupt:
-        raise _fail("stopped; the same command goes on from here", 130) from None
+        raise _fail("stopped; the same command goes on from here", stopping.exit_code()) from None
     except (storage.StorageError, ValueError) as error:
         raise _fail(str(error), 2) from None
     except launch.ClusterError as error:
@@ -385,6 +385,7 @@ def version() -> None:
 
 def main() -> None:
     prepare_ray()
+    stopping.install()
     app()
 
 

@@ -362,6 +362,11 @@ class Fanout(Spec):
     gpus_per_trial: float | None = Field(None, ge=0, description="share of a GPU for one trial; none: 0.25 when there are GPUs")
     cpus_per_trial: float = Field(1.0, gt=0, description="logical CPUs of one trial")
     max_concurrent_trials: int | None = Field(None, ge=1, description="none: what the resources allow")
+    trial_timeout_minutes: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="a trial that runs longer is ended and fails, the others go on; none: no limit")
+    silence_timeout_minutes: float | None = Field(
+        30.0, gt=0, allow_inf_nan=False, description="a trial that takes no step and reads no batch for so long is ended and fails, the others go on; "
+        "null: it may hang for ever")
     select: Select | None = Field(None, description="keep only the best-scored sources of each target")
     keep_bundles: Literal["best", "all", "none"] = Field("best", description="fine-tuned bundles kept: the best seed of each cell on validation, all, or none")
 

@@ -14,7 +14,7 @@ NAMES = {".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix("._
 FLOORS = [
     {"job", "jobfile", "contracts", "registry", "s3", "storage", "identity", "folders", "rng", "checked", "fence", "lease", "coco", "pixels", "imagefile",
      "spans", "tokenizer", "ragged", "lists", "facts", "batch", "calibration", "imbalance", "ranking", "frames", "audiofile", "audioheader",
-     "spectrogram", "transcripts", "actions", "trajectories", "simulation", "provenance",
+     "spectrogram", "transcripts", "actions", "trajectories", "simulation", "provenance", "heartbeat", "stopping",
      "exported_classifier", "capabilities"},
     {"metrics", "classifier_export", "bundle", "gather", "data", "modalities", "models", "pyramid", "speech_folders"},
     {"objectives", "techniques", "hugging_face"},

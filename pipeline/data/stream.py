@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline import fence
+from pipeline import fence, heartbeat
 from pipeline.contracts import Arrays, Batch, Modality
 from pipeline.data.buckets import WINDOW_ROWS, BucketPlan
 from pipeline.data.loader import Block, Costs, Decoder, Loader, row_bytes, threaded_map
@@ -388,6 +388,7 @@ def _alike(arrays: Arrays, rows: int) -> list[Any]:
 def _timed(batches: Iterator[tuple[Batch, list]]) -> Iterator[Loaded]:
     started = time.perf_counter()
     for batch, bad in batches:
+        heartbeat.beat()
         yield Loaded(batch, bad, time.perf_counter() - started)
         started = time.perf_counter()
 

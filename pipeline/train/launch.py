@@ -20,7 +20,7 @@ from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray.exceptions import GetTimeoutError, RayError, UserCodeException
 from ray.job_config import JobConfig
 
-from pipeline import fence, folders, prepare_ray, storage
+from pipeline import fence, folders, prepare_ray, stopping, storage
 from pipeline.data.stream import DataWorkers
 from pipeline.identity import ChangedFileError
 from pipeline.job import Source
@@ -74,7 +74,8 @@ def start(address: str | None, verbose: bool) -> None:
     where = address or os.environ.get("RAY_ADDRESS") or "local"
     extra: dict[str, Any] = {"include_dashboard": False} if where == "local" else {}
     try:
-        ray.init(address=where, logging_level=level, log_to_driver=verbose, **extra, **_job_config(where))
+        with stopping.kept():  # Ray installs a handler of its own
+            ray.init(address=where, logging_level=level, log_to_driver=verbose, **extra, **_job_config(where))
     except (ConnectionError, RuntimeError, ValueError) as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
         what = f"no Ray cluster answers at {where}" if where != "local" else "Ray does not start here"

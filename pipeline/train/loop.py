@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from pipeline import heartbeat
 from pipeline.contracts import Batch, Phase, Task, Technique
 from pipeline.data.stream import Loaded
 from pipeline.job import Train
@@ -112,7 +113,7 @@ class Run:
     bad_rows: Callable[[list[tuple[int, str]], int], None] = lambda bad, seen: None
     """Told of undecodable rows; raises when they are over the budget."""
     clock: Callable[[], float] = time.perf_counter
-    alive: Callable[[], None] = lambda: None
+    alive: Callable[[], None] = heartbeat.beat
     """Called at every step that was taken: whoever waits for this run sees that it does not hang."""
     on_start: Callable[[int, list[str]], None] = lambda step, notes: None
     """Told, before anything is logged, the step at which training starts (0, or that of the resume point) and a

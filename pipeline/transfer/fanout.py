@@ -10,24 +10,28 @@ import ctypes
 import math
 import shutil
 import tempfile
+import threading
 import time
 import uuid
 import warnings
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
+import ray
 import torch
 from ray import tune
+from ray.exceptions import GetTimeoutError, RayError
 from ray.tune.execution import class_cache
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
-from pipeline import checked, fence, storage
+from pipeline import checked, fence, heartbeat, storage
 from pipeline.job import Fanout, Job
 from pipeline.metrics import metric
 from pipeline.train import launch
+from pipeline.train.loop import Ranks
 from pipeline.train.progress import Progress, duration
 from pipeline.transfer import probe, trial
 from pipeline.transfer.trial import Record, Shared
@@ -37,6 +41,125 @@ RUNGS = {"grace_period": 20, "reduction_factor": 2, "max_t": 100}
 """ASHA halves the trials of a cell at 20, 40 and 80 percent of their steps, however often they validate."""
 UNIT_TRIALS = 64
 """Heads trained together at most: more units keep more workers busy."""
+
+
+@ray.remote(num_cpus=0)
+class _Pulses:
+    """When the processes that run trials were last heard of, by the clock of one process."""
+
+    def __init__(self):
+        self.running: dict[str, dict[str, Any]] = {}
+
+    def begin(self, actor_id: str, actor: Any, unit: int) -> None:
+        now = time.monotonic()
+        self.running[actor_id] = {"actor": actor, "unit": unit, "began": now, "heard": now}
+
+    def beat(self, actor_id: str, unit: int) -> None:
+        entry = self.running.get(actor_id)
+        if entry is not None and entry["unit"] == unit:
+            entry["heard"] = time.monotonic()
+
+    def end(self, unit: int) -> None:
+        self.running = {actor: entry for actor, entry in self.running.items() if entry["unit"] != unit}
+
+    def overdue(self, silence: float | None, limits: dict[int, float]) -> list[tuple[int, Any, str]]:
+        """(unit, process, ``silence`` or ``time``) of those that were not heard of for so many seconds, or run longer than their limit. Each is told once."""
+        now, out = time.monotonic(), []
+        for actor_id, entry in list(self.running.items()):
+            late = now - entry["began"] > limits.get(entry["unit"], float("inf"))
+            silent = silence is not None and now - entry["heard"] > silence
+            if late or silent:
+                out.append((entry["unit"], entry["actor"], "time" if late else "silence"))
+                del self.running[actor_id]
+        return out
+
+
+@dataclass(frozen=True)
+class Pulse:
+    """How the process of a unit says that it still works."""
+
+    board: Any
+    actor_id: str
+    unit: int
+    every_seconds: float
+
+    def listener(self) -> Callable[[], None]:
+        """For `heartbeat.listening`: passes some of the beats on, and waits for nothing."""
+        told = float("-inf")
+
+        def heard() -> None:
+            nonlocal told
+            if time.monotonic() - told > self.every_seconds:
+                told = time.monotonic()
+                self.board.beat.remote(self.actor_id, self.unit)
+
+        return heard
+
+
+def _begin(board: Any, unit: int, every_seconds: float) -> Pulse:
+    """Called by the process of a unit when it starts work."""
+    context = ray.get_runtime_context()
+    pulse = Pulse(board, str(context.get_actor_id()), unit, every_seconds)
+    board.begin.remote(pulse.actor_id, context.current_actor, unit)
+    return pulse
+
+
+class _Watchdog:
+    """Ends the processes of trials that hang or take too long. It works from outside: a process that hangs in C code answers nothing."""
+
+    def __init__(self, work: list[Unit], spec: Fanout, progress: Progress):
+        minutes = spec.silence_timeout_minutes
+        self.silence = None if minutes is None else 60 * minutes
+        limit = spec.trial_timeout_minutes
+        # heads that train together share the time that each of them alone would have
+        self.limits = {} if limit is None else {number: 60 * limit * len(unit.trials) for number, unit in enumerate(work)}
+        self.work, self.spec, self.progress = work, spec, progress
+        self.reasons: dict[int, str] = {}
+        waits = [*self.limits.values(), *([self.silence] if self.silence is not None else [])]
+        self.look_every_seconds = min([5.0, *(seconds / 5 for seconds in waits)])
+        self.board = _Pulses.remote()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> _Watchdog:
+        if self.silence is not None or self.limits:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._ended.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=10)
+        with suppress(RayError):
+            ray.kill(self.board)  # pyright: ignore[reportArgumentType] - Ray's stub of actors
+
+    def ended(self, unit: int) -> None:
+        self.board.end.remote(unit)
+
+    def _watch(self) -> None:
+        while not self._ended.wait(self.look_every_seconds):
+            try:
+                found = ray.get(self.board.overdue.remote(self.silence, self.limits), timeout=30)
+            except (RayError, GetTimeoutError):
+                continue
+            for unit, actor, why in found:
+                reason = self._reason(unit, why)
+                self.reasons[unit] = reason
+                self.progress.note(f"warning: {self._name(unit)}: {reason}")
+                with suppress(RayError, ValueError):
+                    ray.kill(actor, no_restart=True)
+
+    def _reason(self, unit: int, why: str) -> str:
+        if why == "time":
+            together = f" for each of {len(self.work[unit].trials)} heads" if self.work[unit].together else ""
+            return f"ran longer than {self.spec.trial_timeout_minutes:g} minutes{together} (fanout.trial_timeout_minutes), and its process was ended"
+        return (f"took no step and read no batch for {self.spec.silence_timeout_minutes:g} minutes (fanout.silence_timeout_minutes), and its process was "
+                "ended")
+
+    def _name(self, unit: int) -> str:
+        first = self.work[unit].first
+        others = f" and {len(self.work[unit].trials) - 1} more" if len(self.work[unit].trials) > 1 else ""
+        return f"{first.target} / {first.technique} / {first.source} seed {first.seed}{others}"
 
 
 @dataclass(frozen=True)
@@ -66,8 +189,14 @@ def units(trials: list[Trial], shared: Shared) -> list[Unit]:
     return single + [unit for unit in groups if unit.together] + split
 
 
-def _run_unit(config: dict[str, Any], held: list[Any], work: list[Unit], asha: bool) -> None:
-    """A Tune trial. An error becomes the trial's record; it stops nothing else. ``held``: the reference of what all trials share."""
+def _run_unit(config: dict[str, Any], held: list[Any], work: list[Unit], asha: bool, board: Any = None, pulse_seconds: float = 60.0) -> None:
+    """A Tune trial. An error becomes the trial's record; it stops nothing else.
+
+    Args:
+        held: The reference of what all trials share.
+        board: Where the process says that it still works; None: nobody watches it.
+    """
+    pulse = _begin(board, config["unit"], pulse_seconds) if board is not None else None
     shared: Shared = launch.held(held[0])
     warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
     unit = work[config["unit"]]
@@ -81,15 +210,22 @@ def _run_unit(config: dict[str, Any], held: list[Any], work: list[Unit], asha: b
 
     told: list[str] = []
     try:
-        with fence.inside(shared.fences), checked.telling(told.append):
-            records = _records(unit, shared, held[0], config, report if asha else lambda step, steps, metrics: None)
+        with fence.inside(shared.fences), checked.telling(told.append), heartbeat.listening(pulse.listener() if pulse else lambda: None):
+            records = _records(unit, shared, held[0], config, report if asha else lambda step, steps, metrics: None, pulse)
     finally:
         release()
     failed = sum(record["status"] == "failed" for record in records)
     tune.report({"goodness": 0.0, "done_trials": len(unit.trials), "failed_trials": failed, "finished": True, **({"notes": told} if told else {})})
 
 
-def _records(unit: Unit, shared: Shared, reference: Any, config: dict[str, Any], report: trial.Report) -> list[Record]:
+def _rank_of_trial(config: dict[str, Any], ranks: Ranks) -> Record:
+    """One rank of a trial under Ray Train."""
+    pulse: Pulse | None = config["pulse"]
+    with heartbeat.listening(pulse.listener() if pulse else lambda: None):
+        return trial.run(config["trial"], config["shared"], ranks)
+
+
+def _records(unit: Unit, shared: Shared, reference: Any, config: dict[str, Any], report: trial.Report, pulse: Pulse | None) -> list[Record]:
     """Run a unit's trials to their records. Raises LostLeaseError when the run may not write any more."""
     fence.check(shared.root)  # before hours of training, not after them
     try:
@@ -97,8 +233,8 @@ def _records(unit: Unit, shared: Shared, reference: Any, config: dict[str, Any],
             return probe.run(list(unit.trials), shared)
         if config["workers"]:
             where = storage.join(trial.folder(shared, unit.first), "ray")
-            job = {"trial": unit.first, "shared": reference}
-            return [launch.run_ranks(trial.run_rank, job, config["workers"], config["cpus"], config["gpus"], where, f"trial-{unit.first.id}")]
+            job = {"trial": unit.first, "shared": reference, "pulse": pulse}
+            return [launch.run_ranks(_rank_of_trial, job, config["workers"], config["cpus"], config["gpus"], where, f"trial-{unit.first.id}")]
         return [trial.run(unit.first, shared, report=report)]
     except Exception as error:  # whatever it is, it belongs to these trials alone; it is in their rows
         fence.check(shared.root)
@@ -161,7 +297,9 @@ class GroupedASHA(TrialScheduler):
 class _Show(tune.Callback):
     """Counts trials on the progress line and lets losing bundles go as soon as a better one is there."""
 
-    def __init__(self, name: str, work: list[Unit], shared: Shared, progress: Progress, keep: str):
+    def __init__(self, name: str, work: list[Unit], shared: Shared, progress: Progress, keep: str,
+                 on_end: Callable[[int], None] = lambda unit: None):
+        self.on_end = on_end
         self.name, self.work, self.shared, self.progress, self.keep = name, work, shared, progress, keep
         self.total = sum(len(unit.trials) for unit in work)
         self.done = self.failed = self.pruned = 0
@@ -188,6 +326,7 @@ class _Show(tune.Callback):
 
     def _ended(self, trials: list[Any], one: Any) -> None:
         unit = self.work[one.config["unit"]]
+        self.on_end(one.config["unit"])
         last, self.last_end = one.last_result or {}, time.time()
         if last.get("finished"):
             for line in last.get("notes", ()):
@@ -313,16 +452,20 @@ def _tune(name: str, work: list[Unit], shared: Shared, spec: Fanout, workers: in
     asha = spec.scheduler == "asha" and any(unit.first.stage == "search" for unit in work) and not workers
     scheduler = GroupedASHA({i: unit.first.cell for i, unit in enumerate(work)}) if asha else None
     scratch = tempfile.mkdtemp(prefix="onetomany-tune-")
+    watchdog = _Watchdog(work, spec, progress)
     try:
-        show = _Show(name, work, shared, progress, spec.keep_bundles)
+        show = _Show(name, work, shared, progress, spec.keep_bundles, watchdog.ended)
         tuner = tune.Tuner(
-            tune.with_resources(tune.with_parameters(_run_unit, held=[launch.hold(shared)], work=work, asha=asha), mine),
+            tune.with_resources(tune.with_parameters(_run_unit, held=[launch.hold(shared)], work=work, asha=asha, board=watchdog.board,
+                                                     pulse_seconds=watchdog.look_every_seconds), mine),
             param_space={"unit": tune.grid_search(list(range(len(work)))), "threads": max(1, int(cpus)), "workers": workers, "cpus": cpus, "gpus": gpus},
             tune_config=tune.TuneConfig(reuse_actors=True, max_concurrent_trials=at_once, scheduler=scheduler),
             run_config=tune.RunConfig(name="fanout", storage_path=scratch, verbose=0, callbacks=[show]))
-        grid = tuner.fit()
+        with watchdog:
+            grid = tuner.fit()
         for result in grid:
-            _account(work[result.config["unit"]], result, shared)  # type: ignore[index]
+            number = result.config["unit"]  # type: ignore[index]
+            _account(work[number], result, shared, watchdog.reasons.get(number))
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -333,12 +476,14 @@ def written(shared: Shared, one: Trial) -> Record | None:
     return record if record is not None and record.get("run") == shared.facts.get("run") else None
 
 
-def _account(unit: Unit, result: Any, shared: Shared) -> None:
-    """Records of trials that could not write their own: the process died, or the scheduler stopped them."""
+def _account(unit: Unit, result: Any, shared: Shared, ended_because: str | None = None) -> None:
+    """Records of trials that could not write their own: the process died or was ended, or the scheduler stopped them."""
     for one in unit.trials:
         if written(shared, one) is not None:
             continue
-        if result.error is not None:
+        if result.error is not None and ended_because:
+            trial.failed(one, shared, ended_because)
+        elif result.error is not None:
             lines = [line for line in str(result.error).splitlines() if line.strip()]
             trial.failed(one, shared, f"the trial's process died: {lines[-1] if lines else type(result.error).__name__}"[:2000])
         else:

@@ -17,7 +17,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from pipeline import checked, storage
+from pipeline import checked, heartbeat, storage
 from pipeline.contracts import Backbone, Batch, Objective, Task
 from pipeline.data.stream import Loaded, Rows
 from pipeline.job import Train, spec_hash
@@ -191,7 +191,7 @@ def batchable(group: list[Trial], shared: Shared) -> bool:
     return first.technique_object.frozen and data.spec.workers == 0 and pooled
 
 
-def run(group: list[Trial], shared: Shared, alive: Callable[[], None] = lambda: None) -> list[Record]:
+def run(group: list[Trial], shared: Shared, alive: Callable[[], None] = heartbeat.beat) -> list[Record]:
     """Train the heads of several trials of one (source, backbone, target) together; same records as ``trial.run``.
 
     Trials whose steps or batches differ are trained in stacks of their own, and so is a head that draws random numbers. A head that

@@ -7,9 +7,11 @@ import torch
 
 from pipeline import bundle, registry
 from pipeline.metrics import weighted_auroc
+from pipeline.rng import mix
 from pipeline.train.probe import KNN, neighbours
 from pipeline.transfer.probe import features
-from pipeline.transfer.trial import Shared
+from pipeline.transfer.trial import Shared, TargetData
+from pipeline.transfer.trials import label_subset
 
 SCORE_ROWS = 2000
 
@@ -62,20 +64,39 @@ def knn(found: np.ndarray, labels: np.ndarray, k: int = KNN) -> float:
     return float(np.nanmean(areas)) if not np.isnan(areas).all() else float("nan")
 
 
+def fewest_labels(shared: Shared, data: TargetData) -> np.ndarray:
+    """Places of the training rows of the target's smallest label fraction, as the trials of seed 0 draw them.
+
+    The fractions of one seed are nested: every trial of that seed may use these rows.
+    """
+    seed = mix(shared.seed, 0)
+    subsets = [label_subset(data.train, data.labels, fraction, seed) for fraction in data.spec.label_fractions]
+    return min(subsets, key=len)
+
+
 SCORES = {"logme": logme, "knn": knn}
 
 
 def score(shared: Shared, source: str, base_key: str, target: str, names: tuple[str, ...] = ("logme", "knn")) -> dict[str, float]:
-    """Scores of a source on the training rows of a target (at most SCORE_ROWS, evenly spread). Raises ValueError without labels."""
+    """Scores of a source on the training rows of a target (at most SCORE_ROWS, evenly spread).
+
+    Only rows are read that the trials with the fewest labels may use too (`fewest_labels`): a choice of sources by all
+    labels would help trials that must do with 5 % of them.
+    Raises ValueError without labels, or where a feature is not finite.
+    """
     data = shared.targets[target, base_key]
     several = registry.get("objective", data.objective["name"]).label_tensors == ("labels",)
     if data.labels is None and not several:
         raise ValueError(f"targets.{target}: scores need labels, the objective {data.objective['name']} has none")
     backbone = bundle.build_backbone(data.arch)
     bundle.transfer(backbone, {n: torch.from_numpy(a) for n, a in shared.weights[source].items()}, source)
-    n = len(data.train)
-    places = np.unique(np.linspace(0, n - 1, min(SCORE_ROWS, n)).astype(np.int64))
+    allowed = fewest_labels(shared, data)
+    places = allowed[np.unique(np.linspace(0, len(allowed) - 1, min(SCORE_ROWS, len(allowed))).astype(np.int64))]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found, rest = features(backbone, data.train.subset(places), device)
+    wrong = int((~torch.isfinite(found).all(1)).sum())
+    if wrong:
+        raise ValueError(f"targets.{target}: the features of source {source} are not finite for {wrong} of {len(found)} rows; its weights are damaged, "
+                         "or it was trained until they overflowed")
     labels = rest["labels" if several else "label"].cpu().numpy()  # of the rows that could be decoded
     return {name: SCORES[name](found.cpu().numpy(), labels) for name in names}

@@ -353,8 +353,31 @@ def score(state: State, shared: Shared) -> list[dict[str, Any]]:
             for source_name in base.sources:
                 if source_name in matching(state, name) and (name, base.key) in shared.targets:
                     state.progress.update(f"score: {source_name} for {name}")
-                    out.append({"target": name, "source": source_name, "backbone": base.label, **scores.score(shared, source_name, base.key, name)})
-    return sorted(out, key=lambda row: (row["target"], -row["logme"]))
+                    found = _score_of(state, shared, source_name, base.key, name)
+                    out.append({"target": name, "source": source_name, "backbone": base.label, **found})
+    return sorted(out, key=lambda row: (row["target"], *_rank(row["logme"])))
+
+
+def _score_of(state: State, shared: Shared, source_name: str, base_key: str, target: str) -> dict[str, float]:
+    """The scores of one source, NaN where they cannot be computed: it is noted, and the other sources go on."""
+    try:
+        found = scores.score(shared, source_name, base_key, target)
+    except (ValueError, ArithmeticError, RuntimeError) as error:
+        reason, found = f"{type(error).__name__}: {error}", dict.fromkeys(scores.SCORES, float("nan"))
+    else:
+        reason = "no label tells its rows apart"
+    missing = [name for name, value in found.items() if np.isnan(value)]
+    if missing:
+        line = f"{target}: source {source_name} has no {' and no '.join(missing)} score and is ranked last ({reason})"
+        state.notes.append(line)
+        state.progress.note(f"warning: {line}")
+    return found
+
+
+def _rank(score: float) -> tuple[bool, float]:
+    """Sorts scores from the best to the worst, and NaN behind them all."""
+    missing = bool(np.isnan(score))
+    return missing, 0.0 if missing else -score
 
 
 def _select(state: State, shared: Shared) -> dict[str, set[str]]:
@@ -366,9 +389,10 @@ def _select(state: State, shared: Shared) -> dict[str, set[str]]:
     by_target: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in score(state, shared):
         by_target[row["target"]].append(row)
-        state.scores[f"{row['source']}|{row['target']}"] = {"score_name": select.score, "score_value": row[select.score]}
+        value = None if np.isnan(row[select.score]) else row[select.score]
+        state.scores[f"{row['source']}|{row['target']}"] = {"score_name": select.score, "score_value": value}
     for name, found in by_target.items():
-        best = sorted(found, key=lambda row: -row[select.score])[:select.top]
+        best = sorted(found, key=lambda row: _rank(row[select.score]))[:select.top]
         chosen[name] = {row["source"] for row in best}
         dropped = [row["source"] for row in found if row["source"] not in chosen[name]]
         if dropped:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline import bundle, checked, fence, folders, identity, registry, storage
+from pipeline import bundle, checked, fence, folders, heartbeat, identity, registry, storage
 from pipeline.contracts import Objective, Task
 from pipeline.data.buckets import BucketPlan
 from pipeline.data.plan import Plan
@@ -218,7 +218,7 @@ Report = Callable[[int, int, dict[str, Any]], None]
 
 
 def run(trial: Trial, shared: Shared, ranks: Ranks | None = None, report: Report = lambda step, steps, metrics: None,
-        alive: Callable[[], None] = lambda: None) -> Record:
+        alive: Callable[[], None] = heartbeat.beat) -> Record:
     """Train, validate and (final trials) test once; write the record, predictions and bundle; return the record.
 
     ``report`` is told the validations as they come, and may raise loop.Stop. ``alive`` is called at every step.
@@ -300,11 +300,6 @@ def run(trial: Trial, shared: Shared, ranks: Ranks | None = None, report: Report
         identity.check_unchanged(data.reads)
         write(trial, shared, record, test, task if shared.keep_bundles and trial.stage == "final" else None, task.objective.film)
     return record
-
-
-def run_rank(config: dict[str, Any], ranks: Ranks) -> Record:
-    """One rank of a trial under Ray Train."""
-    return run(config["trial"], config["shared"], ranks)
 
 
 def _lost(bad: list[tuple[int, str]], ranks: Ranks) -> dict[int, str]:

@@ -42,6 +42,15 @@ def ctrl_c(process: subprocess.Popen) -> str:
     return output
 
 
+def terminated(process: subprocess.Popen, line: str = "stopped; what is finished is kept, the same command goes on from here") -> str:
+    """SIGTERM to the command alone, as kubelet, Slurm and systemd send it: one line, no trace, 143."""
+    os.kill(process.pid, signal.SIGTERM)
+    output = process.communicate(timeout=100)[0]
+    assert process.returncode == 143, output[-3000:]
+    assert output.count(line) == 1 and "Traceback" not in output and "SIGTERM received" not in output, output[-3000:]
+    return output
+
+
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory, onetomany):
     """A folder whose sources are trained."""
@@ -85,6 +94,52 @@ def test_ctrl_c_and_a_killed_driver_in_the_fan_out_lose_nothing(sources, tiny_da
     assert len(after) == 48 and all(after[path] == time for path, time in kept.items()), "what was finished was not run again"
     rows = pq.read_table(sources / "runs/tiny/results.parquet").to_pylist()
     assert len({row["trial_id"] for row in rows if row["status"] == "done" and row["split"] == "test"}) == 48
+
+
+def test_sigterm_in_pretraining_ends_as_ctrl_c_does_and_goes_on(tmp_path, tiny_data):
+    process = begin(tmp_path, tiny_data, "pretrain", str(TINY), *LONG)
+    until(process, lambda: list(tmp_path.glob("runs/tiny/sources/garments-*/checkpoints/step-*/manifest.json")), "checkpoint")
+    terminated(process)
+    assert not (tmp_path / "runs/tiny/.run.json").exists()
+    process = begin(tmp_path, tiny_data, "pretrain", str(TINY), *LONG)
+    until(process, lambda: len(list(tmp_path.glob("runs/tiny/sources/garments-*/checkpoints/step-*/manifest.json"))) > 1, "further checkpoint")
+    terminated(process)
+
+
+def test_sigterm_in_the_fan_out_ends_as_ctrl_c_does(sources, tiny_data):
+    before = len(records(sources))
+    process = begin(sources, tiny_data, "run", str(TINY), "--set", "fanout.seeds=14", *MANY[2:])
+    until(process, lambda: len(records(sources)) >= before + 2, "finished trial")
+    terminated(process)
+    assert not (sources / "runs/tiny/.run.json").exists()
+
+
+def test_sigterm_in_prepare_ends_as_ctrl_c_does_and_goes_on(tmp_path, tiny_data, onetomany):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for number in range(40):
+        (texts / f"{number}.txt").write_text("\n\n".join(f"paragraph {i} of {number}, with some words in it" for i in range(20_000)))
+    words = ["prepare", "text", str(texts), "-o", str(tmp_path / "out"), "--part-mb", "0.5"]
+    process = begin(tmp_path, tiny_data, *words)
+    until(process, lambda: list(tmp_path.glob("out/**/*.parquet")), "part")
+    terminated(process, "error: stopped; the same command goes on from here")
+    done = onetomany(*words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_a_killed_fine_tune_goes_on_in_the_middle(sources, tiny_data, onetomany):
+    """kill -9 of the driver while a trial trains: the next run takes it up at its resume point, and it ends as if nothing had happened."""
+    words = ["run", str(TINY), "--set", "targets.shoes.techniques=[scratch]", "--set", "targets.reviews.techniques=[scratch]", "--set", "fanout.seeds=1",
+             "--set", "targets.shoes.train={steps: 3000, global_batch: 16, checkpoint_every_steps: 20, eval_every_steps: 1000}"]
+    process = begin(sources, tiny_data, *words)
+    until(process, lambda: list(sources.glob("runs/tiny/trials/*/checkpoints/step-*/manifest.json")), "resume point of a trial")
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    done = onetomany(*words, cwd=sources)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [json.loads(path.read_text()) for path in records(sources)]
+    (resumed,) = [record for record in found if record["rows"][0]["steps"] == 3000]
+    assert resumed["resumed_from"] >= 20 and not list(sources.glob("runs/tiny/trials/*/checkpoints"))
 
 
 def test_two_runs_of_one_job_at_once_are_refused(sources, tiny_data, onetomany):

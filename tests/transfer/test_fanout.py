@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import ctypes
+import dataclasses
 import io
 import itertools
 import json
 import math
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import ray
 from ray.tune.schedulers import TrialScheduler
 from rich.console import Console
 from toys import image_files, job_of, shared_of, trial_of
 
 from pipeline.job import Fanout, Job, Plug
+from pipeline.modalities.image import Image
 from pipeline.train import launch
 from pipeline.train.launch import ClusterError
 from pipeline.train.loop import Ranks
@@ -415,3 +421,102 @@ def test_what_a_trial_took_goes_back_to_the_system():
     kept = held()
     fanout.release()
     assert kept - before > 400 and held() - before < 100 and last.any()
+
+
+# ---------------------------------------------------------------- trials that hang
+
+class HangsInPython(Image):
+    """A modality that never comes back from its first batch."""
+
+    def collate(self, arrays):
+        while True:
+            pass
+
+
+class HangsInC(Image):
+    """The same in C code that keeps Python's lock, so that no thread of the process can do anything."""
+
+    def collate(self, arrays):
+        ctypes.PyDLL(None).sleep(10**6)
+
+
+class Slow(Image):
+    """Every batch takes a third of a second: slow, and not silent."""
+
+    def collate(self, arrays):
+        time.sleep(0.3)
+        return super().collate(arrays)
+
+
+class Notes:
+    """A progress view that keeps what stays."""
+
+    def __init__(self):
+        self.lines: list[str] = []
+
+    def update(self, line, final=False):
+        pass
+
+    def note(self, line):
+        self.lines.append(line)
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the workers cannot import this file
+    launch.start(None, verbose=False)
+    yield
+    launch.stop()
+    ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+
+
+def with_targets(shared, one, **kinds):
+    """A trial of ``one``'s kind on each of further targets, which are read by modalities of their own."""
+    data, out = shared.targets[one.target, one.base], []
+    for name, kind in kinds.items():
+        modality = kind(data.train.modality.options, data.train.modality.state)
+        parts = {split: dataclasses.replace(rows, decoder=dataclasses.replace(rows.decoder, modality=modality))
+                 for split in ("train", "validation", "test") for rows in [getattr(data, split)]}
+        shared.targets[name, one.base] = dataclasses.replace(data, **parts)
+        out.append(dataclasses.replace(one, target=name, id=f"{one.id}-{name}"))
+    return out
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(280)
+def test_a_trial_that_hangs_is_ended_and_the_others_go_on(paths, tmp_path, cluster):
+    """In Python, in C code that holds the lock, and as heads on cached features; what is slow but alive is left alone."""
+    job = job_of(tmp_path, paths)
+    shared = shared_of(tmp_path, job, paths)
+    full, probe = trial_of(job, shared, "full"), trial_of(job, shared, "linear_probe")
+    hanging = with_targets(shared, full, python=HangsInPython, c=HangsInC) + with_targets(shared, probe, heads=HangsInPython)
+    fine = [full, probe, *with_targets(shared, full, slow=Slow)]
+    spec = Fanout.model_validate({"silence_timeout_minutes": 0.25, "cpus_per_trial": 0.5})
+    progress = Notes()
+    records = fanout.run("x", [*hanging, *fine], shared, spec, progress)
+    assert [record["status"] for record in records] == ["failed"] * 3 + ["done"] * 3, [record["error"] for record in records]
+    for record in records[:3]:
+        assert "took no step and read no batch for 0.25 minutes (fanout.silence_timeout_minutes)" in record["error"]
+    assert len([line for line in progress.lines if "its process was ended" in line]) == 3
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(280)
+def test_a_trial_that_takes_too_long_is_ended(paths, tmp_path, cluster):
+    """It goes on step by step, so that silence does not catch it; its time does."""
+    job = job_of(tmp_path, paths, {"steps": 10**5})
+    shared = shared_of(tmp_path, job, paths)
+    endless, = with_targets(shared, trial_of(job, shared, "full"), slow=Slow)
+    spec = Fanout.model_validate({"trial_timeout_minutes": 0.1, "cpus_per_trial": 0.5})
+    record, = fanout.run("x", [endless], shared, spec, Notes())
+    assert record["status"] == "failed" and "ran longer than 0.1 minutes (fanout.trial_timeout_minutes)" in record["error"]
+
+
+def test_heads_that_train_together_share_the_time_that_each_has(world, monkeypatch):
+    job, shared = world
+    monkeypatch.setattr(fanout, "_Pulses", SimpleNamespace(remote=lambda: None))
+    trials = tuple(trial_of(job, shared, "linear_probe", seed=seed) for seed in range(3))
+    work = [fanout.Unit(trials, True), fanout.Unit(trials[:1], False)]
+    watchdog = fanout._Watchdog(work, Fanout.model_validate({"trial_timeout_minutes": 2.0}), Notes())
+    assert watchdog.limits == {0: 360.0, 1: 120.0} and watchdog.silence == 30 * 60
+    assert fanout._Watchdog(work, Fanout.model_validate({"silence_timeout_minutes": None}), Notes()).silence is None

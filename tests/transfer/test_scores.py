@@ -6,10 +6,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from scipy.optimize import minimize
-from toys import image_files, job_of, shared_of
+from toys import image_files, job_of, shared_of, trial_of
 
 from pipeline.job import Job
-from pipeline.transfer import scores
+from pipeline.transfer import scores, trial
 from pipeline.transfer.scores import knn, logme
 
 
@@ -129,6 +129,32 @@ def test_a_source_is_scored_on_a_target(tmp_path, monkeypatch):
     data_.labels = None
     with pytest.raises(ValueError, match=r"targets\.task: scores need labels"):
         scores.score(shared, "src", key, "task")
+
+
+@pytest.mark.parametrize(("fractions", "rows"), [([0.1, 1.0], 6), ([1.0], 60), ([4, 0.5], 12), ([2, 9], 6)])
+def test_scores_read_no_label_that_the_poorest_trials_may_not(tmp_path, fractions, rows):
+    """A choice of sources by all labels would help the trials that must do with a few: the rows are those of seed 0's smallest fraction."""
+    paths = image_files(tmp_path, {"train": 60, "validation": 24, "test": 24})
+    job = job_of(tmp_path, paths, label_fractions=fractions)
+    shared = shared_of(tmp_path, job, paths)
+    (name, key), data_ = next(iter(shared.targets.items()))
+    allowed = scores.fewest_labels(shared, data_)
+    assert len(allowed) == rows
+    for fraction in fractions:
+        trial_rows = trial.resolved(trial_of(job, shared, "full", fraction=fraction), shared)[1]
+        assert set(data_.train.subset(allowed).selection.ids(np.arange(rows))) <= set(trial_rows.selection.ids(np.arange(len(trial_rows))))
+    want = scores.score(shared, "src", key, name)
+    data_.labels = data_.labels.copy()  # what the fractions are drawn by
+    data_.train.arrays["label"][np.setdiff1d(np.arange(60), allowed)] = 2  # labels of rows that may not be read
+    assert scores.score(shared, "src", key, name) == want
+
+
+def test_weights_that_are_not_finite_have_no_score(tmp_path):
+    paths = image_files(tmp_path, {"train": 60, "validation": 24, "test": 24})
+    shared = shared_of(tmp_path, job_of(tmp_path, paths), paths)
+    next(iter(shared.weights["src"].values()))[...] = np.nan
+    with pytest.raises(ValueError, match=r"targets\.task: the features of source src are not finite for 60 of 60 rows"):
+        scores.score(shared, "src", next(iter(shared.bases)), "task")
 
 
 def test_a_row_that_cannot_be_decoded_as_it_is_read_shifts_no_label(tmp_path):

@@ -13,6 +13,7 @@ import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from toys import image_files, label_state, task_of
 
 from pipeline import bundle, identity, registry, storage
@@ -436,6 +437,21 @@ def test_the_best_scored_source_alone_is_fanned_out_and_report_agrees(tmp_path, 
     assert len(here) == 2 and {row["source"] for row in all_rows} == {"a", "b", "none"}
     whole(job)
     assert alike(reported(job)[1], rows), "though trials of the other source have ended meanwhile"
+
+
+def test_a_source_without_a_score_is_ranked_last_and_named_and_the_others_go_on(tmp_path, bundles, paths, here):
+    """Weights that overflowed: one note, not the end of the run; NaN is no best score."""
+    broken = task_of("timm/test_vit", {"channels": 3, "size": 32}, "classification", label_state(), seed=9)
+    with torch.no_grad():
+        next(broken.backbone.parameters()).fill_(float("nan"))
+    bundle.save(str(tmp_path / "broken"), broken, MODALITY, training={"transfer": ""}, metrics={})
+    sources = {"broken": f"bundle:{tmp_path / 'broken'}", "a": bundles["a"], "b": bundles["b"]}
+    job = job_of(tmp_path, sources, paths, techniques=("scratch", "full"), select={"score": "knn", "top": 2})
+    state, rows = whole(job)
+    assert {row["source"] for row in rows} == {"a", "b", "none"}
+    named = [note for note in state.notes if "source broken has no logme and no knn score and is ranked last" in note]
+    assert len(named) == 1 and "not finite" in named[0]
+    assert [row["source"] for row in stages.score(state, stages.share(prepared(job)))][-1] == "broken"
 
 
 def test_sources_that_a_target_names_now_are_those_that_are_fanned_out(tmp_path, bundles, paths, here):

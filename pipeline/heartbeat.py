@@ -1,0 +1,27 @@
+"""Signs of life of long work: whoever waits for another process learns that it still goes on.
+
+What takes steps or reads batches calls `beat`; it costs next to nothing while nobody listens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+_listeners: list[Callable[[], None]] = []
+
+
+def beat() -> None:
+    """Tell the listeners of this process that work goes on."""
+    for listener in _listeners:
+        listener()
+
+
+@contextlib.contextmanager
+def listening(listener: Callable[[], None]) -> Iterator[None]:
+    """Call ``listener`` at every beat of this process until the block ends. It must be quick."""
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)

@@ -1,0 +1,55 @@
+"""SIGTERM, which every cluster sends before it takes a machine away, ends a command as Ctrl-C does.
+
+The handler passes the signal on as SIGINT, so that whoever answers Ctrl-C at that moment (Python's KeyboardInterrupt,
+Ray Train's way of ending its ranks) answers SIGTERM too. `exit_code` then tells the two apart.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+CTRL_C, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
+"""Exit codes, as shells give them to a process that a signal has ended."""
+_received = threading.Event()
+
+
+def install() -> None:
+    """Answer SIGTERM from now on. Call it once, in the main thread of a command."""
+    signal.signal(signal.SIGTERM, _answer)
+
+
+def _answer(number: int, frame: Any) -> None:
+    if _received.is_set():  # a second one would only disturb the way out
+        return
+    _received.set()
+    signal.raise_signal(signal.SIGINT)
+
+
+@contextlib.contextmanager
+def kept() -> Iterator[None]:
+    """Keep our answer to SIGTERM through calls that install one of their own, as ``ray.init`` does.
+
+    Raises KeyboardInterrupt when SIGTERM came while theirs was there: Ray's ends the process by SystemExit.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    except SystemExit as end:
+        if end.code != signal.SIGTERM or before is not _answer:
+            raise
+        _received.set()
+        raise KeyboardInterrupt from end
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def exit_code() -> int:
+    """The exit code of a command that was stopped: 143 after SIGTERM, else 130."""
+    return TERMINATED if _received.is_set() else CTRL_C
