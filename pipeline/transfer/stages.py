@@ -188,11 +188,16 @@ def kept(state: State) -> tuple[dict[str, tuple[str, ...]], dict[str, Origin]]:
 
 def _known_trials(state: State, bases: list[Base], chosen: dict[str, set[str]]) -> tuple[list[Trial], list[Trial]]:
     """The search trials that have ended, and the final trials that follow from them."""
-    search = search_trials(state, bases, chosen)
-    search += finalist_trials(state, bases, chosen, _ranked(search, _records(state, search)))
+    search = _search(state, bases, chosen)
     records = _records(state, search)
     there = [one for one, record in zip(search, records, strict=True) if record is not None]
     return there, final_trials(state, bases, chosen, _winners(search, records))
+
+
+def _search(state: State, bases: list[Base], chosen: dict[str, set[str]]) -> list[Trial]:
+    """All draws of the search, and the best of those that have ended once more with further seeds."""
+    draws = search_trials(state, bases, chosen)
+    return [*draws, *finalist_trials(state, bases, chosen, _ranked(draws, _records(state, draws)))]
 
 
 def _bases(state: State) -> list[Base]:
@@ -242,14 +247,14 @@ def all_ids(state: State) -> set[str]:
         why = f"targets {', '.join(broken)} were left out of the newest run"
     elif chosen is None:
         why = "which sources are fanned out is not known yet"
-    bases = _bases(state) if not why else []
-    search = search_trials(state, bases, chosen) if chosen is not None and not why else []
-    records = [trial.read_record(state.job.root, one.id) for one in search]
-    if any(record is None for record in records):
+    if not why and chosen is not None:
+        bases = _bases(state)
+        search = _search(state, bases, chosen)
+        records = _records(state, search)
+        if None not in records:
+            return {one.id for one in (*search, *final_trials(state, bases, chosen, _winners(search, records)))}
         why = "its search is not through"
-    if why or chosen is None:
-        raise ValueError(f"{state.job.root}: {why}, so it is not known which trials belong to the job; run it to its end first, then prune")
-    return {one.id for one in (*search, *final_trials(state, bases, chosen, _winners(search, records)))}
+    raise ValueError(f"{state.job.root}: {why}, so it is not known which trials belong to the job; run it to its end first, then prune")
 
 
 def stale(state: State) -> pruning.Stale:

@@ -111,6 +111,8 @@ def test_nothing_is_pruned_while_the_jobs_trials_are_not_known(both):
     with pytest.raises(ValueError, match=r"its search is not through, so it is not known which trials belong to the job; run it to its end first"):
         stages.stale(prepared(searching))
     run_through(searching)
+    again = [row for row in results.read(job.root) if row["current"] and row["trial_stage"] == "search" and row["seed"] > 0]
+    assert again, "the best draws were tried again, and belong to the job"
     assert set(stages.stale(prepared(searching)).trials) == folders(job) - {
         one.id for one, _ in stages.ended(prepared(searching))}
 
