@@ -10,6 +10,7 @@ from pipeline.train import source
 from pipeline.transfer import stages, trials
 from pipeline.transfer.origins import OTHER, reasons
 from pipeline.transfer.stages import State
+from pipeline.transfer.targets import TargetStage
 
 
 def describe(state: State) -> list[str]:
@@ -61,6 +62,7 @@ def describe(state: State) -> list[str]:
             searched = f"{cells * tries} search" + (f" ({cells * again} of them try the best draws again)" if again else "")
             lines.append(f"target {name} at {share} labels: {cells} cells = {searched} + {cells * seeds} final trials of "
                          f"{told}{drawn} on {rows} {'documents' if stage.packed else 'rows'}; {stage.splits.sizes()}")
+        lines += _evidence(stage)
         if tried:
             total += tried
             lines.append(f"target {name} without training: {tried} final trials")
@@ -71,6 +73,17 @@ def describe(state: State) -> list[str]:
     if told and "trials" in state.remake:
         told[0] = told[0].partition(" and are used")[0] + " and are made anew"
     return [*lines, *told]
+
+
+def _evidence(stage: TargetStage) -> list[str]:
+    """How many units of each split tell two networks apart, and whether those of the test split are enough for a verdict."""
+    found = stage.evidence()
+    if not found:
+        return []
+    test = found["test"]
+    counts = ", ".join(f"{name} {one.count}" for name, one in found.items())
+    enough = f"a verdict needs {test.least} in test" if test.enough else f"too few to tell anything: a verdict needs {test.least} in test"
+    return [f"target {stage.name}, {test.what}: {counts}; {enough}"]
 
 
 def _technique(plug: Plug) -> Technique:

@@ -216,7 +216,7 @@ class Evidence:
         return self.count >= self.least
 
     def text(self) -> str:
-        return f"{self.count} {self.what}, a verdict needs {self.least}"
+        return f"{self.count} test {self.what}, a verdict needs {self.least}"
 
 
 def evidence(run: Run) -> Evidence:
@@ -225,15 +225,12 @@ def evidence(run: Run) -> Evidence:
     Of rows with a class: those of the commonest class, or those of all others, whichever are fewer. Of rows with a set of labels: the rarer
     side of each label, summed over the labels. A group counts once on each side on which it has rows.
     """
-    p, unit = run.predictions, "test rows" if run.groups is None else "test groups"
-    everyone = np.ones(len(run.rows), dtype=bool)
-    total = count_units(everyone, run.groups)
+    p, unit = run.predictions, "rows" if run.groups is None else "groups"
     if "label" in p and "scores" in p:
         return class_evidence(p["label"], run.groups, unit)
     if "labels" in p and "scores" in p:
-        rarer = sum(rarer_side(column > 0, run.groups) for column in p["labels"].T)
-        return Evidence(min(rarer, total), LEAST_RARER_UNITS, f"{unit} of the rarer side of the labels")
-    return Evidence(total, LEAST_UNITS, unit)
+        return label_set_evidence(p["labels"], run.groups, unit)
+    return Evidence(count_units(np.ones(len(run.rows), dtype=bool), run.groups), LEAST_UNITS, unit)
 
 
 def class_evidence(label: np.ndarray, groups: np.ndarray | None, unit: str) -> Evidence:
@@ -248,6 +245,13 @@ def class_evidence(label: np.ndarray, groups: np.ndarray | None, unit: str) -> E
     count = min(count_units(of_commonest, groups), count_units(of_others, groups))
     classes = len(np.unique(label[known]))
     return Evidence(count, LEAST_RARER_UNITS, f"{unit} of the rarer class" if classes <= 2 else f"{unit} outside of the commonest class")
+
+
+def label_set_evidence(labels: np.ndarray, groups: np.ndarray | None, unit: str) -> Evidence:
+    """Evidence of rows with a set of labels each, ``labels`` (n, L) 0 or 1."""
+    total = count_units(np.ones(len(labels), dtype=bool), groups)
+    rarer = sum(rarer_side(column > 0, groups) for column in labels.T)
+    return Evidence(min(rarer, total), LEAST_RARER_UNITS, f"{unit} of the rarer side of the labels")
 
 
 def rarer_side(positive: np.ndarray, groups: np.ndarray | None) -> int:
@@ -374,7 +378,11 @@ def _resample(metric: Metric, runs: list[Predictions], groups: np.ndarray | None
     if member is not None:
         units = np.stack([np.bincount(member, column) for column in units.T], axis=1)
     totals = _totals(units, draws, rng).reshape(-1, len(runs), 2)
-    return np.array([[metric.of_units(pair[None]) for pair in draw] for draw in totals])
+    counted = totals[..., 1] != 0
+    ratios = np.divide(totals[..., 0], totals[..., 1], out=np.full(counted.shape, np.nan), where=counted)
+    if metric.final is not float:
+        ratios[counted] = [metric.final(float(ratio)) for ratio in ratios[counted]]
+    return ratios
 
 
 def _totals(units: np.ndarray, draws: int, rng: np.random.Generator) -> np.ndarray:

@@ -22,7 +22,7 @@ from pipeline.train import checks, fitting, row_checks
 from pipeline.train import source as train_source
 from pipeline.train.row_checks import Finding
 from pipeline.train.source import STAGE_FORMAT, data_key
-from pipeline.transfer import leaks, subgroups
+from pipeline.transfer import leaks, stats, subgroups
 from pipeline.transfer.trial import TargetData
 from pipeline.transfer.trials import Base, fraction_text, techniques
 
@@ -66,6 +66,25 @@ class TargetStage:
     @property
     def packed(self) -> bool:
         return registry.get("objective", self.spec.objective.name).packed
+
+    def evidence(self) -> dict[str, stats.Evidence]:
+        """Split to the units that tell two networks apart there, counted as for a verdict; nothing where documents will be packed into rows."""
+        if self.packed:
+            return {}
+        objective, group = registry.get("objective", self.spec.objective.name), self.spec.data.group
+        columns = [*_label_columns(self.spec), *([group] if group else [])]
+        unit, out = "groups" if group else "rows", {}
+        for name, selection in self.splits.by_name().items():
+            table = manifests.read_columns(selection, list(dict.fromkeys(columns)))
+            groups = manifests.units(table[group]) if group else None
+            encoded = objective.encode(table, self.spec.data.columns, self.state) if self.scored else {}
+            if "label" in encoded:
+                out[name] = stats.class_evidence(encoded["label"], groups, unit)
+            elif "labels" in encoded:
+                out[name] = stats.label_set_evidence(encoded["labels"], groups, unit)
+            else:
+                out[name] = stats.Evidence(stats.count_units(np.ones(len(selection), dtype=bool), groups), stats.LEAST_UNITS, unit)
+        return out
 
     def labelled(self, fraction: float | int) -> int:
         """How many training rows a label fraction stands for; where documents will be packed into rows, how many documents."""

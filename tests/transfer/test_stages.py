@@ -22,7 +22,7 @@ from pipeline.job import Job, Plug
 from pipeline.train import source
 from pipeline.train.loop import Ranks
 from pipeline.train.progress import Progress
-from pipeline.transfer import fanout, overlap, results, stages, targets, trial, trials
+from pipeline.transfer import dry_run, fanout, overlap, results, stages, targets, trial, trials
 
 MODALITY = {"name": "image", "options": {"size": 32, "channels": 3}, "state": {"mean": [0.5] * 3, "std": [0.2] * 3}}
 COLUMNS = {"image": "picture", "label": "class"}
@@ -852,3 +852,27 @@ def test_subgroups_of_test_rows_stand_in_the_table_and_the_report_and_train_noth
     assert "### Subgroups" in text and "| sex=female | 26 |" in text and "### Calibration" in text
     assert alike(reported(Job.model_validate(dumped))[1], rows)
     assert alike(reported(job)[1], before)
+
+def test_a_dry_run_says_how_many_rows_a_verdict_would_rest_on(tmp_path, bundles):
+    """59 test rows with 3 of the rarer class are too few; so are few patients with many rows."""
+    def task(positives, **data):
+        folder = tmp_path / f"{positives}{len(data)}"
+        files = image_files(folder, {"train": 40, "validation": 20, "test": 59}, classes=2)
+        for split, path in files.items():
+            table = pq.read_table(path)
+            column = pa.array([int(i < positives) for i in range(len(table))], pa.int64())
+            table = table.set_column(table.schema.get_field_index("class"), "class", column)
+            pq.write_table(table.append_column("patient", pa.array([f"{split}{i % 4}" for i in range(len(table))])), path)
+        return dry_run.describe(prepared(with_data(job_of(tmp_path, {"a": bundles["a"]}, files), "task", **data)))
+
+    assert "target task, rows of the rarer class: train 3, validation 3, test 3; too few to tell anything: a verdict needs 10 in test" in task(3)
+    assert "target task, rows of the rarer class: train 15, validation 5, test 15; a verdict needs 10 in test" in task(15)
+    lines = task(15, group="patient")
+    assert "target task, groups of the rarer class: train 4, validation 4, test 4; too few to tell anything: a verdict needs 10 in test" in lines
+
+
+def test_a_dry_run_counts_the_trials_that_try_the_best_draws_again(tmp_path, bundles, paths):
+    job = job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch", "full"), trials=8, search={"lr": [1e-4, 1e-1]})
+    lines = dry_run.describe(prepared(job))
+    assert any("2 cells = 28 search (12 of them try the best draws again) + 4 final trials of 3 steps" in line for line in lines)
+    assert any(line.startswith("in all: 32 trials, 96 steps") for line in lines)

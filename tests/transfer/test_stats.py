@@ -306,7 +306,7 @@ def test_evidence_counts_units_of_the_rarer_class(groups):
     many = stats.evidence(run({**p, "label": np.minimum(np.arange(40), 30)}))
     assert many.count == 10 and "outside of the commonest class" in many.what
     plain = stats.evidence(run(losses(np.zeros(40)), groups=groups))
-    assert (plain.count, plain.least, plain.what) == ((40, 20, "test rows") if groups is None else (10, 20, "test groups"))
+    assert (plain.count, plain.least, plain.what) == ((40, 20, "rows") if groups is None else (10, 20, "groups"))
     positions = {"label": np.array([[0, 0, -1], [0, 1, 1], [0, -1, -1]]), "scores": np.zeros((3, 3, 2)), "loss": np.zeros(3)}
     assert stats.evidence(run(positions)).count == 1
     sets = {"labels": np.array([[1, 0], [0, 0], [0, 1], [0, 1]]), "scores": np.zeros((4, 2)), "loss": np.zeros(4)}
