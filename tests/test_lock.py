@@ -17,6 +17,15 @@ def test_constraints_are_what_is_locked():
     assert len(constraints) > 100 and constraints == locked()
 
 
+def test_what_builds_this_package_is_locked():
+    """hatchling and what it needs: used from the lock by --no-build-isolation, and by their versions where uv isolates the build."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    names = {re.split(r"[><=]", requirement)[0] for requirement in project["build-system"]["requires"]}
+    assert names == {"hatchling"}
+    builders = set(project["tool"]["uv"]["build-constraint-dependencies"])
+    assert builders <= locked() and {name.split("==")[0] for name in builders} >= names | {"editables", "pathspec", "pluggy", "trove-classifiers"}
+
+
 def test_every_locked_version_has_a_hash_and_no_index():
     text = (ROOT / "requirements.lock").read_text()
     assert "--index-url" not in text and "://" not in text
