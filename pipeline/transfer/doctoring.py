@@ -5,8 +5,11 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import re
 import shutil
+import subprocess
 import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import psutil
@@ -33,18 +36,58 @@ class Line(NamedTuple):
 def examine(job: Job | None, address: str | None) -> list[Line]:
     """One line a check: ok, warn or FAIL, what was found and what to do."""
     lines = _machine()
-    found, have = _ray(address)
+    found, on = _ray(address)
     lines += found
     if job is not None:
         lines += _job(job)
-        if have is not None:
-            lines += _resources(job, *have)
+        if on is not None:
+            lines += _resources(job, on)
     return lines
 
 
 def _judged(good: bool, what: str, found: str, advice: str) -> Line:
     """Fine, or a warning with what to do."""
     return Line("ok" if good else "warn", what, found, "" if good else advice)
+
+
+LEAST_DRIVER = {"11": "450.80.02", "12": "525.60.13", "13": "580.65.06"}
+"""The oldest NVIDIA driver on Linux that runs builds for a major version of CUDA (table 2 of the CUDA release notes)."""
+
+
+def nvidia_driver() -> str | None:
+    """The version of NVIDIA's driver here, such as ``580.95.05``, or none where there is none."""
+    try:
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        found = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        found = ""
+    module = Path("/proc/driver/nvidia/version")
+    if not found.strip() and module.exists():
+        found = module.read_text()
+    version = re.search(r"\b\d{3,}\.\d+(\.\d+)?\b", found)
+    return version.group() if version else None
+
+
+def driver_line(driver: str | None, cuda: str | None) -> Line:
+    """Whether NVIDIA's driver runs the CUDA that torch was built for.
+
+    Args:
+        driver: the driver's version (`nvidia_driver`), none without one.
+        cuda: ``torch.version.cuda``, none for a build without CUDA.
+    """
+    if driver is None:
+        return Line("ok", "NVIDIA driver", "none" if cuda is None else f"none (torch is built for CUDA {cuda})")
+    if cuda is None:
+        return Line("warn", "NVIDIA driver", f"{driver}; torch is built without CUDA", "install a build of torch with CUDA to use the GPUs")
+    found = f"{driver}; torch is built for CUDA {cuda}"
+    least = LEAST_DRIVER.get(cuda.partition(".")[0])
+    if least is None or _numbers(driver) >= _numbers(least):
+        return Line("ok", "NVIDIA driver", found)
+    return Line("FAIL", "NVIDIA driver", found, f"the GPUs cannot be used: update the driver to {least} or newer, or take a build of torch for an older CUDA")
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(map(int, version.split(".")))
 
 
 def _machine() -> list[Line]:
@@ -63,6 +106,7 @@ def _machine() -> list[Line]:
     if shm is not None:
         lines.append(_judged(shm.total > 0.25 * memory.total, "/dev/shm", f"{shm.total / 2**30:.1f} GiB",
                              "Ray's object store falls back to disk: give the container --shm-size"))
+    lines.append(driver_line(nvidia_driver(), torch.version.cuda))
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         lines.append(Line("ok", "GPUs", ", ".join(names) + (", bf16" if torch.cuda.is_bf16_supported() else ", no bf16 (fp32 is used)")))
@@ -74,34 +118,38 @@ def _machine() -> list[Line]:
     return lines
 
 
-def _ray(address: str | None) -> tuple[list[Line], tuple[launch.Nodes, float] | None]:
-    """What Ray says, and the nodes with their object store when it answers."""
+def _ray(address: str | None) -> tuple[list[Line], launch.Cluster | None]:
+    """What Ray says, and the cluster when it answers."""
     what = f"Ray ({address or os.environ.get('RAY_ADDRESS') or 'started here'})"
     try:
         launch.start(address, verbose=False)
         have = launch.resources()
         text = f"{have['nodes']:g} nodes, {have['CPU']:g} CPU, {have['GPU']:g} GPU, {have['object_store_memory'] / 2**30:.1f} GiB object store"
-        return [Line("ok", what, text)], (launch.nodes(), have["object_store_memory"])
+        on = launch.cluster()
+        lines = [Line("ok", what, text)]
+        if on.grows:
+            lines.append(Line("ok", "autoscaler", f"can start {launch.told(on.nodes)}"))
+        return lines, on
     except launch.ClusterError as error:
         return [Line("FAIL", what, str(error)[:300], "see there")], None
     finally:
         launch.stop()
 
 
-def _resources(job: Job, have: launch.Nodes, object_store_bytes: float) -> list[Line]:
+def _resources(job: Job, on: launch.Cluster) -> list[Line]:
     """Whether the cluster can ever give what the sources and the trials ask for."""
-    lines, cpus, gpus = [], sum(node[0] for node in have), sum(node[1] for node in have)
+    lines = []
     for name, spec in job.sources.items():
-        mine = launch.share(spec, cpus, gpus, object_store_bytes)
+        mine = launch.share_of(spec, on)
         try:
-            found = launch.check_fits(spec, mine, have, f"sources.{name}") if spec.data is not None else []
+            found = launch.check_fits(spec, mine, launch.nodes_for(spec, on), f"sources.{name}", on.grows) if spec.data is not None else []
             lines += [Line("warn", f"source {name}", text.removeprefix("warning: ")) for text in found]
             if spec.data is not None and not found:
                 lines.append(Line("ok", f"source {name}", f"{spec.workers} ranks of {mine.cpus:g} CPU and {mine.gpus:g} GPU"))
         except launch.ClusterError as error:
             lines.append(Line("FAIL", f"source {name}", str(error)))
     try:
-        fanout.check_fits(job, have)
+        fanout.check_fits(job, on.nodes, on.grows)
     except launch.ClusterError as error:
         lines.append(Line("FAIL", "fan-out", str(error)))
     return lines
