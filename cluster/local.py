@@ -31,7 +31,7 @@ import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -233,10 +233,10 @@ def _greeting(handle: Handle, nodes: int) -> str:
     )
 
 
-def _launch(handle: Handle, command: list[str], gpus: int) -> None:
-    """Start one node. Its own output goes to a file, so that nobody has to read a pipe."""
+def _launch(handle: Handle, command: list[str], gpus: int, settings: Mapping[str, str] | None = None) -> None:
+    """Start one node, `settings` added to its environment. Its own output goes to a file, so nobody has to read a pipe."""
     index = len(handle.nodes)
-    env = _with_gpus(_environment(handle), index, gpus)
+    env = _with_gpus(_environment(handle), index, gpus) | dict(settings or {})
     with open(handle.temp_dir / f"node{index}.out", "wb") as log:
         handle.nodes.append(
             subprocess.Popen(

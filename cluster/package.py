@@ -1,25 +1,34 @@
-"""What `onetomany submit` ships to a cluster: one zip with the job file's folder and this project's code.
+"""What `onetomany submit` ships to a cluster: one zip with what the job refers to, and this project's code.
 
-Ray could package the folder itself, but it leaves out what .gitignore names (data sets, most often) without a word, and
-finds out about the size after the upload.
+Shipped are the job file, the files that it names by a path relative to itself, and what `include` names besides. Nothing
+else of the folder travels, and secrets never do. Ray could package the folder itself, but it leaves out what .gitignore
+names (data sets, most often) without a word, takes everything else, and finds out about the size after the upload.
 """
 
 from __future__ import annotations
 
 import fnmatch
+import glob
 import os
 import zipfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 CODE = Path(__file__).resolve().parent.parent  # a checkout, or site-packages: both packages stand side by side in it
 PACKAGES = ("pipeline", "cluster")
-EXCLUDES = (
-    *(".git", ".venv", "venv", ".env", "node_modules", "*.egg-info", ".DS_Store"),
-    *("__pycache__", "*.pyc", ".*_cache", ".cache", ".hypothesis", ".ipynb_checkpoints"),
-    *("*.pt", "*.pth", "*.ckpt", "/runs", "/mlruns", "/wandb", "/lightning_logs"),
+IGNORE_FILE = ".onetomanyignore"
+SECRETS = (
+    *(".env*", ".aws", ".azure", ".gcloud", ".kube", ".docker", ".ssh", ".gnupg", ".netrc", "_netrc", ".npmrc", ".pypirc"),
+    *(".git-credentials", "id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*", "*.pem", "*.p12", "*.pfx", "*.keystore"),
+    *("credentials", "credentials*.json", "service-account*.json", "service_account*.json", "secrets", "secrets.*"),
 )
+"""Names of files and folders that are never shipped, whoever asks for them. Case does not matter."""
+EXCLUDES = (
+    *(".git", ".venv", "venv", "node_modules", "*.egg-info", ".DS_Store", IGNORE_FILE),
+    *("__pycache__", "*.pyc", ".*_cache", ".cache", ".hypothesis", ".ipynb_checkpoints"),
+)
+"""Names of files and folders that are of no use elsewhere."""
 MAX_PACKAGE_MIB = 100  # Ray's DASHBOARD_CLIENT_MAX_SIZE, a constant; the 500 MiB in its documentation is another limit
 
 
@@ -27,51 +36,154 @@ class SubmitError(RuntimeError):
     """The job could not be submitted or followed. The message says what to do."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Package:
-    """What is shipped: `files` maps names in the zip to files here; `left_out` names what an exclude matched."""
+    """What is shipped: `files` maps names in the zip to files here; `left_out` names what is not, although it was asked for."""
 
-    files: dict[str, Path]
-    left_out: list[str]
+    files: dict[str, Path] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
+
+    def size_bytes(self) -> int:
+        """Bytes of all files before compression."""
+        return sum(file.stat().st_size for file in self.files.values())
+
+    def listing(self) -> Iterator[str]:
+        """A line for each file with its size, in the order of their names, then what is left out, then the sum."""
+        for name in sorted(self.files):
+            yield f"{_size(self.files[name].stat().st_size)}  {name}"
+        for name in self.left_out:
+            yield f"{'left out':>10}  {name}"
+        yield f"{_size(self.size_bytes())}  in {len(self.files)} files, before compression"
 
 
-def collect(root: Path, exclude: Sequence[str] = (), ship_code: bool = True) -> Package:
-    """The files to ship from `root`, and this project's two packages unless `root` is a checkout with its own."""
-    files: dict[str, Path] = {}
-    left_out: list[str] = []
-    _walk(root, PurePosixPath(), (*EXCLUDES, *exclude), files, left_out, frozenset())
+def _size(count: int) -> str:
+    """Bytes as text of 10 characters."""
+    return f"{count:>8} B" if count < 1024 else f"{count / 2**10:>6.1f} KiB" if count < 2**20 else f"{count / 2**20:>6.1f} MiB"
+
+
+def collect(
+    job_file: Path,
+    named: Iterable[str] = (),
+    *,
+    root: Path | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    ship_code: bool = True,
+) -> Package:
+    """The files that a job needs elsewhere.
+
+    Args:
+        job_file: the job file.
+        named: files, folders and globs that the job names, relative to the job file.
+        root: the folder whose shape is kept, and that nothing may come from beyond; the job file's own.
+        include: further files, folders and globs, relative to the root.
+        exclude: shell patterns of file and folder names that stay here; with a slash in front, of paths below the root.
+            Those of the root's `.onetomanyignore`, one a line, are added.
+        ship_code: whether this project's packages are added.
+
+    Raises:
+        SubmitError: a named file is not below the root, looks like a secret or is left out by a pattern; a link leads out
+            of the root; the job names a file in a folder that is called as one of the packages.
+    """
+    job_file = Path(os.path.abspath(job_file))
+    root = Path(os.path.abspath(root or job_file.parent))
+    walk = _Walk(root, (*EXCLUDES, *_ignored(root), *exclude))
+    walk.add(job_file, "the job file")
+    for pattern in named:
+        walk.add_matching(job_file.parent, pattern, "the job")
+    for pattern in include:
+        walk.add_matching(root, pattern, "--include")
+    package = Package(dict(sorted(walk.files.items())), sorted(set(walk.left_out)))
     for name in PACKAGES if ship_code else ():
-        if f"{name}/__init__.py" in files:
-            continue  # a checkout: what stands there is what runs
-        if any(file.startswith(f"{name}/") for file in files):
-            raise SubmitError(f"{root / name} would hide the Python package {name}: rename it, or exclude it")
-        _walk(CODE / name, PurePosixPath(name), EXCLUDES, files, [], frozenset())
-    return Package(files, left_out)
+        if any(file.startswith(f"{name}/") for file in package.files):
+            raise SubmitError(f"{root / name} would hide the Python package {name}: rename the folder that the job names")
+        code = _Walk(CODE, EXCLUDES)
+        code.add(CODE / name, "this project")
+        package.files |= code.files
+    return package
 
 
-def _walk(
-    folder: Path,
-    inside: PurePosixPath,
-    excludes: Sequence[str],
-    files: dict[str, Path],
-    left_out: list[str],
-    above: frozenset[str],
-) -> None:
-    """Collect in name order. Links are followed (data often is one), except to a folder that we are already in."""
-    above |= {os.path.realpath(folder)}
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        path = inside / entry.name
-        if any(fnmatch.fnmatch(f"/{path}" if "/" in pattern else entry.name, pattern) for pattern in excludes):
-            left_out.append(str(path))
-        elif entry.is_file():
-            files[str(path)] = Path(entry.path)
-        elif entry.is_dir() and os.path.realpath(entry.path) not in above:
-            _walk(Path(entry.path), path, excludes, files, left_out, above)
+def _ignored(root: Path) -> list[str]:
+    """The patterns of the root's ignore file: one a line, # begins a comment."""
+    file = root / IGNORE_FILE
+    if not file.is_file():
+        return []
+    lines = [line.strip().rstrip("/") for line in file.read_text(encoding="utf-8").splitlines()]
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+class _Walk:
+    """Collects files below a root by their names there."""
+
+    def __init__(self, root: Path, excludes: Sequence[str]) -> None:
+        self.root, self.excludes = root, excludes
+        self.files: dict[str, Path] = {}
+        self.left_out: list[str] = []
+
+    def add_matching(self, folder: Path, pattern: str, who: str) -> None:
+        """Add the file, the folder or what the glob matches, by a path relative to `folder`."""
+        place = Path(os.path.abspath(folder / pattern))
+        if os.path.lexists(place):
+            self.add(place, who)
+            return
+        found = sorted(glob.glob(str(place), recursive=True))
+        if not found:
+            raise SubmitError(f"{who} names {pattern}, and nothing like it is in {folder}")
+        for match in found:
+            self.add(Path(match), who, is_chosen=False)
+
+    def add(self, place: Path, who: str, is_chosen: bool = True) -> None:
+        """Add a file, or what is in a folder. One that was chosen by its name and may not be shipped is an error."""
+        if not place.is_relative_to(self.root):
+            raise SubmitError(
+                f"{who} names {place}, which is not below {self.root}, the folder that is shipped from. Put it there, or "
+                "on s3:// or a disk that the cluster shares, and name it by that place"
+            )
+        name = PurePosixPath(*place.relative_to(self.root).parts)
+        parts = (name, *name.parents)
+        secret = next((part.name for part in parts if _matches(part, SECRETS)), None)
+        excluded = next((part for part in parts if _matches(part, self.excludes)), None)
+        if (secret or excluded) and not is_chosen:
+            self.left_out.append(str(name))
+            return
+        if secret:
+            raise SubmitError(f"{who} names {name}, and {secret} looks like a secret, which is never shipped: rename it if it is none")
+        if excluded:
+            raise SubmitError(f"{who} names {name}, and --exclude or {IGNORE_FILE} leaves {excluded} out: change one of them")
+        self._walk(place, name, frozenset())
+
+    def _walk(self, place: Path, name: PurePosixPath, above: frozenset[str]) -> None:
+        """Collect in the order of names. A link is followed below the root, except to a folder that we are already in."""
+        real = os.path.realpath(place)
+        if not Path(real).is_relative_to(os.path.realpath(self.root)):
+            raise SubmitError(
+                f"{place} is a link that leads to {real}, out of the folder that is shipped from. Copy the file there, or "
+                "put it on s3:// or a disk that the cluster shares, and name it by that place"
+            )
+        if place.is_file():
+            self.files[str(name)] = place
+        elif place.is_dir() and real not in above:
+            for entry in sorted(os.listdir(place)):
+                if _matches(name / entry, SECRETS) or _matches(name / entry, self.excludes):
+                    self.left_out.append(str(name / entry))
+                else:
+                    self._walk(place / entry, name / entry, above | {real})
+
+
+def _matches(name: PurePosixPath, patterns: Iterable[str]) -> bool:
+    """Whether a pattern fits the last part of a name or, where it holds a slash, the whole of it."""
+    whole, last = f"/{name}".lower(), name.name.lower()
+    return any(fnmatch.fnmatch(whole if "/" in one else last, _anchored(one.lower())) for one in patterns)
+
+
+def _anchored(pattern: str) -> str:
+    """A pattern with a slash as one of a path below the root."""
+    return pattern if "/" not in pattern or pattern.startswith("/") else f"/{pattern}"
 
 
 def write_zip(package: Package, archive: Path) -> Path:
     """Equal files give an equal zip, which the cluster then already has: no clock times in it."""
-    size_mib = sum(file.stat().st_size for file in package.files.values()) / 2**20
+    size_mib = package.size_bytes() / 2**20
     if size_mib <= 20 * MAX_PACKAGE_MIB:  # beyond it no compression helps, and trying takes minutes
         with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as out:
             for name, file in package.files.items():

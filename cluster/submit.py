@@ -2,8 +2,8 @@
 
     onetomany submit jobs/vision.yaml --address http://head:8265 --set storage=s3://bucket/runs
 
-What travels is one zip: the job file's folder (with the relative data in it) and this code, so that the cluster runs
-what is installed here; its own installation only has to bring the dependencies. Ray's dashboard takes at most 100 MiB
+What travels is one zip: the job file, the files that it names by relative paths, and this code, so that the cluster
+runs what is installed here; its own installation only has to bring the dependencies. Ray's dashboard takes at most 100 MiB
 in one request, so data of any size belongs on shared storage. The driver runs on the head; tasks and trainers go where
 Ray places them.
 
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import logging
 import os
 import re
@@ -26,6 +27,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import ray
 import requests
@@ -53,43 +55,51 @@ def submit(
     follow: bool = True,
     submission_id: str | None = None,
     working_dir: Path | None = None,
+    named: Sequence[str] = (),
+    include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     python_module: str = "pipeline.cli",
     ship_code: bool = True,
     secrets_in_clear: bool = False,
+    wait: bool | None = None,
     echo: Callable[[str], object] = print,
 ) -> int:
     """Submit `job_file` to the Ray cluster whose dashboard is at `address`; return the exit code of the job's process.
 
-    `working_dir` (default: the job file's folder) is what is shipped, less EXCLUDES and `exclude` (shell patterns of
-    file and folder names; a leading / ties one to the top). The job runs there as `python -P -m python_module command
-    JOB --address auto --set ...`. Every line of output, ours and the job's, goes to `echo`.
+    Shipped are the job file, the files that it names (`named`, relative to it), those of `include`, and this code, all
+    from below `working_dir` (default: the job file's folder), less `exclude`: see `package.collect`. The job runs there
+    as `python -P -m python_module command JOB --address auto --set ...`. Every line of output, ours and the job's, goes
+    to `echo`.
+
+    `wait` says whether the job waits for nodes that are not there yet; none leaves it to the job, which waits where the
+    cluster's autoscaler declares its nodes.
 
     With `follow=False` the return value is 0 as soon as the cluster has accepted the job. Ctrl-C while following leaves
     the job running and returns 130. A job that was stopped, or died before its process had an exit code, gives 1.
 
-    Raises SubmitError when the address does not answer within about 10 s or wants a token, when the package is too big,
-    when `env` names a secret and `secrets_in_clear` is not set, when the job file is unreadable, when the cluster
-    refuses the job, or when contact is lost for 3 minutes.
+    Raises SubmitError when the address does not answer within about 10 s or wants a token, when the package is too big
+    or something may not be shipped, when `env` names a secret and `secrets_in_clear` is not set, when the job file is
+    unreadable, when the cluster refuses the job, or when contact is lost for 3 minutes.
     """
-    job_file, root = Path(job_file).resolve(), Path(working_dir or Path(job_file).parent).resolve()
+    job_file = Path(job_file).parent.resolve() / Path(job_file).name
+    root = Path(working_dir or job_file.parent).resolve()
     if not job_file.is_relative_to(root):
         raise SubmitError(f"{job_file} is not under the folder to ship, {root}")
     if not secrets_in_clear:
         _refuse_secrets(env or {})
     storage = _storage(job_file, overrides)
-    package = collect(root, exclude, ship_code)
+    package = collect(job_file, named, root=root, include=include, exclude=exclude, ship_code=ship_code)
     submission_id = submission_id or f"{re.sub(r'[^A-Za-z0-9_-]+', '-', job_file.stem)}-{secrets.token_hex(4)}"
     for chatty in ("dashboard.modules.job.sdk", "dashboard.modules.dashboard_sdk"):
         logging.getLogger(f"ray.{chatty}").setLevel(logging.WARNING)
     with _without_ray_addresses(), tempfile.TemporaryDirectory(prefix="onetomany-") as folder:
         client = _connect(address)
         archive = write_zip(package, Path(folder) / "package.zip")
-        for line in _remarks(client, package, archive, storage, env or {}):
+        for line in _remarks(client, address, package, archive, storage, env or {}):
             echo(line)
         try:
             client.submit_job(
-                entrypoint=entrypoint(job_file.relative_to(root), overrides, command, python_module),
+                entrypoint=entrypoint(job_file.relative_to(root), overrides, command, python_module, wait),
                 submission_id=submission_id,
                 runtime_env={"working_dir": str(archive), "env_vars": dict(env or {})},
                 metadata={"job_file": job_file.name},
@@ -112,13 +122,19 @@ def submit(
 
 
 def entrypoint(
-    job: Path, overrides: Sequence[str] = (), command: str = "run", python_module: str = "pipeline.cli"
+    job: Path,
+    overrides: Sequence[str] = (),
+    command: str = "run",
+    python_module: str = "pipeline.cli",
+    wait: bool | None = None,
 ) -> str:
     """The shell command that the cluster runs, in the shipped folder, which Ray has put on PYTHONPATH.
 
     `-P` keeps Python from looking for modules in the current folder, whatever else lies there.
     """
     words = ["python", "-P", "-m", python_module, command, job.as_posix(), "--address", "auto"]
+    if wait is not None:
+        words.append("--wait-for-resources" if wait else "--no-wait-for-resources")
     return shlex.join(words + [word for override in overrides for word in ("--set", override)])
 
 
@@ -228,11 +244,18 @@ def _storage(job_file: Path, overrides: Sequence[str]) -> str:
     return str(values[-1] if values else job.get("storage", "runs") if isinstance(job, dict) else "runs")
 
 
-def _remarks(client: _Client, package: Package, archive: Path, storage: str, env: Mapping[str, str]) -> Iterator[str]:
+def _remarks(
+    client: _Client, address: str, package: Package, archive: Path, storage: str, env: Mapping[str, str]
+) -> Iterator[str]:
     """What is shipped, and what the user may not expect."""
     left_out = f"; left out: {', '.join(package.left_out[:8])}" if package.left_out else ""
     more = f" and {len(package.left_out) - 8} more" if len(package.left_out) > 8 else ""
     yield f"shipping {len(package.files)} files, {archive.stat().st_size / 2**20:.1f} MiB{left_out}{more}"
+    if host := unencrypted_host(address):
+        yield (
+            f"warning: what goes to {host} by http can be read and changed on the way: the token, the code, the data. Use "
+            "a tunnel to a port of this machine (`ray dashboard CLUSTER.yaml`, `kubectl port-forward`) or https"
+        )
     there = client._server_ray_version
     if there and there != ray.__version__:
         yield f"warning: the cluster runs Ray {there}, this machine {ray.__version__}"
@@ -248,6 +271,17 @@ def _remarks(client: _Client, package: Package, archive: Path, storage: str, env
     elif (nodes := _count_nodes(client)) != 1:
         count = nodes or "of the"
         yield f"warning: {storage} must be one disk that all {count} nodes share, or the run cannot find its own files"
+
+
+def unencrypted_host(address: str) -> str | None:
+    """The host of an address that is spoken to in clear over a network, or none for https and for this machine."""
+    parts = urlsplit(address)
+    host = parts.hostname or ""
+    try:
+        is_here = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        is_here = host == "localhost" or host.endswith(".localhost")
+    return None if parts.scheme != "http" or is_here else host
 
 
 def _count_nodes(client: _Client) -> int | None:

@@ -28,7 +28,9 @@ JobFile = Annotated[Path, typer.Argument(help="The job file (YAML).", metavar="J
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override any field, e.g. --set sources.a.train.steps=10.", metavar="A.B=C")]
 Address = Annotated[str | None, typer.Option(help="Join this Ray cluster (auto, or host:port). Without it, and without RAY_ADDRESS, one is started here.")]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Show Ray's own messages too.")]
-Growing = Annotated[bool, typer.Option("--wait-for-resources", help="The cluster can grow: wait for resources it does not have yet instead of refusing.")]
+Wait = Annotated[bool | None, typer.Option(
+    "--wait-for-resources/--no-wait-for-resources", show_default=False,
+    help="Wait for nodes that the cluster does not have yet, or plan for those that are there. Unset: wait where its autoscaler declares its nodes.")]
 
 
 class Remake(StrEnum):
@@ -62,7 +64,7 @@ def _job(file: Path, overrides: list[str] | None, elsewhere: bool = False) -> Jo
         raise _fail(str(error), 2) from None
 
 
-def _stages(file: Path, overrides: list[str] | None, address: str | None, verbose: bool, growing: bool, verbs: tuple[str, ...], dry: bool = False,
+def _stages(file: Path, overrides: list[str] | None, address: str | None, verbose: bool, wait: bool | None, verbs: tuple[str, ...], dry: bool = False,
             remake: Remake = Remake.NONE) -> None:
     """Check, then run the named stages in one Ray session. Exit 2: bad input; 1: something failed; 130: stopped by Ctrl-C; 143: by SIGTERM."""
     job = _job(file, overrides)
@@ -75,7 +77,7 @@ def _stages(file: Path, overrides: list[str] | None, address: str | None, verbos
 
     with Progress() as progress, checked.telling(progress.note):
         try:
-            state = stages.check(job, progress, verbose=verbose, growing=growing, remake=_remade(remake, verbs))
+            state = stages.check(job, progress, verbose=verbose, wait=wait, remake=_remade(remake, verbs))
             if dry:
                 from pipeline.transfer import dry_run
 
@@ -107,8 +109,10 @@ def _run(state: Any, address: str | None, verbs: tuple[str, ...]) -> int:
         state.progress.note(f"all {len(before)} trials are done; nothing to run")
         return _show(state, stages.current(state))
     launch.start(address, state.verbose)
-    if "finetune" in verbs and not state.growing:
-        fanout.check_fits(state.job, launch.nodes())
+    if "finetune" in verbs:
+        on = launch.cluster(state.wait)
+        if on.is_declared:
+            fanout.check_fits(state.job, on.nodes, on.grows)
     if "pretrain" in verbs:
         stages.pretrain(state)
     if not state.targets or not {"score", "finetune"} & set(verbs):
@@ -169,13 +173,13 @@ def _print_scores(rows: list[dict[str, Any]]) -> None:
 @app.command()
 def run(job: JobFile, set_: Set = None, address: Address = None,
         dry_run: Annotated[bool, typer.Option(help="Print stages, trials and cost; run nothing.")] = False,
-        wait_for_resources: Growing = False, verbose: Verbose = False, remake: Anew = Remake.NONE) -> None:
+        wait_for_resources: Wait = None, verbose: Verbose = False, remake: Anew = Remake.NONE) -> None:
     """Everything: pretrain, fine-tune, report. What is done already is not done again."""
     _stages(job, set_, address, verbose, wait_for_resources, ("pretrain", "finetune", "report"), dry_run, remake)
 
 
 @app.command()
-def pretrain(job: JobFile, set_: Set = None, address: Address = None, wait_for_resources: Growing = False, verbose: Verbose = False,
+def pretrain(job: JobFile, set_: Set = None, address: Address = None, wait_for_resources: Wait = None, verbose: Verbose = False,
              remake: Anew = Remake.NONE) -> None:
     """Train every source to its bundle; goes on where a stopped run left off."""
     _stages(job, set_, address, verbose, wait_for_resources, ("pretrain",), remake=remake)
@@ -184,11 +188,11 @@ def pretrain(job: JobFile, set_: Set = None, address: Address = None, wait_for_r
 @app.command()
 def score(job: JobFile, set_: Set = None, address: Address = None, verbose: Verbose = False) -> None:
     """Rank the pretrained sources for each target by LogME and kNN, without training."""
-    _stages(job, set_, address, verbose, False, ("score",))
+    _stages(job, set_, address, verbose, None, ("score",))
 
 
 @app.command()
-def finetune(job: JobFile, set_: Set = None, address: Address = None, wait_for_resources: Growing = False, verbose: Verbose = False,
+def finetune(job: JobFile, set_: Set = None, address: Address = None, wait_for_resources: Wait = None, verbose: Verbose = False,
              remake: Anew = Remake.NONE) -> None:
     """Fan out the trials of every target from the pretrained bundles, then report."""
     _stages(job, set_, address, verbose, wait_for_resources, ("finetune", "report"), remake=remake)
@@ -337,21 +341,35 @@ def prepare(name: Annotated[str | None, typer.Argument(help="imagenet, coco, lib
 
 
 @app.command()
-def submit(job: JobFile, address: Annotated[str, typer.Option(help="Job API of the cluster, e.g. http://head:8265.")], set_: Set = None,
+def submit(job: JobFile,
+           address: Annotated[str | None, typer.Option(help="Job API of the cluster, e.g. http://head:8265. Needed unless --dry-run.")] = None,
+           set_: Set = None,
            env: Annotated[list[str] | None, typer.Option(help="NAME or NAME=VALUE for the job's environment (visible in the dashboard).")] = None,
            secrets_in_clear: Annotated[bool, typer.Option(
                "--secrets-in-clear", help="Let --env name keys and tokens, which everyone who can reach the cluster can then read.")] = False,
-           exclude: Annotated[list[str] | None, typer.Option(help="Glob of files that do not travel.")] = None,
+           include: Annotated[list[str] | None, typer.Option(
+               help="File, folder or glob in the job file's folder that travels too, beside what the job names.")] = None,
+           exclude: Annotated[list[str] | None, typer.Option(help="Glob of files that do not travel; .onetomanyignore holds such globs too.")] = None,
            submission_id: Annotated[str | None, typer.Option(help="Name of the submission; none: made up.")] = None,
-           follow: Annotated[bool, typer.Option(help="Follow the log and exit with the job's own code.")] = True) -> None:
-    """Run the same job on a Ray cluster; follows its log and exits with its code."""
+           follow: Annotated[bool, typer.Option(help="Follow the log and exit with the job's own code.")] = True,
+           wait_for_resources: Wait = None,
+           dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files that would be shipped and their sizes; send nothing.")] = False) -> None:
+    """Run the same job on a Ray cluster; follows its log and exits with its code. Ships the job file, what it names in its folder, and the code."""
     _job(job, set_, elsewhere=True)
-    from cluster.submit import SubmitError, parse_env
+    from cluster.package import SubmitError, collect
+    from cluster.submit import parse_env
     from cluster.submit import submit as send
+    from pipeline.jobfile import relative_places
 
+    if address is None and not dry_run:
+        raise _fail("--address is needed: the job API of the cluster, e.g. http://head:8265 (--dry-run does without)", 2)
+    shipped = {"named": relative_places(job, set_ or []), "include": tuple(include or ()), "exclude": tuple(exclude or ())}
     try:
-        code = send(job, address, overrides=set_ or [], env=parse_env(env or []), follow=follow, submission_id=submission_id, exclude=tuple(exclude or ()),
-                    secrets_in_clear=secrets_in_clear)
+        if dry_run:
+            out.print("\n".join(collect(job, **shipped).listing()), markup=False, soft_wrap=True)
+            return
+        code = send(job, str(address), overrides=set_ or [], env=parse_env(env or []), follow=follow, submission_id=submission_id,
+                    secrets_in_clear=secrets_in_clear, wait=wait_for_resources, **shipped)
     except SubmitError as error:
         raise _fail(str(error), 1) from None
     raise typer.Exit(code)

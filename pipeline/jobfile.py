@@ -391,6 +391,29 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = (), elsewher
     Raises JobError with every problem found, each as ``file:line: field: what; fix``.
     """
     path = Path(path)
+    return Job.model_validate(_absolute(_checked(path, overrides, elsewhere), path.parent.resolve()))
+
+
+def relative_places(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> list[str]:
+    """The files, folders and globs that a job names by paths relative to its file: data, checkpoints, tokenizers, language models.
+
+    Raises JobError as `load` does.
+    """
+    job = _checked(Path(path), overrides, elsewhere=True)
+    named: list[str] = []
+    for part in [*job["sources"].values(), *job.get("targets", {}).values()]:
+        for rows, _ in (*_corpora(part, ()), ({"objective": part.get("objective")}, ())):
+            named += [holder[key] for holder, key, _ in _named(rows)]
+        for text in [str(_name_of(part.get(field))) for field in ("backbone", "init")]:
+            prefix, _, place = text.partition(":")
+            if text.startswith(STARTS) and prefix not in HUBS:
+                named.append(place)
+    here = [place for place in named if not (storage.is_remote(place) or place.startswith("file://") or _is_absolute(place))]
+    return list(dict.fromkeys(here))
+
+
+def _checked(path: Path, overrides: list[str] | tuple[str, ...], elsewhere: bool) -> dict:
+    """A job file as a mapping, overridden, in which nothing is wrong; its places are as they are written."""
     problems: list[tuple[int, str]] = []
     try:
         text = path.read_text(encoding="utf-8")
@@ -416,5 +439,5 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = (), elsewher
                                                               or (len(known) < len(loc) and p[:len(known) + 1] == loc[:len(known) + 1]))), None)
             problems.append((0 if by else at, f"{_dots(loc)}: {message}" + (f" (from --set {by})" if by else "")))
         if job is not None and not problems:
-            return Job.model_validate(_absolute(data, path.parent.resolve()))
+            return data
     raise JobError([f"{path}:{line}: {message}" if line else f"{path}: {message}" for line, message in sorted(dict.fromkeys(problems))])

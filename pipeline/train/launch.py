@@ -9,6 +9,7 @@ import signal
 import site
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,17 +18,18 @@ from typing import Any
 import ray
 import torch
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
-from ray.exceptions import GetTimeoutError, RayError, UserCodeException
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError, UserCodeException
 from ray.job_config import JobConfig
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline import fence, folders, prepare_ray, stopping, storage
 from pipeline.data.stream import DataWorkers
 from pipeline.identity import ChangedFileError
 from pipeline.job import Source
+from pipeline.train import node_types, source
 from pipeline.train import pretrain as work_of
-from pipeline.train import source
 from pipeline.train.loop import NonFiniteError, Ranks
-from pipeline.train.progress import Progress, training_line
+from pipeline.train.progress import Progress, duration, training_line
 
 
 class ClusterError(RuntimeError):
@@ -98,11 +100,65 @@ class Share:
 
 
 Nodes = list[tuple[float, float]]
-"""Logical CPUs and GPUs of each living node."""
+"""Logical CPUs and GPUs of each node."""
 
 
-def nodes() -> Nodes:
-    return [(node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0)) for node in ray.nodes() if node["Alive"]]
+@dataclass(frozen=True)
+class Cluster:
+    """What work can be planned for."""
+
+    nodes: Nodes
+    """Those that are there; of a cluster that grows, those that can be there."""
+    object_store_bytes: float
+    """Of the nodes that are there."""
+    grows: bool = False
+    """Nodes come when they are asked for."""
+    is_declared: bool = True
+    """Which nodes can come is known; else ``nodes`` holds only those that are there."""
+
+    @property
+    def cpus(self) -> float:
+        return sum(cpus for cpus, _ in self.nodes)
+
+    @property
+    def gpus(self) -> float:
+        return sum(gpus for _, gpus in self.nodes)
+
+
+def cluster(wait: bool | None = None) -> Cluster:
+    """The cluster that was joined or started.
+
+    Args:
+        wait: whether to wait for nodes that are not there yet; none: on a cluster whose autoscaler declares its nodes.
+
+    Raises:
+        ClusterError: the declaration of the nodes cannot be read.
+    """
+    living = [(node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0)) for node in ray.nodes() if node["Alive"]]
+    store = ray.cluster_resources().get("object_store_memory", 1 << 30)
+    if wait is False:
+        return Cluster(living, store)
+    try:
+        types = _declared_on_the_head()
+    except node_types.NodeTypesError as error:
+        raise ClusterError(f"{error}; with --no-wait-for-resources the nodes that are there are used") from error
+    if types is None:
+        return Cluster(living, store, grows=bool(wait), is_declared=not wait)
+    return Cluster([(one.cpus, one.gpus) for one in types for _ in range(one.count)], store, grows=True)
+
+
+def _declared_on_the_head() -> list[node_types.NodeType] | None:
+    """The declared node types, read where the autoscaler runs."""
+    gcs_address = ray.get_runtime_context().gcs_address
+    head = next((node["NodeID"] for node in ray.nodes() if "node:__internal_head__" in node["Resources"]), None)
+    if head is None or head == ray.get_runtime_context().get_node_id():
+        return node_types.declared(gcs_address)
+    on_the_head = NodeAffinitySchedulingStrategy(node_id=head, soft=False)
+    task = ray.remote(num_cpus=0)(node_types.declared).options(scheduling_strategy=on_the_head)
+    try:
+        return ray.get(task.remote(gcs_address))
+    except RayTaskError as error:
+        raise node_types.NodeTypesError(_first_cause(error)) from error
 
 
 def capacity(have: Nodes, cpus: float, gpus: float) -> int:
@@ -129,12 +185,91 @@ def share(spec: Source, cpus: float, gpus: float, object_store_bytes: float = 2 
     return Share(rank_cpus, rank_gpus, data, threads)
 
 
-def check_fits(spec: Source, mine: Share, have: Nodes, place: str) -> list[str]:
+def nodes_for(spec: Source, on: Cluster) -> Nodes:
+    """The nodes that a source's ranks and their data workers share.
+
+    Of a cluster of fixed size these are all nodes. Of one that grows they are the fewest that hold the most ranks, each
+    with one data worker, so that a small job does not ask for every node that could come. GPUs are taken where the job
+    says so, and where it says nothing and some node type has them.
+    """
+    if not on.grows:
+        return on.nodes
+    ranks = spec.worker_range[1]
+    takes_gpus = on.gpus > 0 if spec.gpus_per_worker is None else spec.gpus_per_worker > 0
+    gpus = spec.gpus_per_worker if spec.gpus_per_worker is not None else float(takes_gpus)
+    cpus = (spec.cpus_per_worker or 1.0) + 1.0
+    useful = [node for node in on.nodes if node[0] > 0]
+    ordered = sorted(useful, key=lambda node: (bool(node[1]) != takes_gpus, node))
+    if not on.is_declared and capacity(ordered, cpus, gpus) < ranks:
+        return [*ordered, *[(cpus, gpus)] * ranks]  # nobody knows what can come: the job says what it needs
+    for count in range(1, len(ordered) + 1):
+        if capacity(ordered[:count], cpus, gpus) >= ranks:
+            return ordered[:count]
+    return ordered
+
+
+def share_of(spec: Source, on: Cluster) -> Share:
+    """A rank's part of a cluster, by `nodes_for` and `share`."""
+    planned = nodes_for(spec, on)
+    return share(spec, sum(node[0] for node in planned), sum(node[1] for node in planned), on.object_store_bytes)
+
+
+def bundles_of(mine: Share, ranks: int) -> list[dict[str, float]]:
+    """What so many ranks and their data workers ask a cluster for; no bundle is empty."""
+    rank = {"CPU": mine.cpus, "GPU": mine.gpus}
+    data = {"CPU": mine.data.cpus_per_actor}
+    asked = [rank] * ranks + [data] * (ranks * mine.data.actors)
+    return [{name: amount for name, amount in bundle.items() if amount > 0} for bundle in asked]
+
+
+def wait_for(bundles: list[dict[str, float]], what: str, progress: Progress) -> None:
+    """Ask the cluster for bundles of logical resources and wait until it holds them, however long its nodes take to come.
+
+    What is asked for goes back at the end. A node that came stays until the cluster's idle time is over.
+    """
+    group = ray.util.placement_group(bundles, strategy="PACK")
+    asked = describe_bundles(bundles)
+    began = time.monotonic()
+    try:
+        if group.wait(1):
+            return
+        progress.note(f"{what}: asks the cluster for {asked}, and waits until the nodes are there")
+        while not group.wait(2):
+            there = ray.cluster_resources()
+            progress.update(f"{what}: waits for {asked}; {len(ray.nodes())} nodes with {there.get('CPU', 0):g} CPU and "
+                            f"{there.get('GPU', 0):g} GPU are there  {duration(time.monotonic() - began)}")
+        progress.note(f"{what}: the nodes are there after {duration(time.monotonic() - began)}")
+    finally:
+        ray.util.remove_placement_group(group)
+
+
+def keep_ray_datas_actors_here() -> None:
+    """Start the actors that Ray Data shares over a cluster on this process's node.
+
+    They outlive every job, and the node on which they run never counts as idle. Ray Data starts them where it is used
+    first, which is a rank here, so that the rank's node (with its GPUs) would stay for ever.
+    """
+    from ray.data._internal.execution.node_trackers import get_or_create_actor_location_tracker
+    from ray.data._internal.stats import get_or_create_stats_actor
+
+    get_or_create_actor_location_tracker()
+    get_or_create_stats_actor()
+
+
+def describe_bundles(bundles: list[dict[str, float]]) -> str:
+    """Bundles in words: ``2 x 1 CPU + 1 GPU and 4 x 1 CPU``."""
+    each = Counter(" + ".join(f"{amount:g} {name}" for name, amount in bundle.items()) for bundle in bundles)
+    return " and ".join(f"{count} x {text}" for text, count in each.items())
+
+
+def check_fits(spec: Source, mine: Share, have: Nodes, place: str, grows: bool = False) -> list[str]:
     """Warnings; raises ClusterError when the fewest ranks can never run here."""
     fewest, most = spec.worker_range
     cpus, gpus = (sum(node[i] for node in have) for i in (0, 1))
     if capacity(have, mine.cpus, mine.gpus) < fewest or fewest * (mine.cpus + mine.data.cpus_per_actor) > cpus + 1e-6:
-        raise ClusterError(f"{place}: the cluster has {told(have)}, the request is {fewest} ranks x ({mine.cpus:g} CPU + {mine.gpus:g} GPU, each on one node) "
+        verb = "can grow to" if grows else "has"
+        raise ClusterError(f"{place}: the cluster {verb} {told(have)}, "
+                           f"the request is {fewest} ranks x ({mine.cpus:g} CPU + {mine.gpus:g} GPU, each on one node) "
                            f"and {mine.data.cpus_per_actor:g} CPU of data workers a rank; it can never be met. Lower workers, cpus_per_worker or "
                            "gpus_per_worker, or join a larger cluster (--address)")
     cores = os.cpu_count() or 1
@@ -232,8 +367,10 @@ def facts_of(stage: source.SourceStage) -> dict[str, Any]:
     return {**manifest.get("training", {}), "source": stage.name, "bundle": stage.bundle_uri, **made}
 
 
-def pretrain(stage: source.SourceStage, progress: Progress, verbose: bool, growing: bool = False) -> dict[str, Any]:
+def pretrain(stage: source.SourceStage, progress: Progress, verbose: bool, wait: bool | None = None) -> dict[str, Any]:
     """Run a source stage to its bundle and return the report's facts; a bundle that is there already is used.
+
+    ``wait``: whether to wait for nodes that are not there yet (`cluster`).
 
     Raises ClusterError before anything starts, StageError when training failed for good.
     """
@@ -243,14 +380,16 @@ def pretrain(stage: source.SourceStage, progress: Progress, verbose: bool, growi
         return {**facts_of(stage), "cached": True}
     if stage.splits is None:
         return {**work_of.import_checkpoint(stage), "bundle": stage.bundle_uri}
-    have = resources()
-    cpus, gpus = have["CPU"], have["GPU"]
-    mine = share(stage.spec, cpus, gpus, have["object_store_memory"])
-    if not growing:
-        for line in check_fits(stage.spec, mine, nodes(), f"sources.{stage.name}"):
-            progress.note(line)
+    on = cluster(wait)
+    mine, planned = share_of(stage.spec, on), nodes_for(stage.spec, on)
+    for line in check_fits(stage.spec, mine, planned, f"sources.{stage.name}", on.grows):
+        progress.note(line)
     low, high = stage.spec.worker_range
-    most = high if growing else max(low, min(high, int((cpus + 1e-6) // (mine.cpus + mine.data.cpus_per_actor))))  # elastic ranks leave Ray Data its CPUs
+    cpus = sum(node[0] for node in planned)
+    most = max(low, min(high, int((cpus + 1e-6) // (mine.cpus + mine.data.cpus_per_actor))))  # elastic ranks leave Ray Data its CPUs
+    if on.grows:
+        keep_ray_datas_actors_here()
+        wait_for(bundles_of(mine, low), stage.name, progress)
     progress.update(f"{stage.name}: reading and fitting the source")
     fitted = source.fit(stage)
     work = work_of.rank_job(stage, fitted, mine.data, mine.threads)

@@ -375,15 +375,18 @@ def _beats(a: Record, b: Record) -> bool:
     return rank(a) > rank(b)
 
 
-def run(name: str, trials: list[Trial], shared: Shared, spec: Fanout, progress: Progress, anew: Collection[str] = ()) -> list[Record]:
+def run(name: str, trials: list[Trial], shared: Shared, spec: Fanout, progress: Progress, anew: Collection[str] = (),
+        wait: bool | None = None) -> list[Record]:
     """Run the trials that have no record yet, and those whose ids are in ``anew``; the records of all, in order. A failed trial has a record with its error.
+
+    ``wait``: whether to wait for nodes that are not there yet (`launch.cluster`).
 
     Raises KeyboardInterrupt when stopped; what is finished stays.
     """
     todo = [one for one in trials if one.id in anew or unfinished(shared.root, one, spec)]
     work = units(todo, shared)
     for workers, part in _by_workers(work, shared).items():
-        _tune(name, part, shared, spec, workers, progress)
+        _tune(name, part, shared, spec, workers, progress, wait)
     out = []
     for one in trials:
         record = trial.read_record(shared.root, one.id)
@@ -410,20 +413,21 @@ def _by_workers(work: list[Unit], shared: Shared) -> dict[int, list[Unit]]:
 def per_trial(spec: Fanout, have: launch.Nodes) -> tuple[float, float]:
     """CPUs and GPUs of one trial, or of one rank of a trial."""
     gpus = sum(node[1] for node in have)
-    most = max((node[0] for node in have), default=1.0)
+    most = max((node[0] for node in have if node[0] > 0), default=1.0)  # a head without CPUs runs no trial
     share = spec.gpus_per_trial if spec.gpus_per_trial is not None else (0.25 if gpus else 0.0)
     return (spec.cpus_per_trial if "cpus_per_trial" in spec.model_fields_set else min(spec.cpus_per_trial, most)), share
 
 
-def check_fits(job: Job, have: launch.Nodes) -> None:
-    """Raises ClusterError when a trial of the job can never run on these nodes."""
+def check_fits(job: Job, have: launch.Nodes, grows: bool = False) -> None:
+    """Raises ClusterError when a trial of the job can never run on these nodes, which are all that can be there where the cluster ``grows``."""
     cpus, gpus = per_trial(job.fanout, have)
     room = launch.capacity(have, cpus, gpus)
     for name, target in job.targets.items():
         needed = max(1, target.workers)
         if room < needed:
+            verb = "can grow to" if grows else "has"
             ranks = f" for each of {target.workers} ranks" if target.workers else ""
-            raise launch.ClusterError(f"targets.{name}: a trial asks for {cpus:g} CPU and {gpus:g} GPU{ranks}, the cluster has {launch.told(have)}; it can "
+            raise launch.ClusterError(f"targets.{name}: a trial asks for {cpus:g} CPU and {gpus:g} GPU{ranks}, the cluster {verb} {launch.told(have)}; it can "
                                       "never be met. Lower fanout.cpus_per_trial, fanout.gpus_per_trial or the target's workers, or join a larger cluster")
 
 
@@ -438,16 +442,19 @@ def keep_keys_out_of_runtime_environments() -> None:
     class_cache.ENV_VARS_TO_PROPAGATE = {name for name in listed if not name.startswith("AWS_")}
 
 
-def _tune(name: str, work: list[Unit], shared: Shared, spec: Fanout, workers: int, progress: Progress) -> None:
+def _tune(name: str, work: list[Unit], shared: Shared, spec: Fanout, workers: int, progress: Progress, wait: bool | None = None) -> None:
     keep_keys_out_of_runtime_environments()
     shared = replace(shared, facts={**shared.facts, "run": uuid.uuid4().hex})
-    have = launch.nodes()
-    cpus, gpus = per_trial(spec, have)
+    on = launch.cluster(wait)
+    cpus, gpus = per_trial(spec, on.nodes)
+    if on.grows:
+        bundle = {"CPU": cpus, "GPU": gpus}
+        launch.wait_for([{resource: amount for resource, amount in bundle.items() if amount}] * max(1, workers), name, progress)
     # a trial that only drives its ranks asks for one byte: any part of a CPU would be missing to the ranks, who would wait for it for ever
     mine: dict[str, float] = {"memory": 1} if workers else {"cpu": cpus, **({"gpu": gpus} if gpus else {})}
     at_once = spec.max_concurrent_trials
     if workers:  # ranks are outside Tune's accounts: as many trials as their ranks fit
-        most = max(1, launch.capacity(have, cpus, gpus) // workers)
+        most = max(1, launch.capacity(on.nodes, cpus, gpus) // workers)
         at_once = min(at_once or most, most)
     asha = spec.scheduler == "asha" and any(unit.first.stage == "search" for unit in work) and not workers
     scheduler = GroupedASHA({i: unit.first.cell for i, unit in enumerate(work)}) if asha else None

@@ -34,7 +34,8 @@ class State:
     job: Job
     progress: Progress
     verbose: bool = False
-    growing: bool = False
+    wait: bool | None = None
+    """Whether to wait for nodes that are not there yet (`launch.cluster`)."""
     remake: tuple[str, ...] = ()
     """"sources", "trials" or both: what is made anew where other code or versions made it."""
     sources: dict[str, source.SourceStage] = field(default_factory=dict)
@@ -266,7 +267,7 @@ def pretrain(state: State) -> None:
     """Every source to its bundle."""
     pruning.note_uses(state.job.root, used_places(state))
     for name, stage in state.sources.items():
-        facts = launch.pretrain(stage, state.progress, state.verbose, state.growing)
+        facts = launch.pretrain(stage, state.progress, state.verbose, state.wait)
         state.pretraining.append(facts)
         if facts.get("cached"):
             note_done(state, name)
@@ -450,11 +451,11 @@ def finetune(state: State, shared: Shared) -> list[Trial]:
     job, bases = state.job, list(shared.bases.values())
     chosen = _select(state, shared)
     search = search_trials(state, bases, chosen)
-    records = fanout.run("search", search, shared, job.fanout, state.progress, _anew(state, search, bases)) if search else []
+    records = fanout.run("search", search, shared, job.fanout, state.progress, _anew(state, search, bases), state.wait) if search else []
     again = finalist_trials(state, bases, chosen, _ranked(search, records))
     if again:
         unpruned = job.fanout.model_copy(update={"scheduler": "fifo"})  # a mean over seeds needs all of them
-        records += fanout.run("search, best again", again, shared, unpruned, state.progress, _anew(state, again, bases))
+        records += fanout.run("search, best again", again, shared, unpruned, state.progress, _anew(state, again, bases), state.wait)
         search = [*search, *again]
     winners = _winners(search, records)
     for cell in sorted({one.cell for one in search} - set(winners)):
@@ -462,7 +463,7 @@ def finetune(state: State, shared: Shared) -> list[Trial]:
         state.progress.note(f"warning: {state.notes[-1]}")
     _keep_facts(state, chosen)
     final = final_trials(state, bases, chosen, winners)
-    fanout.run("fine-tune", final, shared, job.fanout, state.progress, _anew(state, final, bases))
+    fanout.run("fine-tune", final, shared, job.fanout, state.progress, _anew(state, final, bases), state.wait)
     return [*search, *final]
 
 

@@ -107,14 +107,14 @@ def test_the_command_asks_for_a_token_and_stops_on_sigterm(monkeypatch, tmp_path
 
         monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
         with pytest.raises(SubmitError, match=r"wants a token, and none is set here.*RAY_AUTH_TOKEN"):
-            submit(tmp_path / "job.yaml", address, python_module="entry")
+            submit(tmp_path / "job.yaml", address, python_module="entry", include=["entry.py"])
 
         assert exports["RAY_AUTH_MODE"] == "token"
         assert os.stat(exports["RAY_AUTH_TOKEN_PATH"]).st_mode & 0o077 == 0
         for name, value in exports.items():
             monkeypatch.setenv(name, value)
         said: list[str] = []
-        assert submit(tmp_path / "job.yaml", address, python_module="entry", echo=said.append) == 0
+        assert submit(tmp_path / "job.yaml", address, python_module="entry", include=["entry.py"], echo=said.append) == 0
         assert "let in" in said
 
         process.send_signal(signal.SIGTERM)

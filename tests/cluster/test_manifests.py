@@ -99,6 +99,8 @@ CONTAINER = {
                 "properties": {"containerPort": {"type": "integer"}, "name": {"type": "string", "maxLength": 15}},
             },
         },
+        "env": {"type": "array", "items": {"type": "object", "required": ["name", "value"], "additionalProperties": False,
+                                           "properties": {"name": {"type": "string"}, "value": {"type": "string"}}}},
         "envFrom": {"type": "array", "items": {"type": "object", "required": ["secretRef"]}},
         "resources": {
             "type": "object",
@@ -202,7 +204,18 @@ def test_the_rayjob_keeps_work_off_the_head_and_gives_workers_gpus(rayjob):
         assert pod["securityContext"]["runAsNonRoot"] and pod["securityContext"]["runAsUser"] == 1000
     assert int(pods[1]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"]) >= 1
     words = shlex.split(rayjob["spec"]["entrypoint"])
-    assert words[:5] == ["python", "-P", "-m", "pipeline.cli", "run"] and "auto" in words
+    assert words[:2] == ["onetomany", "run"] and "auto" in words
+
+
+def test_the_rayjob_declares_the_workers_that_it_may_have(rayjob):
+    """The autoscaler's settings lie in another container: a job reads them from this variable (train/node_types.py)."""
+    spec = rayjob["spec"]["rayClusterSpec"]
+    (head,) = spec["headGroupSpec"]["template"]["spec"]["containers"]
+    (declared,) = [json.loads(one["value"]) for one in head["env"] if one["name"] == "ONETOMANY_NODE_TYPES"]
+    (workers,) = spec["workerGroupSpecs"]
+    limits = workers["template"]["spec"]["containers"][0]["resources"]["limits"]
+    resources = {"CPU": int(limits["cpu"]), "GPU": int(limits["nvidia.com/gpu"])}
+    assert declared == {workers["groupName"]: {"resources": resources, "max_workers": workers["maxReplicas"]}}
 
 
 def test_ray_has_one_version(rayjob):
@@ -214,12 +227,36 @@ def test_ray_has_one_version(rayjob):
 
 
 def test_the_image_is_locked_and_its_user_is_nobody_special(dockerfile):
-    assert dockerfile[0] == ("FROM", "python:3.12-slim")
     install = next(rest for word, rest in dockerfile if word == "RUN" and "requirements.lock" in rest)
     assert "uv pip install" in install and "--require-hashes" in install
     assert [rest for word, rest in dockerfile if word == "USER"] == ["ray"]
     assert any("useradd" in rest and "--uid 1000" in rest for word, rest in dockerfile if word == "RUN")
     assert any("HOME=/home/ray" in rest for word, rest in dockerfile if word == "ENV")  # `ray up` reads it
+
+
+def test_the_base_of_the_image_has_a_full_version_and_can_be_given_a_digest(dockerfile):
+    arguments = dict(rest.split("=", 1) for word, rest in dockerfile if word == "ARG")
+    assert re.fullmatch(r"python:3\.12\.\d+-slim-[a-z]+", arguments["BASE"]) and arguments["BASE_DIGEST"] == ""
+    assert ("FROM", "${BASE}${BASE_DIGEST:+@${BASE_DIGEST}}") in dockerfile
+
+
+def test_what_builds_the_image_and_the_package_is_pinned(dockerfile):
+    """uv by version, the same in the image and in CI; hatchling by its hash, since no build fetches it."""
+    continuous = (ROOT / ".ci" / "run").read_text()
+    installs = [line for line in continuous.splitlines() if "pip install" in line]
+    in_ci = re.findall(r"pip install --quiet uv==([\d.]+)$", continuous, re.MULTILINE)
+    image = "\n".join(rest for word, rest in dockerfile if word == "RUN")
+    assert re.findall(r'"uv==(\d+\.\d+\.\d+)"', image) == in_ci and len(in_ci) == 1
+    for line in [line for line in [*installs, *image.splitlines()] if re.search(r"(-e|--editable) \.", line)]:
+        assert "--no-build-isolation" in line and "--no-deps" in line
+    assert image.count("--editable .") == 1 and sum(" -e ." in line for line in installs) == 1
+
+
+def test_the_image_asks_for_gpus(dockerfile):
+    """Without these NVIDIA's container runtime gives a plain image none."""
+    variables = dict(pair.split("=", 1) for word, rest in dockerfile if word == "ENV" for pair in rest.split())
+    assert variables["NVIDIA_VISIBLE_DEVICES"] == "all"
+    assert set(variables["NVIDIA_DRIVER_CAPABILITIES"].split(",")) >= {"compute", "utility"}
 
 
 @pytest.mark.parametrize(
@@ -235,7 +272,7 @@ def test_the_image_copies_what_exists(dockerfile, name):
 @pytest.mark.parametrize("name", [*MANIFESTS, "README.md", "submit.py", "local.py", "package.py"])
 def test_nothing_names_a_registry_a_secret_or_this_machine(name):
     text = (CLUSTER / name).read_text()
-    hosts = r"pypi|pythonhosted|(docker|ghcr|quay|gcr)\.io|amazonaws\.com|index-url|https?://(?!head|localhost|127|\{)"
+    hosts = r"pypi(?!rc)|pythonhosted|(docker|ghcr|quay|gcr)\.io|amazonaws\.com|index-url|https?://(?!head|localhost|127|\{)"
     assert not re.search(hosts, text.replace("https?://", "")), name
     assert not re.search(r"AKIA|-----BEGIN|/work/|/root/", text), name
 

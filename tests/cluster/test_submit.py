@@ -55,6 +55,12 @@ def test_the_entrypoint_survives_the_shell():
     assert subprocess.check_output(["sh", "-c", "printf '%s\n' " + command], text=True).splitlines() == words
 
 
+@pytest.mark.parametrize(("wait", "word"), [(True, "--wait-for-resources"), (False, "--no-wait-for-resources")])
+def test_a_submission_says_whether_to_wait(wait, word):
+    assert shlex.split(entrypoint(Path("a.yaml"), wait=wait))[-1] == word
+    assert "wait" not in entrypoint(Path("a.yaml")), "else the job finds out whether its cluster grows"
+
+
 def test_variables_are_named_or_given(monkeypatch):
     monkeypatch.setenv("HERE", "a=b")
     assert parse_env(["HERE", "THERE=c=d", "EMPTY="]) == {"HERE": "a=b", "THERE": "c=d", "EMPTY": ""}
@@ -64,47 +70,102 @@ def test_variables_are_named_or_given(monkeypatch):
         parse_env(["not a name=1"])
 
 
-def test_the_package_is_the_folder_and_the_code_and_says_what_it_leaves_out(job):
-    shipped = collect(job.parent, exclude=["/data/runs/*"])
-    assert {name for name in shipped.files if not name.startswith(("pipeline/", "cluster/"))} == {
-        "job.yaml",
-        "data/a.parquet",
-    }
-    assert shipped.left_out == [".env", ".git", "data/runs/new.json", "runs", "w.pt"]
+def of_the_job(package) -> set[str]:
+    """The names of a package's files beside this project's code."""
+    return {name for name in package.files if not name.startswith(("pipeline/", "cluster/"))}
+
+
+def test_the_package_is_what_the_job_names_and_the_code(job):
+    shipped = collect(job, ["data/a.parquet"])
+    assert of_the_job(shipped) == {"job.yaml", "data/a.parquet"}
     assert shipped.files["cluster/submit.py"] == ROOT / "cluster" / "submit.py"
     assert "pipeline/__init__.py" in shipped.files
     assert not any("__pycache__" in name for name in shipped.files)
-    assert not any(name.startswith("cluster/") for name in collect(job.parent, ship_code=False).files)
+    assert not any(name.startswith("cluster/") for name in collect(job, ship_code=False).files)
 
 
-def test_links_are_followed_but_not_in_circles(job, tmp_path):
+def test_folders_and_globs_that_the_job_names_are_shipped_with_what_is_in_them(job):
+    (job.parent / "data" / "b.csv").write_text("b")
+    assert of_the_job(collect(job, ["data/*.parquet"])) == {"job.yaml", "data/a.parquet"}
+    shipped = collect(job, ["data"], include=["w.pt"], exclude=["*.csv"])
+    assert of_the_job(shipped) == {"job.yaml", "data/a.parquet", "data/runs/new.json", "w.pt"}
+    assert shipped.left_out == ["data/b.csv"]
+    with pytest.raises(SubmitError, match=r"--include names no/\*\.csv, and nothing like it"):
+        collect(job, include=["no/*.csv"])
+
+
+def test_the_ignore_file_leaves_out_what_it_names(job):
+    (job.parent / ".onetomanyignore").write_text("# results of other runs\ndata/runs/\n\n*.csv\n")
+    (job.parent / "data" / "b.csv").write_text("b")
+    shipped = collect(job, ["data"])
+    assert of_the_job(shipped) == {"job.yaml", "data/a.parquet"}
+    assert shipped.left_out == ["data/b.csv", "data/runs"]
+    with pytest.raises(SubmitError, match=r"the job names data/b\.csv, and --exclude or \.onetomanyignore leaves data/b\.csv out"):
+        collect(job, ["data/b.csv"])
+
+
+SECRET_FILES = (
+    *(".env", ".env.local", ".envrc", ".aws/credentials", ".aws/config", ".ssh/config", "id_rsa", "id_ed25519", "key.pem"),
+    *(".netrc", ".git-credentials", ".pypirc", "credentials.json", "credentials-prod.json", "service-account-1.json"),
+    *("secrets.yaml", "secrets.toml", "Secrets.JSON", ".kube/config", ".docker/config.json"),
+)
+
+
+@pytest.mark.parametrize("name", SECRET_FILES)
+def test_secrets_are_never_shipped(job, name):
+    """Not from beside the job file, not from within a folder that the job names, and not by their own name."""
+    for place in (job.parent / name, job.parent / "data" / "deep" / name):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text("hush")
+    shipped = collect(job, ["data"], include=["*"], exclude=[".git", "runs"]) if name[0] != "." else collect(job, ["data"])
+    assert not any(file.read_bytes() == b"hush" for file in shipped.files.values())
+    assert any(name.startswith(left.removeprefix("data/deep/")) for left in shipped.left_out)
+    with pytest.raises(SubmitError, match="looks like a secret, which is never shipped"):
+        collect(job, [f"data/deep/{name}"])
+
+
+def test_a_link_that_leaves_the_folder_is_refused(job, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "b.parquet").write_text("b")
-    (job.parent / "linked").symlink_to(tmp_path / "elsewhere")
-    (job.parent / "circle").symlink_to(job.parent)
-    (job.parent / "dangling").symlink_to(tmp_path / "nothing")
-    files = collect(job.parent, ship_code=False).files
-    assert "linked/b.parquet" in files
-    assert not any(name.startswith(("circle", "dangling")) for name in files)
+    (job.parent / "data" / "linked").symlink_to(tmp_path / "elsewhere")
+    assert of_the_job(collect(job, ["data/a.parquet"])) == {"job.yaml", "data/a.parquet"}, "a link that nobody names is nobody's concern"
+    for named in ("data", "data/linked", "data/linked/b.parquet"):
+        with pytest.raises(SubmitError, match=r"is a link that leads to .*elsewhere.*, out of the folder"):
+            collect(job, [named])
+    with pytest.raises(SubmitError, match=r"the job names .*elsewhere/b\.parquet, which is not below"):
+        collect(job, ["../elsewhere/b.parquet"])
 
 
-def test_a_checkout_is_shipped_once_and_a_namesake_is_refused(job):
+def test_links_within_the_folder_are_followed_but_not_in_circles(job):
+    (job.parent / "data" / "circle").symlink_to(job.parent / "data")
+    (job.parent / "data" / "same.parquet").symlink_to(job.parent / "data" / "a.parquet")
+    (job.parent / "data" / "dangling").symlink_to(job.parent / "nothing")
+    files = of_the_job(collect(job, ["data"]))
+    assert files == {"job.yaml", "data/a.parquet", "data/same.parquet", "data/runs/new.json"}
+
+
+def test_a_namesake_of_the_code_is_refused_where_the_job_needs_it(job):
     (job.parent / "cluster").mkdir()
     (job.parent / "cluster" / "notes.txt").write_text("not ours")
+    assert "cluster/notes.txt" not in collect(job).files
     with pytest.raises(SubmitError, match="would hide the Python package cluster"):
-        collect(job.parent)
-    (job.parent / "cluster" / "__init__.py").write_text("")
-    assert [name for name in collect(job.parent).files if name.startswith("cluster/")] == [
-        "cluster/__init__.py",
-        "cluster/notes.txt",
-    ]
+        collect(job, ["cluster/notes.txt"])
+
+
+def test_the_listing_has_every_file_with_its_size(job):
+    (job.parent / "data" / "a.parquet").write_bytes(bytes(3 * 2**20))
+    (job.parent / "data" / ".env").write_text("hush")
+    lines = list(collect(job, ["data"], ship_code=False).listing())
+    assert [line.split() for line in lines[:3]] == [["3.0", "MiB", "data/a.parquet"], ["51", "B", "data/runs/new.json"], ["41", "B", "job.yaml"]]
+    assert lines[3].split() == ["left", "out", "data/.env"]
+    assert lines[4] == "   3.0 MiB  in 3 files, before compression"
 
 
 def test_equal_files_make_equal_packages(job, tmp_path):
-    first = write_zip(collect(job.parent), tmp_path / "1.zip").read_bytes()
+    first = write_zip(collect(job, ["data"]), tmp_path / "1.zip").read_bytes()
     for file in job.parent.rglob("*"):
         os.utime(file, (1e9, 1e9))
-    second = write_zip(collect(job.parent), tmp_path / "2.zip").read_bytes()
+    second = write_zip(collect(job, ["data"]), tmp_path / "2.zip").read_bytes()
     assert first == second
     with zipfile.ZipFile(tmp_path / "1.zip") as opened:
         assert opened.read("job.yaml") == job.read_bytes()
@@ -114,13 +175,20 @@ def test_a_package_too_big_is_refused_with_its_size(job, tmp_path, monkeypatch):
     (job.parent / "data" / "big.bin").write_bytes(random.Random(0).randbytes(3 * 2**20))
     monkeypatch.setattr(package, "MAX_PACKAGE_MIB", 2)
     with pytest.raises(SubmitError, match=r"has [34] MiB.*less than 2; .*data/big.bin \(3 MiB\).*s3://.*exclude"):
-        write_zip(collect(job.parent), tmp_path / "big.zip")
+        write_zip(collect(job, ["data"]), tmp_path / "big.zip")
     monkeypatch.setattr(package, "MAX_PACKAGE_MIB", 0.1)  # so far beyond that it is not even tried
-    files = collect(job.parent)
+    files = collect(job, ["data"])
     bare = sum(file.stat().st_size for file in files.files.values()) / 2**20
     with pytest.raises(SubmitError, match=rf"has {bare:.0f} MiB"):
         write_zip(files, tmp_path / "never.zip")
     assert not (tmp_path / "never.zip").exists()
+
+
+@pytest.mark.parametrize(("address", "host"), [
+    ("http://head:8265", "head"), ("http://10.0.0.7:8265", "10.0.0.7"), ("https://head:8265", None), ("http://localhost:8265", None),
+    ("http://127.0.0.1:8265", None), ("http://127.4.5.6:1", None), ("http://[::1]:8265", None), ("http://localhost.evil.org:1", "localhost.evil.org")])
+def test_http_is_for_this_machine_alone(address, host):
+    assert submit_module.unencrypted_host(address) == host
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -259,7 +327,7 @@ def test_a_submission_says_how_to_come_back(job, dashboard):
     assert f"ray job logs --follow --address {dashboard.address} mine" in text
     assert f"ray job stop --address {dashboard.address} mine" in text
     assert f"{dashboard.address}/#/jobs/mine" in text
-    assert "AWS_SECRET_ACCESS_KEY can be read" in text and "left out: .env, .git, runs, w.pt" in text
+    assert "AWS_SECRET_ACCESS_KEY can be read" in text
     (request,) = [body for command, path, body in dashboard.requests if (command, path) == ("POST", "/api/jobs/")]
     assert request["entrypoint"] == "python -P -m pipeline.cli run job.yaml --address auto --set seed=1"
     assert request["submission_id"] == "mine"
@@ -401,6 +469,7 @@ def test_a_job_on_two_nodes_is_followed_to_its_exit_code(real_cluster, tmp_path)
         overrides=["seed=1"],
         env={"GREETING": "hello"},
         python_module="entry",
+        include=["entry.py"],
         echo=lambda line: said.append((time.monotonic(), line)),
     )
     lines = [line for _, line in said]
@@ -423,7 +492,7 @@ def test_ctrl_c_leaves_the_job_running(real_cluster, tmp_path):
     program = (
         "import sys; from functools import partial; from pathlib import Path; from cluster.submit import submit\n"
         f"sys.exit(submit(Path('job.yaml'), {real_cluster.job_address!r}, submission_id='sleeper',"
-        " python_module='entry', echo=partial(print, flush=True)))"
+        " python_module='entry', include=['entry.py'], echo=partial(print, flush=True)))"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(

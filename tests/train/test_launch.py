@@ -104,6 +104,87 @@ def test_what_the_job_says_of_a_rank_is_what_it_gets():
     assert share(spec((2, 8)), 8, 0).cpus == 0.5, "by the most ranks, not the fewest"
 
 
+# ---------------------------------------------------------------- a cluster that grows
+
+AWS = launch.Cluster([(0.0, 0.0)] + [(48.0, 4.0)] * 4 + [(32.0, 0.0)] * 4, 2 << 30, grows=True)
+"""What aws.yaml declares: a head that does no work, four nodes with four GPUs each, four for CPUs."""
+
+
+@pytest.mark.parametrize(("words", "planned"), [
+    ({"workers": 1}, [(48.0, 4.0)]),
+    ({"workers": 4}, [(48.0, 4.0)]),
+    ({"workers": 5}, [(48.0, 4.0)] * 2),
+    ({"workers": (2, 16)}, [(48.0, 4.0)] * 4),                       # an elastic job is planned for all its ranks
+    ({"workers": 4, "gpus_per_worker": 0}, [(32.0, 0.0)]),           # the job wants no GPUs
+    ({"workers": 4, "gpus_per_worker": 0, "cpus_per_worker": 20}, [(32.0, 0.0)] * 4),
+    ({"workers": 2, "gpus_per_worker": 4}, [(48.0, 4.0)] * 2)], ids=str)
+def test_a_source_is_planned_for_the_fewest_declared_nodes_that_hold_its_ranks(words, planned):
+    """None of them is there yet: what happens to be there says nothing of a cluster that grows."""
+    asked = spec(**words)
+    assert launch.nodes_for(asked, AWS) == planned
+    mine = launch.share_of(asked, AWS)
+    assert mine.cpus >= 1 and (mine.gpus > 0) == (words.get("gpus_per_worker") != 0)
+    assert check_fits(asked, mine, launch.nodes_for(asked, AWS), "sources.a", grows=True) is not None
+
+
+def test_of_a_cluster_of_fixed_size_all_nodes_are_planned_for():
+    fixed = launch.Cluster([(4.0, 0.0)] * 3, 2 << 30)
+    assert launch.nodes_for(spec(1), fixed) == fixed.nodes
+
+
+@pytest.mark.parametrize("words", [{}, {"gpus_per_worker": 1, "cpus_per_worker": 6}])
+def test_where_nobody_says_what_can_come_the_job_says_what_it_needs(words):
+    unknown = launch.Cluster([(0.0, 0.0)], 2 << 30, grows=True, is_declared=False)
+    asked = spec(3, **words)
+    mine = launch.share_of(asked, unknown)
+    assert (mine.cpus, mine.gpus) == (words.get("cpus_per_worker", 1), words.get("gpus_per_worker", 0))
+    assert check_fits(asked, mine, launch.nodes_for(asked, unknown), "sources.a") == []
+
+
+@given(st.integers(1, 8), st.lists(st.tuples(st.sampled_from([0.0, 2.0, 16.0]), st.sampled_from([0.0, 1.0, 4.0])), max_size=6), st.booleans())
+def test_no_bundle_that_a_growing_cluster_is_asked_for_is_empty(ranks, nodes, is_declared):
+    on = launch.Cluster(nodes, 2 << 30, grows=True, is_declared=is_declared)
+    asked = spec(ranks)
+    try:
+        check_fits(asked, launch.share_of(asked, on), launch.nodes_for(asked, on), "sources.a", grows=True)
+    except ClusterError:
+        assert is_declared
+        return
+    bundles = launch.bundles_of(launch.share_of(asked, on), ranks)
+    assert len(bundles) >= 2 * ranks
+    assert all(bundle.get("CPU", 0) > 0 and 0 not in bundle.values() for bundle in bundles)
+
+
+def test_bundles_in_words():
+    assert launch.describe_bundles([{"CPU": 1, "GPU": 0.5}, {"CPU": 1, "GPU": 0.5}, {"CPU": 2}]) == "2 x 1 CPU + 0.5 GPU and 1 x 2 CPU"
+
+
+def test_what_no_declared_node_can_hold_is_refused_with_what_can_come():
+    asked = spec(1, cpus_per_worker=64)
+    with pytest.raises(ClusterError, match=r"the cluster can grow to 8 nodes of .* it can never be met"):
+        check_fits(asked, launch.share_of(asked, AWS), launch.nodes_for(asked, AWS), "sources.a", grows=True)
+
+
+@pytest.fixture
+def living(monkeypatch):
+    """A cluster of which only the head is there, and what its autoscaler declares."""
+    head = {"NodeID": "h", "Alive": True, "Resources": {"node:__internal_head__": 1.0}}
+    monkeypatch.setattr(launch.ray, "nodes", lambda: [head])
+    monkeypatch.setattr(launch.ray, "cluster_resources", lambda: {"object_store_memory": 1000.0})
+    monkeypatch.setattr(launch.ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address="a:1", get_node_id=lambda: "h"))
+    declared: list = [None]
+    monkeypatch.setattr(launch.node_types, "declared", lambda address: declared[0])
+    return declared
+
+
+def test_a_cluster_that_declares_its_nodes_is_waited_for_unless_told_otherwise(living):
+    assert launch.cluster() == launch.Cluster([(0.0, 0.0)], 1000.0)
+    assert launch.cluster(True) == launch.Cluster([(0.0, 0.0)], 1000.0, grows=True, is_declared=False)
+    living[0] = [launch.node_types.NodeType("gpu", 48.0, 4.0, 2)]
+    assert launch.cluster() == launch.cluster(True) == launch.Cluster([(48.0, 4.0)] * 2, 1000.0, grows=True)
+    assert launch.cluster(False) == launch.Cluster([(0.0, 0.0)], 1000.0), "the nodes that are there"
+
+
 # ---------------------------------------------------------------- refused, or warned of
 
 def test_what_can_never_be_met_is_refused_with_what_is_asked_and_what_is_there():

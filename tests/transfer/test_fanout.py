@@ -296,6 +296,7 @@ def test_a_trial_takes_what_the_job_says_or_a_share():
     assert fanout.per_trial(Fanout.model_validate({}), [(4.0, 0.0), (8.0, 0.0)]) == (1.0, 0.0)
     assert fanout.per_trial(Fanout.model_validate({}), [(0.5, 0.0)]) == (0.5, 0.0)
     assert fanout.per_trial(Fanout.model_validate({}), [(4.0, 0.0), (8.0, 1.0)]) == (1.0, 0.25)
+    assert fanout.per_trial(Fanout.model_validate({}), [(0.0, 0.0)]) == (1.0, 0.0), "a head without CPUs: never an empty bundle"
     assert fanout.per_trial(Fanout.model_validate({"cpus_per_trial": 6, "gpus_per_trial": 0}), [(4.0, 1.0)]) == (6.0, 0.0)
 
 
@@ -318,7 +319,7 @@ def test_only_what_is_to_run_is_run(world, monkeypatch, tmp_path):
         one_trial.failed(one, shared, "why", status)
     ran = []
 
-    def tune(name, work, shared, spec, workers, progress):
+    def tune(name, work, shared, spec, workers, progress, wait):
         ran.extend(one.id for unit in work for one in unit.trials)
         for one in (one for unit in work for one in unit.trials):
             one_trial.failed(one, shared, "", "done")
