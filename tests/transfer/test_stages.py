@@ -87,7 +87,7 @@ def here(monkeypatch):
     """Trials run in this process, one after the other; the ids of those that ran."""
     ran: list[str] = []
 
-    def run(name, wanted, shared, spec, progress, anew=()):
+    def run(name, wanted, shared, spec, progress, anew=(), wait=None):
         for one in wanted:
             if one.id in anew or fanout.unfinished(shared.root, one, spec):
                 ran.append(one.id)
