@@ -305,7 +305,7 @@ def prepare(name: Annotated[str | None, typer.Argument(help="imagenet, coco, lib
             verify: Annotated[bool, typer.Option(help="Read every part of OUTPUT again and compare its SHA-256; writes nothing.")] = False,
             address: Address = None, verbose: Verbose = False) -> None:
     """A publisher's raw files to sharded Parquet, in parallel; goes on where a stopped run left off. `prepare --list` shows the importers."""
-    from pipeline import checked, lease, storage
+    from pipeline import checked, identity, lease, storage
     from pipeline.data.prepare import importing
 
     if list_:
@@ -324,7 +324,9 @@ def prepare(name: Annotated[str | None, typer.Argument(help="imagenet, coco, lib
             return
         if not (name and source and output):
             raise ValueError("write: onetomany prepare NAME SOURCE -o OUTPUT (--list shows the names), or --verify -o OUTPUT")
-        work = write.Preparation(name, source, output, importing.options_of(name, set_ or []), write.Settings(resize, quality, rows_per_part, max_bad, part_mb))
+        settings = write.Settings(resize, quality, rows_per_part, max_bad, part_mb)
+        with Progress() as progress, identity.shown_by(progress.update):
+            work = write.Preparation(name, source, output, importing.options_of(name, set_ or []), settings)
         with Progress() as progress, checked.telling(progress.note), lease.hold(output, progress.note):
             if work.todo:
                 launch.start(address, verbose)

@@ -348,7 +348,10 @@ def _etags(uris: Sequence[str], absent_ok: bool) -> dict[str, str]:
 
 
 def cache_folder() -> Path:
-    """The folder of this user's caches: $XDG_CACHE_HOME/onetomany, else ~/.cache/onetomany."""
+    """The folder of this user's caches: $ONETOMANY_CACHE, else $XDG_CACHE_HOME/onetomany, else ~/.cache/onetomany."""
+    own = os.environ.get("ONETOMANY_CACHE", "")
+    if os.path.isabs(own):
+        return Path(own)
     root = os.environ.get("XDG_CACHE_HOME", "")
     base = Path(root) if os.path.isabs(root) else Path.home() / ".cache"
     return base / "onetomany"

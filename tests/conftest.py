@@ -1,6 +1,7 @@
 """Settings that must stand before anything imports ray, and an S3 server for the tests."""
 
 import os
+import tempfile
 import uuid
 
 for name, value in {
@@ -12,6 +13,7 @@ for name, value in {
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",
+    "ONETOMANY_CACHE": os.path.join(tempfile.gettempdir(), f"onetomany-tests-{os.getuid()}"),  # not the user's own
 }.items():
     os.environ.setdefault(name, value)
 

@@ -16,8 +16,8 @@ LARGE = identity.PIECE_BYTES + (3 << 20)
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "onetomany" / "identity-1.sqlite"
+    monkeypatch.setenv("ONETOMANY_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "identity-1.sqlite"
 
 
 def old(path, seconds: float = 100.0):
@@ -148,7 +148,7 @@ def test_flipped_bits_of_the_cache_change_no_identity(tmp_path, aged, own_cache)
 
 def test_without_a_place_for_the_cache_files_are_read_each_time(tmp_path, reads, aged, monkeypatch, caplog):
     (tmp_path / "file").write_bytes(b"")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setenv("ONETOMANY_CACHE", str(tmp_path / "file"))
     (tmp_path / "a").write_bytes(b"one")
     assert identity.fingerprint(tmp_path / "a") == identity.fingerprint(tmp_path / "a") and len(reads) == 2
     assert "cannot be used" in caplog.text
@@ -165,6 +165,16 @@ def test_processes_share_the_cache(tmp_path, aged, own_cache):
     with sqlite3.connect(own_cache) as db:
         assert db.execute("SELECT count(*) FROM files").fetchone() == (40,)
     db.close()
+
+
+def test_the_cache_lies_in_the_users_cache_folder(tmp_path, monkeypatch):
+    assert identity.cache_folder() == tmp_path / "cache"
+    monkeypatch.delenv("ONETOMANY_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert identity.cache_folder() == tmp_path / "onetomany"
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert identity.cache_folder() == tmp_path / "home/.cache/onetomany"
 
 
 def test_stat_reads_nothing(tmp_path, reads):
