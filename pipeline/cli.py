@@ -79,9 +79,11 @@ def _stages(file: Path, overrides: list[str] | None, address: str | None, verbos
         try:
             state = stages.check(job, progress, verbose=verbose, wait=wait, remake=_remade(remake, verbs))
             if dry:
-                from pipeline.transfer import dry_run
+                from pipeline.transfer import dry_run, preflight
 
                 out.print("\n".join(dry_run.describe(state)), markup=False, soft_wrap=True)
+                for line in preflight.look(state):
+                    out.print(line, markup=False, soft_wrap=True)
                 return
             with lease.hold(job.root, progress.note):
                 code = _run(state, address, verbs)
@@ -172,7 +174,7 @@ def _print_scores(rows: list[dict[str, Any]]) -> None:
 
 @app.command()
 def run(job: JobFile, set_: Set = None, address: Address = None,
-        dry_run: Annotated[bool, typer.Option(help="Print stages, trials and cost; run nothing.")] = False,
+        dry_run: Annotated[bool, typer.Option(help="Print stages, trials and cost, look at the files for what a run would refuse; run nothing.")] = False,
         wait_for_resources: Wait = None, verbose: Verbose = False, remake: Anew = Remake.NONE) -> None:
     """Everything: pretrain, fine-tune, report. What is done already is not done again."""
     _stages(job, set_, address, verbose, wait_for_resources, ("pretrain", "finetune", "report"), dry_run, remake)

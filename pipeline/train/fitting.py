@@ -45,9 +45,11 @@ def sample(selection: Selection, columns: list[str], rows: int, strata: list[str
     return manifests.Reader(selection.manifest, columns).take(selection.ids(places))
 
 
-def fit_modality(spec: Source, rows: Selection, start: starts.Start | None, place: str, path: str) -> tuple[dict[str, Any], str]:
+def fit_modality(spec: Source, rows: Selection, start: starts.Start | None, place: str, path: str,
+                 most_rows: int | None = None) -> tuple[dict[str, Any], str]:
     """The source's modality as it stands in its bundle, and in words what a checkpoint's knows of its training ``rows`` (`completed`). ``place``: the
-    source in the job file; ``path``: where what was fitted is kept. Raises ValueError where the job contradicts the checkpoint."""
+    source in the job file; ``path``: where what was fitted is kept. ``most_rows``: an estimate from so many rows, of which nothing is kept.
+    Raises ValueError where the job contradicts the checkpoint."""
     assert spec.data is not None
     plug, objective = spec.data.modality, registry.get("objective", spec.objective.name) if spec.objective else Objective
     if start and start.modality:
@@ -69,9 +71,11 @@ def fit_modality(spec: Source, rows: Selection, start: starts.Start | None, plac
     if objective.packed:  # a tokenizer wants many documents, as many as a bounded memory holds
         per_row = max(1, rows.manifest.size // max(1, rows.manifest.rows))
         most = max(FIT_ROWS, FIT_TEXT_BYTES // per_row)
+    most = min(most, most_rows or most)
     state = kind.fit(options, sample(rows, names, most, strata_of(kind, spec.data.columns)), spec.data.columns, spec.backbone.name)
     found = {"name": plug.name, "options": {**options.model_dump(), **by_content(plug)}, "state": state}
-    checked.write_document(path, found)
+    if most_rows is None:
+        checked.write_document(path, found)
     return found, ""
 
 

@@ -19,7 +19,7 @@ from pipeline.data.prepare import importing
 from pipeline.data.prepare.parts import Settings
 from pipeline.data.prepare.write import Preparation
 from pipeline.train.progress import Progress
-from pipeline.transfer import dry_run, stages
+from pipeline.transfer import dry_run, preflight, stages
 from tests.e2e.conftest import ROOT, SAMPLES, TINY
 
 JOBS = sorted((ROOT / "jobs").rglob("*.yaml"))
@@ -66,7 +66,9 @@ def test_every_small_job_fits_its_data_and_tells_its_cost(job, tmp_path, tmp_pat
     for name, value in beside(job, tmp_path / "masks", tmp_path_factory.getbasetemp()).items():
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
-    tells_its_cost(job, "\n".join(dry_run.describe(stages.check(jobfile.load(job, []), Progress()))))
+    state = stages.check(jobfile.load(job, []), Progress())
+    tells_its_cost(job, "\n".join(dry_run.describe(state)))
+    preflight.look(state)
     assert re.search(r"^# Seen: ", job.read_text(), re.MULTILINE), "a job opens with the figures to expect"
 
 

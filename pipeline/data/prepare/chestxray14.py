@@ -90,11 +90,11 @@ def _records(uri: str) -> list[dict[str, Any]]:
             raise ValueError(f"{uri}:{number}: {wrong[0]!r} is none of the 14 findings; {nearest(wrong[0], FINDINGS)}")
         name = row["Image Index"].strip()
         if name in seen:
-            raise ValueError(f"{uri}:{number}: {name} has a row already")
+            raise ValueError(f"{uri}:{number}: its Image Index has a row already; remove one")  # the name begins with the patient's number
         seen.add(name)
         patient = _number(row["Patient ID"])
         if patient is None:
-            raise ValueError(f"{uri}:{number}: Patient ID {row['Patient ID']!r} is no number")
+            raise ValueError(f"{uri}:{number}: its Patient ID is no whole number")
         out.append({"path": name, "findings": findings, "patient_id": patient, "follow_up": _number(row.get("Follow-up #")),
                     "age": _years(row.get("Patient Age")), "sex": row.get("Patient Gender") or row.get("Patient Sex"), "view": row.get("View Position")})
     return out
