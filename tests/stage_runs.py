@@ -41,7 +41,7 @@ def trials_in_this_process(monkeypatch) -> list[str]:
     """Trials run one after the other, without Ray Tune; the ids of those that ran."""
     ran: list[str] = []
 
-    def run(name, wanted, shared, spec, progress, anew=()):
+    def run(name, wanted, shared, spec, progress, anew=(), wait=None):
         for one in wanted:
             if one.id in anew or fanout.unfinished(shared.root, one, spec):
                 ran.append(one.id)
