@@ -26,6 +26,7 @@ from pipeline.data.buckets import WINDOW_ROWS, BucketPlan
 from pipeline.data.loader import Block, Costs, Decoder, Loader, row_bytes, threaded_map
 from pipeline.data.manifest import Selection
 from pipeline.data.plan import Item, Mixture, Plan, Shuffle
+from pipeline.identity import ChangedFileError
 from pipeline.ragged import lengths
 from pipeline.rng import row_keys
 
@@ -55,7 +56,7 @@ class TooManyBadRowsError(ValueError):
 # ---------------------------------------------------------------- places of decoding
 
 REFUSED = "__refused__"
-"""The one column of a block in the place of which its work raised a ValueError, which it holds."""
+"""The one column of a block in the place of which its work raised a ValueError or a ChangedFileError, which it holds."""
 
 
 class _Worker:
@@ -68,7 +69,7 @@ class _Worker:
     def __call__(self, items: dict[str, np.ndarray]) -> Arrays:
         try:
             return self.work(Item(*(int(items[name][0]) for name in Item.__dataclass_fields__)))
-        except ValueError as error:  # Ray Data keeps no cause of its own errors: only this process knows what was wrong
+        except (ValueError, ChangedFileError) as error:  # Ray Data keeps no cause of its own errors: only this process knows what was wrong
             return {REFUSED: np.array([pickle.dumps(error)], dtype=object)}
 
 
@@ -122,6 +123,7 @@ def map_items(fn: Callable[[Any], Any], items: Iterable[Any], *, cpus: float = 1
     Resumable by its caller: results come in order, so what was kept of them tells which items are left.
     """
     import ray
+    from ray.exceptions import RayTaskError
 
     if not ray.is_initialized():
         yield from map(fn, items)
@@ -132,7 +134,12 @@ def map_items(fn: Callable[[Any], Any], items: Iterable[Any], *, cpus: float = 1
     items = iter(items)
     pending = deque(task.remote(held, item, fences) for item in islice(items, window))
     while pending:
-        result = ray.get(pending.popleft())
+        try:
+            result = ray.get(pending.popleft())
+        except RayTaskError as error:
+            if isinstance(error.cause, (ValueError, ChangedFileError)):
+                raise error.cause from None  # what an item was refused for, without Ray's account of the way it took
+            raise
         pending.extend(task.remote(held, item, fences) for item in islice(items, 1))
         yield result
 
