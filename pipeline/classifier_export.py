@@ -49,7 +49,8 @@ def describe(task: Task, modality: Modality) -> dict[str, Any]:
         spec["threshold_of"] = f"probability (softmax) from which a row is called {objective.state['labels'][1]}"
     if library == "timm":
         spec["arguments"] = dict(model.creation_arguments)
-        spec["input"] = {**modality.inputs(), "fit": modality.options.fit, "mean": modality.state["mean"], "std": modality.state["std"]}
+        read = modality.options.model_dump(include={"fit", "crop_share", "interpolation"})
+        spec["input"] = {**modality.inputs(), **read, "mean": modality.state["mean"], "std": modality.state["std"]}
         return spec
     spec["config"] = model.model.config.to_dict()
     spec["arguments"] = {"add_pooling_layer": spec["pool"] == "pooler"} if architecture in ("bert", "roberta") else {}

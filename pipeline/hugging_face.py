@@ -455,7 +455,7 @@ def _write_timm(found: bundle.Bundle, folder: Path, backbone_only: bool) -> str:
         told = {"label_names": task.objective.state["labels"]}
     crop = {"crop": "center", "squash": "squash", "pad": "border"}[modality.options.fit]
     size = (modality.options.channels, modality.options.size, modality.options.size)
-    input_ = {"input_size": size, "mean": tuple(modality.state["mean"]), "std": tuple(modality.state["std"]), "interpolation": "bilinear",
-              "crop_pct": 1.0, "crop_mode": crop}
+    input_ = {"input_size": size, "mean": tuple(modality.state["mean"]), "std": tuple(modality.state["std"]), "interpolation": modality.options.interpolation,
+              "crop_pct": modality.options.crop_share, "crop_mode": crop}
     timm.models.save_for_hf(model, str(folder), model_config=told, safe_serialization=True, data_config=input_)
     return f"{backbone.arch['name']} with {sum(p.numel() for p in model.parameters())} parameters, {len(told.get('label_names', []))} labels"

@@ -165,8 +165,11 @@ def classes(data: bytes, size: torch.Size) -> Tensor:
     return torch.from_numpy(found.astype(np.uint8))
 
 
-def place(shape: torch.Size, size: int, fit: str) -> tuple[int, int, int, int]:
-    """Where the whole image lies in the input: its new height and width, and its top and left, below 0 where it is cropped."""
+def place(shape: torch.Size, size: int, fit: str, crop_share: float = 1.0) -> tuple[int, int, int, int]:
+    """Where the whole image lies in the input: its new height and width, and its top and left, below 0 where it is cropped.
+
+    ``crop_share`` of ``fit`` crop: the share of the resized shorter side that the crop keeps (timm's crop_pct).
+    """
     height, width = shape
     if fit == "squash":
         return size, size, 0, 0
@@ -174,21 +177,22 @@ def place(shape: torch.Size, size: int, fit: str) -> tuple[int, int, int, int]:
         most = max(height, width)
         new = max(1, round(height * size / most)), max(1, round(width * size / most))
         return *new, (size - new[0]) // 2, (size - new[1]) // 2
-    least = min(height, width)
-    new = max(size, round(height * size / least)), max(size, round(width * size / least))
+    least, side = min(height, width), int(size / crop_share)
+    new = max(side, round(height * side / least)), max(side, round(width * side / least))
     return *new, -((new[0] - size) // 2), -((new[1] - size) // 2)
 
 
-def resize(picture: Tensor, size: int, fit: str = "crop", fill: list[float] | None = None, nearest: bool = False) -> Tensor:
-    """(C, H, W) uint8 to (C, size, size): antialiased bilinear in uint8 (on a GPU in float, rounded) or the nearest pixel, then a centre crop,
+def resize(picture: Tensor, size: int, fit: str = "crop", fill: list[float] | None = None, nearest: bool = False, crop_share: float = 1.0,
+           interpolation: str = "bilinear") -> Tensor:
+    """(C, H, W) uint8 to (C, size, size): antialiased bilinear or bicubic in uint8 (on a GPU in float, rounded) or the nearest pixel, then a centre crop,
     or ``fill`` around it (a level a channel; 0). Raises ValueError where the enlarged picture would have more than MOST_PIXELS before it is cropped."""
-    height, width, top, left = place(picture.shape[1:], size, fit)
+    height, width, top, left = place(picture.shape[1:], size, fit, crop_share)
     if height * width > MOST_PIXELS:  # 1 x 8000 to 224: 2.4 GB
         raise ValueError(f"the image is too thin to be cropped: {picture.shape[2]} x {picture.shape[1]} pixels would become {width} x {height}, more than "
                          f"{MOST_PIXELS} in all; fit: pad or squash takes it")
     if (height, width) != tuple(picture.shape[1:]):
         whole = picture[None].float() if picture.is_cuda else picture[None]
-        how: dict[str, Any] = {"mode": "nearest-exact"} if nearest else {"mode": "bilinear", "antialias": True, "align_corners": False}
+        how: dict[str, Any] = {"mode": "nearest-exact"} if nearest else {"mode": interpolation, "antialias": True, "align_corners": False}
         picture = F.interpolate(whole, size=(height, width), **how)[0]
         picture = levels(picture) if picture.is_cuda else picture
     if fit != "pad":

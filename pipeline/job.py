@@ -249,6 +249,9 @@ class Source(Spec):
                                        "timm-hub:NAME")
     init: str | None = Field(None, description="weights to start from: bundle:URI, file:PATH (safetensors or state dict), hf:FOLDER; file-by-order:PATH "
                                                "pairs tensors by order and shape where the file's names differ")
+    modality: Plug | None = Field(
+        None, description="of a checkpoint without data, how its rows are read, e.g. {image: {mean: imagenet, std: imagenet, size: 224, crop_share: 0.9, "
+        "interpolation: bicubic}}; none: what the checkpoint says, else what timm says of its model (a tag, timm/NAME.TAG, has its own)")
     objective: Plug | None = Field(None, description="classification, mlm, clm, ...")
     probe: Data | None = Field(None, description="labelled rows on which the backbone's features are tried at every validation: kNN accuracy on the "
                                                  "validation split by the nearest training rows; columns: the input and label")
@@ -262,6 +265,8 @@ class Source(Spec):
     def _whole(self):
         if self.data is not None and self.objective is None:
             raise ValueError("a source with data needs an objective (classification, mlm, clm, ...)")
+        if self.data is not None and self.modality is not None:
+            _refuse([(("modality",), "it is for a checkpoint without data; these data say how their rows are read (data.modality): leave it out")])
         if self.data is None and self.init is None and not self.backbone.name.startswith(STARTS):
             raise ValueError(f"a source needs data to pretrain on, or a checkpoint: init, or a backbone that starts with {', '.join(STARTS)}")
         if self.init is not None and self.backbone.name.startswith(STARTS):

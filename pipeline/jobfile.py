@@ -214,7 +214,11 @@ def _plug_problems(kind: str, raw: Any, path: Path_) -> list[tuple[Path_, str]]:
             known = registry.architectures(library)
         except ValueError as error:
             return [(at, str(error))]
-        if model not in known:
+        model, dot, tag = model.partition(".")
+        if dot and library == "timm" and model in known and tag not in (tags := registry.tags(model)):
+            return [(at, f"timm/{model} has no weights tagged {tag!r}; {registry.nearest(tag, tags)}")]
+        if model not in known or (dot and library != "timm"):
+            model = f"{model}{dot}{tag}"
             return [(at, f"unknown {library} model {model!r}; {registry.nearest(model, known)}")]
         name = library
     try:
@@ -230,6 +234,16 @@ def _plug_problems(kind: str, raw: Any, path: Path_) -> list[tuple[Path_, str]]:
             if item["type"] == "extra_forbidden":
                 text = f"unknown option of {plug.name}; {registry.nearest(str(item['loc'][-1]), options.model_fields)}"
             out.append(((*at, *item["loc"]), text))
+    return out
+
+
+def _input_problems(part: dict, path: Path_) -> list[tuple[Path_, str]]:
+    """What is wrong with how the rows of a checkpoint are read: its modality's options, and a tag of timm where data decide."""
+    out = _plug_problems("modality", part["modality"], (*path, "modality")) if part.get("modality") is not None else []
+    backbone = str(_name_of(part["backbone"]))
+    if backbone.startswith("timm/") and "." in backbone and part.get("data") is not None:
+        plain = backbone.partition(".")[0]
+        out.append(((*path, "backbone"), f"a tag says how published weights read their images, and data.modality decides that here: write {plain}"))
     return out
 
 
@@ -362,6 +376,7 @@ def _name_problems(data: dict, folder: Path, elsewhere: bool) -> list[tuple[Path
         if kind == "sources" and "backbone" in part:
             out += _plug_problems("model", part["backbone"], (kind, name, "backbone"))
             out += _start_problems(_name_of(part["backbone"]), (kind, name, "backbone"), folder, elsewhere)
+            out += _input_problems(part, (kind, name))
         if kind == "targets" and isinstance(part.get("metric"), str) and part["metric"] not in (known := registry.metrics()):
             out.append(((kind, name, "metric"), f"unknown metric {part['metric']!r}; {registry.nearest(part['metric'], known)}"))
         if part.get("init") is not None and kind == "sources":

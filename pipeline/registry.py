@@ -202,6 +202,11 @@ def architectures(library: str) -> frozenset[str]:
     raise ValueError(f"{found.module} declares no ARCHITECTURES")
 
 
+def tags(model: str) -> frozenset[str]:
+    """Names of the published weights of a timm model (``dino`` of ``vit_small_patch16_224.dino``), found in timm's sources without importing it."""
+    return _scan("timm", "models/*.py", rf"""^\s+['"]{re.escape(model)}\.(\w+)['"]:""")
+
+
 def _scan(package: str, pattern: str, expression: str) -> frozenset[str]:
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:

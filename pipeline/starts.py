@@ -20,6 +20,7 @@ from torch import Tensor
 from pipeline import bundle, folders, hugging_face, identity, registry, speech_folders, storage
 from pipeline.bundle import BundleError
 from pipeline.contracts import Backbone, Task
+from pipeline.job import Plug
 
 HEADS = ("model.fc.", "model.head.", "model.head_dist.", "model.last_linear.", "model.pooler.", *(f"model.{head}" for head in hugging_face.HEADS),
          "model.embeddings.position_ids", "model.classif.", "model.AuxLogits.", "model.masked_spec_embed")
@@ -112,13 +113,14 @@ def read(text: str, architecture: str | None = None) -> Start:
     """Open ``bundle:URI``, ``file:PATH``, ``file-by-order:PATH``, ``hf:FOLDER``, ``hf-hub:NAME`` or ``timm-hub:NAME``; files need the
     ``architecture`` (library/model) that they are for. Raises BundleError with what to do."""
     prefix, _, uri = text.partition(":")
+    architecture = untagged(architecture or "")
     if prefix == "bundle":
         found = bundle.load(uri)
         return Start(text, found.backbone_tensors(), found.manifest["arch"], found.manifest["modality"], found, drop=())
     if prefix == "file":
-        return _file(text, uri, architecture or "")
+        return _file(text, uri, architecture)
     if prefix == "file-by-order":
-        return _by_order(text, uri, architecture or "")
+        return _by_order(text, uri, architecture)
     if prefix == "hf":
         return _hugging_face(uri)
     if prefix == "timm-hub":
@@ -365,10 +367,17 @@ def _told(architecture: str, config: dict[str, Any]) -> tuple[dict[str, Any], di
     return {"name": f"timm/{architecture}", "options": {}, "inputs": {"channels": channels, "size": size}}, modality
 
 
+def untagged(name: str) -> str:
+    """A backbone's name without the tag of its published weights: timm/vit_small_patch16_224 of timm/vit_small_patch16_224.dino."""
+    return name.partition(".")[0] if name.startswith("timm/") else name
+
+
 def described(name: str, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Arch and modality of a timm model whose weights file says nothing of its input: timm's own configuration does.
 
-    Raises BundleError for other libraries, where data or a self-describing checkpoint must tell.
+    Weights of one name want different inputs: DINO's and MAE's of ``vit_small_patch16_224`` ImageNet's mean, timm's default 0.5. A name
+    with a tag (``timm/vit_small_patch16_224.dino``) has that tag's mean, deviation, size, crop and interpolation. Raises BundleError for other
+    libraries, where data or a self-describing checkpoint must tell.
     """
     library, _, architecture = name.partition("/")
     if library != "timm":
@@ -377,6 +386,59 @@ def described(name: str, options: dict[str, Any]) -> tuple[dict[str, Any], dict[
 
     config = timm.models.get_pretrained_cfg(architecture)
     if config is None:
-        raise BundleError(f"{name}: timm has no input configuration for it; give the source data")
-    arch, modality = _told(architecture, config.to_dict())
+        raise BundleError(f"{name}: timm has no input configuration for it; give the source data, or a name without a tag")
+    arch, modality = _told(architecture.partition(".")[0], config.to_dict())
+    if "." in architecture:
+        modality["options"] |= _cropped(config)
     return {**arch, "options": options}, modality
+
+
+def _cropped(config: Any) -> dict[str, Any]:
+    """Options of the image modality for timm's crop and interpolation, where it has the like."""
+    fit = {"center": "crop", "squash": "squash", "border": "pad"}.get(config.crop_mode, "crop")
+    share = {"crop_share": float(config.crop_pct)} if fit == "crop" and config.crop_pct else {}
+    return {"fit": fit, **share, "interpolation": "bicubic" if config.interpolation == "bicubic" else "bilinear"}
+
+
+def stated(arch: dict[str, Any], modality: dict[str, Any], given: Plug | None, place: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arch and modality of a checkpoint with what the job states of its rows (``sources.NAME.modality``).
+
+    Raises BundleError for another modality, and for options that do not go together.
+    """
+    if given is None:
+        return arch, modality
+    if given.name != modality["name"]:
+        raise BundleError(f"{place}: the checkpoint reads {modality['name']}, the job says {given.name}: leave it out")
+    kind = registry.get("modality", given.name)
+    options = {**modality["options"], **given.options}
+    try:
+        made = kind(kind.options_class(**options), modality["state"])
+    except ValueError as error:
+        raise BundleError(f"{place}: {error}") from None
+    state = {**modality["state"], **made.state}
+    return {**arch, "inputs": {**arch["inputs"], **made.inputs()}}, {"name": given.name, "options": options, "state": state}
+
+
+def input_note(modality: dict[str, Any], name: str, given: Plug | None, told: str) -> str:
+    """In words, how the images of a checkpoint without data are read and who says so; "" for rows that are no images.
+
+    Args:
+        told: what the checkpoint itself is, where it says how its images are read (a folder, a bundle); "" where only its name does.
+    """
+    if modality["name"] != "image":
+        return ""
+    options, state = modality["options"], modality["state"]
+    levels = {part: "/".join(f"{value:g}" for value in state[part]) for part in ("mean", "std")}
+    crop = f", crop_share {options['crop_share']:g}" if "crop_share" in options else ""
+    resized = f", {options['interpolation']}" if "interpolation" in options else ""
+    text = f"images are read at {options['size']} pixels, {options['channels']} channels, mean {levels['mean']}, std {levels['std']}{crop}{resized}"
+    stated_here = sorted(given.options) if given else []
+    said = f"; {', '.join(stated_here)} as the job states" if stated_here else ""
+    if {"mean", "std"} <= set(stated_here):
+        return text + said
+    if told:
+        return f"{text}{said}, as {told} says"
+    if "." in name:
+        return f"{text}{said}, as timm says of {name.partition('/')[2]}"
+    return (f"{text}{said}; assumed, as timm says of its default weights for {name}: where these weights were trained otherwise (DINO, MAE), name their tag "
+            f"({name}.TAG) or say modality: {{image: {{mean: imagenet, std: imagenet}}}}")

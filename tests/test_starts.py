@@ -131,6 +131,17 @@ def test_an_input_is_described_by_timm():
         starts.described("transformers/bert", {})
 
 
+@pytest.mark.parametrize(("tag", "mean"), [("vit_small_patch16_224.dino", 0.485), ("vit_small_patch16_224", 0.5), ("vit_base_patch16_224.mae", 0.485)])
+def test_a_tag_of_timm_has_its_own_input(tag, mean):
+    """DINO's and MAE's weights want ImageNet's mean, the default ones of the same name 0.5."""
+    arch, modality = starts.described(f"timm/{tag}", {})
+    assert arch["name"] == f"timm/{tag.partition('.')[0]}" and modality["state"]["mean"][0] == mean
+    options = {key: modality["options"].get(key) for key in ("crop_share", "interpolation")}
+    assert options == ({"crop_share": 0.9, "interpolation": "bicubic"} if "." in tag else {"crop_share": None, "interpolation": None})
+    note = starts.input_note(modality, f"timm/{tag}", None, "")
+    assert ("assumed" in note) == ("." not in tag) and f"mean {mean:g}" in note
+
+
 def test_the_hub_without_a_network_fails_at_once_with_what_to_do(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     began = time.monotonic()

@@ -50,6 +50,9 @@ class ImageOptions(Options):
     mean: list[float] | Literal["imagenet", "inception"] | None = Field(
         None, description="mean of each channel (0 to 1), or what published checkpoints want by name; none: fitted on the training rows")
     std: list[float] | Literal["imagenet", "inception"] | None = Field(None, description="standard deviation of each channel, like mean; both or neither")
+    crop_share: float = Field(1.0, gt=0, le=1, description="of fit: crop, the share of the resized shorter side that the centre crop keeps (timm's crop_pct): "
+                              "0.875 resizes to 256 for a size of 224")
+    interpolation: Literal["bilinear", "bicubic"] = Field("bilinear", description="how images are resized, antialiased")
 
 
 @register("modality", "image", options=ImageOptions)
@@ -64,7 +67,7 @@ class Image(Modality):
     roles = ("image",)
     optional_roles = ("mask",)
     file_roles = ("image", "mask")
-    target_options = ("size", "channels", "fit", "crop", "area", "scale", "flip", "colour", "randaugment")
+    target_options = ("size", "channels", "fit", "crop", "area", "scale", "flip", "colour", "randaugment", "crop_share", "interpolation")
 
     def __init__(self, options: Any, state: dict[str, Any]):
         other = len(state.get("mean", ())) not in (0, options.channels)  # the source's rows had colours and these are grey, or the other way
@@ -132,7 +135,7 @@ class Image(Modality):
         """One row into its place. Raises ValueError for a mask that does not fit its image, and writes nothing then."""
         size, fit = self.options.size, self.options.fit
         classes = None if mask is None else imagefile.classes(mask, pixels.shape[1:])
-        out["image"][i] = resize(pixels, size, fit, fill=self._fill())
+        out["image"][i] = resize(pixels, size, fit, fill=self._fill(), crop_share=self.options.crop_share, interpolation=self.options.interpolation)
         if "frame" in out:
             out["frame"][i] = torch.tensor(imagefile.place(pixels.shape[1:], size, fit), dtype=torch.float32)[[1, 0, 3, 2]]
         if classes is not None:

@@ -379,7 +379,10 @@ def pretrain(stage: source.SourceStage, progress: Progress, verbose: bool, wait:
     if stage.done:
         return {**facts_of(stage), "cached": True}
     if stage.splits is None:
-        return {**work_of.import_checkpoint(stage), "bundle": stage.bundle_uri}
+        facts = work_of.import_checkpoint(stage)
+        for text in facts.get("findings", ()):
+            progress.note(f"{stage.name}: {text}")
+        return {**facts, "bundle": stage.bundle_uri}
     on = cluster(wait)
     mine, planned = share_of(stage.spec, on), nodes_for(stage.spec, on)
     for line in check_fits(stage.spec, mine, planned, f"sources.{stage.name}", on.grows):

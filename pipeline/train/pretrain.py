@@ -241,6 +241,8 @@ def import_checkpoint(stage: SourceStage) -> dict[str, Any]:
     """The bundle of a source that has no data: an existing checkpoint, brought into a bundle. Returns the report's facts."""
     spec = stage.spec
     if stage.bundle_uri == spec.backbone.name.partition(":")[2]:
+        if spec.modality is not None:
+            raise ValueError(f"sources.{stage.name}.modality: a bundle says how its rows are read: leave it out")
         found = bundle.load(stage.bundle_uri)
         return {"source": stage.name, "backbone": found.manifest["arch"]["name"], "objective": found.manifest["objective"]["name"], "steps": 0, "rows": 0,
                 "seconds": 0.0, "rows_per_second": 0.0, "metrics": found.manifest.get("metrics", {}), "transfer": "the bundle itself", "splits": "none",
@@ -250,15 +252,18 @@ def import_checkpoint(stage: SourceStage) -> dict[str, Any]:
     stage.check_start()
     began = time.time()
     modality = start.modality
+    told = text if start.arch is not None and modality is not None else ""
     if start.arch is None or modality is None:
         arch, modality = starts.described(spec.backbone.name, dict(spec.backbone.options))
     else:
         arch = arch_of(spec, start, {})
+    arch, modality = starts.stated(arch, modality, spec.modality, f"sources.{stage.name}.modality")
+    note = starts.input_note(modality, spec.backbone.name, spec.modality, told)
     backbone = bundle.build_backbone(arch, stage.seed)
     moved = start.onto(backbone)
     facts = {"source": stage.name, "backbone": arch["name"], "objective": "none (checkpoint)", "steps": 0, "rows": 0, "rows_per_second": 0.0,
              "seconds": round(time.time() - began, 2), "metrics": {}, "transfer": moved.text(), "splits": "none", "curve": [], "ranks": 0,
-             "device": "none", "spec_hash": stage.key}
+             "device": "none", "spec_hash": stage.key, "findings": [note] if note else []}
     made = made_by(spec, arch, modality["name"])
     bundle.save(stage.bundle_uri, backbone, modality, parent=text, training=facts, spec_hash=stage.key, metrics={}, made_by=made.facts()["made_by"])
     return facts

@@ -143,6 +143,8 @@ def stage(job: Job, name: str) -> SourceStage:
         splits = manifests.splits(spec.data, roles, f"sources.{name}", storage.join(job.root, "imports"), need_test=False)
     probe = probes.splits(spec, f"sources.{name}", bool(splits and len(splits.validation)), storage.join(job.root, "imports"))
     what = spec.model_dump(mode="json", exclude={"data", "probe", "workers", "cpus_per_worker", "gpus_per_worker", "max_failures", "train", "init"})
+    if spec.modality is None:
+        del what["modality"]
     what["start"] = start = starts.fingerprint(spec.init) if spec.init else None
     if spec.objective is not None:
         what["objective"]["options"] = fitting.by_content(spec.objective)
@@ -164,7 +166,7 @@ def made_by(spec: Source, arch: dict[str, Any] | None = None, modality: str | No
         arch: The backbone's architecture, where a checkpoint tells it; without it, as the job says.
         modality: The name of the modality of a checkpoint without data.
     """
-    arch = arch or {"name": spec.backbone.name, "options": spec.backbone.options}
+    arch = arch or {"name": starts.untagged(spec.backbone.name), "options": spec.backbone.options}
     imported = spec.init is not None or spec.backbone.name.startswith(STARTS)
     modules = (*(provenance.SOURCE_CODE if spec.data else ()), *(provenance.CHECKPOINT_CODE if imported else ()))
     modality = spec.data.modality.name if spec.data else modality
@@ -368,7 +370,7 @@ def arch_of(spec: Source, start: starts.Start | None, inputs: dict[str, Any]) ->
     if start is None or start.arch is None:
         return {"name": spec.backbone.name, "options": dict(spec.backbone.options), "inputs": inputs}
     given = dict(spec.backbone.options)
-    if not spec.backbone.name.startswith(STARTS) and spec.backbone.name != start.arch["name"]:
+    if not spec.backbone.name.startswith(STARTS) and starts.untagged(spec.backbone.name) != start.arch["name"]:
         raise BundleError(f"{start.origin} holds a {start.arch['name']}, the job says {spec.backbone.name}: name the same backbone")
     fixed = [name for name in given if "config" in start.arch["options"] and name != "pool"]
     if fixed:
