@@ -90,7 +90,24 @@ def _corpus(stage: SourceStage, start: starts.Start | None) -> Foreseen:
     decoder = Decoder(reads, spec.objective.name, state, columns)
     for name in ("train", "validation"):
         found += rows(name, getattr(splits, name), decoder, spec.data.max_bad_rows)
+    found += _packed_batches(stage, decoder)
     return Foreseen(arch, modality, found, is_estimated=start is None and not storage.exists(path))
+
+
+def _packed_batches(stage: SourceStage, decoder: Decoder) -> list[Finding]:
+    """A warning where the documents will probably be packed into fewer rows than a batch takes: the run then refuses them."""
+    assert stage.splits is not None
+    rows_to_pack, batch = stage.splits.train, stage.spec.train.global_batch
+    if not stage.packed or stage.spec.train.batch_cost is not None or not len(rows_to_pack):
+        return []
+    part = Selection(rows_to_pack.manifest, rows_to_pack.ids(_places(rows_to_pack)))
+    table = manifests.Reader(part.manifest, decoder.names()).take(part.ids(np.arange(len(part))))
+    packed = len(decoder.modality.pack(table, decoder.columns)[0])
+    about = round(packed * len(rows_to_pack) / len(part))
+    if about >= batch:
+        return []
+    return [Finding(f"about {about:,} rows are packed from {len(rows_to_pack):,} training documents, fewer than the {batch} of a batch: lower "
+                    "train.global_batch, or give more text", True)]
 
 
 def build(arch: dict[str, Any], objective: dict[str, Any]) -> Task:

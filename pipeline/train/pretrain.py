@@ -215,7 +215,7 @@ def train_rank(work: RankJob, ranks: Ranks, on_progress: Callable[[dict[str, Any
              "wait_share": round(outcome.wait_share, 4), "skipped_steps": outcome.skipped_steps, "params_trained": outcome.params_trained,
              "resumed_from": outcome.resumed_from, "bad_rows": len(bad.found) + len(fitted.left_out), "ranks": ranks.count, "device": device_name(ranks.device),
              "metrics": run.keeper.metrics, "kept_step": run.keeper.step, "curve": outcome.curve, "transfer": fitted.moved, "splits": work.split_text,  # type: ignore[attr-defined]
-             "warning": warning, "findings": [finding.text for finding in fitted.findings], "started_at": began, "spec_hash": work.key,
+             "warning": warning, "findings": [list(finding) for finding in fitted.findings], "started_at": began, "spec_hash": work.key,
              **({"padding_share": round(plan.padding(), 4)} if isinstance(plan, BucketPlan) else {})}
     if ranks.first:
         identity.check_unchanged(work.reads)

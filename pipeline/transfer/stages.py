@@ -19,6 +19,7 @@ from pipeline.job import Job, spec_hash
 from pipeline.metrics import metric
 from pipeline.train import launch, source
 from pipeline.train.progress import Progress
+from pipeline.train.row_checks import Finding
 from pipeline.transfer import cells as matrix
 from pipeline.transfer import fanout, origins, overlap, pruning, report, results, scores, stats, subgroups, targets, trial, trials
 from pipeline.transfer.origins import Origin
@@ -278,7 +279,7 @@ def pretrain(state: State) -> None:
             state.progress.note(f"{name}: {facts['transfer']}")
         if facts.get("warning"):
             state.notes.append(f"sources.{name}: {facts['warning']}")
-        state.notes += [f"sources.{name}: {text}" for text in facts.get("findings", ())]
+        state.notes += [Finding(*finding).line(f"sources.{name}") for finding in facts.get("findings", ())]
 
 
 def note_done(state: State, name: str) -> None:
@@ -321,7 +322,7 @@ def share(state: State) -> Shared:
         state.progress.note(f"{name}: {text}")
         found_in_rows = [finding for data in by_modality.values() for finding in data.findings]
         for finding in dict.fromkeys([*found_in_rows, *targets.more_than_there_is(target, job.fanout.search.get("global_batch", ()))]):
-            state.notes.append(f"{name}: {finding.text}")
+            state.notes.append(finding.line(name))
             if finding.in_terminal:
                 state.progress.note(finding.line(name))
         state.left_out[name] = len(state.targets[name].splits.test) - len(seen.test)

@@ -107,7 +107,7 @@ def test_a_column_of_a_table_that_tells_the_label_stands_in_the_report(tmp_path,
     found = [note for note in notes_of(tmp_path, table(300, leak), "table", TABLE, TRANSFORMER) if "decide" in note]
     assert len(found) == leak
     if leak:
-        assert found[0].startswith("task: features.num (1.000) alone nearly decides the label (balanced accuracy on 180 training rows")
+        assert found[0].startswith("warning: task: features.num (1.000) alone nearly decides the label (balanced accuracy on 180 training rows")
 
 
 @pytest.mark.parametrize("leak", [True, False])

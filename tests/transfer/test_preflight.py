@@ -62,6 +62,15 @@ def test_null_texts_of_a_source_are_refused_as_its_run_refuses_them(tmp_path, ob
         source.fit(checked(job).sources["src"])
 
 
+def test_documents_that_do_not_fill_a_batch_are_told(tmp_path):
+    job = with_source(tmp_path, written(tmp_path / "rows.parquet"), "mlm")
+    spec = job.sources["src"]
+    large = spec.model_copy(update={"train": spec.train.model_copy(update={"global_batch": 512})})
+    (line,) = preflight.look(checked(job.model_copy(update={"sources": {"src": large}})))
+    assert line.startswith("warning: source src: about ") and "fewer than the 512 of a batch: lower train.global_batch" in line
+    assert not preflight.look(checked(job))
+
+
 def test_null_labels_of_a_source_are_refused_as_its_run_refuses_them(tmp_path):
     job = with_source(tmp_path, written(tmp_path / "rows.parquet", labelless=5))
     with pytest.raises(ValueError) as run:

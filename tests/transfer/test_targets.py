@@ -342,7 +342,8 @@ def test_texts_that_are_cut_stand_in_the_report(tmp_path, models, texts):
     job = job_of(tmp_path, models["bert"], texts, "classification", {"text": "words", "label": "kind"}, data={"modality": {"text": {"length": 8}}})
     state, _ = shared_of(job)
     (found,) = [note for note in state.notes if "are cut at length 8" in note]
-    assert found.startswith("task: texts are cut at length 8, and what lies beyond is never read: train ") and "validation " in found and "test " in found
+    assert found.startswith("warning: task: texts are cut at length 8, and what lies beyond is never read: train ")
+    assert "validation " in found and "test " in found
 
 
 def test_batches_and_label_counts_beyond_the_data_are_told(tmp_path, models, texts):
