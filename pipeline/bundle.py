@@ -6,7 +6,6 @@ A bundle is whole or absent: written aside, checksummed, manifest last. Nothing 
 from __future__ import annotations
 
 import platform
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -18,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipeline import folders, provenance, registry, storage
+from pipeline import folders, provenance, registry, s3, storage
 from pipeline.contracts import Backbone, Modality, Objective, Task
 
 FORMAT_VERSION = 1
@@ -191,9 +190,10 @@ def save(uri: str, model: Task | Backbone, modality: Mapping[str, Any], **facts:
                 "arch": backbone.arch, "modality": dict(modality), "objective": objective, **facts}
     prefix = "" if isinstance(model, Task) else "backbone."
     tensors = {prefix + name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
-    with tempfile.TemporaryDirectory() as scratch:
+    with storage.scratch_folder() as scratch:
         path = Path(scratch, "weights.safetensors")
-        save_file(tensors, path)
+        with s3.naming("write", path):
+            save_file(tensors, path)
         folders.commit_folder(uri, {"weights.safetensors": path}, manifest)
 
 
@@ -203,7 +203,7 @@ def exists(uri: str) -> bool:
 
 def weights_sha256(uri: str) -> str:
     """The SHA-256 of a bundle's weights, as its manifest has it: two bundles with the same one hold the same tensors."""
-    return storage.read_json(storage.join(uri, "manifest.json"))["files"]["weights.safetensors"]["sha256"]
+    return folders.open_folder(uri)["files"]["weights.safetensors"]["sha256"]
 
 
 def load(uri: str) -> Bundle:
@@ -214,6 +214,6 @@ def load(uri: str) -> Bundle:
         raise BundleError(f"{uri}: this folder is no bundle")
     if version > FORMAT_VERSION:
         raise BundleError(f"{uri}: the bundle has format {version}, this program reads up to {FORMAT_VERSION}; update onetomany")
-    with tempfile.TemporaryDirectory() as scratch:
+    with storage.scratch_folder() as scratch:
         folder = folders.fetch_folder(uri, Path(scratch, "bundle"))
         return Bundle(uri, manifest, load_file(Path(folder, "weights.safetensors")))

@@ -37,9 +37,16 @@ def read_document(uri: Uri) -> dict[str, Any]:
     found = storage.read_json(uri)
     if not isinstance(found, dict):
         raise DamagedError(f"{uri} is damaged: it is no JSON object")
-    if _SEAL in found and found[_SEAL] != folders.sealed(found, _SEAL)[_SEAL]:
+    if _has_broken_seal(found):
         raise DamagedError(f"{uri} is damaged: its content does not have the SHA-256 that it states")
     return {name: value for name, value in found.items() if name != _SEAL}
+
+
+def _has_broken_seal(found: Mapping[str, Any]) -> bool:
+    if _SEAL in found:
+        return found[_SEAL] != folders.sealed(found, _SEAL)[_SEAL]
+    digest_length = 64  # a flipped bit in the name of the seal must not make the document look like one of an earlier version
+    return any(len(name) == len(_SEAL) and isinstance(value, str) and len(value) == digest_length for name, value in found.items())
 
 
 def document_or_none(uri: Uri, remedy: str) -> dict[str, Any] | None:

@@ -29,6 +29,8 @@ import psutil
 from pipeline import fence, storage
 
 RENEW_SECONDS, STALE_SECONDS = 20.0, 90.0
+SWEEP_SECONDS = 3600.0
+"""What killed writers left goes when a run begins: at once where their process is known to be gone, else when it is so old."""
 TURNS_SECONDS = 60.0
 """So long a run tries to get in where several start at once."""
 Lease = dict[str, Any]
@@ -72,6 +74,7 @@ def hold(root: str, note: Callable[[str], None] = lambda line: None) -> Iterator
     thread.start()
     try:
         with fence.inside([fence.Fence(root, mine["id"])]):
+            _sweep(root, note)
             yield
     except KeyboardInterrupt:
         if lost.is_set():
@@ -89,6 +92,20 @@ def _interrupt(holder: threading.Thread) -> None:
     """Stop the thread that holds the lease, as Ctrl-C does. Only the main thread can be stopped so: others are stopped by the fence."""
     if holder is threading.main_thread() and holder.ident is not None:
         signal.pthread_kill(holder.ident, signal.SIGINT)
+
+
+def _sweep(root: str, note: Callable[[str], None]) -> None:
+    """Remove what writers and runs left that were killed."""
+    try:
+        removed = storage.sweep(root, SWEEP_SECONDS) + storage.sweep_scratch(SWEEP_SECONDS)
+        for claim in _claims(root):
+            if not _is_alive(claim):
+                storage.remove_tree(claim["uri"])
+    except storage.StorageError as error:
+        note(f"warning: what killed writers left cannot be removed: {error}")
+        return
+    if removed:
+        note(f"{root}: {len(removed)} unfinished file{'s' if len(removed) > 1 else ''} of writers that were killed removed")
 
 
 # ---------------------------------------------------------------- getting in
@@ -164,7 +181,7 @@ def _enter_without_conditions(root: str, mine: Lease) -> None:
 
 def _claims(root: str) -> list[Lease]:
     names = (uri for uri in storage.list_files(root, recursive=False) if f"/{fence.LEASE_PREFIX}-claim-" in uri)
-    return [found for found in map(_read, names) if found is not None]
+    return [{**found, "uri": uri} for uri in names if (found := _read(uri)) is not None]
 
 
 def _turns(root: str) -> Iterator[None]:

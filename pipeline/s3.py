@@ -15,7 +15,8 @@ import os
 import random
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 Uri = str | os.PathLike[str]
@@ -26,6 +27,8 @@ ATTEMPTS = 5
 _JITTER = random.SystemRandom()  # the global generator belongs to training: drawing from it would break bitwise resume
 _PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
+_FULL_WORDS = ("No space left on device", "Disk quota exceeded")
+"""How libraries that lose the number say it."""
 _PERMANENT_NUMBERS = _FULL | {errno.EINVAL, errno.ENOSYS, errno.ENAMETOOLONG, errno.ENOTEMPTY, errno.EFBIG, errno.ELOOP}
 _CLIENTS = {"botocore", "aiobotocore", "boto3", "aiohttp", "urllib3"}  # their errors are not OSErrors
 _TRANSIENT_NAMES = {
@@ -110,21 +113,55 @@ def call(action: str, uri: Uri, fn: Callable[..., Result], *args: Any, **kw: Any
     except Exception as error:  # of any kind: botocore's have no common base; what is no I/O error is raised as it is
         if isinstance(error, StorageError) or not (isinstance(error, OSError) or _is_client_error(error)):
             raise
-        text, number = os.fspath(uri), getattr(error, "errno", None)
-        cause = (getattr(error, "strerror", None) or str(error) or type(error).__name__).strip().rstrip(".")
-        filename = getattr(error, "filename", None)
-        if isinstance(filename, str) and filename not in f"{text} {cause}":
-            cause += f" ({filename})"
-        fix = next(fixes[text.startswith("s3://")] for kinds, *fixes in _FIXES if isinstance(error, kinds))
-        if number in _FULL:
-            fix = "free space there or choose another storage"
-        elif is_transient(error):
-            fix = f"tried {ATTEMPTS} times, so {fix} and run again"
-        failure = (NotFoundError if isinstance(error, FileNotFoundError) else StorageError)(
-            f"cannot {action} {text}: {cause}; {fix}"
-        )
-        failure.errno = number
-        raise failure from error
+        raise _failure(action, uri, error, ATTEMPTS) from error
+
+
+@contextmanager
+def naming(action: str, uri: Uri, only_full_disk: bool = False) -> Iterator[None]:
+    """Make an I/O error of what is done inside (by another library, or not to be done twice) a StorageError naming `uri`.
+
+    Libraries that make something else of a full disk (torch, safetensors) are understood too. ``only_full_disk``: any
+    other error stays as it is, for work that reads other files as well.
+    """
+    try:
+        yield
+    except StorageError:
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and not only_full_disk:
+            raise _failure(action, uri, error, 1) from error
+        if not _tells_of_full_disk(error):
+            raise
+        raise _failure(action, uri, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), 1) from error
+
+
+def _tells_of_full_disk(error: BaseException | None) -> bool:
+    while error is not None:
+        if is_full(error) or any(word in str(error) for word in _FULL_WORDS):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether the disk is full, the quota used up or the disk read-only: trying again does not help."""
+    return isinstance(error, OSError) and (error.errno in _FULL or any(word in str(error) for word in _FULL_WORDS))
+
+
+def _failure(action: str, uri: Uri, error: Exception, attempts: int) -> StorageError:
+    text, number = os.fspath(uri), getattr(error, "errno", None)
+    cause = (getattr(error, "strerror", None) or str(error) or type(error).__name__).strip().rstrip(".")
+    filename = getattr(error, "filename", None)
+    if isinstance(filename, str) and filename not in f"{text} {cause}":
+        cause += f" ({filename})"
+    fix = next(fixes[text.startswith("s3://")] for kinds, *fixes in _FIXES if isinstance(error, kinds))
+    if is_full(error):
+        fix = "free space there or choose another storage"
+    elif attempts > 1 and is_transient(error):
+        fix = f"tried {attempts} times, so {fix} and run again"
+    failure = (NotFoundError if isinstance(error, FileNotFoundError) else StorageError)(f"cannot {action} {text}: {cause}; {fix}")
+    failure.errno = number
+    return failure
 
 
 # --- names ---

@@ -15,10 +15,13 @@ import json
 import os
 import re
 import shutil
+import socket
+import tempfile
 import time
 import uuid
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -307,29 +310,94 @@ def remove_tree(uri: Uri) -> None:
 
 
 def beside(path: Path) -> Path:
-    return path.parent / f".{path.name}.tmp-{uuid.uuid4().hex[:12]}"
+    """Where a file or folder is written before it takes its place; the name tells `sweep` who writes it."""
+    return path.parent / f".{path.name}.tmp-{_machine()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+
+
+def _machine() -> str:
+    """Eight letters for this machine and the space of its process numbers: containers of one name have several."""
+    try:
+        space = os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        space = 0
+    return hashlib.sha256(f"{socket.gethostname()} {space}".encode()).hexdigest()[:8]
+
+
+_SCRATCH = ".onetomany"
 
 
 def _is_leftover(name: str) -> bool:
     return fnmatch.fnmatchcase(name, ".*.tmp-*")
 
 
-def sweep(uri: Uri, older_than_s: float) -> list[str]:
-    """Remove what killed writers left (`.*.tmp-*`) in a local folder and beside it; returns the paths removed.
+def _is_probe(name: str) -> bool:
+    """What `check_writable` and `keeps_conditions` write and remove at once."""
+    return name.startswith((".probe-", ".run-probe-"))
 
-    Only what nothing has written to for `older_than_s` goes. On S3 there is nothing to do: unfinished uploads are
-    invisible, and a lifecycle rule of the bucket ends them.
+
+def _writer_is_gone(name: str) -> bool:
+    """Whether the process that was writing is known to have ended; unknown for other machines and older names."""
+    found = re.search(r"\.tmp-([0-9a-f]{8})-(\d+)-[0-9a-f]{8}$", name)
+    if found is None or found[1] != _machine():
+        return False
+    try:
+        os.kill(int(found[2]), 0)
+    except ProcessLookupError:
+        return True
+    except (PermissionError, OverflowError):
+        return False
+    return False
+
+
+def sweep(uri: Uri, older_than_s: float) -> list[str]:
+    """Remove what killed writers left (`.*.tmp-*`) anywhere in a local folder and beside it; returns the paths removed.
+
+    What a process of this machine was writing goes when that process has ended, everything else when nothing has written
+    to it for `older_than_s`. On S3 there is nothing to do: unfinished uploads are invisible, and a lifecycle rule of the
+    bucket ends them.
     """
     remote, path = s3.split(uri)
-    folder, removed = Path(os.path.abspath(path)), []
-    for parent in () if remote else (folder, folder.parent):
-        for entry in sorted(parent.glob(".*.tmp-*")):
-            with suppress(FileNotFoundError):  # its writer, or another sweeper, was quicker
-                newest_s = max(item.lstat().st_mtime for item in (entry, *entry.rglob("*")))
-                if time.time() - newest_s > older_than_s:
-                    s3.call("remove", entry, _remove_local, entry)
-                    removed.append(str(entry))
+    folder = Path(os.path.abspath(path))
+    return [] if remote else _remove_left({*_leftovers_below(folder), *filter(_is_left, folder.parent.glob(".*"))}, older_than_s)
+
+
+def sweep_scratch(older_than_s: float) -> list[str]:
+    """Remove folders of `scratch_folder` on this machine that killed processes left, as `sweep` does."""
+    return _remove_left(set(Path(tempfile.gettempdir()).glob(f"{_SCRATCH}.tmp-*")), older_than_s)
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A folder for what is made here and then handed on, gone at the end; `sweep_scratch` removes that of a killed process."""
+    folder = beside(Path(tempfile.gettempdir(), _SCRATCH.removeprefix(".")))
+    s3.call("write", folder, folder.mkdir, 0o700, parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_left(entries: set[Path], older_than_s: float) -> list[str]:
+    removed = []
+    for entry in sorted(entries):
+        with suppress(FileNotFoundError):  # its writer, or another sweeper, was quicker
+            newest_s = max(item.lstat().st_mtime for item in (entry, *entry.rglob("*")))
+            if _writer_is_gone(entry.name) or time.time() - newest_s > older_than_s:
+                s3.call("remove", entry, _remove_local, entry)
+                removed.append(str(entry))
     return removed
+
+
+def _is_left(path: Path) -> bool:
+    return _is_leftover(path.name) or _is_probe(path.name)
+
+
+def _leftovers_below(folder: Path) -> list[Path]:
+    found = []
+    for here, folders, names in os.walk(folder):  # links are not followed: what lies behind them is not ours
+        found += [Path(here, name) for name in (*folders, *names) if _is_left(Path(name))]
+        folders[:] = [name for name in folders if not _is_leftover(name)]
+    return found
 
 
 def sync_folder(path: Path) -> None:

@@ -4,6 +4,9 @@ import errno
 import io
 import os
 import random
+import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -200,7 +203,18 @@ def test_killed_write_leaves_the_old_file_and_sweep_clears_up(tmp_path):
     for number, name in enumerate((".job.tmp-0123/deep/file", ".env", "x.tmp-1")):
         (tmp_path / name).write_bytes(bytes(number))
         os.utime(tmp_path / name, (0, 0))
-    assert storage.sweep(str(tmp_path), 3600) == []  # all too young: a live writer's
+    (left,) = storage.sweep(str(tmp_path), 3600)  # its process is gone; who wrote the others, all too young, nobody knows
+    assert Path(left).name.startswith(".state.json.tmp-")
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as living:
+        writing = tmp_path / storage.beside(tmp_path / "x").name.replace(f"-{os.getpid()}-", f"-{living.pid}-")
+        writing.write_bytes(b"")
+        assert storage.sweep(str(tmp_path), 3600) == [] and writing.exists(), "a living process is writing it"
+        living.kill()
+    assert storage.sweep(str(tmp_path), 3600) == [str(writing)]
+    (deep := tmp_path / "job/trials/a").mkdir(parents=True)
+    (deep / writing.name).write_bytes(b"")
+    assert storage.sweep(str(tmp_path), 3600) == [str(deep / writing.name)], "however deep"
+    shutil.rmtree(tmp_path / "job")
     for path in tmp_path.rglob("*"):
         os.utime(path, (0, 0))
     fresh = tmp_path / ".live.tmp-1"
@@ -209,7 +223,7 @@ def test_killed_write_leaves_the_old_file_and_sweep_clears_up(tmp_path):
     (fresh / "growing").write_bytes(b"")
     os.utime(fresh, (0, 0))
     removed = storage.sweep(str(tmp_path / "job"), 3600)  # beside a folder
-    assert len(removed) == 2 and sorted(os.listdir(tmp_path)) == [".env", ".live.tmp-1", "state.json", "x.tmp-1"]
+    assert len(removed) == 1 and sorted(os.listdir(tmp_path)) == [".env", ".live.tmp-1", "state.json", "x.tmp-1"]
     os.utime(fresh / "growing", (time.time() - 100, time.time() - 100))
     assert storage.sweep(str(tmp_path), 50) == [str(fresh)]  # in a folder
     assert storage.sweep("s3://bucket/key", 0) == []

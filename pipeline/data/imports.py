@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import os
 import re
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
@@ -154,12 +153,13 @@ def to_parquet(uris: list[str], form: str, imports_uri: str, mode: identity.Mode
         key = spec_hash(kind, [[PurePosixPath(file.uri).name, file.content] for file in read], *([TEXT_VERSION] if kind in TEXTS else []))
     folder = storage.join(imports_uri, key)
     if checked.whole_folder(folder, "the files are brought in again") is None:
-        with tempfile.TemporaryDirectory() as scratch:
+        with storage.scratch_folder() as scratch:
             path = Path(scratch, "rows.parquet")
-            if kind in LISTED:
-                pq.write_table(_recordings(listed) if kind == "audio" else _pictures(listed), path, row_group_size=GROUP_ROWS)
-            else:
-                _write(kind, files, path)
+            with s3.naming("write", path, only_full_disk=True):
+                if kind in LISTED:
+                    pq.write_table(_recordings(listed) if kind == "audio" else _pictures(listed), path, row_group_size=GROUP_ROWS)
+                else:
+                    _write(kind, files, path)
             identity.check_unchanged(read)
             folders.commit_folder(folder, {"rows.parquet": path}, {"kind": kind, "format_version": 1})
     return Imported([storage.join(folder, "rows.parquet")], fingerprint, named=tuple(read) if kind in LISTED else ())

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import io
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from pipeline import folders, storage
+from pipeline import folders, s3, storage
 from pipeline.rng import mix
 
 KEPT = 2
@@ -41,10 +40,11 @@ def save(uri: str, ranks: Any, state: dict[str, Any], bad_rows: dict[int, str] |
         everyone = [None] * ranks.count
         dist.all_gather_object(everyone, (random, bad_rows or {}))
     if ranks.first:
-        with tempfile.TemporaryDirectory() as scratch:
+        with storage.scratch_folder() as scratch:
             path = Path(scratch, "state.pt")
             unread = {row: reason for _, bad in everyone for row, reason in bad.items()}
-            torch.save({**state, "random": [random for random, _ in everyone], "bad_rows": unread}, path)
+            with s3.naming("write", path), open(path, "wb") as file:
+                torch.save({**state, "random": [random for random, _ in everyone], "bad_rows": unread}, file)
             folders.commit_folder(_folder(uri, state["step"]), {"state.pt": path}, {"step": state["step"], "format_version": 1})
         for old in _steps(uri)[:-KEPT]:
             storage.remove_tree(_folder(uri, old))

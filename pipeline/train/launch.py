@@ -22,7 +22,7 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError, UserCodeExce
 from ray.job_config import JobConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pipeline import fence, folders, prepare_ray, stopping, storage
+from pipeline import fence, folders, prepare_ray, s3, stopping, storage
 from pipeline.data.stream import DataWorkers
 from pipeline.identity import ChangedFileError
 from pipeline.job import Source
@@ -328,6 +328,10 @@ def _rank_main(config: dict[str, Any]) -> None:
             work_of.train_rank(work, ranks, on_progress, held(config["rows"]) if config["rows"] is not None else None)
     except (ValueError, LookupError, TypeError, AttributeError, NonFiniteError, fence.LostLeaseError, UserCodeException, ChangedFileError) as error:
         ray.get(board.fail.remote(_first_cause(error)))
+        raise
+    except storage.StorageError as error:
+        if s3.is_full(error):  # a restart would only fill the disk again
+            ray.get(board.fail.remote(str(error)))
         raise
 
 

@@ -8,11 +8,11 @@ import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from pipeline import fence, storage
+from pipeline import fence, s3, storage
 
 
 class RowTrace:
@@ -29,7 +29,7 @@ class RowTrace:
 
     def __call__(self, step: int, rows: np.ndarray) -> None:
         fence.check(str(self.path))
-        with open(self.path, "a") as file:
+        with s3.naming("write", self.path), open(self.path, "a") as file:
             file.write(json.dumps({"step": step, "rows": rows.tolist(), "pid": os.getpid()}) + "\n")
 
 
@@ -53,11 +53,17 @@ class MetricsLog:
     def _before(self, resume_step: int) -> None:
         """What an earlier part of the run left: lines of steps after the resume point are dropped, since they are written again."""
         kept = [line for line in self._lines("metrics.jsonl") if line.get("step", 0) <= resume_step] if resume_step else []
-        (self.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self._write_lines("metrics.jsonl", kept, "w")
         listed = self._lines("quarantine.jsonl") if resume_step else []
         self._quarantined = {(row.get("split"), row["row"]) for row in listed}
         if listed or storage.exists(storage.join(self.uri, "quarantine.jsonl")):
-            (self.folder / "quarantine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in listed))
+            self._write_lines("quarantine.jsonl", listed, "w")
+
+    def _write_lines(self, name: str, lines: list[dict[str, Any]], mode: Literal["w", "a"]) -> None:
+        """Raises StorageError, which names the file and what to do."""
+        path = self.folder / name
+        with s3.naming("write", path), open(path, mode) as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
 
     def _lines(self, name: str) -> list[dict[str, Any]]:
         """The records of a file; a line that a kill cut off is left out."""
@@ -69,9 +75,9 @@ class MetricsLog:
 
     def write(self, record: dict[str, Any]) -> None:
         fence.check(self.uri)
-        with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps({"time": round(time.time(), 3), **record}) + "\n")
+        self._write_lines("metrics.jsonl", [{"time": round(time.time(), 3), **record}], "a")
         if self._writer:
+            self._check_writer()
             for name, value in record.items():
                 if isinstance(value, (int, float)) and name not in ("step", "steps"):
                     self._writer.add_scalar(name, value, record["step"])
@@ -81,15 +87,29 @@ class MetricsLog:
     def quarantine(self, rows: list[dict[str, Any]]) -> None:
         """List bad rows ``{split, row, place, reason}``, each once."""
         fence.check(self.uri)
-        with open(self.folder / "quarantine.jsonl", "a") as file:
-            for row in rows:
-                if (row.get("split"), row["row"]) not in self._quarantined:
-                    self._quarantined.add((row.get("split"), row["row"]))
-                    file.write(json.dumps(row) + "\n")
+        fresh = {(row.get("split"), row["row"]): row for row in reversed(rows)}
+        new = [row for key, row in reversed(fresh.items()) if key not in self._quarantined]
+        self._write_lines("quarantine.jsonl", new, "a")
+        self._quarantined |= set(fresh)
+
+    def _writer_is_alive(self) -> bool:
+        """TensorBoard's files are written by a thread, which ends at the first error; who gives it more would wait for ever."""
+        events = self._writer.file_writer.event_writer if self._writer else None
+        thread = getattr(events, "_worker", None)
+        return thread is None or thread.is_alive()
+
+    def _check_writer(self) -> None:
+        if not self._writer_is_alive():
+            raise storage.StorageError(
+                f"cannot write {self.folder / 'tensorboard'}: its writer has stopped, as it does where the disk is full; free space there or "
+                "choose another storage"
+            )
 
     def flush(self) -> None:
         if self._writer:
-            self._writer.flush()
+            self._check_writer()
+            with s3.naming("write", self.folder / "tensorboard"):
+                self._writer.flush()
         if self.remote:
             for path in self.folder.rglob("*"):
                 if path.is_file():
@@ -97,8 +117,26 @@ class MetricsLog:
         self._flushed = time.monotonic()
 
     def close(self) -> None:
-        self.flush()
-        if self._writer:
-            self._writer.close()
-        if self._scratch:
-            self._scratch.cleanup()
+        """Bring everything to its place. Raises StorageError."""
+        try:
+            self.flush()
+            if self._writer:
+                with s3.naming("write", self.folder / "tensorboard"):
+                    self._writer.close()
+        finally:
+            if self._scratch:
+                self._scratch.cleanup()
+
+    def abandon(self) -> None:
+        """Close the log after an error, which is the one to be told, whatever becomes of the log."""
+        with suppress(OSError):
+            if self._writer_is_alive():
+                self.close()
+        events: Any = self._writer.file_writer.event_writer if self._writer else None
+        if events is None or events._closed:
+            return
+        if events._worker.is_alive():
+            events._worker.stop()
+        with suppress(OSError):
+            events._ev_writer.close()
+        events._closed = True  # else tensorboardX tries again when Python ends, and prints what it meets

@@ -207,9 +207,12 @@ def train_rank(work: RankJob, ranks: Ranks, on_progress: Callable[[dict[str, Any
                    bad_rows=lambda found, seen: bad.add("train", found))
     try:
         outcome = loop.fit(run)
-    finally:
+    except BaseException:
         if log:
-            log.close()
+            log.abandon()
+        raise
+    if log:
+        log.close()
     facts = {"source": work.name, "backbone": fitted.arch["name"], "objective": fitted.objective["name"], "steps": outcome.steps,
              "rows": len(rows), "seconds": round(outcome.seconds, 2), "rows_per_second": round(outcome.rows_per_second, 1),
              "wait_share": round(outcome.wait_share, 4), "skipped_steps": outcome.skipped_steps, "params_trained": outcome.params_trained,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -14,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from pipeline import bundle, checked, folders, provenance, registry, starts, storage
+from pipeline import bundle, checked, folders, provenance, registry, s3, starts, storage
 from pipeline.bundle import BundleError
 from pipeline.contracts import Modality, Objective
 from pipeline.data import manifest as manifests
@@ -485,14 +484,15 @@ def shards(folder: str, split: str, selection: Selection, work: Work, max_bad_ro
         made = map_items(do, tasks) if len(tasks) > 1 else map(do, tasks)
         bad: list[tuple[int, str]] = []
         counts = [0] * len(corpora)
-        with tempfile.TemporaryDirectory() as scratch:
+        with storage.scratch_folder() as scratch:
             files: dict[str, Any] = {}
             for number, (corpus, table, reasons) in enumerate(made):
                 bad += reasons
                 counts[corpus] += len(table)
                 name = f"part-{number:05d}.parquet"
                 files[name] = Path(scratch, name)
-                pq.write_table(table, files[name], row_group_size=4096)
+                with s3.naming("write", files[name]):
+                    pq.write_table(table, files[name], row_group_size=4096)
             check(bad)
             listed = [{"row": row, "place": selection.manifest.place(row), "reason": reason} for row, reason in bad]
             folders.commit_folder(folder, files, {"split": split, "documents": len(selection), "corpora": counts, "left_out": listed})

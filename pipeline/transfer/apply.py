@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -325,7 +324,7 @@ def export(uri: str, output: str, kind: str, backbone_only: bool) -> str:
 
 def _export_bundle(found: bundle.Bundle, output: str) -> str:
     manifest = {k: v for k, v in found.manifest.items() if k != "files"}
-    with tempfile.TemporaryDirectory() as scratch:
+    with storage.scratch_folder() as scratch:
         folder = folders.fetch_folder(found.uri, Path(scratch, "copy"))
         compared = export_check.compare_tensors(found, load_file(Path(folder, "weights.safetensors")))
         export_check.require(compared, found.uri)
@@ -338,7 +337,7 @@ def _export_folder(found: bundle.Bundle, output: str, backbone_only: bool) -> st
         raise ValueError(f"{output} is there already; give a new folder, or remove it first")
     facts = {"kind": "export", "bundle": found.uri, "sha256_of_bundle": found.manifest["sha256"], "backbone_only": backbone_only,
              "versions": bundle.versions()}
-    with tempfile.TemporaryDirectory() as scratch:
+    with storage.scratch_folder() as scratch:
         folder = Path(scratch, "folder")
         folder.mkdir()
         text = hugging_face.write(found, folder, backbone_only)
@@ -355,7 +354,7 @@ def _export_state_dict(found: bundle.Bundle, output: str, backbone_only: bool) -
         raise ValueError(f"{output}: a state dict is a .safetensors, .pt or .pth file")
     name = output.rpartition("/")[2]
     stem = name.rpartition(".")[0]
-    with tempfile.TemporaryDirectory() as scratch:
+    with storage.scratch_folder() as scratch:
         place = Path(scratch, name)
         beside: dict[str, str] = {}
         if backbone_only or found.manifest["objective"]["name"] == "none":

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline import storage
+from pipeline import bundle, checked, folders, storage
 from pipeline.job import STARTS
 from pipeline.transfer import results
 from pipeline.transfer.cells import SCRATCH, cell_key
@@ -96,7 +96,7 @@ def prune(root: str, stale: Stale) -> None:
 
 def note_uses(root: str, sources: Mapping[str, Sequence[str]]) -> None:
     """Record in a job's folder what its sources start from: source to the places of bundles and checkpoints."""
-    storage.write_json(storage.join(root, USES_FILE), {name: list(places) for name, places in sources.items()})
+    checked.write_document(storage.join(root, USES_FILE), {name: list(places) for name, places in sources.items()})
 
 
 def uses(root: str, own: Mapping[str, Sequence[str]]) -> dict[str, str]:
@@ -116,11 +116,12 @@ def _used_by(root: str) -> set[str]:
     found: set[str] = set()
     recorded = storage.join(root, USES_FILE)
     if storage.exists(recorded):
-        found |= {place for places in storage.read_json(recorded).values() for place in places}
+        found |= {place for places in checked.read_document(recorded).values() for place in places}
     found |= {row["parent_uri"] for row in results.read(root) if row["parent_uri"]}
     for name in _folders(storage.join(root, "sources")):
-        manifest = storage.join(root, "sources", name, "bundle", "manifest.json")
-        if storage.exists(manifest) and (parent := storage.read_json(manifest).get("parent")):
+        uri = storage.join(root, "sources", name, "bundle")
+        parent = folders.open_folder(uri).get("parent") if bundle.exists(uri) else None
+        if parent:
             found.add(parent)
     return found
 

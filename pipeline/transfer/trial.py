@@ -269,9 +269,12 @@ def run(trial: Trial, shared: Shared, ranks: Ranks | None = None, report: Report
                     on_eval=on_eval, on_rows=trace, alive=alive, bad_rows=bad_rows)
     try:
         outcome = loop.fit(work) if technique.learns else loop.untrained(work)
-    finally:
+    except BaseException:
         if log:
-            log.close()
+            log.abandon()
+        raise
+    if log:
+        log.close()
     test: Predictions | None = None
     task = technique.finish(task)
     if trial.stage == "final":

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from functools import cached_property, partial
 from pathlib import Path
@@ -226,7 +225,7 @@ def _write_part(make: Callable[[Any, Path], Made], output: str, job: tuple[str, 
     name, payload = job
     uri = storage.join(output, name)
     try:
-        with tempfile.TemporaryDirectory() as scratch:
+        with storage.scratch_folder() as scratch:
             made = make(payload, Path(scratch))
             if isinstance(made.data, bytes):
                 entry = folders.entry_of_bytes(made.data)
