@@ -72,7 +72,7 @@ def make_job(folder: Path, images: dict[str, str], texts: str) -> Job:
         "fanout": {"seeds": 2}})
 
 
-def run_here(name: str, wanted: list[Any], shared: Any, spec: Any, progress: Any, anew: Any = ()) -> list[Any]:
+def run_here(name: str, wanted: list[Any], shared: Any, spec: Any, progress: Any, anew: Any = (), *resources: Any) -> list[Any]:
     """Trials one after the other in this process, as Ray would run them."""
     todo = [one for one in wanted if one.id in anew or fanout.unfinished(shared.root, one, spec)]
     for unit in fanout.units(todo, shared):
