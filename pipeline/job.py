@@ -120,6 +120,14 @@ class Data(Spec):
             raise ValueError("give either uri (one set of files) or train (with validation and test), not both")
         if self.train is None and (self.validation or self.test):
             raise ValueError("validation and test files need train; with uri use split_column or the fractions")
+        problems: list[tuple[tuple[str | int, ...], str]] = []
+        if self.validation is not None and self.validation_fraction:
+            problems += _meaningless(self, ["validation_fraction"], (), "nothing is held out where validation files are given")
+        if self.test is not None:
+            problems += _meaningless(self, ["test_fraction"], (), "nothing is held out where test files are given")
+        if self.split_column is None:
+            problems += _meaningless(self, ["split_values"], (), "they are values of split_column, and there is none")
+        _refuse(problems)
         named = [value for values in self.split_values.values() for value in values]
         if twice := sorted({value for value in named if named.count(value) > 1}):
             raise ValueError(f"split_values: {', '.join(twice)} stands twice; a row lies in one split")
@@ -193,6 +201,8 @@ class Train(Spec):
             raise ValueError("give steps or epochs, not both")
         if self.batch_cost is not None and "global_batch" in self.model_fields_set:
             raise ValueError("give global_batch (rows a step) or batch_cost (what the rows of a step cost in all), not both")
+        unread = ("momentum",) if self.optimizer == "adamw" else ("beta1", "beta2")
+        _refuse(_meaningless(self, unread, (), f"the optimizer is {self.optimizer}, which does not read it"))
         return self
 
 
@@ -232,6 +242,21 @@ def search_problems(search: Mapping[str, list[float]], trains: Iterable[Train]) 
                     shown = f"{value}" if draw == value else f"{value} (drawn as {draw})"
                     out[name, f"{shown} is refused: {error.errors()[0]['msg'].removeprefix('Value error, ')}"] = None
     return list(out)
+
+
+def changed_fields(spec: BaseModel) -> set[str]:
+    """Names of the fields that do not have their default value.
+
+    A field that means nothing where it stands is refused when it is changed: a spec that was written out whole by a
+    program holds every field, and its defaults harm nobody.
+    """
+    defaults = {name: field.get_default(call_default_factory=True) for name, field in type(spec).model_fields.items()}
+    return {name for name, default in defaults.items() if getattr(spec, name) != default}
+
+
+def _meaningless(spec: BaseModel, fields: Iterable[str], at: tuple[str | int, ...], why: str) -> list[tuple[tuple[str | int, ...], str]]:
+    """A problem of each of the fields that is changed although nothing would read it."""
+    return [((*at, name), f"{why}: leave it out") for name in sorted(changed_fields(spec) & set(fields))]
 
 
 def _weighted(data: Data | None, at: str, why: str) -> list[tuple[tuple[str | int, ...], str]]:
@@ -276,6 +301,12 @@ class Source(Spec):
             raise ValueError("a probe tries the backbone while it is pretrained: it needs data beside it, and the same modality")
         problems = [(("data", "weight"), "it tells how often a corpus is drawn from beside others (data.more), and here is one: leave it out")
                     ] if self.data and self.data.weight is not None and not self.data.more else []
+        if self.probe is not None:
+            problems += _meaningless(self.probe, ["decode", "shuffle"], ("probe",), "the rows of a probe are decoded into memory, and never shuffled")
+            problems += _meaningless(self.probe, ["test_fraction"], ("probe",), "a probe has training and validation rows")
+        if self.data is None:
+            unread = ("objective", "train", "workers", "cpus_per_worker", "gpus_per_worker", "max_failures")
+            problems += _meaningless(self, unread, (), "a source without data is a checkpoint as it is, and nothing is trained")
         _refuse([*problems, *_weighted(self.probe, "probe", "the rows of a probe are read whole")])
         low, high = self.worker_range
         if not 1 <= low <= high:
@@ -389,6 +420,10 @@ class Fanout(Spec):
             problems.append((("search", "epochs"), "search steps or epochs, not both"))
         if self.trials > 1 and not self.search:
             problems.append((("trials",), "trials above 1 needs search: a field of train with its range, e.g. {lr: [1e-4, 1e-2]}"))
+        if self.trials == 1:
+            nothing = "trials is 1, so that nothing is drawn"
+            problems += _meaningless(self, ["search_finalists"], (), nothing)
+            problems += _meaningless(self, ["scheduler"], (), f"{nothing}, and asha stops draws alone")
         _refuse(problems)
         return self
 
@@ -410,6 +445,9 @@ class Job(Spec):
         problems: list[tuple[tuple[str | int, ...], str]] = [
             (("targets", name, "sources", i), f"unknown source {source!r}; {registry.nearest(source, self.sources)}")
             for name, target in self.targets.items() for i, source in enumerate(target.sources or ()) if source not in self.sources]
+        several = [name for name, target in self.targets.items() if target.workers]
+        if self.fanout.scheduler == "asha":
+            problems += [(("targets", name, "workers"), "asha stops no trial of several ranks: say fanout.scheduler fifo, or workers 0") for name in several]
         found = search_problems(self.fanout.search, (target.train for target in self.targets.values()))
         _refuse(problems + [(("fanout", "search", field), text) for field, text in found])
         return self

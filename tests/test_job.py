@@ -733,7 +733,7 @@ def test_a_search_with_one_trial_is_refused(problems, load):
     ("beta1: [0.5, 0.9, 1]", "fanout.search.beta1: 1.0 is refused: Input should be less than 1"),
     ("weight_decay: [-1, 0, 1]", "fanout.search.weight_decay: -1.0 is refused: Input should be greater than or equal to 0"),
     ("global_batch: [0.2, 8]", "fanout.search.global_batch: 0.2 (drawn as 0) is refused: Input should be greater than or equal to 1"),
-    ("momentum: [0.5, 0.99999999]", "fanout.search.momentum: 0.99999999 (drawn as 1.0) is refused: Input should be less than 1"),
+    ("beta2: [0.5, 0.99999999]", "fanout.search.beta2: 0.99999999 (drawn as 1.0) is refused: Input should be less than 1"),
     ("optimizer: [adamw, sgd]", "fanout.search.optimizer: optimizer of train is no number and cannot be searched; these can: steps, epochs, "),
     ("augment: [0, 1, 1]", "fanout.search.augment: augment of train is no number"),
     ("compile: [true, false]", "fanout.search.compile: compile of train is no number"),

@@ -309,7 +309,7 @@ def test_what_failed_runs_again_and_what_was_stopped_early_when_nothing_stops_it
     one = made(tmp_path, 0, 0.5, status=status or "done")
     if status is None:
         (tmp_path / "trials" / one.id / "record.json").unlink()
-    assert fanout.unfinished(str(tmp_path), one, Fanout.model_validate({"scheduler": scheduler})) is again
+    assert fanout.unfinished(str(tmp_path), one, Fanout.model_validate({"scheduler": scheduler, "trials": 2, "search": {"lr": [1e-3, 1e-2]}})) is again
 
 
 def test_only_what_is_to_run_is_run(world, monkeypatch, tmp_path):
