@@ -105,7 +105,7 @@ def map_blocks(work: Callable[[Item], Arrays], items: Iterable[Item], workers: D
                                 num_gpus=workers.gpus_per_actor or None, compute=pool)
         for block in data.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=4):
             if REFUSED in block:
-                raise pickle.loads(block[REFUSED][0])
+                raise pickle.loads(bytes(block[REFUSED][0]))
             yield block  # pyright: ignore[reportReturnType] - the numpy format gives arrays
 
 
