@@ -149,6 +149,8 @@ def cluster(wait: bool | None = None) -> Cluster:
 
 def _declared_on_the_head() -> list[node_types.NodeType] | None:
     """The declared node types, read where the autoscaler runs."""
+    if ray.util.client.ray.is_connected():
+        return None  # ray:// tells neither the address nor where the head is
     gcs_address = ray.get_runtime_context().gcs_address
     head = next((node["NodeID"] for node in ray.nodes() if "node:__internal_head__" in node["Resources"]), None)
     if head is None or head == ray.get_runtime_context().get_node_id():
@@ -223,10 +225,11 @@ def bundles_of(mine: Share, ranks: int) -> list[dict[str, float]]:
 
 
 def wait_for(bundles: list[dict[str, float]], what: str, progress: Progress) -> None:
-    """Ask the cluster for bundles of logical resources and wait until it holds them, however long its nodes take to come.
+    """Ask a cluster that grows for bundles of logical resources, and wait until it holds them, however long its nodes take.
 
     What is asked for goes back at the end. A node that came stays until the cluster's idle time is over.
     """
+    keep_ray_datas_actors_here()
     group = ray.util.placement_group(bundles, strategy="PACK")
     asked = describe_bundles(bundles)
     began = time.monotonic()
@@ -247,7 +250,7 @@ def keep_ray_datas_actors_here() -> None:
     """Start the actors that Ray Data shares over a cluster on this process's node.
 
     They outlive every job, and the node on which they run never counts as idle. Ray Data starts them where it is used
-    first, which is a rank here, so that the rank's node (with its GPUs) would stay for ever.
+    first, which is a rank here, so that the rank's node (with its GPUs) would stay for ever. So this comes before ranks.
     """
     from ray.data._internal.execution.node_trackers import get_or_create_actor_location_tracker
     from ray.data._internal.stats import get_or_create_stats_actor
@@ -395,7 +398,6 @@ def pretrain(stage: source.SourceStage, progress: Progress, verbose: bool, wait:
     cpus = sum(node[0] for node in planned)
     most = max(low, min(high, int((cpus + 1e-6) // (mine.cpus + mine.data.cpus_per_actor))))  # elastic ranks leave Ray Data its CPUs
     if on.grows:
-        keep_ray_datas_actors_here()
         wait_for(bundles_of(mine, low), stage.name, progress)
     progress.update(f"{stage.name}: reading and fitting the source")
     fitted = source.fit(stage)

@@ -18,12 +18,15 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from cluster import package
 from cluster import submit as submit_module
 from cluster.local import local_cluster
 from cluster.package import collect, write_zip
 from cluster.submit import SubmitError, entrypoint, parse_env, submit
+from pipeline.cli import app
+from pipeline.jobfile import relative_places
 
 ROOT = Path(__file__).resolve().parents[2]
 RAY_VERSION = submit_module.ray.__version__
@@ -109,6 +112,52 @@ SECRET_FILES = (
     *(".netrc", ".git-credentials", ".pypirc", "credentials.json", "credentials-prod.json", "service-account-1.json"),
     *("secrets.yaml", "secrets.toml", "Secrets.JSON", ".kube/config", ".docker/config.json"),
 )
+
+
+PICTURES = """
+name: pictures
+sources:
+  seen:
+    data: {uri: DATA, modality: {image: {size: 16}}, columns: {image: image, label: label}}
+    backbone: timm/test_resnet
+    init: "file:weights/start.safetensors"
+    objective: classification
+    train: {steps: 1}
+targets:
+  wanted:
+    data: {train: [a/1.parquet, "a/2*.parquet"], test: s3://bucket/test.parquet, modality: image, columns: {image: image, label: label}}
+    objective: classification
+  texts:
+    data: {uri: /shared/texts.parquet, modality: {text: {tokenizer: words}}, columns: {text: text, label: label}}
+    objective: classification
+techniques: [scratch]
+"""
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A job that names files in every way there is, and beside them files that it does not name."""
+    for name in ("a/1.parquet", "a/2b.parquet", "a/3.parquet", "weights/start.safetensors", "words/tokenizer.json", "seen.parquet", ".env", "notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / "job.yaml").write_text(PICTURES.replace("DATA", "seen.parquet"))
+    return tmp_path / "job.yaml"
+
+
+def test_the_files_that_a_job_names_are_its_data_its_checkpoints_and_its_tokenizers(pictures):
+    """By relative paths: what is absolute or on S3 is where the cluster finds it."""
+    assert relative_places(pictures) == ["seen.parquet", "weights/start.safetensors", "a/1.parquet", "a/2*.parquet", "words"]
+    assert "a/3.parquet" in relative_places(pictures, ["sources.seen.data.uri=a/3.parquet"])
+
+
+def test_a_dry_run_lists_what_would_be_shipped_and_needs_no_cluster(pictures):
+    done = CliRunner().invoke(app, ["submit", str(pictures), "--dry-run", "--include", "notes*"])
+    assert done.exit_code == 0, done.output
+    listed = {line.split()[-1]: line.split()[:-1] for line in done.output.splitlines() if not line.endswith("compression")}
+    mine = {name for name in listed if not name.startswith(("pipeline/", "cluster/"))}
+    assert mine == {"job.yaml", "seen.parquet", "weights/start.safetensors", "a/1.parquet", "a/2b.parquet", "words/tokenizer.json", "notes.txt"}
+    assert listed["a/1.parquet"] == ["11", "B"] and "pipeline/cli.py" in listed
+    assert CliRunner().invoke(app, ["submit", str(pictures)]).exit_code == 2, "without --dry-run an address is needed"
 
 
 @pytest.mark.parametrize("name", SECRET_FILES)

@@ -33,7 +33,7 @@ def submitted(onetomany, cluster, job: Path, tmp_path: Path, *words: str):
 
 
 def shrinks_to_nothing(cluster) -> bool:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         if cluster.workers() == 0:
             return True
