@@ -94,9 +94,13 @@ class MetricsLog:
 
     def _writer_is_alive(self) -> bool:
         """TensorBoard's files are written by a thread, which ends at the first error; who gives it more would wait for ever."""
-        events = self._writer.file_writer.event_writer if self._writer else None
-        thread = getattr(events, "_worker", None)
+        thread = getattr(self._events(), "_worker", None)
         return thread is None or thread.is_alive()
+
+    def _events(self) -> Any:
+        """What writes TensorBoard's files, or none."""
+        writer: Any = self._writer
+        return writer.file_writer.event_writer if writer else None
 
     def _check_writer(self) -> None:
         if not self._writer_is_alive():
@@ -132,7 +136,7 @@ class MetricsLog:
         with suppress(OSError):
             if self._writer_is_alive():
                 self.close()
-        events: Any = self._writer.file_writer.event_writer if self._writer else None
+        events = self._events()
         if events is None or events._closed:
             return
         if events._worker.is_alive():
