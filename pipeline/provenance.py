@@ -32,18 +32,18 @@ TRIAL_CODE = ("pipeline.transfer.targets", "pipeline.transfer.trial")
 FROZEN_CODE = ("pipeline.transfer.probe",)
 OVERLAP_CODE = ("pipeline.transfer.overlap",)
 """Modules that a source, an imported checkpoint, a trial, a trial of a frozen backbone, and one whose test rows leave out those of the sources
-start from. The loop, the optimiser, the plan, the
-loader, the metrics and the evaluation are found by following their imports."""
+start from. The loop, the optimiser, the plan, the loader, the metrics and the evaluation are found by following their imports."""
 
 MAKES_NO_NUMBERS = frozenset({
     # files are moved and locked
     "pipeline.storage", "pipeline.s3", "pipeline.folders", "pipeline.lease", "pipeline.fence", "pipeline.identity", "pipeline.checked",
     # names and settings: what is set stands in the key of every source and trial
     "pipeline.registry", "pipeline.job", "pipeline.jobfile",
-    # refuses, starts, logs and prints
-    "pipeline.train.checks", "pipeline.train.launch", "pipeline.train.log", "pipeline.train.progress",
+    # refuses, warns, starts, stops, logs and prints
+    "pipeline.train.checks", "pipeline.train.row_checks", "pipeline.train.launch", "pipeline.train.log", "pipeline.train.progress",
+    "pipeline.heartbeat", "pipeline.stopping", "pipeline.transfer.leaks",
     # tells of results that are there
-    "pipeline.transfer.subgroups",
+    "pipeline.transfer.subgroups", "pipeline.train.begun",
     # reads other people's checkpoints: counted for the sources that start from one
     "pipeline.starts", "pipeline.hugging_face", "pipeline.speech_folders",
     "pipeline.provenance",

@@ -24,16 +24,14 @@ from pipeline.identity import ChangedFileError, FileIdentity
 from pipeline.job import STARTS, Data, Job, Source, spec_hash
 from pipeline.provenance import MadeBy
 from pipeline.rng import mix
-from pipeline.train import checks, fitting, row_checks
+from pipeline.train import begun, checks, fitting, row_checks
 from pipeline.train import probe as probes
 from pipeline.train.row_checks import Finding
 
 STAGE_FORMAT = 8
 """The format of a stage's key and folder. Code that makes other numbers does not raise it: what made a bundle is recorded in it
 (`pipeline.provenance`)."""
-BEGUN_FILE = "made_by.json"
-"""In a source's folder: what made the parts of it, oldest first; more than one entry where other code or versions went on with it."""
-WORKING_PARTS = ("checkpoints", "initial", "tokens", "modality.json", "log", "ray", BEGUN_FILE)
+WORKING_PARTS = ("checkpoints", "initial", "tokens", "modality.json", "log", "ray", begun.FILE)
 """What a source's folder holds beside its bundle."""
 STRETCHED, ROUNDED = 1.1, 1.0
 """A recording is at most so many times as long as a column tells, and so many seconds."""
@@ -122,8 +120,8 @@ class SourceStage:
         now = made_by(self.spec, manifest["arch"], manifest["modality"]["name"])
         found = provenance.changes(provenance.recorded(manifest), now)
         earlier = [provenance.recorded(facts) for facts in (manifest.get("made_by") or {}).get("begun_by", ())]
-        begun = [provenance.changes(before, made_by(self.spec)) for before in earlier]
-        return (*found, *dict.fromkeys(f"begun by other code or versions ({', '.join(reasons)})" for reasons in begun if reasons))
+        since = [provenance.changes(before, made_by(self.spec)) for before in earlier]
+        return (*found, *dict.fromkeys(f"begun by other code or versions ({', '.join(reasons)})" for reasons in since if reasons))
 
     @property
     def packed(self) -> bool:
@@ -179,21 +177,15 @@ def begin(stage: SourceStage) -> list[dict[str, Any]]:
     What a killed run left is gone on with, whatever began it; only where a source is made anew do the parts of other code go.
     The bundle that is there stays until the new one is whole.
     """
-    uri = storage.join(stage.uri, BEGUN_FILE)
     now = made_by(stage.spec)
-    kept = checked.document_or_none(uri, "what code began this source is not known any more") or {}
-    before = kept.get("begun_by", [])
-    others = [facts for facts in before if provenance.changes(provenance.recorded(facts), now)]
-    if stage.remake and (others or (not before and stage.has_bundle)):
+    is_of_others = bool(begun.by_others(stage.uri, now)) or (stage.has_bundle and not begun.by(stage.uri))
+    if stage.remake and is_of_others:
         for part in WORKING_PARTS:
             storage.remove_tree(storage.join(stage.uri, part))
         for file in storage.list_files(stage.uri, recursive=False):
             if file.rpartition("/")[2].startswith("rows-rank"):
                 storage.remove_tree(file)
-        before, others = [], []
-    if len(others) == len(before):
-        checked.write_document(uri, {"begun_by": [*before, now.facts()]})
-    return others
+    return begun.record(stage.uri, now)
 
 
 def check_plan(stage: SourceStage, corpora: tuple[int, ...]) -> None:

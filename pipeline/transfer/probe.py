@@ -17,7 +17,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from pipeline import checked, heartbeat, storage
+from pipeline import checked, heartbeat, provenance, storage
 from pipeline.contracts import Backbone, Batch, Objective, Task
 from pipeline.data.stream import Loaded, Rows
 from pipeline.job import Train, spec_hash
@@ -32,7 +32,9 @@ from pipeline.transfer import trial as trials
 from pipeline.transfer.trial import Record, Shared, TargetData
 from pipeline.transfer.trials import Trial
 
-FEATURES_VERSION = 1
+FEATURES_FORMAT = 1
+FEATURES_CODE = ("pipeline.train.probe",)
+"""Modules that features start from, beside the modality and the backbone's library."""
 
 
 def kept_features(backbone: nn.Module, shared: Shared, source: str, base: str, target: str, split: str,
@@ -41,16 +43,19 @@ def kept_features(backbone: nn.Module, shared: Shared, source: str, base: str, t
     data = shared.targets[target, base]
     rows: Rows = getattr(data, split)
     cast = loop.autocast(data.spec.train, device)
+    if source not in shared.source_keys or not data.key:
+        return features(backbone, rows, device, cast)
     labelled = [data.objective["name"], data.objective["state"]]  # the rows' labels are kept too: which column is which label
-    key = spec_hash(FEATURES_VERSION, shared.source_keys.get(source), base, data.key, labelled, split, len(rows), device.type, data.spec.train.precision)
+    arch = shared.bases[base].arch
+    made = provenance.made_by(FEATURES_CODE, provenance.pieces_of(data.spec.data.modality.name, arch["name"], arch["options"]))
+    by = [shared.parent_weights.get(source), made.hash, made.versions]  # they cost little: those of other weights, code or versions are not used again
+    key = spec_hash(FEATURES_FORMAT, shared.source_keys.get(source), by, base, data.key, labelled, split, len(rows), device.type, data.spec.train.precision)
     uri = storage.join(shared.root, "features", f"{target}-{source}-{split}-{key}")
-    known = source in shared.source_keys and bool(data.key)
-    if known and (content := checked.kept_bytes(uri, "the features are computed again")) is not None:
+    if (content := checked.kept_bytes(uri, "the features are computed again")) is not None:
         found = load(content)
         return found.pop("pooled").to(device), {name: tensor.to(device) for name, tensor in found.items()}
     pooled, rest = features(backbone, rows, device, cast)
-    if known:
-        checked.keep_bytes(uri, save({name: tensor.cpu().contiguous() for name, tensor in {**rest, "pooled": pooled}.items()}))
+    checked.keep_bytes(uri, save({name: tensor.cpu().contiguous() for name, tensor in {**rest, "pooled": pooled}.items()}))
     return pooled, rest
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from pipeline import bundle, identity, registry, storage
+from pipeline import bundle, identity, provenance, registry, storage
 from pipeline.contracts import Modality, Objective, Task, Technique
 from pipeline.data import manifest as manifests
 from pipeline.data.manifest import Splits
@@ -306,7 +306,8 @@ def prepare(target: TargetStage, base: Base) -> TargetData:
 def _packed(target: TargetStage, split: str, selection: manifests.Selection, modality: dict[str, Any]) -> train_source.Shards:
     """The split's documents packed into rows, once for all bases that read alike. Raises ValueError where none is left."""
     work = train_source.Work(modality, target.spec.data.columns, "packed", ())
-    folder = storage.join(target.root, "packed", f"{target.name}-{split}-{spec_hash(STAGE_FORMAT, target.key, modality)}")
+    made = provenance.made_by(("pipeline.train.source",), (("modality", modality["name"]),))  # texts that other code has packed are not used again
+    folder = storage.join(target.root, "packed", f"{target.name}-{split}-{spec_hash(STAGE_FORMAT, target.key, modality, made.hash, made.versions)}")
     made = train_source.shards(folder, split, selection, work, target.spec.data.max_bad_rows, (len(selection),))
     if not len(made.rows):
         raise ValueError(f"data: the {split} split holds no text to pack ({len(selection)} rows, all of them left out)")

@@ -22,7 +22,7 @@ from pipeline.identity import FileIdentity
 from pipeline.job import Target, Train, drawn
 from pipeline.metrics import Predictions, metric, per_label, scored
 from pipeline.rng import mix
-from pipeline.train import checkpoint, evaluate, loop
+from pipeline.train import begun, checkpoint, evaluate, loop
 from pipeline.train.log import MetricsLog, RowTrace
 from pipeline.train.loop import Ranks
 from pipeline.train.pretrain import device_name, shuffle_of, steps_of
@@ -267,6 +267,7 @@ def run(trial: Trial, shared: Shared, ranks: Ranks | None = None, report: Report
                     batches=partial(train_batches, rows, plan, rank=ranks.rank, ranks=ranks.count, place="train", pin=ranks.device.type == "cuda"),
                     ready=ready, keeper=keeper, evaluate=check, ranks=ranks, checkpoints=checkpoints(shared, trial), on_start=on_start, on_log=on_log,
                     on_eval=on_eval, on_rows=trace, alive=alive, bad_rows=bad_rows)
+    began_with = begun.record(folder(shared, trial), made_by(data.spec, shared.bases[trial.base], trial.technique)) if ranks.first else []
     try:
         outcome = loop.fit(work) if technique.learns else loop.untrained(work)
     except BaseException:
@@ -296,7 +297,8 @@ def run(trial: Trial, shared: Shared, ranks: Ranks | None = None, report: Report
     seconds = outcome.seconds_before + time.time() - began
     facts = {"params_trained": outcome.params_trained, "steps": outcome.steps, "seconds": seconds, "device": device_name(ranks.device),
              "start_weights": start_hash, "transfer": moved, "n_train": len(rows) - len(unread) if technique.learns else 0, "curve": outcome.curve,
-             "kept_step": keeper.step, "skipped_steps": outcome.skipped_steps, "resumed_from": outcome.resumed_from, "fitted": fitted(task.objective),
+             "kept_step": keeper.step, "skipped_steps": outcome.skipped_steps, "resumed_from": outcome.resumed_from, "begun_by": began_with,
+             "fitted": fitted(task.objective),
              **({"padding_share": round(plan.padding(), 4)} if isinstance(plan, BucketPlan) else {})}
     record = make_record(trial, shared, train, began, facts, keeper.metrics, test)
     if ranks.first:
@@ -350,7 +352,8 @@ def make_record(trial: Trial, shared: Shared, train: Train, began: float, facts:
         rows = [{**common, "metric": None, "split": None}]
     made = made_by(data.spec, shared.bases[trial.base], trial.technique)
     return {"trial_id": trial.id, "cell": trial.cell, "status": status, "error": error, **made.facts(),
-            "parent_weights": shared.parent_weights.get(trial.source), "run": shared.facts.get("run"), "rows": rows, "curve": facts.get("curve", []),
+            "parent_weights": shared.parent_weights.get(trial.source), "run": shared.facts.get("run"), "begun_by": facts.get("begun_by", []),
+            "rows": rows, "curve": facts.get("curve", []),
             "transfer": facts.get("transfer", ""), "validation": validation,
             "kept_step": facts.get("kept_step"), "skipped_steps": facts.get("skipped_steps", 0), "resumed_from": facts.get("resumed_from", 0)}
 
@@ -415,6 +418,15 @@ def write(trial: Trial, shared: Shared, record: Record, test: Predictions | None
     checked.write_document(storage.join(where, RECORD), record)
     if record["status"] != "failed":
         checkpoint.clear(checkpoints(shared, trial))
+        begun.forget(folder(shared, trial))
+
+
+def drop_parts_of_others(shared: Shared, trial: Trial) -> None:
+    """Remove the resume points that other code or versions left of a trial that is made anew."""
+    now = made_by(shared.targets[trial.target, trial.base].spec, shared.bases[trial.base], trial.technique)
+    if begun.by_others(folder(shared, trial), now):
+        checkpoint.clear(checkpoints(shared, trial))
+        begun.forget(folder(shared, trial))
 
 
 def read_predictions(root: str, trial_id: str, seed: int) -> stats.Run | None:

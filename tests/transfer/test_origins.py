@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 from stage_runs import COLUMNS, changed, job_of, prepared, primary, saved_vit, trials_in_this_process
 from stage_runs import run_through as again
@@ -16,9 +19,9 @@ from pipeline import bundle, provenance, storage
 from pipeline.data.stream import DataWorkers
 from pipeline.job import Job
 from pipeline.provenance import MadeBy
-from pipeline.train import pretrain, source
+from pipeline.train import begun, loop, pretrain, source
 from pipeline.train.loop import Ranks
-from pipeline.transfer import cells, dry_run, origins, report, results, stages, trial
+from pipeline.transfer import cells, dry_run, origins, probe, report, results, stages, trial
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +151,8 @@ def test_records_of_before_count_as_not_recorded(tmp_path, bundles, paths, here)
     for one in here:
         uri = storage.join(job.root, "trials", one, "record.json")
         record = storage.read_json(uri)
-        storage.write_json(uri, {name: value for name, value in record.items() if name not in ("made_by", "versions", "parent_weights", "run")})
+        later = ("made_by", "versions", "parent_weights", "run", "content_sha256")
+        storage.write_json(uri, {name: value for name, value in record.items() if name not in later})
     here.clear()
     state, rows = again(job)
     assert here == [] and {row["made_by"] for row in rows} == {row["versions"] for row in rows} == {None}
@@ -170,6 +174,57 @@ def test_trials_of_a_source_that_was_made_anew_are_marked(tmp_path, bundles, pat
     weights = bundle.weights_sha256(bundles["a"].partition(":")[2])
     started = {row["source"]: (trial.read_record(job.root, row["trial_id"]) or {})["parent_weights"] for row in rows}
     assert started == {"a": weights, "none": None}
+
+
+def test_a_trial_that_other_code_goes_on_with_says_so(tmp_path, bundles, paths, here, edit, monkeypatch):
+    """Killed with a resume point, gone on with by other code: the record tells of both; made anew, the point is not used."""
+    job = toy(tmp_path, bundles, paths)
+    job = changed(job, techniques=["scratch"], fanout={"seeds": 1})
+    data = job.model_dump(mode="json")
+    data["targets"]["task"]["train"] |= {"checkpoint_every_steps": 1, "steps": 3}
+    job = Job.model_validate(data)
+    real = loop.fit
+
+    def killed(work):
+        def stop(step, metrics):
+            raise KeyboardInterrupt
+
+        return real(dataclasses.replace(work, on_eval=stop))
+
+    monkeypatch.setattr(loop, "fit", killed)
+    with pytest.raises(KeyboardInterrupt):
+        again(job)
+    monkeypatch.setattr(loop, "fit", real)
+    one, = set(here)
+    folder = storage.join(job.root, "trials", one)
+    assert storage.list_files(storage.join(folder, "checkpoints")) and len(begun.by(folder)) == 1
+    edit("pipeline.train.loop")
+    state, _ = again(job)
+    record = trial.read_record(job.root, one)
+    assert record is not None and record["resumed_from"] > 0 and len(record["begun_by"]) == 1
+    assert state.origins[one].changes == ("begun by other code or versions (pipeline.train.loop changed)",)
+    assert begun.by(folder) == [], "the record has it"
+    state, _ = again(job, "trials")
+    record = trial.read_record(job.root, one)
+    assert record is not None and record["resumed_from"] == 0 and state.origins[one].changes == ()
+
+
+def test_features_of_other_code_are_computed_again(tmp_path, paths, here, edit):
+    job = changed(pretraining(tmp_path, paths), techniques=["scratch", "linear_probe"])
+    run_source(prepared(job).sources["src"])
+    state = prepared(job)
+    shared = stages.share(state)
+    base, = shared.bases.values()
+    task = bundle.load(state.sources["src"].bundle_uri).task()
+
+    def kept() -> set[str]:
+        probe.kept_features(task.backbone, shared, "src", base.key, "task", "train", torch.device("cpu"))
+        return {path.name for path in Path(job.root, "features").iterdir()}
+
+    first = kept()
+    assert len(first) == 1 and kept() == first
+    edit("model timm")
+    assert len(kept()) == 2, "the old ones are not used in trials of new code"
 
 
 # ---------------------------------------------------------------- sources
