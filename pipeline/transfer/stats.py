@@ -44,9 +44,13 @@ _WORK = 200_000_000
 """Resampled units in all: above it there are fewer draws, down to RECOMPUTED_DRAWS."""
 
 LEAST_RARER_UNITS = 10
-"""Test units of the rarer class below which no verdict is given."""
+"""Test units of the rarer class below which no verdict is given. Of networks without any true difference whose seeds agree on what they find
+hard, so many intervals of AUROC excluded zero: 21 % with 2 positive rows, 12 % with 3, 9 % with 5, and 5 to 6 % with 10 and with 20
+(tests/benchmarks/false_verdicts.py)."""
 LEAST_UNITS = 20
-"""Test units (rows, or groups where they are declared) below which no verdict is given."""
+"""Test units (rows, or groups where they are declared) below which no verdict is given: fewer do not show the tails of what they stand for. Of
+differences with a long tail and a true mean of zero (lognormal, sigma 1) so many intervals excluded zero: 19 % with 5 units, 15 % with 10, 12 %
+with 20 and 9 % with 60; of groups of rows that are right or wrong 3 % with 10 and 5 % with 20 and with 40."""
 
 CHOICE_DRAWS = 1000
 """Simulated searches for the variance that the choice of hyper-parameters adds."""

@@ -162,7 +162,7 @@ def blocks(target: str, done: Sequence[Cell], rows: Sequence[Row], runs: dict[st
             line.append(_gain(of, part, ours, scratch, digits) if found else DASH)
         body.append(line)
     said = (f"{target}: {cell_label(best)} of labels{' beside scratch' if paired else ''}, {best.metric} with 95 % intervals. A subgroup with fewer than "
-            f"{LEAST_UNITS} {unit.lower()}, or without both classes, is not scored. Intervals are not corrected for the number of subgroups.")
+            f"{LEAST_UNITS} {unit.lower()}, or without both classes, is not scored.{labels.SIGNS if paired else ''}")
     return [Heading("Subgroups", 3), Text(said), Table(head, body)]
 
 

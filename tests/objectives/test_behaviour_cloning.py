@@ -515,6 +515,7 @@ def test_episodes_of_a_known_law_are_those_of_a_bare_loop():
     each = [bare(world) for world in worlds(3)]
     assert out["return"].tolist() == [float(np.sum(rewards)) for rewards in each] and len(set(out["return"])) == 3
     assert out["steps"].tolist() == [len(rewards) for rewards in each] and max(out["steps"]) > 4
+    assert out["most_steps"].tolist() == [world.steps for world in worlds(3)] and metric("steps").bounds(out) == (0, out["most_steps"].mean())
     assert out["expert_return"].tolist() == [0, 1, 2] and out["expert_success"].tolist() == [0, 1, 0] and out["expert_steps"].tolist() == [40, 41, 42]
     assert out["random_return"].tolist() == [0, 0.5, 1] and out["random_success"].tolist() == [0, 0, 0] and out["random_steps"].tolist() == [7, 7, 7]
     assert out["diverged"].tolist() == [0, 0, 0] and out["loss"] is found["loss"]
