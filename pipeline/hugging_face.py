@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, pre_tokenizers, processors
 from torch import Tensor
 
-from pipeline import bundle, classifier_export, speech_folders, storage
+from pipeline import bundle, classifier_export, plain_config, speech_folders, storage
 from pipeline import tokenizer as tokenizers
 from pipeline.bundle import BundleError
 from pipeline.contracts import Task
@@ -62,9 +62,13 @@ class Checkpoint:
 def read(folder: str, config: dict[str, Any]) -> Checkpoint:
     """The checkpoint of a folder whose ``config`` is read. Raises BundleError with what is missing or does not fit, and what to do."""
     family = _family(folder, config)
+    try:
+        built = plain_config.plain(family, config)
+    except ValueError as error:
+        raise BundleError(f"{storage.join(folder, CONFIG)}: {error}") from None
     weights = weight_files(folder)
     if family == "wav2vec2":
-        return _speech(folder, config, _weights(folder, weights))
+        return _speech(folder, config, built, _weights(folder, weights))
     if not storage.exists(storage.join(folder, TOKENIZER)):
         raise BundleError(f"hf:{folder}: {TOKENIZER} is missing; save the model again with transformers' save_pretrained, and its tokenizer")
     tensors = _today(_weights(folder, weights), FAMILIES[family][1])
@@ -78,14 +82,14 @@ def read(folder: str, config: dict[str, Any]) -> Checkpoint:
     length = min(_positions(family, config), 512)
     modality = {"name": "text", "options": {"length": length}, "state": state}
     inputs = bundle.build_modality(modality).inputs()
-    arch = {"name": f"transformers/{family}", "options": {"config": config}, "inputs": inputs}
+    arch = {"name": f"transformers/{family}", "options": {"config": built}, "inputs": inputs}
     heads, labels, headless = _heads(family, config, tensors)
     masks = tuple(f"model.{name}" for name in tensors if name.endswith((".attn.bias", ".attn.masked_bias")))
     drop = (*(f"model.{head}" for head in ("pooler.", *HEADS)), "model.embeddings.position_ids", *masks)
     return Checkpoint(arch, modality, {f"model.{name}": t for name, t in tensors.items()}, drop, heads, labels, headless)
 
 
-def _speech(folder: str, config: dict[str, Any], tensors: dict[str, Tensor]) -> Checkpoint:
+def _speech(folder: str, config: dict[str, Any], built: dict[str, Any], tensors: dict[str, Tensor]) -> Checkpoint:
     """wav2vec 2.0's: a model that was trained without masks (mask_time_prob: 0) has no embedding for them, and one that was published without it gets one."""
     tensors = _today(tensors, speech_folders.PREFIX)
     try:
@@ -93,7 +97,7 @@ def _speech(folder: str, config: dict[str, Any], tensors: dict[str, Tensor]) -> 
         heads, labels, headless = speech_folders.heads(folder, config, tensors)
     except ValueError as error:
         raise BundleError(f"hf:{error}") from None
-    arch = {"name": "transformers/wav2vec2", "options": {"config": config}, "inputs": bundle.build_modality(modality).inputs()}
+    arch = {"name": "transformers/wav2vec2", "options": {"config": built}, "inputs": bundle.build_modality(modality).inputs()}
     drop = (*(f"model.{head}" for head in HEADS), "model.masked_spec_embed")
     return Checkpoint(arch, modality, {f"model.{name}": t for name, t in tensors.items()}, drop, heads, labels, headless)
 

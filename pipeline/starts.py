@@ -361,8 +361,13 @@ def _timm_folder(folder: str, config: dict[str, Any]) -> Start:
 
 
 def _told(architecture: str, config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(arch, modality) from timm's ``pretrained_cfg``."""
+    """(arch, modality) from timm's ``pretrained_cfg``. Raises BundleError for an input that no model has."""
     channels, size = config["input_size"][:2]
+    numbers = [*config["mean"], *config["std"]]
+    plain = isinstance(size, int) and isinstance(channels, int) and all(isinstance(number, int | float) for number in numbers)
+    if not plain or channels not in (1, 3) or not 8 <= size <= 4096 or len(numbers) != 2 * channels:
+        raise BundleError(f"timm/{architecture}: its configuration says input_size {str(config['input_size'])[:60]}, mean {str(config['mean'])[:60]}, std "
+                          f"{str(config['std'])[:60]}; images have 1 or 3 channels and 8 to 4096 pixels a side, and a mean and std for each channel")
     modality = {"name": "image", "options": {"size": size, "channels": channels}, "state": {"mean": list(config["mean"]), "std": list(config["std"])}}
     return {"name": f"timm/{architecture}", "options": {}, "inputs": {"channels": channels, "size": size}}, modality
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -11,9 +12,9 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline import frames
+from pipeline import frames, plain_config
 from pipeline.contracts import Backbone, Batch, Features
-from pipeline.registry import Options, register
+from pipeline.registry import Options, nearest, register
 
 ARCHITECTURES = ["bert", "roberta", "distilbert", "gpt2", "wav2vec2"]
 
@@ -136,13 +137,30 @@ def _build(architecture: str, options: TransformersOptions, inputs: dict[str, An
 
     configs = {"bert": hf.BertConfig, "roberta": hf.RobertaConfig, "distilbert": hf.DistilBertConfig, "gpt2": hf.GPT2Config}
     models = {"bert": hf.BertModel, "roberta": hf.RobertaModel, "distilbert": hf.DistilBertModel, "gpt2": hf.GPT2Model}
-    config: Any = configs[architecture](**(options.config if options.config is not None else _sizes(architecture, options, inputs)))
+    config: Any = _config(configs[architecture], architecture, options, lambda: _sizes(architecture, options, inputs))
     if architecture != "gpt2" and getattr(config, "is_decoder", False):
         raise ValueError(f"transformers/{architecture}: the configuration says is_decoder: true, a model that sees no future; here it is to see both sides: "
                          "take a checkpoint of an encoder, or transformers/gpt2")
     if architecture in POOLERS:
         return models[architecture](config, add_pooling_layer=options.pool == "pooler")
     return models[architecture](config)
+
+
+def _config(kind: Any, architecture: str, options: TransformersOptions, sizes: Callable[[], dict[str, Any]]) -> Any:
+    """A configuration of the family's class: of a whole one that was given, only the plain keys (`plain_config`). Raises ValueError."""
+    if options.config is None:
+        return kind(**sizes())
+    from transformers.activations import ACT2FN
+
+    try:
+        config = kind(**plain_config.plain(architecture, options.config))
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"transformers/{architecture}: config: {' '.join(str(error).split())}") from None
+    for key in ("hidden_act", "activation", "activation_function", "feat_extract_activation"):
+        name = getattr(config, key, None)
+        if isinstance(name, str) and name not in ACT2FN:
+            raise ValueError(f"transformers/{architecture}: config: {key}: {nearest(name, ACT2FN)}")
+    return config
 
 
 def _sizes(architecture: str, options: TransformersOptions, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -223,7 +241,7 @@ class Wav2Vec2(Backbone):
             raise ValueError(f"transformers/{architecture} pools by the mean of its frames: set pool to mean, or leave it out")
         import transformers as hf
 
-        config: Any = hf.Wav2Vec2Config(**(options.config if options.config is not None else _speech_sizes(options)))
+        config: Any = _config(hf.Wav2Vec2Config, architecture, options, lambda: _speech_sizes(options))
         if config.add_adapter:
             raise ValueError(f"transformers/{architecture}: the configuration says add_adapter: true, convolutions behind the encoder that change its stride: "
                              "take a checkpoint without them")

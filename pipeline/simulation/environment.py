@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -25,6 +26,10 @@ ADDED = ("latency", "noise")
 """Whole steps that actions come late, and the standard deviation of Gaussian noise on observations; 0 as published."""
 OWN = {"onetomany/Reach-v0": "reach", "onetomany/Push-v0": "push", "onetomany/WallFollowing-v0": "range_world"}
 """Environments of this package, and the module that has each."""
+PLAIN_ID = re.compile(r"([A-Za-z0-9_-]+/)?[A-Za-z0-9_.-]+")
+"""Ids that rows may name, as gymnasium registers them: namespace/Name-v0. A colon would import the module before it."""
+MOST_STEPS = 1_000_000
+"""Of an episode in a world that a row names."""
 NEEDED = "simulation needs gymnasium and MuJoCo: uv sync --extra robotics"
 
 
@@ -57,9 +62,15 @@ class World:
 
     @classmethod
     def parse(cls, text: str) -> World:
-        """Raises ValueError for a text that is no world."""
+        """The world of a row. Raises ValueError for a text that is no world, and for an id that would import a module (module:Env): rows are data, and
+        name environments that are installed, by their registered ids."""
         try:
             found = json.loads(text)
+            ident = str(found["id"])
+            if not PLAIN_ID.fullmatch(ident):
+                raise ValueError(f"id {ident[:80]!r} is no plain id of a registered environment, such as Hopper-v5; rows cannot name code")
+            if int(found["steps"]) > MOST_STEPS:
+                raise ValueError(f"steps {found['steps']}: an episode has at most {MOST_STEPS}")
             return cls(str(found["id"]), int(found["steps"]), int(found["seed"]), {str(k): float(v) for k, v in found.get("dynamics", {}).items()},
                        str(found.get("skill", "")))
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:

@@ -142,3 +142,19 @@ def test_a_missing_simulator_is_named(monkeypatch):
 def test_masses_of_what_has_none_are_refused():
     with pytest.raises(ValueError, match="is no MuJoCo environment: it has no mass to multiply"):
         make(World("onetomany/WallFollowing-v0", 10, 0, {"mass": 2.0}))
+
+
+@pytest.mark.parametrize("ident", ["planted_module:Env-v0", "planted_module:Hopper-v5", "os:system", "a/b/c-v0", "Hopper-v5 ", "", "../x", "x\n"])
+def test_a_row_cannot_name_code(ident, tmp_path, monkeypatch):
+    """gymnasium imports what stands before a colon, from the working folder too."""
+    (tmp_path / "planted_module.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ValueError, match="is no plain id of a registered environment, such as Hopper-v5; rows cannot name code"):
+        make(World.parse(json.dumps({"id": ident, "steps": 5, "seed": 0, "dynamics": {}})))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_world_of_a_row_ends():
+    with pytest.raises(ValueError, match="an episode has at most 1000000"):
+        World.parse(json.dumps({"id": "Hopper-v5", "steps": 10**15, "seed": 0, "dynamics": {}}))
