@@ -28,6 +28,10 @@ LOOKS_ONLY = {"make_record", "check_costs", "source"}
 """Functions that write a field down or check it, and do nothing by it."""
 
 
+PROPERTIES = {"weights", "values_of", "worker_range", "root"}
+"""Members of specs through which the library reads their fields; what else stands in the schema only checks them."""
+
+
 @contextmanager
 def reads(*kinds: type) -> Iterator[dict[type, set[str]]]:
     """Which fields of specs are read by the library's own code, but for what only checks, hashes or copies them."""
@@ -45,8 +49,8 @@ def _recording(kind: type, seen: set[str]):
         if name in fields:
             code = sys._getframe(1).f_code
             inside = "/pipeline/" in code.co_filename
-            validates = code.co_filename.endswith(("/job.py", "/jobfile.py")) and code.co_name.startswith("_")
-            if inside and not validates and code.co_name not in LOOKS_ONLY:
+            in_the_schema = code.co_filename.endswith(("/job.py", "/jobfile.py"))
+            if inside and code.co_name not in LOOKS_ONLY and (not in_the_schema or code.co_name in PROPERTIES):
                 seen.add(name)
         return plain(self, name)
 

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from pipeline import heartbeat
 from pipeline.simulation.environment import OWN, World, make, simulator
 from pipeline.simulation.pictures import picture
 
@@ -88,6 +89,7 @@ def rollout(worlds: Sequence[World], policy: Policy, frames: int = 0, start: Cal
             start([one.env for one in running])
         policy.begin(worlds)
         while any(one.observation is not None for one in running):
+            heartbeat.beat()  # long trials in a simulator are no silence
             chosen = policy.act([one.observation for one in running], [one.rewards[-1] if one.rewards else 0.0 for one in running])
             for one, action in zip(running, chosen, strict=True):
                 if one.observation is not None:
