@@ -424,13 +424,15 @@ def _scores(rows: Sequence[Row], scores: dict[str, dict[str, Any]] | None) -> li
     found = {(r["target"], r["source"], r["score_name"]): r["score_value"] for r in rows if r.get("score_name") and r.get("score_value") is not None}
     for pair, scored in (scores or {}).items():
         source, _, target = pair.rpartition("|")
-        found.setdefault((target, source, scored["score_name"]), scored["score_value"])
+        value = scored["score_value"]
+        found.setdefault((target, source, scored["score_name"]), math.nan if value is None else value)
     if not found:
         return []
     body = []
-    for (target, source, name), value in sorted(found.items(), key=lambda kv: (kv[0][0], kv[0][2], -kv[1])):
+    best_first = sorted(found.items(), key=lambda kv: (kv[0][0], kv[0][2], math.isnan(kv[1]), -kv[1]))
+    for (target, source, name), value in best_first:
         what = "fine-tuned" if (target, source) in tried else "left out"
-        body.append([target, source, name, what, f"{value:.4g}"])
+        body.append([target, source, name, what, _DASH if math.isnan(value) else f"{value:.4g}"])
     return [Heading("Transferability scores"), page.Table(["Target", "Source", "Score", "What became of it", "Value"], body, 4)]
 
 

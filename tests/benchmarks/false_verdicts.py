@@ -23,8 +23,8 @@ Measured on 2026-11-30 (seeds: 200 matrices a line, search: 120, few units: 600 
     3 seeds, scratch 1                       .01              not judged       11.0 %                  -
     search, best of one seed,  400 rows      .01 / .02        5.8 / 8.5 %      the same                5.0 / 14.2 %
     search, 3 finalists,       400 rows      .01 / .02        3.2 / 4.9 %      the same                1.7 / 5.0 %
-    search, best of one seed, 2000 rows      .01              13.2 %           the same                25.8 %
-    search, 3 finalists,      2000 rows      .01              4.8 %            the same                5.0 %
+    search, best of one seed, 2000 rows      .01 / .02        13.2 / 9.2 %     the same                25.8 / 26.7 %
+    search, 3 finalists,      2000 rows      .01 / .02        4.8 / 4.6 %      the same                5.0 / 5.8 %
     AUROC, 2 / 3 / 5 of 100 rows positive    .01              not judged       21.2 / 12.5 / 8.7 %     -
     AUROC, 10 / 20 / 30 of 100 rows          .01              5.2 / 6.2 / 5.5 %  the same              -
     3 / 5 / 10 groups of 20 rows             .01              not judged       0.5 / 1.0 / 3.0 %       -

@@ -331,6 +331,9 @@ def test_gains_over_different_scratch_networks_say_so_and_stand_beside_the_gain_
     assert "measured against 2 different scratch networks" in md and "best scratch network by validation: 100 %: timm/vit" in md
     assert f"{weak.baseline_gain:+.3f} [" in md
     assert any("best scratch" in line and f"{weak.baseline_gain:+.3f}" in line for line in render(cells).splitlines())
+    rows, runs, _ = backbones()
+    turned = [{**row, "value": -row["value"]} if row["split"] == "validation" else row for row in rows]
+    assert {cell.baseline for cell in report.cells(turned, runs) if cell.source != "none"} == {"timm/resnet18"}, "validation rows decide, not test rows"
     assert "different scratch networks" not in write(tmp_path / "one", *simulate({"clothing": SKILL["clothing"]}))[1]
 
 

@@ -430,6 +430,8 @@ def test_the_best_scored_source_alone_is_fanned_out_and_report_agrees(tmp_path, 
     assert all((row["score_name"], row["score_value"]) == ("logme", pytest.approx(max(one["logme"] for one in scored))) for row in named)
     again, same = reported(job)
     assert alike(same, rows) and again.notes == state.notes
+    text = storage.read_bytes(stages.show(again, same)[1][0]).decode()
+    assert f"| task | {best} | logme | fine-tuned |" in text and f"| task | {other} | logme | left out |" in text, "the score of each stays in the report"
     assert len(stages.ended(prepared(job))) == 4 and all(done for _, done in stages.ended(prepared(job)))
     here.clear()
     everything = changed(job, fanout={"seeds": 2})
