@@ -112,7 +112,8 @@ class Data(Spec):
         "auto", description="where rows are decoded: once into shared memory, in Ray Data workers, in the train worker itself, or (images) on its device, "
         "a GPU's own JPEG decoder; auto: sources in Ray Data workers, targets in memory when they fit; workers and device: sources only")
     shuffle: Literal["auto", "rows", "blocks"] = Field(
-        "auto", description="rows: a full permutation; blocks: row groups permuted, rows permuted inside; auto: rows up to 256 MiB of files")
+        "auto", description="order of the training rows. rows: a full permutation; blocks: row groups permuted, rows permuted inside; auto: rows up to "
+        "256 MiB of files and for a target that lies in memory, else blocks")
 
     @model_validator(mode="after")
     def _one_origin(self):

@@ -50,9 +50,10 @@ class _Pulses:
     def __init__(self):
         self.running: dict[str, dict[str, Any]] = {}
 
-    def begin(self, actor_id: str, actor: Any, unit: int) -> None:
+    def begin(self, actor_id: str, actor: Any, unit: int, waits_for_ranks: bool = False) -> None:
+        """``waits_for_ranks``: silence counts from the first beat, since a growing cluster may be long in giving the ranks their place."""
         now = time.monotonic()
-        self.running[actor_id] = {"actor": actor, "unit": unit, "began": now, "heard": now}
+        self.running[actor_id] = {"actor": actor, "unit": unit, "began": now, "heard": float("inf") if waits_for_ranks else now}
 
     def beat(self, actor_id: str, unit: int) -> None:
         entry = self.running.get(actor_id)
@@ -96,11 +97,11 @@ class Pulse:
         return heard
 
 
-def _begin(board: Any, unit: int, every_seconds: float) -> Pulse:
+def _begin(board: Any, unit: int, every_seconds: float, waits_for_ranks: bool) -> Pulse:
     """Called by the process of a unit when it starts work."""
     context = ray.get_runtime_context()
     pulse = Pulse(board, str(context.get_actor_id()), unit, every_seconds)
-    board.begin.remote(pulse.actor_id, context.current_actor, unit)
+    board.begin.remote(pulse.actor_id, context.current_actor, unit, waits_for_ranks)
     return pulse
 
 
@@ -196,7 +197,7 @@ def _run_unit(config: dict[str, Any], held: list[Any], work: list[Unit], asha: b
         held: The reference of what all trials share.
         board: Where the process says that it still works; None: nobody watches it.
     """
-    pulse = _begin(board, config["unit"], pulse_seconds) if board is not None else None
+    pulse = _begin(board, config["unit"], pulse_seconds, config["workers"] > 0) if board is not None else None
     shared: Shared = launch.held(held[0])
     warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
     unit = work[config["unit"]]

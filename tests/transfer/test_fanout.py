@@ -513,6 +513,25 @@ def test_a_trial_that_takes_too_long_is_ended(paths, tmp_path, cluster):
     assert record["status"] == "failed" and "ran longer than 0.1 minutes (fanout.trial_timeout_minutes)" in record["error"]
 
 
+def test_silence_counts_from_the_first_beat_where_ranks_must_find_their_place_first(monkeypatch):
+    """Their nodes may come minutes later; time counts from the start."""
+    now = [0.0]
+    monkeypatch.setattr(fanout.time, "monotonic", lambda: now[0])
+    board = fanout._Pulses.__ray_metadata__.modified_class()
+    board.begin("a", "process a", 0)
+    board.begin("b", "process b", 1, True)
+    board.begin("c", "process c", 2)
+    now[0] = 50.0
+    board.beat("a", 0)
+    board.beat("c", 7)  # a beat of a unit that has ended there
+    board.end(2)
+    now[0] = 100.0
+    assert board.overdue(40.0, {}) == [(0, "process a", "silence")] and board.overdue(40.0, {}) == []
+    board.beat("b", 1)
+    now[0] = 145.0
+    assert board.overdue(60.0, {1: 120.0}) == [(1, "process b", "time")]
+
+
 def test_heads_that_train_together_share_the_time_that_each_has(world, monkeypatch):
     job, shared = world
     monkeypatch.setattr(fanout, "_Pulses", SimpleNamespace(remote=lambda: None))
