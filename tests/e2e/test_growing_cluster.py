@@ -35,20 +35,20 @@ def submitted(onetomany, cluster, job: Path, tmp_path: Path, *words: str):
 def shrinks_to_nothing(cluster) -> bool:
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
-        if cluster.workers() == 0:
+        if "ALIVE" not in cluster.workers():
             return True
         time.sleep(1)
     return False
 
 
 def test_a_job_makes_a_cluster_without_cpus_grow_and_it_shrinks_again(growing, onetomany, tiny_data, tmp_path):
-    assert growing.workers() == 0
+    assert growing.workers() == []
     done = submitted(onetomany, growing, SMALL, tmp_path)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert "asks the cluster for 2 x 1 CPU, and waits until the nodes are there" in done.stdout
     rows = pq.read_table(tmp_path / "runs/small/results.parquet").to_pylist()
     assert {row["status"] for row in rows} == {"done"}
-    assert growing.workers() > 0, "the job ran on nodes that came for it"
+    assert growing.workers() != [], "nodes came for the job; some may have gone again"
     assert shrinks_to_nothing(growing)
 
 
