@@ -25,6 +25,14 @@ from pipeline.job import schema as schema
 class _Loader(yaml.SafeLoader):
     """YAML as its users mean it: 1e-4 is a number, 2026-10-01 is text."""
 
+    visited = 0
+
+    def visit(self) -> None:
+        """Count a value. Raises YAMLError from `MOST_VALUES` on."""
+        self.visited += 1
+        if self.visited > MOST_VALUES:
+            raise yaml.YAMLError(f"more than {MOST_VALUES} values, once its aliases (*name) are written out; write fewer")
+
 
 _YAML = "tag:yaml.org,2002:"
 _Loader.yaml_implicit_resolvers = {
@@ -33,6 +41,10 @@ _Loader.add_implicit_resolver(f"{_YAML}float", re.compile(r"^[-+]?[0-9][0-9_]*(\
 
 Path_ = tuple[str | int, ...]
 MOST_DEEP = 64
+MOST_VALUES = 100_000
+"""Values of a job file once its aliases are written out: a few lines of aliases of aliases can stand for 10^8."""
+LONG_VALUE = 4
+"""Letters from which on a variable's value is hidden wherever it stands in an error; a shorter one where it is the whole value."""
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
 OF_ALL = ("decode", "shuffle", "max_bad_rows")
 """Fields of data that hold for all joined corpora."""
@@ -42,11 +54,12 @@ PLACES = {"text": ("tokenizer",), "ctc": ("lm",)}
 
 def _plain(node: yaml.Node, loader: _Loader, path: Path_, lines: dict[Path_, int], problems: list[tuple[int, str]]) -> Any:
     lines[path] = node.start_mark.line + 1
+    loader.visit()
     if len(path) > MOST_DEEP:
         raise yaml.YAMLError("nested too deeply, or an alias that holds itself")
     if isinstance(node, yaml.MappingNode):
         out: dict[str, Any] = {}
-        for key, (line, value_node) in _pairs(node, path, problems).items():
+        for key, (line, value_node) in _pairs(node, path, problems, loader).items():
             out[key] = _plain(value_node, loader, (*path, key), lines, problems)
             lines[(*path, key)] = line
         return out
@@ -60,7 +73,8 @@ def _plain(node: yaml.Node, loader: _Loader, path: Path_, lines: dict[Path_, int
     return _expand(value, lines[path], path, problems) if isinstance(value, str) else value
 
 
-def _pairs(node: yaml.MappingNode, path: Path_, problems: list[tuple[int, str]], depth: int = 0) -> dict[str, tuple[int, yaml.Node]]:
+def _pairs(node: yaml.MappingNode, path: Path_, problems: list[tuple[int, str]], loader: _Loader, depth: int = 0
+           ) -> dict[str, tuple[int, yaml.Node]]:
     """(line, value) of every key of a mapping: its own, and below them the merged ones (<<), of which the first named wins."""
     own: dict[str, tuple[int, yaml.Node]] = {}
     merged: dict[str, tuple[int, yaml.Node]] = {}
@@ -68,6 +82,7 @@ def _pairs(node: yaml.MappingNode, path: Path_, problems: list[tuple[int, str]],
         raise yaml.YAMLError("nested too deeply, or an alias that merges itself")
     merges = 0
     for key_node, value_node in node.value:
+        loader.visit()
         line = key_node.start_mark.line + 1
         if not isinstance(key_node, yaml.ScalarNode):
             problems.append((line, f"{_dots(path)}: a key is a text, no list or mapping"))
@@ -81,7 +96,7 @@ def _pairs(node: yaml.MappingNode, path: Path_, problems: list[tuple[int, str]],
             continue
         for base in value_node.value if isinstance(value_node, yaml.SequenceNode) else [value_node]:
             if isinstance(base, yaml.MappingNode):
-                merged = {**_pairs(base, path, problems, depth + 1), **merged}
+                merged = {**_pairs(base, path, problems, loader, depth + 1), **merged}
             else:
                 problems.append((line, f"{_dots((*path, key))}: merges a mapping or a list of mappings, e.g. <<: *anchor"))
     return {**merged, **own}
@@ -94,6 +109,20 @@ def _expand(text: str, line: int, path: Path_, problems: list[tuple[int, str]]) 
         return os.environ.get(match[1], match[0])  # left as it is, no other place is looked for
 
     return _VARIABLE.sub(value, text)
+
+
+def _hidden(message: str, written: list[str]) -> str:
+    """A message with ``${NAME}`` in the place of the values that the texts in ``written`` take from the environment: they may be secrets."""
+    names = dict.fromkeys(name for text in written for name in _VARIABLE.findall(text) if os.environ.get(name))
+    for name in sorted(names, key=lambda one: -len(os.environ[one])):
+        value = os.environ[name]
+        forms = {value, repr(value)[1:-1], os.path.normpath(value)}
+        if len(value) < LONG_VALUE:
+            message = message.replace(f"(got {value!r})", f"(got '${{{name}}}')")
+            continue
+        for form in sorted((form for form in forms if len(form) >= LONG_VALUE), key=len, reverse=True):
+            message = message.replace(form, f"${{{name}}}")
+    return message
 
 
 def _dots(path: Path_) -> str:
@@ -110,6 +139,9 @@ def _read(text: str, problems: list[tuple[int, str]]) -> tuple[Any, dict[Path_, 
         mark = getattr(error, "problem_mark", None)
         tab = "; YAML is indented by spaces, this line holds a tab" if mark and "\t" in text.splitlines()[min(mark.line, len(text.splitlines()) - 1)] else ""
         problems.append((mark.line + 1 if mark else 1, f"not valid YAML: {getattr(error, 'problem', error)}{tab}"))
+        return None, lines
+    except RecursionError:  # of yaml's own reader, before anything can be counted
+        problems.append((1, "not valid YAML: nested too deeply"))
         return None, lines
     finally:
         loader.dispose()
@@ -132,6 +164,9 @@ def _override(data: dict, setting: str, problems: list[tuple[int, str]]) -> Path
         value = _plain(node, loader, path, {}, inner) if node else None
     except yaml.YAMLError as error:
         problems.append((0, f"--set {setting}: the value is not valid YAML: {getattr(error, 'problem', error)}"))
+        return ()
+    except RecursionError:
+        problems.append((0, f"--set {dotted}: the value is nested too deeply"))
         return ()
     problems.extend((0, f"{message} (from --set {setting})") for _, message in inner)
     steps: list[str | int] = []
@@ -455,4 +490,5 @@ def _checked(path: Path, overrides: list[str] | tuple[str, ...], elsewhere: bool
             problems.append((0 if by else at, f"{_dots(loc)}: {message}" + (f" (from --set {by})" if by else "")))
         if job is not None and not problems:
             return data
+    problems = [(line, _hidden(message, [text, *overrides])) for line, message in problems]
     raise JobError([f"{path}:{line}: {message}" if line else f"{path}: {message}" for line, message in sorted(dict.fromkeys(problems))])
