@@ -262,7 +262,8 @@ def _gains(groups: dict[str, list[Cell]], places: dict[str, int]) -> list[Block]
         group = sorted(group, key=lambda c: (fraction_order(c.label_fraction), -(c.gain or 0)))
         svg = plots.forest(group, f"{target}, gain in {group[0].metric}", limits[target], label_inches)
         listed = [[plots.cell_label(c), _gain(c, places[target]), *_comparison(c)] for c in group]
-        out += [Figure(svg), page.Table([target, f"Gain in {group[0].metric}", "Verdict", "Paired seeds", "p", "p (Holm)"], listed)]
+        out.append(Figure(svg, f"{target}: gain in {group[0].metric} over scratch, with 95 % intervals."))
+        out.append(page.Table([target, f"Gain in {group[0].metric}", "Verdict", "Paired seeds", "p", "p (Holm)"], listed))
         out += _baselines(target, group, places[target])
     out.append(Text("▲ wins, ▼ loses, ○ not shown: the interval holds zero, which does not say that there is no difference. ? too few to tell. * survives "
                     "Holm's correction. Positive (right of the line) is better than scratch, whichever direction the metric has. "
