@@ -72,6 +72,9 @@ def describe(state: State) -> list[str]:
     told = reasons(origins)
     if told and "trials" in state.remake:
         told[0] = told[0].partition(" and are used")[0] + " and are made anew"
+    anew = [name for name, stage in state.sources.items() if stage.remake and stage.changes()]
+    if anew and "trials" in state.remake:
+        told.append(f"the trials of {', '.join(anew)} are made anew too, unless the weights of the source come out as they were")
     return [*lines, *told]
 
 

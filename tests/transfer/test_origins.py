@@ -259,8 +259,9 @@ def test_a_source_of_other_code_is_used_marked_and_made_anew_on_request(tmp_path
 
     anew = prepared(job, "sources").sources["src"]
     assert not anew.done and prepared(job, "trials").sources["src"].done
-    assert any("[to run anew, as it was made by other code or versions: pipeline.train.optim changed" in line
-               for line in dry_run.describe(prepared(job, "sources", "trials")))
+    told = dry_run.describe(prepared(job, "sources", "trials"))
+    assert any("[to run anew, as it was made by other code or versions: pipeline.train.optim changed" in line for line in told)
+    assert "the trials of src are made anew too, unless the weights of the source come out as they were" in told
     fitted = source.fit(anew)
     assert bundle.load(stage.bundle_uri).manifest == first, "the old one stays until the new one is whole"
     work = pretrain.rank_job(anew, fitted, DataWorkers(), 1)
