@@ -98,9 +98,10 @@ class MetricsLog:
         return thread is None or thread.is_alive()
 
     def _events(self) -> Any:
-        """What writes TensorBoard's files, or none."""
+        """What writes TensorBoard's files; none before the first value, when there is no file yet."""
         writer: Any = self._writer
-        return writer.file_writer.event_writer if writer else None
+        file_writer = writer.file_writer if writer else None
+        return file_writer.event_writer if file_writer else None
 
     def _check_writer(self) -> None:
         if not self._writer_is_alive():

@@ -56,6 +56,11 @@ def test_a_line_that_cannot_be_written_names_its_file(tmp_path):
         log.write({"step": 1})
 
 
+def test_a_log_is_given_up_before_its_first_value(tmp_path):
+    """A run that ends with an error before anything was logged keeps its own error."""
+    MetricsLog(str(tmp_path / "log")).abandon()
+
+
 def test_a_tensorboard_writer_that_has_stopped_holds_nobody_up(tmp_path):
     """Its thread ends at the first error; what it is given then fills a queue that nobody empties."""
     log = MetricsLog(str(tmp_path))
