@@ -119,7 +119,7 @@ def write_all(folder: Path) -> dict[str, Callable[[], Any]]:
     return {
         "record.json": lambda: read_job(job), "predictions.npz": lambda: read_job(job), "facts.json": lambda: read_job(job),
         "results.parquet": lambda: read_job(job), "imported table": lambda: read_texts(job), "tokens": lambda: read_texts(job),
-        "fitted modality": lambda: read_texts(job), "what began a source": lambda: begun(job),
+        "fitted modality": lambda: [source.fit(source.stage(job, name)).modality for name in job.sources], "what began a source": lambda: begun(job),
         "what a job starts from": lambda: pruning.uses(storage.join(job.storage, "another"), {}), "bundle of a source": lambda: read_sources(job),
         "bundle of a trial": lambda: read_trials(job), "cached features": lambda: read_features(shared), "signs of rows": lambda: read_signs(job),
         "resume point": lambda: read_points(points), "prepared part": prepare, "prepare's own files": prepare, READ_BY_PEOPLE: lambda: None,
