@@ -42,12 +42,12 @@ told as bad where it is read, and spoils no other one."""
 TEXT_VERSION = 2
 GROUP_ROWS, GROUP_BYTES = 1024, 64 << 20
 """A row group of text has at most so many rows, and no further one from so many bytes on."""
-CHUNK_BYTES, LINE_BYTES = 16 << 20, 1 << 30
+CHUNK_BYTES, LINE_BYTES = 16 << 20, 64 << 20
 """JSON Lines are read in chunks of so many bytes, more where one line is longer, up to the second number: the limit of every row of text too."""
 MARK = b"\xef\xbb\xbf"
 WIDE = (b"\xff\xfe", b"\xfe\xff")
 """How UTF-8 and UTF-16 say in a file's first bytes that they are it."""
-BLOCK_BYTES, ROW_BYTES = 4 << 20, 256 << 20
+BLOCK_BYTES, ROW_BYTES = 4 << 20, 64 << 20
 """The same for CSV, where Arrow reads a dozen or more blocks ahead: 0.25 GB in memory for a file of any size (2026-11-24, 4 MiB; 0.7 GB with 16)."""
 WIDER = {pa.null(): pa.int64(), pa.int64(): pa.float64(), pa.float64(): pa.string(), pa.string(): pa.binary()}
 """What a CSV column becomes when a value is not of its type; string for types that are not listed."""

@@ -146,6 +146,8 @@ def _difference(a: pa.Schema, b: pa.Schema) -> str:
 
 
 READER_BYTES = 256 << 20
+GROUP_BYTES, MOST_PACKED = 512 << 20, 200
+"""A row group that takes more than so many bytes in memory may take at most so many times what it has in its file."""
 
 
 class Reader:
@@ -164,7 +166,9 @@ class Reader:
 
         def read():
             with self.manifest.open(group.file) as handle:
-                return pq.ParquetFile(handle).read_row_group(group.number, columns=self.columns)
+                file = pq.ParquetFile(handle)
+                _check_group(handle, file, group.number, self.columns, self.manifest.files[group.file])
+                return file.read_row_group(group.number, columns=self.columns)
 
         table = typed(storage.retry(read), self.manifest.schema)
         self._groups[g], self._held = table, self._held + table.nbytes
@@ -187,6 +191,45 @@ class Reader:
         return table if (np.diff(order) == 1).all() else lists.take(table, np.argsort(order))
 
 
+def _check_group(handle: BinaryIO, file: pq.ParquetFile, number: int, columns: list[str] | None, name: str) -> None:
+    """Look at a row group before it is read.
+
+    Raises ValueError where it would take more than `GROUP_BYTES` in memory for what the file stores once or packs away: a few kilobytes can
+    stand for gigabytes. Real bytes, however many, are read.
+    """
+    group, wanted = file.metadata.row_group(number), set(columns) if columns is not None else None
+    chunks = [group.column(i) for i in range(group.num_columns)]
+    chunks = [chunk for chunk in chunks if wanted is None or chunk.path_in_schema.partition(".")[0] in wanted]
+    packed = sum(chunk.total_compressed_size for chunk in chunks)
+    unpacked = sum(chunk.total_uncompressed_size for chunk in chunks)
+    if unpacked > GROUP_BYTES and unpacked > MOST_PACKED * packed:
+        raise ValueError(_too_large(name, number, unpacked, packed))
+    coded = [chunk for chunk in chunks if chunk.physical_type == "BYTE_ARRAY" and any("DICTIONARY" in kind for kind in chunk.encodings)]
+    suspect = [chunk for chunk in coded if chunk.num_values * chunk.total_uncompressed_size > GROUP_BYTES and "." not in chunk.path_in_schema]
+    if suspect:
+        with_codes = pq.ParquetFile(handle, read_dictionary=[chunk.path_in_schema for chunk in suspect])
+        expanded = 0
+        for chunk in suspect:
+            column = with_codes.read_row_group(number, columns=[chunk.path_in_schema]).column(0)
+            expanded += sum(_expanded_bytes(part) for part in column.chunks)
+        if expanded > GROUP_BYTES and expanded > MOST_PACKED * packed:
+            raise ValueError(_too_large(name, number, expanded, packed))
+
+
+def _expanded_bytes(part: pa.Array) -> int:
+    """Bytes of a dictionary's values written out for each row."""
+    if not pa.types.is_dictionary(part.type):
+        return part.nbytes
+    sizes = pc.fill_null(pc.binary_length(part.dictionary), 0).to_numpy(zero_copy_only=False)  # pyright: ignore[reportAttributeAccessIssue]
+    places = pc.drop_null(part.indices).to_numpy(zero_copy_only=False)  # pyright: ignore[reportAttributeAccessIssue]
+    return int(np.bincount(places, minlength=len(sizes))[:len(sizes)].astype(np.int64) @ sizes.astype(np.int64)) if len(sizes) else 0
+
+
+def _too_large(name: str, number: int, size: int, packed: int) -> str:
+    return (f"{name}: row group {number} would take {size / (1 << 30):.1f} GiB in memory and {packed} bytes of the file, more than {MOST_PACKED} times as "
+            "much: no real rows are like that; if they are, write smaller row groups")
+
+
 def typed(table: pa.Table, schema: pa.Schema) -> pa.Table:
     """The table with the schema's types: files of joined corpora may hold text or whole numbers in another width."""
     wanted = pa.schema([schema.field(name).remove_metadata() for name in table.column_names])
@@ -202,6 +245,9 @@ def read_columns(selection: Selection, columns: list[str]) -> pa.Table:
     for number in range(len(selection.manifest.files)):
         if number in filled:
             with selection.manifest.open(number) as handle:
+                file = pq.ParquetFile(handle)
+                for group in range(file.num_row_groups):
+                    _check_group(handle, file, group, columns, selection.manifest.files[number])
                 parts.append(typed(pq.read_table(handle, columns=columns), selection.manifest.schema))
     table = _plain_columns(pa.concat_tables(parts) if parts else selection.manifest.schema.empty_table().select(columns))
     return table if selection.rows is None else table.take(pa.array(selection.rows))

@@ -30,7 +30,7 @@ GZIPPED = (".tar.gz", ".tgz")
 """Read from the start alone: rows of one stand together (``write``), and each part of them costs one pass."""
 ARCHIVES = (".tar", ".zip", *GZIPPED)
 COMPRESSED = (".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
-MOST_BYTES = 1 << 30
+MOST_BYTES = 256 << 20
 """No single file is larger; a zip that claims so is not unpacked."""
 
 
