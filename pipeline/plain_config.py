@@ -74,8 +74,9 @@ def _check(key: str, value: Any) -> None:
         if isinstance(one, float) and (whole or not math.isfinite(one)):
             raise ValueError(f"{key}: {_short(one)} is no {'whole ' if whole else ''}number")
         most = BOUNDS.get(key, WIDTH if isinstance(one, int) and not key.endswith("_id") else None)
-        is_number = isinstance(one, int | float) and not isinstance(one, bool)
-        if most is not None and is_number and not -1 <= one <= most:
+        if most is None or isinstance(one, bool) or not isinstance(one, int | float):
+            continue
+        if not -1 <= one <= most:
             raise ValueError(f"{key}: {_short(one)} is beyond every model of this kind (at most {most})")
 
 
