@@ -20,6 +20,7 @@ import torch
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError, UserCodeException
 from ray.job_config import JobConfig
+from ray.util.client import ray as ray_client
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline import fence, folders, prepare_ray, s3, stopping, storage
@@ -149,7 +150,7 @@ def cluster(wait: bool | None = None) -> Cluster:
 
 def _declared_on_the_head() -> list[node_types.NodeType] | None:
     """The declared node types, read where the autoscaler runs."""
-    if ray.util.client.ray.is_connected():
+    if ray_client.is_connected():
         return None  # ray:// tells neither the address nor where the head is
     gcs_address = ray.get_runtime_context().gcs_address
     head = next((node["NodeID"] for node in ray.nodes() if "node:__internal_head__" in node["Resources"]), None)
