@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -9,7 +10,7 @@ from pydantic import Field
 
 from pipeline import storage
 from pipeline.data.prepare import files, importing
-from pipeline.data.prepare.importing import Importer, Index, few, first_there, lines, place, table
+from pipeline.data.prepare.importing import Importer, Index, few, first_there, place, table
 from pipeline.registry import Options, nearest, register
 
 FINDINGS = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Effusion", "Emphysema", "Fibrosis", "Hernia", "Infiltration", "Mass", "Nodule",
@@ -46,42 +47,48 @@ class ChestXray14(Importer):
         for entry in found.images:
             name = entry.name.rpartition("/")[2]
             if name in images:
-                raise ValueError(f"{source}: {name} is there twice: {images[name].name} and {entry.name}; remove one")
+                folders = [posixpath.dirname(one.name) or "the folder itself" for one in (images[name], entry)]
+                raise ValueError(f"{source}: an image is there twice, in {folders[0]} and in {folders[1]}; remove one")
             images[name] = entry
-        splits = self._splits(source, [record["path"] for record in records])
-        missing = [record["path"] for record in records if record["path"] not in images]
+        splits = self._splits(source, uri, records)
+        present = [record for record in records if record["path"] in images]
+        missing = [record["line"] for record in records if record["path"] not in images]
         if missing and self.options.missing == "refuse":
-            raise ValueError(f"{uri}: no image for {few(missing)} below {source}; get them, or leave them out with --set missing=skip")
-        rows = [place(images[record["path"]], splits[record["path"]], **{k: v for k, v in record.items() if k != "path"})
-                for record in records if record["path"] in images]
-        _no_patient_in_both(rows)
+            raise ValueError(f"{uri}: the images of {_counted_lines(missing)} are not below {source}; get them, or leave them out "
+                             "with --set missing=skip")
+        _refuse_patients_in_both(uri, present, splits)
+        rows = []
+        for record in present:
+            columns = {name: record[name] for name in KINDS}
+            rows.append(place(images[record["path"]], splits[record["path"]], **columns))
         unlisted = set(images) - {record["path"] for record in records}
         return Index(table(rows, KINDS, source), found.mark, info={"labels": list(FINDINGS), "split": self.options.lists},
                      notes={"split": "the official lists" if self.options.lists == "official" else "none: all rows in train",
                             "patients": len({row["patient_id"] for row in rows}), "rows of the CSV without an image": len(missing),
                             "images that the CSV does not name": len(unlisted)})
 
-    def _splits(self, source: str, names: list[str]) -> dict[str, str]:
+    def _splits(self, source: str, table_uri: str, records: list[dict[str, Any]]) -> dict[str, str]:
+        """The split of each image by its name. Errors tell lines of the lists and of the table: the names begin with the patient's number."""
         if self.options.lists == "none":
-            return dict.fromkeys(names, "train")
+            return {record["path"]: "train" for record in records}
         out: dict[str, str] = {}
         for split, name in (("train", "train_val_list.txt"), ("test", "test_list.txt")):
             uri = first_there(source, name)
             if uri is None:
                 raise ValueError(f"{source}: {name} is not there; put the official lists beside the CSV, or say --set lists=none to have all rows in train")
-            listed = lines(uri)
-            both = [image for image in listed if out.get(image, split) != split]
+            listed = [(number, line.strip()) for number, line in enumerate(importing.text(uri).splitlines(), 1) if line.strip()]
+            both = [number for number, image in listed if out.get(image, split) != split]
             if both:
-                raise ValueError(f"{uri}: images that the other list names too: {few(both)}")
-            out |= dict.fromkeys(listed, split)
-        unnamed = [name for name in names if name not in out]
+                raise ValueError(f"{uri}: the other list names the images of {_counted_lines(both)} too; remove them from one list")
+            out |= {image: split for _, image in listed}
+        unnamed = [record["line"] for record in records if record["path"] not in out]
         if unnamed:
-            raise ValueError(f"{source}: images of the CSV that neither official list names: {few(unnamed)}; use the lists of the same release")
+            raise ValueError(f"{table_uri}: neither official list names the images of {_counted_lines(unnamed)}; use the lists of the same release")
         return out
 
 
 def _records(uri: str) -> list[dict[str, Any]]:
-    """Rows of the CSV. Raises ValueError naming the column, line or finding that is wrong."""
+    """Rows of the CSV: KINDS, the image's name as ``path`` and the row's ``line``. Raises ValueError naming the column, line or finding that is wrong."""
     out, seen = [], set()
     for number, row in enumerate(importing.records(uri, COLUMNS), 2):
         findings = sorted({text.strip() for text in (row["Finding Labels"] or "").split("|")} - {NOTHING})
@@ -95,7 +102,7 @@ def _records(uri: str) -> list[dict[str, Any]]:
         patient = _number(row["Patient ID"])
         if patient is None:
             raise ValueError(f"{uri}:{number}: its Patient ID is no whole number")
-        out.append({"path": name, "findings": findings, "patient_id": patient, "follow_up": _number(row.get("Follow-up #")),
+        out.append({"path": name, "line": number, "findings": findings, "patient_id": patient, "follow_up": _number(row.get("Follow-up #")),
                     "age": _years(row.get("Patient Age")), "sex": row.get("Patient Gender") or row.get("Patient Sex"), "view": row.get("View Position")})
     return out
 
@@ -112,8 +119,17 @@ def _years(text: str | None) -> int | None:
     return number and (0 if written.endswith("D") else number // 12 if written.endswith("M") else number)
 
 
-def _no_patient_in_both(rows: list[dict[str, Any]]) -> None:
-    seen: dict[int, str] = {}
-    both = sorted({row["patient_id"] for row in rows if seen.setdefault(row["patient_id"], row["split"]) != row["split"]})
-    if both:
-        raise ValueError(f"patients in both official lists: {few(both)}; a patient's images must lie in one split")
+def _refuse_patients_in_both(uri: str, records: list[dict[str, Any]], splits: dict[str, str]) -> None:
+    """Raise ValueError where a patient has images in both official lists, with how many have and in which lines; no patient is named."""
+    splits_of_patient: dict[int, set[str]] = {}
+    for record in records:
+        splits_of_patient.setdefault(record["patient_id"], set()).add(splits[record["path"]])
+    in_both = {patient for patient, found in splits_of_patient.items() if len(found) > 1}
+    if in_both:
+        numbers = [record["line"] for record in records if record["patient_id"] in in_both]
+        patients = "1 patient has" if len(in_both) == 1 else f"{len(in_both)} patients have"
+        raise ValueError(f"{uri}: {patients} images in both official lists: those of {_counted_lines(numbers)}; a patient's images must lie in one split")
+
+
+def _counted_lines(numbers: list[int]) -> str:
+    return f"line {numbers[0]}" if len(numbers) == 1 else f"lines {few(numbers)}"

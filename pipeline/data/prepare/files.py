@@ -55,7 +55,7 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class Listing:
-    """Files sorted by name, folders that hold nothing, and a mark that changes when the files do."""
+    """Files sorted by name, folders that hold nothing, and a mark: a digest of the names and of what the files hold (ETags on S3)."""
 
     entries: list[Entry]
     empty: list[str] = field(default_factory=list)
@@ -102,22 +102,22 @@ def listing(uri: str) -> Listing:
 
 def _folder(uri: str) -> Listing:
     remote, root = s3.split(uri)
-    files = storage.list_files(uri)
+    files = [file for file in storage.list_files(uri) if not _hidden(file[len(uri):])]
     known = {f"s3://{path}": info for path, info in s3.on_s3("list", uri, "find", detail=True).items()} if remote else {}
+    contents = {} if remote else {file.uri: file.content for file in identity.identify(files)}
 
     def look(file: str) -> tuple[list[Entry], str, list[str]]:
         name = file[len(uri):].lstrip("/")
         if file.lower().endswith((*ARCHIVES, *COMPRESSED)):
-            found = _archive(file, re.sub(r"(\.tar)?\.\w+$", "/", name))
+            found = _archive(file, re.sub(r"(\.tar)?\.\w+$", "/", name), contents.get(file))
             return found.entries, found.mark, found.empty
         info = known.get(file)
         if info is not None:
             return [Entry(name, file, "", -1, info["size"])], info["ETag"], []
-        status = s3.call("look at", file, os.stat, s3.split(file)[1])
-        return [Entry(name, file, "", -1, status.st_size)], str(status.st_mtime_ns), []
+        return [Entry(name, file, "", -1, storage.size(file))], contents[file], []
 
     entries, digest, empty = [], hashlib.sha256(), [] if remote else _empty_folders(root)
-    for found, mark, bare in threaded_map(look, [file for file in files if not _hidden(file[len(uri):])]):
+    for found, mark, bare in threaded_map(look, files):
         entries += found
         empty += bare
         digest.update(f"{[entry.name for entry in found]} {mark}".encode())
@@ -141,7 +141,8 @@ def _refuse_doubled(entries: list[Entry], uri: str, fix: str) -> None:
         raise ValueError(f"{uri}: {name} stands in it {count} times; {fix}")
 
 
-def _archive(uri: str, prefix: str) -> Listing:
+def _archive(uri: str, prefix: str, content: str | None = None) -> Listing:
+    """Members of an archive, their names behind ``prefix``. ``content``: what identifies the archive, where that is known already."""
     if uri.lower().endswith(COMPRESSED):
         raise ValueError(f"{uri}: of compressed tars only .tar.gz is read; decompress it first (bunzip2, unxz, unzstd: it stays a tar)")
     with closing(open_archive(uri)) as handle:
@@ -154,7 +155,7 @@ def _archive(uri: str, prefix: str) -> Listing:
     held = {folder.as_posix() for parent in {posixpath.dirname(entry.name) for entry in files} for folder in PurePosixPath(parent, "x").parents}
     entries = [entry._replace(name=prefix + entry.name) for entry in files if not _hidden(entry.name)]
     empty = [prefix + name for name in sorted(set(folders) - held)] + ([prefix.rstrip("/")] if prefix and not files else [])
-    return Listing(sorted(entries), empty, identity.fingerprint(uri))
+    return Listing(sorted(entries), empty, content or identity.fingerprint(uri))
 
 
 def open_archive(uri: str) -> BinaryIO:

@@ -124,7 +124,7 @@ class Manifest(AudioImporter):
         alone = None if storage.is_dir(source) or source.lower().endswith(files.ARCHIVES) else posixpath.dirname(files.absolute(source))
         out = [self._place(source, line, path, names, uris, alone) for line, path in named]
         outside = list(dict.fromkeys(place for place in out if isinstance(place, str)))
-        looked = dict(zip(outside, threaded_map(_look, outside), strict=True))
+        looked = _look(outside)
         digest = hashlib.sha256(f"{found.mark} {sorted((uri, mark) for uri, (_, mark) in looked.items())}".encode())
         return [_found(place, looked) for place in out], digest.hexdigest()
 
@@ -153,11 +153,13 @@ def _is_absolute(path: str) -> bool:
     return path.startswith("/") or "://" in path
 
 
-def _look(uri: str) -> tuple[int, str]:
-    """(bytes, mark) of a file; -1 for one that is not there."""
-    if not storage.exists(uri) or storage.is_dir(uri):
-        return -1, ""
-    return storage.size(uri), identity.fingerprint(uri, "stat")
+def _look(uris: list[str]) -> dict[str, tuple[int, str]]:
+    """(bytes, what identifies the content) of each file; -1 bytes for one that is not there."""
+    is_folder = dict(zip(uris, threaded_map(storage.is_dir, uris), strict=True))
+    identified = identity.identify([uri for uri in uris if not is_folder[uri]], absent_ok=True)
+    there = {file.uri: file.content for file in identified if file.content != identity.ABSENT}
+    sizes = dict(zip(there, threaded_map(storage.size, there), strict=True))
+    return {uri: (sizes[uri], there[uri]) if uri in there else (-1, "") for uri in uris}
 
 
 def _wrong(fields: Any) -> str:

@@ -229,13 +229,13 @@ def test_chestxray14_files_that_do_not_fit(chest):
     table, test = chest / "Data_Entry_2017.csv", chest / "test_list.txt"
     text, listed = table.read_text(), test.read_text()
     test.write_text(listed.replace("00000004_001.png", ""))
-    with pytest.raises(ValueError, match=r"neither official list names: 00000004_001\.png"):
+    with pytest.raises(ValueError, match=r"csv: neither official list names the images of line 7; use the lists"):
         index("chestxray14", chest)
     (chest / "train_val_list.txt").write_text((chest / "train_val_list.txt").read_text() + "00000004_001.png\n")
-    with pytest.raises(ValueError, match="patients in both official lists: 4"):
+    with pytest.raises(ValueError, match=r"csv: 1 patient has images in both official lists: those of lines 6, 7; a patient's"):
         index("chestxray14", chest)
     test.write_text(listed)
-    with pytest.raises(ValueError, match=r"the other list names too: 00000004_001\.png"):
+    with pytest.raises(ValueError, match=r"test_list\.txt: the other list names the images of line 2 too"):
         index("chestxray14", chest)
     test.unlink()
     with pytest.raises(ValueError, match=r"test_list\.txt is not there"):
@@ -251,10 +251,34 @@ def test_chestxray14_files_that_do_not_fit(chest):
         index("chestxray14", chest)
     table.write_text(text)
     (chest / "images_001/images/00000001_000.png").unlink()
-    with pytest.raises(ValueError, match=r"no image for 00000001_000\.png .*missing=skip"):
+    with pytest.raises(ValueError, match=r"csv: the images of line 2 are not below .*missing=skip"):
         index("chestxray14", chest, "lists=none")
     rows, found = index("chestxray14", chest, "lists=none", "missing=skip")
     assert len(rows) == 5 and found.notes["rows of the CSV without an image"] == 1
+
+
+def test_no_error_about_chestxray14_names_an_image_or_a_patient(chest):
+    """The name of an image begins with the patient's number."""
+    table, test, train = (chest / name for name in ("Data_Entry_2017.csv", "test_list.txt", "train_val_list.txt"))
+    written = {file: file.read_text() for file in (table, test, train)}
+    image = chest / "images_001/images/00000001_000.png"
+
+    def error_after(change) -> str:
+        change()
+        with pytest.raises(ValueError) as caught:
+            index("chestxray14", chest)
+        for file, text in written.items():
+            file.write_text(text)
+        return str(caught.value).replace(str(chest), "")
+
+    errors = [error_after(lambda: test.write_text("\n\n00000004_000.png")),
+              error_after(lambda: test.write_text(f"{written[test]}\n00000001_000.png")),
+              error_after(lambda: (test.write_text("00000004_000.png"), train.write_text(written[train] + "00000004_001.png\n"))),
+              error_after(lambda: write(chest / "again" / image.name, image.read_bytes()))]
+    (chest / "again" / image.name).unlink()
+    errors.append(error_after(image.unlink))
+    assert not [error for error in errors if "0000000" in error or ".png" in error]
+    assert "an image is there twice, in again and in images_001/images" in errors[3]
 
 
 # ---------------------------------------------------------------- COCO

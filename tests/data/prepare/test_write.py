@@ -18,6 +18,7 @@ import PIL.Image
 import pyarrow.parquet as pq
 import pytest
 from data.prepare.conftest import encoded, read, tar, write
+from data.prepare.speech import sound
 from pycocotools import mask as reference
 from typer.testing import CliRunner
 
@@ -243,6 +244,37 @@ def test_a_killed_run_goes_on_to_the_same_bytes(folder, tmp_path, monkeypatch):
     assert parts(tmp_path / "out") == parts(tmp_path / "whole")
     assert sum(kept[name] == (tmp_path / "out" / name).stat().st_mtime_ns for name in kept) == 2, "what was whole is not written again"
     assert verify(str(tmp_path / "out"))["files"] == verify(str(tmp_path / "whole"))["files"]
+
+
+def _change_in_place(file: Path, change) -> None:
+    """Write a file anew with the times of before, as a tool that keeps times does."""
+    before = file.stat()
+    file.write_bytes(change(file.read_bytes()))
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def test_a_folder_is_known_by_what_its_files_hold(tmp_path):
+    """A label that was changed in place is another source, though size and time of change are the same; a copy is the same source."""
+    source = tmp_path / "source"
+    write(source / "train.csv", "value,label\n" + "1,a\n2,b\n" * 20)
+    prepare("table", source, tmp_path / "out", "label=label")
+    shutil.copytree(source, tmp_path / "copy")
+    os.utime(tmp_path / "copy/train.csv", ns=(1, 1))
+    assert Preparation("table", str(tmp_path / "copy"), str(tmp_path / "out"), importing.options_of("table", ["label=label"])).is_done
+    _change_in_place(source / "train.csv", lambda data: data.replace(b"1,a", b"1,b"))
+    with pytest.raises(ValueError, match="holds parts of another source"):
+        prepare("table", source, tmp_path / "out", "label=label")
+
+
+def test_recordings_that_a_manifest_names_elsewhere_are_known_by_content(tmp_path):
+    recording = write(tmp_path / "elsewhere/a.flac", sound(1, 1.0))
+    write(tmp_path / "source/train_manifest.json", json.dumps({"audio_filepath": str(recording), "duration": 1.0}) + "\n")
+    prepare("manifest", tmp_path / "source", tmp_path / "out")
+    os.utime(recording, ns=(1, 1))
+    assert Preparation("manifest", str(tmp_path / "source"), str(tmp_path / "out")).is_done
+    _change_in_place(recording, lambda data: data[:-2] + bytes([data[-2] ^ 1, data[-1]]))
+    with pytest.raises(ValueError, match="holds parts of another source"):
+        Preparation("manifest", str(tmp_path / "source"), str(tmp_path / "out"))
 
 
 def test_a_run_that_is_complete_reads_no_image(folder, tmp_path, monkeypatch):
