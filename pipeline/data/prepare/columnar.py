@@ -126,9 +126,9 @@ def batches(cut: Cut, columns: dict[str, Column], opener: Opener, tally: Tally) 
                     yield batch
 
 
-def whole(table: str, entry: Entry, columns: dict[str, Column], opener: Opener) -> pa.Table:
+def whole(table: str, entry: Entry, columns: dict[str, Column], opener: Opener, tally: Tally | None = None) -> pa.Table:
     """A small table at once, as in ``batches``. Raises ValueError also for lines that are no rows, naming the first."""
-    tally = Tally()
+    tally = tally or Tally()
     found = list(batches(Cut(table, (entry,)), columns, opener, tally))
     if tally.bad:
         raise ValueError(f"{tally.listed[0]}; {tally.bad} such lines: repair the table or get it again")

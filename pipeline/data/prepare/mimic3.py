@@ -23,8 +23,15 @@ MEASURED = ("chartevents", "labevents", "outputevents")
 GIVEN = ("inputevents", "inputevents_cv", "inputevents_mv")
 CONVERSIONS = ("", "first", "second", "refill", "present", *plausible.CONVERSIONS)
 PAIRS = (CONVERSIONS.index("first"), CONVERSIONS.index("second"))
-AMOUNTS = {"l": 1000.0, "grams": 1000.0, "g": 1000.0, "gm": 1000.0, "mcg": 0.001, "ug": 0.001}
-"""Units of an amount to mL and mg; others stay as they are."""
+AMOUNTS = {
+    "ml": ("volume", 1.0), "cc": ("volume", 1.0), "l": ("volume", 1000.0), "liter": ("volume", 1000.0), "liters": ("volume", 1000.0),
+    "mg": ("mass", 1.0), "mcg": ("mass", 0.001), "ug": ("mass", 0.001), "g": ("mass", 1000.0), "gm": ("mass", 1000.0), "gms": ("mass", 1000.0),
+    "gram": ("mass", 1000.0), "grams": ("mass", 1000.0), "units": ("units", 1.0), "unit": ("units", 1.0), "u": ("units", 1.0), "iu": ("units", 1.0),
+    "meq": ("equivalents", 1.0), "mmol": ("substance", 1.0), "dose": ("doses", 1.0), "doses": ("doses", 1.0), "cal": ("energy", 1.0), "kcal": ("energy", 1.0)}
+"""Units of an amount (as `plausible.plain_unit` writes them): what kind of quantity it is, and the factor to mL, mg or the kind's one unit. In
+MIMIC-III Cal stands for kilocalories."""
+AMOUNT_KINDS = sorted({kind for kind, _ in AMOUNTS.values()})
+UNKNOWN_AMOUNT, OTHER_AMOUNT = "amount in an unknown unit", "amount in a unit that measures something else than its item's in D_ITEMS"
 CANCELLED = ("rewritten",)
 PARTS_OF_GCS = ("GCS_eye", "GCS_motor", "GCS_verbal")
 DAY, WIDTH = 86400, 34
@@ -47,7 +54,8 @@ class Mimic3(GroupedImporter):
     next_icd9 (of the patient's next admission), care_unit, dbsource, stays_in_admission, transfers. An event belongs to the first stay of its admission
     that ends after it. Items go by clinical/items.csv, CareVue and MetaVision under one name, values by clinical/ranges.csv, units (VALUEUOM) by
     clinical/units.csv: known other units are converted, values in unknown ones left out and counted under their variable; drugs are called
-    drug: NAME, inputs input: NAME. What stands without a time of day counts from the day's end, an infusion from its end: nothing is known before
+    drug: NAME, inputs input: NAME, their amounts in mL, mg, units, mEq, mmol, doses or kcal; an amount in
+    another unit, or in one that measures something else than the item's in D_ITEMS (UNITNAME), is left out and counted. What stands without a time of day counts from the day's end, an infusion from its end: nothing is known before
     it was. All rows are train: cut by patient.
     """
 
@@ -66,7 +74,8 @@ class Mimic3(GroupedImporter):
         found = mimic3_stays.stays(self.tables)
         names, items, units = self._items()
         keys = {"by_admission": _Intervals(found.admissions, found.times), "names": names, "items": items, "units": units,
-                "by_patient": _Intervals(found.rows["patient"].combine_chunks().to_numpy(), found.times), "labels": self._labels()}
+                "by_patient": _Intervals(found.rows["patient"].combine_chunks().to_numpy(), found.times), "labels": self._labels(),
+                "zoned": found.zoned, "stays_table": self.tables["icustays"][0].name}
         outcomes = [name for name in mimic3_stays.SCHEMA.names if name not in ("entity", "patient", "static", "split")]
         info = {"time": "hours since admission to intensive care", "static": [field.name for field in mimic3_stays.FACTS], "outcomes": outcomes,
                 "units": plausible.units()}
@@ -86,15 +95,20 @@ class Mimic3(GroupedImporter):
             out[table], units[table] = (items, codes, conversions), [row["unit"] for row in own]
         return names, out, units
 
-    def _labels(self) -> tuple[np.ndarray, list[str]]:
-        """(item ids, sorted; their labels) of D_ITEMS, for inputs."""
+    def _labels(self) -> tuple[np.ndarray, list[str], np.ndarray]:
+        """(item ids, sorted; their labels; what kind of quantity each is given in: a place in AMOUNT_KINDS, -1 where nothing says so) of D_ITEMS."""
         if "d_items" not in self.tables or not self.options.inputs:
-            return np.empty(0, dtype=np.int64), []
+            return np.empty(0, dtype=np.int64), [], np.empty(0, dtype=np.int64)
+        columns = {"itemid": Column("id"), "label": Column("text"), "unitname": Column("text", False)}
         with closing(Opener()) as opener:
-            table = whole("d_items", self.tables["d_items"][0], {"itemid": Column("id"), "label": Column("text")}, opener)
-        known = {number: " ".join(label.split()) for number, label in zip(table["itemid"].to_pylist(), table["label"].to_pylist(), strict=True)
-                 if number is not None and label and label.strip()}
-        return np.array(sorted(known), dtype=np.int64), [known[number] for number in sorted(known)]
+            table = whole("d_items", self.tables["d_items"][0], columns, opener)
+        known = {}
+        for row in table.select(list(columns)).to_pylist():
+            label = " ".join((row["label"] or "").split())
+            if row["itemid"] is not None and label:
+                known[row["itemid"]] = label, _amount_kind(row["unitname"])
+        items = sorted(known)
+        return np.array(items, dtype=np.int64), [known[item][0] for item in items], np.array([known[item][1] for item in items], dtype=np.int64)
 
     # ---------------------------------------------------------------- events
 
@@ -110,7 +124,7 @@ class Mimic3(GroupedImporter):
         items, codes, conversions = block.keys["items"][cut.table]
         names, ranges = block.keys["names"], plausible.Ranges()
         units = _Factors(names, codes, conversions, block.keys["units"][cut.table])
-        for batch in batches(cut, columns, opener, tally):
+        for batch in block.batches(cut, columns, opener, tally):
             block.begin(len(batch))
             item = _whole(batch["itemid"])
             at = np.minimum(np.searchsorted(items, item), len(items) - 1)
@@ -136,7 +150,7 @@ class Mimic3(GroupedImporter):
             yield Events(rows[good], hours[good], codes[at][good], names, values[good])
 
     def _drugs(self, cut: Cut, ids: dict[str, Column], opener: Opener, tally: Tally, block: _Block) -> Iterator[Events]:
-        for batch in batches(cut, {**ids, "startdate": Column("time"), "drug": Column("text")}, opener, tally):
+        for batch in block.batches(cut, {**ids, "startdate": Column("time"), "drug": Column("text")}, opener, tally):
             names, codes = _named("drug: ", batch["drug"])
             block.begin(len(batch))
             block.drop("no drug", codes < 0)
@@ -148,9 +162,9 @@ class Mimic3(GroupedImporter):
         """What was given by when: an amount counts once all of it was given, at its end."""
         columns = {**ids, "itemid": Column("id"), "charttime": Column("time", False), "endtime": Column("time", False), "amount": Column("number"),
                    "amountuom": Column("text", False), "statusdescription": Column("text", False)}
-        items, labels = block.keys["labels"]
+        items, labels, own_kinds = block.keys["labels"]
         names = [f"input: {label}" for label in labels]
-        for batch in batches(cut, columns, opener, tally):
+        for batch in block.batches(cut, columns, opener, tally):
             block.begin(len(batch))
             item = _whole(batch["itemid"])
             at = np.minimum(np.searchsorted(items, item), max(0, len(items) - 1))
@@ -163,9 +177,11 @@ class Mimic3(GroupedImporter):
                 if i:
                     block.drop(reason, amount.reasons == i)
             block.drop(plausible.OUT_OF_RANGE, amount.values <= 0)
-            unit = pc.utf8_lower(pc.utf8_trim_whitespace(batch["amountuom"].combine_chunks())).dictionary_encode()  # pyright: ignore[reportAttributeAccessIssue]
-            scale = np.array([*(AMOUNTS.get(one or "", 1.0) for one in unit.dictionary.to_pylist()), 1.0])
-            values = amount.values * scale[unit.indices.fill_null(len(scale) - 1).to_numpy(zero_copy_only=False)]
+            factors, kinds = _amount_units(batch["amountuom"])
+            own = own_kinds[at] if len(items) else np.full(len(batch), -1)
+            block.drop(UNKNOWN_AMOUNT, np.isnan(factors))
+            block.drop(OTHER_AMOUNT, (kinds >= 0) & (own >= 0) & (kinds != own))
+            values = amount.values * factors
             batch, at, values = block.keep(batch), at[block.good], values[block.good]
             time = pc.coalesce(batch["charttime"], batch["endtime"])  # pyright: ignore[reportAttributeAccessIssue]
             rows, hours = block.place(batch, time)
@@ -244,6 +260,13 @@ class _Block:
         self.table, self.keys, self.dropped = table, keys, dropped
         self.good = np.empty(0, dtype=bool)
 
+    def batches(self, cut: Cut, columns: dict[str, Column], opener: Opener, tally: Tally) -> Iterator[pa.Table]:
+        """As `columnar.batches`. Raises ValueError where times have a zone and those of the stays have none, or the other way round."""
+        for batch in batches(cut, columns, opener, tally):
+            names = ", ".join(entry.name for entry in cut.entries)
+            mimic3_stays.check_zones(names, tally.zoned, self.keys["stays_table"], self.keys["zoned"])
+            yield batch
+
     def begin(self, rows: int) -> None:
         self.good = np.ones(rows, dtype=bool)
 
@@ -256,10 +279,11 @@ class _Block:
 
     def place(self, batch: pa.Table, column: Any, whole_days: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """(the stay's row, hours since its start) of those rows of the batch that have one: ``good`` is then theirs. By the admission that a row names,
-        else by its patient. ``whole_days``: a time of 00:00 is a day, and counts from its end."""
+        else by its patient. ``whole_days``: a time of 00:00 is a day, and counts from its end; with a zone, every time is one, for 00:00 is another time in UTC."""
         seconds, timed = instants(column)
         if whole_days:
-            seconds = np.where(seconds % DAY == 0, seconds + DAY, seconds)
+            is_day = (seconds % DAY == 0) | (True in self.keys["zoned"])
+            seconds = np.where(is_day, seconds + DAY, seconds)
         admission, patient = _whole(batch["hadm_id"]), _whole(batch["subject_id"])
         stay, there = self.keys["by_admission"].find(admission, seconds)
         by_patient, known = self.keys["by_patient"].find(patient, seconds)
@@ -271,6 +295,26 @@ class _Block:
         self.drop(OUTSIDE, stay < 0)
         stay, seconds = stay[self.good], seconds[self.good]
         return stay, (seconds - self.keys["by_admission"].times[stay, 1]) / 3600
+
+
+def _amount_kind(unit: str | None) -> int:
+    """The place in AMOUNT_KINDS of what a unit measures, -1 for no unit or an unknown one."""
+    known = AMOUNTS.get(plausible.plain_unit(unit or ""))
+    return AMOUNT_KINDS.index(known[0]) if known else -1
+
+
+def _amount_units(written: Any) -> tuple[np.ndarray, np.ndarray]:
+    """((n,) what each amount is multiplied by, NaN where its unit is not known; (n,) what kind of quantity it is, as `_amount_kind`) of (n,) texts.
+
+    No unit at all is taken for the item's own.
+    """
+    encoded = written.combine_chunks().dictionary_encode()
+    texts = [*encoded.dictionary.to_pylist(), None]
+    plain = [plausible.plain_unit(text or "") for text in texts]
+    factors = np.array([AMOUNTS.get(unit, ("", np.nan))[1] if unit else 1.0 for unit in plain])
+    kinds = np.array([_amount_kind(unit) for unit in plain])
+    codes = encoded.indices.fill_null(len(texts) - 1).to_numpy(zero_copy_only=False)
+    return factors[codes], kinds[codes]
 
 
 def _whole(column: Any) -> np.ndarray:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from pipeline.data.prepare.columnar import SUFFIXES, Column, instants, stem, whole
+from pipeline.data.prepare.columnar import SUFFIXES, Column, Tally, instants, stem, whole
 from pipeline.data.prepare.files import Entry, Listing
 from pipeline.data.prepare.sources import Opener, plain_suffix
 
@@ -38,13 +38,14 @@ GENDERS = {"F": "female", "M": "male"}
 
 class Stays(NamedTuple):
     """``rows``: SCHEMA, sorted by patient and start. ``times``: (n, 3) int64 seconds: admission to hospital, to intensive care, discharge from it;
-    ``admissions``: (n,) hadm_id."""
+    ``admissions``: (n,) hadm_id. ``zoned``: whether those times had a zone in the tables (`columnar.Tally`)."""
 
     rows: pa.Table
     times: np.ndarray
     admissions: np.ndarray
     broken: list[dict[str, str]]
     notes: dict[str, Any]
+    zoned: set[bool]
 
 
 def find_tables(found: Listing, source: str) -> dict[str, list[Entry]]:
@@ -84,13 +85,19 @@ class _Admission(NamedTuple):
 
 
 def stays(tables: dict[str, list[Entry]]) -> Stays:
-    """Every stay whose times make sense; the others are listed by their place in ICUSTAYS, counted from 1."""
+    """Every stay whose times make sense; the others are listed by their place in ICUSTAYS, counted from 1.
+
+    Raises ValueError where the times of ICUSTAYS have a zone and those of ADMISSIONS have none, or the other way round. Days of birth are not
+    compared: a few hours make no difference to an age.
+    """
+    of_admissions, of_stays = Tally(), Tally()
     with closing(Opener()) as opener:
-        patients, admissions, wrong = _patients(tables, opener), *_admissions(tables, opener)
+        patients, admissions, wrong = _patients(tables, opener), *_admissions(tables, opener, of_admissions)
         codes = _codes(tables, opener)
         table = _read("icustays", tables, opener, {
             "subject_id": "id", "hadm_id": "id", "icustay_id": "id", "intime": "time", "outtime": "time", "dbsource": "text?", "first_careunit": "text?",
-            "last_careunit": "text?", "first_wardid": "id?", "last_wardid": "id?"})
+            "last_careunit": "text?", "first_wardid": "id?", "last_wardid": "id?"}, of_stays)
+    check_zones(tables["icustays"][0].name, of_stays.zoned, tables["admissions"][0].name, of_admissions.zoned)
     (start, started), (end, ended) = instants(table["intime"]), instants(table["outtime"])
     places, broken, seen = [], [], set[int]()
     name = tables["icustays"][0].name
@@ -114,7 +121,22 @@ def stays(tables: dict[str, list[Entry]]) -> Stays:
     made = [_row(row, int(start[i]), int(end[i]), patients, admissions, codes, counts) for i, row in zip(order, rows, strict=True)]
     times = np.array([(admissions[row["hadm_id"]].start, start[i], end[i]) for i, row in zip(order, rows, strict=True)], dtype=np.int64).reshape(-1, 3)
     notes = {"stays": len(made), "patients": len({row["patient"] for row in made}), "admissions": len({row["hadm_id"] for row in rows})}
-    return Stays(pa.Table.from_pylist(made, schema=SCHEMA), times, np.array([row["hadm_id"] for row in rows], dtype=np.int64), broken, notes)
+    return Stays(pa.Table.from_pylist(made, schema=SCHEMA), times, np.array([row["hadm_id"] for row in rows], dtype=np.int64), broken, notes,
+                 of_stays.zoned | of_admissions.zoned)
+
+
+def check_zones(name: str, zoned: set[bool], other: str, other_zoned: set[bool]) -> None:
+    """Raise ValueError where the times of one table have a zone and those of another have none.
+
+    Args:
+        name, other: what the two are called in the error.
+        zoned, other_zoned: whether the times that were read had a zone, as `columnar.Tally` has it.
+    """
+    if len(zoned | other_zoned) < 2:
+        return
+    with_zone, without = (name, other) if True in zoned else (other, name)
+    raise ValueError(f"{with_zone}: its times have a zone (Z, +02:00), and those of {without} have none: nobody can tell how far apart they are; "
+                     "write both with a zone, or both without")
 
 
 def _row(row: dict[str, Any], start: int, end: int, patients: dict[int, tuple[str | None, int | None]], admissions: Any, codes: dict[int, list[str]],
@@ -151,10 +173,10 @@ class _Admissions(dict[int, _Admission]):
         self.of: dict[int, list[tuple[int, _Admission]]] = {}
 
 
-def _admissions(tables: dict[str, list[Entry]], opener: Opener) -> tuple[_Admissions, dict[int, str]]:
+def _admissions(tables: dict[str, list[Entry]], opener: Opener, tally: Tally) -> tuple[_Admissions, dict[int, str]]:
     """(the admissions, and of the others why they make no sense, by hadm_id)."""
     table = _read("admissions", tables, opener, {"subject_id": "id", "hadm_id": "id", "admittime": "time", "dischtime": "time", "deathtime": "time",
-                                                 "hospital_expire_flag": "id", "admission_type": "text?"})
+                                                 "hospital_expire_flag": "id", "admission_type": "text?"}, tally)
     (start, started), (end, ended), (death, died) = (instants(table[name]) for name in ("admittime", "dischtime", "deathtime"))
     out, wrong = _Admissions(), dict[int, str]()
     for i, row in enumerate(table.select(["subject_id", "hadm_id", "hospital_expire_flag", "admission_type"]).to_pylist()):
@@ -195,6 +217,6 @@ def _codes(tables: dict[str, list[Entry]], opener: Opener) -> dict[int, list[str
     return out
 
 
-def _read(name: str, tables: dict[str, list[Entry]], opener: Opener, kinds: dict[str, str]) -> pa.Table:
+def _read(name: str, tables: dict[str, list[Entry]], opener: Opener, kinds: dict[str, str], tally: Tally | None = None) -> pa.Table:
     """A small table; a kind with a question mark may be missing."""
-    return whole(name, tables[name][0], {column: Column(kind.rstrip("?"), not kind.endswith("?")) for column, kind in kinds.items()}, opener)
+    return whole(name, tables[name][0], {column: Column(kind.rstrip("?"), not kind.endswith("?")) for column, kind in kinds.items()}, opener, tally)

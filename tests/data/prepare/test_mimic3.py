@@ -195,6 +195,42 @@ def test_units_are_converted_or_left_out_and_counted(mimic, tmp_path):
         plausible.CONVERTED: 5}
 
 
+def test_amounts_of_inputs_in_other_units_are_left_out_and_counted(mimic, tmp_path):
+    """An item's amounts are in one unit: what cannot be brought to it stands in no series."""
+    (mimic / "D_ITEMS.csv").write_text("ITEMID,LABEL,UNITNAME\n225158,NaCl 0.9%,mL\n225152,Heparin,units\n225000,Ringer,\n")
+    head = TABLES["INPUTEVENTS_MV"].splitlines()[0]
+    given = [("225158", 0.5, "L"), ("225158", 40, "cc"), ("225158", 30, ""), ("225158", 7, "mg"), ("225158", 8, "furlong"),
+             ("225152", 5000, "Units"), ("225152", 3, "mL"), ("225152", 2, "U/hr"), ("225000", 20, "ml")]
+    lines = [f"2,200,2000,2150-06-02 00:00:00,2150-06-02 0{i}:30:00,{item},{amount},{unit},Finished" for i, (item, amount, unit) in enumerate(given)]
+    (mimic / "INPUTEVENTS_MV.csv").write_text("\n".join([head, *lines]) + "\n")
+    prepare(mimic, tmp_path / "out", **SOME)
+    found = [(name, value) for _, name, value in events(rows(tmp_path / "out")[2000]) if name.startswith("input: ")]
+    assert found == [("input: NaCl 0.9%", 500), ("input: NaCl 0.9%", 40), ("input: NaCl 0.9%", 30), ("input: Heparin", 5000), ("input: Ringer", 20)]
+    dropped = summary(tmp_path / "out")["notes"]["events dropped by reason"]
+    assert {name: count for name, count in dropped.items() if "amount" in name} == {
+        "inputevents_mv: amount in an unknown unit": 2,
+        "inputevents_mv: amount in a unit that measures something else than its item's in D_ITEMS": 2}
+
+
+@pytest.mark.parametrize(("zoned", "without"), [
+    ("CHARTEVENTS", "ICUSTAYS"), ("LABEVENTS", "ICUSTAYS"), ("PRESCRIPTIONS", "ICUSTAYS"), ("INPUTEVENTS_MV", "ICUSTAYS"), ("ICUSTAYS", "ADMISSIONS"),
+    ("ADMISSIONS", "ICUSTAYS")])
+def test_tables_with_and_without_zones_are_not_mixed(mimic, tmp_path, zoned, without):
+    (mimic / f"{zoned}.csv").write_text(re.sub(r"(\d\d:\d\d:\d\d)", r"\1-05:00", TABLES[zoned]))
+    with pytest.raises(ValueError, match=rf"{zoned}\.csv: its times have a zone .*, and those of {without}\.csv have none"):
+        prepare(mimic, tmp_path / "out", **SOME)
+
+
+def test_tables_whose_times_all_have_a_zone(mimic, tmp_path):
+    """The hours are those of the same tables without zones; days of birth need none."""
+    prepare(mimic, tmp_path / "plain", **SOME)
+    for name in TABLES.keys() - {"PATIENTS"}:
+        (mimic / f"{name}.csv").write_text(re.sub(r"(\d\d:\d\d:\d\d)", r"\1-05:00", TABLES[name]))
+    prepare(mimic, tmp_path / "zoned", **SOME)
+    plain, zoned = rows(tmp_path / "plain"), rows(tmp_path / "zoned")
+    assert {entity: events(row) for entity, row in zoned.items()} == {entity: events(row) for entity, row in plain.items()}
+
+
 def test_every_unit_of_the_demo_and_of_the_table_of_items_is_known():
     """Units that stand in MIMIC-III's LABEVENTS (its demo has these), and each item's own."""
     units = plausible.Units()
