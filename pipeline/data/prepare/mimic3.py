@@ -54,9 +54,9 @@ class Mimic3(GroupedImporter):
     next_icd9 (of the patient's next admission), care_unit, dbsource, stays_in_admission, transfers. An event belongs to the first stay of its admission
     that ends after it. Items go by clinical/items.csv, CareVue and MetaVision under one name, values by clinical/ranges.csv, units (VALUEUOM) by
     clinical/units.csv: known other units are converted, values in unknown ones left out and counted under their variable; drugs are called
-    drug: NAME, inputs input: NAME, their amounts in mL, mg, units, mEq, mmol, doses or kcal; an amount in
-    another unit, or in one that measures something else than the item's in D_ITEMS (UNITNAME), is left out and counted. What stands without a time of day counts from the day's end, an infusion from its end: nothing is known before
-    it was. All rows are train: cut by patient.
+    drug: NAME, inputs input: NAME, their amounts in mL, mg, units, mEq, mmol, doses or kcal; an amount in another unit, or in one that measures
+    something else than the item's in D_ITEMS (UNITNAME), is left out and counted. What stands without a time of day counts from the day's end, an
+    infusion from its end: nothing is known before it was. Times have zones in all tables or in none. All rows are train: cut by patient.
     """
 
     label = "hospital_death"
@@ -279,7 +279,8 @@ class _Block:
 
     def place(self, batch: pa.Table, column: Any, whole_days: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """(the stay's row, hours since its start) of those rows of the batch that have one: ``good`` is then theirs. By the admission that a row names,
-        else by its patient. ``whole_days``: a time of 00:00 is a day, and counts from its end; with a zone, every time is one, for 00:00 is another time in UTC."""
+        else by its patient. ``whole_days``: a time of 00:00 is a day, and counts from its end; where times have zones every time is a day, for 00:00
+        is another time in UTC."""
         seconds, timed = instants(column)
         if whole_days:
             is_day = (seconds % DAY == 0) | (True in self.keys["zoned"])
