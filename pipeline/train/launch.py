@@ -10,7 +10,7 @@ import site
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from pipeline.train import node_types, source
 from pipeline.train import pretrain as work_of
 from pipeline.train.loop import NonFiniteError, Ranks
 from pipeline.train.progress import Progress, duration, training_line
+from pipeline.train.row_checks import Finding, findings_of
 
 
 class ClusterError(RuntimeError):
@@ -375,6 +376,13 @@ def facts_of(stage: source.SourceStage) -> dict[str, Any]:
     return {**manifest.get("training", {}), "source": stage.name, "bundle": stage.bundle_uri, **made}
 
 
+def _tell_findings(name: str, findings: Iterable[Finding], progress: Progress) -> None:
+    """Say in the terminal what belongs there."""
+    for finding in findings:
+        if finding.in_terminal:
+            progress.note(finding.line(name))
+
+
 def pretrain(stage: source.SourceStage, progress: Progress, verbose: bool, wait: bool | None = None) -> dict[str, Any]:
     """Run a source stage to its bundle and return the report's facts; a bundle that is there already is used.
 
@@ -388,8 +396,7 @@ def pretrain(stage: source.SourceStage, progress: Progress, verbose: bool, wait:
         return {**facts_of(stage), "cached": True}
     if stage.splits is None:
         facts = work_of.import_checkpoint(stage)
-        for text in facts.get("findings", ()):
-            progress.note(f"{stage.name}: {text}")
+        _tell_findings(stage.name, findings_of(facts), progress)
         return {**facts, "bundle": stage.bundle_uri}
     on = cluster(wait)
     mine, planned = share_of(stage.spec, on), nodes_for(stage.spec, on)
@@ -404,9 +411,7 @@ def pretrain(stage: source.SourceStage, progress: Progress, verbose: bool, wait:
     fitted = source.fit(stage)
     work = work_of.rank_job(stage, fitted, mine.data, mine.threads)
     progress.note(f"{stage.name}: {work.split_text}")
-    for finding in fitted.findings:
-        if finding.in_terminal:
-            progress.note(finding.line(stage.name))
+    _tell_findings(stage.name, fitted.findings, progress)
     if work.place == "memory":
         progress.update(f"{stage.name}: decoding {len(fitted.train)} rows")
     rows = work_of.decoded(work)

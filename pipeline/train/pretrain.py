@@ -21,6 +21,7 @@ from pipeline.techniques.rates import Full
 from pipeline.train import checkpoint, evaluate, loop, probe
 from pipeline.train.log import MetricsLog, RowTrace
 from pipeline.train.loop import Ranks
+from pipeline.train.row_checks import Finding
 from pipeline.train.source import Fitted, SourceStage, arch_of, canonical_shards, check_plan, made_by, mixture
 
 ROWS_SHUFFLE_BYTES = 256 << 20
@@ -266,7 +267,7 @@ def import_checkpoint(stage: SourceStage) -> dict[str, Any]:
     moved = start.onto(backbone)
     facts = {"source": stage.name, "backbone": arch["name"], "objective": "none (checkpoint)", "steps": 0, "rows": 0, "rows_per_second": 0.0,
              "seconds": round(time.time() - began, 2), "metrics": {}, "transfer": moved.text(), "splits": "none", "curve": [], "ranks": 0,
-             "device": "none", "spec_hash": stage.key, "findings": [note] if note else []}
+             "device": "none", "spec_hash": stage.key, "findings": [list(Finding(note))] if note else []}
     made = made_by(spec, arch, modality["name"])
     bundle.save(stage.bundle_uri, backbone, modality, parent=text, training=facts, spec_hash=stage.key, metrics={}, made_by=made.facts()["made_by"])
     return facts

@@ -5,6 +5,7 @@ Each finding is a sentence for the terminal, the report and ``--dry-run``; some 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from pipeline import bundle
@@ -31,6 +32,18 @@ class Finding(NamedTuple):
     def line(self, name: str) -> str:
         """For the terminal, about the source or target ``name``."""
         return f"{'warning: ' if self.is_warning else ''}{name}: {self.text}"
+
+
+def findings_of(facts: Mapping[str, Any]) -> list[Finding]:
+    """The findings among a source's facts, as its bundle keeps them.
+
+    Each is the list of a Finding's fields. Bundles of imported checkpoints that an earlier version
+    wrote hold the sentence alone.
+    """
+    found = []
+    for kept in facts.get("findings", ()):
+        found.append(Finding(kept) if isinstance(kept, str) else Finding(*kept))
+    return found
 
 
 def cut_texts(modality: Modality, objective: type[Objective], splits: dict[str, Selection], columns: dict[str, str]) -> list[Finding]:

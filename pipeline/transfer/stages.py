@@ -19,7 +19,7 @@ from pipeline.job import Job, spec_hash
 from pipeline.metrics import metric
 from pipeline.train import launch, source
 from pipeline.train.progress import Progress
-from pipeline.train.row_checks import Finding
+from pipeline.train.row_checks import findings_of
 from pipeline.transfer import cells as matrix
 from pipeline.transfer import fanout, origins, overlap, pruning, report, results, scores, stats, subgroups, targets, trial, trials
 from pipeline.transfer.origins import Origin
@@ -279,7 +279,7 @@ def pretrain(state: State) -> None:
             state.progress.note(f"{name}: {facts['transfer']}")
         if facts.get("warning"):
             state.notes.append(f"sources.{name}: {facts['warning']}")
-        state.notes += [Finding(*finding).line(f"sources.{name}") for finding in facts.get("findings", ())]
+        state.notes += [finding.line(f"sources.{name}") for finding in findings_of(facts)]
 
 
 def note_done(state: State, name: str) -> None:

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from pipeline import bundle, jobfile
 from pipeline.bundle import BundleError
 from pipeline.job import JobError
-from pipeline.train import pretrain, source
+from pipeline.train import pretrain, row_checks, source
 
 INPUTS = {"channels": 3, "size": 160}
 IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -32,7 +32,7 @@ def imported(path):
 def test_what_the_job_states_is_how_rows_are_read(tmp_path):
     plain, facts, before = imported(written(tmp_path))
     assert plain.manifest["modality"]["state"]["mean"] == pytest.approx([0.5, 0.5, 0.5]), "timm's own for test_resnet"
-    (told,) = facts["findings"]
+    (told,) = (finding.text for finding in row_checks.findings_of(facts))
     assert told.startswith("images are read at 160 pixels, 3 channels, mean 0.5/0.5/0.5, std 0.5/0.5/0.5; assumed, as timm says of its default weights")
     assert "say modality: {image: {mean: imagenet, std: imagenet}}" in told
     given = {"mean": "imagenet", "std": "imagenet", "size": 96, "crop_share": 0.875, "interpolation": "bicubic"}
@@ -41,7 +41,7 @@ def test_what_the_job_states_is_how_rows_are_read(tmp_path):
     assert (modality.state["mean"], modality.state["std"]) == IMAGENET and found.manifest["modality"]["state"]["mean"] == IMAGENET[0]
     assert modality.inputs() == {"channels": 3, "size": 96} == found.manifest["arch"]["inputs"]
     assert (modality.options.crop_share, modality.options.interpolation) == (0.875, "bicubic")
-    (told,) = facts["findings"]
+    (told,) = (finding.text for finding in row_checks.findings_of(facts))
     assert "mean 0.485/0.456/0.406" in told and "as the job states" in told and "assumed" not in told
     assert before.key != after.key, "rows that are read otherwise are another source"
     assert facts["findings"] == found.manifest["training"]["findings"], "a run that finds it done tells it too"
@@ -50,7 +50,7 @@ def test_what_the_job_states_is_how_rows_are_read(tmp_path):
 def test_a_tag_is_a_name_of_a_backbone(tmp_path):
     found, facts, _ = imported(written(tmp_path, backbone="timm/test_resnet.r160_in1k"))
     assert found.manifest["arch"]["name"] == "timm/test_resnet" and found.modality().options.crop_share == 0.95
-    assert facts["findings"][0].endswith("as timm says of test_resnet.r160_in1k")
+    assert row_checks.findings_of(facts)[0].text.endswith("as timm says of test_resnet.r160_in1k")
 
 
 DATA = {"uri": "rows.parquet", "modality": "image", "columns": {"image": "image", "label": "label"}}

@@ -14,12 +14,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import save_file
 from toys import image_files, label_state, task_of
 
 from pipeline import bundle, identity, registry, storage
 from pipeline.data import duplicates
 from pipeline.job import Job, Plug
-from pipeline.train import source
+from pipeline.train import row_checks, source
 from pipeline.train.loop import Ranks
 from pipeline.train.progress import Progress
 from pipeline.transfer import dry_run, fanout, overlap, results, stages, targets, trial, trials
@@ -878,3 +879,32 @@ def test_a_dry_run_counts_the_trials_that_try_the_best_draws_again(tmp_path, bun
     lines = dry_run.describe(prepared(job))
     assert any("2 cells = 28 search (12 of them try the best draws again) + 4 final trials of 3 steps" in line for line in lines)
     assert any(line.startswith("in all: 32 trials, 96 steps") for line in lines)
+
+
+def test_a_source_that_is_a_checkpoint_without_data_is_made_and_its_note_kept(tmp_path):
+    backbone = bundle.build_backbone({"name": "timm/test_resnet", "options": {}, "inputs": {"channels": 3, "size": 32}})
+    weights = {name.removeprefix("model."): tensor for name, tensor in backbone.state_dict().items()}
+    save_file(weights, tmp_path / "w.safetensors")
+    spec = {"backbone": "timm/test_resnet", "init": f"file:{tmp_path / 'w.safetensors'}"}
+    job = Job.model_validate({"name": "toy", "storage": str(tmp_path / "runs"), "sources": {"s": spec}})
+
+    def run() -> tuple[stages.State, list[str]]:
+        progress = Silent()
+        state = stages.State(job, progress, sources={"s": source.stage(job, "s")})
+        stages.pretrain(state)
+        return state, progress.lines
+
+    made, lines = run()
+    assert [line.startswith("sources.s: images are read at") for line in made.notes] == [True]
+    assert len([line for line in lines if "images are read at" in line]) == 1
+    again, lines = run()
+    assert again.notes == made.notes and "done before" in lines[0]
+    uri = made.sources["s"].bundle_uri
+    manifest = bundle.load(uri).manifest
+    assert row_checks.findings_of(manifest["training"])[0].line("sources.s") == made.notes[0]
+
+
+def test_findings_of_a_bundle_that_an_earlier_version_wrote_are_sentences():
+    kept = {"findings": ["images are read at 32 pixels", ["few rows", True, False]]}
+    found = row_checks.findings_of(kept)
+    assert [one.line("s") for one in found] == ["s: images are read at 32 pixels", "warning: s: few rows"]
