@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
@@ -38,9 +38,6 @@ LEAST_SEEDS = 2
 """Paired seeds below which nothing is a win or a loss: one says nothing of the spread between seeds. In comparisons without any true difference
 one seed gave 19 % (seed deviation .01) to 50 % (.02) wins and losses."""
 SIGNIFICANT = 0.05
-
-PER_SEED = ("start_weights", "padding_share", "temperature", "threshold")
-"""Entries of ``hyper_parameters`` that say what happened in one trial; the others say which settings were drawn for it."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +90,8 @@ class Cell:
     baseline_gain: float | None = None
     baseline_low: float | None = None
     baseline_high: float | None = None
+    compared_with: tuple[tuple[str, str, str, str, str], ...] = ()
+    """Keys (`cell_key`) of the cells that its gains are over: what it is held against, and the best scratch network."""
 
     @property
     def transfers(self) -> bool:
@@ -136,25 +135,49 @@ class _Trials:
                 found.setdefault(row["trial_id"], row["value"] if row["higher_is_better"] else -row["value"])
         return fmean(found.values()) if found else -math.inf
 
-    def choice(self) -> float | None:
-        """Variance that choosing the hyper-parameters added; None where there was a search and no setting was tried with a second seed."""
+    def choice(self) -> _Choice:
+        """What choosing the hyper-parameters in a search added to the variance."""
+        searched = [
+            row for row in self.group
+            if row["trial_stage"] == "search" and row["status"] == "done"
+            and row["split"] == "validation" and row["metric"]
+        ]
+        if not searched:
+            return _Choice()
+        if all(row["metric"] != self.metric for row in searched):
+            return _Choice(unknown=f"which was judged by {searched[0]['metric']}")
         draws: dict[str, dict[str, float]] = defaultdict(dict)
-        for row in self.group:
-            searched = row["trial_stage"] == "search" and row["status"] == "done" and row["split"] == "validation"
-            if searched and row["metric"] == self.metric and row["value"] is not None and math.isfinite(row["value"]):
-                draws[_draw(row)][row["trial_id"]] = row["value"] if row["higher_is_better"] else -row["value"]
-        if not any(row["trial_stage"] == "search" for row in self.group):
-            return 0.0
+        for row in searched:
+            if row["metric"] != self.metric or row["value"] is None or not math.isfinite(row["value"]):
+                continue
+            draws[_draw(row)][row["trial_id"]] = row["value"] if row["higher_is_better"] else -row["value"]
         if len(draws) < 2:
-            return 0.0
+            return _Choice()
         again = [list(values.values()) for values in draws.values() if len(values) > 1]
-        return stats.choice_variance(again) if len(again) > 1 else None
+        if len(again) < 2:
+            return _Choice(unknown="whose settings were tried with one seed")
+        return _Choice(stats.choice_variance(again))
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """The variance that choosing the hyper-parameters added: nothing where there was nothing to choose from.
+
+    ``unknown`` says why the search does not tell the variance, which then is not counted. A search tells it of the
+    metric that its validations measured, in that metric's unit, and of settings that were tried with several seeds.
+    """
+
+    variance: float = 0.0
+    unknown: str = ""
 
 
 def _draw(row: Row) -> str:
-    """The hyper-parameters that a search trial was given, the same for every seed."""
-    ran = json.loads(row.get("hyper_parameters") or "{}")
-    return json.dumps({name: value for name, value in ran.items() if name not in PER_SEED}, sort_keys=True)
+    """The setting that a search trial was given, the same for every seed; rows that do not state it stand alone.
+
+    What ran (``hyper_parameters``) does not serve here: the steps of epochs, for one, differ from seed to seed
+    where the rows of a label fraction and their costs do.
+    """
+    return row["drawn"] or row["trial_id"]
 
 
 def cells(rows: list[Row], runs: dict[str, Run]) -> list[Cell]:
@@ -274,6 +297,8 @@ def _cell(one: _Trials, reference: _Trials | None, best_scratch: _Trials | None,
     baseline, own = _Gained(), best_scratch is None or best_scratch is reference
     if best_scratch is not None and done:
         baseline = gain if own else _gain_of(one, best_scratch, runs)
+    gained_over = ((reference, gain), (best_scratch, baseline))
+    compared_with = {other.key: None for other, gained in gained_over if other is not None and gained.estimate[0] is not None}
     against = f"{reference.key[3]} of {reference.key[0]}" if reference is not None and reference.key[0] != SCRATCH else ""
     return Cell(
         source=source, backbone=backbone, target=target, technique=technique, label_fraction=fraction, metric=one.metric, higher_is_better=higher,
@@ -283,7 +308,8 @@ def _cell(one: _Trials, reference: _Trials | None, best_scratch: _Trials | None,
         hyper_parameters=first.get("hyper_parameters") or "{}", verdict=_verdict(one, gain), interval="; ".join(text for text in (how, gain.how) if text),
         paired_seeds=gain.seeds if compared else None, gain_p=gain.p_value, evidence=gain.evidence, against=against,
         baseline=best_scratch.key[1] if best_scratch is not None and done else "", baseline_gain=baseline.estimate[0],
-        baseline_low=baseline.estimate[1], baseline_high=baseline.estimate[2])
+        baseline_low=baseline.estimate[1], baseline_high=baseline.estimate[2],
+        compared_with=tuple(compared_with))
 
 
 @dataclass(frozen=True)
@@ -366,7 +392,7 @@ def _gain_of(one: _Trials, other: _Trials | None, runs: dict[str, Run]) -> _Gain
     if metric is not None and ours is not None and scratch is not None:
         choices = one.choice(), other.choice()
         try:
-            found = stats.compare(metric, ours, scratch, choice=sum(choice or 0.0 for choice in choices))
+            found = stats.compare(metric, ours, scratch, choice=sum(choice.variance for choice in choices))
             estimate = _finite((found.value, found.low, found.high))
             return _Gained(estimate, _how(ours, scratch, found.seeds, choices), _number(found.p_value), found.seeds, _too_few([*ours, *scratch]), True)
         except (KeyError, ValueError) as error:
@@ -405,14 +431,15 @@ def _seed_words(count: int, noun: str) -> str:
     return f"and {count} {noun}s" if count > 1 else f"of {ONE_SEED}"
 
 
-def _how(ours: list[Run], theirs: list[Run], seeds: int, choices: tuple[float | None, float | None]) -> str:
+def _how(ours: list[Run], theirs: list[Run], seeds: int, choices: Sequence[_Choice]) -> str:
     """What the interval of a gain was made of, in words."""
     everyone = [*ours, *theirs]
     how = f"gain: 95 % over {_resampled(everyone)} {_seed_words(seeds, 'paired seed')}"
     most, common = max(len(run.rows) for run in everyone), len(stats.common_rows(everyone))
     if common < most:
         how += f", on the {common} of {most} rows that all of them have"
-    if any(choice is None for choice in choices):
-        return f"{how}, without the noise of the search, whose settings were tried with one seed"
-    searched = any(choices)
+    unknown = [choice.unknown for choice in choices if choice.unknown]
+    if unknown:
+        return f"{how}, without the noise of the search, {unknown[0]}"
+    searched = any(choice.variance for choice in choices)
     return f"{how} and the choice of hyper-parameters" if searched else how

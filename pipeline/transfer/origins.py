@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline import provenance
 from pipeline.provenance import MadeBy
-from pipeline.transfer.cells import SCRATCH, Cell, cell_key
+from pipeline.transfer.cells import Cell, cell_key
 
 OTHER = "made by other code or versions"
 MIXED = "compares trials of different code or versions"
@@ -57,8 +57,10 @@ def of_record(record: Mapping[str, Any], now: MadeBy, source: str, weights: str 
 def marked(cells: Sequence[Cell], rows: Sequence[Row], origins: Mapping[str, Origin]) -> list[Cell]:
     """The cells, each with ``made``: empty, or how it is marked.
 
-    A cell is mixed where two of its trials, or one of them and one of the scratch trials that it is held against, were made by different code or
-    versions; else it is of other code where one of its own trials was not made as it would be now.
+    A cell is mixed where two of its trials, or one of them and one of those that its gains are over
+    (``Cell.compared_with``: scratch of its own and of the best backbone, for a random probe the linear probe),
+    were made by different code or versions; else it is of other code where one of its own trials was not made
+    as it would be now.
     """
     trials: dict[tuple, list[str]] = defaultdict(list)
     for row in rows:
@@ -68,7 +70,7 @@ def marked(cells: Sequence[Cell], rows: Sequence[Row], origins: Mapping[str, Ori
     out = []
     for cell in cells:
         own = trials[cell.source, cell.backbone, cell.target, cell.technique, cell.label_fraction]
-        against = trials[SCRATCH, cell.backbone, cell.target, "scratch", cell.label_fraction] if cell.gain is not None else []
+        against = [one for key in cell.compared_with for one in trials[key]]
         made = [origins[one].made for one in (*own, *against)]
         if any(provenance.differences(made[0], other) for other in made[1:]):
             out.append(replace(cell, made=MIXED))

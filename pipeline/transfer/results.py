@@ -37,6 +37,7 @@ SCHEMA = pa.schema([
     ("current", pa.bool_()),
     ("versions", _TEXT),
     ("made_by", _TEXT),
+    ("drawn", _TEXT),
 ])
 """``split_origin`` says where the splits come from (a column, files, at random by which hash): rows of one target that differ in it were
 tested on other rows. ``source`` is "none" for scratch; ``hyper_parameters`` is JSON; ``label_fraction`` is "1.0", "0.05", "5/class" or "5 rows"; a failed
@@ -45,7 +46,8 @@ trial leaves one row without split and metric. ``paired_seeds`` counts the seeds
 metric alone), ``baseline_gain`` the gain over the target's best scratch network at the same label fraction and seed, chosen on validation rows.
 ``current`` is true for the trials that the job, as it was when it last ran, consists of; rows of others are kept until they are pruned.
 ``versions`` is JSON, library to version; ``made_by`` is the hash of the code that made the trial (`pipeline.provenance`); both are
-null for trials that were run before they were recorded."""
+null for trials that were run before they were recorded. ``drawn`` is JSON: the hyper-parameters that the search drew for the trial, the same
+for all seeds of a setting; {} where there was no search (``hyper_parameters`` has all that ran)."""
 
 _ALLOWED = {"trial_stage": ("search", "final"), "status": ("done", "failed", "pruned")}
 

@@ -540,6 +540,7 @@ def collect(state: State, found: list[Trial]) -> list[dict[str, Any]]:
                    "current": True, "split_origin": state.targets[one.target].split_origin,
                    "hyper_parameters": json.dumps(row["hyper_parameters"], sort_keys=True), "started_at": datetime.fromtimestamp(row["started_at"], UTC)}
             row |= state.scores.get(f"{one.source}|{one.target}", {})
+            row["drawn"] = json.dumps(one.hyper_parameters, sort_keys=True)
             row |= state.origins[one.id].columns()
             if one.id not in kept:
                 row["bundle_uri"] = None

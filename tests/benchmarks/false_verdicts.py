@@ -180,7 +180,7 @@ def _searched(case: Case, cell: Cell, draws: np.ndarray, common: dict[str, Any],
 
     def add(draw: float, seed: int) -> None:
         row = {**common, "trial_id": f"{common['target']}-{common['source']}-{draw}-{seed}", "trial_stage": "search", "split": "validation", "seed": seed,
-               "value": cell.validated(-LOSS_PER_DECADE * draw**2), "hyper_parameters": json.dumps({"lr": draw})}
+               "value": cell.validated(-LOSS_PER_DECADE * draw**2), "drawn": json.dumps({"lr": draw})}
         rows.append(row)
         search.append(SimpleNamespace(id=row["trial_id"], cell="cell", hyper_parameters={"lr": draw}))
         records.append({"status": "done", "rows": [row]})

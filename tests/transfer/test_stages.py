@@ -301,6 +301,9 @@ def test_the_best_draws_are_tried_again_with_further_seeds_before_one_is_chosen(
     assert len(ended) == 2 * (4 + 2 * 2 + 2) and all(done for _, done in ended)
     cell = next(cell for cell in stages.show(*reported(job))[0] if cell.source == "a")
     assert cell.interval.endswith(("paired seeds", "and the choice of hyper-parameters")), "it varies, or by chance every draw was as good"
+    for row in rows:
+        drawn = json.loads(row["drawn"])
+        assert drawn in trials.draws(job) and drawn["lr"] == json.loads(row["hyper_parameters"])["lr"], "search and final trials"
     here.clear()
     _, without = whole(changed(job, fanout={**job.fanout.model_dump(mode="json"), "search_finalists": {"top": 1}}))
     assert {row["seed"] for row in without if row["trial_stage"] == "search"} == {0}
