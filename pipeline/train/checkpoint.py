@@ -52,24 +52,27 @@ def save(uri: str, ranks: Any, state: dict[str, Any], bad_rows: dict[int, str] |
         dist.barrier()
 
 
-def load(uri: str, ranks: Any) -> tuple[dict[str, Any] | None, list[str]]:
+def load(uri: str, ranks: Any, restarts: bool = False) -> tuple[dict[str, Any] | None, list[str]]:
     """Read the newest resume point that is intact, the same one on every rank.
 
     Rank 0 looks for it and tells the others. Damaged resume points that are newer are removed:
     the run writes those steps again.
+
+    Args:
+        restarts: Where none is intact, remove them all and start again from step 0.
 
     Returns:
         The saved state, or None when there is no resume point, and a line for each damaged
         resume point that was passed over.
 
     Raises:
-        StorageError: on every rank, when resume points are there and none of them is intact,
-            or when they cannot be read at this moment.
+        StorageError: on every rank, when resume points are there and none of them is intact
+            (unless ``restarts``), or when they cannot be read at this moment.
     """
     state: dict[str, Any] | None = None
     verdict: list[Any] = [None]
     if ranks.first:
-        state, notes, problem = _newest_intact(uri)
+        state, notes, problem = _newest_intact(uri, restarts)
         verdict = [(state["step"] if state else None, notes, problem)]
     if ranks.count > 1:
         dist.broadcast_object_list(verdict, src=0)
@@ -81,7 +84,7 @@ def load(uri: str, ranks: Any) -> tuple[dict[str, Any] | None, list[str]]:
     return state, notes
 
 
-def _newest_intact(uri: str) -> tuple[dict[str, Any] | None, list[str], str]:
+def _newest_intact(uri: str, restarts: bool) -> tuple[dict[str, Any] | None, list[str], str]:
     """The newest state that can be read, a line for each damaged one that is newer, and what stops the run, if anything."""
     damaged: dict[int, str] = {}
     try:
@@ -96,6 +99,10 @@ def _newest_intact(uri: str) -> tuple[dict[str, Any] | None, list[str], str]:
             for newer in damaged:
                 storage.remove_tree(_folder(uri, newer))
             return state, [f"{line}: training goes on from that of step {step}" for line in damaged.values()], ""
+        if damaged and restarts:
+            clear(uri)
+            again = "none is intact, so training starts again from step 0"
+            return None, [f"{line}: {again}" for line in damaged.values()], ""
     except storage.StorageError as error:
         return None, [], str(error)
     if damaged:

@@ -115,6 +115,8 @@ class Run:
     clock: Callable[[], float] = time.perf_counter
     alive: Callable[[], None] = heartbeat.beat
     """Called at every step that was taken: whoever waits for this run sees that it does not hang."""
+    restarts: bool = False
+    """Whether training starts again from step 0 where every resume point is damaged; else that is an error."""
     on_start: Callable[[int, list[str]], None] = lambda step, notes: None
     """Told, before anything is logged, the step at which training starts (0, or that of the resume point) and a
     line for each damaged resume point that was passed over."""
@@ -198,7 +200,7 @@ def fit(run: Run) -> Outcome:
     if train.channels_last:
         task.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] - nn.Module.to takes it
     torch.manual_seed(mix(run.seed, ranks.rank, 77))
-    saved, passed_over = checkpoint.load(run.checkpoints, ranks) if run.checkpoints else (None, [])
+    saved, passed_over = checkpoint.load(run.checkpoints, ranks, run.restarts) if run.checkpoints else (None, [])
     start = saved["step"] if saved else 0
     run.on_start(start, passed_over)
     curve: list[dict[str, Any]] = saved["curve"] if saved else []

@@ -384,9 +384,6 @@ def run(name: str, trials: list[Trial], shared: Shared, spec: Fanout, progress: 
 
     Raises KeyboardInterrupt when stopped; what is finished stays.
     """
-    for one in trials:
-        if one.id in anew:
-            trial.drop_parts_of_others(shared, one)
     todo = [one for one in trials if one.id in anew or unfinished(shared.root, one, spec)]
     work = units(todo, shared)
     for workers, part in _by_workers(work, shared).items():

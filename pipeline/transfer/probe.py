@@ -23,16 +23,18 @@ from pipeline.data.stream import Loaded, Rows
 from pipeline.job import Train, spec_hash
 from pipeline.metrics import Predictions
 from pipeline.rng import mix
-from pipeline.train import checkpoint, evaluate, loop
+from pipeline.train import begun, evaluate, loop
 from pipeline.train.log import RowTrace
 from pipeline.train.loop import Ranks
 from pipeline.train.pretrain import device_name
 from pipeline.train.probe import features
 from pipeline.transfer import trial as trials
 from pipeline.transfer.trial import Record, Shared, TargetData
-from pipeline.transfer.trials import Trial
+from pipeline.transfer.trials import Trial, made_by
 
 FEATURES_FORMAT = 1
+STACKS = "stacks"
+"""In a job's folder: the resume points of heads that train together."""
 FEATURES_CODE = ("pipeline.train.probe",)
 """Modules that features start from, beside the modality and the backbone's library."""
 
@@ -273,10 +275,21 @@ def _stack(members: list[tuple[Trial, Train, Rows, int]], shared: Shared, data: 
     # one head alone is seeded as a trial alone, so that it draws the same random numbers; several draw none
     seed = mix(shared.seed, members[0][0].seed, 3) if len(members) == 1 else 0
     notes: list[str] = []
-    points = storage.join(shared.root, "stacks", spec_hash([trial.id for trial, *_ in members]))
+    first, ids = members[0][0], [trial.id for trial, *_ in members]
+    folder = storage.join(shared.root, STACKS, spec_hash(ids))
+    made = made_by(data.spec, shared.bases[first.base], first.technique)
+    parent_weights = shared.parent_weights.get(first.source)
+    began_with: list[dict[str, Any]] = []
+
+    def on_start(step: int, passed_over: list[str]) -> None:
+        notes.extend(passed_over)
+        began_with.extend(begun.started(folder, made, parent_weights, step, ids))
+
     work = loop.Run(task=stack, technique=members[0][0].technique_object, train=train, steps=steps, seed=seed, batches=batches,  # type: ignore[arg-type]
-                    ready=lambda batch, training: batch, keeper=keeper, evaluate=check, ranks=Ranks(device=device), checkpoints=points,
-                    on_start=lambda step, passed_over: notes.extend(passed_over), on_rows=on_rows if traces else None, alive=alive)
+                    ready=lambda batch, training: batch, keeper=keeper, evaluate=check, ranks=Ranks(device=device),
+                    checkpoints=storage.join(folder, begun.CHECKPOINTS), restarts=True, on_start=on_start,
+                    on_rows=on_rows if traces else None, alive=alive)
+    begun.drop_unfit(folder, made, parent_weights, shared.remake)
     outcome = loop.fit(work)
     moved += "".join(f"; {note}" for note in notes)
     tests: list[Predictions] | list[None] = _predicted(stack, cached["test"], train) if "test" in cached else [None] * len(members)
@@ -299,11 +312,11 @@ def _stack(members: list[tuple[Trial, Train, Rows, int]], shared: Shared, data: 
         test = None if found is None else {"row": data.test.selection.ids(np.arange(len(data.test))), **found}
         facts = {"params_trained": sum(p[k].numel() for p in stack.stacked), "steps": outcome.steps, "seconds": seconds, "device": device_name(device),
                  "start_weights": start_hash, "transfer": moved, "n_train": len(rows), "curve": keeper.curves[k], "kept_step": keeper.best[k].step,
-                 "resumed_from": outcome.resumed_from, "fitted": trials.fitted(head)}
+                 "resumed_from": outcome.resumed_from, "begun_by": began_with, "fitted": trials.fitted(head)}
         record = trials.make_record(trial, shared, own, began, facts, keeper.best[k].metrics, test)
         trials.write(trial, shared, record, test, Task(backbone, head) if shared.keep_bundles and trial.stage == "final" else None)
         out.append(record)
-    checkpoint.clear(points)
+    storage.remove_tree(folder)
     return out
 
 

@@ -336,7 +336,8 @@ def share(state: State) -> Shared:
                   {name: stage.bundle_uri for name, stage in state.sources.items()}, held, job.fanout.keep_bundles != "none",
                   {name: stage.key for name, stage in state.sources.items()}, facts,
                   {name: (manifest["objective"], head) for name, (_, head, manifest) in loaded.items()}, fence.entered(),
-                  {name: bundle.weights_sha256(stage.bundle_uri) for name, stage in state.sources.items()})
+                  {name: bundle.weights_sha256(stage.bundle_uri) for name, stage in state.sources.items()},
+                  remake="trials" in state.remake)
 
 
 def _git_sha() -> str | None:

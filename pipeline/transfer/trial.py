@@ -22,7 +22,7 @@ from pipeline.identity import FileIdentity
 from pipeline.job import Target, Train, drawn
 from pipeline.metrics import Predictions, metric, per_label, scored
 from pipeline.rng import mix
-from pipeline.train import begun, checkpoint, evaluate, loop
+from pipeline.train import begun, evaluate, loop
 from pipeline.train.log import MetricsLog, RowTrace
 from pipeline.train.loop import Ranks
 from pipeline.train.pretrain import device_name, shuffle_of, steps_of
@@ -110,6 +110,8 @@ class Shared:
     """The run that the trials belong to: they write while it holds its lease."""
     parent_weights: dict[str, str] = field(default_factory=dict)
     """Of each source the SHA-256 of its weights: a trial tells by it which weights it started from."""
+    remake: bool = False
+    """Whether resume points of other code or versions are dropped, since trials are made anew."""
 
 
 def folder(shared: Shared, trial: Trial) -> str:
@@ -118,7 +120,7 @@ def folder(shared: Shared, trial: Trial) -> str:
 
 def checkpoints(shared: Shared, trial: Trial) -> str:
     """Folder of a trial's resume points, the same kind as a source's."""
-    return storage.join(folder(shared, trial), "checkpoints")
+    return storage.join(folder(shared, trial), begun.CHECKPOINTS)
 
 
 def read_record(root: str, trial_id: str) -> Record | None:
@@ -240,12 +242,17 @@ def run(trial: Trial, shared: Shared, ranks: Ranks | None = None, report: Report
     check = evaluate.evaluator(data.validation, data.metrics, ready, ranks, autocast, EVAL_ROWS)
     log: MetricsLog | None = None
     notes: list[str] = []
+    made = made_by(data.spec, shared.bases[trial.base], trial.technique)
+    parent_weights = shared.parent_weights.get(trial.source)
+    began_with: list[dict[str, Any]] = []
 
     def on_start(step: int, passed_over: list[str]) -> None:
         nonlocal log
         notes.extend(passed_over)
         if ranks.first:
-            log = MetricsLog(folder(shared, trial), step)
+            where = folder(shared, trial)
+            began_with.extend(begun.started(where, made, parent_weights, step, [trial.id]))
+            log = MetricsLog(where, step)
 
     def on_log(record: dict[str, Any]) -> None:
         if log:
@@ -266,8 +273,9 @@ def run(trial: Trial, shared: Shared, ranks: Ranks | None = None, report: Report
     work = loop.Run(task=task, technique=technique, train=train, steps=steps, seed=mix(shared.seed, trial.seed, 3),
                     batches=partial(train_batches, rows, plan, rank=ranks.rank, ranks=ranks.count, place="train", pin=ranks.device.type == "cuda"),
                     ready=ready, keeper=keeper, evaluate=check, ranks=ranks, checkpoints=checkpoints(shared, trial), on_start=on_start, on_log=on_log,
-                    on_eval=on_eval, on_rows=trace, alive=alive, bad_rows=bad_rows)
-    began_with = begun.record(folder(shared, trial), made_by(data.spec, shared.bases[trial.base], trial.technique)) if ranks.first else []
+                    on_eval=on_eval, on_rows=trace, alive=alive, bad_rows=bad_rows, restarts=True)
+    if ranks.first:
+        begun.drop_unfit(folder(shared, trial), made, parent_weights, shared.remake)
     try:
         outcome = loop.fit(work) if technique.learns else loop.untrained(work)
     except BaseException:
@@ -417,16 +425,7 @@ def write(trial: Trial, shared: Shared, record: Record, test: Predictions | None
             row["bundle_uri"] = uri
     checked.write_document(storage.join(where, RECORD), record)
     if record["status"] != "failed":
-        checkpoint.clear(checkpoints(shared, trial))
-        begun.forget(folder(shared, trial))
-
-
-def drop_parts_of_others(shared: Shared, trial: Trial) -> None:
-    """Remove the resume points that other code or versions left of a trial that is made anew."""
-    now = made_by(shared.targets[trial.target, trial.base].spec, shared.bases[trial.base], trial.technique)
-    if begun.by_others(folder(shared, trial), now):
-        checkpoint.clear(checkpoints(shared, trial))
-        begun.forget(folder(shared, trial))
+        begun.forget(where)
 
 
 def read_predictions(root: str, trial_id: str, seed: int) -> stats.Run | None:

@@ -15,13 +15,13 @@ from stage_runs import COLUMNS, changed, job_of, prepared, primary, saved_vit, t
 from stage_runs import run_through as again
 from toys import image_files
 
-from pipeline import bundle, provenance, storage
+from pipeline import bundle, checked, provenance, storage
 from pipeline.data.stream import DataWorkers
 from pipeline.job import Job
 from pipeline.provenance import MadeBy
 from pipeline.train import begun, loop, pretrain, source
 from pipeline.train.loop import Ranks
-from pipeline.transfer import cells, dry_run, origins, probe, report, results, stages, trial
+from pipeline.transfer import cells, dry_run, origins, probe, report, results, stages, trial, trials
 
 
 @pytest.fixture(scope="module")
@@ -176,25 +176,36 @@ def test_trials_of_a_source_that_was_made_anew_are_marked(tmp_path, bundles, pat
     assert started == {"a": weights, "none": None}
 
 
-def test_a_trial_that_other_code_goes_on_with_says_so(tmp_path, bundles, paths, here, edit, monkeypatch):
-    """Killed with a resume point, gone on with by other code: the record tells of both; made anew, the point is not used."""
-    job = toy(tmp_path, bundles, paths)
-    job = changed(job, techniques=["scratch"], fanout={"seeds": 1})
-    data = job.model_dump(mode="json")
+def with_resume_points(job: Job, technique: str) -> Job:
+    """One trial of the technique (and of scratch), with a resume point at every step."""
+    data = changed(job, techniques=list({"scratch": 0, technique: 0}), fanout={"seeds": 1}).model_dump(mode="json")
     data["targets"]["task"]["train"] |= {"checkpoint_every_steps": 1, "steps": 3}
-    job = Job.model_validate(data)
+    return Job.model_validate(data)
+
+
+def killed_in_training(monkeypatch, work, step: int = 3) -> None:
+    """Do ``work``, which is killed in the trial's training before the resume point of ``step`` is written."""
     real = loop.fit
 
-    def killed(work):
-        def stop(step, metrics):
-            raise KeyboardInterrupt
+    def killed(run):
+        left = iter(range(step))
 
-        return real(dataclasses.replace(work, on_eval=stop))
+        def alive():
+            if next(left) == step - 1:
+                raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop, "fit", killed)
-    with pytest.raises(KeyboardInterrupt):
-        again(job)
-    monkeypatch.setattr(loop, "fit", real)
+        return real(dataclasses.replace(run, alive=alive))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "fit", killed)
+        with pytest.raises(KeyboardInterrupt):
+            work()
+
+
+def test_a_trial_that_other_code_goes_on_with_says_so(tmp_path, bundles, paths, here, edit, monkeypatch):
+    """Killed with a resume point, gone on with by other code: the record tells of both; made anew, the point is not used."""
+    job = with_resume_points(toy(tmp_path, bundles, paths), "scratch")
+    killed_in_training(monkeypatch, lambda: again(job))
     one, = set(here)
     folder = storage.join(job.root, "trials", one)
     assert storage.list_files(storage.join(folder, "checkpoints")) and len(begun.by(folder)) == 1
@@ -207,6 +218,71 @@ def test_a_trial_that_other_code_goes_on_with_says_so(tmp_path, bundles, paths, 
     state, _ = again(job, "trials")
     record = trial.read_record(job.root, one)
     assert record is not None and record["resumed_from"] == 0 and state.origins[one].changes == ()
+
+
+def test_a_trial_of_which_nothing_is_used_was_begun_by_nobody_else(tmp_path, bundles, paths, here, edit, monkeypatch):
+    """Killed before its first resume point, and run by other code: that code alone has made it."""
+    job = with_resume_points(toy(tmp_path, bundles, paths), "scratch")
+    killed_in_training(monkeypatch, lambda: again(job), step=1)
+    one, = set(here)
+    edit("pipeline.train.loop")
+    state, _ = again(job)
+    record = trial.read_record(job.root, one)
+    assert record is not None and record["resumed_from"] == 0 and record["begun_by"] == []
+    assert state.origins[one].changes == ()
+
+
+def full_trial(job: Job) -> tuple[trial.Shared, trials.Trial]:
+    """What the trials of a job read, and its trial of full fine-tuning."""
+    state = prepared(job)
+    shared = stages.share(state)
+    found = stages.final_trials(state, list(shared.bases.values()), {"task": {"a"}}, {})
+    return shared, next(one for one in found if one.technique.name == "full")
+
+
+def test_resume_points_of_other_weights_are_not_gone_on_with(tmp_path, bundles, paths, monkeypatch):
+    """The source was made anew after its trial was killed: the trial starts again from the weights that its record names."""
+    shared, one = full_trial(with_resume_points(toy(tmp_path, bundles, paths), "full"))
+    killed_in_training(monkeypatch, lambda: trial.run(one, shared, Ranks()))
+    points = trial.checkpoints(shared, one)
+    assert storage.list_files(points)
+    anew = dataclasses.replace(shared, parent_weights={"a": "other"})
+    told: list[str] = []
+    with checked.telling(told.append):
+        record = trial.run(one, anew, Ranks())
+    assert record["resumed_from"] == 0 and record["parent_weights"] == "other" and record["begun_by"] == []
+    assert "trained from other weights of the source" in told[0]
+
+
+def test_what_was_left_half_trained_is_made_anew_on_request(tmp_path, bundles, paths, here, edit, monkeypatch):
+    """A killed trial has no record: `--remake changed` drops its resume points of other code too."""
+    job = with_resume_points(toy(tmp_path, bundles, paths), "scratch")
+    killed_in_training(monkeypatch, lambda: again(job))
+    one, = set(here)
+    edit("pipeline.train.loop")
+    state, _ = again(job, "trials")
+    record = trial.read_record(job.root, one)
+    assert record is not None and record["resumed_from"] == 0 and state.origins[one].changes == ()
+
+
+def test_resume_points_of_before_they_had_a_record_count_as_not_recorded(tmp_path, bundles, paths, monkeypatch):
+    shared, one = full_trial(with_resume_points(toy(tmp_path, bundles, paths), "full"))
+    killed_in_training(monkeypatch, lambda: trial.run(one, shared, Ranks()))
+    storage.remove_tree(storage.join(trial.folder(shared, one), begun.FILE))
+    record = trial.run(one, shared, Ranks())
+    assert record["resumed_from"] > 0
+    origin = origins.of_record(record, provenance.recorded(record) or MadeBy({}, {}), "a", None)
+    assert origin.changes == (f"begun by other code or versions ({provenance.NOT_RECORDED})",)
+
+
+def test_a_trial_whose_resume_points_are_all_damaged_starts_again(tmp_path, bundles, paths, monkeypatch):
+    shared, one = full_trial(with_resume_points(toy(tmp_path, bundles, paths), "full"))
+    killed_in_training(monkeypatch, lambda: trial.run(one, shared, Ranks()))
+    for path in Path(trial.checkpoints(shared, one)).glob("*/state.pt"):
+        path.write_bytes(path.read_bytes()[:-1] + b"?")
+    record = trial.run(one, shared, Ranks())
+    assert record["status"] == "done" and record["resumed_from"] == 0
+    assert "is damaged" in record["transfer"] and "training starts again from step 0" in record["transfer"]
 
 
 def test_features_of_other_code_are_computed_again(tmp_path, paths, here, edit):
@@ -294,6 +370,20 @@ def test_resume_points_of_other_code_are_dropped_where_a_source_is_made_anew(tmp
     assert source.begin(anew) == [] and not storage.exists(leftover)
     storage.write_json(leftover, {})
     assert source.begin(anew) == [] and storage.exists(leftover), "what the same code has begun is gone on with"
+
+
+def test_a_half_trained_source_of_before_is_marked_or_made_anew(tmp_path, paths):
+    """It has resume points, and nothing says what code they are of."""
+    job = pretraining(tmp_path, paths)
+    stage = prepared(job).sources["src"]
+    leftover = storage.join(stage.uri, "checkpoints", "old.json")
+    record = storage.join(stage.uri, begun.FILE)
+    storage.write_json(leftover, {})
+    others = source.begin(stage)
+    assert len(others) == 1 and provenance.recorded(others[0]) is None, "marked as not recorded"
+    storage.remove_tree(record)
+    assert source.begin(prepared(job, "sources").sources["src"]) == []
+    assert not storage.exists(leftover)
 
 
 def test_a_bundle_that_the_job_names_is_what_it_is(tmp_path, bundles, paths, edit):

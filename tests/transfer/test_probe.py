@@ -1,5 +1,6 @@
 """Heads trained together on cached features are the heads that are trained one at a time."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -12,7 +13,7 @@ import pytest
 import torch
 from toys import SMALL, image_files, job_of, sentences, shared_of, text_modality, trial_of
 
-from pipeline import bundle
+from pipeline import bundle, provenance
 from pipeline.batch import Batch
 from pipeline.transfer import fanout, probe
 from pipeline.transfer import trial as one_trial
@@ -170,6 +171,64 @@ def test_heads_that_were_killed_go_on_bit_for_bit(paths, tmp_path, objective):
         lines = [json.loads(line) for line in Path(one_trial.folder(parts, one), "rows-rank0.jsonl").read_text().splitlines()]
         assert {line["step"] for line in lines} == set(range(12)) and all(len(line["rows"]) == 16 for line in lines)
     assert not list(Path(parts.root).glob("stacks/*"))
+
+
+@pytest.fixture
+def killed(paths, tmp_path):
+    """What heads that were killed at step 7, with a resume point at 4, read; and the heads."""
+    job = job_of(tmp_path, paths, {"checkpoint_every_steps": 4, "eval_every_steps": 3})
+    shared = shared_of(tmp_path, job, paths)
+    shared.parent_weights = {"src": "first"}
+    group = [trial_of(job, shared, "linear_probe", {"lr": lr}) for lr in LRS]
+    taken = iter(range(1, 10**6))
+
+    def kill():
+        if next(taken) == 7:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        probe.run(group, shared, kill)
+    return shared, group
+
+
+@pytest.fixture
+def edited(monkeypatch):
+    """As if the loop had been edited since."""
+    real = provenance.code_of
+
+    def code_of(modules, pieces):
+        return {**real(modules, pieces), "pipeline.train.loop": "edited"}
+
+    def edit():
+        monkeypatch.setattr(provenance, "code_of", code_of)
+        provenance.made_by.cache_clear()
+
+    yield edit
+    provenance.made_by.cache_clear()
+
+
+def test_killed_heads_do_not_go_on_from_other_weights(killed):
+    shared, group = killed
+    anew = dataclasses.replace(shared, parent_weights={"src": "second"})
+    found = probe.run(group, anew)
+    assert {record["resumed_from"] for record in found} == {0}
+    assert {record["parent_weights"] for record in found} == {"second"}
+
+
+def test_killed_heads_that_other_code_goes_on_with_say_so(killed, edited):
+    shared, group = killed
+    edited()
+    found = probe.run(group, shared)
+    assert {record["resumed_from"] for record in found} == {4}
+    assert all(len(record["begun_by"]) == 1 for record in found)
+
+
+def test_killed_heads_of_other_code_are_made_anew_on_request(killed, edited):
+    shared, group = killed
+    edited()
+    found = probe.run(group, dataclasses.replace(shared, remake=True))
+    assert {record["resumed_from"] for record in found} == {0}
+    assert all(record["begun_by"] == [] for record in found)
 
 
 @pytest.fixture
