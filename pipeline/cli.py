@@ -160,7 +160,7 @@ def _prune(state: Any, dry_run: bool) -> None:
         found = stages.stale(state)
         for line in found.lines():
             out.print(line, markup=False, soft_wrap=True)
-        if found.trials and not dry_run:
+        if not found.is_empty and not dry_run:
             pruning.prune(state.job.root, found)
             out.print("removed", markup=False)
 

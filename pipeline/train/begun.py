@@ -109,3 +109,9 @@ def started(folder: str, now: MadeBy, weights: str | None, step: int,
         worked = [*before, {**now.facts(), _WEIGHTS: weights}]
     checked.write_document(storage.join(folder, FILE), {"begun_by": worked, "trials": trials})
     return others
+
+
+def trials_of(folder: str) -> list[str]:
+    """Ids of the trials that the resume points in a folder belong to; empty where that is not known."""
+    kept = checked.document_or_none(storage.join(folder, FILE), "its trials are not known any more")
+    return (kept or {}).get("trials", [])

@@ -29,12 +29,11 @@ from pipeline.train.loop import Ranks
 from pipeline.train.pretrain import device_name
 from pipeline.train.probe import features
 from pipeline.transfer import trial as trials
+from pipeline.transfer.pruning import STACKS
 from pipeline.transfer.trial import Record, Shared, TargetData
 from pipeline.transfer.trials import Trial, made_by
 
 FEATURES_FORMAT = 1
-STACKS = "stacks"
-"""In a job's folder: the resume points of heads that train together."""
 FEATURES_CODE = ("pipeline.train.probe",)
 """Modules that features start from, beside the modality and the backbone's library."""
 

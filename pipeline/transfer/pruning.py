@@ -14,11 +14,14 @@ from typing import Any
 
 from pipeline import bundle, checked, folders, storage
 from pipeline.job import STARTS
+from pipeline.train import begun
 from pipeline.transfer import results
 from pipeline.transfer.cells import SCRATCH, cell_key
 
 USES_FILE = "uses.json"
 """In a job's folder: the bundles and checkpoints that its sources start from, so that no other job prunes them."""
+STACKS = "stacks"
+"""In a job's folder: the resume points of heads that train together."""
 MOST_CELLS = 6
 
 Row = dict[str, Any]
@@ -33,13 +36,21 @@ class Stale:
     cells: tuple[str, ...]
     kept: dict[str, str] = field(default_factory=dict)
     """Trial id to who uses its bundle: these stay."""
+    stacks: tuple[str, ...] = ()
+    """Names of the folders with resume points of heads that would train together."""
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self.rows or self.trials or self.stacks)
 
     def lines(self) -> list[str]:
         """What goes and what stays, in words."""
-        if not self.rows and not self.trials:
+        if self.is_empty:
             out = ["nothing is stale: every trial that is kept belongs to the job"]
         else:
             out = [f"stale: {self.rows} rows of {results.FILE} and the folders of {len(self.trials)} trials, with their bundles", *self.cells]
+        if self.stacks:
+            out.append(f"stale: resume points of {len(self.stacks)} stacks of heads that were killed")
         return [*out, *(f"kept: trial {name} is used by {user}" for name, user in self.kept.items())]
 
 
@@ -82,7 +93,18 @@ def find(root: str, current: set[str], used: Mapping[str, str]) -> Stale:
             kept[name] = ", ".join(users)
     gone = there - kept.keys()
     stale = [row for row in rows if row["trial_id"] in gone]
-    return Stale(len(stale), tuple(sorted(gone)), tuple(_cells(stale)), kept)
+    stacks = _stale_stacks(root, current)
+    return Stale(len(stale), tuple(sorted(gone)), tuple(_cells(stale)), kept, stacks)
+
+
+def _stale_stacks(root: str, current: set[str]) -> tuple[str, ...]:
+    """Stacks of which some trial is not in the job any more (so nothing goes on with them), or is not known."""
+    out = []
+    for name in _folders(storage.join(root, STACKS)):
+        trials = begun.trials_of(storage.join(root, STACKS, name))
+        if not trials or not set(trials) <= current:
+            out.append(name)
+    return tuple(out)
 
 
 def prune(root: str, stale: Stale) -> None:
@@ -90,6 +112,8 @@ def prune(root: str, stale: Stale) -> None:
     results.remove(root, stale.trials)
     for name in stale.trials:
         storage.remove_tree(storage.join(root, "trials", name))
+    for name in stale.stacks:
+        storage.remove_tree(storage.join(root, STACKS, name))
 
 
 # ---------------------------------------------------------------- what other jobs use

@@ -57,8 +57,8 @@ Row = dict[str, Any]
 def append(uri: str, rows: list[Row], current: Collection[str] | None = None) -> None:
     """Add rows to the table under the folder ``uri``; columns that a row lacks are null. The file is replaced whole, atomically.
 
-    A row with the (trial_id, split, metric, trial_stage) of an earlier one takes its place; so do the rows of a trial that
-    failed before and is done now, for the row with its error. Raises ValueError for an unknown column or a value of the wrong type.
+    A row with the (trial_id, split, metric, trial_stage) of an earlier one takes its place. Earlier rows of a trial that
+    ended otherwise than now (it failed then and is done now, or the other way round) go. Raises ValueError for an unknown column or a value of the wrong type.
 
     Args:
         current: Ids of every trial of the job as it is now. The column ``current`` of all rows, old ones too, is set by it;
@@ -67,12 +67,12 @@ def append(uri: str, rows: list[Row], current: Collection[str] | None = None) ->
     if not rows and current is None:
         return
     new = _checked(rows)
-    finished = {(row["trial_id"], row["trial_stage"]) for row in new if row["status"] == "done"}
+    status_now = {(row["trial_id"], row["trial_stage"]): row["status"] for row in new}
     kept: dict[tuple, Row] = {}
     for row in _read_or_none(uri):
-        if row["metric"] is None and row["status"] != "done" and (row["trial_id"], row["trial_stage"]) in finished:
-            continue
-        kept[_key(row)] = row
+        ended_as = status_now.get((row["trial_id"], row["trial_stage"]), row["status"])
+        if row["status"] == ended_as:
+            kept[_key(row)] = row
     for row in new:
         kept[_key(row)] = row
     if not kept:

@@ -11,6 +11,8 @@ from typer.testing import CliRunner
 
 from pipeline import bundle, cli, storage
 from pipeline.job import Job
+from pipeline.provenance import MadeBy
+from pipeline.train import begun
 from pipeline.transfer import pruning, results, stages, trial
 
 
@@ -74,6 +76,23 @@ def test_stale_trials_go_with_their_rows_and_bundles_and_nothing_else_does(both)
     assert all(bundle.exists(row["bundle_uri"]) for row in before if row["bundle_uri"])
     assert stages.stale(prepared(job)).lines() == ["nothing is stale: every trial that is kept belongs to the job"]
     assert all(done for _, done in stages.ended(prepared(job))), "nothing is to be run again"
+
+
+def test_stacks_of_stale_trials_go(both):
+    """Heads that were killed leave resume points beside the trials."""
+    job, old, new = both
+    now = MadeBy({}, {})
+    for name, ids in (("old", old), ("mixed", old | new), ("new", new)):
+        folder = storage.join(job.root, "stacks", name)
+        storage.write_json(storage.join(folder, begun.CHECKPOINTS, "point.json"), {})
+        begun.started(folder, now, None, 0, sorted(ids))
+    storage.write_json(storage.join(job.root, "stacks", "of_before", "step-0000000004", "state.json"), {})
+    found = stages.stale(prepared(job))
+    assert found.stacks == ("mixed", "of_before", "old")
+    assert "stale: resume points of 3 stacks of heads that were killed" in found.lines()
+    pruning.prune(job.root, found)
+    assert {path.name for path in Path(job.root, "stacks").iterdir()} == {"new"}
+    assert stages.stale(prepared(job)).is_empty
 
 
 def test_a_trial_that_another_job_starts_from_stays(both, tmp_path, vit, paths):

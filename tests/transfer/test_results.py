@@ -55,8 +55,14 @@ def test_a_failure_is_superseded_by_the_rerun_that_is_done(tmp_path):
     results.append(str(tmp_path), [failed, row("b", None, None, status="failed", error="bang", split=None)])
     results.append(str(tmp_path), [row("a")])
     assert [(r["trial_id"], r["status"]) for r in results.read(str(tmp_path))] == [("b", "failed"), ("a", "done")]
-    results.append(str(tmp_path), [failed])  # what was measured stays
-    assert [(r["trial_id"], r["status"]) for r in results.read(str(tmp_path))] == [("b", "failed"), ("a", "done"), ("a", "failed")]
+
+
+def test_results_of_a_trial_that_fails_when_it_is_made_anew_go(tmp_path):
+    """Its record says that it failed, and the table says the same."""
+    failed = row("a", None, None, status="failed", error="boom", split=None)
+    results.append(str(tmp_path), [row("a"), row("a", "loss", 2.0), row("b")])
+    results.append(str(tmp_path), [failed], current={"a", "b"})
+    assert [(r["trial_id"], r["status"]) for r in results.read(str(tmp_path))] == [("b", "done"), ("a", "failed")]
 
 
 @pytest.mark.parametrize(("bad", "says"), [
