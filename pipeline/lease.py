@@ -1,8 +1,8 @@
 """One run of a job at a time: a lease in the job's folder, renewed while the run lives.
 
 Two runs at once would train into the same folders and write the same table. A lease is a small JSON file, so it works on
-S3 too; a run that was killed leaves one that is taken over when its process is gone (same host) or nothing has renewed it
-for a while.
+S3 too; a run that was killed leaves one that is taken over when its process is gone (same machine) or nothing has renewed
+it for a while. A run renews its lease in a file of its own, beside the lease, which it never writes again.
 
 Getting in is exclusive: the file is made only where none is (a hard link locally, a conditional put on S3). Taking over is
 exclusive too: who wants the place of a dead lease first makes a claim, a file named by the dead lease's id, in the same
@@ -26,7 +26,7 @@ from typing import Any
 
 import psutil
 
-from pipeline import fence, storage
+from pipeline import fence, processes, storage
 
 RENEW_SECONDS, STALE_SECONDS = 20.0, 90.0
 SWEEP_SECONDS = 3600.0
@@ -34,7 +34,9 @@ SWEEP_SECONDS = 3600.0
 TURNS_SECONDS = 60.0
 """So long a run tries to get in where several start at once."""
 Lease = dict[str, Any]
-"""``id``, ``host``, ``pid``, ``process_began``, ``pid_namespace`` and ``time``, when it was made or renewed."""
+"""``id``, ``host``, ``pid``, ``process_began``, ``machine`` and ``time``, when it was made or renewed."""
+_RENEWAL_PREFIX = f"{fence.LEASE_PREFIX}-alive-"
+"""Beside the lease lies a file with this name and the lease's id: it says when the run renewed its lease."""
 
 
 class BusyError(ValueError):
@@ -68,13 +70,15 @@ def hold(root: str, note: Callable[[str], None] = lambda line: None) -> Iterator
                     if not ended.is_set():
                         _interrupt(holder)
                     return
-                storage.write_json(fence.lease_uri(root), _now(mine))
+                # the lease itself is never written again: between the look and the write another run may have
+                # taken it over, and this one would take it back
+                storage.write_json(_renewal_uri(root, mine["id"]), _now(mine))
 
     thread = threading.Thread(target=renew, name="lease", daemon=True)
     thread.start()
     try:
         with fence.inside([fence.Fence(root, mine["id"])]):
-            _sweep(root, note)
+            _sweep(root, mine, note)
             yield
     except KeyboardInterrupt:
         if lost.is_set():
@@ -83,6 +87,8 @@ def hold(root: str, note: Callable[[str], None] = lambda line: None) -> Iterator
     finally:
         ended.set()
         thread.join()
+        with contextlib.suppress(storage.StorageError):
+            storage.remove_tree(_renewal_uri(root, mine["id"]))
         with contextlib.suppress(storage.StorageError):
             if _is_held(root, mine):
                 storage.remove_tree(fence.lease_uri(root))
@@ -94,13 +100,17 @@ def _interrupt(holder: threading.Thread) -> None:
         signal.pthread_kill(holder.ident, signal.SIGINT)
 
 
-def _sweep(root: str, note: Callable[[str], None]) -> None:
-    """Remove what writers and runs left that were killed."""
+def _sweep(root: str, mine: Lease, note: Callable[[str], None]) -> None:
+    """Remove what writers and runs left that were killed. The lease is ours, so renewals of other runs are of no use."""
     try:
         removed = storage.sweep(root, SWEEP_SECONDS) + storage.sweep_scratch(SWEEP_SECONDS)
         for claim in _claims(root):
             if not _is_alive(claim):
                 storage.remove_tree(claim["uri"])
+        for uri in storage.list_files(root, recursive=False):
+            name = uri.rpartition("/")[2]
+            if name.startswith(_RENEWAL_PREFIX) and uri != _renewal_uri(root, mine["id"]):
+                storage.remove_tree(uri)
     except storage.StorageError as error:
         note(f"warning: what killed writers left cannot be removed: {error}")
         return
@@ -121,7 +131,7 @@ def _enter(root: str, mine: Lease) -> None:
         held = fence.read_lease(root)
         if held is None:  # it was released in this moment
             continue
-        if _is_alive(held):
+        if _holder_is_alive(root, held):
             raise _busy(root, held)
         if _take_over(root, held, mine):
             return
@@ -169,7 +179,7 @@ def _enter_without_conditions(root: str, mine: Lease) -> None:
             storage.write_json(claim, _now(mine))
             others = [one for one in _claims(root) if one["id"] != mine["id"] and _is_alive(one)]
             held = fence.read_lease(root)
-            if held is not None and _is_alive(held):
+            if held is not None and _holder_is_alive(root, held):
                 raise _busy(root, held)
             if not others:
                 storage.write_json(fence.lease_uri(root), _now(mine))
@@ -210,16 +220,8 @@ def _new_lease() -> Lease:
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "process_began": psutil.Process().create_time(),
-        "pid_namespace": _pid_namespace(),
+        "machine": processes.machine(),
     }
-
-
-def _pid_namespace() -> int | None:
-    """Containers of one host may have the same name and each a process with our number."""
-    try:
-        return os.stat("/proc/self/ns/pid").st_ino
-    except OSError:
-        return None
 
 
 def _now(lease: Lease) -> Lease:
@@ -238,11 +240,27 @@ def _is_held(root: str, mine: Lease) -> bool:
     return found is not None and found["id"] == mine["id"]
 
 
+def _renewal_uri(root: str, lease_id: str) -> str:
+    return storage.join(root, f"{_RENEWAL_PREFIX}{lease_id}.json")
+
+
+def _holder_is_alive(root: str, held: Lease) -> bool:
+    """Whether the run that has the lease still lives, by its process or by when it renewed the lease."""
+    renewed = _read(_renewal_uri(root, held["id"])) or {}
+    newest = max(held.get("time", 0.0), renewed.get("time", 0.0))
+    return _is_alive({**held, "time": newest})
+
+
 def _is_alive(held: Lease) -> bool:
-    is_here = held.get("host") == socket.gethostname() and held.get("pid_namespace", _pid_namespace()) == _pid_namespace()
-    if not is_here:
+    """Whether the run of a lease or claim lives: on this machine its process, else how old it is."""
+    if not _is_of_this_machine(held):
         return time.time() - held.get("time", 0.0) < STALE_SECONDS
-    try:  # a number that went to another process since then is not the run
-        return abs(psutil.Process(int(held["pid"])).create_time() - held["process_began"]) < 1.0
-    except psutil.NoSuchProcess:
-        return False
+    return not processes.has_ended(int(held["pid"]), held["process_began"])
+
+
+def _is_of_this_machine(held: Lease) -> bool:
+    if "machine" in held:
+        return held["machine"] == processes.machine()
+    # earlier versions named the host and the namespace alone
+    here = processes.process_namespace()
+    return held.get("host") == socket.gethostname() and held.get("pid_namespace", here) == here

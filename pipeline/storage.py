@@ -15,7 +15,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import tempfile
 import time
 import uuid
@@ -25,7 +24,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from pipeline import fence, s3
+from pipeline import fence, processes, s3
 from pipeline.s3 import DamagedError as DamagedError
 from pipeline.s3 import NotFoundError as NotFoundError
 from pipeline.s3 import StorageError as StorageError
@@ -315,12 +314,8 @@ def beside(path: Path) -> Path:
 
 
 def _machine() -> str:
-    """Eight letters for this machine and the space of its process numbers: containers of one name have several."""
-    try:
-        space = os.stat("/proc/self/ns/pid").st_ino
-    except OSError:
-        space = 0
-    return hashlib.sha256(f"{socket.gethostname()} {space}".encode()).hexdigest()[:8]
+    """Eight letters for this machine: names of files should not grow long."""
+    return processes.machine()[:8]
 
 
 _SCRATCH = ".onetomany"
@@ -340,13 +335,7 @@ def _writer_is_gone(name: str) -> bool:
     found = re.search(r"\.tmp-([0-9a-f]{8})-(\d+)-[0-9a-f]{8}$", name)
     if found is None or found[1] != _machine():
         return False
-    try:
-        os.kill(int(found[2]), 0)
-    except ProcessLookupError:
-        return True
-    except (PermissionError, OverflowError):
-        return False
-    return False
+    return processes.has_ended(int(found[2]))
 
 
 def sweep(uri: Uri, older_than_s: float) -> list[str]:

@@ -15,7 +15,7 @@ FLOORS = [
     {"job", "jobfile", "contracts", "registry", "s3", "storage", "identity", "folders", "rng", "checked", "fence", "lease", "coco", "pixels", "imagefile",
      "spans", "tokenizer", "ragged", "lists", "facts", "batch", "calibration", "imbalance", "ranking", "frames", "audiofile", "audioheader",
      "spectrogram", "transcripts", "actions", "trajectories", "simulation", "provenance", "heartbeat", "stopping",
-     "exported_classifier", "plain_config", "capabilities"},
+     "exported_classifier", "plain_config", "capabilities", "processes"},
     {"metrics", "classifier_export", "bundle", "gather", "data", "modalities", "models", "pyramid", "speech_folders"},
     {"objectives", "techniques", "hugging_face"},
     {"starts", "export_check"},

@@ -29,6 +29,11 @@ def held(root: str) -> dict | None:
     return storage.read_json(uri) if storage.exists(uri) else None
 
 
+def renewed(root: str, lease_id: str) -> dict | None:
+    uri = storage.join(root, f".run-alive-{lease_id}.json")
+    return storage.read_json(uri) if storage.exists(uri) else None
+
+
 def left_behind(root: str, **change) -> dict:
     """A lease as a run leaves it that never came to its end; by default of this living process."""
     found = {"id": "1", "host": socket.gethostname(), "pid": os.getpid(), "process_began": psutil.Process().create_time(), "time": time.time(), **change}
@@ -149,13 +154,65 @@ def test_a_lease_is_renewed_while_the_run_lives(tmp_path, monkeypatch):
     root = str(tmp_path / "job")
     with lease.hold(root):
         first = held(root)
+        assert first is not None
         for _ in range(500):
-            now = held(root)
-            if failed and now and first and now["time"] > first["time"]:
+            now = renewed(root, first["id"])
+            if failed and now and now["time"] > first["time"]:
                 break
             time.sleep(0.01)
-        assert failed and now and first and now["time"] > first["time"] and now["id"] == first["id"]
-    assert held(root) is None
+        assert failed and now and now["time"] > first["time"] and now["id"] == first["id"]
+        assert held(root) == first, "the lease itself is never written again"
+    assert held(root) is None and renewed(root, first["id"]) is None
+
+
+def test_a_lease_that_another_host_renews_is_obeyed_however_old_it_is(root):
+    old = time.time() - lease.STALE_SECONDS - 1
+    there = left_behind(root, host="elsewhere", pid=12, time=old)
+    renewal = storage.join(root, ".run-alive-1.json")
+    storage.write_json(renewal, {**there, "time": time.time()})
+    with pytest.raises(BusyError, match=r"process 12 on elsewhere"), lease.hold(root):
+        pytest.fail("two runs at once")
+    storage.write_json(renewal, {**there, "time": old})
+    with lease.hold(root):
+        assert renewed(root, "1") is None
+
+
+def test_a_run_does_not_take_its_lease_back_in_the_moment_of_renewing_it(root, monkeypatch):
+    """Another run takes the lease over after this one has looked at it and before it renews it."""
+    looks, taken = lease._is_held, []
+
+    def is_held(place, mine):
+        found = looks(place, mine)
+        if threading.current_thread().name == "lease" and not taken:
+            taken.append(left_behind(place, id="other", host="elsewhere", pid=12))
+        return found
+
+    monkeypatch.setattr(lease, "RENEW_SECONDS", 0.05)
+    monkeypatch.setattr(lease, "_is_held", is_held)
+    with pytest.raises(fence.LostLeaseError, match="process 12 on elsewhere has it now"), lease.hold(root):
+        threading.Event().wait(20)
+        pytest.fail("nothing has stopped it")
+    assert taken == [held(root)]
+
+
+def test_a_run_that_was_killed_and_that_its_parent_has_not_asked_for_is_dead(root):
+    """The first process of many a container asks for none: the dead stay in the list of processes."""
+    with subprocess.Popen([sys.executable, "-c", ""]) as dead:
+        began = psutil.Process(dead.pid).create_time()
+        os.waitid(os.P_PID, dead.pid, os.WEXITED | os.WNOWAIT)
+        assert psutil.Process(dead.pid).status() == psutil.STATUS_ZOMBIE
+        left_behind(root, pid=dead.pid, process_began=began)
+        with lease.hold(root):
+            pass
+
+
+def test_a_lease_of_another_machine_with_the_same_name_is_obeyed(root):
+    """Its process numbers mean nothing here: none of this machine has that number."""
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        pass
+    left_behind(root, machine="0" * 16, pid=ended.pid)
+    with pytest.raises(BusyError, match=rf"process {ended.pid} on "), lease.hold(root):
+        pytest.fail("two runs at once")
 
 
 @pytest.mark.parametrize("conditions", ["local", "kept", "ignored"])

@@ -229,6 +229,14 @@ def test_killed_write_leaves_the_old_file_and_sweep_clears_up(tmp_path):
     assert storage.sweep("s3://bucket/key", 0) == []
 
 
+def test_what_a_process_was_writing_goes_when_it_has_ended_though_nobody_has_asked_for_it(tmp_path):
+    with subprocess.Popen([sys.executable, "-c", ""]) as dead:
+        os.waitid(os.P_PID, dead.pid, os.WEXITED | os.WNOWAIT)
+        name = storage.beside(tmp_path / "x").name.replace(f"-{os.getpid()}-", f"-{dead.pid}-")
+        (tmp_path / name).write_bytes(b"")
+        assert storage.sweep(str(tmp_path), 3600) == [str(tmp_path / name)]
+
+
 def test_check_writable(root):
     storage.check_writable(root)
     assert storage.list_files(root) == []

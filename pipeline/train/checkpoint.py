@@ -113,8 +113,7 @@ def _newest_intact(uri: str, restarts: bool) -> tuple[dict[str, Any] | None, lis
 
 def _is_damage(error: storage.StorageError) -> bool:
     """Whether the content is wrong, or a file is gone; not that the storage does not answer."""
-    cause = error.__cause__
-    return cause is None or isinstance(cause, (ValueError, FileNotFoundError, NotADirectoryError))
+    return isinstance(error, (storage.DamagedError, storage.NotFoundError))
 
 
 def _read(folder: str) -> dict[str, Any]:

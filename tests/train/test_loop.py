@@ -513,12 +513,15 @@ def test_resume_points_that_are_all_damaged_are_refused(rows, validation, tmp_pa
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-0000000006", "step-0000000009"], "nothing was removed"
 
 
-def test_a_resume_point_that_cannot_be_read_now_is_not_taken_for_damaged(rows, validation, tmp_path, monkeypatch):
-    """A storage that does not answer must not cost the newest resume point."""
+@pytest.mark.parametrize("cause", [ConnectionError("down"), None], ids=["no answer", "a short answer"])
+def test_a_resume_point_that_cannot_be_read_now_is_not_taken_for_damaged(
+    rows, validation, tmp_path, monkeypatch, cause
+):
+    """A storage that does not answer, or not whole, must not cost the newest resume point."""
     loop.fit(resumable(rows, validation, tmp_path, "full"))
 
     def unreachable(uri):
-        raise storage.StorageError(f"cannot read {uri}: the server is down") from ConnectionError("down")
+        raise storage.StorageError(f"cannot read {uri}: the server is down") from cause
 
     monkeypatch.setattr(storage, "read_bytes", unreachable)
     with pytest.raises(storage.StorageError, match="the server is down"):
