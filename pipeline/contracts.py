@@ -6,6 +6,7 @@ Shapes: B rows of a batch, D features, N tokens or positions, C channels or clas
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -101,6 +102,16 @@ class Modality(ABC):
     @abstractmethod
     def fit(cls, options: Any, table: Any, columns: dict[str, str], backbone: str) -> dict[str, Any]:
         """State from a sample of training rows (a pyarrow table), the column of each role and the backbone's name."""
+
+    @classmethod
+    def without_effect(cls, stated: Mapping[str, Any], inherited: Mapping[str, Any] | None = None) -> str:
+        """In words, which of the options that a job states would change nothing beside the others; "" where each has an effect.
+
+        Args:
+            stated: options as one place of the job has them.
+            inherited: those of the source or checkpoint, where the job does not say them anew.
+        """
+        return ""
 
     def needed_type(self, role: str, kind: Any) -> str:
         """"" where a column of this Arrow type can hold the role, else in words what the role needs ("encoded images: binary, ...").

@@ -459,7 +459,8 @@ def _write_timm(found: bundle.Bundle, folder: Path, backbone_only: bool) -> str:
         told = {"label_names": task.objective.state["labels"]}
     crop = {"crop": "center", "squash": "squash", "pad": "border"}[modality.options.fit]
     size = (modality.options.channels, modality.options.size, modality.options.size)
+    crop_share = modality.options.crop_share if modality.options.fit == "crop" else 1.0  # timm crops whatever the mode, and here squash and pad do not
     input_ = {"input_size": size, "mean": tuple(modality.state["mean"]), "std": tuple(modality.state["std"]), "interpolation": modality.options.interpolation,
-              "crop_pct": modality.options.crop_share, "crop_mode": crop}
+              "crop_pct": crop_share, "crop_mode": crop}
     timm.models.save_for_hf(model, str(folder), model_config=told, safe_serialization=True, data_config=input_)
     return f"{backbone.arch['name']} with {sum(p.numel() for p in model.parameters())} parameters, {len(told.get('label_names', []))} labels"

@@ -415,6 +415,8 @@ def stated(arch: dict[str, Any], modality: dict[str, Any], given: Plug | None, p
     if given.name != modality["name"]:
         raise BundleError(f"{place}: the checkpoint reads {modality['name']}, the job says {given.name}: leave it out")
     kind = registry.get("modality", given.name)
+    if problem := kind.without_effect(given.options, modality["options"]):
+        raise BundleError(f"{place}: {problem}")
     options = {**modality["options"], **given.options}
     try:
         made = kind(kind.options_class(**options), modality["state"])
@@ -434,7 +436,8 @@ def input_note(modality: dict[str, Any], name: str, given: Plug | None, told: st
         return ""
     options, state = modality["options"], modality["state"]
     levels = {part: "/".join(f"{value:g}" for value in state[part]) for part in ("mean", "std")}
-    crop = f", crop_share {options['crop_share']:g}" if "crop_share" in options else ""
+    is_cropped = "crop_share" in options and options.get("fit", "crop") == "crop"
+    crop = f", crop_share {options['crop_share']:g}" if is_cropped else ""
     resized = f", {options['interpolation']}" if "interpolation" in options else ""
     text = f"images are read at {options['size']} pixels, {options['channels']} channels, mean {levels['mean']}, std {levels['std']}{crop}{resized}"
     stated_here = sorted(given.options) if given else []

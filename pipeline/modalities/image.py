@@ -51,7 +51,7 @@ class ImageOptions(Options):
         None, description="mean of each channel (0 to 1), or what published checkpoints want by name; none: fitted on the training rows")
     std: list[float] | Literal["imagenet", "inception"] | None = Field(None, description="standard deviation of each channel, like mean; both or neither")
     crop_share: float = Field(1.0, gt=0, le=1, description="of fit: crop, the share of the resized shorter side that the centre crop keeps (timm's crop_pct): "
-                              "0.875 resizes to 256 for a size of 224")
+                              "0.875 resizes to 256 for a size of 224; refused with another fit")
     interpolation: Literal["bilinear", "bicubic"] = Field("bilinear", description="how images are resized, antialiased")
 
 
@@ -79,6 +79,14 @@ class Image(Modality):
             low, high = getattr(options, name)
             if not least < low <= high <= most:
                 raise ValueError(f"{name}: {[low, high]} must be the least and the greatest, above {least} and at most {most}")
+
+    @classmethod
+    def without_effect(cls, stated, inherited=None) -> str:
+        fit = {"fit": "crop", **(inherited or {}), **stated}["fit"]
+        share = stated.get("crop_share", 1.0)
+        if fit == "crop" or share == 1:
+            return ""
+        return f"crop_share {share:g} has no effect with fit: {fit}, which crops nothing: leave it out, or say fit: crop"
 
     @classmethod
     def fit(cls, options, table, columns, backbone):

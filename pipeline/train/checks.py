@@ -13,6 +13,8 @@ def source(place: str, spec: Source) -> None:
     """Raises ValueError for options of a source with data that do not suit each other."""
     assert spec.data is not None and spec.objective is not None
     modality, objective = registry.get("modality", spec.data.modality.name), registry.get("objective", spec.objective.name)
+    if problem := modality.without_effect(spec.data.modality.options):
+        raise ValueError(f"{place}.data.modality: {problem}")
     check_modality(place, spec.data.modality.name, spec.data.modality.options, spec.objective.name)
     if objective.packed:
         check_packed(place, spec.data, spec.objective.name)

@@ -59,6 +59,8 @@ def fit_modality(spec: Source, rows: Selection, start: starts.Start | None, plac
         own, named = registry.get("modality", plug.name).target_options, by_content(plug)
         given = {k: plug.options[k] for k, v in named.items()
                  if k not in own and theirs.get(k, v if k not in PLACES.get(plug.name, ()) else None) != v}  # a checkpoint brings its own tokenizer
+        if problem := registry.get("modality", plug.name).without_effect(named, theirs):
+            raise ValueError(f"{place}.data.modality: {problem}")
         if given:
             raise ValueError(f"{place}.data.modality: {given} contradicts {start.origin} ({theirs}); leave it out")
         return completed({**start.modality, "options": {**theirs, **named}}, rows, objective, spec.data.columns)

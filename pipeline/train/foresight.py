@@ -56,11 +56,7 @@ def source(stage: SourceStage) -> Foreseen | None:
 def _checkpoint(stage: SourceStage, start: starts.Start | None) -> Foreseen:
     """A source without data, as `train_source.import_checkpoint` reads it."""
     assert start is not None
-    spec, modality = stage.spec, start.modality
-    if start.arch is None or modality is None:
-        arch, modality = starts.described(spec.backbone.name, dict(spec.backbone.options))
-    else:
-        arch = train_source.arch_of(spec, start, {})
+    arch, modality = train_source.checkpoint_parts(stage.spec, start, f"sources.{stage.name}")
     start.onto(bundle.build_backbone(arch, stage.seed))
     return Foreseen(arch, modality, [])
 

@@ -22,7 +22,7 @@ from pipeline.train import checkpoint, evaluate, loop, probe
 from pipeline.train.log import MetricsLog, RowTrace
 from pipeline.train.loop import Ranks
 from pipeline.train.row_checks import Finding
-from pipeline.train.source import Fitted, SourceStage, arch_of, canonical_shards, check_plan, made_by, mixture
+from pipeline.train.source import Fitted, SourceStage, canonical_shards, check_plan, checkpoint_parts, made_by, mixture
 
 ROWS_SHUFFLE_BYTES = 256 << 20
 VALIDATION_BYTES = 512 << 20
@@ -255,13 +255,8 @@ def import_checkpoint(stage: SourceStage) -> dict[str, Any]:
     start = starts.read(text, spec.backbone.name)
     stage.check_start()
     began = time.time()
-    modality = start.modality
-    told = text if start.arch is not None and modality is not None else ""
-    if start.arch is None or modality is None:
-        arch, modality = starts.described(spec.backbone.name, dict(spec.backbone.options))
-    else:
-        arch = arch_of(spec, start, {})
-    arch, modality = starts.stated(arch, modality, spec.modality, f"sources.{stage.name}.modality")
+    arch, modality = checkpoint_parts(spec, start, f"sources.{stage.name}")
+    told = text if start.arch is not None and start.modality is not None else ""
     note = starts.input_note(modality, spec.backbone.name, spec.modality, told)
     backbone = bundle.build_backbone(arch, stage.seed)
     moved = start.onto(backbone)

@@ -369,6 +369,21 @@ def arch_of(spec: Source, start: starts.Start | None, inputs: dict[str, Any]) ->
     return read_otherwise({**start.arch, "options": {**start.arch["options"], **given}}, {**start.arch["inputs"], **inputs})
 
 
+def checkpoint_parts(spec: Source, start: starts.Start, place: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arch and modality of a source without data: what its checkpoint tells, else timm's own, with what the job states of its rows.
+
+    Args:
+        place: the source in the job file, for errors.
+
+    Raises BundleError where the job contradicts the checkpoint, and for options that do not go together.
+    """
+    if start.arch is None or start.modality is None:
+        arch, modality = starts.described(spec.backbone.name, dict(spec.backbone.options))
+    else:
+        arch, modality = arch_of(spec, start, {}), start.modality
+    return starts.stated(arch, modality, spec.modality, f"{place}.modality")
+
+
 def read_otherwise(arch: dict[str, Any], inputs: dict[str, Any]) -> dict[str, Any]:
     """An architecture whose weights are there, for rows that are read otherwise than theirs were: with as many positions as it had, where their number
     followed from the length of those rows."""

@@ -186,6 +186,8 @@ def _modality(target: TargetStage, base: Base) -> tuple[dict[str, Any], str]:
     plug = target.spec.data.modality
     own = registry.get("modality", plug.name).target_options
     named = fitting.by_content(plug)
+    if problem := registry.get("modality", plug.name).without_effect(named, base.modality["options"]):
+        raise ValueError(f"targets.{target.name}.data.modality: {problem}")
     _refuse(target, {k: plug.options[k] for k, v in named.items() if k not in own and base.modality["options"].get(k) != v}, base.modality["options"])
     return fitting.completed({**base.modality, "options": {**base.modality["options"], **named}}, target.splits.train,
                              registry.get("objective", target.spec.objective.name), target.spec.data.columns)
@@ -367,6 +369,8 @@ def check_modality(target: TargetStage, source: Source) -> None:
     plug, place = target.spec.data.modality, f"targets.{target.name}"
     if source.data is None:
         return
+    if problem := registry.get("modality", plug.name).without_effect(plug.options, source.data.modality.options):
+        raise ValueError(f"{place}.data.modality: {problem}")
     checks.check_modality(place, plug.name, {**source.data.modality.options, **plug.options}, target.spec.objective.name)
     kind = registry.get("modality", plug.name)
     theirs = kind.options_class(**source.data.modality.options)

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from pipeline import bundle, jobfile
 from pipeline.bundle import BundleError
 from pipeline.job import JobError
-from pipeline.train import pretrain, row_checks, source
+from pipeline.train import foresight, pretrain, row_checks, source
 
 INPUTS = {"channels": 3, "size": 160}
 IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -47,6 +47,29 @@ def test_what_the_job_states_is_how_rows_are_read(tmp_path):
     assert facts["findings"] == found.manifest["training"]["findings"], "a run that finds it done tells it too"
 
 
+@pytest.mark.parametrize("modality", [None, {"image": {"size": 96, "mean": "imagenet", "std": "imagenet"}}, {"image": {"channels": 1}},
+                                      {"image": {"mean": "imagenet"}}, {"text": {}}])
+def test_a_dry_run_sees_what_the_run_would_make(tmp_path, modality):
+    path = written(tmp_path, **({"modality": modality} if modality else {}))
+
+    def outcome(make):
+        """What a run or a dry run makes of the source, or its error."""
+        try:
+            return make()
+        except BundleError as error:
+            return str(error)
+
+    def foreseen():
+        found = foresight.source(source.stage(jobfile.load(path), "s"))
+        return found.arch["name"], found.arch["inputs"], found.modality
+
+    def made():
+        manifest = imported(path)[0].manifest
+        return manifest["arch"]["name"], manifest["arch"]["inputs"], manifest["modality"]
+
+    assert outcome(foreseen) == outcome(made)
+
+
 def test_a_tag_is_a_name_of_a_backbone(tmp_path):
     found, facts, _ = imported(written(tmp_path, backbone="timm/test_resnet.r160_in1k"))
     assert found.manifest["arch"]["name"] == "timm/test_resnet" and found.modality().options.crop_share == 0.95
@@ -72,10 +95,17 @@ def test_a_mistake_is_told_with_its_field(fields, said, tmp_path):
 
 
 @pytest.mark.parametrize(("given", "said"), [({"image": {"mean": "imagenet"}}, "sources.s.modality: std: None must be 3 numbers"),
+                                             ({"image": {"fit": "squash", "crop_share": 0.5}},
+                                              "sources.s.modality: crop_share 0.5 has no effect with fit: squash"),
                                              ({"text": {}}, "sources.s.modality: the checkpoint reads image, the job says text: leave it out")])
 def test_what_does_not_suit_the_checkpoint_is_told(given, said, tmp_path):
     with pytest.raises(BundleError, match=said):
         imported(written(tmp_path, modality=given))
+
+
+def test_a_crop_share_that_a_checkpoint_brings_is_not_told_where_nothing_is_cropped(tmp_path):
+    found, facts, _ = imported(written(tmp_path, backbone="timm/test_resnet.r160_in1k", modality={"image": {"fit": "pad"}}))
+    assert found.modality().options.fit == "pad" and "crop_share" not in facts["findings"][0][0]
 
 
 def test_a_crop_keeps_its_share_of_the_shorter_side():

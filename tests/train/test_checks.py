@@ -3,7 +3,7 @@
 import pytest
 
 from pipeline.contracts import Objective
-from pipeline.job import Data, Train
+from pipeline.job import Data, Source, Train
 from pipeline.train import checks
 
 
@@ -28,3 +28,14 @@ def test_batch_cost_is_for_rows_that_cost_differently():
 def test_batch_cost_takes_no_weights():
     assert "corpora with weights are drawn row by row" in refused(
         spec(weight=0.5, more=[{"uri": "other.parquet", "modality": "audio", "weight": 0.5}]), {"batch_cost": 9})
+
+
+def test_a_crop_share_is_for_a_crop():
+    def images(**options) -> Source:
+        data = {"uri": "rows.parquet", "modality": {"image": options}, "columns": {"image": "image", "label": "label"}}
+        return Source.model_validate({"data": data, "objective": "classification", "backbone": "timm/test_resnet"})
+
+    checks.source("sources.a", images(crop_share=0.5))
+    checks.source("sources.a", images(fit="squash"))
+    with pytest.raises(ValueError, match=r"sources\.a\.data\.modality: crop_share 0\.5 has no effect with fit: pad, which crops nothing"):
+        checks.source("sources.a", images(fit="pad", crop_share=0.5))

@@ -62,7 +62,7 @@ def test_a_row_that_cannot_be_read_has_its_reason_and_no_prediction(name, tmp_pa
 
 # ---------------------------------------------------------------- export
 
-IMAGES = {"name": "image", "options": {"size": 64, "fit": "squash"}, "state": {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}}
+IMAGES = {"name": "image", "options": {"size": 64, "fit": "squash", "crop_share": 0.9}, "state": {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}}
 
 
 @pytest.fixture(scope="module")

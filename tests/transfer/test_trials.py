@@ -442,6 +442,23 @@ def test_boxes_of_a_checkpoint_that_reads_cropped_images_are_refused(tmp_path, p
     assert len(targets.prepare(stage, pads).train) == 60
 
 
+def test_a_crop_share_of_a_target_is_for_rows_that_are_cropped(tmp_path, paths):
+    """What a target itself says is refused; a share that it inherits from its source and that its own fit has no use for is not."""
+    from pipeline.transfer import targets
+
+    def stage(**options):
+        data = {**paths, "modality": {"image": options}, "columns": {"image": "picture", "label": "class"}}
+        return targets.stage(job_of(tmp_path, paths, data=data), "task")
+
+    def base(**options):
+        modality = {"name": "image", "options": {"size": 32, "channels": 3, **options}, "state": {"mean": [0.5] * 3, "std": [0.2] * 3}}
+        return trials.bases({"src": ({"name": "timm/test_resnet", "options": {}, "inputs": {"channels": 3, "size": 32}}, modality)})[0]
+
+    with pytest.raises(ValueError, match=r"targets\.task\.data\.modality: crop_share 0\.5 has no effect with fit: squash"):
+        targets.reading_of(stage(crop_share=0.5), base(fit="squash"))
+    assert targets.reading_of(stage(fit="pad"), base(crop_share=0.9)).modality.options.fit == "pad"
+
+
 @pytest.mark.parametrize(("objective", "technique", "in_memory", "batch"), [
     ("classification", "linear_probe", True, (None, 9)), ("classification", "linear_probe", False, (60.0, 64)), ("classification", "full", True, (60.0, 64)),
     ("ctc", "linear_probe", True, (60.0, 64)), ("ctc", "full", True, (60.0, 64))])
