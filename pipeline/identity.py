@@ -40,6 +40,8 @@ SAVE_SECONDS, TELL_AFTER_SECONDS = 5.0, 2.0
 LISTED_FILES = 10
 """From so many objects in a folder on S3 on the folder is listed, instead of asking for each object."""
 ABSENT = "absent"
+NUL = "\0"
+"""No name of a file holds it."""
 _FORMAT = 1
 _TELL: ContextVar[Callable[[str], object] | None] = ContextVar("identity_tell", default=None)
 
@@ -162,6 +164,10 @@ def _stamp(status: os.stat_result) -> _Stamp:
 
 
 def _look(uri: str, absent_ok: bool) -> _Stamp:
+    if NUL in uri:
+        if absent_ok:
+            return _NOT_THERE
+        raise storage.StorageError(f"{uri!r} is the name of no file: it holds a NUL character")
     try:
         status = s3.call("look at", uri, os.stat, s3.split(uri)[1])
     except storage.StorageError as error:
@@ -320,18 +326,24 @@ def _etags(uris: Sequence[str], absent_ok: bool) -> dict[str, str]:
     folders = defaultdict(list)
     for uri in uris:
         folders[uri.rpartition("/")[0]].append(uri)
+    # a key may hold an empty part (a//x.jpg), and the folder of such a key cannot be listed by its name
+    folders = {folder: inside for folder, inside in folders.items() if not folder.endswith("/")}
     listed = [folder for folder, inside in folders.items() if len(inside) >= LISTED_FILES]
     found: dict[str, str] = {}
 
     def list_folder(folder: str) -> dict[str, str]:
-        entries = s3.list_objects(s3.split(folder)[1], recursive=False)
-        return {f"{folder}/{e['Key'].rpartition('/')[2]}": _etag_text(e["Size"], e["ETag"]) for e in entries}
+        path = s3.split(folder)[1]
+        bucket = path.partition("/")[0]
+        entries = s3.list_objects(path, recursive=False)
+        return {f"s3://{bucket}/{entry['Key']}": _etag_text(entry["Size"], entry["ETag"]) for entry in entries}
 
     for etags in _in_threads(list_folder, listed):
         found |= etags
     missing = [uri for uri in uris if uri not in found]
 
     def look(uri: str) -> str:
+        if NUL in uri and absent_ok:
+            return ABSENT
         try:
             info = storage.file_info(uri)
         except storage.NotFoundError:
@@ -348,7 +360,10 @@ def _etags(uris: Sequence[str], absent_ok: bool) -> dict[str, str]:
 
 
 def cache_folder() -> Path:
-    """The folder of this user's caches: $ONETOMANY_CACHE, else $XDG_CACHE_HOME/onetomany, else ~/.cache/onetomany."""
+    """The folder of this user's caches: $ONETOMANY_CACHE, else $XDG_CACHE_HOME/onetomany, else ~/.cache/onetomany.
+
+    Raises RuntimeError for a user without a home folder.
+    """
     own = os.environ.get("ONETOMANY_CACHE", "")
     if os.path.isabs(own):
         return Path(own)
@@ -366,7 +381,13 @@ class _Memory:
     """
 
     def __enter__(self) -> _Memory:
-        self._file: Path | None = cache_folder() / f"identity-{_FORMAT}.sqlite"
+        self._file: Path | None = None
+        try:
+            self._file = cache_folder() / f"identity-{_FORMAT}.sqlite"
+        except RuntimeError as error:
+            log.warning(
+                "no cache folder (%s): files are read anew by the next command; set ONETOMANY_CACHE or HOME", error
+            )
         self._db = self._open()
         return self
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline import checked, folders, identity, storage
+from pipeline.data import manifest as manifests
 from pipeline.storage import DamagedError
 from tests.benchmarks import bit_flips, killed_writers
 
@@ -100,6 +103,26 @@ def test_a_folder_is_read_once_and_damage_is_found_by_what_it_holds(tmp_path, mo
         checked.check_folder(uri, manifest)
     assert checked.whole_folder(uri, "") is None
     assert json.loads((tmp_path / "folder/manifest.json").read_text())["sha256"] == manifest["sha256"]
+
+
+@pytest.mark.parametrize("content", [b"{}", b"[]", b"\xff not JSON", b'{"files": {"a.parquet": {"rows": 1}}, "format_version": 2, "sha256": "x"}'])
+def test_a_manifest_of_another_program_is_not_compared(tmp_path, caplog, content):
+    pq.write_table(pa.table({"text": ["x", "y"]}), tmp_path / "a.parquet")
+    (tmp_path / "_manifest.json").write_bytes(content)
+    assert manifests.build(str(tmp_path), "auto", str(tmp_path / "imports")).rows == 2
+    assert "_manifest.json is no manifest of `onetomany prepare`" in caplog.text
+
+
+def test_a_flipped_bit_in_the_manifest_of_prepare_is_refused(tmp_path):
+    (tmp_path / "raw.csv").write_text("text,label\n" + "\n".join(f"row {i},{i % 3}" for i in range(50)))
+    read = bit_flips.Prepare(str(tmp_path / "raw.csv"), str(tmp_path / "out"))
+    read()
+    path = tmp_path / "out/_manifest.json"
+    whole = path.read_bytes()
+    for place in range(0, len(whole), 7):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1:])
+        with pytest.raises(DamagedError, match=r"_manifest\.json"):
+            manifests.build(str(tmp_path / "out"), "auto", str(tmp_path / "imports"))
 
 
 def test_a_damaged_part_of_prepare_is_refused_by_a_job_and_made_again_by_prepare(tmp_path, told):

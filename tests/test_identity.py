@@ -154,6 +154,27 @@ def test_without_a_place_for_the_cache_files_are_read_each_time(tmp_path, reads,
     assert "cannot be used" in caplog.text
 
 
+def test_a_user_without_a_home_folder_reads_files_each_time(tmp_path, reads, aged, monkeypatch, caplog):
+    """A container under a number of a user that it has no entry for."""
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("ONETOMANY_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(identity.Path, "home", no_home)
+    (tmp_path / "a").write_bytes(b"one")
+    assert identity.fingerprint(tmp_path / "a") == identity.fingerprint(tmp_path / "a") and len(reads) == 2
+    assert "Could not determine home directory" in caplog.text and "set ONETOMANY_CACHE or HOME" in caplog.text
+
+
+def test_a_name_with_nul_is_absent(tmp_path):
+    with pytest.raises(storage.StorageError, match="is the name of no file"):
+        identity.identify(["a\0b"])
+    files = identity.identify(["a\0b"], absent_ok=True)
+    assert files[0].content == identity.ABSENT
+    identity.check_unchanged(files)
+
+
 def test_processes_share_the_cache(tmp_path, aged, own_cache):
     for i in range(40):
         (tmp_path / f"{i}.bin").write_bytes(b"%d" % i)
@@ -265,3 +286,15 @@ def test_objects_on_s3_are_known_by_their_etags(s3_server):
     for refuse in (lambda: identity.check_unchanged(files), lambda: identity.open_unchanged(files[0])):
         with pytest.raises(identity.ChangedFileError, match=names[0]):
             refuse()
+
+
+def test_keys_with_an_empty_part_are_objects_of_their_own(s3_server):
+    root = f"{s3_server}/identity-slashes"
+    doubled = [f"{root}//{i}.bin" for i in range(identity.LISTED_FILES + 1)]
+    single = [f"{root}/{i}.bin" for i in range(identity.LISTED_FILES + 1)]
+    for name in doubled:
+        storage.write_bytes(name, b"a longer text")
+    for name in single:
+        storage.write_bytes(name, b"text")
+    assert {file.content.partition("-")[0] for file in identity.identify(doubled)} == {"13"}
+    assert {file.content.partition("-")[0] for file in identity.identify(single)} == {"4"}

@@ -24,16 +24,17 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
-from pipeline import audiofile, checked, registry, storage
+from pipeline import audiofile, checked, identity, lists, registry, storage
 from pipeline.data.loader import threaded_map
-from pipeline.data.manifest import Reader, Selection
+from pipeline.data.manifest import Reader, Selection, value_text
 from pipeline.data.stream import map_items
 from pipeline.job import spec_hash
 
 NEAR_BITS, NEAR_CORRELATION = 4, 0.98
-VERSION = 2
+VERSION = 3
 """Raised when the code makes other signs of the same rows."""
 SPREAD_BYTES, SPREAD_IMAGES = 64 << 20, 20_000
 """Processes cost seconds to start: smaller files are read in this one. Folders of images and of sound are counted, as their rows are paths."""
@@ -98,7 +99,7 @@ class _Signer:
     def __call__(self, span: tuple[int, int]) -> dict[str, np.ndarray]:
         kind = registry.get("modality", self.modality)
         names = list(dict.fromkeys([*self.columns, *filter(None, (*self.piece, self.record))]))
-        table = Reader(self.selection.manifest, names).take(self.selection.ids(np.arange(*span)))
+        table = _single_precision(Reader(self.selection.manifest, names).take(self.selection.ids(np.arange(*span))), self.columns)
         if self.modality == "audio":
             return self._recordings(table)
         if self.modality != "image":
@@ -131,11 +132,34 @@ class _Signer:
         return {"digest": digests, "readable": readable}
 
 
+def _single_precision(table: pa.Table, columns: tuple[str, ...]) -> pa.Table:
+    """The table with the floating numbers of these columns, also those in lists, as float32, which is what models read:
+    a number that is stored as a double in one table and as a float in another is the same."""
+    for name in dict.fromkeys(columns):
+        kind = table.schema.field(name).type
+        wanted = _with_float32(kind)
+        if wanted is not None:
+            place = table.schema.get_field_index(name)
+            table = table.set_column(place, name, pc.cast(table[name], wanted, safe=False))
+    return table
+
+
+def _with_float32(kind: pa.DataType) -> pa.DataType | None:
+    """The type with float32 in the place of floating numbers of any width; None where there are none."""
+    if pa.types.is_floating(kind):
+        return pa.float32()
+    if not lists.is_list(kind):
+        return None
+    inner = _with_float32(kind.value_type)
+    return None if inner is None else pa.large_list(inner)
+
+
 def _place(cell: pa.Scalar) -> str | bytes | None:
     """The bytes or the file that a cell of recordings holds or names, as the modality takes it."""
     value = cell.as_py()
     value = value.get("bytes") or value.get("path") if isinstance(value, dict) else value
-    return value if isinstance(value, (str, bytes)) else None
+    names_no_file = isinstance(value, str) and identity.NUL in value
+    return value if isinstance(value, (str, bytes)) and not names_no_file else None
 
 
 def _recording(place: str | bytes) -> tuple[bytes, float]:
@@ -168,16 +192,23 @@ def _first_moment(row: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """(time, what was measured then) of the first moment from the record's start on, of its times, variables and values. A cut leaves out what is later,
     or what lies before the start, and so keeps it. None for a row without events from its start on."""
     times, variables, values = ([] if part is None else part for part in row[:3])
+    times = [_number(time) for time in times]
     first = min((time for time in times if time is not None and time >= 0), default=None)
     if first is None or not len(times) == len(variables) == len(values):
         return None
-    measured = ((str(variable), value) for time, variable, value in zip(times, variables, values, strict=True) if time == first)
+    measured = ((str(variable), _number(value)) for time, variable, value in zip(times, variables, values, strict=True) if time == first)
     return first, sorted(measured, key=str)
+
+
+def _number(value: Any) -> Any:
+    """A number as float32 holds it; anything else as it is."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return float(np.float32(value)) if is_number else value
 
 
 def _record(record: Any, moment: tuple[Any, ...] | None) -> int:
     """The digest of a record's id and first moment (ids alone may be the same in two collections); 0 where either is not there."""
-    return 0 if record is None or moment is None else _digest(repr((str(record), moment)).encode())
+    return 0 if record is None or moment is None else _digest(repr((value_text(record), moment)).encode())
 
 
 def _digest(content: bytes) -> int:

@@ -6,6 +6,7 @@ JSON Lines, CSV and text may be compressed (.jsonl.zst, .csv.gz, .txt.gz): they 
 from __future__ import annotations
 
 import io
+import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,8 @@ from pipeline import checked, folders, identity, s3, storage
 from pipeline.identity import FileIdentity
 from pipeline.job import spec_hash
 
+log = logging.getLogger(__name__)
+
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
 AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf", ".w64"}
 FORMATS = {".parquet": "parquet", ".pq": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".csv": "csv", ".tsv": "csv",
@@ -36,6 +39,8 @@ LONGEST_SECONDS = 30.0
 AUDIO_VERSION = 1
 PREPARED = "_manifest.json"
 """What `onetomany prepare` leaves beside its parts, with the SHA-256 of each."""
+PREPARED_FIELDS = ("format_version", "importer", "resize", "quality", "broken")
+"""By these it is known from what other programs write under that name. A flipped bit spoils one of them at most."""
 TEXTS = {"text", "paragraphs", "documents"}
 """Kinds of plain text: a row is a line, a stretch between blank lines, or a file. Their column ``text`` is binary, so that a row that is not UTF-8 is
 told as bad where it is read, and spoils no other one."""
@@ -177,13 +182,28 @@ def _check_prepared(files: list[FileIdentity]) -> None:
         if "-sha256" not in file.content:
             continue
         if folder not in manifests:
-            is_prepared = storage.exists(storage.join(folder or ".", PREPARED))
-            manifests[folder] = folders.open_folder(folder or ".", PREPARED).get("files", {}) if is_prepared else {}
+            manifests[folder] = _prepared_files(folder or ".")
         entry = manifests[folder].get(name)
         if entry is not None and not checked.is_same(file.content, entry):
             raise storage.DamagedError(
                 f"{file.uri} is not what `onetomany prepare` wrote: it does not have the SHA-256 that {PREPARED} beside it states; remove "
                 f"the file and give the same prepare command, which then writes it alone (or remove {PREPARED}, where you changed it yourself)")
+
+
+def _prepared_files(folder: str) -> dict[str, Any]:
+    """What the manifest of `onetomany prepare` in a folder says of its parts; nothing where there is none.
+
+    Other programs name files so too: only a manifest with the fields of ours is held against its own checksum.
+    """
+    uri = storage.join(folder, PREPARED)
+    if not storage.exists(uri):
+        return {}
+    content = storage.read_bytes(uri)
+    known = [name for name in PREPARED_FIELDS if f'"{name}"'.encode() in content]
+    if len(known) < len(PREPARED_FIELDS) - 1:
+        log.warning("%s is no manifest of `onetomany prepare`: the files beside it are not compared with it", uri)
+        return {}
+    return folders.open_folder(folder, PREPARED).get("files", {})
 
 
 # ---------------------------------------------------------------- images and sound

@@ -7,12 +7,14 @@ A row id is the row's place in the sorted files of its manifest.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import OrderedDict
 from dataclasses import dataclass, field, replace
+from decimal import Decimal
 from functools import cached_property
 from itertools import pairwise
 from pathlib import PurePosixPath
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -111,7 +113,8 @@ def build_with_named(uris: str | list[str], form: str, imports_uri: str, mode: i
     groups, schema, digest = [], None, hashlib.sha256()
     for number, file in enumerate(files):
         metadata = _footer(file)
-        here = metadata.schema.to_arrow_schema().remove_metadata()
+        written = metadata.schema.to_arrow_schema().remove_metadata()
+        here = pa.schema([field.with_type(_without_views(field.type)) for field in written])
         schema = schema or here
         if not here.equals(schema):
             raise ValueError(f"{file}: its schema differs from that of {files[0]}: {_difference(schema, here)}")
@@ -135,6 +138,20 @@ def _footer(file: str) -> pq.FileMetaData:
         raise
     except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(f"{file}: not a readable Parquet file ({str(error).splitlines()[0]}); remove it or write it again") from None
+
+
+def _without_views(kind: pa.DataType) -> pa.DataType:
+    """The type with plain texts and bytes in the place of views, of which Arrow can take no rows. Reading casts to it."""
+    if pa.types.is_string_view(kind):
+        return pa.large_string()
+    if pa.types.is_binary_view(kind):
+        return pa.large_binary()
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_without_views(field.type)) for field in kind.fields])
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        inner = kind.value_field.with_type(_without_views(kind.value_type))
+        return pa.list_(inner) if pa.types.is_list(kind) else pa.large_list(inner)
+    return kind
 
 
 def _difference(a: pa.Schema, b: pa.Schema) -> str:
@@ -267,6 +284,8 @@ class Splits:
     origin: str
     corpora: tuple[int, ...] = ()
     """Training rows of each corpus, in the order of the job file and of ``train``."""
+    trains: tuple[Selection, ...] = ()
+    """The training rows of each corpus by itself, with all of its columns: those of a joined ``train`` are the ones that are read in training."""
     reads: tuple[FileIdentity, ...] = ()
     """All files that are read in training: Parquet files, and those that their rows name."""
 
@@ -300,7 +319,9 @@ def _share(values: pa.ChunkedArray | None, ids: np.ndarray, salt: str) -> np.nda
     if values is None:
         return own
     coded = pc.dictionary_encode(values.combine_chunks())  # pyright: ignore[reportAttributeAccessIssue]
-    per_value = np.array([int(hashlib.sha256(f"{salt}{v}".encode()).hexdigest()[:13], 16) / float(16 ** 13) for v in coded.dictionary.to_pylist()] + [np.nan])
+    texts = [str(value) if isinstance(value, bool) else value_text(value) for value in coded.dictionary.to_pylist()]
+    digests = [hashlib.sha256(f"{salt}{text}".encode()).hexdigest()[:13] for text in texts]
+    per_value = np.array([int(digest, 16) / float(16 ** 13) for digest in digests] + [np.nan])
     shares = per_value[coded.indices.fill_null(-1).to_numpy(zero_copy_only=False)]
     return np.where(np.isnan(shares), own, shares)
 
@@ -316,11 +337,23 @@ def _check_columns(manifest: Manifest, data: Data, roles: tuple[str, ...], at: s
         raise ValueError("\n".join(problems))
 
 
-def _plain(value) -> str:
-    """One text for what a job file and a column call the same: true and True, 1 and 1.0."""
-    return str(value).lower() if isinstance(value, bool) else str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+def value_text(value: Any) -> str:
+    """One text for a value that two tables, or a table and a job file, store as different types.
+
+    12, 12.0 and "12" are the same, so are True and "true", and bytes and their text.
+    """
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "backslashreplace")
+    is_number = isinstance(value, (float, Decimal)) and math.isfinite(value)
+    if is_number and value == int(value):
+        return str(int(value))
+    return str(value)
 
 
+SHOWN_LETTERS = 120
+"""Of the name of a file so many letters are shown in an error."""
 MOST_VALUES, SHOWN_VALUES = 50, 10
 """A column with more distinct values than the first names persons or rows rather than kinds of rows; of others so many values are shown in an error."""
 
@@ -334,13 +367,17 @@ def _where(selection: Selection, data: Data, at: str) -> Selection:
     mask = np.ones(len(table), dtype=bool)
     problems = []
     for name, values in where.items():
-        kept, coded = {_plain(value) for value in values}, pc.dictionary_encode(table[name].combine_chunks())  # pyright: ignore[reportAttributeAccessIssue]
-        named = np.array([*(_plain(value) in kept for value in coded.dictionary.to_pylist()), False])  # the last one is for nulls
+        kept, coded = {value_text(value) for value in values}, pc.dictionary_encode(table[name].combine_chunks())  # pyright: ignore[reportAttributeAccessIssue]
+        named = np.array([*(value_text(value) in kept for value in coded.dictionary.to_pylist()), False])  # the last one is for nulls
         here = named[coded.indices.fill_null(-1).to_numpy(zero_copy_only=False)]
         mask &= here
         if not here.any():
-            asked = ", ".join(_plain(value) for value in values) or "none of its values"
-            problems.append(f"{at}.where: no row of {selection.manifest.files[0]} has {asked} in column {name}; {_values_of(coded, name, data)}")
+            # what was asked for stands in the job file; it may come from the environment and be secret
+            asked = "the value" if len(values) == 1 else f"any of the {len(values)} values"
+            held = _values_of(coded, name, selection, data)
+            problems.append(
+                f"{at}.where: no row of {selection.manifest.files[0]} has {asked} asked for in column {name}; {held}"
+            )
     if problems:
         raise ValueError("\n".join(problems))
     if not mask.any():
@@ -349,18 +386,27 @@ def _where(selection: Selection, data: Data, at: str) -> Selection:
     return selection.keep(mask)
 
 
-def _values_of(coded: pa.DictionaryArray, name: str, data: Data) -> str:
-    """In words, what a column holds: its commonest values, or only how many where they may tell who somebody is."""
-    codes = coded.indices.drop_null().to_numpy(zero_copy_only=False)
-    counts = np.bincount(codes, minlength=len(coded.dictionary))
+def _values_of(coded: pa.DictionaryArray, name: str, selection: Selection, data: Data) -> str:
+    """In words, what a column of the selection holds: its commonest values, or only how many where they may name people.
+
+    Values are shown where there are few, each in several rows and, in grouped data, in rows of several groups.
+    """
+    codes = coded.indices.fill_null(-1).to_numpy(zero_copy_only=False)
+    is_there = codes >= 0
+    counts = np.bincount(codes[is_there], minlength=len(coded.dictionary))
     nulls = f", {coded.null_count} nulls" if coded.null_count else ""
-    one_row_each = len(counts) > SHOWN_VALUES and counts.max() == 1
-    is_private = name == data.group or len(counts) > MOST_VALUES or one_row_each
-    if is_private or not len(counts):
-        return f"it holds {len(counts)} distinct values in {len(codes)} rows{nulls}"
+    in_words = f"it holds {len(counts)} distinct values in {is_there.sum()} rows{nulls}"
+    if name == data.group or not 0 < len(counts) <= MOST_VALUES or counts.min() < 2:
+        return in_words
+    if data.group:
+        groups = units(read_columns(selection, [data.group])[data.group])
+        pairs = np.unique(np.stack([codes[is_there], groups[is_there]]), axis=1)
+        groups_of_each = np.bincount(pairs[0], minlength=len(counts))
+        if groups_of_each.min() < 2:
+            return in_words
     values = coded.dictionary.to_pylist()
     order = np.argsort(-counts, kind="stable")[:SHOWN_VALUES]
-    shown = ", ".join(f"{_plain(values[i])} ({counts[i]} rows)" for i in order)
+    shown = ", ".join(f"{value_text(values[i])} ({counts[i]} rows)" for i in order)
     more = f" and {len(counts) - len(order)} more" if len(counts) > len(order) else ""
     return f"it holds {shown}{more}{nulls}"
 
@@ -413,7 +459,8 @@ def _splits(data: Data, roles: tuple[str, ...], at: str, imports_uri: str) -> Sp
     given: dict[str, Selection] = {}
     origin = []
     if data.split_column:
-        column = pc.cast(read_columns(train, [data.split_column])[data.split_column], pa.string())
+        declared = read_columns(train, [data.split_column])[data.split_column]
+        column = pc.cast(declared, pa.string())
         whole = train
         for name in SPLITS:
             mask = pc.is_in(column, value_set=pa.array(data.values_of(name), pa.string())).to_numpy(zero_copy_only=False)  # pyright: ignore[reportAttributeAccessIssue]
@@ -421,9 +468,12 @@ def _splits(data: Data, roles: tuple[str, ...], at: str, imports_uri: str) -> Sp
                 given[name] = whole.keep(mask)
         train = given.get("train", whole.keep(np.zeros(len(whole), dtype=bool)))
         if not len(train):
-            found = ", ".join(map(str, pc.unique(column).to_pylist()[:10]))  # pyright: ignore[reportAttributeAccessIssue]
-            raise ValueError(f"{at}.split_column: no row of {data.split_column} is "
-                             f"{data.values_of('train')}; it holds {found}; set split_values")
+            coded = pc.dictionary_encode(declared.combine_chunks())  # pyright: ignore[reportAttributeAccessIssue]
+            held = _values_of(coded, data.split_column, whole, data)
+            # values that the job file states may come from the environment and be secret
+            stated = data.values_of("train")
+            asked = stated if stated in ([], ["train"]) else "one that split_values.train states"
+            raise ValueError(f"{at}.split_column: no row of {data.split_column} is {asked}; {held}; set split_values")
         origin.append(f"column {data.split_column}")
     for name in ("validation", "test"):
         files = getattr(data, name)
@@ -450,17 +500,21 @@ def _splits(data: Data, roles: tuple[str, ...], at: str, imports_uri: str) -> Sp
     found, more = with_named_files([parts[number] for number in looked], columns, data.identity)
     for number, selection in zip(looked, found, strict=True):
         parts[number] = selection
-    return Splits(parts[0], parts[1], parts[2], "; ".join(origin) or "as given", (len(train),), tuple(dict.fromkeys((*reads, *more))))
+    return Splits(parts[0], parts[1], parts[2], "; ".join(origin) or "as given", (len(train),), (parts[0],), tuple(dict.fromkeys((*reads, *more))))
 
 
 def with_named_files(selections: list[Selection], columns: tuple[str, ...], mode: identity.Mode) -> tuple[list[Selection], list[FileIdentity]]:
     """The same rows with the content of the files that they name in the fingerprints of their manifests; and those files.
 
     A file is named by a text, or by the path of a struct that has no bytes (as in a Hugging Face data set), in one of ``columns``. A file that is not
-    there counts as absent: it is told where its row is read.
+    there counts as absent: it is told where its row is read. Raises StorageError, with the row, for what names no file.
     """
     names = [_named_files(selection, columns) for selection in selections]
-    known = {file.uri: file for file in identity.identify(sorted(set().union(*names)), mode, absent_ok=True)} if any(names) else {}
+    every_name = sorted(set().union(*names))
+    try:
+        known = {file.uri: file for file in identity.identify(every_name, mode, absent_ok=True)}
+    except storage.StorageError as error:
+        raise _with_row(error, every_name, selections, columns) from error
     contents: dict[tuple[str, ...], list[str]] = {}
     for selection, inside in zip(selections, names, strict=True):
         contents.setdefault(selection.manifest.files, []).extend(known[name].content for name in inside)
@@ -472,17 +526,48 @@ def with_named_files(selections: list[Selection], columns: tuple[str, ...], mode
     return [Selection(made[id(selection.manifest)], selection.rows) for selection in selections], list(known.values())
 
 
+def _with_row(
+    error: storage.StorageError, names: list[str], selections: list[Selection], columns: tuple[str, ...]
+) -> storage.StorageError:
+    """The error on one of the files that rows name, with the first row that names it; a long name is cut."""
+    message = str(error)
+    name = max((name for name in names if name in message), key=len, default="")
+    places = (_place_of_name(selection, column, name) for selection in selections for column in columns)
+    place = next((place for place in places if place), "") if name else ""
+    if not place:
+        return error
+    short = name if len(name) <= SHOWN_LETTERS else f"{name[:SHOWN_LETTERS]}... ({len(name)} letters)"
+    return type(error)(f"{place}: {message.replace(name, short)}")
+
+
+def _place_of_name(selection: Selection, column: str, name: str) -> str:
+    """File, row and column where a file is first named; nothing where it is not."""
+    if not len(selection) or not _can_name_files(selection.manifest.schema.field(column).type):
+        return ""
+    for index, value in enumerate(read_columns(selection, [column])[column].to_pylist()):
+        path = value.get("path") if isinstance(value, dict) and not value.get("bytes") else value
+        if path == name:
+            row = int(selection.ids(np.array([index]))[0])
+            return f"{selection.manifest.place(row)}, column {column!r}"
+    return ""
+
+
+def _can_name_files(kind: pa.DataType) -> bool:
+    """Whether values are texts, or structs whose field ``path`` is a text."""
+    values = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if not pa.types.is_struct(values):
+        return lists.is_text(values)
+    place = values.get_field_index("path")
+    return place >= 0 and lists.is_text(values.field(place).type)
+
+
 def _named_files(selection: Selection, columns: tuple[str, ...]) -> list[str]:
     """The files that some rows name, each once, in the order of the rows."""
     found: dict[str, None] = {}
     for name in columns:
         kind = selection.manifest.schema.field(name).type
-        values = kind.value_type if pa.types.is_dictionary(kind) else kind
-        is_text = pa.types.is_string(values) or pa.types.is_large_string(values)
-        has_path = pa.types.is_struct(values) and values.get_field_index("path") >= 0
-        if not len(selection) or not (is_text or has_path):
-            continue
-        found |= dict.fromkeys(_texts_of(selection, name) if is_text else _paths_of(selection, name))
+        if len(selection) and _can_name_files(kind):
+            found |= dict.fromkeys(_texts_of(selection, name) if lists.is_text(kind) else _paths_of(selection, name))
     return list(found)
 
 
@@ -496,12 +581,20 @@ def _paths_of(selection: Selection, name: str) -> list[str]:
     reader = Reader(selection.manifest, [name])
     for start, stop in pairwise(selection.boundaries.tolist()):
         cells = reader.take(ids[start:stop])[name].combine_chunks()
-        path = pc.struct_field(cells, "path")  # pyright: ignore[reportAttributeAccessIssue]
+        paths = pc.struct_field(cells, "path").to_pylist()  # pyright: ignore[reportAttributeAccessIssue]
+        has_bytes = np.zeros(len(paths), dtype=bool)
         if cells.type.get_field_index("bytes") >= 0:
-            held = pc.fill_null(pc.binary_length(pc.struct_field(cells, "bytes")), 0)  # pyright: ignore[reportAttributeAccessIssue]
-            path = path.filter(pc.equal(held, 0))  # pyright: ignore[reportAttributeAccessIssue]
-        out += [value for value in path.to_pylist() if value]
+            has_bytes = _has_bytes(pc.struct_field(cells, "bytes"))  # pyright: ignore[reportAttributeAccessIssue]
+        out += [path for path, inside in zip(paths, has_bytes, strict=True) if path and not inside]
     return out
+
+
+def _has_bytes(values: pa.Array) -> np.ndarray:
+    """(n,) which values are bytes, at least one; null is none, and so is every value of a column of nulls alone."""
+    if pa.types.is_null(values.type):
+        return np.zeros(len(values), dtype=bool)
+    sizes = pc.fill_null(pc.binary_length(values), 0)  # pyright: ignore[reportAttributeAccessIssue]
+    return sizes.to_numpy(zero_copy_only=False) > 0
 
 
 def _joined(parts: list[Splits], columns: list[str], at: str, texts: frozenset[str]) -> Splits:
@@ -513,7 +606,8 @@ def _joined(parts: list[Splits], columns: list[str], at: str, texts: frozenset[s
     if len({part.origin for part in parts}) == 1:
         told = f"each of {len(parts)} corpora: {parts[0].origin}"
     reads = tuple(dict.fromkeys(file for part in parts for file in part.reads))
-    return Splits(whole["train"], whole["validation"], whole["test"], told, tuple(len(part.train) for part in parts), reads)
+    return Splits(whole["train"], whole["validation"], whole["test"], told, tuple(len(part.train) for part in parts),
+                  tuple(part.train for part in parts), reads)
 
 
 def _concatenated(selections: list[Selection], columns: list[str], places: list[str], texts: frozenset[str] = frozenset()) -> Selection:
@@ -583,4 +677,4 @@ def _first_rows(selection: Selection, column: str) -> list[tuple[str, int]]:
     codes, first = np.unique(coded.indices.fill_null(-1).to_numpy(zero_copy_only=False), return_index=True)
     values = coded.dictionary.to_pylist()
     rows = selection.ids(first)
-    return [(str(values[code]), int(row)) for code, row in zip(codes, rows, strict=True) if code >= 0]
+    return [(value_text(values[code]), int(row)) for code, row in zip(codes, rows, strict=True) if code >= 0]

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline import registry, storage
+from pipeline import identity, lists, registry
 from pipeline.data import duplicates
 from pipeline.data import manifest as manifests
 from pipeline.data.manifest import Selection
@@ -60,27 +60,30 @@ def record_column(modality: str, *selections: Selection) -> str:
 
 def in_groups(test: Selection, group: str, others: Selection, other_group: str) -> np.ndarray:
     """(n,) which test rows have a group (a patient, a speaker) that also stands in the other rows. Null is no group."""
-    there = {_text(value) for value in pc.unique(manifests.read_columns(others, [other_group])[other_group]).to_pylist()}  # pyright: ignore[reportAttributeAccessIssue]
+    there = {
+        manifests.value_text(value)
+        for value in pc.unique(manifests.read_columns(others, [other_group])[other_group]).to_pylist()  # pyright: ignore[reportAttributeAccessIssue]
+        if value is not None
+    }
     coded = pc.dictionary_encode(manifests.read_columns(test, [group])[group].combine_chunks())  # pyright: ignore[reportAttributeAccessIssue]
-    known = np.array([*(_text(value) in there for value in coded.dictionary.to_pylist()), False])  # the last one is for nulls
+    known = np.array([*(manifests.value_text(value) in there for value in coded.dictionary.to_pylist()), False])  # the last one is for nulls
     return known[coded.indices.fill_null(-1).to_numpy(zero_copy_only=False)]
-
-
-def _text(value: object) -> str | None:
-    """One text for what two tables call the same: 12 and 12.0 and "12"."""
-    if value is None:
-        return None
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def _bytes(selection: Selection, modality: str, columns: dict[str, str]) -> int:
     """About so many bytes are read of the rows; where a column of images or recordings holds the places of their files, as a few of them tell."""
     named = columns[registry.get("modality", modality).roles[0]]
-    if modality == "text" or not len(selection) or not pa.types.is_string(selection.manifest.schema.field(named).type):
+    kind = selection.manifest.schema.field(named).type if len(selection) else pa.null()
+    may_be_places = lists.is_text(kind) or pa.types.is_struct(kind)
+    if modality == "text" or not may_be_places:
         return selection.manifest.size
-    places = sample(selection, [named], 16)[named].to_pylist()
-    held = [storage.size(place) for place in places if place and storage.exists(place)]
-    return len(selection) * sum(held) // max(1, len(held))
+    cells = sample(selection, [named], 16)[named].to_pylist()
+    if any(isinstance(cell, dict) and cell.get("bytes") for cell in cells):
+        return selection.manifest.size
+    places = [cell.get("path") if isinstance(cell, dict) else cell for cell in cells]
+    held = [file.content.partition("-")[0] for file in identity.identify([place for place in places if place], "stat", absent_ok=True)]
+    sizes = [int(size) for size in held if size != identity.ABSENT]
+    return len(selection) * sum(sizes) // max(1, len(sizes))
 
 
 def look(target: TargetStage, sources: dict[str, SourceStage], folder: str) -> Overlap:
@@ -96,17 +99,27 @@ def look(target: TargetStage, sources: dict[str, SourceStage], folder: str) -> O
     for source_name, stage in sources.items():
         if stage.splits is not None and stage.spec.data is not None:
             others.append((f"source {source_name}", stage.splits.train, stage.spec.data.columns))
-            theirs = stage.spec.data.group
-            if group and theirs:
-                shared = in_groups(test, group, stage.splits.train, theirs)
-                if shared.any():
-                    named = group if group == theirs else f"{group} here, {theirs} there"
-                    notes.append(f"{name}: {shared.sum()} of {len(test)} test rows are of a group that also stands in the training rows of source "
-                                 f"{source_name} (group: {named})")
-                if mode == "group":
-                    gone |= shared
-            elif mode == "group":
-                notes.append(f"{name}: source {source_name} names no group: of its rows only equal ones can be left out")
+            shared = np.zeros(len(test), dtype=bool)
+            corpora = [stage.spec.data, *stage.spec.data.more]
+            grouped = [(rows, data.group) for rows, data in zip(stage.splits.trains, corpora, strict=True) if data.group]
+            if group:
+                for rows, theirs in grouped:
+                    shared |= in_groups(test, group, rows, theirs)
+            if shared.any():
+                theirs = " or ".join(dict.fromkeys(theirs for _, theirs in grouped))
+                named = group if group == theirs else f"{group} here, {theirs} there"
+                notes.append(f"{name}: {shared.sum()} of {len(test)} test rows are of a group that also stands in the training rows of source "
+                             f"{source_name} (group: {named})")
+            if mode == "group":
+                gone |= shared
+                if not grouped:
+                    notes.append(f"{name}: source {source_name} names no group: of its rows only equal ones can be left out")
+                elif len(grouped) < len(corpora):
+                    without = len(corpora) - len(grouped)
+                    names = "names no group: of its rows" if without == 1 else "name no group: of their rows"
+                    notes.append(
+                        f"{name}: {without} of {len(corpora)} corpora of source {source_name} {names} only equal ones can be left out"
+                    )
         elif mode != "none":
             notes.append(f"{name}: source {source_name} is a checkpoint, and what it was trained on is not known here: none of its rows can be left out")
     others.append(("its own training rows", target.splits.train, target.spec.data.columns))

@@ -288,3 +288,29 @@ def test_records_are_the_same_by_all_their_events_and_those_without_any_are_no_t
     pq.write_table(table, tmp_path / "rows.parquet")
     found = signs(tmp_path / "rows.parquet", "events", ("times", "variables", "values"))
     assert found.digest[0] == found.digest[1] != found.digest[2] and found.readable.tolist() == [True, True, True, False, False]
+
+
+def test_numbers_stored_in_another_width_are_the_same(tmp_path):
+    """0.1 as a double is another number than 0.1 as a float, and 12 another text than 12.0."""
+    found = []
+    for number, (kind, id_kind) in enumerate([(pa.float64(), pa.int64()), (pa.float32(), pa.float64())]):
+        lists = pa.large_list(kind) if number else pa.list_(kind)
+        times = pa.array([[0.1, 2.3], [0.1, 5.0]], lists)
+        table = pa.table({"times": times, "variables": [["a", "b"], ["a", "c"]], "values": pa.array([[0.7, 1.1], [0.3, 0.3]], lists),
+                          "entity": pa.array([12, 13], pa.int64()).cast(id_kind)})
+        if number:  # the second record was cut
+            table = table.set_column(0, "times", pa.array([[0.1, 2.3], [0.1]], lists))
+            table = table.set_column(1, "variables", pa.array([["a", "b"], ["a"]])).set_column(2, "values", pa.array([[0.7, 1.1], [0.3]], lists))
+        path = tmp_path / f"{number}.parquet"
+        pq.write_table(table, path)
+        rows = m.Selection(m.build(str(path), "auto", str(tmp_path)))
+        found.append(d.signs(rows, "events", ("times", "variables", "values"), str(tmp_path / "signs"), record="entity"))
+    assert d.exact(*found).tolist() == [True, False]
+    assert d.same_record(*found).tolist() == [True, True]
+
+
+def test_lists_of_lists_of_doubles_are_those_of_floats(signs):
+    assert d._with_float32(pa.list_(pa.list_(pa.float64()))) == pa.large_list(pa.large_list(pa.float32()))
+    assert d._with_float32(pa.list_(pa.int64())) is None and d._with_float32(pa.string()) is None
+    nested = pa.table({"a": pa.array([[[0.1]], None], pa.list_(pa.list_(pa.float64(), 1)))})
+    assert d._single_precision(nested, ("a",))["a"].to_pylist() == [[[float(np.float32(0.1))]], None]

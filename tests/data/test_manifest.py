@@ -1,5 +1,6 @@
 """Which rows there are and in which split: real files of every format, whole, broken and in odd company."""
 
+import decimal
 import json
 import os
 import pickle
@@ -306,7 +307,8 @@ def test_split_values_may_be_named_and_be_numbers(tmp_path, split):
 
 
 def test_a_split_column_without_training_rows_names_what_it_holds(files, split):
-    with pytest.raises(ValueError, match=r"targets\.t\.data\.split_column: no row of kind is \['train'\]; it holds a, b; set split_values"):
+    with pytest.raises(ValueError, match=r"targets\.t\.data\.split_column: no row of kind is \['train'\]; "
+                                         r"it holds a \(32 rows\), b \(31 rows\); set split_values"):
         split(uri=str(files), split_column="kind")
 
 
@@ -419,6 +421,34 @@ def test_a_split_column_that_cuts_through_people_is_refused_without_naming_one(t
     write(tmp_path / "a.parquet", whole)
     got = split(uri=str(tmp_path / "a.parquet"), split_column="part", group="person", need_test=True)
     assert got.origin == "column part; no person in two splits"
+
+
+@pytest.mark.parametrize("kind", [pa.float64(), pa.int32(), pa.string(), pa.decimal128(24, 2), pa.large_string(), pa.string_view()], ids=str)
+def test_people_stored_as_another_type_cross_splits_all_the_same(tmp_path, split, kind):
+    """pandas makes doubles of whole numbers where one is missing."""
+    texts = pa.array(["x"] * 8)
+    pq.write_table(pa.table({"text": texts, "p": pa.array(range(8), pa.int64())}), tmp_path / "train.parquet")
+    numbers = pa.array([3, None, *range(20, 26)], pa.int64())
+    ids = numbers.cast(pa.string()).cast(kind) if kind in (pa.string_view(), pa.large_string()) else numbers.cast(kind, safe=False)
+    pq.write_table(pa.table({"text": texts, "p": ids}), tmp_path / "test.parquet")
+    with pytest.raises(ValueError, match=r"targets\.t\.data\.group: 1 of 14 values of p stands in more than one split"):
+        split(train=str(tmp_path / "train.parquet"), test=str(tmp_path / "test.parquet"), group="p", validation_fraction=0.0)
+    pq.write_table(pa.table({"text": texts, "p": pa.array([None, *range(20, 27)], pa.int64()).cast(pa.float64())}), tmp_path / "test.parquet")
+    split(train=str(tmp_path / "train.parquet"), test=str(tmp_path / "test.parquet"), group="p", validation_fraction=0.0)
+
+
+def test_people_stored_as_another_type_fall_into_one_split_by_hash(tmp_path, split):
+    for name, kind in (("a", pa.int64()), ("b", pa.float64())):
+        pq.write_table(pa.table({"text": pa.array(["x"] * 200), "p": pa.array(range(200), pa.int64()).cast(kind)}), tmp_path / f"{name}.parquet")
+    found = [split(uri=str(tmp_path / f"{name}.parquet"), group="p", test_fraction=0.3, validation_fraction=0.0, need_test=False) for name in "ab"]
+    assert found[0].test.rows is not None and found[0].test.rows.tolist() == found[1].test.rows.tolist()  # pyright: ignore[reportOptionalMemberAccess]
+
+
+@pytest.mark.parametrize(("value", "text"), [
+    (12, "12"), (12.0, "12"), ("12", "12"), (12.5, "12.5"), (True, "true"), (b"ab", "ab"), (float("inf"), "inf"),
+    (decimal.Decimal("12.00"), "12"), (decimal.Decimal("12.50"), "12.50"), (decimal.Decimal("NaN"), "NaN"), ("012", "012")])
+def test_one_text_for_what_tables_store_as_different_types(value, text):
+    assert m.value_text(value) == text
 
 
 # ---------------------------------------------------------------- joined corpora
@@ -544,10 +574,10 @@ def test_where_leaves_nulls_out(tmp_path, split):
 
 
 @pytest.mark.parametrize(("where", "message"), [
-    ({"kind": ["c"]}, r"targets\.t\.data\.where: no row of \S+a\.parquet has c in column kind; it holds a \(10 rows\), b \(10 rows\)$"),
-    ({"flag": [1, "yes"]}, r"no row of \S+ has 1, yes in column flag; it holds (true|false) \(10 rows\)"),
-    ({"number": [77]}, r"no row of \S+ has 77 in column number; it holds 20 distinct values in 20 rows$"),
-    ({"person": ["p99"]}, r"no row of \S+ has p99 in column person; it holds 5 distinct values in 20 rows$"),
+    ({"kind": ["c"]}, r"targets\.t\.data\.where: no row of \S+a\.parquet has the value asked for in column kind; it holds a \(10 rows\), b \(10 rows\)$"),
+    ({"flag": [1, "yes"]}, r"no row of \S+ has any of the 2 values asked for in column flag; it holds (true|false) \(10 rows\)"),
+    ({"number": [77]}, r"no row of \S+ has the value asked for in column number; it holds 20 distinct values in 20 rows$"),
+    ({"person": ["p99"]}, r"no row of \S+ has the value asked for in column person; it holds 5 distinct values in 20 rows$"),
     ({"kind": ["a"], "flag": [False]}, r"each of its conditions \(kind, flag\) holds for some rows of \S+, and all together for none"),
 ])
 def test_where_that_keeps_no_row_says_what_there_is(files, split, where, message):
@@ -556,11 +586,29 @@ def test_where_that_keeps_no_row_says_what_there_is(files, split, where, message
         split(uri=str(files / "a.parquet"), where=where, group="person", validation_fraction=0)
 
 
+@pytest.mark.parametrize("by", ["where", "split_column"])
+@pytest.mark.parametrize(("values", "group", "told"), [
+    ([f"MRN{i // 3:04}" for i in range(24)], [f"p{i // 6}" for i in range(24)], "it holds 8 distinct values in 24 rows"),  # stays of people
+    ([f"MRN{i:04}" for i in range(6)], None, "it holds 6 distinct values in 6 rows"),
+    (["a", "a", "MRN0000", None], None, "it holds 2 distinct values in 3 rows, 1 nulls"),
+    (["a", "b"] * 6, [f"p{i // 2}" for i in range(12)], r"it holds a \(6 rows\), b \(6 rows\)"),
+    (["a", "b"] * 6, [f"p{i % 2}" for i in range(12)], "it holds 2 distinct values in 12 rows"),
+], ids=["stays of people", "one row each", "one of one row", "kinds", "one group each"])
+def test_values_that_may_name_people_are_not_told(tmp_path, split, by, values, group, told):
+    table = {"text": ["x"] * len(values), "of": values, **({"p": group} if group else {})}
+    pq.write_table(pa.table(table), tmp_path / "a.parquet")
+    fields = {"where": {"of": ["CANARY"]}} if by == "where" else {"split_column": "of", "split_values": {"train": ["CANARY"]}}
+    with pytest.raises(ValueError, match=f"{told}(; set split_values)?$") as caught:
+        split(uri=str(tmp_path / "a.parquet"), group="p" if group else None, validation_fraction=0.0, **fields)
+    assert "MRN" not in str(caught.value)
+    assert "CANARY" not in str(caught.value), "what the job file states may come from the environment, and be secret"
+
+
 def test_where_that_keeps_no_row_of_a_further_split_or_corpus_is_told(files, tmp_path, split):
     write(tmp_path / "other.parquet", people(0, 8).assign(kind="z"))
-    with pytest.raises(ValueError, match=r"where: no row of \S+other\.parquet has a in column kind; it holds z \(8 rows\)"):
+    with pytest.raises(ValueError, match=r"where: no row of \S+other\.parquet has the value asked for in column kind; it holds z \(8 rows\)"):
         split(train=str(files / "a.parquet"), test=str(tmp_path / "other.parquet"), where={"kind": ["a"]})
-    with pytest.raises(ValueError, match=r"targets\.t\.data\.more\.0\.where: no row of \S+other\.parquet has a in column kind"):
+    with pytest.raises(ValueError, match=r"targets\.t\.data\.more\.0\.where: no row of \S+other\.parquet has the value asked for in column kind"):
         split(uri=str(files), columns={"text": "text"}, more=[more(uri=str(tmp_path / "other.parquet"), where={"kind": ["a"]})])
 
 
@@ -711,6 +759,60 @@ def test_files_that_a_column_names_are_part_of_the_fingerprint(pets, imports, tm
     with pytest.raises(identity.ChangedFileError, match=paths[1]):
         identity.check_unchanged(first.reads)
     identity.check_unchanged(third.reads)
+
+
+@pytest.mark.parametrize("kind", [pa.string_view(), pa.large_string(), pa.struct([("bytes", pa.null()), ("path", pa.string())]),
+                                  pa.struct([("path", pa.large_string())])], ids=str)
+def test_files_named_by_any_type_of_text_are_part_of_the_fingerprint(pets, imports, tmp_path, kind):
+    paths = [str(path) for path in sorted(pets.rglob("*.png"))]
+    is_struct = pa.types.is_struct(kind)
+    data = named_rows(tmp_path, [*({"path": path} if is_struct else path for path in paths), None], kind)
+    first = m.splits(data, ("image",), "sources.s", imports, need_test=False)
+    assert [file.uri for file in first.reads] == [str(tmp_path / "rows.parquet"), *paths]
+    Path(paths[0]).write_bytes(b"another")
+    assert m.splits(data, ("image",), "sources.s", imports, need_test=False).fingerprint != first.fingerprint
+
+
+def test_columns_of_views_are_read_like_others(tmp_path, split):
+    """polars writes them; Arrow has no kernel that takes rows of them."""
+    views = {"text": pa.array(["a", "b", "a", None], pa.string_view()), "raw": pa.array([b"x", b"y", b"z", b""], pa.binary_view()),
+             "words": pa.array([["a"], [], None, ["b", "c"]], pa.list_(pa.string_view())),
+             "file": pa.array([{"bytes": b"x", "path": "a"}] * 4, pa.struct([("bytes", pa.binary_view()), ("path", pa.string_view())]))}
+    pq.write_table(pa.table(views), tmp_path / "a.parquet")
+    got = split(uri=str(tmp_path / "a.parquet"), columns={"text": "text"}, where={"text": ["a"]}, validation_fraction=0.0)
+    for table in (m.read_columns(got.train, [*views]), m.Reader(got.train.manifest, [*views]).take(np.array([0, 2]))):
+        assert table["text"].to_pylist() == ["a", "a"] and table["raw"].to_pylist() == [b"x", b"z"] and table["words"].to_pylist() == [["a"], None]
+        assert table["file"].to_pylist() == [{"bytes": b"x", "path": "a"}] * 2
+
+
+def test_a_struct_that_names_no_file_is_part_of_the_table_alone(imports, tmp_path):
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.null())])
+    found = m.splits(named_rows(tmp_path, [{"bytes": PNG}, {"bytes": None}], kind), ("image",), "sources.s", imports, need_test=False)
+    assert [file.uri for file in found.reads] == [str(tmp_path / "rows.parquet")]
+
+
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary()], ids=str)
+def test_bytes_of_any_type_are_seen(kind):
+    assert m._has_bytes(pa.array([b"abc", b"", None], kind)).tolist() == [True, False, False]
+    assert m._has_bytes(pa.nulls(2)).tolist() == [False, False]
+
+
+def test_a_name_with_nul_is_one_bad_row(pets, imports, tmp_path):
+    paths = [str(path) for path in sorted(pets.rglob("*.png"))]
+    found = m.splits(named_rows(tmp_path, [paths[0], "a\0b.png", paths[1]], pa.string()), ("image",), "sources.s", imports, need_test=False)
+    assert [file.content == identity.ABSENT for file in found.reads[1:]] == [name == "a\0b.png" for name in sorted([paths[0], "a\0b.png", paths[1]])]
+    identity.check_unchanged(found.reads)
+
+
+@pytest.mark.parametrize("struct", [False, True])
+@pytest.mark.parametrize(("name", "told"), [("http://somewhere/a.png", "http:// is not supported"), ("{folder}", "is a folder"), ("x" * 5000, "too long")])
+def test_what_names_no_file_is_told_with_its_row(pets, imports, tmp_path, name, told, struct):
+    paths = [*[str(path) for path in sorted(pets.rglob("*.png"))][:3], name.format(folder=pets)]
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())]) if struct else pa.string()
+    data = named_rows(tmp_path, [{"path": path} if struct else path for path in paths], kind)
+    with pytest.raises(storage.StorageError, match=rf"rows\.parquet row 3, column 'picture': .*{told}") as caught:
+        m.splits(data, ("image",), "sources.s", imports, need_test=False)
+    assert len(str(caught.value)) < 600
 
 
 def test_files_of_rows_that_are_left_out_do_not_count(pets, imports, tmp_path):

@@ -414,7 +414,7 @@ def test_weights_are_part_of_the_key_and_must_be_drawable(tmp_path):
         source.stage(mixed_job(tmp_path, files, weights=(0.5, 0.5, 1e-6), objective="classification"), "src")
     job = mixed_job(tmp_path, files).model_dump(mode="json")
     job["sources"]["src"]["data"]["more"][1]["where"] = {"kind": ["no such kind"]}
-    with pytest.raises(ValueError, match=r"sources\.src\.data\.more\.1\.where: no row of \S+ has no such kind in column kind; it holds kind 0"):
+    with pytest.raises(ValueError, match=r"sources\.src\.data\.more\.1\.where: no row of \S+ has the value asked for in column kind; it holds kind 0"):
         source.stage(Job.model_validate(job), "src")
 
 

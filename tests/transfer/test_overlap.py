@@ -31,6 +31,17 @@ def test_rows_that_name_files_count_as_the_files(tmp_path):
     assert overlap._bytes(texts, "text", {"text": "sound"}) == texts.manifest.size
 
 
+@pytest.mark.parametrize("kind", [pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string()),
+                                  pa.struct([("bytes", pa.null()), ("path", pa.string())])], ids=str)
+def test_any_type_of_text_that_names_files_counts_as_the_files(tmp_path, kind):
+    (tmp_path / "a.wav").write_bytes(bytes(1000))
+    values = [str(tmp_path / "a.wav")] * 40 + ["a\0b.wav"] * 2
+    cells = [{"path": value} for value in values] if pa.types.is_struct(kind) else values
+    pq.write_table(pa.table({"sound": pa.array(cells, kind)}), tmp_path / "rows.parquet")
+    rows = manifest.Selection(manifest.build(str(tmp_path / "rows.parquet"), "auto", str(tmp_path)))
+    assert overlap._bytes(rows, "audio", {"audio": "sound"}) == 1000 * 42
+
+
 # ---------------------------------------------------------------- records that were cut, and people
 
 COLUMNS = {"times": "times", "variables": "variables", "values": "values"}
@@ -128,3 +139,21 @@ def test_groups_are_compared_where_both_sides_name_one(tmp_path):
     assert len(set(keys.values())) == 3
     with pytest.raises(ValueError, match=r"targets\.task\.drop_overlap: group leaves out rows whose group stands in a source, and data\.group names no"):
         record_job(tmp_path, source, target, group=(None, None), drop_overlap="group")
+
+
+def test_groups_are_compared_where_only_a_further_corpus_of_the_source_names_one(tmp_path):
+    """The first corpus need not have the column at all."""
+    people, others = stays(30), stays(60, first=1000)
+    target = stays(60, shift=0.5)
+    pq.write_table(others.drop_columns(["patient"]), tmp_path / "other.parquet")
+    doubles = people.set_column(people.column_names.index("patient"), "patient", people["patient"].cast(pa.float64()))
+    job = record_job(tmp_path, doubles, target, drop_overlap="group").job.model_dump(mode="json")
+    data = job["sources"]["stays"]["data"]
+    alone = {"group": data.pop("group"), "train": data.pop("train")}
+    further = {name: value for name, value in data.items() if name in ("modality", "validation_fraction", "test_fraction")}
+    job["sources"]["stays"]["data"] = {**data, "train": str(tmp_path / "other.parquet"), "more": [{**further, **alone}]}
+    found = looked(stages.check(Job.model_validate(job), Progress(Console(quiet=True))))
+    known, test = 9, 18  # of the first 30 records, and of all 60
+    assert found.notes[0] == f"task: {known} of {test} test rows are of a group that also stands in the training rows of source stays (group: patient)"
+    assert found.notes[1] == "task: 1 of 2 corpora of source stays names no group: of its rows only equal ones can be left out"
+    assert len(found.test) == test - known
