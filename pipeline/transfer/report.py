@@ -42,7 +42,7 @@ Row = dict[str, Any]
 _DASH = page.DASH
 SEARCH_NOISE = ("Where hyper-parameters were searched, the settings that were tried again with further seeds tell how much the choice itself varies, and "
                 "intervals of gains include that: in simulated comparisons without a difference 3 to 5 % were won or lost. A search whose settings were "
-                "tried with one seed alone does not tell it, and its intervals say so: there 6 to 13 % were won or lost. Nor does a search that "
+                "tried with one seed alone does not tell it, and its intervals say so: there 6 to 12 % were won or lost. Nor does a search that "
                 "was judged by another metric than the tested one, whose intervals say that.")
 
 
