@@ -400,7 +400,8 @@ class Fanout(Spec):
     cpus_per_trial: float = Field(1.0, gt=0, description="logical CPUs of one trial")
     max_concurrent_trials: int | None = Field(None, ge=1, description="none: what the resources allow")
     trial_timeout_minutes: float | None = Field(
-        None, gt=0, allow_inf_nan=False, description="a trial that runs longer is ended and fails, the others go on; none: no limit")
+        None, gt=0, allow_inf_nan=False, description="a trial that runs longer is ended and fails, the others go on; none: no limit. Of a "
+        "trial on several ranks the time counts from when the first rank has its place")
     silence_timeout_minutes: float | None = Field(
         30.0, gt=0, allow_inf_nan=False, description="a trial that takes no step and reads no batch for so long is ended and fails, the others go on; "
         "null: it may hang for ever")

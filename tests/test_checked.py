@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import uuid
 from pathlib import Path
 
 import pyarrow as pa
@@ -123,6 +124,23 @@ def test_a_flipped_bit_in_the_manifest_of_prepare_is_refused(tmp_path):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1:])
         with pytest.raises(DamagedError, match=r"_manifest\.json"):
             manifests.build(str(tmp_path / "out"), "auto", str(tmp_path / "imports"))
+
+
+def test_files_of_a_folder_on_s3_are_known_without_being_read(s3_server, tmp_path, monkeypatch):
+    """Packed corpora have many small parts, and each start of a job asks whether all are whole."""
+    uri = f"{s3_server}/{uuid.uuid4().hex}"
+    (tmp_path / "source").write_bytes(b"handed over")
+    folders.commit_folder(uri, {"a": b"1", "deep/b": b"2", "c": tmp_path / "source"}, {})
+    manifest = folders.open_folder(uri)
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "sha256", lambda uri: pytest.fail(f"{uri} is read"))
+        checked.check_folder(uri, manifest)
+    old = {name: {k: v for k, v in entry.items() if k != "etag"} for name, entry in manifest["files"].items()}
+    checked.check_folder(uri, {"files": old})  # as earlier versions wrote it: its files are read
+    storage.write_bytes(f"{uri}/deep/b", b"3")
+    for files in (old, manifest["files"]):
+        with pytest.raises(DamagedError, match="deep/b is damaged: SHA-256"):
+            checked.check_folder(uri, {"files": files})
 
 
 def test_a_damaged_part_of_prepare_is_refused_by_a_job_and_made_again_by_prepare(tmp_path, told):

@@ -51,14 +51,19 @@ class _Pulses:
         self.running: dict[str, dict[str, Any]] = {}
 
     def begin(self, actor_id: str, actor: Any, unit: int, waits_for_ranks: bool = False) -> None:
-        """``waits_for_ranks``: silence counts from the first beat, since a growing cluster may be long in giving the ranks their place."""
-        now = time.monotonic()
-        self.running[actor_id] = {"actor": actor, "unit": unit, "began": now, "heard": float("inf") if waits_for_ranks else now}
+        """A process begins a unit.
+
+        ``waits_for_ranks``: a growing cluster may be long in giving the ranks their place, so silence
+        and time count from the first beat, which each rank gives before anything else.
+        """
+        now = float("inf") if waits_for_ranks else time.monotonic()
+        self.running[actor_id] = {"actor": actor, "unit": unit, "began": now, "heard": now}
 
     def beat(self, actor_id: str, unit: int) -> None:
         entry = self.running.get(actor_id)
         if entry is not None and entry["unit"] == unit:
             entry["heard"] = time.monotonic()
+            entry["began"] = min(entry["began"], entry["heard"])
 
     def end(self, unit: int) -> None:
         self.running = {actor: entry for actor, entry in self.running.items() if entry["unit"] != unit}
@@ -223,6 +228,7 @@ def _rank_of_trial(config: dict[str, Any], ranks: Ranks) -> Record:
     """One rank of a trial under Ray Train."""
     pulse: Pulse | None = config["pulse"]
     with heartbeat.listening(pulse.listener() if pulse else lambda: None):
+        heartbeat.beat()  # now the rank has its place; what hangs from here on is silent
         return trial.run(config["trial"], config["shared"], ranks)
 
 

@@ -513,8 +513,8 @@ def test_a_trial_that_takes_too_long_is_ended(paths, tmp_path, cluster):
     assert record["status"] == "failed" and "ran longer than 0.1 minutes (fanout.trial_timeout_minutes)" in record["error"]
 
 
-def test_silence_counts_from_the_first_beat_where_ranks_must_find_their_place_first(monkeypatch):
-    """Their nodes may come minutes later; time counts from the start."""
+def test_silence_and_time_count_from_the_first_beat_where_ranks_must_find_their_place_first(monkeypatch):
+    """Their nodes may come minutes later."""
     now = [0.0]
     monkeypatch.setattr(fanout.time, "monotonic", lambda: now[0])
     board = fanout._Pulses.__ray_metadata__.modified_class()
@@ -529,7 +529,25 @@ def test_silence_counts_from_the_first_beat_where_ranks_must_find_their_place_fi
     assert board.overdue(40.0, {}) == [(0, "process a", "silence")] and board.overdue(40.0, {}) == []
     board.beat("b", 1)
     now[0] = 145.0
+    board.beat("b", 1)
+    assert board.overdue(60.0, {1: 120.0}) == [], "the time that it waited for its place is not its own"
+    now[0] = 225.0
+    board.beat("b", 1)
     assert board.overdue(60.0, {1: 120.0}) == [(1, "process b", "time")]
+
+
+def test_a_rank_is_heard_of_before_it_does_anything(monkeypatch):
+    """Else ranks that hang while they find each other, before any batch, would never be silent."""
+    heard = []
+
+    def hangs(one, shared, ranks):
+        assert heard, "nobody would know that this rank has begun"
+        heard.append("ran")
+
+    pulse = SimpleNamespace(listener=lambda: lambda: heard.append("beat"))
+    monkeypatch.setattr(fanout.trial, "run", hangs)
+    fanout._rank_of_trial({"pulse": pulse, "trial": None, "shared": None}, Ranks())
+    assert heard == ["beat", "ran"]
 
 
 def test_heads_that_train_together_share_the_time_that_each_has(world, monkeypatch):
