@@ -235,7 +235,8 @@ def predict(bundle: Annotated[str, typer.Argument(help="A fine-tuned bundle (fol
             output: Annotated[str, typer.Option("-o", "--output", help="Folder for the Parquet files.")],
             column: Annotated[list[str] | None, typer.Option(help="ROLE=NAME: the column of a role, when it is named otherwise than in training.")] = None,
             format: Annotated[str, typer.Option(help=f"{', '.join(FORMS[:-1])} or {FORMS[-1]}.")] = "auto",
-            keep: Annotated[str | None, typer.Option(help="Columns of the rows that stand beside the predictions too.", metavar="A,B")] = None,
+            keep: Annotated[str | None, typer.Option(
+                help="Columns of the rows that stand beside the predictions too, as input_NAME where these have a column NAME.", metavar="A,B")] = None,
             srt: Annotated[bool, typer.Option("--srt", help="Of speech: one file of subtitles a recording too.")] = False,
             address: Address = None, verbose: Verbose = False) -> None:
     """Apply a fine-tuned bundle to new files with Ray Data; writes row, prediction and probabilities (of speech text, words and their times) as Parquet.

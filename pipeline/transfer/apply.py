@@ -33,8 +33,8 @@ PIECE = ("start", "seconds")
 """Roles of a row that is a piece of a longer recording: rows to predict have them or not, whatever those of training had."""
 IDS = ("id", "image_id", "entity")
 """Columns that name a row, as importers write them: predictions have them too."""
-OWN = ("row", "error")
-"""Columns of all predictions."""
+INPUT = "input_"
+"""Before the name of a column of the rows that is called as one of the predictions is."""
 MOST_NAMED, MOST_LETTERS = 20, 120
 """Classes that are named in what is printed, and letters of a type."""
 EXPORTED = "onetomany.json"
@@ -107,7 +107,8 @@ def predict(uri: str, data: list[str], output: str, columns: dict[str, str], for
     """Predict files with Ray Data into ``output``/part-NNNNN.parquet, in row order; parts that are there already are kept.
 
     Beside the predictions stand, where the rows have them: ``file``, the place of the file that a row is (of folders), their id (``IDS``), and the
-    columns that ``keep`` names, as they are in the rows; of recordings ``recording``, ``start`` and ``seconds``. The names of the classes that
+    columns that ``keep`` names, as they are in the rows (as ``input_NAME`` where predictions have a column NAME);
+    of recordings ``recording``, ``start`` and ``seconds``. The names of the classes that
     ``probabilities`` are of stand as JSON in the Parquet files' own metadata (``classes``), and in what is returned. ``srt``: also one .srt a
     recording, its rows joined in the order of ``start``. Raises BundleError for a bundle without a head, or one that transcribes nothing where
     subtitles are wanted; ValueError for a missing column, one of another type than the bundle reads, or an output of something else.
@@ -131,7 +132,7 @@ def predict(uri: str, data: list[str], output: str, columns: dict[str, str], for
     key = spec_hash(manifest["files"], found.fingerprint, columns, kept)
     begun = storage.join(output, "_predictions.json")
     if storage.exists(begun) and checked.read_document(begun).get("key") != key:
-        raise ValueError(f"{output} holds predictions of another bundle or of other files; give an empty folder")
+        raise ValueError(f"{output} holds predictions of another bundle, of other files or with other columns of the rows (--keep); give an empty folder")
     classes = manifest["objective"]["state"].get("labels")
     checked.write_document(begun, {"key": key, "bundle": uri, "files": list(found.files), "rows": found.rows, "labels": classes})
     step = PIECES_A_PART if modality.cost_role else ROWS_A_PART
@@ -181,8 +182,6 @@ def _kept(modality: Modality, columns: dict[str, str], found: manifests.Manifest
     for name in keep:
         if name not in names:
             raise ValueError(f"--keep {name}: {where} has no such column; columns are {', '.join(names)}")
-        if name in OWN:
-            raise ValueError(f"--keep {name}: predictions have a column {name} of their own; give it another name in the rows")
         out[name] = name
     return out
 
@@ -195,21 +194,34 @@ def _tells_place(kind: pa.DataType) -> bool:
 
 
 def _with_kept(found: pa.Table, rows: pa.Table | None, kept: dict[str, str], classes: list[str] | None) -> pa.Table:
-    """Predictions with the rows' own columns behind ``row``, and the names of the classes in the table's metadata. Raises ValueError for a column
-    that predictions have too."""
-    place = 1
+    """Predictions with the rows' own columns behind ``row``, and the names of the classes in the table's metadata.
+
+    A column of the rows that is called as one of the predictions is stands as ``input_NAME``: ``text`` of a transcribed recording is what the
+    model heard, ``input_text`` what the rows say.
+    """
+    place, written_as = 1, _names_of_kept(list(kept), found.column_names)
     for name, column in kept.items():
-        if name in found.column_names:
-            raise ValueError(f"--keep {name}: predictions have a column {name} of their own; give it another name in the rows")
         assert rows is not None
         values = rows[column]
         if name == "file" and pa.types.is_struct(values.type):
             values = pc.struct_field(values, "path")  # pyright: ignore[reportAttributeAccessIssue]
-        found = found.add_column(place, pa.field(name, values.type), values)
+        found = found.add_column(place, pa.field(written_as[name], values.type), values)
         place += 1
     if classes:
         found = found.replace_schema_metadata({**(found.schema.metadata or {}), "classes": json.dumps(classes, ensure_ascii=False)})
     return found
+
+
+def _names_of_kept(kept: list[str], of_predictions: list[str]) -> dict[str, str]:
+    """The name that each kept column of the rows has beside predictions: its own, where no prediction has that."""
+    taken, out = {*of_predictions, *kept}, {}
+    for name in kept:
+        out[name] = name
+        if name in of_predictions:
+            while out[name] in taken:
+                out[name] = INPUT + out[name]
+            taken.add(out[name])
+    return out
 
 
 def _check_types(modality: Modality, columns: dict[str, str], found: manifests.Manifest, where: str) -> None:

@@ -61,7 +61,10 @@ def test_predictions_of_a_folder_name_their_files_and_those_of_rows_keep_what_is
     assert run.invoke(cli.app, [*words, "--keep", "tags"]).exit_code == 2, "other columns are other predictions"
     pq.write_table(rows.append_column("prediction", pa.array(["a", "b", "c"])), tmp_path / "taken.parquet")
     taken = run.invoke(cli.app, ["predict", uri, str(tmp_path / "taken.parquet"), "-o", str(tmp_path / "taken"), "--keep", "prediction"])
-    assert taken.exit_code == 2 and "--keep prediction: predictions have a column prediction of their own" in taken.output
+    assert taken.exit_code == 0, taken.output
+    found = pq.read_table(tmp_path / "taken" / "part-00000.parquet")
+    assert found["input_prediction"].to_pylist() == ["a", "b", "c"], "the rows' own, beside the model's"
+    assert found["prediction"].to_pylist() == kept["prediction"].to_pylist()
 
 
 @pytest.mark.ray
@@ -148,8 +151,17 @@ def test_what_is_to_be_kept_must_be_there(tmp_path):
     assert apply._kept(modality, {"image": "image"}, found, ("weight",), "rows") == {"id": "id", "weight": "weight"}
     with pytest.raises(ValueError, match="--keep hospital: rows has no such column; columns are image, id, error, weight"):
         apply._kept(modality, {"image": "image"}, found, ("hospital",), "rows")
-    with pytest.raises(ValueError, match="--keep error: predictions have a column error of their own"):
-        apply._kept(modality, {"image": "image"}, found, ("error",), "rows")
+    assert apply._kept(modality, {"image": "image"}, found, ("error",), "rows") == {"id": "id", "error": "error"}
+
+
+def test_a_kept_column_that_is_called_as_a_prediction_is_stands_as_an_input():
+    """The transcript of a row stands beside the one that was heard; no block is computed first to find that the names are the same."""
+    predictions = pa.table({"row": [0, 1], "text": ["herd", "word"], "error": ["", ""]})
+    rows = pa.table({"text": ["heard", "word"], "input_text": ["a", "b"], "speaker": [5, 6]})
+    found = apply._with_kept(predictions, rows, {name: name for name in rows.column_names}, None)
+    assert found.column_names == ["row", "input_input_text", "input_text", "speaker", "text", "error"]
+    assert found["input_input_text"].to_pylist() == ["heard", "word"] and found["input_text"].to_pylist() == ["a", "b"]
+    assert found["text"].to_pylist() == ["herd", "word"]
 
 
 def test_weights_are_readable_by_the_group(tmp_path):
