@@ -114,7 +114,7 @@ def _folder(uri: str) -> Listing:
         info = known.get(file)
         if info is not None:
             return [Entry(name, file, "", -1, info["size"])], info["ETag"], []
-        return [Entry(name, file, "", -1, storage.size(file))], contents[file], []
+        return [Entry(name, file, "", -1, storage.size(file))], contents.get(file) or identity.fingerprint(file), []
 
     entries, digest, empty = [], hashlib.sha256(), [] if remote else _empty_folders(root)
     for found, mark, bare in threaded_map(look, files):
