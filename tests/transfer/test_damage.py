@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline import storage
@@ -68,7 +69,10 @@ def test_a_damaged_table_is_written_again_from_the_records(job, here, caplog):
     _, rows = whole(job)
     before = results.read(job.root)
     path = Path(job.root, "results.parquet")
-    flip(path, path.stat().st_size // 2)
+    group = pq.ParquetFile(path).metadata.row_group(0)
+    values = group.column(results.SCHEMA.get_field_index("value"))
+    in_its_numbers = (values.dictionary_page_offset + values.data_page_offset) // 2
+    flip(path, in_its_numbers)
     with pytest.raises(storage.DamagedError, match=r"results\.parquet is damaged"):
         results.read(job.root)
     reported(job)
