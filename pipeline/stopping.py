@@ -2,6 +2,8 @@
 
 The handler passes the signal on as SIGINT, so that whoever answers Ctrl-C at that moment (Python's KeyboardInterrupt,
 Ray Train's way of ending its ranks) answers SIGTERM too. `exit_code` then tells the two apart.
+
+A command in the background of a script ignores Ctrl-C (the shell sets it so). It still answers SIGTERM.
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ def _answer(number: int, frame: Any) -> None:
     if _received.is_set():  # a second one would only disturb the way out
         return
     _received.set()
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        raise KeyboardInterrupt
     signal.raise_signal(signal.SIGINT)
 
 

@@ -32,6 +32,21 @@ def test_sigterm_is_a_keyboard_interrupt_with_an_exit_code_of_its_own():
     assert done.returncode == 143, done.stderr
 
 
+def test_a_command_that_ignores_ctrl_c_answers_sigterm():
+    """As one that a script starts in its background: passing SIGTERM on as SIGINT would be lost."""
+    done = python("""
+        import os, signal, sys
+        from pipeline import stopping
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        stopping.install()
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except KeyboardInterrupt:
+            sys.exit(stopping.exit_code())
+    """)
+    assert done.returncode == 143, done.stderr
+
+
 def test_whoever_answers_ctrl_c_answers_sigterm():
     """Ray Train's own way of ending its ranks is its handler of SIGINT."""
     done = python("""
