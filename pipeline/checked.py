@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from pipeline import folders, identity, storage
@@ -22,8 +21,6 @@ from pipeline.storage import DamagedError
 log = logging.getLogger(__name__)
 _SEAL = "content_sha256"
 """The field of a document that holds the SHA-256 of all others."""
-READERS = 8
-"""So many files of a folder are read at once."""
 _CONTENT = "content"
 """The file in a folder of `keep_bytes`."""
 
@@ -133,9 +130,7 @@ def check_folder(uri: Uri, manifest: Mapping[str, Any]) -> None:
             raise DamagedError(f"{file.uri} is damaged: the file is gone")
         if file.content not in _contents(entry):
             to_read.append((file.uri, entry))
-    with ThreadPoolExecutor(READERS) as pool:
-        for _ in pool.map(lambda one: folders.verify_file(*one), to_read):
-            pass
+    storage.at_once(lambda one: folders.verify_file(*one), to_read)
 
 
 def whole_folder(uri: Uri, remedy: str) -> dict[str, Any] | None:

@@ -18,11 +18,11 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from pipeline import fence, processes, s3
 from pipeline.s3 import DamagedError as DamagedError
@@ -36,6 +36,10 @@ if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
 _MIB = 2**20
+READERS = 16
+"""So many files are asked for at once by `at_once`."""
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 # --- names and filesystems ---
 
@@ -58,6 +62,19 @@ def filesystem(uri: Uri) -> tuple[AbstractFileSystem, str]:
 
     remote, path = s3.split(uri)
     return (s3.client(s3.ATTEMPTS), path) if remote else (fsspec.filesystem("file"), os.path.abspath(path))
+
+
+def at_once(work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+    """``work`` on each item, several at once; results in the order of the items.
+
+    For many small reads, each of which waits for an answer of the store. The first error, in the
+    order of the items, is raised.
+    """
+    every = list(items)
+    if len(every) <= 1:
+        return [work(item) for item in every]
+    with ThreadPoolExecutor(min(READERS, len(every))) as pool:
+        return list(pool.map(work, every))
 
 
 # --- files ---

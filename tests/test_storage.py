@@ -7,6 +7,7 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -235,6 +236,19 @@ def test_what_a_process_was_writing_goes_when_it_has_ended_though_nobody_has_ask
         name = storage.beside(tmp_path / "x").name.replace(f"-{os.getpid()}-", f"-{dead.pid}-")
         (tmp_path / name).write_bytes(b"")
         assert storage.sweep(str(tmp_path), 3600) == [str(tmp_path / name)]
+
+
+def test_several_files_are_asked_for_at_once_and_answers_come_in_order():
+    all_wait = threading.Barrier(8)
+
+    def answer(number: int) -> int:
+        all_wait.wait(timeout=30)  # one after the other, nobody would ever come to the end
+        return 10 * number
+
+    assert storage.at_once(answer, range(8)) == [10 * number for number in range(8)]
+    with pytest.raises(ZeroDivisionError):
+        storage.at_once(lambda number: 1 // number, [2, 0, 1])
+    assert storage.at_once(answer, []) == []
 
 
 def test_check_writable(root):

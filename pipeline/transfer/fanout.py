@@ -358,8 +358,9 @@ def prune_bundles(root: str, trials: list[Trial], keep: str, best: dict[str, Rec
     """Remove the bundles of trials that another seed of their cell beats on validation."""
     if keep != "best":
         return
+    records = trial.read_records(root, [one.id for one in trials])
     for one in trials:
-        record = trial.read_record(root, one.id)
+        record = records.get(one.id)
         if record is None or record["status"] != "done" or not record["rows"][0].get("bundle_uri"):
             continue
         old = best.get(one.cell)
@@ -390,16 +391,21 @@ def run(name: str, trials: list[Trial], shared: Shared, spec: Fanout, progress: 
 
     Raises KeyboardInterrupt when stopped; what is finished stays.
     """
-    todo = [one for one in trials if one.id in anew or unfinished(shared.root, one, spec)]
+    lacking = unfinished_of(shared.root, [one for one in trials if one.id not in anew], spec)
+    todo = [one for one in trials if one.id in anew or one.id in lacking]
     work = units(todo, shared)
     for workers, part in _by_workers(work, shared).items():
         _tune(name, part, shared, spec, workers, progress, wait)
-    out = []
+    records = trial.read_records(shared.root, [one.id for one in trials])
     for one in trials:
-        record = trial.read_record(shared.root, one.id)
-        assert record is not None, f"trial {one.id} ended without a record"
-        out.append(record)
-    return out
+        assert one.id in records, f"trial {one.id} ended without a record"
+    return [records[one.id] for one in trials]
+
+
+def unfinished_of(root: str, trials: list[Trial], spec: Fanout) -> set[str]:
+    """Ids of the trials that must run (`unfinished`); several are looked at at once."""
+    found = storage.at_once(lambda one: unfinished(root, one, spec), trials)
+    return {one.id for one, is_unfinished in zip(trials, found, strict=True) if is_unfinished}
 
 
 def unfinished(root: str, one: Trial, spec: Fanout) -> bool:

@@ -144,12 +144,15 @@ def ended(state: State) -> list[tuple[Trial, bool]]:
 
 
 def _records(state: State, found: list[Trial]) -> list[Any]:
-    return [trial.read_record(state.job.root, one.id) for one in found]
+    records = trial.read_records(state.job.root, [one.id for one in found])
+    return [records.get(one.id) for one in found]
 
 
 def _ended(state: State, found: list[Trial], bases: list[Base]) -> list[tuple[Trial, bool]]:
     anew = _anew(state, found, bases)
-    return [(one, one.id not in anew and not fanout.unfinished(state.job.root, one, state.job.fanout)) for one in found]
+    as_they_are = [one for one in found if one.id not in anew]
+    unfinished = fanout.unfinished_of(state.job.root, as_they_are, state.job.fanout)
+    return [(one, one.id not in anew and one.id not in unfinished) for one in found]
 
 
 # ---------------------------------------------------------------- what made the trials that are there
@@ -159,8 +162,7 @@ def origins_of(state: State, found: list[Trial], bases: list[Base]) -> dict[str,
     by_key = {base.key: base for base in bases}
     weights = {name: bundle.weights_sha256(stage.bundle_uri) for name, stage in state.sources.items() if stage.has_bundle}
     out = {}
-    for one in found:
-        record = trial.read_record(state.job.root, one.id)
+    for one, record in zip(found, _records(state, found), strict=True):
         if record is not None:
             now = trials.made_by(state.job.targets[one.target], by_key[one.base], one.technique)
             out[one.id] = origins.of_record(record, now, one.source, weights.get(one.source))
@@ -521,7 +523,7 @@ def collect(state: State, found: list[Trial]) -> list[dict[str, Any]]:
     Names are those of the job as it is now: a record may be older than a name.
     """
     root = state.job.root
-    records = {one.id: record for one in found if (record := trial.read_record(root, one.id)) is not None}
+    records = trial.read_records(root, [one.id for one in found])
     state.origins = origins_of(state, found, _bases(state))
     if state.job.fanout.keep_bundles == "best":
         best: dict[str, Any] = {}
@@ -529,7 +531,9 @@ def collect(state: State, found: list[Trial]) -> list[dict[str, Any]]:
         kept = {record["trial_id"] for record in best.values()}
     else:
         kept = set(records)
-    kept = {one for one in kept if (uri := records[one]["rows"][0]["bundle_uri"]) and bundle.exists(uri)}  # another run may have kept fewer
+    bundles = {one: uri for one in kept if (uri := records[one]["rows"][0]["bundle_uri"])}
+    is_there = storage.at_once(bundle.exists, bundles.values())
+    kept = {one for one, there in zip(bundles, is_there, strict=True) if there}  # another run may have kept fewer
     scratch = {(one.base, one.target, trials.fraction_text(one.label_fraction), one.seed): one for one in found
                if one.source == SCRATCH and str(one.technique) == "scratch" and one.stage == "final"}
     predictions = lru_cache(maxsize=8)(partial(trial.read_predictions, root))  # of a trial's several metrics, and of its scratch
@@ -623,8 +627,7 @@ def show(state: State, rows: list[dict[str, Any]]) -> tuple[list[matrix.Cell], t
     runs = _tested_runs(state, rows, named)
     cells = origins.marked(matrix.cells(rows, runs), rows, state.origins)
     curves = {}
-    for trial_id in {row["trial_id"] for row in final}:
-        record = trial.read_record(root, trial_id)
+    for trial_id, record in trial.read_records(root, {row["trial_id"] for row in final}).items():
         if record:
             curves[trial_id] = [{"step": c["step"], "loss": c.get("loss"), "validation": {k: v for k, v in c.items() if k != "step"}} for c in record["curve"]]
     if not state.pretraining:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -130,6 +130,13 @@ def read_record(root: str, trial_id: str) -> Record | None:
         checked.tell(f"{storage.join(root, 'trials', trial_id, RECORD)} is damaged: it is no record of a trial: {AGAIN}")
         return None
     return record
+
+
+def read_records(root: str, trial_ids: Iterable[str]) -> dict[str, Record]:
+    """Trial id to its record, of the trials that have one; several are read at once. Damage is told."""
+    wanted = list(dict.fromkeys(trial_ids))
+    found = storage.at_once(lambda one: read_record(root, one), wanted)
+    return {one: record for one, record in zip(wanted, found, strict=True) if record is not None}
 
 
 def is_whole(root: str, trial_id: str, record: Record) -> bool:

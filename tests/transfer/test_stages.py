@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from toys import image_files, label_state, task_of
 
-from pipeline import bundle, identity, registry, storage
+from pipeline import bundle, checked, identity, registry, storage
 from pipeline.data import duplicates
 from pipeline.job import Job, Plug
 from pipeline.train import row_checks, source
@@ -911,3 +912,21 @@ def test_findings_of_a_bundle_that_an_earlier_version_wrote_are_sentences():
     kept = {"findings": ["images are read at 32 pixels", ["few rows", True, False]]}
     found = row_checks.findings_of(kept)
     assert [one.line("s") for one in found] == ["s: images are read at 32 pixels", "warning: s: few rows"]
+
+
+def test_records_are_read_several_at_once_and_each_once(tmp_path, monkeypatch):
+    """On S3 each read waits for an answer: a thousand trials would take minutes one after the other."""
+    ids = [f"trial-{number}" for number in range(8)]
+    for one in ids[1:]:
+        checked.write_document(f"{tmp_path}/trials/{one}/{trial.RECORD}", {"rows": [], "trial_id": one})
+    all_wait, read, asked = threading.Barrier(8), storage.read_bytes, []
+
+    def read_together(uri):
+        asked.append(uri)
+        all_wait.wait(timeout=30)  # one after the other, nobody would ever come to the end
+        return read(uri)
+
+    monkeypatch.setattr(storage, "read_bytes", read_together)
+    found = trial.read_records(str(tmp_path), [*ids, *ids])
+    assert {name: record["trial_id"] for name, record in found.items()} == {one: one for one in ids[1:]}
+    assert len(asked) == 8
