@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import save_file
+from stage_runs import COLUMNS, MODALITY, Silent
 from toys import image_files, label_state, task_of
 
 from pipeline import bundle, checked, identity, registry, storage
@@ -23,24 +24,7 @@ from pipeline.data import duplicates
 from pipeline.job import Job, Plug
 from pipeline.train import row_checks, source
 from pipeline.train.loop import Ranks
-from pipeline.train.progress import Progress
 from pipeline.transfer import dry_run, fanout, overlap, results, stages, targets, trial, trials
-
-MODALITY = {"name": "image", "options": {"size": 32, "channels": 3}, "state": {"mean": [0.5] * 3, "std": [0.2] * 3}}
-COLUMNS = {"image": "picture", "label": "class"}
-
-
-class Silent(Progress):
-    """Keeps what it is told."""
-
-    def __init__(self):
-        self.lines: list[str] = []
-
-    def update(self, line: str, final: bool = False) -> None:
-        pass
-
-    def note(self, line: str) -> None:
-        self.lines.append(line)
 
 
 @pytest.fixture(scope="session")
