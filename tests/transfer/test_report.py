@@ -260,6 +260,8 @@ def test_comparisons_are_corrected_for_their_number(written):
     text = render(written[0])
     assert 0 < len(stands) < sum(cell.verdict != "not shown" for cell in cells) and text.count("]*") == len(stands)
     assert written[1].count("Holm's correction for all 16 comparisons of the job") == 1
+    plain = sum(cell.verdict != "not shown" for cell in cells) - len(stands)
+    assert f"**{plain}** by the plain interval alone" in written[1]
     assert {cell.gain_p_holm for cell in written[0] if cell.verdict == "reference"} == {None}
 
 
