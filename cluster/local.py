@@ -206,8 +206,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--token", action=argparse.BooleanOptionalAction, default=True, help="let in only clients with the token")
     options = parser.parse_args(arguments)
     stopped = threading.Event()
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, lambda *_: stopped.set())
+    signals = (signal.SIGINT, signal.SIGTERM)
+    handlers_before = [signal.signal(one, lambda *_: stopped.set()) for one in signals]
     try:
         handle = start(**vars(options), stopped=stopped)
         try:
@@ -221,6 +221,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ClusterError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    finally:
+        for one, handler in zip(signals, handlers_before, strict=True):
+            signal.signal(one, handler)
     return 0
 
 

@@ -21,7 +21,9 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_other_machines_need_a_token():
     with pytest.raises(local.ClusterError, match="without a token"):
         local.start(1, host="0.0.0.0")
+    before = signal.getsignal(signal.SIGINT)
     assert local.main(["1", "--host", "0.0.0.0", "--no-token"]) == 1
+    assert signal.getsignal(signal.SIGINT) is before, "Ctrl-C would not stop this process any more"
 
 
 def test_a_taken_port_is_named():

@@ -18,7 +18,9 @@ from pipeline.train.launch import ClusterError, Share, capacity, check_fits, sha
 
 
 def spec(workers: int | tuple[int, int] = 1, **more) -> Source:
-    return Source.model_validate({"backbone": "bundle:/somewhere", "workers": workers, **more})
+    data = {"uri": "rows.parquet", "modality": "image", "columns": {"image": "image", "label": "label"}}
+    trained = {"data": data, "objective": "classification", "backbone": "timm/resnet18"}
+    return Source.model_validate({**trained, "workers": workers, **more})
 
 
 @pytest.mark.parametrize(("library", "keeps"), [(("glibc", "2.41"), True), (("glibc", "2.35"), True), (("glibc", "2.31"), False), (("", ""), False)])
