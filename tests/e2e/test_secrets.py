@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import uuid
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ from tests.e2e.conftest import SMALL
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
-SECRETS = {"AWS_SECRET_ACCESS_KEY": "canary-secret-3f9ad1", "AWS_SESSION_TOKEN": "canary-token-77b02c"}
+SECRETS = {name: f"canary-{uuid.uuid4().hex}" for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")}
+"""Made anew for each run of the tests, so that they stand in no source file that travels."""
 
 
 @pytest.fixture
