@@ -58,7 +58,9 @@ def test_a_line_that_cannot_be_written_names_its_file(tmp_path):
 
 def test_a_log_is_given_up_before_its_first_value(tmp_path):
     """A run that ends with an error before anything was logged keeps its own error."""
-    MetricsLog(str(tmp_path / "log")).abandon()
+    log = MetricsLog(str(tmp_path / "log"))
+    log.abandon()
+    assert (tmp_path / "log" / "metrics.jsonl").read_text() == ""
 
 
 def test_a_tensorboard_writer_that_has_stopped_holds_nobody_up(tmp_path):

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import save_file
-from stage_runs import COLUMNS, MODALITY, Silent
+from stage_runs import COLUMNS, MODALITY, Silent, trials_in_this_process
 from toys import image_files, label_state, task_of
 
 from pipeline import bundle, checked, identity, registry, storage
@@ -24,7 +24,7 @@ from pipeline.data import duplicates
 from pipeline.job import Job, Plug
 from pipeline.train import row_checks, source
 from pipeline.train.loop import Ranks
-from pipeline.transfer import dry_run, fanout, overlap, results, stages, targets, trial, trials
+from pipeline.transfer import dry_run, overlap, results, stages, targets, trial, trials
 
 
 @pytest.fixture(scope="session")
@@ -71,17 +71,7 @@ def prepared(job: Job) -> stages.State:
 @pytest.fixture
 def here(monkeypatch):
     """Trials run in this process, one after the other; the ids of those that ran."""
-    ran: list[str] = []
-
-    def run(name, wanted, shared, spec, progress, anew=(), wait=None):
-        for one in wanted:
-            if one.id in anew or fanout.unfinished(shared.root, one, spec):
-                ran.append(one.id)
-                trial.run(one, shared, Ranks())
-        return [trial.read_record(shared.root, one.id) for one in wanted]
-
-    monkeypatch.setattr(fanout, "run", run)
-    return ran
+    return trials_in_this_process(monkeypatch)
 
 
 def whole(job: Job) -> tuple[stages.State, list[dict[str, Any]]]:
