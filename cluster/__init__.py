@@ -1,1 +1,3 @@
-"""Jobs on a Ray cluster: `onetomany submit`, a cluster of N nodes on one machine, manifests for real ones."""
+"""Jobs on a Ray cluster: `onetomany submit`, a cluster of N nodes on one machine, manifests for
+real ones.
+"""

@@ -5,13 +5,14 @@
 
 `-P` keeps Python from taking another folder named `cluster` for this one.
 
-Every node is a `ray start --block` of its own, so a node can be killed like a machine that vanishes. Stopping ends the
-processes started here and no others (never `ray stop`, which ends every Ray process of the user).
+Every node is a `ray start --block` of its own, so a node can be killed like a machine that
+vanishes. Stopping ends the processes started here and no others (never `ray stop`, which ends every
+Ray process of the user).
 
-Whoever can reach a Ray port can run code as this user. On Linux Ray listens on every interface, even when told to use
-127.0.0.1 (seen: the GCS, raylets and agents on 0.0.0.0). Ray's switch for macOS and Windows keeps it on loopback, and
-is used here; `tests/cluster/test_local.py` looks at the sockets. Any other address needs a token; unless `--no-token`
-is given there is one on loopback too.
+Whoever can reach a Ray port can run code as this user. On Linux Ray listens on every interface,
+even when told to use 127.0.0.1 (seen: the GCS, raylets and agents on 0.0.0.0). Ray's switch for
+macOS and Windows keeps it on loopback, and is used here; `tests/cluster/test_local.py` looks at the
+sockets. Any other address needs a token; unless `--no-token` is given there is one on loopback too.
 """
 
 from __future__ import annotations
@@ -41,8 +42,9 @@ MARK = "ONETOMANY_LOCAL_CLUSTER"
 START_SECONDS = 120.0  # two nodes: 15 to 20 s on two cores, 30 s on busy ones
 STOP_SECONDS = 15.0
 
-# `RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0` makes Ray resolve this machine to 127.0.0.1, but `ray start` then declines to
-# join a head. So in the process of `ray start` (not in its children) the switch is on, and the address resolved here.
+# `RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0` makes Ray resolve this machine to 127.0.0.1, but `ray start`
+# then declines to join a head. So in the process of `ray start` (not in its children) the switch is
+# on, and the address resolved here.
 _LOOPBACK_RAY = """
 from ray._private import ray_constants, services
 services.get_node_ip_address = lambda address=None: "127.0.0.1"
@@ -61,9 +63,9 @@ class ClusterError(RuntimeError):
 class Handle:
     """A running local cluster. `job_address` is for `onetomany submit`, `address` for `ray.init`.
 
-    `env` is what a client needs: `RAY_AUTH_MODE`, in token mode `RAY_AUTH_TOKEN_PATH`, and Ray's switch for loopback. A
-    process that calls `ray.init(address)` must be started with them, since Ray reads the switch when it is imported;
-    submitted jobs inherit them from the cluster.
+    `env` is what a client needs: `RAY_AUTH_MODE`, in token mode `RAY_AUTH_TOKEN_PATH`, and Ray's
+    switch for loopback. A process that calls `ray.init(address)` must be started with them, since
+    Ray reads the switch when it is imported; submitted jobs inherit them from the cluster.
     """
 
     address: str
@@ -75,7 +77,9 @@ class Handle:
 
     @property
     def pids(self) -> list[int]:
-        """One process id per node, the head first: the `ray start` that holds the node's other processes."""
+        """One process id per node, the head first: the `ray start` that holds the node's other
+        processes.
+        """
         return [node.pid for node in self.nodes]
 
     def processes(self) -> list[psutil.Process]:
@@ -87,8 +91,10 @@ class Handle:
         return sorted(ours, key=lambda process: process.pid)
 
     def _owns(self, process: psutil.Process) -> bool:
-        """Each node is a session of its own, which its processes stay in when their parent dies. Job drivers open
-        another one but keep the mark; Ray's workers and agents lose the mark, since a process title overwrites it."""
+        """Each node is a session of its own, which its processes stay in when their parent dies.
+        Job drivers open another one but keep the mark; Ray's workers and agents lose the mark,
+        since a process title overwrites it.
+        """
         try:
             if process.status() == psutil.STATUS_ZOMBIE:
                 return False
@@ -132,18 +138,23 @@ def start(
     object_store_mib: int = 150,
     stopped: threading.Event | None = None,
 ) -> Handle:
-    """Start a cluster and wait until its job API answers and every node is alive. Ports of 0 are chosen.
+    """Start a cluster and wait until its job API answers and every node is alive. Ports of 0 are
+    chosen.
 
-    Raises ClusterError when a port is taken, a node dies, `stopped` is set, or it takes longer than START_SECONDS;
-    nothing is left running then.
+    Raises ClusterError when a port is taken, a node dies, `stopped` is set, or it takes longer than
+    START_SECONDS; nothing is left running then.
     """
     if nodes < 1:
         raise ClusterError(f"a cluster needs at least 1 node, not {nodes}")
     loopback = host == "127.0.0.1"
     if not token and not loopback:
-        raise ClusterError(f"other machines can reach {host}: without a token they could run code as you")
+        raise ClusterError(
+            f"other machines can reach {host}: without a token they could run code as you"
+        )
     port, dashboard_port = _claim_port(host, port), _claim_port(host, dashboard_port)
-    temp_dir = Path(tempfile.mkdtemp(prefix="o2m"))  # short: Ray's socket paths may have 107 characters
+    temp_dir = Path(
+        tempfile.mkdtemp(prefix="o2m")
+    )  # short: Ray's socket paths may have 107 characters
     mark = secrets.token_hex(8)
     env = {"RAY_AUTH_MODE": "token" if token else "disabled"}
     if loopback:
@@ -155,15 +166,36 @@ def start(
         env["RAY_AUTH_TOKEN_PATH"] = str(token_file)
     handle = Handle(f"{host}:{port}", f"http://{host}:{dashboard_port}", temp_dir, env, mark)
     common = [
-        *(sys.executable, "-P", "-c", _LOOPBACK_RAY if loopback else _PLAIN_RAY, "start", "--block"),
+        *(
+            sys.executable,
+            "-P",
+            "-c",
+            _LOOPBACK_RAY if loopback else _PLAIN_RAY,
+            "start",
+            "--block",
+        ),
         *("--node-ip-address", host, "--disable-usage-stats"),
         *("--num-cpus", str(cpus_per_node), "--num-gpus", str(gpus_per_node)),
         *("--object-store-memory", str(object_store_mib * 2**20)),
-        *("--dashboard-agent-listen-port", "0"),  # 0 chooses: at a fixed port a second cluster here could run no jobs
+        *(
+            "--dashboard-agent-listen-port",
+            "0",
+        ),  # 0 chooses: at a fixed port a second cluster here could run no jobs
     ]
     head = [
-        *("--head", "--port", str(port), "--dashboard-host", host, "--dashboard-port", str(dashboard_port)),
-        *("--ray-client-server-port", str(_claim_port(host, 0))),  # else 10001, which another cluster may hold
+        *(
+            "--head",
+            "--port",
+            str(port),
+            "--dashboard-host",
+            host,
+            "--dashboard-port",
+            str(dashboard_port),
+        ),
+        *(
+            "--ray-client-server-port",
+            str(_claim_port(host, 0)),
+        ),  # else 10001, which another cluster may hold
     ]
     try:
         deadline = time.monotonic() + START_SECONDS
@@ -180,7 +212,9 @@ def start(
 
 @contextlib.contextmanager
 def local_cluster(nodes: int, cpus_per_node: int = 1, **options) -> Iterator[Handle]:
-    """`start` as a context manager. The client's environment variables are left as they are: see `Handle.env`."""
+    """`start` as a context manager. The client's environment variables are left as they are: see
+    `Handle.env`.
+    """
     handle = start(nodes, cpus_per_node, **options)
     try:
         yield handle
@@ -198,12 +232,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     add, default = parser.add_argument, " (default %(default)s)"
     add("nodes", type=int, metavar="N", help="number of nodes, the head included")
-    add("--cpus-per-node", type=int, default=1, metavar="C", help="CPUs that each node offers" + default)
-    add("--gpus-per-node", type=int, default=0, metavar="G", help="GPUs for each node, dealt in order" + default)
-    add("--host", default="127.0.0.1", help="address to listen on; any other than this one needs a token" + default)
+    add(
+        "--cpus-per-node",
+        type=int,
+        default=1,
+        metavar="C",
+        help="CPUs that each node offers" + default,
+    )
+    add(
+        "--gpus-per-node",
+        type=int,
+        default=0,
+        metavar="G",
+        help="GPUs for each node, dealt in order" + default,
+    )
+    add(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on; any other than this one needs a token" + default,
+    )
     add("--port", type=int, default=0, help="port of the Ray address; 0 chooses one" + default)
-    add("--dashboard-port", type=int, default=8265, help="port of the dashboard and the job API" + default)
-    add("--token", action=argparse.BooleanOptionalAction, default=True, help="let in only clients with the token")
+    add(
+        "--dashboard-port",
+        type=int,
+        default=8265,
+        help="port of the dashboard and the job API" + default,
+    )
+    add(
+        "--token",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="let in only clients with the token",
+    )
     options = parser.parse_args(arguments)
     stopped = threading.Event()
     signals = (signal.SIGINT, signal.SIGTERM)
@@ -232,43 +292,58 @@ def _greeting(handle: Handle, nodes: int) -> str:
     return (
         f"{nodes} nodes are up. Ctrl-C stops them.\n\n"
         f"  Ray address   {handle.address}\n  job API       {handle.job_address}\n\n"
-        f"In another shell:\n{exports}    onetomany submit jobs/quickstart.yaml --address {handle.job_address}\n"
+        f"In another shell:\n{exports}    onetomany submit jobs/quickstart.yaml --address "
+        f"{handle.job_address}\n"
     )
 
 
-def _launch(handle: Handle, command: list[str], gpus: int, settings: Mapping[str, str] | None = None) -> None:
-    """Start one node, `settings` added to its environment. Its own output goes to a file, so nobody has to read a pipe."""
+def _launch(
+    handle: Handle, command: list[str], gpus: int, settings: Mapping[str, str] | None = None
+) -> None:
+    """Start one node, `settings` added to its environment. Its own output goes to a file, so nobody
+    has to read a pipe.
+    """
     index = len(handle.nodes)
     env = _with_gpus(_environment(handle), index, gpus) | dict(settings or {})
     with open(handle.temp_dir / f"node{index}.out", "wb") as log:
         handle.nodes.append(
             subprocess.Popen(
-                # In a folder shared with it, a node replaces the working directory of another's running job (seen).
+                # In a folder shared with it, a node replaces the working directory of another's
+                # running job (seen).
                 [*command, "--temp-dir", str(handle.temp_dir / str(index))],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=env,
-                start_new_session=True,  # Ctrl-C in the terminal is for us alone: we stop the nodes in order
+                # Ctrl-C in the terminal is for us alone: we stop the nodes in order
+                start_new_session=True,
                 preexec_fn=_die_with_parent if sys.platform == "linux" else None,
             )
         )
 
 
 def _die_with_parent() -> None:
-    """Linux: a node gets SIGTERM when its launcher dies, however it dies (PR_SET_PDEATHSIG is 1)."""
+    """Linux: a node gets SIGTERM when its launcher dies, however it dies (PR_SET_PDEATHSIG is
+    1).
+    """
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
-def _wait(handle: Handle, deadline: float, ready, what: str, stopped: threading.Event | None) -> None:
+def _wait(
+    handle: Handle, deadline: float, ready, what: str, stopped: threading.Event | None
+) -> None:
     while not ready():
         for index, node in enumerate(handle.nodes):
             if node.poll() is not None:
-                raise ClusterError(f"node {index} ended while starting:\n{_last_words(handle, index)}")
+                raise ClusterError(
+                    f"node {index} ended while starting:\n{_last_words(handle, index)}"
+                )
         if stopped is not None and stopped.is_set():
             raise ClusterError("stopped while starting")
         if time.monotonic() > deadline:
-            raise ClusterError(f"waited {START_SECONDS:.0f} s for {what} in vain; is this machine overloaded?")
+            raise ClusterError(
+                f"waited {START_SECONDS:.0f} s for {what} in vain; is this machine overloaded?"
+            )
         time.sleep(0.25)
 
 
@@ -288,7 +363,9 @@ def _alive_nodes(handle: Handle) -> int:
 
 
 def _get(handle: Handle, path: str):
-    """The JSON at a path of the dashboard, or None while it cannot answer. No proxy: this is our own machine."""
+    """The JSON at a path of the dashboard, or None while it cannot answer. No proxy: this is our
+    own machine.
+    """
     request = urllib.request.Request(handle.job_address + path)
     if token_path := handle.env.get("RAY_AUTH_TOKEN_PATH"):
         request.add_header("Authorization", "Bearer " + Path(token_path).read_text())
@@ -301,8 +378,9 @@ def _get(handle: Handle, path: str):
 
 
 def _environment(handle: Handle) -> dict[str, str]:
-    """What the nodes run under: ours, without the addresses of other clusters, and with our Python first on PATH, since
-    a submitted job is started as plain `python`."""
+    """What the nodes run under: ours, without the addresses of other clusters, and with our Python
+    first on PATH, since a submitted job is started as plain `python`.
+    """
     foreign = ("RAY_AUTH_", "RAY_ENABLE_", "RAY_ADDRESS", "RAY_API_")
     env = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
     env |= handle.env | {MARK: handle.mark}
@@ -314,31 +392,45 @@ def _environment(handle: Handle) -> dict[str, str]:
 
 
 def _with_gpus(env: dict[str, str], index: int, gpus: int) -> dict[str, str]:
-    """Give node `index` its own slice of the visible GPUs: nodes that all count from 0 would share the first ones."""
+    """Give node `index` its own slice of the visible GPUs: nodes that all count from 0 would share
+    the first ones.
+    """
     if not gpus:
         return env
     visible = [name for name in env.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    mine = visible[index * gpus : (index + 1) * gpus] if visible else [str(index * gpus + i) for i in range(gpus)]
+    mine = (
+        visible[index * gpus : (index + 1) * gpus]
+        if visible
+        else [str(index * gpus + i) for i in range(gpus)]
+    )
     if len(mine) < gpus:
-        raise ClusterError(f"too few GPUs for node {index}: CUDA_VISIBLE_DEVICES={env['CUDA_VISIBLE_DEVICES']}")
+        raise ClusterError(
+            f"too few GPUs for node {index}: CUDA_VISIBLE_DEVICES={env['CUDA_VISIBLE_DEVICES']}"
+        )
     return env | {"CUDA_VISIBLE_DEVICES": ",".join(mine)}
 
 
 def _claim_port(host: str, port: int) -> int:
-    """A free port, or the given one if it is free. If another process takes it before Ray does, Ray fails."""
+    """A free port, or the given one if it is free. If another process takes it before Ray does, Ray
+    fails.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise ClusterError(f"cannot use port {port} on {host} ({error.strerror}); choose another one") from None
+            raise ClusterError(
+                f"cannot use port {port} on {host} ({error.strerror}); choose another one"
+            ) from None
         return probe.getsockname()[1]
 
 
 def _kill(processes: list[psutil.Process]) -> None:
     for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):  # psutil checks the start time: a reused id is not hit
+        with contextlib.suppress(
+            psutil.NoSuchProcess
+        ):  # psutil checks the start time: a reused id is not hit
             process.kill()
     psutil.wait_procs(processes, timeout=STOP_SECONDS)
 

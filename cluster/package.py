@@ -1,8 +1,10 @@
-"""What `onetomany submit` ships to a cluster: one zip with what the job refers to, and this project's code.
+"""What `onetomany submit` ships to a cluster: one zip with what the job refers to, and this
+project's code.
 
-Shipped are the job file, the files that it names by a path relative to itself, and what `include` names besides. Nothing
-else of the folder travels, and secrets never do. Ray could package the folder itself, but it leaves out what .gitignore
-names (data sets, most often) without a word, takes everything else, and finds out about the size after the upload.
+Shipped are the job file, the files that it names by a path relative to itself, and what `include`
+names besides. Nothing else of the folder travels, and secrets never do. Ray could package the
+folder itself, but it leaves out what .gitignore names (data sets, most often) without a word, takes
+everything else, and finds out about the size after the upload.
 """
 
 from __future__ import annotations
@@ -15,21 +17,56 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-CODE = Path(__file__).resolve().parent.parent  # a checkout, or site-packages: both packages stand side by side in it
+CODE = (
+    Path(__file__).resolve().parent.parent
+)  # a checkout, or site-packages: both packages stand side by side in it
 PACKAGES = ("pipeline", "cluster")
 IGNORE_FILE = ".onetomanyignore"
 SECRETS = (
-    *(".env*", ".aws", ".azure", ".gcloud", ".kube", ".docker", ".ssh", ".gnupg", ".netrc", "_netrc", ".npmrc", ".pypirc"),
-    *(".git-credentials", "id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*", "*.pem", "*.p12", "*.pfx", "*.keystore"),
-    *("credentials", "credentials*.json", "service-account*.json", "service_account*.json", "secrets", "secrets.*"),
+    *(
+        ".env*",
+        ".aws",
+        ".azure",
+        ".gcloud",
+        ".kube",
+        ".docker",
+        ".ssh",
+        ".gnupg",
+        ".netrc",
+        "_netrc",
+        ".npmrc",
+        ".pypirc",
+    ),
+    *(
+        ".git-credentials",
+        "id_rsa*",
+        "id_dsa*",
+        "id_ecdsa*",
+        "id_ed25519*",
+        "*.pem",
+        "*.p12",
+        "*.pfx",
+        "*.keystore",
+    ),
+    *(
+        "credentials",
+        "credentials*.json",
+        "service-account*.json",
+        "service_account*.json",
+        "secrets",
+        "secrets.*",
+    ),
 )
-"""Names of files and folders that are never shipped, whoever asks for them. Case does not matter."""
+"""Names of files and folders that are never shipped, whoever asks for them. Case does not
+matter.
+"""
 EXCLUDES = (
     *(".git", ".venv", "venv", "node_modules", "*.egg-info", ".DS_Store", IGNORE_FILE),
     *("__pycache__", "*.pyc", ".*_cache", ".cache", ".hypothesis", ".ipynb_checkpoints"),
 )
 """Names of files and folders that are of no use elsewhere."""
-MAX_PACKAGE_MIB = 100  # Ray's DASHBOARD_CLIENT_MAX_SIZE, a constant; the 500 MiB in its documentation is another limit
+# Ray's DASHBOARD_CLIENT_MAX_SIZE, a constant; the 500 MiB in its documentation is another limit
+MAX_PACKAGE_MIB = 100
 
 
 class SubmitError(RuntimeError):
@@ -38,7 +75,9 @@ class SubmitError(RuntimeError):
 
 @dataclass
 class Package:
-    """What is shipped: `files` maps names in the zip to files here; `left_out` names what is not, although it was asked for."""
+    """What is shipped: `files` maps names in the zip to files here; `left_out` names what is not,
+    although it was asked for.
+    """
 
     files: dict[str, Path] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
@@ -48,7 +87,9 @@ class Package:
         return sum(file.stat().st_size for file in self.files.values())
 
     def listing(self) -> Iterator[str]:
-        """A line for each file with its size, in the order of their names, then what is left out, then the sum."""
+        """A line for each file with its size, in the order of their names, then what is left out,
+        then the sum.
+        """
         for name in sorted(self.files):
             yield f"{_size(self.files[name].stat().st_size)}  {name}"
         for name in self.left_out:
@@ -58,7 +99,13 @@ class Package:
 
 def _size(count: int) -> str:
     """Bytes as text of 10 characters."""
-    return f"{count:>8} B" if count < 1024 else f"{count / 2**10:>6.1f} KiB" if count < 2**20 else f"{count / 2**20:>6.1f} MiB"
+    return (
+        f"{count:>8} B"
+        if count < 1024
+        else f"{count / 2**10:>6.1f} KiB"
+        if count < 2**20
+        else f"{count / 2**20:>6.1f} MiB"
+    )
 
 
 def collect(
@@ -75,15 +122,17 @@ def collect(
     Args:
         job_file: the job file.
         named: files, folders and globs that the job names, relative to the job file.
-        root: the folder whose shape is kept, and that nothing may come from beyond; the job file's own.
+        root: the folder whose shape is kept, and that nothing may come from beyond; the job file's
+            own.
         include: further files, folders and globs, relative to the root.
-        exclude: shell patterns of file and folder names that stay here; with a slash in front, of paths below the root.
-            Those of the root's `.onetomanyignore`, one a line, are added.
+        exclude: shell patterns of file and folder names that stay here; with a slash in front, of
+            paths below the root. Those of the root's `.onetomanyignore`, one a line, are added.
         ship_code: whether this project's packages are added.
 
     Raises:
-        SubmitError: a named file is not below the root, looks like a secret or is left out by a pattern; a link leads out
-            of the root; the job names a file in a folder that is called as one of the packages.
+        SubmitError: a named file is not below the root, looks like a secret or is left out by a
+            pattern; a link leads out of the root; the job names a file in a folder that is called
+            as one of the packages.
     """
     job_file = Path(os.path.abspath(job_file))
     root = Path(os.path.abspath(root or job_file.parent))
@@ -96,7 +145,10 @@ def collect(
     package = Package(dict(sorted(walk.files.items())), sorted(set(walk.left_out)))
     for name in PACKAGES if ship_code else ():
         if any(file.startswith(f"{name}/") for file in package.files):
-            raise SubmitError(f"{root / name} would hide the Python package {name}: rename the folder that the job names")
+            raise SubmitError(
+                f"{root / name} would hide the Python package {name}: rename the folder that "
+                "the job names"
+            )
         code = _Walk(CODE, EXCLUDES)
         code.add(CODE / name, "this project")
         package.files |= code.files
@@ -133,10 +185,13 @@ class _Walk:
             self.add(Path(match), who, is_chosen=False)
 
     def add(self, place: Path, who: str, is_chosen: bool = True) -> None:
-        """Add a file, or what is in a folder. One that was chosen by its name and may not be shipped is an error."""
+        """Add a file, or what is in a folder. One that was chosen by its name and may not be
+        shipped is an error.
+        """
         if not place.is_relative_to(self.root):
             raise SubmitError(
-                f"{who} names {place}, which is not below {self.root}, the folder that is shipped from. Put it there, or "
+                f"{who} names {place}, which is not below {self.root}, the folder that is "
+                "shipped from. Put it there, or "
                 "on s3:// or a disk that the cluster shares, and name it by that place"
             )
         name = PurePosixPath(*place.relative_to(self.root).parts)
@@ -147,17 +202,26 @@ class _Walk:
             self.left_out.append(str(name))
             return
         if secret:
-            raise SubmitError(f"{who} names {name}, and {secret} looks like a secret, which is never shipped: rename it if it is none")
+            raise SubmitError(
+                f"{who} names {name}, and {secret} looks like a secret, which is never "
+                "shipped: rename it if it is none"
+            )
         if excluded:
-            raise SubmitError(f"{who} names {name}, and --exclude or {IGNORE_FILE} leaves {excluded} out: change one of them")
+            raise SubmitError(
+                f"{who} names {name}, and --exclude or {IGNORE_FILE} leaves {excluded} out: "
+                "change one of them"
+            )
         self._walk(place, name, frozenset())
 
     def _walk(self, place: Path, name: PurePosixPath, above: frozenset[str]) -> None:
-        """Collect in the order of names. A link is followed below the root, except to a folder that we are already in."""
+        """Collect in the order of names. A link is followed below the root, except to a folder that
+        we are already in.
+        """
         real = os.path.realpath(place)
         if not Path(real).is_relative_to(os.path.realpath(self.root)):
             raise SubmitError(
-                f"{place} is a link that leads to {real}, out of the folder that is shipped from. Copy the file there, or "
+                f"{place} is a link that leads to {real}, out of the folder that is shipped "
+                "from. Copy the file there, or "
                 "put it on s3:// or a disk that the cluster shares, and name it by that place"
             )
         if place.is_file():
@@ -171,9 +235,13 @@ class _Walk:
 
 
 def _matches(name: PurePosixPath, patterns: Iterable[str]) -> bool:
-    """Whether a pattern fits the last part of a name or, where it holds a slash, the whole of it."""
+    """Whether a pattern fits the last part of a name or, where it holds a slash, the whole of
+    it.
+    """
     whole, last = f"/{name}".lower(), name.name.lower()
-    return any(fnmatch.fnmatch(whole if "/" in one else last, _anchored(one.lower())) for one in patterns)
+    return any(
+        fnmatch.fnmatch(whole if "/" in one else last, _anchored(one.lower())) for one in patterns
+    )
 
 
 def _anchored(pattern: str) -> str:
@@ -199,6 +267,8 @@ def write_zip(package: Package, archive: Path) -> Path:
     largest = sorted(package.files.items(), key=lambda item: -item[1].stat().st_size)[:3]
     named = ", ".join(f"{name} ({file.stat().st_size / 2**20:.0f} MiB)" for name, file in largest)
     raise SubmitError(
-        f"the package has {size_mib:.0f} MiB, and Ray takes less than {MAX_PACKAGE_MIB}; the largest files: {named}. "
-        "Put data on s3:// or a shared disk and name it there in the job, or exclude what the job does not read"
+        f"the package has {size_mib:.0f} MiB, and Ray takes less than {MAX_PACKAGE_MIB}; the "
+        f"largest files: {named}. "
+        "Put data on s3:// or a shared disk and name it there in the job, or exclude what the "
+        "job does not read"
     )

@@ -1,15 +1,16 @@
-"""Run a job file on a Ray cluster through Ray Jobs: ship it, start it there, follow its log, return its exit code.
+"""Run a job file on a Ray cluster through Ray Jobs: ship it, start it there, follow its log, return
+its exit code.
 
     onetomany submit jobs/vision.yaml --address http://head:8265 --set storage=s3://bucket/runs
 
-What travels is one zip: the job file, the files that it names by relative paths, and this code, so that the cluster
-runs what is installed here; its own installation only has to bring the dependencies. Ray's dashboard takes at most 100 MiB
-in one request, so data of any size belongs on shared storage. The driver runs on the head; tasks and trainers go where
-Ray places them.
+What travels is one zip: the job file, the files that it names by relative paths, and this code, so
+that the cluster runs what is installed here; its own installation only has to bring the
+dependencies. Ray's dashboard takes at most 100 MiB in one request, so data of any size belongs on
+shared storage. The driver runs on the head; tasks and trainers go where Ray places them.
 
-Variables named with `env` reach every process of the job. They stand in clear in Ray's logs and in the job API, so a
-name that looks like a secret is refused unless the caller insists: keys belong in the environment that the cluster
-itself is started with, or in an instance role.
+Variables named with `env` reach every process of the job. They stand in clear in Ray's logs and in
+the job API, so a name that looks like a secret is refused unless the caller insists: keys belong in
+the environment that the cluster itself is started with, or in an instance role.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ from cluster.package import Package, SubmitError, collect, write_zip
 CONNECT_SECONDS = 10.0
 REQUEST_SECONDS = 30.0
 UPLOAD_SECONDS = 300.0
-QUIET_SECONDS = 30.0  # after this long without a line, ask whether the job has ended behind a dead connection
+QUIET_SECONDS = (
+    30.0  # after this long without a line, ask whether the job has ended behind a dead connection
+)
 RETRY_SECONDS = 2.0
 LOST_SECONDS = 180.0
 
@@ -64,22 +67,25 @@ def submit(
     wait: bool | None = None,
     echo: Callable[[str], object] = print,
 ) -> int:
-    """Submit `job_file` to the Ray cluster whose dashboard is at `address`; return the exit code of the job's process.
+    """Submit `job_file` to the Ray cluster whose dashboard is at `address`; return the exit code of
+    the job's process.
 
-    Shipped are the job file, the files that it names (`named`, relative to it), those of `include`, and this code, all
-    from below `working_dir` (default: the job file's folder), less `exclude`: see `package.collect`. The job runs there
-    as `python -P -m python_module command JOB --address auto --set ...`. Every line of output, ours and the job's, goes
-    to `echo`.
+    Shipped are the job file, the files that it names (`named`, relative to it), those of `include`,
+    and this code, all from below `working_dir` (default: the job file's folder), less `exclude`:
+    see `package.collect`. The job runs there as `python -P -m python_module command JOB --address
+    auto --set ...`. Every line of output, ours and the job's, goes to `echo`.
 
-    `wait` says whether the job waits for nodes that are not there yet; none leaves it to the job, which waits where the
-    cluster's autoscaler declares its nodes.
+    `wait` says whether the job waits for nodes that are not there yet; none leaves it to the job,
+    which waits where the cluster's autoscaler declares its nodes.
 
-    With `follow=False` the return value is 0 as soon as the cluster has accepted the job. Ctrl-C while following leaves
-    the job running and returns 130. A job that was stopped, or died before its process had an exit code, gives 1.
+    With `follow=False` the return value is 0 as soon as the cluster has accepted the job. Ctrl-C
+    while following leaves the job running and returns 130. A job that was stopped, or died before
+    its process had an exit code, gives 1.
 
-    Raises SubmitError when the address does not answer within about 10 s or wants a token, when the package is too big
-    or something may not be shipped, when `env` names a secret and `secrets_in_clear` is not set, when the job file is
-    unreadable, when the cluster refuses the job, or when contact is lost for 3 minutes.
+    Raises SubmitError when the address does not answer within about 10 s or wants a token, when the
+    package is too big or something may not be shipped, when `env` names a secret and
+    `secrets_in_clear` is not set, when the job file is unreadable, when the cluster refuses the
+    job, or when contact is lost for 3 minutes.
     """
     job_file = Path(job_file).parent.resolve() / Path(job_file).name
     root = Path(working_dir or job_file.parent).resolve()
@@ -88,8 +94,12 @@ def submit(
     if not secrets_in_clear:
         _refuse_secrets(env or {})
     storage = _storage(job_file, overrides)
-    package = collect(job_file, named, root=root, include=include, exclude=exclude, ship_code=ship_code)
-    submission_id = submission_id or f"{re.sub(r'[^A-Za-z0-9_-]+', '-', job_file.stem)}-{secrets.token_hex(4)}"
+    package = collect(
+        job_file, named, root=root, include=include, exclude=exclude, ship_code=ship_code
+    )
+    submission_id = (
+        submission_id or f"{re.sub(r'[^A-Za-z0-9_-]+', '-', job_file.stem)}-{secrets.token_hex(4)}"
+    )
     for chatty in ("dashboard.modules.job.sdk", "dashboard.modules.dashboard_sdk"):
         logging.getLogger(f"ray.{chatty}").setLevel(logging.WARNING)
     with _without_ray_addresses(), tempfile.TemporaryDirectory(prefix="onetomany-") as folder:
@@ -99,7 +109,9 @@ def submit(
             echo(line)
         try:
             client.submit_job(
-                entrypoint=entrypoint(job_file.relative_to(root), overrides, command, python_module, wait),
+                entrypoint=entrypoint(
+                    job_file.relative_to(root), overrides, command, python_module, wait
+                ),
                 submission_id=submission_id,
                 runtime_env={"working_dir": str(archive), "env_vars": dict(env or {})},
                 metadata={"job_file": job_file.name},
@@ -115,7 +127,10 @@ def submit(
         try:
             details = asyncio.run(_follow(client, submission_id, echo))
         except KeyboardInterrupt:
-            echo(f"no longer following; {submission_id} goes on. Its log: ray job logs --follow {manage}")
+            echo(
+                f"no longer following; {submission_id} goes on. Its log: ray job logs --follow "
+                f"{manage}"
+            )
             echo(f"To stop it: ray job stop {manage}")
             return 130
     return _exit_code(details, submission_id, echo)
@@ -128,7 +143,8 @@ def entrypoint(
     python_module: str = "pipeline.cli",
     wait: bool | None = None,
 ) -> str:
-    """The shell command that the cluster runs, in the shipped folder, which Ray has put on PYTHONPATH.
+    """The shell command that the cluster runs, in the shipped folder, which Ray has put on
+    PYTHONPATH.
 
     `-P` keeps Python from looking for modules in the current folder, whatever else lies there.
     """
@@ -139,7 +155,9 @@ def entrypoint(
 
 
 def parse_env(items: Iterable[str]) -> dict[str, str]:
-    """`NAME=VALUE` and `NAME` (its value here) as a mapping; SubmitError for a name that is not set here."""
+    """`NAME=VALUE` and `NAME` (its value here) as a mapping; SubmitError for a name that is not set
+    here.
+    """
     env: dict[str, str] = {}
     for item in items:
         name, has_value, value = item.partition("=")
@@ -152,7 +170,9 @@ def parse_env(items: Iterable[str]) -> dict[str, str]:
 
 
 def secret_names(names: Iterable[str]) -> list[str]:
-    """Those of the names that look like a secret's; the name of a file that holds one is none itself."""
+    """Those of the names that look like a secret's; the name of a file that holds one is none
+    itself.
+    """
     looks_secret = re.compile("SECRET|TOKEN|PASSW|KEY|CREDENTIAL", re.IGNORECASE)
     names_a_file = re.compile("_(FILE|PATH)$", re.IGNORECASE)
     return [name for name in names if looks_secret.search(name) and not names_a_file.search(name)]
@@ -163,9 +183,12 @@ def _refuse_secrets(env: Mapping[str, str]) -> None:
     if not (found := secret_names(env)):
         return
     raise SubmitError(
-        f"--env {', '.join(found)}: the variables of a job stand in clear in Ray's logs on every node and in the job "
-        "API. Give the cluster its keys where it is started (an instance role, a Kubernetes Secret, the environment "
-        "of `ray start`), or add --secrets-in-clear if everyone who can reach this cluster may read them"
+        f"--env {', '.join(found)}: the variables of a job stand in clear in Ray's logs on "
+        "every node and in the job "
+        "API. Give the cluster its keys where it is started (an instance role, a Kubernetes "
+        "Secret, the environment "
+        "of `ray start`), or add --secrets-in-clear if everyone who can reach this cluster "
+        "may read them"
     )
 
 
@@ -178,36 +201,54 @@ class _Client(JobSubmissionClient):
 
     def _do_request(self, method: str, endpoint: str, **options: Any) -> requests.Response:
         slow = method in ("PUT", "POST")
-        read_seconds = UPLOAD_SECONDS if slow else CONNECT_SECONDS if endpoint == "/api/version" else REQUEST_SECONDS
-        return super()._do_request(method, endpoint, timeout=(CONNECT_SECONDS, read_seconds), **options)
+        read_seconds = (
+            UPLOAD_SECONDS
+            if slow
+            else CONNECT_SECONDS
+            if endpoint == "/api/version"
+            else REQUEST_SECONDS
+        )
+        return super()._do_request(
+            method, endpoint, timeout=(CONNECT_SECONDS, read_seconds), **options
+        )
 
 
 def _connect(address: str) -> _Client:
     if not re.match(r"https?://[^/]", address):
         raise SubmitError(
-            f"{address!r} is not the address of a Ray dashboard, such as http://head:8265 (6379 and 10001 are other "
-            "services). `ray dashboard CLUSTER.yaml` or `kubectl port-forward` brings that port here"
+            f"{address!r} is not the address of a Ray dashboard, such as http://head:8265 "
+            "(6379 and 10001 are other "
+            "services). `ray dashboard CLUSTER.yaml` or `kubectl port-forward` brings that "
+            "port here"
         )
     try:
         return _Client(address)
     except AuthenticationError as error:
         state = "refused the one given" if _auth_headers() else "none is set here"
         raise SubmitError(
-            f"{address} wants a token, and {state}. Get it from the cluster (`ray get-auth-token` there, a Kubernetes "
-            "Secret with KubeRay), then set RAY_AUTH_TOKEN to it or RAY_AUTH_TOKEN_PATH to a file with it, and "
+            f"{address} wants a token, and {state}. Get it from the cluster (`ray "
+            "get-auth-token` there, a Kubernetes "
+            "Secret with KubeRay), then set RAY_AUTH_TOKEN to it or RAY_AUTH_TOKEN_PATH to a "
+            "file with it, and "
             "RAY_AUTH_MODE, where it is set at all, to token"
         ) from error
     except (ConnectionError, requests.ConnectionError, requests.Timeout) as error:
         raise SubmitError(
-            f"no Ray dashboard answered at {address} within {CONNECT_SECONDS:.0f} s. Is the cluster up, and its port "
-            "8265 open or forwarded to this machine (`ray dashboard CLUSTER.yaml`, `kubectl port-forward`)?"
+            f"no Ray dashboard answered at {address} within {CONNECT_SECONDS:.0f} s. Is the "
+            "cluster up, and its port "
+            "8265 open or forwarded to this machine (`ray dashboard CLUSTER.yaml`, `kubectl "
+            "port-forward`)?"
         ) from error
     except (RuntimeError, ValueError, KeyError, requests.RequestException) as error:
-        raise SubmitError(f"what answers at {address} is not a Ray dashboard: {_last_line(error)}") from error
+        raise SubmitError(
+            f"what answers at {address} is not a Ray dashboard: {_last_line(error)}"
+        ) from error
 
 
 def _auth_headers() -> dict[str, str]:
-    """The token, from Ray's sources in Ray's order. Ray sends it only if RAY_AUTH_MODE=token was set at its import."""
+    """The token, from Ray's sources in Ray's order. Ray sends it only if RAY_AUTH_MODE=token was
+    set at its import.
+    """
     if os.environ.get("RAY_AUTH_MODE", "token").lower() == "disabled":
         return {}
     token = os.environ.get("RAY_AUTH_TOKEN", "")
@@ -225,7 +266,9 @@ def _auth_headers() -> dict[str, str]:
 
 @contextlib.contextmanager
 def _without_ray_addresses() -> Iterator[None]:
-    """RAY_ADDRESS and RAY_API_SERVER_ADDRESS would win over the address given: a job sent elsewhere without a word."""
+    """RAY_ADDRESS and RAY_API_SERVER_ADDRESS would win over the address given: a job sent elsewhere
+    without a word.
+    """
     names = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
     kept = {name: os.environ.pop(name) for name in names if name in os.environ}
     try:
@@ -235,46 +278,72 @@ def _without_ray_addresses() -> Iterator[None]:
 
 
 def _storage(job_file: Path, overrides: Sequence[str]) -> str:
-    """Where the job will write, as text; the job itself is checked by the CLI, here and on the cluster."""
+    """Where the job will write, as text; the job itself is checked by the CLI, here and on the
+    cluster.
+    """
     try:
         job = yaml.safe_load(job_file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise SubmitError(f"cannot read {job_file}: {error}") from error
-    values = [override.partition("=")[2] for override in overrides if override.startswith("storage=")]
-    return str(values[-1] if values else job.get("storage", "runs") if isinstance(job, dict) else "runs")
+    values = [
+        override.partition("=")[2] for override in overrides if override.startswith("storage=")
+    ]
+    return str(
+        values[-1] if values else job.get("storage", "runs") if isinstance(job, dict) else "runs"
+    )
 
 
 def _remarks(
-    client: _Client, address: str, package: Package, archive: Path, storage: str, env: Mapping[str, str]
+    client: _Client,
+    address: str,
+    package: Package,
+    archive: Path,
+    storage: str,
+    env: Mapping[str, str],
 ) -> Iterator[str]:
     """What is shipped, and what the user may not expect."""
     left_out = f"; left out: {', '.join(package.left_out[:8])}" if package.left_out else ""
     more = f" and {len(package.left_out) - 8} more" if len(package.left_out) > 8 else ""
-    yield f"shipping {len(package.files)} files, {archive.stat().st_size / 2**20:.1f} MiB{left_out}{more}"
+    yield (
+        f"shipping {len(package.files)} files, {archive.stat().st_size / 2**20:.1f} "
+        f"MiB{left_out}{more}"
+    )
     if host := unencrypted_host(address):
         yield (
-            f"warning: what goes to {host} by http can be read and changed on the way: the token, the code, the data. Use "
-            "a tunnel to a port of this machine (`ray dashboard CLUSTER.yaml`, `kubectl port-forward`) or https"
+            f"warning: what goes to {host} by http can be read and changed on the way: the "
+            "token, the code, the data. Use "
+            "a tunnel to a port of this machine (`ray dashboard CLUSTER.yaml`, `kubectl "
+            "port-forward`) or https"
         )
     there = client._server_ray_version
     if there and there != ray.__version__:
         yield f"warning: the cluster runs Ray {there}, this machine {ray.__version__}"
     if secret := secret_names(env):
-        yield f"warning: {', '.join(secret)} can be read by everyone who may use this cluster's job API"
+        yield (
+            f"warning: {', '.join(secret)} can be read by everyone who may use this cluster's job "
+            "API"
+        )
     if "://" in storage.removeprefix("file://") or storage.startswith("${"):
         return
     if not os.path.isabs(storage.removeprefix("file://")):
         yield (
-            f"warning: storage is {storage!r}, a folder in the job's temporary copy on the cluster, which is deleted "
-            "later, results and all. Use s3://bucket/prefix or an absolute path on a disk that every node shares"
+            f"warning: storage is {storage!r}, a folder in the job's temporary copy on the "
+            "cluster, which is deleted "
+            "later, results and all. Use s3://bucket/prefix or an absolute path on a disk "
+            "that every node shares"
         )
     elif (nodes := _count_nodes(client)) != 1:
         count = nodes or "of the"
-        yield f"warning: {storage} must be one disk that all {count} nodes share, or the run cannot find its own files"
+        yield (
+            f"warning: {storage} must be one disk that all {count} nodes share, or the run cannot "
+            "find its own files"
+        )
 
 
 def unencrypted_host(address: str) -> str | None:
-    """The host of an address that is spoken to in clear over a network, or none for https and for this machine."""
+    """The host of an address that is spoken to in clear over a network, or none for https and for
+    this machine.
+    """
     parts = urlsplit(address)
     host = parts.hostname or ""
     try:
@@ -294,7 +363,9 @@ def _count_nodes(client: _Client) -> int | None:
 
 
 class _Lines:
-    """Passes whole lines on. After `restart` the log comes again from its beginning, and what was seen is skipped."""
+    """Passes whole lines on. After `restart` the log comes again from its beginning, and what was
+    seen is skipped.
+    """
 
     def __init__(self, echo: Callable[[str], object]) -> None:
         self.echo, self.seen, self.position, self.partial = echo, 0, 0, ""
@@ -316,12 +387,15 @@ class _Lines:
 
 
 async def _follow(client: _Client, submission_id: str, echo: Callable[[str], object]) -> JobDetails:
-    """Print the log until the job ends, nothing twice. A broken stream is opened again; where there is none (a proxy
-    without WebSockets), and at the end to be sure, the whole log is fetched."""
+    """Print the log until the job ends, nothing twice. A broken stream is opened again; where there
+    is none (a proxy without WebSockets), and at the end to be sure, the whole log is fetched.
+    """
     lines, heard = _Lines(echo), time.monotonic()
     while True:
         lines.restart()
-        with contextlib.suppress(Exception):  # whatever broke, the next request tells whether the job is still there
+        with contextlib.suppress(
+            Exception
+        ):  # whatever broke, the next request tells whether the job is still there
             await _tail(client, submission_id, lines)
         try:
             details = await asyncio.to_thread(client.get_job_info, submission_id)
@@ -331,10 +405,16 @@ async def _follow(client: _Client, submission_id: str, echo: Callable[[str], obj
                 lines.close()
                 return details
             heard = time.monotonic()
-        except (RuntimeError, AuthenticationError, ConnectionError, requests.RequestException) as error:
+        except (
+            RuntimeError,
+            AuthenticationError,
+            ConnectionError,
+            requests.RequestException,
+        ) as error:
             if time.monotonic() - heard > LOST_SECONDS:
                 raise SubmitError(
-                    f"lost contact with the cluster ({_last_line(error)}). {submission_id} may still be running: "
+                    f"lost contact with the cluster ({_last_line(error)}). {submission_id} may "
+                    "still be running: "
                     f"ray job logs --follow --address {client.get_address()} {submission_id}"
                 ) from error
         await asyncio.sleep(RETRY_SECONDS)
@@ -363,13 +443,19 @@ async def _tail(client: _Client, submission_id: str, lines: _Lines) -> None:
 
 
 def _exit_code(details: JobDetails, submission_id: str, echo: Callable[[str], object]) -> int:
-    """`ray job submit` makes every failure a 1; the job's own code says more (2: bad arguments, 137: killed)."""
+    """`ray job submit` makes every failure a 1; the job's own code says more (2: bad arguments,
+    137: killed).
+    """
     if details.status == JobStatus.SUCCEEDED:
         echo(f"{submission_id} succeeded")
         return 0
     code = details.driver_exit_code
     ended = "was stopped" if details.status == JobStatus.STOPPED else "failed"
-    echo(f"{submission_id} {ended} with exit code {code}" if code else f"{submission_id} {ended}: {details.message}")
+    echo(
+        f"{submission_id} {ended} with exit code {code}"
+        if code
+        else f"{submission_id} {ended}: {details.message}"
+    )
     return (128 - code if code < 0 else code) if code else 1
 
 

@@ -1,11 +1,14 @@
-"""One to Many: pretrain backbones once, adapt them to many targets, prove with numbers that the transfer paid."""
+"""One to Many: pretrain backbones once, adapt them to many targets, prove with numbers that the
+transfer paid.
+"""
 
 import os
 import platform
 
 RAY_SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # else a job under `uv run` builds an environment anew for each of its workers
+    # else a job under `uv run` builds an environment anew for each of its workers
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
@@ -19,9 +22,10 @@ RAY_SETTINGS = {
 }
 
 KEEP_MEMORY = {
-    # glibc hands blocks above 32 MiB back to the system whenever they are freed, and the next tensor's pages are then made anew, one by one: WaveNet's step
-    # on a CPU took 3.5 s so, and takes 1.2 s. Its arenas of 64 MiB a thread would each be wasted on one large tensor (2.7 GB in the place of 1.9).
-    # What a trial took goes back at its end (`fanout.release`).
+    # glibc hands blocks above 32 MiB back to the system whenever they are freed, and the next
+    # tensor's pages are then made anew, one by one: WaveNet's step on a CPU took 3.5 s so, and
+    # takes 1.2 s. Its arenas of 64 MiB a thread would each be wasted on one large tensor (2.7 GB in
+    # the place of 1.9). What a trial took goes back at its end (`fanout.release`).
     "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
     "MALLOC_TRIM_THRESHOLD_": str(1 << 32),
     "MALLOC_ARENA_MAX": "1",
@@ -31,9 +35,14 @@ __version__ = "0.1.0"
 
 
 def prepare_ray() -> None:
-    """Set what Ray, Tune, the tokenizers and the C library of Ray's workers read from the environment, most of it when they are imported; the user's own
-    values stand. On a cluster that is joined workers have their nodes' environment."""
+    """Set what Ray, Tune, the tokenizers and the C library of Ray's workers read from the
+    environment, most of it when they are imported; the user's own values stand. On a cluster that
+    is joined workers have their nodes' environment.
+    """
     library, version = platform.libc_ver()
-    keeps = library == "glibc" and tuple(map(int, version.split(".")[:2])) >= (2, 35)  # before, it refused a threshold above 32 MiB
+    keeps = library == "glibc" and tuple(map(int, version.split(".")[:2])) >= (
+        2,
+        35,
+    )  # before, it refused a threshold above 32 MiB
     for name, value in (RAY_SETTINGS | (KEEP_MEMORY if keeps else {})).items():
         os.environ.setdefault(name, value)

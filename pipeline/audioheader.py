@@ -1,6 +1,7 @@
 """How much sound a file's own header promises: libsndfile takes what is there for all of it.
 
-A file here is anything that seeks and reads; I/O errors are raised as they are. Headers that make no sense promise nothing: libsndfile judges them.
+A file here is anything that seeks and reads; I/O errors are raised as they are. Headers that make
+no sense promise nothing: libsndfile judges them.
 """
 
 from __future__ import annotations
@@ -11,31 +12,54 @@ from collections.abc import Iterator
 from typing import Any
 
 STREAMED = 0x7FFF0000
-"""From here on the size of a RIFF chunk says that its writer, into a pipe, did not know it (0xFFFFFFFF; sox: 0x7FFFF000)."""
+"""From here on the size of a RIFF chunk says that its writer, into a pipe, did not know it
+(0xFFFFFFFF; sox: 0x7FFFF000).
+"""
 CHUNKS = 4096
-"""No file has more of them before its samples; a damaged one that is all zeros would have millions."""
-MP3_KBITS = {3: (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320), 2: (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160)}
+"""No file has more of them before its samples; a damaged one that is all zeros would have
+millions.
+"""
+MP3_KBITS = {
+    3: (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
+    2: (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
+}
 MP3_RATES = {3: (44100, 48000, 32000), 2: (22050, 24000, 16000), 0: (11025, 12000, 8000)}
-"""kbit/s and samples a second of layer III by the version's two bits: MPEG 1, 2 and 2.5 (ISO/IEC 11172-3, section 2.4.2.3; 13818-3)."""
+"""kbit/s and samples a second of layer III by the version's two bits: MPEG 1, 2 and 2.5 (ISO/IEC
+11172-3, section 2.4.2.3; 13818-3).
+"""
 MP3_BLOCK = 1 << 20
 """Bytes that are read at a time, to step from frame to frame."""
 
 
 def promised(file: Any) -> float:
-    """How many times as much sound a file promises as it holds (WAV, AIFF, W64, CAF, AU, NIST SPHERE that is not compressed), infinite for an OGG file
-    without its end; 1 where nothing tells."""
+    """How many times as much sound a file promises as it holds (WAV, AIFF, W64, CAF, AU, NIST
+    SPHERE that is not compressed), infinite for an OGG file without its end; 1 where nothing tells.
+    """
     size = file.seek(0, io.SEEK_END)
     file.seek(0)
     start = file.read(40)
-    find = {b"RIFF": _riff, b"RF64": _riff, b"FORM": _aiff, b"riff": _w64, b"caff": _caf, b".snd": _au, b"dns.": _au, b"NIST": _sphere}.get(start[:4])
+    find = {
+        b"RIFF": _riff,
+        b"RF64": _riff,
+        b"FORM": _aiff,
+        b"riff": _w64,
+        b"caff": _caf,
+        b".snd": _au,
+        b"dns.": _au,
+        b"NIST": _sphere,
+    }.get(start[:4])
     if find is not None:
         told, at = find(file, size, start)
         return max(1.0, told / max(1, size - at))
     return float("inf") if start[:4] == b"OggS" and not _ends_whole(file, size) else 1.0
 
 
-def _chunks(file: Any, size: int, at: int, form: str, name: int = 4, even: int = 1) -> Iterator[tuple[bytes, int, int]]:
-    """(first four bytes of its name, where its content begins, the number of its header) of each chunk from ``at`` on."""
+def _chunks(
+    file: Any, size: int, at: int, form: str, name: int = 4, even: int = 1
+) -> Iterator[tuple[bytes, int, int]]:
+    """(first four bytes of its name, where its content begins, the number of its header) of each
+    chunk from ``at`` on.
+    """
     head = name + struct.calcsize(form)
     for _ in range(CHUNKS):
         if at + head > size:
@@ -51,7 +75,9 @@ def _chunks(file: Any, size: int, at: int, form: str, name: int = 4, even: int =
 
 
 def _riff(file: Any, size: int, start: bytes) -> tuple[int, int]:
-    """(bytes of samples, where they begin) as the header says; (0, 0) where it does not, here and in what follows."""
+    """(bytes of samples, where they begin) as the header says; (0, 0) where it does not, here and
+    in what follows.
+    """
     wide = 0
     for name, at, length in _chunks(file, size, 12, "<I", even=2):
         if name == b"ds64":  # EBU Tech 3306: RF64's sizes of 64 bits
@@ -63,16 +89,35 @@ def _riff(file: Any, size: int, start: bytes) -> tuple[int, int]:
 
 
 def _aiff(file: Any, size: int, start: bytes) -> tuple[int, int]:
-    return next(((length if length < STREAMED else 0, at) for name, at, length in _chunks(file, size, 12, ">I", even=2) if name == b"SSND"), (0, 0))
+    return next(
+        (
+            (length if length < STREAMED else 0, at)
+            for name, at, length in _chunks(file, size, 12, ">I", even=2)
+            if name == b"SSND"
+        ),
+        (0, 0),
+    )
 
 
 def _w64(file: Any, size: int, start: bytes) -> tuple[int, int]:
-    return next(((length - 24, at) for name, at, length in _chunks(file, size, 40, "<Q", 16, 8) if name == b"data"), (0, 0))
+    return next(
+        (
+            (length - 24, at)
+            for name, at, length in _chunks(file, size, 40, "<Q", 16, 8)
+            if name == b"data"
+        ),
+        (0, 0),
+    )
 
 
 def _caf(file: Any, size: int, start: bytes) -> tuple[int, int]:
-    """Apple, "Core Audio Format Specification": a length of -1 is one that the writer did not know."""
-    return next(((length, at) for name, at, length in _chunks(file, size, 8, ">q") if name == b"data"), (0, 0))
+    """Apple, "Core Audio Format Specification": a length of -1 is one that the writer did not
+    know.
+    """
+    return next(
+        ((length, at) for name, at, length in _chunks(file, size, 8, ">q") if name == b"data"),
+        (0, 0),
+    )
 
 
 def _au(file: Any, size: int, start: bytes) -> tuple[int, int]:
@@ -86,10 +131,18 @@ def _sphere(file: Any, size: int, start: bytes) -> tuple[int, int]:
     try:
         at = int(start[8:16])
         file.seek(0)
-        fields = dict((words[0], words[2]) for line in file.read(min(max(at, 0), 1 << 16)).split(b"\n") if len(words := line.split(None, 2)) == 3)
+        fields = dict(
+            (words[0], words[2])
+            for line in file.read(min(max(at, 0), 1 << 16)).split(b"\n")
+            if len(words := line.split(None, 2)) == 3
+        )
         if b"shorten" in fields.get(b"sample_coding", b""):
             return 0, 0
-        told = int(fields[b"sample_count"]) * int(fields.get(b"channel_count", 1)) * int(fields[b"sample_n_bytes"])
+        told = (
+            int(fields[b"sample_count"])
+            * int(fields.get(b"channel_count", 1))
+            * int(fields[b"sample_n_bytes"])
+        )
         return (told, at) if 0 < at <= size else (0, 0)
     except (ValueError, KeyError):
         return 0, 0
@@ -97,25 +150,39 @@ def _sphere(file: Any, size: int, start: bytes) -> tuple[int, int]:
 
 # ---------------------------------------------------------------- OGG
 
+
 def is_joined(file: Any) -> bool:
-    """Whether an OGG file ends with another stream than those it begins with (chained ones, RFC 3533, section 4): libsndfile reads the first alone."""
+    """Whether an OGG file ends with another stream than those it begins with (chained ones, RFC
+    3533, section 4): libsndfile reads the first alone.
+    """
     file.seek(0)
     start, at, serials = file.read(1 << 12), 0, set()
-    while start[at:at + 4] == b"OggS" and len(start) >= at + 27 and start[at + 5] & 2:  # multiplexed streams begin all at once
-        serials.add(start[at + 14:at + 18])
-        at += 27 + start[at + 26] + sum(start[at + 27:at + 27 + start[at + 26]])
+    while (
+        start[at : at + 4] == b"OggS" and len(start) >= at + 27 and start[at + 5] & 2
+    ):  # multiplexed streams begin all at once
+        serials.add(start[at + 14 : at + 18])
+        at += 27 + start[at + 26] + sum(start[at + 27 : at + 27 + start[at + 26]])
     last = _last_page(file, file.seek(0, io.SEEK_END)) if serials else b""
     return len(last) >= 18 and last[14:18] not in serials
 
 
 def _ends_whole(file: Any, size: int) -> bool:
-    """Whether an OGG file's last page is all there, it says how long it is, and says that it is the last one (RFC 3533, section 6)."""
+    """Whether an OGG file's last page is all there, it says how long it is, and says that it is the
+    last one (RFC 3533, section 6).
+    """
     page = _last_page(file, size)
-    return len(page) >= 27 and len(page) >= 27 + page[26] and len(page) >= 27 + page[26] + sum(page[27:27 + page[26]]) and bool(page[5] & 4)
+    return (
+        len(page) >= 27
+        and len(page) >= 27 + page[26]
+        and len(page) >= 27 + page[26] + sum(page[27 : 27 + page[26]])
+        and bool(page[5] & 4)
+    )
 
 
 def _last_page(file: Any, size: int) -> bytes:
-    """From an OGG file's last page on; nothing where there is none in its last 64 KiB, which no page is longer than."""
+    """From an OGG file's last page on; nothing where there is none in its last 64 KiB, which no
+    page is longer than.
+    """
     file.seek(max(0, size - (1 << 16) - 512))
     tail = file.read()
     at = tail.rfind(b"OggS")
@@ -124,9 +191,12 @@ def _last_page(file: Any, size: int) -> bytes:
 
 # ---------------------------------------------------------------- MP3
 
+
 def has_unknown_length(file: Any) -> bool:
-    """Whether a file is MP3 of several bit rates without a table (Xing, Info, VBRI) that tells its frames: its length is then guessed from its first frame's
-    rate. Every frame's header is looked at until two differ: 0.05 s for an hour of a constant rate."""
+    """Whether a file is MP3 of several bit rates without a table (Xing, Info, VBRI) that tells its
+    frames: its length is then guessed from its first frame's rate. Every frame's header is looked
+    at until two differ: 0.05 s for an hour of a constant rate.
+    """
     at, kbits, known = _after_id3(file), 0, {}
     file.seek(at)
     if not _frame(file.read(3))[0]:
@@ -136,13 +206,13 @@ def has_unknown_length(file: Any) -> bool:
         if at + 4 > base + len(block):
             file.seek(at)
             base, block = at, file.read(MP3_BLOCK)
-        head = block[at - base:at - base + 3]
+        head = block[at - base : at - base + 3]
         if head not in known:
             known[head] = _frame(head)
         length, now = known[head]
         if not length or (kbits and now != kbits):
             return bool(length)
-        if not kbits and _has_table(block[at - base:at - base + length]):
+        if not kbits and _has_table(block[at - base : at - base + length]):
             return False
         at, kbits = at + length, now
 
@@ -154,17 +224,32 @@ def _after_id3(file: Any) -> int:
         head = file.read(10)
         if head[:3] != b"ID3" or len(head) < 10:
             return at
-        at += 10 + (head[6] << 21 | head[7] << 14 | head[8] << 7 | head[9]) + (10 if head[5] & 16 else 0)
+        at += (
+            10
+            + (head[6] << 21 | head[7] << 14 | head[8] << 7 | head[9])
+            + (10 if head[5] & 16 else 0)
+        )
 
 
 def _frame(head: bytes) -> tuple[int, int]:
-    """(bytes, kbit/s) of the frame of layer III that begins with three bytes; (0, 0) for none, and for one of a free bit rate."""
+    """(bytes, kbit/s) of the frame of layer III that begins with three bytes; (0, 0) for none, and
+    for one of a free bit rate.
+    """
     bits = int.from_bytes(head, "big")
     version, kbits, rate = bits >> 11 & 3, bits >> 4 & 15, bits >> 2 & 3
-    if len(head) < 3 or bits >> 13 != 0x7FF or bits >> 9 & 3 != 1 or version == 1 or kbits in (0, 15) or rate == 3:
+    if (
+        len(head) < 3
+        or bits >> 13 != 0x7FF
+        or bits >> 9 & 3 != 1
+        or version == 1
+        or kbits in (0, 15)
+        or rate == 3
+    ):
         return 0, 0
     told = MP3_KBITS[3 if version == 3 else 2][kbits]
-    return (144 if version == 3 else 72) * told * 1000 // MP3_RATES[version][rate] + (bits >> 1 & 1), told
+    return (144 if version == 3 else 72) * told * 1000 // MP3_RATES[version][rate] + (
+        bits >> 1 & 1
+    ), told
 
 
 def _has_table(frame: bytes) -> bool:

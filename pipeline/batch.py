@@ -14,13 +14,16 @@ from torch import Tensor
 class Batch:
     """Rows on their way through a model.
 
-    ``rows``: (B,) int64 row ids of the manifest, on the host. ``keys``: (B,) int64, one random key a row from (seed, epoch, row):
-    whatever is random about a row (crop, mask) follows from its key, so it is the same at any number of ranks.
-    ``data``: named tensors, each with first dimension B. ``shards``: (B,) the canonical shard of each row, where a plan made the batch.
+    ``rows``: (B,) int64 row ids of the manifest, on the host. ``keys``: (B,) int64, one random key
+    a row from (seed, epoch, row): whatever is random about a row (crop, mask) follows from its key,
+    so it is the same at any number of ranks. ``data``: named tensors, each with first dimension B.
+    ``shards``: (B,) the canonical shard of each row, where a plan made the batch.
 
-    Names with a meaning of their own, for dense tasks on images: ``boxes`` (B, M, 4) float32 corners x0 y0 x1 y1, a box without area standing
-    for no box, as shares of the row's own image until the modality's ``finish`` and in pixels of the input after it; ``mask`` (B, H, W) one
-    class number a pixel of the input; ``frame`` (B, 4) float32 (width, height, left, top) in pixels of the input: where the whole image lies.
+    Names with a meaning of their own, for dense tasks on images: ``boxes`` (B, M, 4) float32
+    corners x0 y0 x1 y1, a box without area standing for no box, as shares of the row's own image
+    until the modality's ``finish`` and in pixels of the input after it; ``mask`` (B, H, W) one
+    class number a pixel of the input; ``frame`` (B, 4) float32 (width, height, left, top) in pixels
+    of the input: where the whole image lies.
     """
 
     rows: np.ndarray
@@ -38,8 +41,10 @@ class Batch:
         return Batch(self.rows, self.keys, {**self.data, **tensors}, self.shards)
 
     def partners(self) -> Tensor:
-        """(B,) int64 on the keys' device: for each row the next one of its canonical shard, in a ring: a pairing (mixup) that is the same at
-        any number of ranks. Without shards all rows are one ring."""
+        """(B,) int64 on the keys' device: for each row the next one of its canonical shard, in a
+        ring: a pairing (mixup) that is the same at any number of ranks. Without shards all rows are
+        one ring.
+        """
         shards = self.shards if self.shards is not None else np.zeros(len(self), dtype=np.int64)
         order = np.argsort(shards, kind="stable")
         out = np.empty(len(self), dtype=np.int64)
@@ -54,13 +59,27 @@ class Batch:
         return Batch(self.rows, self.keys.to(device, non_blocking=True), move, self.shards)
 
     def pin(self) -> Batch:
-        return Batch(self.rows, self.keys.pin_memory(), {name: t if t.is_cuda else t.pin_memory() for name, t in self.data.items()}, self.shards)
+        return Batch(
+            self.rows,
+            self.keys.pin_memory(),
+            {name: t if t.is_cuda else t.pin_memory() for name, t in self.data.items()},
+            self.shards,
+        )
 
     def split(self, size: int | None) -> list[Batch]:
-        """Micro-batches of at most ``size`` rows, in order and as even as can be (batch norm wants no part of one row); itself when size is none."""
+        """Micro-batches of at most ``size`` rows, in order and as even as can be (batch norm wants
+        no part of one row); itself when size is none.
+        """
         if size is None or len(self) <= size:
             return [self]
         parts = -(-len(self) // size)
         cuts = [len(self) * i // parts for i in range(parts + 1)]
-        return [Batch(self.rows[i:j], self.keys[i:j], {n: t[i:j] for n, t in self.data.items()}, None if self.shards is None else self.shards[i:j])
-                for i, j in pairwise(cuts)]
+        return [
+            Batch(
+                self.rows[i:j],
+                self.keys[i:j],
+                {n: t[i:j] for n, t in self.data.items()},
+                None if self.shards is None else self.shards[i:j],
+            )
+            for i, j in pairwise(cuts)
+        ]

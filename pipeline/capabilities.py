@@ -1,4 +1,5 @@
-"""Small optional protocols: what some modalities can say of rows, for checks that are made before any training.
+"""Small optional protocols: what some modalities can say of rows, for checks that are made before
+any training.
 
 A modality has a capability by having the method; nothing else has to be declared.
 """
@@ -12,7 +13,9 @@ import numpy as np
 
 
 class CutRows(NamedTuple):
-    """How much of some rows lies beyond what is read of each: ``lost`` of ``units`` (words, tokens) in ``cut`` of ``rows`` rows."""
+    """How much of some rows lies beyond what is read of each: ``lost`` of ``units`` (words, tokens)
+    in ``cut`` of ``rows`` rows.
+    """
 
     rows: int
     cut: int
@@ -30,13 +33,16 @@ class CutsLongRows(Protocol):
     """A modality that reads only the beginning of long rows (texts)."""
 
     def cut_rows(self, table: Any, columns: dict[str, str]) -> CutRows | None:
-        """How much of the table's rows is cut off; None where rows of this kind are read whole or refused."""
+        """How much of the table's rows is cut off; None where rows of this kind are read whole or
+        refused.
+        """
         ...
 
 
 class Unshared(NamedTuple):
-    """Names that one side of a transfer has and the other has not: ``names``, and ``rare`` further ones that too few rows have to be named (a
-    rare name may tell who somebody is)."""
+    """Names that one side of a transfer has and the other has not: ``names``, and ``rare`` further
+    ones that too few rows have to be named (a rare name may tell who somebody is).
+    """
 
     what: str
     names: tuple[str, ...]
@@ -44,7 +50,10 @@ class Unshared(NamedTuple):
 
     def text(self) -> str:
         few = f"{self.rare} that few rows have" if self.rare else ""
-        return f"{self.what} ({len(self.names) + self.rare}): {', '.join([*self.names, *([few] if few else [])])}"
+        return (
+            f"{self.what} ({len(self.names) + self.rare}): "
+            f"{', '.join([*self.names, *([few] if few else [])])}"
+        )
 
 
 @runtime_checkable
@@ -52,16 +61,23 @@ class ComparesNames(Protocol):
     """A modality whose inputs are known by name (variables, fields, categories)."""
 
     def unshared(self, table: Any, columns: dict[str, str]) -> list[Unshared]:
-        """All names that these rows lack of what the fitted state knows, and that the state lacks of theirs."""
+        """All names that these rows lack of what the fitted state knows, and that the state lacks
+        of theirs.
+        """
         ...
 
 
 @runtime_checkable
 class NamesFeatures(Protocol):
-    """A modality whose rows are made of single features (columns of a table, variables of a record)."""
+    """A modality whose rows are made of single features (columns of a table, variables of a
+    record).
+    """
 
-    def single_features(self, table: Any, columns: dict[str, str]) -> Iterator[tuple[str, np.ndarray]]:
-        """Each feature's name with its value in every row: (n,) float64, NaN where there is none, or (n,) int64 numbers of categories.
+    def single_features(
+        self, table: Any, columns: dict[str, str]
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        """Each feature's name with its value in every row: (n,) float64, NaN where there is none,
+        or (n,) int64 numbers of categories.
 
         Only what the modality reads: with a fitted state what that knows.
         """

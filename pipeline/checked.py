@@ -1,8 +1,10 @@
-"""The door by which what the program wrote is read back: nothing comes through that is not what was written.
+"""The door by which what the program wrote is read back: nothing comes through that is not what was
+written.
 
-Everything carries a SHA-256: a JSON document its own (`write_document`), bytes and files that of their folder's manifest
-(`keep_bytes`, `folders.commit_folder`). Damage is a `DamagedError`, one line that names the file. What can be made again
-is made again by whoever asked for it, and `tell` says so in the terminal.
+Everything carries a SHA-256: a JSON document its own (`write_document`), bytes and files that of
+their folder's manifest (`keep_bytes`, `folders.commit_folder`). Damage is a `DamagedError`, one
+line that names the file. What can be made again is made again by whoever asked for it, and `tell`
+says so in the terminal.
 
 A document that an earlier version wrote has no checksum. It is read as it is.
 """
@@ -27,30 +29,42 @@ _CONTENT = "content"
 
 # ---------------------------------------------------------------- documents
 
+
 def write_document(uri: Uri, value: Mapping[str, Any]) -> None:
     """Write a JSON object with the SHA-256 of its content, atomically."""
     storage.write_json(uri, folders.sealed(value, _SEAL))
 
 
 def read_document(uri: Uri) -> dict[str, Any]:
-    """A JSON object as `write_document` wrote it. Raises NotFoundError, and DamagedError where it is not that."""
+    """A JSON object as `write_document` wrote it. Raises NotFoundError, and DamagedError where it
+    is not that.
+    """
     found = storage.read_json(uri)
     if not isinstance(found, dict):
         raise DamagedError(f"{uri} is damaged: it is no JSON object")
     if _has_broken_seal(found):
-        raise DamagedError(f"{uri} is damaged: its content does not have the SHA-256 that it states")
+        raise DamagedError(
+            f"{uri} is damaged: its content does not have the SHA-256 that it states"
+        )
     return {name: value for name, value in found.items() if name != _SEAL}
 
 
 def _has_broken_seal(found: Mapping[str, Any]) -> bool:
     if _SEAL in found:
         return found[_SEAL] != folders.sealed(found, _SEAL)[_SEAL]
-    digest_length = 64  # a flipped bit in the name of the seal must not make the document look like one of an earlier version
-    return any(len(name) == len(_SEAL) and isinstance(value, str) and len(value) == digest_length for name, value in found.items())
+    # a flipped bit in the name of the seal must not make the document look like one of an earlier
+    # version
+    digest_length = 64
+    return any(
+        len(name) == len(_SEAL) and isinstance(value, str) and len(value) == digest_length
+        for name, value in found.items()
+    )
 
 
 def document_or_none(uri: Uri, remedy: str) -> dict[str, Any] | None:
-    """A document, or none where nothing is there or it is damaged; damage is told with what happens now (``remedy``)."""
+    """A document, or none where nothing is there or it is damaged; damage is told with what happens
+    now (``remedy``).
+    """
     try:
         return read_document(uri)
     except storage.NotFoundError:
@@ -73,8 +87,11 @@ def is_damaged(uri: Uri) -> bool:
 
 # ---------------------------------------------------------------- bytes and folders
 
+
 def keep_bytes(uri: Uri, data: bytes) -> None:
-    """Keep bytes in a folder of their own, with a manifest; what was kept there before is replaced."""
+    """Keep bytes in a folder of their own, with a manifest; what was kept there before is
+    replaced.
+    """
     folders.commit_folder(uri, {_CONTENT: data}, {})
 
 
@@ -84,7 +101,9 @@ def read_kept(uri: Uri) -> bytes:
 
 
 def kept_bytes(uri: Uri, remedy: str) -> bytes | None:
-    """What `keep_bytes` kept, or none where nothing is there or it is damaged, which is told with what happens now."""
+    """What `keep_bytes` kept, or none where nothing is there or it is damaged, which is told with
+    what happens now.
+    """
     try:
         return read_kept(uri)
     except storage.NotFoundError:
@@ -95,7 +114,9 @@ def kept_bytes(uri: Uri, remedy: str) -> bytes | None:
 
 
 def read_file(uri: Uri, manifest: Mapping[str, Any], name: str) -> bytes:
-    """The bytes of a file that a folder's manifest names. Raises DamagedError where they are not those that were written."""
+    """The bytes of a file that a folder's manifest names. Raises DamagedError where they are not
+    those that were written.
+    """
     entry = folders.entries(uri, manifest).get(name)
     place = storage.join(uri, name)
     if entry is None:
@@ -116,16 +137,19 @@ def check_bytes(uri: Uri, data: bytes, entry: Mapping[str, Any]) -> None:
 
 
 def check_folder(uri: Uri, manifest: Mapping[str, Any]) -> None:
-    """Compare every file with the manifest of its folder. Raises DamagedError naming the first that differs or is gone.
+    """Compare every file with the manifest of its folder. Raises DamagedError naming the first that
+    differs or is gone.
 
-    A local file is read once: what was read is remembered while its times of change, size and inode stay (`identity`).
-    An object on S3 is known by its ETag. Where the manifest has none, as those of earlier versions, it is read, several
-    at once.
+    A local file is read once: what was read is remembered while its times of change, size and inode
+    stay (`identity`). An object on S3 is known by its ETag. Where the manifest has none, as those
+    of earlier versions, it is read, several at once.
     """
     entries = folders.entries(uri, manifest)
     places = [storage.join(uri, name) for name in entries]
     to_read: list[tuple[str, Mapping[str, Any]]] = []
-    for entry, file in zip(entries.values(), identity.identify(places, absent_ok=True), strict=True):
+    for entry, file in zip(
+        entries.values(), identity.identify(places, absent_ok=True), strict=True
+    ):
         if file.content == identity.ABSENT:
             raise DamagedError(f"{file.uri} is damaged: the file is gone")
         if file.content not in _contents(entry):
@@ -134,7 +158,8 @@ def check_folder(uri: Uri, manifest: Mapping[str, Any]) -> None:
 
 
 def whole_folder(uri: Uri, remedy: str) -> dict[str, Any] | None:
-    """The manifest of a folder whose files are as they were written, or none where there is none or a damaged one.
+    """The manifest of a folder whose files are as they were written, or none where there is none or
+    a damaged one.
 
     Damage is told with what happens now (``remedy``).
     """
@@ -150,8 +175,12 @@ def whole_folder(uri: Uri, remedy: str) -> dict[str, Any] | None:
 
 
 def is_same(content: str, entry: Mapping[str, Any]) -> bool:
-    """Whether what `identity` read of a file is what its entry says. Of a large file whose entry is older than digests of pieces the size decides."""
-    is_old_large = content.startswith(f"{entry['size']}-sha256-pieces:") and "sha256_pieces" not in entry
+    """Whether what `identity` read of a file is what its entry says. Of a large file whose entry is
+    older than digests of pieces the size decides.
+    """
+    is_old_large = (
+        content.startswith(f"{entry['size']}-sha256-pieces:") and "sha256_pieces" not in entry
+    )
     return is_old_large or content in _contents(entry)
 
 

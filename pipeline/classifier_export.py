@@ -1,7 +1,9 @@
-"""What an exported classifier needs beside its backbone: the head's tensors, ``classifier.json`` and the code that loads both.
+"""What an exported classifier needs beside its backbone: the head's tensors, ``classifier.json``
+and the code that loads both.
 
-Classes of timm and transformers have no layer norm before their linear layer, and that norm has no parameters, so weights
-alone cannot carry it. The export carries it as a module: ``exported_classifier`` is copied beside the weights.
+Classes of timm and transformers have no layer norm before their linear layer, and that norm has no
+parameters, so weights alone cannot carry it. The export carries it as a module:
+``exported_classifier`` is copied beside the weights.
 """
 
 from __future__ import annotations
@@ -23,13 +25,17 @@ CODE, SPEC, HEAD = "classifier.py", "classifier.json", "head.safetensors"
 
 
 def is_carried(task: Task) -> bool:
-    """Whether ``exported_classifier`` can build this task: a linear head on a model of timm or transformers."""
+    """Whether ``exported_classifier`` can build this task: a linear head on a model of timm or
+    transformers.
+    """
     library = task.backbone.arch["name"].partition("/")[0]
     return library in LIBRARIES and task.objective.registered_name in OBJECTIVES
 
 
 def describe(task: Task, modality: Modality) -> dict[str, Any]:
-    """The content of ``classifier.json``: how the model is built, what the head reads, its labels and its input."""
+    """The content of ``classifier.json``: how the model is built, what the head reads, its labels
+    and its input.
+    """
     backbone, objective = task.backbone, task.objective
     model: Any = backbone
     name = objective.registered_name
@@ -46,14 +52,25 @@ def describe(task: Task, modality: Modality) -> dict[str, Any]:
     }
     if "threshold" in objective.state:
         spec["threshold"] = objective.state["threshold"]
-        spec["threshold_of"] = f"probability (softmax) from which a row is called {objective.state['labels'][1]}"
+        spec["threshold_of"] = (
+            f"probability (softmax) from which a row is called {objective.state['labels'][1]}"
+        )
     if library == "timm":
         spec["arguments"] = dict(model.creation_arguments)
         read = modality.options.model_dump(include={"fit", "crop_share", "interpolation"})
-        spec["input"] = {**modality.inputs(), **read, "mean": modality.state["mean"], "std": modality.state["std"]}
+        spec["input"] = {
+            **modality.inputs(),
+            **read,
+            "mean": modality.state["mean"],
+            "std": modality.state["std"],
+        }
         return spec
     spec["config"] = model.model.config.to_dict()
-    spec["arguments"] = {"add_pooling_layer": spec["pool"] == "pooler"} if architecture in ("bert", "roberta") else {}
+    spec["arguments"] = (
+        {"add_pooling_layer": spec["pool"] == "pooler"}
+        if architecture in ("bert", "roberta")
+        else {}
+    )
     inputs = modality.inputs()
     spec["input"] = {key: inputs[key] for key in ("length", "rate", "scale") if key in inputs}
     return spec
@@ -85,13 +102,20 @@ def temperature(task: Task) -> float:
 
 
 def linear_tensors(task: Task) -> dict[str, Tensor]:
-    """``weight`` and ``bias`` of the head, divided by the temperature: they give the calibrated scores."""
+    """``weight`` and ``bias`` of the head, divided by the temperature: they give the calibrated
+    scores.
+    """
     head, divisor = head_of(task), temperature(task)
-    return {part: (getattr(head, part).detach().double() / divisor).float().contiguous() for part in ("weight", "bias")}
+    return {
+        part: (getattr(head, part).detach().double() / divisor).float().contiguous()
+        for part in ("weight", "bias")
+    }
 
 
 def norm_tensors(task: Task) -> dict[str, Tensor]:
-    """Ones and noughts in the place of the parameters that the norm has not: a strict load then sees that it is there."""
+    """Ones and noughts in the place of the parameters that the norm has not: a strict load then
+    sees that it is there.
+    """
     width = int(head_of(task).in_features)
     return {"weight": torch.ones(width), "bias": torch.zeros(width)} if has_norm(task) else {}
 
@@ -99,7 +123,11 @@ def norm_tensors(task: Task) -> dict[str, Tensor]:
 def head_tensors(task: Task) -> dict[str, Tensor]:
     """The head under the names of ``exported_classifier.Classifier``."""
     named = {"norm": norm_tensors(task), "head": linear_tensors(task)}
-    return {f"{layer}.{part}": tensor for layer, parts in named.items() for part, tensor in parts.items()}
+    return {
+        f"{layer}.{part}": tensor
+        for layer, parts in named.items()
+        for part, tensor in parts.items()
+    }
 
 
 def code() -> str:

@@ -17,20 +17,45 @@ from pipeline import __version__, prepare_ray, stopping
 from pipeline.job import Data, Job, JobError
 from pipeline.jobfile import load, schema
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False, help=(
-    "One job file pretrains backbones on large source corpora, fans out many fine-tunes of them onto target tasks, "
-    "and shows the gain of each over training from scratch."))
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help=(
+        "One job file pretrains backbones on large source corpora, fans out many fine-tunes "
+        "of them onto target tasks, "
+        "and shows the gain of each over training from scratch."
+    ),
+)
 out = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else 110)
 err = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
 
 FORMS: tuple[str, ...] = get_args(Data.model_fields["format"].annotation)
 JobFile = Annotated[Path, typer.Argument(help="The job file (YAML).", metavar="JOB")]
-Set = Annotated[list[str] | None, typer.Option("--set", help="Override any field, e.g. --set sources.a.train.steps=10.", metavar="A.B=C")]
-Address = Annotated[str | None, typer.Option(help="Join this Ray cluster (auto, or host:port). Without it, and without RAY_ADDRESS, one is started here.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", help="Override any field, e.g. --set sources.a.train.steps=10.", metavar="A.B=C"
+    ),
+]
+Address = Annotated[
+    str | None,
+    typer.Option(
+        help="Join this Ray cluster (auto, or host:port). Without it, and without RAY_ADDRESS, "
+        "one is started here."
+    ),
+]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Show Ray's own messages too.")]
-Wait = Annotated[bool | None, typer.Option(
-    "--wait-for-resources/--no-wait-for-resources", show_default=False,
-    help="Wait for nodes that the cluster does not have yet, or plan for those that are there. Unset: wait where its autoscaler declares its nodes.")]
+Wait = Annotated[
+    bool | None,
+    typer.Option(
+        "--wait-for-resources/--no-wait-for-resources",
+        show_default=False,
+        help="Wait for nodes that the cluster does not have yet, or plan for those that are "
+        "there. Unset: wait where its autoscaler declares its nodes.",
+    ),
+]
 
 
 class Remake(StrEnum):
@@ -44,11 +69,20 @@ def _remade(remake: Remake, verbs: tuple[str, ...]) -> tuple[str, ...]:
     """What of the verbs' work is made anew where other code or versions made it."""
     if remake == Remake.NONE:
         return ()
-    return tuple(what for verb, what in (("pretrain", "sources"), ("finetune", "trials")) if verb in verbs)
+    return tuple(
+        what for verb, what in (("pretrain", "sources"), ("finetune", "trials")) if verb in verbs
+    )
 
 
-Anew = Annotated[Remake, typer.Option("--remake", help="changed: make anew the sources and trials that other code or library versions made, and nothing else; "
-                                                       "--dry-run lists them. none: use them as they are, marked.")]
+Anew = Annotated[
+    Remake,
+    typer.Option(
+        "--remake",
+        help="changed: make anew the sources and trials that other code or library versions made, "
+        "and nothing else; "
+        "--dry-run lists them. none: use them as they are, marked.",
+    ),
+]
 
 
 def _fail(message: str, code: int) -> typer.Exit:
@@ -64,11 +98,25 @@ def _job(file: Path, overrides: list[str] | None, elsewhere: bool = False) -> Jo
         raise _fail(str(error), 2) from None
 
 
-def _stages(file: Path, overrides: list[str] | None, address: str | None, verbose: bool, wait: bool | None, verbs: tuple[str, ...], dry: bool = False,
-            remake: Remake = Remake.NONE) -> None:
-    """Check, then run the named stages in one Ray session. Exit 2: bad input; 1: something failed; 130: stopped by Ctrl-C; 143: by SIGTERM."""
+def _stages(
+    file: Path,
+    overrides: list[str] | None,
+    address: str | None,
+    verbose: bool,
+    wait: bool | None,
+    verbs: tuple[str, ...],
+    dry: bool = False,
+    remake: Remake = Remake.NONE,
+) -> None:
+    """Check, then run the named stages in one Ray session. Exit 2: bad input; 1: something failed;
+    130: stopped by Ctrl-C; 143: by SIGTERM.
+    """
     job = _job(file, overrides)
-    if not job.targets and set(verbs) & {"score", "finetune"} and verbs != ("pretrain", "finetune", "report"):
+    if (
+        not job.targets
+        and set(verbs) & {"score", "finetune"}
+        and verbs != ("pretrain", "finetune", "report")
+    ):
         raise _fail(f"{file}: this job has no targets", 2)
     from pipeline import bundle, checked, fence, lease, storage
     from pipeline.train import launch
@@ -77,7 +125,9 @@ def _stages(file: Path, overrides: list[str] | None, address: str | None, verbos
 
     with Progress() as progress, checked.telling(progress.note):
         try:
-            state = stages.check(job, progress, verbose=verbose, wait=wait, remake=_remade(remake, verbs))
+            state = stages.check(
+                job, progress, verbose=verbose, wait=wait, remake=_remade(remake, verbs)
+            )
             if dry:
                 from pipeline.transfer import dry_run, preflight
 
@@ -143,7 +193,11 @@ def _show(state: Any, rows: list[dict[str, Any]]) -> int:
         err.print(f"note: {line}", markup=False)
     for line in results.duplicates(rows):
         err.print(f"warning: {line}", markup=False)
-    out.print(f"report: {where[1]}  results: {state.job.root}/results.parquet", markup=False, soft_wrap=True)
+    out.print(
+        f"report: {where[1]}  results: {state.job.root}/results.parquet",
+        markup=False,
+        soft_wrap=True,
+    )
     failed = stages.failures(state, rows)
     for line in failed:
         err.print(f"failed: {line}", markup=False)
@@ -166,46 +220,103 @@ def _prune(state: Any, dry_run: bool) -> None:
 
 
 def _print_scores(rows: list[dict[str, Any]]) -> None:
-    table = Table("target", "source", "backbone", "LogME", "kNN", title="Transferability (higher is better)")
+    table = Table(
+        "target", "source", "backbone", "LogME", "kNN", title="Transferability (higher is better)"
+    )
     for row in rows:
-        table.add_row(row["target"], row["source"], row["backbone"], f"{row['logme']:.4f}", f"{row['knn']:.4f}")
+        table.add_row(
+            row["target"],
+            row["source"],
+            row["backbone"],
+            f"{row['logme']:.4f}",
+            f"{row['knn']:.4f}",
+        )
     out.print(table)
 
 
 @app.command()
-def run(job: JobFile, set_: Set = None, address: Address = None,
-        dry_run: Annotated[bool, typer.Option(help="Print stages, trials and cost, look at the files for what a run would refuse; run nothing.")] = False,
-        wait_for_resources: Wait = None, verbose: Verbose = False, remake: Anew = Remake.NONE) -> None:
+def run(
+    job: JobFile,
+    set_: Set = None,
+    address: Address = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            help="Print stages, trials and cost, look at the files for what a run would refuse; "
+            "run nothing."
+        ),
+    ] = False,
+    wait_for_resources: Wait = None,
+    verbose: Verbose = False,
+    remake: Anew = Remake.NONE,
+) -> None:
     """Everything: pretrain, fine-tune, report. What is done already is not done again."""
-    _stages(job, set_, address, verbose, wait_for_resources, ("pretrain", "finetune", "report"), dry_run, remake)
+    _stages(
+        job,
+        set_,
+        address,
+        verbose,
+        wait_for_resources,
+        ("pretrain", "finetune", "report"),
+        dry_run,
+        remake,
+    )
 
 
 @app.command()
-def pretrain(job: JobFile, set_: Set = None, address: Address = None, wait_for_resources: Wait = None, verbose: Verbose = False,
-             remake: Anew = Remake.NONE) -> None:
+def pretrain(
+    job: JobFile,
+    set_: Set = None,
+    address: Address = None,
+    wait_for_resources: Wait = None,
+    verbose: Verbose = False,
+    remake: Anew = Remake.NONE,
+) -> None:
     """Train every source to its bundle; goes on where a stopped run left off."""
     _stages(job, set_, address, verbose, wait_for_resources, ("pretrain",), remake=remake)
 
 
 @app.command()
-def score(job: JobFile, set_: Set = None, address: Address = None, verbose: Verbose = False) -> None:
+def score(
+    job: JobFile, set_: Set = None, address: Address = None, verbose: Verbose = False
+) -> None:
     """Rank the pretrained sources for each target by LogME and kNN, without training."""
     _stages(job, set_, address, verbose, None, ("score",))
 
 
 @app.command()
-def finetune(job: JobFile, set_: Set = None, address: Address = None, wait_for_resources: Wait = None, verbose: Verbose = False,
-             remake: Anew = Remake.NONE) -> None:
+def finetune(
+    job: JobFile,
+    set_: Set = None,
+    address: Address = None,
+    wait_for_resources: Wait = None,
+    verbose: Verbose = False,
+    remake: Anew = Remake.NONE,
+) -> None:
     """Fan out the trials of every target from the pretrained bundles, then report."""
     _stages(job, set_, address, verbose, wait_for_resources, ("finetune", "report"), remake=remake)
 
 
 @app.command()
-def report(job: JobFile, set_: Set = None,
-           prune_stale: Annotated[bool, typer.Option("--prune-stale", help="Also remove the rows, records and bundles of trials that the job no longer has; "
-                                                                           "what another job in the same storage starts from stays.")] = False,
-           dry_run: Annotated[bool, typer.Option("--dry-run", help="With --prune-stale: list what would go; remove nothing.")] = False) -> None:
-    """Print the table of what has been run and write report.md and report.html again. Starts nothing."""
+def report(
+    job: JobFile,
+    set_: Set = None,
+    prune_stale: Annotated[
+        bool,
+        typer.Option(
+            "--prune-stale",
+            help="Also remove the rows, records and bundles of trials that the job no longer has; "
+            "what another job in the same storage starts from stays.",
+        ),
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="With --prune-stale: list what would go; remove nothing."),
+    ] = False,
+) -> None:
+    """Print the table of what has been run and write report.md and report.html again. Starts
+    nothing.
+    """
     spec = _job(job, set_)
     if dry_run and not prune_stale:
         raise _fail("--dry-run lists what --prune-stale would remove: give both", 2)
@@ -230,19 +341,37 @@ def report(job: JobFile, set_: Set = None,
 
 
 @app.command()
-def predict(bundle: Annotated[str, typer.Argument(help="A fine-tuned bundle (folder or s3://).")],
-            data: Annotated[list[str], typer.Argument(help="Files, folders or globs to predict.")],
-            output: Annotated[str, typer.Option("-o", "--output", help="Folder for the Parquet files.")],
-            column: Annotated[list[str] | None, typer.Option(help="ROLE=NAME: the column of a role, when it is named otherwise than in training.")] = None,
-            format: Annotated[str, typer.Option(help=f"{', '.join(FORMS[:-1])} or {FORMS[-1]}.")] = "auto",
-            keep: Annotated[str | None, typer.Option(
-                help="Columns of the rows that stand beside the predictions too, as input_NAME where these have a column NAME.", metavar="A,B")] = None,
-            srt: Annotated[bool, typer.Option("--srt", help="Of speech: one file of subtitles a recording too.")] = False,
-            address: Address = None, verbose: Verbose = False) -> None:
-    """Apply a fine-tuned bundle to new files with Ray Data; writes row, prediction and probabilities (of speech text, words and their times) as Parquet.
+def predict(
+    bundle: Annotated[str, typer.Argument(help="A fine-tuned bundle (folder or s3://).")],
+    data: Annotated[list[str], typer.Argument(help="Files, folders or globs to predict.")],
+    output: Annotated[str, typer.Option("-o", "--output", help="Folder for the Parquet files.")],
+    column: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="ROLE=NAME: the column of a role, when it is named otherwise than in training."
+        ),
+    ] = None,
+    format: Annotated[str, typer.Option(help=f"{', '.join(FORMS[:-1])} or {FORMS[-1]}.")] = "auto",
+    keep: Annotated[
+        str | None,
+        typer.Option(
+            help="Columns of the rows that stand beside the predictions too, as input_NAME where "
+            "these have a column NAME.",
+            metavar="A,B",
+        ),
+    ] = None,
+    srt: Annotated[
+        bool, typer.Option("--srt", help="Of speech: one file of subtitles a recording too.")
+    ] = False,
+    address: Address = None,
+    verbose: Verbose = False,
+) -> None:
+    """Apply a fine-tuned bundle to new files with Ray Data; writes row, prediction and
+    probabilities (of speech text, words and their times) as Parquet.
 
-    Beside them stand `file` (of folders) and the rows' id; `--keep` names further columns. The names of the classes that `probabilities` are
-    of are printed, and stand in the Parquet files' metadata (key `classes`).
+    Beside them stand `file` (of folders) and the rows' id; `--keep` names further columns. The
+    names of the classes that `probabilities` are of are printed, and stand in the Parquet files'
+    metadata (key `classes`).
     """
     from pipeline import bundle as bundles
     from pipeline import storage
@@ -259,8 +388,16 @@ def predict(bundle: Annotated[str, typer.Argument(help="A fine-tuned bundle (fol
         apply.check(bundle, srt)
         launch.start(address, verbose)
         with Progress() as progress:
-            written = apply.predict(bundle, data, output, dict(c.split("=", 1) for c in column or ()), format, progress, srt,
-                                    tuple(name.strip() for name in (keep or "").split(",") if name.strip()))
+            written = apply.predict(
+                bundle,
+                data,
+                output,
+                dict(c.split("=", 1) for c in column or ()),
+                format,
+                progress,
+                srt,
+                tuple(name.strip() for name in (keep or "").split(",") if name.strip()),
+            )
     except KeyboardInterrupt:
         raise _fail("stopped; the same command goes on from here", stopping.exit_code()) from None
     except (bundles.BundleError, storage.StorageError, ValueError) as error:
@@ -273,16 +410,28 @@ def predict(bundle: Annotated[str, typer.Argument(help="A fine-tuned bundle (fol
 
 
 @app.command()
-def export(bundle: Annotated[str, typer.Argument(help="The bundle to export.")],
-           output: Annotated[str, typer.Argument(help="Folder, or file for a state dict.")],
-           kind: Annotated[str, typer.Option(help="bundle: a verified copy of the folder; hugging-face: a folder that transformers' Auto classes open (or "
-                                                  "timm.create_model, local-dir:); state-dict: one .safetensors or .pt file.")] = "bundle",
-           backbone_only: Annotated[bool, typer.Option(help="Leave the head out; names as the model library has them.")] = False) -> None:
-    """Write a bundle elsewhere, as a folder that transformers or timm opens, or its weights as one file that torch.load or safetensors opens.
+def export(
+    bundle: Annotated[str, typer.Argument(help="The bundle to export.")],
+    output: Annotated[str, typer.Argument(help="Folder, or file for a state dict.")],
+    kind: Annotated[
+        str,
+        typer.Option(
+            help="bundle: a verified copy of the folder; hugging-face: a folder that "
+            "transformers' Auto classes open (or "
+            "timm.create_model, local-dir:); state-dict: one .safetensors or .pt file."
+        ),
+    ] = "bundle",
+    backbone_only: Annotated[
+        bool, typer.Option(help="Leave the head out; names as the model library has them.")
+    ] = False,
+) -> None:
+    """Write a bundle elsewhere, as a folder that transformers or timm opens, or its weights as one
+    file that torch.load or safetensors opens.
 
-    A linear head that transformers or timm has no class for (by default a layer norm stands before it) is written with the code that loads
-    it: `from classifier import load` in the folder, `NAME_classifier.py` beside a state dict. Every export is compared with the bundle on
-    random rows, the largest difference is printed, and an export that gives other numbers is refused.
+    A linear head that transformers or timm has no class for (by default a layer norm stands before
+    it) is written with the code that loads it: `from classifier import load` in the folder,
+    `NAME_classifier.py` beside a state dict. Every export is compared with the bundle on random
+    rows, the largest difference is printed, and an export that gives other numbers is refused.
     """
     from pipeline import bundle as bundles
     from pipeline import storage
@@ -295,19 +444,67 @@ def export(bundle: Annotated[str, typer.Argument(help="The bundle to export.")],
 
 
 @app.command()
-def prepare(name: Annotated[str | None, typer.Argument(help="imagenet, coco, librispeech, commonvoice, text, csv, mimic3 and others: --list.")] = None,
-            source: Annotated[str | None, typer.Argument(help="The publisher's folder, archive or file, local or s3://.")] = None,
-            output: Annotated[str | None, typer.Option("-o", "--output", help="Folder for the Parquet parts, local or s3://.")] = None,
-            set_: Annotated[list[str] | None, typer.Option("--set", help="An option of the importer; --list shows them.", metavar="KEY=VALUE")] = None,
-            resize: Annotated[int | None, typer.Option(help="Images: shorter side in pixels, only downwards; larger ones are written as JPEG anew.")] = None,
-            quality: Annotated[int | None, typer.Option(help="Images: write every one as JPEG anew with this quality (1 to 100).")] = None,
-            rows_per_part: Annotated[int | None, typer.Option(help="Images, recordings: rows of a part; none: as --part-mb says.")] = None,
-            part_mb: Annotated[float | None, typer.Option(help="Size of a part in MiB of images, recordings or source text; none: 96.")] = None,
-            max_bad: Annotated[float, typer.Option(help="Share of rows that may be broken; one always may, unless this is 0.")] = 0.01,
-            list_: Annotated[bool, typer.Option("--list", help="Show the importers (or NAME alone), what they read and their options.")] = False,
-            verify: Annotated[bool, typer.Option(help="Read every part of OUTPUT again and compare its SHA-256; writes nothing.")] = False,
-            address: Address = None, verbose: Verbose = False) -> None:
-    """A publisher's raw files to sharded Parquet, in parallel; goes on where a stopped run left off. `prepare --list` shows the importers."""
+def prepare(
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            help="imagenet, coco, librispeech, commonvoice, text, csv, mimic3 and others: --list."
+        ),
+    ] = None,
+    source: Annotated[
+        str | None, typer.Argument(help="The publisher's folder, archive or file, local or s3://.")
+    ] = None,
+    output: Annotated[
+        str | None,
+        typer.Option("-o", "--output", help="Folder for the Parquet parts, local or s3://."),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", help="An option of the importer; --list shows them.", metavar="KEY=VALUE"
+        ),
+    ] = None,
+    resize: Annotated[
+        int | None,
+        typer.Option(
+            help="Images: shorter side in pixels, only downwards; larger ones are written as JPEG "
+            "anew."
+        ),
+    ] = None,
+    quality: Annotated[
+        int | None,
+        typer.Option(help="Images: write every one as JPEG anew with this quality (1 to 100)."),
+    ] = None,
+    rows_per_part: Annotated[
+        int | None,
+        typer.Option(help="Images, recordings: rows of a part; none: as --part-mb says."),
+    ] = None,
+    part_mb: Annotated[
+        float | None,
+        typer.Option(help="Size of a part in MiB of images, recordings or source text; none: 96."),
+    ] = None,
+    max_bad: Annotated[
+        float,
+        typer.Option(help="Share of rows that may be broken; one always may, unless this is 0."),
+    ] = 0.01,
+    list_: Annotated[
+        bool,
+        typer.Option(
+            "--list", help="Show the importers (or NAME alone), what they read and their options."
+        ),
+    ] = False,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            help="Read every part of OUTPUT again and compare its SHA-256; writes nothing."
+        ),
+    ] = False,
+    address: Address = None,
+    verbose: Verbose = False,
+) -> None:
+    """A publisher's raw files to sharded Parquet, in parallel; goes on where a stopped run left
+    off. `prepare --list` shows the importers.
+    """
     from pipeline import checked, identity, lease, storage
     from pipeline.data.prepare import importing
 
@@ -323,14 +520,27 @@ def prepare(name: Annotated[str | None, typer.Argument(help="imagenet, coco, lib
     try:
         if verify and output:
             found = write.verify(output)
-            out.print(f"{output}: {len(found['files'])} parts are as they were written", markup=False, soft_wrap=True)
+            out.print(
+                f"{output}: {len(found['files'])} parts are as they were written",
+                markup=False,
+                soft_wrap=True,
+            )
             return
         if not (name and source and output):
-            raise ValueError("write: onetomany prepare NAME SOURCE -o OUTPUT (--list shows the names), or --verify -o OUTPUT")
+            raise ValueError(
+                "write: onetomany prepare NAME SOURCE -o OUTPUT (--list shows the names), or "
+                "--verify -o OUTPUT"
+            )
         settings = write.Settings(resize, quality, rows_per_part, max_bad, part_mb)
         with Progress() as progress, identity.shown_by(progress.update):
-            work = write.Preparation(name, source, output, importing.options_of(name, set_ or []), settings)
-        with Progress() as progress, checked.telling(progress.note), lease.hold(output, progress.note):
+            work = write.Preparation(
+                name, source, output, importing.options_of(name, set_ or []), settings
+            )
+        with (
+            Progress() as progress,
+            checked.telling(progress.note),
+            lease.hold(output, progress.note),
+        ):
             if work.todo:
                 launch.start(address, verbose)
             work.run(progress.update)
@@ -346,20 +556,59 @@ def prepare(name: Annotated[str | None, typer.Argument(help="imagenet, coco, lib
 
 
 @app.command()
-def submit(job: JobFile,
-           address: Annotated[str | None, typer.Option(help="Job API of the cluster, e.g. http://head:8265. Needed unless --dry-run.")] = None,
-           set_: Set = None,
-           env: Annotated[list[str] | None, typer.Option(help="NAME or NAME=VALUE for the job's environment (visible in the dashboard).")] = None,
-           secrets_in_clear: Annotated[bool, typer.Option(
-               "--secrets-in-clear", help="Let --env name keys and tokens, which everyone who can reach the cluster can then read.")] = False,
-           include: Annotated[list[str] | None, typer.Option(
-               help="File, folder or glob in the job file's folder that travels too, beside what the job names.")] = None,
-           exclude: Annotated[list[str] | None, typer.Option(help="Glob of files that do not travel; .onetomanyignore holds such globs too.")] = None,
-           submission_id: Annotated[str | None, typer.Option(help="Name of the submission; none: made up.")] = None,
-           follow: Annotated[bool, typer.Option(help="Follow the log and exit with the job's own code.")] = True,
-           wait_for_resources: Wait = None,
-           dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files that would be shipped and their sizes; send nothing.")] = False) -> None:
-    """Run the same job on a Ray cluster; follows its log and exits with its code. Ships the job file, what it names in its folder, and the code."""
+def submit(
+    job: JobFile,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            help="Job API of the cluster, e.g. http://head:8265. Needed unless --dry-run."
+        ),
+    ] = None,
+    set_: Set = None,
+    env: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME or NAME=VALUE for the job's environment (visible in the dashboard)."
+        ),
+    ] = None,
+    secrets_in_clear: Annotated[
+        bool,
+        typer.Option(
+            "--secrets-in-clear",
+            help="Let --env name keys and tokens, which everyone who can reach the cluster can "
+            "then read.",
+        ),
+    ] = False,
+    include: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="File, folder or glob in the job file's folder that travels too, beside what the "
+            "job names."
+        ),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Glob of files that do not travel; .onetomanyignore holds such globs too."
+        ),
+    ] = None,
+    submission_id: Annotated[
+        str | None, typer.Option(help="Name of the submission; none: made up.")
+    ] = None,
+    follow: Annotated[
+        bool, typer.Option(help="Follow the log and exit with the job's own code.")
+    ] = True,
+    wait_for_resources: Wait = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="List the files that would be shipped and their sizes; send nothing."
+        ),
+    ] = False,
+) -> None:
+    """Run the same job on a Ray cluster; follows its log and exits with its code. Ships the job
+    file, what it names in its folder, and the code.
+    """
     _job(job, set_, elsewhere=True)
     from cluster.package import SubmitError, collect
     from cluster.submit import parse_env
@@ -367,22 +616,45 @@ def submit(job: JobFile,
     from pipeline.jobfile import relative_places
 
     if address is None and not dry_run:
-        raise _fail("--address is needed: the job API of the cluster, e.g. http://head:8265 (--dry-run does without)", 2)
-    shipped = {"named": relative_places(job, set_ or []), "include": tuple(include or ()), "exclude": tuple(exclude or ())}
+        raise _fail(
+            "--address is needed: the job API of the cluster, e.g. http://head:8265 "
+            "(--dry-run does without)",
+            2,
+        )
+    shipped = {
+        "named": relative_places(job, set_ or []),
+        "include": tuple(include or ()),
+        "exclude": tuple(exclude or ()),
+    }
     try:
         if dry_run:
             out.print("\n".join(collect(job, **shipped).listing()), markup=False, soft_wrap=True)
             return
-        code = send(job, str(address), overrides=set_ or [], env=parse_env(env or []), follow=follow, submission_id=submission_id,
-                    secrets_in_clear=secrets_in_clear, wait=wait_for_resources, **shipped)
+        code = send(
+            job,
+            str(address),
+            overrides=set_ or [],
+            env=parse_env(env or []),
+            follow=follow,
+            submission_id=submission_id,
+            secrets_in_clear=secrets_in_clear,
+            wait=wait_for_resources,
+            **shipped,
+        )
     except SubmitError as error:
         raise _fail(str(error), 1) from None
     raise typer.Exit(code)
 
 
 @app.command()
-def doctor(job: Annotated[Path | None, typer.Argument(help="Also check this job's data, storage and resources.", metavar="[JOB]")] = None,
-           set_: Set = None, address: Address = None) -> None:
+def doctor(
+    job: Annotated[
+        Path | None,
+        typer.Argument(help="Also check this job's data, storage and resources.", metavar="[JOB]"),
+    ] = None,
+    set_: Set = None,
+    address: Address = None,
+) -> None:
     """Is this machine or cluster ready, and what is missing."""
     from pipeline.transfer import doctoring
 

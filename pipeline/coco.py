@@ -1,8 +1,11 @@
-"""Average precision of object detection as COCO defines it (Lin et al. 2014; pycocotools' COCOeval with area "all" and 100 detections an image).
+"""Average precision of object detection as COCO defines it (Lin et al. 2014; pycocotools' COCOeval
+with area "all" and 100 detections an image).
 
-Boxes are matched once an image; from how often each image counts follow the precision-recall curves of any number of resamples. IoU does not depend on the
-unit of the axes, so boxes may be pixels or shares of their image. pycocotools keeps the matches of an image in Python lists and
-faster-coco-eval in C++ objects without fields, so neither can be resampled without matching anew: the tests hold this file against both.
+Boxes are matched once an image; from how often each image counts follow the precision-recall curves
+of any number of resamples. IoU does not depend on the unit of the axes, so boxes may be pixels or
+shares of their image. pycocotools keeps the matches of an image in Python lists and
+faster-coco-eval in C++ objects without fields, so neither can be resampled without matching anew:
+the tests hold this file against both.
 """
 
 from __future__ import annotations
@@ -18,21 +21,34 @@ _CELLS = 8_000_000
 """Drawn detections (resamples x detections of a class) held at once."""
 
 
-def average_precision(found: dict[str, np.ndarray], thresholds: np.ndarray = IOU_THRESHOLDS, counts: np.ndarray | None = None) -> np.ndarray:
-    """(R,) mean average precision over classes and ``thresholds``, one for each row of ``counts`` (R, n), how often each image counts (none: once).
+def average_precision(
+    found: dict[str, np.ndarray],
+    thresholds: np.ndarray = IOU_THRESHOLDS,
+    counts: np.ndarray | None = None,
+) -> np.ndarray:
+    """(R,) mean average precision over classes and ``thresholds``, one for each row of ``counts``
+    (R, n), how often each image counts (none: once).
 
-    ``found``: ``boxes`` (n, D, 4) corners x0 y0 x1 y1, D at most 100, ``scores`` (n, D), ``classes`` (n, D; -1 for no detection), and the truth:
-    ``true_boxes`` (n, M, 4), ``true_classes`` (n, M; -1 for no box), ``true_crowd`` (n, M). A crowd may be matched by any number of detections, which
-    then count neither as hits nor as errors. Classes without a box that is no crowd are left out; NaN where no class is left.
+    ``found``: ``boxes`` (n, D, 4) corners x0 y0 x1 y1, D at most 100, ``scores`` (n, D),
+    ``classes`` (n, D; -1 for no detection), and the truth: ``true_boxes`` (n, M, 4),
+    ``true_classes`` (n, M; -1 for no box), ``true_crowd`` (n, M). A crowd may be matched by any
+    number of detections, which then count neither as hits nor as errors. Classes without a box that
+    is no crowd are left out; NaN where no class is left.
     """
     n = len(found["scores"])
-    counts = np.ones((1, n), dtype=np.int64) if counts is None else np.asarray(counts).astype(np.int64)
-    order = np.argsort(-np.where(found["classes"] >= 0, found["scores"], -np.inf), axis=1, kind="stable")
+    counts = (
+        np.ones((1, n), dtype=np.int64) if counts is None else np.asarray(counts).astype(np.int64)
+    )
+    order = np.argsort(
+        -np.where(found["classes"] >= 0, found["scores"], -np.inf), axis=1, kind="stable"
+    )
     scores, classes = (np.take_along_axis(found[name], order, 1) for name in ("scores", "classes"))
     boxes = np.take_along_axis(found["boxes"], order[:, :, None], 1)
     hit, ignored = _matched(boxes, classes, found, thresholds)
     image, slot = np.nonzero(classes >= 0)
-    by_score = np.argsort(-scores[image, slot], kind="stable")  # ties stay in the order of images, as in COCOeval
+    by_score = np.argsort(
+        -scores[image, slot], kind="stable"
+    )  # ties stay in the order of images, as in COCOeval
     image, slot = image[by_score], slot[by_score]
     kinds, hit, ignored = classes[image, slot], hit[:, image, slot], ignored[:, image, slot]
     real = (found["true_classes"] >= 0) & ~found["true_crowd"].astype(bool)
@@ -45,23 +61,40 @@ def average_precision(found: dict[str, np.ndarray], thresholds: np.ndarray = IOU
     return np.where(present > 0, total / np.maximum(present, 1) / len(thresholds), np.nan)
 
 
-def _matched(boxes: np.ndarray, classes: np.ndarray, found: dict[str, np.ndarray], thresholds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(T, n, D) whether each detection, the surest first, hits a box of its class, and whether a crowd swallows it: COCOeval's greedy matching.
+def _matched(
+    boxes: np.ndarray, classes: np.ndarray, found: dict[str, np.ndarray], thresholds: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """(T, n, D) whether each detection, the surest first, hits a box of its class, and whether a
+    crowd swallows it: COCOeval's greedy matching.
 
-    One loop over the places of detections does all images and thresholds at once; classes do not meet, as the IoU across them is -1.
+    One loop over the places of detections does all images and thresholds at once; classes do not
+    meet, as the IoU across them is -1.
     """
     n, d = classes.shape
-    hit, ignored = np.zeros((len(thresholds), n, d), dtype=bool), np.zeros((len(thresholds), n, d), dtype=bool)
+    hit, ignored = (
+        np.zeros((len(thresholds), n, d), dtype=bool),
+        np.zeros((len(thresholds), n, d), dtype=bool),
+    )
     limit = np.minimum(thresholds, 1 - 1e-10)[:, None, None]
     for start in range(0, n, _IMAGES):
         part = slice(start, start + _IMAGES)
         true_classes, crowd = found["true_classes"][part], found["true_crowd"][part].astype(bool)
-        width, depth = int(np.flatnonzero((true_classes >= 0).any(0)).max(initial=-1)) + 1, int((classes[part] >= 0).sum(1).max(initial=0))
+        width, depth = (
+            int(np.flatnonzero((true_classes >= 0).any(0)).max(initial=-1)) + 1,
+            int((classes[part] >= 0).sum(1).max(initial=0)),
+        )
         if not width or not depth:
             continue
         true_classes, crowd = true_classes[:, :width], crowd[:, :width]
-        iou = _iou(boxes[part, :depth].astype(np.float64), found["true_boxes"][part, :width].astype(np.float64), crowd)
-        iou[(classes[part, :depth, None] != true_classes[:, None, :]) | (true_classes[:, None, :] < 0)] = -1.0
+        iou = _iou(
+            boxes[part, :depth].astype(np.float64),
+            found["true_boxes"][part, :width].astype(np.float64),
+            crowd,
+        )
+        iou[
+            (classes[part, :depth, None] != true_classes[:, None, :])
+            | (true_classes[:, None, :] < 0)
+        ] = -1.0
         free = np.broadcast_to(~crowd, (len(thresholds), *crowd.shape)).copy()
         rows = np.arange(len(crowd))
         for place in range(depth):
@@ -76,19 +109,28 @@ def _matched(boxes: np.ndarray, classes: np.ndarray, found: dict[str, np.ndarray
 
 
 def _iou(a: np.ndarray, b: np.ndarray, crowd: np.ndarray) -> np.ndarray:
-    """(n, D, M) intersection over union of boxes (n, D, 4) and (n, M, 4); over the first one's own area where the second is a crowd."""
-    sides = np.minimum(a[:, :, None, 2:], b[:, None, :, 2:]) - np.maximum(a[:, :, None, :2], b[:, None, :, :2])
+    """(n, D, M) intersection over union of boxes (n, D, 4) and (n, M, 4); over the first one's own
+    area where the second is a crowd.
+    """
+    sides = np.minimum(a[:, :, None, 2:], b[:, None, :, 2:]) - np.maximum(
+        a[:, :, None, :2], b[:, None, :, :2]
+    )
     inner = np.maximum(sides, 0).prod(-1)
     of_a, of_b = ((box[..., 2:] - box[..., :2]).prod(-1) for box in (a, b))
-    union = np.where(crowd[:, None, :], of_a[:, :, None], of_a[:, :, None] + of_b[:, None, :] - inner)
+    union = np.where(
+        crowd[:, None, :], of_a[:, :, None], of_a[:, :, None] + of_b[:, None, :] - inner
+    )
     return np.divide(inner, union, out=np.zeros_like(inner), where=union > 0)
 
 
-def _areas(counts: np.ndarray, image: np.ndarray, hit: np.ndarray, ignored: np.ndarray, boxes: np.ndarray) -> np.ndarray:
-    """(R, T) average precision of one class: its detections by falling score, their images (N,), and in each resample the number of boxes (R,).
+def _areas(
+    counts: np.ndarray, image: np.ndarray, hit: np.ndarray, ignored: np.ndarray, boxes: np.ndarray
+) -> np.ndarray:
+    """(R, T) average precision of one class: its detections by falling score, their images (N,),
+    and in each resample the number of boxes (R,).
 
-    Precision interpolated at 101 recalls. It only rises at a hit, so the curve is looked at there alone, each hit standing for the recalls that it is the
-    first to reach.
+    Precision interpolated at 101 recalls. It only rises at a hit, so the curve is looked at there
+    alone, each hit standing for the recalls that it is the first to reach.
     """
     out = np.zeros((len(counts), len(hit)))
     size = max(1, _CELLS // max(1, len(image)))
@@ -103,7 +145,10 @@ def _areas(counts: np.ndarray, image: np.ndarray, hit: np.ndarray, ignored: np.n
             hits, seen = drawn[:, at].cumsum(1), so_far[:, at]
             aside = np.flatnonzero(ignored[t])
             if len(aside):
-                before = np.concatenate([np.zeros((len(drawn), 1), dtype=drawn.dtype), drawn[:, aside].cumsum(1)], axis=1)
+                before = np.concatenate(
+                    [np.zeros((len(drawn), 1), dtype=drawn.dtype), drawn[:, aside].cumsum(1)],
+                    axis=1,
+                )
                 seen = seen - before[:, np.searchsorted(aside, at)]
             precision = hits / (seen + np.spacing(1))
             precision = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]

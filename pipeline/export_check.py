@@ -1,7 +1,9 @@
-"""Comparison of an export with its bundle: both are run on the same seeded random rows, and the largest difference is told.
+"""Comparison of an export with its bundle: both are run on the same seeded random rows, and the
+largest difference is told.
 
-Rows go through the bundle's own modality where files can be made up (images, recordings); tokens, events and tables are drawn from
-what the bundle knows. The exported side is read from the written files, by the classes that its user would take.
+Rows go through the bundle's own modality where files can be made up (images, recordings); tokens,
+events and tables are drawn from what the bundle knows. The exported side is read from the written
+files, by the classes that its user would take.
 """
 
 from __future__ import annotations
@@ -24,17 +26,22 @@ from pipeline.contracts import Backbone, Batch, Modality, Task
 
 ROWS, SEED = 4, 0
 TOLERANCE = 1e-4
-"""Largest difference that an export may have, as a share of the bundle's largest absolute value (at least 1): float32 arithmetic in
-another order gives some 1e-6."""
+"""Largest difference that an export may have, as a share of the bundle's largest absolute value (at
+least 1): float32 arithmetic in another order gives some 1e-6.
+"""
 TOKENS = 24
 """Tokens of the longest random text."""
 SECONDS = 0.5
-"""Length of the random recordings; all are as long, since some published models give other numbers on padded rows."""
+"""Length of the random recordings; all are as long, since some published models give other numbers
+on padded rows.
+"""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Largest absolute difference of (``rows``) rows' ``what``, and the bundle's largest absolute value. ``rows`` 0: tensors were compared."""
+    """Largest absolute difference of (``rows``) rows' ``what``, and the bundle's largest absolute
+    value. ``rows`` 0: tensors were compared.
+    """
 
     difference: float
     largest: float
@@ -44,25 +51,43 @@ class Comparison:
     def text(self) -> str:
         if not self.rows:
             return f"compared with the bundle: {self.what}"
-        return (f"compared with the bundle on {self.rows} random rows: largest difference of {self.what} {self.difference:.1e} "
-                f"(values up to {self.largest:.2g})")
+        return (
+            f"compared with the bundle on {self.rows} random rows: largest difference of "
+            f"{self.what} {self.difference:.1e} "
+            f"(values up to {self.largest:.2g})"
+        )
 
 
 def require(found: Comparison, uri: str) -> Comparison:
-    """Raises BundleError where an export differs from its bundle by more than ``TOLERANCE``, or gives what is no number."""
+    """Raises BundleError where an export differs from its bundle by more than ``TOLERANCE``, or
+    gives what is no number.
+    """
     allowed = TOLERANCE * max(1.0, found.largest)
     if not found.difference <= allowed:  # NaN too
-        raise BundleError(f"{uri}: the export gives other numbers than the bundle: {found.what} differ by up to {found.difference:.3g} on {found.rows} "
-                          f"random rows, at most {allowed:.2g} is allowed; nothing was written. Take --kind bundle, and report this")
+        raise BundleError(
+            f"{uri}: the export gives other numbers than the bundle: {found.what} differ by up "
+            f"to {found.difference:.3g} on {found.rows} "
+            f"random rows, at most {allowed:.2g} is allowed; nothing was written. Take --kind "
+            "bundle, and report this"
+        )
     return found
 
 
 # ---------------------------------------------------------------- rows
 
+
 def random_batch(modality: Modality, rows: int = ROWS, seed: int = SEED) -> Batch | None:
-    """Finished rows as a backbone reads them, the same for the same seed; None for a modality that no rows can be made up for."""
+    """Finished rows as a backbone reads them, the same for the same seed; None for a modality that
+    no rows can be made up for.
+    """
     rng = np.random.default_rng(seed)
-    make = {"image": _images, "text": _texts, "audio": _recordings, "table": _facts, "events": _events}.get(modality.registered_name)
+    make = {
+        "image": _images,
+        "text": _texts,
+        "audio": _recordings,
+        "table": _facts,
+        "events": _events,
+    }.get(modality.registered_name)
     if make is None:
         return None
     batch = Batch(np.arange(rows), torch.arange(rows), make(modality, rows, rng))
@@ -100,10 +125,14 @@ def _recordings(modality: Any, rows: int, rng: np.random.Generator) -> dict[str,
 
 
 def _texts(modality: Any, rows: int, rng: np.random.Generator) -> dict[str, Tensor]:
-    """Tokens of all the vocabulary but its special ones, in the frame that the modality gives its rows; rows of several lengths."""
+    """Tokens of all the vocabulary but its special ones, in the frame that the modality gives its
+    rows; rows of several lengths.
+    """
     pad, _, cls, sep, _ = modality.state["specials"]
     special = {number for number in modality.state["specials"] if number is not None}
-    words = np.array([number for number in range(modality.state["vocabulary"]) if number not in special])
+    words = np.array(
+        [number for number in range(modality.state["vocabulary"]) if number not in special]
+    )
     longest = min(TOKENS, modality.options.length)
     lengths = rng.integers(min(4, longest), longest + 1, rows)
     lengths[0] = longest
@@ -123,8 +152,10 @@ def _fact_columns(facts: Any, rows: int, rng: np.random.Generator) -> list[dict[
         name, _, text = code.partition("=")
         fields.setdefault(name, []).append(text)
     for _ in range(rows):
-        row: dict[str, Any] = {name: float(mean + std * rng.standard_normal())
-                               for name, mean, std in zip(state["numbers"], state["mean"], state["std"], strict=True)}
+        row: dict[str, Any] = {
+            name: float(mean + std * rng.standard_normal())
+            for name, mean, std in zip(state["numbers"], state["mean"], state["std"], strict=True)
+        }
         out.append(row | {name: [str(rng.choice(texts))] for name, texts in fields.items()})
     return out
 
@@ -140,16 +171,29 @@ def _events(modality: Any, rows: int, rng: np.random.Generator) -> dict[str, Ten
         places = rng.integers(0, len(state["variables"]), count)
         table["times"].append(np.sort(rng.uniform(0, modality.options.hours, count)).tolist())
         table["variables"].append([state["variables"][place] for place in places])
-        table["values"].append([float(state["mean"][place] + state["std"][place] * rng.standard_normal()) for place in places])
-    static = {"static": _fact_columns(modality.facts, rows, rng)} if any(modality.facts.sizes().values()) else {}
+        table["values"].append(
+            [
+                float(state["mean"][place] + state["std"][place] * rng.standard_normal())
+                for place in places
+            ]
+        )
+    static = (
+        {"static": _fact_columns(modality.facts, rows, rng)}
+        if any(modality.facts.sizes().values())
+        else {}
+    )
     return _decoded(modality, pa.table({**table, **static}))
 
 
 # ---------------------------------------------------------------- what is compared
 
+
 def _compare(ours: Tensor, theirs: Tensor, what: str, mask: Tensor | None = None) -> Comparison:
     if ours.shape != theirs.shape:
-        raise BundleError(f"the export gives {what} of shape {tuple(theirs.shape)}, the bundle {tuple(ours.shape)}")
+        raise BundleError(
+            f"the export gives {what} of shape {tuple(theirs.shape)}, the bundle "
+            f"{tuple(ours.shape)}"
+        )
     if mask is not None and ours.dim() == 3:
         ours, theirs = ours[mask], theirs[mask]
     difference = (ours.double() - theirs.double()).abs().max()
@@ -168,7 +212,9 @@ def _features(backbone: Backbone, batch: Batch) -> Tensor:
 
 @torch.no_grad()
 def logits(task: Task, batch: Batch) -> Tensor | None:
-    """What transformers calls logits: (B, L), or (B, N, L) of tokens; None for an objective that compares something else."""
+    """What transformers calls logits: (B, L), or (B, N, L) of tokens; None for an objective that
+    compares something else.
+    """
     name, objective, backbone = task.objective.registered_name, task.objective, task.backbone
     head: Any = objective
     if name in ("classification", "multilabel"):
@@ -180,11 +226,17 @@ def logits(task: Task, batch: Batch) -> Tensor | None:
     if name == "tagging":
         tokens = backbone(batch, want=("tokens",)).tokens
         assert tokens is not None
-        return head.head(torch.nn.functional.layer_norm(tokens, tokens.shape[-1:]) if head.options.norm else tokens)
+        return head.head(
+            torch.nn.functional.layer_norm(tokens, tokens.shape[-1:])
+            if head.options.norm
+            else tokens
+        )
     if name in ("mlm", "clm"):
         tokens = backbone(batch, want=("tokens",)).tokens
         hidden = head.transform(tokens) if name == "mlm" else tokens
-        return torch.nn.functional.linear(hidden, backbone.embedding().weight, head.bias if name == "mlm" else None)
+        return torch.nn.functional.linear(
+            hidden, backbone.embedding().weight, head.bias if name == "mlm" else None
+        )
     if name == "qa":
         return head.head(backbone(batch, want=("tokens",)).tokens)
     return None
@@ -192,28 +244,48 @@ def logits(task: Task, batch: Batch) -> Tensor | None:
 
 @torch.no_grad()
 def compare_tensors(found: Bundle, tensors: dict[str, Tensor]) -> Comparison:
-    """Tensors of the bundle's own names: the same ones bit for bit, and on random rows the features of a backbone that holds them.
+    """Tensors of the bundle's own names: the same ones bit for bit, and on random rows the features
+    of a backbone that holds them.
 
     Raises BundleError where a tensor is missing or differs.
     """
-    wrong = [name for name, tensor in found.tensors.items() if name not in tensors or not torch.equal(tensor, tensors[name])]
+    wrong = [
+        name
+        for name, tensor in found.tensors.items()
+        if name not in tensors or not torch.equal(tensor, tensors[name])
+    ]
     if wrong:
-        raise BundleError(f"{found.uri}: {len(wrong)} tensors of the export differ from the bundle's (first: {wrong[0]}); nothing was written")
+        raise BundleError(
+            f"{found.uri}: {len(wrong)} tensors of the export differ from the bundle's (first: "
+            f"{wrong[0]}); nothing was written"
+        )
     modality = found.modality()
     batch = random_batch(modality)
     same = f"all {len(found.tensors)} tensors are the same bit for bit"
     if batch is None:
         return Comparison(0.0, 0.0, 0, same)
     twin = bundle.build_backbone(found.manifest["arch"])
-    twin.load_state_dict({name.removeprefix("backbone."): tensor for name, tensor in tensors.items() if name.startswith("backbone.")})
+    twin.load_state_dict(
+        {
+            name.removeprefix("backbone."): tensor
+            for name, tensor in tensors.items()
+            if name.startswith("backbone.")
+        }
+    )
     return _compare(_features(_backbone(found), batch), _features(twin.eval(), batch), "features")
 
 
 @torch.no_grad()
 def compare_backbone(found: Bundle, tensors: dict[str, Tensor]) -> Comparison:
     """A plain state dict of the model library's own names, loaded into its model."""
-    return compare_tensors(Bundle(found.uri, found.manifest, {f"backbone.{name}": tensor for name, tensor in found.backbone_tensors().items()}),
-                           {f"backbone.model.{name}": tensor for name, tensor in tensors.items()})
+    return compare_tensors(
+        Bundle(
+            found.uri,
+            found.manifest,
+            {f"backbone.{name}": tensor for name, tensor in found.backbone_tensors().items()},
+        ),
+        {f"backbone.model.{name}": tensor for name, tensor in tensors.items()},
+    )
 
 
 @torch.no_grad()
@@ -224,17 +296,26 @@ def compare_classifier(found: Bundle, place: Path) -> Comparison:
     assert batch is not None
     ours = logits(task, batch)
     assert ours is not None
-    inputs: Any = batch["image"] if "image" in batch.data else _words(model.model.config, batch)  # pyright: ignore[reportAttributeAccessIssue]
+    # pyright: ignore
+    inputs: Any = batch["image"] if "image" in batch.data else _words(model.model.config, batch)
     return _compare(ours, model(inputs), "scores", batch.data.get("mask"))
 
 
 def _words(config: Any, batch: Batch) -> dict[str, Tensor]:
     """A batch in the words of a model of transformers."""
     if "wave" in batch.data:
-        masked = getattr(config, "feat_extract_norm", "layer") == "layer"  # the others were trained without a mask
-        return {"input_values": batch["wave"], **({"attention_mask": batch["mask"].long()} if masked else {})}
+        masked = (
+            getattr(config, "feat_extract_norm", "layer") == "layer"
+        )  # the others were trained without a mask
+        return {
+            "input_values": batch["wave"],
+            **({"attention_mask": batch["mask"].long()} if masked else {}),
+        }
     mask = batch["mask"]
-    return {"input_ids": batch["tokens"].masked_fill(~mask, config.pad_token_id or 0), "attention_mask": mask.long()}
+    return {
+        "input_ids": batch["tokens"].masked_fill(~mask, config.pad_token_id or 0),
+        "attention_mask": mask.long(),
+    }
 
 
 @torch.no_grad()
@@ -266,9 +347,15 @@ def compare_folder(found: Bundle, folder: Path, backbone_only: bool) -> Comparis
         backbone = task.backbone if task is not None else _backbone(found)
         features = backbone(batch, want=("tokens",))
         assert features.tokens is not None
-        return _compare(features.tokens, model.base_model(**words).last_hidden_state, "states", features.mask)
+        return _compare(
+            features.tokens, model.base_model(**words).last_hidden_state, "states", features.mask
+        )
     given = model(**words)
-    theirs = torch.stack([given.start_logits, given.end_logits], -1) if "start_logits" in given else given.logits
+    theirs = (
+        torch.stack([given.start_logits, given.end_logits], -1)
+        if "start_logits" in given
+        else given.logits
+    )
     mask = batch.data["mask"] if "tokens" in batch.data else None
     return _compare(ours, theirs, "scores", mask)
 

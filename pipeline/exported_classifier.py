@@ -1,17 +1,20 @@
-"""A classifier that One to Many trained: a model of timm or transformers, a layer norm and a linear layer.
+"""A classifier that One to Many trained: a model of timm or transformers, a layer norm and a linear
+layer.
 
-This file was written beside the weights of an export. It needs torch and safetensors, and timm (images) or transformers
-(texts, recordings); it reads ``classifier.json`` and two safetensors files, and runs no other code.
+This file was written beside the weights of an export. It needs torch and safetensors, and timm
+(images) or transformers (texts, recordings); it reads ``classifier.json`` and two safetensors
+files, and runs no other code.
 
     from classifier import load
 
-    model = load("FOLDER")  # or load("weights.safetensors"), for which weights_classifier.json lies beside it
-    logits = model(images)  # timm: (B, C, H, W) float, normalised with ``mean`` and ``std`` of classifier.json
-    logits = model(tokenizer(texts, padding=True, return_tensors="pt"))  # transformers: the tokenizer's or extractor's output
+    model = load("FOLDER")  # or load("weights.safetensors"), for which weights_classifier.json lies
+    beside it logits = model(images)  # timm: (B, C, H, W) float, normalised with ``mean`` and
+    ``std`` of classifier.json logits = model(tokenizer(texts, padding=True, return_tensors="pt"))
+    # transformers: the tokenizer's or extractor's output
 
-Column k of the logits belongs to ``labels[k]`` of classifier.json. A temperature that was fitted on validation rows is part
-of the linear layer already. For recordings of unequal length give one at a time, where the model was trained so
-(``feat_extract_norm: group`` in its configuration).
+Column k of the logits belongs to ``labels[k]`` of classifier.json. A temperature that was fitted on
+validation rows is part of the linear layer already. For recordings of unequal length give one at a
+time, where the model was trained so (``feat_extract_norm: group`` in its configuration).
 """
 
 from __future__ import annotations
@@ -28,7 +31,8 @@ PREFIXES = {"backbone.model.": "model.", "objective.head.": "head.", "objective.
 
 
 class Classifier(nn.Module):
-    """Logits (B, L) of a model's pooled feature, or (B, N, L) of its tokens where ``pool`` is tokens.
+    """Logits (B, L) of a model's pooled feature, or (B, N, L) of its tokens where ``pool`` is
+    tokens.
 
     Args:
         model: the timm model without its classifier, or the plain model of transformers.
@@ -37,12 +41,19 @@ class Classifier(nn.Module):
 
     def __init__(self, model: nn.Module, spec: dict[str, Any]):
         super().__init__()
-        self.model, self.library, self.pool, self.labels = model, spec["library"], spec["pool"], spec["labels"]
+        self.model, self.library, self.pool, self.labels = (
+            model,
+            spec["library"],
+            spec["pool"],
+            spec["labels"],
+        )
         self.norm = nn.LayerNorm(spec["width"]) if spec["norm"] else nn.Identity()
         self.head = nn.Linear(spec["width"], len(self.labels))
 
     def forward(self, inputs: Any, **more: Any) -> Tensor:
-        """Args: images (B, C, H, W), or the mapping that a tokenizer or feature extractor returns, or its parts by name."""
+        """Args: images (B, C, H, W), or the mapping that a tokenizer or feature extractor returns,
+        or its parts by name.
+        """
         return self.head(self.norm(self.features(inputs, **more)))
 
     def features(self, inputs: Any, **more: Any) -> Tensor:
@@ -50,7 +61,11 @@ class Classifier(nn.Module):
         model: Any = self.model
         if self.library == "timm":
             return model.forward_head(model.forward_features(inputs), pre_logits=True)
-        words = {**inputs, **more} if not isinstance(inputs, Tensor) else {model.main_input_name: inputs, **more}
+        words = (
+            {**inputs, **more}
+            if not isinstance(inputs, Tensor)
+            else {model.main_input_name: inputs, **more}
+        )
         found = model(**words)
         hidden = found.last_hidden_state
         if self.pool == "tokens":
@@ -67,7 +82,9 @@ class Classifier(nn.Module):
         return (hidden * weight).sum(1) / weight.sum(1).clamp(min=1)
 
     def _mask(self, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """(B, N) true for the states that are no padding; of recordings a state stands for many samples."""
+        """(B, N) true for the states that are no padding; of recordings a state stands for many
+        samples.
+        """
         if attention_mask is None:
             return torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
         if attention_mask.shape[1] != hidden.shape[1]:
@@ -81,7 +98,9 @@ def build(spec: dict[str, Any]) -> Classifier:
     if spec["library"] == "timm":
         import timm
 
-        return Classifier(timm.create_model(spec["architecture"], pretrained=False, **spec["arguments"]), spec)
+        return Classifier(
+            timm.create_model(spec["architecture"], pretrained=False, **spec["arguments"]), spec
+        )
     import transformers
 
     config = transformers.AutoConfig.for_model(**spec["config"])
@@ -92,8 +111,8 @@ def load(place: str | Path | None = None) -> Classifier:
     """The trained classifier in evaluation mode, on the CPU.
 
     Args:
-        place: an exported folder, or a state dict (.safetensors, .pt or .pth) with NAME_classifier.json beside it; none: the
-            folder of this file.
+        place: an exported folder, or a state dict (.safetensors, .pt or .pth) with
+            NAME_classifier.json beside it; none: the folder of this file.
 
     Raises RuntimeError where a tensor is missing, left over or of another shape.
     """
@@ -102,13 +121,18 @@ def load(place: str | Path | None = None) -> Classifier:
     place = Path(place) if place is not None else Path(__file__).parent
     if place.is_dir():
         spec = json.loads((place / "classifier.json").read_text(encoding="utf-8"))
-        tensors = {f"model.{name}": tensor for name, tensor in load_file(place / "model.safetensors").items()}
+        tensors = {
+            f"model.{name}": tensor
+            for name, tensor in load_file(place / "model.safetensors").items()
+        }
         tensors |= load_file(place / "head.safetensors")
     else:
         beside = place.with_name(f"{place.stem}_classifier.json")
         spec = json.loads(beside.read_text(encoding="utf-8"))
         safe = place.suffix == ".safetensors"
-        held = load_file(place) if safe else torch.load(place, map_location="cpu", weights_only=True)
+        held = (
+            load_file(place) if safe else torch.load(place, map_location="cpu", weights_only=True)
+        )
         tensors = {_renamed(name): tensor for name, tensor in held.items()}
     model = build(spec)
     model.load_state_dict(tensors, strict=True)

@@ -1,12 +1,14 @@
-"""A fence around a job's folder: a process writes there only while the run that it belongs to still holds the lease.
+"""A fence around a job's folder: a process writes there only while the run that it belongs to still
+holds the lease.
 
-A run that was taken for dead (a suspended machine, a network that was away) may wake up while another run has begun.
-Everything that is written under a job's root goes through `storage`, `folders` and the metrics log, and each of them
-calls `check` first: one small read. The driver enters the fence when it takes the lease (`lease.hold`); its Ray workers
-enter the same fence, which travels to them with their work.
+A run that was taken for dead (a suspended machine, a network that was away) may wake up while
+another run has begun. Everything that is written under a job's root goes through `storage`,
+`folders` and the metrics log, and each of them calls `check` first: one small read. The driver
+enters the fence when it takes the lease (`lease.hold`); its Ray workers enter the same fence, which
+travels to them with their work.
 
-Between the check and the write lies a moment in which the lease may change hands; what is written in it is one file or
-folder that is whole, and the next check stops the run.
+Between the check and the write lies a moment in which the lease may change hands; what is written
+in it is one file or folder that is whole, and the next check stops the run.
 """
 
 from __future__ import annotations
@@ -62,7 +64,9 @@ def entered() -> tuple[Fence, ...]:
 
 
 def check(uri: Uri) -> None:
-    """Do nothing where ``uri`` may be written. Raises LostLeaseError where the lease of its folder is no longer ours."""
+    """Do nothing where ``uri`` may be written. Raises LostLeaseError where the lease of its folder
+    is no longer ours.
+    """
     for fence in _ENTERED:
         if _is_below(uri, fence.root):
             holder = read_lease(fence.root)
@@ -76,7 +80,8 @@ def describe_loss(root: str, holder: dict[str, Any] | None) -> str:
     if holder is not None:
         why = f"process {holder.get('pid')} on {holder.get('host')} has it now"
     return (
-        f"{root}: this run no longer holds the lease of its folder ({why}), so it stops and writes nothing more; "
+        f"{root}: this run no longer holds the lease of its folder ({why}), so it stops and "
+        "writes nothing more; "
         "what it finished is kept. Give the command again when no other run is at work"
     )
 
@@ -86,7 +91,11 @@ def read_lease(root: str) -> dict[str, Any] | None:
     uri = lease_uri(root)
     remote, path = s3.split(uri)
     try:
-        data = s3.on_s3("read", uri, "cat_file", max_concurrency=1) if remote else s3.call("read", uri, Path(path).read_bytes)
+        data = (
+            s3.on_s3("read", uri, "cat_file", max_concurrency=1)
+            if remote
+            else s3.call("read", uri, Path(path).read_bytes)
+        )
     except s3.NotFoundError:
         return None
     return parse_lease(uri, data)
@@ -102,7 +111,10 @@ def parse_lease(uri: str, data: bytes) -> dict[str, Any]:
         found = json.loads(data)
         if isinstance(found, dict) and isinstance(found.get("id"), str):
             return found
-    raise StorageError(f"{uri} is damaged, so nobody can tell who holds this folder; remove it when no run of this job is at work")
+    raise StorageError(
+        f"{uri} is damaged, so nobody can tell who holds this folder; remove it when no run of "
+        "this job is at work"
+    )
 
 
 def _is_below(uri: Uri, root: str) -> bool:

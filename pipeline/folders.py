@@ -1,6 +1,8 @@
-"""Folders that are whole or absent: committed in one step, with a manifest that has every file's SHA-256.
+"""Folders that are whole or absent: committed in one step, with a manifest that has every file's
+SHA-256.
 
-A reader sees a committed folder whole, or the one before, or nothing; a flipped bit is found. Errors as in `storage`.
+A reader sees a committed folder whole, or the one before, or nothing; a flipped bit is found.
+Errors as in `storage`.
 """
 
 from __future__ import annotations
@@ -21,11 +23,16 @@ from pipeline.s3 import DamagedError, NotFoundError, StorageError, Uri
 
 Files = Mapping[str, bytes | Path]
 
-_PARTS = {"chunksize": 5 * 2**20, "max_concurrency": 4}  # 42 MiB in memory at any size; s3fs's defaults take 1 GB
+_PARTS = {
+    "chunksize": 5 * 2**20,
+    "max_concurrency": 4,
+}  # 42 MiB in memory at any size; s3fs's defaults take 1 GB
 
 
 def sealed(manifest: Mapping[str, Any], key: str = "sha256") -> dict[str, Any]:
-    """A manifest with the SHA-256 of its own content (canonical JSON) under ``key``, replacing an older one."""
+    """A manifest with the SHA-256 of its own content (canonical JSON) under ``key``, replacing an
+    older one.
+    """
     plain = {name: value for name, value in manifest.items() if name != key}
     canonical = json.dumps(json.loads(json.dumps(plain)), sort_keys=True, separators=(",", ":"))
     return {**plain, key: hashlib.sha256(canonical.encode()).hexdigest()}
@@ -36,17 +43,27 @@ def _check_names(uri: Uri, names: Iterable[str], manifest_name: str = "") -> Non
         path = PurePosixPath(name)
         outside = path.is_absolute() or ".." in path.parts or "\\" in name
         if outside or str(path) != name or name in ("", ".", manifest_name):
-            raise StorageError(f"{os.fspath(uri)}: {name!r} cannot name a file in it; use a relative name without '..'")
+            raise StorageError(
+                f"{os.fspath(uri)}: {name!r} cannot name a file in it; use a relative name "
+                "without '..'"
+            )
 
 
 def entries(uri: Uri, manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """manifest["files"], which is data from outside: names stay in the folder, each has its size and SHA-256."""
+    """manifest["files"], which is data from outside: names stay in the folder, each has its size
+    and SHA-256.
+    """
     found = manifest.get("files")
     if not isinstance(found, dict) or not all(
-        isinstance(entry, dict) and isinstance(entry.get("sha256"), str) and isinstance(entry.get("size"), int)
+        isinstance(entry, dict)
+        and isinstance(entry.get("sha256"), str)
+        and isinstance(entry.get("size"), int)
         for entry in found.values()
     ):
-        raise DamagedError(f"{os.fspath(uri)}: its manifest lacks sizes and checksums of files; write the folder again")
+        raise DamagedError(
+            f"{os.fspath(uri)}: its manifest lacks sizes and checksums of files; write the "
+            "folder again"
+        )
     _check_names(uri, found)
     return found
 
@@ -54,12 +71,14 @@ def entries(uri: Uri, manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def commit_folder(
     uri: Uri, files: Files, manifest: Mapping[str, Any], manifest_name: str = "manifest.json"
 ) -> dict[str, Any]:
-    """Write a folder that a reader sees whole or not at all; returns the manifest, with its "files" filled in.
+    """Write a folder that a reader sees whole or not at all; returns the manifest, with its "files"
+    filled in.
 
-    files: name in the folder (may hold slashes) -> bytes, or a local file that is handed over: moved or streamed, never
-    read whole into memory, gone after a success and untouched after a failure. A folder committed at `uri` before is
-    replaced: locally in one step, on S3 with a time of absence. A local one with files but no manifest is refused; on S3
-    such files are what a killed commit left, and are written over. Raises fence.LostLeaseError, with nothing changed, in
+    files: name in the folder (may hold slashes) -> bytes, or a local file that is handed over:
+    moved or streamed, never read whole into memory, gone after a success and untouched after a
+    failure. A folder committed at `uri` before is replaced: locally in one step, on S3 with a time
+    of absence. A local one with files but no manifest is refused; on S3 such files are what a
+    killed commit left, and are written over. Raises fence.LostLeaseError, with nothing changed, in
     the folder of a run that lost its lease.
     """
     fence.check(uri)
@@ -69,7 +88,15 @@ def commit_folder(
     if remote:
         whole = _commit_s3(os.fspath(uri), files, manifest, manifest_name)
     else:
-        whole = s3.call("commit", uri, _commit_local, Path(os.path.realpath(path)), files, manifest, manifest_name)
+        whole = s3.call(
+            "commit",
+            uri,
+            _commit_local,
+            Path(os.path.realpath(path)),
+            files,
+            manifest,
+            manifest_name,
+        )
     for source in files.values():
         if not isinstance(source, bytes):
             with suppress(OSError):
@@ -77,12 +104,19 @@ def commit_folder(
     return whole
 
 
-def _commit_local(final: Path, files: Files, manifest: Mapping[str, Any], manifest_name: str) -> dict[str, Any]:
+def _commit_local(
+    final: Path, files: Files, manifest: Mapping[str, Any], manifest_name: str
+) -> dict[str, Any]:
     _refuse_foreign(final, manifest_name)
     temporary = storage.beside(final)
     try:
         temporary.mkdir(parents=True)
-        whole = sealed({**manifest, "files": {name: _stage(source, temporary / name) for name, source in files.items()}})
+        whole = sealed(
+            {
+                **manifest,
+                "files": {name: _stage(source, temporary / name) for name, source in files.items()},
+            }
+        )
         for folder in {(temporary / name).parent for name in files}:
             storage.sync_folder(folder)
         storage.write_local(temporary / manifest_name, storage.encode(whole))
@@ -95,7 +129,9 @@ def _commit_local(final: Path, files: Files, manifest: Mapping[str, Any], manife
 
 
 def _stage(source: bytes | Path, target: Path) -> dict[str, Any]:
-    """Put one file on disk, by a hard link where that works, so that a failure leaves the source; returns its entry."""
+    """Put one file on disk, by a hard link where that works, so that a failure leaves the source;
+    returns its entry.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(source, bytes):
         target.write_bytes(source)
@@ -118,7 +154,9 @@ def entry_of_bytes(data: bytes) -> dict[str, Any]:
 
 
 def entry_of_file(path: Path) -> dict[str, Any]:
-    """The same of a local file; of a large one also the digest by which `identity` knows it, so that nobody reads it twice."""
+    """The same of a local file; of a large one also the digest by which `identity` knows it, so
+    that nobody reads it twice.
+    """
     whole, pieces = hashlib.sha256(), []
     count = os.path.getsize(path)
     with open(path, "rb") as file:
@@ -140,11 +178,14 @@ def _reads(total: int, size: int = 4 * 2**20) -> list[int]:
 
 
 def _usual_mode() -> int:
-    """The mode of a file that ``open`` makes here: files that are handed over (safetensors', temporary ones) are 0600, and a colleague of the same
-    group could not read a bundle."""
+    """The mode of a file that ``open`` makes here: files that are handed over (safetensors',
+    temporary ones) are 0600, and a colleague of the same group could not read a bundle.
+    """
     try:
         status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
-        umask = int(next(line for line in status.splitlines() if line.startswith("Umask:")).split()[1], 8)
+        umask = int(
+            next(line for line in status.splitlines() if line.startswith("Umask:")).split()[1], 8
+        )
     except (OSError, StopIteration):  # no Linux: it can be asked for by setting it alone
         umask = os.umask(0o077)
         os.umask(umask)
@@ -153,17 +194,24 @@ def _usual_mode() -> int:
 
 def _refuse_foreign(final: Path, manifest_name: str) -> None:
     if final.is_dir() and not (final / manifest_name).exists() and any(final.iterdir()):
-        raise StorageError(f"{final} has files but no {manifest_name}; replacing it could lose work: choose another")
+        raise StorageError(
+            f"{final} has files but no {manifest_name}; replacing it could lose work: choose "
+            "another"
+        )
 
 
 def _swap_in(temporary: Path, final: Path) -> None:
-    """Make `temporary` the folder at `final`; one there before is exchanged with it in one step, then removed."""
+    """Make `temporary` the folder at `final`; one there before is exchanged with it in one step,
+    then removed.
+    """
     try:
         os.rename(temporary, final)  # nothing there, or an empty folder
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
-        if not _exchange(temporary, final):  # such as NFS: two renames, with nothing there between them
+        if not _exchange(
+            temporary, final
+        ):  # such as NFS: two renames, with nothing there between them
             aside = storage.beside(final)
             os.rename(final, aside)
             try:
@@ -186,14 +234,25 @@ def _exchange(left: Path, right: Path) -> bool:
     return rename(here, os.fsencode(left), here, os.fsencode(right), exchange) == 0
 
 
-def _commit_s3(uri: str, files: Files, manifest: Mapping[str, Any], manifest_name: str) -> dict[str, Any]:
+def _commit_s3(
+    uri: str, files: Files, manifest: Mapping[str, Any], manifest_name: str
+) -> dict[str, Any]:
     manifest_uri, old = storage.join(uri, manifest_name), set()
     if storage.exists(manifest_uri):
         with suppress(StorageError):  # a manifest that cannot be read is replaced all the same
             old = set(entries(uri, open_folder(uri, manifest_name)))
         s3.remove_key(manifest_uri)
-    whole = sealed({**manifest, "files": {name: _upload(storage.join(uri, name), source) for name, source in files.items()}})
-    for name in old.difference(files):  # only what the old manifest names: no other key is ours to remove
+    whole = sealed(
+        {
+            **manifest,
+            "files": {
+                name: _upload(storage.join(uri, name), source) for name, source in files.items()
+            },
+        }
+    )
+    for name in old.difference(
+        files
+    ):  # only what the old manifest names: no other key is ours to remove
         s3.remove_key(storage.join(uri, name))
     storage.write_bytes(manifest_uri, storage.encode(whole))
     return whole
@@ -202,15 +261,21 @@ def _commit_s3(uri: str, files: Files, manifest: Mapping[str, Any], manifest_nam
 def _upload(uri: str, source: bytes | Path) -> dict[str, Any]:
     """Write one file of a folder on S3; returns its entry.
 
-    The entry has the object's ETag too, by which `checked.check_folder` knows it without reading it.
+    The entry has the object's ETag too, by which `checked.check_folder` knows it without reading
+    it.
     """
     if isinstance(source, bytes):
         storage.write_bytes(uri, source)
         return {**entry_of_bytes(source), "etag": _etag(uri)}
     fence.check(uri)
     entry = s3.call("read", source, entry_of_file, source)
-    parts = {**_PARTS, "chunksize": max(_PARTS["chunksize"], -(-entry["size"] // 9_000))}  # S3 takes 10,000 parts at most
-    s3.call("write", uri, lambda: s3.client().put_file(os.fspath(source), s3.split(uri)[1], **parts))
+    parts = {
+        **_PARTS,
+        "chunksize": max(_PARTS["chunksize"], -(-entry["size"] // 9_000)),
+    }  # S3 takes 10,000 parts at most
+    s3.call(
+        "write", uri, lambda: s3.client().put_file(os.fspath(source), s3.split(uri)[1], **parts)
+    )
     return {**entry, "etag": _etag(uri)}
 
 
@@ -219,7 +284,9 @@ def _etag(uri: str) -> str:
 
 
 def open_folder(uri: Uri, manifest_name: str = "manifest.json") -> dict[str, Any]:
-    """The manifest of a committed folder, its own checksum verified. Raises NotFoundError when no complete folder is there."""
+    """The manifest of a committed folder, its own checksum verified. Raises NotFoundError when no
+    complete folder is there.
+    """
     try:
         manifest = storage.read_json(storage.join(uri, manifest_name))
     except StorageError as error:
@@ -227,14 +294,22 @@ def open_folder(uri: Uri, manifest_name: str = "manifest.json") -> dict[str, Any
             raise
         raise NotFoundError(f"there is no complete folder at {os.fspath(uri)}: {error}") from error
     if not isinstance(manifest, dict):
-        raise DamagedError(f"{storage.join(uri, manifest_name)} is not a manifest (a JSON object); write the folder again")
+        raise DamagedError(
+            f"{storage.join(uri, manifest_name)} is not a manifest (a JSON object); write the "
+            "folder again"
+        )
     if manifest.get("sha256") != sealed(manifest)["sha256"]:
-        raise DamagedError(f"{storage.join(uri, manifest_name)} is damaged: its content does not have the SHA-256 that it states; write the folder again")
+        raise DamagedError(
+            f"{storage.join(uri, manifest_name)} is damaged: its content does not have the "
+            "SHA-256 that it states; write the folder again"
+        )
     return manifest
 
 
 def verify_folder(uri: Uri, manifest: Mapping[str, Any]) -> None:
-    """Read every file that the manifest names; the error names the first one that is missing or damaged."""
+    """Read every file that the manifest names; the error names the first one that is missing or
+    damaged.
+    """
     for name, entry in entries(uri, manifest).items():
         verify_file(storage.join(uri, name), entry)
 
@@ -243,7 +318,10 @@ def verify_file(uri: str, entry: Mapping[str, Any], copy: Path | None = None) ->
     """Read a file (or its ``copy``) and compare it with its entry. Raises DamagedError."""
     checksum, count = storage.sha256(copy or uri)
     if (checksum, count) != (entry["sha256"], entry["size"]):
-        raise DamagedError(describe_damage(uri, {"sha256": checksum, "size": count}, entry) + "; write the folder again")
+        raise DamagedError(
+            describe_damage(uri, {"sha256": checksum, "size": count}, entry)
+            + "; write the folder again"
+        )
 
 
 def describe_damage(uri: Uri, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
@@ -253,10 +331,14 @@ def describe_damage(uri: Uri, found: Mapping[str, Any], wanted: Mapping[str, Any
     return f"{os.fspath(uri)} is damaged: {is_now}, its manifest says {was}"
 
 
-def fetch_folder(uri: Uri, destination: Path, verify: bool = True, manifest_name: str = "manifest.json") -> Path:
-    """A committed folder as a local one: a local folder itself; one on S3 copied to `destination`, whole or not at all.
+def fetch_folder(
+    uri: Uri, destination: Path, verify: bool = True, manifest_name: str = "manifest.json"
+) -> Path:
+    """A committed folder as a local one: a local folder itself; one on S3 copied to `destination`,
+    whole or not at all.
 
-    A `destination` that holds the same folder already is kept; one with other files in it is refused.
+    A `destination` that holds the same folder already is kept; one with other files in it is
+    refused.
     """
     manifest, (remote, path) = open_folder(uri, manifest_name), s3.split(uri)
     final = Path(os.path.realpath(destination)) if remote else Path(path)

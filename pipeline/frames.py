@@ -1,4 +1,6 @@
-"""Where the frames of a chain of convolutions lie: ``convolutions`` are (kernel, stride, padding on each side), from the samples to the frames."""
+"""Where the frames of a chain of convolutions lie: ``convolutions`` are (kernel, stride, padding on
+each side), from the samples to the frames.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ Convolutions = Sequence[Sequence[int]]
 
 
 def count(lengths: Any, convolutions: Convolutions) -> Any:
-    """How many frames so many samples give: an int, an array or a tensor of whole numbers, and the same back (Dumoulin and Visin 2016, relation 6).
+    """How many frames so many samples give: an int, an array or a tensor of whole numbers, and the
+    same back (Dumoulin and Visin 2016, relation 6).
 
     Zero for inputs shorter than the kernels reach.
     """
@@ -24,7 +27,9 @@ def count(lengths: Any, convolutions: Convolutions) -> Any:
 
 def stride(convolutions: Convolutions) -> int:
     """Samples from one frame to the next."""
-    return int(np.prod([step for _, step, _ in convolutions], dtype=np.int64)) if convolutions else 1
+    return (
+        int(np.prod([step for _, step, _ in convolutions], dtype=np.int64)) if convolutions else 1
+    )
 
 
 def field(convolutions: Convolutions) -> int:
@@ -45,6 +50,8 @@ def first(convolutions: Convolutions) -> int:
 
 
 def seconds(frames: np.ndarray, convolutions: Convolutions, rate: int) -> np.ndarray:
-    """Times at which frames begin, were each as long as the way to the next one and centred on what it sees."""
+    """Times at which frames begin, were each as long as the way to the next one and centred on what
+    it sees.
+    """
     begin = first(convolutions) + (field(convolutions) - stride(convolutions)) / 2
     return np.maximum(0.0, (begin + np.asarray(frames) * stride(convolutions)) / rate)

@@ -1,4 +1,6 @@
-"""Rows of all ranks at hand on each of them, for losses that compare the rows of a global batch with each other."""
+"""Rows of all ranks at hand on each of them, for losses that compare the rows of a global batch
+with each other.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +11,17 @@ from torch import Tensor
 
 def ranks() -> tuple[int, int]:
     """This process's rank and how many there are: (0, 1) where none were started."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+    return (
+        (dist.get_rank(), dist.get_world_size())
+        if dist.is_available() and dist.is_initialized()
+        else (0, 1)
+    )
 
 
 def summed(tensor: Tensor) -> Tensor:
-    """The sum over ranks, on each of them, without a gradient. Every rank must call it, with the same shape."""
+    """The sum over ranks, on each of them, without a gradient. Every rank must call it, with the
+    same shape.
+    """
     tensor = tensor.detach().clone()
     if ranks()[1] > 1:
         dist.all_reduce(tensor)
@@ -21,11 +29,14 @@ def summed(tensor: Tensor) -> Tensor:
 
 
 def gather(local: Tensor) -> tuple[Tensor, int]:
-    """(B_0 + B_1 + ..., ...) the rows of all ranks in their order, and at which place this rank's own begin.
+    """(B_0 + B_1 + ..., ...) the rows of all ranks in their order, and at which place this rank's
+    own begin.
 
-    ``local``: (B_r, ...) floats; ranks may hold unequal numbers of rows and one of them none, and every rank must call it. A gradient goes back to this
-    rank's own rows only, and nothing is sent for it: each rank computes the whole loss of all rows, so its own rows get their whole gradient, and the sum
-    over ranks is the loss's. (Sending gradients back would need all ranks in the backward pass, where one without rows has no graph to send from.)
+    ``local``: (B_r, ...) floats; ranks may hold unequal numbers of rows and one of them none, and
+    every rank must call it. A gradient goes back to this rank's own rows only, and nothing is sent
+    for it: each rank computes the whole loss of all rows, so its own rows get their whole gradient,
+    and the sum over ranks is the loss's. (Sending gradients back would need all ranks in the
+    backward pass, where one without rows has no graph to send from.)
     """
     rank, count = ranks()
     if count == 1:
@@ -34,8 +45,11 @@ def gather(local: Tensor) -> tuple[Tensor, int]:
     sizes[rank] = len(local)
     dist.all_reduce(sizes)
     held = sizes.tolist()
-    # a sum over zeros, not all_gather: gloo reduces what lies on a GPU, and gathers it in some releases only
+    # a sum over zeros, not all_gather: gloo reduces what lies on a GPU, and gathers it in some
+    # releases only
     padded = local.new_zeros(count, max(held), *local.shape[1:])
-    padded[rank, :len(local)] = local.detach()
+    padded[rank, : len(local)] = local.detach()
     dist.all_reduce(padded)
-    return torch.cat([local if r == rank else padded[r, :held[r]] for r in range(count)]), sum(held[:rank])
+    return torch.cat([local if r == rank else padded[r, : held[r]] for r in range(count)]), sum(
+        held[:rank]
+    )

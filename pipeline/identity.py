@@ -1,8 +1,10 @@
-"""The identity of files: what they hold as one short text, and whether they still hold it. Every key asks here.
+"""The identity of files: what they hold as one short text, and whether they still hold it. Every
+key asks here.
 
-A local file is identified by the SHA-256 of all of its bytes. It is read once: what was read is remembered in the
-user's cache folder by path, size, times of change and inode (`_Memory`). An object on S3 is identified by its ETag.
-With the mode ``stat`` a local file is not read at all: its size and its time of change stand for what it holds.
+A local file is identified by the SHA-256 of all of its bytes. It is read once: what was read is
+remembered in the user's cache folder by path, size, times of change and inode (`_Memory`). An
+object on S3 is identified by its ETag. With the mode ``stat`` a local file is not read at all: its
+size and its time of change stand for what it holds.
 """
 
 from __future__ import annotations
@@ -28,17 +30,21 @@ Mode = Literal["content", "stat"]
 log = logging.getLogger(__name__)
 
 PIECE_BYTES = 64 << 20
-"""Pieces of this size are hashed by several threads at once. A file of one piece has its plain SHA-256, a larger one
-the SHA-256 of the digests of its pieces."""
+"""Pieces of this size are hashed by several threads at once. A file of one piece has its plain
+SHA-256, a larger one the SHA-256 of the digests of its pieces.
+"""
 READ_BYTES = 1 << 20
 THREADS = 16
 FILES_A_TASK = 64
 GRAIN_SECONDS = 2.0
-"""Two changes of a file within this time may have the same time of change (2 s on FAT). Only a file that was left alone
-for so long before it was read is remembered."""
+"""Two changes of a file within this time may have the same time of change (2 s on FAT). Only a file
+that was left alone for so long before it was read is remembered.
+"""
 SAVE_SECONDS, TELL_AFTER_SECONDS = 5.0, 2.0
 LISTED_FILES = 10
-"""From so many objects in a folder on S3 on the folder is listed, instead of asking for each object."""
+"""From so many objects in a folder on S3 on the folder is listed, instead of asking for each
+object.
+"""
 ABSENT = "absent"
 NUL = "\0"
 """No name of a file holds it."""
@@ -53,9 +59,9 @@ class ChangedFileError(storage.StorageError):
 class FileIdentity(NamedTuple):
     """A file as it was when it was looked at.
 
-    ``content`` is its size and what identifies its bytes: ``12-sha256:...``, on S3 ``12-etag:...``, with the mode
-    ``stat`` ``12-stat:...``; ``absent`` when there is no file. While ``stamp`` (size, times of change and inode; on S3
-    the content) is the same, the content is taken to be the same.
+    ``content`` is its size and what identifies its bytes: ``12-sha256:...``, on S3 ``12-etag:...``,
+    with the mode ``stat`` ``12-stat:...``; ``absent`` when there is no file. While ``stamp`` (size,
+    times of change and inode; on S3 the content) is the same, the content is taken to be the same.
     """
 
     uri: str
@@ -66,11 +72,15 @@ class FileIdentity(NamedTuple):
 # ---------------------------------------------------------------- the door
 
 
-def identify(uris: Iterable[str], mode: Mode = "content", absent_ok: bool = False) -> list[FileIdentity]:
-    """Identities of files, in the order given, read by several threads where they are not known yet.
+def identify(
+    uris: Iterable[str], mode: Mode = "content", absent_ok: bool = False
+) -> list[FileIdentity]:
+    """Identities of files, in the order given, read by several threads where they are not known
+    yet.
 
-    Raises StorageError for a folder and for a file that is not there or cannot be read (with ``absent_ok`` a file that
-    is not there has the content ``absent``), and ChangedFileError for a file that changes while it is read.
+    Raises StorageError for a folder and for a file that is not there or cannot be read (with
+    ``absent_ok`` a file that is not there has the content ``absent``), and ChangedFileError for a
+    file that changes while it is read.
     """
     wanted = [os.fspath(uri) for uri in uris]
     unique = list(dict.fromkeys(wanted))
@@ -90,7 +100,8 @@ def fingerprint(uri: str | os.PathLike[str], mode: Mode = "content") -> str:
 
 
 def check_unchanged(files: Iterable[FileIdentity]) -> None:
-    """Raise ChangedFileError, naming the file, when one holds something else than when it was identified.
+    """Raise ChangedFileError, naming the file, when one holds something else than when it was
+    identified.
 
     A file with other times of change but the same content (it was copied, or touched) is unchanged.
     """
@@ -105,7 +116,9 @@ def check_unchanged(files: Iterable[FileIdentity]) -> None:
 
 
 def open_unchanged(file: FileIdentity) -> BinaryIO:
-    """Open a file for reading (`storage.open_read`). Raises ChangedFileError when it holds something else by now."""
+    """Open a file for reading (`storage.open_read`). Raises ChangedFileError when it holds
+    something else by now.
+    """
     handle = storage.open_read(file.uri)
     try:
         if _stamp_of_open(handle) != file.stamp:
@@ -118,7 +131,9 @@ def open_unchanged(file: FileIdentity) -> BinaryIO:
 
 @contextmanager
 def shown_by(tell: Callable[[str], object]) -> Iterator[None]:
-    """Within this context, `identify` calls ``tell`` with a line on its progress when reading takes long."""
+    """Within this context, `identify` calls ``tell`` with a line on its progress when reading takes
+    long.
+    """
     token = _TELL.set(tell)
     try:
         yield
@@ -131,11 +146,19 @@ def _check_content(file: FileIdentity) -> None:
     now = identify([file.uri], "stat" if by_stat else "content", absent_ok=True)[0]
     if now.content == file.content:
         return
-    how = "it is gone" if now.content == ABSENT else "it holds something else than when the run was planned"
+    how = (
+        "it is gone"
+        if now.content == ABSENT
+        else "it holds something else than when the run was planned"
+    )
     if by_stat:
-        how = "its size or time of change is another one than when the run was planned (data.identity: stat)"
+        how = (
+            "its size or time of change is another one than when the run was planned "
+            "(data.identity: stat)"
+        )
     raise ChangedFileError(
-        f"{file.uri} was changed while it was in use: {how}; leave the files of a run alone until it ends, and run again"
+        f"{file.uri} was changed while it was in use: {how}; leave the files of a run alone "
+        "until it ends, and run again"
     )
 
 
@@ -180,7 +203,9 @@ def _look(uri: str, absent_ok: bool) -> _Stamp:
 
 
 def _stamps_of_local(uris: Sequence[str], absent_ok: bool) -> dict[str, _Stamp]:
-    found = _in_threads(lambda some: [_look(uri, absent_ok) for uri in some], _parted(uris, FILES_A_TASK))
+    found = _in_threads(
+        lambda some: [_look(uri, absent_ok) for uri in some], _parted(uris, FILES_A_TASK)
+    )
     return dict(zip(uris, itertools.chain.from_iterable(found), strict=True))
 
 
@@ -192,7 +217,10 @@ def _stamp_of_open(handle: BinaryIO) -> str:
 
 
 def _by_stat(stamps: dict[str, _Stamp]) -> dict[str, str]:
-    return {uri: f"{s.size}-stat:{s.modified_ns}" if s.inode >= 0 else ABSENT for uri, s in stamps.items()}
+    return {
+        uri: f"{s.size}-stat:{s.modified_ns}" if s.inode >= 0 else ABSENT
+        for uri, s in stamps.items()
+    }
 
 
 def _by_content(stamps: dict[str, _Stamp]) -> dict[str, str]:
@@ -220,7 +248,8 @@ def _by_content(stamps: dict[str, _Stamp]) -> dict[str, str]:
 
 
 def _read(files: dict[str, _Stamp]) -> Iterator[tuple[str, str, bool]]:
-    """(file, its content, whether it was left alone for long enough to be remembered) of each, in order.
+    """(file, its content, whether it was left alone for long enough to be remembered) of each, in
+    order.
 
     Small files are hashed several a task, large ones a piece a task.
     """
@@ -253,7 +282,9 @@ def _read(files: dict[str, _Stamp]) -> Iterator[tuple[str, str, bool]]:
         for uri, digest in zip(group, digests, strict=True):
             yield ended(uri, f"sha256:{digest}")
     counts = [-(-files[uri].size // PIECE_BYTES) for uri in large]
-    pieces = [(uri, number) for uri, count in zip(large, counts, strict=True) for number in range(count)]
+    pieces = [
+        (uri, number) for uri, count in zip(large, counts, strict=True) for number in range(count)
+    ]
     digests_of_pieces = _in_threads(read_piece, pieces)
     for uri, count in zip(large, counts, strict=True):
         digest = hashlib.sha256(b"".join(itertools.islice(digests_of_pieces, count))).hexdigest()
@@ -262,8 +293,13 @@ def _read(files: dict[str, _Stamp]) -> Iterator[tuple[str, str, bool]]:
 
 
 def _wait_for_new_large_files(files: dict[str, _Stamp]) -> None:
-    """A large file that was written a moment ago is read a little later, so that it can be remembered."""
-    newest_ns = max((max(s.modified_ns, s.changed_ns) for s in files.values() if s.size > PIECE_BYTES), default=0)
+    """A large file that was written a moment ago is read a little later, so that it can be
+    remembered.
+    """
+    newest_ns = max(
+        (max(s.modified_ns, s.changed_ns) for s in files.values() if s.size > PIECE_BYTES),
+        default=0,
+    )
     age_seconds = (time.time_ns() - newest_ns) / 1e9
     if 0 <= age_seconds <= GRAIN_SECONDS:
         time.sleep(GRAIN_SECONDS - age_seconds + 0.01)
@@ -295,7 +331,9 @@ def _hash_bytes(file: Any, most: int, digest: Any) -> None:
 
 def _refuse_changed(uri: str, now: _Stamp, before: _Stamp) -> None:
     if (now.size, now.modified_ns, now.inode) != (before.size, before.modified_ns, before.inode):
-        raise ChangedFileError(f"{uri} was changed while it was read; wait until nothing writes to it, and run again")
+        raise ChangedFileError(
+            f"{uri} was changed while it was read; wait until nothing writes to it, and run again"
+        )
 
 
 def _parted(items: Sequence[str], size: int) -> list[Sequence[str]]:
@@ -322,11 +360,14 @@ def _etag_text(size: int, etag: str) -> str:
 
 
 def _etags(uris: Sequence[str], absent_ok: bool) -> dict[str, str]:
-    """The content of objects: a request for each, or a thousand a request where many lie in one folder."""
+    """The content of objects: a request for each, or a thousand a request where many lie in one
+    folder.
+    """
     folders = defaultdict(list)
     for uri in uris:
         folders[uri.rpartition("/")[0]].append(uri)
-    # a key may hold an empty part (a//x.jpg), and the folder of such a key cannot be listed by its name
+    # a key may hold an empty part (a//x.jpg), and the folder of such a key cannot be listed by its
+    # name
     folders = {folder: inside for folder, inside in folders.items() if not folder.endswith("/")}
     listed = [folder for folder, inside in folders.items() if len(inside) >= LISTED_FILES]
     found: dict[str, str] = {}
@@ -335,7 +376,10 @@ def _etags(uris: Sequence[str], absent_ok: bool) -> dict[str, str]:
         path = s3.split(folder)[1]
         bucket = path.partition("/")[0]
         entries = s3.list_objects(path, recursive=False)
-        return {f"s3://{bucket}/{entry['Key']}": _etag_text(entry["Size"], entry["ETag"]) for entry in entries}
+        return {
+            f"s3://{bucket}/{entry['Key']}": _etag_text(entry["Size"], entry["ETag"])
+            for entry in entries
+        }
 
     for etags in _in_threads(list_folder, listed):
         found |= etags
@@ -360,7 +404,8 @@ def _etags(uris: Sequence[str], absent_ok: bool) -> dict[str, str]:
 
 
 def cache_folder() -> Path:
-    """The folder of this user's caches: $ONETOMANY_CACHE, else $XDG_CACHE_HOME/onetomany, else ~/.cache/onetomany.
+    """The folder of this user's caches: $ONETOMANY_CACHE, else $XDG_CACHE_HOME/onetomany, else
+    ~/.cache/onetomany.
 
     Raises RuntimeError for a user without a home folder.
     """
@@ -375,9 +420,10 @@ def cache_folder() -> Path:
 class _Memory:
     """Contents of local files that were read before, in an SQLite file that processes may share.
 
-    An entry is a digest of the path (the names of files may be private), the stamp, the content, and a seal: a digest
-    of the three. An entry whose seal does not fit is not believed, a file that is no database is made anew. Where the
-    folder cannot be written, what is read is forgotten when the call ends, and a warning says so.
+    An entry is a digest of the path (the names of files may be private), the stamp, the content,
+    and a seal: a digest of the three. An entry whose seal does not fit is not believed, a file that
+    is no database is made anew. Where the folder cannot be written, what is read is forgotten when
+    the call ends, and a warning says so.
     """
 
     def __enter__(self) -> _Memory:
@@ -386,7 +432,9 @@ class _Memory:
             self._file = cache_folder() / f"identity-{_FORMAT}.sqlite"
         except RuntimeError as error:
             log.warning(
-                "no cache folder (%s): files are read anew by the next command; set ONETOMANY_CACHE or HOME", error
+                "no cache folder (%s): files are read anew by the next command; set "
+                "ONETOMANY_CACHE or HOME",
+                error,
             )
         self._db = self._open()
         return self
@@ -410,18 +458,27 @@ class _Memory:
     @staticmethod
     def _connect(name: str) -> sqlite3.Connection:
         db = sqlite3.connect(name, timeout=20, isolation_level=None)
-        db.execute("PRAGMA synchronous = OFF")  # what a power cut spoils is found by its seal, or made anew
-        table = "CREATE TABLE IF NOT EXISTS files (place BLOB PRIMARY KEY, stamp TEXT, content TEXT, seal BLOB)"
+        db.execute(
+            "PRAGMA synchronous = OFF"
+        )  # what a power cut spoils is found by its seal, or made anew
+        table = (
+            "CREATE TABLE IF NOT EXISTS files (place BLOB PRIMARY KEY, stamp TEXT, content TEXT, "
+            "seal BLOB)"
+        )
         db.execute(f"{table} WITHOUT ROWID")
         return db
 
     def _give_up(self, error: Exception) -> None:
-        log.warning("%s cannot be used (%s): files are read anew by the next command", self._file, error)
+        log.warning(
+            "%s cannot be used (%s): files are read anew by the next command", self._file, error
+        )
         self._file = None
 
     def _make_anew(self, error: Exception) -> sqlite3.Connection:
         assert self._file is not None
-        log.warning("%s is damaged (%s): it is made anew, and files are read once more", self._file, error)
+        log.warning(
+            "%s is damaged (%s): it is made anew, and files are read once more", self._file, error
+        )
         for name in (self._file, Path(f"{self._file}-journal")):
             with suppress(OSError):
                 name.unlink()
@@ -433,13 +490,17 @@ class _Memory:
             return self._connect(":memory:")
 
     def _try(self, work: Callable[[sqlite3.Connection], Any], otherwise: Any) -> Any:
-        """``work`` on the database; after an error on it, the database is replaced and ``otherwise`` is given."""
+        """``work`` on the database; after an error on it, the database is replaced and
+        ``otherwise`` is given.
+        """
         try:
             return work(self._db)
         except sqlite3.Error as error:
             with suppress(sqlite3.Error):
                 self._db.close()
-            if isinstance(error, sqlite3.OperationalError):  # locked for long, disk full, a filesystem without locks
+            if isinstance(
+                error, sqlite3.OperationalError
+            ):  # locked for long, disk full, a filesystem without locks
                 self._give_up(error)
                 self._db = self._connect(":memory:")
             else:
@@ -447,7 +508,9 @@ class _Memory:
             return otherwise
 
     def recall(self, files: dict[str, _Stamp]) -> dict[str, str]:
-        """Contents of those files, by absolute path, that were read before and have the same stamp."""
+        """Contents of those files, by absolute path, that were read before and have the same
+        stamp.
+        """
         places = {_digest(path.encode("utf-8", "surrogateescape")): path for path in files}
         keys = list(places)
 

@@ -1,4 +1,6 @@
-"""Losses for rows of which one class is rare: class weights and the focal loss. For training; what is evaluated is never weighted."""
+"""Losses for rows of which one class is rare: class weights and the focal loss. For training; what
+is evaluated is never weighted.
+"""
 
 from __future__ import annotations
 
@@ -10,27 +12,57 @@ from torch.nn import functional as F
 
 
 def balanced(counts: Sequence[int], device: torch.device) -> Tensor:
-    """(C,) float32 weights rows / (classes x rows of the class): every class weighs as much, and all training rows together what they did (King and
-    Zeng 2001). A class without rows weighs nothing."""
+    """(C,) float32 weights rows / (classes x rows of the class): every class weighs as much, and
+    all training rows together what they did (King and Zeng 2001). A class without rows weighs
+    nothing.
+    """
     total = sum(counts)
-    return torch.tensor([total / (len(counts) * count) if count else 0.0 for count in counts], device=device)
+    return torch.tensor(
+        [total / (len(counts) * count) if count else 0.0 for count in counts], device=device
+    )
 
 
-def cross_entropies(scores: Tensor, label: Tensor, weight: Tensor | None = None, gamma: float = 0.0, smoothing: float = 0.0) -> Tensor:
-    """(K,) cross entropies of scores (K, C) with labels (K,), times (1 - p) ** gamma, p the probability of the true class (focal loss, Lin et al. 2017).
+def cross_entropies(
+    scores: Tensor,
+    label: Tensor,
+    weight: Tensor | None = None,
+    gamma: float = 0.0,
+    smoothing: float = 0.0,
+) -> Tensor:
+    """(K,) cross entropies of scores (K, C) with labels (K,), times (1 - p) ** gamma, p the
+    probability of the true class (focal loss, Lin et al. 2017).
 
     ``weight`` (C,) is that of the row's class; ``smoothing`` is label smoothing.
     """
-    losses = F.cross_entropy(scores, label, weight=weight, reduction="none", label_smoothing=smoothing)
-    return losses if not gamma else losses * _hard(scores.log_softmax(-1).gather(-1, label[..., None])[..., 0], gamma)
+    losses = F.cross_entropy(
+        scores, label, weight=weight, reduction="none", label_smoothing=smoothing
+    )
+    return (
+        losses
+        if not gamma
+        else losses * _hard(scores.log_softmax(-1).gather(-1, label[..., None])[..., 0], gamma)
+    )
 
 
-def binary_cross_entropies(scores: Tensor, label: Tensor, pos_weight: Tensor | None = None, gamma: float = 0.0) -> Tensor:
-    """The same of labels that are true or not by themselves: scores and float labels of any shape, an array of it back; ``pos_weight`` weighs positives."""
-    losses = F.binary_cross_entropy_with_logits(scores, label, reduction="none", pos_weight=pos_weight)
-    return losses if not gamma else losses * _hard(-F.binary_cross_entropy_with_logits(scores, label, reduction="none"), gamma)
+def binary_cross_entropies(
+    scores: Tensor, label: Tensor, pos_weight: Tensor | None = None, gamma: float = 0.0
+) -> Tensor:
+    """The same of labels that are true or not by themselves: scores and float labels of any shape,
+    an array of it back; ``pos_weight`` weighs positives.
+    """
+    losses = F.binary_cross_entropy_with_logits(
+        scores, label, reduction="none", pos_weight=pos_weight
+    )
+    return (
+        losses
+        if not gamma
+        else losses
+        * _hard(-F.binary_cross_entropy_with_logits(scores, label, reduction="none"), gamma)
+    )
 
 
 def _hard(log_chance: Tensor, gamma: float) -> Tensor:
-    """(1 - p) ** gamma of log p. Where p is 1 in float32 the slope of a root would be infinite: p stays below it."""
+    """(1 - p) ** gamma of log p. Where p is 1 in float32 the slope of a root would be infinite: p
+    stays below it.
+    """
     return (1 - log_chance.exp()).clamp(min=1e-6) ** gamma

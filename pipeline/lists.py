@@ -1,4 +1,6 @@
-"""Arrow columns of lists: their rows by place, and their lengths and values as arrays. What need not be copied is not."""
+"""Arrow columns of lists: their rows by place, and their lengths and values as arrays. What need
+not be copied is not.
+"""
 
 from __future__ import annotations
 
@@ -10,34 +12,60 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 LONG_BYTES = 4096
-"""Lists of lists are copied row by row where a row holds so much on average; of smaller ones pyarrow's own way is the faster one."""
+"""Lists of lists are copied row by row where a row holds so much on average; of smaller ones
+pyarrow's own way is the faster one.
+"""
 
 
 def is_list(kind: pa.DataType) -> bool:
-    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    return (
+        pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    )
 
 
 def is_text(kind: pa.DataType) -> bool:
     """Whether values are texts, also those that are stored as a dictionary."""
     plain = kind.value_type if pa.types.is_dictionary(kind) else kind
-    return pa.types.is_string(plain) or pa.types.is_large_string(plain) or pa.types.is_string_view(plain)
+    return (
+        pa.types.is_string(plain)
+        or pa.types.is_large_string(plain)
+        or pa.types.is_string_view(plain)
+    )
 
 
 def is_bytes(kind: pa.DataType) -> bool:
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind) or pa.types.is_fixed_size_binary(kind)
+    return (
+        pa.types.is_binary(kind)
+        or pa.types.is_large_binary(kind)
+        or pa.types.is_binary_view(kind)
+        or pa.types.is_fixed_size_binary(kind)
+    )
 
 
 def holds_files(kind: pa.DataType) -> bool:
-    """Whether values can be files: their bytes, their paths, or structs of both as Hugging Face has them."""
+    """Whether values can be files: their bytes, their paths, or structs of both as Hugging Face has
+    them.
+    """
     if pa.types.is_struct(kind):
         return bool({"bytes", "path"} & {field.name for field in kind})
     return is_text(kind) or is_bytes(kind) or pa.types.is_null(kind)
 
 
 def take(table: pa.Table, places: np.ndarray) -> pa.Table:
-    """``table.take``, which looks up lists of lists one inner list at a time: in columns of long ones each stretch of rows is copied as a whole."""
-    long = {name for name in table.column_names if is_list(kind := table[name].type) and is_list(kind.value_type)
-            and table[name].nbytes >= LONG_BYTES * len(table)} if len(places) else set()
+    """``table.take``, which looks up lists of lists one inner list at a time: in columns of long
+    ones each stretch of rows is copied as a whole.
+    """
+    long = (
+        {
+            name
+            for name in table.column_names
+            if is_list(kind := table[name].type)
+            and is_list(kind.value_type)
+            and table[name].nbytes >= LONG_BYTES * len(table)
+        }
+        if len(places)
+        else set()
+    )
     if not long:
         return table.take(pa.array(places))
     others = table.drop_columns(list(long))
@@ -45,8 +73,15 @@ def take(table: pa.Table, places: np.ndarray) -> pa.Table:
     cuts = [0, *(np.flatnonzero(np.diff(places) != 1) + 1).tolist(), len(places)]
     columns = []
     for name in table.column_names:
-        parts = [part for start, stop in pairwise(cuts) for part in table[name].slice(int(places[start]), stop - start).chunks
-                 ] if name in long else []
+        parts = (
+            [
+                part
+                for start, stop in pairwise(cuts)
+                for part in table[name].slice(int(places[start]), stop - start).chunks
+            ]
+            if name in long
+            else []
+        )
         columns.append(pa.chunked_array(parts).combine_chunks() if name in long else others[name])
     return pa.table(columns, schema=table.schema)
 
@@ -55,7 +90,11 @@ def joined(column: pa.ChunkedArray) -> Any:
     """A column as one array."""
     if column.num_chunks == 1:
         return column.chunk(0)
-    return pa.concat_arrays(column.unify_dictionaries().chunks) if column.num_chunks else pa.array([], column.type)
+    return (
+        pa.concat_arrays(column.unify_dictionaries().chunks)
+        if column.num_chunks
+        else pa.array([], column.type)
+    )
 
 
 def lengths(lists: Any) -> np.ndarray:
@@ -70,4 +109,6 @@ def filled(array: Any, value: float) -> np.ndarray:
 
 def floats(array: Any) -> np.ndarray:
     """(n,) float32 of an array of numbers, NaN for null."""
-    return filled(array if array.type == pa.float32() else pc.cast(array, pa.float32(), safe=False), np.nan)
+    return filled(
+        array if array.type == pa.float32() else pc.cast(array, pa.float32(), safe=False), np.nan
+    )

@@ -1,7 +1,7 @@
 """Which machine this is, and whether a process of it has ended.
 
-Leases and the names of unfinished files say who wrote them. Whether that writer is gone can only be asked on the machine
-where it ran, and only where process numbers mean the same.
+Leases and the names of unfinished files say who wrote them. Whether that writer is gone can only be
+asked on the machine where it ran, and only where process numbers mean the same.
 """
 
 from __future__ import annotations
@@ -15,11 +15,14 @@ from pathlib import Path
 import psutil
 
 CLOCK_SECONDS = 1.0
-"""The clock of a machine may be set a little, so that a process seems to have begun at another time."""
+"""The clock of a machine may be set a little, so that a process seems to have begun at another
+time.
+"""
 
 
 def machine() -> str:
-    """A name for this machine since it was started, and for the space of its process numbers: 16 letters.
+    """A name for this machine since it was started, and for the space of its process numbers: 16
+    letters.
 
     Two machines may have the same host name, and two containers of one machine each a process with
     our number. The number of the first process namespace is the same on all machines, so the id

@@ -1,11 +1,14 @@
-"""What made a result: a hash of the code that it depends on, and the versions of the libraries that make numbers.
+"""What made a result: a hash of the code that it depends on, and the versions of the libraries that
+make numbers.
 
-Every bundle and every trial's record keeps both. What was made by other code or other versions is kept and marked, never reused
-in silence; ``--remake changed`` makes it anew. Whether two results may be compared follows from the same records.
+Every bundle and every trial's record keeps both. What was made by other code or other versions is
+kept and marked, never reused in silence; ``--remake changed`` makes it anew. Whether two results
+may be compared follows from the same records.
 
-The code is known part by part: each registered piece (a technique, an objective, ...) is the definitions of its file that its class
-reaches, and each further module is a part of its own. Parts are found by reading the sources and following their imports of our own
-modules, so nothing is imported, a plugin's modules count as ours do, and where the package lies does not matter.
+The code is known part by part: each registered piece (a technique, an objective, ...) is the
+definitions of its file that its class reaches, and each further module is a part of its own. Parts
+are found by reading the sources and following their imports of our own modules, so nothing is
+imported, a plugin's modules count as ours do, and where the package lies does not matter.
 """
 
 from __future__ import annotations
@@ -31,29 +34,55 @@ CHECKPOINT_CODE = ("pipeline.starts", "pipeline.hugging_face", "pipeline.speech_
 TRIAL_CODE = ("pipeline.transfer.targets", "pipeline.transfer.trial")
 FROZEN_CODE = ("pipeline.transfer.probe",)
 OVERLAP_CODE = ("pipeline.transfer.overlap",)
-"""Modules that a source, an imported checkpoint, a trial, a trial of a frozen backbone, and one whose test rows leave out those of the sources
-start from. The loop, the optimiser, the plan, the loader, the metrics and the evaluation are found by following their imports."""
+"""Modules that a source, an imported checkpoint, a trial, a trial of a frozen backbone, and one
+whose test rows leave out those of the sources start from. The loop, the optimiser, the plan, the
+loader, the metrics and the evaluation are found by following their imports.
+"""
 
-MAKES_NO_NUMBERS = frozenset({
-    # files are moved and locked
-    "pipeline.storage", "pipeline.s3", "pipeline.folders", "pipeline.lease", "pipeline.fence", "pipeline.identity", "pipeline.checked",
-    # names and settings: what is set stands in the key of every source and trial
-    "pipeline.registry", "pipeline.job", "pipeline.jobfile",
-    # refuses, warns, starts, stops, logs and prints
-    "pipeline.train.checks", "pipeline.train.row_checks", "pipeline.train.launch", "pipeline.train.log", "pipeline.train.progress",
-    "pipeline.heartbeat", "pipeline.stopping", "pipeline.transfer.leaks",
-    # tells of results that are there
-    "pipeline.transfer.subgroups", "pipeline.train.begun",
-    # reads other people's checkpoints: counted for the sources that start from one
-    "pipeline.starts", "pipeline.hugging_face", "pipeline.speech_folders",
-    "pipeline.provenance",
-    # the technique of a source and of a trial is one of its pieces, its neighbours in the file do not count
-    "pipeline.techniques.rates",
-})
-"""Modules that are passed over when imports are followed, unless a result starts from them. Any other module of ours counts, a new one too."""
+MAKES_NO_NUMBERS = frozenset(
+    {
+        # files are moved and locked
+        "pipeline.storage",
+        "pipeline.s3",
+        "pipeline.folders",
+        "pipeline.lease",
+        "pipeline.fence",
+        "pipeline.identity",
+        "pipeline.checked",
+        # names and settings: what is set stands in the key of every source and trial
+        "pipeline.registry",
+        "pipeline.job",
+        "pipeline.jobfile",
+        # refuses, warns, starts, stops, logs and prints
+        "pipeline.train.checks",
+        "pipeline.train.row_checks",
+        "pipeline.train.launch",
+        "pipeline.train.log",
+        "pipeline.train.progress",
+        "pipeline.heartbeat",
+        "pipeline.stopping",
+        "pipeline.transfer.leaks",
+        # tells of results that are there
+        "pipeline.transfer.subgroups",
+        "pipeline.train.begun",
+        # reads other people's checkpoints: counted for the sources that start from one
+        "pipeline.starts",
+        "pipeline.hugging_face",
+        "pipeline.speech_folders",
+        "pipeline.provenance",
+        # the technique of a source and of a trial is one of its pieces, its neighbours in the file
+        # do not count
+        "pipeline.techniques.rates",
+    }
+)
+"""Modules that are passed over when imports are followed, unless a result starts from them. Any
+other module of ours counts, a new one too.
+"""
 
 WITHOUT_SOURCE = "without source"
-"""Recorded for a module that has no source in Python (a plugin's compiled one): its changes are not seen."""
+"""Recorded for a module that has no source in Python (a plugin's compiled one): its changes are not
+seen.
+"""
 NOT_RECORDED = "made before code and versions were recorded"
 
 Piece = tuple[str, str]
@@ -62,7 +91,9 @@ Piece = tuple[str, str]
 
 @dataclass(frozen=True)
 class MadeBy:
-    """What made a source or a trial. ``code``: part to the hash of its normalised source; ``versions``: library to version."""
+    """What made a source or a trial. ``code``: part to the hash of its normalised source;
+    ``versions``: library to version.
+    """
 
     code: dict[str, str]
     versions: dict[str, str]
@@ -78,16 +109,22 @@ class MadeBy:
 
 
 def recorded(facts: Mapping[str, Any]) -> MadeBy | None:
-    """What a record or a bundle's manifest says of who made it; None for one that was written before this was recorded."""
+    """What a record or a bundle's manifest says of who made it; None for one that was written
+    before this was recorded.
+    """
     made_by = facts.get("made_by")
     if not isinstance(made_by, Mapping):
         return None
     versions = facts.get("versions") or {}
-    return MadeBy(dict(made_by["code"]), {name: versions[name] for name in LIBRARIES if name in versions})
+    return MadeBy(
+        dict(made_by["code"]), {name: versions[name] for name in LIBRARIES if name in versions}
+    )
 
 
 def changes(then: MadeBy | None, now: MadeBy) -> tuple[str, ...]:
-    """In words, each part of the code and each library in which ``now`` differs from what made a result; empty where nothing does."""
+    """In words, each part of the code and each library in which ``now`` differs from what made a
+    result; empty where nothing does.
+    """
     if then is None:
         return (NOT_RECORDED,)
     out = []
@@ -102,7 +139,9 @@ def changes(then: MadeBy | None, now: MadeBy) -> tuple[str, ...]:
 
 
 def differences(one: MadeBy | None, other: MadeBy | None) -> tuple[str, ...]:
-    """In words, why two results that are compared were not made alike. Parts that only one of them uses (its technique) do not count."""
+    """In words, why two results that are compared were not made alike. Parts that only one of them
+    uses (its technique) do not count.
+    """
     if one is None and other is None:
         return ()
     if one is None or other is None:
@@ -142,12 +181,19 @@ def made_by(modules: tuple[str, ...], pieces: tuple[Piece, ...]) -> MadeBy:
     return MadeBy(code_of(modules, pieces), versions())
 
 
-def pieces_of(modality: str | None, arch: str, options: Mapping[str, Any], objective: str | None = None, technique: str | None = None) -> tuple[Piece, ...]:
+def pieces_of(
+    modality: str | None,
+    arch: str,
+    options: Mapping[str, Any],
+    objective: str | None = None,
+    technique: str | None = None,
+) -> tuple[Piece, ...]:
     """The registered pieces of a source or trial.
 
     Args:
         arch: library/model; one that names a checkpoint brings in no library.
-        options: The backbone's. One that names a backbone itself (``vision: timm/resnet18``) brings in that library too.
+        options: The backbone's. One that names a backbone itself (``vision: timm/resnet18``) brings
+            in that library too.
     """
     libraries = {arch.partition("/")[0]} & registry.entries("model").keys()
     for value in options.values():
@@ -163,8 +209,11 @@ def pieces_of(modality: str | None, arch: str, options: Mapping[str, Any], objec
 
 # ---------------------------------------------------------------- the parts of the code
 
+
 def code_of(modules: Iterable[str], pieces: Iterable[Piece]) -> dict[str, str]:
-    """Part to hash: the pieces, the modules, and every module of ours that their imports lead to."""
+    """Part to hash: the pieces, the modules, and every module of ours that their imports lead
+    to.
+    """
     out: dict[str, str] = {}
     waiting = list(modules)
     for kind, name in pieces:
@@ -183,7 +232,9 @@ def code_of(modules: Iterable[str], pieces: Iterable[Piece]) -> dict[str, str]:
 
 @cache
 def _file(module: str) -> Path | None:
-    """Where a module's source lies; None where there is no such module. Found without importing it or the packages that it lies in."""
+    """Where a module's source lies; None where there is no such module. Found without importing it
+    or the packages that it lies in.
+    """
     top, *rest = module.split(".")
     spec = importlib.util.find_spec(top)
     if spec is None:
@@ -214,7 +265,9 @@ def _module(module: str) -> tuple[str, tuple[str, ...]]:
 
 @cache
 def _piece(module: str, kind: str, name: str) -> tuple[str, tuple[str, ...]]:
-    """The same of the part of a module that a registered class or function reaches, so that its neighbours in the file do not count."""
+    """The same of the part of a module that a registered class or function reaches, so that its
+    neighbours in the file do not count.
+    """
     tree = _source(module)
     if tree is None:
         return WITHOUT_SOURCE, ()
@@ -223,7 +276,9 @@ def _piece(module: str, kind: str, name: str) -> tuple[str, tuple[str, ...]]:
 
 
 def _reached(tree: ast.Module, kind: str, name: str) -> list[ast.stmt]:
-    """The statements of a module that define a registered piece and all that it names, in their order."""
+    """The statements of a module that define a registered piece and all that it names, in their
+    order.
+    """
     defines: dict[str, list[ast.stmt]] = {}
     always, waiting = [], []
     for statement in tree.body:
@@ -246,8 +301,12 @@ def _reached(tree: ast.Module, kind: str, name: str) -> list[ast.stmt]:
 
 def _registers(statement: ast.stmt, kind: str, name: str) -> bool:
     for decorator in getattr(statement, "decorator_list", ()):
-        is_register = isinstance(decorator, ast.Call) and getattr(decorator.func, "id", None) == "register"
-        if is_register and [getattr(argument, "value", None) for argument in decorator.args[:2]] == [kind, name]:
+        is_register = (
+            isinstance(decorator, ast.Call) and getattr(decorator.func, "id", None) == "register"
+        )
+        if is_register and [
+            getattr(argument, "value", None) for argument in decorator.args[:2]
+        ] == [kind, name]:
             return True
     return False
 
@@ -266,18 +325,24 @@ def _defined(statement: ast.stmt) -> Iterator[str]:
 
 
 def _ours(module: str, body: Iterable[ast.stmt]) -> tuple[str, ...]:
-    """Modules of this package, or of the plugin's that ``module`` lies in, that some statements import, in functions too."""
+    """Modules of this package, or of the plugin's that ``module`` lies in, that some statements
+    import, in functions too.
+    """
     roots = {"pipeline", module.partition(".")[0]}
     found: set[str] = set()
     for statement in body:
         for node in ast.walk(statement):
-            found |= {name for name in _imported(module, node, roots) if name.partition(".")[0] in roots}
+            found |= {
+                name for name in _imported(module, node, roots) if name.partition(".")[0] in roots
+            }
     found -= {module}
     return tuple(sorted(found))
 
 
 def _imported(module: str, node: ast.AST, roots: set[str]) -> Iterator[str]:
-    """Modules that an import statement names; other packages' members are not told from their modules."""
+    """Modules that an import statement names; other packages' members are not told from their
+    modules.
+    """
     if isinstance(node, ast.Import):
         yield from (alias.name for alias in node.names)
     elif isinstance(node, ast.ImportFrom):
@@ -293,8 +358,11 @@ def _imported(module: str, node: ast.AST, roots: set[str]) -> Iterator[str]:
 
 # ---------------------------------------------------------------- a hash of normalised source
 
+
 def source_hash(text: str | bytes) -> str:
-    """Hash of Python source with comments, docstrings and formatting left out; the same on every version of Python that reads it."""
+    """Hash of Python source with comments, docstrings and formatting left out; the same on every
+    version of Python that reads it.
+    """
     return _hash(ast.parse(text).body)
 
 
@@ -314,14 +382,20 @@ def _fields(kind: type[ast.AST]) -> tuple[str, ...]:
 def _tell(node: Any, words: list[str], imports: set[str]) -> None:
     """Append a syntax tree as words, without what does nothing.
 
-    Fields that are empty are left out, as later versions of Python have more of them. Imports are taken out of their places,
-    since their order says nothing, and collected.
+    Fields that are empty are left out, as later versions of Python have more of them. Imports are
+    taken out of their places, since their order says nothing, and collected.
     """
     if isinstance(node, ast.Constant):
         words.append(f"{type(node.value).__name__} {node.value!a}")
     elif isinstance(node, (ast.Import, ast.ImportFrom)):
-        start = f"from {'.' * node.level}{node.module or ''} " if isinstance(node, ast.ImportFrom) else ""
-        imports |= {f"{start}import {alias.name} as {alias.asname or alias.name}" for alias in node.names}
+        start = (
+            f"from {'.' * node.level}{node.module or ''} "
+            if isinstance(node, ast.ImportFrom)
+            else ""
+        )
+        imports |= {
+            f"{start}import {alias.name} as {alias.asname or alias.name}" for alias in node.names
+        }
     elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
         pass  # a docstring, of a module, a class, a function or a constant, or an ellipsis
     elif isinstance(node, (ast.Pass, ast.expr_context)):
@@ -341,7 +415,9 @@ def _tell(node: Any, words: list[str], imports: set[str]) -> None:
 
 
 def _joined(values: list[ast.expr]) -> list[ast.expr]:
-    """The parts of a formatted string with the texts that stand side by side put together and empty ones left out: versions of Python cut them differently."""
+    """The parts of a formatted string with the texts that stand side by side put together and empty
+    ones left out: versions of Python cut them differently.
+    """
     out: list[ast.expr] = []
     for value in values:
         last = out[-1] if out else None

@@ -1,6 +1,7 @@
 """Metrics that rank rows, as weighted sums: one sort serves every bootstrap draw.
 
-Scores: (n,) float, higher is more likely. Positive: (n,) bool. Drawn: (n, R) float64, how often each row was drawn in each of R resamples.
+Scores: (n,) float, higher is more likely. Positive: (n,) bool. Drawn: (n, R) float64, how often
+each row was drawn in each of R resamples.
 """
 
 from __future__ import annotations
@@ -13,8 +14,12 @@ Ranking = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 """(scores, positive, drawn) to (R,) values; NaN without both classes, or where a score is NaN."""
 
 
-def _ranked(scores: np.ndarray, positive: np.ndarray, drawn: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(G, R) drawn positives and negatives of each run of equal scores, the highest first; neighbouring runs without a positive are one."""
+def _ranked(
+    scores: np.ndarray, positive: np.ndarray, drawn: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """(G, R) drawn positives and negatives of each run of equal scores, the highest first;
+    neighbouring runs without a positive are one.
+    """
     order = np.argsort(-scores, kind="stable")
     s, y, drawn = scores[order], positive[order], drawn[order]
     starts = np.flatnonzero(np.concatenate([[True], s[1:] != s[:-1]]))
@@ -26,17 +31,25 @@ def _ranked(scores: np.ndarray, positive: np.ndarray, drawn: np.ndarray) -> tupl
 
 
 def weighted_auroc(scores: np.ndarray, positive: np.ndarray, drawn: np.ndarray) -> np.ndarray:
-    """(R,) areas under the ROC curve: how often a positive scores above a negative, ties counted half (Mann and Whitney, 1947)."""
+    """(R,) areas under the ROC curve: how often a positive scores above a negative, ties counted
+    half (Mann and Whitney, 1947).
+    """
     if not len(scores) or np.isnan(scores).any():
         return np.full(drawn.shape[1], np.nan)
     hits, misses = _ranked(scores, positive, drawn)
     pairs = hits.sum(0) * misses.sum(0)
     below = misses.sum(0) - np.cumsum(misses, axis=0)
-    return np.where(pairs > 0, (hits * (below + misses / 2)).sum(0) / np.maximum(pairs, 1e-300), np.nan)
+    return np.where(
+        pairs > 0, (hits * (below + misses / 2)).sum(0) / np.maximum(pairs, 1e-300), np.nan
+    )
 
 
-def weighted_average_precision(scores: np.ndarray, positive: np.ndarray, drawn: np.ndarray) -> np.ndarray:
-    """(R,) average precisions: the precision at each threshold times the recall that it adds, not interpolated (as scikit-learn has it)."""
+def weighted_average_precision(
+    scores: np.ndarray, positive: np.ndarray, drawn: np.ndarray
+) -> np.ndarray:
+    """(R,) average precisions: the precision at each threshold times the recall that it adds, not
+    interpolated (as scikit-learn has it).
+    """
     if not len(scores) or np.isnan(scores).any():
         return np.full(drawn.shape[1], np.nan)
     hits, misses = _ranked(scores, positive, drawn)
@@ -46,8 +59,12 @@ def weighted_average_precision(scores: np.ndarray, positive: np.ndarray, drawn: 
     return np.where(both, (hits * precision).sum(0) / np.maximum(total, 1e-300), np.nan)
 
 
-def weighted_min_precision_sensitivity(scores: np.ndarray, positive: np.ndarray, drawn: np.ndarray) -> np.ndarray:
-    """(R,) the best min(precision, sensitivity) over all thresholds (Silva et al. 2012: event 1 of the CinC Challenge 2012)."""
+def weighted_min_precision_sensitivity(
+    scores: np.ndarray, positive: np.ndarray, drawn: np.ndarray
+) -> np.ndarray:
+    """(R,) the best min(precision, sensitivity) over all thresholds (Silva et al. 2012: event 1 of
+    the CinC Challenge 2012).
+    """
     if not len(scores) or np.isnan(scores).any():
         return np.full(drawn.shape[1], np.nan)
     hits, misses = _ranked(scores, positive, drawn)

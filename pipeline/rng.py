@@ -1,7 +1,9 @@
-"""Random numbers as pure functions of a key, on any device: SplitMix64 (Steele, Lea and Flood, OOPSLA 2014).
+"""Random numbers as pure functions of a key, on any device: SplitMix64 (Steele, Lea and Flood,
+OOPSLA 2014).
 
-A row's key comes from (seed, epoch, row); its k-th uniform number is a hash of (key, k). No state is kept, so what is random
-about a row does not depend on the rank, the batch or the step that meets it.
+A row's key comes from (seed, epoch, row); its k-th uniform number is a hash of (key, k). No state
+is kept, so what is random about a row does not depend on the rank, the batch or the step that meets
+it.
 """
 
 from __future__ import annotations
@@ -33,7 +35,11 @@ def mix(*parts: int) -> int:
 def row_keys(seed: int, epochs: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """(B,) int64 keys of rows in their epochs."""
     with np.errstate(over="ignore"):
-        z = np.uint64(mix(seed)) + rows.astype(np.uint64) * np.uint64(_GAMMA) + epochs.astype(np.uint64) * np.uint64(_M1)
+        z = (
+            np.uint64(mix(seed))
+            + rows.astype(np.uint64) * np.uint64(_GAMMA)
+            + epochs.astype(np.uint64) * np.uint64(_M1)
+        )
         z = (z ^ (z >> np.uint64(30))) * np.uint64(_M1)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(_M2)
         return (z ^ (z >> np.uint64(31))).view(np.int64)
@@ -45,7 +51,9 @@ def _shift(z: Tensor, bits: int) -> Tensor:
 
 
 def uniform(keys: Tensor, count: int, stream: int = 0) -> Tensor:
-    """(B, count) float32 in [0, 1) from (B,) int64 keys; ``stream`` separates uses of the same key."""
+    """(B, count) float32 in [0, 1) from (B,) int64 keys; ``stream`` separates uses of the same
+    key.
+    """
     index = torch.arange(1, count + 1, device=keys.device, dtype=torch.int64) + (stream << 40)
     z = keys[:, None] + index[None, :] * _signed(_GAMMA)
     z = (z ^ _shift(z, 30)) * _signed(_M1)

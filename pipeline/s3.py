@@ -1,8 +1,10 @@
-"""The S3 client of the storage, and what local files share with it: errors, retries, the reading of names.
+"""The S3 client of the storage, and what local files share with it: errors, retries, the reading of
+names.
 
-A URI is a plain path, file:///path or s3://bucket/key on any server that speaks S3 (AWS, MinIO, Ceph), with endpoint,
-keys and region from the usual AWS_* variables. An I/O error that may pass is retried with growing pauses, one that will
-not (403, 404, disk full) fails at once with `StorageError`.
+A URI is a plain path, file:///path or s3://bucket/key on any server that speaks S3 (AWS, MinIO,
+Ceph), with endpoint, keys and region from the usual AWS_* variables. An I/O error that may pass is
+retried with growing pauses, one that will not (403, 404, disk full) fails at once with
+`StorageError`.
 """
 
 from __future__ import annotations
@@ -24,22 +26,63 @@ Result = TypeVar("Result")
 log = logging.getLogger(__name__)
 
 ATTEMPTS = 5
-_JITTER = random.SystemRandom()  # the global generator belongs to training: drawing from it would break bitwise resume
-_PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
+_JITTER = (
+    random.SystemRandom()
+)  # the global generator belongs to training: drawing from it would break bitwise resume
+_PERMANENT = (
+    FileNotFoundError,
+    PermissionError,
+    IsADirectoryError,
+    NotADirectoryError,
+    FileExistsError,
+)
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 _FULL_WORDS = ("No space left on device", "Disk quota exceeded")
 """How libraries that lose the number say it."""
-_PERMANENT_NUMBERS = _FULL | {errno.EINVAL, errno.ENOSYS, errno.ENAMETOOLONG, errno.ENOTEMPTY, errno.EFBIG, errno.ELOOP}
-_CLIENTS = {"botocore", "aiobotocore", "boto3", "aiohttp", "urllib3"}  # their errors are not OSErrors
+_PERMANENT_NUMBERS = _FULL | {
+    errno.EINVAL,
+    errno.ENOSYS,
+    errno.ENAMETOOLONG,
+    errno.ENOTEMPTY,
+    errno.EFBIG,
+    errno.ELOOP,
+}
+_CLIENTS = {
+    "botocore",
+    "aiobotocore",
+    "boto3",
+    "aiohttp",
+    "urllib3",
+}  # their errors are not OSErrors
 _TRANSIENT_NAMES = {
-    *("ConnectionError", "HTTPClientError", "ResponseParserError", "IncompleteReadError", "FlexibleChecksumError"),
+    *(
+        "ConnectionError",
+        "HTTPClientError",
+        "ResponseParserError",
+        "IncompleteReadError",
+        "FlexibleChecksumError",
+    ),
     *("IncompleteRead", "ClientPayloadError", "ClientConnectionError"),
 }
-_TRANSIENT_CODES = {"SlowDown", "Throttling", "ThrottlingException", "RequestTimeout", "TooManyRequests"}
+_TRANSIENT_CODES = {
+    "SlowDown",
+    "Throttling",
+    "ThrottlingException",
+    "RequestTimeout",
+    "TooManyRequests",
+}
 _FIXES = (  # kind of error, what to do about a local path, about S3
     (FileNotFoundError, "check the path", "check the bucket, the key and AWS_ENDPOINT_URL"),
-    (PermissionError, "give this user access to it", "check AWS_ACCESS_KEY_ID, its secret and the bucket's policy"),
-    ((NotADirectoryError, FileExistsError), "part of it is a file, so choose another folder", "choose another key"),
+    (
+        PermissionError,
+        "give this user access to it",
+        "check AWS_ACCESS_KEY_ID, its secret and the bucket's policy",
+    ),
+    (
+        (NotADirectoryError, FileExistsError),
+        "part of it is a file, so choose another folder",
+        "choose another key",
+    ),
     (IsADirectoryError, "name a file, not a folder", "name a file, not a folder"),
     (Exception, "check the path", "check the address and the AWS_* variables"),
 )
@@ -70,16 +113,26 @@ def _is_client_error(error: BaseException) -> bool:
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether the same call may succeed a moment later: connection, timeout, 5xx, EIO; not 403, 404, disk full."""
-    if isinstance(error, (StorageError, *_PERMANENT)) or type(error).__name__ == "FileExpired":  # replaced while read
+    """Whether the same call may succeed a moment later: connection, timeout, 5xx, EIO; not 403,
+    404, disk full.
+    """
+    if (
+        isinstance(error, (StorageError, *_PERMANENT)) or type(error).__name__ == "FileExpired"
+    ):  # replaced while read
         return False
     if isinstance(error, OSError):
         return error.errno not in _PERMANENT_NUMBERS
     response = getattr(error, "response", None)
     if _is_client_error(error) and isinstance(response, dict):
         status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        return status >= 500 or status == 429 or response.get("Error", {}).get("Code") in _TRANSIENT_CODES
-    return _is_client_error(error) and any(kind.__name__ in _TRANSIENT_NAMES for kind in type(error).__mro__)
+        return (
+            status >= 500
+            or status == 429
+            or response.get("Error", {}).get("Code") in _TRANSIENT_CODES
+        )
+    return _is_client_error(error) and any(
+        kind.__name__ in _TRANSIENT_NAMES for kind in type(error).__mro__
+    )
 
 
 def retry(
@@ -90,38 +143,49 @@ def retry(
     sleep: Callable[[float], object] = time.sleep,
     **kw: Any,
 ) -> Result:
-    """`fn(*args, **kw)`, called again after a transient I/O error (`is_transient`), up to `attempts` calls in all.
+    """`fn(*args, **kw)`, called again after a transient I/O error (`is_transient`), up to
+    `attempts` calls in all.
 
-    The pause after call n is between half and all of first_delay_s * 2 ** (n - 1). The last error is raised as it is.
+    The pause after call n is between half and all of first_delay_s * 2 ** (n - 1). The last error
+    is raised as it is.
     """
     for attempt in itertools.count(1):
         try:
             return fn(*args, **kw)
-        except Exception as error:  # of any kind: is_transient knows those that pass, every other is raised as it is
+        except Exception as error:
+            # of any kind: is_transient knows those that pass, every other is raised as it is
             if attempt >= attempts or not is_transient(error):
                 raise
             delay_s = first_delay_s * 2 ** (attempt - 1) * _JITTER.uniform(0.5, 1.0)
-            log.warning("attempt %d of %d failed, next in %.1f s: %r", attempt, attempts, delay_s, error)
+            log.warning(
+                "attempt %d of %d failed, next in %.1f s: %r", attempt, attempts, delay_s, error
+            )
         sleep(delay_s)
     raise AssertionError("unreachable")
 
 
 def call(action: str, uri: Uri, fn: Callable[..., Result], *args: Any, **kw: Any) -> Result:
-    """`fn(*args, **kw)` with retries; an I/O error that remains becomes a StorageError naming `uri`."""
+    """`fn(*args, **kw)` with retries; an I/O error that remains becomes a StorageError naming
+    `uri`.
+    """
     try:
         return retry(fn, *args, **kw)
-    except Exception as error:  # of any kind: botocore's have no common base; what is no I/O error is raised as it is
-        if isinstance(error, StorageError) or not (isinstance(error, OSError) or _is_client_error(error)):
+    except Exception as error:
+        # of any kind: botocore's have no common base; what is no I/O error is raised as it is
+        if isinstance(error, StorageError) or not (
+            isinstance(error, OSError) or _is_client_error(error)
+        ):
             raise
         raise _failure(action, uri, error, ATTEMPTS) from error
 
 
 @contextmanager
 def naming(action: str, uri: Uri, only_full_disk: bool = False) -> Iterator[None]:
-    """Make an I/O error of what is done inside (by another library, or not to be done twice) a StorageError naming `uri`.
+    """Make an I/O error of what is done inside (by another library, or not to be done twice) a
+    StorageError naming `uri`.
 
-    Libraries that make something else of a full disk (torch, safetensors) are understood too. ``only_full_disk``: any
-    other error stays as it is, for work that reads other files as well.
+    Libraries that make something else of a full disk (torch, safetensors) are understood too.
+    ``only_full_disk``: any other error stays as it is, for work that reads other files as well.
     """
     try:
         yield
@@ -144,22 +208,32 @@ def _tells_of_full_disk(error: BaseException | None) -> bool:
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether the disk is full, the quota used up or the disk read-only: trying again does not help."""
-    return isinstance(error, OSError) and (error.errno in _FULL or any(word in str(error) for word in _FULL_WORDS))
+    """Whether the disk is full, the quota used up or the disk read-only: trying again does not
+    help.
+    """
+    return isinstance(error, OSError) and (
+        error.errno in _FULL or any(word in str(error) for word in _FULL_WORDS)
+    )
 
 
 def _failure(action: str, uri: Uri, error: Exception, attempts: int) -> StorageError:
     text, number = os.fspath(uri), getattr(error, "errno", None)
-    cause = (getattr(error, "strerror", None) or str(error) or type(error).__name__).strip().rstrip(".")
+    cause = (
+        (getattr(error, "strerror", None) or str(error) or type(error).__name__).strip().rstrip(".")
+    )
     filename = getattr(error, "filename", None)
     if isinstance(filename, str) and filename not in f"{text} {cause}":
         cause += f" ({filename})"
-    fix = next(fixes[text.startswith("s3://")] for kinds, *fixes in _FIXES if isinstance(error, kinds))
+    fix = next(
+        fixes[text.startswith("s3://")] for kinds, *fixes in _FIXES if isinstance(error, kinds)
+    )
     if is_full(error):
         fix = "free space there or choose another storage"
     elif attempts > 1 and is_transient(error):
         fix = f"tried {attempts} times, so {fix} and run again"
-    failure = (NotFoundError if isinstance(error, FileNotFoundError) else StorageError)(f"cannot {action} {text}: {cause}; {fix}")
+    failure = (NotFoundError if isinstance(error, FileNotFoundError) else StorageError)(
+        f"cannot {action} {text}: {cause}; {fix}"
+    )
     failure.errno = number
     return failure
 
@@ -168,7 +242,9 @@ def _failure(action: str, uri: Uri, error: Exception, attempts: int) -> StorageE
 
 
 def split(uri: Uri, below_root: bool = False) -> tuple[bool, str]:
-    """(is on S3, path): bucket/key there, else a local path. below_root: for what replaces or removes."""
+    """(is on S3, path): bucket/key there, else a local path. below_root: for what replaces or
+    removes.
+    """
     text = os.fspath(uri)
     scheme, colon, rest = text.partition(":/")
     if not colon or not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*", scheme):
@@ -180,7 +256,9 @@ def split(uri: Uri, below_root: bool = False) -> tuple[bool, str]:
     else:
         remote, path = scheme == "s3", rest[1:].rstrip("/") if scheme == "s3" else rest[1:]
     if not path or (remote and path.startswith("/")):
-        raise StorageError(f"{text!r} names no place; use a folder, file:///path or s3://bucket/key")
+        raise StorageError(
+            f"{text!r} names no place; use a folder, file:///path or s3://bucket/key"
+        )
     if below_root and ("/" not in path if remote else os.path.abspath(path) == "/"):
         raise StorageError(f"{text} is a whole bucket or disk; name a folder in it")
     return remote, path
@@ -190,10 +268,12 @@ def split(uri: Uri, below_root: bool = False) -> tuple[bool, str]:
 
 
 def client(attempts: int = 1) -> Any:
-    """The S3 filesystem of this process and environment; one attempt a request, since `retry` makes the others.
+    """The S3 filesystem of this process and environment; one attempt a request, since `retry` makes
+    the others.
 
-    Keyed by process, because sockets and event loops do not survive a fork, and by environment, so that other keys or
-    another endpoint take effect. Keys stay in the environment: a filesystem pickled to a worker carries none.
+    Keyed by process, because sockets and event loops do not survive a fork, and by environment, so
+    that other keys or another endpoint take effect. Keys stay in the environment: a filesystem
+    pickled to a worker carries none.
     """
     import s3fs
 
@@ -203,11 +283,18 @@ def client(attempts: int = 1) -> Any:
         config: dict[str, Any] = {"retries": {"mode": "standard", "total_max_attempts": attempts}}
         if any(name.startswith("AWS_ENDPOINT_URL") for name, _ in environment):
             for option in ("request_checksum_calculation", "response_checksum_validation"):
-                if f"AWS_{option.upper()}" not in os.environ:  # older MinIO and Ceph refuse botocore's new trailers
+                if (
+                    f"AWS_{option.upper()}" not in os.environ
+                ):  # older MinIO and Ceph refuse botocore's new trailers
                     config[option] = "when_required"
-        region = {"region_name": os.environ["AWS_REGION"]} if "AWS_REGION" in os.environ else {}  # unknown to botocore
+        region = (
+            {"region_name": os.environ["AWS_REGION"]} if "AWS_REGION" in os.environ else {}
+        )  # unknown to botocore
         new = s3fs.S3FileSystem(
-            config_kwargs=config, client_kwargs=region, use_listings_cache=False, skip_instance_cache=True
+            config_kwargs=config,
+            client_kwargs=region,
+            use_listings_cache=False,
+            skip_instance_cache=True,
         )
         new.retries = 1  # s3fs's own loop would multiply with botocore's
         _FILESYSTEMS.setdefault(key, new)
@@ -220,7 +307,9 @@ def on_s3(action: str, uri: Uri, method: str, *args: Any, **kw: Any) -> Any:
 
 
 class Reader(io.RawIOBase):
-    """Seekable reads of one S3 object, each range retried. If-Match holds every range to the object first opened."""
+    """Seekable reads of one S3 object, each range retried. If-Match holds every range to the object
+    first opened.
+    """
 
     def __init__(self, uri: Uri):
         self._uri, self._position = uri, 0
@@ -252,7 +341,9 @@ class Reader(io.RawIOBase):
         wanted = max(0, min(len(buffer), self.size - self._position))
         data = call("read", self._uri, read_range) if wanted else b""
         if len(data) != wanted:
-            raise StorageError(f"cannot read {self._uri}: {len(data)} of {wanted} bytes came; run again")
+            raise StorageError(
+                f"cannot read {self._uri}: {len(data)} of {wanted} bytes came; run again"
+            )
         buffer[:wanted] = data
         self._position += wanted
         return wanted
@@ -261,10 +352,15 @@ class Reader(io.RawIOBase):
 def list_objects(path: str, recursive: bool) -> list[dict[str, Any]]:
     """Key, Size and ETag of the objects below bucket/prefix.
 
-    Not by s3fs's find or glob: given a depth they walk with on_error="omit", so a 503 reads as an empty folder.
+    Not by s3fs's find or glob: given a depth they walk with on_error="omit", so a 503 reads as an
+    empty folder.
     """
     bucket, _, prefix = f"{path}/".partition("/")
-    options: dict[str, Any] = {"Bucket": bucket, "Prefix": prefix, **({} if recursive else {"Delimiter": "/"})}
+    options: dict[str, Any] = {
+        "Bucket": bucket,
+        "Prefix": prefix,
+        **({} if recursive else {"Delimiter": "/"}),
+    }
     found: list[dict[str, Any]] = []
     more = True
     while more:
@@ -286,18 +382,24 @@ def remove_key(uri: str) -> None:
 
 
 def create_key(uri: Uri, data: bytes) -> bool:
-    """Put a small object only where none is; false when one is there. Raises NoConditionsError where the server cannot."""
+    """Put a small object only where none is; false when one is there. Raises NoConditionsError
+    where the server cannot.
+    """
     bucket, _, key = split(uri)[1].partition("/")
 
     def put() -> bool:
         try:
             client().call_s3("put_object", Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
-        except Exception as error:  # of any kind: s3fs makes an OSError of some of botocore's errors; others are raised again
+        except Exception as error:
+            # of any kind: s3fs makes an OSError of some of botocore's errors; others are raised
+            # again
             code = _code(error)
             if code in ("PreconditionFailed", "ConditionalRequestConflict", "412", "409"):
                 return False
             if code in ("NotImplemented", "501"):
-                raise NoConditionsError(f"cannot write {os.fspath(uri)}: the server has no conditional writes") from error
+                raise NoConditionsError(
+                    f"cannot write {os.fspath(uri)}: the server has no conditional writes"
+                ) from error
             raise
         return True
 

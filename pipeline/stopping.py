@@ -1,9 +1,11 @@
 """SIGTERM, which every cluster sends before it takes a machine away, ends a command as Ctrl-C does.
 
-The handler passes the signal on as SIGINT, so that whoever answers Ctrl-C at that moment (Python's KeyboardInterrupt,
-Ray Train's way of ending its ranks) answers SIGTERM too. `exit_code` then tells the two apart.
+The handler passes the signal on as SIGINT, so that whoever answers Ctrl-C at that moment (Python's
+KeyboardInterrupt, Ray Train's way of ending its ranks) answers SIGTERM too. `exit_code` then tells
+the two apart.
 
-A command in the background of a script ignores Ctrl-C (the shell sets it so). It still answers SIGTERM.
+A command in the background of a script ignores Ctrl-C (the shell sets it so). It still answers
+SIGTERM.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ def _answer(number: int, frame: Any) -> None:
 def kept() -> Iterator[None]:
     """Keep our answer to SIGTERM through calls that install one of their own, as ``ray.init`` does.
 
-    Raises KeyboardInterrupt when SIGTERM came while theirs was there: Ray's ends the process by SystemExit.
+    Raises KeyboardInterrupt when SIGTERM came while theirs was there: Ray's ends the process by
+    SystemExit.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

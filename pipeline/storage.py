@@ -1,8 +1,9 @@
-"""Files in local folders and on s3:// behind one small interface: read, write, list, remove; `folders` builds on it.
+"""Files in local folders and on s3:// behind one small interface: read, write, list, remove;
+`folders` builds on it.
 
-A URI is a plain path, file:///path or s3://bucket/key. A reader sees a written file whole, or the one before, or
-nothing; I/O errors that may pass are retried (`s3`). Every function raises `StorageError` when that fails for good;
-docstrings name only what comes on top.
+A URI is a plain path, file:///path or s3://bucket/key. A reader sees a written file whole, or the
+one before, or nothing; I/O errors that may pass are retried (`s3`). Every function raises
+`StorageError` when that fails for good; docstrings name only what comes on top.
 """
 
 from __future__ import annotations
@@ -57,11 +58,17 @@ def join(uri: Uri, *parts: str) -> str:
 
 
 def filesystem(uri: Uri) -> tuple[AbstractFileSystem, str]:
-    """(fsspec filesystem, path in it) for libraries that want one; this one retries by itself, inside botocore."""
+    """(fsspec filesystem, path in it) for libraries that want one; this one retries by itself,
+    inside botocore.
+    """
     import fsspec
 
     remote, path = s3.split(uri)
-    return (s3.client(s3.ATTEMPTS), path) if remote else (fsspec.filesystem("file"), os.path.abspath(path))
+    return (
+        (s3.client(s3.ATTEMPTS), path)
+        if remote
+        else (fsspec.filesystem("file"), os.path.abspath(path))
+    )
 
 
 def at_once(work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
@@ -120,9 +127,15 @@ def file_info(uri: Uri) -> dict[str, Any]:
 
 
 def open_read(uri: Uri) -> BinaryIO:
-    """A binary, seekable, buffered file object (pyarrow takes it); on S3 its reads are retried too."""
+    """A binary, seekable, buffered file object (pyarrow takes it); on S3 its reads are retried
+    too.
+    """
     remote, path = s3.split(uri)
-    return io.BufferedReader(s3.Reader(uri), _MIB) if remote else s3.call("read", uri, open, path, "rb")
+    return (
+        io.BufferedReader(s3.Reader(uri), _MIB)
+        if remote
+        else s3.call("read", uri, open, path, "rb")
+    )
 
 
 def read_bytes(uri: Uri) -> bytes:
@@ -147,14 +160,19 @@ def write_bytes(uri: Uri, data: bytes) -> None:
 
 
 def create(uri: Uri, data: bytes) -> bool:
-    """Write a file only where nothing is there: true when this call made it, false when something was there.
+    """Write a file only where nothing is there: true when this call made it, false when something
+    was there.
 
-    Of several processes that call it at once, one gets true. On S3 that is so where the server keeps conditional writes
-    (`keeps_conditions`). Makes parent folders.
+    Of several processes that call it at once, one gets true. On S3 that is so where the server
+    keeps conditional writes (`keeps_conditions`). Makes parent folders.
     """
     fence.check(uri)
     remote, path = s3.split(uri)
-    made = s3.create_key(uri, data) if remote else s3.call("write", uri, _create_local, Path(path), data)
+    made = (
+        s3.create_key(uri, data)
+        if remote
+        else s3.call("write", uri, _create_local, Path(path), data)
+    )
     if made:
         return True
     with suppress(NotFoundError):  # an answer that got lost on the way: what is there may be ours
@@ -173,7 +191,13 @@ def _create_local(path: Path, data: bytes) -> bool:
         except FileExistsError:
             return False
         except OSError as error:
-            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+            if error.errno not in (
+                errno.EPERM,
+                errno.ENOTSUP,
+                errno.EOPNOTSUPP,
+                errno.ENOSYS,
+                errno.EMLINK,
+            ):
                 raise
             try:  # a filesystem without hard links
                 _write_new(path, data)
@@ -193,7 +217,9 @@ def _write_new(path: Path, data: bytes) -> None:
 
 
 def keeps_conditions(folder: Uri) -> bool:
-    """Whether `create` is exclusive here: always so locally, on S3 where the server refuses a second conditional put."""
+    """Whether `create` is exclusive here: always so locally, on S3 where the server refuses a
+    second conditional put.
+    """
     if not is_remote(folder):
         return True
     probe = join(folder, f".run-probe-{uuid.uuid4().hex[:12]}")
@@ -222,7 +248,9 @@ def read_json(uri: Uri) -> Any:
     try:
         return json.loads(read_bytes(uri))
     except (ValueError, RecursionError) as error:
-        raise DamagedError(f"cannot read {os.fspath(uri)}: it is not JSON ({error}); write it again") from error
+        raise DamagedError(
+            f"cannot read {os.fspath(uri)}: it is not JSON ({error}); write it again"
+        ) from error
 
 
 def write_json(uri: Uri, value: Any) -> None:
@@ -256,34 +284,56 @@ def _list_local(uri: str, path: str, recursive: bool) -> list[str]:
         raise error
 
     found: list[str] = []
-    for folder, subfolders, names in os.walk(path, onerror=failed, followlinks=True) if os.path.isdir(path) else ():
+    for folder, subfolders, names in (
+        os.walk(path, onerror=failed, followlinks=True) if os.path.isdir(path) else ()
+    ):
         here, inside = os.path.realpath(folder) + "/", os.path.relpath(folder, path)
-        upwards = {name for name in subfolders if here.startswith(os.path.realpath(os.path.join(folder, name)) + "/")}
-        subfolders[:] = [name for name in subfolders if recursive and name not in upwards and not _is_leftover(name)]
-        found += [join(uri, "" if inside == "." else inside, name) for name in names if not _is_leftover(name)]
+        upwards = {
+            name
+            for name in subfolders
+            if here.startswith(os.path.realpath(os.path.join(folder, name)) + "/")
+        }
+        subfolders[:] = [
+            name
+            for name in subfolders
+            if recursive and name not in upwards and not _is_leftover(name)
+        ]
+        found += [
+            join(uri, "" if inside == "." else inside, name)
+            for name in names
+            if not _is_leftover(name)
+        ]
     return found
 
 
 def list_files(uri: Uri, recursive: bool = True) -> list[str]:
-    """Full URIs of the files below a folder, sorted; a file gives itself, a missing folder (but no bucket) gives none.
+    """Full URIs of the files below a folder, sorted; a file gives itself, a missing folder (but no
+    bucket) gives none.
 
     Links to folders are followed; half-written files (`.*.tmp-*`) are left out.
     """
     remote, path = s3.split(uri)
     text = os.fspath(uri)
-    found = s3.list_keys(path, recursive) if remote else s3.call("list", uri, _list_local, text, path, recursive)
+    found = (
+        s3.list_keys(path, recursive)
+        if remote
+        else s3.call("list", uri, _list_local, text, path, recursive)
+    )
     return sorted(found) or ([text] if _info(uri)["type"] == "file" else [])
 
 
 def glob(pattern: Uri) -> list[str]:
-    """Full URIs of the files (not folders) that match, sorted: *, ?, [...] within a name, **/ for any folders.
+    """Full URIs of the files (not folders) that match, sorted: *, ?, [...] within a name, **/ for
+    any folders.
 
-    Names that begin with a dot match only a pattern that spells one out. Text without a wildcard gives itself when a
-    file or a folder is there.
+    Names that begin with a dot match only a pattern that spells one out. Text without a wildcard
+    gives itself when a file or a folder is there.
     """
     text = os.fspath(pattern)
     if not re.search(r"[*?[]", text):
-        return [text] if exists(text) else list_files(text)  # none; an error for a bucket that is not there
+        return (
+            [text] if exists(text) else list_files(text)
+        )  # none; an error for a bucket that is not there
     folder = re.split(r"[*?[]", text, maxsplit=1)[0].rpartition("/")[0]
     root = folder or ("/" if text.startswith("/") else ".")
     rest = text[len(folder) :].lstrip("/")
@@ -291,7 +341,9 @@ def glob(pattern: Uri) -> list[str]:
     expression = ""
     for token in re.split(r"(\*\*/|\*\*|\*|\?|\[[^]]+\])", rest):
         is_set = token.startswith("[") and token.endswith("]")
-        expression += meanings.get(token) or (token.replace("[!", "[^") if is_set else re.escape(token))
+        expression += meanings.get(token) or (
+            token.replace("[!", "[^") if is_set else re.escape(token)
+        )
     found = []
     for uri in list_files(root, recursive="/" in rest or "**" in rest):
         name = uri[len(root) :].lstrip("/")
@@ -310,7 +362,8 @@ def _remove_local(path: Path) -> None:
 
 
 def remove_tree(uri: Uri) -> None:
-    """Remove a folder with all below it, or a file; nothing there is no error. A whole bucket is refused.
+    """Remove a folder with all below it, or a file; nothing there is no error. A whole bucket is
+    refused.
 
     Raises fence.LostLeaseError in the folder of a run that lost its lease.
     """
@@ -319,14 +372,20 @@ def remove_tree(uri: Uri) -> None:
     if not remote:
         return s3.call("remove", uri, _remove_local, Path(os.path.abspath(path)))
     keys = list_files(uri)
-    for key in [key for key in keys if key.endswith(".json")]:  # manifests first: a reader never sees half a folder
+    for key in [
+        key for key in keys if key.endswith(".json")
+    ]:  # manifests first: a reader never sees half a folder
         s3.remove_key(key)
-    with ThreadPoolExecutor(8) as pool:  # one by one: stores disagree on the checksum that a bulk delete must carry
+    with ThreadPoolExecutor(
+        8
+    ) as pool:  # one by one: stores disagree on the checksum that a bulk delete must carry
         list(pool.map(s3.remove_key, [key for key in keys if not key.endswith(".json")]))
 
 
 def beside(path: Path) -> Path:
-    """Where a file or folder is written before it takes its place; the name tells `sweep` who writes it."""
+    """Where a file or folder is written before it takes its place; the name tells `sweep` who
+    writes it.
+    """
     return path.parent / f".{path.name}.tmp-{_machine()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
 
 
@@ -348,7 +407,9 @@ def _is_probe(name: str) -> bool:
 
 
 def _writer_is_gone(name: str) -> bool:
-    """Whether the process that was writing is known to have ended; unknown for other machines and older names."""
+    """Whether the process that was writing is known to have ended; unknown for other machines and
+    older names.
+    """
     found = re.search(r"\.tmp-([0-9a-f]{8})-(\d+)-[0-9a-f]{8}$", name)
     if found is None or found[1] != _machine():
         return False
@@ -356,25 +417,36 @@ def _writer_is_gone(name: str) -> bool:
 
 
 def sweep(uri: Uri, older_than_s: float) -> list[str]:
-    """Remove what killed writers left (`.*.tmp-*`) anywhere in a local folder and beside it; returns the paths removed.
+    """Remove what killed writers left (`.*.tmp-*`) anywhere in a local folder and beside it;
+    returns the paths removed.
 
-    What a process of this machine was writing goes when that process has ended, everything else when nothing has written
-    to it for `older_than_s`. On S3 there is nothing to do: unfinished uploads are invisible, and a lifecycle rule of the
-    bucket ends them.
+    What a process of this machine was writing goes when that process has ended, everything else
+    when nothing has written to it for `older_than_s`. On S3 there is nothing to do: unfinished
+    uploads are invisible, and a lifecycle rule of the bucket ends them.
     """
     remote, path = s3.split(uri)
     folder = Path(os.path.abspath(path))
-    return [] if remote else _remove_left({*_leftovers_below(folder), *filter(_is_left, folder.parent.glob(".*"))}, older_than_s)
+    return (
+        []
+        if remote
+        else _remove_left(
+            {*_leftovers_below(folder), *filter(_is_left, folder.parent.glob(".*"))}, older_than_s
+        )
+    )
 
 
 def sweep_scratch(older_than_s: float) -> list[str]:
-    """Remove folders of `scratch_folder` on this machine that killed processes left, as `sweep` does."""
+    """Remove folders of `scratch_folder` on this machine that killed processes left, as `sweep`
+    does.
+    """
     return _remove_left(set(Path(tempfile.gettempdir()).glob(f"{_SCRATCH}.tmp-*")), older_than_s)
 
 
 @contextmanager
 def scratch_folder() -> Iterator[Path]:
-    """A folder for what is made here and then handed on, gone at the end; `sweep_scratch` removes that of a killed process."""
+    """A folder for what is made here and then handed on, gone at the end; `sweep_scratch` removes
+    that of a killed process.
+    """
     folder = beside(Path(tempfile.gettempdir(), _SCRATCH.removeprefix(".")))
     s3.call("write", folder, folder.mkdir, 0o700, parents=True)
     try:
@@ -400,7 +472,9 @@ def _is_left(path: Path) -> bool:
 
 def _leftovers_below(folder: Path) -> list[Path]:
     found = []
-    for here, folders, names in os.walk(folder):  # links are not followed: what lies behind them is not ours
+    for here, folders, names in os.walk(
+        folder
+    ):  # links are not followed: what lies behind them is not ours
         found += [Path(here, name) for name in (*folders, *names) if _is_left(Path(name))]
         folders[:] = [name for name in folders if not _is_leftover(name)]
     return found

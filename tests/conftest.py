@@ -7,13 +7,16 @@ import uuid
 for name, value in {
     "RAY_AUTH_MODE": "disabled",
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # else workers start through `uv run`, in an environment of their own
+    # else workers start through `uv run`, in an environment of their own
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",
-    "ONETOMANY_CACHE": os.path.join(tempfile.gettempdir(), f"onetomany-tests-{os.getuid()}"),  # not the user's own
+    "ONETOMANY_CACHE": os.path.join(
+        tempfile.gettempdir(), f"onetomany-tests-{os.getuid()}"
+    ),  # not the user's own
 }.items():
     os.environ.setdefault(name, value)
 
@@ -22,9 +25,11 @@ import pytest  # noqa: E402
 
 @pytest.fixture(scope="session")
 def s3_server():
-    """A bucket on moto's server at a real loopback port, so that subprocesses reach it too; yields s3://bucket.
+    """A bucket on moto's server at a real loopback port, so that subprocesses reach it too; yields
+    s3://bucket.
 
-    The AWS_* variables point to it until the session ends. Tests share the bucket: write below a prefix of your own.
+    The AWS_* variables point to it until the session ends. Tests share the bucket: write below a
+    prefix of your own.
     """
     import boto3
     from moto.server import ThreadedMotoServer
@@ -58,5 +63,7 @@ def fast(monkeypatch):
     from pipeline import s3
 
     pauses, real = [], s3.retry
-    monkeypatch.setattr(s3, "retry", lambda fn, *args, **kw: real(fn, *args, sleep=pauses.append, **kw))
+    monkeypatch.setattr(
+        s3, "retry", lambda fn, *args, **kw: real(fn, *args, sleep=pauses.append, **kw)
+    )
     return pauses

@@ -1,4 +1,6 @@
-"""For the tests of s3, storage and folders: calls that fail some times, and Python in a process of its own."""
+"""For the tests of s3, storage and folders: calls that fail some times, and Python in a process of
+its own.
+"""
 
 import subprocess
 import sys
@@ -19,4 +21,11 @@ class Flaky:
 
 def run_python(source: str, *arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-c", textwrap.dedent(source), *arguments]
-    return subprocess.run(command, check=False, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        command,
+        check=False,
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )

@@ -1,4 +1,6 @@
-"""What tests of self-supervision share: views that need no modality, a backbone for images of any size, and short runs on one rank or several."""
+"""What tests of self-supervision share: views that need no modality, a backbone for images of any
+size, and short runs on one rank or several.
+"""
 
 from __future__ import annotations
 
@@ -29,13 +31,22 @@ class Conv(Backbone):
         self.norm: nn.Module = nn.GroupNorm(2, width) if norm == "group" else nn.BatchNorm2d(width)
         self.block = nn.Conv2d(width, width, 3, padding=1)
         self.pooled_dim = width
-        self.arch = {"name": "toys/conv", "options": {}, "inputs": {"channels": channels, "size": SIZE}}
+        self.arch = {
+            "name": "toys/conv",
+            "options": {},
+            "inputs": {"channels": channels, "size": SIZE},
+        }
 
     def forward(self, batch: Batch, *, token_mask=None, want=()) -> Features:
-        return Features(torch.tanh(self.block(torch.relu(self.norm(self.stem(batch["image"]))))).mean((2, 3)))
+        return Features(
+            torch.tanh(self.block(torch.relu(self.norm(self.stem(batch["image"]))))).mean((2, 3))
+        )
 
     def layers(self) -> dict[str, list[str]]:
-        return {"stem": ["stem.weight", "stem.bias", "norm.weight", "norm.bias"], "block": ["block.weight", "block.bias"]}
+        return {
+            "stem": ["stem.weight", "stem.bias", "norm.weight", "norm.bias"],
+            "block": ["block.weight", "block.bias"],
+        }
 
 
 def task(objective: str, seed: int = 0, norm: str = "group", **options: Any) -> Task:
@@ -49,7 +60,9 @@ def looks(batch: Batch, views: tuple[View, ...]) -> Batch:
     image, made = batch["image"], {}
     for i, view in enumerate(views):
         size = view.size or image.shape[2]
-        noise = uniform(batch.keys, image[0, :, :size, :size].numel(), stream=50 + i).view(len(batch), -1, size, size)
+        noise = uniform(batch.keys, image[0, :, :size, :size].numel(), stream=50 + i).view(
+            len(batch), -1, size, size
+        )
         made[f"view{i}"] = image[:, :, :size, :size] + noise
     return batch.replace(**made)
 
@@ -60,7 +73,9 @@ def some(n: int, views: tuple[View, ...], seed: int = 0) -> Batch:
     return looks(Batch(np.arange(n), torch.arange(n) * 7919 + seed, {"image": image}), views)
 
 
-def run_of(made: Task, ranks: Ranks | None = None, lost: dict[int, list[int]] | None = None, **words: Any) -> loop.Run:
+def run_of(
+    made: Task, ranks: Ranks | None = None, lost: dict[int, list[int]] | None = None, **words: Any
+) -> loop.Run:
     """A run on small rows; the rows ``lost`` of a step are taken out of whatever rank has them."""
     rows = image_rows(48, size=SIZE)
     run = make_run(rows, made, ranks=ranks, **{"steps": 4, "lr": 0.01, "global_batch": 8, **words})
@@ -73,33 +88,53 @@ def run_of(made: Task, ranks: Ranks | None = None, lost: dict[int, list[int]] | 
         for step, loaded in zip(steps, whole(steps), strict=True):
             keep = ~np.isin(loaded.batch.rows, (lost or {}).get(step, []))
             where, batch = torch.from_numpy(keep), loaded.batch
-            yield Loaded(Batch(batch.rows[keep], batch.keys[where], {n: t[where] for n, t in batch.data.items()}), [], 0.0)
+            yield Loaded(
+                Batch(
+                    batch.rows[keep],
+                    batch.keys[where],
+                    {n: t[where] for n, t in batch.data.items()},
+                ),
+                [],
+                0.0,
+            )
 
     run.ready, run.batches = ready, batches
     return run
 
 
-def trained(ranks: Ranks, objective: str, options: dict[str, Any], lost: dict[int, list[int]] | None = None, **words: Any):
+def trained(
+    ranks: Ranks,
+    objective: str,
+    options: dict[str, Any],
+    lost: dict[int, list[int]] | None = None,
+    **words: Any,
+):
     """Weights, the rows of every step and what was logged."""
     run = run_of(task(objective, **options), ranks, lost, **words)
     rows: list[list[int]] = []
     logs: list[dict[str, float]] = []
     run.on_rows = lambda step, ids: rows.append(ids.tolist())
-    run.on_log = lambda record: logs.append({name: record[name] for name in ("loss", *run.task.objective.log_names)})
+    run.on_log = lambda record: logs.append(
+        {name: record[name] for name in ("loss", *run.task.objective.log_names)}
+    )
     loop.fit(run)
     return weights(run.task), rows, logs
 
 
 def check_ranks(team, objective: str, tolerance: float = 1e-5, **options: Any) -> None:
-    """Two ranks end with the weights and the log of one: with even rows, with uneven ones, and where a rank or all of them have none.
+    """Two ranks end with the weights and the log of one: with even rows, with uneven ones, and
+    where a rank or all of them have none.
 
-    By SGD: AdamW makes a step of the learning rate's size of whatever rounding leaves of a gradient that is zero.
+    By SGD: AdamW makes a step of the learning rate's size of whatever rounding leaves of a gradient
+    that is zero.
     """
     sgd = {"optimizer": "sgd", "lr": 0.2}
     whole = team(trained, objective, options, **sgd)
     first, second = (rank[1] for rank in whole)
     for lost in ({}, {0: first[0][:3], 1: second[1], 2: first[2], 3: first[3] + second[3]}):
-        (a, _, told), (b, _, same) = whole if not lost else team(trained, objective, options, lost, **sgd)
+        (a, _, told), (b, _, same) = (
+            whole if not lost else team(trained, objective, options, lost, **sgd)
+        )
         one, _, want = trained(Ranks(), objective, options, lost, **sgd)
         assert furthest(a, b) == 0.0 and told[:3] == same[:3]
         assert furthest(a, one) < tolerance
@@ -126,6 +161,8 @@ def check_resume(folder, objective: str, **options: Any) -> None:
     cut.on_rows = stop
     with suppress(StopError):
         loop.fit(cut)
-    rest = run_of(task(objective, seed=9, **options), **words)  # all that counts is in the resume point
+    rest = run_of(
+        task(objective, seed=9, **options), **words
+    )  # all that counts is in the resume point
     assert loop.fit(rest).resumed_from == 3
     assert furthest(weights(whole.task), weights(rest.task)) == 0.0

@@ -1,4 +1,6 @@
-"""Whole runs of a small job without Ray: its stages in this process, from a bundle that is there already."""
+"""Whole runs of a small job without Ray: its stages in this process, from a bundle that is there
+already.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,11 @@ from pipeline.train.progress import Progress
 from pipeline.transfer import fanout, results, stages, trial
 
 COLUMNS = {"image": "picture", "label": "class"}
-MODALITY = {"name": "image", "options": {"size": 32, "channels": 3}, "state": {"mean": [0.5] * 3, "std": [0.2] * 3}}
+MODALITY = {
+    "name": "image",
+    "options": {"size": 32, "channels": 3},
+    "state": {"mean": [0.5] * 3, "std": [0.2] * 3},
+}
 
 
 class Silent(Progress):
@@ -32,7 +38,9 @@ class Silent(Progress):
 
 def saved_vit(folder: Path, seed: int = 1) -> str:
     """The name of a ViT's bundle."""
-    task = task_of("timm/test_vit", {"channels": 3, "size": 32}, "classification", label_state(), seed=seed)
+    task = task_of(
+        "timm/test_vit", {"channels": 3, "size": 32}, "classification", label_state(), seed=seed
+    )
     bundle.save(str(folder), task, MODALITY, training={"transfer": ""}, metrics={})
     return f"bundle:{folder}"
 
@@ -53,10 +61,21 @@ def trials_in_this_process(monkeypatch) -> list[str]:
 
 
 def job_of(folder: Path, sources: dict[str, Any], paths: dict[str, str]) -> Job:
-    target = {"data": {**paths, "modality": "image", "columns": COLUMNS}, "objective": "classification",
-              "train": {"steps": 3, "global_batch": 12, "lr": 0.01, "eval_every_steps": 3}}
-    return Job.model_validate({"name": "toy", "storage": str(folder / "runs"), "sources": sources, "targets": {"task": target},
-                               "techniques": ["scratch", "full", "lp_ft"], "fanout": {"seeds": 2}})
+    target = {
+        "data": {**paths, "modality": "image", "columns": COLUMNS},
+        "objective": "classification",
+        "train": {"steps": 3, "global_batch": 12, "lr": 0.01, "eval_every_steps": 3},
+    }
+    return Job.model_validate(
+        {
+            "name": "toy",
+            "storage": str(folder / "runs"),
+            "sources": sources,
+            "targets": {"task": target},
+            "techniques": ["scratch", "full", "lp_ft"],
+            "fanout": {"seeds": 2},
+        }
+    )
 
 
 def changed(job: Job, **parts) -> Job:
@@ -65,7 +84,13 @@ def changed(job: Job, **parts) -> Job:
 
 def primary(rows: list[dict[str, Any]], **where) -> list[dict[str, Any]]:
     """Test rows of the primary metric."""
-    return [row for row in rows if row["split"] == "test" and row["metric"] == "accuracy" and all(row[k] == v for k, v in where.items())]
+    return [
+        row
+        for row in rows
+        if row["split"] == "test"
+        and row["metric"] == "accuracy"
+        and all(row[k] == v for k, v in where.items())
+    ]
 
 
 def prepared(job: Job, *remake: str) -> stages.State:

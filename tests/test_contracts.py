@@ -1,6 +1,8 @@
-"""What every registered backbone, objective, technique and modality promises (pipeline/contracts.py). New ones are found by the registry.
+"""What every registered backbone, objective, technique and modality promises
+(pipeline/contracts.py). New ones are found by the registry.
 
-A backbone library that is not in EXAMPLES is tried with its first architecture; something that none of the toy rows fits is skipped.
+A backbone library that is not in EXAMPLES is tried with its first architecture; something that none
+of the toy rows fits is skipped.
 """
 
 import io
@@ -41,14 +43,24 @@ from pipeline.registry import Options
 from pipeline.train import loop
 
 EXAMPLES = {
-    "timm": {"resnet10t": 32, "vgg11": 32, "inception_v3": 75, "vit_tiny_patch16_224": 32, "convnext_atto": 32},
+    "timm": {
+        "resnet10t": 32,
+        "vgg11": 32,
+        "inception_v3": 75,
+        "vit_tiny_patch16_224": 32,
+        "convnext_atto": 32,
+    },
     "events": {"gru": {}, "strats": {}},
     "policy": {"mlp": {}, "transformer": {}},
     "transformers": {"bert": SMALL, "roberta": SMALL, "distilbert": SMALL, "gpt2": SMALL},
 }
 LARGE = ("timm/vgg11",)
 """Half a gigabyte of weights."""
-BACKBONES = [f"{library}/{name}" for library in registry.names("model") for name in EXAMPLES.get(library, sorted(registry.architectures(library))[:1])]
+BACKBONES = [
+    f"{library}/{name}"
+    for library in registry.names("model")
+    for name in EXAMPLES.get(library, sorted(registry.architectures(library))[:1])
+]
 
 
 def rows_for(name: str):
@@ -77,7 +89,9 @@ class Case:
     def __init__(self, name: str):
         self.name = name
         self.rows, options = rows_for(name)
-        self.task = task_of(name, self.rows.modality.inputs(), "classification", label_state(), seed=1, **options)
+        self.task = task_of(
+            name, self.rows.modality.inputs(), "classification", label_state(), seed=1, **options
+        )
         with torch.no_grad():  # zero-initialised scales would hide the gradient of what they scale
             for p in self.task.parameters():
                 if p.dim() < 2:
@@ -89,7 +103,12 @@ class Case:
         return self.task.backbone
 
 
-@pytest.fixture(scope="module", params=[pytest.param(name, marks=[pytest.mark.slow] if name in LARGE else []) for name in BACKBONES])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(name, marks=[pytest.mark.slow] if name in LARGE else []) for name in BACKBONES
+    ],
+)
 def case(request):
     torch.manual_seed(0)
     return Case(request.param)
@@ -97,20 +116,28 @@ def case(request):
 
 # ---------------------------------------------------------------- backbones
 
+
 def test_layers_cover_every_parameter_exactly_once(case):
     named = [name for names in case.backbone.layers().values() for name in names]
     assert sorted(named) == sorted(name for name, _ in case.backbone.named_parameters())
     assert all(case.backbone.layers().values()) and len(case.backbone.layers()) >= 3
     layers = case.task.layers()
     assert list(layers)[-1] == "head" and "head" not in case.backbone.layers()
-    assert sorted(name for names in layers.values() for name in names) == sorted(name for name, _ in case.task.named_parameters())
+    assert sorted(name for names in layers.values() for name in names) == sorted(
+        name for name, _ in case.task.named_parameters()
+    )
 
 
 def test_layers_go_from_input_to_output(case):
     """A layer's modules are all called before the next layer's."""
     calls: dict[str, list[int]] = {}
-    hooks = [module.register_forward_pre_hook(lambda m, args, name=name: calls.setdefault(name, []).append(len(calls)))
-             for name, module in case.backbone.named_modules() if name]
+    hooks = [
+        module.register_forward_pre_hook(
+            lambda m, args, name=name: calls.setdefault(name, []).append(len(calls))
+        )
+        for name, module in case.backbone.named_modules()
+        if name
+    ]
     with torch.no_grad():
         case.backbone.eval()(case.batch)
     for hook in hooks:
@@ -130,7 +157,9 @@ def test_layers_go_from_input_to_output(case):
 @torch.no_grad()
 def test_features_have_the_declared_shapes(case):
     found = case.backbone.eval()(case.batch, want=("tokens",))
-    assert found.pooled.shape == (4, case.backbone.pooled_dim) and found.pooled.dtype == torch.float32
+    assert (
+        found.pooled.shape == (4, case.backbone.pooled_dim) and found.pooled.dtype == torch.float32
+    )
     if case.backbone.token_dim is not None:
         assert found.tokens.shape[0] == 4 and found.tokens.shape[2] == case.backbone.token_dim
         assert found.mask is None or found.mask.shape == found.tokens.shape[:2]
@@ -143,7 +172,9 @@ def test_features_have_the_declared_shapes(case):
             shape = staged.stages[stage.name].shape
             assert shape[:2] == (4, stage.channels)
             # Inception's convolutions without padding lose a border at every layer
-            assert shape[2] == shape[3] and math.floor(size / stage.stride * 0.45) <= shape[2] <= math.ceil(size / stage.stride)
+            assert shape[2] == shape[3] and math.floor(size / stage.stride * 0.45) <= shape[
+                2
+            ] <= math.ceil(size / stage.stride)
 
 
 @torch.no_grad()
@@ -159,7 +190,11 @@ def test_every_parameter_gets_a_gradient(case):
     total, count, logs = case.task(case.batch)
     assert count == 4 and torch.isfinite(total) and set(logs) == set(case.task.objective.log_names)
     total.backward()
-    without = [name for name, p in case.task.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all() or not p.grad.any()]
+    without = [
+        name
+        for name, p in case.task.named_parameters()
+        if p.grad is None or not torch.isfinite(p.grad).all() or not p.grad.any()
+    ]
     case.task.zero_grad()
     assert without == []
 
@@ -175,11 +210,24 @@ class Upper(Technique):
 
 @pytest.mark.parametrize("technique", [registry.get("technique", "linear_probe"), Upper])
 def test_frozen_layers_and_their_statistics_do_not_move(case, technique):
-    """Over steps of the loop, with weight decay; frozen modules are in evaluation mode, the others train."""
+    """Over steps of the loop, with weight decay; frozen modules are in evaluation mode, the others
+    train.
+    """
     before = weights(case.task)
     modes: dict[str, bool] = {}
-    run = make_run(case.rows, case.task, steps=2, technique=technique(), global_batch=4, weight_decay=0.1, lr=1e-2, warmup=0.0)
-    run.on_log = lambda log: modes.update({name: module.training for name, module in case.task.named_modules()})
+    run = make_run(
+        case.rows,
+        case.task,
+        steps=2,
+        technique=technique(),
+        global_batch=4,
+        weight_decay=0.1,
+        lr=1e-2,
+        warmup=0.0,
+    )
+    run.on_log = lambda log: modes.update(
+        {name: module.training for name, module in case.task.named_modules()}
+    )
     loop.fit(run)
     layers = case.task.layers()
     rates = run.technique.rates(layers, "all")
@@ -205,7 +253,9 @@ def test_frozen_layers_and_their_statistics_do_not_move(case, technique):
 def test_heads_swap(case):
     """The same backbone under a head for other labels; its own weights stay where they are."""
     places = {name: p.data_ptr() for name, p in case.backbone.named_parameters()}
-    swapped = Task(case.backbone, Classification(case.backbone, Classification.options_class(), label_state(5)))
+    swapped = Task(
+        case.backbone, Classification(case.backbone, Classification.options_class(), label_state(5))
+    )
     total, _, _ = swapped.train()(case.batch.replace(label=torch.tensor([4, 3, 0, 1])))
     total.backward()
     assert swapped.objective.predict(case.backbone, case.batch)["scores"].shape == (4, 5)
@@ -220,17 +270,33 @@ def test_arch_rebuilds_it_from_a_seed(case):
     state = torch.get_rng_state()
     a = bundle.build_backbone(case.backbone.arch, seed=5)
     assert torch.equal(state, torch.get_rng_state())  # nothing is drawn from the caller's generator
-    assert {n: t.shape for n, t in a.state_dict().items()} == {n: t.shape for n, t in case.backbone.state_dict().items()}
-    assert (type(a), a.arch, a.pooled_dim, a.token_dim, a.stage_info) == (type(case.backbone), case.backbone.arch, case.backbone.pooled_dim,
-                                                                          case.backbone.token_dim, case.backbone.stage_info)
+    assert {n: t.shape for n, t in a.state_dict().items()} == {
+        n: t.shape for n, t in case.backbone.state_dict().items()
+    }
+    assert (type(a), a.arch, a.pooled_dim, a.token_dim, a.stage_info) == (
+        type(case.backbone),
+        case.backbone.arch,
+        case.backbone.pooled_dim,
+        case.backbone.token_dim,
+        case.backbone.stage_info,
+    )
     b, other = (bundle.build_backbone(case.backbone.arch, seed=seed) for seed in (5, 6))
-    assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
-    assert any(not torch.equal(x, y) for x, y in zip(a.parameters(), other.parameters(), strict=True))
+    assert all(
+        torch.equal(x, y)
+        for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    )
+    assert any(
+        not torch.equal(x, y) for x, y in zip(a.parameters(), other.parameters(), strict=True)
+    )
 
 
 def test_names_and_outputs_survive_a_bundle(case, tmp_path):
     case.task.eval()
-    modality = {"name": case.rows.modality.registered_name, "options": case.rows.modality.options.model_dump(), "state": case.rows.modality.state}
+    modality = {
+        "name": case.rows.modality.registered_name,
+        "options": case.rows.modality.options.model_dump(),
+        "state": case.rows.modality.state,
+    }
     bundle.save(str(tmp_path / "bundle"), case.task, modality, columns={"label": "label"})
     found = bundle.load(str(tmp_path / "bundle"))
     again = found.task()
@@ -245,6 +311,7 @@ def test_names_and_outputs_survive_a_bundle(case, tmp_path):
 
 
 # ---------------------------------------------------------------- objectives
+
 
 def objective_case(name: str):
     """A task of an objective with the smallest backbone that it takes, and rows."""
@@ -261,10 +328,16 @@ def objective_case(name: str):
         if image:
             rows = image_rows(8, size=32, channels=3)
         else:
-            rows = packed_rows(12, text_modality(backbone), name) if kind.packed else text_rows(8, text_modality(backbone))
+            rows = (
+                packed_rows(12, text_modality(backbone), name)
+                if kind.packed
+                else text_rows(8, text_modality(backbone))
+            )
         state = label_state() if "label" in kind.roles else {}
         try:
-            return task_of(backbone, rows.modality.inputs(), name, state, seed=1, **({} if image else SMALL)), rows
+            return task_of(
+                backbone, rows.modality.inputs(), name, state, seed=1, **({} if image else SMALL)
+            ), rows
         except ValueError:
             continue
     pytest.skip(f"{name}: none of the toy backbones fits; give it one here")
@@ -276,19 +349,25 @@ def objective(request):
 
 
 def test_loss_is_a_sum_with_its_count(objective):
-    """Parts of a batch give parts of its sum, which is what lets the loop divide by the global count."""
+    """Parts of a batch give parts of its sum, which is what lets the loop divide by the global
+    count.
+    """
     task, rows = objective
     task.eval()
     batch = take(rows, np.arange(6), objective=task.objective)
     total, count, logs = task(batch)
     assert total.shape == count.shape == () and count > 0 and torch.isfinite(total)
-    assert set(logs) == set(task.objective.log_names) and all(value.shape == () for value in logs.values())
+    assert set(logs) == set(task.objective.log_names) and all(
+        value.shape == () for value in logs.values()
+    )
     if not task.objective.couples_rows:
         parts = [task(part) for part in batch.split(2)]
         torch.testing.assert_close(sum(p[0] for p in parts), total, rtol=1e-4, atol=1e-4)
         assert sum(p[1] for p in parts) == count
         for name in logs:
-            torch.testing.assert_close(sum(p[2][name] for p in parts), logs[name], rtol=1e-6, atol=0)
+            torch.testing.assert_close(
+                sum(p[2][name] for p in parts), logs[name], rtol=1e-6, atol=0
+            )
 
 
 def test_an_objective_trains_everything_it_made(objective):
@@ -303,10 +382,16 @@ def test_an_empty_batch_gives_noughts_and_touches_every_parameter(objective):
     """A rank whose rows were all undecodable takes part in the reduction."""
     task, rows = objective
     batch = take(rows, np.arange(2), objective=task.objective)
-    empty = Batch(batch.rows[:0], batch.keys[:0], {name: tensor[:0] for name, tensor in batch.data.items()})
+    empty = Batch(
+        batch.rows[:0], batch.keys[:0], {name: tensor[:0] for name, tensor in batch.data.items()}
+    )
     total, count, _ = task(empty)
     total.backward()
-    assert total == 0 and count == 0 and all(p.grad is not None and not p.grad.any() for p in task.parameters())
+    assert (
+        total == 0
+        and count == 0
+        and all(p.grad is not None and not p.grad.any() for p in task.parameters())
+    )
 
 
 @torch.no_grad()
@@ -326,8 +411,8 @@ def test_predictions_are_by_row_and_give_the_metrics(objective):
         for name, tensor in part.items():
             whole = found[name][[4, 1]]
             if whole.ndim > 1:  # steps are padded to the longest row of a batch
-                assert not whole[:, tensor.shape[1]:].nan_to_num().any()
-                whole = whole[:, :tensor.shape[1]]
+                assert not whole[:, tensor.shape[1] :].nan_to_num().any()
+                whole = whole[:, : tensor.shape[1]]
             torch.testing.assert_close(tensor, whole, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
@@ -350,16 +435,35 @@ def test_an_objective_can_be_written_down(objective):
     """Options and state are JSON, and build the same again."""
     task, _ = objective
     head = task.objective
-    spec = json.loads(json.dumps({"name": head.registered_name, "options": head.options.model_dump(), "state": head.state}))
+    spec = json.loads(
+        json.dumps(
+            {
+                "name": head.registered_name,
+                "options": head.options.model_dump(),
+                "state": head.state,
+            }
+        )
+    )
     again = bundle.build_task(task.backbone.arch, spec)
-    assert {n: t.shape for n, t in again.state_dict().items()} == {n: t.shape for n, t in task.state_dict().items()}
+    assert {n: t.shape for n, t in again.state_dict().items()} == {
+        n: t.shape for n, t in task.state_dict().items()
+    }
     assert head.metrics and all(metric(name) for name in head.metrics)
 
 
 def test_smoothing_and_dropout_are_for_training_only():
     rows = image_rows(8, size=32, channels=3)
-    plain, soft = (task_of("timm/test_vit", rows.modality.inputs(), "classification", label_state(), seed=1, options=options)
-                   for options in ({}, {"label_smoothing": 0.2, "dropout": 0.5}))
+    plain, soft = (
+        task_of(
+            "timm/test_vit",
+            rows.modality.inputs(),
+            "classification",
+            label_state(),
+            seed=1,
+            options=options,
+        )
+        for options in ({}, {"label_smoothing": 0.2, "dropout": 0.5})
+    )
     batch = take(rows, np.arange(6))
     with torch.no_grad():
         losses = [task.eval()(batch)[0] for task in (plain, soft)]
@@ -380,14 +484,23 @@ def test_labels_are_fitted_by_value_and_named():
     state = fit(OPTIONS, table, {"label": "y", "label_name": "n"})
     assert state == {"values": [1, 2, 3], "labels": ["a", "b", "c"]}
     assert Classification.encode(table, {"label": "y"}, state)["label"].tolist() == [2, 0, 2, 1]
-    assert Classification.encode(table.select(["n"]), {"label": "y"}, state) == {}  # new rows to predict
+    assert (
+        Classification.encode(table.select(["n"]), {"label": "y"}, state) == {}
+    )  # new rows to predict
 
 
-@pytest.mark.parametrize(("table", "columns", "message"), [
-    ({"y": [1, None]}, {"label": "y"}, r"column y: 1 of 2 rows have no label \(null\)"),
-    ({"y": ["a", "a"]}, {"label": "y"}, r"the training rows hold one label only \(\['a'\]\)"),
-    ({"y": [0, 1, 0], "n": ["a", "b", "c"]}, {"label": "y", "label_name": "n"}, r"column n: one label has several names: \{0: \['a', 'c'\]\}"),
-])
+@pytest.mark.parametrize(
+    ("table", "columns", "message"),
+    [
+        ({"y": [1, None]}, {"label": "y"}, r"column y: 1 of 2 rows have no label \(null\)"),
+        ({"y": ["a", "a"]}, {"label": "y"}, r"the training rows hold one label only \(\['a'\]\)"),
+        (
+            {"y": [0, 1, 0], "n": ["a", "b", "c"]},
+            {"label": "y", "label_name": "n"},
+            r"column n: one label has several names: \{0: \['a', 'c'\]\}",
+        ),
+    ],
+)
 def test_labels_that_cannot_be_told_apart_are_refused(table, columns, message):
     with pytest.raises(ValueError, match=message):
         Classification.fit(OPTIONS, pa.table(table), columns)
@@ -395,19 +508,27 @@ def test_labels_that_cannot_be_told_apart_are_refused(table, columns, message):
 
 def test_labels_of_one_name_stay_apart():
     """ImageNet has two cranes; a head is carried over by name."""
-    state = Classification.fit(OPTIONS, pa.table({"y": [0, 1, 2], "n": ["crane", "owl", "crane"]}), {"label": "y", "label_name": "n"})
+    state = Classification.fit(
+        OPTIONS,
+        pa.table({"y": [0, 1, 2], "n": ["crane", "owl", "crane"]}),
+        {"label": "y", "label_name": "n"},
+    )
     assert state["labels"] == ["crane (0)", "owl", "crane (2)"]
 
 
 def test_a_label_never_seen_in_training_is_named():
     state = {"values": ["cat", "dog"], "labels": ["cat", "dog"]}
-    with pytest.raises(ValueError, match="column y: label 'dgo' never stands in the training rows; did you mean dog"):
+    with pytest.raises(
+        ValueError,
+        match="column y: label 'dgo' never stands in the training rows; did you mean dog",
+    ):
         Classification.encode(pa.table({"y": ["cat", "dgo"]}), {"label": "y"}, state)
     with pytest.raises(ValueError, match=r"column y: 1 of 2 rows have no label \(null\)"):
         Classification.encode(pa.table({"y": ["cat", None]}), {"label": "y"}, state)
 
 
 # ---------------------------------------------------------------- techniques
+
 
 @pytest.fixture(params=registry.names("technique"))
 def technique(request) -> Technique:
@@ -422,20 +543,34 @@ def test_phases_fill_the_steps_and_rates_cover_every_layer(technique):
         assert all(phase.steps > 0 and phase.lr_scale > 0 for phase in phases)
         for phase in phases:
             rates = technique.rates(layers, phase.name)
-            assert set(rates) == set(layers) and all(rate >= 0 for rate in rates.values()) and any(rates.values())
+            assert (
+                set(rates) == set(layers)
+                and all(rate >= 0 for rate in rates.values())
+                and any(rates.values())
+            )
 
 
 def test_a_technique_trains_what_it_says_and_nothing_else(technique):
     task = technique.wrap(net_task(norm="batch"))
     before = weights(task)
-    run = make_run(image_rows(32), task, steps=6, technique=technique, lr=0.01, warmup=0.0, weight_decay=0.1)
+    run = make_run(
+        image_rows(32), task, steps=6, technique=technique, lr=0.01, warmup=0.0, weight_decay=0.1
+    )
     outcome = loop.fit(run) if technique.learns else loop.untrained(run)
     layers = task.layers()
-    moving = {name for phase in technique.phases(6) for layer, rate in technique.rates(layers, phase.name).items() if rate > 0 for name in layers[layer]}
+    moving = {
+        name
+        for phase in technique.phases(6)
+        for layer, rate in technique.rates(layers, phase.name).items()
+        if rate > 0
+        for name in layers[layer]
+    }
     after = weights(task)
     changed = {name for name in after if not torch.equal(after[name], before[name])}
     assert changed & set(dict(task.named_parameters())) == moving
-    assert outcome.params_trained == sum(p.numel() for name, p in task.named_parameters() if name in moving)
+    assert outcome.params_trained == sum(
+        p.numel() for name, p in task.named_parameters() if name in moving
+    )
     if not technique.learns:
         assert not changed and outcome.steps == 0
     elif technique.frozen:
@@ -446,16 +581,27 @@ def test_a_technique_trains_what_it_says_and_nothing_else(technique):
 
 def test_scratch_may_be_given_more_steps_than_others():
     kind = registry.get("technique", "scratch")
-    assert [kind(kind.options_class(budget=budget)).steps(40) for budget in (1.0, 2.5, 0.001)] == [40, 100, 1]
-    assert all(registry.get("technique", name)().steps(40) == 40 for name in registry.names("technique"))
+    assert [kind(kind.options_class(budget=budget)).steps(40) for budget in (1.0, 2.5, 0.001)] == [
+        40,
+        100,
+        1,
+    ]
+    assert all(
+        registry.get("technique", name)().steps(40) == 40 for name in registry.names("technique")
+    )
 
 
 def test_scratch_is_there_and_starts_from_nothing():
     """Promise 9: every gain is measured against it."""
-    assert [name for name in registry.names("technique") if not registry.get("technique", name).from_source] == ["random_probe", "scratch"]
+    assert [
+        name
+        for name in registry.names("technique")
+        if not registry.get("technique", name).from_source
+    ] == ["random_probe", "scratch"]
 
 
 # ---------------------------------------------------------------- modalities
+
 
 def table_of(name: str) -> tuple[pa.Table, bytes]:
     """Eight good rows, and the bytes of one that cannot be decoded."""
@@ -463,11 +609,15 @@ def table_of(name: str) -> tuple[pa.Table, bytes]:
         pictures = []
         for seed in range(8):
             buffer = io.BytesIO()
-            PIL.Image.fromarray(np.random.default_rng(seed).integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(buffer, "PNG")
+            PIL.Image.fromarray(
+                np.random.default_rng(seed).integers(0, 256, (20, 24, 3), dtype=np.uint8)
+            ).save(buffer, "PNG")
             pictures.append(buffer.getvalue())
         return pa.table({"x": pictures}), b"broken"
     if name == "text":
-        return pa.table({"x": pa.array([text.encode() for text in sentences(8)[0]], pa.binary())}), b"\xff\xfe"
+        return pa.table(
+            {"x": pa.array([text.encode() for text in sentences(8)[0]], pa.binary())}
+        ), b"\xff\xfe"
     pytest.skip(f"{name}: give it rows here")
 
 
@@ -478,12 +628,18 @@ def test_a_modality_fits_decodes_and_collates_by_row(name):
     columns = {kind.roles[0]: "x"}
     options = kind.options_class()
     state = kind.fit(options, table, columns, "timm/resnet10t")
-    assert json.loads(json.dumps(state)) == state and state == kind.fit(options, table, columns, "timm/resnet10t")
-    modality = bundle.build_modality({"name": name, "options": options.model_dump(), "state": state})
+    assert json.loads(json.dumps(state)) == state and state == kind.fit(
+        options, table, columns, "timm/resnet10t"
+    )
+    modality = bundle.build_modality(
+        {"name": name, "options": options.model_dump(), "state": state}
+    )
     assert json.loads(json.dumps(modality.inputs())) == modality.inputs()
     arrays, bad = modality.decode(table, columns)
     assert bad == [""] * 8 and all(len(array) == 8 for array in arrays.values())
-    mixed, bad = modality.decode(pa.table({"x": [*table["x"].to_pylist()[:3], broken, *table["x"].to_pylist()[3:]]}), columns)
+    mixed, bad = modality.decode(
+        pa.table({"x": [*table["x"].to_pylist()[:3], broken, *table["x"].to_pylist()[3:]]}), columns
+    )
     assert [bool(reason) for reason in bad] == [False] * 3 + [True] + [False] * 5
     keep = np.arange(9) != 3
     assert all(np.array_equal(mixed[key][keep], arrays[key]) for key in arrays)
@@ -494,6 +650,7 @@ def test_a_modality_fits_decodes_and_collates_by_row(name):
 
 
 # ---------------------------------------------------------------- batches
+
 
 def test_splitting_a_batch_keeps_every_row_once():
     batch = take(image_rows(10), np.arange(10))

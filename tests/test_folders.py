@@ -1,4 +1,6 @@
-"""pipeline.folders: a folder whole or absent, locally and on S3, also when its writer is killed; about 10 s."""
+"""pipeline.folders: a folder whole or absent, locally and on S3, also when its writer is killed;
+about 10 s.
+"""
 
 import ctypes
 import errno
@@ -36,13 +38,19 @@ def test_commit_open_verify_fetch(root, tmp_path):
     digest = hashlib.sha256(b"w" * 100_000).hexdigest()
     entry = dict(written["files"]["deep/weights.bin"])
     etag = entry.pop("etag", None)
-    assert entry == {"sha256": digest, "size": 100_000} and (etag is not None) == storage.is_remote(uri)
+    assert entry == {"sha256": digest, "size": 100_000} and (etag is not None) == storage.is_remote(
+        uri
+    )
     assert not source.exists()  # it was handed over
-    expected = [f"{uri}/{name}" for name in ("config.json", "deep/weights.bin", "manifest.json", "old")]
+    expected = [
+        f"{uri}/{name}" for name in ("config.json", "deep/weights.bin", "manifest.json", "old")
+    ]
     assert storage.list_files(uri) == expected and storage.list_files(root) == expected
 
     folders.commit_folder(uri, {"config.json": b"[]"}, {"kind": "second"})
-    assert whole_folder(uri) == {"config.json": b"[]"} and folders.open_folder(uri)["kind"] == "second"
+    assert (
+        whole_folder(uri) == {"config.json": b"[]"} and folders.open_folder(uri)["kind"] == "second"
+    )
     assert not storage.exists(uri + "/old")
 
     fetched = folders.fetch_folder(uri, tmp_path / "cache/copy")
@@ -57,7 +65,10 @@ def test_flipped_bit_is_found(root, tmp_path):
     manifest = folders.open_folder(uri)
     folders.verify_folder(uri, manifest)
     storage.write_bytes(uri + "/bad/weights", bytes(500) + b"\x01" + bytes(499))
-    for check in (lambda: folders.verify_folder(uri, manifest), lambda: folders.fetch_folder(uri, tmp_path / "copy")):
+    for check in (
+        lambda: folders.verify_folder(uri, manifest),
+        lambda: folders.fetch_folder(uri, tmp_path / "copy"),
+    ):
         with pytest.raises(StorageError, match="bad/weights is damaged"):
             check()
     assert not (tmp_path / "copy").exists() and not list(tmp_path.glob(".*"))
@@ -71,7 +82,9 @@ def test_manifest_is_not_trusted(root, tmp_path):
     uri = storage.join(root, "bundle")
     entry = {"sha256": "0" * 64, "size": 1}
     for files in ({"../../escape": entry}, {"/etc/x": entry}, {"a": {"size": 1}}, ["a"], None):
-        storage.write_json(uri + "/manifest.json", folders.sealed({"files": files}))  # whoever forges names can seal them too
+        storage.write_json(
+            uri + "/manifest.json", folders.sealed({"files": files})
+        )  # whoever forges names can seal them too
         with pytest.raises(StorageError, match="bundle: "):
             folders.verify_folder(uri, folders.open_folder(uri))
         with pytest.raises(StorageError, match="bundle: "):
@@ -120,7 +133,10 @@ def test_failed_local_commit_keeps_the_old_folder(tmp_path):
 
 
 def test_flaky_disk_during_commit(tmp_path, monkeypatch, fast):
-    flaky, real = Flaky(OSError(errno.EIO, "stale handle"), OSError(errno.EIO, "stale handle")), os.fsync
+    flaky, real = (
+        Flaky(OSError(errno.EIO, "stale handle"), OSError(errno.EIO, "stale handle")),
+        os.fsync,
+    )
     monkeypatch.setattr(os, "fsync", lambda descriptor: (flaky(), real(descriptor)))
     (tmp_path / "source").write_bytes(b"s")
     folders.commit_folder(str(tmp_path / "bundle"), {"a": tmp_path / "source"}, {})
@@ -162,7 +178,9 @@ def test_folder_of_others_is_not_replaced(tmp_path, s3_server):
         folders.fetch_folder(remote, tmp_path / "work")
     assert (tmp_path / "work/thesis.txt").read_text() == "years"
     folders.commit_folder(remote, {"b": b"2"}, {})
-    assert storage.list_files(remote) == [f"{remote}/{name}" for name in ("b", "manifest.json", "other")]
+    assert storage.list_files(remote) == [
+        f"{remote}/{name}" for name in ("b", "manifest.json", "other")
+    ]
 
 
 def test_linked_source_is_copied(tmp_path):
@@ -231,7 +249,9 @@ def test_killed_local_commit_shows_nothing_or_a_whole_folder(tmp_path, first):
     before = "nothing" if first else "old"
     states = [state for _, state in seen]
     assert len(seen) > 15 and [code for code, _ in seen] == [9] * (len(seen) - 1) + [0]
-    assert states == sorted(states, key=["nothing", "old", "new"].index)  # before, then after; never a mixture
+    assert states == sorted(
+        states, key=["nothing", "old", "new"].index
+    )  # before, then after; never a mixture
     assert set(states) == {before, "new"} and states.count(before) > 10
 
 
@@ -313,7 +333,10 @@ def test_a_changed_manifest_is_found(root):
     folders.commit_folder(uri, {"a": b"1"}, {"mean": 0.25})
     assert folders.open_folder(uri)["mean"] == 0.25
     manifest = storage.read_json(uri + "/manifest.json")
-    for forged in ({**manifest, "mean": 0.26}, {k: v for k, v in manifest.items() if k != "sha256"}):
+    for forged in (
+        {**manifest, "mean": 0.26},
+        {k: v for k, v in manifest.items() if k != "sha256"},
+    ):
         storage.write_json(uri + "/manifest.json", forged)
         with pytest.raises(StorageError, match=r"manifest\.json is damaged"):
             folders.open_folder(uri)

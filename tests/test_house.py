@@ -1,4 +1,6 @@
-"""The rules of the house, read from the sources: floors, siblings, where Ray may be, no work at import."""
+"""The rules of the house, read from the sources: floors, siblings, where Ray may be, no work at
+import.
+"""
 
 import ast
 import io
@@ -10,13 +12,63 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "pipeline").rglob("*.py"))
-NAMES = {".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file for file in FILES}
+NAMES = {
+    ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file
+    for file in FILES
+}
 FLOORS = [
-    {"job", "jobfile", "contracts", "registry", "s3", "storage", "identity", "folders", "rng", "checked", "fence", "lease", "coco", "pixels", "imagefile",
-     "spans", "tokenizer", "ragged", "lists", "facts", "batch", "calibration", "imbalance", "ranking", "frames", "audiofile", "audioheader",
-     "spectrogram", "transcripts", "actions", "trajectories", "simulation", "provenance", "heartbeat", "stopping",
-     "exported_classifier", "plain_config", "capabilities", "processes"},
-    {"metrics", "classifier_export", "bundle", "gather", "data", "modalities", "models", "pyramid", "speech_folders"},
+    {
+        "job",
+        "jobfile",
+        "contracts",
+        "registry",
+        "s3",
+        "storage",
+        "identity",
+        "folders",
+        "rng",
+        "checked",
+        "fence",
+        "lease",
+        "coco",
+        "pixels",
+        "imagefile",
+        "spans",
+        "tokenizer",
+        "ragged",
+        "lists",
+        "facts",
+        "batch",
+        "calibration",
+        "imbalance",
+        "ranking",
+        "frames",
+        "audiofile",
+        "audioheader",
+        "spectrogram",
+        "transcripts",
+        "actions",
+        "trajectories",
+        "simulation",
+        "provenance",
+        "heartbeat",
+        "stopping",
+        "exported_classifier",
+        "plain_config",
+        "capabilities",
+        "processes",
+    },
+    {
+        "metrics",
+        "classifier_export",
+        "bundle",
+        "gather",
+        "data",
+        "modalities",
+        "models",
+        "pyramid",
+        "speech_folders",
+    },
     {"objectives", "techniques", "hugging_face"},
     {"starts", "export_check"},
     {"train"},
@@ -27,7 +79,13 @@ SIBLINGS = {"modalities", "models", "objectives", "techniques"}
 """Folders whose files know nothing of each other."""
 PACKAGES = {"data", "train", "transfer", "simulation"}
 """Folders whose modules work together."""
-RAY = ("pipeline.data.stream", "pipeline.train.launch", "pipeline.transfer.fanout", "pipeline.cli", "cluster")
+RAY = (
+    "pipeline.data.stream",
+    "pipeline.train.launch",
+    "pipeline.transfer.fanout",
+    "pipeline.cli",
+    "cluster",
+)
 
 EACH = pytest.mark.parametrize("module", NAMES)
 
@@ -46,7 +104,9 @@ def tree(module: str) -> ast.Module:
 
 
 def imported(module: str, of: ast.AST | None = None) -> Iterator[str]:
-    """Dotted names that a module imports, anywhere in it, also in functions and for type checking."""
+    """Dotted names that a module imports, anywhere in it, also in functions and for type
+    checking.
+    """
     package = module if NAMES[module].name == "__init__.py" else module.rpartition(".")[0]
     for node in ast.walk(of or tree(module)):
         if isinstance(node, ast.Import):
@@ -56,8 +116,16 @@ def imported(module: str, of: ast.AST | None = None) -> Iterator[str]:
             start = ".".join(filter(None, [base, node.module]))
             for name in node.names:
                 yield f"{start}.{name.name}" if f"{start}.{name.name}" in NAMES else start
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("importlib.import_module", "import_module", "__import__"):
-            yield from (str(argument.value) for argument in node.args[:1] if isinstance(argument, ast.Constant))
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in (
+            "importlib.import_module",
+            "import_module",
+            "__import__",
+        ):
+            yield from (
+                str(argument.value)
+                for argument in node.args[:1]
+                if isinstance(argument, ast.Constant)
+            )
 
 
 def ours(module: str) -> set[str]:
@@ -72,10 +140,23 @@ def test_every_module_has_a_floor():
 
 def test_imports_are_seen():
     """This file's own reading of imports, on a text that has all kinds of them."""
-    text = ("import ray.data\nfrom pipeline import job, storage\nfrom . import plan\nfrom .plan import Plan\nfrom ..rng import mix\n"
-            "def f():\n    import torch\n    __import__('pandas')\n    importlib.import_module('pipeline.cli')\n")
+    text = (
+        "import ray.data\nfrom pipeline import job, storage\nfrom . import plan\nfrom .plan "
+        "import Plan\nfrom ..rng import mix\n"
+        "def f():\n    import torch\n    __import__('pandas')\n    "
+        "importlib.import_module('pipeline.cli')\n"
+    )
     assert list(imported("pipeline.data.manifest", ast.parse(text))) == [
-        "ray.data", "pipeline.job", "pipeline.storage", "pipeline.data.plan", "pipeline.data.plan", "pipeline.rng", "torch", "pandas", "pipeline.cli"]
+        "ray.data",
+        "pipeline.job",
+        "pipeline.storage",
+        "pipeline.data.plan",
+        "pipeline.data.plan",
+        "pipeline.rng",
+        "torch",
+        "pandas",
+        "pipeline.cli",
+    ]
 
 
 @EACH
@@ -85,24 +166,30 @@ def test_imports_go_to_lower_floors_only(module):
         return
     for other in ours(module):
         if part(other) == part(module):
-            assert part(module) not in SIBLINGS or NAMES[other].name == "__init__.py", f"{module} imports its sibling {other}"
+            assert part(module) not in SIBLINGS or NAMES[other].name == "__init__.py", (
+                f"{module} imports its sibling {other}"
+            )
             assert part(module) in SIBLINGS | PACKAGES
         elif floor(module) == 0:
             assert floor(other) == 0, f"{module} (floor 0) imports {other} (floor {floor(other)})"
         else:
-            assert floor(other) < floor(module), f"{module} (floor {floor(module)}) imports {other} (floor {floor(other)})"
+            assert floor(other) < floor(module), (
+                f"{module} (floor {floor(module)}) imports {other} (floor {floor(other)})"
+            )
 
 
 def test_importers_know_nothing_of_each_other():
     importers = {name for name, file in NAMES.items() if '@register("importer"' in file.read_text()}
-    assert importers and not [(name, other) for name in importers for other in ours(name) & importers]
+    assert importers and not [
+        (name, other) for name in importers for other in ours(name) & importers
+    ]
 
 
 def test_no_imports_go_in_circles():
     done: set[str] = set()
 
     def visit(module: str, path: tuple[str, ...]):
-        assert module not in path, f"a circle: {' -> '.join((*path[path.index(module):], module))}"
+        assert module not in path, f"a circle: {' -> '.join((*path[path.index(module) :], module))}"
         if module not in done:
             for other in sorted(ours(module)):
                 visit(other, (*path, module))
@@ -115,50 +202,110 @@ def test_no_imports_go_in_circles():
 @EACH
 def test_ray_stays_in_its_places(module):
     if not module.startswith(RAY):
-        assert not [name for name in imported(module) if name.split(".")[0] == "ray"], "Ray is imported only in " + ", ".join(RAY)
+        assert not [name for name in imported(module) if name.split(".")[0] == "ray"], (
+            "Ray is imported only in " + ", ".join(RAY)
+        )
 
 
 def test_the_job_file_is_checked_without_heavy_packages():
     light = {"job", "registry", "storage"}
     for module in NAMES:
         if part(module) in light:
-            top = {name.split(".")[0] for node in tree(module).body if isinstance(node, (ast.Import, ast.ImportFrom)) for name in imported(module, node)}
-            assert not top & {"torch", "ray", "timm", "transformers", "numpy", "pyarrow", "pandas", "fsspec", "s3fs"}, module
+            top = {
+                name.split(".")[0]
+                for node in tree(module).body
+                if isinstance(node, (ast.Import, ast.ImportFrom))
+                for name in imported(module, node)
+            }
+            assert not top & {
+                "torch",
+                "ray",
+                "timm",
+                "transformers",
+                "numpy",
+                "pyarrow",
+                "pandas",
+                "fsspec",
+                "s3fs",
+            }, module
 
 
 @EACH
 def test_module_level_code_only_defines(module):
-    """Imports, definitions, constants, and settings of a class that the same file defines; nothing that does work at import."""
+    """Imports, definitions, constants, and settings of a class that the same file defines; nothing
+    that does work at import.
+    """
     body = tree(module).body
     classes = {node.name for node in body if isinstance(node, ast.ClassDef)}
     for node in body:
         where = f"{NAMES[module]}:{node.lineno}: {ast.unparse(node).splitlines()[0]}"
         if isinstance(node, ast.Expr):
             text = isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
-            of_class = isinstance(node.value, ast.Call) and ast.unparse(node.value.func).split(".")[0] in classes
+            of_class = (
+                isinstance(node.value, ast.Call)
+                and ast.unparse(node.value.func).split(".")[0] in classes
+            )
             assert text or of_class, where
         elif isinstance(node, ast.If):
             assert ast.unparse(node.test) in ("TYPE_CHECKING", "__name__ == '__main__'"), where
         else:
-            assert isinstance(node, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)), where
+            assert isinstance(
+                node,
+                (
+                    ast.Import,
+                    ast.ImportFrom,
+                    ast.FunctionDef,
+                    ast.AsyncFunctionDef,
+                    ast.ClassDef,
+                    ast.Assign,
+                    ast.AnnAssign,
+                ),
+            ), where
         if isinstance(node, (ast.Assign, ast.AnnAssign)):
             target = node.targets[0] if isinstance(node, ast.Assign) else node.target
             assert not ast.unparse(target).startswith("os.environ"), where
-            calls = {ast.unparse(call.func).rpartition(".")[2] for call in ast.walk(node) if isinstance(call, ast.Call)}
-            assert not calls & {"open", "read", "read_text", "read_bytes", "load", "init", "mkdir", "run", "Popen", "get_model", "create_model"}, where
+            calls = {
+                ast.unparse(call.func).rpartition(".")[2]
+                for call in ast.walk(node)
+                if isinstance(call, ast.Call)
+            }
+            assert not calls & {
+                "open",
+                "read",
+                "read_text",
+                "read_bytes",
+                "load",
+                "init",
+                "mkdir",
+                "run",
+                "Popen",
+                "get_model",
+                "create_model",
+            }, where
 
 
 @EACH
 def test_broad_excepts_raise_again_or_say_why(module):
     text = NAMES[module].read_text()
-    comments = {token.start[0] for token in tokenize.generate_tokens(io.StringIO(text).readline) if token.type == tokenize.COMMENT}
+    comments = {
+        token.start[0]
+        for token in tokenize.generate_tokens(io.StringIO(text).readline)
+        if token.type == tokenize.COMMENT
+    }
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.ExceptHandler):
             kinds = node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]
-            if {ast.unparse(kind) if kind else "everything" for kind in kinds} & {"Exception", "BaseException", "everything"}:
+            if {ast.unparse(kind) if kind else "everything" for kind in kinds} & {
+                "Exception",
+                "BaseException",
+                "everything",
+            }:
                 again = any(isinstance(inner, ast.Raise) for inner in ast.walk(node))
                 said = comments & set(range(node.lineno, node.body[0].lineno + 1))
-                assert again or said, f"{NAMES[module]}:{node.lineno}: raise again, or say in a comment why everything is caught"
+                assert again or said, (
+                    f"{NAMES[module]}:{node.lineno}: raise again, or say in a comment why "
+                    "everything is caught"
+                )
 
 
 @EACH

@@ -1,4 +1,6 @@
-"""What identifies a file: all of its bytes, read once; and what happens when it changes, or when the cache is damaged."""
+"""What identifies a file: all of its bytes, read once; and what happens when it changes, or when
+the cache is damaged.
+"""
 
 import os
 import shutil
@@ -30,8 +32,12 @@ def old(path, seconds: float = 100.0):
 def reads(monkeypatch):
     """Files that are truly read, one entry a reading."""
     seen, whole, piece = [], identity._hash_whole, identity._hash_piece
-    monkeypatch.setattr(identity, "_hash_whole", lambda uri, stamp: (seen.append(uri), whole(uri, stamp))[1])
-    monkeypatch.setattr(identity, "_hash_piece", lambda uri, number: (seen.append(uri), piece(uri, number))[1])
+    monkeypatch.setattr(
+        identity, "_hash_whole", lambda uri, stamp: (seen.append(uri), whole(uri, stamp))[1]
+    )
+    monkeypatch.setattr(
+        identity, "_hash_piece", lambda uri, number: (seen.append(uri), piece(uri, number))[1]
+    )
     return seen
 
 
@@ -67,9 +73,14 @@ def test_a_copy_is_the_same_and_order_is_kept(tmp_path):
         name.write_bytes(b"%d" % i)
     shutil.copytree(tmp_path, tmp_path / "copy", ignore=shutil.ignore_patterns("cache"))
     first = [file.content for file in identity.identify(map(str, names))]
-    second = [file.content for file in identity.identify(str(tmp_path / "copy" / name.name) for name in names)]
+    second = [
+        file.content
+        for file in identity.identify(str(tmp_path / "copy" / name.name) for name in names)
+    ]
     assert first == second and len(set(first)) == 300
-    assert [file.uri for file in identity.identify([str(names[2]), str(names[1]), str(names[2])])] == [str(names[i]) for i in (2, 1, 2)]
+    assert [
+        file.uri for file in identity.identify([str(names[2]), str(names[1]), str(names[2])])
+    ] == [str(names[i]) for i in (2, 1, 2)]
 
 
 def test_a_file_is_read_once(tmp_path, reads, aged, own_cache):
@@ -146,16 +157,24 @@ def test_flipped_bits_of_the_cache_change_no_identity(tmp_path, aged, own_cache)
         assert identity.identify(names) == first
 
 
-def test_without_a_place_for_the_cache_files_are_read_each_time(tmp_path, reads, aged, monkeypatch, caplog):
+def test_without_a_place_for_the_cache_files_are_read_each_time(
+    tmp_path, reads, aged, monkeypatch, caplog
+):
     (tmp_path / "file").write_bytes(b"")
     monkeypatch.setenv("ONETOMANY_CACHE", str(tmp_path / "file"))
     (tmp_path / "a").write_bytes(b"one")
-    assert identity.fingerprint(tmp_path / "a") == identity.fingerprint(tmp_path / "a") and len(reads) == 2
+    assert (
+        identity.fingerprint(tmp_path / "a") == identity.fingerprint(tmp_path / "a")
+        and len(reads) == 2
+    )
     assert "cannot be used" in caplog.text
 
 
-def test_a_user_without_a_home_folder_reads_files_each_time(tmp_path, reads, aged, monkeypatch, caplog):
+def test_a_user_without_a_home_folder_reads_files_each_time(
+    tmp_path, reads, aged, monkeypatch, caplog
+):
     """A container under a number of a user that it has no entry for."""
+
     def no_home():
         raise RuntimeError("Could not determine home directory.")
 
@@ -163,8 +182,14 @@ def test_a_user_without_a_home_folder_reads_files_each_time(tmp_path, reads, age
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(identity.Path, "home", no_home)
     (tmp_path / "a").write_bytes(b"one")
-    assert identity.fingerprint(tmp_path / "a") == identity.fingerprint(tmp_path / "a") and len(reads) == 2
-    assert "Could not determine home directory" in caplog.text and "set ONETOMANY_CACHE or HOME" in caplog.text
+    assert (
+        identity.fingerprint(tmp_path / "a") == identity.fingerprint(tmp_path / "a")
+        and len(reads) == 2
+    )
+    assert (
+        "Could not determine home directory" in caplog.text
+        and "set ONETOMANY_CACHE or HOME" in caplog.text
+    )
 
 
 def test_a_name_with_nul_is_absent(tmp_path):
@@ -178,11 +203,21 @@ def test_a_name_with_nul_is_absent(tmp_path):
 def test_processes_share_the_cache(tmp_path, aged, own_cache):
     for i in range(40):
         (tmp_path / f"{i}.bin").write_bytes(b"%d" % i)
-    code = ("import sys; from pipeline import identity; identity.GRAIN_SECONDS = -1e6\n"
-            "for _ in range(5): print(identity.identify([f'{sys.argv[1]}/{i}.bin' for i in range(40)])[7].content)")
-    running = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    code = (
+        "import sys; from pipeline import identity; identity.GRAIN_SECONDS = -1e6\n"
+        "for _ in range(5): print(identity.identify([f'{sys.argv[1]}/{i}.bin' for i in "
+        "range(40)])[7].content)"
+    )
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(4)
+    ]
     said = {line for process in running for line in process.communicate()[0].split()}
-    assert said == {identity.fingerprint(tmp_path / "7.bin")} and all(process.returncode == 0 for process in running)
+    assert said == {identity.fingerprint(tmp_path / "7.bin")} and all(
+        process.returncode == 0 for process in running
+    )
     with sqlite3.connect(own_cache) as db:
         assert db.execute("SELECT count(*) FROM files").fetchone() == (40,)
     db.close()
@@ -227,11 +262,19 @@ def test_a_file_that_changes_in_use_is_an_error_that_names_it(tmp_path):
     with identity.open_unchanged(files[1]) as handle:
         assert handle.read() == b"one"
     storage.write_bytes(names[1], b"two")
-    for refuse in (lambda: identity.check_unchanged(files), lambda: identity.open_unchanged(files[1])):
-        with pytest.raises(identity.ChangedFileError, match=f"^{names[1]} was changed while it was in use: it holds something else"):
+    for refuse in (
+        lambda: identity.check_unchanged(files),
+        lambda: identity.open_unchanged(files[1]),
+    ):
+        with pytest.raises(
+            identity.ChangedFileError,
+            match=f"^{names[1]} was changed while it was in use: it holds something else",
+        ):
             refuse()
     os.remove(names[1])
-    with pytest.raises(identity.ChangedFileError, match=f"^{names[1]} was changed while it was in use: it is gone"):
+    with pytest.raises(
+        identity.ChangedFileError, match=f"^{names[1]} was changed while it was in use: it is gone"
+    ):
         identity.check_unchanged(files)
 
 
@@ -240,7 +283,9 @@ def test_a_touched_file_known_by_stat_has_changed(tmp_path):
     files = identity.identify([str(tmp_path / "a")], "stat")
     identity.check_unchanged(files)
     old(tmp_path / "a")
-    with pytest.raises(identity.ChangedFileError, match="its size or time of change is another one"):
+    with pytest.raises(
+        identity.ChangedFileError, match="its size or time of change is another one"
+    ):
         identity.check_unchanged(files)
 
 
@@ -271,19 +316,31 @@ def test_long_reading_is_shown(tmp_path, monkeypatch):
 
 def test_objects_on_s3_are_known_by_their_etags(s3_server):
     root = f"{s3_server}/identity"
-    names = [f"{root}/many/{i}.bin" for i in range(identity.LISTED_FILES + 1)] + [f"{root}/one/a.bin", f"{root}/gone.bin"]
+    names = [f"{root}/many/{i}.bin" for i in range(identity.LISTED_FILES + 1)] + [
+        f"{root}/one/a.bin",
+        f"{root}/gone.bin",
+    ]
     for name in names[:-1]:
         storage.write_bytes(name, name[-6:].encode())
     files = identity.identify(names, absent_ok=True)
-    assert files[0].content == identity.fingerprint(names[0]) == f"6-etag:{storage.file_info(names[0])['ETag'].strip(chr(34))}"
-    assert files[-1].content == identity.ABSENT and len({file.content for file in files}) == len(files)
+    assert (
+        files[0].content
+        == identity.fingerprint(names[0])
+        == f"6-etag:{storage.file_info(names[0])['ETag'].strip(chr(34))}"
+    )
+    assert files[-1].content == identity.ABSENT and len({file.content for file in files}) == len(
+        files
+    )
     with pytest.raises(storage.NotFoundError):
         identity.identify(names)
     identity.check_unchanged(files)
     with identity.open_unchanged(files[0]) as handle:
         assert handle.read() == b"/0.bin"
     storage.write_bytes(names[0], b"/1.bin")
-    for refuse in (lambda: identity.check_unchanged(files), lambda: identity.open_unchanged(files[0])):
+    for refuse in (
+        lambda: identity.check_unchanged(files),
+        lambda: identity.open_unchanged(files[0]),
+    ):
         with pytest.raises(identity.ChangedFileError, match=names[0]):
             refuse()
 

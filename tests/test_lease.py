@@ -1,4 +1,6 @@
-"""One run of a job at a time: a lease that is held is refused to others, one whose run is gone is taken over."""
+"""One run of a job at a time: a lease that is held is refused to others, one whose run is gone is
+taken over.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,14 @@ def renewed(root: str, lease_id: str) -> dict | None:
 
 def left_behind(root: str, **change) -> dict:
     """A lease as a run leaves it that never came to its end; by default of this living process."""
-    found = {"id": "1", "host": socket.gethostname(), "pid": os.getpid(), "process_began": psutil.Process().create_time(), "time": time.time(), **change}
+    found = {
+        "id": "1",
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "process_began": psutil.Process().create_time(),
+        "time": time.time(),
+        **change,
+    }
     storage.write_json(storage.join(root, ".run.json"), found)
     return found
 
@@ -44,10 +53,16 @@ def left_behind(root: str, **change) -> dict:
 def test_a_second_run_is_refused_and_told_who_is_at_work(root):
     with lease.hold(root):
         mine = held(root)
-        assert mine is not None and (mine["pid"], mine["host"]) == (os.getpid(), socket.gethostname())
+        assert mine is not None and (mine["pid"], mine["host"]) == (
+            os.getpid(),
+            socket.gethostname(),
+        )
         with pytest.raises(BusyError) as caught, lease.hold(root):
             pytest.fail("two runs at once")
-        assert str(caught.value).startswith(f"{root}: a run of this job is at work already (process {os.getpid()} on {socket.gethostname()})")
+        assert str(caught.value).startswith(
+            f"{root}: a run of this job is at work already (process {os.getpid()} on "
+            f"{socket.gethostname()})"
+        )
         assert held(root) == mine, "the one that was refused leaves the lease alone"
         with lease.hold(root + "-other"):
             pass  # another job is not concerned
@@ -81,7 +96,11 @@ def test_the_lease_of_a_run_that_was_killed_is_taken_over(root):
     dead = run_python(DIES, root)
     assert dead.returncode == 9, dead.stderr
     left = held(root)
-    assert left is not None and left["pid"] == int(dead.stdout) and time.time() - left["time"] < lease.STALE_SECONDS
+    assert (
+        left is not None
+        and left["pid"] == int(dead.stdout)
+        and time.time() - left["time"] < lease.STALE_SECONDS
+    )
     with lease.hold(root):
         now = held(root)
         assert now is not None and now["pid"] == os.getpid()
@@ -102,11 +121,21 @@ def test_a_living_process_of_this_host_holds_it_however_old_the_lease_is(tmp_pat
     import textwrap
 
     root = str(tmp_path / "job")
-    other = subprocess.Popen([sys.executable, "-c", textwrap.dedent(LIVES), root], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                             cwd=Path(__file__).parents[1])
+    other = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(LIVES), root],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[1],
+    )
     try:
         assert other.stdout is not None and other.stdout.readline() == "held\n"
-        left_behind(root, pid=other.pid, process_began=psutil.Process(other.pid).create_time(), time=time.time() - 3600)
+        left_behind(
+            root,
+            pid=other.pid,
+            process_began=psutil.Process(other.pid).create_time(),
+            time=time.time() - 3600,
+        )
         with pytest.raises(BusyError, match=rf"process {other.pid} on "), lease.hold(root):
             pytest.fail("two runs at once")
     finally:
@@ -119,7 +148,9 @@ def test_a_number_that_went_to_another_process_is_not_the_run(root):
     left_behind(root, process_began=psutil.Process().create_time() - 5000)
     with lease.hold(root):
         pass
-    left_behind(root, process_began=psutil.Process().create_time() + 0.3)  # the clock of the system was set a little
+    left_behind(
+        root, process_began=psutil.Process().create_time() + 0.3
+    )  # the clock of the system was set a little
     with pytest.raises(BusyError), lease.hold(root):
         pytest.fail("two runs at once")
 
@@ -137,7 +168,9 @@ def test_of_another_host_a_fresh_lease_is_obeyed_and_a_stale_one_taken_over(root
 
 
 def test_a_lease_is_renewed_while_the_run_lives(tmp_path, monkeypatch):
-    """Else another host would take it over after a while. A write that fails in between is no matter."""
+    """Else another host would take it over after a while. A write that fails in between is no
+    matter.
+    """
     assert lease.RENEW_SECONDS * 3 < lease.STALE_SECONDS, "three renewals may fail"
     written, real, failed = threading.Semaphore(0), storage.write_json, []
 
@@ -189,14 +222,19 @@ def test_a_run_does_not_take_its_lease_back_in_the_moment_of_renewing_it(root, m
 
     monkeypatch.setattr(lease, "RENEW_SECONDS", 0.05)
     monkeypatch.setattr(lease, "_is_held", is_held)
-    with pytest.raises(fence.LostLeaseError, match="process 12 on elsewhere has it now"), lease.hold(root):
+    with (
+        pytest.raises(fence.LostLeaseError, match="process 12 on elsewhere has it now"),
+        lease.hold(root),
+    ):
         threading.Event().wait(20)
         pytest.fail("nothing has stopped it")
     assert taken == [held(root)]
 
 
 def test_a_run_that_was_killed_and_that_its_parent_has_not_asked_for_is_dead(root):
-    """The first process of many a container asks for none: the dead stay in the list of processes."""
+    """The first process of many a container asks for none: the dead stay in the list of
+    processes.
+    """
     with subprocess.Popen([sys.executable, "-c", ""]) as dead:
         began = psutil.Process(dead.pid).create_time()
         os.waitid(os.P_PID, dead.pid, os.WEXITED | os.WNOWAIT)
@@ -217,8 +255,14 @@ def test_a_lease_of_another_machine_with_the_same_name_is_obeyed(root):
 
 @pytest.mark.parametrize("conditions", ["local", "kept", "ignored"])
 def test_of_several_that_start_at_once_exactly_one_gets_in(conditions, request, tmp_path):
-    """Half of the rounds find the lease of a dead run. tests/benchmarks/lease_rounds.py plays 30 of each."""
-    place = str(tmp_path) if conditions == "local" else f"{request.getfixturevalue('s3_server')}/{uuid.uuid4().hex}"
+    """Half of the rounds find the lease of a dead run. tests/benchmarks/lease_rounds.py plays 30 of
+    each.
+    """
+    place = (
+        str(tmp_path)
+        if conditions == "local"
+        else f"{request.getfixturevalue('s3_server')}/{uuid.uuid4().hex}"
+    )
     assert rounds(place, 6, 4, conditions) == {1: 6}
 
 
@@ -235,8 +279,15 @@ def test_a_store_without_conditional_writes_is_named(s3_server, monkeypatch):
         assert held(root) is not None
         with pytest.raises(BusyError, match="is at work already"), lease.hold(root, said.append):
             pytest.fail("two runs at once")
-    assert said == [f"{root}: this store has no conditional writes; runs that start at once find out by listing who is first, "
-                    "which needs listings that show a write at once"] * 2
+    assert (
+        said
+        == [
+            f"{root}: this store has no conditional writes; runs that start at once find out "
+            "by listing who is first, "
+            "which needs listings that show a write at once"
+        ]
+        * 2
+    )
     assert storage.list_files(root) == []
 
 
@@ -260,18 +311,28 @@ def test_a_claim_whose_run_died_is_claimed_in_turn(root):
         assert mine is not None and mine["id"] not in ("first", "second", "third")
         assert [uri for uri in storage.list_files(root) if "/.run-claim" in uri] == []
     left_behind(root, id="first", process_began=psutil.Process().create_time() - 5000)
-    storage.write_json(storage.join(root, ".run-claim-first.json"), {**first, "id": "living", "process_began": psutil.Process().create_time()})
+    storage.write_json(
+        storage.join(root, ".run-claim-first.json"),
+        {**first, "id": "living", "process_began": psutil.Process().create_time()},
+    )
     with pytest.raises(BusyError, match="is at work already"), lease.hold(root):
         pytest.fail("another run is taking the lease over")
 
 
 def test_a_damaged_lease_is_one_line_that_says_what_to_do(root):
     storage.write_bytes(storage.join(root, ".run.json"), b'{"id": 3')
-    with pytest.raises(storage.StorageError, match=r"\.run\.json is damaged, .*; remove it when no run of this job is at work$"), lease.hold(root):
+    with (
+        pytest.raises(
+            storage.StorageError,
+            match=r"\.run\.json is damaged, .*; remove it when no run of this job is at work$",
+        ),
+        lease.hold(root),
+    ):
         pytest.fail("nobody knows who is at work")
 
 
 # ---------------------------------------------------------------- the fence
+
 
 def write_log(root: str) -> None:
     log = MetricsLog(storage.join(root, "log"), tensorboard=False)
@@ -281,9 +342,15 @@ def write_log(root: str) -> None:
 
 WRITES = {
     "a file": lambda root: storage.write_bytes(storage.join(root, "a/file"), b"x"),
-    "a folder": lambda root: folders.commit_folder(storage.join(root, "folder"), {"data": b"x"}, {}),
-    "the table": lambda root: results.append(root, [{"trial_id": "t", "status": "done", "trial_stage": "final"}]),
-    "a resume point": lambda root: checkpoint.save(storage.join(root, "checkpoints"), Ranks(), {"step": 1}),
+    "a folder": lambda root: folders.commit_folder(
+        storage.join(root, "folder"), {"data": b"x"}, {}
+    ),
+    "the table": lambda root: results.append(
+        root, [{"trial_id": "t", "status": "done", "trial_stage": "final"}]
+    ),
+    "a resume point": lambda root: checkpoint.save(
+        storage.join(root, "checkpoints"), Ranks(), {"step": 1}
+    ),
     "the log": write_log,
     "a removal": lambda root: storage.remove_tree(storage.join(root, "kept")),
 }
@@ -297,9 +364,15 @@ def test_a_run_that_lost_its_lease_writes_nothing_more(root, what):
         before = storage.list_files(root)
         storage.write_bytes(root + "-elsewhere", b"x")  # what lies outside is not concerned
         WRITES[what](root)
-    assert str(caught.value) == (f"{root}: this run no longer holds the lease of its folder (process 12 on elsewhere has it now), so it stops and writes "
-                                 "nothing more; what it finished is kept. Give the command again when no other run is at work")
-    assert storage.list_files(root) == before and held(root) == storage.read_json(storage.join(root, ".run.json"))
+    assert str(caught.value) == (
+        f"{root}: this run no longer holds the lease of its folder (process 12 on elsewhere "
+        "has it now), so it stops and writes "
+        "nothing more; what it finished is kept. Give the command again when no other run is "
+        "at work"
+    )
+    assert storage.list_files(root) == before and held(root) == storage.read_json(
+        storage.join(root, ".run.json")
+    )
 
 
 @pytest.mark.parametrize("what", WRITES)
@@ -312,7 +385,10 @@ def test_a_run_that_holds_its_lease_writes(root, what):
 
 
 def test_a_lease_whose_file_was_removed_is_lost(root):
-    with pytest.raises(fence.LostLeaseError, match=r"\(its file \.run\.json is gone\)"), lease.hold(root):
+    with (
+        pytest.raises(fence.LostLeaseError, match=r"\(its file \.run\.json is gone\)"),
+        lease.hold(root),
+    ):
         storage.remove_tree(storage.join(root, ".run.json"))
         storage.write_bytes(storage.join(root, "file"), b"x")
 
@@ -320,7 +396,10 @@ def test_a_lease_whose_file_was_removed_is_lost(root):
 def test_a_lease_that_is_lost_while_nothing_is_written_ends_the_run(root, monkeypatch):
     """The main thread may be waiting for a rank for hours."""
     monkeypatch.setattr(lease, "RENEW_SECONDS", 0.05)
-    with pytest.raises(fence.LostLeaseError, match="process 12 on elsewhere has it now"), lease.hold(root):
+    with (
+        pytest.raises(fence.LostLeaseError, match="process 12 on elsewhere has it now"),
+        lease.hold(root),
+    ):
         left_behind(root, id="other", host="elsewhere", pid=12)
         threading.Event().wait(60)
         pytest.fail("nothing has stopped it")
@@ -352,7 +431,9 @@ def test_ray_workers_are_inside_the_fence_of_their_run(tmp_path):
             (refused,) = map_items(write, ["b"])
             assert refused.startswith(f"{root}: this run no longer holds the lease")
         left_behind(root, id="third", host="elsewhere", pid=13)
-        assert list(map_items(write, ["c"])) == ["written"], "outside of a run, the same worker is free"
+        assert list(map_items(write, ["c"])) == ["written"], (
+            "outside of a run, the same worker is free"
+        )
     finally:
         if is_ours:
             ray.shutdown()

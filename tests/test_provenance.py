@@ -1,4 +1,6 @@
-"""What made a result: a hash of normalised source, found part by part, and the versions of libraries."""
+"""What made a result: a hash of normalised source, found part by part, and the versions of
+libraries.
+"""
 
 import shutil
 import subprocess
@@ -43,45 +45,95 @@ def test_the_hash_of_a_stored_sample_is_the_same_on_every_python():
     assert source_hash(SAMPLE) == "c0b0fded5dbc"
 
 
-@pytest.mark.parametrize("other", [
-    "def f(a, b):\n    # why\n    return g('x', a + b)  # what\n",
-    'def f(a, b):\n    """What it does."""\n    return g("x", a + b)\n',
-    'def f(\n    a,\n    b,\n):\n    return g(\n        "x",\n        (a + b),\n    )\n',
-    'def f(a, b):\n    return g("" "x", a \\\n + b)\n',
-    'def f(a, b): return g("x", a + b)\n',
-    '"""A module."""\n\n\ndef f(a, b):\n    return g("x", a + b)\n\n\n'], ids=["comments", "docstring", "lines", "pieces", "one line", "module"])
+@pytest.mark.parametrize(
+    "other",
+    [
+        "def f(a, b):\n    # why\n    return g('x', a + b)  # what\n",
+        'def f(a, b):\n    """What it does."""\n    return g("x", a + b)\n',
+        'def f(\n    a,\n    b,\n):\n    return g(\n        "x",\n        (a + b),\n    )\n',
+        'def f(a, b):\n    return g("" "x", a \\\n + b)\n',
+        'def f(a, b): return g("x", a + b)\n',
+        '"""A module."""\n\n\ndef f(a, b):\n    return g("x", a + b)\n\n\n',
+    ],
+    ids=["comments", "docstring", "lines", "pieces", "one line", "module"],
+)
 def test_comments_docstrings_and_formatting_do_not_count(other):
     assert source_hash(other) == source_hash('def f(a, b):\n    return g("x", a + b)\n')
 
 
-@pytest.mark.parametrize("other", [
-    'def f(a, b):\n    return g("x", a - b)\n', 'def f(a, b):\n    return g("y", a + b)\n', 'def f(a, b=1):\n    return g("x", a + b)\n',
-    'def f(b, a):\n    return g("x", a + b)\n', 'def f(a, b):\n    return h("x", a + b)\n', 'def f(a, b):\n    g("x", a + b)\n',
-    'def f(a, b):\n    return g(b"x", a + b)\n', 'def f(a, b):\n    return g("x", a + b)\n\n\nC = 1\n'])
+@pytest.mark.parametrize(
+    "other",
+    [
+        'def f(a, b):\n    return g("x", a - b)\n',
+        'def f(a, b):\n    return g("y", a + b)\n',
+        'def f(a, b=1):\n    return g("x", a + b)\n',
+        'def f(b, a):\n    return g("x", a + b)\n',
+        'def f(a, b):\n    return h("x", a + b)\n',
+        'def f(a, b):\n    g("x", a + b)\n',
+        'def f(a, b):\n    return g(b"x", a + b)\n',
+        'def f(a, b):\n    return g("x", a + b)\n\n\nC = 1\n',
+    ],
+)
 def test_everything_else_counts(other):
     assert source_hash(other) != source_hash('def f(a, b):\n    return g("x", a + b)\n')
 
 
 def test_the_order_of_imports_does_not_count_and_what_is_imported_does():
     one = "import os\nimport sys\nfrom math import exp, log\n"
-    assert source_hash(one) == source_hash("from math import (\n    log,\n    exp,\n)\nimport sys, os\n")
+    assert source_hash(one) == source_hash(
+        "from math import (\n    log,\n    exp,\n)\nimport sys, os\n"
+    )
     assert source_hash(one) != source_hash(one.replace("math import exp", "numpy import exp"))
     assert source_hash("x = {**a, 'k': b}") != source_hash("x = {'k': a, **b}")
 
 
 # ---------------------------------------------------------------- which code counts
 
-PROBE = (("modality", "image"), ("model", "timm"), ("objective", "classification"), ("technique", "linear_probe"))
+PROBE = (
+    ("modality", "image"),
+    ("model", "timm"),
+    ("objective", "classification"),
+    ("technique", "linear_probe"),
+)
 
 
 def test_what_a_trial_uses_is_found_by_its_imports():
     code = code_of((*provenance.TRIAL_CODE, *provenance.FROZEN_CODE), PROBE)
-    assert {"technique linear_probe", "objective classification", "modality image", "model timm"} <= code.keys()
-    parts = ("train.loop", "train.optim", "train.evaluate", "data.plan", "data.loader", "data.stream", "metrics", "contracts", "bundle", "pixels",
-             "transfer.trial", "transfer.probe")
+    assert {
+        "technique linear_probe",
+        "objective classification",
+        "modality image",
+        "model timm",
+    } <= code.keys()
+    parts = (
+        "train.loop",
+        "train.optim",
+        "train.evaluate",
+        "data.plan",
+        "data.loader",
+        "data.stream",
+        "metrics",
+        "contracts",
+        "bundle",
+        "pixels",
+        "transfer.trial",
+        "transfer.probe",
+    )
     assert {f"pipeline.{part}" for part in parts} <= code.keys()
-    left_out = ("techniques", "objectives.", "modalities.", "models.", "storage", "cli", "transfer.report", "transfer.fanout", "data.prepare")
-    assert not [part for part in code for name in left_out if part.startswith(f"pipeline.{name}")], "of the pieces those that it uses, and no files"
+    left_out = (
+        "techniques",
+        "objectives.",
+        "modalities.",
+        "models.",
+        "storage",
+        "cli",
+        "transfer.report",
+        "transfer.fanout",
+        "data.prepare",
+    )
+    assert not [
+        part for part in code for name in left_out if part.startswith(f"pipeline.{name}")
+    ], "of the pieces those that it uses, and no files"
 
 
 def test_each_piece_has_code_of_its_own():
@@ -90,19 +142,49 @@ def test_each_piece_has_code_of_its_own():
             assert f"{kind} {name}" in code_of((), ((kind, name),))
     both = [code_of((), (("technique", name),))[f"technique {name}"] for name in ("full", "lp_ft")]
     assert both[0] != both[1], "though they stand in one file"
-    text = code_of(provenance.SOURCE_CODE, (("modality", "text"), ("model", "transformers"), ("objective", "mlm"), ("technique", "full")))
-    assert "pipeline.tokenizer" in text and "pipeline.imagefile" not in text and "pipeline.hugging_face" not in text
+    text = code_of(
+        provenance.SOURCE_CODE,
+        (
+            ("modality", "text"),
+            ("model", "transformers"),
+            ("objective", "mlm"),
+            ("technique", "full"),
+        ),
+    )
+    assert (
+        "pipeline.tokenizer" in text
+        and "pipeline.imagefile" not in text
+        and "pipeline.hugging_face" not in text
+    )
     assert "pipeline.hugging_face" in code_of(provenance.CHECKPOINT_CODE, ())
 
 
 def test_the_modules_that_are_named_are_there():
-    named = {*provenance.MAKES_NO_NUMBERS, *provenance.SOURCE_CODE, *provenance.CHECKPOINT_CODE, *provenance.TRIAL_CODE, *provenance.FROZEN_CODE}
+    named = {
+        *provenance.MAKES_NO_NUMBERS,
+        *provenance.SOURCE_CODE,
+        *provenance.CHECKPOINT_CODE,
+        *provenance.TRIAL_CODE,
+        *provenance.FROZEN_CODE,
+    }
     assert not [module for module in named if provenance._file(module) is None]
 
 
 def test_a_backbone_that_holds_another_brings_its_library_in():
-    pieces = provenance.pieces_of("trajectory", "policy/transformer", {"vision": "timm/resnet18", "width": 8, "note": "a/b"}, "behaviour_cloning", "full")
-    assert pieces == (("modality", "trajectory"), ("model", "policy"), ("model", "timm"), ("objective", "behaviour_cloning"), ("technique", "full"))
+    pieces = provenance.pieces_of(
+        "trajectory",
+        "policy/transformer",
+        {"vision": "timm/resnet18", "width": 8, "note": "a/b"},
+        "behaviour_cloning",
+        "full",
+    )
+    assert pieces == (
+        ("modality", "trajectory"),
+        ("model", "policy"),
+        ("model", "timm"),
+        ("objective", "behaviour_cloning"),
+        ("technique", "full"),
+    )
 
 
 HASHES = """
@@ -114,7 +196,14 @@ print(provenance.made_by((*provenance.TRIAL_CODE, *provenance.FROZEN_CODE), piec
 
 
 def hash_in(folder: Path) -> str:
-    out = subprocess.run([sys.executable, "-c", HASHES], cwd=folder, env={"PYTHONPATH": str(folder), "PATH": ""}, capture_output=True, text=True, check=True)
+    out = subprocess.run(
+        [sys.executable, "-c", HASHES],
+        cwd=folder,
+        env={"PYTHONPATH": str(folder), "PATH": ""},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     found, heavy = out.stdout.split()
     assert heavy == "False", "sources are read, not imported"
     return found
@@ -123,7 +212,11 @@ def hash_in(folder: Path) -> str:
 def test_where_the_package_lies_does_not_count_and_what_stands_in_it_does(tmp_path):
     def copied(name: str, file: str = "", old: str = "", new: str = "") -> Path:
         folder = tmp_path / name
-        shutil.copytree(Path(registry.__file__).parent, folder / "pipeline", ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(
+            Path(registry.__file__).parent,
+            folder / "pipeline",
+            ignore=shutil.ignore_patterns("__pycache__"),
+        )
         if file:
             path = folder / "pipeline" / file
             assert old in path.read_text()
@@ -132,10 +225,37 @@ def test_where_the_package_lies_does_not_count_and_what_stands_in_it_does(tmp_pa
 
     here = hash_in(Path(registry.__file__).parents[1])
     assert hash_in(copied("elsewhere")) == here
-    assert hash_in(copied("comment", "train/optim.py", "\nimport torch\n", "\n# a comment\nimport torch\n")) == here
-    assert hash_in(copied("files", "storage.py", "_MIB = 2**20", "_MIB = 2**21")) == here, "it moves files and makes no number"
-    assert hash_in(copied("neighbour", "techniques/rates.py", "class LPFT(Technique):", "class LPFT(Technique):\n    more = 1\n")) == here
-    assert hash_in(copied("technique", "techniques/rates.py", "class LinearProbe(Technique):", "class LinearProbe(Technique):\n    more = 1\n")) != here
+    assert (
+        hash_in(
+            copied("comment", "train/optim.py", "\nimport torch\n", "\n# a comment\nimport torch\n")
+        )
+        == here
+    )
+    assert hash_in(copied("files", "storage.py", "_MIB = 2**20", "_MIB = 2**21")) == here, (
+        "it moves files and makes no number"
+    )
+    assert (
+        hash_in(
+            copied(
+                "neighbour",
+                "techniques/rates.py",
+                "class LPFT(Technique):",
+                "class LPFT(Technique):\n    more = 1\n",
+            )
+        )
+        == here
+    )
+    assert (
+        hash_in(
+            copied(
+                "technique",
+                "techniques/rates.py",
+                "class LinearProbe(Technique):",
+                "class LinearProbe(Technique):\n    more = 1\n",
+            )
+        )
+        != here
+    )
     assert hash_in(copied("loop", "rng.py", "\ndef mix(", "\nMORE = 1\n\n\ndef mix(")) != here
 
 
@@ -146,11 +266,16 @@ def test_a_piece_of_a_plugin_counts_with_the_plugins_own_modules(tmp_path, monke
     (package / "__init__.py").write_text("")
     (tmp_path / "acme_pieces" / "curves.py").write_text("def curve(x):\n    return 2 * x\n")
     (package / "shake.py").write_text(
-        "import numpy\nfrom pipeline import rng\nfrom pipeline.contracts import Technique\nfrom pipeline.registry import register\n"
+        "import numpy\nfrom pipeline import rng\nfrom pipeline.contracts import "
+        "Technique\nfrom pipeline.registry import register\n"
         "from ..curves import curve\n\n\n"
-        "@register('technique', 'shake')\nclass Shake(Technique):\n    def rates(self, layers):\n        return curve(rng.mix(1))\n")
+        "@register('technique', 'shake')\nclass Shake(Technique):\n    def rates(self, "
+        "layers):\n        return curve(rng.mix(1))\n"
+    )
     monkeypatch.syspath_prepend(str(tmp_path))
-    declared = registry.Entry("technique", "shake", "acme_pieces.techniques.shake", registry.Options)
+    declared = registry.Entry(
+        "technique", "shake", "acme_pieces.techniques.shake", registry.Options
+    )
     monkeypatch.setattr(registry, "entry", lambda kind, name: declared)
 
     def code() -> dict[str, str]:
@@ -159,7 +284,12 @@ def test_a_piece_of_a_plugin_counts_with_the_plugins_own_modules(tmp_path, monke
         return code_of((), (("technique", "shake"),))
 
     before = code()
-    assert {"technique shake", "acme_pieces.curves", "pipeline.contracts", "pipeline.rng"} <= before.keys() and "numpy" not in before
+    assert {
+        "technique shake",
+        "acme_pieces.curves",
+        "pipeline.contracts",
+        "pipeline.rng",
+    } <= before.keys() and "numpy" not in before
     (tmp_path / "acme_pieces" / "curves.py").write_text("def curve(x):\n    return 3 * x\n")
     after = code()
     assert {part for part in before if before[part] != after[part]} == {"acme_pieces.curves"}
@@ -176,19 +306,36 @@ def test_what_changed_is_told_part_by_part():
     assert changes(NOW, NOW) == ()
     assert changes(None, NOW) == (provenance.NOT_RECORDED,)
     then = MadeBy({"pipeline.rng": "0", "pipeline.old": "3"}, {"torch": "2.10.0", "timm": "1.0.20"})
-    assert changes(then, NOW) == ("pipeline.old is no longer used", "pipeline.rng changed", "technique full is used now", "torch 2.10.0 then, now 2.11.0")
+    assert changes(then, NOW) == (
+        "pipeline.old is no longer used",
+        "pipeline.rng changed",
+        "technique full is used now",
+        "torch 2.10.0 then, now 2.11.0",
+    )
 
 
 def test_two_results_are_compared_by_the_code_that_both_use():
-    assert differences(NOW, MadeBy({"pipeline.rng": "1", "technique scratch": "9"}, NOW.versions)) == ()
-    assert differences(NOW, MadeBy({"pipeline.rng": "4"}, {"torch": "2.11.0", "timm": "1.0.19"})) == (
-        "pipeline.rng differs", "timm 1.0.20 and 1.0.19")
+    assert (
+        differences(NOW, MadeBy({"pipeline.rng": "1", "technique scratch": "9"}, NOW.versions))
+        == ()
+    )
+    assert differences(
+        NOW, MadeBy({"pipeline.rng": "4"}, {"torch": "2.11.0", "timm": "1.0.19"})
+    ) == ("pipeline.rng differs", "timm 1.0.20 and 1.0.19")
     assert differences(None, None) == () and differences(NOW, None)
 
 
 def test_what_is_recorded_is_read_back():
     facts = {"rows": [], **NOW.facts()}
     assert recorded(facts) == NOW and facts["made_by"]["hash"] == NOW.hash
-    assert recorded({"versions": {"python": "3.11.1", "ray": "2", **NOW.versions}, "made_by": facts["made_by"]}) == NOW, "a bundle names more versions"
+    assert (
+        recorded(
+            {
+                "versions": {"python": "3.11.1", "ray": "2", **NOW.versions},
+                "made_by": facts["made_by"],
+            }
+        )
+        == NOW
+    ), "a bundle names more versions"
     assert recorded({"versions": {"torch": "2.9.0"}}) is None
     assert set(provenance.versions()) == set(provenance.LIBRARIES)

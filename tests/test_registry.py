@@ -1,4 +1,6 @@
-"""Names are found by reading the sources: before torch is imported, from one file each, and never twice."""
+"""Names are found by reading the sources: before torch is imported, from one file each, and never
+twice.
+"""
 
 import subprocess
 import sys
@@ -16,7 +18,9 @@ DECLARED = [(kind, name) for kind in registry.FOLDERS for name in registry.names
 
 @pytest.fixture
 def house(tmp_path, monkeypatch):
-    """An empty house with the folder of every kind; ``house(technique=text)`` writes a file in the folder of a kind."""
+    """An empty house with the folder of every kind; ``house(technique=text)`` writes a file in the
+    folder of a kind.
+    """
     for folder in registry.FOLDERS.values():
         (tmp_path / folder).mkdir(parents=True)
     monkeypatch.setattr(registry, "__file__", str(tmp_path / "registry.py"))
@@ -53,7 +57,9 @@ def test_names_and_options_are_known_without_importing_torch():
         print(sorted({name.partition(".")[0] for name in sys.modules} & {"torch", "ray", "timm", "transformers", "tokenizers", "numpy", "pyarrow"}))
         print(sorted(name for name in sys.modules if name.startswith("pipeline")))
     """)
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     *lines, heavy, ours = done.stdout.splitlines()
     assert [tuple(line.split()[:2]) for line in lines if line != "True"] == DECLARED
     assert lines.count("True") == len(registry.names("model"))
@@ -67,7 +73,9 @@ def test_the_options_read_are_the_options_imported(kind, name):
     assert thing.registered_name == name
     assert thing.__module__ == entry.module, "the name is declared where it is defined"
     assert entry.options.model_json_schema() == thing.options_class.model_json_schema()
-    assert entry.options().model_dump() == thing.options_class().model_dump(), "every option has a default"
+    assert entry.options().model_dump() == thing.options_class().model_dump(), (
+        "every option has a default"
+    )
     for field, info in thing.options_class.model_fields.items():
         assert info.description, f"{kind} {name}: option {field} has no description"
 
@@ -82,7 +90,9 @@ def test_options_are_frozen_and_refuse_what_is_not_declared(kind, name):
             setattr(options(), field, None)
 
 
-@pytest.mark.parametrize(("kind", "name"), [pair for pair in DECLARED if pair[0] in ("modality", "objective")])
+@pytest.mark.parametrize(
+    ("kind", "name"), [pair for pair in DECLARED if pair[0] in ("modality", "objective")]
+)
 def test_the_roles_read_are_the_roles_imported(kind, name):
     thing = registry.get(kind, name)
     assert registry.roles(kind, name) == (thing.roles, getattr(thing, "optional_roles", ()))
@@ -113,8 +123,10 @@ def test_an_unknown_name_or_kind_is_refused():
 
 # ---------------------------------------------------------------- a house of its own
 
+
 def test_a_new_file_is_found_without_another_edit(house):
-    house(technique="""
+    house(
+        technique="""
         from __future__ import annotations
         import a_package_that_is_not_installed
         from typing import Literal
@@ -135,10 +147,15 @@ def test_a_new_file_is_found_without_another_edit(house):
         @register("technique", "plain")
         def plain():
             pass
-    """)
+    """
+    )
     assert registry.names("technique") == ["lora", "plain"]
     entry = registry.entry("technique", "lora")
-    assert (entry.kind, entry.name, entry.module) == ("technique", "lora", "pipeline.techniques.made")
+    assert (entry.kind, entry.name, entry.module) == (
+        "technique",
+        "lora",
+        "pipeline.techniques.made",
+    )
     assert entry.options().model_dump() == {"rank": 4, "where": "attention", "names": None}
     with pytest.raises(pydantic.ValidationError):
         entry.options(where="nowhere")
@@ -159,20 +176,28 @@ def test_a_doubled_name_is_refused_with_both_places(house):
 
 def test_a_name_in_the_folder_of_another_kind_is_refused(house):
     path = house(model='@register("technique", "lost")\nclass A:\n    pass\n')
-    with pytest.raises(ValueError, match="a technique is registered in the folder of models") as caught:
+    with pytest.raises(
+        ValueError, match="a technique is registered in the folder of models"
+    ) as caught:
         registry.names("model")
     assert f"{path}:1" in str(caught.value)
 
 
 def test_options_that_stand_elsewhere_are_refused(house):
-    path = house(technique='from x import Elsewhere\n@register("technique", "a", options=Elsewhere)\nclass A:\n    pass\n')
-    with pytest.raises(ValueError, match="options class Elsewhere must stand in the same file") as caught:
+    path = house(
+        technique='from x import Elsewhere\n@register("technique", "a", options=Elsewhere)\nclass '
+        "A:\n    pass\n"
+    )
+    with pytest.raises(
+        ValueError, match="options class Elsewhere must stand in the same file"
+    ) as caught:
         registry.names("technique")
     assert str(path) in str(caught.value)
 
 
 def test_roles_are_the_classs_own_or_those_of_a_base_in_the_same_file(house):
-    house(objective="""
+    house(
+        objective="""
         import a_package_that_is_not_installed
 
         class Base(Elsewhere):
@@ -194,16 +219,21 @@ def test_roles_are_the_classs_own_or_those_of_a_base_in_the_same_file(house):
         @register("objective", "bare")
         def bare():
             roles = ("no",)
-    """)
+    """
+    )
     assert registry.roles("objective", "own") == (("box",), ("area",))
     assert registry.roles("objective", "taken") == (("box",), ())
     assert registry.roles("objective", "inherited") == (("label", "weight"), ())
     assert registry.roles("objective", "bare") == ((), ())
 
 
-@pytest.mark.parametrize("written", ["LABEL", "(LABEL,)", "'label'", "['label']", "(1,)", "('a',) + ('b',)"])
+@pytest.mark.parametrize(
+    "written", ["LABEL", "(LABEL,)", "'label'", "['label']", "(1,)", "('a',) + ('b',)"]
+)
 def test_roles_that_are_not_written_out_are_refused(house, written):
-    path = house(objective=f'LABEL = "label"\n@register("objective", "a")\nclass A:\n    roles = {written}\n')
+    path = house(
+        objective=f'LABEL = "label"\n@register("objective", "a")\nclass A:\n    roles = {written}\n'
+    )
     with pytest.raises(ValueError, match="roles must be a tuple of texts written out") as caught:
         registry.names("objective")
     assert f"{path}:4" in str(caught.value)
@@ -221,9 +251,20 @@ def test_true_is_no_number_of_an_option(kind, name):
 
 
 def test_architectures_are_a_list_or_what_a_package_says(house):
-    house("own.py", model='ARCHITECTURES = ["one", "two"]\n@register("model", "own")\nclass A:\n    pass\n')
-    house("found.py", model='ARCHITECTURES = ("json", "*.py", r"^def (load\\w*)")\n@register("model", "found")\nclass A:\n    pass\n')
-    house("gone.py", model='ARCHITECTURES = ("no_such_package_here", "*.py", "x")\n@register("model", "gone")\nclass A:\n    pass\n')
+    house(
+        "own.py",
+        model='ARCHITECTURES = ["one", "two"]\n@register("model", "own")\nclass A:\n    pass\n',
+    )
+    house(
+        "found.py",
+        model='ARCHITECTURES = ("json", "*.py", r"^def (load\\w*)")\n@register("model", '
+        '"found")\nclass A:\n    pass\n',
+    )
+    house(
+        "gone.py",
+        model='ARCHITECTURES = ("no_such_package_here", "*.py", "x")\n@register("model", '
+        '"gone")\nclass A:\n    pass\n',
+    )
     house("none.py", model='@register("model", "none")\nclass A:\n    pass\n')
     assert registry.architectures("own") == {"one", "two"}
     assert registry.architectures("found") == {"load", "loads"}
@@ -237,6 +278,7 @@ def test_architectures_are_a_list_or_what_a_package_says(house):
 
 # ---------------------------------------------------------------- timm's names
 
+
 def test_names_read_from_timm_are_those_that_timm_has():
     timm = pytest.importorskip("timm")
     assert registry.architectures("timm") == set(timm.list_models(module="", include_tags=False))
@@ -244,14 +286,26 @@ def test_names_read_from_timm_are_those_that_timm_has():
 
 # ---------------------------------------------------------------- nearest
 
-@pytest.mark.parametrize(("value", "valid", "said"), [
-    ("lp_fft", ["lp_ft", "full", "scratch"], "did you mean lp_ft?"),
-    ("resnet", ["resnet18", "resnet34"], "did you mean resnet34 or resnet18?"),
-    ("vit", ["a_long_name_with_vit_in_it", "other"], "did you mean a_long_name_with_vit_in_it?"),
-    ("VIT", ["a_long_name_with_vit_in_it", "other"], "did you mean a_long_name_with_vit_in_it?"),
-    ("zzz", ["b", "a"], "valid names: a, b"),
-    ("zzz", [], "valid names: "),
-])
+
+@pytest.mark.parametrize(
+    ("value", "valid", "said"),
+    [
+        ("lp_fft", ["lp_ft", "full", "scratch"], "did you mean lp_ft?"),
+        ("resnet", ["resnet18", "resnet34"], "did you mean resnet34 or resnet18?"),
+        (
+            "vit",
+            ["a_long_name_with_vit_in_it", "other"],
+            "did you mean a_long_name_with_vit_in_it?",
+        ),
+        (
+            "VIT",
+            ["a_long_name_with_vit_in_it", "other"],
+            "did you mean a_long_name_with_vit_in_it?",
+        ),
+        ("zzz", ["b", "a"], "valid names: a, b"),
+        ("zzz", [], "valid names: "),
+    ],
+)
 def test_nearest(value, valid, said):
     assert registry.nearest(value, valid) == said
 

@@ -22,15 +22,25 @@ from pipeline.storage import StorageError
 def client_error(code, status):
     from botocore.exceptions import ClientError
 
-    return ClientError({"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}, "GetObject")
+    return ClientError(
+        {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}, "GetObject"
+    )
 
 
 def test_retry_sleeps_longer_each_time():
     from botocore.exceptions import EndpointConnectionError, IncompleteReadError, ReadTimeoutError
 
     pauses = []
-    flaky = Flaky(ConnectionResetError(), OSError(errno.EIO, "bad"), TimeoutError(), client_error("SlowDown", 503))
-    assert storage.retry(flaky, value=7, first_delay_s=0.1, sleep=pauses.append) == 7 and flaky.calls == 5
+    flaky = Flaky(
+        ConnectionResetError(),
+        OSError(errno.EIO, "bad"),
+        TimeoutError(),
+        client_error("SlowDown", 503),
+    )
+    assert (
+        storage.retry(flaky, value=7, first_delay_s=0.1, sleep=pauses.append) == 7
+        and flaky.calls == 5
+    )
     for pause, longest in zip(pauses, (0.1, 0.2, 0.4, 0.8), strict=True):
         assert longest / 2 <= pause <= longest
     for error in (
@@ -73,7 +83,9 @@ def test_jitter_leaves_the_random_state_alone():
 
 @contextmanager
 def s3_answers(monkeypatch, *answers):
-    """A server that gives these (status, body) in turn, the last one for ever; yields the list of requests seen."""
+    """A server that gives these (status, body) in turn, the last one for ever; yields the list of
+    requests seen.
+    """
     seen, left = [], list(answers)
 
     class Handler(BaseHTTPRequestHandler):
@@ -84,7 +96,9 @@ def s3_answers(monkeypatch, *answers):
             self.rfile.read(int(self.headers.get("Content-Length") or 0))
             status, body = left.pop(0) if len(left) > 1 else left[0]
             self.send_response(status)
-            self.send_header("Content-Length", str(len(body.rstrip(b"|")) + 3 * body.count(b"|")))  # "|": cut short
+            self.send_header(
+                "Content-Length", str(len(body.rstrip(b"|")) + 3 * body.count(b"|"))
+            )  # "|": cut short
             self.close_connection = b"|" in body
             self.end_headers()
             self.wfile.write(b"" if self.command == "HEAD" else body.rstrip(b"|"))
@@ -110,12 +124,16 @@ def xml(code):
     return f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>{code} said</Message></Error>".encode()
 
 
-@pytest.mark.parametrize(("status", "code"), [(403, "AccessDenied"), (404, "NoSuchKey"), (404, "NoSuchBucket")])
+@pytest.mark.parametrize(
+    ("status", "code"), [(403, "AccessDenied"), (404, "NoSuchKey"), (404, "NoSuchBucket")]
+)
 def test_403_and_404_fail_at_once(monkeypatch, fast, status, code):
     with s3_answers(monkeypatch, (status, xml(code))) as seen:
         for call in (storage.read_bytes, lambda uri: storage.write_bytes(uri, b"x")):
             seen.clear()
-            with pytest.raises(StorageError, match=f"s3://bucket/some/key: {code} said; check") as caught:
+            with pytest.raises(
+                StorageError, match=f"s3://bucket/some/key: {code} said; check"
+            ) as caught:
                 call("s3://bucket/some/key")
             assert isinstance(caught.value, FileNotFoundError) == (status == 404)
             assert len(seen) == 1 and not fast
@@ -130,7 +148,12 @@ def test_5xx_and_a_cut_answer_are_retried(monkeypatch, fast):
 
 def test_5xx_for_ever_is_an_error_after_five_requests(monkeypatch, fast):
     with s3_answers(monkeypatch, (500, xml("InternalError"))) as seen:
-        for call in (storage.read_bytes, storage.list_files, lambda uri: storage.glob(uri + "/*"), storage.exists):
+        for call in (
+            storage.read_bytes,
+            storage.list_files,
+            lambda uri: storage.glob(uri + "/*"),
+            storage.exists,
+        ):
             seen.clear()
             with pytest.raises(StorageError, match=r"s3://bucket/key: .*tried 5 times"):
                 call("s3://bucket/key")
@@ -156,7 +179,10 @@ def test_dead_server_is_an_error(monkeypatch, fast):
 
 
 def test_denied_bucket_is_named(monkeypatch):
-    with s3_answers(monkeypatch, (403, xml("AccessDenied"))), pytest.raises(StorageError, match=r"s3://bucket/k.*policy"):
+    with (
+        s3_answers(monkeypatch, (403, xml("AccessDenied"))),
+        pytest.raises(StorageError, match=r"s3://bucket/k.*policy"),
+    ):
         storage.check_writable("s3://bucket/k")
 
 
@@ -180,7 +206,9 @@ def test_reading_all_takes_few_requests(s3_server, monkeypatch):
     reader: Any = storage.open_read(uri)
     with reader as file:
         real = file.raw._file.read
-        monkeypatch.setattr(file.raw._file, "read", lambda count: calls.append(count) or real(count))
+        monkeypatch.setattr(
+            file.raw._file, "read", lambda count: calls.append(count) or real(count)
+        )
         assert len(file.read()) == 3 * 2**20 and calls == [3 * 2**20]
 
 
@@ -190,8 +218,12 @@ def test_long_listings_take_several_pages(s3_server, monkeypatch):
         storage.write_bytes(f"{root}/{number}", b"")
     client, pages = s3.client(), []
     real = client.call_s3
-    monkeypatch.setattr(client, "call_s3", lambda *args, **kw: pages.append(1) or real(*args, MaxKeys=2, **kw))
-    assert storage.list_files(root) == [f"{root}/{number}" for number in range(5)] and len(pages) == 3
+    monkeypatch.setattr(
+        client, "call_s3", lambda *args, **kw: pages.append(1) or real(*args, MaxKeys=2, **kw)
+    )
+    assert (
+        storage.list_files(root) == [f"{root}/{number}" for number in range(5)] and len(pages) == 3
+    )
 
 
 # --- processes and threads ---

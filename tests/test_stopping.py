@@ -1,4 +1,6 @@
-"""SIGTERM is answered as Ctrl-C is, whatever a library installs meanwhile; whole commands in tests/e2e/test_stops.py."""
+"""SIGTERM is answered as Ctrl-C is, whatever a library installs meanwhile; whole commands in
+tests/e2e/test_stops.py.
+"""
 
 import os
 import signal
@@ -14,7 +16,14 @@ ROOT = Path(__file__).parents[1]
 
 def python(source: str, *words: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-c", textwrap.dedent(source), *words]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    return subprocess.run(
+        command,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
 
 
 def test_sigterm_is_a_keyboard_interrupt_with_an_exit_code_of_its_own():
@@ -62,7 +71,8 @@ def test_whoever_answers_ctrl_c_answers_sigterm():
 @pytest.mark.parametrize("when", ["during", "after"])
 def test_a_handler_that_a_library_installs_does_not_stay(when):
     """As ray.init does, whose handler ends the process with sys.exit(15)."""
-    done = python("""
+    done = python(
+        """
         import os, signal, sys
         from pipeline import stopping
         stopping.install()
@@ -74,7 +84,9 @@ def test_a_handler_that_a_library_installs_does_not_stay(when):
             os.kill(os.getpid(), signal.SIGTERM)
         except KeyboardInterrupt:
             sys.exit(stopping.exit_code())
-    """, when)
+    """,
+        when,
+    )
     assert done.returncode == 143, done.stderr
 
 
@@ -94,4 +106,8 @@ def test_outside_a_command_nothing_is_installed():
 def test_exit_codes_are_those_of_shells():
     from pipeline import stopping
 
-    assert (stopping.CTRL_C, stopping.TERMINATED) == (128 + signal.SIGINT, 128 + signal.SIGTERM) == (130, 143)
+    assert (
+        (stopping.CTRL_C, stopping.TERMINATED)
+        == (128 + signal.SIGINT, 128 + signal.SIGTERM)
+        == (130, 143)
+    )

@@ -42,7 +42,9 @@ def test_join(parts, whole):
 def test_schemes():
     assert storage.is_remote("s3://b/k")
     assert not any(storage.is_remote(uri) for uri in ("runs/x", "file:///x", Path("/x"), "a:b/c"))
-    with pytest.raises(StorageError, match=r"gs:// is not supported; use a folder, file:// or s3://"):
+    with pytest.raises(
+        StorageError, match=r"gs:// is not supported; use a folder, file:// or s3://"
+    ):
         storage.filesystem("gs://b/k")
     with pytest.raises(StorageError, match=r"write s3://bucket/key"):
         storage.read_bytes(Path("s3://bucket/key"))  # pathlib makes it s3:/bucket/key
@@ -60,7 +62,12 @@ def test_bytes_json_and_sizes(root):
     for data in (b"one", b"", b"three" * 1000):
         storage.write_bytes(uri, data)
         assert storage.read_bytes(uri) == data and storage.size(uri) == len(data)
-    assert storage.exists(uri) and storage.exists(root) and storage.is_dir(root) and not storage.is_dir(uri)
+    assert (
+        storage.exists(uri)
+        and storage.exists(root)
+        and storage.is_dir(root)
+        and not storage.is_dir(uri)
+    )
     storage.write_json(storage.join(root, "value.json"), {"ключ": [1, 2.5, None]})
     assert storage.read_json(storage.join(root, "value.json")) == {"ключ": [1, 2.5, None]}
     with pytest.raises(StorageError, match=r"file\.bin: it is not JSON"):
@@ -74,8 +81,14 @@ def test_missing_file_is_named(root):
     for read in (storage.read_bytes, storage.open_read, storage.size, identity.fingerprint):
         with pytest.raises(NotFoundError, match=r"absent\.bin: .*; check the") as caught:
             read(uri)
-        assert isinstance(caught.value, StorageError) and isinstance(caught.value, FileNotFoundError)
-    assert not storage.is_dir(uri) and storage.list_files(uri) == [] and storage.glob(root + "/*") == []
+        assert isinstance(caught.value, StorageError) and isinstance(
+            caught.value, FileNotFoundError
+        )
+    assert (
+        not storage.is_dir(uri)
+        and storage.list_files(uri) == []
+        and storage.glob(root + "/*") == []
+    )
     storage.remove_tree(uri)
 
 
@@ -84,9 +97,16 @@ def test_open_read_seeks(root):
     uri = storage.join(root, "big.bin")
     storage.write_bytes(uri, data)
     with storage.open_read(uri) as file:
-        assert file.seek(-5, io.SEEK_END) == len(data) - 5 and file.read(100) == data[-5:] and file.read(1) == b""
+        assert (
+            file.seek(-5, io.SEEK_END) == len(data) - 5
+            and file.read(100) == data[-5:]
+            and file.read(1) == b""
+        )
         file.seek(2**20 - 3)
-        assert file.read(2**21) == data[2**20 - 3 : 2**20 - 3 + 2**21] and file.tell() == 2**20 - 3 + 2**21
+        assert (
+            file.read(2**21) == data[2**20 - 3 : 2**20 - 3 + 2**21]
+            and file.tell() == 2**20 - 3 + 2**21
+        )
         file.seek(0)
         assert file.read() == data
 
@@ -114,7 +134,15 @@ def test_fingerprint_changes_with_content(root):
 
 
 def test_lists_and_globs(root):
-    names = ["a.txt", "b[1].txt", "d/a.txt", "d/e/a.txt", "d/e/c.json", "d/.hidden/a.txt", "dd/z.txt"]
+    names = [
+        "a.txt",
+        "b[1].txt",
+        "d/a.txt",
+        "d/e/a.txt",
+        "d/e/c.json",
+        "d/.hidden/a.txt",
+        "dd/z.txt",
+    ]
     for name in names:
         storage.write_bytes(storage.join(root, name), b"x")
 
@@ -124,10 +152,18 @@ def test_lists_and_globs(root):
 
     assert relative(storage.list_files(root)) == sorted(names)
     assert relative(storage.list_files(root + "/", recursive=False)) == ["a.txt", "b[1].txt"]
-    assert relative(storage.list_files(root + "/d")) == sorted(name for name in names if name.startswith("d/"))
+    assert relative(storage.list_files(root + "/d")) == sorted(
+        name for name in names if name.startswith("d/")
+    )
     assert storage.list_files(root + "/a.txt") == [root + "/a.txt"]
     assert relative(storage.glob(root + "/*.txt")) == ["a.txt", "b[1].txt"]
-    assert relative(storage.glob(root + "/**/*.txt")) == ["a.txt", "b[1].txt", "d/a.txt", "d/e/a.txt", "dd/z.txt"]
+    assert relative(storage.glob(root + "/**/*.txt")) == [
+        "a.txt",
+        "b[1].txt",
+        "d/a.txt",
+        "d/e/a.txt",
+        "dd/z.txt",
+    ]
     assert relative(storage.glob(root + "/d*/?.txt")) == ["d/a.txt", "dd/z.txt"]
     assert relative(storage.glob(root + "/[!a]*.txt")) == ["b[1].txt"]
     assert relative(storage.glob(root + "/d/.hidden/*")) == ["d/.hidden/a.txt"]
@@ -157,7 +193,9 @@ def test_local_glob_keeps_the_form_of_the_pattern(tmp_path, monkeypatch):
     (tmp_path / "d").mkdir()
     (tmp_path / "d/a.x").touch()
     monkeypatch.chdir(tmp_path)
-    assert storage.glob("d/*.x") == storage.glob("*/*.x") == ["d/a.x"] and storage.glob("./d/*") == ["./d/a.x"]
+    assert storage.glob("d/*.x") == storage.glob("*/*.x") == ["d/a.x"] and storage.glob(
+        "./d/*"
+    ) == ["./d/a.x"]
     assert storage.glob(f"file://{tmp_path}/*/a.x") == [f"file://{tmp_path}/d/a.x"]
 
 
@@ -174,7 +212,9 @@ def test_folder_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch):
     (tmp_path / "closed").mkdir()
     (tmp_path / "f").touch()
     real, denied = os.scandir, PermissionError(errno.EACCES, "Permission denied")
-    monkeypatch.setattr(os, "scandir", lambda path: Flaky(denied)() if "closed" in path else real(path))
+    monkeypatch.setattr(
+        os, "scandir", lambda path: Flaky(denied)() if "closed" in path else real(path)
+    )
     for look in (storage.list_files, lambda uri: storage.glob(uri + "/**/f")):
         with pytest.raises(StorageError, match="Permission denied; give this user access"):
             look(str(tmp_path))
@@ -196,7 +236,10 @@ def test_whole_buckets_and_disks_are_not_removed(s3_server):
 def test_killed_write_leaves_the_old_file_and_sweep_clears_up(tmp_path):
     uri = str(tmp_path / "state.json")
     storage.write_bytes(uri, b"old")
-    source = "import os, sys; from pipeline import identity, storage; os.replace = lambda *_: os._exit(9); "
+    source = (
+        "import os, sys; from pipeline import identity, storage; os.replace = lambda *_: "
+        "os._exit(9); "
+    )
     assert run_python(source + "storage.write_bytes(sys.argv[1], b'new')", uri).returncode == 9
     assert storage.read_bytes(uri) == b"old" and len(os.listdir(tmp_path)) == 2
     assert storage.list_files(str(tmp_path)) == [uri]
@@ -204,12 +247,18 @@ def test_killed_write_leaves_the_old_file_and_sweep_clears_up(tmp_path):
     for number, name in enumerate((".job.tmp-0123/deep/file", ".env", "x.tmp-1")):
         (tmp_path / name).write_bytes(bytes(number))
         os.utime(tmp_path / name, (0, 0))
-    (left,) = storage.sweep(str(tmp_path), 3600)  # its process is gone; who wrote the others, all too young, nobody knows
+    (left,) = storage.sweep(
+        str(tmp_path), 3600
+    )  # its process is gone; who wrote the others, all too young, nobody knows
     assert Path(left).name.startswith(".state.json.tmp-")
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as living:
-        writing = tmp_path / storage.beside(tmp_path / "x").name.replace(f"-{os.getpid()}-", f"-{living.pid}-")
+        writing = tmp_path / storage.beside(tmp_path / "x").name.replace(
+            f"-{os.getpid()}-", f"-{living.pid}-"
+        )
         writing.write_bytes(b"")
-        assert storage.sweep(str(tmp_path), 3600) == [] and writing.exists(), "a living process is writing it"
+        assert storage.sweep(str(tmp_path), 3600) == [] and writing.exists(), (
+            "a living process is writing it"
+        )
         living.kill()
     assert storage.sweep(str(tmp_path), 3600) == [str(writing)]
     (deep := tmp_path / "job/trials/a").mkdir(parents=True)
@@ -224,7 +273,12 @@ def test_killed_write_leaves_the_old_file_and_sweep_clears_up(tmp_path):
     (fresh / "growing").write_bytes(b"")
     os.utime(fresh, (0, 0))
     removed = storage.sweep(str(tmp_path / "job"), 3600)  # beside a folder
-    assert len(removed) == 1 and sorted(os.listdir(tmp_path)) == [".env", ".live.tmp-1", "state.json", "x.tmp-1"]
+    assert len(removed) == 1 and sorted(os.listdir(tmp_path)) == [
+        ".env",
+        ".live.tmp-1",
+        "state.json",
+        "x.tmp-1",
+    ]
     os.utime(fresh / "growing", (time.time() - 100, time.time() - 100))
     assert storage.sweep(str(tmp_path), 50) == [str(fresh)]  # in a folder
     assert storage.sweep("s3://bucket/key", 0) == []
@@ -278,6 +332,9 @@ def test_full_disk_is_named(tmp_path, monkeypatch):
 
 def test_imports_stay_on_floor_0():
     source = "import sys; from pipeline import folders, storage; storage.exists('/'); "
-    heavy = "sorted({'torch', 'ray', 's3fs', 'botocore', 'fsspec', 'numpy', 'pyarrow'} & set(sys.modules))"
+    heavy = (
+        "sorted({'torch', 'ray', 's3fs', 'botocore', 'fsspec', 'numpy', 'pyarrow'} & "
+        "set(sys.modules))"
+    )
     done = run_python(source + f"print({heavy})")
     assert done.stdout.strip() == "[]", done.stdout + done.stderr

@@ -1,4 +1,6 @@
-"""Small rows, models and runs that tests share: the shapes of the real ones, no files and no network."""
+"""Small rows, models and runs that tests share: the shapes of the real ones, no files and no
+network.
+"""
 
 from __future__ import annotations
 
@@ -30,38 +32,81 @@ from pipeline.train.loop import Ranks
 FIRST_ID = 1000
 """Row ids start here, so that a place is never taken for an id."""
 
-SUBJECTS = ("the old film", "a new play", "this small book", "her first song", "the long story", "my friend's poem")
+SUBJECTS = (
+    "the old film",
+    "a new play",
+    "this small book",
+    "her first song",
+    "the long story",
+    "my friend's poem",
+)
 VERBS = ("was", "seemed", "is", "remains", "felt", "became")
-WORDS = (("wonderful", "bright", "moving", "charming", "superb"),
-         ("dreadful", "dull", "tedious", "hollow", "clumsy"), ("red", "square", "heavy", "wooden", "cold"))
+WORDS = (
+    ("wonderful", "bright", "moving", "charming", "superb"),
+    ("dreadful", "dull", "tedious", "hollow", "clumsy"),
+    ("red", "square", "heavy", "wooden", "cold"),
+)
 
 
 # ---------------------------------------------------------------- rows
 
+
 def selection(n: int) -> Selection:
-    manifest = Manifest(("memory.parquet",), (Group(0, 0, FIRST_ID + n, 0),), pa.schema([]), "memory")
+    manifest = Manifest(
+        ("memory.parquet",), (Group(0, 0, FIRST_ID + n, 0),), pa.schema([]), "memory"
+    )
     return Selection(manifest, np.arange(FIRST_ID, FIRST_ID + n))
 
 
-def rows_of(modality: Modality, arrays: dict[str, np.ndarray], objective: str | None = None, state: dict[str, Any] | None = None) -> Rows:
+def rows_of(
+    modality: Modality,
+    arrays: dict[str, np.ndarray],
+    objective: str | None = None,
+    state: dict[str, Any] | None = None,
+) -> Rows:
     n = len(next(iter(arrays.values())))
     return Rows(selection(n), Decoder(modality, objective, state or {}, {}), arrays)
 
 
 def stays(n: int, seed: int = 0, variables: int = 5, hours: float = 24.0) -> pa.Table:
-    """Stays of some ten to forty events, one of them without any; facts with gaps. Lengths, times, variables and values are random."""
+    """Stays of some ten to forty events, one of them without any; facts with gaps. Lengths, times,
+    variables and values are random.
+    """
     rng = np.random.default_rng(seed)
     rows = []
     for i in range(n):
         count = 0 if i == 1 else int(rng.integers(10, 40))
-        rows.append({"entity": i, "patient": f"p{i // 2}", "times": np.sort(rng.uniform(0, hours, count)).astype(np.float32),
-                     "variables": [f"v{k}" for k in rng.integers(0, variables, count)], "values": rng.normal(3, 2, count).astype(np.float32), "events": count,
-                     "static": {"Age": None if i % 4 == 3 else float(rng.uniform(20, 90)), "Gender": ("female", "male")[i % 2], "codes": ["a", "b"][:i % 3]},
-                     "label": int(rng.integers(0, 2))})
-    lists = {"times": pa.list_(pa.float32()), "variables": pa.list_(pa.string()), "values": pa.list_(pa.float32()), "events": pa.int32(), "label": pa.int64(),
-             "entity": pa.int64(), "patient": pa.string(),
-             "static": pa.struct({"Age": pa.float64(), "Gender": pa.string(), "codes": pa.list_(pa.string())})}
-    return pa.table({name: pa.array([row[name] for row in rows], kind) for name, kind in lists.items()})
+        rows.append(
+            {
+                "entity": i,
+                "patient": f"p{i // 2}",
+                "times": np.sort(rng.uniform(0, hours, count)).astype(np.float32),
+                "variables": [f"v{k}" for k in rng.integers(0, variables, count)],
+                "values": rng.normal(3, 2, count).astype(np.float32),
+                "events": count,
+                "static": {
+                    "Age": None if i % 4 == 3 else float(rng.uniform(20, 90)),
+                    "Gender": ("female", "male")[i % 2],
+                    "codes": ["a", "b"][: i % 3],
+                },
+                "label": int(rng.integers(0, 2)),
+            }
+        )
+    lists = {
+        "times": pa.list_(pa.float32()),
+        "variables": pa.list_(pa.string()),
+        "values": pa.list_(pa.float32()),
+        "events": pa.int32(),
+        "label": pa.int64(),
+        "entity": pa.int64(),
+        "patient": pa.string(),
+        "static": pa.struct(
+            {"Age": pa.float64(), "Gender": pa.string(), "codes": pa.list_(pa.string())}
+        ),
+    }
+    return pa.table(
+        {name: pa.array([row[name] for row in rows], kind) for name, kind in lists.items()}
+    )
 
 
 EVENT_COLUMNS = {name: name for name in ("times", "variables", "values", "static")}
@@ -73,7 +118,9 @@ def event_rows(n: int, **options: Any) -> Rows:
     modality = Events(chosen, Events.fit(chosen, table, EVENT_COLUMNS, "events/gru"))
     arrays, bad = modality.decode(table, EVENT_COLUMNS)
     assert not any(bad)
-    return rows_of(modality, {**arrays, "label": table["label"].to_numpy()}, "classification", label_state(2))
+    return rows_of(
+        modality, {**arrays, "label": table["label"].to_numpy()}, "classification", label_state(2)
+    )
 
 
 def table_rows(n: int) -> Rows:
@@ -81,54 +128,106 @@ def table_rows(n: int) -> Rows:
     table, columns = stays(n), {"features": "static"}
     modality = Table(TableOptions(), Table.fit(TableOptions(min_rows=1), table, columns, ""))
     arrays, _ = modality.decode(table, columns)
-    return rows_of(modality, {**arrays, "label": table["label"].to_numpy()}, "classification", label_state(2))
+    return rows_of(
+        modality, {**arrays, "label": table["label"].to_numpy()}, "classification", label_state(2)
+    )
 
 
 ROBOTS = {"arm": (3, 2), "cart": (2, 1)}
 """Numbers of an observation and of an action."""
-TRAJECTORY_COLUMNS = {name: name for name in ("observations", "actions", "task", "embodiment", "steps")}
+TRAJECTORY_COLUMNS = {
+    name: name for name in ("observations", "actions", "task", "embodiment", "steps")
+}
 
 
-def episodes(n: int, seed: int = 0, robots: tuple[str, ...] = ("arm", "cart"), least: int = 5, most: int = 12) -> pa.Table:
-    """Episodes of two robots in turn, of random lengths: the action is a linear function of the observation; two tasks, and every third row has none."""
+def episodes(
+    n: int, seed: int = 0, robots: tuple[str, ...] = ("arm", "cart"), least: int = 5, most: int = 12
+) -> pa.Table:
+    """Episodes of two robots in turn, of random lengths: the action is a linear function of the
+    observation; two tasks, and every third row has none.
+    """
     rng, out = np.random.default_rng(seed), []
     for i in range(n):
         robot, steps = robots[i % len(robots)], int(rng.integers(least, most + 1))
         seen = rng.normal(3.0, 2.0, (steps, ROBOTS[robot][0])).astype(np.float32)
-        done = seen @ np.linspace(-1, 1, seen.shape[1] * ROBOTS[robot][1], dtype=np.float32).reshape(seen.shape[1], -1)
-        out.append({"observations": seen.tolist(), "actions": done.tolist(), "task": ("push", "reach", "")[i % 3], "embodiment": robot, "steps": steps,
-                    "label": i % 2})
-    kinds = {"observations": pa.list_(pa.list_(pa.float32())), "actions": pa.list_(pa.list_(pa.float32())), "task": pa.string(), "embodiment": pa.string(),
-             "steps": pa.int64(), "label": pa.int64()}
-    return pa.table({name: pa.array([row[name] for row in out], kind) for name, kind in kinds.items()})
+        done = seen @ np.linspace(
+            -1, 1, seen.shape[1] * ROBOTS[robot][1], dtype=np.float32
+        ).reshape(seen.shape[1], -1)
+        out.append(
+            {
+                "observations": seen.tolist(),
+                "actions": done.tolist(),
+                "task": ("push", "reach", "")[i % 3],
+                "embodiment": robot,
+                "steps": steps,
+                "label": i % 2,
+            }
+        )
+    kinds = {
+        "observations": pa.list_(pa.list_(pa.float32())),
+        "actions": pa.list_(pa.list_(pa.float32())),
+        "task": pa.string(),
+        "embodiment": pa.string(),
+        "steps": pa.int64(),
+        "label": pa.int64(),
+    }
+    return pa.table(
+        {name: pa.array([row[name] for row in out], kind) for name, kind in kinds.items()}
+    )
 
 
-def trajectory_rows(n: int, table: pa.Table | None = None, modality: Modality | None = None) -> Rows:
+def trajectory_rows(
+    n: int, table: pa.Table | None = None, modality: Modality | None = None
+) -> Rows:
     """Rows of ``episodes`` with a label."""
     table = episodes(n) if table is None else table
-    modality = modality or Trajectory(TrajectoryOptions(), Trajectory.fit(TrajectoryOptions(), table, TRAJECTORY_COLUMNS, "policy/mlp"))
+    modality = modality or Trajectory(
+        TrajectoryOptions(),
+        Trajectory.fit(TrajectoryOptions(), table, TRAJECTORY_COLUMNS, "policy/mlp"),
+    )
     arrays, bad = modality.decode(table, TRAJECTORY_COLUMNS)
     assert not any(bad)
-    return rows_of(modality, {**arrays, "label": table["label"].to_numpy()}, "classification", label_state(2))
+    return rows_of(
+        modality, {**arrays, "label": table["label"].to_numpy()}, "classification", label_state(2)
+    )
 
 
 def label_state(classes: int = 3) -> dict[str, Any]:
     return {"values": list(range(classes)), "labels": [f"class {i}" for i in range(classes)]}
 
 
-def images(n: int, size: int = 8, channels: int = 1, classes: int = 3, seed: int = 0, noise: float = 0.6) -> tuple[np.ndarray, np.ndarray]:
-    """(n, C, size, size) uint8 and (n,) labels: a pattern a class, with noise. The patterns do not depend on the seed."""
+def images(
+    n: int, size: int = 8, channels: int = 1, classes: int = 3, seed: int = 0, noise: float = 0.6
+) -> tuple[np.ndarray, np.ndarray]:
+    """(n, C, size, size) uint8 and (n,) labels: a pattern a class, with noise. The patterns do not
+    depend on the seed.
+    """
     patterns = np.random.default_rng(99).integers(0, 256, (classes, channels, size, size))
     rng = np.random.default_rng(seed)
     labels = rng.permutation(np.arange(n) % classes)
-    blurred = (1 - noise) * patterns[labels] + noise * rng.integers(0, 256, (n, channels, size, size))
+    blurred = (1 - noise) * patterns[labels] + noise * rng.integers(
+        0, 256, (n, channels, size, size)
+    )
     return blurred.round().astype(np.uint8), labels.astype(np.int64)
 
 
-def image_rows(n: int = 64, size: int = 8, channels: int = 1, classes: int = 3, seed: int = 0, noise: float = 0.6, **options) -> Rows:
+def image_rows(
+    n: int = 64,
+    size: int = 8,
+    channels: int = 1,
+    classes: int = 3,
+    seed: int = 0,
+    noise: float = 0.6,
+    **options,
+) -> Rows:
     pixels, labels = images(n, size, channels, classes, seed, noise)
-    modality = Image(ImageOptions(size=size, channels=channels, **options), {"mean": [0.5] * channels, "std": [0.25] * channels})
-    return rows_of(modality, {"image": pixels, "label": labels}, "classification", label_state(classes))
+    modality = Image(
+        ImageOptions(size=size, channels=channels, **options),
+        {"mean": [0.5] * channels, "std": [0.25] * channels},
+    )
+    return rows_of(
+        modality, {"image": pixels, "label": labels}, "classification", label_state(classes)
+    )
 
 
 def sentences(n: int, seed: int = 0, classes: int = 3) -> tuple[list[str], list[int]]:
@@ -137,7 +236,10 @@ def sentences(n: int, seed: int = 0, classes: int = 3) -> tuple[list[str], list[
     texts, labels = [], []
     for i in range(n):
         label = i % classes
-        parts = [f"{rng.choice(SUBJECTS)} {rng.choice(VERBS)} {rng.choice(WORDS[label])}" for _ in range(rng.integers(1, 7))]
+        parts = [
+            f"{rng.choice(SUBJECTS)} {rng.choice(VERBS)} {rng.choice(WORDS[label])}"
+            for _ in range(rng.integers(1, 7))
+        ]
         texts.append((", and ".join(parts) + ".").capitalize())
         labels.append(label)
     return texts, labels
@@ -154,10 +256,17 @@ def text_rows(n: int = 48, modality: Text | None = None, seed: int = 0) -> Rows:
     texts, labels = sentences(n, seed)
     arrays, bad = modality.decode(pa.table({"text": texts}), {"text": "text"})
     assert not any(bad)
-    return rows_of(modality, {**arrays, "label": np.array(labels, dtype=np.int64)}, "classification", label_state())
+    return rows_of(
+        modality,
+        {**arrays, "label": np.array(labels, dtype=np.int64)},
+        "classification",
+        label_state(),
+    )
 
 
-def packed_rows(n: int = 60, modality: Text | None = None, objective: str = "mlm", seed: int = 0) -> Rows:
+def packed_rows(
+    n: int = 60, modality: Text | None = None, objective: str = "mlm", seed: int = 0
+) -> Rows:
     """Rows packed from ``n`` sentences."""
     modality = modality or text_modality()
     table, _ = modality.pack(pa.table({"text": sentences(n, seed)[0]}), {"text": "text"})
@@ -165,50 +274,86 @@ def packed_rows(n: int = 60, modality: Text | None = None, objective: str = "mlm
     return rows_of(modality, arrays, objective)
 
 
-def take(rows: Rows, places, training: bool = False, seed: int = 0, objective: Objective | None = None) -> Batch:
-    """A batch of the rows at the given places, ready for the model, with the views that the objective compares."""
+def take(
+    rows: Rows, places, training: bool = False, seed: int = 0, objective: Objective | None = None
+) -> Batch:
+    """A batch of the rows at the given places, ready for the model, with the views that the
+    objective compares.
+    """
     from pipeline.rng import row_keys
 
     places = np.asarray(places)
     ids = rows.selection.ids(places)
     assert rows.arrays is not None
     keys = torch.from_numpy(row_keys(seed, np.zeros_like(ids), ids))
-    batch = Batch(ids, keys, rows.modality.collate({name: array[places] for name, array in rows.arrays.items()}))
+    batch = Batch(
+        ids,
+        keys,
+        rows.modality.collate({name: array[places] for name, array in rows.arrays.items()}),
+    )
     return evaluate.ready_for(rows, objective)(batch, training)
 
 
 # ---------------------------------------------------------------- models
 
+
 class Net(Backbone):
     """Two layers for images; ``norm`` is "layer" or "batch"."""
 
-    def __init__(self, size: int = 8, channels: int = 1, norm: str = "layer", dropout: float = 0.0, width: int = 16):
+    def __init__(
+        self,
+        size: int = 8,
+        channels: int = 1,
+        norm: str = "layer",
+        dropout: float = 0.0,
+        width: int = 16,
+    ):
         nn.Module.__init__(self)
         self.stem = nn.Linear(channels * size * size, width)
         self.norm: nn.Module = nn.LayerNorm(width) if norm == "layer" else nn.BatchNorm1d(width)
         self.drop = nn.Dropout(dropout)
         self.block = nn.Linear(width, width)
         self.pooled_dim = width
-        self.arch = {"name": "toys/net", "options": {}, "inputs": {"channels": channels, "size": size}}
+        self.arch = {
+            "name": "toys/net",
+            "options": {},
+            "inputs": {"channels": channels, "size": size},
+        }
 
     def forward(self, batch: Batch, *, token_mask=None, want=()) -> Features:
         x = self.norm(self.stem(batch["image"].flatten(1)))
         return Features(F.gelu(self.block(self.drop(x))))
 
     def layers(self) -> dict[str, list[str]]:
-        return {"stem": ["stem.weight", "stem.bias", "norm.weight", "norm.bias"], "block": ["block.weight", "block.bias"]}
+        return {
+            "stem": ["stem.weight", "stem.bias", "norm.weight", "norm.bias"],
+            "block": ["block.weight", "block.bias"],
+        }
 
 
 def net_task(seed: int = 0, classes: int = 3, size: int = 8, **net) -> Task:
     torch.manual_seed(seed)
     backbone = Net(size=size, **net)
-    return Task(backbone, Classification(backbone, Classification.options_class(), label_state(classes)))
+    return Task(
+        backbone, Classification(backbone, Classification.options_class(), label_state(classes))
+    )
 
 
-def task_of(name: str, inputs: dict[str, Any], objective: str, state: dict[str, Any] | None = None, seed: int = 0, options: dict[str, Any] | None = None,
-            **backbone: Any) -> Task:
+def task_of(
+    name: str,
+    inputs: dict[str, Any],
+    objective: str,
+    state: dict[str, Any] | None = None,
+    seed: int = 0,
+    options: dict[str, Any] | None = None,
+    **backbone: Any,
+) -> Task:
     """A task of registered parts."""
-    return bundle.build_task({"name": name, "options": backbone, "inputs": inputs}, {"name": objective, "options": options or {}, "state": state or {}}, seed)
+    return bundle.build_task(
+        {"name": name, "options": backbone, "inputs": inputs},
+        {"name": objective, "options": options or {}, "state": state or {}},
+        seed,
+    )
 
 
 SMALL = {"layers": 2, "hidden": 16, "heads": 2, "dropout": 0.0}
@@ -217,8 +362,21 @@ SMALL = {"layers": 2, "hidden": 16, "heads": 2, "dropout": 0.0}
 
 # ---------------------------------------------------------------- runs
 
-def make_run(rows: Rows, task: Task, *, steps: int = 6, technique: Technique | None = None, seed: int = 0, ranks: Ranks | None = None,
-             validation: Rows | None = None, plan_shards: int = 8, keep: str = "best", checkpoints: str | None = None, **train: Any) -> loop.Run:
+
+def make_run(
+    rows: Rows,
+    task: Task,
+    *,
+    steps: int = 6,
+    technique: Technique | None = None,
+    seed: int = 0,
+    ranks: Ranks | None = None,
+    validation: Rows | None = None,
+    plan_shards: int = 8,
+    keep: str = "best",
+    checkpoints: str | None = None,
+    **train: Any,
+) -> loop.Run:
     """A run on rows in memory, with the stream, the plan and the evaluation of the library."""
     ranks = ranks or Ranks()
     words = {"global_batch": 8, "augment": False, "log_every_steps": 1, **train}
@@ -228,10 +386,22 @@ def make_run(rows: Rows, task: Task, *, steps: int = 6, technique: Technique | N
     names = task.objective.metrics
     check = None
     if validation is not None:
-        check = evaluate.evaluator(validation, names, ready, ranks, lambda: loop.autocast(spec, ranks.device), 16)
-    return loop.Run(task=task, technique=technique or Full(), train=spec, steps=steps, seed=seed,
-                    batches=partial(train_batches, rows, plan, rank=ranks.rank, ranks=ranks.count), ready=ready,
-                    keeper=loop.KeepBest(names[0], keep), evaluate=check, ranks=ranks, checkpoints=checkpoints)
+        check = evaluate.evaluator(
+            validation, names, ready, ranks, lambda: loop.autocast(spec, ranks.device), 16
+        )
+    return loop.Run(
+        task=task,
+        technique=technique or Full(),
+        train=spec,
+        steps=steps,
+        seed=seed,
+        batches=partial(train_batches, rows, plan, rank=ranks.rank, ranks=ranks.count),
+        ready=ready,
+        keeper=loop.KeepBest(names[0], keep),
+        evaluate=check,
+        ranks=ranks,
+        checkpoints=checkpoints,
+    )
 
 
 def weights(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -242,12 +412,22 @@ def weights(module: nn.Module) -> dict[str, torch.Tensor]:
 def furthest(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     """The largest difference of two state dicts with the same names; NaN where one is NaN."""
     assert a.keys() == b.keys()
-    return float(torch.stack([(a[name].double() - b[name].double()).abs().max() for name in a]).max())
+    return float(
+        torch.stack([(a[name].double() - b[name].double()).abs().max() for name in a]).max()
+    )
 
 
 # ---------------------------------------------------------------- a target with its trials
 
-def image_files(folder, sizes: dict[str, int], size: int = 16, channels: int = 3, classes: int = 3, noise: float = 0.75) -> dict[str, str]:
+
+def image_files(
+    folder,
+    sizes: dict[str, int],
+    size: int = 16,
+    channels: int = 3,
+    classes: int = 3,
+    noise: float = 0.75,
+) -> dict[str, str]:
     """A Parquet file of PNG bytes and labels for each split; returns its paths."""
     import io
 
@@ -264,7 +444,11 @@ def image_files(folder, sizes: dict[str, int], size: int = 16, channels: int = 3
             PIL.Image.fromarray(np.moveaxis(image, 0, -1).squeeze()).save(buffer, "PNG")
             encoded.append(buffer.getvalue())
         paths[split] = str(folder / f"{split}.parquet")
-        pq.write_table(pa.table({"picture": encoded, "class": [f"class {i}" for i in labels]}), paths[split], row_group_size=16)
+        pq.write_table(
+            pa.table({"picture": encoded, "class": [f"class {i}" for i in labels]}),
+            paths[split],
+            row_group_size=16,
+        )
     return paths
 
 
@@ -273,34 +457,99 @@ def job_of(folder, paths: dict[str, str], train: dict[str, Any] | None = None, *
     from pipeline.job import Job
 
     data = {**paths, "modality": "image", "columns": {"image": "picture", "label": "class"}}
-    return Job.model_validate({
-        "name": "toy", "storage": str(folder / "runs"), "techniques": ["scratch", "linear_probe", "full", "lp_ft"],
-        "sources": {"src": {"data": {**data, "modality": {"image": {"size": 32}}}, "backbone": "timm/test_vit", "objective": "classification"}},
-        "targets": {"task": {"data": data, "objective": "classification", "train": {"steps": 12, "global_batch": 16, "lr": 0.01, **(train or {})}, **target}}})
+    return Job.model_validate(
+        {
+            "name": "toy",
+            "storage": str(folder / "runs"),
+            "techniques": ["scratch", "linear_probe", "full", "lp_ft"],
+            "sources": {
+                "src": {
+                    "data": {**data, "modality": {"image": {"size": 32}}},
+                    "backbone": "timm/test_vit",
+                    "objective": "classification",
+                }
+            },
+            "targets": {
+                "task": {
+                    "data": data,
+                    "objective": "classification",
+                    "train": {"steps": 12, "global_batch": 16, "lr": 0.01, **(train or {})},
+                    **target,
+                }
+            },
+        }
+    )
 
 
-def shared_of(folder, job, paths: dict[str, str], root: str = "trials-root", keep_bundles: bool = False, source: tuple[dict, dict] | None = None):
-    """What the trials of ``job_of`` read, with one source whose weights are random but fixed: an image backbone, or what ``source`` (architecture,
-    modality) says."""
+def shared_of(
+    folder,
+    job,
+    paths: dict[str, str],
+    root: str = "trials-root",
+    keep_bundles: bool = False,
+    source: tuple[dict, dict] | None = None,
+):
+    """What the trials of ``job_of`` read, with one source whose weights are random but fixed: an
+    image backbone, or what ``source`` (architecture, modality) says.
+    """
     from pipeline.transfer import targets, trials
     from pipeline.transfer.trial import Shared
 
-    arch, modality = source or ({"name": "timm/test_vit", "options": {}, "inputs": {"channels": 3, "size": 32}},
-                                {"name": "image", "options": ImageOptions(size=32).model_dump(), "state": {"mean": [0.5] * 3, "std": [0.2] * 3}})
+    arch, modality = source or (
+        {"name": "timm/test_vit", "options": {}, "inputs": {"channels": 3, "size": 32}},
+        {
+            "name": "image",
+            "options": ImageOptions(size=32).model_dump(),
+            "state": {"mean": [0.5] * 3, "std": [0.2] * 3},
+        },
+    )
     base = trials.bases({"src": (arch, modality)})[0]
-    held = {name: tensor.numpy() for name, tensor in bundle.build_backbone(arch, seed=77).state_dict().items()}
+    held = {
+        name: tensor.numpy()
+        for name, tensor in bundle.build_backbone(arch, seed=77).state_dict().items()
+    }
     data = targets.prepare(targets.stage(job, "task"), base)
-    head = {name: tensor.numpy() for name, tensor in bundle.build_task(arch, data.objective, seed=77).objective.state_dict().items()}
-    return Shared(job="toy", root=str(folder / root), seed=job.seed, bases={base.key: base}, weights={"src": held}, parents={"src": "bundle:src"},
-                  targets={("task", base.key): data}, keep_bundles=keep_bundles, heads={"src": (data.objective, head)})
+    head = {
+        name: tensor.numpy()
+        for name, tensor in bundle.build_task(arch, data.objective, seed=77)
+        .objective.state_dict()
+        .items()
+    }
+    return Shared(
+        job="toy",
+        root=str(folder / root),
+        seed=job.seed,
+        bases={base.key: base},
+        weights={"src": held},
+        parents={"src": "bundle:src"},
+        targets={("task", base.key): data},
+        keep_bundles=keep_bundles,
+        heads={"src": (data.objective, head)},
+    )
 
 
-def trial_of(job, shared, technique: Any = "linear_probe", hyper: dict[str, float] | None = None, fraction: float | int = 1.0, seed: int = 0,
-             stage: str = "final"):
+def trial_of(
+    job,
+    shared,
+    technique: Any = "linear_probe",
+    hyper: dict[str, float] | None = None,
+    fraction: float | int = 1.0,
+    seed: int = 0,
+    stage: str = "final",
+):
     from pipeline import registry
     from pipeline.job import Plug
     from pipeline.transfer import trials
 
     base, plug = next(iter(shared.bases.values())), Plug.model_validate(technique)
     source = "src" if registry.get("technique", plug.name).from_source else trials.SCRATCH
-    return trials.make(job, "task", (base, source, plug, fraction), hyper or {}, seed, stage, "source key", "data key")
+    return trials.make(
+        job,
+        "task",
+        (base, source, plug, fraction),
+        hyper or {},
+        seed,
+        stage,
+        "source key",
+        "data key",
+    )

@@ -1,16 +1,21 @@
-"""Rows that are the same: equal content by a digest (of recordings the bytes of their files), images also nearly so by a perceptual hash, records of
-events also where they are two cuts of one record.
+"""Rows that are the same: equal content by a digest (of recordings the bytes of their files),
+images also nearly so by a perceptual hash, records of events also where they are two cuts of one
+record.
 
-The hash is pHash (Zauner, "Implementation and Benchmarking of Perceptual Image Hash Functions", 2010): 32 x 32 grey pixels, the 8 x 8 lowest
-frequencies of their DCT-II without the constant ones, one bit each for being above the median. Two images are near duplicates when their hashes
-differ in at most NEAR_BITS of 64 bits and their 16 x 16 thumbnails correlate by at least NEAR_CORRELATION: X-rays are alike in their low
-frequencies, and the hash alone is not enough for them.
+The hash is pHash (Zauner, "Implementation and Benchmarking of Perceptual Image Hash Functions",
+2010): 32 x 32 grey pixels, the 8 x 8 lowest frequencies of their DCT-II without the constant ones,
+one bit each for being above the median. Two images are near duplicates when their hashes differ in
+at most NEAR_BITS of 64 bits and their 16 x 16 thumbnails correlate by at least NEAR_CORRELATION:
+X-rays are alike in their low frequencies, and the hash alone is not enough for them.
 
-Measured on real images (2026-11-24). Of different images, pairs within 4 bits, and of these within 4 bits and 0.98 as well: nih_chestxray14_1000
-(64 px, 499,500 pairs) 2 and 0; pneumoniamnist (28 px, 2,878,800 pairs) 15 and 5, which are the 5 pairs of equal pixels in it; clothing_small 2 and 1;
-fashion_mnist (28 px) 81 and 7, alike to the eye. At 6 bits without thumbnails: 7, 140, 6 and 362. Of 300 images of each set, changed, this share is
-found: JPEG of quality 75: 1.00, 1.00, 1.00, 0.98; resized to 75 %: 1.00, 1.00, 1.00, 0.98; enlarged twice and quality 75: 1.00 or above 0.99; quality 50:
-1.00, 0.89, 0.99, 0.93; resized to half: 1.00, 0.99, 1.00, 0.54 (fashion_mnist has 14 px then). Cropped, turned or mirrored images are not found.
+Measured on real images (2026-11-24). Of different images, pairs within 4 bits, and of these within
+4 bits and 0.98 as well: nih_chestxray14_1000 (64 px, 499,500 pairs) 2 and 0; pneumoniamnist (28 px,
+2,878,800 pairs) 15 and 5, which are the 5 pairs of equal pixels in it; clothing_small 2 and 1;
+fashion_mnist (28 px) 81 and 7, alike to the eye. At 6 bits without thumbnails: 7, 140, 6 and 362.
+Of 300 images of each set, changed, this share is found: JPEG of quality 75: 1.00, 1.00, 1.00, 0.98;
+resized to 75 %: 1.00, 1.00, 1.00, 0.98; enlarged twice and quality 75: 1.00 or above 0.99; quality
+50: 1.00, 0.89, 0.99, 0.93; resized to half: 1.00, 0.99, 1.00, 0.54 (fashion_mnist has 14 px then).
+Cropped, turned or mirrored images are not found.
 """
 
 from __future__ import annotations
@@ -37,7 +42,9 @@ NEAR_BITS, NEAR_CORRELATION = 4, 0.98
 VERSION = 3
 """Raised when the code makes other signs of the same rows."""
 SPREAD_BYTES, SPREAD_IMAGES = 64 << 20, 20_000
-"""Processes cost seconds to start: smaller files are read in this one. Folders of images and of sound are counted, as their rows are paths."""
+"""Processes cost seconds to start: smaller files are read in this one. Folders of images and of
+sound are counted, as their rows are paths.
+"""
 BLOCK_BYTES = 1 << 20
 SIDE, FREQUENCIES, THUMB = 32, 8, 16
 PAIRS = 1 << 20
@@ -46,32 +53,49 @@ PAIRS = 1 << 20
 
 @dataclass(frozen=True)
 class Signs:
-    """What rows are compared by: ``digest`` (n,) uint64 of their content and ``readable`` (n,) bool; of images also ``hash`` (n,) uint64 and
-    ``thumb`` (n, 256) uint8. A row that cannot be read, and a record without events, equals
-    no other."""
+    """What rows are compared by: ``digest`` (n,) uint64 of their content and ``readable`` (n,)
+    bool; of images also ``hash`` (n,) uint64 and ``thumb`` (n, 256) uint8. A row that cannot be
+    read, and a record without events, equals no other.
+    """
 
     digest: np.ndarray
     readable: np.ndarray
     hash: np.ndarray | None = None
     thumb: np.ndarray | None = None
     record: np.ndarray | None = None
-    """(n,) uint64, of records of events: a digest of the record's id and of its first moment, which all cuts of one record share. 0 for a row without."""
+    """(n,) uint64, of records of events: a digest of the record's id and of its first moment, which
+    all cuts of one record share. 0 for a row without.
+    """
 
     def __len__(self) -> int:
         return len(self.digest)
 
 
-def signs(selection: Selection, modality: str, columns: tuple[str, ...], folder: str, piece: tuple[str | None, str | None] = (None, None),
-          record: str = "") -> Signs:
-    """Of every row of a selection by all the columns together, read once and kept under the folder: the same rows are not read again. On Ray where it
-    runs and it pays. ``piece``: the columns of ``start`` and ``seconds`` of rows that are pieces of recordings. ``record``: the column with the id of the
-    record that a row of events was cut from, or nothing.
+def signs(
+    selection: Selection,
+    modality: str,
+    columns: tuple[str, ...],
+    folder: str,
+    piece: tuple[str | None, str | None] = (None, None),
+    record: str = "",
+) -> Signs:
+    """Of every row of a selection by all the columns together, read once and kept under the folder:
+    the same rows are not read again. On Ray where it runs and it pays. ``piece``: the columns of
+    ``start`` and ``seconds`` of rows that are pieces of recordings. ``record``: the column with the
+    id of the record that a row of events was cut from, or nothing.
 
     Raises StorageError for files that cannot be read.
     """
     ids = selection.ids(np.arange(len(selection)))
-    key = spec_hash(VERSION, selection.manifest.fingerprint, modality, *columns, piece, hashlib.sha256(ids.tobytes()).hexdigest(),
-                    *([record] if record else []))
+    key = spec_hash(
+        VERSION,
+        selection.manifest.fingerprint,
+        modality,
+        *columns,
+        piece,
+        hashlib.sha256(ids.tobytes()).hexdigest(),
+        *([record] if record else []),
+    )
     uri = storage.join(folder, key)
     content = checked.kept_bytes(uri, "the rows are compared anew")
     if content is not None:
@@ -80,8 +104,12 @@ def signs(selection: Selection, modality: str, columns: tuple[str, ...], folder:
     work = _Signer(selection, modality, columns, piece, record)
     cuts = selection.boundaries.tolist()
     spans = list(pairwise(cuts))  # row groups, which are read whole
-    large = selection.manifest.size > SPREAD_BYTES or (modality in ("image", "audio") and len(selection) > SPREAD_IMAGES)
-    parts = list(map_items(work, spans) if len(spans) > 1 and large else map(work, spans)) or [work((0, 0))]
+    large = selection.manifest.size > SPREAD_BYTES or (
+        modality in ("image", "audio") and len(selection) > SPREAD_IMAGES
+    )
+    parts = list(map_items(work, spans) if len(spans) > 1 and large else map(work, spans)) or [
+        work((0, 0))
+    ]
     arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)  # type: ignore[arg-type]
@@ -92,49 +120,95 @@ def signs(selection: Selection, modality: str, columns: tuple[str, ...], folder:
 class _Signer:
     """A span of a selection to its signs, in this process or in a Ray task."""
 
-    def __init__(self, selection: Selection, modality: str, columns: tuple[str, ...], piece: tuple[str | None, str | None] = (None, None),
-                 record: str = ""):
-        self.selection, self.modality, self.columns, self.piece, self.record = selection, modality, columns, piece, record
+    def __init__(
+        self,
+        selection: Selection,
+        modality: str,
+        columns: tuple[str, ...],
+        piece: tuple[str | None, str | None] = (None, None),
+        record: str = "",
+    ):
+        self.selection, self.modality, self.columns, self.piece, self.record = (
+            selection,
+            modality,
+            columns,
+            piece,
+            record,
+        )
 
     def __call__(self, span: tuple[int, int]) -> dict[str, np.ndarray]:
         kind = registry.get("modality", self.modality)
         names = list(dict.fromkeys([*self.columns, *filter(None, (*self.piece, self.record))]))
-        table = _single_precision(Reader(self.selection.manifest, names).take(self.selection.ids(np.arange(*span))), self.columns)
+        table = _single_precision(
+            Reader(self.selection.manifest, names).take(self.selection.ids(np.arange(*span))),
+            self.columns,
+        )
         if self.modality == "audio":
             return self._recordings(table)
         if self.modality != "image":
             rows = list(zip(*(table[column].to_pylist() for column in self.columns), strict=True))
-            out = {"digest": np.array([_digest(_content(row)) for row in rows], dtype=np.uint64),
-                   "readable": np.array([None not in row and not all(value == [] for value in row) for row in rows], dtype=bool)}
+            out = {
+                "digest": np.array([_digest(_content(row)) for row in rows], dtype=np.uint64),
+                "readable": np.array(
+                    [None not in row and not all(value == [] for value in row) for row in rows],
+                    dtype=bool,
+                ),
+            }
             if self.record:
                 moments = map(_first_moment, rows)
-                marks = [_record(record, moment) for record, moment in zip(table[self.record].to_pylist(), moments, strict=True)]
+                marks = [
+                    _record(record, moment)
+                    for record, moment in zip(table[self.record].to_pylist(), moments, strict=True)
+                ]
                 out["record"] = np.array(marks, dtype=np.uint64)
             return out
         image: Any = kind(kind.options_class(size=SIDE, channels=1, fit="squash"), {})
         encoded, missing = image.encoded(table, {image.roles[0]: self.columns[0]})
-        pixels, _ = image.unpack(encoded, torch.device("cpu"))  # zeros for what is no image: without contrast, near to nothing
+        pixels, _ = image.unpack(
+            encoded, torch.device("cpu")
+        )  # zeros for what is no image: without contrast, near to nothing
         grey = pixels["image"].numpy()[:, 0]
         there = np.array([not reason for reason in missing], dtype=bool)
-        thumb = grey.reshape(-1, THUMB, SIDE // THUMB, THUMB, SIDE // THUMB).mean((2, 4)).round().astype(np.uint8).reshape(-1, THUMB * THUMB)
-        return {"digest": np.array([_digest(bytes(data)) for data in encoded], dtype=np.uint64), "readable": there, "hash": phash(grey), "thumb": thumb}
-
+        thumb = (
+            grey.reshape(-1, THUMB, SIDE // THUMB, THUMB, SIDE // THUMB)
+            .mean((2, 4))
+            .round()
+            .astype(np.uint8)
+            .reshape(-1, THUMB * THUMB)
+        )
+        return {
+            "digest": np.array([_digest(bytes(data)) for data in encoded], dtype=np.uint64),
+            "readable": there,
+            "hash": phash(grey),
+            "thumb": thumb,
+        }
 
     def _recordings(self, table: pa.Table) -> dict[str, np.ndarray]:
-        starts, lengths = ([None] * len(table) if name is None else table[name].to_pylist() for name in self.piece)
-        names = list(dict.fromkeys(place for place in map(_place, table[self.columns[0]]) if isinstance(place, str)))
+        starts, lengths = (
+            [None] * len(table) if name is None else table[name].to_pylist() for name in self.piece
+        )
+        names = list(
+            dict.fromkeys(
+                place for place in map(_place, table[self.columns[0]]) if isinstance(place, str)
+            )
+        )
         known = dict(zip(names, threaded_map(_recording, names), strict=True))
         digests, readable = np.zeros(len(table), dtype=np.uint64), np.zeros(len(table), dtype=bool)
         for i, place in enumerate(map(_place, table[self.columns[0]])):
             if place:
                 content, total = known[place] if isinstance(place, str) else _recording(place)
-                digests[i], readable[i] = _digest(content + _piece(starts[i], lengths[i], total)), True
+                digests[i], readable[i] = (
+                    _digest(content + _piece(starts[i], lengths[i], total)),
+                    True,
+                )
         return {"digest": digests, "readable": readable}
 
 
 def _single_precision(table: pa.Table, columns: tuple[str, ...]) -> pa.Table:
-    """The table with the floating numbers of these columns, also those in lists, as float32, which is what models read:
-    a number that is stored as a double in one table and as a float in another is the same."""
+    """The table with the floating numbers of these columns, also those in lists, as float32, which
+    is what models read: a number that is stored as a double in one table and as a float in another
+    is the same.
+    """
     for name in dict.fromkeys(columns):
         kind = table.schema.field(name).type
         wanted = _with_float32(kind)
@@ -145,7 +219,9 @@ def _single_precision(table: pa.Table, columns: tuple[str, ...]) -> pa.Table:
 
 
 def _with_float32(kind: pa.DataType) -> pa.DataType | None:
-    """The type with float32 in the place of floating numbers of any width; None where there are none."""
+    """The type with float32 in the place of floating numbers of any width; None where there are
+    none.
+    """
     if pa.types.is_floating(kind):
         return pa.float32()
     if not lists.is_list(kind):
@@ -176,27 +252,44 @@ def _recording(place: str | bytes) -> tuple[bytes, float]:
 
 def _piece(start: Any, seconds: Any, total: float) -> bytes:
     """Which part of its recording a row is; nothing for all of it."""
-    begin, length = (value if isinstance(value, (int, float)) and value == value else None for value in (start, seconds))  # NaN is null
-    if begin is None or (begin == 0 and (length is None or abs(length - total) <= audiofile.OVER_SECONDS)):
+    begin, length = (
+        value if isinstance(value, (int, float)) and value == value else None
+        for value in (start, seconds)
+    )  # NaN is null
+    if begin is None or (
+        begin == 0 and (length is None or abs(length - total) <= audiofile.OVER_SECONDS)
+    ):
         return b""
     return f" {begin:.3f} {'' if length is None else f'{length:.3f}'}".encode()
 
 
 def _content(row: tuple[Any, ...]) -> bytes:
-    """The bytes of a row's values; of several each with its length before it, so that no two rows share them."""
+    """The bytes of a row's values; of several each with its length before it, so that no two rows
+    share them.
+    """
     parts = [value if isinstance(value, bytes) else str(value).encode() for value in row]
-    return parts[0] if len(parts) == 1 else b"".join(len(part).to_bytes(8, "little") + part for part in parts)
+    return (
+        parts[0]
+        if len(parts) == 1
+        else b"".join(len(part).to_bytes(8, "little") + part for part in parts)
+    )
 
 
 def _first_moment(row: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """(time, what was measured then) of the first moment from the record's start on, of its times, variables and values. A cut leaves out what is later,
-    or what lies before the start, and so keeps it. None for a row without events from its start on."""
+    """(time, what was measured then) of the first moment from the record's start on, of its times,
+    variables and values. A cut leaves out what is later, or what lies before the start, and so
+    keeps it. None for a row without events from its start on.
+    """
     times, variables, values = ([] if part is None else part for part in row[:3])
     times = [_number(time) for time in times]
     first = min((time for time in times if time is not None and time >= 0), default=None)
     if first is None or not len(times) == len(variables) == len(values):
         return None
-    measured = ((str(variable), _number(value)) for time, variable, value in zip(times, variables, values, strict=True) if time == first)
+    measured = (
+        (str(variable), _number(value))
+        for time, variable, value in zip(times, variables, values, strict=True)
+        if time == first
+    )
     return first, sorted(measured, key=str)
 
 
@@ -207,8 +300,14 @@ def _number(value: Any) -> Any:
 
 
 def _record(record: Any, moment: tuple[Any, ...] | None) -> int:
-    """The digest of a record's id and first moment (ids alone may be the same in two collections); 0 where either is not there."""
-    return 0 if record is None or moment is None else _digest(repr((value_text(record), moment)).encode())
+    """The digest of a record's id and first moment (ids alone may be the same in two collections);
+    0 where either is not there.
+    """
+    return (
+        0
+        if record is None or moment is None
+        else _digest(repr((value_text(record), moment)).encode())
+    )
 
 
 def _digest(content: bytes) -> int:
@@ -218,8 +317,10 @@ def _digest(content: bytes) -> int:
 def phash(grey: np.ndarray) -> np.ndarray:
     """(n,) uint64 of (n, 32, 32) grey pixels."""
     places, numbers = np.arange(SIDE), np.arange(1, FREQUENCIES + 1)
-    wave = np.cos(np.pi / SIDE * numbers[:, None] * (places + 0.5))  # (8, 32), DCT-II without the constant
-    found = (wave @ grey.astype(np.float64) @ wave.T).reshape(len(grey), FREQUENCIES ** 2)
+    wave = np.cos(
+        np.pi / SIDE * numbers[:, None] * (places + 0.5)
+    )  # (8, 32), DCT-II without the constant
+    found = (wave @ grey.astype(np.float64) @ wave.T).reshape(len(grey), FREQUENCIES**2)
     bits = found > np.median(found, axis=1, keepdims=True)
     return np.packbits(bits, axis=1).view("<u8").reshape(-1)
 
@@ -239,8 +340,9 @@ def same_record(rows: Signs, others: Signs) -> np.ndarray:
 def near(rows: Signs, others: Signs) -> np.ndarray:
     """(n,) which of the images are one of the others or nearly so.
 
-    Two hashes that differ in at most d bits agree in one of d + 1 bands of theirs (the pigeonhole principle; Norouzi et al., "Fast search in Hamming
-    space with multi-index hashing", CVPR 2012), so only rows that share a band are compared: of uniform hashes 1 pair in 1600.
+    Two hashes that differ in at most d bits agree in one of d + 1 bands of theirs (the pigeonhole
+    principle; Norouzi et al., "Fast search in Hamming space with multi-index hashing", CVPR 2012),
+    so only rows that share a band are compared: of uniform hashes 1 pair in 1600.
     """
     found = exact(rows, others)
     if rows.hash is None or others.hash is None:
@@ -258,18 +360,31 @@ def near(rows: Signs, others: Signs) -> np.ndarray:
             close = np.bitwise_count(mine.hash[a] ^ theirs.hash[b]) <= NEAR_BITS
             a, b = a[close], b[close]
             for i in range(0, len(a), 1 << 16):
-                of, to = a[i:i + (1 << 16)], b[i:i + (1 << 16)]
-                alike[of[np.einsum("ij,ij->i", mine.standard(of), theirs.standard(to)) >= NEAR_CORRELATION]] = True
+                of, to = a[i : i + (1 << 16)], b[i : i + (1 << 16)]
+                alike[
+                    of[
+                        np.einsum("ij,ij->i", mine.standard(of), theirs.standard(to))
+                        >= NEAR_CORRELATION
+                    ]
+                ] = True
     return found | alike[mine.of]
 
 
 class _Images:
-    """Each different (hash, thumbnail) once; ``of`` (n,) tells every row its number. Images without contrast have a correlation of 0 with all others."""
+    """Each different (hash, thumbnail) once; ``of`` (n,) tells every row its number. Images without
+    contrast have a correlation of 0 with all others.
+    """
 
     def __init__(self, rows: Signs):
         assert rows.hash is not None and rows.thumb is not None
-        whole = np.ascontiguousarray(np.concatenate([rows.hash[:, None].view(np.uint8).reshape(len(rows), 8), rows.thumb], axis=1))
-        _, places, of = np.unique(whole.view(f"V{whole.shape[1]}").reshape(-1), return_index=True, return_inverse=True)
+        whole = np.ascontiguousarray(
+            np.concatenate(
+                [rows.hash[:, None].view(np.uint8).reshape(len(rows), 8), rows.thumb], axis=1
+            )
+        )
+        _, places, of = np.unique(
+            whole.view(f"V{whole.shape[1]}").reshape(-1), return_index=True, return_inverse=True
+        )
         self.of, self.hash, self.thumb = of.reshape(-1), rows.hash[places], rows.thumb[places]
 
     def standard(self, places: np.ndarray) -> np.ndarray:
@@ -288,8 +403,12 @@ def _band(hashes: np.ndarray, low: int, high: int) -> np.ndarray:
     return (hashes >> np.uint64(low)) & np.uint64((1 << (high - low)) - 1)
 
 
-def _pairs(left: np.ndarray, first: np.ndarray, last: np.ndarray, order: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(rows, others) that share a band, about PAIRS at a time: row ``left[i]`` with ``order[first[i]:last[i]]``."""
+def _pairs(
+    left: np.ndarray, first: np.ndarray, last: np.ndarray, order: np.ndarray
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(rows, others) that share a band, about PAIRS at a time: row ``left[i]`` with
+    ``order[first[i]:last[i]]``.
+    """
     counts = last - first
     ends = np.cumsum(counts)
     start = 0

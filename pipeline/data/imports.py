@@ -1,6 +1,8 @@
-"""Folders of images and of sound, JSON Lines, CSV and plain text brought into Parquet, once, keyed by what was found.
+"""Folders of images and of sound, JSON Lines, CSV and plain text brought into Parquet, once, keyed
+by what was found.
 
-JSON Lines, CSV and text may be compressed (.jsonl.zst, .csv.gz, .txt.gz): they are read as a stream, never whole.
+JSON Lines, CSV and text may be compressed (.jsonl.zst, .csv.gz, .txt.gz): they are read as a
+stream, never whole.
 """
 
 from __future__ import annotations
@@ -26,9 +28,32 @@ from pipeline.job import spec_hash
 log = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
-AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf", ".w64"}
-FORMATS = {".parquet": "parquet", ".pq": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".csv": "csv", ".tsv": "csv",
-           ".txt": "text", ".text": "text", **dict.fromkeys(IMAGE_SUFFIXES, "images"), **dict.fromkeys(AUDIO_SUFFIXES, "audio")}
+AUDIO_SUFFIXES = {
+    ".wav",
+    ".flac",
+    ".ogg",
+    ".oga",
+    ".opus",
+    ".mp3",
+    ".aif",
+    ".aiff",
+    ".au",
+    ".caf",
+    ".w64",
+}
+FORMATS = {
+    ".parquet": "parquet",
+    ".pq": "parquet",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".txt": "text",
+    ".text": "text",
+    **dict.fromkeys(IMAGE_SUFFIXES, "images"),
+    **dict.fromkeys(AUDIO_SUFFIXES, "audio"),
+}
 CODECS = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
 LISTED = {"images", "audio"}
 """Kinds whose rows name files: the Parquet file holds their URIs."""
@@ -40,22 +65,37 @@ AUDIO_VERSION = 1
 PREPARED = "_manifest.json"
 """What `onetomany prepare` leaves beside its parts, with the SHA-256 of each."""
 PREPARED_FIELDS = ("format_version", "importer", "resize", "quality", "broken")
-"""By these it is known from what other programs write under that name. A flipped bit spoils one of them at most."""
+"""By these it is known from what other programs write under that name. A flipped bit spoils one of
+them at most.
+"""
 TEXTS = {"text", "paragraphs", "documents"}
-"""Kinds of plain text: a row is a line, a stretch between blank lines, or a file. Their column ``text`` is binary, so that a row that is not UTF-8 is
-told as bad where it is read, and spoils no other one."""
+"""Kinds of plain text: a row is a line, a stretch between blank lines, or a file. Their column
+``text`` is binary, so that a row that is not UTF-8 is told as bad where it is read, and spoils no
+other one.
+"""
 TEXT_VERSION = 2
 GROUP_ROWS, GROUP_BYTES = 1024, 64 << 20
 """A row group of text has at most so many rows, and no further one from so many bytes on."""
 CHUNK_BYTES, LINE_BYTES = 16 << 20, 64 << 20
-"""JSON Lines are read in chunks of so many bytes, more where one line is longer, up to the second number: the limit of every row of text too."""
+"""JSON Lines are read in chunks of so many bytes, more where one line is longer, up to the second
+number: the limit of every row of text too.
+"""
 MARK = b"\xef\xbb\xbf"
 WIDE = (b"\xff\xfe", b"\xfe\xff")
 """How UTF-8 and UTF-16 say in a file's first bytes that they are it."""
 BLOCK_BYTES, ROW_BYTES = 4 << 20, 64 << 20
-"""The same for CSV, where Arrow reads a dozen or more blocks ahead: 0.25 GB in memory for a file of any size (2026-11-24, 4 MiB; 0.7 GB with 16)."""
-WIDER = {pa.null(): pa.int64(), pa.int64(): pa.float64(), pa.float64(): pa.string(), pa.string(): pa.binary()}
-"""What a CSV column becomes when a value is not of its type; string for types that are not listed."""
+"""The same for CSV, where Arrow reads a dozen or more blocks ahead: 0.25 GB in memory for a file of
+any size (2026-11-24, 4 MiB; 0.7 GB with 16).
+"""
+WIDER = {
+    pa.null(): pa.int64(),
+    pa.int64(): pa.float64(),
+    pa.float64(): pa.string(),
+    pa.string(): pa.binary(),
+}
+"""What a CSV column becomes when a value is not of its type; string for types that are not
+listed.
+"""
 
 
 def _kind(file: str) -> str:
@@ -67,7 +107,9 @@ def _kind(file: str) -> str:
 
 
 class _Unpacked(io.RawIOBase):
-    """A compressed file as a stream of what is in it. Raises ValueError, with the file, where it is damaged or ends too early."""
+    """A compressed file as a stream of what is in it. Raises ValueError, with the file, where it is
+    damaged or ends too early.
+    """
 
     def __init__(self, file: str, codec: str):
         self._file, self._codec = file, codec
@@ -83,7 +125,10 @@ class _Unpacked(io.RawIOBase):
         except storage.StorageError:
             raise
         except (OSError, pa.ArrowInvalid) as error:
-            raise ValueError(f"{self._file}: not readable as {self._codec}: {error}; the file is damaged or was cut off, fetch it again") from None
+            raise ValueError(
+                f"{self._file}: not readable as {self._codec}: {error}; the file is damaged or "
+                "was cut off, fetch it again"
+            ) from None
 
     def close(self) -> None:
         self._under.close()
@@ -97,8 +142,9 @@ def _open(file: str) -> BinaryIO:
 
 
 def _expand(uris: list[str], form: str) -> list[tuple[str, str]]:
-    """(file, root) of every file, each once, sorted; in folders hidden files, those of unknown kind and, where a form is told, those of another one are
-    left out."""
+    """(file, root) of every file, each once, sorted; in folders hidden files, those of unknown kind
+    and, where a form is told, those of another one are left out.
+    """
     out, of_form = [], "text" if form in TEXTS else form
     for uri in uris:
         found = [uri] if storage.is_dir(uri) else storage.glob(uri)
@@ -106,8 +152,18 @@ def _expand(uris: list[str], form: str) -> list[tuple[str, str]]:
             raise ValueError(f"{uri}: no such file, folder or glob")
         for entry in found:
             if storage.is_dir(entry):
-                inside = [f for f in storage.list_files(entry) if not any(p.startswith((".", "_")) for p in PurePosixPath(f[len(entry):]).parts)]
-                out += [(entry, f) for f in inside if _kind(f) and (form == "auto" or _kind(f) == of_form)]
+                inside = [
+                    f
+                    for f in storage.list_files(entry)
+                    if not any(
+                        p.startswith((".", "_")) for p in PurePosixPath(f[len(entry) :]).parts
+                    )
+                ]
+                out += [
+                    (entry, f)
+                    for f in inside
+                    if _kind(f) and (form == "auto" or _kind(f) == of_form)
+                ]
             else:
                 out.append(("", entry))
     return sorted({file: root for root, file in reversed(out)}.items())
@@ -125,56 +181,91 @@ class Imported(NamedTuple):
     """The images or recordings of a folder, which the rows name and which are read in training."""
 
 
-def to_parquet(uris: list[str], form: str, imports_uri: str, mode: identity.Mode = "content") -> Imported:
-    """The given files as Parquet: themselves, or an import of them under ``imports_uri``. ``mode``: how files are identified (`identity`).
+def to_parquet(
+    uris: list[str], form: str, imports_uri: str, mode: identity.Mode = "content"
+) -> Imported:
+    """The given files as Parquet: themselves, or an import of them under ``imports_uri``. ``mode``:
+    how files are identified (`identity`).
 
-    Raises ValueError for no files, kinds that are mixed, an empty file, or one that is cut off or has a row beyond the limit (file and line named);
-    ChangedFileError for a file that changes while it is brought in.
+    Raises ValueError for no files, kinds that are mixed, an empty file, or one that is cut off or
+    has a row beyond the limit (file and line named); ChangedFileError for a file that changes while
+    it is brought in.
     """
     pairs = _expand(uris, form)
     kinds = {form} if form != "auto" else {_kind(f) for f, _ in pairs}
     if not pairs and form != "auto":
-        raise ValueError(f"{', '.join(uris)}: no file of format {form} in there; a folder's files are told by their names, name others by a glob")
+        raise ValueError(
+            f"{', '.join(uris)}: no file of format {form} in there; a folder's files are told "
+            "by their names, name others by a glob"
+        )
     if not pairs or kinds == {""}:
-        raise ValueError(f"{', '.join(uris)}: no files of a known kind ({', '.join(sorted(FORMATS))}, and compressed "
-                         f"{', '.join(CODECS)}); set data.format")
+        raise ValueError(
+            f"{', '.join(uris)}: no files of a known kind ({', '.join(sorted(FORMATS))}, and "
+            "compressed "
+            f"{', '.join(CODECS)}); set data.format"
+        )
     if len(kinds) > 1:
-        raise ValueError(f"{', '.join(uris)}: files of several kinds ({', '.join(sorted(k or 'unknown' for k in kinds))}); name one kind by a glob")
+        raise ValueError(
+            f"{', '.join(uris)}: files of several kinds "
+            f"({', '.join(sorted(k or 'unknown' for k in kinds))}); name one kind by a glob"
+        )
     kind, fingerprint, listed = kinds.pop(), None, []
     files = [file for file, _ in pairs]
     if kind in LISTED:
-        listed, cut = _listed(pairs, mode), [AUDIO_VERSION, LONGEST_SECONDS] if kind == "audio" else []
+        listed, cut = (
+            _listed(pairs, mode),
+            [AUDIO_VERSION, LONGEST_SECONDS] if kind == "audio" else [],
+        )
         read = [file.identity for file in listed]
         key = spec_hash(kind, [[file.uri, file.mark] for file in listed], *cut)
         fingerprint = spec_hash(kind, [[file.name, file.label, file.mark] for file in listed], *cut)
     else:
         for file in files:
-            if kind != "documents" and storage.size(file) == 0:  # an empty image or document is one bad row, an empty table is a mistake
-                raise ValueError(f"{file}: the file is empty (0 bytes); remove it or write it again")
+            if (
+                kind != "documents" and storage.size(file) == 0
+            ):  # an empty image or document is one bad row, an empty table is a mistake
+                raise ValueError(
+                    f"{file}: the file is empty (0 bytes); remove it or write it again"
+                )
         read = identity.identify(files, mode)
         if kind == "parquet":
             _check_prepared(read)
             return Imported(files, own=tuple(read))
-        key = spec_hash(kind, [[PurePosixPath(file.uri).name, file.content] for file in read], *([TEXT_VERSION] if kind in TEXTS else []))
+        key = spec_hash(
+            kind,
+            [[PurePosixPath(file.uri).name, file.content] for file in read],
+            *([TEXT_VERSION] if kind in TEXTS else []),
+        )
     folder = storage.join(imports_uri, key)
     if checked.whole_folder(folder, "the files are brought in again") is None:
         with storage.scratch_folder() as scratch:
             path = Path(scratch, "rows.parquet")
             with s3.naming("write", path, only_full_disk=True):
                 if kind in LISTED:
-                    pq.write_table(_recordings(listed) if kind == "audio" else _pictures(listed), path, row_group_size=GROUP_ROWS)
+                    pq.write_table(
+                        _recordings(listed) if kind == "audio" else _pictures(listed),
+                        path,
+                        row_group_size=GROUP_ROWS,
+                    )
                 else:
                     _write(kind, files, path)
             identity.check_unchanged(read)
-            folders.commit_folder(folder, {"rows.parquet": path}, {"kind": kind, "format_version": 1})
-    return Imported([storage.join(folder, "rows.parquet")], fingerprint, named=tuple(read) if kind in LISTED else ())
+            folders.commit_folder(
+                folder, {"rows.parquet": path}, {"kind": kind, "format_version": 1}
+            )
+    return Imported(
+        [storage.join(folder, "rows.parquet")],
+        fingerprint,
+        named=tuple(read) if kind in LISTED else (),
+    )
 
 
 def _check_prepared(files: list[FileIdentity]) -> None:
-    """Compare Parquet files that `onetomany prepare` wrote with the manifest that it left beside them.
+    """Compare Parquet files that `onetomany prepare` wrote with the manifest that it left beside
+    them.
 
-    Files that are known by a time of change (data.identity: stat) or by an ETag of S3 are not compared.
-    Raises DamagedError for the first one that holds something else.
+    Files that are known by a time of change (data.identity: stat) or by an ETag of S3 are not
+    compared. Raises DamagedError for the first one that holds something else.
     """
     manifests: dict[str, dict[str, Any]] = {}
     for file in files:
@@ -186,14 +277,19 @@ def _check_prepared(files: list[FileIdentity]) -> None:
         entry = manifests[folder].get(name)
         if entry is not None and not checked.is_same(file.content, entry):
             raise storage.DamagedError(
-                f"{file.uri} is not what `onetomany prepare` wrote: it does not have the SHA-256 that {PREPARED} beside it states; remove "
-                f"the file and give the same prepare command, which then writes it alone (or remove {PREPARED}, where you changed it yourself)")
+                f"{file.uri} is not what `onetomany prepare` wrote: it does not have the "
+                f"SHA-256 that {PREPARED} beside it states; remove "
+                "the file and give the same prepare command, which then writes it alone (or "
+                f"remove {PREPARED}, where you changed it yourself)"
+            )
 
 
 def _prepared_files(folder: str) -> dict[str, Any]:
-    """What the manifest of `onetomany prepare` in a folder says of its parts; nothing where there is none.
+    """What the manifest of `onetomany prepare` in a folder says of its parts; nothing where there
+    is none.
 
-    Other programs name files so too: only a manifest with the fields of ours is held against its own checksum.
+    Other programs name files so too: only a manifest with the fields of ours is held against its
+    own checksum.
     """
     uri = storage.join(folder, PREPARED)
     if not storage.exists(uri):
@@ -201,15 +297,22 @@ def _prepared_files(folder: str) -> dict[str, Any]:
     content = storage.read_bytes(uri)
     known = [name for name in PREPARED_FIELDS if f'"{name}"'.encode() in content]
     if len(known) < len(PREPARED_FIELDS) - 1:
-        log.warning("%s is no manifest of `onetomany prepare`: the files beside it are not compared with it", uri)
+        log.warning(
+            "%s is no manifest of `onetomany prepare`: the files beside it are not compared "
+            "with it",
+            uri,
+        )
         return {}
     return folders.open_folder(folder, PREPARED).get("files", {})
 
 
 # ---------------------------------------------------------------- images and sound
 
+
 class _File(NamedTuple):
-    """A file, its path below the folder that was named (below what they share, for globs and files) and its folder's name."""
+    """A file, its path below the folder that was named (below what they share, for globs and files)
+    and its folder's name.
+    """
 
     identity: FileIdentity
     name: str
@@ -227,11 +330,16 @@ class _File(NamedTuple):
 
 def _listed(pairs: list[tuple[str, str]], mode: identity.Mode) -> list[_File]:
     loose = [file.split("/")[:-1] for file, root in pairs if not root]
-    shared = next((i for i, names in enumerate(zip(*loose, strict=False)) if len(set(names)) > 1), min(map(len, loose), default=0))
-    places = [file if storage.is_remote(file) else os.path.abspath(s3.split(file)[1]) for file, _ in pairs]
+    shared = next(
+        (i for i, names in enumerate(zip(*loose, strict=False)) if len(set(names)) > 1),
+        min(map(len, loose), default=0),
+    )
+    places = [
+        file if storage.is_remote(file) else os.path.abspath(s3.split(file)[1]) for file, _ in pairs
+    ]
     out = []
     for (file, root), found in zip(pairs, identity.identify(places, mode), strict=True):
-        name = file[len(root):].lstrip("/") if root else "/".join(file.split("/")[shared:])
+        name = file[len(root) :].lstrip("/") if root else "/".join(file.split("/")[shared:])
         out.append(_File(found, name, PurePosixPath(found.uri).parent.name))
     return out
 
@@ -239,17 +347,23 @@ def _listed(pairs: list[tuple[str, str]], mode: identity.Mode) -> list[_File]:
 def _each(work: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
     """Results in order, from threads: for file servers that answer slowly."""
     with ThreadPoolExecutor(16) as pool:
-        for part in pool.map(lambda i: list(map(work, items[i:i + 64])), range(0, len(items), 64)):
+        for part in pool.map(
+            lambda i: list(map(work, items[i : i + 64])), range(0, len(items), 64)
+        ):
             yield from part
 
 
 def _pictures(found: list[_File]) -> pa.Table:
-    return pa.table({"image": [file.uri for file in found], "label": [file.label for file in found]})
+    return pa.table(
+        {"image": [file.uri for file in found], "label": [file.label for file in found]}
+    )
 
 
 def _recordings(found: list[_File]) -> pa.Table:
-    """A row for each recording or piece of one, in order: ``audio`` (URI), ``label`` (the folder's name), ``recording`` (the path below the folder that
-    was named), ``start`` and ``seconds``, which are null for a file that is broken: the modality tells where it is read."""
+    """A row for each recording or piece of one, in order: ``audio`` (URI), ``label`` (the folder's
+    name), ``recording`` (the path below the folder that was named), ``start`` and ``seconds``,
+    which are null for a file that is broken: the modality tells where it is read.
+    """
     from pipeline import audiofile  # here: only folders of sound need its library
 
     def pieces(file: _File) -> list[tuple[float | None, float | None]]:
@@ -259,20 +373,43 @@ def _recordings(found: list[_File]) -> pa.Table:
                 if seconds <= LONGEST_SECONDS:
                     return [(0.0, seconds)]
                 handle.seek(0)
-                return [(start, stop - start) for start, stop in audiofile.pieces(handle, None, LONGEST_SECONDS)]
+                return [
+                    (start, stop - start)
+                    for start, stop in audiofile.pieces(handle, None, LONGEST_SECONDS)
+                ]
         except audiofile.BrokenAudioError:
             return [(None, None)]
 
-    rows = [(file, start, seconds) for file, parts in zip(found, _each(pieces, found), strict=True) for start, seconds in parts]
-    table = {"audio": [file.uri for file, _, _ in rows], "label": [file.label for file, _, _ in rows], "recording": [file.name for file, _, _ in rows]}
-    return pa.table({**table, "start": pa.array([start for _, start, _ in rows], pa.float64()),
-                     "seconds": pa.array([seconds for _, _, seconds in rows], pa.float64())})
+    rows = [
+        (file, start, seconds)
+        for file, parts in zip(found, _each(pieces, found), strict=True)
+        for start, seconds in parts
+    ]
+    table = {
+        "audio": [file.uri for file, _, _ in rows],
+        "label": [file.label for file, _, _ in rows],
+        "recording": [file.name for file, _, _ in rows],
+    }
+    return pa.table(
+        {
+            **table,
+            "start": pa.array([start for _, start, _ in rows], pa.float64()),
+            "seconds": pa.array([seconds for _, _, seconds in rows], pa.float64()),
+        }
+    )
 
 
 # ---------------------------------------------------------------- tables and text
 
+
 def _write(kind: str, files: list[str], path: Path) -> None:
-    tables = {"csv": _csv, "jsonl": _json_lines, "text": _lines, "paragraphs": _paragraphs, "documents": _document}[kind]
+    tables = {
+        "csv": _csv,
+        "jsonl": _json_lines,
+        "text": _lines,
+        "paragraphs": _paragraphs,
+        "documents": _document,
+    }[kind]
     writer = None
     for file in files:
         if kind not in TEXTS:  # these look at their first bytes as they read them
@@ -281,7 +418,10 @@ def _write(kind: str, files: list[str], path: Path) -> None:
         for table in tables(file):
             writer = writer or pq.ParquetWriter(path, table.schema)
             if not table.schema.equals(writer.schema):
-                raise ValueError(f"{file}: its columns ({_columns(table.schema)}) differ from those of {files[0]} ({_columns(writer.schema)})")
+                raise ValueError(
+                    f"{file}: its columns ({_columns(table.schema)}) differ from those of "
+                    f"{files[0]} ({_columns(writer.schema)})"
+                )
             if len(table):
                 writer.write_table(table, row_group_size=GROUP_ROWS)
     assert writer is not None
@@ -293,14 +433,19 @@ def _columns(schema: pa.Schema) -> str:
 
 
 def _csv(file: str) -> Iterator[pa.Table]:
-    """Rows of a CSV file, block by block. The types of its columns come from a first pass over all of it, for a block knows only its own."""
+    """Rows of a CSV file, block by block. The types of its columns come from a first pass over all
+    of it, for a block knows only its own.
+    """
     types: dict[str, pa.DataType] = {}
     names: list[str] = []
     block_bytes = BLOCK_BYTES
     while True:
         try:
             for table in _csv_blocks(file, types, block_bytes):
-                names, types = table.column_names, dict(zip(table.column_names, table.schema.types, strict=True))
+                names, types = (
+                    table.column_names,
+                    dict(zip(table.column_names, table.schema.types, strict=True)),
+                )
             break
         except pa.ArrowInvalid as error:
             text = str(error).splitlines()[0]
@@ -309,27 +454,40 @@ def _csv(file: str) -> Iterator[pa.Table]:
             if "straddling" in text and block_bytes < ROW_BYTES:  # a row is longer than a block
                 block_bytes *= 2
             elif "straddling" in text:
-                raise ValueError(f"{file}: not readable as csv: a row is longer than {ROW_BYTES >> 20} MiB; is a quote left open?") from None
+                raise ValueError(
+                    f"{file}: not readable as csv: a row is longer than {ROW_BYTES >> 20} MiB; "
+                    "is a quote left open?"
+                ) from None
             elif name and types[name] != pa.binary():
                 types[name] = WIDER.get(types[name], pa.string())
             else:
-                raise ValueError(f"{file}: not readable as csv: {text}" + (f" (column {name!r})" if name else "")) from None
+                raise ValueError(
+                    f"{file}: not readable as csv: {text}" + (f" (column {name!r})" if name else "")
+                ) from None
     yield from _csv_blocks(file, types, block_bytes)
 
 
 def _csv_blocks(file: str, types: dict[str, pa.DataType], block_bytes: int) -> Iterator[pa.Table]:
-    """The first table has no rows. Types of columns that are not given follow from the first block; another type in a later one is an error."""
+    """The first table has no rows. Types of columns that are not given follow from the first block;
+    another type in a later one is an error.
+    """
     tab = ".tsv" in PurePosixPath(file.lower()).suffixes[-2:]
     with _open(file) as handle:
-        reader = pacsv.open_csv(handle, pacsv.ReadOptions(block_size=block_bytes, use_threads=False),
-                                pacsv.ParseOptions(delimiter="\t" if tab else ",", newlines_in_values=True), pacsv.ConvertOptions(column_types=types))
+        reader = pacsv.open_csv(
+            handle,
+            pacsv.ReadOptions(block_size=block_bytes, use_threads=False),
+            pacsv.ParseOptions(delimiter="\t" if tab else ",", newlines_in_values=True),
+            pacsv.ConvertOptions(column_types=types),
+        )
         yield reader.schema.empty_table()
         for batch in reader:
             yield pa.Table.from_batches([batch])
 
 
 def _json_lines(file: str) -> Iterator[pa.Table]:
-    """Rows of a JSON Lines file, chunk by chunk. The columns come from a first pass over all of it, for a chunk knows only its own."""
+    """Rows of a JSON Lines file, chunk by chunk. The columns come from a first pass over all of it,
+    for a chunk knows only its own.
+    """
     schema = None
     for number, chunk in _chunks(file):
         found = pa.struct(list(_parsed(file, number, chunk, None).schema))
@@ -344,7 +502,9 @@ def _json_lines(file: str) -> Iterator[pa.Table]:
 
 
 def _chunks(file: str) -> Iterator[tuple[int, bytes]]:
-    """(number of the first line, whole lines) of a file, about CHUNK_BYTES at a time; blank chunks are left out."""
+    """(number of the first line, whole lines) of a file, about CHUNK_BYTES at a time; blank chunks
+    are left out.
+    """
     number = 1
     with _open(file) as handle:
         while chunk := handle.read(CHUNK_BYTES):
@@ -352,7 +512,10 @@ def _chunks(file: str) -> Iterator[tuple[int, bytes]]:
             if not chunk.endswith(b"\n"):
                 rest = handle.readline(LINE_BYTES)
                 if len(rest) == LINE_BYTES:
-                    raise ValueError(f"{file}:{number + lines}: the line is longer than {LINE_BYTES >> 20} MiB; JSON Lines has one object a line")
+                    raise ValueError(
+                        f"{file}:{number + lines}: the line is longer than {LINE_BYTES >> 20} "
+                        "MiB; JSON Lines has one object a line"
+                    )
                 chunk, lines = chunk + rest, lines + 1
             if not chunk.isspace():
                 yield number, chunk
@@ -361,28 +524,48 @@ def _chunks(file: str) -> Iterator[tuple[int, bytes]]:
 
 def _parsed(file: str, number: int, chunk: bytes, schema: pa.Schema | None) -> pa.Table:
     try:
-        return pajson.read_json(pa.BufferReader(chunk), pajson.ReadOptions(block_size=len(chunk) + 1), pajson.ParseOptions(explicit_schema=schema))
+        return pajson.read_json(
+            pa.BufferReader(chunk),
+            pajson.ReadOptions(block_size=len(chunk) + 1),
+            pajson.ParseOptions(explicit_schema=schema),
+        )
     except pa.ArrowInvalid as error:
         after = f" (counted from line {number})" if number > 1 else ""
-        raise ValueError(f"{file}: not readable as jsonl, one object a line: {str(error).splitlines()[0]}{after}; mend the "
-                         "line, or let onetomany prepare text leave it out and list it") from None
+        raise ValueError(
+            f"{file}: not readable as jsonl, one object a line: "
+            f"{str(error).splitlines()[0]}{after}; mend the "
+            "line, or let onetomany prepare text leave it out and list it"
+        ) from None
 
 
 def _wider(a: pa.DataType, b: pa.DataType, name: str = "") -> pa.DataType:
-    """The type that holds the values of both, as a chunk with both kinds of lines would have it. Raises ValueError, with the column, for none."""
+    """The type that holds the values of both, as a chunk with both kinds of lines would have it.
+    Raises ValueError, with the column, for none.
+    """
     if a == b or pa.types.is_null(b):
         return a
     if pa.types.is_null(a):
         return b
     if {a, b} == {pa.int64(), pa.float64()}:
         return pa.float64()
-    if pa.string() in (a, b) and any(pa.types.is_timestamp(kind) for kind in (a, b)):  # strings, some of which are dates
+    if pa.string() in (a, b) and any(
+        pa.types.is_timestamp(kind) for kind in (a, b)
+    ):  # strings, some of which are dates
         return pa.string()
     if pa.types.is_list(a) and pa.types.is_list(b):
         return pa.list_(_wider(a.value_type, b.value_type, name))
     if pa.types.is_struct(a) and pa.types.is_struct(b):
         ours, theirs = ({field.name: field.type for field in kind} for kind in (a, b))
-        return pa.struct({key: _wider(ours.get(key, pa.null()), theirs.get(key, pa.null()), f"{name}.{key}".lstrip(".")) for key in ours | theirs})
+        return pa.struct(
+            {
+                key: _wider(
+                    ours.get(key, pa.null()),
+                    theirs.get(key, pa.null()),
+                    f"{name}.{key}".lstrip("."),
+                )
+                for key in ours | theirs
+            }
+        )
     raise ValueError(f"column {name!r} is {a} in some lines and {b} in others")
 
 
@@ -393,6 +576,7 @@ def _lines(file: str) -> Iterator[pa.Table]:
 
 def _paragraphs(file: str) -> Iterator[pa.Table]:
     """Stretches between blank lines, one a row, with the line breaks inside them."""
+
     def found() -> Iterator[bytes]:
         lines: list[bytes] = []
         size = 0
@@ -402,7 +586,10 @@ def _paragraphs(file: str) -> Iterator[pa.Table]:
                 lines.append(line)
                 size += len(line)
             if size > LINE_BYTES:
-                raise ValueError(f"{file}:{number}: the paragraph is longer than {LINE_BYTES >> 20} MiB; blank lines separate documents (or say format: text)")
+                raise ValueError(
+                    f"{file}:{number}: the paragraph is longer than {LINE_BYTES >> 20} MiB; "
+                    "blank lines separate documents (or say format: text)"
+                )
             if blank and lines:
                 yield b"".join(lines).rstrip(b"\r\n")
                 lines, size = [], 0
@@ -417,7 +604,10 @@ def _document(file: str) -> Iterator[pa.Table]:
     with _open(file) as handle:
         data = handle.read(LINE_BYTES + 1)
     if len(data) > LINE_BYTES:
-        raise ValueError(f"{file}: the document is larger than {LINE_BYTES >> 20} MiB; cut it up, or say format: text (a line is a document) or paragraphs")
+        raise ValueError(
+            f"{file}: the document is larger than {LINE_BYTES >> 20} MiB; cut it up, or say "
+            "format: text (a line is a document) or paragraphs"
+        )
     return _grouped(iter([_marked(file, data)]))
 
 
@@ -428,7 +618,9 @@ def _blank(line: bytes) -> bool:
 def _marked(file: str, start: bytes) -> bytes:
     """The first bytes of a file without the mark of UTF-8. Raises ValueError for that of UTF-16."""
     if start.startswith(WIDE):
-        raise ValueError(f"{file}: the file is UTF-16; convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)")
+        raise ValueError(
+            f"{file}: the file is UTF-16; convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)"
+        )
     return start.removeprefix(MARK)
 
 
@@ -437,8 +629,11 @@ def _read_lines(file: str) -> Iterator[bytes]:
         number = 1
         while line := handle.readline(LINE_BYTES):
             if len(line) == LINE_BYTES and not line.endswith(b"\n"):
-                raise ValueError(f"{file}:{number}: the line is longer than {LINE_BYTES >> 20} MiB; a text file has one document a line, "
-                                 "or say format: paragraphs or documents")
+                raise ValueError(
+                    f"{file}:{number}: the line is longer than {LINE_BYTES >> 20} MiB; a text "
+                    "file has one document a line, "
+                    "or say format: paragraphs or documents"
+                )
             yield _marked(file, line) if number == 1 else line
             number += 1
 

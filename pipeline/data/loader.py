@@ -1,4 +1,6 @@
-"""Rows of a manifest to arrays: what a data worker, wherever it runs, does with one item of a plan."""
+"""Rows of a manifest to arrays: what a data worker, wherever it runs, does with one item of a
+plan.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,12 @@ from pipeline.data.plan import Item, Plan
 from pipeline.ragged import ragged, size
 
 
-def threaded_map(fn: Callable[[Any], Any], items: Iterable[Any], threads: int = 16, waiting: int | None = None) -> Iterator[Any]:
-    """Results of ``fn`` in order, at most ``waiting`` of them (twice the threads) begun and not yet taken; what is not begun is dropped on leaving early."""
+def threaded_map(
+    fn: Callable[[Any], Any], items: Iterable[Any], threads: int = 16, waiting: int | None = None
+) -> Iterator[Any]:
+    """Results of ``fn`` in order, at most ``waiting`` of them (twice the threads) begun and not yet
+    taken; what is not begun is dropped on leaving early.
+    """
     with ThreadPoolExecutor(threads) as pool:
         items = iter(items)
         begun = deque(pool.submit(fn, item) for item in islice(items, waiting or 2 * threads))
@@ -52,12 +58,18 @@ class Decoder:
         """The columns of all roles, or of these."""
         objective = registry.get("objective", self.objective) if self.objective else None
         inputs = (*self.modality.roles, *self.modality.optional_roles, *self.modality.packed_roles)
-        roles = (*inputs, *((*objective.roles, *objective.optional_roles) if objective else ())) if roles is None else roles
+        roles = (
+            (*inputs, *((*objective.roles, *objective.optional_roles) if objective else ()))
+            if roles is None
+            else roles
+        )
         return list(dict.fromkeys(self.columns[role] for role in roles if role in self.columns))
 
     def size(self, selection: Selection) -> int:
         """Bytes that the selection takes when it is decoded, from a few of its rows."""
-        places = np.unique(np.linspace(0, max(0, len(selection) - 1), min(8, len(selection))).astype(np.int64))
+        places = np.unique(
+            np.linspace(0, max(0, len(selection) - 1), min(8, len(selection))).astype(np.int64)
+        )
         if not len(places):
             return 0
         arrays, _ = self(Reader(selection.manifest, self.names()).take(selection.ids(places)))
@@ -66,31 +78,56 @@ class Decoder:
     def __call__(self, table) -> tuple[Arrays, list[str]]:
         if self.encoded:
             held = self.modality.encoded(table, self.columns)
-            assert held is not None, f"modality {self.modality.registered_name} is not decoded on the device"
+            assert held is not None, (
+                f"modality {self.modality.registered_name} is not decoded on the device"
+            )
             arrays, bad = {"encoded": held[0]}, held[1]
         else:
             arrays, bad = self.modality.decode(table, self.columns)
         if self.objective:
             objective = registry.get("objective", self.objective)
             arrays = arrays | objective.encode(table, self.columns, self.objective_state)
-            bad = [mine or theirs for mine, theirs in zip(bad, objective.refused(table, self.columns, self.objective_state), strict=True)]
-            if self.training and (reasons := objective.unlearnable(table, self.columns, self.objective_state, arrays)) is not None:
+            bad = [
+                mine or theirs
+                for mine, theirs in zip(
+                    bad, objective.refused(table, self.columns, self.objective_state), strict=True
+                )
+            ]
+            if (
+                self.training
+                and (
+                    reasons := objective.unlearnable(
+                        table, self.columns, self.objective_state, arrays
+                    )
+                )
+                is not None
+            ):
                 bad = [mine or theirs for mine, theirs in zip(bad, reasons, strict=True)]
         return arrays, bad
 
 
 WINDOWS_BYTES = 512 << 20
-"""Kept of row groups where batches take their rows from all over a window, at least: `BucketPlan.held_rows` may take more."""
+"""Kept of row groups where batches take their rows from all over a window, at least:
+`BucketPlan.held_rows` may take more.
+"""
 RAGGED = "_ragged:"
 SILENT_ROWS = 256
 """Rows whose headers are read at once."""
 
 
 def row_bytes(selection: Selection) -> int:
-    """Bytes that a reader holds for each row of a selection: those of the row groups that have some of them, over their number."""
+    """Bytes that a reader holds for each row of a selection: those of the row groups that have some
+    of them, over their number.
+    """
     manifest = selection.manifest
-    cuts = manifest.starts if selection.rows is None else np.searchsorted(selection.rows, manifest.starts)
-    return sum(manifest.groups[g].size for g in np.flatnonzero(np.diff(cuts)).tolist()) // max(1, len(selection))
+    cuts = (
+        manifest.starts
+        if selection.rows is None
+        else np.searchsorted(selection.rows, manifest.starts)
+    )
+    return sum(manifest.groups[g].size for g in np.flatnonzero(np.diff(cuts)).tolist()) // max(
+        1, len(selection)
+    )
 
 
 def _is_ragged(array: np.ndarray) -> bool:
@@ -120,37 +157,60 @@ class Loader:
 
     def __call__(self, item: Item) -> Block:
         if item.shard < 0:  # a plain range, for evaluation
-            indices, epochs = np.arange(item.start, item.stop), np.zeros(item.stop - item.start, dtype=np.int64)
+            indices, epochs = (
+                np.arange(item.start, item.stop),
+                np.zeros(item.stop - item.start, dtype=np.int64),
+            )
         else:
             assert self.plan is not None
             indices, epochs = self.plan.sequence(item.shard, item.start, item.stop)
         rows = self.selection.ids(indices)
         with self._lock:
-            self._reader = self._reader or Reader(self.selection.manifest, self.decoder.names(), self._kept())
+            self._reader = self._reader or Reader(
+                self.selection.manifest, self.decoder.names(), self._kept()
+            )
             table = self._reader.take(rows)
         arrays, bad = self.decoder(table)
         return Block(rows, epochs, arrays, bad)
 
     def _kept(self) -> int:
-        return max(WINDOWS_BYTES, self.plan.held_rows * row_bytes(self.selection)) if isinstance(self.plan, BucketPlan) else READER_BYTES
+        return (
+            max(WINDOWS_BYTES, self.plan.held_rows * row_bytes(self.selection))
+            if isinstance(self.plan, BucketPlan)
+            else READER_BYTES
+        )
 
     def columns(self, item: Item) -> Arrays:
-        """The block as one set of columns, to cross the object store. Ray Data would make one array of ragged rows that happen to be of one length:
-        the names of those columns tell."""
+        """The block as one set of columns, to cross the object store. Ray Data would make one array
+        of ragged rows that happen to be of one length: the names of those columns tell.
+        """
         block = self(item)
-        named = {f"{RAGGED}{name}" if _is_ragged(array) else name: array for name, array in block.arrays.items()}
-        return {"_row": block.rows, "_epoch": block.epochs, "_bad": np.array(block.bad, dtype=object), **named}
+        named = {
+            f"{RAGGED}{name}" if _is_ragged(array) else name: array
+            for name, array in block.arrays.items()
+        }
+        return {
+            "_row": block.rows,
+            "_epoch": block.epochs,
+            "_bad": np.array(block.bad, dtype=object),
+            **named,
+        }
 
     @staticmethod
     def block(columns: Arrays) -> Block:
         """What `columns` made, after its way."""
         rows, epochs, bad = columns.pop("_row"), columns.pop("_epoch"), columns.pop("_bad")
-        arrays = {name.removeprefix(RAGGED): ragged(array) if name.startswith(RAGGED) else array for name, array in columns.items()}
+        arrays = {
+            name.removeprefix(RAGGED): ragged(array) if name.startswith(RAGGED) else array
+            for name, array in columns.items()
+        }
         return Block(rows, epochs, arrays, bad.tolist())
 
 
 class Costs:
-    """What the rows of an item cost (`Modality.costs`), read from the column that tells or from the rows' own headers."""
+    """What the rows of an item cost (`Modality.costs`), read from the column that tells or from the
+    rows' own headers.
+    """
 
     def __init__(self, selection: Selection, modality: Modality, columns: dict[str, str]):
         self.selection, self.modality = selection, modality
@@ -165,16 +225,23 @@ class Costs:
         told = {str(self.modality.cost_role): self.columns[str(self.modality.cost_role)]}
         found = self._of(self._reader(told), ids, told)
         silent, reader = np.flatnonzero(found == 0), self._reader(self.columns)
-        for start in range(0, len(silent), SILENT_ROWS):  # the column is null: the row's own header tells
-            some = silent[start:start + SILENT_ROWS]
+        for start in range(
+            0, len(silent), SILENT_ROWS
+        ):  # the column is null: the row's own header tells
+            some = silent[start : start + SILENT_ROWS]
             found[some] = self._of(reader, ids[some], self.columns)
         return found
 
     def _reader(self, columns: dict[str, str]) -> Reader:
         roles = (*self.modality.roles, *self.modality.optional_roles)
-        return Reader(self.selection.manifest, list(dict.fromkeys(columns[role] for role in roles if role in columns)))
+        return Reader(
+            self.selection.manifest,
+            list(dict.fromkeys(columns[role] for role in roles if role in columns)),
+        )
 
     def _of(self, reader: Reader, ids: np.ndarray, columns: dict[str, str]) -> np.ndarray:
         found = self.modality.costs(reader.take(ids), columns)
-        assert found is not None, f"modality {self.modality.registered_name} does not tell what rows cost"
+        assert found is not None, (
+            f"modality {self.modality.registered_name} does not tell what rows cost"
+        )
         return np.array(found)

@@ -1,7 +1,8 @@
-"""Which rows there are: files, row groups, schema and fingerprint, read from footers only; and which split each row is in.
+"""Which rows there are: files, row groups, schema and fingerprint, read from footers only; and
+which split each row is in.
 
-Everything that is read is Parquet: image folders, JSON Lines, CSV and plain text are brought into Parquet once (``imports``).
-A row id is the row's place in the sorted files of its manifest.
+Everything that is read is Parquet: image folders, JSON Lines, CSV and plain text are brought into
+Parquet once (``imports``). A row id is the row's place in the sorted files of its manifest.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ from pipeline.registry import nearest
 
 @dataclass(frozen=True)
 class Group:
-    """One Parquet row group: its file's number, its number in the file, rows and compressed bytes."""
+    """One Parquet row group: its file's number, its number in the file, rows and compressed
+    bytes.
+    """
 
     file: int
     number: int
@@ -47,7 +50,9 @@ class Manifest:
     schema: pa.Schema = field(compare=False)
     fingerprint: str
     identities: tuple[FileIdentity | None, ...] = field(default=(), compare=False)
-    """Of ``files`` as they were when the manifest was built; none for files that this project wrote itself."""
+    """Of ``files`` as they were when the manifest was built; none for files that this project wrote
+    itself.
+    """
 
     @cached_property
     def starts(self) -> np.ndarray:
@@ -63,14 +68,20 @@ class Manifest:
         return sum(group.size for group in self.groups)
 
     def open(self, file: int) -> BinaryIO:
-        """One of ``files``, by its number, for reading. Raises ChangedFileError when it holds something else than when the manifest was built."""
+        """One of ``files``, by its number, for reading. Raises ChangedFileError when it holds
+        something else than when the manifest was built.
+        """
         known = self.identities[file] if self.identities else None
-        return storage.open_read(self.files[file]) if known is None else identity.open_unchanged(known)
+        return (
+            storage.open_read(self.files[file]) if known is None else identity.open_unchanged(known)
+        )
 
     def place(self, row: int) -> str:
         """File and row group of a row id, for messages."""
         g = int(np.searchsorted(self.starts, row, side="right")) - 1
-        return f"{self.files[self.groups[g].file]} row {row - self._file_start(self.groups[g].file)}"
+        return (
+            f"{self.files[self.groups[g].file]} row {row - self._file_start(self.groups[g].file)}"
+        )
 
     def _file_start(self, file: int) -> int:
         return int(self.starts[next(i for i, g in enumerate(self.groups) if g.file == file)])
@@ -102,12 +113,18 @@ class Selection:
 
 
 def build(uris: str | list[str], form: str, imports_uri: str) -> Manifest:
-    """Manifest of files, folders and globs. Raises ValueError for no files, an unreadable file or schemas that differ."""
+    """Manifest of files, folders and globs. Raises ValueError for no files, an unreadable file or
+    schemas that differ.
+    """
     return build_with_named(uris, form, imports_uri)[0]
 
 
-def build_with_named(uris: str | list[str], form: str, imports_uri: str, mode: identity.Mode = "content") -> tuple[Manifest, tuple[FileIdentity, ...]]:
-    """As `build`, with the images or recordings that the rows of a folder of them name. ``mode``: how files are identified (`identity`)."""
+def build_with_named(
+    uris: str | list[str], form: str, imports_uri: str, mode: identity.Mode = "content"
+) -> tuple[Manifest, tuple[FileIdentity, ...]]:
+    """As `build`, with the images or recordings that the rows of a folder of them name. ``mode``:
+    how files are identified (`identity`).
+    """
     found = imports.to_parquet([uris] if isinstance(uris, str) else uris, form, imports_uri, mode)
     files, fingerprint = found.files, found.fingerprint
     groups, schema, digest = [], None, hashlib.sha256()
@@ -117,7 +134,9 @@ def build_with_named(uris: str | list[str], form: str, imports_uri: str, mode: i
         here = pa.schema([field.with_type(_without_views(field.type)) for field in written])
         schema = schema or here
         if not here.equals(schema):
-            raise ValueError(f"{file}: its schema differs from that of {files[0]}: {_difference(schema, here)}")
+            raise ValueError(
+                f"{file}: its schema differs from that of {files[0]}: {_difference(schema, here)}"
+            )
         if fingerprint is None:
             content = found.own[number].content if found.own else identity.fingerprint(file)
             digest.update(f"{PurePosixPath(file).name} {content}".encode())
@@ -126,7 +145,9 @@ def build_with_named(uris: str | list[str], form: str, imports_uri: str, mode: i
             if group.num_rows:
                 groups.append(Group(number, i, group.num_rows, group.total_byte_size))
     assert schema is not None
-    made = Manifest(tuple(files), tuple(groups), schema, fingerprint or digest.hexdigest()[:16], found.own)
+    made = Manifest(
+        tuple(files), tuple(groups), schema, fingerprint or digest.hexdigest()[:16], found.own
+    )
     return made, found.named
 
 
@@ -137,11 +158,16 @@ def _footer(file: str) -> pq.FileMetaData:
     except storage.StorageError:
         raise
     except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{file}: not a readable Parquet file ({str(error).splitlines()[0]}); remove it or write it again") from None
+        raise ValueError(
+            f"{file}: not a readable Parquet file ({str(error).splitlines()[0]}); remove it or "
+            "write it again"
+        ) from None
 
 
 def _without_views(kind: pa.DataType) -> pa.DataType:
-    """The type with plain texts and bytes in the place of views, of which Arrow can take no rows. Reading casts to it."""
+    """The type with plain texts and bytes in the place of views, of which Arrow can take no rows.
+    Reading casts to it.
+    """
     if pa.types.is_string_view(kind):
         return pa.large_string()
     if pa.types.is_binary_view(kind):
@@ -164,7 +190,9 @@ def _difference(a: pa.Schema, b: pa.Schema) -> str:
 
 READER_BYTES = 256 << 20
 GROUP_BYTES, MOST_PACKED = 512 << 20, 200
-"""A row group that takes more than so many bytes in memory may take at most so many times what it has in its file."""
+"""A row group that takes more than so many bytes in memory may take at most so many times what it
+has in its file.
+"""
 
 
 class Reader:
@@ -184,7 +212,9 @@ class Reader:
         def read():
             with self.manifest.open(group.file) as handle:
                 file = pq.ParquetFile(handle)
-                _check_group(handle, file, group.number, self.columns, self.manifest.files[group.file])
+                _check_group(
+                    handle, file, group.number, self.columns, self.manifest.files[group.file]
+                )
                 return file.read_row_group(group.number, columns=self.columns)
 
         table = typed(storage.retry(read), self.manifest.schema)
@@ -196,35 +226,75 @@ class Reader:
 
     def take(self, rows: np.ndarray) -> pa.Table:
         """The table of the given row ids, in their order."""
-        groups, first, which = np.unique(np.searchsorted(self.manifest.starts, rows, side="right") - 1, return_index=True, return_inverse=True)
-        seen = np.argsort(first)  # groups in the order in which they come: rows that come group by group are copied once
+        groups, first, which = np.unique(
+            np.searchsorted(self.manifest.starts, rows, side="right") - 1,
+            return_index=True,
+            return_inverse=True,
+        )
+        seen = np.argsort(
+            first
+        )  # groups in the order in which they come: rows that come group by group are copied once
         order, parts = np.argsort(np.argsort(seen)[which], kind="stable"), []
-        for g, inside in zip(groups[seen], np.split(rows[order], np.cumsum(np.bincount(which)[seen])[:-1]), strict=True) if len(rows) else ():
+        for g, inside in (
+            zip(
+                groups[seen],
+                np.split(rows[order], np.cumsum(np.bincount(which)[seen])[:-1]),
+                strict=True,
+            )
+            if len(rows)
+            else ()
+        ):
             inside = inside - self.manifest.starts[g]
             group = self._group(int(g))
-            stretch = len(inside) * 2 >= len(group) and (np.diff(inside) == 1).all()  # not copied; a smaller one would keep all of the group in memory
-            parts.append(group.slice(int(inside[0]), len(inside)) if stretch else lists.take(group, inside))
-        table = pa.concat_tables(parts) if parts else self.manifest.schema.empty_table().select(self.columns)
+            stretch = (
+                len(inside) * 2 >= len(group) and (np.diff(inside) == 1).all()
+            )  # not copied; a smaller one would keep all of the group in memory
+            parts.append(
+                group.slice(int(inside[0]), len(inside)) if stretch else lists.take(group, inside)
+            )
+        table = (
+            pa.concat_tables(parts)
+            if parts
+            else self.manifest.schema.empty_table().select(self.columns)
+        )
         return table if (np.diff(order) == 1).all() else lists.take(table, np.argsort(order))
 
 
-def _check_group(handle: BinaryIO, file: pq.ParquetFile, number: int, columns: list[str] | None, name: str) -> None:
+def _check_group(
+    handle: BinaryIO, file: pq.ParquetFile, number: int, columns: list[str] | None, name: str
+) -> None:
     """Look at a row group before it is read.
 
-    Raises ValueError where it would take more than `GROUP_BYTES` in memory for what the file stores once or packs away: a few kilobytes can
-    stand for gigabytes. Real bytes, however many, are read.
+    Raises ValueError where it would take more than `GROUP_BYTES` in memory for what the file stores
+    once or packs away: a few kilobytes can stand for gigabytes. Real bytes, however many, are read.
     """
     group, wanted = file.metadata.row_group(number), set(columns) if columns is not None else None
     chunks = [group.column(i) for i in range(group.num_columns)]
-    chunks = [chunk for chunk in chunks if wanted is None or chunk.path_in_schema.partition(".")[0] in wanted]
+    chunks = [
+        chunk
+        for chunk in chunks
+        if wanted is None or chunk.path_in_schema.partition(".")[0] in wanted
+    ]
     packed = sum(chunk.total_compressed_size for chunk in chunks)
     unpacked = sum(chunk.total_uncompressed_size for chunk in chunks)
     if unpacked > GROUP_BYTES and unpacked > MOST_PACKED * packed:
         raise ValueError(_too_large(name, number, unpacked, packed))
-    coded = [chunk for chunk in chunks if chunk.physical_type == "BYTE_ARRAY" and any("DICTIONARY" in kind for kind in chunk.encodings)]
-    suspect = [chunk for chunk in coded if chunk.num_values * chunk.total_uncompressed_size > GROUP_BYTES and "." not in chunk.path_in_schema]
+    coded = [
+        chunk
+        for chunk in chunks
+        if chunk.physical_type == "BYTE_ARRAY"
+        and any("DICTIONARY" in kind for kind in chunk.encodings)
+    ]
+    suspect = [
+        chunk
+        for chunk in coded
+        if chunk.num_values * chunk.total_uncompressed_size > GROUP_BYTES
+        and "." not in chunk.path_in_schema
+    ]
     if suspect:
-        with_codes = pq.ParquetFile(handle, read_dictionary=[chunk.path_in_schema for chunk in suspect])
+        with_codes = pq.ParquetFile(
+            handle, read_dictionary=[chunk.path_in_schema for chunk in suspect]
+        )
         expanded = 0
         for chunk in suspect:
             column = with_codes.read_row_group(number, columns=[chunk.path_in_schema]).column(0)
@@ -237,24 +307,39 @@ def _expanded_bytes(part: pa.Array) -> int:
     """Bytes of a dictionary's values written out for each row."""
     if not pa.types.is_dictionary(part.type):
         return part.nbytes
-    sizes = pc.fill_null(pc.binary_length(part.dictionary), 0).to_numpy(zero_copy_only=False)  # pyright: ignore[reportAttributeAccessIssue]
-    places = pc.drop_null(part.indices).to_numpy(zero_copy_only=False)  # pyright: ignore[reportAttributeAccessIssue]
-    return int(np.bincount(places, minlength=len(sizes))[:len(sizes)].astype(np.int64) @ sizes.astype(np.int64)) if len(sizes) else 0
+    # pyright: ignore
+    sizes = pc.fill_null(pc.binary_length(part.dictionary), 0).to_numpy(zero_copy_only=False)
+    places = pc.drop_null(part.indices).to_numpy(zero_copy_only=False)  # pyright: ignore
+    return (
+        int(
+            np.bincount(places, minlength=len(sizes))[: len(sizes)].astype(np.int64)
+            @ sizes.astype(np.int64)
+        )
+        if len(sizes)
+        else 0
+    )
 
 
 def _too_large(name: str, number: int, size: int, packed: int) -> str:
-    return (f"{name}: row group {number} would take {size / (1 << 30):.1f} GiB in memory and {packed} bytes of the file, more than {MOST_PACKED} times as "
-            "much: no real rows are like that; if they are, write smaller row groups")
+    return (
+        f"{name}: row group {number} would take {size / (1 << 30):.1f} GiB in memory and "
+        f"{packed} bytes of the file, more than {MOST_PACKED} times as "
+        "much: no real rows are like that; if they are, write smaller row groups"
+    )
 
 
 def typed(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    """The table with the schema's types: files of joined corpora may hold text or whole numbers in another width."""
+    """The table with the schema's types: files of joined corpora may hold text or whole numbers in
+    another width.
+    """
     wanted = pa.schema([schema.field(name).remove_metadata() for name in table.column_names])
     return table if table.schema.equals(wanted) else table.cast(wanted)
 
 
 def read_columns(selection: Selection, columns: list[str]) -> pa.Table:
-    """Whole columns of a selection (labels, splits, groups): a scan of those columns alone. Dictionaries (pandas categoricals) come as values."""
+    """Whole columns of a selection (labels, splits, groups): a scan of those columns alone.
+    Dictionaries (pandas categoricals) come as values.
+    """
     if not columns:
         return pa.table({})
     parts = []
@@ -265,13 +350,28 @@ def read_columns(selection: Selection, columns: list[str]) -> pa.Table:
                 file = pq.ParquetFile(handle)
                 for group in range(file.num_row_groups):
                     _check_group(handle, file, group, columns, selection.manifest.files[number])
-                parts.append(typed(pq.read_table(handle, columns=columns), selection.manifest.schema))
-    table = _plain_columns(pa.concat_tables(parts) if parts else selection.manifest.schema.empty_table().select(columns))
+                parts.append(
+                    typed(pq.read_table(handle, columns=columns), selection.manifest.schema)
+                )
+    table = _plain_columns(
+        pa.concat_tables(parts)
+        if parts
+        else selection.manifest.schema.empty_table().select(columns)
+    )
     return table if selection.rows is None else table.take(pa.array(selection.rows))
 
 
 def _plain_columns(table: pa.Table) -> pa.Table:
-    return table.cast(pa.schema([field.with_type(field.type.value_type) if pa.types.is_dictionary(field.type) else field for field in table.schema]))
+    return table.cast(
+        pa.schema(
+            [
+                field.with_type(field.type.value_type)
+                if pa.types.is_dictionary(field.type)
+                else field
+                for field in table.schema
+            ]
+        )
+    )
 
 
 @dataclass(frozen=True)
@@ -285,25 +385,34 @@ class Splits:
     corpora: tuple[int, ...] = ()
     """Training rows of each corpus, in the order of the job file and of ``train``."""
     trains: tuple[Selection, ...] = ()
-    """The training rows of each corpus by itself, with all of its columns: those of a joined ``train`` are the ones that are read in training."""
+    """The training rows of each corpus by itself, with all of its columns: those of a joined
+    ``train`` are the ones that are read in training.
+    """
     reads: tuple[FileIdentity, ...] = ()
     """All files that are read in training: Parquet files, and those that their rows name."""
 
     @property
     def fingerprint(self) -> str:
-        return spec_hash([s.manifest.fingerprint for s in (self.train, self.validation, self.test)],
-                         [len(s) for s in (self.train, self.validation, self.test)])
+        return spec_hash(
+            [s.manifest.fingerprint for s in (self.train, self.validation, self.test)],
+            [len(s) for s in (self.train, self.validation, self.test)],
+        )
 
     def by_name(self) -> dict[str, Selection]:
         return {name: getattr(self, name) for name in SPLITS}
 
     def sizes(self) -> str:
-        return f"train {len(self.train)}, validation {len(self.validation)}, test {len(self.test)} rows ({self.origin})"
+        return (
+            f"train {len(self.train)}, validation {len(self.validation)}, test {len(self.test)} "
+            f"rows ({self.origin})"
+        )
 
 
 def units(values: pa.ChunkedArray) -> np.ndarray:
-    """(n,) int64: one number for all rows of a group; each row without one (null) has a number of its own."""
-    coded = pc.dictionary_encode(values.combine_chunks())  # pyright: ignore[reportAttributeAccessIssue]
+    """(n,) int64: one number for all rows of a group; each row without one (null) has a number of
+    its own.
+    """
+    coded = pc.dictionary_encode(values.combine_chunks())  # pyright: ignore
     found = coded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
     alone = found < 0
     found[alone] = len(coded.dictionary) + np.arange(alone.sum())
@@ -318,21 +427,34 @@ def _share(values: pa.ChunkedArray | None, ids: np.ndarray, salt: str) -> np.nda
     own = (keys.view(np.uint64) >> np.uint64(11)).astype(np.float64) / float(1 << 53)
     if values is None:
         return own
-    coded = pc.dictionary_encode(values.combine_chunks())  # pyright: ignore[reportAttributeAccessIssue]
-    texts = [str(value) if isinstance(value, bool) else value_text(value) for value in coded.dictionary.to_pylist()]
+    coded = pc.dictionary_encode(values.combine_chunks())  # pyright: ignore
+    texts = [
+        str(value) if isinstance(value, bool) else value_text(value)
+        for value in coded.dictionary.to_pylist()
+    ]
     digests = [hashlib.sha256(f"{salt}{text}".encode()).hexdigest()[:13] for text in texts]
-    per_value = np.array([int(digest, 16) / float(16 ** 13) for digest in digests] + [np.nan])
+    per_value = np.array([int(digest, 16) / float(16**13) for digest in digests] + [np.nan])
     shares = per_value[coded.indices.fill_null(-1).to_numpy(zero_copy_only=False)]
     return np.where(np.isnan(shares), own, shares)
 
 
 def _check_columns(manifest: Manifest, data: Data, roles: tuple[str, ...], at: str) -> None:
-    problems = [f"{at}.columns: role {role!r} has no column; say {{{role}: NAME}}; columns are {', '.join(manifest.schema.names)}"
-                for role in roles if role not in data.columns]
-    wanted = [*((f"columns.{role}", name) for role, name in data.columns.items()), *(("where", name) for name in data.where)]
+    problems = [
+        f"{at}.columns: role {role!r} has no column; say {{{role}: NAME}}; columns are "
+        f"{', '.join(manifest.schema.names)}"
+        for role in roles
+        if role not in data.columns
+    ]
+    wanted = [
+        *((f"columns.{role}", name) for role, name in data.columns.items()),
+        *(("where", name) for name in data.where),
+    ]
     wanted += [(k, v) for k, v in (("split_column", data.split_column), ("group", data.group)) if v]
-    problems += [f"{at}.{k}: {manifest.files[0]} has no column {v!r}; {nearest(v, manifest.schema.names)}"
-                 for k, v in wanted if v not in manifest.schema.names]
+    problems += [
+        f"{at}.{k}: {manifest.files[0]} has no column {v!r}; {nearest(v, manifest.schema.names)}"
+        for k, v in wanted
+        if v not in manifest.schema.names
+    ]
     if problems:
         raise ValueError("\n".join(problems))
 
@@ -355,11 +477,15 @@ def value_text(value: Any) -> str:
 SHOWN_LETTERS = 120
 """Of the name of a file so many letters are shown in an error."""
 MOST_VALUES, SHOWN_VALUES = 50, 10
-"""A column with more distinct values than the first names persons or rows rather than kinds of rows; of others so many values are shown in an error."""
+"""A column with more distinct values than the first names persons or rows rather than kinds of
+rows; of others so many values are shown in an error.
+"""
 
 
 def _where(selection: Selection, data: Data, at: str) -> Selection:
-    """The rows that ``where`` keeps. Raises ValueError where it keeps none, with the values that there are."""
+    """The rows that ``where`` keeps. Raises ValueError where it keeps none, with the values that
+    there are.
+    """
     where = data.where
     if not where or not len(selection):
         return selection
@@ -367,29 +493,41 @@ def _where(selection: Selection, data: Data, at: str) -> Selection:
     mask = np.ones(len(table), dtype=bool)
     problems = []
     for name, values in where.items():
-        kept, coded = {value_text(value) for value in values}, pc.dictionary_encode(table[name].combine_chunks())  # pyright: ignore[reportAttributeAccessIssue]
-        named = np.array([*(value_text(value) in kept for value in coded.dictionary.to_pylist()), False])  # the last one is for nulls
+        kept, coded = (
+            {value_text(value) for value in values},
+            pc.dictionary_encode(table[name].combine_chunks()),
+        )  # pyright: ignore[reportAttributeAccessIssue]
+        named = np.array(
+            [*(value_text(value) in kept for value in coded.dictionary.to_pylist()), False]
+        )  # the last one is for nulls
         here = named[coded.indices.fill_null(-1).to_numpy(zero_copy_only=False)]
         mask &= here
         if not here.any():
-            # what was asked for stands in the job file; it may come from the environment and be secret
+            # what was asked for stands in the job file; it may come from the environment and be
+            # secret
             asked = "the value" if len(values) == 1 else f"any of the {len(values)} values"
             held = _values_of(coded, name, selection, data)
             problems.append(
-                f"{at}.where: no row of {selection.manifest.files[0]} has {asked} asked for in column {name}; {held}"
+                f"{at}.where: no row of {selection.manifest.files[0]} has {asked} asked for in "
+                f"column {name}; {held}"
             )
     if problems:
         raise ValueError("\n".join(problems))
     if not mask.any():
-        raise ValueError(f"{at}.where: each of its conditions ({', '.join(where)}) holds for some rows of {selection.manifest.files[0]}, and all together "
-                         "for none; leave one out")
+        raise ValueError(
+            f"{at}.where: each of its conditions ({', '.join(where)}) holds for some rows of "
+            f"{selection.manifest.files[0]}, and all together "
+            "for none; leave one out"
+        )
     return selection.keep(mask)
 
 
 def _values_of(coded: pa.DictionaryArray, name: str, selection: Selection, data: Data) -> str:
-    """In words, what a column of the selection holds: its commonest values, or only how many where they may name people.
+    """In words, what a column of the selection holds: its commonest values, or only how many where
+    they may name people.
 
-    Values are shown where there are few, each in several rows and, in grouped data, in rows of several groups.
+    Values are shown where there are few, each in several rows and, in grouped data, in rows of
+    several groups.
     """
     codes = coded.indices.fill_null(-1).to_numpy(zero_copy_only=False)
     is_there = codes >= 0
@@ -414,33 +552,63 @@ def _values_of(coded: pa.DictionaryArray, name: str, selection: Selection, data:
 SPLITS = ("train", "validation", "test")
 
 
-def splits(data: Data, roles: tuple[str, ...], place: str, imports_uri: str, need_test: bool) -> Splits:
-    """Train, validation and test rows of a data spec, declared splits first; further corpora (``more``) come after the first one's rows.
+def splits(
+    data: Data, roles: tuple[str, ...], place: str, imports_uri: str, need_test: bool
+) -> Splits:
+    """Train, validation and test rows of a data spec, declared splits first; further corpora
+    (``more``) come after the first one's rows.
 
-    Raises ValueError for a missing column, an empty split, a split value that the column does not hold, a group that stands in two splits, or
-    corpora that cannot be joined.
+    Raises ValueError for a missing column, an empty split, a split value that the column does not
+    hold, a group that stands in two splits, or corpora that cannot be joined.
     """
     at = f"{place}.data"
     parts = [_splits(data, roles, at, imports_uri)]
     for i, part in enumerate(data.more):
-        parts.append(_splits(part.model_copy(update={"columns": data.columns}), roles, f"{at}.more.{i}", imports_uri))
+        parts.append(
+            _splits(
+                part.model_copy(update={"columns": data.columns}),
+                roles,
+                f"{at}.more.{i}",
+                imports_uri,
+            )
+        )
     groups = [one.group for one in (data, *data.more)]
     for i, group in enumerate(groups[1:]):
         if group != groups[0] and (need_test or groups[0]):
-            raise ValueError(f"{at}.more.{i}.group: it is {group or 'not given'}, that of the first rows {groups[0] or 'is not given'}; "
-                             "joined corpora are grouped by one column, say the same of each")
-    out = parts[0] if len(parts) == 1 else _joined(
-        parts, [*data.columns.values(), *([data.group] if data.group else [])], at,
-        frozenset(data.columns.get(role, "") for role in ("text", "text_pair")) if data.modality.name == "text" else frozenset())
+            raise ValueError(
+                f"{at}.more.{i}.group: it is {group or 'not given'}, that of the first rows "
+                f"{groups[0] or 'is not given'}; "
+                "joined corpora are grouped by one column, say the same of each"
+            )
+    out = (
+        parts[0]
+        if len(parts) == 1
+        else _joined(
+            parts,
+            [*data.columns.values(), *([data.group] if data.group else [])],
+            at,
+            frozenset(data.columns.get(role, "") for role in ("text", "text_pair"))
+            if data.modality.name == "text"
+            else frozenset(),
+        )
+    )
     for name, needed in (("train", True), ("validation", need_test), ("test", need_test)):
         if needed and not len(getattr(out, name)):
-            raise ValueError(f"{at}: the {name} split is empty ({out.sizes()}); give {name} files, a split_column or {name}_fraction")
+            raise ValueError(
+                f"{at}: the {name} split is empty ({out.sizes()}); give {name} files, a "
+                f"split_column or {name}_fraction"
+            )
     for i, (weight, rows) in enumerate(zip(data.weights, out.corpora, strict=True)):
         if weight is not None and not rows:
-            raise ValueError(f"{at}{f'.more.{i - 1}' if i else ''}: this corpus has weight {weight:g} and no training row to draw; leave it out, or look "
-                             f"at its splits and where ({parts[i].sizes()})")
+            raise ValueError(
+                f"{at}{f'.more.{i - 1}' if i else ''}: this corpus has weight {weight:g} and "
+                "no training row to draw; leave it out, or look "
+                f"at its splits and where ({parts[i].sizes()})"
+            )
     for group in dict.fromkeys(filter(None, groups)):
-        _no_crossing([part for part, own in zip(parts, groups, strict=True) if own == group], group, at)
+        _no_crossing(
+            [part for part, own in zip(parts, groups, strict=True) if own == group], group, at
+        )
     return out
 
 
@@ -463,17 +631,22 @@ def _splits(data: Data, roles: tuple[str, ...], at: str, imports_uri: str) -> Sp
         column = pc.cast(declared, pa.string())
         whole = train
         for name in SPLITS:
-            mask = pc.is_in(column, value_set=pa.array(data.values_of(name), pa.string())).to_numpy(zero_copy_only=False)  # pyright: ignore[reportAttributeAccessIssue]
+            mask = pc.is_in(column, value_set=pa.array(data.values_of(name), pa.string())).to_numpy(
+                zero_copy_only=False
+            )  # pyright: ignore[reportAttributeAccessIssue]
             if mask.any():
                 given[name] = whole.keep(mask)
         train = given.get("train", whole.keep(np.zeros(len(whole), dtype=bool)))
         if not len(train):
-            coded = pc.dictionary_encode(declared.combine_chunks())  # pyright: ignore[reportAttributeAccessIssue]
+            coded = pc.dictionary_encode(declared.combine_chunks())  # pyright: ignore
             held = _values_of(coded, data.split_column, whole, data)
             # values that the job file states may come from the environment and be secret
             stated = data.values_of("train")
             asked = stated if stated in ([], ["train"]) else "one that split_values.train states"
-            raise ValueError(f"{at}.split_column: no row of {data.split_column} is {asked}; {held}; set split_values")
+            raise ValueError(
+                f"{at}.split_column: no row of {data.split_column} is {asked}; {held}; set "
+                "split_values"
+            )
         origin.append(f"column {data.split_column}")
     for name in ("validation", "test"):
         files = getattr(data, name)
@@ -488,26 +661,45 @@ def _splits(data: Data, roles: tuple[str, ...], at: str, imports_uri: str) -> Sp
             ids = np.arange(len(train)) if train.rows is None else train.rows
             held = _share(group, ids, name) < fraction
             given[name], train = train.keep(held), train.keep(~held)
-            origin.append(f"{name}: random {fraction:g} of train by hash of {data.group or 'the row'}")
+            origin.append(
+                f"{name}: random {fraction:g} of train by hash of {data.group or 'the row'}"
+            )
     if data.group:
         origin.append(f"no {data.group} in two splits")
     empty = Selection(first, np.zeros(0, dtype=np.int64))
     parts = [train, given.get("validation", empty), given.get("test", empty)]
-    reads = [file for part in parts for file in (*part.manifest.identities, *named[part.manifest.files]) if file is not None]
+    reads = [
+        file
+        for part in parts
+        for file in (*part.manifest.identities, *named[part.manifest.files])
+        if file is not None
+    ]
     kind = registry.get("modality", data.modality.name)
     columns = tuple(data.columns[role] for role in kind.file_roles if role in data.columns)
     looked = [number for number, part in enumerate(parts) if not named[part.manifest.files]]
     found, more = with_named_files([parts[number] for number in looked], columns, data.identity)
     for number, selection in zip(looked, found, strict=True):
         parts[number] = selection
-    return Splits(parts[0], parts[1], parts[2], "; ".join(origin) or "as given", (len(train),), (parts[0],), tuple(dict.fromkeys((*reads, *more))))
+    return Splits(
+        parts[0],
+        parts[1],
+        parts[2],
+        "; ".join(origin) or "as given",
+        (len(train),),
+        (parts[0],),
+        tuple(dict.fromkeys((*reads, *more))),
+    )
 
 
-def with_named_files(selections: list[Selection], columns: tuple[str, ...], mode: identity.Mode) -> tuple[list[Selection], list[FileIdentity]]:
-    """The same rows with the content of the files that they name in the fingerprints of their manifests; and those files.
+def with_named_files(
+    selections: list[Selection], columns: tuple[str, ...], mode: identity.Mode
+) -> tuple[list[Selection], list[FileIdentity]]:
+    """The same rows with the content of the files that they name in the fingerprints of their
+    manifests; and those files.
 
-    A file is named by a text, or by the path of a struct that has no bytes (as in a Hugging Face data set), in one of ``columns``. A file that is not
-    there counts as absent: it is told where its row is read. Raises StorageError, with the row, for what names no file.
+    A file is named by a text, or by the path of a struct that has no bytes (as in a Hugging Face
+    data set), in one of ``columns``. A file that is not there counts as absent: it is told where
+    its row is read. Raises StorageError, with the row, for what names no file.
     """
     names = [_named_files(selection, columns) for selection in selections]
     every_name = sorted(set().union(*names))
@@ -517,26 +709,43 @@ def with_named_files(selections: list[Selection], columns: tuple[str, ...], mode
         raise _with_row(error, every_name, selections, columns) from error
     contents: dict[tuple[str, ...], list[str]] = {}
     for selection, inside in zip(selections, names, strict=True):
-        contents.setdefault(selection.manifest.files, []).extend(known[name].content for name in inside)
+        contents.setdefault(selection.manifest.files, []).extend(
+            known[name].content for name in inside
+        )
     made: dict[int, Manifest] = {}
     for selection in selections:
         manifest = selection.manifest
         inside = contents[manifest.files]
-        made[id(manifest)] = replace(manifest, fingerprint=spec_hash(manifest.fingerprint, inside)) if inside else manifest
-    return [Selection(made[id(selection.manifest)], selection.rows) for selection in selections], list(known.values())
+        made[id(manifest)] = (
+            replace(manifest, fingerprint=spec_hash(manifest.fingerprint, inside))
+            if inside
+            else manifest
+        )
+    return [
+        Selection(made[id(selection.manifest)], selection.rows) for selection in selections
+    ], list(known.values())
 
 
 def _with_row(
-    error: storage.StorageError, names: list[str], selections: list[Selection], columns: tuple[str, ...]
+    error: storage.StorageError,
+    names: list[str],
+    selections: list[Selection],
+    columns: tuple[str, ...],
 ) -> storage.StorageError:
-    """The error on one of the files that rows name, with the first row that names it; a long name is cut."""
+    """The error on one of the files that rows name, with the first row that names it; a long name
+    is cut.
+    """
     message = str(error)
     name = max((name for name in names if name in message), key=len, default="")
-    places = (_place_of_name(selection, column, name) for selection in selections for column in columns)
+    places = (
+        _place_of_name(selection, column, name) for selection in selections for column in columns
+    )
     place = next((place for place in places if place), "") if name else ""
     if not place:
         return error
-    short = name if len(name) <= SHOWN_LETTERS else f"{name[:SHOWN_LETTERS]}... ({len(name)} letters)"
+    short = (
+        name if len(name) <= SHOWN_LETTERS else f"{name[:SHOWN_LETTERS]}... ({len(name)} letters)"
+    )
     return type(error)(f"{place}: {message.replace(name, short)}")
 
 
@@ -567,30 +776,38 @@ def _named_files(selection: Selection, columns: tuple[str, ...]) -> list[str]:
     for name in columns:
         kind = selection.manifest.schema.field(name).type
         if len(selection) and _can_name_files(kind):
-            found |= dict.fromkeys(_texts_of(selection, name) if lists.is_text(kind) else _paths_of(selection, name))
+            found |= dict.fromkeys(
+                _texts_of(selection, name) if lists.is_text(kind) else _paths_of(selection, name)
+            )
     return list(found)
 
 
 def _texts_of(selection: Selection, name: str) -> list[str]:
-    return [value for value in pc.unique(read_columns(selection, [name])[name]).to_pylist() if value]  # pyright: ignore[reportAttributeAccessIssue]
+    return [
+        value for value in pc.unique(read_columns(selection, [name])[name]).to_pylist() if value
+    ]  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _paths_of(selection: Selection, name: str) -> list[str]:
-    """Of structs of bytes and path those paths that stand without bytes. Read a row group at a time: the bytes may take gigabytes."""
+    """Of structs of bytes and path those paths that stand without bytes. Read a row group at a
+    time: the bytes may take gigabytes.
+    """
     ids, out = selection.ids(np.arange(len(selection))), []
     reader = Reader(selection.manifest, [name])
     for start, stop in pairwise(selection.boundaries.tolist()):
         cells = reader.take(ids[start:stop])[name].combine_chunks()
-        paths = pc.struct_field(cells, "path").to_pylist()  # pyright: ignore[reportAttributeAccessIssue]
+        paths = pc.struct_field(cells, "path").to_pylist()  # pyright: ignore
         has_bytes = np.zeros(len(paths), dtype=bool)
         if cells.type.get_field_index("bytes") >= 0:
-            has_bytes = _has_bytes(pc.struct_field(cells, "bytes"))  # pyright: ignore[reportAttributeAccessIssue]
+            has_bytes = _has_bytes(pc.struct_field(cells, "bytes"))  # pyright: ignore
         out += [path for path, inside in zip(paths, has_bytes, strict=True) if path and not inside]
     return out
 
 
 def _has_bytes(values: pa.Array) -> np.ndarray:
-    """(n,) which values are bytes, at least one; null is none, and so is every value of a column of nulls alone."""
+    """(n,) which values are bytes, at least one; null is none, and so is every value of a column of
+    nulls alone.
+    """
     if pa.types.is_null(values.type):
         return np.zeros(len(values), dtype=bool)
     sizes = pc.fill_null(pc.binary_length(values), 0)  # pyright: ignore[reportAttributeAccessIssue]
@@ -599,44 +816,95 @@ def _has_bytes(values: pa.Array) -> np.ndarray:
 
 def _joined(parts: list[Splits], columns: list[str], at: str, texts: frozenset[str]) -> Splits:
     """Each split of several corpora as one selection, in the order of the job file."""
-    chosen = {name: [(i, found) for i, part in enumerate(parts) if len(found := getattr(part, name))] or [(0, getattr(parts[0], name))] for name in SPLITS}
-    whole = {name: _concatenated([selection for _, selection in found], columns, [at if i == 0 else f"{at}.more.{i - 1}" for i, _ in found], texts)
-             for name, found in chosen.items()}
+    chosen = {
+        name: [(i, found) for i, part in enumerate(parts) if len(found := getattr(part, name))]
+        or [(0, getattr(parts[0], name))]
+        for name in SPLITS
+    }
+    whole = {
+        name: _concatenated(
+            [selection for _, selection in found],
+            columns,
+            [at if i == 0 else f"{at}.more.{i - 1}" for i, _ in found],
+            texts,
+        )
+        for name, found in chosen.items()
+    }
     told = "; ".join(f"corpus {i + 1}: {part.origin}" for i, part in enumerate(parts))
     if len({part.origin for part in parts}) == 1:
         told = f"each of {len(parts)} corpora: {parts[0].origin}"
     reads = tuple(dict.fromkeys(file for part in parts for file in part.reads))
-    return Splits(whole["train"], whole["validation"], whole["test"], told, tuple(len(part.train) for part in parts),
-                  tuple(part.train for part in parts), reads)
+    return Splits(
+        whole["train"],
+        whole["validation"],
+        whole["test"],
+        told,
+        tuple(len(part.train) for part in parts),
+        tuple(part.train for part in parts),
+        reads,
+    )
 
 
-def _concatenated(selections: list[Selection], columns: list[str], places: list[str], texts: frozenset[str] = frozenset()) -> Selection:
-    """Row ids, files and row groups of the second after those of the first, and so on; ``columns`` have the types of the first, ``texts`` (columns
-    that hold texts, as text or as bytes that may not be UTF-8) that of bytes where the corpora differ.
+def _concatenated(
+    selections: list[Selection],
+    columns: list[str],
+    places: list[str],
+    texts: frozenset[str] = frozenset(),
+) -> Selection:
+    """Row ids, files and row groups of the second after those of the first, and so on; ``columns``
+    have the types of the first, ``texts`` (columns that hold texts, as text or as bytes that may
+    not be UTF-8) that of bytes where the corpora differ.
 
-    Raises ValueError for a column that is of another kind in a later one (whole numbers or texts of another width are no other kind).
+    Raises ValueError for a column that is of another kind in a later one (whole numbers or texts of
+    another width are no other kind).
     """
     first = selections[0].manifest
-    as_bytes = {name for name in texts & {*columns} if {_kind(selection.manifest.schema.field(name).type) for selection in selections} == {"text", "bytes"}}
+    as_bytes = {
+        name
+        for name in texts & {*columns}
+        if {_kind(selection.manifest.schema.field(name).type) for selection in selections}
+        == {"text", "bytes"}
+    }
     for selection, place in zip(selections, places, strict=True):
         for name in dict.fromkeys(columns):
             theirs, ours = selection.manifest.schema.field(name).type, first.schema.field(name).type
             if _kind(theirs) != _kind(ours) and name not in as_bytes:
-                raise ValueError(f"{place}: column {name!r} is {theirs} in {selection.manifest.files[0]} and {ours} in {first.files[0]}; "
-                                 "joined corpora need columns of the same type: write one of them anew")
+                raise ValueError(
+                    f"{place}: column {name!r} is {theirs} in {selection.manifest.files[0]} "
+                    f"and {ours} in {first.files[0]}; "
+                    "joined corpora need columns of the same type: write one of them anew"
+                )
     if len(selections) == 1:
         return selections[0]
     manifests = [selection.manifest for selection in selections]
     files = np.cumsum([0, *(len(manifest.files) for manifest in manifests)])
     rows = np.cumsum([0, *(manifest.rows for manifest in manifests)])
     schema = _plain_columns(first.schema.empty_table().select(list(dict.fromkeys(columns)))).schema
-    schema = pa.schema([field.with_type(pa.binary()) if field.name in as_bytes else field for field in schema])
-    joined = Manifest(tuple(file for manifest in manifests for file in manifest.files),
-                      tuple(replace(group, file=int(group.file + files[i])) for i, manifest in enumerate(manifests) for group in manifest.groups),
-                      schema, spec_hash([manifest.fingerprint for manifest in manifests]),
-                      tuple(one for manifest in manifests for one in (manifest.identities or (None,) * len(manifest.files))))
-    ids = [selection.ids(np.arange(len(selection))) + rows[i] for i, selection in enumerate(selections)]
-    return Selection(joined, None if all(selection.rows is None for selection in selections) else np.concatenate(ids))
+    schema = pa.schema(
+        [field.with_type(pa.binary()) if field.name in as_bytes else field for field in schema]
+    )
+    joined = Manifest(
+        tuple(file for manifest in manifests for file in manifest.files),
+        tuple(
+            replace(group, file=int(group.file + files[i]))
+            for i, manifest in enumerate(manifests)
+            for group in manifest.groups
+        ),
+        schema,
+        spec_hash([manifest.fingerprint for manifest in manifests]),
+        tuple(
+            one
+            for manifest in manifests
+            for one in (manifest.identities or (None,) * len(manifest.files))
+        ),
+    )
+    ids = [
+        selection.ids(np.arange(len(selection))) + rows[i] for i, selection in enumerate(selections)
+    ]
+    return Selection(
+        joined,
+        None if all(selection.rows is None for selection in selections) else np.concatenate(ids),
+    )
 
 
 def _kind(of: pa.DataType) -> str:
@@ -645,17 +913,25 @@ def _kind(of: pa.DataType) -> str:
         return _kind(of.value_type)
     if pa.types.is_list(of) or pa.types.is_large_list(of):
         return f"list of {_kind(of.value_type)}"
-    named = {"text": (pa.types.is_string, pa.types.is_large_string), "bytes": (pa.types.is_binary, pa.types.is_large_binary),
-             "whole number": (pa.types.is_integer,), "number": (pa.types.is_floating,)}
+    named = {
+        "text": (pa.types.is_string, pa.types.is_large_string),
+        "bytes": (pa.types.is_binary, pa.types.is_large_binary),
+        "whole number": (pa.types.is_integer,),
+        "number": (pa.types.is_floating,),
+    }
     return next((word for word, tests in named.items() if any(test(of) for test in tests)), str(of))
 
 
 def _no_crossing(parts: list[Splits], group: str, at: str) -> None:
-    """Raise ValueError where a value of the group (a patient) stands in two splits, also of two corpora that are grouped by one column.
+    """Raise ValueError where a value of the group (a patient) stands in two splits, also of two
+    corpora that are grouped by one column.
 
-    Null is no group. The error counts values and names one row of each split by its position: it never holds a value, which may tell who a patient is.
+    Null is no group. The error counts values and names one row of each split by its position: it
+    never holds a value, which may tell who a patient is.
     """
-    first_seen: dict[str, tuple[str, str]] = {}  # value of the group to the split where it was first found, and the row
+    first_seen: dict[
+        str, tuple[str, str]
+    ] = {}  # value of the group to the split where it was first found, and the row
     crossing: dict[str, tuple[str, str, str, str]] = {}
     for name in SPLITS:
         for selection in (getattr(part, name) for part in parts):
@@ -666,15 +942,29 @@ def _no_crossing(parts: list[Splits], group: str, at: str) -> None:
     if crossing:
         split, place, other, other_place = next(iter(crossing.values()))
         many = len(crossing)
-        raise ValueError(f"{at}.group: {many} of {len(first_seen)} values of {group} {'stands' if many == 1 else 'stand'} in more than one split: the value "
-                         f"of {place} is in {split}, and {other_place}, which is in {other}, has the same; a group must not cross splits: take a "
-                         f"split_column that keeps each {group} whole, or leave the splits out to have them made by hash of {group}")
+        raise ValueError(
+            f"{at}.group: {many} of {len(first_seen)} values of {group} "
+            f"{'stands' if many == 1 else 'stand'} in more than one split: the value "
+            f"of {place} is in {split}, and {other_place}, which is in {other}, has the same; "
+            "a group must not cross splits: take a "
+            f"split_column that keeps each {group} whole, or leave the splits out to have them "
+            f"made by hash of {group}"
+        )
 
 
 def _first_rows(selection: Selection, column: str) -> list[tuple[str, int]]:
-    """Every value of a column that is not null, as text, with the id of the first row that holds it."""
-    coded = pc.dictionary_encode(read_columns(selection, [column])[column].combine_chunks())  # pyright: ignore[reportAttributeAccessIssue]
-    codes, first = np.unique(coded.indices.fill_null(-1).to_numpy(zero_copy_only=False), return_index=True)
+    """Every value of a column that is not null, as text, with the id of the first row that holds
+    it.
+    """
+    # pyright: ignore
+    coded = pc.dictionary_encode(read_columns(selection, [column])[column].combine_chunks())
+    codes, first = np.unique(
+        coded.indices.fill_null(-1).to_numpy(zero_copy_only=False), return_index=True
+    )
     values = coded.dictionary.to_pylist()
     rows = selection.ids(first)
-    return [(value_text(values[code]), int(row)) for code, row in zip(codes, rows, strict=True) if code >= 0]
+    return [
+        (value_text(values[code]), int(row))
+        for code, row in zip(codes, rows, strict=True)
+        if code >= 0
+    ]

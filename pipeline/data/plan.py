@@ -1,17 +1,22 @@
-"""The order in which rows are read, as a pure function of (rows, seed, epoch, global batch). No Ray, no torch.
+"""The order in which rows are read, as a pure function of (rows, seed, epoch, global batch). No
+Ray, no torch.
 
-Positions count rows over all epochs: global batch t is positions [tG, (t+1)G), so every batch is full, also across the end of
-an epoch, and every epoch covers each row exactly once. Position P belongs to canonical shard P mod C. A rank owns the
-shards s with s mod ranks == rank: the global batch is the same for any number of ranks up to C, the number of steps is
-arithmetic, and a rank reads only its own shards. When ranks divide C and C divides G all ranks hold equally many rows.
+Positions count rows over all epochs: global batch t is positions [tG, (t+1)G), so every batch is
+full, also across the end of an epoch, and every epoch covers each row exactly once. Position P
+belongs to canonical shard P mod C. A rank owns the shards s with s mod ranks == rank: the global
+batch is the same for any number of ranks up to C, the number of steps is arithmetic, and a rank
+reads only its own shards. When ranks divide C and C divides G all ranks hold equally many rows.
 
-Within an epoch the shards are consecutive parts of one shuffled order: ``rows`` permutes all rows; ``blocks`` permutes the
-row groups and the rows inside each (shards then interleave C row groups), which never needs more than C groups at a time.
+Within an epoch the shards are consecutive parts of one shuffled order: ``rows`` permutes all rows;
+``blocks`` permutes the row groups and the rows inside each (shards then interleave C row groups),
+which never needs more than C groups at a time.
 
-A mixture draws from several corpora by weights. Each corpus then is an endless sequence of its own, in which each of its epochs
-covers each of its rows exactly once, and a row's epoch is that of its corpus. Which corpus a place of a shard draws from
-follows from (seed, shard, chunk of CHUNK places): every chunk has the same numbers of draws, so where a corpus's sequence stands
-at any place is closed form, too. What is called an epoch of the plan is then as many positions as there are rows in all.
+A mixture draws from several corpora by weights. Each corpus then is an endless sequence of its own,
+in which each of its epochs covers each of its rows exactly once, and a row's epoch is that of its
+corpus. Which corpus a place of a shard draws from follows from (seed, shard, chunk of CHUNK
+places): every chunk has the same numbers of draws, so where a corpus's sequence stands at any place
+is closed form, too. What is called an epoch of the plan is then as many positions as there are rows
+in all.
 """
 
 from __future__ import annotations
@@ -42,7 +47,9 @@ class Item:
 
 
 class Order:
-    """An endless sequence of shuffled epochs over rows 0 .. rows-1, dealt out to shards. boundaries: as in Plan."""
+    """An endless sequence of shuffled epochs over rows 0 .. rows-1, dealt out to shards.
+    boundaries: as in Plan.
+    """
 
     def __init__(self, rows: int, seed: int, shards: int, shuffle: Shuffle, boundaries: np.ndarray):
         self.rows, self.seed, self.shards, self.boundaries = rows, seed, shards, boundaries
@@ -79,8 +86,13 @@ class Order:
             if places[i] >= stop:
                 break
             low, high = self.boundaries[blocks[i]], self.boundaries[blocks[i] + 1]
-            inside = np.random.default_rng(mix(self.seed, epoch, int(blocks[i]), 1)).permutation(high - low) + low
-            out.append(inside[max(start - places[i], 0):stop - places[i]])
+            inside = (
+                np.random.default_rng(mix(self.seed, epoch, int(blocks[i]), 1)).permutation(
+                    high - low
+                )
+                + low
+            )
+            out.append(inside[max(start - places[i], 0) : stop - places[i]])
         return np.concatenate(out) if out else np.zeros(0, dtype=np.int64)
 
     # ------------------------------------------------ shards
@@ -90,14 +102,19 @@ class Order:
         return (position - shard + self.shards - 1) // self.shards
 
     def sequence(self, shard: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """(n,) row indices and (n,) epochs of places [start, stop) of a shard's endless sequence."""
+        """(n,) row indices and (n,) epochs of places [start, stop) of a shard's endless
+        sequence.
+        """
         indices, epochs = [], []
         while start < stop:
             position = start * self.shards + shard
             epoch = position // self.rows
             first = self._before(epoch * self.rows, shard)
             last = self._before((epoch + 1) * self.rows, shard)
-            offset = sum(self._before((epoch + 1) * self.rows, s) - self._before(epoch * self.rows, s) for s in range(shard))
+            offset = sum(
+                self._before((epoch + 1) * self.rows, s) - self._before(epoch * self.rows, s)
+                for s in range(shard)
+            )
             end = min(stop, last)
             indices.append(self.order(epoch, offset + start - first, offset + end - first))
             epochs.append(np.full(end - start, epoch, dtype=np.int64))
@@ -108,20 +125,38 @@ class Order:
 
 
 class Mixed:
-    """Corpora drawn from by weights, each in the order of its own. Within a chunk the draws of a corpus lie in equal stretches, one at random in
-    each, so that its share is near its weight after any number of places and not at the chunk's end alone."""
+    """Corpora drawn from by weights, each in the order of its own. Within a chunk the draws of a
+    corpus lie in equal stretches, one at random in each, so that its share is near its weight after
+    any number of places and not at the chunk's end alone.
+    """
 
     def __init__(self, mixture: Mixture, plan: Order):
         weights = np.array([weight for *_, weight in mixture], dtype=np.float64)
-        if [start for start, *_ in mixture] != [0, *(stop for _, stop, _ in mixture[:-1])] or mixture[-1][1] != plan.rows:
-            raise ValueError(f"the corpora of a mixture must follow each other from row 0 to row {plan.rows}: {mixture}")
+        if [start for start, *_ in mixture] != [
+            0,
+            *(stop for _, stop, _ in mixture[:-1]),
+        ] or mixture[-1][1] != plan.rows:
+            raise ValueError(
+                "the corpora of a mixture must follow each other from row 0 to row "
+                f"{plan.rows}: {mixture}"
+            )
         self.seed, self.starts = plan.seed, [start for start, *_ in mixture]
         self.draws = draws_a_chunk(weights)
         for number, (start, stop, weight) in enumerate(mixture, 1):
             if stop <= start:
-                raise ValueError(f"corpus {number} has weight {weight:g} and no rows to train on: leave it out")
-        self.parts = [Order(stop - start, mix(plan.seed, 3, c), plan.shards, plan.shuffle, _inside(plan.boundaries, start, stop))
-                      for c, (start, stop, _) in enumerate(mixture)]
+                raise ValueError(
+                    f"corpus {number} has weight {weight:g} and no rows to train on: leave it out"
+                )
+        self.parts = [
+            Order(
+                stop - start,
+                mix(plan.seed, 3, c),
+                plan.shards,
+                plan.shuffle,
+                _inside(plan.boundaries, start, stop),
+            )
+            for c, (start, stop, _) in enumerate(mixture)
+        ]
         self._chunk = lru_cache(maxsize=2 * plan.shards)(self._make_chunk)
 
     def __getstate__(self):
@@ -132,10 +167,14 @@ class Mixed:
         self._chunk = lru_cache(maxsize=2 * self.parts[0].shards)(self._make_chunk)
 
     def _make_chunk(self, shard: int, chunk: int) -> tuple[np.ndarray, np.ndarray]:
-        """(CHUNK,) corpus of every place and (CHUNK,) how many draws of the chunk its corpus had before it."""
+        """(CHUNK,) corpus of every place and (CHUNK,) how many draws of the chunk its corpus had
+        before it.
+        """
         corpora = np.repeat(np.arange(len(self.draws)), self.draws)
         number = np.concatenate([np.arange(count) for count in self.draws])
-        when = (number + np.random.default_rng(mix(self.seed, shard, chunk, 2)).random(CHUNK)) / self.draws[corpora]
+        when = (
+            number + np.random.default_rng(mix(self.seed, shard, chunk, 2)).random(CHUNK)
+        ) / self.draws[corpora]
         order = np.argsort(when, kind="stable")
         return corpora[order], number[order]
 
@@ -145,18 +184,25 @@ class Mixed:
         indices, epochs = np.empty(n, dtype=np.int64), np.empty(n, dtype=np.int64)
         for chunk in range(start // CHUNK, -(-stop // CHUNK) if n else 0):
             low, high = max(start, chunk * CHUNK), min(stop, (chunk + 1) * CHUNK)
-            corpora, number = (part[low - chunk * CHUNK:high - chunk * CHUNK] for part in self._chunk(shard, chunk))
+            corpora, number = (
+                part[low - chunk * CHUNK : high - chunk * CHUNK]
+                for part in self._chunk(shard, chunk)
+            )
             for c in np.unique(corpora):
                 here = np.flatnonzero(corpora == c)
                 first = chunk * int(self.draws[c]) + int(number[here[0]])
                 found, whose = self.parts[c].sequence(shard, first, first + len(here))
-                indices[low - start + here], epochs[low - start + here] = found + self.starts[c], whose
+                indices[low - start + here], epochs[low - start + here] = (
+                    found + self.starts[c],
+                    whose,
+                )
         return indices, epochs
 
 
 def draws_a_chunk(weights: np.ndarray) -> np.ndarray:
-    """(corpora,) whole numbers that add up to CHUNK, each within one of its share. Raises ValueError for weights that are not above 0, or one so small
-    that nothing would be drawn for it."""
+    """(corpora,) whole numbers that add up to CHUNK, each within one of its share. Raises
+    ValueError for weights that are not above 0, or one so small that nothing would be drawn for it.
+    """
     if not len(weights) or not (np.isfinite(weights).all() and (weights > 0).all()):
         raise ValueError(f"weights {', '.join(f'{w:g}' for w in weights)}: each must be above 0")
     shares = weights / weights.sum()
@@ -164,8 +210,11 @@ def draws_a_chunk(weights: np.ndarray) -> np.ndarray:
     out = np.diff([0, *cuts[:-1], CHUNK]).astype(np.int64)
     if (out < 1).any():
         c = int(out.argmin())
-        raise ValueError(f"the weight {weights[c]:g} of corpus {c + 1} is {shares[c]:.2g} of all weights, and the smallest share is 1 of {CHUNK}: "
-                         "raise it, or leave the corpus out")
+        raise ValueError(
+            f"the weight {weights[c]:g} of corpus {c + 1} is {shares[c]:.2g} of all weights, "
+            f"and the smallest share is 1 of {CHUNK}: "
+            "raise it, or leave the corpus out"
+        )
     return out
 
 
@@ -177,19 +226,33 @@ def _inside(boundaries: np.ndarray, start: int, stop: int) -> np.ndarray:
 class Plan(Order):
     """Row order of one training run.
 
-    rows: number of selected rows (indices 0 .. rows-1). boundaries: (groups + 1,) first index of every row group, for
-    ``blocks``. mixture: corpora as ranges of the rows, with weights; none: every row once an epoch. Raises ValueError for an empty
-    selection, a global batch larger than the rows or fewer rows than shards, an empty corpus or a weight that no draw stands for.
+    rows: number of selected rows (indices 0 .. rows-1). boundaries: (groups + 1,) first index of
+    every row group, for ``blocks``. mixture: corpora as ranges of the rows, with weights; none:
+    every row once an epoch. Raises ValueError for an empty selection, a global batch larger than
+    the rows or fewer rows than shards, an empty corpus or a weight that no draw stands for.
     """
 
-    def __init__(self, rows: int, seed: int, global_batch: int, *, shards: int = 8, shuffle: Shuffle = "rows", boundaries: np.ndarray | None = None,
-                 item_rows: int = 256, mixture: Mixture | None = None):
+    def __init__(
+        self,
+        rows: int,
+        seed: int,
+        global_batch: int,
+        *,
+        shards: int = 8,
+        shuffle: Shuffle = "rows",
+        boundaries: np.ndarray | None = None,
+        item_rows: int = 256,
+        mixture: Mixture | None = None,
+    ):
         if rows < 1:
             raise ValueError("there are no rows to train on")
         if global_batch < 1:
             raise ValueError(f"global batch {global_batch} must be at least 1")
         if rows < global_batch:
-            raise ValueError(f"{rows} rows are fewer than one global batch of {global_batch}: lower train.global_batch or add data")
+            raise ValueError(
+                f"{rows} rows are fewer than one global batch of {global_batch}: lower "
+                "train.global_batch or add data"
+            )
         bounds = np.asarray([0, rows] if boundaries is None else boundaries, dtype=np.int64)
         if shuffle == "blocks" and (bounds[0] != 0 or bounds[-1] != rows):
             raise ValueError("boundaries must run from 0 to the number of rows")
@@ -199,14 +262,23 @@ class Plan(Order):
         self.mixed = Mixed(mixture, self) if mixture is not None else None
 
     def sequence(self, shard: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """(n,) row indices and (n,) epochs, of a mixture those of each row's corpus, of places [start, stop) of a shard's endless sequence."""
-        return self.mixed.sequence(shard, start, stop) if self.mixed is not None else super().sequence(shard, start, stop)
+        """(n,) row indices and (n,) epochs, of a mixture those of each row's corpus, of places
+        [start, stop) of a shard's endless sequence.
+        """
+        return (
+            self.mixed.sequence(shard, start, stop)
+            if self.mixed is not None
+            else super().sequence(shard, start, stop)
+        )
 
     def owned(self, rank: int, ranks: int) -> list[int]:
         """Shards of a rank. Raises ValueError for more ranks than shards."""
         if ranks > self.shards:
-            raise ValueError(f"{ranks} ranks are more than the {self.shards} canonical shards: raise train.canonical_shards "
-                             f"or train.global_batch (now {self.global_batch}), or use fewer workers")
+            raise ValueError(
+                f"{ranks} ranks are more than the {self.shards} canonical shards: raise "
+                "train.canonical_shards "
+                f"or train.global_batch (now {self.global_batch}), or use fewer workers"
+            )
         return list(range(rank, self.shards, ranks))
 
     def start(self, step: int) -> int:
@@ -222,23 +294,34 @@ class Plan(Order):
         return self._before(self.start(step), shard), self._before(self.start(step + 1), shard)
 
     def places(self, step: int, rank: int, ranks: int) -> tuple[np.ndarray, np.ndarray]:
-        """(n,) shards and (n,) places in their sequences of the rank's part of a global batch, in the order of positions."""
+        """(n,) shards and (n,) places in their sequences of the rank's part of a global batch, in
+        the order of positions.
+        """
         positions = np.arange(self.start(step), self.start(step + 1))
         positions = positions[(positions % self.shards) % ranks == rank]
         return positions % self.shards, positions // self.shards
 
     def batch(self, step: int, rank: int = 0, ranks: int = 1) -> tuple[np.ndarray, np.ndarray]:
-        """(n,) row indices and (n,) epochs of the rank's part of a global batch, in the order of positions."""
+        """(n,) row indices and (n,) epochs of the rank's part of a global batch, in the order of
+        positions.
+        """
         shards, places = self.places(step, rank, ranks)
-        indices, epochs = np.empty(len(places), dtype=np.int64), np.empty(len(places), dtype=np.int64)
+        indices, epochs = (
+            np.empty(len(places), dtype=np.int64),
+            np.empty(len(places), dtype=np.int64),
+        )
         for shard in self.owned(rank, ranks):
             here = shards == shard
             start, stop = self.span(step, shard)
             indices[here], epochs[here] = self.sequence(shard, start, stop)
         return indices, epochs
 
-    def items(self, first_step: int, last_step: int, rank: int = 0, ranks: int = 1) -> Iterator[Item]:
-        """What the rank must read for steps [first_step, last_step), in the order of need; nothing before first_step."""
+    def items(
+        self, first_step: int, last_step: int, rank: int = 0, ranks: int = 1
+    ) -> Iterator[Item]:
+        """What the rank must read for steps [first_step, last_step), in the order of need; nothing
+        before first_step.
+        """
         out = []
         for shard in self.owned(rank, ranks):
             start, stop = self.span(first_step, shard)[0], self.span(last_step, shard)[0]

@@ -1,7 +1,9 @@
-"""From a plan to device-ready batches: rows are read and decoded in Ray Data workers, in this process, or lie in memory.
+"""From a plan to device-ready batches: rows are read and decoded in Ray Data workers, in this
+process, or lie in memory.
 
-The one place that runs Ray Data. Encoded files are read by the workers; what crosses the object store is what the modality's
-``decode`` gives: uint8 pixels or token ids, never float images. Whatever the place of decoding, the batches are the same.
+The one place that runs Ray Data. Encoded files are read by the workers; what crosses the object
+store is what the modality's ``decode`` gives: uint8 pixels or token ids, never float images.
+Whatever the place of decoding, the batches are the same.
 """
 
 from __future__ import annotations
@@ -32,21 +34,33 @@ from pipeline.rng import row_keys
 
 Place = Literal["memory", "workers", "train", "device"]
 WINDOW_BYTES, WINDOW_MOST_BYTES = 192 << 20, 2 << 30
-"""Of the row groups from which a batch by cost takes its rows, and the most of them where batches are large. Each `Reader` keeps two windows and what an item
-goes over, and reads each group once; several readers read them each. Of LibriSpeech (213 kB a row) a window has 200 MB in batches of 480 s, 0.6 GB of 1500 s,
-1.3 GB of 3200 s, and each reader keeps 0.7, 1.5 and 2.9 GB."""
+"""Of the row groups from which a batch by cost takes its rows, and the most of them where batches
+are large. Each `Reader` keeps two windows and what an item goes over, and reads each group once;
+several readers read them each. Of LibriSpeech (213 kB a row) a window has 200 MB in batches of 480
+s, 0.6 GB of 1500 s, 1.3 GB of 3200 s, and each reader keeps 0.7, 1.5 and 2.9 GB.
+"""
 ITEM_BYTES, ITEM_ROWS = 32 << 20, (32, 2048)
-"""What a data worker decodes at a time: a block costs Ray Data about 10 ms of processor time whatever its size, so small rows go in large numbers.
-Measured on two cores against a DataLoader, at 224 px with Ray's own number of waiting items: 8 MiB 0.51, 16 MiB 0.61, 32 MiB 0.78. At 64 px, with
-other work on the machine: 256 rows 0.48, 2048 rows 0.96."""
+"""What a data worker decodes at a time: a block costs Ray Data about 10 ms of processor time
+whatever its size, so small rows go in large numbers. Measured on two cores against a DataLoader, at
+224 px with Ray's own number of waiting items: 8 MiB 0.51, 16 MiB 0.61, 32 MiB 0.78. At 64 px, with
+other work on the machine: 256 rows 0.48, 2048 rows 0.96.
+"""
 IN_FLIGHT = 8
-"""Items that wait at each worker, so that it never waits for the driver: 0.91 at 224 px with items of 32 MiB (0.70 with 64 MiB)."""
+"""Items that wait at each worker, so that it never waits for the driver: 0.91 at 224 px with items
+of 32 MiB (0.70 with 64 MiB).
+"""
 COST_ROWS, COST_BYTES = 4096, 64 << 20
-"""Rows whose headers are read in one task, and about so many bytes where they hold their files, but at least a row group."""
+"""Rows whose headers are read in one task, and about so many bytes where they hold their files, but
+at least a row group.
+"""
 EVAL_SAMPLES = 1 << 21
-"""Padded samples of an evaluation batch of ragged rows, two minutes at 16 kHz: rows of like length are then evaluated together."""
+"""Padded samples of an evaluation batch of ragged rows, two minutes at 16 kHz: rows of like length
+are then evaluated together.
+"""
 ITEMS_AN_EXECUTION = 4096
-"""Ray Data is handed so many items at a time; a new execution costs seconds, a longer list costs memory."""
+"""Ray Data is handed so many items at a time; a new execution costs seconds, a longer list costs
+memory.
+"""
 
 
 class TooManyBadRowsError(ValueError):
@@ -56,7 +70,9 @@ class TooManyBadRowsError(ValueError):
 # ---------------------------------------------------------------- places of decoding
 
 REFUSED = "__refused__"
-"""The one column of a block in the place of which its work raised a ValueError or a ChangedFileError, which it holds."""
+"""The one column of a block in the place of which its work raised a ValueError or a
+ChangedFileError, which it holds.
+"""
 
 
 class _Worker:
@@ -69,7 +85,11 @@ class _Worker:
     def __call__(self, items: dict[str, np.ndarray]) -> Arrays:
         try:
             return self.work(Item(*(int(items[name][0]) for name in Item.__dataclass_fields__)))
-        except (ValueError, ChangedFileError) as error:  # Ray Data keeps no cause of its own errors: only this process knows what was wrong
+        except (
+            ValueError,
+            ChangedFileError,
+            # Ray Data keeps no cause of its own errors: only this process knows what was wrong
+        ) as error:
             return {REFUSED: np.array([pickle.dumps(error)], dtype=object)}
 
 
@@ -83,26 +103,44 @@ class DataWorkers:
     gpus_per_actor: float = 0.0
 
 
-def map_blocks(work: Callable[[Item], Arrays], items: Iterable[Item], workers: DataWorkers) -> Iterator[Arrays]:
-    """``work`` over items by a Ray Data actor pool, one block of columns an item, in order, with bounded memory.
+def map_blocks(
+    work: Callable[[Item], Arrays], items: Iterable[Item], workers: DataWorkers
+) -> Iterator[Arrays]:
+    """``work`` over items by a Ray Data actor pool, one block of columns an item, in order, with
+    bounded memory.
 
-    ``work`` is sent once to each actor. Encoded or decoded, what it returns should be large enough to be worth its way. A ValueError that
-    ``work`` raises is raised here as it was, without Ray's account of where it happened.
+    ``work`` is sent once to each actor. Encoded or decoded, what it returns should be large enough
+    to be worth its way. A ValueError that ``work`` raises is raised here as it was, without Ray's
+    account of where it happened.
     """
     import ray.data
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    context.target_max_block_size = None  # an item stays one block: Ray would cut one above 1.5 x 128 MiB into several
+    context.target_max_block_size = (
+        None  # an item stays one block: Ray would cut one above 1.5 x 128 MiB into several
+    )
     context.execution_options.preserve_order = True
     context.execution_options.resource_limits = context.execution_options.resource_limits.copy(
-        cpu=workers.actors * workers.cpus_per_actor, object_store_memory=workers.object_store_bytes)
+        cpu=workers.actors * workers.cpus_per_actor, object_store_memory=workers.object_store_bytes
+    )
     items = iter(items)
     while segment := list(islice(items, ITEMS_AN_EXECUTION)):
-        data = ray.data.from_items([asdict(item) for item in segment], override_num_blocks=len(segment))
-        pool = ray.data.ActorPoolStrategy(size=workers.actors, max_tasks_in_flight_per_actor=IN_FLIGHT)
-        data = data.map_batches(_Worker, fn_constructor_args=(work,), batch_size=None, batch_format="numpy", num_cpus=workers.cpus_per_actor,
-                                num_gpus=workers.gpus_per_actor or None, compute=pool)
+        data = ray.data.from_items(
+            [asdict(item) for item in segment], override_num_blocks=len(segment)
+        )
+        pool = ray.data.ActorPoolStrategy(
+            size=workers.actors, max_tasks_in_flight_per_actor=IN_FLIGHT
+        )
+        data = data.map_batches(
+            _Worker,
+            fn_constructor_args=(work,),
+            batch_size=None,
+            batch_format="numpy",
+            num_cpus=workers.cpus_per_actor,
+            num_gpus=workers.gpus_per_actor or None,
+            compute=pool,
+        )
         for block in data.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=4):
             if REFUSED in block:
                 raise pickle.loads(bytes(block[REFUSED][0]))
@@ -113,14 +151,20 @@ def _ray_blocks(loader: Loader, items: Iterable[Item], workers: DataWorkers) -> 
     mine, theirs = tee(items)
     for item, columns in zip(mine, map_blocks(loader.columns, theirs, workers), strict=True):
         block = loader.block(columns)
-        assert len(block.rows) == item.stop - item.start, f"{item} came as a block of {len(block.rows)} rows"
+        assert len(block.rows) == item.stop - item.start, (
+            f"{item} came as a block of {len(block.rows)} rows"
+        )
         yield block
 
 
-def map_items(fn: Callable[[Any], Any], items: Iterable[Any], *, cpus: float = 1.0, ahead: int | None = None) -> Iterator[Any]:
-    """Results of ``fn`` over items, in order, as Ray tasks with a bounded window; in this process when Ray is not running.
+def map_items(
+    fn: Callable[[Any], Any], items: Iterable[Any], *, cpus: float = 1.0, ahead: int | None = None
+) -> Iterator[Any]:
+    """Results of ``fn`` over items, in order, as Ray tasks with a bounded window; in this process
+    when Ray is not running.
 
-    Resumable by its caller: results come in order, so what was kept of them tells which items are left.
+    Resumable by its caller: results come in order, so what was kept of them tells which items are
+    left.
     """
     import ray
     from ray.exceptions import RayTaskError
@@ -138,7 +182,8 @@ def map_items(fn: Callable[[Any], Any], items: Iterable[Any], *, cpus: float = 1
             result = ray.get(pending.popleft())
         except RayTaskError as error:
             if isinstance(error.cause, (ValueError, ChangedFileError)):
-                raise error.cause from None  # what an item was refused for, without Ray's account of the way it took
+                # what an item was refused for, without Ray's account of the way it took
+                raise error.cause from None
             raise
         pending.extend(task.remote(held, item, fences) for item in islice(items, 1))
         yield result
@@ -152,16 +197,21 @@ def _apply(fn, item, fences):
 
 # ---------------------------------------------------------------- rows of a run
 
+
 @dataclass
 class Rows:
-    """The rows of one split with all that turns them into batches; ``arrays`` when they were decoded into memory."""
+    """The rows of one split with all that turns them into batches; ``arrays`` when they were
+    decoded into memory.
+    """
 
     selection: Selection
     decoder: Decoder
     arrays: Arrays | None = None
     bad: tuple[tuple[int, str], ...] = ()
     kept: bool = False
-    """The bad rows are still among the rows (as zeros): the plan counts them as it does when rows are decoded as they come."""
+    """The bad rows are still among the rows (as zeros): the plan counts them as it does when rows
+    are decoded as they come.
+    """
     costs: np.ndarray | None = None
     """What each row costs, where batches are cut by it."""
 
@@ -172,9 +222,11 @@ class Rows:
     def modality(self) -> Modality:
         return self.decoder.modality
 
-    def in_memory(self, max_bad: float, cpus: float = 1.0, keep_bad: bool = False, lost: int = 0) -> Rows:
-        """The same rows decoded once, by Ray tasks of ``cpus`` each (0: in this process); bad rows listed and, unless kept, left out. ``lost``: see
-        `check_budget`.
+    def in_memory(
+        self, max_bad: float, cpus: float = 1.0, keep_bad: bool = False, lost: int = 0
+    ) -> Rows:
+        """The same rows decoded once, by Ray tasks of ``cpus`` each (0: in this process); bad rows
+        listed and, unless kept, left out. ``lost``: see `check_budget`.
 
         Raises TooManyBadRowsError over the budget.
         """
@@ -187,24 +239,52 @@ class Rows:
         spread = cpus > 0 and self.selection.manifest.size > (64 << 20)
         blocks = list(map_items(loader, items, cpus=cpus) if spread else map(loader, items))
         good = np.array([not reason for block in blocks for reason in block.bad], dtype=bool)
-        rows = np.concatenate([block.rows for block in blocks]) if blocks else np.zeros(0, dtype=np.int64)
-        bad = tuple((int(row), reason) for block in blocks for row, reason in zip(block.rows, block.bad, strict=True) if reason)
+        rows = (
+            np.concatenate([block.rows for block in blocks])
+            if blocks
+            else np.zeros(0, dtype=np.int64)
+        )
+        bad = tuple(
+            (int(row), reason)
+            for block in blocks
+            for row, reason in zip(block.rows, block.bad, strict=True)
+            if reason
+        )
         check_budget(bad, n, max_bad, self.selection, lost)
-        arrays = {name: np.concatenate([block.arrays[name] for block in blocks]) for name in blocks[0].arrays} if blocks else {}
+        arrays = (
+            {
+                name: np.concatenate([block.arrays[name] for block in blocks])
+                for name in blocks[0].arrays
+            }
+            if blocks
+            else {}
+        )
         if bad and not keep_bad:
             arrays, rows = {name: array[good] for name, array in arrays.items()}, rows[good]
         left = self.costs if self.costs is None or keep_bad or not bad else self.costs[good]
-        return Rows(Selection(self.selection.manifest, rows), self.decoder, arrays, bad, keep_bad, left)
+        return Rows(
+            Selection(self.selection.manifest, rows), self.decoder, arrays, bad, keep_bad, left
+        )
 
     def with_costs(self, cpus: float = 1.0) -> Rows:
-        """The same rows with what each costs: from the column that tells, or from the rows' headers by Ray tasks of ``cpus`` each (0: in this process)."""
+        """The same rows with what each costs: from the column that tells, or from the rows' headers
+        by Ray tasks of ``cpus`` each (0: in this process).
+        """
         work, n = Costs(self.selection, self.modality, self.decoder.columns), len(self)
-        items = [Item(-1, start, stop) for start, stop in pairwise([0, n] if work.tells else self._cost_cuts()) if start < stop]
-        found = list(map_items(work, items, cpus=cpus) if cpus > 0 and len(items) > 1 else map(work, items))
+        items = [
+            Item(-1, start, stop)
+            for start, stop in pairwise([0, n] if work.tells else self._cost_cuts())
+            if start < stop
+        ]
+        found = list(
+            map_items(work, items, cpus=cpus) if cpus > 0 and len(items) > 1 else map(work, items)
+        )
         return replace(self, costs=np.concatenate(found) if found else np.zeros(0))
 
     def _cost_cuts(self) -> list[int]:
-        """Whole row groups, which are read whole, as many as COST_ROWS and COST_BYTES allow; parts of one that has more rows."""
+        """Whole row groups, which are read whole, as many as COST_ROWS and COST_BYTES allow; parts
+        of one that has more rows.
+        """
         manifest, cuts = self.selection.manifest, [0]
         most = min(COST_ROWS, COST_BYTES * manifest.rows // max(1, manifest.size))
         for start, stop in pairwise(self.selection.boundaries.tolist()):
@@ -219,59 +299,129 @@ class Rows:
         return self if ranks == 1 else self.subset(places)
 
     def subset(self, indices: np.ndarray) -> Rows:
-        """Rows at the given places, in ascending order; itself when that is all of them (nothing is copied)."""
+        """Rows at the given places, in ascending order; itself when that is all of them (nothing is
+        copied).
+        """
         if len(indices) == len(self):
             return self
         indices = np.sort(indices)
-        arrays = None if self.arrays is None else {name: array[indices] for name, array in self.arrays.items()}
+        arrays = (
+            None
+            if self.arrays is None
+            else {name: array[indices] for name, array in self.arrays.items()}
+        )
         costs = None if self.costs is None else self.costs[indices]
-        return Rows(Selection(self.selection.manifest, self.selection.ids(indices)), self.decoder, arrays, costs=costs)
+        return Rows(
+            Selection(self.selection.manifest, self.selection.ids(indices)),
+            self.decoder,
+            arrays,
+            costs=costs,
+        )
 
 
 def rows_an_item(rows: Rows, shards: int) -> int:
-    """How many rows a data worker reads and decodes at a time: ITEM_BYTES of them, and no more than a shard has in an epoch."""
+    """How many rows a data worker reads and decodes at a time: ITEM_BYTES of them, and no more than
+    a shard has in an epoch.
+    """
     each = max(1, rows.decoder.size(rows.selection) // max(1, len(rows)))
     low, high = ITEM_ROWS
     return max(low, min(high, ITEM_BYTES // each, len(rows) // shards))
 
 
-def check_budget(bad: Iterable[tuple[int, str]], rows: int, share: float, selection: Selection, lost: int = 0) -> None:
-    """Raise TooManyBadRowsError when more than ``share`` of the ``rows`` of a split are bad (one row is always forgiven). ``lost``: bad rows that are not
-    among them, left out before."""
+def check_budget(
+    bad: Iterable[tuple[int, str]], rows: int, share: float, selection: Selection, lost: int = 0
+) -> None:
+    """Raise TooManyBadRowsError when more than ``share`` of the ``rows`` of a split are bad (one
+    row is always forgiven). ``lost``: bad rows that are not among them, left out before.
+    """
     found, rows = dict(bad), rows + lost  # a row that is met again in the next epoch is one bad row
     if len(found) + lost > max(1, share * rows):
-        named = "; ".join(f"{selection.manifest.place(row)}: {reason}" for row, reason in list(found.items())[:3])
-        raise TooManyBadRowsError(f"{len(found) + lost} of {rows} rows cannot be used, more than data.max_bad_rows={share:g} allows. First ones: {named}")
+        named = "; ".join(
+            f"{selection.manifest.place(row)}: {reason}" for row, reason in list(found.items())[:3]
+        )
+        raise TooManyBadRowsError(
+            f"{len(found) + lost} of {rows} rows cannot be used, more than "
+            f"data.max_bad_rows={share:g} allows. First ones: {named}"
+        )
 
 
-def plan_of(rows: Rows, seed: int, global_batch: int, batch_cost: float | None = None, *, shards: int = 8, shuffle: Shuffle = "rows",
-            item_rows: int = 256, mixture: Mixture | None = None) -> Plan:
-    """The order in which rows are trained on: batches of ``global_batch`` rows, or of about ``batch_cost``. Raises ValueError as `Plan` and `BucketPlan`."""
+def plan_of(
+    rows: Rows,
+    seed: int,
+    global_batch: int,
+    batch_cost: float | None = None,
+    *,
+    shards: int = 8,
+    shuffle: Shuffle = "rows",
+    item_rows: int = 256,
+    mixture: Mixture | None = None,
+) -> Plan:
+    """The order in which rows are trained on: batches of ``global_batch`` rows, or of about
+    ``batch_cost``. Raises ValueError as `Plan` and `BucketPlan`.
+    """
     bounds = rows.selection.boundaries
     if batch_cost is None:
-        return Plan(len(rows), seed, global_batch, shards=shards, shuffle=shuffle, boundaries=bounds, item_rows=item_rows, mixture=mixture)
+        return Plan(
+            len(rows),
+            seed,
+            global_batch,
+            shards=shards,
+            shuffle=shuffle,
+            boundaries=bounds,
+            item_rows=item_rows,
+            mixture=mixture,
+        )
     assert rows.costs is not None and mixture is None
     each = row_bytes(rows.selection)
     window, most = (max(1, size // max(1, each)) for size in (WINDOW_BYTES, WINDOW_MOST_BYTES))
-    return BucketPlan(rows.costs, batch_cost, seed, shards=shards, shuffle=shuffle, boundaries=bounds, item_rows=item_rows,
-                      window_rows=min(WINDOW_ROWS, window), most_rows=most)
+    return BucketPlan(
+        rows.costs,
+        batch_cost,
+        seed,
+        shards=shards,
+        shuffle=shuffle,
+        boundaries=bounds,
+        item_rows=item_rows,
+        window_rows=min(WINDOW_ROWS, window),
+        most_rows=most,
+    )
 
 
 class Loaded(NamedTuple):
-    """A batch, the rows left out of it with their reasons, and the seconds that the consumer waited for it."""
+    """A batch, the rows left out of it with their reasons, and the seconds that the consumer waited
+    for it.
+    """
 
     batch: Batch
     bad: list[tuple[int, str]]
     waited: float
 
 
-def _collate(rows: Rows, seed: int, ids: np.ndarray, epochs: np.ndarray, arrays: Arrays, shards: np.ndarray | None = None) -> Batch:
-    return Batch(ids, torch.from_numpy(row_keys(seed, epochs, ids)), rows.modality.collate(arrays), shards)
+def _collate(
+    rows: Rows,
+    seed: int,
+    ids: np.ndarray,
+    epochs: np.ndarray,
+    arrays: Arrays,
+    shards: np.ndarray | None = None,
+) -> Batch:
+    return Batch(
+        ids, torch.from_numpy(row_keys(seed, epochs, ids)), rows.modality.collate(arrays), shards
+    )
 
 
-def _assembled(rows: Rows, plan: Plan, blocks: Iterator[Block], steps: range, rank: int, ranks: int,
-               device: torch.device | None = None) -> Iterator[tuple[Batch, list]]:
-    """Blocks in item order to batches in step order: each array is copied once, to its place in the batch. ``device``: where encoded rows are decoded."""
+def _assembled(
+    rows: Rows,
+    plan: Plan,
+    blocks: Iterator[Block],
+    steps: range,
+    rank: int,
+    ranks: int,
+    device: torch.device | None = None,
+) -> Iterator[tuple[Batch, list]]:
+    """Blocks in item order to batches in step order: each array is copied once, to its place in the
+    batch. ``device``: where encoded rows are decoded.
+    """
     waiting: dict[int, deque] = {shard: deque() for shard in plan.owned(rank, ranks)}
     items = plan.items(steps.start, steps.stop, rank, ranks)
     for step in steps:
@@ -287,7 +437,7 @@ def _assembled(rows: Rows, plan: Plan, blocks: Iterator[Block], steps: range, ra
                     waiting[item.shard].append([block, 0])
                 block, at = held[0]
                 take = min(len(block.rows) - at, len(to) - done)
-                part, here = slice(at, at + take), to[done:done + take]
+                part, here = slice(at, at + take), to[done : done + take]
                 for name, array in block.arrays.items():
                     if name not in arrays:
                         arrays[name] = np.empty((len(places), *array.shape[1:]), dtype=array.dtype)
@@ -307,12 +457,22 @@ def _assembled(rows: Rows, plan: Plan, blocks: Iterator[Block], steps: range, ra
             bad += [(int(ids[i]), reason) for i, reason in fresh]
             good[[i for i, _ in fresh]] = False
         if bad:
-            ids, epochs, shards, arrays = ids[good], epochs[good], shards[good], {name: array[good] for name, array in arrays.items()}
-            made = {name: tensor[torch.from_numpy(good).to(tensor.device)] for name, tensor in made.items()}
+            ids, epochs, shards, arrays = (
+                ids[good],
+                epochs[good],
+                shards[good],
+                {name: array[good] for name, array in arrays.items()},
+            )
+            made = {
+                name: tensor[torch.from_numpy(good).to(tensor.device)]
+                for name, tensor in made.items()
+            }
         yield _collate(rows, plan.seed, ids, epochs, arrays, shards).replace(**made), bad
 
 
-def _from_memory(rows: Rows, plan: Plan, steps: range, rank: int, ranks: int) -> Iterator[tuple[Batch, list]]:
+def _from_memory(
+    rows: Rows, plan: Plan, steps: range, rank: int, ranks: int
+) -> Iterator[tuple[Batch, list]]:
     assert rows.arrays is not None
     reasons = dict(rows.bad) if rows.kept else {}
     for step in steps:
@@ -327,12 +487,25 @@ def _from_memory(rows: Rows, plan: Plan, steps: range, rank: int, ranks: int) ->
         yield _collate(rows, plan.seed, ids, epochs, arrays, shards), bad
 
 
-def train_batches(rows: Rows, plan: Plan, steps: range, *, rank: int = 0, ranks: int = 1, place: Place = "train", pin: bool = False,
-                  threads: int = 1, workers: DataWorkers | None = None, ahead: int = 3, device: torch.device | None = None) -> Iterator[Loaded]:
+def train_batches(
+    rows: Rows,
+    plan: Plan,
+    steps: range,
+    *,
+    rank: int = 0,
+    ranks: int = 1,
+    place: Place = "train",
+    pin: bool = False,
+    threads: int = 1,
+    workers: DataWorkers | None = None,
+    ahead: int = 3,
+    device: torch.device | None = None,
+) -> Iterator[Loaded]:
     """The rank's part of the global batches ``steps``, in order, exactly len(steps) of them.
 
-    Batches are made ``ahead`` in a thread (pinned for a GPU); rows in memory on a CPU are cut when asked for. With ``device`` as the place Ray Data
-    workers read the files, and their bytes are decoded on ``device`` by that thread.
+    Batches are made ``ahead`` in a thread (pinned for a GPU); rows in memory on a CPU are cut when
+    asked for. With ``device`` as the place Ray Data workers read the files, and their bytes are
+    decoded on ``device`` by that thread.
     """
     if rows.arrays is not None:
         batches = _from_memory(rows, plan, steps, rank, ranks)
@@ -342,16 +515,23 @@ def train_batches(rows: Rows, plan: Plan, steps: range, *, rank: int = 0, ranks:
         there = (device or torch.device("cpu")) if place == "device" else None
         loader = Loader(rows.selection, replace(rows.decoder, encoded=there is not None), plan)
         items = plan.items(steps.start, steps.stop, rank, ranks)
-        blocks = threaded_map(loader, items, threads, threads + 2) if place == "train" else _ray_blocks(loader, items, workers or DataWorkers())
+        blocks = (
+            threaded_map(loader, items, threads, threads + 2)
+            if place == "train"
+            else _ray_blocks(loader, items, workers or DataWorkers())
+        )
         batches = _assembled(rows, plan, blocks, steps, rank, ranks, there)
     if pin:
         batches = ((batch.pin(), bad) for batch, bad in batches)
     return _timed(_prefetched(batches, ahead))
 
 
-def eval_batches(rows: Rows, size: int, *, rank: int = 0, ranks: int = 1, threads: int = 1, pin: bool = False) -> Iterator[Loaded]:
-    """Each row exactly once over all ranks: rank r reads a contiguous part, the last batch may be short. Ragged rows come in batches of like length,
-    and not in their order."""
+def eval_batches(
+    rows: Rows, size: int, *, rank: int = 0, ranks: int = 1, threads: int = 1, pin: bool = False
+) -> Iterator[Loaded]:
+    """Each row exactly once over all ranks: rank r reads a contiguous part, the last batch may be
+    short. Ragged rows come in batches of like length, and not in their order.
+    """
     n = len(rows)
     start, stop = n * rank // ranks, n * (rank + 1) // ranks
     items = [Item(-1, i, min(i + size, stop)) for i in range(start, stop, size)]
@@ -362,16 +542,27 @@ def eval_batches(rows: Rows, size: int, *, rank: int = 0, ranks: int = 1, thread
         for item in items:
             if rows.arrays is not None:
                 ids = rows.selection.ids(np.arange(item.start, item.stop))
-                arrays, bad = {name: array[item.start:item.stop] for name, array in rows.arrays.items()}, []
+                arrays, bad = (
+                    {name: array[item.start : item.stop] for name, array in rows.arrays.items()},
+                    [],
+                )
             else:
                 assert blocks is not None
                 ids, _, arrays, reasons = next(blocks)
-                bad = [(int(row), reason) for row, reason in zip(ids, reasons, strict=True) if reason]
+                bad = [
+                    (int(row), reason) for row, reason in zip(ids, reasons, strict=True) if reason
+                ]
                 if bad:
                     good = np.array([not reason for reason in reasons])
                     ids, arrays = ids[good], {name: array[good] for name, array in arrays.items()}
             for part in _alike(arrays, len(ids)):
-                batch = _collate(rows, 0, ids[part], np.zeros(len(ids[part]), dtype=np.int64), {name: array[part] for name, array in arrays.items()})
+                batch = _collate(
+                    rows,
+                    0,
+                    ids[part],
+                    np.zeros(len(ids[part]), dtype=np.int64),
+                    {name: array[part] for name, array in arrays.items()},
+                )
                 yield (batch.pin() if pin else batch), bad
                 bad = []
 
@@ -379,8 +570,14 @@ def eval_batches(rows: Rows, size: int, *, rank: int = 0, ranks: int = 1, thread
 
 
 def _alike(arrays: Arrays, rows: int) -> list[Any]:
-    """Places of the rows that are evaluated together: all, or of ragged rows those of like length, as many as EVAL_SAMPLES allow."""
-    held = [array for array in arrays.values() if array.dtype == object and rows and isinstance(array[0], np.ndarray)]
+    """Places of the rows that are evaluated together: all, or of ragged rows those of like length,
+    as many as EVAL_SAMPLES allow.
+    """
+    held = [
+        array
+        for array in arrays.values()
+        if array.dtype == object and rows and isinstance(array[0], np.ndarray)
+    ]
     sizes = sum(map(lengths, held), np.zeros(rows, dtype=np.int64))
     if not sizes.any():
         return [slice(None)]
@@ -401,7 +598,9 @@ def _timed(batches: Iterator[tuple[Batch, list]]) -> Iterator[Loaded]:
 
 
 def _prefetched(batches: Iterator, ahead: int) -> Iterator:
-    """The same items, made by a thread; an error in the thread is raised here, and leaving early stops the thread."""
+    """The same items, made by a thread; an error in the thread is raised here, and leaving early
+    stops the thread.
+    """
     out: queue.Queue = queue.Queue(maxsize=ahead)
     stop, end = threading.Event(), object()
 

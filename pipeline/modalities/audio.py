@@ -1,4 +1,6 @@
-"""Sound: files, or pieces of them, to int16 samples at one rate in the data workers; noise, speed, log-mel spectrograms and SpecAugment on the device."""
+"""Sound: files, or pieces of them, to int16 samples at one rate in the data workers; noise, speed,
+log-mel spectrograms and SpecAugment on the device.
+"""
 
 from __future__ import annotations
 
@@ -33,50 +35,115 @@ SPEED, NOISE, WHITE, MASKS = 0, 1, 2, 3
 FIT_SECONDS = 1800.0
 """``fit`` looks at so much sound."""
 LEAST_STD = 1.0
-"""No mel bin's deviation is less: the logarithm of white noise's power has 1.28, and a bin in which the source is silent (8 kHz telephony) would make a
-target's sound there a hundred deviations loud."""
+"""No mel bin's deviation is less: the logarithm of white noise's power has 1.28, and a bin in which
+the source is silent (8 kHz telephony) would make a target's sound there a hundred deviations loud.
+"""
 AT_ONCE = 4 << 20
 """Files up to so many bytes are read whole, by one request on S3."""
 NO_SOUND = np.zeros(0, dtype=np.int16)
 
 
 class AudioOptions(Options):
-    rate: int = Field(16000, ge=4000, le=96000, description="samples a second that recordings of any rate are resampled to")
+    rate: int = Field(
+        16000,
+        ge=4000,
+        le=96000,
+        description="samples a second that recordings of any rate are resampled to",
+    )
     features: Literal["auto", "mel", "wave"] = Field(
-        "auto", description="mel: log-mel spectrograms; wave: the samples themselves; auto: wave for backbones that read samples (WaveNet, wav2vec 2.0)")
+        "auto",
+        description="mel: log-mel spectrograms; wave: the samples themselves; auto: wave for "
+        "backbones that read samples (WaveNet, wav2vec 2.0)",
+    )
     mels: int = Field(80, ge=8, le=512, description="mel bins")
-    window: float = Field(0.025, ge=0.002, le=1, description="seconds that a frame sees; shorter recordings are bad rows")
+    window: float = Field(
+        0.025,
+        ge=0.002,
+        le=1,
+        description="seconds that a frame sees; shorter recordings are bad rows",
+    )
     hop: float = Field(0.01, ge=0.001, le=1, description="seconds from one frame to the next")
     normalize: bool | None = Field(
-        None, description="wave: mean 0 and variance 1 in each recording (wav2vec 2.0 base); none: yes, but not for WaveNet, whose mu-law wants -1 to 1")
-    max_seconds: float = Field(40.0, gt=0, le=3600, description="longer rows are bad: cut long recordings (an audio folder's are, at silence)")
-    speed: float = Field(0.0, ge=0, le=0.5, multiple_of=0.01, description="training: played slower by this share (whole percent), as it is, or faster (0.1: "
-                                                                          "0.9, 1 and 1.1), pitch and all")
-    noise: float = Field(0.0, ge=0, le=1, description="training: share of the rows with white noise")
-    noise_snr: list[float] = Field([10.0, 40.0], min_length=2, max_length=2, description="its signal-to-noise ratio in dB, uniform between these")
-    frequency_masks: int = Field(2, ge=0, le=16, description="training, mel: SpecAugment's bands of masked mel bins; 0 is off")
-    frequency_width: float = Field(0.2, gt=0, le=1, description="largest share of the mel bins under one of them")
-    time_masks: int = Field(2, ge=0, le=64, description="training, mel: SpecAugment's stretches of masked frames; 0 is off")
-    time_width: float = Field(0.5, gt=0, le=60, description="largest length of one of them in seconds")
-    time_share: float = Field(0.15, gt=0, le=1, description="largest share of a row's frames under one of them")
+        None,
+        description="wave: mean 0 and variance 1 in each recording (wav2vec 2.0 base); none: yes, "
+        "but not for WaveNet, whose mu-law wants -1 to 1",
+    )
+    max_seconds: float = Field(
+        40.0,
+        gt=0,
+        le=3600,
+        description="longer rows are bad: cut long recordings (an audio folder's are, at silence)",
+    )
+    speed: float = Field(
+        0.0,
+        ge=0,
+        le=0.5,
+        multiple_of=0.01,
+        description="training: played slower by this share (whole percent), as it is, or faster "
+        "(0.1: "
+        "0.9, 1 and 1.1), pitch and all",
+    )
+    noise: float = Field(
+        0.0, ge=0, le=1, description="training: share of the rows with white noise"
+    )
+    noise_snr: list[float] = Field(
+        [10.0, 40.0],
+        min_length=2,
+        max_length=2,
+        description="its signal-to-noise ratio in dB, uniform between these",
+    )
+    frequency_masks: int = Field(
+        2,
+        ge=0,
+        le=16,
+        description="training, mel: SpecAugment's bands of masked mel bins; 0 is off",
+    )
+    frequency_width: float = Field(
+        0.2, gt=0, le=1, description="largest share of the mel bins under one of them"
+    )
+    time_masks: int = Field(
+        2,
+        ge=0,
+        le=64,
+        description="training, mel: SpecAugment's stretches of masked frames; 0 is off",
+    )
+    time_width: float = Field(
+        0.5, gt=0, le=60, description="largest length of one of them in seconds"
+    )
+    time_share: float = Field(
+        0.15, gt=0, le=1, description="largest share of a row's frames under one of them"
+    )
 
 
 @register("modality", "audio", options=AudioOptions)
 class Audio(Modality):
-    """``audio``: rows of int16 mono samples at ``rate``, ragged from ``decode``, (B, n) with ``audio_lengths`` (B,) after ``collate``.
+    """``audio``: rows of int16 mono samples at ``rate``, ragged from ``decode``, (B, n) with
+    ``audio_lengths`` (B,) after ``collate``.
 
-    After ``augment`` or ``finish``, in the place of ``audio``: ``mel`` (B, T, mels) float32, standardised by bin, with ``mask`` (B, T), true where a
-    frame sees only the row's own samples; or ``wave`` (B, n) float32 with ``mask`` (B, n). Both are 0 where the mask is false. ``audio_lengths`` (B,)
-    are then those of the row as it was augmented.
+    After ``augment`` or ``finish``, in the place of ``audio``: ``mel`` (B, T, mels) float32,
+    standardised by bin, with ``mask`` (B, T), true where a frame sees only the row's own samples;
+    or ``wave`` (B, n) float32 with ``mask`` (B, n). Both are 0 where the mask is false.
+    ``audio_lengths`` (B,) are then those of the row as it was augmented.
 
-    The role ``audio`` is a column of files' bytes, of URIs, or of structs as Hugging Face's Audio has them. With ``start`` (seconds) a row is the piece
-    of its recording from there on, ``seconds`` long (to the end without); a row without start is the whole recording.
+    The role ``audio`` is a column of files' bytes, of URIs, or of structs as Hugging Face's Audio
+    has them. With ``start`` (seconds) a row is the piece of its recording from there on,
+    ``seconds`` long (to the end without); a row without start is the whole recording.
     """
 
     roles = ("audio",)
     optional_roles = ("start", "seconds")
     file_roles = ("audio",)
-    target_options = ("max_seconds", "speed", "noise", "noise_snr", "frequency_masks", "frequency_width", "time_masks", "time_width", "time_share")
+    target_options = (
+        "max_seconds",
+        "speed",
+        "noise",
+        "noise_snr",
+        "frequency_masks",
+        "frequency_width",
+        "time_masks",
+        "time_width",
+        "time_share",
+    )
     cost_role = "seconds"
     cost_unit = "seconds"
 
@@ -84,12 +151,21 @@ class Audio(Modality):
         super().__init__(options, state)
         self.window, self.hop = ops.window_samples(options.rate, options.window, options.hop)
         if self.hop > self.window:
-            raise ValueError(f"hop: {options.hop:g} s from one frame to the next, each {options.window:g} s wide, would pass over samples; make window larger")
+            raise ValueError(
+                f"hop: {options.hop:g} s from one frame to the next, each {options.window:g} s "
+                "wide, would pass over samples; make window larger"
+            )
         if not -20 <= options.noise_snr[0] <= options.noise_snr[1] <= 100:
-            raise ValueError(f"noise_snr: {options.noise_snr} must be the least and the greatest ratio in dB, between -20 and 100")
+            raise ValueError(
+                f"noise_snr: {options.noise_snr} must be the least and the greatest ratio in "
+                "dB, between -20 and 100"
+            )
         if self.features == "mel" and options.mels > ops.fft_size(self.window) // 2:
-            raise ValueError(f"mels: {options.mels} bins of a window of {options.window:g} s at {options.rate} Hz, which tells "
-                             f"{ops.fft_size(self.window) // 2} frequencies; take fewer, or a larger window")
+            raise ValueError(
+                f"mels: {options.mels} bins of a window of {options.window:g} s at "
+                f"{options.rate} Hz, which tells "
+                f"{ops.fft_size(self.window) // 2} frequencies; take fewer, or a larger window"
+            )
 
     @property
     def features(self) -> str:
@@ -97,44 +173,99 @@ class Audio(Modality):
 
     @classmethod
     def fit(cls, options, table, columns, backbone):
-        """Which features, by the backbone's name where the options leave it open, and of mel bins mean and standard deviation over the sample.
+        """Which features, by the backbone's name where the options leave it open, and of mel bins
+        mean and standard deviation over the sample.
 
         Raises ValueError when no row can be decoded.
         """
         name = backbone.lower()
-        if options.features == "wave" or (options.features == "auto" and any(one in name for one in WAVE_BACKBONES)):
-            return {"features": "wave", "normalize": "wavenet" not in name if options.normalize is None else options.normalize}
+        if options.features == "wave" or (
+            options.features == "auto" and any(one in name for one in WAVE_BACKBONES)
+        ):
+            return {
+                "features": "wave",
+                "normalize": "wavenet" not in name
+                if options.normalize is None
+                else options.normalize,
+            }
         modality, bad, seconds = cls(options, {"features": "mel"}), [], 0.0
-        count, sums, squares = 0, torch.zeros(options.mels, dtype=torch.float64), torch.zeros(options.mels, dtype=torch.float64)
-        for place in np.random.default_rng(0).permutation(len(table)):  # FIT_SECONDS from all over the sample, not from its beginning
+        count, sums, squares = (
+            0,
+            torch.zeros(options.mels, dtype=torch.float64),
+            torch.zeros(options.mels, dtype=torch.float64),
+        )
+        for place in np.random.default_rng(0).permutation(
+            len(table)
+        ):  # FIT_SECONDS from all over the sample, not from its beginning
             arrays, reasons = modality.decode(table.slice(place, 1), columns)
             bad += reasons
             for row in arrays["audio"][[not reason for reason in reasons]]:
-                mel = ops.log_mel(ops.floats(torch.from_numpy(row)[None]), options.rate, modality.window, modality.hop, options.mels)[0].double()
-                count, sums, squares = count + len(mel), sums + mel.sum(0), squares + (mel ** 2).sum(0)
+                mel = ops.log_mel(
+                    ops.floats(torch.from_numpy(row)[None]),
+                    options.rate,
+                    modality.window,
+                    modality.hop,
+                    options.mels,
+                )[0].double()
+                count, sums, squares = (
+                    count + len(mel),
+                    sums + mel.sum(0),
+                    squares + (mel**2).sum(0),
+                )
                 seconds += len(row) / options.rate
             if seconds >= FIT_SECONDS:
                 break
         if not count:
-            raise ValueError(f"column {columns['audio']}: none of {len(bad)} recordings can be decoded: {bad[0] if bad else 'no rows'}")
+            raise ValueError(
+                f"column {columns['audio']}: none of {len(bad)} recordings can be decoded: "
+                f"{bad[0] if bad else 'no rows'}"
+            )
         mean = sums / count
-        std = (squares / count - mean ** 2).clamp(min=LEAST_STD ** 2).sqrt()
-        return {"features": "mel", "mean": [round(value, 5) for value in mean.tolist()], "std": [round(value, 5) for value in std.tolist()]}
+        std = (squares / count - mean**2).clamp(min=LEAST_STD**2).sqrt()
+        return {
+            "features": "mel",
+            "mean": [round(value, 5) for value in mean.tolist()],
+            "std": [round(value, 5) for value in std.tolist()],
+        }
 
     def needed_type(self, role, kind) -> str:
         if role == "audio":
-            return "" if holds_files(kind) else "recordings: their files' bytes (binary), their paths (string), or structs of bytes and path"
-        is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind)
+            return (
+                ""
+                if holds_files(kind)
+                else "recordings: their files' bytes (binary), their paths (string), or structs "
+                "of bytes and path"
+            )
+        is_number = (
+            pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind)
+        )
         return "" if is_number else "seconds, a number"
 
     def inputs(self) -> dict[str, Any]:
-        """``convolutions``: those of the features, from the samples on (``frames``). ``scale``: of samples that are not between -1 and 1."""
+        """``convolutions``: those of the features, from the samples on (``frames``). ``scale``: of
+        samples that are not between -1 and 1.
+        """
         if self.features == "wave":
-            return {"features": "wave", "rate": self.options.rate, "channels": 1, "convolutions": [], **({"scale": "variance 1"} if self._normalizes() else {})}
-        return {"features": "mel", "rate": self.options.rate, "channels": self.options.mels, "convolutions": [list(one) for one in self._convolutions()]}
+            return {
+                "features": "wave",
+                "rate": self.options.rate,
+                "channels": 1,
+                "convolutions": [],
+                **({"scale": "variance 1"} if self._normalizes() else {}),
+            }
+        return {
+            "features": "mel",
+            "rate": self.options.rate,
+            "channels": self.options.mels,
+            "convolutions": [list(one) for one in self._convolutions()],
+        }
 
     def _normalizes(self) -> bool:
-        return self.state.get("normalize", True) if self.options.normalize is None else self.options.normalize
+        return (
+            self.state.get("normalize", True)
+            if self.options.normalize is None
+            else self.options.normalize
+        )
 
     def _convolutions(self) -> tuple[tuple[int, int, int], ...]:
         return ((self.window, self.hop, 0),) if self.features == "mel" else ()
@@ -142,7 +273,11 @@ class Audio(Modality):
     # ------------------------------------------------------------ in the data workers
 
     def decode(self, table, columns) -> tuple[Arrays, list[str]]:
-        found, bad, uncut = [NO_SOUND] * len(table), [""] * len(table), {"start", "seconds"} <= columns.keys()
+        found, bad, uncut = (
+            [NO_SOUND] * len(table),
+            [""] * len(table),
+            {"start", "seconds"} <= columns.keys(),
+        )
         for i, value, start, seconds in _rows(table, columns):
             try:
                 found[i] = self._samples(value, start, seconds, uncut)
@@ -151,35 +286,56 @@ class Audio(Modality):
         return {"audio": ragged(found)}, bad
 
     def _samples(self, value: Any, start: Any, seconds: Any, uncut: bool) -> np.ndarray:
-        """(n,) int16 of one row. Raises ValueError with the reason why it is bad. ``uncut``: one without a start could not be cut, if it is long: a folder's
-        recording that is broken."""
+        """(n,) int16 of one row. Raises ValueError with the reason why it is bad. ``uncut``: one
+        without a start could not be cut, if it is long: a folder's recording that is broken.
+        """
         begin, length = _number(start, "start"), _number(seconds, "seconds")
         rate, most = self.options.rate, self.options.max_seconds
         with _sound(value, whole=not begin) as file:
             try:
-                samples, own = audiofile.decode(file, begin or 0.0, None if begin is None else length, most, rate)
+                samples, own = audiofile.decode(
+                    file, begin or 0.0, None if begin is None else length, most, rate
+                )
             except LongAudioError as error:
                 if uncut and begin is None:
-                    audiofile.pieces(file, None, max(1.0, most))  # reads all of it, and raises what is wrong
-                raise ValueError(f"{error}: cut long recordings (a folder read as format: audio is cut at silence, and start and seconds name a piece), "
-                                 "or raise the modality's max_seconds") from None
+                    audiofile.pieces(
+                        file, None, max(1.0, most)
+                    )  # reads all of it, and raises what is wrong
+                raise ValueError(
+                    f"{error}: cut long recordings (a folder read as format: audio is cut at "
+                    "silence, and start and seconds name a piece), "
+                    "or raise the modality's max_seconds"
+                ) from None
         if own != rate:
             samples = audiofile.resample(samples, own, rate)
         if len(samples) < self.window:
-            raise ValueError(f"{len(samples) / rate:g} s, shorter than one window of {self.options.window:g} s")
+            raise ValueError(
+                f"{len(samples) / rate:g} s, shorter than one window of {self.options.window:g} s"
+            )
         return samples if samples.dtype == np.int16 else audiofile.pcm(samples)
 
     def costs(self, table, columns) -> np.ndarray:
-        """(B,) float64 seconds of each row: the column ``seconds`` where it has a number, else what the file's header says; 0 where neither can be read,
-        or ``columns`` has no role ``audio``."""
+        """(B,) float64 seconds of each row: the column ``seconds`` where it has a number, else what
+        the file's header says; 0 where neither can be read, or ``columns`` has no role ``audio``.
+        """
         told = columns.get("seconds")
-        out = np.zeros(len(table)) if told not in table.column_names else pc.cast(table[told], pa.float64()).to_numpy()
+        out = (
+            np.zeros(len(table))
+            if told not in table.column_names
+            else pc.cast(table[told], pa.float64()).to_numpy()
+        )
         known = np.isfinite(out) & (out > 0)
         out = np.where(known, out, 0.0)
         if "audio" in columns and not known.all():
-            unknown, values, starts = np.flatnonzero(~known), table[columns["audio"]], _times(table, columns, "start")
+            unknown, values, starts = (
+                np.flatnonzero(~known),
+                table[columns["audio"]],
+                _times(table, columns, "start"),
+            )
             with ThreadPoolExecutor(16) as pool:  # for files that lie on slow servers
-                out[unknown] = list(pool.map(lambda i: self._measured(values[i], starts[i]), unknown.tolist()))
+                out[unknown] = list(
+                    pool.map(lambda i: self._measured(values[i], starts[i]), unknown.tolist())
+                )
         return out
 
     def _measured(self, cell: pa.Scalar, start: Any) -> float:
@@ -192,7 +348,9 @@ class Audio(Modality):
     # ------------------------------------------------------------ on the device
 
     def augment(self, batch: Batch) -> Batch:
-        """Speed, noise and, on mel features, SpecAugment, whose masks are filled with the mean; all from the rows' keys."""
+        """Speed, noise and, on mel features, SpecAugment, whose masks are filled with the mean; all
+        from the rows' keys.
+        """
         options, lengths = self.options, batch["audio_lengths"]
         x = ops.floats(batch["audio"])
         if options.speed:
@@ -203,15 +361,25 @@ class Audio(Modality):
         return self._masked(batch) if self.features == "mel" else batch
 
     def _played(self, x: Tensor, lengths: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Each row at one of three speeds, rows of one speed together; what would become shorter than a window stays as it is."""
-        percents = torch.tensor([round(100 * (1 + change)) for change in (-self.options.speed, 0.0, self.options.speed)], device=x.device)
-        chosen = torch.where(lengths * 100 < self.window * percents[-1], percents[1], percents[(u * 3).long()])
+        """Each row at one of three speeds, rows of one speed together; what would become shorter
+        than a window stays as it is.
+        """
+        percents = torch.tensor(
+            [
+                round(100 * (1 + change))
+                for change in (-self.options.speed, 0.0, self.options.speed)
+            ],
+            device=x.device,
+        )
+        chosen = torch.where(
+            lengths * 100 < self.window * percents[-1], percents[1], percents[(u * 3).long()]
+        )
         new = -(-lengths * 100 // chosen)
         out = x.new_zeros((len(x), max(1, int(new.max()))))
         for percent in chosen.unique().tolist():
             rows = (chosen == percent).nonzero()[:, 0]
-            part, _ = ops.speed(x[rows, :int(lengths[rows].max())], lengths[rows], percent)
-            out[rows, :part.shape[1]] = part
+            part, _ = ops.speed(x[rows, : int(lengths[rows].max())], lengths[rows], percent)
+            out[rows, : part.shape[1]] = part
         return out, new
 
     def _noisy(self, x: Tensor, lengths: Tensor, keys: Tensor) -> Tensor:
@@ -222,7 +390,9 @@ class Audio(Modality):
             return x
         low, high = self.options.noise_snr
         noise = uniform(keys[rows], x.shape[1], WHITE) - 0.5
-        return x.index_copy(0, rows, ops.noisy(x[rows], lengths[rows], noise, low + (high - low) * u[rows, 1]))
+        return x.index_copy(
+            0, rows, ops.noisy(x[rows], lengths[rows], noise, low + (high - low) * u[rows, 1])
+        )
 
     def _masked(self, batch: Batch) -> Batch:
         options, mel, mask = self.options, batch["mel"], batch["mask"]
@@ -232,14 +402,28 @@ class Audio(Modality):
         u = uniform(batch.keys, 2 * number, MASKS).view(len(batch), number, 2)
         counts = mask.sum(1)
         bins = torch.full_like(counts, options.mels)
-        frequency = ops.bands(u[:, :options.frequency_masks], bins, options.mels, (bins * options.frequency_width).floor())
+        frequency = ops.bands(
+            u[:, : options.frequency_masks],
+            bins,
+            options.mels,
+            (bins * options.frequency_width).floor(),
+        )
         longest = torch.full_like(counts, round(options.time_width / options.hop))
-        time = ops.bands(u[:, options.frequency_masks:], counts, mel.shape[1], torch.minimum((counts * options.time_share).floor(), longest))
+        time = ops.bands(
+            u[:, options.frequency_masks :],
+            counts,
+            mel.shape[1],
+            torch.minimum((counts * options.time_share).floor(), longest),
+        )
         return batch.replace(mel=mel.masked_fill(frequency[:, None] | time[..., None], 0.0))
 
     def finish(self, batch: Batch) -> Batch:
         """The features, of what ``augment`` has not made them of already."""
-        return self._featured(batch, ops.floats(batch["audio"]), batch["audio_lengths"]) if "audio" in batch.data else batch
+        return (
+            self._featured(batch, ops.floats(batch["audio"]), batch["audio_lengths"])
+            if "audio" in batch.data
+            else batch
+        )
 
     def _featured(self, batch: Batch, x: Tensor, lengths: Tensor) -> Batch:
         if self.features == "wave":
@@ -249,48 +433,75 @@ class Audio(Modality):
         else:
             mel = ops.log_mel(x, self.options.rate, self.window, self.hop, self.options.mels)
             mask = ops.within(frames.count(lengths, self._convolutions()), mel.shape[1])
-            mean, std = (torch.tensor(self.state[name], device=x.device) for name in ("mean", "std"))
+            mean, std = (
+                torch.tensor(self.state[name], device=x.device) for name in ("mean", "std")
+            )
             made = {"mel": ((mel - mean) / std).masked_fill(~mask[..., None], 0.0), "mask": mask}
         kept = {name: tensor for name, tensor in batch.data.items() if name != "audio"}
-        return Batch(batch.rows, batch.keys, {**kept, "audio_lengths": lengths, **made}, batch.shards)
+        return Batch(
+            batch.rows, batch.keys, {**kept, "audio_lengths": lengths, **made}, batch.shards
+        )
 
 
 # ---------------------------------------------------------------- columns
 
+
 def _rows(table: pa.Table, columns: dict[str, str]) -> Iterator[tuple[int, Any, Any, Any]]:
-    """(place, audio, start, seconds) of each row, as Python's values; none where there is no such column."""
+    """(place, audio, start, seconds) of each row, as Python's values; none where there is no such
+    column.
+    """
     start, seconds = (_times(table, columns, role) for role in ("start", "seconds"))
     for i, value in enumerate(table[columns["audio"]]):
         yield i, value.as_py(), start[i], seconds[i]
 
 
 def _times(table: pa.Table, columns: dict[str, str], role: str) -> list[Any]:
-    return table[columns[role]].to_pylist() if columns.get(role) in table.column_names else [None] * len(table)
+    return (
+        table[columns[role]].to_pylist()
+        if columns.get(role) in table.column_names
+        else [None] * len(table)
+    )
 
 
 def _number(value: Any, role: str) -> float | None:
-    """Seconds of a column; none for null and for NaN, which pandas writes for null. Raises ValueError for what is no time."""
+    """Seconds of a column; none for null and for NaN, which pandas writes for null. Raises
+    ValueError for what is no time.
+    """
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or not math.isfinite(value)
+        or value < 0
+    ):
         raise ValueError(f"{role}: {value!r} is no time in seconds")
     return float(value)
 
 
 @contextmanager
 def _sound(value: Any, whole: bool) -> Iterator[bytes | BinaryIO]:
-    """A recording's file: bytes, the bytes or path of a Hugging Face data set's cell, or the open file behind a path, of which a piece is read by ranges.
+    """A recording's file: bytes, the bytes or path of a Hugging Face data set's cell, or the open
+    file behind a path, of which a piece is read by ranges.
 
     Raises BrokenAudioError for nothing, and for what is neither.
     """
     if isinstance(value, dict):
         if not {"bytes", "path"} & {*value}:
-            raise BrokenAudioError(f"a struct of {', '.join(value)} is no file: structs of bytes and path are read, as of Hugging Face's Audio(decode=False)")
+            raise BrokenAudioError(
+                f"a struct of {', '.join(value)} is no file: structs of bytes and path are "
+                "read, as of Hugging Face's Audio(decode=False)"
+            )
         value = value.get("bytes") or value.get("path")
     if value is not None and not isinstance(value, (bytes, str)):
-        raise BrokenAudioError(f"a value of type {type(value).__name__} is no recording: files' bytes, their paths or structs of both are read")
+        raise BrokenAudioError(
+            f"a value of type {type(value).__name__} is no recording: files' bytes, their "
+            "paths or structs of both are read"
+        )
     if not value:
-        raise BrokenAudioError("the audio is empty (0 bytes)" if value is not None else "the audio is null")
+        raise BrokenAudioError(
+            "the audio is empty (0 bytes)" if value is not None else "the audio is null"
+        )
     if not isinstance(value, str):
         yield value
         return

@@ -1,4 +1,6 @@
-"""Records of irregular events: (time, variable, value) with facts known at the start, such as an ICU stay's measurements and the patient's age."""
+"""Records of irregular events: (time, variable, value) with facts known at the start, such as an
+ICU stay's measurements and the patient's age.
+"""
 
 from __future__ import annotations
 
@@ -27,25 +29,48 @@ DROP = 0
 
 
 class EventsOptions(Options):
-    hours: float = Field(48.0, gt=0, le=24 * 366, description="events after this many hours are left out, as are those at that very hour")
-    before: float = Field(0.0, ge=0, le=24 * 366, description="hours before the start that are read too, such as laboratory results before the ICU")
-    min_rows: int = Field(10, ge=1, description="rows of the fitted sample that must have a variable, or a text among the static facts, for it to be known")
-    max_variables: int = Field(2000, ge=1, description="most variables that are known, those that most rows have")
-    drop: float = Field(0.0, ge=0, lt=1, description="training: share of a row's events that are left out at random")
+    hours: float = Field(
+        48.0,
+        gt=0,
+        le=24 * 366,
+        description="events after this many hours are left out, as are those at that very hour",
+    )
+    before: float = Field(
+        0.0,
+        ge=0,
+        le=24 * 366,
+        description="hours before the start that are read too, such as laboratory results before "
+        "the ICU",
+    )
+    min_rows: int = Field(
+        10,
+        ge=1,
+        description="rows of the fitted sample that must have a variable, or a text among the "
+        "static facts, for it to be known",
+    )
+    max_variables: int = Field(
+        2000, ge=1, description="most variables that are known, those that most rows have"
+    )
+    drop: float = Field(
+        0.0, ge=0, lt=1, description="training: share of a row's events that are left out at random"
+    )
 
 
 @register("modality", "events", options=EventsOptions)
 class Events(Modality):
-    """Rows of three lists of one length, ``times`` (hours since the row's start, of any order), ``variables`` (names) and ``values`` (numbers), and of
-    ``static``, a struct of facts known at the start: numbers, texts (a category) and lists of texts (codes).
+    """Rows of three lists of one length, ``times`` (hours since the row's start, of any order),
+    ``variables`` (names) and ``values`` (numbers), and of ``static``, a struct of facts known at
+    the start: numbers, texts (a category) and lists of texts (codes).
 
-    A variable is known by its name: rows of another origin share what they have in common with those that the state was fitted on, whatever the order
-    of columns or codes; events of other variables are left out (``known`` tells which). Values are standardised by variable, and lie within 8
-    deviations.
+    A variable is known by its name: rows of another origin share what they have in common with
+    those that the state was fitted on, whatever the order of columns or codes; events of other
+    variables are left out (``known`` tells which). Values are standardised by variable, and lie
+    within 8 deviations.
 
-    Tensors: ``times`` (B, N) float32 hours ascending, ``variables`` (B, N) int64, ``values`` (B, N) float32, ``mask`` (B, N) true where there is an event;
-    ``numbers`` (B, K) float32 standardised and 0 where unknown, ``numbers_known`` (B, K) bool, ``codes`` (B, C) int64 places among the static texts plus 1,
-    0 behind a row's end. A row without events is a row: nothing was measured.
+    Tensors: ``times`` (B, N) float32 hours ascending, ``variables`` (B, N) int64, ``values`` (B, N)
+    float32, ``mask`` (B, N) true where there is an event; ``numbers`` (B, K) float32 standardised
+    and 0 where unknown, ``numbers_known`` (B, K) bool, ``codes`` (B, C) int64 places among the
+    static texts plus 1, 0 behind a row's end. A row without events is a row: nothing was measured.
     """
 
     roles = ("times", "variables", "values")
@@ -59,36 +84,64 @@ class Events(Modality):
         super().__init__(options, state)
         self.facts = Facts(state.get("static") or Facts.nothing())
         self.names = pa.array(state.get("variables", []), pa.string())
-        self.mean, self.std = (np.array(state.get(name, []), dtype=np.float32) for name in ("mean", "std"))
+        self.mean, self.std = (
+            np.array(state.get(name, []), dtype=np.float32) for name in ("mean", "std")
+        )
 
     @classmethod
     def fit(cls, options, table, columns, backbone):
-        """Known variables with their means and deviations, and what ``Facts`` keeps. Raises ValueError when no row can be decoded."""
+        """Known variables with their means and deviations, and what ``Facts`` keeps. Raises
+        ValueError when no row can be decoded.
+        """
         parts, reasons = _lists(table, columns)
         if not any(not reason for reason in reasons):
-            raise ValueError(f"columns {', '.join(columns[role] for role in cls.roles)}: none of the first {len(reasons)} rows can be read: "
-                             f"{reasons[0] if reasons else 'no rows'}")
+            raise ValueError(
+                f"columns {', '.join(columns[role] for role in cls.roles)}: none of the first "
+                f"{len(reasons)} rows can be read: "
+                f"{reasons[0] if reasons else 'no rows'}"
+            )
         row, time, name, value = parts
         inside = (time >= -options.before) & (time < options.hours)
-        row, value, place, names = row[inside], value[inside], name.indices.to_numpy()[inside], name.dictionary.to_pylist()
+        row, value, place, names = (
+            row[inside],
+            value[inside],
+            name.indices.to_numpy()[inside],
+            name.dictionary.to_pylist(),
+        )
         rows = _rows_with(row, place, len(names))
-        ranked = sorted(((-count, name) for count, name in zip(rows.tolist(), names, strict=True) if count >= options.min_rows))
-        kept = sorted(name for _, name in ranked[:options.max_variables])
+        ranked = sorted(
+            (
+                (-count, name)
+                for count, name in zip(rows.tolist(), names, strict=True)
+                if count >= options.min_rows
+            )
+        )
+        kept = sorted(name for _, name in ranked[: options.max_variables])
         if not kept:
-            raise ValueError(f"column {columns['variables']}: no variable stands in {options.min_rows} of {len(table)} rows between hours {-options.before:g} "
-                             f"and {options.hours:g}: lower min_rows, or raise hours")
+            raise ValueError(
+                f"column {columns['variables']}: no variable stands in {options.min_rows} of "
+                f"{len(table)} rows between hours {-options.before:g} "
+                f"and {options.hours:g}: lower min_rows, or raise hours"
+            )
         at = {name: number for number, name in enumerate(names)}
         order = np.argsort(place, kind="stable")
         ends = np.cumsum(np.bincount(place, minlength=len(names)))
         state: dict[str, Any] = {"variables": kept, "mean": [], "std": []}
         for one in kept:
-            found = value[order[ends[at[one]] - np.count_nonzero(place == at[one]):ends[at[one]]]].astype(np.float64)
+            found = value[
+                order[ends[at[one]] - np.count_nonzero(place == at[one]) : ends[at[one]]]
+            ].astype(np.float64)
             clipped = found.clip(*np.quantile(found, TAILS))
             mean, std = clipped.mean(), clipped.std()
-            for key, number in (("mean", mean), ("std", std if std > 1e-6 * max(1.0, abs(mean)) else 1.0)):
+            for key, number in (
+                ("mean", mean),
+                ("std", std if std > 1e-6 * max(1.0, abs(mean)) else 1.0),
+            ):
                 state[key].append(float(f"{number:.7g}"))
         if "static" in columns:
-            state["static"] = Facts.fit(table[columns["static"]], columns["static"], options.min_rows)
+            state["static"] = Facts.fit(
+                table[columns["static"]], columns["static"], options.min_rows
+            )
         return state
 
     def needed_type(self, role, kind) -> str:
@@ -99,44 +152,94 @@ class Events(Modality):
         return f"lists of {'texts' if role == 'variables' else 'numbers'}"
 
     def inputs(self) -> dict[str, Any]:
-        """How many variables, static numbers and static texts there are, and from which hour to which events lie."""
-        return {"variables": len(self.names), **self.facts.sizes(), "start": -self.options.before, "hours": self.options.hours}
+        """How many variables, static numbers and static texts there are, and from which hour to
+        which events lie.
+        """
+        return {
+            "variables": len(self.names),
+            **self.facts.sizes(),
+            "start": -self.options.before,
+            "hours": self.options.hours,
+        }
 
     def known(self, table, columns) -> str:
-        """In words, which of these rows' variables and static facts the state knows, and which it lacks: those are left out."""
+        """In words, which of these rows' variables and static facts the state knows, and which it
+        lacks: those are left out.
+        """
         (row, _, names, _), _ = _lists(table, columns)
         place, words = names.indices.to_numpy(), names.dictionary.to_pylist()
-        counts = +Counter(dict(zip(words, np.bincount(place, minlength=len(words)).tolist(), strict=True)))
+        counts = +Counter(
+            dict(zip(words, np.bincount(place, minlength=len(words)).tolist(), strict=True))
+        )
         rows = dict(zip(words, _rows_with(row, place, len(words)).tolist(), strict=True))
         shared = set(self.state["variables"]) & counts.keys()
         share = sum(counts[name] for name in shared) / max(1, counts.total())
         text = f"{len(shared)} of {len(counts)} variables are known ({share:.1%} of the events)"
         lost = [name for name, _ in counts.most_common() if name not in shared]
-        named = [name for name in lost if rows[name] >= self.options.min_rows][:NAMED]  # a rare name may tell of a patient
+        named = [name for name in lost if rows[name] >= self.options.min_rows][
+            :NAMED
+        ]  # a rare name may tell of a patient
         if lost:
-            text += f"; left out: {', '.join([*named, *([f'{len(lost) - len(named)} others'] if len(named) < len(lost) else [])])}"
-        static = self.facts.known(table[columns["static"]], columns["static"]) if columns.get("static") in table.column_names else ""
+            text += (
+                "; left out: "
+                f"{', '.join([*named, *([f'{len(lost) - len(named)} others'] if len(named) < len(lost) else [])])}"
+            )
+        static = (
+            self.facts.known(table[columns["static"]], columns["static"])
+            if columns.get("static") in table.column_names
+            else ""
+        )
         return text + (f"; {static}" if static else "")
 
     def unshared(self, table, columns) -> list[Unshared]:
-        """All variables and static facts that these rows lack of those known, or have beyond them; a variable that few rows have is only counted."""
+        """All variables and static facts that these rows lack of those known, or have beyond them;
+        a variable that few rows have is only counted.
+        """
         (row, _, names, _), _ = _lists(table, columns)
         words = names.dictionary.to_pylist()
-        rows = dict(zip(words, _rows_with(row, names.indices.to_numpy(), len(words)).tolist(), strict=True))
-        unknown = sorted(name for name, count in rows.items() if count and name not in set(self.state["variables"]))
+        rows = dict(
+            zip(words, _rows_with(row, names.indices.to_numpy(), len(words)).tolist(), strict=True)
+        )
+        unknown = sorted(
+            name
+            for name, count in rows.items()
+            if count and name not in set(self.state["variables"])
+        )
         named = tuple(name for name in unknown if rows[name] >= self.options.min_rows)
-        found = [Unshared("variables that the source knows and its rows lack", tuple(name for name in self.state["variables"] if not rows.get(name))),
-                 Unshared("variables that its rows have and the source does not know (left out)", named, len(unknown) - len(named))]
-        static = self.facts.unshared(table[columns["static"]], columns["static"], self.options.min_rows) if columns.get("static") in table.column_names else []
+        found = [
+            Unshared(
+                "variables that the source knows and its rows lack",
+                tuple(name for name in self.state["variables"] if not rows.get(name)),
+            ),
+            Unshared(
+                "variables that its rows have and the source does not know (left out)",
+                named,
+                len(unknown) - len(named),
+            ),
+        ]
+        static = (
+            self.facts.unshared(table[columns["static"]], columns["static"], self.options.min_rows)
+            if columns.get("static") in table.column_names
+            else []
+        )
         return [*(one for one in found if one.names or one.rare), *static]
 
     def single_features(self, table, columns):
-        """Static facts, and of each variable in the hours that are read how often it stands there, and its first, last, least and largest value."""
+        """Static facts, and of each variable in the hours that are read how often it stands there,
+        and its first, last, least and largest value.
+        """
         if columns.get("static") in table.column_names:
-            yield from self.facts.features(table[columns["static"]], columns["static"], self.options.min_rows)
+            yield from self.facts.features(
+                table[columns["static"]], columns["static"], self.options.min_rows
+            )
         (row, time, names, value), _ = _lists(table, columns)
         inside = (time >= -self.options.before) & (time < self.options.hours)
-        row, time, value, place = row[inside], time[inside], value[inside].astype(np.float64), names.indices.to_numpy()[inside]
+        row, time, value, place = (
+            row[inside],
+            time[inside],
+            value[inside].astype(np.float64),
+            names.indices.to_numpy()[inside],
+        )
         order = np.lexsort((time, row, place))
         row, value, place = row[order], value[order], place[order]
         known = set(self.state.get("variables", []))
@@ -148,8 +251,13 @@ class Events(Modality):
             if len(rows) < self.options.min_rows:
                 continue
             values = value[start:stop]
-            found = {"how often": count, "first value": values[first], "last value": values[first + count - 1],
-                     "least value": np.minimum.reduceat(values, first), "largest value": np.maximum.reduceat(values, first)}
+            found = {
+                "how often": count,
+                "first value": values[first],
+                "last value": values[first + count - 1],
+                "least value": np.minimum.reduceat(values, first),
+                "largest value": np.maximum.reduceat(values, first),
+            }
             for what, numbers in found.items():
                 column = np.full(len(table), 0.0 if what == "how often" else np.nan)
                 column[rows] = numbers
@@ -157,7 +265,7 @@ class Events(Modality):
 
     def decode(self, table, columns) -> tuple[Arrays, list[str]]:
         (row, time, name, value), reasons = _lists(table, columns)
-        known = filled(pc.index_in(name.dictionary, value_set=self.names), -1)  # pyright: ignore[reportAttributeAccessIssue]
+        known = filled(pc.index_in(name.dictionary, value_set=self.names), -1)  # pyright: ignore
         place = known[name.indices.to_numpy()]
         kept = (place >= 0) & (time >= -self.options.before) & (time < self.options.hours)
         if not kept.all():
@@ -167,30 +275,58 @@ class Events(Modality):
             row, time, place, value = row[order], time[order], place[order], value[order]
         value = ((value - self.mean[place]) / self.std[place]).clip(-MOST, MOST)
         spans = list(pairwise(np.searchsorted(row, np.arange(len(table) + 1)).tolist()))
-        out: Arrays = {role: ragged([array[start:stop] for start, stop in spans])
-                       for role, array in (("times", time), ("variables", place.astype(np.int64)), ("values", value))}
-        return out | self.facts.decode(table[columns["static"]] if "static" in columns else None, len(table), columns.get("static", "")), reasons
+        out: Arrays = {
+            role: ragged([array[start:stop] for start, stop in spans])
+            for role, array in (
+                ("times", time),
+                ("variables", place.astype(np.int64)),
+                ("values", value),
+            )
+        }
+        return out | self.facts.decode(
+            table[columns["static"]] if "static" in columns else None,
+            len(table),
+            columns.get("static", ""),
+        ), reasons
 
     def costs(self, table, columns) -> np.ndarray:
-        """(B,) float64 events of each row, and 1, so that no row is for nothing: the column ``events`` where there is one, else as long as its times are."""
+        """(B,) float64 events of each row, and 1, so that no row is for nothing: the column
+        ``events`` where there is one, else as long as its times are.
+        """
         told = columns.get("events")
         if told in table.column_names:
-            return np.maximum(pc.fill_null(pc.cast(table[told], pa.float64()), 0.0).to_numpy(), 0.0) + 1.0
-        return pc.fill_null(pc.list_value_length(table[columns["times"]]), 0).to_numpy().astype(np.float64) + 1.0  # pyright: ignore[reportAttributeAccessIssue]
+            return (
+                np.maximum(pc.fill_null(pc.cast(table[told], pa.float64()), 0.0).to_numpy(), 0.0)
+                + 1.0
+            )
+        return (
+            pc.fill_null(pc.list_value_length(table[columns["times"]]), 0)
+            .to_numpy()
+            .astype(np.float64)
+            + 1.0
+        )  # pyright: ignore[reportAttributeAccessIssue]
 
     def collate(self, arrays: Arrays) -> dict[str, Tensor]:
         own = {name: arrays[name] for name in ("times", "variables", "values", "codes")}
         lengths = np.array([len(row) for row in own["times"]])
         width = max(1, int(lengths.max(initial=0)))
-        out = {name: torch.from_numpy(padded(array, 1 if name == "codes" else width)) for name, array in own.items()}
+        out = {
+            name: torch.from_numpy(padded(array, 1 if name == "codes" else width))
+            for name, array in own.items()
+        }
         out["mask"] = torch.from_numpy(np.arange(width) < lengths[:, None])
-        return out | super().collate({name: array for name, array in arrays.items() if name not in own})
+        return out | super().collate(
+            {name: array for name, array in arrays.items() if name not in own}
+        )
 
     def augment(self, batch: Batch) -> Batch:
         """A share of the events left out, by the row's key."""
         if not self.options.drop:
             return batch
-        return batch.replace(mask=batch["mask"] & (uniform(batch.keys, batch["mask"].shape[1], DROP) >= self.options.drop))
+        return batch.replace(
+            mask=batch["mask"]
+            & (uniform(batch.keys, batch["mask"].shape[1], DROP) >= self.options.drop)
+        )
 
 
 def _rows_with(row: np.ndarray, place: np.ndarray, words: int) -> np.ndarray:
@@ -202,7 +338,8 @@ Parts = tuple[np.ndarray, np.ndarray, Any, np.ndarray]
 
 
 def _lists(table: pa.Table, columns: dict[str, str]) -> tuple[Parts, list[str]]:
-    """(row, hour, name, value) of every event of the good rows, one below the other, and for each row "" or why it is bad. Names are a dictionary of Arrow.
+    """(row, hour, name, value) of every event of the good rows, one below the other, and for each
+    row "" or why it is bad. Names are a dictionary of Arrow.
 
     Raises ValueError for a column that holds no lists of such values.
     """
@@ -210,24 +347,46 @@ def _lists(table: pa.Table, columns: dict[str, str]) -> tuple[Parts, list[str]]:
     for role in Events.roles:
         found[role] = column = joined(table[columns[role]])
         if not is_list(column.type) or not _suits(role, column.type.value_type):
-            raise ValueError(f"column {columns[role]}: it holds {column.type}; {role} are lists of {'texts' if role == 'variables' else 'numbers'}, "
-                             "as onetomany prepare events writes them")
+            raise ValueError(
+                f"column {columns[role]}: it holds {column.type}; {role} are lists of "
+                f"{'texts' if role == 'variables' else 'numbers'}, "
+                "as onetomany prepare events writes them"
+            )
     counts = {role: lengths(column).astype(np.int64) for role, column in found.items()}
     n = counts["times"]
     for i in np.flatnonzero((n < 0) | (n != counts["variables"]) | (n != counts["values"])):
-        told = ", ".join(f"{counts[role][i]} {role}" if counts[role][i] >= 0 else f"null {role}" for role in Events.roles)
+        told = ", ".join(
+            f"{counts[role][i]} {role}" if counts[role][i] >= 0 else f"null {role}"
+            for role in Events.roles
+        )
         reasons[i] = f"an event is a time, a variable and a value, and the row has {told}"
     good = np.array([not reason for reason in reasons], dtype=bool)
     if not good.all():
         found = {role: column.filter(pa.array(good)) for role, column in found.items()}
-    flat = {role: pc.list_flatten(column) for role, column in found.items()}  # pyright: ignore[reportAttributeAccessIssue]
+    flat = {role: pc.list_flatten(column) for role, column in found.items()}  # pyright: ignore
     row = np.repeat(np.arange(len(table)), np.where(good, n, 0))
     time, value = floats(flat["times"]), floats(flat["values"])
-    name = flat["variables"] if pa.types.is_dictionary(flat["variables"].type) else pc.cast(flat["variables"], pa.string()).dictionary_encode()
-    nameless = name.is_null().to_numpy(zero_copy_only=False) if name.null_count else np.zeros(len(name), dtype=bool)
-    for role, wrong in (("time", ~np.isfinite(time)), ("value", ~np.isfinite(value)), ("variable", nameless)):
+    name = (
+        flat["variables"]
+        if pa.types.is_dictionary(flat["variables"].type)
+        else pc.cast(flat["variables"], pa.string()).dictionary_encode()
+    )
+    nameless = (
+        name.is_null().to_numpy(zero_copy_only=False)
+        if name.null_count
+        else np.zeros(len(name), dtype=bool)
+    )
+    for role, wrong in (
+        ("time", ~np.isfinite(time)),
+        ("value", ~np.isfinite(value)),
+        ("variable", nameless),
+    ):
         for i in np.unique(row[wrong]) if wrong.any() else ():
-            reasons[i] = reasons[i] or f"{np.count_nonzero(wrong & (row == i))} of its {n[i]} events have no {role}, or one that is no number"
+            reasons[i] = (
+                reasons[i]
+                or f"{np.count_nonzero(wrong & (row == i))} of its {n[i]} events have no {role}, "
+                "or one that is no number"
+            )
     if any(reasons):
         kept = np.array([not reason for reason in reasons])[row]
         row, time, value, name = row[kept], time[kept], value[kept], name.filter(pa.array(kept))
@@ -237,5 +396,7 @@ def _lists(table: pa.Table, columns: dict[str, str]) -> tuple[Parts, list[str]]:
 def _suits(role: str, kind: pa.DataType) -> bool:
     plain = kind.value_type if pa.types.is_dictionary(kind) else kind
     if role == "variables":
-        return pa.types.is_string(plain) or pa.types.is_large_string(plain) or pa.types.is_null(plain)
+        return (
+            pa.types.is_string(plain) or pa.types.is_large_string(plain) or pa.types.is_null(plain)
+        )
     return pa.types.is_integer(plain) or pa.types.is_floating(plain) or pa.types.is_null(plain)

@@ -1,4 +1,6 @@
-"""Images: encoded bytes (or paths) to uint8 pixels in the data workers; augmentation and normalisation on the device."""
+"""Images: encoded bytes (or paths) to uint8 pixels in the data workers; augmentation and
+normalisation on the device.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +26,13 @@ FIT_IMAGES, FIT_BYTES = 64, 64 << 20
 """``fit`` decodes so many images at a time, fewer when they are large."""
 
 
-PUBLISHED = {"imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), "inception": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))}
-"""Mean and deviation that published checkpoints were trained with (torchvision's and most of timm's; Inception's, its ViTs' and MobileNets')."""
+PUBLISHED = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "inception": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
+"""Mean and deviation that published checkpoints were trained with (torchvision's and most of
+timm's; Inception's, its ViTs' and MobileNets').
+"""
 CROP, COLOUR, RAND, VIEWS = 0, 16, 17, 32
 """Streams of a row's key; view number i draws from VIEWS + i."""
 CACHED = 1 << 18
@@ -36,49 +43,120 @@ PAIR = b"image+mask"
 
 class ImageOptions(Options):
     size: int = Field(224, ge=8, le=4096, description="pixels a side after resize and centre crop")
-    channels: Literal[1, 3] = Field(3, description="1 for grey (X-ray), 3 for colour; files of either kind are converted")
+    channels: Literal[1, 3] = Field(
+        3, description="1 for grey (X-ray), 3 for colour; files of either kind are converted"
+    )
     fit: Literal["crop", "squash", "pad"] = Field(
-        "crop", description="crop: shorter side to size, centre crop; squash: both sides to size; pad: longer side to size, the rest filled with the mean "
-        "colour. Boxes and masks need squash or pad")
+        "crop",
+        description="crop: shorter side to size, centre crop; squash: both sides to size; pad: "
+        "longer side to size, the rest filled with the mean "
+        "colour. Boxes and masks need squash or pad",
+    )
     crop: Literal["auto", "shift", "resized", "none"] = Field(
-        "auto", description="training crop: shift by up to 1/8; resized: random area and aspect (with boxes or masks: random scale); auto: shift up to 64 px")
-    area: list[float] = Field([0.35, 1.0], min_length=2, max_length=2, description="crop: resized takes a share of the image's area between these")
-    scale: list[float] = Field([0.8, 1.25], min_length=2, max_length=2, description="with boxes or masks, crop: resized scales by a factor between these")
+        "auto",
+        description="training crop: shift by up to 1/8; resized: random area and aspect (with "
+        "boxes or masks: random scale); auto: shift up to 64 px",
+    )
+    area: list[float] = Field(
+        [0.35, 1.0],
+        min_length=2,
+        max_length=2,
+        description="crop: resized takes a share of the image's area between these",
+    )
+    scale: list[float] = Field(
+        [0.8, 1.25],
+        min_length=2,
+        max_length=2,
+        description="with boxes or masks, crop: resized scales by a factor between these",
+    )
     flip: bool = Field(True, description="random horizontal flip in training")
-    colour: float = Field(0.0, ge=0, le=1, description="training: brightness, contrast and saturation by up to this share, hue by a quarter of it; 0 is off")
-    randaugment: int = Field(0, ge=0, le=30, description="training: two operations of RandAugment of this magnitude on each image; 0 is off")
+    colour: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="training: brightness, contrast and saturation by up to this share, hue by a "
+        "quarter of it; 0 is off",
+    )
+    randaugment: int = Field(
+        0,
+        ge=0,
+        le=30,
+        description="training: two operations of RandAugment of this magnitude on each image; 0 "
+        "is off",
+    )
     mean: list[float] | Literal["imagenet", "inception"] | None = Field(
-        None, description="mean of each channel (0 to 1), or what published checkpoints want by name; none: fitted on the training rows")
-    std: list[float] | Literal["imagenet", "inception"] | None = Field(None, description="standard deviation of each channel, like mean; both or neither")
-    crop_share: float = Field(1.0, gt=0, le=1, description="of fit: crop, the share of the resized shorter side that the centre crop keeps (timm's crop_pct): "
-                              "0.875 resizes to 256 for a size of 224; refused with another fit")
-    interpolation: Literal["bilinear", "bicubic"] = Field("bilinear", description="how images are resized, antialiased")
+        None,
+        description="mean of each channel (0 to 1), or what published checkpoints want by name; "
+        "none: fitted on the training rows",
+    )
+    std: list[float] | Literal["imagenet", "inception"] | None = Field(
+        None, description="standard deviation of each channel, like mean; both or neither"
+    )
+    crop_share: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="of fit: crop, the share of the resized shorter side that the centre crop "
+        "keeps (timm's crop_pct): "
+        "0.875 resizes to 256 for a size of 224; refused with another fit",
+    )
+    interpolation: Literal["bilinear", "bicubic"] = Field(
+        "bilinear", description="how images are resized, antialiased"
+    )
 
 
 @register("modality", "image", options=ImageOptions)
 class Image(Modality):
     """``image``: (B, C, size, size), uint8 from ``decode``, normalised float32 after ``finish``.
 
-    Unless ``fit`` is crop there is ``frame``, and with the role ``mask`` there is ``mask``: (B, size, size) uint8
-    from PNG bytes of class numbers (a palette's indices; 8 or 16 bits of grey), 255 where no image is. In training ``frame`` has a negative width where the
-    image was mirrored, so that left + share * width is right there too.
+    Unless ``fit`` is crop there is ``frame``, and with the role ``mask`` there is ``mask``: (B,
+    size, size) uint8 from PNG bytes of class numbers (a palette's indices; 8 or 16 bits of grey),
+    255 where no image is. In training ``frame`` has a negative width where the image was mirrored,
+    so that left + share * width is right there too.
     """
 
     roles = ("image",)
     optional_roles = ("mask",)
     file_roles = ("image", "mask")
-    target_options = ("size", "channels", "fit", "crop", "area", "scale", "flip", "colour", "randaugment", "crop_share", "interpolation")
+    target_options = (
+        "size",
+        "channels",
+        "fit",
+        "crop",
+        "area",
+        "scale",
+        "flip",
+        "colour",
+        "randaugment",
+        "crop_share",
+        "interpolation",
+    )
 
     def __init__(self, options: Any, state: dict[str, Any]):
-        other = len(state.get("mean", ())) not in (0, options.channels)  # the source's rows had colours and these are grey, or the other way
-        given = None if other and isinstance(options.mean, list) and len(options.mean) == len(state["mean"]) else _published(options)
-        if not given and other:  # what is given holds for a checkpoint's rows too, whose state says otherwise
-            given = [[round(sum(state[name]) / len(state[name]), 6)] * options.channels for name in ("mean", "std")]
+        other = len(state.get("mean", ())) not in (
+            0,
+            options.channels,
+        )  # the source's rows had colours and these are grey, or the other way
+        given = (
+            None
+            if other and isinstance(options.mean, list) and len(options.mean) == len(state["mean"])
+            else _published(options)
+        )
+        if (
+            not given and other
+        ):  # what is given holds for a checkpoint's rows too, whose state says otherwise
+            given = [
+                [round(sum(state[name]) / len(state[name]), 6)] * options.channels
+                for name in ("mean", "std")
+            ]
         super().__init__(options, {**state, "mean": given[0], "std": given[1]} if given else state)
         for name, least, most in (("area", 0, 1), ("scale", 0.05, 20)):
             low, high = getattr(options, name)
             if not least < low <= high <= most:
-                raise ValueError(f"{name}: {[low, high]} must be the least and the greatest, above {least} and at most {most}")
+                raise ValueError(
+                    f"{name}: {[low, high]} must be the least and the greatest, above {least} "
+                    f"and at most {most}"
+                )
 
     @classmethod
     def without_effect(cls, stated, inherited=None) -> str:
@@ -86,31 +164,58 @@ class Image(Modality):
         share = stated.get("crop_share", 1.0)
         if fit == "crop" or share == 1:
             return ""
-        return f"crop_share {share:g} has no effect with fit: {fit}, which crops nothing: leave it out, or say fit: crop"
+        return (
+            f"crop_share {share:g} has no effect with fit: {fit}, which crops nothing: leave it "
+            "out, or say fit: crop"
+        )
 
     @classmethod
     def fit(cls, options, table, columns, backbone):
-        """Mean and standard deviation of each channel over the sample, unless the options give them. Raises ValueError when no image can be decoded."""
+        """Mean and standard deviation of each channel over the sample, unless the options give
+        them. Raises ValueError when no image can be decoded.
+        """
         if given := _published(options):
             return {"mean": given[0], "std": given[1]}
         # padding is no part of the images: it would draw the mean to itself
-        modality, bad = cls(options.model_copy(update={"fit": "squash"}) if options.fit == "pad" else options, {}), []
-        counts, levels = np.zeros((options.channels, 256), dtype=np.int64), np.arange(256)  # how often each level stands in each channel: exact
-        step = max(1, min(FIT_IMAGES, FIT_BYTES // (options.channels * options.size ** 2)))
+        modality, bad = (
+            cls(
+                options.model_copy(update={"fit": "squash"}) if options.fit == "pad" else options,
+                {},
+            ),
+            [],
+        )
+        counts, levels = (
+            np.zeros((options.channels, 256), dtype=np.int64),
+            np.arange(256),
+        )  # how often each level stands in each channel: exact
+        step = max(1, min(FIT_IMAGES, FIT_BYTES // (options.channels * options.size**2)))
         for start in range(0, len(table), step):
             arrays, reasons = modality.decode(table.slice(start, step), columns)
             bad += reasons
             for image in arrays["image"][[not reason for reason in reasons]]:
-                counts += np.stack([np.bincount(channel.reshape(-1), minlength=256) for channel in image])
+                counts += np.stack(
+                    [np.bincount(channel.reshape(-1), minlength=256) for channel in image]
+                )
         if not counts.any():
-            raise ValueError(f"column {columns['image']}: none of the first {len(bad)} images can be decoded: {bad[0] if bad else 'no rows'}")
+            raise ValueError(
+                f"column {columns['image']}: none of the first {len(bad)} images can be "
+                f"decoded: {bad[0] if bad else 'no rows'}"
+            )
         shares = counts / counts.sum(1, keepdims=True)
         mean = shares @ levels
         std = np.sqrt((shares * (levels - mean[:, None]) ** 2).sum(1))
-        return {"mean": (mean / 255).round(6).tolist(), "std": np.maximum(std / 255, 1e-3).round(6).tolist()}
+        return {
+            "mean": (mean / 255).round(6).tolist(),
+            "std": np.maximum(std / 255, 1e-3).round(6).tolist(),
+        }
 
     def needed_type(self, role, kind) -> str:
-        return "" if holds_files(kind) else "images: their files' bytes (binary), their paths (string), or structs of bytes and path"
+        return (
+            ""
+            if holds_files(kind)
+            else "images: their files' bytes (binary), their paths (string), or structs of bytes "
+            "and path"
+        )
 
     def inputs(self) -> dict[str, Any]:
         return {"channels": self.options.channels, "size": self.options.size}
@@ -118,36 +223,71 @@ class Image(Modality):
     def check(self, roles: tuple[str, ...]) -> None:
         dense = [role for role in ("boxes", "mask") if role in roles]
         if dense and self.options.fit == "crop":
-            raise ValueError(f"fit: crop cuts away what lies at the edge, {' and '.join(dense)} and all; with {' and '.join(dense)} say fit: pad (keeps the "
-                             "aspect) or fit: squash")
+            raise ValueError(
+                f"fit: crop cuts away what lies at the edge, {' and '.join(dense)} and all; "
+                f"with {' and '.join(dense)} say fit: pad (keeps the "
+                "aspect) or fit: squash"
+            )
 
     def decode(self, table, columns) -> tuple[Arrays, list[str]]:
         images = table[columns["image"]]
         masks = table[columns["mask"]] if columns.get("mask") in table.column_names else None
-        out, bad = self._blank(len(table), masks is not None, torch.device("cpu")), [""] * len(table)
+        out, bad = (
+            self._blank(len(table), masks is not None, torch.device("cpu")),
+            [""] * len(table),
+        )
         for i, value in enumerate(images):
             try:
-                self._put(out, i, imagefile.pixels(_bytes(value), self.options.channels), None if masks is None else _bytes(masks[i], "mask"))
-            except (RuntimeError, ValueError) as error:  # what torchvision raises for bytes that are no image
+                self._put(
+                    out,
+                    i,
+                    imagefile.pixels(_bytes(value), self.options.channels),
+                    None if masks is None else _bytes(masks[i], "mask"),
+                )
+            except (
+                RuntimeError,
+                ValueError,
+            ) as error:  # what torchvision raises for bytes that are no image
                 bad[i] = _reason(error)
         return {name: tensor.numpy() for name, tensor in out.items()}, bad
 
     def _blank(self, rows: int, mask: bool, device: torch.device) -> dict[str, Tensor]:
         size = self.options.size
-        out = {"image": torch.zeros((rows, self.options.channels, size, size), dtype=torch.uint8, device=device)}
+        out = {
+            "image": torch.zeros(
+                (rows, self.options.channels, size, size), dtype=torch.uint8, device=device
+            )
+        }
         if self.options.fit != "crop":
             out["frame"] = torch.zeros((rows, 4), device=device)
-        return out | ({"mask": torch.zeros((rows, size, size), dtype=torch.uint8, device=device)} if mask else {})
+        return out | (
+            {"mask": torch.zeros((rows, size, size), dtype=torch.uint8, device=device)}
+            if mask
+            else {}
+        )
 
     def _put(self, out: dict[str, Tensor], i: int, pixels: Tensor, mask: bytes | None) -> None:
-        """One row into its place. Raises ValueError for a mask that does not fit its image, and writes nothing then."""
+        """One row into its place. Raises ValueError for a mask that does not fit its image, and
+        writes nothing then.
+        """
         size, fit = self.options.size, self.options.fit
         classes = None if mask is None else imagefile.classes(mask, pixels.shape[1:])
-        out["image"][i] = resize(pixels, size, fit, fill=self._fill(), crop_share=self.options.crop_share, interpolation=self.options.interpolation)
+        out["image"][i] = resize(
+            pixels,
+            size,
+            fit,
+            fill=self._fill(),
+            crop_share=self.options.crop_share,
+            interpolation=self.options.interpolation,
+        )
         if "frame" in out:
-            out["frame"][i] = torch.tensor(imagefile.place(pixels.shape[1:], size, fit), dtype=torch.float32)[[1, 0, 3, 2]]
+            out["frame"][i] = torch.tensor(
+                imagefile.place(pixels.shape[1:], size, fit), dtype=torch.float32
+            )[[1, 0, 3, 2]]
         if classes is not None:
-            out["mask"][i] = resize(classes[None].to(pixels.device), size, fit, fill=[ops.IGNORED], nearest=True)[0]
+            out["mask"][i] = resize(
+                classes[None].to(pixels.device), size, fit, fill=[ops.IGNORED], nearest=True
+            )[0]
 
     def _fill(self) -> list[float]:
         """The mean colour, as levels: after ``finish`` it is 0."""
@@ -159,55 +299,101 @@ class Image(Modality):
         for i, value in enumerate(table[columns["image"]]):
             try:
                 image = _bytes(value)
-                out[i] = image if masks is None else PAIR + struct.pack(">Q", len(image)) + image + _bytes(masks[i], "mask")
+                out[i] = (
+                    image
+                    if masks is None
+                    else PAIR + struct.pack(">Q", len(image)) + image + _bytes(masks[i], "mask")
+                )
             except ValueError as error:
                 bad[i] = str(error)
         return out, bad
 
     def unpack(self, encoded, device) -> tuple[dict[str, Tensor], list[str]]:
-        """JPEGs by the GPU's own decoder where the device is one; other formats, and those that it refuses, on the host."""
+        """JPEGs by the GPU's own decoder where the device is one; other formats, and those that it
+        refuses, on the host.
+        """
         files, masks = zip(*map(_parted, encoded), strict=True) if len(encoded) else ((), ())
-        out, bad = self._blank(len(files), any(mask is not None for mask in masks), device), [""] * len(files)
+        out, bad = (
+            self._blank(len(files), any(mask is not None for mask in masks), device),
+            [""] * len(files),
+        )
         there = imagefile.on_gpu(files, self.options.channels, device)
         for i, data in enumerate(files):
             try:
-                self._put(out, i, there[i] if i in there else imagefile.pixels(data, self.options.channels), masks[i])
+                self._put(
+                    out,
+                    i,
+                    there[i] if i in there else imagefile.pixels(data, self.options.channels),
+                    masks[i],
+                )
             except (RuntimeError, ValueError) as error:
                 bad[i] = _reason(error)
         return out, bad
 
     def augment(self, batch: Batch) -> Batch:
-        """Crop and flip, RandAugment and colour, from the rows' keys. Boxes and masks move with their image: its scale and place change then,
-        not its aspect, and what lies outside is filled with the mean colour."""
+        """Crop and flip, RandAugment and colour, from the rows' keys. Boxes and masks move with
+        their image: its scale and place change then, not its aspect, and what lies outside is
+        filled with the mean colour.
+        """
         return self._in_parts(batch, self._augmented)
 
     def _in_parts(self, batch: Batch, work: Callable[[Batch], Batch]) -> Batch:
-        """``work`` on the whole batch, or on a CPU on few rows at a time: what lies in its cache. At 224 px a row costs 0.06 ms to normalise among 2 and
-        1.1 ms among 16."""
+        """``work`` on the whole batch, or on a CPU on few rows at a time: what lies in its cache.
+        At 224 px a row costs 0.06 ms to normalise among 2 and 1.1 ms among 16.
+        """
         if batch["image"].device.type != "cpu":
             return work(batch)
-        done = [work(part) for part in batch.split(max(1, CACHED // (self.options.channels * self.options.size ** 2)))]
-        joined = {name: torch.cat([part[name] for part in done]) if len(done) > 1 else tensor for name, tensor in done[0].data.items()}
+        done = [
+            work(part)
+            for part in batch.split(
+                max(1, CACHED // (self.options.channels * self.options.size**2))
+            )
+        ]
+        joined = {
+            name: torch.cat([part[name] for part in done]) if len(done) > 1 else tensor
+            for name, tensor in done[0].data.items()
+        }
         return Batch(batch.rows, batch.keys, joined, batch.shards)
 
     def _augmented(self, batch: Batch) -> Batch:
         options, x, keys = self.options, batch["image"], batch.keys
-        crop = options.crop if options.crop != "auto" else ("shift" if options.size <= 64 else "resized")
+        crop = (
+            options.crop
+            if options.crop != "auto"
+            else ("shift" if options.size <= 64 else "resized")
+        )
         dense = "boxes" in batch.data or "mask" in batch.data
         if not dense:  # nobody follows the frame
-            batch = Batch(batch.rows, keys, {name: tensor for name, tensor in batch.data.items() if name != "frame"}, batch.shards)
+            batch = Batch(
+                batch.rows,
+                keys,
+                {name: tensor for name, tensor in batch.data.items() if name != "frame"},
+                batch.shards,
+            )
         if dense:
             batch = self._moved(batch, crop)
         elif crop == "resized":
-            window = ops.crop_window(uniform(keys, 5, CROP), options.size, tuple(options.area), options.flip)
+            window = ops.crop_window(
+                uniform(keys, 5, CROP), options.size, tuple(options.area), options.flip
+            )
             batch = batch.replace(image=ops.levels(ops.sample(x, window, options.size)))
         elif crop == "shift" or options.flip:
             reach = max(1, options.size // 8) if crop == "shift" else 0
             batch = batch.replace(image=ops.shifted(x, uniform(keys, 3, CROP), reach, options.flip))
         if options.randaugment:
-            batch = batch.replace(image=ops.rand_augment(batch["image"], uniform(keys, 4, RAND), options.randaugment, self._fill(), still=dense))
+            batch = batch.replace(
+                image=ops.rand_augment(
+                    batch["image"],
+                    uniform(keys, 4, RAND),
+                    options.randaugment,
+                    self._fill(),
+                    still=dense,
+                )
+            )
         if options.colour:
-            changed = ops.colour_jitter(batch["image"].float() / 255, uniform(keys, 8, COLOUR), options.colour)
+            changed = ops.colour_jitter(
+                batch["image"].float() / 255, uniform(keys, 8, COLOUR), options.colour
+            )
             batch = batch.replace(image=ops.levels(changed * 255))
         return batch
 
@@ -222,7 +408,10 @@ class Image(Modality):
         else:
             window = ops.shift_window(u, size, size // 8 if crop == "shift" else 0, options.flip)
         fill = torch.tensor(self._fill(), device=batch["image"].device)
-        found = {"image": ops.levels(ops.resample(batch["image"], window, size, fill)), "frame": ops.moved_frame(self._frame(batch), window, size)}
+        found = {
+            "image": ops.levels(ops.resample(batch["image"], window, size, fill)),
+            "frame": ops.moved_frame(self._frame(batch), window, size),
+        }
         if "mask" in batch.data:
             found["mask"] = ops.resample_mask(batch["mask"], window, size)
         return batch.replace(**found)
@@ -235,35 +424,66 @@ class Image(Modality):
         return torch.tensor([size, size, 0, 0], device=batch["image"].device).expand(len(batch), 4)
 
     def views(self, batch: Batch, views: tuple[View, ...]) -> Batch:
-        """Random resized crop, flip, colour jitter, grey, blur (sigma 0.1 to 2) and solarisation, as SimCLR and BYOL have them."""
-        return self._in_parts(batch, lambda part: part.replace(
-            **{f"view{i}": self._view(part, view, uniform(part.keys, 18, VIEWS + i)) for i, view in enumerate(views)}))
+        """Random resized crop, flip, colour jitter, grey, blur (sigma 0.1 to 2) and solarisation,
+        as SimCLR and BYOL have them.
+        """
+        return self._in_parts(
+            batch,
+            lambda part: part.replace(
+                **{
+                    f"view{i}": self._view(part, view, uniform(part.keys, 18, VIEWS + i))
+                    for i, view in enumerate(views)
+                }
+            ),
+        )
 
     def _view(self, batch: Batch, view: View, u: Tensor) -> Tensor:
-        """Of u: 0 to 4 the window, 5 to 12 the jitter, 13 how much blur, 14 to 17 whether each is done."""
+        """Of u: 0 to 4 the window, 5 to 12 the jitter, 13 how much blur, 14 to 17 whether each is
+        done.
+        """
         size = self.options.size
         into = view.size or size
-        x = (ops.sample if into >= size else ops.resample)(batch["image"], ops.crop_window(u[:, :5], size, view.area, self.options.flip), into) / 255
-        x = ops.some(x, u[:, 14] < view.jitter, lambda part, rows: ops.colour_jitter(part, u[rows, 5:13], 0.8 * view.strength))
+        x = (ops.sample if into >= size else ops.resample)(
+            batch["image"], ops.crop_window(u[:, :5], size, view.area, self.options.flip), into
+        ) / 255
+        x = ops.some(
+            x,
+            u[:, 14] < view.jitter,
+            lambda part, rows: ops.colour_jitter(part, u[rows, 5:13], 0.8 * view.strength),
+        )
         if x.shape[1] == 3:
             x = ops.some(x, u[:, 15] < view.grey, lambda part, rows: ops.grey(part).expand_as(part))
-        x = ops.some(x, u[:, 16] < view.blur, lambda part, rows: ops.blur(part, 0.1 + 1.9 * u[rows, 13]))
+        x = ops.some(
+            x, u[:, 16] < view.blur, lambda part, rows: ops.blur(part, 0.1 + 1.9 * u[rows, 13])
+        )
         x = ops.some(x, u[:, 17] < view.solarize, lambda part, rows: ops.solarize(part))
         return self._normalised(x)
 
     def finish(self, batch: Batch) -> Batch:
-        """The image normalised; boxes from shares of the image to pixels of the input (``pixels.placed_boxes``)."""
+        """The image normalised; boxes from shares of the image to pixels of the input
+        (``pixels.placed_boxes``).
+        """
         if "boxes" in batch.data:
-            batch = batch.replace(boxes=ops.placed_boxes(batch["boxes"], self._frame(batch), self.options.size))
-        return self._in_parts(batch, lambda part: part.replace(image=self._normalised(part["image"].float() * (1 / 255))))
+            batch = batch.replace(
+                boxes=ops.placed_boxes(batch["boxes"], self._frame(batch), self.options.size)
+            )
+        return self._in_parts(
+            batch,
+            lambda part: part.replace(image=self._normalised(part["image"].float() * (1 / 255))),
+        )
 
     def _normalised(self, x: Tensor) -> Tensor:
-        mean, std = (torch.tensor(self.state[name], device=x.device).view(1, -1, 1, 1) for name in ("mean", "std"))
+        mean, std = (
+            torch.tensor(self.state[name], device=x.device).view(1, -1, 1, 1)
+            for name in ("mean", "std")
+        )
         return (x - mean) / std
 
 
 def _published(options: ImageOptions) -> tuple[list[float], list[float]] | None:
-    """Mean and deviation that the options give, by name or by value; for one channel a name gives the average of three. Raises ValueError."""
+    """Mean and deviation that the options give, by name or by value; for one channel a name gives
+    the average of three. Raises ValueError.
+    """
     if options.mean is None and options.std is None:
         return None
     found = []
@@ -272,9 +492,16 @@ def _published(options: ImageOptions) -> tuple[list[float], list[float]] | None:
         values = PUBLISHED[given][place] if isinstance(given, str) else given
         if isinstance(given, str) and options.channels == 1:
             values = [round(sum(values) / 3, 6)]
-        if values is None or len(values) != options.channels or not all(0 <= v <= 1 and (v > 0 or name == "mean") for v in values):
-            raise ValueError(f"{name}: {given} must be {options.channels} numbers ({'0' if name == 'mean' else 'above 0'} to 1, one a channel) or a name "
-                             f"({', '.join(PUBLISHED)}); mean and std go together")
+        if (
+            values is None
+            or len(values) != options.channels
+            or not all(0 <= v <= 1 and (v > 0 or name == "mean") for v in values)
+        ):
+            raise ValueError(
+                f"{name}: {given} must be {options.channels} numbers "
+                f"({'0' if name == 'mean' else 'above 0'} to 1, one a channel) or a name "
+                f"({', '.join(PUBLISHED)}); mean and std go together"
+            )
         found.append([float(v) for v in values])
     return found[0], found[1]
 
@@ -284,14 +511,18 @@ def _reason(error: Exception) -> str:
 
 
 def _bytes(value: pa.Scalar, what: str = "image") -> bytes:
-    """An image's file: bytes, the bytes or path of a Hugging Face data set's cell, or those behind a path. Raises ValueError for nothing."""
+    """An image's file: bytes, the bytes or path of a Hugging Face data set's cell, or those behind
+    a path. Raises ValueError for nothing.
+    """
     data = value.as_py()
     if isinstance(data, dict):
         data = data.get("bytes") or data.get("path")
     if isinstance(data, str):
         data = storage.read_bytes(data)
     if not data:
-        raise ValueError(f"the {what} is empty (0 bytes)" if data is not None else f"the {what} is null")
+        raise ValueError(
+            f"the {what} is empty (0 bytes)" if data is not None else f"the {what} is null"
+        )
     return data
 
 

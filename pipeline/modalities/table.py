@@ -15,16 +15,22 @@ from pipeline.registry import Options, register
 
 
 class TableOptions(Options):
-    min_rows: int = Field(10, ge=1, description="rows of the fitted sample that must have a number, or a text, for it to be known")
+    min_rows: int = Field(
+        10,
+        ge=1,
+        description="rows of the fitted sample that must have a number, or a text, for it to be "
+        "known",
+    )
 
 
 @register("modality", "table", options=TableOptions)
 class Table(Modality):
-    """Rows whose ``features`` are a struct of numbers, texts (categories) and lists of texts, as ``onetomany prepare table`` writes them. Fields are known
-    by name, so that another table shares what it has in common with the one that the state was fitted on.
+    """Rows whose ``features`` are a struct of numbers, texts (categories) and lists of texts, as
+    ``onetomany prepare table`` writes them. Fields are known by name, so that another table shares
+    what it has in common with the one that the state was fitted on.
 
-    Tensors: ``numbers`` (B, K) float32 standardised and 0 where missing, ``numbers_known`` (B, K) bool, ``codes`` (B, C) int64 places among the known texts
-    plus 1, 0 behind a row's end.
+    Tensors: ``numbers`` (B, K) float32 standardised and 0 where missing, ``numbers_known`` (B, K)
+    bool, ``codes`` (B, C) int64 places among the known texts plus 1, 0 behind a row's end.
     """
 
     roles = ("features",)
@@ -35,10 +41,15 @@ class Table(Modality):
 
     @classmethod
     def fit(cls, options, table, columns, backbone):
-        """Raises ValueError for a column that is no struct, and where it holds neither a number nor a text that can be known."""
+        """Raises ValueError for a column that is no struct, and where it holds neither a number nor
+        a text that can be known.
+        """
         found = Facts.fit(table[columns["features"]], columns["features"], options.min_rows)
         if not found["numbers"] and not found["codes"]:
-            raise ValueError(f"column {columns['features']}: no field holds a number, or a text that {options.min_rows} of {len(table)} rows have")
+            raise ValueError(
+                f"column {columns['features']}: no field holds a number, or a text that "
+                f"{options.min_rows} of {len(table)} rows have"
+            )
         return found
 
     def needed_type(self, role, kind) -> str:
@@ -53,15 +64,24 @@ class Table(Modality):
         return self.facts.known(table[columns["features"]], columns["features"])
 
     def unshared(self, table, columns):
-        return self.facts.unshared(table[columns["features"]], columns["features"], self.options.min_rows)
+        return self.facts.unshared(
+            table[columns["features"]], columns["features"], self.options.min_rows
+        )
 
     def single_features(self, table, columns):
-        yield from self.facts.features(table[columns["features"]], columns["features"], self.options.min_rows)
+        yield from self.facts.features(
+            table[columns["features"]], columns["features"], self.options.min_rows
+        )
 
     def decode(self, table, columns) -> tuple[Arrays, list[str]]:
         column = table[columns["features"]]
-        return self.facts.decode(column, len(table), columns["features"]), ["" if value.is_valid else "the features are null" for value in column]
+        return self.facts.decode(column, len(table), columns["features"]), [
+            "" if value.is_valid else "the features are null" for value in column
+        ]
 
     def collate(self, arrays: Arrays) -> dict[str, Tensor]:
         codes = torch.from_numpy(padded(arrays["codes"], 1))
-        return {"codes": codes, **super().collate({name: array for name, array in arrays.items() if name != "codes"})}
+        return {
+            "codes": codes,
+            **super().collate({name: array for name, array in arrays.items() if name != "codes"}),
+        }

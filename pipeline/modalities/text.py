@@ -1,4 +1,6 @@
-"""Text: a tokenizer (trained on the source corpus, or an existing one; it travels in the bundle), rows of token ids, documents packed without padding."""
+"""Text: a tokenizer (trained on the source corpus, or an existing one; it travels in the bundle),
+rows of token ids, documents packed without padding.
+"""
 
 from __future__ import annotations
 
@@ -27,17 +29,37 @@ LARGEST_WORD = 32767
 
 
 class TextOptions(Options):
-    length: int = Field(128, ge=8, le=65536, description="tokens a row, with [CLS] and [SEP]; longer texts are cut")
-    tokenizer: str | None = Field(None, description="folder with an existing tokenizer.json, as transformers saves it; none: one is trained on the corpus")
-    vocabulary: int = Field(8192, ge=256, le=1_000_000, description="largest vocabulary of the tokenizer that is trained")
-    algorithm: Literal["auto", "wordpiece", "bpe"] = Field("auto", description="auto: byte-level BPE for GPT families, WordPiece for the others")
+    length: int = Field(
+        128, ge=8, le=65536, description="tokens a row, with [CLS] and [SEP]; longer texts are cut"
+    )
+    tokenizer: str | None = Field(
+        None,
+        description="folder with an existing tokenizer.json, as transformers saves it; none: one "
+        "is trained on the corpus",
+    )
+    vocabulary: int = Field(
+        8192,
+        ge=256,
+        le=1_000_000,
+        description="largest vocabulary of the tokenizer that is trained",
+    )
+    algorithm: Literal["auto", "wordpiece", "bpe"] = Field(
+        "auto", description="auto: byte-level BPE for GPT families, WordPiece for the others"
+    )
     lowercase: bool = Field(True, description="WordPiece only: lower case and strip accents")
-    windows: int | None = Field(None, ge=1, le=1024, description="question answering: most windows that a long text is read in; none: it is cut")
+    windows: int | None = Field(
+        None,
+        ge=1,
+        le=1024,
+        description="question answering: most windows that a long text is read in; none: it is cut",
+    )
     stride: int = Field(128, ge=0, le=65535, description="tokens that neighbouring windows share")
 
 
 class _Rows(NamedTuple):
-    """``[CLS] a [SEP] b [SEP]`` of some rows: (B, N) ids padded at their end, (B,) tokens of each, (B, N) token types."""
+    """``[CLS] a [SEP] b [SEP]`` of some rows: (B, N) ids padded at their end, (B,) tokens of each,
+    (B, N) token types.
+    """
 
     tokens: np.ndarray
     lengths: np.ndarray
@@ -46,12 +68,15 @@ class _Rows(NamedTuple):
 
 @register("modality", "text", options=TextOptions)
 class Text(Modality):
-    """Rows of N = ``length`` tokens, (B, n) after ``collate`` (n: the longest row), each ``[CLS] text [SEP]``.
+    """Rows of N = ``length`` tokens, (B, n) after ``collate`` (n: the longest row), each ``[CLS]
+    text [SEP]``.
 
-    ``tokens`` (B, N) ids with ``mask`` (B, N); with a second text ``[CLS] a [SEP] b [SEP]`` and ``types`` (B, N), 1 for b (BERT's token types);
-    for lists of words ``words`` (B, N), the number of the word whose first token stands there, else -1; with ``windows`` W everything is (B, W, N)
-    and ``offsets`` (B, W, N, 2) are the characters of each token of the text in windows. Packed rows have ``segments`` (B, N), the document's
-    number in the row, 0 for padding, and ``bytes`` (B,), the UTF-8 bytes that their tokens stand for.
+    ``tokens`` (B, N) ids with ``mask`` (B, N); with a second text ``[CLS] a [SEP] b [SEP]`` and
+    ``types`` (B, N), 1 for b (BERT's token types); for lists of words ``words`` (B, N), the number
+    of the word whose first token stands there, else -1; with ``windows`` W everything is (B, W, N)
+    and ``offsets`` (B, W, N, 2) are the characters of each token of the text in windows. Packed
+    rows have ``segments`` (B, N), the document's number in the row, 0 for padding, and ``bytes``
+    (B,), the UTF-8 bytes that their tokens stand for.
     """
 
     roles = ("text",)
@@ -64,17 +89,39 @@ class Text(Modality):
         if options.tokenizer is not None:
             beside = {"vocabulary", "algorithm", "lowercase"} & options.model_fields_set
             if beside:
-                raise ValueError(f"tokenizer: {options.tokenizer} is there already, so {', '.join(sorted(beside))} decide nothing; leave them out")
+                raise ValueError(
+                    f"tokenizer: {options.tokenizer} is there already, so "
+                    f"{', '.join(sorted(beside))} decide nothing; leave them out"
+                )
             text, vocabulary, specials = tokenizers.from_folder(options.tokenizer)
             return {"tokenizer": text, "vocabulary": vocabulary, "specials": specials}
-        documents = [b" ".join(row) if isinstance(row, list) else row for role in ("text", "text_pair") if columns.get(role) in table.column_names
-                     for row, reason in zip(*(_words if is_list(table[columns[role]].type) else _documents)(table[columns[role]], role), strict=True)
-                     if not reason]
+        documents = [
+            b" ".join(row) if isinstance(row, list) else row
+            for role in ("text", "text_pair")
+            if columns.get(role) in table.column_names
+            for row, reason in zip(
+                *(_words if is_list(table[columns[role]].type) else _documents)(
+                    table[columns[role]], role
+                ),
+                strict=True,
+            )
+            if not reason
+        ]
         if not documents:
             raise ValueError(f"column {columns['text']}: no row holds text to train a tokenizer on")
-        kind = options.algorithm if options.algorithm != "auto" else ("bpe" if "gpt" in backbone else "wordpiece")
-        tokenizer = tokenizers.train_tokenizer(tokenizers.texts_of(documents), kind, options.vocabulary, options.lowercase)
-        return {"tokenizer": tokenizer.to_str(), "vocabulary": tokenizer.get_vocab_size(), "specials": list(range(len(SPECIALS)))}
+        kind = (
+            options.algorithm
+            if options.algorithm != "auto"
+            else ("bpe" if "gpt" in backbone else "wordpiece")
+        )
+        tokenizer = tokenizers.train_tokenizer(
+            tokenizers.texts_of(documents), kind, options.vocabulary, options.lowercase
+        )
+        return {
+            "tokenizer": tokenizer.to_str(),
+            "vocabulary": tokenizer.get_vocab_size(),
+            "specials": list(range(len(SPECIALS))),
+        }
 
     def needed_type(self, role, kind) -> str:
         if role not in ("text", "text_pair"):
@@ -90,24 +137,42 @@ class Text(Modality):
 
     @cached_property
     def _continuing(self) -> str | None:
-        return tokenizers.continuing(self.tokenizer, self.state["vocabulary"], self.state["specials"])
+        return tokenizers.continuing(
+            self.tokenizer, self.state["vocabulary"], self.state["specials"]
+        )
 
     def __getstate__(self):
         return {k: v for k, v in self.__dict__.items() if k != "tokenizer"}
 
     def inputs(self) -> dict[str, Any]:
-        """``specials`` holds the ids of pad, unk, cls, sep and mask, in this order; ``continuing`` the tokens that go on a word, as a bitmap."""
+        """``specials`` holds the ids of pad, unk, cls, sep and mask, in this order; ``continuing``
+        the tokens that go on a word, as a bitmap.
+        """
         known = {"continuing": self._continuing} if self._continuing else {}
-        return {"vocabulary": self.state["vocabulary"], "length": self.options.length, "specials": self.state["specials"], **known}
+        return {
+            "vocabulary": self.state["vocabulary"],
+            "length": self.options.length,
+            "specials": self.state["specials"],
+            **known,
+        }
 
     def check(self, roles) -> None:
         options = self.options
         if options.windows is not None and "answers" not in roles:
-            raise ValueError("windows: a text is read in windows by objectives that look for answers (qa); leave windows out, or set it to null")
+            raise ValueError(
+                "windows: a text is read in windows by objectives that look for answers (qa); "
+                "leave windows out, or set it to null"
+            )
         if options.windows is None and "answers" in roles:
-            raise ValueError("answers are looked for in windows of a long text; say modality: {text: {length: 384, windows: 8, stride: 128}}")
+            raise ValueError(
+                "answers are looked for in windows of a long text; say modality: {text: "
+                "{length: 384, windows: 8, stride: 128}}"
+            )
         if options.windows is not None and options.stride > options.length - 4:
-            raise ValueError(f"stride: windows of {options.length} tokens that share {options.stride} never move on; choose a smaller stride or more length")
+            raise ValueError(
+                f"stride: windows of {options.length} tokens that share {options.stride} never "
+                "move on; choose a smaller stride or more length"
+            )
 
     @property
     def _dtype(self):
@@ -116,28 +181,40 @@ class Text(Modality):
     # ------------------------------------------------------------ rows
 
     def decode(self, table, columns) -> tuple[Arrays, list[str]]:
-        """Reads texts, pairs and lists of words, rows that ``pack`` made (``columns`` names tokens and segments) and rows that ``tokenize`` made
-        (tokens alone)."""
+        """Reads texts, pairs and lists of words, rows that ``pack`` made (``columns`` names tokens
+        and segments) and rows that ``tokenize`` made (tokens alone).
+        """
         length, pair = self.options.length, "text_pair" in columns
         if "segments" in columns:
             return self._packed(table, columns), [""] * len(table)
         if "tokens" in columns:
             column = table[columns["tokens"]].combine_chunks()
-            lengths = pc.list_value_length(column).to_numpy(zero_copy_only=False).astype(np.int32)  # pyright: ignore[reportAttributeAccessIssue]
+            # pyright: ignore
+            lengths = pc.list_value_length(column).to_numpy(zero_copy_only=False).astype(np.int32)
             tokens = np.full((len(table), length), self.state["specials"][0], dtype=self._dtype)
             tokens[np.arange(length) < lengths[:, None]] = column.flatten().to_numpy()
             return {"tokens": tokens, "lengths": lengths}, [""] * len(table)
         if is_list(table[columns["text"]].type):
             if pair or self.options.windows is not None:
-                raise ValueError(f"column {columns['text']} holds lists of words: these have no {'text_pair' if pair else 'windows'}; leave it out")
+                raise ValueError(
+                    f"column {columns['text']} holds lists of words: these have no "
+                    f"{'text_pair' if pair else 'windows'}; leave it out"
+                )
             return self._worded(table[columns["text"]])
         if self.options.windows is not None:
             return self._windowed(table, columns)
         rows, bad = self._framed(table, columns)
-        return {"tokens": rows.tokens, "lengths": rows.lengths, **({"types": rows.types} if pair else {})}, bad
+        return {
+            "tokens": rows.tokens,
+            "lengths": rows.lengths,
+            **({"types": rows.types} if pair else {}),
+        }, bad
 
     def _packed(self, table, columns) -> Arrays:
-        found = {name: _matrix(table[columns[name]], self.options.length) for name in ("tokens", "segments")}
+        found = {
+            name: _matrix(table[columns[name]], self.options.length)
+            for name in ("tokens", "segments")
+        }
         if "bytes" in columns:
             found["bytes"] = table[columns["bytes"]].to_numpy().astype(np.float32)
         return found
@@ -145,33 +222,53 @@ class Text(Modality):
     def _rows(self, parts: Sequence[Sequence[np.ndarray]], length: int) -> _Rows:
         """Rows of one or two lists of ids each, which leave room for the special tokens."""
         pad, _, cls, sep, _ = self.state["specials"]
-        tokens, types = np.full((len(parts), length), pad, dtype=self._dtype), np.zeros((len(parts), length), dtype=np.uint8)
+        tokens, types = (
+            np.full((len(parts), length), pad, dtype=self._dtype),
+            np.zeros((len(parts), length), dtype=np.uint8),
+        )
         lengths = np.zeros(len(parts), dtype=np.int32)
         for row, texts in enumerate(parts):
             tokens[row, 0], place = cls, 1
             for number, ids in enumerate(texts):
                 end = place + len(ids)
-                tokens[row, place:end], tokens[row, end], types[row, place:end + 1] = ids, sep, number
+                tokens[row, place:end], tokens[row, end], types[row, place : end + 1] = (
+                    ids,
+                    sep,
+                    number,
+                )
                 place = end + 1
             lengths[row] = place
         return _Rows(tokens, lengths, types)
 
     def _framed(self, table, columns) -> tuple[_Rows, list[str]]:
-        """``[CLS] a [SEP]`` or ``[CLS] a [SEP] b [SEP]`` of every row, the longer text cut first (as transformers' longest_first)."""
+        """``[CLS] a [SEP]`` or ``[CLS] a [SEP] b [SEP]`` of every row, the longer text cut first
+        (as transformers' longest_first).
+        """
         roles = [role for role in ("text", "text_pair") if role in columns]
         room = self.options.length - 1 - len(roles)
-        documents, reasons = zip(*(_documents(table[columns[role]], role) for role in roles), strict=True)
-        texts = [[one.ids for one in tokenizers.encode_first(self.tokenizer, some, room, self._dtype)] for some in documents]
+        documents, reasons = zip(
+            *(_documents(table[columns[role]], role) for role in roles), strict=True
+        )
+        texts = [
+            [one.ids for one in tokenizers.encode_first(self.tokenizer, some, room, self._dtype)]
+            for some in documents
+        ]
         if len(texts) == 1:
             parts = [(ids[:room],) for ids in texts[0]]
         else:
-            parts = [(a[:n], b[:m]) for a, b in zip(*texts, strict=True) for n, m in [_shares(len(a), len(b), room)]]
-        return self._rows(parts, self.options.length), [next(filter(None, row), "") for row in zip(*reasons, strict=True)]
+            parts = [
+                (a[:n], b[:m])
+                for a, b in zip(*texts, strict=True)
+                for n, m in [_shares(len(a), len(b), room)]
+            ]
+        return self._rows(parts, self.options.length), [
+            next(filter(None, row), "") for row in zip(*reasons, strict=True)
+        ]
 
     def _worded(self, column) -> tuple[Arrays, list[str]]:
         lists, bad = _words(column, "text")
         room = self.options.length - 2
-        words = [[word.decode() for word in row[:LARGEST_WORD + 1]] for row in lists]
+        words = [[word.decode() for word in row[: LARGEST_WORD + 1]] for row in lists]
         encoded = tokenizers.encode_words(self.tokenizer, words, room, self._dtype)
         rows = self._rows([(ids[:room],) for ids, _ in encoded], self.options.length)
         numbers = np.full(rows.tokens.shape, -1, dtype=np.int16)
@@ -182,15 +279,29 @@ class Text(Modality):
         return {"tokens": rows.tokens, "lengths": rows.lengths, "words": numbers}, bad
 
     def _windowed(self, table, columns) -> tuple[Arrays, list[str]]:
-        """The last text in windows as transformers cuts them (return_overflowing_tokens with a stride), the first one before each."""
+        """The last text in windows as transformers cuts them (return_overflowing_tokens with a
+        stride), the first one before each.
+        """
         length, most = self.options.length, self.options.windows
         roles = [role for role in ("text", "text_pair") if role in columns]
-        documents, reasons = zip(*(_documents(table[columns[role]], role) for role in roles), strict=True)
+        documents, reasons = zip(
+            *(_documents(table[columns[role]], role) for role in roles), strict=True
+        )
         bad = [next(filter(None, row), "") for row in zip(*reasons, strict=True)]
-        texts = tokenizers.encode_first(self.tokenizer, documents[-1], length * most + 1, self._dtype, offsets=True)
-        asked = tokenizers.encode_first(self.tokenizer, documents[0], length + 1, self._dtype, offsets=True) if len(roles) == 2 else None
+        texts = tokenizers.encode_first(
+            self.tokenizer, documents[-1], length * most + 1, self._dtype, offsets=True
+        )
+        asked = (
+            tokenizers.encode_first(
+                self.tokenizer, documents[0], length + 1, self._dtype, offsets=True
+            )
+            if len(roles) == 2
+            else None
+        )
         parts: list[tuple[np.ndarray, ...]] = []
-        places: list[tuple[int, int, int, np.ndarray]] = []  # row, window, where its text begins, offsets
+        places: list[
+            tuple[int, int, int, np.ndarray]
+        ] = []  # row, window, where its text begins, offsets
         for row, text in enumerate(texts):
             question = (asked[row].ids,) if asked else ()
             before = 1 + sum(len(ids) + 1 for ids in question)
@@ -198,35 +309,53 @@ class Text(Modality):
             bad[row] = bad[row] or reason
             if not bad[row]:
                 room = length - before - 1
-                parts += [(*question, text.ids[start:start + room]) for start in starts]
-                places += [(row, window, before, text.offsets[start:start + room]) for window, start in enumerate(starts)]
+                parts += [(*question, text.ids[start : start + room]) for start in starts]
+                places += [
+                    (row, window, before, text.offsets[start : start + room])
+                    for window, start in enumerate(starts)
+                ]
         rows = self._rows(parts, length)
-        out = {"tokens": np.full((len(table), most, length), self.state["specials"][0], dtype=self._dtype),
-               "lengths": np.zeros((len(table), most), dtype=np.int32), "types": np.zeros((len(table), most, length), dtype=np.uint8)}
+        out = {
+            "tokens": np.full(
+                (len(table), most, length), self.state["specials"][0], dtype=self._dtype
+            ),
+            "lengths": np.zeros((len(table), most), dtype=np.int32),
+            "types": np.zeros((len(table), most, length), dtype=np.uint8),
+        }
         offsets = np.full((len(table), most, length, 2), -1, dtype=np.int32)
         for i, (row, window, before, spans) in enumerate(places):
             for name, array in rows._asdict().items():
                 out[name][row, window] = array[i]
-            offsets[row, window, before:before + len(spans)] = spans
+            offsets[row, window, before : before + len(spans)] = spans
         return {**out, "offsets": offsets}, bad
 
     def _starts(self, tokens: int, whole: bool, before: int) -> tuple[range, str]:
-        """First tokens of the windows of a text with so many tokens, ``before`` of which stand in front of each; or why there are none."""
+        """First tokens of the windows of a text with so many tokens, ``before`` of which stand in
+        front of each; or why there are none.
+        """
         length, stride, most = self.options.length, self.options.stride, self.options.windows
         room, asked = length - before - 1, f"the question takes {before - 2} of {length} tokens"
         if room < 1:
             return range(0), asked
         if tokens > room and room <= stride:
-            return range(0), f"{asked} and leaves {room} for the text, of which windows share {stride}"
+            return range(
+                0
+            ), f"{asked} and leaves {room} for the text, of which windows share {stride}"
         count = 1 + max(0, -(-(tokens - room) // max(1, room - stride)))
         if count > most:
-            return range(0), f"the text takes {'' if whole else 'at least '}{count} windows of {length} tokens, more than windows: {most}"
+            return (
+                range(0),
+                f"the text takes {'' if whole else 'at least '}{count} windows of {length} "
+                f"tokens, more than windows: {most}",
+            )
         return range(0, count * max(1, room - stride), max(1, room - stride)), ""
 
     def cut_rows(self, table, columns) -> CutRows | None:
-        """How many words (of lists of words) or tokens lie beyond ``length``. None where texts are read in windows: what does not fit is refused there.
+        """How many words (of lists of words) or tokens lie beyond ``length``. None where texts are
+        read in windows: what does not fit is refused there.
 
-        Tokens of a text of more than PIECE_BYTES are counted in its beginning and estimated for the rest.
+        Tokens of a text of more than PIECE_BYTES are counted in its beginning and estimated for the
+        rest.
         """
         if "tokens" in columns or self.options.windows is not None:
             return None
@@ -237,38 +366,61 @@ class Text(Modality):
         counts = []
         for role in roles:
             documents, _ = _documents(table[columns[role]], role)
-            encoded = tokenizers.encode_first(self.tokenizer, documents, room + 1, self._dtype, offsets=True)
-            counts.append([len(one.ids) if one.whole else round(len(one.ids) * len(document) / PIECE_BYTES)
-                           for one, document in zip(encoded, documents, strict=True)])
+            encoded = tokenizers.encode_first(
+                self.tokenizer, documents, room + 1, self._dtype, offsets=True
+            )
+            counts.append(
+                [
+                    len(one.ids) if one.whole else round(len(one.ids) * len(document) / PIECE_BYTES)
+                    for one, document in zip(encoded, documents, strict=True)
+                ]
+            )
         tokens = np.array(counts, dtype=np.int64).sum(0)
-        lost = np.maximum(0, tokens - room)  # of a pair the longer text is cut first, until both have room
-        return CutRows(len(table), int(np.count_nonzero(lost)), int(tokens.sum()), int(lost.sum()), "tokens")
+        lost = np.maximum(
+            0, tokens - room
+        )  # of a pair the longer text is cut first, until both have room
+        return CutRows(
+            len(table), int(np.count_nonzero(lost)), int(tokens.sum()), int(lost.sum()), "tokens"
+        )
 
     def _cut_words(self, column) -> CutRows:
         """A word is cut off where its first token has no room."""
         lists, _ = _words(column, "text")
         room = self.options.length - 2
-        words = [[word.decode() for word in row[:LARGEST_WORD + 1]] for row in lists]
+        words = [[word.decode() for word in row[: LARGEST_WORD + 1]] for row in lists]
         encoded = tokenizers.encode_words(self.tokenizer, words, room + 1, self._dtype)
-        total, lost = np.array([len(row) for row in lists], dtype=np.int64), np.zeros(len(lists), dtype=np.int64)
+        total, lost = (
+            np.array([len(row) for row in lists], dtype=np.int64),
+            np.zeros(len(lists), dtype=np.int64),
+        )
         for i, (ids, of) in enumerate(encoded):
             if len(ids) > room:
                 lost[i] = total[i] - (int(of[:room].max()) + 1)
-        return CutRows(len(lists), int(np.count_nonzero(lost)), int(total.sum()), int(lost.sum()), "words")
+        return CutRows(
+            len(lists), int(np.count_nonzero(lost)), int(total.sum()), int(lost.sum()), "words"
+        )
 
     def tokenize(self, table, columns) -> tuple[pa.Table, list[str]] | None:
-        """The good rows with ``tokens`` (a list of ids, ``[CLS] ids [SEP]`` cut to ``length``) in the place of the text. None for pairs, words and windows."""
+        """The good rows with ``tokens`` (a list of ids, ``[CLS] ids [SEP]`` cut to ``length``) in
+        the place of the text. None for pairs, words and windows.
+        """
         name = columns["text"]
         if "text_pair" in columns or self.options.windows is not None or is_list(table[name].type):
             return None
         if "tokens" in table.column_names and name != "tokens":
-            raise ValueError("a column is called tokens, the name that token ids get; give it another name")
+            raise ValueError(
+                "a column is called tokens, the name that token ids get; give it another name"
+            )
         rows, bad = self._framed(table, columns)
         good = np.array([not reason for reason in bad], dtype=bool)
         tokens, lengths = rows.tokens[good], rows.lengths[good]
         ids = tokens[np.arange(self.options.length) < lengths[:, None]].astype(self._stored)
-        column = pa.ListArray.from_arrays(np.append(0, np.cumsum(lengths)).astype(np.int32), pa.array(ids))
-        return table.filter(pa.array(good)).set_column(table.column_names.index(name), "tokens", column), bad
+        column = pa.ListArray.from_arrays(
+            np.append(0, np.cumsum(lengths)).astype(np.int32), pa.array(ids)
+        )
+        return table.filter(pa.array(good)).set_column(
+            table.column_names.index(name), "tokens", column
+        ), bad
 
     @property
     def _stored(self):
@@ -277,18 +429,27 @@ class Text(Modality):
     # ------------------------------------------------------------ packing
 
     def pack(self, table, columns) -> tuple[pa.Table, list[str]]:
-        """Documents, each ``[CLS] ids [SEP]``, laid end to end into rows of ``length``; only the last row has padding. A document that
-        the end of a row cuts goes on in the next one as if it began there (GPT's rows, Radford et al. 2019): the rest does not see what stood before, and
-        its first token is predicted by nothing. A document that lies in one row has the loss that it has alone.
+        """Documents, each ``[CLS] ids [SEP]``, laid end to end into rows of ``length``; only the
+        last row has padding. A document that the end of a row cuts goes on in the next one as if it
+        began there (GPT's rows, Radford et al. 2019): the rest does not see what stood before, and
+        its first token is predicted by nothing. A document that lies in one row has the loss that
+        it has alone.
 
-        ``bytes`` of a row: the bytes of a document's text are spread evenly over its tokens but the first, which nothing predicts.
+        ``bytes`` of a row: the bytes of a document's text are spread evenly over its tokens but the
+        first, which nothing predicts.
         """
         length, stored = self.options.length, self._stored
         documents, bad = _documents(table[columns["text"]], "text")
         encoded = tokenizers.encode(self.tokenizer, documents, stored)
-        bad = [reason or ("" if len(ids) else "the text is empty") for ids, reason in zip(encoded, bad, strict=True)]
+        bad = [
+            reason or ("" if len(ids) else "the text is empty")
+            for ids, reason in zip(encoded, bad, strict=True)
+        ]
         pad, _, cls, sep, _ = self.state["specials"]
-        sizes = np.array([len(document) for document, reason in zip(documents, bad, strict=True) if not reason], dtype=np.float64)
+        sizes = np.array(
+            [len(document) for document, reason in zip(documents, bad, strict=True) if not reason],
+            dtype=np.float64,
+        )
         kept = [ids for ids, reason in zip(encoded, bad, strict=True) if not reason]
         counts = np.array([len(ids) + 2 for ids in kept], dtype=np.int64)
         rows = -(-int(counts.sum()) // length)
@@ -297,39 +458,68 @@ class Text(Modality):
         numbers = np.zeros(rows * length, dtype=np.int32)
         for number, (ids, end) in enumerate(zip(kept, ends.tolist(), strict=True), 1):
             start = end - len(ids) - 2
-            tokens[start], tokens[start + 1:end - 1], tokens[end - 1], numbers[start:end] = cls, ids, sep, number
+            tokens[start], tokens[start + 1 : end - 1], tokens[end - 1], numbers[start:end] = (
+                cls,
+                ids,
+                sep,
+                number,
+            )
         numbers = numbers.reshape(rows, length)
         segments = np.where(numbers > 0, numbers - numbers[:, :1] + 1, 0).astype(np.uint16)
-        return pa.table({"tokens": _lists_of(tokens, length), "segments": _lists_of(segments.reshape(-1), length),
-                         "bytes": _bytes_of_rows(counts, ends, sizes, rows, length)}), bad
+        return pa.table(
+            {
+                "tokens": _lists_of(tokens, length),
+                "segments": _lists_of(segments.reshape(-1), length),
+                "bytes": _bytes_of_rows(counts, ends, sizes, rows, length),
+            }
+        ), bad
 
     def collate(self, arrays: Arrays) -> dict[str, Tensor]:
         own = {"tokens", "types", "words", "offsets"} & set(arrays)
-        out = super().collate({k: v for k, v in arrays.items() if k not in (*own, "segments", "lengths")})
+        out = super().collate(
+            {k: v for k, v in arrays.items() if k not in (*own, "segments", "lengths")}
+        )
         width = arrays["tokens"].shape[-1]
         if "segments" in arrays:
             out["segments"] = torch.from_numpy(arrays["segments"].astype(np.int32))
         else:
-            width = min(width, -(-int(arrays["lengths"].max(initial=1)) // 8) * 8)  # few distinct widths
+            width = min(
+                width, -(-int(arrays["lengths"].max(initial=1)) // 8) * 8
+            )  # few distinct widths
             out["mask"] = torch.from_numpy(np.arange(width) < arrays["lengths"][..., None])
         for name in own:
             cut = arrays[name][..., :width, :] if name == "offsets" else arrays[name][..., :width]
-            out[name] = torch.from_numpy(np.ascontiguousarray(cut) if name == "offsets" else cut.astype(np.int64))
+            out[name] = torch.from_numpy(
+                np.ascontiguousarray(cut) if name == "offsets" else cut.astype(np.int64)
+            )
         return out
 
 
 # ---------------------------------------------------------------- columns
 
+
 def _documents(column, role: str) -> tuple[list[memoryview], list[str]]:
-    """The bytes of every value, and "" or the reason why a value is no text (it is then empty); bytes that are not UTF-8 spoil their own row alone."""
+    """The bytes of every value, and "" or the reason why a value is no text (it is then empty);
+    bytes that are not UTF-8 spoil their own row alone.
+    """
     if pa.types.is_null(column.type):
         column = pa.nulls(len(column), pa.large_binary())
     try:
-        raw = column.cast(pa.large_binary())  # before chunks are joined: together they may hold more than 2 GiB
+        raw = column.cast(
+            pa.large_binary()
+        )  # before chunks are joined: together they may hold more than 2 GiB
     except pa.ArrowNotImplementedError:
-        raise ValueError(f"the {role} column holds {column.type} values, not text; check data.columns") from None
+        raise ValueError(
+            f"the {role} column holds {column.type} values, not text; check data.columns"
+        ) from None
     raw = raw.combine_chunks() if isinstance(raw, pa.ChunkedArray) else raw
-    offsets = np.frombuffer(raw.buffers()[1], dtype=np.int64)[raw.offset:raw.offset + len(raw) + 1].tolist() if len(raw) else [0]
+    offsets = (
+        np.frombuffer(raw.buffers()[1], dtype=np.int64)[
+            raw.offset : raw.offset + len(raw) + 1
+        ].tolist()
+        if len(raw)
+        else [0]
+    )
     data = memoryview(raw.buffers()[2] or b"")
     documents = [data[start:stop] for start, stop in pairwise(offsets)]
     bad = [""] * len(raw)
@@ -345,17 +535,25 @@ def _documents(column, role: str) -> tuple[list[memoryview], list[str]]:
 
 
 def _words(column, role: str) -> tuple[list[list[bytes]], list[str]]:
-    """The words of every row, and "" or the reason why they are none (the row has then no words)."""
+    """The words of every row, and "" or the reason why they are none (the row has then no
+    words).
+    """
     column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     documents, bad = _documents(column.flatten(), "word")
     rows, reasons, place = [], [], 0
-    for count in pc.list_value_length(column).to_pylist():  # pyright: ignore[reportAttributeAccessIssue]
+    for count in pc.list_value_length(column).to_pylist():  # pyright: ignore
         here = slice(place, place + (count or 0))
         place = here.stop
         row = [bytes(word) for word in documents[here]]
-        reason = f"the {role} is null" if count is None else "there are no words" if not count else ""
+        reason = (
+            f"the {role} is null" if count is None else "there are no words" if not count else ""
+        )
         for number, (word, why) in enumerate(zip(row, bad[here], strict=True)):
-            long = f"it has {len(word)} bytes, more than {PIECE_BYTES}" if len(word) > PIECE_BYTES else ""
+            long = (
+                f"it has {len(word)} bytes, more than {PIECE_BYTES}"
+                if len(word) > PIECE_BYTES
+                else ""
+            )
             reason = reason or (f"word {number}: {why or long}" if why or long else "")
         rows.append([] if reason else row)
         reasons.append(reason)
@@ -372,13 +570,17 @@ def _lists_of(values: np.ndarray, length: int) -> pa.FixedSizeListArray:
 
 
 def _shares(a: int, b: int, room: int) -> tuple[int, int]:
-    """Tokens that two texts keep when the longer one is cut first, the second one where both are too long and one is left over (tokenizers' rule)."""
+    """Tokens that two texts keep when the longer one is cut first, the second one where both are
+    too long and one is left over (tokenizers' rule).
+    """
     short = min(a, b, room // 2)
     long = min(max(a, b), room - short)
     return (short, long) if a <= b else (long, short)
 
 
-def _bytes_of_rows(counts: np.ndarray, ends: np.ndarray, sizes: np.ndarray, rows: int, length: int) -> pa.Array:
+def _bytes_of_rows(
+    counts: np.ndarray, ends: np.ndarray, sizes: np.ndarray, rows: int, length: int
+) -> pa.Array:
     """(rows,) float32 from the documents' tokens (k,), where each ends (k,) and its bytes (k,)."""
     if not rows:
         return pa.array([], pa.float32())

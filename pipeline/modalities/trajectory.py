@@ -1,4 +1,6 @@
-"""Trajectories of robots and simulators: one row an episode of observations, the actions taken after them and, where there are, a task and frames."""
+"""Trajectories of robots and simulators: one row an episode of observations, the actions taken
+after them and, where there are, a task and frames.
+"""
 
 from __future__ import annotations
 
@@ -24,35 +26,50 @@ NAMED = 8
 TOLD_SHARE = 0.01
 """Numbers beyond MOST are told of where they are so many."""
 MOST = 10.0
-"""Standardised observations lie within so many deviations: a network is not asked about a world that has blown up."""
+"""Standardised observations lie within so many deviations: a network is not asked about a world
+that has blown up.
+"""
 CHANNELS = 3
 NUMBERS = {"observations": "observation", "actions": "action", "executed": "action"}
 """Roles of numbers, and what a space knows of them."""
 BLOCK = 1 << 14
-"""Numbers that are standardised at a time: they stay in a core's cache, and are many for one call."""
+"""Numbers that are standardised at a time: they stay in a core's cache, and are many for one
+call.
+"""
 BY_WIDTH = re.compile(r"o\d+[ac]\d+(_\d+)?")
 """Names of spaces that are told by their widths alone."""
 
 
 class TrajectoryOptions(Options):
-    images: int | None = Field(None, ge=8, le=1024, description="pixels a side of the frames (column images), squashed into a square; none: there are none")
+    images: int | None = Field(
+        None,
+        ge=8,
+        le=1024,
+        description="pixels a side of the frames (column images), squashed into a square; none: "
+        "there are none",
+    )
 
 
 @register("modality", "trajectory", options=TrajectoryOptions)
 class Trajectory(Modality):
-    """Rows whose ``observations`` are T lists of numbers, and ``actions`` T lists of numbers or T class names (texts; whole numbers are their own names).
-    Action t is taken after observation t. ``executed``, of the same kind, are the actions that were done where those to be learned are others (an expert's
-    answers beside what it was made to do). ``images`` are T frames as JPEG or PNG bytes.
+    """Rows whose ``observations`` are T lists of numbers, and ``actions`` T lists of numbers or T
+    class names (texts; whole numbers are their own names). Action t is taken after observation t.
+    ``executed``, of the same kind, are the actions that were done where those to be learned are
+    others (an expert's answers beside what it was made to do). ``images`` are T frames as JPEG or
+    PNG bytes.
 
-    A *space* is a robot's observation and action space, with its own mean and deviation; rows of several stand in one corpus. It has the name that column
-    ``embodiment`` gives (characters other than letters, digits, _ and - become _), else that of its widths: o9a1, or o24c4 with four classes. A row without
-    a name belongs to the space that has the name of its widths, else to the only one that has these widths.
+    A *space* is a robot's observation and action space, with its own mean and deviation; rows of
+    several stand in one corpus. It has the name that column ``embodiment`` gives (characters other
+    than letters, digits, _ and - become _), else that of its widths: o9a1, or o24c4 with four
+    classes. A row without a name belongs to the space that has the name of its widths, else to the
+    only one that has these widths.
 
-    Tensors, with O and A the widest space's: ``observations`` (B, T, O) float32, standardised and within MOST deviations; ``mask`` (B, T) true where there
-    is a step; ``actions`` and ``executed`` (B, T, A) float32, standardised by the deviations of actions, or one-hot where they are classes (no tensor without
-    the column); ``action_std`` (B, A) those deviations; ``space`` (B,) int64;
-    ``task`` (B,) int64 its place among the known tasks plus 1, or 0; with option images ``images`` (B, T, 3, size, size) uint8. Noughts fill what a row
-    lacks.
+    Tensors, with O and A the widest space's: ``observations`` (B, T, O) float32, standardised and
+    within MOST deviations; ``mask`` (B, T) true where there is a step; ``actions`` and ``executed``
+    (B, T, A) float32, standardised by the deviations of actions, or one-hot where they are classes
+    (no tensor without the column); ``action_std`` (B, A) those deviations; ``space`` (B,) int64;
+    ``task`` (B,) int64 its place among the known tasks plus 1, or 0; with option images ``images``
+    (B, T, 3, size, size) uint8. Noughts fill what a row lacks.
     """
 
     roles = ("observations",)
@@ -65,54 +82,100 @@ class Trajectory(Modality):
 
     def __init__(self, options: Any, state: dict[str, Any]):
         super().__init__(options, state)
-        self.spaces: dict[str, Space] = {name: Space(name, **facts) for name, facts in state.get("spaces", {}).items()}
+        self.spaces: dict[str, Space] = {
+            name: Space(name, **facts) for name, facts in state.get("spaces", {}).items()
+        }
         self.names: tuple[str, ...] = tuple(self.spaces)
         """Names of the spaces, in the order of their numbers."""
         self.tasks: tuple[str, ...] = tuple(state.get("tasks", ()))
 
     @classmethod
     def fit(cls, options, table, columns, backbone):
-        """Spaces with their statistics, and the tasks, of the rows that can be read. Raises ValueError when none can, and where frames are given without
-        option images, or asked for and not given."""
+        """Spaces with their statistics, and the tasks, of the rows that can be read. Raises
+        ValueError when none can, and where frames are given without option images, or asked for and
+        not given.
+        """
         cls._check_frames(options, columns)
         rows = Episodes.read(table, columns)
         if not rows.good.any():
-            raise ValueError(f"column {columns['observations']}: none of the first {len(table)} rows can be read: {[*rows.reasons, 'no rows'][0]}")
-        return {"spaces": rows.spaces(np.flatnonzero(rows.good)), "tasks": sorted(set(texts(table, columns, "task")) - {""})}
+            raise ValueError(
+                f"column {columns['observations']}: none of the first {len(table)} rows can be "
+                f"read: {[*rows.reasons, 'no rows'][0]}"
+            )
+        return {
+            "spaces": rows.spaces(np.flatnonzero(rows.good)),
+            "tasks": sorted(set(texts(table, columns, "task")) - {""}),
+        }
 
     @staticmethod
     def _check_frames(options: Any, columns: dict[str, str]) -> None:
         given = "images" in columns
         if given != (options.images is not None):
-            raise ValueError("images: " + (f"column {columns['images']} holds frames and the modality reads none: say {{trajectory: {{images: 96}}}} (pixels a "
-                             "side), or leave the column out" if given else "the modality is to read frames, and no column has them: name it in data.columns"))
+            raise ValueError(
+                "images: "
+                + (
+                    f"column {columns['images']} holds frames and the modality reads none: say "
+                    f"{{trajectory: {{images: 96}}}} (pixels a "
+                    "side), or leave the column out"
+                    if given
+                    else "the modality is to read frames, and no column has them: name it in "
+                    "data.columns"
+                )
+            )
 
     def needed_type(self, role, kind) -> str:
         if role != "observations":
             return ""
         deep = kind.value_type.value_type if is_list(kind) and is_list(kind.value_type) else None
-        is_number = deep is not None and (pa.types.is_integer(deep) or pa.types.is_floating(deep) or pa.types.is_null(deep))
+        is_number = deep is not None and (
+            pa.types.is_integer(deep) or pa.types.is_floating(deep) or pa.types.is_null(deep)
+        )
         return "" if is_number else "lists, one entry a step, of lists of numbers"
 
     def inputs(self) -> dict[str, Any]:
-        """``spaces``: of each its widths and whether its actions are classes; how many ``tasks``; ``images`` (channels, height, width) or none."""
-        spaces = {name: {"observation": space.observation, "action": space.action, "discrete": space.discrete is not None}
-                  for name, space in self.spaces.items()}
+        """``spaces``: of each its widths and whether its actions are classes; how many ``tasks``;
+        ``images`` (channels, height, width) or none.
+        """
+        spaces = {
+            name: {
+                "observation": space.observation,
+                "action": space.action,
+                "discrete": space.discrete is not None,
+            }
+            for name, space in self.spaces.items()
+        }
         size = self.options.images
-        return {"spaces": spaces, "tasks": len(self.tasks), "images": None if size is None else [CHANNELS, size, size]}
+        return {
+            "spaces": spaces,
+            "tasks": len(self.tasks),
+            "images": None if size is None else [CHANNELS, size, size],
+        }
 
     def known(self, table, columns) -> str:
         """In words, which spaces and tasks of these rows the state has, and what it lacks."""
         rows = Episodes.read(table, columns)
         place, lacking, _ = self._settled(rows)
-        parts = [_told("space", Counter(self.names[i] for i in place.tolist() if i >= 0), Counter(map(rows.name, lacking.tolist())))]
+        parts = [
+            _told(
+                "space",
+                Counter(self.names[i] for i in place.tolist() if i >= 0),
+                Counter(map(rows.name, lacking.tolist())),
+            )
+        ]
         for i, space in enumerate(self.spaces.values()):
             mine = np.flatnonzero(place == i)
             lost = rows.classes(mine) - set(space.discrete or ()) if rows.discrete else ()
-            parts += [f"{space.name} lacks the classes {', '.join(sorted(lost)[:NAMED])}"] if lost else []
+            parts += (
+                [f"{space.name} lacks the classes {', '.join(sorted(lost)[:NAMED])}"]
+                if lost
+                else []
+            )
             far = space.beyond(rows.observations, mine)
             if far >= TOLD_SHARE:
-                parts.append(f"{far:.0%} of the numbers that {space.name} observes lie beyond {MOST:g} of its deviations, and are cut there")
+                parts.append(
+                    f"{far:.0%} of the numbers that {space.name} observes lie beyond {MOST:g} "
+                    "of its deviations, and are cut there"
+                )
         tasks = Counter(text for text in texts(table, columns, "task") if text)
         if tasks:
             have = Counter({text: count for text, count in tasks.items() if text in self.tasks})
@@ -120,27 +183,43 @@ class Trajectory(Modality):
         return "; ".join(parts)
 
     def grown(self, table, columns) -> dict[str, Any]:
-        """The state with the spaces and tasks of these rows that it lacks behind its own, which stay as they are. Rows without a name whose classes are not
-        all known make a new space."""
+        """The state with the spaces and tasks of these rows that it lacks behind its own, which
+        stay as they are. Rows without a name whose classes are not all known make a new space.
+        """
         self._check_frames(self.options, columns)
         rows = Episodes.read(table, columns)
         _, lacking, chosen = self._settled(rows)
         tasks = sorted(set(texts(table, columns, "task")) - {"", *self.tasks})
         new = rows.spaces(lacking, self.names)
-        chosen |= {str(facts["observation"]): name for name, facts in new.items() if facts["discrete"] and BY_WIDTH.fullmatch(name)}
+        chosen |= {
+            str(facts["observation"]): name
+            for name, facts in new.items()
+            if facts["discrete"] and BY_WIDTH.fullmatch(name)
+        }
         if not new and not tasks and chosen == self.state.get("chosen", {}):
             return self.state
-        return {**self.state, "spaces": {**self.state["spaces"], **new}, "tasks": [*self.tasks, *tasks], **({"chosen": chosen} if chosen else {})}
+        return {
+            **self.state,
+            "spaces": {**self.state["spaces"], **new},
+            "tasks": [*self.tasks, *tasks],
+            **({"chosen": chosen} if chosen else {}),
+        }
 
     def _settled(self, rows: Episodes) -> tuple[np.ndarray, np.ndarray, dict[str, str]]:
-        """(B,) number of each row's space or -1, the good rows of spaces that the state lacks, and, by width of observations, which space rows without a name
-        whose actions are classes are of: the one that they are taken for, or the last one that has all their classes, else a new one."""
+        """(B,) number of each row's space or -1, the good rows of spaces that the state lacks, and,
+        by width of observations, which space rows without a name whose actions are classes are of:
+        the one that they are taken for, or the last one that has all their classes, else a new one.
+        """
         place, _, lacking = self._placed(rows)
         chosen, before = dict(self.state.get("chosen", {})), place.copy()
         for i, space in enumerate(self.spaces.values()):
             mine = np.flatnonzero((before == i) & (rows.robot < 0))
             if rows.discrete and (classes := rows.classes(mine)) - set(space.discrete or ()):
-                fits = [name for name in self._by_width(space.observation, CLASSES) if classes <= set(self.spaces[name].discrete or ())]
+                fits = [
+                    name
+                    for name in self._by_width(space.observation, CLASSES)
+                    if classes <= set(self.spaces[name].discrete or ())
+                ]
                 place[mine] = self.names.index(fits[-1]) if fits else -1
                 if fits:
                     chosen[str(space.observation)] = fits[-1]
@@ -150,16 +229,26 @@ class Trajectory(Modality):
 
     def _by_width(self, observation: int, action: int) -> list[str]:
         """Spaces that rows without a name may be of, and that are told by their widths."""
-        return [name for name, space in self.spaces.items() if space.fits(observation, action) and BY_WIDTH.fullmatch(name)]
+        return [
+            name
+            for name, space in self.spaces.items()
+            if space.fits(observation, action) and BY_WIDTH.fullmatch(name)
+        ]
 
     def _placed(self, rows: Episodes) -> tuple[np.ndarray, list[str], np.ndarray]:
-        """(B,) number of each row's space, or -1; the reasons, completed; and the good rows of spaces that the state could have and lacks."""
+        """(B,) number of each row's space, or -1; the reasons, completed; and the good rows of
+        spaces that the state could have and lacks.
+        """
         place, reasons, lacking = np.full(len(rows.reasons), -1), list(rows.reasons), []
         good, found = rows.good.tolist(), {}
-        for i, key in enumerate(zip(rows.robot.tolist(), rows.widths.tolist(), rows.action_widths.tolist(), strict=True)):
+        for i, key in enumerate(
+            zip(rows.robot.tolist(), rows.widths.tolist(), rows.action_widths.tolist(), strict=True)
+        ):
             if good[i]:
                 if key not in found:
-                    found[key] = self._space_of(rows.robots[key[0]] if key[0] >= 0 else "", *key[1:])
+                    found[key] = self._space_of(
+                        rows.robots[key[0]] if key[0] >= 0 else "", *key[1:]
+                    )
                 name, reasons[i] = found[key]
                 if not reasons[i]:
                     place[i] = self.names.index(name)
@@ -168,87 +257,166 @@ class Trajectory(Modality):
         return place, reasons, np.array(lacking, dtype=np.int64)
 
     def _space_of(self, robot: str, observation: int, action: int) -> tuple[str, str]:
-        """(name of the space, "" or why its rows cannot be read); no name where the state lacks a space. ``action``: how many numbers, or NONE, CLASSES."""
-        taken = {NONE: "", CLASSES: " and actions that are classes"}.get(action, f" and actions of {action} numbers")
+        """(name of the space, "" or why its rows cannot be read); no name where the state lacks a
+        space. ``action``: how many numbers, or NONE, CLASSES.
+        """
+        taken = {NONE: "", CLASSES: " and actions that are classes"}.get(
+            action, f" and actions of {action} numbers"
+        )
         said = f"observations of {observation} numbers{taken}"
         fits = [name for name, space in self.spaces.items() if space.fits(observation, action)]
         if robot:
             if robot not in self.spaces:
                 return "", f"embodiment {robot} is not known; {nearest(robot, self.spaces)}"
-            return robot, "" if robot in fits else f"{self.spaces[robot].text()}, the row has {said}"
+            return (
+                robot,
+                "" if robot in fits else f"{self.spaces[robot].text()}, the row has {said}",
+            )
         own = self._by_width(observation, action)
-        if action == CLASSES and own:  # their names tell of their number alone: ``grown`` has looked which are meant
+        if (
+            action == CLASSES and own
+        ):  # their names tell of their number alone: ``grown`` has looked which are meant
             return self.state.get("chosen", {}).get(str(observation), own[-1]), ""
         if len(own or fits) == 1:
             return (own or fits)[0], ""
         if fits:
-            return "", f"{len(fits)} spaces have {said} ({', '.join(fits[:NAMED])}): column embodiment must tell which"
-        return "", f"no space has {said}: " + "; ".join(space.text() for space in list(self.spaces.values())[:NAMED])
+            return (
+                "",
+                f"{len(fits)} spaces have {said} ({', '.join(fits[:NAMED])}): column "
+                "embodiment must tell which",
+            )
+        return "", f"no space has {said}: " + "; ".join(
+            space.text() for space in list(self.spaces.values())[:NAMED]
+        )
 
     def decode(self, table, columns) -> tuple[Arrays, list[str]]:
-        """Rows as they stand in their column, step behind step (of classes their places), ``space``, ``task`` and frames: nothing is copied, numbers become
-        standardised on their way into a batch."""
+        """Rows as they stand in their column, step behind step (of classes their places),
+        ``space``, ``task`` and frames: nothing is copied, numbers become standardised on their way
+        into a batch.
+        """
         if self.options.images is not None and columns.get("images") not in table.column_names:
-            raise ValueError(f"images: frames of {self.options.images} pixels are to be read, and no column has them: name it in data.columns")
+            raise ValueError(
+                f"images: frames of {self.options.images} pixels are to be read, and no column "
+                "has them: name it in data.columns"
+            )
         rows = Episodes.read(table, columns)
         place, reasons, _ = self._placed(rows)
-        taken = {role: numbers for role, numbers in (("actions", rows.actions), ("executed", rows.executed)) if numbers is not None}
-        codes = {role: self._codes(role, numbers, place, reasons) for role, numbers in taken.items() if numbers.classes is not None}
-        frames = self._frames(table[columns["images"]], rows, reasons) if self.options.images is not None else None
+        taken = {
+            role: numbers
+            for role, numbers in (("actions", rows.actions), ("executed", rows.executed))
+            if numbers is not None
+        }
+        codes = {
+            role: self._codes(role, numbers, place, reasons)
+            for role, numbers in taken.items()
+            if numbers.classes is not None
+        }
+        frames = (
+            self._frames(table[columns["images"]], rows, reasons)
+            if self.options.images is not None
+            else None
+        )
         place[[bool(reason) for reason in reasons]] = -1
-        out: Arrays = {"observations": ragged(rows.observations.rows(rows.observations.values, place >= 0))}
-        out |= {role: ragged(numbers.rows(codes.get(role, numbers.values), place >= 0)) for role, numbers in taken.items()}
+        out: Arrays = {
+            "observations": ragged(rows.observations.rows(rows.observations.values, place >= 0))
+        }
+        out |= {
+            role: ragged(numbers.rows(codes.get(role, numbers.values), place >= 0))
+            for role, numbers in taken.items()
+        }
         if frames is not None:
-            out["images"] = ragged(frame if i >= 0 else frame[:0] for frame, i in zip(frames, place.tolist(), strict=True))
+            out["images"] = ragged(
+                frame if i >= 0 else frame[:0]
+                for frame, i in zip(frames, place.tolist(), strict=True)
+            )
         where = {text: number for number, text in enumerate(self.tasks, 1)}
-        out["task"] = np.array([where.get(text, 0) for text in texts(table, columns, "task")], dtype=np.int64)
+        out["task"] = np.array(
+            [where.get(text, 0) for text in texts(table, columns, "task")], dtype=np.int64
+        )
         out["space"] = np.maximum(place, 0)
         return out, reasons
 
-    def _codes(self, role: str, actions: Numbers, place: np.ndarray, reasons: list[str]) -> np.ndarray:
-        """(steps,) float32 place of each action among its space's classes; a row that has another one to be learned gets a reason, what was executed -1."""
+    def _codes(
+        self, role: str, actions: Numbers, place: np.ndarray, reasons: list[str]
+    ) -> np.ndarray:
+        """(steps,) float32 place of each action among its space's classes; a row that has another
+        one to be learned gets a reason, what was executed -1.
+        """
         assert actions.classes is not None
         table = np.full((len(self.names) + 1, len(actions.classes) + 1), -1.0, dtype=np.float32)
         for i in np.unique(place[place >= 0]).tolist():
-            where = {text: number for number, text in enumerate(self.spaces[self.names[i]].discrete or ())}
+            where = {
+                text: number
+                for number, text in enumerate(self.spaces[self.names[i]].discrete or ())
+            }
             table[i, :-1] = [where.get(text, -1) for text in actions.classes]
         codes = table[np.repeat(place, np.diff(actions.ends)), actions.values]
         for i, at in first_of_rows(codes < 0, actions.ends) if role == "actions" else ():
             if not reasons[i]:
                 text, space = actions.classes[actions.values[at]], self.spaces[self.names[place[i]]]
-                reasons[i] = f"actions: step {at - actions.ends[i]} is {text!r}, which is no class of space {space.name}; {nearest(text, space.discrete)}"
+                reasons[i] = (
+                    f"actions: step {at - actions.ends[i]} is {text!r}, which is no class of "
+                    f"space {space.name}; {nearest(text, space.discrete)}"
+                )
         return codes
 
     def _frames(self, column: Any, rows: Episodes, reasons: list[str]) -> list[np.ndarray]:
-        """Of each row its frames, (T * 3 * size * size) uint8; a row with one that cannot be decoded gets a reason."""
+        """Of each row its frames, (T * 3 * size * size) uint8; a row with one that cannot be
+        decoded gets a reason.
+        """
         size, out = self.options.images, []
         for i, value in enumerate(column):
             files = value.as_py() if not reasons[i] else None
             steps = int(rows.steps[i])
             if not reasons[i] and len(files or ()) != steps:
-                reasons[i] = f"the episode has {len(files or ())} images and {steps} observations: an image stands beside every observation"
+                reasons[i] = (
+                    f"the episode has {len(files or ())} images and {steps} observations: an "
+                    "image stands beside every observation"
+                )
             made = np.zeros((0 if reasons[i] else steps, CHANNELS, size, size), dtype=np.uint8)
             for t, data in enumerate(files if files and not reasons[i] else ()):
                 try:
-                    made[t] = imagefile.resize(imagefile.pixels(data or b"", CHANNELS), size, "squash").numpy()
-                except (RuntimeError, ValueError) as error:  # what torchvision raises for bytes that are no image
-                    reasons[i] = f"images: step {t}: {(str(error).splitlines() or [type(error).__name__])[0][:200]}"
+                    made[t] = imagefile.resize(
+                        imagefile.pixels(data or b"", CHANNELS), size, "squash"
+                    ).numpy()
+                except (
+                    RuntimeError,
+                    ValueError,
+                ) as error:  # what torchvision raises for bytes that are no image
+                    reasons[i] = (
+                        f"images: step {t}: "
+                        f"{(str(error).splitlines() or [type(error).__name__])[0][:200]}"
+                    )
                     break
             out.append(made.reshape(-1))
         return out
 
     def costs(self, table, columns) -> np.ndarray:
-        """(B,) float64 steps of each row: the column ``steps`` where there is one, else as many as it has observations; 0 where that cannot be told."""
+        """(B,) float64 steps of each row: the column ``steps`` where there is one, else as many as
+        it has observations; 0 where that cannot be told.
+        """
         told = columns.get("steps")
         if told in table.column_names:
             return np.maximum(pc.fill_null(pc.cast(table[told], pa.float64()), 0.0).to_numpy(), 0.0)
-        return pc.fill_null(pc.list_value_length(table[columns["observations"]]), 0).to_numpy().astype(np.float64)  # pyright: ignore[reportAttributeAccessIssue]
+        return (
+            pc.fill_null(pc.list_value_length(table[columns["observations"]]), 0)
+            .to_numpy()
+            .astype(np.float64)
+        )  # pyright: ignore[reportAttributeAccessIssue]
 
     def collate(self, arrays: Arrays) -> dict[str, Tensor]:
-        """As `Modality.collate`, standardised: each number is read once, from the row, and written once, into the batch."""
+        """As `Modality.collate`, standardised: each number is read once, from the row, and written
+        once, into the batch.
+        """
         place, rows = arrays["space"].tolist(), len(arrays["space"])
         spaces = [self.spaces[self.names[i]] for i in place]
-        steps = np.array([len(row) // space.observation for row, space in zip(arrays["observations"], spaces, strict=True)], dtype=np.int64)
+        steps = np.array(
+            [
+                len(row) // space.observation
+                for row, space in zip(arrays["observations"], spaces, strict=True)
+            ],
+            dtype=np.int64,
+        )
         most = max(1, int(steps.max(initial=0)))
         own: dict[str, np.ndarray] = {"mask": np.arange(most) < steps[:, None]}
         most_acts = max((space.action for space in self.spaces.values()), default=0)
@@ -261,35 +429,53 @@ class Trajectory(Modality):
                 if what == "action" and space.discrete is not None:
                     flat[i, (np.arange(len(row)) * width + row.astype(np.int64))[row >= 0]] = 1.0
                 elif mine == width:
-                    space.standard(row, what, flat[i, :len(row)])
+                    space.standard(row, what, flat[i, : len(row)])
                 elif len(row):
-                    out[i, :len(row) // mine, :mine] = space.standard(row, what, np.empty_like(row)).reshape(-1, mine)
+                    out[i, : len(row) // mine, :mine] = space.standard(
+                        row, what, np.empty_like(row)
+                    ).reshape(-1, mine)
         if "actions" in own:
             own["action_std"] = np.ones((rows, most_acts), dtype=np.float32)
             for i, space in enumerate(spaces):
-                own["action_std"][i, :len(space.action_std)] = space.action_std
+                own["action_std"][i, : len(space.action_std)] = space.action_std
         if "images" in arrays:
             size = self.options.images
             own["images"] = np.zeros((rows, most, CHANNELS, size, size), dtype=np.uint8)
             for i, row in enumerate(arrays["images"]):
-                own["images"][i, :steps[i]] = row.reshape(-1, CHANNELS, size, size)
+                own["images"][i, : steps[i]] = row.reshape(-1, CHANNELS, size, size)
         return {name: torch.from_numpy(array) for name, array in own.items()} | super().collate(
-            {name: array for name, array in arrays.items() if name not in own})
+            {name: array for name, array in arrays.items() if name not in own}
+        )
 
     def observe(self, space: str, observations: np.ndarray) -> np.ndarray:
-        """(n, O) standardised float32 of n observations, as ``decode`` makes them. Raises ValueError for an unknown space or another width."""
+        """(n, O) standardised float32 of n observations, as ``decode`` makes them. Raises
+        ValueError for an unknown space or another width.
+        """
         one, found = self._space(space), np.ascontiguousarray(observations, dtype=np.float32)
         if found.ndim != 2 or found.shape[1] != one.observation:
-            raise ValueError(f"space {space} has observations of {one.observation} numbers, these are of shape {found.shape}")
-        return one.standard(found.reshape(-1), "observation", np.empty(found.size, dtype=np.float32)).reshape(found.shape)
+            raise ValueError(
+                f"space {space} has observations of {one.observation} numbers, these are of "
+                f"shape {found.shape}"
+            )
+        return one.standard(
+            found.reshape(-1), "observation", np.empty(found.size, dtype=np.float32)
+        ).reshape(found.shape)
 
     def act(self, space: str, actions: np.ndarray) -> np.ndarray:
-        """What an environment takes: (n, A) float32 in its own units of (n, A) standardised actions, not clipped; (n,) int64 of (n,) classes: their
-        places among the space's ``discrete``, which are sorted. Raises ValueError for an unknown space or another shape."""
+        """What an environment takes: (n, A) float32 in its own units of (n, A) standardised
+        actions, not clipped; (n,) int64 of (n,) classes: their places among the space's
+        ``discrete``, which are sorted. Raises ValueError for an unknown space or another shape.
+        """
         one, found = self._space(space), np.asarray(actions)
-        if found.ndim != (2 if one.discrete is None else 1) or (one.discrete is None and found.shape[1] != one.action):
+        if found.ndim != (2 if one.discrete is None else 1) or (
+            one.discrete is None and found.shape[1] != one.action
+        ):
             raise ValueError(f"{one.text()}; these actions are of shape {found.shape}")
-        return found.astype(np.int64) if one.discrete is not None else (found * one.action_std + one.action_mean).astype(np.float32)
+        return (
+            found.astype(np.int64)
+            if one.discrete is not None
+            else (found * one.action_std + one.action_mean).astype(np.float32)
+        )
 
     def _space(self, name: str) -> Space:
         if name not in self.spaces:
@@ -300,37 +486,78 @@ class Trajectory(Modality):
 class Space:
     """One of the state's spaces: widths, names of classes, statistics as arrays."""
 
-    def __init__(self, name: str, observation: int, action: int, discrete: list[str] | None, **statistics: list[float]):
-        self.name, self.observation, self.action, self.discrete = name, observation, action, discrete
-        self.action_mean, self.action_std = (np.array(statistics[f"action_{which}"], dtype=np.float32) for which in ("mean", "std"))
+    def __init__(
+        self,
+        name: str,
+        observation: int,
+        action: int,
+        discrete: list[str] | None,
+        **statistics: list[float],
+    ):
+        self.name, self.observation, self.action, self.discrete = (
+            name,
+            observation,
+            action,
+            discrete,
+        )
+        self.action_mean, self.action_std = (
+            np.array(statistics[f"action_{which}"], dtype=np.float32) for which in ("mean", "std")
+        )
         self._blocks: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         for what in ("observation", "action"):
-            mean, std = (np.array(statistics[f"{what}_{which}"], dtype=np.float64) for which in ("mean", "std"))
+            mean, std = (
+                np.array(statistics[f"{what}_{which}"], dtype=np.float64)
+                for which in ("mean", "std")
+            )
             times = max(1, BLOCK // max(1, len(mean)))
-            self._blocks[what] = np.tile(mean.astype(np.float32), times), np.tile((1 / std).astype(np.float32), times)
+            self._blocks[what] = (
+                np.tile(mean.astype(np.float32), times),
+                np.tile((1 / std).astype(np.float32), times),
+            )
 
     def beyond(self, observations: Numbers, rows: np.ndarray) -> float:
         """The share of the numbers that these rows observe that lie beyond MOST deviations."""
-        mine = np.concatenate([observations.values[observations.ends[i]:observations.ends[i + 1]] for i in rows.tolist()] or [np.zeros(0, np.float32)])
-        return float(np.mean(np.abs(self.standard(mine, "observation", np.empty_like(mine))) >= MOST)) if len(mine) else 0.0
+        mine = np.concatenate(
+            [
+                observations.values[observations.ends[i] : observations.ends[i + 1]]
+                for i in rows.tolist()
+            ]
+            or [np.zeros(0, np.float32)]
+        )
+        return (
+            float(np.mean(np.abs(self.standard(mine, "observation", np.empty_like(mine))) >= MOST))
+            if len(mine)
+            else 0.0
+        )
 
     def fits(self, observation: int, action: int) -> bool:
-        """Whether rows of these widths are of this space; ``action``: how many numbers, or NONE, CLASSES."""
+        """Whether rows of these widths are of this space; ``action``: how many numbers, or NONE,
+        CLASSES.
+        """
         if self.observation != observation or action == NONE:
             return self.observation == observation
-        return self.discrete is not None if action == CLASSES else self.discrete is None and self.action == action
+        return (
+            self.discrete is not None
+            if action == CLASSES
+            else self.discrete is None and self.action == action
+        )
 
     def text(self) -> str:
         kind = f"{self.action} numbers" if self.discrete is None else f"{self.action} classes"
-        return f"space {self.name} has observations of {self.observation} numbers and actions of {kind}"
+        return (
+            f"space {self.name} has observations of {self.observation} numbers and actions of "
+            f"{kind}"
+        )
 
     def standard(self, values: np.ndarray, what: str, out: np.ndarray) -> np.ndarray:
-        """(n * width,) numbers of steps one behind the other, minus their mean and through their deviation, into ``out``."""
+        """(n * width,) numbers of steps one behind the other, minus their mean and through their
+        deviation, into ``out``.
+        """
         mean, scale = self._blocks[what]
         for start in range(0, len(values), max(1, len(mean))):
-            part = out[start:start + len(mean)]
-            np.subtract(values[start:start + len(mean)], mean[:len(part)], out=part)
-            np.multiply(part, scale[:len(part)], out=part)
+            part = out[start : start + len(mean)]
+            np.subtract(values[start : start + len(mean)], mean[: len(part)], out=part)
+            np.multiply(part, scale[: len(part)], out=part)
             if what == "observation":
                 part.clip(-MOST, MOST, out=part)  # np.clip takes twice as long as all of this
         return out
@@ -339,4 +566,6 @@ class Space:
 def _told(kind: str, have: Counter, fresh: Counter) -> str:
     """In words: how many names of a kind are known, and which are new, with their rows."""
     new = [f"{name} ({count} rows)" for name, count in fresh.most_common(NAMED)]
-    return f"{len(have)} of {len({*have, *fresh})} {kind}s are known" + (f"; new: {', '.join(new)}{', ...' if len(fresh) > NAMED else ''}" if new else "")
+    return f"{len(have)} of {len({*have, *fresh})} {kind}s are known" + (
+        f"; new: {', '.join(new)}{', ...' if len(fresh) > NAMED else ''}" if new else ""
+    )

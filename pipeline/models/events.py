@@ -1,4 +1,6 @@
-"""Backbones for irregular events: a recurrent network over an hourly grid, and a transformer over the set of events (STraTS)."""
+"""Backbones for irregular events: a recurrent network over an hourly grid, and a transformer over
+the set of events (STraTS).
+"""
 
 from __future__ import annotations
 
@@ -18,25 +20,37 @@ DAY = 24.0
 
 class EventsModelOptions(Options):
     width: int = Field(128, ge=8, description="channels of tokens")
-    layers: int = Field(1, ge=1, le=24, description="recurrent layers, or blocks of the transformer")
+    layers: int = Field(
+        1, ge=1, le=24, description="recurrent layers, or blocks of the transformer"
+    )
     heads: int = Field(4, ge=1, description="strats: heads of attention")
-    bin: float = Field(1.0, gt=0, le=24 * 31, description="gru: hours of a step; values of one variable in a step are averaged")
+    bin: float = Field(
+        1.0,
+        gt=0,
+        le=24 * 31,
+        description="gru: hours of a step; values of one variable in a step are averaged",
+    )
     dropout: float = Field(0.2, ge=0, lt=1, description="dropout")
 
 
 @register("model", "events", options=EventsModelOptions)
 class EventsBackbone(Backbone):
-    """Input: the tensors of modality events. ``inputs``: ``variables``, ``numbers`` and ``codes`` (how many), ``start`` and ``hours``.
+    """Input: the tensors of modality events. ``inputs``: ``variables``, ``numbers`` and ``codes``
+    (how many), ``start`` and ``hours``.
 
-    ``gru``: values on a grid of ``bin`` hours, each step with every variable's last mean value, whether it was measured in that step, and the hours since it
-    was (the input of GRU-D, Che et al. 2018, whose learned decays the recurrent network has to find), beside the static facts; then a GRU. ``tokens``
-    (B, T, width) are causal: a token knows the events before the end of its step, which ``stages["times"]`` (B, T) float32 tells in hours;
-    ``stages["charted"]`` (B, T) bool are the steps that hold events. ``pooled`` (B, 2 width): the last token and the mean of all. Rows end with the step of
-    their last event.
+    ``gru``: values on a grid of ``bin`` hours, each step with every variable's last mean value,
+    whether it was measured in that step, and the hours since it was (the input of GRU-D, Che et al.
+    2018, whose learned decays the recurrent network has to find), beside the static facts; then a
+    GRU. ``tokens`` (B, T, width) are causal: a token knows the events before the end of its step,
+    which ``stages["times"]`` (B, T) float32 tells in hours; ``stages["charted"]`` (B, T) bool are
+    the steps that hold events. ``pooled`` (B, 2 width): the last token and the mean of all. Rows
+    end with the step of their last event.
 
-    ``strats`` (Tipirneni and Reddy 2022): each event is the sum of an embedding of its variable and of two networks of one number (d^1/2 tanh units), one
-    for its time and one for its value; a transformer over the set; ``pooled`` (B, 2 width): the tokens weighed by fusion attention, beside the embedded
-    static facts. ``tokens`` (B, N, width) in the order of the events. ``token_mask`` (B, N) hides values: nothing is added for them.
+    ``strats`` (Tipirneni and Reddy 2022): each event is the sum of an embedding of its variable and
+    of two networks of one number (d^1/2 tanh units), one for its time and one for its value; a
+    transformer over the set; ``pooled`` (B, 2 width): the tokens weighed by fusion attention,
+    beside the embedded static facts. ``tokens`` (B, N, width) in the order of the events.
+    ``token_mask`` (B, N) hides values: nothing is added for them.
 
     Raises ValueError for another architecture, and for rows that are no events.
     """
@@ -45,30 +59,64 @@ class EventsBackbone(Backbone):
         super().__init__(architecture, options, inputs)
         name = f"events/{architecture}"
         if missing := {"variables", "numbers", "codes", "start", "hours"} - inputs.keys():
-            raise ValueError(f"{name} reads events (modality events); these rows give no {', '.join(sorted(missing))}")
+            raise ValueError(
+                f"{name} reads events (modality events); these rows give no "
+                f"{', '.join(sorted(missing))}"
+            )
         if architecture == "strats" and options.width % options.heads:
-            raise ValueError(f"{name}: width {options.width} is not divided by heads {options.heads}")
+            raise ValueError(
+                f"{name}: width {options.width} is not divided by heads {options.heads}"
+            )
         self.options = options
         self.arch = {"name": name, "options": options.model_dump(), "inputs": dict(inputs)}
-        self.token_dim, self.pooled_dim, self.causal = options.width, 2 * options.width, architecture == "gru"
+        self.token_dim, self.pooled_dim, self.causal = (
+            options.width,
+            2 * options.width,
+            architecture == "gru",
+        )
         self.static = Static(inputs["numbers"], inputs["codes"], options.width)
         self.body = Grid(options, inputs) if architecture == "gru" else Strats(options, inputs)
 
-    def forward(self, batch: Batch, *, token_mask: Tensor | None = None, want: tuple[str, ...] = ()) -> Features:
+    def forward(
+        self, batch: Batch, *, token_mask: Tensor | None = None, want: tuple[str, ...] = ()
+    ) -> Features:
         if token_mask is not None and self.causal:
-            raise ValueError(f"{self.arch['name']} has no token for each event: forecast pretrains it, or mask events with events/strats")
+            raise ValueError(
+                f"{self.arch['name']} has no token for each event: forecast pretrains it, or "
+                "mask events with events/strats"
+            )
         return self.body(batch, self.static(batch), token_mask)
 
     def layers(self) -> dict[str, list[str]]:
         out: dict[str, list[str]] = {}
         for name, _ in self.named_parameters():
             top, part, number, *_ = [*name.split("."), "", ""]
-            out.setdefault("static" if top == "static" else f"block{number.zfill(2)}" if part == "blocks" else part, []).append(name)
-        return {name: out[name] for name in sorted(out, key=lambda name: (name != "static", name not in ("embed", "enter"), name == "fuse", name))}
+            out.setdefault(
+                "static"
+                if top == "static"
+                else f"block{number.zfill(2)}"
+                if part == "blocks"
+                else part,
+                [],
+            ).append(name)
+        return {
+            name: out[name]
+            for name in sorted(
+                out,
+                key=lambda name: (
+                    name != "static",
+                    name not in ("embed", "enter"),
+                    name == "fuse",
+                    name,
+                ),
+            )
+        }
 
 
 class Static(nn.Module):
-    """(B, width) of a row's static facts: numbers with whether they are known, and the mean of its texts' vectors."""
+    """(B, width) of a row's static facts: numbers with whether they are known, and the mean of its
+    texts' vectors.
+    """
 
     def __init__(self, numbers: int, codes: int, width: int):
         super().__init__()
@@ -78,16 +126,25 @@ class Static(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         codes = batch["codes"]
         found = self.codes(codes).sum(1) / (codes > 0).sum(1, keepdim=True).clamp(min=1).sqrt()
-        return torch.tanh(self.numbers(torch.cat([batch["numbers"], batch["numbers_known"].to(batch["numbers"].dtype)], 1)) + found)
+        return torch.tanh(
+            self.numbers(
+                torch.cat([batch["numbers"], batch["numbers_known"].to(batch["numbers"].dtype)], 1)
+            )
+            + found
+        )
 
 
 def grid(batch: Batch, variables: int, start: float, step: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, T, V) float32 mean value in each step, (B, T, V) bool whether it was measured, (B,) int64 steps of each row up to that of its last event."""
+    """(B, T, V) float32 mean value in each step, (B, T, V) bool whether it was measured, (B,) int64
+    steps of each row up to that of its last event.
+    """
     times, mask = batch["times"], batch["mask"]
     place = ((times - start) / step).floor().long().clamp(min=0)
     steps = torch.where(mask, place + 1, 1).amax(1)
     rows, length = len(times), int(steps.max()) if len(times) else 1
-    index = (torch.arange(rows, device=times.device)[:, None] * length + place) * variables + batch["variables"]
+    index = (torch.arange(rows, device=times.device)[:, None] * length + place) * variables + batch[
+        "variables"
+    ]
     index, weight = index[mask], torch.ones_like(times)[mask]
     count = torch.zeros(rows * length * variables, device=times.device).index_add_(0, index, weight)
     total = torch.zeros_like(count).index_add_(0, index, batch["values"].float()[mask])
@@ -101,7 +158,13 @@ class Grid(nn.Module):
         self.variables, self.start, self.step = inputs["variables"], inputs["start"], options.bin
         self.enter = nn.Linear(3 * self.variables, options.width)
         self.drop = nn.Dropout(options.dropout)
-        self.gru = nn.GRU(options.width, options.width, options.layers, batch_first=True, dropout=options.dropout if options.layers > 1 else 0.0)
+        self.gru = nn.GRU(
+            options.width,
+            options.width,
+            options.layers,
+            batch_first=True,
+            dropout=options.dropout if options.layers > 1 else 0.0,
+        )
 
     def forward(self, batch: Batch, static: Tensor, token_mask: Tensor | None) -> Features:
         value, seen, steps = grid(batch, self.variables, self.start, self.step)
@@ -116,15 +179,25 @@ class Grid(nn.Module):
         end = tokens[torch.arange(len(tokens), device=tokens.device), steps - 1]
         mean = tokens.sum(1) / steps[:, None]
         times = (self.start + (at + 1) * self.step).float().expand(len(tokens), -1)
-        return Features(torch.cat([end, mean], 1), tokens=tokens, mask=real, stages={"times": times, "charted": seen.any(2)})
+        return Features(
+            torch.cat([end, mean], 1),
+            tokens=tokens,
+            mask=real,
+            stages={"times": times, "charted": seen.any(2)},
+        )
 
 
 class One(nn.Module):
-    """(..., width) of one number: d^1/2 tanh units between (STraTS's continuous value embedding)."""
+    """(..., width) of one number: d^1/2 tanh units between (STraTS's continuous value
+    embedding).
+    """
 
     def __init__(self, width: int):
         super().__init__()
-        self.enter, self.leave = nn.Linear(1, math.isqrt(width)), nn.Linear(math.isqrt(width), width, bias=False)
+        self.enter, self.leave = (
+            nn.Linear(1, math.isqrt(width)),
+            nn.Linear(math.isqrt(width), width, bias=False),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.leave(torch.tanh(self.enter(x[..., None])))
@@ -133,7 +206,11 @@ class One(nn.Module):
 class Embed(nn.Module):
     def __init__(self, options: EventsModelOptions, inputs: dict[str, Any]):
         super().__init__()
-        self.variable, self.time, self.value = nn.Embedding(inputs["variables"], options.width), One(options.width), One(options.width)
+        self.variable, self.time, self.value = (
+            nn.Embedding(inputs["variables"], options.width),
+            One(options.width),
+            One(options.width),
+        )
 
     def forward(self, batch: Batch, token_mask: Tensor | None) -> Tensor:
         value = self.value(batch["values"])
@@ -143,7 +220,9 @@ class Embed(nn.Module):
 
 
 class Fuse(nn.Module):
-    """Weights of the tokens by attention (STraTS, section 3.2.4); a row without tokens has the zero vector."""
+    """Weights of the tokens by attention (STraTS, section 3.2.4); a row without tokens has the zero
+    vector.
+    """
 
     def __init__(self, width: int):
         super().__init__()
@@ -160,15 +239,27 @@ class Strats(nn.Module):
         super().__init__()
         width = options.width
         self.embed = Embed(options, inputs)
-        self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(width, options.heads, 2 * width, options.dropout, "gelu", batch_first=True, norm_first=True)
-                                    for _ in range(options.layers))
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(
+                width,
+                options.heads,
+                2 * width,
+                options.dropout,
+                "gelu",
+                batch_first=True,
+                norm_first=True,
+            )
+            for _ in range(options.layers)
+        )
         self.fuse = Fuse(width)
         self.norm = nn.LayerNorm(width)
 
     def forward(self, batch: Batch, static: Tensor, token_mask: Tensor | None) -> Features:
         mask = batch["mask"]
         x = self.embed(batch, token_mask)
-        seen = mask | ~mask.any(1, keepdim=True)  # a row without events attends to its padding, whose tokens count for nothing
+        seen = mask | ~mask.any(
+            1, keepdim=True
+        )  # a row without events attends to its padding, whose tokens count for nothing
         for block in self.blocks:
             x = block(x, src_key_padding_mask=~seen)
         x = self.norm(x) * mask[..., None]

@@ -1,4 +1,6 @@
-"""Backbones of policies: an MLP over a window of observations, and a causal transformer (GPT-2) over what was observed and done."""
+"""Backbones of policies: an MLP over a window of observations, and a causal transformer (GPT-2)
+over what was observed and done.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ from pipeline.registry import Options, register
 ARCHITECTURES = ["mlp", "transformer"]
 
 PIXELS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-"""Mean and deviation of a frame's channels, those of ImageNet, which published vision backbones were trained with."""
+"""Mean and deviation of a frame's channels, those of ImageNet, which published vision backbones
+were trained with.
+"""
 PER_SPACE = ("encoders", "action_encoders")
 
 
@@ -26,30 +30,46 @@ class PolicyOptions(Options):
     width: int = Field(128, ge=8, description="channels of tokens")
     layers: int = Field(2, ge=1, le=48, description="mlp: hidden layers; transformer: blocks")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout; the Decision Transformer has 0.1")
-    window: int = Field(1, ge=1, le=1000, description="mlp: the last observations that a token knows")
+    window: int = Field(
+        1, ge=1, le=1000, description="mlp: the last observations that a token knows"
+    )
     heads: int = Field(4, ge=1, description="transformer: heads of attention; must divide width")
-    context: int = Field(20, ge=1, le=8192, description="transformer: the last steps that a token knows; longer episodes are cut into pieces of so many steps")
-    vision: str | None = Field(None, description="the backbone that reads the frames, as LIBRARY/MODEL, such as timm/resnet18; none: there are no frames")
+    context: int = Field(
+        20,
+        ge=1,
+        le=8192,
+        description="transformer: the last steps that a token knows; longer episodes are cut into "
+        "pieces of so many steps",
+    )
+    vision: str | None = Field(
+        None,
+        description="the backbone that reads the frames, as LIBRARY/MODEL, such as timm/resnet18; "
+        "none: there are no frames",
+    )
 
 
 @register("model", "policy", options=PolicyOptions)
 class Policy(Backbone):
-    """Input: the tensors of modality trajectory. ``inputs``: ``spaces`` (of each robot the widths of its observations and actions), how many ``tasks``,
-    ``images`` (channels, height, width) or none. ``tokens`` (B, T, width), one a step: that of step t knows observations up to t and actions before t.
-    ``pooled`` (B, width) is their mean. Padding has zeros.
+    """Input: the tensors of modality trajectory. ``inputs``: ``spaces`` (of each robot the widths
+    of its observations and actions), how many ``tasks``, ``images`` (channels, height, width) or
+    none. ``tokens`` (B, T, width), one a step: that of step t knows observations up to t and
+    actions before t. ``pooled`` (B, width) is their mean. Padding has zeros.
 
-    Every space has a linear encoder of its own (``encoders.<space>``), all else is the trunk, which spaces share. An embedding of the task, and the projected
-    features of the frame, are added to the observation's.
+    Every space has a linear encoder of its own (``encoders.<space>``), all else is the trunk, which
+    spaces share. An embedding of the task, and the projected features of the frame, are added to
+    the observation's.
 
-    ``mlp``: the encoded observations of the last ``window`` steps side by side (zeros before the start), then ``layers`` of linear, GELU, dropout. It does
-    not read actions.
+    ``mlp``: the encoded observations of the last ``window`` steps side by side (zeros before the
+    start), then ``layers`` of linear, GELU, dropout. It does not read actions.
 
-    ``transformer``: transformers' GPT-2 over the encoded observations, to each of which the action before it, as it was executed where that is told, is added
-    (``action_encoders.<space>``). Episodes
-    longer than ``context`` are cut into pieces of ``context`` steps, each from position 0 and without the action before its first step, as the Decision
-    Transformer trains (Chen et al. 2021); a rollout feeds the last ``context`` steps.
+    ``transformer``: transformers' GPT-2 over the encoded observations, to each of which the action
+    before it, as it was executed where that is told, is added (``action_encoders.<space>``).
+    Episodes longer than ``context`` are cut into pieces of ``context`` steps, each from position 0
+    and without the action before its first step, as the Decision Transformer trains (Chen et al.
+    2021); a rollout feeds the last ``context`` steps.
 
-    Raises ValueError for rows that are no trajectories, heads that do not divide the width, and frames that nobody reads or gives.
+    Raises ValueError for rows that are no trajectories, heads that do not divide the width, and
+    frames that nobody reads or gives.
     """
 
     causal = True
@@ -58,13 +78,24 @@ class Policy(Backbone):
         super().__init__(architecture, options, inputs)
         name, frames = f"policy/{architecture}", inputs.get("images")
         if not inputs.get("spaces"):
-            raise ValueError(f"{name} reads trajectories (modality trajectory); these rows are {', '.join(inputs) or 'something else'}")
+            raise ValueError(
+                f"{name} reads trajectories (modality trajectory); these rows are "
+                f"{', '.join(inputs) or 'something else'}"
+            )
         if architecture == "transformer" and options.width % options.heads:
-            raise ValueError(f"{name}: width {options.width} is not divided by heads {options.heads}")
+            raise ValueError(
+                f"{name}: width {options.width} is not divided by heads {options.heads}"
+            )
         if options.vision and not frames:
-            raise ValueError(f"{name}: vision: {options.vision} has no frames to read: say {{trajectory: {{images: 96}}}} and name column images")
+            raise ValueError(
+                f"{name}: vision: {options.vision} has no frames to read: say {{trajectory: "
+                f"{{images: 96}}}} and name column images"
+            )
         if frames and not options.vision:
-            raise ValueError(f"{name}: the rows have frames of {frames[1]} pixels that nothing reads: say vision: timm/resnet18, or leave column images out")
+            raise ValueError(
+                f"{name}: the rows have frames of {frames[1]} pixels that nothing reads: say "
+                "vision: timm/resnet18, or leave column images out"
+            )
         self.options = options
         self.arch = {"name": name, "options": options.model_dump(), "inputs": dict(inputs)}
         self.token_dim = self.pooled_dim = options.width
@@ -73,21 +104,40 @@ class Policy(Backbone):
         if options.vision:
             self.vision = _vision(options.vision, list(frames or ()), name)
             self.project = nn.Linear(self.vision.pooled_dim, width)
-        self.encoders = nn.ModuleDict({space: nn.Linear(sizes["observation"], width) for space, sizes in inputs["spaces"].items()})
+        self.encoders = nn.ModuleDict(
+            {
+                space: nn.Linear(sizes["observation"], width)
+                for space, sizes in inputs["spaces"].items()
+            }
+        )
         self.action_encoders: nn.ModuleDict | None = None
         if architecture == "transformer":
-            self.action_encoders = nn.ModuleDict({space: nn.Linear(sizes["action"], width) for space, sizes in inputs["spaces"].items() if sizes["action"]})
+            self.action_encoders = nn.ModuleDict(
+                {
+                    space: nn.Linear(sizes["action"], width)
+                    for space, sizes in inputs["spaces"].items()
+                    if sizes["action"]
+                }
+            )
         self.tasks = nn.Embedding(inputs["tasks"] + 1, width, padding_idx=0)
         with torch.no_grad():
-            self.tasks.weight.mul_(width ** -0.5)
+            self.tasks.weight.mul_(width**-0.5)
         self.body: Stack | History = Stack(options) if architecture == "mlp" else History(options)
 
-    def forward(self, batch: Batch, *, token_mask: Tensor | None = None, want: tuple[str, ...] = ()) -> Features:
+    def forward(
+        self, batch: Batch, *, token_mask: Tensor | None = None, want: tuple[str, ...] = ()
+    ) -> Features:
         if token_mask is not None:
-            raise ValueError(f"{self.arch['name']} cannot hide steps: dynamics pretrains it without labels, behaviour_cloning with actions")
+            raise ValueError(
+                f"{self.arch['name']} cannot hide steps: dynamics pretrains it without labels, "
+                "behaviour_cloning with actions"
+            )
         mask = batch["mask"]
         real = mask[..., None]
-        x = self._encoded(self.encoders, batch["observations"], batch["space"]) + self.tasks(batch["task"])[:, None]
+        x = (
+            self._encoded(self.encoders, batch["observations"], batch["space"])
+            + self.tasks(batch["task"])[:, None]
+        )
         if self.options.vision:
             x = x + self._seen(batch, mask)
         acted = None
@@ -102,38 +152,71 @@ class Policy(Backbone):
         return Features(tokens.sum(1) / real.sum(1).clamp(min=1), tokens=tokens, mask=mask)
 
     def _encoded(self, encoders: nn.ModuleDict, x: Tensor, space: Tensor) -> Tensor:
-        """(B, T, width) of (B, T, n): each row by the encoder of its own space, zeros where that has none."""
+        """(B, T, width) of (B, T, n): each row by the encoder of its own space, zeros where that
+        has none.
+        """
         parts, places = [], []
-        present: list[int] = (space.unique().tolist() if len(self.spaces) > 1 else []) or [0]  # ascending
+        present: list[int] = (space.unique().tolist() if len(self.spaces) > 1 else []) or [
+            0
+        ]  # ascending
         for number in present:
             rows = (space == number).nonzero()[:, 0] if len(present) > 1 else None
             mine = x if rows is None else x[rows]
             encoder: Any = dict(encoders.items()).get(self.spaces[number])
-            parts.append(encoder(mine[..., :encoder.in_features]) if encoder is not None else mine.new_zeros(*mine.shape[:2], self.options.width))
+            parts.append(
+                encoder(mine[..., : encoder.in_features])
+                if encoder is not None
+                else mine.new_zeros(*mine.shape[:2], self.options.width)
+            )
             places.append(rows)
         out = parts[0] if places[0] is None else torch.cat(parts)[torch.cat(places).argsort()]
-        return self._touched(out, [encoder for name, encoder in encoders.items() if self.spaces.index(name) not in present])
+        return self._touched(
+            out,
+            [
+                encoder
+                for name, encoder in encoders.items()
+                if self.spaces.index(name) not in present
+            ],
+        )
 
     def _touched(self, x: Tensor, unused: Iterable[nn.Module]) -> Tensor:
-        """The same numbers; in training they depend on modules that this batch has no row for, since DDP waits for every parameter's gradient."""
-        for parameter in (p for module in unused for p in module.parameters()) if self.training else ():
+        """The same numbers; in training they depend on modules that this batch has no row for,
+        since DDP waits for every parameter's gradient.
+        """
+        for parameter in (
+            (p for module in unused for p in module.parameters()) if self.training else ()
+        ):
             x = x + 0.0 * parameter.sum()
         return x
 
     def _seen(self, batch: Batch, mask: Tensor) -> Tensor:
-        """(B, T, width) of the frames; padding is not looked at, so that a norm over the batch does not see it."""
+        """(B, T, width) of the frames; padding is not looked at, so that a norm over the batch does
+        not see it.
+        """
         if "images" not in batch.data:
-            raise ValueError(f"{self.arch['name']} reads frames with {self.options.vision}, and these rows have none: name column images")
+            raise ValueError(
+                f"{self.arch['name']} reads frames with {self.options.vision}, and these rows "
+                "have none: name column images"
+            )
         frames = batch["images"][mask]
-        mean, std = (torch.tensor(values, device=frames.device).view(1, -1, 1, 1) for values in PIXELS)
-        look = Batch(np.arange(len(frames)), frames.new_zeros(len(frames), dtype=torch.long), {"image": (frames / 255 - mean) / std})
+        mean, std = (
+            torch.tensor(values, device=frames.device).view(1, -1, 1, 1) for values in PIXELS
+        )
+        look = Batch(
+            np.arange(len(frames)),
+            frames.new_zeros(len(frames), dtype=torch.long),
+            {"image": (frames / 255 - mean) / std},
+        )
         found = self.project(self.vision(look).pooled)
         return found.new_zeros(*mask.shape, found.shape[-1]).masked_scatter(mask[..., None], found)
 
     def layers(self) -> dict[str, list[str]]:
         out: dict[str, list[str]] = {}
         if self.options.vision:
-            out = {f"vision.{name}": [f"vision.{p}" for p in names] for name, names in self.vision.layers().items()}
+            out = {
+                f"vision.{name}": [f"vision.{p}" for p in names]
+                for name, names in self.vision.layers().items()
+            }
         out["encoders"], last = [], []
         for name, _ in self.named_parameters():
             part, *rest = name.split(".")
@@ -144,25 +227,36 @@ class Policy(Backbone):
         return out | ({"norm": last} if last else {})
 
     def adapted(self, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-        """Encoders of spaces that the checkpoint lacks stay as they are here, a new task begins as the mean of those that it has (zeros where it has none);
-        what is not asked for is dropped."""
+        """Encoders of spaces that the checkpoint lacks stay as they are here, a new task begins as
+        the mean of those that it has (zeros where it has none); what is not asked for is dropped.
+        """
         own, out, notes = self.state_dict(), dict(tensors), []
         for part in PER_SPACE:
             mine, theirs = (_by_space(part, names) for names in (own, tensors))
             for space in [*mine, *(name for name in theirs if name not in mine)]:
-                if space in mine and space in theirs and all(n in tensors and tensors[n].shape == own[n].shape for n in mine[space]):
+                if (
+                    space in mine
+                    and space in theirs
+                    and all(n in tensors and tensors[n].shape == own[n].shape for n in mine[space])
+                ):
                     continue
                 for name in theirs.get(space, ()):
                     del out[name]
                 out |= {name: own[name] for name in mine.get(space, ())}
-                differ = [(tensors[n].shape[-1], own[n].shape[-1]) for n in mine.get(space, ()) if n.endswith("weight") and n in tensors]
+                differ = [
+                    (tensors[n].shape[-1], own[n].shape[-1])
+                    for n in mine.get(space, ())
+                    if n.endswith("weight") and n in tensors
+                ]
                 told = "".join(f" ({had} numbers there, {has} here)" for had, has in differ)
                 notes.append(f"{part}.{space} {'new' if space in mine else 'dropped'}{told}")
         old, new = tensors.get("tasks.weight"), own["tasks.weight"]
         if old is not None and old.shape != new.shape and old.shape[1:] == new.shape[1:]:
             kept = min(len(old), len(new))
             known = old[1:kept].mean(0, keepdim=True) if kept > 1 else torch.zeros_like(old[:1])
-            out["tasks.weight"] = torch.cat([old[:kept], known.expand(len(new) - kept, -1)]).to(new.dtype)
+            out["tasks.weight"] = torch.cat([old[:kept], known.expand(len(new) - kept, -1)]).to(
+                new.dtype
+            )
             rest = f"{len(new) - kept} new" if len(new) > kept else f"{len(old) - kept} dropped"
             notes.append(f"tasks: {kept - 1} kept, {rest}")
         return out, [*notes, "trunk kept"] if notes else []
@@ -178,11 +272,22 @@ def _by_space(part: str, names: Mapping[str, Any]) -> dict[str, list[str]]:
 
 
 def _vision(name: str, frames: list[int], mine: str) -> Backbone:
-    """The vision backbone, with random weights. Raises ValueError where it is not known, or does not read such frames."""
+    """The vision backbone, with random weights. Raises ValueError where it is not known, or does
+    not read such frames.
+    """
     library, _, architecture = name.partition("/")
-    if library not in registry.names("model") or architecture not in registry.architectures(library):
-        known = registry.names("model") if library not in registry.names("model") else registry.architectures(library)
-        raise ValueError(f"{mine}: vision: {name} is no LIBRARY/MODEL; {registry.nearest(architecture or library, known)}")
+    if library not in registry.names("model") or architecture not in registry.architectures(
+        library
+    ):
+        known = (
+            registry.names("model")
+            if library not in registry.names("model")
+            else registry.architectures(library)
+        )
+        raise ValueError(
+            f"{mine}: vision: {name} is no LIBRARY/MODEL; "
+            f"{registry.nearest(architecture or library, known)}"
+        )
     kind = registry.get("model", library)
     try:
         return kind(architecture, kind.options_class(), {"channels": frames[0], "size": frames[1]})
@@ -196,13 +301,24 @@ class Stack(nn.Module):
     def __init__(self, options: PolicyOptions):
         super().__init__()
         self.window, width = options.window, options.width
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(width if i else width * options.window, width), nn.GELU(), nn.Dropout(options.dropout))
-                                    for i in range(options.layers))
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                nn.Linear(width if i else width * options.window, width),
+                nn.GELU(),
+                nn.Dropout(options.dropout),
+            )
+            for i in range(options.layers)
+        )
 
     def forward(self, x: Tensor, acted: Tensor | None, mask: Tensor) -> Tensor:
         x = F.gelu(x)
         if self.window > 1:
-            x = F.pad(x, (0, 0, self.window - 1, 0)).unfold(1, self.window, 1).transpose(2, 3).flatten(2)
+            x = (
+                F.pad(x, (0, 0, self.window - 1, 0))
+                .unfold(1, self.window, 1)
+                .transpose(2, 3)
+                .flatten(2)
+            )
         for block in self.blocks:
             x = block(x)
         return x
@@ -213,15 +329,27 @@ class Stack(nn.Module):
 
 
 class History(nn.Module):
-    """GPT-2 over (B, T, width) of observations and, one step late, of actions. It needs no mask: padding stands behind a row's steps, and they look back."""
+    """GPT-2 over (B, T, width) of observations and, one step late, of actions. It needs no mask:
+    padding stands behind a row's steps, and they look back.
+    """
 
     def __init__(self, options: PolicyOptions):
         super().__init__()
         import transformers as hf
 
         drop = options.dropout
-        config = hf.GPT2Config(vocab_size=1, n_positions=options.context, n_embd=options.width, n_layer=options.layers, n_head=options.heads,
-                               resid_pdrop=drop, embd_pdrop=drop, attn_pdrop=drop, bos_token_id=0, eos_token_id=0)
+        config = hf.GPT2Config(
+            vocab_size=1,
+            n_positions=options.context,
+            n_embd=options.width,
+            n_layer=options.layers,
+            n_head=options.heads,
+            resid_pdrop=drop,
+            embd_pdrop=drop,
+            attn_pdrop=drop,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
         self.context = options.context
         self.model: Any = hf.GPT2Model(config)
         self.model.wte = nn.Identity()  # there are no words
@@ -232,7 +360,9 @@ class History(nn.Module):
         if steps > self.context:
             pieces = -(-steps // self.context)
             spare = pieces * self.context - steps
-            kept = F.pad(mask, (0, spare)).view(rows * pieces, self.context).any(1)  # not those that are padding alone
+            kept = (
+                F.pad(mask, (0, spare)).view(rows * pieces, self.context).any(1)
+            )  # not those that are padding alone
 
             def cut(part: Tensor) -> Tensor:
                 return F.pad(part, (0, 0, 0, spare)).view(rows * pieces, self.context, width)[kept]

@@ -1,4 +1,6 @@
-"""FT-Transformer (Gorishniy et al., NeurIPS 2021): a table's row as a set of tokens, one for each number and each category."""
+"""FT-Transformer (Gorishniy et al., NeurIPS 2021): a table's row as a set of tokens, one for each
+number and each category.
+"""
 
 from __future__ import annotations
 
@@ -19,16 +21,20 @@ class FTTransformerOptions(Options):
     width: int = Field(192, ge=8, description="channels of a token; 192 is the paper's default")
     layers: int = Field(3, ge=1, le=24, description="blocks")
     heads: int = Field(8, ge=1, description="heads of attention")
-    hidden: float = Field(4 / 3, gt=0, description="width of the feed-forward part, as a share of the tokens'")
+    hidden: float = Field(
+        4 / 3, gt=0, description="width of the feed-forward part, as a share of the tokens'"
+    )
     attention_dropout: float = Field(0.2, ge=0, lt=1, description="dropout of attention weights")
     dropout: float = Field(0.1, ge=0, lt=1, description="dropout within the feed-forward part")
 
 
 @register("model", "table", options=FTTransformerOptions)
 class FTTransformer(Backbone):
-    """Input: the tensors of modality table. Tokens: [CLS], x_k W_k + b_k of each number, and a vector of each category (section 3.3); numbers that are
-    missing and categories that are not known have none. Pre-norm blocks with ReGLU, the first without its first norm. ``pooled`` (B, width) is
-    ReLU(LayerNorm([CLS])), what the paper's linear head reads; ``tokens`` (B, 1 + K + C, width) with their mask.
+    """Input: the tensors of modality table. Tokens: [CLS], x_k W_k + b_k of each number, and a
+    vector of each category (section 3.3); numbers that are missing and categories that are not
+    known have none. Pre-norm blocks with ReGLU, the first without its first norm. ``pooled`` (B,
+    width) is ReLU(LayerNorm([CLS])), what the paper's linear head reads; ``tokens`` (B, 1 + K + C,
+    width) with their mask.
 
     Raises ValueError for rows of another kind, and where heads do not divide width.
     """
@@ -37,16 +43,23 @@ class FTTransformer(Backbone):
         super().__init__(architecture, options, inputs)
         name = f"table/{architecture}"
         if inputs.get("features") != "table":
-            raise ValueError(f"{name} reads rows of a table (modality table); these rows give {', '.join(inputs) or 'something else'}")
+            raise ValueError(
+                f"{name} reads rows of a table (modality table); these rows give "
+                f"{', '.join(inputs) or 'something else'}"
+            )
         if options.width % options.heads:
-            raise ValueError(f"{name}: width {options.width} is not divided by heads {options.heads}")
+            raise ValueError(
+                f"{name}: width {options.width} is not divided by heads {options.heads}"
+            )
         self.arch = {"name": name, "options": options.model_dump(), "inputs": dict(inputs)}
         self.pooled_dim = self.token_dim = options.width
         self.embed = Tokens(inputs["numbers"], inputs["codes"], options.width)
         self.blocks = nn.ModuleList(Block(options, first=not i) for i in range(options.layers))
         self.norm = nn.LayerNorm(options.width)
 
-    def forward(self, batch: Batch, *, token_mask: Tensor | None = None, want: tuple[str, ...] = ()) -> Features:
+    def forward(
+        self, batch: Batch, *, token_mask: Tensor | None = None, want: tuple[str, ...] = ()
+    ) -> Features:
         if token_mask is not None:
             raise ValueError(f"{self.arch['name']} cannot leave tokens out")
         x, mask = self.embed(batch)
@@ -63,18 +76,29 @@ class FTTransformer(Backbone):
 
 
 class Tokens(nn.Module):
-    """(B, 1 + K + C, width) tokens and (B, 1 + K + C) which are there. Weights begin uniform within 1 / sqrt(width), as in the authors' code."""
+    """(B, 1 + K + C, width) tokens and (B, 1 + K + C) which are there. Weights begin uniform within
+    1 / sqrt(width), as in the authors' code.
+    """
 
     def __init__(self, numbers: int, codes: int, width: int):
         super().__init__()
-        self.cls, self.weight, self.bias = (nn.Parameter(torch.empty(n, width)) for n in (1, numbers, numbers))
+        self.cls, self.weight, self.bias = (
+            nn.Parameter(torch.empty(n, width)) for n in (1, numbers, numbers)
+        )
         self.codes = nn.Embedding(codes + 1, width, padding_idx=0)
         for tensor in (self.cls, self.weight, self.bias, self.codes.weight):
-            nn.init.uniform_(tensor, -width ** -0.5, width ** -0.5)
+            nn.init.uniform_(tensor, -(width**-0.5), width**-0.5)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         codes, known = batch["codes"], batch["numbers_known"]
-        x = torch.cat([self.cls.expand(len(codes), 1, -1), batch["numbers"][..., None] * self.weight + self.bias, self.codes(codes)], 1)
+        x = torch.cat(
+            [
+                self.cls.expand(len(codes), 1, -1),
+                batch["numbers"][..., None] * self.weight + self.bias,
+                self.codes(codes),
+            ],
+            1,
+        )
         return x, torch.cat([known.new_ones(len(codes), 1), known, codes > 0], 1)
 
 
@@ -83,13 +107,21 @@ class Block(nn.Module):
         super().__init__()
         width, hidden = options.width, round(options.width * options.hidden)
         self.norm1 = nn.Identity() if first else nn.LayerNorm(width)
-        self.attention = nn.MultiheadAttention(width, options.heads, options.attention_dropout, batch_first=True)
-        self.norm2, self.enter, self.leave = nn.LayerNorm(width), nn.Linear(width, 2 * hidden), nn.Linear(hidden, width)
+        self.attention = nn.MultiheadAttention(
+            width, options.heads, options.attention_dropout, batch_first=True
+        )
+        self.norm2, self.enter, self.leave = (
+            nn.LayerNorm(width),
+            nn.Linear(width, 2 * hidden),
+            nn.Linear(hidden, width),
+        )
         self.drop = nn.Dropout(options.dropout)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         hidden = self.norm1(x)
-        found, _ = self.attention(hidden, hidden, hidden, key_padding_mask=~mask, need_weights=False)
+        found, _ = self.attention(
+            hidden, hidden, hidden, key_padding_mask=~mask, need_weights=False
+        )
         x = x + found
         value, gate = self.enter(self.norm2(x)).chunk(2, -1)
         return x + self.leave(self.drop(value * F.relu(gate)))

@@ -1,4 +1,6 @@
-"""Any image backbone of timm (Wightman 2019) under the Backbone contract: VGG, ResNet, Inception, ViT, ConvNeXt, EfficientNet, ..."""
+"""Any image backbone of timm (Wightman 2019) under the Backbone contract: VGG, ResNet, Inception,
+ViT, ConvNeXt, EfficientNet, ...
+"""
 
 from __future__ import annotations
 
@@ -24,59 +26,100 @@ ARCHITECTURES = ("timm", "models/*.py", r"^@register_model\ndef (\w+)")
 
 class TimmOptions(Options):
     drop_path: float = Field(0.0, ge=0, lt=1, description="stochastic depth rate")
-    drop_rate: float = Field(0.0, ge=0, lt=1, description="dropout before the head, inside the backbone")
+    drop_rate: float = Field(
+        0.0, ge=0, lt=1, description="dropout before the head, inside the backbone"
+    )
     patch_size: int | None = Field(
-        None, ge=1, description="vision transformers: pixels a side of a patch; none: the architecture's own. Small images want less")
+        None,
+        ge=1,
+        description="vision transformers: pixels a side of a patch; none: the architecture's own. "
+        "Small images want less",
+    )
 
 
 @register("model", "timm", options=TimmOptions)
 class Timm(Backbone):
     """The plain timm model without its classifier; names of its parameters are timm's own.
 
-    Input ``image`` (B, C, size, size). ``pooled`` is what timm feeds its classifier (VGG: 4096 wide); ``stages`` come from
-    ``forward_intermediates`` on the same model.
+    Input ``image`` (B, C, size, size). ``pooled`` is what timm feeds its classifier (VGG: 4096
+    wide); ``stages`` come from ``forward_intermediates`` on the same model.
     """
 
     def __init__(self, architecture: str, options: TimmOptions, inputs: dict[str, Any]):
         super().__init__(architecture, options, inputs)
         if "channels" not in inputs:
-            raise ValueError(f"timm/{architecture} reads images; these rows are {', '.join(inputs) or 'something else'}")
-        for option, argument in (("drop_path", "drop_path_rate"), ("drop_rate", "drop_rate"), ("patch_size", "patch_size")):
+            raise ValueError(
+                f"timm/{architecture} reads images; these rows are "
+                f"{', '.join(inputs) or 'something else'}"
+            )
+        for option, argument in (
+            ("drop_path", "drop_path_rate"),
+            ("drop_rate", "drop_rate"),
+            ("patch_size", "patch_size"),
+        ):
             if getattr(options, option) and argument not in _arguments(architecture):
                 raise ValueError(f"timm/{architecture} has no {option}: leave it out")
-        if problem := _refused(architecture, inputs["channels"], inputs["size"], options.patch_size):
+        if problem := _refused(
+            architecture, inputs["channels"], inputs["size"], options.patch_size
+        ):
             raise ValueError(problem)
         rates = {"drop_path_rate": options.drop_path, "drop_rate": options.drop_rate}
-        self.model: Any = _create(architecture, inputs["channels"], inputs["size"], options.patch_size, **rates)
-        self.arch = {"name": f"timm/{architecture}", "options": options.model_dump(), "inputs": dict(inputs)}
+        self.model: Any = _create(
+            architecture, inputs["channels"], inputs["size"], options.patch_size, **rates
+        )
+        self.arch = {
+            "name": f"timm/{architecture}",
+            "options": options.model_dump(),
+            "inputs": dict(inputs),
+        }
         self.creation_arguments = creation_arguments(
-            architecture, inputs["channels"], inputs["size"], options.patch_size)
-        """Arguments of ``timm.create_model`` that build ``model``, without dropout and stochastic depth."""
+            architecture, inputs["channels"], inputs["size"], options.patch_size
+        )
+        """Arguments of ``timm.create_model`` that build ``model``, without dropout and stochastic
+        depth.
+        """
         self.pooled_dim = getattr(self.model, "head_hidden_size", None) or self.model.num_features
         shape, _ = _probed(architecture, inputs["channels"], inputs["size"], options.patch_size)
         self.token_dim = shape[2] if len(shape) == 3 else None
-        embed: Any = self.model.patch_embed if issubclass(type(self.model), VisionTransformer) else None
+        embed: Any = (
+            self.model.patch_embed if issubclass(type(self.model), VisionTransformer) else None
+        )
         self.patch: int | None = int(embed.patch_size[0]) if type(embed) is PatchEmbed else None
-        """Pixels a side of a plain vision transformer's patches, which ``token_mask`` can leave out (true); none for other models."""
+        """Pixels a side of a plain vision transformer's patches, which ``token_mask`` can leave out
+        (true); none for other models.
+        """
         info = self.model.feature_info
         info = info.info if hasattr(info, "info") else info
-        self.stage_info = tuple(Stage(str(i["module"]), int(i["num_chs"]), int(i["reduction"])) for i in info)
+        self.stage_info = tuple(
+            Stage(str(i["module"]), int(i["num_chs"]), int(i["reduction"])) for i in info
+        )
 
-    def forward(self, batch: Batch, *, token_mask: Tensor | None = None, want: tuple[str, ...] = ()) -> Features:
+    def forward(
+        self, batch: Batch, *, token_mask: Tensor | None = None, want: tuple[str, ...] = ()
+    ) -> Features:
         x = batch["image"]
         stages: dict[str, Tensor] = {}
         if "stages" in want:
             x, maps = self.model.forward_intermediates(x)
             stages = dict(zip((stage.name for stage in self.stage_info), maps, strict=True))
         else:
-            x = self.model.forward_features(x) if token_mask is None else self._visible(x, token_mask)
+            x = (
+                self.model.forward_features(x)
+                if token_mask is None
+                else self._visible(x, token_mask)
+            )
         tokens = x if self.token_dim is not None else None
         return Features(self.model.forward_head(x, pre_logits=True), tokens=tokens, stages=stages)
 
     def _visible(self, x: Tensor, token_mask: Tensor) -> Tensor:
-        """(B, prefix + k, D) tokens of the k patches of each row that ``token_mask`` (B, N, row by row over the image) leaves, without the others."""
+        """(B, prefix + k, D) tokens of the k patches of each row that ``token_mask`` (B, N, row by
+        row over the image) leaves, without the others.
+        """
         if self.patch is None:
-            raise ValueError(f"{self.arch['name']} cannot leave patches out: only plain vision transformers can (timm/vit_*, timm/deit_*)")
+            raise ValueError(
+                f"{self.arch['name']} cannot leave patches out: only plain vision transformers "
+                "can (timm/vit_*, timm/deit_*)"
+            )
         m = self.model
         x = m._pos_embed(m.patch_embed(x))
         prefix = m.num_prefix_tokens
@@ -85,30 +128,57 @@ class Timm(Backbone):
         return m.norm(m.blocks(m.norm_pre(torch.cat([x[:, :prefix], kept], dim=1))))
 
     def adapted(self, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-        """timm's rules (timm.models.adapt_input_conv, timm.layers): the first convolution's weights are summed over colours for one channel, one
-        channel's are repeated and divided; position embeddings are resampled bicubically to this input's grid (Dosovitskiy et al. 2021, section 3.2)."""
+        """timm's rules (timm.models.adapt_input_conv, timm.layers): the first convolution's weights
+        are summed over colours for one channel, one channel's are repeated and divided; position
+        embeddings are resampled bicubically to this input's grid (Dosovitskiy et al. 2021, section
+        3.2).
+        """
         out, notes = dict(tensors), []
         first: Any = self.model.pretrained_cfg.get("first_conv") or ()
-        firsts = {f"model.{name}.weight" for name in ((first,) if isinstance(first, str) else first)}
+        firsts = {
+            f"model.{name}.weight" for name in ((first,) if isinstance(first, str) else first)
+        }
         for name, mine in self.state_dict().items():
             theirs = out.get(name)
             if theirs is None or theirs.shape == mine.shape or theirs.dim() != mine.dim():
                 continue
             if name in firsts and theirs.shape[1] in (1, 3) and theirs.shape[2:] == mine.shape[2:]:
                 had, has = theirs.shape[1], mine.shape[1]
-                out[name] = adapt_input_conv(has, theirs) if had == 3 else theirs.repeat(1, has, 1, 1) / has
-                notes.append(f"{name}: {had} input channels {'summed into' if has == 1 else 'repeated to'} {has}")
+                out[name] = (
+                    adapt_input_conv(has, theirs) if had == 3 else theirs.repeat(1, has, 1, 1) / has
+                )
+                notes.append(
+                    f"{name}: {had} input channels "
+                    f"{'summed into' if has == 1 else 'repeated to'} {has}"
+                )
             elif name == "model.pos_embed" and mine.dim() == 3:
-                prefix = 0 if getattr(self.model, "no_embed_class", False) else getattr(self.model, "num_prefix_tokens", 1)
-                old, new = math.isqrt(max(0, theirs.shape[1] - prefix)), self.model.patch_embed.grid_size
-                if old and old ** 2 + prefix == theirs.shape[1] and theirs.shape[2] == mine.shape[2]:
-                    resample: Any = resample_abs_pos_embed  # torch.fx.wrap hides from type checkers that it can be called
-                    out[name] = resample(theirs, new_size=list(new), old_size=[old, old], num_prefix_tokens=prefix)
-                    notes.append(f"{name}: resampled from {old} x {old} to {new[0]} x {new[1]} patches")
-            elif name.endswith(".relative_position_bias_table") and theirs.shape[1:] == mine.shape[1:]:
+                prefix = (
+                    0
+                    if getattr(self.model, "no_embed_class", False)
+                    else getattr(self.model, "num_prefix_tokens", 1)
+                )
+                old, new = (
+                    math.isqrt(max(0, theirs.shape[1] - prefix)),
+                    self.model.patch_embed.grid_size,
+                )
+                if old and old**2 + prefix == theirs.shape[1] and theirs.shape[2] == mine.shape[2]:
+                    # torch.fx.wrap hides from type checkers that it can be called
+                    resample: Any = resample_abs_pos_embed
+                    out[name] = resample(
+                        theirs, new_size=list(new), old_size=[old, old], num_prefix_tokens=prefix
+                    )
+                    notes.append(
+                        f"{name}: resampled from {old} x {old} to {new[0]} x {new[1]} patches"
+                    )
+            elif (
+                name.endswith(".relative_position_bias_table")
+                and theirs.shape[1:] == mine.shape[1:]
+            ):
                 module: Any = self.get_submodule(name.rpartition(".")[0])
                 window = module.window_size
-                out[name] = resize_rel_pos_bias_table(theirs, new_window_size=window, new_bias_shape=tuple(mine.shape))
+                out[name] = resize_rel_pos_bias_table(
+                    theirs, new_window_size=window, new_bias_shape=tuple(mine.shape)
+                )
                 notes.append(f"{name}: resampled to a window of {window[0]} x {window[1]} patches")
         return out, notes
 
@@ -116,7 +186,9 @@ class Timm(Backbone):
         if hasattr(self.model, "group_matcher"):
             groups = group_parameters(self.model, self.model.group_matcher(coarse=False))
             ordered = [names for _, names in sorted(groups.items(), key=lambda item: item[0])]
-        else:  # a few models do not say: what they are made of, in order, lists of blocks one by one; embeddings of their own go with the first
+        else:
+            # a few models do not say: what they are made of, in order, lists of blocks one by one;
+            # embeddings of their own go with the first
             parts: dict[str, list[str]] = {}
             names = [name for name, _ in self.model.named_parameters()]
             stem = next(name for name in names if "." in name)
@@ -125,7 +197,9 @@ class Timm(Backbone):
                 listed = isinstance(getattr(self.model, child), (nn.Sequential, nn.ModuleList))
                 parts.setdefault(f"{child}.{rest[0]}" if listed else child, []).append(name)
             ordered = list(parts.values())
-        return {f"layer{i:02d}": [f"model.{name}" for name in names] for i, names in enumerate(ordered)}
+        return {
+            f"layer{i:02d}": [f"model.{name}" for name in names] for i, names in enumerate(ordered)
+        }
 
 
 @cache
@@ -133,20 +207,39 @@ def _arguments(architecture: str) -> frozenset[str]:
     """What the constructor of an architecture's class takes."""
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         kind = type(timm.create_model(architecture, num_classes=0))
-    return frozenset(name for base in kind.__mro__ if "__init__" in vars(base) for name in inspect.signature(base).parameters)
+    return frozenset(
+        name
+        for base in kind.__mro__
+        if "__init__" in vars(base)
+        for name in inspect.signature(base).parameters
+    )
 
 
-def _create(architecture: str, channels: int, size: int, patch_size: int | None, **rates: float) -> Any:
-    """The timm model without a classifier, for images of ``size`` pixels a side, and of others where it takes them."""
-    return timm.create_model(architecture, pretrained=False, **creation_arguments(architecture, channels, size, patch_size, **rates))
+def _create(
+    architecture: str, channels: int, size: int, patch_size: int | None, **rates: float
+) -> Any:
+    """The timm model without a classifier, for images of ``size`` pixels a side, and of others
+    where it takes them.
+    """
+    return timm.create_model(
+        architecture,
+        pretrained=False,
+        **creation_arguments(architecture, channels, size, patch_size, **rates),
+    )
 
 
 def creation_arguments(
     architecture: str, channels: int, size: int, patch_size: int | None = None, **rates: float
 ) -> dict[str, Any]:
-    """Arguments of ``timm.create_model`` that build the backbone's model; ``rates`` that the architecture has not are left out."""
+    """Arguments of ``timm.create_model`` that build the backbone's model; ``rates`` that the
+    architecture has not are left out.
+    """
     known = _arguments(architecture)
-    wanted: dict[str, Any] = {"in_chans": channels, "num_classes": 0, **{name: rate for name, rate in rates.items() if name in known}}
+    wanted: dict[str, Any] = {
+        "in_chans": channels,
+        "num_classes": 0,
+        **{name: rate for name, rate in rates.items() if name in known},
+    }
     config = timm.models.get_pretrained_cfg(architecture, allow_unregistered=True)
     if config is not None and config.fixed_input_size:
         wanted["img_size"] = size
@@ -155,7 +248,9 @@ def creation_arguments(
     if "dynamic_img_size" in known:
         wanted["dynamic_img_size"] = True
     if "aux_logits" in known:
-        wanted["aux_logits"] = False  # with the auxiliary head Inception v3 returns a tuple in evaluation too
+        wanted["aux_logits"] = (
+            False  # with the auxiliary head Inception v3 returns a tuple in evaluation too
+        )
     return wanted
 
 
@@ -163,8 +258,12 @@ SEVERAL = "gives several tensors, not one"
 
 
 @cache
-def _probed(architecture: str, channels: int, size: int, patch_size: int | None = None) -> tuple[tuple[int, ...], str]:
-    """(shape of what the model makes of one such image, "") or ((), why it cannot), by a pass without memory or arithmetic (device meta)."""
+def _probed(
+    architecture: str, channels: int, size: int, patch_size: int | None = None
+) -> tuple[tuple[int, ...], str]:
+    """(shape of what the model makes of one such image, "") or ((), why it cannot), by a pass
+    without memory or arithmetic (device meta).
+    """
     try:
         with torch.device("meta"), torch.random.fork_rng(devices=[]), torch.no_grad():
             model = _create(architecture, channels, size, patch_size).eval()
@@ -179,7 +278,9 @@ def _probed(architecture: str, channels: int, size: int, patch_size: int | None 
 
 @cache
 def _refused(architecture: str, channels: int, size: int, patch_size: int | None) -> str:
-    """What is wrong with a size, with the next one that is right; or nothing, also for a model that cannot be asked without memory."""
+    """What is wrong with a size, with the next one that is right; or nothing, also for a model that
+    cannot be asked without memory.
+    """
     reason = _probed(architecture, channels, size, patch_size)[1]
     if reason == SEVERAL:
         return f"timm/{architecture} cannot be a backbone here: its forward_features {SEVERAL}"
@@ -187,5 +288,15 @@ def _refused(architecture: str, channels: int, size: int, patch_size: int | None
     usual = config.input_size[-1] if config is not None else 224
     if not reason or (patch_size is None and _probed(architecture, channels, usual)[1]):
         return ""
-    least = next((other for other in range(size + 1, max(size, usual) + 65) if not _probed(architecture, channels, other, patch_size)[1]), usual)
-    return f"timm/{architecture} takes no images of {size} pixels a side ({reason}); the next size that it takes is {least}: say so in data.modality"
+    least = next(
+        (
+            other
+            for other in range(size + 1, max(size, usual) + 65)
+            if not _probed(architecture, channels, other, patch_size)[1]
+        ),
+        usual,
+    )
+    return (
+        f"timm/{architecture} takes no images of {size} pixels a side ({reason}); the next size "
+        f"that it takes is {least}: say so in data.modality"
+    )

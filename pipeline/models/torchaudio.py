@@ -1,5 +1,7 @@
-"""Recognisers of speech over log-mel frames, of torchaudio's layers and in their manner: Deep Speech (Hannun et al. 2014), Deep Speech 2 (Amodei et al. 2016)
-and Conformer (Gulati et al. 2020), each up to its output layer."""
+"""Recognisers of speech over log-mel frames, of torchaudio's layers and in their manner: Deep
+Speech (Hannun et al. 2014), Deep Speech 2 (Amodei et al. 2016) and Conformer (Gulati et al. 2020),
+each up to its output layer.
+"""
 
 from __future__ import annotations
 
@@ -20,55 +22,116 @@ ARCHITECTURES = ["deepspeech", "deepspeech2", "conformer"]
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "deepspeech": {"hidden": 512, "context": 7, "strides": [2], "dropout": 0.1},
-    "deepspeech2": {"layers": 2, "hidden": 256, "convolution": "time", "channels": 256, "kernels": [11, 11], "strides": [2, 2], "dropout": 0.1},
-    "conformer": {"layers": 4, "hidden": 144, "heads": 4, "intermediate": 576, "kernel": 31, "channels": 32, "strides": [2, 2], "dropout": 0.1},
+    "deepspeech2": {
+        "layers": 2,
+        "hidden": 256,
+        "convolution": "time",
+        "channels": 256,
+        "kernels": [11, 11],
+        "strides": [2, 2],
+        "dropout": 0.1,
+    },
+    "conformer": {
+        "layers": 4,
+        "hidden": 144,
+        "heads": 4,
+        "intermediate": 576,
+        "kernel": 31,
+        "channels": 32,
+        "strides": [2, 2],
+        "dropout": 0.1,
+    },
 }
-"""What an option that is left out is; those that are not listed make no sense for the architecture."""
+"""What an option that is left out is; those that are not listed make no sense for the
+architecture.
+"""
 
 CLIP = 20.0
 """Of the clipped rectifier min(max(x, 0), 20) of both Deep Speech papers."""
 
 
 class TorchaudioOptions(Options):
-    layers: int | None = Field(None, ge=1, description="deepspeech2: recurrent layers, conformer: blocks; none: 2, 4")
+    layers: int | None = Field(
+        None, ge=1, description="deepspeech2: recurrent layers, conformer: blocks; none: 2, 4"
+    )
     hidden: int | None = Field(
-        None, ge=2, description="deepspeech: width (published: 2048), deepspeech2: units a direction, conformer: width; none: 512, 256, 144")
+        None,
+        ge=2,
+        description="deepspeech: width (published: 2048), deepspeech2: units a direction, "
+        "conformer: width; none: 512, 256, 144",
+    )
     dropout: float | None = Field(None, ge=0, lt=1, description="none: 0.1")
     strides: list[int] | None = Field(
-        None, min_length=1, description="frames from one step to the next, for each convolution; of deepspeech, which has none, one number; none: [2] for "
-                                        "deepspeech, as published (section 3.3), [2, 2] for the others")
-    context: int | None = Field(None, ge=0, description="deepspeech: frames to each side that one step sees; published: 5, 7 or 9; none: 7")
+        None,
+        min_length=1,
+        description="frames from one step to the next, for each convolution; of deepspeech, which "
+        "has none, one number; none: [2] for "
+        "deepspeech, as published (section 3.3), [2, 2] for the others",
+    )
+    context: int | None = Field(
+        None,
+        ge=0,
+        description="deepspeech: frames to each side that one step sees; published: 5, 7 or 9; "
+        "none: 7",
+    )
     convolution: Literal["time", "time_frequency"] | None = Field(
-        None, description="deepspeech2: over time with all bins as channels, or over time and frequency, which takes more time (section 3.5); none: time")
-    channels: int | None = Field(None, ge=1, description="of the convolutions of deepspeech2 and of conformer's subsampling; none: 256, 32")
-    kernels: list[int] | None = Field(None, min_length=1, description="deepspeech2: frames that each convolution sees, odd numbers; none: [11, 11]")
-    heads: int | None = Field(None, ge=1, description="conformer: attention heads; must divide hidden; none: 4")
-    intermediate: int | None = Field(None, ge=1, description="conformer: width of the feed-forward parts; none: 576")
-    kernel: int | None = Field(None, ge=1, description="conformer: steps that a depthwise convolution sees, an odd number; none: 31")
+        None,
+        description="deepspeech2: over time with all bins as channels, or over time and "
+        "frequency, which takes more time (section 3.5); none: time",
+    )
+    channels: int | None = Field(
+        None,
+        ge=1,
+        description="of the convolutions of deepspeech2 and of conformer's subsampling; none: "
+        "256, 32",
+    )
+    kernels: list[int] | None = Field(
+        None,
+        min_length=1,
+        description="deepspeech2: frames that each convolution sees, odd numbers; none: [11, 11]",
+    )
+    heads: int | None = Field(
+        None, ge=1, description="conformer: attention heads; must divide hidden; none: 4"
+    )
+    intermediate: int | None = Field(
+        None, ge=1, description="conformer: width of the feed-forward parts; none: 576"
+    )
+    kernel: int | None = Field(
+        None,
+        ge=1,
+        description="conformer: steps that a depthwise convolution sees, an odd number; none: 31",
+    )
 
 
 @register("model", "torchaudio", options=TorchaudioOptions)
 class Torchaudio(Backbone):
-    """Input ``mel`` (B, T, F) with ``mask`` (B, T), true for a row's own frames, which come first. ``tokens`` (B, N, D), zeros behind a row's end.
-    Of ``deepspeech2`` and ``conformer``, ``latent`` (B, N, latent_dim, wanted as "latent") is what their convolutions give, and ``token_mask`` (B, N)
-    hides steps of it behind ``front.mask_embedding`` from the layers above, as wav2vec 2.0 does over samples.
+    """Input ``mel`` (B, T, F) with ``mask`` (B, T), true for a row's own frames, which come first.
+    ``tokens`` (B, N, D), zeros behind a row's end. Of ``deepspeech2`` and ``conformer``, ``latent``
+    (B, N, latent_dim, wanted as "latent") is what their convolutions give, and ``token_mask`` (B,
+    N) hides steps of it behind ``front.mask_embedding`` from the layers above, as wav2vec 2.0 does
+    over samples.
 
-    Nothing of a row depends on the batch around it: frames behind its end are zeros before every convolution, recurrent layers read packed rows,
-    and norms are taken over a step's channels, or over a row's own steps.
+    Nothing of a row depends on the batch around it: frames behind its end are zeros before every
+    convolution, recurrent layers read packed rows, and norms are taken over a step's channels, or
+    over a row's own steps.
 
-    ``deepspeech`` and ``conformer`` hold torchaudio's modules, and parameters have their names. ``deepspeech`` stacks each frame's neighbours as its paper
-    does, in torchaudio's class the caller's part. ``deepspeech2`` has layer norms where its paper has batch norms, whose statistics padding would
-    enter, and both directions side by side, not summed.
+    ``deepspeech`` and ``conformer`` hold torchaudio's modules, and parameters have their names.
+    ``deepspeech`` stacks each frame's neighbours as its paper does, in torchaudio's class the
+    caller's part. ``deepspeech2`` has layer norms where its paper has batch norms, whose statistics
+    padding would enter, and both directions side by side, not summed.
 
-    Raises ValueError for inputs that are no mel frames, and for options that the architecture lacks.
+    Raises ValueError for inputs that are no mel frames, and for options that the architecture
+    lacks.
     """
 
     def __init__(self, architecture: str, options: TorchaudioOptions, inputs: dict[str, Any]):
         super().__init__(architecture, options, inputs)
         name = f"torchaudio/{architecture}"
         if inputs.get("features") != "mel":
-            raise ValueError(f"{name} reads log-mel frames of audio (features mel); these rows are "
-                             f"{inputs.get('features') or ', '.join(inputs) or 'something else'}")
+            raise ValueError(
+                f"{name} reads log-mel frames of audio (features mel); these rows are "
+                f"{inputs.get('features') or ', '.join(inputs) or 'something else'}"
+            )
         o = _resolved(architecture, options)
         self.architecture = architecture
         self.arch = {"name": name, "options": o, "inputs": dict(inputs)}
@@ -80,35 +143,62 @@ class Torchaudio(Backbone):
         self.conformer: Any = None
         if architecture == "deepspeech":
             self.context = o["context"]
-            own: list[tuple[int, int, int]] = [(2 * self.context + 1, o["strides"][0], self.context)]
-            self.deepspeech = DeepSpeech((2 * self.context + 1) * bins, n_hidden=o["hidden"], n_class=1, dropout=drop)
+            own: list[tuple[int, int, int]] = [
+                (2 * self.context + 1, o["strides"][0], self.context)
+            ]
+            self.deepspeech = DeepSpeech(
+                (2 * self.context + 1) * bins, n_hidden=o["hidden"], n_class=1, dropout=drop
+            )
             del self.deepspeech.out
             width = o["hidden"]
         else:
             conformer = architecture == "conformer"
             plane = conformer or o["convolution"] == "time_frequency"
             kernels = [3] * len(o["strides"]) if conformer else o["kernels"]
-            self.front = _Front(bins, o["channels"], kernels, o["strides"], plane, wide=not conformer)
+            self.front = _Front(
+                bins, o["channels"], kernels, o["strides"], plane, wide=not conformer
+            )
             self.latent_dim = self.front.width
-            own = [(kernel, step, kernel // 2) for kernel, step in zip(kernels, o["strides"], strict=True)]
+            own = [
+                (kernel, step, kernel // 2)
+                for kernel, step in zip(kernels, o["strides"], strict=True)
+            ]
             if conformer:
                 width = o["hidden"]
                 self.enter = nn.Sequential(nn.Linear(self.front.width, width), nn.Dropout(drop))
-                self.conformer = Conformer(width, o["heads"], o["intermediate"], o["layers"], o["kernel"], dropout=drop, use_group_norm=True)
+                self.conformer = Conformer(
+                    width,
+                    o["heads"],
+                    o["intermediate"],
+                    o["layers"],
+                    o["kernel"],
+                    dropout=drop,
+                    use_group_norm=True,
+                )
             else:
                 width = 2 * o["hidden"]
                 widths = [self.front.width, *[width] * (o["layers"] - 1)]
-                self.recurrent = nn.ModuleList(_Recurrent(n, o["hidden"], drop if i else 0.0) for i, n in enumerate(widths))
+                self.recurrent = nn.ModuleList(
+                    _Recurrent(n, o["hidden"], drop if i else 0.0) for i, n in enumerate(widths)
+                )
         self.own = tuple(own)
-        self.convolutions = (*((int(k), int(s), int(p)) for k, s, p in inputs["convolutions"]), *self.own)
+        self.convolutions = (
+            *((int(k), int(s), int(p)) for k, s, p in inputs["convolutions"]),
+            *self.own,
+        )
         self.pooled_dim = self.token_dim = width
 
     def frame_mask(self, batch: Batch) -> Tensor:
         """(B, N) true for the steps that a row has; N is 1 where no row has any."""
         count = max(1, frames.count(max(1, batch["mel"].shape[1]), self.own))
-        return torch.arange(count, device=batch["mask"].device) < frames.count(batch["mask"].sum(1), self.own)[:, None]
+        return (
+            torch.arange(count, device=batch["mask"].device)
+            < frames.count(batch["mask"].sum(1), self.own)[:, None]
+        )
 
-    def forward(self, batch: Batch, *, token_mask: Tensor | None = None, want: tuple[str, ...] = ()) -> Features:
+    def forward(
+        self, batch: Batch, *, token_mask: Tensor | None = None, want: tuple[str, ...] = ()
+    ) -> Features:
         mel, mask = batch["mel"], batch["mask"]
         if mel.shape[1] == 0:  # a batch whose rows all have no samples
             mel, mask = F.pad(mel, (0, 0, 0, 1)), F.pad(mask, (0, 1))
@@ -118,9 +208,16 @@ class Torchaudio(Backbone):
         if self.front is not None:
             latent, lengths = self.front(x, lengths)
             hider = self.front.mask_embedding.to(latent.dtype)
-            x = latent + 0.0 * hider if token_mask is None else torch.where(token_mask[:, :, None], hider, latent)  # DDP waits for its gradient
+            x = (
+                latent + 0.0 * hider
+                if token_mask is None
+                else torch.where(token_mask[:, :, None], hider, latent)
+            )  # DDP waits for its gradient
         elif token_mask is not None:
-            raise ValueError(f"{self.arch['name']} cannot leave tokens out; for masked pretraining take torchaudio/deepspeech2 or transformers/wav2vec2")
+            raise ValueError(
+                f"{self.arch['name']} cannot leave tokens out; for masked pretraining take "
+                "torchaudio/deepspeech2 or transformers/wav2vec2"
+            )
         if self.deepspeech is not None:
             x, lengths = self._deepspeech(x, lengths)
         real = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
@@ -129,34 +226,49 @@ class Torchaudio(Backbone):
                 x = layer(x, lengths)
         if self.conformer is not None:
             x = self.enter(x)
-            seen = real | (torch.arange(x.shape[1], device=x.device) == 0)  # a row of nothing looks at its first step: no row of the softmax is empty
+            seen = real | (
+                torch.arange(x.shape[1], device=x.device) == 0
+            )  # a row of nothing looks at its first step: no row of the softmax is empty
             for layer in self.conformer.conformer_layers:
                 x = _conformer_layer(layer, x, real, seen)
         x = x * real[:, :, None]
-        return Features(x.sum(1) / lengths.clamp(min=1)[:, None], tokens=x, mask=real, latent=latent if "latent" in want else None,
-                        stages={"convolved": latent} if "convolved" in want and latent is not None else {})
+        return Features(
+            x.sum(1) / lengths.clamp(min=1)[:, None],
+            tokens=x,
+            mask=real,
+            latent=latent if "latent" in want else None,
+            stages={"convolved": latent} if "convolved" in want and latent is not None else {},
+        )
 
     def _deepspeech(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """(B, N, hidden) and (B,) their lengths: torchaudio's layers up to the output layer."""
         model: Any = self.deepspeech
         c = self.context
-        x = F.pad(x, (0, 0, c, c)).unfold(1, 2 * c + 1, self.own[0][1]).transpose(2, 3).flatten(2)  # the earliest frame first
+        x = (
+            F.pad(x, (0, 0, c, c)).unfold(1, 2 * c + 1, self.own[0][1]).transpose(2, 3).flatten(2)
+        )  # the earliest frame first
         lengths = frames.count(lengths, self.own)
         x = _packed(model.bi_rnn, model.fc3(model.fc2(model.fc1(x))), lengths)
-        return model.fc4(x[:, :, :model.n_hidden] + x[:, :, model.n_hidden:]), lengths
+        return model.fc4(x[:, :, : model.n_hidden] + x[:, :, model.n_hidden :]), lengths
 
     def layers(self) -> dict[str, list[str]]:
         out: dict[str, list[str]] = {}
         for name, _ in self.named_parameters():
             part, *rest = name.split(".")
             number = next((word for word in rest if word.isdigit()), "0").zfill(2)
-            layer = {"front": f"convolution{number}", "recurrent": f"recurrent{number}", "conformer": f"block{number}"}.get(part, part)
+            layer = {
+                "front": f"convolution{number}",
+                "recurrent": f"recurrent{number}",
+                "conformer": f"block{number}",
+            }.get(part, part)
             out.setdefault(rest[0] if part == "deepspeech" else layer, []).append(name)
         return out
 
 
 def _resolved(architecture: str, options: TorchaudioOptions) -> dict[str, Any]:
-    """Every option that the architecture has, with its value. Raises ValueError for one that it lacks, or that does not fit."""
+    """Every option that the architecture has, with its value. Raises ValueError for one that it
+    lacks, or that does not fit.
+    """
     name, defaults = f"torchaudio/{architecture}", DEFAULTS[architecture]
     given = {option: value for option, value in options.model_dump().items() if value is not None}
     for option in given.keys() - defaults.keys():
@@ -166,39 +278,63 @@ def _resolved(architecture: str, options: TorchaudioOptions) -> dict[str, Any]:
         values = o.get(option, [])
         for value in values if isinstance(values, list) else [values]:
             if value < 1 or value % 2 == 0:
-                raise ValueError(f"{name}: {option} {o[option]} must be odd: a step sees as many frames before it as behind")
+                raise ValueError(
+                    f"{name}: {option} {o[option]} must be odd: a step sees as many frames "
+                    "before it as behind"
+                )
     for value in o["strides"]:
         if value < 1:
             raise ValueError(f"{name}: strides {o['strides']} must be 1 or more")
     if architecture == "deepspeech" and len(o["strides"]) != 1:
-        raise ValueError(f"{name}: strides {o['strides']} must be one number, as it has no convolutions")
+        raise ValueError(
+            f"{name}: strides {o['strides']} must be one number, as it has no convolutions"
+        )
     if "kernels" in o and len(o["strides"]) != len(o["kernels"]):
-        raise ValueError(f"{name}: strides {o['strides']} and kernels {o['kernels']} must be as many, one of each for a convolution")
+        raise ValueError(
+            f"{name}: strides {o['strides']} and kernels {o['kernels']} must be as many, one "
+            "of each for a convolution"
+        )
     if "heads" in o and o["hidden"] % o["heads"]:
         raise ValueError(f"{name}: heads {o['heads']} must divide hidden {o['hidden']}")
     return o
 
 
 class _Front(nn.Module):
-    """Strided convolutions over (B, T, F), each behind zeros for padding, then a norm over a step's own numbers and a rectifier.
+    """Strided convolutions over (B, T, F), each behind zeros for padding, then a norm over a step's
+    own numbers and a rectifier.
 
-    ``plane``: over time and frequency, one input channel, and every second bin is kept; else over time with the bins as channels.
-    ``wide``: kernels see 41 and then 21 bins, as in Deep Speech 2 (table 1), and rectifiers are clipped; else 3 bins, as in Conformer's subsampling.
+    ``plane``: over time and frequency, one input channel, and every second bin is kept; else over
+    time with the bins as channels. ``wide``: kernels see 41 and then 21 bins, as in Deep Speech 2
+    (table 1), and rectifiers are clipped; else 3 bins, as in Conformer's subsampling.
     """
 
-    def __init__(self, bins: int, channels: int, kernels: list[int], strides: list[int], plane: bool, wide: bool):
+    def __init__(
+        self,
+        bins: int,
+        channels: int,
+        kernels: list[int],
+        strides: list[int],
+        plane: bool,
+        wide: bool,
+    ):
         super().__init__()
         self.plane, self.clip = plane, CLIP if wide else float("inf")
-        self.shapes = [(kernel, step, kernel // 2) for kernel, step in zip(kernels, strides, strict=True)]
+        self.shapes = [
+            (kernel, step, kernel // 2) for kernel, step in zip(kernels, strides, strict=True)
+        ]
         self.layers, width, depth = nn.ModuleList(), bins, 1
         for number, (kernel, step, padding) in enumerate(self.shapes):
             if plane:
                 high = (41 if number == 0 else 21) if wide else 3
-                convolution: nn.Module = nn.Conv2d(depth, channels, (kernel, high), (step, 2), (padding, high // 2))
+                convolution: nn.Module = nn.Conv2d(
+                    depth, channels, (kernel, high), (step, 2), (padding, high // 2)
+                )
                 width, depth = (width - 1) // 2 + 1, channels
             else:
                 convolution, width = nn.Conv1d(width, channels, kernel, step, padding), channels
-            self.layers.append(nn.ModuleDict({"convolution": convolution, "norm": nn.LayerNorm(width * depth)}))
+            self.layers.append(
+                nn.ModuleDict({"convolution": convolution, "norm": nn.LayerNorm(width * depth)})
+            )
         self.width = width * depth
         self.mask_embedding = nn.Parameter(torch.empty(self.width).uniform_())
 
@@ -208,10 +344,14 @@ class _Front(nn.Module):
             parts: Any = layer
             if self.plane:
                 depth = parts["convolution"].in_channels
-                x = parts["convolution"](x.unflatten(2, (depth, -1)).transpose(1, 2)).transpose(1, 2).flatten(2)
+                x = (
+                    parts["convolution"](x.unflatten(2, (depth, -1)).transpose(1, 2))
+                    .transpose(1, 2)
+                    .flatten(2)
+                )
             else:
                 x = parts["convolution"](x.transpose(1, 2)).transpose(1, 2)
-            lengths = frames.count(lengths, self.shapes[number:number + 1])
+            lengths = frames.count(lengths, self.shapes[number : number + 1])
             real = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
             x = parts["norm"](x).clamp(0, self.clip) * real[:, :, None]
         return x, lengths
@@ -233,16 +373,23 @@ class _Recurrent(nn.Module):
 def _packed(rnn: nn.RNNBase, x: Tensor, lengths: Tensor) -> Tensor:
     """(B, N, directions * hidden) of (B, N, D): each row read to its own end and back from there.
 
-    In float32 under autocast too: on the CPU that leaves packed rows alone, and on CUDA it takes float16 for recurrent layers whatever it was asked
-    for (ATen/cudnn/AutocastRNN.cpp), which overflows without a scaled loss.
+    In float32 under autocast too: on the CPU that leaves packed rows alone, and on CUDA it takes
+    float16 for recurrent layers whatever it was asked for (ATen/cudnn/AutocastRNN.cpp), which
+    overflows without a scaled loss.
     """
     with torch.autocast(x.device.type, enabled=False):
-        found, _ = rnn(pack_padded_sequence(x.float(), lengths.clamp(min=1).cpu(), batch_first=True, enforce_sorted=False))
+        found, _ = rnn(
+            pack_padded_sequence(
+                x.float(), lengths.clamp(min=1).cpu(), batch_first=True, enforce_sorted=False
+            )
+        )
     return pad_packed_sequence(found, batch_first=True, total_length=x.shape[1])[0]
 
 
 def _conformer_layer(layer: Any, x: Tensor, real: Tensor, seen: Tensor) -> Tensor:
-    """torchaudio's ConformerLayer on (B, N, D), with padding kept out of its convolution and of its group norm, which torchaudio lets in."""
+    """torchaudio's ConformerLayer on (B, N, D), with padding kept out of its convolution and of its
+    group norm, which torchaudio lets in.
+    """
     x = layer.ffn1(x) * 0.5 + x
     hidden = layer.self_attn_layer_norm(x).transpose(0, 1)
     found, _ = layer.self_attn(hidden, hidden, hidden, key_padding_mask=~seen, need_weights=False)
@@ -253,7 +400,9 @@ def _conformer_layer(layer: Any, x: Tensor, real: Tensor, seen: Tensor) -> Tenso
 
 
 def _convolution(module: Any, x: Tensor, real: Tensor) -> Tensor:
-    """torchaudio's convolution module on (B, N, D): zeros behind a row's end for the depthwise kernel, and the group norm's mean over a row's own steps."""
+    """torchaudio's convolution module on (B, N, D): zeros behind a row's end for the depthwise
+    kernel, and the group norm's mean over a row's own steps.
+    """
     enter, gate, depthwise, norm, *rest = module.sequential
     own = real[:, None]
     x = depthwise(gate(enter(module.layer_norm(x).transpose(1, 2))) * own).float()

@@ -1,5 +1,7 @@
-"""BERT (Devlin et al. 2019), RoBERTa (Liu et al. 2019), DistilBERT (Sanh et al. 2019), GPT-2 (Radford et al. 2019) and, for speech, wav2vec 2.0
-(Baevski et al. 2020) of transformers, from sizes given in the job or from a whole configuration."""
+"""BERT (Devlin et al. 2019), RoBERTa (Liu et al. 2019), DistilBERT (Sanh et al. 2019), GPT-2
+(Radford et al. 2019) and, for speech, wav2vec 2.0 (Baevski et al. 2020) of transformers, from sizes
+given in the job or from a whole configuration.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,12 @@ from pipeline.registry import Options, nearest, register
 
 ARCHITECTURES = ["bert", "roberta", "distilbert", "gpt2", "wav2vec2"]
 
-BLOCKS = {"bert": "encoder.layer.", "roberta": "encoder.layer.", "distilbert": "transformer.layer.", "gpt2": "h."}
+BLOCKS = {
+    "bert": "encoder.layer.",
+    "roberta": "encoder.layer.",
+    "distilbert": "transformer.layer.",
+    "gpt2": "h.",
+}
 """What stands before a block's number in the names of its parameters."""
 
 POOLERS = ("bert", "roberta")
@@ -29,72 +36,141 @@ class TransformersOptions(Options):
     layers: int = Field(4, ge=1, description="transformer blocks")
     hidden: int = Field(256, ge=8, description="width")
     heads: int = Field(4, ge=1, description="attention heads; must divide hidden")
-    intermediate: int | None = Field(None, ge=8, description="width of the feed-forward part; none: 4 x hidden")
+    intermediate: int | None = Field(
+        None, ge=8, description="width of the feed-forward part; none: 4 x hidden"
+    )
     dropout: float = Field(0.1, ge=0, lt=1, description="dropout of hidden states and attention")
-    positions: int | None = Field(None, ge=8, description="longest sequence of tokens; none: the modality's length")
-    conv_channels: int | None = Field(None, ge=1, description="wav2vec2 alone: channels of its convolutions; none: hidden, and 512 at most as published")
-    conv_kernels: list[int] | None = Field(None, min_length=1, description="wav2vec2 alone: kernels of its convolutions; none: 10, 3, 3, 3, 3, 2, 2")
-    conv_strides: list[int] | None = Field(None, min_length=1, description="wav2vec2 alone: their strides; none: 5, 2, 2, 2, 2, 2, 2, which is 320 samples")
-    config: dict | None = Field(None, description="a whole transformers configuration (from a config.json); the sizes above are then ignored")
+    positions: int | None = Field(
+        None, ge=8, description="longest sequence of tokens; none: the modality's length"
+    )
+    conv_channels: int | None = Field(
+        None,
+        ge=1,
+        description="wav2vec2 alone: channels of its convolutions; none: hidden, and 512 at most "
+        "as published",
+    )
+    conv_kernels: list[int] | None = Field(
+        None,
+        min_length=1,
+        description="wav2vec2 alone: kernels of its convolutions; none: 10, 3, 3, 3, 3, 2, 2",
+    )
+    conv_strides: list[int] | None = Field(
+        None,
+        min_length=1,
+        description="wav2vec2 alone: their strides; none: 5, 2, 2, 2, 2, 2, 2, which is 320 "
+        "samples",
+    )
+    config: dict | None = Field(
+        None,
+        description="a whole transformers configuration (from a config.json); the sizes above are "
+        "then ignored",
+    )
     pool: Literal["auto", "mean", "first", "last", "pooler"] = Field(
-        "auto", description="pooled feature; auto: mean of the tokens, or the last one of a causal model; pooler: dense and tanh of the first token, "
-                            "as BERT and RoBERTa have them")
+        "auto",
+        description="pooled feature; auto: mean of the tokens, or the last one of a causal model; "
+        "pooler: dense and tanh of the first token, "
+        "as BERT and RoBERTa have them",
+    )
 
 
 @register("model", "transformers", options=TransformersOptions)
 def build(architecture: str, options: TransformersOptions, inputs: dict[str, Any]) -> Backbone:
-    """The backbone of a family, with random weights. Raises ValueError for options that are another family's, and inputs that do not fit."""
+    """The backbone of a family, with random weights. Raises ValueError for options that are another
+    family's, and inputs that do not fit.
+    """
     speech = architecture == "wav2vec2"
     others = ("positions",) if speech else ("conv_channels", "conv_kernels", "conv_strides")
     if given := [name for name in others if getattr(options, name) is not None]:
-        raise ValueError(f"transformers/{architecture} has no {', '.join(given)}: {'texts have' if speech else 'wav2vec2 has'} that; leave it out")
+        raise ValueError(
+            f"transformers/{architecture} has no {', '.join(given)}: "
+            f"{'texts have' if speech else 'wav2vec2 has'} that; leave it out"
+        )
     if options.config is None and options.hidden % options.heads:
-        raise ValueError(f"transformers/{architecture}: heads {options.heads} must divide hidden {options.hidden}")
+        raise ValueError(
+            f"transformers/{architecture}: heads {options.heads} must divide hidden "
+            f"{options.hidden}"
+        )
     return (Wav2Vec2 if speech else Transformers)(architecture, options, inputs)
 
 
 class Transformers(Backbone):
-    """Families for texts. Input ``tokens`` (B, N) with ``mask`` (B, N), or with ``segments`` (B, N) when documents are packed: then positions restart
-    and attention stays within a document. ``types`` (B, N) are BERT's token types, read where the configuration has more than one.
+    """Families for texts. Input ``tokens`` (B, N) with ``mask`` (B, N), or with ``segments`` (B, N)
+    when documents are packed: then positions restart and attention stays within a document.
+    ``types`` (B, N) are BERT's token types, read where the configuration has more than one.
 
-    ``model`` is transformers' own, and parameters have its names. RoBERTa counts positions from ``padding_idx + 1``.
+    ``model`` is transformers' own, and parameters have its names. RoBERTa counts positions from
+    ``padding_idx + 1``.
     """
 
     def __init__(self, architecture: str, options: TransformersOptions, inputs: dict[str, Any]):
         super().__init__(architecture, options, inputs)
         if "vocabulary" not in inputs:
-            raise ValueError(f"transformers/{architecture} reads text; these rows are {', '.join(inputs) or 'something else'}")
+            raise ValueError(
+                f"transformers/{architecture} reads text; these rows are "
+                f"{', '.join(inputs) or 'something else'}"
+            )
         if options.pool == "pooler" and architecture not in POOLERS:
-            raise ValueError(f"transformers/{architecture} has no pooler: set pool to mean, first or last, or leave it out")
+            raise ValueError(
+                f"transformers/{architecture} has no pooler: set pool to mean, first or last, "
+                "or leave it out"
+            )
         self.architecture, self.options = architecture, options
         self.causal = architecture == "gpt2"
         self.model: Any = _build(architecture, options, inputs)
         config = self.model.config
-        self.arch = {"name": f"transformers/{architecture}", "options": options.model_dump(), "inputs": dict(inputs)}
+        self.arch = {
+            "name": f"transformers/{architecture}",
+            "options": options.model_dump(),
+            "inputs": dict(inputs),
+        }
         self.pooled_dim = self.token_dim = config.hidden_size
         self.padding: int | None = _padding(config, inputs) if architecture == "roberta" else None
-        """The position of padding, where positions are counted from the one after it; none where they begin at 0."""
+        """The position of padding, where positions are counted from the one after it; none where
+        they begin at 0.
+        """
         reserved = 0 if self.padding is None else self.padding + 1
         self.positions: int = config.max_position_embeddings - reserved
         """Tokens of the longest sequence."""
         self.has_types = getattr(config, "type_vocab_size", 1) > 1
-        self.activation: str = "gelu" if architecture == "roberta" else getattr(config, "hidden_act", None) or getattr(config, "activation", "gelu")
+        self.activation: str = (
+            "gelu"
+            if architecture == "roberta"
+            else getattr(config, "hidden_act", None) or getattr(config, "activation", "gelu")
+        )
         self.norm_eps: float = getattr(config, "layer_norm_eps", 1e-12)
-        """With ``activation`` (a name of transformers.activations) that of the family's head for masked language modelling."""
+        """With ``activation`` (a name of transformers.activations) that of the family's head for
+        masked language modelling.
+        """
         if inputs["vocabulary"] > self.embedding().num_embeddings:
-            raise ValueError(f"the tokenizer has {inputs['vocabulary']} tokens, the embedding of {architecture} {self.embedding().num_embeddings}")
+            raise ValueError(
+                f"the tokenizer has {inputs['vocabulary']} tokens, the embedding of "
+                f"{architecture} {self.embedding().num_embeddings}"
+            )
         if inputs["length"] > self.positions:
-            raise ValueError(f"rows of {inputs['length']} tokens are longer than the {self.positions} positions of {architecture}"
-                             + (f" (the first {reserved} of its {config.max_position_embeddings} are for padding)" if reserved else ""))
+            raise ValueError(
+                f"rows of {inputs['length']} tokens are longer than the {self.positions} "
+                f"positions of {architecture}"
+                + (
+                    f" (the first {reserved} of its {config.max_position_embeddings} are for "
+                    "padding)"
+                    if reserved
+                    else ""
+                )
+            )
         self.pool = options.pool if options.pool != "auto" else ("last" if self.causal else "mean")
 
-    def forward(self, batch: Batch, *, token_mask: Tensor | None = None, want: tuple[str, ...] = ()) -> Features:
+    def forward(
+        self, batch: Batch, *, token_mask: Tensor | None = None, want: tuple[str, ...] = ()
+    ) -> Features:
         tokens = batch["tokens"]
         segments = batch.data.get("segments")
         words: dict[str, Any] = {"input_ids": tokens}
         if segments is not None:
             mask = segments > 0
-            words |= {"attention_mask": document_mask(segments, self.causal), "position_ids": restarted_positions(segments)}
+            words |= {
+                "attention_mask": document_mask(segments, self.causal),
+                "position_ids": restarted_positions(segments),
+            }
         else:
             mask = batch.data.get("mask", torch.ones_like(tokens, dtype=torch.bool))
             words["attention_mask"] = mask
@@ -107,12 +183,26 @@ class Transformers(Backbone):
             words["use_cache"] = False
         found = self.model(**words)
         hidden = found.last_hidden_state
-        return Features(found.pooler_output if self.pool == "pooler" else _pool(hidden, mask, self.pool), tokens=hidden, mask=mask)
+        return Features(
+            found.pooler_output if self.pool == "pooler" else _pool(hidden, mask, self.pool),
+            tokens=hidden,
+            mask=mask,
+        )
 
-    def advance(self, tokens: Tensor, mask: Tensor, positions: Tensor, past: Any = None) -> tuple[Tensor, Any]:
-        """Causal models only: states (B, n, D) of ``tokens`` (B, n) at ``positions`` (B, n), which follow those in ``past``, and the new past (keys
-        and values). ``mask`` (B, past + n) is true for what may be seen."""
-        found = self.model(input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=past, use_cache=True)
+    def advance(
+        self, tokens: Tensor, mask: Tensor, positions: Tensor, past: Any = None
+    ) -> tuple[Tensor, Any]:
+        """Causal models only: states (B, n, D) of ``tokens`` (B, n) at ``positions`` (B, n), which
+        follow those in ``past``, and the new past (keys and values). ``mask`` (B, past + n) is true
+        for what may be seen.
+        """
+        found = self.model(
+            input_ids=tokens,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=past,
+            use_cache=True,
+        )
         return found.last_hidden_state, found.past_key_values
 
     def embedding(self) -> nn.Embedding:
@@ -123,10 +213,12 @@ class Transformers(Backbone):
         blocks = BLOCKS[self.architecture]
         for name, _ in self.model.named_parameters():
             if name.startswith(blocks):
-                number = int(name[len(blocks):].split(".")[0])
+                number = int(name[len(blocks) :].split(".")[0])
                 out.setdefault(f"block{number:02d}", []).append(f"model.{name}")
             elif name.startswith(("ln_f.", "pooler.")):
-                out.setdefault("norm" if name.startswith("ln_f.") else "pooler", []).append(f"model.{name}")
+                out.setdefault("norm" if name.startswith("ln_f.") else "pooler", []).append(
+                    f"model.{name}"
+                )
             else:
                 out["embeddings"].append(f"model.{name}")
         return out
@@ -135,19 +227,38 @@ class Transformers(Backbone):
 def _build(architecture: str, options: TransformersOptions, inputs: dict[str, Any]) -> nn.Module:
     import transformers as hf
 
-    configs = {"bert": hf.BertConfig, "roberta": hf.RobertaConfig, "distilbert": hf.DistilBertConfig, "gpt2": hf.GPT2Config}
-    models = {"bert": hf.BertModel, "roberta": hf.RobertaModel, "distilbert": hf.DistilBertModel, "gpt2": hf.GPT2Model}
-    config: Any = _config(configs[architecture], architecture, options, lambda: _sizes(architecture, options, inputs))
+    configs = {
+        "bert": hf.BertConfig,
+        "roberta": hf.RobertaConfig,
+        "distilbert": hf.DistilBertConfig,
+        "gpt2": hf.GPT2Config,
+    }
+    models = {
+        "bert": hf.BertModel,
+        "roberta": hf.RobertaModel,
+        "distilbert": hf.DistilBertModel,
+        "gpt2": hf.GPT2Model,
+    }
+    config: Any = _config(
+        configs[architecture], architecture, options, lambda: _sizes(architecture, options, inputs)
+    )
     if architecture != "gpt2" and getattr(config, "is_decoder", False):
-        raise ValueError(f"transformers/{architecture}: the configuration says is_decoder: true, a model that sees no future; here it is to see both sides: "
-                         "take a checkpoint of an encoder, or transformers/gpt2")
+        raise ValueError(
+            f"transformers/{architecture}: the configuration says is_decoder: true, a model "
+            "that sees no future; here it is to see both sides: "
+            "take a checkpoint of an encoder, or transformers/gpt2"
+        )
     if architecture in POOLERS:
         return models[architecture](config, add_pooling_layer=options.pool == "pooler")
     return models[architecture](config)
 
 
-def _config(kind: Any, architecture: str, options: TransformersOptions, sizes: Callable[[], dict[str, Any]]) -> Any:
-    """A configuration of the family's class: of a whole one that was given, only the plain keys (`plain_config`). Raises ValueError."""
+def _config(
+    kind: Any, architecture: str, options: TransformersOptions, sizes: Callable[[], dict[str, Any]]
+) -> Any:
+    """A configuration of the family's class: of a whole one that was given, only the plain keys
+    (`plain_config`). Raises ValueError.
+    """
     if options.config is None:
         return kind(**sizes())
     from transformers.activations import ACT2FN
@@ -155,7 +266,9 @@ def _config(kind: Any, architecture: str, options: TransformersOptions, sizes: C
     try:
         config = kind(**plain_config.plain(architecture, options.config))
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"transformers/{architecture}: config: {' '.join(str(error).split())}") from None
+        raise ValueError(
+            f"transformers/{architecture}: config: {' '.join(str(error).split())}"
+        ) from None
     for key in ("hidden_act", "activation", "activation_function", "feat_extract_activation"):
         name = getattr(config, key, None)
         if isinstance(name, str) and name not in ACT2FN:
@@ -163,34 +276,84 @@ def _config(kind: Any, architecture: str, options: TransformersOptions, sizes: C
     return config
 
 
-def _sizes(architecture: str, options: TransformersOptions, inputs: dict[str, Any]) -> dict[str, Any]:
+def _sizes(
+    architecture: str, options: TransformersOptions, inputs: dict[str, Any]
+) -> dict[str, Any]:
     """The options in the words of the family's configuration."""
     pad, _, cls, sep, _ = inputs["specials"]
-    positions, inner, drop = options.positions or inputs["length"], options.intermediate or 4 * options.hidden, options.dropout
+    positions, inner, drop = (
+        options.positions or inputs["length"],
+        options.intermediate or 4 * options.hidden,
+        options.dropout,
+    )
     if architecture == "gpt2":
-        return {"vocab_size": inputs["vocabulary"], "n_embd": options.hidden, "n_layer": options.layers, "n_head": options.heads, "n_inner": inner,
-                "n_positions": positions, "resid_pdrop": drop, "embd_pdrop": drop, "attn_pdrop": drop, "bos_token_id": cls, "eos_token_id": sep}
+        return {
+            "vocab_size": inputs["vocabulary"],
+            "n_embd": options.hidden,
+            "n_layer": options.layers,
+            "n_head": options.heads,
+            "n_inner": inner,
+            "n_positions": positions,
+            "resid_pdrop": drop,
+            "embd_pdrop": drop,
+            "attn_pdrop": drop,
+            "bos_token_id": cls,
+            "eos_token_id": sep,
+        }
     if architecture == "distilbert":
-        return {"vocab_size": inputs["vocabulary"], "dim": options.hidden, "n_layers": options.layers, "n_heads": options.heads, "hidden_dim": inner,
-                "max_position_embeddings": positions, "pad_token_id": pad, "dropout": drop, "attention_dropout": drop}
-    own = {"vocab_size": inputs["vocabulary"], "hidden_size": options.hidden, "num_hidden_layers": options.layers, "num_attention_heads": options.heads,
-           "intermediate_size": inner, "max_position_embeddings": positions, "pad_token_id": pad, "hidden_dropout_prob": drop,
-           "attention_probs_dropout_prob": drop}
-    if architecture == "roberta":  # as published: one token type, norms with 1e-5, positions behind that of padding
-        own |= {"max_position_embeddings": positions + pad + 1, "type_vocab_size": 1, "layer_norm_eps": 1e-5, "bos_token_id": cls, "eos_token_id": sep}
+        return {
+            "vocab_size": inputs["vocabulary"],
+            "dim": options.hidden,
+            "n_layers": options.layers,
+            "n_heads": options.heads,
+            "hidden_dim": inner,
+            "max_position_embeddings": positions,
+            "pad_token_id": pad,
+            "dropout": drop,
+            "attention_dropout": drop,
+        }
+    own = {
+        "vocab_size": inputs["vocabulary"],
+        "hidden_size": options.hidden,
+        "num_hidden_layers": options.layers,
+        "num_attention_heads": options.heads,
+        "intermediate_size": inner,
+        "max_position_embeddings": positions,
+        "pad_token_id": pad,
+        "hidden_dropout_prob": drop,
+        "attention_probs_dropout_prob": drop,
+    }
+    if (
+        architecture == "roberta"
+    ):  # as published: one token type, norms with 1e-5, positions behind that of padding
+        own |= {
+            "max_position_embeddings": positions + pad + 1,
+            "type_vocab_size": 1,
+            "layer_norm_eps": 1e-5,
+            "bos_token_id": cls,
+            "eos_token_id": sep,
+        }
     return own
 
 
 def _padding(config: Any, inputs: dict[str, Any]) -> int:
-    """RoBERTa's padding id. Raises ValueError where the tokenizer has another one: the embeddings of padding and the positions would be off."""
+    """RoBERTa's padding id. Raises ValueError where the tokenizer has another one: the embeddings
+    of padding and the positions would be off.
+    """
     if config.pad_token_id != inputs["specials"][0]:
-        raise ValueError(f"the tokenizer pads with token {inputs['specials'][0]}, roberta's configuration with pad_token_id {config.pad_token_id}: "
-                         "they must be the same, positions are counted from it; give the tokenizer of this checkpoint")
+        raise ValueError(
+            f"the tokenizer pads with token {inputs['specials'][0]}, roberta's configuration "
+            f"with pad_token_id {config.pad_token_id}: "
+            "they must be the same, positions are counted from it; give the tokenizer of this "
+            "checkpoint"
+        )
     return config.pad_token_id
 
 
 def document_mask(segments: Tensor, causal: bool) -> Tensor:
-    """(B, 1, N, N) boolean: true where a token may look. Padding looks at itself, so that no row of the softmax is empty."""
+    """(B, 1, N, N) boolean: true where a token may look. Padding looks at itself, so that no row of
+    the softmax is empty.
+    """
     same = segments[:, :, None] == segments[:, None, :]
     if causal:
         same = same.tril()
@@ -216,17 +379,23 @@ def _pool(hidden: Tensor, mask: Tensor, pool: str) -> Tensor:
 
 
 class Wav2Vec2(Backbone):
-    """wav2vec 2.0 (Baevski et al. 2020). Input ``wave`` (B, n) at the modality's rate, with ``mask`` (B, n) true where there are samples.
+    """wav2vec 2.0 (Baevski et al. 2020). Input ``wave`` (B, n) at the modality's rate, with
+    ``mask`` (B, n) true where there are samples.
 
-    ``tokens`` (B, N, D) is the last hidden state, ``latent`` (B, N, C, wanted as "latent") the normed output of the convolutions before its projection,
-    which the quantiser reads; ``stages["convolved"]`` (wanted as "convolved") that output before its norm. ``token_mask`` (B, N) hides frames behind the
-    model's own ``masked_spec_embed``. ``model`` is transformers' own, and parameters have its names.
+    ``tokens`` (B, N, D) is the last hidden state, ``latent`` (B, N, C, wanted as "latent") the
+    normed output of the convolutions before its projection, which the quantiser reads;
+    ``stages["convolved"]`` (wanted as "convolved") that output before its norm. ``token_mask`` (B,
+    N) hides frames behind the model's own ``masked_spec_embed``. ``model`` is transformers' own,
+    and parameters have its names.
 
-    A padded row gives what it gives alone. For ``feat_extract_norm: group`` (the published base models) that takes a norm over the row's own frames:
-    they were trained on rows cut to one length, without an attention mask, where the norm's statistics are those of whole recordings. transformers takes
-    them over the padding too, so its own padded rows differ from its lone ones, and from these. Sizes give the ``layer`` kind, as the large models have it.
+    A padded row gives what it gives alone. For ``feat_extract_norm: group`` (the published base
+    models) that takes a norm over the row's own frames: they were trained on rows cut to one
+    length, without an attention mask, where the norm's statistics are those of whole recordings.
+    transformers takes them over the padding too, so its own padded rows differ from its lone ones,
+    and from these. Sizes give the ``layer`` kind, as the large models have it.
 
-    LayerDrop is off, since DDP waits for every parameter's gradient, and so is the configuration's SpecAugment: masks are the objective's or the modality's.
+    LayerDrop is off, since DDP waits for every parameter's gradient, and so is the configuration's
+    SpecAugment: masks are the objective's or the modality's.
     """
 
     hides_frames = True
@@ -235,44 +404,75 @@ class Wav2Vec2(Backbone):
     def __init__(self, architecture: str, options: TransformersOptions, inputs: dict[str, Any]):
         super().__init__(architecture, options, inputs)
         if inputs.get("features") != "wave":
-            raise ValueError(f"transformers/{architecture} reads samples (modality audio with features: wave); these rows are "
-                             f"{inputs.get('features') or ', '.join(inputs) or 'something else'}")
+            raise ValueError(
+                f"transformers/{architecture} reads samples (modality audio with features: "
+                "wave); these rows are "
+                f"{inputs.get('features') or ', '.join(inputs) or 'something else'}"
+            )
         if options.pool not in ("auto", "mean"):
-            raise ValueError(f"transformers/{architecture} pools by the mean of its frames: set pool to mean, or leave it out")
+            raise ValueError(
+                f"transformers/{architecture} pools by the mean of its frames: set pool to "
+                "mean, or leave it out"
+            )
         import transformers as hf
 
-        config: Any = _config(hf.Wav2Vec2Config, architecture, options, lambda: _speech_sizes(options))
+        config: Any = _config(
+            hf.Wav2Vec2Config, architecture, options, lambda: _speech_sizes(options)
+        )
         if config.add_adapter:
-            raise ValueError(f"transformers/{architecture}: the configuration says add_adapter: true, convolutions behind the encoder that change its stride: "
-                             "take a checkpoint without them")
+            raise ValueError(
+                f"transformers/{architecture}: the configuration says add_adapter: true, "
+                "convolutions behind the encoder that change its stride: "
+                "take a checkpoint without them"
+            )
         config.layerdrop, config._attn_implementation = 0.0, "sdpa"
         self.architecture, self.options = architecture, options
         self.model: Any = hf.Wav2Vec2Model(config)
-        self.arch = {"name": f"transformers/{architecture}", "options": options.model_dump(), "inputs": dict(inputs)}
+        self.arch = {
+            "name": f"transformers/{architecture}",
+            "options": options.model_dump(),
+            "inputs": dict(inputs),
+        }
         self.pooled_dim = self.token_dim = config.hidden_size
         self.latent_dim: int = config.conv_dim[-1]
-        self.convolutions = tuple((kernel, stride, 0) for kernel, stride in zip(config.conv_kernel, config.conv_stride, strict=True))
+        self.convolutions = tuple(
+            (kernel, stride, 0)
+            for kernel, stride in zip(config.conv_kernel, config.conv_stride, strict=True)
+        )
         self.prenorm: bool = config.do_stable_layer_norm
 
     def frame_mask(self, batch: Batch) -> Tensor:
         """(B, N) true for the frames that a row has; N is 1 where no row has any."""
         assert self.convolutions is not None
         count = max(1, frames.count(batch["wave"].shape[1], self.convolutions))
-        return torch.arange(count, device=batch["mask"].device) < frames.count(batch["mask"].sum(1), self.convolutions)[:, None]
+        return (
+            torch.arange(count, device=batch["mask"].device)
+            < frames.count(batch["mask"].sum(1), self.convolutions)[:, None]
+        )
 
-    def forward(self, batch: Batch, *, token_mask: Tensor | None = None, want: tuple[str, ...] = ()) -> Features:
+    def forward(
+        self, batch: Batch, *, token_mask: Tensor | None = None, want: tuple[str, ...] = ()
+    ) -> Features:
         mask, hider = self.frame_mask(batch), getattr(self.model, "masked_spec_embed", None)
         convolved = self._convolved(batch["wave"], batch["mask"].sum(1))
         hidden, latent = self.model.feature_projection(convolved)
         if token_mask is not None:
             if hider is None:
-                raise ValueError(f"{self.arch['name']}: its configuration has mask_time_prob: 0 and so no embedding to hide frames behind; set it to 0.065")
+                raise ValueError(
+                    f"{self.arch['name']}: its configuration has mask_time_prob: 0 and so no "
+                    "embedding to hide frames behind; set it to 0.065"
+                )
             hidden = torch.where(token_mask[:, :, None], hider.to(hidden.dtype), hidden)
         elif hider is not None and self.training:
             hidden = hidden + 0.0 * hider.to(hidden.dtype)  # DDP waits for its gradient
         hidden = self._encoded(hidden, mask)
-        return Features(_pool(hidden, mask, "mean"), tokens=hidden, mask=mask, latent=latent if "latent" in want else None,
-                        stages={"convolved": convolved} if "convolved" in want else {})
+        return Features(
+            _pool(hidden, mask, "mean"),
+            tokens=hidden,
+            mask=mask,
+            latent=latent if "latent" in want else None,
+            stages={"convolved": convolved} if "convolved" in want else {},
+        )
 
     def _convolved(self, wave: Tensor, lengths: Tensor) -> Tensor:
         """(B, N, C) from (B, n) samples, of which each row has so many."""
@@ -280,18 +480,28 @@ class Wav2Vec2(Backbone):
         x = F.pad(wave, (0, max(0, frames.field(self.convolutions) - wave.shape[1])))[:, None]
         for number, layer in enumerate(self.model.feature_extractor.conv_layers):
             if number == 0 and isinstance(getattr(layer, "layer_norm", None), nn.GroupNorm):
-                x = layer.activation(_row_norm(layer.conv(x), layer.layer_norm, frames.count(lengths, self.convolutions[:1])))
+                x = layer.activation(
+                    _row_norm(
+                        layer.conv(x),
+                        layer.layer_norm,
+                        frames.count(lengths, self.convolutions[:1]),
+                    )
+                )
             else:
                 x = layer(x)
         return x.transpose(1, 2)
 
     def _encoded(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        """(B, N, D) states of the context network: that of transformers, where no boolean mask makes the host wait for the device."""
+        """(B, N, D) states of the context network: that of transformers, where no boolean mask
+        makes the host wait for the device.
+        """
         encoder = self.model.encoder
         hidden = hidden.masked_fill(~mask[:, :, None], 0.0)
         hidden = hidden + encoder.pos_conv_embed(hidden)
         hidden = encoder.dropout(hidden if self.prenorm else encoder.layer_norm(hidden))
-        keys = (mask | ~mask.any(1, keepdim=True))[:, None, None, :]  # a row without frames sees its padding: no row of the softmax is empty
+        keys = (mask | ~mask.any(1, keepdim=True))[
+            :, None, None, :
+        ]  # a row without frames sees its padding: no row of the softmax is empty
         for layer in encoder.layers:
             hidden = layer(hidden, attention_mask=keys)
         return encoder.layer_norm(hidden) if self.prenorm else hidden
@@ -303,7 +513,9 @@ class Wav2Vec2(Backbone):
                 out["convolutions"].append(f"model.{name}")
             elif name.startswith("encoder.layers."):
                 out.setdefault(f"block{int(name.split('.')[2]):02d}", []).append(f"model.{name}")
-            elif name.startswith("encoder.pos_conv_embed.") or (name.startswith("encoder.layer_norm.") and not self.prenorm):
+            elif name.startswith("encoder.pos_conv_embed.") or (
+                name.startswith("encoder.layer_norm.") and not self.prenorm
+            ):
                 out["positions"].append(f"model.{name}")
             elif not name.startswith("encoder."):
                 out["projection"].append(f"model.{name}")
@@ -312,29 +524,56 @@ class Wav2Vec2(Backbone):
         return out
 
     def adapted(self, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-        """Files of before torch 2.1 name the two parts of the positions' weight weight_g and weight_v, as transformers reads them still."""
+        """Files of before torch 2.1 name the two parts of the positions' weight weight_g and
+        weight_v, as transformers reads them still.
+        """
         at, today = "model.encoder.pos_conv_embed.conv.", "parametrizations.weight.original"
         old = {f"{at}weight_g": f"{at}{today}0", f"{at}weight_v": f"{at}{today}1"}
         return {old.get(name, name): tensor for name, tensor in tensors.items()}, []
 
 
 def _speech_sizes(options: TransformersOptions) -> dict[str, Any]:
-    """The options in the words of wav2vec 2.0's configuration: norms and biases as in the large models, which train more steadily."""
-    kernels, strides = options.conv_kernels or [10, 3, 3, 3, 3, 2, 2], options.conv_strides or [5, 2, 2, 2, 2, 2, 2]
+    """The options in the words of wav2vec 2.0's configuration: norms and biases as in the large
+    models, which train more steadily.
+    """
+    kernels, strides = (
+        options.conv_kernels or [10, 3, 3, 3, 3, 2, 2],
+        options.conv_strides or [5, 2, 2, 2, 2, 2, 2],
+    )
     if len(kernels) != len(strides) or min(*kernels, *strides) < 1:
-        raise ValueError(f"transformers/wav2vec2: conv_kernels {kernels} and conv_strides {strides} must be as many, each 1 or more")
+        raise ValueError(
+            f"transformers/wav2vec2: conv_kernels {kernels} and conv_strides {strides} must be "
+            "as many, each 1 or more"
+        )
     drop = options.dropout
-    return {"hidden_size": options.hidden, "num_hidden_layers": options.layers, "num_attention_heads": options.heads,
-            "intermediate_size": options.intermediate or 4 * options.hidden, "conv_kernel": kernels, "conv_stride": strides,
-            "conv_dim": [options.conv_channels or min(512, options.hidden)] * len(kernels), "conv_bias": True, "feat_extract_norm": "layer",
-            "do_stable_layer_norm": True, "num_conv_pos_embedding_groups": math.gcd(16, options.hidden), "hidden_dropout": drop, "attention_dropout": drop,
-            "feat_proj_dropout": drop, "activation_dropout": 0.0, "final_dropout": drop}
+    return {
+        "hidden_size": options.hidden,
+        "num_hidden_layers": options.layers,
+        "num_attention_heads": options.heads,
+        "intermediate_size": options.intermediate or 4 * options.hidden,
+        "conv_kernel": kernels,
+        "conv_stride": strides,
+        "conv_dim": [options.conv_channels or min(512, options.hidden)] * len(kernels),
+        "conv_bias": True,
+        "feat_extract_norm": "layer",
+        "do_stable_layer_norm": True,
+        "num_conv_pos_embedding_groups": math.gcd(16, options.hidden),
+        "hidden_dropout": drop,
+        "attention_dropout": drop,
+        "feat_proj_dropout": drop,
+        "activation_dropout": 0.0,
+        "final_dropout": drop,
+    }
 
 
 def _row_norm(x: Tensor, norm: nn.GroupNorm, lengths: Tensor) -> Tensor:
-    """``norm`` of (B, C, T), a group a channel, with the statistics of the first so many steps of each row; in float32, given back as it came."""
+    """``norm`` of (B, C, T), a group a channel, with the statistics of the first so many steps of
+    each row; in float32, given back as it came.
+    """
     real = (torch.arange(x.shape[2], device=x.device) < lengths[:, None])[:, None]
     count, wide = lengths.clamp(min=1)[:, None, None], x.float()
     centred = wide - (wide * real).sum(2, keepdim=True) / count
     variance = (centred * real).square().sum(2, keepdim=True) / count
-    return (centred * (norm.weight[:, None] * (variance + norm.eps).rsqrt()) + norm.bias[:, None]).to(x.dtype)
+    return (
+        centred * (norm.weight[:, None] * (variance + norm.eps).rsqrt()) + norm.bias[:, None]
+    ).to(x.dtype)

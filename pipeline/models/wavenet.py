@@ -1,4 +1,6 @@
-"""WaveNet (van den Oord et al. 2016): dilated causal convolutions over mu-law samples, and the frames that section 3.4 recognises speech from."""
+"""WaveNet (van den Oord et al. 2016): dilated causal convolutions over mu-law samples, and the
+frames that section 3.4 recognises speech from.
+"""
 
 from __future__ import annotations
 
@@ -22,27 +24,53 @@ LEVELS = 256
 
 
 class WaveNetOptions(Options):
-    layers: int = Field(10, ge=1, le=16, description="dilated layers of a stack, with dilations 1, 2, 4, ...; 10 end with 512, as published")
+    layers: int = Field(
+        10,
+        ge=1,
+        le=16,
+        description="dilated layers of a stack, with dilations 1, 2, 4, ...; 10 end with 512, as "
+        "published",
+    )
     stacks: int = Field(2, ge=1, description="how often the dilations are run through")
     kernel: int = Field(2, ge=2, description="taps of a dilated convolution")
     residual: int = Field(64, ge=1, description="channels from layer to layer, and of the gates")
-    skip: int = Field(128, ge=1, description="channels of the summed skip connections: the width of tokens and latent")
-    pool: int = Field(160, ge=1, description="samples that one token is the mean of; 160 are 10 ms at 16 kHz")
-    frame_layers: int = Field(3, ge=0, description="non-causal convolutions over the tokens; next_sample does not train them")
+    skip: int = Field(
+        128,
+        ge=1,
+        description="channels of the summed skip connections: the width of tokens and latent",
+    )
+    pool: int = Field(
+        160, ge=1, description="samples that one token is the mean of; 160 are 10 ms at 16 kHz"
+    )
+    frame_layers: int = Field(
+        3,
+        ge=0,
+        description="non-causal convolutions over the tokens; next_sample does not train them",
+    )
     frame_kernel: int = Field(9, ge=1, description="tokens that one of them sees, an odd number")
-    dropout: float = Field(0.0, ge=0, lt=1, description="dropout within the non-causal convolutions")
-    recompute: bool = Field(False, description="compute a layer's activations again for its gradients in the place of keeping them: slower, less memory")
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="dropout within the non-causal convolutions"
+    )
+    recompute: bool = Field(
+        False,
+        description="compute a layer's activations again for its gradients in the place of "
+        "keeping them: slower, less memory",
+    )
 
 
 @register("model", "wavenet", options=WaveNetOptions)
 class WaveNet(Backbone):
-    """Input ``wave`` (B, n) float32 in [-1, 1] with ``mask`` (B, n). Each sample is one of 256 mu-law levels, and each level a vector (a 1 x 1 convolution
-    of its one-hot code); then ``stacks`` times ``layers`` gated causal convolutions (equation 2) with residual and skip connections.
+    """Input ``wave`` (B, n) float32 in [-1, 1] with ``mask`` (B, n). Each sample is one of 256
+    mu-law levels, and each level a vector (a 1 x 1 convolution of its one-hot code); then
+    ``stacks`` times ``layers`` gated causal convolutions (equation 2) with residual and skip
+    connections.
 
-    ``latent`` (B, n, skip), when wanted, is the sum of the skip connections at the rate of the samples: that of sample t follows from the
-    ``receptive_field`` samples up to t and t itself being the last of them. ``tokens`` (B, n // pool, skip) are for recognition (section 3.4): the mean of
-    the rectified sum over ``pool`` samples, normed, then ``frame_layers`` non-causal convolutions. Those are residual and begin as nothing,
-    so that weights pretrained without them are carried over as they are. A row's last samples that fill no token are left out.
+    ``latent`` (B, n, skip), when wanted, is the sum of the skip connections at the rate of the
+    samples: that of sample t follows from the ``receptive_field`` samples up to t and t itself
+    being the last of them. ``tokens`` (B, n // pool, skip) are for recognition (section 3.4): the
+    mean of the rectified sum over ``pool`` samples, normed, then ``frame_layers`` non-causal
+    convolutions. Those are residual and begin as nothing, so that weights pretrained without them
+    are carried over as they are. A row's last samples that fill no token are left out.
 
     Raises ValueError for rows that are no plain wave.
     """
@@ -51,35 +79,57 @@ class WaveNet(Backbone):
         super().__init__(architecture, options, inputs)
         name = f"wavenet/{architecture}"
         if inputs.get("features") != "wave":
-            raise ValueError(f"{name} reads the samples of audio (features wave); these rows are "
-                             f"{inputs.get('features') or ', '.join(inputs) or 'something else'}")
+            raise ValueError(
+                f"{name} reads the samples of audio (features wave); these rows are "
+                f"{inputs.get('features') or ', '.join(inputs) or 'something else'}"
+            )
         if "scale" in inputs:
-            raise ValueError(f"{name} reads samples between -1 and 1, as mu-law wants them; these are scaled to {inputs['scale']}: "
-                             "set normalize: false in data.modality")
+            raise ValueError(
+                f"{name} reads samples between -1 and 1, as mu-law wants them; these are "
+                f"scaled to {inputs['scale']}: "
+                "set normalize: false in data.modality"
+            )
         if options.frame_kernel % 2 == 0:
-            raise ValueError(f"{name}: frame_kernel {options.frame_kernel} must be odd: a token sees as many before it as behind")
+            raise ValueError(
+                f"{name}: frame_kernel {options.frame_kernel} must be odd: a token sees as "
+                "many before it as behind"
+            )
         self.options = options
         self.arch = {"name": name, "options": options.model_dump(), "inputs": dict(inputs)}
         self.pooled_dim = self.token_dim = options.skip
-        self.receptive_field: int = 1 + options.stacks * (options.kernel - 1) * (2 ** options.layers - 1)
+        self.receptive_field: int = 1 + options.stacks * (options.kernel - 1) * (
+            2**options.layers - 1
+        )
         """Samples that ``latent`` of one sample depends on, itself and those before it."""
         half = options.frame_kernel // 2
-        self.own: tuple[tuple[int, int, int], ...] = ((options.pool, options.pool, 0), *[(options.frame_kernel, 1, half)] * options.frame_layers)
+        self.own: tuple[tuple[int, int, int], ...] = (
+            (options.pool, options.pool, 0),
+            *[(options.frame_kernel, 1, half)] * options.frame_layers,
+        )
         self.convolutions = self.own
         self.embed = nn.Embedding(LEVELS, options.residual)
         count = options.stacks * options.layers
-        self.blocks = nn.ModuleList(_Gated(options, 2 ** (i % options.layers), last=i == count - 1) for i in range(count))
+        self.blocks = nn.ModuleList(
+            _Gated(options, 2 ** (i % options.layers), last=i == count - 1) for i in range(count)
+        )
         self.norm = nn.LayerNorm(options.skip)
         self.frames = nn.ModuleList(_Frames(options) for _ in range(options.frame_layers))
 
     @staticmethod
     def levels(wave: Tensor) -> Tensor:
-        """(B, n) int64, 0 to 255: the mu-law levels of samples; those beyond -1 and 1 are clipped."""
+        """(B, n) int64, 0 to 255: the mu-law levels of samples; those beyond -1 and 1 are
+        clipped.
+        """
         return mu_law_encoding(wave.float().clamp(-1, 1), LEVELS)
 
-    def forward(self, batch: Batch, *, token_mask: Tensor | None = None, want: tuple[str, ...] = ()) -> Features:
+    def forward(
+        self, batch: Batch, *, token_mask: Tensor | None = None, want: tuple[str, ...] = ()
+    ) -> Features:
         if token_mask is not None:
-            raise ValueError(f"{self.arch['name']} cannot leave tokens out: next_sample pretrains it, masking does not")
+            raise ValueError(
+                f"{self.arch['name']} cannot leave tokens out: next_sample pretrains it, "
+                "masking does not"
+            )
         wave, mask = batch["wave"], batch["mask"]
         short = max(0, self.options.pool - wave.shape[1])
         skip = self._skip(self.embed(self.levels(F.pad(wave, (0, short)))).transpose(1, 2))
@@ -90,53 +140,70 @@ class WaveNet(Backbone):
         for block in self.frames:
             x = block(x, real)
         pooled = x.sum(1) / valid.clamp(min=1)[:, None]
-        latent = skip[:, :, :wave.shape[1]].transpose(1, 2) if "latent" in want else None
+        latent = skip[:, :, : wave.shape[1]].transpose(1, 2) if "latent" in want else None
         return Features(pooled, tokens=x, mask=real, latent=latent)
 
     def _skip(self, x: Tensor) -> Tensor:
-        """(B, skip, n) sum of the skip connections, in float32, from (B, residual, n) vectors of the samples."""
+        """(B, skip, n) sum of the skip connections, in float32, from (B, residual, n) vectors of
+        the samples.
+        """
         out = torch.zeros(len(x), self.options.skip, x.shape[2], device=x.device)
         for block in self.blocks:
-            found: Any = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False) if self.options.recompute else block(x)
+            found: Any = (
+                checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)
+                if self.options.recompute
+                else block(x)
+            )
             x, skip = found
             out = out.add_(skip)
         return out
 
     def renew_frames(self) -> None:
-        """Initialise the convolutions over tokens anew where they were never trained, which their zero W tells: weight decay shrinks what has no gradient.
-        The numbers are those of a fixed seed."""
+        """Initialise the convolutions over tokens anew where they were never trained, which their
+        zero W tells: weight decay shrinks what has no gradient. The numbers are those of a fixed
+        seed.
+        """
         for number, block in enumerate(self.frames):
             assert isinstance(block, _Frames)
             if not block.out.weight.any():
                 with torch.random.fork_rng(devices=[]):
-                    torch.default_generator.manual_seed(number)  # torch.manual_seed would seed the GPUs too, which are not forked
-                    fresh = nn.Conv1d(self.options.skip, self.options.skip, self.options.frame_kernel)
+                    torch.default_generator.manual_seed(
+                        number
+                    )  # torch.manual_seed would seed the GPUs too, which are not forked
+                    fresh = nn.Conv1d(
+                        self.options.skip, self.options.skip, self.options.frame_kernel
+                    )
                 block.wide.load_state_dict(fresh.state_dict())
 
     def layers(self) -> dict[str, list[str]]:
         out: dict[str, list[str]] = {}
         for name, _ in self.named_parameters():
             part, number, *_ = name.split(".")
-            layer = {"blocks": f"block{number.zfill(2)}", "frames": f"frames{number.zfill(2)}"}.get(part, part)
+            layer = {"blocks": f"block{number.zfill(2)}", "frames": f"frames{number.zfill(2)}"}.get(
+                part, part
+            )
             out.setdefault(layer, []).append(name)
         return out
 
 
 class _Gated(nn.Module):
-    """A residual layer (figure 4): the dilated convolution sees ``dilation * (kernel - 1)`` samples back, none ahead. The last layer's residual
-    leads nowhere, so it has none."""
+    """A residual layer (figure 4): the dilated convolution sees ``dilation * (kernel - 1)`` samples
+    back, none ahead. The last layer's residual leads nowhere, so it has none.
+    """
 
     def __init__(self, options: WaveNetOptions, dilation: int, last: bool):
         super().__init__()
         self.reach, self.width = dilation * (options.kernel - 1), 0 if last else options.residual
-        self.dilated = nn.Conv1d(options.residual, 2 * options.residual, options.kernel, dilation=dilation)
+        self.dilated = nn.Conv1d(
+            options.residual, 2 * options.residual, options.kernel, dilation=dilation
+        )
         self.out = nn.Conv1d(options.residual, self.width + options.skip, 1)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, residual, n) to the next layer's and (B, skip, n)."""
         filtered, gate = self.dilated(F.pad(x, (self.reach, 0))).chunk(2, dim=1)
         out = self.out(filtered.tanh() * gate.sigmoid())
-        return (x + out[:, :self.width] if self.width else x), out[:, self.width:]
+        return (x + out[:, : self.width] if self.width else x), out[:, self.width :]
 
 
 class _Frames(nn.Module):
@@ -145,7 +212,9 @@ class _Frames(nn.Module):
     def __init__(self, options: WaveNetOptions):
         super().__init__()
         self.norm = nn.LayerNorm(options.skip)
-        self.wide = nn.Conv1d(options.skip, options.skip, options.frame_kernel, padding=options.frame_kernel // 2)
+        self.wide = nn.Conv1d(
+            options.skip, options.skip, options.frame_kernel, padding=options.frame_kernel // 2
+        )
         self.drop = nn.Dropout(options.dropout)
         self.out = nn.Linear(options.skip, options.skip)
         nn.init.zeros_(self.out.weight)

@@ -1,4 +1,6 @@
-"""Behaviour cloning: a policy that does what the demonstrations do (Pomerleau 1989), tried in the simulator where the rows name their world."""
+"""Behaviour cloning: a policy that does what the demonstrations do (Pomerleau 1989), tried in the
+simulator where the rows name their world.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ from pipeline.simulation.environment import World, make
 from pipeline.simulation.rollout import judged, rollout
 
 COMPARED = ("return", "success", "steps", "random_return", "random_success", "random_steps")
-"""Columns of an episode that tell what its expert, and a random policy in its place, reached; the policy's own are told beside them."""
+"""Columns of an episode that tell what its expert, and a random policy in its place, reached; the
+policy's own are told beside them.
+"""
 FRAMES = 6
 """Pictures of an episode, where pictures can be made."""
 TRIED = 64
@@ -31,93 +35,167 @@ REACHED = ("success", "return", "steps")
 
 class BehaviourCloningOptions(Options):
     head: Literal["auto", "mse", "gaussian", "mixture", "categorical"] = Field(
-        "auto", description="what is told of an action. Numbers: mse, gaussian (mean and deviation) or mixture of Gaussians (where demonstrations differ); "
-                            "class names: categorical. auto: mse or categorical")
+        "auto",
+        description="what is told of an action. Numbers: mse, gaussian (mean and deviation) or "
+        "mixture of Gaussians (where demonstrations differ); "
+        "class names: categorical. auto: mse or categorical",
+    )
     components: int = Field(5, ge=2, le=64, description="mixture: how many Gaussians")
-    beta: float = Field(0.5, ge=0, le=1, description="gaussian, mixture, training only: densities are weighed by the told variance to this power (beta-NLL, "
-                                                     "Seitzer et al. 2022; 0.5 there); 0: plain likelihood, which neglects what is hard to tell")
-    chunk: int = Field(1, ge=1, le=1000, description="every step predicts this many actions, its own and those that follow (action chunks of ACT)")
-    ensemble: float | None = Field(0.01, ge=0, description="chunks in a rollout: an action is the mean of all predictions of it, weighed by exp(-ensemble i), "
-                                                           "i = 0 being the oldest (ACT's m); none: the newest prediction alone")
+    beta: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="gaussian, mixture, training only: densities are weighed by the told variance "
+        "to this power (beta-NLL, "
+        "Seitzer et al. 2022; 0.5 there); 0: plain likelihood, which neglects what is hard to tell",
+    )
+    chunk: int = Field(
+        1,
+        ge=1,
+        le=1000,
+        description="every step predicts this many actions, its own and those that follow (action "
+        "chunks of ACT)",
+    )
+    ensemble: float | None = Field(
+        0.01,
+        ge=0,
+        description="chunks in a rollout: an action is the mean of all predictions of it, weighed "
+        "by exp(-ensemble i), "
+        "i = 0 being the oldest (ACT's m); none: the newest prediction alone",
+    )
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the decoders")
 
 
 @register("objective", "behaviour_cloning", options=BehaviourCloningOptions)
 class BehaviourCloning(Objective):
-    """A linear decoder of each space (``decoders.<space>``) on a causal backbone's tokens: from what is known at step t, the actions t to t + chunk - 1
-    (action chunks, Zhao et al. 2023, "Learning Fine-Grained Bimanual Manipulation with Low-Cost Hardware"). Places beyond an episode's end count for nothing.
+    """A linear decoder of each space (``decoders.<space>``) on a causal backbone's tokens: from
+    what is known at step t, the actions t to t + chunk - 1 (action chunks, Zhao et al. 2023,
+    "Learning Fine-Grained Bimanual Manipulation with Low-Cost Hardware"). Places beyond an
+    episode's end count for nothing.
 
-    Actions are standardised numbers or one-hot classes (modality trajectory). The loss is summed over the places of chunks that lie within their episode:
-    mse, squared errors averaged over an action's numbers; gaussian and mixture, the negative log-density in nats of independent numbers (mixture density
-    networks, Bishop 1994), the logarithm of a deviation kept within ``actions.LOG_STD`` by a tanh, in training weighed (``beta``); categorical, the cross
-    entropy. Policies are deterministic: the mean, the mean of the likeliest component, the likeliest class.
+    Actions are standardised numbers or one-hot classes (modality trajectory). The loss is summed
+    over the places of chunks that lie within their episode: mse, squared errors averaged over an
+    action's numbers; gaussian and mixture, the negative log-density in nats of independent numbers
+    (mixture density networks, Bishop 1994), the logarithm of a deviation kept within
+    ``actions.LOG_STD`` by a tanh, in training weighed (``beta``); categorical, the cross entropy.
+    Policies are deterministic: the mean, the mean of the likeliest component, the likeliest class.
 
-    ``auto`` takes mse for numbers, which did best for a deterministic expert. InvertedDoublePendulum-v5, an MLP, 100 demonstrations of an LQR expert and 1500
-    steps, then 5 demonstrations under other dynamics and 300 steps; mean steps of 400 in 20 worlds, one seed, before and after: mse 400 and 381, gaussian
-    259 and 382 (18 and 14 with beta 0), mixture 72 and 87 (12 and 12). A likelihood is for demonstrations that differ where observations are alike.
+    ``auto`` takes mse for numbers, which did best for a deterministic expert.
+    InvertedDoublePendulum-v5, an MLP, 100 demonstrations of an LQR expert and 1500 steps, then 5
+    demonstrations under other dynamics and 300 steps; mean steps of 400 in 20 worlds, one seed,
+    before and after: mse 400 and 381, gaussian 259 and 382 (18 and 14 with beta 0), mixture 72 and
+    87 (12 and 12). A likelihood is for demonstrations that differ where observations are alike.
 
-    Predictions are of each step's own action. Of numbers: ``squared_error`` in their own units, so that sources of other deviations compare (losses are
-    standardised), summed over ``action_numbers``. Of classes: ``scores`` (B, T, C) NaN behind a row's
-    end and ``label`` (B, T) -1 there; where spaces have other classes, a class is its place in its own space; ``squared_error`` is how many are wrong.
-    State: ``kind`` (continuous or discrete), ``labels`` (class names, in the modality's order), ``columns`` (the optional ones that the rows have) and
+    Predictions are of each step's own action. Of numbers: ``squared_error`` in their own units, so
+    that sources of other deviations compare (losses are standardised), summed over
+    ``action_numbers``. Of classes: ``scores`` (B, T, C) NaN behind a row's end and ``label`` (B, T)
+    -1 there; where spaces have other classes, a class is its place in its own space;
+    ``squared_error`` is how many are wrong. State: ``kind`` (continuous or discrete), ``labels``
+    (class names, in the modality's order), ``columns`` (the optional ones that the rows have) and
     ``judged`` (whether it is known what success is in their worlds).
 
-    Where rows have ``environment``, ``tested`` puts the policy into each test row's world, with its seed and dynamics, and tells success, return and steps
-    beside the expert's and a random policy's. Raises ValueError for a backbone that is none of policies, and for a head that does not suit the actions.
+    Where rows have ``environment``, ``tested`` puts the policy into each test row's world, with its
+    seed and dynamics, and tells success, return and steps beside the expert's and a random
+    policy's. Raises ValueError for a backbone that is none of policies, and for a head that does
+    not suit the actions.
     """
 
     roles = ("actions",)
-    optional_roles = ("environment", "return", "success", "steps", "random_return", "random_success", "random_steps")
+    optional_roles = (
+        "environment",
+        "return",
+        "success",
+        "steps",
+        "random_return",
+        "random_success",
+        "random_steps",
+    )
     origin_roles = optional_roles
     metrics = ("loss", "action_error")
     log_names = ("error",)
     carries_head = True
     whole_rows = True
-    written_types = {"actions": pa.list_(pa.list_(pa.float32())), "prediction": pa.list_(pa.string()), "probabilities": pa.list_(pa.list_(pa.float32()))}
+    written_types = {
+        "actions": pa.list_(pa.list_(pa.float32())),
+        "prediction": pa.list_(pa.string()),
+        "probabilities": pa.list_(pa.list_(pa.float32())),
+    }
 
     @classmethod
     def measures(cls, options, state):
-        """Of numbers a source is judged by its loss, which is standardised: of several robots none counts more by its units."""
-        return ("action_error", "loss") if state["kind"] == "continuous" else ("macro_f1", "accuracy", "loss")
+        """Of numbers a source is judged by its loss, which is standardised: of several robots none
+        counts more by its units.
+        """
+        return (
+            ("action_error", "loss")
+            if state["kind"] == "continuous"
+            else ("macro_f1", "accuracy", "loss")
+        )
 
     @classmethod
     def test_metrics(cls, options, state):
-        """Success (where it is known what that is), return and steps of the policy's own episodes, of the experts' and of random ones; () without
-        ``environment``."""
+        """Success (where it is known what that is), return and steps of the policy's own episodes,
+        of the experts' and of random ones; () without ``environment``.
+        """
         if "environment" not in state["columns"]:
             return ()
         told = REACHED if state.get("judged", True) else REACHED[1:]
-        return (*told, *(f"expert_{name}" for name in told if name in state["columns"]),
-                *(f"random_{name}" for name in told if f"random_{name}" in state["columns"]))
+        return (
+            *told,
+            *(f"expert_{name}" for name in told if name in state["columns"]),
+            *(f"random_{name}" for name in told if f"random_{name}" in state["columns"]),
+        )
 
     @classmethod
     def fit(cls, options, table, columns):
-        """Raises ValueError where no row has an action, and for a head of the other kind of actions."""
+        """Raises ValueError where no row has an action, and for a head of the other kind of
+        actions.
+        """
         name = columns["actions"]
-        kind, told = actions.kind_of(table[name], name), [role for role in cls.optional_roles if role in columns]
+        kind, told = (
+            actions.kind_of(table[name], name),
+            [role for role in cls.optional_roles if role in columns],
+        )
         if not actions.counts(table[name]).any():
             raise ValueError(f"column {name}: none of {len(table)} training rows has an action")
         if options.head != "auto" and (options.head == "categorical") != (kind == "discrete"):
             fine = "categorical" if kind == "discrete" else "mse, gaussian or mixture"
-            raise ValueError(f"option head of behaviour_cloning: {options.head} does not suit column {name}, whose actions are "
-                             f"{'class names' if kind == 'discrete' else 'numbers'}: say {fine}, or leave it out")
+            raise ValueError(
+                f"option head of behaviour_cloning: {options.head} does not suit column "
+                f"{name}, whose actions are "
+                f"{'class names' if kind == 'discrete' else 'numbers'}: say {fine}, or leave it out"
+            )
         state = {"kind": kind, "columns": told}
         if columns.get("environment") in table.column_names:
-            worlds = _worlds(table[columns["environment"]].drop_null().slice(0, TRIED), columns["environment"])
-            told = columns.get("success") in table.column_names and table[columns["success"]].null_count < len(table)
+            worlds = _worlds(
+                table[columns["environment"]].drop_null().slice(0, TRIED), columns["environment"]
+            )
+            told = columns.get("success") in table.column_names and table[
+                columns["success"]
+            ].null_count < len(table)
             state["judged"] = told or all(judged(world.id) for world in worlds)
         return state if kind == "continuous" else {**state, "labels": actions.names_of(table[name])}
 
     @classmethod
     def encode(cls, table, columns, state) -> Arrays:
-        """``graded`` (B,) int64: how many actions each row tells; nothing for new rows to predict. The actions themselves are the modality's."""
+        """``graded`` (B,) int64: how many actions each row tells; nothing for new rows to predict.
+        The actions themselves are the modality's.
+        """
         name = columns.get("actions", "")
         if name not in table.column_names:
             return {}
         if (kind := actions.kind_of(table[name], name)) != state["kind"] and len(table):
-            raise ValueError(f"column {name} holds {kind} actions, and the training rows hold {state['kind']} ones")
-        if kind == "discrete" and (new := sorted(set(actions.names_of(table[name])) - set(state["labels"]))):
-            raise ValueError(f"column {name}: action {new[0]!r} never stands in the training rows; {nearest(new[0], state['labels'])}")
+            raise ValueError(
+                f"column {name} holds {kind} actions, and the training rows hold "
+                f"{state['kind']} ones"
+            )
+        if kind == "discrete" and (
+            new := sorted(set(actions.names_of(table[name])) - set(state["labels"]))
+        ):
+            raise ValueError(
+                f"column {name}: action {new[0]!r} never stands in the training rows; "
+                f"{nearest(new[0], state['labels'])}"
+            )
         return {"graded": actions.counts(table[name])}
 
     @classmethod
@@ -125,15 +203,21 @@ class BehaviourCloning(Objective):
         name = columns.get("actions", "")
         if name not in table.column_names:
             return [""] * len(table)
-        reasons = ["" if many else f"{name} holds no action" for many in actions.counts(table[name])]
+        reasons = [
+            "" if many else f"{name} holds no action" for many in actions.counts(table[name])
+        ]
         if pc.list_flatten(table[name]).null_count:  # pyright: ignore[reportAttributeAccessIssue]
             for row, told in enumerate(table[name].to_pylist()):
-                reasons[row] = reasons[row] or (f"{name} lacks the action of a step" if None in told else "")
+                reasons[row] = reasons[row] or (
+                    f"{name} lacks the action of a step" if None in told else ""
+                )
         return reasons
 
     @classmethod
     def check_test(cls, options, table, columns, state):
-        """The worlds of the test rows are read, and one of each kind is made: an environment that is not installed is told before anything is trained."""
+        """The worlds of the test rows are read, and one of each kind is made: an environment that
+        is not installed is told before anything is trained.
+        """
         tried = set()
         if "environment" not in state["columns"]:
             return
@@ -146,40 +230,83 @@ class BehaviourCloning(Objective):
         super().__init__(backbone, options, state)
         inputs = backbone.arch["inputs"]
         if "spaces" not in inputs or backbone.token_dim is None or not backbone.causal:
-            raise ValueError(f"{backbone.arch['name']} is no policy: behaviour_cloning takes a causal backbone of trajectories, such as policy/mlp")
+            raise ValueError(
+                f"{backbone.arch['name']} is no policy: behaviour_cloning takes a causal "
+                "backbone of trajectories, such as policy/mlp"
+            )
         if inputs.get("images") and "environment" in state["columns"]:
-            raise ValueError(f"{backbone.arch['name']} reads images, and a rollout gives observations alone: leave the column environment out of data.columns, "
-                             "or images out")
+            raise ValueError(
+                f"{backbone.arch['name']} reads images, and a rollout gives observations "
+                "alone: leave the column environment out of data.columns, "
+                "or images out"
+            )
         self.spaces: dict[str, dict[str, Any]] = inputs["spaces"]
-        self.heads = {name: actions.head_of(options.head, space["discrete"]) for name, space in self.spaces.items()}
-        told = {name: actions.outputs(self.heads[name], space["action"], options.components) for name, space in self.spaces.items()}
-        self.remembers = any(name.startswith("action_encoders.") for name, _ in backbone.named_parameters())
+        self.heads = {
+            name: actions.head_of(options.head, space["discrete"])
+            for name, space in self.spaces.items()
+        }
+        told = {
+            name: actions.outputs(self.heads[name], space["action"], options.components)
+            for name, space in self.spaces.items()
+        }
+        self.remembers = any(
+            name.startswith("action_encoders.") for name, _ in backbone.named_parameters()
+        )
         """Whether the backbone reads earlier actions."""
-        self.decoders = nn.ModuleDict({name: nn.Linear(backbone.token_dim, options.chunk * many) for name, many in told.items()})
-        self.widest = max((space["action"] for space in self.spaces.values() if space["discrete"] == (state["kind"] == "discrete")), default=1)
+        self.decoders = nn.ModuleDict(
+            {
+                name: nn.Linear(backbone.token_dim, options.chunk * many)
+                for name, many in told.items()
+            }
+        )
+        self.widest = max(
+            (
+                space["action"]
+                for space in self.spaces.values()
+                if space["discrete"] == (state["kind"] == "discrete")
+            ),
+            default=1,
+        )
 
     def carried(self, options, name):
         """Decoders mean the same where they tell of as many actions by a head of the same kind."""
         theirs, space = BehaviourCloningOptions(**options), self.spaces[name.split(".")[1]]
         head = actions.head_of(self.options.head, space["discrete"])
-        return (theirs.chunk == self.options.chunk and actions.head_of(theirs.head, space["discrete"]) == head
-                and (head != "mixture" or theirs.components == self.options.components))
+        return (
+            theirs.chunk == self.options.chunk
+            and actions.head_of(theirs.head, space["discrete"]) == head
+            and (head != "mixture" or theirs.components == self.options.components)
+        )
 
     @classmethod
     def beyond(cls, theirs, mine):
         new = [name for name in mine["spaces"] if name not in theirs["spaces"]]
-        return f"its rows are of space {', '.join(new)}, which no row of the source is of" if new else ""
+        return (
+            f"its rows are of space {', '.join(new)}, which no row of the source is of"
+            if new
+            else ""
+        )
 
     # ---------------------------------------------------------------- tokens to actions
 
     def decoded(self, tokens: Tensor, space: Tensor) -> list[tuple[str, Tensor, Tensor]]:
-        """Of each space that is there: its name, its rows (n,) and what its decoder tells of them, (n, T, chunk, outputs) float32."""
+        """Of each space that is there: its name, its rows (n,) and what its decoder tells of them,
+        (n, T, chunk, outputs) float32.
+        """
         tokens = F.dropout(tokens, self.options.dropout, self.training)
         out = []
         for number, name in enumerate(self.spaces):
             rows = (space == number).nonzero()[:, 0]
             if len(rows):
-                out.append((name, rows, self.decoders[name](tokens[rows]).float().unflatten(-1, (self.options.chunk, -1))))
+                out.append(
+                    (
+                        name,
+                        rows,
+                        self.decoders[name](tokens[rows])
+                        .float()
+                        .unflatten(-1, (self.options.chunk, -1)),
+                    )
+                )
         return out
 
     def _told(self, backbone: Backbone, batch: Batch) -> list[tuple[str, Tensor, Tensor]]:
@@ -187,47 +314,87 @@ class BehaviourCloning(Objective):
         assert tokens is not None
         return self.decoded(tokens, batch["space"])
 
-    def _losses(self, name: str, out: Tensor, acts: Tensor, std: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(n, T, chunk) losses, which places count, and squared errors averaged over an action's numbers, in their own units by their deviations ``std`` (n, A)
-        (of classes: 1 where it is wrong)."""
-        target, known = actions.chunks(acts[..., :self.spaces[name]["action"]], mask, self.options.chunk)
+    def _losses(
+        self, name: str, out: Tensor, acts: Tensor, std: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(n, T, chunk) losses, which places count, and squared errors averaged over an action's
+        numbers, in their own units by their deviations ``std`` (n, A) (of classes: 1 where it is
+        wrong).
+        """
+        target, known = actions.chunks(
+            acts[..., : self.spaces[name]["action"]], mask, self.options.chunk
+        )
         head = self.heads[name]
-        found = actions.losses(head, out, target, self.options.components, self.options.beta if self.training else 0.0)
+        found = actions.losses(
+            head, out, target, self.options.components, self.options.beta if self.training else 0.0
+        )
         best = actions.likeliest(head, out, self.options.components)
         if head == "categorical":
             error = (best.argmax(-1) != target.argmax(-1)).float()
         else:
-            error = ((best - target) * std[:, None, None, :best.shape[-1]]).square().mean(-1)
+            error = ((best - target) * std[:, None, None, : best.shape[-1]]).square().mean(-1)
         return found.masked_fill(~known, 0.0), known, error.masked_fill(~known, 0.0)
 
     def loss(self, backbone: Backbone, batch: Batch):
         mask = batch["mask"]
-        total, count, error = torch.zeros((), device=mask.device), torch.zeros((), device=mask.device), torch.zeros((), device=mask.device)
+        total, count, error = (
+            torch.zeros((), device=mask.device),
+            torch.zeros((), device=mask.device),
+            torch.zeros((), device=mask.device),
+        )
         for name, rows, out in self._told(backbone, batch):
-            losses, known, errors = self._losses(name, out, batch["actions"][rows], batch["action_std"][rows], mask[rows])
-            total, count, error = total + losses.sum(), count + known.sum(), error + errors.detach().sum()
-        for parameter in (*backbone.parameters(), *self.parameters()):  # of spaces that this batch has no row of: DDP waits for every gradient
+            losses, known, errors = self._losses(
+                name, out, batch["actions"][rows], batch["action_std"][rows], mask[rows]
+            )
+            total, count, error = (
+                total + losses.sum(),
+                count + known.sum(),
+                error + errors.detach().sum(),
+            )
+        for parameter in (
+            *backbone.parameters(),
+            *self.parameters(),
+        ):  # of spaces that this batch has no row of: DDP waits for every gradient
             total = total + 0.0 * parameter.sum() if parameter.requires_grad else total
         return total, count, {"error": error}
 
     def predict(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
-        """See the class; with actions also ``loss``, a sum over ``count`` places (B,). Without ``graded`` (new rows) ``action`` (B, T, A) standardised, NaN
-        behind a row's end. ``space`` and ``task`` (B,) int64 as in the batch."""
+        """See the class; with actions also ``loss``, a sum over ``count`` places (B,). Without
+        ``graded`` (new rows) ``action`` (B, T, A) standardised, NaN behind a row's end. ``space``
+        and ``task`` (B,) int64 as in the batch.
+        """
         mask, device = batch["mask"], batch["mask"].device
         graded, discrete = "actions" in batch.data, self.state["kind"] == "discrete"
         if self.remembers and not graded and "executed" not in batch.data:
-            raise ValueError(f"{backbone.arch['name']} reads the actions before each step, and these rows have none: say --column actions=NAME, or executed")
+            raise ValueError(
+                f"{backbone.arch['name']} reads the actions before each step, and these rows "
+                "have none: say --column actions=NAME, or executed"
+            )
         out = {"space": batch["space"], "task": batch["task"]}
-        sums = {name: torch.zeros(len(batch), device=device) for name in ("loss", "count", "squared_error", "action_numbers") if graded}
-        best = torch.full((*mask.shape, self.widest), -torch.inf if discrete else 0.0, device=device)
+        sums = {
+            name: torch.zeros(len(batch), device=device)
+            for name in ("loss", "count", "squared_error", "action_numbers")
+            if graded
+        }
+        best = torch.full(
+            (*mask.shape, self.widest), -torch.inf if discrete else 0.0, device=device
+        )
         for name, rows, of in self._told(backbone, batch):
             width = self.spaces[name]["action"]
-            best[rows, :, :width] = actions.likeliest(self.heads[name], of[:, :, 0], self.options.components)
+            best[rows, :, :width] = actions.likeliest(
+                self.heads[name], of[:, :, 0], self.options.components
+            )
             if graded:
-                losses, known, errors = self._losses(name, of, batch["actions"][rows], batch["action_std"][rows], mask[rows])
+                losses, known, errors = self._losses(
+                    name, of, batch["actions"][rows], batch["action_std"][rows], mask[rows]
+                )
                 numbers = 1 if discrete else width
-                for key, value in (("loss", losses.sum((1, 2))), ("count", known.sum((1, 2)).float()), ("squared_error", errors[:, :, 0].sum(1) * numbers),
-                                   ("action_numbers", known[:, :, 0].sum(1).float() * numbers)):
+                for key, value in (
+                    ("loss", losses.sum((1, 2))),
+                    ("count", known.sum((1, 2)).float()),
+                    ("squared_error", errors[:, :, 0].sum(1) * numbers),
+                    ("action_numbers", known[:, :, 0].sum(1).float() * numbers),
+                ):
                     sums[key][rows] = value
         best = best.masked_fill(~mask[..., None], torch.nan)
         if discrete:
@@ -238,92 +405,153 @@ class BehaviourCloning(Objective):
             out["action"] = best
         return {**out, **sums}
 
-    # ---------------------------------------------------------------- what is written, and episodes of its own
+    # ----------------------------------------------------- what is written, and episodes of its own
 
     def written(self, found, origin):
-        """Lists, one entry a step. Of numbers: ``actions``, in the environment's own units. Of classes: ``prediction``, names, and ``probabilities`` (of each
-        class of the row's space)."""
+        """Lists, one entry a step. Of numbers: ``actions``, in the environment's own units. Of
+        classes: ``prediction``, names, and ``probabilities`` (of each class of the row's space).
+        """
         modality: Any = origin.modality
         known = modality.state["spaces"]
         out: dict[str, np.ndarray] = {}
         for row, number in enumerate(found["space"]):
             space = list(known)[int(number)]
-            of = found["scores" if "scores" in found else "action"][row, :, :self.spaces[space]["action"]]
+            of = found["scores" if "scores" in found else "action"][
+                row, :, : self.spaces[space]["action"]
+            ]
             of = of[~np.isnan(of).any(1)]
             if "scores" in found:
                 chance = torch.from_numpy(of).softmax(-1).numpy()
-                told = {"prediction": [known[space]["discrete"][k] for k in chance.argmax(1)] if len(chance) else [], "probabilities": chance.tolist()}
+                told = {
+                    "prediction": [known[space]["discrete"][k] for k in chance.argmax(1)]
+                    if len(chance)
+                    else [],
+                    "probabilities": chance.tolist(),
+                }
             else:
-                told = {"actions": np.asarray(modality.act(space, of), dtype=np.float32).tolist() if len(of) else []}
+                told = {
+                    "actions": np.asarray(modality.act(space, of), dtype=np.float32).tolist()
+                    if len(of)
+                    else []
+                }
             for name, value in told.items():
                 out.setdefault(name, np.empty(len(found["space"]), dtype=object))[row] = value
         return out
 
     def tested(self, backbone, found, origin):
-        """With ``environment``: an episode of the policy in each row's world, and arrays (n,) float64 ``success`` (0 or 1, NaN where it is not known what
-        that is), ``return``, ``steps``, the same of ``expert_`` and ``random_`` from the rows' columns, ``most_steps`` (after which a world ends an
-        episode) and ``diverged`` (0 or 1): a simulation that went wrong is no success, its return that until then.
-        ``film`` has FRAMES pictures of the first world where they can be made, black behind an episode's end.
+        """With ``environment``: an episode of the policy in each row's world, and arrays (n,)
+        float64 ``success`` (0 or 1, NaN where it is not known what that is), ``return``, ``steps``,
+        the same of ``expert_`` and ``random_`` from the rows' columns, ``most_steps`` (after which
+        a world ends an episode) and ``diverged`` (0 or 1): a simulation that went wrong is no
+        success, its return that until then. ``film`` has FRAMES pictures of the first world where
+        they can be made, black behind an episode's end.
 
-        All rows go in step, one forward pass a step, in float32 on the backbone's device. The pass always holds all rows, also ended ones, so that what a
-        row does never follows from when others end."""
+        All rows go in step, one forward pass a step, in float32 on the backbone's device. The pass
+        always holds all rows, also ended ones, so that what a row does never follows from when
+        others end.
+        """
         if "environment" not in origin.columns:
             return found
         worlds = _worlds(origin.table[origin.columns["environment"]], origin.columns["environment"])
         self.eval()
         pilot = Pilot(backbone.eval(), self, origin.modality, found["space"], found["task"])
-        episodes = rollout(worlds, pilot, start=pilot.meet, frames=max(1, max(world.steps for world in worlds) // FRAMES))
-        out: dict[str, np.ndarray] = {"diverged": np.array([bool(one.diverged) for one in episodes], dtype=np.float64)}
+        episodes = rollout(
+            worlds,
+            pilot,
+            start=pilot.meet,
+            frames=max(1, max(world.steps for world in worlds) // FRAMES),
+        )
+        out: dict[str, np.ndarray] = {
+            "diverged": np.array([bool(one.diverged) for one in episodes], dtype=np.float64)
+        }
         out["return"] = np.array([np.sum(one.rewards, dtype=np.float64) for one in episodes])
         out["steps"] = np.array([len(one.rewards) for one in episodes], dtype=np.float64)
         out["most_steps"] = np.array([world.steps for world in worlds], dtype=np.float64)
-        out["success"] = np.array([one.success for one in episodes], dtype=np.float64) * (1 - out["diverged"])
+        out["success"] = np.array([one.success for one in episodes], dtype=np.float64) * (
+            1 - out["diverged"]
+        )
         if film := episodes[0].frames[:FRAMES]:
             self.film = np.stack([*film, *[np.zeros_like(film[0])] * (FRAMES - len(film))])
         for role in COMPARED:
             if role in origin.columns:
-                out[role if role.startswith("random_") else f"expert_{role}"] = _numbers(origin.table[origin.columns[role]])
+                out[role if role.startswith("random_") else f"expert_{role}"] = _numbers(
+                    origin.table[origin.columns[role]]
+                )
         return {**found, **out}
 
 
 class Pilot:
-    """A trained policy as pipeline.simulation's ``Policy``: it holds what it has seen and done in each world, standardised, and reads as much of it as
-    its backbone was trained to (``window`` observations, or ``context`` steps).
+    """A trained policy as pipeline.simulation's ``Policy``: it holds what it has seen and done in
+    each world, standardised, and reads as much of it as its backbone was trained to (``window``
+    observations, or ``context`` steps).
 
-    ``space`` and ``task`` (n,) int64: of each world the place of its space among the modality's, and of its task. Raises ValueError in ``act`` for
-    a world whose observations are not those of its space.
+    ``space`` and ``task`` (n,) int64: of each world the place of its space among the modality's,
+    and of its task. Raises ValueError in ``act`` for a world whose observations are not those of
+    its space.
     """
 
-    def __init__(self, backbone: Backbone, objective: BehaviourCloning, modality: Any, space: np.ndarray, task: np.ndarray):
+    def __init__(
+        self,
+        backbone: Backbone,
+        objective: BehaviourCloning,
+        modality: Any,
+        space: np.ndarray,
+        task: np.ndarray,
+    ):
         self.backbone, self.objective, self.modality = backbone, objective, modality
         names = list(objective.spaces)
-        self.rows = {name: np.flatnonzero(space == number) for number, name in enumerate(names) if (space == number).any()}
-        self.known: dict[str, dict[str, Any]] = {name: modality.state["spaces"][name] for name in self.rows}
+        self.rows = {
+            name: np.flatnonzero(space == number)
+            for number, name in enumerate(names)
+            if (space == number).any()
+        }
+        self.known: dict[str, dict[str, Any]] = {
+            name: modality.state["spaces"][name] for name in self.rows
+        }
         self.device = next(backbone.parameters()).device
-        self.fixed = {name: torch.from_numpy(np.asarray(array, dtype=np.int64)).to(self.device) for name, array in (("space", space), ("task", task))}
+        self.fixed = {
+            name: torch.from_numpy(np.asarray(array, dtype=np.int64)).to(self.device)
+            for name, array in (("space", space), ("task", task))
+        }
         self.bounds: list[tuple[Any, Any]] = [(-np.inf, np.inf)] * len(space)
         self.begin(())
 
     def meet(self, environments: list[Any]) -> None:
-        """Told of the worlds' environments before the first step: what is done, and remembered, lies within the bounds of their actions."""
-        self.bounds = [(one.action_space.low, one.action_space.high) if one.action_space.shape else (-np.inf, np.inf) for one in environments]
+        """Told of the worlds' environments before the first step: what is done, and remembered,
+        lies within the bounds of their actions.
+        """
+        self.bounds = [
+            (one.action_space.low, one.action_space.high)
+            if one.action_space.shape
+            else (-np.inf, np.inf)
+            for one in environments
+        ]
 
     def begin(self, worlds: Sequence[World]) -> None:
         options, spaces = self.backbone.arch["options"], self.objective.spaces.values()
-        reach = options["context" if self.backbone.arch["name"].endswith("/transformer") else "window"]
-        self.widths = max(space["observation"] for space in spaces), max(space["action"] for space in spaces)
+        reach = options[
+            "context" if self.backbone.arch["name"].endswith("/transformer") else "window"
+        ]
+        self.widths = (
+            max(space["observation"] for space in spaces),
+            max(space["action"] for space in spaces),
+        )
         self.seen: deque[np.ndarray] = deque(maxlen=reach)
         self.done: deque[np.ndarray] = deque(maxlen=reach)
         self.plans: deque[np.ndarray] = deque(maxlen=self.objective.options.chunk)
 
     def act(self, observations: list[np.ndarray | None], rewards: Any) -> list[Any]:
-        """One action a world, in the environment's own units or as a class's name; None for worlds that have ended."""
+        """One action a world, in the environment's own units or as a class's name; None for worlds
+        that have ended.
+        """
         n = len(observations)
         now = self.seen[-1].copy() if self.seen else np.zeros((n, self.widths[0]), dtype=np.float32)
         for name, rows in self.rows.items():
             given = {int(row): one for row in rows if (one := observations[row]) is not None}
             if given:
-                now[list(given), :self.known[name]["observation"]] = self.modality.observe(name, np.stack(list(given.values())))
+                now[list(given), : self.known[name]["observation"]] = self.modality.observe(
+                    name, np.stack(list(given.values()))
+                )
         self.seen.append(now)
         self.done.append(np.zeros((n, self.widths[1]), dtype=np.float32))
         self.plans.append(self._plan(n))
@@ -333,10 +561,20 @@ class Pilot:
             space, width = self.known[name], self.objective.spaces[name]["action"]
             chosen = value[rows, :width]
             place = chosen.argmax(1)
-            # names of classes: the environment may count them otherwise than the rows that were learned from
-            acted = [space["discrete"][k] for k in place] if space["discrete"] else self.modality.act(name, chosen)
+            # names of classes: the environment may count them otherwise than the rows that were
+            # learned from
+            acted = (
+                [space["discrete"][k] for k in place]
+                if space["discrete"]
+                else self.modality.act(name, chosen)
+            )
             if not space["discrete"]:
-                acted = np.stack([np.clip(action, *self.bounds[row]) for row, action in zip(rows, acted, strict=True)])
+                acted = np.stack(
+                    [
+                        np.clip(action, *self.bounds[row])
+                        for row, action in zip(rows, acted, strict=True)
+                    ]
+                )
                 chosen = (acted - np.array(space["action_mean"])) / np.array(space["action_std"])
             for row, action in zip(rows, acted, strict=True):
                 out[row] = action if observations[row] is not None else None
@@ -345,19 +583,33 @@ class Pilot:
 
     @torch.no_grad()
     def _plan(self, n: int) -> np.ndarray:
-        """(n, chunk, A) what the newest token tells of this action and those that follow: numbers, or chances of classes."""
-        held = {"observations": np.stack(self.seen, 1), "actions": np.stack(self.done, 1), "mask": np.ones((n, len(self.seen)), dtype=bool)}
-        batch = Batch(np.arange(n), torch.zeros(n, dtype=torch.int64, device=self.device),
-                      {**{name: torch.from_numpy(array).to(self.device) for name, array in held.items()}, **self.fixed})
+        """(n, chunk, A) what the newest token tells of this action and those that follow: numbers,
+        or chances of classes.
+        """
+        held = {
+            "observations": np.stack(self.seen, 1),
+            "actions": np.stack(self.done, 1),
+            "mask": np.ones((n, len(self.seen)), dtype=bool),
+        }
+        batch = Batch(
+            np.arange(n),
+            torch.zeros(n, dtype=torch.int64, device=self.device),
+            {
+                **{name: torch.from_numpy(array).to(self.device) for name, array in held.items()},
+                **self.fixed,
+            },
+        )
         with torch.autocast(self.device.type, enabled=False):
             tokens = self.backbone(self.modality.finish(batch), want=("tokens",)).tokens
             assert tokens is not None
             told = self.objective.decoded(tokens[:, -1:], self.fixed["space"])
         out = np.zeros((n, self.objective.options.chunk, self.widths[1]), dtype=np.float32)
         for name, rows, of in told:
-            best = actions.likeliest(self.objective.heads[name], of[:, 0], self.objective.options.components)
+            best = actions.likeliest(
+                self.objective.heads[name], of[:, 0], self.objective.options.components
+            )
             best = best.softmax(-1) if self.objective.heads[name] == "categorical" else best
-            out[rows.cpu().numpy(), :, :best.shape[-1]] = best.cpu().numpy()
+            out[rows.cpu().numpy(), :, : best.shape[-1]] = best.cpu().numpy()
         return out
 
 

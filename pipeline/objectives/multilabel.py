@@ -1,4 +1,6 @@
-"""Multi-label classification: any number of labels a row, of whatever a backbone pools (findings of an X-ray, tags)."""
+"""Multi-label classification: any number of labels a row, of whatever a backbone pools (findings of
+an X-ray, tags).
+"""
 
 from __future__ import annotations
 
@@ -19,25 +21,55 @@ from pipeline.registry import Options, nearest, register
 
 
 class MultilabelOptions(Options):
-    separator: str = Field("|", min_length=1, description="between the labels of a row, where the column holds texts (ChestX-ray14's A|B) and no lists")
-    labels: list[str] | None = Field(None, description="the labels in their order; none: those of the training rows, sorted")
-    min_positives: int = Field(1, ge=1, description="test rows that must have a label for it to stand in macro averages; validation too, but "
-                               "where no label has so many validation rows, those with one stand in")
-    pos_weight: Literal["none", "balanced"] = Field("none", description="balanced: in training a positive of a label weighs (negatives / positives), "
-                                                    "counted over all training rows; the evaluated loss is not weighted")
-    focal: float = Field(0.0, ge=0, description="training only: gamma of the focal loss, (1 - p) ** gamma times the cross-entropy (Lin et al. 2017; 2 there)")
-    calibrate: Literal["none", "temperature"] = Field("none", description="temperature: after training one scalar that all scores are divided by is fitted on "
-                                                      "the validation rows (Guo et al. 2017); test metrics and predict use it")
+    separator: str = Field(
+        "|",
+        min_length=1,
+        description="between the labels of a row, where the column holds texts (ChestX-ray14's "
+        "A|B) and no lists",
+    )
+    labels: list[str] | None = Field(
+        None, description="the labels in their order; none: those of the training rows, sorted"
+    )
+    min_positives: int = Field(
+        1,
+        ge=1,
+        description="test rows that must have a label for it to stand in macro averages; "
+        "validation too, but "
+        "where no label has so many validation rows, those with one stand in",
+    )
+    pos_weight: Literal["none", "balanced"] = Field(
+        "none",
+        description="balanced: in training a positive of a label weighs (negatives / positives), "
+        "counted over all training rows; the evaluated loss is not weighted",
+    )
+    focal: float = Field(
+        0.0,
+        ge=0,
+        description="training only: gamma of the focal loss, (1 - p) ** gamma times the "
+        "cross-entropy (Lin et al. 2017; 2 there)",
+    )
+    calibrate: Literal["none", "temperature"] = Field(
+        "none",
+        description="temperature: after training one scalar that all scores are divided by is "
+        "fitted on "
+        "the validation rows (Guo et al. 2017); test metrics and predict use it",
+    )
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the linear layer")
-    norm: bool = Field(True, description="layer norm without parameters before the linear layer, so that one learning rate fits every backbone")
+    norm: bool = Field(
+        True,
+        description="layer norm without parameters before the linear layer, so that one learning "
+        "rate fits every backbone",
+    )
 
 
 @register("objective", "multilabel", options=MultilabelOptions)
 class Multilabel(Objective):
-    """A linear head on ``pooled`` with one logit a label; binary cross-entropy, summed over rows and averaged over labels.
+    """A linear head on ``pooled`` with one logit a label; binary cross-entropy, summed over rows
+    and averaged over labels.
 
-    The ``labels`` column holds lists of texts or integers, or texts with a separator. A null, an empty list or an empty text is a row
-    without labels. State: ``labels`` (their names, in column order), ``separator``, ``positives`` (training rows that have each) and ``rows``;
+    The ``labels`` column holds lists of texts or integers, or texts with a separator. A null, an
+    empty list or an empty text is a row without labels. State: ``labels`` (their names, in column
+    order), ``separator``, ``positives`` (training rows that have each) and ``rows``;
     ``temperature`` where it was fitted.
     """
 
@@ -49,15 +81,26 @@ class Multilabel(Objective):
 
     @classmethod
     def fit(cls, options, table, columns):
-        """Raises ValueError when no training row has a label, or one has a label that option ``labels`` does not name."""
+        """Raises ValueError when no training row has a label, or one has a label that option
+        ``labels`` does not name.
+        """
         found, _ = _entries(table[columns["labels"]], columns["labels"], options.separator)
-        names = options.labels or sorted(pc.unique(found).to_pylist())  # pyright: ignore[reportAttributeAccessIssue]
+        names = options.labels or sorted(pc.unique(found).to_pylist())  # pyright: ignore
         if len(set(names)) != len(names):
-            raise ValueError(f"option labels of multilabel: {sorted({n for n in names if names.count(n) > 1})} stand twice")
+            raise ValueError(
+                "option labels of multilabel: "
+                f"{sorted({n for n in names if names.count(n) > 1})} stand twice"
+            )
         if not names:
-            raise ValueError(f"column {columns['labels']}: none of {len(table)} training rows has a label")
+            raise ValueError(
+                f"column {columns['labels']}: none of {len(table)} training rows has a label"
+            )
         state = {"labels": names, "separator": options.separator}
-        return {**state, "positives": _positives(table, columns, state).tolist(), "rows": len(table)}
+        return {
+            **state,
+            "positives": _positives(table, columns, state).tolist(),
+            "rows": len(table),
+        }
 
     @classmethod
     def encode(cls, table, columns, state) -> Arrays:
@@ -73,8 +116,12 @@ class Multilabel(Objective):
         """Some label must have ``min_positives`` rows with it, and one without."""
         found = _positives(table, columns, state)
         if not ((found >= options.min_positives) & (found < len(table))).any():
-            raise ValueError(f"none of {len(found)} labels has {options.min_positives} positive rows and a negative one among these {len(table)} (at most "
-                             f"{int(found.max(initial=0))} positive): lower min_positives, or give this split more rows")
+            raise ValueError(
+                f"none of {len(found)} labels has {options.min_positives} positive rows and a "
+                f"negative one among these {len(table)} (at most "
+                f"{int(found.max(initial=0))} positive): lower min_positives, or give this "
+                "split more rows"
+            )
 
     def __init__(self, backbone: Backbone, options: MultilabelOptions, state: dict[str, Any]):
         super().__init__(backbone, options, state)
@@ -89,7 +136,9 @@ class Multilabel(Objective):
         """(L,) negatives a positive; no buffer, as a stack of heads shares its template's."""
         if self.options.pos_weight == "none":
             return None
-        return torch.tensor([(self.state["rows"] - p) / max(p, 1) for p in self.state["positives"]], device=device)
+        return torch.tensor(
+            [(self.state["rows"] - p) / max(p, 1) for p in self.state["positives"]], device=device
+        )
 
     @property
     def calibrates(self) -> bool:
@@ -97,13 +146,22 @@ class Multilabel(Objective):
 
     def calibrate(self, found):
         if self.calibrates:
-            self.state = {**self.state, "temperature": calibration.temperature(found["scores"], found["labels"])}
+            self.state = {
+                **self.state,
+                "temperature": calibration.temperature(found["scores"], found["labels"]),
+            }
 
     def head_loss(self, features: Tensor, batch: Batch):
         scores, labels = self.scores(features), batch["labels"].float()
         gamma = self.options.focal if self.training else 0.0
-        losses = imbalance.binary_cross_entropies(scores, labels, self._weight(scores.device), gamma)
-        return losses.mean(-1).sum(), torch.full((), float(labels.shape[0]), device=labels.device), {}
+        losses = imbalance.binary_cross_entropies(
+            scores, labels, self._weight(scores.device), gamma
+        )
+        return (
+            losses.mean(-1).sum(),
+            torch.full((), float(labels.shape[0]), device=labels.device),
+            {},
+        )
 
     def loss(self, backbone: Backbone, batch: Batch):
         return self.head_loss(backbone(batch).pooled, batch)
@@ -113,29 +171,49 @@ class Multilabel(Objective):
         out = {"scores": scores}
         if "labels" in batch.data:
             labels = batch["labels"]
-            least = torch.full((len(labels),), self.options.min_positives, dtype=torch.int32, device=labels.device)
-            out |= {"labels": labels, "loss": F.binary_cross_entropy_with_logits(scores, labels.float(), reduction="none").mean(-1), "min_positives": least}
+            least = torch.full(
+                (len(labels),), self.options.min_positives, dtype=torch.int32, device=labels.device
+            )
+            out |= {
+                "labels": labels,
+                "loss": F.binary_cross_entropy_with_logits(
+                    scores, labels.float(), reduction="none"
+                ).mean(-1),
+                "min_positives": least,
+            }
         return out
 
     def predict(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
         return self.head_predict(backbone(batch).pooled, batch)
 
     def written(self, found, origin):
-        """``prediction``: names of the labels above 0.5. ``probabilities`` (n, L), in the order of the bundle's labels."""
+        """``prediction``: names of the labels above 0.5. ``probabilities`` (n, L), in the order of
+        the bundle's labels.
+        """
         chances = torch.from_numpy(found["scores"]).sigmoid().numpy()
         named = np.empty(len(chances), dtype=object)
-        named[:] = [[name for name, chance in zip(self.state["labels"], row, strict=True) if chance > 0.5] for row in chances]
+        named[:] = [
+            [name for name, chance in zip(self.state["labels"], row, strict=True) if chance > 0.5]
+            for row in chances
+        ]
         return {"prediction": named, "probabilities": chances}
 
 
-def _places(table: pa.Table, columns: dict[str, str], state: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """(row, label number) of every label of every row. Raises ValueError for a label that is not known."""
+def _places(
+    table: pa.Table, columns: dict[str, str], state: dict[str, Any]
+) -> tuple[np.ndarray, np.ndarray]:
+    """(row, label number) of every label of every row. Raises ValueError for a label that is not
+    known.
+    """
     found, rows = _entries(table[columns["labels"]], columns["labels"], state["separator"])
-    places = pc.index_in(found, value_set=pa.array(state["labels"], pa.string()))  # pyright: ignore[reportAttributeAccessIssue]
+    places = pc.index_in(found, value_set=pa.array(state["labels"], pa.string()))  # pyright: ignore
     if places.null_count:
-        value = found.filter(pc.is_null(places))[0].as_py()  # pyright: ignore[reportAttributeAccessIssue]
-        raise ValueError(f"column {columns['labels']}: label {value!r} is none of the {len(state['labels'])} known ones (those of the training rows, or "
-                         f"option labels); {nearest(value, state['labels'])}")
+        value = found.filter(pc.is_null(places))[0].as_py()  # pyright: ignore
+        raise ValueError(
+            f"column {columns['labels']}: label {value!r} is none of the "
+            f"{len(state['labels'])} known ones (those of the training rows, or "
+            f"option labels); {nearest(value, state['labels'])}"
+        )
     return rows, places.to_numpy().astype(np.int64)
 
 
@@ -147,7 +225,9 @@ def _positives(table: pa.Table, columns: dict[str, str], state: dict[str, Any]) 
 
 
 def _entries(column: pa.ChunkedArray, name: str, separator: str) -> tuple[pa.Array, np.ndarray]:
-    """(m,) texts, every label of every row, and (m,) the rows that they belong to. Raises ValueError for a column of another type."""
+    """(m,) texts, every label of every row, and (m,) the rows that they belong to. Raises
+    ValueError for a column of another type.
+    """
     kind = column.type
     if pa.types.is_dictionary(kind):
         column, kind = column.cast(kind.value_type), kind.value_type
@@ -156,15 +236,26 @@ def _entries(column: pa.ChunkedArray, name: str, separator: str) -> tuple[pa.Arr
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
         column = pc.split_pattern(column, separator)  # pyright: ignore[reportAttributeAccessIssue]
     elif not is_list(kind):
-        raise ValueError(f"column {name} holds {kind}: labels are lists of texts or integers, or texts such as 'A{separator}B'")
+        raise ValueError(
+            f"column {name} holds {kind}: labels are lists of texts or integers, or texts such "
+            f"as 'A{separator}B'"
+        )
     whole = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    rows, flat = pc.list_parent_indices(whole), pc.list_flatten(whole)  # pyright: ignore[reportAttributeAccessIssue]
+    rows, flat = pc.list_parent_indices(whole), pc.list_flatten(whole)  # pyright: ignore
     if pa.types.is_dictionary(flat.type):
         flat = flat.cast(flat.type.value_type)
-    if not (pa.types.is_integer(flat.type) or pa.types.is_string(flat.type) or pa.types.is_large_string(flat.type) or pa.types.is_null(flat.type)):
+    if not (
+        pa.types.is_integer(flat.type)
+        or pa.types.is_string(flat.type)
+        or pa.types.is_large_string(flat.type)
+        or pa.types.is_null(flat.type)
+    ):
         raise ValueError(f"column {name} holds lists of {flat.type}: labels are texts or integers")
     if flat.null_count:
-        raise ValueError(f"column {name}: {flat.null_count} labels inside its lists are null; a row without labels is an empty list")
-    texts = pc.utf8_trim_whitespace(flat.cast(pa.string()))  # pyright: ignore[reportAttributeAccessIssue]
+        raise ValueError(
+            f"column {name}: {flat.null_count} labels inside its lists are null; a row without "
+            "labels is an empty list"
+        )
+    texts = pc.utf8_trim_whitespace(flat.cast(pa.string()))  # pyright: ignore
     real = pc.not_equal(texts, "")  # pyright: ignore[reportAttributeAccessIssue]
     return texts.filter(real), rows.filter(real).to_numpy().astype(np.int64)

@@ -1,1 +1,3 @@
-"""Environments with dynamics as arguments, experts for them, and episodes of policies in many at once."""
+"""Environments with dynamics as arguments, experts for them, and episodes of policies in many at
+once.
+"""

@@ -1,4 +1,5 @@
-"""Worlds: an environment of gymnasium or of our own with its dynamics, so that what was learned in one can be tried in another.
+"""Worlds: an environment of gymnasium or of our own with its dynamics, so that what was learned in
+one can be tried in another.
 
 A world is data: its text stands in the rows that were made in it, and makes it again.
 """
@@ -19,15 +20,30 @@ from pipeline.registry import nearest
 from pipeline.rng import mix
 
 MULTIPLIERS = ("mass", "friction", "damping", "gear")
-"""Of body masses and inertias, of sliding, torsional and rolling friction, of joint damping, and of actuator gears; 1 as published."""
-FIELDS = {"mass": ("body_mass", "body_inertia"), "friction": ("geom_friction",), "damping": ("dof_damping",), "gear": ("actuator_gear",)}
+"""Of body masses and inertias, of sliding, torsional and rolling friction, of joint damping, and of
+actuator gears; 1 as published.
+"""
+FIELDS = {
+    "mass": ("body_mass", "body_inertia"),
+    "friction": ("geom_friction",),
+    "damping": ("dof_damping",),
+    "gear": ("actuator_gear",),
+}
 """The arrays of a MuJoCo model that each of them multiplies."""
 ADDED = ("latency", "noise")
-"""Whole steps that actions come late, and the standard deviation of Gaussian noise on observations; 0 as published."""
-OWN = {"onetomany/Reach-v0": "reach", "onetomany/Push-v0": "push", "onetomany/WallFollowing-v0": "range_world"}
+"""Whole steps that actions come late, and the standard deviation of Gaussian noise on observations;
+0 as published.
+"""
+OWN = {
+    "onetomany/Reach-v0": "reach",
+    "onetomany/Push-v0": "push",
+    "onetomany/WallFollowing-v0": "range_world",
+}
 """Environments of this package, and the module that has each."""
 PLAIN_ID = re.compile(r"([A-Za-z0-9_-]+/)?[A-Za-z0-9_.-]+")
-"""Ids that rows may name, as gymnasium registers them: namespace/Name-v0. A colon would import the module before it."""
+"""Ids that rows may name, as gymnasium registers them: namespace/Name-v0. A colon would import the
+module before it.
+"""
 MOST_STEPS = 1_000_000
 """Of an episode in a world that a row names."""
 NEEDED = "simulation needs gymnasium and MuJoCo: uv sync --extra robotics"
@@ -35,8 +51,10 @@ NEEDED = "simulation needs gymnasium and MuJoCo: uv sync --extra robotics"
 
 @dataclass(frozen=True)
 class World:
-    """An environment ``id``, the ``steps`` after which an episode is cut, the ``seed`` of its start and of its noise, ``dynamics`` (see MULTIPLIERS and
-    ADDED; what is left out is as published), and ``skill`` where an environment has several. Raises ValueError for dynamics that are none."""
+    """An environment ``id``, the ``steps`` after which an episode is cut, the ``seed`` of its start
+    and of its noise, ``dynamics`` (see MULTIPLIERS and ADDED; what is left out is as published),
+    and ``skill`` where an environment has several. Raises ValueError for dynamics that are none.
+    """
 
     id: str
     steps: int
@@ -48,9 +66,19 @@ class World:
         for name, value in self.dynamics.items():
             if name not in (*MULTIPLIERS, *ADDED):
                 raise ValueError(f"dynamics {name}: {nearest(name, (*MULTIPLIERS, *ADDED))}")
-            if not math.isfinite(value) or value < 0 or (name in MULTIPLIERS and value == 0) or (name == "latency" and value != int(value)):
-                raise ValueError(f"dynamics {name}={value}: " + {"latency": "a whole number of steps from 0", "noise": "a deviation from 0"}.get(
-                    name, "a multiplier above 0"))
+            if (
+                not math.isfinite(value)
+                or value < 0
+                or (name in MULTIPLIERS and value == 0)
+                or (name == "latency" and value != int(value))
+            ):
+                raise ValueError(
+                    f"dynamics {name}={value}: "
+                    + {
+                        "latency": "a whole number of steps from 0",
+                        "noise": "a deviation from 0",
+                    }.get(name, "a multiplier above 0")
+                )
         if self.steps < 1:
             raise ValueError(f"steps {self.steps}: an episode has at least 1")
         if self.seed < 0:
@@ -62,24 +90,39 @@ class World:
 
     @classmethod
     def parse(cls, text: str) -> World:
-        """The world of a row. Raises ValueError for a text that is no world, and for an id that would import a module (module:Env): rows are data, and
-        name environments that are installed, by their registered ids."""
+        """The world of a row. Raises ValueError for a text that is no world, and for an id that
+        would import a module (module:Env): rows are data, and name environments that are installed,
+        by their registered ids.
+        """
         try:
             found = json.loads(text)
             ident = str(found["id"])
             if not PLAIN_ID.fullmatch(ident):
-                raise ValueError(f"id {ident[:80]!r} is no plain id of a registered environment, such as Hopper-v5; rows cannot name code")
+                raise ValueError(
+                    f"id {ident[:80]!r} is no plain id of a registered environment, such as "
+                    "Hopper-v5; rows cannot name code"
+                )
             if int(found["steps"]) > MOST_STEPS:
                 raise ValueError(f"steps {found['steps']}: an episode has at most {MOST_STEPS}")
-            return cls(str(found["id"]), int(found["steps"]), int(found["seed"]), {str(k): float(v) for k, v in found.get("dynamics", {}).items()},
-                       str(found.get("skill", "")))
+            return cls(
+                str(found["id"]),
+                int(found["steps"]),
+                int(found["seed"]),
+                {str(k): float(v) for k, v in found.get("dynamics", {}).items()},
+                str(found.get("skill", "")),
+            )
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-            raise ValueError(f"{text[:200]!r} is no world: {error!r}; rollouts write JSON with id, steps, seed and dynamics") from None
+            raise ValueError(
+                f"{text[:200]!r} is no world: {error!r}; rollouts write JSON with id, steps, "
+                "seed and dynamics"
+            ) from None
 
 
 def drawn(ranges: Mapping[str, float | Sequence[float]], seed: int) -> dict[str, float]:
-    """Dynamics: numbers as they are, (low, high) drawn by the seed, log-uniform for multipliers and uniform for latency (whole) and noise. What one of them
-    is follows from the others' names too, as all come from one stream. Raises ValueError for a range that is none."""
+    """Dynamics: numbers as they are, (low, high) drawn by the seed, log-uniform for multipliers and
+    uniform for latency (whole) and noise. What one of them is follows from the others' names too,
+    as all come from one stream. Raises ValueError for a range that is none.
+    """
     rng = np.random.default_rng(mix(seed, 0xD1A))
     out = {}
     for name, value in sorted(ranges.items()):
@@ -87,28 +130,42 @@ def drawn(ranges: Mapping[str, float | Sequence[float]], seed: int) -> dict[str,
             out[name] = float(value)
             continue
         if len(value) != 2 or not value[0] <= value[1] or (name in MULTIPLIERS and value[0] <= 0):
-            raise ValueError(f"dynamics {name}={tuple(value)}: a range is (low, high), for multipliers above 0")
+            raise ValueError(
+                f"dynamics {name}={tuple(value)}: a range is (low, high), for multipliers above 0"
+            )
         if name in MULTIPLIERS:
             out[name] = float(np.exp(rng.uniform(*np.log(np.asarray(value, dtype=np.float64)))))
         else:
             low, high = value
-            out[name] = float(rng.integers(int(low), int(high) + 1)) if name == "latency" else float(rng.uniform(low, high))
+            out[name] = (
+                float(rng.integers(int(low), int(high) + 1))
+                if name == "latency"
+                else float(rng.uniform(low, high))
+            )
     return out
 
 
 def check_named(ident: str) -> None:
-    """Raises ValueError for an environment that is not known by this very name: without its version it would be another one with another gymnasium."""
+    """Raises ValueError for an environment that is not known by this very name: without its version
+    it would be another one with another gymnasium.
+    """
     try:
         import gymnasium
     except ModuleNotFoundError:
         raise ValueError(f"{ident}: {NEEDED}") from None
-    if ident not in OWN and ident not in gymnasium.registry and ":" not in ident:  # module:id is registered by its module, when it is made
-        raise ValueError(f"environment {ident!r} is not installed; {nearest(ident, [*gymnasium.registry, *OWN])}")
+    if (
+        ident not in OWN and ident not in gymnasium.registry and ":" not in ident
+    ):  # module:id is registered by its module, when it is made
+        raise ValueError(
+            f"environment {ident!r} is not installed; {nearest(ident, [*gymnasium.registry, *OWN])}"
+        )
 
 
 def make(world: World) -> Any:
-    """A fresh environment with the world's dynamics, to be reset with its seed. Raises ValueError for an id that is not installed, with the nearest names,
-    for a skill that it has not, for dynamics that it has not, and where gymnasium is missing."""
+    """A fresh environment with the world's dynamics, to be reset with its seed. Raises ValueError
+    for an id that is not installed, with the nearest names, for a skill that it has not, for
+    dynamics that it has not, and where gymnasium is missing.
+    """
     try:
         import gymnasium
     except ModuleNotFoundError:
@@ -123,7 +180,10 @@ def make(world: World) -> Any:
         except gymnasium.error.DependencyNotInstalled as error:
             raise ValueError(f"{world.id}: {NEEDED} ({error})") from None
         except gymnasium.error.UnregisteredEnv:
-            raise ValueError(f"environment {world.id!r} is not installed; {nearest(world.id, [*gymnasium.registry, *OWN])}") from None
+            raise ValueError(
+                f"environment {world.id!r} is not installed; "
+                f"{nearest(world.id, [*gymnasium.registry, *OWN])}"
+            ) from None
         except (gymnasium.error.Error, ModuleNotFoundError) as error:
             raise ValueError(f"{world.id}: {error}") from None
     _quiet(env)
@@ -146,7 +206,9 @@ def _own(world: World) -> Any:
 
 
 def _quiet(env: Any) -> None:
-    """MuJoCo writes its warnings to a file of the working directory unless somebody takes them; rollouts count them themselves."""
+    """MuJoCo writes its warnings to a file of the working directory unless somebody takes them;
+    rollouts count them themselves.
+    """
     if getattr(env.unwrapped, "model", None) is not None:
         mujoco = simulator()
         if mujoco.get_mju_user_warning() is None:
@@ -158,15 +220,25 @@ def _ignored(text: str) -> None:
 
 
 def _change(env: Any, world: World) -> None:
-    """Multiply what the world says in the MuJoCo model, and bring up to date what follows from masses."""
-    own = getattr(env.unwrapped, "takes", ())  # multipliers that an environment without MuJoCo sees to itself
-    wanted = {name: world.dynamics[name] for name in MULTIPLIERS if name not in own and world.dynamics.get(name, 1.0) != 1.0}
+    """Multiply what the world says in the MuJoCo model, and bring up to date what follows from
+    masses.
+    """
+    own = getattr(
+        env.unwrapped, "takes", ()
+    )  # multipliers that an environment without MuJoCo sees to itself
+    wanted = {
+        name: world.dynamics[name]
+        for name in MULTIPLIERS
+        if name not in own and world.dynamics.get(name, 1.0) != 1.0
+    }
     if not wanted:
         return
     model = getattr(env.unwrapped, "model", None)
     if model is None:
-        raise ValueError(f"{world.id} is no MuJoCo environment: it has no {', '.join(wanted)} to multiply; "
-                         f"{', '.join((*own, *ADDED))} can be given")
+        raise ValueError(
+            f"{world.id} is no MuJoCo environment: it has no {', '.join(wanted)} to multiply; "
+            f"{', '.join((*own, *ADDED))} can be given"
+        )
     for name, factor in wanted.items():
         for array in FIELDS[name]:
             getattr(model, array)[:] *= factor
@@ -174,7 +246,9 @@ def _change(env: Any, world: World) -> None:
 
 
 class _Cut:
-    """An environment whose episodes are cut after so many steps (gymnasium's own TimeLimit takes its own environments alone)."""
+    """An environment whose episodes are cut after so many steps (gymnasium's own TimeLimit takes
+    its own environments alone).
+    """
 
     def __init__(self, env: Any, steps: int):
         self.env, self.limit, self.steps = env, steps, 0
@@ -193,8 +267,9 @@ class _Cut:
 
 
 class _Late:
-    """Actions that come ``latency`` steps late (the first ones are zero, or class 0), and Gaussian noise on observations, from the seed given to ``reset``,
-    else going on from the world's."""
+    """Actions that come ``latency`` steps late (the first ones are zero, or class 0), and Gaussian
+    noise on observations, from the seed given to ``reset``, else going on from the world's.
+    """
 
     def __init__(self, env: Any, latency: int, noise: float, seed: int):
         self.env, self.latency, self.noise = env, latency, noise
@@ -207,7 +282,9 @@ class _Late:
         if options.get("seed") is not None:
             self.rng = np.random.default_rng(mix(options["seed"], 0x0B5))
         space = self.env.action_space
-        self.waiting = [np.zeros(space.shape, dtype=space.dtype) if space.shape else 0] * self.latency
+        self.waiting = [
+            np.zeros(space.shape, dtype=space.dtype) if space.shape else 0
+        ] * self.latency
         observation, info = self.env.reset(**options)
         return self._seen(observation), info
 
@@ -217,4 +294,8 @@ class _Late:
         return (self._seen(observation), *rest)
 
     def _seen(self, observation: np.ndarray) -> np.ndarray:
-        return observation + self.noise * self.rng.standard_normal(observation.shape) if self.noise else observation
+        return (
+            observation + self.noise * self.rng.standard_normal(observation.shape)
+            if self.noise
+            else observation
+        )

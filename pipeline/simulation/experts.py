@@ -1,4 +1,6 @@
-"""Experts: what demonstrations are made by. They may read the simulator's own state, which the policies that learn from them never see."""
+"""Experts: what demonstrations are made by. They may read the simulator's own state, which the
+policies that learn from them never see.
+"""
 
 from __future__ import annotations
 
@@ -28,17 +30,24 @@ class Random:
 
     def act(self, env: Any, observation: np.ndarray) -> Any:
         space = env.action_space
-        return self.rng.uniform(space.low, space.high).astype(np.float32) if space.shape else int(self.rng.integers(space.n))
+        return (
+            self.rng.uniform(space.low, space.high).astype(np.float32)
+            if space.shape
+            else int(self.rng.integers(space.n))
+        )
 
 
 class LQR:
-    """The linear-quadratic regulator about the upright rest of a pendulum on a cart: u = -K x with K from the discrete algebraic Riccati equation of
-    the simulator's own linearisation of this very world, so it knows the masses, gears and damping. x is (qpos, qvel) of the simulator.
+    """The linear-quadratic regulator about the upright rest of a pendulum on a cart: u = -K x with
+    K from the discrete algebraic Riccati equation of the simulator's own linearisation of this very
+    world, so it knows the masses, gears and damping. x is (qpos, qvel) of the simulator.
 
-    One step of the linearisation is one action (`frame_skip` steps of the simulator), taken by central differences of whole steps: MuJoCo's
-    mjd_transitionFD refuses these models' RK4 integrator. Of 150 starts, InvertedDoublePendulum stays up for 400 steps in all as published, and in 141
-    with masses x 2.5, gear x 0.45 and damping x 3: from the others the saturated motor cannot catch it (neither could predictive control that knows the
-    bounds, 140). Cheap actions, or a dearer place of the cart, lose more. Raises ValueError for a world that is no such pendulum.
+    One step of the linearisation is one action (`frame_skip` steps of the simulator), taken by
+    central differences of whole steps: MuJoCo's mjd_transitionFD refuses these models' RK4
+    integrator. Of 150 starts, InvertedDoublePendulum stays up for 400 steps in all as published,
+    and in 141 with masses x 2.5, gear x 0.45 and damping x 3: from the others the saturated motor
+    cannot catch it (neither could predictive control that knows the bounds, 140). Cheap actions, or
+    a dearer place of the cart, lose more. Raises ValueError for a world that is no such pendulum.
     """
 
     IDS = ("InvertedPendulum", "InvertedDoublePendulum")
@@ -48,12 +57,18 @@ class LQR:
     def __init__(self, world: World):
         if world.id.partition("-")[0] not in self.IDS:
             raise ValueError(f"expert lqr balances {' and '.join(self.IDS)}, not {world.id}")
-        self.whole, self.pushed, self.gain = self._solved(world.id, tuple((k, v) for k, v in sorted(world.dynamics.items()) if k not in ADDED))
+        self.whole, self.pushed, self.gain = self._solved(
+            world.id, tuple((k, v) for k, v in sorted(world.dynamics.items()) if k not in ADDED)
+        )
 
     @classmethod
     @lru_cache(maxsize=8)
-    def _solved(cls, ident: str, dynamics: tuple[tuple[str, float], ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The two matrices of the linearisation and K. Kept, as many episodes have the same dynamics."""
+    def _solved(
+        cls, ident: str, dynamics: tuple[tuple[str, float], ...]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The two matrices of the linearisation and K. Kept, as many episodes have the same
+        dynamics.
+        """
         from scipy.linalg import solve_discrete_are
 
         env = make(World(ident, 1, 0, dict(dynamics)))
@@ -63,15 +78,26 @@ class LQR:
 
         def after(state: np.ndarray, control: np.ndarray) -> np.ndarray:
             mujoco.mj_resetData(model, data)
-            data.qpos[:], data.qvel[:], data.ctrl[:] = state[:model.nq], state[model.nq:], control
+            data.qpos[:], data.qvel[:], data.ctrl[:] = state[: model.nq], state[model.nq :], control
             mujoco.mj_step(model, data, skip)
             return np.concatenate([data.qpos, data.qvel])
 
         step, rest, still = 1e-5, np.zeros(n), np.zeros(m)
-        whole = np.stack([(after(rest + d, still) - after(rest - d, still)) / (2 * step) for d in step * np.eye(n)], 1)
-        pushed = np.stack([(after(rest, d) - after(rest, -d)) / (2 * step) for d in step * np.eye(m)], 1)
+        whole = np.stack(
+            [
+                (after(rest + d, still) - after(rest - d, still)) / (2 * step)
+                for d in step * np.eye(n)
+            ],
+            1,
+        )
+        pushed = np.stack(
+            [(after(rest, d) - after(rest, -d)) / (2 * step) for d in step * np.eye(m)], 1
+        )
         place, angle, action = cls.WEIGHTS
-        weight, price = np.diag([place] + [angle] * (model.nv - 1) + [0.0] * model.nv), action * np.eye(m)
+        weight, price = (
+            np.diag([place] + [angle] * (model.nv - 1) + [0.0] * model.nv),
+            action * np.eye(m),
+        )
         p = solve_discrete_are(whole, pushed, weight, price)
         env.close()
         return whole, pushed, np.linalg.solve(price + pushed.T @ p @ pushed, pushed.T @ p @ whole)
@@ -100,7 +126,13 @@ def _wall(world: World) -> Expert:
     return WallFollower(world)
 
 
-EXPERTS: dict[str, Callable[[World], Expert]] = {"random": Random, "lqr": LQR, "reach": _reach, "push": _push, "wall": _wall}
+EXPERTS: dict[str, Callable[[World], Expert]] = {
+    "random": Random,
+    "lqr": LQR,
+    "reach": _reach,
+    "push": _push,
+    "wall": _wall,
+}
 """Experts by name; each is made for the world that it acts in."""
 
 
@@ -112,8 +144,11 @@ def expert(name: str, world: World) -> Expert:
 
 
 class Demonstrator:
-    """Experts as the policy of a rollout: one for each world. ``explore``: standard deviation, as a share of half an action's range, of Gaussian noise that is
-    added to what is executed; ``clean`` holds what the experts would have done (labels of noisy demonstrations, DART, Laskey et al. 2017)."""
+    """Experts as the policy of a rollout: one for each world. ``explore``: standard deviation, as a
+    share of half an action's range, of Gaussian noise that is added to what is executed; ``clean``
+    holds what the experts would have done (labels of noisy demonstrations, DART, Laskey et al.
+    2017).
+    """
 
     def __init__(self, experts: Sequence[Expert], explore: float = 0.0):
         self.experts, self.explore = experts, explore
@@ -130,7 +165,9 @@ class Demonstrator:
 
     def act(self, observations: list[np.ndarray | None], rewards: list[float]) -> list[Any]:
         out: list[Any] = []
-        for one, env, observation, clean, rng in zip(self.experts, self.envs, observations, self.clean, self.rngs, strict=True):
+        for one, env, observation, clean, rng in zip(
+            self.experts, self.envs, observations, self.clean, self.rngs, strict=True
+        ):
             if observation is None:
                 out.append(None)
                 continue
@@ -139,13 +176,19 @@ class Demonstrator:
                 action = np.minimum(np.maximum(action, space.low), space.high).astype(np.float32)
             clean.append(action)
             if self.explore and space.shape:
-                action = action + self.explore * (space.high - space.low) / 2 * rng.standard_normal(space.shape)
+                action = action + self.explore * (space.high - space.low) / 2 * rng.standard_normal(
+                    space.shape
+                )
             out.append(action)
         return out
 
 
-def demonstrations(worlds: Sequence[World], experts: Sequence[Expert], explore: float = 0.0) -> list[Episode]:
-    """An episode of its expert in each world; their ``actions`` are the experts' own, also where what was ``executed`` was noisy."""
+def demonstrations(
+    worlds: Sequence[World], experts: Sequence[Expert], explore: float = 0.0
+) -> list[Episode]:
+    """An episode of its expert in each world; their ``actions`` are the experts' own, also where
+    what was ``executed`` was noisy.
+    """
     who = Demonstrator(experts, explore)
     episodes = rollout(worlds, who, start=who.start)
     for episode, clean in zip(episodes, who.clean, strict=True):

@@ -1,5 +1,7 @@
-"""Small pictures of what happens in an environment, where they can be made: MuJoCo's through MUJOCO_GL=egl or osmesa, which MuJoCo reads when it is first
-imported; an environment without MuJoCo may draw itself (`picture`)."""
+"""Small pictures of what happens in an environment, where they can be made: MuJoCo's through
+MUJOCO_GL=egl or osmesa, which MuJoCo reads when it is first imported; an environment without MuJoCo
+may draw itself (`picture`).
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,11 @@ def picture(env: Any) -> list[np.ndarray]:
     plain = env.unwrapped
     if hasattr(plain, "picture"):
         return [plain.picture(*SIZE)]
-    if os.environ.get("MUJOCO_GL") not in HEADLESS or getattr(plain, "model", None) is None or getattr(plain, "_no_pictures", False):
+    if (
+        os.environ.get("MUJOCO_GL") not in HEADLESS
+        or getattr(plain, "model", None) is None
+        or getattr(plain, "_no_pictures", False)
+    ):
         return []
     try:
         renderer = simulator().Renderer(plain.model, *SIZE)
@@ -31,7 +37,9 @@ def picture(env: Any) -> list[np.ndarray]:
             return [renderer.render().copy()]
         finally:
             renderer.close()
-    except Exception:  # whatever a missing driver raises: ImportError, AttributeError, mujoco.FatalError, OpenGL's own
+    except Exception:
+        # whatever a missing driver raises: ImportError, AttributeError, mujoco.FatalError, OpenGL's
+        # own
         plain._no_pictures = True
         return []
 
@@ -43,7 +51,9 @@ def _camera(plain: Any) -> Any:
         return "track"
     camera = mujoco.MjvCamera()
     mujoco.mjv_defaultFreeCamera(plain.model, camera)
-    for name, value in (getattr(getattr(plain, "mujoco_renderer", None), "default_cam_config", None) or {}).items():
+    for name, value in (
+        getattr(getattr(plain, "mujoco_renderer", None), "default_cam_config", None) or {}
+    ).items():
         if name == "lookat":
             camera.lookat[:] = value
         else:

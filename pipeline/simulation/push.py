@@ -1,4 +1,6 @@
-"""A round pusher on a table that brings a puck to a goal: two motors, one contact, ground friction. The model is written here."""
+"""A round pusher on a table that brings a puck to a goal: two motors, one contact, ground friction.
+The model is written here.
+"""
 
 from __future__ import annotations
 
@@ -45,10 +47,13 @@ ACTION_COST = 0.01
 
 
 class Push:
-    """Observations (10,) float32: x, y of the pusher, its velocity, of the puck, its velocity, of the goal; metres and m/s. Actions (2,): forces as shares of
-    the largest, 6 N. The reward is -(metres from puck to goal) - ACTION_COST |action|^2; an episode never ends by itself. 40 steps a second.
+    """Observations (10,) float32: x, y of the pusher, its velocity, of the puck, its velocity, of
+    the goal; metres and m/s. Actions (2,): forces as shares of the largest, 6 N. The reward is
+    -(metres from puck to goal) - ACTION_COST |action|^2; an episode never ends by itself. 40 steps
+    a second.
 
-    The seed draws the puck within 20 cm of the middle, the goal 15 to 30 cm from it, and the pusher where it touches neither. Raises ValueError for a skill.
+    The seed draws the puck within 20 cm of the middle, the goal 15 to 30 cm from it, and the pusher
+    where it touches neither. Raises ValueError for a skill.
     """
 
     time_limit, frame_skip = 200, 5
@@ -63,7 +68,12 @@ class Push:
         self.data, self.mujoco = mujoco.MjData(self.model), mujoco
         self.observation_space = spaces.Box(-np.inf, np.inf, (10,), np.float32)
         self.action_space = spaces.Box(-1.0, 1.0, (2,), np.float32)
-        self.dt, self.spec, self.metadata, self.render_mode = self.frame_skip * self.model.opt.timestep, None, {}, None
+        self.dt, self.spec, self.metadata, self.render_mode = (
+            self.frame_skip * self.model.opt.timestep,
+            None,
+            {},
+            None,
+        )
         self.rng, self.goal, self.distances = np.random.default_rng(), np.zeros(2), []
 
     @property
@@ -73,7 +83,9 @@ class Push:
     def close(self) -> None:
         return
 
-    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[np.ndarray, dict[str, Any]]:
+    def reset(
+        self, *, seed: int | None = None, options: Any = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
         """A puck, a goal and a pusher of the seed; without one, others."""
         if seed is not None:
             self.rng = np.random.default_rng(mix(seed, 0x905))
@@ -101,12 +113,16 @@ class Push:
 
     def _seen(self) -> np.ndarray:
         place, speed = self.data.qpos, self.data.qvel
-        return np.concatenate([place[:2], speed[:2], place[2:4], speed[2:4], self.goal]).astype(np.float32)
+        return np.concatenate([place[:2], speed[:2], place[2:4], speed[2:4], self.goal]).astype(
+            np.float32
+        )
 
 
 class Pushing:
-    """Goes round the puck until it is behind it as seen from the goal, then pushes along the line from puck to goal, slower as they near. It reads the
-    simulator's state, masses, damping and gears. Raises ValueError for another environment."""
+    """Goes round the puck until it is behind it as seen from the goal, then pushes along the line
+    from puck to goal, slower as they near. It reads the simulator's state, masses, damping and
+    gears. Raises ValueError for another environment.
+    """
 
     FAST, PUSH = 0.6, 0.25
     """Metres a second, of going and of pushing."""
@@ -128,10 +144,15 @@ class Pushing:
         if pushing:  # the puck's own mass and friction
             heavy = float(model.body("puck").mass[0])
             along = way / max(float(np.linalg.norm(way)), 1e-9)
-            force = force + heavy * (self.GRIP * (way - data.qvel[2:4]) / 2 + 9.81 * float(model.geom("puck").friction[0]) * along)
+            force = force + heavy * (
+                self.GRIP * (way - data.qvel[2:4]) / 2
+                + 9.81 * float(model.geom("puck").friction[0]) * along
+            )
         return (force / model.actuator_gear[:, 0]).astype(np.float32)
 
-    def _way(self, pusher: np.ndarray, puck: np.ndarray, goal: np.ndarray) -> tuple[np.ndarray, bool]:
+    def _way(
+        self, pusher: np.ndarray, puck: np.ndarray, goal: np.ndarray
+    ) -> tuple[np.ndarray, bool]:
         """(2,) the velocity that the pusher should have, and whether it pushes by it."""
         left = goal - puck
         far = float(np.linalg.norm(left))
@@ -139,17 +160,27 @@ class Pushing:
             return np.zeros(2), False
         line, to = left / far, puck - pusher
         gap, side = float(np.linalg.norm(to)), np.array([-left[1], left[0]]) / far
-        ahead, beside = float(to @ line), float(to @ side)  # how far the puck lies ahead of the pusher on the line, and beside it
+        ahead, beside = (
+            float(to @ line),
+            float(to @ side),
+        )  # how far the puck lies ahead of the pusher on the line, and beside it
         if ahead > 0.9 * TOUCH and abs(beside) < 0.35 * TOUCH:
             if gap > TOUCH + 0.005:
                 return self._towards(to, 0.02 + gap - TOUCH), False
-            # push through a point that lies to the puck's other side, so that it turns back to the line
+            # push through a point that lies to the puck's other side, so that it turns back to the
+            # line
             speed = min(self.PUSH, 0.01 + 1.5 * far)
             return speed * line + 3.0 * beside * side, True
         behind = puck - 1.25 * TOUCH * line
-        if ahead < 0.6 * TOUCH and abs(beside) < 1.2 * TOUCH and gap < 2.5 * TOUCH:  # beside or before the puck: round it
+        if (
+            ahead < 0.6 * TOUCH and abs(beside) < 1.2 * TOUCH and gap < 2.5 * TOUCH
+        ):  # beside or before the puck: round it
             turn = -np.sign(beside) if beside else 1.0
-            out = behind + turn * 1.35 * TOUCH * side if abs(beside) > TOUCH else puck + turn * 1.5 * TOUCH * side
+            out = (
+                behind + turn * 1.35 * TOUCH * side
+                if abs(beside) > TOUCH
+                else puck + turn * 1.5 * TOUCH * side
+            )
             return self._towards(out - pusher, float(np.linalg.norm(out - pusher))), False
         return self._towards(behind - pusher, float(np.linalg.norm(behind - pusher))), False
 

@@ -1,7 +1,9 @@
-"""A robot with 24 range sensors that follows the walls of rooms in the plane: the simulated twin of the SCITOS G5 log (Freire et al. 2009, "Short-term memory
-mechanisms in neural network learning of robot navigation tasks"; UCI data set 194). No MuJoCo.
+"""A robot with 24 range sensors that follows the walls of rooms in the plane: the simulated twin of
+the SCITOS G5 log (Freire et al. 2009, "Short-term memory mechanisms in neural network learning of
+robot navigation tasks"; UCI data set 194). No MuJoCo.
 
-What is like the log was measured on the first three quarters of it, and what differs from one room to the next is drawn around that:
+What is like the log was measured on the first three quarters of it, and what differs from one room
+to the next is drawn around that:
 
 | | in the log | here |
 |---|---|---|
@@ -14,9 +16,11 @@ What is like the log was measured on the first three quarters of it, and what di
 | no echo | 5 m in 2 to 36 % of the readings, which stays for some steps | lost by LOST, renewed by RENEWED |
 | who drove | by the smallest of S11..S15 and the smallest of S18..S20 | `WallFollower` |
 
-The driver turned sharply right where the first was at most 0.9 m; else slightly right where the second was below 0.495 m, slightly left above 0.9 m, and
-drove ahead between them. That gives every one of the log's actions. A random forest that has seen 60 rooms of this world and nothing of the log has a
-macro-F1 of 0.95 on the log's last quarter, a small perceptron 0.74, logistic regression 0.66 (1 % of the log's training time: 0.27, -, 0.21).
+The driver turned sharply right where the first was at most 0.9 m; else slightly right where the
+second was below 0.495 m, slightly left above 0.9 m, and drove ahead between them. That gives every
+one of the log's actions. A random forest that has seen 60 rooms of this world and nothing of the
+log has a macro-F1 of 0.95 on the log's last quarter, a small perceptron 0.74, logistic regression
+0.66 (1 % of the log's training time: 0.27, -, 0.21).
 """
 
 from __future__ import annotations
@@ -42,25 +46,34 @@ SPEED, SLIGHT_LEFT, SLIGHT_RIGHT, SHARP_RIGHT = (0.15, 0.2), (6.0, 11.0), (1.0, 
 BEAM = np.deg2rad((-14.0, -7.0, 0.0, 7.0, 14.0))
 """Rays of one sensor's beam; it tells the nearest echo of them."""
 GLANCING = (35.0, 50.0)
-"""Degrees from a wall's normal from which on it sends no echo straight back (ultrasound: walls are mirrors), one draw a room; corners always do."""
+"""Degrees from a wall's normal from which on it sends no echo straight back (ultrasound: walls are
+mirrors), one draw a room; corners always do.
+"""
 CORNER = 0.04
 """Metres from a wall's end that count as its corner."""
 LOST, RENEWED = (0.3, 0.9), 0.2
-"""Share of echoes by way of a second wall that are lost, one draw a room; and chance a step that a sensor's luck is drawn anew."""
+"""Share of echoes by way of a second wall that are lost, one draw a room; and chance a step that a
+sensor's luck is drawn anew.
+"""
 JITTER = 0.006
 """Metres, standard deviation of a reading."""
 RADIUS = 0.25
 """Metres from the robot's middle: a wall that is closer is hit."""
 FOLLOWED, LEAST = (0.3, 1.1), 0.05
-"""Metres on the left where there is a wall to follow, and metres a second to drive along one, over an episode, for success."""
+"""Metres on the left where there is a wall to follow, and metres a second to drive along one, over
+an episode, for success.
+"""
 
 
 class RangeWorld:
-    """A room with boxes in it, by the seed; so are the robot's start beside a wall, its speeds and its sensors' luck.
+    """A room with boxes in it, by the seed; so are the robot's start beside a wall, its speeds and
+    its sensors' luck.
 
-    Actions are places in ACTIONS. An observation is (24,) float32 metres from 0 to FARTHEST. The reward is the metres driven in a step where the nearest
-    wall on the left is FOLLOWED metres away, else 0. A hit ends the episode. Success: none up to the time limit, and LEAST metres a second driven so.
-    Dynamics: gear multiplies all speeds; latency and noise as everywhere. Raises ValueError for a skill.
+    Actions are places in ACTIONS. An observation is (24,) float32 metres from 0 to FARTHEST. The
+    reward is the metres driven in a step where the nearest wall on the left is FOLLOWED metres
+    away, else 0. A hit ends the episode. Success: none up to the time limit, and LEAST metres a
+    second driven so. Dynamics: gear multiplies all speeds; latency and noise as everywhere. Raises
+    ValueError for a skill.
     """
 
     classes, time_limit, takes = ACTIONS, 450, ("gear",)
@@ -72,7 +85,12 @@ class RangeWorld:
             raise ValueError(f"{world.id} has no skill {world.skill!r}; leave skill out")
         self.observation_space = spaces.Box(0.0, FARTHEST, (SENSORS,), np.float32)
         self.action_space = spaces.Discrete(len(ACTIONS))
-        self.gear, self.spec, self.metadata, self.render_mode = world.dynamics.get("gear", 1.0), None, {}, None
+        self.gear, self.spec, self.metadata, self.render_mode = (
+            world.dynamics.get("gear", 1.0),
+            None,
+            {},
+            None,
+        )
         self.reset(seed=world.seed)
 
     @property
@@ -82,15 +100,28 @@ class RangeWorld:
     def close(self) -> None:
         return
 
-    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[np.ndarray, dict[str, Any]]:
+    def reset(
+        self, *, seed: int | None = None, options: Any = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
         """A room, and a place in it, of the seed; without one, another room."""
         if seed is not None:
             self.rng = np.random.default_rng(mix(seed, 0x5C1))
         rng = self.rng
         self.walls = room(rng)
-        speed, slight_left, slight_right, sharp = (rng.uniform(*of) * self.gear for of in (SPEED, SLIGHT_LEFT, SLIGHT_RIGHT, SHARP_RIGHT))
-        self.drive = ((speed, 0.0), (0.0, -np.deg2rad(sharp)), (speed, np.deg2rad(slight_left)), (0.5 * speed, -np.deg2rad(slight_right)))
-        self.mirror, self.lost, self.luck = np.cos(np.deg2rad(rng.uniform(*GLANCING))), rng.uniform(*LOST), rng.random(SENSORS)
+        speed, slight_left, slight_right, sharp = (
+            rng.uniform(*of) * self.gear for of in (SPEED, SLIGHT_LEFT, SLIGHT_RIGHT, SHARP_RIGHT)
+        )
+        self.drive = (
+            (speed, 0.0),
+            (0.0, -np.deg2rad(sharp)),
+            (speed, np.deg2rad(slight_left)),
+            (0.5 * speed, -np.deg2rad(slight_right)),
+        )
+        self.mirror, self.lost, self.luck = (
+            np.cos(np.deg2rad(rng.uniform(*GLANCING))),
+            rng.uniform(*LOST),
+            rng.random(SENSORS),
+        )
         self.place, self.heading = _start(self.walls, rng)
         self.steps, self.driven = 0, 0.0
         return self._seen(), {}
@@ -98,36 +129,59 @@ class RangeWorld:
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         """Raises ValueError for an action that is none."""
         if not 0 <= int(action) < len(ACTIONS):
-            raise ValueError(f"action {action}: there are {len(ACTIONS)}, {', '.join(ACTIONS)}, numbered from 0")
+            raise ValueError(
+                f"action {action}: there are {len(ACTIONS)}, {', '.join(ACTIONS)}, numbered from 0"
+            )
         speed, turn = self.drive[int(action)]
         self.heading += turn / HERTZ
-        self.place = self.place + speed / HERTZ * np.array([np.cos(self.heading), np.sin(self.heading)])
+        self.place = self.place + speed / HERTZ * np.array(
+            [np.cos(self.heading), np.sin(self.heading)]
+        )
         beside = cast(self.walls, self.place, self.heading + ANGLES[LEFT])[0].min()
         reward = speed / HERTZ if FOLLOWED[0] <= beside <= FOLLOWED[1] else 0.0
         self.steps, self.driven = self.steps + 1, self.driven + reward
         hit = clearance(self.walls, self.place) < RADIUS
-        return self._seen(), reward, bool(hit), False, {"success": bool(not hit and self.driven * HERTZ >= LEAST * self.steps)}
+        return (
+            self._seen(),
+            reward,
+            bool(hit),
+            False,
+            {"success": bool(not hit and self.driven * HERTZ >= LEAST * self.steps)},
+        )
 
     def picture(self, height: int, width: int) -> np.ndarray:
-        """(height, width, 3) uint8: the room from above, walls black, the robot red and its front blue, on white."""
+        """(height, width, 3) uint8: the room from above, walls black, the robot red and its front
+        blue, on white.
+        """
         out = np.full((height, width, 3), 255, dtype=np.uint8)
         scale = min((width - 1) / self.walls[:, 0].max(), (height - 1) / self.walls[:, 1].max())
         along = np.linspace(0, 1, 2 * width)[:, None, None]
         front = self.place + RADIUS * np.array([np.cos(self.heading), np.sin(self.heading)])
         ring = np.linspace(0, 2 * np.pi, 60)
-        hull = self.place + RADIUS * np.linspace(0.1, 1, 8)[:, None, None] * np.stack([np.cos(ring), np.sin(ring)], 1)
-        for points, colour in ((self.walls[:, :2] + along * (self.walls[:, 2:] - self.walls[:, :2]), (0, 0, 0)), (hull, (200, 40, 40)),
-                               (self.place + along * (front - self.place), (40, 40, 220))):
+        hull = self.place + RADIUS * np.linspace(0.1, 1, 8)[:, None, None] * np.stack(
+            [np.cos(ring), np.sin(ring)], 1
+        )
+        for points, colour in (
+            (self.walls[:, :2] + along * (self.walls[:, 2:] - self.walls[:, :2]), (0, 0, 0)),
+            (hull, (200, 40, 40)),
+            (self.place + along * (front - self.place), (40, 40, 220)),
+        ):
             pixels = (points.reshape(-1, 2) * scale).astype(int)
-            out[np.clip(height - 1 - pixels[:, 1], 0, height - 1), np.clip(pixels[:, 0], 0, width - 1)] = colour
+            out[
+                np.clip(height - 1 - pixels[:, 1], 0, height - 1),
+                np.clip(pixels[:, 0], 0, width - 1),
+            ] = colour
         return out
 
     def _seen(self) -> np.ndarray:
-        """What the sensors tell from here: the nearest echo of their beams; where all walls are glanced, that of the second wall to which the beam is
-        thrown, or none."""
+        """What the sensors tell from here: the nearest echo of their beams; where all walls are
+        glanced, that of the second wall to which the beam is thrown, or none.
+        """
         rays = (self.heading + ANGLES[:, None] + BEAM).ravel()
         distance, cosine, wall, corner = cast(self.walls, self.place, rays)
-        told = np.where((cosine >= self.mirror) | corner, distance, np.inf).reshape(SENSORS, -1).min(1)
+        told = (
+            np.where((cosine >= self.mirror) | corner, distance, np.inf).reshape(SENSORS, -1).min(1)
+        )
         deaf = np.flatnonzero(np.isinf(told))
         if len(deaf):
             ray = deaf * len(BEAM) + len(BEAM) // 2
@@ -138,12 +192,18 @@ class RangeWorld:
             told[deaf] = np.where(self.luck[deaf] < self.lost, FARTHEST, distance[ray] + second)
         anew = self.rng.random(SENSORS) < RENEWED
         self.luck = np.where(anew, self.rng.random(SENSORS), self.luck)
-        return np.clip(told + JITTER * self.rng.standard_normal(SENSORS), 0.0, FARTHEST).astype(np.float32)
+        return np.clip(told + JITTER * self.rng.standard_normal(SENSORS), 0.0, FARTHEST).astype(
+            np.float32
+        )
 
 
-def cast(walls: np.ndarray, place: np.ndarray, angles: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Of rays from `place` (2,), or one place a ray (n, 2), at `angles` (n,) of the room: (n,) metres to the nearest of `walls` (M, 4), cosine between the
-    ray and its normal, its number, and whether the ray meets its corner. A ray that meets none goes on for ever (inf)."""
+def cast(
+    walls: np.ndarray, place: np.ndarray, angles: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Of rays from `place` (2,), or one place a ray (n, 2), at `angles` (n,) of the room: (n,)
+    metres to the nearest of `walls` (M, 4), cosine between the ray and its normal, its number, and
+    whether the ray meets its corner. A ray that meets none goes on for ever (inf).
+    """
     start, along = walls[:, :2], walls[:, 2:] - walls[:, :2]
     x, y = np.cos(angles)[:, None], np.sin(angles)[:, None]
     to = start - np.atleast_2d(place)[:, None]  # (n or 1, M, 2)
@@ -155,22 +215,34 @@ def cast(walls: np.ndarray, place: np.ndarray, angles: np.ndarray) -> tuple[np.n
     wall = distance.argmin(1)
     every, length = np.arange(len(angles)), np.linalg.norm(along, axis=1)[wall]
     met = share[every, wall] * length
-    return distance[every, wall], np.abs(cross[every, wall]) / length, wall, np.minimum(met, length - met) < CORNER
+    return (
+        distance[every, wall],
+        np.abs(cross[every, wall]) / length,
+        wall,
+        np.minimum(met, length - met) < CORNER,
+    )
 
 
 def clearance(walls: np.ndarray, place: np.ndarray) -> float:
     """Metres from a place (2,) to the nearest of `walls` (M, 4)."""
     start, along = walls[:, :2], walls[:, 2:] - walls[:, :2]
-    share = np.clip(((place - start) * along).sum(1) / (along ** 2).sum(1), 0, 1)
+    share = np.clip(((place - start) * along).sum(1) / (along**2).sum(1), 0, 1)
     return float(np.linalg.norm(start + share[:, None] * along - place, axis=1).min())
 
 
 def room(rng: np.random.Generator) -> np.ndarray:
-    """(M, 4) walls, from (x, y) to (x, y): a rectangle of 3.5 to 8 by 3 to 6 metres, and up to five boxes, of which one may stand free."""
+    """(M, 4) walls, from (x, y) to (x, y): a rectangle of 3.5 to 8 by 3 to 6 metres, and up to five
+    boxes, of which one may stand free.
+    """
     width, height = rng.uniform(3.5, 8), rng.uniform(3, 6)
     boxes = [(0.0, 0.0, width, height)]
     for _ in range(rng.integers(0, 5)):
-        wide, deep, along, side = rng.uniform(0.4, 1.8), rng.uniform(0.3, 1.0), rng.uniform(0, 1), rng.integers(4)
+        wide, deep, along, side = (
+            rng.uniform(0.4, 1.8),
+            rng.uniform(0.3, 1.0),
+            rng.uniform(0, 1),
+            rng.integers(4),
+        )
         if side < 2:
             x, y = along * (width - wide), (0.0, height - deep)[side]
             boxes.append((x, y, x + wide, y + deep))
@@ -178,22 +250,45 @@ def room(rng: np.random.Generator) -> np.ndarray:
             x, y = (0.0, width - deep)[side - 2], along * (height - wide)
             boxes.append((x, y, x + deep, y + wide))
     if rng.random() < 0.5 and min(width, height) > 4:
-        x, y, size = width / 2 + rng.uniform(-0.3, 0.3), height / 2 + rng.uniform(-0.3, 0.3), rng.uniform(0.2, 0.5)
+        x, y, size = (
+            width / 2 + rng.uniform(-0.3, 0.3),
+            height / 2 + rng.uniform(-0.3, 0.3),
+            rng.uniform(0.2, 0.5),
+        )
         boxes.append((x - size, y - size, x + size, y + size))
-    return np.array([line for left, low, right, high in boxes
-                     for line in ((left, low, right, low), (right, low, right, high), (right, high, left, high), (left, high, left, low))])
+    return np.array(
+        [
+            line
+            for left, low, right, high in boxes
+            for line in (
+                (left, low, right, low),
+                (right, low, right, high),
+                (right, high, left, high),
+                (left, high, left, low),
+            )
+        ]
+    )
 
 
 def _start(walls: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, float]:
-    """A place beside one of the outermost walls, and a heading that has it on the left, more or less."""
+    """A place beside one of the outermost walls, and a heading that has it on the left, more or
+    less.
+    """
     corner = walls[:4].reshape(-1, 2).max(0)
     while True:
         wall = walls[rng.integers(4)]
         way = (wall[2:] - wall[:2]) / np.linalg.norm(wall[2:] - wall[:2])
         inward = np.array([-way[1], way[0]])
-        place = wall[:2] + rng.uniform(0, 1) * (wall[2:] - wall[:2]) + rng.uniform(0.4, 1.1) * inward
+        place = (
+            wall[:2] + rng.uniform(0, 1) * (wall[2:] - wall[:2]) + rng.uniform(0.4, 1.1) * inward
+        )
         heading = float(np.arctan2(-way[1], -way[0]) + rng.uniform(-0.5, 0.9))
-        if (place > 0.4).all() and (place < corner - 0.4).all() and not _within(walls, place) and clearance(walls, place) > 0.38:
+        if (
+            (place > 0.4).all()
+            and (place < corner - 0.4).all()
+            and not _within(walls, place)
+            and clearance(walls, place) > 0.38
+        ):
             return place, heading
 
 
@@ -205,7 +300,9 @@ def _within(walls: np.ndarray, place: np.ndarray) -> bool:
 
 
 class WallFollower:
-    """The rule by which the real robot was driven (see the table above), on what its sensors tell. Raises ValueError for another environment."""
+    """The rule by which the real robot was driven (see the table above), on what its sensors tell.
+    Raises ValueError for another environment.
+    """
 
     def __init__(self, world: World):
         if not world.id.startswith("onetomany/WallFollowing"):

@@ -1,4 +1,6 @@
-"""Skills of a planar arm with two joints (gymnasium's Reacher-v5): its fingertip is to be where a skill says, as a function of the target that it sees."""
+"""Skills of a planar arm with two joints (gymnasium's Reacher-v5): its fingertip is to be where a
+skill says, as a function of the target that it sees.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +16,14 @@ BASE = "Reacher-v5"
 UPPER, LOWER = 0.1, 0.11
 """Metres from the base to the elbow, and from there to the fingertip."""
 LAST, NEAR = 10, 0.02
-"""Success: over the last so many steps the fingertip is so many metres from where it should be, on average."""
+"""Success: over the last so many steps the fingertip is so many metres from where it should be, on
+average.
+"""
 ACTION_COST = 0.01
 STIFF, SLOW = 150.0, 25.0
-"""The expert's torque for a joint that is a radian off, and for one that moves at a radian a second; at the joint, before the gear of the published model."""
+"""The expert's torque for a joint that is a radian off, and for one that moves at a radian a
+second; at the joint, before the gear of the published model.
+"""
 GEAR = 200.0
 
 
@@ -32,13 +38,17 @@ SKILLS: dict[str, Callable[[np.ndarray, float], np.ndarray]] = {
     "half": lambda target, seconds: 0.5 * target,
     "orbit": _orbit,
 }
-"""(2,) metres from the base, of (2,) the target and the seconds since the start: the target, its mirror image through the base, it turned by a quarter about
-the base, half-way to it, and a circle of 4 cm about a point near it."""
+"""(2,) metres from the base, of (2,) the target and the seconds since the start: the target, its
+mirror image through the base, it turned by a quarter about the base, half-way to it, and a circle
+of 4 cm about a point near it.
+"""
 
 
 class Reach:
-    """The published model, rewarded by -distance - ACTION_COST |action|^2 of the skill's point. Observations (10,) are the published ones, which know nothing
-    of the skill; actions (2,) are torques as shares of the largest. Raises ValueError for a skill that is none."""
+    """The published model, rewarded by -distance - ACTION_COST |action|^2 of the skill's point.
+    Observations (10,) are the published ones, which know nothing of the skill; actions (2,) are
+    torques as shares of the largest. Raises ValueError for a skill that is none.
+    """
 
     time_limit = 75
 
@@ -46,8 +56,12 @@ class Reach:
         import gymnasium
 
         if world.skill not in SKILLS:
-            raise ValueError(f"{world.id} has no skill {world.skill!r}; {nearest(world.skill, SKILLS)}")
-        self.env: Any = gymnasium.make(BASE, disable_env_checker=True, max_episode_steps=1 << 30).unwrapped
+            raise ValueError(
+                f"{world.id} has no skill {world.skill!r}; {nearest(world.skill, SKILLS)}"
+            )
+        self.env: Any = gymnasium.make(
+            BASE, disable_env_checker=True, max_episode_steps=1 << 30
+        ).unwrapped
         self.point, self.distances, self.steps = SKILLS[world.skill], [], 0
 
     def __getattr__(self, name: str) -> Any:
@@ -68,17 +82,30 @@ class Reach:
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         observation, _, _, _, _ = self.env.step(action)
         self.steps += 1
-        self.distances.append(float(np.linalg.norm(self.env.get_body_com("fingertip")[:2] - self.wanted())))
+        self.distances.append(
+            float(np.linalg.norm(self.env.get_body_com("fingertip")[:2] - self.wanted()))
+        )
         reward = -self.distances[-1] - ACTION_COST * float(np.square(action).sum())
-        return observation, reward, False, False, {"success": float(np.mean(self.distances[-LAST:])) < NEAR, "distance": self.distances[-1]}
+        return (
+            observation,
+            reward,
+            False,
+            False,
+            {
+                "success": float(np.mean(self.distances[-LAST:])) < NEAR,
+                "distance": self.distances[-1],
+            },
+        )
 
 
 class Reaching:
-    """Inverse kinematics of the two links with the elbow to one side, and torques as of springs and dampers at the joints. It reads the simulator's state.
+    """Inverse kinematics of the two links with the elbow to one side, and torques as of springs and
+    dampers at the joints. It reads the simulator's state.
 
-    The published joints have an armature of 1 and a damping of 1, beside which the links' own masses are next to nothing: gear and damping are the dynamics
-    that matter here. Of 40 starts a skill, as published and with gear x 0.5 and masses x 2, it succeeds in all, and in 37 or more where it has to orbit.
-    Raises ValueError for another environment.
+    The published joints have an armature of 1 and a damping of 1, beside which the links' own
+    masses are next to nothing: gear and damping are the dynamics that matter here. Of 40 starts a
+    skill, as published and with gear x 0.5 and masses x 2, it succeeds in all, and in 37 or more
+    where it has to orbit. Raises ValueError for another environment.
     """
 
     def __init__(self, world: World):
@@ -91,7 +118,9 @@ class Reaching:
         x, y = arm.wanted(1)  # what its action is measured by
         far = np.clip(np.hypot(x, y), abs(UPPER - LOWER) + 0.01, UPPER + LOWER - 1e-4)
         elbow = np.arccos(np.clip((far**2 - UPPER**2 - LOWER**2) / (2 * UPPER * LOWER), -1, 1))
-        shoulder = np.arctan2(y, x) - np.arctan2(LOWER * np.sin(elbow), UPPER + LOWER * np.cos(elbow))
+        shoulder = np.arctan2(y, x) - np.arctan2(
+            LOWER * np.sin(elbow), UPPER + LOWER * np.cos(elbow)
+        )
         joints, speeds = arm.data.qpos[:2], arm.data.qvel[:2]
         off = np.array([(shoulder - joints[0] + np.pi) % (2 * np.pi) - np.pi, elbow - joints[1]])
         return ((STIFF * off - SLOW * speeds) / GEAR).astype(np.float32)

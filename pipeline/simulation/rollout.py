@@ -1,4 +1,6 @@
-"""Episodes of a policy in many worlds at once: all go in step, so that a network is asked once a step for all of them."""
+"""Episodes of a policy in many worlds at once: all go in step, so that a network is asked once a
+step for all of them.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +18,14 @@ from pipeline.simulation.pictures import picture
 UPRIGHT = ("InvertedPendulum", "InvertedDoublePendulum", "CartPole")
 WALKERS = ("Hopper", "Walker2d", "HalfCheetah", "Ant", "Humanoid")
 PLACED = {"Reacher": ("fingertip", "target", 0.02), "Pusher": ("object", "goal", 0.05)}
-"""Environments of gymnasium whose success is known, without their versions. PLACED: a body, the one where it should be, and metres between them."""
+"""Environments of gymnasium whose success is known, without their versions. PLACED: a body, the one
+where it should be, and metres between them.
+"""
 JUDGED = (*(ident.partition("-")[0] for ident in OWN), *UPRIGHT, *WALKERS, *PLACED)
 LEAST_SPEED = 0.5
-"""Metres a second, over the whole episode, that a walker or hopper makes at least where it succeeds."""
+"""Metres a second, over the whole episode, that a walker or hopper makes at least where it
+succeeds.
+"""
 FAR = 1e6
 """A simulation whose observations or rewards are larger has diverged."""
 
@@ -29,15 +35,20 @@ class Policy(Protocol):
         """Forget what was seen: these worlds begin."""
 
     def act(self, observations: list[np.ndarray | None], rewards: list[float]) -> list[Any]:
-        """An action for each world, in its own units or as a class's number; None for a world that has ended, whose observation is None."""
+        """An action for each world, in its own units or as a class's number; None for a world that
+        has ended, whose observation is None.
+        """
         ...
 
 
 @dataclass
 class Episode:
-    """One episode of T steps. ``observations`` (T, O) float32, of which each was there before its action; ``actions`` (T, A) float32 or (T,) int64, as the
-    policy gave them, within the environment's bounds; ``rewards`` (T,) float64; ``success``: None where it is not known what that is; ``diverged``: why the
-    simulation went wrong, or "" ; ``frames``: small (H, W, 3) uint8 pictures; ``executed``: of demonstrations, what was done where ``actions`` are labels."""
+    """One episode of T steps. ``observations`` (T, O) float32, of which each was there before its
+    action; ``actions`` (T, A) float32 or (T,) int64, as the policy gave them, within the
+    environment's bounds; ``rewards`` (T,) float64; ``success``: None where it is not known what
+    that is; ``diverged``: why the simulation went wrong, or "" ; ``frames``: small (H, W, 3) uint8
+    pictures; ``executed``: of demonstrations, what was done where ``actions`` are labels.
+    """
 
     world: World
     observations: np.ndarray
@@ -67,16 +78,25 @@ class _Running:
 
 
 def judged(ident: str) -> bool:
-    """Whether it is known what success is in an environment, or its own module may say it (``module:id``)."""
+    """Whether it is known what success is in an environment, or its own module may say it
+    (``module:id``).
+    """
     return ":" in ident or ident.partition("-")[0] in JUDGED
 
 
-def rollout(worlds: Sequence[World], policy: Policy, frames: int = 0, start: Callable[[list[Any]], None] | None = None) -> list[Episode]:
-    """An episode in each world. What happens in one follows from its own text and the policy alone, whatever stands beside it.
+def rollout(
+    worlds: Sequence[World],
+    policy: Policy,
+    frames: int = 0,
+    start: Callable[[list[Any]], None] | None = None,
+) -> list[Episode]:
+    """An episode in each world. What happens in one follows from its own text and the policy alone,
+    whatever stands beside it.
 
-    ``frames``: a picture of the first world every so many steps where pictures can be made, none without fuss where not. ``start``: told of the
-    environments before the first step (experts read the simulator's state). Actions outside the bounds are clipped. Raises ValueError for worlds that cannot
-    be made.
+    ``frames``: a picture of the first world every so many steps where pictures can be made, none
+    without fuss where not. ``start``: told of the environments before the first step (experts read
+    the simulator's state). Actions outside the bounds are clipped. Raises ValueError for worlds
+    that cannot be made.
     """
     running = []
     try:
@@ -84,13 +104,19 @@ def rollout(worlds: Sequence[World], policy: Policy, frames: int = 0, start: Cal
             env = make(world)
             running.append(_Running(env, None, 0.0))
             observation, _ = env.reset(seed=world.seed)
-            running[-1].observation, running[-1].start = np.asarray(observation, dtype=np.float32), _place(env)
+            running[-1].observation, running[-1].start = (
+                np.asarray(observation, dtype=np.float32),
+                _place(env),
+            )
         if start is not None:
             start([one.env for one in running])
         policy.begin(worlds)
         while any(one.observation is not None for one in running):
             heartbeat.beat()  # long trials in a simulator are no silence
-            chosen = policy.act([one.observation for one in running], [one.rewards[-1] if one.rewards else 0.0 for one in running])
+            chosen = policy.act(
+                [one.observation for one in running],
+                [one.rewards[-1] if one.rewards else 0.0 for one in running],
+            )
             for one, action in zip(running, chosen, strict=True):
                 if one.observation is not None:
                     _step(one, action, frames if one is running[0] else 0)
@@ -101,7 +127,9 @@ def rollout(worlds: Sequence[World], policy: Policy, frames: int = 0, start: Cal
 
 
 def _step(one: _Running, action: Any, frames: int) -> None:
-    action = _given(one.env.action_space, _numbered(one.env, action) if isinstance(action, str) else action)
+    action = _given(
+        one.env.action_space, _numbered(one.env, action) if isinstance(action, str) else action
+    )
     number = len(one.actions)
     if frames and number % frames == 0:
         one.frames += picture(one.env)
@@ -122,24 +150,39 @@ def _step(one: _Running, action: Any, frames: int) -> None:
 
 
 def _numbered(env: Any, name: str) -> int:
-    """The number of a class's name, as the environment counts them. Raises ValueError for a name that it has not."""
-    names = list(getattr(env.unwrapped, "classes", None) or map(str, range(getattr(env.action_space, "n", 0))))
+    """The number of a class's name, as the environment counts them. Raises ValueError for a name
+    that it has not.
+    """
+    names = list(
+        getattr(env.unwrapped, "classes", None)
+        or map(str, range(getattr(env.action_space, "n", 0)))
+    )
     if name not in names:
-        raise ValueError(f"action {name!r}: the environment has {', '.join(names) or 'numbers, and no names'}")
+        raise ValueError(
+            f"action {name!r}: the environment has {', '.join(names) or 'numbers, and no names'}"
+        )
     return names.index(name)
 
 
 def _given(space: Any, action: Any) -> Any:
-    """A policy's action as the environment takes it: (A,) float32 within the bounds, or a class's number. Raises ValueError for one of another kind."""
+    """A policy's action as the environment takes it: (A,) float32 within the bounds, or a class's
+    number. Raises ValueError for one of another kind.
+    """
     if space.shape:
         array = np.asarray(action, dtype=np.float32)
         if array.shape != space.shape:
             if array.size != int(np.prod(space.shape)):
-                raise ValueError(f"the policy's action {action!r}: the environment takes {int(np.prod(space.shape))} numbers")
+                raise ValueError(
+                    f"the policy's action {action!r}: the environment takes "
+                    f"{int(np.prod(space.shape))} numbers"
+                )
             array = array.reshape(space.shape)
         return np.minimum(np.maximum(array, space.low), space.high)  # np.clip takes twice as long
     if np.size(action) != 1 or not 0 <= int(np.ravel(action)[0]) < space.n:
-        raise ValueError(f"the policy's action {action!r}: the environment takes one of {space.n} classes, numbered from 0")
+        raise ValueError(
+            f"the policy's action {action!r}: the environment takes one of {space.n} classes, "
+            "numbered from 0"
+        )
     return int(np.ravel(action)[0])
 
 
@@ -156,11 +199,18 @@ def divergence(env: Any, observation: np.ndarray, reward: float) -> str:
 
 
 def _warned(env: Any) -> str:
-    """What MuJoCo found bad in this episode: positions, velocities, accelerations or controls that are not finite or huge."""
+    """What MuJoCo found bad in this episode: positions, velocities, accelerations or controls that
+    are not finite or huge.
+    """
     data = getattr(env.unwrapped, "data", None)
     if data is None or not data.warning.number.any():
         return ""
-    bad = {"mjWARN_BADQPOS": "positions", "mjWARN_BADQVEL": "velocities", "mjWARN_BADQACC": "accelerations", "mjWARN_BADCTRL": "controls"}
+    bad = {
+        "mjWARN_BADQPOS": "positions",
+        "mjWARN_BADQVEL": "velocities",
+        "mjWARN_BADQACC": "accelerations",
+        "mjWARN_BADCTRL": "controls",
+    }
     kinds = simulator().mjtWarning
     found = [what for name, what in bad.items() if data.warning[int(getattr(kinds, name))].number]
     return f"bad {' and '.join(found)}" if found else ""
@@ -169,12 +219,22 @@ def _warned(env: Any) -> str:
 def _ended(one: _Running, world: World) -> Episode:
     discrete = not one.env.action_space.shape
     success = succeeded(world, one.env, one.info, one.terminated, len(one.rewards), one.start)
-    return Episode(world, np.array(one.observations, dtype=np.float32), np.array(one.actions, dtype=np.int64 if discrete else np.float32),
-                   np.array(one.rewards, dtype=np.float64), bool(one.terminated) and not one.diverged, bool(one.truncated) and not one.diverged,
-                   success and not one.diverged, one.diverged, one.frames)
+    return Episode(
+        world,
+        np.array(one.observations, dtype=np.float32),
+        np.array(one.actions, dtype=np.int64 if discrete else np.float32),
+        np.array(one.rewards, dtype=np.float64),
+        bool(one.terminated) and not one.diverged,
+        bool(one.truncated) and not one.diverged,
+        success and not one.diverged,
+        one.diverged,
+        one.frames,
+    )
 
 
-def succeeded(world: World, env: Any, info: dict[str, Any], terminated: bool, steps: int, start: float) -> bool | None:
+def succeeded(
+    world: World, env: Any, info: dict[str, Any], terminated: bool, steps: int, start: float
+) -> bool | None:
     """Whether an episode that has ended is a success; None where it is not known what that is.
 
     | environment | success |
@@ -190,10 +250,15 @@ def succeeded(world: World, env: Any, info: dict[str, Any], terminated: bool, st
         return bool(info.get("success"))
     name = world.id.partition("-")[0]
     if name in WALKERS:
-        return not terminated and _place(env) - start >= LEAST_SPEED * steps * float(env.unwrapped.dt)
+        return not terminated and _place(env) - start >= LEAST_SPEED * steps * float(
+            env.unwrapped.dt
+        )
     if name in PLACED:
         body, goal, near = PLACED[name]
-        return bool(np.linalg.norm(env.unwrapped.get_body_com(body) - env.unwrapped.get_body_com(goal)) < near)
+        return bool(
+            np.linalg.norm(env.unwrapped.get_body_com(body) - env.unwrapped.get_body_com(goal))
+            < near
+        )
     return not terminated if name in UPRIGHT else None
 
 

@@ -1,7 +1,8 @@
 """Techniques that train small additions inside a frozen backbone (library peft): lora.
 
-A further method is one options class and one small class over ``Adapters``: ``settings`` says how peft is to build it, what it adds is
-trained, and ``finish`` merges it. It suits every method of peft that replaces modules and can be merged (IA3, AdaLoRA, VeRA, OFT).
+A further method is one options class and one small class over ``Adapters``: ``settings`` says how
+peft is to build it, what it adds is trained, and ``finish`` merges it. It suits every method of
+peft that replaces modules and can be merged (IA3, AdaLoRA, VeRA, OFT).
 """
 
 from __future__ import annotations
@@ -18,31 +19,53 @@ from pipeline.registry import Options, register
 
 ADDED = "adapters"
 """The layer of everything that a method adds to the backbone."""
-ATTENTION = ("query", "key", "value", "query_key_value",    # bert, roberta, electra; neox
-             "q_lin", "k_lin", "v_lin",                     # distilbert
-             "c_attn", "q_proj", "k_proj", "v_proj",        # gpt2 (one matrix for all three); opt, llama, timm's eva
-             "qkv", "q", "k", "v", "kv", "qk")              # timm's vit, deit, swin; pvt, cait, convit
+ATTENTION = (
+    "query",
+    "key",
+    "value",
+    "query_key_value",  # bert, roberta, electra; neox
+    "q_lin",
+    "k_lin",
+    "v_lin",  # distilbert
+    "c_attn",
+    "q_proj",
+    "k_proj",
+    "v_proj",  # gpt2 (one matrix for all three); opt, llama, timm's eva
+    "qkv",
+    "q",
+    "k",
+    "v",
+    "kv",
+    "qk",
+)  # timm's vit, deit, swin; pvt, cait, convit
 """Names that query, key and value projections end with, by family."""
 
 
 class Adapted(Task):
-    """A task whose backbone holds peft's modules. Its layers are the plain task's, under the names of now, and ``adapters``.
+    """A task whose backbone holds peft's modules. Its layers are the plain task's, under the names
+    of now, and ``adapters``.
 
-    ``tuner`` is peft's class and ``settings`` its configuration. The adapters' start is drawn from torch's generator.
+    ``tuner`` is peft's class and ``settings`` its configuration. The adapters' start is drawn from
+    torch's generator.
     """
 
     def __init__(self, task: Task, tuner: Any, settings: Any):
         super().__init__(task.backbone, task.objective)
         named = dict(task.named_parameters())
         owner = {id(named[name]): layer for layer, names in task.layers().items() for name in names}
-        self._tuner = [tuner(task.backbone, settings, "default")]  # in a list: torch would file it, and every parameter, a second time
+        self._tuner = [
+            tuner(task.backbone, settings, "default")
+        ]  # in a list: torch would file it, and every parameter, a second time
         self._layers: dict[str, list[str]] = {layer: [] for layer in task.layers()}
         head = self._layers.pop("head")
         self._layers |= {ADDED: [], "head": head}
         for name, parameter in self.named_parameters():
             self._layers[owner.get(id(parameter), ADDED)].append(name)
         self._called: set[str] = set()
-        self._hooks: list[Any] = [module.register_forward_hook(_Note(self._called, name)) for name, module in self._watched().items()]
+        self._hooks: list[Any] = [
+            module.register_forward_hook(_Note(self._called, name))
+            for name, module in self._watched().items()
+        ]
 
     def layers(self) -> dict[str, list[str]]:
         return {layer: list(names) for layer, names in self._layers.items()}
@@ -51,25 +74,45 @@ class Adapted(Task):
         """Names in the backbone of the modules that were replaced."""
         from peft.tuners.tuners_utils import BaseTunerLayer
 
-        return [name for name, module in self.backbone.named_modules() if isinstance(module, BaseTunerLayer)]
+        return [
+            name
+            for name, module in self.backbone.named_modules()
+            if isinstance(module, BaseTunerLayer)
+        ]
 
     def _watched(self) -> dict[str, nn.Module]:
         names = self.adapters()
-        return {name: self.backbone.get_submodule(name) for name in dict.fromkeys([*names, *(name.rpartition(".")[0] for name in names)])}
+        return {
+            name: self.backbone.get_submodule(name)
+            for name in dict.fromkeys([*names, *(name.rpartition(".")[0] for name in names)])
+        }
 
     def check_called(self) -> None:
-        """After the first batch: raises ValueError naming adapters that a called module went past. Some blocks (timm's beit, eva and swinv2)
-        multiply by the weights of a module that they hold without calling it: what was put into that module would do nothing."""
+        """After the first batch: raises ValueError naming adapters that a called module went past.
+        Some blocks (timm's beit, eva and swinv2) multiply by the weights of a module that they hold
+        without calling it: what was put into that module would do nothing.
+        """
         if not self._hooks or not self._called:
             return
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        past = [name for name in self.adapters() if name not in self._called and name.rpartition(".")[0] in self._called]
+        past = [
+            name
+            for name in self.adapters()
+            if name not in self._called and name.rpartition(".")[0] in self._called
+        ]
         if past:
-            good = sorted({name.rpartition(".")[2] for name in self.adapters()} - {name.rpartition(".")[2] for name in past})
-            raise ValueError(f"{self.backbone.arch['name']} uses the weights of {_some(past)} without calling these modules, so that adapters there "
-                             f"do nothing. Name others by their endings, as in modules: [{', '.join(good) or '...'}]")
+            good = sorted(
+                {name.rpartition(".")[2] for name in self.adapters()}
+                - {name.rpartition(".")[2] for name in past}
+            )
+            raise ValueError(
+                f"{self.backbone.arch['name']} uses the weights of {_some(past)} without "
+                "calling these modules, so that adapters there "
+                "do nothing. Name others by their endings, as in modules: "
+                f"[{', '.join(good) or '...'}]"
+            )
 
     def merged(self) -> Task:
         """The plain task, the adapters in its weights. This one must not be used afterwards."""
@@ -90,21 +133,30 @@ class _Note:
 
 
 class Adapters(Technique, ABC):
-    """What methods of peft have in common. The head trains at ``lr``, what is added at ``lr_scale`` times it, the backbone's own weights stay."""
+    """What methods of peft have in common. The head trains at ``lr``, what is added at ``lr_scale``
+    times it, the backbone's own weights stay.
+    """
 
     @abstractmethod
     def settings(self, chosen: dict[str, nn.Module]) -> tuple[Any, Any]:
-        """(tuner, configuration) of peft for the modules chosen; ``target_modules`` is filled in."""
+        """(tuner, configuration) of peft for the modules chosen; ``target_modules`` is filled
+        in.
+        """
 
     def wrap(self, task: Task) -> Task:
         """Raises ValueError where the backbone has no module of those that the options name."""
         chosen = choose(task.backbone, self.options.modules)
         tuner, settings = self.settings(chosen)
-        settings.target_modules = "|".join(name.replace(".", r"\.") for name in chosen)  # an expression of whole names: a list would match endings
+        settings.target_modules = "|".join(
+            name.replace(".", r"\.") for name in chosen
+        )  # an expression of whole names: a list would match endings
         return Adapted(task, tuner, settings)
 
     def rates(self, layers, phase):
-        return {name: self.options.lr_scale if name == ADDED else float(name == "head") for name in layers}
+        return {
+            name: self.options.lr_scale if name == ADDED else float(name == "head")
+            for name in layers
+        }
 
     def penalty(self, task, batch):
         if isinstance(task, Adapted) and len(batch):
@@ -116,34 +168,58 @@ class Adapters(Technique, ABC):
 
 
 def adaptable(backbone: nn.Module) -> dict[str, nn.Module]:
-    """Modules whose output is linear in a weight that may be merged into, by name: linear layers, GPT-2's Conv1D and plain convolutions.
+    """Modules whose output is linear in a weight that may be merged into, by name: linear layers,
+    GPT-2's Conv1D and plain convolutions.
 
-    Not those of classes that derive from them (weights standardised or normalised on the way, the output layer of torch's MultiheadAttention),
-    and not grouped or dilated convolutions: peft 0.21 cannot merge the first and forgets the dilation of the second.
+    Not those of classes that derive from them (weights standardised or normalised on the way, the
+    output layer of torch's MultiheadAttention), and not grouped or dilated convolutions: peft 0.21
+    cannot merge the first and forgets the dilation of the second.
     """
     from transformers.pytorch_utils import Conv1D
 
     def plain(module: nn.Module) -> bool:
-        if type(module) is nn.Conv2d or type(module).__name__ == "Conv2dSame":  # timm's, of the efficientnets from TensorFlow: it pads and convolves
-            return module.groups == 1 and set(module.dilation) == {1} and module.padding_mode == "zeros"  # type: ignore[union-attr, arg-type]
+        if (
+            type(module) is nn.Conv2d or type(module).__name__ == "Conv2dSame"
+        ):  # timm's, of the efficientnets from TensorFlow: it pads and convolves
+            return (
+                module.groups == 1
+                and set(module.dilation) == {1}
+                and module.padding_mode == "zeros"
+            )  # type: ignore[union-attr, arg-type]
         return type(module) in (nn.Linear, Conv1D)
 
     return {name: module for name, module in backbone.named_modules() if plain(module)}
 
 
 def choose(backbone: Backbone, modules: str | list[str]) -> dict[str, nn.Module]:
-    """The adaptable modules that ``modules`` means ("attention", "all", or endings of names). Raises ValueError where one of them means none."""
+    """The adaptable modules that ``modules`` means ("attention", "all", or endings of names).
+    Raises ValueError where one of them means none.
+    """
     found = adaptable(backbone)
     wanted = ("",) if modules == "all" else ATTENTION if modules == "attention" else tuple(modules)
-    hits = {ending: [name for name in found if not ending or f".{name}".endswith(f".{ending}")] for ending in wanted}
+    hits = {
+        ending: [name for name in found if not ending or f".{name}".endswith(f".{ending}")]
+        for ending in wanted
+    }
     without = [ending for ending in wanted if not hits[ending]] if isinstance(modules, list) else []
     chosen = {name for names in hits.values() for name in names}
     if not chosen or without:
-        asked = f"ending with {', '.join(without)}" if without else "for attention" if modules == "attention" else "that could be adapted"
-        kinds = Counter(f"{name.rpartition('.')[2]} ({type(module).__name__})" for name, module in found.items())
+        asked = (
+            f"ending with {', '.join(without)}"
+            if without
+            else "for attention"
+            if modules == "attention"
+            else "that could be adapted"
+        )
+        kinds = Counter(
+            f"{name.rpartition('.')[2]} ({type(module).__name__})" for name, module in found.items()
+        )
         there = ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common(12)) or "none"
-        raise ValueError(f"{backbone.arch['name']} has no module {asked}. Its linear and convolution layers, by the ends of their names: {there}. "
-                         f"Give modules: all, or a list of such endings")
+        raise ValueError(
+            f"{backbone.arch['name']} has no module {asked}. Its linear and convolution "
+            f"layers, by the ends of their names: {there}. "
+            f"Give modules: all, or a list of such endings"
+        )
     return {name: module for name, module in found.items() if name in chosen}
 
 
@@ -154,19 +230,34 @@ def _some(names: list[str]) -> str:
 class LoraOptions(Options):
     rank: int = Field(8, ge=1, description="rank of the update of each weight")
     alpha: float = Field(16.0, gt=0, description="the update is scaled by alpha / rank")
-    dropout: float = Field(0.0, ge=0, lt=1, description="dropout of the adapters' input, in training")
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="dropout of the adapters' input, in training"
+    )
     modules: Literal["attention", "all"] | list[str] = Field(
-        "all", description="where: attention (query, key and value projections), all linear and convolution layers, or a list of endings of module names")
+        "all",
+        description="where: attention (query, key and value projections), all linear and "
+        "convolution layers, or a list of endings of module names",
+    )
     lr_scale: float = Field(1.0, gt=0, description="learning rate of the adapters, relative to lr")
-    rslora: bool = Field(False, description="scale by alpha / sqrt(rank), so that high ranks learn as fast (Kalajdzievski 2023)")
-    dora: bool = Field(False, description="train the length of each weight's columns beside their direction (DoRA, Liu et al. 2024)")
+    rslora: bool = Field(
+        False,
+        description="scale by alpha / sqrt(rank), so that high ranks learn as fast (Kalajdzievski "
+        "2023)",
+    )
+    dora: bool = Field(
+        False,
+        description="train the length of each weight's columns beside their direction (DoRA, Liu "
+        "et al. 2024)",
+    )
 
 
 @register("technique", "lora", options=LoraOptions)
 class Lora(Adapters):
-    """Low-rank updates of frozen weights (Hu et al. 2022): W + alpha / rank B A, with A (rank, in) random and B (out, rank) zero at the start.
+    """Low-rank updates of frozen weights (Hu et al. 2022): W + alpha / rank B A, with A (rank, in)
+    random and B (out, rank) zero at the start.
 
-    All linear layers by default: adapting attention alone falls behind full fine-tuning (Dettmers et al. 2023, section 4; Biderman et al. 2024).
+    All linear layers by default: adapting attention alone falls behind full fine-tuning (Dettmers
+    et al. 2023, section 4; Biderman et al. 2024).
     """
 
     def settings(self, chosen):
@@ -174,5 +265,11 @@ class Lora(Adapters):
         from transformers.pytorch_utils import Conv1D
 
         o = self.options
-        return LoraModel, LoraConfig(r=o.rank, lora_alpha=o.alpha, lora_dropout=o.dropout, use_rslora=o.rslora, use_dora=o.dora,  # type: ignore[arg-type]
-                                     fan_in_fan_out=any(isinstance(module, Conv1D) for module in chosen.values()))
+        return LoraModel, LoraConfig(
+            r=o.rank,
+            lora_alpha=o.alpha,
+            lora_dropout=o.dropout,
+            use_rslora=o.rslora,
+            use_dora=o.dora,  # type: ignore[arg-type]
+            fan_in_fan_out=any(isinstance(module, Conv1D) for module in chosen.values()),
+        )

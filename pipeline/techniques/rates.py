@@ -1,4 +1,6 @@
-"""Techniques that are nothing but learning rates and phases: scratch, zero_shot, random_probe, linear_probe, full, lp_ft."""
+"""Techniques that are nothing but learning rates and phases: scratch, zero_shot, random_probe,
+linear_probe, full, lp_ft.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +11,20 @@ from pipeline.registry import Options, register
 
 
 class ScratchOptions(Options):
-    budget: float = Field(1.0, gt=0, le=1000, description="steps, relative to the target's: a row beside plain scratch shows what scratch reaches with more")
+    budget: float = Field(
+        1.0,
+        gt=0,
+        le=1000,
+        description="steps, relative to the target's: a row beside plain scratch shows what "
+        "scratch reaches with more",
+    )
 
 
 @register("technique", "scratch", options=ScratchOptions)
 class Scratch(Technique):
-    """The same network and budget from its random initialisation: what every gain is measured against."""
+    """The same network and budget from its random initialisation: what every gain is measured
+    against.
+    """
 
     from_source = False
 
@@ -24,7 +34,9 @@ class Scratch(Technique):
 
 @register("technique", "zero_shot")
 class ZeroShot(Technique):
-    """The source's network and head as they are, tried on the target's test rows: where adaptation starts. For objectives whose head is carried over."""
+    """The source's network and head as they are, tried on the target's test rows: where adaptation
+    starts. For objectives whose head is carried over.
+    """
 
     learns = False
 
@@ -41,12 +53,19 @@ class Full(Technique):
 
 
 class ProbeOptions(Options):
-    lr_scale: float = Field(1.0, gt=0, description="learning rate of the head, relative to lr: alone it takes a larger one than a whole network")
+    lr_scale: float = Field(
+        1.0,
+        gt=0,
+        description="learning rate of the head, relative to lr: alone it takes a larger one than "
+        "a whole network",
+    )
 
 
 @register("technique", "linear_probe", options=ProbeOptions)
 class LinearProbe(Technique):
-    """Only the head moves; the backbone stays in evaluation mode, so its features are computed once."""
+    """Only the head moves; the backbone stays in evaluation mode, so its features are computed
+    once.
+    """
 
     frozen = True
 
@@ -59,15 +78,23 @@ class LinearProbe(Technique):
 
 @register("technique", "random_probe", options=ProbeOptions)
 class RandomProbe(LinearProbe):
-    """A linear probe of random weights: what a probe owes to its backbone's shape alone, and so what pretraining must beat."""
+    """A linear probe of random weights: what a probe owes to its backbone's shape alone, and so
+    what pretraining must beat.
+    """
 
     from_source = False
 
 
 class LPFTOptions(Options):
-    probe_share: float = Field(0.3, gt=0, lt=1, description="share of the steps that train the head alone")
-    probe_lr_scale: float = Field(1.0, gt=0, description="learning rate of the first part, relative to lr")
-    full_lr_scale: float = Field(1.0, gt=0, description="learning rate of the second part, relative to lr")
+    probe_share: float = Field(
+        0.3, gt=0, lt=1, description="share of the steps that train the head alone"
+    )
+    probe_lr_scale: float = Field(
+        1.0, gt=0, description="learning rate of the first part, relative to lr"
+    )
+    full_lr_scale: float = Field(
+        1.0, gt=0, description="learning rate of the second part, relative to lr"
+    )
 
 
 @register("technique", "lp_ft", options=LPFTOptions)

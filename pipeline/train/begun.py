@@ -1,7 +1,8 @@
 """What made the parts of a source or trial that is not complete yet.
 
-A killed run is gone on with from its resume points, also by code or library versions other than those that wrote them. So that a result never
-mixes them without a word, its folder names what worked in it, and the complete result what began it.
+A killed run is gone on with from its resume points, also by code or library versions other than
+those that wrote them. So that a result never mixes them without a word, its folder names what
+worked in it, and the complete result what began it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ CHECKPOINTS = "checkpoints"
 _PARTS = (CHECKPOINTS, "initial", "tokens")
 """What a run that was killed leaves and the next one goes on with."""
 _NOT_RECORDED: dict[str, Any] = {}
-"""Stands for code and versions of which nothing was recorded (`provenance.recorded` reads it so)."""
+"""Stands for code and versions of which nothing was recorded (`provenance.recorded` reads it
+so).
+"""
 _WEIGHTS = "parent_weights"
 
 
@@ -67,6 +70,7 @@ def forget(folder: str) -> None:
 
 # ---------------------------------------------------------------- trials and stacks of heads
 
+
 def drop_unfit(folder: str, now: MadeBy, weights: str | None, remake: bool) -> None:
     """Remove resume points that a trial or stack must not go on from, before it looks for them.
 
@@ -82,14 +86,17 @@ def drop_unfit(folder: str, now: MadeBy, weights: str | None, remake: bool) -> N
     found = by(folder)
     is_of_other_weights = any(_WEIGHTS in facts and facts[_WEIGHTS] != weights for facts in found)
     if is_of_other_weights:
-        checked.tell(f"{folder}: its resume points were trained from other weights of the source "
-                     "than those of now: training starts again from step 0")
+        checked.tell(
+            f"{folder}: its resume points were trained from other weights of the source "
+            "than those of now: training starts again from step 0"
+        )
     if is_of_other_weights or (remake and _others(found, now)):
         forget(folder)
 
 
-def started(folder: str, now: MadeBy, weights: str | None, step: int,
-            trials: list[str]) -> list[dict[str, Any]]:
+def started(
+    folder: str, now: MadeBy, weights: str | None, step: int, trials: list[str]
+) -> list[dict[str, Any]]:
     """Record that ``now`` trains a trial or stack from ``step`` on.
 
     What worked there before counts only where its resume point is gone on from: at step 0
@@ -112,6 +119,8 @@ def started(folder: str, now: MadeBy, weights: str | None, step: int,
 
 
 def trials_of(folder: str) -> list[str]:
-    """Ids of the trials that the resume points in a folder belong to; empty where that is not known."""
+    """Ids of the trials that the resume points in a folder belong to; empty where that is not
+    known.
+    """
     kept = checked.document_or_none(storage.join(folder, FILE), "its trials are not known any more")
     return (kept or {}).get("trials", [])

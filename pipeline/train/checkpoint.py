@@ -1,4 +1,6 @@
-"""Resume points: model, optimiser, average, kept weights, position and every rank's random state, whole or absent."""
+"""Resume points: model, optimiser, average, kept weights, position and every rank's random state,
+whole or absent.
+"""
 
 from __future__ import annotations
 
@@ -27,14 +29,20 @@ def _folder(uri: str, step: int) -> str:
     return storage.join(uri, f"step-{step:010d}")
 
 
-def save(uri: str, ranks: Any, state: dict[str, Any], bad_rows: dict[int, str] | None = None) -> None:
+def save(
+    uri: str, ranks: Any, state: dict[str, Any], bad_rows: dict[int, str] | None = None
+) -> None:
     """Called by every rank at the same step; returns when the resume point is visible.
 
     Args:
         state: The same on every rank.
-        bad_rows: Row id to reason of the rows that this rank could not read so far; those of all ranks are kept.
+        bad_rows: Row id to reason of the rows that this rank could not read so far; those of all
+            ranks are kept.
     """
-    random = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if ranks.device.type == "cuda" else None}
+    random = {
+        "cpu": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if ranks.device.type == "cuda" else None,
+    }
     everyone: list[Any] = [(random, bad_rows or {})]
     if ranks.count > 1:
         everyone = [None] * ranks.count
@@ -44,8 +52,15 @@ def save(uri: str, ranks: Any, state: dict[str, Any], bad_rows: dict[int, str] |
             path = Path(scratch, "state.pt")
             unread = {row: reason for _, bad in everyone for row, reason in bad.items()}
             with s3.naming("write", path), open(path, "wb") as file:
-                torch.save({**state, "random": [random for random, _ in everyone], "bad_rows": unread}, file)
-            folders.commit_folder(_folder(uri, state["step"]), {"state.pt": path}, {"step": state["step"], "format_version": 1})
+                torch.save(
+                    {**state, "random": [random for random, _ in everyone], "bad_rows": unread},
+                    file,
+                )
+            folders.commit_folder(
+                _folder(uri, state["step"]),
+                {"state.pt": path},
+                {"step": state["step"], "format_version": 1},
+            )
         for old in _steps(uri)[:-KEPT]:
             storage.remove_tree(_folder(uri, old))
     if ranks.count > 1:
@@ -85,7 +100,9 @@ def load(uri: str, ranks: Any, restarts: bool = False) -> tuple[dict[str, Any] |
 
 
 def _newest_intact(uri: str, restarts: bool) -> tuple[dict[str, Any] | None, list[str], str]:
-    """The newest state that can be read, a line for each damaged one that is newer, and what stops the run, if anything."""
+    """The newest state that can be read, a line for each damaged one that is newer, and what stops
+    the run, if anything.
+    """
     damaged: dict[int, str] = {}
     try:
         for step in reversed(_steps(uri)):
@@ -98,7 +115,11 @@ def _newest_intact(uri: str, restarts: bool) -> tuple[dict[str, Any] | None, lis
                 continue
             for newer in damaged:
                 storage.remove_tree(_folder(uri, newer))
-            return state, [f"{line}: training goes on from that of step {step}" for line in damaged.values()], ""
+            return (
+                state,
+                [f"{line}: training goes on from that of step {step}" for line in damaged.values()],
+                "",
+            )
         if damaged and restarts:
             clear(uri)
             again = "none is intact, so training starts again from step 0"
@@ -107,7 +128,12 @@ def _newest_intact(uri: str, restarts: bool) -> tuple[dict[str, Any] | None, lis
         return None, [], str(error)
     if damaged:
         first = next(iter(damaged.values()))
-        return None, [], f"no resume point in {uri} is intact: {first}. Remove that folder to start again from step 0"
+        return (
+            None,
+            [],
+            f"no resume point in {uri} is intact: {first}. Remove that folder to start again "
+            "from step 0",
+        )
     return None, [], ""
 
 

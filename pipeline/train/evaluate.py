@@ -23,9 +23,17 @@ def _unheard(bad: list[tuple[int, str]]) -> None:
 
 
 @torch.no_grad()
-def predictions(task: Task, batches: Iterator[Loaded], ready: Callable[[Batch, bool], Batch], ranks: Any, autocast: Any,
-                on_bad: OnBad = _unheard) -> Predictions:
-    """Arrays of this rank's rows, ordered by row: what the objective predicts, and ``row``. The task is left in evaluation mode."""
+def predictions(
+    task: Task,
+    batches: Iterator[Loaded],
+    ready: Callable[[Batch, bool], Batch],
+    ranks: Any,
+    autocast: Any,
+    on_bad: OnBad = _unheard,
+) -> Predictions:
+    """Arrays of this rank's rows, ordered by row: what the objective predicts, and ``row``. The
+    task is left in evaluation mode.
+    """
     task.eval()
     parts: list[Predictions] = []
     for batch, bad, _ in batches:
@@ -35,13 +43,24 @@ def predictions(task: Task, batches: Iterator[Loaded], ready: Callable[[Batch, b
             continue
         with autocast:
             out = task.objective.predict(task.backbone, ready(batch.to(ranks.device), False))
-        parts.append({"row": batch.rows, **{name: tensor.float().cpu().numpy() if tensor.is_floating_point() else tensor.cpu().numpy()
-                                            for name, tensor in out.items()}})
+        parts.append(
+            {
+                "row": batch.rows,
+                **{
+                    name: tensor.float().cpu().numpy()
+                    if tensor.is_floating_point()
+                    else tensor.cpu().numpy()
+                    for name, tensor in out.items()
+                },
+            }
+        )
     return _by_row(concatenate(parts))
 
 
 def concatenate(parts: list[Predictions]) -> Predictions:
-    """Parts one behind the other. Where their rows are of other lengths, shorter ones end in -1 (whole numbers) or NaN."""
+    """Parts one behind the other. Where their rows are of other lengths, shorter ones end in -1
+    (whole numbers) or NaN.
+    """
     return {name: _stacked([part[name] for part in parts]) for name in parts[0]} if parts else {}
 
 
@@ -50,12 +69,21 @@ def _stacked(arrays: list[np.ndarray]) -> np.ndarray:
     if len(set(shapes)) > 1:
         wide = tuple(map(max, zip(*shapes, strict=True)))
         fill = np.nan if arrays[0].dtype.kind == "f" else -1
-        arrays = [np.pad(a, [(0, 0), *((0, most - have) for most, have in zip(wide, a.shape[1:], strict=True))], constant_values=fill) for a in arrays]
+        arrays = [
+            np.pad(
+                a,
+                [(0, 0), *((0, most - have) for most, have in zip(wide, a.shape[1:], strict=True))],
+                constant_values=fill,
+            )
+            for a in arrays
+        ]
     return np.concatenate(arrays)
 
 
 class Completer:
-    """Brings the rows' own text to their predictions, where the objective asks for it (``Objective.complete``)."""
+    """Brings the rows' own text to their predictions, where the objective asks for it
+    (``Objective.complete``).
+    """
 
     def __init__(self, rows: Rows):
         self.rows = rows
@@ -67,15 +95,22 @@ class Completer:
         return objective.complete(found, self.origin(objective, found["row"]))
 
     def tested(self, task: Task, found: Predictions) -> Predictions:
-        """As calling it, and what the objective finds out about test rows alone (``Objective.tested``)."""
+        """As calling it, and what the objective finds out about test rows alone
+        (``Objective.tested``).
+        """
         found = self(task.objective, found)
         if not found or type(task.objective).tested is Objective.tested:
             return found
-        return task.objective.tested(task.backbone, found, self.origin(task.objective, found["row"]))
+        return task.objective.tested(
+            task.backbone, found, self.origin(task.objective, found["row"])
+        )
 
     def origin(self, objective: Objective, ids: np.ndarray) -> Origin:
         decoder, schema = self.rows.decoder, self.rows.selection.manifest.schema
-        self._reader = self._reader or Reader(self.rows.selection.manifest, [name for name in decoder.names(objective.origin_roles) if name in schema.names])
+        self._reader = self._reader or Reader(
+            self.rows.selection.manifest,
+            [name for name in decoder.names(objective.origin_roles) if name in schema.names],
+        )
         return Origin(self._reader.take(ids), decoder.columns, decoder.modality)
 
 
@@ -100,22 +135,44 @@ def values(found: Predictions, names: tuple[str, ...]) -> dict[str, float]:
     return {name: metric(name).value(found) for name in names}
 
 
-def evaluator(rows: Rows, names: tuple[str, ...], ready: Callable[[Batch, bool], Batch], ranks: Any, autocast: Callable[[], Any],
-              batch_rows: int, threads: int = 1, part: bool = False, on_bad: OnBad = _unheard) -> Callable[[Task], dict[str, float]]:
-    """A function that evaluates a task on ``rows``, the same values on every rank. ``part``: the rows are this rank's share already."""
+def evaluator(
+    rows: Rows,
+    names: tuple[str, ...],
+    ready: Callable[[Batch, bool], Batch],
+    ranks: Any,
+    autocast: Callable[[], Any],
+    batch_rows: int,
+    threads: int = 1,
+    part: bool = False,
+    on_bad: OnBad = _unheard,
+) -> Callable[[Task], dict[str, float]]:
+    """A function that evaluates a task on ``rows``, the same values on every rank. ``part``: the
+    rows are this rank's share already.
+    """
     rank, count = (0, 1) if part else (ranks.rank, ranks.count)
     complete = Completer(rows)
 
     def evaluate(task: Task) -> dict[str, float]:
-        batches = eval_batches(rows, batch_rows, rank=rank, ranks=count, threads=threads, pin=ranks.device.type == "cuda")
-        mine = complete(task.objective, predictions(task, batches, ready, ranks, autocast(), on_bad))
+        batches = eval_batches(
+            rows,
+            batch_rows,
+            rank=rank,
+            ranks=count,
+            threads=threads,
+            pin=ranks.device.type == "cuda",
+        )
+        mine = complete(
+            task.objective, predictions(task, batches, ready, ranks, autocast(), on_bad)
+        )
         return values(gathered(mine, ranks), names)
 
     return evaluate
 
 
 def ready_for(rows: Rows, objective: Objective | None = None) -> Callable[[Batch, bool], Batch]:
-    """The device part of the rows' modality: its augmentation, or the views that the objective compares, and its finish."""
+    """The device part of the rows' modality: its augmentation, or the views that the objective
+    compares, and its finish.
+    """
     modality, views = rows.modality, objective.views() if objective is not None else ()
 
     def ready(batch: Batch, training: bool) -> Batch:

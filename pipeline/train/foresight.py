@@ -1,4 +1,6 @@
-"""What a run would make of a source and what it would refuse, found from a sample of the rows: for ``--dry-run``. Nothing is written or trained."""
+"""What a run would make of a source and what it would refuse, found from a sample of the rows: for
+``--dry-run``. Nothing is written or trained.
+"""
 
 from __future__ import annotations
 
@@ -21,15 +23,21 @@ from pipeline.train.row_checks import Finding
 from pipeline.train.source import EMPTY, SourceStage
 
 SAMPLE_ROWS, SAMPLE_BYTES = 64, 8 << 20
-"""Rows of a split that are decoded, and of large rows so many that their files hold about so many bytes."""
+"""Rows of a split that are decoded, and of large rows so many that their files hold about so many
+bytes.
+"""
 FITTED_ROWS = 1024
 """Rows that a modality is fitted on to see how it would read: a run takes more."""
 CONFIDENCE = 0.99
-"""A split is refused by a sample where its share of bad rows is above the budget with this confidence (Clopper and Pearson 1934); else it is told."""
+"""A split is refused by a sample where its share of bad rows is above the budget with this
+confidence (Clopper and Pearson 1934); else it is told.
+"""
 
 
 class Foreseen(NamedTuple):
-    """A source as a run would make it: ``arch`` and ``modality`` of its bundle; ``is_estimated`` where the modality was fitted on fewer rows."""
+    """A source as a run would make it: ``arch`` and ``modality`` of its bundle; ``is_estimated``
+    where the modality was fitted on fewer rows.
+    """
 
     arch: dict[str, Any]
     modality: dict[str, Any]
@@ -38,15 +46,19 @@ class Foreseen(NamedTuple):
 
 
 def source(stage: SourceStage) -> Foreseen | None:
-    """What a run would make of the source; None where that needs a model from a hub, which only a run fetches.
+    """What a run would make of the source; None where that needs a model from a hub, which only a
+    run fetches.
 
-    Raises ValueError or StorageError with what the run would say: a checkpoint that cannot be read or does not fit, labels that are missing, rows that
-    cannot be decoded, more tokens than the model has positions.
+    Raises ValueError or StorageError with what the run would say: a checkpoint that cannot be read
+    or does not fit, labels that are missing, rows that cannot be decoded, more tokens than the
+    model has positions.
     """
     if stage.done:
         found = storage.read_json(storage.join(stage.bundle_uri, "manifest.json"))
         return Foreseen(found["arch"], found["modality"], [])
-    text = stage.spec.init or (stage.spec.backbone.name if stage.spec.backbone.name.startswith(STARTS) else None)
+    text = stage.spec.init or (
+        stage.spec.backbone.name if stage.spec.backbone.name.startswith(STARTS) else None
+    )
     if text and text.partition(":")[0] in HUBS:
         return None
     start = starts.read(text, stage.spec.backbone.name) if text else None
@@ -67,12 +79,20 @@ def _corpus(stage: SourceStage, start: starts.Start | None) -> Foreseen:
     assert spec.data is not None and splits is not None and spec.objective is not None
     check_named_files(splits)
     path = storage.join(stage.uri, "modality.json")
-    modality, _ = fitting.fit_modality(spec, splits.train, start, f"sources.{stage.name}", path, most_rows=FITTED_ROWS)
+    modality, _ = fitting.fit_modality(
+        spec, splits.train, start, f"sources.{stage.name}", path, most_rows=FITTED_ROWS
+    )
     objective = registry.get("objective", spec.objective.name)
     options = objective.options_class(**spec.objective.options)
     columns = dict(spec.data.columns)
-    roles = objective.fit_roles if objective.fit_roles is not None else (*objective.roles, *objective.optional_roles)
-    labels = manifests.read_columns(splits.train, [columns[role] for role in roles if role in columns])
+    roles = (
+        objective.fit_roles
+        if objective.fit_roles is not None
+        else (*objective.roles, *objective.optional_roles)
+    )
+    labels = manifests.read_columns(
+        splits.train, [columns[role] for role in roles if role in columns]
+    )
     state = objective.fit(options, labels, columns)
     reads = bundle.build_modality(modality)
     arch = train_source.arch_of(spec, start, reads.inputs())
@@ -91,7 +111,9 @@ def _corpus(stage: SourceStage, start: starts.Start | None) -> Foreseen:
 
 
 def _packed_batches(stage: SourceStage, decoder: Decoder) -> list[Finding]:
-    """A warning where the documents will probably be packed into fewer rows than a batch takes: the run then refuses them."""
+    """A warning where the documents will probably be packed into fewer rows than a batch takes: the
+    run then refuses them.
+    """
     assert stage.splits is not None
     rows_to_pack, batch = stage.splits.train, stage.spec.train.global_batch
     if not stage.packed or stage.spec.train.batch_cost is not None or not len(rows_to_pack):
@@ -102,35 +124,58 @@ def _packed_batches(stage: SourceStage, decoder: Decoder) -> list[Finding]:
     about = round(packed * len(rows_to_pack) / len(part))
     if about >= batch:
         return []
-    return [Finding(f"about {about:,} rows are packed from {len(rows_to_pack):,} training documents, fewer than the {batch} of a batch: lower "
-                    "train.global_batch, or give more text", True)]
+    return [
+        Finding(
+            f"about {about:,} rows are packed from {len(rows_to_pack):,} training documents, "
+            f"fewer than the {batch} of a batch: lower "
+            "train.global_batch, or give more text",
+            True,
+        )
+    ]
 
 
 def build(arch: dict[str, Any], objective: dict[str, Any]) -> Task:
-    """The task without memory for its weights, where the backbone can be built so. Raises ValueError where its parts do not fit."""
+    """The task without memory for its weights, where the backbone can be built so. Raises
+    ValueError where its parts do not fit.
+    """
     try:
         with torch.device("meta"):
             return bundle.build_task(arch, objective, seed=0)
-    except (NotImplementedError, RuntimeError):  # a backbone that computes with its own weights when it is built
+    except (
+        NotImplementedError,
+        RuntimeError,
+    ):  # a backbone that computes with its own weights when it is built
         return bundle.build_task(arch, objective, seed=0)
 
 
 def check_named_files(splits: Splits) -> None:
-    """Raise StorageError, as the reading of a row would, for the first file that a column names and that is not there, with how many."""
+    """Raise StorageError, as the reading of a row would, for the first file that a column names and
+    that is not there, with how many.
+    """
     missing = [file.uri for file in splits.reads if file.content == identity.ABSENT]
     if missing:
-        more = f", and {len(missing) - 1} more that are not there either" if len(missing) > 1 else ""
-        raise storage.StorageError(f"{missing[0]}: no such file, while a column of the rows names it{more}")
+        more = (
+            f", and {len(missing) - 1} more that are not there either" if len(missing) > 1 else ""
+        )
+        raise storage.StorageError(
+            f"{missing[0]}: no such file, while a column of the rows names it{more}"
+        )
 
 
 def rows(split: str, selection: Selection, decoder: Decoder, max_bad: float) -> list[Finding]:
-    """Decode a sample of a split. Raises TooManyBadRowsError where more rows are bad than a run allows, StorageError for a file that cannot be read."""
+    """Decode a sample of a split. Raises TooManyBadRowsError where more rows are bad than a run
+    allows, StorageError for a file that cannot be read.
+    """
     if not len(selection):
         return []
     places = _places(selection)
     part = Selection(selection.manifest, selection.ids(places))
     reasons = _bad_rows(part, replace(decoder, training=split == "train"))
-    bad = [(int(row), reason) for row, reason in zip(part.ids(np.arange(len(part))), reasons, strict=True) if reason and reason != EMPTY]
+    bad = [
+        (int(row), reason)
+        for row, reason in zip(part.ids(np.arange(len(part))), reasons, strict=True)
+        if reason and reason != EMPTY
+    ]
     is_whole = len(part) == len(selection)
     surely_bad = float(beta.ppf(1 - CONFIDENCE, len(bad), len(part) - len(bad) + 1)) if bad else 0.0
     if is_whole or surely_bad > max_bad:

@@ -1,4 +1,6 @@
-"""Launch on Ray Train: resources, ranks, restarts. The one place that starts Ray and runs Ray Train."""
+"""Launch on Ray Train: resources, ranks, restarts. The one place that starts Ray and runs Ray
+Train.
+"""
 
 from __future__ import annotations
 
@@ -43,10 +45,11 @@ class StageError(RuntimeError):
 
 
 class OwnCode(JobConfig):
-    """Let Ray's workers import this project from where this process has it, whatever lies in the current folder.
+    """Let Ray's workers import this project from where this process has it, whatever lies in the
+    current folder.
 
-    Ray puts the driver's current folder first on the path of its workers. A package named ``pipeline`` there would
-    hide this one, and every worker would die.
+    Ray puts the driver's current folder first on the path of its workers. A package named
+    ``pipeline`` there would hide this one, and every worker would die.
     """
 
     def __init__(self) -> None:
@@ -60,30 +63,47 @@ class OwnCode(JobConfig):
 
 
 def _job_config(where: str) -> dict[str, Any]:
-    """The argument ``job_config`` of ``ray.init``; none for a submitted job, whose working folder holds its code."""
+    """The argument ``job_config`` of ``ray.init``; none for a submitted job, whose working folder
+    holds its code.
+    """
     is_submitted = RAY_JOB_CONFIG_JSON_ENV_VAR in os.environ
     is_ray_client = where.startswith("ray://")
     return {} if is_submitted or is_ray_client else {"job_config": OwnCode()}
 
 
 def start(address: str | None, verbose: bool) -> None:
-    """Join the cluster that is named (``--address`` or RAY_ADDRESS), else start one of our own. Does nothing when Ray runs already."""
+    """Join the cluster that is named (``--address`` or RAY_ADDRESS), else start one of our own.
+    Does nothing when Ray runs already.
+    """
     if ray.is_initialized():
         return
     prepare_ray()
     level = logging.INFO if verbose else logging.ERROR
-    os.environ.setdefault("RAY_DATA_LOG_LEVEL", logging.getLevelName(level))  # Ray Data sets its logger up when it is imported
+    os.environ.setdefault(
+        "RAY_DATA_LOG_LEVEL", logging.getLevelName(level)
+    )  # Ray Data sets its logger up when it is imported
     for name in ("ray", "ray.data", "ray.train", "ray.tune"):
         logging.getLogger(name).setLevel(level)
     where = address or os.environ.get("RAY_ADDRESS") or "local"
     extra: dict[str, Any] = {"include_dashboard": False} if where == "local" else {}
     try:
         with stopping.kept():  # Ray installs a handler of its own
-            ray.init(address=where, logging_level=level, log_to_driver=verbose, **extra, **_job_config(where))
+            ray.init(
+                address=where,
+                logging_level=level,
+                log_to_driver=verbose,
+                **extra,
+                **_job_config(where),
+            )
     except (ConnectionError, RuntimeError, ValueError) as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
-        what = f"no Ray cluster answers at {where}" if where != "local" else "Ray does not start here"
-        raise ClusterError(f"{what}: {lines[0] if lines else type(error).__name__}; check the address, the token (RAY_AUTH_TOKEN) and Ray's version") from error
+        what = (
+            f"no Ray cluster answers at {where}" if where != "local" else "Ray does not start here"
+        )
+        raise ClusterError(
+            f"{what}: {lines[0] if lines else type(error).__name__}; check the address, the "
+            "token (RAY_AUTH_TOKEN) and Ray's version"
+        ) from error
 
 
 def stop() -> None:
@@ -131,22 +151,31 @@ def cluster(wait: bool | None = None) -> Cluster:
     """The cluster that was joined or started.
 
     Args:
-        wait: whether to wait for nodes that are not there yet; none: on a cluster whose autoscaler declares its nodes.
+        wait: whether to wait for nodes that are not there yet; none: on a cluster whose autoscaler
+            declares its nodes.
 
     Raises:
         ClusterError: the declaration of the nodes cannot be read.
     """
-    living = [(node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0)) for node in ray.nodes() if node["Alive"]]
+    living = [
+        (node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0))
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
     store = ray.cluster_resources().get("object_store_memory", 1 << 30)
     if wait is False:
         return Cluster(living, store)
     try:
         types = _declared_on_the_head()
     except node_types.NodeTypesError as error:
-        raise ClusterError(f"{error}; with --no-wait-for-resources the nodes that are there are used") from error
+        raise ClusterError(
+            f"{error}; with --no-wait-for-resources the nodes that are there are used"
+        ) from error
     if types is None:
         return Cluster(living, store, grows=bool(wait), is_declared=not wait)
-    return Cluster([(one.cpus, one.gpus) for one in types for _ in range(one.count)], store, grows=True)
+    return Cluster(
+        [(one.cpus, one.gpus) for one in types for _ in range(one.count)], store, grows=True
+    )
 
 
 def _declared_on_the_head() -> list[node_types.NodeType] | None:
@@ -154,7 +183,10 @@ def _declared_on_the_head() -> list[node_types.NodeType] | None:
     if ray_client.is_connected():
         return None  # ray:// tells neither the address nor where the head is
     gcs_address = ray.get_runtime_context().gcs_address
-    head = next((node["NodeID"] for node in ray.nodes() if "node:__internal_head__" in node["Resources"]), None)
+    head = next(
+        (node["NodeID"] for node in ray.nodes() if "node:__internal_head__" in node["Resources"]),
+        None,
+    )
     if head is None or head == ray.get_runtime_context().get_node_id():
         return node_types.declared(gcs_address)
     on_the_head = NodeAffinitySchedulingStrategy(node_id=head, soft=False)
@@ -166,35 +198,59 @@ def _declared_on_the_head() -> list[node_types.NodeType] | None:
 
 
 def capacity(have: Nodes, cpus: float, gpus: float) -> int:
-    """How many bundles of so many CPUs and GPUs the nodes hold at once: a bundle lies on one node, a share of a GPU on one GPU."""
+    """How many bundles of so many CPUs and GPUs the nodes hold at once: a bundle lies on one node,
+    a share of a GPU on one GPU.
+    """
+
     def on(node_cpus: float, node_gpus: float) -> int:
         by_cpu = math.floor(node_cpus / cpus + 1e-6) if cpus else 10**9
-        by_gpu = 10**9 if not gpus else math.floor(node_gpus / gpus + 1e-6) if gpus >= 1 else int(node_gpus) * math.floor(1 / gpus + 1e-6)
+        by_gpu = (
+            10**9
+            if not gpus
+            else math.floor(node_gpus / gpus + 1e-6)
+            if gpus >= 1
+            else int(node_gpus) * math.floor(1 / gpus + 1e-6)
+        )
         return min(by_cpu, by_gpu)
 
     return sum(on(*node) for node in have)
 
 
 def share(spec: Source, cpus: float, gpus: float, object_store_bytes: float = 2 << 30) -> Share:
-    """A rank's part of a cluster: never all CPUs, so that Ray Data always has some (it waits for ever without)."""
+    """A rank's part of a cluster: never all CPUs, so that Ray Data always has some (it waits for
+    ever without).
+    """
     ranks = spec.worker_range[1]
-    rank_cpus = spec.cpus_per_worker or (1.0 if cpus >= 2 * ranks else math.floor(100 * cpus / (2 * ranks)) / 100)
+    rank_cpus = spec.cpus_per_worker or (
+        1.0 if cpus >= 2 * ranks else math.floor(100 * cpus / (2 * ranks)) / 100
+    )
     rank_gpus = spec.gpus_per_worker
     if rank_gpus is None:  # as many ranks a GPU as it takes, each an equal share of one GPU
-        rank_gpus = 0.0 if not gpus else 1.0 if gpus >= ranks else math.floor(1e4 / math.ceil(ranks / gpus)) / 1e4
+        rank_gpus = (
+            0.0
+            if not gpus
+            else 1.0
+            if gpus >= ranks
+            else math.floor(1e4 / math.ceil(ranks / gpus)) / 1e4
+        )
     left = max(0.01, math.floor(100 * (cpus - ranks * rank_cpus) / ranks) / 100)
     actors = max(1, int(left))
     data = DataWorkers(actors, min(1.0, left), int(object_store_bytes * 0.5 / ranks))
-    threads = max(1, int((os.cpu_count() or 1) / ranks)) if cpus <= (os.cpu_count() or 1) else max(1, int(rank_cpus))
+    threads = (
+        max(1, int((os.cpu_count() or 1) / ranks))
+        if cpus <= (os.cpu_count() or 1)
+        else max(1, int(rank_cpus))
+    )
     return Share(rank_cpus, rank_gpus, data, threads)
 
 
 def nodes_for(spec: Source, on: Cluster) -> Nodes:
     """The nodes that a source's ranks and their data workers share.
 
-    Of a cluster of fixed size these are all nodes. Of one that grows they are the fewest that hold the most ranks, each
-    with one data worker, so that a small job does not ask for every node that could come. GPUs are taken where the job
-    says so, and where it says nothing and some node type has them.
+    Of a cluster of fixed size these are all nodes. Of one that grows they are the fewest that hold
+    the most ranks, each with one data worker, so that a small job does not ask for every node that
+    could come. GPUs are taken where the job says so, and where it says nothing and some node type
+    has them.
     """
     if not on.grows:
         return on.nodes
@@ -205,7 +261,10 @@ def nodes_for(spec: Source, on: Cluster) -> Nodes:
     useful = [node for node in on.nodes if node[0] > 0]
     ordered = sorted(useful, key=lambda node: (bool(node[1]) != takes_gpus, node))
     if not on.is_declared and capacity(ordered, cpus, gpus) < ranks:
-        return [*ordered, *[(cpus, gpus)] * ranks]  # nobody knows what can come: the job says what it needs
+        return [
+            *ordered,
+            *[(cpus, gpus)] * ranks,
+        ]  # nobody knows what can come: the job says what it needs
     for count in range(1, len(ordered) + 1):
         if capacity(ordered[:count], cpus, gpus) >= ranks:
             return ordered[:count]
@@ -215,7 +274,12 @@ def nodes_for(spec: Source, on: Cluster) -> Nodes:
 def share_of(spec: Source, on: Cluster) -> Share:
     """A rank's part of a cluster, by `nodes_for` and `share`."""
     planned = nodes_for(spec, on)
-    return share(spec, sum(node[0] for node in planned), sum(node[1] for node in planned), on.object_store_bytes)
+    return share(
+        spec,
+        sum(node[0] for node in planned),
+        sum(node[1] for node in planned),
+        on.object_store_bytes,
+    )
 
 
 def bundles_of(mine: Share, ranks: int) -> list[dict[str, float]]:
@@ -227,9 +291,11 @@ def bundles_of(mine: Share, ranks: int) -> list[dict[str, float]]:
 
 
 def wait_for(bundles: list[dict[str, float]], what: str, progress: Progress) -> None:
-    """Ask a cluster that grows for bundles of logical resources, and wait until it holds them, however long its nodes take.
+    """Ask a cluster that grows for bundles of logical resources, and wait until it holds them,
+    however long its nodes take.
 
-    What is asked for goes back at the end. A node that came stays until the cluster's idle time is over.
+    What is asked for goes back at the end. A node that came stays until the cluster's idle time is
+    over.
     """
     keep_ray_datas_actors_here()
     group = ray.util.placement_group(bundles, strategy="PACK")
@@ -241,8 +307,11 @@ def wait_for(bundles: list[dict[str, float]], what: str, progress: Progress) -> 
         progress.note(f"{what}: asks the cluster for {asked}, and waits until the nodes are there")
         while not group.wait(2):
             there = ray.cluster_resources()
-            progress.update(f"{what}: waits for {asked}; {len(ray.nodes())} nodes with {there.get('CPU', 0):g} CPU and "
-                            f"{there.get('GPU', 0):g} GPU are there  {duration(time.monotonic() - began)}")
+            progress.update(
+                f"{what}: waits for {asked}; {len(ray.nodes())} nodes with "
+                f"{there.get('CPU', 0):g} CPU and "
+                f"{there.get('GPU', 0):g} GPU are there  {duration(time.monotonic() - began)}"
+            )
         progress.note(f"{what}: the nodes are there after {duration(time.monotonic() - began)}")
     finally:
         ray.util.remove_placement_group(group)
@@ -251,8 +320,9 @@ def wait_for(bundles: list[dict[str, float]], what: str, progress: Progress) -> 
 def keep_ray_datas_actors_here() -> None:
     """Start the actors that Ray Data shares over a cluster on this process's node.
 
-    They outlive every job, and the node on which they run never counts as idle. Ray Data starts them where it is used
-    first, which is a rank here, so that the rank's node (with its GPUs) would stay for ever. So this comes before ranks.
+    They outlive every job, and the node on which they run never counts as idle. Ray Data starts
+    them where it is used first, which is a rank here, so that the rank's node (with its GPUs) would
+    stay for ever. So this comes before ranks.
     """
     from ray.data._internal.execution.node_trackers import get_or_create_actor_location_tracker
     from ray.data._internal.stats import get_or_create_stats_actor
@@ -263,33 +333,53 @@ def keep_ray_datas_actors_here() -> None:
 
 def describe_bundles(bundles: list[dict[str, float]]) -> str:
     """Bundles in words: ``2 x 1 CPU + 1 GPU and 4 x 1 CPU``."""
-    each = Counter(" + ".join(f"{amount:g} {name}" for name, amount in bundle.items()) for bundle in bundles)
+    each = Counter(
+        " + ".join(f"{amount:g} {name}" for name, amount in bundle.items()) for bundle in bundles
+    )
     return " and ".join(f"{count} x {text}" for text, count in each.items())
 
 
-def check_fits(spec: Source, mine: Share, have: Nodes, place: str, grows: bool = False) -> list[str]:
+def check_fits(
+    spec: Source, mine: Share, have: Nodes, place: str, grows: bool = False
+) -> list[str]:
     """Warnings; raises ClusterError when the fewest ranks can never run here."""
     fewest, most = spec.worker_range
     cpus, gpus = (sum(node[i] for node in have) for i in (0, 1))
-    if capacity(have, mine.cpus, mine.gpus) < fewest or fewest * (mine.cpus + mine.data.cpus_per_actor) > cpus + 1e-6:
+    if (
+        capacity(have, mine.cpus, mine.gpus) < fewest
+        or fewest * (mine.cpus + mine.data.cpus_per_actor) > cpus + 1e-6
+    ):
         verb = "can grow to" if grows else "has"
-        raise ClusterError(f"{place}: the cluster {verb} {told(have)}, "
-                           f"the request is {fewest} ranks x ({mine.cpus:g} CPU + {mine.gpus:g} GPU, each on one node) "
-                           f"and {mine.data.cpus_per_actor:g} CPU of data workers a rank; it can never be met. Lower workers, cpus_per_worker or "
-                           "gpus_per_worker, or join a larger cluster (--address)")
+        raise ClusterError(
+            f"{place}: the cluster {verb} {told(have)}, "
+            f"the request is {fewest} ranks x ({mine.cpus:g} CPU + {mine.gpus:g} GPU, each on "
+            "one node) "
+            f"and {mine.data.cpus_per_actor:g} CPU of data workers a rank; it can never be "
+            "met. Lower workers, cpus_per_worker or "
+            "gpus_per_worker, or join a larger cluster (--address)"
+        )
     cores = os.cpu_count() or 1
     warnings = []
     if gpus == 0 and most > max(cpus, cores if cpus <= cores else 0):
-        warnings.append(f"warning: {place}: {most} ranks are more than the {cpus:g} CPUs; they will share them")
+        warnings.append(
+            f"warning: {place}: {most} ranks are more than the {cpus:g} CPUs; they will share them"
+        )
     if 0 < mine.gpus < 1 and most > 1:
-        warnings.append(f"warning: {place}: {most} ranks share {gpus:g} GPUs; they reduce over gloo, which is slow. One rank a GPU is faster")
+        warnings.append(
+            f"warning: {place}: {most} ranks share {gpus:g} GPUs; they reduce over gloo, which "
+            "is slow. One rank a GPU is faster"
+        )
     return warnings
 
 
 def told(have: Nodes) -> str:
     """The cluster in words."""
     each = [f"{cpus:g} CPU + {gpus:g} GPU" for cpus, gpus in sorted(set(have))]
-    return f"{len(have)} node{'s' if len(have) != 1 else ''} of {' or '.join(each)}" if have else "no nodes"
+    return (
+        f"{len(have)} node{'s' if len(have) != 1 else ''} of {' or '.join(each)}"
+        if have
+        else "no nodes"
+    )
 
 
 @ray.remote(num_cpus=0)
@@ -301,7 +391,11 @@ class _Board:
         self.fatal: str | None = None
 
     def post(self, record: dict[str, Any]) -> None:
-        self.record = {**self.record, **record} if record.get("step", 0) >= self.record.get("step", 0) else record
+        self.record = (
+            {**self.record, **record}
+            if record.get("step", 0) >= self.record.get("step", 0)
+            else record
+        )
 
     def fail(self, message: str) -> None:
         self.fatal = self.fatal or message
@@ -330,8 +424,22 @@ def _rank_main(config: dict[str, Any]) -> None:
 
     try:
         with fence.inside(work.fences):
-            work_of.train_rank(work, ranks, on_progress, held(config["rows"]) if config["rows"] is not None else None)
-    except (ValueError, LookupError, TypeError, AttributeError, NonFiniteError, fence.LostLeaseError, UserCodeException, ChangedFileError) as error:
+            work_of.train_rank(
+                work,
+                ranks,
+                on_progress,
+                held(config["rows"]) if config["rows"] is not None else None,
+            )
+    except (
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        NonFiniteError,
+        fence.LostLeaseError,
+        UserCodeException,
+        ChangedFileError,
+    ) as error:
         ray.get(board.fail.remote(_first_cause(error)))
         raise
     except storage.StorageError as error:
@@ -342,9 +450,13 @@ def _rank_main(config: dict[str, Any]) -> None:
 
 def _first_cause(error: BaseException) -> str:
     """The message of the error that began it, without Ray's account of the way it took."""
-    while isinstance(error, RayError) and (inner := getattr(error, "cause", None) or error.__cause__):
+    while isinstance(error, RayError) and (
+        inner := getattr(error, "cause", None) or error.__cause__
+    ):
         error = inner
-    is_plain = isinstance(error, (ValueError, NonFiniteError, ChangedFileError, fence.LostLeaseError))
+    is_plain = isinstance(
+        error, (ValueError, NonFiniteError, ChangedFileError, fence.LostLeaseError)
+    )
     return str(error) if is_plain else f"{type(error).__name__}: {error}"
 
 
@@ -363,17 +475,28 @@ def _watch(board: Any, name: str, progress: Progress, stop: threading.Event) -> 
 
 
 def resources() -> dict[str, float]:
-    """Logical ``CPU`` and ``GPU`` of the cluster, bytes of ``object_store_memory``, number of living ``nodes``."""
+    """Logical ``CPU`` and ``GPU`` of the cluster, bytes of ``object_store_memory``, number of
+    living ``nodes``.
+    """
     have = ray.cluster_resources()
-    return {"CPU": have.get("CPU", 0.0), "GPU": have.get("GPU", 0.0), "object_store_memory": have.get("object_store_memory", 1 << 30),
-            "nodes": float(sum(node["Alive"] for node in ray.nodes()))}
+    return {
+        "CPU": have.get("CPU", 0.0),
+        "GPU": have.get("GPU", 0.0),
+        "object_store_memory": have.get("object_store_memory", 1 << 30),
+        "nodes": float(sum(node["Alive"] for node in ray.nodes())),
+    }
 
 
 def facts_of(stage: source.SourceStage) -> dict[str, Any]:
     """The report's facts of a source that is done."""
     manifest = folders.open_folder(stage.bundle_uri)
     made = {"versions": manifest.get("versions", {}), "changes": stage.changes()}
-    return {**manifest.get("training", {}), "source": stage.name, "bundle": stage.bundle_uri, **made}
+    return {
+        **manifest.get("training", {}),
+        "source": stage.name,
+        "bundle": stage.bundle_uri,
+        **made,
+    }
 
 
 def _tell_findings(name: str, findings: Iterable[Finding], progress: Progress) -> None:
@@ -383,8 +506,11 @@ def _tell_findings(name: str, findings: Iterable[Finding], progress: Progress) -
             progress.note(finding.line(name))
 
 
-def pretrain(stage: source.SourceStage, progress: Progress, verbose: bool, wait: bool | None = None) -> dict[str, Any]:
-    """Run a source stage to its bundle and return the report's facts; a bundle that is there already is used.
+def pretrain(
+    stage: source.SourceStage, progress: Progress, verbose: bool, wait: bool | None = None
+) -> dict[str, Any]:
+    """Run a source stage to its bundle and return the report's facts; a bundle that is there
+    already is used.
 
     ``wait``: whether to wait for nodes that are not there yet (`cluster`).
 
@@ -404,7 +530,9 @@ def pretrain(stage: source.SourceStage, progress: Progress, verbose: bool, wait:
         progress.note(line)
     low, high = stage.spec.worker_range
     cpus = sum(node[0] for node in planned)
-    most = max(low, min(high, int((cpus + 1e-6) // (mine.cpus + mine.data.cpus_per_actor))))  # elastic ranks leave Ray Data its CPUs
+    most = max(
+        low, min(high, int((cpus + 1e-6) // (mine.cpus + mine.data.cpus_per_actor)))
+    )  # elastic ranks leave Ray Data its CPUs
     if on.grows:
         wait_for(bundles_of(mine, low), stage.name, progress)
     progress.update(f"{stage.name}: reading and fitting the source")
@@ -417,11 +545,21 @@ def pretrain(stage: source.SourceStage, progress: Progress, verbose: bool, wait:
     rows = work_of.decoded(work)
     board = _Board.remote()
     ended = threading.Event()
-    watcher = threading.Thread(target=_watch, args=(board, stage.name, progress, ended), daemon=True)
+    watcher = threading.Thread(
+        target=_watch, args=(board, stage.name, progress, ended), daemon=True
+    )
     watcher.start()
     error: Exception | None = None
     try:
-        _fit(_trainer(stage, mine, {"work": work, "board": board, "rows": hold(rows) if rows is not None else None}, verbose, most))
+        _fit(
+            _trainer(
+                stage,
+                mine,
+                {"work": work, "board": board, "rows": hold(rows) if rows is not None else None},
+                verbose,
+                most,
+            )
+        )
     except ray.train.TrainingFailedError as failed:
         error = failed
     finally:
@@ -438,7 +576,9 @@ def pretrain(stage: source.SourceStage, progress: Progress, verbose: bool, wait:
 
 
 def _fit(trainer: Any) -> Any:
-    """The trainer's result. Ray Train answers Ctrl-C by ending the process; here it is a KeyboardInterrupt as everywhere else, and Ray's handler goes again."""
+    """The trainer's result. Ray Train answers Ctrl-C by ending the process; here it is a
+    KeyboardInterrupt as everywhere else, and Ray's handler goes again.
+    """
     before = signal.getsignal(signal.SIGINT)
     try:
         return trainer.fit()
@@ -457,19 +597,31 @@ def _reason(error: Exception | None) -> str:
     return f"training ended without a bundle: {error}"
 
 
-def _trainer(stage: source.SourceStage, mine: Share, config: dict[str, Any], verbose: bool, most: int) -> Any:
+def _trainer(
+    stage: source.SourceStage, mine: Share, config: dict[str, Any], verbose: bool, most: int
+) -> Any:
     import ray.train
     import ray.train.torch
 
     path, filesystem = train_storage(storage.join(stage.uri, "ray"))
     low = stage.spec.worker_range[0]
     return ray.train.torch.TorchTrainer(
-        _rank_main, train_loop_config=config, torch_config=_backend(mine.gpus),
-        scaling_config=ray.train.ScalingConfig(num_workers=low if low == most else (low, most), use_gpu=mine.gpus > 0,
-                                               resources_per_worker={"CPU": mine.cpus, **({"GPU": mine.gpus} if mine.gpus else {})}),
-        run_config=ray.train.RunConfig(name=f"{stage.name}-{stage.key}", storage_path=path, storage_filesystem=filesystem,
-                                       failure_config=ray.train.FailureConfig(max_failures=stage.spec.max_failures),
-                                       logging_config=None if verbose else ray.train.LoggingConfig(log_level="ERROR")))
+        _rank_main,
+        train_loop_config=config,
+        torch_config=_backend(mine.gpus),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=low if low == most else (low, most),
+            use_gpu=mine.gpus > 0,
+            resources_per_worker={"CPU": mine.cpus, **({"GPU": mine.gpus} if mine.gpus else {})},
+        ),
+        run_config=ray.train.RunConfig(
+            name=f"{stage.name}-{stage.key}",
+            storage_path=path,
+            storage_filesystem=filesystem,
+            failure_config=ray.train.FailureConfig(max_failures=stage.spec.max_failures),
+            logging_config=None if verbose else ray.train.LoggingConfig(log_level="ERROR"),
+        ),
+    )
 
 
 def hold(value: Any) -> Any:
@@ -483,14 +635,25 @@ def held(reference: Any) -> Any:
 
 
 def _backend(gpus: float) -> Any:
-    """NCCL refuses two ranks on one GPU, so ranks that share one talk over gloo; else Ray's choice."""
+    """NCCL refuses two ranks on one GPU, so ranks that share one talk over gloo; else Ray's
+    choice.
+    """
     import ray.train.torch
 
     return ray.train.torch.TorchConfig(backend="gloo") if 0 < gpus < 1 else None
 
 
-def run_ranks(fn: Callable[[dict[str, Any], Ranks], Any], config: dict[str, Any], workers: int, cpus: float, gpus: float, uri: str, name: str) -> Any:
-    """``fn(config, ranks)`` on several ranks under Ray Train, inside a trial; what rank 0 returns. References in config are resolved by each rank.
+def run_ranks(
+    fn: Callable[[dict[str, Any], Ranks], Any],
+    config: dict[str, Any],
+    workers: int,
+    cpus: float,
+    gpus: float,
+    uri: str,
+    name: str,
+) -> Any:
+    """``fn(config, ranks)`` on several ranks under Ray Train, inside a trial; what rank 0 returns.
+    References in config are resolved by each rank.
 
     Raises StageError with the rank's error.
     """
@@ -501,17 +664,32 @@ def run_ranks(fn: Callable[[dict[str, Any], Ranks], Any], config: dict[str, Any]
 
     def main(config: dict[str, Any]) -> Any:
         context = ray.train.get_context()
-        given = {name: held(value) if isinstance(value, ray.ObjectRef) else value for name, value in config.items()}
+        given = {
+            name: held(value) if isinstance(value, ray.ObjectRef) else value
+            for name, value in config.items()
+        }
         torch.set_num_threads(max(1, int(cpus)))
         with fence.inside(fences):
-            out = fn(given, Ranks(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device()))
+            out = fn(
+                given,
+                Ranks(
+                    context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device()
+                ),
+            )
         return out if context.get_world_rank() == 0 else None
 
     path, filesystem = train_storage(uri)
     trainer = ray.train.torch.TorchTrainer(
-        main, train_loop_config=config, torch_config=_backend(gpus),
-        scaling_config=ray.train.ScalingConfig(num_workers=workers, use_gpu=gpus > 0, resources_per_worker={"CPU": cpus, **({"GPU": gpus} if gpus else {})}),
-        run_config=ray.train.RunConfig(name=name, storage_path=path, storage_filesystem=filesystem))
+        main,
+        train_loop_config=config,
+        torch_config=_backend(gpus),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=workers,
+            use_gpu=gpus > 0,
+            resources_per_worker={"CPU": cpus, **({"GPU": gpus} if gpus else {})},
+        ),
+        run_config=ray.train.RunConfig(name=name, storage_path=path, storage_filesystem=filesystem),
+    )
     try:
         return trainer.fit().return_value
     except ray.train.TrainingFailedError as error:
@@ -521,12 +699,12 @@ def run_ranks(fn: Callable[[dict[str, Any], Ranks], Any], config: dict[str, Any]
 
 
 def train_storage(uri: str) -> tuple[str, Any]:
-    """(path, pyarrow filesystem or none) as Ray Train wants them; S3 goes through the same s3fs as everything else."""
+    """(path, pyarrow filesystem or none) as Ray Train wants them; S3 goes through the same s3fs as
+    everything else.
+    """
     if not storage.is_remote(uri):
         return os.path.abspath(uri), None
     import pyarrow.fs
 
     filesystem, path = storage.filesystem(uri)
     return path, pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(filesystem))
-
-

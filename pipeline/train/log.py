@@ -1,4 +1,6 @@
-"""The metrics log of a run: JSON Lines and TensorBoard files, beside the bundle; bad rows are listed there too."""
+"""The metrics log of a run: JSON Lines and TensorBoard files, beside the bundle; bad rows are
+listed there too.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,11 @@ from pipeline import fence, s3, storage
 
 
 class RowTrace:
-    """Appends a line {step, rows, pid} for every step of a rank to ``rows-rank<rank>.jsonl`` in a local folder.
+    """Appends a line {step, rows, pid} for every step of a rank to ``rows-rank<rank>.jsonl`` in a
+    local folder.
 
-    A run that goes on from a resume point appends to what is there: of a step that was taken twice, the last line counts.
+    A run that goes on from a resume point appends to what is there: of a step that was taken twice,
+    the last line counts.
     """
 
     def __init__(self, folder: str, rank: int):
@@ -34,7 +38,9 @@ class RowTrace:
 
 
 class MetricsLog:
-    """``metrics.jsonl``, ``quarantine.jsonl`` and ``tensorboard/`` under a folder; remote folders are brought up to date by ``flush``."""
+    """``metrics.jsonl``, ``quarantine.jsonl`` and ``tensorboard/`` under a folder; remote folders
+    are brought up to date by ``flush``.
+    """
 
     def __init__(self, uri: str, resume_step: int = 0, tensorboard: bool = True):
         fence.check(uri)
@@ -51,8 +57,14 @@ class MetricsLog:
         self._flushed = time.monotonic()
 
     def _before(self, resume_step: int) -> None:
-        """What an earlier part of the run left: lines of steps after the resume point are dropped, since they are written again."""
-        kept = [line for line in self._lines("metrics.jsonl") if line.get("step", 0) <= resume_step] if resume_step else []
+        """What an earlier part of the run left: lines of steps after the resume point are dropped,
+        since they are written again.
+        """
+        kept = (
+            [line for line in self._lines("metrics.jsonl") if line.get("step", 0) <= resume_step]
+            if resume_step
+            else []
+        )
         self._write_lines("metrics.jsonl", kept, "w")
         listed = self._lines("quarantine.jsonl") if resume_step else []
         self._quarantined = {(row.get("split"), row["row"]) for row in listed}
@@ -93,12 +105,16 @@ class MetricsLog:
         self._quarantined |= set(fresh)
 
     def _writer_is_alive(self) -> bool:
-        """TensorBoard's files are written by a thread, which ends at the first error; who gives it more would wait for ever."""
+        """TensorBoard's files are written by a thread, which ends at the first error; who gives it
+        more would wait for ever.
+        """
         thread = getattr(self._events(), "_worker", None)
         return thread is None or thread.is_alive()
 
     def _events(self) -> Any:
-        """What writes TensorBoard's files; none before the first value, when there is no file yet."""
+        """What writes TensorBoard's files; none before the first value, when there is no file
+        yet.
+        """
         writer: Any = self._writer
         file_writer = writer.file_writer if writer else None
         return file_writer.event_writer if file_writer else None
@@ -106,7 +122,8 @@ class MetricsLog:
     def _check_writer(self) -> None:
         if not self._writer_is_alive():
             raise storage.StorageError(
-                f"cannot write {self.folder / 'tensorboard'}: its writer has stopped, as it does where the disk is full; free space there or "
+                f"cannot write {self.folder / 'tensorboard'}: its writer has stopped, as it "
+                "does where the disk is full; free space there or "
                 "choose another storage"
             )
 
@@ -118,7 +135,10 @@ class MetricsLog:
         if self.remote:
             for path in self.folder.rglob("*"):
                 if path.is_file():
-                    storage.write_bytes(storage.join(self.uri, str(path.relative_to(self.folder))), path.read_bytes())
+                    storage.write_bytes(
+                        storage.join(self.uri, str(path.relative_to(self.folder))),
+                        path.read_bytes(),
+                    )
         self._flushed = time.monotonic()
 
     def close(self) -> None:
@@ -133,7 +153,9 @@ class MetricsLog:
                 self._scratch.cleanup()
 
     def abandon(self) -> None:
-        """Close the log after an error, which is the one to be told, whatever becomes of the log."""
+        """Close the log after an error, which is the one to be told, whatever becomes of the
+        log.
+        """
         with suppress(OSError):
             if self._writer_is_alive():
                 self.close()
@@ -144,4 +166,6 @@ class MetricsLog:
             events._worker.stop()
         with suppress(OSError):
             events._ev_writer.close()
-        events._closed = True  # else tensorboardX tries again when Python ends, and prints what it meets
+        events._closed = (
+            True  # else tensorboardX tries again when Python ends, and prints what it meets
+        )

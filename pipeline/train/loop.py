@@ -1,7 +1,8 @@
 """The one training loop: pretraining and every fine-tune, on one process or under DDP.
 
-It runs to a step count. Losses are sums: gradients are divided by the global count after the reduction, so that neither
-padding nor short or unequal batches bias them. A non-finite step is skipped on all ranks.
+It runs to a step count. Losses are sums: gradients are divided by the global count after the
+reduction, so that neither padding nor short or unequal batches bias them. A non-finite step is
+skipped on all ranks.
 """
 
 from __future__ import annotations
@@ -61,7 +62,9 @@ class Keeper(Protocol):
 
 
 class KeepBest:
-    """The weights with the best primary metric (the last ones when there is no validation, or ``keep: last``)."""
+    """The weights with the best primary metric (the last ones when there is no validation, or
+    ``keep: last``).
+    """
 
     def __init__(self, primary: str, keep: str):
         self.primary, self.last = primary, keep == "last"
@@ -71,11 +74,18 @@ class KeepBest:
     def update(self, step, metrics, task):
         old = self.metrics.get(self.primary)
         new = metrics[self.primary]
-        if not self.last and old is not None and not np.isnan(old) and not (new > old if self.higher else new < old):
+        if (
+            not self.last
+            and old is not None
+            and not np.isnan(old)
+            and not (new > old if self.higher else new < old)
+        ):
             return
         self.step, self.metrics = step, dict(metrics)
         if not self.last:
-            self.weights = {name: tensor.detach().cpu().clone() for name, tensor in task.state_dict().items()}
+            self.weights = {
+                name: tensor.detach().cpu().clone() for name, tensor in task.state_dict().items()
+            }
 
     def restore(self, task):
         if self.weights is not None:
@@ -114,12 +124,17 @@ class Run:
     """Told of undecodable rows; raises when they are over the budget."""
     clock: Callable[[], float] = time.perf_counter
     alive: Callable[[], None] = heartbeat.beat
-    """Called at every step that was taken: whoever waits for this run sees that it does not hang."""
+    """Called at every step that was taken: whoever waits for this run sees that it does not
+    hang.
+    """
     restarts: bool = False
-    """Whether training starts again from step 0 where every resume point is damaged; else that is an error."""
+    """Whether training starts again from step 0 where every resume point is damaged; else that is
+    an error.
+    """
     on_start: Callable[[int, list[str]], None] = lambda step, notes: None
-    """Told, before anything is logged, the step at which training starts (0, or that of the resume point) and a
-    line for each damaged resume point that was passed over."""
+    """Told, before anything is logged, the step at which training starts (0, or that of the resume
+    point) and a line for each damaged resume point that was passed over.
+    """
 
 
 @dataclass
@@ -154,7 +169,10 @@ class _Live:
             group["peak"] *= phase.lr_scale
         self.params = [p for group in self.groups for p in group["params"]]
         if not self.params:
-            raise ValueError(f"technique {run.technique.registered_name}, phase {phase.name}: nothing is left to train")
+            raise ValueError(
+                f"technique {run.technique.registered_name}, phase {phase.name}: nothing is "
+                "left to train"
+            )
         self.optimizer = optim.optimizer(self.groups, train)
         self.module: nn.Module = torch.compile(task) if train.compile else task  # type: ignore[assignment]
         if run.ranks.count > 1:  # wrapped anew: DDP would not reduce a layer that is thawed later
@@ -164,18 +182,26 @@ class _Live:
 
     @torch.no_grad()
     def mend(self) -> None:
-        """Norm statistics that a batch has made non-finite go back to what they last were: no later batch would mend them."""
+        """Norm statistics that a batch has made non-finite go back to what they last were: no later
+        batch would mend them.
+        """
         if self.statistics:
             fine = torch.isfinite(torch.stack(torch._foreach_norm(self.statistics, 1))).tolist()
             for good, now, held in zip(fine, self.statistics, self.sound, strict=True):
                 (held if good else now).copy_(now if good else held)
 
     def no_sync(self, last: bool):
-        return contextlib.nullcontext() if last or not isinstance(self.module, DistributedDataParallel) else self.module.no_sync()
+        return (
+            contextlib.nullcontext()
+            if last or not isinstance(self.module, DistributedDataParallel)
+            else self.module.no_sync()
+        )
 
 
 def autocast(train: Train, device: torch.device):
-    """bf16 where the hardware has it (auto), or as told. Raises ValueError for bf16 on a GPU without it."""
+    """bf16 where the hardware has it (auto), or as told. Raises ValueError for bf16 on a GPU
+    without it.
+    """
     able = device.type == "cuda" and torch.cuda.is_bf16_supported()
     if train.precision == "bf16" and device.type == "cuda" and not able:
         raise ValueError("train.precision: this GPU has no bf16; use auto or fp32")
@@ -184,9 +210,11 @@ def autocast(train: Train, device: torch.device):
 
 
 def fit(run: Run) -> Outcome:
-    """Train to ``run.steps``, from the newest resume point if there is one; the task ends with the weights that were kept.
+    """Train to ``run.steps``, from the newest resume point if there is one; the task ends with the
+    weights that were kept.
 
-    Raises NonFiniteError after ``max_bad_steps`` non-finite steps in a row, naming the rows of the last one.
+    Raises NonFiniteError after ``max_bad_steps`` non-finite steps in a row, naming the rows of the
+    last one.
     """
     train, task, ranks, device = run.train, run.task, run.ranks, run.ranks.device
     phases = run.technique.phases(run.steps)
@@ -196,11 +224,15 @@ def fit(run: Run) -> Outcome:
     # ---- once: device, memory format, resume point (rank 0 reads it for all)
     task.to(device)
     if train.compile:
-        torch._dynamo.reset()  # trials share a process: without it the eighth one that compiles would quietly run eagerly
+        # trials share a process: without it the eighth one that compiles would quietly run eagerly
+        torch._dynamo.reset()
     if train.channels_last:
-        task.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] - nn.Module.to takes it
+        # nn.Module.to takes it
+        task.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     torch.manual_seed(mix(run.seed, ranks.rank, 77))
-    saved, passed_over = checkpoint.load(run.checkpoints, ranks, run.restarts) if run.checkpoints else (None, [])
+    saved, passed_over = (
+        checkpoint.load(run.checkpoints, ranks, run.restarts) if run.checkpoints else (None, [])
+    )
     start = saved["step"] if saved else 0
     run.on_start(start, passed_over)
     curve: list[dict[str, Any]] = saved["curve"] if saved else []
@@ -219,10 +251,12 @@ def fit(run: Run) -> Outcome:
     eval_every = train.eval_every_steps or max(1, run.steps // 5)
     save_every = train.checkpoint_every_steps or 1000
     save_minutes = train.checkpoint_every_minutes
-    ask_clock_every = 1 if ranks.count == 1 else min(10, train.log_every_steps)  # several ranks must agree, which costs a broadcast
+    ask_clock_every = (
+        1 if ranks.count == 1 else min(10, train.log_every_steps)
+    )  # several ranks must agree, which costs a broadcast
     names = ("loss", "count", *run.task.objective.log_names)
-    window = torch.zeros(len(names), device=device)         # sums since the last log line
-    bad_run = torch.zeros((), device=device)                # non-finite steps in a row, and in all
+    window = torch.zeros(len(names), device=device)  # sums since the last log line
+    bad_run = torch.zeros((), device=device)  # non-finite steps in a row, and in all
     bad_total = torch.full((), float(saved["skipped"]) if saved else 0.0, device=device)
     recent: deque[np.ndarray] = deque(maxlen=train.max_bad_steps)
     began = logged = saved_at = run.clock()
@@ -264,7 +298,13 @@ def fit(run: Run) -> Outcome:
                     penalty = run.technique.penalty(task, part)
                     (total if penalty is None else total + penalty * count).backward()
                 zero = stats.new_zeros(())
-                stats += torch.stack([total.detach().float(), count.float(), *(logs.get(n, zero).float() for n in names[2:])])
+                stats += torch.stack(
+                    [
+                        total.detach().float(),
+                        count.float(),
+                        *(logs.get(n, zero).float() for n in names[2:]),
+                    ]
+                )
             if ranks.count > 1:
                 dist.all_reduce(stats)
             norm = _step(live, stats, ranks, train, task, bad_run, bad_total)
@@ -280,25 +320,49 @@ def fit(run: Run) -> Outcome:
 
             # ---- rare: log, check for trouble, validate, save
             done = step + 1
-            logs, checks = done % train.log_every_steps == 0 or done == run.steps, run.evaluate and (done % eval_every == 0 or done == run.steps)
+            logs, checks = (
+                done % train.log_every_steps == 0 or done == run.steps,
+                run.evaluate and (done % eval_every == 0 or done == run.steps),
+            )
             saves = bool(run.checkpoints) and done % save_every == 0 and done < run.steps
-            asks_clock = bool(run.checkpoints) and save_minutes is not None and done % ask_clock_every == 0 and done < run.steps
+            asks_clock = (
+                bool(run.checkpoints)
+                and save_minutes is not None
+                and done % ask_clock_every == 0
+                and done < run.steps
+            )
             if asks_clock and save_minutes is not None and not saves:
                 saves = _agreed(run.clock() - saved_at >= 60 * save_minutes, ranks)
             if device.type == "cpu" or logs or checks or saves:
                 live.mend()
                 if int(bad_run) >= train.max_bad_steps:
                     rows = np.concatenate(list(recent))[:50].tolist()
-                    raise NonFiniteError(f"loss or gradient was not finite in {int(bad_run)} steps in a row up to step {done}; lower train.lr, "
-                                    f"check the inputs. Row ids of the last batches (rank {ranks.rank}): {rows}")
+                    raise NonFiniteError(
+                        f"loss or gradient was not finite in {int(bad_run)} steps in a row up "
+                        f"to step {done}; lower train.lr, "
+                        f"check the inputs. Row ids of the last batches (rank {ranks.rank}): {rows}"
+                    )
             if logs:
                 now = run.clock()
                 values = window.tolist()
-                record: Log = {"step": done, "steps": run.steps, "phase": phases[phase_number].name, "lr": live.optimizer.param_groups[0]["lr"],
-                               "grad_norm": float(norm), "rows_per_second": ranks.count * (rows_seen - rows_logged) / max(now - logged, 1e-9),
-                               "wait_share": waited / max(now - logged, 1e-9), "skipped_steps": int(bad_total),
-                               "eta_seconds": (now - began) / (done - start) * (run.steps - done)}
-                record |= {name: value / values[1] if values[1] else float("nan") for name, value in zip(names, values, strict=True) if name != "count"}
+                record: Log = {
+                    "step": done,
+                    "steps": run.steps,
+                    "phase": phases[phase_number].name,
+                    "lr": live.optimizer.param_groups[0]["lr"],
+                    "grad_norm": float(norm),
+                    "rows_per_second": ranks.count
+                    * (rows_seen - rows_logged)
+                    / max(now - logged, 1e-9),
+                    "wait_share": waited / max(now - logged, 1e-9),
+                    "skipped_steps": int(bad_total),
+                    "eta_seconds": (now - began) / (done - start) * (run.steps - done),
+                }
+                record |= {
+                    name: value / values[1] if values[1] else float("nan")
+                    for name, value in zip(names, values, strict=True)
+                    if name != "count"
+                }
                 warnings = [*passed_over, *([warning] if warning else [])]
                 record |= {"warning": "; ".join(warnings)} if warnings else {}
                 run.on_log(record)
@@ -311,10 +375,22 @@ def fit(run: Run) -> Outcome:
                 curve.append({"step": done, **metrics})
                 run.on_eval(done, metrics)
             if saves and run.checkpoints:
-                checkpoint.save(run.checkpoints, ranks, {
-                    "step": done, "phase": phase_number, "task": task.state_dict(),
-                    "optimizer": live.optimizer.state_dict(), "ema": ema.average if ema else None, "keeper": run.keeper.state_dict(),
-                    "curve": curve, "skipped": int(bad_total), "seconds": seconds_before + run.clock() - began}, unread)
+                checkpoint.save(
+                    run.checkpoints,
+                    ranks,
+                    {
+                        "step": done,
+                        "phase": phase_number,
+                        "task": task.state_dict(),
+                        "optimizer": live.optimizer.state_dict(),
+                        "ema": ema.average if ema else None,
+                        "keeper": run.keeper.state_dict(),
+                        "curve": curve,
+                        "skipped": int(bad_total),
+                        "seconds": seconds_before + run.clock() - began,
+                    },
+                    unread,
+                )
                 saved_at = run.clock()
     except Stop:
         stopped = True
@@ -327,10 +403,18 @@ def fit(run: Run) -> Outcome:
     if run.evaluate:
         run.keeper.restore(task)
     seconds = run.clock() - began
-    return Outcome(steps=step + 1, seconds=seconds_before + seconds, rows_per_second=ranks.count * rows_seen / max(seconds, 1e-9),
-                   wait_share=(waited_all + waited) / max(seconds, 1e-9), skipped_steps=int(bad_total), curve=curve,
-                   params_trained=_params_trained(run, phases),
-                   resumed_from=start, stopped_early=stopped, seconds_before=seconds_before)
+    return Outcome(
+        steps=step + 1,
+        seconds=seconds_before + seconds,
+        rows_per_second=ranks.count * rows_seen / max(seconds, 1e-9),
+        wait_share=(waited_all + waited) / max(seconds, 1e-9),
+        skipped_steps=int(bad_total),
+        curve=curve,
+        params_trained=_params_trained(run, phases),
+        resumed_from=start,
+        stopped_early=stopped,
+        seconds_before=seconds_before,
+    )
 
 
 def _agreed(verdict: bool, ranks: Ranks) -> bool:
@@ -350,19 +434,43 @@ def untrained(run: Run) -> Outcome:
     if run.evaluate:
         curve = [{"step": 0, **_evaluated(run, None, 0)}]
         run.on_eval(0, {name: value for name, value in curve[0].items() if name != "step"})
-    return Outcome(steps=0, seconds=run.clock() - began, rows_per_second=0.0, wait_share=0.0, skipped_steps=0, curve=curve, params_trained=0, resumed_from=0)
+    return Outcome(
+        steps=0,
+        seconds=run.clock() - began,
+        rows_per_second=0.0,
+        wait_share=0.0,
+        skipped_steps=0,
+        curve=curve,
+        params_trained=0,
+        resumed_from=0,
+    )
 
 
 def _params_trained(run: Run, phases: tuple[Phase, ...]) -> int:
     """Parameters that any phase moves."""
     layers, named = run.task.layers(), dict(run.task.named_parameters())
-    moved = {layer for phase in phases for layer, rate in run.technique.rates(layers, phase.name).items() if rate > 0}
+    moved = {
+        layer
+        for phase in phases
+        for layer, rate in run.technique.rates(layers, phase.name).items()
+        if rate > 0
+    }
     return sum(named[name].numel() for layer in moved for name in layers[layer])
 
 
 @torch.no_grad()
-def _step(live: _Live, stats: Tensor, ranks: Ranks, train: Train, task: Task, bad_run: Tensor, bad_total: Tensor) -> Tensor:
-    """Normalise by the global count, clip, step unless something is not finite; nothing here waits for the device."""
+def _step(
+    live: _Live,
+    stats: Tensor,
+    ranks: Ranks,
+    train: Train,
+    task: Task,
+    bad_run: Tensor,
+    bad_total: Tensor,
+) -> Tensor:
+    """Normalise by the global count, clip, step unless something is not finite; nothing here waits
+    for the device.
+    """
     to_mean = ranks.count / stats[1].clamp(min=1e-12)  # DDP has divided by the ranks
     clip = getattr(task, "clip_gradients", None)
     if clip is not None:  # a stack of heads clips each of them alone
@@ -370,9 +478,14 @@ def _step(live: _Live, stats: Tensor, ranks: Ranks, train: Train, task: Task, ba
         coefficient = torch.ones_like(to_mean)
     else:
         norm = optim.global_norm(live.params).to(stats.device) * to_mean
-        coefficient = (train.clip_norm / (norm + 1e-6)).clamp(max=1.0) if train.clip_norm else torch.ones_like(norm)
+        coefficient = (
+            (train.clip_norm / (norm + 1e-6)).clamp(max=1.0)
+            if train.clip_norm
+            else torch.ones_like(norm)
+        )
         finite = torch.isfinite(norm) & torch.isfinite(stats[0])
-    # torch's fused optimisers take the divisor and the verdict on the device, as they do from GradScaler
+    # torch's fused optimisers take the divisor and the verdict on the device, as they do from
+    # GradScaler
     live.optimizer.grad_scale = 1.0 / (to_mean * coefficient)  # type: ignore[attr-defined]
     live.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
     live.optimizer.step()
@@ -384,7 +497,9 @@ def _step(live: _Live, stats: Tensor, ranks: Ranks, train: Train, task: Task, ba
 
 
 def _evaluated(run: Run, ema: optim.EMA | None, step: int) -> dict[str, Any]:
-    """Validation metrics of the current (averaged) weights, the same on every rank; modes are put back."""
+    """Validation metrics of the current (averaged) weights, the same on every rank; modes are put
+    back.
+    """
     assert run.evaluate is not None
     if ema:
         ema.swap(run.task)

@@ -1,4 +1,6 @@
-"""Optimisers, schedules and parameter groups: one list of rates that covers every parameter once."""
+"""Optimisers, schedules and parameter groups: one list of rates that covers every parameter
+once.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +14,14 @@ from pipeline.contracts import Task
 from pipeline.job import Train
 
 
-def apply_rates(task: Task, layers: dict[str, list[str]], rates: dict[str, float]) -> dict[str, float]:
-    """Freeze and thaw by layer, put frozen modules into evaluation mode; parameter name to rate multiplier.
+def apply_rates(
+    task: Task, layers: dict[str, list[str]], rates: dict[str, float]
+) -> dict[str, float]:
+    """Freeze and thaw by layer, put frozen modules into evaluation mode; parameter name to rate
+    multiplier.
 
-    Raises ValueError when the layers do not cover every parameter exactly once or the rates do not name every layer.
+    Raises ValueError when the layers do not cover every parameter exactly once or the rates do not
+    name every layer.
     """
     if set(layers) != set(rates):
         raise ValueError(f"rates name {sorted(rates)} but the layers are {sorted(layers)}")
@@ -37,7 +43,9 @@ def apply_rates(task: Task, layers: dict[str, list[str]], rates: dict[str, float
 
 
 def train_mode(module: nn.Module, parent: bool = True) -> None:
-    """Training mode where anything in a module trains; frozen parts stay in evaluation mode (norm statistics, dropout)."""
+    """Training mode where anything in a module trains; frozen parts stay in evaluation mode (norm
+    statistics, dropout).
+    """
     parameters = list(module.parameters())
     module.training = any(p.requires_grad for p in parameters) if parameters else parent
     for child in module.children():
@@ -45,33 +53,52 @@ def train_mode(module: nn.Module, parent: bool = True) -> None:
 
 
 def groups(task: Task, rates: dict[str, float], train: Train) -> list[dict[str, Any]]:
-    """Optimiser groups: equal rate and decay together; vectors and scalars (norms, biases) are not decayed."""
+    """Optimiser groups: equal rate and decay together; vectors and scalars (norms, biases) are not
+    decayed.
+    """
     out: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in task.named_parameters():
         if rates[name] > 0:
             decay = train.weight_decay if parameter.dim() > 1 else 0.0
             out.setdefault((rates[name], decay), []).append(parameter)
-    return [{"params": params, "peak": rate * train.lr, "weight_decay": decay} for (rate, decay), params in sorted(out.items(), key=lambda i: i[0])]
+    return [
+        {"params": params, "peak": rate * train.lr, "weight_decay": decay}
+        for (rate, decay), params in sorted(out.items(), key=lambda i: i[0])
+    ]
 
 
 def optimizer(parameter_groups: list[dict[str, Any]], train: Train) -> torch.optim.Optimizer:
-    """Fused AdamW or SGDW with Nesterov momentum (both Loshchilov and Hutter 2019); ``peak`` of a group is its learning rate at the top."""
+    """Fused AdamW or SGDW with Nesterov momentum (both Loshchilov and Hutter 2019); ``peak`` of a
+    group is its learning rate at the top.
+    """
     parameter_groups = [{**group, "lr": group["peak"]} for group in parameter_groups]
     if train.optimizer == "adamw":
-        return torch.optim.AdamW(parameter_groups, lr=train.lr, betas=(train.beta1, train.beta2), fused=True)
-    sgd = SGDW(parameter_groups, lr=train.lr, momentum=train.momentum, nesterov=train.momentum > 0, fused=True)
-    if train.momentum:  # zeros from the start: torch 2.11 leaves the buffers unset when the first step is skipped
+        return torch.optim.AdamW(
+            parameter_groups, lr=train.lr, betas=(train.beta1, train.beta2), fused=True
+        )
+    sgd = SGDW(
+        parameter_groups,
+        lr=train.lr,
+        momentum=train.momentum,
+        nesterov=train.momentum > 0,
+        fused=True,
+    )
+    if (
+        train.momentum
+    ):  # zeros from the start: torch 2.11 leaves the buffers unset when the first step is skipped
         for parameter in (p for group in sgd.param_groups for p in group["params"]):
             sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return sgd
 
 
 class SGDW(torch.optim.SGD):
-    """torch's fused SGD with decoupled weight decay (Loshchilov and Hutter, Decoupled Weight Decay Regularization, ICLR 2019).
+    """torch's fused SGD with decoupled weight decay (Loshchilov and Hutter, Decoupled Weight Decay
+    Regularization, ICLR 2019).
 
-    A step first shrinks a weight by lr times ``weight_decay`` of itself, as torch's AdamW does; the decay never enters
-    the momentum. torch's own SGD adds it to the gradient (L2): with momentum m that decays about 1 / (1 - m) times as much.
-    A step that is skipped (``found_inf``) shrinks nothing.
+    A step first shrinks a weight by lr times ``weight_decay`` of itself, as torch's AdamW does; the
+    decay never enters the momentum. torch's own SGD adds it to the gradient (L2): with momentum m
+    that decays about 1 / (1 - m) times as much. A step that is skipped (``found_inf``) shrinks
+    nothing.
     """
 
     @torch.no_grad()
@@ -97,7 +124,9 @@ class SGDW(torch.optim.SGD):
 
 
 def factor(step: int, steps: int, train: Train) -> float:
-    """Learning-rate factor of a phase's step: linear warm-up, then cosine to zero (Loshchilov and Hutter 2017) or constant."""
+    """Learning-rate factor of a phase's step: linear warm-up, then cosine to zero (Loshchilov and
+    Hutter 2017) or constant.
+    """
     warm = round(train.warmup * steps)
     if step < warm:
         return (step + 1) / warm
@@ -113,7 +142,9 @@ def global_norm(parameters: list[nn.Parameter]) -> Tensor:
 
 
 class EMA:
-    """Exponential moving average of the trainable weights; ``swapped`` puts it into the model for a while."""
+    """Exponential moving average of the trainable weights; ``swapped`` puts it into the model for a
+    while.
+    """
 
     def __init__(self, task: nn.Module, decay: float):
         self.decay = decay
@@ -123,11 +154,15 @@ class EMA:
     def update(self, task: nn.Module) -> None:
         live = dict(task.named_parameters())
         names = [name for name in self.average if live[name].requires_grad]
-        torch._foreach_lerp_([self.average[n] for n in names], [live[n].detach() for n in names], 1 - self.decay)
+        torch._foreach_lerp_(
+            [self.average[n] for n in names], [live[n].detach() for n in names], 1 - self.decay
+        )
 
     @torch.no_grad()
     def swap(self, task: nn.Module) -> None:
-        """Exchange the model's weights and the average, in place; calling it twice changes nothing."""
+        """Exchange the model's weights and the average, in place; calling it twice changes
+        nothing.
+        """
         for name, parameter in task.named_parameters():
             held = parameter.detach().clone()
             parameter.copy_(self.average[name])

@@ -14,7 +14,16 @@ from pipeline import bundle, fence, identity, starts, storage
 from pipeline.data.buckets import BucketPlan
 from pipeline.data.manifest import Selection
 from pipeline.data.plan import Mixture, Plan, Shuffle
-from pipeline.data.stream import DataWorkers, Decoder, Place, Rows, check_budget, plan_of, rows_an_item, train_batches
+from pipeline.data.stream import (
+    DataWorkers,
+    Decoder,
+    Place,
+    Rows,
+    check_budget,
+    plan_of,
+    rows_an_item,
+    train_batches,
+)
 from pipeline.identity import FileIdentity
 from pipeline.job import Data, Train
 from pipeline.techniques.rates import Full
@@ -22,7 +31,15 @@ from pipeline.train import checkpoint, evaluate, loop, probe
 from pipeline.train.log import MetricsLog, RowTrace
 from pipeline.train.loop import Ranks
 from pipeline.train.row_checks import Finding
-from pipeline.train.source import Fitted, SourceStage, canonical_shards, check_plan, checkpoint_parts, made_by, mixture
+from pipeline.train.source import (
+    Fitted,
+    SourceStage,
+    canonical_shards,
+    check_plan,
+    checkpoint_parts,
+    made_by,
+    mixture,
+)
 
 ROWS_SHUFFLE_BYTES = 256 << 20
 VALIDATION_BYTES = 512 << 20
@@ -63,7 +80,8 @@ def steps_of(train: Train, plan: Plan) -> int:
 
 
 def shuffle_of(data: Data, rows: Selection) -> Shuffle:
-    """The order in which the training rows of a source or of a target are shuffled, when they are read from files.
+    """The order in which the training rows of a source or of a target are shuffled, when they are
+    read from files.
 
     A full permutation of files that are larger than memory would read them many times an epoch.
     """
@@ -79,35 +97,77 @@ def rank_job(stage: SourceStage, fitted: Fitted, workers: DataWorkers, threads: 
     shuffle = shuffle_of(spec.data, fitted.train)
     place: Place = "workers" if spec.data.decode == "auto" else spec.data.decode
     check_plan(stage, fitted.corpora)
-    made = made_by(spec, fitted.arch).facts()["made_by"] | ({"begun_by": list(fitted.begun_by)} if fitted.begun_by else {})
-    work = RankJob(stage.name, stage.uri, stage.key, stage.seed, spec.train, 0, fitted, shards, shuffle, place, spec.data.max_bad_rows, workers, threads,
-                   fitted.text, mixture(spec, fitted.corpora), reads=stage.reads, fences=fence.entered(), made_by=made)
+    made = made_by(spec, fitted.arch).facts()["made_by"] | (
+        {"begun_by": list(fitted.begun_by)} if fitted.begun_by else {}
+    )
+    work = RankJob(
+        stage.name,
+        stage.uri,
+        stage.key,
+        stage.seed,
+        spec.train,
+        0,
+        fitted,
+        shards,
+        shuffle,
+        place,
+        spec.data.max_bad_rows,
+        workers,
+        threads,
+        fitted.text,
+        mixture(spec, fitted.corpora),
+        reads=stage.reads,
+        fences=fence.entered(),
+        made_by=made,
+    )
     rows = Rows(fitted.train, decoder_of(fitted), costs=fitted.costs)
     plan, text = order_of(work, rows, 1), fitted.text
     if isinstance(plan, BucketPlan):
-        text += f"; {plan.batches_an_epoch:.0f} batches an epoch of up to {plan.batch_cost:g} {rows.modality.cost_unit}, {plan.padding():.1%} of them padding"
+        text += (
+            f"; {plan.batches_an_epoch:.0f} batches an epoch of up to {plan.batch_cost:g} "
+            f"{rows.modality.cost_unit}, {plan.padding():.1%} of them padding"
+        )
     return replace(work, steps=steps_of(spec.train, plan), split_text=text)
 
 
 def order_of(work: RankJob, rows: Rows, item_rows: int) -> Plan:
     """The order in which a source's rows are read, ``item_rows`` at a time."""
-    return plan_of(rows, work.seed, work.train.global_batch, work.train.batch_cost, shards=work.shards, shuffle=work.shuffle,  # type: ignore[arg-type]
-                   item_rows=item_rows, mixture=work.mixture)
+    return plan_of(
+        rows,
+        work.seed,
+        work.train.global_batch,
+        work.train.batch_cost,
+        shards=work.shards,
+        shuffle=work.shuffle,  # type: ignore[arg-type]
+        item_rows=item_rows,
+        mixture=work.mixture,
+    )
 
 
 def decoder_of(fitted: Fitted) -> Decoder:
-    return Decoder(bundle.build_modality(fitted.modality), fitted.objective["name"], fitted.objective["state"], fitted.columns)
+    return Decoder(
+        bundle.build_modality(fitted.modality),
+        fitted.objective["name"],
+        fitted.objective["state"],
+        fitted.columns,
+    )
 
 
 def decoded(work: RankJob) -> Rows | None:
-    """The training rows decoded once, for ``decode: memory``: the driver does it, and all ranks read them from shared memory."""
+    """The training rows decoded once, for ``decode: memory``: the driver does it, and all ranks
+    read them from shared memory.
+    """
     if work.place != "memory":
         return None
-    return Rows(work.fitted.train, decoder_of(work.fitted), costs=work.fitted.costs).in_memory(work.max_bad_rows, keep_bad=True, lost=work.fitted.lost)
+    return Rows(work.fitted.train, decoder_of(work.fitted), costs=work.fitted.costs).in_memory(
+        work.max_bad_rows, keep_bad=True, lost=work.fitted.lost
+    )
 
 
 class _BadRows:
-    """Undecodable rows of all ranks, each once: told to the log, held against the budget by every rank alike."""
+    """Undecodable rows of all ranks, each once: told to the log, held against the budget by every
+    rank alike.
+    """
 
     def __init__(self, work: RankJob, ranks: Ranks):
         self.work, self.ranks = work, ranks
@@ -118,27 +178,54 @@ class _BadRows:
         self.new += [(split, row, reason) for row, reason in bad]
 
     def gather(self, log: MetricsLog | None) -> None:
-        """Called by every rank at the same steps. Raises TooManyBadRowsError on all of them or on none."""
+        """Called by every rank at the same steps. Raises TooManyBadRowsError on all of them or on
+        none.
+        """
         everyone: list[Any] = [self.new]
         if self.ranks.count > 1:
             everyone = [None] * self.ranks.count
             torch.distributed.all_gather_object(everyone, self.new)
         self.new = []
-        fresh = {(split, row): reason for part in everyone for split, row, reason in part if (split, row) not in self.found}
+        fresh = {
+            (split, row): reason
+            for part in everyone
+            for split, row, reason in part
+            if (split, row) not in self.found
+        }
         if not fresh:
             return
         self.found |= fresh
         selections = {"train": self.work.fitted.train, "validation": self.work.fitted.validation}
         if log:
-            log.quarantine([{"split": split, "row": row, "place": selections[split].manifest.place(row), "reason": reason}
-                            for (split, row), reason in fresh.items()])
+            log.quarantine(
+                [
+                    {
+                        "split": split,
+                        "row": row,
+                        "place": selections[split].manifest.place(row),
+                        "reason": reason,
+                    }
+                    for (split, row), reason in fresh.items()
+                ]
+            )
         for split, selection in selections.items():
-            check_budget([(row, reason) for (s, row), reason in self.found.items() if s == split], len(selection), self.work.max_bad_rows, selection,
-                         self.work.fitted.lost if split == "train" else 0)
+            check_budget(
+                [(row, reason) for (s, row), reason in self.found.items() if s == split],
+                len(selection),
+                self.work.max_bad_rows,
+                selection,
+                self.work.fitted.lost if split == "train" else 0,
+            )
 
 
-def train_rank(work: RankJob, ranks: Ranks, on_progress: Callable[[dict[str, Any]], None] = lambda record: None, held: Rows | None = None) -> dict[str, Any]:
-    """Pretrain on one of several ranks; rank 0 writes the log and the bundle. Returns the facts that the report shows.
+def train_rank(
+    work: RankJob,
+    ranks: Ranks,
+    on_progress: Callable[[dict[str, Any]], None] = lambda record: None,
+    held: Rows | None = None,
+) -> dict[str, Any]:
+    """Pretrain on one of several ranks; rank 0 writes the log and the bundle. Returns the facts
+    that the report shows.
 
     ``held``: the training rows where they were decoded before (`decoded`).
     """
@@ -151,25 +238,47 @@ def train_rank(work: RankJob, ranks: Ranks, on_progress: Callable[[dict[str, Any
     rows = held or Rows(fitted.train, decoder, costs=fitted.costs)
     plan = order_of(work, rows, rows_an_item(rows, work.shards))
     cuda = ranks.device.type == "cuda"
-    batches = partial(train_batches, rows, plan, rank=ranks.rank, ranks=ranks.count, place=work.place, pin=cuda, threads=work.threads,
-                      workers=work.workers, device=ranks.device)
+    batches = partial(
+        train_batches,
+        rows,
+        plan,
+        rank=ranks.rank,
+        ranks=ranks.count,
+        place=work.place,
+        pin=cuda,
+        threads=work.threads,
+        workers=work.workers,
+        device=ranks.device,
+    )
     objective = task.objective
     ready = evaluate.ready_for(rows, objective)
     metrics_of_source = type(objective).source_metrics(objective.options, objective.state)
     check = None
     if len(fitted.validation):
-        mine = Rows(fitted.validation, replace(decoder, training=False)).part(ranks.rank, ranks.count)
+        mine = Rows(fitted.validation, replace(decoder, training=False)).part(
+            ranks.rank, ranks.count
+        )
         if decoder.size(mine.selection) <= VALIDATION_BYTES:
             mine = mine.in_memory(1.0, cpus=0)
             bad.add("validation", list(mine.bad))
-        check = evaluate.evaluator(mine, metrics_of_source, ready, ranks, lambda: loop.autocast(train, ranks.device),
-                                   train.micro_batch or -(-train.global_batch // ranks.count), work.threads, part=True,
-                                   on_bad=lambda found: bad.add("validation", found))
+        check = evaluate.evaluator(
+            mine,
+            metrics_of_source,
+            ready,
+            ranks,
+            lambda: loop.autocast(train, ranks.device),
+            train.micro_batch or -(-train.global_batch // ranks.count),
+            work.threads,
+            part=True,
+            on_bad=lambda found: bad.add("validation", found),
+        )
     log: MetricsLog | None = None
     found_early: list[dict[str, Any]] = []
 
     def quarantine(rows: list[dict[str, Any]]) -> None:
-        """Bad rows of the probe: it reads its rows before the log is opened, which waits for the resume point."""
+        """Bad rows of the probe: it reads its rows before the log is opened, which waits for the
+        resume point.
+        """
         if log is None:
             found_early.extend(rows)
         else:
@@ -182,7 +291,13 @@ def train_rank(work: RankJob, ranks: Ranks, on_progress: Callable[[dict[str, Any
             log.quarantine([*fitted.left_out, *found_early])
 
     if check and fitted.probe:
-        tried = probe.prober(fitted.probe, rows.modality, ranks, lambda: loop.autocast(train, ranks.device), quarantine)
+        tried = probe.prober(
+            fitted.probe,
+            rows.modality,
+            ranks,
+            lambda: loop.autocast(train, ranks.device),
+            quarantine,
+        )
         check = _both(check, tried)
 
     warning = ""
@@ -198,14 +313,36 @@ def train_rank(work: RankJob, ranks: Ranks, on_progress: Callable[[dict[str, Any
             on_progress(record)
 
     def on_eval(step: int, metrics: dict[str, Any]) -> None:
-        on_log({"step": step, "steps": work.steps, **{k if k == probe.METRIC else f"validation_{k}": v for k, v in metrics.items()}})
+        on_log(
+            {
+                "step": step,
+                "steps": work.steps,
+                **{k if k == probe.METRIC else f"validation_{k}": v for k, v in metrics.items()},
+            }
+        )
 
     trace = RowTrace(work.uri, ranks.rank) if train.trace_rows else None
     began = time.time()
-    run = loop.Run(task=task, technique=Full(), train=train, steps=work.steps, seed=work.seed, batches=batches, ready=ready,
-                   keeper=loop.KeepBest(metrics_of_source[0], "last" if objective.couples_rows else train.keep), evaluate=check, ranks=ranks,
-                   checkpoints=checkpoints, on_start=on_start, on_log=on_log, on_eval=on_eval, on_rows=trace,
-                   bad_rows=lambda found, seen: bad.add("train", found))
+    run = loop.Run(
+        task=task,
+        technique=Full(),
+        train=train,
+        steps=work.steps,
+        seed=work.seed,
+        batches=batches,
+        ready=ready,
+        keeper=loop.KeepBest(
+            metrics_of_source[0], "last" if objective.couples_rows else train.keep
+        ),
+        evaluate=check,
+        ranks=ranks,
+        checkpoints=checkpoints,
+        on_start=on_start,
+        on_log=on_log,
+        on_eval=on_eval,
+        on_rows=trace,
+        bad_rows=lambda found, seen: bad.add("train", found),
+    )
     try:
         outcome = loop.fit(run)
     except BaseException:
@@ -214,25 +351,54 @@ def train_rank(work: RankJob, ranks: Ranks, on_progress: Callable[[dict[str, Any
         raise
     if log:
         log.close()
-    facts = {"source": work.name, "backbone": fitted.arch["name"], "objective": fitted.objective["name"], "steps": outcome.steps,
-             "rows": len(rows), "seconds": round(outcome.seconds, 2), "rows_per_second": round(outcome.rows_per_second, 1),
-             "wait_share": round(outcome.wait_share, 4), "skipped_steps": outcome.skipped_steps, "params_trained": outcome.params_trained,
-             "resumed_from": outcome.resumed_from, "bad_rows": len(bad.found) + len(fitted.left_out), "ranks": ranks.count, "device": device_name(ranks.device),
-             "metrics": run.keeper.metrics, "kept_step": run.keeper.step, "curve": outcome.curve, "transfer": fitted.moved, "splits": work.split_text,  # type: ignore[attr-defined]
-             "warning": warning, "findings": [list(finding) for finding in fitted.findings], "started_at": began, "spec_hash": work.key,
-             **({"padding_share": round(plan.padding(), 4)} if isinstance(plan, BucketPlan) else {})}
+    facts = {
+        "source": work.name,
+        "backbone": fitted.arch["name"],
+        "objective": fitted.objective["name"],
+        "steps": outcome.steps,
+        "rows": len(rows),
+        "seconds": round(outcome.seconds, 2),
+        "rows_per_second": round(outcome.rows_per_second, 1),
+        "wait_share": round(outcome.wait_share, 4),
+        "skipped_steps": outcome.skipped_steps,
+        "params_trained": outcome.params_trained,
+        "resumed_from": outcome.resumed_from,
+        "bad_rows": len(bad.found) + len(fitted.left_out),
+        "ranks": ranks.count,
+        "device": device_name(ranks.device),
+        "metrics": run.keeper.metrics,
+        "kept_step": run.keeper.step,
+        "curve": outcome.curve,
+        "transfer": fitted.moved,
+        "splits": work.split_text,  # type: ignore[attr-defined]
+        "warning": warning,
+        "findings": [list(finding) for finding in fitted.findings],
+        "started_at": began,
+        "spec_hash": work.key,
+        **({"padding_share": round(plan.padding(), 4)} if isinstance(plan, BucketPlan) else {}),
+    }
     if ranks.first:
         identity.check_unchanged(work.reads)
         objective.after_training(task.backbone)
-        bundle.save(storage.join(work.uri, "bundle"), task, fitted.modality, parent=fitted.start, training=facts, spec_hash=work.key,
-                    metrics=run.keeper.metrics, made_by=work.made_by)  # type: ignore[attr-defined]
+        bundle.save(
+            storage.join(work.uri, "bundle"),
+            task,
+            fitted.modality,
+            parent=fitted.start,
+            training=facts,
+            spec_hash=work.key,
+            metrics=run.keeper.metrics,
+            made_by=work.made_by,
+        )  # type: ignore[attr-defined]
         checkpoint.clear(checkpoints)
         if fitted.initial:
             storage.remove_tree(fitted.initial)
     return facts
 
 
-def _both(check: Callable[[Any], dict[str, float]], tried: Callable[[Any], float]) -> Callable[[Any], dict[str, float]]:
+def _both(
+    check: Callable[[Any], dict[str, float]], tried: Callable[[Any], float]
+) -> Callable[[Any], dict[str, float]]:
     """The validation metrics and, beside them, the probe's."""
     return lambda task: {**check(task), probe.METRIC: tried(task)}
 
@@ -242,15 +408,32 @@ def device_name(device: torch.device) -> str:
 
 
 def import_checkpoint(stage: SourceStage) -> dict[str, Any]:
-    """The bundle of a source that has no data: an existing checkpoint, brought into a bundle. Returns the report's facts."""
+    """The bundle of a source that has no data: an existing checkpoint, brought into a bundle.
+    Returns the report's facts.
+    """
     spec = stage.spec
     if stage.bundle_uri == spec.backbone.name.partition(":")[2]:
         if spec.modality is not None:
-            raise ValueError(f"sources.{stage.name}.modality: a bundle says how its rows are read: leave it out")
+            raise ValueError(
+                f"sources.{stage.name}.modality: a bundle says how its rows are read: leave it out"
+            )
         found = bundle.load(stage.bundle_uri)
-        return {"source": stage.name, "backbone": found.manifest["arch"]["name"], "objective": found.manifest["objective"]["name"], "steps": 0, "rows": 0,
-                "seconds": 0.0, "rows_per_second": 0.0, "metrics": found.manifest.get("metrics", {}), "transfer": "the bundle itself", "splits": "none",
-                "curve": [], "ranks": 0, "device": "none", "spec_hash": stage.key}
+        return {
+            "source": stage.name,
+            "backbone": found.manifest["arch"]["name"],
+            "objective": found.manifest["objective"]["name"],
+            "steps": 0,
+            "rows": 0,
+            "seconds": 0.0,
+            "rows_per_second": 0.0,
+            "metrics": found.manifest.get("metrics", {}),
+            "transfer": "the bundle itself",
+            "splits": "none",
+            "curve": [],
+            "ranks": 0,
+            "device": "none",
+            "spec_hash": stage.key,
+        }
     text = spec.init or spec.backbone.name
     start = starts.read(text, spec.backbone.name)
     stage.check_start()
@@ -260,10 +443,32 @@ def import_checkpoint(stage: SourceStage) -> dict[str, Any]:
     note = starts.input_note(modality, spec.backbone.name, spec.modality, told)
     backbone = bundle.build_backbone(arch, stage.seed)
     moved = start.onto(backbone)
-    facts = {"source": stage.name, "backbone": arch["name"], "objective": "none (checkpoint)", "steps": 0, "rows": 0, "rows_per_second": 0.0,
-             "seconds": round(time.time() - began, 2), "metrics": {}, "transfer": moved.text(), "splits": "none", "curve": [], "ranks": 0,
-             "device": "none", "spec_hash": stage.key, "findings": [list(Finding(note))] if note else []}
+    facts = {
+        "source": stage.name,
+        "backbone": arch["name"],
+        "objective": "none (checkpoint)",
+        "steps": 0,
+        "rows": 0,
+        "rows_per_second": 0.0,
+        "seconds": round(time.time() - began, 2),
+        "metrics": {},
+        "transfer": moved.text(),
+        "splits": "none",
+        "curve": [],
+        "ranks": 0,
+        "device": "none",
+        "spec_hash": stage.key,
+        "findings": [list(Finding(note))] if note else [],
+    }
     made = made_by(spec, arch, modality["name"])
-    bundle.save(stage.bundle_uri, backbone, modality, parent=text, training=facts, spec_hash=stage.key, metrics={}, made_by=made.facts()["made_by"])
+    bundle.save(
+        stage.bundle_uri,
+        backbone,
+        modality,
+        parent=text,
+        training=facts,
+        spec_hash=stage.key,
+        metrics={},
+        made_by=made.facts()["made_by"],
+    )
     return facts
-

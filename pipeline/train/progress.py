@@ -15,17 +15,29 @@ PLAIN_EVERY_SECONDS = 5.0
 
 def duration(seconds: float) -> str:
     seconds = max(0, round(seconds))
-    return f"{seconds}s" if seconds < 60 else f"{seconds // 60}m{seconds % 60:02d}s" if seconds < 3600 else f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
+    return (
+        f"{seconds}s"
+        if seconds < 60
+        else f"{seconds // 60}m{seconds % 60:02d}s"
+        if seconds < 3600
+        else f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
+    )
 
 
 def training_line(name: str, record: dict[str, Any]) -> str:
     """step/total, loss, metrics, rows/s, share of time waiting for data, ETA."""
     parts = [f"{name}: step {record.get('step', 0)}/{record.get('steps', '?')}"]
     for key, value in record.items():
-        if key in ("loss", "accuracy", "probe_knn") or (key.startswith("validation_") and key != "validation_loss"):
+        if key in ("loss", "accuracy", "probe_knn") or (
+            key.startswith("validation_") and key != "validation_loss"
+        ):
             parts.append(f"{key.replace('validation_', 'val ')} {value:.4g}")
     if "rows_per_second" in record:
-        parts += [f"{record['rows_per_second']:.0f} rows/s", f"data wait {record['wait_share']:.0%}", f"ETA {duration(record['eta_seconds'])}"]
+        parts += [
+            f"{record['rows_per_second']:.0f} rows/s",
+            f"data wait {record['wait_share']:.0%}",
+            f"ETA {duration(record['eta_seconds'])}",
+        ]
     if record.get("skipped_steps"):
         parts.append(f"{record['skipped_steps']} steps skipped (not finite)")
     return "  ".join(parts)
@@ -35,9 +47,15 @@ class Progress:
     """Shows the newest line; ``note`` prints a line that stays."""
 
     def __init__(self, console: Console | None = None, clock=time.monotonic):
-        self.console = console or Console(file=sys.stderr, highlight=False, soft_wrap=True, emoji=False)
+        self.console = console or Console(
+            file=sys.stderr, highlight=False, soft_wrap=True, emoji=False
+        )
         self.clock, self._last, self._shown = clock, float("-inf"), ""
-        self._live = Live(Text(""), console=self.console, refresh_per_second=4, transient=True) if self.console.is_terminal else None
+        self._live = (
+            Live(Text(""), console=self.console, refresh_per_second=4, transient=True)
+            if self.console.is_terminal
+            else None
+        )
 
     def __enter__(self):
         if self._live:

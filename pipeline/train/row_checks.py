@@ -1,4 +1,5 @@
-"""What a look at a sample of the rows tells before any training: texts that are cut off, names that only one side of a transfer has.
+"""What a look at a sample of the rows tells before any training: texts that are cut off, names that
+only one side of a transfer has.
 
 Each finding is a sentence for the terminal, the report and ``--dry-run``; some are warnings.
 """
@@ -16,14 +17,20 @@ from pipeline.data.manifest import Selection
 from pipeline.train import fitting
 
 SAMPLE_ROWS, SAMPLE_BYTES = 2048, 4 << 20
-"""So many rows of a split are looked at, and of large ones so many that they have about so many bytes in their files: counting tokens takes seconds."""
+"""So many rows of a split are looked at, and of large ones so many that they have about so many
+bytes in their files: counting tokens takes seconds.
+"""
 FEWEST_ROWS = 16
 WARN_SHARE = 0.01
-"""A warning where more than one per cent of a split's words or tokens is never read: below it the few longest texts alone are cut."""
+"""A warning where more than one per cent of a split's words or tokens is never read: below it the
+few longest texts alone are cut.
+"""
 
 
 class Finding(NamedTuple):
-    """One sentence, whether it is a warning, and whether the terminal has it too; the report has all."""
+    """One sentence, whether it is a warning, and whether the terminal has it too; the report has
+    all.
+    """
 
     text: str
     is_warning: bool = False
@@ -46,8 +53,15 @@ def findings_of(facts: Mapping[str, Any]) -> list[Finding]:
     return found
 
 
-def cut_texts(modality: Modality, objective: type[Objective], splits: dict[str, Selection], columns: dict[str, str]) -> list[Finding]:
-    """The share of each split that its modality cuts off, in one sentence; nothing where nothing is cut, or documents are packed without loss."""
+def cut_texts(
+    modality: Modality,
+    objective: type[Objective],
+    splits: dict[str, Selection],
+    columns: dict[str, str],
+) -> list[Finding]:
+    """The share of each split that its modality cuts off, in one sentence; nothing where nothing is
+    cut, or documents are packed without loss.
+    """
     if objective.packed or not isinstance(modality, CutsLongRows):
         return []
     parts, largest = [], 0.0
@@ -56,17 +70,36 @@ def cut_texts(modality: Modality, objective: type[Objective], splits: dict[str, 
         if found is None or not found.lost:
             continue
         largest = max(largest, found.share)
-        estimated = f", estimated from {rows:,} of {len(selection):,} rows" if rows < len(selection) else ""
-        parts.append(f"{name} {100 * found.share:.1f} % ({found.lost:,} of {found.units:,} {found.unit}, in {found.cut:,} of {found.rows:,} rows{estimated})")
+        estimated = (
+            f", estimated from {rows:,} of {len(selection):,} rows" if rows < len(selection) else ""
+        )
+        parts.append(
+            f"{name} {100 * found.share:.1f} % ({found.lost:,} of {found.units:,} "
+            f"{found.unit}, in {found.cut:,} of {found.rows:,} rows{estimated})"
+        )
     if not parts:
         return []
     length = modality.inputs().get("length")
-    told = f"texts are cut at length {length}, and what lies beyond is never read: {'; '.join(parts)}"
+    told = (
+        f"texts are cut at length {length}, and what lies beyond is never read: {'; '.join(parts)}"
+    )
     is_warning = largest > WARN_SHARE
-    return [Finding(told + ("; raise data.modality.text.length, or cut the texts into rows" if is_warning else ""), is_warning)]
+    return [
+        Finding(
+            told
+            + (
+                "; raise data.modality.text.length, or cut the texts into rows"
+                if is_warning
+                else ""
+            ),
+            is_warning,
+        )
+    ]
 
 
-def _cut_rows(modality: CutsLongRows, selection: Selection, columns: dict[str, str]) -> tuple[CutRows | None, int]:
+def _cut_rows(
+    modality: CutsLongRows, selection: Selection, columns: dict[str, str]
+) -> tuple[CutRows | None, int]:
     """What is cut of a sample of the rows, and how many rows that sample has."""
     if not len(selection):
         return None, 0
@@ -77,26 +110,50 @@ def _cut_rows(modality: CutsLongRows, selection: Selection, columns: dict[str, s
     return modality.cut_rows(table, columns), len(table)
 
 
-def unshared_names(modality: dict[str, Any], objective: type[Objective], rows: Selection, columns: dict[str, str]) -> list[Finding]:
-    """The complete lists of variables, fields and categories that a source knows and these rows lack, and the other way round.
+def unshared_names(
+    modality: dict[str, Any], objective: type[Objective], rows: Selection, columns: dict[str, str]
+) -> list[Finding]:
+    """The complete lists of variables, fields and categories that a source knows and these rows
+    lack, and the other way round.
 
     The terminal has them in short (``Modality.known``).
     """
     reads = bundle.build_modality(modality)
     if not isinstance(reads, ComparesNames) or not len(rows):
         return []
-    table = fitting.sample(rows, fitting.fitted_columns(type(reads), objective, columns), fitting.FIT_ROWS)
+    table = fitting.sample(
+        rows, fitting.fitted_columns(type(reads), objective, columns), fitting.FIT_ROWS
+    )
     sampled = f" (of {len(table):,} of {len(rows):,} rows)" if len(table) < len(rows) else ""
-    return [Finding(one.text() + sampled, in_terminal=False) for one in reads.unshared(table, columns)]
+    return [
+        Finding(one.text() + sampled, in_terminal=False) for one in reads.unshared(table, columns)
+    ]
 
 
-def null_labels(objective: type[Objective], splits: dict[str, Selection], columns: dict[str, str]) -> list[Finding]:
-    """How many rows have a null where the objective takes that for an answer of its own (no label, no answer)."""
+def null_labels(
+    objective: type[Objective], splits: dict[str, Selection], columns: dict[str, str]
+) -> list[Finding]:
+    """How many rows have a null where the objective takes that for an answer of its own (no label,
+    no answer).
+    """
     if not objective.null_label_means or not objective.roles:
         return []
     name = columns[objective.roles[0]]
-    counts = {split: manifests.read_columns(rows, [name])[name].null_count for split, rows in splits.items() if len(rows)}
+    counts = {
+        split: manifests.read_columns(rows, [name])[name].null_count
+        for split, rows in splits.items()
+        if len(rows)
+    }
     if not any(counts.values()):
         return []
-    told = ", ".join(f"{count:,} of {len(splits[split]):,} {split} rows" for split, count in counts.items() if count)
-    return [Finding(f"column {name} is null in {told}, which counts as {objective.null_label_means}; if it is not known there, leave these rows out")]
+    told = ", ".join(
+        f"{count:,} of {len(splits[split]):,} {split} rows"
+        for split, count in counts.items()
+        if count
+    )
+    return [
+        Finding(
+            f"column {name} is null in {told}, which counts as {objective.null_label_means}; "
+            "if it is not known there, leave these rows out"
+        )
+    ]

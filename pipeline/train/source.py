@@ -29,22 +29,32 @@ from pipeline.train import probe as probes
 from pipeline.train.row_checks import Finding
 
 STAGE_FORMAT = 8
-"""The format of a stage's key and folder. Code that makes other numbers does not raise it: what made a bundle is recorded in it
-(`pipeline.provenance`)."""
+"""The format of a stage's key and folder. Code that makes other numbers does not raise it: what
+made a bundle is recorded in it (`pipeline.provenance`).
+"""
 WORKING_PARTS = ("checkpoints", "initial", "tokens", "modality.json", "log", "ray", begun.FILE)
 """What a source's folder holds beside its bundle."""
 STRETCHED, ROUNDED = 1.1, 1.0
 """A recording is at most so many times as long as a column tells, and so many seconds."""
 SPAN_ROWS, SPAN_BYTES = 8192, 16 << 20
-"""Texts that are packed or tokenised in one task: at most so many, and about so many bytes of their files."""
+"""Texts that are packed or tokenised in one task: at most so many, and about so many bytes of their
+files.
+"""
 WHERE_NOT_WHAT = {"uri", "train", "validation", "test"}
-HOW_NOT_WHAT = {"log_every_steps", "checkpoint_every_steps", "checkpoint_every_minutes", "trace_rows"}
+HOW_NOT_WHAT = {
+    "log_every_steps",
+    "checkpoint_every_steps",
+    "checkpoint_every_minutes",
+    "trace_rows",
+}
 PACKED = {name: name for name in ("tokens", "segments", "bytes")}
 """Columns of packed rows."""
 
 
 def data_key(data: Data) -> dict[str, Any]:
-    """The part of a data spec that a key depends on: not where files and tokenizers lie (what they hold counts)."""
+    """The part of a data spec that a key depends on: not where files and tokenizers lie (what they
+    hold counts).
+    """
     left_out = dict.fromkeys(WHERE_NOT_WHAT | {"decode", "max_bad_rows", "identity"}, True)
     out = data.model_dump(mode="json", exclude={**left_out, "more": {"__all__": left_out}})
     for one, part in ((out, data), *zip(out["more"], data.more, strict=True)):
@@ -54,7 +64,9 @@ def data_key(data: Data) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class SourceStage:
-    """A source of a job before anything runs: its rows, its key and its folder. ``splits`` is none for a checkpoint."""
+    """A source of a job before anything runs: its rows, its key and its folder. ``splits`` is none
+    for a checkpoint.
+    """
 
     job: Job
     name: str
@@ -70,18 +82,30 @@ class SourceStage:
     @property
     def reads(self) -> tuple[FileIdentity, ...]:
         """Files that are read in training, as they were when the stage was planned."""
-        return tuple(file for splits in (self.splits, self.probe) if splits is not None for file in splits.reads)
+        return tuple(
+            file
+            for splits in (self.splits, self.probe)
+            if splits is not None
+            for file in splits.reads
+        )
 
     @property
     def start_text(self) -> str:
         """The checkpoint that the job names, or nothing."""
-        return self.spec.init or (self.spec.backbone.name if self.spec.backbone.name.startswith(STARTS) else "")
+        return self.spec.init or (
+            self.spec.backbone.name if self.spec.backbone.name.startswith(STARTS) else ""
+        )
 
     def check_start(self) -> None:
-        """Raise ChangedFileError when the checkpoint holds something else than when the stage was planned."""
+        """Raise ChangedFileError when the checkpoint holds something else than when the stage was
+        planned.
+        """
         if self.start_text and starts.fingerprint(self.start_text) != self.start:
-            raise ChangedFileError(f"sources.{self.name}: {self.start_text} was changed while it was in use: it holds something else than when the run "
-                                   "was planned; leave it alone until the run ends, and run again")
+            raise ChangedFileError(
+                f"sources.{self.name}: {self.start_text} was changed while it was in use: it "
+                "holds something else than when the run "
+                "was planned; leave it alone until the run ends, and run again"
+            )
 
     @property
     def uri(self) -> str:
@@ -113,50 +137,101 @@ class SourceStage:
         return self.has_bundle and not (self.remake and self.changes())
 
     def changes(self) -> tuple[str, ...]:
-        """In words, how code and versions differ now from what made its bundle; empty where nothing does, or where there is no bundle of ours yet."""
+        """In words, how code and versions differ now from what made its bundle; empty where nothing
+        does, or where there is no bundle of ours yet.
+        """
         if self.is_given or not self.has_bundle:
             return ()
         manifest = folders.open_folder(self.bundle_uri)
         now = made_by(self.spec, manifest["arch"], manifest["modality"]["name"])
         found = provenance.changes(provenance.recorded(manifest), now)
-        earlier = [provenance.recorded(facts) for facts in (manifest.get("made_by") or {}).get("begun_by", ())]
+        earlier = [
+            provenance.recorded(facts)
+            for facts in (manifest.get("made_by") or {}).get("begun_by", ())
+        ]
         since = [provenance.changes(before, made_by(self.spec)) for before in earlier]
-        return (*found, *dict.fromkeys(f"begun by other code or versions ({', '.join(reasons)})" for reasons in since if reasons))
+        return (
+            *found,
+            *dict.fromkeys(
+                f"begun by other code or versions ({', '.join(reasons)})"
+                for reasons in since
+                if reasons
+            ),
+        )
 
     @property
     def packed(self) -> bool:
-        return self.spec.objective is not None and registry.get("objective", self.spec.objective.name).packed
+        return (
+            self.spec.objective is not None
+            and registry.get("objective", self.spec.objective.name).packed
+        )
 
 
 def stage(job: Job, name: str) -> SourceStage:
-    """Raises ValueError for data that cannot be used (missing column, empty split, differing schema)."""
+    """Raises ValueError for data that cannot be used (missing column, empty split, differing
+    schema).
+    """
     spec = job.sources[name]
     splits = None
     if spec.data is not None:
         assert spec.objective is not None
-        modality, objective = registry.get("modality", spec.data.modality.name), registry.get("objective", spec.objective.name)
+        modality, objective = (
+            registry.get("modality", spec.data.modality.name),
+            registry.get("objective", spec.objective.name),
+        )
         roles = (*modality.roles, *objective.roles)
         checks.source(f"sources.{name}", spec)
-        splits = manifests.splits(spec.data, roles, f"sources.{name}", storage.join(job.root, "imports"), need_test=False)
-    probe = probes.splits(spec, f"sources.{name}", bool(splits and len(splits.validation)), storage.join(job.root, "imports"))
-    what = spec.model_dump(mode="json", exclude={"data", "probe", "workers", "cpus_per_worker", "gpus_per_worker", "max_failures", "train", "init"})
+        splits = manifests.splits(
+            spec.data, roles, f"sources.{name}", storage.join(job.root, "imports"), need_test=False
+        )
+    probe = probes.splits(
+        spec,
+        f"sources.{name}",
+        bool(splits and len(splits.validation)),
+        storage.join(job.root, "imports"),
+    )
+    what = spec.model_dump(
+        mode="json",
+        exclude={
+            "data",
+            "probe",
+            "workers",
+            "cpus_per_worker",
+            "gpus_per_worker",
+            "max_failures",
+            "train",
+            "init",
+        },
+    )
     if spec.modality is None:
         del what["modality"]
     what["start"] = start = starts.fingerprint(spec.init) if spec.init else None
     if spec.objective is not None:
         what["objective"]["options"] = fitting.by_content(spec.objective)
-    if spec.backbone.name.startswith(STARTS):  # where a checkpoint lies does not count, what it holds does
+    if spec.backbone.name.startswith(
+        STARTS
+    ):  # where a checkpoint lies does not count, what it holds does
         what["backbone"]["name"] = start = starts.fingerprint(spec.backbone.name)
-    key = spec_hash(STAGE_FORMAT, name, what, spec.train.model_dump(mode="json", exclude=HOW_NOT_WHAT), job.seed,
-                    [data_key(spec.data), splits.fingerprint, canonical_shards(spec)] if spec.data and splits else None,
-                    *([[data_key(spec.probe), probe.fingerprint]] if spec.probe and probe else []))
+    key = spec_hash(
+        STAGE_FORMAT,
+        name,
+        what,
+        spec.train.model_dump(mode="json", exclude=HOW_NOT_WHAT),
+        job.seed,
+        [data_key(spec.data), splits.fingerprint, canonical_shards(spec)]
+        if spec.data and splits
+        else None,
+        *([[data_key(spec.probe), probe.fingerprint]] if spec.probe and probe else []),
+    )
     made = SourceStage(job, name, spec, splits, key, probe, start or "")
     if splits is not None and not made.packed:
         check_plan(made, splits.corpora)
     return made
 
 
-def made_by(spec: Source, arch: dict[str, Any] | None = None, modality: str | None = None) -> MadeBy:
+def made_by(
+    spec: Source, arch: dict[str, Any] | None = None, modality: str | None = None
+) -> MadeBy:
     """What makes a source now.
 
     Args:
@@ -165,20 +240,31 @@ def made_by(spec: Source, arch: dict[str, Any] | None = None, modality: str | No
     """
     arch = arch or {"name": starts.untagged(spec.backbone.name), "options": spec.backbone.options}
     imported = spec.init is not None or spec.backbone.name.startswith(STARTS)
-    modules = (*(provenance.SOURCE_CODE if spec.data else ()), *(provenance.CHECKPOINT_CODE if imported else ()))
+    modules = (
+        *(provenance.SOURCE_CODE if spec.data else ()),
+        *(provenance.CHECKPOINT_CODE if imported else ()),
+    )
     modality = spec.data.modality.name if spec.data else modality
     objective = spec.objective.name if spec.objective and spec.data else None
-    return provenance.made_by(modules, provenance.pieces_of(modality, arch["name"], arch["options"], objective, "full" if spec.data else None))
+    return provenance.made_by(
+        modules,
+        provenance.pieces_of(
+            modality, arch["name"], arch["options"], objective, "full" if spec.data else None
+        ),
+    )
 
 
 def begin(stage: SourceStage) -> list[dict[str, Any]]:
-    """Record that the present code works in the folder of a source, and return what began it where that was another.
+    """Record that the present code works in the folder of a source, and return what began it where
+    that was another.
 
-    What a killed run left is gone on with, whatever began it; only where a source is made anew do the parts of other code go.
-    The bundle that is there stays until the new one is whole.
+    What a killed run left is gone on with, whatever began it; only where a source is made anew do
+    the parts of other code go. The bundle that is there stays until the new one is whole.
     """
     now = made_by(stage.spec)
-    is_of_others = bool(begun.by_others(stage.uri, now)) or (stage.has_bundle and not begun.by(stage.uri))
+    is_of_others = bool(begun.by_others(stage.uri, now)) or (
+        stage.has_bundle and not begun.by(stage.uri)
+    )
     if stage.remake and is_of_others:
         for part in WORKING_PARTS:
             storage.remove_tree(storage.join(stage.uri, part))
@@ -189,32 +275,44 @@ def begin(stage: SourceStage) -> list[dict[str, Any]]:
 
 
 def check_plan(stage: SourceStage, corpora: tuple[int, ...]) -> None:
-    """Raises ValueError when so many rows cannot fill a global batch, the ranks are more than there are row orders, or weights cannot be kept."""
+    """Raises ValueError when so many rows cannot fill a global batch, the ranks are more than there
+    are row orders, or weights cannot be kept.
+    """
     if stage.spec.train.batch_cost is not None:
         return
     try:
-        Plan(sum(corpora), 0, stage.spec.train.global_batch, shards=canonical_shards(stage.spec), mixture=mixture(stage.spec, corpora)
-             ).owned(0, stage.spec.worker_range[1])
+        Plan(
+            sum(corpora),
+            0,
+            stage.spec.train.global_batch,
+            shards=canonical_shards(stage.spec),
+            mixture=mixture(stage.spec, corpora),
+        ).owned(0, stage.spec.worker_range[1])
     except ValueError as error:
         raise ValueError(f"sources.{stage.name}: {error}") from None
 
 
 def mixture(spec: Source, corpora: tuple[int, ...]) -> Mixture | None:
-    """Ranges and weights of a source's corpora, given the rows of each; None where they have no weights: then every row comes once an epoch."""
+    """Ranges and weights of a source's corpora, given the rows of each; None where they have no
+    weights: then every row comes once an epoch.
+    """
     weights = [weight for weight in (spec.data.weights if spec.data else ()) if weight is not None]
     ends = np.cumsum(corpora).tolist()
     return tuple(zip([0, *ends[:-1]], ends, weights, strict=True)) if weights else None
 
 
 def canonical_shards(spec: Source) -> int:
-    """Independent row orders: the order of rows follows from it, so it is part of the stage's key."""
+    """Independent row orders: the order of rows follows from it, so it is part of the stage's
+    key.
+    """
     return spec.train.canonical_shards or max(8, spec.worker_range[1])
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """What was fitted on the corpus, and the rows as training reads them (packed or tokenised ones for text). ``corpora``: how many of ``train``
-    each corpus has, in their order."""
+    """What was fitted on the corpus, and the rows as training reads them (packed or tokenised ones
+    for text). ``corpora``: how many of ``train`` each corpus has, in their order.
+    """
 
     arch: dict[str, Any]
     modality: dict[str, Any]
@@ -223,7 +321,9 @@ class Fitted:
     train: Selection
     validation: Selection
     start: str | None
-    """The checkpoint that was named, and (``initial``) the bundle that was made of it for the ranks to start from."""
+    """The checkpoint that was named, and (``initial``) the bundle that was made of it for the ranks
+    to start from.
+    """
     initial: str | None
     moved: str
     left_out: tuple[dict[str, Any], ...]
@@ -233,7 +333,9 @@ class Fitted:
     costs: np.ndarray | None = None
     """What each training row costs, where batches are cut by it."""
     lost: int = 0
-    """Training rows that were left out before any was decoded: held against the same budget as those that cannot be decoded."""
+    """Training rows that were left out before any was decoded: held against the same budget as
+    those that cannot be decoded.
+    """
     begun_by: tuple[dict[str, Any], ...] = ()
     """What made earlier parts of this source, where that was other code or versions (`begin`)."""
     findings: tuple[Finding, ...] = ()
@@ -241,9 +343,11 @@ class Fitted:
 
 
 def fit(stage: SourceStage) -> Fitted:
-    """Fit modality and objective on the training rows, pack or tokenise text, bring in a checkpoint: once, kept in the stage's folder.
+    """Fit modality and objective on the training rows, pack or tokenise text, bring in a
+    checkpoint: once, kept in the stage's folder.
 
-    Raises BundleError when the checkpoint does not fit what the job says, TooManyBadRowsError for text that cannot be read.
+    Raises BundleError when the checkpoint does not fit what the job says, TooManyBadRowsError for
+    text that cannot be read.
     """
     spec, splits = stage.spec, stage.splits
     assert spec.data is not None and splits is not None and spec.objective is not None
@@ -252,15 +356,34 @@ def fit(stage: SourceStage) -> Fitted:
     initial = storage.join(stage.uri, "initial")
     held = bundle.load(initial) if text and bundle.exists(initial) else None
     start = starts.read(text, spec.backbone.name) if text and held is None else None
-    modality, known = (held.manifest["modality"], "") if held else fitting.fit_modality(
-        spec, splits.train, start, f"sources.{stage.name}", storage.join(stage.uri, "modality.json"))
+    modality, known = (
+        (held.manifest["modality"], "")
+        if held
+        else fitting.fit_modality(
+            spec,
+            splits.train,
+            start,
+            f"sources.{stage.name}",
+            storage.join(stage.uri, "modality.json"),
+        )
+    )
     objective = registry.get("objective", spec.objective.name)
     options = objective.options_class(**spec.objective.options)
     columns = dict(spec.data.columns)
-    needed = [columns[role] for role in (*objective.roles, *objective.optional_roles) if role in columns]
-    wanted = needed if objective.fit_roles is None else [columns[role] for role in objective.fit_roles if role in columns]
+    needed = [
+        columns[role] for role in (*objective.roles, *objective.optional_roles) if role in columns
+    ]
+    wanted = (
+        needed
+        if objective.fit_roles is None
+        else [columns[role] for role in objective.fit_roles if role in columns]
+    )
     state = objective.fit(options, manifests.read_columns(splits.train, wanted), columns)
-    arch = held.manifest["arch"] if held else arch_of(spec, start, bundle.build_modality(modality).inputs())
+    arch = (
+        held.manifest["arch"]
+        if held
+        else arch_of(spec, start, bundle.build_modality(modality).inputs())
+    )
     state = suited(objective, state, arch)
     fitted = {"name": spec.objective.name, "options": options.model_dump(), "state": state}
     moved = held.manifest["training"]["transfer"] if held else ""
@@ -269,87 +392,183 @@ def fit(stage: SourceStage) -> Fitted:
         moved = import_start(stage, start, arch, modality, fitted, initial, known)
     findings = findings_of(stage, modality, bool(start))
     left_out: list[dict[str, Any]] = []
-    train, validation, corpora, note = splits.train, splits.validation, splits.corpora, splits.sizes()
+    train, validation, corpora, note = (
+        splits.train,
+        splits.validation,
+        splits.corpora,
+        splits.sizes(),
+    )
     work = Work(modality, columns, form_of(objective, modality, train, columns), tuple(needed))
     if work.form:
-        made = [shards(storage.join(stage.uri, "tokens", name), name, selection, work, spec.data.max_bad_rows, parts)
-                for name, selection, parts in (("train", train, corpora), ("validation", validation, (len(validation),)))]
+        made = [
+            shards(
+                storage.join(stage.uri, "tokens", name),
+                name,
+                selection,
+                work,
+                spec.data.max_bad_rows,
+                parts,
+            )
+            for name, selection, parts in (
+                ("train", train, corpora),
+                ("validation", validation, (len(validation),)),
+            )
+        ]
         train, validation, corpora, columns = made[0].rows, made[1].rows, made[0].corpora, work.made
         left_out = [row for one in made for row in one.left_out]
-        note += f"; {work.form} into {len(train)} and {len(validation)} rows of {bundle.build_modality(modality).inputs()['length']} tokens"
+        note += (
+            f"; {work.form} into {len(train)} and {len(validation)} rows of "
+            f"{bundle.build_modality(modality).inputs()['length']} tokens"
+        )
     costs: np.ndarray | None = None
     lost: list[tuple[int, str]] = []
     decoder = Decoder(bundle.build_modality(modality), spec.objective.name, state, columns)
     if spec.train.batch_cost is not None or judged(objective, decoder.modality, columns):
         rows, lost = learnable(Rows(train, decoder).with_costs(), spec.data.max_bad_rows)
-        left_out += [{"split": "train", "row": row, "place": train.manifest.place(row), "reason": reason} for row, reason in lost]
+        left_out += [
+            {"split": "train", "row": row, "place": train.manifest.place(row), "reason": reason}
+            for row, reason in lost
+        ]
         gone = np.isin(train.ids(np.arange(len(train))), [row for row, _ in lost])
-        corpora = tuple(len(part) - int(part.sum()) for part in np.split(gone, np.cumsum(corpora)[:-1]))
+        corpora = tuple(
+            len(part) - int(part.sum()) for part in np.split(gone, np.cumsum(corpora)[:-1])
+        )
         train, costs = rows.selection, rows.costs if spec.train.batch_cost is not None else None
     if mixed := mixture(spec, corpora):
         note += "; drawn by weight, as shares of the training rows: " + ", ".join(
-            f"{weight / sum(w for *_, w in mixed):.3g} from corpus {i} ({stop - start} rows)" for i, (start, stop, weight) in enumerate(mixed, 1))
+            f"{weight / sum(w for *_, w in mixed):.3g} from corpus {i} ({stop - start} rows)"
+            for i, (start, stop, weight) in enumerate(mixed, 1)
+        )
         note += "; validation is unweighted"
-    probe = probes.prepare(spec.probe, stage.probe, bundle.build_modality(modality)) if spec.probe and stage.probe else None
+    probe = (
+        probes.prepare(spec.probe, stage.probe, bundle.build_modality(modality))
+        if spec.probe and stage.probe
+        else None
+    )
     if probe:
-        note += f"; probe of {len(probe.train)} training and {len(probe.validation)} validation rows"
+        note += (
+            f"; probe of {len(probe.train)} training and {len(probe.validation)} validation rows"
+        )
     if begun_by:
         note += "; gone on with what other code or versions began"
     if left_out:
-        note += f"; {len(left_out)} rows left out ({left_out[0]['place']}: {left_out[0]['reason']}{', ...' if len(left_out) > 1 else ''})"
-    return Fitted(arch, modality, fitted, columns, train, validation, text, initial if text else None, moved, tuple(left_out), note, corpora, probe, costs,
-                  len(lost), tuple(begun_by), tuple(findings))
+        note += (
+            f"; {len(left_out)} rows left out ({left_out[0]['place']}: "
+            f"{left_out[0]['reason']}{', ...' if len(left_out) > 1 else ''})"
+        )
+    return Fitted(
+        arch,
+        modality,
+        fitted,
+        columns,
+        train,
+        validation,
+        text,
+        initial if text else None,
+        moved,
+        tuple(left_out),
+        note,
+        corpora,
+        probe,
+        costs,
+        len(lost),
+        tuple(begun_by),
+        tuple(findings),
+    )
 
 
 def findings_of(stage: SourceStage, modality: dict[str, Any], continues: bool) -> list[Finding]:
-    """What a look at a sample of a source's rows tells; ``continues``: its modality was fitted on the rows of a checkpoint."""
+    """What a look at a sample of a source's rows tells; ``continues``: its modality was fitted on
+    the rows of a checkpoint.
+    """
     spec, splits = stage.spec, stage.splits
     assert spec.data is not None and splits is not None and spec.objective is not None
     objective = registry.get("objective", spec.objective.name)
     rows = {"train": splits.train, "validation": splits.validation}
-    found = row_checks.cut_texts(bundle.build_modality(modality), objective, rows, spec.data.columns)
+    found = row_checks.cut_texts(
+        bundle.build_modality(modality), objective, rows, spec.data.columns
+    )
     found += row_checks.null_labels(objective, rows, spec.data.columns)
-    return [*found, *(row_checks.unshared_names(modality, objective, splits.train, spec.data.columns) if continues else ())]
+    return [
+        *found,
+        *(
+            row_checks.unshared_names(modality, objective, splits.train, spec.data.columns)
+            if continues
+            else ()
+        ),
+    ]
 
 
 def judged(objective: type[Objective], modality: Modality, columns: dict[str, str]) -> bool:
-    """Whether rows that can be scored but not learned from (``Objective.unlearnable``) are found before any is decoded: where a column tells how long they
-    are. Else only batches that are cut by it are worth a look into every file."""
+    """Whether rows that can be scored but not learned from (``Objective.unlearnable``) are found
+    before any is decoded: where a column tells how long they are. Else only batches that are cut by
+    it are worth a look into every file.
+    """
     return _judges(objective) and modality.cost_role in columns
 
 
 def _judges(objective: type[Objective]) -> bool:
-    return objective.unlearnable.__func__ is not Objective.unlearnable.__func__  # type: ignore[attr-defined]
+    # type: ignore[attr-defined]
+    return objective.unlearnable.__func__ is not Objective.unlearnable.__func__
 
 
 def learnable(rows: Rows, max_bad: float) -> tuple[Rows, list[tuple[int, str]]]:
-    """The rows that can be learned from by what they cost, before any is decoded, and (row, reason) of the others. Raises TooManyBadRowsError.
+    """The rows that can be learned from by what they cost, before any is decoded, and (row, reason)
+    of the others. Raises TooManyBadRowsError.
 
-    A column may be rounded, even to whole seconds: what it leaves open the rows' own headers tell. Pieces of recordings are as long as told.
+    A column may be rounded, even to whole seconds: what it leaves open the rows' own headers tell.
+    Pieces of recordings are as long as told.
     """
     decoder, ids, costs = rows.decoder, rows.selection.ids(np.arange(len(rows))), rows.costs
     objective = registry.get("objective", str(decoder.objective))
     if not _judges(objective) or not len(rows):
         return rows, []
     assert costs is not None
-    table = manifests.read_columns(rows.selection, [decoder.columns[role] for role in objective.roles if role in decoder.columns])
+    table = manifests.read_columns(
+        rows.selection,
+        [decoder.columns[role] for role in objective.roles if role in decoder.columns],
+    )
     whole = np.full(len(rows), decoder.modality.cost_role in decoder.columns)
     if whole.all() and "start" in decoder.columns:
-        whole = manifests.read_columns(rows.selection, [decoder.columns["start"]]).column(0).is_null(nan_is_null=True).to_numpy()
+        whole = (
+            manifests.read_columns(rows.selection, [decoder.columns["start"]])
+            .column(0)
+            .is_null(nan_is_null=True)
+            .to_numpy()
+        )
     least = np.where(whole, np.maximum(costs / 2, (costs - ROUNDED) / STRETCHED), costs)
-    reasons = np.array(objective.unlearnable(table, decoder.columns, decoder.objective_state, None, least) or [""] * len(rows), dtype=object)
+    reasons = np.array(
+        objective.unlearnable(table, decoder.columns, decoder.objective_state, None, least)
+        or [""] * len(rows),
+        dtype=object,
+    )
     if len(places := np.flatnonzero((reasons != "") & whole)):
-        untold = replace(decoder, columns={role: name for role, name in decoder.columns.items() if role != decoder.modality.cost_role})
+        untold = replace(
+            decoder,
+            columns={
+                role: name
+                for role, name in decoder.columns.items()
+                if role != decoder.modality.cost_role
+            },
+        )
         own: Any = replace(rows.subset(places), decoder=untold).with_costs().costs
-        seconds = np.where(own > 0, own, STRETCHED * costs[places] + ROUNDED)  # 0: a file that cannot be read
-        reasons[places] = objective.unlearnable(table.take(places), decoder.columns, decoder.objective_state, None, seconds)
+        seconds = np.where(
+            own > 0, own, STRETCHED * costs[places] + ROUNDED
+        )  # 0: a file that cannot be read
+        reasons[places] = objective.unlearnable(
+            table.take(places), decoder.columns, decoder.objective_state, None, seconds
+        )
     bad = [(int(row), reason) for row, reason in zip(ids, reasons, strict=True) if reason]
     check_budget(bad, len(rows), max_bad, rows.selection)
     return rows.subset(np.flatnonzero(reasons == "")), bad
 
 
-def suited(objective: type[Objective], state: dict[str, Any], arch: dict[str, Any]) -> dict[str, Any]:
-    """What an objective learned, with what it must know of the backbone (`Objective.suit`). Raises ValueError where that is not for it."""
+def suited(
+    objective: type[Objective], state: dict[str, Any], arch: dict[str, Any]
+) -> dict[str, Any]:
+    """What an objective learned, with what it must know of the backbone (`Objective.suit`). Raises
+    ValueError where that is not for it.
+    """
     if objective.suit.__func__ is Objective.suit.__func__:
         return state
     with torch.device("meta"):
@@ -357,25 +576,47 @@ def suited(objective: type[Objective], state: dict[str, Any], arch: dict[str, An
 
 
 def arch_of(spec: Source, start: starts.Start | None, inputs: dict[str, Any]) -> dict[str, Any]:
-    """The architecture that the job names, or that its checkpoint tells. Raises BundleError where the two contradict each other."""
+    """The architecture that the job names, or that its checkpoint tells. Raises BundleError where
+    the two contradict each other.
+    """
     if start is None or start.arch is None:
-        return {"name": spec.backbone.name, "options": dict(spec.backbone.options), "inputs": inputs}
+        return {
+            "name": spec.backbone.name,
+            "options": dict(spec.backbone.options),
+            "inputs": inputs,
+        }
     given = dict(spec.backbone.options)
-    if not spec.backbone.name.startswith(STARTS) and starts.untagged(spec.backbone.name) != start.arch["name"]:
-        raise BundleError(f"{start.origin} holds a {start.arch['name']}, the job says {spec.backbone.name}: name the same backbone")
+    if (
+        not spec.backbone.name.startswith(STARTS)
+        and starts.untagged(spec.backbone.name) != start.arch["name"]
+    ):
+        raise BundleError(
+            f"{start.origin} holds a {start.arch['name']}, the job says {spec.backbone.name}: "
+            "name the same backbone"
+        )
     fixed = [name for name in given if "config" in start.arch["options"] and name != "pool"]
     if fixed:
-        raise BundleError(f"backbone options {', '.join(fixed)}: the configuration of {start.origin} decides them; leave them out")
-    return read_otherwise({**start.arch, "options": {**start.arch["options"], **given}}, {**start.arch["inputs"], **inputs})
+        raise BundleError(
+            f"backbone options {', '.join(fixed)}: the configuration of {start.origin} decides "
+            "them; leave them out"
+        )
+    return read_otherwise(
+        {**start.arch, "options": {**start.arch["options"], **given}},
+        {**start.arch["inputs"], **inputs},
+    )
 
 
-def checkpoint_parts(spec: Source, start: starts.Start, place: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Arch and modality of a source without data: what its checkpoint tells, else timm's own, with what the job states of its rows.
+def checkpoint_parts(
+    spec: Source, start: starts.Start, place: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arch and modality of a source without data: what its checkpoint tells, else timm's own, with
+    what the job states of its rows.
 
     Args:
         place: the source in the job file, for errors.
 
-    Raises BundleError where the job contradicts the checkpoint, and for options that do not go together.
+    Raises BundleError where the job contradicts the checkpoint, and for options that do not go
+    together.
     """
     if start.arch is None or start.modality is None:
         arch, modality = starts.described(spec.backbone.name, dict(spec.backbone.options))
@@ -385,31 +626,63 @@ def checkpoint_parts(spec: Source, start: starts.Start, place: str) -> tuple[dic
 
 
 def read_otherwise(arch: dict[str, Any], inputs: dict[str, Any]) -> dict[str, Any]:
-    """An architecture whose weights are there, for rows that are read otherwise than theirs were: with as many positions as it had, where their number
-    followed from the length of those rows."""
-    options, known = dict(arch["options"]), registry.entry("model", arch["name"].partition("/")[0]).options.model_fields
-    if "positions" in known and not options.get("positions") and not options.get("config") and inputs.get("length") != arch["inputs"].get("length"):
+    """An architecture whose weights are there, for rows that are read otherwise than theirs were:
+    with as many positions as it had, where their number followed from the length of those rows.
+    """
+    options, known = (
+        dict(arch["options"]),
+        registry.entry("model", arch["name"].partition("/")[0]).options.model_fields,
+    )
+    if (
+        "positions" in known
+        and not options.get("positions")
+        and not options.get("config")
+        and inputs.get("length") != arch["inputs"].get("length")
+    ):
         options["positions"] = arch["inputs"]["length"]
     return {**arch, "options": options, "inputs": inputs}
 
 
-def import_start(stage: SourceStage, start: starts.Start, arch: dict[str, Any], modality: dict[str, Any], objective: dict[str, Any], uri: str,
-                 known: str) -> str:
-    """A checkpoint read once for all ranks and restarts: the task as it starts, as a bundle. Returns in words what was carried over, and ``known``."""
+def import_start(
+    stage: SourceStage,
+    start: starts.Start,
+    arch: dict[str, Any],
+    modality: dict[str, Any],
+    objective: dict[str, Any],
+    uri: str,
+    known: str,
+) -> str:
+    """A checkpoint read once for all ranks and restarts: the task as it starts, as a bundle.
+    Returns in words what was carried over, and ``known``.
+    """
     task = bundle.build_task(arch, objective, seed=stage.seed)
-    moved = "; ".join(filter(None, (start.onto(task.backbone).text(), start.head_onto(task), known)))
-    bundle.save(uri, task, modality, parent=start.origin, training={"transfer": moved}, spec_hash=stage.key, metrics={})
+    moved = "; ".join(
+        filter(None, (start.onto(task.backbone).text(), start.head_onto(task), known))
+    )
+    bundle.save(
+        uri,
+        task,
+        modality,
+        parent=start.origin,
+        training={"transfer": moved},
+        spec_hash=stage.key,
+        metrics={},
+    )
     return moved
 
 
 EMPTY = "the text is empty"
-"""What modalities say of a text without a word: it is left out and listed, and is no damage that counts against the budget."""
+"""What modalities say of a text without a word: it is left out and listed, and is no damage that
+counts against the budget.
+"""
 
 
 @dataclass(frozen=True)
 class Work:
-    """How rows are made from texts, plain enough to be sent to a Ray task: ``form`` is "packed", "tokenised" or, where rows stay as they are, nothing;
-    ``kept`` names the columns that stay beside the tokens."""
+    """How rows are made from texts, plain enough to be sent to a Ray task: ``form`` is "packed",
+    "tokenised" or, where rows stay as they are, nothing; ``kept`` names the columns that stay
+    beside the tokens.
+    """
 
     modality: dict[str, Any]
     columns: dict[str, str]
@@ -419,21 +692,39 @@ class Work:
     @property
     def made(self) -> dict[str, str]:
         """Columns of the rows that are made, by their roles."""
-        return dict(PACKED) if self.form == "packed" else {**{role: name for role, name in self.columns.items() if name in self.kept}, "tokens": "tokens"}
+        return (
+            dict(PACKED)
+            if self.form == "packed"
+            else {
+                **{role: name for role, name in self.columns.items() if name in self.kept},
+                "tokens": "tokens",
+            }
+        )
 
 
-def form_of(objective: type[Objective], modality: dict[str, Any], rows: Selection, columns: dict[str, str]) -> str:
+def form_of(
+    objective: type[Objective], modality: dict[str, Any], rows: Selection, columns: dict[str, str]
+) -> str:
     """The form of `Work` that suits an objective and the rows, of which the first is looked at."""
     if objective.packed:
         return "packed"
     reads = bundle.build_modality(modality)
     if type(reads).tokenize is Modality.tokenize or not len(rows):
         return ""
-    return "tokenised" if reads.tokenize(fitting.sample(rows, fitting.input_columns(type(reads), objective, columns), 1), columns) is not None else ""
+    return (
+        "tokenised"
+        if reads.tokenize(
+            fitting.sample(rows, fitting.input_columns(type(reads), objective, columns), 1), columns
+        )
+        is not None
+        else ""
+    )
 
 
 class _Shard:
-    """One chunk of texts to packed or tokenised rows, in a Ray task, with the reason of each text that is left out."""
+    """One chunk of texts to packed or tokenised rows, in a Ray task, with the reason of each text
+    that is left out.
+    """
 
     def __init__(self, selection: Selection, work: Work):
         self.selection, self.work = selection, work
@@ -441,17 +732,33 @@ class _Shard:
     def __call__(self, span: tuple[int, int, int]) -> tuple[int, pa.Table, list[tuple[int, str]]]:
         work, (corpus, start, stop) = self.work, span
         modality = bundle.build_modality(work.modality)
-        read = [work.columns[role] for role in (*modality.roles, *modality.optional_roles) if role in work.columns]
+        read = [
+            work.columns[role]
+            for role in (*modality.roles, *modality.optional_roles)
+            if role in work.columns
+        ]
         ids = self.selection.ids(np.arange(start, stop))
-        table = manifests.Reader(self.selection.manifest, list(dict.fromkeys([*read, *work.kept]))).take(ids)
-        made = modality.pack(table, work.columns) if work.form == "packed" else modality.tokenize(table, work.columns)
+        table = manifests.Reader(
+            self.selection.manifest, list(dict.fromkeys([*read, *work.kept]))
+        ).take(ids)
+        made = (
+            modality.pack(table, work.columns)
+            if work.form == "packed"
+            else modality.tokenize(table, work.columns)
+        )
         assert made is not None
-        return corpus, made[0], [(int(row), reason) for row, reason in zip(ids, made[1], strict=True) if reason]
+        return (
+            corpus,
+            made[0],
+            [(int(row), reason) for row, reason in zip(ids, made[1], strict=True) if reason],
+        )
 
 
 @dataclass(frozen=True)
 class Shards:
-    """The rows that were made of a split, how many of each corpus, and the texts that were left out."""
+    """The rows that were made of a split, how many of each corpus, and the texts that were left
+    out.
+    """
 
     rows: Selection
     corpora: tuple[int, ...]
@@ -459,7 +766,9 @@ class Shards:
 
 
 def spans(selection: Selection, corpora: tuple[int, ...]) -> list[tuple[int, int, int]]:
-    """(corpus, first index, one past the last) of the texts of every task; which they are follows from the files alone, as packed rows do from them."""
+    """(corpus, first index, one past the last) of the texts of every task; which they are follows
+    from the files alone, as packed rows do from them.
+    """
     groups = selection.manifest.groups
     bytes_a_row = np.array([group.size / group.rows for group in groups])
     out, start = [], 0
@@ -468,23 +777,38 @@ def spans(selection: Selection, corpora: tuple[int, ...]) -> list[tuple[int, int
         while start < end:
             stop = min(start + SPAN_ROWS, end)
             ids = selection.ids(np.arange(start, stop))
-            held = np.cumsum(bytes_a_row[np.searchsorted(selection.manifest.starts, ids, side="right") - 1])
+            held = np.cumsum(
+                bytes_a_row[np.searchsorted(selection.manifest.starts, ids, side="right") - 1]
+            )
             parts = int(-(-held[-1] // SPAN_BYTES)) or 1
-            cuts = np.unique(np.searchsorted(held, held[-1] * np.arange(1, parts) / parts) + 1).clip(max=len(held) - 1)
+            cuts = np.unique(
+                np.searchsorted(held, held[-1] * np.arange(1, parts) / parts) + 1
+            ).clip(max=len(held) - 1)
             edges = [start, *(start + cuts).tolist(), stop]
             out += [(corpus, first, last) for first, last in pairwise(edges) if first < last]
             start = stop
     return out
 
 
-def shards(folder: str, split: str, selection: Selection, work: Work, max_bad_rows: float, corpora: tuple[int, ...]) -> Shards:
-    """Pack or tokenise a split once into Parquet in a folder of its own; a second call finds it there. No packed row holds texts of two of the
-    ``corpora``, which are given as how many of the selection's rows each has.
+def shards(
+    folder: str,
+    split: str,
+    selection: Selection,
+    work: Work,
+    max_bad_rows: float,
+    corpora: tuple[int, ...],
+) -> Shards:
+    """Pack or tokenise a split once into Parquet in a folder of its own; a second call finds it
+    there. No packed row holds texts of two of the ``corpora``, which are given as how many of the
+    selection's rows each has.
 
     Raises TooManyBadRowsError for more texts than the budget allows that cannot be read.
     """
+
     def check(bad: Iterable[tuple[int, str]]) -> None:
-        check_budget([one for one in bad if one[1] != EMPTY], len(selection), max_bad_rows, selection)
+        check_budget(
+            [one for one in bad if one[1] != EMPTY], len(selection), max_bad_rows, selection
+        )
 
     if checked.whole_folder(folder, "these rows are made again") is None:
         tasks, do = spans(selection, corpora), _Shard(selection, work)
@@ -501,10 +825,26 @@ def shards(folder: str, split: str, selection: Selection, work: Work, max_bad_ro
                 with s3.naming("write", files[name]):
                     pq.write_table(table, files[name], row_group_size=4096)
             check(bad)
-            listed = [{"row": row, "place": selection.manifest.place(row), "reason": reason} for row, reason in bad]
-            folders.commit_folder(folder, files, {"split": split, "documents": len(selection), "corpora": counts, "left_out": listed})
+            listed = [
+                {"row": row, "place": selection.manifest.place(row), "reason": reason}
+                for row, reason in bad
+            ]
+            folders.commit_folder(
+                folder,
+                files,
+                {
+                    "split": split,
+                    "documents": len(selection),
+                    "corpora": counts,
+                    "left_out": listed,
+                },
+            )
     kept = folders.open_folder(folder)
-    check((row["row"], row["reason"]) for row in kept["left_out"])  # the budget may be another one by now
+    check(
+        (row["row"], row["reason"]) for row in kept["left_out"]
+    )  # the budget may be another one by now
     found = [storage.join(folder, name) for name in sorted(kept["files"])]
     rows = Selection(manifests.build(found, "parquet", "")) if found else selection
-    return Shards(rows, tuple(kept["corpora"]), tuple({"split": split, **row} for row in kept["left_out"]))
+    return Shards(
+        rows, tuple(kept["corpora"]), tuple({"split": split, **row} for row in kept["left_out"])
+    )

@@ -51,14 +51,18 @@ def _judged(good: bool, what: str, found: str, advice: str) -> Line:
 
 
 LEAST_DRIVER = {"11": "450.80.02", "12": "525.60.13", "13": "580.65.06"}
-"""The oldest NVIDIA driver on Linux that runs builds for a major version of CUDA (table 2 of the CUDA release notes)."""
+"""The oldest NVIDIA driver on Linux that runs builds for a major version of CUDA (table 2 of the
+CUDA release notes).
+"""
 
 
 def nvidia_driver() -> str | None:
     """The version of NVIDIA's driver here, such as ``580.95.05``, or none where there is none."""
     try:
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        found = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False).stdout
+        found = subprocess.run(
+            query, capture_output=True, text=True, timeout=30, check=False
+        ).stdout
     except (OSError, subprocess.TimeoutExpired):
         found = ""
     module = Path("/proc/driver/nvidia/version")
@@ -76,14 +80,29 @@ def driver_line(driver: str | None, cuda: str | None) -> Line:
         cuda: ``torch.version.cuda``, none for a build without CUDA.
     """
     if driver is None:
-        return Line("ok", "NVIDIA driver", "none" if cuda is None else f"none (torch is built for CUDA {cuda})")
+        return Line(
+            "ok",
+            "NVIDIA driver",
+            "none" if cuda is None else f"none (torch is built for CUDA {cuda})",
+        )
     if cuda is None:
-        return Line("warn", "NVIDIA driver", f"{driver}; torch is built without CUDA", "install a build of torch with CUDA to use the GPUs")
+        return Line(
+            "warn",
+            "NVIDIA driver",
+            f"{driver}; torch is built without CUDA",
+            "install a build of torch with CUDA to use the GPUs",
+        )
     found = f"{driver}; torch is built for CUDA {cuda}"
     least = LEAST_DRIVER.get(cuda.partition(".")[0])
     if least is None or _numbers(driver) >= _numbers(least):
         return Line("ok", "NVIDIA driver", found)
-    return Line("FAIL", "NVIDIA driver", found, f"the GPUs cannot be used: update the driver to {least} or newer, or take a build of torch for an older CUDA")
+    return Line(
+        "FAIL",
+        "NVIDIA driver",
+        found,
+        f"the GPUs cannot be used: update the driver to {least} or newer, or take a build of "
+        "torch for an older CUDA",
+    )
 
 
 def _numbers(version: str) -> tuple[int, ...]:
@@ -97,24 +116,59 @@ def _machine() -> list[Line]:
     shm = shutil.disk_usage("/dev/shm") if os.path.isdir("/dev/shm") else None
     disk = shutil.disk_usage(os.getcwd())
     found = versions()
-    lines = [Line("ok" if right else "FAIL", "Python", python, "" if right else "use 3.11 or 3.12"),
-             Line("ok", "libraries", ", ".join(f"{k} {found[k]}" for k in ("torch", "ray", "timm", "transformers"))),
-             _judged((os.cpu_count() or 1) > 1, "CPU cores", str(os.cpu_count()), "two or more let data workers run beside training"),
-             _judged(memory.available > 4 << 30, "memory", f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free",
-                     "the quickstart wants 4 GiB free"),
-             _judged(disk.free > 5 << 30, "disk here", f"{disk.free / 2**30:.1f} GiB free", "runs and Ray's spill want some GiB")]
+    lines = [
+        Line("ok" if right else "FAIL", "Python", python, "" if right else "use 3.11 or 3.12"),
+        Line(
+            "ok",
+            "libraries",
+            ", ".join(f"{k} {found[k]}" for k in ("torch", "ray", "timm", "transformers")),
+        ),
+        _judged(
+            (os.cpu_count() or 1) > 1,
+            "CPU cores",
+            str(os.cpu_count()),
+            "two or more let data workers run beside training",
+        ),
+        _judged(
+            memory.available > 4 << 30,
+            "memory",
+            f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free",
+            "the quickstart wants 4 GiB free",
+        ),
+        _judged(
+            disk.free > 5 << 30,
+            "disk here",
+            f"{disk.free / 2**30:.1f} GiB free",
+            "runs and Ray's spill want some GiB",
+        ),
+    ]
     if shm is not None:
-        lines.append(_judged(shm.total > 0.25 * memory.total, "/dev/shm", f"{shm.total / 2**30:.1f} GiB",
-                             "Ray's object store falls back to disk: give the container --shm-size"))
+        lines.append(
+            _judged(
+                shm.total > 0.25 * memory.total,
+                "/dev/shm",
+                f"{shm.total / 2**30:.1f} GiB",
+                "Ray's object store falls back to disk: give the container --shm-size",
+            )
+        )
     lines.append(driver_line(nvidia_driver(), torch.version.cuda))
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        lines.append(Line("ok", "GPUs", ", ".join(names) + (", bf16" if torch.cuda.is_bf16_supported() else ", no bf16 (fp32 is used)")))
+        lines.append(
+            Line(
+                "ok",
+                "GPUs",
+                ", ".join(names)
+                + (", bf16" if torch.cuda.is_bf16_supported() else ", no bf16 (fp32 is used)"),
+            )
+        )
     else:
         lines.append(Line("ok", "GPUs", "none; everything runs on the CPU"))
     missing = [name for name, module in EXTRAS.items() if importlib.util.find_spec(module) is None]
     found_extras = f"not installed: {', '.join(missing)}" if missing else "all there"
-    lines.append(Line("ok", "extras", found_extras, f"uv sync --extra {missing[0]}" if missing else ""))
+    lines.append(
+        Line("ok", "extras", found_extras, f"uv sync --extra {missing[0]}" if missing else "")
+    )
     return lines
 
 
@@ -124,7 +178,10 @@ def _ray(address: str | None) -> tuple[list[Line], launch.Cluster | None]:
     try:
         launch.start(address, verbose=False)
         have = launch.resources()
-        text = f"{have['nodes']:g} nodes, {have['CPU']:g} CPU, {have['GPU']:g} GPU, {have['object_store_memory'] / 2**30:.1f} GiB object store"
+        text = (
+            f"{have['nodes']:g} nodes, {have['CPU']:g} CPU, {have['GPU']:g} GPU, "
+            f"{have['object_store_memory'] / 2**30:.1f} GiB object store"
+        )
         on = launch.cluster()
         lines = [Line("ok", what, text)]
         if on.grows:
@@ -142,10 +199,24 @@ def _resources(job: Job, on: launch.Cluster) -> list[Line]:
     for name, spec in job.sources.items():
         mine = launch.share_of(spec, on)
         try:
-            found = launch.check_fits(spec, mine, launch.nodes_for(spec, on), f"sources.{name}", on.grows) if spec.data is not None else []
-            lines += [Line("warn", f"source {name}", text.removeprefix("warning: ")) for text in found]
+            found = (
+                launch.check_fits(
+                    spec, mine, launch.nodes_for(spec, on), f"sources.{name}", on.grows
+                )
+                if spec.data is not None
+                else []
+            )
+            lines += [
+                Line("warn", f"source {name}", text.removeprefix("warning: ")) for text in found
+            ]
             if spec.data is not None and not found:
-                lines.append(Line("ok", f"source {name}", f"{spec.workers} ranks of {mine.cpus:g} CPU and {mine.gpus:g} GPU"))
+                lines.append(
+                    Line(
+                        "ok",
+                        f"source {name}",
+                        f"{spec.workers} ranks of {mine.cpus:g} CPU and {mine.gpus:g} GPU",
+                    )
+                )
         except launch.ClusterError as error:
             lines.append(Line("FAIL", f"source {name}", str(error)))
     try:

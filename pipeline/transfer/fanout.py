@@ -1,7 +1,8 @@
 """Fan-out: many trials at once on Ray Tune. The one place that runs Ray Tune.
 
-Trials are grouped into units: one trial, or all trials of one frozen backbone on one target, whose heads train together. A unit
-writes each trial's record when it ends, so an interrupted fan-out goes on with the trials that have none.
+Trials are grouped into units: one trial, or all trials of one frozen backbone on one target, whose
+heads train together. A unit writes each trial's record when it ends, so an interrupted fan-out goes
+on with the trials that have none.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ from pipeline.transfer.trial import Record, Shared
 from pipeline.transfer.trials import SCRATCH, Trial
 
 RUNGS = {"grace_period": 20, "reduction_factor": 2, "max_t": 100}
-"""ASHA halves the trials of a cell at 20, 40 and 80 percent of their steps, however often they validate."""
+"""ASHA halves the trials of a cell at 20, 40 and 80 percent of their steps, however often they
+validate.
+"""
 UNIT_TRIALS = 64
 """Heads trained together at most: more units keep more workers busy."""
 
@@ -53,8 +56,8 @@ class _Pulses:
     def begin(self, actor_id: str, actor: Any, unit: int, waits_for_ranks: bool = False) -> None:
         """A process begins a unit.
 
-        ``waits_for_ranks``: a growing cluster may be long in giving the ranks their place, so silence
-        and time count from the first beat, which each rank gives before anything else.
+        ``waits_for_ranks``: a growing cluster may be long in giving the ranks their place, so
+        silence and time count from the first beat, which each rank gives before anything else.
         """
         now = float("inf") if waits_for_ranks else time.monotonic()
         self.running[actor_id] = {"actor": actor, "unit": unit, "began": now, "heard": now}
@@ -66,10 +69,16 @@ class _Pulses:
             entry["began"] = min(entry["began"], entry["heard"])
 
     def end(self, unit: int) -> None:
-        self.running = {actor: entry for actor, entry in self.running.items() if entry["unit"] != unit}
+        self.running = {
+            actor: entry for actor, entry in self.running.items() if entry["unit"] != unit
+        }
 
-    def overdue(self, silence: float | None, limits: dict[int, float]) -> list[tuple[int, Any, str]]:
-        """(unit, process, ``silence`` or ``time``) of those that were not heard of for so many seconds, or run longer than their limit. Each is told once."""
+    def overdue(
+        self, silence: float | None, limits: dict[int, float]
+    ) -> list[tuple[int, Any, str]]:
+        """(unit, process, ``silence`` or ``time``) of those that were not heard of for so many
+        seconds, or run longer than their limit. Each is told once.
+        """
         now, out = time.monotonic(), []
         for actor_id, entry in list(self.running.items()):
             late = now - entry["began"] > limits.get(entry["unit"], float("inf"))
@@ -111,14 +120,20 @@ def _begin(board: Any, unit: int, every_seconds: float, waits_for_ranks: bool) -
 
 
 class _Watchdog:
-    """Ends the processes of trials that hang or take too long. It works from outside: a process that hangs in C code answers nothing."""
+    """Ends the processes of trials that hang or take too long. It works from outside: a process
+    that hangs in C code answers nothing.
+    """
 
     def __init__(self, work: list[Unit], spec: Fanout, progress: Progress):
         minutes = spec.silence_timeout_minutes
         self.silence = None if minutes is None else 60 * minutes
         limit = spec.trial_timeout_minutes
         # heads that train together share the time that each of them alone would have
-        self.limits = {} if limit is None else {number: 60 * limit * len(unit.trials) for number, unit in enumerate(work)}
+        self.limits = (
+            {}
+            if limit is None
+            else {number: 60 * limit * len(unit.trials) for number, unit in enumerate(work)}
+        )
         self.work, self.spec, self.progress = work, spec, progress
         self.reasons: dict[int, str] = {}
         waits = [*self.limits.values(), *([self.silence] if self.silence is not None else [])]
@@ -157,14 +172,28 @@ class _Watchdog:
 
     def _reason(self, unit: int, why: str) -> str:
         if why == "time":
-            together = f" for each of {len(self.work[unit].trials)} heads" if self.work[unit].together else ""
-            return f"ran longer than {self.spec.trial_timeout_minutes:g} minutes{together} (fanout.trial_timeout_minutes), and its process was ended"
-        return (f"took no step and read no batch for {self.spec.silence_timeout_minutes:g} minutes (fanout.silence_timeout_minutes), and its process was "
-                "ended")
+            together = (
+                f" for each of {len(self.work[unit].trials)} heads"
+                if self.work[unit].together
+                else ""
+            )
+            return (
+                f"ran longer than {self.spec.trial_timeout_minutes:g} minutes{together} "
+                "(fanout.trial_timeout_minutes), and its process was ended"
+            )
+        return (
+            f"took no step and read no batch for {self.spec.silence_timeout_minutes:g} minutes "
+            "(fanout.silence_timeout_minutes), and its process was "
+            "ended"
+        )
 
     def _name(self, unit: int) -> str:
         first = self.work[unit].first
-        others = f" and {len(self.work[unit].trials) - 1} more" if len(self.work[unit].trials) > 1 else ""
+        others = (
+            f" and {len(self.work[unit].trials) - 1} more"
+            if len(self.work[unit].trials) > 1
+            else ""
+        )
         return f"{first.target} / {first.technique} / {first.source} seed {first.seed}{others}"
 
 
@@ -181,28 +210,47 @@ class Unit:
 
 
 def units(trials: list[Trial], shared: Shared) -> list[Unit]:
-    """Frozen trials of one (source, base, target, technique) together, those of random weights by seed; the others one by one, the longest first."""
+    """Frozen trials of one (source, base, target, technique) together, those of random weights by
+    seed; the others one by one, the longest first.
+    """
     frozen: dict[tuple, list[Trial]] = defaultdict(list)
     single: list[Unit] = []
     for one in trials:
         if one.technique_object.frozen and shared.targets[one.target, one.base].in_memory:
             weights = one.seed if one.source == SCRATCH else None
-            frozen[one.source, weights, one.base, one.target, str(one.technique), one.stage].append(one)
+            frozen[one.source, weights, one.base, one.target, str(one.technique), one.stage].append(
+                one
+            )
         else:
             single.append(Unit((one,), False))
-    groups = [Unit(tuple(g[i:i + UNIT_TRIALS]), probe.batchable(g, shared)) for g in frozen.values() for i in range(0, len(g), UNIT_TRIALS)]
+    groups = [
+        Unit(tuple(g[i : i + UNIT_TRIALS]), probe.batchable(g, shared))
+        for g in frozen.values()
+        for i in range(0, len(g), UNIT_TRIALS)
+    ]
     split = [Unit((one,), False) for unit in groups if not unit.together for one in unit.trials]
     return single + [unit for unit in groups if unit.together] + split
 
 
-def _run_unit(config: dict[str, Any], held: list[Any], work: list[Unit], asha: bool, board: Any = None, pulse_seconds: float = 60.0) -> None:
+def _run_unit(
+    config: dict[str, Any],
+    held: list[Any],
+    work: list[Unit],
+    asha: bool,
+    board: Any = None,
+    pulse_seconds: float = 60.0,
+) -> None:
     """A Tune trial. An error becomes the trial's record; it stops nothing else.
 
     Args:
         held: The reference of what all trials share.
         board: Where the process says that it still works; None: nobody watches it.
     """
-    pulse = _begin(board, config["unit"], pulse_seconds, config["workers"] > 0) if board is not None else None
+    pulse = (
+        _begin(board, config["unit"], pulse_seconds, config["workers"] > 0)
+        if board is not None
+        else None
+    )
     shared: Shared = launch.held(held[0])
     warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
     unit = work[config["unit"]]
@@ -212,16 +260,43 @@ def _run_unit(config: dict[str, Any], held: list[Any], work: list[Unit], asha: b
     def report(step: int, steps: int, metrics: dict[str, Any]) -> None:
         name = shared.targets[unit.first.target, unit.first.base].metrics[0]
         sign = 1.0 if metric(name).higher_is_better else -1.0
-        tune.report({"goodness": sign * metrics[name], "percent": 100 * step / steps, "step": step, "validation": metrics, "seconds": time.time() - started})
+        tune.report(
+            {
+                "goodness": sign * metrics[name],
+                "percent": 100 * step / steps,
+                "step": step,
+                "validation": metrics,
+                "seconds": time.time() - started,
+            }
+        )
 
     told: list[str] = []
     try:
-        with fence.inside(shared.fences), checked.telling(told.append), heartbeat.listening(pulse.listener() if pulse else lambda: None):
-            records = _records(unit, shared, held[0], config, report if asha else lambda step, steps, metrics: None, pulse)
+        with (
+            fence.inside(shared.fences),
+            checked.telling(told.append),
+            heartbeat.listening(pulse.listener() if pulse else lambda: None),
+        ):
+            records = _records(
+                unit,
+                shared,
+                held[0],
+                config,
+                report if asha else lambda step, steps, metrics: None,
+                pulse,
+            )
     finally:
         release()
     failed = sum(record["status"] == "failed" for record in records)
-    tune.report({"goodness": 0.0, "done_trials": len(unit.trials), "failed_trials": failed, "finished": True, **({"notes": told} if told else {})})
+    tune.report(
+        {
+            "goodness": 0.0,
+            "done_trials": len(unit.trials),
+            "failed_trials": failed,
+            "finished": True,
+            **({"notes": told} if told else {}),
+        }
+    )
 
 
 def _rank_of_trial(config: dict[str, Any], ranks: Ranks) -> Record:
@@ -232,8 +307,17 @@ def _rank_of_trial(config: dict[str, Any], ranks: Ranks) -> Record:
         return trial.run(config["trial"], config["shared"], ranks)
 
 
-def _records(unit: Unit, shared: Shared, reference: Any, config: dict[str, Any], report: trial.Report, pulse: Pulse | None) -> list[Record]:
-    """Run a unit's trials to their records. Raises LostLeaseError when the run may not write any more."""
+def _records(
+    unit: Unit,
+    shared: Shared,
+    reference: Any,
+    config: dict[str, Any],
+    report: trial.Report,
+    pulse: Pulse | None,
+) -> list[Record]:
+    """Run a unit's trials to their records. Raises LostLeaseError when the run may not write any
+    more.
+    """
     fence.check(shared.root)  # before hours of training, not after them
     try:
         if unit.together:
@@ -241,16 +325,32 @@ def _records(unit: Unit, shared: Shared, reference: Any, config: dict[str, Any],
         if config["workers"]:
             where = storage.join(trial.folder(shared, unit.first), "ray")
             job = {"trial": unit.first, "shared": reference, "pulse": pulse}
-            return [launch.run_ranks(_rank_of_trial, job, config["workers"], config["cpus"], config["gpus"], where, f"trial-{unit.first.id}")]
+            return [
+                launch.run_ranks(
+                    _rank_of_trial,
+                    job,
+                    config["workers"],
+                    config["cpus"],
+                    config["gpus"],
+                    where,
+                    f"trial-{unit.first.id}",
+                )
+            ]
         return [trial.run(unit.first, shared, report=report)]
-    except Exception as error:  # whatever it is, it belongs to these trials alone; it is in their rows
+    except (
+        Exception
+    ) as error:  # whatever it is, it belongs to these trials alone; it is in their rows
         fence.check(shared.root)
         reason = f"{type(error).__name__}: {error}"[:2000]
-        return [trial.failed(one, shared, reason) for one in unit.trials if written(shared, one) is None]
+        return [
+            trial.failed(one, shared, reason) for one in unit.trials if written(shared, one) is None
+        ]
 
 
 def release() -> None:
-    """What a trial took goes back to the device and to the system: glibc would keep it, and one process serves many trials."""
+    """What a trial took goes back to the device and to the system: glibc would keep it, and one
+    process serves many trials.
+    """
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     with suppress(OSError, AttributeError):  # another system's C library
@@ -258,7 +358,9 @@ def release() -> None:
 
 
 class GroupedASHA(TrialScheduler):
-    """ASHA (Li et al. 2020) within each cell: only trials of one (source, target, technique, label fraction) compete."""
+    """ASHA (Li et al. 2020) within each cell: only trials of one (source, target, technique, label
+    fraction) compete.
+    """
 
     def __init__(self, cells: dict[int, str]):
         super().__init__()
@@ -273,7 +375,9 @@ class GroupedASHA(TrialScheduler):
     def _of(self, trial) -> TrialScheduler:
         cell = self.cells[trial.config["unit"]]
         if cell not in self.groups:
-            self.groups[cell] = ASHAScheduler(time_attr="percent", metric="goodness", mode="max", stop_last_trials=False, **RUNGS)
+            self.groups[cell] = ASHAScheduler(
+                time_attr="percent", metric="goodness", mode="max", stop_last_trials=False, **RUNGS
+            )
         return self.groups[cell]
 
     def on_trial_add(self, tune_controller, trial):
@@ -302,28 +406,56 @@ class GroupedASHA(TrialScheduler):
 
 
 class _Show(tune.Callback):
-    """Counts trials on the progress line and lets losing bundles go as soon as a better one is there."""
+    """Counts trials on the progress line and lets losing bundles go as soon as a better one is
+    there.
+    """
 
-    def __init__(self, name: str, work: list[Unit], shared: Shared, progress: Progress, keep: str,
-                 on_end: Callable[[int], None] = lambda unit: None):
+    def __init__(
+        self,
+        name: str,
+        work: list[Unit],
+        shared: Shared,
+        progress: Progress,
+        keep: str,
+        on_end: Callable[[int], None] = lambda unit: None,
+    ):
         self.on_end = on_end
-        self.name, self.work, self.shared, self.progress, self.keep = name, work, shared, progress, keep
+        self.name, self.work, self.shared, self.progress, self.keep = (
+            name,
+            work,
+            shared,
+            progress,
+            keep,
+        )
         self.total = sum(len(unit.trials) for unit in work)
         self.done = self.failed = self.pruned = 0
         self.began = self.last_end = time.time()
         self.best: dict[str, Record] = {}
 
     def __getstate__(self):
-        """Tune pickles its callbacks to resume them; this one is made anew, and its terminal cannot be pickled."""
+        """Tune pickles its callbacks to resume them; this one is made anew, and its terminal cannot
+        be pickled.
+        """
         return {}
 
     def _line(self, trials: list[Any], final: bool = False) -> None:
         ended = self.done + self.failed + self.pruned
-        running = sum(len(self.work[one.config["unit"]].trials) for one in trials if one.status == "RUNNING")
-        eta = (self.last_end - self.began) / ended * (self.total - ended) - (time.time() - self.last_end) if ended else float("nan")
+        running = sum(
+            len(self.work[one.config["unit"]].trials) for one in trials if one.status == "RUNNING"
+        )
+        eta = (
+            (self.last_end - self.began) / ended * (self.total - ended)
+            - (time.time() - self.last_end)
+            if ended
+            else float("nan")
+        )
         rest = f"  ETA {duration(eta)}" if ended and ended < self.total else ""
         pruned = f", {self.pruned} pruned" if self.pruned else ""
-        self.progress.update(f"{self.name}: trials {ended}/{self.total}  {running} running, {self.failed} failed{pruned}{rest}", final)
+        self.progress.update(
+            f"{self.name}: trials {ended}/{self.total}  {running} running, {self.failed} "
+            f"failed{pruned}{rest}",
+            final,
+        )
 
     def on_trial_start(self, iteration, trials, trial, **info):
         self._line(trials)
@@ -372,20 +504,34 @@ def prune_bundles(root: str, trials: list[Trial], keep: str, best: dict[str, Rec
 
 
 def _beats(a: Record, b: Record) -> bool:
-    """By the primary metric of validation rows, which may be another than that of test rows. Of equals the smaller seed wins, whichever ended first: else
-    each would be removed for the other, one as they end and one at the end of the run."""
+    """By the primary metric of validation rows, which may be another than that of test rows. Of
+    equals the smaller seed wins, whichever ended first: else each would be removed for the other,
+    one as they end and one at the end of the run.
+    """
     row = next(row for row in a["rows"] if row["split"] == "validation")
 
     def rank(record: Record) -> tuple[bool, float, int]:
         value = record["validation"][row["metric"]] * (1 if row["higher_is_better"] else -1)
-        return not math.isnan(value), 0.0 if math.isnan(value) else value, -record["rows"][0]["seed"]
+        return (
+            not math.isnan(value),
+            0.0 if math.isnan(value) else value,
+            -record["rows"][0]["seed"],
+        )
 
     return rank(a) > rank(b)
 
 
-def run(name: str, trials: list[Trial], shared: Shared, spec: Fanout, progress: Progress, anew: Collection[str] = (),
-        wait: bool | None = None) -> list[Record]:
-    """Run the trials that have no record yet, and those whose ids are in ``anew``; the records of all, in order. A failed trial has a record with its error.
+def run(
+    name: str,
+    trials: list[Trial],
+    shared: Shared,
+    spec: Fanout,
+    progress: Progress,
+    anew: Collection[str] = (),
+    wait: bool | None = None,
+) -> list[Record]:
+    """Run the trials that have no record yet, and those whose ids are in ``anew``; the records of
+    all, in order. A failed trial has a record with its error.
 
     ``wait``: whether to wait for nodes that are not there yet (`launch.cluster`).
 
@@ -409,9 +555,15 @@ def unfinished_of(root: str, trials: list[Trial], spec: Fanout) -> set[str]:
 
 
 def unfinished(root: str, one: Trial, spec: Fanout) -> bool:
-    """Failed trials are tried again by the next run, trials that were stopped early when nothing stops them any more, and damaged ones."""
+    """Failed trials are tried again by the next run, trials that were stopped early when nothing
+    stops them any more, and damaged ones.
+    """
     record = trial.read_record(root, one.id)
-    if record is None or record["status"] == "failed" or (record["status"] == "pruned" and spec.scheduler != "asha"):
+    if (
+        record is None
+        or record["status"] == "failed"
+        or (record["status"] == "pruned" and spec.scheduler != "asha")
+    ):
         return True
     return not trial.is_whole(root, one.id, record)
 
@@ -426,13 +578,21 @@ def _by_workers(work: list[Unit], shared: Shared) -> dict[int, list[Unit]]:
 def per_trial(spec: Fanout, have: launch.Nodes) -> tuple[float, float]:
     """CPUs and GPUs of one trial, or of one rank of a trial."""
     gpus = sum(node[1] for node in have)
-    most = max((node[0] for node in have if node[0] > 0), default=1.0)  # a head without CPUs runs no trial
+    most = max(
+        (node[0] for node in have if node[0] > 0), default=1.0
+    )  # a head without CPUs runs no trial
     share = spec.gpus_per_trial if spec.gpus_per_trial is not None else (0.25 if gpus else 0.0)
-    return (spec.cpus_per_trial if "cpus_per_trial" in spec.model_fields_set else min(spec.cpus_per_trial, most)), share
+    return (
+        spec.cpus_per_trial
+        if "cpus_per_trial" in spec.model_fields_set
+        else min(spec.cpus_per_trial, most)
+    ), share
 
 
 def check_fits(job: Job, have: launch.Nodes, grows: bool = False) -> None:
-    """Raises ClusterError when a trial of the job can never run on these nodes, which are all that can be there where the cluster ``grows``."""
+    """Raises ClusterError when a trial of the job can never run on these nodes, which are all that
+    can be there where the cluster ``grows``.
+    """
     cpus, gpus = per_trial(job.fanout, have)
     room = launch.capacity(have, cpus, gpus)
     for name, target in job.targets.items():
@@ -440,47 +600,92 @@ def check_fits(job: Job, have: launch.Nodes, grows: bool = False) -> None:
         if room < needed:
             verb = "can grow to" if grows else "has"
             ranks = f" for each of {target.workers} ranks" if target.workers else ""
-            raise launch.ClusterError(f"targets.{name}: a trial asks for {cpus:g} CPU and {gpus:g} GPU{ranks}, the cluster {verb} {launch.told(have)}; it can "
-                                      "never be met. Lower fanout.cpus_per_trial, fanout.gpus_per_trial or the target's workers, or join a larger cluster")
+            raise launch.ClusterError(
+                f"targets.{name}: a trial asks for {cpus:g} CPU and {gpus:g} GPU{ranks}, the "
+                f"cluster {verb} {launch.told(have)}; it can "
+                "never be met. Lower fanout.cpus_per_trial, fanout.gpus_per_trial or the "
+                "target's workers, or join a larger cluster"
+            )
 
 
 def keep_keys_out_of_runtime_environments() -> None:
-    """Take the AWS_* names off the list of variables that Ray Tune copies into its actors' runtime environment.
+    """Take the AWS_* names off the list of variables that Ray Tune copies into its actors' runtime
+    environment.
 
-    A runtime environment is written in clear text to logs that every user of the machine may read, and is shown by
-    the dashboard. Workers do not need the copy: on a cluster that this process starts they inherit its environment,
-    on one that it joins they have their node's (an instance role, or the environment of ``ray start``).
+    A runtime environment is written in clear text to logs that every user of the machine may read,
+    and is shown by the dashboard. Workers do not need the copy: on a cluster that this process
+    starts they inherit its environment, on one that it joins they have their node's (an instance
+    role, or the environment of ``ray start``).
     """
     listed = class_cache.ENV_VARS_TO_PROPAGATE
     class_cache.ENV_VARS_TO_PROPAGATE = {name for name in listed if not name.startswith("AWS_")}
 
 
-def _tune(name: str, work: list[Unit], shared: Shared, spec: Fanout, workers: int, progress: Progress, wait: bool | None = None) -> None:
+def _tune(
+    name: str,
+    work: list[Unit],
+    shared: Shared,
+    spec: Fanout,
+    workers: int,
+    progress: Progress,
+    wait: bool | None = None,
+) -> None:
     keep_keys_out_of_runtime_environments()
     shared = replace(shared, facts={**shared.facts, "run": uuid.uuid4().hex})
     on = launch.cluster(wait)
     cpus, gpus = per_trial(spec, on.nodes)
     if on.grows:
         bundle = {"CPU": cpus, "GPU": gpus}
-        launch.wait_for([{resource: amount for resource, amount in bundle.items() if amount}] * max(1, workers), name, progress)
-    # a trial that only drives its ranks asks for one byte: any part of a CPU would be missing to the ranks, who would wait for it for ever
-    mine: dict[str, float] = {"memory": 1} if workers else {"cpu": cpus, **({"gpu": gpus} if gpus else {})}
+        launch.wait_for(
+            [{resource: amount for resource, amount in bundle.items() if amount}] * max(1, workers),
+            name,
+            progress,
+        )
+    # a trial that only drives its ranks asks for one byte: any part of a CPU would be missing to
+    # the ranks, who would wait for it for ever
+    mine: dict[str, float] = (
+        {"memory": 1} if workers else {"cpu": cpus, **({"gpu": gpus} if gpus else {})}
+    )
     at_once = spec.max_concurrent_trials
     if workers:  # ranks are outside Tune's accounts: as many trials as their ranks fit
         most = max(1, launch.capacity(on.nodes, cpus, gpus) // workers)
         at_once = min(at_once or most, most)
-    asha = spec.scheduler == "asha" and any(unit.first.stage == "search" for unit in work) and not workers
+    asha = (
+        spec.scheduler == "asha"
+        and any(unit.first.stage == "search" for unit in work)
+        and not workers
+    )
     scheduler = GroupedASHA({i: unit.first.cell for i, unit in enumerate(work)}) if asha else None
     scratch = tempfile.mkdtemp(prefix="onetomany-tune-")
     watchdog = _Watchdog(work, spec, progress)
     try:
         show = _Show(name, work, shared, progress, spec.keep_bundles, watchdog.ended)
         tuner = tune.Tuner(
-            tune.with_resources(tune.with_parameters(_run_unit, held=[launch.hold(shared)], work=work, asha=asha, board=watchdog.board,
-                                                     pulse_seconds=watchdog.look_every_seconds), mine),
-            param_space={"unit": tune.grid_search(list(range(len(work)))), "threads": max(1, int(cpus)), "workers": workers, "cpus": cpus, "gpus": gpus},
-            tune_config=tune.TuneConfig(reuse_actors=True, max_concurrent_trials=at_once, scheduler=scheduler),
-            run_config=tune.RunConfig(name="fanout", storage_path=scratch, verbose=0, callbacks=[show]))
+            tune.with_resources(
+                tune.with_parameters(
+                    _run_unit,
+                    held=[launch.hold(shared)],
+                    work=work,
+                    asha=asha,
+                    board=watchdog.board,
+                    pulse_seconds=watchdog.look_every_seconds,
+                ),
+                mine,
+            ),
+            param_space={
+                "unit": tune.grid_search(list(range(len(work)))),
+                "threads": max(1, int(cpus)),
+                "workers": workers,
+                "cpus": cpus,
+                "gpus": gpus,
+            },
+            tune_config=tune.TuneConfig(
+                reuse_actors=True, max_concurrent_trials=at_once, scheduler=scheduler
+            ),
+            run_config=tune.RunConfig(
+                name="fanout", storage_path=scratch, verbose=0, callbacks=[show]
+            ),
+        )
         with watchdog:
             grid = tuner.fit()
         for result in grid:
@@ -491,13 +696,17 @@ def _tune(name: str, work: list[Unit], shared: Shared, spec: Fanout, workers: in
 
 
 def written(shared: Shared, one: Trial) -> Record | None:
-    """The record that this very run has written of a trial. One of before, of a failure or of other code, stays until this run's takes its place."""
+    """The record that this very run has written of a trial. One of before, of a failure or of other
+    code, stays until this run's takes its place.
+    """
     record = trial.read_record(shared.root, one.id)
     return record if record is not None and record.get("run") == shared.facts.get("run") else None
 
 
 def _account(unit: Unit, result: Any, shared: Shared, ended_because: str | None = None) -> None:
-    """Records of trials that could not write their own: the process died or was ended, or the scheduler stopped them."""
+    """Records of trials that could not write their own: the process died or was ended, or the
+    scheduler stopped them.
+    """
     for one in unit.trials:
         if written(shared, one) is not None:
             continue
@@ -505,9 +714,20 @@ def _account(unit: Unit, result: Any, shared: Shared, ended_because: str | None 
             trial.failed(one, shared, ended_because)
         elif result.error is not None:
             lines = [line for line in str(result.error).splitlines() if line.strip()]
-            trial.failed(one, shared, f"the trial's process died: {lines[-1] if lines else type(result.error).__name__}"[:2000])
+            trial.failed(
+                one,
+                shared,
+                f"the trial's process died: {lines[-1] if lines else type(result.error).__name__}"[
+                    :2000
+                ],
+            )
         else:
             last = result.metrics or {}
-            trial.failed(one, shared, "stopped early by asha", "pruned", last.get("validation"),
-                         {"steps": last.get("step"), "seconds": last.get("seconds")})
-
+            trial.failed(
+                one,
+                shared,
+                "stopped early by asha",
+                "pruned",
+                last.get("validation"),
+                {"steps": last.get("step"), "seconds": last.get("seconds")},
+            )

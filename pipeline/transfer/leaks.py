@@ -1,8 +1,10 @@
-"""A single feature that nearly decides the label on training rows: most often it was made from the label, or is known only after it.
+"""A single feature that nearly decides the label on training rows: most often it was made from the
+label, or is known only after it.
 
-Each feature alone (a field of a table; of a variable of a record how often it stands there, its first, last, least and largest value) predicts the class
-of one half of the rows from the other half, by the commonest class of its bin, so a column that merely numbers the rows tells nothing; of two classes also
-by the best threshold on all rows.
+Each feature alone (a field of a table; of a variable of a record how often it stands there, its
+first, last, least and largest value) predicts the class of one half of the rows from the other
+half, by the commonest class of its bin, so a column that merely numbers the rows tells nothing; of
+two classes also by the best threshold on all rows.
 """
 
 from __future__ import annotations
@@ -21,33 +23,53 @@ from pipeline.train import fitting
 from pipeline.train.row_checks import Finding
 
 DECIDES = 0.98
-"""Balanced accuracy of one feature alone from which it is told. Honest single features of published tables stay below: petal width of the irises reaches
-0.96, radius of breast tumours 0.91, the Glasgow Coma Scale for death in intensive care 0.7; a column that was made from the label has 0.99 to 1."""
+"""Balanced accuracy of one feature alone from which it is told. Honest single features of published
+tables stay below: petal width of the irises reaches 0.96, radius of breast tumours 0.91, the
+Glasgow Coma Scale for death in intensive care 0.7; a column that was made from the label has 0.99
+to 1.
+"""
 ROWS, BINS, FEWEST = 4096, 64, 10
-"""Rows that are looked at (as many of each class), bins of a number, and the fewest rows that a class, or each side of a label, must have."""
+"""Rows that are looked at (as many of each class), bins of a number, and the fewest rows that a
+class, or each side of a label, must have.
+"""
 MOST_LABELS, SHOWN = 50, 5
 
 
 def look(modality: Modality, spec: Target, rows: Selection, state: dict) -> list[Finding]:
-    """A warning where a feature decides the label of training rows; of multilabel targets each label is looked at alone."""
+    """A warning where a feature decides the label of training rows; of multilabel targets each
+    label is looked at alone.
+    """
     objective = registry.get("objective", spec.objective.name)
     role = next((role for role in ("label", "labels") if role in objective.roles), None)
     if role is None or not isinstance(modality, NamesFeatures) or not len(rows):
         return []
     columns = spec.data.columns
-    label_columns = [columns[one] for one in (*objective.roles, *objective.optional_roles) if one in columns]
+    label_columns = [
+        columns[one] for one in (*objective.roles, *objective.optional_roles) if one in columns
+    ]
     places = _places(rows, label_columns, objective, columns, state, role)
     inputs = fitting.fitted_columns(type(modality), objective, columns)
-    table = manifests.Reader(rows.manifest, [*dict.fromkeys([*inputs, *label_columns])]).take(rows.ids(places))
+    table = manifests.Reader(rows.manifest, [*dict.fromkeys([*inputs, *label_columns])]).take(
+        rows.ids(places)
+    )
     truth = objective.encode(table, columns, state)[role]
-    tasks = {"the label": truth} if role == "label" else {f"label {state['labels'][k]}": truth[:, k] for k in range(min(MOST_LABELS, truth.shape[1]))}
+    tasks = (
+        {"the label": truth}
+        if role == "label"
+        else {
+            f"label {state['labels'][k]}": truth[:, k]
+            for k in range(min(MOST_LABELS, truth.shape[1]))
+        }
+    )
     common = {name: _common(np.asarray(one, dtype=np.int64)) for name, one in tasks.items()}
     usable = {name: classes for name, classes in common.items() if classes.max() >= 1}
     if not usable:
         return []
     found: dict[str, list[tuple[float, str]]] = {}
     for feature, values in modality.single_features(table, columns):
-        for name, score in zip(usable, balanced_accuracies(values, list(usable.values())), strict=True):
+        for name, score in zip(
+            usable, balanced_accuracies(values, list(usable.values())), strict=True
+        ):
             if score >= DECIDES:
                 found.setdefault(name, []).append((score, feature))
     return [_finding(name, scores, len(table)) for name, scores in found.items()]
@@ -58,12 +80,25 @@ def _finding(label: str, scores: list[tuple[float, str]], rows: int) -> Finding:
     shown = ", ".join(f"{feature} ({score:.3f})" for score, feature in best[:SHOWN])
     more = f" and {len(best) - SHOWN} more" if len(best) > SHOWN else ""
     verb = "nearly decides" if len(best) == 1 else "each nearly decide"
-    return Finding(f"{shown}{more} alone {verb} {label} (balanced accuracy on {rows:,} training rows; {DECIDES} and above is told): is it made from the "
-                   "label, or known only after it? Then leave it out: results would mean nothing", True)
+    return Finding(
+        f"{shown}{more} alone {verb} {label} (balanced accuracy on {rows:,} training rows; "
+        f"{DECIDES} and above is told): is it made from the "
+        "label, or known only after it? Then leave it out: results would mean nothing",
+        True,
+    )
 
 
-def _places(rows: Selection, label_columns: list[str], objective, columns: dict[str, str], state: dict, role: str) -> np.ndarray:
-    """Rows to look at: of one class each as many of every class as there are, up to ROWS in all; else evenly spread."""
+def _places(
+    rows: Selection,
+    label_columns: list[str],
+    objective,
+    columns: dict[str, str],
+    state: dict,
+    role: str,
+) -> np.ndarray:
+    """Rows to look at: of one class each as many of every class as there are, up to ROWS in all;
+    else evenly spread.
+    """
     count = len(rows)
     if count <= ROWS:
         return np.arange(count)
@@ -74,8 +109,12 @@ def _places(rows: Selection, label_columns: list[str], objective, columns: dict[
     order = order[np.argsort(classes[order], kind="stable")]
     starts = np.searchsorted(classes[order], np.arange(classes.max() + 2))
     each = max(FEWEST, ROWS // len(np.unique(classes)))
-    kept = np.concatenate([order[start:min(stop, start + each)] for start, stop in pairwise(starts)])
-    return np.sort(kept[:ROWS] if len(kept) <= ROWS else np.random.default_rng(1).permutation(kept)[:ROWS])
+    kept = np.concatenate(
+        [order[start : min(stop, start + each)] for start, stop in pairwise(starts)]
+    )
+    return np.sort(
+        kept[:ROWS] if len(kept) <= ROWS else np.random.default_rng(1).permutation(kept)[:ROWS]
+    )
 
 
 def _common(classes: np.ndarray) -> np.ndarray:
@@ -86,10 +125,11 @@ def _common(classes: np.ndarray) -> np.ndarray:
 
 
 def balanced_accuracies(values: np.ndarray, tasks: list[np.ndarray]) -> list[float]:
-    """Of each task the mean recall over classes as one feature predicts them, each half of the rows from the other half.
+    """Of each task the mean recall over classes as one feature predicts them, each half of the rows
+    from the other half.
 
-    values: (n,) float64 with NaN where there is none, or (n,) int64 numbers of categories. A task is (n,) class numbers from 0, -1 for rows that do not
-    count.
+    values: (n,) float64 with NaN where there is none, or (n,) int64 numbers of categories. A task
+    is (n,) class numbers from 0, -1 for rows that do not count.
     """
     half = np.random.default_rng(0).permutation(len(values)) % 2 == 0
     right = [np.zeros(task.max() + 1) for task in tasks]
@@ -97,36 +137,61 @@ def balanced_accuracies(values: np.ndarray, tasks: list[np.ndarray]) -> list[flo
         bins = _bins(values, learn)
         for task, hits in zip(tasks, right, strict=True):
             kinds, known = len(hits), task >= 0
-            cells = np.bincount(bins[learn & known] * kinds + task[learn & known], minlength=(bins.max() + 1) * kinds).reshape(-1, kinds)
+            cells = np.bincount(
+                bins[learn & known] * kinds + task[learn & known],
+                minlength=(bins.max() + 1) * kinds,
+            ).reshape(-1, kinds)
             rates = cells / np.maximum(1, cells.sum(0))
-            said = np.where(cells.any(1), rates.argmax(1), -1)  # a bin that was never seen says nothing
+            said = np.where(
+                cells.any(1), rates.argmax(1), -1
+            )  # a bin that was never seen says nothing
             judged = task[judge & known]
-            hits += np.bincount(judged, weights=said[bins[judge & known]] == judged, minlength=kinds)
-    scores = [float((hits / np.bincount(task[task >= 0], minlength=len(hits))).mean()) for hits, task in zip(right, tasks, strict=True)]
+            hits += np.bincount(
+                judged, weights=said[bins[judge & known]] == judged, minlength=kinds
+            )
+    scores = [
+        float((hits / np.bincount(task[task >= 0], minlength=len(hits))).mean())
+        for hits, task in zip(right, tasks, strict=True)
+    ]
     if np.issubdtype(values.dtype, np.integer):
         return scores
-    return [max(score, _best_threshold(values, task)) if task.max() == 1 else score for score, task in zip(scores, tasks, strict=True)]
+    return [
+        max(score, _best_threshold(values, task)) if task.max() == 1 else score
+        for score, task in zip(scores, tasks, strict=True)
+    ]
 
 
 def _best_threshold(values: np.ndarray, task: np.ndarray) -> float:
-    """Balanced accuracy of two classes by the best threshold on all rows; a row without a value is told wrongly.
+    """Balanced accuracy of two classes by the best threshold on all rows; a row without a value is
+    told wrongly.
 
-    Of few rows a half has too few near the threshold to find it. FEWEST rows of each class are enough that chance alone does not reach DECIDES: of 10 and
-    10 rows it separates all once in 90,000 features.
+    Of few rows a half has too few near the threshold to find it. FEWEST rows of each class are
+    enough that chance alone does not reach DECIDES: of 10 and 10 rows it separates all once in
+    90,000 features.
     """
     usable = np.isfinite(values) & (task >= 0)
     order = np.argsort(values[usable], kind="stable")
     ranked, truth = values[usable][order], task[usable][order]
     negatives, positives = np.bincount(task[task >= 0], minlength=2)
-    ends = np.flatnonzero(np.append(ranked[1:] != ranked[:-1], True)) if len(ranked) else np.zeros(0, dtype=np.int64)
-    below = np.stack([np.cumsum(truth == 0)[ends] / negatives, np.cumsum(truth == 1)[ends] / positives])  # shares of each class up to each value
+    ends = (
+        np.flatnonzero(np.append(ranked[1:] != ranked[:-1], True))
+        if len(ranked)
+        else np.zeros(0, dtype=np.int64)
+    )
+    below = np.stack(
+        [np.cumsum(truth == 0)[ends] / negatives, np.cumsum(truth == 1)[ends] / positives]
+    )  # shares of each class up to each value
     whole = below[:, -1:] if len(ends) else np.zeros((2, 1))
     above = whole - below
-    return float(max(np.max(below[0] + above[1], initial=0.0), np.max(below[1] + above[0], initial=0.0)) / 2)
+    return float(
+        max(np.max(below[0] + above[1], initial=0.0), np.max(below[1] + above[0], initial=0.0)) / 2
+    )
 
 
 def _bins(values: np.ndarray, learn: np.ndarray) -> np.ndarray:
-    """(n,) bin of each row: categories as they are; numbers between edges from the ``learn`` rows, missing ones in a bin of their own."""
+    """(n,) bin of each row: categories as they are; numbers between edges from the ``learn`` rows,
+    missing ones in a bin of their own.
+    """
     if np.issubdtype(values.dtype, np.integer):
         return values - values.min()
     there = np.isfinite(values)

@@ -1,4 +1,6 @@
-"""What made a job's trials, and how that is told: which are of other code or versions than now, and which comparisons mix them."""
+"""What made a job's trials, and how that is told: which are of other code or versions than now, and
+which comparisons mix them.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Origin:
-    """What made a trial. ``changes``: in words, how that differs from what would make it now; empty where nothing does."""
+    """What made a trial. ``changes``: in words, how that differs from what would make it now; empty
+    where nothing does.
+    """
 
     made: MadeBy | None
     changes: tuple[str, ...] = ()
@@ -33,7 +37,10 @@ class Origin:
         """The two columns of the results table."""
         if self.made is None:
             return {"versions": None, "made_by": None}
-        return {"versions": json.dumps(self.made.versions, sort_keys=True), "made_by": self.made.hash}
+        return {
+            "versions": json.dumps(self.made.versions, sort_keys=True),
+            "made_by": self.made.hash,
+        }
 
 
 def of_record(record: Mapping[str, Any], now: MadeBy, source: str, weights: str | None) -> Origin:
@@ -41,7 +48,8 @@ def of_record(record: Mapping[str, Any], now: MadeBy, source: str, weights: str 
 
     Args:
         now: What would make it now.
-        weights: The SHA-256 of its source's weights as they are now; none for scratch, or where there are none yet.
+        weights: The SHA-256 of its source's weights as they are now; none for scratch, or where
+            there are none yet.
     """
     made = provenance.recorded(record)
     found = provenance.changes(made, now)
@@ -58,14 +66,20 @@ def marked(cells: Sequence[Cell], rows: Sequence[Row], origins: Mapping[str, Ori
     """The cells, each with ``made``: empty, or how it is marked.
 
     A cell is mixed where two of its trials, or one of them and one of those that its gains are over
-    (``Cell.compared_with``: scratch of its own and of the best backbone, for a random probe the linear probe),
-    were made by different code or versions; else it is of other code where one of its own trials was not made
-    as it would be now.
+    (``Cell.compared_with``: scratch of its own and of the best backbone, for a random probe the
+    linear probe), were made by different code or versions; else it is of other code where one of
+    its own trials was not made as it would be now.
     """
     trials: dict[tuple, list[str]] = defaultdict(list)
     for row in rows:
-        is_tested = row["trial_stage"] == "final" and row["status"] == "done" and row["split"] == "test"
-        if is_tested and row["trial_id"] in origins and row["trial_id"] not in trials[cell_key(row)]:
+        is_tested = (
+            row["trial_stage"] == "final" and row["status"] == "done" and row["split"] == "test"
+        )
+        if (
+            is_tested
+            and row["trial_id"] in origins
+            and row["trial_id"] not in trials[cell_key(row)]
+        ):
             trials[cell_key(row)].append(row["trial_id"])
     out = []
     for cell in cells:
@@ -82,13 +96,21 @@ def marked(cells: Sequence[Cell], rows: Sequence[Row], origins: Mapping[str, Ori
 
 
 def reasons(origins: Mapping[str, Origin]) -> list[str]:
-    """A sentence on the trials that were not made as they would be now, and one for each reason; none where there are none."""
+    """A sentence on the trials that were not made as they would be now, and one for each reason;
+    none where there are none.
+    """
     changed = [origin for origin in origins.values() if origin.changes]
     if not changed:
         return []
     by_reason = Counter(_short(origin.changes) for origin in changed)
-    head = f"{len(changed)} of {len(origins)} trials were made by other code or versions than those of now and are used as they are"
-    return [f"{head}; --remake changed makes them anew", *(f"{_trials(count)}: {reason}" for reason, count in by_reason.most_common())]
+    head = (
+        f"{len(changed)} of {len(origins)} trials were made by other code or versions than those "
+        "of now and are used as they are"
+    )
+    return [
+        f"{head}; --remake changed makes them anew",
+        *(f"{_trials(count)}: {reason}" for reason, count in by_reason.most_common()),
+    ]
 
 
 def _short(changes: Sequence[str]) -> str:
@@ -101,7 +123,9 @@ def _trials(count: int) -> str:
 
 
 def versions_table(rows: Sequence[Row]) -> list[list[str]]:
-    """For each library the versions that trials were made with, and for how many: (library, versions)."""
+    """For each library the versions that trials were made with, and for how many: (library,
+    versions).
+    """
     trials = {row["trial_id"]: row.get("versions") for row in rows}
     found: dict[str, Counter[str]] = {name: Counter() for name in provenance.LIBRARIES}
     for text in trials.values():
@@ -111,6 +135,9 @@ def versions_table(rows: Sequence[Row]) -> list[list[str]]:
     out = []
     for name, count in found.items():
         several = len(count) > 1
-        told = [f"{version} ({_trials(number)})" if several else version for version, number in count.most_common()]
+        told = [
+            f"{version} ({_trials(number)})" if several else version
+            for version, number in count.most_common()
+        ]
         out.append([name, ", ".join(told)])
     return out if trials else []

@@ -1,6 +1,8 @@
-"""Promise 10: test rows of a target that also stand in its sources, or among its own training rows: counted, told, and left out where the job says so.
+"""Promise 10: test rows of a target that also stand in its sources, or among its own training rows:
+counted, told, and left out where the job says so.
 
-Rows are compared by what they hold, by the record that they were cut from, and by their group (patient, speaker) where both sides name one.
+Rows are compared by what they hold, by the record that they were cut from, and by their group
+(patient, speaker) where both sides name one.
 """
 
 from __future__ import annotations
@@ -40,38 +42,72 @@ def key(target: TargetStage, sources: dict[str, SourceStage]) -> str:
         if stage.splits and stage.spec.data:
             roles = compared(spec.modality.name, spec.columns, stage.spec.data.columns)
             record = record_column(spec.modality.name, target.splits.test, stage.splits.train)
-            held.append([data_key(stage.spec.data), stage.splits.fingerprint, *roles[1:], *([record] if record else [])])
-    return "" if mode == "none" else spec_hash(mode, duplicates.VERSION, duplicates.NEAR_BITS, duplicates.NEAR_CORRELATION, held)
+            held.append(
+                [
+                    data_key(stage.spec.data),
+                    stage.splits.fingerprint,
+                    *roles[1:],
+                    *([record] if record else []),
+                ]
+            )
+    return (
+        ""
+        if mode == "none"
+        else spec_hash(
+            mode, duplicates.VERSION, duplicates.NEAR_BITS, duplicates.NEAR_CORRELATION, held
+        )
+    )
 
 
 def compared(modality: str, *columns: dict[str, str]) -> tuple[str, ...]:
-    """Roles by which rows are the same: the input itself (of records its times, variables and values), and the second text where the rows of both sides
-    are pairs (many pairs share their first)."""
+    """Roles by which rows are the same: the input itself (of records its times, variables and
+    values), and the second text where the rows of both sides are pairs (many pairs share their
+    first).
+    """
     kind = registry.get("modality", modality)
-    pairs = [role for role in ("text_pair",) if role in kind.optional_roles and all(role in named for named in columns)]
+    pairs = [
+        role
+        for role in ("text_pair",)
+        if role in kind.optional_roles and all(role in named for named in columns)
+    ]
     return (*kind.roles, *pairs)
 
 
 def record_column(modality: str, *selections: Selection) -> str:
-    """The column with the id of the record that each row was cut from, where all have it; else nothing."""
+    """The column with the id of the record that each row was cut from, where all have it; else
+    nothing.
+    """
     name = registry.get("modality", modality).record_column
-    return name if name and all(name in selection.manifest.schema.names for selection in selections) else ""
+    return (
+        name
+        if name and all(name in selection.manifest.schema.names for selection in selections)
+        else ""
+    )
 
 
 def in_groups(test: Selection, group: str, others: Selection, other_group: str) -> np.ndarray:
-    """(n,) which test rows have a group (a patient, a speaker) that also stands in the other rows. Null is no group."""
+    """(n,) which test rows have a group (a patient, a speaker) that also stands in the other rows.
+    Null is no group.
+    """
     there = {
         manifests.value_text(value)
-        for value in pc.unique(manifests.read_columns(others, [other_group])[other_group]).to_pylist()  # pyright: ignore[reportAttributeAccessIssue]
+        for value in pc.unique(
+            manifests.read_columns(others, [other_group])[other_group]
+        ).to_pylist()  # pyright: ignore[reportAttributeAccessIssue]
         if value is not None
     }
-    coded = pc.dictionary_encode(manifests.read_columns(test, [group])[group].combine_chunks())  # pyright: ignore[reportAttributeAccessIssue]
-    known = np.array([*(manifests.value_text(value) in there for value in coded.dictionary.to_pylist()), False])  # the last one is for nulls
+    # pyright: ignore
+    coded = pc.dictionary_encode(manifests.read_columns(test, [group])[group].combine_chunks())
+    known = np.array(
+        [*(manifests.value_text(value) in there for value in coded.dictionary.to_pylist()), False]
+    )  # the last one is for nulls
     return known[coded.indices.fill_null(-1).to_numpy(zero_copy_only=False)]
 
 
 def _bytes(selection: Selection, modality: str, columns: dict[str, str]) -> int:
-    """About so many bytes are read of the rows; where a column of images or recordings holds the places of their files, as a few of them tell."""
+    """About so many bytes are read of the rows; where a column of images or recordings holds the
+    places of their files, as a few of them tell.
+    """
     named = columns[registry.get("modality", modality).roles[0]]
     kind = selection.manifest.schema.field(named).type if len(selection) else pa.null()
     may_be_places = lists.is_text(kind) or pa.types.is_struct(kind)
@@ -81,15 +117,20 @@ def _bytes(selection: Selection, modality: str, columns: dict[str, str]) -> int:
     if any(isinstance(cell, dict) and cell.get("bytes") for cell in cells):
         return selection.manifest.size
     places = [cell.get("path") if isinstance(cell, dict) else cell for cell in cells]
-    held = [file.content.partition("-")[0] for file in identity.identify([place for place in places if place], "stat", absent_ok=True)]
+    held = [
+        file.content.partition("-")[0]
+        for file in identity.identify([place for place in places if place], "stat", absent_ok=True)
+    ]
     sizes = [int(size) for size in held if size != identity.ABSENT]
     return len(selection) * sum(sizes) // max(1, len(sizes))
 
 
 def look(target: TargetStage, sources: dict[str, SourceStage], folder: str) -> Overlap:
-    """Compare the test rows with the training rows of every source and of the target itself; what rows are compared by is kept under the folder.
+    """Compare the test rows with the training rows of every source and of the target itself; what
+    rows are compared by is kept under the folder.
 
-    Test rows are left out for all sources alike, so that their trials are compared on the same rows. Raises ValueError when none would stay.
+    Test rows are left out for all sources alike, so that their trials are compared on the same
+    rows. Raises ValueError when none would stay.
     """
     name, mode, test = target.name, target.spec.drop_overlap, target.splits.test
     modality = target.spec.data.modality.name
@@ -101,50 +142,93 @@ def look(target: TargetStage, sources: dict[str, SourceStage], folder: str) -> O
             others.append((f"source {source_name}", stage.splits.train, stage.spec.data.columns))
             shared = np.zeros(len(test), dtype=bool)
             corpora = [stage.spec.data, *stage.spec.data.more]
-            grouped = [(rows, data.group) for rows, data in zip(stage.splits.trains, corpora, strict=True) if data.group]
+            grouped = [
+                (rows, data.group)
+                for rows, data in zip(stage.splits.trains, corpora, strict=True)
+                if data.group
+            ]
             if group:
                 for rows, theirs in grouped:
                     shared |= in_groups(test, group, rows, theirs)
             if shared.any():
                 theirs = " or ".join(dict.fromkeys(theirs for _, theirs in grouped))
                 named = group if group == theirs else f"{group} here, {theirs} there"
-                notes.append(f"{name}: {shared.sum()} of {len(test)} test rows are of a group that also stands in the training rows of source "
-                             f"{source_name} (group: {named})")
+                notes.append(
+                    f"{name}: {shared.sum()} of {len(test)} test rows are of a group that also "
+                    "stands in the training rows of source "
+                    f"{source_name} (group: {named})"
+                )
             if mode == "group":
                 gone |= shared
                 if not grouped:
-                    notes.append(f"{name}: source {source_name} names no group: of its rows only equal ones can be left out")
+                    notes.append(
+                        f"{name}: source {source_name} names no group: of its rows only equal "
+                        "ones can be left out"
+                    )
                 elif len(grouped) < len(corpora):
                     without = len(corpora) - len(grouped)
-                    names = "names no group: of its rows" if without == 1 else "name no group: of their rows"
+                    names = (
+                        "names no group: of its rows"
+                        if without == 1
+                        else "name no group: of their rows"
+                    )
                     notes.append(
-                        f"{name}: {without} of {len(corpora)} corpora of source {source_name} {names} only equal ones can be left out"
+                        f"{name}: {without} of {len(corpora)} corpora of source {source_name} "
+                        f"{names} only equal ones can be left out"
                     )
         elif mode != "none":
-            notes.append(f"{name}: source {source_name} is a checkpoint, and what it was trained on is not known here: none of its rows can be left out")
+            notes.append(
+                f"{name}: source {source_name} is a checkpoint, and what it was trained on is "
+                "not known here: none of its rows can be left out"
+            )
     others.append(("its own training rows", target.splits.train, target.spec.data.columns))
     for where, selection, columns in others:
         ours = where.startswith("its own")
-        if (mode == "none" or ours) and (max(len(selection), len(test)) > MOST_ROWS or _bytes(selection, modality, columns) > MOST_BYTES):
-            notes.append(f"{name}: too many rows to look for its test rows in {where}" + ("" if ours else "; drop_overlap: exact or near reads them all"))
+        if (mode == "none" or ours) and (
+            max(len(selection), len(test)) > MOST_ROWS
+            or _bytes(selection, modality, columns) > MOST_BYTES
+        ):
+            notes.append(
+                f"{name}: too many rows to look for its test rows in {where}"
+                + ("" if ours else "; drop_overlap: exact or near reads them all")
+            )
             continue
         roles = compared(modality, target.spec.data.columns, columns)
         record = record_column(modality, test, selection)
-        mine, theirs = (duplicates.signs(rows, modality, tuple(named[role] for role in roles), folder, (named.get("start"), named.get("seconds")), record)
-                        for rows, named in ((test, target.spec.data.columns), (selection, columns)))
+        mine, theirs = (
+            duplicates.signs(
+                rows,
+                modality,
+                tuple(named[role] for role in roles),
+                folder,
+                (named.get("start"), named.get("seconds")),
+                record,
+            )
+            for rows, named in ((test, target.spec.data.columns), (selection, columns))
+        )
         same = duplicates.exact(mine, theirs)
         cut = duplicates.same_record(mine, theirs) & ~same
         like = duplicates.near(mine, theirs) & ~same
         if same.any() or cut.any() or like.any():
             told = f"{same.sum()} of {len(test)} test rows also stand in {where}"
-            told += f", {cut.sum()} more as another cut of the same record (column {record})" if cut.any() else ""
+            told += (
+                f", {cut.sum()} more as another cut of the same record (column {record})"
+                if cut.any()
+                else ""
+            )
             told += f", {like.sum()} more nearly so (perceptual hash)" if like.any() else ""
             notes.append(f"{name}: {told}")
         if mode != "none" and not ours:
             gone |= same | cut | like if mode == "near" else same | cut
     if mode != "none":
         if gone.all():
-            raise ValueError(f"targets.{name}.drop_overlap: all {len(test)} test rows also stand in a source and none is left; take another test split")
+            raise ValueError(
+                f"targets.{name}.drop_overlap: all {len(test)} test rows also stand in a "
+                "source and none is left; take another test split"
+            )
         also = "or their group also" if mode == "group" else "also"
-        notes.append(f"{name}: {gone.sum()} of {len(test)} test rows left out because they {also} stand in a source (drop_overlap: {mode})")
+        notes.append(
+            f"{name}: {gone.sum()} of {len(test)} test rows left out because they {also} stand "
+            f"in a source (drop_overlap: {mode})"
+        )
     return Overlap(tuple(notes), test.keep(~gone) if gone.any() else test)

@@ -1,4 +1,6 @@
-"""What a look at the files tells before a run: for ``--dry-run``. It raises what the run would refuse, after minutes of training or not."""
+"""What a look at the files tells before a run: for ``--dry-run``. It raises what the run would
+refuse, after minutes of training or not.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,9 @@ ESTIMATED = " (estimated: a run trains its tokenizer on more rows)"
 
 
 def look(state: State) -> list[str]:
-    """Sentences about sources and targets, from a sample of their rows. Raises ValueError with all that a run would refuse,
-    each problem on a line of its own."""
+    """Sentences about sources and targets, from a sample of their rows. Raises ValueError with all
+    that a run would refuse, each problem on a line of its own.
+    """
     lines: list[str] = []
     problems: list[str] = []
     seen: dict[str, Foreseen] = {}
@@ -30,14 +33,19 @@ def look(state: State) -> list[str]:
             problems.append(_at(place, error))
             continue
         if found is None:
-            lines.append(f"source {name}: not looked at: only a run fetches {stage.spec.init or stage.spec.backbone.name}")
+            lines.append(
+                f"source {name}: not looked at: only a run fetches "
+                f"{stage.spec.init or stage.spec.backbone.name}"
+            )
             continue
         seen[name] = found
         lines += _lines(f"source {name}", found.findings, found.is_estimated)
     bases = trials.bases({name: (found.arch, found.modality) for name, found in seen.items()})
     for name in state.targets:
         try:
-            lines += _target(state, name, bases, {source for source, found in seen.items() if found.is_estimated})
+            lines += _target(
+                state, name, bases, {source for source, found in seen.items() if found.is_estimated}
+            )
         except (ValueError, storage.StorageError) as error:
             problems.append(_at(f"targets.{name}", error))
     if problems:
@@ -46,10 +54,16 @@ def look(state: State) -> list[str]:
 
 
 def _target(state: State, name: str, bases: list[Base], estimated: set[str]) -> list[str]:
-    """What is noticed in a target's rows as each base reads them. Raises ValueError or StorageError as the run would."""
+    """What is noticed in a target's rows as each base reads them. Raises ValueError or StorageError
+    as the run would.
+    """
     target, matching = state.targets[name], set(stages.matching(state, name))
     foresight.check_named_files(target.splits)
-    lines = _lines(f"target {name}", targets.more_than_there_is(target, state.job.fanout.search.get("global_batch", ())), False)
+    lines = _lines(
+        f"target {name}",
+        targets.more_than_there_is(target, state.job.fanout.search.get("global_batch", ())),
+        False,
+    )
     known: set[str] = set()
     for base in bases:
         if not matching & set(base.sources):
@@ -60,7 +74,9 @@ def _target(state: State, name: str, bases: list[Base], estimated: set[str]) -> 
             continue
         known.add(key)
         found = [finding for finding in targets.findings(target, read) if finding.in_terminal]
-        decoder = Decoder(read.modality, target.spec.objective.name, read.state, target.spec.data.columns)
+        decoder = Decoder(
+            read.modality, target.spec.objective.name, read.state, target.spec.data.columns
+        )
         for split, selection in target.splits.by_name().items():
             found += foresight.rows(split, selection, decoder, target.spec.data.max_bad_rows)
         lines += _lines(f"target {name}", found, bool(estimated & set(base.sources)))
@@ -68,7 +84,11 @@ def _target(state: State, name: str, bases: list[Base], estimated: set[str]) -> 
 
 
 def _lines(name: str, findings: Iterable[Finding], is_estimated: bool) -> list[str]:
-    return [finding.line(name) + (ESTIMATED if is_estimated and "length" in finding.text else "") for finding in findings if finding.in_terminal]
+    return [
+        finding.line(name) + (ESTIMATED if is_estimated and "length" in finding.text else "")
+        for finding in findings
+        if finding.in_terminal
+    ]
 
 
 def _at(place: str, error: Exception) -> str:

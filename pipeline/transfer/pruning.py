@@ -1,7 +1,9 @@
-"""Stale trials: what the results table and the storage hold of trials that a job no longer has, and how it is removed on request.
+"""Stale trials: what the results table and the storage hold of trials that a job no longer has, and
+how it is removed on request.
 
-A trial is stale when the job, as its file says it now, does not consist of it any more: another setting, seed, technique, source or target,
-or changed data. Its rows and its bundle are kept until they are pruned, since another job may start from them.
+A trial is stale when the job, as its file says it now, does not consist of it any more: another
+setting, seed, technique, source or target, or changed data. Its rows and its bundle are kept until
+they are pruned, since another job may start from them.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ from pipeline.transfer import results
 from pipeline.transfer.cells import SCRATCH, cell_key
 
 USES_FILE = "uses.json"
-"""In a job's folder: the bundles and checkpoints that its sources start from, so that no other job prunes them."""
+"""In a job's folder: the bundles and checkpoints that its sources start from, so that no other job
+prunes them.
+"""
 STACKS = "stacks"
 """In a job's folder: the resume points of heads that train together."""
 MOST_CELLS = 6
@@ -29,7 +33,9 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Stale:
-    """What pruning would remove. ``rows``: rows of results.parquet; ``trials``: ids whose folders (record, predictions, bundle, log) go."""
+    """What pruning would remove. ``rows``: rows of results.parquet; ``trials``: ids whose folders
+    (record, predictions, bundle, log) go.
+    """
 
     rows: int
     trials: tuple[str, ...]
@@ -48,21 +54,36 @@ class Stale:
         if self.is_empty:
             out = ["nothing is stale: every trial that is kept belongs to the job"]
         else:
-            out = [f"stale: {self.rows} rows of {results.FILE} and the folders of {len(self.trials)} trials, with their bundles", *self.cells]
+            out = [
+                f"stale: {self.rows} rows of {results.FILE} and the folders of "
+                f"{len(self.trials)} trials, with their bundles",
+                *self.cells,
+            ]
         if self.stacks:
-            out.append(f"stale: resume points of {len(self.stacks)} stacks of heads that were killed")
-        return [*out, *(f"kept: trial {name} is used by {user}" for name, user in self.kept.items())]
+            out.append(
+                f"stale: resume points of {len(self.stacks)} stacks of heads that were killed"
+            )
+        return [
+            *out,
+            *(f"kept: trial {name} is used by {user}" for name, user in self.kept.items()),
+        ]
 
 
 def told(rows: Sequence[Row]) -> list[str]:
-    """A sentence on the rows of the results table whose trials the job no longer has; none where there are none."""
+    """A sentence on the rows of the results table whose trials the job no longer has; none where
+    there are none.
+    """
     stale = [row for row in rows if row["current"] is False]
     if not stale:
         return []
     found = _cells(stale)
     more = f" and {len(found) - MOST_CELLS} more" if len(found) > MOST_CELLS else ""
-    return [f"{len(stale)} of the {len(rows)} rows of {results.FILE} are stale: their trials are not in the job any more, and they stand in no table here "
-            f"(the column current is false): {'; '.join(found[:MOST_CELLS])}{more}. `onetomany report JOB --prune-stale` removes them"]
+    return [
+        f"{len(stale)} of the {len(rows)} rows of {results.FILE} are stale: their trials are "
+        "not in the job any more, and they stand in no table here "
+        f"(the column current is false): {'; '.join(found[:MOST_CELLS])}{more}. `onetomany "
+        "report JOB --prune-stale` removes them"
+    ]
 
 
 def _cells(rows: Iterable[Row]) -> list[str]:
@@ -72,7 +93,10 @@ def _cells(rows: Iterable[Row]) -> list[str]:
     out = []
     for (source, backbone, target, technique, fraction), number in count.items():
         named = f"scratch of {backbone}" if source == SCRATCH else source
-        out.append(f"{target}: {named}, {technique}, {fraction} labels ({number} trial{'' if number == 1 else 's'})")
+        out.append(
+            f"{target}: {named}, {technique}, {fraction} labels ({number} "
+            f"trial{'' if number == 1 else 's'})"
+        )
     return sorted(out)
 
 
@@ -98,7 +122,9 @@ def find(root: str, current: set[str], used: Mapping[str, str]) -> Stale:
 
 
 def _stale_stacks(root: str, current: set[str]) -> tuple[str, ...]:
-    """Stacks of which some trial is not in the job any more (so nothing goes on with them), or is not known."""
+    """Stacks of which some trial is not in the job any more (so nothing goes on with them), or is
+    not known.
+    """
     out = []
     for name in _folders(storage.join(root, STACKS)):
         trials = begun.trials_of(storage.join(root, STACKS, name))
@@ -118,21 +144,34 @@ def prune(root: str, stale: Stale) -> None:
 
 # ---------------------------------------------------------------- what other jobs use
 
+
 def note_uses(root: str, sources: Mapping[str, Sequence[str]]) -> None:
-    """Record in a job's folder what its sources start from: source to the places of bundles and checkpoints."""
-    checked.write_document(storage.join(root, USES_FILE), {name: list(places) for name, places in sources.items()})
+    """Record in a job's folder what its sources start from: source to the places of bundles and
+    checkpoints.
+    """
+    checked.write_document(
+        storage.join(root, USES_FILE), {name: list(places) for name, places in sources.items()}
+    )
 
 
 def uses(root: str, own: Mapping[str, Sequence[str]]) -> dict[str, str]:
-    """Place to who uses it, of what the sources of this job and of all jobs beside it in the same storage start from.
+    """Place to who uses it, of what the sources of this job and of all jobs beside it in the same
+    storage start from.
 
-    Jobs that were run before their uses were recorded are known by the parents in their tables and bundles. Jobs that lie elsewhere are not known.
+    Jobs that were run before their uses were recorded are known by the parents in their tables and
+    bundles. Jobs that lie elsewhere are not known.
     """
-    out = {_place(place): f"this job's source {name}" for name, places in own.items() for place in places}
+    out = {
+        _place(place): f"this job's source {name}"
+        for name, places in own.items()
+        for place in places
+    }
     storage_uri, _, mine = root.rstrip("/").rpartition("/")
     for job in _folders(storage_uri):
         if job != mine:
-            out |= {_place(place): f"job {job}" for place in _used_by(storage.join(storage_uri, job))}
+            out |= {
+                _place(place): f"job {job}" for place in _used_by(storage.join(storage_uri, job))
+            }
     return out
 
 
@@ -151,7 +190,9 @@ def _used_by(root: str) -> set[str]:
 
 
 def _place(text: str) -> str:
-    """A bundle's or checkpoint's place as it compares: without what a job writes before it, and a local one without links."""
+    """A bundle's or checkpoint's place as it compares: without what a job writes before it, and a
+    local one without links.
+    """
     place = text.partition(":")[2] if text.startswith(STARTS) else text
     place = place.rstrip("/")
     return place if storage.is_remote(place) else os.path.realpath(place)
@@ -163,5 +204,9 @@ def _folders(uri: str) -> list[str]:
         return []
     filesystem, path = storage.filesystem(uri)
     found = filesystem.ls(path, detail=True)
-    names = [entry["name"].rstrip("/").rpartition("/")[2] for entry in found if entry["type"] == "directory"]
+    names = [
+        entry["name"].rstrip("/").rpartition("/")[2]
+        for entry in found
+        if entry["type"] == "directory"
+    ]
     return sorted(name for name in names if not name.startswith("."))

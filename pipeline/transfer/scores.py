@@ -17,30 +17,38 @@ SCORE_ROWS = 2000
 
 
 def logme(found: np.ndarray, labels: np.ndarray) -> float:
-    """Log of the maximum evidence a row, averaged over classes (LogME: You et al., ICML 2021). Higher is better.
+    """Log of the maximum evidence a row, averaged over classes (LogME: You et al., ICML 2021).
+    Higher is better.
 
-    found: (n, D) features. labels: (n,) class numbers, or (n, L) 0 or 1, then averaged over the labels that some rows have and some have
-    not; NaN without such a label. The evidence is that of y ~ N(0, (t I + F F') / alpha); the best alpha of every t is
-    known, so t alone is searched. The published fixed point gave NaN or -inf in 117 of 300 random cases, nearly all with D > n, and
+    found: (n, D) features. labels: (n,) class numbers, or (n, L) 0 or 1, then averaged over the
+    labels that some rows have and some have not; NaN without such a label. The evidence is that of
+    y ~ N(0, (t I + F F') / alpha); the best alpha of every t is known, so t alone is searched. The
+    published fixed point gave NaN or -inf in 117 of 300 random cases, nearly all with D > n, and
     stops at the lower of two maxima in others.
     """
     f = found.astype(np.float64)
     n = len(f)
     u, s, _ = np.linalg.svd(f, full_matrices=False)
-    sigma = s**2                                                          # (r,)
-    y = (_telling(labels) if labels.ndim > 1 else labels[:, None] == np.unique(labels)).astype(np.float64)  # (n, C)
+    sigma = s**2  # (r,)
+    y = (_telling(labels) if labels.ndim > 1 else labels[:, None] == np.unique(labels)).astype(
+        np.float64
+    )  # (n, C)
     if not y.shape[1]:
         return float("nan")
-    z2 = (u.T @ y) ** 2                                                   # (r, C)
-    rest = np.maximum(y.sum(0) - z2.sum(0), 0.0) if len(s) < n else 0.0   # (C,) what no direction explains
+    z2 = (u.T @ y) ** 2  # (r, C)
+    rest = (
+        np.maximum(y.sum(0) - z2.sum(0), 0.0) if len(s) < n else 0.0
+    )  # (C,) what no direction explains
     t = max(float(sigma.max()), 1e-30) * np.logspace(-10, 4, 561)[:, None]
-    scale = ((1 / (t + sigma)) @ z2 + rest / t) / n                       # (T, C) 1 / alpha
+    scale = ((1 / (t + sigma)) @ z2 + rest / t) / n  # (T, C) 1 / alpha
     logdet = np.log(t + sigma).sum(1, keepdims=True) + (n - len(s)) * np.log(t)
     value = -0.5 * (np.log(2 * np.pi * scale) + logdet / n + 1)
     top = value.argmax(0).clip(1, len(t) - 2)
     left, best, right = (np.take_along_axis(value, (top + k)[None], 0)[0] for k in (-1, 0, 1))
     bend = left - 2 * best + right
-    peak = best - np.where(bend < 0, (left - right) ** 2 / (8 * np.where(bend < 0, bend, -1.0)), 0.0)  # of the parabola through the three
+    peak = best - np.where(
+        bend < 0, (left - right) ** 2 / (8 * np.where(bend < 0, bend, -1.0)), 0.0
+    )  # of the parabola through the three
     return float(np.where(value.max(0) > best, value.max(0), peak).mean())
 
 
@@ -52,51 +60,76 @@ def _telling(labels: np.ndarray) -> np.ndarray:
 def knn(found: np.ndarray, labels: np.ndarray, k: int = KNN) -> float:
     """Leave-one-out accuracy of the majority of the k nearest rows by cosine. Higher is better.
 
-    labels: (n,) class numbers. Of (n, L) labels, 0 or 1, it is the macro AUROC of how many of the k nearest rows have each label, as most
-    rows have none of the rare ones, whatever the features; NaN where no label tells rows apart.
+    labels: (n,) class numbers. Of (n, L) labels, 0 or 1, it is the macro AUROC of how many of the k
+    nearest rows have each label, as most rows have none of the rare ones, whatever the features;
+    NaN where no label tells rows apart.
     """
     y = torch.from_numpy(labels.astype(np.int64))
     nearest = y[neighbours(found, k)]
     if y.dim() == 1:
         return float((nearest.mode(1).values == y).double().mean())
     everyone = np.ones((len(found), 1))
-    areas = [weighted_auroc(vote, label, everyone)[0] for vote, label in zip(nearest.sum(1).numpy().T, (y.numpy() > 0).T, strict=True)]
+    areas = [
+        weighted_auroc(vote, label, everyone)[0]
+        for vote, label in zip(nearest.sum(1).numpy().T, (y.numpy() > 0).T, strict=True)
+    ]
     return float(np.nanmean(areas)) if not np.isnan(areas).all() else float("nan")
 
 
 def fewest_labels(shared: Shared, data: TargetData) -> np.ndarray:
-    """Places of the training rows of the target's smallest label fraction, as the trials of seed 0 draw them.
+    """Places of the training rows of the target's smallest label fraction, as the trials of seed 0
+    draw them.
 
     The fractions of one seed are nested: every trial of that seed may use these rows.
     """
     seed = mix(shared.seed, 0)
-    subsets = [label_subset(data.train, data.labels, fraction, seed) for fraction in data.spec.label_fractions]
+    subsets = [
+        label_subset(data.train, data.labels, fraction, seed)
+        for fraction in data.spec.label_fractions
+    ]
     return min(subsets, key=len)
 
 
 SCORES = {"logme": logme, "knn": knn}
 
 
-def score(shared: Shared, source: str, base_key: str, target: str, names: tuple[str, ...] = ("logme", "knn")) -> dict[str, float]:
+def score(
+    shared: Shared,
+    source: str,
+    base_key: str,
+    target: str,
+    names: tuple[str, ...] = ("logme", "knn"),
+) -> dict[str, float]:
     """Scores of a source on the training rows of a target (at most SCORE_ROWS, evenly spread).
 
-    Only rows are read that the trials with the fewest labels may use too (`fewest_labels`): a choice of sources by all
-    labels would help trials that must do with 5 % of them.
-    Raises ValueError without labels, or where a feature is not finite.
+    Only rows are read that the trials with the fewest labels may use too (`fewest_labels`): a
+    choice of sources by all labels would help trials that must do with 5 % of them. Raises
+    ValueError without labels, or where a feature is not finite.
     """
     data = shared.targets[target, base_key]
     several = registry.get("objective", data.objective["name"]).label_tensors == ("labels",)
     if data.labels is None and not several:
-        raise ValueError(f"targets.{target}: scores need labels, the objective {data.objective['name']} has none")
+        raise ValueError(
+            f"targets.{target}: scores need labels, the objective {data.objective['name']} has none"
+        )
     backbone = bundle.build_backbone(data.arch)
-    bundle.transfer(backbone, {n: torch.from_numpy(a) for n, a in shared.weights[source].items()}, source)
+    bundle.transfer(
+        backbone, {n: torch.from_numpy(a) for n, a in shared.weights[source].items()}, source
+    )
     allowed = fewest_labels(shared, data)
-    places = allowed[np.unique(np.linspace(0, len(allowed) - 1, min(SCORE_ROWS, len(allowed))).astype(np.int64))]
+    places = allowed[
+        np.unique(np.linspace(0, len(allowed) - 1, min(SCORE_ROWS, len(allowed))).astype(np.int64))
+    ]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found, rest = features(backbone, data.train.subset(places), device)
     wrong = int((~torch.isfinite(found).all(1)).sum())
     if wrong:
-        raise ValueError(f"targets.{target}: the features of source {source} are not finite for {wrong} of {len(found)} rows; its weights are damaged, "
-                         "or it was trained until they overflowed")
-    labels = rest["labels" if several else "label"].cpu().numpy()  # of the rows that could be decoded
+        raise ValueError(
+            f"targets.{target}: the features of source {source} are not finite for {wrong} of "
+            f"{len(found)} rows; its weights are damaged, "
+            "or it was trained until they overflowed"
+        )
+    labels = (
+        rest["labels" if several else "label"].cpu().numpy()
+    )  # of the rows that could be decoded
     return {name: SCORES[name](found.cpu().numpy(), labels) for name in names}

@@ -1,4 +1,6 @@
-"""A job's stages in order: sources, scores, trials, results, report. Each is keyed: what is done is not done again."""
+"""A job's stages in order: sources, scores, trials, results, report. Each is keyed: what is done is
+not done again.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,20 @@ from pipeline.train import launch, source
 from pipeline.train.progress import Progress
 from pipeline.train.row_checks import findings_of
 from pipeline.transfer import cells as matrix
-from pipeline.transfer import fanout, origins, overlap, pruning, report, results, scores, stats, subgroups, targets, trial, trials
+from pipeline.transfer import (
+    fanout,
+    origins,
+    overlap,
+    pruning,
+    report,
+    results,
+    scores,
+    stats,
+    subgroups,
+    targets,
+    trial,
+    trials,
+)
 from pipeline.transfer.origins import Origin
 from pipeline.transfer.targets import TargetStage
 from pipeline.transfer.trial import Shared
@@ -46,7 +61,9 @@ class State:
     broken: dict[str, str] = field(default_factory=dict)
     """Targets that could not be made ready, with the reason: the others go on without them."""
     scores: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """``source|target`` to the result columns ``score_name`` and ``score_value``, where sources were chosen by them."""
+    """``source|target`` to the result columns ``score_name`` and ``score_value``, where sources
+    were chosen by them.
+    """
     left_out: dict[str, int] = field(default_factory=dict)
     """How many test rows of a target were left out because they also stand in a source."""
     key: str = ""
@@ -58,7 +75,9 @@ class State:
 
 
 def check(job: Job, progress: Progress, **options: Any) -> State:
-    """Everything that can be known before anything starts: data, columns, splits, storage. Raises ValueError with all problems."""
+    """Everything that can be known before anything starts: data, columns, splits, storage. Raises
+    ValueError with all problems.
+    """
     storage.check_writable(job.root)
     state, problems = State(job, progress, **options), []
 
@@ -74,7 +93,10 @@ def check(job: Job, progress: Progress, **options: Any) -> State:
         each(targets.stage, job.targets, state.targets)
     for name, target in state.targets.items():
         if not problems and not matching(state, name):
-            problems.append(f"targets.{name}: no source reads {target.spec.data.modality.name}; add one or name it in sources")
+            problems.append(
+                f"targets.{name}: no source reads {target.spec.data.modality.name}; add one or "
+                "name it in sources"
+            )
         elif not problems:
             for source_name in matching(state, name):
                 try:
@@ -82,29 +104,51 @@ def check(job: Job, progress: Progress, **options: Any) -> State:
                 except ValueError as error:
                     problems.append(str(error))
         if job.fanout.select is not None and not target.scored:
-            problems.append(f"fanout.select: targets.{name} is {target.spec.objective.name}, and {job.fanout.select.score} scores sources by classes or labels "
-                            "of rows: leave select out, or put the target in a job of its own")
+            problems.append(
+                f"fanout.select: targets.{name} is {target.spec.objective.name}, and "
+                f"{job.fanout.select.score} scores sources by classes or labels "
+                "of rows: leave select out, or put the target in a job of its own"
+            )
     if problems:
         raise ValueError("\n".join(dict.fromkeys(problems)))
     if "sources" in state.remake:
         state.sources = {name: replace(stage, remake=True) for name, stage in state.sources.items()}
     for name, target in state.targets.items():
-        state.targets[name] = replace(target, against=overlap.key(target, {n: state.sources[n] for n in matching(state, name)}))
+        state.targets[name] = replace(
+            target,
+            against=overlap.key(target, {n: state.sources[n] for n in matching(state, name)}),
+        )
     for note in _notes_on_identity(job):
         state.notes.append(note)
         progress.note(note)
-    state.key = spec_hash([stage.key for stage in state.sources.values()], {name: [stage.key, matching(state, name)] for name, stage in state.targets.items()},
-                          job.fanout.select)
+    state.key = spec_hash(
+        [stage.key for stage in state.sources.values()],
+        {name: [stage.key, matching(state, name)] for name, stage in state.targets.items()},
+        job.fanout.select,
+    )
     return state
 
 
 def _notes_on_identity(job: Job) -> list[str]:
     """A sentence for each source and target whose files are not known by their content."""
-    named = [(f"sources.{name}", data) for name, spec in job.sources.items() for data in (spec.data, spec.probe) if data is not None]
+    named = [
+        (f"sources.{name}", data)
+        for name, spec in job.sources.items()
+        for data in (spec.data, spec.probe)
+        if data is not None
+    ]
     named += [(f"targets.{name}", spec.data) for name, spec in job.targets.items()]
-    by_stat = dict.fromkeys(place for place, data in named if "stat" in (data.identity, *(part.identity for part in data.more)))
-    return [f"{place}: its local files are told apart by size and time of change, not by what they hold (data.identity: stat): a change that keeps both is "
-            "not found, and a copy counts as other data" for place in by_stat]
+    by_stat = dict.fromkeys(
+        place
+        for place, data in named
+        if "stat" in (data.identity, *(part.identity for part in data.more))
+    )
+    return [
+        f"{place}: its local files are told apart by size and time of change, not by what they "
+        "hold (data.identity: stat): a change that keeps both is "
+        "not found, and a copy counts as other data"
+        for place in by_stat
+    ]
 
 
 def _modality_name(stage: source.SourceStage) -> str | None:
@@ -119,12 +163,22 @@ def matching(state: State, target: str) -> list[str]:
     """Sources that a target fans out: those it names, or all of its modality."""
     spec = state.job.targets[target]
     named = spec.sources if spec.sources is not None else list(state.sources)
-    return [n for n in named if n in state.sources and _modality_name(state.sources[n]) == spec.data.modality.name]
+    return [
+        n
+        for n in named
+        if n in state.sources and _modality_name(state.sources[n]) == spec.data.modality.name
+    ]
 
 
 def ended(state: State) -> list[tuple[Trial, bool]]:
-    """Every trial of the job and whether it needs no run any more; empty while a source has no bundle, or the search is not through."""
-    if not state.targets or not all(stage.done for stage in state.sources.values()) or _facts(state).get("broken"):
+    """Every trial of the job and whether it needs no run any more; empty while a source has no
+    bundle, or the search is not through.
+    """
+    if (
+        not state.targets
+        or not all(stage.done for stage in state.sources.values())
+        or _facts(state).get("broken")
+    ):
         return []  # a target that was left out is tried again
     if checked.is_damaged(_facts_uri(state)):
         return []  # the run goes through its stages once more, which makes them again
@@ -140,7 +194,9 @@ def ended(state: State) -> list[tuple[Trial, bool]]:
     if not all(one for _, one in done):
         return []
     search = [*draws, *again]
-    return done + _ended(state, final_trials(state, bases, chosen, _winners(search, _records(state, search))), bases)
+    return done + _ended(
+        state, final_trials(state, bases, chosen, _winners(search, _records(state, search))), bases
+    )
 
 
 def _records(state: State, found: list[Trial]) -> list[Any]:
@@ -155,12 +211,17 @@ def _ended(state: State, found: list[Trial], bases: list[Base]) -> list[tuple[Tr
     return [(one, one.id not in anew and one.id not in unfinished) for one in found]
 
 
-# ---------------------------------------------------------------- what made the trials that are there
+# -------------------------------------------------------------- what made the trials that are there
+
 
 def origins_of(state: State, found: list[Trial], bases: list[Base]) -> dict[str, Origin]:
     """Trial id to what made it, of those that have ended."""
     by_key = {base.key: base for base in bases}
-    weights = {name: bundle.weights_sha256(stage.bundle_uri) for name, stage in state.sources.items() if stage.has_bundle}
+    weights = {
+        name: bundle.weights_sha256(stage.bundle_uri)
+        for name, stage in state.sources.items()
+        if stage.has_bundle
+    }
     out = {}
     for one, record in zip(found, _records(state, found), strict=True):
         if record is not None:
@@ -177,9 +238,11 @@ def _anew(state: State, found: list[Trial], bases: list[Base]) -> set[str]:
 
 
 def kept(state: State) -> tuple[dict[str, tuple[str, ...]], dict[str, Origin]]:
-    """What is there and would be used as it is: source to how code and versions have changed since, and the trials that are known, by id.
+    """What is there and would be used as it is: source to how code and versions have changed since,
+    and the trials that are known, by id.
 
-    The trials of a search that is not through, or behind a source without a bundle, are known as far as they can be.
+    The trials of a search that is not through, or behind a source without a bundle, are known as
+    far as they can be.
     """
     changed = {name: stage.changes() for name, stage in state.sources.items() if stage.has_bundle}
     chosen = _chosen_before(state)
@@ -190,7 +253,9 @@ def kept(state: State) -> tuple[dict[str, tuple[str, ...]], dict[str, Origin]]:
     return changed, origins_of(state, [*search, *final], bases)
 
 
-def _known_trials(state: State, bases: list[Base], chosen: dict[str, set[str]]) -> tuple[list[Trial], list[Trial]]:
+def _known_trials(
+    state: State, bases: list[Base], chosen: dict[str, set[str]]
+) -> tuple[list[Trial], list[Trial]]:
     """The search trials that have ended, and the final trials that follow from them."""
     search = _search(state, bases, chosen)
     records = _records(state, search)
@@ -199,36 +264,57 @@ def _known_trials(state: State, bases: list[Base], chosen: dict[str, set[str]]) 
 
 
 def _search(state: State, bases: list[Base], chosen: dict[str, set[str]]) -> list[Trial]:
-    """All draws of the search, and the best of those that have ended once more with further seeds."""
+    """All draws of the search, and the best of those that have ended once more with further
+    seeds.
+    """
     draws = search_trials(state, bases, chosen)
     return [*draws, *finalist_trials(state, bases, chosen, _ranked(draws, _records(state, draws)))]
 
 
 def _bases(state: State) -> list[Base]:
-    manifests = {name: folders.open_folder(stage.bundle_uri) for name, stage in state.sources.items()}
-    return trials.bases({name: (manifest["arch"], manifest["modality"]) for name, manifest in manifests.items()})
+    manifests = {
+        name: folders.open_folder(stage.bundle_uri) for name, stage in state.sources.items()
+    }
+    return trials.bases(
+        {name: (manifest["arch"], manifest["modality"]) for name, manifest in manifests.items()}
+    )
 
 
-# ---------------------------------------------------------------- what a run leaves for `report` beside its trials
+# ------------------------------------------------- what a run leaves for `report` beside its trials
+
 
 def _facts_uri(state: State) -> str:
     return storage.join(state.job.root, "facts.json")
 
 
 def _keep_facts(state: State, chosen: dict[str, set[str]]) -> None:
-    facts = {"key": state.key, "notes": state.notes, "broken": state.broken, "scores": state.scores, "left_out": state.left_out}
-    checked.write_document(_facts_uri(state), {**facts, "chosen": {name: sorted(found) for name, found in chosen.items()}})
+    facts = {
+        "key": state.key,
+        "notes": state.notes,
+        "broken": state.broken,
+        "scores": state.scores,
+        "left_out": state.left_out,
+    }
+    checked.write_document(
+        _facts_uri(state),
+        {**facts, "chosen": {name: sorted(found) for name, found in chosen.items()}},
+    )
 
 
 def _facts(state: State) -> dict[str, Any]:
     """The facts that the newest run of these same sources and targets left, or none."""
-    remedy = "what it told the report (notes, scores, targets that were left out) is missing until the job runs again"
+    remedy = (
+        "what it told the report (notes, scores, targets that were left out) is missing until the "
+        "job runs again"
+    )
     found = checked.document_or_none(_facts_uri(state), remedy) or {}
     return found if found.get("key") == state.key else {}
 
 
 def _chosen_before(state: State) -> dict[str, set[str]] | None:
-    """Sources of each target as the newest run chose them; none when that must still be found out by scores."""
+    """Sources of each target as the newest run chose them; none when that must still be found out
+    by scores.
+    """
     if state.job.fanout.select is None:
         return {name: set(matching(state, name)) for name in state.targets}
     found = _facts(state).get("chosen")
@@ -236,12 +322,19 @@ def _chosen_before(state: State) -> dict[str, set[str]] | None:
 
 
 def used_places(state: State) -> dict[str, tuple[str, ...]]:
-    """Of each source the bundle that trials start from, and the checkpoint that it started from itself."""
-    return {name: tuple(filter(None, (stage.bundle_uri, stage.start_text))) for name, stage in state.sources.items()}
+    """Of each source the bundle that trials start from, and the checkpoint that it started from
+    itself.
+    """
+    return {
+        name: tuple(filter(None, (stage.bundle_uri, stage.start_text)))
+        for name, stage in state.sources.items()
+    }
 
 
 def all_ids(state: State) -> set[str]:
-    """Ids of all trials of the job, whether they have run or not. Raises ValueError while they cannot be known."""
+    """Ids of all trials of the job, whether they have run or not. Raises ValueError while they
+    cannot be known.
+    """
     lacking = [name for name, stage in state.sources.items() if not stage.has_bundle]
     broken, chosen = _facts(state).get("broken") or {}, _chosen_before(state)
     why = ""
@@ -256,14 +349,24 @@ def all_ids(state: State) -> set[str]:
         search = _search(state, bases, chosen)
         records = _records(state, search)
         if None not in records:
-            return {one.id for one in (*search, *final_trials(state, bases, chosen, _winners(search, records)))}
+            return {
+                one.id
+                for one in (*search, *final_trials(state, bases, chosen, _winners(search, records)))
+            }
         why = "its search is not through"
-    raise ValueError(f"{state.job.root}: {why}, so it is not known which trials belong to the job; run it to its end first, then prune")
+    raise ValueError(
+        f"{state.job.root}: {why}, so it is not known which trials belong to the job; run it "
+        "to its end first, then prune"
+    )
 
 
 def stale(state: State) -> pruning.Stale:
-    """The trials that are kept and that the job no longer has. Raises ValueError while that cannot be known."""
-    return pruning.find(state.job.root, all_ids(state), pruning.uses(state.job.root, used_places(state)))
+    """The trials that are kept and that the job no longer has. Raises ValueError while that cannot
+    be known.
+    """
+    return pruning.find(
+        state.job.root, all_ids(state), pruning.uses(state.job.root, used_places(state))
+    )
 
 
 def pretrain(state: State) -> None:
@@ -276,7 +379,10 @@ def pretrain(state: State) -> None:
             note_done(state, name)
         else:
             values = ", ".join(f"{k} {v:.4g}" for k, v in facts["metrics"].items())
-            state.progress.note(f"{name}: {facts['steps']} steps in {facts['seconds']:.0f} s; validation {values or 'none'}; bundle {stage.bundle_uri}")
+            state.progress.note(
+                f"{name}: {facts['steps']} steps in {facts['seconds']:.0f} s; validation "
+                f"{values or 'none'}; bundle {stage.bundle_uri}"
+            )
         if facts.get("transfer"):
             state.progress.note(f"{name}: {facts['transfer']}")
         if facts.get("warning"):
@@ -289,29 +395,49 @@ def note_done(state: State, name: str) -> None:
     stage = state.sources[name]
     state.progress.note(f"{name}: done before ({stage.bundle_uri})")
     if changed := stage.changes():
-        state.progress.note(f"warning: {name}: {origins.OTHER}: {', '.join(changed)}; it is used as it is, --remake changed makes it anew")
+        state.progress.note(
+            f"warning: {name}: {origins.OTHER}: {', '.join(changed)}; it is used as it is, "
+            "--remake changed makes it anew"
+        )
 
 
 def share(state: State) -> Shared:
-    """What the trials read: weights, decoded targets. Raises ValueError when a source has no bundle yet."""
+    """What the trials read: weights, decoded targets. Raises ValueError when a source has no bundle
+    yet.
+    """
     job = state.job
     missing = [name for name, stage in state.sources.items() if not stage.has_bundle]
     if missing:
-        raise ValueError(f"sources {', '.join(missing)} have no bundle yet: run `pretrain` (or `run`) first")
+        raise ValueError(
+            f"sources {', '.join(missing)} have no bundle yet: run `pretrain` (or `run`) first"
+        )
     pruning.note_uses(job.root, used_places(state))
     loaded = {name: targets.weights(stage.bundle_uri) for name, stage in state.sources.items()}
-    found = trials.bases({name: (manifest["arch"], manifest["modality"]) for name, (_, _, manifest) in loaded.items()})
+    found = trials.bases(
+        {
+            name: (manifest["arch"], manifest["modality"])
+            for name, (_, _, manifest) in loaded.items()
+        }
+    )
     held: dict[tuple[str, str], trial.TargetData] = {}
     for name, target in list(state.targets.items()):
         by_modality: dict[str, trial.TargetData] = {}
         state.progress.update(f"{name}: reading")
         try:
-            seen = overlap.look(target, {n: state.sources[n] for n in matching(state, name)}, storage.join(job.root, "signs"))
+            seen = overlap.look(
+                target,
+                {n: state.sources[n] for n in matching(state, name)},
+                storage.join(job.root, "signs"),
+            )
             target = replace(target, splits=replace(target.splits, test=seen.test))
             for base in found:
                 if set(base.sources) & set(matching(state, name)):
                     key = targets.reading(target, base)
-                    by_modality[key] = held[name, base.key] = targets.for_base(by_modality[key], base) if key in by_modality else targets.prepare(target, base)
+                    by_modality[key] = held[name, base.key] = (
+                        targets.for_base(by_modality[key], base)
+                        if key in by_modality
+                        else targets.prepare(target, base)
+                    )
         except ValueError as error:  # one bad target: the others go on
             state.broken[name] = str(error)
             state.notes.append(f"{name}: left out: {error}")
@@ -323,7 +449,12 @@ def share(state: State) -> Shared:
         state.notes.append(f"{name}: {text}") if "rows left out" in text else None
         state.progress.note(f"{name}: {text}")
         found_in_rows = [finding for data in by_modality.values() for finding in data.findings]
-        for finding in dict.fromkeys([*found_in_rows, *targets.more_than_there_is(target, job.fanout.search.get("global_batch", ()))]):
+        for finding in dict.fromkeys(
+            [
+                *found_in_rows,
+                *targets.more_than_there_is(target, job.fanout.search.get("global_batch", ())),
+            ]
+        ):
             state.notes.append(finding.line(name))
             if finding.in_terminal:
                 state.progress.note(finding.line(name))
@@ -332,20 +463,38 @@ def share(state: State) -> Shared:
             state.notes.append(note)
             state.progress.note(note)
     if not state.targets:
-        raise ValueError("\n".join(f"targets.{name}: {reason}" for name, reason in state.broken.items()))
+        raise ValueError(
+            "\n".join(f"targets.{name}: {reason}" for name, reason in state.broken.items())
+        )
     facts = {"git_sha": _git_sha(), "spec_hash": spec_hash(job)}
-    return Shared(job.name, job.root, job.seed, {base.key: base for base in found}, {name: w for name, (w, _, _) in loaded.items()},
-                  {name: stage.bundle_uri for name, stage in state.sources.items()}, held, job.fanout.keep_bundles != "none",
-                  {name: stage.key for name, stage in state.sources.items()}, facts,
-                  {name: (manifest["objective"], head) for name, (_, head, manifest) in loaded.items()}, fence.entered(),
-                  {name: bundle.weights_sha256(stage.bundle_uri) for name, stage in state.sources.items()},
-                  remake="trials" in state.remake)
+    return Shared(
+        job.name,
+        job.root,
+        job.seed,
+        {base.key: base for base in found},
+        {name: w for name, (w, _, _) in loaded.items()},
+        {name: stage.bundle_uri for name, stage in state.sources.items()},
+        held,
+        job.fanout.keep_bundles != "none",
+        {name: stage.key for name, stage in state.sources.items()},
+        facts,
+        {name: (manifest["objective"], head) for name, (_, head, manifest) in loaded.items()},
+        fence.entered(),
+        {name: bundle.weights_sha256(stage.bundle_uri) for name, stage in state.sources.items()},
+        remake="trials" in state.remake,
+    )
 
 
 def _git_sha() -> str | None:
     """The commit of this code, where it lies in a checkout."""
     try:
-        out = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=5)
+        out = subprocess.run(
+            ["git", "rev-parse", "--short=12", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=5,
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return out.stdout.strip() or None
@@ -356,7 +505,10 @@ def score(state: State, shared: Shared) -> list[dict[str, Any]]:
     out = []
     for name, target in state.targets.items():
         if not target.scored:
-            state.notes.append(f"{name}: no transferability scores, which need classes or labels of rows; its objective is {target.spec.objective.name}")
+            state.notes.append(
+                f"{name}: no transferability scores, which need classes or labels of rows; its "
+                f"objective is {target.spec.objective.name}"
+            )
             state.progress.note(state.notes[-1])
             continue
         for base in shared.bases.values():
@@ -364,21 +516,33 @@ def score(state: State, shared: Shared) -> list[dict[str, Any]]:
                 if source_name in matching(state, name) and (name, base.key) in shared.targets:
                     state.progress.update(f"score: {source_name} for {name}")
                     found = _score_of(state, shared, source_name, base.key, name)
-                    out.append({"target": name, "source": source_name, "backbone": base.label, **found})
+                    out.append(
+                        {"target": name, "source": source_name, "backbone": base.label, **found}
+                    )
     return sorted(out, key=lambda row: (row["target"], *_rank(row["logme"])))
 
 
-def _score_of(state: State, shared: Shared, source_name: str, base_key: str, target: str) -> dict[str, float]:
-    """The scores of one source, NaN where they cannot be computed: it is noted, and the other sources go on."""
+def _score_of(
+    state: State, shared: Shared, source_name: str, base_key: str, target: str
+) -> dict[str, float]:
+    """The scores of one source, NaN where they cannot be computed: it is noted, and the other
+    sources go on.
+    """
     try:
         found = scores.score(shared, source_name, base_key, target)
     except (ValueError, ArithmeticError, RuntimeError) as error:
-        reason, found = f"{type(error).__name__}: {error}", dict.fromkeys(scores.SCORES, float("nan"))
+        reason, found = (
+            f"{type(error).__name__}: {error}",
+            dict.fromkeys(scores.SCORES, float("nan")),
+        )
     else:
         reason = "no label tells its rows apart"
     missing = [name for name, value in found.items() if np.isnan(value)]
     if missing:
-        line = f"{target}: source {source_name} has no {' and no '.join(missing)} score and is ranked last ({reason})"
+        line = (
+            f"{target}: source {source_name} has no {' and no '.join(missing)} score and is ranked "
+            f"last ({reason})"
+        )
         state.notes.append(line)
         state.progress.note(f"warning: {line}")
     return found
@@ -400,23 +564,46 @@ def _select(state: State, shared: Shared) -> dict[str, set[str]]:
     for row in score(state, shared):
         by_target[row["target"]].append(row)
         value = None if np.isnan(row[select.score]) else row[select.score]
-        state.scores[f"{row['source']}|{row['target']}"] = {"score_name": select.score, "score_value": value}
+        state.scores[f"{row['source']}|{row['target']}"] = {
+            "score_name": select.score,
+            "score_value": value,
+        }
     for name, found in by_target.items():
-        best = sorted(found, key=lambda row: _rank(row[select.score]))[:select.top]
+        best = sorted(found, key=lambda row: _rank(row[select.score]))[: select.top]
         chosen[name] = {row["source"] for row in best}
         dropped = [row["source"] for row in found if row["source"] not in chosen[name]]
         if dropped:
-            state.notes.append(f"{name}: sources kept by {select.score}: {', '.join(sorted(chosen[name]))}; left out: {', '.join(dropped)}")
+            state.notes.append(
+                f"{name}: sources kept by {select.score}: {', '.join(sorted(chosen[name]))}; "
+                f"left out: {', '.join(dropped)}"
+            )
             state.progress.note(state.notes[-1])
     return chosen
 
 
-def _cells(state: State, bases: list[Base], chosen: dict[str, set[str]]) -> list[tuple[str, tuple[Base, str, Any, Any]]]:
-    return [(name, cell) for name in state.targets
-            for cell in trials.cells(state.job, name, [b for b in bases if set(b.sources) & set(matching(state, name))], chosen[name])]
+def _cells(
+    state: State, bases: list[Base], chosen: dict[str, set[str]]
+) -> list[tuple[str, tuple[Base, str, Any, Any]]]:
+    return [
+        (name, cell)
+        for name in state.targets
+        for cell in trials.cells(
+            state.job,
+            name,
+            [b for b in bases if set(b.sources) & set(matching(state, name))],
+            chosen[name],
+        )
+    ]
 
 
-def _trial(state: State, name: str, cell: tuple[Base, str, Any, Any], hyper: dict[str, float], seed: int, stage: str) -> Trial:
+def _trial(
+    state: State,
+    name: str,
+    cell: tuple[Base, str, Any, Any],
+    hyper: dict[str, float],
+    seed: int,
+    stage: str,
+) -> Trial:
     key = state.sources[cell[1]].key if cell[1] != SCRATCH else ""
     return trials.make(state.job, name, cell, hyper, seed, stage, key, state.targets[name].key)
 
@@ -425,66 +612,139 @@ def search_trials(state: State, bases: list[Base], chosen: dict[str, set[str]]) 
     """Every cell with every draw; none when there is only one draw."""
     draws = trials.draws(state.job)
     found = _cells(state, bases, chosen) if len(draws) > 1 else []
-    return [_trial(state, name, cell, hyper, 0, "search") for name, cell in found if trials.learns(cell[2]) for hyper in draws]
+    return [
+        _trial(state, name, cell, hyper, 0, "search")
+        for name, cell in found
+        if trials.learns(cell[2])
+        for hyper in draws
+    ]
 
 
-def finalist_trials(state: State, bases: list[Base], chosen: dict[str, set[str]], ranked: dict[str, list[dict[str, float]]]) -> list[Trial]:
-    """The best few draws of every cell with further seeds (`Fanout.search_finalists`); none where there is nothing to choose from.
+def finalist_trials(
+    state: State,
+    bases: list[Base],
+    chosen: dict[str, set[str]],
+    ranked: dict[str, list[dict[str, float]]],
+) -> list[Trial]:
+    """The best few draws of every cell with further seeds (`Fanout.search_finalists`); none where
+    there is nothing to choose from.
 
     ``ranked``: cell to its draws, the best first.
     """
     spec, out = state.job.fanout.search_finalists, []
     for name, cell in _cells(state, bases, chosen) if ranked else ():
-        best = ranked.get(_trial(state, name, cell, {}, 0, "search").cell, [])[:spec.top]
+        best = ranked.get(_trial(state, name, cell, {}, 0, "search").cell, [])[: spec.top]
         if len(best) > 1:
-            out += [_trial(state, name, cell, hyper, trials.FURTHER_SEARCH_SEEDS + i, "search") for hyper in best for i in range(spec.seeds)]
+            out += [
+                _trial(state, name, cell, hyper, trials.FURTHER_SEARCH_SEEDS + i, "search")
+                for hyper in best
+                for i in range(spec.seeds)
+            ]
     return out
 
 
-def final_trials(state: State, bases: list[Base], chosen: dict[str, set[str]], winners: dict[str, dict[str, float]]) -> list[Trial]:
-    """Every cell's winner with every seed; a cell whose search has no winner runs with the target's own settings."""
+def final_trials(
+    state: State,
+    bases: list[Base],
+    chosen: dict[str, set[str]],
+    winners: dict[str, dict[str, float]],
+) -> list[Trial]:
+    """Every cell's winner with every seed; a cell whose search has no winner runs with the target's
+    own settings.
+    """
     out = []
     for name, cell in _cells(state, bases, chosen):
         hyper = winners.get(_trial(state, name, cell, {}, 0, "final").cell, {})
-        out += [_trial(state, name, cell, hyper, seed, "final") for seed in range(state.job.fanout.seeds if trials.learns(cell[2]) else 1)]
+        out += [
+            _trial(state, name, cell, hyper, seed, "final")
+            for seed in range(state.job.fanout.seeds if trials.learns(cell[2]) else 1)
+        ]
     return out
 
 
 def finetune(state: State, shared: Shared) -> list[Trial]:
-    """Search (when there are draws), try the best draws again, then every cell's winner with every seed. Returns all trials of the job."""
+    """Search (when there are draws), try the best draws again, then every cell's winner with every
+    seed. Returns all trials of the job.
+    """
     job, bases = state.job, list(shared.bases.values())
     chosen = _select(state, shared)
     search = search_trials(state, bases, chosen)
-    records = fanout.run("search", search, shared, job.fanout, state.progress, _anew(state, search, bases), state.wait) if search else []
+    records = (
+        fanout.run(
+            "search",
+            search,
+            shared,
+            job.fanout,
+            state.progress,
+            _anew(state, search, bases),
+            state.wait,
+        )
+        if search
+        else []
+    )
     again = finalist_trials(state, bases, chosen, _ranked(search, records))
     if again:
-        unpruned = job.fanout.model_copy(update={"scheduler": "fifo"})  # a mean over seeds needs all of them
-        records += fanout.run("search, best again", again, shared, unpruned, state.progress, _anew(state, again, bases), state.wait)
+        unpruned = job.fanout.model_copy(
+            update={"scheduler": "fifo"}
+        )  # a mean over seeds needs all of them
+        records += fanout.run(
+            "search, best again",
+            again,
+            shared,
+            unpruned,
+            state.progress,
+            _anew(state, again, bases),
+            state.wait,
+        )
         search = [*search, *again]
     winners = _winners(search, records)
     for cell in sorted({one.cell for one in search} - set(winners)):
-        state.notes.append(f"search: no trial of {cell} ended well, so it has no winner: its final trials run with the target's own settings")
+        state.notes.append(
+            f"search: no trial of {cell} ended well, so it has no winner: its final trials run "
+            "with the target's own settings"
+        )
         state.progress.note(f"warning: {state.notes[-1]}")
     _keep_facts(state, chosen)
     final = final_trials(state, bases, chosen, winners)
-    fanout.run("fine-tune", final, shared, job.fanout, state.progress, _anew(state, final, bases), state.wait)
+    fanout.run(
+        "fine-tune",
+        final,
+        shared,
+        job.fanout,
+        state.progress,
+        _anew(state, final, bases),
+        state.wait,
+    )
     return [*search, *final]
 
 
 def current(state: State) -> list[dict[str, Any]]:
-    """Rows of the job as it is now, from the records of the trials that have ended, with the notes of the run that left them."""
+    """Rows of the job as it is now, from the records of the trials that have ended, with the notes
+    of the run that left them.
+    """
     if not state.targets or not all(stage.has_bundle for stage in state.sources.values()):
         return []
     facts = _facts(state)
-    state.notes, state.broken, state.scores, state.left_out = facts.get("notes", []), *(facts.get(name, {}) for name in ("broken", "scores", "left_out"))
-    state.targets = {name: stage for name, stage in state.targets.items() if name not in state.broken}
-    bases, chosen = _bases(state), _chosen_before(state) or {name: set(matching(state, name)) for name in state.targets}
+    state.notes, state.broken, state.scores, state.left_out = (
+        facts.get("notes", []),
+        *(facts.get(name, {}) for name in ("broken", "scores", "left_out")),
+    )
+    state.targets = {
+        name: stage for name, stage in state.targets.items() if name not in state.broken
+    }
+    bases, chosen = (
+        _bases(state),
+        _chosen_before(state) or {name: set(matching(state, name)) for name in state.targets},
+    )
     search, final = _known_trials(state, bases, chosen)
     return results.filled(collect(state, [*search, *final]))
 
 
-def _tried(search: list[Trial], records: list[Any]) -> dict[str, list[tuple[dict[str, float], list[float]]]]:
-    """Cell to its draws, each with the validation values of the seeds that it was tried with, larger is better.
+def _tried(
+    search: list[Trial], records: list[Any]
+) -> dict[str, list[tuple[dict[str, float], list[float]]]]:
+    """Cell to its draws, each with the validation values of the seeds that it was tried with,
+    larger is better.
 
     Trials without a record and those that failed, were stopped early or have no value are left out.
     """
@@ -496,29 +756,44 @@ def _tried(search: list[Trial], records: list[Any]) -> dict[str, list[tuple[dict
         value = row["value"] if row["higher_is_better"] else -row["value"]
         if np.isnan(value):
             continue
-        _, values = out[one.cell].setdefault(json.dumps(one.hyper_parameters, sort_keys=True), (one.hyper_parameters, {}))
+        _, values = out[one.cell].setdefault(
+            json.dumps(one.hyper_parameters, sort_keys=True), (one.hyper_parameters, {})
+        )
         values[one.id] = value
-    return {cell: [(hyper, list(values.values())) for hyper, values in draws.values()] for cell, draws in out.items()}
+    return {
+        cell: [(hyper, list(values.values())) for hyper, values in draws.values()]
+        for cell, draws in out.items()
+    }
 
 
 def _ranked(search: list[Trial], records: list[Any]) -> dict[str, list[dict[str, float]]]:
-    """Cell to its draws, the best first; of draws that are equally good, the one that was drawn first."""
-    return {cell: [hyper for hyper, _ in sorted(draws, key=_standing, reverse=True)] for cell, draws in _tried(search, records).items()}
+    """Cell to its draws, the best first; of draws that are equally good, the one that was drawn
+    first.
+    """
+    return {
+        cell: [hyper for hyper, _ in sorted(draws, key=_standing, reverse=True)]
+        for cell, draws in _tried(search, records).items()
+    }
 
 
 def _winners(search: list[Trial], records: list[Any]) -> dict[str, dict[str, float]]:
-    """The best draw of every cell on validation, at equal budget; pruned and failed trials do not win."""
+    """The best draw of every cell on validation, at equal budget; pruned and failed trials do not
+    win.
+    """
     return {cell: ranked[0] for cell, ranked in _ranked(search, records).items()}
 
 
 def _standing(draw: tuple[dict[str, float], list[float]]) -> tuple[int, float]:
-    """A draw that more seeds have finished of comes first: draws that were not tried again, or failed with a seed, were found worse."""
+    """A draw that more seeds have finished of comes first: draws that were not tried again, or
+    failed with a seed, were found worse.
+    """
     _, values = draw
     return len(values), float(np.mean(values))
 
 
 def collect(state: State, found: list[Trial]) -> list[dict[str, Any]]:
-    """Records of trials to rows of the results table, with the gain of each over scratch at the same seed.
+    """Records of trials to rows of the results table, with the gain of each over scratch at the
+    same seed.
 
     Names are those of the job as it is now: a record may be older than a name.
     """
@@ -533,65 +808,133 @@ def collect(state: State, found: list[Trial]) -> list[dict[str, Any]]:
         kept = set(records)
     bundles = {one: uri for one in kept if (uri := records[one]["rows"][0]["bundle_uri"])}
     is_there = storage.at_once(bundle.exists, bundles.values())
-    kept = {one for one, there in zip(bundles, is_there, strict=True) if there}  # another run may have kept fewer
-    scratch = {(one.base, one.target, trials.fraction_text(one.label_fraction), one.seed): one for one in found
-               if one.source == SCRATCH and str(one.technique) == "scratch" and one.stage == "final"}
-    predictions = lru_cache(maxsize=8)(partial(trial.read_predictions, root))  # of a trial's several metrics, and of its scratch
+    kept = {
+        one for one, there in zip(bundles, is_there, strict=True) if there
+    }  # another run may have kept fewer
+    scratch = {
+        (one.base, one.target, trials.fraction_text(one.label_fraction), one.seed): one
+        for one in found
+        if one.source == SCRATCH and str(one.technique) == "scratch" and one.stage == "final"
+    }
+    predictions = lru_cache(maxsize=8)(
+        partial(trial.read_predictions, root)
+    )  # of a trial's several metrics, and of its scratch
     targets_of = {one.id: one.target for one in found}
     rows = []
     for one in found:
         for row in records.get(one.id, {"rows": []})["rows"]:
-            row = {**row, "job": state.job.name, "source": one.source, "backbone": one.backbone, "target": one.target,
-                   "current": True, "split_origin": state.targets[one.target].split_origin,
-                   "hyper_parameters": json.dumps(row["hyper_parameters"], sort_keys=True), "started_at": datetime.fromtimestamp(row["started_at"], UTC)}
+            row = {
+                **row,
+                "job": state.job.name,
+                "source": one.source,
+                "backbone": one.backbone,
+                "target": one.target,
+                "current": True,
+                "split_origin": state.targets[one.target].split_origin,
+                "hyper_parameters": json.dumps(row["hyper_parameters"], sort_keys=True),
+                "started_at": datetime.fromtimestamp(row["started_at"], UTC),
+            }
             row |= state.scores.get(f"{one.source}|{one.target}", {})
             row["drawn"] = json.dumps(one.hyper_parameters, sort_keys=True)
             row |= state.origins[one.id].columns()
             if one.id not in kept:
                 row["bundle_uri"] = None
-            against = scratch.get((one.base, one.target, trials.fraction_text(one.label_fraction), one.seed))
-            if row["split"] == "test" and against is not None and against.id in records and one.source != SCRATCH:
+            against = scratch.get(
+                (one.base, one.target, trials.fraction_text(one.label_fraction), one.seed)
+            )
+            if (
+                row["split"] == "test"
+                and against is not None
+                and against.id in records
+                and one.source != SCRATCH
+            ):
                 row |= _gain(predictions, one, against, row, records)
-                if mixed := provenance.differences(state.origins[one.id].made, state.origins[against.id].made):
+                if mixed := provenance.differences(
+                    state.origins[one.id].made, state.origins[against.id].made
+                ):
                     note = f"the gain {origins.MIXED} ({', '.join(mixed)})"
                     row["interval"] = f"{row['interval']}; {note}" if row.get("interval") else note
             rows.append(row)
         rows += _by_subgroup(state, predictions, rows, one)
-    results.append(root, _compared(rows, matrix.cells(rows, _tested_runs(state, rows, targets_of))), current={one.id for one in found})
+    results.append(
+        root,
+        _compared(rows, matrix.cells(rows, _tested_runs(state, rows, targets_of))),
+        current={one.id for one in found},
+    )
     return rows
 
 
-def _tested_runs(state: State, rows: list[dict[str, Any]], targets_of: dict[str, str]) -> dict[str, stats.Run]:
+def _tested_runs(
+    state: State, rows: list[dict[str, Any]], targets_of: dict[str, str]
+) -> dict[str, stats.Run]:
     """Test predictions of the finished final trials of these rows, by trial id."""
-    tested = {row["trial_id"]: row["seed"] for row in rows if row["trial_stage"] == "final" and row["status"] == "done" and row["split"] == "test"}
+    tested = {
+        row["trial_id"]: row["seed"]
+        for row in rows
+        if row["trial_stage"] == "final" and row["status"] == "done" and row["split"] == "test"
+    }
     found = {one: trial.read_predictions(state.job.root, one, seed) for one, seed in tested.items()}
-    return {one: _told(state, targets_of[one], run) for one, run in found.items() if run is not None}
+    return {
+        one: _told(state, targets_of[one], run) for one, run in found.items() if run is not None
+    }
 
 
 def _compared(rows: list[dict[str, Any]], cells: list[matrix.Cell]) -> list[dict[str, Any]]:
-    """Fill in, on the test rows of trials that started from a source, what only the comparison of whole cells tells: on how many paired seeds it rests,
-    its corrected p value (of the primary metric), and the gain over the target's best scratch network with the same seed. Gives the same rows."""
-    by_key = {(cell.source, cell.backbone, cell.target, cell.technique, cell.label_fraction): cell for cell in cells}
-    tested = [row for row in rows if row["trial_stage"] == "final" and row["split"] == "test" and row["metric"] and row["status"] == "done"]
-    scratch = {(row["backbone"], row["target"], row["label_fraction"], row["metric"], row["seed"]): row["value"] for row in tested
-               if row["source"] == SCRATCH and results.technique(row) == "scratch"}
+    """Fill in, on the test rows of trials that started from a source, what only the comparison of
+    whole cells tells: on how many paired seeds it rests, its corrected p value (of the primary
+    metric), and the gain over the target's best scratch network with the same seed. Gives the same
+    rows.
+    """
+    by_key = {
+        (cell.source, cell.backbone, cell.target, cell.technique, cell.label_fraction): cell
+        for cell in cells
+    }
+    tested = [
+        row
+        for row in rows
+        if row["trial_stage"] == "final"
+        and row["split"] == "test"
+        and row["metric"]
+        and row["status"] == "done"
+    ]
+    scratch = {
+        (row["backbone"], row["target"], row["label_fraction"], row["metric"], row["seed"]): row[
+            "value"
+        ]
+        for row in tested
+        if row["source"] == SCRATCH and results.technique(row) == "scratch"
+    }
     for row in tested:
         cell = by_key.get(matrix.cell_key(row))
         if cell is None or row["source"] == SCRATCH or "@" in row["metric"]:
             continue
         row["paired_seeds"] = cell.paired_seeds
         row["gain_p_holm"] = cell.gain_p_holm if row["metric"] == cell.metric else None
-        best = scratch.get((cell.baseline, row["target"], row["label_fraction"], row["metric"], row["seed"]))
+        best = scratch.get(
+            (cell.baseline, row["target"], row["label_fraction"], row["metric"], row["seed"])
+        )
         if best is not None and row["value"] is not None:
             row["baseline_gain"] = (row["value"] - best) * (1 if row["higher_is_better"] else -1)
     return rows
 
 
-def _by_subgroup(state: State, predictions: Callable[[str, int], stats.Run | None], rows: list[dict[str, Any]], one: Trial) -> list[dict[str, Any]]:
+def _by_subgroup(
+    state: State,
+    predictions: Callable[[str, int], stats.Run | None],
+    rows: list[dict[str, Any]],
+    one: Trial,
+) -> list[dict[str, Any]]:
     """The primary metric's row of a final trial, once for each subgroup of the test rows."""
-    spec, primary = state.targets[one.target].spec, next((row for row in rows if row["trial_id"] == one.id and row["split"] == "test"), None)
+    spec, primary = (
+        state.targets[one.target].spec,
+        next((row for row in rows if row["trial_id"] == one.id and row["split"] == "test"), None),
+    )
     run = predictions(one.id, one.seed) if spec.subgroups and primary is not None else None
-    return subgroups.result_rows(_told(state, one.target, run), primary) if run is not None and primary is not None else []
+    return (
+        subgroups.result_rows(_told(state, one.target, run), primary)
+        if run is not None and primary is not None
+        else []
+    )
 
 
 def _told(state: State, target: str, run: stats.Run) -> stats.Run:
@@ -600,21 +943,42 @@ def _told(state: State, target: str, run: stats.Run) -> stats.Run:
     if stage is None or not stage.spec.subgroups:
         return run
     if target not in state.subgroups:
-        state.subgroups[target] = subgroups.read(stage.splits.test, stage.spec.subgroups, f"targets.{target}.subgroups")
+        state.subgroups[target] = subgroups.read(
+            stage.splits.test, stage.spec.subgroups, f"targets.{target}.subgroups"
+        )
     return subgroups.told(run, stage.splits.test, state.subgroups[target])
 
 
-def _gain(predictions: Callable[[str, int], stats.Run | None], one: Trial, against: Trial, row: dict[str, Any],
-          records: dict[str, Any]) -> dict[str, Any]:
-    theirs = next((r["value"] for r in records[against.id]["rows"] if r["split"] == "test" and r["metric"] == row["metric"]), None)
+def _gain(
+    predictions: Callable[[str, int], stats.Run | None],
+    one: Trial,
+    against: Trial,
+    row: dict[str, Any],
+    records: dict[str, Any],
+) -> dict[str, Any]:
+    theirs = next(
+        (
+            r["value"]
+            for r in records[against.id]["rows"]
+            if r["split"] == "test" and r["metric"] == row["metric"]
+        ),
+        None,
+    )
     if theirs is None:
         return {}
-    out = {"scratch_value": theirs, "gain": (row["value"] - theirs) * (1 if row["higher_is_better"] else -1)}
+    out = {
+        "scratch_value": theirs,
+        "gain": (row["value"] - theirs) * (1 if row["higher_is_better"] else -1),
+    }
     if "/" in row["metric"]:  # one label's own: the report has its interval over all seeds
         return out
     of = metric(row["metric"])
     ours, scratch = (predictions(t.id, t.seed) for t in (one, against))
-    if (of.units is not None or of.resampled is not None) and ours is not None and scratch is not None:
+    if (
+        (of.units is not None or of.resampled is not None)
+        and ours is not None
+        and scratch is not None
+    ):
         out["gain"], out["gain_low"], out["gain_high"] = stats.gain(of, [ours], [scratch])
     return out
 
@@ -629,25 +993,53 @@ def show(state: State, rows: list[dict[str, Any]]) -> tuple[list[matrix.Cell], t
     curves = {}
     for trial_id, record in trial.read_records(root, {row["trial_id"] for row in final}).items():
         if record:
-            curves[trial_id] = [{"step": c["step"], "loss": c.get("loss"), "validation": {k: v for k, v in c.items() if k != "step"}} for c in record["curve"]]
+            curves[trial_id] = [
+                {
+                    "step": c["step"],
+                    "loss": c.get("loss"),
+                    "validation": {k: v for k, v in c.items() if k != "step"},
+                }
+                for c in record["curve"]
+            ]
     if not state.pretraining:
-        state.pretraining = [launch.facts_of(stage) for stage in state.sources.values() if stage.has_bundle]
+        state.pretraining = [
+            launch.facts_of(stage) for stage in state.sources.values() if stage.has_bundle
+        ]
     notes = [*state.notes, *pruning.told(results.read(root))]
-    where = report.write(root, job_name=state.job.name, cells=cells, rows=rows, curves=curves,
-                         pretraining=[{**facts, "bundle_uri": facts.get("bundle")} for facts in state.pretraining],
-                         splits={name: _splits_told(state, stage) for name, stage in state.targets.items()}, notes=notes,
-                         versions={"job": spec_hash(state.job)}, runs=runs, made=origins.reasons(state.origins), scores=state.scores)
+    where = report.write(
+        root,
+        job_name=state.job.name,
+        cells=cells,
+        rows=rows,
+        curves=curves,
+        pretraining=[{**facts, "bundle_uri": facts.get("bundle")} for facts in state.pretraining],
+        splits={name: _splits_told(state, stage) for name, stage in state.targets.items()},
+        notes=notes,
+        versions={"job": spec_hash(state.job)},
+        runs=runs,
+        made=origins.reasons(state.origins),
+        scores=state.scores,
+    )
     return cells, where
 
 
 def _splits_told(state: State, stage: TargetStage) -> str:
     gone = state.left_out.get(stage.name)
-    told = f"; {gone} of the test rows also stand in a source and were left out (drop_overlap: {stage.spec.drop_overlap})"
+    told = (
+        f"; {gone} of the test rows also stand in a source and were left out (drop_overlap: "
+        f"{stage.spec.drop_overlap})"
+    )
     return stage.splits.sizes() + (told if gone else "")
 
 
 def failures(state: State, rows: list[dict[str, Any]]) -> list[str]:
     """A line for each target that was left out and each trial that failed."""
     left_out = [f"targets.{name}: {reason}" for name, reason in state.broken.items()]
-    return left_out + sorted({f"{row['target']} / {row['technique']} / {row['source']} seed {row['seed']}: {row['error']}"
-                              for row in rows if row["status"] == "failed"})
+    return left_out + sorted(
+        {
+            f"{row['target']} / {row['technique']} / {row['source']} seed {row['seed']}: "
+            f"{row['error']}"
+            for row in rows
+            if row["status"] == "failed"
+        }
+    )

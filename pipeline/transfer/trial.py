@@ -1,4 +1,6 @@
-"""One trial: the same loop as pretraining, on a target's rows, from a source's weights or from scratch. No Ray here."""
+"""One trial: the same loop as pretraining, on a target's rows, from a source's weights or from
+scratch. No Ray here.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,14 @@ from pipeline import bundle, checked, fence, folders, heartbeat, identity, regis
 from pipeline.contracts import Objective, Task
 from pipeline.data.buckets import BucketPlan
 from pipeline.data.plan import Plan
-from pipeline.data.stream import Rows, check_budget, eval_batches, plan_of, rows_an_item, train_batches
+from pipeline.data.stream import (
+    Rows,
+    check_budget,
+    eval_batches,
+    plan_of,
+    rows_an_item,
+    train_batches,
+)
 from pipeline.identity import FileIdentity
 from pipeline.job import Target, Train, drawn
 from pipeline.metrics import Predictions, metric, per_label, scored
@@ -41,7 +50,9 @@ AGAIN = "the trial counts as not done, and the next run makes it again"
 
 @dataclass
 class TargetData:
-    """A target as one base reads it: decoded rows of the three splits and what the objective fitted."""
+    """A target as one base reads it: decoded rows of the three splits and what the objective
+    fitted.
+    """
 
     spec: Target
     objective: dict[str, Any]
@@ -59,7 +70,9 @@ class TargetData:
     key: str = ""
     """Names the rows as they are read: what was computed from them once is filed under it."""
     reads: tuple[FileIdentity, ...] = ()
-    """Files that trials read, where the rows are not in memory: no record is written when one of them has changed."""
+    """Files that trials read, where the rows are not in memory: no record is written when one of
+    them has changed.
+    """
 
     findings: tuple[Finding, ...] = ()
     """What was noticed in its rows before any training, for terminal and report."""
@@ -72,20 +85,30 @@ class TargetData:
     def metrics(self) -> tuple[str, ...]:
         """Metric names, the primary one first."""
         kind = registry.get("objective", self.objective["name"])
-        declared = kind.measures(kind.options_class(**self.objective["options"]), self.objective["state"])
-        primary = self.spec.metric if self.spec.metric and self.spec.metric not in self.test_metrics else declared[0]
+        declared = kind.measures(
+            kind.options_class(**self.objective["options"]), self.objective["state"]
+        )
+        primary = (
+            self.spec.metric
+            if self.spec.metric and self.spec.metric not in self.test_metrics
+            else declared[0]
+        )
         return (primary, *(name for name in declared if name != primary))
 
     @property
     def test_metrics(self) -> tuple[str, ...]:
         """Names of metrics of test rows alone, the one that the target names first."""
         kind = registry.get("objective", self.objective["name"])
-        declared = kind.test_metrics(kind.options_class(**self.objective["options"]), self.objective["state"])
+        declared = kind.test_metrics(
+            kind.options_class(**self.objective["options"]), self.objective["state"]
+        )
         return tuple(sorted(declared, key=lambda name: name != self.spec.metric))
 
     @property
     def label_names(self) -> tuple[str, ...]:
-        """Names of what single values are told of: the types of entities, or the classes or labels in the order of the scores' columns."""
+        """Names of what single values are told of: the types of entities, or the classes or labels
+        in the order of the scores' columns.
+        """
         state = self.objective["state"]
         return tuple(map(str, state.get("types", state.get("labels", ()))))
 
@@ -105,11 +128,15 @@ class Shared:
     source_keys: dict[str, str] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     heads: dict[str, tuple[dict[str, Any], dict[str, np.ndarray]]] = field(default_factory=dict)
-    """Of each source its objective and the tensors of its head, for objectives that carry them over."""
+    """Of each source its objective and the tensors of its head, for objectives that carry them
+    over.
+    """
     fences: tuple[fence.Fence, ...] = ()
     """The run that the trials belong to: they write while it holds its lease."""
     parent_weights: dict[str, str] = field(default_factory=dict)
-    """Of each source the SHA-256 of its weights: a trial tells by it which weights it started from."""
+    """Of each source the SHA-256 of its weights: a trial tells by it which weights it started
+    from.
+    """
     remake: bool = False
     """Whether resume points of other code or versions are dropped, since trials are made anew."""
 
@@ -127,27 +154,39 @@ def read_record(root: str, trial_id: str) -> Record | None:
     """The record of a trial, or none where it has none or a damaged one, which is told."""
     record = checked.document_or_none(storage.join(root, "trials", trial_id, RECORD), AGAIN)
     if record is not None and not isinstance(record.get("rows"), list):
-        checked.tell(f"{storage.join(root, 'trials', trial_id, RECORD)} is damaged: it is no record of a trial: {AGAIN}")
+        checked.tell(
+            f"{storage.join(root, 'trials', trial_id, RECORD)} is damaged: it is no record of "
+            f"a trial: {AGAIN}"
+        )
         return None
     return record
 
 
 def read_records(root: str, trial_ids: Iterable[str]) -> dict[str, Record]:
-    """Trial id to its record, of the trials that have one; several are read at once. Damage is told."""
+    """Trial id to its record, of the trials that have one; several are read at once. Damage is
+    told.
+    """
     wanted = list(dict.fromkeys(trial_ids))
     found = storage.at_once(lambda one: read_record(root, one), wanted)
     return {one: record for one, record in zip(wanted, found, strict=True) if record is not None}
 
 
 def is_whole(root: str, trial_id: str, record: Record) -> bool:
-    """Whether the predictions that the record names are there as they were written; damage is told."""
-    return PREDICTIONS not in record.get("files", {}) or _predictions(root, trial_id, record) is not None
+    """Whether the predictions that the record names are there as they were written; damage is
+    told.
+    """
+    return (
+        PREDICTIONS not in record.get("files", {})
+        or _predictions(root, trial_id, record) is not None
+    )
 
 
 def _predictions(root: str, trial_id: str, record: Record) -> bytes | None:
-    """The bytes of a trial's predictions, or none where there are none or damaged ones, which is told.
+    """The bytes of a trial's predictions, or none where there are none or damaged ones, which is
+    told.
 
-    A record that was written before it named its files vouches for none of them: they are taken as they are.
+    A record that was written before it named its files vouches for none of them: they are taken as
+    they are.
     """
     uri = storage.join(root, "trials", trial_id, PREDICTIONS)
     entry = record.get("files", {}).get(PREDICTIONS)
@@ -172,14 +211,23 @@ def build(trial: Trial, shared: Shared) -> tuple[Task, str, str]:
     task = bundle.build_task(data.arch, data.objective, seed=seed, head_seed=mix(seed, 1))
     moved = "backbone and head new (scratch)"
     if trial.source != SCRATCH:
-        tensors = {name: torch.from_numpy(array) for name, array in shared.weights[trial.source].items()}
+        tensors = {
+            name: torch.from_numpy(array) for name, array in shared.weights[trial.source].items()
+        }
         moved = bundle.transfer(task.backbone, tensors, trial.source).text()
         kept, told = 0, "head new"
         if type(task.objective).carries_head:
             theirs, head = shared.heads[trial.source]
-            kept, told = bundle.carry_tensors(task.objective, theirs, {name: torch.from_numpy(array) for name, array in head.items()})
+            kept, told = bundle.carry_tensors(
+                task.objective,
+                theirs,
+                {name: torch.from_numpy(array) for name, array in head.items()},
+            )
         if not trial.technique_object.learns and not kept:
-            raise ValueError(f"{trial.technique.name}: nothing of the head of source {trial.source} fits this target ({told}): it can only be fine-tuned")
+            raise ValueError(
+                f"{trial.technique.name}: nothing of the head of source {trial.source} fits "
+                f"this target ({told}): it can only be fine-tuned"
+            )
         moved += f"; {told}"
     return task, moved, weights_hash(task)
 
@@ -195,44 +243,85 @@ def weights_hash(task: torch.nn.Module) -> str:
 def resolved(trial: Trial, shared: Shared) -> tuple[Train, Rows, int]:
     """The training spec as it runs, the labelled rows of this trial and the steps.
 
-    The batch is never larger than the rows; a frozen backbone reads rows without augmentation. Where its features are computed once, batches have as many
-    rows as ``batch_cost`` holds on average: features are all of one length.
+    The batch is never larger than the rows; a frozen backbone reads rows without augmentation.
+    Where its features are computed once, batches have as many rows as ``batch_cost`` holds on
+    average: features are all of one length.
     """
     data = shared.targets[trial.target, trial.base]
     if not trial.technique_object.learns:
-        return data.spec.train.model_copy(update={"global_batch": min(data.spec.train.global_batch, len(data.train))}), data.train, 0
-    rows = data.train.subset(label_subset(data.train, data.labels, trial.label_fraction, mix(shared.seed, trial.seed)))
+        return (
+            data.spec.train.model_copy(
+                update={"global_batch": min(data.spec.train.global_batch, len(data.train))}
+            ),
+            data.train,
+            0,
+        )
+    rows = data.train.subset(
+        label_subset(data.train, data.labels, trial.label_fraction, mix(shared.seed, trial.seed))
+    )
     train = drawn(data.spec.train, trial.hyper_parameters)
     change: dict[str, Any] = {"augment": False} if trial.technique_object.frozen else {}
     batch = train.global_batch
-    kept = data.in_memory and not data.spec.workers and registry.get("objective", data.objective["name"]).head_loss is not Objective.head_loss
+    kept = (
+        data.in_memory
+        and not data.spec.workers
+        and registry.get("objective", data.objective["name"]).head_loss is not Objective.head_loss
+    )
     if trial.technique_object.frozen and kept and train.batch_cost is not None:
         assert data.train.costs is not None
-        batch, change["batch_cost"] = max(1, round(train.batch_cost / max(float(data.train.costs.mean()), 1e-9))), None
+        batch, change["batch_cost"] = (
+            max(1, round(train.batch_cost / max(float(data.train.costs.mean()), 1e-9))),
+            None,
+        )
     train = train.model_copy(update={**change, "global_batch": min(batch, len(rows))})
-    return train, rows, trial.technique_object.steps(steps_of(train, order_of(trial, shared, train, rows)))
+    return (
+        train,
+        rows,
+        trial.technique_object.steps(steps_of(train, order_of(trial, shared, train, rows))),
+    )
 
 
 def order_of(trial: Trial, shared: Shared, train: Train, rows: Rows) -> Plan:
-    """The order in which a trial's training rows are read: the source's rule, but rows in memory are permuted as a whole where nothing is said."""
+    """The order in which a trial's training rows are read: the source's rule, but rows in memory
+    are permuted as a whole where nothing is said.
+    """
     data = shared.targets[trial.target, trial.base]
     shards = train.canonical_shards or max(8, data.spec.workers)
-    shuffle = "rows" if data.in_memory and data.spec.data.shuffle == "auto" else shuffle_of(data.spec.data, rows.selection)
+    shuffle = (
+        "rows"
+        if data.in_memory and data.spec.data.shuffle == "auto"
+        else shuffle_of(data.spec.data, rows.selection)
+    )
     item_rows = 256 if data.in_memory else rows_an_item(rows, shards)  # no order depends on it
-    return plan_of(rows, mix(shared.seed, trial.seed, 2), train.global_batch, train.batch_cost, shards=shards, shuffle=shuffle, item_rows=item_rows)
+    return plan_of(
+        rows,
+        mix(shared.seed, trial.seed, 2),
+        train.global_batch,
+        train.batch_cost,
+        shards=shards,
+        shuffle=shuffle,
+        item_rows=item_rows,
+    )
 
 
 Report = Callable[[int, int, dict[str, Any]], None]
 """Told the step, the steps in all and the validation metrics."""
 
 
-def run(trial: Trial, shared: Shared, ranks: Ranks | None = None, report: Report = lambda step, steps, metrics: None,
-        alive: Callable[[], None] = heartbeat.beat) -> Record:
-    """Train, validate and (final trials) test once; write the record, predictions and bundle; return the record.
+def run(
+    trial: Trial,
+    shared: Shared,
+    ranks: Ranks | None = None,
+    report: Report = lambda step, steps, metrics: None,
+    alive: Callable[[], None] = heartbeat.beat,
+) -> Record:
+    """Train, validate and (final trials) test once; write the record, predictions and bundle;
+    return the record.
 
-    ``report`` is told the validations as they come, and may raise loop.Stop. ``alive`` is called at every step.
-    A trial that was killed goes on from its newest resume point; the points are removed when the record is written.
-    Raises TooManyBadRowsError when more rows of a streamed target than its budget allows cannot be decoded.
+    ``report`` is told the validations as they come, and may raise loop.Stop. ``alive`` is called at
+    every step. A trial that was killed goes on from its newest resume point; the points are removed
+    when the record is written. Raises TooManyBadRowsError when more rows of a streamed target than
+    its budget allows cannot be decoded.
     """
     ranks = ranks or Ranks(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     began = time.time()
@@ -240,7 +329,9 @@ def run(trial: Trial, shared: Shared, ranks: Ranks | None = None, report: Report
     train, rows, steps = resolved(trial, shared)
     task, moved, start_hash = build(trial, shared)
     technique = trial.technique_object
-    with torch.random.fork_rng(devices=[]):  # what a technique adds starts from the trial's seed, as the head does
+    with torch.random.fork_rng(
+        devices=[]
+    ):  # what a technique adds starts from the trial's seed, as the head does
         torch.manual_seed(mix(shared.seed, trial.seed, 4))
         task = technique.wrap(task)
     plan = order_of(trial, shared, train, rows)
@@ -277,10 +368,34 @@ def run(trial: Trial, shared: Shared, ranks: Ranks | None = None, report: Report
 
     keeper = loop.KeepBest(data.metrics[0], train.keep)
     trace = RowTrace(folder(shared, trial), ranks.rank) if train.trace_rows else None
-    work = loop.Run(task=task, technique=technique, train=train, steps=steps, seed=mix(shared.seed, trial.seed, 3),
-                    batches=partial(train_batches, rows, plan, rank=ranks.rank, ranks=ranks.count, place="train", pin=ranks.device.type == "cuda"),
-                    ready=ready, keeper=keeper, evaluate=check, ranks=ranks, checkpoints=checkpoints(shared, trial), on_start=on_start, on_log=on_log,
-                    on_eval=on_eval, on_rows=trace, alive=alive, bad_rows=bad_rows, restarts=True)
+    work = loop.Run(
+        task=task,
+        technique=technique,
+        train=train,
+        steps=steps,
+        seed=mix(shared.seed, trial.seed, 3),
+        batches=partial(
+            train_batches,
+            rows,
+            plan,
+            rank=ranks.rank,
+            ranks=ranks.count,
+            place="train",
+            pin=ranks.device.type == "cuda",
+        ),
+        ready=ready,
+        keeper=keeper,
+        evaluate=check,
+        ranks=ranks,
+        checkpoints=checkpoints(shared, trial),
+        on_start=on_start,
+        on_log=on_log,
+        on_eval=on_eval,
+        on_rows=trace,
+        alive=alive,
+        bad_rows=bad_rows,
+        restarts=True,
+    )
     if ranks.first:
         begun.drop_unfit(folder(shared, trial), made, parent_weights, shared.remake)
     try:
@@ -295,30 +410,61 @@ def run(trial: Trial, shared: Shared, ranks: Ranks | None = None, report: Report
     task = technique.finish(task)
     if trial.stage == "final":
         if task.objective.calibrates:
-            held = evaluate.predictions(task, _batches(data.validation, ranks), ready, ranks, autocast())
-            task.objective.calibrate(evaluate.gathered(evaluate.Completer(data.validation)(task.objective, held), ranks))
+            held = evaluate.predictions(
+                task, _batches(data.validation, ranks), ready, ranks, autocast()
+            )
+            task.objective.calibrate(
+                evaluate.gathered(evaluate.Completer(data.validation)(task.objective, held), ranks)
+            )
         task = technique.at_test(task, None)
         lost: list[tuple[int, str]] = []
-        mine = evaluate.predictions(task, _batches(data.test, ranks), ready, ranks, autocast(), lost.extend)
+        mine = evaluate.predictions(
+            task, _batches(data.test, ranks), ready, ranks, autocast(), lost.extend
+        )
         check_budget(lost, len(data.test), data.spec.data.max_bad_rows, data.test.selection)
         mine = evaluate.Completer(data.test).tested(task, mine)
         test = evaluate.gathered(mine, ranks)
-        moved += f"; {len(data.test) - len(test['row'])} test rows could not be read" if len(test["row"]) < len(data.test) else ""
+        moved += (
+            f"; {len(data.test) - len(test['row'])} test rows could not be read"
+            if len(test["row"]) < len(data.test)
+            else ""
+        )
     unread = _lost(bad, ranks)
     if unread:
         row, reason = min(unread.items())
-        moved += f"; {len(unread)} training rows left out ({rows.selection.manifest.place(row)}: {reason}{', ...' if len(unread) > 1 else ''})"
+        moved += (
+            f"; {len(unread)} training rows left out ({rows.selection.manifest.place(row)}: "
+            f"{reason}{', ...' if len(unread) > 1 else ''})"
+        )
     moved += "".join(f"; {note}" for note in notes)
     seconds = outcome.seconds_before + time.time() - began
-    facts = {"params_trained": outcome.params_trained, "steps": outcome.steps, "seconds": seconds, "device": device_name(ranks.device),
-             "start_weights": start_hash, "transfer": moved, "n_train": len(rows) - len(unread) if technique.learns else 0, "curve": outcome.curve,
-             "kept_step": keeper.step, "skipped_steps": outcome.skipped_steps, "resumed_from": outcome.resumed_from, "begun_by": began_with,
-             "fitted": fitted(task.objective),
-             **({"padding_share": round(plan.padding(), 4)} if isinstance(plan, BucketPlan) else {})}
+    facts = {
+        "params_trained": outcome.params_trained,
+        "steps": outcome.steps,
+        "seconds": seconds,
+        "device": device_name(ranks.device),
+        "start_weights": start_hash,
+        "transfer": moved,
+        "n_train": len(rows) - len(unread) if technique.learns else 0,
+        "curve": outcome.curve,
+        "kept_step": keeper.step,
+        "skipped_steps": outcome.skipped_steps,
+        "resumed_from": outcome.resumed_from,
+        "begun_by": began_with,
+        "fitted": fitted(task.objective),
+        **({"padding_share": round(plan.padding(), 4)} if isinstance(plan, BucketPlan) else {}),
+    }
     record = make_record(trial, shared, train, began, facts, keeper.metrics, test)
     if ranks.first:
         identity.check_unchanged(data.reads)
-        write(trial, shared, record, test, task if shared.keep_bundles and trial.stage == "final" else None, task.objective.film)
+        write(
+            trial,
+            shared,
+            record,
+            test,
+            task if shared.keep_bundles and trial.stage == "final" else None,
+            task.objective.film,
+        )
     return record
 
 
@@ -332,50 +478,123 @@ def _lost(bad: list[tuple[int, str]], ranks: Ranks) -> dict[int, str]:
 
 
 def _batches(rows: Rows, ranks: Ranks):
-    return eval_batches(rows, EVAL_ROWS, rank=ranks.rank, ranks=ranks.count, pin=ranks.device.type == "cuda")
+    return eval_batches(
+        rows, EVAL_ROWS, rank=ranks.rank, ranks=ranks.count, pin=ranks.device.type == "cuda"
+    )
 
 
-def make_record(trial: Trial, shared: Shared, train: Train, began: float, facts: dict[str, Any], validation: dict[str, float],
-                test: Predictions | None, status: str = "done", error: str | None = None) -> Record:
-    """A trial's record: its result rows (without gains, which need the other trials), its curve and what truly ran."""
+def make_record(
+    trial: Trial,
+    shared: Shared,
+    train: Train,
+    began: float,
+    facts: dict[str, Any],
+    validation: dict[str, float],
+    test: Predictions | None,
+    status: str = "done",
+    error: str | None = None,
+) -> Record:
+    """A trial's record: its result rows (without gains, which need the other trials), its curve and
+    what truly ran.
+    """
     data = shared.targets[trial.target, trial.base]
-    ran = {**trial.hyper_parameters, **{k: getattr(train, k) for k in ("lr", "global_batch", "weight_decay", "optimizer")}, "steps": facts.get("steps"),
-           **({"batch_cost": train.batch_cost, "global_batch": None, "padding_share": facts.get("padding_share")} if train.batch_cost else {}),
-           **({"normalization": data.objective["state"]["normalization"]} if "normalization" in data.objective["state"] else {}),
-           "start_weights": facts.get("start_weights"), **facts.get("fitted", {}),
-           **({"technique": trial.technique.options} if trial.technique.options else {})}
+    ran = {
+        **trial.hyper_parameters,
+        **{k: getattr(train, k) for k in ("lr", "global_batch", "weight_decay", "optimizer")},
+        "steps": facts.get("steps"),
+        **(
+            {
+                "batch_cost": train.batch_cost,
+                "global_batch": None,
+                "padding_share": facts.get("padding_share"),
+            }
+            if train.batch_cost
+            else {}
+        ),
+        **(
+            {"normalization": data.objective["state"]["normalization"]}
+            if "normalization" in data.objective["state"]
+            else {}
+        ),
+        "start_weights": facts.get("start_weights"),
+        **facts.get("fitted", {}),
+        **({"technique": trial.technique.options} if trial.technique.options else {}),
+    }
     groups = groups_of(data, test)
-    common = {"job": shared.job, "source": trial.source, "backbone": trial.backbone, "target": trial.target, "objective": data.objective["name"],
-              "technique": trial.technique.name, "hyper_parameters": ran, "seed": trial.seed,
-              "label_fraction": fraction_text(trial.label_fraction, data.spec.objective.name), "trial_id": trial.id,
-              "trial_stage": trial.stage, "status": status, "error": error, "n_train": facts.get("n_train"),
-              "params_trained": facts.get("params_trained"), "steps": facts.get("steps"), "seconds": facts.get("seconds"), "device": facts.get("device"),
-              "bundle_uri": None, "parent_uri": shared.parents.get(trial.source), "spec_hash": shared.facts.get("spec_hash"),
-              "git_sha": shared.facts.get("git_sha"), "started_at": began}
+    common = {
+        "job": shared.job,
+        "source": trial.source,
+        "backbone": trial.backbone,
+        "target": trial.target,
+        "objective": data.objective["name"],
+        "technique": trial.technique.name,
+        "hyper_parameters": ran,
+        "seed": trial.seed,
+        "label_fraction": fraction_text(trial.label_fraction, data.spec.objective.name),
+        "trial_id": trial.id,
+        "trial_stage": trial.stage,
+        "status": status,
+        "error": error,
+        "n_train": facts.get("n_train"),
+        "params_trained": facts.get("params_trained"),
+        "steps": facts.get("steps"),
+        "seconds": facts.get("seconds"),
+        "device": facts.get("device"),
+        "bundle_uri": None,
+        "parent_uri": shared.parents.get(trial.source),
+        "spec_hash": shared.facts.get("spec_hash"),
+        "git_sha": shared.facts.get("git_sha"),
+        "started_at": began,
+    }
     rows: list[dict[str, Any]] = []
     for split, found in (("test", tested(data, test) if test else {}), ("validation", validation)):
         for name in found if split == "test" else data.metrics if found else ():
             of = metric(name, data.label_names)
-            row = {**common, "metric": name, "value": found[name], "higher_is_better": of.higher_is_better, "split": split,
-                   "n_eval": len(test["row"]) if split == "test" and test is not None else len(data.validation)}
+            row = {
+                **common,
+                "metric": name,
+                "value": found[name],
+                "higher_is_better": of.higher_is_better,
+                "split": split,
+                "n_eval": len(test["row"])
+                if split == "test" and test is not None
+                else len(data.validation),
+            }
             if split == "test" and test is not None:
                 row["value_low"], row["value_high"] = stats.interval(of, test, groups=groups)
-                row["interval"] = "95% bootstrap over test " + ("rows" if groups is None else "groups")
+                row["interval"] = "95% bootstrap over test " + (
+                    "rows" if groups is None else "groups"
+                )
                 row["n_units"] = len(test["row"]) if groups is None else len(np.unique(groups))
             rows.append(row)
     if not rows:
         rows = [{**common, "metric": None, "split": None}]
     made = made_by(data.spec, shared.bases[trial.base], trial.technique)
-    return {"trial_id": trial.id, "cell": trial.cell, "status": status, "error": error, **made.facts(),
-            "parent_weights": shared.parent_weights.get(trial.source), "run": shared.facts.get("run"), "begun_by": facts.get("begun_by", []),
-            "rows": rows, "curve": facts.get("curve", []),
-            "transfer": facts.get("transfer", ""), "validation": validation,
-            "kept_step": facts.get("kept_step"), "skipped_steps": facts.get("skipped_steps", 0), "resumed_from": facts.get("resumed_from", 0)}
+    return {
+        "trial_id": trial.id,
+        "cell": trial.cell,
+        "status": status,
+        "error": error,
+        **made.facts(),
+        "parent_weights": shared.parent_weights.get(trial.source),
+        "run": shared.facts.get("run"),
+        "begun_by": facts.get("begun_by", []),
+        "rows": rows,
+        "curve": facts.get("curve", []),
+        "transfer": facts.get("transfer", ""),
+        "validation": validation,
+        "kept_step": facts.get("kept_step"),
+        "skipped_steps": facts.get("skipped_steps", 0),
+        "resumed_from": facts.get("resumed_from", 0),
+    }
 
 
 def tested(data: TargetData, test: Predictions) -> dict[str, float]:
-    """Test values by metric, the primary one first. Behind them those of single labels (``auroc/Effusion``) that a metric of several averages:
-    of every label that some test rows have and some have not. Raises ValueError where no label has the positives that it needs to be averaged."""
+    """Test values by metric, the primary one first. Behind them those of single labels
+    (``auroc/Effusion``) that a metric of several averages: of every label that some test rows have
+    and some have not. Raises ValueError where no label has the positives that it needs to be
+    averaged.
+    """
     if "min_positives" in test:
         scored(test, strict=True)
     names = (*data.test_metrics, *data.metrics)
@@ -384,34 +603,63 @@ def tested(data: TargetData, test: Predictions) -> dict[str, float]:
     found = evaluate.values(test, (*names, *(AT_THRESHOLD if "threshold" in test else ())))
     for each in (metric(name).each for name in data.metrics):
         if each is not None:
-            found |= {f"{each}/{label}": value for label, value in per_label(each, test, data.label_names).items()}
+            found |= {
+                f"{each}/{label}": value
+                for label, value in per_label(each, test, data.label_names).items()
+            }
     return found
 
 
 def fitted(objective: Objective) -> dict[str, float]:
     """What was fitted on the validation rows after training."""
-    return {name: objective.state[name] for name in ("temperature", "threshold") if objective.calibrates and name in objective.state}
+    return {
+        name: objective.state[name]
+        for name in ("temperature", "threshold")
+        if objective.calibrates and name in objective.state
+    }
 
 
 def groups_of(data: TargetData, test: Predictions | None) -> np.ndarray | None:
     """The groups of the test rows that were predicted."""
     if data.groups is None or test is None:
         return None
-    return data.groups[np.searchsorted(data.test.selection.ids(np.arange(len(data.test))), test["row"])]
+    return data.groups[
+        np.searchsorted(data.test.selection.ids(np.arange(len(data.test))), test["row"])
+    ]
 
 
-def failed(trial: Trial, shared: Shared, error: str, status: str = "failed", validation: dict[str, float] | None = None,
-           facts: dict[str, Any] | None = None) -> Record:
-    """The record of a trial that did not end well. It is written too, so that the table has its row."""
+def failed(
+    trial: Trial,
+    shared: Shared,
+    error: str,
+    status: str = "failed",
+    validation: dict[str, float] | None = None,
+    facts: dict[str, Any] | None = None,
+) -> Record:
+    """The record of a trial that did not end well. It is written too, so that the table has its
+    row.
+    """
     data = shared.targets[trial.target, trial.base]
-    train = data.spec.train.model_copy(update=trial.hyper_parameters)  # not checked: it may be what failed
-    record = make_record(trial, shared, train, time.time(), facts or {}, validation or {}, None, status, error)
+    train = data.spec.train.model_copy(
+        update=trial.hyper_parameters
+    )  # not checked: it may be what failed
+    record = make_record(
+        trial, shared, train, time.time(), facts or {}, validation or {}, None, status, error
+    )
     write(trial, shared, record, None, None)
     return record
 
 
-def write(trial: Trial, shared: Shared, record: Record, test: Predictions | None, task: Task | None, film: np.ndarray | None = None) -> None:
-    """Predictions (and pictures, ``film``) and bundle first, the record last: a trial with a record is complete.
+def write(
+    trial: Trial,
+    shared: Shared,
+    record: Record,
+    test: Predictions | None,
+    task: Task | None,
+    film: np.ndarray | None = None,
+) -> None:
+    """Predictions (and pictures, ``film``) and bundle first, the record last: a trial with a record
+    is complete.
 
     Its resume points go then; those of a failed trial stay, since the next run tries it again.
     """
@@ -426,8 +674,17 @@ def write(trial: Trial, shared: Shared, record: Record, test: Predictions | None
         record["files"] = {PREDICTIONS: folders.entry_of_bytes(buffer.getvalue())}
     if task is not None:
         uri = storage.join(where, "bundle")
-        bundle.save(uri, task, data.modality, parent=shared.parents.get(trial.source), spec_hash=trial.id,
-                    metrics=record["validation"], made_by=record["made_by"], columns=data.spec.data.columns, training={"trial": trial.cell, "seed": trial.seed})
+        bundle.save(
+            uri,
+            task,
+            data.modality,
+            parent=shared.parents.get(trial.source),
+            spec_hash=trial.id,
+            metrics=record["validation"],
+            made_by=record["made_by"],
+            columns=data.spec.data.columns,
+            training={"trial": trial.cell, "seed": trial.seed},
+        )
         for row in record["rows"]:
             row["bundle_uri"] = uri
     checked.write_document(storage.join(where, RECORD), record)
@@ -436,11 +693,17 @@ def write(trial: Trial, shared: Shared, record: Record, test: Predictions | None
 
 
 def read_predictions(root: str, trial_id: str, seed: int) -> stats.Run | None:
-    """Test predictions of a finished trial, for paired intervals; none where there are none or damaged ones, which is told."""
+    """Test predictions of a finished trial, for paired intervals; none where there are none or
+    damaged ones, which is told.
+    """
     data = _predictions(root, trial_id, read_record(root, trial_id) or {})
     if data is None:
         return None
     with np.load(io.BytesIO(data), allow_pickle=False) as found:
         arrays = {name: found[name] for name in found.files}
-    groups, labels, film = arrays.pop("group", None), tuple(arrays.pop("label_names", np.zeros(0, str)).tolist()), arrays.pop("film", None)
+    groups, labels, film = (
+        arrays.pop("group", None),
+        tuple(arrays.pop("label_names", np.zeros(0, str)).tolist()),
+        arrays.pop("film", None),
+    )
     return stats.Run(arrays.pop("row"), arrays, seed, groups, labels, film=film)

@@ -1,4 +1,6 @@
-"""Which trials a job means: sources x targets x techniques x label fractions x seeds, each with an id that names its content."""
+"""Which trials a job means: sources x targets x techniques x label fractions x seeds, each with an
+id that names its content.
+"""
 
 from __future__ import annotations
 
@@ -17,16 +19,22 @@ from pipeline.train.fitting import by_content
 from pipeline.train.source import HOW_NOT_WHAT
 
 TRIAL_FORMAT = 8
-"""The format of a trial's id. Code that makes other numbers does not raise it: what made a trial stands in its record (`pipeline.provenance`)."""
+"""The format of a trial's id. Code that makes other numbers does not raise it: what made a trial
+stands in its record (`pipeline.provenance`).
+"""
 SCRATCH = "none"
 FURTHER_SEARCH_SEEDS = 1000
-"""Seeds with which the best draws of a search are tried again count from here: none of them is a seed of the final trials, which read the test rows."""
+"""Seeds with which the best draws of a search are tried again count from here: none of them is a
+seed of the final trials, which read the test rows.
+"""
 Fraction = float | int
 
 
 @dataclass(frozen=True)
 class Base:
-    """What trials start from: an architecture with its fitted modality, and the sources whose weights fit it."""
+    """What trials start from: an architecture with its fitted modality, and the sources whose
+    weights fit it.
+    """
 
     arch: dict[str, Any]
     modality: dict[str, Any]
@@ -56,7 +64,15 @@ class Trial:
     @property
     def cell(self) -> str:
         """What is compared with scratch: everything but hyper-parameters and seed."""
-        return "|".join((self.source, self.base, self.target, str(self.technique), fraction_text(self.label_fraction)))
+        return "|".join(
+            (
+                self.source,
+                self.base,
+                self.target,
+                str(self.technique),
+                fraction_text(self.label_fraction),
+            )
+        )
 
     @property
     def technique_object(self) -> Technique:
@@ -65,16 +81,24 @@ class Trial:
 
 
 def fraction_text(fraction: Fraction, objective: str = "") -> str:
-    """A label fraction as tables have it: a share, or rows a class; rows alone where the ``objective`` says that its rows have no class
-    (``Objective.whole_rows``)."""
+    """A label fraction as tables have it: a share, or rows a class; rows alone where the
+    ``objective`` says that its rows have no class (``Objective.whole_rows``).
+    """
     unit = " rows" if objective and registry.get("objective", objective).whole_rows else "/class"
-    return f"{fraction}{unit}" if isinstance(fraction, int) else f"{fraction:g}" if fraction < 1 else "1.0"
+    return (
+        f"{fraction}{unit}"
+        if isinstance(fraction, int)
+        else f"{fraction:g}"
+        if fraction < 1
+        else "1.0"
+    )
 
 
 def bases(stages: dict[str, tuple[dict[str, Any], dict[str, Any]]]) -> list[Base]:
     """Sources grouped by architecture and modality state: scratch is trained once for each group.
 
-    ``stages``: source name to (arch, modality). Groups of one backbone name are told apart by their first source.
+    ``stages``: source name to (arch, modality). Groups of one backbone name are told apart by their
+    first source.
     """
     found: dict[str, list[str]] = {}
     parts: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
@@ -85,13 +109,17 @@ def bases(stages: dict[str, tuple[dict[str, Any], dict[str, Any]]]) -> list[Base
     labels = [arch["name"] for arch, _ in parts.values()]
     out = []
     for key, (arch, modality) in parts.items():
-        label = arch["name"] if labels.count(arch["name"]) == 1 else f"{arch['name']}@{found[key][0]}"
+        label = (
+            arch["name"] if labels.count(arch["name"]) == 1 else f"{arch['name']}@{found[key][0]}"
+        )
         out.append(Base(arch, modality, label, tuple(found[key])))
     return out
 
 
 def draws(job: Job) -> list[dict[str, float]]:
-    """Hyper-parameter draws, the same for every cell (scratch too): [low, high] is log-uniform, a longer list is a choice."""
+    """Hyper-parameter draws, the same for every cell (scratch too): [low, high] is log-uniform, a
+    longer list is a choice.
+    """
     fan = job.fanout
     if fan.trials == 1:
         return [{}]
@@ -100,7 +128,11 @@ def draws(job: Job) -> list[dict[str, float]]:
     for _ in range(fan.trials):
         draw = {}
         for name, values in sorted(fan.search.items()):
-            value = float(np.exp(generator.uniform(*np.log(values)))) if len(values) == 2 else values[int(generator.integers(len(values)))]
+            value = (
+                float(np.exp(generator.uniform(*np.log(values))))
+                if len(values) == 2
+                else values[int(generator.integers(len(values)))]
+            )
             draw[name] = rounded(name, value)
         out.append(draw)
     return out
@@ -120,8 +152,12 @@ def learns(plug: Plug) -> bool:
     return registry.get("technique", plug.name).learns
 
 
-def cells(job: Job, target_name: str, found: list[Base], chosen: set[str]) -> list[tuple[Base, str, Plug, Fraction]]:
-    """(base, source, technique, label fraction) of a target; ``chosen`` are the sources that may be used. What learns nothing stands at no rows, 0."""
+def cells(
+    job: Job, target_name: str, found: list[Base], chosen: set[str]
+) -> list[tuple[Base, str, Plug, Fraction]]:
+    """(base, source, technique, label fraction) of a target; ``chosen`` are the sources that may be
+    used. What learns nothing stands at no rows, 0.
+    """
     target = job.targets[target_name]
     out: list[tuple[Base, str, Plug, Fraction]] = []
     for base in found:
@@ -136,38 +172,87 @@ def cells(job: Job, target_name: str, found: list[Base], chosen: set[str]) -> li
                     out += [(base, source, plug, fraction) for source in sources]
                 else:
                     out.append((base, SCRATCH, plug, fraction))
-        out += [(base, source, plug, 0) for plug in techniques(job, target) if not learns(plug) for source in sources]
+        out += [
+            (base, source, plug, 0)
+            for plug in techniques(job, target)
+            if not learns(plug)
+            for source in sources
+        ]
     return out
 
 
-def make(job: Job, target_name: str, cell: tuple[Base, str, Plug, Fraction], hyper: dict[str, float], seed: int, stage: str,
-         source_key: str, data_key: str) -> Trial:
+def make(
+    job: Job,
+    target_name: str,
+    cell: tuple[Base, str, Plug, Fraction],
+    hyper: dict[str, float],
+    seed: int,
+    stage: str,
+    source_key: str,
+    data_key: str,
+) -> Trial:
     base, source, plug, fraction = cell
     target = job.targets[target_name]
-    what = [target.model_dump(mode="json", include={"objective", "metric", "workers"}), target.train.model_dump(mode="json", exclude=HOW_NOT_WHAT)]
+    what = [
+        target.model_dump(mode="json", include={"objective", "metric", "workers"}),
+        target.train.model_dump(mode="json", exclude=HOW_NOT_WHAT),
+    ]
     what[0]["objective"]["options"] = by_content(target.objective)
-    identity = spec_hash(TRIAL_FORMAT, source, target_name, base.arch, base.modality, source_key if source != SCRATCH else None, data_key, what, plug, hyper,
-                         fraction_text(fraction), seed, stage, job.seed)
-    return Trial(source, base.key, base.label, target_name, plug, hyper, fraction, seed, stage, identity)
+    identity = spec_hash(
+        TRIAL_FORMAT,
+        source,
+        target_name,
+        base.arch,
+        base.modality,
+        source_key if source != SCRATCH else None,
+        data_key,
+        what,
+        plug,
+        hyper,
+        fraction_text(fraction),
+        seed,
+        stage,
+        job.seed,
+    )
+    return Trial(
+        source, base.key, base.label, target_name, plug, hyper, fraction, seed, stage, identity
+    )
 
 
 def made_by(target: Target, base: Base, technique: Plug) -> MadeBy:
-    """What makes a trial of a target now: the code of its pieces and of the loop, and the versions of libraries."""
+    """What makes a trial of a target now: the code of its pieces and of the loop, and the versions
+    of libraries.
+    """
     frozen = registry.get("technique", technique.name).frozen
-    modules = (*provenance.TRIAL_CODE, *(provenance.FROZEN_CODE if frozen else ()), *(provenance.OVERLAP_CODE if target.drop_overlap != "none" else ()))
-    pieces = provenance.pieces_of(target.data.modality.name, base.arch["name"], base.arch["options"], target.objective.name, technique.name)
+    modules = (
+        *provenance.TRIAL_CODE,
+        *(provenance.FROZEN_CODE if frozen else ()),
+        *(provenance.OVERLAP_CODE if target.drop_overlap != "none" else ()),
+    )
+    pieces = provenance.pieces_of(
+        target.data.modality.name,
+        base.arch["name"],
+        base.arch["options"],
+        target.objective.name,
+        technique.name,
+    )
     return provenance.made_by(modules, pieces)
 
 
-def label_subset(rows: Rows, labels: np.ndarray | None, fraction: Fraction, seed: int) -> np.ndarray:
-    """Places of a stratified, nested part of the training rows: for one seed, the 5 % set is part of the 25 % set.
+def label_subset(
+    rows: Rows, labels: np.ndarray | None, fraction: Fraction, seed: int
+) -> np.ndarray:
+    """Places of a stratified, nested part of the training rows: for one seed, the 5 % set is part
+    of the 25 % set.
 
-    Floats are shares of every class (at least one row), integers are rows a class; without labels, of all rows.
-    Raises ValueError for a share outside (0, 1].
+    Floats are shares of every class (at least one row), integers are rows a class; without labels,
+    of all rows. Raises ValueError for a share outside (0, 1].
     """
     n = len(rows)
     if isinstance(fraction, float) and not 0 < fraction <= 1:
-        raise ValueError(f"label fraction {fraction} must be above 0 and at most 1.0; integers are rows a class")
+        raise ValueError(
+            f"label fraction {fraction} must be above 0 and at most 1.0; integers are rows a class"
+        )
     if isinstance(fraction, float) and fraction == 1:
         return np.arange(n)
     labels = np.zeros(n, dtype=np.int64) if labels is None else labels

@@ -1,17 +1,20 @@
-"""Flips single bits in everything that a job, a source and `prepare` write, and reads it back: is the damage found?
+"""Flips single bits in everything that a job, a source and `prepare` write, and reads it back: is
+the damage found?
 
     python tests/benchmarks/bit_flips.py [flips] [seed]        500 flips take about ten minutes on two cores
 
-A small job is run in this process into a temporary folder: a trained source, an imported text corpus with its tokens,
-trials with predictions, bundles and cached features, the table, a resume point, prepared parts. Then, again and again,
-one bit of one file is flipped and what reads that kind of file is called. Its outcome is one of
+A small job is run in this process into a temporary folder: a trained source, an imported text
+corpus with its tokens, trials with predictions, bundles and cached features, the table, a resume
+point, prepared parts. Then, again and again, one bit of one file is flipped and what reads that
+kind of file is called. Its outcome is one of
 
   detected   an error of one line that names the file, or a line that says so and the thing is made again or counts as not done
   harmless   what is read is the same as before (white space, a field that nobody reads)
   silent     what is read is another value, and nothing is said
   traceback  an error of another kind
 
-Logs and reports are for people; nothing reads them back. Exit code 1 when anything is silent or a traceback.
+Logs and reports are for people; nothing reads them back. Exit code 1 when anything is silent or a
+traceback.
 """
 
 from __future__ import annotations
@@ -58,21 +61,62 @@ class Silent(Progress):
 
 # ---------------------------------------------------------------- what is written
 
+
 def make_job(folder: Path, images: dict[str, str], texts: str) -> Job:
-    pictures = {**images, "modality": {"image": {"size": 32}}, "columns": COLUMNS, "decode": "train"}
+    pictures = {
+        **images,
+        "modality": {"image": {"size": 32}},
+        "columns": COLUMNS,
+        "decode": "train",
+    }
     train = {"steps": 2, "global_batch": 12, "eval_every_steps": 2}
-    return Job.model_validate({
-        "name": "toy", "storage": str(folder / "runs"), "techniques": ["scratch", "linear_probe", "full"],
-        "sources": {"pictures": {"data": pictures, "backbone": "timm/test_vit", "objective": "classification", "train": train},
-                    "texts": {"data": {"uri": texts, "modality": {"text": {"length": 24, "vocabulary": 300}}, "columns": {"text": "text"},
-                                       "validation_fraction": 0.2, "decode": "train"},
-                              "backbone": {"transformers/bert": {"layers": 1, "hidden": 16, "heads": 2}}, "objective": "mlm", "train": train}},
-        "targets": {"task": {"data": {**images, "modality": "image", "columns": COLUMNS}, "objective": "classification", "drop_overlap": "exact",
-                             "train": {**train, "lr": 0.01}}},
-        "fanout": {"seeds": 2}})
+    return Job.model_validate(
+        {
+            "name": "toy",
+            "storage": str(folder / "runs"),
+            "techniques": ["scratch", "linear_probe", "full"],
+            "sources": {
+                "pictures": {
+                    "data": pictures,
+                    "backbone": "timm/test_vit",
+                    "objective": "classification",
+                    "train": train,
+                },
+                "texts": {
+                    "data": {
+                        "uri": texts,
+                        "modality": {"text": {"length": 24, "vocabulary": 300}},
+                        "columns": {"text": "text"},
+                        "validation_fraction": 0.2,
+                        "decode": "train",
+                    },
+                    "backbone": {"transformers/bert": {"layers": 1, "hidden": 16, "heads": 2}},
+                    "objective": "mlm",
+                    "train": train,
+                },
+            },
+            "targets": {
+                "task": {
+                    "data": {**images, "modality": "image", "columns": COLUMNS},
+                    "objective": "classification",
+                    "drop_overlap": "exact",
+                    "train": {**train, "lr": 0.01},
+                }
+            },
+            "fanout": {"seeds": 2},
+        }
+    )
 
 
-def run_here(name: str, wanted: list[Any], shared: Any, spec: Any, progress: Any, anew: Any = (), *resources: Any) -> list[Any]:
+def run_here(
+    name: str,
+    wanted: list[Any],
+    shared: Any,
+    spec: Any,
+    progress: Any,
+    anew: Any = (),
+    *resources: Any,
+) -> list[Any]:
     """Trials one after the other in this process, as Ray would run them."""
     todo = [one for one in wanted if one.id in anew or fanout.unfinished(shared.root, one, spec)]
     for unit in fanout.units(todo, shared):
@@ -117,23 +161,50 @@ def write_all(folder: Path) -> dict[str, Callable[[], Any]]:
     prepare = Prepare(str(raw), prepared)
     prepare()
     return {
-        "record.json": lambda: read_job(job), "predictions.npz": lambda: read_job(job), "facts.json": lambda: read_job(job),
-        "results.parquet": lambda: read_job(job), "imported table": lambda: read_texts(job), "tokens": lambda: read_texts(job),
-        "fitted modality": lambda: [source.fit(source.stage(job, name)).modality for name in job.sources], "what began a source": lambda: begun(job),
-        "what a job starts from": lambda: pruning.uses(storage.join(job.storage, "another"), {}), "bundle of a source": lambda: read_sources(job),
-        "bundle of a trial": lambda: read_trials(job), "cached features": lambda: read_features(shared), "signs of rows": lambda: read_signs(job),
-        "resume point": lambda: read_points(points), "prepared part": prepare, "prepare's own files": prepare, READ_BY_PEOPLE: lambda: None,
+        "record.json": lambda: read_job(job),
+        "predictions.npz": lambda: read_job(job),
+        "facts.json": lambda: read_job(job),
+        "results.parquet": lambda: read_job(job),
+        "imported table": lambda: read_texts(job),
+        "tokens": lambda: read_texts(job),
+        "fitted modality": lambda: [
+            source.fit(source.stage(job, name)).modality for name in job.sources
+        ],
+        "what began a source": lambda: begun(job),
+        "what a job starts from": lambda: pruning.uses(storage.join(job.storage, "another"), {}),
+        "bundle of a source": lambda: read_sources(job),
+        "bundle of a trial": lambda: read_trials(job),
+        "cached features": lambda: read_features(shared),
+        "signs of rows": lambda: read_signs(job),
+        "resume point": lambda: read_points(points),
+        "prepared part": prepare,
+        "prepare's own files": prepare,
+        READ_BY_PEOPLE: lambda: None,
     }
 
 
 def kind_of(path: Path, folder: Path) -> str:
     """What a file is, by its place."""
     text = "/" + str(path.relative_to(folder))
-    for piece, kind in (("/prepared/_", "prepare's own files"), ("/prepared/", "prepared part"), ("/points/", "resume point"), ("/imports/", "imported table"),
-                        ("/tokens/", "tokens"), ("/features/", "cached features"), ("/log/", READ_BY_PEOPLE), ("/tensorboard/", READ_BY_PEOPLE),
-                        ("metrics.jsonl", READ_BY_PEOPLE), ("/report.", READ_BY_PEOPLE), ("record.json", "record.json"), ("facts.json", "facts.json"),
-                        ("predictions.npz", "predictions.npz"), ("results.parquet", "results.parquet"), ("modality.json", "fitted modality"),
-                        ("made_by.json", "what began a source"), ("uses.json", "what a job starts from")):
+    for piece, kind in (
+        ("/prepared/_", "prepare's own files"),
+        ("/prepared/", "prepared part"),
+        ("/points/", "resume point"),
+        ("/imports/", "imported table"),
+        ("/tokens/", "tokens"),
+        ("/features/", "cached features"),
+        ("/log/", READ_BY_PEOPLE),
+        ("/tensorboard/", READ_BY_PEOPLE),
+        ("metrics.jsonl", READ_BY_PEOPLE),
+        ("/report.", READ_BY_PEOPLE),
+        ("record.json", "record.json"),
+        ("facts.json", "facts.json"),
+        ("predictions.npz", "predictions.npz"),
+        ("results.parquet", "results.parquet"),
+        ("modality.json", "fitted modality"),
+        ("made_by.json", "what began a source"),
+        ("uses.json", "what a job starts from"),
+    ):
         if piece in text:
             return kind
     if "/bundle/" in text:
@@ -145,12 +216,17 @@ def kind_of(path: Path, folder: Path) -> str:
 
 # ---------------------------------------------------------------- what reads it back
 
+
 def read_job(job: Job) -> Any:
     """What the table and the report are made of, and which trials need no run."""
     state = stages.check(job, Silent())
     done = {one.id: ended for one, ended in stages.ended(state)}
     rows = stages.current(state)
-    runs = {row["trial_id"]: trial.read_predictions(job.root, row["trial_id"], 0) for row in rows if row["trial_stage"] == "final"}
+    runs = {
+        row["trial_id"]: trial.read_predictions(job.root, row["trial_id"], 0)
+        for row in rows
+        if row["trial_stage"] == "final"
+    }
     arrays = {name: (run.rows, run.predictions) for name, run in runs.items() if run is not None}
     return done, rows, results.read(job.root), state.notes, state.scores, arrays
 
@@ -179,9 +255,14 @@ def read_trials(job: Job) -> Any:
 def read_features(shared: Any) -> Any:
     base = next(key for (_, key) in shared.targets)
     backbone = bundle.build_backbone(shared.targets["task", base].arch, seed=5)
-    backbone.load_state_dict({name: torch.from_numpy(array.copy()) for name, array in shared.weights["pictures"].items()})
+    backbone.load_state_dict(
+        {name: torch.from_numpy(array.copy()) for name, array in shared.weights["pictures"].items()}
+    )
     device = torch.device("cpu")
-    return [probe.kept_features(backbone.eval(), shared, "pictures", base, "task", split, device) for split in ("train", "validation", "test")]
+    return [
+        probe.kept_features(backbone.eval(), shared, "pictures", base, "task", split, device)
+        for split in ("train", "validation", "test")
+    ]
 
 
 def read_signs(job: Job) -> Any:
@@ -216,13 +297,18 @@ class Prepare:
         self.raw, self.output = raw, output
 
     def __call__(self) -> Any:
-        work = write.Preparation("csv", self.raw, self.output, importing.options_of("csv", []), write.Settings())
+        work = write.Preparation(
+            "csv", self.raw, self.output, importing.options_of("csv", []), write.Settings()
+        )
         done = work.run()
-        rows = manifest.read_columns(manifest.Selection(manifest.build(self.output, "parquet", "")), ["text", "label"]).to_pylist()
+        rows = manifest.read_columns(
+            manifest.Selection(manifest.build(self.output, "parquet", "")), ["text", "label"]
+        ).to_pylist()
         return done, rows
 
 
 # ---------------------------------------------------------------- flips
+
 
 def outcome_of(read: Callable[[], Any], expected: bytes, path: Path) -> tuple[str, str]:
     told: list[str] = []
@@ -249,7 +335,11 @@ def _plain(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         value = value.numpy()
     if isinstance(value, np.ndarray):
-        return str(value.dtype), value.shape, value.tobytes() if value.dtype != object else repr(value.tolist())
+        return (
+            str(value.dtype),
+            value.shape,
+            value.tobytes() if value.dtype != object else repr(value.tolist()),
+        )
     if isinstance(value, dict):
         return [(str(key), _plain(value[key])) for key in sorted(value, key=str)]
     if isinstance(value, (list, tuple)):
@@ -257,7 +347,9 @@ def _plain(value: Any) -> Any:
     return repr(value)
 
 
-def flips(count: int, seed: int, folder: Path, tell: Callable[[str], object] = print) -> dict[str, Counter[str]]:
+def flips(
+    count: int, seed: int, folder: Path, tell: Callable[[str], object] = print
+) -> dict[str, Counter[str]]:
     """Outcomes by kind of file; each kind is tried about equally often."""
     rng = np.random.default_rng(seed)
     live, kept = folder / "live", folder / "kept"
@@ -265,7 +357,11 @@ def flips(count: int, seed: int, folder: Path, tell: Callable[[str], object] = p
     readers = write_all(live)
     files: dict[str, list[Path]] = defaultdict(list)
     for path in sorted(live.rglob("*")):
-        if path.is_file() and "data" not in path.relative_to(live).parts[:1] and path.stat().st_size:
+        if (
+            path.is_file()
+            and "data" not in path.relative_to(live).parts[:1]
+            and path.stat().st_size
+        ):
             files[kind_of(path, live)].append(path)
     missing = set(readers) - set(files)
     assert not missing, f"nothing of this kind was written: {missing}"
@@ -295,7 +391,9 @@ def flips(count: int, seed: int, folder: Path, tell: Callable[[str], object] = p
 def main() -> int:
     count, seed = (int(word) for word in (*sys.argv[1:], 500, 0)[:2])
     with tempfile.TemporaryDirectory() as folder:
-        os.environ |= dict.fromkeys(("ONETOMANY_CACHE", "XDG_CACHE_HOME"), str(Path(folder, "cache")))
+        os.environ |= dict.fromkeys(
+            ("ONETOMANY_CACHE", "XDG_CACHE_HOME"), str(Path(folder, "cache"))
+        )
         table = flips(count, seed, Path(folder))
     print(f"{'kind of file':24} {'tried':>6}" + "".join(f"{name:>11}" for name in OUTCOMES))
     for kind, found in [*table.items(), ("all", sum(table.values(), Counter()))]:

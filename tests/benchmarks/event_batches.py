@@ -1,12 +1,16 @@
-"""(k) Event records: batches of the stream against a bare pyarrow scan of the same file, in megabytes per second and core.
+"""(k) Event records: batches of the stream against a bare pyarrow scan of the same file, in
+megabytes per second and core.
 
     ONETOMANY_DATA=/path/to/data .venv/bin/python tests/benchmarks/event_batches.py --json events.json     # about a minute; --quick: 10 s
 
-The 4000 stays of PhysioNet 2012's set-a (433 events each) are written several times over as Parquet, one row a stay, in row groups of 512. ``bare`` reads their
-columns with ``pyarrow.parquet.ParquetFile.read_row_group`` in one thread and does nothing with them: no shuffling, no names looked up, nothing standardised,
-padded or collated. ``stream`` is what training reads: batches of 64 rows in the order of a plan (row groups permuted, rows permuted inside), decoded by
-modality events in this process with one thread. Megabytes are those of the Arrow columns in memory, the same on both sides; seconds are processor time of this
-process. Target of issue 6: at least 0.6 of the bare scan.
+The 4000 stays of PhysioNet 2012's set-a (433 events each) are written several times over as
+Parquet, one row a stay, in row groups of 512. ``bare`` reads their columns with
+``pyarrow.parquet.ParquetFile.read_row_group`` in one thread and does nothing with them: no
+shuffling, no names looked up, nothing standardised, padded or collated. ``stream`` is what training
+reads: batches of 64 rows in the order of a plan (row groups permuted, rows permuted inside),
+decoded by modality events in this process with one thread. Megabytes are those of the Arrow columns
+in memory, the same on both sides; seconds are processor time of this process. Target of issue 6: at
+least 0.6 of the bare scan.
 """
 
 from __future__ import annotations
@@ -31,9 +35,20 @@ def make_parquet(path: Path, copies: int) -> float:
     order = np.lexsort((hours, record))
     _, counts = np.unique(record, return_counts=True)
     offsets = pa.array(np.concatenate([[0], np.cumsum(counts)]).astype(np.int32))
-    names = table["parameter"].combine_chunks().take(pa.array(order)).cast(pa.dictionary(pa.int32(), pa.string()))
-    parts = {"times": pa.array(hours[order].astype(np.float32)), "variables": names, "values": pa.array(table["value"].to_numpy()[order].astype(np.float32))}
-    stays = pa.table({name: pa.ListArray.from_arrays(offsets, values) for name, values in parts.items()})
+    names = (
+        table["parameter"]
+        .combine_chunks()
+        .take(pa.array(order))
+        .cast(pa.dictionary(pa.int32(), pa.string()))
+    )
+    parts = {
+        "times": pa.array(hours[order].astype(np.float32)),
+        "variables": names,
+        "values": pa.array(table["value"].to_numpy()[order].astype(np.float32)),
+    }
+    stays = pa.table(
+        {name: pa.ListArray.from_arrays(offsets, values) for name, values in parts.items()}
+    )
     with pq.ParquetWriter(path, stays.schema) as writer:
         for _ in range(copies):
             writer.write_table(stays, row_group_size=GROUP)
@@ -54,15 +69,32 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "stays.parquet")
         megabytes = make_parquet(path, QUICK_COPIES if args.quick else COPIES)
-        state = Events.fit(EventsOptions(), pq.read_table(path).slice(0, 2048), COLUMNS, "events/gru")
-        sides = timing.batches_and_scan(path, megabytes, {"name": "events", "options": {}, "state": state}, COLUMNS, BATCH)
+        state = Events.fit(
+            EventsOptions(), pq.read_table(path).slice(0, 2048), COLUMNS, "events/gru"
+        )
+        sides = timing.batches_and_scan(
+            path, megabytes, {"name": "events", "options": {}, "state": state}, COLUMNS, BATCH
+        )
         for side in sides.values():
             side()  # warm
         rates = timing.interleaved(sides, args.repeats)
     share = timing.ratio(rates["stream"], rates["bare"])
-    lines = [[name, timing.Spread.of(values).text(4), share.text() if name == "stream" else "",
-              timing.verdict(share.median >= TARGET, f"at least {TARGET}") if name == "stream" else ""] for name, values in rates.items()]
-    timing.table("Megabytes of event columns per second of one core, median [min, max]", ["side", "MB/s", "of bare", "target"], lines)
+    lines = [
+        [
+            name,
+            timing.Spread.of(values).text(4),
+            share.text() if name == "stream" else "",
+            timing.verdict(share.median >= TARGET, f"at least {TARGET}")
+            if name == "stream"
+            else "",
+        ]
+        for name, values in rates.items()
+    ]
+    timing.table(
+        "Megabytes of event columns per second of one core, median [min, max]",
+        ["side", "MB/s", "of bare", "target"],
+        lines,
+    )
     timing.write(args, found, rates)
 
 

@@ -1,22 +1,27 @@
-"""(p) How often a comparison without any true difference is called a win or a loss: A/A matrices through the report's own verdicts.
+"""(p) How often a comparison without any true difference is called a win or a loss: A/A matrices
+through the report's own verdicts.
 
     .venv/bin/python tests/benchmarks/false_verdicts.py --json false_verdicts.json     # 3 minutes of processor time; --quick: 12 s
 
-No network is trained: predictions are drawn. Every test row has a difficulty that all networks share; each cell (source, technique) has
-rows that it finds easier or harder than the others do, whatever its seed (``Case.agree`` of the latent spread); each seed has a level of its
-own (deviation 0.01 or 0.02 of the metric) and its own noise on every row. All cells have the same expected metric over rows and seeds, so
-every win and every loss is false. A matrix has 3 targets with 4 cells and one scratch each, 12 comparisons, as the quickstart has; they
-go through ``transfer.cells.cells``, search and choice through ``transfer.stages``.
+No network is trained: predictions are drawn. Every test row has a difficulty that all networks
+share; each cell (source, technique) has rows that it finds easier or harder than the others do,
+whatever its seed (``Case.agree`` of the latent spread); each seed has a level of its own (deviation
+0.01 or 0.02 of the metric) and its own noise on every row. All cells have the same expected metric
+over rows and seeds, so every win and every loss is false. A matrix has 3 targets with 4 cells and
+one scratch each, 12 comparisons, as the quickstart has; they go through ``transfer.cells.cells``,
+search and choice through ``transfer.stages``.
 
-Columns: false verdicts among the comparisons that were made (with their 95 % interval over matrices), what share was not judged (one
-paired seed, too few units), how many intervals exclude zero whether judged or not, and in how many matrices at least one win or loss
-survives Holm's correction. Target: at most 5 % false verdicts.
+Columns: false verdicts among the comparisons that were made (with their 95 % interval over
+matrices), what share was not judged (one paired seed, too few units), how many intervals exclude
+zero whether judged or not, and in how many matrices at least one win or loss survives Holm's
+correction. Target: at most 5 % false verdicts.
 
 Printed on 2026-11-30 by the command above (--repeats 60 is its default):
 
     60 matrices of 12 comparisons without a difference
       case                                      seed deviation  false verdicts  not judged  by the interval alone  matrices with one after Holm
-      ----------------------------------------  --------------  --------------  ----------  ---------------------  ----------------------------
+      ----------------------------------------  --------------  --------------  ----------
+      ---------------------  ----------------------------
       1 seed                                    0.01            –               100 %       10.1 %                 0.0 %
       2 seeds                                   0.01            0.8 ± 0.7 %     0 %         0.8 %                  0.0 %
       3 seeds                                   0.01            2.4 ± 1.5 %     0 %         2.4 %                  0.0 %
@@ -47,11 +52,13 @@ Printed on 2026-11-30 by the command above (--repeats 60 is its default):
       20 groups of 20 rows                      0.01            4.6 ± 1.9 %     0 %         4.6 %                  0.0 %
       40 groups of 20 rows                      0.01            5.3 ± 2.1 %     0 %         5.3 %                  8.3 %
 
-Of the settings that a job has unless it says otherwise, three lines are above 5 %, each by less than its interval.
+Of the settings that a job has unless it says otherwise, three lines are above 5 %, each by less
+than its interval.
 
-The lines of AUROC and groups are the harder null, in which the seeds of a network agree (STRONG_AGREE). "The best
-of one seed" is `fanout.search_finalists: {top: 1}`, which is not the default: its false verdicts are above 5 %, and
-the report says of such intervals that they leave out the noise of the search.
+The lines of AUROC and groups are the harder null, in which the seeds of a network agree
+(STRONG_AGREE). "The best of one seed" is `fanout.search_finalists: {top: 1}`, which is not the
+default: its false verdicts are above 5 %, and the report says of such intervals that they leave out
+the noise of the search.
 """
 
 from __future__ import annotations
@@ -71,12 +78,18 @@ LEVEL = 0.8
 """Expected accuracy or AUROC of every network."""
 AGREE, NOISE = 0.3, 0.3
 STRONG_AGREE, WEAK_NOISE = 0.8, 0.2
-"""Deviations of what a cell finds hard whatever its seed, and of each run's own noise, on a latent scale where all sums to one. The second pair
-is the harder one for few units: the seeds of a cell agree, so the units that happen to be tested on decide."""
+"""Deviations of what a cell finds hard whatever its seed, and of each run's own noise, on a latent
+scale where all sums to one. The second pair is the harder one for few units: the seeds of a cell
+agree, so the units that happen to be tested on decide.
+"""
 DRAWS, VALIDATION_ROWS, LOSS_PER_DECADE = 8, 200, 0.05
-"""A search: learning rates over two decades, the metric lost one decade from the best of them, and the rows that it is judged on."""
+"""A search: learning rates over two decades, the metric lost one decade from the best of them, and
+the rows that it is judged on.
+"""
 Z, DENSITY = 0.8416212, 0.2799619
-"""The normal quantile of LEVEL and the density there: a metric's change is DENSITY times that of the latent level."""
+"""The normal quantile of LEVEL and the density there: a metric's change is DENSITY times that of
+the latent level.
+"""
 
 
 @dataclass(frozen=True)
@@ -101,36 +114,73 @@ class Case:
 def cases() -> list[Case]:
     out = []
     for deviation in (0.01, 0.02):
-        out += [Case(f"{seeds} seed{'s' if seeds > 1 else ''}", seeds, deviation=deviation) for seeds in (1, 2, 3, 5)]
+        out += [
+            Case(f"{seeds} seed{'s' if seeds > 1 else ''}", seeds, deviation=deviation)
+            for seeds in (1, 2, 3, 5)
+        ]
         out.append(Case("3 seeds, 2 of them failed", deviation=deviation, lost=2))
         out.append(Case("3 seeds, scratch 1", scratch_seeds=1, deviation=deviation))
     for rows in (400, 2000):
         for deviation in (0.01, 0.02):
-            out.append(Case(f"search, best of one seed, {rows} test rows", deviation=deviation, rows=rows, finalists=(1, 0)))
-            out.append(Case(f"search, 3 finalists, {rows} test rows", deviation=deviation, rows=rows, finalists=(3, 2)))
+            out.append(
+                Case(
+                    f"search, best of one seed, {rows} test rows",
+                    deviation=deviation,
+                    rows=rows,
+                    finalists=(1, 0),
+                )
+            )
+            out.append(
+                Case(
+                    f"search, 3 finalists, {rows} test rows",
+                    deviation=deviation,
+                    rows=rows,
+                    finalists=(3, 2),
+                )
+            )
     few_units = partial(Case, agree=STRONG_AGREE, noise=WEAK_NOISE)
-    out += [few_units(f"AUROC, {positives} of 100 rows positive", rows=100, positives=positives) for positives in (3, 5, 10, 20, 30)]
-    out += [few_units(f"{groups} groups of 20 rows", rows=20 * groups, groups=groups) for groups in (5, 10, 20, 40)]
+    out += [
+        few_units(f"AUROC, {positives} of 100 rows positive", rows=100, positives=positives)
+        for positives in (3, 5, 10, 20, 30)
+    ]
+    out += [
+        few_units(f"{groups} groups of 20 rows", rows=20 * groups, groups=groups)
+        for groups in (5, 10, 20, 40)
+    ]
     return out
 
 
 class Target:
-    """Rows of one target: difficulties of the test and validation rows, the same for every network."""
+    """Rows of one target: difficulties of the test and validation rows, the same for every
+    network.
+    """
 
     def __init__(self, case: Case, rng: np.random.Generator):
         self.case, self.rng = case, rng
         self.shared = math.sqrt(1 - case.agree**2 - case.noise**2)
         self.test = self._by_group(rng.normal(0, self.shared, case.rows))
         self.validation = rng.normal(0, self.shared, VALIDATION_ROWS)
-        self.label = np.arange(case.rows) % 2 if case.positives is None else (np.arange(case.rows) < case.positives).astype(np.int64)
+        self.label = (
+            np.arange(case.rows) % 2
+            if case.positives is None
+            else (np.arange(case.rows) < case.positives).astype(np.int64)
+        )
         self.group = None if case.groups is None else np.arange(case.rows) % case.groups
 
     def _by_group(self, values: np.ndarray) -> np.ndarray:
         """The rows of a group are alike."""
-        return values if self.case.groups is None else values[np.arange(self.case.rows) % self.case.groups]
+        return (
+            values
+            if self.case.groups is None
+            else values[np.arange(self.case.rows) % self.case.groups]
+        )
 
     def cell(self) -> Cell:
-        return Cell(self, self._by_group(self.rng.normal(0, self.case.agree, self.case.rows)), self.rng.normal(0, self.case.agree, VALIDATION_ROWS))
+        return Cell(
+            self,
+            self._by_group(self.rng.normal(0, self.case.agree, self.case.rows)),
+            self.rng.normal(0, self.case.agree, VALIDATION_ROWS),
+        )
 
 
 @dataclass
@@ -145,13 +195,22 @@ class Cell:
         """Test predictions of a new seed."""
         latent = self._latent(self.target.test + self.test, quality)
         label = self.target.label
-        if self.target.case.positives is not None:  # the latent value separates positives from negatives: sqrt(2) Z apart is an AUROC of LEVEL
+        if (
+            self.target.case.positives is not None
+            # the latent value separates positives from negatives: sqrt(2) Z apart is an AUROC of
+            # LEVEL
+        ):
             score = np.where(label == 1, math.sqrt(2) * latent[0], 0.0) + latent[1]
             scores = np.stack([np.zeros_like(score), score], axis=1)
         else:
             right = latent[0] + latent[1] > 0
             scores = (np.eye(2)[label] == right[:, None]).astype(np.float64)
-        return {"scores": scores.astype(np.float32), "label": label, "loss": np.zeros(len(label)), "count": np.ones(len(label))}
+        return {
+            "scores": scores.astype(np.float32),
+            "label": label,
+            "loss": np.zeros(len(label)),
+            "count": np.ones(len(label)),
+        }
 
     def validated(self, quality: float) -> float:
         """Validation accuracy of a new seed."""
@@ -179,31 +238,68 @@ def matrix_of(case: Case, seed: int) -> list[Any]:
     for place in range(TARGETS):
         target = Target(case, rng)
         for number in range(CELLS + 1):
-            source, cell = ("none", "scratch") if not number else (f"source {number}", "full"), target.cell()
+            source, cell = (
+                ("none", "scratch") if not number else (f"source {number}", "full"),
+                target.cell(),
+            )
             seeds = case.scratch_seeds if not number and case.scratch_seeds else case.seeds
-            common = {"job": "aa", "source": source[0], "technique": source[1], "backbone": "b", "target": f"t{place}", "label_fraction": "1.0",
-                      "status": "done", "metric": name, "higher_is_better": True}
+            common = {
+                "job": "aa",
+                "source": source[0],
+                "technique": source[1],
+                "backbone": "b",
+                "target": f"t{place}",
+                "label_fraction": "1.0",
+                "status": "done",
+                "metric": name,
+                "higher_is_better": True,
+            }
             draw = _searched(case, cell, draws, common, rows) if case.finalists else 0.0
             for one in range(seeds - (case.lost if number else 0)):
                 trial_id = f"{place}-{number}-{one}"
-                runs[trial_id] = Run(np.arange(case.rows), cell.tested(-LOSS_PER_DECADE * draw**2), one, target.group)
+                runs[trial_id] = Run(
+                    np.arange(case.rows), cell.tested(-LOSS_PER_DECADE * draw**2), one, target.group
+                )
                 value = metrics.metric(name).value(runs[trial_id].predictions)
-                rows.append({**common, "trial_id": trial_id, "trial_stage": "final", "split": "test", "seed": one, "value": value, "hyper_parameters": "{}"})
+                rows.append(
+                    {
+                        **common,
+                        "trial_id": trial_id,
+                        "trial_stage": "final",
+                        "split": "test",
+                        "seed": one,
+                        "value": value,
+                        "hyper_parameters": "{}",
+                    }
+                )
     return [cell for cell in cells.cells(rows, runs) if cell.source != "none"]
 
 
-def _searched(case: Case, cell: Cell, draws: np.ndarray, common: dict[str, Any], rows: list[dict[str, Any]]) -> float:
-    """The draw that a search chooses, through the stages' own ranking; its rows are added to the table."""
+def _searched(
+    case: Case, cell: Cell, draws: np.ndarray, common: dict[str, Any], rows: list[dict[str, Any]]
+) -> float:
+    """The draw that a search chooses, through the stages' own ranking; its rows are added to the
+    table.
+    """
     from pipeline.transfer import stages
 
     search: list[Any] = []
     records: list[Any] = []
 
     def add(draw: float, seed: int) -> None:
-        row = {**common, "trial_id": f"{common['target']}-{common['source']}-{draw}-{seed}", "trial_stage": "search", "split": "validation", "seed": seed,
-               "value": cell.validated(-LOSS_PER_DECADE * draw**2), "drawn": json.dumps({"lr": draw})}
+        row = {
+            **common,
+            "trial_id": f"{common['target']}-{common['source']}-{draw}-{seed}",
+            "trial_stage": "search",
+            "split": "validation",
+            "seed": seed,
+            "value": cell.validated(-LOSS_PER_DECADE * draw**2),
+            "drawn": json.dumps({"lr": draw}),
+        }
         rows.append(row)
-        search.append(SimpleNamespace(id=row["trial_id"], cell="cell", hyper_parameters={"lr": draw}))
+        search.append(
+            SimpleNamespace(id=row["trial_id"], cell="cell", hyper_parameters={"lr": draw})
+        )
         records.append({"status": "done", "rows": [row]})
 
     assert case.finalists is not None
@@ -217,18 +313,36 @@ def _searched(case: Case, cell: Cell, draws: np.ndarray, common: dict[str, Any],
 
 
 def measured(case: Case, matrices: int, first: int = 0) -> dict[str, Any]:
-    """False verdicts of one case: shares by matrix, and in how many matrices Holm's correction leaves one."""
+    """False verdicts of one case: shares by matrix, and in how many matrices Holm's correction
+    leaves one.
+    """
     shares, plain, family, judged, total = [], [], 0, 0, 0
     for seed in range(first, first + matrices):
         found = matrix_of(case, seed)
-        told = [cell.verdict in ("wins", "loses") for cell in found if cell.verdict in ("wins", "loses", "not shown")]
+        told = [
+            cell.verdict in ("wins", "loses")
+            for cell in found
+            if cell.verdict in ("wins", "loses", "not shown")
+        ]
         shares += [float(np.mean(told))] if told else []
-        plain.append(float(np.mean([(cell.gain_low or 0) > 0 or (cell.gain_high or 0) < 0 for cell in found])))
+        plain.append(
+            float(
+                np.mean([(cell.gain_low or 0) > 0 or (cell.gain_high or 0) < 0 for cell in found])
+            )
+        )
         family += any(cell.survives for cell in found)
         judged, total = judged + len(told), total + len(found)
     mean = float(np.mean(shares)) if shares else 0.0
-    spread = 1.96 * float(np.std(shares, ddof=1)) / math.sqrt(len(shares)) if len(shares) > 1 else 0.0
-    return {"false": mean, "spread": spread, "not_judged": 1 - judged / total, "interval_alone": float(np.mean(plain)), "holm": family / matrices}
+    spread = (
+        1.96 * float(np.std(shares, ddof=1)) / math.sqrt(len(shares)) if len(shares) > 1 else 0.0
+    )
+    return {
+        "false": mean,
+        "spread": spread,
+        "not_judged": 1 - judged / total,
+        "interval_alone": float(np.mean(plain)),
+        "holm": family / matrices,
+    }
 
 
 def main() -> None:
@@ -239,12 +353,34 @@ def main() -> None:
     for case in cases():
         one = measured(case, matrices)
         results[f"{case.name}, {case.deviation}"] = one
-        told = "–" if one["not_judged"] == 1 else f"{100 * one['false']:.1f} ± {100 * one['spread']:.1f} %"
+        told = (
+            "–"
+            if one["not_judged"] == 1
+            else f"{100 * one['false']:.1f} ± {100 * one['spread']:.1f} %"
+        )
         alone = f"{100 * one['interval_alone']:.1f} %"
-        body.append([case.name, f"{case.deviation}", told, f"{100 * one['not_judged']:.0f} %", alone, f"{100 * one['holm']:.1f} %"])
+        body.append(
+            [
+                case.name,
+                f"{case.deviation}",
+                told,
+                f"{100 * one['not_judged']:.0f} %",
+                alone,
+                f"{100 * one['holm']:.1f} %",
+            ]
+        )
         print(" | ".join(body[-1]), flush=True)
-    head = ["case", "seed deviation", "false verdicts", "not judged", "by the interval alone", "matrices with one after Holm"]
-    timing.table(f"{matrices} matrices of {TARGETS * CELLS} comparisons without a difference", head, body)
+    head = [
+        "case",
+        "seed deviation",
+        "false verdicts",
+        "not judged",
+        "by the interval alone",
+        "matrices with one after Holm",
+    ]
+    timing.table(
+        f"{matrices} matrices of {TARGETS * CELLS} comparisons without a difference", head, body
+    )
     timing.write(args, found, results)
 
 

@@ -1,12 +1,15 @@
-"""(d) What a trial costs beyond its training, through the real fan-out on Ray Tune; (e) memory of the driver over 200 trials.
+"""(d) What a trial costs beyond its training, through the real fan-out on Ray Tune; (e) memory of
+the driver over 200 trials.
 
     .venv/bin/python tests/benchmarks/fanout.py --json fanout.json      # about 6 minutes on 2 quiet cores; --quick: 60 s
 
-Trivial trials: one step on 40 rows of 16 tokens, a BERT of one layer 8 wide, technique full, validated once, tested, with predictions
-and record written. (d) transfer/fanout.run with 10 and with 50 of them in turns, in one Ray session, after a fan-out that is not counted;
-the slope is (t50 - t10) / 40, the fixed start t10 - 10 x slope. Beside it: the same trial called in this process, which says how much of
-the slope is the trial's own and how much Tune's. (e) the resident memory of this process while 200 trials run: its greatest value up to
-the 50th and up to the 200th. Targets: slope at most 0.1 s, fixed start at most 10 s, memory within 5 %.
+Trivial trials: one step on 40 rows of 16 tokens, a BERT of one layer 8 wide, technique full,
+validated once, tested, with predictions and record written. (d) transfer/fanout.run with 10 and
+with 50 of them in turns, in one Ray session, after a fan-out that is not counted; the slope is (t50
+- t10) / 40, the fixed start t10 - 10 x slope. Beside it: the same trial called in this process,
+which says how much of the slope is the trial's own and how much Tune's. (e) the resident memory of
+this process while 200 trials run: its greatest value up to the 50th and up to the 200th. Targets:
+slope at most 0.1 s, fixed start at most 10 s, memory within 5 %.
 """
 
 from __future__ import annotations
@@ -33,31 +36,84 @@ def shared_of(root: str) -> tuple[Any, Any]:
     from pipeline.transfer import trials
     from pipeline.transfer.trial import Shared, TargetData
 
-    here = str(Path(__file__).resolve())  # the job names a file that exists; the rows are made below
-    job = Job.model_validate({
-        "name": "trivial", "storage": root, "sources": {"source": {"backbone": "transformers/bert", "init": "file:none", "objective": "mlm"}},
-        "targets": {"target": {"data": {"train": here, "modality": "text", "columns": {"text": "text", "label": "label"}}, "objective": "classification",
-                               "train": {"steps": 1, "global_batch": 8}}}})
-    text = {"name": "text", "options": {"length": 16}, "state": {"vocabulary": 256, "specials": [0, 1, 2, 3, 4]}}
+    here = str(
+        Path(__file__).resolve()
+    )  # the job names a file that exists; the rows are made below
+    job = Job.model_validate(
+        {
+            "name": "trivial",
+            "storage": root,
+            "sources": {
+                "source": {"backbone": "transformers/bert", "init": "file:none", "objective": "mlm"}
+            },
+            "targets": {
+                "target": {
+                    "data": {
+                        "train": here,
+                        "modality": "text",
+                        "columns": {"text": "text", "label": "label"},
+                    },
+                    "objective": "classification",
+                    "train": {"steps": 1, "global_batch": 8},
+                }
+            },
+        }
+    )
+    text = {
+        "name": "text",
+        "options": {"length": 16},
+        "state": {"vocabulary": 256, "specials": [0, 1, 2, 3, 4]},
+    }
     modality = bundle.build_modality(text)
-    arch = {"name": "transformers/bert", "options": {"layers": 1, "hidden": 8, "heads": 1}, "inputs": modality.inputs()}
+    arch = {
+        "name": "transformers/bert",
+        "options": {"layers": 1, "hidden": 8, "heads": 1},
+        "inputs": modality.inputs(),
+    }
     base = trials.bases({"source": (arch, text)})[0]
-    objective = {"name": "classification", "options": {}, "state": {"values": [0, 1], "labels": ["no", "yes"]}}
+    objective = {
+        "name": "classification",
+        "options": {},
+        "state": {"values": [0, 1], "labels": ["no", "yes"]},
+    }
 
     def rows(n: int, seed: int) -> Any:
         random = np.random.default_rng(seed)
-        arrays = {"tokens": random.integers(5, 256, (n, 16)).astype(np.uint16), "lengths": np.full(n, 16, dtype=np.int32), "label": np.arange(n) % 2}
+        arrays = {
+            "tokens": random.integers(5, 256, (n, 16)).astype(np.uint16),
+            "lengths": np.full(n, 16, dtype=np.int32),
+            "label": np.arange(n) % 2,
+        }
         manifest = Manifest(("memory",), (Group(0, 0, n, 1),), pa.schema([]), str(seed))
-        return Rows(Selection(manifest), Decoder(modality, "classification", objective["state"], {}), arrays)
+        return Rows(
+            Selection(manifest), Decoder(modality, "classification", objective["state"], {}), arrays
+        )
 
     parts = [rows(40, seed) for seed in range(3)]
-    data = TargetData(job.targets["target"], objective, *parts, parts[0].arrays["label"], None, "made in memory")
-    weights = {name: tensor.numpy() for name, tensor in bundle.build_backbone(arch, seed=0).state_dict().items()}
-    shared = Shared(job.name, job.root, 0, {base.key: base}, {"source": weights}, {"source": "random"}, {("target", base.key): data}, False)
+    data = TargetData(
+        job.targets["target"], objective, *parts, parts[0].arrays["label"], None, "made in memory"
+    )
+    weights = {
+        name: tensor.numpy()
+        for name, tensor in bundle.build_backbone(arch, seed=0).state_dict().items()
+    }
+    shared = Shared(
+        job.name,
+        job.root,
+        0,
+        {base.key: base},
+        {"source": weights},
+        {"source": "random"},
+        {("target", base.key): data},
+        False,
+    )
 
     def some(count: int, first: int) -> list[Any]:
         cell = (base, "source", Plug(name="full"), 1.0)
-        return [trials.make(job, "target", cell, {}, first + k, "final", "random", "memory") for k in range(count)]
+        return [
+            trials.make(job, "target", cell, {}, first + k, "final", "random", "memory")
+            for k in range(count)
+        ]
 
     return shared, some
 
@@ -107,7 +163,9 @@ class Fan:
 
         trials, self.first = self.some(count, self.first), self.first + count
         began = time.perf_counter()
-        records = fanout.run("trivial", trials, self.shared, Fanout(keep_bundles="none"), progress or Count())
+        records = fanout.run(
+            "trivial", trials, self.shared, Fanout(keep_bundles="none"), progress or Count()
+        )
         took = time.perf_counter() - began
         failed = [record["error"] for record in records if record["status"] != "done"]
         assert not failed, failed[0]
@@ -127,8 +185,13 @@ def main() -> None:
         fan = Fan(shared, some)
         if not args.quick:
             print(f"  first fan-out of 2 trials, not counted: {fan(2):.1f} s")
-        times = timing.interleaved({f"{few} trials": lambda: fan(few), f"{many} trials": lambda: fan(many)}, 1 if args.quick else args.repeats)
-        alone = [timing.seconds(lambda one=one: trial.run(one, shared)) for one in some(12, 10 ** 6)][2:]
+        times = timing.interleaved(
+            {f"{few} trials": lambda: fan(few), f"{many} trials": lambda: fan(many)},
+            1 if args.quick else args.repeats,
+        )
+        alone = [timing.seconds(lambda one=one: trial.run(one, shared)) for one in some(12, 10**6)][
+            2:
+        ]
         count = Count()
         memory = Memory(count)
         memory.start()
@@ -138,19 +201,45 @@ def main() -> None:
         launch.stop()
     pairs = list(zip(times[f"{few} trials"], times[f"{many} trials"], strict=True))
     slopes = [(b - a) / (many - few) for a, b in pairs]
-    slope, start = timing.Spread.of(slopes), timing.Spread.of([a - few * s for (a, _), s in zip(pairs, slopes, strict=True)])
-    peaks = {n: memory.peak(n) / 2 ** 20 for n in (middle, all_of)}
+    slope, start = (
+        timing.Spread.of(slopes),
+        timing.Spread.of([a - few * s for (a, _), s in zip(pairs, slopes, strict=True)]),
+    )
+    peaks = {n: memory.peak(n) / 2**20 for n in (middle, all_of)}
     growth = peaks[all_of] / peaks[middle] - 1
-    timing.table("Fan-out of trivial trials", ["what", "median [min, max]", "target"], [
-        *[[f"{name}, s", timing.Spread.of(values).text(), ""] for name, values in times.items()],
-        ["slope, s a trial", slope.text(), timing.verdict(slope.median <= 0.1, "at most 0.1")],
-        ["fixed start, s", start.text(), timing.verdict(start.median <= 10, "at most 10")],
-        ["the same trial in this process, s", timing.Spread.of(alone).text(), ""],
-        [f"{all_of} trials, s", f"{long:.1f}", ""],
-        [f"peak MiB of the driver up to trial {middle}", f"{peaks[middle]:.0f}", ""],
-        [f"peak MiB of the driver up to trial {all_of}", f"{peaks[all_of]:.0f} ({growth:+.1%})", timing.verdict(growth <= 0.05, "at most +5 %")]])
-    timing.write(args, found, {**times, "slope": slope, "start": start, "alone": alone, "long_seconds": long, "peaks_mib": peaks,
-                               "memory": memory.samples[:: max(1, len(memory.samples) // 200)]})
+    timing.table(
+        "Fan-out of trivial trials",
+        ["what", "median [min, max]", "target"],
+        [
+            *[
+                [f"{name}, s", timing.Spread.of(values).text(), ""]
+                for name, values in times.items()
+            ],
+            ["slope, s a trial", slope.text(), timing.verdict(slope.median <= 0.1, "at most 0.1")],
+            ["fixed start, s", start.text(), timing.verdict(start.median <= 10, "at most 10")],
+            ["the same trial in this process, s", timing.Spread.of(alone).text(), ""],
+            [f"{all_of} trials, s", f"{long:.1f}", ""],
+            [f"peak MiB of the driver up to trial {middle}", f"{peaks[middle]:.0f}", ""],
+            [
+                f"peak MiB of the driver up to trial {all_of}",
+                f"{peaks[all_of]:.0f} ({growth:+.1%})",
+                timing.verdict(growth <= 0.05, "at most +5 %"),
+            ],
+        ],
+    )
+    timing.write(
+        args,
+        found,
+        {
+            **times,
+            "slope": slope,
+            "start": start,
+            "alone": alone,
+            "long_seconds": long,
+            "peaks_mib": peaks,
+            "memory": memory.samples[:: max(1, len(memory.samples) // 200)],
+        },
+    )
 
 
 if __name__ == "__main__":

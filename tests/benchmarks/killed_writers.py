@@ -1,10 +1,12 @@
-"""Kills writers at random moments with SIGKILL: what is visible must be whole or absent, and what they left is swept.
+"""Kills writers at random moments with SIGKILL: what is visible must be whole or absent, and what
+they left is swept.
 
     python tests/benchmarks/killed_writers.py [kills] [seed]        200 kills take about two minutes
 
-Each writer writes into the same place over and over, in a process of its own that is forked, killed after a random time,
-and looked after by another: the one file or folder that readers see must hold what some write put there, and after
-`sweep` nothing else may lie around. Prints a table; exit code 1 when anything was torn or left.
+Each writer writes into the same place over and over, in a process of its own that is forked, killed
+after a random time, and looked after by another: the one file or folder that readers see must hold
+what some write put there, and after `sweep` nothing else may lie around. Prints a table; exit code
+1 when anything was torn or left.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ from pipeline.transfer import results
 OUTCOMES = ("whole", "absent", "torn", "left behind")
 
 
-# ---------------------------------------------------------------- writers, and what looks at what they wrote
+# ------------------------------------------------------- writers, and what looks at what they wrote
+
 
 def content(number: int) -> bytes:
     """Up to 2 MiB, with their own SHA-256 at the end."""
@@ -52,7 +55,9 @@ def check_file(place: str) -> bool:
 
 
 def write_document(place: str, number: int) -> None:
-    checked.write_document(storage.join(place, "record.json"), {"number": number, "rows": list(range(number % 5000))})
+    checked.write_document(
+        storage.join(place, "record.json"), {"number": number, "rows": list(range(number % 5000))}
+    )
 
 
 def check_document(place: str) -> bool:
@@ -64,7 +69,11 @@ def write_folder(place: str, number: int) -> None:
     with storage.scratch_folder() as scratch:
         large = scratch / "large"
         large.write_bytes(content(number))
-        folders.commit_folder(storage.join(place, "folder"), {"large": large, "deep/small": content(number % 100)}, {"number": number})
+        folders.commit_folder(
+            storage.join(place, "folder"),
+            {"large": large, "deep/small": content(number % 100)},
+            {"number": number},
+        )
 
 
 def check_folder(place: str) -> bool:
@@ -75,7 +84,19 @@ def check_folder(place: str) -> bool:
 
 
 def write_table(place: str, number: int) -> None:
-    results.append(place, [{"trial_id": f"{number}-{i}", "status": "done", "trial_stage": "final", "metric": "accuracy", "split": "test"} for i in range(3)])
+    results.append(
+        place,
+        [
+            {
+                "trial_id": f"{number}-{i}",
+                "status": "done",
+                "trial_stage": "final",
+                "metric": "accuracy",
+                "split": "test",
+            }
+            for i in range(3)
+        ],
+    )
 
 
 def check_table(place: str) -> bool:
@@ -86,7 +107,11 @@ def check_table(place: str) -> bool:
 
 
 def write_point(place: str, number: int) -> None:
-    checkpoint.save(storage.join(place, "checkpoints"), Ranks(), {"step": number, "model": torch.full((1 + number % 100_000,), number)})
+    checkpoint.save(
+        storage.join(place, "checkpoints"),
+        Ranks(),
+        {"step": number, "model": torch.full((1 + number % 100_000,), number)},
+    )
 
 
 def check_point(place: str) -> bool:
@@ -97,15 +122,21 @@ def check_point(place: str) -> bool:
 
 
 WRITERS: dict[str, tuple[Callable[[str, int], None], Callable[[str], bool]]] = {
-    "file": (write_file, check_file), "document": (write_document, check_document), "folder": (write_folder, check_folder),
-    "results.parquet": (write_table, check_table), "resume point": (write_point, check_point),
+    "file": (write_file, check_file),
+    "document": (write_document, check_document),
+    "folder": (write_folder, check_folder),
+    "results.parquet": (write_table, check_table),
+    "resume point": (write_point, check_point),
 }
 
 
 # ---------------------------------------------------------------- kills
 
+
 def forked(work: Callable[[], object]) -> int:
-    """The process number of a child that does the work and ends with 0, or with 1 and its traceback."""
+    """The process number of a child that does the work and ends with 0, or with 1 and its
+    traceback.
+    """
     pid = os.fork()
     if pid:
         return pid
@@ -147,7 +178,14 @@ def kill_one(name: str, place: str, seconds: float, seed: int) -> str:
     outcome = {10: "whole", 11: "absent"}.get(code, "torn")
     storage.sweep(place, 3600)
     storage.sweep_scratch(3600)
-    left = [*Path(place).rglob(".*.tmp-*"), *(path for path in Path(tempfile.gettempdir()).glob(".onetomany.tmp-*") if f"-{pid}-" in path.name)]
+    left = [
+        *Path(place).rglob(".*.tmp-*"),
+        *(
+            path
+            for path in Path(tempfile.gettempdir()).glob(".onetomany.tmp-*")
+            if f"-{pid}-" in path.name
+        ),
+    ]
     return "left behind" if left else outcome
 
 
@@ -160,7 +198,9 @@ def kills(count: int, seed: int, folder: Path) -> dict[str, Counter[str]]:
         name = names[number % len(names)]
         place = folder / f"{name.replace(' ', '-')}-{number // 40}"
         place.mkdir(exist_ok=True)
-        table[name][kill_one(name, str(place), float(rng.uniform(0, 0.15)), 1000 * number + number)] += 1
+        table[name][
+            kill_one(name, str(place), float(rng.uniform(0, 0.15)), 1000 * number + number)
+        ] += 1
     return table
 
 
@@ -170,7 +210,10 @@ def main() -> int:
         table = kills(count, seed, Path(folder))
     print(f"{'writer':18} {'kills':>6}" + "".join(f"{name:>13}" for name in OUTCOMES))
     for name, found in [*table.items(), ("all", sum(table.values(), Counter()))]:
-        print(f"{name:18} {found.total():>6}" + "".join(f"{found[outcome]:>13}" for outcome in OUTCOMES))
+        print(
+            f"{name:18} {found.total():>6}"
+            + "".join(f"{found[outcome]:>13}" for outcome in OUTCOMES)
+        )
     total = sum(table.values(), Counter())
     return 1 if total["torn"] or total["left behind"] else 0
 

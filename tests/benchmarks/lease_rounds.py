@@ -1,10 +1,11 @@
-"""Rounds of several processes that start a run of one job in the same moment: exactly one may get in.
+"""Rounds of several processes that start a run of one job in the same moment: exactly one may get
+in.
 
     python tests/benchmarks/lease_rounds.py [rounds] [processes]        about a minute for 30 rounds locally and 30 on S3
 
-Every second round finds the lease of a run that was killed. S3 is moto's server on this machine, once with conditional
-writes and once with a server that ignores them, for which the lease has another way. Prints a table; exit code 1 when a
-round let in none or more than one.
+Every second round finds the lease of a run that was killed. S3 is moto's server on this machine,
+once with conditional writes and once with a server that ignores them, for which the lease has
+another way. Prints a table; exit code 1 when a round let in none or more than one.
 """
 
 from __future__ import annotations
@@ -56,7 +57,12 @@ def rounds(place: str, count: int, processes: int = 4, conditions: str = "kept")
     import textwrap
 
     command = [sys.executable, "-c", textwrap.dedent(PROCESS), conditions, place]
-    started = [subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(processes)]
+    started = [
+        subprocess.Popen(
+            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(processes)
+    ]
     found: Counter[int] = Counter()
     try:
         for process in started:
@@ -71,14 +77,18 @@ def rounds(place: str, count: int, processes: int = 4, conditions: str = "kept")
             answers = [_answer(process) for process in started]
             wrong = set(answers) - {"in", "busy"}
             assert not wrong, wrong
-            entered = [process for process, answer in zip(started, answers, strict=True) if answer == "in"]
+            entered = [
+                process for process, answer in zip(started, answers, strict=True) if answer == "in"
+            ]
             found[len(entered)] += 1
             for process in entered:
                 _tell(process, "go on")
             ends = [_answer(process) for process in entered]
             if len(entered) == 1:
                 assert ends == ["out"], ends
-                assert not [name for name in storage.list_files(root) if "/.run" in name], "the lease and all claims are gone"
+                assert not [name for name in storage.list_files(root) if "/.run" in name], (
+                    "the lease and all claims are gone"
+                )
     finally:
         for process in started:
             process.kill()
@@ -99,7 +109,12 @@ def _answer(process: subprocess.Popen[str]) -> str:
 
 def _dead_lease() -> dict[str, object]:
     """The lease of a run on another machine that nothing has renewed for long."""
-    return {"id": uuid.uuid4().hex, "host": "elsewhere", "pid": 12, "time": time.time() - 2 * lease.STALE_SECONDS}
+    return {
+        "id": uuid.uuid4().hex,
+        "host": "elsewhere",
+        "pid": 12,
+        "time": time.time() - 2 * lease.STALE_SECONDS,
+    }
 
 
 @contextlib.contextmanager
@@ -112,8 +127,12 @@ def moto_server() -> Iterator[str]:
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
-    os.environ |= {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing",
-                   "AWS_DEFAULT_REGION": "us-east-1"}
+    os.environ |= {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "testing",
+        "AWS_SECRET_ACCESS_KEY": "testing",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
     boto3.client("s3").create_bucket(Bucket="bucket")
     try:
         yield "s3://bucket"
@@ -128,10 +147,18 @@ def main() -> int:
         table["local"] = rounds(folder, count, processes)
     with moto_server() as bucket:
         table["S3 (moto)"] = rounds(f"{bucket}/kept", count, processes)
-        table["S3 without conditional writes"] = rounds(f"{bucket}/ignored", count, processes, "ignored")
-    print(f"{'store':32} {'rounds':>6} {'none':>5} {'one':>5} {'more':>5}   ({processes} processes a round)")
+        table["S3 without conditional writes"] = rounds(
+            f"{bucket}/ignored", count, processes, "ignored"
+        )
+    print(
+        f"{'store':32} {'rounds':>6} {'none':>5} {'one':>5} {'more':>5}   ({processes} "
+        "processes a round)"
+    )
     for name, found in table.items():
-        print(f"{name:32} {found.total():>6} {found[0]:>5} {found[1]:>5} {found.total() - found[0] - found[1]:>5}")
+        print(
+            f"{name:32} {found.total():>6} {found[0]:>5} {found[1]:>5} "
+            f"{found.total() - found[0] - found[1]:>5}"
+        )
     return 0 if all(set(found) == {1} for found in table.values()) else 1
 
 

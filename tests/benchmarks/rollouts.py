@@ -1,12 +1,16 @@
-"""(o) `prepare rollouts` with two Ray workers against a bare gymnasium loop in one process: environment steps per second.
+"""(o) `prepare rollouts` with two Ray workers against a bare gymnasium loop in one process:
+environment steps per second.
 
     .venv/bin/python tests/benchmarks/rollouts.py --json rollouts.json      # about 3 minutes on 2 cores; --quick: 1 minute
 
-HalfCheetah-v5 with random actions in episodes of 1000 steps, as the task has them, and InvertedDoublePendulum-v5 with the LQR expert in episodes of 400.
-``bare``: one environment in this process, reset and stepped with that policy's actions, nothing kept. ``rollouts``: the importer as a user runs it, on Ray
-with two CPUs, whose workers have run before: worlds made, the regulator computed once, episodes simulated in parts of 16 (and a random policy's beside each,
-whose steps count too), checked, and written as Parquet with manifest and summary; all of its wall time counts. ``alone``: the same in this process
-without Ray, by processor time, for what the importer itself costs. Target of issue 7: at least 1.6 of the bare loop. Two processes need two idle cores.
+HalfCheetah-v5 with random actions in episodes of 1000 steps, as the task has them, and
+InvertedDoublePendulum-v5 with the LQR expert in episodes of 400. ``bare``: one environment in this
+process, reset and stepped with that policy's actions, nothing kept. ``rollouts``: the importer as a
+user runs it, on Ray with two CPUs, whose workers have run before: worlds made, the regulator
+computed once, episodes simulated in parts of 16 (and a random policy's beside each, whose steps
+count too), checked, and written as Parquet with manifest and summary; all of its wall time counts.
+``alone``: the same in this process without Ray, by processor time, for what the importer itself
+costs. Target of issue 7: at least 1.6 of the bare loop. Two processes need two idle cores.
 """
 
 from __future__ import annotations
@@ -54,14 +58,22 @@ def imported(name: str, steps: int, clock: Callable[[], float]) -> float:
 
     who, length = CASES[name]
     count = max(2, steps // length)
-    options = importing.options_of("rollouts", [f"expert={who}", f"episodes={count}", f"max_steps={length}"])
+    options = importing.options_of(
+        "rollouts", [f"expert={who}", f"episodes={count}", f"max_steps={length}"]
+    )
     with tempfile.TemporaryDirectory() as folder:
-        work = Preparation("rollouts", name, str(Path(folder, "out")), options, Settings(rows_per_part=min(16, count // 2)))
+        work = Preparation(
+            "rollouts",
+            name,
+            str(Path(folder, "out")),
+            options,
+            Settings(rows_per_part=min(16, count // 2)),
+        )
         began = clock()
         work.run()
         took = clock() - began
         told = pq.read_table(Path(folder, "out"), columns=["steps", "random_steps"])
-    return sum(pc.sum(column).as_py() for column in told.itercolumns()) / took  # pyright: ignore[reportAttributeAccessIssue]
+    return sum(pc.sum(column).as_py() for column in told.itercolumns()) / took  # pyright: ignore
 
 
 def main() -> None:
@@ -75,21 +87,49 @@ def main() -> None:
     for name in CASES:
         print(f"  {name}", flush=True)
         bare(name, 500, wall)  # warm
-        costs = timing.interleaved({"bare, processor": lambda name=name: bare(name, steps, own), "alone, processor": lambda name=name: imported(
-            name, steps, own)}, args.repeats)
+        costs = timing.interleaved(
+            {
+                "bare, processor": lambda name=name: bare(name, steps, own),
+                "alone, processor": lambda name=name: imported(name, steps, own),
+            },
+            args.repeats,
+        )
         ray.init(num_cpus=WORKERS, include_dashboard=False, log_to_driver=False)
         try:
             imported(name, 4 * CASES[name][1], wall)  # warm: processes started, packages imported
-            rates = timing.interleaved({"bare": lambda name=name: bare(name, steps, wall), "rollouts": lambda name=name: imported(
-                name, steps, wall)}, args.repeats)
+            rates = timing.interleaved(
+                {
+                    "bare": lambda name=name: bare(name, steps, wall),
+                    "rollouts": lambda name=name: imported(name, steps, wall),
+                },
+                args.repeats,
+            )
         finally:
             ray.shutdown()
         results[name] = costs | rates
         for side, values in results[name].items():
-            share = timing.ratio(values, costs["bare, processor"] if side in costs else rates["bare"])
-            told = timing.verdict(share.median >= TARGET, f"at least {TARGET}") if side == "rollouts" else ""
-            lines.append([name, side, timing.Spread.of(values).text(4), "" if side.startswith("bare") else share.text(), told])
-    timing.table("Environment steps per second of wall or processor time, median [min, max]", ["environment", "side", "steps/s", "of bare", "target"], lines)
+            share = timing.ratio(
+                values, costs["bare, processor"] if side in costs else rates["bare"]
+            )
+            told = (
+                timing.verdict(share.median >= TARGET, f"at least {TARGET}")
+                if side == "rollouts"
+                else ""
+            )
+            lines.append(
+                [
+                    name,
+                    side,
+                    timing.Spread.of(values).text(4),
+                    "" if side.startswith("bare") else share.text(),
+                    told,
+                ]
+            )
+    timing.table(
+        "Environment steps per second of wall or processor time, median [min, max]",
+        ["environment", "side", "steps/s", "of bare", "target"],
+        lines,
+    )
     timing.write(args, found, results)
 
 

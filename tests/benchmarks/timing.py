@@ -1,4 +1,5 @@
-"""What the benchmarks share: sides measured in turns (A, B, A, B, ...), medians with their spread, paired ratios, one table.
+"""What the benchmarks share: sides measured in turns (A, B, A, B, ...), medians with their spread,
+paired ratios, one table.
 
 Imports nothing heavy, so that a script may set its environment first.
 """
@@ -17,8 +18,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-QUIET = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false",
-         "HF_HUB_OFFLINE": "1"}
+QUIET = {
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+}
 
 
 @dataclass(frozen=True)
@@ -43,10 +49,23 @@ def ratio(of: Sequence[float], to: Sequence[float]) -> Spread:
 
 
 def options(doc: str | None, repeats: int, **more: Any) -> argparse.Namespace:
-    """``--quick``, ``--repeats``, ``--json`` and the script's own options (name to argparse keywords)."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that the script runs, its numbers mean nothing")
-    parser.add_argument("--repeats", type=int, default=None, help=f"turns of each side (default {repeats}, 2 with --quick)")
+    """``--quick``, ``--repeats``, ``--json`` and the script's own options (name to argparse
+    keywords).
+    """
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="tiny sizes: shows that the script runs, its numbers mean nothing",
+    )
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        default=None,
+        help=f"turns of each side (default {repeats}, 2 with --quick)",
+    )
     parser.add_argument("--json", metavar="FILE", help="write all measurements here as well")
     for name, words in more.items():
         parser.add_argument("--" + name.replace("_", "-"), **words)
@@ -58,7 +77,9 @@ def options(doc: str | None, repeats: int, **more: Any) -> argparse.Namespace:
 
 
 def interleaved(sides: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
-    """Each side in turn, ``repeats`` times. A side leaves its own warm-up out of what it returns."""
+    """Each side in turn, ``repeats`` times. A side leaves its own warm-up out of what it
+    returns.
+    """
     out: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(repeats):
         for name, side in sides.items():
@@ -77,7 +98,13 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> N
     widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
     print(f"\n{title}")
     for line in (header, ["-" * width for width in widths], *rows):
-        print("  " + "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip(), flush=True)
+        print(
+            "  "
+            + "  ".join(
+                text.ljust(width) for text, width in zip(line, widths, strict=True)
+            ).rstrip(),
+            flush=True,
+        )
 
 
 def verdict(met: bool, target: str) -> str:
@@ -89,21 +116,35 @@ def machine() -> dict[str, Any]:
     import torch
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"cpus": os.cpu_count(), "load": os.getloadavg()[0], "python": platform.python_version(), "torch": torch.__version__, "gpu": gpu}
+    return {
+        "cpus": os.cpu_count(),
+        "load": os.getloadavg()[0],
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "gpu": gpu,
+    }
 
 
 def describe(args: argparse.Namespace) -> dict[str, Any]:
     """Print and return the machine; call it before measuring."""
     found = machine()
-    print(f"{found['cpus']} CPUs, load {found['load']:.2f} before, torch {found['torch']}, {found['gpu'] or 'no GPU'}"
-          + ("; --quick: the numbers mean nothing" if args.quick else ""), flush=True)
+    print(
+        f"{found['cpus']} CPUs, load {found['load']:.2f} before, torch {found['torch']}, "
+        f"{found['gpu'] or 'no GPU'}"
+        + ("; --quick: the numbers mean nothing" if args.quick else ""),
+        flush=True,
+    )
     return found
 
 
 def write(args: argparse.Namespace, found: dict[str, Any], results: Any) -> None:
     """The JSON file, when one is asked for."""
     if args.json:
-        plain = json.dumps({"machine": found, "quick": args.quick, "results": results}, indent=1, default=lambda o: asdict(o))
+        plain = json.dumps(
+            {"machine": found, "quick": args.quick, "results": results},
+            indent=1,
+            default=lambda o: asdict(o),
+        )
         Path(args.json).write_text(plain + "\n")
         print(f"\nwritten: {args.json}")
 
@@ -112,20 +153,29 @@ def data_folder() -> Path:
     """The folder that ONETOMANY_DATA names. Exits with what to do when it names none."""
     folder = Path(os.environ.get("ONETOMANY_DATA", "ONETOMANY_DATA is not set"))
     if not (folder / "vision").is_dir():
-        raise SystemExit(f"no data in {folder}: set ONETOMANY_DATA to the folder that holds vision/clothing_small")
+        raise SystemExit(
+            f"no data in {folder}: set ONETOMANY_DATA to the folder that holds "
+            "vision/clothing_small"
+        )
     return folder
 
 
-def batches_and_scan(path: Path, megabytes: float, modality: dict[str, Any], columns: dict[str, str], batch: int) -> dict[str, Callable[[], float]]:
-    """``bare``, a scan of a Parquet file's columns in one thread, and ``stream``, its batches in the order of a plan: megabytes per second of this process's
-    processor time."""
+def batches_and_scan(
+    path: Path, megabytes: float, modality: dict[str, Any], columns: dict[str, str], batch: int
+) -> dict[str, Callable[[], float]]:
+    """``bare``, a scan of a Parquet file's columns in one thread, and ``stream``, its batches in
+    the order of a plan: megabytes per second of this process's processor time.
+    """
     import pyarrow.parquet as pq
 
     from pipeline import bundle
     from pipeline.data import manifest
     from pipeline.data.stream import Decoder, Rows, plan_of, train_batches
 
-    rows = Rows(manifest.Selection(manifest.build(str(path), "parquet", "")), Decoder(bundle.build_modality(modality), None, {}, columns))
+    rows = Rows(
+        manifest.Selection(manifest.build(str(path), "parquet", "")),
+        Decoder(bundle.build_modality(modality), None, {}, columns),
+    )
     plan, steps = plan_of(rows, 0, batch, shuffle="blocks"), len(rows) // batch
     print(f"  {len(rows)} rows, {megabytes:.0f} MB in memory, {steps} batches", flush=True)
 
@@ -135,7 +185,13 @@ def batches_and_scan(path: Path, megabytes: float, modality: dict[str, Any], col
             file.read_row_group(group, columns=list(columns), use_threads=False)
 
     def stream() -> None:
-        assert sum(len(loaded.batch) for loaded in train_batches(rows, plan, range(steps), place="train", threads=1)) == steps * batch
+        assert (
+            sum(
+                len(loaded.batch)
+                for loaded in train_batches(rows, plan, range(steps), place="train", threads=1)
+            )
+            == steps * batch
+        )
 
     def rate(work: Callable[[], None]) -> float:
         began = time.process_time()

@@ -1,13 +1,18 @@
-"""(n) Trajectories: batches of the stream against a bare pyarrow scan of the same file, in megabytes per second and core.
+"""(n) Trajectories: batches of the stream against a bare pyarrow scan of the same file, in
+megabytes per second and core.
 
     .venv/bin/python tests/benchmarks/trajectory_batches.py --json trajectories.json     # about a minute; --quick: 10 s
 
-4000 episodes of a Hopper's widths (observations of 11 numbers, actions of 3; 50 to 1000 steps, random walks in float32) are written as Parquet as the
-importers write it: one row an episode, zstd, row groups of about 8 MB. ``bare`` reads their columns with ``pyarrow.parquet.ParquetFile.read_row_group`` in one
-thread and does nothing with them: no shuffling, nothing standardised, padded or collated. ``stream`` is what training reads: batches of 32 rows in the order
-of a plan (row groups permuted, rows permuted inside), decoded by modality trajectory in this process with one thread: numbers checked, standardised, padded.
-``mixed`` is the same with three embodiments of 11, 17 and 8 numbers in turn, against a bare scan of its own file. Megabytes are those of the Arrow columns in
-memory, the same on both sides; seconds are processor time of this process. Target of issue 7: at least 0.6 of the bare scan.
+4000 episodes of a Hopper's widths (observations of 11 numbers, actions of 3; 50 to 1000 steps,
+random walks in float32) are written as Parquet as the importers write it: one row an episode, zstd,
+row groups of about 8 MB. ``bare`` reads their columns with
+``pyarrow.parquet.ParquetFile.read_row_group`` in one thread and does nothing with them: no
+shuffling, nothing standardised, padded or collated. ``stream`` is what training reads: batches of
+32 rows in the order of a plan (row groups permuted, rows permuted inside), decoded by modality
+trajectory in this process with one thread: numbers checked, standardised, padded. ``mixed`` is the
+same with three embodiments of 11, 17 and 8 numbers in turn, against a bare scan of its own file.
+Megabytes are those of the Arrow columns in memory, the same on both sides; seconds are processor
+time of this process. Target of issue 7: at least 0.6 of the bare scan.
 """
 
 from __future__ import annotations
@@ -36,8 +41,12 @@ def make_parquet(path: Path, episodes: int, robots: tuple[str, ...]) -> float:
         robot, steps = robots[i % len(robots)], int(rng.integers(50, 1001))
         row: dict[str, Any] = {"embodiment": [robot]}
         for name, width in zip(("observations", "actions"), ROBOTS[robot], strict=True):
-            walk = pa.array(rng.normal(0, 1, (steps, width)).cumsum(0, dtype=np.float32).reshape(-1))
-            inner = pa.ListArray.from_arrays(pa.array(np.arange(steps + 1, dtype=np.int32) * width), walk)
+            walk = pa.array(
+                rng.normal(0, 1, (steps, width)).cumsum(0, dtype=np.float32).reshape(-1)
+            )
+            inner = pa.ListArray.from_arrays(
+                pa.array(np.arange(steps + 1, dtype=np.int32) * width), walk
+            )
             row[name] = pa.ListArray.from_arrays(pa.array([0, steps], pa.int32()), inner)
         held.append(pa.table(row))
         size, total = size + held[-1].nbytes, total + held[-1].nbytes
@@ -56,8 +65,12 @@ def sides_of(path: Path, megabytes: float) -> dict[str, Callable[[], float]]:
 
     from pipeline.modalities.trajectory import Trajectory, TrajectoryOptions
 
-    state = Trajectory.fit(TrajectoryOptions(), pq.ParquetFile(path).read_row_group(0), COLUMNS, "policy/mlp")
-    return timing.batches_and_scan(path, megabytes, {"name": "trajectory", "options": {}, "state": state}, COLUMNS, BATCH)
+    state = Trajectory.fit(
+        TrajectoryOptions(), pq.ParquetFile(path).read_row_group(0), COLUMNS, "policy/mlp"
+    )
+    return timing.batches_and_scan(
+        path, megabytes, {"name": "trajectory", "options": {}, "state": state}, COLUMNS, BATCH
+    )
 
 
 def main() -> None:
@@ -73,16 +86,27 @@ def main() -> None:
         sides: dict[str, Callable[[], float]] = {}
         for name, robots in (("", ("hopper",)), (" mixed", tuple(ROBOTS))):
             path = Path(folder, f"episodes{name}.parquet")
-            sides |= {f"{side}{name}": work for side, work in sides_of(path, make_parquet(path, episodes, robots)).items()}
+            sides |= {
+                f"{side}{name}": work
+                for side, work in sides_of(path, make_parquet(path, episodes, robots)).items()
+            }
         for side in sides.values():
             side()  # warm
         rates = timing.interleaved(sides, args.repeats)
     lines = []
     for name, values in rates.items():
         share = timing.ratio(values, rates[name.replace("stream", "bare")])
-        told = ["", ""] if name.startswith("bare") else [share.text(), timing.verdict(share.median >= TARGET, f"at least {TARGET}")]
+        told = (
+            ["", ""]
+            if name.startswith("bare")
+            else [share.text(), timing.verdict(share.median >= TARGET, f"at least {TARGET}")]
+        )
         lines.append([name, timing.Spread.of(values).text(4), *told])
-    timing.table("Megabytes of trajectories per second of one core, median [min, max]", ["side", "MB/s", "of bare", "target"], lines)
+    timing.table(
+        "Megabytes of trajectories per second of one core, median [min, max]",
+        ["side", "MB/s", "of bare", "target"],
+        lines,
+    )
     timing.write(args, found, rates)
 
 

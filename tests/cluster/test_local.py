@@ -1,4 +1,6 @@
-"""The local cluster: what it refuses, what it listens on, and that it stops its own processes and no others."""
+"""The local cluster: what it refuses, what it listens on, and that it stops its own processes and
+no others.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ def test_nodes_get_different_gpus():
 def test_nodes_do_not_inherit_another_cluster(monkeypatch, tmp_path):
     monkeypatch.setenv("RAY_ADDRESS", "elsewhere:6379")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "another")
-    handle = local.Handle("127.0.0.1:1", "http://127.0.0.1:2", tmp_path, {"RAY_AUTH_MODE": "disabled"}, "mark")
+    handle = local.Handle(
+        "127.0.0.1:1", "http://127.0.0.1:2", tmp_path, {"RAY_AUTH_MODE": "disabled"}, "mark"
+    )
     env = local._environment(handle)
     assert "RAY_ADDRESS" not in env and "RAY_AUTH_TOKEN" not in env
     assert env[local.MARK] == "mark" and env["PATH"].startswith(str(Path(sys.executable).parent))
@@ -75,11 +79,15 @@ def test_two_nodes_on_loopback_die_one_by_one_and_leave_nothing():
             processes = cluster.processes()
             assert local._alive_nodes(cluster) == 2
             assert {"gcs_server", "raylet"} <= {process.name() for process in processes}
-            assert _listening(processes) and all(address in ("127.0.0.1", "::1") for address in _listening(processes))
+            assert _listening(processes) and all(
+                address in ("127.0.0.1", "::1") for address in _listening(processes)
+            )
             cluster.kill_node(1)
             assert cluster.nodes[0].poll() is None and cluster.nodes[1].poll() is not None
             assert {process.name() for process in cluster.processes()} >= {"gcs_server", "raylet"}
-        assert not any(process.is_running() and process.status() != "zombie" for process in processes)
+        assert not any(
+            process.is_running() and process.status() != "zombie" for process in processes
+        )
         assert not cluster.temp_dir.exists()
         assert bystander.poll() is None
     finally:
@@ -102,13 +110,17 @@ def test_the_command_asks_for_a_token_and_stops_on_sigterm(monkeypatch, tmp_path
             shown.append(process.stdout.readline())
             assert shown[-1], "it ended before it was up"
         address = shown[-1].split()[-1]
-        exports = dict(line.split()[1].split("=", 1) for line in shown if line.strip().startswith("export "))
+        exports = dict(
+            line.split()[1].split("=", 1) for line in shown if line.strip().startswith("export ")
+        )
         nodes = psutil.Process(process.pid).children(recursive=True)
         for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS"):
             monkeypatch.delenv(name, raising=False)
 
         monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-        with pytest.raises(SubmitError, match=r"wants a token, and none is set here.*RAY_AUTH_TOKEN"):
+        with pytest.raises(
+            SubmitError, match=r"wants a token, and none is set here.*RAY_AUTH_TOKEN"
+        ):
             submit(tmp_path / "job.yaml", address, python_module="entry", include=["entry.py"])
 
         assert exports["RAY_AUTH_MODE"] == "token"
@@ -116,7 +128,16 @@ def test_the_command_asks_for_a_token_and_stops_on_sigterm(monkeypatch, tmp_path
         for name, value in exports.items():
             monkeypatch.setenv(name, value)
         said: list[str] = []
-        assert submit(tmp_path / "job.yaml", address, python_module="entry", include=["entry.py"], echo=said.append) == 0
+        assert (
+            submit(
+                tmp_path / "job.yaml",
+                address,
+                python_module="entry",
+                include=["entry.py"],
+                echo=said.append,
+            )
+            == 0
+        )
         assert "let in" in said
 
         process.send_signal(signal.SIGTERM)
@@ -135,5 +156,7 @@ def _listening(processes: list[psutil.Process]) -> set[str]:
             sockets = process.net_connections("tcp")
         except psutil.NoSuchProcess:
             continue
-        found |= {c.laddr.ip.removeprefix("::ffff:") for c in sockets if c.status == psutil.CONN_LISTEN}
+        found |= {
+            c.laddr.ip.removeprefix("::ffff:") for c in sockets if c.status == psutil.CONN_LISTEN
+        }
     return found

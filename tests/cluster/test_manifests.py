@@ -1,4 +1,6 @@
-"""The manifests: they have the shapes that their readers ask for, agree with pyproject.toml, and hold no secrets."""
+"""The manifests: they have the shapes that their readers ask for, agree with pyproject.toml, and
+hold no secrets.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,11 @@ def rayjob():
 def dockerfile():
     """Instructions of the Dockerfile as (word, rest), with continued lines joined."""
     text = re.sub(r"^#.*\n", "", (CLUSTER / "Dockerfile").read_text(), flags=re.MULTILINE)
-    return [tuple(line.split(maxsplit=1)) for line in text.replace("\\\n", " ").splitlines() if line.strip()]
+    return [
+        tuple(line.split(maxsplit=1))
+        for line in text.replace("\\\n", " ").splitlines()
+        if line.strip()
+    ]
 
 
 def pinned_ray() -> str:
@@ -77,12 +83,19 @@ def test_launcher_containers_have_memory_to_share_and_a_token(launcher):
     assert "-e RAY_AUTH_MODE=token" in docker["run_options"]
     assert launcher["file_mounts"] == {"/home/ray/.ray/auth_token": "~/.ray/auth_token"}
     head = " ".join(launcher["head_start_ray_commands"])
-    assert "--dashboard-host=127.0.0.1" in head and "--autoscaling-config=~/ray_bootstrap_config.yaml" in head
+    assert (
+        "--dashboard-host=127.0.0.1" in head
+        and "--autoscaling-config=~/ray_bootstrap_config.yaml" in head
+    )
     assert launcher["setup_commands"] == []  # Ray's default would install another Ray
 
 
-# The part of KubeRay's RayJob that we use, closed against misspelt fields. The full CRD (v1.7.0) accepts the file too.
-QUANTITIES = {"type": "object", "additionalProperties": {"type": "string", "pattern": r"^\d+(m|Mi|Gi)?$"}}
+# The part of KubeRay's RayJob that we use, closed against misspelt fields. The full CRD (v1.7.0)
+# accepts the file too.
+QUANTITIES = {
+    "type": "object",
+    "additionalProperties": {"type": "string", "pattern": r"^\d+(m|Mi|Gi)?$"},
+}
 CONTAINER = {
     "type": "object",
     "required": ["name", "image", "resources", "volumeMounts"],
@@ -96,11 +109,21 @@ CONTAINER = {
                 "type": "object",
                 "required": ["containerPort"],
                 "additionalProperties": False,
-                "properties": {"containerPort": {"type": "integer"}, "name": {"type": "string", "maxLength": 15}},
+                "properties": {
+                    "containerPort": {"type": "integer"},
+                    "name": {"type": "string", "maxLength": 15},
+                },
             },
         },
-        "env": {"type": "array", "items": {"type": "object", "required": ["name", "value"], "additionalProperties": False,
-                                           "properties": {"name": {"type": "string"}, "value": {"type": "string"}}}},
+        "env": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "required": ["name", "value"],
+                "additionalProperties": False,
+                "properties": {"name": {"type": "string"}, "value": {"type": "string"}},
+            },
+        },
         "envFrom": {"type": "array", "items": {"type": "object", "required": ["secretRef"]}},
         "resources": {
             "type": "object",
@@ -108,7 +131,10 @@ CONTAINER = {
             "additionalProperties": False,
             "properties": {"limits": QUANTITIES, "requests": QUANTITIES},
         },
-        "volumeMounts": {"type": "array", "items": {"type": "object", "required": ["name", "mountPath"]}},
+        "volumeMounts": {
+            "type": "array",
+            "items": {"type": "object", "required": ["name", "mountPath"]},
+        },
     },
 }
 TEMPLATE = {
@@ -135,7 +161,10 @@ WORKERS = {
     "required": ["groupName", "minReplicas", "maxReplicas", "template"],
     "additionalProperties": False,
     "properties": {
-        **{name: {"type": "integer", "minimum": 0} for name in ("replicas", "minReplicas", "maxReplicas")},
+        **{
+            name: {"type": "integer", "minimum": 0}
+            for name in ("replicas", "minReplicas", "maxReplicas")
+        },
         "groupName": {"type": "string"},
         "rayStartParams": START,
         "template": TEMPLATE,
@@ -201,66 +230,92 @@ def test_the_rayjob_keeps_work_off_the_head_and_gives_workers_gpus(rayjob):
         assert container["volumeMounts"] == [{"name": volume["name"], "mountPath": "/dev/shm"}]
         shared, memory = volume["emptyDir"]["sizeLimit"], container["resources"]["limits"]["memory"]
         assert int(shared.removesuffix("Gi")) < int(memory.removesuffix("Gi")) / 2
-        assert pod["securityContext"]["runAsNonRoot"] and pod["securityContext"]["runAsUser"] == 1000
+        assert (
+            pod["securityContext"]["runAsNonRoot"] and pod["securityContext"]["runAsUser"] == 1000
+        )
     assert int(pods[1]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"]) >= 1
     words = shlex.split(rayjob["spec"]["entrypoint"])
     assert words[:2] == ["onetomany", "run"] and "auto" in words
 
 
 def test_the_rayjob_declares_the_workers_that_it_may_have(rayjob):
-    """The autoscaler's settings lie in another container: a job reads them from this variable (train/node_types.py)."""
+    """The autoscaler's settings lie in another container: a job reads them from this variable
+    (train/node_types.py).
+    """
     spec = rayjob["spec"]["rayClusterSpec"]
     (head,) = spec["headGroupSpec"]["template"]["spec"]["containers"]
-    (declared,) = [json.loads(one["value"]) for one in head["env"] if one["name"] == "ONETOMANY_NODE_TYPES"]
+    (declared,) = [
+        json.loads(one["value"]) for one in head["env"] if one["name"] == "ONETOMANY_NODE_TYPES"
+    ]
     (workers,) = spec["workerGroupSpecs"]
     limits = workers["template"]["spec"]["containers"][0]["resources"]["limits"]
     resources = {"CPU": int(limits["cpu"]), "GPU": int(limits["nvidia.com/gpu"])}
-    assert declared == {workers["groupName"]: {"resources": resources, "max_workers": workers["maxReplicas"]}}
+    assert declared == {
+        workers["groupName"]: {"resources": resources, "max_workers": workers["maxReplicas"]}
+    }
 
 
 def test_ray_has_one_version(rayjob):
     assert rayjob["spec"]["rayClusterSpec"]["rayVersion"].startswith(pinned_ray() + ".")
     assert ray.__version__.startswith(pinned_ray() + ".")
     for name in MANIFESTS:
-        for version in re.findall(r"\bRay (\d+\.\d+)\b|ray==(\d+\.\d+)", (CLUSTER / name).read_text()):
+        for version in re.findall(
+            r"\bRay (\d+\.\d+)\b|ray==(\d+\.\d+)", (CLUSTER / name).read_text()
+        ):
             assert pinned_ray() in version, name
 
 
 def test_the_image_is_locked_and_its_user_is_nobody_special(dockerfile):
-    install = next(rest for word, rest in dockerfile if word == "RUN" and "requirements.lock" in rest)
+    install = next(
+        rest for word, rest in dockerfile if word == "RUN" and "requirements.lock" in rest
+    )
     assert "uv pip install" in install and "--require-hashes" in install
     assert [rest for word, rest in dockerfile if word == "USER"] == ["ray"]
-    assert any("useradd" in rest and "--uid 1000" in rest for word, rest in dockerfile if word == "RUN")
-    assert any("HOME=/home/ray" in rest for word, rest in dockerfile if word == "ENV")  # `ray up` reads it
+    assert any(
+        "useradd" in rest and "--uid 1000" in rest for word, rest in dockerfile if word == "RUN"
+    )
+    assert any(
+        "HOME=/home/ray" in rest for word, rest in dockerfile if word == "ENV"
+    )  # `ray up` reads it
 
 
 def test_the_base_of_the_image_has_a_full_version_and_can_be_given_a_digest(dockerfile):
     arguments = dict(rest.split("=", 1) for word, rest in dockerfile if word == "ARG")
-    assert re.fullmatch(r"python:3\.12\.\d+-slim-[a-z]+", arguments["BASE"]) and arguments["BASE_DIGEST"] == ""
+    assert (
+        re.fullmatch(r"python:3\.12\.\d+-slim-[a-z]+", arguments["BASE"])
+        and arguments["BASE_DIGEST"] == ""
+    )
     assert ("FROM", "${BASE}${BASE_DIGEST:+@${BASE_DIGEST}}") in dockerfile
 
 
 def test_what_builds_the_image_and_the_package_is_pinned(dockerfile):
-    """uv by version, the same in the image and in CI; hatchling by its hash, since no build fetches it."""
+    """uv by version, the same in the image and in CI; hatchling by its hash, since no build fetches
+    it.
+    """
     continuous = (ROOT / ".ci" / "run").read_text()
     installs = [line for line in continuous.splitlines() if "pip install" in line]
     in_ci = re.findall(r"pip install --quiet uv==([\d.]+)$", continuous, re.MULTILINE)
     image = "\n".join(rest for word, rest in dockerfile if word == "RUN")
     assert re.findall(r'"uv==(\d+\.\d+\.\d+)"', image) == in_ci and len(in_ci) == 1
-    for line in [line for line in [*installs, *image.splitlines()] if re.search(r"(-e|--editable) \.", line)]:
+    for line in [
+        line for line in [*installs, *image.splitlines()] if re.search(r"(-e|--editable) \.", line)
+    ]:
         assert "--no-build-isolation" in line and "--no-deps" in line
     assert image.count("--editable .") == 1 and sum(" -e ." in line for line in installs) == 1
 
 
 def test_the_image_asks_for_gpus(dockerfile):
     """Without these NVIDIA's container runtime gives a plain image none."""
-    variables = dict(pair.split("=", 1) for word, rest in dockerfile if word == "ENV" for pair in rest.split())
+    variables = dict(
+        pair.split("=", 1) for word, rest in dockerfile if word == "ENV" for pair in rest.split()
+    )
     assert variables["NVIDIA_VISIBLE_DEVICES"] == "all"
     assert set(variables["NVIDIA_DRIVER_CAPABILITIES"].split(",")) >= {"compute", "utility"}
 
 
 @pytest.mark.parametrize(
-    "name", ["requirements.lock", "pyproject.toml", "README.md", "LICENSE", "pipeline", "cluster", "jobs"]
+    "name",
+    ["requirements.lock", "pyproject.toml", "README.md", "LICENSE", "pipeline", "cluster", "jobs"],
 )
 def test_the_image_copies_what_exists(dockerfile, name):
     copies = [shlex.split(rest) for word, rest in dockerfile if word == "COPY"]
@@ -337,9 +392,13 @@ def test_slurm_passes_the_job_on_and_its_exit_code_back(slurm, tmp_path):
     ended = slurm("jobs/vision.yaml", "--set", "name=a b", "--set", "storage=/shared/it's")
     assert ended.returncode == 3, ended.stderr
     ray_line, job_line = ended.stdout.splitlines()
-    assert "symmetric-run --address node7:11234 --min-nodes 2 --num-cpus 64 --num-gpus 4 -- " in ray_line
+    assert (
+        "symmetric-run --address node7:11234 --min-nodes 2 --num-cpus 64 --num-gpus 4 -- "
+        in ray_line
+    )
     assert job_line == (
-        "job: -P -m pipeline.cli run jobs/vision.yaml --set name=a b --set storage=/shared/it's --address auto"
+        "job: -P -m pipeline.cli run jobs/vision.yaml --set name=a b --set "
+        "storage=/shared/it's --address auto"
     )
     assert len((tmp_path / "token").read_text()) == 64
     assert (tmp_path / "mode").read_text().strip() == "600"

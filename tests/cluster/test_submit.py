@@ -1,4 +1,6 @@
-"""Submitting: what is shipped, what is said, what the exit code is, and one real cluster of two nodes."""
+"""Submitting: what is shipped, what is said, what the exit code is, and one real cluster of two
+nodes.
+"""
 
 from __future__ import annotations
 
@@ -44,29 +46,59 @@ def _no_cluster_in_the_environment(monkeypatch):
 def job(tmp_path):
     """A job folder: the job file, data beside it, and things that must not travel."""
     folder = tmp_path / "jobs"
-    for name in ("job.yaml", "data/a.parquet", ".git/config", "runs/old.json", "data/runs/new.json", "w.pt", ".env"):
+    for name in (
+        "job.yaml",
+        "data/a.parquet",
+        ".git/config",
+        "runs/old.json",
+        "data/runs/new.json",
+        "w.pt",
+        ".env",
+    ):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(f"name: {name.replace('/', '-')}\nstorage: s3://bucket/runs\n")
     return folder / "job.yaml"
 
 
 def test_the_entrypoint_survives_the_shell():
-    command = entrypoint(Path("my jobs/vision.yaml"), ["name=it's", "fanout.search={lr: [1e-4, $HOME]}"])
-    words = ["python", "-P", "-m", "pipeline.cli", "run", "my jobs/vision.yaml", "--address", "auto"]
+    command = entrypoint(
+        Path("my jobs/vision.yaml"), ["name=it's", "fanout.search={lr: [1e-4, $HOME]}"]
+    )
+    words = [
+        "python",
+        "-P",
+        "-m",
+        "pipeline.cli",
+        "run",
+        "my jobs/vision.yaml",
+        "--address",
+        "auto",
+    ]
     words += ["--set", "name=it's", "--set", "fanout.search={lr: [1e-4, $HOME]}"]
     assert shlex.split(command) == words
-    assert subprocess.check_output(["sh", "-c", "printf '%s\n' " + command], text=True).splitlines() == words
+    assert (
+        subprocess.check_output(["sh", "-c", "printf '%s\n' " + command], text=True).splitlines()
+        == words
+    )
 
 
-@pytest.mark.parametrize(("wait", "word"), [(True, "--wait-for-resources"), (False, "--no-wait-for-resources")])
+@pytest.mark.parametrize(
+    ("wait", "word"), [(True, "--wait-for-resources"), (False, "--no-wait-for-resources")]
+)
 def test_a_submission_says_whether_to_wait(wait, word):
     assert shlex.split(entrypoint(Path("a.yaml"), wait=wait))[-1] == word
-    assert "wait" not in entrypoint(Path("a.yaml")), "else the job finds out whether its cluster grows"
+    assert "wait" not in entrypoint(Path("a.yaml")), (
+        "else the job finds out whether its cluster grows"
+    )
 
 
 def test_variables_are_named_or_given(monkeypatch):
     monkeypatch.setenv("HERE", "a=b")
-    assert parse_env(["HERE", "THERE=c=d", "EMPTY="]) == {"HERE": "a=b", "THERE": "c=d", "EMPTY": ""}
+    assert parse_env(["HERE", "THERE=c=d", "EMPTY="]) == {
+        "HERE": "a=b",
+        "THERE": "c=d",
+        "EMPTY": "",
+    }
     with pytest.raises(SubmitError, match="NOWHERE is not set here"):
         parse_env(["NOWHERE"])
     with pytest.raises(SubmitError, match="neither NAME nor NAME=VALUE"):
@@ -103,13 +135,34 @@ def test_the_ignore_file_leaves_out_what_it_names(job):
     shipped = collect(job, ["data"])
     assert of_the_job(shipped) == {"job.yaml", "data/a.parquet"}
     assert shipped.left_out == ["data/b.csv", "data/runs"]
-    with pytest.raises(SubmitError, match=r"the job names data/b\.csv, and --exclude or \.onetomanyignore leaves data/b\.csv out"):
+    with pytest.raises(
+        SubmitError,
+        match=r"the job names data/b\.csv, and --exclude or \.onetomanyignore leaves data/b\.csv "
+        r"out",
+    ):
         collect(job, ["data/b.csv"])
 
 
 SECRET_FILES = (
-    *(".env", ".env.local", ".envrc", ".aws/credentials", ".aws/config", ".ssh/config", "id_rsa", "id_ed25519", "key.pem"),
-    *(".netrc", ".git-credentials", ".pypirc", "credentials.json", "credentials-prod.json", "service-account-1.json"),
+    *(
+        ".env",
+        ".env.local",
+        ".envrc",
+        ".aws/credentials",
+        ".aws/config",
+        ".ssh/config",
+        "id_rsa",
+        "id_ed25519",
+        "key.pem",
+    ),
+    *(
+        ".netrc",
+        ".git-credentials",
+        ".pypirc",
+        "credentials.json",
+        "credentials-prod.json",
+        "service-account-1.json",
+    ),
     *("secrets.yaml", "secrets.toml", "Secrets.JSON", ".kube/config", ".docker/config.json"),
 )
 
@@ -137,7 +190,16 @@ techniques: [scratch]
 @pytest.fixture
 def pictures(tmp_path):
     """A job that names files in every way there is, and beside them files that it does not name."""
-    for name in ("a/1.parquet", "a/2b.parquet", "a/3.parquet", "weights/start.safetensors", "words/tokenizer.json", "seen.parquet", ".env", "notes.txt"):
+    for name in (
+        "a/1.parquet",
+        "a/2b.parquet",
+        "a/3.parquet",
+        "weights/start.safetensors",
+        "words/tokenizer.json",
+        "seen.parquet",
+        ".env",
+        "notes.txt",
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
     (tmp_path / "job.yaml").write_text(PICTURES.replace("DATA", "seen.parquet"))
@@ -146,27 +208,53 @@ def pictures(tmp_path):
 
 def test_the_files_that_a_job_names_are_its_data_its_checkpoints_and_its_tokenizers(pictures):
     """By relative paths: what is absolute or on S3 is where the cluster finds it."""
-    assert relative_places(pictures) == ["seen.parquet", "weights/start.safetensors", "a/1.parquet", "a/2*.parquet", "words"]
+    assert relative_places(pictures) == [
+        "seen.parquet",
+        "weights/start.safetensors",
+        "a/1.parquet",
+        "a/2*.parquet",
+        "words",
+    ]
     assert "a/3.parquet" in relative_places(pictures, ["sources.seen.data.uri=a/3.parquet"])
 
 
 def test_a_dry_run_lists_what_would_be_shipped_and_needs_no_cluster(pictures):
     done = CliRunner().invoke(app, ["submit", str(pictures), "--dry-run", "--include", "notes*"])
     assert done.exit_code == 0, done.output
-    listed = {line.split()[-1]: line.split()[:-1] for line in done.output.splitlines() if not line.endswith("compression")}
+    listed = {
+        line.split()[-1]: line.split()[:-1]
+        for line in done.output.splitlines()
+        if not line.endswith("compression")
+    }
     mine = {name for name in listed if not name.startswith(("pipeline/", "cluster/"))}
-    assert mine == {"job.yaml", "seen.parquet", "weights/start.safetensors", "a/1.parquet", "a/2b.parquet", "words/tokenizer.json", "notes.txt"}
+    assert mine == {
+        "job.yaml",
+        "seen.parquet",
+        "weights/start.safetensors",
+        "a/1.parquet",
+        "a/2b.parquet",
+        "words/tokenizer.json",
+        "notes.txt",
+    }
     assert listed["a/1.parquet"] == ["11", "B"] and "pipeline/cli.py" in listed
-    assert CliRunner().invoke(app, ["submit", str(pictures)]).exit_code == 2, "without --dry-run an address is needed"
+    assert CliRunner().invoke(app, ["submit", str(pictures)]).exit_code == 2, (
+        "without --dry-run an address is needed"
+    )
 
 
 @pytest.mark.parametrize("name", SECRET_FILES)
 def test_secrets_are_never_shipped(job, name):
-    """Not from beside the job file, not from within a folder that the job names, and not by their own name."""
+    """Not from beside the job file, not from within a folder that the job names, and not by their
+    own name.
+    """
     for place in (job.parent / name, job.parent / "data" / "deep" / name):
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_text("hush")
-    shipped = collect(job, ["data"], include=["*"], exclude=[".git", "runs"]) if name[0] != "." else collect(job, ["data"])
+    shipped = (
+        collect(job, ["data"], include=["*"], exclude=[".git", "runs"])
+        if name[0] != "."
+        else collect(job, ["data"])
+    )
     assert not any(file.read_bytes() == b"hush" for file in shipped.files.values())
     assert any(name.startswith(left.removeprefix("data/deep/")) for left in shipped.left_out)
     with pytest.raises(SubmitError, match="looks like a secret, which is never shipped"):
@@ -177,11 +265,17 @@ def test_a_link_that_leaves_the_folder_is_refused(job, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "b.parquet").write_text("b")
     (job.parent / "data" / "linked").symlink_to(tmp_path / "elsewhere")
-    assert of_the_job(collect(job, ["data/a.parquet"])) == {"job.yaml", "data/a.parquet"}, "a link that nobody names is nobody's concern"
+    assert of_the_job(collect(job, ["data/a.parquet"])) == {"job.yaml", "data/a.parquet"}, (
+        "a link that nobody names is nobody's concern"
+    )
     for named in ("data", "data/linked", "data/linked/b.parquet"):
-        with pytest.raises(SubmitError, match=r"is a link that leads to .*elsewhere.*, out of the folder"):
+        with pytest.raises(
+            SubmitError, match=r"is a link that leads to .*elsewhere.*, out of the folder"
+        ):
             collect(job, [named])
-    with pytest.raises(SubmitError, match=r"the job names .*elsewhere/b\.parquet, which is not below"):
+    with pytest.raises(
+        SubmitError, match=r"the job names .*elsewhere/b\.parquet, which is not below"
+    ):
         collect(job, ["../elsewhere/b.parquet"])
 
 
@@ -205,7 +299,11 @@ def test_the_listing_has_every_file_with_its_size(job):
     (job.parent / "data" / "a.parquet").write_bytes(bytes(3 * 2**20))
     (job.parent / "data" / ".env").write_text("hush")
     lines = list(collect(job, ["data"], ship_code=False).listing())
-    assert [line.split() for line in lines[:3]] == [["3.0", "MiB", "data/a.parquet"], ["51", "B", "data/runs/new.json"], ["41", "B", "job.yaml"]]
+    assert [line.split() for line in lines[:3]] == [
+        ["3.0", "MiB", "data/a.parquet"],
+        ["51", "B", "data/runs/new.json"],
+        ["41", "B", "job.yaml"],
+    ]
     assert lines[3].split() == ["left", "out", "data/.env"]
     assert lines[4] == "   3.0 MiB  in 3 files, before compression"
 
@@ -223,7 +321,9 @@ def test_equal_files_make_equal_packages(job, tmp_path):
 def test_a_package_too_big_is_refused_with_its_size(job, tmp_path, monkeypatch):
     (job.parent / "data" / "big.bin").write_bytes(random.Random(0).randbytes(3 * 2**20))
     monkeypatch.setattr(package, "MAX_PACKAGE_MIB", 2)
-    with pytest.raises(SubmitError, match=r"has [34] MiB.*less than 2; .*data/big.bin \(3 MiB\).*s3://.*exclude"):
+    with pytest.raises(
+        SubmitError, match=r"has [34] MiB.*less than 2; .*data/big.bin \(3 MiB\).*s3://.*exclude"
+    ):
         write_zip(collect(job, ["data"]), tmp_path / "big.zip")
     monkeypatch.setattr(package, "MAX_PACKAGE_MIB", 0.1)  # so far beyond that it is not even tried
     files = collect(job, ["data"])
@@ -233,9 +333,19 @@ def test_a_package_too_big_is_refused_with_its_size(job, tmp_path, monkeypatch):
     assert not (tmp_path / "never.zip").exists()
 
 
-@pytest.mark.parametrize(("address", "host"), [
-    ("http://head:8265", "head"), ("http://10.0.0.7:8265", "10.0.0.7"), ("https://head:8265", None), ("http://localhost:8265", None),
-    ("http://127.0.0.1:8265", None), ("http://127.4.5.6:1", None), ("http://[::1]:8265", None), ("http://localhost.evil.org:1", "localhost.evil.org")])
+@pytest.mark.parametrize(
+    ("address", "host"),
+    [
+        ("http://head:8265", "head"),
+        ("http://10.0.0.7:8265", "10.0.0.7"),
+        ("https://head:8265", None),
+        ("http://localhost:8265", None),
+        ("http://127.0.0.1:8265", None),
+        ("http://127.4.5.6:1", None),
+        ("http://[::1]:8265", None),
+        ("http://localhost.evil.org:1", "localhost.evil.org"),
+    ],
+)
 def test_http_is_for_this_machine_alone(address, host):
     assert submit_module.unencrypted_host(address) == host
 
@@ -279,7 +389,9 @@ def test_an_address_that_takes_the_call_and_says_nothing(job):
 
 
 class FakeDashboard(http.server.BaseHTTPRequestHandler):
-    """As much of Ray's job API as `submit` uses. Tests set `replies`; requests that came are in `requests`."""
+    """As much of Ray's job API as `submit` uses. Tests set `replies`; requests that came are in
+    `requests`.
+    """
 
     replies: dict[str, tuple[int, object]]
     requests: list[tuple[str, str, object]]
@@ -289,9 +401,13 @@ class FakeDashboard(http.server.BaseHTTPRequestHandler):
         length = int(self.headers.get("Content-Length", 0))
         body = self.rfile.read(length)
         is_json = self.headers.get("Content-Type") == "application/json"
-        self.requests.append((self.command, self.path, json.loads(body) if is_json else dict(self.headers)))
+        self.requests.append(
+            (self.command, self.path, json.loads(body) if is_json else dict(self.headers))
+        )
         path = self.path.partition("?")[0]
-        status, reply = next((value for key, value in self.replies.items() if re.fullmatch(key, path)), (404, "no"))
+        status, reply = next(
+            (value for key, value in self.replies.items() if re.fullmatch(key, path)), (404, "no")
+        )
         reply = reply.pop(0) if isinstance(reply, list) else reply
         data = (json.dumps(reply) if not isinstance(reply, str) else reply).encode()
         self.send_response(status)
@@ -312,9 +428,15 @@ def dashboard():
 
     Handler.requests = []
     Handler.replies = {
-        "/api/version": (200, {"version": "4", "ray_version": RAY_VERSION, "ray_commit": "x", "session_name": "s"}),
+        "/api/version": (
+            200,
+            {"version": "4", "ray_version": RAY_VERSION, "ray_commit": "x", "session_name": "s"},
+        ),
         "/api/packages/.*": (200, {}),
-        "/api/v0/nodes": (200, {"data": {"result": {"result": [{"state": "ALIVE"}] * 2 + [{"state": "DEAD"}]}}}),
+        "/api/v0/nodes": (
+            200,
+            {"data": {"result": {"result": [{"state": "ALIVE"}] * 2 + [{"state": "DEAD"}]}}},
+        ),
     }
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
@@ -324,11 +446,20 @@ def dashboard():
 
 
 def _ends(dashboard, status: str, code: int | None, message: str = "why") -> None:
-    details = {"type": "SUBMISSION", "status": status, "entrypoint": "e", "message": message, "driver_exit_code": code}
+    details = {
+        "type": "SUBMISSION",
+        "status": status,
+        "entrypoint": "e",
+        "message": message,
+        "driver_exit_code": code,
+    }
     dashboard.replies |= {
         "/api/jobs/": (200, {"job_id": "id", "submission_id": "id"}),
         "/api/jobs/[^/]+": (200, details),
-        "/api/jobs/[^/]+/logs": (200, {"logs": "one\ntwo"}),  # without logs/tail: following falls back on it
+        "/api/jobs/[^/]+/logs": (
+            200,
+            {"logs": "one\ntwo"},
+        ),  # without logs/tail: following falls back on it
     }
 
 
@@ -370,15 +501,27 @@ def test_a_submission_says_how_to_come_back(job, dashboard):
     _ends(dashboard, "SUCCEEDED", 0)
     said: list[str] = []
     env = {"GREETING": "hi", "AWS_SECRET_ACCESS_KEY": "s"}
-    options = {"submission_id": "mine", "follow": False, "overrides": ["seed=1"], "echo": said.append}
+    options = {
+        "submission_id": "mine",
+        "follow": False,
+        "overrides": ["seed=1"],
+        "echo": said.append,
+    }
     submit(job, dashboard.address, env=env, secrets_in_clear=True, **options)
     text = "\n".join(said)
     assert f"ray job logs --follow --address {dashboard.address} mine" in text
     assert f"ray job stop --address {dashboard.address} mine" in text
     assert f"{dashboard.address}/#/jobs/mine" in text
     assert "AWS_SECRET_ACCESS_KEY can be read" in text
-    (request,) = [body for command, path, body in dashboard.requests if (command, path) == ("POST", "/api/jobs/")]
-    assert request["entrypoint"] == "python -P -m pipeline.cli run job.yaml --address auto --set seed=1"
+    (request,) = [
+        body
+        for command, path, body in dashboard.requests
+        if (command, path) == ("POST", "/api/jobs/")
+    ]
+    assert (
+        request["entrypoint"]
+        == "python -P -m pipeline.cli run job.yaml --address auto --set seed=1"
+    )
     assert request["submission_id"] == "mine"
     assert request["runtime_env"]["env_vars"] == env
     assert request["runtime_env"]["working_dir"].startswith("gcs://_ray_pkg_")
@@ -387,8 +530,14 @@ def test_a_submission_says_how_to_come_back(job, dashboard):
 def test_a_key_is_not_sent_as_a_variable_of_the_job(job, dashboard):
     """Variables of a job stand in clear in Ray's logs and in the job API."""
     _ends(dashboard, "SUCCEEDED", 0)
-    env = {"GREETING": "hi", "AWS_SECRET_ACCESS_KEY": "hush", "AWS_SHARED_CREDENTIALS_FILE": "/etc/aws"}
-    with pytest.raises(SubmitError, match=r"--env AWS_SECRET_ACCESS_KEY: .* stand in clear.*instance role") as caught:
+    env = {
+        "GREETING": "hi",
+        "AWS_SECRET_ACCESS_KEY": "hush",
+        "AWS_SHARED_CREDENTIALS_FILE": "/etc/aws",
+    }
+    with pytest.raises(
+        SubmitError, match=r"--env AWS_SECRET_ACCESS_KEY: .* stand in clear.*instance role"
+    ) as caught:
         submit(job, dashboard.address, env=env, echo=lambda _: None)
     assert "hush" not in str(caught.value) and dashboard.requests == []
     del env["AWS_SECRET_ACCESS_KEY"]
@@ -422,7 +571,10 @@ def test_the_address_given_wins_over_the_environment(job, dashboard, monkeypatch
 
 def test_refusals_are_one_clear_line(job, dashboard):
     _ends(dashboard, "SUCCEEDED", 0)
-    dashboard.replies["/api/jobs/"] = (500, "Traceback ...\nValueError: Job with submission_id mine already exists.\n")
+    dashboard.replies["/api/jobs/"] = (
+        500,
+        "Traceback ...\nValueError: Job with submission_id mine already exists.\n",
+    )
     with pytest.raises(SubmitError, match=r"did not accept the job: ValueError: .* already exists"):
         submit(job, dashboard.address, submission_id="mine", echo=lambda _: None)
     dashboard.replies["/api/version"] = (200, "<html>a router</html>")
@@ -441,7 +593,10 @@ def test_tokens(job, dashboard, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     version = dashboard.replies["/api/version"]
     dashboard.replies["/api/version"] = (401, "Unauthorized: Missing authentication token")
-    with pytest.raises(SubmitError, match=r"wants a token, and none is set here.*ray get-auth-token.*RAY_AUTH_TOKEN"):
+    with pytest.raises(
+        SubmitError,
+        match=r"wants a token, and none is set here.*ray get-auth-token.*RAY_AUTH_TOKEN",
+    ):
         submit(job, dashboard.address)
     monkeypatch.setenv("RAY_AUTH_TOKEN", "wrong")
     dashboard.replies["/api/version"] = (403, "Forbidden: Invalid authentication token")
@@ -463,7 +618,9 @@ def test_contact_lost_for_long(job, dashboard, monkeypatch):
     dashboard.replies["/api/jobs/[^/]+"] = (500, "gone")
     monkeypatch.setattr(submit_module, "LOST_SECONDS", 0.5)
     monkeypatch.setattr(submit_module, "RETRY_SECONDS", 0.1)
-    with pytest.raises(SubmitError, match=r"lost contact .*mine may still be running: ray job logs"):
+    with pytest.raises(
+        SubmitError, match=r"lost contact .*mine may still be running: ray job logs"
+    ):
         submit(job, dashboard.address, submission_id="mine", echo=lambda _: None)
 
 
@@ -539,13 +696,18 @@ def test_ctrl_c_leaves_the_job_running(real_cluster, tmp_path):
     (tmp_path / "job.yaml").write_text("name: sleeper\nstorage: s3://nowhere/runs\n")
     (tmp_path / "entry.py").write_text(SLEEPER)
     program = (
-        "import sys; from functools import partial; from pathlib import Path; from cluster.submit import submit\n"
+        "import sys; from functools import partial; from pathlib import Path; from "
+        "cluster.submit import submit\n"
         f"sys.exit(submit(Path('job.yaml'), {real_cluster.job_address!r}, submission_id='sleeper',"
         " python_module='entry', include=['entry.py'], echo=partial(print, flush=True)))"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
-        [sys.executable, "-c", program], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     client = submit_module._connect(real_cluster.job_address)
     try:

@@ -42,8 +42,14 @@ def tried(path, folder, how: str = "rows") -> tuple[int, str]:
 
 def dictionary_bomb(path, rows: int = 100_000, letters: int = 30_000) -> None:
     """One long text in every row: Parquet stores it once."""
-    column = pa.DictionaryArray.from_arrays(pa.array(np.zeros(rows, dtype=np.int32)), pa.array(["x" * letters], pa.large_string()))
-    pq.write_table(pa.table({"text": column.cast(pa.dictionary(pa.int32(), pa.string()))}), path, store_schema=False)
+    column = pa.DictionaryArray.from_arrays(
+        pa.array(np.zeros(rows, dtype=np.int32)), pa.array(["x" * letters], pa.large_string())
+    )
+    pq.write_table(
+        pa.table({"text": column.cast(pa.dictionary(pa.int32(), pa.string()))}),
+        path,
+        store_schema=False,
+    )
 
 
 @pytest.mark.parametrize("how", ["rows", "columns"])
@@ -63,9 +69,14 @@ def test_texts_that_repeat_as_real_ones_do_are_read(tmp_path):
         assert tried(tmp_path / "labels.parquet", tmp_path, how)[1] == "read"
 
 
-@pytest.mark.parametrize(("name", "opening", "said"), [("field.csv", b'text\n"', "a row is longer than 64 MiB"),
-                                                       ("field.jsonl", b'{"text": "', "the line is longer than 64 MiB"),
-                                                       ("field.txt", b"", "the line is longer than 64 MiB")])
+@pytest.mark.parametrize(
+    ("name", "opening", "said"),
+    [
+        ("field.csv", b'text\n"', "a row is longer than 64 MiB"),
+        ("field.jsonl", b'{"text": "', "the line is longer than 64 MiB"),
+        ("field.txt", b"", "the line is longer than 64 MiB"),
+    ],
+)
 def test_one_field_of_hundreds_of_megabytes_is_refused(name, opening, said, tmp_path):
     """One of 300 MB took 3 GiB."""
     with open(tmp_path / name, "wb") as file:
@@ -78,17 +89,27 @@ def test_one_field_of_hundreds_of_megabytes_is_refused(name, opening, said, tmp_
 
 
 def test_a_member_of_a_zip_that_unpacks_to_too_much_is_refused(tmp_path):
-    with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive, archive.open("bomb.jpg", "w", force_zip64=True) as member:
+    with (
+        zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive,
+        archive.open("bomb.jpg", "w", force_zip64=True) as member,
+    ):
         for _ in range(300):
             member.write(bytes(MEBIBYTE))
     assert (tmp_path / "bomb.zip").stat().st_size < MEBIBYTE
-    code = ("import resource, sys\nfrom pipeline.data.prepare import files\nbefore = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-            "try:\n    files.Reader()(sys.argv[1], 'bomb.jpg', -1, 1000)\nexcept ValueError as error:\n    print(error)\n"
-            "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)\n")
+    code = (
+        "import resource, sys\nfrom pipeline.data.prepare import files\nbefore = "
+        "resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "try:\n    files.Reader()(sys.argv[1], 'bomb.jpg', -1, 1000)\nexcept ValueError as "
+        "error:\n    print(error)\n"
+        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)\n"
+    )
     said, grew = run_python(code, str(tmp_path / "bomb.zip")).stdout.strip().split("\n")
     assert said == "it unpacks to more than an image has" and int(grew) < 700
 
 
 def test_limits_are_what_the_errors_say():
-    assert imports.LINE_BYTES == imports.ROW_BYTES == 64 * MEBIBYTE and files.MOST_BYTES == 256 * MEBIBYTE
+    assert (
+        imports.LINE_BYTES == imports.ROW_BYTES == 64 * MEBIBYTE
+        and files.MOST_BYTES == 256 * MEBIBYTE
+    )
     assert manifest.GROUP_BYTES <= 512 * MEBIBYTE

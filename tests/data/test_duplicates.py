@@ -1,4 +1,6 @@
-"""Which rows are the same and which images nearly so: against references, real images changed, and real images that only look alike."""
+"""Which rows are the same and which images nearly so: against references, real images changed, and
+real images that only look alike.
+"""
 
 import io
 import os
@@ -21,23 +23,41 @@ from pipeline.data import imports
 from pipeline.data import manifest as m
 
 CLOTHING = Path(d.__file__).parents[2] / "jobs" / "data" / "clothing_48px.parquet"
-WITH_DATA = pytest.mark.skipif("ONETOMANY_DATA" not in os.environ, reason="ONETOMANY_DATA names no data folder")
+WITH_DATA = pytest.mark.skipif(
+    "ONETOMANY_DATA" not in os.environ, reason="ONETOMANY_DATA names no data folder"
+)
 
 
 @pytest.fixture
 def signs(tmp_path):
     """Signs of files, folders or lists of values."""
-    def signs(of, modality: str = "image", column: str | tuple[str, ...] = "image", form: str = "auto", rows: list[int] | None = None,
-              piece: tuple[str | None, str | None] = (None, None)) -> d.Signs:
+
+    def signs(
+        of,
+        modality: str = "image",
+        column: str | tuple[str, ...] = "image",
+        form: str = "auto",
+        rows: list[int] | None = None,
+        piece: tuple[str | None, str | None] = (None, None),
+    ) -> d.Signs:
         if isinstance(of, list):
             number = len(list(tmp_path.glob("made-*")))
             path = tmp_path / f"made-{number}.parquet"
-            made = {column: of} if isinstance(column, str) else dict(zip(column, map(list, zip(*of, strict=True)), strict=True))
+            made = (
+                {column: of}
+                if isinstance(column, str)
+                else dict(zip(column, map(list, zip(*of, strict=True)), strict=True))
+            )
             pq.write_table(pa.table(made), path, row_group_size=50)
             of = path
         found = m.build(str(of), form, str(tmp_path / "imports"))
-        return d.signs(m.Selection(found, None if rows is None else np.array(rows)), modality,
-                       (column,) if isinstance(column, str) else column, str(tmp_path / "signs"), piece)
+        return d.signs(
+            m.Selection(found, None if rows is None else np.array(rows)),
+            modality,
+            (column,) if isinstance(column, str) else column,
+            str(tmp_path / "signs"),
+            piece,
+        )
 
     return signs
 
@@ -58,12 +78,18 @@ def jpeg(data: bytes, quality: int) -> bytes:
 def resized(data: bytes, factor: float) -> bytes:
     buffer = io.BytesIO()
     with PIL.Image.open(io.BytesIO(data)) as image:
-        (image if image.mode == "L" else image.convert("RGB")).resize((round(image.width * factor), round(image.height * factor)), 3).save(buffer, "PNG")
+        (image if image.mode == "L" else image.convert("RGB")).resize(
+            (round(image.width * factor), round(image.height * factor)), 3
+        ).save(buffer, "PNG")
     return buffer.getvalue()
 
 
-CHANGES = {"jpeg 75": lambda data: jpeg(data, 75), "jpeg 90": lambda data: jpeg(data, 90), "three quarters": lambda data: resized(data, 0.75),
-           "twice, jpeg 75": lambda data: jpeg(resized(data, 2), 75)}
+CHANGES = {
+    "jpeg 75": lambda data: jpeg(data, 75),
+    "jpeg 90": lambda data: jpeg(data, 90),
+    "three quarters": lambda data: resized(data, 0.75),
+    "twice, jpeg 75": lambda data: jpeg(resized(data, 2), 75),
+}
 
 
 def real(path: Path, n: int) -> list[bytes]:
@@ -72,8 +98,11 @@ def real(path: Path, n: int) -> list[bytes]:
 
 # ---------------------------------------------------------------- the hash and the search
 
+
 def test_the_hash_is_that_of_the_paper():
-    """Against SciPy's DCT: frequencies 1 to 8 of both axes, each above the median or not, in the order of rows."""
+    """Against SciPy's DCT: frequencies 1 to 8 of both axes, each above the median or not, in the
+    order of rows.
+    """
     grey = np.random.default_rng(0).integers(0, 256, (20, 32, 32)).astype(np.uint8)
     low = dctn(grey.astype(float), axes=(1, 2), norm="ortho")[:, 1:9, 1:9].reshape(20, 64)
     expected = low > np.median(low, axis=1, keepdims=True)
@@ -85,7 +114,9 @@ def test_the_hash_is_that_of_the_paper():
 
 def made(hashes, thumbs, first: int) -> d.Signs:
     digests = np.arange(first, first + len(hashes), dtype=np.uint64)
-    return d.Signs(digests, np.ones(len(hashes), bool), np.array(hashes, np.uint64), np.array(thumbs, np.uint8))
+    return d.Signs(
+        digests, np.ones(len(hashes), bool), np.array(hashes, np.uint64), np.array(thumbs, np.uint8)
+    )
 
 
 @settings(max_examples=60, deadline=None)
@@ -96,7 +127,13 @@ def test_the_search_finds_what_comparing_all_pairs_finds(seed, pairs):
     hashes = rng.integers(0, 2**64, 40, dtype=np.uint64)
     thumbs = rng.integers(0, 256, (40, 256))
     chosen = rng.integers(0, 40, 60)
-    flips = np.array([sum(1 << int(b) for b in rng.choice(64, rng.integers(0, 9), replace=False)) for _ in chosen], dtype=np.uint64)
+    flips = np.array(
+        [
+            sum(1 << int(b) for b in rng.choice(64, rng.integers(0, 9), replace=False))
+            for _ in chosen
+        ],
+        dtype=np.uint64,
+    )
     noise = rng.normal(0, 1, (60, 256)) * rng.choice([0, 5, 15, 60], 60)[:, None]
     rows = made(hashes[chosen] ^ flips, np.clip(thumbs[chosen] + noise, 0, 255), 0)
     others = made(hashes, thumbs, 1000)
@@ -112,10 +149,13 @@ def test_the_search_finds_what_comparing_all_pairs_finds(seed, pairs):
 
 
 def test_bands_cover_the_hash_once():
-    assert [bit for low, high in d._bands() for bit in range(low, high)] == list(range(64)) and len(list(d._bands())) == d.NEAR_BITS + 1
+    assert [bit for low, high in d._bands() for bit in range(low, high)] == list(range(64)) and len(
+        list(d._bands())
+    ) == d.NEAR_BITS + 1
 
 
 # ---------------------------------------------------------------- real images
+
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_photos_encoded_or_resized_are_found(signs, change):
@@ -130,7 +170,9 @@ def test_photos_encoded_or_resized_are_found(signs, change):
 def test_photos_that_are_cut_or_mirrored_are_other_ones(signs):
     """Said in the docstring: what the hash does not find."""
     whole = real(CLOTHING, 40)
-    with_changes = [png(np.asarray(PIL.Image.open(io.BytesIO(data)).convert("RGB"))[:, ::-1]) for data in whole]
+    with_changes = [
+        png(np.asarray(PIL.Image.open(io.BytesIO(data)).convert("RGB"))[:, ::-1]) for data in whole
+    ]
     assert d.near(signs(with_changes), signs(whole)).mean() < 0.3
 
 
@@ -150,9 +192,17 @@ def neighbours(found: d.Signs) -> np.ndarray:
 
 @pytest.mark.data
 @WITH_DATA
-@pytest.mark.parametrize(("place", "most"), [("healthcare/nih_chestxray14_1000/nih1000.parquet", 0), ("healthcare/pneumoniamnist/train.parquet", 10)])
+@pytest.mark.parametrize(
+    ("place", "most"),
+    [
+        ("healthcare/nih_chestxray14_1000/nih1000.parquet", 0),
+        ("healthcare/pneumoniamnist/train.parquet", 10),
+    ],
+)
 def test_xrays_that_look_alike_are_not_near(signs, place, most):
-    """Of pneumoniamnist 5 pairs have equal pixels, and no other pair is near; the hash alone takes far more for near."""
+    """Of pneumoniamnist 5 pairs have equal pixels, and no other pair is near; the hash alone takes
+    far more for near.
+    """
     path = Path(os.environ["ONETOMANY_DATA"]) / place
     found = signs(path)
     assert (neighbours(found) > 0).sum() <= most
@@ -165,6 +215,7 @@ def test_xrays_that_look_alike_are_not_near(signs, place, most):
 
 # ---------------------------------------------------------------- what is compared
 
+
 def test_images_are_compared_by_their_bytes_wherever_they_lie(signs, tmp_path):
     rng = np.random.default_rng(0)
     pictures = [png(rng.integers(0, 256, (16, 16, 3)).astype(np.uint8)) for _ in range(9)]
@@ -173,8 +224,13 @@ def test_images_are_compared_by_their_bytes_wherever_they_lie(signs, tmp_path):
             (tmp_path / name / "cat").mkdir(parents=True, exist_ok=True)
             (tmp_path / name / "cat" / f"{name}{i}.png").write_bytes(pictures[i])
     a, b = (signs(tmp_path / name, form="images") for name in "ab")
-    assert d.exact(a, b).tolist() == [False] * 4 + [True] * 2 and d.exact(b, a).tolist() == [True] * 2 + [False] * 3
-    assert d.exact(signs(pictures), a).tolist() == [True] * 6 + [False] * 3, "bytes of a column against files"
+    assert (
+        d.exact(a, b).tolist() == [False] * 4 + [True] * 2
+        and d.exact(b, a).tolist() == [True] * 2 + [False] * 3
+    )
+    assert d.exact(signs(pictures), a).tolist() == [True] * 6 + [False] * 3, (
+        "bytes of a column against files"
+    )
     assert (d.near(a, b) == d.exact(a, b)).all()
 
 
@@ -182,9 +238,13 @@ def test_a_large_image_folder_is_read_on_ray(signs, tmp_path, monkeypatch):
     """Its rows are paths: their bytes say nothing of what there is to decode."""
     for i in range(6):
         (tmp_path / "folder" / "kind").mkdir(parents=True, exist_ok=True)
-        (tmp_path / "folder" / "kind" / f"{i}.png").write_bytes(png(np.full((8, 8), 40 * i, np.uint8)))
+        (tmp_path / "folder" / "kind" / f"{i}.png").write_bytes(
+            png(np.full((8, 8), 40 * i, np.uint8))
+        )
     spread = []
-    monkeypatch.setattr(d, "map_items", lambda fn, items: spread.append(len(items)) or map(fn, items))
+    monkeypatch.setattr(
+        d, "map_items", lambda fn, items: spread.append(len(items)) or map(fn, items)
+    )
     monkeypatch.setattr(imports, "GROUP_ROWS", 2)
     assert len(signs(tmp_path / "folder", rows=[0, 2, 4])) == 3 and not spread
     monkeypatch.setattr(d, "SPREAD_IMAGES", 5)
@@ -194,11 +254,22 @@ def test_a_large_image_folder_is_read_on_ray(signs, tmp_path, monkeypatch):
 def test_texts_are_compared_as_texts_and_repeats_count_each(signs, tmp_path):
     source, test = ["a", "b", "b", str(tmp_path), None], ["b", "b", "c", str(tmp_path), None]
     theirs = signs(source, "text", "words")
-    assert d.exact(signs(test, "text", "words"), theirs).tolist() == [True, True, False, True, False], "nothing is no text"
+    assert d.exact(signs(test, "text", "words"), theirs).tolist() == [
+        True,
+        True,
+        False,
+        True,
+        False,
+    ], "nothing is no text"
     assert d.near(signs(test, "text", "words"), theirs).tolist() == [True, True, False, True, False]
     path = tmp_path / "made-1.parquet"
-    assert d.exact(signs(path, "text", "words", rows=[1, 2]), theirs).tolist() == [True, False], "of the selected rows alone"
-    assert len(signs(path, "text", "words", rows=[])) == 0 and not d.exact(theirs, signs(path, "text", "words", rows=[])).any()
+    assert d.exact(signs(path, "text", "words", rows=[1, 2]), theirs).tolist() == [True, False], (
+        "of the selected rows alone"
+    )
+    assert (
+        len(signs(path, "text", "words", rows=[])) == 0
+        and not d.exact(theirs, signs(path, "text", "words", rows=[])).any()
+    )
 
 
 def test_pairs_are_the_same_when_both_texts_are(signs):
@@ -210,7 +281,12 @@ def test_pairs_are_the_same_when_both_texts_are(signs):
 
 def sound(seed: int, seconds: float = 1.0) -> bytes:
     out = io.BytesIO()
-    soundfile.write(out, np.random.default_rng(seed).uniform(-0.5, 0.5, round(seconds * 8000)), 8000, format="FLAC")
+    soundfile.write(
+        out,
+        np.random.default_rng(seed).uniform(-0.5, 0.5, round(seconds * 8000)),
+        8000,
+        format="FLAC",
+    )
     return out.getvalue()
 
 
@@ -221,13 +297,26 @@ def test_recordings_are_compared_by_their_bytes_wherever_they_lie(signs, tmp_pat
             (tmp_path / name / "cat").mkdir(parents=True, exist_ok=True)
             (tmp_path / name / "cat" / f"{name}{i}.flac").write_bytes(sounds[i])
     a, b = (signs(tmp_path / name, "audio", "audio", "audio") for name in "ab")
-    assert d.exact(a, b).tolist() == [False] * 4 + [True] * 2 and d.exact(b, a).tolist() == [True] * 2 + [False] * 3
+    assert (
+        d.exact(a, b).tolist() == [False] * 4 + [True] * 2
+        and d.exact(b, a).tolist() == [True] * 2 + [False] * 3
+    )
     assert d.near(a, b).tolist() == d.exact(a, b).tolist()
-    assert d.exact(signs(sounds, "audio", "audio"), a).tolist() == [True] * 6 + [False] * 3, "bytes of a column against files"
-    structs = [{"bytes": sounds[0], "path": "elsewhere"}, {"bytes": None, "path": str(tmp_path / "a/cat/a3.flac")}, {"bytes": b"x", "path": "y"}, None,
-               {"bytes": None, "path": None}]
+    assert d.exact(signs(sounds, "audio", "audio"), a).tolist() == [True] * 6 + [False] * 3, (
+        "bytes of a column against files"
+    )
+    structs = [
+        {"bytes": sounds[0], "path": "elsewhere"},
+        {"bytes": None, "path": str(tmp_path / "a/cat/a3.flac")},
+        {"bytes": b"x", "path": "y"},
+        None,
+        {"bytes": None, "path": None},
+    ]
     found = signs(structs, "audio", "audio")
-    assert d.exact(found, a).tolist() == [True, True, False, False, False] and found.readable.tolist() == [True] * 3 + [False] * 2
+    assert (
+        d.exact(found, a).tolist() == [True, True, False, False, False]
+        and found.readable.tolist() == [True] * 3 + [False] * 2
+    )
     (tmp_path / "a/cat/a3.flac").unlink()
     with pytest.raises(storage.StorageError, match=r"a3\.flac"):
         signs([*structs[:2], *structs[:2]], "audio", "audio")
@@ -239,8 +328,17 @@ def test_pieces_of_one_recording_are_rows_of_their_own(signs, tmp_path, monkeypa
     columns, piece = ("audio", "from", "long"), ("from", "long")
 
     def made(*rows):
-        pq.write_table(pa.table({name: pa.array([row[i] for row in rows], kind) for i, (name, kind) in
-                                 enumerate(zip(columns, (None, pa.float64(), pa.float64()), strict=True))}), tmp_path / "p.parquet")
+        pq.write_table(
+            pa.table(
+                {
+                    name: pa.array([row[i] for row in rows], kind)
+                    for i, (name, kind) in enumerate(
+                        zip(columns, (None, pa.float64(), pa.float64()), strict=True)
+                    )
+                }
+            ),
+            tmp_path / "p.parquet",
+        )
         return signs(tmp_path / "p.parquet", "audio", "audio", piece=piece)
 
     opened, real = [], storage.open_read
@@ -248,11 +346,27 @@ def test_pieces_of_one_recording_are_rows_of_their_own(signs, tmp_path, monkeypa
     theirs = made((str(path), 0.0, 1.0), (str(path), 1.0, 1.5), (str(path), 2.5, None))
     assert opened.count(str(path)) == 1, "each file is read once a row group"
     assert len({*theirs.digest.tolist()}) == 3
-    assert d.exact(made((long, 0.0, 1.0), (long, 1.0, 1.0), (long, 2.5, None), (long, None, 1.0), (sound(2, 4.0), 0.0, 1.0)), theirs).tolist() == [
-        True, False, True, False, False]
+    assert d.exact(
+        made(
+            (long, 0.0, 1.0),
+            (long, 1.0, 1.0),
+            (long, 2.5, None),
+            (long, None, 1.0),
+            (sound(2, 4.0), 0.0, 1.0),
+        ),
+        theirs,
+    ).tolist() == [True, False, True, False, False]
     whole = signs([long], "audio", "audio")
-    assert d.exact(made((str(path), None, None), (str(path), 0.0, 4.0), (str(path), 0.0, None), (str(path), float("nan"), 3.0), (str(path), 0.0, 3.0)),
-                   whole).tolist() == [True] * 4 + [False], "all of a recording is the recording"
+    assert d.exact(
+        made(
+            (str(path), None, None),
+            (str(path), 0.0, 4.0),
+            (str(path), 0.0, None),
+            (str(path), float("nan"), 3.0),
+            (str(path), 0.0, 3.0),
+        ),
+        whole,
+    ).tolist() == [True] * 4 + [False], "all of a recording is the recording"
 
 
 def test_images_that_cannot_be_read_or_show_nothing_are_near_to_none(signs):
@@ -260,7 +374,9 @@ def test_images_that_cannot_be_read_or_show_nothing_are_near_to_none(signs):
     broken = [b"no image", b"", None]
     mine = signs([grey, dark, *broken])
     assert mine.readable.tolist() == [True, True, True, False, False]
-    assert d.near(mine, signs([jpeg(grey, 80), b"another one", b"", None])).tolist() == [False] * 5, "flat ones have nothing to compare"
+    assert (
+        d.near(mine, signs([jpeg(grey, 80), b"another one", b"", None])).tolist() == [False] * 5
+    ), "flat ones have nothing to compare"
     assert d.exact(mine, mine).tolist() == [True, True, True, False, False]
     assert d.near(mine, signs([grey])).tolist() == [True, False, False, False, False]
 
@@ -268,10 +384,14 @@ def test_images_that_cannot_be_read_or_show_nothing_are_near_to_none(signs):
 def test_rows_are_read_once_and_again_when_they_change(signs, tmp_path, monkeypatch):
     path, whole = tmp_path / "rows.parquet", real(CLOTHING, 120)
     pq.write_table(pa.table({"image": whole}), path, row_group_size=50)
-    there = pickle.loads(pickle.dumps(d._Signer(m.Selection(m.build(str(path), "auto", "")), "image", ("image",))))  # as a Ray task gets it
+    there = pickle.loads(
+        pickle.dumps(d._Signer(m.Selection(m.build(str(path), "auto", "")), "image", ("image",)))
+    )  # as a Ray task gets it
     assert (there((50, 100))["hash"] == signs(whole[50:100]).hash).all()
     calls, work = [], d._Signer.__call__
-    monkeypatch.setattr(d._Signer, "__call__", lambda self, span: calls.append(span) or work(self, span))
+    monkeypatch.setattr(
+        d._Signer, "__call__", lambda self, span: calls.append(span) or work(self, span)
+    )
     first, again = signs(path), signs(path)
     assert calls == [(0, 50), (50, 100), (100, 120)], "row group by row group"
     for name in ("digest", "readable", "hash", "thumb"):
@@ -282,35 +402,71 @@ def test_rows_are_read_once_and_again_when_they_change(signs, tmp_path, monkeypa
     assert (signs(path).digest == first.digest[::-1]).all() and len(calls) == 6
 
 
-def test_records_are_the_same_by_all_their_events_and_those_without_any_are_no_twins(signs, tmp_path):
-    times, names = [[1.0, 2.0], [1.0, 2.0], [1.0, 2.0], [], []], [["a", "b"], ["a", "b"], ["a", "b"], [], []]
-    table = pa.table({"times": times, "variables": names, "values": [[1.0, 2.0], [1.0, 2.0], [1.0, 3.0], [], []]})
+def test_records_are_the_same_by_all_their_events_and_those_without_any_are_no_twins(
+    signs, tmp_path
+):
+    times, names = (
+        [[1.0, 2.0], [1.0, 2.0], [1.0, 2.0], [], []],
+        [["a", "b"], ["a", "b"], ["a", "b"], [], []],
+    )
+    table = pa.table(
+        {"times": times, "variables": names, "values": [[1.0, 2.0], [1.0, 2.0], [1.0, 3.0], [], []]}
+    )
     pq.write_table(table, tmp_path / "rows.parquet")
     found = signs(tmp_path / "rows.parquet", "events", ("times", "variables", "values"))
-    assert found.digest[0] == found.digest[1] != found.digest[2] and found.readable.tolist() == [True, True, True, False, False]
+    assert found.digest[0] == found.digest[1] != found.digest[2] and found.readable.tolist() == [
+        True,
+        True,
+        True,
+        False,
+        False,
+    ]
 
 
 def test_numbers_stored_in_another_width_are_the_same(tmp_path):
     """0.1 as a double is another number than 0.1 as a float, and 12 another text than 12.0."""
     found = []
-    for number, (kind, id_kind) in enumerate([(pa.float64(), pa.int64()), (pa.float32(), pa.float64())]):
+    for number, (kind, id_kind) in enumerate(
+        [(pa.float64(), pa.int64()), (pa.float32(), pa.float64())]
+    ):
         lists = pa.large_list(kind) if number else pa.list_(kind)
         times = pa.array([[0.1, 2.3], [0.1, 5.0]], lists)
-        table = pa.table({"times": times, "variables": [["a", "b"], ["a", "c"]], "values": pa.array([[0.7, 1.1], [0.3, 0.3]], lists),
-                          "entity": pa.array([12, 13], pa.int64()).cast(id_kind)})
+        table = pa.table(
+            {
+                "times": times,
+                "variables": [["a", "b"], ["a", "c"]],
+                "values": pa.array([[0.7, 1.1], [0.3, 0.3]], lists),
+                "entity": pa.array([12, 13], pa.int64()).cast(id_kind),
+            }
+        )
         if number:  # the second record was cut
             table = table.set_column(0, "times", pa.array([[0.1, 2.3], [0.1]], lists))
-            table = table.set_column(1, "variables", pa.array([["a", "b"], ["a"]])).set_column(2, "values", pa.array([[0.7, 1.1], [0.3]], lists))
+            table = table.set_column(1, "variables", pa.array([["a", "b"], ["a"]])).set_column(
+                2, "values", pa.array([[0.7, 1.1], [0.3]], lists)
+            )
         path = tmp_path / f"{number}.parquet"
         pq.write_table(table, path)
         rows = m.Selection(m.build(str(path), "auto", str(tmp_path)))
-        found.append(d.signs(rows, "events", ("times", "variables", "values"), str(tmp_path / "signs"), record="entity"))
+        found.append(
+            d.signs(
+                rows,
+                "events",
+                ("times", "variables", "values"),
+                str(tmp_path / "signs"),
+                record="entity",
+            )
+        )
     assert d.exact(*found).tolist() == [True, False]
     assert d.same_record(*found).tolist() == [True, True]
 
 
 def test_lists_of_lists_of_doubles_are_those_of_floats(signs):
-    assert d._with_float32(pa.list_(pa.list_(pa.float64()))) == pa.large_list(pa.large_list(pa.float32()))
+    assert d._with_float32(pa.list_(pa.list_(pa.float64()))) == pa.large_list(
+        pa.large_list(pa.float32())
+    )
     assert d._with_float32(pa.list_(pa.int64())) is None and d._with_float32(pa.string()) is None
     nested = pa.table({"a": pa.array([[[0.1]], None], pa.list_(pa.list_(pa.float64(), 1)))})
-    assert d._single_precision(nested, ("a",))["a"].to_pylist() == [[[float(np.float32(0.1))]], None]
+    assert d._single_precision(nested, ("a",))["a"].to_pylist() == [
+        [[float(np.float32(0.1))]],
+        None,
+    ]

@@ -1,4 +1,6 @@
-"""Which rows there are and in which split: real files of every format, whole, broken and in odd company."""
+"""Which rows there are and in which split: real files of every format, whole, broken and in odd
+company.
+"""
 
 import decimal
 import json
@@ -20,8 +22,10 @@ from pipeline.data import imports as made
 from pipeline.data import manifest as m
 from pipeline.job import Data
 
-PNG = bytes.fromhex("89504e470d0a1a0a0000000d49484452000000010000000108000000003a7e9b55"
-                    "0000000a49444154789c6360000000020001e221bc330000000049454e44ae426082")
+PNG = bytes.fromhex(
+    "89504e470d0a1a0a0000000d49484452000000010000000108000000003a7e9b55"
+    "0000000a49444154789c6360000000020001e221bc330000000049454e44ae426082"
+)
 
 
 def write(path: Path, frame: pd.DataFrame, group: int = 7) -> Path:
@@ -33,13 +37,24 @@ def write(path: Path, frame: pd.DataFrame, group: int = 7) -> Path:
 def people(start: int, stop: int) -> pd.DataFrame:
     """Rows numbered from start: every fourth one shares a person, the number tells the row."""
     number = np.arange(start, stop)
-    return pd.DataFrame({"number": number, "text": [f"text {n}" for n in number], "label": number % 3, "person": [f"p{n // 4}" for n in number],
-                         "flag": number % 2 == 0, "weight": (number % 4) / 2, "kind": ["ab"[n % 2] for n in number]})
+    return pd.DataFrame(
+        {
+            "number": number,
+            "text": [f"text {n}" for n in number],
+            "label": number % 3,
+            "person": [f"p{n // 4}" for n in number],
+            "flag": number % 2 == 0,
+            "weight": (number % 4) / 2,
+            "kind": ["ab"[n % 2] for n in number],
+        }
+    )
 
 
 @pytest.fixture
 def files(tmp_path):
-    """Three files of 20, 13 and 30 rows in groups of 7, written in another order than that of their names."""
+    """Three files of 20, 13 and 30 rows in groups of 7, written in another order than that of their
+    names.
+    """
     bounds = {"b.parquet": (20, 33), "c.parquet": (33, 63), "a.parquet": (0, 20)}
     for name, (start, stop) in bounds.items():
         write(tmp_path / "rows" / name, people(start, stop))
@@ -54,8 +69,10 @@ def imports(tmp_path):
 @pytest.fixture
 def split(imports):
     """Splits of a data spec; the modality is only a name here."""
+
     def split(need_test: bool = False, roles: tuple[str, ...] = (), **fields) -> m.Splits:
-        return m.splits(Data(modality="text", **fields), roles, "targets.t", imports, need_test)  # pyright: ignore[reportArgumentType]
+        # pyright: ignore
+        return m.splits(Data(modality="text", **fields), roles, "targets.t", imports, need_test)
 
     return split
 
@@ -66,15 +83,38 @@ def numbers(selection: m.Selection) -> list[int]:
 
 # ---------------------------------------------------------------- the manifest
 
-@pytest.mark.parametrize("named", ["{0}", "{0}/", "{0}/*.parquet", "{0}/[abc].parquet",
-                                   "file://{0}", "file://{0}/*.parquet", "{0}/c.parquet {0}/b.parquet {0}/a.parquet",
-                                   "{0} {0}/a.parquet", "{0}/a.parquet {0}/*.parquet"])
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        "{0}",
+        "{0}/",
+        "{0}/*.parquet",
+        "{0}/[abc].parquet",
+        "file://{0}",
+        "file://{0}/*.parquet",
+        "{0}/c.parquet {0}/b.parquet {0}/a.parquet",
+        "{0} {0}/a.parquet",
+        "{0}/a.parquet {0}/*.parquet",
+    ],
+)
 def test_files_folders_and_globs_give_each_row_once_in_the_order_of_names(files, imports, named):
     built = m.build(named.format(files).split(), "auto", imports)
     assert [Path(file).name for file in built.files] == ["a.parquet", "b.parquet", "c.parquet"]
     assert built.rows == 63
     assert [g.rows for g in built.groups] == [7, 7, 6, 7, 6, 7, 7, 7, 7, 2]
-    assert [(g.file, g.number) for g in built.groups] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (2, 0), (2, 1), (2, 2), (2, 3), (2, 4)]
+    assert [(g.file, g.number) for g in built.groups] == [
+        (0, 0),
+        (0, 1),
+        (0, 2),
+        (1, 0),
+        (1, 1),
+        (2, 0),
+        (2, 1),
+        (2, 2),
+        (2, 3),
+        (2, 4),
+    ]
     assert built.starts.tolist() == [0, 7, 14, 20, 27, 33, 40, 47, 54, 61, 63]
     assert built.size > 0
     assert numbers(m.Selection(built)) == list(range(63))
@@ -114,33 +154,59 @@ def test_fingerprint_follows_the_content_not_the_folder(files, imports, tmp_path
 def test_a_manifest_travels(files, imports):
     built = m.build(str(files), "auto", imports)
     again = pickle.loads(pickle.dumps(built))
-    assert again == built and again.schema == built.schema and again.starts.tolist() == built.starts.tolist()
+    assert (
+        again == built
+        and again.schema == built.schema
+        and again.starts.tolist() == built.starts.tolist()
+    )
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda frame: frame.assign(label=frame.label.astype("int32")), "column 'label' is int64 there and int32 here"),
-    (lambda frame: frame.assign(label=frame.label.astype(str)), "column 'label' is int64 there and (large_)?string here"),
-    (lambda frame: frame.drop(columns="label"), "column 'label' is int64 there and absent here"),
-    (lambda frame: frame.assign(more=1), "column 'more' is absent there and int64 here"),
-    (lambda frame: frame[frame.columns[::-1]], "the order of the columns"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda frame: frame.assign(label=frame.label.astype("int32")),
+            "column 'label' is int64 there and int32 here",
+        ),
+        (
+            lambda frame: frame.assign(label=frame.label.astype(str)),
+            "column 'label' is int64 there and (large_)?string here",
+        ),
+        (
+            lambda frame: frame.drop(columns="label"),
+            "column 'label' is int64 there and absent here",
+        ),
+        (lambda frame: frame.assign(more=1), "column 'more' is absent there and int64 here"),
+        (lambda frame: frame[frame.columns[::-1]], "the order of the columns"),
+    ],
+)
 def test_files_whose_schemas_differ_are_refused_by_column(files, imports, change, message):
     write(files / "d.parquet", change(people(63, 70)))
     with pytest.raises(ValueError, match=message) as caught:
         m.build(str(files), "auto", imports)
-    assert str(caught.value).startswith(f"{files}/d.parquet: its schema differs from that of {files}/a.parquet: ")
+    assert str(caught.value).startswith(
+        f"{files}/d.parquet: its schema differs from that of {files}/a.parquet: "
+    )
 
 
 def test_metadata_of_a_schema_is_no_difference(files, imports):
-    table = pa.Table.from_pandas(people(63, 70)).replace_schema_metadata({"written by": "somebody else"})
+    table = pa.Table.from_pandas(people(63, 70)).replace_schema_metadata(
+        {"written by": "somebody else"}
+    )
     pq.write_table(table, files / "d.parquet")
     assert m.build(str(files), "auto", imports).rows == 70
 
 
-@pytest.mark.parametrize(("content", "message"), [
-    (b"", "empty (0 bytes)"), (b"PAR1", "not a readable Parquet file"),
-    (b"text, not parquet" * 9, "not a readable Parquet file"), (None, "not a readable Parquet file"),
-], ids=["zero bytes", "four bytes", "text", "truncated"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "empty (0 bytes)"),
+        (b"PAR1", "not a readable Parquet file"),
+        (b"text, not parquet" * 9, "not a readable Parquet file"),
+        (None, "not a readable Parquet file"),
+    ],
+    ids=["zero bytes", "four bytes", "text", "truncated"],
+)
 def test_a_broken_file_is_named(files, imports, content, message):
     whole = (files / "b.parquet").read_bytes()
     (files / "b.parquet").write_bytes(whole[:-50] if content is None else content)
@@ -152,7 +218,7 @@ def test_a_broken_file_is_named(files, imports, content, message):
 def test_a_damaged_footer_is_named(files, imports):
     content = bytearray((files / "b.parquet").read_bytes())
     size = int.from_bytes(content[-8:-4], "little")
-    content[-8 - size:-8] = os.urandom(1) * size
+    content[-8 - size : -8] = os.urandom(1) * size
     (files / "b.parquet").write_bytes(content)
     with pytest.raises(ValueError, match=r"b\.parquet: not a readable Parquet file"):
         m.build(str(files), "auto", imports)
@@ -169,12 +235,20 @@ def test_no_files_are_an_error(tmp_path, imports):
 
 def test_files_of_several_kinds_are_refused(files, imports):
     (files / "x.csv").write_text("a\n1\n")
-    with pytest.raises(ValueError, match=r"files of several kinds \(csv, parquet\); name one kind by a glob"):
+    with pytest.raises(
+        ValueError, match=r"files of several kinds \(csv, parquet\); name one kind by a glob"
+    ):
         m.build(str(files), "auto", imports)
 
 
 def test_hidden_files_and_other_suffixes_are_left_out_of_folders(files, imports):
-    for name in (".hidden.parquet", "_SUCCESS", "README.md", "_temporary/x.parquet", ".git/x.parquet"):
+    for name in (
+        ".hidden.parquet",
+        "_SUCCESS",
+        "README.md",
+        "_temporary/x.parquet",
+        ".git/x.parquet",
+    ):
         (files / name).parent.mkdir(exist_ok=True)
         (files / name).write_text("x")
     assert m.build(str(files), "auto", imports).rows == 63
@@ -191,17 +265,25 @@ ORDERS = st.lists(st.integers(0, 62), max_size=80)
 
 
 @given(rows=ORDERS, cache=st.sampled_from([0, 600, 1 << 20]))
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 def test_take_equals_pandas_in_any_order(files, imports, rows, cache):
     reader = m.Reader(m.build(str(files), "auto", imports), ["text", "label"], cache_bytes=cache)
     expected = people(0, 63)[["text", "label"]].iloc[rows]
-    for half in (expected.iloc[:len(rows) // 2], expected.iloc[len(rows) // 2:], expected):  # the cache is warm from the second on
+    for half in (
+        expected.iloc[: len(rows) // 2],
+        expected.iloc[len(rows) // 2 :],
+        expected,
+    ):  # the cache is warm from the second on
         got = reader.take(half.index.to_numpy(dtype=np.int64))
         assert got.column_names == ["text", "label"]
         assert got.to_pydict() == {name: half[name].tolist() for name in half}
 
 
-def test_the_reader_reads_a_group_once_and_keeps_no_more_than_its_cache(files, imports, monkeypatch):
+def test_the_reader_reads_a_group_once_and_keeps_no_more_than_its_cache(
+    files, imports, monkeypatch
+):
     reads = []
     original = pq.ParquetFile.read_row_group
 
@@ -214,16 +296,29 @@ def test_the_reader_reads_a_group_once_and_keeps_no_more_than_its_cache(files, i
     reader = m.Reader(built, ["text"])
     for _ in range(3):
         reader.take(np.array([3, 30, 4, 60, 31]))
-    assert sorted(reads) == [(0, ("text",)), (1, ("text",)), (3, ("text",))], "one column of three groups, each once"
+    assert sorted(reads) == [(0, ("text",)), (1, ("text",)), (3, ("text",))], (
+        "one column of three groups, each once"
+    )
     tight = m.Reader(built, ["text"], cache_bytes=1)
     tight.take(np.arange(63))
     assert len(tight._groups) == 1
     assert tight._held == sum(table.nbytes for table in tight._groups.values())
 
 
-@pytest.mark.parametrize(("taken", "copied"), [(range(7), False), (range(2, 7), False), (range(1, 3), True), ((0, 1, 2, 4, 5), True), ((6, 5, 4, 3), True)])
+@pytest.mark.parametrize(
+    ("taken", "copied"),
+    [
+        (range(7), False),
+        (range(2, 7), False),
+        (range(1, 3), True),
+        ((0, 1, 2, 4, 5), True),
+        ((6, 5, 4, 3), True),
+    ],
+)
 def test_most_of_a_row_group_is_not_copied(files, imports, taken, copied):
-    """Of files' bytes it would be twice in memory. A small part is, so that it does not keep all of them there."""
+    """Of files' bytes it would be twice in memory. A small part is, so that it does not keep all of
+    them there.
+    """
     reader = m.Reader(m.build(str(files), "auto", imports), ["text"])
     group = reader._group(0)["text"].chunk(0)
     found = reader.take(np.array(taken))["text"]
@@ -243,17 +338,30 @@ def test_read_columns_equals_pandas(files, imports):
 def test_columns_stored_as_dictionaries_come_as_values(tmp_path, imports, split):
     """Pandas categoricals, with other categories and nulls in the second file."""
     for name, values in (("a", list("abab") * 5), ("b", [*"cdc", None, *"aaaaaa"])):
-        write(tmp_path / "rows" / f"{name}.parquet", pd.DataFrame({"kind": pd.Categorical(values), "number": range(len(values))}))
+        write(
+            tmp_path / "rows" / f"{name}.parquet",
+            pd.DataFrame({"kind": pd.Categorical(values), "number": range(len(values))}),
+        )
     selection = m.Selection(m.build(str(tmp_path / "rows"), "auto", imports))
     column = m.read_columns(selection, ["kind"])["kind"]
-    assert column.type in (pa.string(), pa.large_string()) and column.to_pylist() == [*"abab" * 5, *"cdc", None, *"aaaaaa"]
+    assert column.type in (pa.string(), pa.large_string()) and column.to_pylist() == [
+        *"abab" * 5,
+        *"cdc",
+        None,
+        *"aaaaaa",
+    ]
     got = split(uri=str(tmp_path / "rows"), group="kind", test_fraction=0.5, validation_fraction=0)
     assert sum(len(part) for part in (got.train, got.test)) == 30
-    assert len(split(uri=str(tmp_path / "rows"), where={"kind": ["a"]}, validation_fraction=0).train) == 16
+    assert (
+        len(split(uri=str(tmp_path / "rows"), where={"kind": ["a"]}, validation_fraction=0).train)
+        == 16
+    )
 
 
 @given(mask=st.lists(st.booleans(), min_size=63, max_size=63), second=st.integers(0, 63))
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 def test_boundaries_of_a_selection_mark_its_row_groups(files, imports, mask, second):
     built = m.build(str(files), "auto", imports)
     kept = m.Selection(built).keep(np.array(mask))
@@ -277,6 +385,7 @@ def test_files_without_rows_are_no_matter(files, imports):
 
 # ---------------------------------------------------------------- splits
 
+
 def test_a_declared_split_column_is_obeyed(tmp_path, split):
     frame = people(0, 60)
     frame["part"] = ["train", "dev", "test", "train", "unused", "train"] * 10
@@ -288,27 +397,66 @@ def test_a_declared_split_column_is_obeyed(tmp_path, split):
 
 
 def test_a_value_of_the_split_column_is_one_split_alone(tmp_path, split):
-    """Published validation rows taken for the test are not the validation rows as well, though nothing else is said of these."""
-    pq.write_table(pa.table({"image": [b"x"] * 100, "label": [0] * 100, "kind": ["train"] * 60 + ["validation"] * 40}), tmp_path / "a.parquet")
-    got = split(uri=str(tmp_path / "a.parquet"), split_column="kind", split_values={"test": ["validation"]}, validation_fraction=0.2, need_test=True)
-    rows = [set(part.ids(np.arange(len(part))).tolist()) for part in (got.train, got.validation, got.test)]
-    assert rows[2] == set(range(60, 100)) and rows[0] | rows[1] == set(range(60)) and all(rows) and not rows[0] & rows[1]
-    with pytest.raises(ValueError, match="split_values: validation stands twice; a row lies in one split"):
-        split(uri=str(tmp_path / "a.parquet"), split_column="kind", split_values={"test": ["validation"], "validation": ["validation"]})
+    """Published validation rows taken for the test are not the validation rows as well, though
+    nothing else is said of these.
+    """
+    pq.write_table(
+        pa.table(
+            {
+                "image": [b"x"] * 100,
+                "label": [0] * 100,
+                "kind": ["train"] * 60 + ["validation"] * 40,
+            }
+        ),
+        tmp_path / "a.parquet",
+    )
+    got = split(
+        uri=str(tmp_path / "a.parquet"),
+        split_column="kind",
+        split_values={"test": ["validation"]},
+        validation_fraction=0.2,
+        need_test=True,
+    )
+    rows = [
+        set(part.ids(np.arange(len(part))).tolist())
+        for part in (got.train, got.validation, got.test)
+    ]
+    assert (
+        rows[2] == set(range(60, 100))
+        and rows[0] | rows[1] == set(range(60))
+        and all(rows)
+        and not rows[0] & rows[1]
+    )
+    with pytest.raises(
+        ValueError, match="split_values: validation stands twice; a row lies in one split"
+    ):
+        split(
+            uri=str(tmp_path / "a.parquet"),
+            split_column="kind",
+            split_values={"test": ["validation"], "validation": ["validation"]},
+        )
 
 
 def test_split_values_may_be_named_and_be_numbers(tmp_path, split):
     frame = people(0, 60).assign(fold=np.arange(60) % 5)
     write(tmp_path / "a.parquet", frame)
-    got = split(uri=str(tmp_path / "a.parquet"), split_column="fold", split_values={"train": ["0", "1"], "validation": ["2"], "test": ["4"]}, need_test=True)
+    got = split(
+        uri=str(tmp_path / "a.parquet"),
+        split_column="fold",
+        split_values={"train": ["0", "1"], "validation": ["2"], "test": ["4"]},
+        need_test=True,
+    )
     assert numbers(got.train) == frame.number[frame.fold < 2].tolist()
     assert numbers(got.validation) == frame.number[frame.fold == 2].tolist()
     assert numbers(got.test) == frame.number[frame.fold == 4].tolist()
 
 
 def test_a_split_column_without_training_rows_names_what_it_holds(files, split):
-    with pytest.raises(ValueError, match=r"targets\.t\.data\.split_column: no row of kind is \['train'\]; "
-                                         r"it holds a \(32 rows\), b \(31 rows\); set split_values"):
+    with pytest.raises(
+        ValueError,
+        match=r"targets\.t\.data\.split_column: no row of kind is \['train'\]; "
+        r"it holds a \(32 rows\), b \(31 rows\); set split_values",
+    ):
         split(uri=str(files), split_column="kind")
 
 
@@ -316,28 +464,56 @@ def test_a_missing_validation_part_is_held_out_of_train_alone(tmp_path, split):
     frame = people(0, 400)
     frame["part"] = np.where(frame.number % 4 == 0, "test", "train")
     write(tmp_path / "a.parquet", frame)
-    got = split(uri=str(tmp_path / "a.parquet"), split_column="part", validation_fraction=0.2, need_test=True)
+    got = split(
+        uri=str(tmp_path / "a.parquet"),
+        split_column="part",
+        validation_fraction=0.2,
+        need_test=True,
+    )
     assert numbers(got.test) == frame.number[frame.part == "test"].tolist()
-    assert sorted(numbers(got.train) + numbers(got.validation)) == frame.number[frame.part == "train"].tolist()
+    assert (
+        sorted(numbers(got.train) + numbers(got.validation))
+        == frame.number[frame.part == "train"].tolist()
+    )
     assert 30 <= len(got.validation) <= 90
-    assert "column part" in got.origin and "validation: random 0.2 of train by hash of the row" in got.origin
+    assert (
+        "column part" in got.origin
+        and "validation: random 0.2 of train by hash of the row" in got.origin
+    )
 
 
 def test_declared_files_are_obeyed(files, split):
-    got = split(train=str(files / "a.parquet"), validation=[str(files / "b.parquet")], test=str(files / "c.parquet"), need_test=True)
-    assert [numbers(s) for s in (got.train, got.validation, got.test)] == [list(range(20)), list(range(20, 33)), list(range(33, 63))]
+    got = split(
+        train=str(files / "a.parquet"),
+        validation=[str(files / "b.parquet")],
+        test=str(files / "c.parquet"),
+        need_test=True,
+    )
+    assert [numbers(s) for s in (got.train, got.validation, got.test)] == [
+        list(range(20)),
+        list(range(20, 33)),
+        list(range(33, 63)),
+    ]
     assert got.origin == "validation files; test files"
 
 
 def test_hash_splits_cover_each_row_once_near_their_shares(tmp_path, split):
     write(tmp_path / "a.parquet", people(0, 4000), 512)
-    got = split(uri=str(tmp_path / "a.parquet"), validation_fraction=0.1, test_fraction=0.2, need_test=True)
+    got = split(
+        uri=str(tmp_path / "a.parquet"), validation_fraction=0.1, test_fraction=0.2, need_test=True
+    )
     parts = [numbers(s) for s in (got.train, got.validation, got.test)]
     assert sorted([*parts[0], *parts[1], *parts[2]]) == list(range(4000))
     assert abs(len(got.test) / 4000 - 0.2) < 0.025
     assert abs(len(got.validation) / 3200 - 0.1) < 0.025  # four standard errors
-    assert got.origin == "test: random 0.2 of train by hash of the row; validation: random 0.1 of train by hash of the row"
-    assert max(np.diff(parts[2])) < 60 and parts[2] != list(range(parts[2][0], parts[2][0] + len(parts[2]))), "scattered, not a block"
+    assert (
+        got.origin
+        == "test: random 0.2 of train by hash of the row; validation: random 0.1 of train by "
+        "hash of the row"
+    )
+    assert max(np.diff(parts[2])) < 60 and parts[2] != list(
+        range(parts[2][0], parts[2][0] + len(parts[2]))
+    ), "scattered, not a block"
 
 
 def test_hash_splits_stay_when_other_options_change(tmp_path, split):
@@ -345,23 +521,38 @@ def test_hash_splits_stay_when_other_options_change(tmp_path, split):
     uri = str(tmp_path / "a.parquet")
     base = split(uri=uri, validation_fraction=0.1, test_fraction=0.2, need_test=True)
     again = split(test_fraction=0.2, validation_fraction=0.1, uri=[uri])
-    assert numbers(again.test) == numbers(base.test) and numbers(again.validation) == numbers(base.validation)
+    assert numbers(again.test) == numbers(base.test) and numbers(again.validation) == numbers(
+        base.validation
+    )
     assert again.fingerprint == base.fingerprint
     more = split(uri=uri, validation_fraction=0.3, test_fraction=0.2)
     assert numbers(more.test) == numbers(base.test), "validation does not move test"
-    assert set(numbers(base.validation)) < set(numbers(more.validation)), "a larger share holds the smaller one"
-    assert set(numbers(base.test)) < set(numbers(split(uri=uri, validation_fraction=0.1, test_fraction=0.4).test))
+    assert set(numbers(base.validation)) < set(numbers(more.validation)), (
+        "a larger share holds the smaller one"
+    )
+    assert set(numbers(base.test)) < set(
+        numbers(split(uri=uri, validation_fraction=0.1, test_fraction=0.4).test)
+    )
     fewer = split(uri=uri, validation_fraction=0.1, test_fraction=0.2, where={"kind": ["a"]})
-    assert numbers(fewer.test) == [n for n in numbers(base.test) if n % 2 == 0], "a filter moves no row to another split"
+    assert numbers(fewer.test) == [n for n in numbers(base.test) if n % 2 == 0], (
+        "a filter moves no row to another split"
+    )
     assert numbers(fewer.validation) == [n for n in numbers(base.validation) if n % 2 == 0]
 
 
 @pytest.mark.parametrize("column", ["person", "label", "weight", "flag"])
 def test_a_group_never_crosses_splits(tmp_path, split, column):
-    frame = people(0, 800).assign(label=lambda f: f.number % 50, weight=lambda f: (f.number % 80) / 7)
+    frame = people(0, 800).assign(
+        label=lambda f: f.number % 50, weight=lambda f: (f.number % 80) / 7
+    )
     write(tmp_path / "a.parquet", frame.sample(frac=1, random_state=0), 64)
-    got = split(uri=str(tmp_path / "a.parquet"), group=column, validation_fraction=0.4, test_fraction=0.3)
-    values = [set(m.read_columns(s, [column])[column].to_pylist()) for s in (got.train, got.validation, got.test)]
+    got = split(
+        uri=str(tmp_path / "a.parquet"), group=column, validation_fraction=0.4, test_fraction=0.3
+    )
+    values = [
+        set(m.read_columns(s, [column])[column].to_pylist())
+        for s in (got.train, got.validation, got.test)
+    ]
     assert not (values[0] & values[1] or values[0] & values[2] or values[1] & values[2])
     assert sum(len(s) for s in (got.train, got.validation, got.test)) == 800
     if column != "flag":
@@ -373,7 +564,10 @@ def test_a_group_split_does_not_depend_on_the_order_of_rows(tmp_path, split):
     frame = people(0, 800)
     write(tmp_path / "a.parquet", frame)
     write(tmp_path / "b.parquet", frame[::-1], 33)
-    tests = [split(uri=str(tmp_path / name), group="person", test_fraction=0.3).test for name in ("a.parquet", "b.parquet")]
+    tests = [
+        split(uri=str(tmp_path / name), group="person", test_fraction=0.3).test
+        for name in ("a.parquet", "b.parquet")
+    ]
     assert sorted(numbers(tests[0])) == sorted(numbers(tests[1])) != []
 
 
@@ -381,15 +575,43 @@ def test_rows_without_a_group_stand_each_for_itself(tmp_path, split):
     frame = people(0, 400)
     frame.loc[::5, "person"] = None
     write(tmp_path / "a.parquet", frame)
-    got = split(uri=str(tmp_path / "a.parquet"), group="person", validation_fraction=0.3, test_fraction=0.3)
-    people_of = [m.read_columns(s, ["person"])["person"].to_pylist() for s in (got.train, got.validation, got.test)]
-    assert all(10 < found.count(None) < 60 for found in people_of) and sum(found.count(None) for found in people_of) == 80
-    assert not any({*a} & {*b} - {None} for a, b in zip(people_of, people_of[1:] + people_of[:1], strict=True))
+    got = split(
+        uri=str(tmp_path / "a.parquet"), group="person", validation_fraction=0.3, test_fraction=0.3
+    )
+    people_of = [
+        m.read_columns(s, ["person"])["person"].to_pylist()
+        for s in (got.train, got.validation, got.test)
+    ]
+    assert (
+        all(10 < found.count(None) < 60 for found in people_of)
+        and sum(found.count(None) for found in people_of) == 80
+    )
+    assert not any(
+        {*a} & {*b} - {None} for a, b in zip(people_of, people_of[1:] + people_of[:1], strict=True)
+    )
     declared = frame.assign(part=np.where(frame.number < 200, "train", "test"))
     write(tmp_path / "a.parquet", declared)
-    assert len(split(uri=str(tmp_path / "a.parquet"), split_column="part", group="person", need_test=True, validation_fraction=0.1).test) == 200
+    assert (
+        len(
+            split(
+                uri=str(tmp_path / "a.parquet"),
+                split_column="part",
+                group="person",
+                need_test=True,
+                validation_fraction=0.1,
+            ).test
+        )
+        == 200
+    )
     write(tmp_path / "none.parquet", frame.assign(person=None))
-    assert len(split(uri=str(tmp_path / "none.parquet"), group="person", validation_fraction=0.3).validation) > 50
+    assert (
+        len(
+            split(
+                uri=str(tmp_path / "none.parquet"), group="person", validation_fraction=0.3
+            ).validation
+        )
+        > 50
+    )
 
 
 def test_units_of_rows_are_their_groups():
@@ -403,8 +625,11 @@ def test_declared_splits_whose_groups_cross_are_refused(files, split):
     with pytest.raises(ValueError) as caught:
         split(train=str(files / "a.parquet"), test=str(files / "test"), group="person")
     assert str(caught.value).startswith(
-        f"targets.t.data.group: 1 of 6 values of person stands in more than one split: the value of {files / 'a.parquet'} row 16 is in train, and "
-        f"{files / 'test' / 't.parquet'} row 0, which is in test, has the same; a group must not cross splits")
+        "targets.t.data.group: 1 of 6 values of person stands in more than one split: the "
+        f"value of {files / 'a.parquet'} row 16 is in train, and "
+        f"{files / 'test' / 't.parquet'} row 0, which is in test, has the same; a group must "
+        "not cross splits"
+    )
 
 
 def test_a_split_column_that_cuts_through_people_is_refused_without_naming_one(tmp_path, split):
@@ -413,117 +638,294 @@ def test_a_split_column_that_cuts_through_people_is_refused_without_naming_one(t
     write(tmp_path / "a.parquet", frame)
     with pytest.raises(ValueError) as caught:
         split(uri=str(tmp_path / "a.parquet"), split_column="part", group="person", need_test=True)
-    crossing = sorted(person for person, parts in frame.groupby("person").part if parts.nunique() > 1)
+    crossing = sorted(
+        person for person, parts in frame.groupby("person").part if parts.nunique() > 1
+    )
     told = str(caught.value)
-    assert told.startswith(f"targets.t.data.group: {len(crossing)} of 15 values of person stand in more than one split: ")
+    assert told.startswith(
+        f"targets.t.data.group: {len(crossing)} of 15 values of person stand in more than one "
+        "split: "
+    )
     assert "CANARY" not in told, "an error names rows by their position, never a person"
-    whole = frame.assign(part=np.where(frame.number < 20, "train", np.where(frame.number < 40, "dev", "test")))
+    whole = frame.assign(
+        part=np.where(frame.number < 20, "train", np.where(frame.number < 40, "dev", "test"))
+    )
     write(tmp_path / "a.parquet", whole)
-    got = split(uri=str(tmp_path / "a.parquet"), split_column="part", group="person", need_test=True)
+    got = split(
+        uri=str(tmp_path / "a.parquet"), split_column="part", group="person", need_test=True
+    )
     assert got.origin == "column part; no person in two splits"
 
 
-@pytest.mark.parametrize("kind", [pa.float64(), pa.int32(), pa.string(), pa.decimal128(24, 2), pa.large_string(), pa.string_view()], ids=str)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pa.float64(),
+        pa.int32(),
+        pa.string(),
+        pa.decimal128(24, 2),
+        pa.large_string(),
+        pa.string_view(),
+    ],
+    ids=str,
+)
 def test_people_stored_as_another_type_cross_splits_all_the_same(tmp_path, split, kind):
     """pandas makes doubles of whole numbers where one is missing."""
     texts = pa.array(["x"] * 8)
-    pq.write_table(pa.table({"text": texts, "p": pa.array(range(8), pa.int64())}), tmp_path / "train.parquet")
+    pq.write_table(
+        pa.table({"text": texts, "p": pa.array(range(8), pa.int64())}), tmp_path / "train.parquet"
+    )
     numbers = pa.array([3, None, *range(20, 26)], pa.int64())
-    ids = numbers.cast(pa.string()).cast(kind) if kind in (pa.string_view(), pa.large_string()) else numbers.cast(kind, safe=False)
+    ids = (
+        numbers.cast(pa.string()).cast(kind)
+        if kind in (pa.string_view(), pa.large_string())
+        else numbers.cast(kind, safe=False)
+    )
     pq.write_table(pa.table({"text": texts, "p": ids}), tmp_path / "test.parquet")
-    with pytest.raises(ValueError, match=r"targets\.t\.data\.group: 1 of 14 values of p stands in more than one split"):
-        split(train=str(tmp_path / "train.parquet"), test=str(tmp_path / "test.parquet"), group="p", validation_fraction=0.0)
-    pq.write_table(pa.table({"text": texts, "p": pa.array([None, *range(20, 27)], pa.int64()).cast(pa.float64())}), tmp_path / "test.parquet")
-    split(train=str(tmp_path / "train.parquet"), test=str(tmp_path / "test.parquet"), group="p", validation_fraction=0.0)
+    with pytest.raises(
+        ValueError,
+        match=r"targets\.t\.data\.group: 1 of 14 values of p stands in more than one split",
+    ):
+        split(
+            train=str(tmp_path / "train.parquet"),
+            test=str(tmp_path / "test.parquet"),
+            group="p",
+            validation_fraction=0.0,
+        )
+    pq.write_table(
+        pa.table(
+            {"text": texts, "p": pa.array([None, *range(20, 27)], pa.int64()).cast(pa.float64())}
+        ),
+        tmp_path / "test.parquet",
+    )
+    split(
+        train=str(tmp_path / "train.parquet"),
+        test=str(tmp_path / "test.parquet"),
+        group="p",
+        validation_fraction=0.0,
+    )
 
 
 def test_people_stored_as_another_type_fall_into_one_split_by_hash(tmp_path, split):
     for name, kind in (("a", pa.int64()), ("b", pa.float64())):
-        pq.write_table(pa.table({"text": pa.array(["x"] * 200), "p": pa.array(range(200), pa.int64()).cast(kind)}), tmp_path / f"{name}.parquet")
-    found = [split(uri=str(tmp_path / f"{name}.parquet"), group="p", test_fraction=0.3, validation_fraction=0.0, need_test=False) for name in "ab"]
-    assert found[0].test.rows is not None and found[0].test.rows.tolist() == found[1].test.rows.tolist()  # pyright: ignore[reportOptionalMemberAccess]
+        pq.write_table(
+            pa.table(
+                {"text": pa.array(["x"] * 200), "p": pa.array(range(200), pa.int64()).cast(kind)}
+            ),
+            tmp_path / f"{name}.parquet",
+        )
+    found = [
+        split(
+            uri=str(tmp_path / f"{name}.parquet"),
+            group="p",
+            test_fraction=0.3,
+            validation_fraction=0.0,
+            need_test=False,
+        )
+        for name in "ab"
+    ]
+    assert (
+        found[0].test.rows is not None
+        and found[0].test.rows.tolist() == found[1].test.rows.tolist()
+    )  # pyright: ignore[reportOptionalMemberAccess]
 
 
-@pytest.mark.parametrize(("value", "text"), [
-    (12, "12"), (12.0, "12"), ("12", "12"), (12.5, "12.5"), (True, "true"), (b"ab", "ab"), (float("inf"), "inf"),
-    (decimal.Decimal("12.00"), "12"), (decimal.Decimal("12.50"), "12.50"), (decimal.Decimal("NaN"), "NaN"), ("012", "012")])
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (12, "12"),
+        (12.0, "12"),
+        ("12", "12"),
+        (12.5, "12.5"),
+        (True, "true"),
+        (b"ab", "ab"),
+        (float("inf"), "inf"),
+        (decimal.Decimal("12.00"), "12"),
+        (decimal.Decimal("12.50"), "12.50"),
+        (decimal.Decimal("NaN"), "NaN"),
+        ("012", "012"),
+    ],
+)
 def test_one_text_for_what_tables_store_as_different_types(value, text):
     assert m.value_text(value) == text
 
 
 # ---------------------------------------------------------------- joined corpora
 
+
 def more(**fields) -> dict:
     return {"modality": "text", **fields}
 
 
-def test_joined_corpora_follow_each_other_with_their_own_splits_and_filters(files, tmp_path, split, imports):
+def test_joined_corpora_follow_each_other_with_their_own_splits_and_filters(
+    files, tmp_path, split, imports
+):
     other = people(100, 160).assign(part=["train", "dev", "test"] * 20)
     write(tmp_path / "other.parquet", other, 11)
     columns = {"text": "text", "label": "label"}
-    got = split(uri=str(files), where={"kind": ["a"]}, validation_fraction=0.2, test_fraction=0.2, columns=columns, need_test=True, roles=("text", "label"),
-                more=[more(uri=str(tmp_path / "other.parquet"), split_column="part")])
-    alone = split(uri=str(files), where={"kind": ["a"]}, validation_fraction=0.2, test_fraction=0.2, columns=columns)
+    got = split(
+        uri=str(files),
+        where={"kind": ["a"]},
+        validation_fraction=0.2,
+        test_fraction=0.2,
+        columns=columns,
+        need_test=True,
+        roles=("text", "label"),
+        more=[more(uri=str(tmp_path / "other.parquet"), split_column="part")],
+    )
+    alone = split(
+        uri=str(files),
+        where={"kind": ["a"]},
+        validation_fraction=0.2,
+        test_fraction=0.2,
+        columns=columns,
+    )
     for name, value in (("train", "train"), ("validation", "dev"), ("test", "test")):
         joined, first = getattr(got, name), getattr(alone, name)
-        texts = [*m.read_columns(first, ["text"])["text"].to_pylist(), *other.text[other.part == value]]
-        assert m.read_columns(joined, ["text"])["text"].to_pylist() == texts and len(joined) == len(texts)
+        texts = [
+            *m.read_columns(first, ["text"])["text"].to_pylist(),
+            *other.text[other.part == value],
+        ]
+        assert m.read_columns(joined, ["text"])["text"].to_pylist() == texts and len(joined) == len(
+            texts
+        )
         ids = joined.ids(np.arange(len(joined)))
-        assert (np.diff(ids) > 0).all() and ids[:len(first)].tolist() == first.ids(np.arange(len(first))).tolist(), "the first one's ids stay"
+        assert (np.diff(ids) > 0).all() and ids[: len(first)].tolist() == first.ids(
+            np.arange(len(first))
+        ).tolist(), "the first one's ids stay"
         mixed = np.random.default_rng(0).permutation(len(joined))
-        assert m.Reader(joined.manifest, ["text"]).take(joined.ids(mixed))["text"].to_pylist() == [texts[i] for i in mixed]
+        assert m.Reader(joined.manifest, ["text"]).take(joined.ids(mixed))["text"].to_pylist() == [
+            texts[i] for i in mixed
+        ]
         assert joined.boundaries[0] == 0 and joined.boundaries[-1] == len(joined)
         assert joined.manifest.place(int(ids[-1])).startswith(str(tmp_path / "other.parquet"))
-        assert joined.manifest.place(int(ids[-1])).endswith(f"row {other.number[other.part == value].max() - 100}")
-    assert got.origin.startswith("corpus 1: test: random 0.2 of train") and got.origin.endswith("; corpus 2: column part")
+        assert joined.manifest.place(int(ids[-1])).endswith(
+            f"row {other.number[other.part == value].max() - 100}"
+        )
+    assert got.origin.startswith("corpus 1: test: random 0.2 of train") and got.origin.endswith(
+        "; corpus 2: column part"
+    )
     assert pickle.loads(pickle.dumps(got)).fingerprint == got.fingerprint != alone.fingerprint
-    again = split(uri=str(files), validation_fraction=0, columns=columns, more=[more(uri=str(files), validation_fraction=0)])
-    assert again.train.rows is None and len(again.train) == 2 * 63 and again.origin == "each of 2 corpora: as given"
+    again = split(
+        uri=str(files),
+        validation_fraction=0,
+        columns=columns,
+        more=[more(uri=str(files), validation_fraction=0)],
+    )
+    assert (
+        again.train.rows is None
+        and len(again.train) == 2 * 63
+        and again.origin == "each of 2 corpora: as given"
+    )
 
 
 def test_training_rows_are_told_by_corpus_in_the_order_of_the_job_file(files, tmp_path, split):
     write(tmp_path / "other.parquet", people(100, 160).assign(part=["train", "dev", "test"] * 20))
-    write(tmp_path / "empty" / "empty.parquet", people(0, 0).astype({"text": str, "person": str, "kind": str}))
-    got = split(uri=str(files), validation_fraction=0.2, columns={"text": "text"}, need_test=False,
-                more=[more(uri=str(tmp_path / "other.parquet"), split_column="part"), more(uri=str(tmp_path / "empty"), validation_fraction=0),
-                      more(train=str(files / "b.parquet"), validation_fraction=0)])
+    write(
+        tmp_path / "empty" / "empty.parquet",
+        people(0, 0).astype({"text": str, "person": str, "kind": str}),
+    )
+    got = split(
+        uri=str(files),
+        validation_fraction=0.2,
+        columns={"text": "text"},
+        need_test=False,
+        more=[
+            more(uri=str(tmp_path / "other.parquet"), split_column="part"),
+            more(uri=str(tmp_path / "empty"), validation_fraction=0),
+            more(train=str(files / "b.parquet"), validation_fraction=0),
+        ],
+    )
     assert got.corpora[1:] == (20, 0, 13) and sum(got.corpora) == len(got.train)
     ends = np.cumsum(got.corpora)
     held = m.read_columns(got.train, ["text"])["text"].to_pylist()
-    assert held[ends[0]:ends[1]] == [f"text {n}" for n in range(100, 160, 3)] and held[ends[2]:] == [f"text {n}" for n in range(20, 33)]
+    assert held[ends[0] : ends[1]] == [f"text {n}" for n in range(100, 160, 3)] and held[
+        ends[2] :
+    ] == [f"text {n}" for n in range(20, 33)]
     assert split(uri=str(files), validation_fraction=0).corpora == (63,)
-    with pytest.raises(ValueError, match=r"targets\.t\.data\.more\.0: this corpus has weight 2 and no training row to draw; leave it out, or look at its "
-                                         r"splits and where \(train 0, validation 0"):
+    with pytest.raises(
+        ValueError,
+        match=r"targets\.t\.data\.more\.0: this corpus has weight 2 and no training row to draw; "
+        r"leave it out, or look at its "
+        r"splits and where \(train 0, validation 0",
+    ):
         split(uri=str(files), weight=1.0, more=[more(uri=str(tmp_path / "empty"), weight=2.0)])
 
 
 def test_a_joined_corpus_may_bring_training_rows_alone(files, split):
-    got = split(train=str(files / "a.parquet"), validation=str(files / "b.parquet"), columns={"text": "text"},
-                more=[more(train=str(files / "c.parquet"), validation_fraction=0)])
+    got = split(
+        train=str(files / "a.parquet"),
+        validation=str(files / "b.parquet"),
+        columns={"text": "text"},
+        more=[more(train=str(files / "c.parquet"), validation_fraction=0)],
+    )
     assert [len(s) for s in (got.train, got.validation, got.test)] == [20 + 30, 13, 0]
     assert got.validation.manifest.files == (str(files / "b.parquet"),)
 
 
 def test_joined_columns_take_the_types_of_the_first(tmp_path, split):
     first, second = people(0, 20), people(20, 40)
-    pq.write_table(pa.table({"text": pa.array(first.text.tolist()), "label": pa.array(first.label.tolist(), pa.int32())}), tmp_path / "a.parquet")
+    pq.write_table(
+        pa.table(
+            {
+                "text": pa.array(first.text.tolist()),
+                "label": pa.array(first.label.tolist(), pa.int32()),
+            }
+        ),
+        tmp_path / "a.parquet",
+    )
     coded = pa.array(second.text.tolist(), pa.large_string()).dictionary_encode()
-    pq.write_table(pa.table({"label": pa.array(second.label.tolist(), pa.int64()), "text": coded, "more": [0] * 20}), tmp_path / "b.parquet")
+    pq.write_table(
+        pa.table(
+            {"label": pa.array(second.label.tolist(), pa.int64()), "text": coded, "more": [0] * 20}
+        ),
+        tmp_path / "b.parquet",
+    )
     for names in (("a", "b"), ("b", "a")):
-        got = split(uri=str(tmp_path / f"{names[0]}.parquet"), columns={"text": "text", "label": "label"}, validation_fraction=0,
-                    more=[more(uri=str(tmp_path / f"{names[1]}.parquet"), validation_fraction=0)])
+        got = split(
+            uri=str(tmp_path / f"{names[0]}.parquet"),
+            columns={"text": "text", "label": "label"},
+            validation_fraction=0,
+            more=[more(uri=str(tmp_path / f"{names[1]}.parquet"), validation_fraction=0)],
+        )
         whole = m.read_columns(got.train, ["text", "label"])
         assert sorted(whole["text"].to_pylist()) == sorted([*first.text, *second.text])
-        assert m.Reader(got.train.manifest, ["text", "label"]).take(np.array([0, 39])).schema.equals(whole.schema)
+        assert (
+            m.Reader(got.train.manifest, ["text", "label"])
+            .take(np.array([0, 39]))
+            .schema.equals(whole.schema)
+        )
 
 
-@pytest.mark.parametrize(("frame", "fields", "message"), [
-    (people(0, 5).drop(columns="label"), {}, r"targets\.t\.data\.more\.0\.columns\.label: .*o\.parquet has no column 'label'"),
-    (people(0, 5).astype({"label": str}), {}, r"targets\.t\.data\.more\.0: column 'label' is (large_)?string in .*o\.parquet and int64 in .*a\.parquet; "),
-    (people(0, 5), {"where": {"kin": ["a"]}}, r"targets\.t\.data\.more\.0\.where: .* has no column 'kin'; did you mean kind"),
-    (people(0, 5), {"split_column": "kind"}, r"targets\.t\.data\.more\.0\.split_column: no row of kind is \['train'\]"),
-])
-def test_corpora_that_do_not_fit_are_refused_with_their_place(files, tmp_path, split, frame, fields, message):
+@pytest.mark.parametrize(
+    ("frame", "fields", "message"),
+    [
+        (
+            people(0, 5).drop(columns="label"),
+            {},
+            r"targets\.t\.data\.more\.0\.columns\.label: .*o\.parquet has no column 'label'",
+        ),
+        (
+            people(0, 5).astype({"label": str}),
+            {},
+            r"targets\.t\.data\.more\.0: column 'label' is (large_)?string in .*o\.parquet and "
+            r"int64 in .*a\.parquet; ",
+        ),
+        (
+            people(0, 5),
+            {"where": {"kin": ["a"]}},
+            r"targets\.t\.data\.more\.0\.where: .* has no column 'kin'; did you mean kind",
+        ),
+        (
+            people(0, 5),
+            {"split_column": "kind"},
+            r"targets\.t\.data\.more\.0\.split_column: no row of kind is \['train'\]",
+        ),
+    ],
+)
+def test_corpora_that_do_not_fit_are_refused_with_their_place(
+    files, tmp_path, split, frame, fields, message
+):
     other = more(uri=str(write(tmp_path / "o.parquet", frame)), validation_fraction=0, **fields)
     with pytest.raises(ValueError, match=message):
         split(uri=str(files), columns={"text": "text", "label": "label"}, more=[other])
@@ -531,18 +933,54 @@ def test_corpora_that_do_not_fit_are_refused_with_their_place(files, tmp_path, s
 
 def test_people_cross_no_splits_of_joined_corpora(files, tmp_path, split):
     other = write(tmp_path / "other.parquet", people(18, 30))
-    parts = {"train": str(files / "a.parquet"), "validation": str(files / "c.parquet"), "columns": {"text": "text"}}
-    with pytest.raises(ValueError, match=r"data\.group: 1 of \d+ values of person stands in more than one split: the value of \S+ row \d+ is in train"):
-        split(**parts, group="person", more=[more(uri=str(place), validation_fraction=0, group="person") for place in (other, files / "b.parquet")])
-    with pytest.raises(ValueError, match=r"data\.more\.0\.group: it is not given, that of the first rows person; joined corpora are grouped by one column"):
+    parts = {
+        "train": str(files / "a.parquet"),
+        "validation": str(files / "c.parquet"),
+        "columns": {"text": "text"},
+    }
+    with pytest.raises(
+        ValueError,
+        match=r"data\.group: 1 of \d+ values of person stands in more than one split: the value "
+        r"of \S+ row \d+ is in train",
+    ):
+        split(
+            **parts,
+            group="person",
+            more=[
+                more(uri=str(place), validation_fraction=0, group="person")
+                for place in (other, files / "b.parquet")
+            ],
+        )
+    with pytest.raises(
+        ValueError,
+        match=r"data\.more\.0\.group: it is not given, that of the first rows person; joined "
+        r"corpora are grouped by one column",
+    ):
         split(**parts, group="person", more=[more(uri=str(other))])
-    got = split(uri=str(files / "b.parquet"), validation_fraction=0.4, columns={"text": "text"},
-                more=[more(uri=str(files / "a.parquet"), group="person", validation_fraction=0.4)])
-    ours = [set(m.read_columns(s, ["text"])["text"].to_pylist()) for s in (got.train, got.validation)]
-    assert not ours[0] & ours[1] and "corpus 2: validation: random 0.4 of train by hash of person; no person in two splits" in got.origin
-    with pytest.raises(ValueError, match=r"more\.0\.group: it is person, that of the first rows is not given"):
-        split(uri=str(files / "b.parquet"), test_fraction=0.3, columns={"text": "text"}, need_test=True,
-              more=[more(uri=str(files / "a.parquet"), group="person")])
+    got = split(
+        uri=str(files / "b.parquet"),
+        validation_fraction=0.4,
+        columns={"text": "text"},
+        more=[more(uri=str(files / "a.parquet"), group="person", validation_fraction=0.4)],
+    )
+    ours = [
+        set(m.read_columns(s, ["text"])["text"].to_pylist()) for s in (got.train, got.validation)
+    ]
+    assert (
+        not ours[0] & ours[1]
+        and "corpus 2: validation: random 0.4 of train by hash of person; no person in two splits"
+        in got.origin
+    )
+    with pytest.raises(
+        ValueError, match=r"more\.0\.group: it is person, that of the first rows is not given"
+    ):
+        split(
+            uri=str(files / "b.parquet"),
+            test_fraction=0.3,
+            columns={"text": "text"},
+            need_test=True,
+            more=[more(uri=str(files / "a.parquet"), group="person")],
+        )
 
 
 WHERE = [
@@ -570,61 +1008,150 @@ def test_where_leaves_nulls_out(tmp_path, split):
     frame = people(0, 20)
     frame.loc[::2, "kind"] = None
     write(tmp_path / "a.parquet", frame)
-    assert numbers(split(uri=str(tmp_path / "a.parquet"), where={"kind": ["b", "None"]}, validation_fraction=0).train) == list(range(1, 20, 2))
+    assert numbers(
+        split(
+            uri=str(tmp_path / "a.parquet"), where={"kind": ["b", "None"]}, validation_fraction=0
+        ).train
+    ) == list(range(1, 20, 2))
 
 
-@pytest.mark.parametrize(("where", "message"), [
-    ({"kind": ["c"]}, r"targets\.t\.data\.where: no row of \S+a\.parquet has the value asked for in column kind; it holds a \(10 rows\), b \(10 rows\)$"),
-    ({"flag": [1, "yes"]}, r"no row of \S+ has any of the 2 values asked for in column flag; it holds (true|false) \(10 rows\)"),
-    ({"number": [77]}, r"no row of \S+ has the value asked for in column number; it holds 20 distinct values in 20 rows$"),
-    ({"person": ["p99"]}, r"no row of \S+ has the value asked for in column person; it holds 5 distinct values in 20 rows$"),
-    ({"kind": ["a"], "flag": [False]}, r"each of its conditions \(kind, flag\) holds for some rows of \S+, and all together for none"),
-])
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        (
+            {"kind": ["c"]},
+            r"targets\.t\.data\.where: no row of \S+a\.parquet has the value asked for in "
+            r"column kind; it holds a \(10 rows\), b \(10 rows\)$",
+        ),
+        (
+            {"flag": [1, "yes"]},
+            r"no row of \S+ has any of the 2 values asked for in column flag; it holds "
+            r"(true|false) \(10 rows\)",
+        ),
+        (
+            {"number": [77]},
+            r"no row of \S+ has the value asked for in column number; it holds 20 distinct "
+            r"values in 20 rows$",
+        ),
+        (
+            {"person": ["p99"]},
+            r"no row of \S+ has the value asked for in column person; it holds 5 distinct "
+            r"values in 20 rows$",
+        ),
+        (
+            {"kind": ["a"], "flag": [False]},
+            r"each of its conditions \(kind, flag\) holds for some rows of \S+, and all "
+            r"together for none",
+        ),
+    ],
+)
 def test_where_that_keeps_no_row_says_what_there_is(files, split, where, message):
-    """Of a group, or a column whose every row has a value of its own, only how many: these may tell who somebody is."""
+    """Of a group, or a column whose every row has a value of its own, only how many: these may tell
+    who somebody is.
+    """
     with pytest.raises(ValueError, match=message):
         split(uri=str(files / "a.parquet"), where=where, group="person", validation_fraction=0)
 
 
 @pytest.mark.parametrize("by", ["where", "split_column"])
-@pytest.mark.parametrize(("values", "group", "told"), [
-    ([f"MRN{i // 3:04}" for i in range(24)], [f"p{i // 6}" for i in range(24)], "it holds 8 distinct values in 24 rows"),  # stays of people
-    ([f"MRN{i:04}" for i in range(6)], None, "it holds 6 distinct values in 6 rows"),
-    (["a", "a", "MRN0000", None], None, "it holds 2 distinct values in 3 rows, 1 nulls"),
-    (["a", "b"] * 6, [f"p{i // 2}" for i in range(12)], r"it holds a \(6 rows\), b \(6 rows\)"),
-    (["a", "b"] * 6, [f"p{i % 2}" for i in range(12)], "it holds 2 distinct values in 12 rows"),
-], ids=["stays of people", "one row each", "one of one row", "kinds", "one group each"])
+@pytest.mark.parametrize(
+    ("values", "group", "told"),
+    [
+        (
+            [f"MRN{i // 3:04}" for i in range(24)],
+            [f"p{i // 6}" for i in range(24)],
+            "it holds 8 distinct values in 24 rows",
+        ),  # stays of people
+        ([f"MRN{i:04}" for i in range(6)], None, "it holds 6 distinct values in 6 rows"),
+        (["a", "a", "MRN0000", None], None, "it holds 2 distinct values in 3 rows, 1 nulls"),
+        (["a", "b"] * 6, [f"p{i // 2}" for i in range(12)], r"it holds a \(6 rows\), b \(6 rows\)"),
+        (["a", "b"] * 6, [f"p{i % 2}" for i in range(12)], "it holds 2 distinct values in 12 rows"),
+    ],
+    ids=["stays of people", "one row each", "one of one row", "kinds", "one group each"],
+)
 def test_values_that_may_name_people_are_not_told(tmp_path, split, by, values, group, told):
     table = {"text": ["x"] * len(values), "of": values, **({"p": group} if group else {})}
     pq.write_table(pa.table(table), tmp_path / "a.parquet")
-    fields = {"where": {"of": ["CANARY"]}} if by == "where" else {"split_column": "of", "split_values": {"train": ["CANARY"]}}
+    fields = (
+        {"where": {"of": ["CANARY"]}}
+        if by == "where"
+        else {"split_column": "of", "split_values": {"train": ["CANARY"]}}
+    )
     with pytest.raises(ValueError, match=f"{told}(; set split_values)?$") as caught:
-        split(uri=str(tmp_path / "a.parquet"), group="p" if group else None, validation_fraction=0.0, **fields)
+        split(
+            uri=str(tmp_path / "a.parquet"),
+            group="p" if group else None,
+            validation_fraction=0.0,
+            **fields,
+        )
     assert "MRN" not in str(caught.value)
-    assert "CANARY" not in str(caught.value), "what the job file states may come from the environment, and be secret"
+    assert "CANARY" not in str(caught.value), (
+        "what the job file states may come from the environment, and be secret"
+    )
 
 
 def test_where_that_keeps_no_row_of_a_further_split_or_corpus_is_told(files, tmp_path, split):
     write(tmp_path / "other.parquet", people(0, 8).assign(kind="z"))
-    with pytest.raises(ValueError, match=r"where: no row of \S+other\.parquet has the value asked for in column kind; it holds z \(8 rows\)"):
-        split(train=str(files / "a.parquet"), test=str(tmp_path / "other.parquet"), where={"kind": ["a"]})
-    with pytest.raises(ValueError, match=r"targets\.t\.data\.more\.0\.where: no row of \S+other\.parquet has the value asked for in column kind"):
-        split(uri=str(files), columns={"text": "text"}, more=[more(uri=str(tmp_path / "other.parquet"), where={"kind": ["a"]})])
+    with pytest.raises(
+        ValueError,
+        match=r"where: no row of \S+other\.parquet has the value asked for in column kind; it "
+        r"holds z \(8 rows\)",
+    ):
+        split(
+            train=str(files / "a.parquet"),
+            test=str(tmp_path / "other.parquet"),
+            where={"kind": ["a"]},
+        )
+    with pytest.raises(
+        ValueError,
+        match=r"targets\.t\.data\.more\.0\.where: no row of \S+other\.parquet has the value asked "
+        r"for in column kind",
+    ):
+        split(
+            uri=str(files),
+            columns={"text": "text"},
+            more=[more(uri=str(tmp_path / "other.parquet"), where={"kind": ["a"]})],
+        )
 
 
 def test_where_holds_for_every_split(files, split):
-    got = split(train=str(files / "a.parquet"), validation=str(files / "b.parquet"), test=str(files / "c.parquet"), where={"kind": ["a"]}, need_test=True)
+    got = split(
+        train=str(files / "a.parquet"),
+        validation=str(files / "b.parquet"),
+        test=str(files / "c.parquet"),
+        where={"kind": ["a"]},
+        need_test=True,
+    )
     assert all(n % 2 == 0 for s in (got.train, got.validation, got.test) for n in numbers(s))
     assert len(got.test) == 15
 
 
-@pytest.mark.parametrize(("fields", "message"), [
-    ({"columns": {"text": "txt"}}, r"targets\.t\.data\.columns\.text: .*a\.parquet has no column 'txt'; did you mean text"),
-    ({"columns": {}}, r"targets\.t\.data\.columns: role 'text' has no column; say \{text: NAME\}; columns are number, text, label"),
-    ({"columns": {"text": "text"}, "where": {"kin": ["a"]}}, "has no column 'kin'; did you mean kind?"),
-    ({"columns": {"text": "text"}, "group": "persn"}, r"targets\.t\.data\.group: .* has no column 'persn'; did you mean person?"),
-    ({"columns": {"text": "text"}, "split_column": "splt"}, r"targets\.t\.data\.split_column: .* has no column 'splt'"),
-])
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"columns": {"text": "txt"}},
+            r"targets\.t\.data\.columns\.text: .*a\.parquet has no column 'txt'; did you mean text",
+        ),
+        (
+            {"columns": {}},
+            r"targets\.t\.data\.columns: role 'text' has no column; say \{text: NAME\}; "
+            r"columns are number, text, label",
+        ),
+        (
+            {"columns": {"text": "text"}, "where": {"kin": ["a"]}},
+            "has no column 'kin'; did you mean kind?",
+        ),
+        (
+            {"columns": {"text": "text"}, "group": "persn"},
+            r"targets\.t\.data\.group: .* has no column 'persn'; did you mean person?",
+        ),
+        (
+            {"columns": {"text": "text"}, "split_column": "splt"},
+            r"targets\.t\.data\.split_column: .* has no column 'splt'",
+        ),
+    ],
+)
 def test_a_wrong_column_is_told_with_the_nearest(files, split, fields, message):
     with pytest.raises(ValueError, match=message):
         split(uri=str(files), roles=("text",), **fields)
@@ -632,18 +1159,34 @@ def test_a_wrong_column_is_told_with_the_nearest(files, split, fields, message):
 
 def test_all_wrong_columns_are_told_at_once(files, split):
     with pytest.raises(ValueError) as caught:
-        split(uri=str(files), roles=("text", "label"), columns={"text": "txt"}, where={"kin": ["a"], "flg": [True]}, group="persn")
+        split(
+            uri=str(files),
+            roles=("text", "label"),
+            columns={"text": "txt"},
+            where={"kin": ["a"], "flg": [True]},
+            group="persn",
+        )
     told = str(caught.value)
     assert all(word in told for word in ("role 'label'", "'txt'", "'kin'", "'flg'", "'persn'"))
     assert len(told.splitlines()) == 5
 
 
-@pytest.mark.parametrize(("fields", "need_test", "message"), [
-    ({"split_column": "kind", "split_values": {"train": ["a"], "test": ["b"]}, "validation_fraction": 0}, True,
-     r"the validation split is empty \(train 32, validation 0, test 31 rows"),
-    ({}, True, "the test split is empty .*; give test files, a split_column or test_fraction"),
-    ({"validation_fraction": 0, "test_fraction": 0.2}, True, "the validation split is empty"),
-])
+@pytest.mark.parametrize(
+    ("fields", "need_test", "message"),
+    [
+        (
+            {
+                "split_column": "kind",
+                "split_values": {"train": ["a"], "test": ["b"]},
+                "validation_fraction": 0,
+            },
+            True,
+            r"the validation split is empty \(train 32, validation 0, test 31 rows",
+        ),
+        ({}, True, "the test split is empty .*; give test files, a split_column or test_fraction"),
+        ({"validation_fraction": 0, "test_fraction": 0.2}, True, "the validation split is empty"),
+    ],
+)
 def test_an_empty_split_is_refused_with_the_sizes(files, split, fields, need_test, message):
     with pytest.raises(ValueError, match=message):
         split(uri=str(files), need_test=need_test, **fields)
@@ -652,16 +1195,25 @@ def test_an_empty_split_is_refused_with_the_sizes(files, split, fields, need_tes
 def test_the_columns_of_every_split_are_checked(files, split):
     write(files / "test" / "t.parquet", people(0, 5).drop(columns="label"))
     with pytest.raises(ValueError, match=r"t\.parquet has no column 'label'"):
-        split(train=str(files / "a.parquet"), test=str(files / "test"), roles=("label",), columns={"label": "label"})
+        split(
+            train=str(files / "a.parquet"),
+            test=str(files / "test"),
+            roles=("label",),
+            columns={"label": "label"},
+        )
 
 
 def test_fingerprint_of_splits_sees_what_is_in_which(files, split):
-    prints = {split(uri=str(files), test_fraction=0.3).fingerprint, split(uri=str(files), test_fraction=0.5).fingerprint,
-              split(uri=str(files / "a.parquet"), test_fraction=0.3).fingerprint}
+    prints = {
+        split(uri=str(files), test_fraction=0.3).fingerprint,
+        split(uri=str(files), test_fraction=0.5).fingerprint,
+        split(uri=str(files / "a.parquet"), test_fraction=0.3).fingerprint,
+    }
     assert len(prints) == 3
 
 
 # ---------------------------------------------------------------- imports of other formats
+
 
 def rows_of(uri, imports: str, form: str = "auto") -> dict[str, list]:
     built = m.build(str(uri), form, imports)
@@ -673,7 +1225,11 @@ def test_an_image_folder_gives_paths_and_labels(tmp_path, imports):
         (tmp_path / "pets" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "pets" / name).write_bytes(PNG)
     got = rows_of(tmp_path / "pets", imports)
-    assert [Path(p).relative_to(tmp_path / "pets").as_posix() for p in got["image"]] == ["cat/1.png", "cat/2.JPG", "dog/3.jpeg"]
+    assert [Path(p).relative_to(tmp_path / "pets").as_posix() for p in got["image"]] == [
+        "cat/1.png",
+        "cat/2.JPG",
+        "dog/3.jpeg",
+    ]
     assert got["label"] == ["cat", "cat", "dog"]
 
 
@@ -702,10 +1258,25 @@ def test_a_replaced_image_of_the_same_size_is_seen(pets, imports):
     changed = m.build(str(pets), "auto", imports)
     assert changed.fingerprint != first.fingerprint and changed.rows == 6
     (pets / "cat" / "1.png").unlink()
-    assert m.build(str(pets), "auto", imports).fingerprint not in (first.fingerprint, changed.fingerprint)
+    assert m.build(str(pets), "auto", imports).fingerprint not in (
+        first.fingerprint,
+        changed.fingerprint,
+    )
 
 
-@pytest.mark.parametrize("named", ["{0}", "{0}/", "file://{0}", "{0}/*/*.png", "{0}/**/*.png", "{0}/dog {0}/cat", "{0}/cat/1.png", "{0}/cat/1.png {0}/dog"])
+@pytest.mark.parametrize(
+    "named",
+    [
+        "{0}",
+        "{0}/",
+        "file://{0}",
+        "{0}/*/*.png",
+        "{0}/**/*.png",
+        "{0}/dog {0}/cat",
+        "{0}/cat/1.png",
+        "{0}/cat/1.png {0}/dog",
+    ],
+)
 def test_images_that_are_moved_as_a_whole_keep_their_fingerprint(pets, imports, tmp_path, named):
     first = m.build(named.format(pets).split(), "auto", imports)
     (tmp_path / "other" / "place").mkdir(parents=True)
@@ -713,22 +1284,38 @@ def test_images_that_are_moved_as_a_whole_keep_their_fingerprint(pets, imports, 
     second = m.build(named.format(moved).split(), "auto", imports)
     assert second.fingerprint == first.fingerprint and second.files != first.files
     paths = m.read_columns(m.Selection(second), ["image"])["image"].to_pylist()
-    assert all(path.startswith(f"{moved}/") and Path(path).is_file() for path in paths), "the rows follow the move"
+    assert all(path.startswith(f"{moved}/") and Path(path).is_file() for path in paths), (
+        "the rows follow the move"
+    )
 
 
 def test_a_copy_of_an_image_folder_has_its_fingerprint(pets, imports, tmp_path):
     """`cp -r` gives every file another time of change."""
     first = m.build(str(pets), "auto", imports)
     shutil.copytree(pets, tmp_path / "copy", copy_function=shutil.copy)
-    assert (tmp_path / "copy/cat/0.png").stat().st_mtime_ns != (pets / "cat/0.png").stat().st_mtime_ns
+    assert (tmp_path / "copy/cat/0.png").stat().st_mtime_ns != (
+        pets / "cat/0.png"
+    ).stat().st_mtime_ns
     assert m.build(str(tmp_path / "copy"), "auto", imports).fingerprint == first.fingerprint
-    by_stat = [m.build_with_named(str(folder), "auto", imports, "stat")[0].fingerprint for folder in (pets, tmp_path / "copy")]
+    by_stat = [
+        m.build_with_named(str(folder), "auto", imports, "stat")[0].fingerprint
+        for folder in (pets, tmp_path / "copy")
+    ]
     assert len({first.fingerprint, *by_stat}) == 3
 
 
 def named_rows(folder: Path, values: list, kind: pa.DataType) -> Data:
-    pq.write_table(pa.table({"picture": pa.array(values, kind), "number": range(len(values))}), folder / "rows.parquet", row_group_size=2)
-    return Data(uri=str(folder / "rows.parquet"), modality="image", columns={"image": "picture"}, validation_fraction=0.0)  # pyright: ignore
+    pq.write_table(
+        pa.table({"picture": pa.array(values, kind), "number": range(len(values))}),
+        folder / "rows.parquet",
+        row_group_size=2,
+    )
+    return Data(
+        uri=str(folder / "rows.parquet"),
+        modality="image",
+        columns={"image": "picture"},
+        validation_fraction=0.0,
+    )  # pyright: ignore
 
 
 @pytest.mark.parametrize("form", ["text", "struct", "dictionary"])
@@ -736,9 +1323,21 @@ def test_files_that_a_column_names_are_part_of_the_fingerprint(pets, imports, tm
     paths = [*[str(path) for path in sorted(pets.rglob("*.png"))][:4], str(pets / "gone.png")]
     if form == "struct":
         kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-        data = named_rows(tmp_path, [*({"path": path} for path in paths), {"bytes": PNG, "path": "a name that is no place"}, None], kind)
+        data = named_rows(
+            tmp_path,
+            [
+                *({"path": path} for path in paths),
+                {"bytes": PNG, "path": "a name that is no place"},
+                None,
+            ],
+            kind,
+        )
     else:
-        data = named_rows(tmp_path, [*paths, None], pa.string() if form == "text" else pa.dictionary(pa.int32(), pa.string()))
+        data = named_rows(
+            tmp_path,
+            [*paths, None],
+            pa.string() if form == "text" else pa.dictionary(pa.int32(), pa.string()),
+        )
 
     def found() -> m.Splits:
         return m.splits(data, ("image",), "sources.s", imports, need_test=False)
@@ -749,11 +1348,19 @@ def test_files_that_a_column_names_are_part_of_the_fingerprint(pets, imports, tm
     before = os.stat(paths[1])
     Path(paths[1]).write_bytes(PNG + b"x")
     os.utime(paths[1], ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert os.stat(paths[1]).st_size == before.st_size and os.stat(paths[1]).st_mtime_ns == before.st_mtime_ns
+    assert (
+        os.stat(paths[1]).st_size == before.st_size
+        and os.stat(paths[1]).st_mtime_ns == before.st_mtime_ns
+    )
     second = found()
-    assert second.fingerprint != first.fingerprint and second.train.manifest.fingerprint != first.train.manifest.fingerprint
+    assert (
+        second.fingerprint != first.fingerprint
+        and second.train.manifest.fingerprint != first.train.manifest.fingerprint
+    )
     Path(paths[4]).write_bytes(PNG)
-    assert found().fingerprint not in (first.fingerprint, second.fingerprint), "a file that was not there"
+    assert found().fingerprint not in (first.fingerprint, second.fingerprint), (
+        "a file that was not there"
+    )
     (pets / "dog/2.png").write_bytes(b"of no row")
     third = found()
     with pytest.raises(identity.ChangedFileError, match=paths[1]):
@@ -761,33 +1368,70 @@ def test_files_that_a_column_names_are_part_of_the_fingerprint(pets, imports, tm
     identity.check_unchanged(third.reads)
 
 
-@pytest.mark.parametrize("kind", [pa.string_view(), pa.large_string(), pa.struct([("bytes", pa.null()), ("path", pa.string())]),
-                                  pa.struct([("path", pa.large_string())])], ids=str)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pa.string_view(),
+        pa.large_string(),
+        pa.struct([("bytes", pa.null()), ("path", pa.string())]),
+        pa.struct([("path", pa.large_string())]),
+    ],
+    ids=str,
+)
 def test_files_named_by_any_type_of_text_are_part_of_the_fingerprint(pets, imports, tmp_path, kind):
     paths = [str(path) for path in sorted(pets.rglob("*.png"))]
     is_struct = pa.types.is_struct(kind)
-    data = named_rows(tmp_path, [*({"path": path} if is_struct else path for path in paths), None], kind)
+    data = named_rows(
+        tmp_path, [*({"path": path} if is_struct else path for path in paths), None], kind
+    )
     first = m.splits(data, ("image",), "sources.s", imports, need_test=False)
     assert [file.uri for file in first.reads] == [str(tmp_path / "rows.parquet"), *paths]
     Path(paths[0]).write_bytes(b"another")
-    assert m.splits(data, ("image",), "sources.s", imports, need_test=False).fingerprint != first.fingerprint
+    assert (
+        m.splits(data, ("image",), "sources.s", imports, need_test=False).fingerprint
+        != first.fingerprint
+    )
 
 
 def test_columns_of_views_are_read_like_others(tmp_path, split):
     """polars writes them; Arrow has no kernel that takes rows of them."""
-    views = {"text": pa.array(["a", "b", "a", None], pa.string_view()), "raw": pa.array([b"x", b"y", b"z", b""], pa.binary_view()),
-             "words": pa.array([["a"], [], None, ["b", "c"]], pa.list_(pa.string_view())),
-             "file": pa.array([{"bytes": b"x", "path": "a"}] * 4, pa.struct([("bytes", pa.binary_view()), ("path", pa.string_view())]))}
+    views = {
+        "text": pa.array(["a", "b", "a", None], pa.string_view()),
+        "raw": pa.array([b"x", b"y", b"z", b""], pa.binary_view()),
+        "words": pa.array([["a"], [], None, ["b", "c"]], pa.list_(pa.string_view())),
+        "file": pa.array(
+            [{"bytes": b"x", "path": "a"}] * 4,
+            pa.struct([("bytes", pa.binary_view()), ("path", pa.string_view())]),
+        ),
+    }
     pq.write_table(pa.table(views), tmp_path / "a.parquet")
-    got = split(uri=str(tmp_path / "a.parquet"), columns={"text": "text"}, where={"text": ["a"]}, validation_fraction=0.0)
-    for table in (m.read_columns(got.train, [*views]), m.Reader(got.train.manifest, [*views]).take(np.array([0, 2]))):
-        assert table["text"].to_pylist() == ["a", "a"] and table["raw"].to_pylist() == [b"x", b"z"] and table["words"].to_pylist() == [["a"], None]
+    got = split(
+        uri=str(tmp_path / "a.parquet"),
+        columns={"text": "text"},
+        where={"text": ["a"]},
+        validation_fraction=0.0,
+    )
+    for table in (
+        m.read_columns(got.train, [*views]),
+        m.Reader(got.train.manifest, [*views]).take(np.array([0, 2])),
+    ):
+        assert (
+            table["text"].to_pylist() == ["a", "a"]
+            and table["raw"].to_pylist() == [b"x", b"z"]
+            and table["words"].to_pylist() == [["a"], None]
+        )
         assert table["file"].to_pylist() == [{"bytes": b"x", "path": "a"}] * 2
 
 
 def test_a_struct_that_names_no_file_is_part_of_the_table_alone(imports, tmp_path):
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.null())])
-    found = m.splits(named_rows(tmp_path, [{"bytes": PNG}, {"bytes": None}], kind), ("image",), "sources.s", imports, need_test=False)
+    found = m.splits(
+        named_rows(tmp_path, [{"bytes": PNG}, {"bytes": None}], kind),
+        ("image",),
+        "sources.s",
+        imports,
+        need_test=False,
+    )
     assert [file.uri for file in found.reads] == [str(tmp_path / "rows.parquet")]
 
 
@@ -799,25 +1443,44 @@ def test_bytes_of_any_type_are_seen(kind):
 
 def test_a_name_with_nul_is_one_bad_row(pets, imports, tmp_path):
     paths = [str(path) for path in sorted(pets.rglob("*.png"))]
-    found = m.splits(named_rows(tmp_path, [paths[0], "a\0b.png", paths[1]], pa.string()), ("image",), "sources.s", imports, need_test=False)
-    assert [file.content == identity.ABSENT for file in found.reads[1:]] == [name == "a\0b.png" for name in sorted([paths[0], "a\0b.png", paths[1]])]
+    found = m.splits(
+        named_rows(tmp_path, [paths[0], "a\0b.png", paths[1]], pa.string()),
+        ("image",),
+        "sources.s",
+        imports,
+        need_test=False,
+    )
+    assert [file.content == identity.ABSENT for file in found.reads[1:]] == [
+        name == "a\0b.png" for name in sorted([paths[0], "a\0b.png", paths[1]])
+    ]
     identity.check_unchanged(found.reads)
 
 
 @pytest.mark.parametrize("struct", [False, True])
-@pytest.mark.parametrize(("name", "told"), [("http://somewhere/a.png", "http:// is not supported"), ("{folder}", "is a folder"), ("x" * 5000, "too long")])
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("http://somewhere/a.png", "http:// is not supported"),
+        ("{folder}", "is a folder"),
+        ("x" * 5000, "too long"),
+    ],
+)
 def test_what_names_no_file_is_told_with_its_row(pets, imports, tmp_path, name, told, struct):
     paths = [*[str(path) for path in sorted(pets.rglob("*.png"))][:3], name.format(folder=pets)]
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())]) if struct else pa.string()
     data = named_rows(tmp_path, [{"path": path} if struct else path for path in paths], kind)
-    with pytest.raises(storage.StorageError, match=rf"rows\.parquet row 3, column 'picture': .*{told}") as caught:
+    with pytest.raises(
+        storage.StorageError, match=rf"rows\.parquet row 3, column 'picture': .*{told}"
+    ) as caught:
         m.splits(data, ("image",), "sources.s", imports, need_test=False)
     assert len(str(caught.value)) < 600
 
 
 def test_files_of_rows_that_are_left_out_do_not_count(pets, imports, tmp_path):
     paths = [str(path) for path in sorted(pets.rglob("*.png"))]
-    data = named_rows(tmp_path, paths, pa.string()).model_copy(update={"where": {"number": [0, 1, 2]}})
+    data = named_rows(tmp_path, paths, pa.string()).model_copy(
+        update={"where": {"number": [0, 1, 2]}}
+    )
     first = m.splits(data, ("image",), "sources.s", imports, need_test=False)
     Path(paths[4]).write_bytes(b"another")
     again = m.splits(data, ("image",), "sources.s", imports, need_test=False)
@@ -831,9 +1494,14 @@ def test_a_table_that_changes_after_the_manifest_was_built_is_not_read(files, im
     os.utime(files / "b.parquet")  # touched, and still the same
     assert numbers(m.Selection(built)) == list(range(63))
     write(files / "b.parquet", people(200, 213))
-    for read in (lambda: numbers(m.Selection(built)), lambda: m.Reader(built, ["number"]).take(np.array([25])),
-                 lambda: pickle.loads(pickle.dumps(reader.manifest)).open(1)):
-        with pytest.raises(identity.ChangedFileError, match=r"b\.parquet was changed while it was in use"):
+    for read in (
+        lambda: numbers(m.Selection(built)),
+        lambda: m.Reader(built, ["number"]).take(np.array([25])),
+        lambda: pickle.loads(pickle.dumps(reader.manifest)).open(1),
+    ):
+        with pytest.raises(
+            identity.ChangedFileError, match=r"b\.parquet was changed while it was in use"
+        ):
             read()
 
 
@@ -884,7 +1552,9 @@ def test_relative_images_are_kept_absolute(pets, imports, monkeypatch):
     monkeypatch.chdir(pets)
     for uri in ("cat", "cat/*.png", "cat/1.png"):
         got = rows_of(uri, imports)
-        assert all(Path(path).is_absolute() and Path(path).is_file() for path in got["image"]) and set(got["label"]) == {"cat"}
+        assert all(
+            Path(path).is_absolute() and Path(path).is_file() for path in got["image"]
+        ) and set(got["label"]) == {"cat"}
     monkeypatch.chdir(pets / "dog")
     assert rows_of("1.png", imports) == {"image": [str(pets / "dog" / "1.png")], "label": ["dog"]}
 
@@ -897,10 +1567,14 @@ def test_images_on_s3_are_known_by_their_etags(pets, imports, s3_server):
 
     here, there = upload("pets-here/pets"), upload("pets-there/animals")
     for named in ("{0}", "{0}/*/*.png", "{0}/cat/1.png {0}/dog"):
-        first, second = (m.build(named.format(root).split(), "auto", imports) for root in (here, there))
+        first, second = (
+            m.build(named.format(root).split(), "auto", imports) for root in (here, there)
+        )
         assert first.fingerprint == second.fingerprint and first.files != second.files
     first = m.build(here, "auto", imports)
-    assert m.read_columns(m.Selection(first), ["image", "label"]).slice(1, 1).to_pylist() == [{"image": f"{here}/cat/1.png", "label": "cat"}]
+    assert m.read_columns(m.Selection(first), ["image", "label"]).slice(1, 1).to_pylist() == [
+        {"image": f"{here}/cat/1.png", "label": "cat"}
+    ]
     storage.write_bytes(f"{here}/cat/1.png", PNG + b"x")
     assert m.build(here, "auto", imports).fingerprint != first.fingerprint
     assert m.build(f"{here}/*/*.png", "auto", imports).fingerprint != first.fingerprint
@@ -914,21 +1588,36 @@ def test_an_empty_image_is_one_bad_row_not_a_mistake(tmp_path, imports):
 
 
 def test_json_lines(tmp_path, imports):
-    rows = [{"text": f"ein Wörtchen {i}", "label": i % 2, "more": {"deep": [i]}} for i in range(3000)]
-    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+    rows = [
+        {"text": f"ein Wörtchen {i}", "label": i % 2, "more": {"deep": [i]}} for i in range(3000)
+    ]
+    (tmp_path / "a.jsonl").write_text(
+        "\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8"
+    )
     got = rows_of(tmp_path / "a.jsonl", imports)
-    assert got["text"] == [row["text"] for row in rows] and got["label"] == [row["label"] for row in rows]
+    assert got["text"] == [row["text"] for row in rows] and got["label"] == [
+        row["label"] for row in rows
+    ]
     assert got["more"] == [row["more"] for row in rows]
 
 
 @pytest.mark.parametrize(("name", "comma"), [("a.csv", ","), ("a.tsv", "\t")])
 def test_csv_and_tsv(tmp_path, imports, name, comma):
-    frame = pd.DataFrame({"text": ["plain", "with, comma", "with\ttab", 'with "quotes"', "two\nlines", "ünï"], "label": range(6)})
+    frame = pd.DataFrame(
+        {
+            "text": ["plain", "with, comma", "with\ttab", 'with "quotes"', "two\nlines", "ünï"],
+            "label": range(6),
+        }
+    )
     frame.to_csv(tmp_path / name, sep=comma, index=False)
-    assert rows_of(tmp_path / name, imports) == {"text": frame.text.tolist(), "label": frame.label.tolist()}
+    assert rows_of(tmp_path / name, imports) == {
+        "text": frame.text.tolist(),
+        "label": frame.label.tolist(),
+    }
 
 
 # Files larger than one chunk: chunks of a few hundred bytes stand for those of 16 MiB.
+
 
 @pytest.fixture
 def small_chunks(monkeypatch):
@@ -940,7 +1629,9 @@ def small_chunks(monkeypatch):
 
 
 def lines_of(path: Path, rows: list) -> Path:
-    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+    path.write_text(
+        "\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8"
+    )
     return path
 
 
@@ -948,21 +1639,50 @@ def test_json_lines_and_csv_are_held_a_chunk_at_a_time(tmp_path, small_chunks):
     rows = [{"text": f"ein Wörtchen {i}", "label": i % 2} for i in range(2000)]
     lines_of(tmp_path / "a.jsonl", rows)
     pd.DataFrame(rows).to_csv(tmp_path / "a.csv", index=False)
-    for tables in (list(small_chunks._json_lines(str(tmp_path / "a.jsonl"))), list(small_chunks._csv(str(tmp_path / "a.csv")))):
+    for tables in (
+        list(small_chunks._json_lines(str(tmp_path / "a.jsonl"))),
+        list(small_chunks._csv(str(tmp_path / "a.csv"))),
+    ):
         assert max(len(table) for table in tables) < 30 and len(tables) > 60
         assert pa.concat_tables(tables).to_pylist() == rows
 
 
 def test_columns_of_json_lines_are_those_of_the_whole_file(tmp_path, imports, small_chunks):
-    """As one chunk would have them: nulls and missing fields become typed, whole numbers fractions, dates strings."""
-    rows: list[dict] = [{"id": i, "none": None, "mixed": i, "when": "2020-01-01", "list": [], "deep": {"a": None, "b": [i]}} for i in range(100)]
-    rows += [{"id": 100, "none": "x", "mixed": 1.5, "when": "later", "list": [{"y": 1}], "deep": {"a": {"c": True}, "d": "new"}, "late": 7}]
+    """As one chunk would have them: nulls and missing fields become typed, whole numbers fractions,
+    dates strings.
+    """
+    rows: list[dict] = [
+        {
+            "id": i,
+            "none": None,
+            "mixed": i,
+            "when": "2020-01-01",
+            "list": [],
+            "deep": {"a": None, "b": [i]},
+        }
+        for i in range(100)
+    ]
+    rows += [
+        {
+            "id": 100,
+            "none": "x",
+            "mixed": 1.5,
+            "when": "later",
+            "list": [{"y": 1}],
+            "deep": {"a": {"c": True}, "d": "new"},
+            "late": 7,
+        }
+    ]
     rows += [{"id": i} for i in range(101, 160)]
     got = rows_of(lines_of(tmp_path / "a.jsonl", rows), imports)
     for name in ("id", "none", "when", "mixed", "late"):
         assert got[name] == [row.get(name) for row in rows], name
     assert got["list"] == [row.get("list") for row in rows]
-    deep = [{"a": None, "b": [i], "d": None} for i in range(100)] + [{"a": {"c": True}, "b": None, "d": "new"}] + [None] * 59
+    deep = (
+        [{"a": None, "b": [i], "d": None} for i in range(100)]
+        + [{"a": {"c": True}, "b": None, "d": "new"}]
+        + [None] * 59
+    )
     assert got["deep"] == deep
     assert list(got) == ["id", "none", "mixed", "when", "list", "deep", "late"]
     whole = tmp_path / "whole.jsonl"
@@ -970,33 +1690,53 @@ def test_columns_of_json_lines_are_those_of_the_whole_file(tmp_path, imports, sm
     assert rows_of(lines_of(whole, rows), imports) == got
 
 
-@pytest.mark.parametrize(("last", "message"), [
-    ({"a": "x"}, "column 'a' is int64 in some lines and string in others (lines from "),
-    ({"a": 1, "b": {"c": [True]}}, "column 'b.c' is int64 in some lines and bool in others"),
-    ({"a": 1, "b": 3}, "column 'b' is struct<c: list<item: int64>> in some lines and int64 in others"),
-])
+@pytest.mark.parametrize(
+    ("last", "message"),
+    [
+        ({"a": "x"}, "column 'a' is int64 in some lines and string in others (lines from "),
+        ({"a": 1, "b": {"c": [True]}}, "column 'b.c' is int64 in some lines and bool in others"),
+        (
+            {"a": 1, "b": 3},
+            "column 'b' is struct<c: list<item: int64>> in some lines and int64 in others",
+        ),
+    ],
+)
 def test_a_column_that_changes_its_type_is_named(tmp_path, imports, small_chunks, last, message):
     lines_of(tmp_path / "a.jsonl", [{"a": i, "b": {"c": [i]}} for i in range(100)] + [last])
     with pytest.raises(ValueError) as caught:
         m.build(str(tmp_path / "a.jsonl"), "auto", imports)
-    assert str(caught.value).startswith(f"{tmp_path}/a.jsonl: ") and message in str(caught.value).replace("list<element:", "list<item:")
+    assert str(caught.value).startswith(f"{tmp_path}/a.jsonl: ") and message in str(
+        caught.value
+    ).replace("list<element:", "list<item:")
 
 
 def test_a_broken_line_late_in_a_file_is_placed(tmp_path, imports, small_chunks):
     path = lines_of(tmp_path / "a.jsonl", [{"a": i} for i in range(200)])
     path.write_text(path.read_text() + '\n{"a": \n')
-    with pytest.raises(ValueError, match=r"a\.jsonl: not readable as jsonl, one object a line: JSON parse error: .* \(counted from line 1\d\d\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"a\.jsonl: not readable as jsonl, one object a line: JSON parse error: .* "
+        r"\(counted from line 1\d\d\)",
+    ):
         m.build(str(path), "auto", imports)
 
 
 def test_long_rows(tmp_path, imports):
-    """Longer than any chunk: a line of 40 MB among short ones, in both formats; blank lines are no rows."""
-    rows = [{"text": "short", "label": 0}, {"text": "long " * 8_000_000, "label": 1}, {"text": "short again", "label": 2}]
+    """Longer than any chunk: a line of 40 MB among short ones, in both formats; blank lines are no
+    rows.
+    """
+    rows = [
+        {"text": "short", "label": 0},
+        {"text": "long " * 8_000_000, "label": 1},
+        {"text": "short again", "label": 2},
+    ]
     (tmp_path / "a.jsonl").write_text("\n\n" + "\n\n".join(json.dumps(row) for row in rows))
     pd.DataFrame(rows).to_csv(tmp_path / "a.csv", index=False)
     for name in ("a.jsonl", "a.csv"):
         got = rows_of(tmp_path / name, imports)
-        assert got["label"] == [0, 1, 2] and [len(text) for text in got["text"]] == [len(row["text"]) for row in rows]
+        assert got["label"] == [0, 1, 2] and [len(text) for text in got["text"]] == [
+            len(row["text"]) for row in rows
+        ]
 
 
 def test_a_line_beyond_the_largest_is_named(tmp_path, imports, small_chunks, monkeypatch):
@@ -1006,26 +1746,45 @@ def test_a_line_beyond_the_largest_is_named(tmp_path, imports, small_chunks, mon
     with pytest.raises(ValueError, match=r"a\.jsonl:4: the line is longer than"):
         m.build(str(tmp_path / "a.jsonl"), "auto", imports)
     (tmp_path / "a.csv").write_text('a,b\n1,"x' + "y\n" * 5000)
-    with pytest.raises(ValueError, match=r"a\.csv: not readable as csv: a row is longer than .*; is a quote left open\?"):
+    with pytest.raises(
+        ValueError,
+        match=r"a\.csv: not readable as csv: a row is longer than .*; is a quote left open\?",
+    ):
         m.build(str(tmp_path / "a.csv"), "auto", imports)
 
 
-@pytest.mark.parametrize(("late", "kind", "value"), [
-    ("1.5", pa.float64(), 1.5), ("eleven", pa.string(), "eleven"), ("b\xe4d", pa.binary(), b"b\xe4d"), ("", pa.int64(), None),
-])
-def test_types_of_csv_columns_are_those_of_the_whole_file(tmp_path, imports, small_chunks, late, kind, value):
-    content = "number,text,empty\n" + "".join(f"{i},line {i},\n" for i in range(200)) + f"{late},last,3\n"
+@pytest.mark.parametrize(
+    ("late", "kind", "value"),
+    [
+        ("1.5", pa.float64(), 1.5),
+        ("eleven", pa.string(), "eleven"),
+        ("b\xe4d", pa.binary(), b"b\xe4d"),
+        ("", pa.int64(), None),
+    ],
+)
+def test_types_of_csv_columns_are_those_of_the_whole_file(
+    tmp_path, imports, small_chunks, late, kind, value
+):
+    content = (
+        "number,text,empty\n" + "".join(f"{i},line {i},\n" for i in range(200)) + f"{late},last,3\n"
+    )
     (tmp_path / "a.csv").write_bytes(content.encode("latin-1"))
     built = m.build(str(tmp_path / "a.csv"), "auto", imports)
     got = m.read_columns(m.Selection(built), ["number", "text", "empty"])
     assert got.schema.types == [kind, pa.string(), pa.int64()]
-    assert got["number"].to_pylist() == [*pa.array(list(map(str, range(200)))).cast(kind).to_pylist(), value]
+    assert got["number"].to_pylist() == [
+        *pa.array(list(map(str, range(200)))).cast(kind).to_pylist(),
+        value,
+    ]
     assert got["empty"].to_pylist() == [None] * 200 + [3] and got["text"][-1].as_py() == "last"
 
 
 def test_a_csv_row_with_too_many_fields_late_in_a_file_is_named(tmp_path, imports, small_chunks):
     (tmp_path / "a.csv").write_text("a,b\n" + "1,2\n" * 300 + "1,2,3\n")
-    with pytest.raises(ValueError, match=r"a\.csv: not readable as csv: CSV parse error: Row #302: Expected 2 columns, got 3"):
+    with pytest.raises(
+        ValueError,
+        match=r"a\.csv: not readable as csv: CSV parse error: Row #302: Expected 2 columns, got 3",
+    ):
         m.build(str(tmp_path / "a.csv"), "auto", imports)
 
 
@@ -1041,7 +1800,9 @@ def test_text_lines_of_several_files(tmp_path, imports):
     (tmp_path / "t").mkdir()
     (tmp_path / "t" / "b.txt").write_bytes(b"three\r\nfour")
     (tmp_path / "t" / "a.txt").write_text("one ünï\n\n   \ntwo  \n", encoding="utf-8")
-    assert rows_of(tmp_path / "t", imports) == {"text": ["one ünï".encode(), b"two  ", b"three", b"four"]}
+    assert rows_of(tmp_path / "t", imports) == {
+        "text": ["one ünï".encode(), b"two  ", b"three", b"four"]
+    }
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path, imports):
@@ -1054,7 +1815,9 @@ def test_many_lines_in_bounded_groups(tmp_path, imports):
     (tmp_path / "a.txt").write_text("\n".join(lines))
     built = m.build(str(tmp_path / "a.txt"), "auto", imports)
     assert max(g.rows for g in built.groups) == 1024
-    assert m.read_columns(m.Selection(built), ["text"])["text"].to_pylist() == [line.encode() for line in lines]
+    assert m.read_columns(m.Selection(built), ["text"])["text"].to_pylist() == [
+        line.encode() for line in lines
+    ]
 
 
 def test_a_format_may_be_named(tmp_path, imports):
@@ -1062,9 +1825,16 @@ def test_a_format_may_be_named(tmp_path, imports):
     assert rows_of(tmp_path / "corpus.dat", imports, "text") == {"text": [b"one", b"two"]}
 
 
-@pytest.mark.parametrize(("name", "content"), [
-    ("a.jsonl", b'{"text": "fine"}\n{"text": \n'), ("a.csv", b"a,b\n1,2\n1,2,3\n"), ("a.csv", b""), ("a.txt", b""), ("a.jsonl", b""),
-])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", b'{"text": "fine"}\n{"text": \n'),
+        ("a.csv", b"a,b\n1,2\n1,2,3\n"),
+        ("a.csv", b""),
+        ("a.txt", b""),
+        ("a.jsonl", b""),
+    ],
+)
 def test_broken_tables_are_named(tmp_path, imports, name, content):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError) as caught:
@@ -1099,6 +1869,7 @@ def test_an_import_is_made_once_and_again_when_the_content_changes(tmp_path, imp
 
 # ---------------------------------------------------------------- S3 and real data
 
+
 def test_everything_on_s3(files, s3_server, split, imports):
     from pipeline import storage
 
@@ -1106,12 +1877,19 @@ def test_everything_on_s3(files, s3_server, split, imports):
     for file in files.iterdir():
         storage.write_bytes(f"{place}/rows/{file.name}", file.read_bytes())
     storage.write_bytes(f"{place}/words.txt", b"one\ntwo\n")
-    for uri in (f"{place}/rows", f"{place}/rows/*.parquet", [f"{place}/rows/{name}.parquet" for name in "bca"]):
+    for uri in (
+        f"{place}/rows",
+        f"{place}/rows/*.parquet",
+        [f"{place}/rows/{name}.parquet" for name in "bca"],
+    ):
         built = m.build(uri, "auto", f"{place}/imports")
         assert built.rows == 63 and built.files[0] == f"{place}/rows/a.parquet"
     reader = m.Reader(built, ["number"])
     assert reader.take(np.array([62, 0, 33, 20])).to_pydict() == {"number": [62, 0, 33, 20]}
-    here, there = split(uri=str(files), test_fraction=0.3), split(uri=f"{place}/rows", test_fraction=0.3)
+    here, there = (
+        split(uri=str(files), test_fraction=0.3),
+        split(uri=f"{place}/rows", test_fraction=0.3),
+    )
     assert numbers(here.test) == numbers(there.test)
     assert rows_of(f"{place}/words.txt", f"{place}/imports") == {"text": [b"one", b"two"]}
     with pytest.raises((ValueError, OSError), match="nowhere"):
@@ -1119,11 +1897,19 @@ def test_everything_on_s3(files, s3_server, split, imports):
 
 
 @pytest.mark.data
-@pytest.mark.skipif("ONETOMANY_DATA" not in os.environ, reason="ONETOMANY_DATA names no data folder")
+@pytest.mark.skipif(
+    "ONETOMANY_DATA" not in os.environ, reason="ONETOMANY_DATA names no data folder"
+)
 def test_fashion_mnist(split, imports):
     folder = Path(os.environ["ONETOMANY_DATA"], "vision", "fashion_mnist")
-    got = split(train=str(folder / "train.parquet"), test=str(folder / "test.parquet"), columns={"image": "image", "label": "label"}, roles=("image", "label"),
-                need_test=True, where={"label_name": ["Sandal", "Bag"]})
+    got = split(
+        train=str(folder / "train.parquet"),
+        test=str(folder / "test.parquet"),
+        columns={"image": "image", "label": "label"},
+        roles=("image", "label"),
+        need_test=True,
+        where={"label_name": ["Sandal", "Bag"]},
+    )
     frame = pd.read_parquet(folder / "train.parquet")
     wanted = frame[frame.label_name.isin(["Sandal", "Bag"])]
     assert len(got.train) + len(got.validation) == len(wanted) == 2400 and len(got.test) == 400

@@ -1,4 +1,6 @@
-"""The stream gives the plan's batches wherever rows are decoded, leaves out what is broken, and reads nothing that it skips."""
+"""The stream gives the plan's batches wherever rows are decoded, leaves out what is broken, and
+reads nothing that it skips.
+"""
 
 import gc
 import os
@@ -30,7 +32,9 @@ DECODED: list[int] = []
 
 
 class Squares(Modality):
-    """Column ``text`` holds "12" or, for a row that cannot be decoded, "bad 12"; "stop 12" raises, as a fault of the program would."""
+    """Column ``text`` holds "12" or, for a row that cannot be decoded, "bad 12"; "stop 12" raises,
+    as a fault of the program would.
+    """
 
     roles = ("text",)
     seconds = 0.0
@@ -48,21 +52,34 @@ class Squares(Modality):
         DECODED.extend(number.tolist())
         bad = [f"{word[-1]} is bad" if word[0] == "bad" else "" for word in words]
         pixels = (number[:, None, None] * np.arange(6).reshape(2, 3) % 251).astype(np.uint8)
-        return {"pixels": pixels, "square": (number ** 2).astype(np.int32)}, bad
+        return {"pixels": pixels, "square": (number**2).astype(np.int32)}, bad
 
 
-def make(folder, change: dict[int, str] | None = None, seconds: float = 0.0, objective: str | None = None) -> Rows:
-    """N rows in three files with groups of 16; ``change`` is put in place of the texts of some rows."""
+def make(
+    folder, change: dict[int, str] | None = None, seconds: float = 0.0, objective: str | None = None
+) -> Rows:
+    """N rows in three files with groups of 16; ``change`` is put in place of the texts of some
+    rows.
+    """
     texts = [str(i) for i in range(N)]
     for row, text in (change or {}).items():
         texts[row] = text
     frame = pd.DataFrame({"text": texts, "label": [("odd", "even")[i % 2 == 0] for i in range(N)]})
     folder.mkdir(exist_ok=True)
     for name, start, stop in (("a", 0, 40), ("b", 40, 101), ("c", 101, N)):
-        pq.write_table(pa.Table.from_pandas(frame[start:stop], preserve_index=False), folder / f"{name}.parquet", row_group_size=16)
+        pq.write_table(
+            pa.Table.from_pandas(frame[start:stop], preserve_index=False),
+            folder / f"{name}.parquet",
+            row_group_size=16,
+        )
     built = m.build([str(folder / f"{name}.parquet") for name in "abc"], "auto", str(folder))
     state = {"values": ["even", "odd"], "labels": ["even", "odd"]} if objective else {}
-    decoder = Decoder(Squares(None, {"seconds": seconds} if seconds else {}), objective, state, {"text": "text", "label": "label"})
+    decoder = Decoder(
+        Squares(None, {"seconds": seconds} if seconds else {}),
+        objective,
+        state,
+        {"text": "text", "label": "label"},
+    )
     return Rows(m.Selection(built), decoder)
 
 
@@ -72,8 +89,18 @@ def rows(tmp_path):
     return make(tmp_path / "rows")
 
 
-def plan_of(rows: Rows, batch: int = 12, shuffle="rows", shards: int = 6, seed: int = 3, item_rows: int = 5) -> Plan:
-    return Plan(len(rows), seed, batch, shards=shards, shuffle=shuffle, boundaries=rows.selection.boundaries, item_rows=item_rows)
+def plan_of(
+    rows: Rows, batch: int = 12, shuffle="rows", shards: int = 6, seed: int = 3, item_rows: int = 5
+) -> Plan:
+    return Plan(
+        len(rows),
+        seed,
+        batch,
+        shards=shards,
+        shuffle=shuffle,
+        boundaries=rows.selection.boundaries,
+        item_rows=item_rows,
+    )
 
 
 def check(loaded, rows: Rows, plan: Plan, steps: range, rank: int = 0, ranks: int = 1) -> None:
@@ -84,10 +111,18 @@ def check(loaded, rows: Rows, plan: Plan, steps: range, rank: int = 0, ranks: in
         indices, epochs = plan.batch(step, rank, ranks)
         ids = rows.selection.ids(indices)
         assert batch.rows.tolist() == ids.tolist() and batch.rows.dtype == np.int64
-        assert batch.keys.tolist() == row_keys(plan.seed, epochs, ids).tolist() and batch.keys.dtype == torch.int64
-        assert batch["square"].tolist() == (ids ** 2).tolist() and batch["square"].dtype == torch.int32
+        assert (
+            batch.keys.tolist() == row_keys(plan.seed, epochs, ids).tolist()
+            and batch.keys.dtype == torch.int64
+        )
+        assert (
+            batch["square"].tolist() == (ids**2).tolist() and batch["square"].dtype == torch.int32
+        )
         assert batch["pixels"].dtype == torch.uint8 and batch["pixels"].shape == (len(ids), 2, 3)
-        assert batch["pixels"].tolist() == (ids[:, None, None] * np.arange(6).reshape(2, 3) % 251).tolist()
+        assert (
+            batch["pixels"].tolist()
+            == (ids[:, None, None] * np.arange(6).reshape(2, 3) % 251).tolist()
+        )
         assert bad == [] and waited >= 0
 
 
@@ -100,7 +135,9 @@ def same(one, other) -> None:
         assert torch.equal(a.batch.keys, b.batch.keys)
         assert a.batch.data.keys() == b.batch.data.keys()
         for name in a.batch.data:
-            assert a.batch[name].dtype == b.batch[name].dtype and torch.equal(a.batch[name], b.batch[name])
+            assert a.batch[name].dtype == b.batch[name].dtype and torch.equal(
+                a.batch[name], b.batch[name]
+            )
 
 
 def threads_of(name: str) -> list[str]:
@@ -116,6 +153,7 @@ def threads_of(name: str) -> list[str]:
 
 # ---------------------------------------------------------------- the same batches everywhere
 
+
 @pytest.mark.parametrize("ranks", [1, 2, 3, 6])
 @pytest.mark.parametrize("shuffle", ["rows", "blocks"])
 @pytest.mark.parametrize("place", ["train", "memory"])
@@ -125,7 +163,14 @@ def test_batches_are_the_plans(rows, place, shuffle, ranks):
     if place == "memory":
         rows = rows.in_memory(0.0)
     for rank in range(ranks):
-        check(stream.train_batches(rows, plan, range(30), rank=rank, ranks=ranks, threads=1 + rank), rows, plan, range(30), rank, ranks)
+        check(
+            stream.train_batches(rows, plan, range(30), rank=rank, ranks=ranks, threads=1 + rank),
+            rows,
+            plan,
+            range(30),
+            rank,
+            ranks,
+        )
 
 
 def test_batches_of_a_selection_name_the_manifests_rows(rows):
@@ -134,10 +179,17 @@ def test_batches_of_a_selection_name_the_manifests_rows(rows):
     check(stream.train_batches(chosen, plan, range(9)), chosen, plan, range(9))
     memory = chosen.in_memory(0.0)
     check(stream.train_batches(memory, plan, range(9)), chosen, plan, range(9))
-    assert all(row % 3 == 0 for loaded in stream.train_batches(memory, plan, range(9)) for row in loaded.batch.rows)
+    assert all(
+        row % 3 == 0
+        for loaded in stream.train_batches(memory, plan, range(9))
+        for row in loaded.batch.rows
+    )
 
 
-@pytest.mark.parametrize(("batch", "shards", "item_rows"), [(1, 1, 1), (7, 3, 2), (50, 8, 256), (150, 8, 4), (150, 150, 1)])
+@pytest.mark.parametrize(
+    ("batch", "shards", "item_rows"),
+    [(1, 1, 1), (7, 3, 2), (50, 8, 256), (150, 8, 4), (150, 150, 1)],
+)
 def test_batches_of_any_shape(rows, batch, shards, item_rows):
     plan = plan_of(rows, batch=batch, shards=shards, item_rows=item_rows)
     steps = range(2, 6)
@@ -160,7 +212,10 @@ def test_a_loader_travels_without_what_it_has_open(rows):
     again = pickle.loads(pickle.dumps(loader))
     assert again._reader is None
     after = again(Item(0, 0, 5))
-    assert after.rows.tolist() == before.rows.tolist() and after.arrays["square"].tolist() == before.arrays["square"].tolist()
+    assert (
+        after.rows.tolist() == before.rows.tolist()
+        and after.arrays["square"].tolist() == before.arrays["square"].tolist()
+    )
 
 
 def test_no_steps_and_too_many_ranks(rows):
@@ -172,6 +227,7 @@ def test_no_steps_and_too_many_ranks(rows):
 
 # ---------------------------------------------------------------- resume
 
+
 @pytest.mark.parametrize("ranks", [1, 3])
 @pytest.mark.parametrize("start", [1, 7, 13, 29])
 def test_resume_is_the_tail_of_the_whole_run_and_decodes_nothing_else(rows, start, ranks):
@@ -182,14 +238,26 @@ def test_resume_is_the_tail_of_the_whole_run_and_decodes_nothing_else(rows, star
         tail = list(stream.train_batches(rows, plan, range(start, 30), rank=rank, ranks=ranks))
         same(tail, whole[start:])
         wanted = Counter(row for loaded in tail for row in loaded.batch.rows.tolist())
-        assert Counter(DECODED) == wanted, "every row of the remaining steps is decoded once, and no row of the steps before"
+        assert Counter(DECODED) == wanted, (
+            "every row of the remaining steps is decoded once, and no row of the steps before"
+        )
 
 
 def test_resume_with_other_ranks_reads_each_remaining_row_once(rows):
     plan = plan_of(rows)
     steps = N // 12
-    before = [row for rank in range(2) for loaded in stream.train_batches(rows, plan, range(5), rank=rank, ranks=2) for row in loaded.batch.rows.tolist()]
-    after = [row for rank in range(3) for loaded in stream.train_batches(rows, plan, range(5, steps), rank=rank, ranks=3) for row in loaded.batch.rows.tolist()]
+    before = [
+        row
+        for rank in range(2)
+        for loaded in stream.train_batches(rows, plan, range(5), rank=rank, ranks=2)
+        for row in loaded.batch.rows.tolist()
+    ]
+    after = [
+        row
+        for rank in range(3)
+        for loaded in stream.train_batches(rows, plan, range(5, steps), rank=rank, ranks=3)
+        for row in loaded.batch.rows.tolist()
+    ]
     assert len(before + after) == len(set(before + after)) == steps * 12
 
 
@@ -204,11 +272,15 @@ def test_bad_rows_are_left_out_and_told_with_their_reason(tmp_path, ranks):
     plan = plan_of(rows, batch=50)
     got, told = [], []
     for rank in range(ranks):
-        for step, (batch, bad, _) in enumerate(stream.train_batches(rows, plan, range(3), rank=rank, ranks=ranks)):
+        for step, (batch, bad, _) in enumerate(
+            stream.train_batches(rows, plan, range(3), rank=rank, ranks=ranks)
+        ):
             indices, epochs = plan.batch(step, rank, ranks)
             left = ~np.isin(indices, list(BROKEN))
             assert batch.rows.tolist() == indices[left].tolist(), "the good rows keep their order"
-            assert batch.keys.tolist() == row_keys(plan.seed, epochs, indices)[left].tolist(), "and their keys"
+            assert batch.keys.tolist() == row_keys(plan.seed, epochs, indices)[left].tolist(), (
+                "and their keys"
+            )
             assert batch["square"].tolist() == (indices[left] ** 2).tolist()
             assert {row for row, _ in bad} == set(indices[~left].tolist())
             got, told = got + batch.rows.tolist(), told + bad
@@ -232,7 +304,7 @@ def test_memory_holds_the_good_rows_and_lists_the_others(tmp_path):
     assert memory.in_memory(0.0) is memory, "decoded once"
     plan = plan_of(memory)
     for batch, bad, _ in stream.train_batches(memory, plan, range(13)):
-        assert batch["square"].tolist() == (batch.rows ** 2).tolist() and bad == []
+        assert batch["square"].tolist() == (batch.rows**2).tolist() and bad == []
 
 
 def test_over_the_budget_is_an_error_that_names_files_rows_and_reasons(tmp_path):
@@ -241,7 +313,11 @@ def test_over_the_budget_is_an_error_that_names_files_rows_and_reasons(tmp_path)
         rows.in_memory(0.01)
     told = str(caught.value)
     assert told.startswith("3 of 150 rows cannot be used, more than data.max_bad_rows=0.01 allows.")
-    for place in ("a.parquet row 3: 3 is bad", "b.parquet row 1: 41 is bad", "c.parquet row 48: 149 is bad"):
+    for place in (
+        "a.parquet row 3: 3 is bad",
+        "b.parquet row 1: 41 is bad",
+        "c.parquet row 48: 149 is bad",
+    ):
         assert place in told
 
 
@@ -260,29 +336,46 @@ def test_the_budget_counts_from_the_second_row(rows):
 def test_the_budget_counts_a_row_once_however_often_it_is_met(rows):
     """In every epoch the same rows are bad, and its reason may be told in other words."""
     stream.check_budget([(7, "x"), (7, "x"), (7, "y")] * 50, 10, 0.01, rows.selection)
-    stream.check_budget(((row, f"epoch {epoch}") for epoch in range(9) for row in (3, 8)), 200, 0.01, rows.selection)
+    stream.check_budget(
+        ((row, f"epoch {epoch}") for epoch in range(9) for row in (3, 8)), 200, 0.01, rows.selection
+    )
     with pytest.raises(TooManyBadRowsError, match=r"^3 of 200 rows cannot be used"):
-        stream.check_budget(((row, "x") for _ in range(9) for row in (3, 8, 11)), 200, 0.01, rows.selection)
+        stream.check_budget(
+            ((row, "x") for _ in range(9) for row in (3, 8, 11)), 200, 0.01, rows.selection
+        )
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 @pytest.mark.parametrize("shuffle", ["rows", "blocks"])
 def test_bad_rows_that_are_kept_in_memory_leave_the_batches_as_they_are(tmp_path, shuffle, ranks):
-    """Bad rows keep their places in the plan: the same batches, and the same rows told, as when rows are decoded as they come."""
+    """Bad rows keep their places in the plan: the same batches, and the same rows told, as when
+    rows are decoded as they come.
+    """
     rows = make(tmp_path / "rows", {**BROKEN, **{i: f"bad {i}" for i in range(60, 75)}})
     kept = rows.in_memory(0.2, keep_bad=True)
-    assert len(kept) == N and len(rows.in_memory(0.2)) == N - 18 and [row for row, _ in kept.bad] == sorted([*BROKEN, *range(60, 75)])
+    assert (
+        len(kept) == N
+        and len(rows.in_memory(0.2)) == N - 18
+        and [row for row, _ in kept.bad] == sorted([*BROKEN, *range(60, 75)])
+    )
     plan = plan_of(rows, shuffle=shuffle)
     told = 0
     for rank in range(ranks):
-        ours, theirs = (list(stream.train_batches(source, plan, range(4, 30), rank=rank, ranks=ranks)) for source in (kept, rows))
+        ours, theirs = (
+            list(stream.train_batches(source, plan, range(4, 30), rank=rank, ranks=ranks))
+            for source in (kept, rows)
+        )
         assert [sorted(loaded.bad) for loaded in ours] == [sorted(loaded.bad) for loaded in theirs]
-        same([loaded._replace(bad=[]) for loaded in ours], [loaded._replace(bad=[]) for loaded in theirs])
+        same(
+            [loaded._replace(bad=[]) for loaded in ours],
+            [loaded._replace(bad=[]) for loaded in theirs],
+        )
         told += sum(len(loaded.bad) for loaded in ours)
     assert told > 18, "in more than one epoch"
 
 
 # ---------------------------------------------------------------- threads
+
 
 @pytest.mark.parametrize("leave", ["break", "close", "drop", "throw"])
 def test_leaving_early_stops_the_thread_and_the_decoding(rows, leave):
@@ -364,7 +457,9 @@ def test_prefetch_raises_after_what_was_made_before_the_error():
 def test_waiting_is_measured(rows):
     rows.decoder.modality.state["seconds"] = 0.02
     start = time.perf_counter()
-    waited = [loaded.waited for loaded in stream.train_batches(rows, plan_of(rows, item_rows=2), range(5))]
+    waited = [
+        loaded.waited for loaded in stream.train_batches(rows, plan_of(rows, item_rows=2), range(5))
+    ]
     assert 0.02 <= sum(waited) <= time.perf_counter() - start
     waited = []
     for loaded in stream.train_batches(rows, plan_of(rows, item_rows=100), range(3), ahead=5):
@@ -375,6 +470,7 @@ def test_waiting_is_measured(rows):
 
 # ---------------------------------------------------------------- evaluation
 
+
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 @pytest.mark.parametrize("size", [1, 16, 50, 1000])
 @pytest.mark.parametrize("memory", [False, True])
@@ -384,44 +480,65 @@ def test_evaluation_sees_each_row_exactly_once(rows, memory, size, ranks):
     for rank in range(ranks):
         batches = list(stream.eval_batches(rows, size, rank=rank, ranks=ranks))
         assert all(0 < len(loaded.batch) <= size for loaded in batches)
-        assert all(len(loaded.batch) == size for loaded in batches[:-1]), "only the last one is short"
+        assert all(len(loaded.batch) == size for loaded in batches[:-1]), (
+            "only the last one is short"
+        )
         for batch, bad, _ in batches:
             assert bad == []
-            assert batch["square"].tolist() == (batch.rows ** 2).tolist()
-            assert batch.keys.tolist() == row_keys(0, np.zeros_like(batch.rows), batch.rows).tolist()
+            assert batch["square"].tolist() == (batch.rows**2).tolist()
+            assert (
+                batch.keys.tolist() == row_keys(0, np.zeros_like(batch.rows), batch.rows).tolist()
+            )
             seen += batch.rows.tolist()
     assert seen == list(range(N))
 
 
 def test_evaluation_with_more_ranks_than_rows(rows):
     few = rows.subset(np.array([5, 90]))
-    seen = [row for rank in range(4) for loaded in stream.eval_batches(few, 8, rank=rank, ranks=4) for row in loaded.batch.rows.tolist()]
+    seen = [
+        row
+        for rank in range(4)
+        for loaded in stream.eval_batches(few, 8, rank=rank, ranks=4)
+        for row in loaded.batch.rows.tolist()
+    ]
     assert seen == [5, 90]
     assert list(stream.eval_batches(rows.subset(np.zeros(0, dtype=np.int64)), 8)) == []
 
 
 def test_evaluation_leaves_bad_rows_out_and_tells_them(tmp_path):
     rows = make(tmp_path / "rows", BROKEN)
-    loaded = [each for rank in range(3) for each in stream.eval_batches(rows, 20, rank=rank, ranks=3)]
-    assert sorted(row for each in loaded for row in each.batch.rows.tolist()) == sorted(set(range(N)) - set(BROKEN))
-    assert [told for each in loaded for told in each.bad] == [(3, "3 is bad"), (41, "41 is bad"), (149, "149 is bad")]
+    loaded = [
+        each for rank in range(3) for each in stream.eval_batches(rows, 20, rank=rank, ranks=3)
+    ]
+    assert sorted(row for each in loaded for row in each.batch.rows.tolist()) == sorted(
+        set(range(N)) - set(BROKEN)
+    )
+    assert [told for each in loaded for told in each.bad] == [
+        (3, "3 is bad"),
+        (41, "41 is bad"),
+        (149, "149 is bad"),
+    ]
 
 
 def test_a_subset_is_in_ascending_order_also_in_memory(rows):
     places = np.array([140, 3, 77])
     for part in (rows.subset(places), rows.in_memory(0.0).subset(places)):
-        (batch, _, _), = stream.eval_batches(part, 10)
+        ((batch, _, _),) = stream.eval_batches(part, 10)
         assert batch.rows.tolist() == [3, 77, 140] and batch["square"].tolist() == [9, 5929, 19600]
 
 
 def test_a_subset_of_all_rows_copies_nothing(rows):
-    """A trial with all labels reads the arrays that its target was decoded into, as all trials do."""
+    """A trial with all labels reads the arrays that its target was decoded into, as all trials
+    do.
+    """
     memory = rows.in_memory(0.0)
     assert memory.arrays is not None
     whole, part = memory.subset(np.arange(N)), memory.subset(np.arange(N - 1))
     assert whole.arrays is not None and part.arrays is not None
     assert all(np.shares_memory(whole.arrays[name], array) for name, array in memory.arrays.items())
-    assert not any(np.shares_memory(part.arrays[name], array) for name, array in memory.arrays.items())
+    assert not any(
+        np.shares_memory(part.arrays[name], array) for name, array in memory.arrays.items()
+    )
     assert len(rows.subset(np.arange(N))) == N and rows.subset(np.arange(N)).arrays is None
 
 
@@ -433,16 +550,22 @@ def test_a_ranks_part_is_what_evaluation_gives_it(rows, memory, ranks):
     seen = []
     for rank in range(ranks):
         part = rows.part(rank, ranks)
-        found, theirs = list(stream.eval_batches(part, 16)), list(stream.eval_batches(rows, 16, rank=rank, ranks=ranks))
+        found, theirs = (
+            list(stream.eval_batches(part, 16)),
+            list(stream.eval_batches(rows, 16, rank=rank, ranks=ranks)),
+        )
         assert len(found) == len(theirs)
         if theirs:
             same(found, theirs)
-        assert part.selection.ids(np.arange(len(part))).tolist() == [row for loaded in theirs for row in loaded.batch.rows.tolist()]
+        assert part.selection.ids(np.arange(len(part))).tolist() == [
+            row for loaded in theirs for row in loaded.batch.rows.tolist()
+        ]
         seen += part.selection.ids(np.arange(len(part))).tolist()
     assert seen == list(range(1, N, 2))
 
 
 # ---------------------------------------------------------------- map_items
+
 
 def test_map_items_without_ray_is_ordered_and_lazy(monkeypatch):
     import ray
@@ -466,7 +589,9 @@ def slow_square(x: int) -> int:
 @pytest.mark.ray
 def test_map_items_on_ray_is_ordered_and_goes_a_bounded_way_ahead(ray_here):
     taken = []
-    results = stream.map_items(slow_square, (taken.append(i) or i for i in range(100, 140)), cpus=0.5, ahead=4)
+    results = stream.map_items(
+        slow_square, (taken.append(i) or i for i in range(100, 140)), cpus=0.5, ahead=4
+    )
     assert next(results) == 10_000
     assert len(taken) <= 6
     assert list(results) == [i * i for i in range(101, 140)]
@@ -483,7 +608,9 @@ def test_map_items_raises_the_error_of_an_item_at_its_place(ray_here):
 
 @pytest.mark.ray
 def test_ray_data_workers_give_the_same_batches(ray_here, tmp_path):
-    """Rows, keys, data and bad rows: from Ray Data workers as from this process, whole and resumed."""
+    """Rows, keys, data and bad rows: from Ray Data workers as from this process, whole and
+    resumed.
+    """
     rows = make(tmp_path / "rows", BROKEN, objective="classification")
     plan = plan_of(rows, shuffle="blocks", item_rows=20)
     workers = DataWorkers(actors=1, cpus_per_actor=0.5)
@@ -492,18 +619,25 @@ def test_ray_data_workers_give_the_same_batches(ray_here, tmp_path):
     same(stream.train_batches(rows, plan, range(15), place="workers", workers=workers), whole)
     assert DECODED == [], "nothing is decoded in this process"
     assert sum(len(loaded.bad) for loaded in whole) >= 3
-    resumed = stream.train_batches(rows, plan, range(9, 15), rank=1, ranks=2, place="workers", workers=workers)
+    resumed = stream.train_batches(
+        rows, plan, range(9, 15), rank=1, ranks=2, place="workers", workers=workers
+    )
     same(resumed, stream.train_batches(rows, plan, range(9, 15), rank=1, ranks=2))
     assert threads_of("prefetch") == []
 
 
 @pytest.mark.ray
 def test_an_item_stays_one_block_however_small_ray_wants_its_blocks(ray_here, rows, monkeypatch):
-    """Ray cuts a block above its target in two, and then blocks and items would no longer go together."""
+    """Ray cuts a block above its target in two, and then blocks and items would no longer go
+    together.
+    """
     context = ray_here.data.DataContext.get_current()
     monkeypatch.setattr(context, "target_max_block_size", 64)
     plan = plan_of(rows, item_rows=20)
-    same(stream.train_batches(rows, plan, range(13), place="workers"), stream.train_batches(rows, plan, range(13)))
+    same(
+        stream.train_batches(rows, plan, range(13), place="workers"),
+        stream.train_batches(rows, plan, range(13)),
+    )
 
 
 @pytest.mark.ray
@@ -527,7 +661,13 @@ def test_a_fault_in_a_data_worker_reaches_the_consumer(ray_here, tmp_path):
 @pytest.mark.slow
 def test_leaving_ray_data_early_frees_its_workers(ray_here, rows):
     for _ in range(2):  # the second run would wait for ever for CPUs that the first one kept
-        batches = stream.train_batches(rows, plan_of(rows, item_rows=4), range(100), place="workers", workers=DataWorkers(actors=2, cpus_per_actor=1.0))
+        batches = stream.train_batches(
+            rows,
+            plan_of(rows, item_rows=4),
+            range(100),
+            place="workers",
+            workers=DataWorkers(actors=2, cpus_per_actor=1.0),
+        )
         next(batches)
         batches.close()
         del batches
@@ -570,9 +710,19 @@ def test_threads_keep_the_order_and_raises():
 
 # ---------------------------------------------------------------- costs
 
-@pytest.mark.parametrize(("most_rows", "most_bytes", "sizes"), [
-    (4096, 1 << 30, [150]), (4096, 1, [16, 16, 8, 16, 16, 16, 13, 16, 16, 16, 1]), (40, 1 << 30, [40, 32, 29, 32, 17]), (10, 1, None)])
-def test_what_rows_cost_is_read_by_whole_row_groups_of_few_bytes(rows, monkeypatch, most_rows, most_bytes, sizes):
+
+@pytest.mark.parametrize(
+    ("most_rows", "most_bytes", "sizes"),
+    [
+        (4096, 1 << 30, [150]),
+        (4096, 1, [16, 16, 8, 16, 16, 16, 13, 16, 16, 16, 1]),
+        (40, 1 << 30, [40, 32, 29, 32, 17]),
+        (10, 1, None),
+    ],
+)
+def test_what_rows_cost_is_read_by_whole_row_groups_of_few_bytes(
+    rows, monkeypatch, most_rows, most_bytes, sizes
+):
     seen = []
 
     class Length(Squares):
@@ -591,34 +741,56 @@ def test_what_rows_cost_is_read_by_whole_row_groups_of_few_bytes(rows, monkeypat
 
 
 def test_windows_of_batches_by_cost_hold_no_more_than_a_reader_keeps(rows, monkeypatch):
-    """Batches take their rows from anywhere in a window: one that a reader cannot hold would be read again and again."""
+    """Batches take their rows from anywhere in a window: one that a reader cannot hold would be
+    read again and again.
+    """
     costly = replace(rows, costs=np.arange(1.0, N + 1))
     assert len(stream.plan_of(costly, 0, 12, 200.0, shuffle="blocks").windows) == 1
     each = rows.selection.manifest.size // N
     monkeypatch.setattr(stream, "WINDOW_BYTES", 40 * each)
     windows = stream.plan_of(costly, 0, 12, 200.0, shuffle="blocks").windows
-    assert max(len(window.rows) for window in windows) == 69, "24 batches of 200 / 75.5 rows, and a group"
+    assert max(len(window.rows) for window in windows) == 69, (
+        "24 batches of 200 / 75.5 rows, and a group"
+    )
     monkeypatch.setattr(stream, "WINDOW_MOST_BYTES", 40 * each)
     windows = stream.plan_of(costly, 0, 12, 200.0, shuffle="blocks").windows
-    assert len(windows) >= 2 and max(len(window.rows) for window in windows) <= 56 and sum(len(window.rows) for window in windows) == N
+    assert (
+        len(windows) >= 2
+        and max(len(window.rows) for window in windows) <= 56
+        and sum(len(window.rows) for window in windows) == N
+    )
 
 
-@pytest.mark.parametrize(("rows", "groups"), [(None, 10), (range(20), 2), (range(0, 100, 10), 10), (range(35, 45), 2)])
+@pytest.mark.parametrize(
+    ("rows", "groups"), [(None, 10), (range(20), 2), (range(0, 100, 10), 10), (range(35, 45), 2)]
+)
 def test_bytes_of_a_row_are_those_that_a_reader_holds_for_it(rows, groups, tmp_path):
     """Row groups are read whole: few rows of many groups cost as much as all of theirs."""
-    pq.write_table(pa.table({"text": [f"{i:1000d}" for i in range(100)]}), tmp_path / "even.parquet", row_group_size=10, use_dictionary=False)
+    pq.write_table(
+        pa.table({"text": [f"{i:1000d}" for i in range(100)]}),
+        tmp_path / "even.parquet",
+        row_group_size=10,
+        use_dictionary=False,
+    )
     held = m.build(str(tmp_path / "even.parquet"), "auto", str(tmp_path))
     count = 100 if rows is None else len(rows)
-    assert row_bytes(m.Selection(held, None if rows is None else np.array(rows))) == pytest.approx(held.size / 10 * groups / count, rel=0.01)
+    assert row_bytes(m.Selection(held, None if rows is None else np.array(rows))) == pytest.approx(
+        held.size / 10 * groups / count, rel=0.01
+    )
 
 
 def test_a_reader_of_batches_by_cost_reads_each_row_group_once_an_epoch(tmp_path, monkeypatch):
-    """However large the batches make the windows, and without holding more than two of them and what an item goes over."""
+    """However large the batches make the windows, and without holding more than two of them and
+    what an item goes over.
+    """
     random_text = np.random.default_rng(0)
     table = pa.table({"text": [f"{random_text.bytes(1500).hex()} {i}" for i in range(600)]})
     pq.write_table(table, tmp_path / "long.parquet", row_group_size=8)
-    rows = Rows(m.Selection(m.build(str(tmp_path / "long.parquet"), "auto", str(tmp_path))), Decoder(Squares(None, {}), None, {}, {"text": "text"}),
-                costs=random_text.uniform(1, 17, 600))
+    rows = Rows(
+        m.Selection(m.build(str(tmp_path / "long.parquet"), "auto", str(tmp_path))),
+        Decoder(Squares(None, {}), None, {}, {"text": "text"}),
+        costs=random_text.uniform(1, 17, 600),
+    )
     each = rows.selection.manifest.size // 600
     monkeypatch.setattr(stream, "WINDOW_BYTES", 20 * each)
     monkeypatch.setattr("pipeline.data.loader.WINDOWS_BYTES", 20 * each)
@@ -640,4 +812,6 @@ def test_a_reader_of_batches_by_cost_reads_each_row_group_once_an_epoch(tmp_path
                 loader(item)
             assert max(Counter(read).values()) == 1 and (epoch or sorted(read) == list(range(75)))
             assert loader._reader._held <= (plan.held_rows + 8) * each
-    assert stream.plan_of(rows, 3, 0, 60.0, shards=4, item_rows=5).held_rows == 0, "a window of all rows"
+    assert stream.plan_of(rows, 3, 0, 60.0, shards=4, item_rows=5).held_rows == 0, (
+        "a window of all rows"
+    )

@@ -1,4 +1,6 @@
-"""Small real data for whole runs (cut from the samples that ship with the project), and the command as users call it."""
+"""Small real data for whole runs (cut from the samples that ship with the project), and the command
+as users call it.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ SMALL = Path(__file__).with_name("small.yaml")
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory) -> Path:
-    """images.parquet (300 Fashion-MNIST rows), stories.txt and reviews.parquet (sentiment sentences)."""
+    """images.parquet (300 Fashion-MNIST rows), stories.txt and reviews.parquet (sentiment
+    sentences).
+    """
     folder = tmp_path_factory.mktemp("tiny")
     images = pq.read_table(SAMPLES / "fashion_mnist_6000.parquet")
     labels = images["label"].to_numpy()
@@ -34,11 +38,21 @@ def tiny_data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def onetomany(tiny_data):
-    """Run the command in a process of its own: ``onetomany("run", job, ..., cwd=)``; returns the completed process."""
+    """Run the command in a process of its own: ``onetomany("run", job, ..., cwd=)``; returns the
+    completed process.
+    """
 
-    def call(*words: object, cwd: Path, env: dict[str, str] | None = None, timeout: float = 280) -> subprocess.CompletedProcess:
-        return subprocess.run([sys.executable, "-P", "-m", "pipeline.cli", *map(str, words)], cwd=cwd, capture_output=True, text=True, timeout=timeout,
-                              env=environment(tiny_data, env))
+    def call(
+        *words: object, cwd: Path, env: dict[str, str] | None = None, timeout: float = 280
+    ) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, "-P", "-m", "pipeline.cli", *map(str, words)],
+            cwd=cwd,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            env=environment(tiny_data, env),
+        )
 
     return call
 

@@ -1,4 +1,6 @@
-"""A cluster whose head has no CPUs and whose workers come when they are asked for, as AWS and GCP files here make one."""
+"""A cluster whose head has no CPUs and whose workers come when they are asked for, as AWS and GCP
+files here make one.
+"""
 
 from __future__ import annotations
 
@@ -15,21 +17,45 @@ from tests.e2e.conftest import SMALL, TINY
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).resolve().parents[2]
-WORKERS = {"cpu": {"resources": {"CPU": 2, "object_store_memory": 200 << 20}, "node_config": {}, "min_workers": 0, "max_workers": 2}}
+WORKERS = {
+    "cpu": {
+        "resources": {"CPU": 2, "object_store_memory": 200 << 20},
+        "node_config": {},
+        "min_workers": 0,
+        "max_workers": 2,
+    }
+}
 
 
 @pytest.fixture(scope="module")
 def growing():
-    cluster = GrowingCluster({"CPU": 0}, {name: dict(spec) for name, spec in WORKERS.items()}, autoscaler_v2=True)
+    cluster = GrowingCluster(
+        {"CPU": 0}, {name: dict(spec) for name, spec in WORKERS.items()}, autoscaler_v2=True
+    )
     cluster.start()
     yield cluster
     cluster.shutdown()
 
 
 def submitted(onetomany, cluster, job: Path, tmp_path: Path, *words: str):
-    env = {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]), **cluster.handle.env}
-    return onetomany("submit", job, "--address", cluster.handle.job_address, "--env", "TINY_DATA", "--set", f"storage={tmp_path}/runs", *words,
-                     cwd=tmp_path, env=env, timeout=600)
+    env = {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        **cluster.handle.env,
+    }
+    return onetomany(
+        "submit",
+        job,
+        "--address",
+        cluster.handle.job_address,
+        "--env",
+        "TINY_DATA",
+        "--set",
+        f"storage={tmp_path}/runs",
+        *words,
+        cwd=tmp_path,
+        env=env,
+        timeout=600,
+    )
 
 
 def shrinks_to_nothing(cluster) -> bool:
@@ -41,7 +67,9 @@ def shrinks_to_nothing(cluster) -> bool:
     return False
 
 
-def test_a_job_makes_a_cluster_without_cpus_grow_and_it_shrinks_again(growing, onetomany, tiny_data, tmp_path):
+def test_a_job_makes_a_cluster_without_cpus_grow_and_it_shrinks_again(
+    growing, onetomany, tiny_data, tmp_path
+):
     assert growing.workers() == []
     done = submitted(onetomany, growing, SMALL, tmp_path)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
@@ -52,18 +80,30 @@ def test_a_job_makes_a_cluster_without_cpus_grow_and_it_shrinks_again(growing, o
     assert shrinks_to_nothing(growing)
 
 
-def test_what_no_declared_node_can_hold_is_refused_before_anything_starts(growing, onetomany, tiny_data, tmp_path):
-    done = submitted(onetomany, growing, SMALL, tmp_path, "--set", "sources.garments.cpus_per_worker=3")
+def test_what_no_declared_node_can_hold_is_refused_before_anything_starts(
+    growing, onetomany, tiny_data, tmp_path
+):
+    done = submitted(
+        onetomany, growing, SMALL, tmp_path, "--set", "sources.garments.cpus_per_worker=3"
+    )
     assert done.returncode == 1
-    assert "sources.garments: the cluster can grow to" in done.stdout and "it can never be met" in done.stdout
+    assert (
+        "sources.garments: the cluster can grow to" in done.stdout
+        and "it can never be met" in done.stdout
+    )
 
 
 @pytest.mark.slow
-def test_the_tiny_job_runs_on_a_cluster_that_grows_from_nothing(growing, onetomany, tiny_data, tmp_path):
+def test_the_tiny_job_runs_on_a_cluster_that_grows_from_nothing(
+    growing, onetomany, tiny_data, tmp_path
+):
     """Two sources of two ranks, one of them elastic, and sixteen trials."""
     assert shrinks_to_nothing(growing)
     done = submitted(onetomany, growing, TINY, tmp_path, "--set", "sources.garments.workers=[1, 2]")
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     rows = pq.read_table(tmp_path / "runs/tiny/results.parquet").to_pylist()
-    assert {row["status"] for row in rows} == {"done"} and {row["target"] for row in rows} == {"shoes", "reviews"}
+    assert {row["status"] for row in rows} == {"done"} and {row["target"] for row in rows} == {
+        "shoes",
+        "reviews",
+    }
     assert shrinks_to_nothing(growing)

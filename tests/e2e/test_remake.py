@@ -1,4 +1,6 @@
-"""A technique that is edited between two runs: what it made is used and marked, and made anew on request alone."""
+"""A technique that is edited between two runs: what it made is used and marked, and made anew on
+request alone.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ pytestmark = pytest.mark.ray
 def test_an_edited_technique(onetomany, tmp_path):
     code = tmp_path / "code"
     for package in ("pipeline", "cluster"):
-        shutil.copytree(ROOT / package, code / package, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(
+            ROOT / package, code / package, ignore=shutil.ignore_patterns("__pycache__")
+        )
     work = tmp_path / "work"
     work.mkdir()
 
@@ -28,17 +32,23 @@ def test_an_edited_technique(onetomany, tmp_path):
 
     def started() -> dict[str, object]:
         table = pq.read_table(Path(work, "runs/small/results.parquet"))
-        return dict(zip(table["technique"].to_pylist(), table["started_at"].to_pylist(), strict=True))
+        return dict(
+            zip(table["technique"].to_pylist(), table["started_at"].to_pylist(), strict=True)
+        )
 
     command()
     first = started()
     technique = code / "pipeline/techniques/rates.py"
     before = technique.read_text()
     assert "class Scratch(Technique):\n" in before
-    technique.write_text(before.replace("class Scratch(Technique):\n", "class Scratch(Technique):\n    more = 1\n"))
+    technique.write_text(
+        before.replace("class Scratch(Technique):\n", "class Scratch(Technique):\n    more = 1\n")
+    )
     assert "1 trial: technique scratch changed" in command("--dry-run")
     told = command()
-    assert "nothing to run" in told and "scratch †" in told and "full ‡" not in told, "they share no code that differs"
+    assert "nothing to run" in told and "scratch †" in told and "full ‡" not in told, (
+        "they share no code that differs"
+    )
     assert started() == first
     told = command("--remake", "changed")
     assert "†" not in told and "trials 1/1" in told

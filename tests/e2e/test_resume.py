@@ -1,4 +1,6 @@
-"""kill -9 in the middle of an epoch: the rerun ends with the same weights, bit for bit, and each row once an epoch."""
+"""kill -9 in the middle of an epoch: the rerun ends with the same weights, bit for bit, and each
+row once an epoch.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +22,13 @@ from tests.e2e.conftest import TINY, environment
 
 pytestmark = [pytest.mark.ray]
 STEPS, BATCH = 60, 16
-SET = [f"sources.garments.train={{steps: {STEPS}, global_batch: {BATCH}, checkpoint_every_steps: 7, eval_every_steps: 20, trace_rows: true, ema: 0.9}}",
-       "sources.garments.backbone={timm/test_vit: {drop_path: 0.1, drop_rate: 0.1}}", "sources.garments.data.modality={image: {size: 32, channels: 1}}",
-       "targets={}"]
+SET = [
+    f"sources.garments.train={{steps: {STEPS}, global_batch: {BATCH}, checkpoint_every_steps: "
+    f"7, eval_every_steps: 20, trace_rows: true, ema: 0.9}}",
+    "sources.garments.backbone={timm/test_vit: {drop_path: 0.1, drop_rate: 0.1}}",
+    "sources.garments.data.modality={image: {size: 32, channels: 1}}",
+    "targets={}",
+]
 
 
 def job(folder: Path) -> Path:
@@ -36,8 +42,14 @@ def job(folder: Path) -> Path:
 
 def launch(folder: Path, tiny_data: Path, *more: str) -> subprocess.Popen:
     words = [word for setting in (*SET, *more) for word in ("--set", setting)]
-    return subprocess.Popen([sys.executable, "-m", "pipeline.cli", "pretrain", str(job(folder)), *words], cwd=folder, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True, env=environment(tiny_data))
+    return subprocess.Popen(
+        [sys.executable, "-m", "pipeline.cli", "pretrain", str(job(folder)), *words],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment(tiny_data),
+    )
 
 
 def trace(folder: Path, rank: int = 0) -> list[dict]:
@@ -64,7 +76,9 @@ def wait_for_step(folder: Path, step: int, process: subprocess.Popen, rank: int 
 
 
 def kill_all(folder: Path, process: subprocess.Popen) -> None:
-    """The driver and, at once, its ranks: they would outlive it by a second, in which these small steps come to the end."""
+    """The driver and, at once, its ranks: they would outlive it by a second, in which these small
+    steps come to the end.
+    """
     for pid in (process.pid, *(trace(folder, rank)[-1]["pid"] for rank in (0, 1))):
         os.kill(pid, signal.SIGKILL)
     process.wait()
@@ -77,13 +91,17 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def committed(folder: Path, ranks: int) -> list[int]:
-    """Row ids in the order of steps: of a step that was taken again after a restart, the last time counts."""
+    """Row ids in the order of steps: of a step that was taken again after a restart, the last time
+    counts.
+    """
     steps: dict[int, dict[int, list[int]]] = {}
     for rank in range(ranks):
         for line in trace(folder, rank):
             steps.setdefault(line["step"], {})[rank] = line["rows"]
     assert sorted(steps) == list(range(STEPS))
-    return [row for step in range(STEPS) for rank in range(ranks) for row in steps[step].get(rank, [])]
+    return [
+        row for step in range(STEPS) for rank in range(ranks) for row in steps[step].get(rank, [])
+    ]
 
 
 def check_exactly_once(rows: list[int]) -> None:
@@ -91,7 +109,8 @@ def check_exactly_once(rows: list[int]) -> None:
     whole = len(rows) // n
     assert whole >= 3  # the kill was in the middle of an epoch, not at its end
     for epoch in range(whole):
-        # global batches run on over the end of an epoch: epoch e is rows [e n, (e + 1) n) of the sequence up to the order within a batch
+        # global batches run on over the end of an epoch: epoch e is rows [e n, (e + 1) n) of the
+        # sequence up to the order within a batch
         counts = Counter(rows[: (epoch + 1) * n // BATCH * BATCH])
         assert max(counts.values()) - min(counts.get(row, 0) for row in set(rows)) <= 1
     assert max(Counter(rows).values()) <= whole + 1 and min(Counter(rows).values()) >= whole
@@ -145,7 +164,9 @@ def test_another_number_of_ranks_after_the_kill(undisturbed, tmp_path, tiny_data
     output = again.communicate(timeout=280)[0]
     assert again.returncode == 0, output[-3000:]
     (manifest,) = tmp_path.glob("runs/tiny/sources/*/bundle/manifest.json")
-    point = json.loads(manifest.read_text())["training"]["resumed_from"]  # the workers may outlive their driver by a checkpoint
+    point = json.loads(manifest.read_text())["training"][
+        "resumed_from"
+    ]  # the workers may outlive their driver by a checkpoint
     assert point >= 7
     first = {line["step"]: line["rows"] for line in trace(tmp_path, 1) if line["step"] < point}
     later = [line for line in trace(tmp_path, 0)]

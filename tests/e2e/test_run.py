@@ -1,4 +1,6 @@
-"""Whole runs of the command: everything once, then what is keyed, what fails, and what is made of the bundles."""
+"""Whole runs of the command: everything once, then what is keyed, what fails, and what is made of
+the bundles.
+"""
 
 from __future__ import annotations
 
@@ -31,36 +33,69 @@ def test_every_cell_is_in_the_table(ran):
     folder, _ = ran
     rows = [row for row in table(folder) if row["split"] == "test" and row["metric"] == "accuracy"]
     cells = {(row["target"], row["source"], row["technique"], row["seed"]) for row in rows}
-    wanted = {(target, "none" if technique == "scratch" else source, technique, seed)
-              for target, source in (("shoes", "garments"), ("reviews", "stories"))
-              for technique in ("scratch", "linear_probe", "full", "lp_ft") for seed in (0, 1)}
+    wanted = {
+        (target, "none" if technique == "scratch" else source, technique, seed)
+        for target, source in (("shoes", "garments"), ("reviews", "stories"))
+        for technique in ("scratch", "linear_probe", "full", "lp_ft")
+        for seed in (0, 1)
+    }
     assert cells == wanted
-    assert all(row["status"] == "done" and 0 <= row["value_low"] <= row["value"] <= row["value_high"] <= 1 for row in rows)
+    assert all(
+        row["status"] == "done" and 0 <= row["value_low"] <= row["value"] <= row["value_high"] <= 1
+        for row in rows
+    )
     for row in rows:
         if row["source"] != "none":
             assert row["gain"] == pytest.approx(row["value"] - row["scratch_value"])
-    probe, full = (next(r for r in rows if r["technique"] == t and r["target"] == "shoes") for t in ("linear_probe", "full"))
+    probe, full = (
+        next(r for r in rows if r["technique"] == t and r["target"] == "shoes")
+        for t in ("linear_probe", "full")
+    )
     assert probe["params_trained"] < full["params_trained"]
 
 
 def test_rows_say_what_ran(ran):
     folder, done = ran
     rows = [row for row in table(folder) if row["split"] == "test" and row["metric"] == "accuracy"]
-    starts = {(r["target"], r["source"], r["technique"], r["seed"]): json.loads(r["hyper_parameters"])["start_weights"] for r in rows}
-    assert starts["shoes", "garments", "full", 0] == starts["shoes", "garments", "lp_ft", 0]  # the same weights and head
-    assert starts["shoes", "none", "scratch", 0] != starts["shoes", "none", "scratch", 1]  # a seed is not a copy
+    starts = {
+        (r["target"], r["source"], r["technique"], r["seed"]): json.loads(r["hyper_parameters"])[
+            "start_weights"
+        ]
+        for r in rows
+    }
+    assert (
+        starts["shoes", "garments", "full", 0] == starts["shoes", "garments", "lp_ft", 0]
+    )  # the same weights and head
+    assert (
+        starts["shoes", "none", "scratch", 0] != starts["shoes", "none", "scratch", 1]
+    )  # a seed is not a copy
     assert starts["shoes", "garments", "full", 0] != starts["shoes", "none", "scratch", 0]
-    assert "train " in done.stderr and "validation " in done.stderr and "test " in done.stderr  # split sizes are printed
-    assert "tensors kept" in json.dumps([json.loads((folder / f"runs/tiny/trials/{r['trial_id']}/record.json").read_text())["transfer"] for r in rows])
+    assert (
+        "train " in done.stderr and "validation " in done.stderr and "test " in done.stderr
+    )  # split sizes are printed
+    assert "tensors kept" in json.dumps(
+        [
+            json.loads((folder / f"runs/tiny/trials/{r['trial_id']}/record.json").read_text())[
+                "transfer"
+            ]
+            for r in rows
+        ]
+    )
 
 
 def test_logs_and_report_are_there(ran):
     folder, _ = ran
     root = folder / "runs/tiny"
     html = (root / "report.html").read_text()
-    assert "shoes" in html and "reviews" in html and "http://" not in html.replace("http://www.w3.org", "")
+    assert (
+        "shoes" in html
+        and "reviews" in html
+        and "http://" not in html.replace("http://www.w3.org", "")
+    )
     logs = sorted(root.glob("sources/*/log/metrics.jsonl"))
-    assert len(logs) == 2 and all(json.loads(line)["step"] for log in logs for line in log.read_text().splitlines())
+    assert len(logs) == 2 and all(
+        json.loads(line)["step"] for log in logs for line in log.read_text().splitlines()
+    )
     assert len(list(root.glob("sources/*/log/tensorboard/events*"))) == 2
     assert not list(root.rglob("*.tmp-*"))
 
@@ -68,34 +103,65 @@ def test_logs_and_report_are_there(ran):
 def test_a_second_run_only_reports(ran, onetomany):
     folder, _ = ran
     root = folder / "runs/tiny"
-    before = {path: path.stat().st_mtime_ns for path in [*root.rglob("record.json"), *root.rglob("weights.safetensors")]}
+    before = {
+        path: path.stat().st_mtime_ns
+        for path in [*root.rglob("record.json"), *root.rglob("weights.safetensors")]
+    }
     done = onetomany("run", TINY, cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert {path: path.stat().st_mtime_ns for path in [*root.rglob("record.json"), *root.rglob("weights.safetensors")]} == before
-    assert "all 16 trials are done; nothing to run" in done.stderr and "fine-tune" not in done.stderr and "accuracy" in done.stdout.replace("\n", "")
+    assert {
+        path: path.stat().st_mtime_ns
+        for path in [*root.rglob("record.json"), *root.rglob("weights.safetensors")]
+    } == before
+    assert (
+        "all 16 trials are done; nothing to run" in done.stderr
+        and "fine-tune" not in done.stderr
+        and "accuracy" in done.stdout.replace("\n", "")
+    )
 
 
 def test_changing_one_target_reruns_it_alone(ran, onetomany):
     folder, _ = ran
     root = folder / "runs/tiny"
     before = set(root.glob("trials/*"))
-    bundles = {path: path.stat().st_mtime_ns for path in root.glob("sources/*/bundle/weights.safetensors")}
+    bundles = {
+        path: path.stat().st_mtime_ns for path in root.glob("sources/*/bundle/weights.safetensors")
+    }
     done = onetomany("run", TINY, "--set", "targets.shoes.train.steps=5", cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
-    new = [json.loads((path / "record.json").read_text())["rows"][0] for path in set(root.glob("trials/*")) - before]
-    assert {row["target"] for row in new} == {"shoes"} and len({row["trial_id"] for row in new}) == 8
-    assert {path: path.stat().st_mtime_ns for path in root.glob("sources/*/bundle/weights.safetensors")} == bundles
+    new = [
+        json.loads((path / "record.json").read_text())["rows"][0]
+        for path in set(root.glob("trials/*")) - before
+    ]
+    assert {row["target"] for row in new} == {"shoes"} and len(
+        {row["trial_id"] for row in new}
+    ) == 8
+    assert {
+        path: path.stat().st_mtime_ns for path in root.glob("sources/*/bundle/weights.safetensors")
+    } == bundles
 
 
 def test_a_failing_trial_leaves_its_row_and_stops_nothing(ran, onetomany):
     folder, _ = ran
-    words = ("--set", "targets.shoes.train.lr=1e30", "--set", "targets.shoes.train.max_bad_steps=1", "--set", "targets.shoes.train.clip_norm=null",
-             "--set", "targets.shoes.techniques=[full]", "--set", "targets.shoes.train.steps=8")
+    words = (
+        "--set",
+        "targets.shoes.train.lr=1e30",
+        "--set",
+        "targets.shoes.train.max_bad_steps=1",
+        "--set",
+        "targets.shoes.train.clip_norm=null",
+        "--set",
+        "targets.shoes.techniques=[full]",
+        "--set",
+        "targets.shoes.train.steps=8",
+    )
     done = onetomany("run", TINY, *words, cwd=folder)
     assert done.returncode == 1
     assert "not finite" in done.stderr and "Traceback" not in done.stderr
     failed = [row for row in table(folder) if row["status"] == "failed"]
-    assert failed and all("NonFinite" in row["error"] and row["target"] == "shoes" for row in failed)
+    assert failed and all(
+        "NonFinite" in row["error"] and row["target"] == "shoes" for row in failed
+    )
     assert "reviews" in done.stdout.replace("\n", "")  # the others are still in the printed table
 
 
@@ -108,49 +174,107 @@ def test_score_ranks_sources(ran, onetomany):
 
 def test_predict_and_export(ran, onetomany, tiny_data, tmp_path):
     folder, _ = ran
-    best = next(row for row in table(folder) if row["bundle_uri"] and row["target"] == "shoes" and row["technique"] == "full" and row["metric"] == "accuracy"
-                and row["split"] == "test")
-    done = onetomany("predict", best["bundle_uri"], tiny_data / "images.parquet", "-o", tmp_path / "out", cwd=folder)
+    best = next(
+        row
+        for row in table(folder)
+        if row["bundle_uri"]
+        and row["target"] == "shoes"
+        and row["technique"] == "full"
+        and row["metric"] == "accuracy"
+        and row["split"] == "test"
+    )
+    done = onetomany(
+        "predict",
+        best["bundle_uri"],
+        tiny_data / "images.parquet",
+        "-o",
+        tmp_path / "out",
+        cwd=folder,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     found = pq.read_table(sorted((tmp_path / "out").glob("part-*.parquet"))[0]).to_pylist()
     assert [row["row"] for row in found] == list(range(300))
     probabilities = np.array([row["probabilities"] for row in found])
-    assert np.allclose(probabilities.sum(1), 1, atol=1e-5) and {row["prediction"] for row in found} <= {"5", "7", "9"}
+    assert np.allclose(probabilities.sum(1), 1, atol=1e-5) and {
+        row["prediction"] for row in found
+    } <= {"5", "7", "9"}
     # the same probabilities as the trial's own test predictions
     with np.load(folder / f"runs/tiny/trials/{best['trial_id']}/predictions.npz") as kept:
         scores = np.exp(kept["scores"] - kept["scores"].max(1, keepdims=True))
-        assert np.allclose(probabilities[kept["row"]], scores / scores.sum(1, keepdims=True), atol=1e-4)
-    done = onetomany("export", best["bundle_uri"], tmp_path / "weights.safetensors", "--kind", "state-dict", "--backbone-only", cwd=folder)
+        assert np.allclose(
+            probabilities[kept["row"]], scores / scores.sum(1, keepdims=True), atol=1e-4
+        )
+    done = onetomany(
+        "export",
+        best["bundle_uri"],
+        tmp_path / "weights.safetensors",
+        "--kind",
+        "state-dict",
+        "--backbone-only",
+        cwd=folder,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     import timm
     from safetensors.torch import load_file
 
-    timm.create_model("test_resnet", in_chans=1, num_classes=0).load_state_dict(load_file(tmp_path / "weights.safetensors"))
+    timm.create_model("test_resnet", in_chans=1, num_classes=0).load_state_dict(
+        load_file(tmp_path / "weights.safetensors")
+    )
     assert onetomany("export", best["bundle_uri"], tmp_path / "copy", cwd=folder).returncode == 0
     assert json.loads((tmp_path / "copy/manifest.json").read_text())["kind"] == "bundle"
 
 
 def test_search_with_asha_picks_on_validation(ran, onetomany):
     folder, _ = ran
-    words = ("--set", "targets={shoes: {data: {uri: '${TINY_DATA}/images.parquet', where: {label: [5, 7, 9]}, modality: image, test_fraction: 0.3, "
-             "columns: {image: image, label: label}}, objective: classification, train: {steps: 5, global_batch: 8, eval_every_steps: 1}}}",
-             "--set", "techniques=[scratch, full]", "--set", "fanout={seeds: 2, trials: 4, search: {lr: [1.0e-4, 1.0e-2]}, scheduler: asha}")
+    words = (
+        "--set",
+        "targets={shoes: {data: {uri: '${TINY_DATA}/images.parquet', where: {label: [5, 7, "
+        "9]}, modality: image, test_fraction: 0.3, "
+        "columns: {image: image, label: label}}, objective: classification, train: {steps: 5, "
+        "global_batch: 8, eval_every_steps: 1}}}",
+        "--set",
+        "techniques=[scratch, full]",
+        "--set",
+        "fanout={seeds: 2, trials: 4, search: {lr: [1.0e-4, 1.0e-2]}, scheduler: asha}",
+    )
     done = onetomany("run", TINY, *words, cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
-    rows = [row for row in table(folder) if row["target"] == "shoes" and row["metric"] in ("accuracy", None)]
+    rows = [
+        row
+        for row in table(folder)
+        if row["target"] == "shoes" and row["metric"] in ("accuracy", None)
+    ]
     search = [row for row in rows if row["trial_stage"] == "search"]
-    first, again = ({row["trial_id"]: row for row in search if (row["seed"] == 0) == is_first} for is_first in (True, False))
-    assert len(first) == 8 and 0 < len(again) <= 2 * 3 * 2  # scratch is tuned with the same budget; the best draws that were not stopped are tried again
+    first, again = (
+        {row["trial_id"]: row for row in search if (row["seed"] == 0) == is_first}
+        for is_first in (True, False)
+    )
+    assert (
+        len(first) == 8 and 0 < len(again) <= 2 * 3 * 2
+    )  # scratch is tuned with the same budget; the best draws that were not stopped are tried again
     assert all(row["status"] == "done" for row in again.values())
-    assert not [row for row in search if row["split"] == "test"]  # test is read by the final trials alone
-    rates = {technique: sorted(json.loads(row["hyper_parameters"])["lr"] for row in first.values() if row["technique"] == technique)
-             for technique in ("scratch", "full")}
+    assert not [
+        row for row in search if row["split"] == "test"
+    ]  # test is read by the final trials alone
+    rates = {
+        technique: sorted(
+            json.loads(row["hyper_parameters"])["lr"]
+            for row in first.values()
+            if row["technique"] == technique
+        )
+        for technique in ("scratch", "full")
+    }
     assert rates["scratch"] == rates["full"] and len(set(rates["full"])) == 4
     tried: dict[float, list[float]] = {}
     for row in search:
         if row["technique"] == "full" and row["status"] == "done":
             tried.setdefault(json.loads(row["hyper_parameters"])["lr"], []).append(row["value"])
     best = max(tried, key=lambda lr: (len(tried[lr]), sum(tried[lr])))
-    final = {json.loads(row["hyper_parameters"])["lr"] for row in rows if row["trial_stage"] == "final" and row["technique"] == "full"
-             and json.loads(row["hyper_parameters"])["lr"] in rates["full"]}
+    final = {
+        json.loads(row["hyper_parameters"])["lr"]
+        for row in rows
+        if row["trial_stage"] == "final"
+        and row["technique"] == "full"
+        and json.loads(row["hyper_parameters"])["lr"] in rates["full"]
+    }
     assert final == {best}

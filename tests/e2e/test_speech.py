@@ -1,4 +1,6 @@
-"""Speech from the command line: recordings in, a results table of every kind of target, transcripts with times, subtitles and a Hugging Face folder out."""
+"""Speech from the command line: recordings in, a results table of every kind of target, transcripts
+with times, subtitles and a Hugging Face folder out.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ WORDS = ("zero", "one", "two", "three")
 def tone(word: int, seconds: float, rate: int, seed: int) -> np.ndarray:
     """A word is a pitch: what runs, not what is learned, is looked at here."""
     rng, t = np.random.default_rng(seed), np.arange(int(seconds * rate)) / rate
-    return (0.3 * np.sin(2 * np.pi * (200 + 150 * word) * t) + 0.01 * rng.standard_normal(len(t))).astype(np.float32)
+    return (
+        0.3 * np.sin(2 * np.pi * (200 + 150 * word) * t) + 0.01 * rng.standard_normal(len(t))
+    ).astype(np.float32)
 
 
 def encoded(samples: np.ndarray, rate: int, form: str = "FLAC") -> bytes:
@@ -40,16 +44,33 @@ def speech_data(tmp_path_factory) -> Path:
     for i in range(60):
         word, seconds, rate = i % 4, round(rng.uniform(0.6, 1.2), 3), (8000, 16000)[i % 2]
         split = ("train", "train", "train", "validation", "test")[i // 12]
-        rows.append({"audio": encoded(tone(word, seconds, rate, i), rate), "seconds": seconds, "text": f"{WORDS[word]} {WORDS[(word + 1) % 4]}", "digit": word,
-                     "speaker": f"s{i // 4}", "split": split})
+        rows.append(
+            {
+                "audio": encoded(tone(word, seconds, rate, i), rate),
+                "seconds": seconds,
+                "text": f"{WORDS[word]} {WORDS[(word + 1) % 4]}",
+                "digit": word,
+                "speaker": f"s{i // 4}",
+                "split": split,
+            }
+        )
     rows[3]["audio"] = rows[3]["audio"][:60]  # cut off
-    rows[7]["text"] = rows[50]["text"] = " ".join(WORDS) * 9  # more letters than frames: not to be learned from, yet to be tested on
+    rows[7]["text"] = rows[50]["text"] = (
+        " ".join(WORDS) * 9
+    )  # more letters than frames: not to be learned from, yet to be tested on
     rows[51]["text"] = "zero \N{GREEK SMALL LETTER ALPHA}"  # a letter that training never has
     pq.write_table(pa.Table.from_pylist(rows), folder / "spoken.parquet", row_group_size=16)
     (folder / "recordings" / "a").mkdir(parents=True)
     for i in range(12):
-        (folder / "recordings" / "a" / f"{i}.wav").write_bytes(encoded(tone(i % 4, 0.8, 16000, i), 16000, "WAV"))
-    talk = np.concatenate([np.concatenate([tone(i % 4, 2.0, 16000, i), np.zeros(8000, np.float32)]) for i in range(16)])
+        (folder / "recordings" / "a" / f"{i}.wav").write_bytes(
+            encoded(tone(i % 4, 0.8, 16000, i), 16000, "WAV")
+        )
+    talk = np.concatenate(
+        [
+            np.concatenate([tone(i % 4, 2.0, 16000, i), np.zeros(8000, np.float32)])
+            for i in range(16)
+        ]
+    )
     (folder / "recordings" / "talk.flac").write_bytes(encoded(talk, 16000))
     return folder
 
@@ -73,17 +94,36 @@ def rows(done: Path) -> list[dict]:
 def test_every_target_has_its_cells_and_metrics(done):
     tested = [row for row in rows(done) if row["split"] == "test"]
     assert all(row["status"] == "done" for row in rows(done))
-    metrics = {name: {row["metric"] for row in tested if row["target"] == name} for name in ("words", "letters", "digits")}
-    assert metrics["words"] == metrics["letters"] == {"wer", "cer", "loss"} and {"accuracy", "macro_f1", "loss"} <= metrics["digits"]
+    metrics = {
+        name: {row["metric"] for row in tested if row["target"] == name}
+        for name in ("words", "letters", "digits")
+    }
+    assert (
+        metrics["words"] == metrics["letters"] == {"wer", "cer", "loss"}
+        and {"accuracy", "macro_f1", "loss"} <= metrics["digits"]
+    )
     cells = {(row["target"], row["source"], row["technique"]) for row in tested}
-    assert {("words", "spoken", "linear_probe"), ("letters", "heard", "lora"), ("letters", "none", "scratch"), ("digits", "heard", "full"),
-            ("digits", "spoken", "linear_probe")} <= cells
+    assert {
+        ("words", "spoken", "linear_probe"),
+        ("letters", "heard", "lora"),
+        ("letters", "none", "scratch"),
+        ("digits", "heard", "full"),
+        ("digits", "spoken", "linear_probe"),
+    } <= cells
     assert {row["n_eval"] for row in tested} == {12}
 
 
 def test_the_table_tells_how_transcripts_were_normalised(done):
-    told = {row["target"]: json.loads(row["hyper_parameters"]).get("normalization") for row in rows(done)}
-    assert told["digits"] is None and told["words"] != told["letters"] and "upper" in str(told["words"]) and "lower" in str(told["letters"])
+    told = {
+        row["target"]: json.loads(row["hyper_parameters"]).get("normalization")
+        for row in rows(done)
+    }
+    assert (
+        told["digits"] is None
+        and told["words"] != told["letters"]
+        and "upper" in str(told["words"])
+        and "lower" in str(told["letters"])
+    )
 
 
 def test_what_cannot_be_learned_from_is_left_out_and_listed(done):
@@ -95,22 +135,48 @@ def test_what_cannot_be_learned_from_is_left_out_and_listed(done):
 
 def test_batches_by_duration_tell_their_padding(done):
     """A source's bundle keeps what its line tells; only rows of many lengths have any."""
-    found = {path.parent.parent.name.partition("-")[0]: json.loads(path.read_text())["training"] for path in (done / "sources").rglob("manifest.json")
-             if "padding_share" in path.read_text()}
-    assert set(found) == {"spoken", "heard"} and all(0 <= facts["padding_share"] < 0.3 for facts in found.values())
+    found = {
+        path.parent.parent.name.partition("-")[0]: json.loads(path.read_text())["training"]
+        for path in (done / "sources").rglob("manifest.json")
+        if "padding_share" in path.read_text()
+    }
+    assert set(found) == {"spoken", "heard"} and all(
+        0 <= facts["padding_share"] < 0.3 for facts in found.values()
+    )
     assert found["spoken"]["padding_share"] > 0.01
-    shares = re.findall(r"batches an epoch of up to \d+ seconds, ([0-9.]+)% of them padding", " ".join(facts["splits"] for facts in found.values()))
-    assert [float(share) for share in shares] == [pytest.approx(100 * facts["padding_share"], abs=0.06) for facts in found.values()]
+    shares = re.findall(
+        r"batches an epoch of up to \d+ seconds, ([0-9.]+)% of them padding",
+        " ".join(facts["splits"] for facts in found.values()),
+    )
+    assert [float(share) for share in shares] == [
+        pytest.approx(100 * facts["padding_share"], abs=0.06) for facts in found.values()
+    ]
     ran = [json.loads(row["hyper_parameters"]) for row in rows(done)]
-    assert [one["padding_share"] for one in ran if one.get("batch_cost")] and all(0 <= one["padding_share"] < 0.3 for one in ran if one.get("batch_cost"))
+    assert [one["padding_share"] for one in ran if one.get("batch_cost")] and all(
+        0 <= one["padding_share"] < 0.3 for one in ran if one.get("batch_cost")
+    )
 
 
 def best(done: Path, target: str, technique: str) -> str:
-    return next(row["bundle_uri"] for row in rows(done) if row["target"] == target and row["technique"] == technique and row["bundle_uri"])
+    return next(
+        row["bundle_uri"]
+        for row in rows(done)
+        if row["target"] == target and row["technique"] == technique and row["bundle_uri"]
+    )
 
 
-def test_a_folder_of_recordings_is_transcribed_with_times_and_subtitles(done, speech_data, onetomany, tmp_path):
-    ended = onetomany("predict", best(done, "words", "full"), speech_data / "recordings", "-o", tmp_path / "out", "--srt", cwd=tmp_path)
+def test_a_folder_of_recordings_is_transcribed_with_times_and_subtitles(
+    done, speech_data, onetomany, tmp_path
+):
+    ended = onetomany(
+        "predict",
+        best(done, "words", "full"),
+        speech_data / "recordings",
+        "-o",
+        tmp_path / "out",
+        "--srt",
+        cwd=tmp_path,
+    )
     assert ended.returncode == 0, ended.stderr[-3000:]
     found = pq.read_table(tmp_path / "out" / "part-00000.parquet").to_pylist()
     talk = [row for row in found if row["recording"].endswith("talk.flac")]
@@ -118,7 +184,10 @@ def test_a_folder_of_recordings_is_transcribed_with_times_and_subtitles(done, sp
     assert all(isinstance(row["text"], str) and row["error"] == "" for row in found)
     for row in found:
         ends = [word["end"] for word in row["words"]]
-        assert ends == sorted(ends) and all(row["start"] <= word["start"] < word["end"] <= row["start"] + row["seconds"] + 0.1 for word in row["words"])
+        assert ends == sorted(ends) and all(
+            row["start"] <= word["start"] < word["end"] <= row["start"] + row["seconds"] + 0.1
+            for word in row["words"]
+        )
     subtitles = {path.name: path.read_text() for path in (tmp_path / "out").rglob("*.srt")}
     assert len(subtitles) == 13 and sum("talk" in name for name in subtitles) == 1
 
@@ -136,7 +205,13 @@ def test_wav2vec2_leaves_as_a_folder_and_comes_back(done, onetomany, tmp_path):
     from pipeline.contracts import Batch
     from pipeline.ragged import ragged
 
-    batch = modality.finish(Batch(np.zeros(1, dtype=np.int64), torch.zeros(1, dtype=torch.int64), modality.collate({"audio": ragged([audio])})))
+    batch = modality.finish(
+        Batch(
+            np.zeros(1, dtype=np.int64),
+            torch.zeros(1, dtype=torch.int64),
+            modality.collate({"audio": ragged([audio])}),
+        )
+    )
     with torch.no_grad():
         ours = task.objective.head(task.backbone(batch, want=("tokens",)).tokens)
         theirs = model(batch["wave"]).logits

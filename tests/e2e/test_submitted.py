@@ -1,4 +1,6 @@
-"""`onetomany submit` of a real job file to a cluster of two nodes: it runs there, its log is followed, its exit code comes back."""
+"""`onetomany submit` of a real job file to a cluster of two nodes: it runs there, its log is
+followed, its exit code comes back.
+"""
 
 from __future__ import annotations
 
@@ -20,15 +22,51 @@ def two_nodes():
         yield cluster
 
 
-def test_a_job_file_runs_on_the_cluster_to_its_table_and_its_exit_code(two_nodes, onetomany, tiny_data, tmp_path):
-    env = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]), **two_nodes.env}
-    words = ("--address", two_nodes.job_address, "--env", "TINY_DATA", "--set", f"storage={tmp_path}/runs")
+def test_a_job_file_runs_on_the_cluster_to_its_table_and_its_exit_code(
+    two_nodes, onetomany, tiny_data, tmp_path
+):
+    env = {
+        "PYTHONPATH": os.pathsep.join(
+            [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+        ),
+        **two_nodes.env,
+    }
+    words = (
+        "--address",
+        two_nodes.job_address,
+        "--env",
+        "TINY_DATA",
+        "--set",
+        f"storage={tmp_path}/runs",
+    )
     done = onetomany("submit", TINY, *words, cwd=tmp_path, env=env, timeout=500)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert "submitted tiny-" in done.stdout and "fine-tune: trials 16/16" in done.stdout and "succeeded" in done.stdout
+    assert (
+        "submitted tiny-" in done.stdout
+        and "fine-tune: trials 16/16" in done.stdout
+        and "succeeded" in done.stdout
+    )
     rows = pq.read_table(tmp_path / "runs/tiny/results.parquet").to_pylist()
-    assert {row["status"] for row in rows} == {"done"} and {row["target"] for row in rows} == {"shoes", "reviews"}
-    bad = onetomany("submit", TINY, *words, "--set", "targets.shoes.workers=400", cwd=tmp_path, env=env, timeout=300)
+    assert {row["status"] for row in rows} == {"done"} and {row["target"] for row in rows} == {
+        "shoes",
+        "reviews",
+    }
+    bad = onetomany(
+        "submit",
+        TINY,
+        *words,
+        "--set",
+        "targets.shoes.workers=400",
+        cwd=tmp_path,
+        env=env,
+        timeout=300,
+    )
     assert bad.returncode == 1 and "it can never be met" in bad.stdout, bad.stdout[-3000:]
-    wrong = onetomany("submit", TINY, *words, "--set", "sources.garments.worker=2", cwd=tmp_path, env=env)
-    assert wrong.returncode == 2 and "did you mean workers" in wrong.stderr and "submitted" not in wrong.stdout, "a mistake is found before it is sent"
+    wrong = onetomany(
+        "submit", TINY, *words, "--set", "sources.garments.worker=2", cwd=tmp_path, env=env
+    )
+    assert (
+        wrong.returncode == 2
+        and "did you mean workers" in wrong.stderr
+        and "submitted" not in wrong.stdout
+    ), "a mistake is found before it is sent"

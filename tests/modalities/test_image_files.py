@@ -1,4 +1,6 @@
-"""Image files as they come: turned, huge, broken, of every layout; masks beside them; where the image lies in the input."""
+"""Image files as they come: turned, huge, broken, of every layout; masks beside them; where the
+image lies in the input.
+"""
 
 import io
 import struct
@@ -25,19 +27,29 @@ def soft(height: int, width: int, seed: int = 0) -> PIL.Image.Image:
 
 def saved(image, form: str = "PNG", **words) -> bytes:
     buffer = io.BytesIO()
-    (image if isinstance(image, PIL.Image.Image) else PIL.Image.fromarray(image)).save(buffer, form, **words)
+    (image if isinstance(image, PIL.Image.Image) else PIL.Image.fromarray(image)).save(
+        buffer, form, **words
+    )
     return buffer.getvalue()
 
 
 def read(images, masks=None, device: bool = False, **options):
-    modality = Image(ImageOptions(**{"size": 32, **options}), STATE if options.get("channels", 3) == 3 else {"mean": [0.5], "std": [0.2]})
-    table, columns = {"picture": pa.array(images, pa.binary())}, {"image": "picture", "label": "absent"}
+    modality = Image(
+        ImageOptions(**{"size": 32, **options}),
+        STATE if options.get("channels", 3) == 3 else {"mean": [0.5], "std": [0.2]},
+    )
+    table, columns = (
+        {"picture": pa.array(images, pa.binary())},
+        {"image": "picture", "label": "absent"},
+    )
     if masks is not None:
         table["classes"], columns["mask"] = pa.array(masks, pa.binary()), "classes"
     if device:
         held, bad = modality.encoded(pa.table(table), columns)
         out, more = modality.unpack(held, torch.device("cpu"))
-        return {name: tensor.numpy() for name, tensor in out.items()}, [a or b for a, b in zip(bad, more, strict=True)]
+        return {name: tensor.numpy() for name, tensor in out.items()}, [
+            a or b for a, b in zip(bad, more, strict=True)
+        ]
     return modality.decode(pa.table(table), columns)
 
 
@@ -47,11 +59,16 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 
 def png(width: int, height: int, depth: int = 8, colour: int = 0, lines: bytes = b"") -> bytes:
     """By hand: ``lines`` are the raw bytes of the picture, each line with its filter byte."""
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(lines))
-            + chunk(b"IEND", b""))
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
+        + chunk(b"IDAT", zlib.compress(lines))
+        + chunk(b"IEND", b"")
+    )
 
 
 # ---------------------------------------------------------------- EXIF
+
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("turn", [1, 2, 3, 4, 5, 6, 7, 8])
@@ -63,15 +80,23 @@ def test_exif_orientation_is_applied(form, turn):
     assert want.size == ((24, 40) if turn > 4 else (40, 24))
     for device in (False, True):
         found, bad = read([data], size=40, fit="pad", device=device)
-        assert bad == [""] and found["frame"].tolist() == [[want.width, want.height, (40 - want.width) // 2, (40 - want.height) // 2]]
+        assert bad == [""] and found["frame"].tolist() == [
+            [want.width, want.height, (40 - want.width) // 2, (40 - want.height) // 2]
+        ]
         left, top = (40 - want.width) // 2, (40 - want.height) // 2
-        pixels = np.moveaxis(found["image"][0], 0, -1)[top:top + want.height, left:left + want.width]
-        assert np.abs(pixels.astype(int) - np.asarray(want)).max() <= 2  # chroma upsampling differs between libjpeg builds
+        pixels = np.moveaxis(found["image"][0], 0, -1)[
+            top : top + want.height, left : left + want.width
+        ]
+        assert (
+            np.abs(pixels.astype(int) - np.asarray(want)).max() <= 2
+        )  # chroma upsampling differs between libjpeg builds
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG"])
 def test_exif_that_is_broken_or_means_nothing_spoils_no_image(form):
-    plain = np.moveaxis(np.asarray(PIL.Image.open(io.BytesIO(saved(soft(32, 32), form))).convert("RGB")), -1, 0)
+    plain = np.moveaxis(
+        np.asarray(PIL.Image.open(io.BytesIO(saved(soft(32, 32), form))).convert("RGB")), -1, 0
+    )
     strange = PIL.Image.Exif()
     strange[0x0112] = 77
     for exif in (strange.tobytes(), b"Exif\x00\x00MM\x00*\xff\xff\xff\xff broken", b"Exif\x00\x00"):
@@ -87,23 +112,49 @@ def test_what_the_gpu_would_not_turn_goes_to_the_host():
     exif[0x0112] = 6
     turned, plain = saved(soft(24, 40), "JPEG", exif=exif), saved(soft(24, 40), "JPEG")
     exif[0x0112] = 1
-    assert imagefile._turned(turned) and not imagefile._turned(plain) and not imagefile._turned(saved(soft(24, 40), "JPEG", exif=exif))
-    assert imagefile._jpeg_frame(turned) == imagefile._jpeg_frame(saved(soft(24, 40), "JPEG", progressive=True)) == (24, 40, 3, True)
+    assert (
+        imagefile._turned(turned)
+        and not imagefile._turned(plain)
+        and not imagefile._turned(saved(soft(24, 40), "JPEG", exif=exif))
+    )
+    assert (
+        imagefile._jpeg_frame(turned)
+        == imagefile._jpeg_frame(saved(soft(24, 40), "JPEG", progressive=True))
+        == (24, 40, 3, True)
+    )
     assert imagefile._jpeg_frame(plain[:30]) is None
 
 
 def test_colours_that_the_gpu_would_mistake_go_to_the_host(monkeypatch):
-    """nvJPEG takes four components for nothing that it knows, and three always for YCbCr: Adobe's marker, which says RGB, it does not read."""
+    """nvJPEG takes four components for nothing that it knows, and three always for YCbCr: Adobe's
+    marker, which says RGB, it does not read.
+    """
     from pipeline import imagefile
 
     given: list[bytes] = []
-    monkeypatch.setattr(imagefile, "decode_jpeg", lambda files, **words: given.extend(bytes(file.tolist()) for file in files) or files)
+    monkeypatch.setattr(
+        imagefile,
+        "decode_jpeg",
+        lambda files, **words: given.extend(bytes(file.tolist()) for file in files) or files,
+    )
     colour = soft(24, 40)
     red = saved(colour, "JPEG", keep_rgb=True)
     marker = red.index(b"\xff\xee")
-    unmarked = red[:marker] + red[marker + 2 + int.from_bytes(red[marker + 2:marker + 4], "big"):]  # its components are called R, G and B all the same
-    host = [saved(colour.convert("CMYK"), "JPEG"), red, saved(colour), saved(colour, "JPEG")[:30], unmarked]
-    gpu = [saved(colour, "JPEG"), saved(colour.convert("L"), "JPEG"), saved(colour, "JPEG", subsampling=0, progressive=True)]
+    unmarked = (
+        red[:marker] + red[marker + 2 + int.from_bytes(red[marker + 2 : marker + 4], "big") :]
+    )  # its components are called R, G and B all the same
+    host = [
+        saved(colour.convert("CMYK"), "JPEG"),
+        red,
+        saved(colour),
+        saved(colour, "JPEG")[:30],
+        unmarked,
+    ]
+    gpu = [
+        saved(colour, "JPEG"),
+        saved(colour.convert("L"), "JPEG"),
+        saved(colour, "JPEG", subsampling=0, progressive=True),
+    ]
     assert all(b"Adobe" in data[:30] for data in host[:2])
     files = [part for pair in zip(host, gpu, strict=False) for part in pair] + host[3:]
     assert sorted(imagefile.on_gpu(files, 3, torch.device("cuda"))) == [1, 3, 5] and given == gpu
@@ -121,7 +172,9 @@ def test_the_upright_size_is_told_without_decoding(form):
         exif[0x0112] = turn
         data = saved(soft(24, 40), form, **({"exif": exif} if turn > 1 else {}))
         height, width = imagefile.pixels(data, 3).shape[1:]
-        assert imagefile.upright_size(data) == (width, height) == ((24, 40) if turn > 4 else (40, 24))
+        assert (
+            imagefile.upright_size(data) == (width, height) == ((24, 40) if turn > 4 else (40, 24))
+        )
     assert imagefile.upright_size(b"no image") is imagefile.upright_size(b"") is None
     with pytest.raises(storage.StorageError):
         imagefile.upright_size("/no/such/picture.jpg")
@@ -129,18 +182,30 @@ def test_the_upright_size_is_told_without_decoding(form):
 
 # ---------------------------------------------------------------- too large, too short
 
+
 def huge() -> dict[str, bytes]:
-    """Files of a few bytes whose headers promise 60000 x 60000 pixels, or 16384 x 16384 (WebP's most)."""
+    """Files of a few bytes whose headers promise 60000 x 60000 pixels, or 16384 x 16384 (WebP's
+    most).
+    """
     jpeg = saved(soft(16, 16), "JPEG")
     at = jpeg.index(b"\xff\xc0") + 5
-    gif, bmp = bytearray(saved(soft(16, 16).quantize(8), "GIF")), bytearray(saved(soft(16, 16), "BMP"))
+    gif, bmp = (
+        bytearray(saved(soft(16, 16).quantize(8), "GIF")),
+        bytearray(saved(soft(16, 16), "BMP")),
+    )
     gif[6:10] = struct.pack("<HH", 60000, 60000)
     bmp[18:26] = struct.pack("<ii", 60000, 60000)
     webp = bytearray(saved(soft(16, 16), "WEBP", lossless=True))
     at_webp = webp.index(b"VP8L") + 9
-    webp[at_webp:at_webp + 4] = struct.pack("<I", 16383 | 16383 << 14)
-    return {"png": png(60000, 60000), "grey png, just above": png(1 << 14, (1 << 13) + 1), "jpeg": jpeg[:at] + struct.pack(">HH", 60000, 60000) + jpeg[at + 4:],
-            "gif": bytes(gif), "bmp": bytes(bmp), "webp": bytes(webp)}
+    webp[at_webp : at_webp + 4] = struct.pack("<I", 16383 | 16383 << 14)
+    return {
+        "png": png(60000, 60000),
+        "grey png, just above": png(1 << 14, (1 << 13) + 1),
+        "jpeg": jpeg[:at] + struct.pack(">HH", 60000, 60000) + jpeg[at + 4 :],
+        "gif": bytes(gif),
+        "bmp": bytes(bmp),
+        "webp": bytes(webp),
+    }
 
 
 @pytest.mark.parametrize("name", list(huge()))
@@ -153,66 +218,117 @@ def test_a_header_that_promises_too_much_is_refused_before_memory_is_taken(name,
     tracemalloc.start()
     for device in (False, True):
         found, bad = read([saved(soft(32, 32)), data], channels=channels, device=device)
-        assert bad[0] == "" and "too large" in bad[1] and found["image"][0].any() and not found["image"][1].any(), bad
+        assert (
+            bad[0] == ""
+            and "too large" in bad[1]
+            and found["image"][0].any()
+            and not found["image"][1].any()
+        ), bad
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 32 << 20 and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10  # kilobytes
+    assert (
+        peak < 32 << 20 and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10
+    )  # kilobytes
 
 
 def test_the_reason_tells_the_size():
-    assert read([png(60000, 60000)])[1] == ["the image is too large: its header says 60000 x 60000 pixels, more than 134217728 in all"]
+    assert read([png(60000, 60000)])[1] == [
+        "the image is too large: its header says 60000 x 60000 pixels, more than 134217728 in all"
+    ]
 
 
 def test_a_large_image_within_the_limit_is_read():
     data = png(9000, 3, lines=(b"\0" + bytes([128]) * 9000) * 3)
     found, bad = read([data], fit="pad", size=16)
-    assert bad == [""] and found["frame"].tolist() == [[16, 1, 0, 7]] and (found["image"][0, :, 7] == 128).all()
+    assert (
+        bad == [""]
+        and found["frame"].tolist() == [[16, 1, 0, 7]]
+        and (found["image"][0, :, 7] == 128).all()
+    )
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 8000), (8000, 1)])
 def test_an_image_too_thin_to_be_cropped_is_refused_before_memory_is_taken(height, width):
-    """102 bytes: its shorter side at 224 pixels, the longer one would have 1.8 million, in 2.4 GB."""
+    """102 bytes: its shorter side at 224 pixels, the longer one would have 1.8 million, in 2.4
+    GB.
+    """
     import resource
 
-    data, before = saved(np.zeros((height, width, 3), np.uint8)), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    data, before = (
+        saved(np.zeros((height, width, 3), np.uint8)),
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+    )
     for device in (False, True):
         found, bad = read([data, saved(soft(32, 32))], size=224, device=device)
         new = sorted((224, 1792000), reverse=width > height)
-        assert bad == [f"the image is too thin to be cropped: {width} x {height} pixels would become {new[0]} x {new[1]}, more than 134217728 in all; fit: "
-                       "pad or squash takes it", ""] and not found["image"][0].any()
-        assert read([data], size=224, fit="pad", device=device)[1] == read([data], size=224, fit="squash", device=device)[1] == [""]
+        assert (
+            bad
+            == [
+                f"the image is too thin to be cropped: {width} x {height} pixels would become "
+                f"{new[0]} x {new[1]}, more than 134217728 in all; fit: "
+                "pad or squash takes it",
+                "",
+            ]
+            and not found["image"][0].any()
+        )
+        assert (
+            read([data], size=224, fit="pad", device=device)[1]
+            == read([data], size=224, fit="squash", device=device)[1]
+            == [""]
+        )
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10  # kilobytes
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "GIF", "BMP", "WEBP"])
 def test_truncated_files_are_broken_rows(form):
     whole = saved(soft(60, 60).quantize(16) if form == "GIF" else soft(60, 60), form)
-    cuts = [whole[:n] for n in (1, 4, 12, 20, 26, 30, len(whole) // 2, len(whole) * 9 // 10)] + [b""]
+    cuts = [whole[:n] for n in (1, 4, 12, 20, 26, 30, len(whole) // 2, len(whole) * 9 // 10)] + [
+        b""
+    ]
     for channels in (1, 3):
         found, bad = read([whole, *cuts, whole], channels=channels)
         assert bad[0] == bad[-1] == "" and all(bad[1:-1]), bad
-        assert not found["image"][1:-1].any() and np.array_equal(found["image"][0], found["image"][-1])
+        assert not found["image"][1:-1].any() and np.array_equal(
+            found["image"][0], found["image"][-1]
+        )
         assert bad[-2] == "the image is empty (0 bytes)"
 
 
 # ---------------------------------------------------------------- layouts
 
+
 @pytest.mark.filterwarnings("ignore:Palette images with Transparency")
 def test_layouts_of_colour_are_those_of_pillow():
-    """CMYK, palettes with and without transparency, grey with alpha, one bit, 16 bits; grey to colour and back."""
+    """CMYK, palettes with and without transparency, grey with alpha, one bit, 16 bits; grey to
+    colour and back.
+    """
     colour = soft(32, 32)
     clear = np.dstack([np.asarray(colour), np.asarray(soft(32, 32, 5))[:, :, 0]])
-    cases = {"cmyk": saved(colour.convert("CMYK"), "JPEG", quality=95), "palette": saved(colour.quantize(16)),
-             "palette, one colour clear": saved(colour.quantize(16), transparency=3),
-             "palette with alpha": saved(PIL.Image.fromarray(clear).quantize(16, PIL.Image.Quantize.FASTOCTREE)),
-             "grey with alpha": saved(PIL.Image.fromarray(clear).convert("LA")), "alpha": saved(clear), "one bit": saved(colour.convert("1")),
-             "grey": saved(colour.convert("L")), "grey jpeg": saved(colour.convert("L"), "JPEG"), "gif": saved(colour.quantize(16), "GIF"),
-             "gif, one colour clear": saved(colour.quantize(16), "GIF", transparency=2)}
+    cases = {
+        "cmyk": saved(colour.convert("CMYK"), "JPEG", quality=95),
+        "palette": saved(colour.quantize(16)),
+        "palette, one colour clear": saved(colour.quantize(16), transparency=3),
+        "palette with alpha": saved(
+            PIL.Image.fromarray(clear).quantize(16, PIL.Image.Quantize.FASTOCTREE)
+        ),
+        "grey with alpha": saved(PIL.Image.fromarray(clear).convert("LA")),
+        "alpha": saved(clear),
+        "one bit": saved(colour.convert("1")),
+        "grey": saved(colour.convert("L")),
+        "grey jpeg": saved(colour.convert("L"), "JPEG"),
+        "gif": saved(colour.quantize(16), "GIF"),
+        "gif, one colour clear": saved(colour.quantize(16), "GIF", transparency=2),
+    }
     for name, data in cases.items():
         for channels, mode in ((3, "RGB"), (1, "L")):
             found, bad = read([data], channels=channels)
-            want = np.asarray(PIL.Image.open(io.BytesIO(data)).convert(mode)).reshape(32, 32, channels)
-            assert bad == [""] and np.abs(np.moveaxis(found["image"][0], 0, -1).astype(int) - want).max() <= 1, (name, mode)
+            want = np.asarray(PIL.Image.open(io.BytesIO(data)).convert(mode)).reshape(
+                32, 32, channels
+            )
+            assert (
+                bad == [""]
+                and np.abs(np.moveaxis(found["image"][0], 0, -1).astype(int) - want).max() <= 1
+            ), (name, mode)
 
 
 def test_sixteen_bits_of_grey_and_colour_are_divided_by_257():
@@ -221,7 +337,11 @@ def test_sixteen_bits_of_grey_and_colour_are_divided_by_257():
     grey = saved(levels[:, :, 0].astype(np.uint16))
     found, bad = read([colour, grey])
     want = np.moveaxis(np.round(levels / 257), -1, 0)
-    assert bad == ["", ""] and np.array_equal(found["image"][0], want) and all(np.array_equal(plane, want[0]) for plane in found["image"][1])
+    assert (
+        bad == ["", ""]
+        and np.array_equal(found["image"][0], want)
+        and all(np.array_equal(plane, want[0]) for plane in found["image"][1])
+    )
 
 
 def test_of_an_animation_the_first_picture_is_taken():
@@ -229,22 +349,29 @@ def test_of_an_animation_the_first_picture_is_taken():
     data = saved(first, "GIF", save_all=True, append_images=[second, first], duration=50)
     assert getattr(PIL.Image.open(io.BytesIO(data)), "n_frames", 1) == 3
     found, bad = read([data])
-    assert bad == [""] and np.array_equal(np.moveaxis(found["image"][0], 0, -1), np.asarray(first.convert("RGB")))
+    assert bad == [""] and np.array_equal(
+        np.moveaxis(found["image"][0], 0, -1), np.asarray(first.convert("RGB"))
+    )
 
 
 # ---------------------------------------------------------------- where the image lies
+
 
 @pytest.mark.parametrize(("height", "width"), [(40, 100), (100, 40), (64, 64), (7, 900), (33, 32)])
 def test_padding_keeps_the_aspect_and_frame_tells_where_the_image_is(height, width):
     found, bad = read([saved(soft(height, width))], size=64, fit="pad")
     w, h, left, top = (int(v) for v in found["frame"][0])
-    assert bad == [""] and max(w, h) == 64 and abs(w / h - width / height) <= 0.51 * width / height / min(w, h)
+    assert (
+        bad == [""]
+        and max(w, h) == 64
+        and abs(w / h - width / height) <= 0.51 * width / height / min(w, h)
+    )
     assert 0 <= 64 - w - 2 * left <= 1 and 0 <= 64 - h - 2 * top <= 1
     want = np.asarray(soft(height, width).resize((w, h), PIL.Image.Resampling.BILINEAR))
     pixels = np.moveaxis(found["image"][0], 0, -1)
-    assert np.abs(pixels[top:top + h, left:left + w].astype(int) - want).max() <= 3
+    assert np.abs(pixels[top : top + h, left : left + w].astype(int) - want).max() <= 3
     pixels = pixels.copy()
-    pixels[top:top + h, left:left + w] = [102, 128, 153]  # the mean: 0 after it is taken off
+    pixels[top : top + h, left : left + w] = [102, 128, 153]  # the mean: 0 after it is taken off
     assert (pixels == [102, 128, 153]).all()
 
 
@@ -255,28 +382,49 @@ def test_frame_of_squashed_and_cropped_images():
 
 def test_padding_is_no_part_of_the_mean():
     white = saved(np.full((10, 200, 3), 240, np.uint8))
-    state = Image.fit(ImageOptions(size=32, fit="pad"), pa.table({"picture": [white]}), {"image": "picture"}, "")
+    state = Image.fit(
+        ImageOptions(size=32, fit="pad"), pa.table({"picture": [white]}), {"image": "picture"}, ""
+    )
     assert state["mean"] == pytest.approx([240 / 255] * 3, abs=1e-4)
 
 
 # ---------------------------------------------------------------- masks
 
+
 def palette_mask(classes: np.ndarray) -> PIL.Image.Image:
     image = PIL.Image.fromarray(classes.astype(np.uint8))
-    image.putpalette(np.random.default_rng(0).permutation(256).astype(np.uint8).repeat(3)[:768].tobytes())
+    image.putpalette(
+        np.random.default_rng(0).permutation(256).astype(np.uint8).repeat(3)[:768].tobytes()
+    )
     return image
 
 
 @pytest.mark.parametrize("fit", ["pad", "squash"])
 @pytest.mark.parametrize("device", [False, True])
 def test_masks_give_class_numbers_with_their_images_geometry(fit, device):
-    """A palette gives its indices whatever its colours; each class stands where its colour stands."""
+    """A palette gives its indices whatever its colours; each class stands where its colour
+    stands.
+    """
     colours = np.random.default_rng(1).integers(0, 256, (5, 3)).astype(np.uint8)
     classes = np.zeros((60, 90), np.uint8)
     classes[:, 31:60], classes[:29, 60:], classes[29:, 60:] = 1, 2, 4
-    forms = [palette_mask(classes), PIL.Image.fromarray(classes), PIL.Image.fromarray(classes.astype(np.uint16))]
-    found, bad = read([saved(colours[classes])] * 3, [saved(form) for form in forms], size=48, fit=fit, device=device)
-    assert bad == ["", "", ""] and found["mask"].dtype == np.uint8 and found["mask"].shape == (3, 48, 48)
+    forms = [
+        palette_mask(classes),
+        PIL.Image.fromarray(classes),
+        PIL.Image.fromarray(classes.astype(np.uint16)),
+    ]
+    found, bad = read(
+        [saved(colours[classes])] * 3,
+        [saved(form) for form in forms],
+        size=48,
+        fit=fit,
+        device=device,
+    )
+    assert (
+        bad == ["", "", ""]
+        and found["mask"].dtype == np.uint8
+        and found["mask"].shape == (3, 48, 48)
+    )
     for image, mask in zip(found["image"], found["mask"], strict=True):
         assert np.array_equal(mask, found["mask"][0])
         assert set(np.unique(mask)) == {0, 1, 2, 4, 255} - ({255} if fit == "squash" else set())
@@ -285,21 +433,25 @@ def test_masks_give_class_numbers_with_their_images_geometry(fit, device):
         assert same.mean() > 0.85  # but for the blended edges
     w, h, left, top = found["frame"][0].astype(int)
     want = np.full((48, 48), 255)
-    want[top:top + h, left:left + w] = 0
+    want[top : top + h, left : left + w] = 0
     assert np.array_equal(found["mask"][0] == 255, want == 255)
-    pillow = PIL.Image.fromarray(classes).resize((w, h), PIL.Image.Resampling.NEAREST)  # between centres of pixels, not between their corners
-    assert np.array_equal(found["mask"][0, top:top + h, left:left + w], np.asarray(pillow))
+    pillow = PIL.Image.fromarray(classes).resize(
+        (w, h), PIL.Image.Resampling.NEAREST
+    )  # between centres of pixels, not between their corners
+    assert np.array_equal(found["mask"][0, top : top + h, left : left + w], np.asarray(pillow))
 
 
 @pytest.mark.parametrize(("depth", "colour"), [(1, 0), (2, 0), (4, 0), (1, 3), (2, 3), (4, 3)])
 def test_masks_of_few_bits_are_class_numbers_too(depth, colour):
     """Pillow stretches grey of 2 and 4 bits over 0 to 255."""
-    classes = np.arange(32 * 32).reshape(32, 32) % 2 ** depth
-    bits = np.unpackbits(classes.astype(np.uint8)[:, :, None], axis=2)[:, :, 8 - depth:].reshape(32, -1)
+    classes = np.arange(32 * 32).reshape(32, 32) % 2**depth
+    bits = np.unpackbits(classes.astype(np.uint8)[:, :, None], axis=2)[:, :, 8 - depth :].reshape(
+        32, -1
+    )
     lines = b"".join(b"\0" + line.tobytes() for line in np.packbits(bits, axis=1))
     data = png(32, 32, depth, colour, lines)
     if colour == 3:
-        data = data[:33] + chunk(b"PLTE", bytes(range(100, 148))[:3 * 2 ** depth]) + data[33:]
+        data = data[:33] + chunk(b"PLTE", bytes(range(100, 148))[: 3 * 2**depth]) + data[33:]
     found, bad = read([saved(soft(32, 32))], [data], fit="squash")
     assert bad == [""] and np.array_equal(found["mask"][0], classes)
 
@@ -307,32 +459,58 @@ def test_masks_of_few_bits_are_class_numbers_too(depth, colour):
 def test_masks_that_cannot_be_used_have_a_reason():
     image = saved(soft(20, 30))
     good = np.zeros((20, 30), np.uint8)
-    cases = {"the mask has 20 x 30 pixels, its image 30 x 20": saved(good.T.copy()), "the mask is null": None, "the mask is empty (0 bytes)": b"",
-             "the mask has colours: a mask has one class number a pixel, as a palette's index or a level of grey": saved(np.zeros((20, 30, 3), np.uint8)),
-             "the mask holds class 300: the greatest is 254, and 255 is what is left out": saved(np.full((20, 30), 300, np.uint16)),
-             "the mask is no PNG file: it must be one, with a class number a pixel": saved(good, "BMP"),
-             "broken mask": saved(np.random.default_rng(0).integers(0, 20, (20, 30)).astype(np.uint8))[:100], "the image is too large": png(60000, 60000)}
+    cases = {
+        "the mask has 20 x 30 pixels, its image 30 x 20": saved(good.T.copy()),
+        "the mask is null": None,
+        "the mask is empty (0 bytes)": b"",
+        "the mask has colours: a mask has one class number a pixel, as a palette's index or a "
+        "level of grey": saved(np.zeros((20, 30, 3), np.uint8)),
+        "the mask holds class 300: the greatest is 254, and 255 is what is left out": saved(
+            np.full((20, 30), 300, np.uint16)
+        ),
+        "the mask is no PNG file: it must be one, with a class number a pixel": saved(good, "BMP"),
+        "broken mask": saved(np.random.default_rng(0).integers(0, 20, (20, 30)).astype(np.uint8))[
+            :100
+        ],
+        "the image is too large": png(60000, 60000),
+    }
     for device in (False, True):
-        found, bad = read([image] * (len(cases) + 1), [*cases.values(), saved(good)], fit="pad", device=device)
-        assert all(reason.startswith(want) for reason, want in zip(bad, cases, strict=False)) and bad[-1] == "", bad
-        assert not found["image"][:-1].any() and not found["frame"][:-1].any() and found["image"][-1].any()
+        found, bad = read(
+            [image] * (len(cases) + 1), [*cases.values(), saved(good)], fit="pad", device=device
+        )
+        assert (
+            all(reason.startswith(want) for reason, want in zip(bad, cases, strict=False))
+            and bad[-1] == ""
+        ), bad
+        assert (
+            not found["image"][:-1].any()
+            and not found["frame"][:-1].any()
+            and found["image"][-1].any()
+        )
 
 
 def test_a_mask_belongs_to_the_upright_image():
     exif = PIL.Image.Exif()
     exif[0x0112] = 6
     image = saved(soft(20, 30), "JPEG", exif=exif)
-    _, bad = read([image, image], [saved(np.zeros((20, 30), np.uint8)), saved(np.zeros((30, 20), np.uint8))], fit="pad")
+    _, bad = read(
+        [image, image],
+        [saved(np.zeros((20, 30), np.uint8)), saved(np.zeros((30, 20), np.uint8))],
+        fit="pad",
+    )
     assert bad == ["the mask has 30 x 20 pixels, its image 20 x 30", ""]
 
 
 def test_new_rows_to_predict_have_no_mask():
     modality = Image(ImageOptions(size=16, fit="pad"), STATE)
-    found, bad = modality.decode(pa.table({"picture": [saved(soft(20, 20))]}), {"image": "picture", "mask": "classes"})
+    found, bad = modality.decode(
+        pa.table({"picture": [saved(soft(20, 20))]}), {"image": "picture", "mask": "classes"}
+    )
     assert bad == [""] and set(found) == {"image", "frame"}
 
 
 # ---------------------------------------------------------------- options
+
 
 @pytest.mark.parametrize("roles", [("boxes", "labels"), ("mask",)])
 def test_cropped_images_do_not_go_with_boxes_and_masks(roles):
@@ -343,31 +521,61 @@ def test_cropped_images_do_not_go_with_boxes_and_masks(roles):
     Image(ImageOptions(size=32), {}).check(("label",))
 
 
-@pytest.mark.parametrize(("options", "mean", "std"), [
-    ({"mean": "imagenet", "std": "imagenet"}, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
-    ({"mean": "inception", "std": "inception"}, [0.5] * 3, [0.5] * 3),
-    ({"mean": [0, 0, 0], "std": [1, 1, 1]}, [0.0] * 3, [1.0] * 3),
-    ({"mean": "imagenet", "std": [0.2], "channels": 1}, [0.449], [0.2])])
+@pytest.mark.parametrize(
+    ("options", "mean", "std"),
+    [
+        ({"mean": "imagenet", "std": "imagenet"}, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+        ({"mean": "inception", "std": "inception"}, [0.5] * 3, [0.5] * 3),
+        ({"mean": [0, 0, 0], "std": [1, 1, 1]}, [0.0] * 3, [1.0] * 3),
+        ({"mean": "imagenet", "std": [0.2], "channels": 1}, [0.449], [0.2]),
+    ],
+)
 def test_mean_and_deviation_of_published_checkpoints(options, mean, std):
-    state = Image.fit(ImageOptions(size=16, **options), pa.table({"picture": [saved(soft(20, 20))]}), {"image": "picture"}, "")
+    state = Image.fit(
+        ImageOptions(size=16, **options),
+        pa.table({"picture": [saved(soft(20, 20))]}),
+        {"image": "picture"},
+        "",
+    )
     assert state["mean"] == pytest.approx(mean) and state["std"] == pytest.approx(std)
-    other = Image(ImageOptions(size=16, **options), {"mean": [0.1] * len(mean), "std": [0.9] * len(mean)})
+    other = Image(
+        ImageOptions(size=16, **options), {"mean": [0.1] * len(mean), "std": [0.9] * len(mean)}
+    )
     assert other.state == state, "a checkpoint that tells its own is overridden, not half believed"
 
 
-@pytest.mark.parametrize(("channels", "state", "mean", "std"), [
-    (1, STATE, [0.5], [0.316667]), (3, STATE, STATE["mean"], STATE["std"]), (3, {"mean": [0.5], "std": [0.2]}, [0.5] * 3, [0.2] * 3), (1, {}, None, None)])
+@pytest.mark.parametrize(
+    ("channels", "state", "mean", "std"),
+    [
+        (1, STATE, [0.5], [0.316667]),
+        (3, STATE, STATE["mean"], STATE["std"]),
+        (3, {"mean": [0.5], "std": [0.2]}, [0.5] * 3, [0.2] * 3),
+        (1, {}, None, None),
+    ],
+)
 def test_mean_and_deviation_of_colours_are_averaged_for_grey(channels, state, mean, std):
     """A target's channels are its own: the state is its source's."""
     modality = Image(ImageOptions(size=16, channels=channels), state)
-    assert "channels" in Image.target_options and (modality.state.get("mean"), modality.state.get("std")) == (mean, std)
+    assert "channels" in Image.target_options and (
+        modality.state.get("mean"),
+        modality.state.get("std"),
+    ) == (mean, std)
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"mean": "imagenet"}, "std: None must be 3 numbers"), ({"std": [0.2, 0.2, 0.2]}, "mean: None must be 3 numbers"),
-    ({"mean": [0.5], "std": [0.5]}, r"mean: \[0.5\] must be 3 numbers"), ({"mean": [0.5] * 3, "std": [0.2, 0.0, 0.2]}, "std: .*above 0"),
-    ({"mean": [120, 120, 120], "std": [60, 60, 60]}, "mean: .*0 to 1, one a channel"), ({"area": [0.5, 0.2]}, r"area: \[0.5, 0.2\]"),
-    ({"area": [0, 1]}, "area"), ({"scale": [0.0, 1.0]}, "scale"), ({"area": [0.5, 1.5]}, "area")])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mean": "imagenet"}, "std: None must be 3 numbers"),
+        ({"std": [0.2, 0.2, 0.2]}, "mean: None must be 3 numbers"),
+        ({"mean": [0.5], "std": [0.5]}, r"mean: \[0.5\] must be 3 numbers"),
+        ({"mean": [0.5] * 3, "std": [0.2, 0.0, 0.2]}, "std: .*above 0"),
+        ({"mean": [120, 120, 120], "std": [60, 60, 60]}, "mean: .*0 to 1, one a channel"),
+        ({"area": [0.5, 0.2]}, r"area: \[0.5, 0.2\]"),
+        ({"area": [0, 1]}, "area"),
+        ({"scale": [0.0, 1.0]}, "scale"),
+        ({"area": [0.5, 1.5]}, "area"),
+    ],
+)
 def test_options_that_mean_nothing_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         Image(ImageOptions(size=16, **options), {})

@@ -1,4 +1,6 @@
-"""Rows of a table and the FT-Transformer: tokens of what is there, nothing from what is missing, the paper's formula for a token."""
+"""Rows of a table and the FT-Transformer: tokens of what is there, nothing from what is missing,
+the paper's formula for a token.
+"""
 
 import numpy as np
 import pyarrow as pa
@@ -14,12 +16,20 @@ COLUMNS = {"features": "static"}
 
 def built(inputs, **options):
     chosen = {"width": 16, "layers": 2, "heads": 2, **options}
-    return bundle.build_backbone({"name": "table/ft_transformer", "options": chosen, "inputs": inputs}, seed=1).eval()
+    return bundle.build_backbone(
+        {"name": "table/ft_transformer", "options": chosen, "inputs": inputs}, seed=1
+    ).eval()
 
 
 def test_null_features_are_bad_rows_and_gaps_are_not():
     modality = Table(TableOptions(), Table.fit(TableOptions(min_rows=1), stays(8), COLUMNS, ""))
-    table = pa.table({"static": pa.array([None, {"Age": None, "Gender": None, "codes": None}], stays(1)["static"].type)})
+    table = pa.table(
+        {
+            "static": pa.array(
+                [None, {"Age": None, "Gender": None, "codes": None}], stays(1)["static"].type
+            )
+        }
+    )
     arrays, bad = modality.decode(table, COLUMNS)
     assert bad == ["the features are null", ""] and not arrays["numbers_known"].any()
     batch = modality.collate(arrays)
@@ -27,14 +37,19 @@ def test_null_features_are_bad_rows_and_gaps_are_not():
 
 
 def test_what_nothing_can_be_learned_of_is_refused():
-    with pytest.raises(ValueError, match="no field holds a number, or a text that 10 of 1 rows have"):
+    with pytest.raises(
+        ValueError, match="no field holds a number, or a text that 10 of 1 rows have"
+    ):
         Table.fit(TableOptions(), pa.table({"static": pa.array([{"a": "x"}])}), COLUMNS, "")
 
 
 def test_fields_that_are_not_known_are_told():
     modality = Table(TableOptions(), Table.fit(TableOptions(min_rows=1), stays(8), COLUMNS, ""))
     assert modality.known(stays(8), COLUMNS) == ""
-    assert modality.known(pa.table({"static": pa.array([{"Age": 3.0, "Weight": 80.0}])}), COLUMNS) == "numbers of static left out: Weight"
+    assert (
+        modality.known(pa.table({"static": pa.array([{"Age": 3.0, "Weight": 80.0}])}), COLUMNS)
+        == "numbers of static left out: Weight"
+    )
 
 
 @torch.no_grad()
@@ -43,24 +58,49 @@ def test_a_token_is_the_papers_formula_and_missing_ones_are_none():
     backbone, batch = built(rows.modality.inputs()), take(rows, np.arange(8))
     tokens, mask = backbone.embed(batch)
     numbers = rows.modality.inputs()["numbers"]
-    assert mask.sum(1).tolist() == [1 + int(k) + int(c) for k, c in zip(batch["numbers_known"].sum(1), (batch["codes"] > 0).sum(1), strict=True)]
+    assert mask.sum(1).tolist() == [
+        1 + int(k) + int(c)
+        for k, c in zip(batch["numbers_known"].sum(1), (batch["codes"] > 0).sum(1), strict=True)
+    ]
     for k in range(numbers):
         expected = batch["numbers"][:, k, None] * backbone.embed.weight[k] + backbone.embed.bias[k]
         torch.testing.assert_close(tokens[:, 1 + k], expected)
     missing = ~batch["numbers_known"]
     assert missing.any()
-    other = batch.replace(numbers=torch.where(missing, torch.full_like(batch["numbers"], 9.0), batch["numbers"]))
+    other = batch.replace(
+        numbers=torch.where(missing, torch.full_like(batch["numbers"], 9.0), batch["numbers"])
+    )
     torch.testing.assert_close(backbone(batch).pooled, backbone(other).pooled, rtol=0, atol=0)
-    assert (backbone(batch).pooled - backbone(batch.replace(numbers=batch["numbers"] + 1)).pooled)[0].abs().max() > 1e-4
+    assert (backbone(batch).pooled - backbone(batch.replace(numbers=batch["numbers"] + 1)).pooled)[
+        0
+    ].abs().max() > 1e-4
 
 
 def test_it_has_the_papers_parts():
-    """Parameters of the default model by the paper's own counts (its table 13): first norm absent, ReGLU twice as wide going in."""
-    backbone = bundle.build_backbone({"name": "table/ft_transformer", "options": {}, "inputs": {"features": "table", "numbers": 8, "codes": 0}}, seed=0)
+    """Parameters of the default model by the paper's own counts (its table 13): first norm absent,
+    ReGLU twice as wide going in.
+    """
+    backbone = bundle.build_backbone(
+        {
+            "name": "table/ft_transformer",
+            "options": {},
+            "inputs": {"features": "table", "numbers": 8, "codes": 0},
+        },
+        seed=0,
+    )
     width, hidden = 192, 256
-    block = 4 * width * width + 4 * width + (width * 2 * hidden + 2 * hidden) + (hidden * width + width) + 2 * width
+    block = (
+        4 * width * width
+        + 4 * width
+        + (width * 2 * hidden + 2 * hidden)
+        + (hidden * width + width)
+        + 2 * width
+    )
     tokens = width + 2 * 8 * width + width
-    assert sum(p.numel() for p in backbone.parameters()) == 3 * block + 2 * 2 * width + tokens + 2 * width
+    assert (
+        sum(p.numel() for p in backbone.parameters())
+        == 3 * block + 2 * 2 * width + tokens + 2 * width
+    )
 
 
 def test_what_does_not_fit_is_refused():

@@ -1,4 +1,6 @@
-"""Documents packed into one row are as if each stood alone: states, losses and gradients. Rows of one shape compile once."""
+"""Documents packed into one row are as if each stood alone: states, losses and gradients. Rows of
+one shape compile once.
+"""
 
 import base64
 
@@ -20,7 +22,16 @@ FAMILIES = ("bert", "roberta", "distilbert", "gpt2")
 
 def make(architecture: str) -> Task:
     objective = "clm" if architecture == "gpt2" else "mlm"
-    return task_of(f"transformers/{architecture}", INPUTS, objective, seed=3, layers=3, hidden=32, heads=4, dropout=0.0).eval()
+    return task_of(
+        f"transformers/{architecture}",
+        INPUTS,
+        objective,
+        seed=3,
+        layers=3,
+        hidden=32,
+        heads=4,
+        dropout=0.0,
+    ).eval()
 
 
 @pytest.fixture(params=FAMILIES, scope="module")
@@ -29,13 +40,18 @@ def task(request) -> Task:
 
 
 def batch(tokens: torch.Tensor, segments: torch.Tensor) -> Batch:
-    return Batch(np.arange(len(tokens)), torch.arange(len(tokens)), {"tokens": tokens, "segments": segments})
+    return Batch(
+        np.arange(len(tokens)), torch.arange(len(tokens)), {"tokens": tokens, "segments": segments}
+    )
 
 
 def packed(every: tuple[tuple[int, ...], ...] = SIZES) -> tuple[Batch, list[tuple[int, slice]]]:
     """Rows of random tokens, and the place (row, slice) of every document."""
     torch.manual_seed(0)
-    tokens, segments = torch.zeros(len(every), LENGTH, dtype=torch.long), torch.zeros(len(every), LENGTH, dtype=torch.int32)
+    tokens, segments = (
+        torch.zeros(len(every), LENGTH, dtype=torch.long),
+        torch.zeros(len(every), LENGTH, dtype=torch.int32),
+    )
     places = []
     for row, sizes in enumerate(every):
         at = 0
@@ -49,8 +65,12 @@ def packed(every: tuple[tuple[int, ...], ...] = SIZES) -> tuple[Batch, list[tupl
 
 def alone(whole: Batch, row: int, here: slice) -> Batch:
     """One document as a row of its own, as fine-tuning reads it: a mask and no segments."""
-    tokens = whole["tokens"][row:row + 1, here]
-    return Batch(np.zeros(1, dtype=np.int64), torch.zeros(1, dtype=torch.long), {"tokens": tokens, "mask": torch.ones_like(tokens, dtype=torch.bool)})
+    tokens = whole["tokens"][row : row + 1, here]
+    return Batch(
+        np.zeros(1, dtype=np.int64),
+        torch.zeros(1, dtype=torch.long),
+        {"tokens": tokens, "mask": torch.ones_like(tokens, dtype=torch.bool)},
+    )
 
 
 @torch.no_grad()
@@ -59,19 +79,27 @@ def test_hidden_states_are_those_of_the_documents_alone(task):
     hidden = task.backbone(whole).tokens
     for row, here in places:
         single = task.backbone(alone(whole, row, here)).tokens
-        assert (hidden[row:row + 1, here] - single).abs().max() < 1e-5
+        assert (hidden[row : row + 1, here] - single).abs().max() < 1e-5
     assert (hidden[0, :9] - hidden[0, 9:18]).abs().max() > 0.1  # and they do differ
 
 
 @torch.no_grad()
 def test_padding_beside_a_text_changes_nothing(task):
-    """Fine-tuning rows: a mask, padding behind; tokens and what is pooled are those of the text alone."""
+    """Fine-tuning rows: a mask, padding behind; tokens and what is pooled are those of the text
+    alone.
+    """
     whole, places = packed()
     row, here = places[0]
     single = task.backbone(alone(whole, row, here))
-    tokens = torch.nn.functional.pad(whole["tokens"][row:row + 1, here], (0, 7), value=0)
+    tokens = torch.nn.functional.pad(whole["tokens"][row : row + 1, here], (0, 7), value=0)
     mask = torch.arange(tokens.shape[1])[None] < here.stop
-    padded = task.backbone(Batch(np.zeros(1, dtype=np.int64), torch.zeros(1, dtype=torch.long), {"tokens": tokens, "mask": mask}))
+    padded = task.backbone(
+        Batch(
+            np.zeros(1, dtype=np.int64),
+            torch.zeros(1, dtype=torch.long),
+            {"tokens": tokens, "mask": mask},
+        )
+    )
     assert (padded.tokens[:, here] - single.tokens).abs().max() < 1e-5
     assert (padded.pooled - single.pooled).abs().max() < 1e-5
     assert torch.equal(padded.mask, mask)
@@ -86,20 +114,26 @@ def test_pooling(task):
 
 
 def test_no_gradient_crosses_documents(task):
-    """Of the inputs' embeddings, only a document's own move its states; causal ones only what stands before."""
+    """Of the inputs' embeddings, only a document's own move its states; causal ones only what
+    stands before.
+    """
     whole, places = packed()
     embedded = []
-    hook = task.backbone.embedding().register_forward_hook(lambda module, args, out: embedded.append(out.detach().requires_grad_()) or embedded[-1])
+    hook = task.backbone.embedding().register_forward_hook(
+        lambda module, args, out: embedded.append(out.detach().requires_grad_()) or embedded[-1]
+    )
     try:
         hidden = task.backbone(whole).tokens
     finally:
         hook.remove()
     for row, here in places:
         for at in {here.start, (here.start + here.stop) // 2, here.stop - 1}:
-            (gradient,) = torch.autograd.grad(hidden[row, at].sum() + hidden[row, at, 0], embedded[0], retain_graph=True)
+            (gradient,) = torch.autograd.grad(
+                hidden[row, at].sum() + hidden[row, at, 0], embedded[0], retain_graph=True
+            )
             reached = gradient.abs().sum(-1) > 0
             want = torch.zeros_like(reached)
-            want[row, here.start:(at + 1 if task.backbone.causal else here.stop)] = True
+            want[row, here.start : (at + 1 if task.backbone.causal else here.stop)] = True
             assert torch.equal(reached, want)
 
 
@@ -114,7 +148,7 @@ def test_a_document_does_not_depend_on_its_neighbours(task):
     tokens[outside] = torch.randint(5, VOCABULARY, (int(outside.sum()),))
     after = task.backbone(whole.replace(tokens=tokens)).tokens
     assert (after[row, here] - before[row, here]).abs().max() < 1e-5
-    assert (after[row, :here.start] - before[row, :here.start]).abs().max() > 0.1
+    assert (after[row, : here.start] - before[row, : here.start]).abs().max() > 0.1
 
 
 def test_causal_loss_is_the_sum_of_the_documents_losses():
@@ -125,7 +159,9 @@ def test_causal_loss_is_the_sum_of_the_documents_losses():
     for row, here in places:
         single = alone(whole, row, here)
         scores = task.backbone(single).tokens[0, :-1] @ task.backbone.embedding().weight.T
-        want = want + torch.nn.functional.cross_entropy(scores, single["tokens"][0, 1:], reduction="sum")
+        want = want + torch.nn.functional.cross_entropy(
+            scores, single["tokens"][0, 1:], reduction="sum"
+        )
         n += here.stop - here.start - 1
     torch.testing.assert_close(total, want, rtol=1e-5, atol=1e-4)
     assert count == n
@@ -139,13 +175,17 @@ def test_gradients_of_packed_rows_are_those_of_the_documents():
     task = make("gpt2")
     whole, places = packed()
     task(whole)[0].backward()
-    packed_gradient = {name: p.grad.clone() for name, p in task.named_parameters() if p.grad is not None}
+    packed_gradient = {
+        name: p.grad.clone() for name, p in task.named_parameters() if p.grad is not None
+    }
     task.zero_grad()
     for row, here in places:
-        tokens = whole["tokens"][row:row + 1, here]
+        tokens = whole["tokens"][row : row + 1, here]
         task(batch(tokens, torch.ones_like(tokens)))[0].backward()
     for name, p in task.named_parameters():
-        assert p.grad is not None and (p.grad - packed_gradient[name]).abs().max() < 1e-4 * max(1.0, float(p.grad.abs().max()))
+        assert p.grad is not None and (p.grad - packed_gradient[name]).abs().max() < 1e-4 * max(
+            1.0, float(p.grad.abs().max())
+        )
 
 
 @pytest.mark.parametrize("architecture", FAMILIES[:3])
@@ -159,8 +199,14 @@ def test_masked_loss_is_that_of_the_documents_alone(architecture):
     want = torch.zeros(())
     for row, here in places:
         single = alone(whole.replace(tokens=tokens), row, here)
-        scores = torch.nn.functional.linear(task.objective.transform(task.backbone(single).tokens[0]), task.backbone.embedding().weight, task.objective.bias)
-        losses = torch.nn.functional.cross_entropy(scores, whole["tokens"][row, here], reduction="none")
+        scores = torch.nn.functional.linear(
+            task.objective.transform(task.backbone(single).tokens[0]),
+            task.backbone.embedding().weight,
+            task.objective.bias,
+        )
+        losses = torch.nn.functional.cross_entropy(
+            scores, whole["tokens"][row, here], reduction="none"
+        )
         want = want + losses[picked[row, here]].sum()
     torch.testing.assert_close(total, want, rtol=1e-5, atol=1e-4)
     assert count == picked.sum() and not picked[whole["segments"] == 0].any()
@@ -170,18 +216,33 @@ def test_mask_and_positions_by_hand():
     segments = torch.tensor([[1, 1, 2, 2, 2, 0, 0]])
     assert restarted_positions(segments).tolist() == [[0, 1, 0, 1, 2, 0, 1]]
     both = document_mask(segments, causal=False)[0, 0].int().tolist()
-    assert both == [[1, 1, 0, 0, 0, 0, 0]] * 2 + [[0, 0, 1, 1, 1, 0, 0]] * 3 + [[0, 0, 0, 0, 0, 1, 1]] * 2
+    assert (
+        both
+        == [[1, 1, 0, 0, 0, 0, 0]] * 2 + [[0, 0, 1, 1, 1, 0, 0]] * 3 + [[0, 0, 0, 0, 0, 1, 1]] * 2
+    )
     causal = document_mask(segments, causal=True)[0, 0]
-    assert torch.equal(causal, document_mask(segments, causal=False)[0, 0].tril()) and causal.any(1).all()
-    assert restarted_positions(torch.tensor([[3, 3, 1, 1], [1, 2, 1, 1]])).tolist() == [[0, 1, 0, 1], [0, 0, 0, 1]]
+    assert (
+        torch.equal(causal, document_mask(segments, causal=False)[0, 0].tril())
+        and causal.any(1).all()
+    )
+    assert restarted_positions(torch.tensor([[3, 3, 1, 1], [1, 2, 1, 1]])).tolist() == [
+        [0, 1, 0, 1],
+        [0, 0, 0, 1],
+    ]
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("architecture", FAMILIES)
 def test_positions_restart_with_every_document(architecture):
-    """What the model's own table of positions is asked for; RoBERTa counts from the one behind padding's."""
+    """What the model's own table of positions is asked for; RoBERTa counts from the one behind
+    padding's.
+    """
     task = make(architecture)
-    (table,) = [module for name, module in task.backbone.model.named_modules() if name.endswith(("position_embeddings", "wpe"))]
+    (table,) = [
+        module
+        for name, module in task.backbone.model.named_modules()
+        if name.endswith(("position_embeddings", "wpe"))
+    ]
     asked = []
     table.register_forward_pre_hook(lambda module, args: asked.append(args[0]))
     whole, places = packed()
@@ -196,19 +257,51 @@ def test_positions_restart_with_every_document(architecture):
     assert asked[1].expand(1, -1)[0].tolist() == asked[0][row, here].tolist()
 
 
-@pytest.mark.parametrize(("architecture", "objective"), [
-    ("bert", {"whole_word": True}), ("gpt2", {}), *[pytest.param(name, {}, marks=pytest.mark.slow) for name in ("bert", "roberta", "distilbert")]])
+@pytest.mark.parametrize(
+    ("architecture", "objective"),
+    [
+        ("bert", {"whole_word": True}),
+        ("gpt2", {}),
+        *[
+            pytest.param(name, {}, marks=pytest.mark.slow)
+            for name in ("bert", "roberta", "distilbert")
+        ],
+    ],
+)
 def test_rows_of_one_shape_compile_once(architecture, objective):
-    """Whatever rows they are and however long their documents: training steps with dropout, without a break in the graph."""
-    inputs = {**INPUTS, "continuing": base64.b64encode(np.packbits(np.arange(VOCABULARY) % 3 == 2)).decode()}
-    task = task_of(f"transformers/{architecture}", inputs, "clm" if architecture == "gpt2" else "mlm", seed=3, options=objective,
-                   layers=1, hidden=16, heads=2, dropout=0.1)
+    """Whatever rows they are and however long their documents: training steps with dropout, without
+    a break in the graph.
+    """
+    inputs = {
+        **INPUTS,
+        "continuing": base64.b64encode(np.packbits(np.arange(VOCABULARY) % 3 == 2)).decode(),
+    }
+    task = task_of(
+        f"transformers/{architecture}",
+        inputs,
+        "clm" if architecture == "gpt2" else "mlm",
+        seed=3,
+        options=objective,
+        layers=1,
+        hidden=16,
+        heads=2,
+        dropout=0.1,
+    )
     torch._dynamo.reset()
     backend = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(task, dynamic=False, backend=backend, fullgraph=True)
-    for step, sizes in enumerate((SIZES, ((1, 1, 30), (2, 2), (8, 8, 8, 8), (31,)), ((32,), (32,), (32,), (32,)), ((5,), (4, 4), (3, 3, 3), (2,)))):
+    for step, sizes in enumerate(
+        (
+            SIZES,
+            ((1, 1, 30), (2, 2), (8, 8, 8, 8), (31,)),
+            ((32,), (32,), (32,), (32,)),
+            ((5,), (4, 4), (3, 3, 3), (2,)),
+        )
+    ):
         whole, _ = packed(sizes)
-        total, count, _ = compiled(Batch(whole.rows + 7 * step, whole.keys * 5 + step, whole.data, whole.rows % 3))
+        total, count, _ = compiled(
+            Batch(whole.rows + 7 * step, whole.keys * 5 + step, whole.data, whole.rows % 3)
+        )
         total.backward()
         assert torch.isfinite(total) and count > 0
     assert backend.frame_count == 1
@@ -216,28 +309,85 @@ def test_rows_of_one_shape_compile_once(architecture, objective):
     torch.testing.assert_close(compiled(packed()[0])[0], task(packed()[0])[0], rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize(("architecture", "objective", "message"), [
-    ("gpt2", "mlm", "transformers/gpt2 is causal: masked prediction needs a bidirectional backbone"),
-    ("bert", "clm", "transformers/bert sees the future: causal prediction needs transformers/gpt2")])
+@pytest.mark.parametrize(
+    ("architecture", "objective", "message"),
+    [
+        (
+            "gpt2",
+            "mlm",
+            "transformers/gpt2 is causal: masked prediction needs a bidirectional backbone",
+        ),
+        (
+            "bert",
+            "clm",
+            "transformers/bert sees the future: causal prediction needs transformers/gpt2",
+        ),
+    ],
+)
 def test_an_objective_that_does_not_fit_says_so(architecture, objective, message):
     with pytest.raises(ValueError, match=message):
         task_of(f"transformers/{architecture}", INPUTS, objective, layers=1, hidden=16, heads=2)
 
 
-@pytest.mark.parametrize(("name", "inputs", "options", "message"), [
-    ("transformers/bert", {"channels": 3, "size": 32}, {}, "transformers/bert reads text; these rows are channels, size"),
-    ("transformers/bert", INPUTS, {"hidden": 30, "heads": 4}, "heads 4 must divide hidden 30"),
-    ("transformers/gpt2", INPUTS, {"positions": 16}, "rows of 32 tokens are longer than the 16 positions of gpt2"),
-    ("transformers/bert", INPUTS, {"config": {"vocab_size": 50, "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}},
-     "the tokenizer has 60 tokens, the embedding of bert 50"),
-    ("transformers/bert", INPUTS, {"config": {"is_decoder": True, "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}},
-     "transformers/bert: the configuration says is_decoder: true"),
-    ("timm/test_resnet", INPUTS, {}, "timm/test_resnet reads images; these rows are vocabulary, length, specials")])
+@pytest.mark.parametrize(
+    ("name", "inputs", "options", "message"),
+    [
+        (
+            "transformers/bert",
+            {"channels": 3, "size": 32},
+            {},
+            "transformers/bert reads text; these rows are channels, size",
+        ),
+        ("transformers/bert", INPUTS, {"hidden": 30, "heads": 4}, "heads 4 must divide hidden 30"),
+        (
+            "transformers/gpt2",
+            INPUTS,
+            {"positions": 16},
+            "rows of 32 tokens are longer than the 16 positions of gpt2",
+        ),
+        (
+            "transformers/bert",
+            INPUTS,
+            {
+                "config": {
+                    "vocab_size": 50,
+                    "hidden_size": 16,
+                    "num_attention_heads": 2,
+                    "num_hidden_layers": 1,
+                }
+            },
+            "the tokenizer has 60 tokens, the embedding of bert 50",
+        ),
+        (
+            "transformers/bert",
+            INPUTS,
+            {
+                "config": {
+                    "is_decoder": True,
+                    "hidden_size": 16,
+                    "num_attention_heads": 2,
+                    "num_hidden_layers": 1,
+                }
+            },
+            "transformers/bert: the configuration says is_decoder: true",
+        ),
+        (
+            "timm/test_resnet",
+            INPUTS,
+            {},
+            "timm/test_resnet reads images; these rows are vocabulary, length, specials",
+        ),
+    ],
+)
 def test_inputs_that_do_not_fit_are_refused(name, inputs, options, message):
     with pytest.raises(ValueError, match=message):
         task_of(name, inputs, "mlm", **options)
 
 
 def test_images_have_no_language_model():
-    with pytest.raises(ValueError, match="timm/test_resnet has no token embedding: language-model objectives need a text backbone"):
+    with pytest.raises(
+        ValueError,
+        match="timm/test_resnet has no token embedding: language-model objectives need a text "
+        "backbone",
+    ):
         task_of("timm/test_resnet", {"channels": 3, "size": 32}, "mlm")

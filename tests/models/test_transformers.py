@@ -1,4 +1,6 @@
-"""The four families of transformers: their own states on padded and on packed rows, poolers, layers, what is refused."""
+"""The four families of transformers: their own states on padded and on packed rows, poolers,
+layers, what is refused.
+"""
 
 import json
 
@@ -14,17 +16,26 @@ from pipeline.contracts import Batch
 VOCABULARY, LENGTH, PAD = 50, 24, 1
 INPUTS = {"vocabulary": VOCABULARY, "length": LENGTH, "specials": [PAD, 3, 0, 2, 4]}
 """Ids as RoBERTa has them: padding is not 0."""
-MODELS = {"bert": hf.BertModel, "roberta": hf.RobertaModel, "distilbert": hf.DistilBertModel, "gpt2": hf.GPT2Model}
+MODELS = {
+    "bert": hf.BertModel,
+    "roberta": hf.RobertaModel,
+    "distilbert": hf.DistilBertModel,
+    "gpt2": hf.GPT2Model,
+}
 SIZES = ((9, 10, 5), (24,), (3, 17), (11,))
 
 
 def build(family: str, **options):
     options = {**SMALL, **({} if "config" in options else {"layers": 3}), **options}
-    return bundle.build_backbone({"name": f"transformers/{family}", "options": options, "inputs": INPUTS}, seed=2).eval()
+    return bundle.build_backbone(
+        {"name": f"transformers/{family}", "options": options, "inputs": INPUTS}, seed=2
+    ).eval()
 
 
 def shaken(backbone):
-    """With vectors that are not what they begin as: a norm or a padding row left out would else go unseen."""
+    """With vectors that are not what they begin as: a norm or a padding row left out would else go
+    unseen.
+    """
     with torch.no_grad():
         for p in backbone.parameters():
             p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
@@ -32,11 +43,19 @@ def shaken(backbone):
 
 
 def reference(backbone):
-    """transformers' own model with the same weights, and a pooler of its own where the backbone has none."""
-    config = type(backbone.model.config).from_dict(json.loads(json.dumps(backbone.model.config.to_dict())))
+    """transformers' own model with the same weights, and a pooler of its own where the backbone has
+    none.
+    """
+    config = type(backbone.model.config).from_dict(
+        json.loads(json.dumps(backbone.model.config.to_dict()))
+    )
     model = MODELS[backbone.architecture](config).eval()
     missing, unexpected = model.load_state_dict(backbone.model.state_dict(), strict=False)
-    assert not unexpected and set(missing) <= {"pooler.dense.weight", "pooler.dense.bias"} and (backbone.pool != "pooler" or not missing)
+    assert (
+        not unexpected
+        and set(missing) <= {"pooler.dense.weight", "pooler.dense.bias"}
+        and (backbone.pool != "pooler" or not missing)
+    )
     return model
 
 
@@ -71,7 +90,10 @@ def test_padded_rows_have_the_states_of_transformers(family):
 def test_packed_documents_have_the_states_that_transformers_gives_each_alone(family):
     backbone = shaken(build(family))
     torch.manual_seed(4)
-    tokens, segments = torch.full((len(SIZES), LENGTH), PAD), torch.zeros(len(SIZES), LENGTH, dtype=torch.int32)
+    tokens, segments = (
+        torch.full((len(SIZES), LENGTH), PAD),
+        torch.zeros(len(SIZES), LENGTH, dtype=torch.int32),
+    )
     places = []
     for row, sizes in enumerate(SIZES):
         ends = np.cumsum(sizes)
@@ -81,18 +103,28 @@ def test_packed_documents_have_the_states_that_transformers_gives_each_alone(fam
             places.append((row, here))
     found, model = backbone(batch(tokens=tokens, segments=segments)).tokens, reference(backbone)
     for row, here in places:
-        assert (found[row, here] - model(input_ids=tokens[row:row + 1, here]).last_hidden_state[0]).abs().max() < 1e-5
+        assert (
+            found[row, here] - model(input_ids=tokens[row : row + 1, here]).last_hidden_state[0]
+        ).abs().max() < 1e-5
 
 
 @torch.no_grad()
 def test_token_types_are_read_where_there_are_several(family):
     backbone = shaken(build(family))
     tokens, mask = padded((12, 24, 9))
-    types = (torch.arange(tokens.shape[1])[None] >= torch.tensor([5, 20, 3])[:, None]).to(torch.uint8) * mask.to(torch.uint8)
-    with_types, without = (backbone(batch(tokens=tokens, mask=mask, **more)).tokens for more in ({"types": types}, {}))
+    types = (torch.arange(tokens.shape[1])[None] >= torch.tensor([5, 20, 3])[:, None]).to(
+        torch.uint8
+    ) * mask.to(torch.uint8)
+    with_types, without = (
+        backbone(batch(tokens=tokens, mask=mask, **more)).tokens for more in ({"types": types}, {})
+    )
     if family == "bert":
-        want = reference(backbone)(input_ids=tokens, attention_mask=mask.long(), token_type_ids=types.long()).last_hidden_state
-        assert (with_types - want)[mask].abs().max() < 1e-5 and (with_types - without)[mask].abs().max() > 0.05
+        want = reference(backbone)(
+            input_ids=tokens, attention_mask=mask.long(), token_type_ids=types.long()
+        ).last_hidden_state
+        assert (with_types - want)[mask].abs().max() < 1e-5 and (with_types - without)[
+            mask
+        ].abs().max() > 0.05
     else:
         assert torch.equal(with_types, without)
     assert backbone.has_types == (family == "bert")
@@ -105,14 +137,24 @@ def test_the_pooler_is_the_familys_own(family):
     tokens, mask = padded((12, 24, 1, 7))
     want = reference(backbone)(input_ids=tokens, attention_mask=mask.long())
     found = backbone(batch(tokens=tokens, mask=mask))
-    assert (found.pooled - want.pooler_output).abs().max() < 1e-5 and found.pooled.shape == (4, backbone.pooled_dim)
-    assert backbone.layers()["pooler"] == ["model.pooler.dense.weight", "model.pooler.dense.bias"] and list(backbone.layers())[-1] == "pooler"
-    assert "pooler" not in build(family).layers() and not any("pooler" in name for name in build(family).state_dict())
+    assert (found.pooled - want.pooler_output).abs().max() < 1e-5 and found.pooled.shape == (
+        4,
+        backbone.pooled_dim,
+    )
+    assert (
+        backbone.layers()["pooler"] == ["model.pooler.dense.weight", "model.pooler.dense.bias"]
+        and list(backbone.layers())[-1] == "pooler"
+    )
+    assert "pooler" not in build(family).layers() and not any(
+        "pooler" in name for name in build(family).state_dict()
+    )
 
 
 @pytest.mark.parametrize("family", ["distilbert", "gpt2"])
 def test_families_without_a_pooler_say_so(family):
-    with pytest.raises(ValueError, match=f"transformers/{family} has no pooler: set pool to mean, first or last"):
+    with pytest.raises(
+        ValueError, match=f"transformers/{family} has no pooler: set pool to mean, first or last"
+    ):
         build(family, pool="pooler")
 
 
@@ -122,7 +164,9 @@ def test_layers_are_in_order_and_hold_each_parameter_once(family):
         layers = backbone.layers()
         ends = {"gpt2": ["norm"]}.get(family, []) + (["pooler"] if pool == "pooler" else [])
         assert list(layers) == ["embeddings", *[f"block{i:02d}" for i in range(12)], *ends]
-        assert sorted(name for names in layers.values() for name in names) == sorted(name for name, _ in backbone.named_parameters())
+        assert sorted(name for names in layers.values() for name in names) == sorted(
+            name for name, _ in backbone.named_parameters()
+        )
         assert len({len(layers[f"block{i:02d}"]) for i in range(12)}) == 1
 
 
@@ -136,34 +180,52 @@ def test_the_embedding_is_that_of_the_tokens(family):
 def test_a_whole_configuration_gives_the_same_model(family):
     first = build(family)
     again = build(family, config=json.loads(json.dumps(first.model.config.to_dict())))
-    assert {n: t.shape for n, t in again.state_dict().items()} == {n: t.shape for n, t in first.state_dict().items()}
+    assert {n: t.shape for n, t in again.state_dict().items()} == {
+        n: t.shape for n, t in first.state_dict().items()
+    }
     again.load_state_dict(first.state_dict())
     tokens, mask = padded((12, 24))
-    assert torch.equal(again(batch(tokens=tokens, mask=mask)).pooled, first(batch(tokens=tokens, mask=mask)).pooled)
+    assert torch.equal(
+        again(batch(tokens=tokens, mask=mask)).pooled, first(batch(tokens=tokens, mask=mask)).pooled
+    )
     assert again.arch["options"]["config"]["model_type"] == family
 
 
 def test_the_length_must_fit_the_positions():
     """RoBERTa keeps the positions up to padding's for itself: 514 take 512 tokens, as published."""
     config = build("roberta").model.config.to_dict()
-    assert config["max_position_embeddings"] == LENGTH + PAD + 1 and build("roberta", positions=30).positions == 30
-    with pytest.raises(ValueError, match=r"rows of 24 tokens are longer than the 22 positions of roberta \(the first 2 of its 24 are for padding\)"):
+    assert (
+        config["max_position_embeddings"] == LENGTH + PAD + 1
+        and build("roberta", positions=30).positions == 30
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"rows of 24 tokens are longer than the 22 positions of roberta \(the first 2 of "
+        r"its 24 are for padding\)",
+    ):
         build("roberta", config={**config, "max_position_embeddings": LENGTH})
     for family in ("bert", "distilbert"):
         assert build(family).positions == LENGTH
-        with pytest.raises(ValueError, match=f"rows of 24 tokens are longer than the 16 positions of {family}"):
+        with pytest.raises(
+            ValueError, match=f"rows of 24 tokens are longer than the 16 positions of {family}"
+        ):
             build(family, positions=16)
 
 
 def test_roberta_needs_its_own_padding():
     config = build("roberta").model.config.to_dict()
-    with pytest.raises(ValueError, match="the tokenizer pads with token 1, roberta's configuration with pad_token_id 5"):
+    with pytest.raises(
+        ValueError,
+        match="the tokenizer pads with token 1, roberta's configuration with pad_token_id 5",
+    ):
         build("roberta", config={**config, "pad_token_id": 5})
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_refused(family):
     config = build(family).model.config.to_dict()
-    with pytest.raises(ValueError, match=f"the tokenizer has 50 tokens, the embedding of {family} 40"):
+    with pytest.raises(
+        ValueError, match=f"the tokenizer has 50 tokens, the embedding of {family} 40"
+    ):
         build(family, config={**config, "vocab_size": 40})
 
 
@@ -177,7 +239,9 @@ def test_steps_with_kept_keys_and_values_give_the_states_of_the_whole():
     first, past = backbone.advance(tokens[:, :6], mask[:, :6], positions[:, :6])
     parts = [first]
     for at in range(6, 10):
-        state, past = backbone.advance(tokens[:, at:at + 1], mask[:, :at + 1], positions[:, at:at + 1], past)
+        state, past = backbone.advance(
+            tokens[:, at : at + 1], mask[:, : at + 1], positions[:, at : at + 1], past
+        )
         parts.append(state)
     found = torch.cat(parts, dim=1)
     assert (found[0, 3:] - backbone(batch(tokens=tokens[:1, 3:])).tokens[0]).abs().max() < 1e-5

@@ -1,4 +1,6 @@
-"""Labels of classification, in whatever type a column holds them; mixup and CutMix as their papers have them."""
+"""Labels of classification, in whatever type a column holds them; mixup and CutMix as their papers
+have them.
+"""
 
 import numpy as np
 import pyarrow as pa
@@ -22,27 +24,53 @@ def dictionary(*chunks: list) -> pa.ChunkedArray:
     return pa.chunked_array([pa.array(chunk).dictionary_encode() for chunk in chunks])
 
 
-@pytest.mark.parametrize(("first", "second", "known"), [(["dog", "cat", "dog"], ["bee", "dog"], ["bee", "cat", "dog"]), ([7, 5], [5, 6], [5, 6, 7])])
+@pytest.mark.parametrize(
+    ("first", "second", "known"),
+    [(["dog", "cat", "dog"], ["bee", "dog"], ["bee", "cat", "dog"]), ([7, 5], [5, 6], [5, 6, 7])],
+)
 def test_labels_stored_as_a_dictionary_are_those_of_their_values(first, second, known):
-    plain, coded = pa.table({"kind": [*first, *second]}), pa.table({"kind": dictionary(first, second)})
+    plain, coded = (
+        pa.table({"kind": [*first, *second]}),
+        pa.table({"kind": dictionary(first, second)}),
+    )
     state = Classification.fit(OPTIONS, coded, COLUMNS)
-    assert state == Classification.fit(OPTIONS, plain, COLUMNS) == {"values": known, "labels": [str(v) for v in known]}
+    assert (
+        state
+        == Classification.fit(OPTIONS, plain, COLUMNS)
+        == {"values": known, "labels": [str(v) for v in known]}
+    )
     found = Classification.encode(coded, COLUMNS, state)["label"]
-    assert found.tolist() == [known.index(v) for v in (*first, *second)] == Classification.encode(plain, COLUMNS, state)["label"].tolist()
+    assert (
+        found.tolist()
+        == [known.index(v) for v in (*first, *second)]
+        == Classification.encode(plain, COLUMNS, state)["label"].tolist()
+    )
 
 
 def test_names_stored_as_a_dictionary():
     table = pa.table({"kind": dictionary([1, 0], [1]), "name": dictionary(["dog", "cat"], ["dog"])})
-    assert Classification.fit(OPTIONS, table, {"label": "kind", "label_name": "name"}) == {"values": [0, 1], "labels": ["cat", "dog"]}
+    assert Classification.fit(OPTIONS, table, {"label": "kind", "label_name": "name"}) == {
+        "values": [0, 1],
+        "labels": ["cat", "dog"],
+    }
 
 
 def test_unknown_and_missing_labels_of_a_dictionary_are_told():
     state = Classification.fit(OPTIONS, pa.table({"kind": dictionary(["cat", "dog"])}), COLUMNS)
-    with pytest.raises(ValueError, match="column kind: label 'dgo' never stands in the training rows; did you mean dog"):
+    with pytest.raises(
+        ValueError,
+        match="column kind: label 'dgo' never stands in the training rows; did you mean dog",
+    ):
         Classification.encode(pa.table({"kind": dictionary(["cat"], ["dgo"])}), COLUMNS, state)
-    missing = (r"column kind: 1 of 3 rows have no label \(null\); write their labels, or leave these rows out: data\.where: \{kind: \[cat, dog\]\} "
-               "keeps the rows that have one")
-    for read in (lambda table: Classification.fit(OPTIONS, table, COLUMNS), lambda table: Classification.encode(table, COLUMNS, state)):
+    missing = (
+        r"column kind: 1 of 3 rows have no label \(null\); write their labels, or leave these "
+        r"rows out: data\.where: \{kind: \[cat, dog\]\} "
+        "keeps the rows that have one"
+    )
+    for read in (
+        lambda table: Classification.fit(OPTIONS, table, COLUMNS),
+        lambda table: Classification.encode(table, COLUMNS, state),
+    ):
         with pytest.raises(ValueError, match=missing):
             read(pa.table({"kind": dictionary(["cat", None], ["dog"])}))
 
@@ -50,11 +78,16 @@ def test_unknown_and_missing_labels_of_a_dictionary_are_told():
 @pytest.mark.parametrize("column", [pa.array([1, 2]), pa.array([1, 2]).dictionary_encode()])
 def test_labels_of_another_type_than_in_training_are_told(column):
     state = Classification.fit(OPTIONS, pa.table({"kind": ["cat", "dog"]}), COLUMNS)
-    with pytest.raises(ValueError, match=r"column kind: it holds int64 values, but the labels of the training rows are like 'cat'"):
+    with pytest.raises(
+        ValueError,
+        match=r"column kind: it holds int64 values, but the labels of the training rows are like "
+        r"'cat'",
+    ):
         Classification.encode(pa.table({"kind": column}), COLUMNS, state)
 
 
 # ---------------------------------------------------------------- mixup and CutMix
+
 
 def keys(n: int, seed: int = 0) -> torch.Tensor:
     rows = np.arange(n)
@@ -63,7 +96,12 @@ def keys(n: int, seed: int = 0) -> torch.Tensor:
 
 def batch(n: int = 16, shards: int = 4) -> Batch:
     pixels, label = images(n)
-    return Batch(np.arange(n), keys(n), {"image": torch.from_numpy(pixels).float() / 64 - 2, "label": torch.from_numpy(label)}, np.arange(n) % shards)
+    return Batch(
+        np.arange(n),
+        keys(n),
+        {"image": torch.from_numpy(pixels).float() / 64 - 2, "label": torch.from_numpy(label)},
+        np.arange(n) % shards,
+    )
 
 
 def task_with(seed: int = 0, **options) -> Task:
@@ -81,46 +119,74 @@ def ring(n: int = 16, shards: int = 4) -> torch.Tensor:
 def test_shares_have_the_beta_distribution(alpha):
     found = classification.beta(keys(20_000), alpha).double().numpy()
     assert found.min() >= 0 and found.max() <= 1
-    inner = found[(found > 1e-6) & (found < 1 - 1e-6)]  # float32 rounds the ends, where a small alpha has much of its mass
+    inner = found[
+        (found > 1e-6) & (found < 1 - 1e-6)
+    ]  # float32 rounds the ends, where a small alpha has much of its mass
     low, high = stats.beta.cdf((1e-6, 1 - 1e-6), alpha, alpha)
     assert len(inner) / len(found) == pytest.approx(high - low, abs=0.015)
-    assert stats.kstest(inner, lambda x: (stats.beta.cdf(x, alpha, alpha) - low) / (high - low)).pvalue > 0.01
+    assert (
+        stats.kstest(inner, lambda x: (stats.beta.cdf(x, alpha, alpha) - low) / (high - low)).pvalue
+        > 0.01
+    )
 
 
 def test_mixup_is_the_formula_of_the_paper(monkeypatch):
-    """Zhang et al. 2018: x = l x_i + (1 - l) x_j, y = l y_i + (1 - l) y_j, and the cross-entropy with that y."""
+    """Zhang et al. 2018: x = l x_i + (1 - l) x_j, y = l y_i + (1 - l) y_j, and the cross-entropy
+    with that y.
+    """
     rows, other = batch(), ring()
     share = torch.linspace(0, 1, 16)
     monkeypatch.setattr(classification, "beta", lambda keys, alpha: share)
     task = task_with(mixup=0.4, label_smoothing=0.1)
     total, count, logs = task(rows)
-    x = share[:, None, None, None] * rows["image"] + (1 - share)[:, None, None, None] * rows["image"][other]
+    x = (
+        share[:, None, None, None] * rows["image"]
+        + (1 - share)[:, None, None, None] * rows["image"][other]
+    )
     y = F.one_hot(rows["label"], 3).float()
     y = share[:, None] * y + (1 - share)[:, None] * y[other]
     scores = task.objective.scores(task.backbone(rows.replace(image=x)).pooled)
-    assert total.item() == pytest.approx(F.cross_entropy(scores, y, reduction="sum", label_smoothing=0.1).item(), rel=1e-5) and count.item() == 16
-    assert logs["accuracy"].item() == pytest.approx(y[torch.arange(16), scores.argmax(1)].sum().item(), rel=1e-5)
+    assert (
+        total.item()
+        == pytest.approx(
+            F.cross_entropy(scores, y, reduction="sum", label_smoothing=0.1).item(), rel=1e-5
+        )
+        and count.item() == 16
+    )
+    assert logs["accuracy"].item() == pytest.approx(
+        y[torch.arange(16), scores.argmax(1)].sum().item(), rel=1e-5
+    )
 
 
 def rand_bbox(width: int, height: int, lam: float, cx: int, cy: int) -> tuple[int, int, int, int]:
     """Of the authors' CutMix code (clovaai/CutMix-PyTorch), with the centre given."""
     cut_rat = np.sqrt(1.0 - lam)
     cut_w, cut_h = int(width * cut_rat), int(height * cut_rat)
-    return (int(np.clip(cx - cut_w // 2, 0, width)), int(np.clip(cy - cut_h // 2, 0, height)),
-            int(np.clip(cx + cut_w // 2, 0, width)), int(np.clip(cy + cut_h // 2, 0, height)))
+    return (
+        int(np.clip(cx - cut_w // 2, 0, width)),
+        int(np.clip(cy - cut_h // 2, 0, height)),
+        int(np.clip(cx + cut_w // 2, 0, width)),
+        int(np.clip(cy + cut_h // 2, 0, height)),
+    )
 
 
 def test_cutmix_is_the_code_of_the_authors(monkeypatch):
-    """A patch of the partner at the same place; labels are mixed by the pixels that it has after it was cut off at the border."""
+    """A patch of the partner at the same place; labels are mixed by the pixels that it has after it
+    was cut off at the border.
+    """
     rows = batch(64)
-    rows = rows.replace(image=torch.randn(64, 2, 12, 10, generator=torch.Generator().manual_seed(0)))
+    rows = rows.replace(
+        image=torch.randn(64, 2, 12, 10, generator=torch.Generator().manual_seed(0))
+    )
     lam = torch.linspace(0, 1, 64)
     monkeypatch.setattr(classification, "beta", lambda keys, alpha: lam)
     other, share, found = classification.mixed(rows, 0.0, 1.0)
     assert torch.equal(other, ring(64))
     place = classification.uniform(rows.keys, 3, classification._CUT)
     for i in range(64):
-        x0, y0, x1, y1 = rand_bbox(10, 12, lam[i].item(), int(place[i, 2] * 10), int(place[i, 1] * 12))
+        x0, y0, x1, y1 = rand_bbox(
+            10, 12, lam[i].item(), int(place[i, 2] * 10), int(place[i, 1] * 12)
+        )
         want = rows["image"][i].clone()
         want[:, y0:y1, x0:x1] = rows["image"][other[i], :, y0:y1, x0:x1]
         assert torch.equal(found[i], want)
@@ -132,12 +198,16 @@ def test_with_both_each_row_takes_one():
     rows = batch(4000)
     x, other = rows["image"], ring(4000)
     _, share, found = classification.mixed(rows, 0.5, 0.5)
-    cut = ((found == x) | (found == x[other])).flatten(1).all(1)  # every pixel is one row's or the other's
+    cut = (
+        ((found == x) | (found == x[other])).flatten(1).all(1)
+    )  # every pixel is one row's or the other's
     assert 0.45 < cut.float().mean() < 0.56
     assert not torch.equal(share[:2000], share[2000:])
 
 
-@pytest.mark.parametrize("options", [{"mixup": 0.4}, {"cutmix": 1.0}, {"mixup": 0.2, "cutmix": 0.5}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"mixup": 0.4}, {"cutmix": 1.0}, {"mixup": 0.2, "cutmix": 0.5}], ids=str
+)
 def test_mixing_is_the_same_at_any_number_of_ranks(options):
     """Loss and gradients of 2 and 4 ranks add up to those of one; ranks hold whole shards."""
     rows = batch(48, 4)
@@ -149,7 +219,12 @@ def test_mixing_is_the_same_at_any_number_of_ranks(options):
         sums, hits = 0.0, 0.0
         for rank in range(ranks):
             mine = np.flatnonzero(rows.shards % ranks == rank)
-            part = Batch(rows.rows[mine], rows.keys[mine], {name: tensor[mine] for name, tensor in rows.data.items()}, rows.shards[mine])
+            part = Batch(
+                rows.rows[mine],
+                rows.keys[mine],
+                {name: tensor[mine] for name, tensor in rows.data.items()},
+                rows.shards[mine],
+            )
             loss, _, more = split(part)
             loss.backward()
             sums, hits = sums + loss.item(), hits + more["accuracy"].item()
@@ -176,30 +251,74 @@ def test_what_cannot_be_mixed_is_told():
         task(batch(4, 4))
     tokens = text_rows(4).arrays
     with pytest.raises(ValueError, match=r"mix images, and these rows hold label, tokens"):
-        classification.mixed(Batch(np.arange(4), keys(4), {"label": torch.zeros(4), "tokens": torch.from_numpy(tokens["tokens"])}), 0.4, 0.0)
+        classification.mixed(
+            Batch(
+                np.arange(4),
+                keys(4),
+                {"label": torch.zeros(4), "tokens": torch.from_numpy(tokens["tokens"])},
+            ),
+            0.4,
+            0.0,
+        )
 
 
-# ---------------------------------------------------------------- two classes, rare classes, calibration
+# ----------------------------------------------------------- two classes, rare classes, calibration
 
-@pytest.mark.parametrize(("positive", "values"), [(None, ["alive", "dead"]), ("alive", ["dead", "alive"]), ("dead", ["alive", "dead"])])
+
+@pytest.mark.parametrize(
+    ("positive", "values"),
+    [(None, ["alive", "dead"]), ("alive", ["dead", "alive"]), ("dead", ["alive", "dead"])],
+)
 def test_the_positive_class_stands_second(positive, values):
     table = pa.table({"kind": ["dead", "alive", "alive"], "name": ["died", "lived", "lived"]})
     state = Classification.fit(ClassificationOptions(positive=positive), table, COLUMNS)
     assert state == {"values": values, "labels": values}
-    assert Classification.encode(table, COLUMNS, state)["label"].tolist() == [values.index(v) for v in ("dead", "alive", "alive")]
+    assert Classification.encode(table, COLUMNS, state)["label"].tolist() == [
+        values.index(v) for v in ("dead", "alive", "alive")
+    ]
 
 
-@pytest.mark.parametrize(("column", "positive"), [([0, 1, 1], 0), ([0, 1, 1], "0 by name"), ([False, True, True], False), ([1.5, 2.0, 2.0], 1.5)])
+@pytest.mark.parametrize(
+    ("column", "positive"),
+    [
+        ([0, 1, 1], 0),
+        ([0, 1, 1], "0 by name"),
+        ([False, True, True], False),
+        ([1.5, 2.0, 2.0], 1.5),
+    ],
+)
 def test_a_positive_class_of_any_type_is_found_by_value_or_name(column, positive):
     table = pa.table({"kind": column, "name": [f"{value} by name" for value in column]})
-    state = Classification.fit(ClassificationOptions(positive=positive), table, {**COLUMNS, "label_name": "name"})
-    assert state["values"][1] == column[0] and type(state["values"][1]) is type(column[0]) and state["labels"][1] == f"{column[0]} by name"
+    state = Classification.fit(
+        ClassificationOptions(positive=positive), table, {**COLUMNS, "label_name": "name"}
+    )
+    assert (
+        state["values"][1] == column[0]
+        and type(state["values"][1]) is type(column[0])
+        and state["labels"][1] == f"{column[0]} by name"
+    )
 
 
-@pytest.mark.parametrize(("options", "column", "message"), [
-    ({"positive": "sick"}, ["a", "b"], "option positive of classification: 'sick' is none of the classes a, b"),
-    ({"positive": "a"}, ["a", "b", "c"], "option positive of classification is for two classes, and the training rows hold 3"),
-    ({"threshold": "f1"}, ["a", "b", "c"], "option threshold of classification is for two classes")])
+@pytest.mark.parametrize(
+    ("options", "column", "message"),
+    [
+        (
+            {"positive": "sick"},
+            ["a", "b"],
+            "option positive of classification: 'sick' is none of the classes a, b",
+        ),
+        (
+            {"positive": "a"},
+            ["a", "b", "c"],
+            "option positive of classification is for two classes, and the training rows hold 3",
+        ),
+        (
+            {"threshold": "f1"},
+            ["a", "b", "c"],
+            "option threshold of classification is for two classes",
+        ),
+    ],
+)
 def test_options_of_two_classes_that_do_not_fit_are_told(options, column, message):
     with pytest.raises(ValueError, match=message):
         Classification.fit(ClassificationOptions(**options), pa.table({"kind": column}), COLUMNS)
@@ -207,7 +326,16 @@ def test_options_of_two_classes_that_do_not_fit_are_told(options, column, messag
 
 def test_two_classes_are_measured_by_what_clinicians_read():
     names = Classification.measures(OPTIONS, label_state(2))
-    assert names == ("accuracy", "macro_f1", "loss", "auroc", "auprc", "min_precision_sensitivity", "brier", "ece")
+    assert names == (
+        "accuracy",
+        "macro_f1",
+        "loss",
+        "auroc",
+        "auprc",
+        "min_precision_sensitivity",
+        "brier",
+        "ece",
+    )
     assert Classification.measures(OPTIONS, label_state(3)) == Classification.metrics
 
 
@@ -222,31 +350,53 @@ def rare(**options) -> Task:
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_class_weights_and_the_focal_loss_are_their_formulas(smoothing):
-    """Weights as scikit-learn's "balanced"; only in training, and mixed rows take those of both classes."""
+    """Weights as scikit-learn's "balanced"; only in training, and mixed rows take those of both
+    classes.
+    """
     from sklearn.utils.class_weight import compute_class_weight
 
-    plain, task, rows = rare(), rare(class_weight="balanced", focal=2.0, label_smoothing=smoothing), batch(18)
+    plain, task, rows = (
+        rare(),
+        rare(class_weight="balanced", focal=2.0, label_smoothing=smoothing),
+        batch(18),
+    )
     assert task.objective.state["counts"] == [6, 3, 1] and "counts" not in plain.objective.state
-    weight = torch.from_numpy(compute_class_weight("balanced", classes=np.arange(3), y=np.repeat([0, 1, 2], [6, 3, 1]))).float()
+    weight = torch.from_numpy(
+        compute_class_weight("balanced", classes=np.arange(3), y=np.repeat([0, 1, 2], [6, 3, 1]))
+    ).float()
     scores = task.objective.scores(task.backbone(rows).pooled).double()
     label = rows["label"]
     true = scores.softmax(1)[torch.arange(18), label]
-    losses = F.cross_entropy(scores, label, weight=weight.double(), reduction="none", label_smoothing=smoothing) * (1 - true) ** 2
+    losses = (
+        F.cross_entropy(
+            scores, label, weight=weight.double(), reduction="none", label_smoothing=smoothing
+        )
+        * (1 - true) ** 2
+    )
     total, count, _ = task.train()(rows)
     assert total.item() == pytest.approx(losses.sum().item(), rel=1e-4) and count.item() == 18
-    assert sum(task(part)[0].item() for part in rows.split(5)) == pytest.approx(total.item(), rel=1e-5)
+    assert sum(task(part)[0].item() for part in rows.split(5)) == pytest.approx(
+        total.item(), rel=1e-5
+    )
     if not smoothing:
-        assert losses.sum().item() == pytest.approx((-weight[label] * (1 - true) ** 2 * true.log()).sum().item(), rel=1e-6)
+        assert losses.sum().item() == pytest.approx(
+            (-weight[label] * (1 - true) ** 2 * true.log()).sum().item(), rel=1e-6
+        )
     assert task.eval()(rows)[0].item() == pytest.approx(plain.eval()(rows)[0].item(), rel=1e-6)
     found = task.objective.predict(task.backbone, rows)["loss"]
-    assert found.double().detach().numpy() == pytest.approx(F.cross_entropy(scores, label, reduction="none").detach().numpy(), rel=1e-4)
+    assert found.double().detach().numpy() == pytest.approx(
+        F.cross_entropy(scores, label, reduction="none").detach().numpy(), rel=1e-4
+    )
 
 
 def test_mixed_rows_are_weighted_too(monkeypatch):
     rows, share = batch(16), torch.linspace(0, 1, 16)
     monkeypatch.setattr(classification, "beta", lambda keys, alpha: share)
     task = rare(class_weight="balanced", focal=1.0, mixup=0.4)
-    x = share[:, None, None, None] * rows["image"] + (1 - share)[:, None, None, None] * rows["image"][ring()]
+    x = (
+        share[:, None, None, None] * rows["image"]
+        + (1 - share)[:, None, None, None] * rows["image"][ring()]
+    )
     scores = task.objective.scores(task.backbone(rows.replace(image=x)).pooled)
     weight, chance = torch.tensor([10 / 18, 10 / 9, 10 / 3]), scores.softmax(1)
 
@@ -268,7 +418,9 @@ def test_a_focal_loss_of_a_certain_row_has_a_slope():
 
 
 def test_temperature_and_threshold_come_from_the_rows_that_are_given():
-    """The state is a new one, as trials share theirs; predict then gives calibrated scores, and calls by the threshold."""
+    """The state is a new one, as trials share theirs; predict then gives calibrated scores, and
+    calls by the threshold.
+    """
     torch.manual_seed(0)
     net, options = Net(), ClassificationOptions(calibrate="temperature", threshold="f1")
     shared = label_state(2)
@@ -276,21 +428,36 @@ def test_temperature_and_threshold_come_from_the_rows_that_are_given():
     rows = batch(64).replace(label=torch.zeros(64, dtype=torch.int64))
     with torch.no_grad():
         task.objective.head.bias[1] -= 1  # the second class is rare, and said far too surely
-        rows = rows.replace(label=torch.distributions.Categorical(logits=task.objective.predict(net, rows)["scores"]).sample())
+        rows = rows.replace(
+            label=torch.distributions.Categorical(
+                logits=task.objective.predict(net, rows)["scores"]
+            ).sample()
+        )
         for tensor in task.objective.head.parameters():
             tensor.mul_(6)
-        before = {name: tensor.numpy() for name, tensor in task.objective.predict(net, rows).items()}
+        before = {
+            name: tensor.numpy() for name, tensor in task.objective.predict(net, rows).items()
+        }
         assert task.objective.calibrates and "threshold" not in before
         task.objective.calibrate(before)
         after = {name: tensor.numpy() for name, tensor in task.objective.predict(net, rows).items()}
     state = task.objective.state
-    assert shared == label_state(2) and set(state) == {"values", "labels", "temperature", "threshold"} and 2 < state["temperature"] < 19
+    assert (
+        shared == label_state(2)
+        and set(state) == {"values", "labels", "temperature", "threshold"}
+        and 2 < state["temperature"] < 19
+    )
     assert after["scores"] == pytest.approx(before["scores"] / state["temperature"], rel=1e-5)
     assert after["loss"].mean() < before["loss"].mean()
-    assert after["threshold"] == pytest.approx(np.full(64, state["threshold"])) and state["threshold"] < 0.5
+    assert (
+        after["threshold"] == pytest.approx(np.full(64, state["threshold"]))
+        and state["threshold"] < 0.5
+    )
     chance = np.exp(after["scores"][:, 1]) / np.exp(after["scores"]).sum(1)
     out = task.objective.written(after, None)
-    assert out["prediction"].tolist() == ["class 1" if p >= state["threshold"] else "class 0" for p in chance]
+    assert out["prediction"].tolist() == [
+        "class 1" if p >= state["threshold"] else "class 0" for p in chance
+    ]
     assert out["probabilities"][:, 1] == pytest.approx(chance, abs=1e-6)
     plain = task_with().objective
     assert not plain.calibrates and plain.calibrate({}) is None

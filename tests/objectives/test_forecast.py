@@ -1,4 +1,6 @@
-"""Forecasts and hidden events: targets against a loop, nothing from after the hour, and that both are learned."""
+"""Forecasts and hidden events: targets against a loop, nothing from after the hour, and that both
+are learned.
+"""
 
 import numpy as np
 import pytest
@@ -15,7 +17,9 @@ def rows():
 
 
 def task(rows, objective, backbone="events/gru", seed=0, **options):
-    return task_of(backbone, rows.modality.inputs(), objective, {}, seed=seed, options=options, width=16).eval()
+    return task_of(
+        backbone, rows.modality.inputs(), objective, {}, seed=seed, options=options, width=16
+    ).eval()
 
 
 def test_what_is_ahead_is_what_a_loop_finds(rows):
@@ -25,34 +29,60 @@ def test_what_is_ahead_is_what_a_loop_finds(rows):
     for i in range(8):
         for n in range(20):
             for v in range(5):
-                here = [float(x) for t, k, x, m in zip(batch["times"][i], batch["variables"][i], batch["values"][i], batch["mask"][i], strict=True)
-                        if m and k == v and hours[i, n] <= t < hours[i, n] + 4]
+                here = [
+                    float(x)
+                    for t, k, x, m in zip(
+                        batch["times"][i],
+                        batch["variables"][i],
+                        batch["values"][i],
+                        batch["mask"][i],
+                        strict=True,
+                    )
+                    if m and k == v and hours[i, n] <= t < hours[i, n] + 4
+                ]
                 assert bool(seen[i, n, v]) == bool(here)
-                assert mean[i, n, v].item() == pytest.approx(np.mean(here) if here else 0.0, abs=1e-5)
+                assert mean[i, n, v].item() == pytest.approx(
+                    np.mean(here) if here else 0.0, abs=1e-5
+                )
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("backbone", ["events/gru", "events/strats"])
 def test_the_loss_is_the_formula_on_what_the_network_forecasts(rows, backbone):
-    made, batch = task(rows, "forecast", backbone, horizon=4.0, presence=0.5, after=2.0), take(rows, np.arange(8))
+    made, batch = (
+        task(rows, "forecast", backbone, horizon=4.0, presence=0.5, after=2.0),
+        take(rows, np.arange(8)),
+    )
     objective = made.objective
     if backbone == "events/gru":
         found = made.backbone(batch)
         tokens, hours, real = found.tokens, found.stages["times"], found.mask
     else:
         cut, hours = objective._cut(batch)
-        assert (cut["times"][cut["mask"]] < hours.expand_as(cut["times"])[cut["mask"]]).all() and cut["mask"].sum() < batch["mask"].sum()
+        assert (
+            cut["times"][cut["mask"]] < hours.expand_as(cut["times"])[cut["mask"]]
+        ).all() and cut["mask"].sum() < batch["mask"].sum()
         tokens, real = made.backbone(cut).pooled[:, None], cut["mask"].any(1)[:, None]
     mean, seen = objective.ahead(batch, hours)
     value, logit = objective.head(tokens).unflatten(-1, (2, 5)).unbind(-2)
     expected = count = 0.0
-    for i, n in (real & seen.any(2) & (hours <= 20.0)).nonzero().tolist():  # 4 hours before the window's end
+    for i, n in (
+        (real & seen.any(2) & (hours <= 20.0)).nonzero().tolist()
+    ):  # 4 hours before the window's end
         chance = torch.sigmoid(logit[i, n]).double()
         told = -torch.where(seen[i, n], chance, 1 - chance).log()
-        squares = [min(abs(float(value[i, n, v] - mean[i, n, v])), FARTHEST) ** 2 for v in range(5) if seen[i, n, v]]
+        squares = [
+            min(abs(float(value[i, n, v] - mean[i, n, v])), FARTHEST) ** 2
+            for v in range(5)
+            if seen[i, n, v]
+        ]
         expected, count = expected + sum(squares) / 5 + 0.5 * float(told.mean()), count + 1
     total, number, logs = made(batch)
-    assert number == count and total.item() == pytest.approx(expected, rel=1e-5) and set(logs) == {"error", "zero_error", "measured"}
+    assert (
+        number == count
+        and total.item() == pytest.approx(expected, rel=1e-5)
+        and set(logs) == {"error", "zero_error", "measured"}
+    )
 
 
 @torch.no_grad()
@@ -64,13 +94,17 @@ def test_a_cut_row_is_forecast_without_its_future(rows):
     other = future_changed(batch, float(hours.max()))
     keep = [i for i in range(8) if batch["mask"][i].any()]
     again, _ = made.objective._cut(other)
-    torch.testing.assert_close(made.backbone(cut).pooled[keep], made.backbone(again).pooled[keep], rtol=0, atol=0)
+    torch.testing.assert_close(
+        made.backbone(cut).pooled[keep], made.backbone(again).pooled[keep], rtol=0, atol=0
+    )
     assert earliest > 2.0 and made(batch)[0] != made(other)[0]
 
 
 @torch.no_grad()
 def test_what_the_window_cuts_off_is_no_absence(rows):
-    """Hours whose horizon reaches beyond the window are not forecast: nothing tells what is measured there."""
+    """Hours whose horizon reaches beyond the window are not forecast: nothing tells what is
+    measured there.
+    """
     made, batch = task(rows, "forecast", horizon=6.0), take(rows, np.arange(8))
     _, real, _ = made.objective._rows(made.backbone, batch)
     hours = made.backbone(batch).stages["times"]
@@ -86,7 +120,10 @@ def test_rows_without_a_future_take_no_part(rows):
     total.backward()
 
 
-@pytest.mark.parametrize(("objective", "backbone"), [("forecast", "events/gru"), ("forecast", "events/strats"), ("masked_events", "events/strats")])
+@pytest.mark.parametrize(
+    ("objective", "backbone"),
+    [("forecast", "events/gru"), ("forecast", "events/strats"), ("masked_events", "events/strats")],
+)
 def test_it_learns_and_every_part_is_trained(rows, objective, backbone):
     torch.manual_seed(0)
     made, batch = task(rows, objective, backbone), take(rows, np.arange(8))
@@ -105,16 +142,26 @@ def test_it_learns_and_every_part_is_trained(rows, objective, backbone):
 
 @torch.no_grad()
 def test_hidden_events_are_those_of_the_keys_and_none_is_read(rows):
-    made, batch = task(rows, "masked_events", "events/strats", values=0.5, events=0.3), take(rows, np.arange(8))
+    made, batch = (
+        task(rows, "masked_events", "events/strats", values=0.5, events=0.3),
+        take(rows, np.arange(8)),
+    )
     caught = []
-    hook = made.backbone.register_forward_pre_hook(lambda module, args, kwargs: caught.append((args[0], kwargs["token_mask"])), with_kwargs=True)
+    hook = made.backbone.register_forward_pre_hook(
+        lambda module, args, kwargs: caught.append((args[0], kwargs["token_mask"])),
+        with_kwargs=True,
+    )
     total, count, _ = made(batch)
     assert (total, count) == made(batch)[:2] and count == 7  # the row without events
     hook.remove()
     (seen, hidden), _ = caught
     assert not (hidden & ~batch["mask"]).any() and (seen["values"][hidden] == 0).all()
     gone = batch["mask"] & ~seen["mask"]
-    assert 0.4 < hidden.sum() / batch["mask"].sum() < 0.6 and 0.1 < gone.sum() / batch["mask"].sum() < 0.25 and not (hidden & gone).any()
+    assert (
+        0.4 < hidden.sum() / batch["mask"].sum() < 0.6
+        and 0.1 < gone.sum() / batch["mask"].sum() < 0.25
+        and not (hidden & gone).any()
+    )
     features = made.backbone(seen, token_mask=hidden)
     values = made.objective.value(features.tokens)[..., 0]
     chance = torch.sigmoid(made.objective.left_out(features.pooled)).double()
@@ -122,7 +169,11 @@ def test_hidden_events_are_those_of_the_keys_and_none_is_read(rows):
     for i in range(8):
         if batch["mask"][i].any():
             which = hidden[i].nonzero()[:, 0]
-            expected += float((values[i, which] - batch["values"][i, which]).square().mean()) if len(which) else 0.0
+            expected += (
+                float((values[i, which] - batch["values"][i, which]).square().mean())
+                if len(which)
+                else 0.0
+            )
             told = torch.zeros(5, dtype=torch.bool)
             told[batch["variables"][i][gone[i]]] = True
             expected -= float(torch.where(told, chance[i], 1 - chance[i]).log().mean())
@@ -130,7 +181,9 @@ def test_hidden_events_are_those_of_the_keys_and_none_is_read(rows):
 
 
 def test_what_cannot_be_trained_is_refused(rows):
-    with pytest.raises(ValueError, match="no token for each event: masked_events takes events/strats"):
+    with pytest.raises(
+        ValueError, match="no token for each event: masked_events takes events/strats"
+    ):
         task(rows, "masked_events")
     with pytest.raises(ValueError, match="both 0"):
         task(rows, "masked_events", "events/strats", values=0.0, events=0.0)

@@ -20,13 +20,18 @@ def team():
 
 
 def as_written(first: torch.Tensor, second: torch.Tensor, temperature: float) -> tuple[float, int]:
-    """Algorithm 1 of Chen et al. 2020, in loops: the sum over the 2 N views, and how many are nearest to their partner."""
+    """Algorithm 1 of Chen et al. 2020, in loops: the sum over the 2 N views, and how many are
+    nearest to their partner.
+    """
     z = [*first, *second]
     n, total, hits = len(first), 0.0, 0
     for i in range(2 * n):
         similar = [float(F.cosine_similarity(z[i], z[k], dim=0)) for k in range(2 * n)]
         j = (i + n) % (2 * n)
-        total -= math.log(math.exp(similar[j] / temperature) / sum(math.exp(similar[k] / temperature) for k in range(2 * n) if k != i))
+        total -= math.log(
+            math.exp(similar[j] / temperature)
+            / sum(math.exp(similar[k] / temperature) for k in range(2 * n) if k != i)
+        )
         hits += max((k for k in range(2 * n) if k != i), key=similar.__getitem__) == j
     return total, hits
 
@@ -37,11 +42,20 @@ def test_the_loss_is_the_papers_formula(temperature):
     batch = some(7, made.objective.views())
     total, count, logs = made(batch)
     head, backbone = made.objective.head, made.backbone
-    first, second = (head(backbone(batch.replace(image=batch[name])).pooled) for name in ("view0", "view1"))
+    first, second = (
+        head(backbone(batch.replace(image=batch[name])).pooled) for name in ("view0", "view1")
+    )
     want, hits = as_written(first.detach(), second.detach(), temperature)
-    assert float(total.detach()) == pytest.approx(want, rel=1e-5) and count == 14 and int(logs["top1"]) == hits
+    assert (
+        float(total.detach()) == pytest.approx(want, rel=1e-5)
+        and count == 14
+        and int(logs["top1"]) == hits
+    )
     found = made.objective.predict(backbone, batch)
-    assert float(found["loss"].detach().sum()) == pytest.approx(want, rel=1e-5) and found["count"].tolist() == [2.0] * 7
+    assert (
+        float(found["loss"].detach().sum()) == pytest.approx(want, rel=1e-5)
+        and found["count"].tolist() == [2.0] * 7
+    )
 
 
 def test_views_that_are_the_same_are_found():
@@ -53,13 +67,20 @@ def test_views_that_are_the_same_are_found():
 
 def test_two_views_of_the_input_with_the_options_strengths():
     first, second = task("simclr", area=0.3, jitter=0.5, blur=0.0).objective.views()
-    assert first == second and (first.size, first.area, first.strength, first.blur) == (None, (0.3, 1.0), 0.5, 0.0)
+    assert first == second and (first.size, first.area, first.strength, first.blur) == (
+        None,
+        (0.3, 1.0),
+        0.5,
+        0.0,
+    )
 
 
 def test_rows_that_are_no_images_are_refused():
     backbone = Conv()
     backbone.arch = {"name": "toys/words", "options": {}, "inputs": {"vocabulary": 9}}
-    with pytest.raises(ValueError, match="toys/words: simclr compares views of images; these rows are vocabulary"):
+    with pytest.raises(
+        ValueError, match="toys/words: simclr compares views of images; these rows are vocabulary"
+    ):
         SimCLR(backbone, SimCLR.options_class(), {})
 
 

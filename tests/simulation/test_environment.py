@@ -1,4 +1,6 @@
-"""Worlds make the same environment again, change what they say and nothing else, and refuse what they cannot be."""
+"""Worlds make the same environment again, change what they say and nothing else, and refuse what
+they cannot be.
+"""
 
 import json
 
@@ -24,19 +26,31 @@ def test_a_world_is_its_text():
             World.parse(text)
 
 
-@pytest.mark.parametrize(("changed", "said"), [
-    ({"dynamics": {"mass": "x"}}, "could not convert string to float: 'x'"), ({"steps": "ten"}, "'ten'"),
-    ({"seed": float("inf")}, "cannot convert float infinity"),
-    ({"dynamics": {"mas": 2.0}}, "dynamics mas: did you mean mass"), ({"steps": 0}, "steps 0: an episode has at least 1")])
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"dynamics": {"mass": "x"}}, "could not convert string to float: 'x'"),
+        ({"steps": "ten"}, "'ten'"),
+        ({"seed": float("inf")}, "cannot convert float infinity"),
+        ({"dynamics": {"mas": 2.0}}, "dynamics mas: did you mean mass"),
+        ({"steps": 0}, "steps 0: an episode has at least 1"),
+    ],
+)
 def test_a_text_that_is_no_world_is_named_with_what_is_wrong_in_it(changed, said):
     with pytest.raises(ValueError, match=r"'\{\"id\": \"Hopper-v5\".* is no world: .*" + said):
         World.parse(json.dumps({"id": "Hopper-v5", "steps": 3, "seed": 1, **changed}))
 
 
-@pytest.mark.parametrize(("dynamics", "said"), [
-    ({"mas": 2.0}, "dynamics mas: did you mean mass"), ({"mass": 0.0}, "dynamics mass=0.0: a multiplier above 0"),
-    ({"gear": float("nan")}, "dynamics gear=nan"),
-    ({"latency": 1.5}, "latency=1.5: a whole number of steps"), ({"noise": -1.0}, "noise=-1.0: a deviation from 0")])
+@pytest.mark.parametrize(
+    ("dynamics", "said"),
+    [
+        ({"mas": 2.0}, "dynamics mas: did you mean mass"),
+        ({"mass": 0.0}, "dynamics mass=0.0: a multiplier above 0"),
+        ({"gear": float("nan")}, "dynamics gear=nan"),
+        ({"latency": 1.5}, "latency=1.5: a whole number of steps"),
+        ({"noise": -1.0}, "noise=-1.0: a deviation from 0"),
+    ],
+)
 def test_dynamics_that_are_none_are_refused(dynamics, said):
     with pytest.raises(ValueError, match=said):
         World(PENDULUM, 10, 0, dynamics)
@@ -55,11 +69,16 @@ def test_dynamics_change_what_they_say_and_nothing_else():
         model = model_of(**{name: 2.5})
         for array in {array for fields in environment.FIELDS.values() for array in fields}:
             factor = 2.5 if array in arrays else 1.0
-            assert np.allclose(getattr(model, array), factor * getattr(plain, array), rtol=1e-12), (name, array)
+            assert np.allclose(getattr(model, array), factor * getattr(plain, array), rtol=1e-12), (
+                name,
+                array,
+            )
 
 
 def test_what_follows_from_masses_follows_them():
-    """Subtree masses and inverse inertias are MuJoCo's own for a model that is written with those masses."""
+    """Subtree masses and inverse inertias are MuJoCo's own for a model that is written with those
+    masses.
+    """
     heavy = model_of(mass=2.5)
     text = mujoco.MjModel.from_xml_path(make(World(PENDULUM, 5, 0)).unwrapped.fullpath)
     text.body_mass[:] *= 2.5
@@ -82,19 +101,31 @@ def test_late_actions_come_so_many_steps_later():
     actions = np.linspace(-1, 1, 8)
     late = episode(World(PENDULUM, 50, 3, {"latency": 2}), actions)
     prompt = episode(World(PENDULUM, 50, 3), [0, 0, *actions[:6]])
-    assert np.array_equal(late, prompt) and not np.allclose(late, episode(World(PENDULUM, 50, 3), actions))
+    assert np.array_equal(late, prompt) and not np.allclose(
+        late, episode(World(PENDULUM, 50, 3), actions)
+    )
 
 
 def test_noise_is_on_observations_alone_and_follows_the_seed():
     actions = [0.1] * 30
-    clean, noisy = (episode(World(PENDULUM, 50, 3, dynamics), actions) for dynamics in ({}, {"noise": 0.05}))
+    clean, noisy = (
+        episode(World(PENDULUM, 50, 3, dynamics), actions) for dynamics in ({}, {"noise": 0.05})
+    )
     assert np.std(noisy - clean) == pytest.approx(0.05, rel=0.15)
     assert np.array_equal(noisy, episode(World(PENDULUM, 50, 3, {"noise": 0.05}), actions))
-    assert not np.allclose((noisy - clean)[0], (episode(World(PENDULUM, 50, 4, {"noise": 0.05}), actions) - episode(World(PENDULUM, 50, 4), actions))[0])
+    assert not np.allclose(
+        (noisy - clean)[0],
+        (
+            episode(World(PENDULUM, 50, 4, {"noise": 0.05}), actions)
+            - episode(World(PENDULUM, 50, 4), actions)
+        )[0],
+    )
 
 
 def test_noise_differs_from_episode_to_episode():
-    """Where one environment is reset again and again, as in training: by the seed given to reset, and without one it goes on."""
+    """Where one environment is reset again and again, as in training: by the seed given to reset,
+    and without one it goes on.
+    """
     noisy, clean = (make(World(PENDULUM, 50, 3, dynamics)) for dynamics in ({"noise": 0.05}, {}))
     found = [noisy.reset(seed=seed)[0] - clean.reset(seed=seed)[0] for seed in (3, 8, 3)]
     assert np.allclose(found[0], found[2]) and not np.allclose(found[0], found[1])
@@ -107,8 +138,15 @@ def test_ranges_are_drawn_by_the_seed_within_their_bounds():
     found = [drawn(ranges, seed) for seed in range(400)]
     assert found[5] == drawn(ranges, 5) and len({one["mass"] for one in found}) == 400
     masses, late = np.array([one["mass"] for one in found]), {one["latency"] for one in found}
-    assert masses.min() >= 0.5 and masses.max() <= 2.0 and abs(np.log(masses).mean()) < 0.08 and late == {0.0, 1.0, 2.0, 3.0}
-    assert {one["gear"] for one in found} == {0.7} and all(World(PENDULUM, 1, 0, one) for one in found)
+    assert (
+        masses.min() >= 0.5
+        and masses.max() <= 2.0
+        and abs(np.log(masses).mean()) < 0.08
+        and late == {0.0, 1.0, 2.0, 3.0}
+    )
+    assert {one["gear"] for one in found} == {0.7} and all(
+        World(PENDULUM, 1, 0, one) for one in found
+    )
 
 
 @pytest.mark.parametrize("ends", [(2.0, 0.5), (0.0, 1.0), (1.0,), (1.0, float("nan"))])
@@ -118,9 +156,15 @@ def test_a_range_that_is_none_is_refused(ends):
 
 
 def test_what_is_not_installed_is_named(monkeypatch):
-    with pytest.raises(ValueError, match=r"environment 'InvertedDoublePendulun-v5' is not installed; did you mean InvertedDoublePendulum-v5"):
+    with pytest.raises(
+        ValueError,
+        match=r"environment 'InvertedDoublePendulun-v5' is not installed; did you mean "
+        r"InvertedDoublePendulum-v5",
+    ):
         make(World("InvertedDoublePendulun-v5", 10, 0))
-    with pytest.raises(ValueError, match="environment 'Hopper' is not installed; did you mean Hopper-v5"):
+    with pytest.raises(
+        ValueError, match="environment 'Hopper' is not installed; did you mean Hopper-v5"
+    ):
         check_named("Hopper")
     make(World("CartPole", 10, 0)).close()  # rows that say so are read
     with pytest.raises(ValueError, match="nowhere:Hopper-v5: No module named 'nowhere'"):
@@ -144,13 +188,29 @@ def test_masses_of_what_has_none_are_refused():
         make(World("onetomany/WallFollowing-v0", 10, 0, {"mass": 2.0}))
 
 
-@pytest.mark.parametrize("ident", ["planted_module:Env-v0", "planted_module:Hopper-v5", "os:system", "a/b/c-v0", "Hopper-v5 ", "", "../x", "x\n"])
+@pytest.mark.parametrize(
+    "ident",
+    [
+        "planted_module:Env-v0",
+        "planted_module:Hopper-v5",
+        "os:system",
+        "a/b/c-v0",
+        "Hopper-v5 ",
+        "",
+        "../x",
+        "x\n",
+    ],
+)
 def test_a_row_cannot_name_code(ident, tmp_path, monkeypatch):
     """gymnasium imports what stands before a colon, from the working folder too."""
     (tmp_path / "planted_module.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(ValueError, match="is no plain id of a registered environment, such as Hopper-v5; rows cannot name code"):
+    with pytest.raises(
+        ValueError,
+        match="is no plain id of a registered environment, such as Hopper-v5; rows cannot name "
+        "code",
+    ):
         make(World.parse(json.dumps({"id": ident, "steps": 5, "seed": 0, "dynamics": {}})))
     assert not (tmp_path / "ran").exists()
 

@@ -32,7 +32,9 @@ def test_a_picture_every_so_many_steps():
     assert [len(shown(frames)) for frames in (0, 3, 7)] == [0, 3, 1]
     first, *_, last = shown(3)
     assert first.shape == (*SIZE, 3) and first.dtype == np.uint8 and not np.array_equal(first, last)
-    assert {(0, 0, 0), (200, 40, 40), (255, 255, 255)} <= {tuple(colour) for colour in first.reshape(-1, 3).tolist()}
+    assert {(0, 0, 0), (200, 40, 40), (255, 255, 255)} <= {
+        tuple(colour) for colour in first.reshape(-1, 3).tolist()
+    }
 
 
 def test_mujoco_draws_only_where_a_driver_is_named(monkeypatch):
@@ -45,5 +47,7 @@ def test_mujoco_draws_only_where_a_driver_is_named(monkeypatch):
 
 def test_mujoco_draws_through_egl_where_it_can():
     env = {**os.environ, "MUJOCO_GL": "egl"}
-    told = subprocess.run([sys.executable, "-c", MUJOCO], env=env, capture_output=True, text=True, check=True).stdout.strip()
+    told = subprocess.run(
+        [sys.executable, "-c", MUJOCO], env=env, capture_output=True, text=True, check=True
+    ).stdout.strip()
     assert told in ("7 [(96, 128, 3)] 3 3", "7 [] 0 0")  # the second: a machine without its driver

@@ -1,4 +1,6 @@
-"""Episodes are those of a bare loop, whatever stands beside them; experts do what they are for; what goes wrong is marked."""
+"""Episodes are those of a bare loop, whatever stands beside them; experts do what they are for;
+what goes wrong is marked.
+"""
 
 import gymnasium
 import mujoco
@@ -39,7 +41,9 @@ def bare(world, policy):
     observation, _ = env.reset(seed=world.seed)
     total, steps = 0.0, 0
     while True:
-        observation, reward, terminated, truncated, _ = env.step(np.clip(policy.gain @ observation.astype(np.float32), -1, 1).astype(np.float32))
+        observation, reward, terminated, truncated, _ = env.step(
+            np.clip(policy.gain @ observation.astype(np.float32), -1, 1).astype(np.float32)
+        )
         total, steps = total + reward, steps + 1
         if terminated or truncated:
             return total, steps, terminated
@@ -50,35 +54,59 @@ def test_episodes_are_those_of_a_bare_loop():
     for world, episode in zip(worlds, rollout(worlds, law()), strict=True):
         total, steps, terminated = bare(world, law())
         assert episode.rewards.sum() == pytest.approx(total, abs=1e-9)
-        assert (len(episode.rewards), episode.terminated, episode.success) == (steps, terminated, not terminated)
-        assert episode.observations.shape == (steps, 9) and episode.actions.shape == (steps, 1) and np.abs(episode.actions).max() <= 1
+        assert (len(episode.rewards), episode.terminated, episode.success) == (
+            steps,
+            terminated,
+            not terminated,
+        )
+        assert (
+            episode.observations.shape == (steps, 9)
+            and episode.actions.shape == (steps, 1)
+            and np.abs(episode.actions).max() <= 1
+        )
 
 
 def test_what_stands_beside_a_world_changes_nothing():
-    worlds = [World(PENDULUM, 60, seed, SHIFTED if seed % 2 else {"noise": 0.01}) for seed in range(8)]
+    worlds = [
+        World(PENDULUM, 60, seed, SHIFTED if seed % 2 else {"noise": 0.01}) for seed in range(8)
+    ]
     together = rollout(worlds, law())
     for world, episode in zip(worlds[::-1], rollout(worlds[::-1], law()), strict=True):
-        assert np.array_equal(episode.observations, together[world.seed].observations) and np.array_equal(episode.rewards, together[world.seed].rewards)
+        assert np.array_equal(
+            episode.observations, together[world.seed].observations
+        ) and np.array_equal(episode.rewards, together[world.seed].rewards)
 
 
-@pytest.mark.parametrize(("dynamics", "least"), [({}, 1.0), (SHIFTED, 0.8)], ids=["nominal", "shifted"])
+@pytest.mark.parametrize(
+    ("dynamics", "least"), [({}, 1.0), (SHIFTED, 0.8)], ids=["nominal", "shifted"]
+)
 def test_lqr_balances_its_own_world(dynamics, least):
     worlds = [World(PENDULUM, 400, seed, dynamics) for seed in range(10)]
     found = demonstrations(worlds, [expert("lqr", world) for world in worlds])
-    assert np.mean([one.success for one in found]) >= least and {len(one.rewards) for one in found if one.success} == {400}
+    assert np.mean([one.success for one in found]) >= least and {
+        len(one.rewards) for one in found if one.success
+    } == {400}
     random = demonstrations(worlds, [Random(world) for world in worlds])
     assert max(len(one.rewards) for one in random) < 30 and not any(one.success for one in random)
 
 
 def test_lqr_of_another_world_falls():
     worlds = [World(PENDULUM, 400, seed, SHIFTED) for seed in range(5)]
-    assert max(len(one.rewards) for one in demonstrations(worlds, [LQR(World(PENDULUM, 400, 0))] * 5)) < 100
+    assert (
+        max(len(one.rewards) for one in demonstrations(worlds, [LQR(World(PENDULUM, 400, 0))] * 5))
+        < 100
+    )
 
 
 def test_lqr_linearises_as_mujoco_does_and_stabilises_what_is_unstable():
-    """MuJoCo's own mjd_transitionFD refuses the Runge-Kutta integrator: with Euler's and tiny steps it gives the same, and the loop is closed stably."""
+    """MuJoCo's own mjd_transitionFD refuses the Runge-Kutta integrator: with Euler's and tiny steps
+    it gives the same, and the loop is closed stably.
+    """
     for ident, unstable in (("InvertedPendulum-v5", 1), (PENDULUM, 2)):
-        law, model = LQR(World(ident, 100, 0, SHIFTED)), make(World(ident, 100, 0, SHIFTED)).unwrapped.model
+        law, model = (
+            LQR(World(ident, 100, 0, SHIFTED)),
+            make(World(ident, 100, 0, SHIFTED)).unwrapped.model,
+        )
         n = 2 * model.nv
         span, tiny = model.opt.timestep * make(World(ident, 100, 0)).unwrapped.frame_skip, 1e-4
         model.opt.integrator, model.opt.timestep = mujoco.mjtIntegrator.mjINT_EULER, tiny
@@ -87,13 +115,17 @@ def test_lqr_linearises_as_mujoco_does_and_stabilises_what_is_unstable():
         whole, pushed = np.eye(n), np.zeros((n, model.nu))
         for _ in range(round(span / tiny)):
             whole, pushed = a @ whole, a @ pushed + b
-        assert np.allclose(law.whole, whole, atol=0.02 * np.abs(whole).max()) and np.allclose(law.pushed, pushed, atol=0.02 * np.abs(pushed).max())
+        assert np.allclose(law.whole, whole, atol=0.02 * np.abs(whole).max()) and np.allclose(
+            law.pushed, pushed, atol=0.02 * np.abs(pushed).max()
+        )
         assert (np.abs(np.linalg.eigvals(law.whole)) > 1.001).sum() == unstable
         assert np.abs(np.linalg.eigvals(law.whole - law.pushed @ law.gain)).max() < 0.999
 
 
 def test_lqr_balances_the_single_pendulum_and_pays_less_than_other_gains():
-    """Of the linear model, the price of the regulator from a start is lower than that of gains beside it."""
+    """Of the linear model, the price of the regulator from a start is lower than that of gains
+    beside it.
+    """
     world = World("InvertedPendulum-v5", 100, 0)
     law = LQR(world)
     found = demonstrations([world], [law])[0]
@@ -114,12 +146,21 @@ def test_lqr_balances_the_single_pendulum_and_pays_less_than_other_gains():
 def test_noisy_demonstrations_keep_the_expert_s_own_actions_as_labels():
     world = World(PENDULUM, 50, 1)
     noisy, clean = (demonstrations([world], [LQR(world)], explore)[0] for explore in (0.1, 0.0))
-    assert np.array_equal(noisy.observations[0], clean.observations[0]) and np.array_equal(noisy.actions[0], clean.actions[0])
+    assert np.array_equal(noisy.observations[0], clean.observations[0]) and np.array_equal(
+        noisy.actions[0], clean.actions[0]
+    )
     assert not np.allclose(noisy.observations[1], clean.observations[1])
-    assert np.array_equal(clean.executed, clean.actions) and not np.allclose(noisy.executed, noisy.actions) and noisy.executed.dtype == np.float32
+    assert (
+        np.array_equal(clean.executed, clean.actions)
+        and not np.allclose(noisy.executed, noisy.actions)
+        and noisy.executed.dtype == np.float32
+    )
     env = make(world)
     seen = [env.reset(seed=1)[0], *(env.step(action)[0] for action in noisy.executed)]
-    assert np.array_equal(np.float32(seen[:-1]), noisy.observations) and np.abs(noisy.executed).max() <= 1
+    assert (
+        np.array_equal(np.float32(seen[:-1]), noisy.observations)
+        and np.abs(noisy.executed).max() <= 1
+    )
     again = demonstrations([world], [LQR(world)], 0.1)[0]
     assert np.array_equal(noisy.observations, again.observations)
 
@@ -128,14 +169,24 @@ def test_lqr_is_solved_once_for_the_same_dynamics(monkeypatch):
     met = []
     monkeypatch.setattr(experts, "make", lambda world: met.append(world.dynamics) or make(world))
     dynamics = {"mass": 1.2345, "gear": 0.9}
-    first, noisy, other = (LQR(World(PENDULUM, 9, seed, given)) for seed, given in enumerate((dynamics, {"noise": 0.1, **dynamics}, {"mass": 1.2346})))
-    assert met == [dynamics, {"mass": 1.2346}] and np.array_equal(first.gain, noisy.gain) and not np.array_equal(first.gain, other.gain)
+    first, noisy, other = (
+        LQR(World(PENDULUM, 9, seed, given))
+        for seed, given in enumerate((dynamics, {"noise": 0.1, **dynamics}, {"mass": 1.2346}))
+    )
+    assert (
+        met == [dynamics, {"mass": 1.2346}]
+        and np.array_equal(first.gain, noisy.gain)
+        and not np.array_equal(first.gain, other.gain)
+    )
 
 
 def test_an_expert_that_is_none_is_named():
     with pytest.raises(ValueError, match="unknown expert 'lqrr'; did you mean lqr"):
         expert("lqrr", World(PENDULUM, 1, 0))
-    with pytest.raises(ValueError, match="expert lqr balances InvertedPendulum and InvertedDoublePendulum, not Hopper-v5"):
+    with pytest.raises(
+        ValueError,
+        match="expert lqr balances InvertedPendulum and InvertedDoublePendulum, not Hopper-v5",
+    ):
         expert("lqr", World("Hopper-v5", 1, 0))
 
 
@@ -151,10 +202,14 @@ class Broken(gymnasium.Wrapper):
 
 
 def test_a_simulator_that_diverges_marks_its_episode_and_no_other(monkeypatch):
-    monkeypatch.setattr(rollouts, "make", lambda world: Broken(make(world)) if world.seed == 1 else make(world))
+    monkeypatch.setattr(
+        rollouts, "make", lambda world: Broken(make(world)) if world.seed == 1 else make(world)
+    )
     found = rollout([World(PENDULUM, 6, seed) for seed in range(3)], Law(np.zeros((1, 9))))
     assert found[1].diverged == "step 2: an observation is not finite" and not found[1].success
-    assert (len(found[1].rewards), found[1].rewards[-1]) == (3, 0.0) and np.isfinite(found[1].observations).all()
+    assert (len(found[1].rewards), found[1].rewards[-1]) == (3, 0.0) and np.isfinite(
+        found[1].observations
+    ).all()
     assert [one.diverged for one in (found[0], found[2])] == ["", ""]
 
 
@@ -177,7 +232,12 @@ def test_mujoco_s_own_warnings_count_as_divergence():
 
         patch.setattr(env.unwrapped, "step", blow)
         found = rollout([World(PENDULUM, 20, 0)], Wild())[0]
-        assert found.diverged == "step 0: MuJoCo warns of bad velocities" and not found.success and not found.terminated and not found.truncated
+        assert (
+            found.diverged == "step 0: MuJoCo warns of bad velocities"
+            and not found.success
+            and not found.terminated
+            and not found.truncated
+        )
 
 
 def test_mujoco_writes_no_log_of_its_warnings(tmp_path, monkeypatch):
@@ -185,7 +245,9 @@ def test_mujoco_writes_no_log_of_its_warnings(tmp_path, monkeypatch):
     plain = make(World(PENDULUM, 20, 0)).unwrapped
     plain.data.qvel[:] = 1e20
     mujoco.mj_step(plain.model, plain.data)
-    assert plain.data.warning[int(mujoco.mjtWarning.mjWARN_BADQVEL)].number and not list(tmp_path.iterdir())
+    assert plain.data.warning[int(mujoco.mjtWarning.mjWARN_BADQVEL)].number and not list(
+        tmp_path.iterdir()
+    )
 
 
 class Given:
@@ -202,7 +264,9 @@ class Given:
 
 
 def test_actions_are_cut_at_the_bounds_and_those_of_another_kind_refused():
-    assert rollout([World(PENDULUM, 3, 0)], Given(np.array([7.0])))[0].actions.tolist() == [[1.0]] * 3
+    assert (
+        rollout([World(PENDULUM, 3, 0)], Given(np.array([7.0])))[0].actions.tolist() == [[1.0]] * 3
+    )
     with pytest.raises(ValueError, match="takes 1 numbers"):
         rollout([World(PENDULUM, 3, 0)], Given(np.zeros(2)))
     for action in (4, -1, np.zeros(2)):
@@ -225,11 +289,21 @@ def test_walkers_succeed_by_staying_up_and_getting_on():
         def act(self, observations, rewards):
             return [None if one is None else np.zeros(3) for one in observations]
 
-    assert [(one.success, one.terminated) for one in rollout(worlds, Still())] == [(False, False)] * 2  # it stands, and gets nowhere
+    assert [(one.success, one.terminated) for one in rollout(worlds, Still())] == [
+        (False, False)
+    ] * 2  # it stands, and gets nowhere
 
 
-@pytest.mark.parametrize(("ident", "steps", "action", "want"), [
-    ("CartPole-v1", 5, 0, True), ("CartPole-v1", 50, 0, False), ("MountainCarContinuous-v0", 5, [1.0], None), ("Swimmer-v5", 5, [0.0, 0.0], None),
-    ("Swimmer-v5", 5, [np.nan, 0.0], None), ("onetomany/Push-v0", 5, [np.nan, 0.0], False)])
+@pytest.mark.parametrize(
+    ("ident", "steps", "action", "want"),
+    [
+        ("CartPole-v1", 5, 0, True),
+        ("CartPole-v1", 50, 0, False),
+        ("MountainCarContinuous-v0", 5, [1.0], None),
+        ("Swimmer-v5", 5, [0.0, 0.0], None),
+        ("Swimmer-v5", 5, [np.nan, 0.0], None),
+        ("onetomany/Push-v0", 5, [np.nan, 0.0], False),
+    ],
+)
 def test_success_is_told_where_it_is_known_what_that_is(ident, steps, action, want):
     assert rollout([World(ident, steps, 0)], Given(action))[0].success is want

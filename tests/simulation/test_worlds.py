@@ -16,7 +16,9 @@ from pipeline.simulation.range_world import ACTIONS, ANGLES, FARTHEST
 
 ROOM = "onetomany/WallFollowing-v0"
 ARM = "onetomany/Reach-v0"
-LOG = Path(os.environ.get("ONETOMANY_DATA", "/"), "robotics/scitos_wall_following/wall_following.parquet")
+LOG = Path(
+    os.environ.get("ONETOMANY_DATA", "/"), "robotics/scitos_wall_following/wall_following.parquet"
+)
 
 
 @pytest.mark.parametrize("skill", reach.SKILLS)
@@ -25,14 +27,20 @@ def test_the_scripted_arm_does_every_skill(skill):
     found = demonstrations(worlds, [expert("reach", world) for world in worlds])
     assert all(one.success and one.truncated and len(one.rewards) == 75 for one in found)
     random = demonstrations(worlds, [expert("random", world) for world in worlds])
-    assert not any(one.success for one in random) and max(one.rewards.sum() for one in random) < min(one.rewards.sum() for one in found)
+    assert not any(one.success for one in random) and max(
+        one.rewards.sum() for one in random
+    ) < min(one.rewards.sum() for one in found)
 
 
 def test_skills_are_points_of_the_target():
     target = np.array([0.1, -0.05])
-    assert np.allclose([reach.SKILLS[name](target, 0.0) for name in ("reach", "mirror", "quarter", "half")],
-                       [[0.1, -0.05], [-0.1, 0.05], [0.05, 0.1], [0.05, -0.025]])
-    circle = np.array([reach.SKILLS["orbit"](target, t) for t in np.linspace(0, 3, 50)]) - 0.7 * target
+    assert np.allclose(
+        [reach.SKILLS[name](target, 0.0) for name in ("reach", "mirror", "quarter", "half")],
+        [[0.1, -0.05], [-0.1, 0.05], [0.05, 0.1], [0.05, -0.025]],
+    )
+    circle = (
+        np.array([reach.SKILLS["orbit"](target, t) for t in np.linspace(0, 3, 50)]) - 0.7 * target
+    )
     assert np.allclose(np.linalg.norm(circle, axis=1), 0.04) and np.ptp(circle[:, 0]) > 0.07
 
 
@@ -65,16 +73,27 @@ def test_the_arm_that_reaches_does_not_mirror():
 
 
 def test_an_unknown_skill_is_named():
-    with pytest.raises(ValueError, match="onetomany/Reach-v0 has no skill 'reech'; did you mean reach"):
+    with pytest.raises(
+        ValueError, match="onetomany/Reach-v0 has no skill 'reech'; did you mean reach"
+    ):
         make(World(ARM, 5, 0, {}, "reech"))
 
 
 # ---------------------------------------------------------------- the room
 
+
 def test_rays_meet_walls_where_geometry_says():
-    walls = np.array([(0.0, 0.0, 4.0, 0.0), (4.0, 0.0, 4.0, 3.0), (4.0, 3.0, 0.0, 3.0), (0.0, 3.0, 0.0, 0.0)])
-    distance, glance, wall, _ = range_world.cast(walls, np.array([1.0, 1.0]), np.deg2rad([0, 90, 180, -90, 45]))
-    assert np.allclose(distance, [3, 2, 1, 1, 2 * np.sqrt(2)]) and np.allclose(glance, [1, 1, 1, 1, np.sqrt(0.5)]) and wall[:4].tolist() == [1, 2, 3, 0]
+    walls = np.array(
+        [(0.0, 0.0, 4.0, 0.0), (4.0, 0.0, 4.0, 3.0), (4.0, 3.0, 0.0, 3.0), (0.0, 3.0, 0.0, 0.0)]
+    )
+    distance, glance, wall, _ = range_world.cast(
+        walls, np.array([1.0, 1.0]), np.deg2rad([0, 90, 180, -90, 45])
+    )
+    assert (
+        np.allclose(distance, [3, 2, 1, 1, 2 * np.sqrt(2)])
+        and np.allclose(glance, [1, 1, 1, 1, np.sqrt(0.5)])
+        and wall[:4].tolist() == [1, 2, 3, 0]
+    )
     assert np.allclose(np.rad2deg(ANGLES[[12, 18, 0, 6]]), [0, 90, -180, -90])
 
 
@@ -90,8 +109,13 @@ def test_the_follower_follows_and_resembles_the_log():
 
 
 def test_a_room_follows_from_its_seed():
-    first, again, other = (demonstrations([World(ROOM, 30, seed)], [expert("wall", World(ROOM, 30, seed))])[0] for seed in (4, 4, 5))
-    assert np.array_equal(first.observations, again.observations) and not np.array_equal(first.observations[0], other.observations[0])
+    first, again, other = (
+        demonstrations([World(ROOM, 30, seed)], [expert("wall", World(ROOM, 30, seed))])[0]
+        for seed in (4, 4, 5)
+    )
+    assert np.array_equal(first.observations, again.observations) and not np.array_equal(
+        first.observations[0], other.observations[0]
+    )
 
 
 def test_driving_into_a_wall_ends_the_episode():
@@ -119,9 +143,20 @@ def driven(action, **dynamics):
 
 
 def test_actions_drive_and_turn_as_in_the_log():
-    (ahead, straight), (spot, sharp), (left, slight), (right, slow) = (driven(action) for action in range(4))
-    assert 0.15 <= ahead <= 0.2 and straight == 0 and spot == 0 and np.deg2rad(-13) <= sharp <= np.deg2rad(-8)
-    assert np.deg2rad(6) <= slight <= np.deg2rad(11) and np.deg2rad(-3) <= slow <= np.deg2rad(-1) and right < 0.6 * left
+    (ahead, straight), (spot, sharp), (left, slight), (right, slow) = (
+        driven(action) for action in range(4)
+    )
+    assert (
+        0.15 <= ahead <= 0.2
+        and straight == 0
+        and spot == 0
+        and np.deg2rad(-13) <= sharp <= np.deg2rad(-8)
+    )
+    assert (
+        np.deg2rad(6) <= slight <= np.deg2rad(11)
+        and np.deg2rad(-3) <= slow <= np.deg2rad(-1)
+        and right < 0.6 * left
+    )
 
 
 def test_gear_multiplies_all_speeds():
@@ -130,18 +165,35 @@ def test_gear_multiplies_all_speeds():
 
 
 def test_walls_are_mirrors_to_glancing_beams():
-    """Beside one long wall the sensors that look at it squarely tell its distance; the one that glances it hears the second wall, or nothing."""
+    """Beside one long wall the sensors that look at it squarely tell its distance; the one that
+    glances it hears the second wall, or nothing.
+    """
     env = make(World(ROOM, 50, 0)).unwrapped
-    env.walls = np.array([(-50.0, 0.0, 50.0, 0.0), (50.0, 0.0, 50.0, 40.0), (50.0, 40.0, -50.0, 40.0), (-50.0, 40.0, -50.0, 0.0)])
+    env.walls = np.array(
+        [
+            (-50.0, 0.0, 50.0, 0.0),
+            (50.0, 0.0, 50.0, 40.0),
+            (50.0, 40.0, -50.0, 40.0),
+            (-50.0, 40.0, -50.0, 0.0),
+        ]
+    )
     env.place, env.heading = np.array([0.0, 0.6]), np.pi  # the wall on the left
     seen = env._seen()
-    assert np.allclose(seen[17:20], 0.6, atol=0.04) and (seen[[15, 21]] < 1).all() and (seen[[13, 14, 22, 23, 6]] > 3).all()
+    assert (
+        np.allclose(seen[17:20], 0.6, atol=0.04)
+        and (seen[[15, 21]] < 1).all()
+        and (seen[[13, 14, 22, 23, 6]] > 3).all()
+    )
 
 
 def logged():
-    """(4092, 24) metres and names of actions of the first three quarters of the log; the last quarter is kept for the jobs."""
+    """(4092, 24) metres and names of actions of the first three quarters of the log; the last
+    quarter is kept for the jobs.
+    """
     table = pq.read_table(LOG).slice(0, 4092)
-    return np.stack([table[f"S{i}"].to_numpy() for i in range(1, 25)], 1), table["action_name"].to_pylist()
+    return np.stack([table[f"S{i}"].to_numpy() for i in range(1, 25)], 1), table[
+        "action_name"
+    ].to_pylist()
 
 
 @pytest.mark.data
@@ -149,7 +201,9 @@ def logged():
 def test_the_rule_is_the_one_that_the_real_robot_drove_by():
     seen, actions = logged()
     rule = expert("wall", World(ROOM, 5, 0))
-    assert [ACTIONS[rule.act(None, one)] for one in seen] == actions and sorted(set(actions)) == list(ACTIONS)
+    assert [ACTIONS[rule.act(None, one)] for one in seen] == actions and sorted(
+        set(actions)
+    ) == list(ACTIONS)
 
 
 @pytest.mark.data
@@ -158,6 +212,11 @@ def test_a_classifier_that_has_seen_only_the_twin_knows_what_the_real_robot_did(
     worlds = [World(ROOM, 300, seed) for seed in range(20)]
     found = demonstrations(worlds, [expert("wall", world) for world in worlds])
     forest = RandomForestClassifier(50, min_samples_leaf=2, random_state=0)
-    forest.fit(np.concatenate([one.observations for one in found]), np.concatenate([one.actions for one in found]))
+    forest.fit(
+        np.concatenate([one.observations for one in found]),
+        np.concatenate([one.actions for one in found]),
+    )
     seen, actions = logged()
-    assert f1_score(actions, [ACTIONS[code] for code in forest.predict(seen)], average="macro") > 0.85  # 0.14 for the most frequent action alone
+    assert (
+        f1_score(actions, [ACTIONS[code] for code in forest.predict(seen)], average="macro") > 0.85
+    )  # 0.14 for the most frequent action alone

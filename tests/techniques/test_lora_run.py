@@ -1,4 +1,6 @@
-"""A whole run of the command with lora among the techniques: an image target and a text target, their rows and their bundles."""
+"""A whole run of the command with lora among the techniques: an image target and a text target,
+their rows and their bundles.
+"""
 
 from __future__ import annotations
 
@@ -24,18 +26,33 @@ def test_lora_is_one_of_the_techniques(tmp_path, onetomany, tiny_data):  # noqa:
     job = tmp_path / "tiny.yaml"
     text = TINY.read_text()
     assert "[scratch, linear_probe, full, lp_ft]" in text and "seeds: 2" in text
-    job.write_text(text.replace("full, lp_ft]", "full, lp_ft, lora]").replace("seeds: 2", "seeds: 1"))
+    job.write_text(
+        text.replace("full, lp_ft]", "full, lp_ft, lora]").replace("seeds: 2", "seeds: 1")
+    )
     done = onetomany("run", job, cwd=tmp_path, timeout=RUN_S)
     assert done.returncode == 0, done.stderr[-4000:]
     rows = pq.read_table(tmp_path / "runs/tiny/results.parquet").to_pylist()
     for target, source in (("shoes", "garments"), ("reviews", "stories")):
-        found = {row["technique"]: row for row in rows if row["target"] == target and row["split"] == "test" and row["metric"] == "accuracy"}
-        assert set(found) == {"scratch", "linear_probe", "full", "lp_ft", "lora"} and found["lora"]["source"] == source
+        found = {
+            row["technique"]: row
+            for row in rows
+            if row["target"] == target and row["split"] == "test" and row["metric"] == "accuracy"
+        }
+        assert (
+            set(found) == {"scratch", "linear_probe", "full", "lp_ft", "lora"}
+            and found["lora"]["source"] == source
+        )
         assert all(row["status"] == "done" for row in found.values())
         assert found["linear_probe"]["params_trained"] < found["lora"]["params_trained"]
-        starts = {name: json.loads(found[name]["hyper_parameters"])["start_weights"] for name in ("full", "lora")}
+        starts = {
+            name: json.loads(found[name]["hyper_parameters"])["start_weights"]
+            for name in ("full", "lora")
+        }
         assert starts["full"] == starts["lora"]  # the same backbone and head
-        check_bundle(tmp_path / "runs/tiny/trials" / found["lora"]["trial_id"], tiny_data / ("images.parquet" if target == "shoes" else "reviews.parquet"))
+        check_bundle(
+            tmp_path / "runs/tiny/trials" / found["lora"]["trial_id"],
+            tiny_data / ("images.parquet" if target == "shoes" else "reviews.parquet"),
+        )
 
 
 RANKS = """\
@@ -58,28 +75,48 @@ fanout: {seeds: 1}
 
 
 def test_two_ranks_give_the_adapters_of_one(tmp_path, onetomany, tiny_data):  # noqa: F811
-    """Through Ray Train: adapters reduced over ranks, the best weights put back, merged and kept once."""
+    """Through Ray Train: adapters reduced over ranks, the best weights put back, merged and kept
+    once.
+    """
     job = tmp_path / "ranks.yaml"
     job.write_text(RANKS)
     kept, values = {}, {}
     for workers in (0, 2):
-        done = onetomany("run", job, "--set", f"targets.reviews.workers={workers}", cwd=tmp_path, timeout=RUN_S)
+        done = onetomany(
+            "run", job, "--set", f"targets.reviews.workers={workers}", cwd=tmp_path, timeout=RUN_S
+        )
         assert done.returncode == 0, done.stderr[-4000:]
         rows = pq.read_table(tmp_path / "runs/ranks/results.parquet").to_pylist()
-        new = [row for row in rows if row["technique"] == "lora" and row["split"] == "test" and row["metric"] == "loss" and row["trial_id"] not in kept]
+        new = [
+            row
+            for row in rows
+            if row["technique"] == "lora"
+            and row["split"] == "test"
+            and row["metric"] == "loss"
+            and row["trial_id"] not in kept
+        ]
         (mine,) = {row["trial_id"]: row for row in new}.values()
         assert mine["status"] == "done", mine["error"]
-        kept[mine["trial_id"]] = bundle.load(str(tmp_path / "runs/ranks/trials" / mine["trial_id"] / "bundle")).tensors
+        kept[mine["trial_id"]] = bundle.load(
+            str(tmp_path / "runs/ranks/trials" / mine["trial_id"] / "bundle")
+        ).tensors
         values[workers] = mine["value"]
-        check_bundle(tmp_path / "runs/ranks/trials" / mine["trial_id"], tiny_data / "reviews.parquet")
+        check_bundle(
+            tmp_path / "runs/ranks/trials" / mine["trial_id"], tiny_data / "reviews.parquet"
+        )
     assert values[2] == pytest.approx(values[0], rel=1e-4)
     one, two = kept.values()
-    assert one.keys() == two.keys() and max((one[name] - two[name]).abs().max().item() for name in one) < 1e-4
+    assert (
+        one.keys() == two.keys()
+        and max((one[name] - two[name]).abs().max().item() for name in one) < 1e-4
+    )
 
 
 @torch.no_grad()
 def check_bundle(trial: Path, rows: Path) -> None:
-    """The bundle holds the plain task and gives, for the test rows, the scores that were recorded."""
+    """The bundle holds the plain task and gives, for the test rows, the scores that were
+    recorded.
+    """
     kept = bundle.load(str(trial / "bundle"))
     assert kept.tensors and not any("lora" in name or "base_layer" in name for name in kept.tensors)
     task, modality = kept.task(), kept.modality()
@@ -88,5 +125,10 @@ def check_bundle(trial: Path, rows: Path) -> None:
     role = modality.roles[0]  # the columns have the roles' names
     arrays, bad = modality.decode(pq.read_table(rows).take(ids.tolist()), {role: role})
     assert len(ids) > 10 and not any(bad)
-    batch = modality.finish(Batch(ids, torch.zeros(len(ids), dtype=torch.int64), modality.collate(arrays)))
-    assert np.abs(task.objective.predict(task.backbone, batch)["scores"].numpy() - recorded).max() < 1e-5
+    batch = modality.finish(
+        Batch(ids, torch.zeros(len(ids), dtype=torch.int64), modality.collate(arrays))
+    )
+    assert (
+        np.abs(task.objective.predict(task.backbone, batch)["scores"].numpy() - recorded).max()
+        < 1e-5
+    )

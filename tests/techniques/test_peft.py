@@ -1,4 +1,6 @@
-"""Adapters start from nothing, train as peft's own do, move nothing else, and end in the weights under the plain task's names."""
+"""Adapters start from nothing, train as peft's own do, move nothing else, and end in the weights
+under the plain task's names.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,20 @@ import torch
 import toys
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from toys import SMALL, furthest, image_rows, label_state, make_run, net_task, take, task_of, text_modality, text_rows, trial_of, weights
+from toys import (
+    SMALL,
+    furthest,
+    image_rows,
+    label_state,
+    make_run,
+    net_task,
+    take,
+    task_of,
+    text_modality,
+    text_rows,
+    trial_of,
+    weights,
+)
 
 from pipeline import bundle, storage
 from pipeline.contracts import Batch, Task
@@ -27,9 +42,19 @@ from pipeline.train import loop, optim
 from pipeline.transfer import fanout, targets, trial, trials
 
 IMAGE = {"channels": 3, "size": 32}
-FAMILIES = ["transformers/bert", "transformers/roberta", "transformers/distilbert", "transformers/gpt2", "timm/test_vit", "timm/test_resnet",
-            "timm/test_efficientnet", "timm/tf_mobilenetv3_small_minimal_100"]
-"""Encoders, GPT-2's Conv1D, a vision transformer, convolutions plain, grouped (left alone) and padded as TensorFlow does."""
+FAMILIES = [
+    "transformers/bert",
+    "transformers/roberta",
+    "transformers/distilbert",
+    "transformers/gpt2",
+    "timm/test_vit",
+    "timm/test_resnet",
+    "timm/test_efficientnet",
+    "timm/tf_mobilenetv3_small_minimal_100",
+]
+"""Encoders, GPT-2's Conv1D, a vision transformer, convolutions plain, grouped (left alone) and
+padded as TensorFlow does.
+"""
 
 
 TECHNIQUES = ["scratch", "linear_probe", "full", "lp_ft", "lora"]
@@ -44,9 +69,13 @@ def made(name: str, seed: int = 0, n: int = 8, **options) -> tuple[Task, Batch]:
     """A task in evaluation mode and rows that it reads."""
     if name.startswith("transformers"):
         modality = text_modality(name)
-        task = task_of(name, modality.inputs(), "classification", label_state(), seed, **{**SMALL, **options})
+        task = task_of(
+            name, modality.inputs(), "classification", label_state(), seed, **{**SMALL, **options}
+        )
         return task.eval(), take(text_rows(n, modality), range(n))
-    return task_of(name, IMAGE, "classification", label_state(), seed).eval(), take(image_rows(n, size=32, channels=3), range(n))
+    return task_of(name, IMAGE, "classification", label_state(), seed).eval(), take(
+        image_rows(n, size=32, channels=3), range(n)
+    )
 
 
 def wrapped(task: Task, technique: Lora | None = None, seed: int = 0) -> Adapted:
@@ -75,7 +104,10 @@ def state_of(task: nn.Module) -> list[tuple[str, tuple[int, ...]]]:
 
 # ---------------------------------------------------------------- the start, the layers, the end
 
-@pytest.mark.parametrize("options", [{}, {"rslora": True, "rank": 4, "dropout": 0.3}, {"dora": True}], ids=str)
+
+@pytest.mark.parametrize(
+    "options", [{}, {"rslora": True, "rank": 4, "dropout": 0.3}, {"dora": True}], ids=str
+)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_adapters_start_from_nothing_and_end_in_the_weights(name, options):
     task, batch = made(name)
@@ -85,7 +117,9 @@ def test_adapters_start_from_nothing_and_end_in_the_weights(name, options):
     assert torch.equal(scores(adapted, batch), plain)
     layers = adapted.layers()
     assert list(layers)[-2:] == [ADDED, "head"] and set(layers) == {*made(name)[0].layers(), ADDED}
-    assert sorted(n for names in layers.values() for n in names) == sorted(n for n, _ in adapted.named_parameters())
+    assert sorted(n for names in layers.values() for n in names) == sorted(
+        n for n, _ in adapted.named_parameters()
+    )
     assert all(("lora_" in n) == (layer == ADDED) for layer, names in layers.items() for n in names)
     want = scores(shaken(adapted), batch)
     assert (want - plain).abs().max() > 1e-3
@@ -96,7 +130,10 @@ def test_adapters_start_from_nothing_and_end_in_the_weights(name, options):
     assert moved and all(n.endswith(".weight") and n.startswith("backbone.") for n in moved)
 
 
-@pytest.mark.parametrize(("name", "options", "alpha_over"), [("transformers/bert", {}, 8), ("transformers/gpt2", {"rslora": True}, math.sqrt(8))])
+@pytest.mark.parametrize(
+    ("name", "options", "alpha_over"),
+    [("transformers/bert", {}, 8), ("transformers/gpt2", {"rslora": True}, math.sqrt(8))],
+)
 def test_the_update_is_the_paper_s(name, options, alpha_over):
     """W + alpha / rank B A (Hu et al. 2022, section 4.1), alpha / sqrt(rank) in rsLoRA."""
     task, _ = made(name)
@@ -105,10 +142,19 @@ def test_the_update_is_the_paper_s(name, options, alpha_over):
     now = weights(adapted)
     after = weights(adapted.merged())
     changed = 0
-    for name in [n.removesuffix(".lora_A.default.weight") for n in now if n.endswith("lora_A.default.weight")]:
-        update = 4.0 / alpha_over * now[f"{name}.lora_B.default.weight"] @ now[f"{name}.lora_A.default.weight"]
+    for name in [
+        n.removesuffix(".lora_A.default.weight") for n in now if n.endswith("lora_A.default.weight")
+    ]:
+        update = (
+            4.0
+            / alpha_over
+            * now[f"{name}.lora_B.default.weight"]
+            @ now[f"{name}.lora_A.default.weight"]
+        )
         found = after[f"{name}.weight"] - before[f"{name}.weight"]
-        assert ((found.T if "gpt2" in task.backbone.arch["name"] else found) - update).abs().max() < 1e-6
+        assert (
+            (found.T if "gpt2" in task.backbone.arch["name"] else found) - update
+        ).abs().max() < 1e-6
         changed += 1
     assert changed == (12 if "bert" in task.backbone.arch["name"] else 8)  # of 2 blocks
 
@@ -120,12 +166,23 @@ def test_the_seed_makes_the_adapters_and_nothing_else_does():
     assert differ == {name for name in a if "lora_A" in name}
 
 
-@pytest.mark.parametrize(("name", "endings"), [
-    ("transformers/bert", {"query", "key", "value"}), ("transformers/roberta", {"query", "key", "value"}),
-    ("transformers/distilbert", {"q_lin", "k_lin", "v_lin"}), ("transformers/gpt2", {"c_attn"}), ("timm/test_vit", {"qkv"}),
-    ("timm/cait_xxs24_224", {"q", "k", "v", "qkv"}), ("timm/pvt_v2_b0", {"q", "kv"}), ("timm/swin_tiny_patch4_window7_224", {"qkv"})])
+@pytest.mark.parametrize(
+    ("name", "endings"),
+    [
+        ("transformers/bert", {"query", "key", "value"}),
+        ("transformers/roberta", {"query", "key", "value"}),
+        ("transformers/distilbert", {"q_lin", "k_lin", "v_lin"}),
+        ("transformers/gpt2", {"c_attn"}),
+        ("timm/test_vit", {"qkv"}),
+        ("timm/cait_xxs24_224", {"q", "k", "v", "qkv"}),
+        ("timm/pvt_v2_b0", {"q", "kv"}),
+        ("timm/swin_tiny_patch4_window7_224", {"qkv"}),
+    ],
+)
 def test_attention_is_found_by_name(name, endings):
-    inputs = text_modality(name).inputs() if name.startswith("transformers") else {**IMAGE, "size": 224}
+    inputs = (
+        text_modality(name).inputs() if name.startswith("transformers") else {**IMAGE, "size": 224}
+    )
     options = SMALL if name.startswith("transformers") else {}
     with torch.device("meta"):
         task = task_of(name, inputs, "classification", label_state(), **options)
@@ -138,22 +195,40 @@ def test_attention_is_found_by_name(name, endings):
 def test_what_cannot_be_merged_is_left_alone():
     """Grouped and dilated convolutions, and convolutions that standardise their weights."""
     backbone = net_task().backbone
-    backbone.grouped, backbone.dilated = nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 4, 3, dilation=2)
+    backbone.grouped, backbone.dilated = (
+        nn.Conv2d(4, 4, 3, groups=4),
+        nn.Conv2d(4, 4, 3, dilation=2),
+    )
     backbone.attention, backbone.kept = nn.MultiheadAttention(4, 2), nn.Conv2d(4, 4, 3)
     assert list(adaptable(backbone)) == ["stem", "block", "kept"]
     found = adaptable(made("timm/test_nfnet")[0].backbone)
-    assert found and all("attn" in name for name in found)  # its convolutions standardise their weights; squeeze and excitation do not
+    assert found and all(
+        "attn" in name for name in found
+    )  # its convolutions standardise their weights; squeeze and excitation do not
 
 
 # ---------------------------------------------------------------- errors
 
+
 def test_a_backbone_without_such_modules_is_told_with_those_that_it_has():
-    with pytest.raises(ValueError, match=r"toys/net has no module for attention.*1 x stem \(Linear\), 1 x block \(Linear\)\. Give modules: all"):
+    with pytest.raises(
+        ValueError,
+        match=r"toys/net has no module for attention.*1 x stem \(Linear\), 1 x block \(Linear\)\. "
+        r"Give modules: all",
+    ):
         lora(modules="attention").wrap(net_task())
-    with pytest.raises(ValueError, match=r"transformers/bert has no module ending with qkv, fc1\..*2 x query \(Linear\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"transformers/bert has no module ending with qkv, fc1\..*2 x query \(Linear\)",
+    ):
         lora(modules=["query", "qkv", "fc1"]).wrap(made("transformers/bert")[0])
-    assert wrapped(made("transformers/bert")[0], lora(modules=["query", "attention.output.dense"])).adapters() == [
-        f"model.encoder.layer.{i}.attention.{part}" for i in (0, 1) for part in ("self.query", "output.dense")]
+    assert wrapped(
+        made("transformers/bert")[0], lora(modules=["query", "attention.output.dense"])
+    ).adapters() == [
+        f"model.encoder.layer.{i}.attention.{part}"
+        for i in (0, 1)
+        for part in ("self.query", "output.dense")
+    ]
 
 
 def test_adapters_that_a_block_goes_past_are_told_at_the_first_batch():
@@ -161,9 +236,15 @@ def test_adapters_that_a_block_goes_past_are_told_at_the_first_batch():
     rows = image_rows(16, size=32, channels=3)
     task = task_of("timm/test_vit", IMAGE, "classification", label_state())
     attention = task.backbone.model.blocks[0].attn
-    attention.forward = lambda x, **words: attention.proj(nn.functional.linear(x, attention.qkv.weight, attention.qkv.bias)[..., :x.shape[-1]])
+    attention.forward = lambda x, **words: attention.proj(
+        nn.functional.linear(x, attention.qkv.weight, attention.qkv.bias)[..., : x.shape[-1]]
+    )
     run = make_run(rows, lora().wrap(task), steps=2, technique=lora())
-    with pytest.raises(ValueError, match=r"timm/test_vit uses the weights of model.blocks.0.attn.qkv without calling .*modules: \[fc1, fc2, proj\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"timm/test_vit uses the weights of model.blocks.0.attn.qkv without calling "
+        r".*modules: \[fc1, fc2, proj\]",
+    ):
         loop.fit(run)
     task, _ = made("timm/test_vit")
     loop.fit(make_run(rows, lora().wrap(task), steps=2, technique=lora()))
@@ -171,29 +252,54 @@ def test_adapters_that_a_block_goes_past_are_told_at_the_first_batch():
 
 # ---------------------------------------------------------------- training
 
+
 def adapted_run(task: Task | None = None, technique: Lora | None = None, **words) -> loop.Run:
     technique = technique or lora()
     torch.manual_seed(5)
     task = technique.wrap(task or net_task(norm="batch", dropout=0.4))
-    return make_run(image_rows(48), task, **{"technique": technique, "steps": 6, "lr": 0.01, "warmup": 0.0, **words})
+    return make_run(
+        image_rows(48),
+        task,
+        **{"technique": technique, "steps": 6, "lr": 0.01, "warmup": 0.0, **words},
+    )
 
 
 def test_training_equals_peft_s_own():
-    """get_peft_model of peft, plain AdamW and torch's backward, from the same start, rows and order."""
+    """get_peft_model of peft, plain AdamW and torch's backward, from the same start, rows and
+    order.
+    """
     modality = text_modality()
     rows = text_rows(48, modality)
     task = task_of("transformers/bert", modality.inputs(), "classification", label_state(), **SMALL)
     twin = copy.deepcopy(task)
     technique = lora(modules="attention", rank=4, alpha=12.0, lr_scale=3.0)
     torch.manual_seed(5)
-    run = make_run(rows, technique.wrap(task), steps=8, technique=technique, lr=5e-3, warmup=0.0, schedule="constant", clip_norm=0.5, weight_decay=0.1)
+    run = make_run(
+        rows,
+        technique.wrap(task),
+        steps=8,
+        technique=technique,
+        lr=5e-3,
+        warmup=0.0,
+        schedule="constant",
+        clip_norm=0.5,
+        weight_decay=0.1,
+    )
     torch.manual_seed(5)
     config = LoraConfig(r=4, lora_alpha=12, target_modules=["query", "key", "value"])
-    twin.backbone.model = get_peft_model(twin.backbone.model, config)  # type: ignore[assignment, arg-type]
+    # type: ignore[assignment, arg-type]
+    twin.backbone.model = get_peft_model(twin.backbone.model, config)
     twin.train()
     adapters, head = [p for p in twin.backbone.parameters() if p.requires_grad], twin.objective.head
-    optimizer = torch.optim.AdamW([{"params": adapters, "lr": 1.5e-2, "weight_decay": 0.1}, {"params": [head.weight], "weight_decay": 0.1},
-                                   {"params": [head.bias], "weight_decay": 0.0}], lr=5e-3, betas=(run.train.beta1, run.train.beta2))
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": adapters, "lr": 1.5e-2, "weight_decay": 0.1},
+            {"params": [head.weight], "weight_decay": 0.1},
+            {"params": [head.bias], "weight_decay": 0.0},
+        ],
+        lr=5e-3,
+        betas=(run.train.beta1, run.train.beta2),
+    )
     for loaded in run.batches(range(8)):
         total, count, _ = twin(run.ready(loaded.batch, False))
         (total / count).backward()
@@ -201,9 +307,15 @@ def test_training_equals_peft_s_own():
         optimizer.step()
         optimizer.zero_grad()
     loop.fit(run)
-    theirs = {name.replace("model.base_model.model.", "model."): tensor for name, tensor in weights(twin).items()}
+    theirs = {
+        name.replace("model.base_model.model.", "model."): tensor
+        for name, tensor in weights(twin).items()
+    }
     ours = weights(run.task)
-    assert len(adapters) == 12 and max(float(ours[n].abs().max()) for n in ours if "lora_B" in n) > 1e-2
+    assert (
+        len(adapters) == 12
+        and max(float(ours[n].abs().max()) for n in ours if "lora_B" in n) > 1e-2
+    )
     assert furthest(ours, theirs) < 1e-6
     merged = technique.finish(run.task)
     twin.backbone.model = twin.backbone.model.merge_and_unload()
@@ -218,11 +330,19 @@ def test_only_adapters_and_head_move_and_have_optimiser_state(monkeypatch):
     outcome = loop.fit(run)
     moving = {*layers[ADDED], *layers["head"]}
     after = weights(run.task)
-    assert {name for name in after if not torch.equal(after[name], before[name])} == moving  # norm statistics stay, too
-    assert outcome.params_trained == sum(before[name].numel() for name in moving) == 8 * (64 + 16) + 8 * (16 + 16) + 16 * 3 + 3
+    assert {
+        name for name in after if not torch.equal(after[name], before[name])
+    } == moving  # norm statistics stay, too
+    assert (
+        outcome.params_trained
+        == sum(before[name].numel() for name in moving)
+        == 8 * (64 + 16) + 8 * (16 + 16) + 16 * 3 + 3
+    )
     named = dict(run.task.named_parameters())
     assert {id(p) for p in held[0].state} == {id(named[name]) for name in moving}
-    assert {group["lr"] for group in held[0].param_groups} and all(p.grad is None for p in named.values())
+    assert {group["lr"] for group in held[0].param_groups} and all(
+        p.grad is None for p in named.values()
+    )
 
 
 def test_frozen_parts_are_in_evaluation_mode_and_the_adapters_dropout_is_on():
@@ -230,7 +350,11 @@ def test_frozen_parts_are_in_evaluation_mode_and_the_adapters_dropout_is_on():
     technique = lora(dropout=0.5)
     optim.apply_rates(task, task.layers(), technique.rates(task.layers(), "all"))
     stem = task.backbone.stem
-    assert stem.lora_dropout["default"].training and stem.lora_A["default"].training and task.objective.training
+    assert (
+        stem.lora_dropout["default"].training
+        and stem.lora_A["default"].training
+        and task.objective.training
+    )
     assert not stem.base_layer.training and not task.backbone.norm.training
     shaken(task)
     batch = take(image_rows(8), range(8))
@@ -241,8 +365,15 @@ def test_frozen_parts_are_in_evaluation_mode_and_the_adapters_dropout_is_on():
 
 def test_kept_weights_average_and_resume_go_on_bit_for_bit(tmp_path):
     def run(folder) -> loop.Run:
-        return adapted_run(technique=lora(dropout=0.3), steps=12, validation=image_rows(20, seed=1), ema=0.8, eval_every_steps=4, checkpoint_every_steps=3,
-                           checkpoints=str(tmp_path / folder))
+        return adapted_run(
+            technique=lora(dropout=0.3),
+            steps=12,
+            validation=image_rows(20, seed=1),
+            ema=0.8,
+            eval_every_steps=4,
+            checkpoint_every_steps=3,
+            checkpoints=str(tmp_path / folder),
+        )
 
     whole, first = run("whole"), run("parts")
     loop.fit(whole)
@@ -258,7 +389,9 @@ def test_kept_weights_average_and_resume_go_on_bit_for_bit(tmp_path):
     second = run("parts")
     outcome = loop.fit(second)
     assert outcome.resumed_from == 6 and furthest(weights(second.task), weights(whole.task)) == 0.0
-    assert second.keeper.step == whole.keeper.step and any("lora_B" in name for name in second.keeper.weights)
+    assert second.keeper.step == whole.keeper.step and any(
+        "lora_B" in name for name in second.keeper.weights
+    )
     assert state_of(lora().finish(second.task)) == state_of(net_task(norm="batch", dropout=0.4))
 
 
@@ -266,12 +399,15 @@ def test_bf16_trains_and_ends_in_float32_weights():
     run = adapted_run(precision="bf16", steps=10)
     outcome = loop.fit(run)
     ended = run.technique.finish(run.task)
-    assert outcome.skipped_steps == 0 and {tensor.dtype for tensor in ended.parameters()} == {torch.float32}
+    assert outcome.skipped_steps == 0 and {tensor.dtype for tensor in ended.parameters()} == {
+        torch.float32
+    }
 
 
 @pytest.mark.slow
 def test_lora_learns_what_full_fine_tuning_learns():
-    """Sentences whose adjectives tell their class, which a linear probe of this backbone does not learn: validation accuracy after 150 steps.
+    """Sentences whose adjectives tell their class, which a linear probe of this backbone does not
+    learn: validation accuracy after 150 steps.
 
     Measured over two seeds: full 1.0, lora 0.97 and 1.0; over three, linear probe 0.5 to 0.72.
     """
@@ -279,12 +415,30 @@ def test_lora_learns_what_full_fine_tuning_learns():
     rows, validation = text_rows(180, modality), text_rows(60, modality, seed=1)
     found = {}
     for name, technique in (("full", Full()), ("lora", lora()), ("probe", LinearProbe())):
-        task = task_of("transformers/bert", modality.inputs(), "classification", label_state(), 11, **{**SMALL, "hidden": 32})
+        task = task_of(
+            "transformers/bert",
+            modality.inputs(),
+            "classification",
+            label_state(),
+            11,
+            **{**SMALL, "hidden": 32},
+        )
         torch.manual_seed(1)
-        run = make_run(rows, technique.wrap(task), steps=150, technique=technique, validation=validation, lr=5e-3, global_batch=16, seed=1)
+        run = make_run(
+            rows,
+            technique.wrap(task),
+            steps=150,
+            technique=technique,
+            validation=validation,
+            lr=5e-3,
+            global_batch=16,
+            seed=1,
+        )
         loop.fit(run)
         found[name] = run.keeper.metrics["accuracy"]
-    assert found["full"] > 0.95 and found["lora"] > found["full"] - 0.05 and found["probe"] < 0.8, found
+    assert found["full"] > 0.95 and found["lora"] > found["full"] - 0.05 and found["probe"] < 0.8, (
+        found
+    )
 
 
 @pytest.mark.slow
@@ -295,7 +449,9 @@ def test_compiled_training_equals_eager_training(name):
     for switch in (False, True):
         task = net_task() if name == "toys/net" else made(name)[0]
         torch.manual_seed(5)
-        runs.append(make_run(rows, lora().wrap(task), steps=4, technique=lora(), lr=1e-3, compile=switch))
+        runs.append(
+            make_run(rows, lora().wrap(task), steps=4, technique=lora(), lr=1e-3, compile=switch)
+        )
         loop.fit(runs[-1])
         assert runs[-1].task._called >= set(runs[-1].task.adapters()) and not runs[-1].task._hooks
     assert furthest(weights(runs[0].task), weights(runs[1].task)) < 1e-5
@@ -303,7 +459,9 @@ def test_compiled_training_equals_eager_training(name):
 
 def rank_of_two(rank: int, file: str, out: str) -> None:
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{file}", rank=rank, world_size=2
+    )
     run = adapted_run(net_task(), ranks=loop.Ranks(rank, 2), micro_batch=2)
     loop.fit(run)
     torch.save(weights(run.task), f"{out}-{rank}")
@@ -312,7 +470,9 @@ def rank_of_two(rank: int, file: str, out: str) -> None:
 
 @pytest.mark.slow
 def test_two_ranks_give_the_weights_of_one(tmp_path):
-    torch.multiprocessing.spawn(rank_of_two, (str(tmp_path / "store"), str(tmp_path / "out")), nprocs=2)
+    torch.multiprocessing.spawn(
+        rank_of_two, (str(tmp_path / "store"), str(tmp_path / "out")), nprocs=2
+    )
     run = adapted_run(net_task(), micro_batch=2)
     loop.fit(run)
     two = [torch.load(tmp_path / f"out-{rank}", weights_only=True) for rank in (0, 1)]
@@ -321,23 +481,57 @@ def test_two_ranks_give_the_weights_of_one(tmp_path):
 
 # ---------------------------------------------------------------- trials
 
+
 def text_world(folder: Path):
     """What ``toys.job_of`` and ``toys.shared_of`` give for images, for sentences."""
     paths = {}
     for seed, (split, n) in enumerate({"train": 60, "validation": 24, "test": 30}.items()):
         said, labels = toys.sentences(n, seed)
         paths[split] = str(folder / f"{split}.parquet")
-        pq.write_table(pa.table({"text": said, "label": [f"class {i}" for i in labels]}), paths[split])
+        pq.write_table(
+            pa.table({"text": said, "label": [f"class {i}" for i in labels]}), paths[split]
+        )
     modality = text_modality()
     arch = {"name": "transformers/bert", "options": SMALL, "inputs": modality.inputs()}
     data = {**paths, "modality": "text", "columns": {"text": "text", "label": "label"}}
     source = {"data": data, "backbone": {"transformers/bert": SMALL}, "objective": "classification"}
-    job = Job.model_validate({"name": "toy", "storage": str(folder / "runs"), "techniques": TECHNIQUES, "sources": {"src": source}, "targets": {
-        "task": {"data": data, "objective": "classification", "train": {"steps": 8, "global_batch": 16, "lr": 0.01}}}})
-    base = trials.bases({"src": (arch, {"name": "text", "options": modality.options.model_dump(), "state": modality.state})})[0]
-    held = {name: tensor.numpy() for name, tensor in bundle.build_backbone(arch, seed=77).state_dict().items()}
-    return job, trial.Shared(job="toy", root=str(folder / "root"), seed=0, bases={base.key: base}, weights={"src": held}, parents={"src": "bundle:src"},
-                             targets={("task", base.key): targets.prepare(targets.stage(job, "task"), base)}, keep_bundles=True)
+    job = Job.model_validate(
+        {
+            "name": "toy",
+            "storage": str(folder / "runs"),
+            "techniques": TECHNIQUES,
+            "sources": {"src": source},
+            "targets": {
+                "task": {
+                    "data": data,
+                    "objective": "classification",
+                    "train": {"steps": 8, "global_batch": 16, "lr": 0.01},
+                }
+            },
+        }
+    )
+    base = trials.bases(
+        {
+            "src": (
+                arch,
+                {"name": "text", "options": modality.options.model_dump(), "state": modality.state},
+            )
+        }
+    )[0]
+    held = {
+        name: tensor.numpy()
+        for name, tensor in bundle.build_backbone(arch, seed=77).state_dict().items()
+    }
+    return job, trial.Shared(
+        job="toy",
+        root=str(folder / "root"),
+        seed=0,
+        bases={base.key: base},
+        weights={"src": held},
+        parents={"src": "bundle:src"},
+        targets={("task", base.key): targets.prepare(targets.stage(job, "task"), base)},
+        keep_bundles=True,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -345,7 +539,10 @@ def worlds(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lora")
     paths = toys.image_files(folder / "data", {"train": 60, "validation": 24, "test": 30})
     job = toys.job_of(folder, paths)
-    return {"image": (job, toys.shared_of(folder, job, paths, keep_bundles=True)), "text": text_world(tmp_path_factory.mktemp("text"))}
+    return {
+        "image": (job, toys.shared_of(folder, job, paths, keep_bundles=True)),
+        "text": text_world(tmp_path_factory.mktemp("text")),
+    }
 
 
 @pytest.fixture
@@ -359,7 +556,11 @@ def test_lora_stands_beside_the_other_techniques(worlds, kind, name):
     job, shared = worlds[kind]
     record = trial.run(trial_of(job, shared, name), shared)
     rows = {row["split"]: row for row in record["rows"] if row["metric"] == "accuracy"}
-    assert record["status"] == "done" and set(rows) == {"test", "validation"} and rows["test"]["technique"] == name
+    assert (
+        record["status"] == "done"
+        and set(rows) == {"test", "validation"}
+        and rows["test"]["technique"] == name
+    )
 
 
 @pytest.mark.parametrize("kind", ["image", "text"])
@@ -374,9 +575,15 @@ def test_a_trial_s_bundle_is_the_plain_task_and_predicts_what_was_recorded(world
     assert list(kept.task().state_dict()) == list(plain.state_dict())
     data = shared.targets["task", one.base]
     found = scores(kept.task(), take(data.test, range(len(data.test))))
-    with np.load(io.BytesIO(storage.read_bytes(storage.join(trial.folder(shared, one), "predictions.npz")))) as held:
+    with np.load(
+        io.BytesIO(storage.read_bytes(storage.join(trial.folder(shared, one), "predictions.npz")))
+    ) as held:
         assert np.abs(held["scores"] - found.numpy()).max() < 1e-5
-    moved = {name for name, tensor in kept.backbone_tensors().items() if not torch.equal(tensor, torch.from_numpy(shared.weights["src"][name]))}
+    moved = {
+        name
+        for name, tensor in kept.backbone_tensors().items()
+        if not torch.equal(tensor, torch.from_numpy(shared.weights["src"][name]))
+    }
     assert moved and moved <= {name for name in shared.weights["src"] if name.endswith("weight")}
     assert test["params_trained"] < sum(p.numel() for p in plain.parameters()) / 2
 
@@ -384,7 +591,9 @@ def test_a_trial_s_bundle_is_the_plain_task_and_predicts_what_was_recorded(world
 def test_a_trial_s_seed_makes_its_adapters(world, monkeypatch):
     job, shared = world
     seen: list[dict[str, torch.Tensor]] = []
-    monkeypatch.setattr(loop, "fit", lambda run: seen.append(weights(run.task)) or (_ for _ in ()).throw(loop.Stop))
+    monkeypatch.setattr(
+        loop, "fit", lambda run: seen.append(weights(run.task)) or (_ for _ in ()).throw(loop.Stop)
+    )
     for seed, noise in ((0, 1), (0, 2), (1, 1)):
         torch.manual_seed(noise)
         with pytest.raises(loop.Stop):

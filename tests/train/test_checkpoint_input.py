@@ -1,4 +1,6 @@
-"""How the images of a checkpoint without data are read: what the job states, what a tag has, and what is assumed is told."""
+"""How the images of a checkpoint without data are read: what the job states, what a tag has, and
+what is assumed is told.
+"""
 
 import pytest
 import torch
@@ -17,9 +19,14 @@ IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 def written(folder, **fields):
     """A job file with one source: timm's smallest ResNet from a weights file."""
     backbone = bundle.build_backbone({"name": "timm/test_resnet", "options": {}, "inputs": INPUTS})
-    save_file({name.removeprefix("model."): tensor for name, tensor in backbone.state_dict().items()}, folder / "w.safetensors")
+    save_file(
+        {name.removeprefix("model."): tensor for name, tensor in backbone.state_dict().items()},
+        folder / "w.safetensors",
+    )
     spec = {"backbone": "timm/test_resnet", "init": f"file:{folder / 'w.safetensors'}", **fields}
-    (folder / "job.yaml").write_text(yaml.safe_dump({"name": "toy", "storage": str(folder / "runs"), "sources": {"s": spec}}))
+    (folder / "job.yaml").write_text(
+        yaml.safe_dump({"name": "toy", "storage": str(folder / "runs"), "sources": {"s": spec}})
+    )
     return folder / "job.yaml"
 
 
@@ -31,24 +38,49 @@ def imported(path):
 
 def test_what_the_job_states_is_how_rows_are_read(tmp_path):
     plain, facts, before = imported(written(tmp_path))
-    assert plain.manifest["modality"]["state"]["mean"] == pytest.approx([0.5, 0.5, 0.5]), "timm's own for test_resnet"
+    assert plain.manifest["modality"]["state"]["mean"] == pytest.approx([0.5, 0.5, 0.5]), (
+        "timm's own for test_resnet"
+    )
     (told,) = (finding.text for finding in row_checks.findings_of(facts))
-    assert told.startswith("images are read at 160 pixels, 3 channels, mean 0.5/0.5/0.5, std 0.5/0.5/0.5; assumed, as timm says of its default weights")
+    assert told.startswith(
+        "images are read at 160 pixels, 3 channels, mean 0.5/0.5/0.5, std 0.5/0.5/0.5; "
+        "assumed, as timm says of its default weights"
+    )
     assert "say modality: {image: {mean: imagenet, std: imagenet}}" in told
-    given = {"mean": "imagenet", "std": "imagenet", "size": 96, "crop_share": 0.875, "interpolation": "bicubic"}
+    given = {
+        "mean": "imagenet",
+        "std": "imagenet",
+        "size": 96,
+        "crop_share": 0.875,
+        "interpolation": "bicubic",
+    }
     found, facts, after = imported(written(tmp_path, modality={"image": given}))
     modality = found.modality()
-    assert (modality.state["mean"], modality.state["std"]) == IMAGENET and found.manifest["modality"]["state"]["mean"] == IMAGENET[0]
+    assert (modality.state["mean"], modality.state["std"]) == IMAGENET and found.manifest[
+        "modality"
+    ]["state"]["mean"] == IMAGENET[0]
     assert modality.inputs() == {"channels": 3, "size": 96} == found.manifest["arch"]["inputs"]
     assert (modality.options.crop_share, modality.options.interpolation) == (0.875, "bicubic")
     (told,) = (finding.text for finding in row_checks.findings_of(facts))
-    assert "mean 0.485/0.456/0.406" in told and "as the job states" in told and "assumed" not in told
+    assert (
+        "mean 0.485/0.456/0.406" in told and "as the job states" in told and "assumed" not in told
+    )
     assert before.key != after.key, "rows that are read otherwise are another source"
-    assert facts["findings"] == found.manifest["training"]["findings"], "a run that finds it done tells it too"
+    assert facts["findings"] == found.manifest["training"]["findings"], (
+        "a run that finds it done tells it too"
+    )
 
 
-@pytest.mark.parametrize("modality", [None, {"image": {"size": 96, "mean": "imagenet", "std": "imagenet"}}, {"image": {"channels": 1}},
-                                      {"image": {"mean": "imagenet"}}, {"text": {}}])
+@pytest.mark.parametrize(
+    "modality",
+    [
+        None,
+        {"image": {"size": 96, "mean": "imagenet", "std": "imagenet"}},
+        {"image": {"channels": 1}},
+        {"image": {"mean": "imagenet"}},
+        {"text": {}},
+    ],
+)
 def test_a_dry_run_sees_what_the_run_would_make(tmp_path, modality):
     path = written(tmp_path, **({"modality": modality} if modality else {}))
 
@@ -72,21 +104,40 @@ def test_a_dry_run_sees_what_the_run_would_make(tmp_path, modality):
 
 def test_a_tag_is_a_name_of_a_backbone(tmp_path):
     found, facts, _ = imported(written(tmp_path, backbone="timm/test_resnet.r160_in1k"))
-    assert found.manifest["arch"]["name"] == "timm/test_resnet" and found.modality().options.crop_share == 0.95
+    assert (
+        found.manifest["arch"]["name"] == "timm/test_resnet"
+        and found.modality().options.crop_share == 0.95
+    )
     assert row_checks.findings_of(facts)[0].text.endswith("as timm says of test_resnet.r160_in1k")
 
 
 DATA = {"uri": "rows.parquet", "modality": "image", "columns": {"image": "image", "label": "label"}}
 
 
-@pytest.mark.parametrize(("fields", "said"), [
-    ({"backbone": "timm/test_resnet.in22k"}, "sources.s.backbone: timm/test_resnet has no weights tagged 'in22k'; valid names: r160_in1k"),
-    ({"modality": {"image": {"means": "imagenet"}}}, "sources.s.modality.image.means: unknown option of image; did you mean mean"),
-    ({"data": DATA, "objective": "classification", "modality": "image"},
-     "sources.s.modality: it is for a checkpoint without data; these data say how their rows are read"),
-    ({"data": DATA, "objective": "classification", "backbone": "timm/test_resnet.r160_in1k"},
-     "sources.s.backbone: a tag says how published weights read their images, and data.modality decides that here: write timm/test_resnet"),
-])
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        (
+            {"backbone": "timm/test_resnet.in22k"},
+            "sources.s.backbone: timm/test_resnet has no weights tagged 'in22k'; valid names: "
+            "r160_in1k",
+        ),
+        (
+            {"modality": {"image": {"means": "imagenet"}}},
+            "sources.s.modality.image.means: unknown option of image; did you mean mean",
+        ),
+        (
+            {"data": DATA, "objective": "classification", "modality": "image"},
+            "sources.s.modality: it is for a checkpoint without data; these data say how "
+            "their rows are read",
+        ),
+        (
+            {"data": DATA, "objective": "classification", "backbone": "timm/test_resnet.r160_in1k"},
+            "sources.s.backbone: a tag says how published weights read their images, and "
+            "data.modality decides that here: write timm/test_resnet",
+        ),
+    ],
+)
 def test_a_mistake_is_told_with_its_field(fields, said, tmp_path):
     (tmp_path / "rows.parquet").write_bytes(b"")
     with pytest.raises(JobError) as caught:
@@ -94,17 +145,29 @@ def test_a_mistake_is_told_with_its_field(fields, said, tmp_path):
     assert said in str(caught.value)
 
 
-@pytest.mark.parametrize(("given", "said"), [({"image": {"mean": "imagenet"}}, "sources.s.modality: std: None must be 3 numbers"),
-                                             ({"image": {"fit": "squash", "crop_share": 0.5}},
-                                              "sources.s.modality: crop_share 0.5 has no effect with fit: squash"),
-                                             ({"text": {}}, "sources.s.modality: the checkpoint reads image, the job says text: leave it out")])
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"image": {"mean": "imagenet"}}, "sources.s.modality: std: None must be 3 numbers"),
+        (
+            {"image": {"fit": "squash", "crop_share": 0.5}},
+            "sources.s.modality: crop_share 0.5 has no effect with fit: squash",
+        ),
+        (
+            {"text": {}},
+            "sources.s.modality: the checkpoint reads image, the job says text: leave it out",
+        ),
+    ],
+)
 def test_what_does_not_suit_the_checkpoint_is_told(given, said, tmp_path):
     with pytest.raises(BundleError, match=said):
         imported(written(tmp_path, modality=given))
 
 
 def test_a_crop_share_that_a_checkpoint_brings_is_not_told_where_nothing_is_cropped(tmp_path):
-    found, facts, _ = imported(written(tmp_path, backbone="timm/test_resnet.r160_in1k", modality={"image": {"fit": "pad"}}))
+    found, facts, _ = imported(
+        written(tmp_path, backbone="timm/test_resnet.r160_in1k", modality={"image": {"fit": "pad"}})
+    )
     assert found.modality().options.fit == "pad" and "crop_share" not in facts["findings"][0][0]
 
 

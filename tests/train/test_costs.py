@@ -1,4 +1,6 @@
-"""Training by batches of about one cost: stopped and resumed bit for bit, the same global batches at any number of ranks."""
+"""Training by batches of about one cost: stopped and resumed bit for bit, the same global batches
+at any number of ranks.
+"""
 
 from dataclasses import replace
 from functools import partial
@@ -25,21 +27,58 @@ class Killed(Exception):  # noqa: N818 - a stand-in for a kill, not an error
 def rows() -> Rows:
     """Recordings of 0.02 to 0.3 s."""
     rng = np.random.default_rng(0)
-    sounds = ragged([rng.integers(-8000, 8000, int(size)).astype(np.int16) for size in rng.integers(0.02 * RATE, 0.3 * RATE, 60)])
-    modality = Audio(AudioOptions(rate=RATE, window=0.01, speed=0.1, noise=0.5), {"features": "wave", "normalize": False})
-    return replace(rows_of(modality, {"audio": sounds}, "next_sample"), costs=np.array([len(one) / RATE for one in sounds]))
+    sounds = ragged(
+        [
+            rng.integers(-8000, 8000, int(size)).astype(np.int16)
+            for size in rng.integers(0.02 * RATE, 0.3 * RATE, 60)
+        ]
+    )
+    modality = Audio(
+        AudioOptions(rate=RATE, window=0.01, speed=0.1, noise=0.5),
+        {"features": "wave", "normalize": False},
+    )
+    return replace(
+        rows_of(modality, {"audio": sounds}, "next_sample"),
+        costs=np.array([len(one) / RATE for one in sounds]),
+    )
 
 
 def plan(rows: Rows) -> BucketPlan:
     found = plan_of(rows, 3, 8, COST)
-    assert isinstance(found, BucketPlan) and 10 < found.batches_an_epoch < 20, "two epochs are begun"
+    assert isinstance(found, BucketPlan) and 10 < found.batches_an_epoch < 20, (
+        "two epochs are begun"
+    )
     return found
 
 
 def run_of(rows: Rows, folder) -> loop.Run:
-    options = {"layers": 2, "stacks": 1, "residual": 4, "skip": 4, "pool": 10, "frame_layers": 1, "frame_kernel": 3}
-    task = task_of("wavenet/wavenet", rows.modality.inputs(), "next_sample", seed=1, options={"crop": 0.05, "hidden": 8}, **options)
-    run = make_run(rows, task, steps=STEPS, keep="last", checkpoints=str(folder), augment=True, lr=0.01, checkpoint_every_steps=5)
+    options = {
+        "layers": 2,
+        "stacks": 1,
+        "residual": 4,
+        "skip": 4,
+        "pool": 10,
+        "frame_layers": 1,
+        "frame_kernel": 3,
+    }
+    task = task_of(
+        "wavenet/wavenet",
+        rows.modality.inputs(),
+        "next_sample",
+        seed=1,
+        options={"crop": 0.05, "hidden": 8},
+        **options,
+    )
+    run = make_run(
+        rows,
+        task,
+        steps=STEPS,
+        keep="last",
+        checkpoints=str(folder),
+        augment=True,
+        lr=0.01,
+        checkpoint_every_steps=5,
+    )
     return replace(run, batches=partial(train_batches, rows, plan(rows)))
 
 
@@ -78,13 +117,21 @@ def test_ranks_have_parts_of_the_same_global_batches(rows, ranks):
     """From the first step and from a later one: rows, their keys and their sound."""
     for steps in (range(STEPS), range(7, 20)):
         one = list(train_batches(rows, plan(rows), steps))
-        parts = [list(train_batches(rows, plan(rows), steps, rank=rank, ranks=ranks)) for rank in range(ranks)]
+        parts = [
+            list(train_batches(rows, plan(rows), steps, rank=rank, ranks=ranks))
+            for rank in range(ranks)
+        ]
         for step, whole in enumerate(one):
             mine = [part[step].batch for part in parts]
-            assert sorted(np.concatenate([batch.rows for batch in mine])) == sorted(whole.batch.rows)
+            assert sorted(np.concatenate([batch.rows for batch in mine])) == sorted(
+                whole.batch.rows
+            )
             place = {int(row): i for i, row in enumerate(whole.batch.rows)}
             for batch in mine:
                 for i, row in enumerate(batch.rows):
                     at, size = place[int(row)], int(batch["audio_lengths"][i])
-                    assert batch.keys[i] == whole.batch.keys[at] and whole.batch["audio_lengths"][at] == size
+                    assert (
+                        batch.keys[i] == whole.batch.keys[at]
+                        and whole.batch["audio_lengths"][at] == size
+                    )
                     assert torch.equal(batch["audio"][i, :size], whole.batch["audio"][at, :size])

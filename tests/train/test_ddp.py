@@ -1,4 +1,6 @@
-"""Two ranks under gloo do what one does: the same weights, each row once, no hang on an empty part, resume at another number of ranks."""
+"""Two ranks under gloo do what one does: the same weights, each row once, no hang on an empty part,
+resume at another number of ranks.
+"""
 
 import multiprocessing
 import tempfile
@@ -12,7 +14,17 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from toys import SMALL, furthest, image_rows, make_run, net_task, packed_rows, task_of, text_modality, weights
+from toys import (
+    SMALL,
+    furthest,
+    image_rows,
+    make_run,
+    net_task,
+    packed_rows,
+    task_of,
+    text_modality,
+    weights,
+)
 
 from pipeline.contracts import Batch
 from pipeline.data.stream import Loaded, eval_batches
@@ -26,7 +38,13 @@ ONE = Ranks()
 
 def serve(rank: int, count: int, file: str, pipe) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=count, timeout=timedelta(seconds=30))
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{file}",
+        rank=rank,
+        world_size=count,
+        timeout=timedelta(seconds=30),
+    )
     while (message := pipe.recv()) is not None:
         work, args, words = message
         try:
@@ -36,7 +54,9 @@ def serve(rank: int, count: int, file: str, pipe) -> None:
 
 
 class Team:
-    """Processes that import once; a call runs one function on all of them and gives their results by rank."""
+    """Processes that import once; a call runs one function on all of them and gives their results
+    by rank.
+    """
 
     def __init__(self, count: int):
         self.count, self.processes = count, []
@@ -46,7 +66,10 @@ class Team:
         file = Path(tempfile.mkdtemp(), "store")
         ends = [context.Pipe() for _ in range(self.count)]
         self.pipes = [mine for mine, _ in ends]
-        self.processes = [context.Process(target=serve, args=(rank, self.count, str(file), theirs), daemon=True) for rank, (_, theirs) in enumerate(ends)]
+        self.processes = [
+            context.Process(target=serve, args=(rank, self.count, str(file), theirs), daemon=True)
+            for rank, (_, theirs) in enumerate(ends)
+        ]
         for process in self.processes:
             process.start()
 
@@ -82,9 +105,19 @@ def team():
 
 # ---------------------------------------------------------------- the same weights
 
+
 def train(ranks: Ranks, steps: int = 6, technique=None, net: dict | None = None, **words):
     """Weights, curve and the rows of every step."""
-    run = make_run(image_rows(48), net_task(**(net or {})), steps=steps, technique=technique, ranks=ranks, validation=image_rows(21, seed=1), lr=0.01, **words)
+    run = make_run(
+        image_rows(48),
+        net_task(**(net or {})),
+        steps=steps,
+        technique=technique,
+        ranks=ranks,
+        validation=image_rows(21, seed=1),
+        lr=0.01,
+        **words,
+    )
     trace: dict[int, list[int]] = {}
     run.on_rows = lambda step, ids: trace.__setitem__(step, ids.tolist())
     logs: list = []
@@ -108,10 +141,22 @@ def check_same(two, one, tolerance=1e-5):
     assert two[0][3] == two[1][3] and two[0][3] == pytest.approx(one[3], abs=1e-5)
 
 
-@pytest.mark.parametrize("words", [
-    {}, {"micro_batch": 2}, {"ema": 0.8, "clip_norm": 0.05, "weight_decay": 0.3}, {"optimizer": "sgd", "global_batch": 6},
-    {"global_batch": 6, "plan_shards": 3, "micro_batch": 1},  # one rank holds twice as many rows as the other
-    {"augment": True}], ids=str)
+@pytest.mark.parametrize(
+    "words",
+    [
+        {},
+        {"micro_batch": 2},
+        {"ema": 0.8, "clip_norm": 0.05, "weight_decay": 0.3},
+        {"optimizer": "sgd", "global_batch": 6},
+        {
+            "global_batch": 6,
+            "plan_shards": 3,
+            "micro_batch": 1,
+        },  # one rank holds twice as many rows as the other
+        {"augment": True},
+    ],
+    ids=str,
+)
 def test_two_ranks_give_the_weights_of_one(team, words):
     check_same(team(train, **words), train(ONE, **words))
 
@@ -128,15 +173,23 @@ def test_a_layer_that_is_thawed_later_is_reduced_over_ranks(team):
 def train_text(ranks: Ranks, objective: str, architecture: str):
     modality = text_modality(f"transformers/{architecture}")
     rows = packed_rows(40, modality, objective)
-    run = make_run(rows, task_of(f"transformers/{architecture}", modality.inputs(), objective, **SMALL), steps=3, ranks=ranks, lr=1e-3,
-                   validation=packed_rows(12, modality, objective, seed=3))
+    run = make_run(
+        rows,
+        task_of(f"transformers/{architecture}", modality.inputs(), objective, **SMALL),
+        steps=3,
+        ranks=ranks,
+        lr=1e-3,
+        validation=packed_rows(12, modality, objective, seed=3),
+    )
     outcome = loop.fit(run)
     return weights(run.task), outcome.curve
 
 
 @pytest.mark.parametrize(("objective", "architecture"), [("mlm", "bert"), ("clm", "gpt2")])
 def test_two_ranks_of_a_language_model_give_the_weights_of_one(team, objective, architecture):
-    """Ranks hold unequal numbers of tokens: the mean is over all of them. Masks follow the rows, wherever they are."""
+    """Ranks hold unequal numbers of tokens: the mean is over all of them. Masks follow the rows,
+    wherever they are.
+    """
     (a, curve), (b, other) = team(train_text, objective, architecture)
     one, want = train_text(ONE, objective, architecture)
     assert furthest(a, b) == 0.0 and furthest(a, one) < 1e-5 and curve == other
@@ -145,7 +198,9 @@ def test_two_ranks_of_a_language_model_give_the_weights_of_one(team, objective, 
 
 
 def test_norm_statistics_are_those_of_one_rank_everywhere(team):
-    """Batch norm sees its own rank's rows, so weights differ from one rank's; both ranks still end with the same network."""
+    """Batch norm sees its own rank's rows, so weights differ from one rank's; both ranks still end
+    with the same network.
+    """
     two = team(train, net={"norm": "batch"}, eval_every_steps=2)
     assert two[0][1] == two[1][1] and two[0][3] == two[1][3]
     assert furthest(two[0][0], two[1][0]) == 0.0
@@ -153,10 +208,19 @@ def test_norm_statistics_are_those_of_one_rank_everywhere(team):
 
 # ---------------------------------------------------------------- evaluation
 
+
 def everything(ranks: Ranks, n: int):
     rows, task = image_rows(n), net_task()
-    found = evaluate.gathered(evaluate.predictions(task, eval_batches(rows, 4, rank=ranks.rank, ranks=ranks.count), evaluate.ready_for(rows), ranks,
-                                                   torch.autocast("cpu", enabled=False)), ranks)
+    found = evaluate.gathered(
+        evaluate.predictions(
+            task,
+            eval_batches(rows, 4, rank=ranks.rank, ranks=ranks.count),
+            evaluate.ready_for(rows),
+            ranks,
+            torch.autocast("cpu", enabled=False),
+        ),
+        ranks,
+    )
     return found, evaluate.values(found, ("accuracy", "macro_f1", "loss"))
 
 
@@ -166,7 +230,10 @@ def test_evaluation_sees_each_row_once(team, n):
     one, values = everything(ONE, n)
     for found, theirs in team(everything, n):
         assert found["row"].tolist() == one["row"].tolist() == list(range(1000, 1000 + n))
-        assert all(np.array_equal(found[name], one[name]) or np.allclose(found[name], one[name], atol=1e-6) for name in one)
+        assert all(
+            np.array_equal(found[name], one[name]) or np.allclose(found[name], one[name], atol=1e-6)
+            for name in one
+        )
         assert theirs == pytest.approx(values, abs=1e-6)
 
 
@@ -174,8 +241,17 @@ def rows_that_metrics_see(ranks: Ranks, n: int) -> list[int]:
     """Of the loop's own evaluator: rows that stand twice would hide in a mean."""
     rows, seen = image_rows(n), []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "values", lambda found, names: seen.extend(found["row"].tolist()) or {})
-        check = evaluate.evaluator(rows, ("loss",), evaluate.ready_for(rows), ranks, lambda: torch.autocast("cpu", enabled=False), 4)
+        patch.setattr(
+            evaluate, "values", lambda found, names: seen.extend(found["row"].tolist()) or {}
+        )
+        check = evaluate.evaluator(
+            rows,
+            ("loss",),
+            evaluate.ready_for(rows),
+            ranks,
+            lambda: torch.autocast("cpu", enabled=False),
+            4,
+        )
         check(net_task())
     return seen
 
@@ -188,19 +264,30 @@ def test_the_evaluator_counts_no_row_twice(team, n):
 
 # ---------------------------------------------------------------- empty parts and trouble
 
+
 def drop(batch: Batch, keep: np.ndarray) -> Batch:
     where = torch.from_numpy(keep)
-    return Batch(batch.rows[keep], batch.keys[where], {name: tensor[where] for name, tensor in batch.data.items()})
+    return Batch(
+        batch.rows[keep],
+        batch.keys[where],
+        {name: tensor[where] for name, tensor in batch.data.items()},
+    )
 
 
-def train_without(ranks: Ranks, lost: dict[int, list[int]], norm: str = "layer", micro_batch: int | None = None):
+def train_without(
+    ranks: Ranks, lost: dict[int, list[int]], norm: str = "layer", micro_batch: int | None = None
+):
     """Some rows of some steps cannot be decoded."""
-    run = make_run(image_rows(48), net_task(norm=norm), steps=4, ranks=ranks, lr=0.01, micro_batch=micro_batch)
+    run = make_run(
+        image_rows(48), net_task(norm=norm), steps=4, ranks=ranks, lr=0.01, micro_batch=micro_batch
+    )
     whole = run.batches
 
     def batches(steps):
         for step, loaded in zip(steps, whole(steps), strict=True):
-            yield Loaded(drop(loaded.batch, ~np.isin(loaded.batch.rows, lost.get(step, []))), [], 0.0)
+            yield Loaded(
+                drop(loaded.batch, ~np.isin(loaded.batch.rows, lost.get(step, []))), [], 0.0
+            )
 
     run.batches = batches
     sizes = []
@@ -226,10 +313,25 @@ def test_a_rank_with_an_empty_batch_does_not_hang(team, micro_batch):
 
 
 def test_buffers_do_not_hang_on_unequal_micro_batches(team):
-    """DDP broadcasts norm statistics at a forward: once a step, however many micro-batches a rank has."""
+    """DDP broadcasts norm statistics at a forward: once a step, however many micro-batches a rank
+    has.
+    """
     first, second = parts(team)
     two = team(train_without, {1: second[1], 2: first[2][:2]}, norm="batch", micro_batch=2)
-    assert furthest(two[0][0], {**two[1][0], **{name: two[0][0][name] for name in two[0][0] if "running" in name or "tracked" in name}}) == 0.0
+    assert (
+        furthest(
+            two[0][0],
+            {
+                **two[1][0],
+                **{
+                    name: two[0][0][name]
+                    for name in two[0][0]
+                    if "running" in name or "tracked" in name
+                },
+            },
+        )
+        == 0.0
+    )
 
 
 def train_poisoned(ranks: Ranks, bad: list[int], steps: int, **words):
@@ -265,10 +367,14 @@ def test_every_rank_stops_and_names_its_own_rows(team):
     first, _ = parts(team)
     answers = team(train_poisoned, first[1] + first[2], 4, max_bad_steps=2)
     for rank, (message, trace) in enumerate(answers):
-        assert f"2 steps in a row up to step 3; lower train.lr, check the inputs. Row ids of the last batches (rank {rank}): {trace[1] + trace[2]}" in message
+        assert (
+            "2 steps in a row up to step 3; lower train.lr, check the inputs. Row ids of the "
+            f"last batches (rank {rank}): {trace[1] + trace[2]}" in message
+        )
 
 
 # ---------------------------------------------------------------- resume
+
 
 class Killed(Exception):  # noqa: N818 - a stand-in for a kill, not an error
     pass
@@ -276,8 +382,20 @@ class Killed(Exception):  # noqa: N818 - a stand-in for a kill, not an error
 
 def train_in_parts(ranks: Ranks, folder: str, stop: int | None = None, dropout: float = 0.0):
     """12 steps with resume points at 3, 6 and 9; ``stop``: the run ends there."""
-    run = make_run(image_rows(48), net_task(dropout=dropout), steps=12, ranks=ranks, lr=0.01, ema=0.8, validation=image_rows(21, seed=1), eval_every_steps=4,
-                   augment=True, technique=LPFT(LPFTOptions(probe_share=0.5)), checkpoint_every_steps=3, checkpoints=folder)
+    run = make_run(
+        image_rows(48),
+        net_task(dropout=dropout),
+        steps=12,
+        ranks=ranks,
+        lr=0.01,
+        ema=0.8,
+        validation=image_rows(21, seed=1),
+        eval_every_steps=4,
+        augment=True,
+        technique=LPFT(LPFTOptions(probe_share=0.5)),
+        checkpoint_every_steps=3,
+        checkpoints=folder,
+    )
     trace: dict[int, list[int]] = {}
     run.on_rows = lambda step, ids: trace.__setitem__(step, ids.tolist())
 
@@ -295,7 +413,9 @@ def train_in_parts(ranks: Ranks, folder: str, stop: int | None = None, dropout: 
 
 @pytest.mark.parametrize(("stop", "resumed"), [(5, 3), (8, 6), (11, 9)])
 def test_two_ranks_go_on_bit_for_bit(team, tmp_path, stop, resumed):
-    """Each with its own random state: dropout differs between ranks, and is the same after a restart."""
+    """Each with its own random state: dropout differs between ranks, and is the same after a
+    restart.
+    """
     whole = team(train_in_parts, str(tmp_path / "whole"), dropout=0.4)
     team(train_in_parts, str(tmp_path / "parts"), stop, dropout=0.4)
     team(torch_seed, 5)
@@ -305,8 +425,18 @@ def test_two_ranks_go_on_bit_for_bit(team, tmp_path, stop, resumed):
 
 
 def train_by_the_clock(ranks: Ranks, folder: str):
-    """Rank 0's clock says that a resume point is due at every step, that of the other rank says never. The newest one at each log line."""
-    run = make_run(image_rows(48), net_task(), steps=12, ranks=ranks, lr=0.01, log_every_steps=3, checkpoints=folder)
+    """Rank 0's clock says that a resume point is due at every step, that of the other rank says
+    never. The newest one at each log line.
+    """
+    run = make_run(
+        image_rows(48),
+        net_task(),
+        steps=12,
+        ranks=ranks,
+        lr=0.01,
+        log_every_steps=3,
+        checkpoints=folder,
+    )
     minutes = iter(range(10**6))
     run.clock = lambda: 3600.0 * next(minutes) if ranks.first else 0.0
     seen, notes = [], []
@@ -317,7 +447,9 @@ def train_by_the_clock(ranks: Ranks, folder: str):
 
 
 def test_ranks_with_other_clocks_agree_on_the_steps_of_resume_points(team, tmp_path):
-    """Rank 0 decides, every third step here (they ask each other where they log); and on which of them to go on from."""
+    """Rank 0 decides, every third step here (they ask each other where they log); and on which of
+    them to go on from.
+    """
     first = team(train_by_the_clock, str(tmp_path))
     assert [part[2] for part in first] == [[0, 3, 6, 9]] * 2
     path = tmp_path / "step-0000000009" / "state.pt"
@@ -334,14 +466,18 @@ def torch_seed(ranks: Ranks, seed: int) -> None:
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
 def test_a_run_goes_on_with_another_number_of_ranks(team, tmp_path, before, after):
-    """The same global batches from there, each row of an epoch once, the weights of an uninterrupted run."""
+    """The same global batches from there, each row of an epoch once, the weights of an
+    uninterrupted run.
+    """
     whole = train_in_parts(ONE, str(tmp_path / "whole"))
     runner = {1: lambda *args: [train_in_parts(ONE, *args)], 2: partial(team, train_in_parts)}
     first = runner[before](str(tmp_path / "parts"), 8)
     second = runner[after](str(tmp_path / "parts"))
     assert all(part[2] == 6 for part in second)
     assert all(furthest(part[0], whole[0]) < 1e-5 for part in second)
-    committed = {step: rows for step, rows in joined([part[1] for part in first]).items() if step < 6} | joined([part[1] for part in second])
+    committed = {
+        step: rows for step, rows in joined([part[1] for part in first]).items() if step < 6
+    } | joined([part[1] for part in second])
     assert committed == joined([whole[1]])
     counts = np.unique(np.concatenate(list(committed.values())), return_counts=True)[1]
     assert len(counts) == 48 and (counts == 2).all()

@@ -1,4 +1,6 @@
-"""The rows' own columns beside their predictions: those of the same rows, however the rows are held."""
+"""The rows' own columns beside their predictions: those of the same rows, however the rows are
+held.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,11 @@ def rows(tmp_path) -> Rows:
     found = [f"{text} number {i}".encode() for i, text in enumerate(sentences(60, seed=1)[0])]
     found[7], found[50] = b"\xff", b"\xff"
     for part in (0, 1):
-        pq.write_table(pa.table({"words": found[part * 30:part * 30 + 30]}), tmp_path / f"{part}.parquet", row_group_size=8)
+        pq.write_table(
+            pa.table({"words": found[part * 30 : part * 30 + 30]}),
+            tmp_path / f"{part}.parquet",
+            row_group_size=8,
+        )
     whole = manifests.Selection(manifests.build(str(tmp_path), "parquet", ""))
     modality = text_modality()
     return Rows(whole.keep(np.arange(60) % 3 != 1), Decoder(modality, None, {}, {"text": "words"}))
@@ -56,11 +62,18 @@ def test_predictions_are_completed_by_their_own_rows(rows, held):
     task, got = type("T", (torch.nn.Module,), {"objective": Reads(), "backbone": None})(), []
     for rank in range(2):
         mine = made.part(rank, 2) if held == "part" else made
-        batches = eval_batches(mine, 4, rank=0 if held == "part" else rank, ranks=1 if held == "part" else 2)
-        found = evaluate.predictions(task, batches, evaluate.ready_for(made), Ranks(), torch.no_grad())
+        batches = eval_batches(
+            mine, 4, rank=0 if held == "part" else rank, ranks=1 if held == "part" else 2
+        )
+        found = evaluate.predictions(
+            task, batches, evaluate.ready_for(made), Ranks(), torch.no_grad()
+        )
         got.append(evaluate.Completer(mine)(task.objective, found))
     whole = evaluate.concatenate(got)
-    assert whole["row"].tolist() == [i for i in ids.tolist() if i not in (7, 50)] and len(set(whole["sum"].tolist())) > 4
+    assert (
+        whole["row"].tolist() == [i for i in ids.tolist() if i not in (7, 50)]
+        and len(set(whole["sum"].tolist())) > 4
+    )
     assert whole["sum"].tolist() == whole["again"].tolist()
 
 

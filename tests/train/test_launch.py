@@ -1,4 +1,6 @@
-"""What ranks are given of a cluster, what is refused before anything starts, and which cluster is joined. No Ray runs here."""
+"""What ranks are given of a cluster, what is refused before anything starts, and which cluster is
+joined. No Ray runs here.
+"""
 
 from __future__ import annotations
 
@@ -18,53 +20,76 @@ from pipeline.train.launch import ClusterError, Share, capacity, check_fits, sha
 
 
 def spec(workers: int | tuple[int, int] = 1, **more) -> Source:
-    data = {"uri": "rows.parquet", "modality": "image", "columns": {"image": "image", "label": "label"}}
+    data = {
+        "uri": "rows.parquet",
+        "modality": "image",
+        "columns": {"image": "image", "label": "label"},
+    }
     trained = {"data": data, "objective": "classification", "backbone": "timm/resnet18"}
     return Source.model_validate({**trained, "workers": workers, **more})
 
 
-@pytest.mark.parametrize(("library", "keeps"), [(("glibc", "2.41"), True), (("glibc", "2.35"), True), (("glibc", "2.31"), False), (("", ""), False)])
+@pytest.mark.parametrize(
+    ("library", "keeps"),
+    [
+        (("glibc", "2.41"), True),
+        (("glibc", "2.35"), True),
+        (("glibc", "2.31"), False),
+        (("", ""), False),
+    ],
+)
 def test_only_a_c_library_that_takes_it_is_told_to_keep_memory(library, keeps, monkeypatch):
-    """An older one refuses the one number and takes the other, and then maps every block above 128 KiB anew."""
+    """An older one refuses the one number and takes the other, and then maps every block above 128
+    KiB anew.
+    """
     monkeypatch.setattr("platform.libc_ver", lambda: library)
     for name in pipeline.KEEP_MEMORY:
         monkeypatch.delenv(name, raising=False)
     pipeline.prepare_ray()
-    assert {name for name in pipeline.KEEP_MEMORY if name in os.environ} == (set(pipeline.KEEP_MEMORY) if keeps else set())
+    assert {name for name in pipeline.KEEP_MEMORY if name in os.environ} == (
+        set(pipeline.KEEP_MEMORY) if keeps else set()
+    )
 
 
 # ---------------------------------------------------------------- capacity
 
-@pytest.mark.parametrize(("nodes", "cpus", "gpus", "room"), [
-    ([(4.0, 0.0)] * 4, 6, 0, 0),      # 16 CPUs, and no node holds one such rank
-    ([(4.0, 0.0)] * 4, 4, 0, 4),
-    ([(4.0, 0.0)] * 4, 3, 0, 4),      # the fourth CPU of each node makes no fifth rank
-    ([(4.0, 0.0), (9.0, 0.0)], 3, 0, 4),
-    ([(2.0, 0.0)], 0.5, 0, 4),
-    ([(0.3, 0.0)], 0.1, 0, 3),        # 0.3 / 0.1 is a little less than 3
-    ([], 1, 0, 0),
-    ([(8.0, 1.0)] * 2, 1, 2, 0),      # two GPUs on two nodes are no pair
-    ([(8.0, 2.0)] * 2, 1, 2, 2),
-    ([(8.0, 2.0)], 1, 0.5, 4),
-    ([(8.0, 2.0)], 1, 0.75, 2),       # 2 / 0.75 is 2.67, and a share lies on one GPU
-    ([(8.0, 3.0)], 1, 0.6, 3),        # 3 / 0.6 is 5
-    ([(8.0, 2.0)], 1, 0.3333, 6),
-    ([(2.0, 4.0)], 1, 0.5, 2),        # CPUs are what is scarce
-    ([(8.0, 0.0), (8.0, 1.0)], 1, 1, 1),
-    ([(0.0, 2.0)], 0, 0.5, 4),
-])
+
+@pytest.mark.parametrize(
+    ("nodes", "cpus", "gpus", "room"),
+    [
+        ([(4.0, 0.0)] * 4, 6, 0, 0),  # 16 CPUs, and no node holds one such rank
+        ([(4.0, 0.0)] * 4, 4, 0, 4),
+        ([(4.0, 0.0)] * 4, 3, 0, 4),  # the fourth CPU of each node makes no fifth rank
+        ([(4.0, 0.0), (9.0, 0.0)], 3, 0, 4),
+        ([(2.0, 0.0)], 0.5, 0, 4),
+        ([(0.3, 0.0)], 0.1, 0, 3),  # 0.3 / 0.1 is a little less than 3
+        ([], 1, 0, 0),
+        ([(8.0, 1.0)] * 2, 1, 2, 0),  # two GPUs on two nodes are no pair
+        ([(8.0, 2.0)] * 2, 1, 2, 2),
+        ([(8.0, 2.0)], 1, 0.5, 4),
+        ([(8.0, 2.0)], 1, 0.75, 2),  # 2 / 0.75 is 2.67, and a share lies on one GPU
+        ([(8.0, 3.0)], 1, 0.6, 3),  # 3 / 0.6 is 5
+        ([(8.0, 2.0)], 1, 0.3333, 6),
+        ([(2.0, 4.0)], 1, 0.5, 2),  # CPUs are what is scarce
+        ([(8.0, 0.0), (8.0, 1.0)], 1, 1, 1),
+        ([(0.0, 2.0)], 0, 0.5, 4),
+    ],
+)
 def test_a_bundle_lies_on_one_node_and_a_share_of_a_gpu_on_one_gpu(nodes, cpus, gpus, room):
     assert capacity(nodes, cpus, gpus) == room
 
 
 # ---------------------------------------------------------------- a rank's share
 
+
 @given(st.integers(1, 64), st.floats(0.5, 512), st.integers(0, 16))
 def test_ranks_and_their_data_workers_never_take_more_cpus_than_there_are(ranks, cpus, gpus):
     mine = share(spec(ranks), cpus, gpus)
     data = mine.data.actors * mine.data.cpus_per_actor
     assert mine.data.actors >= 1 and mine.data.cpus_per_actor > 0 and mine.threads >= 1
-    assert ranks * mine.cpus <= cpus / 2 + 1e-9, "half is left to Ray Data, which waits for ever without"
+    assert ranks * mine.cpus <= cpus / 2 + 1e-9, (
+        "half is left to Ray Data, which waits for ever without"
+    )
     if cpus >= 0.02 * ranks:  # below, Ray has no part of a CPU that is small enough
         assert mine.cpus > 0 and ranks * (mine.cpus + data) <= cpus + 1e-6
 
@@ -76,57 +101,88 @@ def test_what_fits_by_the_check_leaves_cpus_to_the_data_workers(ranks, cpus, eac
     try:
         check_fits(asked, mine, [(cpus, 0.0)], "sources.a")
     except ClusterError:
-        assert ranks * (each + 0.01) > cpus - 0.01 * ranks - 1e-6, "refused though a hundredth of a CPU a rank was left"
+        assert ranks * (each + 0.01) > cpus - 0.01 * ranks - 1e-6, (
+            "refused though a hundredth of a CPU a rank was left"
+        )
     else:
-        assert mine.cpus == each and ranks * (each + mine.data.actors * mine.data.cpus_per_actor) <= cpus + 1e-5
+        assert (
+            mine.cpus == each
+            and ranks * (each + mine.data.actors * mine.data.cpus_per_actor) <= cpus + 1e-5
+        )
 
 
-@pytest.mark.parametrize(("ranks", "gpus", "each", "backend"), [
-    (1, 0, 0.0, None), (1, 1, 1.0, None), (2, 2, 1.0, None), (2, 8, 1.0, None), (2, 1, 0.5, "gloo"), (3, 2, 0.5, "gloo"), (3, 1, 0.3333, "gloo"),
-    (7, 1, 0.1428, "gloo"), (7, 2, 0.25, "gloo")])
+@pytest.mark.parametrize(
+    ("ranks", "gpus", "each", "backend"),
+    [
+        (1, 0, 0.0, None),
+        (1, 1, 1.0, None),
+        (2, 2, 1.0, None),
+        (2, 8, 1.0, None),
+        (2, 1, 0.5, "gloo"),
+        (3, 2, 0.5, "gloo"),
+        (3, 1, 0.3333, "gloo"),
+        (7, 1, 0.1428, "gloo"),
+        (7, 2, 0.25, "gloo"),
+    ],
+)
 def test_ranks_that_share_a_gpu_talk_over_gloo(ranks, gpus, each, backend):
     mine = share(spec(ranks), 64, gpus)
     assert mine.gpus == each
     found = launch._backend(mine.gpus)
     assert backend == (found and found.backend)
-    assert not gpus or capacity([(64.0, float(gpus))], mine.cpus, mine.gpus) >= ranks, "what is given out can be placed"
+    assert not gpus or capacity([(64.0, float(gpus))], mine.cpus, mine.gpus) >= ranks, (
+        "what is given out can be placed"
+    )
 
 
 @given(st.integers(1, 64), st.integers(1, 16))
 def test_every_number_of_ranks_can_be_placed_on_the_gpus_of_one_node(ranks, gpus):
     mine = share(spec(ranks), 256, gpus)
     assert 0 < mine.gpus <= 1 and capacity([(256.0, float(gpus))], mine.cpus, mine.gpus) >= ranks
-    assert capacity([(256.0, float(gpus))], mine.cpus, mine.gpus) < ranks + gpus, "and no GPU holds two ranks more than another"
+    assert capacity([(256.0, float(gpus))], mine.cpus, mine.gpus) < ranks + gpus, (
+        "and no GPU holds two ranks more than another"
+    )
 
 
 def test_what_the_job_says_of_a_rank_is_what_it_gets():
     mine = share(spec(2, cpus_per_worker=3, gpus_per_worker=0), 16, 4)
     assert (mine.cpus, mine.gpus) == (3, 0) and mine.data.actors == 5
-    assert share(spec(2), 16, 0, object_store_bytes=1000).data.object_store_bytes == 250, "half of the store, shared by the ranks"
+    assert share(spec(2), 16, 0, object_store_bytes=1000).data.object_store_bytes == 250, (
+        "half of the store, shared by the ranks"
+    )
     assert share(spec((2, 8)), 8, 0).cpus == 0.5, "by the most ranks, not the fewest"
 
 
 # ---------------------------------------------------------------- a cluster that grows
 
 AWS = launch.Cluster([(0.0, 0.0)] + [(48.0, 4.0)] * 4 + [(32.0, 0.0)] * 4, 2 << 30, grows=True)
-"""What aws.yaml declares: a head that does no work, four nodes with four GPUs each, four for CPUs."""
+"""What aws.yaml declares: a head that does no work, four nodes with four GPUs each, four for
+CPUs.
+"""
 
 
-@pytest.mark.parametrize(("words", "planned"), [
-    ({"workers": 1}, [(48.0, 4.0)]),
-    ({"workers": 4}, [(48.0, 4.0)]),
-    ({"workers": 5}, [(48.0, 4.0)] * 2),
-    ({"workers": (2, 16)}, [(48.0, 4.0)] * 4),                       # an elastic job is planned for all its ranks
-    ({"workers": 4, "gpus_per_worker": 0}, [(32.0, 0.0)]),           # the job wants no GPUs
-    ({"workers": 4, "gpus_per_worker": 0, "cpus_per_worker": 20}, [(32.0, 0.0)] * 4),
-    ({"workers": 2, "gpus_per_worker": 4}, [(48.0, 4.0)] * 2)], ids=str)
+@pytest.mark.parametrize(
+    ("words", "planned"),
+    [
+        ({"workers": 1}, [(48.0, 4.0)]),
+        ({"workers": 4}, [(48.0, 4.0)]),
+        ({"workers": 5}, [(48.0, 4.0)] * 2),
+        ({"workers": (2, 16)}, [(48.0, 4.0)] * 4),  # an elastic job is planned for all its ranks
+        ({"workers": 4, "gpus_per_worker": 0}, [(32.0, 0.0)]),  # the job wants no GPUs
+        ({"workers": 4, "gpus_per_worker": 0, "cpus_per_worker": 20}, [(32.0, 0.0)] * 4),
+        ({"workers": 2, "gpus_per_worker": 4}, [(48.0, 4.0)] * 2),
+    ],
+    ids=str,
+)
 def test_a_source_is_planned_for_the_fewest_declared_nodes_that_hold_its_ranks(words, planned):
     """None of them is there yet: what happens to be there says nothing of a cluster that grows."""
     asked = spec(**words)
     assert launch.nodes_for(asked, AWS) == planned
     mine = launch.share_of(asked, AWS)
     assert mine.cpus >= 1 and (mine.gpus > 0) == (words.get("gpus_per_worker") != 0)
-    assert check_fits(asked, mine, launch.nodes_for(asked, AWS), "sources.a", grows=True) is not None
+    assert (
+        check_fits(asked, mine, launch.nodes_for(asked, AWS), "sources.a", grows=True) is not None
+    )
 
 
 def test_of_a_cluster_of_fixed_size_all_nodes_are_planned_for():
@@ -139,16 +195,27 @@ def test_where_nobody_says_what_can_come_the_job_says_what_it_needs(words):
     unknown = launch.Cluster([(0.0, 0.0)], 2 << 30, grows=True, is_declared=False)
     asked = spec(3, **words)
     mine = launch.share_of(asked, unknown)
-    assert (mine.cpus, mine.gpus) == (words.get("cpus_per_worker", 1), words.get("gpus_per_worker", 0))
+    assert (mine.cpus, mine.gpus) == (
+        words.get("cpus_per_worker", 1),
+        words.get("gpus_per_worker", 0),
+    )
     assert check_fits(asked, mine, launch.nodes_for(asked, unknown), "sources.a") == []
 
 
-@given(st.integers(1, 8), st.lists(st.tuples(st.sampled_from([0.0, 2.0, 16.0]), st.sampled_from([0.0, 1.0, 4.0])), max_size=6), st.booleans())
+@given(
+    st.integers(1, 8),
+    st.lists(
+        st.tuples(st.sampled_from([0.0, 2.0, 16.0]), st.sampled_from([0.0, 1.0, 4.0])), max_size=6
+    ),
+    st.booleans(),
+)
 def test_no_bundle_that_a_growing_cluster_is_asked_for_is_empty(ranks, nodes, is_declared):
     on = launch.Cluster(nodes, 2 << 30, grows=True, is_declared=is_declared)
     asked = spec(ranks)
     try:
-        check_fits(asked, launch.share_of(asked, on), launch.nodes_for(asked, on), "sources.a", grows=True)
+        check_fits(
+            asked, launch.share_of(asked, on), launch.nodes_for(asked, on), "sources.a", grows=True
+        )
     except ClusterError:
         assert is_declared
         return
@@ -158,13 +225,24 @@ def test_no_bundle_that_a_growing_cluster_is_asked_for_is_empty(ranks, nodes, is
 
 
 def test_bundles_in_words():
-    assert launch.describe_bundles([{"CPU": 1, "GPU": 0.5}, {"CPU": 1, "GPU": 0.5}, {"CPU": 2}]) == "2 x 1 CPU + 0.5 GPU and 1 x 2 CPU"
+    assert (
+        launch.describe_bundles([{"CPU": 1, "GPU": 0.5}, {"CPU": 1, "GPU": 0.5}, {"CPU": 2}])
+        == "2 x 1 CPU + 0.5 GPU and 1 x 2 CPU"
+    )
 
 
 def test_what_no_declared_node_can_hold_is_refused_with_what_can_come():
     asked = spec(1, cpus_per_worker=64)
-    with pytest.raises(ClusterError, match=r"the cluster can grow to 8 nodes of .* it can never be met"):
-        check_fits(asked, launch.share_of(asked, AWS), launch.nodes_for(asked, AWS), "sources.a", grows=True)
+    with pytest.raises(
+        ClusterError, match=r"the cluster can grow to 8 nodes of .* it can never be met"
+    ):
+        check_fits(
+            asked,
+            launch.share_of(asked, AWS),
+            launch.nodes_for(asked, AWS),
+            "sources.a",
+            grows=True,
+        )
 
 
 @pytest.fixture
@@ -173,7 +251,11 @@ def living(monkeypatch):
     head = {"NodeID": "h", "Alive": True, "Resources": {"node:__internal_head__": 1.0}}
     monkeypatch.setattr(launch.ray, "nodes", lambda: [head])
     monkeypatch.setattr(launch.ray, "cluster_resources", lambda: {"object_store_memory": 1000.0})
-    monkeypatch.setattr(launch.ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address="a:1", get_node_id=lambda: "h"))
+    monkeypatch.setattr(
+        launch.ray,
+        "get_runtime_context",
+        lambda: SimpleNamespace(gcs_address="a:1", get_node_id=lambda: "h"),
+    )
     declared: list = [None]
     monkeypatch.setattr(launch.node_types, "declared", lambda address: declared[0])
     return declared
@@ -181,29 +263,48 @@ def living(monkeypatch):
 
 def test_a_cluster_that_declares_its_nodes_is_waited_for_unless_told_otherwise(living):
     assert launch.cluster() == launch.Cluster([(0.0, 0.0)], 1000.0)
-    assert launch.cluster(True) == launch.Cluster([(0.0, 0.0)], 1000.0, grows=True, is_declared=False)
+    assert launch.cluster(True) == launch.Cluster(
+        [(0.0, 0.0)], 1000.0, grows=True, is_declared=False
+    )
     living[0] = [launch.node_types.NodeType("gpu", 48.0, 4.0, 2)]
-    assert launch.cluster() == launch.cluster(True) == launch.Cluster([(48.0, 4.0)] * 2, 1000.0, grows=True)
+    assert (
+        launch.cluster()
+        == launch.cluster(True)
+        == launch.Cluster([(48.0, 4.0)] * 2, 1000.0, grows=True)
+    )
     assert launch.cluster(False) == launch.Cluster([(0.0, 0.0)], 1000.0), "the nodes that are there"
 
 
 # ---------------------------------------------------------------- refused, or warned of
+
 
 def test_what_can_never_be_met_is_refused_with_what_is_asked_and_what_is_there():
     asked = spec(2, cpus_per_worker=6)
     with pytest.raises(ClusterError) as caught:
         check_fits(asked, share(asked, 16, 0), [(4.0, 0.0)] * 4, "sources.big")
     told = str(caught.value)
-    assert told.startswith("sources.big: the cluster has 4 nodes of 4 CPU + 0 GPU, the request is 2 ranks x (6 CPU + 0 GPU, each on one node) and 1 CPU of")
+    assert told.startswith(
+        "sources.big: the cluster has 4 nodes of 4 CPU + 0 GPU, the request is 2 ranks x (6 "
+        "CPU + 0 GPU, each on one node) and 1 CPU of"
+    )
     assert "it can never be met. Lower workers, cpus_per_worker or gpus_per_worker" in told
 
 
-@pytest.mark.parametrize(("workers", "words", "nodes"), [
-    (1, {"cpus_per_worker": 2}, [(2.0, 0.0)]),         # no part of a CPU is left for data
-    (2, {"gpus_per_worker": 1}, [(8.0, 1.0)]),
-    (1, {"gpus_per_worker": 1}, [(8.0, 0.0)]),
-    (4, {"cpus_per_worker": 3}, [(4.0, 0.0), (4.0, 0.0), (5.5, 0.0)]),  # 13.5 CPUs for 12, in pieces that hold three ranks
-    (1, {}, [])], ids=str)
+@pytest.mark.parametrize(
+    ("workers", "words", "nodes"),
+    [
+        (1, {"cpus_per_worker": 2}, [(2.0, 0.0)]),  # no part of a CPU is left for data
+        (2, {"gpus_per_worker": 1}, [(8.0, 1.0)]),
+        (1, {"gpus_per_worker": 1}, [(8.0, 0.0)]),
+        (
+            4,
+            {"cpus_per_worker": 3},
+            [(4.0, 0.0), (4.0, 0.0), (5.5, 0.0)],
+        ),  # 13.5 CPUs for 12, in pieces that hold three ranks
+        (1, {}, []),
+    ],
+    ids=str,
+)
 def test_requests_that_do_not_fit(workers, words, nodes):
     asked = spec(workers, **words)
     mine = share(asked, sum(n[0] for n in nodes), sum(n[1] for n in nodes))
@@ -213,7 +314,9 @@ def test_requests_that_do_not_fit(workers, words, nodes):
 
 def test_an_elastic_request_needs_its_fewest_ranks_only():
     asked = spec((2, 8), cpus_per_worker=1)
-    assert check_fits(asked, share(asked, 3, 0), [(3.0, 0.0)], "sources.a") != [], "eight ranks would share three CPUs: a warning"
+    assert check_fits(asked, share(asked, 3, 0), [(3.0, 0.0)], "sources.a") != [], (
+        "eight ranks would share three CPUs: a warning"
+    )
     whole = spec(8, cpus_per_worker=1)
     with pytest.raises(ClusterError, match="the request is 8 ranks"):
         check_fits(whole, share(whole, 3, 0), [(3.0, 0.0)], "sources.a")
@@ -221,29 +324,44 @@ def test_an_elastic_request_needs_its_fewest_ranks_only():
         check_fits(asked, share(asked, 2, 0), [(1.0, 0.0)] * 2, "sources.a")
 
 
-@pytest.mark.parametrize(("ranks", "cpus", "cores", "warned"), [(2, 2, 2, False), (3, 2, 2, True), (4, 2, 8, False), (80, 64, 2, True), (64, 64, 2, False)])
+@pytest.mark.parametrize(
+    ("ranks", "cpus", "cores", "warned"),
+    [(2, 2, 2, False), (3, 2, 2, True), (4, 2, 8, False), (80, 64, 2, True), (64, 64, 2, False)],
+)
 def test_more_ranks_than_cores_is_a_warning(monkeypatch, ranks, cpus, cores, warned):
     """Cores where the cluster is this machine, its CPUs where it is larger."""
     monkeypatch.setattr(launch.os, "cpu_count", lambda: cores)
     found = check_fits(spec(ranks), share(spec(ranks), cpus, 0), [(float(cpus), 0.0)], "sources.a")
-    assert found == ([f"warning: sources.a: {ranks} ranks are more than the {cpus} CPUs; they will share them"] if warned else [])
+    assert found == (
+        [f"warning: sources.a: {ranks} ranks are more than the {cpus} CPUs; they will share them"]
+        if warned
+        else []
+    )
 
 
 def test_ranks_that_share_gpus_are_a_warning():
     nodes = [(16.0, 1.0)]
-    line, = check_fits(spec(2), share(spec(2), 16, 1), nodes, "sources.a")
-    assert line.startswith("warning: sources.a: 2 ranks share 1 GPUs; they reduce over gloo, which is slow")
+    (line,) = check_fits(spec(2), share(spec(2), 16, 1), nodes, "sources.a")
+    assert line.startswith(
+        "warning: sources.a: 2 ranks share 1 GPUs; they reduce over gloo, which is slow"
+    )
     assert check_fits(spec(1), share(spec(1), 16, 1), nodes, "sources.a") == []
-    assert check_fits(spec(1), Share(1, 0.25, DataWorkers(), 1), nodes, "sources.a") == [], "one rank reduces over nothing"
+    assert check_fits(spec(1), Share(1, 0.25, DataWorkers(), 1), nodes, "sources.a") == [], (
+        "one rank reduces over nothing"
+    )
 
 
 def test_a_cluster_in_words():
     assert launch.told([]) == "no nodes"
     assert launch.told([(4.0, 0.0)]) == "1 node of 4 CPU + 0 GPU"
-    assert launch.told([(8.0, 1.0), (4.0, 0.0), (4.0, 0.0)]) == "3 nodes of 4 CPU + 0 GPU or 8 CPU + 1 GPU"
+    assert (
+        launch.told([(8.0, 1.0), (4.0, 0.0), (4.0, 0.0)])
+        == "3 nodes of 4 CPU + 0 GPU or 8 CPU + 1 GPU"
+    )
 
 
 # ---------------------------------------------------------------- which cluster
+
 
 @pytest.fixture
 def asked(monkeypatch):
@@ -262,19 +380,32 @@ def asked(monkeypatch):
 
 
 def test_without_an_address_a_cluster_of_our_own_is_started(asked):
-    """Never ``auto``, nor none at all: both join whatever cluster somebody has started on the machine."""
+    """Never ``auto``, nor none at all: both join whatever cluster somebody has started on the
+    machine.
+    """
     launch.start(None, False)
-    call, = asked
-    assert call["address"] == "local" and call["include_dashboard"] is False and call["log_to_driver"] is False
+    (call,) = asked
+    assert (
+        call["address"] == "local"
+        and call["include_dashboard"] is False
+        and call["log_to_driver"] is False
+    )
 
 
-@pytest.mark.parametrize(("address", "variable", "joined"), [
-    (None, "10.0.0.1:6379", "10.0.0.1:6379"), ("ray://head:10001", None, "ray://head:10001"), ("auto", None, "auto"), ("a:1", "b:2", "a:1")])
+@pytest.mark.parametrize(
+    ("address", "variable", "joined"),
+    [
+        (None, "10.0.0.1:6379", "10.0.0.1:6379"),
+        ("ray://head:10001", None, "ray://head:10001"),
+        ("auto", None, "auto"),
+        ("a:1", "b:2", "a:1"),
+    ],
+)
 def test_a_cluster_that_is_named_is_joined(asked, monkeypatch, address, variable, joined):
     if variable:
         monkeypatch.setenv("RAY_ADDRESS", variable)
     launch.start(address, True)
-    call, = asked
+    (call,) = asked
     assert call["address"] == joined and call["log_to_driver"] is True
     assert "include_dashboard" not in call, "Ray refuses it for a cluster that runs already"
 
@@ -285,8 +416,16 @@ def test_a_session_that_runs_is_kept(asked, monkeypatch):
     assert asked == []
 
 
-@pytest.mark.parametrize("error", [ConnectionError("\n  Could not find any running Ray instance.\nmore"), RuntimeError("Version mismatch"),
-                                   ValueError("bad address"), ConnectionError()], ids=repr)
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionError("\n  Could not find any running Ray instance.\nmore"),
+        RuntimeError("Version mismatch"),
+        ValueError("bad address"),
+        ConnectionError(),
+    ],
+    ids=repr,
+)
 @pytest.mark.parametrize("address", [None, "10.0.0.1:6379"])
 def test_a_cluster_that_does_not_answer_is_one_clear_error(asked, monkeypatch, error, address):
     def init(**words):
@@ -296,26 +435,45 @@ def test_a_cluster_that_does_not_answer_is_one_clear_error(asked, monkeypatch, e
     with pytest.raises(ClusterError) as caught:
         launch.start(address, False)
     told = str(caught.value)
-    assert told.startswith("no Ray cluster answers at 10.0.0.1:6379: " if address else "Ray does not start here: ")
+    assert told.startswith(
+        "no Ray cluster answers at 10.0.0.1:6379: " if address else "Ray does not start here: "
+    )
     lines = [line for line in str(error).splitlines() if line.strip()]
-    assert (lines[0] if lines else "ConnectionError") in told and "\n" not in told and "check the address, the token" in told
+    assert (
+        (lines[0] if lines else "ConnectionError") in told
+        and "\n" not in told
+        and "check the address, the token" in told
+    )
 
 
 # ---------------------------------------------------------------- the error of a rank
 
+
 def test_the_cause_of_an_error_is_told_without_the_way_it_took():
     from ray.exceptions import RayTaskError
 
-    assert launch._first_cause(RayTaskError("f", "traceback", ValueError("row 3 is bad"))) == "row 3 is bad"
+    assert (
+        launch._first_cause(RayTaskError("f", "traceback", ValueError("row 3 is bad")))
+        == "row 3 is bad"
+    )
     assert launch._first_cause(KeyError("x")) == "KeyError: 'x'"
 
 
 def test_a_warning_of_the_ranks_is_told_once(monkeypatch):
-    records = iter([{}, {"step": 1}, {"step": 2, "warning": "the quantiser has collapsed"}, {"step": 3, "warning": "the quantiser has collapsed"}])
+    records = iter(
+        [
+            {},
+            {"step": 1},
+            {"step": 2, "warning": "the quantiser has collapsed"},
+            {"step": 3, "warning": "the quantiser has collapsed"},
+        ]
+    )
     monkeypatch.setattr(launch.ray, "get", lambda ref, timeout: (next(records), None))
     stop, lines = threading.Event(), []
     board = SimpleNamespace(read=SimpleNamespace(remote=lambda: None))
-    progress = SimpleNamespace(note=lines.append, update=lambda line: stop.set() if "step 3" in line else None)
+    progress = SimpleNamespace(
+        note=lines.append, update=lambda line: stop.set() if "step 3" in line else None
+    )
     monkeypatch.setattr(stop, "wait", lambda seconds: stop.is_set())
     launch._watch(board, "heard", progress, stop)
     assert lines == ["warning: heard: the quantiser has collapsed"]

@@ -1,4 +1,6 @@
-"""The metrics log where the disk is full: what went wrong is told, and not what the log makes of it."""
+"""The metrics log where the disk is full: what went wrong is told, and not what the log makes of
+it.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,12 @@ def small_disk(tmp_path):
     """A disk of 2 MiB; only root may make one."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", disk], capture_output=True, text=True, check=False)
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "none", disk],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if made.returncode:
         pytest.skip(f"no disk can be mounted here: {made.stderr.strip()}")
     yield disk
@@ -30,13 +37,18 @@ def small_disk(tmp_path):
 
 
 def fill(disk: Path) -> None:
-    with pytest.raises(OSError, match="No space left"), open(disk / "filler", "wb", buffering=0) as file:
+    with (
+        pytest.raises(OSError, match="No space left"),
+        open(disk / "filler", "wb", buffering=0) as file,
+    ):
         while True:
             file.write(bytes(4096))
 
 
 def test_a_full_disk_is_told_by_what_could_not_be_written(small_disk, tmp_path):
-    """The log cannot be closed either, and says so in words that name no file: these must not take the place of the first error."""
+    """The log cannot be closed either, and says so in words that name no file: these must not take
+    the place of the first error.
+    """
     images = image_files(tmp_path / "data", {"train": 36})
     train = {"steps": 6, "global_batch": 12, "checkpoint_every_steps": 1, "log_every_steps": 100}
     stage = source.stage(image_job(small_disk, images, train=train), "src")
@@ -45,14 +57,20 @@ def test_a_full_disk_is_told_by_what_could_not_be_written(small_disk, tmp_path):
     with pytest.raises(storage.StorageError) as caught:
         pretrain.train_rank(work, Ranks())
     assert str(caught.value).startswith("cannot ") and str(small_disk) in str(caught.value)
-    assert "free space there or choose another storage" in str(caught.value) and "\n" not in str(caught.value)
+    assert "free space there or choose another storage" in str(caught.value) and "\n" not in str(
+        caught.value
+    )
 
 
 def test_a_line_that_cannot_be_written_names_its_file(tmp_path):
     log = MetricsLog(str(tmp_path), tensorboard=False)
     (tmp_path / "metrics.jsonl").unlink()
     os.symlink("/dev/full", tmp_path / "metrics.jsonl")
-    with pytest.raises(storage.StorageError, match=r"cannot write .*/metrics\.jsonl: No space left on device; free space there or choose another storage$"):
+    with pytest.raises(
+        storage.StorageError,
+        match=r"cannot write .*/metrics\.jsonl: No space left on device; free space there or "
+        r"choose another storage$",
+    ):
         log.write({"step": 1})
 
 
@@ -64,12 +82,17 @@ def test_a_log_is_given_up_before_its_first_value(tmp_path):
 
 
 def test_a_tensorboard_writer_that_has_stopped_holds_nobody_up(tmp_path):
-    """Its thread ends at the first error; what it is given then fills a queue that nobody empties."""
+    """Its thread ends at the first error; what it is given then fills a queue that nobody
+    empties.
+    """
     log = MetricsLog(str(tmp_path))
     assert log._writer is not None
     events = log._writer.file_writer.event_writer
     events._worker.stop()
-    with pytest.raises(storage.StorageError, match=r"cannot write .*/tensorboard: its writer has stopped, .*; free space there"):
+    with pytest.raises(
+        storage.StorageError,
+        match=r"cannot write .*/tensorboard: its writer has stopped, .*; free space there",
+    ):
         for step in range(50):
             log.write({"step": step, "loss": 1.0})
     log.abandon()
@@ -85,9 +108,13 @@ def test_a_bundle_and_a_resume_point_that_do_not_fit_say_so(small_disk, monkeypa
     from pipeline.train import checkpoint
 
     monkeypatch.setattr(tempfile, "tempdir", str(small_disk))
-    clear = r"^cannot write .*: No space left on device; free space there or choose another storage$"
+    clear = (
+        r"^cannot write .*: No space left on device; free space there or choose another storage$"
+    )
     with pytest.raises(storage.StorageError, match=clear):
-        checkpoint.save(str(small_disk / "points"), Ranks(), {"step": 1, "model": torch.zeros(1_000_000)})
+        checkpoint.save(
+            str(small_disk / "points"), Ranks(), {"step": 1, "model": torch.zeros(1_000_000)}
+        )
     task = task_of("timm/test_resnet", {"channels": 3, "size": 32}, "classification", label_state())
     fill(small_disk)
     with pytest.raises(storage.StorageError, match=clear):

@@ -1,7 +1,8 @@
-"""The one loop against a bare torch loop, and its promises: global means, skipped steps, kept weights, bitwise resume.
+"""The one loop against a bare torch loop, and its promises: global means, skipped steps, kept
+weights, bitwise resume.
 
-The golden losses are written anew by ``ONETOMANY_GOLDEN=write pytest tests/train/test_loop.py -k golden``; a change that claims
-not to change numbers leaves them as they are.
+The golden losses are written anew by ``ONETOMANY_GOLDEN=write pytest tests/train/test_loop.py -k
+golden``; a change that claims not to change numbers leaves them as they are.
 """
 
 import copy
@@ -14,7 +15,18 @@ import numpy as np
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
-from toys import SMALL, furthest, image_rows, make_run, net_task, packed_rows, task_of, text_modality, text_rows, weights
+from toys import (
+    SMALL,
+    furthest,
+    image_rows,
+    make_run,
+    net_task,
+    packed_rows,
+    task_of,
+    text_modality,
+    text_rows,
+    weights,
+)
 
 from pipeline import storage
 from pipeline.contracts import Batch, Technique
@@ -42,16 +54,35 @@ def validation():
 
 # ---------------------------------------------------------------- a bare torch loop
 
+
 def reference(run: loop.Run, skip: tuple[int, ...] = ()):
-    """The same training as plain torch would do it; steps of ``skip`` are not taken. Returns weights and losses."""
+    """The same training as plain torch would do it; steps of ``skip`` are not taken. Returns
+    weights and losses.
+    """
     task, spec = copy.deepcopy(run.task), run.train
     task.train()
-    matrices, vectors = ([p for p in task.parameters() if (p.dim() > 1) == big] for big in (True, False))
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": spec.weight_decay}, {"params": vectors, "weight_decay": 0.0}], lr=spec.lr,
-                                  betas=(spec.beta1, spec.beta2), foreach=False, fused=False)
+    matrices, vectors = (
+        [p for p in task.parameters() if (p.dim() > 1) == big] for big in (True, False)
+    )
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": matrices, "weight_decay": spec.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ],
+        lr=spec.lr,
+        betas=(spec.beta1, spec.beta2),
+        foreach=False,
+        fused=False,
+    )
     warm = round(spec.warmup * run.steps)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda s: (s + 1) / warm if s < warm else 0.5 * (1 + math.cos(math.pi * (s - warm) / (run.steps - warm))))
+        optimizer,
+        lambda s: (
+            (s + 1) / warm
+            if s < warm
+            else 0.5 * (1 + math.cos(math.pi * (s - warm) / (run.steps - warm)))
+        ),
+    )
     losses = []
     for step, loaded in enumerate(run.batches(range(run.steps))):
         batch = run.ready(loaded.batch, spec.augment)
@@ -61,7 +92,9 @@ def reference(run: loop.Run, skip: tuple[int, ...] = ()):
         if spec.clip_norm:
             torch.nn.utils.clip_grad_norm_(task.parameters(), spec.clip_norm)
         if step in skip:
-            for p in task.parameters():  # torch's schedulers want to see a step: this one moves nothing
+            for (
+                p
+            ) in task.parameters():  # torch's schedulers want to see a step: this one moves nothing
                 p.grad = None
         optimizer.step()
         if step not in skip:
@@ -105,15 +138,24 @@ def test_weights_with_a_penalty_equal_the_bare_loop_at_any_micro_batch(rows):
         options_class = Options
 
         def penalty(self, task, batch):
-            return 0.3 * sum((p ** 2).sum() for p in task.parameters())
+            return 0.3 * sum((p**2).sum() for p in task.parameters())
 
     want = None
     for micro in (None, 3, 1):
-        run = make_run(rows, net_task(), steps=1, technique=Shrink(), micro_batch=micro, lr=0.1, warmup=0.0, **PLAIN)
+        run = make_run(
+            rows,
+            net_task(),
+            steps=1,
+            technique=Shrink(),
+            micro_batch=micro,
+            lr=0.1,
+            warmup=0.0,
+            **PLAIN,
+        )
         if want is None:
             twin = copy.deepcopy(run.task)
             total, count, _ = twin(run.ready(next(iter(run.batches(range(1)))).batch, False))
-            (total / count + 0.3 * sum((p ** 2).sum() for p in twin.parameters())).backward()
+            (total / count + 0.3 * sum((p**2).sum() for p in twin.parameters())).backward()
             want = {name: p.detach() - 0.1 * p.grad for name, p in twin.named_parameters()}
         loop.fit(run)
         assert furthest(weights(run.task), want) < 1e-6
@@ -121,13 +163,16 @@ def test_weights_with_a_penalty_equal_the_bare_loop_at_any_micro_batch(rows):
 
 # ---------------------------------------------------------------- global means
 
+
 def gradients(run: loop.Run) -> list[dict[str, torch.Tensor]]:
     """The mean gradient of every step, as the optimiser is handed it."""
     found = []
     original = loop._step
 
     def watch(live, stats, ranks, train, task, *rest):
-        found.append({name: p.grad / stats[1] for name, p in task.named_parameters() if p.grad is not None})
+        found.append(
+            {name: p.grad / stats[1] for name, p in task.named_parameters() if p.grad is not None}
+        )
         return original(live, stats, ranks, train, task, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -147,19 +192,35 @@ def same_at_any_micro_batch(make, sizes=(1, 2, 4, 8), steps=3):
 
 
 def test_eight_micro_batches_of_one_equal_two_of_four(rows):
-    same_at_any_micro_batch(lambda micro: make_run(rows, net_task(), steps=3, micro_batch=micro, lr=0.01))
+    same_at_any_micro_batch(
+        lambda micro: make_run(rows, net_task(), steps=3, micro_batch=micro, lr=0.01)
+    )
 
 
 def test_eight_micro_batches_of_one_equal_two_of_four_for_a_transformer():
     found = image_rows(16, size=32, channels=3)
-    same_at_any_micro_batch(lambda micro: make_run(
-        found, task_of("timm/test_vit", {"channels": 3, "size": 32}, "classification", found.decoder.objective_state), steps=3, micro_batch=micro, lr=1e-4),
-        sizes=(1, 4, 8))
+    same_at_any_micro_batch(
+        lambda micro: make_run(
+            found,
+            task_of(
+                "timm/test_vit",
+                {"channels": 3, "size": 32},
+                "classification",
+                found.decoder.objective_state,
+            ),
+            steps=3,
+            micro_batch=micro,
+            lr=1e-4,
+        ),
+        sizes=(1, 4, 8),
+    )
 
 
 @pytest.mark.parametrize(("objective", "architecture"), [("mlm", "bert"), ("clm", "gpt2")])
 def test_token_counts_that_differ_by_row_do_not_weigh_the_mean(objective, architecture):
-    """Rows of a language model hold unequal numbers of predictions: the sum is divided by the global count, once."""
+    """Rows of a language model hold unequal numbers of predictions: the sum is divided by the
+    global count, once.
+    """
     modality = text_modality(f"transformers/{architecture}")
     found = packed_rows(40, modality, objective)
     assert found.arrays is not None
@@ -168,22 +229,42 @@ def test_token_counts_that_differ_by_row_do_not_weigh_the_mean(objective, archit
         if i % 3 == 0:
             found.arrays["segments"][i, 16:] = 0
             found.arrays["tokens"][i, 16:] = modality.state["specials"][0]
-    same_at_any_micro_batch(lambda micro: make_run(found, task_of(f"transformers/{architecture}", modality.inputs(), objective, **SMALL), steps=3,
-                                                   micro_batch=micro, lr=1e-3), sizes=(1, 4, 8))
+    same_at_any_micro_batch(
+        lambda micro: make_run(
+            found,
+            task_of(f"transformers/{architecture}", modality.inputs(), objective, **SMALL),
+            steps=3,
+            micro_batch=micro,
+            lr=1e-3,
+        ),
+        sizes=(1, 4, 8),
+    )
 
 
 def test_a_short_batch_is_divided_by_what_it_holds(rows):
-    """Undecodable rows leave a batch of 5: its mean is over 5, and a batch of none trains nothing and logs no number."""
+    """Undecodable rows leave a batch of 5: its mean is over 5, and a batch of none trains nothing
+    and logs no number.
+    """
     run = make_run(rows, net_task(), steps=2, lr=0.1, warmup=0.0, schedule="constant", **PLAIN)
     whole, told, logs = run.batches, [], []
 
     def short(steps):
         for step, loaded in zip(steps, whole(steps), strict=True):
             n, whole_batch = (5 if step == 0 else 0), loaded.batch
-            kept = Batch(whole_batch.rows[:n], whole_batch.keys[:n], {name: tensor[:n] for name, tensor in whole_batch.data.items()})
-            yield Loaded(kept, [(int(row), "broken") for row in loaded.batch.rows[len(kept):]], 0.0)
+            kept = Batch(
+                whole_batch.rows[:n],
+                whole_batch.keys[:n],
+                {name: tensor[:n] for name, tensor in whole_batch.data.items()},
+            )
+            yield Loaded(
+                kept, [(int(row), "broken") for row in loaded.batch.rows[len(kept) :]], 0.0
+            )
 
-    run.batches, run.bad_rows, run.on_log = short, lambda bad, seen: told.append((len(bad), seen)), logs.append
+    run.batches, run.bad_rows, run.on_log = (
+        short,
+        lambda bad, seen: told.append((len(bad), seen)),
+        logs.append,
+    )
     twin = copy.deepcopy(run.task)
     total, count, _ = twin(run.ready(next(short(range(1))).batch, False))
     (total / 5).backward()
@@ -192,10 +273,13 @@ def test_a_short_batch_is_divided_by_what_it_holds(rows):
     outcome = loop.fit(run)
     assert furthest(weights(run.task), want) < 1e-6
     assert told == [(3, 5), (8, 5)] and outcome.skipped_steps == 0
-    assert logs[0]["loss"] == pytest.approx(total.item() / 5, abs=1e-6) and math.isnan(logs[1]["loss"])
+    assert logs[0]["loss"] == pytest.approx(total.item() / 5, abs=1e-6) and math.isnan(
+        logs[1]["loss"]
+    )
 
 
 # ---------------------------------------------------------------- what is not finite
+
 
 def poisoned(run: loop.Run, steps: tuple[int, ...]) -> loop.Run:
     """NaN in one pixel of one row of the given steps."""
@@ -217,26 +301,43 @@ def test_a_step_with_a_loss_that_is_not_finite_is_skipped_and_counted(rows, micr
     steps = 6  # one epoch: no row comes twice
     clean = make_run(rows, net_task(), steps=steps, lr=0.01, warmup=0.0)
     want, losses = reference(clean, skip=(0, 3))
-    run = poisoned(make_run(rows, net_task(), steps=steps, lr=0.01, warmup=0.0, micro_batch=micro, log_every_steps=steps), (0, 3))
+    run = poisoned(
+        make_run(
+            rows,
+            net_task(),
+            steps=steps,
+            lr=0.01,
+            warmup=0.0,
+            micro_batch=micro,
+            log_every_steps=steps,
+        ),
+        (0, 3),
+    )
     logs = []
     run.on_log = logs.append
     outcome = loop.fit(run)
     assert furthest(weights(run.task), want) < 1e-6
     assert outcome.skipped_steps == 2 and logs[-1]["skipped_steps"] == 2
-    assert logs[-1]["loss"] == pytest.approx(np.mean(losses), abs=1e-6)  # the mean of what was trained on
+    assert logs[-1]["loss"] == pytest.approx(
+        np.mean(losses), abs=1e-6
+    )  # the mean of what was trained on
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_a_gradient_that_is_not_finite_skips_the_step_though_the_loss_is(rows, optimizer):
     runs = []
     for spoil in (True, False):
-        run = make_run(rows, net_task(), steps=4, lr=0.01, optimizer=optimizer, warmup=0.0, schedule="constant")
+        run = make_run(
+            rows, net_task(), steps=4, lr=0.01, optimizer=optimizer, warmup=0.0, schedule="constant"
+        )
         if spoil:
             calls = iter([math.inf, 1.0, -math.inf, 1.0])
             run.task.backbone.block.bias.register_hook(lambda g, calls=calls: g * next(calls))
         else:  # the same two steps alone
             batches = run.batches
-            run.batches = lambda steps, batches=batches: (next(iter(batches(range(s, s + 1)))) for s in (1, 3))
+            run.batches = lambda steps, batches=batches: (
+                next(iter(batches(range(s, s + 1)))) for s in (1, 3)
+            )
             run.steps = 2
         outcome = loop.fit(run)
         runs.append((outcome.skipped_steps, weights(run.task)))
@@ -250,7 +351,10 @@ def test_a_loss_that_is_not_finite_skips_the_step_though_the_gradient_is(rows):
     for add in (math.inf, 0.0):
         run = make_run(rows, net_task(), steps=1, lr=0.01, warmup=0.0)
         before, forward = weights(run.task), run.task.forward
-        run.task.forward = lambda batch, add=add, forward=forward: (forward(batch)[0] + add, *forward(batch)[1:])
+        run.task.forward = lambda batch, add=add, forward=forward: (
+            forward(batch)[0] + add,
+            *forward(batch)[1:],
+        )
         runs.append((loop.fit(run).skipped_steps, furthest(weights(run.task), before) > 0))
     assert runs == [(1, False), (0, True)]
 
@@ -259,7 +363,9 @@ def test_too_many_bad_steps_in_a_row_stop_the_run_with_their_rows(rows):
     run = poisoned(make_run(rows, net_task(), steps=6, max_bad_steps=3), (1, 2, 3))
     seen = {}
     run.on_rows = lambda step, ids: seen.__setitem__(step, ids.tolist())
-    with pytest.raises(NonFiniteError, match=r"3 steps in a row up to step 4; lower train\.lr") as error:
+    with pytest.raises(
+        NonFiniteError, match=r"3 steps in a row up to step 4; lower train\.lr"
+    ) as error:
         loop.fit(run)
     named = set(map(int, str(error.value).split("[")[1].rstrip("]").split(",")))
     assert named == {row for step in (1, 2, 3) for row in seen[step]}
@@ -273,7 +379,10 @@ def test_bad_steps_apart_do_not_stop_the_run(rows):
 
 def test_a_skipped_step_does_not_poison_norm_statistics(rows, validation):
     """Else training goes on and every validation is NaN, for ever."""
-    run = poisoned(make_run(rows, net_task(norm="batch"), steps=6, validation=validation, eval_every_steps=1), (2,))
+    run = poisoned(
+        make_run(rows, net_task(norm="batch"), steps=6, validation=validation, eval_every_steps=1),
+        (2,),
+    )
     outcome = loop.fit(run)
     assert outcome.skipped_steps == 1
     assert all(torch.isfinite(tensor).all() for tensor in weights(run.task).values())
@@ -281,6 +390,7 @@ def test_a_skipped_step_does_not_poison_norm_statistics(rows, validation):
 
 
 # ---------------------------------------------------------------- which weights
+
 
 def captured(run: loop.Run) -> list[dict[str, torch.Tensor]]:
     """The live weights after every step, filled while the run goes."""
@@ -301,7 +411,9 @@ def test_average_is_its_formula_and_is_what_remains(rows):
 
 
 def test_validation_sees_the_average_and_training_goes_on_with_the_live_weights(rows, validation):
-    plain, run = (make_run(rows, net_task(), steps=5, ema=ema, lr=0.01, keep="last") for ema in (None, 0.7))
+    plain, run = (
+        make_run(rows, net_task(), steps=5, ema=ema, lr=0.01, keep="last") for ema in (None, 0.7)
+    )
     live, held = captured(plain), captured(run)
     loop.fit(plain)
     average, seen = weights(run.task), []
@@ -317,9 +429,16 @@ def test_validation_sees_the_average_and_training_goes_on_with_the_live_weights(
     assert furthest(weights(run.task), average) < 1e-6
 
 
-@pytest.mark.parametrize(("metric", "values", "keep", "kept"), [
-    ("accuracy", [0.1, 0.5, 0.5, 0.3], "best", 2), ("accuracy", [0.1, 0.5, 0.5, 0.3], "last", 4), ("loss", [3.0, 1.0, 2.0, 1.0], "best", 2),
-    ("accuracy", [math.nan, 0.2, math.nan, 0.1], "best", 2), ("loss", [math.nan] * 4, "best", 4)])
+@pytest.mark.parametrize(
+    ("metric", "values", "keep", "kept"),
+    [
+        ("accuracy", [0.1, 0.5, 0.5, 0.3], "best", 2),
+        ("accuracy", [0.1, 0.5, 0.5, 0.3], "last", 4),
+        ("loss", [3.0, 1.0, 2.0, 1.0], "best", 2),
+        ("accuracy", [math.nan, 0.2, math.nan, 0.1], "best", 2),
+        ("loss", [math.nan] * 4, "best", 4),
+    ],
+)
 def test_the_best_or_the_last_weights_remain(rows, metric, values, keep, kept):
     run = make_run(rows, net_task(), steps=4, eval_every_steps=1, lr=0.01)
     run.keeper = loop.KeepBest(metric, keep)
@@ -328,11 +447,15 @@ def test_the_best_or_the_last_weights_remain(rows, metric, values, keep, kept):
     outcome = loop.fit(run)
     assert run.keeper.step == kept and furthest(weights(run.task), found[kept - 1]) == 0.0
     np.testing.assert_equal(run.keeper.metrics, {metric: values[kept - 1], "other": 1.0})
-    np.testing.assert_equal(outcome.curve, [{"step": i + 1, metric: v, "other": 1.0} for i, v in enumerate(values)])
+    np.testing.assert_equal(
+        outcome.curve, [{"step": i + 1, metric: v, "other": 1.0} for i, v in enumerate(values)]
+    )
 
 
 def test_validation_runs_at_its_steps_and_at_the_end_and_modes_are_put_back(rows):
-    run = make_run(rows, net_task(dropout=0.5), steps=7, eval_every_steps=3, technique=LinearProbe())
+    run = make_run(
+        rows, net_task(dropout=0.5), steps=7, eval_every_steps=3, technique=LinearProbe()
+    )
     modes = []
 
     def check(task):
@@ -340,7 +463,9 @@ def test_validation_runs_at_its_steps_and_at_the_end_and_modes_are_put_back(rows
         return {"accuracy": 0.0}
 
     run.evaluate = check
-    run.on_rows = lambda step, ids: modes.append((run.task.objective.training, run.task.backbone.training))
+    run.on_rows = lambda step, ids: modes.append(
+        (run.task.objective.training, run.task.backbone.training)
+    )
     assert [point["step"] for point in loop.fit(run).curve] == [3, 6, 7]
     assert modes == [(True, False)] * 7
 
@@ -354,11 +479,17 @@ def test_a_stop_ends_the_run_early_with_what_was_kept(rows, validation):
 
     run.on_eval = on_eval
     outcome = loop.fit(run)
-    assert outcome.stopped_early and outcome.steps == 4 and [point["step"] for point in outcome.curve] == [2, 4]
+    assert (
+        outcome.stopped_early
+        and outcome.steps == 4
+        and [point["step"] for point in outcome.curve] == [2, 4]
+    )
 
 
 def test_gathered_predictions_stand_in_the_order_of_rows():
-    found = evaluate.gathered({"row": np.array([5, 2, 9]), "scores": np.array([[5.0], [2.0], [9.0]])}, Ranks())
+    found = evaluate.gathered(
+        {"row": np.array([5, 2, 9]), "scores": np.array([[5.0], [2.0], [9.0]])}, Ranks()
+    )
     assert found["row"].tolist() == [2, 5, 9] and found["scores"].tolist() == [[2.0], [5.0], [9.0]]
     assert evaluate.gathered({}, Ranks()) == {}
     with pytest.raises(ValueError, match="no row of the split could be evaluated"):
@@ -367,10 +498,18 @@ def test_gathered_predictions_stand_in_the_order_of_rows():
 
 # ---------------------------------------------------------------- phases
 
+
 @pytest.mark.parametrize("norm", ["layer", "batch"])
 def test_lp_ft_trains_the_head_first_and_then_everything(rows, norm):
-    run = make_run(rows, net_task(norm=norm, dropout=0.3), steps=6, technique=LPFT(LPFTOptions(probe_share=0.5, full_lr_scale=0.1)), lr=0.01, warmup=0.0,
-                   weight_decay=0.5)
+    run = make_run(
+        rows,
+        net_task(norm=norm, dropout=0.3),
+        steps=6,
+        technique=LPFT(LPFTOptions(probe_share=0.5, full_lr_scale=0.1)),
+        lr=0.01,
+        warmup=0.0,
+        weight_decay=0.5,
+    )
     before, found, logs, modes = weights(run.task), captured(run), [], []
     run.on_log = lambda log: (logs.append(log), modes.append(run.task.backbone.norm.training))
     outcome = loop.fit(run)
@@ -380,16 +519,22 @@ def test_lp_ft_trains_the_head_first_and_then_everything(rows, norm):
         assert not torch.equal(after["objective.head.weight"], before["objective.head.weight"])
     assert all(not torch.equal(found[-1][name], before[name]) for name in backbone)
     assert [log["phase"] for log in logs] == ["probe"] * 3 + ["full"] * 3
-    assert [log["lr"] for log in logs] == pytest.approx([0.01, 0.0075, 0.0025, 0.001, 0.00075, 0.00025])  # each phase its own cosine
+    assert [log["lr"] for log in logs] == pytest.approx(
+        [0.01, 0.0075, 0.0025, 0.001, 0.00075, 0.00025]
+    )  # each phase its own cosine
     assert modes == [False] * 3 + [True] * 3
     assert outcome.params_trained == sum(p.numel() for p in run.task.parameters())
 
 
 def test_a_frozen_backbone_does_not_move(rows):
-    run = make_run(rows, net_task(norm="batch"), steps=4, technique=LinearProbe(), lr=0.1, weight_decay=0.5)
+    run = make_run(
+        rows, net_task(norm="batch"), steps=4, technique=LinearProbe(), lr=0.1, weight_decay=0.5
+    )
     before = weights(run.task)
     outcome = loop.fit(run)
-    moved = {name for name, after in weights(run.task).items() if not torch.equal(after, before[name])}
+    moved = {
+        name for name, after in weights(run.task).items() if not torch.equal(after, before[name])
+    }
     assert moved == {"objective.head.weight", "objective.head.bias"}
     assert outcome.params_trained == sum(p.numel() for p in run.task.objective.parameters())
 
@@ -407,21 +552,36 @@ def test_nothing_left_to_train_is_an_error(rows):
 
 # ---------------------------------------------------------------- resume
 
+
 class Killed(Exception):  # noqa: N818 - a stand-in for a kill, not an error
     pass
 
 
 def resumable(rows, validation, folder, kind: str, optimizer: str = "adamw") -> loop.Run:
     technique = LPFT(LPFTOptions(probe_share=0.5)) if kind == "lp_ft" else None
-    return make_run(rows, net_task(norm="batch", dropout=0.4), steps=12, technique=technique, validation=validation, ema=0.8, augment=True, lr=0.01,
-                    optimizer=optimizer, eval_every_steps=4, checkpoint_every_steps=3, checkpoints=str(folder))
+    return make_run(
+        rows,
+        net_task(norm="batch", dropout=0.4),
+        steps=12,
+        technique=technique,
+        validation=validation,
+        ema=0.8,
+        augment=True,
+        lr=0.01,
+        optimizer=optimizer,
+        eval_every_steps=4,
+        checkpoint_every_steps=3,
+        checkpoints=str(folder),
+    )
 
 
 def finish(run: loop.Run):
     trace: dict[int, list[int]] = {}
     run.on_rows = lambda step, ids: trace.__setitem__(step, ids.tolist())
     outcome = loop.fit(run)
-    state = torch.load(Path(run.checkpoints or "", "step-0000000009", "state.pt"), weights_only=True)
+    state = torch.load(
+        Path(run.checkpoints or "", "step-0000000009", "state.pt"), weights_only=True
+    )
     assert state.pop("seconds") > 0  # of both parts, and another number every time
     return weights(run.task), outcome, state, trace, (run.keeper.step, run.keeper.metrics)
 
@@ -436,11 +596,24 @@ def same(a, b) -> bool:
     return a == b
 
 
-@pytest.mark.parametrize(("kind", "optimizer", "where", "stop", "resumed"), [
-    ("full", "adamw", "log", 5, 3), ("full", "sgd", "log", 11, 9), ("full", "adamw", "eval", 4, 3), ("full", "adamw", "log", 2, 0),
-    ("lp_ft", "adamw", "log", 5, 3), ("lp_ft", "adamw", "log", 7, 6), ("lp_ft", "sgd", "eval", 12, 9)])
-def test_a_run_that_was_stopped_goes_on_bit_for_bit(rows, validation, tmp_path, kind, optimizer, where, stop, resumed):
-    """Weights, optimiser, average, kept weights, random state, curve and row order, as if it had never stopped."""
+@pytest.mark.parametrize(
+    ("kind", "optimizer", "where", "stop", "resumed"),
+    [
+        ("full", "adamw", "log", 5, 3),
+        ("full", "sgd", "log", 11, 9),
+        ("full", "adamw", "eval", 4, 3),
+        ("full", "adamw", "log", 2, 0),
+        ("lp_ft", "adamw", "log", 5, 3),
+        ("lp_ft", "adamw", "log", 7, 6),
+        ("lp_ft", "sgd", "eval", 12, 9),
+    ],
+)
+def test_a_run_that_was_stopped_goes_on_bit_for_bit(
+    rows, validation, tmp_path, kind, optimizer, where, stop, resumed
+):
+    """Weights, optimiser, average, kept weights, random state, curve and row order, as if it had
+    never stopped.
+    """
     want = finish(resumable(rows, validation, tmp_path / "whole", kind, optimizer))
     first = resumable(rows, validation, tmp_path / "parts", kind, optimizer)
     trace: dict[int, list[int]] = {}
@@ -471,7 +644,9 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(rows, validation, tmp_path, 
 def test_a_resume_point_that_was_not_finished_is_passed_over(rows, validation, tmp_path):
     loop.fit(resumable(rows, validation, tmp_path, "full"))
     assert checkpoint.newest(str(tmp_path)) == 9
-    os.remove(tmp_path / "step-0000000009" / "manifest.json")  # written last, so on S3 it is what a killed writer lacks
+    os.remove(
+        tmp_path / "step-0000000009" / "manifest.json"
+    )  # written last, so on S3 it is what a killed writer lacks
     assert checkpoint.newest(str(tmp_path)) == 6
     state, passed_over = checkpoint.load(str(tmp_path), Ranks())
     assert state is not None and state["step"] == 6 and passed_over == []
@@ -485,7 +660,9 @@ def flip_a_bit(path: Path) -> None:
 
 @pytest.mark.parametrize("file", ["state.pt", "manifest.json"])
 def test_a_damaged_resume_point_gives_way_to_the_one_before(rows, validation, tmp_path, file):
-    """The run goes on from the older one, says so in every record, and ends as if nothing had been damaged."""
+    """The run goes on from the older one, says so in every record, and ends as if nothing had been
+    damaged.
+    """
     whole = resumable(rows, validation, tmp_path / "whole", "full")
     loop.fit(whole)
     loop.fit(resumable(rows, validation, tmp_path / "parts", "full"))
@@ -495,9 +672,13 @@ def test_a_damaged_resume_point_gives_way_to_the_one_before(rows, validation, tm
     again.on_start, again.on_log = lambda step, notes: starts.append((step, notes)), logs.append
     outcome = loop.fit(again)
     assert outcome.resumed_from == 6 and furthest(weights(again.task), weights(whole.task)) == 0.0
-    (step, notes), = starts
+    ((step, notes),) = starts
     assert step == 6 and len(notes) == 1
-    assert "the resume point of step 9 is damaged" in notes[0] and file in notes[0] and "goes on from that of step 6" in notes[0]
+    assert (
+        "the resume point of step 9 is damaged" in notes[0]
+        and file in notes[0]
+        and "goes on from that of step 6" in notes[0]
+    )
     assert all(notes[0] in log["warning"] for log in logs)
     assert checkpoint.newest(str(tmp_path / "parts")) == 9, "written again, whole"
     assert checkpoint.load(str(tmp_path / "parts"), Ranks())[1] == []
@@ -508,12 +689,19 @@ def test_resume_points_that_are_all_damaged_are_refused(rows, validation, tmp_pa
     loop.fit(resumable(rows, validation, tmp_path, "full"))
     for step in (6, 9):
         flip_a_bit(tmp_path / f"step-{step:010d}" / "state.pt")
-    with pytest.raises(storage.StorageError, match=r"no resume point in .* is intact.*step 9.*state\.pt.*Remove that folder"):
+    with pytest.raises(
+        storage.StorageError,
+        match=r"no resume point in .* is intact.*step 9.*state\.pt.*Remove that folder",
+    ):
         loop.fit(resumable(rows, validation, tmp_path, "full"))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-0000000006", "step-0000000009"], "nothing was removed"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-0000000006", "step-0000000009"], (
+        "nothing was removed"
+    )
 
 
-@pytest.mark.parametrize("cause", [ConnectionError("down"), None], ids=["no answer", "a short answer"])
+@pytest.mark.parametrize(
+    "cause", [ConnectionError("down"), None], ids=["no answer", "a short answer"]
+)
 def test_a_resume_point_that_cannot_be_read_now_is_not_taken_for_damaged(
     rows, validation, tmp_path, monkeypatch, cause
 ):
@@ -534,7 +722,9 @@ def test_a_resume_point_that_cannot_be_read_now_is_not_taken_for_damaged(
 
 
 def test_resume_points_come_by_time_too(rows, validation, tmp_path):
-    """A short run of slow steps has one: here a step takes four minutes, and none is due by steps."""
+    """A short run of slow steps has one: here a step takes four minutes, and none is due by
+    steps.
+    """
     run = resumable(rows, validation, tmp_path, "full")
     run.train = run.train.model_copy(update={"checkpoint_every_steps": None, "ema": None})
     now, saved = [0.0], []
@@ -543,12 +733,16 @@ def test_resume_points_come_by_time_too(rows, validation, tmp_path):
     run.on_log = lambda record: saved.append(checkpoint.newest(str(tmp_path)))
     loop.fit(run)
     assert run.train.checkpoint_every_minutes == 10.0
-    assert saved == [0, 0, 0, 3, 3, 3, 6, 6, 6, 9, 9, 9], "every 12 minutes: the first step after ten"
+    assert saved == [0, 0, 0, 3, 3, 3, 6, 6, 6, 9, 9, 9], (
+        "every 12 minutes: the first step after ten"
+    )
 
 
 def test_resume_points_by_steps_alone(rows, validation, tmp_path):
     run = resumable(rows, validation, tmp_path, "full")
-    run.train = run.train.model_copy(update={"checkpoint_every_steps": None, "checkpoint_every_minutes": None})
+    run.train = run.train.model_copy(
+        update={"checkpoint_every_steps": None, "checkpoint_every_minutes": None}
+    )
     seconds = iter(range(0, 10**9, 10**6))
     run.clock = lambda: float(next(seconds))
     loop.fit(run)
@@ -562,6 +756,7 @@ def test_only_the_newest_resume_points_are_kept(rows, validation, tmp_path):
 
 # ---------------------------------------------------------------- switches and logs
 
+
 def test_progress_is_told_by_the_clock_that_is_passed_in(rows):
     run = make_run(rows, net_task(), steps=6, log_every_steps=2)
     seconds = iter(range(100))
@@ -571,9 +766,15 @@ def test_progress_is_told_by_the_clock_that_is_passed_in(rows):
     logs = []
     run.on_log = logs.append
     outcome = loop.fit(run)
-    assert [log["rows_per_second"] for log in logs] == [16.0, 16.0, 16.0] and [log["eta_seconds"] for log in logs] == [2.0, 1.0, 0.0]
+    assert [log["rows_per_second"] for log in logs] == [16.0, 16.0, 16.0] and [
+        log["eta_seconds"] for log in logs
+    ] == [2.0, 1.0, 0.0]
     assert [log["wait_share"] for log in logs] == [0.5] * 3
-    assert outcome.seconds == 4.0 and outcome.rows_per_second == 12.0 and outcome.wait_share == pytest.approx(1.5 / 4)
+    assert (
+        outcome.seconds == 4.0
+        and outcome.rows_per_second == 12.0
+        and outcome.wait_share == pytest.approx(1.5 / 4)
+    )
 
 
 def test_bf16_is_only_taken_where_it_is_asked_for_or_there(rows):
@@ -584,7 +785,10 @@ def test_bf16_is_only_taken_where_it_is_asked_for_or_there(rows):
         with loop.autocast(Train(precision=precision), cpu):
             kinds[precision] = (x @ weight).dtype
     assert kinds == {"auto": torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16}
-    runs = [make_run(rows, net_task(), steps=5, precision=precision, lr=0.01) for precision in ("fp32", "bf16")]
+    runs = [
+        make_run(rows, net_task(), steps=5, precision=precision, lr=0.01)
+        for precision in ("fp32", "bf16")
+    ]
     for run in runs:
         loop.fit(run)
     a, b = (weights(run.task) for run in runs)
@@ -593,7 +797,15 @@ def test_bf16_is_only_taken_where_it_is_asked_for_or_there(rows):
 
 def test_channels_last_changes_the_layout_and_not_the_result():
     found = image_rows(16, size=32, channels=3)
-    tasks = [task_of("timm/test_resnet", {"channels": 3, "size": 32}, "classification", found.decoder.objective_state) for _ in range(2)]
+    tasks = [
+        task_of(
+            "timm/test_resnet",
+            {"channels": 3, "size": 32},
+            "classification",
+            found.decoder.objective_state,
+        )
+        for _ in range(2)
+    ]
     for task, switch in zip(tasks, (False, True), strict=True):
         loop.fit(make_run(found, task, steps=2, channels_last=switch, optimizer="sgd", lr=0.01))
     assert furthest(weights(tasks[0]), weights(tasks[1])) < 1e-5
@@ -602,8 +814,19 @@ def test_channels_last_changes_the_layout_and_not_the_result():
 
 @pytest.mark.slow
 def test_compiled_training_equals_eager_training(rows, validation, tmp_path):
-    runs = [make_run(rows, net_task(), steps=4, compile=switch, lr=0.01, validation=validation, checkpoints=str(tmp_path / str(switch)),
-                     checkpoint_every_steps=2) for switch in (False, True)]
+    runs = [
+        make_run(
+            rows,
+            net_task(),
+            steps=4,
+            compile=switch,
+            lr=0.01,
+            validation=validation,
+            checkpoints=str(tmp_path / str(switch)),
+            checkpoint_every_steps=2,
+        )
+        for switch in (False, True)
+    ]
     for run in runs:
         loop.fit(run)
     assert furthest(weights(runs[0].task), weights(runs[1].task)) < 1e-5
@@ -612,7 +835,13 @@ def test_compiled_training_equals_eager_training(rows, validation, tmp_path):
 def test_rows_of_many_widths_compile_twice(monkeypatch):
     """Once for the first width and once for all others (torch gives up after eight)."""
     found, widths = text_rows(), set()
-    task = task_of("transformers/bert", found.modality.inputs(), "classification", found.decoder.objective_state, **SMALL)
+    task = task_of(
+        "transformers/bert",
+        found.modality.inputs(),
+        "classification",
+        found.decoder.objective_state,
+        **SMALL,
+    )
     run = make_run(found, task, steps=12, global_batch=2, compile=True)
     for loaded in run.batches(range(run.steps)):
         widths.add(loaded.batch["tokens"].shape[1])
@@ -625,16 +854,38 @@ def test_rows_of_many_widths_compile_twice(monkeypatch):
 
 # ---------------------------------------------------------------- golden losses
 
+
 def golden_image() -> list[float]:
     found = image_rows(64, size=32, channels=3, noise=0.8)
-    task = task_of("timm/resnet10t", {"channels": 3, "size": 32}, "classification", found.decoder.objective_state, seed=7)
-    return ten_losses(make_run(found, task, steps=10, global_batch=16, augment=True, lr=0.02, optimizer="sgd", seed=7))
+    task = task_of(
+        "timm/resnet10t",
+        {"channels": 3, "size": 32},
+        "classification",
+        found.decoder.objective_state,
+        seed=7,
+    )
+    return ten_losses(
+        make_run(
+            found, task, steps=10, global_batch=16, augment=True, lr=0.02, optimizer="sgd", seed=7
+        )
+    )
 
 
 def golden_text() -> list[float]:
     modality = text_modality()
-    task = task_of("transformers/bert", modality.inputs(), "mlm", seed=7, layers=2, hidden=32, heads=2, dropout=0.1)
-    return ten_losses(make_run(packed_rows(80, modality), task, steps=10, global_batch=8, lr=2e-3, seed=7))
+    task = task_of(
+        "transformers/bert",
+        modality.inputs(),
+        "mlm",
+        seed=7,
+        layers=2,
+        hidden=32,
+        heads=2,
+        dropout=0.1,
+    )
+    return ten_losses(
+        make_run(packed_rows(80, modality), task, steps=10, global_batch=8, lr=2e-3, seed=7)
+    )
 
 
 def ten_losses(run: loop.Run) -> list[float]:
@@ -644,13 +895,20 @@ def ten_losses(run: loop.Run) -> list[float]:
     return [log["loss"] for log in logs]
 
 
-@pytest.mark.parametrize(("name", "make"), [("image_resnet10t", golden_image), ("text_bert_mlm", golden_text)])
+@pytest.mark.parametrize(
+    ("name", "make"), [("image_resnet10t", golden_image), ("text_bert_mlm", golden_text)]
+)
 def test_golden_losses(name, make):
     losses, path = make(), GOLDEN / f"{name}.txt"
     if os.environ.get("ONETOMANY_GOLDEN") == "write":
         lines = "".join(f"{step} {loss:.6f}\n" for step, loss in enumerate(losses, start=1))
-        path.write_text(f"# Loss of the first ten steps of {make.__name__} in tests/train/test_loop.py, whose first lines say how to write this anew.\n{lines}")
-    want = [float(line.split()[1]) for line in path.read_text().splitlines() if not line.startswith("#")]
+        path.write_text(
+            f"# Loss of the first ten steps of {make.__name__} in tests/train/test_loop.py, "
+            f"whose first lines say how to write this anew.\n{lines}"
+        )
+    want = [
+        float(line.split()[1]) for line in path.read_text().splitlines() if not line.startswith("#")
+    ]
     assert losses == pytest.approx(want, abs=1e-4) and len(want) == 10
 
 

@@ -1,4 +1,6 @@
-"""What a run shows: without a terminal one line every few seconds, and nothing that makes a log unreadable."""
+"""What a run shows: without a terminal one line every few seconds, and nothing that makes a log
+unreadable.
+"""
 
 from __future__ import annotations
 
@@ -27,10 +29,20 @@ def shown(monkeypatch):
 
 
 def record(step: int, **more) -> dict:
-    return {"step": step, "steps": 200, "loss": 1.23456, "accuracy": 0.5, "rows_per_second": 812.4, "wait_share": 0.034, "eta_seconds": 75.2, **more}
+    return {
+        "step": step,
+        "steps": 200,
+        "loss": 1.23456,
+        "accuracy": 0.5,
+        "rows_per_second": 812.4,
+        "wait_share": 0.034,
+        "eta_seconds": 75.2,
+        **more,
+    }
 
 
 # ---------------------------------------------------------------- when a line is written
+
 
 def test_without_a_terminal_there_is_one_line_every_five_seconds(shown):
     progress, clock, lines = shown
@@ -78,7 +90,9 @@ def test_a_note_is_written_always_and_takes_no_turn(shown):
 def test_lines_stand_as_they_are(shown):
     """Neither wrapped nor coloured, and brackets are no markup."""
     progress, _, lines = shown
-    long = "task: " + "a sentence of several words " * 20 + "[red]s3://bucket/a b[/red] [1, 2] 10% 'x'"
+    long = (
+        "task: " + "a sentence of several words " * 20 + "[red]s3://bucket/a b[/red] [1, 2] 10% 'x'"
+    )
     progress.note(long)
     progress.update(long + " and more", final=True)
     assert lines() == [long, long + " and more"]
@@ -105,28 +119,64 @@ def test_on_a_terminal_the_newest_line_is_live_and_wiped_in_the_end():
 
 # ---------------------------------------------------------------- what a line says
 
+
 def test_a_line_has_step_and_total_loss_rate_wait_and_eta():
-    assert training_line("garments", record(40)) == "garments: step 40/200  loss 1.235  accuracy 0.5  812 rows/s  data wait 3%  ETA 1m15s"
+    assert (
+        training_line("garments", record(40))
+        == "garments: step 40/200  loss 1.235  accuracy 0.5  812 rows/s  data wait 3%  ETA 1m15s"
+    )
 
 
 def test_a_line_shows_validation_metrics_without_their_loss_and_no_other_facts():
-    line = training_line("a", record(40, validation_accuracy=0.81239, validation_macro_f1=0.7, validation_loss=0.4, lr=1e-3, grad_norm=3.0, skipped_steps=0))
+    line = training_line(
+        "a",
+        record(
+            40,
+            validation_accuracy=0.81239,
+            validation_macro_f1=0.7,
+            validation_loss=0.4,
+            lr=1e-3,
+            grad_norm=3.0,
+            skipped_steps=0,
+        ),
+    )
     assert "val accuracy 0.8124  val macro_f1 0.7" in line
-    assert "val loss" not in line and "lr" not in line and "grad" not in line and "skipped" not in line
+    assert (
+        "val loss" not in line and "lr" not in line and "grad" not in line and "skipped" not in line
+    )
 
 
 def test_skipped_steps_are_shown():
-    assert training_line("a", record(40, skipped_steps=3)).endswith("ETA 1m15s  3 steps skipped (not finite)")
+    assert training_line("a", record(40, skipped_steps=3)).endswith(
+        "ETA 1m15s  3 steps skipped (not finite)"
+    )
 
 
 def test_a_line_is_made_of_whatever_is_known():
     assert training_line("a", {}) == "a: step 0/?"
-    assert training_line("a", {"step": 3, "steps": 9, "validation_accuracy": 0.25}) == "a: step 3/9  val accuracy 0.25"
+    assert (
+        training_line("a", {"step": 3, "steps": 9, "validation_accuracy": 0.25})
+        == "a: step 3/9  val accuracy 0.25"
+    )
     assert "loss nan" in training_line("a", record(1, loss=float("nan")))
 
 
-@pytest.mark.parametrize(("seconds", "text"), [
-    (-3, "0s"), (0, "0s"), (0.4, "0s"), (59.4, "59s"), (59.6, "1m00s"), (60, "1m00s"), (61, "1m01s"), (3599.4, "59m59s"), (3599.6, "1h00m"),
-    (3600, "1h00m"), (3661, "1h01m"), (100 * 3600 + 59 * 60, "100h59m")])
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (-3, "0s"),
+        (0, "0s"),
+        (0.4, "0s"),
+        (59.4, "59s"),
+        (59.6, "1m00s"),
+        (60, "1m00s"),
+        (61, "1m01s"),
+        (3599.4, "59m59s"),
+        (3599.6, "1h00m"),
+        (3600, "1h00m"),
+        (3661, "1h01m"),
+        (100 * 3600 + 59 * 60, "100h59m"),
+    ],
+)
 def test_durations(seconds, text):
     assert duration(seconds) == text

@@ -1,4 +1,6 @@
-"""What is cut off of texts is counted against plain tokenising, and told where it is much; null labels are counted."""
+"""What is cut off of texts is counted against plain tokenising, and told where it is much; null
+labels are counted.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +18,17 @@ from pipeline.train import row_checks
 
 def having(length: int, **options) -> Text:
     made = text_modality()
-    return Text(type(made.options)(**{**made.options.model_dump(), "length": length, **options}), made.state)
+    return Text(
+        type(made.options)(**{**made.options.model_dump(), "length": length, **options}), made.state
+    )
 
 
 def long_texts(rows: int, seed: int = 0) -> list[str]:
     random, plain = np.random.default_rng(seed), sentences(400, seed)[0]
-    return [" ".join(plain[i] for i in random.integers(0, 400, random.integers(1, 5))) for _ in range(rows)]
+    return [
+        " ".join(plain[i] for i in random.integers(0, 400, random.integers(1, 5)))
+        for _ in range(rows)
+    ]
 
 
 def tokens(modality: Text, text: str) -> int:
@@ -39,9 +46,15 @@ def test_tokens_beyond_the_length_are_counted(length):
 
 def test_of_pairs_both_texts_share_the_length():
     modality, a, b = having(24), long_texts(60), long_texts(60, 1)
-    counts = np.array([tokens(modality, x) + tokens(modality, y) for x, y in zip(a, b, strict=True)])
+    counts = np.array(
+        [tokens(modality, x) + tokens(modality, y) for x, y in zip(a, b, strict=True)]
+    )
     found = modality.cut_rows(pa.table({"a": a, "b": b}), {"text": "a", "text_pair": "b"})
-    assert found is not None and found.lost == np.maximum(0, counts - 21).sum() and found.units == counts.sum()
+    assert (
+        found is not None
+        and found.lost == np.maximum(0, counts - 21).sum()
+        and found.units == counts.sum()
+    )
 
 
 def test_words_without_a_place_are_counted():
@@ -49,16 +62,30 @@ def test_words_without_a_place_are_counted():
     found = modality.cut_rows(pa.table({"w": rows}), {"text": "w"})
     arrays, _ = modality.decode(pa.table({"w": rows}), {"text": "w"})
     placed = [int(row.max()) + 1 for row in arrays["words"]]
-    assert found == (60, sum(k < len(row) for k, row in zip(placed, rows, strict=True)), sum(map(len, rows)),
-                     sum(len(row) - k for k, row in zip(placed, rows, strict=True)), "words")
+    assert found == (
+        60,
+        sum(k < len(row) for k, row in zip(placed, rows, strict=True)),
+        sum(map(len, rows)),
+        sum(len(row) - k for k, row in zip(placed, rows, strict=True)),
+        "words",
+    )
     assert found.lost > 0
 
 
 def test_a_text_of_several_pieces_is_estimated_and_windows_are_never_cut():
     modality, text = having(64), "a grey cat sat there. " * 60_000  # 1.3 MB
     found = modality.cut_rows(pa.table({"t": [text]}), {"text": "t"})
-    assert found is not None and found.units == pytest.approx(tokens(modality, text), rel=0.02) and found.lost == found.units - 62
-    assert having(64, windows=4).cut_rows(pa.table({"a": ["x"], "b": [text]}), {"text": "a", "text_pair": "b"}) is None
+    assert (
+        found is not None
+        and found.units == pytest.approx(tokens(modality, text), rel=0.02)
+        and found.lost == found.units - 62
+    )
+    assert (
+        having(64, windows=4).cut_rows(
+            pa.table({"a": ["x"], "b": [text]}), {"text": "a", "text_pair": "b"}
+        )
+        is None
+    )
 
 
 def selected(folder, name: str, table: pa.Table) -> Selection:
@@ -68,32 +95,60 @@ def selected(folder, name: str, table: pa.Table) -> Selection:
 
 def test_what_is_cut_is_told_by_split_and_above_one_per_cent_it_is_a_warning(tmp_path):
     texts = ["a cat"] * 400
-    train, test = (selected(tmp_path, name, pa.table({"t": texts[:-len(extra)] + extra if extra else texts}))
-                   for name, extra in (("train", []), ("test", ["the cat sat " * 40])))
+    train, test = (
+        selected(tmp_path, name, pa.table({"t": texts[: -len(extra)] + extra if extra else texts}))
+        for name, extra in (("train", []), ("test", ["the cat sat " * 40]))
+    )
     objective = registry.get("objective", "classification")
     modality = having(100)
-    (found,) = row_checks.cut_texts(modality, objective, {"train": train, "test": test}, {"text": "t"})
-    assert found.is_warning and found.line("task").startswith("warning: task: texts are cut at length 100, and what lies beyond is never read: test ")
+    (found,) = row_checks.cut_texts(
+        modality, objective, {"train": train, "test": test}, {"text": "t"}
+    )
+    assert found.is_warning and found.line("task").startswith(
+        "warning: task: texts are cut at length 100, and what lies beyond is never read: test "
+    )
     assert "in 1 of 400 rows)" in found.text and "train" not in found.text
     total = modality.cut_rows(pa.table({"t": ["the cat sat " * 40]}), {"text": "t"})
     assert total is not None
     (found,) = row_checks.cut_texts(having(total.units), objective, {"test": test}, {"text": "t"})
     assert not found.is_warning and "data.modality.text.length" not in found.text
-    assert not row_checks.cut_texts(having(4000), objective, {"train": train, "test": test}, {"text": "t"})
-    assert not row_checks.cut_texts(modality, registry.get("objective", "mlm"), {"test": test}, {"text": "t"}), "packed documents lose nothing"
+    assert not row_checks.cut_texts(
+        having(4000), objective, {"train": train, "test": test}, {"text": "t"}
+    )
+    assert not row_checks.cut_texts(
+        modality, registry.get("objective", "mlm"), {"test": test}, {"text": "t"}
+    ), "packed documents lose nothing"
 
 
 def test_large_splits_are_estimated_from_some_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(row_checks, "SAMPLE_ROWS", 50)
     rows = selected(tmp_path, "rows", pa.table({"t": ["the cat sat " * 40] * 300}))
-    (found,) = row_checks.cut_texts(having(100), registry.get("objective", "classification"), {"train": rows}, {"text": "t"})
+    (found,) = row_checks.cut_texts(
+        having(100), registry.get("objective", "classification"), {"train": rows}, {"text": "t"}
+    )
     assert "in 50 of 50 rows, estimated from 50 of 300 rows)" in found.text
 
 
-@pytest.mark.parametrize(("objective", "columns", "means"), [("multilabel", {"labels": "l"}, "a row without any label"),
-                                                             ("qa", {"answers": "l"}, "a question that has no answer")])
+@pytest.mark.parametrize(
+    ("objective", "columns", "means"),
+    [
+        ("multilabel", {"labels": "l"}, "a row without any label"),
+        ("qa", {"answers": "l"}, "a question that has no answer"),
+    ],
+)
 def test_nulls_that_mean_something_are_counted(tmp_path, objective, columns, means):
-    rows = selected(tmp_path, "rows", pa.table({"l": pa.array([["a"], None, [], ["b"], None], pa.list_(pa.string()))}))
-    (found,) = row_checks.null_labels(registry.get("objective", objective), {"train": rows}, columns)
-    assert found.text.startswith(f"column l is null in 2 of 5 train rows, which counts as {means}") and not found.is_warning
-    assert not row_checks.null_labels(registry.get("objective", "classification"), {"train": rows}, {"label": "l"})
+    rows = selected(
+        tmp_path,
+        "rows",
+        pa.table({"l": pa.array([["a"], None, [], ["b"], None], pa.list_(pa.string()))}),
+    )
+    (found,) = row_checks.null_labels(
+        registry.get("objective", objective), {"train": rows}, columns
+    )
+    assert (
+        found.text.startswith(f"column l is null in 2 of 5 train rows, which counts as {means}")
+        and not found.is_warning
+    )
+    assert not row_checks.null_labels(
+        registry.get("objective", "classification"), {"train": rows}, {"label": "l"}
+    )

@@ -1,4 +1,6 @@
-"""The source stage: its key, what is fitted, how text and checkpoints are brought in, and a whole pretraining on one rank in this process."""
+"""The source stage: its key, what is fitted, how text and checkpoints are brought in, and a whole
+pretraining on one rank in this process.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,17 @@ SMALL_BERT = {"transformers/bert": {"layers": 1, "hidden": 16, "heads": 2, "drop
 
 
 def write_texts(path: Path, texts: list, labels: list) -> str:
-    pq.write_table(pa.table({"words": pa.array(texts, pa.binary() if any(isinstance(t, bytes) for t in texts) else pa.string()), "kind": labels}), path)
+    pq.write_table(
+        pa.table(
+            {
+                "words": pa.array(
+                    texts, pa.binary() if any(isinstance(t, bytes) for t in texts) else pa.string()
+                ),
+                "kind": labels,
+            }
+        ),
+        path,
+    )
     return str(path)
 
 
@@ -40,22 +52,54 @@ def images(tmp_path_factory):
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
     found, labels = sentences(120, seed=3)
-    return write_texts(tmp_path_factory.mktemp("texts") / "texts.parquet", found, [f"kind {i}" for i in labels])
+    return write_texts(
+        tmp_path_factory.mktemp("texts") / "texts.parquet", found, [f"kind {i}" for i in labels]
+    )
 
 
 def image_job(folder, images, name="src", **more) -> Job:
     columns = {"image": "picture", "label": "class"}
-    spec = {"data": {**images, "modality": {"image": {"size": 32, "flip": False}}, "columns": columns, "decode": "train"},
-            "backbone": "timm/test_resnet", "objective": "classification", "train": {"steps": 6, "global_batch": 12, "eval_every_steps": 3}}
-    return Job.model_validate({"name": "toy", "storage": str(folder / "runs"), "sources": {name: {**spec, **more}}})
+    spec = {
+        "data": {
+            **images,
+            "modality": {"image": {"size": 32, "flip": False}},
+            "columns": columns,
+            "decode": "train",
+        },
+        "backbone": "timm/test_resnet",
+        "objective": "classification",
+        "train": {"steps": 6, "global_batch": 12, "eval_every_steps": 3},
+    }
+    return Job.model_validate(
+        {"name": "toy", "storage": str(folder / "runs"), "sources": {name: {**spec, **more}}}
+    )
 
 
 def text_job(folder, uri, objective="classification", **data) -> Job:
-    columns = {"text": "words", "label": "kind"} if objective == "classification" else {"text": "words"}
-    return Job.model_validate({"name": "toy", "storage": str(folder / "runs"), "sources": {"src": {
-        "data": {"uri": uri, "modality": {"text": {"length": 24, "vocabulary": 300}}, "columns": columns, "decode": "train",
-                 "validation_fraction": 0.2, **data},
-        "backbone": SMALL_BERT, "objective": objective, "train": {"steps": 6, "global_batch": 12, "eval_every_steps": 3}}}})
+    columns = (
+        {"text": "words", "label": "kind"} if objective == "classification" else {"text": "words"}
+    )
+    return Job.model_validate(
+        {
+            "name": "toy",
+            "storage": str(folder / "runs"),
+            "sources": {
+                "src": {
+                    "data": {
+                        "uri": uri,
+                        "modality": {"text": {"length": 24, "vocabulary": 300}},
+                        "columns": columns,
+                        "decode": "train",
+                        "validation_fraction": 0.2,
+                        **data,
+                    },
+                    "backbone": SMALL_BERT,
+                    "objective": objective,
+                    "train": {"steps": 6, "global_batch": 12, "eval_every_steps": 3},
+                }
+            },
+        }
+    )
 
 
 def pretrained(job: Job, name="src"):
@@ -68,6 +112,7 @@ def pretrained(job: Job, name="src"):
 
 # ---------------------------------------------------------------- keys
 
+
 def key(job: Job, name="src") -> str:
     return source.stage(job, name).key
 
@@ -78,13 +123,29 @@ def test_a_key_follows_the_name_since_the_seed_does(tmp_path, images):
 
 def test_a_key_does_not_follow_workers_until_they_change_the_order_of_rows(tmp_path, images):
     plain = key(image_job(tmp_path, images))
-    assert plain == key(image_job(tmp_path, images, workers=8)) == key(image_job(tmp_path, images, workers=[2, 8]))
-    assert plain != key(image_job(tmp_path, images, workers=12)), "16 ranks need more canonical shards than 8: another order"
+    assert (
+        plain
+        == key(image_job(tmp_path, images, workers=8))
+        == key(image_job(tmp_path, images, workers=[2, 8]))
+    )
+    assert plain != key(image_job(tmp_path, images, workers=12)), (
+        "16 ranks need more canonical shards than 8: another order"
+    )
 
 
 def test_a_key_follows_what_a_checkpoint_holds_and_not_where_it_lies(tmp_path, images):
     def saved(path: Path, seed: int) -> str:
-        bundle.save(str(path), task_of("timm/test_resnet", {"channels": 3, "size": 32}, "classification", label_state(), seed=seed), MODALITY)
+        bundle.save(
+            str(path),
+            task_of(
+                "timm/test_resnet",
+                {"channels": 3, "size": 32},
+                "classification",
+                label_state(),
+                seed=seed,
+            ),
+            MODALITY,
+        )
         return f"bundle:{path}"
 
     first = key(image_job(tmp_path, images, init=saved(tmp_path / "a", 1)))
@@ -95,6 +156,7 @@ def test_a_key_follows_what_a_checkpoint_holds_and_not_where_it_lies(tmp_path, i
 
 
 # ---------------------------------------------------------------- files that change
+
 
 def named_images(folder: Path, count: int = 36) -> dict[str, str]:
     """A table whose rows name image files."""
@@ -118,7 +180,9 @@ def test_a_key_follows_the_files_that_rows_name(tmp_path):
 
 def test_a_file_that_changes_in_training_leaves_no_bundle(tmp_path, monkeypatch):
     made = named_images(tmp_path)
-    stage = source.stage(image_job(tmp_path, {"train": made["train"], "validation_fraction": 0.2}), "src")
+    stage = source.stage(
+        image_job(tmp_path, {"train": made["train"], "validation_fraction": 0.2}), "src"
+    )
     work = pretrain.rank_job(stage, source.fit(stage), DataWorkers(), 1)
     real = pretrain.loop.fit
 
@@ -141,7 +205,9 @@ def test_a_file_that_changes_in_training_leaves_no_bundle(tmp_path, monkeypatch)
 def test_a_table_that_changes_in_training_is_an_error(tmp_path, images):
     train = tmp_path / "train.parquet"
     train.write_bytes(Path(images["train"]).read_bytes())
-    stage = source.stage(image_job(tmp_path, {"train": str(train), "validation": images["validation"]}), "src")
+    stage = source.stage(
+        image_job(tmp_path, {"train": str(train), "validation": images["validation"]}), "src"
+    )
     work = pretrain.rank_job(stage, source.fit(stage), DataWorkers(), 1)
     table = pq.read_table(train)
     pq.write_table(table.take(np.arange(len(table))[::-1]), train)
@@ -153,27 +219,48 @@ def test_a_table_that_changes_in_training_is_an_error(tmp_path, images):
 def test_a_checkpoint_that_changes_before_it_is_read_is_an_error(tmp_path, images, checkpoint):
     stage = source.stage(image_job(tmp_path, images, init=checkpoint[0]), "src")
     storage.remove_tree(str(tmp_path / "start"))
-    bundle.save(str(tmp_path / "start"), task_of("timm/test_resnet", {"channels": 3, "size": 32}, "classification", label_state(), seed=9), MODALITY)
-    with pytest.raises(ChangedFileError, match=r"^sources.src: bundle:.* was changed while it was in use"):
+    bundle.save(
+        str(tmp_path / "start"),
+        task_of(
+            "timm/test_resnet", {"channels": 3, "size": 32}, "classification", label_state(), seed=9
+        ),
+        MODALITY,
+    )
+    with pytest.raises(
+        ChangedFileError, match=r"^sources.src: bundle:.* was changed while it was in use"
+    ):
         source.fit(stage)
 
 
 def test_how_files_are_identified_is_no_part_of_the_key_but_what_it_gives_is(tmp_path, images):
     plain = source.stage(image_job(tmp_path, images), "src")
     by_stat = source.stage(image_job(tmp_path, {**images, "identity": "stat"}), "src")
-    assert source.data_key(plain.spec.data) == source.data_key(by_stat.spec.data) and plain.key != by_stat.key
+    assert (
+        source.data_key(plain.spec.data) == source.data_key(by_stat.spec.data)
+        and plain.key != by_stat.key
+    )
     assert all("-stat:" in file.content for file in by_stat.reads)
 
 
-MODALITY = {"name": "image", "options": {"size": 32, "channels": 3}, "state": {"mean": [0.5] * 3, "std": [0.2] * 3}}
+MODALITY = {
+    "name": "image",
+    "options": {"size": 32, "channels": 3},
+    "state": {"mean": [0.5] * 3, "std": [0.2] * 3},
+}
 
 
 # ---------------------------------------------------------------- checkpoints
 
+
 @pytest.fixture
 def checkpoint(tmp_path):
-    task = task_of("timm/test_resnet", {"channels": 3, "size": 32}, "classification", {"values": [f"class {i}" for i in range(3)],
-                                                                                    "labels": [f"class {i}" for i in range(3)]}, seed=5)
+    task = task_of(
+        "timm/test_resnet",
+        {"channels": 3, "size": 32},
+        "classification",
+        {"values": [f"class {i}" for i in range(3)], "labels": [f"class {i}" for i in range(3)]},
+        seed=5,
+    )
     bundle.save(str(tmp_path / "start"), task, MODALITY)
     return f"bundle:{tmp_path / 'start'}", task
 
@@ -187,26 +274,45 @@ def test_ranks_start_from_the_checkpoint_that_was_read_once(tmp_path, images, ch
     assert "0 dropped; head kept: the same labels" in fitted.moved
     storage.remove_tree(uri.partition(":")[2])  # ranks and restarts do not read it again
     again = source.fit(stage)
-    assert again.initial == fitted.initial and again.moved == fitted.moved and again.arch == fitted.arch
+    assert (
+        again.initial == fitted.initial
+        and again.moved == fitted.moved
+        and again.arch == fitted.arch
+    )
     facts = pretrain.train_rank(pretrain.rank_job(stage, again, DataWorkers(), 1), Ranks())
-    assert facts["transfer"] == fitted.moved and not storage.exists(fitted.initial), "the bundle stands in its place"
+    assert facts["transfer"] == fitted.moved and not storage.exists(fitted.initial), (
+        "the bundle stands in its place"
+    )
 
 
 def test_another_backbone_than_the_checkpoint_holds_is_refused(tmp_path, images, checkpoint):
-    stage = source.stage(image_job(tmp_path, images, init=checkpoint[0], backbone="timm/test_vit"), "src")
-    with pytest.raises(BundleError, match=r"holds a timm/test_resnet, the job says timm/test_vit: name the same backbone"):
+    stage = source.stage(
+        image_job(tmp_path, images, init=checkpoint[0], backbone="timm/test_vit"), "src"
+    )
+    with pytest.raises(
+        BundleError,
+        match=r"holds a timm/test_resnet, the job says timm/test_vit: name the same backbone",
+    ):
         source.fit(stage)
 
 
 def test_options_that_the_checkpoint_does_not_fix_are_the_jobs(tmp_path, images, checkpoint):
-    stage = source.stage(image_job(tmp_path, images, init=checkpoint[0], backbone={"timm/test_resnet": {"drop_rate": 0.25}}), "src")
+    stage = source.stage(
+        image_job(
+            tmp_path, images, init=checkpoint[0], backbone={"timm/test_resnet": {"drop_rate": 0.25}}
+        ),
+        "src",
+    )
     fitted = source.fit(stage)
     assert fitted.arch["options"]["drop_rate"] == 0.25
-    assert fitted.modality["options"]["flip"] is False, "the job's own, which the checkpoint says nothing of"
+    assert fitted.modality["options"]["flip"] is False, (
+        "the job's own, which the checkpoint says nothing of"
+    )
     assert fitted.modality["state"] == MODALITY["state"], "the checkpoint's"
 
 
 # ---------------------------------------------------------------- text
+
 
 def test_labelled_text_is_tokenised_once_and_trains(tmp_path, texts):
     stage, fitted, facts = pretrained(text_job(tmp_path, texts))
@@ -222,15 +328,30 @@ def test_labelled_text_is_tokenised_once_and_trains(tmp_path, texts):
 
 
 def test_parts_of_another_packing_are_no_rows_and_the_budget_is_that_of_now(tmp_path, texts):
-    stage = source.stage(text_job(tmp_path, write_texts(tmp_path / "bad.parquet", [b"some words", b"\xff", b"more"] * 20, ["a"] * 60), "mlm",
-                                  max_bad_rows=1.0), "src")
+    stage = source.stage(
+        text_job(
+            tmp_path,
+            write_texts(
+                tmp_path / "bad.parquet", [b"some words", b"\xff", b"more"] * 20, ["a"] * 60
+            ),
+            "mlm",
+            max_bad_rows=1.0,
+        ),
+        "src",
+    )
     fitted = source.fit(stage)
     folder = Path(stage.uri, "tokens", "train")
-    Path(folder, "part-00009.parquet").write_bytes(Path(folder, "part-00000.parquet").read_bytes())  # on S3 a killed packing may leave one
+    Path(folder, "part-00009.parquet").write_bytes(
+        Path(folder, "part-00000.parquet").read_bytes()
+    )  # on S3 a killed packing may leave one
     assert len(source.fit(stage).train) == len(fitted.train)
-    strict = source.stage(text_job(tmp_path, str(tmp_path / "bad.parquet"), "mlm", max_bad_rows=0.01), "src")
+    strict = source.stage(
+        text_job(tmp_path, str(tmp_path / "bad.parquet"), "mlm", max_bad_rows=0.01), "src"
+    )
     assert strict.key == stage.key
-    with pytest.raises(TooManyBadRowsError, match=r"rows cannot be used, more than data\.max_bad_rows=0\.01"):
+    with pytest.raises(
+        TooManyBadRowsError, match=r"rows cannot be used, more than data\.max_bad_rows=0\.01"
+    ):
         source.fit(strict)
 
 
@@ -238,50 +359,90 @@ def test_parts_of_another_packing_are_no_rows_and_the_budget_is_that_of_now(tmp_
 def test_a_source_goes_on_from_a_bundle_with_rows_of_another_length(tmp_path, texts, length, fits):
     first, *_ = pretrained(text_job(tmp_path / "first", texts, "mlm"))
     job = text_job(tmp_path, texts, "mlm", modality={"text": {"length": length}})
-    job = job.model_copy(update={"sources": {"src": job.sources["src"].model_copy(update={"backbone": Plug(name=f"bundle:{first.bundle_uri}")})}})
+    job = job.model_copy(
+        update={
+            "sources": {
+                "src": job.sources["src"].model_copy(
+                    update={"backbone": Plug(name=f"bundle:{first.bundle_uri}")}
+                )
+            }
+        }
+    )
     if not fits:
         with pytest.raises(ValueError, match="32 tokens are longer than the 24 positions"):
             pretrained(job)
         return
     stage, fitted, facts = pretrained(job)
     held = bundle.load(stage.bundle_uri)
-    assert held.tensors["backbone.model.embeddings.position_embeddings.weight"].shape[0] == 24 and "tensors kept, 0 new" in facts["transfer"]
+    assert (
+        held.tensors["backbone.model.embeddings.position_embeddings.weight"].shape[0] == 24
+        and "tensors kept, 0 new" in facts["transfer"]
+    )
     assert held.modality().inputs()["length"] == length
-    assert (fitted.arch == bundle.load(first.bundle_uri).manifest["arch"]) == (length == 24), "the same network is one base"
+    assert (fitted.arch == bundle.load(first.bundle_uri).manifest["arch"]) == (length == 24), (
+        "the same network is one base"
+    )
 
 
 def test_text_that_cannot_be_read_is_counted_listed_and_held_against_the_budget(tmp_path):
     found, labels = sentences(100, seed=3)
-    broken = [t.encode() if i not in (7, 31, 58) else b"\xff\xfe broken" for i, t in enumerate(found)]
+    broken = [
+        t.encode() if i not in (7, 31, 58) else b"\xff\xfe broken" for i, t in enumerate(found)
+    ]
     broken[12] = b""
     uri = write_texts(tmp_path / "broken.parquet", broken, [f"kind {i}" for i in labels])
-    with pytest.raises(TooManyBadRowsError, match=r"cannot be used, more than data\.max_bad_rows=0\.01"):
+    with pytest.raises(
+        TooManyBadRowsError, match=r"cannot be used, more than data\.max_bad_rows=0\.01"
+    ):
         pretrained(text_job(tmp_path, uri, "mlm"))
     stage, fitted, facts = pretrained(text_job(tmp_path, uri, "mlm", max_bad_rows=0.05))
-    listed = [json.loads(line) for line in Path(stage.uri, "log/quarantine.jsonl").read_text().splitlines()]
+    listed = [
+        json.loads(line)
+        for line in Path(stage.uri, "log/quarantine.jsonl").read_text().splitlines()
+    ]
     assert sorted(row["row"] for row in listed) == [7, 12, 31, 58] and facts["bad_rows"] == 4
     assert {row["reason"] for row in listed if row["row"] == 12} == {source.EMPTY}
-    assert all("not UTF-8" in row["reason"] and "broken.parquet row" in row["place"] for row in listed if row["row"] != 12)
+    assert all(
+        "not UTF-8" in row["reason"] and "broken.parquet row" in row["place"]
+        for row in listed
+        if row["row"] != 12
+    )
     assert "4 rows left out" in fitted.text
 
 
 def test_pairs_stay_as_they_are_and_keep_their_second_text(tmp_path, texts):
     table = pq.read_table(texts)
     pq.write_table(table.append_column("other", table["words"]), tmp_path / "pairs.parquet")
-    job = text_job(tmp_path, str(tmp_path / "pairs.parquet"), columns={"text": "words", "text_pair": "other", "label": "kind"})
+    job = text_job(
+        tmp_path,
+        str(tmp_path / "pairs.parquet"),
+        columns={"text": "words", "text_pair": "other", "label": "kind"},
+    )
     stage, fitted, facts = pretrained(job)
-    assert fitted.columns == {"text": "words", "text_pair": "other", "label": "kind"} and not Path(stage.uri, "tokens").exists()
+    assert (
+        fitted.columns == {"text": "words", "text_pair": "other", "label": "kind"}
+        and not Path(stage.uri, "tokens").exists()
+    )
     assert facts["steps"] == 6 and "tokenised" not in fitted.text
 
 
 def test_a_packed_source_has_one_text_and_rows_that_can_be_packed(tmp_path, texts, images):
-    with pytest.raises(ValueError, match=r"sources\.src\.data\.columns\.text_pair: mlm reads one text a row"):
-        source.stage(text_job(tmp_path, texts, "mlm", columns={"text": "words", "text_pair": "kind"}), "src")
-    with pytest.raises(ValueError, match=r"sources\.src\.objective: clm reads packed documents, and image rows cannot be packed: it is for text"):
+    with pytest.raises(
+        ValueError, match=r"sources\.src\.data\.columns\.text_pair: mlm reads one text a row"
+    ):
+        source.stage(
+            text_job(tmp_path, texts, "mlm", columns={"text": "words", "text_pair": "kind"}), "src"
+        )
+    with pytest.raises(
+        ValueError,
+        match=r"sources\.src\.objective: clm reads packed documents, and image rows cannot be "
+        r"packed: it is for text",
+    ):
         source.stage(image_job(tmp_path, images, objective="clm"), "src")
 
 
 # ---------------------------------------------------------------- tokenizers of other hands
+
 
 @pytest.fixture
 def tokenizer(tmp_path):
@@ -293,23 +454,48 @@ def tokenizer(tmp_path):
 
 
 def tokenizer_job(folder: Path, uri: str, held: Path, **target) -> Job:
-    job = text_job(folder, uri, modality={"text": {"length": 24, "tokenizer": str(held)}}).model_dump(mode="json")
-    data = {"uri": uri, "modality": {"text": target}, "columns": {"text": "words", "label": "kind"}, "test_fraction": 0.2}
-    return Job.model_validate({**job, "targets": {"task": {"data": data, "objective": "classification", "train": {"steps": 2, "global_batch": 8}}}})
+    job = text_job(
+        folder, uri, modality={"text": {"length": 24, "tokenizer": str(held)}}
+    ).model_dump(mode="json")
+    data = {
+        "uri": uri,
+        "modality": {"text": target},
+        "columns": {"text": "words", "label": "kind"},
+        "test_fraction": 0.2,
+    }
+    return Job.model_validate(
+        {
+            **job,
+            "targets": {
+                "task": {
+                    "data": data,
+                    "objective": "classification",
+                    "train": {"steps": 2, "global_batch": 8},
+                }
+            },
+        }
+    )
 
 
 def test_a_tokenizer_counts_by_what_it_holds_and_not_by_its_place(tmp_path, texts, tokenizer):
     job = tokenizer_job(tmp_path, texts, tokenizer)
     stage, fitted, facts = pretrained(job)
-    assert fitted.modality["state"]["tokenizer"] == text_modality().state["tokenizer"] and facts["steps"] == 6
+    assert (
+        fitted.modality["state"]["tokenizer"] == text_modality().state["tokenizer"]
+        and facts["steps"] == 6
+    )
     assert str(tmp_path) not in json.dumps(fitted.modality), "no place of this machine travels"
     moved = tokenizer.rename(tmp_path / "elsewhere")
     assert key(tokenizer_job(tmp_path, texts, moved)) == stage.key
     (base,) = trials.bases({"src": (fitted.arch, fitted.modality)})
     same = tokenizer_job(tmp_path, texts, moved, tokenizer=str(moved))
-    assert targets.prepare(targets.stage(same, "task"), base).modality == fitted.modality, "the same tokenizer named once more"
+    assert targets.prepare(targets.stage(same, "task"), base).modality == fitted.modality, (
+        "the same tokenizer named once more"
+    )
     Path(moved, "special_tokens_map.json").write_text('{"mask_token": "[MASK]"}')
-    assert key(tokenizer_job(tmp_path, texts, moved)) != stage.key, "which tokens are special is part of it"
+    assert key(tokenizer_job(tmp_path, texts, moved)) != stage.key, (
+        "which tokens are special is part of it"
+    )
     with pytest.raises(ValueError, match=r"contradicts the source"):
         targets.prepare(targets.stage(same, "task"), base)
     Path(moved, "tokenizer.json").unlink()
@@ -320,15 +506,26 @@ def test_a_tokenizer_counts_by_what_it_holds_and_not_by_its_place(tmp_path, text
 def test_a_checkpoint_brings_its_own_tokenizer(tmp_path, texts, tokenizer):
     stage, *_ = pretrained(text_job(tmp_path / "first", texts))
     job = text_job(tmp_path, texts, modality={"text": {"tokenizer": str(tokenizer)}})
-    job = job.model_copy(update={"sources": {"src": job.sources["src"].model_copy(update={"init": f"bundle:{stage.bundle_uri}"})}})
-    with pytest.raises(ValueError, match=r"sources\.src\.data\.modality: .*tokenizer.* contradicts bundle:"):
+    job = job.model_copy(
+        update={
+            "sources": {
+                "src": job.sources["src"].model_copy(update={"init": f"bundle:{stage.bundle_uri}"})
+            }
+        }
+    )
+    with pytest.raises(
+        ValueError, match=r"sources\.src\.data\.modality: .*tokenizer.* contradicts bundle:"
+    ):
         source.fit(source.stage(job, "src"))
 
 
 # ---------------------------------------------------------------- weighted corpora
 
+
 def corpora(folder: Path, sizes=(70, 30, 20)) -> list[str]:
-    """Files whose texts each have a word of their own corpus; one text of the second cannot be read."""
+    """Files whose texts each have a word of their own corpus; one text of the second cannot be
+    read.
+    """
     folder.mkdir(exist_ok=True)
     words, out = ("alpha", "beta", "gamma"), []
     for i, (word, size) in enumerate(zip(words, sizes, strict=True)):
@@ -340,40 +537,84 @@ def corpora(folder: Path, sizes=(70, 30, 20)) -> list[str]:
     return out
 
 
-def mixed_job(folder: Path, files: list[str], weights=(0.5, 0.2, 0.3), objective="mlm", **train) -> Job:
-    job = text_job(folder, files[0], objective, validation_fraction=0.1, max_bad_rows=0.05).model_dump(mode="json")
+def mixed_job(
+    folder: Path, files: list[str], weights=(0.5, 0.2, 0.3), objective="mlm", **train
+) -> Job:
+    job = text_job(
+        folder, files[0], objective, validation_fraction=0.1, max_bad_rows=0.05
+    ).model_dump(mode="json")
     data = job["sources"]["src"]["data"]
-    data |= {"weight": weights[0], "more": [{"uri": uri, "modality": "text", "weight": weight, "validation_fraction": 0.1}
-                                            for uri, weight in zip(files[1:], weights[1:], strict=True)]}
+    data |= {
+        "weight": weights[0],
+        "more": [
+            {"uri": uri, "modality": "text", "weight": weight, "validation_fraction": 0.1}
+            for uri, weight in zip(files[1:], weights[1:], strict=True)
+        ],
+    }
     job["sources"]["src"]["train"] |= train
     return Job.model_validate(job)
 
 
 def drawn(stage) -> list[list[int]]:
-    lines = [json.loads(line) for line in Path(stage.uri, "rows-rank0.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in Path(stage.uri, "rows-rank0.jsonl").read_text().splitlines()
+    ]
     return [rows for _, rows in sorted({line["step"]: line["rows"] for line in lines}.items())]
 
 
 @pytest.mark.parametrize("objective", ["mlm", "classification"])
 def test_corpora_are_drawn_by_their_weights_and_no_row_holds_two_of_them(tmp_path, objective):
-    job = mixed_job(tmp_path, corpora(tmp_path / "texts"), objective=objective, steps=40, global_batch=20, trace_rows=True)
+    job = mixed_job(
+        tmp_path,
+        corpora(tmp_path / "texts"),
+        objective=objective,
+        steps=40,
+        global_batch=20,
+        trace_rows=True,
+    )
     stage, fitted, facts = pretrained(job)
-    assert stage.splits is not None and len(fitted.corpora) == 3 and sum(fitted.corpora) == len(fitted.train)
+    assert (
+        stage.splits is not None
+        and len(fitted.corpora) == 3
+        and sum(fitted.corpora) == len(fitted.train)
+    )
     assert sum(stage.splits.corpora) == len(stage.splits.train)
     if objective == "classification":
-        assert fitted.corpora == (stage.splits.corpora[0], stage.splits.corpora[1] - 1, stage.splits.corpora[2]), "a row less, in its own corpus"
+        assert fitted.corpora == (
+            stage.splits.corpora[0],
+            stage.splits.corpora[1] - 1,
+            stage.splits.corpora[2],
+        ), "a row less, in its own corpus"
     modality = bundle.build_modality(fitted.modality)
     ends = np.cumsum(fitted.corpora)
     corpus_of = np.searchsorted(ends, np.arange(len(fitted.train)), side="right")
     tokens = manifests.read_columns(fitted.train, ["tokens"])["tokens"].to_pylist()
-    own = [{word for word in ("alpha", "beta", "gamma") if word in modality.tokenizer.decode(row)} for row in tokens]  # type: ignore[attr-defined]
+    own = [
+        {word for word in ("alpha", "beta", "gamma") if word in modality.tokenizer.decode(row)}
+        for row in tokens
+    ]  # type: ignore[attr-defined]
     assert own == [{("alpha", "beta", "gamma")[c]} for c in corpus_of]
     rows = np.array(drawn(stage))
     assert rows.shape == (40, 20)
-    assert np.abs(np.bincount(corpus_of[rows.ravel()], minlength=3) / rows.size - (0.5, 0.2, 0.3)).max() < 0.02
-    told = ", ".join(f"{w} from corpus {i} ({n} rows)" for i, (w, n) in enumerate(zip((0.5, 0.2, 0.3), fitted.corpora, strict=True), 1))
-    assert f"drawn by weight, as shares of the training rows: {told}; validation is unweighted" in facts["splits"]
-    for c in range(3):  # at any moment the rows of a corpus were drawn equally often, but for its newest epoch and what shards are ahead
+    assert (
+        np.abs(
+            np.bincount(corpus_of[rows.ravel()], minlength=3) / rows.size - (0.5, 0.2, 0.3)
+        ).max()
+        < 0.02
+    )
+    told = ", ".join(
+        f"{w} from corpus {i} ({n} rows)"
+        for i, (w, n) in enumerate(zip((0.5, 0.2, 0.3), fitted.corpora, strict=True), 1)
+    )
+    assert (
+        f"drawn by weight, as shares of the training rows: {told}; validation is unweighted"
+        in facts["splits"]
+    )
+    for c in range(
+        3
+        # at any moment the rows of a corpus were drawn equally often, but for its newest epoch and
+        # what shards are ahead
+    ):
         counts = np.bincount(rows.ravel(), minlength=len(corpus_of))[corpus_of == c]
         assert counts.max() - counts.min() <= 2
 
@@ -409,12 +650,24 @@ def test_a_run_on_a_mixture_that_was_stopped_ends_with_the_same_bundle_and_rows(
 def test_weights_are_part_of_the_key_and_must_be_drawable(tmp_path):
     files = corpora(tmp_path / "texts")
     first = key(mixed_job(tmp_path, files))
-    assert first != key(mixed_job(tmp_path, files, weights=(0.5, 0.3, 0.2))) and first != key(mixed_job(tmp_path, files, weights=(None, None, None)))
-    with pytest.raises(ValueError, match=r"sources\.src: the weight 1e-06 of corpus 3 is 1e-06 of all weights, and the smallest share is 1 of 4096"):
-        source.stage(mixed_job(tmp_path, files, weights=(0.5, 0.5, 1e-6), objective="classification"), "src")
+    assert first != key(mixed_job(tmp_path, files, weights=(0.5, 0.3, 0.2))) and first != key(
+        mixed_job(tmp_path, files, weights=(None, None, None))
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"sources\.src: the weight 1e-06 of corpus 3 is 1e-06 of all weights, and the "
+        r"smallest share is 1 of 4096",
+    ):
+        source.stage(
+            mixed_job(tmp_path, files, weights=(0.5, 0.5, 1e-6), objective="classification"), "src"
+        )
     job = mixed_job(tmp_path, files).model_dump(mode="json")
     job["sources"]["src"]["data"]["more"][1]["where"] = {"kind": ["no such kind"]}
-    with pytest.raises(ValueError, match=r"sources\.src\.data\.more\.1\.where: no row of \S+ has the value asked for in column kind; it holds kind 0"):
+    with pytest.raises(
+        ValueError,
+        match=r"sources\.src\.data\.more\.1\.where: no row of \S+ has the value asked for in "
+        r"column kind; it holds kind 0",
+    ):
         source.stage(Job.model_validate(job), "src")
 
 
@@ -424,36 +677,96 @@ def test_bad_rows_leave_the_corpora_of_images_where_they_are(tmp_path, images, d
     pictures = table["picture"].to_pylist()
     pictures[2] = b"no picture"
     pq.write_table(table.set_column(0, "picture", pa.array(pictures)), tmp_path / "more.parquet")
-    job = image_job(tmp_path, images, train={"steps": 12, "global_batch": 12, "trace_rows": True}).model_dump(mode="json")
-    job["sources"]["src"]["data"] |= {"weight": 1.0, "decode": decode, "max_bad_rows": 0.1,
-                                      "more": [{"train": str(tmp_path / "more.parquet"), "modality": "image", "weight": 2.0, "validation_fraction": 0.0}]}
+    job = image_job(
+        tmp_path, images, train={"steps": 12, "global_batch": 12, "trace_rows": True}
+    ).model_dump(mode="json")
+    job["sources"]["src"]["data"] |= {
+        "weight": 1.0,
+        "decode": decode,
+        "max_bad_rows": 0.1,
+        "more": [
+            {
+                "train": str(tmp_path / "more.parquet"),
+                "modality": "image",
+                "weight": 2.0,
+                "validation_fraction": 0.0,
+            }
+        ],
+    }
     stage, fitted, _ = pretrained(Job.model_validate(job))
     assert fitted.corpora == (60, 24)
     rows = np.concatenate(drawn(stage))
     assert (rows == 62).sum() == 0 and abs((rows >= 60).mean() - 2 / 3) < 0.05
 
 
-def test_transcripts_that_no_recording_holds_are_known_before_training_whatever_cuts_the_batches(tmp_path):
-    """By rows here, drawn from two corpora by weight: the rows that stay are still those of their corpus."""
-    for name, said in (("a", ["AB", "BA"] * 6), ("b", ["AB", "AB" * 90, "BA", "AB" * 80, *["AB"] * 8])):
+def test_transcripts_that_no_recording_holds_are_known_before_training_whatever_cuts_the_batches(
+    tmp_path,
+):
+    """By rows here, drawn from two corpora by weight: the rows that stay are still those of their
+    corpus.
+    """
+    for name, said in (
+        ("a", ["AB", "BA"] * 6),
+        ("b", ["AB", "AB" * 90, "BA", "AB" * 80, *["AB"] * 8]),
+    ):
         sounds = []
         for i in range(12):
-            soundfile.write(sink := io.BytesIO(), np.random.default_rng(i).normal(0, 0.1, 8000), 16000, format="FLAC")
+            soundfile.write(
+                sink := io.BytesIO(),
+                np.random.default_rng(i).normal(0, 0.1, 8000),
+                16000,
+                format="FLAC",
+            )
             sounds.append(sink.getvalue() if (name, i) != ("b", 9) else b"broken")
-        pq.write_table(pa.table({"sound": sounds, "said": said, "long": [0.5] * 12}), tmp_path / f"{name}.parquet")
-    data = {"train": str(tmp_path / "a.parquet"), "weight": 0.5, "modality": "audio", "columns": {"audio": "sound", "transcript": "said", "seconds": "long"},
-            "max_bad_rows": 0.1, "decode": "memory", "validation": str(tmp_path / "a.parquet"),
-            "more": [{"train": str(tmp_path / "b.parquet"), "modality": "audio", "weight": 0.5, "validation_fraction": 0.0}]}
-    source_ = {"data": data, "backbone": {"torchaudio/deepspeech": {"hidden": 16}}, "objective": "ctc", "train": {"steps": 2, "global_batch": 4}}
-    stage = source.stage(Job.model_validate({"name": "toy", "storage": str(tmp_path / "runs"), "sources": {"src": source_}}), "src")
+        pq.write_table(
+            pa.table({"sound": sounds, "said": said, "long": [0.5] * 12}),
+            tmp_path / f"{name}.parquet",
+        )
+    data = {
+        "train": str(tmp_path / "a.parquet"),
+        "weight": 0.5,
+        "modality": "audio",
+        "columns": {"audio": "sound", "transcript": "said", "seconds": "long"},
+        "max_bad_rows": 0.1,
+        "decode": "memory",
+        "validation": str(tmp_path / "a.parquet"),
+        "more": [
+            {
+                "train": str(tmp_path / "b.parquet"),
+                "modality": "audio",
+                "weight": 0.5,
+                "validation_fraction": 0.0,
+            }
+        ],
+    }
+    source_ = {
+        "data": data,
+        "backbone": {"torchaudio/deepspeech": {"hidden": 16}},
+        "objective": "ctc",
+        "train": {"steps": 2, "global_batch": 4},
+    }
+    stage = source.stage(
+        Job.model_validate(
+            {"name": "toy", "storage": str(tmp_path / "runs"), "sources": {"src": source_}}
+        ),
+        "src",
+    )
     fitted = source.fit(stage)
-    assert fitted.corpora == (12, 10) and fitted.train.ids(np.arange(22)).tolist() == [*range(13), 14, *range(16, 24)] and fitted.costs is None
-    assert [(row["row"], "labels need" in row["reason"]) for row in fitted.left_out] == [(13, True), (15, True)] and fitted.lost == 2
+    assert (
+        fitted.corpora == (12, 10)
+        and fitted.train.ids(np.arange(22)).tolist() == [*range(13), 14, *range(16, 24)]
+        and fitted.costs is None
+    )
+    assert [(row["row"], "labels need" in row["reason"]) for row in fitted.left_out] == [
+        (13, True),
+        (15, True),
+    ] and fitted.lost == 2
     with pytest.raises(TooManyBadRowsError, match=r"3 of 24 rows cannot be used.*b\.parquet row 9"):
         pretrain.decoded(pretrain.rank_job(stage, fitted, DataWorkers(), 1))
 
 
 # ---------------------------------------------------------------- images that cannot be decoded
+
 
 @pytest.mark.parametrize("decode", ["train", "memory"])
 def test_bad_images_are_listed_once_and_counted(tmp_path, images, decode):
@@ -462,12 +775,32 @@ def test_bad_images_are_listed_once_and_counted(tmp_path, images, decode):
     for i in (3, 40):
         pictures[i] = pictures[i][:40]
     pq.write_table(table.set_column(0, "picture", pa.array(pictures)), tmp_path / "train.parquet")
-    job = image_job(tmp_path, {**images, "train": str(tmp_path / "train.parquet")}, train={"steps": 12, "global_batch": 12, "checkpoint_every_steps": 5})
-    job = job.model_copy(update={"sources": {"src": job.sources["src"].model_copy(update={
-        "data": job.sources["src"].data.model_copy(update={"decode": decode, "max_bad_rows": 0.05})})}})
+    job = image_job(
+        tmp_path,
+        {**images, "train": str(tmp_path / "train.parquet")},
+        train={"steps": 12, "global_batch": 12, "checkpoint_every_steps": 5},
+    )
+    job = job.model_copy(
+        update={
+            "sources": {
+                "src": job.sources["src"].model_copy(
+                    update={
+                        "data": job.sources["src"].data.model_copy(
+                            update={"decode": decode, "max_bad_rows": 0.05}
+                        )
+                    }
+                )
+            }
+        }
+    )
     stage, _, facts = pretrained(job)
-    listed = [json.loads(line) for line in Path(stage.uri, "log/quarantine.jsonl").read_text().splitlines()]
-    assert sorted((row["split"], row["row"]) for row in listed) == [("train", 3), ("train", 40)], "two epochs, each row once"
+    listed = [
+        json.loads(line)
+        for line in Path(stage.uri, "log/quarantine.jsonl").read_text().splitlines()
+    ]
+    assert sorted((row["split"], row["row"]) for row in listed) == [("train", 3), ("train", 40)], (
+        "two epochs, each row once"
+    )
     assert facts["bad_rows"] == 2
 
 
@@ -481,7 +814,9 @@ def test_decoding_in_memory_or_as_rows_come_gives_the_same_weights(tmp_path, ima
     for decode in ("train", "memory"):
         job = image_job(tmp_path / decode, {**images, "train": str(tmp_path / "train.parquet")})
         data = job.sources["src"].data.model_copy(update={"decode": decode, "max_bad_rows": 0.05})
-        job = job.model_copy(update={"sources": {"src": job.sources["src"].model_copy(update={"data": data})}})
+        job = job.model_copy(
+            update={"sources": {"src": job.sources["src"].model_copy(update={"data": data})}}
+        )
         stage, _, _ = pretrained(job)
         found[decode] = bundle.load(stage.bundle_uri).tensors
     assert all(torch.equal(t, found["memory"][n]) for n, t in found["train"].items())
@@ -491,8 +826,16 @@ def test_a_source_of_bad_images_stops_with_their_places(tmp_path, images):
     table = pq.read_table(images["train"])
     pictures = [p if i % 3 else b"no picture" for i, p in enumerate(table["picture"].to_pylist())]
     pq.write_table(table.set_column(0, "picture", pa.array(pictures)), tmp_path / "train.parquet")
-    with pytest.raises(TooManyBadRowsError, match=r"of 60 rows cannot be used.*train\.parquet row 0: "):
-        pretrained(image_job(tmp_path, {**images, "train": str(tmp_path / "train.parquet")}, train={"epochs": 2, "global_batch": 12, "log_every_steps": 1}))
+    with pytest.raises(
+        TooManyBadRowsError, match=r"of 60 rows cannot be used.*train\.parquet row 0: "
+    ):
+        pretrained(
+            image_job(
+                tmp_path,
+                {**images, "train": str(tmp_path / "train.parquet")},
+                train={"epochs": 2, "global_batch": 12, "log_every_steps": 1},
+            )
+        )
 
 
 def test_a_run_that_was_stopped_goes_on_and_ends_with_the_same_bundle(tmp_path, images):
@@ -504,11 +847,26 @@ def test_a_run_that_was_stopped_goes_on_and_ends_with_the_same_bundle(tmp_path, 
     facts = stopped_and_gone_on(cut)
     assert facts["resumed_from"] == 4
     assert all(torch.equal(t, whole[n]) for n, t in bundle.load(cut.bundle_uri).tensors.items())
-    steps = [json.loads(line)["step"] for line in Path(cut.uri, "log/metrics.jsonl").read_text().splitlines()]
-    assert steps == [3, 6, 9, 9], "validations at 3, 6 and 9 and the log line of the end: what came after step 4 was written once"
+    steps = [
+        json.loads(line)["step"]
+        for line in Path(cut.uri, "log/metrics.jsonl").read_text().splitlines()
+    ]
+    assert steps == [3, 6, 9, 9], (
+        "validations at 3, 6 and 9 and the log line of the end: what came after step 4 was "
+        "written once"
+    )
 
 
 def test_what_the_objective_warns_of_is_a_fact_of_the_source(tmp_path, images, monkeypatch):
-    monkeypatch.setattr(registry.get("objective", "classification"), "after_step", lambda self, backbone, step, steps: "collapsed" if step == 1 else None)
-    stage, _, facts = pretrained(image_job(tmp_path, images, train={"steps": 4, "global_batch": 12, "log_every_steps": 2}))
-    assert facts["warning"] == "collapsed" and bundle.load(stage.bundle_uri).manifest["training"]["warning"] == "collapsed"
+    monkeypatch.setattr(
+        registry.get("objective", "classification"),
+        "after_step",
+        lambda self, backbone, step, steps: "collapsed" if step == 1 else None,
+    )
+    stage, _, facts = pretrained(
+        image_job(tmp_path, images, train={"steps": 4, "global_batch": 12, "log_every_steps": 2})
+    )
+    assert (
+        facts["warning"] == "collapsed"
+        and bundle.load(stage.bundle_uri).manifest["training"]["warning"] == "collapsed"
+    )

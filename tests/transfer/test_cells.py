@@ -1,4 +1,6 @@
-"""Cells of a results table: what a search adds to the interval of a gain, and what a gain is over."""
+"""Cells of a results table: what a search adds to the interval of a gain, and what a gain is
+over.
+"""
 
 from __future__ import annotations
 
@@ -14,19 +16,36 @@ from pipeline.transfer import cells, origins
 from pipeline.transfer.stats import Run
 
 UNITS = 200
-NOW, BEFORE = (MadeBy(code={"pipeline.metrics": "same"}, versions={"timm": version}) for version in ("2.0", "1.0"))
+NOW, BEFORE = (
+    MadeBy(code={"pipeline.metrics": "same"}, versions={"timm": version})
+    for version in ("2.0", "1.0")
+)
 
 
 def row_of(source: str, technique: str, seed: int, **more: Any) -> dict[str, Any]:
     backbone = more.get("backbone", "b")
     return {
-        "trial_id": f"{source}-{backbone}-{technique}-{seed}", "source": source, "backbone": backbone, "target": "t",
-        "technique": technique, "label_fraction": "1.0", "seed": seed, "trial_stage": "final", "status": "done",
-        "split": "test", "metric": "accuracy", "higher_is_better": True, "hyper_parameters": "{}", "drawn": "{}", **more,
+        "trial_id": f"{source}-{backbone}-{technique}-{seed}",
+        "source": source,
+        "backbone": backbone,
+        "target": "t",
+        "technique": technique,
+        "label_fraction": "1.0",
+        "seed": seed,
+        "trial_stage": "final",
+        "status": "done",
+        "split": "test",
+        "metric": "accuracy",
+        "higher_is_better": True,
+        "hyper_parameters": "{}",
+        "drawn": "{}",
+        **more,
     }
 
 
-def of_seeds(source: str, technique: str, level: float, **more: Any) -> tuple[list[dict[str, Any]], dict[str, Run]]:
+def of_seeds(
+    source: str, technique: str, level: float, **more: Any
+) -> tuple[list[dict[str, Any]], dict[str, Run]]:
     """Test and validation rows and test predictions of three seeds of a cell."""
     rows, runs = [], {}
     for seed in range(3):
@@ -35,22 +54,36 @@ def of_seeds(source: str, technique: str, level: float, **more: Any) -> tuple[li
         right = rng.random(UNITS) < level
         scores = (np.eye(2)[label] == right[:, None]).astype(np.float32)
         row = row_of(source, technique, seed, **more)
-        run = Run(np.arange(UNITS), {"scores": scores, "label": label, "loss": np.zeros(UNITS), "count": np.ones(UNITS)}, seed)
+        run = Run(
+            np.arange(UNITS),
+            {"scores": scores, "label": label, "loss": np.zeros(UNITS), "count": np.ones(UNITS)},
+            seed,
+        )
         row["value"] = metrics.metric("accuracy").value(run.predictions)
         rows += [row, {**row, "split": "validation"}]
         runs[row["trial_id"]] = run
     return rows, runs
 
 
-def searched(source: str, technique: str, metric: str = "accuracy", **ran: list[int]) -> list[dict[str, Any]]:
+def searched(
+    source: str, technique: str, metric: str = "accuracy", **ran: list[int]
+) -> list[dict[str, Any]]:
     """Validation rows of a search: two settings with three seeds each, about equally good."""
     rng, rows = np.random.default_rng(0), []
     for lr in (0.1, 0.2):
         for place, seed in enumerate((0, 1000, 1001)):
             hyper_parameters = {"lr": lr, **{name: values[place] for name, values in ran.items()}}
-            row = row_of(source, technique, seed, trial_stage="search", split="validation", metric=metric)
-            row |= {"trial_id": f"{source}-{technique}-{lr}-{seed}", "value": 0.7 + rng.normal(0, 0.05)}
-            row |= {"hyper_parameters": json.dumps(hyper_parameters), "drawn": json.dumps({"lr": lr})}
+            row = row_of(
+                source, technique, seed, trial_stage="search", split="validation", metric=metric
+            )
+            row |= {
+                "trial_id": f"{source}-{technique}-{lr}-{seed}",
+                "value": 0.7 + rng.normal(0, 0.05),
+            }
+            row |= {
+                "hyper_parameters": json.dumps(hyper_parameters),
+                "drawn": json.dumps({"lr": lr}),
+            }
             rows.append(row)
     return rows
 
@@ -61,7 +94,9 @@ def compared(*searches: dict[str, Any]) -> cells.Cell:
     rows = [*scratch[0], *fine_tuned[0]]
     for options in searches:
         rows += searched("none", "scratch", **options) + searched("a", "full", **options)
-    return next(cell for cell in cells.cells(rows, scratch[1] | fine_tuned[1]) if cell.source == "a")
+    return next(
+        cell for cell in cells.cells(rows, scratch[1] | fine_tuned[1]) if cell.source == "a"
+    )
 
 
 def width(cell: cells.Cell) -> float:
@@ -71,7 +106,11 @@ def width(cell: cells.Cell) -> float:
 
 def test_seeds_of_a_setting_belong_together_though_their_steps_differ():
     """Batches by cost and a label share: an epoch has other steps with every seed."""
-    without, alike, by_seed = compared(), compared({"steps": [30, 30, 30]}), compared({"steps": [33, 27, 30]})
+    without, alike, by_seed = (
+        compared(),
+        compared({"steps": [30, 30, 30]}),
+        compared({"steps": [33, 27, 30]}),
+    )
     assert by_seed.interval.endswith("3 paired seeds and the choice of hyper-parameters")
     assert by_seed == alike and width(by_seed) != width(without)
 
@@ -79,7 +118,9 @@ def test_seeds_of_a_setting_belong_together_though_their_steps_differ():
 def test_a_search_by_another_metric_than_the_tested_one_says_that_its_noise_is_not_included():
     """Policies: tested by their success in worlds, validated by the error of single actions."""
     without, other = compared(), compared({"metric": "action_error"})
-    assert other.interval.endswith("without the noise of the search, which was judged by action_error")
+    assert other.interval.endswith(
+        "without the noise of the search, which was judged by action_error"
+    )
     assert width(other) == pytest.approx(width(without))
 
 
@@ -89,8 +130,13 @@ def test_where_there_is_nothing_to_choose_from_nothing_is_said():
 
 # ---------------------------------------------------------------- what a gain is over
 
-def marks(old: str, *parts: tuple[list[dict[str, Any]], dict[str, Run]]) -> dict[tuple[str, str, str], str]:
-    """How cells are marked where the trials whose id starts with ``old`` are of before, and the others of now."""
+
+def marks(
+    old: str, *parts: tuple[list[dict[str, Any]], dict[str, Run]]
+) -> dict[tuple[str, str, str], str]:
+    """How cells are marked where the trials whose id starts with ``old`` are of before, and the
+    others of now.
+    """
     rows, runs = [], {}
     for more_rows, more_runs in parts:
         rows += more_rows
@@ -108,7 +154,9 @@ def test_a_random_probe_is_mixed_with_the_linear_probe_that_it_is_held_against()
         ("a", "b", "linear_probe"): origins.MIXED,
         ("none", "b", "random_probe"): origins.MIXED,
     }
-    assert marks("none-b-scratch", scratch, probed, random)["none", "b", "random_probe"] == "", "scratch is no part of it"
+    assert marks("none-b-scratch", scratch, probed, random)["none", "b", "random_probe"] == "", (
+        "scratch is no part of it"
+    )
 
 
 def test_a_gain_over_the_best_scratch_of_another_backbone_is_mixed_too():
@@ -116,7 +164,9 @@ def test_a_gain_over_the_best_scratch_of_another_backbone_is_mixed_too():
     fine_tuned = of_seeds("a", "full", 0.75)
     assert marks("none-c-scratch", own, best, fine_tuned)["a", "b", "full"] == origins.MIXED
     worse = of_seeds("none", "scratch", 0.5, backbone="c")
-    assert marks("none-c-scratch", own, worse, fine_tuned)["a", "b", "full"] == "", "no gain is over it"
+    assert marks("none-c-scratch", own, worse, fine_tuned)["a", "b", "full"] == "", (
+        "no gain is over it"
+    )
 
 
 def test_a_cell_names_what_its_gains_are_over():
@@ -125,6 +175,7 @@ def test_a_cell_names_what_its_gains_are_over():
     found = cells.cells([*own[0], *best[0], *fine_tuned[0]], own[1] | best[1] | fine_tuned[1])
     by_source = {(cell.source, cell.backbone): cell for cell in found}
     assert set(by_source["a", "b"].compared_with) == {
-        ("none", "b", "t", "scratch", "1.0"), ("none", "c", "t", "scratch", "1.0"),
+        ("none", "b", "t", "scratch", "1.0"),
+        ("none", "c", "t", "scratch", "1.0"),
     }
     assert by_source["none", "b"].compared_with == ()

@@ -18,7 +18,9 @@ TIMES = ("seconds", "started_at")
 
 
 def plain(rows: list[dict]) -> list[str]:
-    return sorted(repr({name: value for name, value in row.items() if name not in TIMES}) for row in rows)
+    return sorted(
+        repr({name: value for name, value in row.items() if name not in TIMES}) for row in rows
+    )
 
 
 def flip(path: Path, place: int, bit: int = 0) -> None:
@@ -58,7 +60,9 @@ def test_a_trial_of_which_something_is_damaged_runs_again(job, here, caplog, dam
     assert f"{path} is damaged" in caplog.text and "the next run makes it again" in caplog.text
     assert stages.ended(state) and not all(done for _, done in stages.ended(state))
     if damage is damage_record:
-        assert {row["trial_id"] for row in left} == {row["trial_id"] for row in rows} - {one}, "its numbers are not believed"
+        assert {row["trial_id"] for row in left} == {row["trial_id"] for row in rows} - {one}, (
+            "its numbers are not believed"
+        )
     _, again = whole(job)
     assert here == [one] and one in ran
     assert plain(again) == plain(rows)
@@ -76,12 +80,25 @@ def test_a_damaged_table_is_written_again_from_the_records(job, here, caplog):
     with pytest.raises(storage.DamagedError, match=r"results\.parquet is damaged"):
         results.read(job.root)
     reported(job)
-    assert "results.parquet is damaged" in caplog.text and "it is written again from the records" in caplog.text
+    assert (
+        "results.parquet is damaged" in caplog.text
+        and "it is written again from the records" in caplog.text
+    )
     assert plain(results.read(job.root)) == plain(before) and len(before) == len(rows)
 
 
 def test_every_flipped_bit_of_a_small_table_is_found_or_changes_nothing(tmp_path):
-    rows = [{"trial_id": f"t{i}", "status": "done", "trial_stage": "final", "metric": "accuracy", "split": "test", "value": i / 7} for i in range(3)]
+    rows = [
+        {
+            "trial_id": f"t{i}",
+            "status": "done",
+            "trial_stage": "final",
+            "metric": "accuracy",
+            "split": "test",
+            "value": i / 7,
+        }
+        for i in range(3)
+    ]
     results.append(str(tmp_path), rows)
     path, expected = tmp_path / "results.parquet", results.read(str(tmp_path))
     data, silent, found = path.read_bytes(), [], 0
@@ -120,7 +137,11 @@ def test_damaged_features_are_computed_again(tmp_path, bundles, paths, caplog):
     (path,) = Path(job.root, "features").rglob("content")
     flip(path, path.stat().st_size - 2, 3)
     again, _ = probe.kept_features(*words)
-    assert torch.equal(first, again) and f"{path} is damaged" in caplog.text and "the features are computed again" in caplog.text
+    assert (
+        torch.equal(first, again)
+        and f"{path} is damaged" in caplog.text
+        and "the features are computed again" in caplog.text
+    )
     caplog.clear()
     probe.kept_features(*words)
     assert not caplog.text
@@ -129,7 +150,9 @@ def test_damaged_features_are_computed_again(tmp_path, bundles, paths, caplog):
 def test_a_damaged_import_is_brought_in_again(tmp_path, caplog):
     from pipeline.data import manifest
 
-    (tmp_path / "rows.csv").write_text("text,label\n" + "\n".join(f"row {i},{i % 3}" for i in range(50)))
+    (tmp_path / "rows.csv").write_text(
+        "text,label\n" + "\n".join(f"row {i},{i % 3}" for i in range(50))
+    )
 
     def read() -> list[dict]:
         found = manifest.build(str(tmp_path / "rows.csv"), "auto", str(tmp_path / "imports"))
@@ -138,4 +161,8 @@ def test_a_damaged_import_is_brought_in_again(tmp_path, caplog):
     rows = read()
     (path,) = (tmp_path / "imports").rglob("rows.parquet")
     flip(path, 20)
-    assert read() == rows and f"{path} is damaged" in caplog.text and "the files are brought in again" in caplog.text
+    assert (
+        read() == rows
+        and f"{path} is damaged" in caplog.text
+        and "the files are brought in again" in caplog.text
+    )

@@ -13,23 +13,47 @@ from pipeline.transfer.doctoring import LEAST_DRIVER, driver_line
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize(("driver", "cuda", "mark"), [
-    ("580.65.06", "13.0", "ok"), ("580.95.05", "13.0", "ok"), ("595.91.07", "13.2", "ok"), ("580.65.05", "13.0", "FAIL"),
-    ("550.54.15", "13.0", "FAIL"), ("470.256.02", "12.8", "FAIL"), ("550.54", "12.8", "ok"),
-    ("535.104.05", "11.8", "ok"), ("999.1.1", "14.0", "ok"), (None, "13.0", "ok"), (None, None, "ok"), ("580.65.06", None, "warn")])
+@pytest.mark.parametrize(
+    ("driver", "cuda", "mark"),
+    [
+        ("580.65.06", "13.0", "ok"),
+        ("580.95.05", "13.0", "ok"),
+        ("595.91.07", "13.2", "ok"),
+        ("580.65.05", "13.0", "FAIL"),
+        ("550.54.15", "13.0", "FAIL"),
+        ("470.256.02", "12.8", "FAIL"),
+        ("550.54", "12.8", "ok"),
+        ("535.104.05", "11.8", "ok"),
+        ("999.1.1", "14.0", "ok"),
+        (None, "13.0", "ok"),
+        (None, None, "ok"),
+        ("580.65.06", None, "warn"),
+    ],
+)
 def test_a_driver_that_cannot_run_the_build_of_torch_is_a_failure(driver, cuda, mark):
     line = driver_line(driver, cuda)
     assert line.mark == mark
     assert (driver or "none") in line.found and (cuda or "") in line.found
     if mark == "FAIL":
-        assert LEAST_DRIVER[cuda.partition(".")[0]] in line.advice and "update the driver" in line.advice
+        assert (
+            LEAST_DRIVER[cuda.partition(".")[0]] in line.advice
+            and "update the driver" in line.advice
+        )
 
 
-@pytest.mark.parametrize(("text", "version"), [
-    ("580.95.05\n580.95.05\n", "580.95.05"),
-    ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 22:23:56 UTC 2024\nGCC version: gcc 11.4.0\n", "550.54.15"),
-    ("NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.\n", None),
-    ("", None)])
+@pytest.mark.parametrize(
+    ("text", "version"),
+    [
+        ("580.95.05\n580.95.05\n", "580.95.05"),
+        (
+            "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 22:23:56 "
+            "UTC 2024\nGCC version: gcc 11.4.0\n",
+            "550.54.15",
+        ),
+        ("NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.\n", None),
+        ("", None),
+    ],
+)
 def test_the_driver_is_read_from_what_nvidia_prints(monkeypatch, tmp_path, text, version):
     program = tmp_path / "nvidia-smi"
     program.write_text(f"#!/bin/sh\ncat <<'END'\n{text}END\n")

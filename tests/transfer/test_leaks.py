@@ -1,4 +1,6 @@
-"""A column that tells the label is told, in tables and in records; honest columns, and columns that merely number rows, are not."""
+"""A column that tells the label is told, in tables and in records; honest columns, and columns that
+merely number rows, are not.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,10 @@ def test_a_number_that_was_cut_into_the_label_is_above_the_threshold(rows, share
 
 def test_missing_values_that_tell_the_label_count():
     classes = np.arange(200) % 2
-    assert told(np.where(classes == 1, np.nan, np.random.default_rng(0).normal(size=200)), classes) == 1.0
+    assert (
+        told(np.where(classes == 1, np.nan, np.random.default_rng(0).normal(size=200)), classes)
+        == 1.0
+    )
 
 
 def test_categories_tell_by_themselves_and_numbers_of_rows_tell_nothing():
@@ -44,7 +49,10 @@ def test_categories_tell_by_themselves_and_numbers_of_rows_tell_nothing():
     assert told(np.random.default_rng(1).integers(0, 5, 600), classes) < 0.5
 
 
-@pytest.mark.parametrize("load", [datasets.load_iris, datasets.load_breast_cancer, datasets.load_wine, datasets.load_digits])
+@pytest.mark.parametrize(
+    "load",
+    [datasets.load_iris, datasets.load_breast_cancer, datasets.load_wine, datasets.load_digits],
+)
 def test_no_column_of_published_tables_is_told(load):
     found = load()
     assert max(told(column, found.target) for column in found.data.T) < 0.95
@@ -52,11 +60,19 @@ def test_no_column_of_published_tables_is_told(load):
 
 # ---------------------------------------------------------------- in a job
 
+
 def table(rows: int, leak: bool) -> pa.Table:
     random = np.random.default_rng(3)
     number, other = random.integers(0, 5, rows), random.normal(size=rows)
-    label = (number > 0).astype(np.int64) if leak else (other + random.normal(size=rows) > 0).astype(np.int64)
-    features = [{"num": float(a), "age": float(b), "ward": "ab"[i % 2]} for i, (a, b) in enumerate(zip(number, other, strict=True))]
+    label = (
+        (number > 0).astype(np.int64)
+        if leak
+        else (other + random.normal(size=rows) > 0).astype(np.int64)
+    )
+    features = [
+        {"num": float(a), "age": float(b), "ward": "ab"[i % 2]}
+        for i, (a, b) in enumerate(zip(number, other, strict=True))
+    ]
     split = ["train" if i % 5 < 3 else "validation" if i % 5 == 3 else "test" for i in range(rows)]
     return pa.table({"features": pa.array(features), "sick": label, "split": split})
 
@@ -70,14 +86,31 @@ def records(rows: int, leak: bool) -> pa.Table:
         for row in dying:
             for role, first in (("times", 0.0), ("variables", "comfort care"), ("values", 1.0)):
                 columns[role][row] = [first, *columns[role][row]]
-        made = pa.table({name: pa.array(columns[name], made[name].type) if name in columns else made[name] for name in made.column_names})
+        made = pa.table(
+            {
+                name: pa.array(columns[name], made[name].type) if name in columns else made[name]
+                for name in made.column_names
+            }
+        )
     split = ["train" if i % 5 < 3 else "validation" if i % 5 == 3 else "test" for i in range(rows)]
-    return made.select([name for name in made.column_names if name not in ("label", "split")]).append_column("label", pa.array(label)).append_column(
-        "split", pa.array(split))
+    return (
+        made.select([name for name in made.column_names if name not in ("label", "split")])
+        .append_column("label", pa.array(label))
+        .append_column("split", pa.array(split))
+    )
 
 
-def notes_of(folder, made: pa.Table, modality: str, columns: dict[str, str], backbone: dict, known: pa.Table | None = None) -> list[str]:
-    """Notes of the report of a job on these rows, with a source whose modality was fitted on them (or on ``known``)."""
+def notes_of(
+    folder,
+    made: pa.Table,
+    modality: str,
+    columns: dict[str, str],
+    backbone: dict,
+    known: pa.Table | None = None,
+) -> list[str]:
+    """Notes of the report of a job on these rows, with a source whose modality was fitted on them
+    (or on ``known``).
+    """
     from pipeline import registry
 
     pq.write_table(made, folder / "rows.parquet")
@@ -86,11 +119,35 @@ def notes_of(folder, made: pa.Table, modality: str, columns: dict[str, str], bac
     state = kind.fit(options, made if known is None else known, columns, "")
     fitted = {"name": modality, "options": options.model_dump(), "state": state}
     arch = {**backbone, "inputs": kind(options, state).inputs()}
-    bundle.save(str(folder / "source"), bundle.build_backbone(arch, seed=0), fitted, training={"transfer": ""}, metrics={})
-    data = {"uri": str(folder / "rows.parquet"), "split_column": "split", "modality": modality, "columns": columns}
-    job = Job.model_validate({"name": "toy", "storage": str(folder / "runs"), "sources": {"src": {"backbone": f"bundle:{folder / 'source'}"}},
-                              "targets": {"task": {"data": data, "objective": "classification", "train": {"steps": 2, "global_batch": 8}}},
-                              "techniques": ["scratch"], "fanout": {"seeds": 1}})
+    bundle.save(
+        str(folder / "source"),
+        bundle.build_backbone(arch, seed=0),
+        fitted,
+        training={"transfer": ""},
+        metrics={},
+    )
+    data = {
+        "uri": str(folder / "rows.parquet"),
+        "split_column": "split",
+        "modality": modality,
+        "columns": columns,
+    }
+    job = Job.model_validate(
+        {
+            "name": "toy",
+            "storage": str(folder / "runs"),
+            "sources": {"src": {"backbone": f"bundle:{folder / 'source'}"}},
+            "targets": {
+                "task": {
+                    "data": data,
+                    "objective": "classification",
+                    "train": {"steps": 2, "global_batch": 8},
+                }
+            },
+            "techniques": ["scratch"],
+            "fanout": {"seeds": 1},
+        }
+    )
     state = stages.check(job, Silent())  # type: ignore[arg-type]
     stages.share(state)
     return state.notes
@@ -104,15 +161,26 @@ RECURRENT = {"name": "events/gru", "options": {"width": 16}}
 
 @pytest.mark.parametrize("leak", [True, False])
 def test_a_column_of_a_table_that_tells_the_label_stands_in_the_report(tmp_path, leak):
-    found = [note for note in notes_of(tmp_path, table(300, leak), "table", TABLE, TRANSFORMER) if "decide" in note]
+    found = [
+        note
+        for note in notes_of(tmp_path, table(300, leak), "table", TABLE, TRANSFORMER)
+        if "decide" in note
+    ]
     assert len(found) == leak
     if leak:
-        assert found[0].startswith("warning: task: features.num (1.000) alone nearly decides the label (balanced accuracy on 180 training rows")
+        assert found[0].startswith(
+            "warning: task: features.num (1.000) alone nearly decides the label (balanced "
+            "accuracy on 180 training rows"
+        )
 
 
 @pytest.mark.parametrize("leak", [True, False])
 def test_a_variable_of_a_record_that_tells_the_label_stands_in_the_report(tmp_path, leak):
-    found = [note for note in notes_of(tmp_path, records(200, leak), "events", EVENTS, RECURRENT) if "decide" in note]
+    found = [
+        note
+        for note in notes_of(tmp_path, records(200, leak), "events", EVENTS, RECURRENT)
+        if "decide" in note
+    ]
     assert len(found) == leak
     if leak:
         assert "comfort care (how often) (1.000)" in found[0]
@@ -120,23 +188,52 @@ def test_a_variable_of_a_record_that_tells_the_label_stands_in_the_report(tmp_pa
 
 def test_a_field_that_the_source_does_not_know_is_no_leak(tmp_path):
     """It is not read."""
-    known = pa.table({"features": pa.array([{"age": float(i), "ward": "ab"[i % 2]} for i in range(50)])})
-    assert not [note for note in notes_of(tmp_path, table(300, True), "table", TABLE, TRANSFORMER, known) if "decide" in note]
+    known = pa.table(
+        {"features": pa.array([{"age": float(i), "ward": "ab"[i % 2]} for i in range(50)])}
+    )
+    assert not [
+        note
+        for note in notes_of(tmp_path, table(300, True), "table", TABLE, TRANSFORMER, known)
+        if "decide" in note
+    ]
 
 
 def test_all_names_that_one_side_lacks_stand_in_the_report(tmp_path):
     """Complete: the terminal names eight variables at most."""
     made = stays(120)
-    names = [[f"variable {int(i):02d}" for i in np.random.default_rng(row).integers(0, 30, len(times))] for row, times in enumerate(made["times"].to_pylist())]
-    theirs = pa.table({"times": made["times"], "values": made["values"], "variables": pa.array(names, pa.list_(pa.string()))})
+    names = [
+        [f"variable {int(i):02d}" for i in np.random.default_rng(row).integers(0, 30, len(times))]
+        for row, times in enumerate(made["times"].to_pylist())
+    ]
+    theirs = pa.table(
+        {
+            "times": made["times"],
+            "values": made["values"],
+            "variables": pa.array(names, pa.list_(pa.string())),
+        }
+    )
     ours = records(200, False)
     found = notes_of(tmp_path, ours, "events", EVENTS, RECURRENT, theirs)
     known = bundle.load(str(tmp_path / "source")).manifest["modality"]["state"]["variables"]
-    lacking = next(note for note in found if "variables that the source knows and its rows lack" in note)
-    assert lacking == f"task: variables that the source knows and its rows lack ({len(known)}): {', '.join(known)}" and len(known) > 25
-    left_out = next(note for note in found if "variables that its rows have and the source does not know" in note)
+    lacking = next(
+        note for note in found if "variables that the source knows and its rows lack" in note
+    )
+    assert (
+        lacking
+        == f"task: variables that the source knows and its rows lack ({len(known)}): "
+        f"{', '.join(known)}"
+        and len(known) > 25
+    )
+    left_out = next(
+        note
+        for note in found
+        if "variables that its rows have and the source does not know" in note
+    )
     have = sorted({name for row in ours["variables"].to_pylist() for name in row})
-    assert left_out == f"task: variables that its rows have and the source does not know (left out) ({len(have)}): {', '.join(have)}"
+    assert (
+        left_out == "task: variables that its rows have and the source does not know (left out) "
+        f"({len(have)}): {', '.join(have)}"
+    )
 
 
 @pytest.mark.parametrize("name", ["audio", "image", "text", "trajectory"])

@@ -1,4 +1,6 @@
-"""Test rows that also stand in a source: by content, by the record that they were cut from, by their people; and how much is read to look for them."""
+"""Test rows that also stand in a source: by content, by the record that they were cut from, by
+their people; and how much is read to look for them.
+"""
 
 import numpy as np
 import pyarrow as pa
@@ -21,9 +23,15 @@ def test_rows_that_name_files_count_as_the_files(tmp_path):
 
     def rows(values: list, kind: pa.DataType) -> manifest.Selection:
         pq.write_table(pa.table({"sound": pa.array(values, kind)}), tmp_path / "rows.parquet")
-        return manifest.Selection(manifest.build(str(tmp_path / "rows.parquet"), "auto", str(tmp_path)))
+        return manifest.Selection(
+            manifest.build(str(tmp_path / "rows.parquet"), "auto", str(tmp_path))
+        )
 
-    assert 1000 * 42 < overlap._bytes(rows(paths, pa.string()), "audio", {"audio": "sound"}) < 2000 * 42
+    assert (
+        1000 * 42
+        < overlap._bytes(rows(paths, pa.string()), "audio", {"audio": "sound"})
+        < 2000 * 42
+    )
     assert overlap._bytes(rows(paths[-1:], pa.string()), "image", {"image": "sound"}) == 0
     held = rows([b"abc"] * 42, pa.binary())
     assert overlap._bytes(held, "audio", {"audio": "sound"}) == held.manifest.size
@@ -31,8 +39,16 @@ def test_rows_that_name_files_count_as_the_files(tmp_path):
     assert overlap._bytes(texts, "text", {"text": "sound"}) == texts.manifest.size
 
 
-@pytest.mark.parametrize("kind", [pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string()),
-                                  pa.struct([("bytes", pa.null()), ("path", pa.string())])], ids=str)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pa.large_string(),
+        pa.string_view(),
+        pa.dictionary(pa.int32(), pa.string()),
+        pa.struct([("bytes", pa.null()), ("path", pa.string())]),
+    ],
+    ids=str,
+)
 def test_any_type_of_text_that_names_files_counts_as_the_files(tmp_path, kind):
     (tmp_path / "a.wav").write_bytes(bytes(1000))
     values = [str(tmp_path / "a.wav")] * 40 + ["a\0b.wav"] * 2
@@ -48,32 +64,75 @@ COLUMNS = {"times": "times", "variables": "variables", "values": "values"}
 
 
 def stays(count: int, first: int = 0, shift: float = 0.0) -> pa.Table:
-    """Records of 10 to 19 events; three records in a row are of one patient. ``shift`` makes other records of the same ids."""
+    """Records of 10 to 19 events; three records in a row are of one patient. ``shift`` makes other
+    records of the same ids.
+    """
     draw = np.random.default_rng(first)
     rows = []
     for i in range(first, first + count):
         n = 10 + i % 10
         times = np.sort(draw.uniform(0, 100, n)).astype(np.float32) + np.float32(shift)
-        rows.append({"entity": 200_000 + i, "patient": 7_000 + i // 3, "times": [-3.0, *times.tolist()],
-                     "variables": ["hr", *(["hr", "bp"][k % 2] for k in range(n))],
-                     "values": [1.0, *draw.normal(size=n).tolist()], "events": n + 1, "label": i % 2, "split": ("train", "validation", "test")[i // 3 % 3]})
-    kinds = {"times": pa.list_(pa.float32()), "values": pa.list_(pa.float32()), "events": pa.int32()}
+        rows.append(
+            {
+                "entity": 200_000 + i,
+                "patient": 7_000 + i // 3,
+                "times": [-3.0, *times.tolist()],
+                "variables": ["hr", *(["hr", "bp"][k % 2] for k in range(n))],
+                "values": [1.0, *draw.normal(size=n).tolist()],
+                "events": n + 1,
+                "label": i % 2,
+                "split": ("train", "validation", "test")[i // 3 % 3],
+            }
+        )
+    kinds = {
+        "times": pa.list_(pa.float32()),
+        "values": pa.list_(pa.float32()),
+        "events": pa.int32(),
+    }
     table = pa.Table.from_pylist(rows)
     for name, kind in kinds.items():
         table = table.set_column(table.column_names.index(name), name, table[name].cast(kind))
     return table
 
 
-def record_job(folder, source: pa.Table, target: pa.Table, group=("patient", "patient"), **fields) -> stages.State:
+def record_job(
+    folder, source: pa.Table, target: pa.Table, group=("patient", "patient"), **fields
+) -> stages.State:
     """A source that forecasts on records, and a target that classifies others."""
     for name, table in (("source", source), ("target", target)):
         pq.write_table(table, folder / f"{name}.parquet")
     modality = {"events": {"hours": 200, "min_rows": 1}}
-    job = {"name": "toy", "storage": str(folder / "runs"), "sources": {"stays": {
-        "data": {"train": str(folder / "source.parquet"), "modality": modality, "columns": COLUMNS, "group": group[0], "validation_fraction": 0.0},
-        "backbone": {"events/gru": {"width": 16}}, "objective": "forecast", "train": {"steps": 1, "global_batch": 4}}},
-        "targets": {"task": {"data": {"uri": str(folder / "target.parquet"), "split_column": "split", "modality": modality, "group": group[1],
-                                      "columns": {**COLUMNS, "label": "label"}}, "objective": "classification", **fields}}}
+    job = {
+        "name": "toy",
+        "storage": str(folder / "runs"),
+        "sources": {
+            "stays": {
+                "data": {
+                    "train": str(folder / "source.parquet"),
+                    "modality": modality,
+                    "columns": COLUMNS,
+                    "group": group[0],
+                    "validation_fraction": 0.0,
+                },
+                "backbone": {"events/gru": {"width": 16}},
+                "objective": "forecast",
+                "train": {"steps": 1, "global_batch": 4},
+            }
+        },
+        "targets": {
+            "task": {
+                "data": {
+                    "uri": str(folder / "target.parquet"),
+                    "split_column": "split",
+                    "modality": modality,
+                    "group": group[1],
+                    "columns": {**COLUMNS, "label": "label"},
+                },
+                "objective": "classification",
+                **fields,
+            }
+        },
+    }
     return stages.check(Job.model_validate(job), Progress(Console(quiet=True)))
 
 
@@ -94,10 +153,15 @@ def test_cut_records_are_known_by_their_id_before_they_were_cut(tmp_path, histor
     known = int((test < 18).sum())
     assert 0 < known < len(test)
     found = looked(state)
-    assert found.notes == (f"task: 0 of {len(test)} test rows also stand in source stays, {known} more as another cut of the same record (column entity)",)
+    assert found.notes == (
+        f"task: 0 of {len(test)} test rows also stand in source stays, {known} more as another "
+        "cut of the same record (column entity)",
+    )
     assert len(found.test) == len(test)
     left = looked(record_job(tmp_path, whole, target, group=(None, None), drop_overlap="exact"))
-    assert len(left.test) == len(test) - known and not any("200" in note or "7000" in note for note in left.notes)
+    assert len(left.test) == len(test) - known and not any(
+        "200" in note or "7000" in note for note in left.notes
+    )
 
 
 def test_the_same_ids_of_another_collection_are_no_same_records(tmp_path):
@@ -109,21 +173,37 @@ def test_test_rows_of_people_whose_other_rows_a_source_learned_from_are_counted(
     """No row is the same: other stays of the same patients."""
     whole = stays(60)
     first = np.array([i % 3 == 0 for i in range(60)])
-    source, target = whole.filter(pa.array(first)), pa.concat_tables([whole.filter(pa.array(~first)), stays(60, first=1000)])
-    target = target.set_column(target.column_names.index("patient"), "patient", target["patient"].cast(pa.string()))
+    source, target = (
+        whole.filter(pa.array(first)),
+        pa.concat_tables([whole.filter(pa.array(~first)), stays(60, first=1000)]),
+    )
+    target = target.set_column(
+        target.column_names.index("patient"), "patient", target["patient"].cast(pa.string())
+    )
     state = record_job(tmp_path, source, target)
-    test = [row for row in target.select(["split", "patient"]).to_pylist() if row["split"] == "test"]
+    test = [
+        row for row in target.select(["split", "patient"]).to_pylist() if row["split"] == "test"
+    ]
     known = sum(int(row["patient"]) < 7_020 for row in test)
     assert 0 < known < len(test)
-    told = f"task: {known} of {len(test)} test rows are of a group that also stands in the training rows of source stays (group: patient)"
+    told = (
+        f"task: {known} of {len(test)} test rows are of a group that also stands in the training "
+        "rows of source stays (group: patient)"
+    )
     found = looked(state)
     assert found.notes == (told,) and len(found.test) == len(test)
     for mode, left in (("exact", len(test)), ("group", len(test) - known)):
         state = record_job(tmp_path, source, target, drop_overlap=mode)
         found = looked(state)
         assert len(found.test) == left and told in found.notes, mode
-        assert not any(row["patient"] in note for row in test for note in found.notes), "no patient's id is shown"
-    assert found.notes[-1] == f"task: {known} of {len(test)} test rows left out because they or their group also stand in a source (drop_overlap: group)"
+        assert not any(row["patient"] in note for row in test for note in found.notes), (
+            "no patient's id is shown"
+        )
+    assert (
+        found.notes[-1]
+        == f"task: {known} of {len(test)} test rows left out because they or their group also "
+        "stand in a source (drop_overlap: group)"
+    )
 
 
 def test_groups_are_compared_where_both_sides_name_one(tmp_path):
@@ -131,13 +211,28 @@ def test_groups_are_compared_where_both_sides_name_one(tmp_path):
     first = pa.array([i % 3 == 0 for i in range(60)])
     source, target = whole.filter(first), whole.filter(pc.invert(first))
     assert looked(record_job(tmp_path, source, target, group=(None, "patient"))).notes == ()
-    named = source.rename_columns(["subject" if name == "patient" else name for name in source.column_names])
-    assert "(group: patient here, subject there)" in looked(record_job(tmp_path, named, target, group=("subject", "patient"))).notes[0]
+    named = source.rename_columns(
+        ["subject" if name == "patient" else name for name in source.column_names]
+    )
+    assert (
+        "(group: patient here, subject there)"
+        in looked(record_job(tmp_path, named, target, group=("subject", "patient"))).notes[0]
+    )
     state = record_job(tmp_path, source, target, group=(None, "patient"), drop_overlap="group")
-    assert "task: source stays names no group: of its rows only equal ones can be left out" in looked(state).notes
-    keys = {mode: record_job(tmp_path, source, target, drop_overlap=mode).targets["task"].key for mode in ("none", "exact", "group")}
+    assert (
+        "task: source stays names no group: of its rows only equal ones can be left out"
+        in looked(state).notes
+    )
+    keys = {
+        mode: record_job(tmp_path, source, target, drop_overlap=mode).targets["task"].key
+        for mode in ("none", "exact", "group")
+    }
     assert len(set(keys.values())) == 3
-    with pytest.raises(ValueError, match=r"targets\.task\.drop_overlap: group leaves out rows whose group stands in a source, and data\.group names no"):
+    with pytest.raises(
+        ValueError,
+        match=r"targets\.task\.drop_overlap: group leaves out rows whose group stands in a "
+        r"source, and data\.group names no",
+    ):
         record_job(tmp_path, source, target, group=(None, None), drop_overlap="group")
 
 
@@ -146,14 +241,32 @@ def test_groups_are_compared_where_only_a_further_corpus_of_the_source_names_one
     people, others = stays(30), stays(60, first=1000)
     target = stays(60, shift=0.5)
     pq.write_table(others.drop_columns(["patient"]), tmp_path / "other.parquet")
-    doubles = people.set_column(people.column_names.index("patient"), "patient", people["patient"].cast(pa.float64()))
+    doubles = people.set_column(
+        people.column_names.index("patient"), "patient", people["patient"].cast(pa.float64())
+    )
     job = record_job(tmp_path, doubles, target, drop_overlap="group").job.model_dump(mode="json")
     data = job["sources"]["stays"]["data"]
     alone = {"group": data.pop("group"), "train": data.pop("train")}
-    further = {name: value for name, value in data.items() if name in ("modality", "validation_fraction", "test_fraction")}
-    job["sources"]["stays"]["data"] = {**data, "train": str(tmp_path / "other.parquet"), "more": [{**further, **alone}]}
+    further = {
+        name: value
+        for name, value in data.items()
+        if name in ("modality", "validation_fraction", "test_fraction")
+    }
+    job["sources"]["stays"]["data"] = {
+        **data,
+        "train": str(tmp_path / "other.parquet"),
+        "more": [{**further, **alone}],
+    }
     found = looked(stages.check(Job.model_validate(job), Progress(Console(quiet=True))))
     known, test = 9, 18  # of the first 30 records, and of all 60
-    assert found.notes[0] == f"task: {known} of {test} test rows are of a group that also stands in the training rows of source stays (group: patient)"
-    assert found.notes[1] == "task: 1 of 2 corpora of source stays names no group: of its rows only equal ones can be left out"
+    assert (
+        found.notes[0]
+        == f"task: {known} of {test} test rows are of a group that also stands in the training "
+        "rows of source stays (group: patient)"
+    )
+    assert (
+        found.notes[1]
+        == "task: 1 of 2 corpora of source stays names no group: of its rows only equal ones can "
+        "be left out"
+    )
     assert len(found.test) == test - known

@@ -1,4 +1,6 @@
-"""A dry run looks at the files and says what the run would refuse, in the run's own words; it writes nothing."""
+"""A dry run looks at the files and says what the run would refuse, in the run's own words; it
+writes nothing.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ from pipeline.train import foresight, source
 from pipeline.transfer import preflight, stages, targets
 from pipeline.transfer.stages import State
 from pipeline.transfer.trials import bases
-from tests.transfer.test_targets import Silent, job_of, models, saved, texts  # noqa: F401 - fixtures
+
+# fixtures
+from tests.transfer.test_targets import Silent, job_of, models, saved, texts  # noqa: F401
 
 COLUMNS = {"text": "words", "label": "kind"}
 BERT = {"transformers/bert": SMALL}
@@ -37,28 +41,62 @@ def refused(job: Job) -> str:
 def written(path: Path, nulls: int = 0, labelless: int = 0) -> str:
     found, labels = sentences(120, seed=3)
     split = ["train" if i % 5 < 3 else "validation" if i % 5 == 3 else "test" for i in range(120)]
-    pq.write_table(pa.table({"words": [None if i < nulls else text for i, text in enumerate(found)], "split": split,
-                             "kind": [None if i < labelless else f"kind {k}" for i, k in enumerate(labels)]}), path)
+    pq.write_table(
+        pa.table(
+            {
+                "words": [None if i < nulls else text for i, text in enumerate(found)],
+                "split": split,
+                "kind": [None if i < labelless else f"kind {k}" for i, k in enumerate(labels)],
+            }
+        ),
+        path,
+    )
     return str(path)
 
 
-def with_source(folder: Path, corpus: str, objective: Any = "classification", backbone: Any = None, modality: Any = "text", **data: Any) -> Job:
+def with_source(
+    folder: Path,
+    corpus: str,
+    objective: Any = "classification",
+    backbone: Any = None,
+    modality: Any = "text",
+    **data: Any,
+) -> Job:
     """A job whose source is trained on a corpus of texts."""
     columns = COLUMNS if objective == "classification" else {"text": "words"}
-    spec = {"uri": corpus, "split_column": "split", "modality": modality, "columns": columns, **data}
-    part = {"data": spec, "backbone": backbone or BERT, "objective": objective, "train": {"steps": 2, "global_batch": 8}}
-    return Job.model_validate({"name": "toy", "storage": str(folder / "runs"), "sources": {"src": part}})
+    spec = {
+        "uri": corpus,
+        "split_column": "split",
+        "modality": modality,
+        "columns": columns,
+        **data,
+    }
+    part = {
+        "data": spec,
+        "backbone": backbone or BERT,
+        "objective": objective,
+        "train": {"steps": 2, "global_batch": 8},
+    }
+    return Job.model_validate(
+        {"name": "toy", "storage": str(folder / "runs"), "sources": {"src": part}}
+    )
 
 
 # ---------------------------------------------------------------- sources
+
 
 @pytest.mark.parametrize("objective", ["mlm", "classification"])
 def test_null_texts_of_a_source_are_refused_as_its_run_refuses_them(tmp_path, objective):
     job = with_source(tmp_path, written(tmp_path / "rows.parquet", nulls=30), objective)
     told = refused(job)
-    assert told.startswith("sources.src: train split: ") and "rows cannot be used, more than data.max_bad_rows=0.01 allows" in told
+    assert (
+        told.startswith("sources.src: train split: ")
+        and "rows cannot be used, more than data.max_bad_rows=0.01 allows" in told
+    )
     assert f"{tmp_path / 'rows.parquet'} row 0: the text is null" in told
-    with pytest.raises(ValueError, match=r"rows cannot be used, more than data\.max_bad_rows=0\.01 allows"):
+    with pytest.raises(
+        ValueError, match=r"rows cannot be used, more than data\.max_bad_rows=0\.01 allows"
+    ):
         source.fit(checked(job).sources["src"])
 
 
@@ -67,7 +105,10 @@ def test_documents_that_do_not_fill_a_batch_are_told(tmp_path):
     spec = job.sources["src"]
     large = spec.model_copy(update={"train": spec.train.model_copy(update={"global_batch": 512})})
     (line,) = preflight.look(checked(job.model_copy(update={"sources": {"src": large}})))
-    assert line.startswith("warning: source src: about ") and "fewer than the 512 of a batch: lower train.global_batch" in line
+    assert (
+        line.startswith("warning: source src: about ")
+        and "fewer than the 512 of a batch: lower train.global_batch" in line
+    )
     assert not preflight.look(checked(job))
 
 
@@ -75,21 +116,37 @@ def test_null_labels_of_a_source_are_refused_as_its_run_refuses_them(tmp_path):
     job = with_source(tmp_path, written(tmp_path / "rows.parquet", labelless=5))
     with pytest.raises(ValueError) as run:
         source.fit(checked(job).sources["src"])
-    assert refused(job) == f"sources.src: {run.value}" and "3 of 72 rows have no label (null)" in str(run.value)
+    assert refused(
+        job
+    ) == f"sources.src: {run.value}" and "3 of 72 rows have no label (null)" in str(run.value)
 
 
 def test_a_folder_without_its_configuration_is_refused(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model/model.safetensors").write_bytes(b"")
-    job = job_of(tmp_path, f"hf:{tmp_path / 'model'}", written(tmp_path / "rows.parquet"), "classification", COLUMNS)
-    assert refused(job).startswith(f"sources.src: hf:{tmp_path / 'model'}: no config.json in this folder")
+    job = job_of(
+        tmp_path,
+        f"hf:{tmp_path / 'model'}",
+        written(tmp_path / "rows.parquet"),
+        "classification",
+        COLUMNS,
+    )
+    assert refused(job).startswith(
+        f"sources.src: hf:{tmp_path / 'model'}: no config.json in this folder"
+    )
 
 
 def test_weights_that_do_not_fit_are_refused(tmp_path, models):  # noqa: F811
     """A source with data goes on from a checkpoint of another width."""
     job = with_source(tmp_path, written(tmp_path / "rows.parquet"), "mlm")
-    spec = job.sources["src"].model_copy(update={"init": models["bert"], "backbone": type(job.sources["src"].backbone)(
-        name="transformers/bert", options={**SMALL, "hidden": 64})})
+    spec = job.sources["src"].model_copy(
+        update={
+            "init": models["bert"],
+            "backbone": type(job.sources["src"].backbone)(
+                name="transformers/bert", options={**SMALL, "hidden": 64}
+            ),
+        }
+    )
     job = job.model_copy(update={"sources": {"src": spec}})
     with pytest.raises(ValueError) as run:
         source.fit(checked(job).sources["src"])
@@ -97,37 +154,74 @@ def test_weights_that_do_not_fit_are_refused(tmp_path, models):  # noqa: F811
 
 
 def test_a_model_of_a_hub_is_left_to_the_run(tmp_path):
-    job = job_of(tmp_path, "hf-hub:nobody/nothing", written(tmp_path / "rows.parquet"), "classification", COLUMNS)
-    assert preflight.look(checked(job))[0] == "source src: not looked at: only a run fetches hf-hub:nobody/nothing"
+    job = job_of(
+        tmp_path,
+        "hf-hub:nobody/nothing",
+        written(tmp_path / "rows.parquet"),
+        "classification",
+        COLUMNS,
+    )
+    assert (
+        preflight.look(checked(job))[0]
+        == "source src: not looked at: only a run fetches hf-hub:nobody/nothing"
+    )
 
 
 def test_what_is_estimated_says_so_and_nothing_is_written(tmp_path):
     found, _ = sentences(60)
     long = written(tmp_path / "rows.parquet")
-    pq.write_table(pq.read_table(long).set_column(0, "words", pa.array([" ".join(found)] * 120)), long)
+    pq.write_table(
+        pq.read_table(long).set_column(0, "words", pa.array([" ".join(found)] * 120)), long
+    )
     job = with_source(tmp_path, long, modality={"text": {"length": 16}})
     (line,) = preflight.look(checked(job))
-    assert line.startswith("warning: source src: texts are cut at length 16") and line.endswith("(estimated: a run trains its tokenizer on more rows)")
-    made = [file for file in Path(job.root).rglob("*") if file.is_file()] if Path(job.root).exists() else []
+    assert line.startswith("warning: source src: texts are cut at length 16") and line.endswith(
+        "(estimated: a run trains its tokenizer on more rows)"
+    )
+    made = (
+        [file for file in Path(job.root).rglob("*") if file.is_file()]
+        if Path(job.root).exists()
+        else []
+    )
     assert not made, "a dry run leaves nothing behind"
 
 
 # ---------------------------------------------------------------- targets
 
+
 def test_null_texts_of_a_target_are_refused_as_its_run_refuses_them(tmp_path, models):  # noqa: F811
-    job = job_of(tmp_path, models["bert"], written(tmp_path / "rows.parquet", nulls=60), "classification", COLUMNS)
+    job = job_of(
+        tmp_path,
+        models["bert"],
+        written(tmp_path / "rows.parquet", nulls=60),
+        "classification",
+        COLUMNS,
+    )
     state = checked(job)
     with pytest.raises(ValueError) as run:
         stages.share(state)
     told = refused(job)
     assert told.startswith("targets.task: train split: ") and "the text is null" in told
-    assert "rows cannot be used, more than data.max_bad_rows=0.05 allows" in told and "rows cannot be used, more than" in str(run.value)
+    assert (
+        "rows cannot be used, more than data.max_bad_rows=0.05 allows" in told
+        and "rows cannot be used, more than" in str(run.value)
+    )
 
 
 def test_a_few_bad_rows_are_told(tmp_path, models):  # noqa: F811
-    job = job_of(tmp_path, models["bert"], written(tmp_path / "rows.parquet", nulls=2), "classification", COLUMNS)
+    job = job_of(
+        tmp_path,
+        models["bert"],
+        written(tmp_path / "rows.parquet", nulls=2),
+        "classification",
+        COLUMNS,
+    )
     lines = preflight.look(checked(job))
-    assert any("1 of 64 train rows that were looked at cannot be used" in line or "2 of 64 train rows" in line for line in lines), lines
+    assert any(
+        "1 of 64 train rows that were looked at cannot be used" in line
+        or "2 of 64 train rows" in line
+        for line in lines
+    ), lines
 
 
 @pytest.mark.parametrize("at", ["source", "target"])
@@ -135,25 +229,82 @@ def test_files_that_a_column_names_and_that_are_not_there_are_refused(tmp_path, 
     for i in range(30):
         PIL.Image.fromarray(np.full((8, 8), 8 * i, np.uint8)).save(tmp_path / f"{i}.png")
     split = ["train" if i % 3 == 0 else "validation" if i % 3 == 1 else "test" for i in range(30)]
-    table = pa.table({"image": [str(tmp_path / f"{i}.png") for i in range(30)], "label": [i % 2 for i in range(30)], "split": split})
+    table = pa.table(
+        {
+            "image": [str(tmp_path / f"{i}.png") for i in range(30)],
+            "label": [i % 2 for i in range(30)],
+            "split": split,
+        }
+    )
     for name in ("whole", "lacking"):
-        pq.write_table(table if name == "whole" else table.set_column(0, "image", pa.array([str(tmp_path / f"{i}.png") if i not in (7, 21) else str(
-            tmp_path / f"gone {i}.png") for i in range(30)])), tmp_path / f"{name}.parquet")
-    data = {"split_column": "split", "modality": {"image": {"size": 32, "channels": 1}}, "columns": {"image": "image", "label": "label"}}
-    uris = {part: str(tmp_path / ("lacking" if part == at else "whole")) + ".parquet" for part in ("source", "target")}
+        pq.write_table(
+            table
+            if name == "whole"
+            else table.set_column(
+                0,
+                "image",
+                pa.array(
+                    [
+                        str(tmp_path / f"{i}.png")
+                        if i not in (7, 21)
+                        else str(tmp_path / f"gone {i}.png")
+                        for i in range(30)
+                    ]
+                ),
+            ),
+            tmp_path / f"{name}.parquet",
+        )
+    data = {
+        "split_column": "split",
+        "modality": {"image": {"size": 32, "channels": 1}},
+        "columns": {"image": "image", "label": "label"},
+    }
+    uris = {
+        part: str(tmp_path / ("lacking" if part == at else "whole")) + ".parquet"
+        for part in ("source", "target")
+    }
     train = {"steps": 2, "global_batch": 4}
-    job = Job.model_validate({
-        "name": "toy", "storage": str(tmp_path / "runs"), "techniques": ["scratch"],
-        "sources": {"src": {"data": {**data, "uri": uris["source"]}, "backbone": "timm/resnet10t", "objective": "classification", "train": train}},
-        "targets": {"task": {"data": {**data, "uri": uris["target"]}, "objective": "classification", "train": train}}})
+    job = Job.model_validate(
+        {
+            "name": "toy",
+            "storage": str(tmp_path / "runs"),
+            "techniques": ["scratch"],
+            "sources": {
+                "src": {
+                    "data": {**data, "uri": uris["source"]},
+                    "backbone": "timm/resnet10t",
+                    "objective": "classification",
+                    "train": train,
+                }
+            },
+            "targets": {
+                "task": {
+                    "data": {**data, "uri": uris["target"]},
+                    "objective": "classification",
+                    "train": train,
+                }
+            },
+        }
+    )
     place = "sources.src" if at == "source" else "targets.task"
     told = refused(job)
-    assert told.startswith(f"{place}: {tmp_path}/gone ") and "no such file, while a column of the rows names it, and 1 more" in told and "\n" not in told
+    assert (
+        told.startswith(f"{place}: {tmp_path}/gone ")
+        and "no such file, while a column of the rows names it, and 1 more" in told
+        and "\n" not in told
+    )
 
 
 def test_a_length_beyond_the_positions_of_a_model_is_refused(tmp_path, models):  # noqa: F811
     """The model has 32: more are told before anything is trained, as the run tells them."""
-    job = job_of(tmp_path, models["gpt2"], written(tmp_path / "rows.parquet"), "classification", COLUMNS, data={"modality": {"text": {"length": 64}}})
+    job = job_of(
+        tmp_path,
+        models["gpt2"],
+        written(tmp_path / "rows.parquet"),
+        "classification",
+        COLUMNS,
+        data={"modality": {"text": {"length": 64}}},
+    )
     found = foresight.source(checked(job).sources["src"])
     assert found is not None
     (base,) = bases({"src": (found.arch, found.modality)})
@@ -164,16 +315,29 @@ def test_a_length_beyond_the_positions_of_a_model_is_refused(tmp_path, models): 
 
 def test_all_problems_are_told_at_once(tmp_path, models):  # noqa: F811
     job = with_source(tmp_path, written(tmp_path / "a.parquet", nulls=30), "mlm")
-    other = job_of(tmp_path, models["bert"], written(tmp_path / "b.parquet", nulls=60), "classification", COLUMNS)
-    job = job.model_copy(update={"sources": {**job.sources, "known": other.sources["src"]}, "targets": other.targets})
-    assert [line.partition(":")[0] for line in refused(job).splitlines()] == ["sources.src", "targets.task"]
+    other = job_of(
+        tmp_path,
+        models["bert"],
+        written(tmp_path / "b.parquet", nulls=60),
+        "classification",
+        COLUMNS,
+    )
+    job = job.model_copy(
+        update={"sources": {**job.sources, "known": other.sources["src"]}, "targets": other.targets}
+    )
+    assert [line.partition(":")[0] for line in refused(job).splitlines()] == [
+        "sources.src",
+        "targets.task",
+    ]
 
 
 def test_storage_errors_are_problems_too(tmp_path, models, monkeypatch):  # noqa: F811
     def broken(*_: Any) -> Any:
         raise storage.StorageError("the disk is gone")
 
-    job = job_of(tmp_path, models["bert"], written(tmp_path / "rows.parquet"), "classification", COLUMNS)
+    job = job_of(
+        tmp_path, models["bert"], written(tmp_path / "rows.parquet"), "classification", COLUMNS
+    )
     state = checked(job)
     monkeypatch.setattr(foresight, "rows", broken)
     with pytest.raises(ValueError, match=r"targets\.task: the disk is gone"):
@@ -190,9 +354,28 @@ def test_the_command_refuses_what_a_run_would_refuse(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, nulls in (("bad", 30), ("good", 0)):
         written(tmp_path / "rows.parquet", nulls=nulls)
-        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({"name": name, "sources": {"src": {
-            "data": {"uri": "rows.parquet", "split_column": "split", "modality": "text", "columns": {"text": "words"}},
-            "backbone": BERT, "objective": "mlm", "train": {"steps": 2, "global_batch": 8}}}}))
+        (tmp_path / f"{name}.yaml").write_text(
+            yaml.safe_dump(
+                {
+                    "name": name,
+                    "sources": {
+                        "src": {
+                            "data": {
+                                "uri": "rows.parquet",
+                                "split_column": "split",
+                                "modality": "text",
+                                "columns": {"text": "words"},
+                            },
+                            "backbone": BERT,
+                            "objective": "mlm",
+                            "train": {"steps": 2, "global_batch": 8},
+                        }
+                    },
+                }
+            )
+        )
         done = CliRunner().invoke(cli.app, ["run", f"{name}.yaml", "--dry-run"])
         assert done.exit_code == (2 if name == "bad" else 0), done.output
-        assert "source src: transformers/bert" in done.output and ("the text is null" in done.output) == (name == "bad")
+        assert "source src: transformers/bert" in done.output and (
+            "the text is null" in done.output
+        ) == (name == "bad")

@@ -26,11 +26,28 @@ def paths(tmp_path_factory):
     return image_files(tmp_path_factory.mktemp("data"), {"train": 64, "validation": 30, "test": 36})
 
 
-def both(folder, paths, hypers=({},), seeds=(0,), fractions=(1.0,), stage="final", train=None, technique="linear_probe", source=None, **target):
+def both(
+    folder,
+    paths,
+    hypers=({},),
+    seeds=(0,),
+    fractions=(1.0,),
+    stage="final",
+    train=None,
+    technique="linear_probe",
+    source=None,
+    **target,
+):
     """(trials, records together, records one at a time, the two Shared)."""
     job = job_of(folder, paths, {"eval_every_steps": 4, **(train or {})}, **target)
-    worlds = [shared_of(folder, job, paths, root=root, keep_bundles=True, source=source) for root in ("together", "alone")]
-    group = [trial_of(job, worlds[0], technique, hyper, fraction, seed, stage) for hyper, seed, fraction in itertools.product(hypers, seeds, fractions)]
+    worlds = [
+        shared_of(folder, job, paths, root=root, keep_bundles=True, source=source)
+        for root in ("together", "alone")
+    ]
+    group = [
+        trial_of(job, worlds[0], technique, hyper, fraction, seed, stage)
+        for hyper, seed, fraction in itertools.product(hypers, seeds, fractions)
+    ]
     assert len({one.id for one in group}) == len(group) and probe.batchable(group, worlds[0])
     together = {record["trial_id"]: record for record in probe.run(group, worlds[0])}
     alone = {one.id: one_trial.run(one, worlds[1]) for one in group}
@@ -41,13 +58,26 @@ def both(folder, paths, hypers=({},), seeds=(0,), fractions=(1.0,), stage="final
 def check(group, together, alone, worlds, tolerance=1e-5):
     for one in group:
         a, b = together[one.id], alone[one.id]
-        assert [(row["split"], row["metric"]) for row in a["rows"]] == [(row["split"], row["metric"]) for row in b["rows"]]
+        assert [(row["split"], row["metric"]) for row in a["rows"]] == [
+            (row["split"], row["metric"]) for row in b["rows"]
+        ]
         for x, y in zip(a["rows"], b["rows"], strict=True):
             assert x["value"] == pytest.approx(y["value"], abs=tolerance)
             for name in ("value_low", "value_high"):
-                assert x.get(name) == pytest.approx(y.get(name), abs=tolerance) if name in x else name not in y
+                assert (
+                    x.get(name) == pytest.approx(y.get(name), abs=tolerance)
+                    if name in x
+                    else name not in y
+                )
             different = {name for name in x.keys() | y.keys() if x.get(name) != y.get(name)}
-            assert different <= {"value", "value_low", "value_high", "seconds", "started_at", "bundle_uri"}
+            assert different <= {
+                "value",
+                "value_low",
+                "value_high",
+                "seconds",
+                "started_at",
+                "bundle_uri",
+            }
         assert a["kept_step"] == b["kept_step"] and a["transfer"] == b["transfer"]
         for p, q in zip(a["curve"], b["curve"], strict=True):
             assert p == pytest.approx(q, abs=tolerance)
@@ -57,13 +87,21 @@ def check(group, together, alone, worlds, tolerance=1e-5):
             for name in heads[0]:
                 assert (heads[0][name].double() - heads[1][name].double()).abs().max() < tolerance
             runs = [one_trial.read_predictions(world.root, one.id, one.seed) for world in worlds]
-            assert np.array_equal(runs[0].rows, runs[1].rows) and np.array_equal(runs[0].predictions["label"], runs[1].predictions["label"])
-            np.testing.assert_allclose(runs[0].predictions["scores"], runs[1].predictions["scores"], atol=5 * tolerance)
+            assert np.array_equal(runs[0].rows, runs[1].rows) and np.array_equal(
+                runs[0].predictions["label"], runs[1].predictions["label"]
+            )
+            np.testing.assert_allclose(
+                runs[0].predictions["scores"], runs[1].predictions["scores"], atol=5 * tolerance
+            )
 
 
 def test_heads_together_equal_one_at_a_time(paths, tmp_path):
-    """Learning rates, decays, seeds and label fractions; the record, its rows, curve, predictions and bundle."""
-    hypers = [{"lr": lr, "weight_decay": decay} for lr, decay in zip(LRS, (0.0, 0.3, 0.05), strict=True)]
+    """Learning rates, decays, seeds and label fractions; the record, its rows, curve, predictions
+    and bundle.
+    """
+    hypers = [
+        {"lr": lr, "weight_decay": decay} for lr, decay in zip(LRS, (0.0, 0.3, 0.05), strict=True)
+    ]
     group, together, alone, worlds = both(tmp_path, paths, hypers, SEEDS, FRACTIONS)
     check(group, together, alone, worlds)
     values = {record["rows"][2]["value"] for record in together.values()}
@@ -76,81 +114,156 @@ def test_texts_are_cached_as_they_are_trained_on(tmp_path):
     for seed, (split, count) in enumerate({"train": 64, "validation": 30, "test": 36}.items()):
         texts, labels = sentences(count, seed)
         found[split] = str(tmp_path / f"{split}.parquet")
-        pq.write_table(pa.table({"text": texts, "class": [f"c{label}" for label in labels]}), found[split])
-    source = ({"name": "transformers/bert", "options": {**SMALL, "dropout": 0.1}, "inputs": modality.inputs()},
-              {"name": "text", "options": modality.options.model_dump(), "state": modality.state})
+        pq.write_table(
+            pa.table({"text": texts, "class": [f"c{label}" for label in labels]}), found[split]
+        )
+    source = (
+        {
+            "name": "transformers/bert",
+            "options": {**SMALL, "dropout": 0.1},
+            "inputs": modality.inputs(),
+        },
+        {"name": "text", "options": modality.options.model_dump(), "state": modality.state},
+    )
     data = {**found, "modality": "text", "columns": {"text": "text", "label": "class"}}
-    check(*both(tmp_path, found, [{"lr": 0.003}, {"lr": 0.05}], (0, 1), (0.5, 1.0), source=source, data=data))
-    assert len({len(text.split()) for text in pq.read_table(found["train"])["text"].to_pylist()}) > 4
+    check(
+        *both(
+            tmp_path,
+            found,
+            [{"lr": 0.003}, {"lr": 0.05}],
+            (0, 1),
+            (0.5, 1.0),
+            source=source,
+            data=data,
+        )
+    )
+    assert (
+        len({len(text.split()) for text in pq.read_table(found["train"])["text"].to_pylist()}) > 4
+    )
 
 
 def test_a_scaled_rate_is_that_rate_together_and_alone(paths, tmp_path):
-    scaled = both(tmp_path / "scaled", paths, [{"lr": 0.003}], technique={"linear_probe": {"lr_scale": 10.0}})
+    scaled = both(
+        tmp_path / "scaled", paths, [{"lr": 0.003}], technique={"linear_probe": {"lr_scale": 10.0}}
+    )
     check(*scaled)
     plain = both(tmp_path / "plain", paths, [{"lr": 0.03}, {"lr": 0.003}])
-    scaled_loss, same, slower = ([point["loss"] for point in record["curve"]] for run in (scaled, plain) for record in run[1].values())
+    scaled_loss, same, slower = (
+        [point["loss"] for point in record["curve"]]
+        for run in (scaled, plain)
+        for record in run[1].values()
+    )
     assert scaled_loss == pytest.approx(same) and scaled_loss[-1] != pytest.approx(slower[-1])
 
 
 def test_probes_of_random_weights_share_the_features_of_their_seed(paths, tmp_path):
-    group, together, alone, worlds = both(tmp_path, paths, [{"lr": 0.003}, {"lr": 0.05}], (1,), (0.5, 1.0), technique="random_probe")
+    group, together, alone, worlds = both(
+        tmp_path, paths, [{"lr": 0.003}, {"lr": 0.05}], (1,), (0.5, 1.0), technique="random_probe"
+    )
     check(group, together, alone, worlds)
-    other = trial_of(job_of(tmp_path, paths, {"eval_every_steps": 4}), worlds[0], "random_probe", {"lr": 0.05}, seed=2)
+    other = trial_of(
+        job_of(tmp_path, paths, {"eval_every_steps": 4}),
+        worlds[0],
+        "random_probe",
+        {"lr": 0.05},
+        seed=2,
+    )
     units = fanout.units([*group, other], worlds[0])
-    assert [(len(unit.trials), unit.together) for unit in units] == [(4, True), (1, True)]  # another seed, other weights
+    assert [(len(unit.trials), unit.together) for unit in units] == [
+        (4, True),
+        (1, True),
+    ]  # another seed, other weights
 
 
-@pytest.mark.parametrize("train", [
-    {"optimizer": "sgd", "keep": "last"}, {"ema": 0.7, "clip_norm": 0.02}, {"clip_norm": None, "schedule": "constant"}, {"micro_batch": 5},
-    {"epochs": 2, "steps": None}], ids=str)
+@pytest.mark.parametrize(
+    "train",
+    [
+        {"optimizer": "sgd", "keep": "last"},
+        {"ema": 0.7, "clip_norm": 0.02},
+        {"clip_norm": None, "schedule": "constant"},
+        {"micro_batch": 5},
+        {"epochs": 2, "steps": None},
+    ],
+    ids=str,
+)
 def test_settings_mean_the_same_for_heads_together(paths, tmp_path, train):
     check(*both(tmp_path, paths, [{"lr": 0.003}, {"lr": 0.05}], (0,), (1.0, 0.5), train=train))
 
 
 def test_what_differs_in_more_than_rate_and_decay_is_trained_apart(paths, tmp_path):
-    """Steps, batches and schedules that are searched over: stacks of their own, and none is lost."""
+    """Steps, batches and schedules that are searched over: stacks of their own, and none is
+    lost.
+    """
     hypers = [{"global_batch": 8}, {"global_batch": 16}, {"warmup": 0.5}, {"steps": 8}, {"lr": 0.1}]
     check(*both(tmp_path, paths, hypers))
 
 
 def test_search_trials_read_no_test_rows(paths, tmp_path):
-    group, together, alone, worlds = both(tmp_path, paths, [{"lr": 0.003}, {"lr": 0.05}], stage="search")
+    group, together, alone, worlds = both(
+        tmp_path, paths, [{"lr": 0.003}, {"lr": 0.05}], stage="search"
+    )
     check(group, together, alone, worlds)
-    assert {row["split"] for record in together.values() for row in record["rows"]} == {"validation"}
+    assert {row["split"] for record in together.values() for row in record["rows"]} == {
+        "validation"
+    }
 
 
 def test_label_smoothing_and_another_metric(paths, tmp_path):
-    group, together, alone, worlds = both(tmp_path, paths, [{"lr": 0.003}, {"lr": 0.05}], metric="balanced_accuracy",
-                                          objective={"classification": {"label_smoothing": 0.1, "norm": False}})
+    group, together, alone, worlds = both(
+        tmp_path,
+        paths,
+        [{"lr": 0.003}, {"lr": 0.05}],
+        metric="balanced_accuracy",
+        objective={"classification": {"label_smoothing": 0.1, "norm": False}},
+    )
     check(group, together, alone, worlds, tolerance=2e-5)
     assert next(iter(together.values()))["rows"][0]["metric"] == "balanced_accuracy"
 
 
-@pytest.mark.parametrize("objective", [{"classification": {"dropout": 0.5}}, {"classification": {"dropout": 0.3, "norm": False}}], ids=str)
+@pytest.mark.parametrize(
+    "objective",
+    [{"classification": {"dropout": 0.5}}, {"classification": {"dropout": 0.3, "norm": False}}],
+    ids=str,
+)
 def test_heads_with_dropout_do_not_depend_on_those_beside_them(paths, tmp_path, objective):
-    """Each draws its own random numbers, those that it draws alone: with others it would draw from one generator."""
-    check(*both(tmp_path, paths, [{"lr": 0.003}, {"lr": 0.05}], (0, 1), (1.0, 0.5), objective=objective))
+    """Each draws its own random numbers, those that it draws alone: with others it would draw from
+    one generator.
+    """
+    check(
+        *both(
+            tmp_path, paths, [{"lr": 0.003}, {"lr": 0.05}], (0, 1), (1.0, 0.5), objective=objective
+        )
+    )
 
 
 def test_a_stack_refuses_random_numbers(paths, tmp_path):
     """What cannot be told apart is not trained together by mistake."""
     job = job_of(tmp_path, paths, objective={"classification": {"dropout": 0.5}})
     shared = shared_of(tmp_path, job, paths)
-    heads = [one_trial.build(trial_of(job, shared, seed=seed), shared)[0].objective for seed in (0, 1)]
+    heads = [
+        one_trial.build(trial_of(job, shared, seed=seed), shared)[0].objective for seed in (0, 1)
+    ]
     stack = probe.HeadStack(heads, [])
-    rows = torch.randn(2, 4, heads[0].head.in_features), {"label": torch.zeros(2, 4, dtype=torch.long)}
+    rows = (
+        torch.randn(2, 4, heads[0].head.in_features),
+        {"label": torch.zeros(2, 4, dtype=torch.long)},
+    )
     batch = Batch(np.zeros(4, dtype=np.int64), torch.zeros(0), {"features": rows[0], **rows[1]})
     with pytest.raises(RuntimeError, match="randomness"):
         stack.train()(batch)
     stack.eval()(batch)
 
 
-@pytest.mark.parametrize("objective", ["classification", {"classification": {"dropout": 0.5}}], ids=str)
+@pytest.mark.parametrize(
+    "objective", ["classification", {"classification": {"dropout": 0.5}}], ids=str
+)
 def test_heads_that_were_killed_go_on_bit_for_bit(paths, tmp_path, objective):
     """Heads together have resume points as a trial alone has, and their rows are traced."""
     train = {"checkpoint_every_steps": 4, "eval_every_steps": 3, "trace_rows": True}
     job = job_of(tmp_path, paths, train, objective=objective)
-    whole, parts = (shared_of(tmp_path, job, paths, root=root, keep_bundles=True) for root in ("whole", "parts"))
+    whole, parts = (
+        shared_of(tmp_path, job, paths, root=root, keep_bundles=True) for root in ("whole", "parts")
+    )
     group = [trial_of(job, whole, "linear_probe", {"lr": lr}) for lr in LRS]
     want = probe.run(group, whole)
     taken = iter(range(1, 10**6))
@@ -168,8 +281,15 @@ def test_heads_that_were_killed_go_on_bit_for_bit(paths, tmp_path, objective):
         assert a["curve"] == b["curve"] and a["kept_step"] == b["kept_step"]
         assert [row["value"] for row in a["rows"]] == [row["value"] for row in b["rows"]]
     for one in group:
-        lines = [json.loads(line) for line in Path(one_trial.folder(parts, one), "rows-rank0.jsonl").read_text().splitlines()]
-        assert {line["step"] for line in lines} == set(range(12)) and all(len(line["rows"]) == 16 for line in lines)
+        lines = [
+            json.loads(line)
+            for line in Path(one_trial.folder(parts, one), "rows-rank0.jsonl")
+            .read_text()
+            .splitlines()
+        ]
+        assert {line["step"] for line in lines} == set(range(12)) and all(
+            len(line["rows"]) == 16 for line in lines
+        )
     assert not list(Path(parts.root).glob("stacks/*"))
 
 
@@ -263,7 +383,9 @@ def spoilt(monkeypatch):
 HYPERS = [{"lr": 0.003}, {"lr": 0.02}, {"lr": 0.05}]
 
 
-def test_a_head_that_is_not_finite_disturbs_no_other_and_is_trained_again_alone(paths, tmp_path, spoilt):
+def test_a_head_that_is_not_finite_disturbs_no_other_and_is_trained_again_alone(
+    paths, tmp_path, spoilt
+):
     spoilt({0, 3}, alone_too=False)
     check(*both(tmp_path, paths, HYPERS))
 
@@ -277,14 +399,25 @@ def test_a_head_that_fails_alone_too_is_one_failed_trial(paths, tmp_path, spoilt
     records = probe.run(group, shared)
     assert [record["status"] for record in records] == ["done", "failed", "done"]
     assert records[1]["error"].startswith("NonFiniteError: loss or gradient was not finite")
-    assert [one_trial.read_record(shared.root, one.id)["status"] for one in group] == ["done", "failed", "done"]
+    assert [one_trial.read_record(shared.root, one.id)["status"] for one in group] == [
+        "done",
+        "failed",
+        "done",
+    ]
 
 
 def test_a_huge_rate_disturbs_no_other(paths, tmp_path):
     """Nothing patched: a rate that blows up, beside two that do not."""
     hypers = [{"lr": 0.003}, {"lr": 3e38}, {"lr": 0.05}]
-    job = job_of(tmp_path, paths, {"eval_every_steps": 4, "optimizer": "sgd", "clip_norm": None, "max_bad_steps": 3})
-    worlds = [shared_of(tmp_path, job, paths, root=root, keep_bundles=True) for root in ("together", "alone")]
+    job = job_of(
+        tmp_path,
+        paths,
+        {"eval_every_steps": 4, "optimizer": "sgd", "clip_norm": None, "max_bad_steps": 3},
+    )
+    worlds = [
+        shared_of(tmp_path, job, paths, root=root, keep_bundles=True)
+        for root in ("together", "alone")
+    ]
     group = [trial_of(job, worlds[0], "linear_probe", hyper) for hyper in hypers]
     records = {record["trial_id"]: record for record in probe.run(group, worlds[0])}
     fine = [group[0], group[2]]
@@ -294,11 +427,19 @@ def test_a_huge_rate_disturbs_no_other(paths, tmp_path):
 
 # ---------------------------------------------------------------- features, what may be batched
 
+
 def test_features_are_the_backbones_in_evaluation_mode(paths, tmp_path):
     job = job_of(tmp_path, paths)
     shared = shared_of(tmp_path, job, paths)
     data = next(iter(shared.targets.values()))
-    backbone = bundle.build_backbone({"name": "timm/test_resnet", "options": {"drop_rate": 0.5}, "inputs": {"channels": 3, "size": 32}}, seed=1)
+    backbone = bundle.build_backbone(
+        {
+            "name": "timm/test_resnet",
+            "options": {"drop_rate": 0.5},
+            "inputs": {"channels": 3, "size": 32},
+        },
+        seed=1,
+    )
     found, rest = probe.features(backbone.train(), data.train, torch.device("cpu"))
     from toys import take
 
@@ -312,13 +453,20 @@ def test_only_frozen_techniques_in_one_process_are_batched(paths, tmp_path):
     job = job_of(tmp_path, paths)
     shared = shared_of(tmp_path, job, paths)
     assert probe.batchable([trial_of(job, shared, "linear_probe")], shared)
-    assert not any(probe.batchable([trial_of(job, shared, technique)], shared) for technique in ("full", "lp_ft", "scratch"))
+    assert not any(
+        probe.batchable([trial_of(job, shared, technique)], shared)
+        for technique in ("full", "lp_ft", "scratch")
+    )
     spread = job_of(tmp_path, paths, workers=2)
-    assert not probe.batchable([trial_of(spread, other := shared_of(tmp_path, spread, paths), "linear_probe")], other)
+    assert not probe.batchable(
+        [trial_of(spread, other := shared_of(tmp_path, spread, paths), "linear_probe")], other
+    )
 
 
 def test_the_source_is_left_as_it_was(paths, tmp_path):
-    """Weights in the object store are read by every trial: training heads writes to none of them."""
+    """Weights in the object store are read by every trial: training heads writes to none of
+    them.
+    """
     job = job_of(tmp_path, paths)
     shared = shared_of(tmp_path, job, paths)
     before = {name: array.copy() for name, array in shared.weights["src"].items()}

@@ -1,4 +1,6 @@
-"""Trials that a job no longer has: named by `report`, in no table, and removed on request, but for what another job starts from."""
+"""Trials that a job no longer has: named by `report`, in no table, and removed on request, but for
+what another job starts from.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ def with_steps(job: Job, steps: int) -> Job:
 
 @pytest.fixture
 def both(tmp_path, vit, paths, here) -> tuple[Job, set[str], set[str]]:
-    """A job that was run with three steps and then with four: (as it is now, ids of stale trials, of current ones)."""
+    """A job that was run with three steps and then with four: (as it is now, ids of stale trials,
+    of current ones).
+    """
     first = job_of(tmp_path, {"a": {"backbone": vit}}, paths)
     _, old = run_through(first)
     _, new = run_through(with_steps(first, 4))
@@ -54,10 +58,13 @@ def test_stale_rows_are_named_and_stand_in_no_table(both):
     job, _, _ = both
     state = prepared(job)
     rows = stages.current(state)
-    told, = pruning.told(results.read(job.root))
+    (told,) = pruning.told(results.read(job.root))
     total = len(results.read(job.root))
     assert told.startswith(f"{total // 2} of the {total} rows of results.parquet are stale")
-    assert "task: a, full, 1.0 labels (2 trials); task: a, lp_ft, 1.0 labels (2 trials); task: scratch of timm/test_vit, scratch, 1.0 labels (2 trials)" in told
+    assert (
+        "task: a, full, 1.0 labels (2 trials); task: a, lp_ft, 1.0 labels (2 trials); task: "
+        "scratch of timm/test_vit, scratch, 1.0 labels (2 trials)" in told
+    )
     cells, (markdown, _) = stages.show(state, rows)
     assert [cell.n_seeds for cell in cells] == [2, 2, 2], "two seeds of now, not four"
     assert "rows of results.parquet are stale" in storage.read_bytes(markdown).decode()
@@ -69,12 +76,18 @@ def test_stale_trials_go_with_their_rows_and_bundles_and_nothing_else_does(both)
     job, old, new = both
     assert folders(job) == old | new
     found = stages.stale(prepared(job))
-    assert set(found.trials) == old and found.rows == len(results.read(job.root)) // 2 and not found.kept
+    assert (
+        set(found.trials) == old
+        and found.rows == len(results.read(job.root)) // 2
+        and not found.kept
+    )
     before = [row for row in results.read(job.root) if row["current"]]
     pruning.prune(job.root, found)
     assert folders(job) == new and results.read(job.root) == before
     assert all(bundle.exists(row["bundle_uri"]) for row in before if row["bundle_uri"])
-    assert stages.stale(prepared(job)).lines() == ["nothing is stale: every trial that is kept belongs to the job"]
+    assert stages.stale(prepared(job)).lines() == [
+        "nothing is stale: every trial that is kept belongs to the job"
+    ]
     assert all(done for _, done in stages.ended(prepared(job))), "nothing is to be run again"
 
 
@@ -86,7 +99,9 @@ def test_stacks_of_stale_trials_go(both):
         folder = storage.join(job.root, "stacks", name)
         storage.write_json(storage.join(folder, begun.CHECKPOINTS, "point.json"), {})
         begun.started(folder, now, None, 0, sorted(ids))
-    storage.write_json(storage.join(job.root, "stacks", "of_before", "step-0000000004", "state.json"), {})
+    storage.write_json(
+        storage.join(job.root, "stacks", "of_before", "step-0000000004", "state.json"), {}
+    )
     found = stages.stale(prepared(job))
     assert found.stacks == ("mixed", "of_before", "old")
     assert "stale: resume points of 3 stacks of heads that were killed" in found.lines()
@@ -97,7 +112,11 @@ def test_stacks_of_stale_trials_go(both):
 
 def test_a_trial_that_another_job_starts_from_stays(both, tmp_path, vit, paths):
     job, old, new = both
-    used = next(row["bundle_uri"] for row in results.read(job.root) if row["bundle_uri"] and row["trial_id"] in old)
+    used = next(
+        row["bundle_uri"]
+        for row in results.read(job.root)
+        if row["bundle_uri"] and row["trial_id"] in old
+    )
     other = changed(job_of(tmp_path, {"b": {"backbone": f"bundle:{used}"}}, paths), name="other")
     stages.share(prepared(other))
     found = stages.stale(prepared(job))
@@ -109,7 +128,11 @@ def test_a_trial_that_another_job_starts_from_stays(both, tmp_path, vit, paths):
 
 def test_jobs_that_recorded_no_uses_are_known_by_their_tables(both, tmp_path, paths):
     job, old, _ = both
-    used = next(row["bundle_uri"] for row in results.read(job.root) if row["bundle_uri"] and row["trial_id"] in old)
+    used = next(
+        row["bundle_uri"]
+        for row in results.read(job.root)
+        if row["bundle_uri"] and row["trial_id"] in old
+    )
     other = changed(job_of(tmp_path, {"b": {"backbone": f"bundle:{used}"}}, paths), name="other")
     run_through(other)
     storage.remove_tree(storage.join(other.root, pruning.USES_FILE))
@@ -118,7 +141,11 @@ def test_jobs_that_recorded_no_uses_are_known_by_their_tables(both, tmp_path, pa
 
 def test_a_trial_that_the_jobs_own_source_starts_from_stays(both, tmp_path):
     job, old, _ = both
-    used = next(row["bundle_uri"] for row in results.read(job.root) if row["bundle_uri"] and row["trial_id"] in old)
+    used = next(
+        row["bundle_uri"]
+        for row in results.read(job.root)
+        if row["bundle_uri"] and row["trial_id"] in old
+    )
     own = changed(job, sources={"a": {"backbone": f"bundle:{used}"}})
     run_through(own)
     assert stages.stale(prepared(own)).kept == {Path(used).parent.name: "this job's source a"}
@@ -127,13 +154,22 @@ def test_a_trial_that_the_jobs_own_source_starts_from_stays(both, tmp_path):
 def test_nothing_is_pruned_while_the_jobs_trials_are_not_known(both):
     job, _, _ = both
     searching = changed(job, fanout={"seeds": 1, "trials": 2, "search": {"lr": [1e-4, 1e-1]}})
-    with pytest.raises(ValueError, match=r"its search is not through, so it is not known which trials belong to the job; run it to its end first"):
+    with pytest.raises(
+        ValueError,
+        match=r"its search is not through, so it is not known which trials belong to the job; run "
+        r"it to its end first",
+    ):
         stages.stale(prepared(searching))
     run_through(searching)
-    again = [row for row in results.read(job.root) if row["current"] and row["trial_stage"] == "search" and row["seed"] > 0]
+    again = [
+        row
+        for row in results.read(job.root)
+        if row["current"] and row["trial_stage"] == "search" and row["seed"] > 0
+    ]
     assert again, "the best draws were tried again, and belong to the job"
     assert set(stages.stale(prepared(searching)).trials) == folders(job) - {
-        one.id for one, _ in stages.ended(prepared(searching))}
+        one.id for one, _ in stages.ended(prepared(searching))
+    }
 
 
 def test_the_command_lists_first_and_removes_on_request(both, monkeypatch, tmp_path):
@@ -144,11 +180,21 @@ def test_the_command_lists_first_and_removes_on_request(both, monkeypatch, tmp_p
         return CliRunner().invoke(cli.app, ["report", "job.yaml", *words])
 
     plain = call()
-    assert plain.exit_code == 0 and "rows of results.parquet are stale" in plain.output and folders(job) == old | new
+    assert (
+        plain.exit_code == 0
+        and "rows of results.parquet are stale" in plain.output
+        and folders(job) == old | new
+    )
     listed = call("--prune-stale", "--dry-run")
-    assert listed.exit_code == 0 and "task: a, full, 1.0 labels (2 trials)" in listed.output and folders(job) == old | new
+    assert (
+        listed.exit_code == 0
+        and "task: a, full, 1.0 labels (2 trials)" in listed.output
+        and folders(job) == old | new
+    )
     assert call("--dry-run").exit_code == 2
     done = call("--prune-stale")
-    assert done.exit_code == 0 and "removed" in done.output and "are stale: their" not in done.output
+    assert (
+        done.exit_code == 0 and "removed" in done.output and "are stale: their" not in done.output
+    )
     assert folders(job) == new
     assert all(trial.read_record(job.root, one) is not None for one in new)

@@ -1,4 +1,6 @@
-"""A job's stages in this process, from bundles that are there already: what is refused, what is run, what the table and `report` say of it."""
+"""A job's stages in this process, from bundles that are there already: what is refused, what is
+run, what the table and `report` say of it.
+"""
 
 from __future__ import annotations
 
@@ -34,24 +36,56 @@ def paths(tmp_path_factory):
 
 def saved(path: Path, seed: int, mean: float = 0.5) -> str:
     """A bundle of a ViT; other weights for another seed, another base for another mean."""
-    task = task_of("timm/test_vit", {"channels": 3, "size": 32}, "classification", label_state(), seed=seed)
-    bundle.save(str(path), task, {**MODALITY, "state": {"mean": [mean] * 3, "std": [0.2] * 3}}, training={"transfer": ""}, metrics={})
+    task = task_of(
+        "timm/test_vit", {"channels": 3, "size": 32}, "classification", label_state(), seed=seed
+    )
+    bundle.save(
+        str(path),
+        task,
+        {**MODALITY, "state": {"mean": [mean] * 3, "std": [0.2] * 3}},
+        training={"transfer": ""},
+        metrics={},
+    )
     return f"bundle:{path}"
 
 
 @pytest.fixture(scope="session")
 def bundles(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bundles")
-    return {"a": saved(folder / "a", 1), "b": saved(folder / "b", 2), "far": saved(folder / "far", 3, mean=0.4)}
+    return {
+        "a": saved(folder / "a", 1),
+        "b": saved(folder / "b", 2),
+        "far": saved(folder / "far", 3, mean=0.4),
+    }
 
 
-def job_of(folder: Path, sources: dict[str, Any], paths: dict[str, str], techniques=("scratch", "linear_probe", "full"), target_names=("task",), **fan) -> Job:
+def job_of(
+    folder: Path,
+    sources: dict[str, Any],
+    paths: dict[str, str],
+    techniques=("scratch", "linear_probe", "full"),
+    target_names=("task",),
+    **fan,
+) -> Job:
     """A job of bundles and targets; a source that is a text is a bundle's URI."""
-    sources = {name: {"backbone": of} if isinstance(of, str) else of for name, of in sources.items()}
-    target = {"data": {**paths, "modality": "image", "columns": COLUMNS}, "objective": "classification",
-              "train": {"steps": 3, "global_batch": 12, "lr": 0.01, "eval_every_steps": 3}}
-    return Job.model_validate({"name": "toy", "storage": str(folder / "runs"), "sources": sources, "targets": dict.fromkeys(target_names, target),
-                               "techniques": list(techniques), "fanout": {"seeds": 2, **fan}})
+    sources = {
+        name: {"backbone": of} if isinstance(of, str) else of for name, of in sources.items()
+    }
+    target = {
+        "data": {**paths, "modality": "image", "columns": COLUMNS},
+        "objective": "classification",
+        "train": {"steps": 3, "global_batch": 12, "lr": 0.01, "eval_every_steps": 3},
+    }
+    return Job.model_validate(
+        {
+            "name": "toy",
+            "storage": str(folder / "runs"),
+            "sources": sources,
+            "targets": dict.fromkeys(target_names, target),
+            "techniques": list(techniques),
+            "fanout": {"seeds": 2, **fan},
+        }
+    )
 
 
 def changed(job: Job, **parts) -> Job:
@@ -97,58 +131,113 @@ def alike(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> bool:
 
 def primary(rows: list[dict[str, Any]], **where) -> list[dict[str, Any]]:
     """Test rows of the primary metric."""
-    return [row for row in rows if row["split"] == "test" and row["metric"] == "accuracy" and all(row[k] == v for k, v in where.items())]
+    return [
+        row
+        for row in rows
+        if row["split"] == "test"
+        and row["metric"] == "accuracy"
+        and all(row[k] == v for k, v in where.items())
+    ]
 
 
-# ---------------------------------------------------------------- a whole run, and what `report` says of it
+# -------------------------------------------------------- a whole run, and what `report` says of it
+
 
 def test_a_run_leaves_its_table_and_report_says_the_same(tmp_path, bundles, paths, here):
     job = job_of(tmp_path, {"a": bundles["a"], "b": bundles["b"]}, paths)
     before = prepared(job)
-    assert stages.ended(before) == [(one, False) for one, _ in stages.ended(before)] and len(stages.ended(before)) == 10, "known, and none done"
+    assert (
+        stages.ended(before) == [(one, False) for one, _ in stages.ended(before)]
+        and len(stages.ended(before)) == 10
+    ), "known, and none done"
     _, rows = whole(job)
     assert len(here) == 2 * (1 + 2 * 2), "scratch once for the two sources, which read alike"
     assert {(row["source"], row["technique"], row["seed"]) for row in primary(rows)} == {
         *(("none", "scratch", seed) for seed in range(2)),
-        *((name, technique, seed) for name in "ab" for technique in ("linear_probe", "full") for seed in range(2))}
+        *(
+            (name, technique, seed)
+            for name in "ab"
+            for technique in ("linear_probe", "full")
+            for seed in range(2)
+        ),
+    }
     scratch = {row["seed"]: row["value"] for row in primary(rows, source="none")}
     for row in primary(rows):
         if row["source"] == "none":
             assert row["gain"] is None and row["scratch_value"] is None
         else:
             assert row["scratch_value"] == scratch[row["seed"]], "of the same seed"
-            assert row["gain"] == pytest.approx(row["value"] - row["scratch_value"]) and row["gain_low"] <= row["gain"] <= row["gain_high"]
-    losses = [row for row in rows if row["metric"] == "loss" and row["split"] == "test" and row["source"] != "none"]
-    assert losses and all(row["gain"] == pytest.approx(row["scratch_value"] - row["value"]) for row in losses), "lower is better"
+            assert (
+                row["gain"] == pytest.approx(row["value"] - row["scratch_value"])
+                and row["gain_low"] <= row["gain"] <= row["gain_high"]
+            )
+    losses = [
+        row
+        for row in rows
+        if row["metric"] == "loss" and row["split"] == "test" and row["source"] != "none"
+    ]
+    assert losses and all(
+        row["gain"] == pytest.approx(row["scratch_value"] - row["value"]) for row in losses
+    ), "lower is better"
     assert all(row["gain"] is None for row in rows if row["split"] == "validation")
     written = results.read(job.root)
     assert alike(written, rows) and len(written) == 10 * 2 * 3
     state, again = reported(job)
     assert alike(again, rows) and state.notes == [] and state.broken == {}
     ended = stages.ended(prepared(job))
-    assert len(ended) == 10 and all(done for _, done in ended) and {one.id for one, _ in ended} == set(here)
+    assert (
+        len(ended) == 10
+        and all(done for _, done in ended)
+        and {one.id for one, _ in ended} == set(here)
+    )
     here.clear()
     _, third = whole(job)
     assert here == [] and alike(third, rows), "a second run runs nothing"
 
 
 def test_the_table_tells_on_how_much_a_comparison_rests(tmp_path, bundles, paths, here):
-    """Paired seeds, the corrected p value of the primary metric, and the gain over the target's best scratch network."""
-    task = task_of("timm/test_resnet", {"channels": 3, "size": 32}, "classification", label_state(), seed=5)
+    """Paired seeds, the corrected p value of the primary metric, and the gain over the target's
+    best scratch network.
+    """
+    task = task_of(
+        "timm/test_resnet", {"channels": 3, "size": 32}, "classification", label_state(), seed=5
+    )
     bundle.save(str(tmp_path / "resnet"), task, MODALITY, training={"transfer": ""}, metrics={})
-    job = job_of(tmp_path, {"a": bundles["a"], "b": f"bundle:{tmp_path / 'resnet'}"}, paths, techniques=("scratch", "full"))
+    job = job_of(
+        tmp_path,
+        {"a": bundles["a"], "b": f"bundle:{tmp_path / 'resnet'}"},
+        paths,
+        techniques=("scratch", "full"),
+    )
     state, rows = whole(job)
     cells = {(cell.source, cell.backbone): cell for cell in stages.show(state, rows)[0]}
     for row in rows:
         compared = row["split"] == "test" and row["source"] != "none"
         cell = cells[row["source"], row["backbone"]]
         assert row["paired_seeds"] == (2 if compared else None)
-        assert row["gain_p_holm"] == (cell.gain_p_holm if compared and row["metric"] == cell.metric else None)
+        assert row["gain_p_holm"] == (
+            cell.gain_p_holm if compared and row["metric"] == cell.metric else None
+        )
         if compared:
-            best = next(other["value"] for other in rows if (other["source"], other["backbone"], other["seed"], other["metric"], other["split"])
-                        == ("none", cell.baseline, row["seed"], row["metric"], "test"))
-            assert row["baseline_gain"] == pytest.approx((row["value"] - best) * (1 if row["higher_is_better"] else -1))
-    assert {cell.baseline for cell in cells.values() if cell.source != "none"} <= {"timm/test_vit", "timm/test_resnet"}
+            best = next(
+                other["value"]
+                for other in rows
+                if (
+                    other["source"],
+                    other["backbone"],
+                    other["seed"],
+                    other["metric"],
+                    other["split"],
+                )
+                == ("none", cell.baseline, row["seed"], row["metric"], "test")
+            )
+            assert row["baseline_gain"] == pytest.approx(
+                (row["value"] - best) * (1 if row["higher_is_better"] else -1)
+            )
+    assert {cell.baseline for cell in cells.values() if cell.source != "none"} <= {
+        "timm/test_vit",
+        "timm/test_resnet",
+    }
     assert alike(results.read(job.root), rows) and alike(reported(job)[1], rows)
 
 
@@ -156,22 +245,37 @@ def test_a_bundle_is_told_of_where_it_is(tmp_path, bundles, paths, here):
     """The best seed of each cell, and no other, says where its bundle lies."""
     _, rows = whole(job_of(tmp_path, {"a": bundles["a"]}, paths))
     uris = {row["trial_id"]: row["bundle_uri"] for row in primary(rows)}
-    assert all(uri is None or bundle.load(uri).manifest["spec_hash"] == name for name, uri in uris.items())
+    assert all(
+        uri is None or bundle.load(uri).manifest["spec_hash"] == name for name, uri in uris.items()
+    )
     assert sum(uri is not None for uri in uris.values()) == 3
     for cell in (("none", "scratch"), ("a", "linear_probe"), ("a", "full")):
-        of = {row["trial_id"]: row for row in rows
-              if (row["source"], row["technique"]) == cell and row["split"] == "validation" and row["metric"] == "accuracy"}
-        kept, = (row for row in of.values() if row["bundle_uri"])
+        of = {
+            row["trial_id"]: row
+            for row in rows
+            if (row["source"], row["technique"]) == cell
+            and row["split"] == "validation"
+            and row["metric"] == "accuracy"
+        }
+        (kept,) = (row for row in of.values() if row["bundle_uri"])
         assert kept["value"] == max(row["value"] for row in of.values())
 
 
-@pytest.mark.parametrize("words", [{"seeds": 3, "keep_bundles": "all"}, {"seeds": 1}, {"seeds": 3, "keep_bundles": "none"}], ids=str)
+@pytest.mark.parametrize(
+    "words",
+    [{"seeds": 3, "keep_bundles": "all"}, {"seeds": 1}, {"seeds": 3, "keep_bundles": "none"}],
+    ids=str,
+)
 def test_a_row_never_names_a_bundle_that_is_gone(tmp_path, bundles, paths, here, words):
     """After a run that kept the best bundles, another that keeps others or has fewer seeds."""
     job = job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch", "full"), seeds=3)
     whole(job)
     _, rows = whole(changed(job, fanout=words))
-    assert {row["bundle_uri"] for row in rows if row["bundle_uri"] and not bundle.exists(row["bundle_uri"])} == set()
+    assert {
+        row["bundle_uri"]
+        for row in rows
+        if row["bundle_uri"] and not bundle.exists(row["bundle_uri"])
+    } == set()
 
 
 def test_a_gain_without_predictions_has_no_interval(tmp_path, bundles, paths, here):
@@ -182,10 +286,15 @@ def test_a_gain_without_predictions_has_no_interval(tmp_path, bundles, paths, he
         storage.remove_tree(storage.join(job.root, "trials", row["trial_id"], "predictions.npz"))
     _, again = reported(job)
     compared = [row for row in again if row["gain"] is not None]
-    assert {row["metric"] for row in compared} == {"accuracy", "macro_f1", "loss"} and len(compared) == 6
+    assert {row["metric"] for row in compared} == {"accuracy", "macro_f1", "loss"} and len(
+        compared
+    ) == 6
     for row in compared:
         sign = -1 if row["metric"] == "loss" else 1
-        assert row["gain"] == pytest.approx(sign * (row["value"] - row["scratch_value"])) and row["gain_low"] is row["gain_high"] is None
+        assert (
+            row["gain"] == pytest.approx(sign * (row["value"] - row["scratch_value"]))
+            and row["gain_low"] is row["gain_high"] is None
+        )
 
 
 def test_report_before_anything_ran_has_no_rows(tmp_path, bundles, paths):
@@ -194,7 +303,9 @@ def test_report_before_anything_ran_has_no_rows(tmp_path, bundles, paths):
     assert rows == [] and results.read(job.root) == []
 
 
-def test_an_interrupted_run_is_reported_as_far_as_it_came(tmp_path, bundles, paths, here, monkeypatch):
+def test_an_interrupted_run_is_reported_as_far_as_it_came(
+    tmp_path, bundles, paths, here, monkeypatch
+):
     job = job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch", "full"))
     real, count = trial.run, []
 
@@ -222,7 +333,9 @@ def test_a_technique_more_keeps_the_rows_that_are_there(tmp_path, bundles, paths
     _, rows = whole(job)
     here.clear()
     _, more = whole(changed(job, techniques=["scratch", "full", "linear_probe"]))
-    assert len(here) == 2 and {row["trial_id"] for row in more if row["technique"] == "linear_probe"} == set(here)
+    assert len(here) == 2 and {
+        row["trial_id"] for row in more if row["technique"] == "linear_probe"
+    } == set(here)
     assert alike([row for row in more if row["technique"] != "linear_probe"], rows)
     written = results.read(job.root)
     assert alike(written, more)
@@ -231,7 +344,9 @@ def test_a_technique_more_keeps_the_rows_that_are_there(tmp_path, bundles, paths
     assert here == [] and alike(fewer, rows), "the table of a job is of the job as it is now"
 
 
-def test_the_table_marks_rows_of_trials_that_are_no_longer_in_the_job(tmp_path, bundles, paths, here):
+def test_the_table_marks_rows_of_trials_that_are_no_longer_in_the_job(
+    tmp_path, bundles, paths, here
+):
     job = job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch", "full"))
     whole(job)
     steps = job.model_dump(mode="json")
@@ -244,55 +359,93 @@ def test_the_table_marks_rows_of_trials_that_are_no_longer_in_the_job(tmp_path, 
     assert {row["trial_id"] for row in written if row["current"]} == now
     assert all(row["current"] is False for row in written if row["trial_id"] not in now)
     reported(job)
-    assert {row["trial_id"] for row in results.read(job.root) if not row["current"]} == now, "the job as it was before again"
+    assert {row["trial_id"] for row in results.read(job.root) if not row["current"]} == now, (
+        "the job as it was before again"
+    )
 
 
 def searched(rows, technique):
     """Draw to seed to validation value."""
     out: dict[float, dict[int, float]] = {}
     for row in rows:
-        if (row["trial_stage"], row["technique"], row["metric"]) == ("search", technique, "accuracy"):
+        if (row["trial_stage"], row["technique"], row["metric"]) == (
+            "search",
+            technique,
+            "accuracy",
+        ):
             assert row["split"] == "validation"
-            out.setdefault(json.loads(row["hyper_parameters"])["lr"], {})[row["seed"]] = row["value"]
+            out.setdefault(json.loads(row["hyper_parameters"])["lr"], {})[row["seed"]] = row[
+                "value"
+            ]
     return out
 
 
-def test_the_best_draws_are_tried_again_with_further_seeds_before_one_is_chosen(tmp_path, bundles, paths, here):
+def test_the_best_draws_are_tried_again_with_further_seeds_before_one_is_chosen(
+    tmp_path, bundles, paths, here
+):
     finalists = {"top": 2, "seeds": 2}
-    job = job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch", "full"), trials=4, search={"lr": [1e-4, 1e-1]}, search_finalists=finalists)
+    job = job_of(
+        tmp_path,
+        {"a": bundles["a"]},
+        paths,
+        techniques=("scratch", "full"),
+        trials=4,
+        search={"lr": [1e-4, 1e-1]},
+        search_finalists=finalists,
+    )
     _, rows = whole(job)
     for technique in ("scratch", "full"):
         values = searched(rows, technique)
-        assert sorted(values) == sorted(draw["lr"] for draw in trials.draws(job)) and all(0 in seeds for seeds in values.values())
+        assert sorted(values) == sorted(draw["lr"] for draw in trials.draws(job)) and all(
+            0 in seeds for seeds in values.values()
+        )
         again = [lr for lr, seeds in values.items() if len(seeds) > 1]
-        assert len(again) == 2 and min(values[lr][0] for lr in again) >= max(seeds[0] for lr, seeds in values.items() if lr not in again)
+        assert len(again) == 2 and min(values[lr][0] for lr in again) >= max(
+            seeds[0] for lr, seeds in values.items() if lr not in again
+        )
         final = primary(rows, technique=technique)
-        assert all(set(values[lr]) == {0, 1000, 1001} for lr in again) and {row["seed"] for row in final} == {0, 1}
+        assert all(set(values[lr]) == {0, 1000, 1001} for lr in again) and {
+            row["seed"] for row in final
+        } == {0, 1}
         means = {lr: sum(values[lr].values()) / 3 for lr in again}
-        chosen, = {json.loads(row["hyper_parameters"])["lr"] for row in final}
+        (chosen,) = {json.loads(row["hyper_parameters"])["lr"] for row in final}
         assert means[chosen] == max(means.values())
     assert alike(reported(job)[1], rows)
     ended = stages.ended(prepared(job))
     assert len(ended) == 2 * (4 + 2 * 2 + 2) and all(done for _, done in ended)
     cell = next(cell for cell in stages.show(*reported(job))[0] if cell.source == "a")
-    assert cell.interval.endswith(("paired seeds", "and the choice of hyper-parameters")), "it varies, or by chance every draw was as good"
+    assert cell.interval.endswith(("paired seeds", "and the choice of hyper-parameters")), (
+        "it varies, or by chance every draw was as good"
+    )
     for row in rows:
         drawn = json.loads(row["drawn"])
-        assert drawn in trials.draws(job) and drawn["lr"] == json.loads(row["hyper_parameters"])["lr"], "search and final trials"
+        assert (
+            drawn in trials.draws(job) and drawn["lr"] == json.loads(row["hyper_parameters"])["lr"]
+        ), "search and final trials"
     here.clear()
-    _, without = whole(changed(job, fanout={**job.fanout.model_dump(mode="json"), "search_finalists": {"top": 1}}))
+    _, without = whole(
+        changed(job, fanout={**job.fanout.model_dump(mode="json"), "search_finalists": {"top": 1}})
+    )
     assert {row["seed"] for row in without if row["trial_stage"] == "search"} == {0}
-    state, again_rows = reported(changed(job, fanout={**job.fanout.model_dump(mode="json"), "search_finalists": {"top": 1}}))
+    state, again_rows = reported(
+        changed(job, fanout={**job.fanout.model_dump(mode="json"), "search_finalists": {"top": 1}})
+    )
     cell = next(cell for cell in stages.show(state, again_rows)[0] if cell.source == "a")
-    assert cell.interval.endswith("without the noise of the search, whose settings were tried with one seed")
+    assert cell.interval.endswith(
+        "without the noise of the search, whose settings were tried with one seed"
+    )
 
 
 def test_a_draw_that_failed_with_a_further_seed_does_not_win(world_of_draws):
     search, records = world_of_draws
     assert stages._winners(search, records) == {"cell": {"lr": 0.2}}
     records[-1]["status"] = "failed"
-    assert stages._winners(search, records) == {"cell": {"lr": 0.1}}, "with one seed fewer than the other"
-    assert stages._ranked(search[:3], records[:3]) == {"cell": [{"lr": 0.3}, {"lr": 0.2}, {"lr": 0.1}]}
+    assert stages._winners(search, records) == {"cell": {"lr": 0.1}}, (
+        "with one seed fewer than the other"
+    )
+    assert stages._ranked(search[:3], records[:3]) == {
+        "cell": [{"lr": 0.3}, {"lr": 0.2}, {"lr": 0.1}]
+    }
     assert stages._winners([], []) == {}
 
 
@@ -303,26 +456,60 @@ def world_of_draws():
     search, records = [], []
     for (lr, seed), value in values.items():
         search.append(SimpleNamespace(id=f"{lr}-{seed}", cell="cell", hyper_parameters={"lr": lr}))
-        records.append({"status": "done", "rows": [{"metric": "accuracy", "split": "validation", "value": value, "higher_is_better": True}]})
+        records.append(
+            {
+                "status": "done",
+                "rows": [
+                    {
+                        "metric": "accuracy",
+                        "split": "validation",
+                        "value": value,
+                        "higher_is_better": True,
+                    }
+                ],
+            }
+        )
     return search, records
 
 
 def test_a_search_picks_the_best_draw_and_is_kept(tmp_path, bundles, paths, here):
-    job = job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch", "full"), trials=2, search={"lr": [1e-4, 1e-1]})
+    job = job_of(
+        tmp_path,
+        {"a": bundles["a"]},
+        paths,
+        techniques=("scratch", "full"),
+        trials=2,
+        search={"lr": [1e-4, 1e-1]},
+    )
     _, rows = whole(job)
     for technique in ("scratch", "full"):
         values = searched(rows, technique)
-        assert sorted(values) == sorted(draw["lr"] for draw in trials.draws(job)) and {len(seeds) for seeds in values.values()} == {3}
+        assert sorted(values) == sorted(draw["lr"] for draw in trials.draws(job)) and {
+            len(seeds) for seeds in values.values()
+        } == {3}
         best = max(values, key=lambda lr: sum(values[lr].values()))
         final = primary(rows, technique=technique)
-        assert [row["seed"] for row in final] == [0, 1] and {json.loads(row["hyper_parameters"])["lr"] for row in final} == {best}, \
-            "of draws that are equally good, the first"
+        assert [row["seed"] for row in final] == [0, 1] and {
+            json.loads(row["hyper_parameters"])["lr"] for row in final
+        } == {best}, "of draws that are equally good, the first"
     assert alike(reported(job)[1], rows)
-    assert all(done for _, done in stages.ended(prepared(job))) and len(stages.ended(prepared(job))) == 2 * (2 + 2 * 2) + 4
+    assert (
+        all(done for _, done in stages.ended(prepared(job)))
+        and len(stages.ended(prepared(job))) == 2 * (2 + 2 * 2) + 4
+    )
 
 
-def test_ended_knows_nothing_of_the_finals_while_the_search_is_not_through(tmp_path, bundles, paths, here):
-    job = job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch", "full"), trials=2, search={"lr": [1e-4, 1e-1]})
+def test_ended_knows_nothing_of_the_finals_while_the_search_is_not_through(
+    tmp_path, bundles, paths, here
+):
+    job = job_of(
+        tmp_path,
+        {"a": bundles["a"]},
+        paths,
+        techniques=("scratch", "full"),
+        trials=2,
+        search={"lr": [1e-4, 1e-1]},
+    )
     assert stages.ended(prepared(job)) == []
     whole(job)
     one = next(one for one, _ in stages.ended(prepared(job)) if one.stage == "search")
@@ -331,8 +518,16 @@ def test_ended_knows_nothing_of_the_finals_while_the_search_is_not_through(tmp_p
 
 
 def test_ended_is_empty_while_a_source_has_no_bundle(tmp_path, bundles, paths):
-    pretrained = {"data": {**{k: paths[k] for k in ("train", "validation")}, "modality": {"image": {"size": 32}}, "columns": COLUMNS},
-                  "backbone": "timm/test_vit", "objective": "classification", "train": {"steps": 2, "global_batch": 12}}
+    pretrained = {
+        "data": {
+            **{k: paths[k] for k in ("train", "validation")},
+            "modality": {"image": {"size": 32}},
+            "columns": COLUMNS,
+        },
+        "backbone": "timm/test_vit",
+        "objective": "classification",
+        "train": {"steps": 2, "global_batch": 12},
+    }
     job = job_of(tmp_path, {"a": bundles["a"], "new": pretrained}, paths)
     state = prepared(job)
     assert stages.ended(state) == [] and stages.current(state) == []
@@ -342,13 +537,25 @@ def test_ended_is_empty_while_a_source_has_no_bundle(tmp_path, bundles, paths):
 
 # ---------------------------------------------------------------- names and contents
 
+
 def test_two_names_of_one_bundle_are_two_sources(tmp_path, bundles, paths, here):
-    job = job_of(tmp_path, {"a": bundles["a"], "same": bundles["a"]}, paths, techniques=("scratch", "full"))
+    job = job_of(
+        tmp_path, {"a": bundles["a"], "same": bundles["a"]}, paths, techniques=("scratch", "full")
+    )
     state, rows = whole(job)
     assert state.sources["a"].key != state.sources["same"].key
-    by_source = {name: {row["trial_id"] for row in primary(rows, source=name)} for name in ("a", "same", "none")}
-    assert all(len(found) == 2 for found in by_source.values()) and len(set.union(*by_source.values())) == 6
-    values = [sorted((row["seed"], row["value"]) for row in primary(rows, source=name)) for name in ("a", "same")]
+    by_source = {
+        name: {row["trial_id"] for row in primary(rows, source=name)}
+        for name in ("a", "same", "none")
+    }
+    assert (
+        all(len(found) == 2 for found in by_source.values())
+        and len(set.union(*by_source.values())) == 6
+    )
+    values = [
+        sorted((row["seed"], row["value"]) for row in primary(rows, source=name))
+        for name in ("a", "same")
+    ]
     assert values[0] == values[1], "with the same results"
 
 
@@ -360,23 +567,35 @@ def test_what_a_checkpoint_holds_decides_and_not_its_place(tmp_path, bundles, pa
     moved = changed(job, sources={"a": {"backbone": f"bundle:{tmp_path / 'there'}"}})
     assert prepared(moved).sources["a"].key == prepared(job).sources["a"].key
     here.clear()
-    assert {row["trial_id"] for row in whole(moved)[1]} == {row["trial_id"] for row in rows} and here == []
+    assert {row["trial_id"] for row in whole(moved)[1]} == {
+        row["trial_id"] for row in rows
+    } and here == []
     shutil.rmtree(tmp_path / "here")
     saved(tmp_path / "here", 2)
-    assert prepared(job).sources["a"].key != prepared(moved).sources["a"].key, "the same path, other weights"
+    assert prepared(job).sources["a"].key != prepared(moved).sources["a"].key, (
+        "the same path, other weights"
+    )
     here.clear()
     _, again = whole(job)
     assert len(here) == 2, "full with each seed; scratch has no weights of a source"
-    assert {row["trial_id"] for row in primary(again, source="none")} == {row["trial_id"] for row in primary(rows, source="none")}
+    assert {row["trial_id"] for row in primary(again, source="none")} == {
+        row["trial_id"] for row in primary(rows, source="none")
+    }
 
 
-def test_rows_that_are_there_take_the_label_that_their_backbone_has_now(tmp_path, bundles, paths, here):
-    """A second base of one architecture: timm/test_vit becomes timm/test_vit@a, and the new table names it so in every row."""
+def test_rows_that_are_there_take_the_label_that_their_backbone_has_now(
+    tmp_path, bundles, paths, here
+):
+    """A second base of one architecture: timm/test_vit becomes timm/test_vit@a, and the new table
+    names it so in every row.
+    """
     job = job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch", "full"))
     _, rows = whole(job)
     assert {row["backbone"] for row in rows} == {"timm/test_vit"}
     here.clear()
-    _, both = whole(changed(job, sources={"a": {"backbone": bundles["a"]}, "far": {"backbone": bundles["far"]}}))
+    _, both = whole(
+        changed(job, sources={"a": {"backbone": bundles["a"]}, "far": {"backbone": bundles["far"]}})
+    )
     assert len(here) == 4, "only what is new: full and scratch of the other base"
     old = {row["trial_id"] for row in rows}
     assert {row["backbone"] for row in both if row["trial_id"] in old} == {"timm/test_vit@a"}
@@ -384,20 +603,39 @@ def test_rows_that_are_there_take_the_label_that_their_backbone_has_now(tmp_path
     assert alike(results.read(job.root), both), "in the file too"
     for row in primary(both):
         if row["source"] != "none":
-            against, = primary(both, source="none", backbone=row["backbone"], seed=row["seed"])
+            (against,) = primary(both, source="none", backbone=row["backbone"], seed=row["seed"])
             assert row["scratch_value"] == against["value"], "scratch of its own base"
 
 
 def test_a_target_with_another_name_is_another_target(tmp_path, bundles, paths, here):
-    _, rows = whole(job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch", "full"), target_names=("one", "two")))
+    _, rows = whole(
+        job_of(
+            tmp_path,
+            {"a": bundles["a"]},
+            paths,
+            techniques=("scratch", "full"),
+            target_names=("one", "two"),
+        )
+    )
     assert len({row["trial_id"] for row in rows}) == 2 * 4
-    assert {(row["target"], row["source"]) for row in primary(rows)} == {(t, s) for t in ("one", "two") for s in ("a", "none")}
+    assert {(row["target"], row["source"]) for row in primary(rows)} == {
+        (t, s) for t in ("one", "two") for s in ("a", "none")
+    }
 
 
 # ---------------------------------------------------------------- sources kept by score
 
-def test_the_best_scored_source_alone_is_fanned_out_and_report_agrees(tmp_path, bundles, paths, here):
-    job = job_of(tmp_path, {"a": bundles["a"], "b": bundles["b"]}, paths, techniques=("scratch", "full"), select={"score": "logme", "top": 1})
+
+def test_the_best_scored_source_alone_is_fanned_out_and_report_agrees(
+    tmp_path, bundles, paths, here
+):
+    job = job_of(
+        tmp_path,
+        {"a": bundles["a"], "b": bundles["b"]},
+        paths,
+        techniques=("scratch", "full"),
+        select={"score": "logme", "top": 1},
+    )
     assert stages.ended(prepared(job)) == [], "which sources are fanned out must be found out first"
     state, rows = whole(job)
     scored = stages.score(state, stages.share(prepared(job)))
@@ -406,12 +644,21 @@ def test_the_best_scored_source_alone_is_fanned_out_and_report_agrees(tmp_path, 
     assert {row["source"] for row in rows} == {best, "none"}
     assert f"task: sources kept by logme: {best}; left out: {other}" in state.notes
     named = primary(rows, source=best)
-    assert all((row["score_name"], row["score_value"]) == ("logme", pytest.approx(max(one["logme"] for one in scored))) for row in named)
+    assert all(
+        (row["score_name"], row["score_value"])
+        == ("logme", pytest.approx(max(one["logme"] for one in scored)))
+        for row in named
+    )
     again, same = reported(job)
     assert alike(same, rows) and again.notes == state.notes
     text = storage.read_bytes(stages.show(again, same)[1][0]).decode()
-    assert f"| task | {best} | logme | fine-tuned |" in text and f"| task | {other} | logme | left out |" in text, "the score of each stays in the report"
-    assert len(stages.ended(prepared(job))) == 4 and all(done for _, done in stages.ended(prepared(job)))
+    assert (
+        f"| task | {best} | logme | fine-tuned |" in text
+        and f"| task | {other} | logme | left out |" in text
+    ), "the score of each stays in the report"
+    assert len(stages.ended(prepared(job))) == 4 and all(
+        done for _, done in stages.ended(prepared(job))
+    )
     here.clear()
     everything = changed(job, fanout={"seeds": 2})
     _, all_rows = whole(everything)
@@ -420,38 +667,62 @@ def test_the_best_scored_source_alone_is_fanned_out_and_report_agrees(tmp_path, 
     assert alike(reported(job)[1], rows), "though trials of the other source have ended meanwhile"
 
 
-def test_a_source_without_a_score_is_ranked_last_and_named_and_the_others_go_on(tmp_path, bundles, paths, here):
+def test_a_source_without_a_score_is_ranked_last_and_named_and_the_others_go_on(
+    tmp_path, bundles, paths, here
+):
     """Weights that overflowed: one note, not the end of the run; NaN is no best score."""
-    broken = task_of("timm/test_vit", {"channels": 3, "size": 32}, "classification", label_state(), seed=9)
+    broken = task_of(
+        "timm/test_vit", {"channels": 3, "size": 32}, "classification", label_state(), seed=9
+    )
     with torch.no_grad():
         next(broken.backbone.parameters()).fill_(float("nan"))
     bundle.save(str(tmp_path / "broken"), broken, MODALITY, training={"transfer": ""}, metrics={})
     sources = {"broken": f"bundle:{tmp_path / 'broken'}", "a": bundles["a"], "b": bundles["b"]}
-    job = job_of(tmp_path, sources, paths, techniques=("scratch", "full"), select={"score": "knn", "top": 2})
+    job = job_of(
+        tmp_path, sources, paths, techniques=("scratch", "full"), select={"score": "knn", "top": 2}
+    )
     state, rows = whole(job)
     assert {row["source"] for row in rows} == {"a", "b", "none"}
-    named = [note for note in state.notes if "source broken has no logme and no knn score and is ranked last" in note]
+    named = [
+        note
+        for note in state.notes
+        if "source broken has no logme and no knn score and is ranked last" in note
+    ]
     assert len(named) == 1 and "not finite" in named[0]
-    assert [row["source"] for row in stages.score(state, stages.share(prepared(job)))][-1] == "broken"
+    assert [row["source"] for row in stages.score(state, stages.share(prepared(job)))][
+        -1
+    ] == "broken"
 
 
-def test_sources_that_a_target_names_now_are_those_that_are_fanned_out(tmp_path, bundles, paths, here):
+def test_sources_that_a_target_names_now_are_those_that_are_fanned_out(
+    tmp_path, bundles, paths, here
+):
     """What an earlier run kept by score is no answer for another choice of sources."""
-    job = job_of(tmp_path, {"a": bundles["a"], "b": bundles["b"]}, paths, techniques=("scratch", "full"), select={"score": "logme", "top": 1})
+    job = job_of(
+        tmp_path,
+        {"a": bundles["a"], "b": bundles["b"]},
+        paths,
+        techniques=("scratch", "full"),
+        select={"score": "logme", "top": 1},
+    )
     _, rows = whole(job)
-    best, = {row["source"] for row in rows} - {"none"}
+    (best,) = {row["source"] for row in rows} - {"none"}
     other = "b" if best == "a" else "a"
     dumped = job.model_dump(mode="json")
     dumped["targets"]["task"]["sources"] = [other]
     job = Job.model_validate(dumped)
     ended = stages.ended(prepared(job))
-    assert best not in {one.source for one, _ in ended} and not (ended and all(done for _, done in ended)), "else `run` says that nothing is to run"
+    assert best not in {one.source for one, _ in ended} and not (
+        ended and all(done for _, done in ended)
+    ), "else `run` says that nothing is to run"
     assert best not in {row["source"] for row in reported(job)[1]}
     assert {row["source"] for row in whole(job)[1]} == {other, "none"}
 
 
 def test_rows_that_were_there_before_have_their_sources_score_too(tmp_path, bundles, paths, here):
-    job = job_of(tmp_path, {"a": bundles["a"], "b": bundles["b"]}, paths, techniques=("scratch", "full"))
+    job = job_of(
+        tmp_path, {"a": bundles["a"], "b": bundles["b"]}, paths, techniques=("scratch", "full")
+    )
     whole(job)
     _, rows = whole(changed(job, fanout={"seeds": 2, "select": {"score": "knn", "top": 2}}))
     assert {row["score_name"] for row in primary(rows) if row["source"] != "none"} == {"knn"}
@@ -459,42 +730,78 @@ def test_rows_that_were_there_before_have_their_sources_score_too(tmp_path, bund
 
 # ---------------------------------------------------------------- bad targets, bad labels
 
+
 def damaged(paths: dict[str, str], folder: Path, split: str, count: int) -> dict[str, str]:
     """The same files with ``count`` pictures of one split cut short."""
     table = pq.read_table(paths[split])
-    pictures = [picture[:30] if i < count else picture for i, picture in enumerate(table["picture"].to_pylist())]
+    pictures = [
+        picture[:30] if i < count else picture
+        for i, picture in enumerate(table["picture"].to_pylist())
+    ]
     folder.mkdir(exist_ok=True)
-    pq.write_table(table.set_column(table.schema.get_field_index("picture"), "picture", pa.array(pictures, pa.binary())), folder / f"{split}.parquet")
+    pq.write_table(
+        table.set_column(
+            table.schema.get_field_index("picture"), "picture", pa.array(pictures, pa.binary())
+        ),
+        folder / f"{split}.parquet",
+    )
     return {**paths, split: str(folder / f"{split}.parquet")}
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_a_target_over_its_budget_of_bad_rows_is_left_out_and_the_other_goes_on(tmp_path, bundles, paths, here, split):
-    job = job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch", "full"), target_names=("good", "bad"))
+def test_a_target_over_its_budget_of_bad_rows_is_left_out_and_the_other_goes_on(
+    tmp_path, bundles, paths, here, split
+):
+    job = job_of(
+        tmp_path,
+        {"a": bundles["a"]},
+        paths,
+        techniques=("scratch", "full"),
+        target_names=("good", "bad"),
+    )
     job = with_data(job, "bad", **damaged(paths, tmp_path / "damaged", split, 9))
     state, rows = whole(job)
-    assert set(state.broken) == {"bad"} and state.broken["bad"].startswith(f"9 of {36 if split == 'train' else 18} rows cannot be used")
+    assert set(state.broken) == {"bad"} and state.broken["bad"].startswith(
+        f"9 of {36 if split == 'train' else 18} rows cannot be used"
+    )
     assert {row["target"] for row in rows} == {"good"} and len(primary(rows)) == 4
     failed = stages.failures(state, rows)
     assert len(failed) == 1 and failed[0].startswith("targets.bad: 9 of ")
-    assert any(line.startswith("warning: targets.bad is left out: 9 of") for line in state.progress.lines)
+    assert any(
+        line.startswith("warning: targets.bad is left out: 9 of") for line in state.progress.lines
+    )
     assert any(note.startswith("bad: left out: 9 of") for note in state.notes), "in the report"
 
 
 def test_report_still_tells_of_a_target_that_was_left_out(tmp_path, bundles, paths, here):
-    job = job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch", "full"), target_names=("good", "bad"))
+    job = job_of(
+        tmp_path,
+        {"a": bundles["a"]},
+        paths,
+        techniques=("scratch", "full"),
+        target_names=("good", "bad"),
+    )
     job = with_data(job, "bad", **damaged(paths, tmp_path / "damaged", "train", 9))
     state, rows = whole(job)
     again, same = reported(job)
     assert alike(same, rows)
     assert again.notes == state.notes and again.broken == state.broken
-    assert stages.failures(again, same) == stages.failures(state, rows) != [], "so `report` exits with 1 as the run did"
+    assert stages.failures(again, same) == stages.failures(state, rows) != [], (
+        "so `report` exits with 1 as the run did"
+    )
 
 
 @pytest.mark.parametrize("select", [None, {"score": "knn", "top": 1}], ids=str)
 def test_a_target_that_was_left_out_is_tried_again(tmp_path, bundles, paths, here, select):
     """Its budget is no part of any key, and yet a larger one is enough."""
-    job = job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch", "full"), target_names=("good", "bad"), select=select)
+    job = job_of(
+        tmp_path,
+        {"a": bundles["a"]},
+        paths,
+        techniques=("scratch", "full"),
+        target_names=("good", "bad"),
+        select=select,
+    )
     job = with_data(job, "bad", **damaged(paths, tmp_path / "damaged", "train", 9))
     whole(job)
     job = with_data(job, "bad", max_bad_rows=0.5)
@@ -502,67 +809,129 @@ def test_a_target_that_was_left_out_is_tried_again(tmp_path, bundles, paths, her
     assert not (ended and all(done for _, done in ended)), "else `run` says that nothing is to run"
     here.clear()
     state, rows = whole(job)
-    assert len(here) == 4 and state.broken == {} and {row["target"] for row in primary(rows)} == {"good", "bad"}
+    assert (
+        len(here) == 4
+        and state.broken == {}
+        and {row["target"] for row in primary(rows)} == {"good", "bad"}
+    )
 
 
 def test_where_every_target_is_left_out_nothing_runs(tmp_path, bundles, paths, here):
-    job = with_data(job_of(tmp_path, {"a": bundles["a"]}, paths), "task", **damaged(paths, tmp_path / "damaged", "validation", 9))
+    job = with_data(
+        job_of(tmp_path, {"a": bundles["a"]}, paths),
+        "task",
+        **damaged(paths, tmp_path / "damaged", "validation", 9),
+    )
     with pytest.raises(ValueError, match=r"^targets\.task: 9 of 18 rows cannot be used"):
         whole(job)
     assert here == []
 
 
 def test_bad_rows_within_the_budget_are_left_out_and_noted(tmp_path, bundles, paths, here):
-    job = with_data(job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch", "full")), "task",
-                    **damaged(paths, tmp_path / "damaged", "train", 2), max_bad_rows=0.1)
+    job = with_data(
+        job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch", "full")),
+        "task",
+        **damaged(paths, tmp_path / "damaged", "train", 2),
+        max_bad_rows=0.1,
+    )
     state, rows = whole(job)
     assert state.broken == {} and {row["n_train"] for row in rows} == {34}
-    note, = state.notes
-    assert note.startswith("task: train 36, validation 18, test 18 rows") and "2 rows left out: train " in note and "train.parquet row 0: " in note
+    (note,) = state.notes
+    assert (
+        note.startswith("task: train 36, validation 18, test 18 rows")
+        and "2 rows left out: train " in note
+        and "train.parquet row 0: " in note
+    )
     assert reported(job)[0].notes == state.notes
 
 
 @pytest.mark.parametrize("split", ["validation", "test"])
-def test_a_label_never_seen_in_training_is_refused_before_anything_starts(tmp_path, bundles, paths, split, monkeypatch):
+def test_a_label_never_seen_in_training_is_refused_before_anything_starts(
+    tmp_path, bundles, paths, split, monkeypatch
+):
     monkeypatch.setattr(targets, "CHECKED_ROWS", 7)
     table = pq.read_table(paths[split])
     labels = [*table["class"].to_pylist()[:-1], "class 9"]
-    pq.write_table(table.set_column(table.schema.get_field_index("class"), "class", pa.array(labels)), tmp_path / "odd.parquet")
-    job = with_data(job_of(tmp_path, {"a": bundles["a"]}, paths), "task", **{split: str(tmp_path / "odd.parquet")})
+    pq.write_table(
+        table.set_column(table.schema.get_field_index("class"), "class", pa.array(labels)),
+        tmp_path / "odd.parquet",
+    )
+    job = with_data(
+        job_of(tmp_path, {"a": bundles["a"]}, paths),
+        "task",
+        **{split: str(tmp_path / "odd.parquet")},
+    )
     with pytest.raises(ValueError) as caught:
         prepared(job)
     told = str(caught.value)
-    assert told.startswith(f"targets.task.data, {split} split: column class: label 'class 9' never stands in the training rows")
+    assert told.startswith(
+        f"targets.task.data, {split} split: column class: label 'class 9' never stands in the "
+        "training rows"
+    )
 
 
 def test_all_problems_of_a_job_are_told_at_once(tmp_path, bundles, paths):
-    job = job_of(tmp_path, {"a": bundles["a"], "gone": f"bundle:{tmp_path / 'nowhere'}"}, paths, target_names=("one", "two"))
-    job = with_data(with_data(job, "one", columns={"image": "pictures", "label": "class"}), "two", test=str(tmp_path / "none.parquet"))
+    job = job_of(
+        tmp_path,
+        {"a": bundles["a"], "gone": f"bundle:{tmp_path / 'nowhere'}"},
+        paths,
+        target_names=("one", "two"),
+    )
+    job = with_data(
+        with_data(job, "one", columns={"image": "pictures", "label": "class"}),
+        "two",
+        test=str(tmp_path / "none.parquet"),
+    )
     with pytest.raises(ValueError) as caught:
         prepared(job)
     told = str(caught.value).splitlines()
-    assert any("nowhere" in line for line in told) and any("targets.one.data.columns.image" in line and "picture" in line for line in told)
+    assert any("nowhere" in line for line in told) and any(
+        "targets.one.data.columns.image" in line and "picture" in line for line in told
+    )
     assert any("none.parquet" in line for line in told)
 
 
-# ---------------------------------------------------------------- rows of a target that also stand in a source
+# ----------------------------------------------------- rows of a target that also stand in a source
+
 
 def with_source_data(job: Job, name: str, train: str, form: str = "auto", columns=COLUMNS) -> Job:
     """The job with a source that was pretrained on those files; its bundle is put in its place."""
     dumped = job.model_dump(mode="json")
-    dumped["sources"][name] = {"data": {"train": train, "modality": {"image": {"size": 32}}, "columns": columns, "format": form, "validation_fraction": 0.0},
-                               "backbone": "timm/test_vit", "objective": "classification", "train": {"steps": 2, "global_batch": 4}}
+    dumped["sources"][name] = {
+        "data": {
+            "train": train,
+            "modality": {"image": {"size": 32}},
+            "columns": columns,
+            "format": form,
+            "validation_fraction": 0.0,
+        },
+        "backbone": "timm/test_vit",
+        "objective": "classification",
+        "train": {"steps": 2, "global_batch": 4},
+    }
     made = Job.model_validate(dumped)
     saved(Path(source.stage(made, name).bundle_uri), 7)
     return made
 
 
-def test_test_rows_that_stand_in_a_source_are_counted_and_reported_again(tmp_path, bundles, paths, here):
+def test_test_rows_that_stand_in_a_source_are_counted_and_reported_again(
+    tmp_path, bundles, paths, here
+):
     test, train = pq.read_table(paths["test"]), pq.read_table(paths["train"])
-    pq.write_table(pa.concat_tables([train.slice(0, 20), test.slice(2, 5), test.slice(2, 5)]), tmp_path / "corpus.parquet")
-    job = with_source_data(job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch", "full")), "corpus", str(tmp_path / "corpus.parquet"))
+    pq.write_table(
+        pa.concat_tables([train.slice(0, 20), test.slice(2, 5), test.slice(2, 5)]),
+        tmp_path / "corpus.parquet",
+    )
+    job = with_source_data(
+        job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch", "full")),
+        "corpus",
+        str(tmp_path / "corpus.parquet"),
+    )
     state, rows = whole(job)
-    assert state.notes == ["task: 5 of 18 test rows also stand in source corpus"] and state.notes[0] in state.progress.lines
+    assert (
+        state.notes == ["task: 5 of 18 test rows also stand in source corpus"]
+        and state.notes[0] in state.progress.lines
+    )
     assert storage.read_json(storage.join(job.root, "facts.json"))["notes"] == state.notes
     again, same = reported(job)
     assert again.notes == state.notes and alike(same, rows)
@@ -575,35 +944,50 @@ def test_files_that_are_known_by_size_and_time_are_told(tmp_path, bundles, paths
     assert prepared(job).notes == []
     state = prepared(with_data(job, "task", identity="stat"))
     assert len(state.notes) == 1 and state.notes == state.progress.lines
-    assert state.notes[0].startswith("targets.task: its local files are told apart by size and time of change, not by what they hold")
+    assert state.notes[0].startswith(
+        "targets.task: its local files are told apart by size and time of change, not by what "
+        "they hold"
+    )
 
 
 def test_a_target_whose_file_changes_is_an_error(tmp_path, bundles, paths, here):
     for split, path in paths.items():
         (tmp_path / f"{split}.parquet").write_bytes(Path(path).read_bytes())
-    job = with_data(job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch",)), "task",
-                    **{split: str(tmp_path / f"{split}.parquet") for split in paths})
+    job = with_data(
+        job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch",)),
+        "task",
+        **{split: str(tmp_path / f"{split}.parquet") for split in paths},
+    )
     state = prepared(job)
     table = pq.read_table(tmp_path / "test.parquet")
     pq.write_table(table.slice(1), tmp_path / "test.parquet")
-    with pytest.raises(identity.ChangedFileError, match=r"test\.parquet was changed while it was in use"):
+    with pytest.raises(
+        identity.ChangedFileError, match=r"test\.parquet was changed while it was in use"
+    ):
         stages.share(state)
 
 
 def test_a_trial_whose_streamed_files_change_leaves_no_record(tmp_path, bundles, paths, here):
-    """Rows that are not held in memory name image files, and one of them changes while the trial runs."""
+    """Rows that are not held in memory name image files, and one of them changes while the trial
+    runs.
+    """
     table = pq.read_table(paths["train"])
     names = [str(tmp_path / f"{i}.png") for i in range(len(table))]
     for name, data in zip(names, table["picture"].to_pylist(), strict=True):
         Path(name).write_bytes(data)
-    pq.write_table(table.set_column(table.schema.get_field_index("picture"), "picture", pa.array(names)), tmp_path / "train.parquet")
+    pq.write_table(
+        table.set_column(table.schema.get_field_index("picture"), "picture", pa.array(names)),
+        tmp_path / "train.parquet",
+    )
     job = job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch",), seeds=1)
     job = with_data(job, "task", train=str(tmp_path / "train.parquet"), decode="train")
     state = prepared(job)
     shared = stages.share(state)
     (one,) = stages.final_trials(state, list(shared.bases.values()), {"task": {"a"}}, {})
     Path(names[3]).write_bytes(table["picture"][4].as_py())
-    with pytest.raises(identity.ChangedFileError, match=f"^{names[3]} was changed while it was in use"):
+    with pytest.raises(
+        identity.ChangedFileError, match=f"^{names[3]} was changed while it was in use"
+    ):
         trial.run(one, shared, Ranks())
     assert trial.read_record(job.root, one.id) is None
     state = prepared(job)
@@ -634,29 +1018,62 @@ def with_target(job: Job, **fields) -> Job:
 def leaking(tmp_path, bundles, paths):
     """A job whose source holds 5 of the target's test pictures as they are and 3 encoded anew."""
     test, train = pq.read_table(paths["test"]), pq.read_table(paths["train"])
-    pq.write_table(pa.concat_tables([train.slice(0, 20), test.slice(2, 5), changed_pictures(paths["test"], [10, 11, 17])]), tmp_path / "corpus.parquet")
-    return with_source_data(job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch", "full")), "corpus", str(tmp_path / "corpus.parquet"))
+    pq.write_table(
+        pa.concat_tables(
+            [train.slice(0, 20), test.slice(2, 5), changed_pictures(paths["test"], [10, 11, 17])]
+        ),
+        tmp_path / "corpus.parquet",
+    )
+    return with_source_data(
+        job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch", "full")),
+        "corpus",
+        str(tmp_path / "corpus.parquet"),
+    )
 
 
-@pytest.mark.parametrize(("mode", "left_out"), [
-    ("none", []), pytest.param("exact", [2, 3, 4, 5, 6], marks=pytest.mark.slow), ("near", [2, 3, 4, 5, 6, 10, 11, 17])])
-def test_test_rows_that_stand_in_a_source_are_counted_and_left_out_where_the_job_says_so(leaking, here, mode, left_out):
+@pytest.mark.parametrize(
+    ("mode", "left_out"),
+    [
+        ("none", []),
+        pytest.param("exact", [2, 3, 4, 5, 6], marks=pytest.mark.slow),
+        ("near", [2, 3, 4, 5, 6, 10, 11, 17]),
+    ],
+)
+def test_test_rows_that_stand_in_a_source_are_counted_and_left_out_where_the_job_says_so(
+    leaking, here, mode, left_out
+):
     job = with_target(leaking, drop_overlap=mode)
     state, rows = whole(job)
-    counted = "task: 5 of 18 test rows also stand in source corpus, 3 more nearly so (perceptual hash)"
+    counted = (
+        "task: 5 of 18 test rows also stand in source corpus, 3 more nearly so (perceptual hash)"
+    )
     assert counted in state.notes and counted in state.progress.lines
-    told = f"task: {len(left_out)} of 18 test rows left out because they also stand in a source (drop_overlap: {mode})"
+    told = (
+        f"task: {len(left_out)} of 18 test rows left out because they also stand in a source "
+        f"(drop_overlap: {mode})"
+    )
     assert (told in state.notes) == (mode != "none")
     assert (any("a is a checkpoint" in note for note in state.notes)) == (mode != "none")
     kept = [i for i in range(18) if i not in left_out]
     for row in primary(rows):
-        assert row["n_eval"] == len(kept) and row["split_origin"].startswith("validation files; test files")
-        assert trial.read_predictions(job.root, row["trial_id"], row["seed"]).rows.tolist() == kept, "scratch and every source alike"
+        assert row["n_eval"] == len(kept) and row["split_origin"].startswith(
+            "validation files; test files"
+        )
+        assert (
+            trial.read_predictions(job.root, row["trial_id"], row["seed"]).rows.tolist() == kept
+        ), "scratch and every source alike"
         assert row["split_origin"].endswith(f"left out ({mode})") == (mode != "none")
     again, same = reported(job)
-    assert again.notes == state.notes and again.left_out == state.left_out == {"task": len(left_out)} and alike(same, rows)
+    assert (
+        again.notes == state.notes
+        and again.left_out == state.left_out == {"task": len(left_out)}
+        and alike(same, rows)
+    )
     text = storage.read_bytes(stages.show(again, same)[1][0]).decode()
-    assert (f"test 18 rows (validation files; test files); {len(left_out)} of the test rows also stand in a source and were left out" in text) == bool(left_out)
+    assert (
+        f"test 18 rows (validation files; test files); {len(left_out)} of the test rows also "
+        "stand in a source and were left out" in text
+    ) == bool(left_out)
     assert counted in text
     here.clear()
     whole(job)
@@ -669,7 +1086,10 @@ def test_another_way_to_leave_rows_out_is_other_trials(leaking, tmp_path, here, 
     assert prepared(with_target(leaking, drop_overlap="exact")).targets["task"].key != key
     before = prepared(with_target(leaking, drop_overlap="near")).targets["task"].key
     pq.write_table(pq.read_table(paths["train"]).slice(0, 22), tmp_path / "corpus.parquet")
-    assert prepared(leaking).targets["task"].key == key and prepared(with_target(leaking, drop_overlap="near")).targets["task"].key != before
+    assert (
+        prepared(leaking).targets["task"].key == key
+        and prepared(with_target(leaking, drop_overlap="near")).targets["task"].key != before
+    )
 
 
 def test_rows_are_read_once_to_be_compared(leaking, here, monkeypatch):
@@ -679,28 +1099,70 @@ def test_rows_are_read_once_to_be_compared(leaking, here, monkeypatch):
 
 
 def test_repeats_of_a_targets_own_training_rows_are_told(tmp_path, bundles, paths, here):
-    pq.write_table(pa.concat_tables([pq.read_table(paths["test"]), pq.read_table(paths["train"]).slice(3, 2), changed_pictures(paths["train"], [9])]),
-                   tmp_path / "test.parquet")
-    job = with_target(with_data(job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch",)), "task", test=str(tmp_path / "test.parquet")))
+    pq.write_table(
+        pa.concat_tables(
+            [
+                pq.read_table(paths["test"]),
+                pq.read_table(paths["train"]).slice(3, 2),
+                changed_pictures(paths["train"], [9]),
+            ]
+        ),
+        tmp_path / "test.parquet",
+    )
+    job = with_target(
+        with_data(
+            job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch",)),
+            "task",
+            test=str(tmp_path / "test.parquet"),
+        )
+    )
     state = prepared(job)
     shared = stages.share(state)
-    assert state.notes == ["task: 2 of 21 test rows also stand in its own training rows, 1 more nearly so (perceptual hash)"]
-    assert all(len(data.test) == 21 for data in shared.targets.values()), "told, and left to the user"
+    assert state.notes == [
+        "task: 2 of 21 test rows also stand in its own training rows, 1 more nearly so "
+        "(perceptual hash)"
+    ]
+    assert all(len(data.test) == 21 for data in shared.targets.values()), (
+        "told, and left to the user"
+    )
 
 
-def test_a_target_without_a_row_to_test_on_is_left_out_with_its_reason(tmp_path, bundles, paths, here):
-    job = with_source_data(job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch",)), "corpus", paths["test"])
+def test_a_target_without_a_row_to_test_on_is_left_out_with_its_reason(
+    tmp_path, bundles, paths, here
+):
+    job = with_source_data(
+        job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch",)),
+        "corpus",
+        paths["test"],
+    )
     state = prepared(with_target(job, drop_overlap="exact"))
-    with pytest.raises(ValueError, match=r"targets\.task\.drop_overlap: all 18 test rows also stand in a source and none is left"):
+    with pytest.raises(
+        ValueError,
+        match=r"targets\.task\.drop_overlap: all 18 test rows also stand in a source and none is "
+        r"left",
+    ):
         stages.share(state)
 
 
-@pytest.mark.parametrize(("objective", "message"), [
-    ("simclr", "simclr is for sources; a target's rows have labels, or are texts to model: behaviour_cloning, classification, clm, .*multilabel"),
-    ("mae", "mae is for sources; a target's rows have labels, or are texts to model: behaviour_cloning, classification, clm, .*multilabel"),
-    ("mlm", "mlm reads packed documents, and image rows cannot be packed: it is for text"),
-])
-def test_objectives_without_labels_are_for_sources_or_for_texts(tmp_path, bundles, paths, objective, message):
+@pytest.mark.parametrize(
+    ("objective", "message"),
+    [
+        (
+            "simclr",
+            "simclr is for sources; a target's rows have labels, or are texts to model: "
+            "behaviour_cloning, classification, clm, .*multilabel",
+        ),
+        (
+            "mae",
+            "mae is for sources; a target's rows have labels, or are texts to model: "
+            "behaviour_cloning, classification, clm, .*multilabel",
+        ),
+        ("mlm", "mlm reads packed documents, and image rows cannot be packed: it is for text"),
+    ],
+)
+def test_objectives_without_labels_are_for_sources_or_for_texts(
+    tmp_path, bundles, paths, objective, message
+):
     job = with_target(job_of(tmp_path, {"a": bundles["a"]}, paths), objective=objective)
     with pytest.raises(ValueError, match=rf"targets\.task\.objective: {message}"):
         prepared(job)
@@ -709,19 +1171,34 @@ def test_objectives_without_labels_are_for_sources_or_for_texts(tmp_path, bundle
 def test_near_duplicates_of_other_rows_than_images_are_refused(tmp_path, bundles):
     frame = pa.table({"words": [f"a {i}" for i in range(40)], "class": [i % 2 for i in range(40)]})
     pq.write_table(frame, tmp_path / "texts.parquet")
-    dumped = job_of(tmp_path, {"a": bundles["a"]}, {"train": str(tmp_path / "texts.parquet")}).model_dump(mode="json")
+    dumped = job_of(
+        tmp_path, {"a": bundles["a"]}, {"train": str(tmp_path / "texts.parquet")}
+    ).model_dump(mode="json")
     dumped["targets"]["task"] |= {"drop_overlap": "near"}
-    dumped["targets"]["task"]["data"] |= {"modality": "text", "columns": {"text": "words", "label": "class"}, "test_fraction": 0.2}
-    with pytest.raises(ValueError, match=r"targets\.task\.drop_overlap: near duplicates are found among images, these rows are text: say exact"):
+    dumped["targets"]["task"]["data"] |= {
+        "modality": "text",
+        "columns": {"text": "words", "label": "class"},
+        "test_fraction": 0.2,
+    }
+    with pytest.raises(
+        ValueError,
+        match=r"targets\.task\.drop_overlap: near duplicates are found among images, these rows "
+        r"are text: say exact",
+    ):
         prepared(Job.model_validate(dumped))
 
 
-def test_sources_too_large_to_scan_are_said_to_be_and_are_read_to_leave_rows_out(leaking, here, monkeypatch):
+def test_sources_too_large_to_scan_are_said_to_be_and_are_read_to_leave_rows_out(
+    leaking, here, monkeypatch
+):
     monkeypatch.setattr(overlap, "MOST_ROWS", 25)
     state = prepared(leaking)
     stages.share(state)
-    assert state.notes == ["task: too many rows to look for its test rows in source corpus; drop_overlap: exact or near reads them all",
-                           "task: too many rows to look for its test rows in its own training rows"]
+    assert state.notes == [
+        "task: too many rows to look for its test rows in source corpus; drop_overlap: exact "
+        "or near reads them all",
+        "task: too many rows to look for its test rows in its own training rows",
+    ]
     state = prepared(with_target(leaking, drop_overlap="near"))
     stages.share(state)
     assert any("8 of 18 test rows left out" in note for note in state.notes)
@@ -729,14 +1206,25 @@ def test_sources_too_large_to_scan_are_said_to_be_and_are_read_to_leave_rows_out
 
 # ---------------------------------------------------------------- what a target may have of its own
 
+
 def test_bases_that_read_alike_keep_their_own_architectures(tmp_path, bundles, paths, here):
-    task = task_of("timm/test_resnet", {"channels": 3, "size": 32}, "classification", label_state(), seed=5)
+    task = task_of(
+        "timm/test_resnet", {"channels": 3, "size": 32}, "classification", label_state(), seed=5
+    )
     bundle.save(str(tmp_path / "resnet"), task, MODALITY, training={"transfer": ""}, metrics={})
-    shared = stages.share(prepared(job_of(tmp_path, {"a": bundles["a"], "b": f"bundle:{tmp_path / 'resnet'}"}, paths)))
-    assert {shared.targets["task", base.key].arch["name"] for base in shared.bases.values()} == {"timm/test_vit", "timm/test_resnet"}
+    shared = stages.share(
+        prepared(job_of(tmp_path, {"a": bundles["a"], "b": f"bundle:{tmp_path / 'resnet'}"}, paths))
+    )
+    assert {shared.targets["task", base.key].arch["name"] for base in shared.bases.values()} == {
+        "timm/test_vit",
+        "timm/test_resnet",
+    }
     for base in shared.bases.values():
         data = shared.targets["task", base.key]
-        assert data.arch == base.arch and data.train is shared.targets["task", next(iter(shared.bases))].train, "decoded once"
+        assert (
+            data.arch == base.arch
+            and data.train is shared.targets["task", next(iter(shared.bases))].train
+        ), "decoded once"
 
 
 def test_a_target_read_in_another_size_is_other_trials(tmp_path, bundles, paths, here, monkeypatch):
@@ -747,26 +1235,44 @@ def test_a_target_read_in_another_size_is_other_trials(tmp_path, bundles, paths,
     here.clear()
     larger = with_data(job, "task", modality={"image": {"size": 48}})
     state, other = whole(larger)
-    assert len(here) == 2 and not {row["trial_id"] for row in other} & {row["trial_id"] for row in rows}
+    assert len(here) == 2 and not {row["trial_id"] for row in other} & {
+        row["trial_id"] for row in rows
+    }
     sizes = {}
     for one in (job, larger):
         state = prepared(one)
-        data, = stages.share(state).targets.values()
-        sizes[data.key] = (data.train.arrays["image"].shape[-1], data.arch["inputs"]["size"], data.modality["options"]["size"])
-    assert list(sizes.values()) == [(32, 32, 32), (48, 48, 48)], "and features of its rows are kept under another key"
+        (data,) = stages.share(state).targets.values()
+        sizes[data.key] = (
+            data.train.arrays["image"].shape[-1],
+            data.arch["inputs"]["size"],
+            data.modality["options"]["size"],
+        )
+    assert list(sizes.values()) == [(32, 32, 32), (48, 48, 48)], (
+        "and features of its rows are kept under another key"
+    )
 
 
 # ---------------------------------------------------------------- where splits come from
 
-def test_every_row_says_where_its_splits_come_from_and_two_ways_never_share_a_table(tmp_path, bundles, paths, here):
+
+def test_every_row_says_where_its_splits_come_from_and_two_ways_never_share_a_table(
+    tmp_path, bundles, paths, here
+):
     job = job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch",))
     _, files = whole(job)
-    random = with_data(job, "task", validation=None, test=None, test_fraction=0.3, validation_fraction=0.2)
+    random = with_data(
+        job, "task", validation=None, test=None, test_fraction=0.3, validation_fraction=0.2
+    )
     state, drawn = whole(random)
     assert {row["split_origin"] for row in files} == {"validation files; test files"}
-    assert {row["split_origin"] for row in drawn} == {"test: random 0.3 of train by hash of the row; validation: random 0.2 of train by hash of the row"}
+    assert {row["split_origin"] for row in drawn} == {
+        "test: random 0.3 of train by hash of the row; validation: random 0.2 of train by "
+        "hash of the row"
+    }
     both = results.read(job.root)
-    assert {row["split_origin"] for row in both} == {row["split_origin"] for row in [*files, *drawn]} and len(both) == len(files) + len(drawn)
+    assert {row["split_origin"] for row in both} == {
+        row["split_origin"] for row in [*files, *drawn]
+    } and len(both) == len(files) + len(drawn)
     cells, where = stages.show(state, both)
     names = {f"task [{row['split_origin']}]" for row in both}
     assert {cell.target for cell in cells} == names and all(cell.n_seeds == 2 for cell in cells)
@@ -779,40 +1285,66 @@ def test_every_row_says_where_its_splits_come_from_and_two_ways_never_share_a_ta
 
 # ---------------------------------------------------------------- targets without classes
 
+
 def test_scores_need_classes_or_labels(tmp_path, bundles, paths, here, monkeypatch):
     monkeypatch.setattr(targets.TargetStage, "scored", property(lambda self: False))
     job = job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch",))
     state = prepared(job)
     assert stages.score(state, stages.share(state)) == []
-    assert state.notes == ["task: no transferability scores, which need classes or labels of rows; its objective is classification"]
-    with pytest.raises(ValueError, match=r"fanout\.select: targets\.task is classification, and logme scores sources by classes or labels of rows: leave"):
+    assert state.notes == [
+        "task: no transferability scores, which need classes or labels of rows; its objective "
+        "is classification"
+    ]
+    with pytest.raises(
+        ValueError,
+        match=r"fanout\.select: targets\.task is classification, and logme scores sources by "
+        r"classes or labels of rows: leave",
+    ):
         prepared(changed(job, fanout={"seeds": 2, "select": {"top": 1}}))
 
 
-@pytest.mark.parametrize(("objective", "scored"), [("classification", True), ("multilabel", True), ("detection", False)])
+@pytest.mark.parametrize(
+    ("objective", "scored"), [("classification", True), ("multilabel", True), ("detection", False)]
+)
 def test_which_targets_are_scored(tmp_path, paths, objective, scored):
     spec = job_of(tmp_path, {"a": "bundle:nowhere"}, paths).targets["task"]
-    assert targets.TargetStage("task", spec.model_copy(update={"objective": Plug(name=objective)}), None).scored == scored  # type: ignore[arg-type]
+    assert (
+        targets.TargetStage(
+            "task", spec.model_copy(update={"objective": Plug(name=objective)}), None
+        ).scored
+        == scored
+    )  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------- the report's files
+
 
 def test_show_writes_the_report_of_the_rows(tmp_path, bundles, paths, here):
     job = job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch", "full"))
     state, rows = whole(job)
     cells, where = stages.show(state, rows)
-    assert {(cell.source, cell.technique, cell.n_seeds) for cell in cells} == {("none", "scratch", 2), ("a", "full", 2)}
+    assert {(cell.source, cell.technique, cell.n_seeds) for cell in cells} == {
+        ("none", "scratch", 2),
+        ("a", "full", 2),
+    }
     text = storage.read_bytes(where[0]).decode()
     assert "task" in text and "full" in text and all(storage.exists(uri) for uri in where)
     again, same = reported(job)
     assert stages.show(again, same)[0] == cells
 
 
-def test_subgroups_of_test_rows_stand_in_the_table_and_the_report_and_train_nothing(tmp_path, bundles, here):
+def test_subgroups_of_test_rows_stand_in_the_table_and_the_report_and_train_nothing(
+    tmp_path, bundles, here
+):
     """Named after the trials ran: their kept predictions are told apart."""
     files = image_files(tmp_path / "data", {"train": 36, "validation": 18, "test": 66}, classes=2)
     table = pq.read_table(files["test"])
-    pq.write_table(table.append_column("sex", pa.array([["female", "male", None][i % 3 if i < 60 else 0] for i in range(66)])), files["test"])
+    pq.write_table(
+        table.append_column(
+            "sex", pa.array([["female", "male", None][i % 3 if i < 60 else 0] for i in range(66)])
+        ),
+        files["test"],
+    )
     job = job_of(tmp_path, {"a": bundles["a"]}, files, techniques=("scratch", "full"))
     _, before = whole(job)
     assert len(here) == 4 and not [row for row in before if "@" in (row["metric"] or "")]
@@ -821,9 +1353,22 @@ def test_subgroups_of_test_rows_stand_in_the_table_and_the_report_and_train_noth
     state, rows = whole(Job.model_validate(dumped))
     assert len(here) == 4, "no trial is run anew"
     parts = [row for row in rows if "@" in (row["metric"] or "")]
-    assert {row["metric"] for row in parts} == {"accuracy@sex=female", "accuracy@sex=male", "accuracy@sex=not recorded"} and len(parts) == 4 * 3
-    assert {(row["metric"].partition("=")[2], row["n_eval"]) for row in parts} == {("female", 26), ("male", 20), ("not recorded", 20)}
-    assert all(row["split"] == "test" and row["value_low"] <= row["value"] <= row["value_high"] and row["gain"] is None for row in parts)
+    assert {row["metric"] for row in parts} == {
+        "accuracy@sex=female",
+        "accuracy@sex=male",
+        "accuracy@sex=not recorded",
+    } and len(parts) == 4 * 3
+    assert {(row["metric"].partition("=")[2], row["n_eval"]) for row in parts} == {
+        ("female", 26),
+        ("male", 20),
+        ("not recorded", 20),
+    }
+    assert all(
+        row["split"] == "test"
+        and row["value_low"] <= row["value"] <= row["value_high"]
+        and row["gain"] is None
+        for row in parts
+    )
     whole_rows = {row["trial_id"]: row["value"] for row in primary(rows)}
     for trial_id, value in whole_rows.items():
         mine = [row for row in parts if row["trial_id"] == trial_id]
@@ -834,8 +1379,10 @@ def test_subgroups_of_test_rows_stand_in_the_table_and_the_report_and_train_noth
     assert alike(reported(Job.model_validate(dumped))[1], rows)
     assert alike(reported(job)[1], before)
 
+
 def test_a_dry_run_says_how_many_rows_a_verdict_would_rest_on(tmp_path, bundles):
     """59 test rows with 3 of the rarer class are too few; so are few patients with many rows."""
+
     def task(positives, **data):
         folder = tmp_path / f"{positives}{len(data)}"
         files = image_files(folder, {"train": 40, "validation": 20, "test": 59}, classes=2)
@@ -843,28 +1390,61 @@ def test_a_dry_run_says_how_many_rows_a_verdict_would_rest_on(tmp_path, bundles)
             table = pq.read_table(path)
             column = pa.array([int(i < positives) for i in range(len(table))], pa.int64())
             table = table.set_column(table.schema.get_field_index("class"), "class", column)
-            pq.write_table(table.append_column("patient", pa.array([f"{split}{i % 4}" for i in range(len(table))])), path)
-        return dry_run.describe(prepared(with_data(job_of(tmp_path, {"a": bundles["a"]}, files), "task", **data)))
+            pq.write_table(
+                table.append_column(
+                    "patient", pa.array([f"{split}{i % 4}" for i in range(len(table))])
+                ),
+                path,
+            )
+        return dry_run.describe(
+            prepared(with_data(job_of(tmp_path, {"a": bundles["a"]}, files), "task", **data))
+        )
 
-    assert "target task, rows of the rarer class: train 3, validation 3, test 3; too few to tell anything: a verdict needs 10 in test" in task(3)
-    assert "target task, rows of the rarer class: train 15, validation 5, test 15; a verdict needs 10 in test" in task(15)
+    assert (
+        "target task, rows of the rarer class: train 3, validation 3, test 3; too few to tell "
+        "anything: a verdict needs 10 in test" in task(3)
+    )
+    assert (
+        "target task, rows of the rarer class: train 15, validation 5, test 15; a verdict "
+        "needs 10 in test" in task(15)
+    )
     lines = task(15, group="patient")
-    assert "target task, groups of the rarer class: train 4, validation 4, test 4; too few to tell anything: a verdict needs 10 in test" in lines
+    assert (
+        "target task, groups of the rarer class: train 4, validation 4, test 4; too few to "
+        "tell anything: a verdict needs 10 in test" in lines
+    )
 
 
 def test_a_dry_run_counts_the_trials_that_try_the_best_draws_again(tmp_path, bundles, paths):
-    job = job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("scratch", "full"), trials=8, search={"lr": [1e-4, 1e-1]})
+    job = job_of(
+        tmp_path,
+        {"a": bundles["a"]},
+        paths,
+        techniques=("scratch", "full"),
+        trials=8,
+        search={"lr": [1e-4, 1e-1]},
+    )
     lines = dry_run.describe(prepared(job))
-    assert any("2 cells = 28 search (12 of them try the best draws again) + 4 final trials of 3 steps" in line for line in lines)
+    assert any(
+        "2 cells = 28 search (12 of them try the best draws again) + 4 final trials of 3 steps"
+        in line
+        for line in lines
+    )
     assert any(line.startswith("in all: 32 trials, 96 steps") for line in lines)
 
 
 def test_a_source_that_is_a_checkpoint_without_data_is_made_and_its_note_kept(tmp_path):
-    backbone = bundle.build_backbone({"name": "timm/test_resnet", "options": {}, "inputs": {"channels": 3, "size": 32}})
-    weights = {name.removeprefix("model."): tensor for name, tensor in backbone.state_dict().items()}
+    backbone = bundle.build_backbone(
+        {"name": "timm/test_resnet", "options": {}, "inputs": {"channels": 3, "size": 32}}
+    )
+    weights = {
+        name.removeprefix("model."): tensor for name, tensor in backbone.state_dict().items()
+    }
     save_file(weights, tmp_path / "w.safetensors")
     spec = {"backbone": "timm/test_resnet", "init": f"file:{tmp_path / 'w.safetensors'}"}
-    job = Job.model_validate({"name": "toy", "storage": str(tmp_path / "runs"), "sources": {"s": spec}})
+    job = Job.model_validate(
+        {"name": "toy", "storage": str(tmp_path / "runs"), "sources": {"s": spec}}
+    )
 
     def run() -> tuple[stages.State, list[str]]:
         progress = Silent()
@@ -885,14 +1465,21 @@ def test_a_source_that_is_a_checkpoint_without_data_is_made_and_its_note_kept(tm
 def test_findings_of_a_bundle_that_an_earlier_version_wrote_are_sentences():
     kept = {"findings": ["images are read at 32 pixels", ["few rows", True, False]]}
     found = row_checks.findings_of(kept)
-    assert [one.line("s") for one in found] == ["s: images are read at 32 pixels", "warning: s: few rows"]
+    assert [one.line("s") for one in found] == [
+        "s: images are read at 32 pixels",
+        "warning: s: few rows",
+    ]
 
 
 def test_records_are_read_several_at_once_and_each_once(tmp_path, monkeypatch):
-    """On S3 each read waits for an answer: a thousand trials would take minutes one after the other."""
+    """On S3 each read waits for an answer: a thousand trials would take minutes one after the
+    other.
+    """
     ids = [f"trial-{number}" for number in range(8)]
     for one in ids[1:]:
-        checked.write_document(f"{tmp_path}/trials/{one}/{trial.RECORD}", {"rows": [], "trial_id": one})
+        checked.write_document(
+            f"{tmp_path}/trials/{one}/{trial.RECORD}", {"rows": [], "trial_id": one}
+        )
     all_wait, read, asked = threading.Barrier(8), storage.read_bytes, []
 
     def read_together(uri):
@@ -902,5 +1489,7 @@ def test_records_are_read_several_at_once_and_each_once(tmp_path, monkeypatch):
 
     monkeypatch.setattr(storage, "read_bytes", read_together)
     found = trial.read_records(str(tmp_path), [*ids, *ids])
-    assert {name: record["trial_id"] for name, record in found.items()} == {one: one for one in ids[1:]}
+    assert {name: record["trial_id"] for name, record in found.items()} == {
+        one: one for one in ids[1:]
+    }
     assert len(asked) == 8

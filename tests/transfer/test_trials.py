@@ -1,4 +1,6 @@
-"""A trial's id names its content; label subsets are stratified and nested; draws are shared; a seed changes what a seed should."""
+"""A trial's id names its content; label subsets are stratified and nested; draws are shared; a seed
+changes what a seed should.
+"""
 
 import dataclasses
 import itertools
@@ -48,9 +50,22 @@ def changed(job: Job, path: str, value) -> Job:
 
 # ---------------------------------------------------------------- ids
 
-@pytest.mark.parametrize("words", [
-    {"hyper": {"lr": 0.02}}, {"fraction": 0.5}, {"fraction": 1}, {"seed": 1}, {"stage": "search"}, {"technique": "full"}, {"technique": "scratch"},
-    {"technique": {"lp_ft": {}}}, {"technique": {"lp_ft": {"probe_share": 0.4}}}], ids=str)
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        {"hyper": {"lr": 0.02}},
+        {"fraction": 0.5},
+        {"fraction": 1},
+        {"seed": 1},
+        {"stage": "search"},
+        {"technique": "full"},
+        {"technique": "scratch"},
+        {"technique": {"lp_ft": {}}},
+        {"technique": {"lp_ft": {"probe_share": 0.4}}},
+    ],
+    ids=str,
+)
 def test_an_id_follows_what_the_trial_is(world, words):
     job, shared = world
     plain = trial_of(job, shared)
@@ -58,23 +73,64 @@ def test_an_id_follows_what_the_trial_is(world, words):
     assert trial_of(job, shared, **words).id != plain.id
 
 
-@pytest.mark.parametrize(("path", "value"), [
-    ("seed", 5), ("targets.task.metric", "macro_f1"), ("targets.task.objective.options", {"label_smoothing": 0.1}),
-    *[(f"targets.task.train.{name}", value) for name, value in {
-        "steps": 13, "global_batch": 8, "optimizer": "sgd", "lr": 0.02, "beta1": 0.8, "beta2": 0.9, "weight_decay": 0.2, "warmup": 0.3, "schedule": "constant",
-        "clip_norm": None, "precision": "bf16", "ema": 0.9, "augment": False, "keep": "last", "eval_every_steps": 3, "canonical_shards": 4,
-        "max_bad_steps": 2}.items()]])
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("seed", 5),
+        ("targets.task.metric", "macro_f1"),
+        ("targets.task.objective.options", {"label_smoothing": 0.1}),
+        *[
+            (f"targets.task.train.{name}", value)
+            for name, value in {
+                "steps": 13,
+                "global_batch": 8,
+                "optimizer": "sgd",
+                "lr": 0.02,
+                "beta1": 0.8,
+                "beta2": 0.9,
+                "weight_decay": 0.2,
+                "warmup": 0.3,
+                "schedule": "constant",
+                "clip_norm": None,
+                "precision": "bf16",
+                "ema": 0.9,
+                "augment": False,
+                "keep": "last",
+                "eval_every_steps": 3,
+                "canonical_shards": 4,
+                "max_bad_steps": 2,
+            }.items()
+        ],
+    ],
+)
 def test_an_id_follows_every_setting_that_matters(world, path, value):
     job, shared = world
     assert trial_of(changed(job, path, value), shared).id != trial_of(job, shared).id
 
 
-@pytest.mark.parametrize(("path", "value"), [
-    ("name", "other"), ("storage", "elsewhere"), ("fanout.seeds", 7), ("fanout.cpus_per_trial", 0.5), ("techniques", [{"name": "full"}]),
-    ("targets.task.label_fractions", [0.1, 1.0]), ("targets.task.techniques", [{"name": "full"}]), ("targets.task.data.max_bad_rows", 0.5),
-    ("sources.src.workers", 4),
-    *[(f"targets.task.train.{name}", value) for name, value in {
-        "log_every_steps": 3, "checkpoint_every_steps": 7, "checkpoint_every_minutes": 2.5, "trace_rows": True}.items()]])
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("name", "other"),
+        ("storage", "elsewhere"),
+        ("fanout.seeds", 7),
+        ("fanout.cpus_per_trial", 0.5),
+        ("techniques", [{"name": "full"}]),
+        ("targets.task.label_fractions", [0.1, 1.0]),
+        ("targets.task.techniques", [{"name": "full"}]),
+        ("targets.task.data.max_bad_rows", 0.5),
+        ("sources.src.workers", 4),
+        *[
+            (f"targets.task.train.{name}", value)
+            for name, value in {
+                "log_every_steps": 3,
+                "checkpoint_every_steps": 7,
+                "checkpoint_every_minutes": 2.5,
+                "trace_rows": True,
+            }.items()
+        ],
+    ],
+)
 def test_an_id_does_not_follow_what_changes_no_number(world, path, value):
     job, shared = world
     assert trial_of(changed(job, path, value), shared).id == trial_of(job, shared).id
@@ -85,19 +141,35 @@ def test_an_id_follows_weights_and_rows_and_scratch_has_no_weights(world):
     base = next(iter(shared.bases.values()))
 
     def made(source, technique, source_key, data_key):
-        return trials.make(job, "task", (base, source, Plug(name=technique), 1.0), {}, 0, "final", source_key, data_key).id
+        return trials.make(
+            job,
+            "task",
+            (base, source, Plug(name=technique), 1.0),
+            {},
+            0,
+            "final",
+            source_key,
+            data_key,
+        ).id
 
     assert made("src", "full", "a", "d") != made("src", "full", "b", "d")
     assert made("src", "full", "a", "d") != made("src", "full", "a", "e")
-    assert made(trials.SCRATCH, "scratch", "a", "d") == made(trials.SCRATCH, "scratch", "b", "d") != made(trials.SCRATCH, "scratch", "a", "e")
+    assert (
+        made(trials.SCRATCH, "scratch", "a", "d")
+        == made(trials.SCRATCH, "scratch", "b", "d")
+        != made(trials.SCRATCH, "scratch", "a", "e")
+    )
 
 
 # ---------------------------------------------------------------- label subsets
 
+
 def labelled(counts=(200, 100, 40, 3)):
     labels = np.random.default_rng(0).permutation(np.repeat(np.arange(len(counts)), counts))
     rows = image_rows(len(labels))
-    return rows_of(rows.modality, {"image": np.zeros((len(labels), 1, 8, 8), np.uint8), "label": labels}), labels
+    return rows_of(
+        rows.modality, {"image": np.zeros((len(labels), 1, 8, 8), np.uint8), "label": labels}
+    ), labels
 
 
 def test_shares_are_stratified_and_leave_no_class_out():
@@ -122,16 +194,26 @@ def test_subsets_of_one_seed_are_nested(kind):
 def test_seeds_choose_other_rows_and_the_same_seed_the_same():
     rows, labels = labelled()
     found = [label_subset(rows, labels, 0.25, seed) for seed in range(8)]
-    assert len({tuple(places) for places in found}) == 8 and np.array_equal(found[0], label_subset(rows, labels, 0.25, 0))
+    assert len({tuple(places) for places in found}) == 8 and np.array_equal(
+        found[0], label_subset(rows, labels, 0.25, 0)
+    )
     assert {len(places) for places in found} == {len(found[0])}
-    often = np.bincount(np.concatenate([label_subset(rows, labels, 0.25, seed) for seed in range(200)]), minlength=343)[labels == 0]
+    often = np.bincount(
+        np.concatenate([label_subset(rows, labels, 0.25, seed) for seed in range(200)]),
+        minlength=343,
+    )[labels == 0]
     assert often.min() > 20 and often.max() < 85  # 50 on average: every row has its chance
 
 
 def test_integers_are_rows_a_class():
     rows, labels = labelled()
     for n in (1, 5, 40):
-        assert Counter(labels[label_subset(rows, labels, n, 0)].tolist()) == {0: n, 1: n, 2: n, 3: min(n, 3)}
+        assert Counter(labels[label_subset(rows, labels, n, 0)].tolist()) == {
+            0: n,
+            1: n,
+            2: n,
+            3: min(n, 3),
+        }
 
 
 def test_a_subset_follows_row_ids_and_not_places():
@@ -152,24 +234,41 @@ def test_without_labels_a_share_is_of_all_rows():
 @pytest.mark.parametrize("share", [0.0, -0.5, 1.5])
 def test_a_share_outside_its_range_is_refused(share):
     rows, labels = labelled()
-    with pytest.raises(ValueError, match=r"must be above 0 and at most 1\.0; integers are rows a class"):
+    with pytest.raises(
+        ValueError, match=r"must be above 0 and at most 1\.0; integers are rows a class"
+    ):
         label_subset(rows, labels, share, 0)
 
 
 def test_fractions_are_told_apart_in_words():
-    assert [trials.fraction_text(f, "behaviour_cloning") for f in (1, 0.05, 0)] == ["1 rows", "0.05", "0 rows"]
-    assert [trials.fraction_text(f) for f in (1, 1.0, 0.05, 0.25, 10)] == ["1/class", "1.0", "0.05", "0.25", "10/class"]
+    assert [trials.fraction_text(f, "behaviour_cloning") for f in (1, 0.05, 0)] == [
+        "1 rows",
+        "0.05",
+        "0 rows",
+    ]
+    assert [trials.fraction_text(f) for f in (1, 1.0, 0.05, 0.25, 10)] == [
+        "1/class",
+        "1.0",
+        "0.05",
+        "0.25",
+        "10/class",
+    ]
 
 
 # ---------------------------------------------------------------- draws
 
+
 def searching(job: Job, search: dict, count: int = 400, seed: int = 0) -> Job:
-    return changed(changed(changed(job, "seed", seed), "fanout.search", search), "fanout.trials", count)
+    return changed(
+        changed(changed(job, "seed", seed), "fanout.search", search), "fanout.trials", count
+    )
 
 
 def test_draws_are_log_uniform_within_their_range(world):
     low, high = 1e-4, 1e-1
-    found = np.array([draw["lr"] for draw in trials.draws(searching(world[0], {"lr": [low, high]}))])
+    found = np.array(
+        [draw["lr"] for draw in trials.draws(searching(world[0], {"lr": [low, high]}))]
+    )
     place = (np.log(found) - math.log(low)) / (math.log(high) - math.log(low))
     assert place.min() > -1e-6 and place.max() < 1 + 1e-6 and len(set(found)) == 400
     counts = np.histogram(place, bins=10, range=(0, 1))[0]
@@ -177,8 +276,13 @@ def test_draws_are_log_uniform_within_their_range(world):
 
 
 def test_draws_of_choices_and_whole_numbers(world):
-    found = trials.draws(searching(world[0], {"weight_decay": [0.0, 0.1, 0.5], "global_batch": [8, 64]}))
-    assert set(Counter(d["weight_decay"] for d in found)) == {0.0, 0.1, 0.5} and min(Counter(d["weight_decay"] for d in found).values()) > 90
+    found = trials.draws(
+        searching(world[0], {"weight_decay": [0.0, 0.1, 0.5], "global_batch": [8, 64]})
+    )
+    assert (
+        set(Counter(d["weight_decay"] for d in found)) == {0.0, 0.1, 0.5}
+        and min(Counter(d["weight_decay"] for d in found).values()) > 90
+    )
     assert all(isinstance(d["global_batch"], int) and 8 <= d["global_batch"] <= 64 for d in found)
     Train.model_validate(found[0])
 
@@ -187,16 +291,30 @@ def test_draws_come_from_the_jobs_seed_alone(world):
     """No cell, source or technique enters: scratch is searched over the same draws."""
     search = {"lr": [1e-4, 1e-1]}
     assert trials.draws(searching(world[0], search)) == trials.draws(searching(world[0], search))
-    assert trials.draws(searching(world[0], search)) != trials.draws(searching(world[0], search, seed=1))
-    assert trials.draws(searching(world[0], search, count=5)) == trials.draws(searching(world[0], search, count=9))[:5]
+    assert trials.draws(searching(world[0], search)) != trials.draws(
+        searching(world[0], search, seed=1)
+    )
+    assert (
+        trials.draws(searching(world[0], search, count=5))
+        == trials.draws(searching(world[0], search, count=9))[:5]
+    )
     assert trials.draws(world[0]) == [{}]
 
 
 # ---------------------------------------------------------------- cells
 
+
 def bases_of(*names):
     modality = {"name": "image", "options": {}, "state": {}}
-    return trials.bases({name: ({"name": f"timm/{arch}", "options": {}, "inputs": {}}, {**modality, "state": {"mean": [mean]}}) for name, arch, mean in names})
+    return trials.bases(
+        {
+            name: (
+                {"name": f"timm/{arch}", "options": {}, "inputs": {}},
+                {**modality, "state": {"mean": [mean]}},
+            )
+            for name, arch, mean in names
+        }
+    )
 
 
 def test_sources_that_read_alike_share_one_scratch(world):
@@ -206,19 +324,35 @@ def test_sources_that_read_alike_share_one_scratch(world):
     assert len({base.key for base in found}) == 3
     job = changed(world[0], "targets.task.label_fractions", [0.1, 1.0])
     cells = trials.cells(job, "task", found, {"a", "b", "c"})
-    assert all(base.label != "timm/v" for base, *_ in cells)  # no chosen source, so no scratch either
-    scratch = Counter((base.label, fraction) for base, source, plug, fraction in cells if source == trials.SCRATCH)
-    assert scratch == {(label, fraction): 1 for label in ("timm/r@a", "timm/r@c") for fraction in (0.1, 1.0)}
+    assert all(
+        base.label != "timm/v" for base, *_ in cells
+    )  # no chosen source, so no scratch either
+    scratch = Counter(
+        (base.label, fraction) for base, source, plug, fraction in cells if source == trials.SCRATCH
+    )
+    assert scratch == {
+        (label, fraction): 1 for label in ("timm/r@a", "timm/r@c") for fraction in (0.1, 1.0)
+    }
     assert Counter(source for _, source, _, _ in cells) == {"none": 4, "a": 6, "b": 6, "c": 6}
 
 
 def test_scratch_is_always_there_and_first(world):
     job = changed(world[0], "techniques", [{"name": "full"}])
-    assert [plug.name for plug in trials.techniques(job, job.targets["task"])] == ["scratch", "full"]
+    assert [plug.name for plug in trials.techniques(job, job.targets["task"])] == [
+        "scratch",
+        "full",
+    ]
     job = changed(world[0], "targets.task.techniques", [{"name": "lp_ft"}, {"name": "scratch"}])
-    assert [plug.name for plug in trials.techniques(job, job.targets["task"])] == ["scratch", "lp_ft"]
+    assert [plug.name for plug in trials.techniques(job, job.targets["task"])] == [
+        "scratch",
+        "lp_ft",
+    ]
     job = changed(world[0], "targets.task.techniques", [{"name": "random_probe"}, {"name": "full"}])
-    assert [plug.name for plug in trials.techniques(job, job.targets["task"])] == ["scratch", "random_probe", "full"]
+    assert [plug.name for plug in trials.techniques(job, job.targets["task"])] == [
+        "scratch",
+        "random_probe",
+        "full",
+    ]
 
 
 def test_a_probe_of_random_weights_starts_where_scratch_does_and_moves_the_head_alone(world):
@@ -228,11 +362,16 @@ def test_a_probe_of_random_weights_starts_where_scratch_does_and_moves_the_head_
     assert all(torch.equal(start[name], kept[name]) for name in start)
     record = one_trial.run(found["random_probe"], shared)
     task = one_trial.build(found["random_probe"], shared)[0]
-    assert record["rows"][0]["params_trained"] == sum(p.numel() for p in task.objective.parameters())
-    assert probe.batchable([found["random_probe"]], shared) and not probe.batchable([found["scratch"]], shared)
+    assert record["rows"][0]["params_trained"] == sum(
+        p.numel() for p in task.objective.parameters()
+    )
+    assert probe.batchable([found["random_probe"]], shared) and not probe.batchable(
+        [found["scratch"]], shared
+    )
 
 
 # ---------------------------------------------------------------- seeds and what a trial is made of
+
 
 def test_a_seed_changes_initialisation_order_and_subset(world):
     job, shared = world
@@ -243,12 +382,22 @@ def test_a_seed_changes_initialisation_order_and_subset(world):
         train, rows, _ = one_trial.resolved(one, shared)
         plan = one_trial.order_of(one, shared, train, rows)
         ids = rows.selection.ids(np.arange(len(rows)))
-        seen.append((start, tuple(plan.batch(0)[0]), tuple(ids), task.objective.head.weight.detach().clone(), task.backbone.state_dict()))
+        seen.append(
+            (
+                start,
+                tuple(plan.batch(0)[0]),
+                tuple(ids),
+                task.objective.head.weight.detach().clone(),
+                task.backbone.state_dict(),
+            )
+        )
         assert moved.endswith("; head new") and "0 new, 0 dropped" in moved
     for part in range(3):
         assert len({row[part] for row in seen}) == 3
     assert not torch.equal(seen[0][3], seen[1][3])
-    assert all(torch.equal(a, b) for a, b in zip(seen[0][4].values(), seen[1][4].values(), strict=True))  # the source's weights are one
+    assert all(
+        torch.equal(a, b) for a, b in zip(seen[0][4].values(), seen[1][4].values(), strict=True)
+    )  # the source's weights are one
 
 
 def test_the_same_trial_starts_the_same(world):
@@ -260,11 +409,16 @@ def test_the_same_trial_starts_the_same(world):
 
 def test_scratch_starts_from_nothing_of_the_source(world):
     job, shared = world
-    starts = [one_trial.build(trial_of(job, shared, "scratch", seed=seed), shared) for seed in range(2)]
+    starts = [
+        one_trial.build(trial_of(job, shared, "scratch", seed=seed), shared) for seed in range(2)
+    ]
     assert starts[0][1] == "backbone and head new (scratch)" and starts[0][2] != starts[1][2]
     matrices = [name for name, p in starts[0][0].backbone.named_parameters() if p.dim() > 1]
     for name in matrices:
-        own, source = starts[0][0].backbone.state_dict()[name], torch.from_numpy(shared.weights["src"][name])
+        own, source = (
+            starts[0][0].backbone.state_dict()[name],
+            torch.from_numpy(shared.weights["src"][name]),
+        )
         assert not torch.equal(own, source)
         assert not torch.equal(own, starts[1][0].backbone.state_dict()[name])
 
@@ -272,7 +426,10 @@ def test_scratch_starts_from_nothing_of_the_source(world):
 def test_the_head_of_a_seed_is_the_same_for_every_technique(world):
     """Paired by seed: scratch and full differ by their backbone alone."""
     job, shared = world
-    heads = [one_trial.build(trial_of(job, shared, technique, seed=4), shared)[0].objective.head.weight for technique in ("scratch", "full", "linear_probe")]
+    heads = [
+        one_trial.build(trial_of(job, shared, technique, seed=4), shared)[0].objective.head.weight
+        for technique in ("scratch", "full", "linear_probe")
+    ]
     assert all(torch.equal(heads[0], head) for head in heads)
 
 
@@ -280,7 +437,9 @@ def test_the_batch_is_never_larger_than_the_rows(world):
     job, shared = world
     train, rows, steps = one_trial.resolved(trial_of(job, shared, "full", fraction=2), shared)
     assert len(rows) == 6 and train.global_batch == 6 and steps == 12
-    train, rows, steps = one_trial.resolved(trial_of(job, shared, "full", {"lr": 0.5, "global_batch": 7}), shared)
+    train, rows, steps = one_trial.resolved(
+        trial_of(job, shared, "full", {"lr": 0.5, "global_batch": 7}), shared
+    )
     assert (train.lr, train.global_batch, len(rows)) == (0.5, 7, 60)
     assert one_trial.resolved(trial_of(job, shared, "linear_probe"), shared)[0].augment is False
     assert one_trial.resolved(trial_of(job, shared, "full"), shared)[0].augment is True
@@ -288,24 +447,43 @@ def test_the_batch_is_never_larger_than_the_rows(world):
 
 # ---------------------------------------------------------------- a trial runs
 
+
 def test_a_trial_writes_what_truly_ran(world, paths, tmp_path):
     job, _ = world
     shared = shared_of(tmp_path, job, paths, keep_bundles=True)
     one = trial_of(job, shared, "lp_ft", {"lr": 0.004}, fraction=0.5, seed=2)
     record = one_trial.run(one, shared)
     rows = record["rows"]
-    assert {(row["split"], row["metric"]) for row in rows} == {(s, m) for s in ("test", "validation") for m in ("accuracy", "macro_f1", "loss")}
+    assert {(row["split"], row["metric"]) for row in rows} == {
+        (s, m) for s in ("test", "validation") for m in ("accuracy", "macro_f1", "loss")
+    }
     first = rows[0]
-    assert (first["split"], first["metric"], first["status"], first["steps"], first["n_train"], first["n_eval"], first["n_units"]) == \
-        ("test", "accuracy", "done", 12, 30, 24, 24)
-    assert first["hyper_parameters"]["lr"] == 0.004 and first["hyper_parameters"]["global_batch"] == 16
+    assert (
+        first["split"],
+        first["metric"],
+        first["status"],
+        first["steps"],
+        first["n_train"],
+        first["n_eval"],
+        first["n_units"],
+    ) == ("test", "accuracy", "done", 12, 30, 24, 24)
+    assert (
+        first["hyper_parameters"]["lr"] == 0.004 and first["hyper_parameters"]["global_batch"] == 16
+    )
     task, _, start = one_trial.build(one, shared)
-    assert first["hyper_parameters"]["start_weights"] == start and first["params_trained"] == sum(p.numel() for p in task.parameters())
-    assert first["value_low"] <= first["value"] <= first["value_high"] and first["interval"] == "95% bootstrap over test rows"
+    assert first["hyper_parameters"]["start_weights"] == start and first["params_trained"] == sum(
+        p.numel() for p in task.parameters()
+    )
+    assert (
+        first["value_low"] <= first["value"] <= first["value_high"]
+        and first["interval"] == "95% bootstrap over test rows"
+    )
     assert one_trial.read_record(shared.root, one.id)["trial_id"] == one.id
     run = one_trial.read_predictions(shared.root, one.id, 2)
     assert run is not None and run.rows.tolist() == list(range(24))
-    assert (run.predictions["scores"].argmax(1) == run.predictions["label"]).mean() == pytest.approx(first["value"])
+    assert (
+        run.predictions["scores"].argmax(1) == run.predictions["label"]
+    ).mean() == pytest.approx(first["value"])
     from pipeline import bundle
 
     again = bundle.load(first["bundle_uri"]).task()
@@ -330,15 +508,30 @@ def killed_after(steps: int):
 
 def without_time(record: dict) -> dict:
     """A record but for what is another every time, and for where it lies."""
-    rows = [{name: value for name, value in row.items() if name not in ("seconds", "started_at", "bundle_uri")} for row in record["rows"]]
+    rows = [
+        {
+            name: value
+            for name, value in row.items()
+            if name not in ("seconds", "started_at", "bundle_uri")
+        }
+        for row in record["rows"]
+    ]
     return {**record, "rows": rows, "resumed_from": None}
 
 
 @pytest.mark.parametrize("technique", ["full", "lp_ft", "scratch", "linear_probe"])
 def test_a_trial_that_was_killed_goes_on_bit_for_bit(paths, tmp_path, technique):
-    """As a source does, by the same resume points, in the trial's own folder; they go when the record is written."""
-    job = job_of(tmp_path, paths, {"checkpoint_every_steps": 4, "eval_every_steps": 3, "ema": 0.9, "trace_rows": True})
-    whole, parts = (shared_of(tmp_path, job, paths, root=root, keep_bundles=True) for root in ("whole", "parts"))
+    """As a source does, by the same resume points, in the trial's own folder; they go when the
+    record is written.
+    """
+    job = job_of(
+        tmp_path,
+        paths,
+        {"checkpoint_every_steps": 4, "eval_every_steps": 3, "ema": 0.9, "trace_rows": True},
+    )
+    whole, parts = (
+        shared_of(tmp_path, job, paths, root=root, keep_bundles=True) for root in ("whole", "parts")
+    )
     one = trial_of(job, whole, technique)
     want = one_trial.run(one, whole)
     with pytest.raises(Killed):
@@ -352,11 +545,29 @@ def test_a_trial_that_was_killed_goes_on_bit_for_bit(paths, tmp_path, technique)
     assert without_time(found) == without_time(want) and not points.exists()
     weights = [bundle.load(record["rows"][0]["bundle_uri"]).tensors for record in (found, want)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
-    logs = [[json.loads(line) for line in Path(one_trial.folder(world, one), "metrics.jsonl").read_text().splitlines()] for world in (parts, whole)]
-    assert [line["step"] for line in logs[0]] == [line["step"] for line in logs[1]], "no step stands twice"
-    traces = [{line["step"]: line["rows"] for line in map(json.loads, Path(one_trial.folder(world, one), "rows-rank0.jsonl").read_text().splitlines())}
-              for world in (parts, whole)]
-    assert traces[0] == traces[1] and sorted(traces[0]) == list(range(12)), "trace_rows: every step's rows, as for a source"
+    logs = [
+        [
+            json.loads(line)
+            for line in Path(one_trial.folder(world, one), "metrics.jsonl").read_text().splitlines()
+        ]
+        for world in (parts, whole)
+    ]
+    assert [line["step"] for line in logs[0]] == [line["step"] for line in logs[1]], (
+        "no step stands twice"
+    )
+    traces = [
+        {
+            line["step"]: line["rows"]
+            for line in map(
+                json.loads,
+                Path(one_trial.folder(world, one), "rows-rank0.jsonl").read_text().splitlines(),
+            )
+        }
+        for world in (parts, whole)
+    ]
+    assert traces[0] == traces[1] and sorted(traces[0]) == list(range(12)), (
+        "trace_rows: every step's rows, as for a source"
+    )
 
 
 def test_a_trial_that_failed_keeps_its_resume_points_for_the_next_run(paths, tmp_path):
@@ -373,19 +584,33 @@ def test_a_trial_that_failed_keeps_its_resume_points_for_the_next_run(paths, tmp
 
 def streamed(job: Job, shared, paths) -> None:
     """The target's rows read from their files as the trials of ``shared`` go on."""
-    (place, data), = shared.targets.items()
-    shared.targets[place] = dataclasses.replace(data, train=dataclasses.replace(data.train, arrays=None))
+    ((place, data),) = shared.targets.items()
+    shared.targets[place] = dataclasses.replace(
+        data, train=dataclasses.replace(data.train, arrays=None)
+    )
 
 
 @pytest.mark.parametrize(("shuffle", "most"), [("auto", 2.0), ("blocks", 2.0), ("rows", None)])
-def test_a_target_beyond_memory_is_shuffled_by_the_sources_rule(tmp_path, monkeypatch, shuffle, most):
-    """How often its file is read in an epoch: a full permutation of rows in many row groups reads each of them again and again."""
+def test_a_target_beyond_memory_is_shuffled_by_the_sources_rule(
+    tmp_path, monkeypatch, shuffle, most
+):
+    """How often its file is read in an epoch: a full permutation of rows in many row groups reads
+    each of them again and again.
+    """
     paths = image_files(tmp_path / "data", {"train": 512, "validation": 8, "test": 8})
-    job = changed(job_of(tmp_path, paths, {"steps": None, "epochs": 1.0, "global_batch": 8}), "targets.task.data.shuffle", shuffle)
+    job = changed(
+        job_of(tmp_path, paths, {"steps": None, "epochs": 1.0, "global_batch": 8}),
+        "targets.task.data.shuffle",
+        shuffle,
+    )
     shared = shared_of(tmp_path, job, paths)
     streamed(job, shared, paths)
-    monkeypatch.setattr("pipeline.train.pretrain.ROWS_SHUFFLE_BYTES", 0)  # as if the files were larger than what is read as single rows
-    monkeypatch.setattr("pipeline.data.loader.READER_BYTES", 1 << 17)  # and a reader kept few of the 32 row groups
+    monkeypatch.setattr(
+        "pipeline.train.pretrain.ROWS_SHUFFLE_BYTES", 0
+    )  # as if the files were larger than what is read as single rows
+    monkeypatch.setattr(
+        "pipeline.data.loader.READER_BYTES", 1 << 17
+    )  # and a reader kept few of the 32 row groups
     monkeypatch.setattr("pipeline.data.stream.ITEM_ROWS", (8, 8))
     reads = Counter()
     original = manifest.pq.ParquetFile.read_row_group
@@ -397,7 +622,9 @@ def test_a_target_beyond_memory_is_shuffled_by_the_sources_rule(tmp_path, monkey
     monkeypatch.setattr(manifest.pq.ParquetFile, "read_row_group", counted)
     one_trial.run(trial_of(job, shared, "full", stage="search"), shared)
     epochs = sum(reads.values()) / len(reads)
-    assert len(reads) == 32 and (epochs < most if most else epochs > 5), f"each row group is read {epochs:.1f} times an epoch"
+    assert len(reads) == 32 and (epochs < most if most else epochs > 5), (
+        f"each row group is read {epochs:.1f} times an epoch"
+    )
 
 
 def test_a_search_trial_never_reads_the_test_rows(world, paths, tmp_path):
@@ -406,7 +633,9 @@ def test_a_search_trial_never_reads_the_test_rows(world, paths, tmp_path):
     data = next(iter(shared.targets.values()))
     data.test = None  # type: ignore[assignment]
     record = one_trial.run(trial_of(job, shared, "full", stage="search"), shared)
-    assert {row["split"] for row in record["rows"]} == {"validation"} and all("value_low" not in row for row in record["rows"])
+    assert {row["split"] for row in record["rows"]} == {"validation"} and all(
+        "value_low" not in row for row in record["rows"]
+    )
 
 
 def test_a_failed_trial_has_its_row(world, paths, tmp_path):
@@ -415,11 +644,15 @@ def test_a_failed_trial_has_its_row(world, paths, tmp_path):
     one = trial_of(job, shared, "full", {"lr": 0.7})
     record = one_trial.failed(one, shared, "OutOfMemoryError: no more")
     assert one_trial.read_record(shared.root, one.id) == record
-    assert [(row["status"], row["error"], row["hyper_parameters"]["lr"]) for row in record["rows"]] == [("failed", "OutOfMemoryError: no more", 0.7)]
+    assert [
+        (row["status"], row["error"], row["hyper_parameters"]["lr"]) for row in record["rows"]
+    ] == [("failed", "OutOfMemoryError: no more", 0.7)]
 
 
 def test_boxes_of_a_checkpoint_that_reads_cropped_images_are_refused(tmp_path, paths):
-    """The job says nothing of how a checkpoint's images are read: it is known when the target's are."""
+    """The job says nothing of how a checkpoint's images are read: it is known when the target's
+    are.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -429,50 +662,123 @@ def test_boxes_of_a_checkpoint_that_reads_cropped_images_are_refused(tmp_path, p
     for split, path in paths.items():
         table = pq.read_table(path)
         boxed[split] = str(tmp_path / f"{split}.parquet")
-        pq.write_table(table.append_column("boxes", pa.array([[[0.1, 0.1, 0.9, 0.9]]] * len(table))).append_column("kinds", pa.array([[1]] * len(table))),
-                       boxed[split])
-    job = job_of(tmp_path, paths, data={**boxed, "modality": "image", "columns": {"image": "picture", "boxes": "boxes", "labels": "kinds"}},
-                 objective="detection")
+        pq.write_table(
+            table.append_column(
+                "boxes", pa.array([[[0.1, 0.1, 0.9, 0.9]]] * len(table))
+            ).append_column("kinds", pa.array([[1]] * len(table))),
+            boxed[split],
+        )
+    job = job_of(
+        tmp_path,
+        paths,
+        data={
+            **boxed,
+            "modality": "image",
+            "columns": {"image": "picture", "boxes": "boxes", "labels": "kinds"},
+        },
+        objective="detection",
+    )
     stage, options = targets.stage(job, "task"), {"size": 32, "channels": 3}
-    crops, pads = (trials.bases({"src": ({"name": "timm/test_resnet", "options": {}, "inputs": {"channels": 3, "size": 32}},
-                                         {"name": "image", "options": {**options, "fit": fit}, "state": {"mean": [0.5] * 3, "std": [0.2] * 3}})})[0]
-                   for fit in ("crop", "pad"))
+    crops, pads = (
+        trials.bases(
+            {
+                "src": (
+                    {
+                        "name": "timm/test_resnet",
+                        "options": {},
+                        "inputs": {"channels": 3, "size": 32},
+                    },
+                    {
+                        "name": "image",
+                        "options": {**options, "fit": fit},
+                        "state": {"mean": [0.5] * 3, "std": [0.2] * 3},
+                    },
+                )
+            }
+        )[0]
+        for fit in ("crop", "pad")
+    )
     with pytest.raises(ValueError, match=r"data\.modality: fit: crop cuts away .* say fit: pad"):
         targets.prepare(stage, crops)
     assert len(targets.prepare(stage, pads).train) == 60
 
 
 def test_a_crop_share_of_a_target_is_for_rows_that_are_cropped(tmp_path, paths):
-    """What a target itself says is refused; a share that it inherits from its source and that its own fit has no use for is not."""
+    """What a target itself says is refused; a share that it inherits from its source and that its
+    own fit has no use for is not.
+    """
     from pipeline.transfer import targets
 
     def stage(**options):
-        data = {**paths, "modality": {"image": options}, "columns": {"image": "picture", "label": "class"}}
+        data = {
+            **paths,
+            "modality": {"image": options},
+            "columns": {"image": "picture", "label": "class"},
+        }
         return targets.stage(job_of(tmp_path, paths, data=data), "task")
 
     def base(**options):
-        modality = {"name": "image", "options": {"size": 32, "channels": 3, **options}, "state": {"mean": [0.5] * 3, "std": [0.2] * 3}}
-        return trials.bases({"src": ({"name": "timm/test_resnet", "options": {}, "inputs": {"channels": 3, "size": 32}}, modality)})[0]
+        modality = {
+            "name": "image",
+            "options": {"size": 32, "channels": 3, **options},
+            "state": {"mean": [0.5] * 3, "std": [0.2] * 3},
+        }
+        return trials.bases(
+            {
+                "src": (
+                    {
+                        "name": "timm/test_resnet",
+                        "options": {},
+                        "inputs": {"channels": 3, "size": 32},
+                    },
+                    modality,
+                )
+            }
+        )[0]
 
-    with pytest.raises(ValueError, match=r"targets\.task\.data\.modality: crop_share 0\.5 has no effect with fit: squash"):
+    with pytest.raises(
+        ValueError,
+        match=r"targets\.task\.data\.modality: crop_share 0\.5 has no effect with fit: squash",
+    ):
         targets.reading_of(stage(crop_share=0.5), base(fit="squash"))
     assert targets.reading_of(stage(fit="pad"), base(crop_share=0.9)).modality.options.fit == "pad"
 
 
-@pytest.mark.parametrize(("objective", "technique", "in_memory", "batch"), [
-    ("classification", "linear_probe", True, (None, 9)), ("classification", "linear_probe", False, (60.0, 64)), ("classification", "full", True, (60.0, 64)),
-    ("ctc", "linear_probe", True, (60.0, 64)), ("ctc", "full", True, (60.0, 64))])
-def test_rows_are_read_by_cost_unless_features_of_one_length_are_kept(objective, technique, in_memory, batch, tmp_path):
-    """Recognition has no features computed once: one long row among short ones must not be padded to by a batch of many."""
+@pytest.mark.parametrize(
+    ("objective", "technique", "in_memory", "batch"),
+    [
+        ("classification", "linear_probe", True, (None, 9)),
+        ("classification", "linear_probe", False, (60.0, 64)),
+        ("classification", "full", True, (60.0, 64)),
+        ("ctc", "linear_probe", True, (60.0, 64)),
+        ("ctc", "full", True, (60.0, 64)),
+    ],
+)
+def test_rows_are_read_by_cost_unless_features_of_one_length_are_kept(
+    objective, technique, in_memory, batch, tmp_path
+):
+    """Recognition has no features computed once: one long row among short ones must not be padded
+    to by a batch of many.
+    """
     pq.write_table(pa.table({"x": list(range(100))}), tmp_path / "rows.parquet")
     costs = np.where(np.arange(100) % 10, 4.0, 30.0)  # 6.6 on average
     decoder = SimpleNamespace(size=len)
-    rows = Rows(manifest.Selection(manifest.build(str(tmp_path / "rows.parquet"), "auto", str(tmp_path))), decoder, costs=costs)
+    rows = Rows(
+        manifest.Selection(manifest.build(str(tmp_path / "rows.parquet"), "auto", str(tmp_path))),
+        decoder,
+        costs=costs,
+    )
     train = Train.model_validate({"batch_cost": 60.0, "steps": 5})
     spec = SimpleNamespace(train=train, workers=0, data=SimpleNamespace(shuffle="auto"))
-    data = SimpleNamespace(train=rows, labels=None, spec=spec, objective={"name": objective}, in_memory=in_memory)
+    data = SimpleNamespace(
+        train=rows, labels=None, spec=spec, objective={"name": objective}, in_memory=in_memory
+    )
     shared = SimpleNamespace(targets={("task", "base"): data}, seed=0)
     plug = Plug.model_validate(technique)
     one = trials.Trial("src", "base", "base", "task", plug, {}, 1.0, 0, "final", "id")
     found, _, steps = one_trial.resolved(one, shared)
-    assert (found.batch_cost, found.global_batch) == batch and steps == 5 and found.augment == (technique == "full")
+    assert (
+        (found.batch_cost, found.global_batch) == batch
+        and steps == 5
+        and found.augment == (technique == "full")
+    )

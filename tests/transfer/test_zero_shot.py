@@ -35,34 +35,76 @@ def test_zero_shot_is_the_source_itself(tmp_path, paths, carried):
     one = trial_of(job, shared, "zero_shot", fraction=0)
     record = trial.run(one, shared)
     row = next(r for r in record["rows"] if r["split"] == "test")
-    assert (row["steps"], row["n_train"], row["params_trained"], row["label_fraction"]) == (0, 0, 0, "0/class")
+    assert (row["steps"], row["n_train"], row["params_trained"], row["label_fraction"]) == (
+        0,
+        0,
+        0,
+        "0/class",
+    )
     kept = bundle.load(row["bundle_uri"])
-    assert all(torch.equal(kept.tensors[f"backbone.{name}"], torch.from_numpy(array)) for name, array in shared.weights["src"].items())
-    assert all(torch.equal(kept.tensors[f"objective.{name}"], torch.from_numpy(array)) for name, array in shared.heads["src"][1].items())
-    assert "head: 2 tensors kept, 0 new, 0 dropped" in record["transfer"] and [point["step"] for point in record["curve"]] == [0]
+    assert all(
+        torch.equal(kept.tensors[f"backbone.{name}"], torch.from_numpy(array))
+        for name, array in shared.weights["src"].items()
+    )
+    assert all(
+        torch.equal(kept.tensors[f"objective.{name}"], torch.from_numpy(array))
+        for name, array in shared.heads["src"][1].items()
+    )
+    assert "head: 2 tensors kept, 0 new, 0 dropped" in record["transfer"] and [
+        point["step"] for point in record["curve"]
+    ] == [0]
 
 
 def test_zero_shot_is_tried_once_whatever_the_labels_and_seeds(tmp_path, paths, carried):
     job, shared = world(tmp_path, paths, techniques=["scratch", "full", "zero_shot"])
-    job = job.model_copy(update={"targets": {"task": job.targets["task"].model_copy(update={"label_fractions": [0.5, 1.0]})}})
+    job = job.model_copy(
+        update={
+            "targets": {
+                "task": job.targets["task"].model_copy(update={"label_fractions": [0.5, 1.0]})
+            }
+        }
+    )
     found = trials.cells(job, "task", list(shared.bases.values()), {"src"})
     assert [(source, plug.name, fraction) for _, source, plug, fraction in found] == [
-        ("none", "scratch", 0.5), ("src", "full", 0.5), ("none", "scratch", 1.0), ("src", "full", 1.0), ("src", "zero_shot", 0)]
+        ("none", "scratch", 0.5),
+        ("src", "full", 0.5),
+        ("none", "scratch", 1.0),
+        ("src", "full", 1.0),
+        ("src", "zero_shot", 0),
+    ]
 
 
 def test_a_head_is_carried_by_name_and_shape_alone(tmp_path, paths, carried):
     job, shared = world(tmp_path, paths)
     theirs, head = shared.heads["src"]
     start, moved, _ = trial.build(trial_of(job, shared, "full"), shared)
-    assert "head: 2 tensors kept" in moved and torch.equal(start.objective.state_dict()["head.weight"], torch.from_numpy(head["head.weight"]))
-    fresh = trial.build(trial_of(job, shared, "scratch"), shared)[0].objective.state_dict()["head.bias"]
-    shared.heads["src"] = (theirs, {"head.weight": head["head.weight"], "head.bias": np.zeros(7, np.float32), "old": np.zeros(1, np.float32)})
+    assert "head: 2 tensors kept" in moved and torch.equal(
+        start.objective.state_dict()["head.weight"], torch.from_numpy(head["head.weight"])
+    )
+    fresh = trial.build(trial_of(job, shared, "scratch"), shared)[0].objective.state_dict()[
+        "head.bias"
+    ]
+    shared.heads["src"] = (
+        theirs,
+        {
+            "head.weight": head["head.weight"],
+            "head.bias": np.zeros(7, np.float32),
+            "old": np.zeros(1, np.float32),
+        },
+    )
     start, moved, _ = trial.build(trial_of(job, shared, "full"), shared)
     assert "head: 1 tensors kept, 1 new (head.bias), 2 dropped (head.bias, old)" in moved
     assert torch.equal(start.objective.state_dict()["head.bias"], fresh)
     shared.heads["src"] = ({"name": "multilabel", "options": {}}, head)
-    assert "head new: the source's objective was multilabel" in trial.build(trial_of(job, shared, "full"), shared)[1]
-    with pytest.raises(ValueError, match=r"zero_shot: nothing of the head of source src fits this target \(head new: the source's objective was multilabel\)"):
+    assert (
+        "head new: the source's objective was multilabel"
+        in trial.build(trial_of(job, shared, "full"), shared)[1]
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"zero_shot: nothing of the head of source src fits this target \(head new: the "
+        r"source's objective was multilabel\)",
+    ):
         trial.build(trial_of(job, shared, "zero_shot", fraction=0), shared)
 
 
@@ -70,42 +112,88 @@ def test_heads_are_new_where_the_objective_carries_none(tmp_path, paths):
     job, shared = world(tmp_path, paths)
     start, moved, _ = trial.build(trial_of(job, shared, "full"), shared)
     theirs = torch.from_numpy(shared.heads["src"][1]["head.weight"])
-    assert moved.endswith("; head new") and not torch.equal(start.objective.state_dict()["head.weight"], theirs)
+    assert moved.endswith("; head new") and not torch.equal(
+        start.objective.state_dict()["head.weight"], theirs
+    )
 
 
 def test_zero_shot_needs_a_head_that_is_carried(tmp_path, paths):
     job = job_of(tmp_path, paths)
-    job = job.model_validate({**job.model_dump(mode="json"), "techniques": ["scratch", "zero_shot"]})
-    with pytest.raises(ValueError, match=r"techniques: zero_shot tries the source's own head, and classification starts with a new one: leave it out"):
+    job = job.model_validate(
+        {**job.model_dump(mode="json"), "techniques": ["scratch", "zero_shot"]}
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"techniques: zero_shot tries the source's own head, and classification starts with "
+        r"a new one: leave it out",
+    ):
         shared_of(tmp_path, job, paths)
 
 
 def test_scratch_with_a_larger_budget_stands_beside_plain_scratch(tmp_path, paths):
     job, shared = world(tmp_path, paths, techniques=[{"scratch": {"budget": 2.5}}, "full"])
-    assert [str(plug) for plug in trials.techniques(job, job.targets["task"])] == ["scratch", 'scratch{"budget": 2.5}', "full"]
-    records = [trial.run(trial_of(job, shared, plug), shared) for plug in ("scratch", {"scratch": {"budget": 2.5}}, "full")]
+    assert [str(plug) for plug in trials.techniques(job, job.targets["task"])] == [
+        "scratch",
+        'scratch{"budget": 2.5}',
+        "full",
+    ]
+    records = [
+        trial.run(trial_of(job, shared, plug), shared)
+        for plug in ("scratch", {"scratch": {"budget": 2.5}}, "full")
+    ]
     assert [record["rows"][0]["steps"] for record in records] == [12, 30, 12]
-    rows = [{**row, "hyper_parameters": json.dumps(row["hyper_parameters"])} for record in records for row in record["rows"]]
+    rows = [
+        {**row, "hyper_parameters": json.dumps(row["hyper_parameters"])}
+        for record in records
+        for row in record["rows"]
+    ]
     table = {(cell.source, cell.technique): cell.verdict for cell in cells.cells(rows, {})}
-    assert table.keys() == {("none", "scratch"), ("none", "scratch (budget 2.5)"), ("src", "full")} and table["none", "scratch"] == cells.REFERENCE
+    assert (
+        table.keys() == {("none", "scratch"), ("none", "scratch (budget 2.5)"), ("src", "full")}
+        and table["none", "scratch"] == cells.REFERENCE
+    )
     assert cells.REFERENCE not in (table["src", "full"], table["none", "scratch (budget 2.5)"])
 
 
-def test_metrics_of_test_rows_alone_come_first_and_are_not_asked_of_validation_rows(tmp_path, paths, monkeypatch):
-    monkeypatch.setattr(Classification, "test_metrics", classmethod(lambda cls, options, state: ("answer_f1", "exact_match")))
-    monkeypatch.setattr(Classification, "tested", lambda self, backbone, found, origin: {
-        **found, "f1": np.full(len(found["row"]), 0.25), "exact": (found["row"] == found["row"]).astype(float) * len(origin.table) / 12})
+def test_metrics_of_test_rows_alone_come_first_and_are_not_asked_of_validation_rows(
+    tmp_path, paths, monkeypatch
+):
+    monkeypatch.setattr(
+        Classification,
+        "test_metrics",
+        classmethod(lambda cls, options, state: ("answer_f1", "exact_match")),
+    )
+    monkeypatch.setattr(
+        Classification,
+        "tested",
+        lambda self, backbone, found, origin: {
+            **found,
+            "f1": np.full(len(found["row"]), 0.25),
+            "exact": (found["row"] == found["row"]).astype(float) * len(origin.table) / 12,
+        },
+    )
     job, shared = world(tmp_path, paths)
     record = trial.run(trial_of(job, shared, "full"), shared)
-    by_split = {split: [row["metric"] for row in record["rows"] if row["split"] == split] for split in ("test", "validation")}
-    assert by_split["test"][:3] == ["answer_f1", "exact_match", "accuracy"] and by_split["validation"][0] == "accuracy"
-    assert {row["metric"]: row["value"] for row in record["rows"] if row["split"] == "test"}["exact_match"] == 1.0
+    by_split = {
+        split: [row["metric"] for row in record["rows"] if row["split"] == split]
+        for split in ("test", "validation")
+    }
+    assert (
+        by_split["test"][:3] == ["answer_f1", "exact_match", "accuracy"]
+        and by_split["validation"][0] == "accuracy"
+    )
+    assert {row["metric"]: row["value"] for row in record["rows"] if row["split"] == "test"}[
+        "exact_match"
+    ] == 1.0
     assert not {"answer_f1", "exact_match"} & set(by_split["validation"])
     data = next(iter(shared.targets.values()))
     data.spec = data.spec.model_copy(update={"metric": "exact_match"})
     assert data.test_metrics == ("exact_match", "answer_f1") and data.metrics[0] == "accuracy"
     data.spec = data.spec.model_copy(update={"metric": "macro_f1"})
-    assert data.metrics[0] == "macro_f1" and next(iter(trial.tested(data, {**_read(shared, record)}))) == "macro_f1"
+    assert (
+        data.metrics[0] == "macro_f1"
+        and next(iter(trial.tested(data, {**_read(shared, record)}))) == "macro_f1"
+    )
 
 
 def _read(shared, record):
@@ -116,11 +204,24 @@ def test_a_target_s_rows_may_complete_what_a_source_fitted(tmp_path, paths, monk
     from pipeline.modalities.image import Image
 
     seen = []
-    monkeypatch.setattr(Image, "grown", lambda self, table, columns: seen.append((len(table), columns)) or {**self.state, "mean": [0.25] * 3})
+    monkeypatch.setattr(
+        Image,
+        "grown",
+        lambda self, table, columns: (
+            seen.append((len(table), columns)) or {**self.state, "mean": [0.25] * 3}
+        ),
+    )
     _, shared = world(tmp_path, paths)
     data = next(iter(shared.targets.values()))
-    assert data.modality["state"]["mean"] == [0.25] * 3 and data.train.modality.state["mean"] == [0.25] * 3
-    assert next(iter(shared.bases.values())).modality["state"]["mean"] == [0.5] * 3 and seen[0][0] == 30 and seen[0][1]["image"] == "picture"
+    assert (
+        data.modality["state"]["mean"] == [0.25] * 3
+        and data.train.modality.state["mean"] == [0.25] * 3
+    )
+    assert (
+        next(iter(shared.bases.values())).modality["state"]["mean"] == [0.5] * 3
+        and seen[0][0] == 30
+        and seen[0][1]["image"] == "picture"
+    )
 
 
 def test_weights_of_a_bundle_come_with_its_head(tmp_path, paths):
@@ -129,13 +230,18 @@ def test_weights_of_a_bundle_come_with_its_head(tmp_path, paths):
     task = bundle.build_task(data.arch, data.objective, seed=3)
     bundle.save(str(tmp_path / "b"), task, data.modality)
     backbone, head, manifest = targets.weights(str(tmp_path / "b"))
-    assert set(backbone) == set(task.backbone.state_dict()) and set(head) == set(task.objective.state_dict())
+    assert set(backbone) == set(task.backbone.state_dict()) and set(head) == set(
+        task.objective.state_dict()
+    )
     assert manifest["objective"]["name"] == "classification"
 
 
 def test_a_dry_run_counts_the_steps_of_a_budget(tmp_path, paths):
     job = job_of(tmp_path, paths)
-    spec = {**job.model_dump(mode="json"), "techniques": ["scratch", {"scratch": {"budget": 5}}, "full"]}
+    spec = {
+        **job.model_dump(mode="json"),
+        "techniques": ["scratch", {"scratch": {"budget": 5}}, "full"],
+    }
     spec["sources"]["src"]["train"] = {"steps": 1, "global_batch": 16}
     job = Job.model_validate(spec)
     lines = dry_run.describe(stages.check(job, Silent()))

@@ -1,7 +1,9 @@
-"""Recordings of an index to parts: each decoded once and, where asked, resampled, mixed down or cut; what needs no change keeps the publisher's bytes.
+"""Recordings of an index to parts: each decoded once and, where asked, resampled, mixed down or
+cut; what needs no change keeps the publisher's bytes.
 
-What is written anew is FLAC of 16 bits, mono: lossless for what had 16 bits and one channel. Rows stand in the file as they are made, so that a
-recording of hours takes no more memory than its pieces of a row group.
+What is written anew is FLAC of 16 bits, mono: lossless for what had 16 bits and one channel. Rows
+stand in the file as they are made, so that a recording of hours takes no more memory than its
+pieces of a row group.
 """
 
 from __future__ import annotations
@@ -44,16 +46,22 @@ FLAC_BYTES = 1.2
 STREAMED = 64 << 20
 """Larger files are read as a stream, where that can be: not out of zip and tar.gz."""
 SLACK_SECONDS = 0.1
-"""A piece that begins and ends so near to its recording's ends is all of it: lists round their seconds."""
+"""A piece that begins and ends so near to its recording's ends is all of it: lists round their
+seconds.
+"""
 SILENT, CLIPPED = 1e-3, 1e-3
 """No sample above this share of full scale (-60 dB); a larger share of samples at full scale."""
-LEVELS = "silent: no sample above 0.001 of full scale; clipped: over 0.1 % of the samples at full scale"
+LEVELS = (
+    "silent: no sample above 0.001 of full scale; clipped: over 0.1 % of the samples at full scale"
+)
 COUNTED = ("silent", "clipped", "cut out of longer recordings", "written anew as FLAC")
 
 
 @dataclass(frozen=True)
 class Terms:
-    """What an importer's options say of the sound itself, by the same names. ``rate``: samples a second, 0 for its own; ``longest`` in seconds."""
+    """What an importer's options say of the sound itself, by the same names. ``rate``: samples a
+    second, 0 for its own; ``longest`` in seconds.
+    """
 
     rate: int = 0
     longest: float = 30.0
@@ -72,7 +80,10 @@ class AudioImporter(ABC):
         self.options: Any = options if options is not None else self.options_class()
         rate = self.terms.rate
         if rate and not audiofile.RATES[0] <= rate <= audiofile.RATES[1]:
-            raise ValueError(f"--set rate={rate}: from {audiofile.RATES[0]} to {audiofile.RATES[1]} samples a second, or 0 to keep each recording's own")
+            raise ValueError(
+                f"--set rate={rate}: from {audiofile.RATES[0]} to {audiofile.RATES[1]} samples "
+                "a second, or 0 to keep each recording's own"
+            )
 
     @property
     def terms(self) -> Terms:
@@ -81,11 +92,14 @@ class AudioImporter(ABC):
 
     @abstractmethod
     def index(self, source: str) -> Index:
-        """Every recording of ``source`` by ``recording`` and ``recordings``; what has no recording or no transcript as broken. Raises ValueError for files
-        that are not what the publisher gives."""
+        """Every recording of ``source`` by ``recording`` and ``recordings``; what has no recording
+        or no transcript as broken. Raises ValueError for files that are not what the publisher
+        gives.
+        """
 
 
 # ---------------------------------------------------------------- what importers make an index of
+
 
 def sounds(found: Listing) -> list[Entry]:
     return [entry for entry in found.entries if entry.suffix in SUFFIXES]
@@ -93,22 +107,55 @@ def sounds(found: Listing) -> list[Entry]:
 
 def others(found: Listing, *read: str) -> dict[str, int]:
     """How many files of each other kind are left out; ``read``: ends of names that are not."""
-    kinds = Counter(entry.suffix or entry.name.rpartition("/")[2] for entry in found.entries if not entry.name.endswith((*SUFFIXES, *read)))
+    kinds = Counter(
+        entry.suffix or entry.name.rpartition("/")[2]
+        for entry in found.entries
+        if not entry.name.endswith((*SUFFIXES, *read))
+    )
     return dict(sorted(kinds.items()))
 
 
-def recording(entry: Entry, split: str, *, start: float | None = None, seconds: float | None = None, layout: str = "", **columns: Any) -> dict[str, Any]:
-    """One row of an index. ``start`` and ``seconds``: the piece of the file that it stands for; ``layout``: the numpy type of samples without a header, at
-    16 kHz, such as >i2."""
-    return {**place(entry, split), "_start": start, "_seconds": seconds, "_layout": layout, **columns}
+def recording(
+    entry: Entry,
+    split: str,
+    *,
+    start: float | None = None,
+    seconds: float | None = None,
+    layout: str = "",
+    **columns: Any,
+) -> dict[str, Any]:
+    """One row of an index. ``start`` and ``seconds``: the piece of the file that it stands for;
+    ``layout``: the numpy type of samples without a header, at 16 kHz, such as >i2.
+    """
+    return {
+        **place(entry, split),
+        "_start": start,
+        "_seconds": seconds,
+        "_layout": layout,
+        **columns,
+    }
 
 
-def recordings(rows: list[dict[str, Any]], columns: dict[str, pa.DataType], source: str, bad: list[dict[str, str]]) -> pa.Table:
-    """The rows as a table. Raises ValueError when there are none, with the first of the broken ones."""
+def recordings(
+    rows: list[dict[str, Any]],
+    columns: dict[str, pa.DataType],
+    source: str,
+    bad: list[dict[str, str]],
+) -> pa.Table:
+    """The rows as a table. Raises ValueError when there are none, with the first of the broken
+    ones.
+    """
     if not rows and bad:
         first = "; ".join(f"{row['path']}: {row['reason']}" for row in bad[:NAMED])
-        raise ValueError(f"{source}: no recording that can be used, {len(bad)} broken ones. First ones: {first}")
-    return table(rows, {"_start": pa.float64(), "_seconds": pa.float64(), "_layout": pa.string(), **columns}, source, "recordings")
+        raise ValueError(
+            f"{source}: no recording that can be used, {len(bad)} broken ones. First ones: {first}"
+        )
+    return table(
+        rows,
+        {"_start": pa.float64(), "_seconds": pa.float64(), "_layout": pa.string(), **columns},
+        source,
+        "recordings",
+    )
 
 
 class Line(NamedTuple):
@@ -125,7 +172,9 @@ class Line(NamedTuple):
 
 
 def lines_of(entries: Iterable[Entry]) -> Iterator[Line]:
-    """Lines of text files, blank ones left out, by the place of the files: archives are read from their start on. Raises ValueError for UTF-16."""
+    """Lines of text files, blank ones left out, by the place of the files: archives are read from
+    their start on. Raises ValueError for UTF-16.
+    """
     opener = Opener()
 
     def read(entry: Entry) -> list[Line]:
@@ -148,29 +197,62 @@ def broken(path: str, split: str, reason: str) -> dict[str, str]:
     return {"path": path, "split": split, "reason": reason}
 
 
-def joined(rows: dict[Any, dict[str, Any]], said: dict[Any, list[Line]], split_of: Callable[[Any], str],
-           wanted: str) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
-    """(rows with their transcript, broken ones): recordings by key, and for each key the lines whose text is a transcript. ``wanted``: where one should
-    stand, for the reasons."""
+def joined(
+    rows: dict[Any, dict[str, Any]],
+    said: dict[Any, list[Line]],
+    split_of: Callable[[Any], str],
+    wanted: str,
+) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+    """(rows with their transcript, broken ones): recordings by key, and for each key the lines
+    whose text is a transcript. ``wanted``: where one should stand, for the reasons.
+    """
     out, bad = [], []
     for key, row in rows.items():
         lines = said.get(key, [])
         if not lines:
-            bad.append(broken(row["path"], row["split"], f"a recording without a transcript: no line for it in {wanted}"))
+            bad.append(
+                broken(
+                    row["path"],
+                    row["split"],
+                    f"a recording without a transcript: no line for it in {wanted}",
+                )
+            )
         elif lines[0].reason:
-            bad.append(broken(row["path"], row["split"], f"its transcript ({lines[0].place}) is {lines[0].reason}"))
+            bad.append(
+                broken(
+                    row["path"],
+                    row["split"],
+                    f"its transcript ({lines[0].place}) is {lines[0].reason}",
+                )
+            )
         elif len({line.text for line in lines}) > 1:
-            bad.append(broken(row["path"], row["split"], f"two transcripts: {lines[0].place} and {lines[1].place}; remove the wrong one"))
+            bad.append(
+                broken(
+                    row["path"],
+                    row["split"],
+                    f"two transcripts: {lines[0].place} and {lines[1].place}; remove the wrong one",
+                )
+            )
         else:
             out.append({**row, "transcript": lines[0].text})
     for key, lines in said.items():
         if key not in rows:
-            bad.append(broken(lines[0].place, split_of(key), lines[0].reason or "a transcript without its recording"))
+            bad.append(
+                broken(
+                    lines[0].place,
+                    split_of(key),
+                    lines[0].reason or "a transcript without its recording",
+                )
+            )
     return out, bad
 
 
-def once(rows: list[dict[str, Any]], key: Callable[[dict[str, Any]], Any]) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
-    """(rows whose ``key`` stands once, broken ones): of several the held-out one stays, test before validation before train, then the first."""
+def once(
+    rows: list[dict[str, Any]], key: Callable[[dict[str, Any]], Any]
+) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+    """(rows whose ``key`` stands once, broken ones): of several the held-out one stays, test before
+    validation before train, then the first.
+    """
     first: dict[Any, dict[str, Any]] = {}
     out, bad = [], []
     for row in sorted(rows, key=lambda row: HELD_OUT_FIRST.get(row["split"], 3)):
@@ -179,18 +261,30 @@ def once(rows: list[dict[str, Any]], key: Callable[[dict[str, Any]], Any]) -> tu
             out.append(row)
         else:
             where = "twice" if twin["split"] == row["split"] else f"in {twin['split']} too"
-            bad.append(broken(row["path"], row["split"], f"stands {where}" + ("" if twin.get("transcript") == row.get("transcript") else
-                                                                             f", with another transcript ({twin.get('transcript')!r:.80})")))
+            bad.append(
+                broken(
+                    row["path"],
+                    row["split"],
+                    f"stands {where}"
+                    + (
+                        ""
+                        if twin.get("transcript") == row.get("transcript")
+                        else f", with another transcript ({twin.get('transcript')!r:.80})"
+                    ),
+                )
+            )
     return out, bad
 
 
 # ---------------------------------------------------------------- parts
 
+
 class AudioWork(IndexWork):
     """The parts of an index of recordings.
 
-    Columns: ``audio`` (a whole file), ``path``, ``split``, the importer's, ``recording_start`` (where the row begins in the publisher's file) and
-    ``seconds``, ``rate`` and ``channels`` of that file, ``sha256`` (of that file; of ``audio`` where the row is a piece of it).
+    Columns: ``audio`` (a whole file), ``path``, ``split``, the importer's, ``recording_start``
+    (where the row begins in the publisher's file) and ``seconds``, ``rate`` and ``channels`` of
+    that file, ``sha256`` (of that file; of ``audio`` where the row is a piece of it).
     """
 
     measures = ("seconds", "speaker", "sha256", "transcript")
@@ -198,7 +292,10 @@ class AudioWork(IndexWork):
     def __init__(self, name: str, importer: AudioImporter, source: str, settings: Settings):
         for option in ("resize", "quality"):
             if getattr(settings, option) is not None:
-                raise ValueError(f"--{option} {getattr(settings, option)}: importer {name} reads recordings, not images; leave it out")
+                raise ValueError(
+                    f"--{option} {getattr(settings, option)}: importer {name} reads "
+                    "recordings, not images; leave it out"
+                )
         super().__init__(name, importer, source, settings)
         self.notes = {**self.notes, **{what: {} for what in COUNTED}, "levels": LEVELS}
 
@@ -206,14 +303,27 @@ class AudioWork(IndexWork):
         rows, rate = self.index.rows, self.importer.terms.rate
         sizes = super().sizes()
         if rate:
-            sizes = sizes * np.where([path.lower().endswith(LOSSY) for path in rows["path"].to_pylist()], GROWTH, 1.0)
+            sizes = sizes * np.where(
+                [path.lower().endswith(LOSSY) for path in rows["path"].to_pylist()], GROWTH, 1.0
+            )
         seconds = rows["_seconds"].to_numpy()
-        return np.where(np.isnan(seconds), sizes, np.minimum(sizes, np.nan_to_num(seconds) * FLAC_BYTES * (rate or 16_000)))
+        return np.where(
+            np.isnan(seconds),
+            sizes,
+            np.minimum(sizes, np.nan_to_num(seconds) * FLAC_BYTES * (rate or 16_000)),
+        )
 
     @property
     def schema(self) -> pa.Schema:
-        made = [pa.field("audio", pa.binary()), *self.kept, pa.field("recording_start", pa.float64()), pa.field("seconds", pa.float64()),
-                pa.field("rate", pa.int64()), pa.field("channels", pa.int64()), pa.field("sha256", pa.string())]
+        made = [
+            pa.field("audio", pa.binary()),
+            *self.kept,
+            pa.field("recording_start", pa.float64()),
+            pa.field("seconds", pa.float64()),
+            pa.field("rate", pa.int64()),
+            pa.field("channels", pa.int64()),
+            pa.field("sha256", pa.string()),
+        ]
         about = {"importer": self.name, **self.index.info}
         return pa.schema(made, metadata={"onetomany": json.dumps(about, ensure_ascii=False)})
 
@@ -241,9 +351,15 @@ def _make(terms: Terms, schema: pa.Schema, rows: pa.Table, scratch: Path) -> Mad
 
 def _write(path: Path, schema: pa.Schema, rows: Iterator[dict[str, Any]]) -> int:
     """Rows to row groups of about GROUP_BYTES; how many they are."""
-    texts = [field.name for field in schema if pa.types.is_string(field.type) and field.name not in ("sha256", "path", "transcript")]
+    texts = [
+        field.name
+        for field in schema
+        if pa.types.is_string(field.type) and field.name not in ("sha256", "path", "transcript")
+    ]
     held, size, count = [], 0, 0
-    with pq.ParquetWriter(path, schema, compression="none", use_dictionary=texts) as file:  # pyright: ignore[reportArgumentType] - sound in FLAC does not get smaller
+    # sound in FLAC does not get smaller
+    # pyright: ignore
+    with pq.ParquetWriter(path, schema, compression="none", use_dictionary=texts) as file:
         for row in rows:
             held.append(row)
             size, count = size + len(row["audio"]), count + 1
@@ -255,9 +371,16 @@ def _write(path: Path, schema: pa.Schema, rows: Iterator[dict[str, Any]]) -> int
     return count
 
 
-def _rows(terms: Terms, reader: Reader, listed: list[dict[str, Any]], bad: list[dict[str, str]],
-          counts: Counter[tuple[str, str]]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(place in the index, row) of what can be used; the others to ``bad``, what is to be told of rows to ``counts``."""
+def _rows(
+    terms: Terms,
+    reader: Reader,
+    listed: list[dict[str, Any]],
+    bad: list[dict[str, str]],
+    counts: Counter[tuple[str, str]],
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(place in the index, row) of what can be used; the others to ``bad``, what is to be told of
+    rows to ``counts``.
+    """
     for i, row, data in loaded(listed, _Load(reader)):
         try:
             if isinstance(data, Exception):
@@ -271,7 +394,10 @@ def _rows(terms: Terms, reader: Reader, listed: list[dict[str, Any]], bad: list[
                         made, told = _row(row, data, info, span, whole, terms)
                     except BrokenAudioError as error:
                         at = "" if whole else f" from {span[0]:.2f} s to {span[1]:.2f} s"
-                        bad.append(broken(f"{row['path']}{at}", row["split"], str(error)) | ({"pieces": str(len(spans))} if len(spans) > 1 else {}))
+                        bad.append(
+                            broken(f"{row['path']}{at}", row["split"], str(error))
+                            | ({"pieces": str(len(spans))} if len(spans) > 1 else {})
+                        )
                         continue
                     counts.update((what, row["split"]) for what in told)
                     yield i, made
@@ -280,8 +406,10 @@ def _rows(terms: Terms, reader: Reader, listed: list[dict[str, Any]], bad: list[
 
 
 class _Load:
-    """A row's file: its bytes, or itself where it is large or only a piece of it is wanted. Of a tar.gz the last member is kept: rows that are pieces of
-    one file follow one another, and to read it again would unpack all before it anew."""
+    """A row's file: its bytes, or itself where it is large or only a piece of it is wanted. Of a
+    tar.gz the last member is kept: rows that are pieces of one file follow one another, and to read
+    it again would unpack all before it anew.
+    """
 
     def __init__(self, reader: Reader):
         self.reader = reader
@@ -314,12 +442,18 @@ def _with_header(row: dict[str, Any], data: Sound) -> Sound:
         return data
     assert isinstance(data, bytes), "not read as a stream"
     if not data or len(data) % 2:
-        raise BrokenAudioError(f"{len(data)} bytes are no 16-bit samples" if data else "the file is empty (0 bytes)")
+        raise BrokenAudioError(
+            f"{len(data)} bytes are no 16-bit samples" if data else "the file is empty (0 bytes)"
+        )
     return audiofile.encode(np.frombuffer(data, row["_layout"]).astype(np.int16), 16_000)
 
 
-def _spans(row: dict[str, Any], data: Sound, info: Info, terms: Terms) -> tuple[list[tuple[float, float]], bool]:
-    """((start, stop) in seconds of the rows that a row of the index becomes, whether that is all of the file as one)."""
+def _spans(
+    row: dict[str, Any], data: Sound, info: Info, terms: Terms
+) -> tuple[list[tuple[float, float]], bool]:
+    """((start, stop) in seconds of the rows that a row of the index becomes, whether that is all of
+    the file as one).
+    """
     start = row["_start"] or 0.0
     stop = info.seconds if row["_seconds"] is None else start + row["_seconds"]
     whole = start <= SLACK_SECONDS and abs(stop - info.seconds) <= SLACK_SECONDS
@@ -328,15 +462,35 @@ def _spans(row: dict[str, Any], data: Sound, info: Info, terms: Terms) -> tuple[
     if stop - start <= terms.longest:
         return [(start, stop)], whole
     if (row.get("transcript") or "").strip():
-        raise BrokenAudioError(f"{stop - start:.1f} s with a transcript, longer than longest={terms.longest:g}: align and cut it, or raise --set longest")
-    return audiofile.pieces(data, None, terms.longest, terms.cut, start, None if whole else stop - start), False
+        raise BrokenAudioError(
+            f"{stop - start:.1f} s with a transcript, longer than longest={terms.longest:g}: "
+            "align and cut it, or raise --set longest"
+        )
+    return audiofile.pieces(
+        data, None, terms.longest, terms.cut, start, None if whole else stop - start
+    ), False
 
 
-def _row(row: dict[str, Any], data: Sound, info: Info, span: tuple[float, float], whole: bool, terms: Terms) -> tuple[dict[str, Any], list[str]]:
+def _row(
+    row: dict[str, Any],
+    data: Sound,
+    info: Info,
+    span: tuple[float, float],
+    whole: bool,
+    terms: Terms,
+) -> tuple[dict[str, Any], list[str]]:
     """(one row, which of COUNTED it is)."""
     start, stop = span
-    samples, rate, peak, clipped = audiofile.measured(data) if whole else audiofile.measured(data, start, stop - start)
-    told = [what for what, is_so in zip(COUNTED, (peak <= SILENT, clipped > CLIPPED, not whole), strict=False) if is_so]
+    samples, rate, peak, clipped = (
+        audiofile.measured(data) if whole else audiofile.measured(data, start, stop - start)
+    )
+    told = [
+        what
+        for what, is_so in zip(
+            COUNTED, (peak <= SILENT, clipped > CLIPPED, not whole), strict=False
+        )
+        if is_so
+    ]
     content = _content(data) if whole else b""
     if whole and terms.rate in (0, rate) and not (terms.mono and info.channels > 1):
         audio = content
@@ -344,8 +498,15 @@ def _row(row: dict[str, Any], data: Sound, info: Info, span: tuple[float, float]
         samples, rate = audiofile.resample(samples, rate, terms.rate or rate), terms.rate or rate
         audio = audiofile.encode(audiofile.pcm(samples), rate)
         told.append(COUNTED[-1])
-    return {**row, "audio": audio, "recording_start": start, "seconds": len(samples) / rate, "rate": info.rate, "channels": info.channels,
-            "sha256": hashlib.sha256(content if whole else audio).hexdigest()}, told
+    return {
+        **row,
+        "audio": audio,
+        "recording_start": start,
+        "seconds": len(samples) / rate,
+        "rate": info.rate,
+        "channels": info.channels,
+        "sha256": hashlib.sha256(content if whole else audio).hexdigest(),
+    }, told
 
 
 def _content(data: Sound) -> bytes:

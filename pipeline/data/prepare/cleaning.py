@@ -1,10 +1,12 @@
 """Which documents of a corpus are left out: too short or long, of other letters, or alike.
 
-Near duplicates are those whose sets of word 5-shingles have a Jaccard similarity of at least a threshold, estimated by MinHash (Broder 1997) and found by
-banding; of each connected component the first one stays, as Lee et al. 2022 (Deduplicating Training Data Makes Language Models Better) do.
+Near duplicates are those whose sets of word 5-shingles have a Jaccard similarity of at least a
+threshold, estimated by MinHash (Broder 1997) and found by banding; of each connected component the
+first one stays, as Lee et al. 2022 (Deduplicating Training Data Makes Language Models Better) do.
 
-Memory: in the process that decides, a document takes 25 bytes, with MinHash 537 (128 signatures of 4 bytes), up to three times as much while they are
-put together: 1.8 kB a document at the peak of a run of 100,000 documents of 20 words, 9 s of one processor for both passes (2026-11-25).
+Memory: in the process that decides, a document takes 25 bytes, with MinHash 537 (128 signatures of
+4 bytes), up to three times as much while they are put together: 1.8 kB a document at the peak of a
+run of 100,000 documents of 20 words, 9 s of one processor for both passes (2026-11-25).
 """
 
 from __future__ import annotations
@@ -23,9 +25,13 @@ from scipy.sparse.csgraph import connected_components
 
 NUM_PERM, SHINGLE = 128, 5
 RECALL = 0.999
-"""Two documents of just the threshold's similarity meet in a band with at least this probability."""
+"""Two documents of just the threshold's similarity meet in a band with at least this
+probability.
+"""
 NEIGHBOURS = 32
-"""Of documents that share a band, each is compared with the first one and with so many before it."""
+"""Of documents that share a band, each is compared with the first one and with so many before
+it.
+"""
 AT_A_TIME = 8192
 """Shingles that are hashed at a time: a book's would take gigabytes."""
 PAIRS = 1 << 20
@@ -35,9 +41,12 @@ WORD = re.compile(r"\w+")
 
 # ---------------------------------------------------------------- one document
 
+
 @lru_cache(1 << 16)
 def _letter(character: str) -> str:
-    """The script of a letter or of a mark on one, from its Unicode name (LATIN SMALL LETTER A; han for CJK), or "" for what is no letter."""
+    """The script of a letter or of a mark on one, from its Unicode name (LATIN SMALL LETTER A; han
+    for CJK), or "" for what is no letter.
+    """
     if unicodedata.category(character)[0] not in "LM":
         return ""
     word = unicodedata.name(character, "OTHER").split()[0].lower()
@@ -45,7 +54,9 @@ def _letter(character: str) -> str:
 
 
 def shares(text: str, script: str) -> tuple[float, float]:
-    """(letters among the characters that are not blank, letters of the script among the letters that have one); 0 where there are none."""
+    """(letters among the characters that are not blank, letters of the script among the letters
+    that have one); 0 where there are none.
+    """
     characters = Counter(text)
     solid = letters = own = of_any = 0
     for character, count in characters.items():
@@ -62,13 +73,19 @@ def shares(text: str, script: str) -> tuple[float, float]:
 
 def digest(text: str) -> bytes:
     """16 bytes of the SHA-1 of the text in lower case, with single spaces."""
-    return hashlib.sha1(" ".join(text.lower().split()).encode(), usedforsecurity=False).digest()[:16]
+    return hashlib.sha1(" ".join(text.lower().split()).encode(), usedforsecurity=False).digest()[
+        :16
+    ]
 
 
 def shingles(text: str) -> set[bytes]:
-    """Runs of SHINGLE words in lower case, without punctuation (unless there is nothing else); one of all words for a shorter text."""
+    """Runs of SHINGLE words in lower case, without punctuation (unless there is nothing else); one
+    of all words for a shorter text.
+    """
     words = WORD.findall(text.lower()) or text.split()
-    return {" ".join(words[i:i + SHINGLE]).encode() for i in range(max(1, len(words) - SHINGLE + 1))}
+    return {
+        " ".join(words[i : i + SHINGLE]).encode() for i in range(max(1, len(words) - SHINGLE + 1))
+    }
 
 
 def signatures(texts: Iterator[str]) -> Iterator[np.ndarray]:
@@ -77,14 +94,17 @@ def signatures(texts: Iterator[str]) -> Iterator[np.ndarray]:
     for text in texts:
         one, found = empty.copy(), list(shingles(text))
         for start in range(0, len(found), AT_A_TIME):
-            one.update_batch(found[start:start + AT_A_TIME])
+            one.update_batch(found[start : start + AT_A_TIME])
         yield one.hashvalues.astype(np.uint32)
 
 
 # ---------------------------------------------------------------- all documents
 
+
 def exact(digests: np.ndarray) -> np.ndarray:
-    """(n,) int64: for each row of (n, 2) uint64 digests the first row that is equal to it, itself when none is before."""
+    """(n,) int64: for each row of (n, 2) uint64 digests the first row that is equal to it, itself
+    when none is before.
+    """
     order = np.lexsort((np.arange(len(digests)), digests[:, 1], digests[:, 0]))
     ordered = digests[order]
     new = np.ones(len(order), dtype=bool)
@@ -95,32 +115,43 @@ def exact(digests: np.ndarray) -> np.ndarray:
 
 
 def rows_a_band(threshold: float) -> int:
-    """The most rows of a band, which make the fewest pairs, with which a pair at the threshold meets with probability RECALL."""
-    return max((r for r in range(1, NUM_PERM + 1) if 1 - (1 - threshold**r) ** (NUM_PERM // r) >= RECALL), default=1)
+    """The most rows of a band, which make the fewest pairs, with which a pair at the threshold
+    meets with probability RECALL.
+    """
+    return max(
+        (r for r in range(1, NUM_PERM + 1) if 1 - (1 - threshold**r) ** (NUM_PERM // r) >= RECALL),
+        default=1,
+    )
 
 
 def near(signs: np.ndarray, threshold: float) -> np.ndarray:
-    """(n,) int64: for each of (n, NUM_PERM) signatures the first of its component, whose neighbours agree in at least that share of their signatures."""
+    """(n,) int64: for each of (n, NUM_PERM) signatures the first of its component, whose neighbours
+    agree in at least that share of their signatures.
+    """
     n, rows = len(signs), rows_a_band(threshold)
     if n < 2:
         return np.arange(n)
     lefts, rights = [np.arange(0)], [np.arange(0)]
     for first in range(0, NUM_PERM - rows + 1, rows):
-        for left, right in _candidates(_mixed(signs[:, first:first + rows])):
+        for left, right in _candidates(_mixed(signs[:, first : first + rows])):
             for start in range(0, len(left), PAIRS):
-                a, b = left[start:start + PAIRS], right[start:start + PAIRS]
+                a, b = left[start : start + PAIRS], right[start : start + PAIRS]
                 alike = np.count_nonzero(signs[a] == signs[b], axis=1) >= threshold * NUM_PERM
                 lefts.append(a[alike])
                 rights.append(b[alike])
     a, b = np.concatenate(lefts), np.concatenate(rights)
-    _, component = connected_components(coo_array((np.ones(len(a), dtype=np.int8), (a, b)), shape=(n, n)), directed=False)
+    _, component = connected_components(
+        coo_array((np.ones(len(a), dtype=np.int8), (a, b)), shape=(n, n)), directed=False
+    )
     firsts = np.full(component.max() + 1, n, dtype=np.int64)
     np.minimum.at(firsts, component, np.arange(n))
     return firsts[component]
 
 
 def _mixed(band: np.ndarray) -> np.ndarray:
-    """(n,) uint64 of a band (n, r): equal for equal rows, and hardly ever else (which costs a comparison, no more)."""
+    """(n,) uint64 of a band (n, r): equal for equal rows, and hardly ever else (which costs a
+    comparison, no more).
+    """
     out = np.zeros(len(band), dtype=np.uint64)
     for column in band.T:
         out = (out ^ column.astype(np.uint64)) * np.uint64(0x9E3779B97F4A7C15)

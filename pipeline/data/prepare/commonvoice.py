@@ -1,4 +1,6 @@
-"""Common Voice (Ardila et al. 2020): clips of volunteers reading sentences, with tables of tab-separated values."""
+"""Common Voice (Ardila et al. 2020): clips of volunteers reading sentences, with tables of
+tab-separated values.
+"""
 
 from __future__ import annotations
 
@@ -10,31 +12,68 @@ import pyarrow as pa
 from pydantic import Field
 
 from pipeline.data.prepare import files
-from pipeline.data.prepare.audio import AudioImporter, broken, lines_of, once, others, recording, recordings, sounds
+from pipeline.data.prepare.audio import (
+    AudioImporter,
+    broken,
+    lines_of,
+    once,
+    others,
+    recording,
+    recordings,
+    sounds,
+)
 from pipeline.data.prepare.importing import SPLITS, Index, few
 from pipeline.registry import Options, nearest, register
 
 NEEDED = ("client_id", "path", "sentence")
-TEXTS = ("age", "gender", "accent", "accents", "variant", "locale", "segment", "sentence_id", "sentence_domain")
+TEXTS = (
+    "age",
+    "gender",
+    "accent",
+    "accents",
+    "variant",
+    "locale",
+    "segment",
+    "sentence_id",
+    "sentence_domain",
+)
 NUMBERS = ("up_votes", "down_votes")
 """What the publisher's tables have had besides, in one release or another."""
 
 
 class CommonVoiceOptions(Options):
-    lists: str = Field("train,dev,test", description="tables to read: train, dev, test, and validated, other, invalidated, which become training rows")
-    language: str = Field("", description="the language's folder, such as sw; empty: all that are there")
-    rate: int = Field(0, ge=0, description="samples a second to write, as FLAC (16000 for most backbones); 0: clips keep the publisher's MP3")
-    longest: float = Field(30.0, ge=1, description="seconds; a longer clip is broken, for it cannot be cut apart from its sentence")
+    lists: str = Field(
+        "train,dev,test",
+        description="tables to read: train, dev, test, and validated, other, invalidated, which "
+        "become training rows",
+    )
+    language: str = Field(
+        "", description="the language's folder, such as sw; empty: all that are there"
+    )
+    rate: int = Field(
+        0,
+        ge=0,
+        description="samples a second to write, as FLAC (16000 for most backbones); 0: clips keep "
+        "the publisher's MP3",
+    )
+    longest: float = Field(
+        30.0,
+        ge=1,
+        description="seconds; a longer clip is broken, for it cannot be cut apart from its "
+        "sentence",
+    )
 
 
 @register("importer", "commonvoice", options=CommonVoiceOptions)
 class CommonVoice(AudioImporter):
-    """LANGUAGE/clips/*.mp3 with LANGUAGE/train.tsv, dev.tsv and test.tsv, as folders or the publisher's tar.gz (gunzip a large one first: it is unpacked
-    anew for each part).
+    """LANGUAGE/clips/*.mp3 with LANGUAGE/train.tsv, dev.tsv and test.tsv, as folders or the
+    publisher's tar.gz (gunzip a large one first: it is unpacked anew for each part).
 
-    Columns: ``audio``, ``transcript`` (the sentence), ``speaker`` (client_id, the group of a job), ``language`` (the folder), age, gender, accents, up_votes
-    and down_votes where the tables have them, ``seconds``, ``rate``, ``channels``, ``sha256``. A clip that two tables name stays where it is held out. A line
-    with another number of cells than the header and one whose clip is not there are broken rows; clips that no table names are counted.
+    Columns: ``audio``, ``transcript`` (the sentence), ``speaker`` (client_id, the group of a job),
+    ``language`` (the folder), age, gender, accents, up_votes and down_votes where the tables have
+    them, ``seconds``, ``rate``, ``channels``, ``sha256``. A clip that two tables name stays where
+    it is held out. A line with another number of cells than the header and one whose clip is not
+    there are broken rows; clips that no table names are counted.
     """
 
     label = "language"
@@ -52,34 +91,58 @@ class CommonVoice(AudioImporter):
         overlap = Counter(row["split"] for row in doubled) if self._overlaps else Counter()
         bad = bad if self._overlaps else [*bad, *doubled]
         kinds = {**dict.fromkeys(("transcript", "speaker", "language"), pa.string()), **columns}
-        return Index(recordings(good, kinds, source, bad), found.mark, broken=bad,
-                     notes={"clips that no table read names": len(clips.keys() - {row["path"] for row in rows}),
-                            **({"rows of a table whose clip another one has": dict(overlap)} if overlap else {}),
-                            "files left out": others(found, ".tsv")})
+        return Index(
+            recordings(good, kinds, source, bad),
+            found.mark,
+            broken=bad,
+            notes={
+                "clips that no table read names": len(clips.keys() - {row["path"] for row in rows}),
+                **(
+                    {"rows of a table whose clip another one has": dict(overlap)} if overlap else {}
+                ),
+                "files left out": others(found, ".tsv"),
+            },
+        )
 
     @property
     def _listed(self) -> list[str]:
-        return [name.strip().removesuffix(".tsv") for name in self.options.lists.split(",") if name.strip()]
+        return [
+            name.strip().removesuffix(".tsv")
+            for name in self.options.lists.split(",")
+            if name.strip()
+        ]
 
     @property
     def _overlaps(self) -> bool:
-        """Validated, other and invalidated clips stand in the tables of the splits as well, as the publisher means it."""
+        """Validated, other and invalidated clips stand in the tables of the splits as well, as the
+        publisher means it.
+        """
         return not set(self._listed) <= set(SPLITS)
 
     def _tables(self, source: str, found: files.Listing) -> list[tuple[files.Entry, str]]:
-        """The chosen tables with their language, languages in order. Raises ValueError for one that is not there."""
+        """The chosen tables with their language, languages in order. Raises ValueError for one that
+        is not there.
+        """
         there = {entry.name: entry for entry in found.entries if entry.suffix == ".tsv"}
         languages: dict[str, str] = {}
-        for folder in sorted({posixpath.dirname(posixpath.dirname(entry.name)) for entry in sounds(found)} & {posixpath.dirname(name) for name in there}):
+        for folder in sorted(
+            {posixpath.dirname(posixpath.dirname(entry.name)) for entry in sounds(found)}
+            & {posixpath.dirname(name) for name in there}
+        ):
             language = posixpath.basename(folder) or posixpath.basename(files.absolute(source))
             if language in languages:
-                raise ValueError(f"{source}: {language} is there twice: {languages[language]} and {folder}; give one release at a time")
+                raise ValueError(
+                    f"{source}: {language} is there twice: {languages[language]} and {folder}; "
+                    "give one release at a time"
+                )
             languages[language] = folder
         if not languages:
             raise ValueError(f"{source}: no LANGUAGE/clips with LANGUAGE/train.tsv beside it")
         wanted = self.options.language
         if wanted and wanted not in languages:
-            raise ValueError(f"--set language={wanted}: not in {source}; {nearest(wanted, languages)}")
+            raise ValueError(
+                f"--set language={wanted}: not in {source}; {nearest(wanted, languages)}"
+            )
         if not self._listed:
             raise ValueError("--set lists=: name one table at least, such as train")
         out = []
@@ -87,14 +150,25 @@ class CommonVoice(AudioImporter):
             for name in self._listed:
                 path = posixpath.join(folder, f"{name}.tsv")
                 if path not in there:
-                    listed = [posixpath.basename(one)[:-4] for one in there if posixpath.dirname(one) == folder]
-                    raise ValueError(f"{source}: no {path}; say --set lists= with those that are there: {few(sorted(listed))}")
+                    listed = [
+                        posixpath.basename(one)[:-4]
+                        for one in there
+                        if posixpath.dirname(one) == folder
+                    ]
+                    raise ValueError(
+                        f"{source}: no {path}; say --set lists= with those that are there: "
+                        f"{few(sorted(listed))}"
+                    )
                 out.append((there[path], language))
         return out
 
 
-def _read(table: files.Entry, language: str, clips: dict[str, files.Entry]) -> tuple[list[dict[str, Any]], list[dict[str, str]], list[str]]:
-    """(rows, broken ones, which of TEXTS and NUMBERS there are). The cells are not quoted: a quotation mark is part of a sentence."""
+def _read(
+    table: files.Entry, language: str, clips: dict[str, files.Entry]
+) -> tuple[list[dict[str, Any]], list[dict[str, str]], list[str]]:
+    """(rows, broken ones, which of TEXTS and NUMBERS there are). The cells are not quoted: a
+    quotation mark is part of a sentence.
+    """
     folder, name = posixpath.split(table.name)
     split = SPLITS.get(name[:-4], "train")
     rows, bad, header = [], [], []
@@ -104,10 +178,18 @@ def _read(table: files.Entry, language: str, clips: dict[str, files.Entry]) -> t
             header = [cell.strip() for cell in cells]
             for column in NEEDED:
                 if column not in header:
-                    raise ValueError(f"{table.name}: no column {column!r}; {nearest(column, header)}")
+                    raise ValueError(
+                        f"{table.name}: no column {column!r}; {nearest(column, header)}"
+                    )
             continue
         if line.reason or len(cells) != len(header):
-            bad.append(broken(line.place, split, line.reason or f"{len(cells)} cells, the header has {len(header)}"))
+            bad.append(
+                broken(
+                    line.place,
+                    split,
+                    line.reason or f"{len(cells)} cells, the header has {len(header)}",
+                )
+            )
             continue
         row = dict(zip(header, cells, strict=True))
         path = f"{folder}/clips/{row['path']}".lstrip("/")
@@ -115,8 +197,21 @@ def _read(table: files.Entry, language: str, clips: dict[str, files.Entry]) -> t
             bad.append(broken(line.place, split, f"a transcript without its recording: no {path}"))
             continue
         kept: dict[str, Any] = {column: row[column] or None for column in TEXTS if column in row}
-        kept |= {column: int(row[column]) if row[column].isdecimal() else None for column in NUMBERS if column in row}
-        rows.append(recording(clips[path], split, transcript=row["sentence"].strip(), speaker=row["client_id"], language=language, **kept))
+        kept |= {
+            column: int(row[column]) if row[column].isdecimal() else None
+            for column in NUMBERS
+            if column in row
+        }
+        rows.append(
+            recording(
+                clips[path],
+                split,
+                transcript=row["sentence"].strip(),
+                speaker=row["client_id"],
+                language=language,
+                **kept,
+            )
+        )
     if not header:
         raise ValueError(f"{table.name}: an empty table; get it again")
     return rows, bad, [column for column in (*TEXTS, *NUMBERS) if column in header]

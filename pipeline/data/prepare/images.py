@@ -1,4 +1,6 @@
-"""Images of an index to parts: each examined, made smaller where asked, and written with its size and the SHA-256 of the publisher's file."""
+"""Images of an index to parts: each examined, made smaller where asked, and written with its size
+and the SHA-256 of the publisher's file.
+"""
 
 from __future__ import annotations
 
@@ -35,12 +37,18 @@ class ImageWork(IndexWork):
 
     def sizes(self) -> np.ndarray:
         sizes, side = super().sizes(), self.settings.resize
-        return np.minimum(sizes, BYTES_A_PIXEL * 1.4 * side ** 2) if side else sizes
+        return np.minimum(sizes, BYTES_A_PIXEL * 1.4 * side**2) if side else sizes
 
     @property
     def schema(self) -> pa.Schema:
-        made = [pa.field("image", pa.binary()), *self.kept, *self.index.extra, pa.field("width", pa.int64()), pa.field("height", pa.int64()),
-                pa.field("sha256", pa.string())]
+        made = [
+            pa.field("image", pa.binary()),
+            *self.kept,
+            *self.index.extra,
+            pa.field("width", pa.int64()),
+            pa.field("height", pa.int64()),
+            pa.field("sha256", pa.string()),
+        ]
         about = {"importer": self.name, **self.index.info}
         return pa.schema(made, metadata={"onetomany": json.dumps(about, ensure_ascii=False)})
 
@@ -49,7 +57,9 @@ class ImageWork(IndexWork):
         return partial(_make, self.importer, self.settings, self.schema)
 
 
-def _make(importer: Importer, settings: Settings, schema: pa.Schema, rows: pa.Table, scratch: Path) -> Made:
+def _make(
+    importer: Importer, settings: Settings, schema: pa.Schema, rows: pa.Table, scratch: Path
+) -> Made:
     """Read, examine and write one part."""
     reader = Reader()
     try:
@@ -59,9 +69,14 @@ def _make(importer: Importer, settings: Settings, schema: pa.Schema, rows: pa.Ta
         reader.close()
 
 
-def _rows(importer: Importer, settings: Settings, reader: Reader, rows: pa.Table) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+def _rows(
+    importer: Importer, settings: Settings, reader: Reader, rows: pa.Table
+) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
     out, broken = {}, []
-    for i, row, data in loaded(rows.to_pylist(), lambda row: reader(row["_uri"], row["_member"], row["_offset"], row["_size"])):
+    for i, row, data in loaded(
+        rows.to_pylist(),
+        lambda row: reader(row["_uri"], row["_member"], row["_offset"], row["_size"]),
+    ):
         try:
             if isinstance(data, BrokenImageError):
                 raise data
@@ -71,7 +86,13 @@ def _rows(importer: Importer, settings: Settings, reader: Reader, rows: pa.Table
             broken.append({"path": row["path"], "split": row["split"], "reason": str(error)})
             continue
         width, height = picture.size
-        out[i] = {**made, "image": picture.data, "width": width, "height": height, "sha256": hashlib.sha256(data).hexdigest()}
+        out[i] = {
+            **made,
+            "image": picture.data,
+            "width": width,
+            "height": height,
+            "sha256": hashlib.sha256(data).hexdigest(),
+        }
     return [out[i] for i in sorted(out)], broken
 
 
@@ -79,6 +100,10 @@ def _parquet(rows: list[dict[str, Any]], schema: pa.Schema) -> bytes:
     table = pa.Table.from_pylist(rows, schema=schema)
     group = max(1, min(len(rows), round(len(rows) * GROUP_BYTES / max(1, table.nbytes))))
     sink = io.BytesIO()
-    texts = [field.name for field in schema if pa.types.is_string(field.type) and field.name != "sha256"]
-    pq.write_table(table, sink, row_group_size=group, compression="none", use_dictionary=texts)  # pyright: ignore[reportArgumentType] - encoded images do not get smaller
+    texts = [
+        field.name for field in schema if pa.types.is_string(field.type) and field.name != "sha256"
+    ]
+    # encoded images do not get smaller
+    # pyright: ignore
+    pq.write_table(table, sink, row_group_size=group, compression="none", use_dictionary=texts)
     return sink.getvalue()

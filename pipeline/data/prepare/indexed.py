@@ -1,7 +1,8 @@
 """From an index of files to parts: what sources of images and of recordings have in common.
 
-Rows of a split stand in a random but fixed order: a block of them is a fair sample of the classes, which training that streams blocks relies on.
-Only rows of a tar.gz stay with their archive, in a random order there: it can be read from its start alone, so that each part costs a pass over it.
+Rows of a split stand in a random but fixed order: a block of them is a fair sample of the classes,
+which training that streams blocks relies on. Only rows of a tar.gz stay with their archive, in a
+random order there: it can be read from its start alone, so that each part costs a pass over it.
 """
 
 from __future__ import annotations
@@ -36,9 +37,18 @@ class IndexWork(Work):
         self.index: Index = importer.index(source)
         rows = self.index.rows
         self.order = _order(rows)
-        self.parts = _parts(rows["split"].take(pa.array(self.order)).to_pylist(), self.sizes()[self.order], settings)
+        self.parts = _parts(
+            rows["split"].take(pa.array(self.order)).to_pylist(), self.sizes()[self.order], settings
+        )
         sized = [settings.part_mb] if settings.part_mb else []
-        self.key = (*self.depends, settings.rows_per_part, self.index.mark, self.index.info, _digest(rows), *sized)
+        self.key = (
+            *self.depends,
+            settings.rows_per_part,
+            self.index.mark,
+            self.index.info,
+            _digest(rows),
+            *sized,
+        )
         self.label, self.notes, self.info = importer.label, self.index.notes, self.index.info
         self.broken, self.total = self.index.broken, len(self.order) + len(self.index.broken)
 
@@ -57,19 +67,31 @@ class IndexWork(Work):
         return [field for field in self.index.rows.schema if not field.name.startswith("_")]
 
     def payload(self, part: Part) -> pa.Table:
-        return self.index.rows.take(pa.array(self.order[part.start:part.stop]))
+        return self.index.rows.take(pa.array(self.order[part.start : part.stop]))
 
     def weight(self, part: Part) -> int:
         return part.stop - part.start
 
 
 def _order(rows: pa.Table) -> np.ndarray:
-    """Places of the rows by split, those of a tar.gz together, then at random: a function of the paths alone."""
-    numbered = rows.select(["split", "path", "_uri"]).append_column("at", pa.array(np.arange(len(rows))))
+    """Places of the rows by split, those of a tar.gz together, then at random: a function of the
+    paths alone.
+    """
+    numbered = rows.select(["split", "path", "_uri"]).append_column(
+        "at", pa.array(np.arange(len(rows)))
+    )
     by_path = numbered.sort_by([("split", "ascending"), ("path", "ascending")])
     places = by_path["at"].to_numpy()
-    coded = by_path["split"].combine_chunks().dictionary_encode().indices.to_numpy(zero_copy_only=False)
-    streams = pa.array(uri if uri.lower().endswith(GZIPPED) else "" for uri in by_path["_uri"].to_pylist()).dictionary_encode().indices.to_numpy()
+    coded = (
+        by_path["split"].combine_chunks().dictionary_encode().indices.to_numpy(zero_copy_only=False)
+    )
+    streams = (
+        pa.array(
+            uri if uri.lower().endswith(GZIPPED) else "" for uri in by_path["_uri"].to_pylist()
+        )
+        .dictionary_encode()
+        .indices.to_numpy()
+    )
     keys = row_keys(mix(*b"prepare"), np.zeros(1, dtype=np.int64), np.arange(len(rows)))
     return places[np.lexsort((keys, streams, coded))]
 
@@ -80,10 +102,15 @@ def _parts(listed: list[str], sizes: np.ndarray, settings: Settings) -> list[Par
     names, starts = np.unique(splits := np.array(listed), return_index=True)
     for split, start, stop in zip(names, starts, [*starts[1:], len(splits)], strict=True):
         rows_here = int(stop - start)
-        by_bytes = max(1, min(rows_here, round(float(sizes[start:stop].sum()) / settings.part_bytes)))
+        by_bytes = max(
+            1, min(rows_here, round(float(sizes[start:stop].sum()) / settings.part_bytes))
+        )
         count = -(-rows_here // settings.rows_per_part) if settings.rows_per_part else by_bytes
         cuts = [int(start) + rows_here * i // count for i in range(count + 1)]
-        out += [Part(f"{split}-{i:05d}-of-{count:05d}.parquet", str(split), cuts[i], cuts[i + 1]) for i in range(count)]
+        out += [
+            Part(f"{split}-{i:05d}-of-{count:05d}.parquet", str(split), cuts[i], cuts[i + 1])
+            for i in range(count)
+        ]
     return out
 
 
@@ -101,8 +128,13 @@ def is_one_way(rows: list[dict[str, Any]]) -> bool:
     return any(row["_uri"].lower().endswith(GZIPPED) for row in rows)
 
 
-def loaded(rows: list[dict[str, Any]], load: Callable[[dict[str, Any]], Any]) -> Iterator[tuple[int, dict[str, Any], Any]]:
-    """(place, row, what ``load`` gives of it, or the error of one that is broken): those of a tar.gz as they lie there, others in order, read ahead."""
+def loaded(
+    rows: list[dict[str, Any]], load: Callable[[dict[str, Any]], Any]
+) -> Iterator[tuple[int, dict[str, Any], Any]]:
+    """(place, row, what ``load`` gives of it, or the error of one that is broken): those of a
+    tar.gz as they lie there, others in order, read ahead.
+    """
+
     def attempt(row: dict[str, Any]) -> tuple[dict[str, Any], Any]:
         try:
             return row, load(row)
@@ -110,6 +142,12 @@ def loaded(rows: list[dict[str, Any]], load: Callable[[dict[str, Any]], Any]) ->
             return row, error
 
     one_way = is_one_way(rows)
-    places = sorted(range(len(rows)), key=lambda i: (rows[i]["_uri"], rows[i]["_offset"])) if one_way else range(len(rows))
-    for i, (row, found) in zip(places, threaded_map(attempt, (rows[i] for i in places), 1 if one_way else 4), strict=True):
+    places = (
+        sorted(range(len(rows)), key=lambda i: (rows[i]["_uri"], rows[i]["_offset"]))
+        if one_way
+        else range(len(rows))
+    )
+    for i, (row, found) in zip(
+        places, threaded_map(attempt, (rows[i] for i in places), 1 if one_way else 4), strict=True
+    ):
         yield i, row, found

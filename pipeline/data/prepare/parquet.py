@@ -20,15 +20,24 @@ BATCH_BYTES, BATCH_ROWS = 32 << 20, 4096
 
 
 def groups(entry: Entry) -> list[int]:
-    """Bytes of the row groups of a Parquet file that can be read in parts; none for other files. Raises ValueError for one that is damaged."""
-    if plain_suffix(entry.name) not in SUFFIXES or entry.offset >= 0 or entry.member or entry.name.lower().endswith(SQUEEZED):
+    """Bytes of the row groups of a Parquet file that can be read in parts; none for other files.
+    Raises ValueError for one that is damaged.
+    """
+    if (
+        plain_suffix(entry.name) not in SUFFIXES
+        or entry.offset >= 0
+        or entry.member
+        or entry.name.lower().endswith(SQUEEZED)
+    ):
         return []
     try:
         with storage.open_read(entry.uri) as handle:
             about = pq.ParquetFile(handle).metadata
             return [about.row_group(i).total_byte_size for i in range(about.num_row_groups)]
     except pa.ArrowInvalid as error:
-        raise ValueError(f"{entry.name}: not a whole Parquet file ({error}); get it again") from None
+        raise ValueError(
+            f"{entry.name}: not a whole Parquet file ({error}); get it again"
+        ) from None
 
 
 def row_groups(entry: Entry, split: str, sizes: list[int], most: int) -> list[Piece]:
@@ -43,10 +52,16 @@ def row_groups(entry: Entry, split: str, sizes: list[int], most: int) -> list[Pi
 
 
 def pieces(listed: Listed, most: int) -> list[Piece]:
-    """The files in pieces of about ``most`` bytes; those in archives, compressed ones and ones without rows as a whole."""
+    """The files in pieces of about ``most`` bytes; those in archives, compressed ones and ones
+    without rows as a whole.
+    """
     out: list[Piece] = []
-    for (entry, split), sizes in zip(listed.files, threaded_map(groups, [entry for entry, _ in listed.files]), strict=True):
-        out += row_groups(entry, split, sizes, most) or [Piece(entry.name, split, entry, size=entry.size)]
+    for (entry, split), sizes in zip(
+        listed.files, threaded_map(groups, [entry for entry, _ in listed.files]), strict=True
+    ):
+        out += row_groups(entry, split, sizes, most) or [
+            Piece(entry.name, split, entry, size=entry.size)
+        ]
     return out
 
 
@@ -55,9 +70,13 @@ def opened(reading: Reading) -> Iterator[pq.ParquetFile]:
     """The file of a piece. Raises ValueError for one that is damaged."""
     with reading.open() as handle:
         try:
-            yield pq.ParquetFile(handle if reading.piece.stop >= 0 else io.BytesIO(handle.read(MOST_BYTES)))
+            yield pq.ParquetFile(
+                handle if reading.piece.stop >= 0 else io.BytesIO(handle.read(MOST_BYTES))
+            )
         except pa.ArrowInvalid as error:
-            raise ValueError(f"{reading.piece.name}: not a whole Parquet file ({error}); get it again") from None
+            raise ValueError(
+                f"{reading.piece.name}: not a whole Parquet file ({error}); get it again"
+            ) from None
 
 
 def schema(piece: Piece) -> pa.Schema:
@@ -80,6 +99,8 @@ def batches(reading: Reading, columns: list[str] | None = None) -> Iterator[tupl
         row = sum(group.num_rows for group in sizes[:start])
         widest = max((group.total_byte_size // max(1, group.num_rows) for group in held), default=0)
         rows = max(1, min(BATCH_ROWS, BATCH_BYTES // max(1, widest)))
-        for batch in file.iter_batches(rows, list(range(start, stop)) if stop >= 0 else None, columns):
+        for batch in file.iter_batches(
+            rows, list(range(start, stop)) if stop >= 0 else None, columns
+        ):
             yield row, pa.Table.from_batches([batch]).replace_schema_metadata()
             row += len(batch)

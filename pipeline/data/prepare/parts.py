@@ -1,4 +1,6 @@
-"""What the engine (``write``) asks of a kind of source: its parts, and how one of them is made. Images, recordings and tables differ in what a part is."""
+"""What the engine (``write``) asks of a kind of source: its parts, and how one of them is made.
+Images, recordings and tables differ in what a part is.
+"""
 
 from __future__ import annotations
 
@@ -25,12 +27,21 @@ class Settings:
     part_mb: float | None = None
 
     def __post_init__(self):
-        for name, low, high in (("resize", 16, 16384), ("quality", 1, 100), ("rows_per_part", 1, 1 << 31), ("max_bad", 0, 1), ("part_mb", 1e-6, 1 << 16)):
+        for name, low, high in (
+            ("resize", 16, 16384),
+            ("quality", 1, 100),
+            ("rows_per_part", 1, 1 << 31),
+            ("max_bad", 0, 1),
+            ("part_mb", 1e-6, 1 << 16),
+        ):
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: from {low:g} to {high}")
         if self.part_mb is not None and self.rows_per_part is not None:
-            raise ValueError(f"--part-mb {self.part_mb:g} and --rows-per-part {self.rows_per_part}: both say how large a part is; give one")
+            raise ValueError(
+                f"--part-mb {self.part_mb:g} and --rows-per-part {self.rows_per_part}: both "
+                "say how large a part is; give one"
+            )
 
     @property
     def part_bytes(self) -> int:
@@ -39,7 +50,9 @@ class Settings:
 
 @dataclass(frozen=True)
 class Part:
-    """One file to write: ``start`` to ``stop`` of what its source is cut into (rows of an index; pieces of tables)."""
+    """One file to write: ``start`` to ``stop`` of what its source is cut into (rows of an index;
+    pieces of tables).
+    """
 
     name: str
     split: str
@@ -49,8 +62,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Made:
-    """A part as Parquet (in memory, or a file that is moved away), its rows, those that were left out (``pieces``: one of so many that a recording was cut
-    into), and what its importer adds up, by split."""
+    """A part as Parquet (in memory, or a file that is moved away), its rows, those that were left
+    out (``pieces``: one of so many that a recording was cut into), and what its importer adds up,
+    by split.
+    """
 
     data: bytes | Path
     rows: int
@@ -59,7 +74,9 @@ class Made:
 
 
 Check = Callable[[list[str], int, int], None]
-"""Takes the first broken rows in words, how many there are and of how many; raises ValueError when that is more than may be."""
+"""Takes the first broken rows in words, how many there are and of how many; raises ValueError when
+that is more than may be.
+"""
 Tell = Callable[[str, bool], None]
 
 
@@ -76,7 +93,9 @@ class Work(ABC):
     label: str
     total: int = 0
     broken: Sequence[dict[str, str]] = ()
-    """Rows that cannot become part of a part, known from the publisher's lists; ``total`` counts them too."""
+    """Rows that cannot become part of a part, known from the publisher's lists; ``total`` counts
+    them too.
+    """
     notes: dict[str, Any]
     info: dict[str, Any]
 
@@ -92,7 +111,9 @@ class Work(ABC):
     @property
     @abstractmethod
     def make(self) -> Callable[[Any, Path], Made]:
-        """Makes a part of its ``payload``, with a folder for what is large; it travels to other processes."""
+        """Makes a part of its ``payload``, with a folder for what is large; it travels to other
+        processes.
+        """
 
     @abstractmethod
     def payload(self, part: Part) -> Any:

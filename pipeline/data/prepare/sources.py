@@ -1,6 +1,8 @@
-"""Publishers' files of text: which there are, in which pieces they are read, and their lines: in folders, archives and compressed, on disk and on S3.
+"""Publishers' files of text: which there are, in which pieces they are read, and their lines: in
+folders, archives and compressed, on disk and on S3.
 
-Nothing is read whole but what has no lines (JSON documents, members that are Parquet): a piece of any size takes the memory of one row.
+Nothing is read whole but what has no lines (JSON documents, members that are Parquet): a piece of
+any size takes the memory of one row.
 """
 
 from __future__ import annotations
@@ -21,7 +23,17 @@ from typing import Any, BinaryIO, NamedTuple, cast
 import pyarrow as pa
 
 from pipeline import identity, storage
-from pipeline.data.prepare.files import ARCHIVES, COMPRESSED, GZIPPED, MOST_BYTES, Entry, Listing, Window, listing, open_archive
+from pipeline.data.prepare.files import (
+    ARCHIVES,
+    COMPRESSED,
+    GZIPPED,
+    MOST_BYTES,
+    Entry,
+    Listing,
+    Window,
+    listing,
+    open_archive,
+)
 from pipeline.data.prepare.importing import SPLITS, few
 
 SQUEEZED = (".gz", ".zst")
@@ -30,12 +42,16 @@ EXPANSION = 4
 ROW_BYTES = 32 << 20
 """A longer line, record or document is a broken row."""
 HELD_OUT_FIRST = {"test": 0, "validation": 1, "train": 2}
-"""Pieces stand in this order of splits: of documents that are alike it is the held-out one that stays (``text``)."""
+"""Pieces stand in this order of splits: of documents that are alike it is the held-out one that
+stays (``text``).
+"""
 MOST_LISTED = 1000
 
 
 class Piece(NamedTuple):
-    """What is read at a time: bytes (row groups for Parquet) ``start`` to ``stop`` of a file, all of it where ``stop`` is -1; about ``size`` bytes."""
+    """What is read at a time: bytes (row groups for Parquet) ``start`` to ``stop`` of a file, all
+    of it where ``stop`` is -1; about ``size`` bytes.
+    """
 
     name: str
     split: str
@@ -46,7 +62,9 @@ class Piece(NamedTuple):
 
 
 class Listed(NamedTuple):
-    """Files that an importer reads, with their split, in reading order; how many of each other kind are left out; a mark that changes when they do."""
+    """Files that an importer reads, with their split, in reading order; how many of each other kind
+    are left out; a mark that changes when they do.
+    """
 
     files: list[tuple[Entry, str]]
     others: dict[str, int]
@@ -56,21 +74,42 @@ class Listed(NamedTuple):
 def plain_suffix(name: str) -> str:
     """The suffix without that of compression: .txt of a.txt.gz."""
     name = name.lower()
-    return posixpath.splitext(name.removesuffix(next((s for s in SQUEEZED if name.endswith(s)), "")))[1]
+    return posixpath.splitext(
+        name.removesuffix(next((s for s in SQUEEZED if name.endswith(s)), ""))
+    )[1]
 
 
 def find(source: str, suffixes: tuple[str, ...], split: str = "") -> Listed:
-    """The files of a folder, an archive or a glob whose suffix is one of those given, or the one file that is named; hidden ones, and those below
-    a name with an underscore at its begin, are passed over. ``split``: that of all; else the file's or its folder's name says it (``split_of``).
+    """The files of a folder, an archive or a glob whose suffix is one of those given, or the one
+    file that is named; hidden ones, and those below a name with an underscore at its begin, are
+    passed over. ``split``: that of all; else the file's or its folder's name says it
+    (``split_of``).
 
     Raises ValueError where there is none.
     """
     if re.search(r"[*?[]", source) and not storage.exists(source) and not storage.is_dir(source):
         names = storage.glob(source)
-        shared = posixpath.commonpath([posixpath.dirname(name.rpartition("://")[2]) for name in names]) if names else ""
-        entries = [Entry(name.rpartition("://")[2][len(shared):].lstrip("/"), name, "", -1, storage.size(name)) for name in names]
+        shared = (
+            posixpath.commonpath([posixpath.dirname(name.rpartition("://")[2]) for name in names])
+            if names
+            else ""
+        )
+        entries = [
+            Entry(
+                name.rpartition("://")[2][len(shared) :].lstrip("/"),
+                name,
+                "",
+                -1,
+                storage.size(name),
+            )
+            for name in names
+        ]
         found = Listing(entries, [], " ".join(file.content for file in identity.identify(names)))
-    elif storage.is_dir(source) or not storage.exists(source) or source.lower().endswith((*ARCHIVES, *COMPRESSED)):
+    elif (
+        storage.is_dir(source)
+        or not storage.exists(source)
+        or source.lower().endswith((*ARCHIVES, *COMPRESSED))
+    ):
         found = listing(source)
     else:
         entry = Entry(posixpath.basename(source), source, "", -1, storage.size(source))
@@ -83,7 +122,10 @@ def find(source: str, suffixes: tuple[str, ...], split: str = "") -> Listed:
         others[kind] = others.get(kind, 0) + 1
     if not taken:
         there = f"; there are {few(sorted(others))}" if others else ""
-        raise ValueError(f"{source}: no files with {', '.join(suffix or 'no suffix' for suffix in suffixes)} there{there}")
+        raise ValueError(
+            f"{source}: no files with "
+            f"{', '.join(suffix or 'no suffix' for suffix in suffixes)} there{there}"
+        )
     listed = [(entry, split or split_of(entry.name)) for entry in taken]
     return Listed(sorted(listed, key=_reading_order), dict(sorted(others.items())), found.mark)
 
@@ -91,11 +133,19 @@ def find(source: str, suffixes: tuple[str, ...], split: str = "") -> Listed:
 def _reading_order(file: tuple[Entry, str]) -> tuple[int, str, str, int, str]:
     """By split and name; in a tar.gz as they lie there, for it is read from its start alone."""
     entry, split = file
-    return HELD_OUT_FIRST.get(split, 3), split, entry.uri, entry.offset if entry.uri.lower().endswith(GZIPPED) else 0, entry.name
+    return (
+        HELD_OUT_FIRST.get(split, 3),
+        split,
+        entry.uri,
+        entry.offset if entry.uri.lower().endswith(GZIPPED) else 0,
+        entry.name,
+    )
 
 
 def split_of(name: str) -> str:
-    """The split that a file's name says (eng.testa, wnut17train.conll, dev-v2.0.json, testset.csv), else that of the nearest folder that does, else train."""
+    """The split that a file's name says (eng.testa, wnut17train.conll, dev-v2.0.json, testset.csv),
+    else that of the nearest folder that does, else train.
+    """
     for part in reversed(name.lower().split("/")):
         words = (word.removesuffix("set") for word in re.split(r"[^a-z]+", part))
         found = next((SPLITS[word] for word in words if word in SPLITS), None)
@@ -110,13 +160,23 @@ def wholes(listed: Listed) -> list[Piece]:
 
 
 def ranges(listed: Listed, most: int) -> list[Piece]:
-    """Files in ranges of about ``most`` bytes; compressed ones, which are read from their start alone, whole."""
+    """Files in ranges of about ``most`` bytes; compressed ones, which are read from their start
+    alone, whole.
+    """
     out = []
     for entry, split in listed.files:
-        count = 1 if entry.name.lower().endswith(SQUEEZED) or entry.uri.lower().endswith((".zip", *GZIPPED)) else max(1, round(entry.size / most))
+        count = (
+            1
+            if entry.name.lower().endswith(SQUEEZED)
+            or entry.uri.lower().endswith((".zip", *GZIPPED))
+            else max(1, round(entry.size / most))
+        )
         cuts = [entry.size * i // count for i in range(count + 1)]
-        out += ([Piece(entry.name, split, entry, size=_weight(entry))] if count == 1 else
-                [Piece(entry.name, split, entry, a, b, b - a) for a, b in pairwise(cuts)])
+        out += (
+            [Piece(entry.name, split, entry, size=_weight(entry))]
+            if count == 1
+            else [Piece(entry.name, split, entry, a, b, b - a) for a, b in pairwise(cuts)]
+        )
     return out
 
 
@@ -125,6 +185,7 @@ def _weight(entry: Entry) -> int:
 
 
 # ---------------------------------------------------------------- reading
+
 
 class Opener:
     """Streams of entries; an archive stays open between them."""
@@ -140,7 +201,10 @@ class Opener:
         if name.endswith(".gz"):
             return BufferedReader(gzip.GzipFile(fileobj=handle), 1 << 20)
         if name.endswith(".zst"):
-            return BufferedReader(cast(Any, pa.CompressedInputStream(pa.PythonFile(handle, mode="r"), "zstd")), 1 << 20)
+            return BufferedReader(
+                cast(Any, pa.CompressedInputStream(pa.PythonFile(handle, mode="r"), "zstd")),
+                1 << 20,
+            )
         return handle
 
     def _stored(self, entry: Entry) -> BinaryIO:
@@ -150,12 +214,19 @@ class Opener:
             try:
                 return BufferedReader(cast(Any, self._zips[entry.uri].open(entry.member)), 1 << 20)
             except (RuntimeError, NotImplementedError) as error:
-                raise ValueError(f"{entry.uri}: {entry.name} cannot be unpacked ({error}); decrypt it or pack it anew") from None
+                raise ValueError(
+                    f"{entry.uri}: {entry.name} cannot be unpacked ({error}); decrypt it or "
+                    "pack it anew"
+                ) from None
         if entry.offset < 0:
             return storage.open_read(entry.uri)
         if entry.uri not in self._archives:
             handle = open_archive(entry.uri)
-            self._archives[entry.uri] = cast(BinaryIO, gzip.GzipFile(fileobj=handle)) if entry.uri.lower().endswith(GZIPPED) else handle
+            self._archives[entry.uri] = (
+                cast(BinaryIO, gzip.GzipFile(fileobj=handle))
+                if entry.uri.lower().endswith(GZIPPED)
+                else handle
+            )
         return BufferedReader(Window(self._archives[entry.uri], entry.offset, entry.size), 1 << 20)
 
     def close(self) -> None:
@@ -167,8 +238,11 @@ class Opener:
 
 @dataclass
 class Reading:
-    """One pass over a piece. ``told``: what the survey of all pieces found out for this one; nothing while it ``surveys``. ``before``: lines of the file
-    before the piece. ``lines``: those that begin in it, known at the end. ``broken``: rows left out, the first ``most`` of them listed."""
+    """One pass over a piece. ``told``: what the survey of all pieces found out for this one;
+    nothing while it ``surveys``. ``before``: lines of the file before the piece. ``lines``: those
+    that begin in it, known at the end. ``broken``: rows left out, the first ``most`` of them
+    listed.
+    """
 
     piece: Piece
     opener: Opener
@@ -188,18 +262,24 @@ class Reading:
         """A row that is left out."""
         self.broken += 1
         if len(self.listed) < self.most:
-            self.listed.append({"path": self.place(at), "split": self.piece.split, "reason": reason})
+            self.listed.append(
+                {"path": self.place(at), "split": self.piece.split, "reason": reason}
+            )
 
     @contextmanager
     def open(self) -> Iterator[BinaryIO]:
-        """The file's bytes. Raises ValueError for one whose compression is damaged, StorageError for one that cannot be read."""
+        """The file's bytes. Raises ValueError for one whose compression is damaged, StorageError
+        for one that cannot be read.
+        """
         try:
             with self.opener(self.piece.entry) as handle:
                 yield handle
         except (gzip.BadGzipFile, zlib.error, zipfile.BadZipFile, EOFError) as error:
             raise ValueError(f"{self.piece.name}: damaged ({error}); get it again") from None
         except OSError as error:
-            if isinstance(error, storage.StorageError) or ("compressed stream" not in str(error) and "ZSTD" not in str(error)):
+            if isinstance(error, storage.StorageError) or (
+                "compressed stream" not in str(error) and "ZSTD" not in str(error)
+            ):
                 raise
             raise ValueError(f"{self.piece.name}: damaged ({error}); get it again") from None
 
@@ -210,7 +290,8 @@ class Reading:
         return data if len(data) <= most else None
 
     def numbered(self, beyond: bool = False) -> Iterator[tuple[int, int, bytes | None]]:
-        """(number from 1, byte where it begins, line without its end) of the lines that begin in the piece; None for a line that is too long.
+        """(number from 1, byte where it begins, line without its end) of the lines that begin in
+        the piece; None for a line that is too long.
 
         ``beyond``: also those after the piece, up to where the caller stops.
 
@@ -231,14 +312,24 @@ class Reading:
                 at += len(raw)
                 self.lines += stop < 0 or begins < stop
                 if begins == 0 and raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
-                    raise ValueError(f"{self.piece.name}: UTF-16; convert the file to UTF-8 (iconv -f UTF-16 -t UTF-8)")
+                    raise ValueError(
+                        f"{self.piece.name}: UTF-16; convert the file to UTF-8 (iconv -f "
+                        "UTF-16 -t UTF-8)"
+                    )
                 if begins == 0 and not raw.endswith(b"\n") and b"\r" in raw.rstrip(b"\r"):
-                    raise ValueError(f"{self.piece.name}: its lines end with a carriage return alone; convert the file (tr '\\r' '\\n')")
+                    raise ValueError(
+                        f"{self.piece.name}: its lines end with a carriage return alone; "
+                        "convert the file (tr '\\r' '\\n')"
+                    )
                 if len(raw) > ROW_BYTES:
                     at += 0 if raw.endswith(b"\n") else _length(handle, 1 << 20)
                     yield number, begins, None
                     continue
-                yield number, begins, (raw.removeprefix(codecs.BOM_UTF8) if begins == 0 else raw).rstrip(b"\r\n")
+                yield (
+                    number,
+                    begins,
+                    (raw.removeprefix(codecs.BOM_UTF8) if begins == 0 else raw).rstrip(b"\r\n"),
+                )
 
 
 def _length(handle: BinaryIO, step: int) -> int:

@@ -1,4 +1,6 @@
-"""WebDataset shards: tars in which files that share a key are one sample (Aizman, Maltby and Breuel 2019)."""
+"""WebDataset shards: tars in which files that share a key are one sample (Aizman, Maltby and Breuel
+2019).
+"""
 
 from __future__ import annotations
 
@@ -21,16 +23,24 @@ TEXTS = ("cls", "txt", "json")
 
 
 class WebDatasetOptions(Options):
-    label: str = Field("cls", description="where a sample's label is: cls, txt or json.FIELD; empty: no label")
+    label: str = Field(
+        "cls", description="where a sample's label is: cls, txt or json.FIELD; empty: no label"
+    )
     label_name: str = Field("", description="where its name is, likewise; empty: none")
-    split: str = Field("", description="the split of all shards; empty: from the shard's name or folder (train-000.tar, set-validation-00.tar), else train")
+    split: str = Field(
+        "",
+        description="the split of all shards; empty: from the shard's name or folder "
+        "(train-000.tar, set-validation-00.tar), else train",
+    )
 
 
 @register("importer", "webdataset", options=WebDatasetOptions)
 class WebDataset(Importer):
-    """Tar shards (a folder, a glob, NAME-{000..123}.tar) of KEY.jpg (or png, webp, gif, bmp) with KEY.cls, KEY.txt, KEY.json; other parts are left out.
+    """Tar shards (a folder, a glob, NAME-{000..123}.tar) of KEY.jpg (or png, webp, gif, bmp) with
+    KEY.cls, KEY.txt, KEY.json; other parts are left out.
 
-    Columns: ``label`` (a number where all are), ``label_name`` where asked for, ``text`` (from txt) and ``json`` where samples have them, ``key``.
+    Columns: ``label`` (a number where all are), ``label_name`` where asked for, ``text`` (from txt)
+    and ``json`` where samples have them, ``key``.
     """
 
     def index(self, source: str) -> Index:
@@ -46,10 +56,22 @@ class WebDataset(Importer):
                 if kind is None:
                     bare.append(f"{shard}:{key}")
                     continue
-                columns = {"label": self._value(parts, self.options.label, f"{shard}:{key}"),
-                           "label_name": self._value(parts, self.options.label_name, f"{shard}:{key}"),
-                           "text": parts.get("txt"), "json": parts.get("json"), "key": key}
-                rows.append(place(parts[kind]._replace(name=f"{PurePosixPath(shard).name}/{parts[kind].name}"), split, **columns))
+                columns = {
+                    "label": self._value(parts, self.options.label, f"{shard}:{key}"),
+                    "label_name": self._value(parts, self.options.label_name, f"{shard}:{key}"),
+                    "text": parts.get("txt"),
+                    "json": parts.get("json"),
+                    "key": key,
+                }
+                rows.append(
+                    place(
+                        parts[kind]._replace(
+                            name=f"{PurePosixPath(shard).name}/{parts[kind].name}"
+                        ),
+                        split,
+                        **columns,
+                    )
+                )
         kinds: dict[str, pa.DataType] = {"key": pa.string()}
         if self.options.label:
             whole = all(re.fullmatch(r"-?\d{1,18}", row["label"]) for row in rows)
@@ -57,9 +79,20 @@ class WebDataset(Importer):
                 row["label"] = int(row["label"])
             kinds["label"] = pa.int64() if whole else pa.string()
         kinds |= {"label_name": pa.string()} if self.options.label_name else {}
-        kinds |= {name: pa.string() for name in ("text", "json") if any(row[name] is not None for row in rows)}
-        return Index(table(rows, kinds, source), " ".join(marks),
-                     notes={"shards": len(shards), "samples without an image, left out": len(bare), "parts left out": left})
+        kinds |= {
+            name: pa.string()
+            for name in ("text", "json")
+            if any(row[name] is not None for row in rows)
+        }
+        return Index(
+            table(rows, kinds, source),
+            " ".join(marks),
+            notes={
+                "shards": len(shards),
+                "samples without an image, left out": len(bare),
+                "parts left out": left,
+            },
+        )
 
     def _value(self, parts: dict[str, Any], where: str, sample: str) -> str | None:
         """The text that an option points to. Raises ValueError when the sample has none."""
@@ -70,24 +103,37 @@ class WebDataset(Importer):
             raise ValueError(f"label {where!r}: write cls, txt or json.FIELD")
         if part not in parts:
             have = ", ".join(parts)
-            raise ValueError(f"{sample}: no part {part} for the label (it has {have}); say --set label=json.FIELD, or --set label= for none")
+            raise ValueError(
+                f"{sample}: no part {part} for the label (it has {have}); say --set "
+                "label=json.FIELD, or --set label= for none"
+            )
         if not name:
             return parts[part].strip()
         try:
             value = json.loads(parts[part])[name]
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{sample}: its json has no {name!r} ({type(error).__name__}: {error})") from None
+            raise ValueError(
+                f"{sample}: its json has no {name!r} ({type(error).__name__}: {error})"
+            ) from None
         return value if isinstance(value, str) else json.dumps(value)
 
 
 def _shards(source: str) -> list[str]:
-    """Tars of a folder, glob or brace range, sorted. Raises ValueError for none, or one of a range that is not there."""
+    """Tars of a folder, glob or brace range, sorted. Raises ValueError for none, or one of a range
+    that is not there.
+    """
     spread = _braces(source)
-    found = [uri for text in spread for uri in (storage.list_files(text) if storage.is_dir(text) else storage.glob(text))]
+    found = [
+        uri
+        for text in spread
+        for uri in (storage.list_files(text) if storage.is_dir(text) else storage.glob(text))
+    ]
     missing = [text for text in spread if len(spread) > 1 and not storage.exists(text)]
     if missing:
         raise ValueError(f"{source}: shards that are not there: {few(missing)}")
-    tars = sorted(uri for uri in found if uri.lower().endswith((".tar", *files.GZIPPED, *files.COMPRESSED)))
+    tars = sorted(
+        uri for uri in found if uri.lower().endswith((".tar", *files.GZIPPED, *files.COMPRESSED))
+    )
     if not tars:
         raise ValueError(f"{source}: no .tar shards there")
     return tars
@@ -100,7 +146,11 @@ def _braces(text: str) -> list[str]:
         return [text]
     first, last = found[1], found[2]
     numbers = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
-    return [whole for number in numbers for whole in _braces(text[:found.start()] + number + text[found.end():])]
+    return [
+        whole
+        for number in numbers
+        for whole in _braces(text[: found.start()] + number + text[found.end() :])
+    ]
 
 
 def _samples(shard: str) -> tuple[dict[str, dict[str, Any]], str]:
@@ -118,7 +168,9 @@ def _samples(shard: str) -> tuple[dict[str, dict[str, Any]], str]:
             try:
                 parts[suffix] = reader.entry(entry).decode()
             except UnicodeDecodeError as error:
-                raise ValueError(f"{shard}: {entry.name}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+                raise ValueError(
+                    f"{shard}: {entry.name}: not UTF-8 text ({error.reason} at byte {error.start})"
+                ) from None
         else:
             parts[suffix] = entry
     reader.close()

@@ -1,4 +1,6 @@
-"""Small publishers' layouts, written with Pillow and the standard library; each is told what it holds."""
+"""Small publishers' layouts, written with Pillow and the standard library; each is told what it
+holds.
+"""
 
 import io
 import json
@@ -41,7 +43,11 @@ def tar(members: dict[str, bytes]) -> bytes:
 
 def read(output) -> list[dict]:
     """All rows of an output, in the order of its parts."""
-    return [row for file in sorted(Path(output).glob("*.parquet")) for row in pq.read_table(file).to_pylist()]
+    return [
+        row
+        for file in sorted(Path(output).glob("*.parquet"))
+        for row in pq.read_table(file).to_pylist()
+    ]
 
 
 @pytest.fixture
@@ -51,20 +57,40 @@ def folder(tmp_path):
     for s, (split, count) in enumerate((("train", 4), ("val", 2))):
         for c, label in enumerate(("cat", "dog")):
             for i in range(count):
-                write(root / split / label / f"{i}.jpg", encoded(100 * s + 10 * c + i, size=(40 + i, 30)))
+                write(
+                    root / split / label / f"{i}.jpg",
+                    encoded(100 * s + 10 * c + i, size=(40 + i, 30)),
+                )
     return root
 
 
 @pytest.fixture
 def imagenet(tmp_path):
-    """A tar of tars for training with 3, 2 and 1 images of the sorted classes, and a tar of six flat validation images with the devkit's ground truth."""
+    """A tar of tars for training with 3, 2 and 1 images of the sorted classes, and a tar of six
+    flat validation images with the devkit's ground truth.
+    """
     root = tmp_path / "imagenet"
     number = iter(range(1000))
-    tars = {f"{wnid}.tar": tar({f"{wnid}_{i}.JPEG": encoded(next(number)) for i in range(3 - k)}) for k, wnid in enumerate(sorted(WNIDS))}
+    tars = {
+        f"{wnid}.tar": tar({f"{wnid}_{i}.JPEG": encoded(next(number)) for i in range(3 - k)})
+        for k, wnid in enumerate(sorted(WNIDS))
+    }
     write(root / "ILSVRC2012_img_train.tar", tar(tars))
-    write(root / "ILSVRC2012_img_val.tar", tar({f"ILSVRC2012_val_{i:08d}.JPEG": encoded(next(number)) for i in range(1, 7)}))
-    write(root / "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt", "1\n2\n3\n3\n2\n1\n")
-    write(root / "devkit/data/map_clsloc.txt", "".join(f"{wnid} {i} {name.replace(' ', '_')}\n" for i, (wnid, name) in enumerate(WNIDS.items(), 1)))
+    write(
+        root / "ILSVRC2012_img_val.tar",
+        tar({f"ILSVRC2012_val_{i:08d}.JPEG": encoded(next(number)) for i in range(1, 7)}),
+    )
+    write(
+        root / "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt",
+        "1\n2\n3\n3\n2\n1\n",
+    )
+    write(
+        root / "devkit/data/map_clsloc.txt",
+        "".join(
+            f"{wnid} {i} {name.replace(' ', '_')}\n"
+            for i, (wnid, name) in enumerate(WNIDS.items(), 1)
+        ),
+    )
     return root
 
 
@@ -72,11 +98,16 @@ def imagenet(tmp_path):
 def webdataset(tmp_path):
     """Two shards of train with three samples each and one of validation with two."""
     root = tmp_path / "webdataset"
-    for number, (shard, count) in enumerate((("train-000", 3), ("train-001", 3), ("validation-000", 2))):
+    for number, (shard, count) in enumerate(
+        (("train-000", 3), ("train-001", 3), ("validation-000", 2))
+    ):
         members = {}
         for i in range(count):
-            members |= {f"{number}_{i}.jpg": encoded(10 * number + i), f"{number}_{i}.cls": str(i % 2).encode(),
-                        f"{number}_{i}.json": json.dumps({"name": f"class {i % 2}", "id": i}).encode()}
+            members |= {
+                f"{number}_{i}.jpg": encoded(10 * number + i),
+                f"{number}_{i}.cls": str(i % 2).encode(),
+                f"{number}_{i}.json": json.dumps({"name": f"class {i % 2}", "id": i}).encode(),
+            }
         write(root / f"{shard}.tar", tar(members))
     return root
 
@@ -85,16 +116,37 @@ def webdataset(tmp_path):
 def chest(tmp_path):
     """Six films of four patients: 8-bit and 16-bit PNG, in two folders."""
     root = tmp_path / "chest"
-    films = [("00000001_000.png", "Cardiomegaly|Effusion", 1, "058Y", "M"), ("00000001_001.png", "No Finding", 1, "059Y", "M"),
-             ("00000002_000.png", "No Finding", 2, "081Y", "F"), ("00000003_000.png", "Hernia", 3, "074Y", "F"),
-             ("00000004_000.png", "Hernia|Mass|Nodule", 4, "066Y", "M"), ("00000004_001.png", "Mass", 4, "066Y", "M")]
-    header = "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,OriginalImage[Width,Height],"
-    write(root / "Data_Entry_2017.csv", "\n".join([header, *(f"{name},{found},{i},{patient},{age},{sex},PA,2682,2749," for i, (
-        name, found, patient, age, sex) in enumerate(films))]) + "\n")
+    films = [
+        ("00000001_000.png", "Cardiomegaly|Effusion", 1, "058Y", "M"),
+        ("00000001_001.png", "No Finding", 1, "059Y", "M"),
+        ("00000002_000.png", "No Finding", 2, "081Y", "F"),
+        ("00000003_000.png", "Hernia", 3, "074Y", "F"),
+        ("00000004_000.png", "Hernia|Mass|Nodule", 4, "066Y", "M"),
+        ("00000004_001.png", "Mass", 4, "066Y", "M"),
+    ]
+    header = (
+        "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View "
+        "Position,OriginalImage[Width,Height],"
+    )
+    write(
+        root / "Data_Entry_2017.csv",
+        "\n".join(
+            [
+                header,
+                *(
+                    f"{name},{found},{i},{patient},{age},{sex},PA,2682,2749,"
+                    for i, (name, found, patient, age, sex) in enumerate(films)
+                ),
+            ]
+        )
+        + "\n",
+    )
     for i, (name, *_) in enumerate(films):
         if i == 0:
             sink = io.BytesIO()
-            PIL.Image.fromarray((np.arange(30 * 40, dtype=np.uint16) * 50).reshape(30, 40)).save(sink, "PNG")
+            PIL.Image.fromarray((np.arange(30 * 40, dtype=np.uint16) * 50).reshape(30, 40)).save(
+                sink, "PNG"
+            )
             data = sink.getvalue()
         else:
             data = encoded(i, form="PNG", mode="L")
@@ -117,27 +169,101 @@ def rle(mask: np.ndarray) -> list[int]:
 
 @pytest.fixture
 def coco(tmp_path):
-    """Three images of train (one without boxes) and one of val; category ids with a hole; polygons, a crowd of run lengths."""
+    """Three images of train (one without boxes) and one of val; category ids with a hole; polygons,
+    a crowd of run lengths.
+    """
     root = tmp_path / "coco"
-    for split, names in (("train2017", ("000001.jpg", "000002.jpg", "000003.jpg")), ("val2017", ("000009.jpg",))):
+    for split, names in (
+        ("train2017", ("000001.jpg", "000002.jpg", "000003.jpg")),
+        ("val2017", ("000009.jpg",)),
+    ):
         for name in names:
             write(root / split / name, encoded(int(name[:6])))
     crowd = np.zeros((30, 40), dtype=int)
     crowd[5:20, 3:30] = 1
-    categories = [{"id": 1, "name": "person", "supercategory": "person"}, {"id": 90, "name": "toothbrush"}]
+    categories = [
+        {"id": 1, "name": "person", "supercategory": "person"},
+        {"id": 90, "name": "toothbrush"},
+    ]
     images = [{"id": i, "file_name": f"{i:06d}.jpg", "width": 40, "height": 30} for i in (1, 2, 3)]
     annotations = [
-        {"id": 11, "image_id": 1, "category_id": 90, "bbox": [4.5, 6.0, 10.0, 12.0], "area": 120, "iscrowd": 0,
-         "segmentation": [[4.5, 6.0, 14.5, 6.0, 14.5, 18.0, 4.5, 18.0]]},
-        {"id": 12, "image_id": 1, "category_id": 1, "bbox": [3, 5, 27, 15], "area": 405, "iscrowd": 1,
-         "segmentation": {"size": [30, 40], "counts": rle(crowd)}},
-        {"id": 13, "image_id": 2, "category_id": 1, "bbox": [30, 20, 20, 20], "area": 100, "iscrowd": 0, "segmentation": [[30, 20, 40, 20, 40, 30, 30, 30]]},
-        {"id": 14, "image_id": 2, "category_id": 1, "bbox": [1, 1, 0, 5], "area": 0, "iscrowd": 0, "segmentation": [[1, 1, 1, 6, 1, 3]]},
-        {"id": 15, "image_id": 2, "category_id": 1, "bbox": [50, 1, 5, 5], "area": 25, "iscrowd": 0, "segmentation": [[50, 1, 55, 1, 55, 6]]},
-        {"id": 16, "image_id": 2, "category_id": 90, "bbox": [float("nan"), 1, 5, 5], "area": 25, "iscrowd": 0, "segmentation": [[1, 1, 6, 1, 6, 6]]}]
-    write(root / "annotations/instances_train2017.json", json.dumps({"images": images, "annotations": annotations, "categories": categories}))
-    write(root / "annotations/instances_val2017.json", json.dumps({
-        "images": [{"id": 9, "file_name": "000009.jpg", "width": 40, "height": 30}], "categories": categories,
-        "annotations": [{"id": 17, "image_id": 9, "category_id": 1, "bbox": [0, 0, 40, 30], "area": 1200, "iscrowd": 0,
-                         "segmentation": [[0, 0, 40, 0, 40, 30, 0, 30]]}]}))
+        {
+            "id": 11,
+            "image_id": 1,
+            "category_id": 90,
+            "bbox": [4.5, 6.0, 10.0, 12.0],
+            "area": 120,
+            "iscrowd": 0,
+            "segmentation": [[4.5, 6.0, 14.5, 6.0, 14.5, 18.0, 4.5, 18.0]],
+        },
+        {
+            "id": 12,
+            "image_id": 1,
+            "category_id": 1,
+            "bbox": [3, 5, 27, 15],
+            "area": 405,
+            "iscrowd": 1,
+            "segmentation": {"size": [30, 40], "counts": rle(crowd)},
+        },
+        {
+            "id": 13,
+            "image_id": 2,
+            "category_id": 1,
+            "bbox": [30, 20, 20, 20],
+            "area": 100,
+            "iscrowd": 0,
+            "segmentation": [[30, 20, 40, 20, 40, 30, 30, 30]],
+        },
+        {
+            "id": 14,
+            "image_id": 2,
+            "category_id": 1,
+            "bbox": [1, 1, 0, 5],
+            "area": 0,
+            "iscrowd": 0,
+            "segmentation": [[1, 1, 1, 6, 1, 3]],
+        },
+        {
+            "id": 15,
+            "image_id": 2,
+            "category_id": 1,
+            "bbox": [50, 1, 5, 5],
+            "area": 25,
+            "iscrowd": 0,
+            "segmentation": [[50, 1, 55, 1, 55, 6]],
+        },
+        {
+            "id": 16,
+            "image_id": 2,
+            "category_id": 90,
+            "bbox": [float("nan"), 1, 5, 5],
+            "area": 25,
+            "iscrowd": 0,
+            "segmentation": [[1, 1, 6, 1, 6, 6]],
+        },
+    ]
+    write(
+        root / "annotations/instances_train2017.json",
+        json.dumps({"images": images, "annotations": annotations, "categories": categories}),
+    )
+    write(
+        root / "annotations/instances_val2017.json",
+        json.dumps(
+            {
+                "images": [{"id": 9, "file_name": "000009.jpg", "width": 40, "height": 30}],
+                "categories": categories,
+                "annotations": [
+                    {
+                        "id": 17,
+                        "image_id": 9,
+                        "category_id": 1,
+                        "bbox": [0, 0, 40, 30],
+                        "area": 1200,
+                        "iscrowd": 0,
+                        "segmentation": [[0, 0, 40, 0, 40, 30, 0, 30]],
+                    }
+                ],
+            }
+        ),
+    )
     return root

@@ -39,17 +39,26 @@ def test_the_same_files_in_a_folder_a_tar_and_a_zip(tmp_path):
 
 def test_tars_in_a_tar_and_archives_in_a_folder_are_looked_into(tmp_path):
     inner = {"a/1.jpg": b"x" * 700, "2.jpg": b"y"}
-    outer = write(tmp_path / "set/outer.tar", tar({"n1.tar": tar(inner), "n2.tar": tar({"3.jpg": b"z" * 513}), "4.jpg": b"four"}))
+    outer = write(
+        tmp_path / "set/outer.tar",
+        tar({"n1.tar": tar(inner), "n2.tar": tar({"3.jpg": b"z" * 513}), "4.jpg": b"four"}),
+    )
     wanted = {"n1/a/1.jpg": b"x" * 700, "n1/2.jpg": b"y", "n2/3.jpg": b"z" * 513, "4.jpg": b"four"}
     assert contents(files.listing(str(outer))) == wanted
-    assert contents(files.listing(str(tmp_path / "set"))) == {f"outer/{name}": data for name, data in wanted.items()}
+    assert contents(files.listing(str(tmp_path / "set"))) == {
+        f"outer/{name}": data for name, data in wanted.items()
+    }
 
 
 def test_a_file_in_an_archive_and_in_a_folder_of_its_name_is_not_taken_twice(tmp_path):
     write(tmp_path / "set/cat.tar", tar({"1.jpg": b"x", "2.jpg": b"y"}))
     assert len(files.listing(str(tmp_path / "set")).entries) == 2
     write(tmp_path / "set/cat/1.jpg", b"x")
-    with pytest.raises(ValueError, match=r"set: cat/1\.jpg stands in it 2 times; such as in an archive and in a folder of its name; remove one"):
+    with pytest.raises(
+        ValueError,
+        match=r"set: cat/1\.jpg stands in it 2 times; such as in an archive and in a folder of "
+        r"its name; remove one",
+    ):
         files.listing(str(tmp_path / "set"))
 
 
@@ -58,15 +67,24 @@ def test_on_s3_they_are_the_same(s3_server, tmp_path):
 
     root = f"{s3_server}/prepare-files"
     storage.write_bytes(f"{root}/a/1.jpg", b"one")
-    storage.write_bytes(f"{root}/b.tar", tar({"n1.tar": tar({"2.jpg": b"two" * 999}), "3.jpg": b"three"}))
+    storage.write_bytes(
+        f"{root}/b.tar", tar({"n1.tar": tar({"2.jpg": b"two" * 999}), "3.jpg": b"three"})
+    )
     sink = io.BytesIO()
     with zipfile.ZipFile(sink, "w") as archive:
         archive.writestr("4.jpg", b"four")
     storage.write_bytes(f"{root}/c.zip", sink.getvalue())
-    assert contents(files.listing(root)) == {"a/1.jpg": b"one", "b/n1/2.jpg": b"two" * 999, "b/3.jpg": b"three", "c/4.jpg": b"four"}
+    assert contents(files.listing(root)) == {
+        "a/1.jpg": b"one",
+        "b/n1/2.jpg": b"two" * 999,
+        "b/3.jpg": b"three",
+        "c/4.jpg": b"four",
+    }
 
 
-@pytest.mark.parametrize("name", ["../out.jpg", "a/../../out.jpg", "/etc/out.jpg", "C:/out.jpg", "..\\out.jpg"])
+@pytest.mark.parametrize(
+    "name", ["../out.jpg", "a/../../out.jpg", "/etc/out.jpg", "C:/out.jpg", "..\\out.jpg"]
+)
 @pytest.mark.parametrize("form", ["tar", "inner", "zip"])
 def test_names_that_lead_outside_are_refused(tmp_path, name, form):
     if form == "zip":
@@ -103,7 +121,9 @@ def test_links_in_a_zip_are_refused(tmp_path):
 
 @pytest.mark.parametrize("at", [100, 512, 512 + 300, 1536, 1536 + 100, 1536 + 512 + 2])
 def test_a_tar_that_ends_early_is_refused_wherever_it_ends(tmp_path, at):
-    """1536 is where the second header begins: tarfile itself takes that for a whole archive of one file."""
+    """1536 is where the second header begins: tarfile itself takes that for a whole archive of one
+    file.
+    """
     data = tar({"1.jpg": b"a" * 600, "2.jpg": b"b" * 600})
     path = write(tmp_path / "cut.tar", data[:at])
     with pytest.raises(ValueError, match="not a whole tar file"):
@@ -130,9 +150,20 @@ def test_a_gzipped_tar_is_read_from_its_start_once(tmp_path, monkeypatch):
     back, plain = [], gzip._GzipReader._rewind
     monkeypatch.setattr(gzip._GzipReader, "_rewind", lambda self: (back.append(1), plain(self))[1])
     found = files.listing(str(tmp_path / "set"))
-    assert contents(found) == {f"{folder}/images/{i}.png": bytes([i]) * 40_000 for folder in ("images_001", "n1/in") for i in range(9)} and not back
+    assert (
+        contents(found)
+        == {
+            f"{folder}/images/{i}.png": bytes([i]) * 40_000
+            for folder in ("images_001", "n1/in")
+            for i in range(9)
+        }
+        and not back
+    )
     reader = files.Reader()
-    assert reader.entry(found.entries[5]) + reader.entry(found.entries[2]) == bytes([5]) * 40_000 + bytes([2]) * 40_000, "back too, at a price"
+    assert (
+        reader.entry(found.entries[5]) + reader.entry(found.entries[2])
+        == bytes([5]) * 40_000 + bytes([2]) * 40_000
+    ), "back too, at a price"
     reader.close()
 
 
@@ -201,7 +232,9 @@ def test_empty_folders_are_told(tmp_path):
         archive.writestr("cat/1.jpg", b"x")
         archive.writestr("dog/", b"")
     assert files.listing(str(tmp_path / "c.zip")).empty == ["dog"]
-    assert files.listing(str(write(tmp_path / "d.tar", tar({"n1.tar": tar({"1.jpg": b"x"}), "n2.tar": tar({})})))).empty == ["n2"]
+    assert files.listing(
+        str(write(tmp_path / "d.tar", tar({"n1.tar": tar({"1.jpg": b"x"}), "n2.tar": tar({})})))
+    ).empty == ["n2"]
 
 
 def test_a_member_of_a_zip_on_s3_costs_little_more_than_its_bytes(s3_server, monkeypatch):

@@ -24,7 +24,11 @@ def opened(data: bytes) -> PIL.Image.Image:
 
 def smooth(width: int, height: int) -> PIL.Image.Image:
     y, x = np.mgrid[:height, :width]
-    return PIL.Image.fromarray(np.stack([x * 255 // width, y * 255 // height, (x + y) * 255 // (width + height)], 2).astype(np.uint8))
+    return PIL.Image.fromarray(
+        np.stack(
+            [x * 255 // width, y * 255 // height, (x + y) * 255 // (width + height)], 2
+        ).astype(np.uint8)
+    )
 
 
 def saved(image: PIL.Image.Image, form: str = "JPEG", **options) -> bytes:
@@ -51,12 +55,24 @@ def test_an_image_that_is_not_written_anew_keeps_its_bytes(form):
 def test_the_size_is_that_after_exif_orientation(turn, form):
     data = oriented(smooth(60, 40), turn, form)
     picture = examine(data)
-    decoded = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB, apply_exif_orientation=True)
-    assert picture.seen == picture.size == (decoded.shape[2], decoded.shape[1]) and picture.stored == (60, 40)
+    decoded = decode_image(
+        torch.frombuffer(bytearray(data), dtype=torch.uint8),
+        mode=ImageReadMode.RGB,
+        apply_exif_orientation=True,
+    )
+    assert picture.seen == picture.size == (
+        decoded.shape[2],
+        decoded.shape[1],
+    ) and picture.stored == (60, 40)
     small = opened(examine(data, resize=20, quality=95).data)
     assert small.size == ((30, 20) if turn < 5 else (20, 30))
     assert small.getexif().get(0x0112) is None, "upright now"
-    wanted = np.asarray(PIL.ImageOps.exif_transpose(opened(data)).convert("RGB").resize(small.size, PIL.Image.Resampling.BICUBIC), dtype=float)
+    wanted = np.asarray(
+        PIL.ImageOps.exif_transpose(opened(data))
+        .convert("RGB")
+        .resize(small.size, PIL.Image.Resampling.BICUBIC),
+        dtype=float,
+    )
     assert np.abs(np.asarray(small, dtype=float) - wanted).mean() < 4
 
 
@@ -65,35 +81,73 @@ def test_the_shorter_side_is_made_smaller_and_antialiased():
     picture = examine(saved(stripes, "PNG"), resize=64)
     assert picture.size == (64, 64)
     small = np.asarray(opened(picture.data))
-    assert small.shape == (64, 64) and np.abs(small.astype(int) - 127).max() < 12, "one pixel in four would give 0 or 255"
+    assert small.shape == (64, 64) and np.abs(small.astype(int) - 127).max() < 12, (
+        "one pixel in four would give 0 or 255"
+    )
     assert examine(encoded(1, (333, 100)), resize=50).size == (166, 50)
 
 
 @pytest.mark.parametrize("size", [(1600, 1280), (1601, 1281), (1921, 1281)])
 def test_a_large_photo_is_made_smaller_as_well_as_by_the_whole_of_it(size):
-    """It is decoded at a quarter of its size, of which the last pixel may be a part only: 44 dB, and 38 dB when that is overlooked."""
-    y, x = np.mgrid[:size[1], :size[0]].astype(np.float64)
-    waves = [127 + 60 * np.sin(x / a + y / b) + 60 * np.sin(x / b - y / a) for a, b in ((41, 60), (53, 90), (77, 47))]
+    """It is decoded at a quarter of its size, of which the last pixel may be a part only: 44 dB,
+    and 38 dB when that is overlooked.
+    """
+    y, x = np.mgrid[: size[1], : size[0]].astype(np.float64)
+    waves = [
+        127 + 60 * np.sin(x / a + y / b) + 60 * np.sin(x / b - y / a)
+        for a, b in ((41, 60), (53, 90), (77, 47))
+    ]
     data = saved(PIL.Image.fromarray(np.stack(waves, 2).astype(np.uint8)), quality=95)
     picture = examine(data, resize=160, quality=100)
     assert picture.stored == size and min(picture.size) == 160
-    wanted = np.asarray(opened(data).resize(picture.size, PIL.Image.Resampling.BICUBIC), dtype=float)
-    assert 10 * np.log10(255 ** 2 / ((np.asarray(opened(picture.data), dtype=float) - wanted) ** 2).mean()) > 42
+    wanted = np.asarray(
+        opened(data).resize(picture.size, PIL.Image.Resampling.BICUBIC), dtype=float
+    )
+    assert (
+        10
+        * np.log10(255**2 / ((np.asarray(opened(picture.data), dtype=float) - wanted) ** 2).mean())
+        > 42
+    )
 
 
-@pytest.mark.parametrize(("mode", "after"), [("1", "L"), ("L", "L"), ("LA", "L"), ("P", "RGB"), ("RGBA", "RGB"), ("RGB", "RGB"), ("CMYK", "RGB")])
+@pytest.mark.parametrize(
+    ("mode", "after"),
+    [
+        ("1", "L"),
+        ("L", "L"),
+        ("LA", "L"),
+        ("P", "RGB"),
+        ("RGBA", "RGB"),
+        ("RGB", "RGB"),
+        ("CMYK", "RGB"),
+    ],
+)
 def test_every_mode_becomes_grey_or_rgb(mode, after):
-    image = smooth(64, 48).quantize(256, dither=PIL.Image.Dither.NONE) if mode == "P" else smooth(64, 48).convert(mode)
-    data = saved(image, "JPEG" if mode == "CMYK" else "PNG", **({"quality": 95} if mode == "CMYK" else {}))
+    image = (
+        smooth(64, 48).quantize(256, dither=PIL.Image.Dither.NONE)
+        if mode == "P"
+        else smooth(64, 48).convert(mode)
+    )
+    data = saved(
+        image, "JPEG" if mode == "CMYK" else "PNG", **({"quality": 95} if mode == "CMYK" else {})
+    )
     found = opened(examine(data, quality=95).data)
     assert (found.format, found.mode, found.size) == ("JPEG", after, (64, 48))
-    assert np.abs(np.asarray(found, dtype=float) - np.asarray(image.convert(after), dtype=float)).mean() < 6
+    assert (
+        np.abs(
+            np.asarray(found, dtype=float) - np.asarray(image.convert(after), dtype=float)
+        ).mean()
+        < 6
+    )
 
 
 def test_of_16_bits_are_8_as_where_the_file_itself_is_read():
     levels = (np.arange(64 * 48, dtype=np.uint32).reshape(48, 64) * 21).astype(np.uint16)
     data = saved(PIL.Image.fromarray(levels), "PNG")
-    found, wanted = np.asarray(opened(examine(data, quality=98).data), dtype=float), imagefile.pixels(data, 1)[0].numpy()
+    found, wanted = (
+        np.asarray(opened(examine(data, quality=98).data), dtype=float),
+        imagefile.pixels(data, 1)[0].numpy(),
+    )
     assert np.abs(found - wanted).max() <= 4
     assert (np.asarray(_eight_bits(opened(data))) == wanted).all()
 
@@ -107,20 +161,39 @@ def test_of_an_animation_the_first_picture_is_kept():
 
 def png_header(width: int, height: int) -> bytes:
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(b"\0" * 100))
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+        + chunk(b"IDAT", zlib.compress(b"\0" * 100))
+    )
 
 
 @pytest.mark.parametrize("side", [11586, 14000, 60000])
 def test_a_header_that_claims_too_much_is_refused_before_memory_is_taken(side, monkeypatch):
-    monkeypatch.setattr(PIL.ImageFile.ImageFile, "load", lambda self: pytest.fail("its pixels are taken"))
+    monkeypatch.setattr(
+        PIL.ImageFile.ImageFile, "load", lambda self: pytest.fail("its pixels are taken")
+    )
     with pytest.raises(BrokenImageError, match=r"its header claims .*134217728"):
         examine(png_header(side, side))
 
 
-@pytest.mark.parametrize("data", [b"", b"no image", encoded(1)[:400], encoded(1, form="PNG")[:-200], encoded(1, form="WEBP")[:50], b"\xff\xd8\xff\xe0",
-                                  png_header(100, 100)], ids=["empty", "text", "jpeg", "png", "webp", "start", "few pixels"])
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"no image",
+        encoded(1)[:400],
+        encoded(1, form="PNG")[:-200],
+        encoded(1, form="WEBP")[:50],
+        b"\xff\xd8\xff\xe0",
+        png_header(100, 100),
+    ],
+    ids=["empty", "text", "jpeg", "png", "webp", "start", "few pixels"],
+)
 def test_broken_images_are_refused_with_a_reason(data):
     with pytest.raises(BrokenImageError) as caught:
         examine(data)

@@ -20,11 +20,18 @@ def random_mask(seed: int) -> np.ndarray:
 def test_run_lengths_and_their_compressed_text(seed):
     mask = random_mask(seed)
     packed = reference.encode(np.asfortranarray(mask))
-    assert (rle.mask_of({"size": list(mask.shape), "counts": packed["counts"]}, *mask.shape) == mask).all()
-    assert (rle.mask_of({"size": list(mask.shape), "counts": packed["counts"].decode()}, *mask.shape) == mask).all()
+    assert (
+        rle.mask_of({"size": list(mask.shape), "counts": packed["counts"]}, *mask.shape) == mask
+    ).all()
+    assert (
+        rle.mask_of({"size": list(mask.shape), "counts": packed["counts"].decode()}, *mask.shape)
+        == mask
+    ).all()
     plain = rle.counts_of(packed["counts"])
     assert (rle.mask_of({"size": list(mask.shape), "counts": plain}, *mask.shape) == mask).all()
-    again = reference.frPyObjects({"size": list(mask.shape), "counts": plain}, *map(int, mask.shape))
+    again = reference.frPyObjects(
+        {"size": list(mask.shape), "counts": plain}, *map(int, mask.shape)
+    )
     assert (reference.decode(again) == mask).all()
 
 
@@ -37,7 +44,9 @@ def test_polygons(seed):
     for _ in range(rng.integers(1, 4)):
         points = rng.uniform(-0.2, 1.2, (rng.integers(3, 12), 2)) * (width, height)
         points = points.round(rng.integers(0, 3))
-        polygons.append([*points.reshape(-1).tolist(), *(points[0].tolist() if seed % 3 == 0 else [])])
+        polygons.append(
+            [*points.reshape(-1).tolist(), *(points[0].tolist() if seed % 3 == 0 else [])]
+        )
     wanted = reference.decode(reference.merge(reference.frPyObjects(polygons, height, width)))
     assert (rle.mask_of(polygons, height, width) == wanted).all()
 
@@ -61,7 +70,9 @@ def test_small_objects_lie_over_large_ones_and_all_over_crowds():
     square = [[5, 5, 25, 5, 25, 25, 5, 25]]
     small = [[10, 10, 15, 10, 15, 15, 10, 15]]
     crowd = {"size": [30, 40], "counts": [0, 1200]}
-    found = coco.semantic([[7, False, 25.0, small], [3, False, 400.0, square], [1, True, 9.0, crowd]], 0, 30, 40)
+    found = coco.semantic(
+        [[7, False, 25.0, small], [3, False, 400.0, square], [1, True, 9.0, crowd]], 0, 30, 40
+    )
     assert (found[10:15, 10:15] == 7).all()
     assert found[6, 6] == 3 and found[0, 0] == coco.IGNORED
     assert set(np.unique(found)) == {3, 7, coco.IGNORED}
