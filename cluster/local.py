@@ -1,6 +1,6 @@
 """A Ray cluster of N nodes on one machine, for trying `onetomany submit` and for tests.
 
-    python -P -m cluster.local 2                 # two nodes, one CPU each; up in about 15 s, Ctrl-C stops it
+    python -P -m cluster.local 2     # two nodes, one CPU each; up in about 15 s, Ctrl-C stops it
     python -P -m cluster.local 4 --cpus-per-node 2 --no-token
 
 `-P` keeps Python from taking another folder named `cluster` for this one.

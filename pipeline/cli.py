@@ -13,9 +13,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from pipeline import __version__, prepare_ray, stopping
-from pipeline.job import Data, Job, JobError
-from pipeline.jobfile import load, schema
+from pipeline import __version__, prepare_ray
+from pipeline.config.schema import Data, Job, JobError
+from pipeline.config.yaml_loader import load, schema
+from pipeline.io import signals
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -118,12 +119,13 @@ def _stages(
         and verbs != ("pretrain", "finetune", "report")
     ):
         raise _fail(f"{file}: this job has no targets", 2)
-    from pipeline import bundle, checked, fence, lease, storage
+    from pipeline.checkpoints import bundle
+    from pipeline.io import checksums, run_lock, storage, write_fence
     from pipeline.train import launch
     from pipeline.train.progress import Progress
     from pipeline.transfer import stages
 
-    with Progress() as progress, checked.telling(progress.note):
+    with Progress() as progress, checksums.telling(progress.note):
         try:
             state = stages.check(
                 job, progress, verbose=verbose, wait=wait, remake=_remade(remake, verbs)
@@ -135,12 +137,12 @@ def _stages(
                 for line in preflight.look(state):
                     out.print(line, markup=False, soft_wrap=True)
                 return
-            with lease.hold(job.root, progress.note):
+            with run_lock.hold(job.root, progress.note):
                 code = _run(state, address, verbs)
         except KeyboardInterrupt:
             progress.note("stopped; what is finished is kept, the same command goes on from here")
-            code = stopping.exit_code()
-        except fence.LostLeaseError as error:
+            code = signals.exit_code()
+        except write_fence.LostLeaseError as error:
             raise _fail(str(error), 1) from None
         except (bundle.BundleError, storage.StorageError, ValueError) as error:
             raise _fail(str(error), 2) from None
@@ -178,18 +180,23 @@ def _run(state: Any, address: str | None, verbs: tuple[str, ...]) -> int:
 
 
 def _rows_of(state: Any, trials: list[Any]) -> list[dict[str, Any]]:
-    from pipeline.transfer import results, stages
+    from pipeline.report import results
+    from pipeline.transfer import stages
 
     return results.filled(stages.collect(state, trials))
 
 
 def _show(state: Any, rows: list[dict[str, Any]]) -> int:
     """Print the table, write the report, name what failed; the exit code."""
-    from pipeline.transfer import origins, pruning, report, results, stages
+    from pipeline.report import code_versions, report, results
+    from pipeline.transfer import pruning, stages
 
     cells, where = stages.show(state, rows)
     out.print(report.table(cells))
-    for line in (*origins.reasons(state.origins), *pruning.told(results.read(state.job.root))):
+    for line in (
+        *code_versions.reasons(state.origins),
+        *pruning.told(results.read(state.job.root)),
+    ):
         err.print(f"note: {line}", markup=False)
     for line in results.duplicates(rows):
         err.print(f"warning: {line}", markup=False)
@@ -206,10 +213,12 @@ def _show(state: Any, rows: list[dict[str, Any]]) -> int:
 
 def _prune(state: Any, dry_run: bool) -> None:
     """List the stale trials, and remove them unless that is all that was asked for."""
-    from pipeline import lease
+    from pipeline.io import run_lock
     from pipeline.transfer import pruning, stages
 
-    held = contextlib.nullcontext() if dry_run else lease.hold(state.job.root, state.progress.note)
+    held = (
+        contextlib.nullcontext() if dry_run else run_lock.hold(state.job.root, state.progress.note)
+    )
     with held:
         found = stages.stale(state)
         for line in found.lines():
@@ -320,13 +329,13 @@ def report(
     spec = _job(job, set_)
     if dry_run and not prune_stale:
         raise _fail("--dry-run lists what --prune-stale would remove: give both", 2)
-    from pipeline import checked, storage
+    from pipeline.io import checksums, storage
     from pipeline.train.progress import Progress
     from pipeline.transfer import stages
 
     progress = Progress()
     try:
-        with checked.telling(progress.note):
+        with checksums.telling(progress.note):
             state = stages.check(spec, progress)
             if prune_stale:
                 _prune(state, dry_run)
@@ -373,11 +382,11 @@ def predict(
     names of the classes that `probabilities` are of are printed, and stand in the Parquet files'
     metadata (key `classes`).
     """
-    from pipeline import bundle as bundles
-    from pipeline import storage
+    from pipeline.checkpoints import bundle as bundles
+    from pipeline.io import storage
     from pipeline.train import launch
     from pipeline.train.progress import Progress
-    from pipeline.transfer import apply
+    from pipeline.transfer import predict as apply
 
     wrong = [c for c in column or () if not all(c.partition("="))]
     if wrong:
@@ -399,7 +408,7 @@ def predict(
                 tuple(name.strip() for name in (keep or "").split(",") if name.strip()),
             )
     except KeyboardInterrupt:
-        raise _fail("stopped; the same command goes on from here", stopping.exit_code()) from None
+        raise _fail("stopped; the same command goes on from here", signals.exit_code()) from None
     except (bundles.BundleError, storage.StorageError, ValueError) as error:
         raise _fail(str(error), 2) from None
     except launch.ClusterError as error:
@@ -433,9 +442,9 @@ def export(
     `NAME_classifier.py` beside a state dict. Every export is compared with the bundle on random
     rows, the largest difference is printed, and an export that gives other numbers is refused.
     """
-    from pipeline import bundle as bundles
-    from pipeline import storage
-    from pipeline.transfer import apply
+    from pipeline.checkpoints import bundle as bundles
+    from pipeline.io import storage
+    from pipeline.transfer import predict as apply
 
     try:
         out.print(apply.export(bundle, output, kind, backbone_only), markup=False, soft_wrap=True)
@@ -505,15 +514,15 @@ def prepare(
     """A publisher's raw files to sharded Parquet, in parallel; goes on where a stopped run left
     off. `prepare --list` shows the importers.
     """
-    from pipeline import checked, identity, lease, storage
-    from pipeline.data.prepare import importing
+    from pipeline.io import checksums, file_identity, run_lock, storage
+    from pipeline.prepare.engine import importing
 
     if list_:
         try:
             return out.print(importing.describe(name), markup=False, soft_wrap=True)
         except ValueError as error:
             raise _fail(str(error), 2) from None
-    from pipeline.data.prepare import write
+    from pipeline.prepare.engine import write
     from pipeline.train import launch
     from pipeline.train.progress import Progress
 
@@ -532,20 +541,20 @@ def prepare(
                 "--verify -o OUTPUT"
             )
         settings = write.Settings(resize, quality, rows_per_part, max_bad, part_mb)
-        with Progress() as progress, identity.shown_by(progress.update):
+        with Progress() as progress, file_identity.shown_by(progress.update):
             work = write.Preparation(
                 name, source, output, importing.options_of(name, set_ or []), settings
             )
         with (
             Progress() as progress,
-            checked.telling(progress.note),
-            lease.hold(output, progress.note),
+            checksums.telling(progress.note),
+            run_lock.hold(output, progress.note),
         ):
             if work.todo:
                 launch.start(address, verbose)
             work.run(progress.update)
     except KeyboardInterrupt:
-        raise _fail("stopped; the same command goes on from here", stopping.exit_code()) from None
+        raise _fail("stopped; the same command goes on from here", signals.exit_code()) from None
     except (storage.StorageError, ValueError) as error:
         raise _fail(str(error), 2) from None
     except launch.ClusterError as error:
@@ -613,7 +622,7 @@ def submit(
     from cluster.package import SubmitError, collect
     from cluster.submit import parse_env
     from cluster.submit import submit as send
-    from pipeline.jobfile import relative_places
+    from pipeline.config.yaml_loader import relative_places
 
     if address is None and not dry_run:
         raise _fail(
@@ -656,7 +665,7 @@ def doctor(
     address: Address = None,
 ) -> None:
     """Is this machine or cluster ready, and what is missing."""
-    from pipeline.transfer import doctoring
+    from pipeline.transfer import doctor as doctoring
 
     lines = doctoring.examine(_job(job, set_) if job else None, address)
     table = Table("", "what", "found", "what to do", box=None, pad_edge=False)
@@ -680,7 +689,7 @@ def version() -> None:
 
 def main() -> None:
     prepare_ray()
-    stopping.install()
+    signals.install()
     app()
 
 

@@ -60,7 +60,7 @@ def root(request, tmp_path):
 @pytest.fixture
 def fast(monkeypatch):
     """The pauses that the storage's own retries ask for, without waiting for them."""
-    from pipeline import s3
+    from pipeline.io import s3
 
     pauses, real = [], s3.retry
     monkeypatch.setattr(

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 from toys import furthest, image_rows, make_run, weights
 
-from pipeline import registry
-from pipeline.contracts import Backbone, Batch, Features, Task, View
+from pipeline.config import registry
+from pipeline.core.contracts import Backbone, Batch, Features, Task, View
+from pipeline.core.rng import uniform
 from pipeline.data.stream import Loaded
-from pipeline.rng import uniform
 from pipeline.train import loop
 from pipeline.train.loop import Ranks
 

@@ -9,11 +9,12 @@ from typing import Any
 
 from toys import label_state, task_of
 
-from pipeline import bundle
-from pipeline.job import Job
+from pipeline.checkpoints import bundle
+from pipeline.config.schema import Job
+from pipeline.report import results
 from pipeline.train.loop import Ranks
 from pipeline.train.progress import Progress
-from pipeline.transfer import fanout, results, stages, trial
+from pipeline.transfer import fanout, stages, trial
 
 COLUMNS = {"image": "picture", "label": "class"}
 MODALITY = {

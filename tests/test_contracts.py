@@ -35,11 +35,12 @@ from toys import (
     weights,
 )
 
-from pipeline import bundle, registry
-from pipeline.contracts import Batch, Objective, Task, Technique
-from pipeline.metrics import metric
+from pipeline.checkpoints import bundle
+from pipeline.config import registry
+from pipeline.config.registry import Options
+from pipeline.core.contracts import Batch, Objective, Task, Technique
+from pipeline.metrics.catalog import metric
 from pipeline.objectives.classification import Classification
-from pipeline.registry import Options
 from pipeline.train import loop
 
 EXAMPLES = {

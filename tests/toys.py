@@ -13,12 +13,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pipeline import bundle
-from pipeline.contracts import Backbone, Batch, Features, Modality, Objective, Task, Technique
+from pipeline.checkpoints import bundle
+from pipeline.config.schema import Train
+from pipeline.core.contracts import Backbone, Batch, Features, Modality, Objective, Task, Technique
 from pipeline.data.manifest import Group, Manifest, Selection
 from pipeline.data.plan import Plan
 from pipeline.data.stream import Decoder, Rows, train_batches
-from pipeline.job import Train
 from pipeline.modalities.events import Events, EventsOptions
 from pipeline.modalities.image import Image, ImageOptions
 from pipeline.modalities.table import Table, TableOptions
@@ -280,7 +280,7 @@ def take(
     """A batch of the rows at the given places, ready for the model, with the views that the
     objective compares.
     """
-    from pipeline.rng import row_keys
+    from pipeline.core.rng import row_keys
 
     places = np.asarray(places)
     ids = rows.selection.ids(places)
@@ -454,7 +454,7 @@ def image_files(
 
 def job_of(folder, paths: dict[str, str], train: dict[str, Any] | None = None, **target: Any):
     """A job with one image source ``src`` and the target ``task`` on the given files."""
-    from pipeline.job import Job
+    from pipeline.config.schema import Job
 
     data = {**paths, "modality": "image", "columns": {"image": "picture", "label": "class"}}
     return Job.model_validate(
@@ -492,7 +492,7 @@ def shared_of(
     """What the trials of ``job_of`` read, with one source whose weights are random but fixed: an
     image backbone, or what ``source`` (architecture, modality) says.
     """
-    from pipeline.transfer import targets, trials
+    from pipeline.transfer import grid, targets
     from pipeline.transfer.trial import Shared
 
     arch, modality = source or (
@@ -503,7 +503,7 @@ def shared_of(
             "state": {"mean": [0.5] * 3, "std": [0.2] * 3},
         },
     )
-    base = trials.bases({"src": (arch, modality)})[0]
+    base = grid.bases({"src": (arch, modality)})[0]
     held = {
         name: tensor.numpy()
         for name, tensor in bundle.build_backbone(arch, seed=77).state_dict().items()
@@ -537,13 +537,13 @@ def trial_of(
     seed: int = 0,
     stage: str = "final",
 ):
-    from pipeline import registry
-    from pipeline.job import Plug
-    from pipeline.transfer import trials
+    from pipeline.config import registry
+    from pipeline.config.schema import Plug
+    from pipeline.transfer import grid
 
     base, plug = next(iter(shared.bases.values())), Plug.model_validate(technique)
-    source = "src" if registry.get("technique", plug.name).from_source else trials.SCRATCH
-    return trials.make(
+    source = "src" if registry.get("technique", plug.name).from_source else grid.SCRATCH
+    return grid.make(
         job,
         "task",
         (base, source, plug, fraction),

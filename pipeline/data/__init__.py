@@ -1,1 +1,4 @@
-"""Row order, streams and memory tables: from files to device batches."""
+"""Rows on their way to a training step: manifests, the plan of their order, decoding, streaming.
+
+``stream`` is the module that imports Ray Data. Imports ``media`` and the floors below it.
+"""

@@ -32,11 +32,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from pipeline import audiofile, checked, identity, lists, registry, storage
+from pipeline.config import registry
+from pipeline.config.schema import spec_hash
+from pipeline.core import arrow_lists
 from pipeline.data.loader import threaded_map
 from pipeline.data.manifest import Reader, Selection, value_text
 from pipeline.data.stream import map_items
-from pipeline.job import spec_hash
+from pipeline.io import checksums, file_identity, storage
+from pipeline.media import audio_io
 
 NEAR_BITS, NEAR_CORRELATION = 4, 0.98
 VERSION = 3
@@ -97,7 +100,7 @@ def signs(
         *([record] if record else []),
     )
     uri = storage.join(folder, key)
-    content = checked.kept_bytes(uri, "the rows are compared anew")
+    content = checksums.kept_bytes(uri, "the rows are compared anew")
     if content is not None:
         with np.load(io.BytesIO(content), allow_pickle=False) as found:
             return Signs(**{name: found[name] for name in found.files})
@@ -113,7 +116,7 @@ def signs(
     arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)  # type: ignore[arg-type]
-    checked.keep_bytes(uri, buffer.getvalue())
+    checksums.keep_bytes(uri, buffer.getvalue())
     return Signs(**arrays)
 
 
@@ -224,7 +227,7 @@ def _with_float32(kind: pa.DataType) -> pa.DataType | None:
     """
     if pa.types.is_floating(kind):
         return pa.float32()
-    if not lists.is_list(kind):
+    if not arrow_lists.is_list(kind):
         return None
     inner = _with_float32(kind.value_type)
     return None if inner is None else pa.large_list(inner)
@@ -234,7 +237,7 @@ def _place(cell: pa.Scalar) -> str | bytes | None:
     """The bytes or the file that a cell of recordings holds or names, as the modality takes it."""
     value = cell.as_py()
     value = value.get("bytes") or value.get("path") if isinstance(value, dict) else value
-    names_no_file = isinstance(value, str) and identity.NUL in value
+    names_no_file = isinstance(value, str) and file_identity.NUL in value
     return value if isinstance(value, (str, bytes)) and not names_no_file else None
 
 
@@ -245,8 +248,8 @@ def _recording(place: str | bytes) -> tuple[bytes, float]:
         while block := file.read(BLOCK_BYTES):
             digest.update(block)
         try:
-            return digest.digest(), audiofile.inspect(file).seconds
-        except audiofile.BrokenAudioError:
+            return digest.digest(), audio_io.inspect(file).seconds
+        except audio_io.BrokenAudioError:
             return digest.digest(), 0.0
 
 
@@ -257,7 +260,7 @@ def _piece(start: Any, seconds: Any, total: float) -> bytes:
         for value in (start, seconds)
     )  # NaN is null
     if begin is None or (
-        begin == 0 and (length is None or abs(length - total) <= audiofile.OVER_SECONDS)
+        begin == 0 and (length is None or abs(length - total) <= audio_io.OVER_SECONDS)
     ):
         return b""
     return f" {begin:.3f} {'' if length is None else f'{length:.3f}'}".encode()

@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pipeline import registry
-from pipeline.contracts import Arrays, Modality
-from pipeline.data.buckets import BucketPlan
+from pipeline.config import registry
+from pipeline.core.contracts import Arrays, Modality
+from pipeline.core.ragged import ragged, size
+from pipeline.data.length_buckets import BucketPlan
 from pipeline.data.manifest import READER_BYTES, Reader, Selection
 from pipeline.data.plan import Item, Plan
-from pipeline.ragged import ragged, size
 
 
 def threaded_map(

@@ -22,11 +22,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline import identity, lists, registry, storage
-from pipeline.data import imports
-from pipeline.identity import FileIdentity
-from pipeline.job import Data, spec_hash
-from pipeline.registry import nearest
+from pipeline.config import registry
+from pipeline.config.registry import nearest
+from pipeline.config.schema import Data, spec_hash
+from pipeline.core import arrow_lists
+from pipeline.data import to_parquet
+from pipeline.io import file_identity, storage
+from pipeline.io.file_identity import FileIdentity
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,9 @@ class Manifest:
         """
         known = self.identities[file] if self.identities else None
         return (
-            storage.open_read(self.files[file]) if known is None else identity.open_unchanged(known)
+            storage.open_read(self.files[file])
+            if known is None
+            else file_identity.open_unchanged(known)
         )
 
     def place(self, row: int) -> str:
@@ -120,12 +124,14 @@ def build(uris: str | list[str], form: str, imports_uri: str) -> Manifest:
 
 
 def build_with_named(
-    uris: str | list[str], form: str, imports_uri: str, mode: identity.Mode = "content"
+    uris: str | list[str], form: str, imports_uri: str, mode: file_identity.Mode = "content"
 ) -> tuple[Manifest, tuple[FileIdentity, ...]]:
     """As `build`, with the images or recordings that the rows of a folder of them name. ``mode``:
     how files are identified (`identity`).
     """
-    found = imports.to_parquet([uris] if isinstance(uris, str) else uris, form, imports_uri, mode)
+    found = to_parquet.to_parquet(
+        [uris] if isinstance(uris, str) else uris, form, imports_uri, mode
+    )
     files, fingerprint = found.files, found.fingerprint
     groups, schema, digest = [], None, hashlib.sha256()
     for number, file in enumerate(files):
@@ -138,7 +144,7 @@ def build_with_named(
                 f"{file}: its schema differs from that of {files[0]}: {_difference(schema, here)}"
             )
         if fingerprint is None:
-            content = found.own[number].content if found.own else identity.fingerprint(file)
+            content = found.own[number].content if found.own else file_identity.fingerprint(file)
             digest.update(f"{PurePosixPath(file).name} {content}".encode())
         for i in range(metadata.num_row_groups):
             group = metadata.row_group(i)
@@ -250,14 +256,16 @@ class Reader:
                 len(inside) * 2 >= len(group) and (np.diff(inside) == 1).all()
             )  # not copied; a smaller one would keep all of the group in memory
             parts.append(
-                group.slice(int(inside[0]), len(inside)) if stretch else lists.take(group, inside)
+                group.slice(int(inside[0]), len(inside))
+                if stretch
+                else arrow_lists.take(group, inside)
             )
         table = (
             pa.concat_tables(parts)
             if parts
             else self.manifest.schema.empty_table().select(self.columns)
         )
-        return table if (np.diff(order) == 1).all() else lists.take(table, np.argsort(order))
+        return table if (np.diff(order) == 1).all() else arrow_lists.take(table, np.argsort(order))
 
 
 def _check_group(
@@ -421,7 +429,7 @@ def units(values: pa.ChunkedArray) -> np.ndarray:
 
 def _share(values: pa.ChunkedArray | None, ids: np.ndarray, salt: str) -> np.ndarray:
     """(n,) numbers in [0, 1), equal for equal group values; of a row without a group its own."""
-    from pipeline.rng import mix, row_keys
+    from pipeline.core.rng import mix, row_keys
 
     keys = row_keys(mix(*salt.encode()), np.zeros(1, dtype=np.int64), ids)
     own = (keys.view(np.uint64) >> np.uint64(11)).astype(np.float64) / float(1 << 53)
@@ -692,7 +700,7 @@ def _splits(data: Data, roles: tuple[str, ...], at: str, imports_uri: str) -> Sp
 
 
 def with_named_files(
-    selections: list[Selection], columns: tuple[str, ...], mode: identity.Mode
+    selections: list[Selection], columns: tuple[str, ...], mode: file_identity.Mode
 ) -> tuple[list[Selection], list[FileIdentity]]:
     """The same rows with the content of the files that they name in the fingerprints of their
     manifests; and those files.
@@ -704,7 +712,9 @@ def with_named_files(
     names = [_named_files(selection, columns) for selection in selections]
     every_name = sorted(set().union(*names))
     try:
-        known = {file.uri: file for file in identity.identify(every_name, mode, absent_ok=True)}
+        known = {
+            file.uri: file for file in file_identity.identify(every_name, mode, absent_ok=True)
+        }
     except storage.StorageError as error:
         raise _with_row(error, every_name, selections, columns) from error
     contents: dict[tuple[str, ...], list[str]] = {}
@@ -765,9 +775,9 @@ def _can_name_files(kind: pa.DataType) -> bool:
     """Whether values are texts, or structs whose field ``path`` is a text."""
     values = kind.value_type if pa.types.is_dictionary(kind) else kind
     if not pa.types.is_struct(values):
-        return lists.is_text(values)
+        return arrow_lists.is_text(values)
     place = values.get_field_index("path")
-    return place >= 0 and lists.is_text(values.field(place).type)
+    return place >= 0 and arrow_lists.is_text(values.field(place).type)
 
 
 def _named_files(selection: Selection, columns: tuple[str, ...]) -> list[str]:
@@ -777,7 +787,9 @@ def _named_files(selection: Selection, columns: tuple[str, ...]) -> list[str]:
         kind = selection.manifest.schema.field(name).type
         if len(selection) and _can_name_files(kind):
             found |= dict.fromkeys(
-                _texts_of(selection, name) if lists.is_text(kind) else _paths_of(selection, name)
+                _texts_of(selection, name)
+                if arrow_lists.is_text(kind)
+                else _paths_of(selection, name)
             )
     return list(found)
 

@@ -28,7 +28,7 @@ from typing import Literal
 
 import numpy as np
 
-from pipeline.rng import mix
+from pipeline.core.rng import mix
 
 Shuffle = Literal["rows", "blocks", "none"]
 CHUNK = 4096

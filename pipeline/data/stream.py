@@ -22,15 +22,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline import fence, heartbeat
-from pipeline.contracts import Arrays, Batch, Modality
-from pipeline.data.buckets import WINDOW_ROWS, BucketPlan
+from pipeline.core.contracts import Arrays, Batch, Modality
+from pipeline.core.ragged import lengths
+from pipeline.core.rng import row_keys
+from pipeline.data.length_buckets import WINDOW_ROWS, BucketPlan
 from pipeline.data.loader import Block, Costs, Decoder, Loader, row_bytes, threaded_map
 from pipeline.data.manifest import Selection
 from pipeline.data.plan import Item, Mixture, Plan, Shuffle
-from pipeline.identity import ChangedFileError
-from pipeline.ragged import lengths
-from pipeline.rng import row_keys
+from pipeline.io import heartbeat, write_fence
+from pipeline.io.file_identity import ChangedFileError
 
 Place = Literal["memory", "workers", "train", "device"]
 WINDOW_BYTES, WINDOW_MOST_BYTES = 192 << 20, 2 << 30
@@ -174,7 +174,7 @@ def map_items(
         return
     task = ray.remote(num_cpus=cpus, max_retries=3)(_apply)
     window = ahead or max(2, int(2 * ray.cluster_resources().get("CPU", 1) / cpus))
-    held, fences = ray.put(fn), fence.entered()
+    held, fences = ray.put(fn), write_fence.entered()
     items = iter(items)
     pending = deque(task.remote(held, item, fences) for item in islice(items, window))
     while pending:
@@ -191,7 +191,7 @@ def map_items(
 
 def _apply(fn, item, fences):
     torch.set_num_threads(1)
-    with fence.inside(fences):  # what a task writes belongs to the run that asked for it
+    with write_fence.inside(fences):  # what a task writes belongs to the run that asked for it
         return fn(item)
 
 

@@ -1,1 +1,4 @@
-"""How a row becomes tensors, one file each."""
+"""How rows become tensors: one file for each modality.
+
+A modality imports ``media`` and the floors below it, never another modality.
+"""

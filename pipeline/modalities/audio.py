@@ -19,14 +19,16 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as nn
 
-from pipeline import audiofile, frames, storage
-from pipeline import spectrogram as ops
-from pipeline.audiofile import BrokenAudioError, LongAudioError
-from pipeline.contracts import Arrays, Batch, Modality
-from pipeline.lists import holds_files
-from pipeline.ragged import ragged
-from pipeline.registry import Options, register
-from pipeline.rng import uniform
+from pipeline.config.registry import Options, register
+from pipeline.core.arrow_lists import holds_files
+from pipeline.core.contracts import Arrays, Batch, Modality
+from pipeline.core.ragged import ragged
+from pipeline.core.rng import uniform
+from pipeline.io import storage
+from pipeline.media import audio_io
+from pipeline.media import spectrogram as ops
+from pipeline.media.audio_io import BrokenAudioError, LongAudioError
+from pipeline.nn import conv_arithmetic
 
 WAVE_BACKBONES = ("wavenet", "wav2vec2")
 """What the names of backbones that read samples hold; the others read log-mels."""
@@ -293,12 +295,12 @@ class Audio(Modality):
         rate, most = self.options.rate, self.options.max_seconds
         with _sound(value, whole=not begin) as file:
             try:
-                samples, own = audiofile.decode(
+                samples, own = audio_io.decode(
                     file, begin or 0.0, None if begin is None else length, most, rate
                 )
             except LongAudioError as error:
                 if uncut and begin is None:
-                    audiofile.pieces(
+                    audio_io.pieces(
                         file, None, max(1.0, most)
                     )  # reads all of it, and raises what is wrong
                 raise ValueError(
@@ -307,12 +309,12 @@ class Audio(Modality):
                     "or raise the modality's max_seconds"
                 ) from None
         if own != rate:
-            samples = audiofile.resample(samples, own, rate)
+            samples = audio_io.resample(samples, own, rate)
         if len(samples) < self.window:
             raise ValueError(
                 f"{len(samples) / rate:g} s, shorter than one window of {self.options.window:g} s"
             )
-        return samples if samples.dtype == np.int16 else audiofile.pcm(samples)
+        return samples if samples.dtype == np.int16 else audio_io.pcm(samples)
 
     def costs(self, table, columns) -> np.ndarray:
         """(B,) float64 seconds of each row: the column ``seconds`` where it has a number, else what
@@ -341,7 +343,7 @@ class Audio(Modality):
     def _measured(self, cell: pa.Scalar, start: Any) -> float:
         try:
             with _sound(cell.as_py(), whole=False) as file:
-                return max(0.0, audiofile.inspect(file).seconds - (_number(start, "start") or 0.0))
+                return max(0.0, audio_io.inspect(file).seconds - (_number(start, "start") or 0.0))
         except ValueError:  # decode tells what is wrong
             return 0.0
 
@@ -432,7 +434,7 @@ class Audio(Modality):
             made = {"wave": ops.standardized(x, lengths) if self._normalizes() else x, "mask": mask}
         else:
             mel = ops.log_mel(x, self.options.rate, self.window, self.hop, self.options.mels)
-            mask = ops.within(frames.count(lengths, self._convolutions()), mel.shape[1])
+            mask = ops.within(conv_arithmetic.count(lengths, self._convolutions()), mel.shape[1])
             mean, std = (
                 torch.tensor(self.state[name], device=x.device) for name in ("mean", "std")
             )

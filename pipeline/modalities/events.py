@@ -15,13 +15,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pipeline.capabilities import Unshared
-from pipeline.contracts import Arrays, Batch, Modality
-from pipeline.facts import MOST, TAILS, Facts
-from pipeline.lists import filled, floats, is_list, joined, lengths
-from pipeline.ragged import padded, ragged
-from pipeline.registry import Options, register
-from pipeline.rng import uniform
+from pipeline.config.registry import Options, register
+from pipeline.core.arrow_lists import filled, floats, is_list, joined, lengths
+from pipeline.core.capabilities import Unshared
+from pipeline.core.contracts import Arrays, Batch, Modality
+from pipeline.core.ragged import padded, ragged
+from pipeline.core.rng import uniform
+from pipeline.media.static_features import MOST, TAILS, Facts
 
 NAMED = 8
 DROP = 0

@@ -14,13 +14,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pipeline import imagefile, storage
-from pipeline import pixels as ops
-from pipeline.contracts import Arrays, Batch, Modality, View
-from pipeline.imagefile import resize
-from pipeline.lists import holds_files
-from pipeline.registry import Options, register
-from pipeline.rng import uniform
+from pipeline.config.registry import Options, register
+from pipeline.core.arrow_lists import holds_files
+from pipeline.core.contracts import Arrays, Batch, Modality, View
+from pipeline.core.rng import uniform
+from pipeline.io import storage
+from pipeline.media import image_io
+from pipeline.media import image_ops as ops
+from pipeline.media.image_io import resize
 
 FIT_IMAGES, FIT_BYTES = 64, 64 << 20
 """``fit`` decodes so many images at a time, fewer when they are large."""
@@ -241,7 +242,7 @@ class Image(Modality):
                 self._put(
                     out,
                     i,
-                    imagefile.pixels(_bytes(value), self.options.channels),
+                    image_io.pixels(_bytes(value), self.options.channels),
                     None if masks is None else _bytes(masks[i], "mask"),
                 )
             except (
@@ -271,7 +272,7 @@ class Image(Modality):
         writes nothing then.
         """
         size, fit = self.options.size, self.options.fit
-        classes = None if mask is None else imagefile.classes(mask, pixels.shape[1:])
+        classes = None if mask is None else image_io.classes(mask, pixels.shape[1:])
         out["image"][i] = resize(
             pixels,
             size,
@@ -282,7 +283,7 @@ class Image(Modality):
         )
         if "frame" in out:
             out["frame"][i] = torch.tensor(
-                imagefile.place(pixels.shape[1:], size, fit), dtype=torch.float32
+                image_io.place(pixels.shape[1:], size, fit), dtype=torch.float32
             )[[1, 0, 3, 2]]
         if classes is not None:
             out["mask"][i] = resize(
@@ -317,13 +318,13 @@ class Image(Modality):
             self._blank(len(files), any(mask is not None for mask in masks), device),
             [""] * len(files),
         )
-        there = imagefile.on_gpu(files, self.options.channels, device)
+        there = image_io.on_gpu(files, self.options.channels, device)
         for i, data in enumerate(files):
             try:
                 self._put(
                     out,
                     i,
-                    there[i] if i in there else imagefile.pixels(data, self.options.channels),
+                    there[i] if i in there else image_io.pixels(data, self.options.channels),
                     masks[i],
                 )
             except (RuntimeError, ValueError) as error:

@@ -8,10 +8,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pipeline.contracts import Arrays, Modality
-from pipeline.facts import Facts
-from pipeline.ragged import padded
-from pipeline.registry import Options, register
+from pipeline.config.registry import Options, register
+from pipeline.core.contracts import Arrays, Modality
+from pipeline.core.ragged import padded
+from pipeline.media.static_features import Facts
 
 
 class TableOptions(Options):

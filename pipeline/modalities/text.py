@@ -17,12 +17,12 @@ from pydantic import Field
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from pipeline import tokenizer as tokenizers
-from pipeline.capabilities import CutRows
-from pipeline.contracts import Arrays, Modality
-from pipeline.lists import is_bytes, is_list, is_text
-from pipeline.registry import Options, register
-from pipeline.tokenizer import PIECE_BYTES, SPECIALS
+from pipeline.config.registry import Options, register
+from pipeline.core.arrow_lists import is_bytes, is_list, is_text
+from pipeline.core.capabilities import CutRows
+from pipeline.core.contracts import Arrays, Modality
+from pipeline.media import tokenizer as tokenizers
+from pipeline.media.tokenizer import PIECE_BYTES, SPECIALS
 
 LARGEST_WORD = 32767
 """Words of a row that have a number (int16)."""

@@ -15,12 +15,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pipeline import imagefile
-from pipeline.contracts import Arrays, Modality
-from pipeline.lists import is_list
-from pipeline.ragged import ragged
-from pipeline.registry import Options, nearest, register
-from pipeline.trajectories import CLASSES, NONE, Episodes, Numbers, first_of_rows, texts
+from pipeline.config.registry import Options, nearest, register
+from pipeline.core.arrow_lists import is_list
+from pipeline.core.contracts import Arrays, Modality
+from pipeline.core.ragged import ragged
+from pipeline.media import image_io
+from pipeline.media.episodes import CLASSES, NONE, Episodes, Numbers, first_of_rows, texts
 
 NAMED = 8
 TOLD_SHARE = 0.01
@@ -376,8 +376,8 @@ class Trajectory(Modality):
             made = np.zeros((0 if reasons[i] else steps, CHANNELS, size, size), dtype=np.uint8)
             for t, data in enumerate(files if files and not reasons[i] else ()):
                 try:
-                    made[t] = imagefile.resize(
-                        imagefile.pixels(data or b"", CHANNELS), size, "squash"
+                    made[t] = image_io.resize(
+                        image_io.pixels(data or b"", CHANNELS), size, "squash"
                     ).numpy()
                 except (
                     RuntimeError,

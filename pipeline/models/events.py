@@ -11,8 +11,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from pipeline.contracts import Backbone, Batch, Features
-from pipeline.registry import Options, register
+from pipeline.config.registry import Options, register
+from pipeline.core.contracts import Backbone, Batch, Features
 
 ARCHITECTURES = ["gru", "strats"]
 DAY = 24.0

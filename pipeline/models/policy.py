@@ -13,9 +13,9 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline import registry
-from pipeline.contracts import Backbone, Batch, Features
-from pipeline.registry import Options, register
+from pipeline.config import registry
+from pipeline.config.registry import Options, register
+from pipeline.core.contracts import Backbone, Batch, Features
 
 ARCHITECTURES = ["mlp", "transformer"]
 

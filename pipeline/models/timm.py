@@ -18,8 +18,8 @@ from timm.models._manipulate import adapt_input_conv
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from pipeline.contracts import Backbone, Batch, Features, Stage
-from pipeline.registry import Options, register
+from pipeline.config.registry import Options, register
+from pipeline.core.contracts import Backbone, Batch, Features, Stage
 
 ARCHITECTURES = ("timm", "models/*.py", r"^@register_model\ndef (\w+)")
 

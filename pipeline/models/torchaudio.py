@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torchaudio.models import Conformer, DeepSpeech
 
-from pipeline import frames
-from pipeline.contracts import Backbone, Batch, Features
-from pipeline.registry import Options, register
+from pipeline.config.registry import Options, register
+from pipeline.core.contracts import Backbone, Batch, Features
+from pipeline.nn import conv_arithmetic
 
 ARCHITECTURES = ["deepspeech", "deepspeech2", "conformer"]
 
@@ -190,10 +190,10 @@ class Torchaudio(Backbone):
 
     def frame_mask(self, batch: Batch) -> Tensor:
         """(B, N) true for the steps that a row has; N is 1 where no row has any."""
-        count = max(1, frames.count(max(1, batch["mel"].shape[1]), self.own))
+        count = max(1, conv_arithmetic.count(max(1, batch["mel"].shape[1]), self.own))
         return (
             torch.arange(count, device=batch["mask"].device)
-            < frames.count(batch["mask"].sum(1), self.own)[:, None]
+            < conv_arithmetic.count(batch["mask"].sum(1), self.own)[:, None]
         )
 
     def forward(
@@ -247,7 +247,7 @@ class Torchaudio(Backbone):
         x = (
             F.pad(x, (0, 0, c, c)).unfold(1, 2 * c + 1, self.own[0][1]).transpose(2, 3).flatten(2)
         )  # the earliest frame first
-        lengths = frames.count(lengths, self.own)
+        lengths = conv_arithmetic.count(lengths, self.own)
         x = _packed(model.bi_rnn, model.fc3(model.fc2(model.fc1(x))), lengths)
         return model.fc4(x[:, :, : model.n_hidden] + x[:, :, model.n_hidden :]), lengths
 
@@ -351,7 +351,7 @@ class _Front(nn.Module):
                 )
             else:
                 x = parts["convolution"](x.transpose(1, 2)).transpose(1, 2)
-            lengths = frames.count(lengths, self.shapes[number : number + 1])
+            lengths = conv_arithmetic.count(lengths, self.shapes[number : number + 1])
             real = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
             x = parts["norm"](x).clamp(0, self.clip) * real[:, :, None]
         return x, lengths

@@ -14,9 +14,10 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline import frames, plain_config
-from pipeline.contracts import Backbone, Batch, Features
-from pipeline.registry import Options, nearest, register
+from pipeline.config import hf_config
+from pipeline.config.registry import Options, nearest, register
+from pipeline.core.contracts import Backbone, Batch, Features
+from pipeline.nn import conv_arithmetic
 
 ARCHITECTURES = ["bert", "roberta", "distilbert", "gpt2", "wav2vec2"]
 
@@ -264,7 +265,7 @@ def _config(
     from transformers.activations import ACT2FN
 
     try:
-        config = kind(**plain_config.plain(architecture, options.config))
+        config = kind(**hf_config.plain(architecture, options.config))
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
             f"transformers/{architecture}: config: {' '.join(str(error).split())}"
@@ -444,10 +445,10 @@ class Wav2Vec2(Backbone):
     def frame_mask(self, batch: Batch) -> Tensor:
         """(B, N) true for the frames that a row has; N is 1 where no row has any."""
         assert self.convolutions is not None
-        count = max(1, frames.count(batch["wave"].shape[1], self.convolutions))
+        count = max(1, conv_arithmetic.count(batch["wave"].shape[1], self.convolutions))
         return (
             torch.arange(count, device=batch["mask"].device)
-            < frames.count(batch["mask"].sum(1), self.convolutions)[:, None]
+            < conv_arithmetic.count(batch["mask"].sum(1), self.convolutions)[:, None]
         )
 
     def forward(
@@ -477,14 +478,16 @@ class Wav2Vec2(Backbone):
     def _convolved(self, wave: Tensor, lengths: Tensor) -> Tensor:
         """(B, N, C) from (B, n) samples, of which each row has so many."""
         assert self.convolutions is not None
-        x = F.pad(wave, (0, max(0, frames.field(self.convolutions) - wave.shape[1])))[:, None]
+        x = F.pad(wave, (0, max(0, conv_arithmetic.field(self.convolutions) - wave.shape[1])))[
+            :, None
+        ]
         for number, layer in enumerate(self.model.feature_extractor.conv_layers):
             if number == 0 and isinstance(getattr(layer, "layer_norm", None), nn.GroupNorm):
                 x = layer.activation(
                     _row_norm(
                         layer.conv(x),
                         layer.layer_norm,
-                        frames.count(lengths, self.convolutions[:1]),
+                        conv_arithmetic.count(lengths, self.convolutions[:1]),
                     )
                 )
             else:

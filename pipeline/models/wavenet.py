@@ -13,9 +13,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torchaudio.functional import mu_law_encoding
 
-from pipeline import frames
-from pipeline.contracts import Backbone, Batch, Features
-from pipeline.registry import Options, register
+from pipeline.config.registry import Options, register
+from pipeline.core.contracts import Backbone, Batch, Features
+from pipeline.nn import conv_arithmetic
 
 ARCHITECTURES = ["wavenet"]
 
@@ -133,7 +133,7 @@ class WaveNet(Backbone):
         wave, mask = batch["wave"], batch["mask"]
         short = max(0, self.options.pool - wave.shape[1])
         skip = self._skip(self.embed(self.levels(F.pad(wave, (0, short)))).transpose(1, 2))
-        valid = frames.count(mask.sum(1), self.own)
+        valid = conv_arithmetic.count(mask.sum(1), self.own)
         x = F.avg_pool1d(skip.relu(), self.options.pool)
         real = torch.arange(x.shape[2], device=x.device) < valid[:, None]
         x = self.norm(x.transpose(1, 2)) * real[:, :, None]

@@ -16,9 +16,9 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline import actions
-from pipeline.contracts import Arrays, Backbone, Batch, Objective
-from pipeline.registry import Options, nearest, register
+from pipeline.config.registry import Options, nearest, register
+from pipeline.core.contracts import Arrays, Backbone, Batch, Objective
+from pipeline.nn import action_heads
 from pipeline.simulation.environment import World, make
 from pipeline.simulation.rollout import judged, rollout
 
@@ -153,10 +153,10 @@ class BehaviourCloning(Objective):
         """
         name = columns["actions"]
         kind, told = (
-            actions.kind_of(table[name], name),
+            action_heads.kind_of(table[name], name),
             [role for role in cls.optional_roles if role in columns],
         )
-        if not actions.counts(table[name]).any():
+        if not action_heads.counts(table[name]).any():
             raise ValueError(f"column {name}: none of {len(table)} training rows has an action")
         if options.head != "auto" and (options.head == "categorical") != (kind == "discrete"):
             fine = "categorical" if kind == "discrete" else "mse, gaussian or mixture"
@@ -174,7 +174,11 @@ class BehaviourCloning(Objective):
                 columns["success"]
             ].null_count < len(table)
             state["judged"] = told or all(judged(world.id) for world in worlds)
-        return state if kind == "continuous" else {**state, "labels": actions.names_of(table[name])}
+        return (
+            state
+            if kind == "continuous"
+            else {**state, "labels": action_heads.names_of(table[name])}
+        )
 
     @classmethod
     def encode(cls, table, columns, state) -> Arrays:
@@ -184,19 +188,19 @@ class BehaviourCloning(Objective):
         name = columns.get("actions", "")
         if name not in table.column_names:
             return {}
-        if (kind := actions.kind_of(table[name], name)) != state["kind"] and len(table):
+        if (kind := action_heads.kind_of(table[name], name)) != state["kind"] and len(table):
             raise ValueError(
                 f"column {name} holds {kind} actions, and the training rows hold "
                 f"{state['kind']} ones"
             )
         if kind == "discrete" and (
-            new := sorted(set(actions.names_of(table[name])) - set(state["labels"]))
+            new := sorted(set(action_heads.names_of(table[name])) - set(state["labels"]))
         ):
             raise ValueError(
                 f"column {name}: action {new[0]!r} never stands in the training rows; "
                 f"{nearest(new[0], state['labels'])}"
             )
-        return {"graded": actions.counts(table[name])}
+        return {"graded": action_heads.counts(table[name])}
 
     @classmethod
     def refused(cls, table, columns, state):
@@ -204,7 +208,7 @@ class BehaviourCloning(Objective):
         if name not in table.column_names:
             return [""] * len(table)
         reasons = [
-            "" if many else f"{name} holds no action" for many in actions.counts(table[name])
+            "" if many else f"{name} holds no action" for many in action_heads.counts(table[name])
         ]
         if pc.list_flatten(table[name]).null_count:  # pyright: ignore[reportAttributeAccessIssue]
             for row, told in enumerate(table[name].to_pylist()):
@@ -242,11 +246,11 @@ class BehaviourCloning(Objective):
             )
         self.spaces: dict[str, dict[str, Any]] = inputs["spaces"]
         self.heads = {
-            name: actions.head_of(options.head, space["discrete"])
+            name: action_heads.head_of(options.head, space["discrete"])
             for name, space in self.spaces.items()
         }
         told = {
-            name: actions.outputs(self.heads[name], space["action"], options.components)
+            name: action_heads.outputs(self.heads[name], space["action"], options.components)
             for name, space in self.spaces.items()
         }
         self.remembers = any(
@@ -271,10 +275,10 @@ class BehaviourCloning(Objective):
     def carried(self, options, name):
         """Decoders mean the same where they tell of as many actions by a head of the same kind."""
         theirs, space = BehaviourCloningOptions(**options), self.spaces[name.split(".")[1]]
-        head = actions.head_of(self.options.head, space["discrete"])
+        head = action_heads.head_of(self.options.head, space["discrete"])
         return (
             theirs.chunk == self.options.chunk
-            and actions.head_of(theirs.head, space["discrete"]) == head
+            and action_heads.head_of(theirs.head, space["discrete"]) == head
             and (head != "mixture" or theirs.components == self.options.components)
         )
 
@@ -321,14 +325,14 @@ class BehaviourCloning(Objective):
         numbers, in their own units by their deviations ``std`` (n, A) (of classes: 1 where it is
         wrong).
         """
-        target, known = actions.chunks(
+        target, known = action_heads.chunks(
             acts[..., : self.spaces[name]["action"]], mask, self.options.chunk
         )
         head = self.heads[name]
-        found = actions.losses(
+        found = action_heads.losses(
             head, out, target, self.options.components, self.options.beta if self.training else 0.0
         )
-        best = actions.likeliest(head, out, self.options.components)
+        best = action_heads.likeliest(head, out, self.options.components)
         if head == "categorical":
             error = (best.argmax(-1) != target.argmax(-1)).float()
         else:
@@ -381,7 +385,7 @@ class BehaviourCloning(Objective):
         )
         for name, rows, of in self._told(backbone, batch):
             width = self.spaces[name]["action"]
-            best[rows, :, :width] = actions.likeliest(
+            best[rows, :, :width] = action_heads.likeliest(
                 self.heads[name], of[:, :, 0], self.options.components
             )
             if graded:
@@ -555,7 +559,7 @@ class Pilot:
         self.seen.append(now)
         self.done.append(np.zeros((n, self.widths[1]), dtype=np.float32))
         self.plans.append(self._plan(n))
-        value = actions.ensembled(list(self.plans), self.objective.options.ensemble)
+        value = action_heads.ensembled(list(self.plans), self.objective.options.ensemble)
         out: list[Any] = [None] * n
         for name, rows in self.rows.items():
             space, width = self.known[name], self.objective.spaces[name]["action"]
@@ -605,7 +609,7 @@ class Pilot:
             told = self.objective.decoded(tokens[:, -1:], self.fixed["space"])
         out = np.zeros((n, self.objective.options.chunk, self.widths[1]), dtype=np.float32)
         for name, rows, of in told:
-            best = actions.likeliest(
+            best = action_heads.likeliest(
                 self.objective.heads[name], of[:, 0], self.objective.options.components
             )
             best = best.softmax(-1) if self.objective.heads[name] == "categorical" else best

@@ -13,10 +13,11 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline import calibration, imbalance
-from pipeline.contracts import Arrays, Backbone, Batch, Objective
-from pipeline.registry import Options, nearest, register
-from pipeline.rng import uniform
+from pipeline.config.registry import Options, nearest, register
+from pipeline.core.contracts import Arrays, Backbone, Batch, Objective
+from pipeline.core.rng import uniform
+from pipeline.metrics import calibration
+from pipeline.nn import losses
 
 _BETA, _CUT = 101, 102
 """Streams of a row's key: how much is mixed, and where the patch lies."""
@@ -202,11 +203,11 @@ class Classification(Objective):
     def _losses(self, scores: Tensor, label: Tensor) -> Tensor:
         """(B,) of a training batch: smoothed, weighted by class, focal."""
         weight = (
-            imbalance.balanced(self.state["counts"], scores.device)
+            losses.balanced(self.state["counts"], scores.device)
             if self.options.class_weight != "none"
             else None
         )
-        return imbalance.cross_entropies(
+        return losses.cross_entropies(
             scores, label, weight, self.options.focal, self.options.label_smoothing
         )
 

@@ -15,11 +15,13 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline import frames, storage, transcripts
-from pipeline.contracts import Arrays, Backbone, Batch, Objective
-from pipeline.ragged import lengths, ragged
-from pipeline.registry import Options, register
-from pipeline.spans import texts
+from pipeline.config.registry import Options, register
+from pipeline.core.contracts import Arrays, Backbone, Batch, Objective
+from pipeline.core.ragged import lengths, ragged
+from pipeline.io import storage
+from pipeline.media import transcripts
+from pipeline.media.tagging_schemes import texts
+from pipeline.nn import conv_arithmetic
 
 BEAM_THRESHOLD = 50.0
 """A hypothesis whose logarithm is further below the best one's is dropped."""
@@ -203,7 +205,7 @@ class CTC(Objective):
                 for text, strange in zip(read, out, strict=True)
             ]
         for i, (one, have, heard) in enumerate(
-            zip(labels, frames.count(samples, state["convolutions"]), samples, strict=True)
+            zip(labels, conv_arithmetic.count(samples, state["convolutions"]), samples, strict=True)
         ):
             if heard and (need := len(one) + transcripts.repeats(one)) > have:
                 out[i] = (
@@ -301,7 +303,7 @@ class CTC(Objective):
             there = labels >= 0
             placed = self.alphabet.words(labels[there], first[there], last[there])
             edges = (
-                frames.seconds(
+                conv_arithmetic.seconds(
                     np.array([[a, b + 1] for _, a, b in placed]).reshape(-1, 2),
                     self.state["convolutions"],
                     self.state["rate"],

@@ -31,12 +31,12 @@ from torchvision.ops import (
     sigmoid_focal_loss,
 )
 
-from pipeline import imagefile
-from pipeline.contracts import Arrays, Backbone, Batch, Features, Objective
-from pipeline.pixels import in_crowd
-from pipeline.pyramid import Pyramid
-from pipeline.registry import Options, nearest, register
-from pipeline.rng import uniform
+from pipeline.config.registry import Options, nearest, register
+from pipeline.core.contracts import Arrays, Backbone, Batch, Features, Objective
+from pipeline.core.rng import uniform
+from pipeline.media import image_io
+from pipeline.media.image_ops import in_crowd
+from pipeline.nn.feature_pyramid import Pyramid
 
 DETECTIONS = 100
 """Detections an image: as many as COCO's metric looks at."""
@@ -354,7 +354,7 @@ def _row(
         width, height = row["width"], row["height"]
         if not (width and height and width > 0 and height > 0):
             raise ValueError(f"boxes in pixels, but the image is {width} x {height}")
-        wide, high = imagefile.upright_size(row.get("image")) or (width, height)
+        wide, high = image_io.upright_size(row.get("image")) or (width, height)
         as_told, turned = abs(width * high - height * wide), abs(width * wide - height * high)
         if (
             turned <= max(width, height, wide, high) < as_told

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pipeline.contracts import Backbone, Batch, Objective, View
-from pipeline.gather import summed
-from pipeline.registry import Options, register
+from pipeline.config.registry import Options, register
+from pipeline.core.contracts import Backbone, Batch, Objective, View
+from pipeline.nn.all_gather import summed
 
 
 class DINOOptions(Options):

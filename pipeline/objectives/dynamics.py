@@ -11,9 +11,9 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline import actions
-from pipeline.contracts import Backbone, Batch, Objective
-from pipeline.registry import Options, register
+from pipeline.config.registry import Options, register
+from pipeline.core.contracts import Backbone, Batch, Objective
+from pipeline.nn import action_heads
 
 STILL = 1e-3
 """Root mean square of a number's change, in deviations of the number itself, below which it counts
@@ -73,8 +73,8 @@ class Dynamics(Objective):
     def fit(cls, options, table, columns):
         """Raises ValueError where no row has an action."""
         name = columns["actions"]
-        actions.kind_of(table[name], name)
-        if not actions.counts(table[name]).any():
+        action_heads.kind_of(table[name], name)
+        if not action_heads.counts(table[name]).any():
             raise ValueError(f"column {name}: none of {len(table)} training rows has an action")
         return {}
 
@@ -83,7 +83,9 @@ class Dynamics(Objective):
         name = columns.get("actions", "")
         if name not in table.column_names:
             return [""] * len(table)
-        return ["" if many else f"{name} holds no action" for many in actions.counts(table[name])]
+        return [
+            "" if many else f"{name} holds no action" for many in action_heads.counts(table[name])
+        ]
 
     def __init__(self, backbone: Backbone, options: DynamicsOptions, state: dict[str, Any]):
         super().__init__(backbone, options, state)
@@ -171,7 +173,7 @@ class Dynamics(Objective):
                     torch.cat([blind[rows, :-1], blind[rows, 1:]], -1)
                 ).float()
                 head = "categorical" if space["discrete"] else "mse"
-                found = actions.losses(head, told, acts, 1)
+                found = action_heads.losses(head, told, acts, 1)
                 parts["loss"][rows] = parts["loss"][rows] + options.inverse * found
                 wrong = (told.argmax(-1) != acts.argmax(-1)).float()
                 parts["inverse_error"][rows] = wrong if space["discrete"] else found.detach()

@@ -14,11 +14,12 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline import calibration, imbalance
-from pipeline.contracts import Arrays, Backbone, Batch, Objective
-from pipeline.lists import is_list
-from pipeline.ragged import ragged
-from pipeline.registry import Options, register
+from pipeline.config.registry import Options, register
+from pipeline.core.arrow_lists import is_list
+from pipeline.core.contracts import Arrays, Backbone, Batch, Objective
+from pipeline.core.ragged import ragged
+from pipeline.metrics import calibration
+from pipeline.nn import losses as imbalance
 
 MOST_CLASSES = 1000
 

@@ -19,9 +19,9 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.contracts import Backbone, Batch, Objective, Origin
-from pipeline.registry import Options, register
-from pipeline.rng import uniform
+from pipeline.config.registry import Options, register
+from pipeline.core.contracts import Backbone, Batch, Objective, Origin
+from pipeline.core.rng import uniform
 
 NEVER = 2.0
 """Above every uniform number: the place of tokens that are not to be chosen."""

@@ -10,9 +10,9 @@ from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from pipeline.contracts import Backbone, Batch, Objective
-from pipeline.registry import Options, register
-from pipeline.rng import uniform
+from pipeline.config.registry import Options, register
+from pipeline.core.contracts import Backbone, Batch, Objective
+from pipeline.core.rng import uniform
 
 MASK_STREAM = 1 << 16
 """Keeps masks apart from the modality's crops, which follow from the same keys."""

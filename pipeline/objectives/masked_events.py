@@ -11,9 +11,9 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.contracts import Backbone, Batch, Objective
-from pipeline.registry import Options, register
-from pipeline.rng import uniform
+from pipeline.config.registry import Options, register
+from pipeline.core.contracts import Backbone, Batch, Objective
+from pipeline.core.rng import uniform
 
 HIDE, LEAVE = (1 << 20), (1 << 20) + 1
 """Streams of the rows' keys, apart from the modality's."""

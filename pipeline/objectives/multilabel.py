@@ -14,10 +14,11 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline import calibration, imbalance
-from pipeline.contracts import Arrays, Backbone, Batch, Objective
-from pipeline.lists import is_list
-from pipeline.registry import Options, nearest, register
+from pipeline.config.registry import Options, nearest, register
+from pipeline.core.arrow_lists import is_list
+from pipeline.core.contracts import Arrays, Backbone, Batch, Objective
+from pipeline.metrics import calibration
+from pipeline.nn import losses as imbalance
 
 
 class MultilabelOptions(Options):

@@ -12,9 +12,9 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.contracts import Backbone, Batch, Objective
-from pipeline.registry import Options, register
-from pipeline.rng import uniform
+from pipeline.config.registry import Options, register
+from pipeline.core.contracts import Backbone, Batch, Objective
+from pipeline.core.rng import uniform
 
 CROP_STREAM = 1 << 18
 """Keeps the stretches apart from the modality's changes, which follow from the same keys."""

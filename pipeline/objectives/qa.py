@@ -14,9 +14,9 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.contracts import Arrays, Backbone, Batch, Features, Objective
-from pipeline.registry import Options, register
-from pipeline.spans import answer_scores, texts
+from pipeline.config.registry import Options, register
+from pipeline.core.contracts import Arrays, Backbone, Batch, Features, Objective
+from pipeline.media.tagging_schemes import answer_scores, texts
 
 AT_ONCE = 32
 """Windows predicted at a time: evaluation hands over hundreds of rows of several windows each."""

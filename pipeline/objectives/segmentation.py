@@ -12,12 +12,13 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline import imagefile, storage
-from pipeline.contracts import Backbone, Batch, Features, Objective
-from pipeline.pyramid import Pyramid
-from pipeline.registry import Options, register
+from pipeline.config.registry import Options, register
+from pipeline.core.contracts import Backbone, Batch, Features, Objective
+from pipeline.io import storage
+from pipeline.media import image_io
+from pipeline.nn.feature_pyramid import Pyramid
 
-OUTSIDE = imagefile.IGNORED
+OUTSIDE = image_io.IGNORED
 """Class of pixels where no image is, as the modality writes it."""
 AT_ONCE = 16
 """Images predicted at a time: evaluation hands over hundreds, whose scores would take 40 GB (256
@@ -193,7 +194,7 @@ def _refused(value: Any, classes: int, ignore: int) -> str:
     data = (value.get("bytes") or value.get("path")) if isinstance(value, dict) else value
     data = (storage.read_bytes(data) if isinstance(data, str) else data) or b""
     try:
-        found = np.unique(imagefile.class_numbers(data))
+        found = np.unique(image_io.class_numbers(data))
     except ValueError:
         return ""
     unknown = found[(found >= classes) & (found != ignore) & (found != OUTSIDE)]

@@ -9,9 +9,9 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.contracts import Backbone, Batch, Objective, View
-from pipeline.gather import gather
-from pipeline.registry import Options, register
+from pipeline.config.registry import Options, register
+from pipeline.core.contracts import Backbone, Batch, Objective, View
+from pipeline.nn.all_gather import gather
 
 
 class SimCLROptions(Options):

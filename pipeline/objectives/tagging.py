@@ -14,10 +14,10 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.contracts import Arrays, Backbone, Batch, Features, Objective
-from pipeline.lists import is_list
-from pipeline.registry import Options, nearest, register
-from pipeline.spans import Tagset, check, scheme, texts
+from pipeline.config.registry import Options, nearest, register
+from pipeline.core.arrow_lists import is_list
+from pipeline.core.contracts import Arrays, Backbone, Batch, Features, Objective
+from pipeline.media.tagging_schemes import Tagset, check, scheme, texts
 
 MOST_TAGS = int(np.iinfo(np.int16).max)
 

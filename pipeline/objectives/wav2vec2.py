@@ -10,10 +10,10 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline import gather
-from pipeline.contracts import Backbone, Batch, Objective
-from pipeline.registry import Options, register
-from pipeline.rng import uniform
+from pipeline.config.registry import Options, register
+from pipeline.core.contracts import Backbone, Batch, Objective
+from pipeline.core.rng import uniform
+from pipeline.nn import all_gather
 
 SPANS, STARTS, NEGATIVES, NOISE = ((1 << 16) + use for use in range(4))
 """Streams of the rows' keys, apart from the modality's, which follow from the same keys."""
@@ -286,7 +286,7 @@ class Wav2Vec2Pretraining(Objective):
             ]
         )
         everyone = local + (
-            gather.summed(local) - local.detach()
+            all_gather.summed(local) - local.detach()
         )  # the value of all ranks, the gradient of this one's rows
         soft, hard, sums = everyone.split([o.groups * o.entries, o.groups * o.entries, 3])
         counted = sums[0].clamp(min=1.0)
@@ -318,13 +318,13 @@ class Wav2Vec2Pretraining(Objective):
 
     def absent(self, backbone: Backbone) -> None:
         if self.training:
-            gather.summed(
+            all_gather.summed(
                 self.progress.new_zeros(2 * self.options.groups * self.options.entries + 3)
             )
 
     def after_step(self, backbone: Backbone, step: int, steps: int) -> str | None:
         self.progress.fill_((step + 1) / steps)
-        if self._told or step < 0.2 * steps or step % max(1, steps // 20) or gather.ranks()[0]:
+        if self._told or step < 0.2 * steps or step % max(1, steps // 20) or all_gather.ranks()[0]:
             return None
         usage, least = float(self.usage), min(COLLAPSED, 1 + 0.1 * (self.options.entries - 1))
         if usage >= least:

@@ -1,3 +1,4 @@
-"""Environments with dynamics as arguments, experts for them, and episodes of policies in many at
-once.
+"""Simulated robots: environments, experts, rollouts and their pictures (extra ``robotics``).
+
+Imports ``core`` and the floors below it.
 """

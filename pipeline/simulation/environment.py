@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.registry import nearest
-from pipeline.rng import mix
+from pipeline.config.registry import nearest
+from pipeline.core.rng import mix
 
 MULTIPLIERS = ("mass", "friction", "damping", "gear")
 """Of body masses and inertias, of sliding, torsional and rolling friction, of joint damping, and of

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from pipeline.registry import nearest
-from pipeline.rng import mix
+from pipeline.config.registry import nearest
+from pipeline.core.rng import mix
 from pipeline.simulation.environment import ADDED, World, make, simulator
 from pipeline.simulation.rollout import Episode, rollout
 

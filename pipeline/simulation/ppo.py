@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.rng import mix
+from pipeline.core.rng import mix
 from pipeline.simulation.rollout import divergence
 
 LAYERS = ("0", "2", "4")

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.rng import mix
+from pipeline.core.rng import mix
 from pipeline.simulation.environment import World, simulator
 
 PUCK, PUSHER = 0.05, 0.03

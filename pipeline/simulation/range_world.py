@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.rng import mix
+from pipeline.core.rng import mix
 from pipeline.simulation.environment import World
 
 ACTIONS = ("Move-Forward", "Sharp-Right-Turn", "Slight-Left-Turn", "Slight-Right-Turn")

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.registry import nearest
+from pipeline.config.registry import nearest
 from pipeline.simulation.environment import World
 
 BASE = "Reacher-v5"

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from pipeline import heartbeat
+from pipeline.io import heartbeat
 from pipeline.simulation.environment import OWN, World, make, simulator
 from pipeline.simulation.pictures import picture
 

@@ -16,8 +16,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from pipeline import storage
-from pipeline.rng import mix
+from pipeline.core.rng import mix
+from pipeline.io import storage
 from pipeline.simulation.environment import World, make
 from pipeline.simulation.ppo import Bounds, Ppo, Settings, mean_actions, scaled
 

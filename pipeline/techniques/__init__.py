@@ -1,1 +1,4 @@
-"""How a backbone is adapted to a target, as hooks of the one loop."""
+"""How a backbone is adapted to a target: one file for each technique or family of techniques.
+
+A technique imports ``core`` and the floors below it, never another technique.
+"""

@@ -14,8 +14,8 @@ from typing import Any, Literal
 from pydantic import Field
 from torch import nn
 
-from pipeline.contracts import Backbone, Task, Technique
-from pipeline.registry import Options, register
+from pipeline.config.registry import Options, register
+from pipeline.core.contracts import Backbone, Task, Technique
 
 ADDED = "adapters"
 """The layer of everything that a method adds to the backbone."""

@@ -6,8 +6,8 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from pipeline.contracts import Phase, Technique
-from pipeline.registry import Options, register
+from pipeline.config.registry import Options, register
+from pipeline.core.contracts import Phase, Technique
 
 
 class ScratchOptions(Options):

@@ -1,1 +1,5 @@
-"""The one training loop, its optimisers, its evaluation and its launch on Ray Train."""
+"""The one training loop and everything that sets it up.
+
+``launch`` is the module that imports Ray Train. Imports ``data``, ``checkpoints`` and the floors
+below them.
+"""

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pipeline import folders, s3, storage
-from pipeline.rng import mix
+from pipeline.core.rng import mix
+from pipeline.io import atomic_folder, s3, storage
 
 KEPT = 2
 """So many resume points are kept: when the newest is damaged, the one before it still serves."""
@@ -56,7 +56,7 @@ def save(
                     {**state, "random": [random for random, _ in everyone], "bad_rows": unread},
                     file,
                 )
-            folders.commit_folder(
+            atomic_folder.commit_folder(
                 _folder(uri, state["step"]),
                 {"state.pt": path},
                 {"step": state["step"], "format_version": 1},
@@ -147,7 +147,7 @@ def _read(folder: str) -> dict[str, Any]:
 
     Raises StorageError, also where torch cannot read what the checksum vouches for.
     """
-    folders.verify_folder(folder, folders.open_folder(folder))
+    atomic_folder.verify_folder(folder, atomic_folder.open_folder(folder))
     content = storage.read_bytes(storage.join(folder, "state.pt"))
     return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from pipeline.contracts import Batch, Objective, Origin, Task
+from pipeline.core.contracts import Batch, Objective, Origin, Task
 from pipeline.data.manifest import Reader
 from pipeline.data.stream import Loaded, Rows, eval_batches
-from pipeline.metrics import Predictions, metric
+from pipeline.metrics.catalog import Predictions, metric
 
 OnBad = Callable[[list[tuple[int, str]]], None]
 """Told of rows that could not be decoded, with their reasons."""

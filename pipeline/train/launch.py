@@ -25,10 +25,11 @@ from ray.job_config import JobConfig
 from ray.util.client import ray as ray_client
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pipeline import fence, folders, prepare_ray, s3, stopping, storage
+from pipeline import prepare_ray
+from pipeline.config.schema import Source
 from pipeline.data.stream import DataWorkers
-from pipeline.identity import ChangedFileError
-from pipeline.job import Source
+from pipeline.io import atomic_folder, s3, signals, storage, write_fence
+from pipeline.io.file_identity import ChangedFileError
 from pipeline.train import node_types, source
 from pipeline.train import pretrain as work_of
 from pipeline.train.loop import NonFiniteError, Ranks
@@ -87,7 +88,7 @@ def start(address: str | None, verbose: bool) -> None:
     where = address or os.environ.get("RAY_ADDRESS") or "local"
     extra: dict[str, Any] = {"include_dashboard": False} if where == "local" else {}
     try:
-        with stopping.kept():  # Ray installs a handler of its own
+        with signals.kept():  # Ray installs a handler of its own
             ray.init(
                 address=where,
                 logging_level=level,
@@ -423,7 +424,7 @@ def _rank_main(config: dict[str, Any]) -> None:
             board.post.remote(record)
 
     try:
-        with fence.inside(work.fences):
+        with write_fence.inside(work.fences):
             work_of.train_rank(
                 work,
                 ranks,
@@ -436,7 +437,7 @@ def _rank_main(config: dict[str, Any]) -> None:
         TypeError,
         AttributeError,
         NonFiniteError,
-        fence.LostLeaseError,
+        write_fence.LostLeaseError,
         UserCodeException,
         ChangedFileError,
     ) as error:
@@ -455,7 +456,7 @@ def _first_cause(error: BaseException) -> str:
     ):
         error = inner
     is_plain = isinstance(
-        error, (ValueError, NonFiniteError, ChangedFileError, fence.LostLeaseError)
+        error, (ValueError, NonFiniteError, ChangedFileError, write_fence.LostLeaseError)
     )
     return str(error) if is_plain else f"{type(error).__name__}: {error}"
 
@@ -489,7 +490,7 @@ def resources() -> dict[str, float]:
 
 def facts_of(stage: source.SourceStage) -> dict[str, Any]:
     """The report's facts of a source that is done."""
-    manifest = folders.open_folder(stage.bundle_uri)
+    manifest = atomic_folder.open_folder(stage.bundle_uri)
     made = {"versions": manifest.get("versions", {}), "changes": stage.changes()}
     return {
         **manifest.get("training", {}),
@@ -568,7 +569,9 @@ def pretrain(
     record, fatal = ray.get(board.read.remote())
     ray.kill(board)  # pyright: ignore[reportArgumentType] - Ray's stub of actors
     if fatal or error or not stage.has_bundle:
-        fence.check(stage.uri)  # a lease that is lost is the reason, whatever it made of the ranks
+        write_fence.check(
+            stage.uri
+        )  # a lease that is lost is the reason, whatever it made of the ranks
         raise StageError(f"sources.{stage.name}: {fatal or _reason(error)}")
     storage.remove_tree(storage.join(stage.uri, "ray"))
     progress.update(training_line(stage.name, record), final=True)
@@ -660,7 +663,7 @@ def run_ranks(
     import ray.train
     import ray.train.torch
 
-    fences = fence.entered()
+    fences = write_fence.entered()
 
     def main(config: dict[str, Any]) -> Any:
         context = ray.train.get_context()
@@ -669,7 +672,7 @@ def run_ranks(
             for name, value in config.items()
         }
         torch.set_num_threads(max(1, int(cpus)))
-        with fence.inside(fences):
+        with write_fence.inside(fences):
             out = fn(
                 given,
                 Ranks(

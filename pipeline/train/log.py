@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pipeline import fence, s3, storage
+from pipeline.io import s3, storage, write_fence
 
 
 class RowTrace:
@@ -32,7 +32,7 @@ class RowTrace:
         self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def __call__(self, step: int, rows: np.ndarray) -> None:
-        fence.check(str(self.path))
+        write_fence.check(str(self.path))
         with s3.naming("write", self.path), open(self.path, "a") as file:
             file.write(json.dumps({"step": step, "rows": rows.tolist(), "pid": os.getpid()}) + "\n")
 
@@ -43,7 +43,7 @@ class MetricsLog:
     """
 
     def __init__(self, uri: str, resume_step: int = 0, tensorboard: bool = True):
-        fence.check(uri)
+        write_fence.check(uri)
         self.uri, self.remote = uri, storage.is_remote(uri)
         self._scratch = tempfile.TemporaryDirectory() if self.remote else None
         self.folder = Path(self._scratch.name if self._scratch else uri)
@@ -86,7 +86,7 @@ class MetricsLog:
         return out
 
     def write(self, record: dict[str, Any]) -> None:
-        fence.check(self.uri)
+        write_fence.check(self.uri)
         self._write_lines("metrics.jsonl", [{"time": round(time.time(), 3), **record}], "a")
         if self._writer:
             self._check_writer()
@@ -98,7 +98,7 @@ class MetricsLog:
 
     def quarantine(self, rows: list[dict[str, Any]]) -> None:
         """List bad rows ``{split, row, place, reason}``, each once."""
-        fence.check(self.uri)
+        write_fence.check(self.uri)
         fresh = {(row.get("split"), row["row"]): row for row in reversed(rows)}
         new = [row for key, row in reversed(fresh.items()) if key not in self._quarantined]
         self._write_lines("quarantine.jsonl", new, "a")

@@ -20,12 +20,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline import heartbeat
-from pipeline.contracts import Batch, Phase, Task, Technique
+from pipeline.config.schema import Train
+from pipeline.core.contracts import Batch, Phase, Task, Technique
+from pipeline.core.rng import mix
 from pipeline.data.stream import Loaded
-from pipeline.job import Train
-from pipeline.metrics import metric
-from pipeline.rng import mix
+from pipeline.io import heartbeat
+from pipeline.metrics.catalog import metric
 from pipeline.train import checkpoint, optim
 
 Log = dict[str, Any]

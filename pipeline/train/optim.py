@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.contracts import Task
-from pipeline.job import Train
+from pipeline.config.schema import Train
+from pipeline.core.contracts import Task
 
 
 def apply_rates(

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from pipeline import bundle, fence, identity, starts, storage
-from pipeline.data.buckets import BucketPlan
+from pipeline.checkpoints import bundle, pretrained
+from pipeline.config.schema import Data, Train
+from pipeline.data.length_buckets import BucketPlan
 from pipeline.data.manifest import Selection
 from pipeline.data.plan import Mixture, Plan, Shuffle
 from pipeline.data.stream import (
@@ -24,10 +25,10 @@ from pipeline.data.stream import (
     rows_an_item,
     train_batches,
 )
-from pipeline.identity import FileIdentity
-from pipeline.job import Data, Train
+from pipeline.io import file_identity, storage, write_fence
+from pipeline.io.file_identity import FileIdentity
 from pipeline.techniques.rates import Full
-from pipeline.train import checkpoint, evaluate, loop, probe
+from pipeline.train import checkpoint, evaluate, loop, online_probe
 from pipeline.train.log import MetricsLog, RowTrace
 from pipeline.train.loop import Ranks
 from pipeline.train.row_checks import Finding
@@ -68,7 +69,7 @@ class RankJob:
     """Ranges and weights of the corpora, where they have weights."""
     reads: tuple[FileIdentity, ...] = ()
     """Files that are read in training: no bundle is written when one of them has changed."""
-    fences: tuple[fence.Fence, ...] = ()
+    fences: tuple[write_fence.Fence, ...] = ()
     """The run that the rank belongs to: it writes while that run holds its lease."""
     made_by: dict[str, Any] = field(default_factory=dict)
     """What the bundle's manifest says of the code that made it."""
@@ -117,7 +118,7 @@ def rank_job(stage: SourceStage, fitted: Fitted, workers: DataWorkers, threads: 
         fitted.text,
         mixture(spec, fitted.corpora),
         reads=stage.reads,
-        fences=fence.entered(),
+        fences=write_fence.entered(),
         made_by=made,
     )
     rows = Rows(fitted.train, decoder_of(fitted), costs=fitted.costs)
@@ -291,7 +292,7 @@ def train_rank(
             log.quarantine([*fitted.left_out, *found_early])
 
     if check and fitted.probe:
-        tried = probe.prober(
+        tried = online_probe.prober(
             fitted.probe,
             rows.modality,
             ranks,
@@ -317,7 +318,10 @@ def train_rank(
             {
                 "step": step,
                 "steps": work.steps,
-                **{k if k == probe.METRIC else f"validation_{k}": v for k, v in metrics.items()},
+                **{
+                    k if k == online_probe.METRIC else f"validation_{k}": v
+                    for k, v in metrics.items()
+                },
             }
         )
 
@@ -378,7 +382,7 @@ def train_rank(
         **({"padding_share": round(plan.padding(), 4)} if isinstance(plan, BucketPlan) else {}),
     }
     if ranks.first:
-        identity.check_unchanged(work.reads)
+        file_identity.check_unchanged(work.reads)
         objective.after_training(task.backbone)
         bundle.save(
             storage.join(work.uri, "bundle"),
@@ -400,7 +404,7 @@ def _both(
     check: Callable[[Any], dict[str, float]], tried: Callable[[Any], float]
 ) -> Callable[[Any], dict[str, float]]:
     """The validation metrics and, beside them, the probe's."""
-    return lambda task: {**check(task), probe.METRIC: tried(task)}
+    return lambda task: {**check(task), online_probe.METRIC: tried(task)}
 
 
 def device_name(device: torch.device) -> str:
@@ -435,12 +439,12 @@ def import_checkpoint(stage: SourceStage) -> dict[str, Any]:
             "spec_hash": stage.key,
         }
     text = spec.init or spec.backbone.name
-    start = starts.read(text, spec.backbone.name)
+    start = pretrained.read(text, spec.backbone.name)
     stage.check_start()
     began = time.time()
     arch, modality = checkpoint_parts(spec, start, f"sources.{stage.name}")
     told = text if start.arch is not None and start.modality is not None else ""
-    note = starts.input_note(modality, spec.backbone.name, spec.modality, told)
+    note = pretrained.input_note(modality, spec.backbone.name, spec.modality, told)
     backbone = bundle.build_backbone(arch, stage.seed)
     moved = start.onto(backbone)
     facts = {

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from pipeline import bundle
-from pipeline.capabilities import ComparesNames, CutRows, CutsLongRows
-from pipeline.contracts import Modality, Objective
+from pipeline.checkpoints import bundle
+from pipeline.core.capabilities import ComparesNames, CutRows, CutsLongRows
+from pipeline.core.contracts import Modality, Objective
 from pipeline.data import manifest as manifests
 from pipeline.data.manifest import Selection
-from pipeline.train import fitting
+from pipeline.train import fit
 
 SAMPLE_ROWS, SAMPLE_BYTES = 2048, 4 << 20
 """So many rows of a split are looked at, and of large ones so many that they have about so many
@@ -106,7 +106,7 @@ def _cut_rows(
     bytes_a_row = max(1, selection.manifest.size // max(1, selection.manifest.rows))
     rows = min(SAMPLE_ROWS, max(FEWEST_ROWS, SAMPLE_BYTES // bytes_a_row))
     names = [columns[role] for role in ("text", "text_pair") if role in columns]
-    table = fitting.sample(selection, names, rows)
+    table = fit.sample(selection, names, rows)
     return modality.cut_rows(table, columns), len(table)
 
 
@@ -121,9 +121,7 @@ def unshared_names(
     reads = bundle.build_modality(modality)
     if not isinstance(reads, ComparesNames) or not len(rows):
         return []
-    table = fitting.sample(
-        rows, fitting.fitted_columns(type(reads), objective, columns), fitting.FIT_ROWS
-    )
+    table = fit.sample(rows, fit.fitted_columns(type(reads), objective, columns), fit.FIT_ROWS)
     sampled = f" (of {len(table):,} of {len(rows):,} rows)" if len(table) < len(rows) else ""
     return [
         Finding(one.text() + sampled, in_terminal=False) for one in reads.unshared(table, columns)

@@ -13,26 +13,37 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from pipeline import bundle, checked, folders, provenance, registry, s3, starts, storage
-from pipeline.bundle import BundleError
-from pipeline.contracts import Modality, Objective
+from pipeline.checkpoints import bundle, pretrained
+from pipeline.checkpoints.bundle import BundleError
+from pipeline.config import provenance, registry
+from pipeline.config.provenance import MadeBy
+from pipeline.config.schema import STARTS, Data, Job, Source, spec_hash
+from pipeline.core.contracts import Modality, Objective
+from pipeline.core.rng import mix
 from pipeline.data import manifest as manifests
 from pipeline.data.manifest import Selection, Splits
 from pipeline.data.plan import Mixture, Plan
 from pipeline.data.stream import Decoder, Rows, check_budget, map_items
-from pipeline.identity import ChangedFileError, FileIdentity
-from pipeline.job import STARTS, Data, Job, Source, spec_hash
-from pipeline.provenance import MadeBy
-from pipeline.rng import mix
-from pipeline.train import begun, checks, fitting, row_checks
-from pipeline.train import probe as probes
+from pipeline.io import atomic_folder, checksums, s3, storage
+from pipeline.io.file_identity import ChangedFileError, FileIdentity
+from pipeline.train import config_checks, row_checks, saved_inputs
+from pipeline.train import fit as fitting
+from pipeline.train import online_probe as probes
 from pipeline.train.row_checks import Finding
 
 STAGE_FORMAT = 8
 """The format of a stage's key and folder. Code that makes other numbers does not raise it: what
-made a bundle is recorded in it (`pipeline.provenance`).
+made a bundle is recorded in it (`pipeline.config.provenance`).
 """
-WORKING_PARTS = ("checkpoints", "initial", "tokens", "modality.json", "log", "ray", begun.FILE)
+WORKING_PARTS = (
+    "checkpoints",
+    "initial",
+    "tokens",
+    "modality.json",
+    "log",
+    "ray",
+    saved_inputs.FILE,
+)
 """What a source's folder holds beside its bundle."""
 STRETCHED, ROUNDED = 1.1, 1.0
 """A recording is at most so many times as long as a column tells, and so many seconds."""
@@ -100,7 +111,7 @@ class SourceStage:
         """Raise ChangedFileError when the checkpoint holds something else than when the stage was
         planned.
         """
-        if self.start_text and starts.fingerprint(self.start_text) != self.start:
+        if self.start_text and pretrained.fingerprint(self.start_text) != self.start:
             raise ChangedFileError(
                 f"sources.{self.name}: {self.start_text} was changed while it was in use: it "
                 "holds something else than when the run "
@@ -142,7 +153,7 @@ class SourceStage:
         """
         if self.is_given or not self.has_bundle:
             return ()
-        manifest = folders.open_folder(self.bundle_uri)
+        manifest = atomic_folder.open_folder(self.bundle_uri)
         now = made_by(self.spec, manifest["arch"], manifest["modality"]["name"])
         found = provenance.changes(provenance.recorded(manifest), now)
         earlier = [
@@ -180,7 +191,7 @@ def stage(job: Job, name: str) -> SourceStage:
             registry.get("objective", spec.objective.name),
         )
         roles = (*modality.roles, *objective.roles)
-        checks.source(f"sources.{name}", spec)
+        config_checks.source(f"sources.{name}", spec)
         splits = manifests.splits(
             spec.data, roles, f"sources.{name}", storage.join(job.root, "imports"), need_test=False
         )
@@ -205,13 +216,13 @@ def stage(job: Job, name: str) -> SourceStage:
     )
     if spec.modality is None:
         del what["modality"]
-    what["start"] = start = starts.fingerprint(spec.init) if spec.init else None
+    what["start"] = start = pretrained.fingerprint(spec.init) if spec.init else None
     if spec.objective is not None:
         what["objective"]["options"] = fitting.by_content(spec.objective)
     if spec.backbone.name.startswith(
         STARTS
     ):  # where a checkpoint lies does not count, what it holds does
-        what["backbone"]["name"] = start = starts.fingerprint(spec.backbone.name)
+        what["backbone"]["name"] = start = pretrained.fingerprint(spec.backbone.name)
     key = spec_hash(
         STAGE_FORMAT,
         name,
@@ -238,7 +249,10 @@ def made_by(
         arch: The backbone's architecture, where a checkpoint tells it; without it, as the job says.
         modality: The name of the modality of a checkpoint without data.
     """
-    arch = arch or {"name": starts.untagged(spec.backbone.name), "options": spec.backbone.options}
+    arch = arch or {
+        "name": pretrained.untagged(spec.backbone.name),
+        "options": spec.backbone.options,
+    }
     imported = spec.init is not None or spec.backbone.name.startswith(STARTS)
     modules = (
         *(provenance.SOURCE_CODE if spec.data else ()),
@@ -262,8 +276,8 @@ def begin(stage: SourceStage) -> list[dict[str, Any]]:
     the parts of other code go. The bundle that is there stays until the new one is whole.
     """
     now = made_by(stage.spec)
-    is_of_others = bool(begun.by_others(stage.uri, now)) or (
-        stage.has_bundle and not begun.by(stage.uri)
+    is_of_others = bool(saved_inputs.by_others(stage.uri, now)) or (
+        stage.has_bundle and not saved_inputs.by(stage.uri)
     )
     if stage.remake and is_of_others:
         for part in WORKING_PARTS:
@@ -271,7 +285,7 @@ def begin(stage: SourceStage) -> list[dict[str, Any]]:
         for file in storage.list_files(stage.uri, recursive=False):
             if file.rpartition("/")[2].startswith("rows-rank"):
                 storage.remove_tree(file)
-    return begun.record(stage.uri, now)
+    return saved_inputs.record(stage.uri, now)
 
 
 def check_plan(stage: SourceStage, corpora: tuple[int, ...]) -> None:
@@ -355,7 +369,7 @@ def fit(stage: SourceStage) -> Fitted:
     text = spec.init or (spec.backbone.name if spec.backbone.name.startswith(STARTS) else None)
     initial = storage.join(stage.uri, "initial")
     held = bundle.load(initial) if text and bundle.exists(initial) else None
-    start = starts.read(text, spec.backbone.name) if text and held is None else None
+    start = pretrained.read(text, spec.backbone.name) if text and held is None else None
     modality, known = (
         (held.manifest["modality"], "")
         if held
@@ -575,7 +589,7 @@ def suited(
         return objective.suit(state, bundle.build_backbone(arch, seed=0))
 
 
-def arch_of(spec: Source, start: starts.Start | None, inputs: dict[str, Any]) -> dict[str, Any]:
+def arch_of(spec: Source, start: pretrained.Start | None, inputs: dict[str, Any]) -> dict[str, Any]:
     """The architecture that the job names, or that its checkpoint tells. Raises BundleError where
     the two contradict each other.
     """
@@ -588,7 +602,7 @@ def arch_of(spec: Source, start: starts.Start | None, inputs: dict[str, Any]) ->
     given = dict(spec.backbone.options)
     if (
         not spec.backbone.name.startswith(STARTS)
-        and starts.untagged(spec.backbone.name) != start.arch["name"]
+        and pretrained.untagged(spec.backbone.name) != start.arch["name"]
     ):
         raise BundleError(
             f"{start.origin} holds a {start.arch['name']}, the job says {spec.backbone.name}: "
@@ -607,7 +621,7 @@ def arch_of(spec: Source, start: starts.Start | None, inputs: dict[str, Any]) ->
 
 
 def checkpoint_parts(
-    spec: Source, start: starts.Start, place: str
+    spec: Source, start: pretrained.Start, place: str
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Arch and modality of a source without data: what its checkpoint tells, else timm's own, with
     what the job states of its rows.
@@ -619,10 +633,10 @@ def checkpoint_parts(
     together.
     """
     if start.arch is None or start.modality is None:
-        arch, modality = starts.described(spec.backbone.name, dict(spec.backbone.options))
+        arch, modality = pretrained.described(spec.backbone.name, dict(spec.backbone.options))
     else:
         arch, modality = arch_of(spec, start, {}), start.modality
-    return starts.stated(arch, modality, spec.modality, f"{place}.modality")
+    return pretrained.stated(arch, modality, spec.modality, f"{place}.modality")
 
 
 def read_otherwise(arch: dict[str, Any], inputs: dict[str, Any]) -> dict[str, Any]:
@@ -645,7 +659,7 @@ def read_otherwise(arch: dict[str, Any], inputs: dict[str, Any]) -> dict[str, An
 
 def import_start(
     stage: SourceStage,
-    start: starts.Start,
+    start: pretrained.Start,
     arch: dict[str, Any],
     modality: dict[str, Any],
     objective: dict[str, Any],
@@ -810,7 +824,7 @@ def shards(
             [one for one in bad if one[1] != EMPTY], len(selection), max_bad_rows, selection
         )
 
-    if checked.whole_folder(folder, "these rows are made again") is None:
+    if checksums.whole_folder(folder, "these rows are made again") is None:
         tasks, do = spans(selection, corpora), _Shard(selection, work)
         made = map_items(do, tasks) if len(tasks) > 1 else map(do, tasks)
         bad: list[tuple[int, str]] = []
@@ -829,7 +843,7 @@ def shards(
                 {"row": row, "place": selection.manifest.place(row), "reason": reason}
                 for row, reason in bad
             ]
-            folders.commit_folder(
+            atomic_folder.commit_folder(
                 folder,
                 files,
                 {
@@ -839,7 +853,7 @@ def shards(
                     "left_out": listed,
                 },
             )
-    kept = folders.open_folder(folder)
+    kept = atomic_folder.open_folder(folder)
     check(
         (row["row"], row["reason"]) for row in kept["left_out"]
     )  # the budget may be another one by now

@@ -1,1 +1,4 @@
-"""Scores, cached features, fan-out, results and report."""
+"""From pretrained sources to a table of results: trials, their fan-out, scores and predictions.
+
+``fanout`` is the module that imports Ray Tune. Imports every floor below it.
+"""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pipeline import registry
-from pipeline.contracts import Technique
+from pipeline.config import registry
+from pipeline.config.schema import Plug, Train, spec_hash
+from pipeline.core.contracts import Technique
 from pipeline.data.plan import Plan
-from pipeline.job import Plug, Train, spec_hash
+from pipeline.report.code_versions import OTHER, reasons
 from pipeline.train import source
-from pipeline.transfer import stages, trials
-from pipeline.transfer.origins import OTHER, reasons
+from pipeline.transfer import grid, stages
 from pipeline.transfer.stages import State
 from pipeline.transfer.targets import TargetStage
 
@@ -46,9 +46,9 @@ def describe(state: State) -> list[str]:
         if job.fanout.select:
             names = names[: job.fanout.select.top]
         kinds = {_kind(state, n) for n in names}
-        plugs = trials.techniques(job, stage.spec)
-        tried = sum(not trials.learns(plug) for plug in plugs) * len(names)
-        plugs = [plug for plug in plugs if trials.learns(plug)]
+        plugs = grid.techniques(job, stage.spec)
+        tried = sum(not grid.learns(plug) for plug in plugs) * len(names)
+        plugs = [plug for plug in plugs if grid.learns(plug)]
         counts = [
             (
                 _technique(plug),
@@ -83,7 +83,7 @@ def describe(state: State) -> list[str]:
                 if {"steps", "epochs", "global_batch"} & set(job.fanout.search)
                 else ""
             )
-            share = trials.fraction_text(fraction, stage.spec.objective.name)
+            share = grid.fraction_text(fraction, stage.spec.objective.name)
             searched = f"{cells * tries} search" + (
                 f" ({cells * again} of them try the best draws again)" if again else ""
             )

@@ -28,15 +28,15 @@ from ray.exceptions import GetTimeoutError, RayError
 from ray.tune.execution import class_cache
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
-from pipeline import checked, fence, heartbeat, storage
-from pipeline.job import Fanout, Job
-from pipeline.metrics import metric
+from pipeline.config.schema import Fanout, Job
+from pipeline.io import checksums, heartbeat, storage, write_fence
+from pipeline.metrics.catalog import metric
 from pipeline.train import launch
 from pipeline.train.loop import Ranks
 from pipeline.train.progress import Progress, duration
-from pipeline.transfer import probe, trial
+from pipeline.transfer import cached_heads, trial
+from pipeline.transfer.grid import SCRATCH, Trial
 from pipeline.transfer.trial import Record, Shared
-from pipeline.transfer.trials import SCRATCH, Trial
 
 RUNGS = {"grace_period": 20, "reduction_factor": 2, "max_t": 100}
 """ASHA halves the trials of a cell at 20, 40 and 80 percent of their steps, however often they
@@ -224,7 +224,7 @@ def units(trials: list[Trial], shared: Shared) -> list[Unit]:
         else:
             single.append(Unit((one,), False))
     groups = [
-        Unit(tuple(g[i : i + UNIT_TRIALS]), probe.batchable(g, shared))
+        Unit(tuple(g[i : i + UNIT_TRIALS]), cached_heads.batchable(g, shared))
         for g in frozen.values()
         for i in range(0, len(g), UNIT_TRIALS)
     ]
@@ -273,8 +273,8 @@ def _run_unit(
     told: list[str] = []
     try:
         with (
-            fence.inside(shared.fences),
-            checked.telling(told.append),
+            write_fence.inside(shared.fences),
+            checksums.telling(told.append),
             heartbeat.listening(pulse.listener() if pulse else lambda: None),
         ):
             records = _records(
@@ -318,10 +318,10 @@ def _records(
     """Run a unit's trials to their records. Raises LostLeaseError when the run may not write any
     more.
     """
-    fence.check(shared.root)  # before hours of training, not after them
+    write_fence.check(shared.root)  # before hours of training, not after them
     try:
         if unit.together:
-            return probe.run(list(unit.trials), shared)
+            return cached_heads.run(list(unit.trials), shared)
         if config["workers"]:
             where = storage.join(trial.folder(shared, unit.first), "ray")
             job = {"trial": unit.first, "shared": reference, "pulse": pulse}
@@ -340,7 +340,7 @@ def _records(
     except (
         Exception
     ) as error:  # whatever it is, it belongs to these trials alone; it is in their rows
-        fence.check(shared.root)
+        write_fence.check(shared.root)
         reason = f"{type(error).__name__}: {error}"[:2000]
         return [
             trial.failed(one, shared, reason) for one in unit.trials if written(shared, one) is None

@@ -13,13 +13,13 @@ from itertools import pairwise
 
 import numpy as np
 
-from pipeline import registry
-from pipeline.capabilities import NamesFeatures
-from pipeline.contracts import Modality
+from pipeline.config import registry
+from pipeline.config.schema import Target
+from pipeline.core.capabilities import NamesFeatures
+from pipeline.core.contracts import Modality
 from pipeline.data import manifest as manifests
 from pipeline.data.manifest import Selection
-from pipeline.job import Target
-from pipeline.train import fitting
+from pipeline.train import fit
 from pipeline.train.row_checks import Finding
 
 DECIDES = 0.98
@@ -48,7 +48,7 @@ def look(modality: Modality, spec: Target, rows: Selection, state: dict) -> list
         columns[one] for one in (*objective.roles, *objective.optional_roles) if one in columns
     ]
     places = _places(rows, label_columns, objective, columns, state, role)
-    inputs = fitting.fitted_columns(type(modality), objective, columns)
+    inputs = fit.fitted_columns(type(modality), objective, columns)
     table = manifests.Reader(rows.manifest, [*dict.fromkeys([*inputs, *label_columns])]).take(
         rows.ids(places)
     )

@@ -13,12 +13,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline import identity, lists, registry
+from pipeline.config import registry
+from pipeline.config.schema import spec_hash
+from pipeline.core import arrow_lists
 from pipeline.data import duplicates
 from pipeline.data import manifest as manifests
 from pipeline.data.manifest import Selection
-from pipeline.job import spec_hash
-from pipeline.train.fitting import sample
+from pipeline.io import file_identity
+from pipeline.train.fit import sample
 from pipeline.train.source import SourceStage, data_key
 from pipeline.transfer.targets import TargetStage
 
@@ -110,7 +112,7 @@ def _bytes(selection: Selection, modality: str, columns: dict[str, str]) -> int:
     """
     named = columns[registry.get("modality", modality).roles[0]]
     kind = selection.manifest.schema.field(named).type if len(selection) else pa.null()
-    may_be_places = lists.is_text(kind) or pa.types.is_struct(kind)
+    may_be_places = arrow_lists.is_text(kind) or pa.types.is_struct(kind)
     if modality == "text" or not may_be_places:
         return selection.manifest.size
     cells = sample(selection, [named], 16)[named].to_pylist()
@@ -119,9 +121,11 @@ def _bytes(selection: Selection, modality: str, columns: dict[str, str]) -> int:
     places = [cell.get("path") if isinstance(cell, dict) else cell for cell in cells]
     held = [
         file.content.partition("-")[0]
-        for file in identity.identify([place for place in places if place], "stat", absent_ok=True)
+        for file in file_identity.identify(
+            [place for place in places if place], "stat", absent_ok=True
+        )
     ]
-    sizes = [int(size) for size in held if size != identity.ABSENT]
+    sizes = [int(size) for size in held if size != file_identity.ABSENT]
     return len(selection) * sum(sizes) // max(1, len(sizes))
 
 

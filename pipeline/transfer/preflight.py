@@ -6,14 +6,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from pipeline import storage
 from pipeline.data.stream import Decoder
-from pipeline.train import foresight
-from pipeline.train.foresight import Foreseen
+from pipeline.io import storage
+from pipeline.train import dry_checks
+from pipeline.train.dry_checks import Foreseen
 from pipeline.train.row_checks import Finding
-from pipeline.transfer import stages, targets, trials
+from pipeline.transfer import grid, stages, targets
+from pipeline.transfer.grid import Base
 from pipeline.transfer.stages import State
-from pipeline.transfer.trials import Base
 
 ESTIMATED = " (estimated: a run trains its tokenizer on more rows)"
 
@@ -28,7 +28,7 @@ def look(state: State) -> list[str]:
     for name, stage in state.sources.items():
         place = f"sources.{name}"
         try:
-            found = foresight.source(stage)
+            found = dry_checks.source(stage)
         except (ValueError, storage.StorageError) as error:
             problems.append(_at(place, error))
             continue
@@ -40,7 +40,7 @@ def look(state: State) -> list[str]:
             continue
         seen[name] = found
         lines += _lines(f"source {name}", found.findings, found.is_estimated)
-    bases = trials.bases({name: (found.arch, found.modality) for name, found in seen.items()})
+    bases = grid.bases({name: (found.arch, found.modality) for name, found in seen.items()})
     for name in state.targets:
         try:
             lines += _target(
@@ -58,7 +58,7 @@ def _target(state: State, name: str, bases: list[Base], estimated: set[str]) -> 
     as the run would.
     """
     target, matching = state.targets[name], set(stages.matching(state, name))
-    foresight.check_named_files(target.splits)
+    dry_checks.check_named_files(target.splits)
     lines = _lines(
         f"target {name}",
         targets.more_than_there_is(target, state.job.fanout.search.get("global_batch", ())),
@@ -78,7 +78,7 @@ def _target(state: State, name: str, bases: list[Base], estimated: set[str]) -> 
             read.modality, target.spec.objective.name, read.state, target.spec.data.columns
         )
         for split, selection in target.splits.by_name().items():
-            found += foresight.rows(split, selection, decoder, target.spec.data.max_bad_rows)
+            found += dry_checks.rows(split, selection, decoder, target.spec.data.max_bad_rows)
         lines += _lines(f"target {name}", found, bool(estimated & set(base.sources)))
     return list(dict.fromkeys(lines))
 

@@ -14,11 +14,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline import bundle, checked, folders, storage
-from pipeline.job import STARTS
-from pipeline.train import begun
-from pipeline.transfer import results
-from pipeline.transfer.cells import SCRATCH, cell_key
+from pipeline.checkpoints import bundle
+from pipeline.config.schema import STARTS
+from pipeline.io import atomic_folder, checksums, storage
+from pipeline.report import results
+from pipeline.report.matrix import SCRATCH, cell_key
+from pipeline.train import saved_inputs
 
 USES_FILE = "uses.json"
 """In a job's folder: the bundles and checkpoints that its sources start from, so that no other job
@@ -127,7 +128,7 @@ def _stale_stacks(root: str, current: set[str]) -> tuple[str, ...]:
     """
     out = []
     for name in _folders(storage.join(root, STACKS)):
-        trials = begun.trials_of(storage.join(root, STACKS, name))
+        trials = saved_inputs.trials_of(storage.join(root, STACKS, name))
         if not trials or not set(trials) <= current:
             out.append(name)
     return tuple(out)
@@ -149,7 +150,7 @@ def note_uses(root: str, sources: Mapping[str, Sequence[str]]) -> None:
     """Record in a job's folder what its sources start from: source to the places of bundles and
     checkpoints.
     """
-    checked.write_document(
+    checksums.write_document(
         storage.join(root, USES_FILE), {name: list(places) for name, places in sources.items()}
     )
 
@@ -179,11 +180,13 @@ def _used_by(root: str) -> set[str]:
     found: set[str] = set()
     recorded = storage.join(root, USES_FILE)
     if storage.exists(recorded):
-        found |= {place for places in checked.read_document(recorded).values() for place in places}
+        found |= {
+            place for places in checksums.read_document(recorded).values() for place in places
+        }
     found |= {row["parent_uri"] for row in results.read(root) if row["parent_uri"]}
     for name in _folders(storage.join(root, "sources")):
         uri = storage.join(root, "sources", name, "bundle")
-        parent = folders.open_folder(uri).get("parent") if bundle.exists(uri) else None
+        parent = atomic_folder.open_folder(uri).get("parent") if bundle.exists(uri) else None
         if parent:
             found.add(parent)
     return found

@@ -5,13 +5,14 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from pipeline import bundle, registry
-from pipeline.metrics import weighted_auroc
-from pipeline.rng import mix
-from pipeline.train.probe import KNN, neighbours
-from pipeline.transfer.probe import features
+from pipeline.checkpoints import bundle
+from pipeline.config import registry
+from pipeline.core.rng import mix
+from pipeline.metrics.catalog import weighted_auroc
+from pipeline.train.online_probe import KNN, neighbours
+from pipeline.transfer.cached_heads import features
+from pipeline.transfer.grid import label_subset
 from pipeline.transfer.trial import Shared, TargetData
-from pipeline.transfer.trials import label_subset
 
 SCORE_ROWS = 2000
 

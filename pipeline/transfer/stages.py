@@ -16,31 +16,21 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import bundle, checked, fence, folders, identity, provenance, starts, storage
-from pipeline.job import Job, spec_hash
-from pipeline.metrics import metric
+from pipeline.checkpoints import bundle, pretrained
+from pipeline.config import provenance
+from pipeline.config.schema import Job, spec_hash
+from pipeline.io import atomic_folder, checksums, file_identity, storage, write_fence
+from pipeline.metrics.catalog import metric
+from pipeline.report import code_versions as origins
+from pipeline.report import matrix, report, results, stats, subgroups
+from pipeline.report.code_versions import Origin
 from pipeline.train import launch, source
 from pipeline.train.progress import Progress
 from pipeline.train.row_checks import findings_of
-from pipeline.transfer import cells as matrix
-from pipeline.transfer import (
-    fanout,
-    origins,
-    overlap,
-    pruning,
-    report,
-    results,
-    scores,
-    stats,
-    subgroups,
-    targets,
-    trial,
-    trials,
-)
-from pipeline.transfer.origins import Origin
+from pipeline.transfer import fanout, grid, overlap, pruning, scores, targets, trial
+from pipeline.transfer.grid import SCRATCH, Base, Trial
 from pipeline.transfer.targets import TargetStage
 from pipeline.transfer.trial import Shared
-from pipeline.transfer.trials import SCRATCH, Base, Trial
 
 
 @dataclass
@@ -88,7 +78,7 @@ def check(job: Job, progress: Progress, **options: Any) -> State:
             except (ValueError, storage.StorageError) as error:
                 problems.append(str(error))
 
-    with identity.shown_by(progress.update):
+    with file_identity.shown_by(progress.update):
         each(source.stage, job.sources, state.sources)
         each(targets.stage, job.targets, state.targets)
     for name, target in state.targets.items():
@@ -155,8 +145,8 @@ def _modality_name(stage: source.SourceStage) -> str | None:
     if stage.spec.data is not None:
         return stage.spec.data.modality.name
     if stage.has_bundle:
-        return folders.open_folder(stage.bundle_uri)["modality"]["name"]
-    return starts.modality_name(stage.spec.backbone.name)
+        return atomic_folder.open_folder(stage.bundle_uri)["modality"]["name"]
+    return pretrained.modality_name(stage.spec.backbone.name)
 
 
 def matching(state: State, target: str) -> list[str]:
@@ -180,7 +170,7 @@ def ended(state: State) -> list[tuple[Trial, bool]]:
         or _facts(state).get("broken")
     ):
         return []  # a target that was left out is tried again
-    if checked.is_damaged(_facts_uri(state)):
+    if checksums.is_damaged(_facts_uri(state)):
         return []  # the run goes through its stages once more, which makes them again
     bases, chosen = _bases(state), _chosen_before(state)
     if chosen is None:
@@ -225,7 +215,7 @@ def origins_of(state: State, found: list[Trial], bases: list[Base]) -> dict[str,
     out = {}
     for one, record in zip(found, _records(state, found), strict=True):
         if record is not None:
-            now = trials.made_by(state.job.targets[one.target], by_key[one.base], one.technique)
+            now = grid.made_by(state.job.targets[one.target], by_key[one.base], one.technique)
             out[one.id] = origins.of_record(record, now, one.source, weights.get(one.source))
     return out
 
@@ -273,9 +263,9 @@ def _search(state: State, bases: list[Base], chosen: dict[str, set[str]]) -> lis
 
 def _bases(state: State) -> list[Base]:
     manifests = {
-        name: folders.open_folder(stage.bundle_uri) for name, stage in state.sources.items()
+        name: atomic_folder.open_folder(stage.bundle_uri) for name, stage in state.sources.items()
     }
-    return trials.bases(
+    return grid.bases(
         {name: (manifest["arch"], manifest["modality"]) for name, manifest in manifests.items()}
     )
 
@@ -295,7 +285,7 @@ def _keep_facts(state: State, chosen: dict[str, set[str]]) -> None:
         "scores": state.scores,
         "left_out": state.left_out,
     }
-    checked.write_document(
+    checksums.write_document(
         _facts_uri(state),
         {**facts, "chosen": {name: sorted(found) for name, found in chosen.items()}},
     )
@@ -307,7 +297,7 @@ def _facts(state: State) -> dict[str, Any]:
         "what it told the report (notes, scores, targets that were left out) is missing until the "
         "job runs again"
     )
-    found = checked.document_or_none(_facts_uri(state), remedy) or {}
+    found = checksums.document_or_none(_facts_uri(state), remedy) or {}
     return found if found.get("key") == state.key else {}
 
 
@@ -413,7 +403,7 @@ def share(state: State) -> Shared:
         )
     pruning.note_uses(job.root, used_places(state))
     loaded = {name: targets.weights(stage.bundle_uri) for name, stage in state.sources.items()}
-    found = trials.bases(
+    found = grid.bases(
         {
             name: (manifest["arch"], manifest["modality"])
             for name, (_, _, manifest) in loaded.items()
@@ -479,7 +469,7 @@ def share(state: State) -> Shared:
         {name: stage.key for name, stage in state.sources.items()},
         facts,
         {name: (manifest["objective"], head) for name, (_, head, manifest) in loaded.items()},
-        fence.entered(),
+        write_fence.entered(),
         {name: bundle.weights_sha256(stage.bundle_uri) for name, stage in state.sources.items()},
         remake="trials" in state.remake,
     )
@@ -587,7 +577,7 @@ def _cells(
     return [
         (name, cell)
         for name in state.targets
-        for cell in trials.cells(
+        for cell in grid.cells(
             state.job,
             name,
             [b for b in bases if set(b.sources) & set(matching(state, name))],
@@ -605,17 +595,17 @@ def _trial(
     stage: str,
 ) -> Trial:
     key = state.sources[cell[1]].key if cell[1] != SCRATCH else ""
-    return trials.make(state.job, name, cell, hyper, seed, stage, key, state.targets[name].key)
+    return grid.make(state.job, name, cell, hyper, seed, stage, key, state.targets[name].key)
 
 
 def search_trials(state: State, bases: list[Base], chosen: dict[str, set[str]]) -> list[Trial]:
     """Every cell with every draw; none when there is only one draw."""
-    draws = trials.draws(state.job)
+    draws = grid.draws(state.job)
     found = _cells(state, bases, chosen) if len(draws) > 1 else []
     return [
         _trial(state, name, cell, hyper, 0, "search")
         for name, cell in found
-        if trials.learns(cell[2])
+        if grid.learns(cell[2])
         for hyper in draws
     ]
 
@@ -636,7 +626,7 @@ def finalist_trials(
         best = ranked.get(_trial(state, name, cell, {}, 0, "search").cell, [])[: spec.top]
         if len(best) > 1:
             out += [
-                _trial(state, name, cell, hyper, trials.FURTHER_SEARCH_SEEDS + i, "search")
+                _trial(state, name, cell, hyper, grid.FURTHER_SEARCH_SEEDS + i, "search")
                 for hyper in best
                 for i in range(spec.seeds)
             ]
@@ -657,7 +647,7 @@ def final_trials(
         hyper = winners.get(_trial(state, name, cell, {}, 0, "final").cell, {})
         out += [
             _trial(state, name, cell, hyper, seed, "final")
-            for seed in range(state.job.fanout.seeds if trials.learns(cell[2]) else 1)
+            for seed in range(state.job.fanout.seeds if grid.learns(cell[2]) else 1)
         ]
     return out
 
@@ -812,7 +802,7 @@ def collect(state: State, found: list[Trial]) -> list[dict[str, Any]]:
         one for one, there in zip(bundles, is_there, strict=True) if there
     }  # another run may have kept fewer
     scratch = {
-        (one.base, one.target, trials.fraction_text(one.label_fraction), one.seed): one
+        (one.base, one.target, grid.fraction_text(one.label_fraction), one.seed): one
         for one in found
         if one.source == SCRATCH and str(one.technique) == "scratch" and one.stage == "final"
     }
@@ -840,7 +830,7 @@ def collect(state: State, found: list[Trial]) -> list[dict[str, Any]]:
             if one.id not in kept:
                 row["bundle_uri"] = None
             against = scratch.get(
-                (one.base, one.target, trials.fraction_text(one.label_fraction), one.seed)
+                (one.base, one.target, grid.fraction_text(one.label_fraction), one.seed)
             )
             if (
                 row["split"] == "test"

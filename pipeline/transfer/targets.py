@@ -12,21 +12,24 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from pipeline import bundle, identity, provenance, registry, storage
-from pipeline.contracts import Modality, Objective, Task, Technique
+from pipeline.checkpoints import bundle
+from pipeline.config import provenance, registry
+from pipeline.config.schema import STARTS, Job, Plug, Source, Target, spec_hash
+from pipeline.config.yaml_loader import PLACES
+from pipeline.core.contracts import Modality, Objective, Task, Technique
 from pipeline.data import manifest as manifests
 from pipeline.data.manifest import Splits
 from pipeline.data.stream import Decoder, Rows
-from pipeline.job import STARTS, Job, Plug, Source, Target, spec_hash
-from pipeline.jobfile import PLACES
-from pipeline.metrics import metric
-from pipeline.train import checks, fitting, row_checks
+from pipeline.io import file_identity, storage
+from pipeline.metrics.catalog import metric
+from pipeline.report import stats, subgroups
+from pipeline.train import config_checks, fit, row_checks
 from pipeline.train import source as train_source
 from pipeline.train.row_checks import Finding
 from pipeline.train.source import STAGE_FORMAT, data_key
-from pipeline.transfer import leaks, stats, subgroups
+from pipeline.transfer import leaks
+from pipeline.transfer.grid import Base, fraction_text, techniques
 from pipeline.transfer.trial import TargetData
-from pipeline.transfer.trials import Base, fraction_text, techniques
 
 MEMORY_BYTES = 2 << 30
 CHECKED_ROWS, TRIED_ROWS = 1 << 16, 64
@@ -156,8 +159,8 @@ def stage(job: Job, name: str) -> TargetStage:
             f"{', '.join(usable)}"
         )
     if objective.packed:
-        checks.check_packed(f"targets.{name}", spec.data, spec.objective.name)
-    checks.check_costs(f"targets.{name}", spec.data, spec.train, objective)
+        config_checks.check_packed(f"targets.{name}", spec.data, spec.objective.name)
+    config_checks.check_costs(f"targets.{name}", spec.data, spec.train, objective)
     whole = [fraction for fraction in spec.label_fractions if isinstance(fraction, int)]
     if whole and "label" not in objective.roles and not objective.whole_rows:
         raise ValueError(
@@ -254,7 +257,7 @@ def _try_rows(
     names = list(
         dict.fromkeys(spec.data.columns[role] for role in roles if role in spec.data.columns)
     )
-    table = fitting.sample(selection, names, TRIED_ROWS)
+    table = fit.sample(selection, names, TRIED_ROWS)
     try:
         objective.encode(table, spec.data.columns, state)
         objective.refused(table, spec.data.columns, state)
@@ -310,7 +313,7 @@ def _modality(target: TargetStage, base: Base) -> tuple[dict[str, Any], str]:
     """
     plug = target.spec.data.modality
     own = registry.get("modality", plug.name).target_options
-    named = fitting.by_content(plug)
+    named = fit.by_content(plug)
     if problem := registry.get("modality", plug.name).without_effect(
         named, base.modality["options"]
     ):
@@ -324,7 +327,7 @@ def _modality(target: TargetStage, base: Base) -> tuple[dict[str, Any], str]:
         },
         base.modality["options"],
     )
-    return fitting.completed(
+    return fit.completed(
         {**base.modality, "options": {**base.modality["options"], **named}},
         target.splits.train,
         registry.get("objective", target.spec.objective.name),
@@ -505,7 +508,7 @@ def prepare(target: TargetStage, base: Base) -> TargetData:
         groups = manifests.units(
             manifests.read_columns(parts[2].selection, [spec.data.group])[spec.data.group]
         )
-    identity.check_unchanged(splits.reads)
+    file_identity.check_unchanged(splits.reads)
     is_held = all(rows.arrays is not None for rows in parts)
     return TargetData(
         spec,
@@ -644,7 +647,7 @@ def check_modality(target: TargetStage, source: Source) -> None:
         plug.options, source.data.modality.options
     ):
         raise ValueError(f"{place}.data.modality: {problem}")
-    checks.check_modality(
+    config_checks.check_modality(
         place,
         plug.name,
         {**source.data.modality.options, **plug.options},

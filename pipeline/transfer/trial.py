@@ -15,9 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline import bundle, checked, fence, folders, heartbeat, identity, registry, storage
-from pipeline.contracts import Objective, Task
-from pipeline.data.buckets import BucketPlan
+from pipeline.checkpoints import bundle
+from pipeline.config import registry
+from pipeline.config.schema import Target, Train, drawn
+from pipeline.core.contracts import Objective, Task
+from pipeline.core.rng import mix
+from pipeline.data.length_buckets import BucketPlan
 from pipeline.data.plan import Plan
 from pipeline.data.stream import (
     Rows,
@@ -27,17 +30,16 @@ from pipeline.data.stream import (
     rows_an_item,
     train_batches,
 )
-from pipeline.identity import FileIdentity
-from pipeline.job import Target, Train, drawn
-from pipeline.metrics import Predictions, metric, per_label, scored
-from pipeline.rng import mix
-from pipeline.train import begun, evaluate, loop
+from pipeline.io import atomic_folder, checksums, file_identity, heartbeat, storage, write_fence
+from pipeline.io.file_identity import FileIdentity
+from pipeline.metrics.catalog import Predictions, metric, per_label, scored
+from pipeline.report import stats
+from pipeline.train import evaluate, loop, saved_inputs
 from pipeline.train.log import MetricsLog, RowTrace
 from pipeline.train.loop import Ranks
 from pipeline.train.pretrain import device_name, shuffle_of, steps_of
 from pipeline.train.row_checks import Finding
-from pipeline.transfer import stats
-from pipeline.transfer.trials import SCRATCH, Base, Trial, fraction_text, label_subset, made_by
+from pipeline.transfer.grid import SCRATCH, Base, Trial, fraction_text, label_subset, made_by
 
 EVAL_ROWS = 256
 AT_THRESHOLD = ("precision_at_threshold", "sensitivity_at_threshold", "specificity_at_threshold")
@@ -131,7 +133,7 @@ class Shared:
     """Of each source its objective and the tensors of its head, for objectives that carry them
     over.
     """
-    fences: tuple[fence.Fence, ...] = ()
+    fences: tuple[write_fence.Fence, ...] = ()
     """The run that the trials belong to: they write while it holds its lease."""
     parent_weights: dict[str, str] = field(default_factory=dict)
     """Of each source the SHA-256 of its weights: a trial tells by it which weights it started
@@ -147,14 +149,14 @@ def folder(shared: Shared, trial: Trial) -> str:
 
 def checkpoints(shared: Shared, trial: Trial) -> str:
     """Folder of a trial's resume points, the same kind as a source's."""
-    return storage.join(folder(shared, trial), begun.CHECKPOINTS)
+    return storage.join(folder(shared, trial), saved_inputs.CHECKPOINTS)
 
 
 def read_record(root: str, trial_id: str) -> Record | None:
     """The record of a trial, or none where it has none or a damaged one, which is told."""
-    record = checked.document_or_none(storage.join(root, "trials", trial_id, RECORD), AGAIN)
+    record = checksums.document_or_none(storage.join(root, "trials", trial_id, RECORD), AGAIN)
     if record is not None and not isinstance(record.get("rows"), list):
-        checked.tell(
+        checksums.tell(
             f"{storage.join(root, 'trials', trial_id, RECORD)} is damaged: it is no record of "
             f"a trial: {AGAIN}"
         )
@@ -193,13 +195,13 @@ def _predictions(root: str, trial_id: str, record: Record) -> bytes | None:
     try:
         data = storage.read_bytes(uri)
         if entry is not None:
-            checked.check_bytes(uri, data, entry)
+            checksums.check_bytes(uri, data, entry)
     except storage.NotFoundError:
         if entry is not None:
-            checked.tell(f"{uri} is gone: {AGAIN}")
+            checksums.tell(f"{uri} is gone: {AGAIN}")
         return None
     except storage.DamagedError as error:
-        checked.tell(f"{error}: {AGAIN}")
+        checksums.tell(f"{error}: {AGAIN}")
         return None
     return data
 
@@ -349,7 +351,7 @@ def run(
         notes.extend(passed_over)
         if ranks.first:
             where = folder(shared, trial)
-            began_with.extend(begun.started(where, made, parent_weights, step, [trial.id]))
+            began_with.extend(saved_inputs.started(where, made, parent_weights, step, [trial.id]))
             log = MetricsLog(where, step)
 
     def on_log(record: dict[str, Any]) -> None:
@@ -397,7 +399,7 @@ def run(
         restarts=True,
     )
     if ranks.first:
-        begun.drop_unfit(folder(shared, trial), made, parent_weights, shared.remake)
+        saved_inputs.drop_unfit(folder(shared, trial), made, parent_weights, shared.remake)
     try:
         outcome = loop.fit(work) if technique.learns else loop.untrained(work)
     except BaseException:
@@ -456,7 +458,7 @@ def run(
     }
     record = make_record(trial, shared, train, began, facts, keeper.metrics, test)
     if ranks.first:
-        identity.check_unchanged(data.reads)
+        file_identity.check_unchanged(data.reads)
         write(
             trial,
             shared,
@@ -671,7 +673,7 @@ def write(
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **test, **extra)  # type: ignore[arg-type]
         storage.write_bytes(storage.join(where, PREDICTIONS), buffer.getvalue())
-        record["files"] = {PREDICTIONS: folders.entry_of_bytes(buffer.getvalue())}
+        record["files"] = {PREDICTIONS: atomic_folder.entry_of_bytes(buffer.getvalue())}
     if task is not None:
         uri = storage.join(where, "bundle")
         bundle.save(
@@ -687,9 +689,9 @@ def write(
         )
         for row in record["rows"]:
             row["bundle_uri"] = uri
-    checked.write_document(storage.join(where, RECORD), record)
+    checksums.write_document(storage.join(where, RECORD), record)
     if record["status"] != "failed":
-        begun.forget(where)
+        saved_inputs.forget(where)
 
 
 def read_predictions(root: str, trial_id: str, seed: int) -> stats.Run | None:

@@ -98,7 +98,7 @@ def sides(path: Path, files: list[bytes], warm: int, steps: int, place: str) -> 
     import numpy as np
     import soundfile
 
-    from pipeline import bundle
+    from pipeline.checkpoints import bundle
     from pipeline.data import manifest
     from pipeline.data.stream import (
         DataWorkers,

@@ -54,8 +54,8 @@ def batch_of(size: int, rows: int) -> Any:
     import numpy as np
     import torch
 
-    from pipeline.contracts import Batch
-    from pipeline.rng import row_keys
+    from pipeline.core.contracts import Batch
+    from pipeline.core.rng import row_keys
 
     soft = torch.nn.functional.interpolate(
         torch.rand(rows, 3, 8, 8), size=(size, size), mode="bicubic"
@@ -68,7 +68,7 @@ def ours(kind: str, size: int, batch: Any, device: Any, repeats: int) -> Callabl
     """Milliseconds an image."""
     import torch
 
-    from pipeline.contracts import View
+    from pipeline.core.contracts import View
     from pipeline.modalities.image import Image, ImageOptions
 
     modality = Image(ImageOptions(size=size, crop="resized", **KINDS[kind]), STATE)
@@ -203,9 +203,9 @@ def epoch(
     """
     import torch
 
+    from pipeline.config.schema import Train
     from pipeline.data.plan import Plan
     from pipeline.data.stream import DataWorkers, rows_an_item, train_batches
-    from pipeline.job import Train
     from pipeline.techniques.rates import Full
     from pipeline.train import loop
     from pipeline.train.evaluate import ready_for
@@ -259,7 +259,7 @@ def epochs(args: Any, results: dict[str, Any], folder: str) -> list[list[str]]:
     import numpy as np
     import torch
 
-    from pipeline import bundle
+    from pipeline.checkpoints import bundle
     from pipeline.data.stream import Rows
 
     gpu = torch.cuda.is_available()

@@ -35,16 +35,18 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from toys import image_files, sentences  # the tests' own
 
-from pipeline import bundle, checked, lease, storage
-from pipeline.bundle import BundleError
+from pipeline.checkpoints import bundle
+from pipeline.checkpoints.bundle import BundleError
+from pipeline.config.schema import Job
 from pipeline.data import duplicates, manifest
-from pipeline.data.prepare import importing, write
 from pipeline.data.stream import DataWorkers
-from pipeline.job import Job
+from pipeline.io import checksums, run_lock, storage
+from pipeline.prepare.engine import importing, write
+from pipeline.report import results
 from pipeline.train import checkpoint, pretrain, source
 from pipeline.train.loop import Ranks
 from pipeline.train.progress import Progress
-from pipeline.transfer import fanout, probe, pruning, results, stages, trial
+from pipeline.transfer import cached_heads, fanout, pruning, stages, trial
 
 OUTCOMES = ("detected", "harmless", "silent", "traceback")
 COLUMNS = {"image": "picture", "label": "class"}
@@ -121,7 +123,7 @@ def run_here(
     todo = [one for one in wanted if one.id in anew or fanout.unfinished(shared.root, one, spec)]
     for unit in fanout.units(todo, shared):
         if unit.together:
-            probe.run(list(unit.trials), shared)
+            cached_heads.run(list(unit.trials), shared)
         else:
             trial.run(unit.first, shared, Ranks())
     return [trial.read_record(shared.root, one.id) for one in wanted]
@@ -260,7 +262,7 @@ def read_features(shared: Any) -> Any:
     )
     device = torch.device("cpu")
     return [
-        probe.kept_features(backbone.eval(), shared, "pictures", base, "task", split, device)
+        cached_heads.kept_features(backbone.eval(), shared, "pictures", base, "task", split, device)
         for split in ("train", "validation", "test")
     ]
 
@@ -286,7 +288,7 @@ def read_points(uri: str) -> Any:
     found = checkpoint.load(uri, Ranks())
     state, notes = found if isinstance(found, tuple) else (found, [])
     for line in notes:
-        checked.tell(line)
+        checksums.tell(line)
     return state
 
 
@@ -313,9 +315,9 @@ class Prepare:
 def outcome_of(read: Callable[[], Any], expected: bytes, path: Path) -> tuple[str, str]:
     told: list[str] = []
     try:
-        with checked.telling(told.append):
+        with checksums.telling(told.append):
             found = read()
-    except (storage.StorageError, BundleError, ValueError, lease.BusyError) as error:
+    except (storage.StorageError, BundleError, ValueError, run_lock.BusyError) as error:
         text = str(error)
         is_clear = "Traceback" not in text and (path.name in text or path.parent.name in text)
         return ("detected", text) if is_clear else ("traceback", f"{type(error).__name__}: {text}")

@@ -66,13 +66,14 @@ def main() -> None:
     import numpy as np
     import torch
 
-    from pipeline import bundle, frames
-    from pipeline.contracts import Batch
-    from pipeline.data.buckets import BucketPlan
+    from pipeline.checkpoints import bundle
+    from pipeline.core.contracts import Batch
+    from pipeline.core.ragged import ragged
+    from pipeline.core.rng import row_keys
+    from pipeline.data.length_buckets import BucketPlan
     from pipeline.data.plan import Plan
     from pipeline.modalities.audio import Audio, AudioOptions
-    from pipeline.ragged import ragged
-    from pipeline.rng import row_keys
+    from pipeline.nn import conv_arithmetic
 
     torch.set_num_threads(args.threads)
     device, clock = torch.device("cuda" if torch.cuda.is_available() else "cpu"), CLOCKS[args.clock]
@@ -104,7 +105,7 @@ def main() -> None:
             draw.integers(-3000, 3000, samples[row]).astype(np.int16)
             for draw, row in zip(draws, rows, strict=True)
         )
-        most = frames.count(samples[rows], task.backbone.convolutions)
+        most = conv_arithmetic.count(samples[rows], task.backbone.convolutions)
         letters = np.minimum((seconds[rows] * LETTERS).astype(int).clip(1), most // 2)
         text = ragged(
             draw.integers(1, 29, n).astype(np.int32) for draw, n in zip(draws, letters, strict=True)

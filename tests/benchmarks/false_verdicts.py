@@ -226,9 +226,9 @@ class Cell:
 
 def matrix_of(case: Case, seed: int) -> list[Any]:
     """The cells of one simulated job, as its report would have them."""
-    from pipeline import metrics
-    from pipeline.transfer import cells
-    from pipeline.transfer.stats import Run
+    from pipeline.metrics import catalog
+    from pipeline.report import matrix
+    from pipeline.report.stats import Run
 
     rng = np.random.default_rng([seed, len(case.name)])
     name = "accuracy" if case.positives is None else "auroc"
@@ -260,7 +260,7 @@ def matrix_of(case: Case, seed: int) -> list[Any]:
                 runs[trial_id] = Run(
                     np.arange(case.rows), cell.tested(-LOSS_PER_DECADE * draw**2), one, target.group
                 )
-                value = metrics.metric(name).value(runs[trial_id].predictions)
+                value = catalog.metric(name).value(runs[trial_id].predictions)
                 rows.append(
                     {
                         **common,
@@ -272,7 +272,7 @@ def matrix_of(case: Case, seed: int) -> list[Any]:
                         "hyper_parameters": "{}",
                     }
                 )
-    return [cell for cell in cells.cells(rows, runs) if cell.source != "none"]
+    return [cell for cell in matrix.cells(rows, runs) if cell.source != "none"]
 
 
 def _searched(

@@ -29,11 +29,11 @@ def shared_of(root: str) -> tuple[Any, Any]:
     import numpy as np
     import pyarrow as pa
 
-    from pipeline import bundle
+    from pipeline.checkpoints import bundle
+    from pipeline.config.schema import Job, Plug
     from pipeline.data.manifest import Group, Manifest, Selection
     from pipeline.data.stream import Decoder, Rows
-    from pipeline.job import Job, Plug
-    from pipeline.transfer import trials
+    from pipeline.transfer import grid as trials
     from pipeline.transfer.trial import Shared, TargetData
 
     here = str(
@@ -158,7 +158,7 @@ class Fan:
         self.shared, self.some, self.first = shared, some, 0
 
     def __call__(self, count: int, progress: Any = None) -> float:
-        from pipeline.job import Fanout
+        from pipeline.config.schema import Fanout
         from pipeline.transfer import fanout
 
         trials, self.first = self.some(count, self.first), self.first + count

@@ -55,7 +55,7 @@ def gpt2(device: Any, batch: int, quick: bool) -> Case:
     """124M: 12 layers, 768 wide, 1024 positions, vocabulary padded to 50304; no dropout."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from pipeline import bundle
+    from pipeline.checkpoints import bundle
 
     length, vocabulary, sizes = (
         (32, 512, {"layers": 1, "hidden": 32, "heads": 2})
@@ -105,7 +105,7 @@ def bert(length: int, beside: str) -> Callable[[Any, int, bool], Case]:
         import torch
         from transformers import BertConfig, BertForMaskedLM
 
-        from pipeline import bundle
+        from pipeline.checkpoints import bundle
 
         n, vocabulary, sizes = (
             (32, 512, {"layers": 1, "hidden": 32, "heads": 2})
@@ -157,8 +157,8 @@ def resnet50(device: Any, batch: int, quick: bool) -> Case:
     import torch
     from torch.nn import functional as F
 
-    from pipeline import bundle
-    from pipeline.contracts import Batch
+    from pipeline.checkpoints import bundle
+    from pipeline.core.contracts import Batch
 
     size, classes, name = (32, 10, "resnet10t") if quick else (224, 1000, "resnet50")
     arch = {"name": f"timm/{name}", "options": {}, "inputs": {"channels": 3, "size": size}}
@@ -213,7 +213,7 @@ def _texts(device: Any, batch: int, length: int, vocabulary: int) -> list[Any]:
     import numpy as np
     import torch
 
-    from pipeline.contracts import Batch
+    from pipeline.core.contracts import Batch
 
     out = []
     for _ in range(4):
@@ -271,8 +271,8 @@ def measure(case: Case, device: Any, turns: int) -> dict[str, list[float]]:
     """Seconds a step of every side, turn by turn."""
     import torch
 
+    from pipeline.config.schema import Train
     from pipeline.data.stream import Loaded
-    from pipeline.job import Train
     from pipeline.techniques.rates import Full
     from pipeline.train import loop
     from pipeline.train.loop import Ranks

@@ -93,7 +93,7 @@ def make_parquet(images: list[Any], size: int, rows: int, path: Path) -> None:
 
 
 def rows_of(path: Path, size: int) -> Any:
-    from pipeline import bundle
+    from pipeline.checkpoints import bundle
     from pipeline.data import manifest
     from pipeline.data.stream import Decoder, Rows
 

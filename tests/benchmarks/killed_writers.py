@@ -25,10 +25,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline import checked, folders, storage
+from pipeline.io import atomic_folder, checksums, storage
+from pipeline.report import results
 from pipeline.train import checkpoint
 from pipeline.train.loop import Ranks
-from pipeline.transfer import results
 
 OUTCOMES = ("whole", "absent", "torn", "left behind")
 
@@ -55,13 +55,13 @@ def check_file(place: str) -> bool:
 
 
 def write_document(place: str, number: int) -> None:
-    checked.write_document(
+    checksums.write_document(
         storage.join(place, "record.json"), {"number": number, "rows": list(range(number % 5000))}
     )
 
 
 def check_document(place: str) -> bool:
-    found = checked.read_document(storage.join(place, "record.json"))
+    found = checksums.read_document(storage.join(place, "record.json"))
     return found["rows"] == list(range(found["number"] % 5000))
 
 
@@ -69,7 +69,7 @@ def write_folder(place: str, number: int) -> None:
     with storage.scratch_folder() as scratch:
         large = scratch / "large"
         large.write_bytes(content(number))
-        folders.commit_folder(
+        atomic_folder.commit_folder(
             storage.join(place, "folder"),
             {"large": large, "deep/small": content(number % 100)},
             {"number": number},
@@ -78,8 +78,8 @@ def write_folder(place: str, number: int) -> None:
 
 def check_folder(place: str) -> bool:
     uri = storage.join(place, "folder")
-    manifest = folders.open_folder(uri)
-    folders.verify_folder(uri, manifest)
+    manifest = atomic_folder.open_folder(uri)
+    atomic_folder.verify_folder(uri, manifest)
     return sorted(manifest["files"]) == ["deep/small", "large"]
 
 

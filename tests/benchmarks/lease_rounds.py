@@ -23,12 +23,12 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline import fence, lease, storage
+from pipeline.io import run_lock, storage, write_fence
 
 ROOT = Path(__file__).parents[2]
 PROCESS = """
     import json, sys, time
-    from pipeline import lease, s3, storage
+    from pipeline.io import run_lock as lease; from pipeline.io import s3; from pipeline.io import storage
 
     if sys.argv[1] == "ignored":  # an old server, which takes the condition for nothing
         put = s3.client().call_s3
@@ -70,7 +70,7 @@ def rounds(place: str, count: int, processes: int = 4, conditions: str = "kept")
         for number in range(count):
             root = storage.join(place, uuid.uuid4().hex)
             if number % 2:
-                storage.write_json(fence.lease_uri(root), _dead_lease())
+                storage.write_json(write_fence.lease_uri(root), _dead_lease())
             at = time.time() + 0.05
             for process in started:
                 _tell(process, json.dumps([root, at]))
@@ -113,7 +113,7 @@ def _dead_lease() -> dict[str, object]:
         "id": uuid.uuid4().hex,
         "host": "elsewhere",
         "pid": 12,
-        "time": time.time() - 2 * lease.STALE_SECONDS,
+        "time": time.time() - 2 * run_lock.STALE_SECONDS,
     }
 
 

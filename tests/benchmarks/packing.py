@@ -154,8 +154,8 @@ def batches_of(rows: Any, size: int, device: Any, most: int) -> list[Any]:
     import numpy as np
     import torch
 
-    from pipeline.contracts import Batch
-    from pipeline.rng import row_keys
+    from pipeline.core.contracts import Batch
+    from pipeline.core.rng import row_keys
 
     out = []
     for i in range(0, len(rows) - size + 1, size):
@@ -182,7 +182,7 @@ def useful(batch: Any) -> int:
 def task_of(
     modality: Any, architecture: str, sizes: dict[str, int], objective: str, **options: Any
 ) -> Any:
-    from pipeline import bundle
+    from pipeline.checkpoints import bundle
 
     arch = {
         "name": f"transformers/{architecture}",
@@ -275,9 +275,9 @@ def padding(setting: Setting, repeats: int) -> tuple[dict[str, Any], list[list[s
 
 def loop_rate(setting: Setting, task: Any, rows: Any, size: int) -> Callable[[], float]:
     """Useful tokens a second of train/loop.fit, gathering and collating inside."""
+    from pipeline.config.schema import Train
     from pipeline.data.plan import Plan
     from pipeline.data.stream import train_batches
-    from pipeline.job import Train
     from pipeline.techniques.rates import Full
     from pipeline.train import loop
     from pipeline.train.evaluate import ready_for
@@ -526,7 +526,7 @@ def shakespeare_plan(rows: Any, steps: int, seed: int) -> Any:
 def loop_bits(
     setting: Setting, task: Any, rows: Any, steps: int, seed: int
 ) -> Callable[[Any], Any]:
-    from pipeline.job import Train
+    from pipeline.config.schema import Train
     from pipeline.techniques.rates import Full
     from pipeline.train import loop
     from pipeline.train.evaluate import ready_for

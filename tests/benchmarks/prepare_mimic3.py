@@ -28,7 +28,7 @@ SIZES, ROWS, QUICK_ROWS, A_STAY, BLOCK = (1, 4, 16), 250_000, 20_000, 5_000, 250
 MOST_GB, FLAT = 2.0, 1.25
 ALONE = """
 import sys
-from pipeline.data.prepare.write import Preparation
+from pipeline.prepare.engine.write import Preparation
 Preparation("mimic3", sys.argv[1], sys.argv[2]).run()
 """
 

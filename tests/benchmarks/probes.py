@@ -32,9 +32,9 @@ def shared_of(root: str, quick: bool) -> tuple[Any, list[Any]]:
     """What trials read, as transfer/stages makes it of a job, and the trials; the backbone's
     weights are random.
     """
-    from pipeline import bundle
-    from pipeline.job import Job, Plug
-    from pipeline.transfer import targets, trials
+    from pipeline.checkpoints import bundle
+    from pipeline.config.schema import Job, Plug
+    from pipeline.transfer import grid, targets
     from pipeline.transfer.trial import Shared
 
     folder = timing.data_folder().resolve() / "vision" / "clothing_small"
@@ -66,7 +66,7 @@ def shared_of(root: str, quick: bool) -> tuple[Any, list[Any]]:
         "state": {"mean": [0.5] * 3, "std": [0.25] * 3},
     }
     arch = {"name": backbone, "options": {}, "inputs": image.inputs()}
-    base = trials.bases({"photos": (arch, modality)})[0]
+    base = grid.bases({"photos": (arch, modality)})[0]
     weights = {
         name: tensor.numpy()
         for name, tensor in bundle.build_backbone(arch, seed=0).state_dict().items()
@@ -85,7 +85,7 @@ def shared_of(root: str, quick: bool) -> tuple[Any, list[Any]]:
     )
     cell = (base, "photos", Plug(name="linear_probe"), 1.0)
     made = [
-        trials.make(
+        grid.make(
             job, "clothing", cell, {"lr": 1e-3 * 1.1 ** (k % 8)}, k, "final", "random", stage.key
         )
         for k in range(QUICK_HEADS if quick else HEADS)
@@ -96,7 +96,7 @@ def shared_of(root: str, quick: bool) -> tuple[Any, list[Any]]:
 def main() -> None:
     args = timing.options(__doc__, repeats=3)
     found = timing.describe(args)
-    from pipeline.transfer import probe, trial
+    from pipeline.transfer import cached_heads, trial
 
     with tempfile.TemporaryDirectory() as root:
         shared, group = shared_of(root, args.quick)
@@ -110,7 +110,7 @@ def main() -> None:
 
         def together() -> float:
             began = time.perf_counter()
-            records["together"] = probe.run(group, shared)
+            records["together"] = cached_heads.run(group, shared)
             return time.perf_counter() - began
 
         def recompute() -> float:
@@ -162,7 +162,7 @@ def cached_features(first: Any, shared: Any) -> dict[str, Any]:
     """Pooled features of the three splits, as probe.run computes them."""
     import torch
 
-    from pipeline.transfer import probe, trial
+    from pipeline.transfer import cached_heads, trial
 
     data, backbone = (
         shared.targets[first.target, first.base],
@@ -170,7 +170,7 @@ def cached_features(first: Any, shared: Any) -> dict[str, Any]:
     )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return {
-        name: probe.features(backbone, rows, device)
+        name: cached_heads.features(backbone, rows, device)
         for name, rows in (
             ("train", data.train),
             ("validation", data.validation),
@@ -183,7 +183,7 @@ def heads(shared: Any, data: Any, cached: dict[str, Any], stacks: list[list[Any]
     """Train stacks of heads on cached features, with everything that follows (validation, test,
     records).
     """
-    from pipeline.transfer import probe, trial
+    from pipeline.transfer import cached_heads, trial
 
     for members in stacks:
         ready = []
@@ -191,7 +191,9 @@ def heads(shared: Any, data: Any, cached: dict[str, Any], stacks: list[list[Any]
             train, rows, steps = trial.resolved(one, shared)
             ready.append((one, train, rows, steps))
         backbone = trial.build(members[0], shared)[0].backbone
-        probe._stack(ready, shared, data, backbone, cached, "", 0.0, cached["train"][0].device)
+        cached_heads._stack(
+            ready, shared, data, backbone, cached, "", 0.0, cached["train"][0].device
+        )
 
 
 def _gap(together: list[Any], alone: list[Any]) -> float:

@@ -53,8 +53,8 @@ def imported(name: str, steps: int, clock: Callable[[], float]) -> float:
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    from pipeline.data.prepare import importing
-    from pipeline.data.prepare.write import Preparation, Settings
+    from pipeline.prepare.engine import importing
+    from pipeline.prepare.engine.write import Preparation, Settings
 
     who, length = CASES[name]
     count = max(2, steps // length)

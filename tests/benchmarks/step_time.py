@@ -113,10 +113,10 @@ def _case(
     import pyarrow as pa
     import torch
 
-    from pipeline import bundle
+    from pipeline.checkpoints import bundle
+    from pipeline.core.rng import row_keys
     from pipeline.data.manifest import Group, Manifest, Selection
     from pipeline.data.stream import Decoder, Rows
-    from pipeline.rng import row_keys
     from pipeline.train.evaluate import ready_for
 
     task = bundle.build_task(arch, objective, seed=0)
@@ -130,7 +130,7 @@ def _case(
     rows = Rows(
         Selection(manifest), Decoder(made, objective["name"], objective["state"], {}), arrays
     )
-    from pipeline.contracts import Batch
+    from pipeline.core.contracts import Batch
 
     keys = torch.from_numpy(row_keys(0, np.zeros(n, dtype=np.int64), np.arange(n)))
     whole = ready_for(rows)(Batch(np.arange(n), keys, made.collate(arrays)), False)
@@ -138,7 +138,7 @@ def _case(
 
 
 def _spec(case: Case, steps: int) -> Any:
-    from pipeline.job import Train
+    from pipeline.config.schema import Train
 
     return Train(
         steps=steps,
@@ -196,7 +196,7 @@ def bare_side(case: Case, steps: int) -> Callable[[], float]:
     import numpy as np
     import torch
 
-    from pipeline.contracts import Batch
+    from pipeline.core.contracts import Batch
 
     task, total = copy.deepcopy(case.task).train(), WARM_STEPS + steps
     n = len(case.rows) // case.batch
@@ -252,7 +252,7 @@ def trainer_side(case: Case, steps: int, folder: str) -> Callable[[], float]:
     import transformers
     from torch import nn
 
-    from pipeline.contracts import Batch
+    from pipeline.core.contracts import Batch
 
     transformers.utils.logging.set_verbosity_error()
     task, total = copy.deepcopy(case.task), WARM_STEPS + steps + 1

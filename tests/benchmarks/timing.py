@@ -168,7 +168,7 @@ def batches_and_scan(
     """
     import pyarrow.parquet as pq
 
-    from pipeline import bundle
+    from pipeline.checkpoints import bundle
     from pipeline.data import manifest
     from pipeline.data.stream import Decoder, Rows, plan_of, train_batches
 

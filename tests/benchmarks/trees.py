@@ -27,13 +27,13 @@ def subsets() -> dict[str, list[np.ndarray]]:
     """Record ids that the job's trials learn from: of each share those of every seed, alone and
     with the validation stays; all labels are one draw.
     """
-    from pipeline import jobfile
+    from pipeline.config import yaml_loader
+    from pipeline.core.rng import mix
     from pipeline.data.manifest import read_columns
     from pipeline.data.stream import Rows
-    from pipeline.rng import mix
-    from pipeline.transfer import targets, trials
+    from pipeline.transfer import grid, targets
 
-    job = jobfile.load(str(JOB), [])
+    job = yaml_loader.load(str(JOB), [])
     stage = targets.stage(job, TARGET)
     spec, splits = stage.spec, stage.splits
     train, held = (
@@ -49,7 +49,7 @@ def subsets() -> dict[str, list[np.ndarray]]:
         # type: ignore[arg-type]  # which rows there are is all that is asked
         rows = Rows(splits.train, None)
         drawn = [
-            trials.label_subset(rows, labels, fraction, mix(job.seed, seed))
+            grid.label_subset(rows, labels, fraction, mix(job.seed, seed))
             for seed in range(job.fanout.seeds if fraction < 1 else 1)
         ]
         out[f"{fraction:g}"] = [names[places] for places in drawn]

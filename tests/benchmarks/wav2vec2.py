@@ -66,7 +66,7 @@ def ours(
     config: dict[str, Any], batches: list[Any], device: Any
 ) -> tuple[Any, Callable[[Any, int], Any]]:
     """(the library's task, its mean loss on a batch)."""
-    from pipeline.contracts import Task
+    from pipeline.core.contracts import Task
     from pipeline.models.transformers import TransformersOptions, build
     from pipeline.objectives.wav2vec2 import Wav2Vec2Options, Wav2Vec2Pretraining
 
@@ -161,7 +161,7 @@ def recordings(device: Any, rows: int, seconds: float) -> list[Any]:
     import numpy as np
     import torch
 
-    from pipeline.contracts import Batch
+    from pipeline.core.contracts import Batch
 
     n, out = round(seconds * RATE), []
     for _ in range(4):

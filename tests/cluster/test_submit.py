@@ -28,7 +28,7 @@ from cluster.local import local_cluster
 from cluster.package import collect, write_zip
 from cluster.submit import SubmitError, entrypoint, parse_env, submit
 from pipeline.cli import app
-from pipeline.jobfile import relative_places
+from pipeline.config.yaml_loader import relative_places
 
 ROOT = Path(__file__).resolve().parents[2]
 RAY_VERSION = submit_module.ray.__version__

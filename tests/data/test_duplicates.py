@@ -17,10 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.fft import dctn
 
-from pipeline import storage
 from pipeline.data import duplicates as d
-from pipeline.data import imports
 from pipeline.data import manifest as m
+from pipeline.data import to_parquet
+from pipeline.io import storage
 
 CLOTHING = Path(d.__file__).parents[2] / "jobs" / "data" / "clothing_48px.parquet"
 WITH_DATA = pytest.mark.skipif(
@@ -245,7 +245,7 @@ def test_a_large_image_folder_is_read_on_ray(signs, tmp_path, monkeypatch):
     monkeypatch.setattr(
         d, "map_items", lambda fn, items: spread.append(len(items)) or map(fn, items)
     )
-    monkeypatch.setattr(imports, "GROUP_ROWS", 2)
+    monkeypatch.setattr(to_parquet, "GROUP_ROWS", 2)
     assert len(signs(tmp_path / "folder", rows=[0, 2, 4])) == 3 and not spread
     monkeypatch.setattr(d, "SPREAD_IMAGES", 5)
     assert len(signs(tmp_path / "folder")) == 6 and spread == [3]

@@ -17,10 +17,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline import identity, storage
-from pipeline.data import imports as made
+from pipeline.config.schema import Data
 from pipeline.data import manifest as m
-from pipeline.job import Data
+from pipeline.data import to_parquet as made
+from pipeline.io import file_identity, storage
 
 PNG = bytes.fromhex(
     "89504e470d0a1a0a0000000d49484452000000010000000108000000003a7e9b55"
@@ -1363,9 +1363,9 @@ def test_files_that_a_column_names_are_part_of_the_fingerprint(pets, imports, tm
     )
     (pets / "dog/2.png").write_bytes(b"of no row")
     third = found()
-    with pytest.raises(identity.ChangedFileError, match=paths[1]):
-        identity.check_unchanged(first.reads)
-    identity.check_unchanged(third.reads)
+    with pytest.raises(file_identity.ChangedFileError, match=paths[1]):
+        file_identity.check_unchanged(first.reads)
+    file_identity.check_unchanged(third.reads)
 
 
 @pytest.mark.parametrize(
@@ -1450,10 +1450,10 @@ def test_a_name_with_nul_is_one_bad_row(pets, imports, tmp_path):
         imports,
         need_test=False,
     )
-    assert [file.content == identity.ABSENT for file in found.reads[1:]] == [
+    assert [file.content == file_identity.ABSENT for file in found.reads[1:]] == [
         name == "a\0b.png" for name in sorted([paths[0], "a\0b.png", paths[1]])
     ]
-    identity.check_unchanged(found.reads)
+    file_identity.check_unchanged(found.reads)
 
 
 @pytest.mark.parametrize("struct", [False, True])
@@ -1500,7 +1500,7 @@ def test_a_table_that_changes_after_the_manifest_was_built_is_not_read(files, im
         lambda: pickle.loads(pickle.dumps(reader.manifest)).open(1),
     ):
         with pytest.raises(
-            identity.ChangedFileError, match=r"b\.parquet was changed while it was in use"
+            file_identity.ChangedFileError, match=r"b\.parquet was changed while it was in use"
         ):
             read()
 
@@ -1514,7 +1514,9 @@ def test_a_file_that_changes_while_it_is_brought_in_is_refused(tmp_path, imports
         real(kind, files, to)
 
     monkeypatch.setattr(made, "_write", write_late)
-    with pytest.raises(identity.ChangedFileError, match=r"a\.csv was changed while it was in use"):
+    with pytest.raises(
+        file_identity.ChangedFileError, match=r"a\.csv was changed while it was in use"
+    ):
         m.build(str(path), "auto", imports)
     assert not os.path.exists(imports) or not os.listdir(imports)
 
@@ -1526,14 +1528,14 @@ def test_a_csv_of_the_same_size_with_other_labels_is_other_data(tmp_path, import
         file.write(b"text,label\n")
         for _ in range(67):
             file.write(b"a text of thirty-one letters   ,1\n" * 30000)
-    assert path.stat().st_size > identity.PIECE_BYTES
-    first = identity.fingerprint(path)
+    assert path.stat().st_size > file_identity.PIECE_BYTES
+    first = file_identity.fingerprint(path)
     with open(path, "r+b") as file:
         file.seek(11 + 34 * 1_000_000 + 32)
         assert file.read(1) == b"1"
         file.seek(-1, os.SEEK_CUR)
         file.write(b"0")
-    assert identity.fingerprint(path) != first
+    assert file_identity.fingerprint(path) != first
 
 
 def test_names_and_labels_of_images_are_part_of_their_fingerprint(pets, imports):
@@ -1621,7 +1623,7 @@ def test_csv_and_tsv(tmp_path, imports, name, comma):
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    from pipeline.data import imports
+    from pipeline.data import to_parquet as imports
 
     monkeypatch.setattr(imports, "CHUNK_BYTES", 300)
     monkeypatch.setattr(imports, "BLOCK_BYTES", 300)
@@ -1871,7 +1873,7 @@ def test_an_import_is_made_once_and_again_when_the_content_changes(tmp_path, imp
 
 
 def test_everything_on_s3(files, s3_server, split, imports):
-    from pipeline import storage
+    from pipeline.io import storage
 
     place = f"{s3_server}/test_manifest"
     for file in files.iterdir():

@@ -18,13 +18,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pipeline.contracts import Modality
+from pipeline.core.contracts import Modality
+from pipeline.core.rng import row_keys
 from pipeline.data import manifest as m
 from pipeline.data import stream
 from pipeline.data.loader import row_bytes, threaded_map
 from pipeline.data.plan import Item, Plan
 from pipeline.data.stream import DataWorkers, Decoder, Loader, Rows, TooManyBadRowsError
-from pipeline.rng import row_keys
 
 N = 150
 DECODED: list[int] = []

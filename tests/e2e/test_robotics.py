@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.data.prepare.importing import options_of
-from pipeline.data.prepare.write import Preparation
+from pipeline.prepare.engine.importing import options_of
+from pipeline.prepare.engine.write import Preparation
 
 JOB = Path(__file__).with_name("robotics.yaml")
 PENDULUM = "InvertedDoublePendulum-v5"

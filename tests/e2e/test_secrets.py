@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from cluster.local import local_cluster
-from pipeline import storage
+from pipeline.io import storage
 from tests.e2e.conftest import SMALL
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]

@@ -17,7 +17,7 @@ import pytest
 import soundfile
 import torch
 
-from pipeline import bundle
+from pipeline.checkpoints import bundle
 
 JOB = Path(__file__).with_name("speech.yaml")
 WORDS = ("zero", "one", "two", "three")
@@ -202,8 +202,8 @@ def test_wav2vec2_leaves_as_a_folder_and_comes_back(done, onetomany, tmp_path):
     model, held = Wav2Vec2ForCTC.from_pretrained(tmp_path / "hf").eval(), bundle.load(uri)
     task, modality = held.task().eval(), held.modality()
     audio = (tone(1, 0.9, 16000, 5) * 32767).astype(np.int16)
-    from pipeline.contracts import Batch
-    from pipeline.ragged import ragged
+    from pipeline.core.contracts import Batch
+    from pipeline.core.ragged import ragged
 
     batch = modality.finish(
         Batch(

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from toys import sentences
 
-from pipeline import bundle
+from pipeline.checkpoints import bundle
 
 JOB = Path(__file__).with_name("text.yaml")
 NAMES = ("Ada", "Boole", "Curie", "Dirac")

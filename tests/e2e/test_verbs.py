@@ -16,10 +16,12 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from pipeline import bundle, folders, jobfile, storage
-from pipeline.data.prepare import importing
-from pipeline.data.prepare.parts import Settings
-from pipeline.data.prepare.write import Preparation
+from pipeline.checkpoints import bundle
+from pipeline.config import yaml_loader
+from pipeline.io import atomic_folder, storage
+from pipeline.prepare.engine import importing
+from pipeline.prepare.engine.shard_tasks import Settings
+from pipeline.prepare.engine.write import Preparation
 from pipeline.train.progress import Progress
 from pipeline.transfer import dry_run, preflight, stages
 from tests.e2e.conftest import ROOT, SAMPLES, TINY
@@ -97,7 +99,7 @@ def test_every_small_job_fits_its_data_and_tells_its_cost(
     for name, value in beside(job, tmp_path / "masks", tmp_path_factory.getbasetemp()).items():
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
-    state = stages.check(jobfile.load(job, []), Progress())
+    state = stages.check(yaml_loader.load(job, []), Progress())
     tells_its_cost(job, "\n".join(dry_run.describe(state)))
     preflight.look(state)
     assert re.search(r"^# Seen: ", job.read_text(), re.MULTILINE), (
@@ -148,7 +150,7 @@ def beside(job: Path, folder: Path, kept: Path) -> dict[str, str]:
 def test_every_job_for_published_corpora_is_without_mistakes(job, monkeypatch):
     for name in set(re.findall(r"\$\{(\w+)\}", job.read_text())):
         monkeypatch.setenv(name, f"s3://bucket/{name.lower()}")
-    spec = jobfile.load(job, [], True)  # elsewhere: the data are not looked for
+    spec = yaml_loader.load(job, [], True)  # elsewhere: the data are not looked for
     assert spec.sources and spec.targets
     assert all(word in job.read_text() for word in ("onetomany run jobs/", "Time: ", "xpected"))
 
@@ -265,8 +267,10 @@ def test_predict_refuses_a_flipped_bit_a_newer_format_and_half_a_column(onetoman
         and "Traceback" not in flipped.stderr
     )
     weights.write_bytes(good)
-    manifest = folders.open_folder(uri)
-    storage.write_json(f"{uri}/manifest.json", folders.sealed({**manifest, "format_version": 99}))
+    manifest = atomic_folder.open_folder(uri)
+    storage.write_json(
+        f"{uri}/manifest.json", atomic_folder.sealed({**manifest, "format_version": 99})
+    )
     newer = onetomany("predict", uri, data, "-o", tmp_path / "out", cwd=tmp_path)
     assert (
         newer.returncode == 2 and "format 99" in newer.stderr and "update onetomany" in newer.stderr

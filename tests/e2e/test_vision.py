@@ -13,8 +13,8 @@ import PIL.Image
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.data.prepare.importing import options_of
-from pipeline.data.prepare.write import Preparation
+from pipeline.prepare.engine.importing import options_of
+from pipeline.prepare.engine.write import Preparation
 
 JOB = Path(__file__).with_name("vision.yaml")
 WNIDS = ("n01440764", "n02100735", "n02119789")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import storage
+from pipeline.io import storage
 from tests.e2e.conftest import TINY
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]

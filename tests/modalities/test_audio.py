@@ -14,11 +14,12 @@ import pytest
 import soundfile
 import torch
 
-from pipeline import frames, s3, storage
-from pipeline import spectrogram as ops
-from pipeline.contracts import Batch
+from pipeline.core.contracts import Batch
+from pipeline.core.ragged import ragged
+from pipeline.io import s3, storage
+from pipeline.media import spectrogram as ops
 from pipeline.modalities.audio import Audio, AudioOptions
-from pipeline.ragged import ragged
+from pipeline.nn import conv_arithmetic
 
 MEL = {"features": "mel", "mean": [-6.0] * 80, "std": [3.0] * 80}
 WAVE = {"features": "wave", "normalize": True}
@@ -494,7 +495,7 @@ def test_finish_gives_features_and_a_mask(state, name):
         set(done.data) == {name, "mask", "audio_lengths", "label"}
         and done[name].dtype == torch.float32
     )
-    counts = [frames.count(n, modality.inputs()["convolutions"]) for n in LENGTHS]
+    counts = [conv_arithmetic.count(n, modality.inputs()["convolutions"]) for n in LENGTHS]
     assert done["mask"].sum(1).tolist() == counts and done["mask"].shape[1] == max(counts)
     assert all(
         mask[:n].all() and not mask[n:].any() for mask, n in zip(done["mask"], counts, strict=True)

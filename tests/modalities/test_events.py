@@ -8,7 +8,7 @@ import pytest
 import torch
 from toys import EVENT_COLUMNS, stays
 
-from pipeline.contracts import Batch
+from pipeline.core.contracts import Batch
 from pipeline.modalities.events import Events, EventsOptions
 
 LISTS = {

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pipeline.contracts import Batch
+from pipeline.core.contracts import Batch
 from pipeline.modalities.image import Image, ImageOptions
 
 STATE = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.25, 0.5]}
@@ -140,7 +140,7 @@ def test_other_layouts():
 
 def test_every_suffix_of_image_folders_can_be_decoded():
     """In both numbers of channels, as Pillow has them."""
-    from pipeline.data.imports import IMAGE_SUFFIXES
+    from pipeline.data.to_parquet import IMAGE_SUFFIXES
 
     colour = PIL.Image.fromarray(photo(24, 30))
     grey, few = colour.convert("L"), colour.quantize(32)
@@ -415,7 +415,7 @@ def test_rows_decoded_on_the_device_are_the_batches_of_any_other_place(tmp_path)
     """Here the device is the CPU: the same path, with torchvision's decoder of the host. Broken
     rows are found and left out alike.
     """
-    from pipeline import registry
+    from pipeline.config import registry
     from pipeline.data import manifest, stream
     from pipeline.data.loader import threaded_map
     from pipeline.data.plan import Plan

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from pipeline import storage
+from pipeline.io import storage
 from pipeline.modalities.image import Image, ImageOptions
 
 STATE = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.25, 0.5]}
@@ -106,34 +106,34 @@ def test_exif_that_is_broken_or_means_nothing_spoils_no_image(form):
 
 def test_what_the_gpu_would_not_turn_goes_to_the_host():
     """nvJPEG knows no EXIF. The GPU is not here; which files it is given is."""
-    from pipeline import imagefile
+    from pipeline.media import image_io
 
     exif = PIL.Image.Exif()
     exif[0x0112] = 6
     turned, plain = saved(soft(24, 40), "JPEG", exif=exif), saved(soft(24, 40), "JPEG")
     exif[0x0112] = 1
     assert (
-        imagefile._turned(turned)
-        and not imagefile._turned(plain)
-        and not imagefile._turned(saved(soft(24, 40), "JPEG", exif=exif))
+        image_io._turned(turned)
+        and not image_io._turned(plain)
+        and not image_io._turned(saved(soft(24, 40), "JPEG", exif=exif))
     )
     assert (
-        imagefile._jpeg_frame(turned)
-        == imagefile._jpeg_frame(saved(soft(24, 40), "JPEG", progressive=True))
+        image_io._jpeg_frame(turned)
+        == image_io._jpeg_frame(saved(soft(24, 40), "JPEG", progressive=True))
         == (24, 40, 3, True)
     )
-    assert imagefile._jpeg_frame(plain[:30]) is None
+    assert image_io._jpeg_frame(plain[:30]) is None
 
 
 def test_colours_that_the_gpu_would_mistake_go_to_the_host(monkeypatch):
     """nvJPEG takes four components for nothing that it knows, and three always for YCbCr: Adobe's
     marker, which says RGB, it does not read.
     """
-    from pipeline import imagefile
+    from pipeline.media import image_io
 
     given: list[bytes] = []
     monkeypatch.setattr(
-        imagefile,
+        image_io,
         "decode_jpeg",
         lambda files, **words: given.extend(bytes(file.tolist()) for file in files) or files,
     )
@@ -157,27 +157,27 @@ def test_colours_that_the_gpu_would_mistake_go_to_the_host(monkeypatch):
     ]
     assert all(b"Adobe" in data[:30] for data in host[:2])
     files = [part for pair in zip(host, gpu, strict=False) for part in pair] + host[3:]
-    assert sorted(imagefile.on_gpu(files, 3, torch.device("cuda"))) == [1, 3, 5] and given == gpu
+    assert sorted(image_io.on_gpu(files, 3, torch.device("cuda"))) == [1, 3, 5] and given == gpu
     for data in host[:2]:
         want = np.asarray(PIL.Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
-        assert np.abs(imagefile.pixels(data, 3).permute(1, 2, 0).numpy() - want).max() <= 1
+        assert np.abs(image_io.pixels(data, 3).permute(1, 2, 0).numpy() - want).max() <= 1
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])
 def test_the_upright_size_is_told_without_decoding(form):
-    from pipeline import imagefile
+    from pipeline.media import image_io
 
     for turn in range(1, 9) if form in ("JPEG", "PNG", "WEBP") else (1,):
         exif = PIL.Image.Exif()
         exif[0x0112] = turn
         data = saved(soft(24, 40), form, **({"exif": exif} if turn > 1 else {}))
-        height, width = imagefile.pixels(data, 3).shape[1:]
+        height, width = image_io.pixels(data, 3).shape[1:]
         assert (
-            imagefile.upright_size(data) == (width, height) == ((24, 40) if turn > 4 else (40, 24))
+            image_io.upright_size(data) == (width, height) == ((24, 40) if turn > 4 else (40, 24))
         )
-    assert imagefile.upright_size(b"no image") is imagefile.upright_size(b"") is None
+    assert image_io.upright_size(b"no image") is image_io.upright_size(b"") is None
     with pytest.raises(storage.StorageError):
-        imagefile.upright_size("/no/such/picture.jpg")
+        image_io.upright_size("/no/such/picture.jpg")
 
 
 # ---------------------------------------------------------------- too large, too short

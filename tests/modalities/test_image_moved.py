@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.contracts import Batch, View
+from pipeline.core.contracts import Batch, View
 from pipeline.modalities.image import Image, ImageOptions
 
 STATE = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.25, 0.5]}
@@ -144,8 +144,8 @@ def test_zoom_is_torchvisions_resize_and_pad():
     """
     from torchvision.transforms.v2 import functional as F
 
-    from pipeline import pixels as ops
-    from pipeline.rng import uniform
+    from pipeline.core.rng import uniform
+    from pipeline.media import image_ops as ops
 
     before, kind = painted(12), modality(crop="resized", flip=False, scale=[0.5, 0.5])
     after = kind.augment(before)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from toys import stays, table_rows, take
 
-from pipeline import bundle
+from pipeline.checkpoints import bundle
 from pipeline.modalities.table import Table, TableOptions
 
 COLUMNS = {"features": "static"}

@@ -12,8 +12,8 @@ import pytest
 import torch
 from toys import SMALL, rows_of, sentences, take, task_of
 
+from pipeline.media.tokenizer import SPECIALS
 from pipeline.modalities.text import Text, TextOptions
-from pipeline.tokenizer import SPECIALS
 
 COLUMNS = {"text": "text"}
 PAD, UNK, CLS, SEP, MASK = range(5)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from toys import sentences
 
-from pipeline import tokenizer as tokenizers
+from pipeline.media import tokenizer as tokenizers
 from pipeline.modalities.text import Text, TextOptions
 
 PAD, UNK, CLS, SEP, MASK = range(5)

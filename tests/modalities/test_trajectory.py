@@ -14,11 +14,12 @@ import pytest
 import torch
 from toys import TRAJECTORY_COLUMNS, episodes
 
-from pipeline import bundle, registry
+from pipeline.checkpoints import bundle
+from pipeline.config import registry
 from pipeline.data import manifest
 from pipeline.data.stream import Decoder, Rows, plan_of, train_batches
+from pipeline.media.episodes import Episodes, cleaned
 from pipeline.modalities.trajectory import MOST, Trajectory, TrajectoryOptions
-from pipeline.trajectories import Episodes, cleaned
 
 VECTORS, NAMES = pa.list_(pa.list_(pa.float32())), pa.list_(pa.string())
 COLUMNS = {

@@ -7,8 +7,8 @@ import pytest
 import torch
 from toys import event_rows, take, task_of
 
-from pipeline import bundle
-from pipeline.contracts import Batch
+from pipeline.checkpoints import bundle
+from pipeline.core.contracts import Batch
 from pipeline.models.events import grid
 
 

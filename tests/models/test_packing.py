@@ -10,7 +10,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from toys import task_of
 
-from pipeline.contracts import Batch, Task
+from pipeline.core.contracts import Batch, Task
 from pipeline.models.transformers import document_mask, restarted_positions
 
 LENGTH, VOCABULARY = 32, 60

@@ -9,9 +9,10 @@ import transformers as hf
 from torch.nn import functional as F
 from toys import TRAJECTORY_COLUMNS, episodes, furthest, take, task_of, trajectory_rows, weights
 
-from pipeline import bundle, registry
-from pipeline.bundle import BundleError
-from pipeline.contracts import Batch
+from pipeline.checkpoints import bundle
+from pipeline.checkpoints.bundle import BundleError
+from pipeline.config import registry
+from pipeline.core.contracts import Batch
 from pipeline.modalities.trajectory import Trajectory, TrajectoryOptions
 
 INPUTS = {

@@ -13,8 +13,8 @@ from timm.layers import resample_abs_pos_embed
 from timm.models import vision_transformer
 from toys import label_state, task_of
 
-from pipeline import bundle
-from pipeline.contracts import Batch
+from pipeline.checkpoints import bundle
+from pipeline.core.contracts import Batch
 
 FAMILIES = {
     "vgg11": 32,

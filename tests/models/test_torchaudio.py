@@ -8,8 +8,9 @@ import torch
 import torchaudio
 from torch.nn import functional as F
 
-from pipeline import bundle, frames
-from pipeline.contracts import Batch
+from pipeline.checkpoints import bundle
+from pipeline.core.contracts import Batch
+from pipeline.nn import conv_arithmetic
 
 BINS = 12
 INPUTS = {"features": "mel", "rate": 16000, "channels": BINS, "convolutions": [[400, 160, 0]]}
@@ -98,9 +99,12 @@ def test_lengths_are_those_that_the_convolutions_tell(variant):
     for options in ({}, {"strides": [3] if variant == "deepspeech" else [1, 3]}):
         backbone = build(variant, **options)
         samples = torch.tensor([16000, 401, 7777, 300, 0])
-        found = backbone(mels(*frames.count(samples, INPUTS["convolutions"]).tolist()))
-        assert found.mask.sum(1).tolist() == frames.count(samples, backbone.convolutions).tolist()
-        assert frames.stride(backbone.convolutions) == 160 * (
+        found = backbone(mels(*conv_arithmetic.count(samples, INPUTS["convolutions"]).tolist()))
+        assert (
+            found.mask.sum(1).tolist()
+            == conv_arithmetic.count(samples, backbone.convolutions).tolist()
+        )
+        assert conv_arithmetic.stride(backbone.convolutions) == 160 * (
             np.prod(options["strides"]) if options else (2 if variant == "deepspeech" else 4)
         )
 

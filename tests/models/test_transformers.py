@@ -10,8 +10,8 @@ import torch
 import transformers as hf
 from toys import SMALL
 
-from pipeline import bundle
-from pipeline.contracts import Batch
+from pipeline.checkpoints import bundle
+from pipeline.core.contracts import Batch
 
 VOCABULARY, LENGTH, PAD = 50, 24, 1
 INPUTS = {"vocabulary": VOCABULARY, "length": LENGTH, "specials": [PAD, 3, 0, 2, 4]}

@@ -10,8 +10,9 @@ import torch
 import transformers as hf
 from toys import furthest, weights
 
-from pipeline import bundle, frames
-from pipeline.contracts import Batch
+from pipeline.checkpoints import bundle
+from pipeline.core.contracts import Batch
+from pipeline.nn import conv_arithmetic
 
 INPUTS = {"features": "wave", "rate": 16000, "channels": 1, "convolutions": []}
 SIZES = {"layers": 2, "hidden": 32, "heads": 4, "conv_channels": 24}
@@ -76,7 +77,7 @@ def test_a_padded_row_has_the_states_that_transformers_gives_it_alone(kind):
         n = int(found.mask[row].sum())
         assert (
             n
-            == frames.count(length, backbone.convolutions)
+            == conv_arithmetic.count(length, backbone.convolutions)
             == max(0, int(model._get_feat_extract_output_lengths(length)))
         )
         if n:
@@ -213,7 +214,8 @@ def test_sizes_are_the_papers():
     backbone = build("sizes", conv_channels=None, hidden=640, heads=8)
     config = backbone.model.config
     assert (
-        frames.stride(backbone.convolutions) == 320 and frames.field(backbone.convolutions) == 400
+        conv_arithmetic.stride(backbone.convolutions) == 320
+        and conv_arithmetic.field(backbone.convolutions) == 400
     )
     assert (
         config.conv_dim == [512] * 7

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torchaudio.functional import mu_law_decoding, mu_law_encoding
 
-from pipeline import bundle, frames
-from pipeline.contracts import Batch
+from pipeline.checkpoints import bundle
+from pipeline.core.contracts import Batch
 from pipeline.modalities.audio import Audio, AudioOptions
+from pipeline.nn import conv_arithmetic
 from pipeline.objectives.ctc import CTC, CTCOptions
 
 INPUTS = {"features": "wave", "rate": 8000, "channels": 1, "convolutions": []}
@@ -193,7 +194,7 @@ def test_a_row_gives_the_same_alone_and_padded(behind, frame_layers):
     found = backbone(batch, want=("latent",))
     assert found.tokens.shape == (5, 13, 5) and found.latent.shape == (5, 131, 5)
     for row, size in enumerate(sizes):
-        count = frames.count(size, backbone.convolutions)
+        count = conv_arithmetic.count(size, backbone.convolutions)
         assert count == size // 10 == int(found.mask[row].sum()) and found.mask[row, :count].all()
         assert (found.tokens[row, count:] == 0).all()
         one = Batch(

@@ -14,12 +14,13 @@ from torch import distributions as dist
 from torch import nn
 from toys import Net, rows_of
 
-from pipeline import actions, bundle
-from pipeline.contracts import Backbone, Batch, Features, Origin, Task
+from pipeline.checkpoints import bundle
+from pipeline.core.contracts import Backbone, Batch, Features, Origin, Task
 from pipeline.data import manifest as manifests
 from pipeline.data.stream import Decoder, Rows
-from pipeline.metrics import METRICS, metric
+from pipeline.metrics.catalog import METRICS, metric
 from pipeline.modalities.trajectory import Trajectory, TrajectoryOptions
+from pipeline.nn import action_heads
 from pipeline.objectives import behaviour_cloning
 from pipeline.objectives.behaviour_cloning import BehaviourCloning, BehaviourCloningOptions, Pilot
 from pipeline.simulation.environment import World, make
@@ -257,7 +258,7 @@ def test_losses_are_those_of_distributions_step_by_step(options):
 
 
 def std(raw: torch.Tensor) -> torch.Tensor:
-    low, high = actions.LOG_STD
+    low, high = action_heads.LOG_STD
     return (low + (high - low) * (torch.tanh(raw) + 1) / 2).exp()
 
 
@@ -265,9 +266,9 @@ def std(raw: torch.Tensor) -> torch.Tensor:
 def test_deviations_stay_within_their_bounds():
     """A demonstration that is met exactly gains no more than the bound allows."""
     target = torch.zeros(1, 2)
-    exact = actions.losses("gaussian", torch.tensor([[0.0, 0.0, -1e9, -1e9]]), target, 1)
+    exact = action_heads.losses("gaussian", torch.tensor([[0.0, 0.0, -1e9, -1e9]]), target, 1)
     assert exact.item() == pytest.approx(
-        2 * (actions.LOG_STD[0] + 0.5 * math.log(2 * math.pi)), rel=1e-6
+        2 * (action_heads.LOG_STD[0] + 0.5 * math.log(2 * math.pi)), rel=1e-6
     )
 
 
@@ -281,7 +282,7 @@ def test_in_training_densities_are_weighed_by_the_told_variance_which_gets_no_gr
     want = -(dist.Normal(mean, deviation).log_prob(target) * deviation.detach() ** (2 * beta)).sum(
         -1
     )
-    found = actions.losses("gaussian", out, target, 1, beta)
+    found = action_heads.losses("gaussian", out, target, 1, beta)
     torch.testing.assert_close(found, want)
     torch.testing.assert_close(
         *(torch.autograd.grad(one.sum(), out, retain_graph=True)[0] for one in (found, want))
@@ -289,7 +290,7 @@ def test_in_training_densities_are_weighed_by_the_told_variance_which_gets_no_gr
     told = torch.randn(7, 2 * (1 + 2 * 3), requires_grad=True)
     logits, deviation = told[:, :2], std(told[:, 8:]).view(7, 2, 3)
     weight = torch.exp(2 * beta * (logits.softmax(-1) * deviation.log().mean(-1)).sum(-1)).detach()
-    plain, weighed = (actions.losses("mixture", told, target, 2, b) for b in (0.0, beta))
+    plain, weighed = (action_heads.losses("mixture", told, target, 2, b) for b in (0.0, beta))
     torch.testing.assert_close(weighed, plain * weight)
     torch.testing.assert_close(
         *(
@@ -751,9 +752,9 @@ def test_chunks_are_ensembled_as_the_paper_has_it():
     want = (
         weights[0] * plans[1][:, 2] + weights[1] * plans[2][:, 1] + weights[2] * plans[3][:, 0]
     ) / weights.sum()
-    np.testing.assert_allclose(actions.ensembled(plans[1:], 0.5), want, rtol=1e-6)
-    np.testing.assert_allclose(actions.ensembled(plans[:1], 0.5), plans[0][:, 0])
-    assert np.array_equal(actions.ensembled(plans[1:], None), plans[3][:, 0])
+    np.testing.assert_allclose(action_heads.ensembled(plans[1:], 0.5), want, rtol=1e-6)
+    np.testing.assert_allclose(action_heads.ensembled(plans[:1], 0.5), plans[0][:, 0])
+    assert np.array_equal(action_heads.ensembled(plans[1:], None), plans[3][:, 0])
 
 
 PENDULUM = {

@@ -10,10 +10,10 @@ from scipy import stats
 from torch.nn import functional as F
 from toys import Net, images, label_state, text_rows
 
-from pipeline.contracts import Batch, Task
+from pipeline.core.contracts import Batch, Task
+from pipeline.core.rng import row_keys
 from pipeline.objectives import classification
 from pipeline.objectives.classification import Classification, ClassificationOptions
-from pipeline.rng import row_keys
 
 COLUMNS = {"label": "kind"}
 OPTIONS = ClassificationOptions()

@@ -20,16 +20,18 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pipeline import frames, registry, transcripts
-from pipeline.contracts import Backbone, Batch, Features, Origin, Task
+from pipeline.config import registry
+from pipeline.core.contracts import Backbone, Batch, Features, Origin, Task
+from pipeline.core.ragged import ragged
 from pipeline.data import manifest
 from pipeline.data.loader import Decoder
 from pipeline.data.stream import Rows, TooManyBadRowsError
-from pipeline.metrics import metric
+from pipeline.media import transcripts
+from pipeline.metrics.catalog import metric
 from pipeline.modalities.audio import Audio, AudioOptions
+from pipeline.nn import conv_arithmetic
 from pipeline.objectives import ctc
 from pipeline.objectives.ctc import CTC, CTCOptions
-from pipeline.ragged import ragged
 from pipeline.train import evaluate, source
 
 COLUMNS = {"audio": "sound", "transcript": "said"}
@@ -185,7 +187,9 @@ def test_rows_whose_transcript_cannot_be_used_have_a_reason_each(kind):
 
 def test_more_labels_than_frames_are_found_before_training():
     state = CTC.suit(fitted(["AB", "C" * 9]), Known(4))
-    assert (state["convolutions"], state["rate"]) == (MEL, 16000) and frames.count(1200, MEL) == 6
+    assert (state["convolutions"], state["rate"]) == (MEL, 16000) and conv_arithmetic.count(
+        1200, MEL
+    ) == 6
     labels = [[1, 2, 3, 1, 2, 3], [1, 2, 3, 1, 2, 3, 1], [3, 3, 3, 3], [], [1, 1, 1]]
     samples = np.array([1200, 1200, 1200, 300, 0])
     arrays = {"audio": ragged(np.zeros(n, dtype=np.int16) for n in samples)}
@@ -694,7 +698,7 @@ def test_words_stand_where_they_were_said():
     )
     out = task.objective.written(found, Origin(table, columns, None))  # type: ignore[arg-type]
     assert out["text"].tolist() == ["AB CC", "", "BB"]
-    edge = [float(one) for one in frames.seconds(np.arange(30), MEL, 16000)]
+    edge = [float(one) for one in conv_arithmetic.seconds(np.arange(30), MEL, 16000)]
     assert edge[4] == pytest.approx(
         4 * 0.01 + 120 / 16000
     )  # a frame sees 400 samples, and stands for the 160 in their middle

@@ -18,10 +18,10 @@ from torchvision.models.detection.fcos import FCOSHead
 from torchvision.models.detection.roi_heads import fastrcnn_loss
 from torchvision.models.detection.rpn import RegionProposalNetwork
 
-from pipeline import registry
-from pipeline.contracts import Batch, Task
+from pipeline.config import registry
+from pipeline.core.contracts import Batch, Task
 from pipeline.data.stream import Decoder
-from pipeline.metrics import metric
+from pipeline.metrics.catalog import metric
 from pipeline.objectives import detection
 from pipeline.objectives.detection import Detection, DetectionOptions
 from pipeline.train import loop

@@ -10,8 +10,8 @@ import torch
 from looks import SIZE, Conv, check_ranks, check_resume, looks, run_of, some, task
 from toys import furthest, task_of, weights
 
-from pipeline import bundle
-from pipeline.contracts import Batch
+from pipeline.checkpoints import bundle
+from pipeline.core.contracts import Batch
 from pipeline.objectives.dino import DINO, Head, as_buffers
 from pipeline.train import loop
 from tests.train.test_ddp import Team

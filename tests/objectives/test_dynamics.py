@@ -8,8 +8,8 @@ import pytest
 import torch
 from toys import Net
 
-from pipeline import bundle
-from pipeline.contracts import Batch, Task
+from pipeline.checkpoints import bundle
+from pipeline.core.contracts import Batch, Task
 from pipeline.data.stream import Decoder
 from pipeline.modalities.trajectory import Trajectory, TrajectoryOptions
 from pipeline.objectives.dynamics import MOST_STEPS, STILL, Deviation, Dynamics, DynamicsOptions

@@ -13,14 +13,16 @@ from torch import nn
 from torch.nn import functional as F
 from toys import Net
 
-from pipeline import bundle, registry
-from pipeline.contracts import Backbone, Batch, Features, Task
-from pipeline.job import Job, Plug
-from pipeline.metrics import METRICS, metric
+from pipeline.checkpoints import bundle
+from pipeline.config import registry
+from pipeline.config.schema import Job, Plug
+from pipeline.core.contracts import Backbone, Batch, Features, Task
+from pipeline.core.ragged import ragged
+from pipeline.metrics.catalog import METRICS, metric
 from pipeline.objectives.hourly import Hourly, HourlyOptions
-from pipeline.ragged import ragged
+from pipeline.report import subgroups
 from pipeline.train import evaluate
-from pipeline.transfer import subgroups, targets, trials
+from pipeline.transfer import grid, targets
 from pipeline.transfer import trial as one_trial
 
 COLUMNS = {"label_times": "hours", "label_values": "dies"}
@@ -539,7 +541,7 @@ def test_a_trial_on_a_recurrent_backbone_of_events(tmp_path, classes):
             },
         }
     )
-    base = trials.bases({"src": (bundle.build_backbone(arch).arch, modality)})[0]
+    base = grid.bases({"src": (bundle.build_backbone(arch).arch, modality)})[0]
     stage = targets.stage(job, "task")
     ready = targets.prepare(stage, base)
     shared = one_trial.Shared(
@@ -552,8 +554,8 @@ def test_a_trial_on_a_recurrent_backbone_of_events(tmp_path, classes):
         {("task", base.key): ready},
         keep_bundles=True,
     )
-    one = trials.make(
-        job, "task", (base, trials.SCRATCH, Plug(name="scratch"), 1.0), {}, 0, "final", "", ""
+    one = grid.make(
+        job, "task", (base, grid.SCRATCH, Plug(name="scratch"), 1.0), {}, 0, "final", "", ""
     )
     record = one_trial.run(one, shared)
     tested = {row["metric"]: row for row in record["rows"] if row["split"] == "test"}

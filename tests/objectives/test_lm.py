@@ -10,8 +10,8 @@ import torch
 import transformers as hf
 from toys import SMALL, sentences, task_of, text_modality
 
-from pipeline.contracts import Batch, Origin, Task
-from pipeline.rng import uniform
+from pipeline.core.contracts import Batch, Origin, Task
+from pipeline.core.rng import uniform
 
 VOCABULARY, LENGTH = 60, 40
 SPECIALS = [0, 1, 2, 3, 4]

@@ -5,7 +5,7 @@ import pytest
 import torch
 from toys import image_rows, make_run, task_of
 
-from pipeline.contracts import Batch
+from pipeline.core.contracts import Batch
 from pipeline.objectives.mae import MAE
 from pipeline.train import loop
 

@@ -9,8 +9,8 @@ import torch
 from torch.nn import functional as F
 from toys import Net, image_rows, images
 
-from pipeline import bundle
-from pipeline.contracts import Batch, Task
+from pipeline.checkpoints import bundle
+from pipeline.core.contracts import Batch, Task
 from pipeline.objectives.multilabel import Multilabel, MultilabelOptions
 
 COLUMNS = {"labels": "findings"}

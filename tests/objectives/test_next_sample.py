@@ -10,7 +10,7 @@ import torch
 from torchaudio.functional import mu_law_encoding
 from toys import task_of
 
-from pipeline.contracts import Batch
+from pipeline.core.contracts import Batch
 from pipeline.objectives.next_sample import NextSample
 
 INPUTS = {"features": "wave", "rate": 100, "channels": 1, "convolutions": []}

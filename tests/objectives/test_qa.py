@@ -16,12 +16,12 @@ import transformers as hf
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from pipeline import registry
-from pipeline.contracts import Backbone, Batch, Features, Origin, Task
+from pipeline.config import registry
+from pipeline.core.contracts import Backbone, Batch, Features, Origin, Task
 from pipeline.data import manifest as manifests
 from pipeline.data.manifest import Selection
 from pipeline.data.stream import Decoder, Rows
-from pipeline.metrics import metric
+from pipeline.metrics.catalog import metric
 from pipeline.objectives import qa
 from pipeline.objectives.qa import QAOptions, QuestionAnswering
 from pipeline.train import loop

@@ -15,10 +15,10 @@ import torch
 from sklearn.metrics import jaccard_score
 from torchmetrics.functional.classification import multiclass_jaccard_index
 
-from pipeline import registry
-from pipeline.contracts import Batch, Task
+from pipeline.config import registry
+from pipeline.core.contracts import Batch, Task
 from pipeline.data.stream import Decoder
-from pipeline.metrics import metric
+from pipeline.metrics.catalog import metric
 from pipeline.objectives.segmentation import Segmentation, SegmentationOptions
 from pipeline.train import loop
 from tests import toys

@@ -16,17 +16,18 @@ import transformers as hf
 from seqeval.scheme import IOB2
 from torch.nn import functional as F
 
-from pipeline import bundle, registry
-from pipeline.contracts import Batch, Origin, Task
+from pipeline.checkpoints import bundle
+from pipeline.config import registry
+from pipeline.core.contracts import Batch, Origin, Task
 from pipeline.data.stream import Decoder
-from pipeline.metrics import metric
+from pipeline.metrics.catalog import metric
 from pipeline.objectives.tagging import Tagging, TaggingOptions
+from pipeline.report import per_label
+from pipeline.report.blocks import Heading, Table, Text
+from pipeline.report.stats import Run
 from pipeline.train import evaluate, loop
-from pipeline.transfer import labels
-from pipeline.transfer.page import Heading, Table, Text
-from pipeline.transfer.stats import Run
 from tests import toys
-from tests.transfer import test_labels
+from tests.report import test_per_label as test_labels
 
 COLUMNS = {"text": "words", "tags": "tags"}
 ROWS = [["B-per", "I-per", "O"], ["O"], ["B-loc", "O", "O", "B-per"]]
@@ -541,7 +542,7 @@ def test_the_report_tells_types_one_by_one():
             for r in made["src", "full"]
         ]
         assert float(line[2].lines[0]) == pytest.approx(np.mean(each), abs=0.006)
-    assert labels.blocks("t", [], [], {}) == []
+    assert per_label.blocks("t", [], [], {}) == []
 
 
 # ---------------------------------------------------------------- learning

@@ -13,9 +13,9 @@ import torch.distributed as dist
 import transformers as hf
 from toys import task_of
 
-from pipeline.contracts import Batch
+from pipeline.core.contracts import Batch
+from pipeline.core.rng import row_keys
 from pipeline.objectives import wav2vec2
-from pipeline.rng import row_keys
 
 INPUTS = {"features": "wave", "rate": 16000, "channels": 1, "convolutions": []}
 SIZES = {

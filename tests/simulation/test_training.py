@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.numpy import save
 
-from pipeline import storage
+from pipeline.io import storage
 from pipeline.simulation.environment import World, make
 from pipeline.simulation.ppo import (
     Adam,

@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pipeline import bundle
-from pipeline.contracts import Batch
+from pipeline.checkpoints import bundle
+from pipeline.core.contracts import Batch
 from tests.e2e.conftest import TINY, onetomany, tiny_data  # noqa: F401 - fixtures
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]

@@ -33,13 +33,14 @@ from toys import (
     weights,
 )
 
-from pipeline import bundle, storage
-from pipeline.contracts import Batch, Task
-from pipeline.job import Job
+from pipeline.checkpoints import bundle
+from pipeline.config.schema import Job
+from pipeline.core.contracts import Batch, Task
+from pipeline.io import storage
 from pipeline.techniques.peft import ADDED, Adapted, Lora, LoraOptions, adaptable
 from pipeline.techniques.rates import Full, LinearProbe
 from pipeline.train import loop, optim
-from pipeline.transfer import fanout, targets, trial, trials
+from pipeline.transfer import fanout, grid, targets, trial
 
 IMAGE = {"channels": 3, "size": 32}
 FAMILIES = [
@@ -510,7 +511,7 @@ def text_world(folder: Path):
             },
         }
     )
-    base = trials.bases(
+    base = grid.bases(
         {
             "src": (
                 arch,

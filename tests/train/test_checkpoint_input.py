@@ -7,10 +7,11 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from pipeline import bundle, jobfile
-from pipeline.bundle import BundleError
-from pipeline.job import JobError
-from pipeline.train import foresight, pretrain, row_checks, source
+from pipeline.checkpoints import bundle
+from pipeline.checkpoints.bundle import BundleError
+from pipeline.config import yaml_loader
+from pipeline.config.schema import JobError
+from pipeline.train import dry_checks, pretrain, row_checks, source
 
 INPUTS = {"channels": 3, "size": 160}
 IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -31,7 +32,7 @@ def written(folder, **fields):
 
 
 def imported(path):
-    stage = source.stage(jobfile.load(path), "s")
+    stage = source.stage(yaml_loader.load(path), "s")
     facts = pretrain.import_checkpoint(stage)
     return bundle.load(stage.bundle_uri), facts, stage
 
@@ -92,7 +93,7 @@ def test_a_dry_run_sees_what_the_run_would_make(tmp_path, modality):
             return str(error)
 
     def foreseen():
-        found = foresight.source(source.stage(jobfile.load(path), "s"))
+        found = dry_checks.source(source.stage(yaml_loader.load(path), "s"))
         return found.arch["name"], found.arch["inputs"], found.modality
 
     def made():
@@ -141,7 +142,7 @@ DATA = {"uri": "rows.parquet", "modality": "image", "columns": {"image": "image"
 def test_a_mistake_is_told_with_its_field(fields, said, tmp_path):
     (tmp_path / "rows.parquet").write_bytes(b"")
     with pytest.raises(JobError) as caught:
-        jobfile.load(written(tmp_path, **fields))
+        yaml_loader.load(written(tmp_path, **fields))
     assert said in str(caught.value)
 
 
@@ -173,11 +174,11 @@ def test_a_crop_share_that_a_checkpoint_brings_is_not_told_where_nothing_is_crop
 
 def test_a_crop_keeps_its_share_of_the_shorter_side():
     """As timm: resized to size / crop_pct, then cropped."""
-    from pipeline import imagefile
+    from pipeline.media import image_io
 
     picture = torch.zeros(1, 512, 640, dtype=torch.uint8)
     picture[:, 64:448, 128:512] = 255  # the middle 384 of 512
-    assert (imagefile.resize(picture, 192, crop_share=0.75) == 255).float().mean() > 0.97
-    assert (imagefile.resize(picture, 192) == 255).float().mean() < 0.6
+    assert (image_io.resize(picture, 192, crop_share=0.75) == 255).float().mean() > 0.97
+    assert (image_io.resize(picture, 192) == 255).float().mean() < 0.6
     for way in ("bilinear", "bicubic"):
-        assert imagefile.resize(picture, 96, interpolation=way).dtype == torch.uint8
+        assert image_io.resize(picture, 96, interpolation=way).dtype == torch.uint8

@@ -10,10 +10,10 @@ import pytest
 import torch
 from toys import furthest, make_run, rows_of, task_of, weights
 
-from pipeline.data.buckets import BucketPlan
+from pipeline.core.ragged import ragged
+from pipeline.data.length_buckets import BucketPlan
 from pipeline.data.stream import Rows, plan_of, train_batches
 from pipeline.modalities.audio import Audio, AudioOptions
-from pipeline.ragged import ragged
 from pipeline.train import loop
 
 RATE, COST, STEPS = 4000, 0.8, 24

@@ -26,7 +26,7 @@ from toys import (
     weights,
 )
 
-from pipeline.contracts import Batch
+from pipeline.core.contracts import Batch
 from pipeline.data.stream import Loaded, eval_batches
 from pipeline.techniques.rates import LPFT, LPFTOptions
 from pipeline.train import checkpoint, evaluate, loop

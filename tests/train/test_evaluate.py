@@ -11,7 +11,7 @@ import pytest
 import torch
 from toys import sentences, text_modality
 
-from pipeline.contracts import Objective
+from pipeline.core.contracts import Objective
 from pipeline.data import manifest as manifests
 from pipeline.data.stream import Decoder, Rows, eval_batches
 from pipeline.train import evaluate

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pipeline
+from pipeline.config.schema import Source
 from pipeline.data.stream import DataWorkers
-from pipeline.job import Source
 from pipeline.train import launch
 from pipeline.train.launch import ClusterError, Share, capacity, check_fits, share
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from toys import image_files
 
-from pipeline import bundle, storage
+from pipeline.checkpoints import bundle
 from pipeline.data.stream import DataWorkers
+from pipeline.io import storage
 from pipeline.train import pretrain, source
 from pipeline.train.log import MetricsLog
 from pipeline.train.loop import Ranks

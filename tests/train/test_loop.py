@@ -28,11 +28,11 @@ from toys import (
     weights,
 )
 
-from pipeline import storage
-from pipeline.contracts import Batch, Technique
+from pipeline.config.registry import Options
+from pipeline.config.schema import Train
+from pipeline.core.contracts import Batch, Technique
 from pipeline.data.stream import Loaded
-from pipeline.job import Train
-from pipeline.registry import Options
+from pipeline.io import storage
 from pipeline.techniques.rates import LPFT, LinearProbe, LPFTOptions
 from pipeline.train import checkpoint, evaluate, loop, optim
 from pipeline.train.loop import NonFiniteError, Ranks, Stop

@@ -16,11 +16,12 @@ from looks import SIZE, Conv
 from sklearn.neighbors import KNeighborsClassifier
 from toys import furthest, image_files, image_rows, weights
 
-from pipeline import bundle, registry
-from pipeline.contracts import Batch, Task
+from pipeline.checkpoints import bundle
+from pipeline.config import registry
+from pipeline.config.schema import Job
+from pipeline.core.contracts import Batch, Task
 from pipeline.data.stream import DataWorkers, TooManyBadRowsError
-from pipeline.job import Job
-from pipeline.train import pretrain, probe, source
+from pipeline.train import online_probe, pretrain, source
 from pipeline.train.loop import Ranks
 from pipeline.train.progress import training_line
 from tests.train.test_ddp import Team
@@ -86,12 +87,15 @@ def test_neighbours_are_scikit_learns(k):
         .fit(found, np.zeros(300))
         .kneighbors(tried, return_distance=False)
     )
-    assert np.array_equal(np.sort(probe.neighbours(found, k, tried).numpy()), np.sort(theirs))
-    own = probe.neighbours(found, k).numpy()
+    assert np.array_equal(
+        np.sort(online_probe.neighbours(found, k, tried).numpy()), np.sort(theirs)
+    )
+    own = online_probe.neighbours(found, k).numpy()
     assert own.shape == (300, k) and not (own == np.arange(300)[:, None]).any()
-    assert probe.neighbours(found[:3], 50, tried).shape == (1100, 3) and probe.neighbours(
-        found[:3], 50
-    ).shape == (3, 2)
+    assert online_probe.neighbours(found[:3], 50, tried).shape == (
+        1100,
+        3,
+    ) and online_probe.neighbours(found[:3], 50).shape == (3, 2)
 
 
 # ---------------------------------------------------------------- in a run
@@ -163,7 +167,9 @@ def test_a_run_is_the_same_with_a_probe_and_without(tmp_path, images, labelled):
 
 def test_the_progress_line_tells_it():
     assert (
-        training_line("src", {"step": 3, "steps": 6, "validation_loss": 2.0, probe.METRIC: 0.625})
+        training_line(
+            "src", {"step": 3, "steps": 6, "validation_loss": 2.0, online_probe.METRIC: 0.625}
+        )
         == "src: step 3/6  probe_knn 0.625"
     )
 
@@ -191,13 +197,13 @@ def test_undecodable_rows_are_listed_and_held_against_the_budget(tmp_path, image
 
 
 def test_many_rows_are_tried_on_an_even_part_of_them(tmp_path, images, labelled, monkeypatch):
-    monkeypatch.setattr(probe, "PROBE_ROWS", (20, 10))
+    monkeypatch.setattr(online_probe, "PROBE_ROWS", (20, 10))
     stage = source.stage(job(tmp_path, images, labelled), "src")
     found = source.fit(stage).probe
     assert [len(found.train), len(found.validation)] == [20, 10]
     assert found.train.ids(np.array([0, 19])).tolist() == [0, 44], "from end to end"
-    monkeypatch.setattr(probe, "PROBE_BYTES", 5 * (3 * 32 * 32 + 8))
-    found = probe.prepare(
+    monkeypatch.setattr(online_probe, "PROBE_BYTES", 5 * (3 * 32 * 32 + 8))
+    found = online_probe.prepare(
         stage.spec.probe, stage.probe, bundle.build_modality(source.fit(stage).modality)
     )
     assert [len(found.train), len(found.validation)] == [5, 5]
@@ -228,7 +234,7 @@ def test_a_teacher_that_is_carried_over_is_what_is_tried():
     for carry in ("teacher", "student"):
         made = teacher_task(carry)
         before = weights(made)
-        with probe.carried(made) as backbone:
+        with online_probe.carried(made) as backbone:
             assert backbone is made.backbone
             found = weights(backbone)
         assert (
@@ -256,9 +262,11 @@ def tried(ranks: Ranks, n: int, m: int) -> float:
     rows, other = image_rows(n, size=SIZE, noise=0.9), image_rows(m, size=SIZE, seed=1, noise=0.9)
     parts = iter((rows, other))
     with pytest.MonkeyPatch.context() as patch:  # rows in memory in the place of files
-        patch.setattr(probe, "Rows", lambda selection, decoder: next(parts))
-        made = probe.Probe(rows.selection, other.selection, {}, rows.decoder.objective_state, 0.0)
-        check = probe.prober(
+        patch.setattr(online_probe, "Rows", lambda selection, decoder: next(parts))
+        made = online_probe.Probe(
+            rows.selection, other.selection, {}, rows.decoder.objective_state, 0.0
+        )
+        check = online_probe.prober(
             made, rows.modality, ranks, lambda: torch.autocast("cpu", enabled=False)
         )
     return check(

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from toys import furthest, net_task, weights
 
-from pipeline.job import Train
+from pipeline.config.schema import Train
 from pipeline.train import optim
 
 

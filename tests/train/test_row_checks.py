@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from toys import sentences, text_modality
 
-from pipeline import registry
+from pipeline.config import registry
 from pipeline.data.manifest import Selection, build
 from pipeline.modalities.text import Text
 from pipeline.train import row_checks

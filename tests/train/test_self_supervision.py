@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline import bundle
+from pipeline.checkpoints import bundle
+from pipeline.config.schema import Job
 from pipeline.data.stream import DataWorkers
-from pipeline.job import Job
-from pipeline.train import pretrain, probe, source
+from pipeline.train import online_probe, pretrain, source
 from pipeline.train.loop import Ranks
 
 pytestmark = [pytest.mark.slow, pytest.mark.data, pytest.mark.timeout(900)]
@@ -95,7 +95,7 @@ def test_nearest_neighbours_get_better(tmp_path, name):
     work = pretrain.rank_job(stage, fitted, DataWorkers(), 1)
     task = bundle.build_task(fitted.arch, fitted.objective, seed=work.seed)
     assert fitted.probe is not None
-    tried = probe.prober(
+    tried = online_probe.prober(
         fitted.probe,
         bundle.build_modality(fitted.modality),
         Ranks(),

@@ -6,9 +6,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.config.schema import Train
 from pipeline.data import manifest as manifests
 from pipeline.data.plan import Plan
-from pipeline.job import Train
 from pipeline.train import pretrain, source
 
 

@@ -16,15 +16,17 @@ import soundfile
 import torch
 from toys import image_files, label_state, sentences, task_of, text_modality
 
-from pipeline import bundle, registry, storage
-from pipeline.bundle import BundleError
+from pipeline.checkpoints import bundle
+from pipeline.checkpoints.bundle import BundleError
+from pipeline.config import registry
+from pipeline.config.schema import Job, Plug
 from pipeline.data import manifest as manifests
 from pipeline.data.stream import DataWorkers, TooManyBadRowsError
-from pipeline.identity import ChangedFileError
-from pipeline.job import Job, Plug
+from pipeline.io import storage
+from pipeline.io.file_identity import ChangedFileError
 from pipeline.train import pretrain, source
 from pipeline.train.loop import Ranks
-from pipeline.transfer import targets, trials
+from pipeline.transfer import grid, targets
 
 SMALL_BERT = {"transformers/bert": {"layers": 1, "hidden": 16, "heads": 2, "dropout": 0.0}}
 
@@ -487,7 +489,7 @@ def test_a_tokenizer_counts_by_what_it_holds_and_not_by_its_place(tmp_path, text
     assert str(tmp_path) not in json.dumps(fitted.modality), "no place of this machine travels"
     moved = tokenizer.rename(tmp_path / "elsewhere")
     assert key(tokenizer_job(tmp_path, texts, moved)) == stage.key
-    (base,) = trials.bases({"src": (fitted.arch, fitted.modality)})
+    (base,) = grid.bases({"src": (fitted.arch, fitted.modality)})
     same = tokenizer_job(tmp_path, texts, moved, tokenizer=str(moved))
     assert targets.prepare(targets.stage(same, "task"), base).modality == fitted.modality, (
         "the same tokenizer named once more"

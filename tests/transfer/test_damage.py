@@ -8,8 +8,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import storage
-from pipeline.transfer import results, stages
+from pipeline.io import storage
+from pipeline.report import results
+from pipeline.transfer import stages
 from tests.transfer import test_stages
 from tests.transfer.test_stages import job_of, reported, whole
 
@@ -125,25 +126,25 @@ def test_damaged_facts_are_made_again(job, here, caplog):
 def test_damaged_features_are_computed_again(tmp_path, bundles, paths, caplog):
     import torch
 
-    from pipeline import bundle
-    from pipeline.transfer import probe
+    from pipeline.checkpoints import bundle
+    from pipeline.transfer import cached_heads
 
     job = job_of(tmp_path, {"a": bundles["a"]}, paths, techniques=("linear_probe",), seeds=1)
     shared = stages.share(test_stages.prepared(job))
     base = next(iter(shared.bases))
     backbone = bundle.build_backbone(shared.targets["task", base].arch, seed=3).eval()
     words = (backbone, shared, "a", base, "task", "test", torch.device("cpu"))
-    first, _ = probe.kept_features(*words)
+    first, _ = cached_heads.kept_features(*words)
     (path,) = Path(job.root, "features").rglob("content")
     flip(path, path.stat().st_size - 2, 3)
-    again, _ = probe.kept_features(*words)
+    again, _ = cached_heads.kept_features(*words)
     assert (
         torch.equal(first, again)
         and f"{path} is damaged" in caplog.text
         and "the features are computed again" in caplog.text
     )
     caplog.clear()
-    probe.kept_features(*words)
+    cached_heads.kept_features(*words)
     assert not caplog.text
 
 

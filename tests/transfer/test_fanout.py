@@ -22,7 +22,7 @@ from ray.tune.schedulers import TrialScheduler
 from rich.console import Console
 from toys import image_files, job_of, shared_of, trial_of
 
-from pipeline.job import Fanout, Job, Plug
+from pipeline.config.schema import Fanout, Job, Plug
 from pipeline.modalities.image import Image
 from pipeline.train import launch
 from pipeline.train.launch import ClusterError
@@ -31,7 +31,7 @@ from pipeline.train.progress import Progress
 from pipeline.transfer import fanout
 from pipeline.transfer import trial as one_trial
 from pipeline.transfer.fanout import GroupedASHA
-from pipeline.transfer.trials import Trial
+from pipeline.transfer.grid import Trial
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ import pytest
 from sklearn import datasets
 from toys import stays
 
-from pipeline import bundle
-from pipeline.job import Job
+from pipeline.checkpoints import bundle
+from pipeline.config.schema import Job
 from pipeline.transfer import leaks, stages
 from tests.transfer.test_targets import Silent
 
@@ -111,7 +111,7 @@ def notes_of(
     """Notes of the report of a job on these rows, with a source whose modality was fitted on them
     (or on ``known``).
     """
-    from pipeline import registry
+    from pipeline.config import registry
 
     pq.write_table(made, folder / "rows.parquet")
     kind = registry.get("modality", modality)
@@ -239,8 +239,8 @@ def test_all_names_that_one_side_lacks_stand_in_the_report(tmp_path):
 @pytest.mark.parametrize("name", ["audio", "image", "text", "trajectory"])
 def test_rows_without_single_features_are_left_alone(name):
     """A modality of another kind may have anything under any name, as audio has ``features``."""
-    from pipeline import registry
-    from pipeline.capabilities import NamesFeatures
+    from pipeline.config import registry
+    from pipeline.core.capabilities import NamesFeatures
 
     kind = registry.get("modality", name)
     assert not isinstance(kind(kind.options_class(), {}), NamesFeatures)

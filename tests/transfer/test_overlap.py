@@ -9,9 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from pipeline import storage
-from pipeline.data import cohort, manifest
-from pipeline.job import Job
+from pipeline.config.schema import Job
+from pipeline.data import manifest
+from pipeline.io import storage
+from pipeline.prepare.cohorts import definition
 from pipeline.train.progress import Progress
 from pipeline.transfer import overlap, stages
 
@@ -141,7 +142,7 @@ def looked(state: stages.State) -> overlap.Overlap:
 
 
 def cut(table: pa.Table, hours: float = 48.0, history: bool = True) -> pa.Table:
-    return cohort.until(table, np.full(len(table), hours), history)[0]
+    return definition.until(table, np.full(len(table), hours), history)[0]
 
 
 @pytest.mark.parametrize("history", [True, False])

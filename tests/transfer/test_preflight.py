@@ -14,12 +14,12 @@ import pyarrow.parquet as pq
 import pytest
 from toys import SMALL, sentences
 
-from pipeline import storage
-from pipeline.job import Job
-from pipeline.train import foresight, source
+from pipeline.config.schema import Job
+from pipeline.io import storage
+from pipeline.train import dry_checks, source
 from pipeline.transfer import preflight, stages, targets
+from pipeline.transfer.grid import bases
 from pipeline.transfer.stages import State
-from pipeline.transfer.trials import bases
 
 # fixtures
 from tests.transfer.test_targets import Silent, job_of, models, saved, texts  # noqa: F401
@@ -305,7 +305,7 @@ def test_a_length_beyond_the_positions_of_a_model_is_refused(tmp_path, models): 
         COLUMNS,
         data={"modality": {"text": {"length": 64}}},
     )
-    found = foresight.source(checked(job).sources["src"])
+    found = dry_checks.source(checked(job).sources["src"])
     assert found is not None
     (base,) = bases({"src": (found.arch, found.modality)})
     with pytest.raises(ValueError) as run:
@@ -339,7 +339,7 @@ def test_storage_errors_are_problems_too(tmp_path, models, monkeypatch):  # noqa
         tmp_path, models["bert"], written(tmp_path / "rows.parquet"), "classification", COLUMNS
     )
     state = checked(job)
-    monkeypatch.setattr(foresight, "rows", broken)
+    monkeypatch.setattr(dry_checks, "rows", broken)
     with pytest.raises(ValueError, match=r"targets\.task: the disk is gone"):
         preflight.look(state)
 

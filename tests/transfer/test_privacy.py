@@ -16,7 +16,7 @@ import pytest
 import soundfile
 from toys import episodes, sentences, stays
 
-from pipeline.job import Job
+from pipeline.config.schema import Job
 from pipeline.transfer import targets
 
 CANARY = "CANARY7731"
@@ -149,7 +149,7 @@ def test_errors_about_labels_name_nobody(tmp_path, modality, labels, said):
 
 
 def test_a_missing_or_repeated_image_of_a_patient_is_told_by_its_line(tmp_path):
-    from pipeline.data.prepare import chestxray14
+    from pipeline.prepare.importers import chestxray14
 
     head = (
         "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View "

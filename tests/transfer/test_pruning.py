@@ -11,11 +11,14 @@ from stage_runs import changed, job_of, prepared, run_through, saved_vit, trials
 from toys import image_files
 from typer.testing import CliRunner
 
-from pipeline import bundle, cli, storage
-from pipeline.job import Job
-from pipeline.provenance import MadeBy
-from pipeline.train import begun
-from pipeline.transfer import pruning, results, stages, trial
+from pipeline import cli
+from pipeline.checkpoints import bundle
+from pipeline.config.provenance import MadeBy
+from pipeline.config.schema import Job
+from pipeline.io import storage
+from pipeline.report import results
+from pipeline.train import saved_inputs
+from pipeline.transfer import pruning, stages, trial
 
 
 @pytest.fixture(scope="module")
@@ -97,8 +100,8 @@ def test_stacks_of_stale_trials_go(both):
     now = MadeBy({}, {})
     for name, ids in (("old", old), ("mixed", old | new), ("new", new)):
         folder = storage.join(job.root, "stacks", name)
-        storage.write_json(storage.join(folder, begun.CHECKPOINTS, "point.json"), {})
-        begun.started(folder, now, None, 0, sorted(ids))
+        storage.write_json(storage.join(folder, saved_inputs.CHECKPOINTS, "point.json"), {})
+        saved_inputs.started(folder, now, None, 0, sorted(ids))
     storage.write_json(
         storage.join(job.root, "stacks", "of_before", "step-0000000004", "state.json"), {}
     )

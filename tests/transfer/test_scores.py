@@ -10,7 +10,7 @@ import torch
 from scipy.optimize import minimize
 from toys import image_files, job_of, shared_of, trial_of
 
-from pipeline.job import Job
+from pipeline.config.schema import Job
 from pipeline.transfer import scores, trial
 from pipeline.transfer.scores import knn, logme
 
@@ -149,8 +149,8 @@ def test_a_source_is_scored_on_a_target(tmp_path, monkeypatch):
     data_ = shared.targets["task", key]
     found = scores.score(shared, "src", key, "task")
     assert list(found) == ["logme", "knn"] and scores.score(shared, "src", key, "task") == found
-    from pipeline import bundle
-    from pipeline.transfer.probe import features
+    from pipeline.checkpoints import bundle
+    from pipeline.transfer.cached_heads import features
 
     backbone = bundle.build_backbone(shared.bases[key].arch)
     bundle.transfer(

@@ -21,12 +21,15 @@ from safetensors.torch import save_file
 from stage_runs import COLUMNS, MODALITY, Silent, trials_in_this_process
 from toys import image_files, label_state, task_of
 
-from pipeline import bundle, checked, identity, registry, storage
+from pipeline.checkpoints import bundle
+from pipeline.config import registry
+from pipeline.config.schema import Job, Plug
 from pipeline.data import duplicates
-from pipeline.job import Job, Plug
+from pipeline.io import checksums, file_identity, storage
+from pipeline.report import results
 from pipeline.train import row_checks, source
 from pipeline.train.loop import Ranks
-from pipeline.transfer import dry_run, overlap, results, stages, targets, trial, trials
+from pipeline.transfer import dry_run, grid, overlap, stages, targets, trial
 
 
 @pytest.fixture(scope="session")
@@ -396,7 +399,7 @@ def test_the_best_draws_are_tried_again_with_further_seeds_before_one_is_chosen(
     _, rows = whole(job)
     for technique in ("scratch", "full"):
         values = searched(rows, technique)
-        assert sorted(values) == sorted(draw["lr"] for draw in trials.draws(job)) and all(
+        assert sorted(values) == sorted(draw["lr"] for draw in grid.draws(job)) and all(
             0 in seeds for seeds in values.values()
         )
         again = [lr for lr, seeds in values.items() if len(seeds) > 1]
@@ -420,7 +423,7 @@ def test_the_best_draws_are_tried_again_with_further_seeds_before_one_is_chosen(
     for row in rows:
         drawn = json.loads(row["drawn"])
         assert (
-            drawn in trials.draws(job) and drawn["lr"] == json.loads(row["hyper_parameters"])["lr"]
+            drawn in grid.draws(job) and drawn["lr"] == json.loads(row["hyper_parameters"])["lr"]
         ), "search and final trials"
     here.clear()
     _, without = whole(
@@ -484,7 +487,7 @@ def test_a_search_picks_the_best_draw_and_is_kept(tmp_path, bundles, paths, here
     _, rows = whole(job)
     for technique in ("scratch", "full"):
         values = searched(rows, technique)
-        assert sorted(values) == sorted(draw["lr"] for draw in trials.draws(job)) and {
+        assert sorted(values) == sorted(draw["lr"] for draw in grid.draws(job)) and {
             len(seeds) for seeds in values.values()
         } == {3}
         best = max(values, key=lambda lr: sum(values[lr].values()))
@@ -962,7 +965,7 @@ def test_a_target_whose_file_changes_is_an_error(tmp_path, bundles, paths, here)
     table = pq.read_table(tmp_path / "test.parquet")
     pq.write_table(table.slice(1), tmp_path / "test.parquet")
     with pytest.raises(
-        identity.ChangedFileError, match=r"test\.parquet was changed while it was in use"
+        file_identity.ChangedFileError, match=r"test\.parquet was changed while it was in use"
     ):
         stages.share(state)
 
@@ -986,7 +989,7 @@ def test_a_trial_whose_streamed_files_change_leaves_no_record(tmp_path, bundles,
     (one,) = stages.final_trials(state, list(shared.bases.values()), {"task": {"a"}}, {})
     Path(names[3]).write_bytes(table["picture"][4].as_py())
     with pytest.raises(
-        identity.ChangedFileError, match=f"^{names[3]} was changed while it was in use"
+        file_identity.ChangedFileError, match=f"^{names[3]} was changed while it was in use"
     ):
         trial.run(one, shared, Ranks())
     assert trial.read_record(job.root, one.id) is None
@@ -1477,7 +1480,7 @@ def test_records_are_read_several_at_once_and_each_once(tmp_path, monkeypatch):
     """
     ids = [f"trial-{number}" for number in range(8)]
     for one in ids[1:]:
-        checked.write_document(
+        checksums.write_document(
             f"{tmp_path}/trials/{one}/{trial.RECORD}", {"rows": [], "trial_id": one}
         )
     all_wait, read, asked = threading.Barrier(8), storage.read_bytes, []

@@ -15,13 +15,14 @@ import pytest
 import soundfile
 from toys import SMALL, sentences, task_of, text_modality
 
-from pipeline import bundle, registry
+from pipeline.checkpoints import bundle
+from pipeline.config import registry
+from pipeline.config.schema import Job
 from pipeline.data import manifest as manifests
 from pipeline.data.stream import TooManyBadRowsError
-from pipeline.job import Job
 from pipeline.modalities.audio import Audio, AudioOptions
 from pipeline.train.loop import Ranks
-from pipeline.transfer import dry_run, fanout, overlap, stages, targets, trial, trials
+from pipeline.transfer import dry_run, fanout, grid, overlap, stages, targets, trial
 from pipeline.transfer.trial import Shared
 
 LENGTH = 32
@@ -277,7 +278,7 @@ def test_texts_beyond_the_budget_and_splits_without_a_text_leave_the_target_out(
 ):
     job = job_of(tmp_path, models["gpt2"], texts, data={"max_bad_rows": 0.0})
     stage = targets.stage(job, "task")
-    (base,) = trials.bases(
+    (base,) = grid.bases(
         {
             "src": (
                 bundle.load(models["gpt2"].partition(":")[2]).manifest["arch"],
@@ -444,7 +445,7 @@ def test_tags_of_a_text_that_is_no_list_of_words_are_refused_by_its_type(tmp_pat
     )
     data = data_of(shared_of(job)[1])
     assert data.labels is None
-    assert len(trials.label_subset(data.train, data.labels, 0.5, 0)) == 2, (
+    assert len(grid.label_subset(data.train, data.labels, 0.5, 0)) == 2, (
         "shares of all rows, which have no class"
     )
 

@@ -8,10 +8,11 @@ import torch
 from toys import image_files, job_of, shared_of, trial_of
 from transfer.test_stages import Silent
 
-from pipeline import bundle
-from pipeline.job import Job
+from pipeline.checkpoints import bundle
+from pipeline.config.schema import Job
 from pipeline.objectives.classification import Classification
-from pipeline.transfer import cells, dry_run, stages, targets, trial, trials
+from pipeline.report import matrix
+from pipeline.transfer import dry_run, grid, stages, targets, trial
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,7 @@ def test_zero_shot_is_tried_once_whatever_the_labels_and_seeds(tmp_path, paths, 
             }
         }
     )
-    found = trials.cells(job, "task", list(shared.bases.values()), {"src"})
+    found = grid.cells(job, "task", list(shared.bases.values()), {"src"})
     assert [(source, plug.name, fraction) for _, source, plug, fraction in found] == [
         ("none", "scratch", 0.5),
         ("src", "full", 0.5),
@@ -132,7 +133,7 @@ def test_zero_shot_needs_a_head_that_is_carried(tmp_path, paths):
 
 def test_scratch_with_a_larger_budget_stands_beside_plain_scratch(tmp_path, paths):
     job, shared = world(tmp_path, paths, techniques=[{"scratch": {"budget": 2.5}}, "full"])
-    assert [str(plug) for plug in trials.techniques(job, job.targets["task"])] == [
+    assert [str(plug) for plug in grid.techniques(job, job.targets["task"])] == [
         "scratch",
         'scratch{"budget": 2.5}',
         "full",
@@ -147,12 +148,12 @@ def test_scratch_with_a_larger_budget_stands_beside_plain_scratch(tmp_path, path
         for record in records
         for row in record["rows"]
     ]
-    table = {(cell.source, cell.technique): cell.verdict for cell in cells.cells(rows, {})}
+    table = {(cell.source, cell.technique): cell.verdict for cell in matrix.cells(rows, {})}
     assert (
         table.keys() == {("none", "scratch"), ("none", "scratch (budget 2.5)"), ("src", "full")}
-        and table["none", "scratch"] == cells.REFERENCE
+        and table["none", "scratch"] == matrix.REFERENCE
     )
-    assert cells.REFERENCE not in (table["src", "full"], table["none", "scratch (budget 2.5)"])
+    assert matrix.REFERENCE not in (table["src", "full"], table["none", "scratch (budget 2.5)"])
 
 
 def test_metrics_of_test_rows_alone_come_first_and_are_not_asked_of_validation_rows(

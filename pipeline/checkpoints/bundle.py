@@ -1,0 +1,304 @@
+"""What training leaves: weights (safetensors) and one JSON manifest with all that is needed to use
+them again.
+
+A bundle is whole or absent: written aside, checksummed, manifest last. Nothing in it is code.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pipeline.config import provenance, registry
+from pipeline.core.contracts import Backbone, Modality, Objective, Task
+from pipeline.io import atomic_folder, s3, storage
+
+FORMAT_VERSION = 1
+
+
+class BundleError(ValueError):
+    """A bundle or checkpoint that cannot be used, with the reason and what to do."""
+
+
+def versions() -> dict[str, str]:
+    """Versions that a result depends on."""
+    packages = ("onetomany", "ray", "numpy", "pyarrow")
+    found = {}
+    for name in packages:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed as a package"
+    return {"python": platform.python_version(), **found, **provenance.versions()}
+
+
+def build_modality(spec: Mapping[str, Any]) -> Modality:
+    """A modality from its ``{name, options, state}``."""
+    kind = registry.get("modality", spec["name"])
+    return kind(kind.options_class(**spec["options"]), spec["state"])
+
+
+def build_backbone(arch: Mapping[str, Any], seed: int | None = None) -> Backbone:
+    """A backbone with random weights from ``{name: library/model, options, inputs}``, from ``seed``
+    when given.
+    """
+    library, _, architecture = arch["name"].partition("/")
+    kind = registry.get("model", library)
+    options = kind.options_class(**arch["options"])
+    with torch.random.fork_rng(devices=[]):
+        if seed is not None:
+            torch.manual_seed(seed)
+        return kind(architecture, options, dict(arch["inputs"]))
+
+
+def build_task(
+    arch: Mapping[str, Any],
+    objective: Mapping[str, Any],
+    seed: int | None = None,
+    head_seed: int | None = None,
+) -> Task:
+    """Backbone and objective; ``objective`` is ``{name, options, state}``. Raises ValueError where
+    they do not fit.
+    """
+    backbone = build_backbone(arch, seed)
+    kind = registry.get("objective", objective["name"])
+    with torch.random.fork_rng(devices=[]):
+        if seed is not None or head_seed is not None:
+            torch.manual_seed(head_seed if head_seed is not None else (seed or 0) + 1)
+        return Task(
+            backbone, kind(backbone, kind.options_class(**objective["options"]), objective["state"])
+        )
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """Which tensors were carried over, by name."""
+
+    kept: tuple[str, ...]
+    new: tuple[str, ...]
+    dropped: tuple[str, ...]
+    changed: tuple[str, ...] = ()
+    """What was put into another shape, in words."""
+
+    def text(self) -> str:
+        def part(names: tuple[str, ...]) -> str:
+            return f" ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})" if names else ""
+
+        moved = (
+            f"{len(self.kept)} tensors kept, {len(self.new)} new{part(self.new)}, "
+            f"{len(self.dropped)} dropped{part(self.dropped)}"
+        )
+        return "; ".join((moved, *self.changed))
+
+
+def transfer(
+    backbone: Backbone, tensors: Mapping[str, Tensor], origin: str, drop: tuple[str, ...] = ()
+) -> Transfer:
+    """Load a backbone strictly: every one of its tensors must be given with its shape.
+
+    The backbone may put a tensor into the shape that its input asks for (``Backbone.adapted``),
+    which is told. Tensors under a prefix of ``drop`` (a classifier) may be left over. Raises
+    BundleError naming what is missing, has another shape or is left over without having been named.
+    """
+    own = backbone.state_dict()
+    tensors, changed = backbone.adapted(dict(tensors))
+    shapes = [
+        f"{n} is {tuple(tensors[n].shape)} there and {tuple(own[n].shape)} here"
+        for n in own
+        if n in tensors and tensors[n].shape != own[n].shape
+    ]
+    missing = [n for n in own if n not in tensors and not n.endswith("num_batches_tracked")]
+    left = [n for n in tensors if n not in own]
+    unnamed = [n for n in left if not n.startswith(drop)] if drop else left
+    problems = shapes[:3]
+    if missing:
+        problems.append(f"{len(missing)} tensors are missing ({', '.join(missing[:4])})")
+    if unnamed:
+        problems.append(f"{len(unnamed)} tensors have no place ({', '.join(unnamed[:4])})")
+    if problems:
+        raise BundleError(
+            f"{origin} does not fit {backbone.arch['name']}: {'; '.join(problems)}. Check the "
+            "model's name and its input"
+        )
+    backbone.load_state_dict({n: t for n, t in tensors.items() if n in own}, strict=False)
+    return Transfer(
+        tuple(n for n in own if n in tensors),
+        tuple(n for n in own if n not in tensors),
+        tuple(left),
+        tuple(changed),
+    )
+
+
+def carry_head(task: Task, bundle: Bundle) -> str:
+    """Load the bundle's head when its labels are the same by name (in any order); says in words
+    what was done.
+
+    Labels decide, not shapes: a head for other labels is never kept.
+    """
+    theirs, mine = bundle.manifest["objective"], task.objective
+    if theirs["name"] != mine.registered_name:
+        return f"head new: the objective was {theirs['name']}, now it is {mine.registered_name}"
+    return load_head(mine, bundle.head_tensors(), theirs["state"].get("labels"))
+
+
+def load_head(mine: Objective, tensors: Mapping[str, Tensor], labels: Sequence[str] | None) -> str:
+    """Load a head whose tensors have the objective's own names and stand for ``labels``, by the
+    rules of ``carry_head``.
+    """
+    old, new = labels, mine.state.get("labels")
+    if old is not None and new is not None and sorted(old) != sorted(new):
+        differ = sorted(set(old) ^ set(new))
+        return (
+            f"head new: its labels differ from these ({len(differ)} names, e.g. "
+            f"{', '.join(map(str, differ[:4]))})"
+        )
+    own = mine.state_dict()
+    if {n: t.shape for n, t in tensors.items()} != {n: t.shape for n, t in own.items()}:
+        return "head new: its options differ"
+    said = "head kept: the same labels"
+    if old is not None and new is not None and list(old) != list(new):
+        said += ", put into their new order"
+        last = {"head.weight", "head.bias"}  # one row a label
+        if not last & set(tensors) or any(
+            t.dim() and t.shape[0] == len(old) for n, t in tensors.items() if n not in last
+        ):
+            return "head new: its labels stand in another order"
+        order = torch.tensor([old.index(name) for name in new])
+        tensors = {n: t[order] if n in last else t for n, t in tensors.items()}
+    mine.load_state_dict(dict(tensors))
+    return said
+
+
+def carry_tensors(
+    mine: Objective, theirs: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> tuple[int, str]:
+    """Load what a source's head has of the same name, shape and meaning
+    (``Objective.carries_head``): how many tensors were kept, and in words. ``theirs``: the source's
+    objective, {name, options}.
+    """
+    if theirs["name"] != mine.registered_name:
+        return 0, f"head new: the source's objective was {theirs['name']}"
+    own = mine.state_dict()
+    kept = {
+        n: t
+        for n, t in tensors.items()
+        if n in own and own[n].shape == t.shape and mine.carried(theirs["options"], n)
+    }
+    mine.load_state_dict(kept, strict=False)
+    told = Transfer(
+        tuple(kept),
+        tuple(n for n in own if n not in kept),
+        tuple(n for n in tensors if n not in kept),
+    )
+    return len(kept), f"head: {told.text()}"
+
+
+@dataclass(frozen=True)
+class Bundle:
+    uri: str
+    manifest: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    def task(self) -> Task:
+        """Backbone and objective with these weights, in evaluation mode. Raises BundleError when it
+        holds a backbone alone.
+        """
+        if self.manifest["objective"]["name"] == "none":
+            raise BundleError(
+                f"{self.uri}: this bundle is a backbone without a head; fine-tune it first"
+            )
+        task = build_task(self.manifest["arch"], self.manifest["objective"])
+        task.load_state_dict(self.tensors)
+        return task.eval()
+
+    def modality(self) -> Modality:
+        return build_modality(self.manifest["modality"])
+
+    def backbone_tensors(self) -> dict[str, Tensor]:
+        return {
+            n.removeprefix("backbone."): t
+            for n, t in self.tensors.items()
+            if n.startswith("backbone.")
+        }
+
+    def head_tensors(self) -> dict[str, Tensor]:
+        return {
+            n.removeprefix("objective."): t
+            for n, t in self.tensors.items()
+            if n.startswith("objective.")
+        }
+
+
+def save(uri: str, model: Task | Backbone, modality: Mapping[str, Any], **facts: Any) -> None:
+    """Write a bundle of a task, or of a backbone alone (an imported checkpoint).
+
+    ``modality`` is ``{name, options, state}``; ``facts`` (parent, metrics, spec, transfer...) go
+    into the manifest.
+    """
+    backbone = model.backbone if isinstance(model, Task) else model
+    objective = {"name": "none", "options": {}, "state": {}}
+    if isinstance(model, Task):
+        head = model.objective
+        objective = {
+            "name": head.registered_name,
+            "options": head.options.model_dump(),
+            "state": head.state,
+        }
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "kind": "bundle",
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "arch": backbone.arch,
+        "modality": dict(modality),
+        "objective": objective,
+        **facts,
+    }
+    prefix = "" if isinstance(model, Task) else "backbone."
+    tensors = {
+        prefix + name: tensor.detach().cpu().contiguous().clone()
+        for name, tensor in model.state_dict().items()
+    }
+    with storage.scratch_folder() as scratch:
+        path = Path(scratch, "weights.safetensors")
+        with s3.naming("write", path):
+            save_file(tensors, path)
+        atomic_folder.commit_folder(uri, {"weights.safetensors": path}, manifest)
+
+
+def exists(uri: str) -> bool:
+    return storage.exists(storage.join(uri, "manifest.json"))
+
+
+def weights_sha256(uri: str) -> str:
+    """The SHA-256 of a bundle's weights, as its manifest has it: two bundles with the same one hold
+    the same tensors.
+    """
+    return atomic_folder.open_folder(uri)["files"]["weights.safetensors"]["sha256"]
+
+
+def load(uri: str) -> Bundle:
+    """A verified bundle. Raises BundleError for a newer format, StorageError for a missing or
+    damaged one.
+    """
+    manifest = atomic_folder.open_folder(uri)
+    version = manifest.get("format_version")
+    if manifest.get("kind") != "bundle" or not isinstance(version, int):
+        raise BundleError(f"{uri}: this folder is no bundle")
+    if version > FORMAT_VERSION:
+        raise BundleError(
+            f"{uri}: the bundle has format {version}, this program reads up to "
+            f"{FORMAT_VERSION}; update onetomany"
+        )
+    with storage.scratch_folder() as scratch:
+        folder = atomic_folder.fetch_folder(uri, Path(scratch, "bundle"))
+        return Bundle(uri, manifest, load_file(Path(folder, "weights.safetensors")))

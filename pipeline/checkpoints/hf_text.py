@@ -1,0 +1,785 @@
+"""Folders of transformers: config.json, model.safetensors and tokenizer.json, read to start from
+and written to be used elsewhere; timm's are written too.
+
+Families are BERT (Devlin et al. 2019), RoBERTa (Liu et al. 2019), DistilBERT (Sanh et al. 2019),
+GPT-2 (Radford et al. 2019) and, of samples in the place of texts (``speech_folders``), wav2vec 2.0
+(Baevski et al. 2020). Backbone names are ``model.`` and transformers' own; heads have transformers'
+names there and the objectives' here.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, pre_tokenizers, processors
+from torch import Tensor
+
+from pipeline.checkpoints import bundle, classifier_export, hf_speech
+from pipeline.checkpoints.bundle import BundleError
+from pipeline.config import hf_config
+from pipeline.core.contracts import Task
+from pipeline.io import storage
+from pipeline.media import tokenizer as tokenizers
+
+FAMILIES = {
+    "bert": ("Bert", "bert."),
+    "roberta": ("Roberta", "roberta."),
+    "distilbert": ("DistilBert", "distilbert."),
+    "gpt2": ("GPT2", "transformer."),
+    "wav2vec2": ("Wav2Vec2", hf_speech.PREFIX),
+}
+"""Of each family the beginning of its classes' names, and of its tensors' names where a model has a
+head.
+"""
+MASKED = {
+    "bert": (
+        "cls.predictions.transform.dense",
+        "cls.predictions.transform.LayerNorm",
+        "cls.predictions.bias",
+        "cls.predictions.decoder",
+    ),
+    "roberta": ("lm_head.dense", "lm_head.layer_norm", "lm_head.bias", "lm_head.decoder"),
+    "distilbert": (
+        "vocab_transform",
+        "vocab_layer_norm",
+        "vocab_projector.bias",
+        "vocab_projector",
+    ),
+}
+"""Of each family's masked-language-model head: dense layer, layer norm, bias, and the output that
+is tied to the embedding.
+"""
+HEADS = (
+    "cls.",
+    "lm_head.",
+    "classifier.",
+    "pre_classifier.",
+    "qa_outputs.",
+    "score.",
+    "vocab_transform.",
+    "vocab_layer_norm.",
+    "vocab_projector.",
+    "quantizer.",
+    "project_hid.",
+    "project_q.",
+    "projector.",
+)
+CLASSES = {
+    "mlm": "ForMaskedLM",
+    "clm": "LMHeadModel",
+    "tagging": "ForTokenClassification",
+    "qa": "ForQuestionAnswering",
+    "classification": "ForSequenceClassification",
+    "multilabel": "ForSequenceClassification",
+    "none": "Model",
+}
+"""How the class of transformers ends that has an objective's head, of families for texts."""
+POOLS = {"bert": "pooler", "roberta": "pooler", "distilbert": "first", "gpt2": "last"}
+"""What ForSequenceClassification of each family reads."""
+LINEAR_HEADS = ("classification", "multilabel")
+LINEAR = {"head.weight": "weight", "head.bias": "bias"}
+MODEL, INDEX, CONFIG, TOKENIZER = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "config.json",
+    "tokenizer.json",
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder's content under the backbone's names. ``heads`` is keyed by objective; ``headless``
+    says why an objective's head is none of them.
+    """
+
+    arch: dict[str, Any]
+    modality: dict[str, Any]
+    tensors: dict[str, Tensor]
+    drop: tuple[str, ...]
+    heads: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    labels: tuple[str, ...] | None = None
+    headless: dict[str, str] = field(default_factory=dict)
+
+
+# ---------------------------------------------------------------- reading
+
+
+def read(folder: str, config: dict[str, Any]) -> Checkpoint:
+    """The checkpoint of a folder whose ``config`` is read. Raises BundleError with what is missing
+    or does not fit, and what to do.
+    """
+    family = _family(folder, config)
+    try:
+        built = hf_config.plain(family, config)
+    except ValueError as error:
+        raise BundleError(f"{storage.join(folder, CONFIG)}: {error}") from None
+    weights = weight_files(folder)
+    if family == "wav2vec2":
+        return _speech(folder, config, built, _weights(folder, weights))
+    if not storage.exists(storage.join(folder, TOKENIZER)):
+        raise BundleError(
+            f"hf:{folder}: {TOKENIZER} is missing; save the model again with transformers' "
+            "save_pretrained, and its tokenizer"
+        )
+    tensors = _today(_weights(folder, weights), FAMILIES[family][1])
+    if (
+        family == "roberta" and "pooler.dense.weight" not in tensors
+    ):  # RobertaForSequenceClassification counts its pooler to the classifier
+        tensors = {
+            name.replace("classifier.dense.", "pooler.dense."): tensor
+            for name, tensor in tensors.items()
+        }
+    state = _tokenizer(folder)
+    rows = (
+        tensors[_embedding(family)].shape[0]
+        if _embedding(family) in tensors
+        else config.get("vocab_size", 0)
+    )
+    if state["vocabulary"] > rows:
+        raise BundleError(
+            f"hf:{folder}: its tokenizer has {state['vocabulary']} tokens, the embedding of "
+            f"its model has {rows}: they do not belong "
+            "together, or the model was not resized (resize_token_embeddings) after tokens "
+            "were added"
+        )
+    length = min(_positions(family, config), 512)
+    modality = {"name": "text", "options": {"length": length}, "state": state}
+    inputs = bundle.build_modality(modality).inputs()
+    arch = {"name": f"transformers/{family}", "options": {"config": built}, "inputs": inputs}
+    heads, labels, headless = _heads(family, config, tensors)
+    masks = tuple(
+        f"model.{name}" for name in tensors if name.endswith((".attn.bias", ".attn.masked_bias"))
+    )
+    drop = (
+        *(f"model.{head}" for head in ("pooler.", *HEADS)),
+        "model.embeddings.position_ids",
+        *masks,
+    )
+    return Checkpoint(
+        arch,
+        modality,
+        {f"model.{name}": t for name, t in tensors.items()},
+        drop,
+        heads,
+        labels,
+        headless,
+    )
+
+
+def _speech(
+    folder: str, config: dict[str, Any], built: dict[str, Any], tensors: dict[str, Tensor]
+) -> Checkpoint:
+    """wav2vec 2.0's: a model that was trained without masks (mask_time_prob: 0) has no embedding
+    for them, and one that was published without it gets one.
+    """
+    tensors = _today(tensors, hf_speech.PREFIX)
+    try:
+        modality = hf_speech.modality(folder)
+        heads, labels, headless = hf_speech.heads(folder, config, tensors)
+    except ValueError as error:
+        raise BundleError(f"hf:{error}") from None
+    arch = {
+        "name": "transformers/wav2vec2",
+        "options": {"config": built},
+        "inputs": bundle.build_modality(modality).inputs(),
+    }
+    drop = (*(f"model.{head}" for head in HEADS), "model.masked_spec_embed")
+    return Checkpoint(
+        arch,
+        modality,
+        {f"model.{name}": t for name, t in tensors.items()},
+        drop,
+        heads,
+        labels,
+        headless,
+    )
+
+
+def _family(folder: str, config: dict[str, Any]) -> str:
+    family = config.get("model_type")
+    if family not in FAMILIES:
+        raise BundleError(
+            f"hf:{folder}: model_type {family!r} has no adapter; families are "
+            f"{', '.join(FAMILIES)}. Image models are read as timm writes "
+            "them (timm.models.save_for_hf: config.json with its architecture), or as init: "
+            "file:PATH beside backbone: timm/NAME"
+        )
+    positions = config.get("position_embedding_type") or "absolute"
+    if positions != "absolute":
+        raise BundleError(
+            f"hf:{folder}: position_embedding_type {positions!r} in {CONFIG}: transformers "
+            "computes absolute positions only; take another model"
+        )
+    if other := [
+        name
+        for name in ("is_decoder", "add_cross_attention")
+        if config.get(name) and family != "gpt2"
+    ]:
+        raise BundleError(
+            f"hf:{folder}: {CONFIG} says {other[0]}: true; a {family} is read as an encoder, "
+            "take a checkpoint of one"
+        )
+    return family
+
+
+def weight_files(folder: str) -> list[str]:
+    """Full names of the files with a folder's weights: ``model.safetensors``, or the shards that
+    its index names. Raises BundleError.
+    """
+    whole, index = storage.join(folder, MODEL), storage.join(folder, INDEX)
+    if storage.exists(whole):
+        return [whole]
+    if not storage.exists(index):
+        raise BundleError(
+            f"hf:{folder}: {MODEL} is missing; save the model again with transformers' "
+            "save_pretrained (safetensors)"
+        )
+    found = storage.read_json(index)
+    where = found.get("weight_map") if isinstance(found, dict) else None
+    if (
+        not isinstance(where, dict)
+        or not where
+        or not all(
+            isinstance(v, str) and v.endswith(".safetensors") and "/" not in v
+            for v in where.values()
+        )
+    ):
+        raise BundleError(
+            f"{index}: no index of shards (weight_map: tensor names to .safetensors files of "
+            "this folder); save the model again"
+        )
+    shards = [storage.join(folder, name) for name in sorted(set(where.values()))]
+    if absent := [shard for shard in shards if not storage.exists(shard)]:
+        raise BundleError(
+            f"{absent[0]} is missing: {INDEX} names {len(shards)} shards, {len(absent)} of "
+            "them are not there; copy the whole folder"
+        )
+    return shards
+
+
+def _weights(folder: str, files: list[str]) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            tensors |= load_safetensors(storage.read_bytes(file))
+        except SafetensorError as error:
+            raise BundleError(f"{file}: not a safetensors file ({error}); copy it again") from error
+    if files[0] != storage.join(folder, MODEL):
+        named = storage.read_json(storage.join(folder, INDEX))["weight_map"]
+        if absent := [name for name in named if name not in tensors]:
+            raise BundleError(
+                f"{storage.join(folder, named[absent[0]])} lacks {absent[0]}, which {INDEX} "
+                "promises there; copy the whole folder again"
+            )
+    return tensors
+
+
+def _today(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Names as transformers has them today, without the family's prefix: bert-base-uncased says
+    LayerNorm.gamma and .beta.
+    """
+    return {
+        name.removeprefix(prefix)
+        .replace("LayerNorm.gamma", "LayerNorm.weight")
+        .replace("LayerNorm.beta", "LayerNorm.bias"): tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def _embedding(family: str) -> str:
+    return "wte.weight" if family == "gpt2" else "embeddings.word_embeddings.weight"
+
+
+def _positions(family: str, config: dict[str, Any]) -> int:
+    """Longest row: RoBERTa counts positions from behind its padding's number (fairseq)."""
+    most = config.get("max_position_embeddings") or config.get("n_positions") or 512
+    return most - config.get("pad_token_id", 1) - 1 if family == "roberta" else most
+
+
+def _heads(
+    family: str, config: dict[str, Any], tensors: dict[str, Tensor]
+) -> tuple[dict[str, dict[str, Tensor]], tuple[str, ...] | None, dict[str, str]]:
+    """(tensors of the heads under our objectives' names, the labels of a tagging head, why there is
+    no head for an objective).
+    """
+    heads: dict[str, dict[str, Tensor]] = {}
+    headless: dict[str, str] = {}
+    labels = None
+    built = (config.get("architectures") or [""])[0]
+    embedding = tensors.get(_embedding(family))
+    if family in MASKED:
+        names, tied = _masked(family), f"{MASKED[family][3]}.weight"
+        held = {
+            **tensors,
+            names["bias"]: tensors.get(names["bias"], tensors.get(f"{MASKED[family][3]}.bias")),
+        }
+        if any(held.get(name) is None for name in names.values()):
+            headless["mlm"] = "the checkpoint holds no masked-language-model head"
+        elif not _same(tensors.get(tied), embedding):
+            headless["mlm"] = (
+                f"the checkpoint's output ({tied}) is not its embedding, and that of mlm is"
+            )
+        else:
+            heads["mlm"] = {mine: held[theirs] for mine, theirs in names.items()}
+    elif _same(tensors.get("lm_head.weight"), embedding):
+        heads["clm"] = {}
+    else:
+        headless["clm"] = (
+            "the checkpoint's output (lm_head.weight) is not its embedding, and that of clm is"
+        )
+    for objective, theirs in (("tagging", "classifier"), ("qa", "qa_outputs")):
+        if f"{theirs}.weight" not in tensors or (
+            objective == "tagging" and not built.endswith(CLASSES["tagging"])
+        ):
+            headless[objective] = (
+                f"the checkpoint holds none of {FAMILIES[family][0]}{CLASSES[objective]}"
+            )
+        else:
+            heads[objective] = {mine: tensors[f"{theirs}.{part}"] for mine, part in LINEAR.items()}
+    if "tagging" in heads:
+        named = config.get("id2label") or {
+            f"{i}": f"LABEL_{i}" for i in range(len(heads["tagging"]["head.bias"]))
+        }
+        labels = tuple(str(named[key]) for key in sorted(named, key=int))
+    return heads, labels, headless
+
+
+def _masked(family: str) -> dict[str, str]:
+    """Our names of a masked-language-model head to the family's."""
+    dense, norm, bias, _ = MASKED[family]
+    return {
+        "bias": bias,
+        **{
+            f"{mine}.{part}": f"{theirs}.{part}"
+            for mine, theirs in (("transform.0", dense), ("transform.2", norm))
+            for part in ("weight", "bias")
+        },
+    }
+
+
+def _same(output: Tensor | None, embedding: Tensor | None) -> bool:
+    """Whether an output is tied to its embedding; transformers leaves it out where it is."""
+    return output is None or (embedding is not None and torch.equal(output, embedding))
+
+
+def _tokenizer(folder: str) -> dict[str, Any]:
+    """The text modality's state of a folder's tokenizer."""
+    try:
+        text, vocabulary, specials = tokenizers.from_folder(folder)
+    except ValueError as error:
+        raise BundleError(f"hf:{error}") from None
+    return {"tokenizer": text, "vocabulary": vocabulary, "specials": specials}
+
+
+# ---------------------------------------------------------------- writing
+
+
+def write(found: bundle.Bundle, folder: Path, backbone_only: bool) -> str:
+    """Write a bundle as transformers' own save_pretrained does, or as timm's save_for_hf; returns
+    what was written, in words.
+
+    Transformers' AutoModel classes give the bundle's scores, its AutoTokenizer the modality's token
+    ids; ``timm.create_model("local-dir:FOLDER", pretrained=True)`` gives those of an image
+    classifier. A linear head that the library has no class for (one with a layer norm, or on the
+    mean of the tokens) is written beside the plain model, with the code that joins them
+    (``classifier_export``). Raises BundleError for other heads that the library has no class for.
+    """
+    library, _, family = found.manifest["arch"]["name"].partition("/")
+    if library == "timm":
+        return _write_timm(found, folder, backbone_only)
+    if library != "transformers":
+        raise BundleError(
+            f"{found.uri}: a {library} backbone is none of transformers or timm; take --kind "
+            "state-dict"
+        )
+    import transformers
+
+    objective = found.manifest["objective"]["name"]
+    known = hf_speech.OBJECTIVES if family == "wav2vec2" else tuple(CLASSES)
+    if not backbone_only and objective not in known:
+        raise BundleError(
+            f"{found.uri}: transformers has no class with a head for {objective} (it has for "
+            f"{', '.join(known[:-1])}); "
+            "--backbone-only writes the plain model"
+        )
+    if backbone_only or objective == "none":
+        backbone, head, objective = bundle.build_backbone(found.manifest["arch"]), None, "none"
+        bundle.transfer(backbone, found.backbone_tensors(), found.uri)
+    else:
+        task = found.task()
+        backbone, head = task.backbone, task.objective
+    if family == "wav2vec2":
+        return _write_speech(found, backbone, head, folder)
+    if head is not None and (lacking := _lacking(family, backbone, head)):
+        return _write_carried(found, Task(backbone, head), folder, lacking)
+    model: Any = backbone.model
+    name = FAMILIES[family][0] + CLASSES[objective]
+    tensors, config = (
+        {n: t.detach() for n, t in model.state_dict().items()},
+        copy.deepcopy(model.config),
+    )
+    tokenizer, specials = _framed(found.manifest["modality"]["state"], words=objective == "tagging")
+    note = ""
+    if head is not None:
+        if objective in LINEAR_HEADS:
+            tensors, note = _sequence(family, Task(backbone, head), tensors)
+            if family == "gpt2" and specials["pad_token"] == specials["sep_token"]:
+                tensors, note = (
+                    _padded(tokenizer, specials, tensors),
+                    f"{note}; a token for padding was added, as the end of a text was that too",
+                )
+        else:
+            tensors = _with_head(family, objective, head, tensors)
+    ids = {key: tokenizer.token_to_id(token) for key, token in specials.items()}
+    _configure(
+        config, family, ids, tensors, objective, found.manifest["objective"]["state"].get("labels")
+    )
+    _save(getattr(transformers, name), config, tensors, folder)
+    _save_tokenizer(tokenizer, specials, folder, found.modality().inputs()["length"], config)
+    return f"{name} with {sum(t.numel() for t in tensors.values())} parameters{note}"
+
+
+def _lacking(family: str, backbone: Any, head: Any) -> str:
+    """What the family's own class with a head for the objective has not, in words; nothing where it
+    gives the same scores.
+    """
+    objective = head.registered_name
+    if objective not in classifier_export.OBJECTIVES:
+        return ""
+    lacking = ["layer norm before the linear layer"] if head.options.norm else []
+    if objective in LINEAR_HEADS:
+        pool, labels, width = POOLS[family], len(head.state["labels"]), backbone.pooled_dim
+        if backbone.pool != pool:
+            lacking.append(f"pool: {backbone.pool} (it reads {pool})")
+        elif family == "distilbert" and 2 * labels > width:
+            lacking.append(f"room for {labels} labels")
+        elif family == "gpt2" and _ln_f_shift(head) is None:
+            lacking.append(f"bias for {labels} labels")
+    if not lacking:
+        return ""
+    return (
+        f"{FAMILIES[family][0]}{CLASSES[objective]} of transformers has no "
+        f"{' and no '.join(lacking)}"
+    )
+
+
+def _write_carried(found: bundle.Bundle, task: Any, folder: Path, lacking: str) -> str:
+    """The plain model as the library opens it, and beside it the head, what it is and the code that
+    joins both.
+    """
+    text = write(found, folder, backbone_only=True).removesuffix(", 0 labels")
+    spec = classifier_export.describe(task, found.modality())
+    save_file(
+        classifier_export.head_tensors(task),
+        folder / classifier_export.HEAD,
+        metadata={"format": "pt"},
+    )
+    (folder / classifier_export.SPEC).write_text(
+        json.dumps(spec, indent=2, ensure_ascii=False), encoding="utf-8"
+    )
+    (folder / classifier_export.CODE).write_text(classifier_export.code(), encoding="utf-8")
+    return (
+        f"{text}, with a classifier of {len(spec['labels'])} labels beside it: {lacking}, so "
+        "load it with load() of "
+        f"{classifier_export.CODE} in this folder"
+    )
+
+
+def _write_speech(found: bundle.Bundle, backbone: Any, head: Any, folder: Path) -> str:
+    import transformers
+
+    if head is not None and head.registered_name in LINEAR_HEADS and head.options.norm:
+        lacking = (
+            "Wav2Vec2ForSequenceClassification of transformers has no layer norm before the "
+            "linear layer"
+        )
+        return _write_carried(found, Task(backbone, head), folder, lacking)
+    try:
+        made = hf_speech.written(backbone, head, found.modality())
+    except ValueError as error:
+        raise BundleError(f"{found.uri}: {error}") from None
+    _save(getattr(transformers, made.kind), made.config, made.tensors, folder)
+    for name, content in made.files.items():
+        (folder / name).write_text(
+            json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8"
+        )
+    return f"{made.kind} with {sum(t.numel() for t in made.tensors.values())} parameters"
+
+
+def _configure(
+    config: Any,
+    family: str,
+    ids: dict[str, int],
+    tensors: dict[str, Tensor],
+    objective: str,
+    labels: list[str] | None,
+) -> None:
+    """The configuration that the bundle's backbone was built with, with the tokenizer's ids, the
+    embedding's rows and the labels of its head.
+    """
+    config.pad_token_id = ids["pad_token"]
+    if family in ("roberta", "gpt2"):
+        config.bos_token_id, config.eos_token_id = ids["cls_token"], ids["sep_token"]
+    config.vocab_size = next(
+        t.shape[0] for name, t in tensors.items() if name.endswith(_embedding(family))
+    )
+    config.tie_word_embeddings = True
+    config.num_labels = (
+        2  # a checkpoint's own labels are not this model's; question answering has first and last
+    )
+    if labels is not None and objective != "none":
+        config.id2label, config.label2id = (
+            dict(enumerate(labels)),
+            {label: i for i, label in enumerate(labels)},
+        )
+    if objective in LINEAR_HEADS:
+        config.problem_type = (
+            "single_label_classification"
+            if objective == "classification"
+            else "multi_label_classification"
+        )
+
+
+def _with_head(
+    family: str, objective: str, head: Any, tensors: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """The model's tensors under its prefix, and the head's; a pooler has no place beside these
+    heads.
+    """
+    prefix = FAMILIES[family][1]
+    out = {
+        f"{prefix}{name}": tensor
+        for name, tensor in tensors.items()
+        if not name.startswith("pooler.")
+    }
+    own = {name: tensor.detach() for name, tensor in head.state_dict().items()}
+    if objective == "mlm":
+        out |= {theirs: own[mine] for mine, theirs in _masked(family).items()}
+    elif objective != "clm":
+        layer = "classifier" if objective == "tagging" else "qa_outputs"
+        out |= {f"{layer}.{part}": own[mine] for mine, part in LINEAR.items()}
+    return out
+
+
+def _sequence(family: str, task: Any, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
+    """(tensors of the family's ForSequenceClassification that give the head's scores, a note), for
+    a head that it has (``_lacking``).
+    """
+    prefix = FAMILIES[family][1]
+    weight, bias = classifier_export.linear_tensors(task).values()
+    out = {f"{prefix}{key}": t for key, t in tensors.items()}
+    if family == "bert":
+        return {**out, "classifier.weight": weight, "classifier.bias": bias}, ""
+    if family == "roberta":  # the same arithmetic, the pooler counted to the head
+        dense = {
+            f"classifier.dense.{part}": out.pop(f"{prefix}pooler.dense.{part}")
+            for part in ("weight", "bias")
+        }
+        return {
+            **out,
+            **dense,
+            "classifier.out_proj.weight": weight,
+            "classifier.out_proj.bias": bias,
+        }, ""
+    labels, width = weight.shape
+    if family == "distilbert":  # between there is a dense layer with ReLU: relu(z) - relu(-z) is z
+        pre, shift, post = torch.zeros(width, width), torch.zeros(width), torch.zeros(labels, width)
+        pre[:labels], pre[labels : 2 * labels], shift[:labels], shift[labels : 2 * labels] = (
+            weight,
+            -weight,
+            bias,
+            -bias,
+        )
+        post[:, :labels], post[:, labels : 2 * labels] = torch.eye(labels), -torch.eye(labels)
+        return {
+            **out,
+            "pre_classifier.weight": pre,
+            "pre_classifier.bias": shift,
+            "classifier.weight": post,
+            "classifier.bias": torch.zeros(labels),
+        }, ""
+    if not bias.any():
+        return {**out, "score.weight": weight}, ""
+    shift = _ln_f_shift(task.objective)
+    assert shift is not None
+    shifted = (out[f"{prefix}ln_f.bias"].double() + shift).float()
+    return {
+        **out,
+        f"{prefix}ln_f.bias": shifted,
+        "score.weight": weight,
+    }, "; the classifier's bias went into the bias of ln_f, as score has none"
+
+
+def _ln_f_shift(head: Any) -> Tensor | None:
+    """(D,) float64 what GPT-2's last norm must add so that ``score``, which has no bias, gives the
+    head's; none where there is no such vector.
+    """
+    weight, bias = head.head.weight.detach().double(), head.head.bias.detach().double()
+    if not bias.any():
+        return torch.zeros(weight.shape[1], dtype=torch.float64)
+    shift = torch.linalg.pinv(weight) @ bias  # W d = b
+    wrong = (weight @ shift - bias).abs().max() > 1e-6 * bias.abs().max()
+    return None if wrong else shift
+
+
+def _padded(
+    tokenizer: Any, specials: dict[str, str], tensors: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """A token of its own for padding: GPT2ForSequenceClassification reads the last token that is
+    none, and the end of a text must not be one.
+    """
+    specials["pad_token"] = "<|pad|>"
+    tokenizer.add_special_tokens([specials["pad_token"]])
+    name = f"{FAMILIES['gpt2'][1]}{_embedding('gpt2')}"
+    more = tokenizer.token_to_id(specials["pad_token"]) + 1 - tensors[name].shape[0]
+    return {**tensors, name: torch.nn.functional.pad(tensors[name], (0, 0, 0, max(0, more)))}
+
+
+def _save(kind: Any, config: Any, tensors: dict[str, Tensor], folder: Path) -> None:
+    """config.json and model.safetensors, names and shapes checked against the model's own class;
+    tied tensors are left out as there.
+    """
+    with torch.device("meta"):
+        model = kind(config)
+    own = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    spare = {
+        name for name in own if name.startswith("pooler.") and name not in tensors
+    }  # AutoModel makes one anew where none is given
+    given = {name: tensor.shape for name, tensor in tensors.items()}
+    assert given == {name: shape for name, shape in own.items() if name not in tied | spare}, (
+        f"{kind.__name__}: {own} expected, {given} given"
+    )
+    config.architectures, config.dtype = [kind.__name__], "float32"
+    config.save_pretrained(folder)
+    save_file(
+        {name: tensor.float().contiguous() for name, tensor in tensors.items()},
+        folder / MODEL,
+        metadata={"format": "pt"},
+    )
+
+
+def _framed(state: dict[str, Any], words: bool) -> tuple[Any, dict[str, str]]:
+    """The tokenizer with the frame that the modality gives its rows ([CLS] a [SEP] b [SEP]) as its
+    post-processor, and its special tokens by role.
+
+    For ``words`` byte-level BPE puts a space before each, as the modality does (transformers:
+    is_split_into_words).
+    """
+    tokenizer: Any = Tokenizer.from_str(state["tokenizer"])
+    roles = zip(
+        ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"),
+        state["specials"],
+        strict=True,
+    )
+    specials = {role: tokenizer.id_to_token(number) for role, number in roles if number is not None}
+    cls, sep = specials["cls_token"], specials["sep_token"]
+    frame = processors.TemplateProcessing(
+        single=f"{cls} $A {sep}",
+        pair=f"{cls} $A {sep} $B:1 {sep}:1",
+        special_tokens=[
+            (token, tokenizer.token_to_id(token)) for token in dict.fromkeys((cls, sep))
+        ],
+    )
+    if "ByteLevel" in str(
+        tokenizer.pre_tokenizer
+    ):  # as the modality's offsets, without the space that begins a word
+        frame = processors.Sequence([processors.ByteLevel(trim_offsets=True), frame])
+    if words and isinstance(tokenizer.pre_tokenizer, pre_tokenizers.ByteLevel):
+        tokenizer.pre_tokenizer.add_prefix_space = True
+    tokenizer.post_processor = frame
+    return tokenizer, specials
+
+
+def _save_tokenizer(
+    tokenizer: Any, specials: dict[str, str], folder: Path, length: int, config: Any
+) -> None:
+    """A class of transformers that reads tokenizer.json as it stands, in its version 4 and 5: those
+    of the families make rules of their own.
+    """
+    tokenizer.save(str(folder / TOKENIZER))
+    types = ["token_type_ids"] if getattr(config, "type_vocab_size", 1) > 1 else []
+    told = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": length,
+        "clean_up_tokenization_spaces": False,
+        **specials,
+        "bos_token": specials["cls_token"],
+        "eos_token": specials["sep_token"],
+        "model_input_names": ["input_ids", *types, "attention_mask"],
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(told, indent=2))
+    (folder / "special_tokens_map.json").write_text(json.dumps(specials, indent=2))
+
+
+def _timm_lacking(backbone: Any, head: Any) -> str:
+    """Give timm's model its classifier for the head's labels; in words why that cannot give the
+    head's scores, or nothing.
+    """
+    name = backbone.arch["name"]
+    if head.options.norm:
+        return f"{name} of timm has no layer norm before its classifier"
+    backbone.model.reset_classifier(len(head.state["labels"]))
+    last = backbone.model.get_classifier()
+    if (
+        not isinstance(last, torch.nn.Linear)
+        or last.weight.shape != head.head.weight.shape
+        or last.bias is None
+    ):
+        return f"{name} of timm has another classifier ({last}, this head is {head.head})"
+    return ""
+
+
+def _write_timm(found: bundle.Bundle, folder: Path, backbone_only: bool) -> str:
+    """As timm.models.save_for_hf leaves a model. Raises BundleError where timm's classifier would
+    give other scores than this head.
+    """
+    import timm
+
+    objective = found.manifest["objective"]["name"]
+    task = found.task() if objective in LINEAR_HEADS else None
+    if task is None:
+        backbone: Any = bundle.build_backbone(found.manifest["arch"])
+        bundle.transfer(backbone, found.backbone_tensors(), found.uri)
+        if objective != "none" and not backbone_only:
+            raise BundleError(
+                f"{found.uri}: timm has no head for {objective}; --backbone-only writes the "
+                "plain model, --kind state-dict all tensors"
+            )
+    else:
+        backbone = task.backbone
+    model, modality, told = backbone.model, found.modality(), {}
+    if task is not None and not backbone_only:
+        lacking = _timm_lacking(backbone, task.objective)
+        if lacking:
+            return _write_carried(found, task, folder, lacking)
+        model.get_classifier().load_state_dict(classifier_export.linear_tensors(task))
+        told = {"label_names": task.objective.state["labels"]}
+    crop = {"crop": "center", "squash": "squash", "pad": "border"}[modality.options.fit]
+    size = (modality.options.channels, modality.options.size, modality.options.size)
+    crop_share = (
+        modality.options.crop_share if modality.options.fit == "crop" else 1.0
+    )  # timm crops whatever the mode, and here squash and pad do not
+    input_ = {
+        "input_size": size,
+        "mean": tuple(modality.state["mean"]),
+        "std": tuple(modality.state["std"]),
+        "interpolation": modality.options.interpolation,
+        "crop_pct": crop_share,
+        "crop_mode": crop,
+    }
+    timm.models.save_for_hf(
+        model, str(folder), model_config=told, safe_serialization=True, data_config=input_
+    )
+    return (
+        f"{backbone.arch['name']} with {sum(p.numel() for p in model.parameters())} parameters, "
+        f"{len(told.get('label_names', []))} labels"
+    )

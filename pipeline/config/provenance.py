@@ -1,0 +1,444 @@
+"""What made a result: a hash of the code that it depends on, and the versions of the libraries that
+make numbers.
+
+Every bundle and every trial's record keeps both. What was made by other code or other versions is
+kept and marked, never reused in silence; ``--remake changed`` makes it anew. Whether two results
+may be compared follows from the same records.
+
+The code is known part by part: each registered piece (a technique, an objective, ...) is the
+definitions of its file that its class reaches, and each further module is a part of its own. Parts
+are found by reading the sources and following their imports of our own modules, so nothing is
+imported, a plugin's modules count as ours do, and where the package lies does not matter.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.util
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import registry
+
+LIBRARIES = ("torch", "torchvision", "torchaudio", "timm", "transformers", "peft")
+"""Libraries that make numbers: another version of one of them may give other results."""
+
+SOURCE_CODE = ("pipeline.train.source", "pipeline.train.pretrain")
+CHECKPOINT_CODE = (
+    "pipeline.checkpoints.pretrained",
+    "pipeline.checkpoints.hf_text",
+    "pipeline.checkpoints.hf_speech",
+)
+TRIAL_CODE = ("pipeline.transfer.targets", "pipeline.transfer.trial")
+FROZEN_CODE = ("pipeline.transfer.cached_heads",)
+OVERLAP_CODE = ("pipeline.transfer.overlap",)
+"""Modules that a source, an imported checkpoint, a trial, a trial of a frozen backbone, and one
+whose test rows leave out those of the sources start from. The loop, the optimiser, the plan, the
+loader, the metrics and the evaluation are found by following their imports.
+"""
+
+MAKES_NO_NUMBERS = frozenset(
+    {
+        # files are moved and locked
+        "pipeline.io.storage",
+        "pipeline.io.s3",
+        "pipeline.io.atomic_folder",
+        "pipeline.io.run_lock",
+        "pipeline.io.write_fence",
+        "pipeline.io.file_identity",
+        "pipeline.io.checksums",
+        # names and settings: what is set stands in the key of every source and trial
+        "pipeline.config.registry",
+        "pipeline.config.schema",
+        "pipeline.config.yaml_loader",
+        # refuses, warns, starts, stops, logs and prints
+        "pipeline.train.config_checks",
+        "pipeline.train.row_checks",
+        "pipeline.train.launch",
+        "pipeline.train.log",
+        "pipeline.train.progress",
+        "pipeline.io.heartbeat",
+        "pipeline.io.signals",
+        "pipeline.transfer.leaks",
+        # tells of results that are there
+        "pipeline.report.subgroups",
+        "pipeline.train.saved_inputs",
+        # reads other people's checkpoints: counted for the sources that start from one
+        "pipeline.checkpoints.pretrained",
+        "pipeline.checkpoints.hf_text",
+        "pipeline.checkpoints.hf_speech",
+        "pipeline.config.provenance",
+        # the technique of a source and of a trial is one of its pieces, its neighbours in the file
+        # do not count
+        "pipeline.techniques.rates",
+    }
+)
+"""Modules that are passed over when imports are followed, unless a result starts from them. Any
+other module of ours counts, a new one too.
+"""
+
+WITHOUT_SOURCE = "without source"
+"""Recorded for a module that has no source in Python (a plugin's compiled one): its changes are not
+seen.
+"""
+NOT_RECORDED = "made before code and versions were recorded"
+
+Piece = tuple[str, str]
+"""A registered (kind, name)."""
+
+
+@dataclass(frozen=True)
+class MadeBy:
+    """What made a source or a trial. ``code``: part to the hash of its normalised source;
+    ``versions``: library to version.
+    """
+
+    code: dict[str, str]
+    versions: dict[str, str]
+
+    @property
+    def hash(self) -> str:
+        """One hash for all the code, as the column ``made_by`` has it."""
+        return hashlib.sha256(json.dumps(sorted(self.code.items())).encode()).hexdigest()[:12]
+
+    def facts(self) -> dict[str, Any]:
+        """The two entries of a record or manifest, as `recorded` reads them."""
+        return {"made_by": {"hash": self.hash, "code": self.code}, "versions": self.versions}
+
+
+def recorded(facts: Mapping[str, Any]) -> MadeBy | None:
+    """What a record or a bundle's manifest says of who made it; None for one that was written
+    before this was recorded.
+    """
+    made_by = facts.get("made_by")
+    if not isinstance(made_by, Mapping):
+        return None
+    versions = facts.get("versions") or {}
+    return MadeBy(
+        dict(made_by["code"]), {name: versions[name] for name in LIBRARIES if name in versions}
+    )
+
+
+def changes(then: MadeBy | None, now: MadeBy) -> tuple[str, ...]:
+    """In words, each part of the code and each library in which ``now`` differs from what made a
+    result; empty where nothing does.
+    """
+    if then is None:
+        return (NOT_RECORDED,)
+    out = []
+    for part in sorted(then.code.keys() | now.code.keys()):
+        if part not in then.code:
+            out.append(f"{part} is used now")
+        elif part not in now.code:
+            out.append(f"{part} is no longer used")
+        elif then.code[part] != now.code[part]:
+            out.append(f"{part} changed")
+    return (*out, *_other_versions(then, now))
+
+
+def differences(one: MadeBy | None, other: MadeBy | None) -> tuple[str, ...]:
+    """In words, why two results that are compared were not made alike. Parts that only one of them
+    uses (its technique) do not count.
+    """
+    if one is None and other is None:
+        return ()
+    if one is None or other is None:
+        return ("of one of them it was not recorded what made it",)
+    common = sorted(one.code.keys() & other.code.keys())
+    differ = [f"{part} differs" for part in common if one.code[part] != other.code[part]]
+    return (*differ, *_other_versions(one, other, "and"))
+
+
+def _other_versions(then: MadeBy, now: MadeBy, between: str = "then, now") -> Iterator[str]:
+    for name in LIBRARIES:
+        before, after = then.versions.get(name, "unknown"), now.versions.get(name, "unknown")
+        if before != after:
+            yield f"{name} {before} {between} {after}"
+
+
+@cache
+def versions() -> dict[str, str]:
+    """The installed version of each library that makes numbers."""
+    found = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+@cache
+def made_by(modules: tuple[str, ...], pieces: tuple[Piece, ...]) -> MadeBy:
+    """What makes a result now.
+
+    Args:
+        modules: Dotted names of the modules that it starts from.
+        pieces: The registered pieces that it uses.
+    """
+    return MadeBy(code_of(modules, pieces), versions())
+
+
+def pieces_of(
+    modality: str | None,
+    arch: str,
+    options: Mapping[str, Any],
+    objective: str | None = None,
+    technique: str | None = None,
+) -> tuple[Piece, ...]:
+    """The registered pieces of a source or trial.
+
+    Args:
+        arch: library/model; one that names a checkpoint brings in no library.
+        options: The backbone's. One that names a backbone itself (``vision: timm/resnet18``) brings
+            in that library too.
+    """
+    libraries = {arch.partition("/")[0]} & registry.entries("model").keys()
+    for value in options.values():
+        library, slash, _ = value.partition("/") if isinstance(value, str) else ("", "", "")
+        if slash and library in registry.entries("model"):
+            libraries.add(library)
+    out = [("modality", modality)] if modality else []
+    out += [("model", library) for library in sorted(libraries)]
+    out += [("objective", objective)] if objective else []
+    out += [("technique", technique)] if technique else []
+    return tuple(out)
+
+
+# ---------------------------------------------------------------- the parts of the code
+
+
+def code_of(modules: Iterable[str], pieces: Iterable[Piece]) -> dict[str, str]:
+    """Part to hash: the pieces, the modules, and every module of ours that their imports lead
+    to.
+    """
+    out: dict[str, str] = {}
+    waiting = list(modules)
+    for kind, name in pieces:
+        module = registry.entry(kind, name).module
+        hashed, used = _piece(module, kind, name)
+        out[f"{kind} {name}"] = hashed
+        waiting += [other for other in used if other not in MAKES_NO_NUMBERS]
+    while waiting:
+        module = waiting.pop()
+        if module not in out:
+            hashed, used = _module(module)
+            out[module] = hashed
+            waiting += [other for other in used if other not in MAKES_NO_NUMBERS]
+    return dict(sorted(out.items()))
+
+
+@cache
+def _file(module: str) -> Path | None:
+    """Where a module's source lies; None where there is no such module. Found without importing it
+    or the packages that it lies in.
+    """
+    top, *rest = module.split(".")
+    spec = importlib.util.find_spec(top)
+    if spec is None:
+        return None
+    if not rest:
+        return Path(spec.origin) if spec.origin and spec.origin.endswith(".py") else None
+    for folder in spec.submodule_search_locations or ():
+        place = Path(folder, *rest)
+        for file in (place.with_suffix(".py"), place / "__init__.py"):
+            if file.is_file():
+                return file
+    return None
+
+
+@cache
+def _source(module: str) -> ast.Module | None:
+    """A module's syntax tree; None where it has no source in Python."""
+    file = _file(module)
+    return ast.parse(file.read_bytes(), str(file)) if file else None
+
+
+@cache
+def _module(module: str) -> tuple[str, tuple[str, ...]]:
+    """The hash of a whole module, and the modules of ours that it imports."""
+    tree = _source(module)
+    return (_hash(tree.body), _ours(module, tree.body)) if tree else (WITHOUT_SOURCE, ())
+
+
+@cache
+def _piece(module: str, kind: str, name: str) -> tuple[str, tuple[str, ...]]:
+    """The same of the part of a module that a registered class or function reaches, so that its
+    neighbours in the file do not count.
+    """
+    tree = _source(module)
+    if tree is None:
+        return WITHOUT_SOURCE, ()
+    body = _reached(tree, kind, name)
+    return _hash(body), _ours(module, body)
+
+
+def _reached(tree: ast.Module, kind: str, name: str) -> list[ast.stmt]:
+    """The statements of a module that define a registered piece and all that it names, in their
+    order.
+    """
+    defines: dict[str, list[ast.stmt]] = {}
+    always, waiting = [], []
+    for statement in tree.body:
+        defined = list(_defined(statement))
+        for each in defined:
+            defines.setdefault(each, []).append(statement)
+        if not defined:
+            always.append(statement)
+        if _registers(statement, kind, name):
+            waiting.append(statement)
+    found = {id(statement) for statement in always}
+    while waiting:
+        statement = waiting.pop()
+        if id(statement) not in found:
+            found.add(id(statement))
+            named = {node.id for node in ast.walk(statement) if isinstance(node, ast.Name)}
+            waiting += [other for each in named for other in defines.get(each, ())]
+    return [statement for statement in tree.body if id(statement) in found]
+
+
+def _registers(statement: ast.stmt, kind: str, name: str) -> bool:
+    for decorator in getattr(statement, "decorator_list", ()):
+        is_register = (
+            isinstance(decorator, ast.Call) and getattr(decorator.func, "id", None) == "register"
+        )
+        if is_register and [
+            getattr(argument, "value", None) for argument in decorator.args[:2]
+        ] == [kind, name]:
+            return True
+    return False
+
+
+def _defined(statement: ast.stmt) -> Iterator[str]:
+    """Names that a statement of a module defines."""
+    if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        yield statement.name
+    elif isinstance(statement, (ast.Import, ast.ImportFrom)):
+        for alias in statement.names:
+            yield alias.asname or alias.name.partition(".")[0]
+    elif isinstance(statement, (ast.Assign, ast.AnnAssign)):
+        targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+        for target in targets:
+            yield from (node.id for node in ast.walk(target) if isinstance(node, ast.Name))
+
+
+def _ours(module: str, body: Iterable[ast.stmt]) -> tuple[str, ...]:
+    """Modules of this package, or of the plugin's that ``module`` lies in, that some statements
+    import, in functions too.
+    """
+    roots = {"pipeline", module.partition(".")[0]}
+    found: set[str] = set()
+    for statement in body:
+        for node in ast.walk(statement):
+            found |= {
+                name for name in _imported(module, node, roots) if name.partition(".")[0] in roots
+            }
+    found -= {module}
+    return tuple(sorted(found))
+
+
+def _imported(module: str, node: ast.AST, roots: set[str]) -> Iterator[str]:
+    """Modules that an import statement names; other packages' members are not told from their
+    modules.
+    """
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        file = _file(module)
+        is_package = file is not None and file.name == "__init__.py"
+        package = module if is_package else module.rpartition(".")[0]
+        above = package.rsplit(".", node.level - 1)[0] if node.level else ""
+        start = ".".join(part for part in (above, node.module) if part)
+        for alias in node.names:
+            inner = f"{start}.{alias.name}"
+            yield inner if start.partition(".")[0] in roots and _file(inner) else start
+
+
+# ---------------------------------------------------------------- a hash of normalised source
+
+
+def source_hash(text: str | bytes) -> str:
+    """Hash of Python source with comments, docstrings and formatting left out; the same on every
+    version of Python that reads it.
+    """
+    return _hash(ast.parse(text).body)
+
+
+def _hash(body: Iterable[ast.stmt]) -> str:
+    words: list[str] = []
+    imports: set[str] = set()
+    for statement in body:
+        _tell(statement, words, imports)
+    return hashlib.sha256("\n".join([*sorted(imports), *words]).encode()).hexdigest()[:12]
+
+
+@cache
+def _fields(kind: type[ast.AST]) -> tuple[str, ...]:
+    return tuple(sorted(name for name in kind._fields if name != "type_comment"))
+
+
+def _tell(node: Any, words: list[str], imports: set[str]) -> None:
+    """Append a syntax tree as words, without what does nothing.
+
+    Fields that are empty are left out, as later versions of Python have more of them. Imports are
+    taken out of their places, since their order says nothing, and collected.
+    """
+    if isinstance(node, ast.Constant):
+        words.append(f"{type(node.value).__name__} {node.value!a}")
+    elif isinstance(node, (ast.Import, ast.ImportFrom)):
+        start = (
+            f"from {'.' * node.level}{node.module or ''} "
+            if isinstance(node, ast.ImportFrom)
+            else ""
+        )
+        imports |= {
+            f"{start}import {alias.name} as {alias.asname or alias.name}" for alias in node.names
+        }
+    elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+        pass  # a docstring, of a module, a class, a function or a constant, or an ellipsis
+    elif isinstance(node, (ast.Pass, ast.expr_context)):
+        pass
+    elif isinstance(node, ast.JoinedStr):
+        words.append("(JoinedStr")
+        for value in _joined(node.values):
+            _tell(value, words, imports)
+        words.append(")")
+    elif isinstance(node, ast.AST):
+        words.append(f"({type(node).__name__}")
+        for name in _fields(type(node)):
+            _tell_field(name, getattr(node, name, None), words, imports)
+        words.append(")")
+    else:
+        words.append(ascii(node))  # a name, a number of dots, or the None of a dictionary's key
+
+
+def _joined(values: list[ast.expr]) -> list[ast.expr]:
+    """The parts of a formatted string with the texts that stand side by side put together and empty
+    ones left out: versions of Python cut them differently.
+    """
+    out: list[ast.expr] = []
+    for value in values:
+        last = out[-1] if out else None
+        if isinstance(last, ast.Constant) and isinstance(value, ast.Constant):
+            out[-1] = ast.Constant(f"{last.value}{value.value}")
+        else:
+            out.append(value)
+    return [value for value in out if getattr(value, "value", None) != ""]
+
+
+def _tell_field(name: str, value: Any, words: list[str], imports: set[str]) -> None:
+    before = len(words)
+    words.append(f".{name}")
+    if isinstance(value, list):
+        for item in value:
+            _tell(item, words, imports)
+    elif value is not None:
+        _tell(value, words, imports)
+    if len(words) == before + 1:
+        words.pop()

@@ -1,0 +1,959 @@
+"""The job: its parts typed and frozen, what they refuse, and their JSON Schema. `jobfile` reads it
+from YAML, and has the rules of the text.
+
+Nothing here imports torch or Ray: every mistake of a job file is reported at once, before anything
+starts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    Field,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+from pipeline.config import registry
+from pipeline.io import s3, storage
+
+STARTS = ("bundle:", "file:", "file-by-order:", "hf:", "hf-hub:", "timm-hub:")
+"""Prefixes of an existing checkpoint: a bundle, a safetensors or state-dict file (by its names, or
+by order and shape where they differ), a Hugging Face folder, a name on the hub.
+"""
+HUBS = ("hf-hub", "timm-hub")
+"""Prefixes that name no place on a disk."""
+
+
+class JobError(ValueError):
+    """Everything that is wrong with a job file, one line a problem."""
+
+    def __init__(self, problems: list[str]):
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+class Spec(registry.Strict):
+    """Base of every part of a job: frozen, an undeclared field is refused, and true and false are
+    no numbers.
+    """
+
+
+Whole = Annotated[int, BeforeValidator(registry.no_truth)]
+Number = Annotated[float, BeforeValidator(registry.no_truth)]
+"""Numbers in lists: pydantic alone would read true as 1."""
+
+
+def _refuse(problems: list[tuple[tuple[str | int, ...], str]]) -> None:
+    """Raise what is wrong with parts of a spec, each at its own place in it."""
+    if problems:
+        raise ValidationError.from_exception_data(
+            "job",
+            [
+                InitErrorDetails(
+                    type=PydanticCustomError("value_error", "{text}", {"text": text}),
+                    loc=loc,
+                    input={},
+                )
+                for loc, text in problems
+            ],
+        )
+
+
+class Plug(Spec):
+    """A registered name with its options: ``full`` or ``{lp_ft: {probe_share: 0.3}}``."""
+
+    name: str = Field(description="a registered name")
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="the options that this name declares"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, value):
+        if isinstance(value, str):
+            return {"name": value}
+        if isinstance(value, dict) and len(value) == 1 and "name" not in value:
+            ((name, options),) = value.items()
+            return {"name": name, "options": options or {}}
+        if isinstance(value, dict) and set(value) <= {"name", "options"}:
+            return value
+        raise ValueError("write a name, or one name with its options: {name: {option: value}}")
+
+    def __str__(self) -> str:
+        return self.name + (json.dumps(self.options, sort_keys=True) if self.options else "")
+
+
+Uris = str | list[str]
+
+
+def _fraction(value: float | int) -> float | int:
+    if not value > 0 or (isinstance(value, float) and value > 1):
+        raise ValueError(
+            "a share is above 0 and at most 1.0; rows per class are an integer of at least 1"
+        )
+    return value
+
+
+class Data(Spec):
+    """Where rows come from and what they mean. Either ``uri`` (split here or by a column) or
+    ``train`` with its own files.
+    """
+
+    uri: Uris | None = Field(
+        None,
+        description="file, folder, glob or list of them, local or s3://; split by split_column or "
+        "by the fractions",
+    )
+    train: Uris | None = Field(
+        None, description="files of the training split, when the data come split"
+    )
+    validation: Uris | None = Field(
+        None, description="files of the validation split; absent: validation_fraction of train"
+    )
+    test: Uris | None = Field(None, description="files of the test split")
+    modality: Plug = Field(description="image, text, ...: how a row becomes tensors")
+    columns: dict[str, str] = Field(
+        default_factory=dict,
+        description="role to column name, e.g. {image: image, label: label}, for the roles that "
+        "modality and objective read",
+    )
+    format: Literal[
+        "auto", "parquet", "images", "audio", "jsonl", "csv", "text", "paragraphs", "documents"
+    ] = Field(
+        "auto",
+        description="auto: by file name; recordings longer than 30 s are cut at silence (audio); "
+        "plain text is read as a row a line (text), as "
+        "rows parted by blank lines (paragraphs), or as a row a file (documents)",
+    )
+    identity: Literal["content", "stat"] = Field(
+        "content",
+        description="how a changed file is found: content: every file, and every file that a row "
+        "names, is read once and hashed; stat: by size "
+        "and time of change alone, for corpora that are too large to be read twice",
+    )
+    where: dict[str, list[str | int | float | bool]] = Field(
+        default_factory=dict, description="keep rows whose column holds one of these values"
+    )
+    split_column: str | None = Field(
+        None, description="a column that names each row's split; it is obeyed"
+    )
+    split_values: dict[Literal["train", "validation", "test"], list[str]] = Field(
+        default_factory=lambda: {
+            "train": ["train"],
+            "validation": ["validation", "valid", "val", "dev"],
+            "test": ["test"],
+        },
+        description="which values of split_column mean which split; a split that is left out is "
+        "the rows of its own name, unless they are another's",
+    )
+    validation_fraction: float = Field(
+        0.1,
+        ge=0,
+        lt=1,
+        description="share of train held out (by hash of the row or group) when no validation is "
+        "given",
+    )
+    test_fraction: float = Field(
+        0.0, ge=0, lt=1, description="share held out as test when no test is given"
+    )
+    group: str | None = Field(
+        None, description="a column (patient, speaker) whose values never cross splits"
+    )
+    more: list[Data] = Field(
+        default_factory=list,
+        description="further corpora, their splits joined to these: columns of the same names and "
+        "types",
+    )
+    weight: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="sources with more corpora: share of the training rows that is drawn from "
+        "this one, relative to "
+        "the others' weights, whatever their sizes; each corpus comes whole in every epoch of "
+        "its own; all have a weight or none; validation is unweighted",
+    )
+    max_bad_rows: float = Field(
+        0.01,
+        ge=0,
+        le=1,
+        description="share of rows that may be undecodable, or not to be learned from, before the "
+        "run stops",
+    )
+    decode: Literal["auto", "memory", "workers", "train", "device"] = Field(
+        "auto",
+        description="where rows are decoded: once into shared memory, in Ray Data workers, in the "
+        "train worker itself, or (images) on its device, "
+        "a GPU's own JPEG decoder; auto: sources in Ray Data workers, targets in memory when "
+        "they fit; workers and device: sources only",
+    )
+    shuffle: Literal["auto", "rows", "blocks"] = Field(
+        "auto",
+        description="order of the training rows. rows: a full permutation; blocks: row groups "
+        "permuted, rows permuted inside; auto: rows up to "
+        "256 MiB of files and for a target that lies in memory, else blocks",
+    )
+
+    @model_validator(mode="after")
+    def _one_origin(self):
+        if (self.uri is None) == (self.train is None):
+            raise ValueError(
+                "give either uri (one set of files) or train (with validation and test), not both"
+            )
+        if self.train is None and (self.validation or self.test):
+            raise ValueError(
+                "validation and test files need train; with uri use split_column or the fractions"
+            )
+        problems: list[tuple[tuple[str | int, ...], str]] = []
+        if self.validation is not None and self.validation_fraction:
+            problems += _meaningless(
+                self,
+                ["validation_fraction"],
+                (),
+                "nothing is held out where validation files are given",
+            )
+        if self.test is not None:
+            problems += _meaningless(
+                self, ["test_fraction"], (), "nothing is held out where test files are given"
+            )
+        if self.split_column is None:
+            problems += _meaningless(
+                self, ["split_values"], (), "they are values of split_column, and there is none"
+            )
+        _refuse(problems)
+        named = [value for values in self.split_values.values() for value in values]
+        if twice := sorted({value for value in named if named.count(value) > 1}):
+            raise ValueError(
+                f"split_values: {', '.join(twice)} stands twice; a row lies in one split"
+            )
+        return self
+
+    @property
+    def weights(self) -> tuple[float | None, ...]:
+        """Those of the first corpus and of each that is joined to it."""
+        return (self.weight, *(part.weight for part in self.more))
+
+    def values_of(self, split: str) -> list[str]:
+        """The values of ``split_column`` that mean a split."""
+        others = {
+            value for name, values in self.split_values.items() if name != split for value in values
+        }
+        # type: ignore[call-overload]
+        return self.split_values.get(split, [value for value in (split,) if value not in others])
+
+    @model_validator(mode="after")
+    def _joinable(self):
+        problems: list[tuple[tuple[str | int, ...], str]] = []
+        for i, part in enumerate(self.more):
+            if part.more:
+                problems.append(
+                    (
+                        ("more", i, "more"),
+                        "corpora are joined to the first one alone: list all of them there",
+                    )
+                )
+            if part.modality.name != self.modality.name or part.modality.options not in (
+                {},
+                self.modality.options,
+            ):
+                text = (
+                    f"it is {part.modality}, that of the first rows {self.modality}; joined rows "
+                    "are read alike, say the same"
+                )
+                problems.append((("more", i, "modality"), text))
+            if part.columns not in ({}, self.columns):
+                problems.append(
+                    (
+                        ("more", i, "columns"),
+                        f"they are {part.columns}, those of the first rows {self.columns}: "
+                        "leave them out, or say the same",
+                    )
+                )
+        lacking = [i for i, weight in enumerate(self.weights) if weight is None]
+        if 0 < len(lacking) <= len(self.more):
+            problems += [
+                (
+                    (*(("more", i - 1) if i else ()), "weight"),
+                    "other corpora of these rows have a weight: give this one its own, or none of "
+                    "them any",
+                )
+                for i in lacking
+            ]
+        _refuse(problems)
+        return self
+
+
+class Train(Spec):
+    """How long and how to train. One loop reads it, for pretraining and for every fine-tune."""
+
+    steps: int | None = Field(None, ge=1, description="optimiser steps; give steps or epochs")
+    epochs: float | None = Field(
+        None, gt=0, description="passes over the training rows; give steps or epochs"
+    )
+    global_batch: int = Field(
+        64, ge=1, description="rows a step over all ranks; the same at any number of ranks"
+    )
+    batch_cost: float | None = Field(
+        None,
+        gt=0,
+        description="in the place of global_batch: a step takes rows of like length, as many as "
+        "cost so much "
+        "in all when padded to the longest (audio: seconds)",
+    )
+    micro_batch: int | None = Field(
+        None,
+        ge=1,
+        description="rows a forward pass on one rank; gradients are accumulated; none: all at once",
+    )
+    canonical_shards: int | None = Field(
+        None,
+        ge=1,
+        description="independent row orders that ranks share out; none: 8, or the most ranks if "
+        "more",
+    )
+    optimizer: Literal["adamw", "sgd"] = Field(
+        "adamw", description="adamw (fused) or sgd with momentum (fused)"
+    )
+    lr: float = Field(1e-3, gt=0, description="peak learning rate")
+    momentum: float = Field(0.9, ge=0, lt=1, description="sgd momentum")
+    beta1: float = Field(0.9, ge=0, lt=1, description="adamw beta 1")
+    beta2: float = Field(0.999, ge=0, lt=1, description="adamw beta 2")
+    weight_decay: float = Field(
+        0.05,
+        ge=0,
+        description="decoupled, with sgd too (SGDW); not on norms, biases and other vectors",
+    )
+    warmup: float = Field(0.1, ge=0, le=1, description="share of the steps with linear warm-up")
+    schedule: Literal["cosine", "constant"] = Field("cosine", description="after the warm-up")
+    clip_norm: float | None = Field(
+        1.0, gt=0, description="largest global gradient norm; null: off"
+    )
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="auto: bf16 autocast on a GPU that has it, else fp32"
+    )
+    compile: bool = Field(False, description="torch.compile the backbone and its objective")
+    channels_last: bool = Field(
+        False, description="channels-last memory format for convolutions (GPU)"
+    )
+    ema: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="decay of an exponential moving average of the weights, used for evaluation "
+        "and the bundle",
+    )
+    augment: bool = Field(
+        True, description="the modality's augmentation, on the device, seeded by row"
+    )
+    eval_every_steps: int | None = Field(
+        None, ge=1, description="validate every so many steps; none: five times a run"
+    )
+    checkpoint_every_steps: int | None = Field(
+        None, ge=1, description="write a resume point every so many steps; none: every 1000"
+    )
+    checkpoint_every_minutes: float | None = Field(
+        10.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="write a resume point too when the newest is so many minutes old; null: by "
+        "steps alone",
+    )
+    log_every_steps: int = Field(10, ge=1, description="write metrics every so many steps")
+    keep: Literal["best", "last"] = Field(
+        "best", description="which weights the bundle holds: best by validation, or last"
+    )
+    max_bad_steps: int = Field(
+        5, ge=1, description="non-finite steps in a row (each is skipped) before the run stops"
+    )
+    trace_rows: bool = Field(
+        False,
+        description="write the row ids of every step beside the metrics (an audit of the data "
+        "order); local storage only",
+    )
+
+    @model_validator(mode="after")
+    def _one_length(self):
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("give steps or epochs, not both")
+        if self.batch_cost is not None and "global_batch" in self.model_fields_set:
+            raise ValueError(
+                "give global_batch (rows a step) or batch_cost (what the rows of a step cost "
+                "in all), not both"
+            )
+        unread = ("momentum",) if self.optimizer == "adamw" else ("beta1", "beta2")
+        _refuse(
+            _meaningless(
+                self, unread, (), f"the optimizer is {self.optimizer}, which does not read it"
+            )
+        )
+        return self
+
+
+_INTEGER = (int, int | None)
+_CHANGE_NOTHING = {"log_every_steps", "checkpoint_every_steps", "checkpoint_every_minutes"}
+NUMERIC = tuple(
+    name
+    for name, field in Train.model_fields.items()
+    if field.annotation in (*_INTEGER, float, float | None) and name not in _CHANGE_NOTHING
+)
+"""Fields of train that can be searched: numbers that change what is learned."""
+
+
+def drawn(train: Train, hyper: Mapping[str, Any]) -> Train:
+    """The train spec with some fields set: steps take the place of epochs, and epochs that of
+    steps.
+
+    Raises ValidationError for an unknown field or a value that its field does not take.
+    """
+    lengths = ("steps", "epochs") if {"steps", "epochs"} & hyper.keys() else ()
+    own = train.model_dump(exclude=None if train.batch_cost is None else {"global_batch"})
+    return Train.model_validate({**own, **dict.fromkeys(lengths), **hyper})
+
+
+def rounded(name: str, value: float) -> float:
+    """A value of a search as it is drawn: whole for a field of whole numbers, else of six
+    digits.
+    """
+    return (
+        round(value) if Train.model_fields[name].annotation in _INTEGER else float(f"{value:.6g}")
+    )
+
+
+def search_problems(
+    search: Mapping[str, list[float]], trains: Iterable[Train]
+) -> list[tuple[str, str]]:
+    """(field, what is wrong) of every end of a range and every choice that the train spec of some
+    target does not take.
+    """
+    specs = list(trains) or [Train.model_validate({})]
+    out: dict[tuple[str, str], None] = {}
+    for name, values in search.items():
+        for value in values:
+            draw = rounded(name, value)
+            for train in specs:
+                try:
+                    drawn(train, {name: draw})
+                except ValidationError as error:
+                    shown = f"{value}" if draw == value else f"{value} (drawn as {draw})"
+                    out[
+                        name,
+                        f"{shown} is refused: "
+                        f"{error.errors()[0]['msg'].removeprefix('Value error, ')}",
+                    ] = None
+    return list(out)
+
+
+def changed_fields(spec: BaseModel) -> set[str]:
+    """Names of the fields that do not have their default value.
+
+    A field that means nothing where it stands is refused when it is changed: a spec that was
+    written out whole by a program holds every field, and its defaults harm nobody.
+    """
+    defaults = {
+        name: field.get_default(call_default_factory=True)
+        for name, field in type(spec).model_fields.items()
+    }
+    return {name for name, default in defaults.items() if getattr(spec, name) != default}
+
+
+def _meaningless(
+    spec: BaseModel, fields: Iterable[str], at: tuple[str | int, ...], why: str
+) -> list[tuple[tuple[str | int, ...], str]]:
+    """A problem of each of the fields that is changed although nothing would read it."""
+    return [
+        ((*at, name), f"{why}: leave it out") for name in sorted(changed_fields(spec) & set(fields))
+    ]
+
+
+def _weighted(data: Data | None, at: str, why: str) -> list[tuple[tuple[str | int, ...], str]]:
+    """A problem of every weight in a data spec whose corpora are not drawn from by weights."""
+    given = data.weights if data is not None else ()
+    return [
+        (
+            (at, *(("more", i - 1) if i else ()), "weight"),
+            f"weights mix the corpora of a source; {why}: leave it out",
+        )
+        for i, weight in enumerate(given)
+        if weight is not None
+    ]
+
+
+class Source(Spec):
+    """What to pretrain, or an existing checkpoint to start from (then data and train may be left
+    out).
+    """
+
+    data: Data | None = Field(None, description="the source corpus")
+    backbone: Plug = Field(
+        description="library/model, e.g. timm/resnet18 or {transformers/bert: {layers: 4}}; or "
+        "bundle:URI, hf:FOLDER, hf-hub:NAME, "
+        "timm-hub:NAME"
+    )
+    init: str | None = Field(
+        None,
+        description="weights to start from: bundle:URI, file:PATH (safetensors or state dict), "
+        "hf:FOLDER; file-by-order:PATH "
+        "pairs tensors by order and shape where the file's names differ",
+    )
+    modality: Plug | None = Field(
+        None,
+        description="of a checkpoint without data, how its rows are read, e.g. {image: {mean: "
+        "imagenet, std: imagenet, size: 224, crop_share: 0.9, "
+        "interpolation: bicubic}}; none: what the checkpoint says, else what timm says of its "
+        "model (a tag, timm/NAME.TAG, has its own)",
+    )
+    objective: Plug | None = Field(None, description="classification, mlm, clm, ...")
+    probe: Data | None = Field(
+        None,
+        description="labelled rows on which the backbone's features are tried at every "
+        "validation: kNN accuracy on the "
+        "validation split by the nearest training rows; columns: the input and label",
+    )
+    train: Train = Field(
+        default_factory=lambda: Train.model_validate({}), description="how to pretrain"
+    )
+    workers: int | tuple[Whole, Whole] = Field(1, description="DDP ranks; [2, 8] is elastic")
+    cpus_per_worker: float | None = Field(
+        None, gt=0, description="logical CPUs a rank; none: by the machine"
+    )
+    gpus_per_worker: float | None = Field(
+        None, ge=0, description="GPUs a rank; none: 1 when the cluster has GPUs"
+    )
+    max_failures: int = Field(
+        3, ge=-1, description="restarts from the last checkpoint before giving up; -1: without end"
+    )
+
+    @model_validator(mode="after")
+    def _whole(self):
+        if self.data is not None and self.objective is None:
+            raise ValueError(
+                "a source with data needs an objective (classification, mlm, clm, ...)"
+            )
+        if self.data is not None and self.modality is not None:
+            _refuse(
+                [
+                    (
+                        ("modality",),
+                        "it is for a checkpoint without data; these data say how their rows "
+                        "are read (data.modality): leave it out",
+                    )
+                ]
+            )
+        if self.data is None and self.init is None and not self.backbone.name.startswith(STARTS):
+            raise ValueError(
+                "a source needs data to pretrain on, or a checkpoint: init, or a backbone "
+                f"that starts with {', '.join(STARTS)}"
+            )
+        if self.init is not None and self.backbone.name.startswith(STARTS):
+            raise ValueError(
+                f"init {self.init} and backbone {self.backbone.name} are both checkpoints: "
+                "start from one of them; beside init the backbone is "
+                "library/model"
+            )
+        if self.probe is not None and (
+            self.data is None or self.probe.modality.name != self.data.modality.name
+        ):
+            raise ValueError(
+                "a probe tries the backbone while it is pretrained: it needs data beside it, "
+                "and the same modality"
+            )
+        problems = (
+            [
+                (
+                    ("data", "weight"),
+                    "it tells how often a corpus is drawn from beside others (data.more), and "
+                    "here is one: leave it out",
+                )
+            ]
+            if self.data and self.data.weight is not None and not self.data.more
+            else []
+        )
+        if self.probe is not None:
+            problems += _meaningless(
+                self.probe,
+                ["decode", "shuffle"],
+                ("probe",),
+                "the rows of a probe are decoded into memory, and never shuffled",
+            )
+            problems += _meaningless(
+                self.probe,
+                ["test_fraction"],
+                ("probe",),
+                "a probe has training and validation rows",
+            )
+        if self.data is None:
+            unread = (
+                "objective",
+                "train",
+                "workers",
+                "cpus_per_worker",
+                "gpus_per_worker",
+                "max_failures",
+            )
+            problems += _meaningless(
+                self,
+                unread,
+                (),
+                "a source without data is a checkpoint as it is, and nothing is trained",
+            )
+        _refuse([*problems, *_weighted(self.probe, "probe", "the rows of a probe are read whole")])
+        low, high = self.worker_range
+        if not 1 <= low <= high:
+            raise ValueError(
+                f"workers {self.workers} must be at least 1, and [fewest, most] when elastic"
+            )
+        return self
+
+    @property
+    def worker_range(self) -> tuple[int, int]:
+        return (self.workers, self.workers) if isinstance(self.workers, int) else self.workers
+
+
+class Target(Spec):
+    """One task to adapt the backbones to."""
+
+    data: Data = Field(description="the target's rows")
+    objective: Plug = Field(description="classification, ...")
+    metric: str | None = Field(None, description="primary metric; none: the objective's first")
+    label_fractions: list[
+        Annotated[float | int, BeforeValidator(registry.no_truth), AfterValidator(_fraction)]
+    ] = Field(
+        default_factory=lambda: [1.0],
+        description="floats: shares (stratified, nested), 1.0 is all; integers: rows a class",
+    )
+    sources: list[str] | None = Field(
+        None, description="which sources to adapt; none: all of the same modality"
+    )
+    techniques: list[Plug] | None = Field(
+        None, description="techniques for this target alone; none: the job's"
+    )
+    train: Train = Field(
+        default_factory=lambda: Train.model_validate({}), description="how to fine-tune"
+    )
+    drop_overlap: Literal["none", "exact", "near", "group"] = Field(
+        "none",
+        description="leave out test rows that also stand in a source's training rows: exact: the "
+        "same bytes, or another cut of the same record; "
+        "near: also images that are nearly the same by a perceptual hash; group: also rows "
+        "whose group (patient, speaker) stands there; all are counted",
+    )
+    subgroups: list[str] = Field(
+        default_factory=list,
+        description="columns of the test rows (sex, age_band, static.CareUnit) by whose values "
+        "the report and "
+        "the results tell the primary metric apart",
+    )
+    workers: int = Field(
+        0, ge=0, description="DDP ranks of one trial; 0: inside the trial's own process"
+    )
+
+    @model_validator(mode="after")
+    def _one_row_beside_shares(self):
+        """An integer 1 beside shares is nearly always meant as all rows, and would be one row a
+        class; where 1.0 stands there too, it is not.
+        """
+        fractions = self.label_fractions
+        shares = [fraction for fraction in fractions if isinstance(fraction, float)]
+        mistaken = [
+            place
+            for place, fraction in enumerate(fractions)
+            if isinstance(fraction, int) and fraction == 1
+        ]
+        if shares and 1.0 not in shares and mistaken:
+            problem = (
+                "1 is one row of each class here, and values beside it are shares: write 1.0 "
+                "for all rows (with 1.0 in the list, 1 is taken as one row "
+                "of each class)"
+            )
+            _refuse([(("label_fractions", place), problem) for place in mistaken])
+        return self
+
+    @model_validator(mode="after")
+    def _unweighted(self):
+        _refuse(
+            _weighted(
+                self.data,
+                "data",
+                "a target's rows are trained on as they are, and its label fractions are "
+                "shares of them",
+            )
+        )
+        return self
+
+
+class Select(Spec):
+    """Fan out only the sources with the best transferability score."""
+
+    score: Literal["logme", "knn"] = Field(
+        "logme", description="transferability score on the target's training features"
+    )
+    top: int = Field(2, ge=1, description="how many sources to keep for each target")
+
+
+class Finalists(Spec):
+    """How the best draws of a search are tried again before one of them is chosen, the same for
+    scratch.
+    """
+
+    top: int = Field(
+        3,
+        ge=1,
+        description="how many of a cell's best draws are tried again; 1: none, the best with one "
+        "seed is chosen",
+    )
+    seeds: int = Field(
+        2,
+        ge=0,
+        description="further seeds for each of them; the draw with the best mean over all its "
+        "seeds on validation goes on",
+    )
+
+    def further_trials(self, draws: int) -> int:
+        """Trials of a cell beyond its ``draws``."""
+        tried_again = min(self.top, draws)
+        return tried_again * self.seeds if tried_again > 1 else 0
+
+
+def _searchable(name: str) -> str:
+    if name not in Train.model_fields:
+        raise ValueError(f"unknown field of train; {registry.nearest(name, NUMERIC)}")
+    if name not in NUMERIC:
+        raise ValueError(
+            f"{name} of train is no number and cannot be searched; these can: {', '.join(NUMERIC)}"
+        )
+    return name
+
+
+class Fanout(Spec):
+    """How the trials are drawn and run."""
+
+    seeds: int = Field(
+        3,
+        ge=1,
+        description="final runs of every cell; a seed changes initialisation, row order and label "
+        "subset",
+    )
+    trials: int = Field(
+        1,
+        ge=1,
+        description="hyper-parameter draws of every cell from search, the same for scratch; the "
+        "best on validation goes on (search_finalists)",
+    )
+    search: dict[Annotated[str, AfterValidator(_searchable)], list[Number]] = Field(
+        default_factory=dict,
+        json_schema_extra={"propertyNames": {"enum": list(NUMERIC)}},
+        description="numeric field of train to [low, high] (log-uniform), or to 3 or more values "
+        "to choose from; needs trials above 1; "
+        "steps drawn take the place of a target's epochs, and the other way round",
+    )
+    search_finalists: Finalists = Field(
+        default_factory=lambda: Finalists.model_validate({}),
+        description="the best few draws of a search are tried again with further seeds before one "
+        "is "
+        "chosen: chosen by one seed, hyper-parameters are partly luck, which the interval of "
+        "a gain cannot know of. top: 1 turns it off",
+    )
+    scheduler: Literal["fifo", "asha"] = Field(
+        "fifo", description="asha stops the worse search trials of a cell early"
+    )
+    gpus_per_trial: float | None = Field(
+        None, ge=0, description="share of a GPU for one trial; none: 0.25 when there are GPUs"
+    )
+    cpus_per_trial: float = Field(1.0, gt=0, description="logical CPUs of one trial")
+    max_concurrent_trials: int | None = Field(
+        None, ge=1, description="none: what the resources allow"
+    )
+    trial_timeout_minutes: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="a trial that runs longer is ended and fails, the others go on; none: no "
+        "limit. Of a "
+        "trial on several ranks the time counts from when the first rank has its place",
+    )
+    silence_timeout_minutes: float | None = Field(
+        30.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="a trial that takes no step and reads no batch for so long is ended and "
+        "fails, the others go on; "
+        "null: it may hang for ever",
+    )
+    select: Select | None = Field(
+        None, description="keep only the best-scored sources of each target"
+    )
+    keep_bundles: Literal["best", "all", "none"] = Field(
+        "best",
+        description="fine-tuned bundles kept: the best seed of each cell on validation, all, or "
+        "none",
+    )
+
+    @model_validator(mode="after")
+    def _ranges(self):
+        problems: list[tuple[tuple[str | int, ...], str]] = []
+        for name, values in self.search.items():
+            if not all(map(math.isfinite, values)):
+                problems.append((("search", name), f"{values}: every value must be finite"))
+            elif len(values) == 2 and not 0 < values[0] <= values[1]:
+                problems.append(
+                    (("search", name), f"{values} must be [low, high] with 0 < low <= high")
+                )
+            elif len(values) < 2:
+                problems.append((("search", name), "give [low, high] or three or more values"))
+        if {"steps", "epochs"} <= self.search.keys():
+            problems.append((("search", "epochs"), "search steps or epochs, not both"))
+        if self.trials > 1 and not self.search:
+            problems.append(
+                (
+                    ("trials",),
+                    "trials above 1 needs search: a field of train with its range, e.g. {lr: "
+                    "[1e-4, 1e-2]}",
+                )
+            )
+        if self.trials == 1:
+            nothing = "trials is 1, so that nothing is drawn"
+            problems += _meaningless(self, ["search_finalists"], (), nothing)
+            problems += _meaningless(
+                self, ["scheduler"], (), f"{nothing}, and asha stops draws alone"
+            )
+        _refuse(problems)
+        return self
+
+
+class Job(Spec):
+    """One job file: sources x targets x techniques x seeds, as one table."""
+
+    name: str = Field(
+        description="names the folder under storage", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
+    )
+    storage: str = Field(
+        "runs",
+        description="a folder (relative to the current one), file:///folder or s3://bucket/prefix",
+    )
+    seed: int = Field(0, ge=0, description="everything random follows from it")
+    sources: dict[str, Source] = Field(
+        description="what to pretrain on, or existing checkpoints", min_length=1
+    )
+    targets: dict[str, Target] = Field(default_factory=dict, description="the tasks")
+    techniques: list[Plug] = Field(
+        default_factory=lambda: [Plug(name=n) for n in ("scratch", "linear_probe", "full")],
+        description="how to adapt; scratch is always added",
+    )
+    fanout: Fanout = Field(
+        default_factory=lambda: Fanout.model_validate({}), description="seeds, search and resources"
+    )
+
+    @model_validator(mode="after")
+    def _fits_together(self):
+        problems: list[tuple[tuple[str | int, ...], str]] = [
+            (
+                ("targets", name, "sources", i),
+                f"unknown source {source!r}; {registry.nearest(source, self.sources)}",
+            )
+            for name, target in self.targets.items()
+            for i, source in enumerate(target.sources or ())
+            if source not in self.sources
+        ]
+        several = [name for name, target in self.targets.items() if target.workers]
+        if self.fanout.scheduler == "asha":
+            problems += [
+                (
+                    ("targets", name, "workers"),
+                    "asha stops no trial of several ranks: say fanout.scheduler fifo, or workers 0",
+                )
+                for name in several
+            ]
+        found = search_problems(
+            self.fanout.search, (target.train for target in self.targets.values())
+        )
+        _refuse(problems + [(("fanout", "search", field), text) for field, text in found])
+        return self
+
+    @property
+    def root(self) -> str:
+        """Folder of this job's runs, absolute: Ray's workers have current folders of their own."""
+        remote, path = s3.split(self.storage)
+        return storage.join(self.storage if remote else os.path.abspath(path), self.name)
+
+
+def spec_hash(*parts: Any) -> str:
+    """12 hex digits of SHA-256 over the canonical JSON of the parts (specs or plain values)."""
+    plain = [
+        part.model_dump(mode="json") if isinstance(part, BaseModel) else part for part in parts
+    ]
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def schema() -> dict:
+    """JSON Schema of a job, with descriptions, for editors; registered names are listed as
+    enumerations.
+    """
+    out = Job.model_json_schema()
+    plug = out["$defs"].pop("Plug")
+    del plug
+
+    def choice(kind: str) -> dict:
+        names = registry.names(kind)
+        text: dict[str, Any] = (
+            {"type": "string", "enum": names}
+            if kind != "model"
+            else {
+                "type": "string",
+                "pattern": rf"^(({'|'.join(names)})/.+|({'|'.join(p[:-1] for p in STARTS)}):.+)$",
+            }
+        )
+        options = {
+            name: {
+                "anyOf": [registry.entry(kind, name).options.model_json_schema(), {"type": "null"}]
+            }
+            for name in names
+        }
+        table = {"type": "object", "minProperties": 1, "maxProperties": 1}
+        if kind == "model":
+            table["additionalProperties"] = False
+            table["patternProperties"] = {f"^{name}/": value for name, value in options.items()}
+            table["patternProperties"][rf"^({'|'.join(p[:-1] for p in STARTS)}):"] = {
+                "anyOf": list(options.values())
+            }  # the checkpoint tells which
+        else:
+            table |= {"properties": options, "additionalProperties": False}
+        return {"anyOf": [text, table]}
+
+    kinds = {
+        "modality": "modality",
+        "backbone": "model",
+        "objective": "objective",
+        "techniques": "technique",
+    }
+
+    def put(node: Any, field: str = "") -> Any:
+        if isinstance(node, list):
+            return [put(item, field) for item in node]
+        if not isinstance(node, dict):
+            return node
+        if node.get("$ref") == "#/$defs/Plug":
+            return {**choice(kinds[field]), **{k: v for k, v in node.items() if k == "description"}}
+        return {
+            k: (
+                {name: put(sub, name) for name, sub in v.items()}
+                if k == "properties"
+                else put(v, field)
+            )
+            for k, v in node.items()
+            if not (k == "default" and field == "techniques")
+        }
+
+    out = put(out)
+    out["$schema"], out["title"] = "https://json-schema.org/draft/2020-12/schema", "One to Many job"
+    return out

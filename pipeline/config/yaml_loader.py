@@ -1,0 +1,833 @@
+"""Reading a job file: YAML with line numbers, overrides, and every mistake at once with the nearest
+right name.
+
+The rules of the text: a doubled key is refused, ``1e-4`` is a number, a date is text, ``<<:
+*anchor`` merges (own keys win), ``${NAME}``, in values and in keys, comes from the environment,
+data paths are relative to the job file, ``storage`` to the current folder, and ``--set a.b=c``
+overrides any field.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from pipeline.config import registry
+from pipeline.config.schema import (
+    HUBS,
+    STARTS,
+    Data,
+    Fanout,
+    Job,
+    JobError,
+    Plug,
+    Select,
+    Source,
+    Spec,
+    Target,
+    Train,
+    search_problems,
+)
+from pipeline.config.schema import schema as schema
+from pipeline.io import storage
+
+# ---------------------------------------------------------------- reading the text
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as its users mean it: 1e-4 is a number, 2026-10-01 is text."""
+
+    visited = 0
+
+    def visit(self) -> None:
+        """Count a value. Raises YAMLError from `MOST_VALUES` on."""
+        self.visited += 1
+        if self.visited > MOST_VALUES:
+            raise yaml.YAMLError(
+                f"more than {MOST_VALUES} values, once its aliases (*name) are written out; "
+                "write fewer"
+            )
+
+
+_YAML = "tag:yaml.org,2002:"
+_Loader.yaml_implicit_resolvers = {
+    key: [(tag, expression) for tag, expression in value if tag != f"{_YAML}timestamp"]
+    for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    f"{_YAML}float",
+    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+Path_ = tuple[str | int, ...]
+MOST_DEEP = 64
+MOST_VALUES = 100_000
+"""Values of a job file once its aliases are written out: a few lines of aliases of aliases can
+stand for 10^8.
+"""
+LONG_VALUE = 4
+"""Letters from which on a variable's value is hidden wherever it stands in an error; a shorter one
+where it is the whole value.
+"""
+_VARIABLE = re.compile(r"\$\{(\w+)\}")
+OF_ALL = ("decode", "shuffle", "max_bad_rows")
+"""Fields of data that hold for all joined corpora."""
+PLACES = {"text": ("tokenizer",), "ctc": ("lm",)}
+"""Options of modalities and objectives that name a place: relative to the job file, as data are."""
+
+
+def _plain(
+    node: yaml.Node,
+    loader: _Loader,
+    path: Path_,
+    lines: dict[Path_, int],
+    problems: list[tuple[int, str]],
+) -> Any:
+    lines[path] = node.start_mark.line + 1
+    loader.visit()
+    if len(path) > MOST_DEEP:
+        raise yaml.YAMLError("nested too deeply, or an alias that holds itself")
+    if isinstance(node, yaml.MappingNode):
+        out: dict[str, Any] = {}
+        for key, (line, value_node) in _pairs(node, path, problems, loader).items():
+            out[key] = _plain(value_node, loader, (*path, key), lines, problems)
+            lines[(*path, key)] = line
+        return out
+    if isinstance(node, yaml.SequenceNode):
+        return [
+            _plain(child, loader, (*path, i), lines, problems) for i, child in enumerate(node.value)
+        ]
+    try:
+        value = loader.construct_object(node)
+    except (
+        ValueError,
+        LookupError,
+        AttributeError,
+    ) as error:  # a text that looks like what it is not, or a tag that does not fit
+        problems.append(
+            (
+                lines[path],
+                f"{_dots(path)}: {node.value!r} is no {node.tag.removeprefix(_YAML)} "
+                f"({error}); put it in quotes if it is text",
+            )
+        )
+        return node.value
+    return _expand(value, lines[path], path, problems) if isinstance(value, str) else value
+
+
+def _pairs(
+    node: yaml.MappingNode,
+    path: Path_,
+    problems: list[tuple[int, str]],
+    loader: _Loader,
+    depth: int = 0,
+) -> dict[str, tuple[int, yaml.Node]]:
+    """(line, value) of every key of a mapping: its own, and below them the merged ones (<<), of
+    which the first named wins.
+    """
+    own: dict[str, tuple[int, yaml.Node]] = {}
+    merged: dict[str, tuple[int, yaml.Node]] = {}
+    if depth > MOST_DEEP:
+        raise yaml.YAMLError("nested too deeply, or an alias that merges itself")
+    merges = 0
+    for key_node, value_node in node.value:
+        loader.visit()
+        line = key_node.start_mark.line + 1
+        if not isinstance(key_node, yaml.ScalarNode):
+            problems.append((line, f"{_dots(path)}: a key is a text, no list or mapping"))
+            continue
+        key, merge = _expand(key_node.value, line, path, problems), key_node.tag == f"{_YAML}merge"
+        merges += merge
+        if key in own or (merge and merges > 1):
+            problems.append(
+                (
+                    line,
+                    f"{_dots((*path, key))}: this key stands here twice; "
+                    f"{'write <<: [*one, *two]' if merge else 'remove one'}",
+                )
+            )
+        if not merge:
+            own[key] = (line, value_node)
+            continue
+        for base in value_node.value if isinstance(value_node, yaml.SequenceNode) else [value_node]:
+            if isinstance(base, yaml.MappingNode):
+                merged = {**_pairs(base, path, problems, loader, depth + 1), **merged}
+            else:
+                problems.append(
+                    (
+                        line,
+                        f"{_dots((*path, key))}: merges a mapping or a list of mappings, e.g. "
+                        "<<: *anchor",
+                    )
+                )
+    return {**merged, **own}
+
+
+def _expand(text: str, line: int, path: Path_, problems: list[tuple[int, str]]) -> str:
+    def value(match: re.Match[str]) -> str:
+        if match[1] not in os.environ:
+            problems.append(
+                (
+                    line,
+                    f"{_dots(path)}: environment variable {match[1]} is not set; set it or "
+                    "write the value",
+                )
+            )
+        return os.environ.get(match[1], match[0])  # left as it is, no other place is looked for
+
+    return _VARIABLE.sub(value, text)
+
+
+def _hidden(message: str, written: list[str]) -> str:
+    """A message with ``${NAME}`` in the place of the values that the texts in ``written`` take from
+    the environment: they may be secrets.
+    """
+    names = dict.fromkeys(
+        name for text in written for name in _VARIABLE.findall(text) if os.environ.get(name)
+    )
+    for name in sorted(names, key=lambda one: -len(os.environ[one])):
+        value = os.environ[name]
+        forms = {value, repr(value)[1:-1], os.path.normpath(value)}
+        if len(value) < LONG_VALUE:
+            message = message.replace(f"(got {value!r})", f"(got '${{{name}}}')")
+            continue
+        for form in sorted(
+            (form for form in forms if len(form) >= LONG_VALUE), key=len, reverse=True
+        ):
+            message = message.replace(form, f"${{{name}}}")
+    return message
+
+
+def _dots(path: Path_) -> str:
+    return ".".join(str(part) for part in path) or "the job"
+
+
+def _read(text: str, problems: list[tuple[int, str]]) -> tuple[Any, dict[Path_, int]]:
+    lines: dict[Path_, int] = {}
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        data = _plain(node, loader, (), lines, problems) if node else None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        tab = (
+            "; YAML is indented by spaces, this line holds a tab"
+            if mark and "\t" in text.splitlines()[min(mark.line, len(text.splitlines()) - 1)]
+            else ""
+        )
+        problems.append(
+            (
+                mark.line + 1 if mark else 1,
+                f"not valid YAML: {getattr(error, 'problem', error)}{tab}",
+            )
+        )
+        return None, lines
+    except RecursionError:  # of yaml's own reader, before anything can be counted
+        problems.append((1, "not valid YAML: nested too deeply"))
+        return None, lines
+    finally:
+        loader.dispose()
+    if not isinstance(data, dict):
+        problems.append((1, "a job is a mapping with name, sources and targets"))
+        return None, lines
+    return data, lines
+
+
+def _override(data: dict, setting: str, problems: list[tuple[int, str]]) -> Path_:
+    dotted, equals, text = setting.partition("=")
+    path = tuple(dotted.split("."))
+    if not equals or not all(path):
+        problems.append((0, f"--set {setting}: write --set a.b=value"))
+        return ()
+    inner: list[tuple[int, str]] = []
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        value = _plain(node, loader, path, {}, inner) if node else None
+    except yaml.YAMLError as error:
+        problems.append(
+            (0, f"--set {setting}: the value is not valid YAML: {getattr(error, 'problem', error)}")
+        )
+        return ()
+    except RecursionError:
+        problems.append((0, f"--set {dotted}: the value is nested too deeply"))
+        return ()
+    problems.extend((0, f"{message} (from --set {setting})") for _, message in inner)
+    steps: list[str | int] = []
+    at: Any = data
+    for i, part in enumerate(path):
+        last = i == len(path) - 1
+        if isinstance(at, list):
+            if not part.isdigit() or int(part) >= len(at):
+                problems.append(
+                    (
+                        0,
+                        f"--set {setting}: {_dots(path[:i])} is a list of {len(at)}; write its "
+                        "index",
+                    )
+                )
+                return ()
+            part = int(part)
+        elif not isinstance(at, dict):  # a plug written short: {name: {}} takes options
+            problems.append(
+                (
+                    0,
+                    f"--set {setting}: {_dots(path[:i])} is "
+                    f"{'the text ' if isinstance(at, str) else ''}{at!r}, it has no fields",
+                )
+            )
+            return ()
+        steps.append(part)
+        here: Any = at
+        if last:
+            here[part] = value
+        else:
+            if isinstance(at, dict) and at.get(part) is None:
+                here[part] = {}
+            at = here[part]
+    return tuple(steps)
+
+
+# ---------------------------------------------------------------- checks
+
+
+def _fields_at(loc: Path_) -> dict[str, Any]:
+    """Field names of the spec that a location points into, to name the nearest one."""
+    kinds: dict[str, type[Spec]] = {
+        "data": Data,
+        "probe": Data,
+        "more": Data,
+        "train": Train,
+        "fanout": Fanout,
+        "select": Select,
+    }
+    named: dict[str, type[Spec]] = {"sources": Source, "targets": Target}
+    spec: type[Spec] = named.get(str(loc[0]), Job) if len(loc) > 1 else Job
+    for part in loc[2:] if spec is not Job else loc:
+        spec = kinds.get(str(part), spec)
+    return dict(spec.model_fields)
+
+
+def _say(error: Any) -> str:
+    value, kind = error["input"], error["type"]
+    if kind == "extra_forbidden":
+        return (
+            "unknown field; "
+            f"{registry.nearest(str(error['loc'][-1]), _fields_at(tuple(error['loc'][:-1])))}"
+        )
+    if kind == "missing":
+        return "this field is required"
+    shown = (
+        ""
+        if isinstance(value, (dict, list)) or error["loc"][-1:] == ("[key]",)
+        else f" (got {value!r})"
+    )
+    return error["msg"].removeprefix("Value error, ") + shown
+
+
+def _typed_problems(error: ValidationError) -> list[tuple[Path_, str]]:
+    """Each wrong value once, at its own place: pydantic tells every member of a union, under a
+    made-up part of the path.
+    """
+    out: dict[Path_, str] = {}
+    unions: set[Path_] = set()
+    keys = {item["loc"][:-1] for item in error.errors() if item["loc"][-1:] == ("[key]",)}
+    for item in error.errors():
+        made_up = [
+            part in ("int", "float", "str", "bool", "[key]")
+            or bool(re.fullmatch(r"(tuple|list)\[.*\]", str(part)))
+            for part in item["loc"]
+        ]
+        loc = tuple(part for part, no_part in zip(item["loc"], made_up, strict=True) if not no_part)
+        if item["loc"][-1:] != ("[key]",) and any(item["loc"][: len(key)] == key for key in keys):
+            continue  # the value of a wrong key
+        out[loc] = f"{out[loc]}; or: {_say(item)}" if loc in out else _say(item)
+        if made_up[-1:] == [True]:
+            unions.add(loc)
+    inner = {loc[:n] for loc in out for n in range(len(loc))}
+    return [
+        (loc, text) for loc, text in out.items() if loc not in unions & inner
+    ]  # "no number" of a list whose second item is wrong
+
+
+def _plug_problems(kind: str, raw: Any, path: Path_) -> list[tuple[Path_, str]]:
+    try:
+        plug = Plug.model_validate(raw)
+    except ValidationError:
+        return []  # reported with its place by the typed pass
+    at = (*path, plug.name) if isinstance(raw, dict) and plug.name in raw else path
+    name = plug.name
+    if kind == "model":
+        if name.startswith(STARTS):
+            known = {
+                field
+                for library in registry.names("model")
+                for field in registry.entry("model", library).options.model_fields
+            }
+            return [
+                ((*at, one), f"unknown option of a backbone; {registry.nearest(one, known)}")
+                for one in plug.options
+                if one not in known
+            ]
+        library, slash, model = name.partition("/")
+        if not slash:
+            return [
+                (
+                    at,
+                    f"unknown backbone {name!r}: write library/model, e.g. timm/resnet18; "
+                    f"libraries: {', '.join(registry.names('model'))}",
+                )
+            ]
+        try:
+            known = registry.architectures(library)
+        except ValueError as error:
+            return [(at, str(error))]
+        model, dot, tag = model.partition(".")
+        if (
+            dot
+            and library == "timm"
+            and model in known
+            and tag not in (tags := registry.tags(model))
+        ):
+            return [
+                (at, f"timm/{model} has no weights tagged {tag!r}; {registry.nearest(tag, tags)}")
+            ]
+        if model not in known or (dot and library != "timm"):
+            model = f"{model}{dot}{tag}"
+            return [(at, f"unknown {library} model {model!r}; {registry.nearest(model, known)}")]
+        name = library
+    try:
+        options = registry.entry(kind, name).options
+    except ValueError as error:
+        return [(at, str(error))]
+    out: list[tuple[Path_, str]] = []
+    try:
+        options.model_validate(plug.options)
+    except ValidationError as error:
+        for item in error.errors():
+            text = _say(item)
+            if item["type"] == "extra_forbidden":
+                text = (
+                    f"unknown option of {plug.name}; "
+                    f"{registry.nearest(str(item['loc'][-1]), options.model_fields)}"
+                )
+            out.append(((*at, *item["loc"]), text))
+    return out
+
+
+def _input_problems(part: dict, path: Path_) -> list[tuple[Path_, str]]:
+    """What is wrong with how the rows of a checkpoint are read: its modality's options, and a tag
+    of timm where data decide.
+    """
+    out = (
+        _plug_problems("modality", part["modality"], (*path, "modality"))
+        if part.get("modality") is not None
+        else []
+    )
+    backbone = str(_name_of(part["backbone"]))
+    if backbone.startswith("timm/") and "." in backbone and part.get("data") is not None:
+        plain = backbone.partition(".")[0]
+        out.append(
+            (
+                (*path, "backbone"),
+                "a tag says how published weights read their images, and data.modality "
+                f"decides that here: write {plain}",
+            )
+        )
+    return out
+
+
+def _start_problems(
+    text: Any, path: Path_, folder: Path, elsewhere: bool
+) -> list[tuple[Path_, str]]:
+    if not isinstance(text, str) or not text.startswith(STARTS):
+        known = f"{text!r} is no checkpoint; write one of {', '.join(STARTS)} followed by a path"
+        return [(path, known)] if path[-1] == "init" and isinstance(text, str) else []
+    prefix, uri = text.split(":", 1)
+    problem = "" if prefix in HUBS else _missing(uri, folder, elsewhere, globs=False)
+    return (
+        [(path, f"{prefix} {problem}; a hub name needs the prefix hf-hub: or timm-hub:")]
+        if problem
+        else []
+    )
+
+
+def _name_of(plug: Any) -> Any:
+    """The name in a plug as it is written: by itself, or with its options."""
+    return plug.get("name", next(iter(plug), None)) if isinstance(plug, dict) else plug
+
+
+def _listed(value: Any) -> list:
+    return value if isinstance(value, list) else []
+
+
+def _place(uri: str, folder: Path) -> str:
+    """A URI as it is, a path relative to the job file made absolute. Raises StorageError for what
+    names no place.
+    """
+    return (
+        uri
+        if storage.is_remote(uri) or uri.startswith("file://")
+        else str((folder / uri).resolve())
+    )
+
+
+def _is_absolute(uri: str) -> bool:
+    return uri.startswith("file:///") or Path(uri).is_absolute()
+
+
+def _missing(uri: str, folder: Path, elsewhere: bool, globs: bool = True) -> str:
+    """What is wrong with a place of data or of a checkpoint, or nothing; nothing too where a
+    variable in it is not set, which is told already.
+    """
+    if _VARIABLE.search(uri):
+        return ""
+    try:
+        place = _place(uri, folder)
+        found = (
+            storage.is_remote(place)
+            or (elsewhere and _is_absolute(uri))
+            or storage.exists(place)
+            or (globs and storage.glob(place))
+        )
+    except storage.StorageError as error:
+        return str(error)
+    return (
+        ""
+        if found
+        else f"{uri}: no such {'file, folder or glob' if globs else 'path'} (looked for {place})"
+    )
+
+
+def _role_problems(rows: dict, objective: Any, at: Path_) -> list[tuple[Path_, str]]:
+    """Columns whose role neither the modality nor the objective has, and required roles without a
+    column; those of a probe have no objective but a label.
+    """
+    columns = rows.get("columns", {})
+    try:
+        inputs, optional_inputs = registry.roles(
+            "modality", Plug.model_validate(rows.get("modality")).name
+        )
+        labels, optional_labels = (
+            (("label",), ())
+            if at[-1] == "probe"
+            else registry.roles("objective", Plug.model_validate(objective).name)
+        )
+    except ValueError:
+        return []  # an unknown name or a wrong shape, reported with its place elsewhere
+    if not isinstance(columns, dict):
+        return []
+    required, place = dict.fromkeys((*inputs, *labels)), (*at, "columns")
+    known = {*required, *optional_inputs, *optional_labels}
+    return [
+        *(
+            ((*place, role), f"unknown role; {registry.nearest(role, known)}")
+            for role in columns
+            if role not in known
+        ),
+        *(
+            (place, f"role {role!r} has no column; say columns: {{{role}: NAME}}")
+            for role in required
+            if role not in columns
+        ),
+    ]
+
+
+def _search_problems(data: dict) -> list[tuple[Path_, str]]:
+    """What is wrong with the search, told also while other parts of the job are wrong."""
+
+    def valid(spec: type[Spec], raw: Any) -> Any:
+        try:
+            return spec.model_validate({} if raw is None else raw)
+        except ValidationError:
+            return None  # reported by the typed pass
+
+    fanout = data.get("fanout")
+    search = fanout.get("search") if isinstance(fanout, dict) else None
+    if not isinstance(fanout, dict) or not isinstance(search, dict) or not search:
+        return []
+    trains = [
+        train
+        for part in _mappings(data.get("targets")).values()
+        if (train := valid(Train, part.get("train")))
+    ]
+    fields = [
+        one
+        for name, values in search.items()
+        if (one := valid(Fanout, {"trials": 2, "search": {name: values}}))
+    ]
+    count = valid(Fanout, {"trials": fanout.get("trials", 1), "search": {"lr": [1, 1]}})
+    alone: list[tuple[Path_, str]] = (
+        [(("fanout", "search"), "search needs trials above 1, e.g. trials: 8")]
+        if count and count.trials == 1
+        else []
+    )
+    return alone + [
+        (("fanout", "search", name), text)
+        for one in fields
+        for name, text in search_problems(one.search, trains)
+    ]
+
+
+def _mappings(value: Any) -> dict[str, dict]:
+    return (
+        {k: v for k, v in value.items() if isinstance(v, dict)} if isinstance(value, dict) else {}
+    )
+
+
+def _corpora(part: dict, path: Path_) -> Iterator[tuple[dict, Path_]]:
+    """Every mapping of a source or target that names rows, with its place: data, probe, and what is
+    joined to them.
+    """
+    for field in ("data", "probe"):
+        if isinstance(rows := part.get(field), dict):
+            yield rows, (*path, field)
+            yield from (
+                (more, (*path, field, "more", i))
+                for i, more in enumerate(_listed(rows.get("more")))
+                if isinstance(more, dict)
+            )
+
+
+def _named(rows: dict) -> Iterator[tuple[Any, Any, Path_]]:
+    """Every text of a data spec, or of what holds an objective, that names a place: what holds it,
+    its key there, its field.
+    """
+    for field in ("uri", "train", "validation", "test"):
+        holder, keys = (
+            (rows[field], range(len(rows[field])))
+            if isinstance(rows.get(field), list)
+            else (rows, {field} & rows.keys())
+        )
+        yield from ((holder, key, (field,)) for key in keys if isinstance(holder[key], str))
+    for kind in ("modality", "objective"):
+        plug = rows[kind] if isinstance(rows.get(kind), dict) else {}
+        name, way = (plug["name"], "options") if "name" in plug else [next(iter(plug), "")] * 2
+        if isinstance(options := plug.get(way), dict):
+            yield from (
+                (options, one, (kind, way, one))
+                for one in PLACES.get(str(name), ())
+                if isinstance(options.get(one), str)
+            )
+
+
+def _data_problems(
+    part: dict, path: Path_, folder: Path, elsewhere: bool
+) -> list[tuple[Path_, str]]:
+    out: list[tuple[Path_, str]] = []
+    for rows, at in _corpora(part, path):
+        out += (
+            _plug_problems("modality", rows["modality"], (*at, "modality"))
+            if "modality" in rows
+            else []
+        )
+        out += [
+            ((*at, *field), problem)
+            for holder, key, field in _named(rows)
+            if (problem := _missing(holder[key], folder, elsewhere))
+        ]
+        if at[-1] in ("data", "probe"):
+            out += _role_problems(rows, part.get("objective"), at)
+        else:
+            out += [
+                (
+                    (*at, field),
+                    "said once, for all corpora that are joined, beside the first one's files",
+                )
+                for field in OF_ALL
+                if field in rows
+            ]
+        if at == ("targets", path[1], "data") and rows.get("decode") in ("workers", "device"):
+            out.append(
+                (
+                    (*at, "decode"),
+                    "targets are decoded in memory or in the train worker: say decode: "
+                    "memory, train or auto",
+                )
+            )
+    return out
+
+
+def _name_problems(data: dict, folder: Path, elsewhere: bool) -> list[tuple[Path_, str]]:
+    """Unknown names and roles, wrong options, searches and places, in the raw mapping (so that they
+    are found beside other mistakes).
+    """
+    out: list[tuple[Path_, str]] = _search_problems(data)
+    remote = False
+    try:
+        remote = isinstance(data.get("storage"), str) and storage.is_remote(data["storage"])
+    except storage.StorageError as error:
+        out.append((("storage",), str(error)))
+    for kind, name, part in [
+        (group, *item)
+        for group in ("sources", "targets")
+        for item in _mappings(data.get(group)).items()
+    ]:
+        out += _data_problems(part, (kind, name), folder, elsewhere)
+        if part.get("objective") is not None:
+            out += _plug_problems("objective", part["objective"], (kind, name, "objective"))
+            places = _named({"objective": part["objective"]})
+            out += [
+                ((kind, name, *at), problem)
+                for held, key, at in places
+                if (problem := _missing(held[key], folder, elsewhere))
+            ]
+        if kind == "sources" and "backbone" in part:
+            out += _plug_problems("model", part["backbone"], (kind, name, "backbone"))
+            out += _start_problems(
+                _name_of(part["backbone"]), (kind, name, "backbone"), folder, elsewhere
+            )
+            out += _input_problems(part, (kind, name))
+        if (
+            kind == "targets"
+            and isinstance(part.get("metric"), str)
+            and part["metric"] not in (known := registry.metrics())
+        ):
+            out.append(
+                (
+                    (kind, name, "metric"),
+                    f"unknown metric {part['metric']!r}; {registry.nearest(part['metric'], known)}",
+                )
+            )
+        if part.get("init") is not None and kind == "sources":
+            out += _start_problems(part["init"], (kind, name, "init"), folder, elsewhere)
+        if (
+            remote
+            and isinstance(part.get("train"), dict)
+            and part["train"].get("trace_rows") is True
+        ):
+            out.append(
+                (
+                    (kind, name, "train", "trace_rows"),
+                    f"rows are traced to local folders only, and storage is {data['storage']}; "
+                    "leave it out",
+                )
+            )
+        out += [
+            one
+            for i, plug in enumerate(_listed(part.get("techniques")))
+            for one in _plug_problems("technique", plug, (kind, name, "techniques", i))
+        ]
+    return out + [
+        one
+        for i, plug in enumerate(_listed(data.get("techniques")))
+        for one in _plug_problems("technique", plug, ("techniques", i))
+    ]
+
+
+def _absolute(job: dict, folder: Path) -> dict:
+    """Data paths and checkpoints made absolute: they are relative to the job file."""
+    for part in [*job["sources"].values(), *job.get("targets", {}).values()]:
+        for rows, _ in (*_corpora(part, ()), ({"objective": part.get("objective")}, ())):
+            for holder, key, _ in _named(rows):
+                holder[key] = _place(holder[key], folder)
+        for field in ("backbone", "init"):
+            if (text := str(_name_of(part.get(field)))).startswith(STARTS) and (
+                prefix := text.partition(":")[0]
+            ) not in HUBS:
+                place = f"{prefix}:{_place(text.partition(':')[2], folder)}"
+                part[field] = (
+                    {**Plug.model_validate(part[field]).model_dump(), "name": place}
+                    if isinstance(part[field], dict)
+                    else place
+                )
+    return job
+
+
+def load(
+    path: str | Path, overrides: list[str] | tuple[str, ...] = (), elsewhere: bool = False
+) -> Job:
+    """Read, override and check a job file. ``elsewhere``: it will run on other machines, so an
+    absolute path need not exist here.
+
+    Raises JobError with every problem found, each as ``file:line: field: what; fix``.
+    """
+    path = Path(path)
+    return Job.model_validate(
+        _absolute(_checked(path, overrides, elsewhere), path.parent.resolve())
+    )
+
+
+def relative_places(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> list[str]:
+    """The files, folders and globs that a job names by paths relative to its file: data,
+    checkpoints, tokenizers, language models.
+
+    Raises JobError as `load` does.
+    """
+    job = _checked(Path(path), overrides, elsewhere=True)
+    named: list[str] = []
+    for part in [*job["sources"].values(), *job.get("targets", {}).values()]:
+        for rows, _ in (*_corpora(part, ()), ({"objective": part.get("objective")}, ())):
+            named += [holder[key] for holder, key, _ in _named(rows)]
+        for text in [str(_name_of(part.get(field))) for field in ("backbone", "init")]:
+            prefix, _, place = text.partition(":")
+            if text.startswith(STARTS) and prefix not in HUBS:
+                named.append(place)
+    here = [
+        place
+        for place in named
+        if not (storage.is_remote(place) or place.startswith("file://") or _is_absolute(place))
+    ]
+    return list(dict.fromkeys(here))
+
+
+def _checked(path: Path, overrides: list[str] | tuple[str, ...], elsewhere: bool) -> dict:
+    """A job file as a mapping, overridden, in which nothing is wrong; its places are as they are
+    written.
+    """
+    problems: list[tuple[int, str]] = []
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise JobError([f"{path}: no such job file"]) from None
+    except (UnicodeDecodeError, OSError) as error:
+        raise JobError([f"{path}: cannot be read as UTF-8 text: {error}"]) from None
+    data, lines = _read(text, problems)
+    set_by: dict[Path_, str] = {}
+    if data is not None:
+        for setting in overrides:
+            set_by[_override(data, setting, problems)] = setting
+        found: list[tuple[Path_, str]] = _name_problems(data, path.parent, elsewhere)
+        job = None
+        try:
+            job = Job.model_validate(data)
+        except ValidationError as error:
+            found += _typed_problems(error)
+        for loc, message in dict.fromkeys(found):
+            known = next(loc[:n] for n in range(len(loc), -1, -1) if loc[:n] in lines or n == 0)
+            at = next((lines[loc[:n]] for n in range(len(loc), -1, -1) if loc[:n] in lines), 1)
+            by = next(
+                (
+                    s
+                    for p, s in set_by.items()
+                    if p
+                    and (
+                        loc[: len(p)] == p
+                        or (p[: len(loc)] == loc and loc not in lines)
+                        or (len(known) < len(loc) and p[: len(known) + 1] == loc[: len(known) + 1])
+                    )
+                ),
+                None,
+            )
+            problems.append(
+                (
+                    0 if by else at,
+                    f"{_dots(loc)}: {message}" + (f" (from --set {by})" if by else ""),
+                )
+            )
+        if job is not None and not problems:
+            return data
+    problems = [(line, _hidden(message, [text, *overrides])) for line, message in problems]
+    raise JobError(
+        [
+            f"{path}:{line}: {message}" if line else f"{path}: {message}"
+            for line, message in sorted(dict.fromkeys(problems))
+        ]
+    )

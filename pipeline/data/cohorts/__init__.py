@@ -1,1 +1,0 @@
-"""Definitions of cohorts and labels, one a file: what `prepare cohort --set task=NAME` makes."""

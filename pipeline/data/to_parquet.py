@@ -1,0 +1,652 @@
+"""Folders of images and of sound, JSON Lines, CSV and plain text brought into Parquet, once, keyed
+by what was found.
+
+JSON Lines, CSV and text may be compressed (.jsonl.zst, .csv.gz, .txt.gz): they are read as a
+stream, never whole.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, NamedTuple
+
+import pyarrow as pa
+import pyarrow.csv as pacsv
+import pyarrow.json as pajson
+import pyarrow.parquet as pq
+
+from pipeline.config.schema import spec_hash
+from pipeline.io import atomic_folder, checksums, s3, storage
+from pipeline.io import file_identity as identity
+from pipeline.io.file_identity import FileIdentity
+
+log = logging.getLogger(__name__)
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
+AUDIO_SUFFIXES = {
+    ".wav",
+    ".flac",
+    ".ogg",
+    ".oga",
+    ".opus",
+    ".mp3",
+    ".aif",
+    ".aiff",
+    ".au",
+    ".caf",
+    ".w64",
+}
+FORMATS = {
+    ".parquet": "parquet",
+    ".pq": "parquet",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".txt": "text",
+    ".text": "text",
+    **dict.fromkeys(IMAGE_SUFFIXES, "images"),
+    **dict.fromkeys(AUDIO_SUFFIXES, "audio"),
+}
+CODECS = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
+LISTED = {"images", "audio"}
+"""Kinds whose rows name files: the Parquet file holds their URIs."""
+UNPACKED = {"parquet", *LISTED}
+"""Kinds that are not read compressed as a whole: these files are compressed inside."""
+LONGEST_SECONDS = 30.0
+"""Recordings that are longer are cut where they are quietest."""
+AUDIO_VERSION = 1
+PREPARED = "_manifest.json"
+"""What `onetomany prepare` leaves beside its parts, with the SHA-256 of each."""
+PREPARED_FIELDS = ("format_version", "importer", "resize", "quality", "broken")
+"""By these it is known from what other programs write under that name. A flipped bit spoils one of
+them at most.
+"""
+TEXTS = {"text", "paragraphs", "documents"}
+"""Kinds of plain text: a row is a line, a stretch between blank lines, or a file. Their column
+``text`` is binary, so that a row that is not UTF-8 is told as bad where it is read, and spoils no
+other one.
+"""
+TEXT_VERSION = 2
+GROUP_ROWS, GROUP_BYTES = 1024, 64 << 20
+"""A row group of text has at most so many rows, and no further one from so many bytes on."""
+CHUNK_BYTES, LINE_BYTES = 16 << 20, 64 << 20
+"""JSON Lines are read in chunks of so many bytes, more where one line is longer, up to the second
+number: the limit of every row of text too.
+"""
+MARK = b"\xef\xbb\xbf"
+WIDE = (b"\xff\xfe", b"\xfe\xff")
+"""How UTF-8 and UTF-16 say in a file's first bytes that they are it."""
+BLOCK_BYTES, ROW_BYTES = 4 << 20, 64 << 20
+"""The same for CSV, where Arrow reads a dozen or more blocks ahead: 0.25 GB in memory for a file of
+any size (2026-11-24, 4 MiB; 0.7 GB with 16).
+"""
+WIDER = {
+    pa.null(): pa.int64(),
+    pa.int64(): pa.float64(),
+    pa.float64(): pa.string(),
+    pa.string(): pa.binary(),
+}
+"""What a CSV column becomes when a value is not of its type; string for types that are not
+listed.
+"""
+
+
+def _kind(file: str) -> str:
+    """What the name of a file says it holds; "" where it says nothing that is known."""
+    path = PurePosixPath(file.lower())
+    packed = path.suffix in CODECS
+    kind = FORMATS.get(path.with_suffix("").suffix if packed else path.suffix, "")
+    return "" if packed and kind in UNPACKED else kind
+
+
+class _Unpacked(io.RawIOBase):
+    """A compressed file as a stream of what is in it. Raises ValueError, with the file, where it is
+    damaged or ends too early.
+    """
+
+    def __init__(self, file: str, codec: str):
+        self._file, self._codec = file, codec
+        self._under = storage.open_read(file)
+        self._stream: Any = pa.CompressedInputStream(self._under, codec)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            return self._stream.readinto(buffer)
+        except storage.StorageError:
+            raise
+        except (OSError, pa.ArrowInvalid) as error:
+            raise ValueError(
+                f"{self._file}: not readable as {self._codec}: {error}; the file is damaged or "
+                "was cut off, fetch it again"
+            ) from None
+
+    def close(self) -> None:
+        self._under.close()
+        super().close()
+
+
+def _open(file: str) -> BinaryIO:
+    """The bytes of a file, without the compression that its name tells."""
+    codec = CODECS.get(PurePosixPath(file.lower()).suffix)
+    return io.BufferedReader(_Unpacked(file, codec), 1 << 20) if codec else storage.open_read(file)
+
+
+def _expand(uris: list[str], form: str) -> list[tuple[str, str]]:
+    """(file, root) of every file, each once, sorted; in folders hidden files, those of unknown kind
+    and, where a form is told, those of another one are left out.
+    """
+    out, of_form = [], "text" if form in TEXTS else form
+    for uri in uris:
+        found = [uri] if storage.is_dir(uri) else storage.glob(uri)
+        if not found:
+            raise ValueError(f"{uri}: no such file, folder or glob")
+        for entry in found:
+            if storage.is_dir(entry):
+                inside = [
+                    f
+                    for f in storage.list_files(entry)
+                    if not any(
+                        p.startswith((".", "_")) for p in PurePosixPath(f[len(entry) :]).parts
+                    )
+                ]
+                out += [
+                    (entry, f)
+                    for f in inside
+                    if _kind(f) and (form == "auto" or _kind(f) == of_form)
+                ]
+            else:
+                out.append(("", entry))
+    return sorted({file: root for root, file in reversed(out)}.items())
+
+
+class Imported(NamedTuple):
+    """The Parquet files that hold the rows of some files."""
+
+    files: list[str]
+    fingerprint: str | None = None
+    """Of what was found, wherever it lies; none where the Parquet files themselves tell."""
+    own: tuple[FileIdentity, ...] = ()
+    """The Parquet files themselves, where they are no import."""
+    named: tuple[FileIdentity, ...] = ()
+    """The images or recordings of a folder, which the rows name and which are read in training."""
+
+
+def to_parquet(
+    uris: list[str], form: str, imports_uri: str, mode: identity.Mode = "content"
+) -> Imported:
+    """The given files as Parquet: themselves, or an import of them under ``imports_uri``. ``mode``:
+    how files are identified (`identity`).
+
+    Raises ValueError for no files, kinds that are mixed, an empty file, or one that is cut off or
+    has a row beyond the limit (file and line named); ChangedFileError for a file that changes while
+    it is brought in.
+    """
+    pairs = _expand(uris, form)
+    kinds = {form} if form != "auto" else {_kind(f) for f, _ in pairs}
+    if not pairs and form != "auto":
+        raise ValueError(
+            f"{', '.join(uris)}: no file of format {form} in there; a folder's files are told "
+            "by their names, name others by a glob"
+        )
+    if not pairs or kinds == {""}:
+        raise ValueError(
+            f"{', '.join(uris)}: no files of a known kind ({', '.join(sorted(FORMATS))}, and "
+            "compressed "
+            f"{', '.join(CODECS)}); set data.format"
+        )
+    if len(kinds) > 1:
+        raise ValueError(
+            f"{', '.join(uris)}: files of several kinds "
+            f"({', '.join(sorted(k or 'unknown' for k in kinds))}); name one kind by a glob"
+        )
+    kind, fingerprint, listed = kinds.pop(), None, []
+    files = [file for file, _ in pairs]
+    if kind in LISTED:
+        listed, cut = (
+            _listed(pairs, mode),
+            [AUDIO_VERSION, LONGEST_SECONDS] if kind == "audio" else [],
+        )
+        read = [file.identity for file in listed]
+        key = spec_hash(kind, [[file.uri, file.mark] for file in listed], *cut)
+        fingerprint = spec_hash(kind, [[file.name, file.label, file.mark] for file in listed], *cut)
+    else:
+        for file in files:
+            if (
+                kind != "documents" and storage.size(file) == 0
+            ):  # an empty image or document is one bad row, an empty table is a mistake
+                raise ValueError(
+                    f"{file}: the file is empty (0 bytes); remove it or write it again"
+                )
+        read = identity.identify(files, mode)
+        if kind == "parquet":
+            _check_prepared(read)
+            return Imported(files, own=tuple(read))
+        key = spec_hash(
+            kind,
+            [[PurePosixPath(file.uri).name, file.content] for file in read],
+            *([TEXT_VERSION] if kind in TEXTS else []),
+        )
+    folder = storage.join(imports_uri, key)
+    if checksums.whole_folder(folder, "the files are brought in again") is None:
+        with storage.scratch_folder() as scratch:
+            path = Path(scratch, "rows.parquet")
+            with s3.naming("write", path, only_full_disk=True):
+                if kind in LISTED:
+                    pq.write_table(
+                        _recordings(listed) if kind == "audio" else _pictures(listed),
+                        path,
+                        row_group_size=GROUP_ROWS,
+                    )
+                else:
+                    _write(kind, files, path)
+            identity.check_unchanged(read)
+            atomic_folder.commit_folder(
+                folder, {"rows.parquet": path}, {"kind": kind, "format_version": 1}
+            )
+    return Imported(
+        [storage.join(folder, "rows.parquet")],
+        fingerprint,
+        named=tuple(read) if kind in LISTED else (),
+    )
+
+
+def _check_prepared(files: list[FileIdentity]) -> None:
+    """Compare Parquet files that `onetomany prepare` wrote with the manifest that it left beside
+    them.
+
+    Files that are known by a time of change (data.identity: stat) or by an ETag of S3 are not
+    compared. Raises DamagedError for the first one that holds something else.
+    """
+    manifests: dict[str, dict[str, Any]] = {}
+    for file in files:
+        folder, _, name = file.uri.rpartition("/")
+        if "-sha256" not in file.content:
+            continue
+        if folder not in manifests:
+            manifests[folder] = _prepared_files(folder or ".")
+        entry = manifests[folder].get(name)
+        if entry is not None and not checksums.is_same(file.content, entry):
+            raise storage.DamagedError(
+                f"{file.uri} is not what `onetomany prepare` wrote: it does not have the "
+                f"SHA-256 that {PREPARED} beside it states; remove "
+                "the file and give the same prepare command, which then writes it alone (or "
+                f"remove {PREPARED}, where you changed it yourself)"
+            )
+
+
+def _prepared_files(folder: str) -> dict[str, Any]:
+    """What the manifest of `onetomany prepare` in a folder says of its parts; nothing where there
+    is none.
+
+    Other programs name files so too: only a manifest with the fields of ours is held against its
+    own checksum.
+    """
+    uri = storage.join(folder, PREPARED)
+    if not storage.exists(uri):
+        return {}
+    content = storage.read_bytes(uri)
+    known = [name for name in PREPARED_FIELDS if f'"{name}"'.encode() in content]
+    if len(known) < len(PREPARED_FIELDS) - 1:
+        log.warning(
+            "%s is no manifest of `onetomany prepare`: the files beside it are not compared "
+            "with it",
+            uri,
+        )
+        return {}
+    return atomic_folder.open_folder(folder, PREPARED).get("files", {})
+
+
+# ---------------------------------------------------------------- images and sound
+
+
+class _File(NamedTuple):
+    """A file, its path below the folder that was named (below what they share, for globs and files)
+    and its folder's name.
+    """
+
+    identity: FileIdentity
+    name: str
+    label: str
+
+    @property
+    def uri(self) -> str:
+        return self.identity.uri
+
+    @property
+    def mark(self) -> str:
+        """What it holds: another one in its place has another mark."""
+        return self.identity.content
+
+
+def _listed(pairs: list[tuple[str, str]], mode: identity.Mode) -> list[_File]:
+    loose = [file.split("/")[:-1] for file, root in pairs if not root]
+    shared = next(
+        (i for i, names in enumerate(zip(*loose, strict=False)) if len(set(names)) > 1),
+        min(map(len, loose), default=0),
+    )
+    places = [
+        file if storage.is_remote(file) else os.path.abspath(s3.split(file)[1]) for file, _ in pairs
+    ]
+    out = []
+    for (file, root), found in zip(pairs, identity.identify(places, mode), strict=True):
+        name = file[len(root) :].lstrip("/") if root else "/".join(file.split("/")[shared:])
+        out.append(_File(found, name, PurePosixPath(found.uri).parent.name))
+    return out
+
+
+def _each(work: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+    """Results in order, from threads: for file servers that answer slowly."""
+    with ThreadPoolExecutor(16) as pool:
+        for part in pool.map(
+            lambda i: list(map(work, items[i : i + 64])), range(0, len(items), 64)
+        ):
+            yield from part
+
+
+def _pictures(found: list[_File]) -> pa.Table:
+    return pa.table(
+        {"image": [file.uri for file in found], "label": [file.label for file in found]}
+    )
+
+
+def _recordings(found: list[_File]) -> pa.Table:
+    """A row for each recording or piece of one, in order: ``audio`` (URI), ``label`` (the folder's
+    name), ``recording`` (the path below the folder that was named), ``start`` and ``seconds``,
+    which are null for a file that is broken: the modality tells where it is read.
+    """
+    from pipeline.media import audio_io  # here: only folders of sound need its library
+
+    def pieces(file: _File) -> list[tuple[float | None, float | None]]:
+        try:
+            with storage.open_read(file.uri) as handle:
+                seconds = audio_io.inspect(handle).seconds
+                if seconds <= LONGEST_SECONDS:
+                    return [(0.0, seconds)]
+                handle.seek(0)
+                return [
+                    (start, stop - start)
+                    for start, stop in audio_io.pieces(handle, None, LONGEST_SECONDS)
+                ]
+        except audio_io.BrokenAudioError:
+            return [(None, None)]
+
+    rows = [
+        (file, start, seconds)
+        for file, parts in zip(found, _each(pieces, found), strict=True)
+        for start, seconds in parts
+    ]
+    table = {
+        "audio": [file.uri for file, _, _ in rows],
+        "label": [file.label for file, _, _ in rows],
+        "recording": [file.name for file, _, _ in rows],
+    }
+    return pa.table(
+        {
+            **table,
+            "start": pa.array([start for _, start, _ in rows], pa.float64()),
+            "seconds": pa.array([seconds for _, _, seconds in rows], pa.float64()),
+        }
+    )
+
+
+# ---------------------------------------------------------------- tables and text
+
+
+def _write(kind: str, files: list[str], path: Path) -> None:
+    tables = {
+        "csv": _csv,
+        "jsonl": _json_lines,
+        "text": _lines,
+        "paragraphs": _paragraphs,
+        "documents": _document,
+    }[kind]
+    writer = None
+    for file in files:
+        if kind not in TEXTS:  # these look at their first bytes as they read them
+            with _open(file) as handle:
+                _marked(file, handle.read(len(MARK)))
+        for table in tables(file):
+            writer = writer or pq.ParquetWriter(path, table.schema)
+            if not table.schema.equals(writer.schema):
+                raise ValueError(
+                    f"{file}: its columns ({_columns(table.schema)}) differ from those of "
+                    f"{files[0]} ({_columns(writer.schema)})"
+                )
+            if len(table):
+                writer.write_table(table, row_group_size=GROUP_ROWS)
+    assert writer is not None
+    writer.close()
+
+
+def _columns(schema: pa.Schema) -> str:
+    return ", ".join(f"{field.name}: {field.type}" for field in schema)
+
+
+def _csv(file: str) -> Iterator[pa.Table]:
+    """Rows of a CSV file, block by block. The types of its columns come from a first pass over all
+    of it, for a block knows only its own.
+    """
+    types: dict[str, pa.DataType] = {}
+    names: list[str] = []
+    block_bytes = BLOCK_BYTES
+    while True:
+        try:
+            for table in _csv_blocks(file, types, block_bytes):
+                names, types = (
+                    table.column_names,
+                    dict(zip(table.column_names, table.schema.types, strict=True)),
+                )
+            break
+        except pa.ArrowInvalid as error:
+            text = str(error).splitlines()[0]
+            found = re.match(r"In CSV column #(\d+): .*conversion error", text)
+            name = names[int(found[1])] if found and names else ""
+            if "straddling" in text and block_bytes < ROW_BYTES:  # a row is longer than a block
+                block_bytes *= 2
+            elif "straddling" in text:
+                raise ValueError(
+                    f"{file}: not readable as csv: a row is longer than {ROW_BYTES >> 20} MiB; "
+                    "is a quote left open?"
+                ) from None
+            elif name and types[name] != pa.binary():
+                types[name] = WIDER.get(types[name], pa.string())
+            else:
+                raise ValueError(
+                    f"{file}: not readable as csv: {text}" + (f" (column {name!r})" if name else "")
+                ) from None
+    yield from _csv_blocks(file, types, block_bytes)
+
+
+def _csv_blocks(file: str, types: dict[str, pa.DataType], block_bytes: int) -> Iterator[pa.Table]:
+    """The first table has no rows. Types of columns that are not given follow from the first block;
+    another type in a later one is an error.
+    """
+    tab = ".tsv" in PurePosixPath(file.lower()).suffixes[-2:]
+    with _open(file) as handle:
+        reader = pacsv.open_csv(
+            handle,
+            pacsv.ReadOptions(block_size=block_bytes, use_threads=False),
+            pacsv.ParseOptions(delimiter="\t" if tab else ",", newlines_in_values=True),
+            pacsv.ConvertOptions(column_types=types),
+        )
+        yield reader.schema.empty_table()
+        for batch in reader:
+            yield pa.Table.from_batches([batch])
+
+
+def _json_lines(file: str) -> Iterator[pa.Table]:
+    """Rows of a JSON Lines file, chunk by chunk. The columns come from a first pass over all of it,
+    for a chunk knows only its own.
+    """
+    schema = None
+    for number, chunk in _chunks(file):
+        found = pa.struct(list(_parsed(file, number, chunk, None).schema))
+        try:
+            schema = found if schema is None else _wider(schema, found)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error} (lines from {number} on)") from None
+    if schema is None:
+        raise ValueError(f"{file}: no line holds an object; remove it or write it again")
+    for number, chunk in _chunks(file):
+        yield _parsed(file, number, chunk, pa.schema(list(schema)))
+
+
+def _chunks(file: str) -> Iterator[tuple[int, bytes]]:
+    """(number of the first line, whole lines) of a file, about CHUNK_BYTES at a time; blank chunks
+    are left out.
+    """
+    number = 1
+    with _open(file) as handle:
+        while chunk := handle.read(CHUNK_BYTES):
+            lines = chunk.count(b"\n")
+            if not chunk.endswith(b"\n"):
+                rest = handle.readline(LINE_BYTES)
+                if len(rest) == LINE_BYTES:
+                    raise ValueError(
+                        f"{file}:{number + lines}: the line is longer than {LINE_BYTES >> 20} "
+                        "MiB; JSON Lines has one object a line"
+                    )
+                chunk, lines = chunk + rest, lines + 1
+            if not chunk.isspace():
+                yield number, chunk
+            number += lines
+
+
+def _parsed(file: str, number: int, chunk: bytes, schema: pa.Schema | None) -> pa.Table:
+    try:
+        return pajson.read_json(
+            pa.BufferReader(chunk),
+            pajson.ReadOptions(block_size=len(chunk) + 1),
+            pajson.ParseOptions(explicit_schema=schema),
+        )
+    except pa.ArrowInvalid as error:
+        after = f" (counted from line {number})" if number > 1 else ""
+        raise ValueError(
+            f"{file}: not readable as jsonl, one object a line: "
+            f"{str(error).splitlines()[0]}{after}; mend the "
+            "line, or let onetomany prepare text leave it out and list it"
+        ) from None
+
+
+def _wider(a: pa.DataType, b: pa.DataType, name: str = "") -> pa.DataType:
+    """The type that holds the values of both, as a chunk with both kinds of lines would have it.
+    Raises ValueError, with the column, for none.
+    """
+    if a == b or pa.types.is_null(b):
+        return a
+    if pa.types.is_null(a):
+        return b
+    if {a, b} == {pa.int64(), pa.float64()}:
+        return pa.float64()
+    if pa.string() in (a, b) and any(
+        pa.types.is_timestamp(kind) for kind in (a, b)
+    ):  # strings, some of which are dates
+        return pa.string()
+    if pa.types.is_list(a) and pa.types.is_list(b):
+        return pa.list_(_wider(a.value_type, b.value_type, name))
+    if pa.types.is_struct(a) and pa.types.is_struct(b):
+        ours, theirs = ({field.name: field.type for field in kind} for kind in (a, b))
+        return pa.struct(
+            {
+                key: _wider(
+                    ours.get(key, pa.null()),
+                    theirs.get(key, pa.null()),
+                    f"{name}.{key}".lstrip("."),
+                )
+                for key in ours | theirs
+            }
+        )
+    raise ValueError(f"column {name!r} is {a} in some lines and {b} in others")
+
+
+def _lines(file: str) -> Iterator[pa.Table]:
+    """Lines of a text file, one a row; blank ones are left out."""
+    return _grouped(line.rstrip(b"\r\n") for line in _read_lines(file) if not _blank(line))
+
+
+def _paragraphs(file: str) -> Iterator[pa.Table]:
+    """Stretches between blank lines, one a row, with the line breaks inside them."""
+
+    def found() -> Iterator[bytes]:
+        lines: list[bytes] = []
+        size = 0
+        for number, line in enumerate(_read_lines(file), 1):
+            blank = _blank(line)
+            if not blank:
+                lines.append(line)
+                size += len(line)
+            if size > LINE_BYTES:
+                raise ValueError(
+                    f"{file}:{number}: the paragraph is longer than {LINE_BYTES >> 20} MiB; "
+                    "blank lines separate documents (or say format: text)"
+                )
+            if blank and lines:
+                yield b"".join(lines).rstrip(b"\r\n")
+                lines, size = [], 0
+        if lines:
+            yield b"".join(lines).rstrip(b"\r\n")
+
+    return _grouped(found())
+
+
+def _document(file: str) -> Iterator[pa.Table]:
+    """A whole file as one row."""
+    with _open(file) as handle:
+        data = handle.read(LINE_BYTES + 1)
+    if len(data) > LINE_BYTES:
+        raise ValueError(
+            f"{file}: the document is larger than {LINE_BYTES >> 20} MiB; cut it up, or say "
+            "format: text (a line is a document) or paragraphs"
+        )
+    return _grouped(iter([_marked(file, data)]))
+
+
+def _blank(line: bytes) -> bool:
+    return not line.strip() or (len(line) < 64 and not line.decode("utf-8", "replace").strip())
+
+
+def _marked(file: str, start: bytes) -> bytes:
+    """The first bytes of a file without the mark of UTF-8. Raises ValueError for that of UTF-16."""
+    if start.startswith(WIDE):
+        raise ValueError(
+            f"{file}: the file is UTF-16; convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)"
+        )
+    return start.removeprefix(MARK)
+
+
+def _read_lines(file: str) -> Iterator[bytes]:
+    with _open(file) as handle:
+        number = 1
+        while line := handle.readline(LINE_BYTES):
+            if len(line) == LINE_BYTES and not line.endswith(b"\n"):
+                raise ValueError(
+                    f"{file}:{number}: the line is longer than {LINE_BYTES >> 20} MiB; a text "
+                    "file has one document a line, "
+                    "or say format: paragraphs or documents"
+                )
+            yield _marked(file, line) if number == 1 else line
+            number += 1
+
+
+def _grouped(rows: Iterator[bytes]) -> Iterator[pa.Table]:
+    """Tables of bounded size, at least one."""
+    held: list[bytes] = []
+    size = 0
+    for row in rows:
+        held.append(row)
+        size += len(row)
+        if size >= GROUP_BYTES or len(held) >= 64 * GROUP_ROWS:
+            yield pa.table({"text": pa.array(held, pa.binary())})
+            held, size = [], 0
+    yield pa.table({"text": pa.array(held, pa.binary())})

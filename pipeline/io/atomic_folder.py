@@ -1,0 +1,368 @@
+"""Folders that are whole or absent: committed in one step, with a manifest that has every file's
+SHA-256.
+
+A reader sees a committed folder whole, or the one before, or nothing; a flipped bit is found.
+Errors as in `storage`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from pipeline.io import file_identity, s3, storage, write_fence
+from pipeline.io.s3 import DamagedError, NotFoundError, StorageError, Uri
+
+Files = Mapping[str, bytes | Path]
+
+_PARTS = {
+    "chunksize": 5 * 2**20,
+    "max_concurrency": 4,
+}  # 42 MiB in memory at any size; s3fs's defaults take 1 GB
+
+
+def sealed(manifest: Mapping[str, Any], key: str = "sha256") -> dict[str, Any]:
+    """A manifest with the SHA-256 of its own content (canonical JSON) under ``key``, replacing an
+    older one.
+    """
+    plain = {name: value for name, value in manifest.items() if name != key}
+    canonical = json.dumps(json.loads(json.dumps(plain)), sort_keys=True, separators=(",", ":"))
+    return {**plain, key: hashlib.sha256(canonical.encode()).hexdigest()}
+
+
+def _check_names(uri: Uri, names: Iterable[str], manifest_name: str = "") -> None:
+    for name in names:
+        path = PurePosixPath(name)
+        outside = path.is_absolute() or ".." in path.parts or "\\" in name
+        if outside or str(path) != name or name in ("", ".", manifest_name):
+            raise StorageError(
+                f"{os.fspath(uri)}: {name!r} cannot name a file in it; use a relative name "
+                "without '..'"
+            )
+
+
+def entries(uri: Uri, manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """manifest["files"], which is data from outside: names stay in the folder, each has its size
+    and SHA-256.
+    """
+    found = manifest.get("files")
+    if not isinstance(found, dict) or not all(
+        isinstance(entry, dict)
+        and isinstance(entry.get("sha256"), str)
+        and isinstance(entry.get("size"), int)
+        for entry in found.values()
+    ):
+        raise DamagedError(
+            f"{os.fspath(uri)}: its manifest lacks sizes and checksums of files; write the "
+            "folder again"
+        )
+    _check_names(uri, found)
+    return found
+
+
+def commit_folder(
+    uri: Uri, files: Files, manifest: Mapping[str, Any], manifest_name: str = "manifest.json"
+) -> dict[str, Any]:
+    """Write a folder that a reader sees whole or not at all; returns the manifest, with its "files"
+    filled in.
+
+    files: name in the folder (may hold slashes) -> bytes, or a local file that is handed over:
+    moved or streamed, never read whole into memory, gone after a success and untouched after a
+    failure. A folder committed at `uri` before is replaced: locally in one step, on S3 with a time
+    of absence. A local one with files but no manifest is refused; on S3 such files are what a
+    killed commit left, and are written over. Raises fence.LostLeaseError, with nothing changed, in
+    the folder of a run that lost its lease.
+    """
+    write_fence.check(uri)
+    remote, path = s3.split(uri, below_root=True)
+    _check_names(uri, files, manifest_name)
+    storage.encode(manifest)  # TypeError now, before anything is touched
+    if remote:
+        whole = _commit_s3(os.fspath(uri), files, manifest, manifest_name)
+    else:
+        whole = s3.call(
+            "commit",
+            uri,
+            _commit_local,
+            Path(os.path.realpath(path)),
+            files,
+            manifest,
+            manifest_name,
+        )
+    for source in files.values():
+        if not isinstance(source, bytes):
+            with suppress(OSError):
+                os.unlink(source)
+    return whole
+
+
+def _commit_local(
+    final: Path, files: Files, manifest: Mapping[str, Any], manifest_name: str
+) -> dict[str, Any]:
+    _refuse_foreign(final, manifest_name)
+    temporary = storage.beside(final)
+    try:
+        temporary.mkdir(parents=True)
+        whole = sealed(
+            {
+                **manifest,
+                "files": {name: _stage(source, temporary / name) for name, source in files.items()},
+            }
+        )
+        for folder in {(temporary / name).parent for name in files}:
+            storage.sync_folder(folder)
+        storage.write_local(temporary / manifest_name, storage.encode(whole))
+        write_fence.check(final)  # writing the files may have taken long
+        _swap_in(temporary, final)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return whole
+
+
+def _stage(source: bytes | Path, target: Path) -> dict[str, Any]:
+    """Put one file on disk, by a hard link where that works, so that a failure leaves the source;
+    returns its entry.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(source, bytes):
+        target.write_bytes(source)
+    else:
+        try:
+            if os.path.islink(source):  # Hugging Face's cache links into a store that others share
+                raise OSError
+            os.link(source, target)
+        except OSError:
+            shutil.copyfile(source, target)
+    os.chmod(target, _usual_mode())
+    with open(target, "rb") as file:
+        os.fsync(file.fileno())
+    return entry_of_bytes(source) if isinstance(source, bytes) else entry_of_file(target)
+
+
+def entry_of_bytes(data: bytes) -> dict[str, Any]:
+    """What a manifest says of a file: its SHA-256 and size."""
+    return {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
+
+
+def entry_of_file(path: Path) -> dict[str, Any]:
+    """The same of a local file; of a large one also the digest by which `identity` knows it, so
+    that nobody reads it twice.
+    """
+    whole, pieces = hashlib.sha256(), []
+    count = os.path.getsize(path)
+    with open(path, "rb") as file:
+        for _ in range(-(-count // file_identity.PIECE_BYTES)):
+            piece = hashlib.sha256()
+            for size in _reads(file_identity.PIECE_BYTES):
+                chunk = file.read(size)
+                whole.update(chunk)
+                piece.update(chunk)
+            pieces.append(piece.digest())
+    entry: dict[str, Any] = {"sha256": whole.hexdigest(), "size": count}
+    if len(pieces) > 1:
+        entry["sha256_pieces"] = hashlib.sha256(b"".join(pieces)).hexdigest()
+    return entry
+
+
+def _reads(total: int, size: int = 4 * 2**20) -> list[int]:
+    return [min(size, total - start) for start in range(0, total, size)]
+
+
+def _usual_mode() -> int:
+    """The mode of a file that ``open`` makes here: files that are handed over (safetensors',
+    temporary ones) are 0600, and a colleague of the same group could not read a bundle.
+    """
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+        umask = int(
+            next(line for line in status.splitlines() if line.startswith("Umask:")).split()[1], 8
+        )
+    except (OSError, StopIteration):  # no Linux: it can be asked for by setting it alone
+        umask = os.umask(0o077)
+        os.umask(umask)
+    return 0o666 & ~umask
+
+
+def _refuse_foreign(final: Path, manifest_name: str) -> None:
+    if final.is_dir() and not (final / manifest_name).exists() and any(final.iterdir()):
+        raise StorageError(
+            f"{final} has files but no {manifest_name}; replacing it could lose work: choose "
+            "another"
+        )
+
+
+def _swap_in(temporary: Path, final: Path) -> None:
+    """Make `temporary` the folder at `final`; one there before is exchanged with it in one step,
+    then removed.
+    """
+    try:
+        os.rename(temporary, final)  # nothing there, or an empty folder
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        if not _exchange(
+            temporary, final
+        ):  # such as NFS: two renames, with nothing there between them
+            aside = storage.beside(final)
+            os.rename(final, aside)
+            try:
+                os.rename(temporary, final)
+            except BaseException:
+                os.rename(aside, final)
+                raise
+            temporary = aside
+        shutil.rmtree(temporary, ignore_errors=True)
+    storage.sync_folder(final.parent)
+
+
+def _exchange(left: Path, right: Path) -> bool:
+    """Linux's renameat2(RENAME_EXCHANGE); False where the system or the filesystem has none."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return rename(here, os.fsencode(left), here, os.fsencode(right), exchange) == 0
+
+
+def _commit_s3(
+    uri: str, files: Files, manifest: Mapping[str, Any], manifest_name: str
+) -> dict[str, Any]:
+    manifest_uri, old = storage.join(uri, manifest_name), set()
+    if storage.exists(manifest_uri):
+        with suppress(StorageError):  # a manifest that cannot be read is replaced all the same
+            old = set(entries(uri, open_folder(uri, manifest_name)))
+        s3.remove_key(manifest_uri)
+    whole = sealed(
+        {
+            **manifest,
+            "files": {
+                name: _upload(storage.join(uri, name), source) for name, source in files.items()
+            },
+        }
+    )
+    for name in old.difference(
+        files
+    ):  # only what the old manifest names: no other key is ours to remove
+        s3.remove_key(storage.join(uri, name))
+    storage.write_bytes(manifest_uri, storage.encode(whole))
+    return whole
+
+
+def _upload(uri: str, source: bytes | Path) -> dict[str, Any]:
+    """Write one file of a folder on S3; returns its entry.
+
+    The entry has the object's ETag too, by which `checked.check_folder` knows it without reading
+    it.
+    """
+    if isinstance(source, bytes):
+        storage.write_bytes(uri, source)
+        return {**entry_of_bytes(source), "etag": _etag(uri)}
+    write_fence.check(uri)
+    entry = s3.call("read", source, entry_of_file, source)
+    parts = {
+        **_PARTS,
+        "chunksize": max(_PARTS["chunksize"], -(-entry["size"] // 9_000)),
+    }  # S3 takes 10,000 parts at most
+    s3.call(
+        "write", uri, lambda: s3.client().put_file(os.fspath(source), s3.split(uri)[1], **parts)
+    )
+    return {**entry, "etag": _etag(uri)}
+
+
+def _etag(uri: str) -> str:
+    return storage.file_info(uri)["ETag"].strip('"')
+
+
+def open_folder(uri: Uri, manifest_name: str = "manifest.json") -> dict[str, Any]:
+    """The manifest of a committed folder, its own checksum verified. Raises NotFoundError when no
+    complete folder is there.
+    """
+    try:
+        manifest = storage.read_json(storage.join(uri, manifest_name))
+    except StorageError as error:
+        if not isinstance(error.__cause__, (FileNotFoundError, NotADirectoryError)):
+            raise
+        raise NotFoundError(f"there is no complete folder at {os.fspath(uri)}: {error}") from error
+    if not isinstance(manifest, dict):
+        raise DamagedError(
+            f"{storage.join(uri, manifest_name)} is not a manifest (a JSON object); write the "
+            "folder again"
+        )
+    if manifest.get("sha256") != sealed(manifest)["sha256"]:
+        raise DamagedError(
+            f"{storage.join(uri, manifest_name)} is damaged: its content does not have the "
+            "SHA-256 that it states; write the folder again"
+        )
+    return manifest
+
+
+def verify_folder(uri: Uri, manifest: Mapping[str, Any]) -> None:
+    """Read every file that the manifest names; the error names the first one that is missing or
+    damaged.
+    """
+    for name, entry in entries(uri, manifest).items():
+        verify_file(storage.join(uri, name), entry)
+
+
+def verify_file(uri: str, entry: Mapping[str, Any], copy: Path | None = None) -> None:
+    """Read a file (or its ``copy``) and compare it with its entry. Raises DamagedError."""
+    checksum, count = storage.sha256(copy or uri)
+    if (checksum, count) != (entry["sha256"], entry["size"]):
+        raise DamagedError(
+            describe_damage(uri, {"sha256": checksum, "size": count}, entry)
+            + "; write the folder again"
+        )
+
+
+def describe_damage(uri: Uri, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """One line on a file whose bytes are not those of its entry."""
+    is_now = f"SHA-256 {found['sha256'][:12]} and {found['size']} bytes"
+    was = f"{str(wanted.get('sha256'))[:12]} and {wanted.get('size')}"
+    return f"{os.fspath(uri)} is damaged: {is_now}, its manifest says {was}"
+
+
+def fetch_folder(
+    uri: Uri, destination: Path, verify: bool = True, manifest_name: str = "manifest.json"
+) -> Path:
+    """A committed folder as a local one: a local folder itself; one on S3 copied to `destination`,
+    whole or not at all.
+
+    A `destination` that holds the same folder already is kept; one with other files in it is
+    refused.
+    """
+    manifest, (remote, path) = open_folder(uri, manifest_name), s3.split(uri)
+    final = Path(os.path.realpath(destination)) if remote else Path(path)
+    if not remote:
+        if verify:
+            verify_folder(uri, manifest)
+        return final
+    with suppress(StorageError):
+        if open_folder(final, manifest_name) == manifest:
+            if verify:
+                verify_folder(final, manifest)
+            return final
+    s3.call("write", final, _refuse_foreign, final, manifest_name)
+    temporary = storage.beside(final)
+    try:
+        for name, entry in entries(uri, manifest).items():
+            source, target = storage.join(uri, name), temporary / name
+            s3.call("write", final, target.parent.mkdir, parents=True, exist_ok=True)
+            s3.on_s3("read", source, "get_file", str(target), **_PARTS)
+            if verify:
+                verify_file(source, entry, target)
+        storage.write_bytes(temporary / manifest_name, storage.encode(manifest))
+        s3.call("write", final, _swap_in, temporary, final)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return final

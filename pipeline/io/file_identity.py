@@ -1,0 +1,555 @@
+"""The identity of files: what they hold as one short text, and whether they still hold it. Every
+key asks here.
+
+A local file is identified by the SHA-256 of all of its bytes. It is read once: what was read is
+remembered in the user's cache folder by path, size, times of change and inode (`_Memory`). An
+object on S3 is identified by its ETag. With the mode ``stat`` a local file is not read at all: its
+size and its time of change stand for what it holds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import logging
+import os
+import sqlite3
+import stat
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, NamedTuple
+
+from pipeline.io import s3, storage
+
+Mode = Literal["content", "stat"]
+log = logging.getLogger(__name__)
+
+PIECE_BYTES = 64 << 20
+"""Pieces of this size are hashed by several threads at once. A file of one piece has its plain
+SHA-256, a larger one the SHA-256 of the digests of its pieces.
+"""
+READ_BYTES = 1 << 20
+THREADS = 16
+FILES_A_TASK = 64
+GRAIN_SECONDS = 2.0
+"""Two changes of a file within this time may have the same time of change (2 s on FAT). Only a file
+that was left alone for so long before it was read is remembered.
+"""
+SAVE_SECONDS, TELL_AFTER_SECONDS = 5.0, 2.0
+LISTED_FILES = 10
+"""From so many objects in a folder on S3 on the folder is listed, instead of asking for each
+object.
+"""
+ABSENT = "absent"
+NUL = "\0"
+"""No name of a file holds it."""
+_FORMAT = 1
+_TELL: ContextVar[Callable[[str], object] | None] = ContextVar("identity_tell", default=None)
+
+
+class ChangedFileError(storage.StorageError):
+    """A file holds something else than when the run was planned."""
+
+
+class FileIdentity(NamedTuple):
+    """A file as it was when it was looked at.
+
+    ``content`` is its size and what identifies its bytes: ``12-sha256:...``, on S3 ``12-etag:...``,
+    with the mode ``stat`` ``12-stat:...``; ``absent`` when there is no file. While ``stamp`` (size,
+    times of change and inode; on S3 the content) is the same, the content is taken to be the same.
+    """
+
+    uri: str
+    content: str
+    stamp: str
+
+
+# ---------------------------------------------------------------- the door
+
+
+def identify(
+    uris: Iterable[str], mode: Mode = "content", absent_ok: bool = False
+) -> list[FileIdentity]:
+    """Identities of files, in the order given, read by several threads where they are not known
+    yet.
+
+    Raises StorageError for a folder and for a file that is not there or cannot be read (with
+    ``absent_ok`` a file that is not there has the content ``absent``), and ChangedFileError for a
+    file that changes while it is read.
+    """
+    wanted = [os.fspath(uri) for uri in uris]
+    unique = list(dict.fromkeys(wanted))
+    remote = [uri for uri in unique if storage.is_remote(uri)]
+    local = [uri for uri in unique if not storage.is_remote(uri)]
+    stamps = _stamps_of_local(local, absent_ok)
+    contents = _by_stat(stamps) if mode == "stat" else _by_content(stamps)
+    found = {uri: FileIdentity(uri, contents[uri], stamps[uri].text) for uri in local}
+    for uri, content in _etags(remote, absent_ok).items():
+        found[uri] = FileIdentity(uri, content, content)
+    return [found[uri] for uri in wanted]
+
+
+def fingerprint(uri: str | os.PathLike[str], mode: Mode = "content") -> str:
+    """The content of one file (`FileIdentity`). Raises as `identify`."""
+    return identify([os.fspath(uri)], mode)[0].content
+
+
+def check_unchanged(files: Iterable[FileIdentity]) -> None:
+    """Raise ChangedFileError, naming the file, when one holds something else than when it was
+    identified.
+
+    A file with other times of change but the same content (it was copied, or touched) is unchanged.
+    """
+    known = {file.uri: file for file in files}
+    remote = [uri for uri in known if storage.is_remote(uri)]
+    local = [uri for uri in known if not storage.is_remote(uri)]
+    now = {uri: stamp.text for uri, stamp in _stamps_of_local(local, absent_ok=True).items()}
+    now |= _etags(remote, absent_ok=True)
+    for uri, stamp in now.items():
+        if stamp != known[uri].stamp:
+            _check_content(known[uri])
+
+
+def open_unchanged(file: FileIdentity) -> BinaryIO:
+    """Open a file for reading (`storage.open_read`). Raises ChangedFileError when it holds
+    something else by now.
+    """
+    handle = storage.open_read(file.uri)
+    try:
+        if _stamp_of_open(handle) != file.stamp:
+            _check_content(file)
+    except BaseException:
+        handle.close()
+        raise
+    return handle
+
+
+@contextmanager
+def shown_by(tell: Callable[[str], object]) -> Iterator[None]:
+    """Within this context, `identify` calls ``tell`` with a line on its progress when reading takes
+    long.
+    """
+    token = _TELL.set(tell)
+    try:
+        yield
+    finally:
+        _TELL.reset(token)
+
+
+def _check_content(file: FileIdentity) -> None:
+    by_stat = "-stat:" in file.content
+    now = identify([file.uri], "stat" if by_stat else "content", absent_ok=True)[0]
+    if now.content == file.content:
+        return
+    how = (
+        "it is gone"
+        if now.content == ABSENT
+        else "it holds something else than when the run was planned"
+    )
+    if by_stat:
+        how = (
+            "its size or time of change is another one than when the run was planned "
+            "(data.identity: stat)"
+        )
+    raise ChangedFileError(
+        f"{file.uri} was changed while it was in use: {how}; leave the files of a run alone "
+        "until it ends, and run again"
+    )
+
+
+# ---------------------------------------------------------------- local files
+
+
+class _Stamp(NamedTuple):
+    """What the filesystem tells of a file without reading it."""
+
+    size: int
+    modified_ns: int
+    changed_ns: int
+    """Of the inode: a tool that sets the time of change back cannot set this one."""
+    inode: int
+
+    @property
+    def text(self) -> str:
+        return " ".join(map(str, self)) if self.inode >= 0 else ABSENT
+
+
+_NOT_THERE = _Stamp(-1, -1, -1, -1)
+
+
+def _stamp(status: os.stat_result) -> _Stamp:
+    return _Stamp(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+
+
+def _look(uri: str, absent_ok: bool) -> _Stamp:
+    if NUL in uri:
+        if absent_ok:
+            return _NOT_THERE
+        raise storage.StorageError(f"{uri!r} is the name of no file: it holds a NUL character")
+    try:
+        status = s3.call("look at", uri, os.stat, s3.split(uri)[1])
+    except storage.StorageError as error:
+        if absent_ok and isinstance(error.__cause__, (FileNotFoundError, NotADirectoryError)):
+            return _NOT_THERE
+        raise
+    if stat.S_ISDIR(status.st_mode):
+        raise storage.StorageError(f"{uri} is a folder; name a file in it")
+    return _stamp(status)
+
+
+def _stamps_of_local(uris: Sequence[str], absent_ok: bool) -> dict[str, _Stamp]:
+    found = _in_threads(
+        lambda some: [_look(uri, absent_ok) for uri in some], _parted(uris, FILES_A_TASK)
+    )
+    return dict(zip(uris, itertools.chain.from_iterable(found), strict=True))
+
+
+def _stamp_of_open(handle: BinaryIO) -> str:
+    raw = getattr(handle, "raw", None)
+    if isinstance(raw, s3.Reader):
+        return _etag_text(raw.size, raw.etag)
+    return _stamp(os.fstat(handle.fileno())).text
+
+
+def _by_stat(stamps: dict[str, _Stamp]) -> dict[str, str]:
+    return {
+        uri: f"{s.size}-stat:{s.modified_ns}" if s.inode >= 0 else ABSENT
+        for uri, s in stamps.items()
+    }
+
+
+def _by_content(stamps: dict[str, _Stamp]) -> dict[str, str]:
+    found = {uri: ABSENT for uri, stamp in stamps.items() if stamp.inode < 0}
+    there = {uri: stamp for uri, stamp in stamps.items() if stamp.inode >= 0}
+    if not there:
+        return found
+    with _Memory() as memory:
+        places = {uri: os.path.abspath(s3.split(uri)[1]) for uri in there}
+        known = memory.recall({places[uri]: stamp for uri, stamp in there.items()})
+        found |= {uri: known[place] for uri, place in places.items() if place in known}
+        unread = {uri: stamp for uri, stamp in there.items() if uri not in found}
+        read = _read(unread)
+        fresh: list[tuple[str, _Stamp, str]] = []
+        saved = time.monotonic()
+        for uri, content, left_alone in read:
+            found[uri] = content
+            if left_alone:
+                fresh.append((places[uri], there[uri], content))
+            if time.monotonic() - saved > SAVE_SECONDS:
+                memory.remember(fresh)
+                fresh, saved = [], time.monotonic()
+        memory.remember(fresh)
+    return found
+
+
+def _read(files: dict[str, _Stamp]) -> Iterator[tuple[str, str, bool]]:
+    """(file, its content, whether it was left alone for long enough to be remembered) of each, in
+    order.
+
+    Small files are hashed several a task, large ones a piece a task.
+    """
+    _wait_for_new_large_files(files)
+    began_ns, began = time.time_ns(), time.monotonic()
+    total, done_files, done_bytes = sum(stamp.size for stamp in files.values()), 0, 0
+    small = [uri for uri, stamp in files.items() if stamp.size <= PIECE_BYTES]
+    large = [uri for uri, stamp in files.items() if stamp.size > PIECE_BYTES]
+
+    def ended(uri: str, digest: str) -> tuple[str, str, bool]:
+        nonlocal done_files, done_bytes
+        stamp = files[uri]
+        done_files, done_bytes = done_files + 1, done_bytes + stamp.size
+        tell = _TELL.get()
+        if tell is not None and time.monotonic() - began > TELL_AFTER_SECONDS:
+            share = f"{done_files} of {len(files)} files, {done_bytes >> 20} of {total >> 20} MiB"
+            tell(f"reading the data to know them by content (once): {share}")
+        age_ns = began_ns - max(stamp.modified_ns, stamp.changed_ns)
+        return uri, f"{stamp.size}-{digest}", age_ns > GRAIN_SECONDS * 1e9
+
+    def read_small(uris: Sequence[str]) -> list[str]:
+        return [s3.call("read", uri, _hash_whole, uri, files[uri]) for uri in uris]
+
+    def read_piece(piece: tuple[str, int]) -> bytes:
+        uri, number = piece
+        return s3.call("read", uri, _hash_piece, uri, number)
+
+    groups = _parted(small, FILES_A_TASK)
+    for group, digests in zip(groups, _in_threads(read_small, groups), strict=True):
+        for uri, digest in zip(group, digests, strict=True):
+            yield ended(uri, f"sha256:{digest}")
+    counts = [-(-files[uri].size // PIECE_BYTES) for uri in large]
+    pieces = [
+        (uri, number) for uri, count in zip(large, counts, strict=True) for number in range(count)
+    ]
+    digests_of_pieces = _in_threads(read_piece, pieces)
+    for uri, count in zip(large, counts, strict=True):
+        digest = hashlib.sha256(b"".join(itertools.islice(digests_of_pieces, count))).hexdigest()
+        _refuse_changed(uri, _look(uri, absent_ok=True), files[uri])
+        yield ended(uri, f"sha256-pieces:{digest}")
+
+
+def _wait_for_new_large_files(files: dict[str, _Stamp]) -> None:
+    """A large file that was written a moment ago is read a little later, so that it can be
+    remembered.
+    """
+    newest_ns = max(
+        (max(s.modified_ns, s.changed_ns) for s in files.values() if s.size > PIECE_BYTES),
+        default=0,
+    )
+    age_seconds = (time.time_ns() - newest_ns) / 1e9
+    if 0 <= age_seconds <= GRAIN_SECONDS:
+        time.sleep(GRAIN_SECONDS - age_seconds + 0.01)
+
+
+def _hash_whole(uri: str, stamp: _Stamp) -> str:
+    digest = hashlib.sha256()
+    with open(s3.split(uri)[1], "rb", buffering=0) as file:
+        _hash_bytes(file, stamp.size + 1, digest)
+        _refuse_changed(uri, _stamp(os.fstat(file.fileno())), stamp)
+    return digest.hexdigest()
+
+
+def _hash_piece(uri: str, number: int) -> bytes:
+    digest = hashlib.sha256()
+    with open(s3.split(uri)[1], "rb", buffering=0) as file:
+        file.seek(number * PIECE_BYTES)
+        _hash_bytes(file, PIECE_BYTES, digest)
+    return digest.digest()
+
+
+def _hash_bytes(file: Any, most: int, digest: Any) -> None:
+    """Hash up to ``most`` bytes from where the file stands."""
+    buffer = memoryview(bytearray(min(READ_BYTES, most)))
+    while most > 0 and (count := file.readinto(buffer[: min(len(buffer), most)])):
+        digest.update(buffer[:count])
+        most -= count
+
+
+def _refuse_changed(uri: str, now: _Stamp, before: _Stamp) -> None:
+    if (now.size, now.modified_ns, now.inode) != (before.size, before.modified_ns, before.inode):
+        raise ChangedFileError(
+            f"{uri} was changed while it was read; wait until nothing writes to it, and run again"
+        )
+
+
+def _parted(items: Sequence[str], size: int) -> list[Sequence[str]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def _in_threads(work: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+    """Results in order; one item needs no thread."""
+    if len(items) <= 1:
+        yield from map(work, items)
+        return
+    pool = ThreadPoolExecutor(min(THREADS, len(items)))
+    try:
+        yield from pool.map(work, items)
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+# ---------------------------------------------------------------- S3
+
+
+def _etag_text(size: int, etag: str) -> str:
+    return f"{size}-etag:{etag.strip(chr(34))}"
+
+
+def _etags(uris: Sequence[str], absent_ok: bool) -> dict[str, str]:
+    """The content of objects: a request for each, or a thousand a request where many lie in one
+    folder.
+    """
+    folders = defaultdict(list)
+    for uri in uris:
+        folders[uri.rpartition("/")[0]].append(uri)
+    # a key may hold an empty part (a//x.jpg), and the folder of such a key cannot be listed by its
+    # name
+    folders = {folder: inside for folder, inside in folders.items() if not folder.endswith("/")}
+    listed = [folder for folder, inside in folders.items() if len(inside) >= LISTED_FILES]
+    found: dict[str, str] = {}
+
+    def list_folder(folder: str) -> dict[str, str]:
+        path = s3.split(folder)[1]
+        bucket = path.partition("/")[0]
+        entries = s3.list_objects(path, recursive=False)
+        return {
+            f"s3://{bucket}/{entry['Key']}": _etag_text(entry["Size"], entry["ETag"])
+            for entry in entries
+        }
+
+    for etags in _in_threads(list_folder, listed):
+        found |= etags
+    missing = [uri for uri in uris if uri not in found]
+
+    def look(uri: str) -> str:
+        if NUL in uri and absent_ok:
+            return ABSENT
+        try:
+            info = storage.file_info(uri)
+        except storage.NotFoundError:
+            if absent_ok:
+                return ABSENT
+            raise
+        return _etag_text(info["size"], info["ETag"])
+
+    found |= dict(zip(missing, _in_threads(look, missing), strict=True))
+    return {uri: found[uri] for uri in uris}
+
+
+# ---------------------------------------------------------------- what was read before
+
+
+def cache_folder() -> Path:
+    """The folder of this user's caches: $ONETOMANY_CACHE, else $XDG_CACHE_HOME/onetomany, else
+    ~/.cache/onetomany.
+
+    Raises RuntimeError for a user without a home folder.
+    """
+    own = os.environ.get("ONETOMANY_CACHE", "")
+    if os.path.isabs(own):
+        return Path(own)
+    root = os.environ.get("XDG_CACHE_HOME", "")
+    base = Path(root) if os.path.isabs(root) else Path.home() / ".cache"
+    return base / "onetomany"
+
+
+class _Memory:
+    """Contents of local files that were read before, in an SQLite file that processes may share.
+
+    An entry is a digest of the path (the names of files may be private), the stamp, the content,
+    and a seal: a digest of the three. An entry whose seal does not fit is not believed, a file that
+    is no database is made anew. Where the folder cannot be written, what is read is forgotten when
+    the call ends, and a warning says so.
+    """
+
+    def __enter__(self) -> _Memory:
+        self._file: Path | None = None
+        try:
+            self._file = cache_folder() / f"identity-{_FORMAT}.sqlite"
+        except RuntimeError as error:
+            log.warning(
+                "no cache folder (%s): files are read anew by the next command; set "
+                "ONETOMANY_CACHE or HOME",
+                error,
+            )
+        self._db = self._open()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with suppress(sqlite3.Error):
+            self._db.close()
+
+    def _open(self) -> sqlite3.Connection:
+        if self._file is not None:
+            try:
+                self._file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+                os.close(os.open(self._file, os.O_CREAT | os.O_RDWR, 0o600))
+                return self._connect(str(self._file))
+            except (OSError, sqlite3.OperationalError) as error:
+                self._give_up(error)
+            except sqlite3.DatabaseError as error:
+                return self._make_anew(error)
+        return self._connect(":memory:")
+
+    @staticmethod
+    def _connect(name: str) -> sqlite3.Connection:
+        db = sqlite3.connect(name, timeout=20, isolation_level=None)
+        db.execute(
+            "PRAGMA synchronous = OFF"
+        )  # what a power cut spoils is found by its seal, or made anew
+        table = (
+            "CREATE TABLE IF NOT EXISTS files (place BLOB PRIMARY KEY, stamp TEXT, content TEXT, "
+            "seal BLOB)"
+        )
+        db.execute(f"{table} WITHOUT ROWID")
+        return db
+
+    def _give_up(self, error: Exception) -> None:
+        log.warning(
+            "%s cannot be used (%s): files are read anew by the next command", self._file, error
+        )
+        self._file = None
+
+    def _make_anew(self, error: Exception) -> sqlite3.Connection:
+        assert self._file is not None
+        log.warning(
+            "%s is damaged (%s): it is made anew, and files are read once more", self._file, error
+        )
+        for name in (self._file, Path(f"{self._file}-journal")):
+            with suppress(OSError):
+                name.unlink()
+        try:
+            os.close(os.open(self._file, os.O_CREAT | os.O_RDWR, 0o600))
+            return self._connect(str(self._file))
+        except (OSError, sqlite3.Error) as again:
+            self._give_up(again)
+            return self._connect(":memory:")
+
+    def _try(self, work: Callable[[sqlite3.Connection], Any], otherwise: Any) -> Any:
+        """``work`` on the database; after an error on it, the database is replaced and
+        ``otherwise`` is given.
+        """
+        try:
+            return work(self._db)
+        except sqlite3.Error as error:
+            with suppress(sqlite3.Error):
+                self._db.close()
+            if isinstance(
+                error, sqlite3.OperationalError
+            ):  # locked for long, disk full, a filesystem without locks
+                self._give_up(error)
+                self._db = self._connect(":memory:")
+            else:
+                self._db = self._make_anew(error)
+            return otherwise
+
+    def recall(self, files: dict[str, _Stamp]) -> dict[str, str]:
+        """Contents of those files, by absolute path, that were read before and have the same
+        stamp.
+        """
+        places = {_digest(path.encode("utf-8", "surrogateescape")): path for path in files}
+        keys = list(places)
+
+        def ask(db: sqlite3.Connection) -> list[tuple[Any, ...]]:
+            rows = []
+            for start in range(0, len(keys), 500):
+                some = keys[start : start + 500]
+                marks = ",".join("?" * len(some))
+                rows += db.execute(f"SELECT * FROM files WHERE place IN ({marks})", some).fetchall()
+            return rows
+
+        found = {}
+        for place, stamp, content, seal in self._try(ask, []):
+            path = places.get(place)
+            is_same = path is not None and stamp == files[path].text
+            if is_same and seal == _seal(place, stamp, content):
+                found[path] = content
+        return found
+
+    def remember(self, entries: list[tuple[str, _Stamp, str]]) -> None:
+        """Keep (absolute path, stamp, content) of files that were read."""
+        if not entries:
+            return
+        rows = []
+        for path, stamp, content in entries:
+            place = _digest(path.encode("utf-8", "surrogateescape"))
+            rows.append((place, stamp.text, content, _seal(place, stamp.text, content)))
+
+        def write(db: sqlite3.Connection) -> None:
+            db.execute("BEGIN IMMEDIATE")
+            db.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)", rows)
+            db.execute("COMMIT")
+
+        self._try(write, None)
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=16).digest()
+
+
+def _seal(place: Any, stamp: Any, content: Any) -> bytes:
+    return _digest(repr((_FORMAT, place, stamp, content)).encode())

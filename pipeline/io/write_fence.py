@@ -1,0 +1,132 @@
+"""A fence around a job's folder: a process writes there only while the run that it belongs to still
+holds the lease.
+
+A run that was taken for dead (a suspended machine, a network that was away) may wake up while
+another run has begun. Everything that is written under a job's root goes through `storage`,
+`folders` and the metrics log, and each of them calls `check` first: one small read. The driver
+enters the fence when it takes the lease (`lease.hold`); its Ray workers enter the same fence, which
+travels to them with their work.
+
+Between the check and the write lies a moment in which the lease may change hands; what is written
+in it is one file or folder that is whole, and the next check stops the run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.io import s3
+from pipeline.io.s3 import StorageError, Uri
+
+LEASE_FILE = ".run.json"
+"""The lease, directly below a job's root."""
+LEASE_PREFIX = ".run"
+"""Names of files directly below the root that belong to the lease itself and are never fenced."""
+
+
+class LostLeaseError(StorageError):
+    """The run no longer holds the lease of its job's folder, so it must not write there."""
+
+
+@dataclass(frozen=True)
+class Fence:
+    """The folder ``root`` may be written to while its lease has the id ``lease_id``."""
+
+    root: str
+    lease_id: str
+
+
+_ENTERED: list[Fence] = []
+"""Fences of this process, the newest last."""
+
+
+@contextlib.contextmanager
+def inside(fences: Sequence[Fence]) -> Iterator[None]:
+    """Hold this process to the fences until the block ends."""
+    fences = list(fences)
+    _ENTERED.extend(fences)
+    try:
+        yield
+    finally:
+        for fence in fences:
+            _ENTERED.remove(fence)
+
+
+def entered() -> tuple[Fence, ...]:
+    """The fences that this process is held to, to be sent along with work for other processes."""
+    return tuple(_ENTERED)
+
+
+def check(uri: Uri) -> None:
+    """Do nothing where ``uri`` may be written. Raises LostLeaseError where the lease of its folder
+    is no longer ours.
+    """
+    for fence in _ENTERED:
+        if _is_below(uri, fence.root):
+            holder = read_lease(fence.root)
+            if holder is None or holder.get("id") != fence.lease_id:
+                raise LostLeaseError(describe_loss(fence.root, holder))
+
+
+def describe_loss(root: str, holder: dict[str, Any] | None) -> str:
+    """One line for a run that lost its lease, saying who has it now."""
+    why = f"its file {LEASE_FILE} is gone"
+    if holder is not None:
+        why = f"process {holder.get('pid')} on {holder.get('host')} has it now"
+    return (
+        f"{root}: this run no longer holds the lease of its folder ({why}), so it stops and "
+        "writes nothing more; "
+        "what it finished is kept. Give the command again when no other run is at work"
+    )
+
+
+def read_lease(root: str) -> dict[str, Any] | None:
+    """The lease of a job's folder, or none. Raises StorageError for a file that cannot be read."""
+    uri = lease_uri(root)
+    remote, path = s3.split(uri)
+    try:
+        data = (
+            s3.on_s3("read", uri, "cat_file", max_concurrency=1)
+            if remote
+            else s3.call("read", uri, Path(path).read_bytes)
+        )
+    except s3.NotFoundError:
+        return None
+    return parse_lease(uri, data)
+
+
+def lease_uri(root: str) -> str:
+    return f"{root.rstrip('/')}/{LEASE_FILE}"
+
+
+def parse_lease(uri: str, data: bytes) -> dict[str, Any]:
+    """A lease from the bytes of its file. Raises StorageError for what is no lease."""
+    with contextlib.suppress(ValueError):
+        found = json.loads(data)
+        if isinstance(found, dict) and isinstance(found.get("id"), str):
+            return found
+    raise StorageError(
+        f"{uri} is damaged, so nobody can tell who holds this folder; remove it when no run of "
+        "this job is at work"
+    )
+
+
+def _is_below(uri: Uri, root: str) -> bool:
+    """Whether ``uri`` is the root or lies below it, and is no file of the lease itself."""
+    here, there = _plain(uri), _plain(root)
+    if here == there:
+        return True
+    if not here.startswith(there + "/"):
+        return False
+    return not here[len(there) + 1 :].startswith(LEASE_PREFIX)
+
+
+def _plain(uri: Uri) -> str:
+    remote, path = s3.split(uri)
+    return f"s3://{path}" if remote else os.path.realpath(path)

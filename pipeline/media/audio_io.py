@@ -1,0 +1,531 @@
+"""Sound files to mono samples and back: WAV, FLAC, OGG (Vorbis, Opus), MP3, AIFF and whatever else
+libsndfile reads, of any rate and channel count.
+
+Channels are averaged. libsndfile takes the samples that are there for those that the header
+promises, and a read that failed for the end of the file: both are looked after here, so that a file
+that was cut off is told as broken, and an I/O error is raised as what it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+from typing import Any, BinaryIO, Literal
+
+import numpy as np
+import soundfile
+
+from pipeline.media import audio_header
+
+RATES = (1000, 1_000_000)
+"""Samples a second that a recording may have: a broken header's rate would ask for a filter of any
+size.
+"""
+LARGEST_TERM = 1000
+"""A quotient of rates has no larger denominator: beyond it (22,255 Hz of old Macintoshes) the
+nearest one is taken, at most 0.001 % off.
+"""
+KINDS = {
+    b"RIFF": "WAV",
+    b"RF64": "WAV",
+    b"fLaC": "FLAC",
+    b"OggS": "OGG",
+    b"FORM": "AIFF",
+    b"riff": "W64",
+    b"caff": "CAF",
+    b".snd": "AU",
+    b"NIST": "SPHERE",
+}
+"""How files begin."""
+FLAC_LENGTH = slice(21, 26)
+"""Where a FLAC file says how many samples it has, in 36 bits (RFC 9639, section 8.2)."""
+KNOWN_BYTES = 1 << 16
+"""A FLAC file whose samples were counted is known again by its size and so many bytes of its
+beginning and of its end.
+"""
+_counted: dict[bytes, bytes] = {}
+OVER_SECONDS = 0.1
+"""A piece may end so far behind its recording: manifests round their seconds."""
+HOP_SECONDS, QUIET_SECONDS = 0.02, 0.2
+"""``pieces`` looks at every 0.02 s for the quietest 0.2 s."""
+BLOCK_HOPS = 3000
+"""It reads so many of them at a time: a minute."""
+LOUDEST = 1e6
+"""No energy counts for more: sums of larger ones would lose what is quiet; full scale has at most
+1.
+"""
+SIXTEEN = {"PCM_16", "PCM_S8", "PCM_U8"}
+"""Subtypes of up to 16 bits a sample."""
+FULL_SCALE = {
+    "ULAW": 32124 / 32768,
+    "ALAW": 32256 / 32768,
+    "PCM_U8": 127 / 128,
+    "PCM_S8": 127 / 128,
+}
+"""The largest sample of a subtype where that is below 0.9999: 32767 of 32768 is 0.99997."""
+MOST_PEAK = 16.0
+"""Times full scale that the samples of a floating-point file may reach: those of one in integer
+scale (32768 is full there) would all but be clipped.
+"""
+Sound = bytes | BinaryIO
+
+
+class BrokenAudioError(ValueError):
+    """The bytes are no sound, or not all of it."""
+
+
+class LongAudioError(BrokenAudioError):
+    """Longer than what was asked for."""
+
+
+@dataclass(frozen=True)
+class Info:
+    """What the header of a sound file says: ``rate`` in samples a second, ``frames`` (samples of
+    each channel), ``seconds``, and libsndfile's names of its format and of what its samples are
+    (WAV and PCM_24, OGG and VORBIS).
+    """
+
+    rate: int
+    channels: int
+    frames: int
+    format: str
+    subtype: str
+
+    @property
+    def seconds(self) -> float:
+        return self.frames / self.rate
+
+
+class _Watched:
+    """A file for libsndfile. Its callbacks cannot raise: an error is kept, reads give nothing from
+    then on, and ``check`` raises it.
+
+    It seeks only where it reads, so that looking for the size does not cost a buffered file on S3
+    its buffer. ``length``: what stands in the place of FLAC_LENGTH, if anything.
+    """
+
+    def __init__(self, data: Sound):
+        self._file = io.BytesIO(data) if isinstance(data, bytes) else data
+        self._at, self.size = 0, self._file.seek(0, io.SEEK_END)
+        self.length = b""
+        self._error: BaseException | None = None
+
+    def check(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + (0, self._at, self.size)[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def read(self, count: int = -1) -> bytes:
+        self._file.seek(self._at)
+        found = self._file.read(count)
+        self._at += len(found)
+        return found
+
+    def readinto(self, buffer: Any) -> int:
+        at, count = self._at, 0
+        try:
+            if self._error is None and 0 <= at < self.size:  # a damaged header leads anywhere
+                self._file.seek(at)
+                # every binary file has it
+                count = self._file.readinto(buffer)  # pyright: ignore[reportAttributeAccessIssue]
+        except (
+            BaseException
+        ) as error:  # of any kind: cffi would print it and go on; ``check`` raises it
+            self._error = error
+        for place, byte in enumerate(self.length, FLAC_LENGTH.start):
+            if at <= place < at + count:
+                buffer[place - at : place - at + 1] = bytes([byte])
+        self._at += count
+        return count
+
+
+class _Forward(soundfile.SoundFile):
+    """Read to its end only: soundfile seeks to where it is after every read of what it can seek
+    in.
+    """
+
+    def seekable(self) -> bool:
+        return False
+
+
+@contextmanager
+def opened(data: Sound | _Watched) -> Iterator[soundfile.SoundFile]:
+    """A sound file to read from. Raises BrokenAudioError for what is none, or becomes none on the
+    way; I/O errors of the file as they are.
+    """
+    file = data if isinstance(data, _Watched) else _Watched(data)
+    file.length = file.length or _flac_length(file)
+    file.seek(0)
+    try:
+        # it wants no more of a file than this
+        with soundfile.SoundFile(file) as sound:  # pyright: ignore[reportArgumentType]
+            if not RATES[0] <= sound.samplerate <= RATES[1]:
+                raise BrokenAudioError(
+                    f"its header says {sound.samplerate} samples a second; between {RATES[0]} "
+                    f"and {RATES[1]} are read"
+                )
+            yield sound
+    except soundfile.LibsndfileError as error:
+        file.check()
+        raise BrokenAudioError(_why(file, error)) from None
+    except BrokenAudioError:
+        file.check()  # what did not come is not missing from the file
+        raise
+    file.check()
+
+
+def _why(file: _Watched, error: soundfile.LibsndfileError) -> str:
+    file.seek(0)
+    start = file.read(12)
+    if not start:
+        return "the file is empty (0 bytes)"
+    kind = KINDS.get(start[:4], "MP3" if start[:3] == b"ID3" else "")
+    said = error.error_string.strip().rstrip(".")
+    return (
+        f"broken {kind} file, cut off or without samples ({said})"
+        if kind
+        else f"no sound file that libsndfile reads ({said})"
+    )
+
+
+def _flac_length(file: _Watched) -> bytes:
+    """FLAC_LENGTH of a file whose writer, into a pipe, left it open; else nothing. libsndfile
+    cannot seek in such a file: its samples are counted here, once in a process for all pieces of a
+    recording.
+    """
+    file.seek(0)
+    start = file.read(FLAC_LENGTH.stop)
+    if start[:4] != b"fLaC" or len(start) < FLAC_LENGTH.stop or start[21] & 15 or any(start[22:]):
+        return b""
+    ends = hashlib.sha256(f"{file.size} ".encode())
+    for at in (0, max(0, file.size - KNOWN_BYTES)):
+        file.seek(at)
+        ends.update(file.read(KNOWN_BYTES))
+    if ends.digest() not in _counted:
+        file.seek(0)
+        _counted[ends.digest()] = _count(file, start)
+    return _counted[ends.digest()]
+
+
+def _count(file: _Watched, start: bytes) -> bytes:
+    frames = 0
+    try:
+        with _Forward(file) as sound:  # pyright: ignore[reportArgumentType] - as in ``opened``
+            while count := len(sound.read(1 << 20, dtype="int16", always_2d=True)):
+                frames += count
+    except soundfile.LibsndfileError as error:
+        file.check()
+        raise BrokenAudioError(_why(file, error)) from None
+    file.check()
+    return bytes([start[21] | frames >> 32]) + struct.pack(">I", frames & 0xFFFFFFFF)
+
+
+def _frames(sound: soundfile.SoundFile) -> int:
+    if not 0 < sound.frames < 1 << 60:
+        raise BrokenAudioError("no samples")
+    return sound.frames
+
+
+def _promised(file: _Watched) -> float:
+    """As ``audioheader.promised``. Raises BrokenAudioError for MP3 whose end nothing tells, and OGG
+    of several recordings.
+    """
+    if audio_header.is_joined(file):
+        raise BrokenAudioError(
+            "several recordings joined in one OGG file, of which only the first would be "
+            "read; write them as one: "
+            "ffmpeg -i in.ogg out.flac"
+        )
+    if audio_header.has_unknown_length(file):
+        raise BrokenAudioError(
+            "MP3 of a varying bit rate without a table of its length, so that its end would "
+            "be lost; write it again: "
+            "ffmpeg -i in.mp3 -c copy out.mp3"
+        )
+    return audio_header.promised(file)
+
+
+def _check_promise(times: float, rate: int, frames: int) -> None:
+    if times == np.inf:
+        raise BrokenAudioError(
+            f"the file ends without OGG's last page, after {frames / rate:.2f} s of sound: it "
+            "was cut off, or its writer was stopped (to "
+            "take it as it is: ffmpeg -i in.ogg -c copy out.ogg)"
+        )
+    if round(frames * times) > frames:
+        raise BrokenAudioError(_cut_off(frames / rate, frames * times / rate))
+
+
+def _cut_off(there: float, promised: float) -> str:
+    return f"{there:.2f} s of sound, its header promises {promised:.2f} s: the file was cut off"
+
+
+def inspect(data: Sound) -> Info:
+    """What the header says. Raises BrokenAudioError for no sound file, no samples, or fewer of them
+    than the header promises where that can be told without decoding (all but FLAC and MP3), MP3
+    whose end nothing tells, and OGG of several recordings.
+    """
+    file = _Watched(data)
+    times = _promised(file)
+    with opened(file) as sound:
+        found = Info(sound.samplerate, sound.channels, _frames(sound), sound.format, sound.subtype)
+        _check_promise(times, found.rate, found.frames)
+    return found
+
+
+def decode(
+    data: Sound,
+    start: float = 0.0,
+    seconds: float | None = None,
+    most: float | None = None,
+    sixteen_at: int | None = None,
+) -> tuple[np.ndarray, int]:
+    """(n,) float32 mono samples from -1 to 1 (floating-point files may hold more), and their rate:
+    all, or ``seconds`` of them from ``start`` (seconds) on. Mono files of up to 16 bits at the rate
+    ``sixteen_at`` give int16, which is what ``pcm`` makes of their floats.
+
+    Raises BrokenAudioError for no sound file, no samples, fewer samples than the header promises, a
+    piece that lies behind the recording's end, and samples that are no numbers or above 16 times
+    full scale; LongAudioError, before they are read, for more than ``most`` seconds.
+    """
+    _, samples, rate, _ = _read(data, start, seconds, most, sixteen_at)
+    return samples, rate
+
+
+def measured(
+    data: Sound, start: float = 0.0, seconds: float | None = None
+) -> tuple[np.ndarray, int, float, float]:
+    """As ``decode``, and the ``level`` of the channels that were averaged."""
+    channels, samples, rate, subtype = _read(data, start, seconds, None)
+    return samples, rate, *level(channels, subtype)
+
+
+def _read(
+    data: Sound,
+    start: float,
+    seconds: float | None,
+    most: float | None,
+    sixteen_at: int | None = None,
+) -> tuple[np.ndarray, np.ndarray, int, str]:
+    """((n, channels), (n,) their mean, rate, subtype)."""
+    file = _Watched(data)
+    times = (
+        _promised(file) if start == 0 else 1.0
+    )  # a piece's recording was looked at when it was cut; here the piece must be there
+    with opened(file) as sound:
+        rate, frames, subtype = sound.samplerate, _frames(sound), sound.subtype
+        _check_promise(times, rate, frames)
+        first, count = _span(rate, frames, start, seconds)
+        if most is not None and count > most * rate:
+            raise LongAudioError(f"{count / rate:.2f} s long, more than {most:g} s")
+        if first:
+            sound.seek(first)
+        found = sound.read(
+            count,
+            dtype="int16"
+            if rate == sixteen_at and sound.channels == 1 and subtype in SIXTEEN
+            else "float32",
+            always_2d=True,
+        )
+        if len(found) < count:
+            raise BrokenAudioError(_cut_off((first + len(found)) / rate, frames / rate))
+    samples = found[:, 0] if found.shape[1] == 1 else found.mean(1)
+    if samples.dtype == np.int16:
+        return found, samples, rate, subtype
+    finite = np.isfinite(samples)
+    if not finite.all():
+        raise BrokenAudioError(
+            f"{count - int(finite.sum())} of {count} samples are no numbers (NaN or infinite), "
+            "the first at "
+            f"{(first + int(finite.argmin())) / rate:.3f} s"
+        )
+    peak = float(max(found.max(), -found.min()))
+    if peak > MOST_PEAK:
+        raise BrokenAudioError(
+            f"its samples are floating-point numbers up to {peak:g}, where full scale is 1: "
+            "they are in integer scale; divide them by "
+            "what is full there (ffmpeg -i in.wav -af volume=1/32768 out.wav)"
+        )
+    return found, samples, rate, subtype
+
+
+def _span(rate: int, frames: int, start: float, seconds: float | None) -> tuple[int, int]:
+    """(first sample, how many) of a piece of a recording. Raises BrokenAudioError where it does not
+    lie in it.
+    """
+    first = round(start * rate)
+    count = frames - first if seconds is None else round(seconds * rate)
+    if start < 0 or count <= 0 or first + count > frames + OVER_SECONDS * rate or first >= frames:
+        raise BrokenAudioError(
+            f"a piece from {start:g} s on{'' if seconds is None else f', {seconds:g} s long,'} "
+            f"of a recording of {frames / rate:.2f} s"
+        )
+    return first, min(count, frames - first)
+
+
+@lru_cache(32)
+def _resampler(rate: int, to: int) -> Any:
+    from torchaudio.transforms import Resample  # here: who reads headers alone need not load torch
+
+    if not all(RATES[0] <= one <= RATES[1] for one in (rate, to)):
+        raise ValueError(
+            f"from {rate} to {to} samples a second: both must lie between {RATES[0]} and {RATES[1]}"
+        )
+    ratio = Fraction(to, rate).limit_denominator(LARGEST_TERM)
+    return Resample(ratio.denominator, ratio.numerator)
+
+
+def resample(samples: np.ndarray, rate: int, to: int) -> np.ndarray:
+    """(n,) float32 at another rate, ceil(n * to / rate) of them: torchaudio's windowed sinc (Smith,
+    "Digital audio resampling home page", 2020).
+    """
+    if rate == to:
+        return samples
+    import torch
+
+    with torch.inference_mode():
+        return _resampler(rate, to)(torch.from_numpy(np.ascontiguousarray(samples))).numpy()
+
+
+def pcm(samples: np.ndarray) -> np.ndarray:
+    """int16 of floats from -1 to 1, rounded, clipped: exact for what came from 16 bits."""
+    scaled = samples * np.float32(32768)
+    return np.clip(np.rint(scaled, out=scaled), -32768, 32767, out=scaled).astype(np.int16)
+
+
+def encode(samples: np.ndarray, rate: int) -> bytes:
+    """int16 mono samples as a FLAC file."""
+    out = io.BytesIO()
+    soundfile.write(out, samples, rate, format="FLAC", subtype="PCM_16")
+    return out.getvalue()
+
+
+def level(samples: np.ndarray, subtype: str = "") -> tuple[float, float]:
+    """Largest absolute value (full scale is 1; int16 or floats), and the share of samples that
+    reach full scale (that of libsndfile's ``subtype``): clipped ones. Of (n, channels) the share of
+    the channel that has most of them.
+    """
+    if not len(samples):
+        return 0.0, 0.0
+    size = np.abs(samples.astype(np.float32) / (32768 if samples.dtype == np.int16 else 1))
+    return float(size.max()), float((size >= FULL_SCALE.get(subtype, 1.0) - 1e-4).mean(0).max())
+
+
+# ---------------------------------------------------------------- pieces
+
+
+def pieces(
+    sound: np.ndarray | Sound,
+    rate: int | None,
+    longest: float,
+    how: Literal["silence", "windows"] = "silence",
+    start: float = 0.0,
+    seconds: float | None = None,
+) -> list[tuple[float, float]]:
+    """(start, stop) in seconds of the pieces of a recording, one behind the other, none longer than
+    ``longest``; one piece when it is no longer itself. Of a file also of ``seconds`` of it from
+    ``start`` on.
+
+    ``silence``: each cut lies where 0.2 s are quietest, in the second half of what a piece may
+    have; ``windows``: as few equal pieces as can be. ``rate`` is that of an array; a file has its
+    own. A file is read a minute at a time. Raises BrokenAudioError as ``decode`` does.
+    """
+    if not longest >= 1:
+        raise ValueError(f"longest: pieces of at most {longest:g} s; say 1 s or more")
+    if isinstance(sound, np.ndarray):
+        assert rate is not None, "an array does not know its rate"
+        blocks = iter([sound.astype(np.float32)])
+        return _cut(blocks, len(sound), rate, longest, how)
+    data = _Watched(sound)
+    times = _promised(data)
+    with opened(data) as file:
+        frames = _frames(file)
+        _check_promise(times, file.samplerate, frames)
+        first, count = _span(file.samplerate, frames, start, seconds)
+        if first:
+            file.seek(first)
+        return [
+            (start + a, start + b)
+            for a, b in _cut(_blocks(file, count), count, file.samplerate, longest, how)
+        ]
+
+
+def _blocks(sound: soundfile.SoundFile, frames: int) -> Iterator[np.ndarray]:
+    while len(
+        block := sound.read(
+            min(frames, BLOCK_HOPS * _hop(sound.samplerate)), dtype="float32", always_2d=True
+        )
+    ):
+        frames -= len(block)
+        yield block.mean(1)
+
+
+def _hop(rate: int) -> int:
+    return max(1, round(HOP_SECONDS * rate))
+
+
+def _cut(
+    blocks: Iterator[np.ndarray], frames: int, rate: int, longest: float, how: str
+) -> list[tuple[float, float]]:
+    """Of blocks that are whole hops long, the last one excepted."""
+    total = frames / rate
+    parts = int(np.ceil(total / longest - 1e-9))
+    if parts <= 1:
+        return [(0.0, total)]
+    if how == "windows":
+        cuts = [total * i / parts for i in range(1, parts)]
+    else:
+        cuts = [
+            hop * _hop(rate) / rate
+            for hop in _quietest(_energies(blocks, frames, rate), total, longest, _hop(rate) / rate)
+        ]
+    return list(zip([0.0, *cuts], [*cuts, total], strict=True))
+
+
+def _energies(blocks: Iterator[np.ndarray], frames: int, rate: int) -> np.ndarray:
+    """Mean square of each hop. Raises BrokenAudioError where the blocks end before ``frames``."""
+    hop, done, found = _hop(rate), 0, []
+    while done < frames:
+        block = next(blocks, np.zeros(0, dtype=np.float32))
+        if not len(block):
+            raise BrokenAudioError(_cut_off(done / rate, frames / rate))
+        found.append(
+            np.add.reduceat(block.astype(np.float64) ** 2, np.arange(0, len(block), hop)) / hop
+        )
+        done += len(block)
+    return np.minimum(np.nan_to_num(np.concatenate(found), nan=LOUDEST), LOUDEST)
+
+
+def _quietest(energies: np.ndarray, total: float, longest: float, hop: float) -> list[int]:
+    """The hops that pieces begin at: the quietest place in the second half of what each may have,
+    the last one of several. What is left behind the last cut is a quarter of a piece at least.
+    """
+    wide = round(QUIET_SECONDS / HOP_SECONDS)
+    sums = np.cumsum(np.concatenate([[0.0], np.pad(energies, wide // 2, mode="edge")]))
+    quiet = (sums[wide:] - sums[:-wide])[
+        : len(energies)
+    ]  # of the 0.2 s around each hop's beginning
+    quiet = np.maximum(quiet, 1e-9)  # silence is silence, whatever the rounding of sums
+    cuts, start = [], 0.0
+    while total - start > longest:
+        latest = min(longest, total - start - longest / 4)
+        first, last = (
+            int(np.ceil((start + longest / 2) / hop)),
+            int(np.floor((start + latest) / hop + 1e-9)),
+        )
+        part = quiet[first : last + 1]
+        cuts.append(first + len(part) - 1 - int(np.argmin(part[::-1])))
+        start = cuts[-1] * hop
+    return cuts

@@ -1,0 +1,330 @@
+"""Columns of episodes to arrays: observations and actions of all rows one behind the other, why a
+row cannot be read, and what is fitted on them.
+
+Nothing is copied where the columns hold float32 without nulls, and nothing is done step by step.
+Rows are B episodes of T steps each.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from torch import nn
+
+from pipeline.core.arrow_lists import filled, floats, is_list, joined, lengths
+
+NONE, CLASSES = -1, -2
+"""Widths of actions: there is no column; they are names of classes."""
+CONSTANT, STILL = 1e-6, 1e-12
+"""A number whose deviation is below this share of its greatest value, or below this, does not vary
+(it is rounding): it is not divided by it.
+"""
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """A column of episodes: ``values`` of all rows one behind the other (float32, or places among
+    ``classes``, -1 for null), and (B + 1,) ``ends``, between which each row's lie.
+    """
+
+    values: np.ndarray
+    ends: np.ndarray
+    classes: list[str] | None = None
+
+    def rows(self, values: np.ndarray, kept: np.ndarray) -> Iterator[np.ndarray]:
+        """Each row's part of values like these; nothing of a row that is not kept."""
+        for start, stop, good in zip(
+            self.ends[:-1].tolist(), self.ends[1:].tolist(), kept.tolist(), strict=True
+        ):
+            yield values[start : stop if good else start]
+
+
+@dataclass(frozen=True)
+class Episodes:
+    """The columns of a table as arrays: (B,) ``steps``, ``widths`` of the observations,
+    ``action_widths`` (or NONE, CLASSES), ``robot`` the place of the embodiment among ``robots`` or
+    -1, and ``reasons``, "" for a row that can be read.
+    """
+
+    reasons: list[str]
+    steps: np.ndarray
+    widths: np.ndarray
+    action_widths: np.ndarray
+    observations: Numbers
+    actions: Numbers | None
+    executed: Numbers | None
+    robot: np.ndarray
+    robots: list[str]
+
+    @classmethod
+    def read(cls, table: pa.Table, columns: dict[str, str]) -> Episodes:
+        """Of the columns of roles observations, actions, executed and embodiment. Raises ValueError
+        for columns of another type.
+        """
+        reasons = [""] * len(table)
+        steps, widths, observations = _numbers(
+            table, columns["observations"], "observations", reasons
+        )
+        action_widths = np.full(len(table), NONE)
+        found: dict[str, Numbers] = {}
+        roles = [
+            role for role in ("actions", "executed") if columns.get(role) in table.column_names
+        ]
+        if (
+            len(roles) == 2 and table[columns["executed"]].null_count
+        ):  # nothing else was done there than what is to be learned
+            name, kind = columns["executed"], table.schema.field(columns["executed"]).type
+            with suppress(
+                pa.ArrowInvalid, pa.ArrowNotImplementedError
+            ):  # of another kind than actions: the rows are told as they are read
+                done = pc.if_else(
+                    pc.is_null(table[name]), table[columns["actions"]].cast(kind), table[name]
+                )  # pyright: ignore[reportAttributeAccessIssue]
+                table = table.set_column(table.schema.get_field_index(name), name, done)
+        for role in roles:
+            kind = table.schema.field(columns[role]).type
+            read = _numbers if is_list(kind) and is_list(kind.value_type) else _classes
+            taken, wide, found[role] = read(table, columns[role], role, reasons)
+            for i in np.flatnonzero(taken != steps).tolist():
+                reasons[i] = reasons[i] or (
+                    f"the episode has {steps[i]} observations and {taken[i]} {role}: an action "
+                    "stands beside every observation; leave "
+                    "out a last observation that has none"
+                )
+            for i in np.flatnonzero(wide != action_widths).tolist() if len(found) > 1 else ():
+                reasons[i] = (
+                    reasons[i]
+                    or f"{role} are {_kind(wide[i])}, actions are {_kind(action_widths[i])}: they "
+                    "are of one kind"
+                )
+            action_widths = wide if len(found) == 1 else action_widths
+        named = [cleaned(text) for text in texts(table, columns, "embodiment")]
+        robots = sorted(set(named) - {""})
+        where = {text: number for number, text in enumerate(robots)}
+        robot = np.array([where.get(text, -1) for text in named], dtype=np.int64)
+        return cls(
+            reasons,
+            steps,
+            widths,
+            action_widths,
+            observations,
+            found.get("actions"),
+            found.get("executed"),
+            robot,
+            robots,
+        )
+
+    @property
+    def acts(self) -> Numbers | None:
+        """The actions, or what was executed where there are none."""
+        return self.executed if self.actions is None else self.actions
+
+    @property
+    def good(self) -> np.ndarray:
+        return np.array([not reason for reason in self.reasons], dtype=bool)
+
+    @property
+    def discrete(self) -> bool:
+        return self.acts is not None and self.acts.classes is not None
+
+    def classes(self, rows: np.ndarray) -> set[str]:
+        """Names of the classes that the actions of some rows have."""
+        if not len(rows):
+            return set()
+        acts = self.acts
+        assert acts is not None and acts.classes is not None
+        found = {
+            place
+            for i in rows.tolist()
+            for place in np.unique(acts.values[acts.ends[i] : acts.ends[i + 1]]).tolist()
+        }
+        return {acts.classes[place] for place in found}
+
+    def name(self, row: int) -> str:
+        """What a row's space is called, without the number of its classes."""
+        action = int(self.action_widths[row])
+        return (
+            self.robots[self.robot[row]]
+            if self.robot[row] >= 0
+            else f"o{self.widths[row]}" + ("c" if action == CLASSES else f"a{max(0, action)}")
+        )
+
+    def spaces(self, among: np.ndarray, taken: tuple[str, ...] = ()) -> dict[str, Any]:
+        """Spaces of some rows, by name, with their statistics over all steps; where rows of one
+        name differ in their widths, of those that most of them have. A name of widths that is
+        ``taken`` goes on with _2.
+        """
+        named: dict[str, list[int]] = {}
+        for i in among.tolist():
+            named.setdefault(self.name(i), []).append(i)
+        out: dict[str, Any] = {}
+        for name, members in sorted(named.items()):
+            mine = np.array(members)
+            (width, action), _ = Counter(
+                zip(self.widths[mine].tolist(), self.action_widths[mine].tolist(), strict=True)
+            ).most_common(1)[0]
+            mine = mine[(self.widths[mine] == width) & (self.action_widths[mine] == action)]
+            discrete = sorted(self.classes(mine)) if action == CLASSES else None
+            facts: dict[str, Any] = {
+                "observation": width,
+                "action": max(0, action) if discrete is None else len(discrete),
+                "discrete": discrete,
+            }
+            facts |= _statistics(self.observations, mine, "observation", width) | _statistics(
+                self.acts, mine, "action", action
+            )
+            told = (
+                f"{name}{facts['action']}"
+                if action == CLASSES and self.robot[mine[0]] < 0
+                else name
+            )
+            free = next(
+                text
+                for text in (told, *(f"{told}_{n}" for n in range(2, 1 << 20)))
+                if text not in {*taken, *out}
+            )
+            out[free] = facts
+        return out
+
+
+def _kind(width: int) -> str:
+    return "classes" if width == CLASSES else f"{max(0, width)} numbers a step"
+
+
+def _statistics(
+    numbers: Numbers | None, rows: np.ndarray, what: str, width: int
+) -> dict[str, list[float]]:
+    """Mean and deviation of some rows' steps, in float64. What does not vary has deviation 1."""
+    if numbers is None or width <= 0:
+        return {f"{what}_{key}": [] for key in ("mean", "std")}
+    parts = [
+        numbers.values[numbers.ends[i] : numbers.ends[i + 1]].reshape(-1, width)
+        for i in rows.tolist()
+    ]
+    count = sum(len(part) for part in parts)
+    mean = np.sum([part.sum(0, dtype=np.float64) for part in parts], axis=0) / count
+    std = np.sqrt(np.sum([np.square(part - mean).sum(0) for part in parts], axis=0) / count)
+    size = np.max([np.abs(part).max(0) for part in parts], axis=0)
+    found = {"mean": mean, "std": np.where(std > np.maximum(CONSTANT * size, STILL), std, 1.0)}
+    return {
+        f"{what}_{key}": [float(f"{x:.7g}") for x in values.tolist()]
+        for key, values in found.items()
+    }
+
+
+def first_of_rows(wrong: np.ndarray, ends: np.ndarray) -> Iterator[tuple[int, int]]:
+    """(row, place) of the first of each row's values that are ``wrong``."""
+    places = np.flatnonzero(wrong)
+    rows, first = np.unique(np.searchsorted(ends, places, side="right") - 1, return_index=True)
+    yield from zip(rows.tolist(), places[first].tolist(), strict=True)
+
+
+def _numbers(
+    table: pa.Table, name: str, role: str, reasons: list[str]
+) -> tuple[np.ndarray, np.ndarray, Numbers]:
+    """(B,) steps (-1 null), (B,) numbers a step, and the numbers; rows that cannot be read get a
+    reason. Raises ValueError for a column of another type.
+    """
+    column, kind = joined(table[name]), table.schema.field(name).type
+    deep = kind.value_type.value_type if is_list(kind) and is_list(kind.value_type) else None
+    if deep is None or not (
+        pa.types.is_integer(deep) or pa.types.is_floating(deep) or pa.types.is_null(deep)
+    ):
+        raise ValueError(
+            f"column {name}: it holds {kind}; {role} are lists, one entry a step, of lists of "
+            "numbers" + (" or of class names" if role == "actions" else "")
+        )
+    steps = lengths(column).astype(np.int64)
+    inner = pc.list_flatten(column)  # pyright: ignore[reportAttributeAccessIssue]
+    length, flat = lengths(inner), pc.list_flatten(inner)  # pyright: ignore
+    values = floats(flat)
+    starts = np.concatenate([[0], np.cumsum(np.maximum(steps, 0))])
+    widths = np.zeros(len(column), dtype=np.int64)
+    widths[steps > 0] = length[starts[:-1][steps > 0]]
+    alike = bool(len(length)) and length[0] >= 0 and bool((length == length[0]).all())
+    ends = (
+        starts * int(length[0])
+        if alike
+        else np.concatenate([[0], np.cumsum(np.maximum(length, 0), dtype=np.int64)])[starts]
+    )
+    for i in np.flatnonzero((steps <= 0) | (widths <= 0)).tolist():
+        why = (
+            f"the {role} are null"
+            if steps[i] < 0
+            else "the episode has no steps"
+            if not steps[i]
+            else (f"{role}: step 0 {'is null' if widths[i] < 0 else 'has no numbers'}")
+        )
+        reasons[i] = reasons[i] or why
+    if not alike:
+        for i, at in first_of_rows(length != np.repeat(widths, np.maximum(steps, 0)), starts):
+            differs = (
+                f"has {length[at]} numbers, step 0 has {widths[i]}"
+                if length[at] >= 0
+                else "is null"
+            )
+            reasons[i] = reasons[i] or f"{role}: step {at - starts[i]} {differs}"
+    if not np.isfinite(values).all():
+        for i, at in first_of_rows(~np.isfinite(values), ends):
+            reasons[i] = (
+                reasons[i]
+                or f"{role}: step {(at - ends[i]) // widths[i]}, number "
+                f"{(at - ends[i]) % widths[i]} is {values[at]}"
+            )
+    return steps, widths, Numbers(values, ends)
+
+
+def _classes(
+    table: pa.Table, name: str, role: str, reasons: list[str]
+) -> tuple[np.ndarray, np.ndarray, Numbers]:
+    """As `_numbers`, of lists of class names, or of whole numbers or truth values, which are then
+    the names.
+    """
+    column, kind = joined(table[name]), table.schema.field(name).type
+    value = kind.value_type if is_list(kind) else pa.null()
+    plain = value.value_type if pa.types.is_dictionary(value) else value
+    if not (
+        pa.types.is_string(plain)
+        or pa.types.is_large_string(plain)
+        or pa.types.is_integer(plain)
+        or pa.types.is_boolean(plain)
+    ):
+        raise ValueError(
+            f"column {name}: it holds {kind}; {role} are lists, one entry a step, of lists of "
+            "numbers or of class names"
+        )
+    steps = lengths(column).astype(np.int64)
+    flat = pc.cast(pc.list_flatten(column), pa.string()).dictionary_encode()  # pyright: ignore
+    values, ends = filled(flat.indices, -1), np.concatenate([[0], np.cumsum(np.maximum(steps, 0))])
+    for i in np.flatnonzero(steps < 0).tolist():
+        reasons[i] = reasons[i] or f"the {role} are null"
+    for i, at in first_of_rows(values < 0, ends):
+        reasons[i] = reasons[i] or f"{role}: step {at - ends[i]} is null"
+    return steps, np.full(len(column), CLASSES), Numbers(values, ends, flat.dictionary.to_pylist())
+
+
+def texts(table: pa.Table, columns: dict[str, str], role: str) -> list[str]:
+    """(B,) texts of a role's column; "" for null, and for all rows where there is no such
+    column.
+    """
+    if columns.get(role) not in table.column_names:
+        return [""] * len(table)
+    return pc.fill_null(pc.cast(table[columns[role]], pa.string()), "").to_pylist()
+
+
+@lru_cache(maxsize=4096)
+def cleaned(text: str) -> str:
+    """A robot's name as a part of a network may be called: other characters than A-Z, a-z, 0-9, _
+    and - become _, and a name that every module has (``to``, ``train``) gets one behind it.
+    """
+    found = re.sub(r"[^A-Za-z0-9_-]", "_", text.strip())
+    return f"{found}_" if found and hasattr(nn.ModuleDict(), found) else found

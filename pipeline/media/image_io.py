@@ -1,0 +1,295 @@
+"""Image files to pixels: JPEG, PNG, WebP, GIF and BMP, upright; masks of class numbers; their place
+in a model's input.
+
+EXIF orientation is applied. Transparency is dropped, as Pillow's ``convert("RGB")`` and with it
+every published ImageNet pipeline drops it. 16-bit PNG are scaled to 8 bits (PNG 3, 13.12). Of an
+animation the first picture is taken. A header that promises more than MOST_PIXELS is refused before
+memory is taken.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.io import ImageReadMode, decode_image, decode_jpeg
+
+from pipeline.io import storage
+from pipeline.media.image_ops import IGNORED, levels
+
+MOST_PIXELS = 1 << 27
+"""134 million, 400 MB in colour."""
+PNG, JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8"
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+
+
+def on_gpu(files: Any, channels: int, device: torch.device) -> dict[int, Tensor]:
+    """Place to (channels, H, W) uint8 on the GPU of every JPEG, decoded in one call; none when one
+    of them is broken (each is then tried on the host).
+
+    What is too large or must be turned (EXIF), which nvJPEG does not do, is left to the host, and
+    so are CMYK and RGB, which it would take for YCbCr.
+    """
+    if device.type != "cuda":
+        return {}
+    places = [
+        i
+        for i, data in enumerate(files)
+        if data.startswith(JPEG) and _plain(data) and not _turned(data)
+    ]
+    if not places:
+        return {}
+    mode = ImageReadMode.GRAY if channels == 1 else ImageReadMode.RGB
+    try:
+        found = decode_jpeg(
+            [torch.frombuffer(bytearray(files[i]), dtype=torch.uint8) for i in places],
+            mode=mode,
+            device=device,
+        )
+    except RuntimeError:
+        return {}
+    return dict(zip(places, found, strict=True))
+
+
+def _turned(data: bytes) -> bool:
+    if b"Exif\0" not in data[: 1 << 17]:
+        return False
+    try:
+        with PIL.Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
+            return image.getexif().get(0x0112, 1) != 1
+    except Exception:
+        # what Pillow raises for broken files has no end of kinds; the host's decoder tells what is
+        # wrong
+        return True
+
+
+def _plain(data: bytes) -> bool:
+    """Whether a JPEG is grey or YCbCr, of a size that may be decoded."""
+    height, width, components, ycc = _jpeg_frame(data) or (0, 0, 0, False)
+    return 0 < height * width <= MOST_PIXELS and (components == 1 or (components == 3 and ycc))
+
+
+def _jpeg_frame(data: bytes) -> tuple[int, int, int, bool] | None:
+    """Height, width and number of components from the frame header (ITU-T T.81, B.2.2), and whether
+    three of them would be YCbCr, which Adobe's marker before it may deny (ITU-T T.872, 6.5.3); none
+    where the markers before it are not in order.
+    """
+    at, ycc = 2, True
+    while at + 10 <= len(data) and data[at] == 0xFF:
+        marker, length = data[at + 1], struct.unpack_from(">H", data, at + 2)[0]
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            return *struct.unpack_from(">HHB", data, at + 5), ycc and data[
+                at + 10 : at + 19 : 3
+            ] != b"RGB"  # libjpeg goes by such names of components
+        if marker == 0xEE and data[at + 4 : at + 9] == b"Adobe":
+            ycc = data[at + 15 : at + 16] != b"\0"
+        at += 2 + length
+    return None
+
+
+def _check_size(data: bytes) -> None:
+    """Raises ValueError for a file whose header promises more than MOST_PIXELS, or for what is no
+    image.
+    """
+    frame = _jpeg_frame(data) if data.startswith(JPEG) else None
+    size = (
+        struct.unpack_from(">II", data, 16)
+        if data.startswith(PNG) and len(data) > 24
+        else frame and frame[:2]
+    )
+    if size is None:
+        try:
+            with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                size = image.size
+        except PIL.Image.DecompressionBombError as error:  # Pillow's own limit is above ours
+            raise ValueError(f"the image is too large: {error}") from None
+        except PIL.UnidentifiedImageError:
+            raise ValueError("not a JPEG, PNG, WebP, GIF or BMP image, or a broken one") from None
+        except (
+            Exception
+        ) as error:  # broken bytes make Pillow raise OSError, SyntaxError, struct.error and others
+            raise ValueError(f"broken image: {error}") from None
+    if size[0] * size[1] > MOST_PIXELS:
+        raise ValueError(
+            f"the image is too large: its header says {max(size)} x {min(size)} pixels, more "
+            f"than {MOST_PIXELS} in all"
+        )
+
+
+def upright_size(value: Any) -> tuple[int, int] | None:
+    """(width, height) of what ``pixels`` gives of a file, without decoding it; none for no image,
+    of which decoding tells why. Raises StorageError where a path cannot be read, as decoding does.
+
+    ``value``: the file's bytes or path, or a Hugging Face data set's cell, which holds either.
+    """
+    value = (value.get("bytes") or value.get("path")) if isinstance(value, dict) else value
+    try:
+        with (
+            storage.open_read(value)
+            if isinstance(value, str)
+            else io.BytesIO(value or b"") as file,
+            PIL.Image.open(file, formats=FORMATS) as image,
+        ):
+            # alone, as decoders read it: Pillow's getexif would look into XMP too, and read a PNG
+            # to its end
+            exif = PIL.Image.Exif()
+            exif.load(image.info.get("exif", b""))
+            return (image.height, image.width) if 5 <= exif.get(0x0112, 1) <= 8 else image.size
+    except storage.StorageError:  # no broken file: one that could not be read
+        raise
+    except Exception:  # what Pillow raises for broken files has no end of kinds
+        return None
+
+
+def pixels(data: bytes, channels: int) -> Tensor:
+    """(channels, H, W) uint8 of a JPEG, PNG, WebP, GIF or BMP file, upright; transparency is
+    dropped, of an animation the first picture is taken.
+
+    Raises RuntimeError or ValueError for bytes that are no such file.
+    """
+    _check_size(data)
+    webp = data[:4] == b"RIFF" and data[8:12] == b"WEBP"
+    extended = data[12:16] == b"VP8X" and bool(
+        data[20:21] and data[20] & 0b1010
+    )  # animated, or with EXIF
+    if not (data.startswith((JPEG, PNG)) or (webp and channels == 3 and not extended)):
+        return _by_pillow(
+            data,
+            channels,
+            # torchvision 0.26 has no BMP, no animated WebP, no grey for WebP and GIF, and reads all
+            # of an animated GIF
+        )
+    mode = ImageReadMode.GRAY if channels == 1 else ImageReadMode.RGB
+    found = decode_image(
+        torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=mode, apply_exif_orientation=True
+    )
+    if found.dtype == torch.uint16:  # a 16-bit PNG (X-ray); a cast would keep the low byte
+        found = ((found.to(torch.int32) + 128) // 257).to(torch.uint8)
+    return found
+
+
+def _by_pillow(data: bytes, channels: int) -> Tensor:
+    try:
+        with PIL.Image.open(io.BytesIO(data), formats=("BMP", "GIF", "WEBP")) as image:
+            found = np.array(
+                PIL.ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
+            )
+    except PIL.UnidentifiedImageError:
+        raise ValueError("not a JPEG, PNG, WebP, GIF or BMP image, or a broken one") from None
+    except Exception as error:
+        # broken bytes make Pillow raise OSError, SyntaxError, struct.error, DecompressionBombError
+        # and others
+        raise ValueError(f"broken image: {error}") from None
+    return torch.from_numpy(found.reshape(*found.shape[:2], channels)).permute(2, 0, 1).contiguous()
+
+
+def class_numbers(data: bytes) -> np.ndarray:
+    """(H, W) int64 of a PNG: a palette's indices, never its colours, or levels of grey. Raises
+    ValueError for what is no such file.
+    """
+    if not data.startswith(PNG) or len(data) < 26:
+        raise ValueError("the mask is no PNG file: it must be one, with a class number a pixel")
+    _check_size(data)
+    depth, colour = data[24], data[25]
+    if colour not in (0, 3):
+        raise ValueError(
+            "the mask has colours: a mask has one class number a pixel, as a palette's index "
+            "or a level of grey"
+        )
+    try:
+        with PIL.Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+            found = np.array(image).astype(np.int64)
+    except (
+        Exception
+    ) as error:  # broken bytes make Pillow raise OSError, SyntaxError, struct.error and others
+        raise ValueError(f"broken mask: {error}") from None
+    return (
+        found // (255 // (2**depth - 1)) if colour == 0 and depth in (2, 4) else found
+    )  # Pillow stretches them to 255
+
+
+def classes(data: bytes, size: torch.Size) -> Tensor:
+    """(H, W) uint8 class numbers of a mask. Raises ValueError for another size than its image's, or
+    a number that no mask may hold.
+    """
+    found = class_numbers(data)
+    if found.max(initial=0) > IGNORED:
+        raise ValueError(
+            f"the mask holds class {found.max()}: the greatest is {IGNORED - 1}, and {IGNORED} "
+            "is what is left out"
+        )
+    if found.shape != tuple(size):
+        raise ValueError(
+            f"the mask has {found.shape[1]} x {found.shape[0]} pixels, its image {size[1]} x "
+            f"{size[0]}"
+        )
+    return torch.from_numpy(found.astype(np.uint8))
+
+
+def place(
+    shape: torch.Size, size: int, fit: str, crop_share: float = 1.0
+) -> tuple[int, int, int, int]:
+    """Where the whole image lies in the input: its new height and width, and its top and left,
+    below 0 where it is cropped.
+
+    ``crop_share`` of ``fit`` crop: the share of the resized shorter side that the crop keeps
+    (timm's crop_pct).
+    """
+    height, width = shape
+    if fit == "squash":
+        return size, size, 0, 0
+    if fit == "pad":
+        most = max(height, width)
+        new = max(1, round(height * size / most)), max(1, round(width * size / most))
+        return *new, (size - new[0]) // 2, (size - new[1]) // 2
+    least, side = min(height, width), int(size / crop_share)
+    new = max(side, round(height * side / least)), max(side, round(width * side / least))
+    return *new, -((new[0] - size) // 2), -((new[1] - size) // 2)
+
+
+def resize(
+    picture: Tensor,
+    size: int,
+    fit: str = "crop",
+    fill: list[float] | None = None,
+    nearest: bool = False,
+    crop_share: float = 1.0,
+    interpolation: str = "bilinear",
+) -> Tensor:
+    """(C, H, W) uint8 to (C, size, size): antialiased bilinear or bicubic in uint8 (on a GPU in
+    float, rounded) or the nearest pixel, then a centre crop, or ``fill`` around it (a level a
+    channel; 0). Raises ValueError where the enlarged picture would have more than MOST_PIXELS
+    before it is cropped.
+    """
+    height, width, top, left = place(picture.shape[1:], size, fit, crop_share)
+    if height * width > MOST_PIXELS:  # 1 x 8000 to 224: 2.4 GB
+        raise ValueError(
+            f"the image is too thin to be cropped: {picture.shape[2]} x {picture.shape[1]} "
+            f"pixels would become {width} x {height}, more than "
+            f"{MOST_PIXELS} in all; fit: pad or squash takes it"
+        )
+    if (height, width) != tuple(picture.shape[1:]):
+        whole = picture[None].float() if picture.is_cuda else picture[None]
+        how: dict[str, Any] = (
+            {"mode": "nearest-exact"}
+            if nearest
+            else {"mode": interpolation, "antialias": True, "align_corners": False}
+        )
+        picture = F.interpolate(whole, size=(height, width), **how)[0]
+        picture = levels(picture) if picture.is_cuda else picture
+    if fit != "pad":
+        return picture[:, -top : size - top, -left : size - left]
+    out = (
+        levels(torch.tensor(fill or [0.0] * len(picture), device=picture.device))
+        .view(-1, 1, 1)
+        .repeat(1, size, size)
+    )
+    out[:, top : top + height, left : left + width] = picture
+    return out

@@ -1,0 +1,421 @@
+"""Batched operations on pictures that lie on the device: windows, colour, blur, RandAugment.
+Nothing here draws a random number.
+
+Pictures are (B, C, S, S). What differs from row to row comes as a tensor with first dimension B,
+and no row sees another: a row's pixels are the same in any batch. ``u`` stands for numbers uniform
+in [0, 1), which pipeline.core.rng makes of the rows' keys.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as nn
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+IGNORED = 255
+"""Class of a mask's pixels that lie outside the picture."""
+VISIBLE = 0.1
+"""Share of a box that must be left in the input for it to stay a box."""
+GREY = (0.2989, 0.587, 0.114)
+"""Weights of red, green and blue (ITU-R BT.601), as torchvision and Pillow have them."""
+
+
+# ---------------------------------------------------------------- geometry
+
+
+@dataclass(frozen=True)
+class Window:
+    """The part of each (S, S) picture that becomes its new picture, in pixels: ``left``, ``top``,
+    ``width`` and ``height`` (B,) float32, which may reach beyond the picture, and ``mirrored`` (B,)
+    bool.
+    """
+
+    left: Tensor
+    top: Tensor
+    width: Tensor
+    height: Tensor
+    mirrored: Tensor
+
+    def centres(self, size: int) -> tuple[Tensor, Tensor]:
+        """(B, size) each: where the centres of the new pixels lie along x and along y."""
+        along = (torch.arange(size, device=self.left.device) + 0.5) / size
+        across = torch.where(self.mirrored[:, None], 1 - along, along)
+        return self.left[:, None] + across * self.width[:, None], self.top[
+            :, None
+        ] + along * self.height[:, None]
+
+
+def crop_window(u: Tensor, side: int, area: tuple[float, float], flip: bool) -> Window:
+    """Random resized crop (Szegedy et al. 2015): a share of the area from ``area``, an aspect from
+    3/4 to 4/3, cut to what the picture has. ``u``: (B, 5).
+    """
+    share, ratio = (
+        area[0] + (area[1] - area[0]) * u[:, 0],
+        torch.exp((u[:, 1] * 2 - 1) * math.log(4 / 3)),
+    )
+    width, height = (
+        (share * ratio).sqrt().clamp(max=1) * side,
+        (share / ratio).sqrt().clamp(max=1) * side,
+    )
+    return Window(
+        (side - width) * u[:, 2], (side - height) * u[:, 3], width, height, (u[:, 4] < 0.5) & flip
+    )
+
+
+def zoom_window(u: Tensor, side: int, zoom: tuple[float, float], flip: bool) -> Window:
+    """Scale jitter (Ghiasi et al. 2021, "Simple copy-paste"): the picture grows or shrinks by a
+    factor from ``zoom``, uniform in its logarithm, keeps its aspect, and the input is cut out of
+    it, or it out of the input, at a random place. ``u``: (B, 4).
+    """
+    low, high = math.log(zoom[0]), math.log(zoom[1])
+    width = side * torch.exp(-(low + (high - low) * u[:, 0]))
+    return Window(
+        (side - width) * u[:, 1], (side - width) * u[:, 2], width, width, (u[:, 3] < 0.5) & flip
+    )
+
+
+def shift_window(u: Tensor, side: int, reach: float, flip: bool) -> Window:
+    """The picture moved by up to ``reach`` pixels each way. ``u``: (B, 4)."""
+    whole = torch.full_like(u[:, 0], float(side))
+    return Window(
+        (2 * u[:, 1] - 1) * reach, (2 * u[:, 2] - 1) * reach, whole, whole, (u[:, 3] < 0.5) & flip
+    )
+
+
+def resample(x: Tensor, window: Window, size: int, fill: Tensor | None = None) -> Tensor:
+    """(B, C, size, size) float32 in the range of ``x``: antialiased bilinear, as torchvision's
+    ``resized_crop``; ``fill`` (C,) outside the picture.
+
+    Two matrix products, as the filter is separable: sampling pixel by pixel would alias where a
+    window shrinks.
+    """
+    side, centres = x.shape[-1], window.centres(size)
+    across, down = (
+        _weights(centre, extent / size, side)
+        for centre, extent in zip(centres, (window.width, window.height), strict=True)
+    )
+    values = x.float() if fill is None else x.float() - fill.view(1, -1, 1, 1)
+    out = _separable(values, down, across)
+    if fill is None:
+        return out
+    inside = [((centre >= 0) & (centre < side)).to(out.dtype) for centre in centres]
+    return out * (inside[1][:, None, :, None] * inside[0][:, None, None, :]) + fill.view(
+        1, -1, 1, 1
+    )
+
+
+def _separable(x: Tensor, down: Tensor, across: Tensor) -> Tensor:
+    """(B, C, T, T) of (B, C, S, S) by a matrix of (B, T, S) for each axis."""
+    rows, channels, side, _ = x.shape
+    size = across.shape[1]
+    with torch.autocast(
+        x.device.type, enabled=False
+    ):  # evaluation makes views inside it, and bfloat16 has fewer levels than a picture
+        half = torch.bmm(x.reshape(rows, channels * side, side), across.transpose(1, 2))
+        half = (
+            half.view(rows, channels, side, size)
+            .transpose(1, 2)
+            .reshape(rows, side, channels * size)
+        )
+        return torch.bmm(down, half).view(rows, size, channels, size).transpose(1, 2).contiguous()
+
+
+def _weights(centres: Tensor, scale: Tensor, side: int) -> Tensor:
+    """(B, size, side): how much each old pixel counts in each new one, the triangle filter made
+    wider where the picture shrinks.
+    """
+    pixels = torch.arange(side, device=centres.device) + 0.5
+    reach = scale.clamp(min=1)[:, None, None]
+    found = (1 - (centres[:, :, None] - pixels).abs() / reach).clamp(min=0)
+    return found / found.sum(2, keepdim=True).clamp(min=1e-6)
+
+
+def resample_mask(mask: Tensor, window: Window, size: int) -> Tensor:
+    """(B, size, size) of a (B, S, S) mask, the nearest pixel each, IGNORED outside the picture."""
+    side = mask.shape[-1]
+    x, y = (centre.floor().long() for centre in window.centres(size))
+    rows = torch.arange(len(mask), device=mask.device)[:, None, None]
+    found = mask[rows, y.clamp(0, side - 1)[:, :, None], x.clamp(0, side - 1)[:, None, :]]
+    inside = ((y >= 0) & (y < side))[:, :, None] & ((x >= 0) & (x < side))[:, None, :]
+    return torch.where(inside, found, torch.full_like(found, IGNORED))
+
+
+def moved_frame(frame: Tensor, window: Window, size: int) -> Tensor:
+    """Where the whole image lies after the window was taken: (B, 4) float32 width, height, left,
+    top. A mirrored image has its left edge on the right and a negative width, so that left + share
+    * width is right for it too.
+    """
+    width, height, left, top = frame.unbind(1)
+    across, down = size / window.width, size / window.height
+    width, height, left, top = (
+        width * across,
+        height * down,
+        (left - window.left) * across,
+        (top - window.top) * down,
+    )
+    return torch.stack(
+        [
+            torch.where(window.mirrored, -width, width),
+            height,
+            torch.where(window.mirrored, size - left, left),
+            top,
+        ],
+        1,
+    )
+
+
+def placed_boxes(shares: Tensor, frame: Tensor, size: int) -> Tensor:
+    """(B, M, 4) corners in pixels of the input, of boxes in shares of the image: cut at the image's
+    and the input's edges.
+
+    A box of which less than VISIBLE is left becomes zeros, no box. What is left of a larger one
+    stays, wherever its centre was: annotators draw objects at the edge of a photo too.
+    """
+    shares = shares.clamp(0, 1)
+    width, height, left, top = frame[:, None].unbind(2)
+    x, y = (
+        left[..., None] + shares[..., 0::2] * width[..., None],
+        top[..., None] + shares[..., 1::2] * height[..., None],
+    )
+    x = x.sort(2).values
+    whole = (x[..., 1] - x[..., 0]) * (y[..., 1] - y[..., 0])
+    x, y = x.clamp(0, size), y.clamp(0, size)
+    left_over = (x[..., 1] - x[..., 0]) * (y[..., 1] - y[..., 0])
+    boxes = torch.stack([x[..., 0], y[..., 0], x[..., 1], y[..., 1]], 2)
+    return torch.where(
+        ((left_over > 0) & (left_over >= VISIBLE * whole))[..., None],
+        boxes,
+        torch.zeros_like(boxes),
+    )
+
+
+def in_crowd(boxes: Tensor, crowd: Tensor) -> Tensor:
+    """(N,) bool: which of the ``boxes`` (N, 4) have half of their area or more in one of the
+    regions ``crowd`` (C, 4). COCO measures overlap with a crowd so, over the detection's own area
+    (pycocotools: iscrowd).
+    """
+    low, high = (
+        torch.maximum(boxes[:, None, :2], crowd[:, :2]),
+        torch.minimum(boxes[:, None, 2:], crowd[:, 2:]),
+    )
+    return (
+        (high - low).clamp(min=0).prod(2) >= 0.5 * (boxes[:, 2:] - boxes[:, :2]).prod(1)[:, None]
+    ).any(1)
+
+
+def shifted(x: Tensor, u: Tensor, reach: int, flip: bool) -> Tensor:
+    """Moved by whole pixels, up to ``reach`` each way, the border repeated, by one gather. ``u``:
+    (B, 3).
+    """
+    size = x.shape[-1]
+    move = (u[:, :2] * (2 * reach + 1)).floor().long() - reach
+    along = torch.arange(size, device=x.device)
+    ys, xs = (
+        (along[None] + move[:, :1]).clamp(0, size - 1),
+        (along[None] + move[:, 1:2]).clamp(0, size - 1),
+    )
+    if flip:
+        xs = torch.where(u[:, 2:3] < 0.5, xs.flip(1), xs)
+    rows = torch.arange(len(x), device=x.device)[:, None, None, None]
+    channels = torch.arange(x.shape[1], device=x.device)[None, :, None, None]
+    return x[rows, channels, ys[:, None, :, None], xs[:, None, None, :]]
+
+
+def sample(x: Tensor, window: Window, size: int) -> Tensor:
+    """(B, C, size, size) float32, bilinear without antialiasing: for windows that do not shrink, a
+    fourth of the cost of ``resample``.
+    """
+    across, down = window.centres(size)
+    grid = (
+        torch.stack(
+            [across[:, None].expand(-1, size, -1), down[:, :, None].expand(-1, -1, size)], 3
+        )
+        * (2 / x.shape[-1])
+        - 1
+    )
+    return nn.grid_sample(
+        x.float(), grid, mode="bilinear", padding_mode="reflection", align_corners=False
+    )
+
+
+def levels(x: Tensor) -> Tensor:
+    """uint8 of floats from 0 to 255."""
+    return x.round().clamp(0, 255).to(torch.uint8)
+
+
+# ------------------------------------------------------------- colour; pictures are float in [0, 1]
+
+
+def _groups(kinds: Tensor, device: torch.device) -> Iterator[tuple[int, Tensor]]:
+    """(kind, rows that have it) of (B,) kinds, which lie on the host: no wait for the device inside
+    the loop.
+    """
+    for kind in kinds.unique().tolist():
+        yield kind, (kinds == kind).nonzero()[:, 0].to(device)
+
+
+def some(x: Tensor, chosen: Tensor, change: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """``x`` with ``change(x[rows], rows)`` in the rows that are ``chosen`` (B,) bool."""
+    rows = chosen.nonzero()[:, 0]
+    return x.index_copy(0, rows, change(x[rows], rows)) if len(rows) else x
+
+
+def grey(x: Tensor) -> Tensor:
+    """(B, 1, S, S) luminance."""
+    if x.shape[1] == 1:
+        return x
+    return GREY[0] * x[:, :1] + GREY[1] * x[:, 1:2] + GREY[2] * x[:, 2:3]
+
+
+def brightness(x: Tensor, factor: Tensor) -> Tensor:
+    return (x * factor).clamp(0, 1)
+
+
+def contrast(x: Tensor, factor: Tensor) -> Tensor:
+    return (x * factor + grey(x).mean((1, 2, 3), keepdim=True) * (1 - factor)).clamp(0, 1)
+
+
+def saturation(x: Tensor, factor: Tensor) -> Tensor:
+    return x if x.shape[1] == 1 else (x * factor + grey(x) * (1 - factor)).clamp(0, 1)
+
+
+def hue(x: Tensor, turn: Tensor) -> Tensor:
+    """Hue moved by ``turn`` of the whole circle, in HSV."""
+    if x.shape[1] == 1:
+        return x
+    low, value = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
+    chroma = value - low
+    red, green, blue = x.split(1, 1)
+    safe = torch.where(chroma > 0, chroma, 1)
+    sixth = torch.where(
+        value == red,
+        (green - blue) / safe,
+        torch.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe),
+    )
+    place = (sixth + 6 * turn + torch.tensor([5.0, 3.0, 1.0], device=x.device).view(1, 3, 1, 1)) % 6
+    return value - chroma * torch.minimum(place, 4 - place).clamp(0, 1)
+
+
+def colour_jitter(x: Tensor, u: Tensor, amount: float) -> Tensor:
+    """Brightness, contrast and saturation each by a factor from 1 - amount to 1 + amount and hue by
+    up to amount / 4 of the circle, in an order of the row's own (SimCLR, appendix A, where amount
+    is 0.8 times the strength). ``u``: (B, 8).
+    """
+    spread = 2 * u[:, :4, None, None, None] - 1
+    factor = (1 + amount * spread[:, :3]).clamp(min=0)
+    by = torch.cat([factor, spread[:, 3:] * min(amount / 4, 0.5)], 1)
+    changes, order = (brightness, contrast, saturation, hue), u[:, 4:8].argsort(1).cpu()
+    out = x.clone()
+    for place in range(len(changes)):
+        for kind, rows in _groups(order[:, place], x.device):
+            out[rows] = changes[kind](out[rows], by[rows, kind])
+    return out
+
+
+def blur(x: Tensor, sigma: Tensor) -> Tensor:
+    """Gaussian blur with the row's own ``sigma`` (B,) in pixels, the kernel a tenth of the side
+    wide (SimCLR), the border reflected.
+
+    One product with a banded matrix a side: the reflection is in the matrix, and rows with
+    different kernels go together.
+    """
+    side = x.shape[-1]
+    radius = max(1, side // 20)
+    along = torch.arange(side, device=x.device)
+    taps = torch.exp(-0.5 * (torch.arange(radius + 1, device=x.device) / sigma[:, None]) ** 2)
+    taps = torch.cat(
+        [taps / (2 * taps.sum(1, keepdim=True) - taps[:, :1]), torch.zeros_like(taps[:, :1])], 1
+    )
+    to, of = along[:, None], along[None, :]
+    before, after = (
+        torch.where(of > 0, to + of, radius + 1),
+        torch.where(of < side - 1, 2 * (side - 1) - to - of, radius + 1),
+    )
+    band = sum(
+        taps[:, distance.clamp(max=radius + 1)] for distance in ((to - of).abs(), before, after)
+    )
+    assert isinstance(band, Tensor)
+    return _separable(x, band, band)
+
+
+def solarize(x: Tensor, threshold: float = 0.5) -> Tensor:
+    return torch.where(x >= threshold, 1 - x, x)
+
+
+# ---------------------------------------------------------------- RandAugment; pictures are uint8
+
+
+def _affine(
+    x: Tensor,
+    fill: list[float],
+    *,
+    shift: tuple[int, int] = (0, 0),
+    shear: tuple[float, float] = (0, 0),
+    about: list[float] | None = None,
+) -> Tensor:
+    turned = [math.degrees(math.atan(amount)) for amount in shear]
+    return F.affine(
+        x,
+        angle=0,
+        translate=list(shift),
+        scale=1,
+        shear=turned,
+        center=about,
+        interpolation=InterpolationMode.BILINEAR,
+        fill=fill,
+    )
+
+
+SIGNED: tuple[Callable[[Tensor, float, list[float]], Tensor], ...] = (
+    lambda x, level, fill: F.adjust_brightness(x, 1 + 0.9 * level),
+    lambda x, level, fill: F.adjust_saturation(x, 1 + 0.9 * level),
+    lambda x, level, fill: F.adjust_contrast(x, 1 + 0.9 * level),
+    lambda x, level, fill: F.adjust_sharpness(x, 1 + 0.9 * level),
+    lambda x, level, fill: _affine(x, fill, shear=(0.3 * level, 0), about=[0, 0]),
+    lambda x, level, fill: _affine(x, fill, shear=(0, 0.3 * level), about=[0, 0]),
+    lambda x, level, fill: _affine(x, fill, shift=(int(150 / 331 * x.shape[-1] * level), 0)),
+    lambda x, level, fill: _affine(x, fill, shift=(0, int(150 / 331 * x.shape[-1] * level))),
+    lambda x, level, fill: F.rotate(
+        x, 30 * level, interpolation=InterpolationMode.BILINEAR, fill=fill
+    ),
+)
+"""Operations whose level may be below 0 as well; the first four move nothing."""
+UNSIGNED: tuple[Callable[[Tensor, float], Tensor], ...] = (
+    lambda x, level: x,
+    lambda x, level: F.posterize(x, round(8 - 4 * level)),
+    lambda x, level: F.solarize(x, 255 * (1 - level)),
+    lambda x, level: F.autocontrast(x),
+    lambda x, level: F.equalize(x),
+)
+
+
+def rand_augment(
+    x: Tensor, u: Tensor, magnitude: int, fill: list[float], still: bool = False
+) -> Tensor:
+    """Two operations of RandAugment (Cubuk et al. 2020) on each row, their ranges as torchvision's,
+    of 30 for ``magnitude``. uint8 in and out; ``u``: (B, 4).
+
+    Rows that drew the same operation and sign go together. ``still``: only operations that leave
+    everything in its place, for boxes and masks.
+    """
+    signed = SIGNED[:4] if still else SIGNED
+    kinds = ((u[:, :2] * (len(signed) + len(UNSIGNED))).long() * 2 + (u[:, 2:] < 0.5)).cpu()
+    out, level = x.clone(), magnitude / 30
+    for turn in range(2):
+        for kind, rows in _groups(
+            torch.where(kinds[:, turn] < 2 * len(signed), kinds[:, turn], kinds[:, turn] // 2 * 2),
+            x.device,
+        ):
+            one, part = kind // 2, out[rows]
+            out[rows] = (
+                signed[one](part, -level if kind % 2 else level, fill)
+                if one < len(signed)
+                else UNSIGNED[one - len(signed)](part, level)
+            )
+    return out

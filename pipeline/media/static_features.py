@@ -1,0 +1,284 @@
+"""Facts of a row without times: a struct of numbers, texts (categories) and lists of texts (codes),
+as numbers and places in a vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.core.capabilities import Unshared
+from pipeline.core.ragged import ragged
+
+MOST = 8.0
+"""Standardised numbers lie within so many deviations."""
+TAILS = (0.001, 0.999)
+"""Mean and deviation are those of values clipped to these quantiles. The quantiles themselves,
+which may be one patient's, are not kept.
+"""
+
+
+class Facts:
+    """``state``: ``numbers`` (names), their ``mean`` and ``std``, and ``codes``: known texts as
+    ``FIELD=TEXT``. Fields are known by name; truth values are texts.
+    """
+
+    def __init__(self, state: dict[str, Any]):
+        self.state = state
+        self.place = {code: place + 1 for place, code in enumerate(state["codes"])}
+
+    @staticmethod
+    def nothing() -> dict[str, Any]:
+        return {"numbers": [], "mean": [], "std": [], "codes": []}
+
+    @staticmethod
+    def fit(column: Any, name: str, min_rows: int) -> dict[str, Any]:
+        """State from a column of structs. A number or a text is known where ``min_rows`` rows have
+        it. Raises ValueError for another type, named.
+        """
+        out = Facts.nothing()
+        found = Counter()
+        for field, values in _fields(column, name):
+            if _numeric(values.type):
+                numbers = _floats(values)
+                numbers = numbers[np.isfinite(numbers)]
+                if len(numbers) < min_rows:
+                    continue
+                numbers = numbers.clip(*np.quantile(numbers, TAILS))
+                std = float(numbers.std())
+                for key, value in (
+                    ("numbers", field),
+                    ("mean", float(f"{numbers.mean():.7g}")),
+                    ("std", float(f"{std:.7g}") if std > 1e-9 else 1.0),
+                ):
+                    out[key].append(value)
+            else:
+                for codes in _codes(field, values):
+                    found.update(set(codes))
+        out["codes"] = sorted(code for code, count in found.items() if count >= min_rows)
+        return out
+
+    def sizes(self) -> dict[str, int]:
+        return {"numbers": len(self.state["numbers"]), "codes": len(self.state["codes"])}
+
+    def needed_type(self, kind: pa.DataType) -> str:
+        """ "" where a column of this type can be read with this state, else in words what is
+        needed.
+        """
+        if not pa.types.is_struct(kind):
+            return "a struct of numbers, texts and lists of texts"
+        texts = {code.partition("=")[0] for code in self.state["codes"]}
+        for field in kind:
+            value = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+            if pa.types.is_null(value):
+                continue
+            if field.name in self.state["numbers"] and not _numeric(value):
+                return f"numbers in its field {field.name}, as in training"
+            if field.name in texts and _numeric(value):
+                return f"texts in its field {field.name}, as in training"
+        return ""
+
+    def known(self, column: Any, name: str) -> str:
+        """In words, which fields and texts of these rows are not known, and which known numbers
+        they lack; "" where all are the same.
+        """
+        there, kinds = [], set()
+        for field, values in self._matched(column, name):
+            if _numeric(values.type):
+                there += [field] if len(values) > values.null_count else []
+            else:
+                kinds |= {code for codes in _codes(field, values) for code in codes}
+        left, lacking = (
+            [one for one in some if one not in others]
+            for some, others in ((there, self.state["numbers"]), (self.state["numbers"], there))
+        )
+        texts = len([code for code in kinds if code not in self.place])
+        return "; ".join(
+            filter(
+                None,
+                [
+                    f"numbers of {name} left out: {', '.join(left)}" if left else "",
+                    f"not there: {', '.join(lacking)}" if lacking else "",
+                    f"{texts} of {len(kinds)} texts of {name} are unknown" if texts else "",
+                ],
+            )
+        )
+
+    def unshared(self, column: Any, name: str, min_rows: int) -> list[Unshared]:
+        """All numbers and texts that these rows lack of those known, or have beyond them; texts
+        that fewer than ``min_rows`` rows have are only counted.
+        """
+        numbers, rows_with = [], Counter()
+        for field, values in self._matched(column, name):
+            if _numeric(values.type):
+                numbers += [field] if len(values) > values.null_count else []
+            else:
+                for codes in _codes(field, values):
+                    rows_with.update(set(codes))
+        unknown = sorted(code for code in rows_with if code not in self.place)
+        named = tuple(code for code in unknown if rows_with[code] >= min_rows)
+        found = [
+            Unshared(
+                f"numbers of {name} that the source knows and its rows lack",
+                tuple(n for n in self.state["numbers"] if n not in numbers),
+            ),
+            Unshared(
+                f"numbers of {name} that its rows have and the source does not know (left out)",
+                tuple(n for n in numbers if n not in self.state["numbers"]),
+            ),
+            Unshared(
+                f"texts of {name} that the source knows and its rows lack",
+                tuple(code for code in self.place if code not in rows_with),
+            ),
+            Unshared(
+                f"texts of {name} that its rows have and the source does not know (left out)",
+                named,
+                len(unknown) - len(named),
+            ),
+        ]
+        return [one for one in found if one.names or one.rare]
+
+    def features(self, column: Any, name: str, min_rows: int) -> Iterator[tuple[str, np.ndarray]]:
+        """Each field's values: (n,) float64 numbers, (n,) int64 numbers of categories, and of lists
+        of texts (n,) float64 whether a row has each text that ``min_rows`` rows have. Where
+        something is known, only what is known.
+        """
+        known_fields = {*self.state["numbers"], *(code.partition("=")[0] for code in self.place)}
+        for field, values in _fields(column, name):
+            if known_fields and field not in known_fields:
+                continue
+            if _numeric(values.type):
+                yield f"{name}.{field}", _floats(values)
+            elif not _listed(values.type):
+                texts = values if _text(values.type) else values.cast(pa.string())
+                codes = texts.dictionary_encode().indices.fill_null(-1)
+                yield f"{name}.{field}", codes.to_numpy(zero_copy_only=False).astype(np.int64)
+            else:
+                yield from self._presence(field, values, name, min_rows)
+
+    def _presence(
+        self, field: str, values: Any, name: str, min_rows: int
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        rows_with: dict[str, set[int]] = {}
+        for row, codes in enumerate(_codes(field, values)):
+            for code in codes:
+                rows_with.setdefault(code, set()).add(row)
+        for code, rows in rows_with.items():
+            if len(rows) >= min_rows and (not self.place or code in self.place):
+                there = np.zeros(len(values))
+                there[sorted(rows)] = 1.0
+                yield f"{name}.{code}", there
+
+    def _matched(self, column: Any, name: str) -> list[tuple[str, Any]]:
+        """Its fields. Raises ValueError for one that holds texts here and numbers where the state
+        was fitted, or the other way round.
+        """
+        found = _fields(column, name)
+        for field, values in found:
+            texts = any(code.startswith(f"{field}=") for code in self.place)
+            if (field in self.state["numbers"] and not _numeric(values.type)) or (
+                texts and _numeric(values.type)
+            ):
+                raise ValueError(
+                    f"column {name}, field {field}: it holds {values.type} here and "
+                    f"{'texts' if texts else 'numbers'} in the rows that it was "
+                    "fitted on; write both in one type"
+                )
+        return found
+
+    def decode(self, column: Any, rows: int, name: str) -> dict[str, np.ndarray]:
+        """``numbers`` (B, K) float32 standardised, 0 where unknown; ``numbers_known`` (B, K) bool;
+        ``codes``, ragged int64 places of known texts plus 1.
+        """
+        numbers = np.full((rows, len(self.state["numbers"])), np.nan)
+        codes: list[list[int]] = [[] for _ in range(rows)]
+        at = {number: place for place, number in enumerate(self.state["numbers"])}
+        for field, values in self._matched(column, name) if column is not None else ():
+            if _numeric(values.type):
+                if field in at:
+                    numbers[:, at[field]] = _floats(values)
+            else:
+                for row, texts in enumerate(_codes(field, values)):
+                    codes[row] += [self.place[text] for text in texts if text in self.place]
+        known = np.isfinite(numbers)
+        scaled = (
+            (np.where(known, numbers, 0.0) - self.state["mean"]) / self.state["std"]
+            if len(at)
+            else numbers
+        )
+        return {
+            "numbers": np.where(known, scaled.clip(-MOST, MOST), 0.0).astype(np.float32),
+            "numbers_known": known,
+            "codes": ragged(np.array(sorted(set(row)), dtype=np.int64) for row in codes),
+        }
+
+
+def _fields(column: Any, name: str) -> list[tuple[str, Any]]:
+    """(name, values as one Arrow array) of a struct's fields; a null struct has null fields."""
+    column = (
+        pa.concat_arrays(column.chunks)
+        if isinstance(column, pa.ChunkedArray) and column.num_chunks
+        else column
+    )
+    if isinstance(column, pa.ChunkedArray):
+        column = pa.array([], column.type)
+    if not pa.types.is_struct(column.type):
+        raise ValueError(
+            f"column {name}: it holds {column.type}; facts are a struct of numbers, texts and "
+            "lists of texts"
+        )
+    out = []
+    for field, values in zip(column.type, column.flatten(), strict=True):
+        values = values.dictionary_decode() if pa.types.is_dictionary(values.type) else values
+        inner = values.type.value_type if _listed(values.type) else values.type
+        if not (
+            _numeric(values.type)
+            or _text(inner)
+            or pa.types.is_boolean(inner)
+            or pa.types.is_null(inner)
+        ):
+            raise ValueError(
+                f"column {name}, field {field.name}: it holds {values.type}; facts are "
+                "numbers, texts and lists of texts"
+            )
+        if not pa.types.is_null(values.type):
+            out.append((field.name, values))
+    return out
+
+
+def _listed(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind)
+
+
+def _text(kind: pa.DataType) -> bool:
+    return (
+        pa.types.is_string(kind)
+        or pa.types.is_large_string(kind)
+        or (pa.types.is_dictionary(kind) and _text(kind.value_type))
+    )
+
+
+def _numeric(kind: pa.DataType) -> bool:
+    return pa.types.is_integer(kind) or pa.types.is_floating(kind)
+
+
+def _floats(values: Any) -> np.ndarray:
+    return pc.cast(values, pa.float64(), safe=False).to_numpy(
+        zero_copy_only=False
+    )  # a checked cast tells the value in its error
+
+
+def _codes(field: str, values: Any) -> list[list[str]]:
+    """For each row its texts as FIELD=TEXT."""
+    listed = _listed(values.type)
+    return [
+        []
+        if value is None
+        else [f"{field}={one}" for one in (value if listed else [value]) if one is not None]
+        for value in values.to_pylist()
+    ]

@@ -1,0 +1,290 @@
+"""Numbers out of what a hospital writes down: texts to numbers, units to those of this project, and
+what no body can have left out.
+
+The ranges are a data file (``clinical/ranges.csv``), so that a hospital can see and change them.
+Everything here works on whole columns.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+NUMBER = r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?"
+BOUND = r"^(?i:<=?|>=?|less than|greater than|under|over)\s*"
+NO_VALUE, NO_NUMBER, PAIR, OUT_OF_RANGE = (
+    "no value",
+    "no number",
+    "a pair of numbers",
+    "out of range",
+)
+CENSORED, CLAMPED = "censored values taken as their bound", "values set to the valid bound"
+CLINICAL = Path(__file__).parent
+
+
+class Numbers(NamedTuple):
+    """``values``: (n,) float64, not a number where there is none. ``reasons``: (n,) int8, what is
+    wrong, as a place in ``REASONS``. ``censored``: (n,) bool.
+    """
+
+    values: np.ndarray
+    reasons: np.ndarray
+    censored: np.ndarray
+
+
+REASONS = ("", NO_VALUE, NO_NUMBER, PAIR)
+
+
+def rows_of(name: str) -> Iterator[dict[str, str]]:
+    """Rows of a file of ``clinical/``; its lines that begin with # are its own words."""
+    lines = (CLINICAL / name).read_text(encoding="utf-8").splitlines()
+    yield from csv.DictReader(line for line in lines if line.strip() and not line.startswith("#"))
+
+
+def mark() -> str:
+    """Changes when the data files do."""
+    return hashlib.sha256(
+        b"".join(file.read_bytes() for file in sorted(CLINICAL.glob("*.csv")))
+    ).hexdigest()
+
+
+def numbers(column: Any, pair: int | np.ndarray = 0) -> Numbers:
+    """The numbers of a column: "<0.1" and "LESS THAN 0.1" are their bound; of "120/80" the first
+    (``pair`` 1) or second (2), or none (0).
+
+    ``column``: (n,) texts, numbers or bools; ``pair``: one for all, or (n,).
+    """
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    if pa.types.is_dictionary(array.type):
+        codes, values = array.indices, array.dictionary
+    elif pa.types.is_string(array.type) or pa.types.is_large_string(array.type):
+        encoded = array.dictionary_encode()
+        codes, values = encoded.indices, encoded.dictionary
+    else:
+        found = _plain(array)
+        return Numbers(
+            found, np.where(np.isnan(found), 1, 0).astype(np.int8), np.zeros(len(array), dtype=bool)
+        )
+    if pa.types.is_integer(values.type) or pa.types.is_floating(values.type):
+        return numbers(array.cast(pa.float64()), pair)
+    first, second, reasons, censored = _texts(values.cast(pa.string()))
+    missing = ~np.asarray(codes.is_valid())
+    at = np.where(missing, len(values), codes.fill_null(0).to_numpy(zero_copy_only=False))
+    reason, bound = np.append(reasons, np.int8(1))[at], np.append(censored, False)[at]
+    one, two = np.append(first, np.nan)[at], np.append(second, np.nan)[at]
+    is_pair = reason == REASONS.index(PAIR)
+    taken = is_pair & (np.asarray(pair) > 0)
+    out = np.where(is_pair, np.where(np.asarray(pair) == 2, two, one), one)
+    return Numbers(
+        np.where(is_pair & ~taken, np.nan, out), np.where(taken, 0, reason).astype(np.int8), bound
+    )
+
+
+def _plain(array: Any) -> np.ndarray:
+    """(n,) float64 of a column that is no text; not a number where it is null or infinite."""
+    try:
+        found = (
+            array.cast(pa.float64(), safe=False)
+            .fill_null(float("nan"))
+            .to_numpy(zero_copy_only=False)
+        )
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        raise ValueError(
+            f"a column of values has the type {array.type}; it must hold numbers or texts"
+        ) from None
+    return np.where(np.isfinite(found), found, np.nan)
+
+
+def _texts(values: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """For each distinct text (number, second number of a pair, place in REASONS, whether it is a
+    bound).
+    """
+    text = pc.utf8_trim_whitespace(values).fill_null("")  # pyright: ignore
+    bare = pc.replace_substring_regex(text, BOUND, "")  # pyright: ignore
+    is_number = np.asarray(pc.match_substring_regex(bare, f"^{NUMBER}$"))  # pyright: ignore
+    # pyright: ignore
+    is_pair = np.asarray(pc.match_substring_regex(text, rf"^{NUMBER}\s*/\s*{NUMBER}$"))
+    empty = np.asarray(pc.equal(text, ""))  # pyright: ignore[reportAttributeAccessIssue]
+    censored = is_number & np.asarray(pc.not_equal(bare, text))  # pyright: ignore
+    # pyright: ignore
+    halves = pc.replace_substring_regex(pc.if_else(pa.array(is_pair), text, "0/0"), r"\s*/\s*", "/")
+    # pyright: ignore
+    first, second = (_cast(pc.list_element(pc.split_pattern(halves, "/"), i)) for i in (0, 1))
+    one = np.where(
+        is_pair,
+        first,
+        np.where(is_number, _cast(pc.if_else(pa.array(is_number), bare, "0")), np.nan),
+    )  # pyright: ignore[reportAttributeAccessIssue]
+    reasons = np.select([empty, is_number, is_pair], [1, 0, 3], 2).astype(np.int8)
+    reasons[(reasons == 0) & ~np.isfinite(one)] = 2
+    one[reasons == 2] = np.nan
+    return one, np.where(is_pair, second, np.nan), reasons, censored
+
+
+def _cast(texts: Any) -> np.ndarray:
+    return (
+        pc.replace_substring_regex(texts, r"^\+", "")
+        .cast(pa.float64())
+        .to_numpy(zero_copy_only=False)
+    )  # pyright: ignore[reportAttributeAccessIssue]
+
+
+# ---------------------------------------------------------------- units
+
+OTHER_UNIT, CONVERTED = (
+    "in a unit that clinical/units.csv does not have",
+    "values converted from another unit",
+)
+RAW_UNITS = {"inches": "in", "pounds": "lb"}
+"""The unit that an item's values have before its conversion, where that is not the unit of its
+variable.
+"""
+
+
+def plain_unit(text: str) -> str:
+    """A unit without what hospitals write differently: case, blanks, signs for micro, dots; "None"
+    is no unit.
+    """
+    plain = (
+        "".join(text.lower().split())
+        .replace("\u00b5", "u")
+        .replace("\u03bc", "u")
+        .replace("deg.", "deg")
+        .rstrip(".")
+    )
+    plain = plain.removeprefix("x") if plain.startswith("x10") else plain
+    return "" if plain in ("none", "null", "na", "n/a", "nounits", "-") else plain
+
+
+class Units:
+    """Which units a variable's values may be written in, and what each is multiplied by
+    (``clinical/units.csv``).
+    """
+
+    def __init__(self):
+        self.of_variable: dict[tuple[str, str], float] = {}
+        self.of_unit: dict[tuple[str, str], float] = {}
+        for row in rows_of("units.csv"):
+            known, key = (
+                (self.of_unit, row["unit"])
+                if row["variable"] == "*"
+                else (self.of_variable, row["variable"])
+            )
+            known[key, plain_unit(row["written"])] = float(row["factor"])
+
+    def factor(self, written: str | None, variable: str, unit: str, conversion: str) -> float:
+        """What a value in the unit ``written`` is multiplied by to be in that of its item, before
+        the item's conversion; NaN where that is not known.
+
+        ``unit``: that of the variable. No unit at all is taken for the item's own.
+        """
+        plain = plain_unit(written or "")
+        own = RAW_UNITS.get(conversion, unit)
+        if plain in ("", plain_unit(own)):
+            return 1.0
+        known = None if conversion in RAW_UNITS else self.of_variable.get((variable, plain))
+        return self.of_unit.get((own, plain), float("nan")) if known is None else known
+
+
+def converted(values: np.ndarray, conversions: np.ndarray, names: tuple[str, ...]) -> np.ndarray:
+    """(n,) float64 in this project's units; ``conversions``: (n,) each value's place in ``names``.
+
+    As in Harutyunyan et al. 2019 (mimic3benchmark/preprocessing.py): from 79 on a temperature is in
+    Fahrenheit, whatever its column says.
+    """
+    out = values.astype(np.float64, copy=True)
+    for number, name in enumerate(names):
+        here = np.flatnonzero(conversions == number)
+        if not len(here) or name not in CONVERSIONS:
+            continue
+        out[here] = CONVERSIONS[name](out[here])
+    return out
+
+
+CONVERSIONS: dict[str, Any] = {
+    "celsius": lambda x: np.where(x >= 79, (x - 32) * 5 / 9, x),
+    "percent": lambda x: np.where((x > 0) & (x <= 1.1), x * 100, x),
+    "pounds": lambda x: x * 0.45359237,
+    "inches": lambda x: x * 2.54,
+    "acidity": lambda x: np.where(
+        (x >= 630) & (x <= 850), x / 100, np.where((x >= 63) & (x <= 85), x / 10, x)
+    ),
+}
+"""``acidity``: a pH without its point (735 is 7.35)."""
+OWN = {"Temp": "celsius", "FiO2": "percent", "SaO2": "percent", "SpO2": "percent", "pH": "acidity"}
+"""What values under a canonical name go through where nothing else is known of them."""
+
+
+# ---------------------------------------------------------------- ranges
+
+
+class Ranges:
+    """Bounds by name of variable: (outlier low, valid low, valid high, outlier high); others have
+    none.
+    """
+
+    def __init__(self):
+        columns = ("outlier_low", "valid_low", "valid_high", "outlier_high")
+        self.known = {
+            row["variable"]: [float(row[name]) for name in columns] for row in rows_of("ranges.csv")
+        }
+
+    def apply(
+        self,
+        values: np.ndarray,
+        codes: np.ndarray,
+        names: list[str],
+        tally: Counter[str],
+        table: str,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(values within the valid bounds, which are plausible at all) of (n,) values whose
+        variables are ``codes``, places in ``names``; counts those that are not, and those set to a
+        bound.
+        """
+        bounds = np.array(
+            [self.known.get(name, [-np.inf, -np.inf, np.inf, np.inf]) for name in names],
+            dtype=np.float64,
+        ).reshape(-1, 4)
+        low, valid_low, valid_high, high = bounds[codes].T
+        good = (values >= low) & (values <= high)
+        inside = np.clip(values, valid_low, valid_high)
+        tally[f"{table}: {OUT_OF_RANGE}"] += int(len(good) - np.count_nonzero(good))
+        tally[CLAMPED] += int(np.count_nonzero(good & (inside != values)))
+        return inside, good
+
+
+def canonical(
+    values: np.ndarray,
+    codes: np.ndarray,
+    names: list[str],
+    ranges: Ranges,
+    tally: Counter[str],
+    table: str,
+) -> tuple[np.ndarray, np.ndarray]:
+    """(values in canonical units and valid bounds, which are plausible) of (n,) values under
+    canonical names (``OWN``); others pass as they are.
+    """
+    kinds = tuple(CONVERSIONS)
+    own = np.array(
+        [kinds.index(OWN[name]) if name in OWN else -1 for name in names], dtype=np.int64
+    )
+    return ranges.apply(
+        converted(values, own[codes], kinds) if len(names) else values, codes, names, tally, table
+    )
+
+
+def units() -> dict[str, str]:
+    """The unit of each canonical variable."""
+    return {
+        row["variable"]: row["unit"]
+        for name in ("items.csv", "ranges.csv")
+        for row in rows_of(name)
+    }

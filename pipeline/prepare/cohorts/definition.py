@@ -1,0 +1,339 @@
+"""What a definition of a cohort promises: which event rows belong to it, up to which hour their
+events may be seen, and their labels.
+
+Event rows (one an ICU stay, a machine): ``entity``, ``patient``, ``times`` (list<float32>, hours
+since the entity's start), ``variables`` (list<string>), ``values`` (list<float32>), ``events``
+(int32), ``static`` (struct of what is known at the start), and outcomes, of which labels are made.
+What `select` gives holds inputs from before the prediction time, the definition's labels and
+subgroups, and no outcome.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.config.registry import Options
+
+EPS = 1e-6
+"""Hours; as Harutyunyan et al. 2019 compare times."""
+KEPT = ("entity", "patient", "times", "variables", "values", "events", "static", "split")
+LISTS = ("times", "variables", "values")
+UNSEEN = "no events in the window"
+ADULT = 18
+AGE_BANDS = ((18, "0-17"), (45, "18-44"), (65, "45-64"), (80, "65-79"), (np.inf, "80+"))
+"""(ages below this one, what they are called)."""
+GENDERS, ICU_TYPES = (
+    {0.0: "female", 1.0: "male"},
+    {1.0: "CCU", 2.0: "CSRU", 3.0: "MICU", 4.0: "SICU"},
+)
+"""PhysioNet 2012's numbers of Gender and ICUType, under MIMIC-III's names; others (-1) are
+unknown.
+"""
+BENCHMARK = {
+    "static.Age": "age at admission, as the benchmark has adults alone",
+    "transfers": "moved between ICUs, which the benchmark leaves out",
+    "stays_in_admission": "ICU stays of the admission, of which the benchmark has but one",
+}
+"""Columns that `benchmark` reads, and what for."""
+
+
+class Definition(ABC):
+    """One cohort and its labels. Its methods are given a pyarrow table of B event rows and are
+    vectorised over it; none may look at a later row.
+
+    ``label``: the column of ``labels`` that the summary counts.
+    """
+
+    registered_name: ClassVar[str]
+    options_class: ClassVar[type[Options]]
+    label: str = "label"
+
+    def __init__(self, options: Any = None):
+        self.options: Any = options if options is not None else self.options_class()
+
+    @abstractmethod
+    def needs(self, names: list[str]) -> dict[str, str]:
+        """Columns that it reads (``static.Age`` for a field of ``static``), and what for.
+        ``names``: those that there are.
+        """
+
+    @abstractmethod
+    def include(self, table: pa.Table) -> np.ndarray:
+        """(B,) objects: "", or in words why the row does not belong (no value of it); `reasons`
+        makes them.
+        """
+
+    @abstractmethod
+    def window(self, table: pa.Table) -> np.ndarray:
+        """(B,) float64, the hour up to which events are inputs, itself included: the (last)
+        prediction time. Not read where a row does not belong.
+        """
+
+    @abstractmethod
+    def labels(self, table: pa.Table) -> dict[str, pa.Array]:
+        """Label columns of rows that belong, their types the same for every table, an empty one
+        too.
+        """
+
+
+# ---------------------------------------------------------------- selection
+
+
+def select(
+    definition: Definition, table: pa.Table, history: bool = True
+) -> tuple[pa.Table, np.ndarray]:
+    """(rows of the cohort: inputs up to the window, labels, subgroups; (B,) objects, "" or why a
+    row of ``table`` is left out).
+
+    ``history``: also events from before the entity's start. Raises ValueError for a definition that
+    gives no window, or labels that do not fit.
+    """
+    why = definition.include(table)
+    window = definition.window(table)
+    if not np.isfinite(window[why == ""]).all():
+        raise ValueError(
+            f"cohort {definition.registered_name} gives no window for rows that it includes; "
+            "let include() leave them out"
+        )
+    cut, seen = until(table, np.where(why == "", window, -np.inf), history)
+    why = np.where((why == "") & (seen == 0), UNSEEN, why)
+    kept = cut.filter(pa.array(why == ""))
+    made = {**definition.labels(kept), **subgroups(kept)}
+    for name, column in made.items():
+        if len(column) != len(kept) or pa.types.is_null(column.type) or name in KEPT:
+            raise ValueError(
+                f"cohort {definition.registered_name}: its column {name} is {column.type} of "
+                f"{len(column)} rows, where there are {len(kept)}; "
+                f"it must have a type and a name other than {', '.join(KEPT)}"
+            )
+    columns = {name: kept[name] for name in KEPT if name in kept.column_names}
+    return pa.table({**columns, **made}), why
+
+
+def until(table: pa.Table, window: np.ndarray, history: bool = True) -> tuple[pa.Table, np.ndarray]:
+    """(the table with events up to the window of each row alone, (B,) how many of them lie between
+    the row's start and its window).
+    """
+    lists = {name: whole(table, name) for name in LISTS}
+    row = rows_of(lists["times"])
+    times = flat(lists["times"])
+    early = times <= window[row] + EPS
+    seen = np.bincount(row[early & (times > -EPS)], minlength=len(table))
+    keep = early if history else early & (times > -EPS)
+    counts = np.bincount(row[keep], minlength=len(table))
+    offsets, mask = pa.array(offsets_of(counts), pa.int32()), pa.array(keep)
+    for name, column in lists.items():
+        table = table.set_column(
+            table.column_names.index(name),
+            name,
+            pa.ListArray.from_arrays(offsets, column.flatten().filter(mask)),
+        )
+    events = pa.array(counts, pa.int32())
+    return (
+        table.set_column(table.column_names.index("events"), "events", events)
+        if "events" in table.column_names
+        else table.append_column("events", events)
+    ), seen
+
+
+def wrong(table: pa.Table) -> np.ndarray:
+    """(B,) objects: "", or why a row is none of events, in words without a value of it."""
+    lengths = [
+        # pyright: ignore
+        pc.list_value_length(whole(table, name)).fill_null(-1).to_numpy(zero_copy_only=False)
+        for name in LISTS
+    ]
+    times = whole(table, "times")
+    strange = np.zeros(len(table), dtype=bool)
+    strange[rows_of(times)[~np.isfinite(flat(times))]] = True
+    empty = np.asarray(whole(table, "entity").is_null().to_numpy(zero_copy_only=False))
+    shortest, longest = np.min(lengths, axis=0), np.max(lengths, axis=0)
+    unsplit = (
+        np.asarray(whole(table, "split").is_null().to_numpy(zero_copy_only=False))
+        if "split" in table.column_names
+        else np.zeros(len(table), dtype=bool)
+    )
+    return reasons(
+        len(table),
+        (empty, "no entity"),
+        (unsplit, "no split"),
+        (shortest < 0, "no times, variables or values"),
+        (shortest != longest, "times, variables and values of different lengths"),
+        (strange, "a time that is no number"),
+    )
+
+
+# ---------------------------------------------------------------- columns
+
+
+def whole(table: pa.Table, name: str) -> Any:
+    """A column (``static.Age`` for a field of a struct) as one array."""
+    column, _, inner = name.partition(".")
+    chunks = table[column].chunks
+    found = pa.concat_arrays(chunks) if chunks else pa.array([], table.schema.field(column).type)
+    return pc.struct_field(found, inner) if inner else found  # pyright: ignore
+
+
+def names_of(schema: pa.Schema) -> list[str]:
+    """All columns, and fields of structs as static.Age."""
+    return [
+        name
+        for field in schema
+        for name in [
+            field.name,
+            *(
+                [f"{field.name}.{inner.name}" for inner in field.type]
+                if pa.types.is_struct(field.type)
+                else []
+            ),
+        ]
+    ]
+
+
+def numbers(table: pa.Table, name: str) -> np.ndarray:
+    """(B,) float64 of a column of numbers or truths; NaN where it is null. Raises ValueError for
+    other columns.
+    """
+    column = whole(table, name)
+    try:
+        found = column.cast(pa.int8()) if pa.types.is_boolean(column.type) else column
+        return np.asarray(found.cast(pa.float64()).to_numpy(zero_copy_only=False), dtype=np.float64)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        raise ValueError(f"column {name} is {column.type}, no number; give numbers") from None
+
+
+def flat(column: Any) -> np.ndarray:
+    """The numbers of all lists, one after the other, float64; NaN for null."""
+    return np.asarray(
+        column.flatten().cast(pa.float64()).to_numpy(zero_copy_only=False), dtype=np.float64
+    )
+
+
+def rows_of(column: Any) -> np.ndarray:
+    """For each value of all lists the row in which it stands."""
+    # pyright: ignore
+    return np.asarray(pc.list_parent_indices(column).to_numpy(zero_copy_only=False), dtype=np.int64)
+
+
+def offsets_of(counts: np.ndarray) -> np.ndarray:
+    """(B + 1,) where each list begins, of their lengths (B,)."""
+    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+
+
+def lists(counts: np.ndarray, values: np.ndarray, kind: pa.DataType) -> pa.Array:
+    """(B,) lists of ``counts`` values each, those that stand one after the other in ``values``."""
+    return pa.ListArray.from_arrays(
+        pa.array(offsets_of(counts), pa.int32()), pa.array(values, kind)
+    )
+
+
+# ---------------------------------------------------------------- what definitions share
+
+
+def reasons(rows: int, *pairs: tuple[np.ndarray, str]) -> np.ndarray:
+    """(rows,) objects: the reason of the first mask that holds, "" where none does."""
+    out = np.full(rows, "", dtype=object)
+    for mask, reason in reversed(pairs):
+        out[mask] = reason
+    return out
+
+
+def benchmark(table: pa.Table, exclude: str) -> list[tuple[np.ndarray, str]]:
+    """Masks and reasons of Harutyunyan et al. 2019's exclusions (moved between ICUs, several ICU
+    stays in the admission, no adult), or none of them.
+    """
+    if exclude == "none":
+        return []
+    age = numbers(table, "static.Age")
+    return [
+        (numbers(table, "transfers") != 0, "moved between ICUs, or not known"),
+        (
+            numbers(table, "stays_in_admission") != 1,
+            "several ICU stays in the admission, or not known",
+        ),
+        (np.isnan(age), "age unknown"),
+        (age < ADULT, "younger than 18"),
+    ]
+
+
+def first_event(table: pa.Table) -> np.ndarray:
+    """(B,) float64, the hour of the first event at or after the start; infinite where there is
+    none.
+    """
+    times = whole(table, "times")
+    hours, row = flat(times), rows_of(times)
+    out = np.full(len(table), np.inf)
+    np.minimum.at(out, row[hours > -EPS], hours[hours > -EPS])
+    return out
+
+
+def hourly(
+    after: np.ndarray, first: float, last: np.ndarray, every: float = 1.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """((B,) how many, all of them in a row) hours at which a prediction is made: multiples of
+    ``every`` from ``first`` to ``last`` (B,), those two included, later than ``after`` (B,), the
+    first event. A row whose bounds are not finite has none.
+    """
+    fine = np.isfinite(after) & np.isfinite(last)
+    low = np.maximum(np.ceil(first / every - EPS), np.floor(np.where(fine, after, 0.0) / every) + 1)
+    high = np.floor(np.where(fine, last, -1.0) / every + EPS)
+    counts = np.where(fine, np.maximum(high - low + 1, 0), 0).astype(np.int64)
+    within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    return counts, (np.repeat(low, counts) + within) * every
+
+
+def last_hour(counts: np.ndarray, hours: np.ndarray) -> np.ndarray:
+    """(B,) the last hour of each row of `hourly`; NaN where it has none."""
+    ends = np.cumsum(counts) - 1
+    return np.where(
+        counts > 0,
+        hours[np.clip(ends, 0, max(0, len(hours) - 1))] if len(hours) else np.nan,
+        np.nan,
+    )
+
+
+# ---------------------------------------------------------------- subgroups
+
+
+def subgroups(table: pa.Table) -> dict[str, pa.Array]:
+    """Columns that results are told by: sex, age_band, care_unit, dbsource; those that the rows
+    tell of.
+    """
+    out: dict[str, pa.Array] = {}
+    there = names_of(table.schema)
+    if "static.Gender" in there:
+        out["sex"] = _named(whole(table, "static.Gender"), GENDERS)
+    if "static.Age" in there:
+        ages = numbers(table, "static.Age").tolist()
+        out["age_band"] = pa.array(
+            [
+                None
+                if np.isnan(age) or age < 0
+                else next(band for top, band in AGE_BANDS if age < top)
+                for age in ages
+            ],
+            pa.string(),
+        )
+    for name, places in (
+        ("care_unit", ("care_unit", "static.CareUnit", "static.ICUType")),
+        ("dbsource", ("dbsource", "static.Source")),
+    ):
+        place = next((place for place in places if place in there), None)
+        if place is not None:
+            out[name] = _named(whole(table, place), ICU_TYPES if place == "static.ICUType" else {})
+    return out
+
+
+def _named(column: Any, names: dict[float, str]) -> pa.Array:
+    """Texts as they are, numbers by their names."""
+    if not names or pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        return column.cast(pa.string())
+    return pa.array(
+        [None if value is None else names.get(float(value)) for value in column.to_pylist()],
+        pa.string(),
+    )

@@ -1,0 +1,108 @@
+"""How long the ICU stay goes on, judged every hour, in ten buckets."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+from pydantic import Field
+
+from pipeline.config.registry import Options, register
+from pipeline.prepare.cohorts.definition import (
+    BENCHMARK,
+    EPS,
+    Definition,
+    benchmark,
+    first_event,
+    hourly,
+    last_hour,
+    lists,
+    numbers,
+    reasons,
+)
+
+DAYS = (1, 2, 3, 4, 5, 6, 7, 8, 14)
+"""Bounds of the buckets: 0 is less than a day, 1 to 7 that many days begun, 8 is 8 to 14 days, 9 is
+14 days and more.
+"""
+
+
+class LengthOfStayOptions(Options):
+    at: float = Field(
+        0.0,
+        ge=0,
+        description="one label, at this hour (24), of stays that last so long; 0: a label every "
+        "hour",
+    )
+    first: float = Field(4.0, ge=0, description="the first hour at which a prediction is made")
+    every: float = Field(1.0, gt=0, description="hours between predictions")
+    exclude: Literal["benchmark", "none"] = Field(
+        "benchmark",
+        description="benchmark: MIMIC-III stays as Harutyunyan et al. 2019: adults, one ICU stay "
+        "in the "
+        "admission and no move between ICUs; none: all stays",
+    )
+
+
+@register("cohort", "length_of_stay", options=LengthOfStayOptions)
+class LengthOfStay(Definition):
+    """Remaining time in the ICU as the number of its bucket: 0 (less than a day), 1 to 7 (days
+    begun), 8 (8 to 14 days), 9 (14 and more).
+
+    ``label_times`` and ``label_values`` every hour from the fourth one on, after the first event,
+    until ICU discharge (Harutyunyan et al. 2019, Scientific Data 6:96; their code begins after hour
+    4: first=5), or with at=24 one ``label`` at that hour.
+    """
+
+    def __init__(self, options: LengthOfStayOptions | None = None):
+        super().__init__(options)
+        self.label = "label" if self.options.at else "label_values"
+
+    def needs(self, names: list[str]) -> dict[str, str]:
+        return {
+            "icu_hours": "length of the ICU stay, the label",
+            **(BENCHMARK if self.options.exclude == "benchmark" else {}),
+        }
+
+    def include(self, table: pa.Table) -> np.ndarray:
+        stay, counts = numbers(table, "icu_hours"), self._hours(table)[0]
+        short = (
+            (stay < self.options.at - EPS, f"stay shorter than {self.options.at:g} hours")
+            if self.options.at
+            else (counts == 0, "no hour to predict at")
+        )
+        return reasons(
+            len(table),
+            *benchmark(table, self.options.exclude),
+            (np.isnan(stay), "length of stay unknown"),
+            (np.isinf(first_event(table)), "no events in the window"),
+            short,
+        )
+
+    def window(self, table: pa.Table) -> np.ndarray:
+        return (
+            np.full(len(table), self.options.at)
+            if self.options.at
+            else last_hour(*self._hours(table))
+        )
+
+    def labels(self, table: pa.Table) -> dict[str, pa.Array]:
+        stay = numbers(table, "icu_hours")
+        if self.options.at:
+            return {"label": pa.array(_bucket(stay - self.options.at), pa.int64())}
+        counts, hours = self._hours(table)
+        return {
+            "label_times": lists(counts, hours, pa.float32()),
+            "label_values": lists(counts, _bucket(np.repeat(stay, counts) - hours), pa.int8()),
+        }
+
+    def _hours(self, table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+        return hourly(
+            first_event(table), self.options.first, numbers(table, "icu_hours"), self.options.every
+        )
+
+
+def _bucket(hours: np.ndarray) -> np.ndarray:
+    """The bucket of remaining hours, each one holding its lower bound."""
+    return np.searchsorted(24.0 * np.array(DAYS), hours, side="right")

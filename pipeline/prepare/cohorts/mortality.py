@@ -1,0 +1,97 @@
+"""In-hospital death, from the first hours of the ICU stay."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+from pydantic import Field
+
+from pipeline.config.registry import Options, register
+from pipeline.prepare.cohorts.definition import (
+    BENCHMARK,
+    EPS,
+    Definition,
+    benchmark,
+    numbers,
+    reasons,
+)
+
+
+class MortalityOptions(Options):
+    outcome: str = Field(
+        "",
+        description="the column of death (0 or 1); empty: hospital_death, else in_hospital_death",
+    )
+    hours: float = Field(
+        48.0,
+        gt=0,
+        description="events of so many first hours are inputs; shorter stays are left out",
+    )
+    exclude: Literal["benchmark", "none"] = Field(
+        "benchmark",
+        description="benchmark: MIMIC-III stays as Harutyunyan et al. 2019: adults, one ICU stay "
+        "in the "
+        "admission and no move between ICUs; none: all stays",
+    )
+
+
+@register("cohort", "mortality", options=MortalityOptions)
+class Mortality(Definition):
+    """``label``: 1 for death in the hospital, else 0 (Harutyunyan et al. 2019, Scientific Data
+    6:96; Silva et al. 2012 for PhysioNet 2012).
+
+    Rows of MIMIC-III: ``hospital_death``, stays of at least ``hours``. Rows of PhysioNet 2012:
+    ``in_hospital_death``; the challenge chose stays of 48 hours and more itself and tells no length
+    of the ICU stay, so none is left out by length, age or unit; nor is one where --set outcome=
+    names another column. A stay whose ``death_hours`` (where there are such) lie before the
+    prediction time is left out: its label is known by then. The benchmark's own code keeps those
+    (times of death and of discharge from intensive care do not always agree).
+    """
+
+    def needs(self, names: list[str]) -> dict[str, str]:
+        column = self._column(names)
+        if column != "hospital_death":
+            return {column: "death in the hospital, the label"}
+        return {
+            column: "death in the hospital, the label (in_hospital_death in PhysioNet 2012; else "
+            "--set outcome=)",
+            "icu_hours": "length of the ICU stay",
+            **(BENCHMARK if self.options.exclude == "benchmark" else {}),
+        }
+
+    def include(self, table: pa.Table) -> np.ndarray:
+        unknown = ~np.isin(self._death(table), (0, 1)), "outcome unknown"
+        if self._column(table.column_names) != "hospital_death":
+            return reasons(len(table), unknown)
+        stay = numbers(table, "icu_hours")
+        died = (
+            numbers(table, "death_hours")
+            if "death_hours" in table.column_names
+            else np.full(len(table), np.nan)
+        )
+        return reasons(
+            len(table),
+            *benchmark(table, self.options.exclude),
+            unknown,
+            (np.isnan(stay), "length of stay unknown"),
+            (stay < self.options.hours - EPS, f"stay shorter than {self.options.hours:g} hours"),
+            (died < self.options.hours - EPS, "died before the prediction time"),
+        )
+
+    def window(self, table: pa.Table) -> np.ndarray:
+        return np.full(len(table), self.options.hours)
+
+    def labels(self, table: pa.Table) -> dict[str, pa.Array]:
+        return {"label": pa.array(self._death(table), pa.int64())}
+
+    def _death(self, table: pa.Table) -> np.ndarray:
+        return numbers(table, self._column(table.column_names))
+
+    def _column(self, names: list[str]) -> str:
+        return self.options.outcome or (
+            "in_hospital_death"
+            if "in_hospital_death" in names and "hospital_death" not in names
+            else "hospital_death"
+        )

@@ -1,0 +1,89 @@
+"""Codes of the patient's next visit, from the ICU stay before it: a label that asks nobody, to
+pretrain on.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+from pydantic import Field
+
+from pipeline.config.registry import Options, register
+from pipeline.prepare.cohorts.definition import (
+    BENCHMARK,
+    Definition,
+    benchmark,
+    lists,
+    numbers,
+    reasons,
+    rows_of,
+    whole,
+)
+
+
+class NextCodesOptions(Options):
+    characters: int = Field(
+        3,
+        ge=1,
+        le=5,
+        description="leading characters of an ICD-9 code that are told apart; 3 are its category, "
+        "as of E and V codes too",
+    )
+    exclude: Literal["benchmark", "none"] = Field(
+        "none",
+        description="benchmark: MIMIC-III stays as Harutyunyan et al. 2019: adults, one ICU stay "
+        "in the "
+        "admission and no move between ICUs; none: all stays",
+    )
+
+
+@register("cohort", "next_codes", options=NextCodesOptions)
+class NextCodes(Definition):
+    """``labels``: categories of the ICD-9 codes of the patient's next admission, sorted (as Doctor
+    AI predicts them, Choi et al. 2016). Stays without a next admission, or whose next one has no
+    codes, are left out. The whole ICU stay's events are inputs, with the codes of earlier
+    admissions.
+    """
+
+    label = "labels"
+
+    def needs(self, names: list[str]) -> dict[str, str]:
+        return {
+            "next_icd9": "the next admission's ICD-9 codes, the labels",
+            "icu_hours": "length of the ICU stay, whose events are inputs",
+            **(BENCHMARK if self.options.exclude == "benchmark" else {}),
+        }
+
+    def include(self, table: pa.Table) -> np.ndarray:
+        counts = (
+            whole(table, "next_icd9").value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
+        )
+        return reasons(
+            len(table),
+            *benchmark(table, self.options.exclude),
+            (np.isnan(numbers(table, "icu_hours")), "length of stay unknown"),
+            (counts == 0, "no next admission with codes"),
+        )
+
+    def window(self, table: pa.Table) -> np.ndarray:
+        return numbers(table, "icu_hours")
+
+    def labels(self, table: pa.Table) -> dict[str, pa.Array]:
+        found = whole(table, "next_icd9")
+        codes = [
+            (code or "").strip().replace(".", "").upper()[: self.options.characters]
+            for code in found.flatten().to_pylist()
+        ]
+        pairs = sorted(
+            {(row, code) for row, code in zip(rows_of(found).tolist(), codes, strict=True) if code}
+        )
+        counts = np.bincount(
+            np.array([row for row, _ in pairs], dtype=np.int64), minlength=len(table)
+        )
+        return {
+            "labels": lists(
+                counts, np.array([code for _, code in pairs], dtype=object), pa.string()
+            )
+        }

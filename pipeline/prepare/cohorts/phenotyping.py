@@ -1,0 +1,106 @@
+"""Which of 25 conditions were coded for the admission, from the whole ICU stay."""
+
+from __future__ import annotations
+
+import csv
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+from pydantic import Field
+
+from pipeline.config.registry import Options, register
+from pipeline.prepare.cohorts.definition import (
+    BENCHMARK,
+    Definition,
+    benchmark,
+    lists,
+    numbers,
+    reasons,
+    rows_of,
+    whole,
+)
+
+
+class PhenotypingOptions(Options):
+    kinds: Literal["all", "acute", "chronic", "mixed"] = Field(
+        "all", description="which of the 25 conditions are labels"
+    )
+    exclude: Literal["benchmark", "none"] = Field(
+        "benchmark",
+        description="benchmark: MIMIC-III stays as Harutyunyan et al. 2019: adults, one ICU stay "
+        "in the "
+        "admission and no move between ICUs; none: all stays",
+    )
+
+
+@register("cohort", "phenotyping", options=PhenotypingOptions)
+class Phenotyping(Definition):
+    """``labels``: names of the conditions among the ICD-9 codes of the admission, sorted
+    (Harutyunyan et al. 2019, Scientific Data 6:96; groups of codes are HCUP CCS 2015's, in
+    phenotypes.csv). Codes of no group are passed over, and so are dots and blanks in codes.
+    """
+
+    label = "labels"
+
+    def needs(self, names: list[str]) -> dict[str, str]:
+        return {
+            "icd9": "the admission's ICD-9 codes, the labels",
+            "icu_hours": "length of the ICU stay, whose events are inputs",
+            **(BENCHMARK if self.options.exclude == "benchmark" else {}),
+        }
+
+    def include(self, table: pa.Table) -> np.ndarray:
+        codes = np.asarray(whole(table, "icd9").is_null().to_numpy(zero_copy_only=False))
+        return reasons(
+            len(table),
+            *benchmark(table, self.options.exclude),
+            (np.isnan(numbers(table, "icu_hours")), "length of stay unknown"),
+            (codes, "codes unknown"),
+        )
+
+    def window(self, table: pa.Table) -> np.ndarray:
+        return numbers(table, "icu_hours")
+
+    def labels(self, table: pa.Table) -> dict[str, pa.Array]:
+        found = whole(table, "icd9")
+        groups = {
+            code: name
+            for code, (name, kind) in phenotypes().items()
+            if self.options.kinds in ("all", kind)
+        }
+        names = np.array(sorted(set(groups.values())))
+        number = {name: i for i, name in enumerate(names.tolist())}
+        codes = found.flatten().dictionary_encode()
+        each = np.array(
+            [number.get(groups.get(_plain(code), ""), -1) for code in codes.dictionary.to_pylist()],
+            dtype=np.int64,
+        )
+        mine = (
+            each[codes.indices.fill_null(0).to_numpy(zero_copy_only=False)]
+            if len(each)
+            else np.zeros(0, dtype=np.int64)
+        )
+        mine = np.where(codes.is_null().to_numpy(zero_copy_only=False), -1, mine)
+        pairs = np.unique(rows_of(found)[mine >= 0] * len(names) + mine[mine >= 0])
+        return {
+            "labels": lists(
+                np.bincount(pairs // len(names), minlength=len(table)),
+                names[pairs % len(names)],
+                pa.string(),
+            )
+        }
+
+
+@cache
+def phenotypes() -> dict[str, tuple[str, str]]:
+    """(condition, acute, chronic or mixed) of each ICD-9 code."""
+    lines = Path(__file__).with_name("phenotypes.csv").read_text().splitlines()
+    rows = csv.DictReader(line for line in lines if not line.startswith("#"))
+    return {code: (row["phenotype"], row["type"]) for row in rows for code in row["codes"].split()}
+
+
+def _plain(code: str | None) -> str:
+    return (code or "").strip().replace(".", "").upper()

@@ -1,0 +1,68 @@
+"""Another admission to the hospital soon after discharge, from the whole ICU stay."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+from pydantic import Field
+
+from pipeline.config.registry import Options, register
+from pipeline.prepare.cohorts.definition import (
+    BENCHMARK,
+    EPS,
+    Definition,
+    benchmark,
+    numbers,
+    reasons,
+)
+
+
+class ReadmissionOptions(Options):
+    days: float = Field(
+        30.0,
+        gt=0,
+        description="from hospital discharge to the next admission, this number included",
+    )
+    exclude: Literal["benchmark", "none"] = Field(
+        "benchmark",
+        description="benchmark: MIMIC-III stays as Harutyunyan et al. 2019: adults, one ICU stay "
+        "in the "
+        "admission and no move between ICUs; none: all stays",
+    )
+
+
+@register("cohort", "readmission", options=ReadmissionOptions)
+class Readmission(Definition):
+    """``label``: 1 where the patient's next admission begins at most 30 days after hospital
+    discharge, else 0. Those who died in the hospital are left out. Death after discharge is not
+    known and counts as no readmission. The whole ICU stay's events are inputs. No task of
+    Harutyunyan et al. 2019.
+    """
+
+    def needs(self, names: list[str]) -> dict[str, str]:
+        return {
+            "hospital_death": "death in the hospital, which leaves no readmission",
+            "icu_hours": "length of the ICU stay, whose events are inputs",
+            "readmission_days": "days from discharge to the next admission, the label",
+            **(BENCHMARK if self.options.exclude == "benchmark" else {}),
+        }
+
+    def include(self, table: pa.Table) -> np.ndarray:
+        death = numbers(table, "hospital_death")
+        return reasons(
+            len(table),
+            *benchmark(table, self.options.exclude),
+            (death == 1, "died in the hospital"),
+            (death != 0, "outcome unknown"),
+            (np.isnan(numbers(table, "icu_hours")), "length of stay unknown"),
+            (numbers(table, "readmission_days") < 0, "next admission before discharge"),
+        )
+
+    def window(self, table: pa.Table) -> np.ndarray:
+        return numbers(table, "icu_hours")
+
+    def labels(self, table: pa.Table) -> dict[str, pa.Array]:
+        soon = numbers(table, "readmission_days") <= self.options.days + EPS
+        return {"label": pa.array(soon.astype(np.int64), pa.int64())}

@@ -1,0 +1,1 @@
+"""What turns raw files into Parquet shards: in parallel, resumable and with checksums."""

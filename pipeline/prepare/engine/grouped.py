@@ -1,0 +1,548 @@
+"""Long tables of events to one row an entity (an ICU stay, a machine), however long they are: what
+such an importer promises, and the two passes.
+
+First every table is read once, in pieces and in parallel; its events are written to scratch beside
+the output, sorted into buckets by a hash of their group (a patient). Then every bucket, which fits
+in memory, becomes a part: its events sorted by entity and time, the doubled ones dropped. The
+scratch stays while the run lasts, so a run that was killed goes on. An external partition, as
+databases join what is larger than memory (Grace hash join, Kitsuregawa et al. 1983). Ids and values
+stand in no message, list or summary: only positions of rows, and reasons.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tempfile
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from functools import partial
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.config.registry import Options
+from pipeline.core.rng import mix, row_keys
+from pipeline.data.stream import map_items
+from pipeline.io import atomic_folder, checksums, storage
+from pipeline.prepare.engine.inputs import Opener
+from pipeline.prepare.engine.shard_tasks import Check, Made, Part, Settings, Tell, Work
+from pipeline.prepare.engine.table_importer import NAMED, SURVEYS
+from pipeline.prepare.readers.csv_blocks import Cut, Tally
+
+BUCKET_BYTES, CUT_BYTES = 64 << 20, 128 << 20
+"""About so many bytes of source text in a bucket, and in what one task of the first pass reads."""
+FLUSH_EVENTS = 1 << 20
+"""So many events wait in memory until they are sorted into their buckets."""
+GROUP_EVENTS, GROUP_ROWS = 1 << 19, 16384
+"""At most about so many events, and so many rows, in a row group."""
+NAMED_VARIABLES = 400
+"""Up to so many variables (all drugs are one) the summary counts one by one."""
+LEAST, COUNTED = 5, "events of "
+"""Variables with fewer events of a split than that stand in no summary by their names; the others
+do after these words.
+"""
+EVENT = np.dtype([("row", "<i4"), ("hours", "<f4"), ("variable", "<i4"), ("value", "<f4")])
+DUPLICATE, NOT_FINITE = "duplicate", "out of range"
+COLUMNS = (
+    pa.field("times", pa.list_(pa.float32())),
+    pa.field("variables", pa.list_(pa.string())),
+    pa.field("values", pa.list_(pa.float32())),
+    pa.field("events", pa.int32()),
+)
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Tables of events in pieces; a mark that changes when any file does; notes for the summary."""
+
+    cuts: list[Cut]
+    mark: str
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Entities:
+    """One row an entity: ``entity``, ``patient``, facts, outcomes and ``split``, as they are
+    written but for the events. ``keys``: what ``events`` needs to find an event's row, and travels
+    to other processes. ``broken``: rows that cannot be used: path, split and reason. ``group``: the
+    column by which rows are put together in parts.
+    """
+
+    rows: pa.Table
+    keys: Any
+    group: str = "entity"
+    broken: list[dict[str, str]] = field(default_factory=list)
+    notes: dict[str, Any] = field(default_factory=dict)
+    info: dict[str, Any] = field(default_factory=dict)
+
+
+class Events(NamedTuple):
+    """``rows``: (n,) places in the table of entities; ``hours``: (n,) since its start; ``codes``:
+    (n,) places in ``names``; ``values``: (n,) numbers.
+    """
+
+    rows: np.ndarray
+    hours: np.ndarray
+    codes: np.ndarray
+    names: list[str]
+    values: np.ndarray
+
+
+class GroupedImporter(ABC):
+    """One format of long tables. ``label`` names the outcome that the summary counts."""
+
+    registered_name: ClassVar[str]
+    options_class: ClassVar[type[Options]]
+    label: ClassVar[str] = ""
+
+    def __init__(self, options: Any = None):
+        self.options: Any = options if options is not None else self.options_class()
+
+    @abstractmethod
+    def sources(self, source: str, cut_bytes: int) -> Sources:
+        """The tables below ``source``, the same at every call. Raises ValueError for one that is
+        missing, saying what it is needed for.
+        """
+
+    @abstractmethod
+    def entities(self, source: str) -> Entities:
+        """All entities, in an order that does not depend on how the tables are stored."""
+
+    @abstractmethod
+    def events(
+        self, cut: Cut, opener: Opener, keys: Any, tally: Tally, dropped: Counter[str]
+    ) -> Iterator[Events]:
+        """The good events of a piece, in blocks; ``dropped`` counts the others by reason, under a
+        name ``table: reason``.
+        """
+
+    def derived(
+        self,
+        rows: np.ndarray,
+        hours: np.ndarray,
+        codes: np.ndarray,
+        values: np.ndarray,
+        names: list[str],
+    ) -> Events | None:
+        """Events that follow from those of a bucket (a sum of scores), which are sorted by row and
+        time; none by default.
+        """
+        return None
+
+
+class GroupedWork(Work):
+    """The parts of a source of long tables: for each split as many buckets as make about 64 MiB of
+    source text each.
+    """
+
+    noun = "entities"
+
+    def __init__(self, name: str, importer: GroupedImporter, source: str, settings: Settings):
+        for option, what in (("resize", "a size"), ("quality", "a quality")):
+            if getattr(settings, option) is not None:
+                raise ValueError(
+                    f"--{option} {getattr(settings, option)}: importer {name} reads tables, "
+                    f"which have not {what}; leave it out"
+                )
+        if settings.rows_per_part is not None:
+            raise ValueError(
+                f"--rows-per-part {settings.rows_per_part}: importer {name} makes parts of "
+                "about so much source text; say --part-mb"
+            )
+        most = settings.part_bytes if settings.part_mb else BUCKET_BYTES
+        self.name, self.importer, self.label = name, importer, importer.label
+        self.sources = importer.sources(source, min(CUT_BYTES, 2 * most))
+        self.entities = importer.entities(source)
+        rows = self.entities.rows
+        if not len(rows) and not self.entities.broken:
+            raise ValueError(
+                f"{source}: no entities; the table that names them is empty: get it again"
+            )
+        if not len(rows):
+            first, count = self.entities.broken[0], len(self.entities.broken)
+            raise ValueError(
+                f"{source}: none of {count} entities can be used. First one: {first['path']}: "
+                f"{first['reason']}"
+            )
+        self.buckets, self.parts = _buckets(
+            rows, self.entities.group, sum(cut.size for cut in self.sources.cuts), most
+        )
+        self.total, self.broken = len(rows) + len(self.entities.broken), self.entities.broken
+        self.key = (
+            self.sources.mark,
+            [[cut.table, len(cut.entries), cut.start, cut.stop] for cut in self.sources.cuts],
+            len(self.parts),
+        )
+        self._order = np.argsort(self.buckets, kind="stable")
+        self._bounds = np.searchsorted(self.buckets[self._order], np.arange(len(self.parts) + 1))
+        self._scratch: list[str] = []
+        self.notes, self.info = {**self.sources.notes, **self.entities.notes}, self.entities.info
+
+    def begin(self, output: str, check: Check, tell: Tell, cpus: float) -> None:
+        """The first pass: every piece of every table to scratch. Raises ValueError for more broken
+        entities or lines than may be, and where rows are read but no event is left.
+        """
+        check(
+            [f"{row['path']}: {row['reason']}" for row in self.broken[:NAMED]],
+            len(self.broken),
+            self.total,
+        )
+        self._scratch = [
+            storage.join(output, SURVEYS, f"{i:05d}-of-{len(self.sources.cuts):05d}")
+            for i in range(len(self.sources.cuts))
+        ]
+        jobs = [
+            (uri, cut)
+            for uri, cut in zip(self._scratch, self.sources.cuts, strict=True)
+            if checksums.whole_folder(uri, "this piece is read again") is None
+        ]
+        split = partial(
+            _partition, self.importer, self.entities.keys, self.buckets, len(self.parts)
+        )
+        for number, (uri, error) in enumerate(map_items(split, jobs, cpus=cpus), 1):
+            if error:
+                raise ValueError(error)
+            if not storage.exists(storage.join(uri, "manifest.json")):
+                raise ValueError(
+                    f"{uri}: a worker has written it on another machine; give an output that "
+                    "all machines share, such as s3://"
+                )
+            tell(
+                f"prepare {self.name}: read "
+                f"{len(self._scratch) - len(jobs) + number}/{len(self._scratch)} pieces",
+                number == len(jobs),
+            )
+        found = [atomic_folder.open_folder(uri) for uri in self._scratch]
+        bad, read = sum(one["bad"] for one in found), sum(one["rows"] for one in found)
+        check([place for one in found for place in one["listed"]], bad, read + bad)
+        dropped: Counter[str] = Counter()
+        for one in found:
+            dropped.update(one["dropped"])
+        if read and not any(one["events"] for one in found):
+            why = ", ".join(f"{name} {count}" for name, count in sorted(dropped.items()) if count)
+            raise ValueError(
+                f"no event is left of {read} rows: {why}; name the right columns, and the "
+                "right table of entities"
+            )
+        names = {name for one in found for name in one["names"]}
+        self._counts = len(set(map(_kind, names))) <= NAMED_VARIABLES
+        self.notes |= {
+            "rows of events read": read,
+            **({"lines that are no rows, left out": bad} if bad else {}),
+            "events dropped by reason": dict(
+                sorted((name, count) for name, count in dropped.items() if count)
+            ),
+            "variables": len(names),
+        }
+
+    @property
+    def schema(self) -> pa.Schema:
+        about = {"importer": self.name, **self.info}
+        own = [column for column in self.entities.rows.schema if column.name != "split"]
+        ids = [column for column in own if column.name in ("entity", "patient")]
+        fields = [
+            *ids,
+            *COLUMNS,
+            *(column for column in own if column not in ids),
+            pa.field("split", pa.string()),
+        ]
+        return pa.schema(fields, metadata={"onetomany": json.dumps(about, ensure_ascii=False)})
+
+    @property
+    def make(self) -> Callable[[Any, Path], Made]:
+        return partial(_make, self.importer, self.schema, self._scratch, self._counts)
+
+    def payload(self, part: Part) -> Any:
+        rows = self._order[part.start : part.stop]
+        return (
+            int(self.buckets[rows[0]]) if len(rows) else -1,
+            part.split,
+            rows,
+            self.entities.rows.take(pa.array(rows)),
+        )
+
+    def weight(self, part: Part) -> int:
+        return part.stop - part.start
+
+    def shown(self, amounts: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
+        """Without the names of variables with so few events that they may tell of one patient."""
+        out, rare = {}, Counter[str]()
+        for name, counts in amounts.items():
+            few = (
+                [split for split, count in counts.items() if count < LEAST]
+                if name.startswith(COUNTED)
+                else []
+            )
+            rare.update(few)
+            if left := {split: count for split, count in counts.items() if split not in few}:
+                out[name] = left
+        return {
+            **out,
+            **({f"variables with fewer than {LEAST} events": dict(rare)} if rare else {}),
+        }
+
+    def clear(self, output: str) -> None:
+        storage.remove_tree(storage.join(output, SURVEYS))
+
+
+def _buckets(rows: pa.Table, group: str, size: int, most: int) -> tuple[np.ndarray, list[Part]]:
+    """((n,) int32 bucket of each row, the parts, one a bucket; they count places in the rows sorted
+    by bucket).
+    """
+    splits = np.asarray(rows["split"].to_pylist(), dtype=np.str_)
+    keys = rows[group].combine_chunks()
+    if pa.types.is_integer(keys.type):
+        hashed = row_keys(
+            mix(*b"grouped"),
+            np.zeros(len(rows), dtype=np.int64),
+            keys.to_numpy(zero_copy_only=False),
+        )
+    else:
+        digests = b"".join(
+            blake2b(str(key).encode(), digest_size=8).digest() for key in keys.to_pylist()
+        )
+        hashed = np.frombuffer(digests, dtype="<i8")
+    out, parts, before = np.zeros(len(rows), dtype=np.int32), [], 0
+    for split in sorted(set(splits.tolist())):
+        here = np.flatnonzero(splits == split)
+        count = max(1, min(len(here), -(-size * len(here) // len(rows) // most)))
+        bucket = (hashed[here].view(np.uint64) % np.uint64(count)).astype(np.int64)
+        used, bucket = np.unique(bucket, return_inverse=True)
+        out[here] = len(parts) + bucket
+        ends = before + np.cumsum(np.bincount(bucket, minlength=len(used)))
+        starts = [before, *ends[:-1].tolist()]
+        parts += [
+            Part(f"{split}-{i:05d}-of-{len(used):05d}.parquet", split, start, int(end))
+            for i, (start, end) in enumerate(zip(starts, ends, strict=True))
+        ]
+        before += len(here)
+    return out, parts
+
+
+# ---------------------------------------------------------------- the first pass
+
+
+def _partition(
+    importer: GroupedImporter, keys: Any, buckets: np.ndarray, count: int, job: tuple[str, Cut]
+) -> tuple[str, str]:
+    """A piece's events to scratch, by bucket: (where, ""), or what stops the run as a text (Ray
+    would wrap the error in its own).
+
+    ``events``: records of 16 bytes; ``index.npy``: (flushes, buckets + 1) int64, where in it each
+    bucket of each flush begins, in records.
+    """
+    uri, cut = job
+    opener, tally, dropped, vocabulary = Opener(), Tally(), Counter[str](), dict[str, int]()
+    local = None if storage.is_remote(uri) else Path(uri).parent
+    if local is not None:
+        local.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(dir=local, prefix=".") as scratch, closing(opener):
+            path, index, written = Path(scratch) / "events", [], 0
+            with open(path, "wb") as file:
+                for block in _flushes(
+                    importer.events(cut, opener, keys, tally, dropped),
+                    vocabulary,
+                    dropped,
+                    cut.table,
+                ):
+                    bucket = buckets[block["row"]]
+                    order = np.argsort(bucket, kind="stable")
+                    index.append(written + np.searchsorted(bucket[order], np.arange(count + 1)))
+                    block[order].tofile(file)
+                    written += len(block)
+            sink = io.BytesIO()
+            np.save(sink, np.array(index, dtype=np.int64).reshape(-1, count + 1))
+            about = {
+                "rows": tally.rows,
+                "bad": tally.bad,
+                "listed": tally.listed,
+                "dropped": dict(dropped),
+                "names": list(vocabulary),
+                "events": written,
+            }
+            atomic_folder.commit_folder(uri, {"events": path, "index.npy": sink.getvalue()}, about)
+    except (ValueError, storage.StorageError) as error:
+        return uri, str(error)
+    return uri, ""
+
+
+def _flushes(
+    blocks: Iterator[Events], vocabulary: dict[str, int], dropped: Counter[str], table: str
+) -> Iterator[np.ndarray]:
+    """Records of many events at a time; their variables are places in ``vocabulary``, which
+    grows.
+    """
+    held: list[np.ndarray] = []
+    size = 0
+    for block in blocks:
+        used, codes = np.unique(block.codes, return_inverse=True)
+        places = np.array(
+            [vocabulary.setdefault(block.names[code], len(vocabulary)) for code in used],
+            dtype=np.int32,
+        )
+        found = np.empty(len(block.rows), dtype=EVENT)
+        with np.errstate(over="ignore"):
+            found["row"], found["hours"], found["value"] = block.rows, block.hours, block.values
+        found["variable"] = places[codes] if len(used) else 0
+        good = np.isfinite(found["value"]) & np.isfinite(found["hours"])
+        if not good.all():
+            dropped[f"{table}: {NOT_FINITE}"] += int(len(good) - np.count_nonzero(good))
+            found = found[good]
+        held.append(found)
+        size += len(found)
+        if size >= FLUSH_EVENTS:
+            yield np.concatenate(held)
+            held, size = [], 0
+    if size:
+        yield np.concatenate(held)
+
+
+# ---------------------------------------------------------------- the second pass
+
+
+def _make(
+    importer: GroupedImporter,
+    schema: pa.Schema,
+    pieces: list[str],
+    counts: bool,
+    payload: tuple[int, str, np.ndarray, pa.Table],
+    scratch: Path,
+) -> Made:
+    """A bucket's entities as Parquet in a file: no more in memory than the bucket."""
+    bucket, split, rows, table = payload
+    found, names = _bucket(pieces, bucket)
+    found["row"] = np.searchsorted(rows, found["row"])
+    found, doubled = _sorted(found)
+    more = importer.derived(found["row"], found["hours"], found["variable"], found["value"], names)
+    if more is not None and len(more.rows):
+        extra = np.empty(len(more.rows), dtype=EVENT)
+        extra["row"], extra["hours"], extra["value"] = more.rows, more.hours, more.values
+        joined = sorted({*names, *more.names})
+        place = {name: i for i, name in enumerate(joined)}
+        found["variable"] = np.array([place[name] for name in names], dtype=np.int32)[
+            found["variable"]
+        ]
+        extra["variable"] = np.array([place[name] for name in more.names], dtype=np.int32)[
+            more.codes
+        ]
+        (found, _), names = _sorted(np.concatenate([found, extra])), joined
+    derived = len(more.rows) if more is not None else 0
+    offsets = np.searchsorted(found["row"], np.arange(len(table) + 1)).astype(np.int32)
+    lists = [
+        pa.array(found["hours"]),
+        pa.DictionaryArray.from_arrays(
+            pa.array(found["variable"]), pa.array(names, pa.string())
+        ).dictionary_decode(),
+        pa.array(found["value"]),
+    ]
+    events = [pa.ListArray.from_arrays(pa.array(offsets), values) for values in lists]
+    columns = dict(
+        zip(
+            (column.name for column in COLUMNS),
+            [*events, pa.array(np.diff(offsets), pa.int32())],
+            strict=True,
+        )
+    )
+    out = pa.table(
+        [
+            columns.get(
+                column.name, table[column.name] if column.name in table.column_names else None
+            )
+            for column in schema
+        ],
+        schema=schema,
+    )
+    path = scratch / "part.parquet"
+    pq.write_table(
+        out,
+        path,
+        compression="zstd",
+        row_group_size=max(1, min(GROUP_ROWS, GROUP_EVENTS * len(out) // max(1, len(found)))),
+    )
+    amounts = {
+        "events": {split: len(found)},
+        f"events dropped: {DUPLICATE}": {split: doubled},
+        "events that follow from others": {split: derived},
+        "entities without events": {split: int(np.count_nonzero(np.diff(offsets) == 0))},
+    }
+    if counts:
+        per = np.bincount(found["variable"], minlength=len(names))
+        for name, count in zip(names, per, strict=True):
+            amounts.setdefault(f"{COUNTED}{_kind(name)}", {split: 0})[split] += int(count)
+    return Made(
+        path,
+        len(out),
+        [],
+        {name: count for name, count in amounts.items() if count[split] or name == "events"},
+    )
+
+
+def _kind(variable: str) -> str:
+    """What the summary counts a variable under: all drugs (drug: NAME) are one."""
+    kind, colon, _ = variable.partition(": ")
+    return f"{kind}: ..." if colon else variable
+
+
+def _bucket(pieces: list[str], bucket: int) -> tuple[np.ndarray, list[str]]:
+    """(a bucket's records from all pieces, the names of its variables in their order, which its
+    records then count by).
+    """
+    found, place, names = [np.empty(0, dtype=EVENT)], dict[str, int](), list[str]()
+    for uri in pieces:
+        manifest = atomic_folder.open_folder(uri)
+        index = np.load(
+            io.BytesIO(checksums.read_file(uri, manifest, "index.npy")), allow_pickle=False
+        )
+        spans = [
+            (int(begin), int(end)) for begin, end in index[:, bucket : bucket + 2] if end > begin
+        ]
+        if not spans:
+            continue
+        own = manifest["names"]
+        places = np.array([place.setdefault(name, len(place)) for name in own], dtype=np.int32)
+        with storage.open_read(storage.join(uri, "events")) as file:
+            for begin, end in spans:
+                file.seek(begin * EVENT.itemsize)
+                data = file.read((end - begin) * EVENT.itemsize)
+                if len(data) != (end - begin) * EVENT.itemsize:
+                    raise ValueError(
+                        f"{uri}: its events end early; remove {SURVEYS} in the output and give "
+                        "the same command"
+                    )
+                block = np.frombuffer(data, dtype=EVENT).copy()
+                block["variable"] = places[block["variable"]]
+                found.append(block)
+    records = np.concatenate(found)
+    used = np.unique(records["variable"])
+    known = list(place)
+    names = sorted(known[code] for code in used)
+    order = {name: i for i, name in enumerate(names)}
+    lookup = np.array([order.get(name, -1) for name in known], dtype=np.int32)
+    records["variable"] = lookup[records["variable"]] if len(records) else records["variable"]
+    return records, names
+
+
+def _sorted(records: np.ndarray) -> tuple[np.ndarray, int]:
+    """(records by row, time, variable and value, each once; how many more there were)."""
+    records = records[
+        np.lexsort((records["value"], records["variable"], records["hours"], records["row"]))
+    ]
+    new = np.ones(len(records), dtype=bool)
+    if len(records):
+        new[1:] = np.any(
+            [
+                records[name][1:] != records[name][:-1]
+                for name in ("row", "hours", "variable", "value")
+            ],
+            axis=0,
+        )
+    return records[new], int(len(records) - np.count_nonzero(new))

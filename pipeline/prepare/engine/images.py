@@ -1,0 +1,109 @@
+"""Images of an index to parts: each examined, made smaller where asked, and written with its size
+and the SHA-256 of the publisher's file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.prepare.engine.importing import Importer
+from pipeline.prepare.engine.indexed import GROUP_BYTES, IndexWork, loaded
+from pipeline.prepare.engine.shard_tasks import Made, Settings
+from pipeline.prepare.readers.archives import Reader
+from pipeline.prepare.readers.picture_check import BrokenImageError, examine
+
+BYTES_A_PIXEL = 0.4
+"""A JPEG at quality 92, for the size of parts when images are made smaller."""
+
+
+class ImageWork(IndexWork):
+    """The parts of an index of images."""
+
+    measures = ("width", "height", "sha256")
+
+    @property
+    def depends(self) -> tuple[Any, ...]:
+        return self.settings.resize, self.settings.quality
+
+    def sizes(self) -> np.ndarray:
+        sizes, side = super().sizes(), self.settings.resize
+        return np.minimum(sizes, BYTES_A_PIXEL * 1.4 * side**2) if side else sizes
+
+    @property
+    def schema(self) -> pa.Schema:
+        made = [
+            pa.field("image", pa.binary()),
+            *self.kept,
+            *self.index.extra,
+            pa.field("width", pa.int64()),
+            pa.field("height", pa.int64()),
+            pa.field("sha256", pa.string()),
+        ]
+        about = {"importer": self.name, **self.index.info}
+        return pa.schema(made, metadata={"onetomany": json.dumps(about, ensure_ascii=False)})
+
+    @property
+    def make(self) -> Callable[[Any, Path], Made]:
+        return partial(_make, self.importer, self.settings, self.schema)
+
+
+def _make(
+    importer: Importer, settings: Settings, schema: pa.Schema, rows: pa.Table, scratch: Path
+) -> Made:
+    """Read, examine and write one part."""
+    reader = Reader()
+    try:
+        out, broken = _rows(importer, settings, reader, rows)
+        return Made(_parquet(out, schema), len(out), broken)
+    finally:
+        reader.close()
+
+
+def _rows(
+    importer: Importer, settings: Settings, reader: Reader, rows: pa.Table
+) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+    out, broken = {}, []
+    for i, row, data in loaded(
+        rows.to_pylist(),
+        lambda row: reader(row["_uri"], row["_member"], row["_offset"], row["_size"]),
+    ):
+        try:
+            if isinstance(data, BrokenImageError):
+                raise data
+            picture = examine(data, settings.resize, settings.quality)
+            made = importer.complete(row, picture)
+        except BrokenImageError as error:
+            broken.append({"path": row["path"], "split": row["split"], "reason": str(error)})
+            continue
+        width, height = picture.size
+        out[i] = {
+            **made,
+            "image": picture.data,
+            "width": width,
+            "height": height,
+            "sha256": hashlib.sha256(data).hexdigest(),
+        }
+    return [out[i] for i in sorted(out)], broken
+
+
+def _parquet(rows: list[dict[str, Any]], schema: pa.Schema) -> bytes:
+    table = pa.Table.from_pylist(rows, schema=schema)
+    group = max(1, min(len(rows), round(len(rows) * GROUP_BYTES / max(1, table.nbytes))))
+    sink = io.BytesIO()
+    texts = [
+        field.name for field in schema if pa.types.is_string(field.type) and field.name != "sha256"
+    ]
+    # encoded images do not get smaller
+    # pyright: ignore
+    pq.write_table(table, sink, row_group_size=group, compression="none", use_dictionary=texts)
+    return sink.getvalue()

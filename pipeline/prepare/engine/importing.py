@@ -1,0 +1,230 @@
+"""What an importer promises: from a publisher's files to an index of rows, no image read; what is
+done with it is the same for all.
+"""
+
+from __future__ import annotations
+
+import csv
+import inspect
+import io
+import textwrap
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Any, ClassVar
+
+import pyarrow as pa
+import pydantic
+
+from pipeline.config import registry
+from pipeline.config.registry import Options
+from pipeline.io import storage
+from pipeline.prepare.readers.archives import Entry
+from pipeline.prepare.readers.picture_check import Picture
+
+PLACE = pa.schema(
+    [
+        ("_uri", pa.string()),
+        ("_member", pa.string()),
+        ("_offset", pa.int64()),
+        ("_size", pa.int64()),
+        ("path", pa.string()),
+        ("split", pa.string()),
+    ]
+)
+SPLITS = {
+    "train": "train",
+    "training": "train",
+    "val": "validation",
+    "valid": "validation",
+    "validation": "validation",
+    "dev": "validation",
+    "testa": "validation",
+    "test": "test",
+    "testing": "test",
+    "testb": "test",
+}
+"""Publishers' names of splits to those of a job file."""
+NO_SPLIT = "its split is none of train, validation and test"
+NAMED = 5
+"""So many examples an error message names."""
+
+
+@dataclass(frozen=True)
+class Index:
+    """``rows``: PLACE and the importer's own columns, those that begin with an underscore not to be
+    written. ``extra``: columns that ``complete`` adds. ``notes``: counts for the summary. ``info``:
+    what the columns mean, kept in the manifest. ``mark``: changes when the files do. ``broken``:
+    rows without a place (a transcript without its recording): path, split and reason, listed and
+    held against the budget.
+    """
+
+    rows: pa.Table
+    mark: str
+    extra: tuple[pa.Field, ...] = ()
+    notes: dict[str, Any] = field(default_factory=dict)
+    info: dict[str, Any] = field(default_factory=dict)
+    broken: list[dict[str, str]] = field(default_factory=list)
+
+
+class Importer(ABC):
+    """One publisher's format. ``label`` names the column (a value or a list of values a row) that
+    the summary counts.
+    """
+
+    registered_name: ClassVar[str]
+    options_class: ClassVar[type[Options]]
+    label: ClassVar[str] = "label"
+
+    def __init__(self, options: Any = None):
+        self.options: Any = options if options is not None else self.options_class()
+
+    @abstractmethod
+    def index(self, source: str) -> Index:
+        """Every row of ``source``. Raises ValueError for files that are not what the publisher
+        gives.
+        """
+
+    def complete(self, row: dict[str, Any], picture: Picture) -> dict[str, Any]:
+        """The row's columns once its image is known: what lies in pixels moves with it. Raises
+        BrokenImageError for a row that cannot be used.
+        """
+        return row
+
+
+def place(entry: Entry, split: str, **columns: Any) -> dict[str, Any]:
+    """One row of an index."""
+    return {
+        "_uri": entry.uri,
+        "_member": entry.member,
+        "_offset": entry.offset,
+        "_size": entry.size,
+        "path": entry.name,
+        "split": split,
+        **columns,
+    }
+
+
+def table(
+    rows: list[dict[str, Any]], columns: dict[str, pa.DataType], source: str, noun: str = "images"
+) -> pa.Table:
+    """The rows as a table. Raises ValueError when there are none."""
+    if not rows:
+        raise ValueError(
+            f"{source}: no {noun} found in the layout that this importer reads; see onetomany "
+            "prepare --list"
+        )
+    return pa.Table.from_pylist(
+        rows, schema=pa.schema([*PLACE, *(pa.field(name, kind) for name, kind in columns.items())])
+    )
+
+
+def few(names: Iterable[Any]) -> str:
+    """The first few, and how many there are."""
+    names = list(names)
+    return ", ".join(map(str, names[:NAMED])) + (
+        f", ... ({len(names)} in all)" if len(names) > NAMED else ""
+    )
+
+
+def first_there(source: str, *candidates: str) -> str | None:
+    """The first of some names below ``source`` that is there."""
+    return next(
+        (uri for name in candidates if storage.exists(uri := storage.join(source, name))), None
+    )
+
+
+def text(uri: str) -> str:
+    """A text file. Raises ValueError for one that is not UTF-8."""
+    try:
+        return storage.read_bytes(uri).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{uri}: not UTF-8 text ({error.reason} at byte {error.start}); convert the file"
+        ) from None
+
+
+def lines(uri: str) -> list[str]:
+    """The lines of a text file, blank ones left out. Raises ValueError for one that is not
+    UTF-8.
+    """
+    return [line.strip() for line in text(uri).splitlines() if line.strip()]
+
+
+def records(uri: str, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    """Rows of a CSV file. Raises ValueError for one of the ``columns`` that it lacks."""
+    reader = csv.DictReader(io.StringIO(text(uri)))
+    names = [name or "" for name in reader.fieldnames or ()]
+    for name in columns:
+        if name not in names:
+            raise ValueError(f"{uri}: no column {name!r}; {registry.nearest(name, names)}")
+    yield from reader
+
+
+def no_empty_classes(names: Iterable[str], source: str) -> None:
+    """Raises ValueError naming class folders that hold no image: they would be labels without
+    rows.
+    """
+    names = sorted(names)
+    if names:
+        raise ValueError(
+            f"{source}: class folders without images: {few(names)}; fill or remove them"
+        )
+
+
+def depth(name: str) -> int:
+    return len(PurePosixPath(name).parts)
+
+
+def options_of(name: str, pairs: list[str]) -> Any:
+    """The options of an importer from ``key=value`` texts; unknown ones go into its ``options``,
+    where it has such, to be checked by itself. Raises ValueError naming the wrong one and the
+    nearest right one.
+    """
+    kind = registry.entry("importer", name).options
+    given: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(
+                f"--set {pair}: write KEY=VALUE; options of {name}: "
+                f"{', '.join(kind.model_fields) or 'none'}"
+            )
+        if key == "options" and key in kind.model_fields:
+            raise ValueError(
+                f"--set {pair}: give the options of the task by their own names, such as --set "
+                "exclude=none; see onetomany prepare --list"
+            )
+        if key not in kind.model_fields and "options" in kind.model_fields:
+            given.setdefault("options", {})[key] = value
+            continue
+        if key not in kind.model_fields:
+            raise ValueError(
+                f"--set {pair}: importer {name} has no option {key!r}; "
+                f"{registry.nearest(key, kind.model_fields)}"
+            )
+        given[key] = value
+    try:
+        return kind.model_validate(given)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(
+            f"--set {first['loc'][0]}={first['input']}: {first['msg'].lower()}"
+        ) from None
+
+
+def describe(name: str | None) -> str:
+    """What the importers (or one) read, their columns and options. Raises ValueError for a name
+    that is none.
+    """
+    out = []
+    for one in [name] if name else registry.names("importer"):
+        importer = registry.get("importer", one)
+        out += [one, textwrap.indent(inspect.cleandoc(importer.__doc__).replace("``", ""), "  ")]
+        out += [
+            f"  --set {key}={info.default}: {info.description}"
+            for key, info in importer.options_class.model_fields.items()
+        ]
+        out.append("")
+    return "\n".join(out).rstrip()

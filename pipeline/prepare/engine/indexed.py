@@ -1,0 +1,153 @@
+"""From an index of files to parts: what sources of images and of recordings have in common.
+
+Rows of a split stand in a random but fixed order: a block of them is a fair sample of the classes,
+which training that streams blocks relies on. Only rows of a tar.gz stay with their archive, in a
+random order there: it can be read from its start alone, so that each part costs a pass over it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.core.rng import mix, row_keys
+from pipeline.data.loader import threaded_map
+from pipeline.media.audio_io import BrokenAudioError
+from pipeline.prepare.engine.importing import Index
+from pipeline.prepare.engine.shard_tasks import Part, Settings, Work
+from pipeline.prepare.readers.archives import GZIPPED
+from pipeline.prepare.readers.picture_check import BrokenImageError
+
+GROUP_BYTES = 8 << 20
+"""About so many bytes of files in a row group: what a reader takes at once."""
+
+
+class IndexWork(Work):
+    """The parts of an index; a kind of file says what a row becomes."""
+
+    noun = "files"
+
+    def __init__(self, name: str, importer: Any, source: str, settings: Settings):
+        self.name, self.importer, self.settings = name, importer, settings
+        self.index: Index = importer.index(source)
+        rows = self.index.rows
+        self.order = _order(rows)
+        self.parts = _parts(
+            rows["split"].take(pa.array(self.order)).to_pylist(), self.sizes()[self.order], settings
+        )
+        sized = [settings.part_mb] if settings.part_mb else []
+        self.key = (
+            *self.depends,
+            settings.rows_per_part,
+            self.index.mark,
+            self.index.info,
+            _digest(rows),
+            *sized,
+        )
+        self.label, self.notes, self.info = importer.label, self.index.notes, self.index.info
+        self.broken, self.total = self.index.broken, len(self.order) + len(self.index.broken)
+
+    @property
+    def depends(self) -> tuple[Any, ...]:
+        """Settings that what a row becomes depends on."""
+        return ()
+
+    def sizes(self) -> np.ndarray:
+        """(rows,) float64: about how many bytes each row of the index becomes."""
+        return self.index.rows["_size"].to_numpy().astype(np.float64)
+
+    @property
+    def kept(self) -> list[pa.Field]:
+        """Columns of the index that are written."""
+        return [field for field in self.index.rows.schema if not field.name.startswith("_")]
+
+    def payload(self, part: Part) -> pa.Table:
+        return self.index.rows.take(pa.array(self.order[part.start : part.stop]))
+
+    def weight(self, part: Part) -> int:
+        return part.stop - part.start
+
+
+def _order(rows: pa.Table) -> np.ndarray:
+    """Places of the rows by split, those of a tar.gz together, then at random: a function of the
+    paths alone.
+    """
+    numbered = rows.select(["split", "path", "_uri"]).append_column(
+        "at", pa.array(np.arange(len(rows)))
+    )
+    by_path = numbered.sort_by([("split", "ascending"), ("path", "ascending")])
+    places = by_path["at"].to_numpy()
+    coded = (
+        by_path["split"].combine_chunks().dictionary_encode().indices.to_numpy(zero_copy_only=False)
+    )
+    streams = (
+        pa.array(
+            uri if uri.lower().endswith(GZIPPED) else "" for uri in by_path["_uri"].to_pylist()
+        )
+        .dictionary_encode()
+        .indices.to_numpy()
+    )
+    keys = row_keys(mix(*b"prepare"), np.zeros(1, dtype=np.int64), np.arange(len(rows)))
+    return places[np.lexsort((keys, streams, coded))]
+
+
+def _parts(listed: list[str], sizes: np.ndarray, settings: Settings) -> list[Part]:
+    """Even parts of each split; rows are in order."""
+    out: list[Part] = []
+    names, starts = np.unique(splits := np.array(listed), return_index=True)
+    for split, start, stop in zip(names, starts, [*starts[1:], len(splits)], strict=True):
+        rows_here = int(stop - start)
+        by_bytes = max(
+            1, min(rows_here, round(float(sizes[start:stop].sum()) / settings.part_bytes))
+        )
+        count = -(-rows_here // settings.rows_per_part) if settings.rows_per_part else by_bytes
+        cuts = [int(start) + rows_here * i // count for i in range(count + 1)]
+        out += [
+            Part(f"{split}-{i:05d}-of-{count:05d}.parquet", str(split), cuts[i], cuts[i + 1])
+            for i in range(count)
+        ]
+    return out
+
+
+def _digest(rows: pa.Table) -> str:
+    """SHA-256 of an index, wherever its files lie."""
+    sink = io.BytesIO()
+    plain = rows.drop_columns(["_uri"]).combine_chunks()
+    with pa.ipc.new_stream(sink, plain.schema) as writer:
+        writer.write_table(plain, max_chunksize=1 << 16)
+    return hashlib.sha256(sink.getbuffer()).hexdigest()
+
+
+def is_one_way(rows: list[dict[str, Any]]) -> bool:
+    """Whether the rows lie in an archive that is read from its start alone."""
+    return any(row["_uri"].lower().endswith(GZIPPED) for row in rows)
+
+
+def loaded(
+    rows: list[dict[str, Any]], load: Callable[[dict[str, Any]], Any]
+) -> Iterator[tuple[int, dict[str, Any], Any]]:
+    """(place, row, what ``load`` gives of it, or the error of one that is broken): those of a
+    tar.gz as they lie there, others in order, read ahead.
+    """
+
+    def attempt(row: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+        try:
+            return row, load(row)
+        except (BrokenImageError, BrokenAudioError) as error:
+            return row, error
+
+    one_way = is_one_way(rows)
+    places = (
+        sorted(range(len(rows)), key=lambda i: (rows[i]["_uri"], rows[i]["_offset"]))
+        if one_way
+        else range(len(rows))
+    )
+    for i, (row, found) in zip(
+        places, threaded_map(attempt, (rows[i] for i in places), 1 if one_way else 4), strict=True
+    ):
+        yield i, row, found

@@ -1,0 +1,368 @@
+"""Publishers' files of text: which there are, in which pieces they are read, and their lines: in
+folders, archives and compressed, on disk and on S3.
+
+Nothing is read whole but what has no lines (JSON documents, members that are Parquet): a piece of
+any size takes the memory of one row.
+"""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import posixpath
+import re
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from io import BufferedReader
+from itertools import pairwise
+from typing import Any, BinaryIO, NamedTuple, cast
+
+import pyarrow as pa
+
+from pipeline.io import file_identity, storage
+from pipeline.prepare.engine.importing import SPLITS, few
+from pipeline.prepare.readers.archives import (
+    ARCHIVES,
+    COMPRESSED,
+    GZIPPED,
+    MOST_BYTES,
+    Entry,
+    Listing,
+    Window,
+    listing,
+    open_archive,
+)
+
+SQUEEZED = (".gz", ".zst")
+EXPANSION = 4
+"""About so many bytes of text in one of a compressed file, for the size of parts."""
+ROW_BYTES = 32 << 20
+"""A longer line, record or document is a broken row."""
+HELD_OUT_FIRST = {"test": 0, "validation": 1, "train": 2}
+"""Pieces stand in this order of splits: of documents that are alike it is the held-out one that
+stays (``text``).
+"""
+MOST_LISTED = 1000
+
+
+class Piece(NamedTuple):
+    """What is read at a time: bytes (row groups for Parquet) ``start`` to ``stop`` of a file, all
+    of it where ``stop`` is -1; about ``size`` bytes.
+    """
+
+    name: str
+    split: str
+    entry: Entry
+    start: int = 0
+    stop: int = -1
+    size: int = 0
+
+
+class Listed(NamedTuple):
+    """Files that an importer reads, with their split, in reading order; how many of each other kind
+    are left out; a mark that changes when they do.
+    """
+
+    files: list[tuple[Entry, str]]
+    others: dict[str, int]
+    mark: str
+
+
+def plain_suffix(name: str) -> str:
+    """The suffix without that of compression: .txt of a.txt.gz."""
+    name = name.lower()
+    return posixpath.splitext(
+        name.removesuffix(next((s for s in SQUEEZED if name.endswith(s)), ""))
+    )[1]
+
+
+def find(source: str, suffixes: tuple[str, ...], split: str = "") -> Listed:
+    """The files of a folder, an archive or a glob whose suffix is one of those given, or the one
+    file that is named; hidden ones, and those below a name with an underscore at its begin, are
+    passed over. ``split``: that of all; else the file's or its folder's name says it
+    (``split_of``).
+
+    Raises ValueError where there is none.
+    """
+    if re.search(r"[*?[]", source) and not storage.exists(source) and not storage.is_dir(source):
+        names = storage.glob(source)
+        shared = (
+            posixpath.commonpath([posixpath.dirname(name.rpartition("://")[2]) for name in names])
+            if names
+            else ""
+        )
+        entries = [
+            Entry(
+                name.rpartition("://")[2][len(shared) :].lstrip("/"),
+                name,
+                "",
+                -1,
+                storage.size(name),
+            )
+            for name in names
+        ]
+        found = Listing(
+            entries, [], " ".join(file.content for file in file_identity.identify(names))
+        )
+    elif (
+        storage.is_dir(source)
+        or not storage.exists(source)
+        or source.lower().endswith((*ARCHIVES, *COMPRESSED))
+    ):
+        found = listing(source)
+    else:
+        entry = Entry(posixpath.basename(source), source, "", -1, storage.size(source))
+        return Listed(
+            [(entry, split or split_of(entry.name))], {}, file_identity.fingerprint(source)
+        )
+    seen = [entry for entry in found.entries if not re.search(r"(^|/)_", entry.name)]
+    taken = [entry for entry in seen if plain_suffix(entry.name) in suffixes]
+    others: dict[str, int] = {}
+    for entry in set(seen).difference(taken):
+        kind = entry.suffix or posixpath.basename(entry.name)
+        others[kind] = others.get(kind, 0) + 1
+    if not taken:
+        there = f"; there are {few(sorted(others))}" if others else ""
+        raise ValueError(
+            f"{source}: no files with "
+            f"{', '.join(suffix or 'no suffix' for suffix in suffixes)} there{there}"
+        )
+    listed = [(entry, split or split_of(entry.name)) for entry in taken]
+    return Listed(sorted(listed, key=_reading_order), dict(sorted(others.items())), found.mark)
+
+
+def _reading_order(file: tuple[Entry, str]) -> tuple[int, str, str, int, str]:
+    """By split and name; in a tar.gz as they lie there, for it is read from its start alone."""
+    entry, split = file
+    return (
+        HELD_OUT_FIRST.get(split, 3),
+        split,
+        entry.uri,
+        entry.offset if entry.uri.lower().endswith(GZIPPED) else 0,
+        entry.name,
+    )
+
+
+def split_of(name: str) -> str:
+    """The split that a file's name says (eng.testa, wnut17train.conll, dev-v2.0.json, testset.csv),
+    else that of the nearest folder that does, else train.
+    """
+    for part in reversed(name.lower().split("/")):
+        words = (word.removesuffix("set") for word in re.split(r"[^a-z]+", part))
+        found = next((SPLITS[word] for word in words if word in SPLITS), None)
+        if found:
+            return found
+    return "train"
+
+
+def wholes(listed: Listed) -> list[Piece]:
+    """Every file as one piece."""
+    return [Piece(entry.name, split, entry, size=_weight(entry)) for entry, split in listed.files]
+
+
+def ranges(listed: Listed, most: int) -> list[Piece]:
+    """Files in ranges of about ``most`` bytes; compressed ones, which are read from their start
+    alone, whole.
+    """
+    out = []
+    for entry, split in listed.files:
+        count = (
+            1
+            if entry.name.lower().endswith(SQUEEZED)
+            or entry.uri.lower().endswith((".zip", *GZIPPED))
+            else max(1, round(entry.size / most))
+        )
+        cuts = [entry.size * i // count for i in range(count + 1)]
+        out += (
+            [Piece(entry.name, split, entry, size=_weight(entry))]
+            if count == 1
+            else [Piece(entry.name, split, entry, a, b, b - a) for a, b in pairwise(cuts)]
+        )
+    return out
+
+
+def _weight(entry: Entry) -> int:
+    return entry.size * (EXPANSION if entry.name.lower().endswith(SQUEEZED) else 1)
+
+
+# ---------------------------------------------------------------- reading
+
+
+class Opener:
+    """Streams of entries; an archive stays open between them."""
+
+    def __init__(self):
+        self._zips: dict[str, zipfile.ZipFile] = {}
+        self._archives: dict[str, BinaryIO] = {}
+
+    def __call__(self, entry: Entry) -> BinaryIO:
+        """The entry's bytes, decompressed where its name says so; to be read from one thread."""
+        handle = self._stored(entry)
+        name = entry.name.lower()
+        if name.endswith(".gz"):
+            return BufferedReader(gzip.GzipFile(fileobj=handle), 1 << 20)
+        if name.endswith(".zst"):
+            return BufferedReader(
+                cast(Any, pa.CompressedInputStream(pa.PythonFile(handle, mode="r"), "zstd")),
+                1 << 20,
+            )
+        return handle
+
+    def _stored(self, entry: Entry) -> BinaryIO:
+        if entry.member:
+            if entry.uri not in self._zips:
+                self._zips[entry.uri] = zipfile.ZipFile(storage.open_read(entry.uri))
+            try:
+                return BufferedReader(cast(Any, self._zips[entry.uri].open(entry.member)), 1 << 20)
+            except (RuntimeError, NotImplementedError) as error:
+                raise ValueError(
+                    f"{entry.uri}: {entry.name} cannot be unpacked ({error}); decrypt it or "
+                    "pack it anew"
+                ) from None
+        if entry.offset < 0:
+            return storage.open_read(entry.uri)
+        if entry.uri not in self._archives:
+            handle = open_archive(entry.uri)
+            self._archives[entry.uri] = (
+                cast(BinaryIO, gzip.GzipFile(fileobj=handle))
+                if entry.uri.lower().endswith(GZIPPED)
+                else handle
+            )
+        return BufferedReader(Window(self._archives[entry.uri], entry.offset, entry.size), 1 << 20)
+
+    def close(self) -> None:
+        for handle in (*self._zips.values(), *self._archives.values()):
+            handle.close()
+        self._zips.clear()
+        self._archives.clear()
+
+
+@dataclass
+class Reading:
+    """One pass over a piece. ``told``: what the survey of all pieces found out for this one;
+    nothing while it ``surveys``. ``before``: lines of the file before the piece. ``lines``: those
+    that begin in it, known at the end. ``broken``: rows left out, the first ``most`` of them
+    listed.
+    """
+
+    piece: Piece
+    opener: Opener
+    surveys: bool = True
+    told: dict[str, Any] = field(default_factory=dict)
+    before: int = 0
+    most: int = MOST_LISTED
+    lines: int = 0
+    broken: int = 0
+    listed: list[dict[str, str]] = field(default_factory=list)
+
+    def place(self, at: int | str) -> str:
+        """file:place; a number is a line of the piece, counted from 1."""
+        return f"{self.piece.name}:{at + self.before if isinstance(at, int) else at}"
+
+    def bad(self, at: int | str, reason: str) -> None:
+        """A row that is left out."""
+        self.broken += 1
+        if len(self.listed) < self.most:
+            self.listed.append(
+                {"path": self.place(at), "split": self.piece.split, "reason": reason}
+            )
+
+    @contextmanager
+    def open(self) -> Iterator[BinaryIO]:
+        """The file's bytes. Raises ValueError for one whose compression is damaged, StorageError
+        for one that cannot be read.
+        """
+        try:
+            with self.opener(self.piece.entry) as handle:
+                yield handle
+        except (gzip.BadGzipFile, zlib.error, zipfile.BadZipFile, EOFError) as error:
+            raise ValueError(f"{self.piece.name}: damaged ({error}); get it again") from None
+        except OSError as error:
+            if isinstance(error, storage.StorageError) or (
+                "compressed stream" not in str(error) and "ZSTD" not in str(error)
+            ):
+                raise
+            raise ValueError(f"{self.piece.name}: damaged ({error}); get it again") from None
+
+    def whole(self, most: int = MOST_BYTES) -> bytes | None:
+        """All bytes; none where there are more than ``most``."""
+        with self.open() as handle:
+            data = handle.read(most + 1)
+        return data if len(data) <= most else None
+
+    def numbered(self, beyond: bool = False) -> Iterator[tuple[int, int, bytes | None]]:
+        """(number from 1, byte where it begins, line without its end) of the lines that begin in
+        the piece; None for a line that is too long.
+
+        ``beyond``: also those after the piece, up to where the caller stops.
+
+        Raises ValueError for a file in UTF-16, or one whose lines end with a carriage return alone.
+        """
+        start, stop = self.piece.start, self.piece.stop
+        with self.open() as handle:
+            at = start
+            if start:
+                handle.seek(start - 1)
+                at = start - 1 + _length(handle, 1 << 20)  # the rest of a line that begins before
+            number = 0
+            while stop < 0 or at < stop or beyond:
+                begins, raw = at, handle.readline(ROW_BYTES + 1)
+                if not raw:
+                    return
+                number += 1
+                at += len(raw)
+                self.lines += stop < 0 or begins < stop
+                if begins == 0 and raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
+                    raise ValueError(
+                        f"{self.piece.name}: UTF-16; convert the file to UTF-8 (iconv -f "
+                        "UTF-16 -t UTF-8)"
+                    )
+                if begins == 0 and not raw.endswith(b"\n") and b"\r" in raw.rstrip(b"\r"):
+                    raise ValueError(
+                        f"{self.piece.name}: its lines end with a carriage return alone; "
+                        "convert the file (tr '\\r' '\\n')"
+                    )
+                if len(raw) > ROW_BYTES:
+                    at += 0 if raw.endswith(b"\n") else _length(handle, 1 << 20)
+                    yield number, begins, None
+                    continue
+                yield (
+                    number,
+                    begins,
+                    (raw.removeprefix(codecs.BOM_UTF8) if begins == 0 else raw).rstrip(b"\r\n"),
+                )
+
+
+def _length(handle: BinaryIO, step: int) -> int:
+    """Bytes to the end of the line, which is passed."""
+    count = 0
+    while raw := handle.readline(step):
+        count += len(raw)
+        if raw.endswith(b"\n"):
+            break
+    return count
+
+
+def decoded(raw: bytes | None, encoding: str = "utf-8") -> tuple[str, str]:
+    """(text, "") of a line or document, or ("", the reason why it cannot be used)."""
+    if raw is None:
+        return "", f"longer than {ROW_BYTES >> 20} MiB"
+    try:
+        found = raw.decode(encoding)
+    except UnicodeDecodeError as error:
+        return "", f"not {encoding.upper()} text ({error.reason} at byte {error.start})"
+    return found, "a NUL character in it" if "\0" in found else ""
+
+
+def unfit(text: str, what: str) -> str:
+    """Why a text out of JSON cannot be used, or "": it may hold what no UTF-8 file can."""
+    if "\0" in text:
+        return f"a NUL character in {what}"
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"{what} is not UTF-8 text (at character {error.start})"
+    return ""

@@ -1,0 +1,325 @@
+"""What was prepared: sizes, classes, exact duplicates and broken files, counted from the parts
+themselves.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.io import storage
+
+SHARES = (0, 5, 25, 50, 75, 95, 100)
+EXAMPLES = 20
+"""So many of each kind are named in the Markdown; the JSON has all broken files."""
+
+
+def summarise(
+    output: str,
+    parts: list[str],
+    label: str,
+    measures: tuple[str, ...],
+    broken: list[dict[str, str]],
+    notes: dict[str, Any],
+) -> dict[str, Any]:
+    """Counts over all parts: rows and classes of each split, what is broken and why; by the columns
+    that are there to be measured also images' sizes, recordings' hours and speakers, and files with
+    equal bytes within and across splits.
+    """
+    tables = []
+    for name in parts:
+        with storage.open_read(storage.join(output, name)) as handle:
+            file = pq.ParquetFile(handle)
+            tables.append(
+                file.read(
+                    columns=[
+                        n
+                        for n in dict.fromkeys(("split", "path", *measures, label))
+                        if n in file.schema_arrow.names
+                    ]
+                )
+            )
+    rows = pa.concat_tables(tables).combine_chunks()
+    return {
+        "rows": dict(sorted(Counter(rows["split"].to_pylist()).items())),
+        "classes": _classes(rows, label),
+        "sizes": _sizes(rows, measures),
+        "duplicates": duplicates(rows, "transcript" if "transcript" in measures else label)
+        if "sha256" in measures
+        else {},
+        **(
+            {"recordings": _recordings(rows), "speakers": _speakers(rows)}
+            if "seconds" in measures
+            else {}
+        ),
+        "broken": {
+            "rows": len(broken),
+            "reasons": dict(Counter(row["reason"] for row in broken).most_common()),
+            "files": broken,
+        },
+        "notes": notes,
+    }
+
+
+def _classes(rows: pa.Table, label: str) -> dict[str, Any]:
+    """For each split how often each label stands there; for columns that are lists also how many
+    rows have none.
+    """
+    if label not in rows.column_names:
+        return {}
+    listed = pa.types.is_list(rows.schema.field(label).type)
+    out: dict[str, Any] = {}
+    for split in sorted(set(rows["split"].to_pylist())):
+        # pyright: ignore
+        column = rows.filter(pc.equal(rows["split"], split))[label].combine_chunks()
+        values = column.flatten() if listed else column
+        counts = Counter(
+            dict(zip(*(part.to_pylist() for part in values.value_counts().flatten()), strict=True))
+        )
+        out[split] = {
+            "labels": {
+                str(value): counts[value] for value in sorted(counts, key=lambda v: (v is None, v))
+            }
+        }
+        if listed:
+            out[split]["rows_without"] = int(
+                pc.sum(pc.equal(pc.list_value_length(column), 0)).as_py() or 0
+            )  # pyright: ignore[reportAttributeAccessIssue]
+    return out
+
+
+def _sizes(rows: pa.Table, measures: tuple[str, ...]) -> dict[str, Any]:
+    """Pixels at the given percentiles, of the images as written."""
+    if not len(rows) or "width" not in measures:
+        return {}
+    width, height = (rows[name].to_numpy() for name in ("width", "height"))
+    measured = {
+        "width": width,
+        "height": height,
+        "shorter_side": np.minimum(width, height),
+        "megapixels": width * height / 1e6,
+    }
+    return {
+        name: {
+            str(share): round(float(value), 3)
+            for share, value in zip(SHARES, np.percentile(values, SHARES), strict=True)
+        }
+        for name, values in measured.items()
+    }
+
+
+def _recordings(rows: pa.Table) -> dict[str, Any]:
+    """For each split its hours, seconds a row at the given percentiles, and speakers with the
+    fewest and most rows of one.
+    """
+    out: dict[str, Any] = {}
+    for split in sorted(set(rows["split"].to_pylist())):
+        here = rows.filter(pc.equal(rows["split"], split))  # pyright: ignore
+        seconds = here["seconds"].to_numpy()
+        out[split] = {
+            "hours": round(float(seconds.sum()) / 3600, 4),
+            "seconds": {
+                str(share): round(float(value), 3)
+                for share, value in zip(SHARES, np.percentile(seconds, SHARES), strict=True)
+            },
+        }
+        if "speaker" in rows.column_names:
+            each = [
+                count
+                for name, count in Counter(here["speaker"].to_pylist()).items()
+                if name is not None
+            ]
+            out[split] |= {
+                "speakers": len(each),
+                "rows_a_speaker": [min(each, default=0), max(each, default=0)],
+            }
+    return out
+
+
+def _speakers(rows: pa.Table) -> dict[str, Any]:
+    """Rows of each speaker by split, and those who stand in two splits: what is learned of a voice
+    is then tested on it.
+    """
+    if "speaker" not in rows.column_names:
+        return {}
+    pairs = Counter(zip(rows["speaker"].to_pylist(), rows["split"].to_pylist(), strict=True))
+    splits: dict[str, dict[str, int]] = {}
+    for (speaker, split), count in sorted(
+        (pair, count) for pair, count in pairs.items() if pair[0] is not None
+    ):
+        splits.setdefault(speaker, {})[split] = count
+    across: Counter[str] = Counter(
+        " and ".join(pair) for found in splits.values() for pair in combinations(sorted(found), 2)
+    )
+    both = [speaker for speaker, found in splits.items() if len(found) > 1]
+    return {
+        "rows": splits,
+        "in_two_splits": {
+            "speakers": len(both),
+            "across": dict(across),
+            "examples": both[:EXAMPLES],
+        },
+    }
+
+
+def warnings(found: dict[str, Any]) -> list[str]:
+    """What the user is told at the end, beyond the file."""
+    two = found.get("speakers", {}).get("in_two_splits", {})
+    if not two.get("speakers"):
+        return []
+    return [
+        f"{two['speakers']} speakers stand in two splits ({_told(two['across'])}); "
+        "a job without split_column that says group: speaker cuts splits of its own"
+    ]
+
+
+def duplicates(rows: pa.Table, label: str) -> dict[str, Any]:
+    """Rows whose files have equal bytes (SHA-256): how many beyond the first, within and across
+    splits, and where their labels differ.
+    """
+    counts = pc.value_counts(rows["sha256"].combine_chunks())  # pyright: ignore
+    # pyright: ignore
+    doubled = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
+    same: dict[str, list[dict[str, Any]]] = {}
+    # pyright: ignore
+    for row in rows.filter(pc.is_in(rows["sha256"], value_set=doubled)).to_pylist():
+        same.setdefault(row["sha256"], []).append(row)
+    groups = [
+        sorted(group, key=lambda row: (row["split"], row["path"]))
+        for _, group in sorted(same.items())
+    ]
+    across: Counter[str] = Counter()
+    for group in groups:
+        across.update(
+            " and ".join(pair) for pair in combinations(sorted({row["split"] for row in group}), 2)
+        )
+    return {
+        "files": len(groups),
+        "rows_beyond_the_first": sum(len(group) - 1 for group in groups),
+        "within": dict(
+            Counter(
+                split
+                for group in groups
+                for split, n in Counter(row["split"] for row in group).items()
+                if n > 1
+            )
+        ),
+        "across": dict(across),
+        "with_different_labels": sum(
+            len({str(row.get(label)) for row in group}) > 1 for group in groups
+        ),
+        "examples": [
+            [f"{row['split']}: {row['path']}" for row in group] for group in groups[:EXAMPLES]
+        ],
+    }
+
+
+def markdown(title: str, found: dict[str, Any], noun: str = "files") -> str:
+    """The same in short, for people; ``noun``: what broken ones are."""
+    out = [
+        f"# {title}",
+        "",
+        "| split | rows |",
+        "|---|---|",
+        *(f"| {split} | {n} |" for split, n in found["rows"].items()),
+    ]
+    if found["sizes"]:
+        out += [
+            "",
+            "| size | " + " | ".join(f"{share} %" for share in SHARES) + " |",
+            "|---" * (len(SHARES) + 1) + "|",
+        ]
+        out += [
+            f"| {name.replace('_', ' ')} | "
+            + " | ".join(f"{value:g}" for value in values.values())
+            + " |"
+            for name, values in found["sizes"].items()
+        ]
+    out += _recording_table(found["recordings"]) if "recordings" in found else []
+    out += ["", *(f"Warning: {line}." for line in told)] if (told := warnings(found)) else []
+    out += _class_table(found["classes"])
+    out += _duplicate_lines(found["duplicates"]) if found["duplicates"] else []
+    out += ["", f"Broken {noun}, left out: {found['broken']['rows']}."]
+    out += [
+        f"- {row['split']}: {row['path']}: {row['reason']}"
+        for row in found["broken"]["files"][:EXAMPLES]
+    ]
+    if found["notes"]:
+        out += [
+            "",
+            *(
+                f"- {name}: {_told(value) if isinstance(value, dict) else value}"
+                for name, value in found["notes"].items()
+            ),
+        ]
+    return "\n".join(out) + "\n"
+
+
+def _recording_table(found: dict[str, Any]) -> list[str]:
+    with_speakers = any("speakers" in one for one in found.values())
+    out = [
+        "",
+        "| split | hours | "
+        + " | ".join(f"{share} %" for share in SHARES)
+        + " | "
+        + ("speakers | rows a speaker |" if with_speakers else ""),
+    ]
+    out += ["|---" * (len(SHARES) + 2 + 2 * with_speakers) + "|"]
+    for split, one in found.items():
+        cells = [split, f"{one['hours']:g}", *(f"{value:g} s" for value in one["seconds"].values())]
+        cells += (
+            [str(one["speakers"]), "{} to {}".format(*one["rows_a_speaker"])]
+            if with_speakers
+            else []
+        )
+        out.append("| " + " | ".join(cells) + " |")
+    return out
+
+
+def _duplicate_lines(same: dict[str, Any]) -> list[str]:
+    out = [
+        "",
+        f"Exact duplicates: {same['files']} files stand more than once "
+        f"({same['rows_beyond_the_first']} rows beyond the first); "
+        f"within splits: {_told(same['within'])}; across splits: {_told(same['across'])}; with "
+        f"different labels: {same['with_different_labels']}.",
+    ]
+    return out + [f"- {' = '.join(group)}" for group in same["examples"]]
+
+
+def _class_table(classes: dict[str, Any]) -> list[str]:
+    labels = list(dict.fromkeys(label for split in classes.values() for label in split["labels"]))
+    if not labels:
+        return []
+    counts = {
+        split: [found["labels"].get(label, 0) for label in labels]
+        for split, found in classes.items()
+    }
+    if len(labels) > 100:  # a thousand lines are no summary: the JSON has them
+        return [
+            "",
+            *(
+                f"{split}: {len(labels)} labels, {min(n)} to {max(n)} times each (see "
+                "_summary.json)."
+                for split, n in counts.items()
+            ),
+        ]
+    out = ["", "| label | " + " | ".join(classes) + " |", "|---" * (len(classes) + 1) + "|"]
+    out += [
+        f"| {label} | " + " | ".join(str(counts[split][i]) for split in classes) + " |"
+        for i, label in enumerate(labels)
+    ]
+    without = {
+        split: found["rows_without"] for split, found in classes.items() if "rows_without" in found
+    }
+    return out + ([f"| (no label) | {' | '.join(map(str, without.values()))} |"] if without else [])
+
+
+def _told(counts: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {n}" for name, n in counts.items()) or "none"

@@ -1,0 +1,506 @@
+"""What an importer of tables promises, and its two passes: a survey of all pieces (what only all of
+them tell: types, doubled ids, which documents are alike), then the rows.
+
+The survey counts rows and broken ones, so that the budget is checked before a part is written. Its
+findings are kept beside the parts while the run lasts: a run that was killed does not read again
+what was surveyed.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.config.registry import Options
+from pipeline.core.rng import mix, row_keys
+from pipeline.data.stream import map_items
+from pipeline.io import checksums, storage
+from pipeline.prepare.engine.inputs import Opener, Piece, Reading
+from pipeline.prepare.engine.shard_tasks import Check, Made, Part, Settings, Tell, Work
+
+GROUP_BYTES, GROUP_ROWS = 8 << 20, 16384
+"""At most about so many bytes of text, and so many rows, in a row group."""
+MIXED_BYTES = 512 << 20
+"""Rows are mixed among so many bytes at most."""
+SURVEYS = "_survey"
+NAMED = 3
+Found = dict[str, np.ndarray]
+"""What the survey of a piece found: arrays that numpy stores without pickling."""
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What the surveys of all pieces come to. ``columns``: those of the rows, without ``split``.
+    ``told``: for each piece what its rows need to know. ``dropped``: rows that were left out on
+    purpose, to be listed. ``notes`` and ``info`` as in ``Index``.
+    """
+
+    columns: list[pa.Field]
+    told: list[dict[str, Any]]
+    notes: dict[str, Any] = field(default_factory=dict)
+    info: dict[str, Any] = field(default_factory=dict)
+    dropped: pa.Table | None = None
+
+
+class TableImporter(ABC):
+    """One format of text and tables. ``label`` names the column that the summary counts,
+    ``amounts`` what it adds up: a word to the column whose lengths those are. ``mixes``: rows of a
+    part stand in a random but fixed order, since files are often sorted by class; otherwise in that
+    of the files.
+    """
+
+    registered_name: ClassVar[str]
+    options_class: ClassVar[type[Options]]
+    label: str = ""
+    amounts: ClassVar[dict[str, str]] = {}
+    mixes: ClassVar[bool] = False
+
+    def __init__(self, options: Any = None):
+        self.options: Any = options if options is not None else self.options_class()
+
+    @abstractmethod
+    def pieces(self, source: str, part_bytes: int) -> tuple[list[Piece], str, dict[str, Any]]:
+        """What is read at a time, in reading order, the same at every call; a mark that changes
+        when the files do; notes for the summary.
+        """
+
+    @abstractmethod
+    def rows(self, reading: Reading) -> Iterator[dict[str, Any] | pa.Table]:
+        """The good rows of a piece, in order, one by one or many as a table; ``reading.bad`` takes
+        the others. Raises ValueError for a file that is not what the publisher gives.
+        """
+
+    def survey(self, reading: Reading) -> Found:
+        """What ``settle`` needs to know of a piece; ``rows``, their number, always."""
+        return {
+            "rows": np.array(
+                sum(1 if isinstance(row, dict) else len(row) for row in self.rows(reading))
+            )
+        }
+
+    @abstractmethod
+    def settle(self, pieces: list[Piece], found: list[Found]) -> Settled:
+        """What follows from the surveys of all pieces, which have ``before`` too: lines of the file
+        before the piece. Raises ValueError where they do not go together.
+        """
+
+
+# ---------------------------------------------------------------- kinds of values
+
+KINDS = (pa.null(), pa.bool_(), pa.int64(), pa.float64(), pa.string())
+"""Each of them holds the values of those before it, but for bool, which only a string can join."""
+
+
+def kind_of(value: Any) -> int:
+    """The place in KINDS of a value."""
+    if value is None:
+        return 0
+    if isinstance(value, bool):
+        return 1
+    if isinstance(value, int) and abs(value) < 1 << 63:
+        return 2
+    return 3 if isinstance(value, float) else 4
+
+
+def wider(a: int, b: int) -> int:
+    """The kind that holds the values of both."""
+    return 4 if {1} < {a, b} - {0} else max(a, b)
+
+
+def as_kind(value: Any, kind: int) -> Any:
+    """The value as one of that kind."""
+    if value is None or isinstance(value, str) or (kind < 4 and kind_of(value) == kind):
+        return value
+    if kind == 3:
+        return float(value)
+    return (
+        json.dumps(value, ensure_ascii=False, default=str)
+        if isinstance(value, bool | int | float | list | dict)
+        else str(value)
+    )
+
+
+# ---------------------------------------------------------------- the two passes
+
+
+class TableWork(Work):
+    """The parts of a source of tables: whole files and ranges of them, as many as make about
+    ``part_mb`` of text.
+    """
+
+    noun = "rows"
+
+    def __init__(self, name: str, importer: TableImporter, source: str, settings: Settings):
+        for option, what in (("resize", "a size"), ("quality", "a quality")):
+            if getattr(settings, option) is not None:
+                raise ValueError(
+                    f"--{option} {getattr(settings, option)}: importer {name} reads text, "
+                    f"which has not {what}; leave it out"
+                )
+        if settings.rows_per_part is not None:
+            raise ValueError(
+                f"--rows-per-part {settings.rows_per_part}: importer {name} makes its parts of "
+                "files and ranges of bytes; say --part-mb"
+            )
+        self.name, self.importer, self.label = name, importer, importer.label
+        self.pieces, mark, self._found_notes = importer.pieces(source, settings.part_bytes)
+        self.parts = _parts(self.pieces, settings.part_bytes)
+        self.key = (
+            mark,
+            [[piece.name, piece.split, piece.start, piece.stop] for piece in self.pieces],
+            [[part.start, part.stop] for part in self.parts],
+        )
+        self._settled: Settled | None = None
+        self._before: list[int] = []
+        self._read: list[int] = []
+
+    @property
+    def settled(self) -> Settled:
+        assert self._settled is not None, "begin() comes first"
+        return self._settled
+
+    def begin(self, output: str, check: Check, tell: Tell, cpus: float) -> None:
+        """The survey, part by part; what was surveyed before is taken as it is. Raises ValueError
+        for more broken rows than may be.
+        """
+        uris = [
+            storage.join(output, SURVEYS, part.name.removesuffix(".parquet")) for part in self.parts
+        ]
+        there = {
+            uri
+            for uri in uris
+            if checksums.kept_bytes(uri, "this part is surveyed again") is not None
+        }
+        jobs = [
+            (uri, self.pieces[part.start : part.stop])
+            for uri, part in zip(uris, self.parts, strict=True)
+            if uri not in there
+        ]
+        for number, (uri, error) in enumerate(
+            map_items(partial(_survey, self.importer), jobs, cpus=cpus), 1
+        ):
+            if error:
+                raise ValueError(error)
+            if not storage.exists(uri):
+                raise ValueError(
+                    f"{uri}: a worker has written it on another machine; give an output that "
+                    "all machines share, such as s3://"
+                )
+            tell(
+                f"prepare {self.name}: surveyed {len(uris) - len(jobs) + number}/{len(uris)} parts",
+                number == len(jobs),
+            )
+        found = [
+            one
+            for uri, part in zip(uris, self.parts, strict=True)
+            for one in _load(uri, part.stop - part.start)
+        ]
+        self._before, lines = [], Counter()
+        for piece, one in zip(self.pieces, found, strict=True):
+            self._before.append(lines[piece.entry])
+            lines[piece.entry] += int(one["lines"])
+            one["before"] = np.array(self._before[-1])
+        self._read = [int(one["rows"]) + int(one["broken"]) for one in found]
+        self.total = sum(self._read)
+        if not self.total:
+            raise ValueError(
+                f"{self.pieces[0].entry.uri}: no rows in the layout that this importer reads; "
+                "see onetomany prepare --list"
+            )
+        examples = [
+            Reading(piece, Opener(), before=before).place(int(at) if at.isdigit() else at)
+            + f": {reason}"
+            for piece, one, before in zip(self.pieces, found, self._before, strict=True)
+            for at, reason in one["examples"].tolist()
+        ]
+        check(examples, sum(int(one["broken"]) for one in found), self.total)
+        self._settled = self.importer.settle(self.pieces, found)
+        self.notes, self.info, self.label = (
+            {**self._found_notes, **self.settled.notes},
+            self.settled.info,
+            self.importer.label,
+        )
+
+    @property
+    def schema(self) -> pa.Schema:
+        about = {"importer": self.name, **self.settled.info}
+        return pa.schema(
+            [*self.settled.columns, pa.field("split", pa.string())],
+            metadata={"onetomany": json.dumps(about, ensure_ascii=False)},
+        )
+
+    @property
+    def make(self) -> Callable[[Any, Path], Made]:
+        return partial(_make, self.importer, self.schema)
+
+    def payload(self, part: Part) -> Any:
+        held = slice(part.start, part.stop)
+        return list(
+            zip(self.pieces[held], self._before[held], self.settled.told[held], strict=True)
+        )
+
+    def weight(self, part: Part) -> int:
+        return sum(self._read[part.start : part.stop])
+
+    def end(self, output: str) -> None:
+        """The list of dropped rows."""
+        if self.settled.dropped is not None:
+            sink = io.BytesIO()
+            pq.write_table(self.settled.dropped, sink, compression="zstd")
+            storage.write_bytes(storage.join(output, "_dropped.parquet"), sink.getvalue())
+
+    def clear(self, output: str) -> None:
+        storage.remove_tree(storage.join(output, SURVEYS))
+
+
+def _parts(pieces: list[Piece], part_bytes: int) -> list[Part]:
+    """Neighbouring pieces of a split together, up to about ``part_bytes``."""
+    spans: list[list[int]] = []
+    size = 0
+    for i, piece in enumerate(pieces):
+        if i and piece.split == pieces[i - 1].split and size + piece.size <= part_bytes:
+            spans[-1][1], size = i + 1, size + piece.size
+        else:
+            spans.append([i, i + 1])
+            size = piece.size
+    counts, seen, parts = Counter(pieces[start].split for start, _ in spans), Counter(), []
+    for start, stop in spans:
+        split = pieces[start].split
+        parts.append(
+            Part(f"{split}-{seen[split]:05d}-of-{counts[split]:05d}.parquet", split, start, stop)
+        )
+        seen[split] += 1
+    return parts
+
+
+def _survey(importer: TableImporter, job: tuple[str, list[Piece]]) -> tuple[str, str]:
+    """Survey a part's pieces and keep what was found: (where, ""), or what stops the run as a text
+    (Ray would wrap the error in its own).
+    """
+    uri, pieces = job
+    opener, out = Opener(), {}
+    try:
+        for number, piece in enumerate(pieces):
+            reading = Reading(piece, opener, most=NAMED)
+            found = importer.survey(reading)
+            examples = np.array(
+                [
+                    [row["path"].removeprefix(f"{piece.name}:"), row["reason"]]
+                    for row in reading.listed
+                ],
+                dtype=np.str_,
+            ).reshape(-1, 2)
+            found |= {
+                "lines": np.array(reading.lines),
+                "broken": np.array(reading.broken),
+                "examples": examples,
+            }
+            out |= {f"{number}/{name}": array for name, array in found.items()}
+        sink = io.BytesIO()
+        np.savez(sink, **out)
+        checksums.keep_bytes(uri, sink.getvalue())
+    except (ValueError, storage.StorageError) as error:
+        return uri, str(error)
+    finally:
+        opener.close()
+    return uri, ""
+
+
+def _load(uri: str, pieces: int) -> list[Found]:
+    out: list[Found] = [{} for _ in range(pieces)]
+    with np.load(io.BytesIO(checksums.read_kept(uri)), allow_pickle=False) as stored:
+        for name in stored.files:
+            number, _, key = name.partition("/")
+            out[int(number)][key] = stored[name]
+    return out
+
+
+def _make(
+    importer: TableImporter,
+    schema: pa.Schema,
+    payload: list[tuple[Piece, int, dict[str, Any]]],
+    scratch: Path,
+) -> Made:
+    """The rows of a part as Parquet in a file: no more in memory than one row group, or than are
+    mixed.
+    """
+    path, opener, broken, counts = scratch / "part.parquet", Opener(), [], Counter()
+    try:
+        with RowGroups(path, schema, importer.mixes) as writer:
+            for piece, before, told in payload:
+                reading = Reading(piece, opener, False, told, before, most=1 << 62)
+                for row in importer.rows(reading):
+                    if not isinstance(row, dict):
+                        block = (
+                            row
+                            if "split" in row.column_names
+                            else row.append_column(
+                                "split", pa.array([piece.split] * len(row), pa.string())
+                            )
+                        )
+                        counts.update(_counted(block, importer.amounts))
+                        writer.add(block.select(schema.names).cast(schema))
+                        continue
+                    row.setdefault("split", piece.split)
+                    counts[row["split"], "rows"] += 1
+                    for name, column in importer.amounts.items():
+                        counts[row["split"], name] += len(row[column])
+                    writer.write(row)
+                broken += reading.listed
+    finally:
+        opener.close()
+    amounts: dict[str, dict[str, int]] = {}
+    for (split, name), count in sorted(counts.items()):
+        amounts.setdefault(name, {})[split] = count
+    rows = sum(amounts.pop("rows", {}).values())
+    return Made(path, rows, broken, amounts)
+
+
+def _counted(block: pa.Table, amounts: dict[str, str]) -> dict[tuple[str, str], int]:
+    """How many rows of each split a table has, and what its columns' lengths add up to."""
+    out: dict[tuple[str, str], int] = {}
+    for split in sorted(set(block["split"].to_pylist())):
+        here = block.filter(pc.equal(block["split"], split))  # pyright: ignore
+        out[split, "rows"] = len(here)
+        for name, column in amounts.items():
+            out[split, name] = int(_lengths(here[column]).sum())
+    return out
+
+
+def _lengths(column: Any) -> np.ndarray:
+    """(rows,) int64, of lists and texts; 0 for null."""
+    kind = column.type
+    count = (
+        pc.list_value_length
+        if pa.types.is_list(kind) or pa.types.is_large_list(kind)
+        else pc.binary_length
+    )  # pyright: ignore[reportAttributeAccessIssue]
+    return np.asarray(count(column).fill_null(0).to_numpy(), dtype=np.int64)
+
+
+def _weights(block: pa.Table) -> np.ndarray:
+    """(rows,) int64, about how many bytes each row takes, as `RowGroups.write` counts them."""
+    out = np.zeros(len(block), dtype=np.int64)
+    for column in block.columns:
+        kind = column.type
+        listed, text = (
+            pa.types.is_list(kind) or pa.types.is_large_list(kind),
+            pa.types.is_string(kind) or pa.types.is_large_string(kind),
+        )
+        if listed and (pa.types.is_list(kind.value_type) or pa.types.is_binary(kind.value_type)):
+            out += _inner_weights(column, 4 if pa.types.is_list(kind.value_type) else 1)
+            continue
+        out += (
+            _lengths(column) * (16 if listed else 1)
+            if listed or text
+            else 8 * (kind.num_fields if pa.types.is_struct(kind) else 1)
+        )
+    return out
+
+
+def _inner_weights(column: Any, each: int) -> np.ndarray:
+    """(rows,) int64, bytes of what lies in lists of lists (of ``each`` bytes a value) or of
+    files.
+    """
+    held, lengths = column.combine_chunks(), _lengths(column)
+    bounds = np.concatenate([[0], np.cumsum(_lengths(held.flatten()) * each)])
+    ends = np.cumsum(lengths)
+    return bounds[ends] - bounds[ends - lengths]
+
+
+class RowGroups:
+    """Rows, one by one or as tables, to row groups of a Parquet file; those that are mixed wait
+    until there are MIXED_BYTES of them, or all.
+    """
+
+    def __init__(self, path: Path, schema: pa.Schema, mixes: bool):
+        self.schema, self.mixes, self.file = (
+            schema,
+            mixes,
+            pq.ParquetWriter(path, schema, compression="zstd"),
+        )
+        self.held: list[dict[str, Any]] = []
+        self.blocks: list[pa.Table] = []
+        self.waiting: list[pa.Table] = []
+        self.weight = self.number = 0
+
+    def __enter__(self) -> RowGroups:
+        return self
+
+    def write(self, row: dict[str, Any]) -> None:
+        if self.blocks:
+            self._flush()
+        self.held.append(row)
+        self.weight += sum(
+            len(value)
+            if isinstance(value, str)
+            else 16 * len(value)
+            if isinstance(value, list)
+            else 8 * len(value)
+            if isinstance(value, dict)
+            else 8
+            for value in row.values()
+        )
+        if self.weight >= GROUP_BYTES or len(self.held) >= GROUP_ROWS:
+            self._flush()
+
+    def add(self, block: pa.Table) -> None:
+        """Rows as a table; where row groups end does not depend on how rows were cut into
+        tables.
+        """
+        if self.held:
+            self._flush()
+        total, at = np.cumsum(_weights(block)), 0
+        while at < len(block):
+            before = int(total[at - 1]) if at else 0
+            most = at + GROUP_ROWS - sum(map(len, self.blocks))
+            stop = min(most, int(np.searchsorted(total, before + GROUP_BYTES - self.weight)) + 1)
+            self.blocks.append(block.slice(at, stop - at))
+            if stop > len(block):
+                self.weight += int(total[-1]) - before
+                return
+            self._flush()
+            at = stop
+
+    def _flush(self) -> None:
+        if self.held or self.blocks:
+            table = (
+                pa.Table.from_pylist(self.held, schema=self.schema)
+                if self.held
+                else pa.concat_tables(self.blocks).combine_chunks()
+            )
+            if not self.mixes:
+                self.file.write_table(table)
+            else:
+                self.waiting.append(table)
+                if sum(one.nbytes for one in self.waiting) >= MIXED_BYTES:
+                    self._mix()
+        self.held, self.blocks, self.weight = [], [], 0
+
+    def _mix(self) -> None:
+        if self.waiting:
+            rows, groups = pa.concat_tables(self.waiting), len(self.waiting)
+            keys = row_keys(mix(*b"prepare"), np.full(len(rows), self.number), np.arange(len(rows)))
+            self.file.write_table(
+                rows.take(pa.array(np.argsort(keys, kind="stable"))),
+                row_group_size=-(-len(rows) // groups),
+            )
+            self.waiting, self.number = [], self.number + 1
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if kind is None:
+            self._flush()
+            self._mix()
+        self.file.close()

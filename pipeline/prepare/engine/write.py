@@ -1,0 +1,419 @@
+"""From a source to parts on disk: in parallel, each written whole, with checksums; what is there
+already is kept.
+
+A part's rows follow from the source and the options alone, so a run that was killed and goes on
+writes the same bytes. What a part is and how one is made is another thing for images (``images``)
+than for recordings (``audio``), for text and tables (``tables``), for long tables of events
+(``grouped``) and for a robot's episodes (``episodes``).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import registry
+from pipeline.config.schema import spec_hash
+from pipeline.data.loader import threaded_map
+from pipeline.data.stream import map_items
+from pipeline.io import atomic_folder, checksums, file_identity, s3, storage, write_fence
+from pipeline.prepare.engine import summary
+from pipeline.prepare.engine.audio import AudioImporter, AudioWork
+from pipeline.prepare.engine.episodes import EpisodeImporter, EpisodeWork
+from pipeline.prepare.engine.grouped import GroupedImporter, GroupedWork
+from pipeline.prepare.engine.images import ImageWork
+from pipeline.prepare.engine.importing import few
+from pipeline.prepare.engine.shard_tasks import Made, Part, Settings, Tell, Work
+from pipeline.prepare.engine.table_importer import SURVEYS, TableImporter, TableWork
+from pipeline.prepare.readers.archives import absolute
+
+MANIFEST, BEGUN = "_manifest.json", "_prepare.json"
+"""Names that begin with an underscore are passed over where the folder is read as data."""
+FORMAT_VERSION = 1
+UPLOAD_BYTES = 16 << 20
+WORKS = (
+    (TableImporter, TableWork),
+    (AudioImporter, AudioWork),
+    (GroupedImporter, GroupedWork),
+    (EpisodeImporter, EpisodeWork),
+)
+"""What makes the parts of each kind of importer; images otherwise."""
+NAMED = 3
+"""So many broken rows an error message names."""
+
+
+class Preparation:
+    """All parts of one source, and which are left to write.
+
+    Raises ValueError for a source that is not what the importer reads, and for an output folder
+    that holds something else.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        source: str,
+        output: str,
+        options: Any = None,
+        settings: Settings | None = None,
+    ):
+        importer: Any = registry.get("importer", name)(options)
+        reads_files = getattr(
+            importer, "reads_files", True
+        )  # what is simulated has the name of an environment as its source
+        self.name, self.output, self.settings = name, absolute(output), settings or Settings()
+        self.source = absolute(source) if reads_files else source
+        if reads_files and f"{self.output}/".startswith(f"{self.source}/"):
+            raise ValueError(
+                f"{self.output} lies in {self.source}: the parts would become part of what "
+                "they are made of; give a folder outside"
+            )
+        self.options = importer.options
+        kind: Any = next((work for base, work in WORKS if isinstance(importer, base)), ImageWork)
+        self.work: Work = kind(name, importer, self.source, self.settings)
+        self.parts = self.work.parts
+        self.key = spec_hash(FORMAT_VERSION, name, importer.options, *self.work.key)
+        self._check_output()
+
+    def _check_output(self) -> None:
+        begun = storage.join(self.output, BEGUN)
+        if storage.exists(begun):
+            if self._begun_key() != self.key and self._holds_parts():
+                raise ValueError(
+                    f"{self.output} holds parts of another source or of other options (see "
+                    f"{BEGUN} there); give an empty folder"
+                )
+        elif others := [
+            uri
+            for uri in storage.list_files(self.output)
+            if not uri.rpartition("/")[2].startswith(".")
+        ]:
+            raise ValueError(
+                f"{self.output} holds other files "
+                f"({few(name.rpartition('/')[2] for name in others)}); give an empty folder"
+            )
+
+    def _begun_key(self) -> str:
+        """Of what the folder was begun with. Raises DamagedError, with what to do, where nobody can
+        tell any more.
+        """
+        begun = storage.join(self.output, BEGUN)
+        try:
+            return checksums.read_document(begun)["key"]
+        except (storage.DamagedError, KeyError) as error:
+            raise storage.DamagedError(
+                f"{begun} is damaged ({error}), so nobody can tell what the parts there are "
+                "made of; give an empty folder"
+            ) from None
+
+    def _holds_parts(self) -> bool:
+        """Whether a run that began here came to write anything: one that was refused before leaves
+        nothing to lose.
+        """
+        below = [uri[len(self.output) :].lstrip("/") for uri in storage.list_files(self.output)]
+        return any(name != BEGUN and not name.startswith((f"{SURVEYS}/", ".")) for name in below)
+
+    @cached_property
+    def records(self) -> dict[str, dict[str, Any]]:
+        """What was recorded of each part that stands: one without its record, or of another size
+        than it says, is not whole.
+        """
+        files = set(storage.list_files(self.output))
+
+        def record(part: Part) -> dict[str, Any] | None:
+            uri = storage.join(self.output, part.name)
+            if not {uri, self._record_uri(part)} <= files:
+                return None
+            found = checksums.document_or_none(self._record_uri(part), f"{part.name} is made again")
+            return found if found is not None and storage.size(uri) == found["size"] else None
+
+        found = {
+            part.name: one
+            for part, one in zip(self.parts, threaded_map(record, self.parts), strict=True)
+            if one
+        }
+        is_finished = storage.join(self.output, MANIFEST) in files
+        return found if is_finished or storage.is_remote(self.output) else self._undamaged(found)
+
+    def _undamaged(self, records: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """The records of parts that are as they were written. Those of a finished folder are
+        checked where they are read.
+        """
+        files = file_identity.identify([storage.join(self.output, name) for name in records])
+        out = {}
+        for file, (name, record) in zip(files, records.items(), strict=True):
+            if checksums.is_same(file.content, record):
+                out[name] = record
+            else:
+                checksums.tell(
+                    f"{file.uri} is damaged: it does not have the SHA-256 that was recorded "
+                    "when it was written: it is made again"
+                )
+        return out
+
+    @property
+    def todo(self) -> list[Part]:
+        return [part for part in self.parts if part.name not in self.records]
+
+    def _record_uri(self, part: Part) -> str:
+        return storage.join(self.output, "_parts", part.name.removesuffix(".parquet") + ".json")
+
+    @property
+    def is_done(self) -> bool:
+        return not self.todo and storage.exists(storage.join(self.output, MANIFEST))
+
+    def run(self, tell: Tell = lambda line, final: None, cpus: float = 1.0) -> dict[str, Any]:
+        """Write what is missing, as Ray tasks where Ray runs; the manifest, last. Raises ValueError
+        when more rows are broken than ``max_bad`` allows.
+        """
+        broken = [
+            *self.work.broken,
+            *(
+                row
+                for part in self.parts
+                if part.name in self.records
+                for row in self.records[part.name]["broken"]
+            ),
+        ]
+        if self.is_done:
+            manifest = atomic_folder.open_folder(self.output, MANIFEST)
+            self._check_listed(
+                broken, manifest.get("read", sum(manifest["rows"].values()) + len(broken))
+            )
+            return manifest
+        begun = storage.join(self.output, BEGUN)
+        if storage.exists(begun) and self._begun_key() != self.key:
+            storage.remove_tree(storage.join(self.output, SURVEYS))
+        checksums.write_document(
+            begun,
+            {
+                "key": self.key,
+                "importer": self.name,
+                "source": self.source,
+                "options": self.options.model_dump(mode="json"),
+            },
+        )
+        self.work.begin(self.output, self._check_budget, tell, cpus)
+        self._check_listed(broken, self.work.total)
+        todo = self.todo
+        done = len(self.work.broken) + sum(
+            self.work.weight(part) for part in self.parts if part.name in self.records
+        )
+        for part, (record, error) in zip(
+            todo,
+            map_items(
+                partial(_write_part, self.work.make, self.output), self._jobs(todo), cpus=cpus
+            ),
+            strict=True,
+        ):
+            if error:
+                raise ValueError(error)
+            uri = storage.join(self.output, part.name)
+            if not storage.exists(uri):
+                raise ValueError(
+                    f"{uri}: a worker has written it on another machine; give an output that "
+                    "all machines share, such as s3://"
+                )
+            self.records[part.name] = record
+            checksums.write_document(self._record_uri(part), record)
+            broken += record["broken"]
+            self._check_listed(broken, self.work.total)
+            done += self.work.weight(part)
+            tell(
+                f"prepare {self.name}: {done}/{self.work.total} rows  {len(broken)} broken",
+                done == self.work.total,
+            )
+        return self._finish(broken)
+
+    def told(self) -> str:
+        """What stands in the output, in a line."""
+        done = atomic_folder.open_folder(self.output, MANIFEST)
+        rows = ", ".join(f"{split} {n}" for split, n in done["rows"].items())
+        dropped = max(
+            0, done.get("read", 0) - sum(done["rows"].values()) - done["broken"]
+        )  # of recordings that were cut there are more than were read
+        left = (
+            f"{done['broken']} broken "
+            f"{self.work.noun}{f' and {dropped} dropped ones' if dropped else ''} left out"
+        )
+        warnings = "".join(f"\nwarning: {line}" for line in done.get("warnings", ()))
+        return (
+            f"{self.output}: {rows} rows in {len(done['files'])} parts, {left}; see _summary.md "
+            f"there{warnings}"
+        )
+
+    def _jobs(self, parts: list[Part]) -> Iterator[tuple[str, Any]]:
+        for part in parts:
+            yield part.name, self.work.payload(part)
+
+    def _check_listed(self, broken: list[dict[str, str]], total: int) -> None:
+        """Broken rows of the source against all of them; pieces of recordings that were cut against
+        as many rows as are to be expected by those of the parts that stand.
+        """
+        pieces = [row for row in broken if "pieces" in row]
+        groups = [([row for row in broken if "pieces" not in row], total)]
+        if pieces:
+            stand = [part for part in self.parts if part.name in self.records]
+            rows = sum(
+                self.records[part.name]["rows"] + len(self.records[part.name]["broken"])
+                for part in stand
+            )
+            groups.append(
+                (
+                    pieces,
+                    rows
+                    * sum(map(self.work.weight, self.parts))
+                    // sum(map(self.work.weight, stand)),
+                )
+            )
+        for found, of in groups:
+            self._check_budget(
+                [f"{row['path']}: {row['reason']}" for row in found[:NAMED]], len(found), of
+            )
+
+    def _check_budget(self, first: list[str], broken: int, total: int) -> None:
+        share = self.settings.max_bad
+        if broken > (max(1, share * total) if share else 0):
+            raise ValueError(
+                f"{broken} of {total} rows are broken, more than --max-bad {share:g} allows. "
+                f"First ones: {'; '.join(first[:NAMED])}"
+            )
+
+    def _finish(self, broken: list[dict[str, str]]) -> dict[str, Any]:
+        notes = {
+            **self.work.notes,
+            **self.work.shown(
+                _added(
+                    [record["amounts"] for record in self.records.values() if "amounts" in record]
+                )
+            ),
+        }
+        found = summary.summarise(
+            self.output,
+            [part.name for part in self.parts],
+            self.work.label,
+            self.work.measures,
+            broken,
+            notes,
+        )
+        storage.write_json(storage.join(self.output, "_summary.json"), found)
+        storage.write_bytes(
+            storage.join(self.output, "_summary.md"),
+            summary.markdown(f"{self.name}: {self.source}", found, self.work.noun).encode(),
+        )
+        self.work.end(self.output)
+        manifest = atomic_folder.sealed(
+            {
+                "format_version": FORMAT_VERSION,
+                "importer": self.name,
+                "options": self.options.model_dump(mode="json"),
+                "source": self.source,
+                "key": self.key,
+                "resize": self.settings.resize,
+                "quality": self.settings.quality,
+                "rows": found["rows"],
+                "broken": len(broken),
+                "read": self.work.total,
+                **({"warnings": warned} if (warned := summary.warnings(found)) else {}),
+                "about": self.work.info,
+                "columns": {field.name: str(field.type) for field in self.work.schema},
+                "files": {
+                    part.name: _entry(self.records[part.name]) | {"split": part.split}
+                    for part in self.parts
+                },
+            }
+        )
+        storage.write_json(storage.join(self.output, MANIFEST), manifest)
+        self.work.clear(self.output)
+        return manifest
+
+
+def _entry(record: dict[str, Any]) -> dict[str, Any]:
+    """What the manifest says of a part."""
+    return {
+        name: record[name] for name in ("sha256", "size", "sha256_pieces", "rows") if name in record
+    }
+
+
+def verify(output: str) -> dict[str, Any]:
+    """Read every part and compare its SHA-256 with the manifest, which is returned. Raises
+    StorageError naming the first that differs.
+    """
+    manifest = atomic_folder.open_folder(output, MANIFEST)
+    try:
+        atomic_folder.verify_folder(output, manifest)
+    except storage.StorageError as error:
+        raise storage.StorageError(
+            f"{error}: remove that file and give the same prepare command, which then writes "
+            "it alone"
+        ) from None
+    return manifest
+
+
+def _added(parts: list[dict[str, dict[str, int]]]) -> dict[str, dict[str, int]]:
+    """The sums by split over all parts."""
+    out: dict[str, dict[str, int]] = {}
+    for part in parts:
+        for name, counts in part.items():
+            for split, count in counts.items():
+                out.setdefault(name, {})[split] = out.get(name, {}).get(split, 0) + count
+    return out
+
+
+def _write_part(
+    make: Callable[[Any, Path], Made], output: str, job: tuple[str, Any]
+) -> tuple[dict[str, Any], str]:
+    """Make and write one part: (its record, ""), or what stops the run as a text (Ray would wrap
+    the error in its own).
+    """
+    name, payload = job
+    uri = storage.join(output, name)
+    try:
+        with storage.scratch_folder() as scratch:
+            made = make(payload, Path(scratch))
+            if isinstance(made.data, bytes):
+                entry = atomic_folder.entry_of_bytes(made.data)
+                storage.write_bytes(uri, made.data)
+            else:
+                entry = s3.call("read", made.data, atomic_folder.entry_of_file, made.data)
+                _write_file(uri, made.data)
+    except (ValueError, storage.StorageError) as error:
+        return {}, str(error)
+    return {
+        **entry,
+        "rows": made.rows,
+        "broken": made.broken,
+        **({"amounts": made.amounts} if made.amounts else {}),
+    }, ""
+
+
+def _write_file(uri: str, source: Path) -> None:
+    """As storage.write_bytes, without the bytes in memory."""
+    write_fence.check(uri)
+    remote, path = s3.split(uri)
+    if remote:
+        s3.call(
+            "write",
+            uri,
+            lambda: s3.client().put_file(
+                str(source), path, chunksize=max(UPLOAD_BYTES, -(-source.stat().st_size // 9_000))
+            ),
+        )
+        return
+    temporary = storage.beside(Path(path))
+    try:
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        with open(source, "rb") as data, open(temporary, "xb") as file:
+            shutil.copyfileobj(data, file, 1 << 20)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise storage.StorageError(f"cannot write {uri}: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    storage.sync_folder(Path(path).parent)

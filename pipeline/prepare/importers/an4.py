@@ -1,0 +1,169 @@
+"""AN4 (Acero and Stern 1990, Carnegie Mellon): names, addresses and numbers spelled into a
+microphone, with lists of files and of transcripts.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from typing import Any, Literal
+
+import pyarrow as pa
+from pydantic import Field
+
+from pipeline.config.registry import Options, register
+from pipeline.prepare.engine.audio import (
+    SUFFIXES,
+    AudioImporter,
+    Line,
+    broken,
+    joined,
+    lines_of,
+    others,
+    recording,
+    recordings,
+)
+from pipeline.prepare.engine.importing import Index, few
+from pipeline.prepare.readers import archives
+
+RAW = ".raw"
+FORMS = (*SUFFIXES, RAW)
+LISTS = {
+    "train": ("etc/an4_train.fileids", "etc/an4_train.transcription"),
+    "test": ("etc/an4_test.fileids", "etc/an4_test.transcription"),
+}
+NO_WORD = re.compile(r"<[^<>\s]*>|\+\+[^\s]*\+\+|(?<=\S)\(\d+\)")
+"""<s>, </s> and <sil>; fillers such as ++NOISE++; which way a word was said: A(2)."""
+
+
+class An4Options(Options):
+    raw: Literal["auto", "big", "little"] = Field(
+        "auto",
+        description="order of bytes in .raw files; auto: as the name of the folder or archive "
+        "says (bigendian, littleendian), else big",
+    )
+    rate: int = Field(
+        0, ge=0, description="samples a second to write, as FLAC; 0: 16000, as they are"
+    )
+    longest: float = Field(
+        30.0,
+        ge=1,
+        description="seconds; a longer recording is broken, for it cannot be cut apart from its "
+        "transcript",
+    )
+
+
+@register("importer", "an4", options=An4Options)
+class An4(AudioImporter):
+    """etc/an4_train.fileids, etc/an4_train.transcription, the same of test, and wav/an4_clstk and
+    wav/an4test_clstk with SPEAKER/FILE.sph, .raw or .wav, as a folder or the publisher's
+    an4_sphere.tar.gz or an4_raw.bigendian.tar.gz.
+
+    Columns: ``audio`` (NIST SPHERE and WAV files as they are, .raw as FLAC), ``utterance``,
+    ``transcript`` (without <s> and </s>), ``speaker`` (the group of a job, which cuts its
+    validation rows from train), ``seconds``, ``rate``, ``channels``, ``sha256``. Names of a list
+    without recording or transcript, and transcripts that no list names, are broken rows; recordings
+    that no list names are counted.
+    """
+
+    def index(self, source: str) -> Index:
+        found = archives.listing(source)
+        ends = LISTS["train"][0]
+        root = next(
+            (entry.name.removesuffix(ends) for entry in found.entries if entry.name.endswith(ends)),
+            "",
+        )
+        here = {
+            entry.name[len(root) :]: entry._replace(name=entry.name[len(root) :])
+            for entry in found.entries
+            if entry.name.startswith(root)
+        }
+        missing = [name for pair in LISTS.values() for name in pair if name not in here]
+        if missing:
+            raise ValueError(
+                f"{source}: no {few(missing)}; give the folder that holds etc/ and wav/, or "
+                "the publisher's archive"
+            )
+        little = self.options.raw == "little" or (
+            self.options.raw == "auto" and "littleendian" in f"{source}/{root}"
+        )
+        audio = _by_stem(here)
+        rows: dict[Any, dict[str, Any]] = {}
+        said: dict[Any, list[Line]] = {}
+        unheard, bad = set(), []
+        for split, (ids, transcripts) in LISTS.items():
+            for line in lines_of([here[ids]]):
+                name = line.text.strip()
+                entry, key = audio.get(f"wav/{name}"), (split, posixpath.basename(name))
+                if line.reason or entry is None:
+                    unheard.add(key)
+                    bad.append(
+                        broken(
+                            line.place,
+                            split,
+                            line.reason or f"no recording wav/{name} with {', '.join(FORMS)}",
+                        )
+                    )
+                elif key in rows:
+                    bad.append(broken(line.place, split, f"{name} stands twice in the list"))
+                else:
+                    rows[key] = recording(
+                        entry,
+                        split,
+                        layout="" if entry.suffix != RAW else "<i2" if little else ">i2",
+                        utterance=key[1],
+                        speaker=posixpath.basename(posixpath.dirname(name)),
+                    )
+            for line in lines_of([here[transcripts]]):
+                name, line = _said(line)
+                said.setdefault((split, name), []).append(line)
+        good, wrong = joined(
+            rows,
+            {key: lines for key, lines in said.items() if key not in unheard},
+            lambda key: key[0],
+            "the transcriptions",
+        )
+        bad += wrong
+        return Index(
+            recordings(
+                good,
+                dict.fromkeys(("utterance", "transcript", "speaker"), pa.string()),
+                source,
+                bad,
+            ),
+            found.mark,
+            broken=bad,
+            notes={
+                "recordings that no list names": len(
+                    {entry.name for entry in audio.values()}
+                    - {row["path"] for row in rows.values()}
+                ),
+                "files left out": others(
+                    found, RAW, *(name for pair in LISTS.values() for name in pair)
+                ),
+            },
+        )
+
+
+def _by_stem(here: dict[str, archives.Entry]) -> dict[str, archives.Entry]:
+    """Name without suffix to the recording; of several forms of one the first of FORMS."""
+    out: dict[str, archives.Entry] = {}
+    for name, entry in here.items():
+        stem = posixpath.splitext(name)[0]
+        if entry.suffix in FORMS and (
+            stem not in out or FORMS.index(entry.suffix) < FORMS.index(out[stem].suffix)
+        ):
+            out[stem] = entry
+    return out
+
+
+def _said(line: Line) -> tuple[str, Line]:
+    """(the utterance's name, the line with its transcript alone) of ``<s> HELLO WORLD </s>
+    (an251-fash-b)``.
+    """
+    found = re.fullmatch(r"\s*(.*?)\s*\(([^()\s]+)\)\s*", line.text)
+    if found is None:
+        return line.text.strip()[:80], line._replace(
+            reason=line.reason or "no line that ends in (NAME)"
+        )
+    return found[2], line._replace(text=" ".join(NO_WORD.sub(" ", found[1]).split()))

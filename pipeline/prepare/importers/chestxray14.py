@@ -1,0 +1,238 @@
+"""ChestX-ray14 (Wang et al. 2017, NIH): the CSV of findings, the official lists and the images."""
+
+from __future__ import annotations
+
+import posixpath
+from typing import Any, Literal
+
+import pyarrow as pa
+from pydantic import Field
+
+from pipeline.config.registry import Options, nearest, register
+from pipeline.io import storage
+from pipeline.prepare.engine import importing
+from pipeline.prepare.engine.importing import Importer, Index, few, first_there, place, table
+from pipeline.prepare.readers import archives
+
+FINDINGS = (
+    "Atelectasis",
+    "Cardiomegaly",
+    "Consolidation",
+    "Edema",
+    "Effusion",
+    "Emphysema",
+    "Fibrosis",
+    "Hernia",
+    "Infiltration",
+    "Mass",
+    "Nodule",
+    "Pleural_Thickening",
+    "Pneumonia",
+    "Pneumothorax",
+)
+NOTHING = "No Finding"
+COLUMNS = ("Image Index", "Finding Labels", "Patient ID")
+KINDS = {
+    "findings": pa.list_(pa.string()),
+    "patient_id": pa.int64(),
+    "follow_up": pa.int64(),
+    "age": pa.int64(),
+    "sex": pa.string(),
+    "view": pa.string(),
+}
+
+
+class ChestXray14Options(Options):
+    table: str = Field(
+        "",
+        description="the CSV, below SOURCE; empty: Data_Entry_2017.csv or "
+        "Data_Entry_2017_v2020.csv",
+    )
+    lists: Literal["official", "none"] = Field(
+        "official",
+        description="official: split by train_val_list.txt and test_list.txt; none: all rows in "
+        "train, for a job that splits them itself",
+    )
+    missing: Literal["refuse", "skip"] = Field(
+        "refuse", description="skip: leave out and count rows of the CSV whose image is not there"
+    )
+
+
+@register("importer", "chestxray14", options=ChestXray14Options)
+class ChestXray14(Importer):
+    """Data_Entry_2017.csv, train_val_list.txt and test_list.txt, and the PNGs in images_001 to
+    images_012 or one folder, also as tar, tar.gz or zip.
+
+    Columns: ``findings`` (list, empty for No Finding), ``patient_id`` (the group of a job),
+    ``follow_up``, ``age``, ``sex``, ``view``. The official lists are the splits train and test; a
+    job cuts its validation rows from train by patient (group: patient_id).
+    """
+
+    label = "findings"
+
+    def index(self, source: str) -> Index:
+        uri = (
+            storage.join(source, self.options.table)
+            if self.options.table
+            else first_there(source, "Data_Entry_2017.csv", "Data_Entry_2017_v2020.csv")
+        )
+        if uri is None:
+            raise ValueError(
+                f"{source}: neither Data_Entry_2017.csv nor Data_Entry_2017_v2020.csv; say "
+                "--set table=NAME"
+            )
+        records = _records(uri)
+        found = archives.listing(source)
+        images: dict[str, archives.Entry] = {}
+        for entry in found.images:
+            name = entry.name.rpartition("/")[2]
+            if name in images:
+                folders = [
+                    posixpath.dirname(one.name) or "the folder itself"
+                    for one in (images[name], entry)
+                ]
+                raise ValueError(
+                    f"{source}: an image is there twice, in {folders[0]} and in {folders[1]}; "
+                    "remove one"
+                )
+            images[name] = entry
+        splits = self._splits(source, uri, records)
+        present = [record for record in records if record["path"] in images]
+        missing = [record["line"] for record in records if record["path"] not in images]
+        if missing and self.options.missing == "refuse":
+            raise ValueError(
+                f"{uri}: the images of {_counted_lines(missing)} are not below {source}; get "
+                "them, or leave them out "
+                "with --set missing=skip"
+            )
+        _refuse_patients_in_both(uri, present, splits)
+        rows = []
+        for record in present:
+            columns = {name: record[name] for name in KINDS}
+            rows.append(place(images[record["path"]], splits[record["path"]], **columns))
+        unlisted = set(images) - {record["path"] for record in records}
+        return Index(
+            table(rows, KINDS, source),
+            found.mark,
+            info={"labels": list(FINDINGS), "split": self.options.lists},
+            notes={
+                "split": "the official lists"
+                if self.options.lists == "official"
+                else "none: all rows in train",
+                "patients": len({row["patient_id"] for row in rows}),
+                "rows of the CSV without an image": len(missing),
+                "images that the CSV does not name": len(unlisted),
+            },
+        )
+
+    def _splits(self, source: str, table_uri: str, records: list[dict[str, Any]]) -> dict[str, str]:
+        """The split of each image by its name. Errors tell lines of the lists and of the table: the
+        names begin with the patient's number.
+        """
+        if self.options.lists == "none":
+            return {record["path"]: "train" for record in records}
+        out: dict[str, str] = {}
+        for split, name in (("train", "train_val_list.txt"), ("test", "test_list.txt")):
+            uri = first_there(source, name)
+            if uri is None:
+                raise ValueError(
+                    f"{source}: {name} is not there; put the official lists beside the CSV, or "
+                    "say --set lists=none to have all rows in train"
+                )
+            listed = [
+                (number, line.strip())
+                for number, line in enumerate(importing.text(uri).splitlines(), 1)
+                if line.strip()
+            ]
+            both = [number for number, image in listed if out.get(image, split) != split]
+            if both:
+                raise ValueError(
+                    f"{uri}: the other list names the images of {_counted_lines(both)} too; "
+                    "remove them from one list"
+                )
+            out |= {image: split for _, image in listed}
+        unnamed = [record["line"] for record in records if record["path"] not in out]
+        if unnamed:
+            raise ValueError(
+                f"{table_uri}: neither official list names the images of "
+                f"{_counted_lines(unnamed)}; use the lists of the same release"
+            )
+        return out
+
+
+def _records(uri: str) -> list[dict[str, Any]]:
+    """Rows of the CSV: KINDS, the image's name as ``path`` and the row's ``line``. Raises
+    ValueError naming the column, line or finding that is wrong.
+    """
+    out, seen = [], set()
+    for number, row in enumerate(importing.records(uri, COLUMNS), 2):
+        findings = sorted(
+            {text.strip() for text in (row["Finding Labels"] or "").split("|")} - {NOTHING}
+        )
+        wrong = [name for name in findings if name not in FINDINGS]
+        if wrong:
+            raise ValueError(
+                f"{uri}:{number}: {wrong[0]!r} is none of the 14 findings; "
+                f"{nearest(wrong[0], FINDINGS)}"
+            )
+        name = row["Image Index"].strip()
+        if name in seen:
+            raise ValueError(
+                f"{uri}:{number}: its Image Index has a row already; remove one"
+            )  # the name begins with the patient's number
+        seen.add(name)
+        patient = _number(row["Patient ID"])
+        if patient is None:
+            raise ValueError(f"{uri}:{number}: its Patient ID is no whole number")
+        out.append(
+            {
+                "path": name,
+                "line": number,
+                "findings": findings,
+                "patient_id": patient,
+                "follow_up": _number(row.get("Follow-up #")),
+                "age": _years(row.get("Patient Age")),
+                "sex": row.get("Patient Gender") or row.get("Patient Sex"),
+                "view": row.get("View Position"),
+            }
+        )
+    return out
+
+
+def _number(text: str | None) -> int | None:
+    digits = (text or "").strip()
+    return int(digits) if digits.isdigit() else None
+
+
+def _years(text: str | None) -> int | None:
+    """Whole years: the 2017 table writes ages as DICOM does (PS3.5, 6.2: AS), 058Y, 007M or 013D,
+    that of 2020 as numbers of years.
+    """
+    written = (text or "").strip()
+    number = _number(written.rstrip("YMD"))
+    return number and (
+        0 if written.endswith("D") else number // 12 if written.endswith("M") else number
+    )
+
+
+def _refuse_patients_in_both(
+    uri: str, records: list[dict[str, Any]], splits: dict[str, str]
+) -> None:
+    """Raise ValueError where a patient has images in both official lists, with how many have and in
+    which lines; no patient is named.
+    """
+    splits_of_patient: dict[int, set[str]] = {}
+    for record in records:
+        splits_of_patient.setdefault(record["patient_id"], set()).add(splits[record["path"]])
+    in_both = {patient for patient, found in splits_of_patient.items() if len(found) > 1}
+    if in_both:
+        numbers = [record["line"] for record in records if record["patient_id"] in in_both]
+        patients = "1 patient has" if len(in_both) == 1 else f"{len(in_both)} patients have"
+        raise ValueError(
+            f"{uri}: {patients} images in both official lists: those of "
+            f"{_counted_lines(numbers)}; a patient's images must lie in one split"
+        )
+
+
+def _counted_lines(numbers: list[int]) -> str:
+    return f"line {numbers[0]}" if len(numbers) == 1 else f"lines {few(numbers)}"

@@ -1,0 +1,354 @@
+"""COCO instances (Lin et al. 2014): boxes, category ids, crowds, and masks of polygons or run
+lengths.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter, defaultdict
+from pathlib import PurePosixPath
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+from pydantic import Field
+
+from pipeline.config.registry import Options, register
+from pipeline.io import storage
+from pipeline.prepare.engine.importing import (
+    SPLITS,
+    Importer,
+    Index,
+    few,
+    first_there,
+    place,
+    table,
+)
+from pipeline.prepare.readers import archives, picture_check, rle
+from pipeline.prepare.readers.picture_check import BrokenImageError, Picture
+
+IGNORED = 255
+"""The class number of pixels that no metric counts: crowds."""
+NEEDED = {
+    "images": ("id", "file_name", "width", "height"),
+    "annotations": ("image_id", "category_id", "bbox"),
+    "categories": ("id", "name"),
+}
+ROUNDING = 0.01
+"""Pixels by which publishers' own rounding puts boxes outside: cut, but not worth a count."""
+COLUMNS = {
+    "image_id": pa.int64(),
+    "boxes": pa.list_(pa.list_(pa.float32())),
+    "labels": pa.list_(pa.int64()),
+    "label_names": pa.list_(pa.string()),
+    "crowd": pa.list_(pa.bool_()),
+    "_width": pa.int64(),
+    "_height": pa.int64(),
+    "_masks": pa.string(),
+}
+
+
+class CocoOptions(Options):
+    annotations: str = Field(
+        "annotations/instances_*.json",
+        description="JSON files below SOURCE, a glob; each is a split, by its name "
+        "(instances_train2017.json: train)",
+    )
+    images: str = Field(
+        "",
+        description="folder, zip or tar of the images below SOURCE; empty, for "
+        "instances_NAME.json: NAME, images/NAME, NAME.zip, images or SOURCE itself",
+    )
+    masks: Literal["none", "semantic"] = Field(
+        "none",
+        description="semantic: a column mask, PNG of one class number a pixel, 0 for nothing, 255 "
+        "for crowds",
+    )
+    missing: Literal["refuse", "skip"] = Field(
+        "refuse",
+        description="skip: leave out and count images without a file, and annotations that name "
+        "no image or no category",
+    )
+
+
+@register("importer", "coco", options=CocoOptions)
+class Coco(Importer):
+    """annotations/instances_NAME.json with the images in NAME/, images/NAME/, NAME.zip or images/.
+
+    Columns: ``boxes`` (list of [x, y, width, height] in pixels of the written image), ``labels``
+    (category ids as they are), ``label_names``, ``crowd`` (one each a box), ``image_id`` and, where
+    asked for, ``mask``. Images without boxes are kept. A box that is not finite, has no area or
+    lies outside the image is dropped, one that is partly outside is cut; both are counted. In masks
+    smaller objects lie over larger ones, and all over crowds; a class number is the category's id,
+    or that plus 1 where an id is 0.
+    """
+
+    label = "label_names"
+
+    def index(self, source: str) -> Index:
+        found = storage.glob(storage.join(source, self.options.annotations))
+        if not found:
+            raise ValueError(
+                f"{source}: no {self.options.annotations} there; say --set annotations=NAME.json"
+            )
+        rows, marks, counts, categories = [], [], Counter(), {}
+        for uri in found:
+            ours = _categories(
+                _read(uri), uri
+            )  # not kept: a second copy of COCO's 450 MB takes 2.2 GB
+            clash = [i for i in ours.keys() & categories.keys() if ours[i] != categories[i]]
+            if clash:
+                raise ValueError(
+                    f"{uri}: category {clash[0]} is {ours[clash[0]]!r} here and "
+                    f"{categories[clash[0]]!r} in {found[0]}"
+                )
+            categories |= ours
+        shift = int(0 in categories)
+        if self.options.masks == "semantic" and (
+            wrong := [i for i in categories if not 0 <= i + shift < IGNORED]
+        ):
+            raise ValueError(
+                f"{found[0]}: category ids that a mask of 8 bits cannot hold: {few(wrong)}"
+            )
+        for uri in found:
+            name = re.sub(r"^instances?_", "", PurePosixPath(uri).stem)
+            listed = archives.listing(self._images(source, name))
+            marks.append(listed.mark)
+            rows += self._rows(_read(uri), uri, _by_name(listed), _split(name), categories, counts)
+        places = Counter((row["split"], row["path"], row["_uri"], row["_offset"]) for row in rows)
+        twice = [f"{path} ({split})" for (split, path, *_), n in places.items() if n > 1]
+        if twice:
+            raise ValueError(
+                f"{source}: images that two of the annotation files put into one split: "
+                f"{few(twice)}; say --set annotations=NAME.json"
+            )
+        extra = (pa.field("mask", pa.binary()),) if self.options.masks == "semantic" else ()
+        named = [
+            {"id": i, "name": categories[i], **({"mask_value": i + shift} if extra else {})}
+            for i in sorted(categories)
+        ]
+        return Index(
+            table(rows, COLUMNS, source),
+            " ".join(marks),
+            extra,
+            notes={"boxes": sum(len(row["boxes"]) for row in rows), **counts},
+            info={"categories": named, "box_format": "xywh in pixels"},
+        )
+
+    def _images(self, source: str, name: str) -> str:
+        candidates = (
+            [self.options.images]
+            if self.options.images
+            else [name, f"images/{name}", f"{name}.zip", f"{name}.tar", "images"]
+        )
+        found = first_there(source, *candidates)
+        if found is None and self.options.images:
+            raise ValueError(f"{source}: no {self.options.images} there (--set images=)")
+        return found or source
+
+    def _rows(
+        self,
+        data: dict[str, Any],
+        uri: str,
+        images: dict[str, archives.Entry],
+        split: str,
+        categories: dict[int, str],
+        counts: Counter[str],
+    ) -> list[dict[str, Any]]:
+        by_image: dict[int, list[dict[str, Any]]] = defaultdict(list)
+        known = {image["id"] for image in data["images"]}
+        lost = [a.get("id") for a in data["annotations"] if a["image_id"] not in known]
+        self._refuse_or_count(
+            lost,
+            "annotations that name an image which is not listed",
+            "annotation ids",
+            uri,
+            counts,
+        )
+        wrong = [a.get("id") for a in data["annotations"] if a["category_id"] not in categories]
+        self._refuse_or_count(
+            wrong, "annotations of a category that is not listed", "annotation ids", uri, counts
+        )
+        missing = [
+            image["file_name"] for image in data["images"] if image["file_name"] not in images
+        ]
+        self._refuse_or_count(missing, "images without a file", "files", uri, counts)
+        for annotation in data["annotations"]:
+            if annotation["category_id"] in categories:
+                by_image[annotation["image_id"]].append(annotation)
+        rows = []
+        for image in data["images"]:
+            if image["file_name"] not in images:
+                continue
+            kept = _kept(by_image[image["id"]], image, uri, counts)
+            counts["images without a box"] += not kept
+            masks = [
+                [
+                    a["category_id"],
+                    bool(a.get("iscrowd")),
+                    a.get("area") or box[2] * box[3],
+                    a.get("segmentation"),
+                ]
+                for a, box in kept
+            ]
+            rows.append(
+                place(
+                    images[image["file_name"]],
+                    split,
+                    image_id=image["id"],
+                    boxes=[box for _, box in kept],
+                    labels=[a["category_id"] for a, _ in kept],
+                    label_names=[categories[a["category_id"]] for a, _ in kept],
+                    crowd=[bool(a.get("iscrowd")) for a, _ in kept],
+                    _width=image["width"],
+                    _height=image["height"],
+                    _masks=json.dumps([masks, int(0 in categories)])
+                    if self.options.masks == "semantic"
+                    else None,
+                )
+            )
+        return rows
+
+    def _refuse_or_count(
+        self, wrong: list[Any], what: str, names: str, uri: str, counts: Counter[str]
+    ) -> None:
+        if wrong and self.options.missing == "refuse":
+            raise ValueError(
+                f"{uri}: {what} ({names} {few(wrong)}); mend the file, or leave them out with "
+                "--set missing=skip"
+            )
+        if wrong:
+            counts[f"{what}, left out"] += len(wrong)
+
+    def complete(self, row: dict[str, Any], picture: Picture) -> dict[str, Any]:
+        width, height = row["_width"], row["_height"]
+        if picture.seen != (width, height):
+            raise BrokenImageError(
+                f"the image is {picture.seen[0]} x {picture.seen[1]} pixels, its annotations "
+                f"are for {width} x {height}"
+            )
+        sx, sy = picture.size[0] / width, picture.size[1] / height
+        out = {**row, "boxes": [[x * sx, y * sy, w * sx, h * sy] for x, y, w, h in row["boxes"]]}
+        if row["_masks"] is not None:
+            try:
+                objects, shift = json.loads(row["_masks"])
+                mask = semantic(objects, shift, height, width)
+            except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+                raise BrokenImageError(f"its mask cannot be drawn: {error}") from None
+            out["mask"] = picture_check.png(picture_check.nearest(mask, picture.size))
+        return out
+
+
+def semantic(objects: list[Any], shift: int, height: int, width: int) -> np.ndarray:
+    """(height, width) uint8 class numbers of objects (category id, is crowd, area, segmentation):
+    crowds first, then from large to small.
+    """
+    out = np.zeros((height, width), dtype=np.uint8)
+    for category, crowd, _, segmentation in sorted(objects, key=lambda o: (not o[1], -o[2])):
+        if segmentation is None:
+            raise ValueError("an annotation has no segmentation")
+        out[rle.mask_of(segmentation, height, width)] = IGNORED if crowd else category + shift
+    return out
+
+
+def _read(uri: str) -> dict[str, Any]:
+    data = storage.read_json(uri)
+    absent = [
+        name
+        for name in ("images", "annotations", "categories")
+        if not isinstance(data, dict) or not isinstance(data.get(name), list)
+    ]
+    if absent:
+        raise ValueError(
+            f"{uri}: no list {absent[0]!r}; a file of COCO instances has images, annotations "
+            "and categories"
+        )
+    for name, needed in NEEDED.items():
+        for i, item in enumerate(data[name]):
+            lacks = [key for key in needed if not isinstance(item, dict) or key not in item]
+            if lacks:
+                raise ValueError(f"{uri}: {name}[{i}] has no {lacks[0]}: {str(item)[:100]}")
+    for key in ("id", "width", "height"):
+        wrong = [
+            image[key]
+            for image in data["images"]
+            if not isinstance(image[key], (int, float)) or not float(image[key]).is_integer()
+        ]
+        if wrong:
+            raise ValueError(
+                f"{uri}: images whose {key} is no whole number: {few(map(repr, wrong))}"
+            )
+    for name, key in (("images", "id"), ("images", "file_name"), ("categories", "id")):
+        doubled = [value for value, n in Counter(item[key] for item in data[name]).items() if n > 1]
+        if doubled:
+            raise ValueError(f"{uri}: {name} with the same {key}: {few(doubled)}")
+    return data
+
+
+def _categories(data: dict[str, Any], uri: str) -> dict[int, str]:
+    wrong = [
+        c["id"]
+        for c in data["categories"]
+        if isinstance(c["id"], bool) or not isinstance(c["id"], int)
+    ]
+    if wrong:
+        raise ValueError(f"{uri}: category ids that are no whole numbers: {few(wrong)}")
+    return {c["id"]: str(c["name"]) for c in data["categories"]}
+
+
+def _split(name: str) -> str:
+    word = re.split(r"[^a-zA-Z]", name)[0].lower()
+    return SPLITS.get(word, word or "train")
+
+
+def _by_name(listed: archives.Listing) -> dict[str, archives.Entry]:
+    """Entries by their name, and by that below the one folder that holds them all."""
+    short = listed.without_common_folder()
+    return {entry.name: entry for entry in short.images} | {
+        entry.name: entry for entry in listed.images
+    }
+
+
+def _kept(
+    annotations: list[dict[str, Any]], image: dict[str, Any], uri: str, counts: Counter[str]
+) -> list[tuple[dict[str, Any], list[float]]]:
+    """Annotations with a box that can be used, and that box [x, y, width, height], cut to the
+    image.
+    """
+    out = []
+    for annotation in annotations:
+        box = annotation["bbox"]
+        if (
+            not isinstance(box, list)
+            or len(box) != 4
+            or not all(
+                isinstance(number, (int, float)) and not isinstance(number, bool) for number in box
+            )
+        ):
+            raise ValueError(
+                f"{uri}: annotation {annotation.get('id')} of image {image['id']}: bbox "
+                f"{box!r} is not [x, y, width, height]"
+            )
+        if not all(map(math.isfinite, box)):
+            counts["boxes that are not finite, dropped"] += 1
+            continue
+        x, y, w, h = map(float, box)
+        if w <= 0 or h <= 0:
+            counts["boxes without area, dropped"] += 1
+            continue
+        x0, y0, x1, y1 = (
+            max(0.0, x),
+            max(0.0, y),
+            min(float(image["width"]), x + w),
+            min(float(image["height"]), y + h),
+        )
+        if x1 <= x0 or y1 <= y0:
+            counts["boxes outside the image, dropped"] += 1
+            continue
+        counts["boxes partly outside the image, cut"] += (
+            max(x0 - x, y0 - y, x + w - x1, y + h - y1) > ROUNDING
+        )
+        out.append((annotation, [x0, y0, x1 - x0, y1 - y0]))
+    return out

@@ -1,0 +1,194 @@
+"""Event rows to a cohort with labels: what lies behind the prediction time is cut off, outcomes
+stay behind.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pydantic
+from pydantic import Field
+
+from pipeline.config import registry
+from pipeline.config.registry import Options, register
+from pipeline.prepare.cohorts import definition
+from pipeline.prepare.engine.importing import few
+from pipeline.prepare.engine.inputs import Piece, Reading, find
+from pipeline.prepare.engine.table_importer import Found, Settled, TableImporter
+from pipeline.prepare.readers import parquet
+
+ROWS = {
+    "entity": "the id of a stay",
+    "times": "hours of events",
+    "variables": "names of events",
+    "values": "numbers of events",
+}
+"""Columns that every definition needs."""
+
+
+class CohortOptions(Options):
+    task: str = Field(
+        "",
+        description="the definition: mortality, decompensation, length_of_stay, phenotyping, "
+        "readmission, or one of your own (a file in "
+        "pipeline/prepare/cohorts)",
+    )
+    history: bool = Field(
+        True,
+        description="false: events from before the entity's start are no inputs, as in "
+        "Harutyunyan et al. 2019",
+    )
+    options: dict[str, str] = Field(
+        {},
+        description="the definition's own options, given by their names: --set exclude=none, "
+        "--set hours=24",
+    )
+
+
+@register("importer", "cohort", options=CohortOptions)
+class Cohort(TableImporter):
+    """Event rows (what prepare mimic3, physionet2012 or events wrote) to the rows that belong to a
+    cohort: --set task=mortality.
+
+    Columns: ``entity``, ``patient``, ``times``, ``variables``, ``values``, ``events``, ``static``
+    and ``split`` as they are, without events after the prediction time; labels: ``label``
+    (mortality, readmission), ``label_times`` and ``label_values`` (decompensation, length_of_stay),
+    ``labels`` (phenotyping); subgroups: ``sex``, ``age_band``, ``care_unit``, ``dbsource`` where
+    known. All other columns are outcomes and are not written. Stays that do not belong are counted
+    by reason. Options of a task are given by their names: exclude=benchmark (the default: for
+    MIMIC-III adults, one ICU stay in the admission, no move between ICUs) or none, and those of its
+    file.
+    """
+
+    amounts = {"events": "times"}
+
+    def __init__(self, options: Any = None):
+        super().__init__(options)
+        self.task = self.options.task
+        if not self.task:
+            if self.options.options:
+                raise ValueError(
+                    f"--set {next(iter(self.options.options))}=...: an option of no task; say "
+                    f"--set task={'|'.join(registry.names('cohort'))}"
+                )
+            return
+        kind = registry.get("cohort", self.task)
+        self.definition: definition.Definition = kind(_options(self.task, self.options.options))
+        self.label = self.definition.label
+        self.schema: pa.Schema | None = None
+
+    def pieces(self, source: str, part_bytes: int) -> tuple[list[Piece], str, dict[str, Any]]:
+        if not self.task:
+            raise ValueError(
+                f"--set task=NAME is needed; tasks: {', '.join(registry.names('cohort'))}"
+            )
+        listed = find(source, parquet.SUFFIXES)
+        pieces = parquet.pieces(listed, part_bytes)
+        first = {piece.name: piece for piece in pieces}
+        schemas = {name: parquet.schema(piece) for name, piece in first.items()}
+        self.schema = next(iter(schemas.values()))
+        for name, schema in schemas.items():
+            if schema != self.schema:
+                raise ValueError(
+                    f"{name}: other columns than {next(iter(schemas))}; give one kind of event rows"
+                )
+        self._check(source)
+        return pieces, listed.mark, {"files left out": listed.others} if listed.others else {}
+
+    def _check(self, source: str) -> None:
+        """Raises ValueError for a column that is needed and not there."""
+        assert self.schema is not None
+        there = definition.names_of(self.schema)
+        for name, what in {**ROWS, **self.definition.needs(there)}.items():
+            if name not in there:
+                raise ValueError(
+                    f"{source}: no column {name} ({what}), which task {self.task} needs; "
+                    f"columns there: {', '.join(there)}"
+                )
+        for name in definition.LISTS:
+            kind = self.schema.field(name).type
+            if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+                raise ValueError(
+                    f"{source}: column {name} is {kind}, no list; give event rows, one an "
+                    "entity (onetomany prepare events)"
+                )
+
+    def _selected(self, reading: Reading) -> Iterator[tuple[pa.Table, np.ndarray]]:
+        """(rows of the cohort, for each good row "" or why it is left out) in batches."""
+        for before, table in parquet.batches(reading):
+            reasons = definition.wrong(table)
+            for i in np.flatnonzero(reasons != ""):
+                reading.bad(before + int(i) + 1, reasons[i])
+            yield definition.select(
+                self.definition, table.filter(pa.array(reasons == "")), self.options.history
+            )
+
+    def survey(self, reading: Reading) -> Found:
+        counts: Counter[str] = Counter()
+        for _, reasons in self._selected(reading):
+            counts.update(reasons.tolist())
+        return {
+            "rows": np.array(counts.total()),
+            "reasons": np.array(list(counts), dtype=np.str_),
+            "counts": np.array(list(counts.values()), dtype=np.int64),
+        }
+
+    def settle(self, pieces: list[Piece], found: list[Found]) -> Settled:
+        assert self.schema is not None
+        counts: Counter[str] = Counter()
+        for one in found:
+            counts.update(dict(zip(one["reasons"].tolist(), one["counts"].tolist(), strict=True)))
+        left = dict(sorted((reason, n) for reason, n in counts.items() if reason))
+        if not counts[""]:
+            raise ValueError(
+                f"no row belongs to the cohort {self.task}: "
+                f"{', '.join(f'{reason} {n}' for reason, n in left.items())}; "
+                "other rows, or another --set exclude="
+            )
+        made, _ = definition.select(
+            self.definition, self.schema.empty_table(), self.options.history
+        )
+        columns = [field for field in made.schema if field.name != "split"]
+        outcomes = [name for name in self.schema.names if name not in made.column_names]
+        notes = {
+            "rows of the cohort": counts[""],
+            "rows left out": left,
+            "columns not written (outcomes)": few(outcomes) if outcomes else "none",
+        }
+        about = {
+            "task": self.task,
+            "options": self.definition.options.model_dump(mode="json"),
+            "history": self.options.history,
+            "labels": inspect.cleandoc(type(self.definition).__doc__ or ""),
+        }
+        return Settled(columns, [{}] * len(pieces), notes, about)
+
+    def rows(self, reading: Reading) -> Iterator[pa.Table]:
+        for rows, _ in self._selected(reading):
+            yield rows
+
+
+def _options(task: str, given: dict[str, str]) -> Any:
+    """The options of a definition. Raises ValueError naming the wrong one and the nearest right
+    one.
+    """
+    kind = registry.entry("cohort", task).options
+    for name, value in given.items():
+        if name not in kind.model_fields:
+            known = [*CohortOptions.model_fields, *kind.model_fields]
+            raise ValueError(
+                f"--set {name}={value}: neither prepare cohort nor its task {task} has an "
+                f"option {name!r}; {registry.nearest(name, known)}"
+            )
+    try:
+        return kind.model_validate(given)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(
+            f"--set {first['loc'][0]}={first['input']}: {first['msg'].lower()}"
+        ) from None

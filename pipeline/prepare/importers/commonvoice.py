@@ -1,0 +1,217 @@
+"""Common Voice (Ardila et al. 2020): clips of volunteers reading sentences, with tables of
+tab-separated values.
+"""
+
+from __future__ import annotations
+
+import posixpath
+from collections import Counter
+from typing import Any
+
+import pyarrow as pa
+from pydantic import Field
+
+from pipeline.config.registry import Options, nearest, register
+from pipeline.prepare.engine.audio import (
+    AudioImporter,
+    broken,
+    lines_of,
+    once,
+    others,
+    recording,
+    recordings,
+    sounds,
+)
+from pipeline.prepare.engine.importing import SPLITS, Index, few
+from pipeline.prepare.readers import archives
+
+NEEDED = ("client_id", "path", "sentence")
+TEXTS = (
+    "age",
+    "gender",
+    "accent",
+    "accents",
+    "variant",
+    "locale",
+    "segment",
+    "sentence_id",
+    "sentence_domain",
+)
+NUMBERS = ("up_votes", "down_votes")
+"""What the publisher's tables have had besides, in one release or another."""
+
+
+class CommonVoiceOptions(Options):
+    lists: str = Field(
+        "train,dev,test",
+        description="tables to read: train, dev, test, and validated, other, invalidated, which "
+        "become training rows",
+    )
+    language: str = Field(
+        "", description="the language's folder, such as sw; empty: all that are there"
+    )
+    rate: int = Field(
+        0,
+        ge=0,
+        description="samples a second to write, as FLAC (16000 for most backbones); 0: clips keep "
+        "the publisher's MP3",
+    )
+    longest: float = Field(
+        30.0,
+        ge=1,
+        description="seconds; a longer clip is broken, for it cannot be cut apart from its "
+        "sentence",
+    )
+
+
+@register("importer", "commonvoice", options=CommonVoiceOptions)
+class CommonVoice(AudioImporter):
+    """LANGUAGE/clips/*.mp3 with LANGUAGE/train.tsv, dev.tsv and test.tsv, as folders or the
+    publisher's tar.gz (gunzip a large one first: it is unpacked anew for each part).
+
+    Columns: ``audio``, ``transcript`` (the sentence), ``speaker`` (client_id, the group of a job),
+    ``language`` (the folder), age, gender, accents, up_votes and down_votes where the tables have
+    them, ``seconds``, ``rate``, ``channels``, ``sha256``. A clip that two tables name stays where
+    it is held out. A line with another number of cells than the header and one whose clip is not
+    there are broken rows; clips that no table names are counted.
+    """
+
+    label = "language"
+
+    def index(self, source: str) -> Index:
+        found = archives.listing(source)
+        tables = self._tables(source, found)
+        clips = {entry.name: entry for entry in sounds(found)}
+        rows, bad, columns = [], [], {}
+        for entry, language in tables:
+            more, wrong, names = _read(entry, language, clips)
+            rows, bad = rows + more, bad + wrong
+            columns |= {name: pa.int64() if name in NUMBERS else pa.string() for name in names}
+        good, doubled = once(rows, lambda row: row["path"])
+        overlap = Counter(row["split"] for row in doubled) if self._overlaps else Counter()
+        bad = bad if self._overlaps else [*bad, *doubled]
+        kinds = {**dict.fromkeys(("transcript", "speaker", "language"), pa.string()), **columns}
+        return Index(
+            recordings(good, kinds, source, bad),
+            found.mark,
+            broken=bad,
+            notes={
+                "clips that no table read names": len(clips.keys() - {row["path"] for row in rows}),
+                **(
+                    {"rows of a table whose clip another one has": dict(overlap)} if overlap else {}
+                ),
+                "files left out": others(found, ".tsv"),
+            },
+        )
+
+    @property
+    def _listed(self) -> list[str]:
+        return [
+            name.strip().removesuffix(".tsv")
+            for name in self.options.lists.split(",")
+            if name.strip()
+        ]
+
+    @property
+    def _overlaps(self) -> bool:
+        """Validated, other and invalidated clips stand in the tables of the splits as well, as the
+        publisher means it.
+        """
+        return not set(self._listed) <= set(SPLITS)
+
+    def _tables(self, source: str, found: archives.Listing) -> list[tuple[archives.Entry, str]]:
+        """The chosen tables with their language, languages in order. Raises ValueError for one that
+        is not there.
+        """
+        there = {entry.name: entry for entry in found.entries if entry.suffix == ".tsv"}
+        languages: dict[str, str] = {}
+        for folder in sorted(
+            {posixpath.dirname(posixpath.dirname(entry.name)) for entry in sounds(found)}
+            & {posixpath.dirname(name) for name in there}
+        ):
+            language = posixpath.basename(folder) or posixpath.basename(archives.absolute(source))
+            if language in languages:
+                raise ValueError(
+                    f"{source}: {language} is there twice: {languages[language]} and {folder}; "
+                    "give one release at a time"
+                )
+            languages[language] = folder
+        if not languages:
+            raise ValueError(f"{source}: no LANGUAGE/clips with LANGUAGE/train.tsv beside it")
+        wanted = self.options.language
+        if wanted and wanted not in languages:
+            raise ValueError(
+                f"--set language={wanted}: not in {source}; {nearest(wanted, languages)}"
+            )
+        if not self._listed:
+            raise ValueError("--set lists=: name one table at least, such as train")
+        out = []
+        for language, folder in languages.items() if not wanted else [(wanted, languages[wanted])]:
+            for name in self._listed:
+                path = posixpath.join(folder, f"{name}.tsv")
+                if path not in there:
+                    listed = [
+                        posixpath.basename(one)[:-4]
+                        for one in there
+                        if posixpath.dirname(one) == folder
+                    ]
+                    raise ValueError(
+                        f"{source}: no {path}; say --set lists= with those that are there: "
+                        f"{few(sorted(listed))}"
+                    )
+                out.append((there[path], language))
+        return out
+
+
+def _read(
+    table: archives.Entry, language: str, clips: dict[str, archives.Entry]
+) -> tuple[list[dict[str, Any]], list[dict[str, str]], list[str]]:
+    """(rows, broken ones, which of TEXTS and NUMBERS there are). The cells are not quoted: a
+    quotation mark is part of a sentence.
+    """
+    folder, name = posixpath.split(table.name)
+    split = SPLITS.get(name[:-4], "train")
+    rows, bad, header = [], [], []
+    for line in lines_of([table]):
+        cells = line.text.split("\t")
+        if not header:
+            header = [cell.strip() for cell in cells]
+            for column in NEEDED:
+                if column not in header:
+                    raise ValueError(
+                        f"{table.name}: no column {column!r}; {nearest(column, header)}"
+                    )
+            continue
+        if line.reason or len(cells) != len(header):
+            bad.append(
+                broken(
+                    line.place,
+                    split,
+                    line.reason or f"{len(cells)} cells, the header has {len(header)}",
+                )
+            )
+            continue
+        row = dict(zip(header, cells, strict=True))
+        path = f"{folder}/clips/{row['path']}".lstrip("/")
+        if path not in clips:
+            bad.append(broken(line.place, split, f"a transcript without its recording: no {path}"))
+            continue
+        kept: dict[str, Any] = {column: row[column] or None for column in TEXTS if column in row}
+        kept |= {
+            column: int(row[column]) if row[column].isdecimal() else None
+            for column in NUMBERS
+            if column in row
+        }
+        rows.append(
+            recording(
+                clips[path],
+                split,
+                transcript=row["sentence"].strip(),
+                speaker=row["client_id"],
+                language=language,
+                **kept,
+            )
+        )
+    if not header:
+        raise ValueError(f"{table.name}: an empty table; get it again")
+    return rows, bad, [column for column in (*TEXTS, *NUMBERS) if column in header]

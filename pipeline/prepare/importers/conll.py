@@ -1,0 +1,277 @@
+"""One word a line: named entities as CoNLL-2003 (Tjong Kim Sang and De Meulder 2003) and WNUT
+(Derczynski et al. 2017) publish them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from pydantic import Field
+
+from pipeline.config.registry import Options, register
+from pipeline.media.tagging_schemes import check
+from pipeline.prepare.engine.importing import few
+from pipeline.prepare.engine.inputs import Piece, Reading, decoded, find, wholes
+from pipeline.prepare.engine.table_importer import Found, Settled, TableImporter
+
+SUFFIXES = (
+    ".conll",
+    ".txt",
+    ".tsv",
+    ".bio",
+    ".iob",
+    ".iob2",
+    ".bioes",
+    ".train",
+    ".valid",
+    ".dev",
+    ".test",
+    ".testa",
+    ".testb",
+    ".annotated",
+)
+DOCUMENT = "-DOCSTART-"
+MOST_WORDS = 100_000
+"""A sentence of more is a file without blank lines."""
+WIDEST = 100
+
+
+class ConllOptions(Options):
+    word_column: int = Field(
+        0, description="where the word stands in a line, from 0; from the end when negative"
+    )
+    tag_column: int = Field(-1, description="where the tag stands, likewise")
+    separator: Literal["whitespace", "tab"] = Field(
+        "whitespace", description="what stands between the columns"
+    )
+    scheme: Literal["auto", "bio", "bioes", "iob1", "none"] = Field(
+        "auto",
+        description="of the tags; iob1 (the original CoNLL-2003 files) is written as bio; auto "
+        "finds it out; none: tags of another kind",
+    )
+    repair: bool = Field(
+        False,
+        description="an I- with no B- before it becomes B-, in the place of a broken sentence "
+        "(bio)",
+    )
+    comment: str = Field(
+        "", description="lines that begin with it are passed over, such as #; empty: there are none"
+    )
+    split: str = Field(
+        "",
+        description="the split of all files; empty: from the file's name or folder (eng.testa, "
+        "wnut17train.conll, dev.txt), else train",
+    )
+
+
+class Sentence(NamedTuple):
+    """Words and tags from a line on, its ``widths``: how many columns the lines have; ``reason``:
+    why it cannot be used, or "".
+    """
+
+    line: int
+    words: list[str]
+    tags: list[str]
+    widths: Counter[int]
+    document: int
+    reason: str
+
+
+@register("importer", "conll", options=ConllOptions)
+class Conll(TableImporter):
+    """CoNLL-2003 and WNUT: one word a line with its tag in a further column, a blank line after a
+    sentence; -DOCSTART- begins a document.
+
+    A file, folder, glob or archive of .conll, .txt, .tsv, .bio, eng.testa and the like, also .gz
+    and .zst. Columns: ``words`` and ``tags`` (lists of texts of equal length), ``document``
+    (numbered over all files; a file without -DOCSTART- is one). A sentence is broken when a line
+    has another number of columns than most lines of its file, or when its tags are not of the
+    scheme: an I- with no B-, a tag that is none.
+    """
+
+    label = "tags"
+    amounts = {"words": "words"}
+
+    def pieces(self, source: str, part_bytes: int) -> tuple[list[Piece], str, dict[str, Any]]:
+        if self.options.repair and self.options.scheme in ("bioes", "none"):
+            raise ValueError(
+                f"--set repair=true: not with scheme={self.options.scheme}: only an I- of bio "
+                "has one B- that it can become"
+            )
+        listed = find(source, SUFFIXES, self.options.split)
+        return (
+            wholes(listed),
+            listed.mark,
+            {"files left out": listed.others} if listed.others else {},
+        )
+
+    def _sentences(self, reading: Reading) -> Iterator[Sentence]:
+        """Every sentence of a file, good or not; what stands before the first -DOCSTART- is a
+        document too.
+        """
+        o, between = (
+            self.options,
+            re.compile("\t" if self.options.separator == "tab" else "[ \t]+"),
+        )  # other spaces are part of a word
+        words, tags, widths, first, reason, document = [], [], Counter[int](), 0, "", 0
+        for number, _, raw in reading.numbered():
+            line, wrong = decoded(raw)
+            wrong = wrong or ("a carriage return within the line" if "\r" in line else "")
+            cells = between.split(line if o.separator == "tab" else line.strip(" \t"))
+            starts = not wrong and line.startswith(DOCUMENT)
+            if not wrong and (starts or not line.strip()):
+                if words or reason:
+                    yield Sentence(first, words, tags, widths, document, reason)
+                words, tags, widths, first, reason = [], [], Counter[int](), 0, ""
+                document += starts
+                continue
+            if not wrong and o.comment and line.startswith(o.comment):
+                continue
+            first, document = first or number, document or 1
+            try:
+                if not wrong:
+                    widths[min(len(cells), WIDEST)] += 1
+                    words.append(cells[o.word_column].strip())
+                    tags.append(cells[o.tag_column].strip())
+            except IndexError:
+                wrong = (
+                    f"{len(cells)} columns: no column "
+                    f"{o.word_column if -len(cells) > o.word_column or o.word_column >= len(cells) else o.tag_column}"
+                )
+            if wrong and not reason:
+                reason = f"line {number + reading.before}: {wrong}"
+            if len(words) > MOST_WORDS:
+                raise ValueError(
+                    f"{reading.place(first)}: more than {MOST_WORDS} words without a blank "
+                    "line; in this layout one stands after every sentence"
+                )
+        if words or reason:
+            yield Sentence(first, words, tags, widths, document, reason)
+
+    def survey(self, reading: Reading) -> Found:
+        """Sentences, documents, how many lines have how many columns, and of the tags what tells
+        the scheme.
+        """
+        widths, tags, rows, last, seen = (
+            np.zeros(WIDEST + 1, dtype=np.int64),
+            Counter[str](),
+            0,
+            0,
+            Counter[str](),
+        )
+        for sentence in self._sentences(reading):
+            last = sentence.document
+            for width, count in sentence.widths.items():
+                widths[width] += count
+            if sentence.reason:
+                reading.bad(sentence.line, sentence.reason)
+                continue
+            rows += 1
+            tags.update(tag.partition("-")[0] for tag in sentence.tags)
+            if self.options.scheme != "none":
+                seen.update(_openings(sentence.tags))
+        return {
+            "rows": np.array(rows),
+            "widths": widths,
+            "documents": np.array(last),
+            "prefixes": np.array(sorted(tags)[:20], dtype=np.str_),
+            "inside": np.array(seen["I"]),
+            "begin": np.array(seen["B"]),
+        }
+
+    def settle(self, pieces: list[Piece], found: list[Found]) -> Settled:
+        scheme = self.options.scheme if self.options.scheme != "auto" else _scheme(found)
+        inside = sum(int(one["inside"]) for one in found)
+        told, documents = [], 0
+        for one in found:
+            told.append(
+                {"scheme": scheme, "width": int(one["widths"].argmax()), "documents": documents}
+            )
+            documents += int(one["documents"])
+        notes = {
+            "scheme": f"{scheme}, written as bio ({inside} I- became B-)"
+            if scheme == "iob1"
+            else scheme,
+            "documents": documents,
+        }
+        if self.options.repair and scheme == "bio":
+            notes["I- without B-, now B-"] = inside
+        columns = [
+            pa.field("words", pa.list_(pa.string())),
+            pa.field("tags", pa.list_(pa.string())),
+            pa.field("document", pa.int64()),
+        ]
+        return Settled(columns, told, notes, {"scheme": "bio" if scheme == "iob1" else scheme})
+
+    def rows(self, reading: Reading) -> Iterator[dict[str, Any]]:
+        width, scheme = reading.told["width"], reading.told["scheme"]
+        for line, words, tags, widths, document, reason in self._sentences(reading):
+            other = [n for n in widths if n != width]
+            if not reason and other:
+                reason = (
+                    f"lines of {other[0]} columns, where the others of the file have {width}: "
+                    "words and tags do not go together"
+                )
+            if scheme == "iob1" or (self.options.repair and scheme == "bio"):
+                tags = [
+                    f"B{tag[1:]}" if opens == "I" else tag
+                    for tag, opens in zip(tags, _openings(tags), strict=True)
+                ]
+            if not reason and scheme != "none":
+                reason = _against(tags, "bioes" if scheme == "bioes" else "bio")
+            if not reason and not all(words):
+                reason = "an empty word"
+            if reason:
+                reading.bad(line, reason)
+            else:
+                yield {
+                    "words": words,
+                    "tags": tags,
+                    "document": reading.told["documents"] + document,
+                }
+
+
+def _against(tags: list[str], scheme: str) -> str:
+    """Why tags are not of a scheme, or ""."""
+    try:
+        return check(tags, scheme)
+    except ValueError as error:  # a tag that is none
+        return str(error)
+
+
+def _openings(tags: list[str]) -> list[str]:
+    """For each tag "I" or "B" when it is one and the tag before is not of its entity, else ""."""
+    out, before = [], "O"
+    for tag in tags:
+        out.append(
+            tag[0]
+            if tag[:2] in ("I-", "B-") and not re.fullmatch(rf"[BI]-{re.escape(tag[2:])}", before)
+            else ""
+        )
+        before = tag
+    return out
+
+
+def _scheme(found: list[Found]) -> str:
+    """bioes has S- or E-; in iob1 an entity begins with I-, and B- stands only where one of the
+    same type ends before it.
+    """
+    prefixes = {str(name) for one in found for name in one["prefixes"]} - {""}
+    if not prefixes <= {"B", "I", "O", "E", "S"}:
+        raise ValueError(
+            f"tags that begin with {few(sorted(prefixes - set('BIOES')))}: neither bio, bioes "
+            "nor iob1; is tag_column right? "
+            "--set scheme=none takes tags of any kind, --set scheme=bio lists such rows as broken"
+        )
+    if prefixes & {"E", "S"}:
+        return "bioes"
+    return (
+        "iob1"
+        if sum(int(one["inside"]) for one in found) and not sum(int(one["begin"]) for one in found)
+        else "bio"
+    )

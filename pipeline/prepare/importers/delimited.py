@@ -1,0 +1,269 @@
+"""CSV and TSV (RFC 4180: fields in quotes may hold delimiters, line ends and doubled quotes),
+whatever their columns are called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+from pydantic import Field
+
+from pipeline.config import registry
+from pipeline.config.registry import Options, register
+from pipeline.prepare.engine.importing import NO_SPLIT, SPLITS, few
+from pipeline.prepare.engine.inputs import Piece, Reading, find, wholes
+from pipeline.prepare.engine.table_importer import KINDS, Found, Settled, TableImporter, wider
+from pipeline.prepare.readers.dialect import SUFFIXES, Dialect, field_kind, field_value
+
+NAMES = {"string": 4, "float": 3, "int": 2}
+TEXTS = ("text", "text_pair")
+
+
+class CsvOptions(Options):
+    columns: str = Field(
+        "",
+        description="NEW=OLD,... : what columns are to be called, such as "
+        "text=review,label=stars; by number (text=5) without a header",
+    )
+    keep: bool = Field(
+        True, description="false: columns that --set columns does not name are dropped"
+    )
+    delimiter: str = Field(
+        "", description="one character, or tab; empty: tab for .tsv and .tab, else a comma"
+    )
+    quote: str = Field(
+        '"', description="what encloses fields; empty: nothing does, every line is a row"
+    )
+    header: bool = Field(
+        True,
+        description="false: the first line is a row; columns are then called by names, or by "
+        "their numbers from 0",
+    )
+    names: str = Field(
+        "", description="names of all columns for files without a header, such as label,title,text"
+    )
+    required: str = Field(
+        "text",
+        description="columns (new names) of which an empty field makes a row broken, those that "
+        "the file has",
+    )
+    types: str = Field(
+        "",
+        description="NAME=string, float or int,... in the place of what the values look like; "
+        "text and text_pair are always texts",
+    )
+    split_column: str = Field(
+        "",
+        description="the column (its name in the file) that tells each row's split; the others "
+        "then follow its values",
+    )
+    encoding: str = Field(
+        "utf-8", description="of the files, such as latin-1; one in which ASCII is ASCII"
+    )
+    split: Literal["", "train", "validation", "test"] = Field(
+        "", description="the split of all files; empty: from the file's name or folder, else train"
+    )
+
+
+@register("importer", "csv", options=CsvOptions)
+class Csv(TableImporter):
+    """CSV and TSV files (one, a folder, glob or archive, also .gz and .zst), with quotes and line
+    ends in them, with or without a header.
+
+    Columns: as in the files, or as --set columns="text=review,label=stars" calls them. Their types
+    are the same over all files: whole numbers (none with leading zeros), other numbers, else text;
+    an empty field is null. Broken: a row with another number of fields than the header, a quote
+    that is left open, no text. Rows of a part stand in a random but fixed order, since such files
+    are often sorted by class. A file is one part: cut large ones up.
+    """
+
+    label = "label"
+    mixes = True
+
+    def __init__(self, options: Any = None):
+        super().__init__(options)
+        o = self.options
+        self.mapping = _pairs("columns", o.columns)
+        self.given_types = _pairs("types", o.types)
+        for name, kind in self.given_types.items():
+            if kind not in NAMES:
+                raise ValueError(f"--set types={name}={kind}: {registry.nearest(kind, NAMES)}")
+        if o.split and o.split_column:
+            raise ValueError(
+                f"--set split={o.split}: --set split_column={o.split_column} gives each row "
+                "its own; say one of them"
+            )
+        if o.names and o.header:
+            raise ValueError(
+                f"--set names={o.names}: names are for files without a header; say --set "
+                "header=false too, or rename with --set columns=NEW=OLD"
+            )
+        self.dialect = Dialect(o.delimiter, o.quote, o.encoding)
+
+    def pieces(self, source: str, part_bytes: int) -> tuple[list[Piece], str, dict[str, Any]]:
+        listed = find(
+            source, SUFFIXES, self.options.split or ("all" if self.options.split_column else "")
+        )
+        return (
+            wholes(listed),
+            listed.mark,
+            {"files left out": listed.others} if listed.others else {},
+        )
+
+    def _named(self, reading: Reading) -> Iterator[dict[str, str]]:
+        """Every row by the new names of its columns."""
+        o, names = (
+            self.options,
+            [name.strip() for name in self.options.names.split(",")]
+            if self.options.names
+            else None,
+        )
+        picked: list[tuple[str, int]] | None = None
+        for number, fields in self.dialect.records(reading, o.header):
+            if picked is None:
+                header = (
+                    [name.strip() for name in fields]
+                    if o.header
+                    else names or [str(i) for i in range(len(fields))]
+                )
+                picked, width = self._picked(header, reading.place(number)), len(header)
+                if o.header:
+                    continue
+            if len(fields) != width:
+                reading.bad(number, f"{len(fields)} fields, where there are {width} columns")
+                continue
+            row = {name: fields[i] for name, i in picked}
+            empty = next(
+                (
+                    name
+                    for name in map(str.strip, [*o.required.split(","), "split"])
+                    if name in row and not row[name].strip()
+                ),
+                None,
+            )
+            if empty is not None:
+                reading.bad(number, f"no {empty}")
+            elif "split" in row and row["split"].strip().lower() not in SPLITS:
+                reading.bad(number, NO_SPLIT)
+            else:
+                yield row
+
+    def _picked(self, header: list[str], place: str) -> list[tuple[str, int]]:
+        """(new name, which field) of the columns that are kept. Raises ValueError for one that is
+        not there.
+        """
+        self.dialect.check_header(header, place, self.options.header)
+        split = self.options.split_column
+        for option, name in [("columns", old) for old in self.mapping.values()] + (
+            [("split_column", split)] if split else []
+        ):
+            if name not in header:
+                raise ValueError(
+                    f"{place}: no column {name!r} for --set {option}; "
+                    f"{registry.nearest(name, header)}"
+                )
+        new = {old: name for name, old in self.mapping.items()}
+        taken = [
+            (new.get(old, old), i)
+            for i, old in enumerate(header)
+            if old in new or (self.options.keep and old != split)
+        ]
+        clash = [name for name, _ in taken if [n for n, _ in taken].count(name) > 1]
+        if clash:
+            raise ValueError(
+                f"{place}: --set columns calls a column {clash[0]!r}, as another one is "
+                "called; rename that one too, or say --set keep=false"
+            )
+        if "split" in dict(taken):
+            raise ValueError(
+                f"{place}: a column is called split, as the one that says which rows are for "
+                "training and which for tests; if it is that, say "
+                "--set split_column=split, else rename it: --set columns=fold=split"
+            )
+        return [*taken, ("split", header.index(split))] if split else taken
+
+    def survey(self, reading: Reading) -> Found:
+        """The columns and what their values look like."""
+        kinds: dict[str, int] = {}
+        rows = 0
+        for row in self._named(reading):
+            rows += 1
+            for name, value in row.items():
+                known = kinds.get(name, 0)
+                kinds[name] = (
+                    known if known == 4 else wider(known, 4 if name in TEXTS else field_kind(value))
+                )
+        return {
+            "rows": np.array(rows),
+            "names": np.array(list(kinds), dtype=np.str_),
+            "kinds": np.array(list(kinds.values()), dtype=np.int64),
+        }
+
+    def settle(self, pieces: list[Piece], found: list[Found]) -> Settled:
+        kinds: dict[str, int] = {}
+        for one in found:
+            for name, kind in zip(one["names"].tolist(), one["kinds"].tolist(), strict=True):
+                kinds[name] = wider(kinds.get(name, 0), kind)
+        kinds.pop("split", None)
+        for name, kind in self.given_types.items():
+            if name not in kinds:
+                raise ValueError(
+                    f"--set types: no column {name!r}; {registry.nearest(name, kinds)}"
+                )
+            if kinds[name] > NAMES[kind]:
+                raise ValueError(
+                    f"--set types={name}={kind}: it holds values that are "
+                    f"{'no numbers' if kinds[name] == 4 else 'no whole numbers'}"
+                )
+            kinds[name] = NAMES[kind]
+        missing = {
+            name: few(
+                piece.name
+                for piece, one in zip(pieces, found, strict=True)
+                if int(one["rows"]) and name not in one["names"]
+            )
+            for name in kinds
+        }
+        told: dict[str, Any] = {"kinds": kinds}
+        columns = [
+            pa.field(name, KINDS[kind] if kind else pa.string()) for name, kind in kinds.items()
+        ]
+        return Settled(
+            columns,
+            [told] * len(pieces),
+            {
+                f"files without a column {name}, where it is null": where
+                for name, where in missing.items()
+                if where
+            },
+        )
+
+    def rows(self, reading: Reading) -> Iterator[dict[str, Any]]:
+        kinds = reading.told["kinds"]
+        for row in self._named(reading):
+            made = {
+                name: field_value(row[name], kind) if name in row else None
+                for name, kind in kinds.items()
+            }
+            if "split" in row:
+                made["split"] = SPLITS[row["split"].strip().lower()]
+            yield made
+
+
+def _pairs(option: str, text: str) -> dict[str, str]:
+    """NEW=OLD,... as a mapping. Raises ValueError for what is not so written."""
+    out = {}
+    for pair in text.split(",") if text else ():
+        new, equals, old = (part.strip() for part in pair.partition("="))
+        if not (new and equals and old) or new in out:
+            raise ValueError(
+                f"--set {option}={text}: "
+                f"{'two columns are called ' + new if new in out else f'{pair!r} is not NAME=VALUE'}; "
+                "write "
+                f"{'text=review,label=stars' if option == 'columns' else 'label=string,stars=float'}"
+            )
+        out[new] = old
+    return out

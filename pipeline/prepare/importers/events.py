@@ -1,0 +1,495 @@
+"""Any long table of events (whose, when, what, how much) to one row an entity."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing, suppress
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pcsv
+import pyarrow.parquet as pq
+from pydantic import Field
+
+from pipeline.config import registry
+from pipeline.config.registry import Options, register
+from pipeline.io import file_identity, storage
+from pipeline.prepare.clinical import plausible
+from pipeline.prepare.engine.grouped import Entities, Events, GroupedImporter, Sources
+from pipeline.prepare.engine.importing import few
+from pipeline.prepare.engine.inputs import Opener, find
+from pipeline.prepare.readers.archives import absolute
+from pipeline.prepare.readers.csv_blocks import (
+    NULLS,
+    SUFFIXES,
+    Column,
+    Cut,
+    Tally,
+    batches,
+    cuts,
+    header,
+    instants,
+    without_nulls,
+    zones,
+)
+
+HOURS = {"hours": 1.0, "minutes": 1 / 60, "seconds": 1 / 3600, "days": 24.0}
+TABLE = "events"
+MOST_HOURS = 100_000
+"""More than eleven years from an entity's start: rather absolute times that were written as
+numbers.
+"""
+
+
+class EventsOptions(Options):
+    entity: str = Field(
+        "entity",
+        description="the column that says whose event it is (a stay, a machine), in both tables",
+    )
+    time: str = Field("time", description="the column that says when")
+    variable: str = Field("variable", description="the column that says what was measured or done")
+    value: str = Field(
+        "value",
+        description="the column of numbers, or of texts such as <0.1; empty: every event has the "
+        "value 1",
+    )
+    unit: Literal["hours", "minutes", "seconds", "days", "timestamp"] = Field(
+        "hours", description="of the times; timestamp: see start"
+    )
+    start: str = Field(
+        "",
+        description="with unit=timestamp: the column of the entities' table that says when the "
+        "entity's time begins",
+    )
+    entities: str = Field(
+        "",
+        description="table with one row an entity (CSV or Parquet): facts and outcomes; empty: "
+        "entities are those that have events",
+    )
+    static: str = Field(
+        "",
+        description="columns of the entities' table that are known at the start, such as "
+        "Age,Gender: inputs",
+    )
+    outcomes: str = Field(
+        "", description="columns of it that labels are made of, never inputs; empty: all others"
+    )
+    group: str = Field(
+        "",
+        description="the column of it by which splits are cut, such as subject_id: rows have it "
+        "as patient",
+    )
+    split: Literal["train", "validation", "test"] = Field(
+        "train", description="the split of all rows"
+    )
+    clean: Literal["none", "clinical"] = Field(
+        "none",
+        description="clinical: canonical units and plausible ranges by variable name "
+        "(clinical/ranges.csv)",
+    )
+    newlines: bool = Field(
+        True,
+        description="false: no field holds a line end, so that a large CSV file is read by "
+        "several tasks at a time",
+    )
+
+
+@register("importer", "events", options=EventsOptions)
+class LongTable(GroupedImporter):
+    """Long tables with one row an event (CSV, also .gz or .zst, or Parquet): entity, time,
+    variable, value; and a table with one row an entity.
+
+    Columns: entity, patient (with --set group), times (hours since the start), variables, values,
+    events (how many), static (--set static), and the outcomes. Ids are texts, as they stand in a
+    CSV table (01 is another than 1), or whole numbers of Parquet. Texts such as <0.1 count as their
+    bound; what is no number is left out and counted by reason, and so are exact duplicates and
+    events of nobody in the entities' table. Memory stays flat however long the table is.
+    """
+
+    def sources(self, source: str, cut_bytes: int) -> Sources:
+        o = self.options
+        if (o.unit == "timestamp") != bool(o.start):
+            raise ValueError(
+                f"--set unit={o.unit} start={o.start}: times that are timestamps need "
+                "start=COLUMN of the entities' table, others have none"
+            )
+        for name in ("static", "outcomes", "group", "start"):
+            if getattr(o, name) and not o.entities:
+                raise ValueError(
+                    f"--set {name}={getattr(o, name)}: it is a column of the entities' table; "
+                    "give that: --set entities=FILE"
+                )
+        if o.entities and not storage.exists(o.entities):
+            raise ValueError(f"{o.entities}: no such file for --set entities")
+        found = find(source, SUFFIXES, o.split)
+        taken = [
+            entry
+            for entry, _ in found.files
+            if not o.entities or absolute(entry.uri) != absolute(o.entities)
+        ]
+        if not taken:
+            raise ValueError(
+                f"{source}: no table but that of the entities; name the table of events"
+            )
+        with closing(Opener()) as opener:
+            all_cuts = [
+                cut
+                for entry in taken
+                for cut in cuts(TABLE, entry, cut_bytes, opener, not o.newlines)
+            ]
+            self._kind = "id" if _is_whole(taken[0], o.entity, opener) else "text"
+        marks = [
+            found.mark,
+            *([file_identity.fingerprint(absolute(o.entities))] if o.entities else []),
+            *([plausible.mark()] if o.clean != "none" else []),
+        ]
+        self._taken = all_cuts
+        return Sources(
+            all_cuts, " ".join(marks), {"files left out": found.others} if found.others else {}
+        )
+
+    def entities(self, source: str) -> Entities:
+        o = self.options
+        if not o.entities:
+            ids = self._ids()
+            rows = pa.table({"entity": ids, "split": pa.array([o.split] * len(ids), pa.string())})
+            return Entities(
+                rows,
+                {"ids": _lookup(ids), "start": None, "start_zoned": set()},
+                info=self._info([], []),
+            )
+        name = o.entities.rpartition("/")[2]
+        table = _table(o.entities, (o.entity, o.group))
+        columns = table.column_names
+        static, outcomes = (
+            [part.strip() for part in text.split(",") if part.strip()]
+            for text in (o.static, o.outcomes)
+        )
+        for option, wanted in (
+            ("entity", [o.entity]),
+            ("static", static),
+            ("outcomes", outcomes),
+            ("group", [o.group]),
+            ("start", [o.start]),
+        ):
+            for one in filter(None, wanted):
+                if one not in columns:
+                    raise ValueError(
+                        f"{name}: no column {one!r} for --set {option}; "
+                        f"{registry.nearest(one, columns)}"
+                    )
+        outcomes = outcomes or [
+            one for one in columns if one not in {o.entity, o.group, o.start, *static}
+        ]
+        taken = {"entity", "patient", "times", "variables", "values", "events", "static", "split"}
+        if clash := taken.intersection(outcomes):
+            raise ValueError(
+                f"{name}: an outcome is called {min(clash)!r}, as a column that rows have "
+                "anyway; rename it or leave it out of --set outcomes"
+            )
+        for option, one in (("entity", o.entity), ("group", o.group)):
+            if one:
+                table = table.set_column(
+                    columns.index(one),
+                    one,
+                    _ids(table[one], f"{name}: column {one!r} for --set {option}"),
+                )
+        table, broken = self._good(table, name)
+        out = {
+            "entity": table[o.entity],
+            **({"patient": table[o.group]} if o.group else {}),
+            **({"static": _struct(table, static)} if static else {}),
+            **{one: table[one] for one in outcomes},
+        }
+        rows = pa.table(
+            {**out, "split": pa.array([o.split] * len(table), pa.string())}
+        ).combine_chunks()
+        start = instants(table[o.start])[0] if o.start else None
+        zoned = zones(table[o.start]) if o.start else set()
+        ids = rows["entity"].combine_chunks()
+        self._kind = "id" if pa.types.is_integer(ids.type) else "text"
+        keys = {"ids": _lookup(ids), "start": start, "start_zoned": zoned}
+        return Entities(
+            rows,
+            keys,
+            "patient" if o.group else "entity",
+            broken,
+            info=self._info(static, outcomes),
+        )
+
+    def _good(self, table: pa.Table, name: str) -> tuple[pa.Table, list[dict[str, str]]]:
+        """(the rows that can be used, by their ids; the others by their places, counted from 1)."""
+        o = self.options
+        ids = table[o.entity].combine_chunks()
+        first = np.zeros(len(table), dtype=bool)
+        first[
+            np.unique(np.asarray(ids.dictionary_encode().indices.fill_null(-1)), return_index=True)[
+                1
+            ]
+        ] = True
+        reasons = np.where(
+            ~np.asarray(ids.is_valid()),
+            "no entity id",
+            np.where(~first, "the same entity id again", ""),
+        )
+        for column, reason in ((o.group, "no group"), (o.start, "no start")):
+            if column:
+                there = (
+                    instants(table[column])[1]
+                    if column == o.start
+                    else np.asarray(table[column].combine_chunks().is_valid())
+                )
+                reasons = np.where((reasons == "") & ~there, reason, reasons)
+        broken = [
+            {"path": f"{name}:row {i + 1}", "split": o.split, "reason": str(reasons[i])}
+            for i in np.flatnonzero(reasons != "")
+        ]
+        table = table.filter(pa.array(reasons == ""))
+        return table.take(pc.sort_indices(table[o.entity])), broken  # pyright: ignore
+
+    def _info(self, static: list[str], outcomes: list[str]) -> dict[str, Any]:
+        return {
+            "time": "hours since the entity's start",
+            "static": static,
+            "outcomes": outcomes,
+            "clean": self.options.clean,
+        }
+
+    def _ids(self) -> pa.Array:
+        """All entities that have events, sorted: one pass over that column alone."""
+        seen: pa.Array | None = None
+        with closing(Opener()) as opener:
+            for cut in self._taken:
+                for batch in batches(
+                    cut, {self.options.entity: Column(self._kind)}, opener, Tally()
+                ):
+                    # pyright: ignore
+                    found = pc.drop_null(pc.unique(_trimmed(batch.column(0).combine_chunks())))
+                    seen = pc.unique(
+                        pa.concat_arrays([found, *([seen] if seen is not None else [])])
+                    )  # pyright: ignore[reportAttributeAccessIssue]
+        ids = (
+            seen
+            if seen is not None
+            else pa.array([], pa.int64() if self._kind == "id" else pa.string())
+        )
+        return ids.take(pc.sort_indices(ids))  # pyright: ignore[reportAttributeAccessIssue]
+
+    def events(
+        self, cut: Cut, opener: Opener, keys: Any, tally: Tally, dropped: Counter[str]
+    ) -> Iterator[Events]:
+        o = self.options
+        ids = keys["ids"]
+        columns = {
+            o.entity: Column("id" if pa.types.is_integer(ids.type) else "text"),
+            o.time: Column("time" if o.unit == "timestamp" else "number"),
+            o.variable: Column("text"),
+            **({o.value: Column("number")} if o.value else {}),
+        }
+        if len(columns) < 3 + bool(o.value):
+            raise ValueError(
+                f"--set entity={o.entity} time={o.time} variable={o.variable} value={o.value}: "
+                "two of them are the same column"
+            )
+        ranges = plausible.Ranges()
+        for batch in batches(cut, columns, opener, tally):
+            if o.unit == "timestamp" and len(tally.zoned | keys["start_zoned"]) == 2:
+                with_zone = (
+                    f"column {o.time!r} of the events"
+                    if True in tally.zoned
+                    else f"column {o.start!r} of the entities"
+                )
+                raise ValueError(
+                    f"{few(entry.name for entry in cut.entries)}: {with_zone} has times with a "
+                    "zone (Z, +02:00), and the other column has none: "
+                    "nobody can tell how far apart they are; write both with a zone, or both "
+                    "without"
+                )
+            rows = _found(ids, _trimmed(batch[o.entity].combine_chunks()))
+            hours, timed = self._hours(batch[o.time], rows, keys["start"], cut)
+            encoded = (
+                pc.utf8_trim_whitespace(batch[o.variable]).combine_chunks().dictionary_encode()
+            )  # pyright: ignore[reportAttributeAccessIssue]
+            names = [str(name) for name in encoded.dictionary.to_pylist()]
+            codes = encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)
+            if "" in names:
+                codes = np.where(codes == names.index(""), -1, codes)
+            numbers = plausible.numbers(batch[o.value]) if o.value else None
+            values = numbers.values if numbers else np.ones(len(batch))
+            good = np.ones(len(batch), dtype=bool)
+            checks = [("no such entity", rows < 0), ("no variable", codes < 0), ("no time", ~timed)]
+            checks += (
+                [(reason, numbers.reasons == i) for i, reason in enumerate(plausible.REASONS) if i]
+                if numbers
+                else []
+            )
+            for reason, bad in checks:
+                dropped[f"{TABLE}: {reason}"] += int(np.count_nonzero(good & bad))
+                good &= ~bad
+            if numbers:
+                dropped[plausible.CENSORED] += int(np.count_nonzero(good & numbers.censored))
+            rows, hours, codes, values = (column[good] for column in (rows, hours, codes, values))
+            if o.clean == "clinical":
+                values, good = plausible.canonical(values, codes, names, ranges, dropped, TABLE)
+                rows, hours, codes, values = (
+                    column[good] for column in (rows, hours, codes, values)
+                )
+            yield Events(rows, hours, codes, names, values)
+
+    def _hours(
+        self, column: Any, rows: np.ndarray, start: np.ndarray | None, cut: Cut
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """((n,) hours since the entity's start, (n,) which there are). Raises ValueError for
+        numbers that can be no such hours.
+        """
+        if start is not None:
+            seconds, timed = instants(column)
+            return (seconds - start[rows]) / 3600, timed
+        found = plausible.numbers(column)
+        hours, timed = found.values * HOURS[self.options.unit], found.reasons == 0
+        if far := np.count_nonzero(timed & (rows >= 0) & (np.abs(hours) > MOST_HOURS)):
+            raise ValueError(
+                f"{few(entry.name for entry in cut.entries)}: {far} of {len(hours)} rows are "
+                f"more than {MOST_HOURS} hours "
+                f"from the entity's start, with --set unit={self.options.unit}; name their "
+                "unit, or if they are absolute, write them as "
+                "timestamps (2101-10-20 19:08:00) and give unit=timestamp and start=COLUMN of "
+                "the entities' table"
+            )
+        return hours, timed
+
+
+def _is_whole(entry: Any, column: str, opener: Opener) -> bool:
+    """Whether a table of Parquet has whole numbers there. Raises ValueError for a column that it
+    lacks.
+    """
+    names = header(entry, opener)
+    if column not in names and column.lower() not in [name.lower() for name in names]:
+        raise ValueError(
+            f"{entry.name}: no column {column!r} for --set entity; "
+            f"{registry.nearest(column, names)}"
+        )
+    if not entry.name.lower().endswith(".parquet"):
+        return False
+    own = (
+        column
+        if column in names
+        else next(name for name in names if name.lower() == column.lower())
+    )
+    with opener(entry) as handle:
+        return pa.types.is_integer(pq.ParquetFile(handle).schema_arrow.field(own).type)
+
+
+def _table(uri: str, ids: tuple[str, ...]) -> pa.Table:
+    """A table with one row an entity: whole numbers as int64, texts as strings, and so the ``ids``
+    of CSV. Raises ValueError for what is none.
+    """
+    found = find(uri, SUFFIXES)
+    if len(found.files) != 1:
+        raise ValueError(
+            f"{uri}: {len(found.files)} tables ({few(entry.name for entry, _ in found.files)}) "
+            "for --set entities; name one file"
+        )
+    entry = found.files[0][0]
+    with closing(Opener()) as opener, opener(entry) as handle:
+        try:
+            if entry.name.lower().endswith(".parquet"):
+                table = pq.read_table(handle)
+            else:
+                options = pcsv.ConvertOptions(
+                    null_values=NULLS, column_types={name: pa.string() for name in ids if name}
+                )
+                table = pcsv.read_csv(pa.PythonFile(handle, mode="r"), convert_options=options)
+                table = pa.table(
+                    {name: without_nulls(table[name], True) for name in table.column_names}
+                )
+        except (pa.ArrowInvalid, OSError, EOFError):
+            raise ValueError(
+                f"{entry.name}: not a whole table with one row an entity; get it again"
+            ) from None
+    return pa.table({field.name: _plain(table[field.name], field.type) for field in table.schema})
+
+
+def _plain(column: Any, kind: pa.DataType) -> Any:
+    if pa.types.is_dictionary(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind):
+        return column.cast(pa.string())
+    if pa.types.is_integer(kind):
+        with suppress(pa.ArrowInvalid):  # more than an int64 holds
+            return column.cast(pa.int64())
+    return column
+
+
+def _ids(column: Any, what: str) -> Any:
+    """A column of ids as int64 or strings. Raises ValueError for another kind."""
+    kind = column.type
+    if pa.types.is_string(kind):
+        return _trimmed(column)
+    if pa.types.is_floating(kind):
+        column = pc.if_else(pc.is_nan(column), None, column)  # pyright: ignore
+    if pa.types.is_integer(kind) or pa.types.is_floating(kind):
+        with suppress(pa.ArrowInvalid):  # a fraction, or more than an int64 holds
+            return column.cast(pa.int64())
+    raise ValueError(
+        f"{what} has the type {kind}, where ids are whole numbers (to 2^63) or texts; convert "
+        "it to texts"
+    )
+
+
+def _trimmed(column: Any) -> Any:
+    """Ids without blanks around them, null where a text stands for nothing."""
+    if not pa.types.is_string(column.type):
+        return column
+    return without_nulls(pc.utf8_trim_whitespace(column), False)  # pyright: ignore
+
+
+def _struct(table: pa.Table, names: list[str]) -> pa.Array:
+    """The facts of each row: numbers as float64, texts, lists of texts. Raises ValueError for
+    another kind of column.
+    """
+    fields = []
+    for name in names:
+        column = table[name].combine_chunks()
+        kind = column.type
+        if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind):
+            column = (
+                column.cast(pa.int64()).cast(pa.float64())
+                if pa.types.is_boolean(kind)
+                else column.cast(pa.float64())
+            )
+        elif not (
+            pa.types.is_string(kind)
+            or (pa.types.is_list(kind) and pa.types.is_string(kind.value_type))
+        ):
+            raise ValueError(
+                f"--set static={name}: a column of the type {kind}; facts are numbers, texts "
+                "or lists of texts"
+            )
+        fields.append(column)
+    return pa.StructArray.from_arrays(fields, names=names)
+
+
+def _lookup(ids: Any) -> pa.Array:
+    return ids.combine_chunks() if isinstance(ids, pa.ChunkedArray) else ids
+
+
+def _found(ids: pa.Array, wanted: Any) -> np.ndarray:
+    """(n,) place of each wanted id among the sorted ``ids``, or -1."""
+    if not pa.types.is_integer(ids.type):
+        encoded = wanted.dictionary_encode()
+        places = (
+            pc.index_in(encoded.dictionary, value_set=ids)
+            .fill_null(-1)
+            .to_numpy(zero_copy_only=False)
+        )  # pyright: ignore[reportAttributeAccessIssue]
+        return np.append(places, -1)[
+            encoded.indices.fill_null(len(places)).to_numpy(zero_copy_only=False)
+        ]
+    known, there = ids.to_numpy(), np.asarray(wanted.is_valid())
+    values = wanted.fill_null(0).to_numpy(zero_copy_only=False)
+    if not len(known):
+        return np.full(len(values), -1)
+    at = np.minimum(np.searchsorted(known, values), len(known) - 1)
+    return np.where(there & (known[at] == values), at, -1)

@@ -1,0 +1,103 @@
+"""A folder, zip or tar with a folder a class."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Literal
+
+import pyarrow as pa
+from pydantic import Field
+
+from pipeline.config.registry import Options, register
+from pipeline.prepare.engine.importing import (
+    SPLITS,
+    Importer,
+    Index,
+    depth,
+    few,
+    no_empty_classes,
+    place,
+    table,
+)
+from pipeline.prepare.readers import archives
+
+
+class ImageFolderOptions(Options):
+    layout: Literal["auto", "split/class", "class"] = Field(
+        "auto",
+        description="auto: split/class when every top folder is called train, val, test or the "
+        "like, in any case, else class",
+    )
+
+
+@register("importer", "imagefolder", options=ImageFolderOptions)
+class ImageFolder(Importer):
+    """SPLIT/CLASS/FILE or CLASS/FILE in a folder, zip or tar; a tar or zip in the folder counts as
+    one, a top folder that holds all is passed over.
+
+    Columns: ``label`` (the class folder's name).
+    """
+
+    def index(self, source: str) -> Index:
+        found = archives.listing(source)
+        tops = {
+            name.split("/")[0] for name in [*(entry.name for entry in found.images), *found.empty]
+        }
+        if (
+            len(tops) == 1
+            and min((depth(e.name) for e in found.images), default=0) > 2
+            and not all(map(_is_split, tops))
+        ):
+            found = found.without_common_folder(
+                keep=[part for part in found.images[0].name.split("/") if _is_split(part)]
+            )
+            tops = {
+                name.split("/")[0]
+                for name in [*(entry.name for entry in found.images), *found.empty]
+            }
+        split = self.options.layout == "split/class" or (
+            self.options.layout == "auto" and all(map(_is_split, tops))
+        )
+        wanted = 3 if split else 2
+        wrong = [entry.name for entry in found.images if depth(entry.name) != wanted]
+        if wrong:
+            raise ValueError(
+                f"{source}: images that do not lie as "
+                f"{'SPLIT/CLASS/FILE' if split else 'CLASS/FILE'}: {few(wrong)}; "
+                "move them, or say --set layout=split/class or class"
+            )
+        no_empty_classes([*found.empty, *_without_images(found, wanted)], source)
+        rows = []
+        for entry in found.images:
+            *before, label, _ = entry.name.split("/")
+            rows.append(
+                place(
+                    entry,
+                    SPLITS.get(before[0].lower(), before[0]) if before else "train",
+                    label=label,
+                )
+            )
+        splits = Counter(row["split"] for row in rows)
+        return Index(
+            table(rows, {"label": pa.string()}, source),
+            found.mark,
+            info={"labels": sorted({row["label"] for row in rows})},
+            notes={
+                "layout": "split/class" if split else "class, all rows in train",
+                "rows": dict(splits),
+                "files left out": found.others(),
+            },
+        )
+
+
+def _is_split(folder: str) -> bool:
+    return folder.lower() in SPLITS
+
+
+def _without_images(found: archives.Listing, wanted: int) -> list[str]:
+    """Class folders that hold other files only."""
+    full = {entry.name.rpartition("/")[0] for entry in found.images}
+    return sorted(
+        {entry.name.rpartition("/")[0] for entry in found.entries if depth(entry.name) == wanted}
+        - full
+    )

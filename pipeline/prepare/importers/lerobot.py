@@ -1,0 +1,426 @@
+"""LeRobot data sets (v2.0, v2.1 and v3.0) to one row an episode."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+from itertools import groupby, pairwise
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import Field
+
+from pipeline.config import registry
+from pipeline.config.registry import Options, register
+from pipeline.prepare.engine.episodes import (
+    Episode,
+    EpisodeImporter,
+    Episodes,
+    Result,
+    UnusableError,
+    fields,
+    matrix,
+    row,
+    unfit,
+)
+from pipeline.prepare.engine.images import BYTES_A_PIXEL
+from pipeline.prepare.engine.importing import few
+from pipeline.prepare.engine.inputs import Opener, Piece, Reading
+from pipeline.prepare.engine.shard_tasks import Settings
+from pipeline.prepare.readers import lerobot_layout, parquet, video
+from pipeline.prepare.readers.lerobot_layout import Known, Layout
+from pipeline.prepare.readers.picture_check import BrokenImageError, examine
+
+INDICES = ("episode_index", "frame_index", "index", "timestamp", "task_index")
+NUMBERS = ("float", "double", "int", "uint", "bool", "half")
+"""How the dtypes of features begin that are numbers."""
+
+
+class LerobotOptions(Options):
+    observations: str = Field(
+        "",
+        description="features that make an observation, in order: observation.state; empty: all "
+        "observation.* that are numbers",
+    )
+    actions: str = Field("action", description="the feature that is the action; empty: none")
+    images: str = Field(
+        "",
+        description="camera whose frames are kept: observation.images.front; videos (extra video) "
+        "as JPEG, images as they are; empty: none",
+    )
+    embodiment: str = Field("", description="the robot's name; empty: robot_type of meta/info.json")
+    split: Literal["", "train", "validation", "test"] = Field(
+        "", description="the split of all episodes; empty: as meta/info.json has them"
+    )
+
+
+@register("importer", "lerobot", options=LerobotOptions)
+class Lerobot(EpisodeImporter):
+    """LeRobot data sets as LeRobot writes them, layouts v2.0, v2.1 (a file an episode) and v3.0
+    (many episodes a file): the folder with meta/ and data/.
+
+    Columns: episode, task (its text), embodiment, observations, actions, rewards (next.reward,
+    where there is one), images (--set images=CAMERA, with --resize and --quality; without them
+    images that are stored as such keep their bytes), terminated (next.done of the last row),
+    truncated, steps, split. A frame is the one nearest to its row's timestamp. Left out and counted
+    by reason: episodes whose rows and metadata disagree (number of rows, range of index, widths),
+    without their files or frames, or with values that are no finite numbers.
+    """
+
+    label = "task"
+    sees = True
+
+    def __init__(self, options: Any = None):
+        super().__init__(options)
+        self.layout = Layout("", {}, {}, {}, [], "")
+        self.observed: list[str] = []
+
+    # ------------------------------------------------------------ what there is
+
+    def index(self, source: str, settings: Settings) -> Episodes:
+        o = self.options
+        layout = lerobot_layout.read(source, o.images)
+        self.observed = self._check(layout, source)
+        if o.images and layout.features[o.images]["dtype"] == "video":
+            video.library()
+        if not o.images and (settings.resize or settings.quality):
+            raise ValueError(
+                "--resize and --quality say how images are written; name a camera: --set "
+                "images=observation.images.front"
+            )
+        split, outside = lerobot_layout.splits(layout, o.split)
+        known = sorted(layout.episodes, key=lambda one: (split[one.number], one.number))
+        if not known:
+            raise ValueError(
+                f"{source}: no episodes"
+                + (
+                    f"; of {len(layout.missing)} in the metadata none has its files"
+                    if layout.missing
+                    else ""
+                )
+            )
+        each = 4 * sum(
+            map(self._width, [*self.observed, *filter(None, [o.actions])])
+        ) + self._image_bytes(layout, settings)
+        cameras = [
+            name
+            for name, about in layout.features.items()
+            if about["dtype"] in ("video", "image") and name != o.images
+        ]
+        self.layout = Layout(
+            layout.version, layout.info, layout.features, layout.tasks, [], layout.mark
+        )  # travels to every task: without the episodes
+        notes = {
+            "layout": layout.version,
+            **({"cameras left out (--set images= takes one)": few(cameras)} if cameras else {}),
+            **({"episodes in no range of splits, taken as train": outside} if outside else {}),
+        }
+        info = {
+            "observations": self.observed,
+            "actions": o.actions,
+            "images": o.images,
+            "fps": layout.fps,
+            "layout": layout.version,
+            "names": {
+                name: layout.features[name].get("names")
+                for name in (*self.observed, o.actions)
+                if name
+            },
+        }
+        broken = [
+            {"path": f"episode {number}", "split": split[number], "reason": why}
+            for number, why in layout.missing
+        ]
+        columns = fields(
+            False if o.actions else None, "next.reward" in layout.features, bool(o.images)
+        )
+        return Episodes(
+            [(one, split[one.number]) for one in known],
+            [split[one.number] for one in known],
+            np.array([one.length * each for one in known], dtype=np.float64),
+            columns,
+            layout.mark,
+            notes,
+            info,
+            broken,
+        )
+
+    def _check(self, layout: Layout, source: str) -> list[str]:
+        """The features of an observation. Raises ValueError for a feature that is named and not
+        there, or is no row of numbers.
+        """
+        o, there = self.options, layout.features
+        self.layout = layout
+        numbers = [
+            name
+            for name, about in there.items()
+            if str(about["dtype"]).startswith(NUMBERS) and len(about["shape"]) == 1
+        ]
+        named = [name.strip() for name in o.observations.split(",") if name.strip()]
+        for option, names in (
+            ("observations", named),
+            ("actions", [o.actions] if o.actions else []),
+        ):
+            for name in names:
+                if name not in numbers:
+                    what = (
+                        f"is {there[name]['dtype']} of shape {there[name]['shape']}"
+                        if name in there
+                        else "is not there"
+                    )
+                    raise ValueError(
+                        f"{source}: feature {name!r} for --set {option} {what}, where rows of "
+                        "numbers are needed; "
+                        f"{registry.nearest(name, numbers)}"
+                    )
+        cameras = [name for name, about in there.items() if about["dtype"] in ("video", "image")]
+        if o.images and o.images not in cameras:
+            raise ValueError(
+                f"{source}: no camera {o.images!r} for --set images; "
+                f"{registry.nearest(o.images, cameras) if cameras else 'it has none'}"
+            )
+        found = named or [name for name in numbers if name.startswith("observation.")]
+        if not found:
+            raise ValueError(
+                f"{source}: no observation.* that is a row of numbers; name the features: "
+                f"--set observations=; there are {few(numbers)}"
+            )
+        return found
+
+    def _width(self, name: str) -> int:
+        return int(self.layout.features[name]["shape"][0])
+
+    def _image_bytes(self, layout: Layout, settings: Settings) -> float:
+        if not self.options.images:
+            return 0.0
+        shape = [int(side) for side in layout.features[self.options.images]["shape"]]
+        height, width = sorted(shape)[-2:]
+        scale = min(1.0, settings.resize / min(height, width)) if settings.resize else 1.0
+        return BYTES_A_PIXEL * height * width * scale**2
+
+    # ------------------------------------------------------------ the episodes of a part
+
+    def episodes(self, items: list[tuple[Known, str]], settings: Settings) -> Iterator[Result]:
+        with closing(Opener()) as opener:
+            for _, group in groupby(items, key=lambda item: item[0].data.uri):
+                wanted = {known.number: (known, split) for known, split in group}
+                left = dict(wanted)
+                for number, rows in self._of_file(next(iter(wanted.values()))[0], wanted, opener):
+                    if number not in left:
+                        raise ValueError(
+                            f"{wanted[number][0].data.name}: the rows of episode {number} do "
+                            "not stand together; get the file again"
+                        )
+                    yield self._result(*left.pop(number), rows, settings)
+                for known, split in left.values():
+                    yield self._left_out(
+                        known,
+                        split,
+                        f"no row of it in {known.data.name}, but its length in the metadata is "
+                        f"{known.length}",
+                    )
+
+    def _of_file(
+        self, first: Known, wanted: dict[int, Any], opener: Opener
+    ) -> Iterator[tuple[int, pa.Table]]:
+        """(number, rows) of the wanted episodes of a file, in its order; no more than one of them
+        in memory.
+        """
+        entry = first.data
+        piece = Piece(entry.name, "", entry, 0, max(1, len(parquet.groups(entry))), entry.size)
+        with parquet.opened(Reading(piece, opener)) as file:
+            there = file.schema_arrow.names
+            start, stop = _groups(file.metadata, there, wanted)
+        more = [name for name in ("next.reward", "next.done") if name in self.layout.features]
+        needed = [
+            *self.observed,
+            *filter(None, [self.options.actions]),
+            *more,
+            *self._stored_images(),
+        ]
+        if lacking := [name for name in ("episode_index", *needed) if name not in there]:
+            raise ValueError(
+                f"{entry.name}: no column {lacking[0]!r}, which meta/info.json names; there "
+                f"are {few(there)}"
+            )
+        if first.video is not None and "timestamp" not in there:
+            raise ValueError(
+                f"{entry.name}: no column 'timestamp', by which the frames of "
+                f"{self.options.images} are found; get the file again, or leave "
+                f"--set images= out; there are {few(there)}"
+            )
+        held: list[pa.Table] = []
+        current = -1
+        reading = Reading(piece._replace(start=start, stop=stop), opener)
+        for _, batch in parquet.batches(
+            reading, list(dict.fromkeys([*(name for name in INDICES if name in there), *needed]))
+        ):
+            numbers = batch["episode_index"].to_numpy()
+            cuts = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(numbers)]
+            for a, b in pairwise(cuts):
+                if b > a and int(numbers[a]) != current:
+                    if held:
+                        yield current, pa.concat_tables(held).combine_chunks()
+                    held, current = [], int(numbers[a])
+                if current in wanted and b > a:
+                    held.append(batch.slice(a, b - a))
+        if held:
+            yield current, pa.concat_tables(held).combine_chunks()
+
+    def _stored_images(self) -> list[str]:
+        """The camera's column, where frames lie in the Parquet files."""
+        name = self.options.images
+        return [name] if name and self.layout.features[name]["dtype"] == "image" else []
+
+    def _left_out(self, known: Known, split: str, reason: str) -> Result:
+        return Result(
+            split, broken={"path": f"episode {known.number}", "split": split, "reason": reason}
+        )
+
+    def _result(self, known: Known, split: str, rows: pa.Table, settings: Settings) -> Result:
+        try:
+            _check_rows(known, rows)
+            if not len(rows):
+                raise UnusableError("it has no rows")
+            found = self._episode(known, rows, settings)
+        except (UnusableError, BrokenImageError) as error:
+            return self._left_out(known, split, str(error))
+        # pyright: ignore
+        several = "task_index" in rows.column_names and len(pc.unique(rows["task_index"])) > 1
+        amounts = {
+            "steps": len(rows),
+            **({"episodes of several tasks, named by their first": 1} if several else {}),
+        }
+        return Result(split, row(found, split), amounts=amounts)
+
+    def _episode(self, known: Known, rows: pa.Table, settings: Settings) -> Episode:
+        o = self.options
+        parts = [matrix(rows[name], name, self._width(name)) for name in self.observed]
+        actions = matrix(rows[o.actions], o.actions, self._width(o.actions)) if o.actions else None
+        rewards = (
+            matrix(rows["next.reward"], "next.reward", 1)[:, 0]
+            if "next.reward" in self.layout.features
+            else None
+        )
+        for name, values in [
+            *zip(self.observed, parts, strict=True),
+            (o.actions, actions),
+            ("next.reward", rewards),
+        ]:
+            if values is not None and (why := unfit(values, name)):
+                raise UnusableError(why)
+        done = "next.done" in self.layout.features and bool(
+            matrix(rows["next.done"], "next.done", 1)[-1, 0]
+        )
+        robot = o.embodiment or str(self.layout.info.get("robot_type") or "")
+        return Episode(
+            f"episode_{known.number:06d}",
+            np.concatenate(parts, axis=1).astype(np.float32),
+            actions,
+            done,
+            not done,
+            rewards,
+            self._images(known, rows, settings),
+            self._task(known, rows),
+            "" if robot == "unknown" else robot,
+        )
+
+    def _task(self, known: Known, rows: pa.Table) -> str:
+        if "task_index" in rows.column_names and self.layout.tasks:
+            number = rows["task_index"][0].as_py()
+            if number not in self.layout.tasks:
+                raise UnusableError(
+                    f"task_index {number} is none of the {len(self.layout.tasks)} tasks of "
+                    "meta/tasks"
+                )
+            return self.layout.tasks[number]
+        return known.tasks[0] if known.tasks else ""
+
+    def _images(self, known: Known, rows: pa.Table, settings: Settings) -> list[bytes] | None:
+        if not self.options.images:
+            return None
+        if known.video is not None:
+            uri, start = known.video
+            return video.frames(
+                uri,
+                start + rows["timestamp"].to_numpy().astype(np.float64),
+                0.5 / self.layout.fps,
+                settings.resize,
+                settings.quality,
+            )
+        found = rows[self.options.images].to_pylist()
+        return [
+            examine(
+                (one.get("bytes") if isinstance(one, dict) else one) or b"",
+                settings.resize,
+                settings.quality,
+            ).data
+            for one in found
+        ]
+
+
+def _groups(about: Any, names: list[str], wanted: dict[int, Any]) -> tuple[int, int]:
+    """The first row group that may hold a wanted episode, and the one after the last, by the
+    statistics that the file has.
+    """
+    low, high = min(wanted), max(wanted)
+    column = (
+        next(
+            (i for i in range(about.num_columns) if about.schema.column(i).path == "episode_index"),
+            None,
+        )
+        if "episode_index" in names
+        else None
+    )
+    held = []
+    for i in range(about.num_row_groups):
+        found = about.row_group(i).column(column).statistics if column is not None else None
+        if found is None or not found.has_min_max or (found.min <= high and found.max >= low):
+            held.append(i)
+    return (held[0], held[-1] + 1) if held else (0, 0)
+
+
+def _check_rows(known: Known, rows: pa.Table) -> None:
+    """Raises UnusableError where an episode's rows are not those that its metadata names; both
+    numbers are told.
+    """
+    where = known.data.name
+    if known.rows is not None and known.rows[1] - known.rows[0] != known.length:
+        raise UnusableError(
+            f"dataset_from_index {known.rows[0]} to dataset_to_index {known.rows[1]} are "
+            f"{known.rows[1] - known.rows[0]} rows, "
+            f"but its length in the metadata is {known.length}"
+        )
+    if len(rows) != known.length:
+        raise UnusableError(
+            f"{len(rows)} rows in {where}, but its length in the metadata is {known.length}"
+        )
+    there = {
+        name: rows[name].to_numpy()
+        for name in ("index", "frame_index", "timestamp")
+        if name in rows.column_names
+    }
+    index = there.get("index")
+    if (
+        known.rows is not None
+        and index is not None
+        and (index[0] != known.rows[0] or index[-1] != known.rows[1] - 1)
+    ):
+        raise UnusableError(
+            f"index goes from {index[0]} to {index[-1]} in {where}, but the metadata has rows "
+            f"{known.rows[0]} to {known.rows[1] - 1}"
+        )
+    frame = there.get("frame_index")
+    if frame is not None and (frame != np.arange(len(rows))).any():
+        at = int(np.argmax(frame != np.arange(len(rows))))
+        raise UnusableError(
+            f"frame_index is {frame[at]} in step {at} of {where}, which should count from 0"
+        )
+    times = there.get("timestamp")
+    if times is not None and (np.isnan(times).any() or (np.diff(times) <= 0).any()):
+        raise UnusableError(
+            f"timestamp does not ascend in {where}, at step "
+            f"{int(np.argmax(~(np.diff(times) > 0))) + 1}"
+        )

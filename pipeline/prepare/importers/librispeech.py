@@ -1,0 +1,190 @@
+"""LibriSpeech (Panayotov et al. 2015, openslr.org/12): utterances of read books by subset, speaker
+and chapter, with a file of transcripts a chapter.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from typing import Any
+
+import pyarrow as pa
+from pydantic import Field
+
+from pipeline.config.registry import Options, nearest, register
+from pipeline.prepare.engine.audio import (
+    AudioImporter,
+    Line,
+    joined,
+    lines_of,
+    once,
+    others,
+    recording,
+    recordings,
+    sounds,
+)
+from pipeline.prepare.engine.importing import SPLITS, Index, few
+from pipeline.prepare.readers import archives
+
+TRANSCRIPTS = ".trans.txt"
+COLUMNS = {
+    name: pa.string()
+    for name in ("utterance", "transcript", "speaker", "chapter", "subset", "gender")
+}
+
+
+class LibriSpeechOptions(Options):
+    subsets: str = Field(
+        "",
+        description="those to read, such as train-clean-100,dev-clean; empty: all that are there",
+    )
+    rate: int = Field(
+        0,
+        ge=0,
+        description="samples a second to write, as FLAC; 0: recordings keep the publisher's bytes",
+    )
+    longest: float = Field(
+        40.0,
+        ge=1,
+        description="seconds; a longer recording is broken, for it cannot be cut apart from its "
+        "transcript (the longest has 35)",
+    )
+
+
+@register("importer", "librispeech", options=LibriSpeechOptions)
+class LibriSpeech(AudioImporter):
+    """LibriSpeech/SUBSET/SPEAKER/CHAPTER/SPEAKER-CHAPTER-NUMBER.flac with SPEAKER-CHAPTER.trans.txt
+    beside it, as folders, or the publisher's train-clean-100.tar.gz and others as they are (gunzip
+    large ones first: a tar.gz is unpacked anew for each part). Subsets called train-, dev- and
+    test- are the splits.
+
+    Columns: ``audio``, ``utterance``, ``transcript``, ``speaker`` (the group of a job),
+    ``chapter``, ``subset``, ``gender`` (from SPEAKERS.TXT, else none), ``seconds``, ``rate``,
+    ``channels``, ``sha256``. A transcript without its recording, a recording without one, and one
+    with two are broken rows.
+    """
+
+    label = "subset"
+
+    def index(self, source: str) -> Index:
+        found = archives.listing(source)
+        base = (
+            re.sub(r"(\.tar)?\.\w+$", "", posixpath.basename(source.rstrip("/")))
+            if source.lower().endswith(archives.ARCHIVES)
+            else posixpath.basename(archives.absolute(source))
+        )
+        wanted = [name.strip() for name in self.options.subsets.split(",") if name.strip()]
+        by_subset = {
+            entry.name: _place(entry.name, base)
+            for entry in [
+                *sounds(found),
+                *(e for e in found.entries if e.name.endswith(TRANSCRIPTS)),
+            ]
+        }
+        strange = [name for name, parts in by_subset.items() if parts is None]
+        if strange:
+            raise ValueError(
+                f"{source}: files that do not lie as SUBSET/SPEAKER/CHAPTER/FILE, SUBSET "
+                f"called train-, dev- or test-: {few(strange)}; "
+                "move them, or use importer manifest for other layouts"
+            )
+        there = {parts[0] for parts in by_subset.values() if parts}
+        for name in wanted:
+            if name not in there:
+                raise ValueError(
+                    f"--set subsets={self.options.subsets}: no {name} in {source}; "
+                    f"{nearest(name, there)}"
+                )
+        taken = {
+            name: parts
+            for name, parts in by_subset.items()
+            if parts and (not wanted or parts[0] in wanted)
+        }
+        texts = [
+            entry
+            for entry in found.entries
+            if entry.name in taken and entry.name.endswith(TRANSCRIPTS)
+        ]
+        if not texts:
+            raise ValueError(
+                f"{source}: no SPEAKER-CHAPTER{TRANSCRIPTS} there; recordings without "
+                "transcripts are read by importer manifest"
+            )
+        genders = _genders(
+            [entry for entry in found.entries if posixpath.basename(entry.name) == "SPEAKERS.TXT"]
+        )
+        rows, doubled = once(
+            [
+                _row(entry, taken[entry.name], genders)
+                for entry in sounds(found)
+                if entry.name in taken
+            ],
+            lambda row: (row["subset"], row["utterance"]),
+        )
+        said: dict[Any, list[Line]] = {}
+        for line in lines_of(texts):
+            name, _, text = line.text.strip().partition(" ")
+            said.setdefault((taken[line.file][0], name), []).append(
+                line._replace(text=text.strip())
+            )
+        good, wrong = joined(
+            {(row["subset"], row["utterance"]): row for row in rows},
+            said,
+            lambda key: _split(key[0]),
+            f"SPEAKER-CHAPTER{TRANSCRIPTS}",
+        )
+        bad = [*doubled, *wrong]
+        empty = [name for name in found.empty if not wanted or set(wanted) & set(name.split("/"))]
+        return Index(
+            recordings(good, COLUMNS, source, bad),
+            found.mark,
+            broken=bad,
+            notes={
+                "speakers of a known gender": len(genders),
+                "files left out": others(found, TRANSCRIPTS, "SPEAKERS.TXT"),
+                **({"empty folders": few(empty)} if empty else {}),
+            },
+        )
+
+
+def _place(name: str, base: str) -> tuple[str, str, str] | None:
+    """(subset, speaker, chapter) of a file; ``base``: the subset where the source is one itself.
+    None where it lies otherwise.
+    """
+    parts = [base, *name.split("/")][-4:]
+    if len(parts) < 4 or not _split(parts[0]):
+        return None
+    return parts[0], parts[1], parts[2]
+
+
+def _split(subset: str) -> str:
+    return SPLITS.get(subset.partition("-")[0], "")
+
+
+def _row(
+    entry: archives.Entry, parts: tuple[str, str, str], genders: dict[str, str]
+) -> dict[str, Any]:
+    """Paths are those below LibriSpeech/, from folders and archives alike."""
+    subset, speaker, chapter = parts
+    file = posixpath.basename(entry.name)
+    return recording(
+        entry._replace(name="/".join((*parts, file))),
+        _split(subset),
+        utterance=posixpath.splitext(file)[0],
+        speaker=speaker,
+        chapter=chapter,
+        subset=subset,
+        gender=genders.get(speaker),
+    )
+
+
+def _genders(entries: list[archives.Entry]) -> dict[str, str]:
+    """Speaker to M or F, of lines such as ``14 | F | train-clean-360 | 25.03 | Kristin LeMoine``;
+    those that begin with a semicolon say what they are.
+    """
+    out: dict[str, str] = {}
+    for line in lines_of(entries):
+        cells = [cell.strip() for cell in line.text.split("|")]
+        if not line.text.startswith(";") and len(cells) >= 3:
+            out[cells[0]] = cells[1]
+    return out

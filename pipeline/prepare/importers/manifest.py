@@ -1,0 +1,343 @@
+"""Manifests of recordings as NeMo writes them (docs.nvidia.com/nemo: "Preparing Custom ASR Data"):
+JSON lines, one a recording or a piece of one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import posixpath
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import pyarrow as pa
+from pydantic import Field
+
+from pipeline.config.registry import Options, register
+from pipeline.data.loader import threaded_map
+from pipeline.io import file_identity, storage
+from pipeline.prepare.engine.audio import (
+    AudioImporter,
+    Line,
+    broken,
+    lines_of,
+    once,
+    others,
+    recording,
+    recordings,
+    sounds,
+)
+from pipeline.prepare.engine.importing import Index, few
+from pipeline.prepare.engine.inputs import split_of, unfit
+from pipeline.prepare.engine.table_importer import KINDS, as_kind, kind_of, wider
+from pipeline.prepare.readers import archives
+
+SUFFIXES = (".json", ".jsonl", ".ndjson")
+OWN = ("audio_filepath", "duration", "offset", "text", "speaker")
+"""Fields that have a meaning here; all others become columns."""
+TAKEN = (
+    "audio",
+    "path",
+    "split",
+    "transcript",
+    "recording_start",
+    "seconds",
+    "rate",
+    "channels",
+    "sha256",
+)
+"""Columns of ours: a field called so becomes manifest_NAME."""
+MOST_FIELDS = 200
+
+
+class ManifestOptions(Options):
+    manifests: str = Field(
+        "",
+        description="files to read, below SOURCE, such as train_manifest.json,dev_manifest.json; "
+        "empty: those with manifest in their "
+        "name, else every .json and .jsonl",
+    )
+    split: str = Field(
+        "",
+        description="the split of all; empty: from the manifest's name or folder "
+        "(train_manifest.json, dev.jsonl), else train",
+    )
+    root: str = Field(
+        "",
+        description="folder that audio_filepath is relative to, below SOURCE or absolute; empty: "
+        "the manifest's own",
+    )
+    rate: int = Field(
+        0,
+        ge=0,
+        description="samples a second to write, as FLAC; 0: each recording's own, whole files as "
+        "they are",
+    )
+    longest: float = Field(
+        30.0,
+        ge=1,
+        description="seconds; a longer recording is cut into rows, but broken where it has a "
+        "transcript",
+    )
+    cut: Literal["silence", "windows"] = Field(
+        "silence",
+        description="where: silence: at the quietest place of the second half; windows: into "
+        "equal pieces",
+    )
+    mono: bool = Field(
+        False,
+        description="recordings of several channels are written anew as the mean of them, as FLAC",
+    )
+
+
+@register("importer", "manifest", options=ManifestOptions)
+class Manifest(AudioImporter):
+    """JSON lines with audio_filepath (relative to the manifest, or absolute, or s3://), and offset,
+    duration, text, speaker and whatever else: a file, or a folder or archive with several. A line
+    with offset or with a duration shorter than the file is a piece of it, written as FLAC of 16
+    bits.
+
+    Columns: ``audio``, ``transcript`` (text, where any line has it), ``speaker`` (the group of a
+    job, likewise), every further field under its own name, ``recording_start``, ``seconds``,
+    ``rate``, ``channels``, ``sha256``. Lines that are no object, name no recording, one that is not
+    there or lies outside of SOURCE, or a piece a second time, are broken rows; recordings that no
+    line names are counted.
+    """
+
+    label = "label"
+
+    def index(self, source: str) -> Index:
+        found, manifests = self._manifests(source)
+        bad: list[dict[str, str]] = []
+        lines = [
+            (line, split, fields)
+            for entry, split in manifests
+            for line, fields in self._objects(entry, split, bad)
+        ]
+        where, mark = self._located(
+            source, found, [(line, fields["audio_filepath"]) for line, _, fields in lines]
+        )
+        kinds: dict[str, int] = {}
+        rows = []
+        for (line, split, fields), (entry, reason) in zip(lines, where, strict=True):
+            if entry is None:
+                bad.append(broken(line.place, split, reason))
+                continue
+            extra = {_column(name): value for name, value in fields.items() if name not in OWN}
+            for name, value in extra.items():
+                kinds[name] = wider(kinds.get(name, 0), kind_of(value))
+            rows.append(
+                extra
+                | recording(
+                    entry,
+                    split,
+                    start=_number(fields.get("offset")),
+                    seconds=_number(fields.get("duration")),
+                    transcript=fields.get("text"),
+                    speaker=None if fields.get("speaker") is None else str(fields["speaker"]),
+                )
+            )
+        if len(kinds) > MOST_FIELDS:
+            raise ValueError(
+                f"{source}: {len(kinds)} different fields, more than {MOST_FIELDS}: "
+                f"{few(kinds)}; are the fields' names data?"
+            )
+        good, doubled = once(
+            rows,
+            lambda row: (
+                row["_uri"],
+                row["_member"],
+                row["_offset"],
+                row["_start"] or 0.0,
+                row["_seconds"],
+            ),
+        )
+        own = {
+            name: pa.string()
+            for name in ("transcript", "speaker")
+            if any(row[name] is not None for row in good)
+        }
+        columns = {
+            **own,
+            **{name: KINDS[kind] if kind else pa.string() for name, kind in sorted(kinds.items())},
+        }
+        for row in good:
+            row |= {name: as_kind(row.get(name), kind) for name, kind in kinds.items()}
+            for name in {"transcript", "speaker"} - own.keys():
+                del row[name]
+        bad += doubled
+        named = {(row["_uri"], row["path"]) for row in rows}
+        return Index(
+            recordings(good, columns, source, bad),
+            mark,
+            broken=bad,
+            notes={
+                "manifests": len(manifests),
+                "recordings that no line names": len(
+                    {(entry.uri, entry.name) for entry in sounds(found)} - named
+                ),
+                "files left out": others(found, *SUFFIXES),
+            },
+        )
+
+    def _manifests(self, source: str) -> tuple[archives.Listing, list[tuple[archives.Entry, str]]]:
+        """(all files, the manifests with their split). Raises ValueError where there is none, or
+        not one that was named.
+        """
+        if (
+            storage.exists(source)
+            and not storage.is_dir(source)
+            and not source.lower().endswith(archives.ARCHIVES)
+        ):
+            entry = archives.Entry(
+                posixpath.basename(source), archives.absolute(source), "", -1, storage.size(source)
+            )
+            found = archives.Listing([entry], [], file_identity.fingerprint(source))
+        else:
+            found = archives.listing(source)
+        there = {entry.name: entry for entry in found.entries if entry.suffix in SUFFIXES}
+        wanted = [name.strip() for name in self.options.manifests.split(",") if name.strip()]
+        for name in wanted:
+            if name not in there:
+                raise ValueError(
+                    f"--set manifests={self.options.manifests}: no {name} in {source}; there "
+                    f"are {few(there) or 'no .json or .jsonl files'}"
+                )
+        named = [name for name in there if "manifest" in posixpath.basename(name).lower()]
+        chosen = wanted or named or list(there)
+        if not chosen:
+            raise ValueError(f"{source}: no manifest ({', '.join(SUFFIXES)}) there")
+        return found, [(there[name], self.options.split or split_of(name)) for name in chosen]
+
+    def _objects(
+        self, entry: archives.Entry, split: str, bad: list[dict[str, str]]
+    ) -> Iterator[tuple[Line, dict[str, Any]]]:
+        """Lines of a manifest that can be used, with their fields."""
+        for line in lines_of([entry]):
+            fields: Any = None
+            reason = line.reason
+            if not reason:
+                try:
+                    fields = json.loads(line.text)
+                    reason = _wrong(fields)
+                except (ValueError, RecursionError) as error:
+                    reason = f"not JSON: {error}"
+            if reason:
+                bad.append(broken(line.place, split, reason))
+            else:
+                yield line, fields
+
+    def _located(
+        self, source: str, found: archives.Listing, named: list[tuple[Line, str]]
+    ) -> tuple[list[tuple[archives.Entry | None, str]], str]:
+        """((the recording, "") or (None, why there is none) for each line, a mark that changes when
+        any of the files does).
+        """
+        names = {entry.name: entry for entry in found.entries}
+        uris = {
+            entry.uri: entry for entry in found.entries if entry.offset < 0 and not entry.member
+        }
+        alone = (
+            None
+            if storage.is_dir(source) or source.lower().endswith(archives.ARCHIVES)
+            else posixpath.dirname(archives.absolute(source))
+        )
+        out = [self._place(source, line, path, names, uris, alone) for line, path in named]
+        outside = list(dict.fromkeys(place for place in out if isinstance(place, str)))
+        looked = _look(outside)
+        digest = hashlib.sha256(
+            f"{found.mark} {sorted((uri, mark) for uri, (_, mark) in looked.items())}".encode()
+        )
+        return [_found(place, looked) for place in out], digest.hexdigest()
+
+    def _place(
+        self,
+        source: str,
+        line: Line,
+        path: str,
+        names: dict[str, archives.Entry],
+        uris: dict[str, archives.Entry],
+        alone: str | None,
+    ) -> Any:
+        """The entry of a recording, or the place where it should lie, or (None, why it cannot be
+        used). ``alone``: the folder of a manifest without listing.
+        """
+        base = self.options.root or posixpath.dirname(line.file)
+        if _is_absolute(path):
+            return uris.get(path, path)
+        inner = posixpath.normpath(path if _is_absolute(base) else posixpath.join(base, path))
+        if inner.split("/")[0] == "..":
+            return (
+                None,
+                f"{path} leads outside of {base if _is_absolute(base) else source}; give a "
+                "SOURCE that holds both, or --set root=",
+            )
+        if _is_absolute(base):
+            place = storage.join(base, inner)
+            return uris.get(place, place)
+        return names.get(inner) or (
+            storage.join(alone, inner) if alone else (None, f"no recording {inner} in {source}")
+        )
+
+
+def _found(place: Any, looked: dict[str, tuple[int, str]]) -> tuple[archives.Entry | None, str]:
+    if isinstance(place, str):
+        size, _ = looked[place]
+        return (
+            (archives.Entry(place, place, "", -1, size), "")
+            if size >= 0
+            else (None, f"no recording {place}")
+        )
+    return (place, "") if isinstance(place, archives.Entry) else place
+
+
+def _is_absolute(path: str) -> bool:
+    return path.startswith("/") or "://" in path
+
+
+def _look(uris: list[str]) -> dict[str, tuple[int, str]]:
+    """(bytes, what identifies the content) of each file; -1 bytes for one that is not there."""
+    is_folder = dict(zip(uris, threaded_map(storage.is_dir, uris), strict=True))
+    identified = file_identity.identify([uri for uri in uris if not is_folder[uri]], absent_ok=True)
+    there = {file.uri: file.content for file in identified if file.content != file_identity.ABSENT}
+    sizes = dict(zip(there, threaded_map(storage.size, there), strict=True))
+    return {uri: (sizes[uri], there[uri]) if uri in there else (-1, "") for uri in uris}
+
+
+def _wrong(fields: Any) -> str:
+    """Why a line's fields cannot be used, or ""."""
+    if (
+        not isinstance(fields, dict)
+        or not isinstance(fields.get("audio_filepath"), str)
+        or not fields["audio_filepath"]
+    ):
+        return "no text in field 'audio_filepath'" if isinstance(fields, dict) else "no JSON object"
+    for name, least in (("offset", 0.0), ("duration", 1e-6)):
+        value = fields.get(name)
+        if value is not None and (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not math.isfinite(value)
+            or value < least
+        ):
+            return f"{name} {value!r} is no number of seconds" + (" above 0" if least else "")
+    if not isinstance(fields.get("text", ""), str | None):
+        return f"text {fields['text']!r:.80} is no text"
+    return next(
+        (
+            reason
+            for name, value in fields.items()
+            if isinstance(value, str) and (reason := unfit(value, name))
+        ),
+        "",
+    )
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)
+
+
+def _column(name: str) -> str:
+    """A field's column: its own name, where that is free."""
+    return f"manifest_{name.lstrip('_')}" if name in TAKEN or name.startswith("_") else name

@@ -1,0 +1,560 @@
+"""MIMIC-III's own tables: one row an intensive care stay, with all that was measured and given in
+its hospital admission up to then.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import Field
+
+from pipeline.config.registry import Options, register
+from pipeline.prepare.clinical import mimic3_stays, plausible
+from pipeline.prepare.engine.grouped import Entities, Events, GroupedImporter, Sources
+from pipeline.prepare.engine.inputs import Opener
+from pipeline.prepare.readers.archives import listing
+from pipeline.prepare.readers.csv_blocks import Column, Cut, Tally, batches, cuts, instants, whole
+
+MEASURED = ("chartevents", "labevents", "outputevents")
+GIVEN = ("inputevents", "inputevents_cv", "inputevents_mv")
+CONVERSIONS = ("", "first", "second", "refill", "present", *plausible.CONVERSIONS)
+PAIRS = (CONVERSIONS.index("first"), CONVERSIONS.index("second"))
+AMOUNTS = {
+    "ml": ("volume", 1.0),
+    "cc": ("volume", 1.0),
+    "l": ("volume", 1000.0),
+    "liter": ("volume", 1000.0),
+    "liters": ("volume", 1000.0),
+    "mg": ("mass", 1.0),
+    "mcg": ("mass", 0.001),
+    "ug": ("mass", 0.001),
+    "g": ("mass", 1000.0),
+    "gm": ("mass", 1000.0),
+    "gms": ("mass", 1000.0),
+    "gram": ("mass", 1000.0),
+    "grams": ("mass", 1000.0),
+    "units": ("units", 1.0),
+    "unit": ("units", 1.0),
+    "u": ("units", 1.0),
+    "iu": ("units", 1.0),
+    "meq": ("equivalents", 1.0),
+    "mmol": ("substance", 1.0),
+    "dose": ("doses", 1.0),
+    "doses": ("doses", 1.0),
+    "cal": ("energy", 1.0),
+    "kcal": ("energy", 1.0),
+}
+"""Units of an amount (as `plausible.plain_unit` writes them): what kind of quantity it is, and the
+factor to mL, mg or the kind's one unit. In MIMIC-III Cal stands for kilocalories.
+"""
+AMOUNT_KINDS = sorted({kind for kind, _ in AMOUNTS.values()})
+UNKNOWN_AMOUNT, OTHER_AMOUNT = (
+    "amount in an unknown unit",
+    "amount in a unit that measures something else than its item's in D_ITEMS",
+)
+CANCELLED = ("rewritten",)
+PARTS_OF_GCS = ("GCS_eye", "GCS_motor", "GCS_verbal")
+DAY, WIDTH = 86400, 34
+"""Seconds of a day; so many bits hold the seconds of all years."""
+NO_ITEM, UNKNOWN, NO_STAY, OUTSIDE, NO_TIME = (
+    "no item id",
+    "unknown item",
+    "no stay",
+    "outside the stay",
+    "no time",
+)
+
+
+class Mimic3Options(Options):
+    drugs: bool = Field(True, description="false: no events of PRESCRIPTIONS")
+    inputs: bool = Field(True, description="false: no events of INPUTEVENTS")
+
+
+@register("importer", "mimic3", options=Mimic3Options)
+class Mimic3(GroupedImporter):
+    """MIMIC-III's folder: PATIENTS, ADMISSIONS, ICUSTAYS, CHARTEVENTS, LABEVENTS, and where they
+    are there OUTPUTEVENTS, INPUTEVENTS_CV and _MV, PRESCRIPTIONS, DIAGNOSES_ICD, D_ITEMS (.csv,
+    .csv.gz or .parquet; names, headers and columns in any case and order).
+
+    Columns: entity (icustay_id), patient (subject_id), times (hours since admission to intensive
+    care), variables, values, events, static (Age, Gender, CareUnit, Source, AdmissionType,
+    previous_codes), and the outcomes hospital_death, death_hours, icu_hours, discharge_hours, icd9,
+    readmission_days, next_icd9 (of the patient's next admission), care_unit, dbsource,
+    stays_in_admission, transfers. An event belongs to the first stay of its admission that ends
+    after it. Items go by clinical/items.csv, CareVue and MetaVision under one name, values by
+    clinical/ranges.csv, units (VALUEUOM) by clinical/units.csv: known other units are converted,
+    values in unknown ones left out and counted under their variable; drugs are called drug: NAME,
+    inputs input: NAME, their amounts in mL, mg, units, mEq, mmol, doses or kcal; an amount in
+    another unit, or in one that measures something else than the item's in D_ITEMS (UNITNAME), is
+    left out and counted. What stands without a time of day counts from the day's end, an infusion
+    from its end: nothing is known before it was. Times have zones in all tables or in none. All
+    rows are train: cut by patient.
+    """
+
+    label = "hospital_death"
+
+    def sources(self, source: str, cut_bytes: int) -> Sources:
+        found = listing(source)
+        self.tables = mimic3_stays.find_tables(found, source)
+        wanted = (
+            *MEASURED,
+            *(GIVEN if self.options.inputs else ()),
+            *(("prescriptions",) if self.options.drugs else ()),
+        )
+        with closing(Opener()) as opener:
+            out = [
+                cut
+                for name in wanted
+                for entry in self.tables.get(name, ())
+                for cut in cuts(name, entry, cut_bytes, opener)
+            ]
+        lacking = mimic3_stays.missing(self.tables)
+        return Sources(
+            out,
+            f"{found.mark} {plausible.mark()}",
+            {"tables that are not there": lacking} if lacking else {},
+        )
+
+    def entities(self, source: str) -> Entities:
+        found = mimic3_stays.stays(self.tables)
+        names, items, units = self._items()
+        keys = {
+            "by_admission": _Intervals(found.admissions, found.times),
+            "names": names,
+            "items": items,
+            "units": units,
+            "by_patient": _Intervals(
+                found.rows["patient"].combine_chunks().to_numpy(), found.times
+            ),
+            "labels": self._labels(),
+            "zoned": found.zoned,
+            "stays_table": self.tables["icustays"][0].name,
+        }
+        outcomes = [
+            name
+            for name in mimic3_stays.SCHEMA.names
+            if name not in ("entity", "patient", "static", "split")
+        ]
+        info = {
+            "time": "hours since admission to intensive care",
+            "static": [field.name for field in mimic3_stays.FACTS],
+            "outcomes": outcomes,
+            "units": plausible.units(),
+        }
+        return Entities(found.rows, keys, "patient", found.broken, found.notes, info)
+
+    def _items(
+        self,
+    ) -> tuple[
+        list[str], dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]], dict[str, list[str]]
+    ]:
+        """(names of variables; for each table its item ids, sorted, with the place of each one's
+        name, and of its conversion; for each table the unit of each of those items).
+        """
+        rows = list(plausible.rows_of("items.csv"))
+        names = sorted({row["variable"] for row in rows})
+        place = {name: i for i, name in enumerate(names)}
+        out, units = {}, {}
+        for table in MEASURED:
+            own = sorted(
+                (row for row in rows if row["table"] == table), key=lambda row: int(row["itemid"])
+            )
+            found = [
+                (int(row["itemid"]), place[row["variable"]], CONVERSIONS.index(row["conversion"]))
+                for row in own
+            ]
+            items, codes, conversions = np.array(found, dtype=np.int64).T
+            out[table], units[table] = (items, codes, conversions), [row["unit"] for row in own]
+        return names, out, units
+
+    def _labels(self) -> tuple[np.ndarray, list[str], np.ndarray]:
+        """(item ids, sorted; their labels; what kind of quantity each is given in: a place in
+        AMOUNT_KINDS, -1 where nothing says so) of D_ITEMS.
+        """
+        if "d_items" not in self.tables or not self.options.inputs:
+            return np.empty(0, dtype=np.int64), [], np.empty(0, dtype=np.int64)
+        columns = {
+            "itemid": Column("id"),
+            "label": Column("text"),
+            "unitname": Column("text", False),
+        }
+        with closing(Opener()) as opener:
+            table = whole("d_items", self.tables["d_items"][0], columns, opener)
+        known = {}
+        for row in table.select(list(columns)).to_pylist():
+            label = " ".join((row["label"] or "").split())
+            if row["itemid"] is not None and label:
+                known[row["itemid"]] = label, _amount_kind(row["unitname"])
+        items = sorted(known)
+        return (
+            np.array(items, dtype=np.int64),
+            [known[item][0] for item in items],
+            np.array([known[item][1] for item in items], dtype=np.int64),
+        )
+
+    # ---------------------------------------------------------------- events
+
+    def events(
+        self, cut: Cut, opener: Opener, keys: Any, tally: Tally, dropped: Counter[str]
+    ) -> Iterator[Events]:
+        read = (
+            self._measured
+            if cut.table in MEASURED
+            else self._drugs
+            if cut.table == "prescriptions"
+            else self._inputs
+        )
+        ids = {"subject_id": Column("id"), "hadm_id": Column("id", cut.table != "labevents")}
+        block = _Block(cut.table, keys, dropped)
+        yield from read(cut, ids, opener, tally, block)
+
+    def _measured(
+        self, cut: Cut, ids: dict[str, Column], opener: Opener, tally: Tally, block: _Block
+    ) -> Iterator[Events]:
+        columns = {
+            **ids,
+            "itemid": Column("id"),
+            "charttime": Column("time"),
+            "valuenum": Column("number", False),
+            "value": Column("text", False),
+            "valueuom": Column("text", False),
+            "error": Column("id", False),
+            "iserror": Column("id", False),
+        }
+        items, codes, conversions = block.keys["items"][cut.table]
+        names, ranges = block.keys["names"], plausible.Ranges()
+        units = _Factors(names, codes, conversions, block.keys["units"][cut.table])
+        for batch in block.batches(cut, columns, opener, tally):
+            block.begin(len(batch))
+            item = _whole(batch["itemid"])
+            at = np.minimum(np.searchsorted(items, item), len(items) - 1)
+            block.drop(NO_ITEM, item < 0)
+            block.drop(UNKNOWN, items[at] != item)
+            block.drop(
+                "marked as an error",
+                (_whole(batch["error"]) == 1) | (_whole(batch["iserror"]) == 1),
+            )
+            batch, at = block.keep(batch), at[block.good]  # the most rows of CHARTEVENTS end here
+            rows, hours = block.place(batch, batch["charttime"])
+            batch, at = batch.filter(pa.array(block.good)), at[block.good]
+            values, reasons, censored = _values(batch, conversions[at])
+            block.begin(len(batch))
+            for i, reason in enumerate(plausible.REASONS):
+                if i:
+                    block.drop(reason, reasons == i)
+            factors = units.of(batch["valueuom"], at)
+            for code in np.unique(
+                codes[at][np.isnan(factors) & block.good]
+            ):  # each variable's own count: that is where to look
+                block.drop(
+                    f"{names[code]} {plausible.OTHER_UNIT}", np.isnan(factors) & (codes[at] == code)
+                )
+            block.dropped[plausible.CENSORED] += int(np.count_nonzero(block.good & censored))
+            block.dropped[plausible.CONVERTED] += int(np.count_nonzero(block.good & (factors != 1)))
+            rows, hours, at, values = (
+                column[block.good] for column in (rows, hours, at, values * factors)
+            )
+            values = plausible.converted(values, conversions[at], CONVERSIONS)
+            values, good = ranges.apply(values, codes[at], names, block.dropped, cut.table)
+            yield Events(rows[good], hours[good], codes[at][good], names, values[good])
+
+    def _drugs(
+        self, cut: Cut, ids: dict[str, Column], opener: Opener, tally: Tally, block: _Block
+    ) -> Iterator[Events]:
+        for batch in block.batches(
+            cut, {**ids, "startdate": Column("time"), "drug": Column("text")}, opener, tally
+        ):
+            names, codes = _named("drug: ", batch["drug"])
+            block.begin(len(batch))
+            block.drop("no drug", codes < 0)
+            batch, codes = block.keep(batch), codes[block.good]
+            rows, hours = block.place(batch, batch["startdate"], whole_days=True)
+            yield Events(rows, hours, codes[block.good], names, np.ones(len(rows)))
+
+    def _inputs(
+        self, cut: Cut, ids: dict[str, Column], opener: Opener, tally: Tally, block: _Block
+    ) -> Iterator[Events]:
+        """What was given by when: an amount counts once all of it was given, at its end."""
+        columns = {
+            **ids,
+            "itemid": Column("id"),
+            "charttime": Column("time", False),
+            "endtime": Column("time", False),
+            "amount": Column("number"),
+            "amountuom": Column("text", False),
+            "statusdescription": Column("text", False),
+        }
+        items, labels, own_kinds = block.keys["labels"]
+        names = [f"input: {label}" for label in labels]
+        for batch in block.batches(cut, columns, opener, tally):
+            block.begin(len(batch))
+            item = _whole(batch["itemid"])
+            at = np.minimum(np.searchsorted(items, item), max(0, len(items) - 1))
+            block.drop(NO_ITEM, item < 0)
+            block.drop(UNKNOWN, items[at] != item if len(items) else np.ones(len(item), dtype=bool))
+            status = pc.utf8_lower(batch["statusdescription"].combine_chunks())  # pyright: ignore
+            # pyright: ignore
+            block.drop("rewritten", np.asarray(pc.is_in(status, value_set=pa.array(CANCELLED))))
+            amount = plausible.numbers(batch["amount"])
+            for i, reason in enumerate(plausible.REASONS):
+                if i:
+                    block.drop(reason, amount.reasons == i)
+            block.drop(plausible.OUT_OF_RANGE, amount.values <= 0)
+            factors, kinds = _amount_units(batch["amountuom"])
+            own = own_kinds[at] if len(items) else np.full(len(batch), -1)
+            block.drop(UNKNOWN_AMOUNT, np.isnan(factors))
+            block.drop(OTHER_AMOUNT, (kinds >= 0) & (own >= 0) & (kinds != own))
+            values = amount.values * factors
+            batch, at, values = block.keep(batch), at[block.good], values[block.good]
+            time = pc.coalesce(batch["charttime"], batch["endtime"])  # pyright: ignore
+            rows, hours = block.place(batch, time)
+            yield Events(rows, hours, at[block.good], names, values[block.good])
+
+    def derived(
+        self,
+        rows: np.ndarray,
+        hours: np.ndarray,
+        codes: np.ndarray,
+        values: np.ndarray,
+        names: list[str],
+    ) -> Events | None:
+        """The sum of the three scores of the Glasgow Coma Scale where all stand at one time and no
+        sum does: MetaVision has none. Of several of a kind the lowest counts.
+        """
+        if not set(PARTS_OF_GCS) <= set(names):
+            return None
+        moments = (
+            np.flatnonzero(np.append(True, (np.diff(rows) != 0) | (np.diff(hours) != 0)))
+            if len(rows)
+            else np.empty(0, dtype=np.int64)
+        )
+        moment = np.repeat(np.arange(len(moments)), np.diff(np.append(moments, len(rows))))
+        total, count = np.zeros(len(moments)), np.zeros(len(moments), dtype=np.int64)
+        for name in PARTS_OF_GCS:
+            here = codes == names.index(name)
+            own, first = np.unique(moment[here], return_index=True)
+            total[own] += values[here][first]
+            count[own] += 1
+        if "GCS" in names:
+            count[moment[codes == names.index("GCS")]] = 0
+        found = np.flatnonzero(count == len(PARTS_OF_GCS))
+        return Events(
+            rows[moments[found]],
+            hours[moments[found]],
+            np.zeros(len(found), dtype=np.int64),
+            ["GCS"],
+            total[found],
+        )
+
+
+class _Intervals:
+    """Which stay a time belongs to: of those under the same key (an admission, a patient) the first
+    that ends at it or after it, if its admission to hospital was before.
+    """
+
+    def __init__(self, keys: np.ndarray, times: np.ndarray):
+        self.known = np.unique(keys)
+        self.base = int(times.min(initial=1 << 40)) - (200 * 366 * DAY if len(times) else 0)
+        packed = (np.searchsorted(self.known, keys) << WIDTH) + (times[:, 2] - self.base)
+        self.order = np.argsort(packed, kind="stable")
+        self.packed, self.times, self.keys = packed[self.order], times, keys
+
+    def find(self, keys: np.ndarray, seconds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """((n,) place of the stay, or -1; (n,) whether there is any stay under the key)."""
+        if not len(self.known):
+            return np.full(len(keys), -1), np.zeros(len(keys), dtype=bool)
+        at = np.minimum(np.searchsorted(self.known, keys), len(self.known) - 1)
+        there = self.known[at] == keys
+        since = np.clip(seconds - self.base, 0, (1 << WIDTH) - 1)
+        place = np.searchsorted(self.packed, (at << WIDTH) + since)
+        stay = self.order[np.minimum(place, len(self.order) - 1)]
+        inside = (
+            there
+            & (place < len(self.order))
+            & (self.keys[stay] == keys)
+            & (seconds >= self.times[stay, 0])
+        )
+        return np.where(inside, stay, -1), there
+
+
+class _Factors:
+    """What the values of a table's items are multiplied by, by the unit that stands beside each
+    (VALUEUOM).
+    """
+
+    def __init__(
+        self, names: list[str], codes: np.ndarray, conversions: np.ndarray, units: list[str]
+    ):
+        self.known, self.variables = plausible.Units(), [names[code] for code in codes]
+        self.conversions, self.units = [CONVERSIONS[number] for number in conversions], units
+        self.found: dict[tuple[str | None, int], float] = {}
+
+    def of(self, written: Any, items: np.ndarray) -> np.ndarray:
+        """(n,) float64, NaN where the unit is not known. ``written``: (n,) texts; ``items``: (n,)
+        places of the items in their table.
+        """
+        encoded = written.combine_chunks().dictionary_encode()
+        texts = [*encoded.dictionary.to_pylist(), None]
+        codes = (
+            encoded.indices.fill_null(len(texts) - 1)
+            .to_numpy(zero_copy_only=False)
+            .astype(np.int64)
+        )
+        pairs, which = np.unique(codes * len(self.units) + items, return_inverse=True)
+        factors = [
+            self._factor(texts[pair // len(self.units)], int(pair % len(self.units)))
+            for pair in pairs
+        ]
+        return (
+            np.array(factors, dtype=np.float64)[which.reshape(-1)]
+            if len(pairs)
+            else np.ones(len(items))
+        )
+
+    def _factor(self, text: str | None, item: int) -> float:
+        if (text, item) not in self.found:
+            self.found[text, item] = self.known.factor(
+                text, self.variables[item], self.units[item], self.conversions[item]
+            )
+        return self.found[text, item]
+
+
+class _Block:
+    """Which rows of a batch are still good; the others are counted once, under the first reason."""
+
+    def __init__(self, table: str, keys: Any, dropped: Counter[str]):
+        self.table, self.keys, self.dropped = table, keys, dropped
+        self.good = np.empty(0, dtype=bool)
+
+    def batches(
+        self, cut: Cut, columns: dict[str, Column], opener: Opener, tally: Tally
+    ) -> Iterator[pa.Table]:
+        """As `columnar.batches`. Raises ValueError where times have a zone and those of the stays
+        have none, or the other way round.
+        """
+        for batch in batches(cut, columns, opener, tally):
+            names = ", ".join(entry.name for entry in cut.entries)
+            mimic3_stays.check_zones(
+                names, tally.zoned, self.keys["stays_table"], self.keys["zoned"]
+            )
+            yield batch
+
+    def begin(self, rows: int) -> None:
+        self.good = np.ones(rows, dtype=bool)
+
+    def drop(self, reason: str, bad: np.ndarray) -> None:
+        self.dropped[f"{self.table}: {reason}"] += int(np.count_nonzero(self.good & bad))
+        self.good &= ~bad
+
+    def keep(self, batch: pa.Table) -> pa.Table:
+        return batch.filter(pa.array(self.good))
+
+    def place(
+        self, batch: pa.Table, column: Any, whole_days: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(the stay's row, hours since its start) of those rows of the batch that have one:
+        ``good`` is then theirs. By the admission that a row names, else by its patient.
+        ``whole_days``: a time of 00:00 is a day, and counts from its end; where times have zones
+        every time is a day, for 00:00 is another time in UTC.
+        """
+        seconds, timed = instants(column)
+        if whole_days:
+            is_day = (seconds % DAY == 0) | (True in self.keys["zoned"])
+            seconds = np.where(is_day, seconds + DAY, seconds)
+        admission, patient = _whole(batch["hadm_id"]), _whole(batch["subject_id"])
+        stay, there = self.keys["by_admission"].find(admission, seconds)
+        by_patient, known = self.keys["by_patient"].find(patient, seconds)
+        named = admission >= 0
+        stay, there = np.where(named, stay, by_patient), np.where(named, there, known)
+        self.begin(len(seconds))
+        self.drop(NO_TIME, ~timed)
+        self.drop(NO_STAY, ~there)
+        self.drop(OUTSIDE, stay < 0)
+        stay, seconds = stay[self.good], seconds[self.good]
+        return stay, (seconds - self.keys["by_admission"].times[stay, 1]) / 3600
+
+
+def _amount_kind(unit: str | None) -> int:
+    """The place in AMOUNT_KINDS of what a unit measures, -1 for no unit or an unknown one."""
+    known = AMOUNTS.get(plausible.plain_unit(unit or ""))
+    return AMOUNT_KINDS.index(known[0]) if known else -1
+
+
+def _amount_units(written: Any) -> tuple[np.ndarray, np.ndarray]:
+    """((n,) what each amount is multiplied by, NaN where its unit is not known; (n,) what kind of
+    quantity it is, as `_amount_kind`) of (n,) texts.
+
+    No unit at all is taken for the item's own.
+    """
+    encoded = written.combine_chunks().dictionary_encode()
+    texts = [*encoded.dictionary.to_pylist(), None]
+    plain = [plausible.plain_unit(text or "") for text in texts]
+    factors = np.array([AMOUNTS.get(unit, ("", np.nan))[1] if unit else 1.0 for unit in plain])
+    kinds = np.array([_amount_kind(unit) for unit in plain])
+    codes = encoded.indices.fill_null(len(texts) - 1).to_numpy(zero_copy_only=False)
+    return factors[codes], kinds[codes]
+
+
+def _whole(column: Any) -> np.ndarray:
+    """(n,) int64, -1 where there is none."""
+    return column.combine_chunks().fill_null(-1).to_numpy(zero_copy_only=False)
+
+
+def _named(prefix: str, column: Any) -> tuple[list[str], np.ndarray]:
+    """(distinct names, (n,) each row's place among them or -1) of texts, their white space made one
+    blank.
+    """
+    # pyright: ignore
+    text = pc.utf8_trim_whitespace(pc.replace_substring_regex(column.combine_chunks(), r"\s+", " "))
+    encoded = text.dictionary_encode()
+    names = [str(name) for name in encoded.dictionary.to_pylist()]
+    codes = encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)
+    return [f"{prefix}{name}" for name in names], np.where(
+        codes == names.index(""), -1, codes
+    ) if "" in names else codes
+
+
+def _values(batch: pa.Table, conversions: np.ndarray) -> plausible.Numbers:
+    """The numbers of rows: VALUENUM, and where it is null what VALUE says."""
+    pair = np.select([conversions == PAIRS[0], conversions == PAIRS[1]], [1, 2], 0)
+    number, text = plausible.numbers(batch["valuenum"]), plausible.numbers(batch["value"], pair)
+    stands = number.reasons == 0
+    values, censored = (
+        np.where(stands, number.values, text.values),
+        np.where(stands, number.censored, text.censored),
+    )
+    reasons = np.where(stands, 0, np.where(text.reasons == 1, number.reasons, text.reasons)).astype(
+        np.int8
+    )
+    written = batch["value"].combine_chunks()
+    for name, told in (("refill", _refill), ("present", _present)):
+        here = conversions == CONVERSIONS.index(name)
+        if here.any():
+            found = told(written)
+            values = np.where(here, found, values)
+            reasons = np.where(here, np.where(np.isnan(found), 2, 0), reasons).astype(np.int8)
+    return plausible.Numbers(values, reasons, censored)
+
+
+def _refill(text: Any) -> np.ndarray:
+    """1 where it takes longer than 3 s, else 0 (as Harutyunyan et al. 2019 have it)."""
+    slow, fast = (
+        # pyright: ignore
+        np.asarray(pc.match_substring_regex(text, f"(?i)^\\s*({words})").fill_null(False))
+        for words in ("abnormal|delayed", "normal|brisk")
+    )
+    return np.select([slow, fast], [1.0, 0.0], np.nan)
+
+
+def _present(text: Any) -> np.ndarray:
+    """1 where a setting of a ventilator stands that says that it is on."""
+    off = np.asarray(
+        pc.match_substring_regex(text, r"(?i)^\s*(standby|other/remarks|)\s*$").fill_null(True)
+    )  # pyright: ignore[reportAttributeAccessIssue]
+    return np.where(off, np.nan, 1.0)

@@ -1,0 +1,440 @@
+"""PhysioNet / Computing in Cardiology Challenge 2012: two days of an intensive care stay, and
+whether the patient left the hospital alive.
+"""
+
+from __future__ import annotations
+
+import re
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import Field
+
+from pipeline.config.registry import Options, register
+from pipeline.prepare.clinical import plausible
+from pipeline.prepare.engine.grouped import Entities, Events, GroupedImporter, Sources
+from pipeline.prepare.engine.importing import few
+from pipeline.prepare.engine.inputs import EXPANSION, Opener
+from pipeline.prepare.readers.archives import Entry, listing
+from pipeline.prepare.readers.csv_blocks import Column, Cut, Tally, batches, cuts, stem, whole
+
+RECORD, OUTCOMES = (
+    re.compile(r"(?:^|/)set-([a-z])/(\d+)\.txt$"),
+    re.compile(r"(?:^|/)outcomes-([a-z])\.(?:txt|csv)$"),
+)
+TABLE = re.compile(r"(?:^|/)(events|records)_([a-z])\.(?:parquet|csv|csv\.gz)$")
+FILES_A_CUT = 500
+DESCRIPTORS = ("RecordID", "Age", "Gender", "Height", "ICUType", "Weight")
+FACTS = ("Age", "Gender", "Height", "Weight", "CareUnit")
+GENDERS, UNITS = {0.0: "female", 1.0: "male"}, {1.0: "CCU", 2.0: "CSRU", 3.0: "MICU", 4.0: "SICU"}
+"""Coronary, cardiac surgery recovery, medical and surgical intensive care, under MIMIC's names."""
+LABELS = {
+    "In-hospital_death": "in_hospital_death",
+    "Length_of_stay": "length_of_stay",
+    "Survival": "survival",
+    "SAPS-I": "saps",
+    "SOFA": "sofa",
+}
+SPLITS = ("train", "validation", "test")
+LINE = "not TIME,PARAMETER,VALUE"
+
+
+class Physionet2012Options(Options):
+    split: str = Field(
+        "a:train,b:test,c:test",
+        description="which set is which split; a set that is not named is left out",
+    )
+
+
+@register("importer", "physionet2012", options=Physionet2012Options)
+class Physionet2012(GroupedImporter):
+    """The Challenge's folder (or archive): set-a/132539.txt, ... and Outcomes-a.txt, also b and c;
+    or the same as tables, events_a.parquet (recordid, minute, parameter, value) and
+    records_a.parquet (recordid, the descriptors, the outcomes).
+
+    Columns: entity (RecordID), times, variables, values, events, static (Age, Gender, Height,
+    Weight, CareUnit), the outcomes in_hospital_death, length_of_stay, survival, saps, sofa (-1 is
+    null), icu_type, and set. FiO2 is in percent; implausible values are left out
+    (clinical/ranges.csv): Temp below 25, a Weight of 0; a pH of 735 is 7.35. Weights after the
+    first are events. A set without outcomes has nulls there.
+    """
+
+    label = "in_hospital_death"
+
+    def __init__(self, options: Any = None):
+        super().__init__(options)
+        self.splits: dict[str, str] = {}
+        for pair in self.options.split.split(","):
+            name, colon, split = (part.strip() for part in pair.partition(":"))
+            if not colon or split not in SPLITS or name in self.splits:
+                raise ValueError(
+                    f"--set split={self.options.split}: write such as a:train,b:test; splits "
+                    f"are {', '.join(SPLITS)}"
+                )
+            self.splits[name] = split
+
+    def sources(self, source: str, cut_bytes: int) -> Sources:
+        found = listing(source)
+        self._records: dict[str, list[Entry]] = {}
+        self._outcomes: dict[str, Entry] = {}
+        tables: dict[tuple[str, str], Entry] = {}
+        for entry in found.entries:
+            name = entry.name.lower()
+            if match := RECORD.search(name):
+                self._records.setdefault(match[1], []).append(entry)
+            elif match := OUTCOMES.search(name):
+                self._outcomes[match[1]] = entry
+            elif match := TABLE.search(name):
+                tables[match[1], match[2]] = entry
+        self._tables = {
+            name: (tables["events", name], tables["records", name])
+            for kind, name in tables
+            if kind == "events" and ("records", name) in tables and name not in self._records
+        }
+        there = sorted({*self._records, *self._tables})
+        if not there:
+            raise ValueError(
+                f"{source}: neither set-a/NUMBER.txt nor events_a.parquet with "
+                "records_a.parquet there; give the Challenge's folder or archive"
+            )
+        wanted = [name for name in self.splits if name in there]
+        if not wanted:
+            raise ValueError(
+                f"--set split={self.options.split}: none of these sets is there; there are "
+                f"{', '.join(there)}"
+            )
+        self.sets = wanted
+        out, notes = [], {}
+        with closing(Opener()) as opener:
+            for name in wanted:
+                files = iter(sorted(self._records.get(name, ()), key=_place))
+                while some := tuple(islice(files, FILES_A_CUT)):
+                    squeezed = EXPANSION if some[0].uri.lower().endswith("gz") else 1
+                    out.append(
+                        Cut(
+                            f"set-{name}",
+                            some,
+                            size=max(1, squeezed * sum(entry.size for entry in some)),
+                        )
+                    )
+                if name in self._tables:
+                    out += cuts(f"set-{name}", self._tables[name][0], cut_bytes, opener)
+        if left := [name for name in there if name not in wanted]:
+            notes["sets left out"] = few(left)
+        if bare := [
+            name for name in wanted if name in self._records and name not in self._outcomes
+        ]:
+            notes["sets without an Outcomes file, whose outcomes are null"] = few(bare)
+        return Sources(out, f"{found.mark} {plausible.mark()}", notes)
+
+    # ---------------------------------------------------------------- one row a record
+
+    def entities(self, source: str) -> Entities:
+        rows: list[dict[str, Any]] = []
+        broken: list[dict[str, str]] = []
+        with closing(Opener()) as opener:
+            for name in self.sets:
+                found = (
+                    self._of_tables(name, opener)
+                    if name in self._tables
+                    else self._of_files(name, opener, broken)
+                )
+                rows += [self._row(name, record) for record in found]
+        rows.sort(key=lambda row: (row["set"], row["entity"]))
+        static = pa.struct(
+            [
+                pa.field(name, pa.string() if name in ("Gender", "CareUnit") else pa.float64())
+                for name in FACTS
+            ]
+        )
+        fields = [
+            ("entity", pa.int64()),
+            ("static", static),
+            *((name, pa.int64()) for name in LABELS.values()),
+            ("icu_type", pa.int64()),
+            ("set", pa.string()),
+            ("split", pa.string()),
+        ]
+        table = pa.Table.from_pylist(
+            rows, schema=pa.schema([pa.field(name, kind) for name, kind in fields])
+        )
+        keys = {
+            name: np.array(
+                [(row["entity"], i) for i, row in enumerate(rows) if row["set"] == name],
+                dtype=np.int64,
+            ).reshape(-1, 2)
+            for name in self.sets
+        }
+        info = {
+            "time": "hours since admission to intensive care",
+            "static": list(FACTS),
+            "outcomes": [*LABELS.values(), "icu_type"],
+            "sets": self.splits,
+            "units": plausible.units(),
+        }
+        return Entities(table, keys, "entity", broken, info=info)
+
+    def _row(self, name: str, record: dict[str, float]) -> dict[str, Any]:
+        known = {
+            key: value
+            for key, value in record.items()
+            if value is not None and np.isfinite(value) and value != -1
+        }
+        whole_number = {
+            new: int(known[old]) if old in known else None for old, new in LABELS.items()
+        }
+        height, weight = (self._measured(key, known.get(key)) for key in ("Height", "Weight"))
+        facts = {
+            "Age": known.get("Age"),
+            "Gender": GENDERS.get(known.get("Gender", -1)),
+            "Height": height,
+            "Weight": weight,
+            "CareUnit": UNITS.get(known.get("ICUType", -1)),
+        }
+        return {
+            "entity": int(record["RecordID"]),
+            "static": facts,
+            **whole_number,
+            "icu_type": int(known["ICUType"]) if "ICUType" in known else None,
+            "set": name,
+            "split": self.splits[name],
+        }
+
+    def _measured(self, name: str, value: float | None) -> float | None:
+        """A fact within its plausible range, or none."""
+        low, valid_low, valid_high, high = self._ranges.known[name]
+        return (
+            None
+            if value is None or not low <= value <= high
+            else min(max(value, valid_low), valid_high)
+        )
+
+    @property
+    def _ranges(self) -> plausible.Ranges:
+        if not hasattr(self, "_known_ranges"):
+            self._known_ranges = plausible.Ranges()
+        return self._known_ranges
+
+    def _of_files(
+        self, name: str, opener: Opener, broken: list[dict[str, str]]
+    ) -> Iterator[dict[str, Any]]:
+        """The descriptors of each record (at 00:00), with its outcomes."""
+        outcomes = self._outcome_rows(name, opener)
+        seen: set[float] = set()
+        for place, entry in enumerate(sorted(self._records[name], key=_place), 1):
+            record, _, reason = _record(entry, _lines(entry, opener))
+            reason = (
+                "the same record again" if not reason and record["RecordID"] in seen else reason
+            )
+            if not reason:
+                seen.add(record["RecordID"])
+                yield {**record, **outcomes.get(int(record["RecordID"]), {})}
+            else:
+                broken.append(
+                    {
+                        "path": f"set-{name}: file {place} of {len(self._records[name])}",
+                        "split": self.splits[name],
+                        "reason": reason,
+                    }
+                )
+
+    def _outcome_rows(self, name: str, opener: Opener) -> dict[int, dict[str, float]]:
+        if name not in self._outcomes:
+            return {}
+        entry = self._outcomes[name]
+        table = whole(
+            "outcomes",
+            entry,
+            {
+                key: Column("number", key in ("RecordID", "In-hospital_death"))
+                for key in ("RecordID", *LABELS)
+            },
+            opener,
+        )
+        columns = {key: plausible.numbers(table[key]).values for key in table.column_names}
+        return {
+            int(number): {key: float(columns[key][i]) for key in LABELS}
+            for i, number in enumerate(columns["RecordID"])
+            if np.isfinite(number)
+        }
+
+    def _of_tables(self, name: str, opener: Opener) -> Iterator[dict[str, Any]]:
+        wanted = {
+            "recordid": Column("id"),
+            **{
+                key: Column("number", key == "In-hospital_death")
+                for key in (*DESCRIPTORS[1:], *LABELS)
+            },
+        }
+        table = whole("records", self._tables[name][1], wanted, opener)
+        columns = {
+            key: plausible.numbers(table[key]).values
+            for key in table.column_names
+            if key != "recordid"
+        }
+        for i, number in enumerate(table["recordid"].to_pylist()):
+            if number is not None:
+                yield {
+                    "RecordID": number,
+                    **{key: float(column[i]) for key, column in columns.items()},
+                }
+
+    # ---------------------------------------------------------------- events
+
+    def events(
+        self, cut: Cut, opener: Opener, keys: Any, tally: Tally, dropped: Counter[str]
+    ) -> Iterator[Events]:
+        known = keys[cut.table.removeprefix("set-")]
+        if stem(cut.entries[0]).startswith("events_"):
+            columns = {
+                "recordid": Column("id"),
+                "minute": Column("number"),
+                "parameter": Column("text"),
+                "value": Column("number"),
+            }
+            for batch in batches(cut, columns, opener, tally):
+                minutes = plausible.numbers(batch["minute"])
+                hours = np.where(minutes.reasons == 0, minutes.values / 60, np.nan)
+                records = batch["recordid"].combine_chunks().fill_null(-1).to_numpy()
+                yield self._clean(
+                    records, hours, batch["parameter"], batch["value"], known, cut.table, dropped
+                )
+            return
+        for start in range(0, len(cut.entries), 100):
+            texts, sizes, ids = [], [], []
+            for entry in cut.entries[start : start + 100]:
+                record, body, reason = _record(entry, _lines(entry, opener))
+                if reason:
+                    continue
+                tally.rows += len(body)
+                texts += body
+                sizes.append(len(body))
+                ids.append(int(record["RecordID"]))
+            yield self._of_lines(
+                texts,
+                np.repeat(np.array(ids, dtype=np.int64), sizes),
+                known,
+                cut.table,
+                tally,
+                dropped,
+            )
+
+    def _of_lines(
+        self,
+        lines: list[str],
+        records: np.ndarray,
+        known: np.ndarray,
+        table: str,
+        tally: Tally,
+        dropped: Counter[str],
+    ) -> Events:
+        text = pa.array(lines, pa.string())
+        # pyright: ignore
+        good = np.asarray(pc.match_substring_regex(text, r"^\d+:\d\d,[^,]*,[^,]*$"))
+        dropped[f"{table}: {LINE}"] += int(len(good) - np.count_nonzero(good))
+        parts = pc.split_pattern(text.filter(pa.array(good)), ",")  # pyright: ignore
+        time, names, values = (pc.list_element(parts, i) for i in range(3))  # pyright: ignore
+        clock = pc.split_pattern(time, ":")  # pyright: ignore[reportAttributeAccessIssue]
+        hours, minutes = (
+            pc.list_element(clock, i).cast(pa.int64()).to_numpy(zero_copy_only=False)
+            for i in range(2)
+        )  # pyright: ignore[reportAttributeAccessIssue]
+        return self._clean(
+            records[good], (hours * 60 + minutes) / 60, names, values, known, table, dropped
+        )
+
+    def _clean(
+        self,
+        records: np.ndarray,
+        hours: np.ndarray,
+        names: Any,
+        texts: Any,
+        known: np.ndarray,
+        table: str,
+        dropped: Counter[str],
+    ) -> Events:
+        """The good events: of a known record, with a name and a plausible number (-1 is
+        unknown).
+        """
+        numbers = plausible.numbers(texts)
+        encoded = (
+            names.combine_chunks() if isinstance(names, pa.ChunkedArray) else names
+        ).dictionary_encode()
+        codes = encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)
+        vocabulary = [str(name) for name in encoded.dictionary.to_pylist()]
+        codes = np.where(codes == vocabulary.index(""), -1, codes) if "" in vocabulary else codes
+        at = np.minimum(np.searchsorted(known[:, 0], records), max(0, len(known) - 1))
+        rows = (
+            np.where(known[at, 0] == records, known[at, 1], -1)
+            if len(known)
+            else np.full(len(records), -1)
+        )
+        good = np.ones(len(records), dtype=bool)
+        checks = [
+            ("no such record", rows < 0),
+            ("no variable", codes < 0),
+            ("no time", ~np.isfinite(hours)),
+            ("unknown (-1)", numbers.values == -1),
+        ]
+        for reason, bad in [
+            *checks,
+            *((reason, numbers.reasons == i) for i, reason in enumerate(plausible.REASONS) if i),
+        ]:
+            dropped[f"{table}: {reason}"] += int(np.count_nonzero(good & bad))
+            good &= ~bad
+        values, inside = plausible.canonical(
+            numbers.values[good], codes[good], vocabulary, self._ranges, dropped, table
+        )
+        return Events(
+            rows[good][inside], hours[good][inside], codes[good][inside], vocabulary, values[inside]
+        )
+
+
+def _place(entry: Entry) -> tuple[str, int, str]:
+    """As they lie in an archive, which may be read from its start alone."""
+    return entry.uri, entry.offset, entry.name
+
+
+def _lines(entry: Entry, opener: Opener) -> list[str]:
+    """A record's lines; none where it is damaged, so that no message names it."""
+    try:
+        with opener(entry) as handle:
+            return handle.read().decode("utf-8", "replace").splitlines()
+    except (zipfile.BadZipFile, zlib.error, EOFError):
+        return []
+
+
+def _record(entry: Entry, lines: list[str]) -> tuple[dict[str, float], list[str], str]:
+    """(the first of each general descriptor at 00:00, the lines of events, "") of a record, or ({},
+    [], why it is none).
+    """
+    if not lines or [part.strip() for part in lines[0].split(",")] != [
+        "Time",
+        "Parameter",
+        "Value",
+    ]:
+        return {}, [], "no line Time,Parameter,Value at its begin"
+    out: dict[str, float] = {}
+    events, at = [], 1
+    while at < len(lines) and lines[at].startswith("00:00,"):
+        name, _, value = lines[at].removeprefix("00:00,").partition(",")
+        if name in DESCRIPTORS and name not in out:
+            try:
+                out[name] = float(value)
+            except ValueError:
+                return {}, [], f"its {name} is no number"
+        else:
+            events.append(lines[at])
+        at += 1
+    match = RECORD.search(entry.name.lower())
+    if match is None or out.get("RecordID") != int(match[2]):
+        return {}, [], "its RecordID is not that of its file's name"
+    return out, [*events, *lines[at:]], ""

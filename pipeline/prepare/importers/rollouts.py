@@ -1,0 +1,441 @@
+"""Demonstrations made in simulation: episodes of an expert in worlds of given or drawn dynamics,
+one row each.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import replace
+from importlib import metadata
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from pydantic import Field
+
+from pipeline.config.registry import Options, nearest, register
+from pipeline.core.rng import mix
+from pipeline.io import storage
+from pipeline.prepare.engine.episodes import Episode, EpisodeImporter, Episodes, Result, fields, row
+from pipeline.prepare.engine.shard_tasks import Settings, Tell
+from pipeline.prepare.engine.table_importer import SURVEYS
+from pipeline.simulation import environment, experts, rollout, training
+from pipeline.simulation.environment import World
+
+SPLITS = {"train": "episodes", "validation": "validation_episodes", "test": "test_episodes"}
+"""Splits, whose places here are part of the seeds, and the option that says how many episodes each
+has.
+"""
+SEED_BITS = 53
+"""Seeds of worlds are whole numbers that JSON's readers keep."""
+PPO, WORLDS = "ppo", 8
+"""The expert that is trained here, and in how many worlds where dynamics are drawn."""
+MORE = [
+    pa.field("environment", pa.string()),
+    pa.field("return", pa.float64()),
+    pa.field("success", pa.bool_()),
+    pa.field("random_return", pa.float64()),
+    pa.field("random_success", pa.bool_()),
+    pa.field("random_steps", pa.int64()),
+]
+
+
+class RolloutsOptions(Options):
+    expert: str = Field(
+        "",
+        description="who acts: lqr (pendulums), reach, push, wall, random; ppo: trained here "
+        "first; or the .safetensors of one that was",
+    )
+    expert_steps: int = Field(
+        1_000_000,
+        ge=1,
+        description="with expert=ppo: steps of the environment that it is trained for, on one core",
+    )
+    episodes: int = Field(100, ge=0, description="episodes to train on")
+    validation_episodes: int = Field(0, ge=0, description="episodes for validation")
+    test_episodes: int = Field(
+        0,
+        ge=0,
+        description="episodes for testing: their worlds are those in which a policy is tried",
+    )
+    max_steps: int = Field(
+        0, ge=0, description="steps after which an episode is cut; 0: as the environment has it"
+    )
+    seed: int = Field(
+        0, ge=0, description="of all episodes: each follows from it, its split and its number alone"
+    )
+    dynamics: str = Field(
+        "",
+        description="multipliers mass, friction, damping, gear, and latency (steps), noise: "
+        "mass=2.5,gear=0.45, or drawn mass=0.5..2",
+    )
+    skills: str = Field(
+        "", description="of environments with several: episodes are shared out evenly, reach,push"
+    )
+    explore: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="train episodes only: noise of what is executed, a share of half an action's "
+        "range (DART)",
+    )
+    keep: Literal["all", "success"] = Field(
+        "all", description="success: only episodes in which the expert succeeded"
+    )
+    embodiment: str = Field(
+        "", description="the robot's name; empty: the environment's, without its version"
+    )
+
+
+class Job(NamedTuple):
+    """An episode to be made."""
+
+    split: str
+    number: int
+    world: World
+
+
+@register("importer", "rollouts", options=RolloutsOptions)
+class Rollouts(EpisodeImporter):
+    """Episodes of an expert in simulation; SOURCE is an environment: InvertedDoublePendulum-v5,
+    Hopper-v5, onetomany/WallFollowing-v0 (extra robotics).
+
+    Columns: episode, task (the skill), embodiment, observations, actions (the expert's own),
+    executed (what was done: the same, except in train episodes with --set explore=, whose noise
+    leads to observations that the expert alone never meets, as DART, Laskey et al. 2017), rewards,
+    terminated, truncated, steps, environment (id, steps, seed and dynamics, which make the world
+    again), return, success (empty where it is not known what that is), and those of a random policy
+    in the same world: random_return, random_success, random_steps, empty where its simulation
+    diverged. Validation and test episodes have no noise: theirs are the expert's own figures. The
+    same seeds give the same rows on any number of workers. An expert that is trained here, by
+    proximal policy optimisation in worlds of these dynamics, stays beside the rows as
+    _expert.safetensors, and may be named as the expert of others. Left out and counted: episodes in
+    which the simulator diverged, and with --set keep=success those in which the expert failed.
+    """
+
+    reads_files = False
+    rows_a_part = 16
+
+    def __init__(self, options: Any = None):
+        super().__init__(options)
+        o = self.options
+        if not o.expert:
+            raise ValueError(
+                f"--set expert= is missing: who acts? {nearest('', [*experts.EXPERTS, PPO])}, "
+                "or the file of a trained one"
+            )
+        self.ranges = _ranges(o.dynamics)
+        self.skills = [name.strip() for name in o.skills.split(",") if name.strip()]
+        if not sum(getattr(o, option) for option in SPLITS.values()):
+            raise ValueError(
+                "--set episodes=0: no episodes in any split; give episodes=, "
+                "validation_episodes= or test_episodes="
+            )
+        if o.expert == PPO and len(self.skills) > 1:
+            raise ValueError(
+                f"--set expert=ppo: one is trained for one skill, not for {o.skills}; prepare "
+                "them apart"
+            )
+        self.classes: list[str] | None = None
+        self.robot, self.world = "", World("", 1, 0)
+        self.trained: Any = None
+
+    # ------------------------------------------------------------ what there is to make
+
+    def index(self, source: str, settings: Settings) -> Episodes:
+        o = self.options
+        environment.check_named(source)
+        self.robot = o.embodiment or source.rpartition("/")[2].rpartition("-v")[0] or source
+        steps = o.max_steps or self._time_limit(source)
+        self.world = World(source, steps, 0, {}, self.skills[0] if self.skills else "")
+        jobs = []
+        for place, (split, option) in enumerate(SPLITS.items()):
+            for number in range(getattr(o, option)):
+                seed = mix(o.seed, place, number) >> (63 - SEED_BITS)
+                skill = self.skills[number % len(self.skills)] if self.skills else ""
+                jobs.append(
+                    Job(
+                        split,
+                        number,
+                        World(source, steps, seed, environment.drawn(self.ranges, seed), skill),
+                    )
+                )
+        content = self._load()
+        widths = [
+            self._look(job.world)
+            for job in {job.world.skill: job for job in reversed(jobs)}.values()
+        ]
+        judged = rollout.judged(source)
+        self.label = "task" if self.skills else "success" if judged else ""
+        if o.keep == "success" and not judged:
+            raise ValueError(
+                f"--set keep=success: what success is in {source} is not known; known: "
+                f"{', '.join(rollout.JUDGED)}. Leave keep out"
+            )
+        versions = {name: metadata.version(name) for name in ("gymnasium", "mujoco")}
+        info = {
+            "expert": o.expert,
+            "dynamics": o.dynamics,
+            "skills": self.skills,
+            "classes": self.classes,
+            "explore": o.explore,
+            "versions": versions,
+        }
+        mark = " ".join(
+            [
+                source,
+                str(steps),
+                content,
+                *(f"{name} {version}" for name, version in versions.items()),
+            ]
+        )
+        sizes = np.full(len(jobs), 4.0 * steps * max(seen + 2 * done + 1 for seen, done in widths))
+        columns = [*fields(self.classes is not None, True, executed=True), *MORE]
+        return Episodes(
+            jobs, [job.split for job in jobs], sizes, columns, mark, {"steps at most": steps}, info
+        )
+
+    def _load(self) -> str:
+        """The expert that a file holds, and the file's SHA-256; nothing for others."""
+        name = self.options.expert
+        if not name.endswith(".safetensors"):
+            return ""
+        if not storage.exists(name):
+            raise ValueError(
+                f"{name}: no such file for --set expert; name the _expert.safetensors that "
+                "expert=ppo left beside its rows"
+            )
+        data = storage.read_bytes(name)
+        try:
+            self.trained = training.Trained.from_bytes(data)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        return hashlib.sha256(data).hexdigest()
+
+    def begin(self, output: str, tell: Tell) -> None:
+        """Train the expert, where one is to be; a training that was stopped goes on."""
+        if self.options.expert != PPO:
+            return
+        kept = storage.join(output, "_expert.safetensors")
+        if storage.exists(kept):
+            self.trained = training.Trained.from_bytes(storage.read_bytes(kept))
+            return
+        ranged = any(isinstance(value, tuple) for value in self.ranges.values())
+        worlds = [
+            replace(
+                self.world,
+                dynamics=environment.drawn(self.ranges, mix(self.options.seed, len(SPLITS), i)),
+            )
+            for i in range(WORLDS if ranged else 1)
+        ]
+        self.trained = training.train(
+            worlds[0],
+            env_steps=self.options.expert_steps,
+            seed=self.options.seed,
+            others=worlds[1:],
+            progress=lambda line: tell(f"expert: {line}", False),
+            checkpoint=storage.join(output, SURVEYS, "training.safetensors"),
+        )
+        storage.write_bytes(kept, self.trained.to_bytes())
+
+    def _time_limit(self, source: str) -> int:
+        """Steps of an episode, as the environment has it. Raises ValueError for one that has no
+        limit of its own, and where it cannot be made.
+        """
+        env = environment.make(World(source, 1, 0, {}, self.skills[0] if self.skills else ""))
+        env.close()
+        import gymnasium
+
+        found = getattr(env.unwrapped, "time_limit", None) or (
+            gymnasium.spec(source).max_episode_steps if source in gymnasium.registry else None
+        )
+        if not found:
+            raise ValueError(
+                f"{source} has no time limit of its own; say how long an episode is: --set "
+                "max_steps=400"
+            )
+        return int(found)
+
+    def _look(self, world: World) -> tuple[int, int]:
+        """(numbers of an observation, of an action) of a world. Raises ValueError for one that
+        cannot be made, or in which the expert cannot act.
+        """
+        env = environment.make(world)
+        try:
+            seen, done = env.observation_space, env.action_space
+            if len(seen.shape or ()) != 1:
+                raise ValueError(
+                    f"{world.id}: observations of shape {seen.shape}, where rows of numbers "
+                    "are needed"
+                )
+            if not done.shape and not hasattr(done, "n"):
+                raise ValueError(
+                    f"{world.id}: actions {done}, where rows of numbers or classes are needed"
+                )
+            self.classes = (
+                None
+                if done.shape
+                else list(getattr(env.unwrapped, "classes", None) or map(str, range(done.n)))
+            )
+            if self.classes and self.options.explore:
+                raise ValueError(
+                    f"--set explore={self.options.explore:g}: noise of numbers, while "
+                    f"{world.id} takes classes of actions; leave it out"
+                )
+        finally:
+            env.close()
+        if self.trained is not None:
+            self._check_trained(world)
+        elif self.options.expert != PPO:
+            experts.expert(self.options.expert, world)
+        return seen.shape[0], done.shape[0] if done.shape else 4
+
+    def _check_trained(self, world: World) -> None:
+        """Raises ValueError for an expert that was trained in another environment or for another
+        skill, whatever its dynamics were.
+        """
+        own = World.parse(self.trained.facts.get("world", ""))
+        if (own.id, own.skill) != (world.id, world.skill):
+            theirs, asked = (
+                f"{one.id} (skill {one.skill})" if one.skill else one.id for one in (own, world)
+            )
+            raise ValueError(
+                f"--set expert={self.options.expert} was trained in {theirs}, while {asked} is "
+                "asked for; name an expert of its own"
+            )
+
+    # ------------------------------------------------------------ the episodes of a part
+
+    def episodes(self, items: list[Job], settings: Settings) -> Iterator[Result]:
+        # one after the other: an expert gains nothing from a batch, and a single model stays in the
+        # processor's cache
+        for job in items:
+            explore = self.options.explore if job.split == "train" else 0.0
+            (shown,) = experts.demonstrations(
+                [job.world],
+                [self.trained or experts.expert(self.options.expert, job.world)],
+                explore,
+            )
+            blind = (
+                shown
+                if self.options.expert == "random"
+                else experts.demonstrations([job.world], [experts.expert("random", job.world)])[0]
+            )
+            yield self._result(job, shown, blind)
+
+    def _result(self, job: Job, found: rollout.Episode, random: rollout.Episode) -> Result:
+        name, total = f"{job.split}-{job.number:06d}", float(found.rewards.sum())
+        if found.diverged:
+            return Result(
+                job.split,
+                broken={
+                    "path": f"episode {name}",
+                    "split": job.split,
+                    "reason": f"the simulator diverged: {found.diverged}",
+                },
+                amounts={"diverged": 1},
+            )
+        amounts = {"simulated": 1, "return": total, **_success(found.success)}
+        if job.world.skill:
+            amounts |= _success(found.success, f" at {job.world.skill}")
+        if random.diverged:
+            blind: tuple[Any, ...] = (None, None, None)
+            amounts["random diverged"] = 1
+        else:
+            blind = float(random.rewards.sum()), random.success, len(random.rewards)
+            amounts |= {
+                "random": 1,
+                "random return": blind[0],
+                **_success(random.success, " of random"),
+            }
+        if self.options.keep == "success" and not found.success:
+            return Result(job.split, amounts={**amounts, "failed": 1})
+        assert found.executed is not None
+        actions, executed = (
+            acts if self.classes is None else [self.classes[code] for code in acts.tolist()]
+            for acts in (found.actions, found.executed)
+        )
+        episode = Episode(
+            name,
+            found.observations,
+            actions,
+            found.terminated,
+            found.truncated,
+            found.rewards,
+            None,
+            job.world.skill,
+            self.robot,
+            executed,
+        )
+        more = zip(MORE, (job.world.text(), total, found.success, *blind), strict=True)
+        return Result(
+            job.split,
+            row(
+                episode,
+                job.split,
+                {field.name: pa.array([value], field.type) for field, value in more},
+            ),
+            amounts={**amounts, "steps": len(found.rewards)},
+        )
+
+    def shown(self, amounts: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        shares = {
+            "expert's success": ("success", "judged"),
+            "expert's return, mean": ("return", "simulated"),
+            "random policy's success": ("success of random", "judged of random"),
+            "random policy's return, mean": ("random return", "random"),
+            **{
+                f"expert's success at {skill}": (f"success at {skill}", f"judged at {skill}")
+                for skill in self.skills
+            },
+        }
+        out: dict[str, Any] = {"steps": amounts["steps"]}
+        for told, (name, of) in shares.items():
+            if of in amounts:
+                out[told] = {
+                    split: round(amounts[name].get(split, 0) / count, 4)
+                    for split, count in amounts[of].items()
+                }
+        return out | {
+            told: amounts[name]
+            for name, told in (
+                ("diverged", "episodes in which the simulator diverged"),
+                ("random diverged", "episodes in which the random policy's simulation diverged"),
+                ("failed", "episodes left out, in which the expert failed"),
+            )
+            if name in amounts
+        }
+
+
+def _success(success: bool | None, whose: str = "") -> dict[str, int]:
+    """What is added up of it; nothing where it is not known."""
+    return {} if success is None else {f"judged{whose}": 1, f"success{whose}": int(success)}
+
+
+def _ranges(text: str) -> dict[str, float | tuple[float, float]]:
+    """mass=2.5,gear=0.5..2 as numbers and (low, high). Raises ValueError for what is not so
+    written.
+    """
+    out: dict[str, float | tuple[float, float]] = {}
+    known = (*environment.MULTIPLIERS, *environment.ADDED)
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, equals, value = (word.strip() for word in part.partition("="))
+        if name not in known or name in out:
+            raise ValueError(
+                f"--set dynamics={text}: {name!r} "
+                + ("stands twice" if name in out else f"is none of them; {nearest(name, known)}")
+            )
+        try:
+            ends = [float(end) for end in value.split("..")] if equals else []
+        except ValueError:
+            ends = []
+        if len(ends) not in (1, 2) or sorted(ends) != ends:
+            raise ValueError(
+                f"--set dynamics={text}: {part!r} is no number and no range; write {name}=2.5 "
+                f"or {name}=0.5..2"
+            )
+        for end in ends:
+            World("", 1, 0, {name: end})
+        out[name] = ends[0] if len(ends) == 1 else (ends[0], ends[1])
+    return out

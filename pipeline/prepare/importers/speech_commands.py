@@ -1,0 +1,236 @@
+"""Speech Commands (Warden 2018): a folder a word with clips of one second, two lists of held-out
+clips, and minutes of background noise.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import posixpath
+import re
+from typing import Any, Literal
+
+import pyarrow as pa
+from pydantic import Field
+
+from pipeline.config.registry import Options, nearest, register
+from pipeline.media import audio_io
+from pipeline.prepare.engine.audio import (
+    AudioImporter,
+    broken,
+    lines_of,
+    others,
+    recording,
+    recordings,
+    sounds,
+)
+from pipeline.prepare.engine.importing import Index, few
+from pipeline.prepare.readers import archives
+from pipeline.prepare.readers.picture_check import BrokenImageError
+
+NOISE = "_background_noise_"
+LISTS = {"validation": "validation_list.txt", "test": "testing_list.txt"}
+MOST_CLIPS = 2**27 - 1
+"""Of the publisher's hash: more than a word will ever have."""
+SHARES = {"validation": 10.0, "test": 10.0}
+"""Percent of the speakers, and of the noise, that are held out."""
+WINDOW_SECONDS = 1.0
+
+
+class SpeechCommandsOptions(Options):
+    words: str = Field(
+        "",
+        description="the words to tell apart, such as yes,no,up,down; others become unknown=; "
+        "empty: every folder is a label",
+    )
+    unknown: str = Field(
+        "_unknown_",
+        description="label of the other words, where words= names some; none: leave them out",
+    )
+    silence: str = Field(
+        "",
+        description="label of one-second windows of _background_noise_, such as _silence_; empty: "
+        "it is left out",
+    )
+    split: Literal["official", "hash", "train", "validation", "test"] = Field(
+        "official",
+        description="official: by validation_list.txt and testing_list.txt; hash: by the "
+        "publisher's hash of the speaker, which those lists "
+        "follow; or all rows in one split, such as the publisher's separate test set",
+    )
+    rate: int = Field(
+        0,
+        ge=0,
+        description="samples a second to write, as FLAC; 0: clips keep the publisher's bytes",
+    )
+
+
+@register("importer", "speech_commands", options=SpeechCommandsOptions)
+class SpeechCommands(AudioImporter):
+    """WORD/SPEAKER_nohash_NUMBER.wav with validation_list.txt and testing_list.txt, as a folder or
+    the publisher's tar.gz.
+
+    Columns: ``audio``, ``label`` (the word, or what words= and silence= make of it), ``word``,
+    ``speaker`` (the group of a job; none for noise), ``seconds``, ``rate``, ``channels``,
+    ``sha256``, ``recording_start`` (of windows of noise: eight tenths of each file are train, then
+    validation, then test). Names of a list without their clip are broken rows.
+    """
+
+    label = "label"
+
+    def index(self, source: str) -> Index:
+        found = archives.listing(source).without_common_folder()
+        words: dict[str, list[archives.Entry]] = {}
+        for entry in sounds(found):
+            folder = posixpath.dirname(entry.name)
+            if not folder or "/" in folder:
+                raise ValueError(
+                    f"{source}: {entry.name} does not lie as WORD/FILE; move it, or give the "
+                    "folder that holds the words"
+                )
+            words.setdefault(folder, []).append(entry)
+        noise = words.pop(NOISE, [])
+        bare = sorted({name for name in found.empty if "/" not in name} - {NOISE})
+        if bare:
+            raise ValueError(
+                f"{source}: folders of words without recordings: {few(bare)}; fill or remove them"
+            )
+        split_of, unlisted = self._splits(source, found, words)
+        labels = self._labels(source, words)
+        rows = [
+            recording(
+                entry,
+                split_of[entry.name],
+                label=labels[word],
+                word=word,
+                speaker=_speaker(entry.name),
+            )
+            for word, entries in words.items()
+            for entry in entries
+            if labels[word]
+        ]
+        quiet, wrong = self._noise(noise) if self.options.silence else ([], [])
+        bad = [*unlisted, *wrong]
+        columns: dict[str, pa.DataType] = dict.fromkeys(("label", "word", "speaker"), pa.string())
+        return Index(
+            recordings(rows + quiet, columns, source, bad),
+            found.mark,
+            broken=bad,
+            info={"labels": sorted({row["label"] for row in rows + quiet})},
+            notes={
+                "split": self.options.split,
+                "words": len(words),
+                "files of background noise": len(noise),
+                "clips of other words left out": sum(map(len, words.values())) - len(rows),
+                "files left out": others(found, *LISTS.values()),
+            },
+        )
+
+    def _labels(self, source: str, words: dict[str, Any]) -> dict[str, str]:
+        """Word to label, "" for one that is left out. Raises ValueError for a word without a
+        folder.
+        """
+        wanted = [word.strip() for word in self.options.words.split(",") if word.strip()]
+        for word in wanted:
+            if word not in words:
+                raise ValueError(
+                    f"--set words={self.options.words}: no folder {word} in {source}; "
+                    f"{nearest(word, words)}"
+                )
+        other = "" if self.options.unknown == "none" else self.options.unknown
+        return {word: word if not wanted or word in wanted else other for word in words}
+
+    def _splits(
+        self, source: str, found: archives.Listing, words: dict[str, list[archives.Entry]]
+    ) -> tuple[dict[str, str], list[dict[str, str]]]:
+        """(the split of every clip, names of the lists that have none). Raises ValueError where the
+        lists are not there, or share a clip.
+        """
+        names = [entry.name for entries in words.values() for entry in entries]
+        if self.options.split == "hash":
+            return {name: _hashed(name) for name in names}, []
+        if self.options.split != "official":
+            return {name: str(self.options.split) for name in names}, []
+        lists = {entry.name: entry for entry in found.entries if entry.name in LISTS.values()}
+        missing = [name for name in LISTS.values() if name not in lists]
+        if missing:
+            raise ValueError(
+                f"{source}: {few(missing)} not there; put the publisher's lists beside the "
+                "words, or say --set split=hash or split=train"
+            )
+        out: dict[str, str] = dict.fromkeys(names, "train")
+        bad: list[dict[str, str]] = []
+        for split, file in LISTS.items():
+            for line in lines_of([lists[file]]):
+                name = posixpath.normpath(line.text.strip().replace("\\", "/"))
+                if name not in out:
+                    bad.append(broken(line.place, split, line.reason or f"no recording {name}"))
+                elif out[name] not in ("train", split):
+                    raise ValueError(
+                        f"{source}: {name} stands in both lists; a clip lies in one split"
+                    )
+                else:
+                    out[name] = split
+        return out, bad
+
+    def _noise(
+        self, entries: list[archives.Entry]
+    ) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+        """(a row for each second of noise, files that cannot be used): neighbouring windows of a
+        file lie in one split.
+        """
+        reader, rows, bad = archives.Reader(), [], []
+        for entry in sorted(entries, key=lambda entry: (entry.uri, entry.offset)):
+            try:
+                count = int(audio_io.inspect(reader.entry(entry)).seconds / WINDOW_SECONDS)
+            except (audio_io.BrokenAudioError, BrokenImageError) as error:
+                bad.append(broken(entry.name, "train", str(error)))
+                continue
+            for i in range(count):
+                split = (
+                    self.options.split
+                    if self.options.split not in ("official", "hash")
+                    else _held_out(100.0 * (i + 0.5) / count, last=True)
+                )
+                rows.append(
+                    recording(
+                        entry,
+                        split,
+                        start=i * WINDOW_SECONDS,
+                        seconds=WINDOW_SECONDS,
+                        label=self.options.silence,
+                        word=None,
+                        speaker=None,
+                    )
+                )
+        reader.close()
+        return rows, bad
+
+
+def _speaker(name: str) -> str | None:
+    found = re.match(r"(.+)_nohash_", posixpath.basename(name))
+    return found[1] if found else None
+
+
+def _held_out(percent: float, last: bool = False) -> str:
+    """The publisher's order (validation, test, train), or the same with what is held out at the
+    end.
+    """
+    if last:
+        percent -= 100.0 - sum(SHARES.values())
+        if percent < 0:
+            return "train"
+    return (
+        "validation"
+        if percent < SHARES["validation"]
+        else "test"
+        if percent < sum(SHARES.values())
+        else "train"
+    )
+
+
+def _hashed(name: str) -> str:
+    """``which_set`` of the data set's README: SHA-1 of the file's name up to _nohash_, so that a
+    speaker stays in one split as clips are added.
+    """
+    digest = hashlib.sha1(re.sub(r"_nohash_.*$", "", posixpath.basename(name)).encode()).hexdigest()
+    return _held_out(int(digest, 16) % (MOST_CLIPS + 1) * (100.0 / MOST_CLIPS))

@@ -1,0 +1,238 @@
+"""Questions on paragraphs with their answers as spans: SQuAD v1.1 (Rajpurkar et al. 2016) and v2.0
+(Rajpurkar, Jia and Liang 2018).
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from pydantic import Field
+
+from pipeline.config.registry import Options, register
+from pipeline.prepare.engine.inputs import Piece, Reading, find, unfit, wholes
+from pipeline.prepare.engine.table_importer import Found, Settled, TableImporter
+from pipeline.prepare.readers.archives import MOST_BYTES
+
+SHOWN = 40
+"""So many characters of a text a reason shows."""
+
+
+class SquadOptions(Options):
+    repair: bool = Field(
+        False,
+        description="an answer that stands within 20 characters of its offset is moved there, in "
+        "the place of a broken row",
+    )
+    split: str = Field(
+        "",
+        description="the split of all files; empty: from the file's name or folder "
+        "(train-v2.0.json, dev-v1.1.json), else train",
+    )
+
+
+NEAR = 20
+"""Characters that ``repair`` moves an answer at most."""
+
+
+@register("importer", "squad", options=SquadOptions)
+class Squad(TableImporter):
+    """SQuAD v1.1 and v2.0: JSON files of articles with paragraphs, questions and answers; one file,
+    a folder, glob or archive of them, also .gz and .zst.
+
+    Columns: ``id``, ``title``, ``context``, ``question``, ``answers`` (list of texts) and
+    ``answer_start`` (list of offsets in characters); both lists are empty for a question that is
+    marked unanswerable (is_impossible). Broken: an answer that is not at its offset (the reason
+    says where it is), an empty question or context, a question without answers that nothing marks,
+    an id that stood before. A file is read whole: about 10 times its size in memory.
+    """
+
+    amounts = {"characters of questions": "question"}
+
+    def pieces(self, source: str, part_bytes: int) -> tuple[list[Piece], str, dict[str, Any]]:
+        listed = find(source, (".json",), self.options.split)
+        return (
+            wholes(listed),
+            listed.mark,
+            {"files left out": listed.others} if listed.others else {},
+        )
+
+    def survey(self, reading: Reading) -> Found:
+        """Ids of the good questions, to find those that stand twice, and what the questions are
+        like.
+        """
+        ids, counts = [], Counter[str]()
+        for row, reason, moved in self._questions(reading):
+            ids.append("" if reason else row["id"])
+            if reason:
+                reading.bad(_name(row, len(ids)), reason)
+            else:
+                counts.update(
+                    ["rows", *["unanswerable"] * (not row["answers"]), *["moved"] * moved]
+                )
+        numbers = {name: np.array(counts[name]) for name in ("rows", "unanswerable", "moved")}
+        return {"ids": np.array([one.encode() for one in ids], dtype=np.bytes_), **numbers}
+
+    def settle(self, pieces: list[Piece], found: list[Found]) -> Settled:
+        seen: set[bytes] = set()
+        told = []
+        for one in found:
+            again = [
+                i
+                for i, name in enumerate(one["ids"].tolist())
+                if name and (name in seen or seen.add(name))
+            ]
+            told.append({"again": frozenset(again)})
+        total = {name: sum(int(one[name]) for one in found) for name in ("unanswerable", "moved")}
+        notes: dict[str, Any] = {"unanswerable questions": total["unanswerable"]}
+        if self.options.repair:
+            notes["answers moved to where they stand"] = total["moved"]
+        texts = [pa.field(name, pa.string()) for name in ("id", "title", "context", "question")]
+        return Settled(
+            [
+                *texts,
+                pa.field("answers", pa.list_(pa.string())),
+                pa.field("answer_start", pa.list_(pa.int64())),
+            ],
+            told,
+            notes,
+        )
+
+    def rows(self, reading: Reading) -> Iterator[dict[str, Any]]:
+        for number, (row, reason, _) in enumerate(self._questions(reading)):
+            if not reason and number in reading.told["again"]:
+                reason = "its id stood before"
+            if reason:
+                reading.bad(_name(row, number + 1), reason)
+            else:
+                yield row
+
+    def _questions(self, reading: Reading) -> Iterator[tuple[dict[str, Any], str, int]]:
+        """(row, "" or why it is broken, how many answers were moved) for every question of a
+        file.
+        """
+        for title, context, qa in _walk(_document(reading), reading.piece.name):
+            row = {
+                "id": "" if qa.get("id") is None else qa["id"],
+                "title": title,
+                "context": context,
+                "question": qa.get("question"),
+            }
+            given = qa.get("answers") or []
+            if not isinstance(row["id"], str):
+                row["id"] = str(row["id"])
+            reason = next(
+                (
+                    f"no {name}"
+                    for name in ("id", "context", "question")
+                    if not isinstance(row[name], str) or not row[name].strip()
+                ),
+                "",
+            )
+            reason = reason or next(
+                (wrong for name in row if (wrong := unfit(row[name], f"the {name}"))), ""
+            )
+            moved = 0
+            if not reason and qa.get("is_impossible") and given:
+                reason = "is_impossible, and yet it has answers"
+            elif not reason and not given and not qa.get("is_impossible"):
+                reason = "no answers, and nothing marks it as unanswerable (is_impossible)"
+            row |= {"answers": [], "answer_start": []}
+            for answer in given if not reason else ():
+                text, start, reason = self._span(context, answer)
+                if reason:
+                    break
+                moved += start != answer["answer_start"]
+                row["answers"].append(text)
+                row["answer_start"].append(start)
+            yield row, reason, moved
+
+    def _span(self, context: str, answer: Any) -> tuple[str, int, str]:
+        """(text, offset, "" or why the answer cannot be used)."""
+        text, start = (
+            (answer.get("text"), answer.get("answer_start"))
+            if isinstance(answer, dict)
+            else (None, None)
+        )
+        if (
+            not isinstance(text, str)
+            or not text.strip()
+            or not isinstance(start, int)
+            or isinstance(start, bool)
+        ):
+            return "", 0, f"an answer without text or answer_start: {_short(str(answer))}"
+        if start >= 0 and context.startswith(text, start):
+            return text, start, ""
+        places = [
+            i
+            for i in (
+                context.rfind(text, 0, max(0, start) + len(text)),
+                context.find(text, max(0, start)),
+            )
+            if i >= 0
+        ]
+        nearest = min(places, key=lambda i: abs(i - start)) if places else None
+        if nearest is not None and self.options.repair and abs(nearest - start) <= NEAR:
+            return text, nearest, ""
+        where = (
+            "it stands nowhere in the context"
+            if nearest is None
+            else f"the nearest place is {nearest}"
+        )
+        return (
+            "",
+            0,
+            f"answer {_short(text)} is not at {start}: there stands "
+            f"{_short(context[max(0, start) :][: len(text)])}; {where}",
+        )
+
+
+def _name(row: dict[str, Any], number: int) -> str:
+    """What a question is called in the list of broken rows: its id, where it has one that can be
+    written.
+    """
+    return f"question {number}" if not row["id"] or unfit(row["id"], "id") else row["id"]
+
+
+def _short(text: str) -> str:
+    text = text.encode("utf-8", "replace").decode()
+    return repr(text if len(text) <= SHOWN else text[:SHOWN] + "...")
+
+
+def _document(reading: Reading) -> Any:
+    """The JSON of a file; bytes that are not UTF-8 break the rows that hold them alone."""
+    data = reading.whole()
+    if data is None:
+        raise ValueError(
+            f"{reading.piece.name}: more than {MOST_BYTES >> 20} MiB of JSON; cut it into "
+            "several files"
+        )
+    try:
+        return json.loads(data.decode("utf-8-sig", "surrogateescape"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{reading.piece.name}: not JSON ({error}); get it again") from None
+
+
+def _walk(document: Any, name: str) -> Iterator[tuple[str, Any, dict[str, Any]]]:
+    """(title, context, question) of all. Raises ValueError for JSON of another layout."""
+    try:
+        for number, article in enumerate(document["data"]):
+            for paragraph in article["paragraphs"]:
+                for qa in paragraph["qas"]:
+                    if not isinstance(qa, dict):
+                        raise TypeError(f"a question of article {number} is no object")
+                    title = article.get("title", "")
+                    yield (
+                        title if isinstance(title, str) else str(title),
+                        paragraph.get("context"),
+                        qa,
+                    )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{name}: not of SQuAD's layout, data[].paragraphs[].qas[] with context "
+            f"({type(error).__name__}: {error})"
+        ) from None

@@ -1,0 +1,543 @@
+"""Plain tables, one row an entity: numbers and categories to a struct column, label, id and group
+beside it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import Field
+
+from pipeline.config import registry
+from pipeline.config.registry import Options, register
+from pipeline.prepare.engine.importing import NO_SPLIT, SPLITS, few
+from pipeline.prepare.engine.inputs import Listed, Piece, Reading, find, plain_suffix, wholes
+from pipeline.prepare.engine.table_importer import KINDS, Found, Settled, TableImporter, wider
+from pipeline.prepare.readers import dialect, parquet
+
+FEW, MANY = 10, 1000
+"""Whole numbers of so few values may be codes; categories of more values than this are hardly
+ones.
+"""
+ROWS = 4096
+"""Rows that are looked at together."""
+FEATURES = "features"
+
+
+class TableOptions(Options):
+    label: str = Field(
+        "", description="the column (or columns: a,b) to predict; a row without it is broken"
+    )
+    id: str = Field("", description="the column that names the row; kept beside the features")
+    group: str = Field(
+        "",
+        description="the column that says which rows belong together (a patient), for splits; "
+        "kept beside the features",
+    )
+    columns: str = Field(
+        "", description="the features, such as age,sex,bmi; empty: all other columns"
+    )
+    drop: str = Field("", description="columns that are no features")
+    categorical: str = Field("", description="columns whose numbers are codes: kept as texts")
+    numeric: str = Field(
+        "",
+        description="columns of numbers though some values are none (<0.1, ERROR): those are "
+        "counted and null",
+    )
+    missing: str = Field(
+        ",NA,N/A,NaN,nan,?,null,NULL,None",
+        description="texts that mean a missing value; the first one here is the empty text",
+    )
+    delimiter: str = Field(
+        "", description="one character, or tab; empty: tab for .tsv and .tab, else a comma"
+    )
+    quote: str = Field(
+        '"', description="what encloses fields; empty: nothing does, every line is a row"
+    )
+    encoding: str = Field(
+        "utf-8", description="of the files, such as latin-1; one in which ASCII is ASCII"
+    )
+    names: str = Field(
+        "", description="names of all columns for files without a header, such as age,sex,died"
+    )
+    split_column: str = Field("", description="the column that tells each row's split")
+    split: Literal["", "train", "validation", "test"] = Field(
+        "", description="the split of all files; empty: from the file's name or folder, else train"
+    )
+
+
+@register("importer", "table", options=TableOptions)
+class Table(TableImporter):
+    """CSV, TSV (also .gz, .zst) or Parquet, one row an entity, to numbers and categories: --set
+    label=died,id=stay,group=patient.
+
+    Columns: ``features``, a struct with a field for each feature: float64 where all values of the
+    whole table are numbers, else string; missing values are null. Label, id and group keep their
+    names and types. Broken: rows without a label, of another number of fields, or that are no text.
+    Numbers with leading zeros are categories. What is no number in a column of --set numeric= is
+    counted and null. Noted: columns without values, with one value, whole numbers with few values
+    (codes?), categories with very many. All files must have the same columns, in any order. Rows of
+    a part stand in a random but fixed order. A CSV file is one part: cut large ones up.
+    """
+
+    mixes = True
+
+    def __init__(self, options: Any = None):
+        super().__init__(options)
+        o = self.options
+        self.dialect = dialect.Dialect(o.delimiter, o.quote, o.encoding)
+        self.labels, self.columns, self.dropped, self.categorical, self.numeric, self.header = (
+            _listed(o.label),
+            _listed(o.columns),
+            _listed(o.drop),
+            _listed(o.categorical),
+            _listed(o.numeric),
+            _listed(o.names),
+        )
+        self.carried = list(dict.fromkeys([*self.labels, *_listed(o.id), *_listed(o.group)]))
+        self.missing = frozenset(text.strip() for text in o.missing.split(","))
+        both = sorted(set(self.categorical) & set(self.numeric))
+        if both:
+            raise ValueError(
+                f"--set categorical= and numeric= both name {both[0]}; it is one of them"
+            )
+        if o.split and o.split_column:
+            raise ValueError(
+                f"--set split={o.split}: --set split_column={o.split_column} gives each row "
+                "its own; say one of them"
+            )
+        for option, names in (("drop", self.dropped), ("columns", self.columns)):
+            if taken := [name for name in names if name in self.carried or name == o.split_column]:
+                raise ValueError(
+                    f"--set {option}= names {taken[0]}, which is label, id, group or "
+                    "split_column; such a column is no feature anyway"
+                )
+        self.label = self.labels[0] if self.labels else ""
+
+    # ------------------------------------------------------------ reading
+
+    def pieces(self, source: str, part_bytes: int) -> tuple[list[Piece], str, dict[str, Any]]:
+        listed = find(
+            source,
+            (*dialect.SUFFIXES, *parquet.SUFFIXES),
+            self.options.split or ("all" if self.options.split_column else ""),
+        )
+        pieces: list[Piece] = []
+        for entry, split in listed.files:
+            one = Listed([(entry, split)], {}, "")
+            if plain_suffix(entry.name) not in (*dialect.SUFFIXES, *parquet.SUFFIXES):
+                raise ValueError(
+                    f"{entry.name}: of no kind that is read "
+                    f"({', '.join((*dialect.SUFFIXES, *parquet.SUFFIXES))}, also with .gz or "
+                    ".zst)"
+                )
+            pieces += (
+                parquet.pieces(one, part_bytes)
+                if plain_suffix(entry.name) in parquet.SUFFIXES
+                else wholes(one)
+            )
+        return pieces, listed.mark, {"files left out": listed.others} if listed.others else {}
+
+    def _batches(self, reading: Reading) -> Iterator[tuple[list[int], dict[str, list[Any]]]]:
+        """(place of each row, values of each column: texts of CSV, Python values of Parquet, None
+        where missing) of good rows, some at a time.
+        """
+        if plain_suffix(reading.piece.name) in parquet.SUFFIXES:
+            for before, block in parquet.batches(reading):
+                for name, kind in zip(block.column_names, block.schema.types, strict=True):
+                    self._fits(name, kind, reading)
+                columns = {
+                    name: self._there(_values(block[name]))
+                    for name in self._wanted(block.column_names, reading.piece.name)
+                }
+                yield from self._whole(
+                    reading, [before + 1 + i for i in range(len(block))], columns
+                )
+            return
+        records = self._records(reading)
+        names = next(records)[1]
+        wanted = self._wanted(names, reading.piece.name)
+        at = {name: names.index(name) for name in wanted}
+        while batch := list(islice(records, ROWS)):
+            columns = {
+                name: self._there([fields[i] for _, fields in batch]) for name, i in at.items()
+            }
+            yield from self._whole(reading, [number for number, _ in batch], columns)
+
+    def _there(self, values: list[Any]) -> list[Any]:
+        """The values, those that mean a missing one as None, texts without blanks around them."""
+        stripped = [value.strip() if isinstance(value, str) else value for value in values]
+        return [
+            None if isinstance(value, str) and value in self.missing else value
+            for value in stripped
+        ]
+
+    def _records(self, reading: Reading) -> Iterator[tuple[int, list[str]]]:
+        """The header, then the records of as many fields. Raises ValueError for a header that is
+        none, or a file without one.
+        """
+        header, written = self.header, not self.header
+        if header:
+            self.dialect.check_header(header, reading.piece.name, written=False)
+            yield 0, header
+        for number, fields in self.dialect.records(reading, written):
+            if not header:
+                header = [name.strip() for name in fields]
+                self.dialect.check_header(header, reading.place(number))
+                if "" in header:
+                    raise ValueError(
+                        f"{reading.place(number)}: column {header.index('') + 1} has no name; "
+                        "give it one, or say --set names=... for a file "
+                        "without a header"
+                    )
+                yield number, header
+            elif len(fields) != len(header):
+                reading.bad(number, f"{len(fields)} fields, where there are {len(header)} columns")
+            else:
+                yield number, fields
+        if not header:
+            raise ValueError(f"{reading.piece.name}: empty, not even a header; leave it out")
+
+    def _fits(self, name: str, kind: pa.DataType, reading: Reading) -> None:
+        """Raises ValueError for a column of Parquet that is a feature and neither numbers nor
+        texts.
+        """
+        types = pa.types
+        plain = (
+            types.is_integer(kind)
+            or types.is_floating(kind)
+            or types.is_decimal(kind)
+            or types.is_boolean(kind)
+            or types.is_string(kind)
+            or types.is_large_string(kind)
+            or types.is_string_view(kind)
+            or types.is_null(kind)
+            or (
+                types.is_dictionary(kind)
+                and (types.is_string(kind.value_type) or types.is_large_string(kind.value_type))
+            )
+        )
+        if (
+            not plain
+            and name not in self.dropped
+            and (not self.columns or name in (*self.columns, *self.carried))
+        ):
+            raise ValueError(
+                f"{reading.piece.name}: column {name} is {kind}, neither a number nor a "
+                f"category; turn it into one, or say --set drop={name}"
+            )
+
+    def _wanted(self, names: list[str], place: str) -> list[str]:
+        """The columns that are read. Raises ValueError for a name given that is none of them."""
+        o = self.options
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"{place}: two columns are called {twice[0]!r}; rename one")
+        given = [
+            *(
+                (option, name)
+                for option in ("label", "id", "group", "split_column")
+                for name in _listed(getattr(o, option))
+            ),
+            *(
+                (option, name)
+                for option, found in (
+                    ("columns", self.columns),
+                    ("drop", self.dropped),
+                    ("categorical", self.categorical),
+                    ("numeric", self.numeric),
+                )
+                for name in found
+            ),
+        ]
+        for option, name in given:
+            if name not in names:
+                raise ValueError(
+                    f"{place}: no column {name!r} for --set {option}; "
+                    f"{registry.nearest(name, names)}"
+                )
+        own = [*self.carried, *_listed(o.split_column)]
+        for name in [name for name in self.carried if name in (FEATURES, "split")]:
+            raise ValueError(f"{place}: column {name} has a name that is taken here; rename it")
+        features = self.columns or [
+            name for name in names if name not in own and name not in self.dropped
+        ]
+        if not features:
+            raise ValueError(f"{place}: no column is left for the features")
+        return [*features, *own]
+
+    def _whole(
+        self, reading: Reading, places: list[int], columns: dict[str, list[Any]]
+    ) -> Iterator[tuple[list[int], dict[str, list[Any]]]]:
+        """The batch without rows that lack a label or a split, which are told to ``reading``."""
+        lacking: dict[int, str] = {}
+        if self.options.split_column:
+            texts = [_text(value) for value in columns[self.options.split_column]]
+            lacking = {
+                i: NO_SPLIT
+                for i, text in enumerate(texts)
+                if text is not None and text.lower() not in SPLITS
+            }
+        for name, what in [
+            (self.options.split_column, "split"),
+            *((name, f"label ({name})") for name in reversed(self.labels)),
+        ]:
+            if name:
+                lacking |= {
+                    i: f"no {what}"
+                    for i, value in enumerate(columns[name])
+                    if value is None or value != value
+                }
+        for i in sorted(lacking):
+            reading.bad(places[i], lacking[i])
+        keep = [i for i in range(len(places)) if i not in lacking]
+        yield (
+            (
+                [places[i] for i in keep],
+                {name: [values[i] for i in keep] for name, values in columns.items()},
+            )
+            if lacking
+            else (places, columns)
+        )
+
+    # ------------------------------------------------------------ the two passes
+
+    def survey(self, reading: Reading) -> Found:
+        """For each column the kind of its values, how many are missing or no number, and its
+        distinct values as far as they are few.
+        """
+        rows, columns = 0, dict[str, _Column]()
+        for places, found in self._batches(reading):
+            rows += len(places)
+            for name, values in found.items():
+                columns.setdefault(name, _Column()).see(values)
+        out: Found = {"rows": np.array(rows), "names": np.array(list(columns), dtype=np.str_)}
+        for key in ("kind", "present", "strange"):
+            out[key] = np.array(
+                [getattr(column, key) for column in columns.values()], dtype=np.int64
+            )
+        for i, column in enumerate(columns.values()):
+            out[f"distinct{i}"] = np.array(sorted(column.distinct), dtype=np.int64)
+        return out
+
+    def settle(self, pieces: list[Piece], found: list[Found]) -> Settled:
+        columns: dict[str, _Column] = {}
+        first = next(
+            (piece.name for piece, one in zip(pieces, found, strict=True) if len(one["names"])), ""
+        )
+        for piece, one in zip(pieces, found, strict=True):
+            names = one["names"].tolist()
+            if names and columns and set(names) != set(columns):
+                odd = sorted(set(names) ^ set(columns))
+                raise ValueError(
+                    f"{piece.name}: other columns than {first}: {few(odd)} in one of them "
+                    "alone; make them alike, or name the features: "
+                    "--set columns="
+                )
+            for i, name in enumerate(names):
+                kind, present, strange = (
+                    int(one[key][i]) for key in ("kind", "present", "strange")
+                )
+                columns.setdefault(name, _Column()).join(
+                    kind, present, strange, one[f"distinct{i}"].tolist()
+                )
+        features = [
+            name
+            for name in columns
+            if name not in self.carried and name != self.options.split_column
+        ]
+        number = {
+            name: name in self.numeric or (name not in self.categorical and columns[name].kind < 4)
+            for name in features
+        }
+        fields = [
+            pa.field(name, pa.float64() if number[name] else pa.string()) for name in features
+        ]
+        kinds = {name: columns[name].kind for name in self.carried}
+        if self.label and kinds[self.label] == 3:
+            self.label = ""  # a number to estimate has no classes to count
+        own = [pa.field(name, KINDS[kind] if kind else pa.string()) for name, kind in kinds.items()]
+        told = {"number": number, "kinds": kinds}
+        info = {
+            "label": self.labels,
+            "id": self.options.id,
+            "group": self.options.group,
+            "numeric": [name for name in features if number[name]],
+            "categorical": [name for name in features if not number[name]],
+        }
+        notes = self._notes(columns, number, sum(int(one["rows"]) for one in found))
+        return Settled(
+            [pa.field(FEATURES, pa.struct(fields)), *own], [told] * len(pieces), notes, info
+        )
+
+    def _notes(
+        self, columns: dict[str, _Column], number: dict[str, bool], rows: int
+    ) -> dict[str, Any]:
+        """What a user may want to know of the columns: names and counts, no values."""
+        features = {name: columns[name] for name in number}
+        whole = [
+            name
+            for name, column in features.items()
+            if number[name] and column.kind == 2 and 1 < len(column.distinct) <= FEW
+        ]
+        strange = {
+            name: column.strange
+            for name, column in features.items()
+            if number[name] and column.strange
+        }
+        noted = {
+            "columns without a value": [
+                name for name, column in features.items() if not column.present
+            ],
+            "columns with one value": [
+                name
+                for name, column in features.items()
+                if column.present and len(column.distinct) == 1
+            ],
+            "whole numbers with few values (if they are codes: --set categorical=)": whole,
+            "categories though most values are numbers (if the others mean none: --set numeric=)": [
+                name
+                for name, column in features.items()
+                if not number[name]
+                and name not in self.categorical
+                and 0 < 2 * column.strange < column.present
+            ],
+            f"categories with more than {MANY} values (names? --set drop=)": [
+                name
+                for name, column in features.items()
+                if not number[name] and len(column.distinct) > MANY
+            ],
+        }
+        missing = {
+            name: rows - column.present
+            for name, column in features.items()
+            if column.present < rows
+        }
+        return {
+            "numeric features": sum(number.values()),
+            "categorical features": len(number) - sum(number.values()),
+            **({"values missing": missing} if missing else {}),
+            **({"values that are no number, now null": strange} if strange else {}),
+            **{name: few(found) for name, found in noted.items() if found},
+        }
+
+    def rows(self, reading: Reading) -> Iterator[pa.Table]:
+        number, kinds = reading.told["number"], reading.told["kinds"]
+        for places, found in self._batches(reading):
+            arrays = [
+                pa.array([_number(value) for value in found[name]], pa.float64())
+                if number[name]
+                else pa.array([_text(value) for value in found[name]], pa.string())
+                for name in number
+            ]
+            made: dict[str, Any] = {FEATURES: pa.StructArray.from_arrays(arrays, list(number))}
+            for name, kind in kinds.items():
+                made[name] = pa.array(
+                    [_as(value, kind) for value in found[name]],
+                    KINDS[kind] if kind else pa.string(),
+                )
+            if self.options.split_column:
+                texts = [_text(value) or "" for value in found[self.options.split_column]]
+                made["split"] = pa.array([SPLITS[text.lower()] for text in texts], pa.string())
+            if places:
+                yield pa.table(made)
+
+
+# ---------------------------------------------------------------- columns and values
+
+
+class _Column:
+    """What was seen of a column: the widest kind (the place in KINDS), values that are there, those
+    that are no number, hashes of its distinct values.
+    """
+
+    def __init__(self):
+        self.kind = self.present = self.strange = 0
+        self.distinct: set[int] = set()
+
+    def see(self, values: Iterable[Any]) -> None:
+        for value, count in Counter(values).items():
+            if value is None or value != value:
+                continue
+            self.present += count
+            self.kind = wider(self.kind, _kind(value))
+            self.strange += count * (_number(value) is None)
+            if len(self.distinct) <= MANY:
+                self.distinct.add(_hash(value))
+
+    def join(self, kind: int, present: int, strange: int, distinct: list[int]) -> None:
+        self.kind, self.present, self.strange = (
+            wider(self.kind, kind),
+            self.present + present,
+            self.strange + strange,
+        )
+        self.distinct |= set(distinct)
+
+
+def _hash(value: Any) -> int:
+    """The same for 1 and "1" in every process, unlike Python's own."""
+    return int.from_bytes(
+        hashlib.blake2b(str(_text(value)).encode(), digest_size=8).digest(), "little", signed=True
+    )
+
+
+def _kind(value: Any) -> int:
+    """The place in KINDS; truths are categories, floats without a fraction whole numbers, as texts
+    (1.0) too.
+    """
+    if isinstance(value, str):
+        kind = dialect.field_kind(value)
+        return _kind(float(value)) if kind == 3 else kind
+    if isinstance(value, float):
+        return 2 if value.is_integer() and abs(value) < 1 << 53 else 3
+    return 2 if not isinstance(value, bool) and abs(value) < 1 << 63 else 4
+
+
+def _values(column: pa.ChunkedArray) -> list[Any]:
+    kind = column.type
+    if pa.types.is_dictionary(kind):
+        column = column.cast(kind.value_type)
+    return (pc.cast(column, pa.float64()) if pa.types.is_decimal(kind) else column).to_pylist()
+
+
+def _number(value: Any) -> float | None:
+    """The value as a finite number, or None."""
+    if value is None or (isinstance(value, str) and not dialect.NUMBER.fullmatch(value)):
+        return None
+    found = float(value)
+    return found if math.isfinite(found) else None
+
+
+def _text(value: Any) -> str | None:
+    """The value as a category; None where it is missing."""
+    if value is None or value != value:
+        return None
+    if isinstance(value, float):
+        return str(int(value)) if value.is_integer() else repr(value)
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _as(value: Any, kind: int) -> Any:
+    """A label, id or group as one of that kind of KINDS."""
+    if kind == 4:
+        return _text(value)
+    if value is None or value != value:
+        return None
+    if kind == 2:
+        return (
+            int(float(value))
+            if isinstance(value, str) and not dialect.WHOLE.fullmatch(value)
+            else int(value)
+        )
+    return float(value)
+
+
+def _listed(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]

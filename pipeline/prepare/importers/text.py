@@ -1,0 +1,481 @@
+"""Corpora: documents of plain text, JSON Lines and Parquet, cleaned where asked."""
+
+from __future__ import annotations
+
+import codecs
+import io
+import json
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import Field
+
+from pipeline.config import registry
+from pipeline.config.registry import Options, register
+from pipeline.data.loader import threaded_map
+from pipeline.prepare.engine.inputs import (
+    ROW_BYTES,
+    Listed,
+    Piece,
+    Reading,
+    decoded,
+    find,
+    plain_suffix,
+    ranges,
+    unfit,
+    wholes,
+)
+from pipeline.prepare.engine.table_importer import (
+    KINDS,
+    Found,
+    Settled,
+    TableImporter,
+    as_kind,
+    kind_of,
+    wider,
+)
+from pipeline.prepare.readers import cleaning, parquet
+from pipeline.prepare.readers.archives import MOST_BYTES
+
+PLAIN, LINES, PARQUET = (".txt", ".text"), (".jsonl", ".ndjson"), parquet.SUFFIXES
+BATCH_ROWS = 256
+REASONS = (
+    "",
+    "empty",
+    "too short (min_chars)",
+    "too long (max_chars)",
+    "too few words (min_words)",
+    "too few letters (min_letters)",
+    "of another script (script)",
+    "exact duplicate",
+    "near duplicate",
+)
+EXACT, NEAR = 7, 8
+RESERVED = ("text", "id", "split")
+
+
+class TextOptions(Options):
+    documents: Literal["line", "blank", "file"] = Field(
+        "line",
+        description="of plain text: a line, what stands between blank lines, or a file is one",
+    )
+    text: str = Field(
+        "text", description="the column or field of the text in Parquet and JSON Lines"
+    )
+    keep: str = Field(
+        "",
+        description="further columns or fields to keep, such as url,date; values that are no "
+        "number or text are kept as JSON",
+    )
+    dedup: Literal["none", "exact", "near"] = Field(
+        "none",
+        description="drop (exact) what is equal but for case and spaces, (near) what is alike too",
+    )
+    threshold: float = Field(
+        0.8,
+        gt=0,
+        le=1,
+        description="near: the Jaccard similarity from which two documents are alike",
+    )
+    min_chars: int = Field(1, ge=0, description="shorter documents are dropped")
+    max_chars: int = Field(0, ge=0, description="longer ones too; 0: no limit")
+    min_words: int = Field(0, ge=0, description="documents of fewer words (by spaces) are dropped")
+    min_letters: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="documents with a smaller share of letters among their characters (blanks "
+        "aside) are dropped",
+    )
+    script: Literal[
+        "",
+        "latin",
+        "cyrillic",
+        "greek",
+        "arabic",
+        "hebrew",
+        "devanagari",
+        "bengali",
+        "tamil",
+        "thai",
+        "georgian",
+        "armenian",
+        "hangul",
+        "han",
+        "hiragana",
+        "katakana",
+    ] = Field(
+        "",
+        description="documents with too few letters of this script are dropped; empty: any script",
+    )
+    min_script: float = Field(
+        0.5, ge=0, le=1, description="the share of the letters that must be of the script"
+    )
+    split: str = Field(
+        "",
+        description="the split of all files; empty: from the file's name or folder "
+        "(wiki.train.txt, dev/a.txt), else train",
+    )
+
+
+class Document(NamedTuple):
+    """A text, its place in its file, and the kept columns."""
+
+    place: int
+    text: str
+    kept: dict[str, Any]
+
+
+@register("importer", "text", options=TextOptions)
+class Text(TableImporter):
+    """Corpora: .txt, .jsonl (or .ndjson) and .parquet, also .gz and .zst; one file, a folder, glob
+    or archive.
+
+    Columns: ``text``, ``id`` (FILE:LINE, FILE:ROW for Parquet) and those that --set keep=a,b names.
+    Broken rows are those that are no text: not UTF-8, a NUL character, null, not JSON, longer than
+    32 MiB. Others are dropped where asked: by length, by letters, exact and near duplicates, of
+    which the first stays (test before validation before train, so that what is tested on is not
+    trained on); _summary.md counts them, _dropped.parquet lists each with the reason and the id of
+    its kept twin. To find duplicates takes 0.1 kB of memory a document (exact) or 1.8 kB (near).
+    """
+
+    amounts = {"characters": "text"}
+
+    def __init__(self, options: Any = None):
+        super().__init__(options)
+        self.kept = [name.strip() for name in self.options.keep.split(",") if name.strip()]
+        wrong = [name for name in self.kept if name in RESERVED or name == self.options.text]
+        if wrong:
+            raise ValueError(
+                f"--set keep={self.options.keep}: {wrong[0]} is a name of the corpus's own "
+                "columns; rename it in the source, or leave it out"
+            )
+
+    def pieces(self, source: str, part_bytes: int) -> tuple[list[Piece], str, dict[str, Any]]:
+        listed = find(source, (*PLAIN, *LINES, *PARQUET), self.options.split)
+        strange = [
+            entry.name
+            for entry, _ in listed.files
+            if plain_suffix(entry.name) not in (*PLAIN, *LINES, *PARQUET)
+        ]
+        if strange:
+            raise ValueError(
+                f"{strange[0]}: of no kind that is read "
+                f"({', '.join((*PLAIN, *LINES, *PARQUET))}, also with .gz or .zst); rename it "
+                "by its kind"
+            )
+        groups = dict(
+            zip(
+                [entry for entry, _ in listed.files],
+                threaded_map(parquet.groups, [entry for entry, _ in listed.files]),
+                strict=True,
+            )
+        )
+        pieces = []
+        for entry, split in listed.files:
+            one = Listed([(entry, split)], {}, "")
+            by_lines = plain_suffix(entry.name) in LINES or self.options.documents != "file"
+            if groups[entry]:
+                pieces += parquet.row_groups(entry, split, groups[entry], part_bytes)
+            else:
+                pieces += (
+                    ranges(one, part_bytes)
+                    if by_lines and plain_suffix(entry.name) not in PARQUET
+                    else wholes(one)
+                )
+        return pieces, listed.mark, {"files left out": listed.others} if listed.others else {}
+
+    # ------------------------------------------------------------ documents
+
+    def _documents(self, reading: Reading) -> Iterator[Document]:
+        """The documents of a piece in order; what is none is told to ``reading``."""
+        suffix = plain_suffix(reading.piece.name)
+        if suffix in PARQUET:
+            yield from self._of_parquet(reading)
+        elif suffix in LINES:
+            yield from self._of_json(reading)
+        elif self.options.documents == "file":
+            raw = reading.whole(ROW_BYTES)
+            text, wrong = decoded(raw and raw.removeprefix(codecs.BOM_UTF8))
+            if wrong:
+                reading.bad("whole", wrong)
+            else:
+                yield Document(1, text, {})
+        elif self.options.documents == "blank":
+            yield from self._between_blanks(reading)
+        else:
+            for number, _, raw in reading.numbered():
+                text, wrong = decoded(raw)
+                if wrong:
+                    reading.bad(number, wrong)
+                elif text.strip():
+                    yield Document(number, text, {})
+
+    def _between_blanks(self, reading: Reading) -> Iterator[Document]:
+        """A document belongs to the piece in which the blank line before it begins, or the file."""
+        held, first, reason, size, stop = [], 0, "", 0, reading.piece.stop
+        inside = not reading.piece.start
+
+        def done() -> Iterator[Document]:
+            if reason:
+                reading.bad(first, reason)
+            elif held:
+                yield Document(first, "\n".join(held), {})
+
+        for number, begins, raw in reading.numbered(beyond=True):
+            if raw is not None and not raw.strip():
+                yield from done() if inside else ()
+                held, first, reason, size, inside = [], 0, "", 0, True
+                if 0 <= stop <= begins:
+                    return
+                continue
+            if not inside:
+                if 0 <= stop <= begins:
+                    return
+                continue
+            first = first or number
+            text, wrong = decoded(raw)
+            size += len(text) + 1
+            if size > ROW_BYTES:
+                wrong = decoded(None)[1]
+            reason = reason or wrong
+            if reason:
+                held.clear()
+            else:
+                held.append(text)
+        yield from done() if inside else ()
+
+    def _of_json(self, reading: Reading) -> Iterator[Document]:
+        for number, _, raw in reading.numbered():
+            line, wrong = decoded(raw)
+            if wrong or not line.strip():
+                if wrong:
+                    reading.bad(number, wrong)
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                reading.bad(number, f"not JSON: {error}")
+                continue
+            text = row.get(self.options.text) if isinstance(row, dict) else None
+            if not isinstance(row, dict) or not isinstance(text, str):
+                wanted = self.options.text
+                reading.bad(
+                    number,
+                    f"no text in field {wanted!r}; {registry.nearest(wanted, row)}"
+                    if isinstance(row, dict)
+                    else "no JSON object",
+                )
+                continue
+            kept = {name: row.get(name) for name in self.kept}
+            texts = {
+                name: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False)
+                for name, v in kept.items()
+            }
+            wrong = unfit(text, "the text") or next(
+                (w for name, v in texts.items() if (w := unfit(v, name))), ""
+            )
+            if wrong:
+                reading.bad(number, wrong)
+            else:
+                yield Document(number, text, kept)
+
+    def _of_parquet(self, reading: Reading) -> Iterator[Document]:
+        name, (start, stop) = self.options.text, (reading.piece.start, reading.piece.stop)
+        with reading.open() as handle:
+            try:
+                file = pq.ParquetFile(handle if stop >= 0 else io.BytesIO(handle.read(MOST_BYTES)))
+                for wanted in (name, *self.kept):
+                    if wanted not in file.schema_arrow.names:
+                        raise ValueError(
+                            f"{reading.piece.name}: no column {wanted!r}; "
+                            f"{registry.nearest(wanted, file.schema_arrow.names)}"
+                        )
+                kind = file.schema_arrow.field(name).type
+                if not any(
+                    check(kind)
+                    for check in (
+                        pa.types.is_string,
+                        pa.types.is_large_string,
+                        pa.types.is_string_view,
+                        pa.types.is_dictionary,
+                    )
+                ):
+                    raise ValueError(f"{reading.piece.name}: column {name!r} is {kind}, no text")
+                row = sum(file.metadata.row_group(i).num_rows for i in range(start))
+                groups = list(range(start, stop)) if stop >= 0 else None
+                for batch in file.iter_batches(BATCH_ROWS, groups, [name, *self.kept]):
+                    texts = (
+                        batch.column(name)
+                        .cast(pa.string() if pa.types.is_dictionary(kind) else kind)
+                        .cast(pa.large_binary())
+                        .to_pylist()
+                    )
+                    kept = [
+                        dict(zip(self.kept, values, strict=True))
+                        for values in zip(
+                            *(batch.column(n).to_pylist() for n in self.kept), strict=True
+                        )
+                    ]
+                    for i, data in enumerate(texts):
+                        row += 1
+                        text, wrong = (
+                            ("", "null")
+                            if data is None
+                            else decoded(data if len(data) <= ROW_BYTES else None)
+                        )
+                        if wrong:
+                            reading.bad(row, wrong)
+                        else:
+                            yield Document(row, text, kept[i] if kept else {})
+            except pa.ArrowInvalid as error:
+                raise ValueError(
+                    f"{reading.piece.name}: not a whole Parquet file ({error}); get it again"
+                ) from None
+
+    # ------------------------------------------------------------ what is left out
+
+    def _reason(self, text: str) -> int:
+        """The place in REASONS."""
+        o = self.options
+        stripped = text.strip()
+        if not stripped:
+            return 1
+        if len(stripped) < o.min_chars:
+            return 2
+        if o.max_chars and len(stripped) > o.max_chars:
+            return 3
+        if o.min_words and len(stripped.split()) < o.min_words:
+            return 4
+        if o.min_letters or o.script:
+            letters, own = cleaning.shares(stripped, o.script)
+            if letters < o.min_letters:
+                return 5
+            if o.script and own < o.min_script:
+                return 6
+        return 0
+
+    def survey(self, reading: Reading) -> Found:
+        """For each document its place and why it is dropped; of those that stay what they are
+        compared by; what kinds the kept columns hold.
+        """
+        places, reasons, digests, signs, kinds = [], [], [], [], dict.fromkeys(self.kept, 0)
+
+        def staying() -> Iterator[str]:
+            for place, text, kept in self._documents(reading):
+                places.append(place)
+                reasons.append(self._reason(text))
+                for name, value in kept.items():
+                    kinds[name] = wider(kinds[name], kind_of(value))
+                if not reasons[-1]:
+                    if self.options.dedup != "none":
+                        digests.append(cleaning.digest(text))
+                    yield text
+
+        if self.options.dedup == "near":
+            signs = list(cleaning.signatures(staying()))
+        else:
+            for _ in staying():
+                pass
+        return {
+            "rows": np.array(len(places)),
+            "places": np.array(places, dtype=np.int64),
+            "reasons": np.array(reasons, dtype=np.uint8),
+            "digests": np.frombuffer(b"".join(digests), dtype="<u8").reshape(-1, 2),
+            "signs": np.array(signs, dtype=np.uint32).reshape(-1, cleaning.NUM_PERM),
+            "kinds": np.array(list(kinds.values()), dtype=np.int64),
+        }
+
+    def settle(self, pieces: list[Piece], found: list[Found]) -> Settled:
+        reasons = np.concatenate([one["reasons"] for one in found])
+        twins = self._alike(found, reasons)
+        cuts = np.cumsum([len(one["reasons"]) for one in found])[:-1]
+        kinds = {}
+        for i, name in enumerate(self.kept):
+            for one in found:
+                kinds[name] = wider(kinds.get(name, 0), int(one["kinds"][i]))
+        kept = [
+            pa.field(name, KINDS[kind] if kind else pa.string()) for name, kind in kinds.items()
+        ]
+        columns = [pa.field("text", pa.string()), pa.field("id", pa.string()), *kept]
+        told = [{"drop": part > 0, "kinds": kinds} for part in np.split(reasons, cuts)]
+        counts = Counter(reasons[reasons > 0].tolist())
+        notes = {
+            "dropped": {REASONS[code]: count for code, count in sorted(counts.items())},
+            "documents read": len(reasons),
+        }
+        if len(reasons) and reasons.all():
+            why = ", ".join(f"{reason} {count}" for reason, count in notes["dropped"].items())
+            raise ValueError(
+                f"all of the {len(reasons)} documents would be dropped: {why}; loosen those options"
+            )
+        return Settled(
+            columns,
+            told,
+            notes,
+            dropped=self._list(pieces, found, reasons, twins) if counts else None,
+        )
+
+    def _alike(self, found: list[Found], reasons: np.ndarray) -> np.ndarray:
+        """(n,) int64: for each document the first that is like it; ``reasons`` is filled in for
+        those that have one before.
+        """
+        first = np.arange(len(reasons))
+        if self.options.dedup == "none":
+            return first
+        there = np.flatnonzero(reasons == 0)
+        same = cleaning.exact(np.concatenate([one["digests"] for one in found]))
+        first[there] = there[same]
+        reasons[there[same != np.arange(len(same))]] = EXACT
+        if self.options.dedup == "near":
+            alone = np.flatnonzero(same == np.arange(len(same)))
+            like = cleaning.near(
+                np.concatenate([one["signs"] for one in found])[alone], self.options.threshold
+            )
+            first[there[alone]] = there[alone[like]]
+            reasons[there[alone[like != np.arange(len(like))]]] = NEAR
+            first = first[first]  # an equal of one that is dropped
+        return first
+
+    def _list(
+        self, pieces: list[Piece], found: list[Found], reasons: np.ndarray, twins: np.ndarray
+    ) -> pa.Table:
+        """id, split, reason and the id of the kept twin of every document that is dropped."""
+        places = np.concatenate([one["places"] + int(one["before"]) for one in found])
+        owner = np.repeat(np.arange(len(pieces)), [len(one["reasons"]) for one in found])
+        gone = np.flatnonzero(reasons)
+
+        def ids(rows: np.ndarray) -> list[str]:
+            return [
+                f"{pieces[piece].name}:{place}"
+                for piece, place in zip(owner[rows].tolist(), places[rows].tolist(), strict=True)
+            ]
+
+        twin = [
+            name if at != row else None
+            for name, at, row in zip(
+                ids(twins[gone]), twins[gone].tolist(), gone.tolist(), strict=True
+            )
+        ]
+        return pa.table(
+            {
+                "id": ids(gone),
+                "split": [pieces[piece].split for piece in owner[gone].tolist()],
+                "reason": [REASONS[code] for code in reasons[gone].tolist()],
+                "twin": pa.array(twin, pa.string()),
+            }
+        )
+
+    def rows(self, reading: Reading) -> Iterator[dict[str, Any]]:
+        drop, kinds = reading.told["drop"], reading.told["kinds"]
+        for number, (place, text, kept) in enumerate(self._documents(reading)):
+            if not drop[number]:
+                yield {
+                    "text": text,
+                    "id": reading.place(place),
+                    **{key: as_kind(value, kinds[key]) for key, value in kept.items()},
+                }

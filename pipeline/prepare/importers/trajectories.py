@@ -1,0 +1,479 @@
+"""Plain tables with one row a step (a robot's log, demonstrations written by hand) to one row an
+episode.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from pydantic import Field
+
+from pipeline.config import registry
+from pipeline.config.registry import Options, register
+from pipeline.prepare.engine import episodes
+from pipeline.prepare.engine.importing import few
+from pipeline.prepare.engine.inputs import Opener, Piece, Reading, find, wholes
+from pipeline.prepare.engine.table_importer import Found, Settled, TableImporter
+from pipeline.prepare.readers import logs
+from pipeline.prepare.readers.csv_blocks import SUFFIXES, Column, Cut, Tally, batches, header
+
+
+class TrajectoriesOptions(Options):
+    observations: str = Field(
+        "",
+        description="columns of an observation, in order: x,y,z or S1..S24 or joint_*; of Parquet "
+        "also one column of lists",
+    )
+    actions: str = Field(
+        "",
+        description="one column of texts or whole numbers: classes; or columns of numbers, as "
+        "observations are named; empty: none",
+    )
+    discrete: Literal["auto", "true", "false"] = Field(
+        "auto",
+        description="whether one column of whole numbers is classes; auto: yes, unless it has "
+        "bounds",
+    )
+    action_names: str = Field("", description="names of integer codes, from 0: left,straight,right")
+    action_low: str = Field(
+        "", description="the least that actions may be: one number, or one for each column: -1,-0.5"
+    )
+    action_high: str = Field("", description="the most that they may be")
+    episode: str = Field(
+        "", description="the column that says which episode a step is of; empty: a file is one log"
+    )
+    order: str = Field(
+        "", description="the column of steps or times, which must ascend within an episode"
+    )
+    reward: str = Field("", description="the column of rewards")
+    done: str = Field(
+        "",
+        description="the column that is true where an episode ends by itself; without an episode "
+        "column it cuts the log there",
+    )
+    open: Literal["refuse", "allow"] = Field(
+        "refuse",
+        description="an episode whose last row is not done: left out, or taken as cut off there "
+        "(truncated)",
+    )
+    task: str = Field("", description="the column of the task's name, one an episode")
+    task_name: str = Field(
+        "", description="the task's name for all episodes, where no column says it"
+    )
+    embodiment: str = Field("", description="the column of the robot's name, one an episode")
+    embodiment_name: str = Field(
+        "", description="the robot's name for all episodes, where no column says it"
+    )
+    episode_steps: int = Field(
+        0,
+        ge=0,
+        description="cut logs into episodes of so many steps, so that shares of a log can be "
+        "taken; 0: no",
+    )
+    test_share: float = Field(
+        0.0, ge=0, lt=1, description="the last share of the steps of every log is its test: 0.25"
+    )
+    validation_share: float = Field(
+        0.0, ge=0, lt=1, description="the share before that is for validation"
+    )
+    split_column: str = Field(
+        "", description="the column that says each step's split; a log is cut where it changes"
+    )
+    split: Literal["", "train", "validation", "test"] = Field(
+        "", description="the split of all files; empty: from the file's name or folder, else train"
+    )
+
+
+@register("importer", "trajectories", options=TrajectoriesOptions)
+class Trajectories(TableImporter):
+    """Tables with one row a step (CSV, also .gz or .zst, or Parquet; a file or a folder) to one row
+    an episode: --set observations=S1..S24 --set actions=move.
+
+    Columns: episode, task, embodiment, observations (a list of lists), actions (a list of lists, or
+    of names of classes), rewards, terminated, truncated, steps, split. The action of a step is
+    taken after its observation. Steps of an episode stand together, in order. Without --set done=
+    an episode counts as cut off where its log ends. Left out and counted by reason: episodes with
+    observations, actions or rewards that are no finite numbers, actions out of bounds or of
+    differing widths, an order that does not ascend, two tasks or robots, and with --set done= those
+    without end. A file is read by one task: cut very large ones up.
+    """
+
+    amounts = {"steps": "observations"}
+
+    def __init__(self, options: Any = None):
+        super().__init__(options)
+        o = self.options
+        if not o.observations:
+            raise ValueError(
+                "--set observations= is missing: name the columns that the robot observes, "
+                "such as --set observations=S1..S24"
+            )
+        shares = o.test_share + o.validation_share
+        if shares >= 1:
+            raise ValueError(
+                f"--set test_share={o.test_share:g} and "
+                f"validation_share={o.validation_share:g} leave no train steps; give less than "
+                "1 in all"
+            )
+        if sum(map(bool, (shares, o.split_column, o.split))) > 1:
+            raise ValueError(
+                "--set split=, split_column= and test_share= or validation_share= all say "
+                "what a step's split is; give one of them"
+            )
+        for column, fixed in (("task", "task_name"), ("embodiment", "embodiment_name")):
+            if getattr(o, column) and getattr(o, fixed):
+                raise ValueError(
+                    f"--set {column}={getattr(o, column)} and {fixed}={getattr(o, fixed)}: a "
+                    "column and a name for all; give one of them"
+                )
+        self.low, self.high = (
+            _bounds("action_low", o.action_low),
+            _bounds("action_high", o.action_high),
+        )
+        self.rules = logs.Rules(
+            o.episode_steps,
+            o.validation_share,
+            o.test_share,
+            o.open == "allow",
+            o.task_name,
+            o.embodiment_name,
+        )
+        self.roles = logs.Roles(())
+        self.coded = False  # actions are classes because the first ones are whole numbers
+
+    def pieces(self, source: str, part_bytes: int) -> tuple[list[Piece], str, dict[str, Any]]:
+        o = self.options
+        listed = find(
+            source, SUFFIXES, o.split or ("all" if o.split_column or self._shares else "")
+        )
+        with closing(Opener()) as opener:
+            self.roles = self._roles(wholes(listed)[0], opener)
+        self.label = "actions" if self.roles.discrete else "task" if o.task else ""
+        return (
+            wholes(listed),
+            listed.mark,
+            {"files left out": listed.others} if listed.others else {},
+        )
+
+    @property
+    def _shares(self) -> bool:
+        return self.rules.test + self.rules.validation > 0
+
+    # ---------------------------------------------------- what the columns are, from the first file
+
+    def _roles(self, piece: Piece, opener: Opener) -> logs.Roles:
+        o, names = self.options, [name.strip() for name in header(piece.entry, opener)]
+        own = {
+            option: getattr(o, option)
+            for option in (
+                "episode",
+                "order",
+                "reward",
+                "done",
+                "task",
+                "embodiment",
+                "split_column",
+            )
+        }
+        for option, name in own.items():
+            if name and name not in names:
+                raise ValueError(
+                    f"{piece.name}: no column {name!r} for --set {option}; "
+                    f"{registry.nearest(name, names)}"
+                )
+        actions = _named(o.actions, names, "actions", piece.name, set(own.values()))
+        observations = _named(
+            o.observations, names, "observations", piece.name, {*own.values(), *actions}
+        )
+        types, first = _types(piece, opener, {*actions, *observations, *filter(None, [o.order])})
+        listed = tuple(
+            name
+            for name in dict.fromkeys((*observations, *actions))
+            if types.get(name) == "numbers"
+        )
+        for option, given in (("observations", observations), ("actions", actions)):
+            if len(given) > 1 and (name := next((name for name in given if name in listed), "")):
+                raise ValueError(
+                    f"{piece.name}: column {name} of --set {option} holds lists; name it "
+                    "alone, or columns of one number each"
+                )
+        discrete = self._discrete(actions, types, first) if actions else None
+        if o.action_names and not discrete:
+            raise ValueError(
+                "--set action_names= is for one column of integer codes: name that in --set "
+                "actions="
+            )
+        if discrete and (self.low or self.high):
+            raise ValueError(
+                "--set action_low= and action_high= are bounds of numbers, while actions are "
+                "classes; leave them out"
+            )
+        order = types.get(o.order)
+        moments = order == "moment" or (order == "text" and not _all(first[o.order], logs.NUMBER))
+        return logs.Roles(
+            observations,
+            actions,
+            discrete,
+            listed,
+            tuple(_split(o.action_names)),
+            self.low,
+            self.high,
+            o.episode,
+            o.order,
+            moments,
+            o.reward,
+            o.done,
+            o.task,
+            o.embodiment,
+            o.split_column,
+        )
+
+    def _discrete(
+        self, actions: tuple[str, ...], types: dict[str, str], first: dict[str, pa.Array]
+    ) -> bool:
+        o, column = self.options, next(iter(actions))
+        kind = types[column]
+        if len(actions) > 1 or kind == "numbers":
+            if o.discrete == "true":
+                raise ValueError(
+                    f"--set discrete=true: {len(actions)} columns of actions or a column of "
+                    "lists are no classes; name one column"
+                )
+            return False
+        if o.discrete != "auto":
+            return o.discrete == "true"
+        values = first.get(column)
+        whole = kind == "whole" or (
+            kind == "text" and values is not None and _all(values, logs.WHOLE)
+        )
+        if o.action_names or whole:
+            self.coded = not o.action_names and not (self.low or self.high)
+            return bool(o.action_names) or self.coded
+        return kind == "text" and not (values is not None and _all(values, logs.NUMBER))
+
+    # ------------------------------------------------------------ the two passes
+
+    def _episodes(
+        self, reading: Reading, counted: list[int] | None
+    ) -> Iterator[tuple[episodes.Episode, str]]:
+        """(a good episode, its split) of a file; the others are told to ``reading``."""
+        o, name = self.options, re.sub(r"(\.\w+?)(\.gz|\.zst)?$", "", reading.piece.name)
+        is_cut = bool(
+            self.rules.steps or self._shares or o.split_column or (o.done and not o.episode)
+        )
+        cutter = logs.Cutter(reading.piece, name, self.roles, self.rules, counted)
+        for stretch in cutter.run(logs.tables(reading.piece, self.roles.columns(), reading.opener)):
+            called = f"{stretch.log}-{stretch.number:05d}" if is_cut else stretch.log
+            try:
+                found = logs.episode(stretch, self.roles, self.rules, called)
+            except logs.UnusableError as error:
+                reading.bad(f"episode {called} (from row {stretch.first})", str(error))
+                continue
+            yield found, stretch.split or reading.piece.split
+
+    def survey(self, reading: Reading) -> Found:
+        counted = logs.lengths(reading.piece, self.roles, reading.opener) if self._shares else None
+        names, widths, classes = [], dict[tuple[str, int, int], str](), set[str]()
+        for found, _ in self._episodes(reading, counted):
+            names.append(found.name)
+            classes |= set(found.actions) if isinstance(found.actions, list) else set()
+            action = found.actions.shape[1] if isinstance(found.actions, np.ndarray) else 0
+            widths.setdefault((found.embodiment, found.observations.shape[1], action), found.name)
+        return {
+            "rows": np.array(len(names)),
+            "names": np.array(names, dtype=np.str_),
+            "lengths": np.array(counted or [], dtype=np.int64),
+            "classes": np.array(sorted(classes), dtype=np.str_),
+            "robots": np.array([key[0] for key in widths], dtype=np.str_),
+            "widths": np.array([key[1:] for key in widths], dtype=np.int64).reshape(-1, 2),
+            "first": np.array(list(widths.values()), dtype=np.str_),
+        }
+
+    def settle(self, pieces: list[Piece], found: list[Found]) -> Settled:
+        if not any(int(one["rows"]) for one in found):
+            piece, (at, reason) = next(
+                (piece, one["examples"].tolist()[0])
+                for piece, one in zip(pieces, found, strict=True)
+                if len(one["examples"])
+            )
+            raise ValueError(
+                f"no episode is left of {sum(int(one['broken']) for one in found)}. First one: "
+                f"{piece.name}: {at}: {reason}"
+            )
+        for piece, one in zip(pieces, found, strict=True):
+            if self.coded and (
+                text := next(
+                    (text for text in one["classes"].tolist() if not re.match(logs.WHOLE, text)), ""
+                )
+            ):
+                raise ValueError(
+                    f"{piece.name}: {self.roles.actions[0]} is {text!r}, while it began with "
+                    "whole numbers and so was taken as classes; "
+                    "say --set discrete=false where it is numbers, --set discrete=true where "
+                    "it is names of classes"
+                )
+        known: dict[str, tuple[list[int], str]] = {}
+        for piece, one in zip(pieces, found, strict=True):
+            for robot, widths, name in zip(
+                one["robots"].tolist(), one["widths"].tolist(), one["first"].tolist(), strict=True
+            ):
+                first = known.setdefault(robot, (widths, f"{piece.name}: episode {name}"))
+                if first[0] != widths:
+                    what, a, b = next(
+                        (what, a, b)
+                        for what, a, b in zip(
+                            ("observations", "actions"), first[0], widths, strict=True
+                        )
+                        if a != b
+                    )
+                    raise ValueError(
+                        f"{piece.name}: episode {name}: {what} of {b} numbers, where "
+                        f"{first[1]} has {a}, of the same robot; "
+                        "name robots by --set embodiment=COLUMN, or prepare them apart"
+                    )
+        names = Counter(name for one in found for name in one["names"].tolist())
+        doubled = sorted(name for name, count in names.items() if count > 1)
+        classes = sorted({name for one in found for name in one["classes"].tolist()})
+        told = [
+            {"counted": one["lengths"].tolist() if self._shares else None, "prefix": bool(doubled)}
+            for one in found
+        ]
+        notes = {
+            "columns of an observation": len(self.roles.observations),
+            **({"classes of actions": len(classes)} if self.roles.discrete else {}),
+            **(
+                {
+                    "ids of episodes that stand in several files, which rows name FILE/ID": few(
+                        doubled
+                    )
+                }
+                if doubled
+                else {}
+            ),
+        }
+        info = {
+            "observations": list(self.roles.observations),
+            "actions": list(self.roles.actions),
+            "classes": classes,
+            "episode_steps": self.rules.steps,
+            "test_share": self.rules.test,
+            "validation_share": self.rules.validation,
+        }
+        return Settled(
+            episodes.fields(self.roles.discrete, bool(self.roles.reward)), told, notes, info
+        )
+
+    def rows(self, reading: Reading) -> Iterator[pa.Table]:
+        prefix = f"{reading.piece.name}/" if reading.told["prefix"] else ""
+        for found, split in self._episodes(reading, reading.told["counted"]):
+            row = episodes.row(found, split)
+            yield row.set_column(0, "episode", pa.array([prefix + found.name])) if prefix else row
+
+
+# ---------------------------------------------------------------- options
+
+
+def _split(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _bounds(option: str, text: str) -> tuple[float, ...]:
+    try:
+        found = tuple(float(part) for part in _split(text))
+    except ValueError:
+        raise ValueError(
+            f"--set {option}={text}: not numbers; write one, or one for each column of "
+            "actions: -1,-0.5"
+        ) from None
+    if any(value != value for value in found):
+        raise ValueError(f"--set {option}={text}: nan is no bound")
+    return found
+
+
+def _named(
+    text: str, names: list[str], option: str, place: str, taken: set[str]
+) -> tuple[str, ...]:
+    """The columns that a text names: themselves, A1..A24 (all numbers between), joint_* (all that
+    begin so and have no other role). Raises ValueError for one that is not there, and for one that
+    is named twice.
+    """
+    out: list[str] = []
+    for part in _split(text):
+        span = re.fullmatch(r"(.*?)(\d+)\.\.(.*?)(\d+)", part)
+        if part in names:
+            found = [part]
+        elif part.endswith("*"):
+            found = [
+                name
+                for name in names
+                if name.startswith(part[:-1]) and name not in taken and name not in out
+            ]
+        elif span and span[1] == span[3] and int(span[2]) <= int(span[4]):
+            found = [
+                f"{span[1]}{str(i).zfill(len(span[2]) if span[2].startswith('0') else 0)}"
+                for i in range(int(span[2]), int(span[4]) + 1)
+            ]
+        else:
+            found = [part]
+        if not found:
+            raise ValueError(
+                f"{place}: no column begins with {part[:-1]!r} for --set {option}={text}; "
+                f"there are {few(names)}"
+            )
+        for name in found:
+            if name not in names:
+                raise ValueError(
+                    f"{place}: no column {name!r} for --set {option}; "
+                    f"{registry.nearest(name, names)}"
+                )
+            if name in out:
+                raise ValueError(f"--set {option}={text} names column {name!r} twice")
+        out += found
+    return tuple(out)
+
+
+def _types(
+    piece: Piece, opener: Opener, names: set[str]
+) -> tuple[dict[str, str], dict[str, pa.Array]]:
+    """(what each column holds: numbers (lists of them), whole, moment, number, or text, which in
+    CSV all are; the first values of texts).
+    """
+    if not piece.entry.name.lower().endswith(".parquet"):
+        columns = {name: Column("text") for name in sorted(names)}
+        first = next(batches(Cut("", (piece.entry,)), columns, opener, Tally()), None)
+        if first is None:
+            raise ValueError(f"{piece.name}: no rows below the header; leave it out")
+        return dict.fromkeys(names, "text"), {name: first[name].combine_chunks() for name in names}
+    with Reading(piece, opener).open() as handle:
+        schema = pq.ParquetFile(
+            handle
+            if not piece.entry.member and piece.entry.offset < 0
+            else pa.BufferReader(handle.read())
+        ).schema_arrow
+    kinds = {
+        "numbers": lambda kind: pa.types.is_nested(kind),
+        "whole": pa.types.is_integer,
+        "moment": pa.types.is_temporal,
+        "number": lambda kind: pa.types.is_floating(kind) or pa.types.is_decimal(kind),
+    }
+    types = {
+        name: next(
+            (kind for kind, holds in kinds.items() if holds(schema.field(name).type)), "text"
+        )
+        for name in names
+    }
+    return types, {name: pa.array(["x"]) for name, kind in types.items() if kind == "text"}
+
+
+def _all(values: pa.Array, pattern: str) -> bool:
+    """Whether all texts that are there match."""
+    # pyright: ignore
+    return bool(pc.all(pc.match_substring_regex(values.drop_null(), pattern)).as_py())

@@ -1,0 +1,186 @@
+"""WebDataset shards: tars in which files that share a key are one sample (Aizman, Maltby and Breuel
+2019).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+from pydantic import Field
+
+from pipeline.config.registry import Options, register
+from pipeline.data.loader import threaded_map
+from pipeline.data.to_parquet import IMAGE_SUFFIXES
+from pipeline.io import storage
+from pipeline.prepare.engine.importing import SPLITS, Importer, Index, few, place, table
+from pipeline.prepare.readers import archives
+
+TEXTS = ("cls", "txt", "json")
+
+
+class WebDatasetOptions(Options):
+    label: str = Field(
+        "cls", description="where a sample's label is: cls, txt or json.FIELD; empty: no label"
+    )
+    label_name: str = Field("", description="where its name is, likewise; empty: none")
+    split: str = Field(
+        "",
+        description="the split of all shards; empty: from the shard's name or folder "
+        "(train-000.tar, set-validation-00.tar), else train",
+    )
+
+
+@register("importer", "webdataset", options=WebDatasetOptions)
+class WebDataset(Importer):
+    """Tar shards (a folder, a glob, NAME-{000..123}.tar) of KEY.jpg (or png, webp, gif, bmp) with
+    KEY.cls, KEY.txt, KEY.json; other parts are left out.
+
+    Columns: ``label`` (a number where all are), ``label_name`` where asked for, ``text`` (from txt)
+    and ``json`` where samples have them, ``key``.
+    """
+
+    def index(self, source: str) -> Index:
+        shards = _shards(source)
+        rows, marks, bare, left = [], [], [], {}
+        for shard, (samples, mark) in zip(shards, threaded_map(_samples, shards), strict=True):
+            marks.append(f"{PurePosixPath(shard).name} {mark}")
+            split = self.options.split or _split(shard)
+            for key, parts in samples.items():
+                kind = next((suffix for suffix in parts if f".{suffix}" in IMAGE_SUFFIXES), None)
+                for suffix in parts.keys() - {*TEXTS, kind}:
+                    left[suffix] = left.get(suffix, 0) + 1
+                if kind is None:
+                    bare.append(f"{shard}:{key}")
+                    continue
+                columns = {
+                    "label": self._value(parts, self.options.label, f"{shard}:{key}"),
+                    "label_name": self._value(parts, self.options.label_name, f"{shard}:{key}"),
+                    "text": parts.get("txt"),
+                    "json": parts.get("json"),
+                    "key": key,
+                }
+                rows.append(
+                    place(
+                        parts[kind]._replace(
+                            name=f"{PurePosixPath(shard).name}/{parts[kind].name}"
+                        ),
+                        split,
+                        **columns,
+                    )
+                )
+        kinds: dict[str, pa.DataType] = {"key": pa.string()}
+        if self.options.label:
+            whole = all(re.fullmatch(r"-?\d{1,18}", row["label"]) for row in rows)
+            for row in rows if whole else ():
+                row["label"] = int(row["label"])
+            kinds["label"] = pa.int64() if whole else pa.string()
+        kinds |= {"label_name": pa.string()} if self.options.label_name else {}
+        kinds |= {
+            name: pa.string()
+            for name in ("text", "json")
+            if any(row[name] is not None for row in rows)
+        }
+        return Index(
+            table(rows, kinds, source),
+            " ".join(marks),
+            notes={
+                "shards": len(shards),
+                "samples without an image, left out": len(bare),
+                "parts left out": left,
+            },
+        )
+
+    def _value(self, parts: dict[str, Any], where: str, sample: str) -> str | None:
+        """The text that an option points to. Raises ValueError when the sample has none."""
+        if not where:
+            return None
+        part, _, name = where.partition(".")
+        if part not in TEXTS or (part == "json") != bool(name):
+            raise ValueError(f"label {where!r}: write cls, txt or json.FIELD")
+        if part not in parts:
+            have = ", ".join(parts)
+            raise ValueError(
+                f"{sample}: no part {part} for the label (it has {have}); say --set "
+                "label=json.FIELD, or --set label= for none"
+            )
+        if not name:
+            return parts[part].strip()
+        try:
+            value = json.loads(parts[part])[name]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{sample}: its json has no {name!r} ({type(error).__name__}: {error})"
+            ) from None
+        return value if isinstance(value, str) else json.dumps(value)
+
+
+def _shards(source: str) -> list[str]:
+    """Tars of a folder, glob or brace range, sorted. Raises ValueError for none, or one of a range
+    that is not there.
+    """
+    spread = _braces(source)
+    found = [
+        uri
+        for text in spread
+        for uri in (storage.list_files(text) if storage.is_dir(text) else storage.glob(text))
+    ]
+    missing = [text for text in spread if len(spread) > 1 and not storage.exists(text)]
+    if missing:
+        raise ValueError(f"{source}: shards that are not there: {few(missing)}")
+    tars = sorted(
+        uri
+        for uri in found
+        if uri.lower().endswith((".tar", *archives.GZIPPED, *archives.COMPRESSED))
+    )
+    if not tars:
+        raise ValueError(f"{source}: no .tar shards there")
+    return tars
+
+
+def _braces(text: str) -> list[str]:
+    """NAME-{000..123}.tar as all that it means."""
+    found = re.search(r"\{(\d+)\.\.(\d+)\}", text)
+    if found is None:
+        return [text]
+    first, last = found[1], found[2]
+    numbers = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+    return [
+        whole
+        for number in numbers
+        for whole in _braces(text[: found.start()] + number + text[found.end() :])
+    ]
+
+
+def _samples(shard: str) -> tuple[dict[str, dict[str, Any]], str]:
+    """Key to its parts by suffix, images as entries, small texts read; and the shard's mark."""
+    found, reader = archives.listing(shard), archives.Reader()
+    out: dict[str, dict[str, Any]] = {}
+    for entry in sorted(found.entries, key=lambda e: e.offset):
+        folder, _, name = entry.name.rpartition("/")
+        key, _, suffix = name.partition(".")
+        key, suffix = f"{folder}/{key}".lstrip("/"), suffix.lower()
+        parts = out.setdefault(key, {})
+        if suffix in parts:
+            raise ValueError(f"{shard}: sample {key} has two parts {suffix}")
+        if suffix in TEXTS:
+            try:
+                parts[suffix] = reader.entry(entry).decode()
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"{shard}: {entry.name}: not UTF-8 text ({error.reason} at byte {error.start})"
+                ) from None
+        else:
+            parts[suffix] = entry
+    reader.close()
+    return out, found.mark
+
+
+def _split(shard: str) -> str:
+    """The split that a shard's name or its folder says."""
+    path = PurePosixPath(shard)
+    words = [*re.split(r"[^a-zA-Z]+", path.stem.lower()), path.parent.name.lower()]
+    return next((SPLITS[word] for word in words if word in SPLITS), "train")

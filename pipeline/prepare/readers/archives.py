@@ -1,0 +1,423 @@
+"""Where a publisher's files lie: in folders, in zip and tar archives, and in tars within tars.
+Archives are read in place, never extracted.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import os
+import posixpath
+import re
+import stat
+import tarfile
+import threading
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Container
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from itertools import takewhile
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, NamedTuple, cast
+
+from pipeline.data.loader import threaded_map
+from pipeline.data.to_parquet import IMAGE_SUFFIXES
+from pipeline.io import file_identity, s3, storage
+from pipeline.prepare.readers.picture_check import BrokenImageError
+
+GZIPPED = (".tar.gz", ".tgz")
+"""Read from the start alone: rows of one stand together (``write``), and each part of them costs
+one pass.
+"""
+ARCHIVES = (".tar", ".zip", *GZIPPED)
+COMPRESSED = (".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
+MOST_BYTES = 256 << 20
+"""No single file is larger; a zip that claims so is not unpacked."""
+
+
+class Entry(NamedTuple):
+    """One file: its name below where the listing began, and the bytes that hold it: a whole file
+    (offset -1), ``size`` bytes of a tar from ``offset``, or a ``member`` of a zip.
+    """
+
+    name: str
+    uri: str
+    member: str
+    offset: int
+    size: int
+
+    @property
+    def suffix(self) -> str:
+        return posixpath.splitext(self.name)[1].lower()
+
+    @property
+    def is_image(self) -> bool:
+        return self.suffix in IMAGE_SUFFIXES
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Files sorted by name, folders that hold nothing, and a mark: a digest of the names and of
+    what the files hold (ETags on S3).
+    """
+
+    entries: list[Entry]
+    empty: list[str] = field(default_factory=list)
+    mark: str = ""
+
+    @property
+    def images(self) -> list[Entry]:
+        return [entry for entry in self.entries if entry.is_image]
+
+    def others(self) -> dict[str, int]:
+        """How many files of each other kind are left out."""
+        return dict(
+            Counter(
+                entry.suffix or posixpath.basename(entry.name)
+                for entry in self.entries
+                if not entry.is_image
+            )
+        )
+
+    def without_common_folder(self, keep: Container[str] = ()) -> Listing:
+        """The same files below the one folder that holds them all (train2017.zip holds train2017/):
+        its name is dropped, and deeper, up to one of ``keep``.
+        """
+        shared = (
+            posixpath.commonpath([posixpath.dirname(entry.name) for entry in self.entries])
+            if self.entries
+            else ""
+        )
+        shared = "/".join(takewhile(lambda name: name not in keep, shared.split("/")))
+        cut = len(shared) + 1 if shared else 0
+        return replace(
+            self,
+            entries=[entry._replace(name=entry.name[cut:]) for entry in self.entries],
+            empty=[name[cut:] for name in self.empty],
+        )
+
+
+# ---------------------------------------------------------------- listing
+
+
+def absolute(uri: str) -> str:
+    """The same place for processes that run in another folder."""
+    remote, path = s3.split(uri)
+    return uri.rstrip("/") if remote else os.path.abspath(path)
+
+
+def listing(uri: str) -> Listing:
+    """All files below a folder or in a zip, tar or tar.gz; archives in a folder, and tars in a tar,
+    are looked into under their own name without suffix.
+
+    Raises ValueError for nothing there, a tar compressed otherwise, a damaged archive, or a name or
+    link in it that leads outside.
+    """
+    uri = absolute(uri)
+    if storage.is_dir(uri):
+        return _folder(uri)
+    if not storage.exists(uri):
+        raise ValueError(f"{uri}: no such file or folder")
+    if not uri.lower().endswith((*ARCHIVES, *COMPRESSED)):
+        raise ValueError(f"{uri}: neither a folder nor a .zip or .tar file")
+    return _archive(uri, "")
+
+
+def _folder(uri: str) -> Listing:
+    remote, root = s3.split(uri)
+    files = [file for file in storage.list_files(uri) if not _hidden(file[len(uri) :])]
+    known = (
+        {f"s3://{path}": info for path, info in s3.on_s3("list", uri, "find", detail=True).items()}
+        if remote
+        else {}
+    )
+    contents = {} if remote else {file.uri: file.content for file in file_identity.identify(files)}
+
+    def look(file: str) -> tuple[list[Entry], str, list[str]]:
+        name = file[len(uri) :].lstrip("/")
+        if file.lower().endswith((*ARCHIVES, *COMPRESSED)):
+            found = _archive(file, re.sub(r"(\.tar)?\.\w+$", "/", name), contents.get(file))
+            return found.entries, found.mark, found.empty
+        info = known.get(file)
+        if info is not None:
+            return [Entry(name, file, "", -1, info["size"])], info["ETag"], []
+        return (
+            [Entry(name, file, "", -1, storage.size(file))],
+            contents.get(file) or file_identity.fingerprint(file),
+            [],
+        )
+
+    entries, digest, empty = [], hashlib.sha256(), [] if remote else _empty_folders(root)
+    for found, mark, bare in threaded_map(look, files):
+        entries += found
+        empty += bare
+        digest.update(f"{[entry.name for entry in found]} {mark}".encode())
+    _refuse_doubled(
+        entries, uri, "such as in an archive and in a folder of its name; remove one of them"
+    )
+    return Listing(sorted(entries), sorted(empty), digest.hexdigest())
+
+
+def _hidden(name: str) -> bool:
+    return "/." in f"/{name}" or "__MACOSX" in name
+
+
+def _empty_folders(root: str) -> list[str]:
+    walk = os.walk(root, followlinks=True)
+    return [
+        Path(folder).relative_to(root).as_posix()
+        for folder, folders, names in walk
+        if folder != root
+        and not [name for name in (*folders, *names) if not _hidden(name)]
+        and not _hidden(str(Path(folder).relative_to(root)))
+    ]
+
+
+def _refuse_doubled(entries: list[Entry], uri: str, fix: str) -> None:
+    name, count = next(iter(Counter(entry.name for entry in entries).most_common(1)), ("", 0))
+    if count > 1:
+        raise ValueError(f"{uri}: {name} stands in it {count} times; {fix}")
+
+
+def _archive(uri: str, prefix: str, content: str | None = None) -> Listing:
+    """Members of an archive, their names behind ``prefix``. ``content``: what identifies the
+    archive, where that is known already.
+    """
+    if uri.lower().endswith(COMPRESSED):
+        raise ValueError(
+            f"{uri}: of compressed tars only .tar.gz is read; decompress it first (bunzip2, "
+            "unxz, unzstd: it stays a tar)"
+        )
+    with closing(open_archive(uri)) as handle:
+        if uri.lower().endswith(GZIPPED):
+            with gzip.GzipFile(fileobj=handle) as unpacked:
+                files, folders = _tar(uri, cast(BinaryIO, unpacked), uri)
+        else:
+            files, folders = (_zip if uri.lower().endswith(".zip") else _tar)(uri, handle, uri)
+    _refuse_doubled(files, uri, "write the archive again")
+    held = {
+        folder.as_posix()
+        for parent in {posixpath.dirname(entry.name) for entry in files}
+        for folder in PurePosixPath(parent, "x").parents
+    }
+    entries = [
+        entry._replace(name=prefix + entry.name) for entry in files if not _hidden(entry.name)
+    ]
+    empty = [prefix + name for name in sorted(set(folders) - held)] + (
+        [prefix.rstrip("/")] if prefix and not files else []
+    )
+    return Listing(sorted(entries), empty, content or file_identity.fingerprint(uri))
+
+
+def open_archive(uri: str) -> BinaryIO:
+    """Headers of a tar lie as far apart as its members: on S3 larger pieces make fewer requests."""
+    return (
+        io.BufferedReader(s3.Reader(uri), 16 << 20)
+        if storage.is_remote(uri)
+        else storage.open_read(uri)
+    )
+
+
+def _inside(name: str, where: str) -> str:
+    """The member's name, cleaned. Raises ValueError when it leads out of the archive."""
+    path = name.replace("\\", "/")
+    if (
+        path.startswith("/")
+        or ".." in path.split("/")
+        or re.match(r"[A-Za-z]:", name)
+        or "\0" in name
+    ):
+        raise ValueError(
+            f"{where}: member {name!r} leads outside of the archive; such an archive is not to "
+            "be trusted: get it anew or pack it again"
+        )
+    return posixpath.normpath(path)
+
+
+def _zip(uri: str, handle: BinaryIO, where: str) -> tuple[list[Entry], list[str]]:
+    try:
+        archive = zipfile.ZipFile(handle)
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{where}: not a whole zip file ({error}); get it again") from None
+    entries, folders = [], []
+    for info in archive.infolist():
+        name = _inside(info.filename, where)
+        if stat.S_ISLNK(info.external_attr >> 16):
+            raise ValueError(
+                f"{where}: member {info.filename!r} is a link; links in archives are not "
+                "followed: pack the files themselves"
+            )
+        if info.is_dir():
+            folders.append(name)
+        else:
+            entries.append(Entry(name, uri, info.filename, -1, info.file_size))
+    return entries, folders
+
+
+def _tar(
+    uri: str, handle: BinaryIO, where: str, start: int = 0, size: int | None = None
+) -> tuple[list[Entry], list[str]]:
+    """Members of the tar that lies in ``size`` bytes of ``handle`` from ``start``. Offsets are
+    those in ``handle``.
+    """
+    view = io.BufferedReader(Window(handle, start, size)) if size is not None else handle
+    entries, folders = [], []
+    try:
+        with tarfile.open(fileobj=view, mode="r:") as archive:
+            while (member := archive.next()) is not None:
+                # else it keeps all that it has seen
+                archive.members.clear()  # pyright: ignore[reportAttributeAccessIssue]
+                name = _inside(member.name, where)
+                if member.isdir():
+                    folders.append(name)
+                elif not member.isreg() or member.issparse():
+                    raise ValueError(
+                        f"{where}: member {member.name!r} is a link or special file; only "
+                        "plain files are read: pack the files themselves"
+                    )
+                elif (
+                    member.size > MOST_BYTES
+                    and isinstance(handle, gzip.GzipFile)
+                    and not name.lower().endswith(".tar")
+                ):  # it is unpacked to be passed
+                    raise ValueError(
+                        f"{where}: member {member.name!r} unpacks to {member.size} bytes; such "
+                        "an archive is not to be trusted: gunzip it by hand"
+                    )
+                elif name.lower().endswith(".tar"):
+                    inner, bare = _tar(
+                        uri, handle, f"{where}:{name}", start + member.offset_data, member.size
+                    )
+                    folder = name[: -len(".tar")]
+                    entries += [entry._replace(name=f"{folder}/{entry.name}") for entry in inner]
+                    folders += [folder, *(f"{folder}/{bare_name}" for bare_name in bare)]
+                else:
+                    entries.append(Entry(name, uri, "", start + member.offset_data, member.size))
+            view.seek(archive.offset)
+            end = view.read(tarfile.BLOCKSIZE)
+    except (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{where}: not a whole tar file ({error}); get it again") from None
+    if len(end) < tarfile.BLOCKSIZE or end.strip(
+        b"\0"
+    ):  # tarfile takes a damaged header, and a file that ends early, for the end
+        raise ValueError(
+            f"{where}: not a whole tar file (at byte {start + archive.offset}, after "
+            f"{len(entries)} files, is neither a header nor the end mark); "
+            "get it again"
+        )
+    return entries, folders
+
+
+class Window(io.RawIOBase):
+    """A part of a file as a file."""
+
+    def __init__(self, handle: BinaryIO, start: int, size: int):
+        self.handle, self.start, self.size, self.at = handle, start, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self.at = max(0, offset + (0, self.at, self.size)[whence])
+        return self.at
+
+    def readinto(self, buffer: Any) -> int:
+        self.handle.seek(self.start + self.at)
+        data = self.handle.read(max(0, min(len(buffer), self.size - self.at)))
+        buffer[: len(data)] = data
+        self.at += len(data)
+        return len(data)
+
+
+# ---------------------------------------------------------------- reading
+
+
+class Reader:
+    """Bytes of entries; a zip or tar.gz stays open between them, and of a tar.gz the next lies
+    behind the last, or all is unpacked anew. Threads may share one.
+    """
+
+    def __init__(self):
+        self._zips: dict[str, zipfile.ZipFile] = {}
+        self._stream: tuple[str, gzip.GzipFile, BinaryIO] | None = None
+        self._lock = threading.Lock()
+
+    def __call__(self, uri: str, member: str, offset: int, size: int) -> bytes:
+        """Raises BrokenImageError for a member that is cut or damaged, StorageError for a file that
+        cannot be read.
+        """
+        if size > MOST_BYTES:
+            raise BrokenImageError(f"{size} bytes are more than an image has")
+        if member:
+            return self._from_zip(uri, member)
+        if offset < 0:
+            return storage.read_bytes(uri)
+        if uri.lower().endswith(GZIPPED):
+            data = self._from_stream(uri, offset, size)
+        elif storage.is_remote(uri):
+            data = (
+                s3.on_s3("read", uri, "cat_file", start=offset, end=offset + size) if size else b""
+            )
+        else:
+            data = s3.call("read", uri, _range, s3.split(uri)[1], offset, size)
+        if len(data) != size:
+            raise BrokenImageError(f"the archive ends after {len(data)} of its {size} bytes")
+        return data
+
+    def entry(self, entry: Entry) -> bytes:
+        return self(entry.uri, entry.member, entry.offset, entry.size)
+
+    def _from_zip(self, uri: str, member: str) -> bytes:
+        with self._lock:
+            if uri not in self._zips:
+                self._zips[uri] = zipfile.ZipFile(storage.open_read(uri))
+            archive = self._zips[uri]
+            try:
+                with archive.open(member) as file:
+                    data = file.read(MOST_BYTES + 1)
+            except (
+                zipfile.BadZipFile,
+                zlib.error,
+                EOFError,
+                NotImplementedError,
+                RuntimeError,
+            ) as error:  # RuntimeError: it is encrypted
+                raise BrokenImageError(f"broken member of the zip: {error}") from None
+        if len(data) > MOST_BYTES:
+            raise BrokenImageError("it unpacks to more than an image has")
+        return data
+
+    def _from_stream(self, uri: str, offset: int, size: int) -> bytes:
+        with self._lock:
+            if self._stream is None or self._stream[0] != uri:
+                self._close_stream()
+                handle = open_archive(uri)
+                self._stream = uri, gzip.GzipFile(fileobj=handle), handle
+            try:
+                self._stream[1].seek(offset)
+                return self._stream[1].read(size)
+            except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+                raise BrokenImageError(f"the archive is damaged: {error}") from None
+
+    def _close_stream(self) -> None:
+        for file in self._stream[1:] if self._stream else ():
+            file.close()
+        self._stream = None
+
+    def close(self) -> None:
+        for archive in self._zips.values():
+            archive.close()
+        self._zips.clear()
+        self._close_stream()
+
+
+def _range(path: str, offset: int, size: int) -> bytes:
+    with open(path, "rb") as file:
+        file.seek(offset)
+        return file.read(size)

@@ -1,0 +1,532 @@
+"""Tables in batches of columns: CSV (also compressed, and in ranges of bytes) and Parquet, their
+columns in any order and case.
+
+For long tables that no memory holds: what is read at a time is a block of some MiB, and nothing is
+done for each row in Python. No error message holds a value of the table.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import posixpath
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO, NamedTuple, cast
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pcsv
+import pyarrow.parquet as pq
+
+from pipeline.config import registry
+from pipeline.prepare.engine.inputs import SQUEEZED, Opener, Piece, Reading, plain_suffix
+from pipeline.prepare.readers.archives import GZIPPED, Entry, Window
+
+BLOCK_BYTES, BATCH_ROWS = 1 << 20, 16384
+"""Of CSV and of Parquet at a time."""
+EXPANSION = 8
+"""About so many bytes of text in one of a compressed table (CHARTEVENTS: 33 GB in 4.2)."""
+SUFFIXES = (".csv", ".tsv", ".parquet")
+INSTANT = r"^\d{4}-\d\d-\d\d([ T]\d\d:\d\d(:\d\d(\.\d{1,9})?)?)?$"
+ZONED = r"^\d{4}-\d\d-\d\d[ T]\d\d:\d\d(:\d\d(\.\d{1,9})?)? ?([Zz]|[+-]\d\d(:?\d\d)?)$"
+"""A time with its zone (ISO 8601: Z, +02:00, +0200, +02)."""
+MIXED_ZONES = (
+    "some of its times have a zone (Z, +02:00) and others none, so nobody can tell how far apart "
+    "they are; write all of them in one way"
+)
+BAD_LINE = "another number of fields than the header has"
+NULLS = ["", "NULL", "NA", "NaN", "nan"]
+"""What a field of numbers, times or ids may hold for nothing; of texts the empty one alone is: a
+variable may be called NA, a drug nan.
+"""
+KINDS = {
+    "id": pa.int64(),
+    "number": pa.float64(),
+    "time": pa.timestamp("s"),
+    "moment": pa.timestamp("us"),
+    "text": pa.string(),
+    "numbers": pa.list_(pa.float64()),
+}
+"""``moment``: a time whose parts of a second count; it comes as int64 microseconds since 1970.
+``numbers``: a list of them, which Parquet alone has.
+"""
+
+
+class Column(NamedTuple):
+    """A column that is wanted: its kind, and whether the table must have it."""
+
+    kind: str
+    needed: bool = True
+
+
+class Cut(NamedTuple):
+    """What one task reads: files of one ``table``, whole, or bytes (row groups of Parquet)
+    ``start`` to ``stop`` of one; about ``size`` bytes of text.
+    """
+
+    table: str
+    entries: tuple[Entry, ...]
+    start: int = 0
+    stop: int = -1
+    size: int = 0
+
+
+@dataclass
+class Tally:
+    """Counts of one pass. ``bad``: lines that are no rows, the first ones listed as (place,
+    reason).
+    """
+
+    rows: int = 0
+    bad: int = 0
+    listed: list[str] = field(default_factory=list)
+    zoned: set[bool] = field(default_factory=set)
+    """Whether the times that were read had a zone: both where some had one and some none."""
+
+    def line(self, place: str, reason: str) -> str:
+        self.bad += 1
+        if len(self.listed) < 3:
+            self.listed.append(f"{place}: {reason}")
+        return "skip"
+
+
+class _KindError(Exception):
+    """A field is not of its column's kind: the table is read again as texts."""
+
+
+def cuts(table: str, entry: Entry, most: int, opener: Opener, ranges: bool = True) -> list[Cut]:
+    """A table in pieces of about ``most`` bytes of text; what is compressed is read from its start
+    alone, whole. ``ranges``: no field holds a line end.
+    """
+    if entry.name.lower().endswith(".parquet"):
+        with Reading(Piece(entry.name, "", entry), opener).open() as handle:
+            metadata = _parquet(entry, handle).metadata
+        sizes = [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
+        out, start = [], 0
+        for i in range(len(sizes)):
+            if i + 1 == len(sizes) or sum(sizes[start : i + 2]) > most:
+                out.append(
+                    Cut(table, (entry,), start, i + 1, max(1, 3 * sum(sizes[start : i + 1])))
+                )
+                start = i + 1
+        return out
+    squeezed = entry.name.lower().endswith(SQUEEZED) or entry.member
+    count = (
+        1
+        if squeezed or not ranges or entry.uri.lower().endswith(GZIPPED)
+        else max(1, -(-entry.size // most))
+    )
+    bounds = [entry.size * i // count for i in range(count)] + [-1]
+    size = entry.size * (EXPANSION if entry.name.lower().endswith(SQUEEZED) else 1)
+    return [
+        Cut(table, (entry,), bounds[i], bounds[i + 1], max(1, size // count)) for i in range(count)
+    ]
+
+
+def stem(entry: Entry) -> str:
+    """The name without folder and suffixes, in lower case: chartevents of a/CHARTEVENTS.csv.gz."""
+    return posixpath.basename(entry.name).lower().split(".")[0]
+
+
+def batches(
+    cut: Cut, columns: dict[str, Column], opener: Opener, tally: Tally
+) -> Iterator[pa.Table]:
+    """The cut's rows in tables that have all of ``columns``, in that order, by their lower-case
+    names, as their kinds (id: int64, number: float64 or text, time: seconds, text); null where a
+    field is empty or not of its kind, and where the table has no such column.
+
+    Raises ValueError for a column that is missing, a table that is no table, and one that ends
+    early.
+    """
+    for entry in cut.entries:
+        one = cut._replace(entries=(entry,))
+        if entry.name.lower().endswith(".parquet"):
+            yield from _of_parquet(one, columns, opener, tally)
+            continue
+        given, seen = 0, (tally.rows, tally.bad, list(tally.listed))
+        try:
+            for batch in _of_csv(one, columns, opener, tally, True):
+                given += 1
+                yield batch
+        except _KindError:
+            tally.rows, tally.bad, tally.listed = seen
+            for number, batch in enumerate(
+                _of_csv(one, columns, opener, tally, False)
+            ):  # blocks are cut by bytes: the first ones are those given
+                if number >= given:
+                    yield batch
+
+
+def whole(
+    table: str, entry: Entry, columns: dict[str, Column], opener: Opener, tally: Tally | None = None
+) -> pa.Table:
+    """A small table at once, as in ``batches``. Raises ValueError also for lines that are no rows,
+    naming the first.
+    """
+    tally = tally or Tally()
+    found = list(batches(Cut(table, (entry,)), columns, opener, tally))
+    if tally.bad:
+        raise ValueError(
+            f"{tally.listed[0]}; {tally.bad} such lines: repair the table or get it again"
+        )
+    return (
+        pa.concat_tables(found).combine_chunks()
+        if found
+        else pa.table({name: pa.array([], _kind(column.kind)) for name, column in columns.items()})
+    )
+
+
+def header(entry: Entry, opener: Opener) -> list[str]:
+    """The names of a table's columns, as they stand there."""
+    with Reading(Piece(entry.name, "", entry), opener).open() as handle:
+        return (
+            list(_parquet(entry, handle).schema_arrow.names)
+            if entry.name.lower().endswith(".parquet")
+            else _header(entry, handle)[0]
+        )
+
+
+def instants(column: Any) -> tuple[np.ndarray, np.ndarray]:
+    """((n,) int64 seconds since 1970, (n,) bool whether there is a time) of times or of texts such
+    as 2101-10-20 19:08:00 or 2101-10-20T19:08:00+02:00.
+
+    A time with a zone is counted in UTC. Raises ValueError for another type, and where some texts
+    have a zone and others none.
+    """
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    if pa.types.is_string(array.type) or pa.types.is_large_string(array.type):
+        array = _times(array)
+    elif not pa.types.is_timestamp(array.type) and not pa.types.is_date(array.type):
+        raise ValueError(
+            f"a column of times has the type {array.type}; it must hold times or texts such as "
+            "2101-10-20 19:08:00"
+        )
+    there = np.asarray(array.is_valid())
+    zone = array.type.tz if pa.types.is_timestamp(array.type) else None
+    return array.cast(pa.timestamp("s", tz=zone), safe=False).cast(pa.int64()).fill_null(
+        0
+    ).to_numpy(zero_copy_only=False), there
+
+
+def zones(column: Any) -> set[bool]:
+    """Whether the times of a column have a zone: {True}, {False}, both, or nothing where there is
+    no time.
+    """
+    if column.null_count == len(column):
+        return set()
+    if pa.types.is_dictionary(column.type):
+        return zones(column.cast(column.type.value_type))
+    if pa.types.is_timestamp(column.type):
+        return {column.type.tz is not None}
+    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+        return {False}
+    text = pc.utf8_trim_whitespace(column)  # pyright: ignore[reportAttributeAccessIssue]
+    found = {True: ZONED, False: INSTANT}
+    return {
+        zoned
+        for zoned, pattern in found.items()
+        if pc.any(pc.match_substring_regex(text, pattern)).as_py()
+    }  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _times(array: Any) -> Any:
+    """Texts as times (UTC where they have a zone), null where they are none. Raises ValueError
+    where some have a zone and others none.
+    """
+    text = pc.utf8_trim_whitespace(array)  # pyright: ignore[reportAttributeAccessIssue]
+    with_zone = zones(text)
+    if len(with_zone) == 2:
+        raise MixedZonesError(MIXED_ZONES)
+    is_zoned = True in with_zone
+    good = pc.match_substring_regex(text, ZONED if is_zoned else INSTANT)  # pyright: ignore
+    text = pc.if_else(good, text, None)  # pyright: ignore[reportAttributeAccessIssue]
+    if is_zoned:
+        text = pc.utf8_upper(
+            pc.replace_substring_regex(text, r" ?([Zz]|[+-]\d\d(:?\d\d)?)$", r"\1")
+        )  # pyright: ignore[reportAttributeAccessIssue]
+    with suppress(pa.ArrowInvalid):
+        return text.cast(pa.timestamp("us", tz="UTC" if is_zoned else None)).cast(
+            pa.timestamp("us")
+        )
+    return pa.array(
+        [_instant(one) for one in text.to_pylist()], pa.timestamp("us")
+    )  # a day such as the 31st of June: rare
+
+
+class MixedZonesError(ValueError):
+    """Some times of a column have a zone and others none."""
+
+
+def _instant(text: str | None) -> Any:
+    from datetime import UTC, datetime
+
+    with suppress(ValueError):
+        found = datetime.fromisoformat(text) if text else None
+        return found.astimezone(UTC).replace(tzinfo=None) if found and found.tzinfo else found
+    return None
+
+
+# ---------------------------------------------------------------- the two formats
+
+
+def _kind(kind: str) -> pa.DataType:
+    return KINDS[kind]
+
+
+def _picked(entry: Entry, names: list[str], columns: dict[str, Column]) -> dict[str, str]:
+    """Wanted name to the table's own. Raises ValueError for one that is missing or stands there
+    twice.
+    """
+    own: dict[str, list[str]] = {}
+    for name in names:
+        own.setdefault(name.strip().lower(), []).append(name)
+    out = {}
+    for name, column in columns.items():
+        found = [name] if names.count(name) == 1 else own.get(name.lower(), [])
+        if len(found) > 1:
+            raise ValueError(f"{entry.name}: {len(found)} columns are called {name!r}; rename one")
+        if found:
+            out[name] = found[0]
+        elif column.needed:
+            raise ValueError(f"{entry.name}: no column {name!r}; {registry.nearest(name, own)}")
+    return out
+
+
+def _of_parquet(
+    cut: Cut, columns: dict[str, Column], opener: Opener, tally: Tally
+) -> Iterator[pa.Table]:
+    entry = cut.entries[0]
+    with Reading(Piece(entry.name, "", entry), opener).open() as handle:
+        file = _parquet(entry, handle)
+        picked = _picked(entry, file.schema_arrow.names, columns)
+        groups = list(range(cut.start, cut.stop if cut.stop >= 0 else file.num_row_groups))
+        try:
+            for batch in file.iter_batches(
+                BATCH_ROWS, row_groups=groups, columns=list(picked.values())
+            ):
+                tally.rows += len(batch)
+                _see_zones(
+                    {own: (batch.column(own), columns[name].kind) for name, own in picked.items()},
+                    entry,
+                    tally,
+                )
+                yield _shaped(
+                    {
+                        name: _fitting(batch.column(own), columns[name].kind, own, entry)
+                        for name, own in picked.items()
+                    },
+                    columns,
+                    len(batch),
+                )
+        except (pa.ArrowInvalid, OSError):
+            raise ValueError(f"{entry.name}: a damaged Parquet file; get it again") from None
+
+
+def _parquet(entry: Entry, handle: BinaryIO) -> pq.ParquetFile:
+    stored = handle if not entry.member and entry.offset < 0 else io.BytesIO(handle.read())
+    try:
+        return pq.ParquetFile(stored)
+    except (pa.ArrowInvalid, OSError):
+        raise ValueError(f"{entry.name}: not a whole Parquet file; get it again") from None
+
+
+def _see_zones(found: dict[str, tuple[Any, str]], entry: Entry, tally: Tally) -> None:
+    """Note whether the times of a batch have zones. Raises ValueError where some have one and
+    others, in this batch or before it, have none.
+    """
+    for own, (column, kind) in found.items():
+        if kind not in ("time", "moment"):
+            continue
+        tally.zoned |= zones(column)
+        if len(tally.zoned) == 2:
+            raise MixedZonesError(f"{entry.name}: column {own!r}: {MIXED_ZONES}")
+
+
+def without_nulls(array: Any, text: bool) -> Any:
+    """A column of CSV, null where a text stands for nothing: the empty one in a column of texts,
+    any of NULLS in others.
+    """
+    if not pa.types.is_string(array.type):
+        return array
+    nothing = pc.is_in(array, value_set=pa.array([""] if text else NULLS))  # pyright: ignore
+    return pc.if_else(nothing, None, array)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _fitting(array: Any, kind: str, name: str, entry: Entry) -> Any:
+    """As ``_shape``. Raises ValueError naming the column and its type where that is of another
+    kind.
+    """
+    types, found = pa.types, array.type
+    try:
+        bytes_ = (
+            types.is_binary(found)
+            or types.is_large_binary(found)
+            or types.is_fixed_size_binary(found)
+        )
+        if bytes_ or (kind in ("id", "number") and types.is_temporal(found)):
+            raise pa.ArrowInvalid
+        return _shape(array, kind)
+    except MixedZonesError:
+        raise
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ValueError):
+        needed = {
+            "id": "whole numbers",
+            "number": "numbers",
+            "text": "texts",
+            "numbers": "lists of numbers",
+        }.get(kind, "times, or texts such as 2101-10-20 19:08:00")
+        advice = (
+            "; if these are times of events, give unit=timestamp and start=COLUMN"
+            if kind == "number" and types.is_temporal(found)
+            else ""
+        )
+        raise ValueError(
+            f"{entry.name}: column {name!r} has the type {found}, where {needed} are "
+            f"read{advice or '; convert it'}"
+        ) from None
+
+
+def _shape(array: Any, kind: str) -> Any:
+    """A column of Parquet as one of a kind; numbers may stay texts, for ``plausible.numbers``."""
+    if pa.types.is_dictionary(array.type) or pa.types.is_large_string(array.type):
+        array = (
+            array.cast(pa.string())
+            if pa.types.is_large_string(array.type) or kind != "text"
+            else array.dictionary_decode().cast(pa.string())
+        )
+    if kind == "time":
+        seconds, there = instants(array)
+        return pa.array(seconds, pa.int64(), mask=~there).cast(KINDS["time"])
+    if kind == "moment":
+        array = _times(array) if pa.types.is_string(array.type) else array
+        return array.cast(pa.timestamp("us", getattr(array.type, "tz", None)), safe=False).cast(
+            pa.int64()
+        )
+    if kind == "id" and pa.types.is_floating(array.type):
+        array = pc.if_else(pc.equal(pc.floor(array), array), array, None)  # pyright: ignore
+    if kind == "id" and pa.types.is_string(array.type):
+        text = pc.utf8_trim_whitespace(array)  # pyright: ignore[reportAttributeAccessIssue]
+        # pyright: ignore
+        array = pc.if_else(pc.match_substring_regex(text, r"^[+-]?\d{1,18}(\.0+)?$"), text, None)
+        array = pc.replace_substring_regex(array, r"\.0+$|^\+", "")  # pyright: ignore
+    if kind == "number" and pa.types.is_string(array.type):
+        return array
+    return array.cast(KINDS[kind])
+
+
+def _shaped(found: dict[str, Any], columns: dict[str, Column], rows: int) -> pa.Table:
+    return pa.table(
+        {
+            name: found[name] if name in found else pa.nulls(rows, _kind(column.kind))
+            for name, column in columns.items()
+        }
+    )
+
+
+def _header(entry: Entry, handle: BinaryIO) -> tuple[list[str], str, int]:
+    """(names, delimiter, bytes of the first line)."""
+    raw = handle.readline(1 << 20)
+    try:
+        line = raw.decode("utf-8-sig").rstrip("\r\n")
+    except UnicodeDecodeError:
+        raise ValueError(
+            f"{entry.name}: its first line is not UTF-8 text; convert the file (iconv -t UTF-8)"
+        ) from None
+    delimiter = "\t" if plain_suffix(entry.name) == ".tsv" else max(",;\t", key=line.count)
+    names = next(csv.reader([line], delimiter=delimiter), [])
+    if not any(name.strip() for name in names):
+        raise ValueError(
+            f"{entry.name}: an empty file, where the first line must name the columns; get it again"
+        )
+    return [name.strip() for name in names], delimiter, len(raw)
+
+
+def _of_csv(
+    cut: Cut, columns: dict[str, Column], opener: Opener, tally: Tally, typed: bool
+) -> Iterator[pa.Table]:
+    entry = cut.entries[0]
+    with Reading(Piece(entry.name, "", entry), opener).open() as handle:
+        names, delimiter, first = _header(entry, handle)
+        picked = _picked(entry, names, columns)
+        body = handle
+        if cut.start or cut.stop >= 0:
+            start, stop = (
+                _line_start(handle, at) if at > first else first
+                for at in (cut.start, cut.stop if cut.stop >= 0 else entry.size)
+            )
+            handle.seek(start)
+            body = cast(BinaryIO, io.BufferedReader(Window(handle, start, stop - start), 1 << 20))
+            if start >= stop:
+                return
+        types = {
+            own: _kind(columns[name].kind) if typed else pa.string() for name, own in picked.items()
+        }
+        try:
+            reader = pcsv.open_csv(
+                pa.PythonFile(body, mode="r"),
+                pcsv.ReadOptions(use_threads=False, block_size=BLOCK_BYTES, column_names=names),
+                pcsv.ParseOptions(
+                    delimiter=delimiter,
+                    newlines_in_values=cut.start == 0 and cut.stop < 0,
+                    invalid_row_handler=lambda row: tally.line(
+                        f"{entry.name}:{_place(row, cut)}", BAD_LINE
+                    ),
+                ),
+                pcsv.ConvertOptions(
+                    column_types=types,
+                    include_columns=list(types),
+                    timestamp_parsers=[pcsv.ISO8601],
+                    null_values=NULLS,
+                ),
+            )
+            for batch in reader:
+                tally.rows += len(batch)
+                _see_zones(
+                    {
+                        own: (batch.column(i), columns[name].kind)
+                        for i, (name, own) in enumerate(picked.items())
+                    },
+                    entry,
+                    tally,
+                )
+                yield _shaped(
+                    {
+                        name: _shape(
+                            without_nulls(batch.column(i), columns[name].kind == "text"),
+                            columns[name].kind,
+                        )
+                        for i, name in enumerate(picked)
+                    },
+                    columns,
+                    len(batch),
+                )
+        except pa.ArrowInvalid as error:
+            if str(error).startswith("Empty CSV file"):
+                return
+            if typed and "conversion error" in str(error):
+                raise _KindError from None
+            why = (
+                "it is not UTF-8 text: convert it (iconv -t UTF-8)"
+                if "UTF8" in str(error)
+                else "it is no CSV, or a quote is left open: get it again"
+            )
+            raise ValueError(
+                f"{entry.name}: cannot be read after row {tally.rows}: {why}"
+            ) from None
+
+
+def _place(row: Any, cut: Cut) -> str:
+    return (
+        f"line {row.number + 1}"
+        if row.number is not None and not cut.start
+        else f"a line after byte {cut.start}"
+    )
+
+
+def _line_start(handle: BinaryIO, at: int) -> int:
+    """Where the first line begins that does so at ``at`` or after it."""
+    handle.seek(at - 1)
+    return at - 1 + len(handle.readline())

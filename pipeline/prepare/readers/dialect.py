@@ -1,0 +1,173 @@
+"""CSV and TSV as records (RFC 4180: fields in quotes may hold delimiters, line ends and doubled
+quotes), and what their fields look like.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import re
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.prepare.engine.inputs import ROW_BYTES, Reading, decoded, plain_suffix
+
+SUFFIXES = (".csv", ".tsv", ".tab")
+WHOLE, NUMBER = (
+    re.compile(r"[+-]?(0|[1-9]\d{0,17})"),
+    re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?|nan|[+-]?inf", re.IGNORECASE),
+)
+LABEL = re.compile(r"[+-]?(0\d.*|\d{19,})")
+"""Digits that are no number: leading zeros, or more of them than an int64 or a float holds."""
+TAB = "\t"
+OPEN = "a quote is left open"
+Line = tuple[int, bytes | None]
+"""Its number, and its bytes (None: too long)."""
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How fields are divided. ``delimiter``: one character, or tab; empty: tab for .tsv and .tab,
+    else a comma. ``quote``: empty: every line is a record. Raises ValueError for what is none.
+    """
+
+    delimiter: str = ""
+    quote: str = '"'
+    encoding: str = "utf-8"
+
+    def __post_init__(self):
+        for name, value in (("delimiter", self.delimiter), ("quote", self.quote)):
+            if len(value) > 1 and value not in ("tab", "\\t"):
+                raise ValueError(f"--set {name}={value}: one character, or tab")
+        try:
+            ascii_alike = 'a,\n"'.encode(codecs.lookup(self.encoding).name) == b'a,\n"'
+        except LookupError:
+            ascii_alike = False
+        if not ascii_alike:
+            raise ValueError(
+                f"--set encoding={self.encoding}: no encoding in which ASCII is ASCII, such as "
+                "latin-1; convert the files (iconv -t UTF-8)"
+            )
+
+    def check_header(self, header: list[str], place: str, written: bool = True) -> None:
+        """Raises ValueError for one that looks divided by something else (where it is ``written``
+        in the file), or that has a name twice.
+        """
+        other = next((c for c in ";,|\t" if c in header[0]), "")
+        if len(header) == 1 and other and written and not self.delimiter:
+            raise ValueError(
+                f"{place}: one column, {header[0]!r}; is it {'tab' if other == TAB else other} "
+                "that stands between them? Say --set delimiter=..."
+            )
+        doubled = next((name for name in header if header.count(name) > 1), None)
+        if doubled is not None:
+            raise ValueError(
+                f"{place}: two columns are called {doubled!r}; if this line is a row, say "
+                "--set header=false, else rename one"
+            )
+
+    def records(self, reading: Reading, header: bool) -> Iterator[tuple[int, list[str]]]:
+        """(line, fields) of every record; those that cannot be parsed are told to ``reading``.
+
+        A record goes over lines while a quote is open. One that no later line closes, or that
+        becomes a row only by swallowing others (another number of fields), is the first line alone:
+        the lines after it are read anew. ``header``: the first record is one; ValueError where it
+        cannot be read.
+        """
+        again, width = deque[Line](), 0
+        tab = self.delimiter in ("tab", "\\t") or (
+            not self.delimiter and plain_suffix(reading.piece.name) != ".csv"
+        )
+        delimiter = "\t" if tab else self.delimiter or ","
+        take = _taker(reading.numbered(), again)
+        while (line := take()) is not None:
+            number, raw = line
+            if raw is not None and not raw.strip(b" \r"):
+                continue
+            text, wrong = decoded(raw, self.encoding)
+            fields, more = [], []
+            if not wrong and (not self.quote or self.quote not in text):
+                fields = text.split(delimiter)
+            elif not wrong:
+                fields, wrong, more = self._quoted(text, delimiter, take)
+                if more and (wrong or (width and len(fields) != width)):
+                    again.extendleft(reversed(more))
+                    wrong = wrong if wrong != OPEN and wrong else f"{OPEN}: no later line closes it"
+            if wrong and header and not width:
+                raise ValueError(
+                    f"{reading.place(number)}: the names of the columns cannot be read: "
+                    f"{wrong}; see --set encoding, quote and header"
+                )
+            if wrong:
+                reading.bad(number, wrong)
+            else:
+                width = width or len(fields)
+                yield number, fields
+
+    def _quoted(
+        self, text: str, delimiter: str, take: Callable[[], Line | None]
+    ) -> tuple[list[str], str, list[Line]]:
+        """(fields, "" or what is wrong, further lines that were taken) of a record that begins with
+        a line.
+        """
+        more: list[Line] = []
+
+        def lines() -> Iterator[str]:
+            size = len(text)
+            yield f"{text}\n"
+            while size < ROW_BYTES and (line := take()) is not None:
+                more.append(line)
+                part, bad = decoded(line[1], self.encoding)
+                if bad:
+                    raise ValueError(f"a line of it is bad: {bad}")
+                size += len(part)
+                yield f"{part}\n"
+
+        csv.field_size_limit(2 * ROW_BYTES)
+        try:
+            return (
+                next(csv.reader(lines(), delimiter=delimiter, quotechar=self.quote, strict=True)),
+                "",
+                more,
+            )
+        except csv.Error as error:
+            return [], OPEN if "unexpected end" in str(error) else f"not of CSV: {error}", more
+        except ValueError as error:  # of lines()
+            return [], str(error), more
+
+
+def _taker(
+    fresh: Iterator[tuple[int, int, bytes | None]], again: deque[Line]
+) -> Callable[[], Line | None]:
+    """Gives the lines that were given back, then new ones, then None; no generator, which would be
+    at its end when lines of the end are given back.
+    """
+
+    def take() -> Line | None:
+        if again:
+            return again.popleft()
+        line = next(fresh, None)
+        return line and (line[0], line[2])
+
+    return take
+
+
+def field_kind(value: str) -> int:
+    """What a field looks like: the place in ``tables.KINDS``."""
+    value = value.strip()
+    if not value:
+        return 0
+    if WHOLE.fullmatch(value):
+        return 2
+    return 4 if LABEL.fullmatch(value) or not NUMBER.fullmatch(value) else 3
+
+
+def field_value(text: str, kind: int) -> Any:
+    """The field as a value of that kind; None where it is empty."""
+    if kind != 4:
+        text = text.strip()
+    if not text:
+        return None
+    return int(text) if kind == 2 else float(text) if kind == 3 else text

@@ -1,0 +1,282 @@
+"""What the metadata of a LeRobot data set says (github.com/huggingface/lerobot): its episodes,
+their files, tasks and splits; layouts v2.0, v2.1 and v3.0.
+
+v2: meta/episodes.jsonl and tasks.jsonl; one Parquet file and one video a camera for each episode.
+v3: meta/episodes/chunk-*/file-*.parquet and tasks.parquet; Parquet files and videos that hold many
+episodes each, whose rows and seconds the metadata names.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.io import storage
+from pipeline.prepare.engine.importing import SPLITS, few, lines
+from pipeline.prepare.readers.archives import Entry, listing
+
+INFO = "meta/info.json"
+PATHS = {
+    2: (
+        "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet",
+        "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4",
+    ),
+    3: (
+        "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet",
+        "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4",
+    ),
+}
+"""Where data and videos lie, unless meta/info.json says otherwise."""
+
+
+@dataclass(frozen=True)
+class Known:
+    """An episode as the metadata has it. ``rows``: the first of the data set and the one after the
+    last, where it says so (v3). ``video``: (file, second at which the episode begins in it) of the
+    camera that is wanted.
+    """
+
+    number: int
+    length: int
+    tasks: tuple[str, ...]
+    data: Entry
+    rows: tuple[int, int] | None = None
+    video: tuple[str, float] | None = None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The data set. ``features``: name to dtype, shape and names. ``tasks``: by their index.
+    ``missing``: (episode, why) of those without a file.
+    """
+
+    version: str
+    info: dict[str, Any]
+    features: dict[str, dict[str, Any]]
+    tasks: dict[int, str]
+    episodes: list[Known]
+    mark: str
+    missing: list[tuple[int, str]] = field(default_factory=list)
+
+    @property
+    def fps(self) -> float:
+        return float(self.info["fps"])
+
+
+def read(source: str, camera: str) -> Layout:
+    """The metadata below ``source``. ``camera``: the feature whose files are wanted, where it is a
+    video.
+
+    Raises ValueError for a folder that is no LeRobot data set, another version, and metadata that
+    lacks what is needed or says it twice.
+    """
+    if not storage.exists(storage.join(source, INFO)):
+        raise ValueError(
+            f"{source}: no {INFO}; name the folder of a LeRobot data set, in which meta/ and "
+            "data/ lie"
+        )
+    info = storage.read_json(storage.join(source, INFO))
+    version = str(info.get("codebase_version", ""))
+    major = int(found[1]) if (found := re.fullmatch(r"v?([23])\.\d+", version)) else 0
+    if not major:
+        raise ValueError(
+            f"{source}: {INFO} says codebase_version {version!r}, which is none of v2.0, v2.1 "
+            "and v3.0; convert it with LeRobot's own scripts"
+        )
+    if lacking := [name for name in ("features", "fps") if not info.get(name)]:
+        raise ValueError(f"{source}: {INFO} has no {lacking[0]}; get it again")
+    camera = camera if info["features"].get(camera, {}).get("dtype") == "video" else ""
+    files = listing(source)
+    there = {entry.name: entry for entry in files.entries}
+    records = list(
+        _lines(source, "meta/episodes.jsonl", there) if major == 2 else _tables(source, there)
+    )
+    tasks = _tasks(source, there)
+    episodes, missing, seen = [], [], set[int]()
+    for record in sorted(records, key=lambda record: record["episode_index"]):
+        number = record["episode_index"]
+        if number in seen:
+            raise ValueError(
+                f"{source}: episode {number} stands twice in the metadata (meta/episodes); get "
+                "it again"
+            )
+        seen.add(number)
+        data, video = _paths(info, major, record, camera)
+        absent = [path for path in (data, video[0] if video else data) if path not in there]
+        if absent:
+            missing.append((number, f"no file {absent[0]}"))
+            continue
+        rows = (
+            (int(record["dataset_from_index"]), int(record["dataset_to_index"]))
+            if major == 3
+            else None
+        )
+        episodes.append(
+            Known(
+                number,
+                int(record["length"]),
+                tuple(record.get("tasks") or ()),
+                there[data],
+                rows,
+                (there[video[0]].uri, video[1]) if video else None,
+            )
+        )
+    return Layout(version, info, info["features"], tasks, episodes, files.mark, missing)
+
+
+def splits(layout: Layout, fixed: str = "") -> tuple[dict[int, str], int]:
+    """(the split of every episode, how many are in no range of meta/info.json's and so are train).
+    ``fixed``: that of all, whatever stands there.
+
+    Raises ValueError for a split of another name or form, and for ranges that overlap.
+    """
+    numbers = [*(one.number for one in layout.episodes), *(number for number, _ in layout.missing)]
+    if fixed:
+        return dict.fromkeys(numbers, fixed), 0
+    ranges: list[tuple[int, int, str]] = []
+    for name, text in (layout.info.get("splits") or {}).items():
+        found = re.fullmatch(r"(\d+):(\d+)", str(text).strip())
+        split = SPLITS.get(str(name).lower())
+        if not found or not split:
+            raise ValueError(
+                f"{INFO}: split {name!r}: {text!r} is no range of episodes of train, "
+                "validation or test; say --set split=train"
+            )
+        start, stop = int(found[1]), int(found[2])
+        if both := next((other for a, b, other in ranges if max(a, start) < min(b, stop)), ""):
+            raise ValueError(
+                f"{INFO}: split {name!r}: {text!r} overlaps the range of {both}; mend the "
+                "ranges, or say --set split=train"
+            )
+        ranges.append((start, stop, split))
+    out = {
+        number: next((split for a, b, split in ranges if a <= number < b), "") for number in numbers
+    }
+    return {number: split or "train" for number, split in out.items()}, sum(
+        not split for split in out.values()
+    )
+
+
+def _paths(
+    info: dict[str, Any], major: int, record: dict[str, Any], camera: str
+) -> tuple[str, tuple[str, float] | None]:
+    """(an episode's Parquet file, (its video, the second at which it begins there)), below the data
+    set's folder.
+    """
+    data, video = (
+        info.get(name) or default
+        for name, default in zip(("data_path", "video_path"), PATHS[major], strict=True)
+    )
+    number = record["episode_index"]
+    try:
+        if major == 2:
+            of = {
+                "episode_chunk": number // int(info.get("chunks_size") or 1000),
+                "episode_index": number,
+                "total_episodes": info.get("total_episodes", 0),
+            }
+            return data.format(**of), (
+                video.format(**of, video_key=camera),
+                0.0,
+            ) if camera else None
+        at = {name: record[f"data/{name}"] for name in ("chunk_index", "file_index")}
+        if not camera:
+            return data.format(**at), None
+        seen = {
+            name: record[f"videos/{camera}/{name}"]
+            for name in ("chunk_index", "file_index", "from_timestamp")
+        }
+        return data.format(**at), (
+            video.format(**seen, video_key=camera),
+            float(seen["from_timestamp"]),
+        )
+    except (KeyError, IndexError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"episode {number}: where its files lie is not told: {error} in data_path, "
+            f"video_path ({INFO}) or meta/episodes"
+        ) from None
+
+
+def _lines(source: str, name: str, there: dict[str, Entry]) -> Iterator[dict[str, Any]]:
+    """The objects of a file of JSON lines."""
+    if name not in there:
+        raise ValueError(f"{source}: no {name}, which a data set of layout v2 has; get it again")
+    for number, line in enumerate(lines(there[name].uri), 1):
+        try:
+            found = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{name}:{number}: not JSON ({error}); get it again") from None
+        needed = (
+            ("episode_index", "length")
+            if name.endswith("episodes.jsonl")
+            else ("task_index", "task")
+        )
+        if not isinstance(found, dict) or any(key not in found for key in needed):
+            raise ValueError(
+                f"{name}:{number}: an object with {' and '.join(needed)} is needed; get it again"
+            )
+        yield found
+
+
+def _tables(source: str, there: dict[str, Entry]) -> Iterator[dict[str, Any]]:
+    """The rows of meta/episodes, without the statistics."""
+    names = [
+        name for name in there if name.startswith("meta/episodes/") and name.endswith(".parquet")
+    ]
+    if not names:
+        raise ValueError(
+            f"{source}: no meta/episodes/chunk-000/file-000.parquet, which a data set of "
+            "layout v3 has; get it again"
+        )
+    for name in sorted(names):
+        file = _parquet(there[name])
+        columns = [column for column in file.schema_arrow.names if not column.startswith("stats/")]
+        for needed in ("episode_index", "length", "dataset_from_index", "dataset_to_index"):
+            if needed not in columns:
+                raise ValueError(f"{name}: no column {needed!r}; there are {few(columns)}")
+        yield from file.read(columns=columns).to_pylist()
+
+
+def _tasks(source: str, there: dict[str, Entry]) -> dict[int, str]:
+    """Texts by index; none where the data set names no tasks."""
+    if "meta/tasks.parquet" in there:
+        table = _parquet(there["meta/tasks.parquet"]).read()
+        text = next(
+            (name for name in ("task", "__index_level_0__") if name in table.column_names), ""
+        )
+        if "task_index" not in table.column_names or not text:
+            raise ValueError(
+                "meta/tasks.parquet: columns task_index and task are needed; there are "
+                f"{few(table.column_names)}"
+            )
+        return dict(
+            zip(
+                table["task_index"].to_pylist(),
+                table[text].cast(pa.string()).to_pylist(),
+                strict=True,
+            )
+        )
+    return (
+        {
+            int(row["task_index"]): str(row["task"])
+            for row in _lines(source, "meta/tasks.jsonl", there)
+        }
+        if "meta/tasks.jsonl" in there
+        else {}
+    )
+
+
+def _parquet(entry: Entry) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(io.BytesIO(storage.read_bytes(entry.uri)))
+    except (pa.ArrowInvalid, OSError) as error:
+        if isinstance(error, storage.StorageError):
+            raise
+        raise ValueError(f"{entry.name}: not a whole Parquet file; get it again") from None

@@ -1,0 +1,106 @@
+"""Parquet files as a source: pieces of whole row groups, read in batches of bounded size."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.data.loader import threaded_map
+from pipeline.io import storage
+from pipeline.prepare.engine.inputs import SQUEEZED, Listed, Opener, Piece, Reading, plain_suffix
+from pipeline.prepare.readers.archives import MOST_BYTES, Entry
+
+SUFFIXES = (".parquet", ".pq")
+BATCH_BYTES, BATCH_ROWS = 32 << 20, 4096
+"""About so many bytes, and at most so many rows, at a time."""
+
+
+def groups(entry: Entry) -> list[int]:
+    """Bytes of the row groups of a Parquet file that can be read in parts; none for other files.
+    Raises ValueError for one that is damaged.
+    """
+    if (
+        plain_suffix(entry.name) not in SUFFIXES
+        or entry.offset >= 0
+        or entry.member
+        or entry.name.lower().endswith(SQUEEZED)
+    ):
+        return []
+    try:
+        with storage.open_read(entry.uri) as handle:
+            about = pq.ParquetFile(handle).metadata
+            return [about.row_group(i).total_byte_size for i in range(about.num_row_groups)]
+    except pa.ArrowInvalid as error:
+        raise ValueError(
+            f"{entry.name}: not a whole Parquet file ({error}); get it again"
+        ) from None
+
+
+def row_groups(entry: Entry, split: str, sizes: list[int], most: int) -> list[Piece]:
+    """Neighbouring row groups of a Parquet file, up to about ``most`` bytes of them."""
+    out: list[Piece] = []
+    for i, size in enumerate(sizes):
+        if out and out[-1].size + size <= most:
+            out[-1] = out[-1]._replace(stop=i + 1, size=out[-1].size + size)
+        else:
+            out.append(Piece(entry.name, split, entry, i, i + 1, size))
+    return out
+
+
+def pieces(listed: Listed, most: int) -> list[Piece]:
+    """The files in pieces of about ``most`` bytes; those in archives, compressed ones and ones
+    without rows as a whole.
+    """
+    out: list[Piece] = []
+    for (entry, split), sizes in zip(
+        listed.files, threaded_map(groups, [entry for entry, _ in listed.files]), strict=True
+    ):
+        out += row_groups(entry, split, sizes, most) or [
+            Piece(entry.name, split, entry, size=entry.size)
+        ]
+    return out
+
+
+@contextmanager
+def opened(reading: Reading) -> Iterator[pq.ParquetFile]:
+    """The file of a piece. Raises ValueError for one that is damaged."""
+    with reading.open() as handle:
+        try:
+            yield pq.ParquetFile(
+                handle if reading.piece.stop >= 0 else io.BytesIO(handle.read(MOST_BYTES))
+            )
+        except pa.ArrowInvalid as error:
+            raise ValueError(
+                f"{reading.piece.name}: not a whole Parquet file ({error}); get it again"
+            ) from None
+
+
+def schema(piece: Piece) -> pa.Schema:
+    """The columns of a piece's file, without what else was written beside them."""
+    opener = Opener()
+    try:
+        with opened(Reading(piece, opener)) as file:
+            return file.schema_arrow.remove_metadata()
+    finally:
+        opener.close()
+
+
+def batches(reading: Reading, columns: list[str] | None = None) -> Iterator[tuple[int, pa.Table]]:
+    """(rows of the file before them, rows) of a piece, in order."""
+    start, stop = reading.piece.start, reading.piece.stop
+    with opened(reading) as file:
+        about = file.metadata
+        sizes = [about.row_group(i) for i in range(about.num_row_groups)]
+        held = sizes[start:stop] if stop >= 0 else sizes
+        row = sum(group.num_rows for group in sizes[:start])
+        widest = max((group.total_byte_size // max(1, group.num_rows) for group in held), default=0)
+        rows = max(1, min(BATCH_ROWS, BATCH_BYTES // max(1, widest)))
+        for batch in file.iter_batches(
+            rows, list(range(start, stop)) if stop >= 0 else None, columns
+        ):
+            yield row, pa.Table.from_batches([batch]).replace_schema_metadata()
+            row += len(batch)

@@ -1,0 +1,175 @@
+"""One encoded image: is it whole, how large is it as it is seen, and, where asked, smaller and as
+JPEG.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import PIL.Image
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+QUALITY = 92
+_ORIENTATION, _TURNED = 0x0112, range(5, 9)
+_UPRIGHT = {
+    2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
+    3: PIL.Image.Transpose.ROTATE_180,
+    4: PIL.Image.Transpose.FLIP_TOP_BOTTOM,
+    5: PIL.Image.Transpose.TRANSPOSE,
+    6: PIL.Image.Transpose.ROTATE_270,
+    7: PIL.Image.Transpose.TRANSVERSE,
+    8: PIL.Image.Transpose.ROTATE_90,
+}
+"""What undoes each EXIF orientation."""
+
+
+class BrokenImageError(ValueError):
+    """A row that is left out, with the reason."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """``data``: the file to keep. ``stored``: (width, height) as its header says; ``seen``: after
+    EXIF orientation; ``size``: what ``data`` shows.
+    """
+
+    data: bytes
+    stored: tuple[int, int]
+    seen: tuple[int, int]
+    size: tuple[int, int]
+
+
+def examine(data: bytes, resize: int | None = None, quality: int | None = None) -> Picture:
+    """Decode an image once. ``resize``: its shorter side in pixels, only downwards, antialiased;
+    ``quality``: write it as JPEG anew, whatever its size.
+
+    What is written anew is upright (EXIF orientation applied), 8 bits, grey or RGB; what is not
+    keeps its bytes. Raises BrokenImageError.
+    """
+    if not data:
+        raise BrokenImageError("the file is empty (0 bytes)")
+    image, stored, box = _decoded(data, resize)
+    turn = _orientation(image)
+    turned = turn in _TURNED
+    seen = _turned(stored) if turned else stored
+    shorter = min(seen)
+    smaller = resize is not None and shorter > resize
+    if not smaller and quality is None:
+        return Picture(data, stored, seen, seen)
+    image = _eight_bits(image)
+    size = seen
+    if smaller:
+        assert resize is not None
+        size = (
+            max(resize, round(seen[0] * resize / shorter)),
+            max(resize, round(seen[1] * resize / shorter)),
+        )
+        image = image.resize(
+            _turned(size) if turned else size, PIL.Image.Resampling.BICUBIC, box, reducing_gap=3.0
+        )
+    return Picture(
+        _jpeg(image.transpose(_UPRIGHT[turn]) if turn in _UPRIGHT else image, quality or QUALITY),
+        stored,
+        seen,
+        size,
+    )
+
+
+def _turned(size: tuple[int, int]) -> tuple[int, int]:
+    return size[1], size[0]
+
+
+def _decoded(
+    data: bytes, resize: int | None
+) -> tuple[PIL.Image.Image, tuple[int, int], tuple[float, float, float, float] | None]:
+    """The image, its size as stored, and, when it was decoded smaller (a JPEG, to twice the size
+    that is wanted at least), what part of it is the image.
+    """
+    from pipeline.media.image_io import (
+        MOST_PIXELS,
+    )  # here: it imports torchvision, 80 MB in every worker that prepares tables
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore", PIL.Image.DecompressionBombWarning
+            )  # MOST_PIXELS decides
+            image = PIL.Image.open(io.BytesIO(data), formats=FORMATS)
+        if image.width * image.height > MOST_PIXELS:
+            raise BrokenImageError(
+                f"its header claims {image.width} x {image.height} pixels, more than {MOST_PIXELS}"
+            )
+        stored = image.size
+        wanted = (
+            None
+            if resize is None
+            else tuple(math.ceil(2 * resize * side / min(stored)) for side in stored)
+        )
+        drafted = image.draft(None, wanted)  # pyright: ignore[reportArgumentType]
+        image.load()
+        return image, stored, drafted and drafted[1]
+    except BrokenImageError:
+        raise
+    except PIL.UnidentifiedImageError:
+        raise BrokenImageError(f"not a {', '.join(FORMATS)} image, or a broken one") from None
+    except PIL.Image.DecompressionBombError as error:  # from the header too, far above MOST_PIXELS
+        raise BrokenImageError(
+            f"its header claims more than {MOST_PIXELS} pixels ({error})"
+        ) from None
+    except Exception as error:
+        # broken bytes make Pillow raise OSError, SyntaxError, struct.error, ValueError and others
+        raise BrokenImageError(f"broken image: {error or type(error).__name__}") from None
+
+
+def _orientation(image: PIL.Image.Image) -> int:
+    """From EXIF alone, as decoders read it; Pillow's getexif would look into XMP too."""
+    exif = PIL.Image.Exif()
+    try:
+        exif.load(image.info.get("exif", b""))
+        return exif.get(_ORIENTATION, 1)
+    except Exception:
+        # whatever damaged EXIF makes Pillow raise: the pixels are whole, and decoders then show
+        # them as stored
+        return 1
+
+
+def _eight_bits(image: PIL.Image.Image) -> PIL.Image.Image:
+    """Grey or RGB; 16 bits rounded to 8, transparency dropped, as the image modality decodes
+    them.
+    """
+    if image.mode.startswith("I"):
+        return PIL.Image.fromarray(
+            ((np.asarray(image).astype(np.int64) + 128) // 257).clip(0, 255).astype(np.uint8)
+        )
+    return (
+        image
+        if image.mode in ("L", "RGB")
+        else image.convert("L" if image.mode in ("1", "LA", "La") else "RGB")
+    )
+
+
+def _jpeg(image: PIL.Image.Image, quality: int) -> bytes:
+    sink = io.BytesIO()
+    try:
+        image.save(sink, "JPEG", quality=quality)
+    except (OSError, ValueError) as error:  # a side above 65500 pixels
+        raise BrokenImageError(f"cannot be written as JPEG: {error}") from None
+    return sink.getvalue()
+
+
+def png(mask: np.ndarray) -> bytes:
+    """(H, W) uint8 as a grey PNG."""
+    sink = io.BytesIO()
+    PIL.Image.fromarray(mask, "L").save(sink, "PNG")
+    return sink.getvalue()
+
+
+def nearest(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """(H, W) uint8 to (height, width) of ``size``: no class is mixed from two others."""
+    if mask.shape[::-1] == size:
+        return mask
+    return np.asarray(PIL.Image.fromarray(mask, "L").resize(size, PIL.Image.Resampling.NEAREST))

@@ -1,0 +1,90 @@
+"""Frames of a video at given times, as JPEG. Needs the extra ``video`` (PyAV, which holds FFmpeg's
+decoders).
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Generator
+from contextlib import closing
+from typing import Any
+
+import numpy as np
+
+from pipeline.io import storage
+from pipeline.prepare.engine.episodes import UnusableError
+from pipeline.prepare.readers.picture_check import QUALITY
+
+
+def library() -> Any:
+    """PyAV. Raises ValueError naming the extra where it is not installed."""
+    try:
+        import av
+    except ImportError:
+        raise ValueError(
+            "videos are decoded with PyAV, which is not installed: uv sync --extra video"
+        ) from None
+    return av
+
+
+def frames(
+    uri: str,
+    times: np.ndarray,
+    tolerance: float,
+    resize: int | None = None,
+    quality: int | None = None,
+) -> list[bytes]:
+    """For each of the ascending ``times`` (n,) in seconds the frame nearest to it, encoded as JPEG
+    (``resize``: its shorter side in pixels, only downwards).
+
+    Decoded once, from the key frame before the first time; what is held is encoded. Raises
+    UnusableError for a video that cannot be decoded or that has no frame within ``tolerance``
+    seconds of a time, StorageError for one that cannot be read.
+    """
+    av = library()
+    name = uri.rpartition("/")[2]
+    out: list[bytes] = []
+    try:
+        with closing(_decoded(av, uri, float(times[0]) - tolerance)) as decoded:
+            held = next(decoded, None)
+            following = next(decoded, None)
+            encoded = b""
+            for time in times.tolist():
+                while held and following and abs(following[0] - time) < abs(held[0] - time):
+                    held, following, encoded = following, next(decoded, None), b""
+                if not held or abs(held[0] - time) > tolerance:
+                    found = f"the nearest is at {held[0]:.3f} s" if held else "it has none"
+                    raise UnusableError(
+                        f"{name}: no frame within {tolerance:.3g} s of {time:.3f} s; {found}"
+                    )
+                encoded = encoded or _jpeg(held[1], resize, quality)
+                out.append(encoded)
+    except (av.FFmpegError, IndexError) as error:
+        raise UnusableError(f"{name}: cannot be decoded ({error})") from None
+    return out
+
+
+def _decoded(av: Any, uri: str, start: float) -> Generator[tuple[float, Any], None, None]:
+    """(seconds, frame) in order, from the last key frame before ``start``."""
+    with storage.open_read(uri) as handle, av.open(handle) as container:
+        stream = container.streams.video[0]
+        if start > 0:
+            container.seek(
+                int(start / stream.time_base), stream=stream, backward=True, any_frame=False
+            )
+        for frame in container.decode(stream):
+            if frame.pts is not None:
+                yield float(frame.pts * stream.time_base), frame
+
+
+def _jpeg(frame: Any, resize: int | None, quality: int | None) -> bytes:
+    image = frame.to_image()
+    shorter = min(image.size)
+    if resize is not None and shorter > resize:
+        image = image.resize(
+            tuple(max(resize, round(side * resize / shorter)) for side in image.size),
+            reducing_gap=3.0,
+        )
+    sink = io.BytesIO()
+    image.save(sink, "JPEG", quality=quality or QUALITY)
+    return sink.getvalue()

@@ -1,0 +1,143 @@
+"""What made a job's trials, and how that is told: which are of other code or versions than now, and
+which comparisons mix them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pipeline.config import provenance
+from pipeline.config.provenance import MadeBy
+from pipeline.report.matrix import Cell, cell_key
+
+OTHER = "made by other code or versions"
+MIXED = "compares trials of different code or versions"
+SIGNS = {OTHER: "†", MIXED: "‡"}
+"""How a cell is marked, in words and by a sign."""
+NOT_RECORDED = "not recorded"
+MOST_REASONS = 4
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What made a trial. ``changes``: in words, how that differs from what would make it now; empty
+    where nothing does.
+    """
+
+    made: MadeBy | None
+    changes: tuple[str, ...] = ()
+
+    def columns(self) -> dict[str, str | None]:
+        """The two columns of the results table."""
+        if self.made is None:
+            return {"versions": None, "made_by": None}
+        return {
+            "versions": json.dumps(self.made.versions, sort_keys=True),
+            "made_by": self.made.hash,
+        }
+
+
+def of_record(record: Mapping[str, Any], now: MadeBy, source: str, weights: str | None) -> Origin:
+    """What made the trial of a record.
+
+    Args:
+        now: What would make it now.
+        weights: The SHA-256 of its source's weights as they are now; none for scratch, or where
+            there are none yet.
+    """
+    made = provenance.recorded(record)
+    found = provenance.changes(made, now)
+    for facts in record.get("begun_by") or ():
+        begun = provenance.changes(provenance.recorded(facts), now)
+        found += (f"begun by other code or versions ({', '.join(begun)})",) if begun else ()
+    started_from = record.get("parent_weights")
+    if weights and started_from and started_from != weights:
+        found += (f"source {source} was made anew since",)
+    return Origin(made, found)
+
+
+def marked(cells: Sequence[Cell], rows: Sequence[Row], origins: Mapping[str, Origin]) -> list[Cell]:
+    """The cells, each with ``made``: empty, or how it is marked.
+
+    A cell is mixed where two of its trials, or one of them and one of those that its gains are over
+    (``Cell.compared_with``: scratch of its own and of the best backbone, for a random probe the
+    linear probe), were made by different code or versions; else it is of other code where one of
+    its own trials was not made as it would be now.
+    """
+    trials: dict[tuple, list[str]] = defaultdict(list)
+    for row in rows:
+        is_tested = (
+            row["trial_stage"] == "final" and row["status"] == "done" and row["split"] == "test"
+        )
+        if (
+            is_tested
+            and row["trial_id"] in origins
+            and row["trial_id"] not in trials[cell_key(row)]
+        ):
+            trials[cell_key(row)].append(row["trial_id"])
+    out = []
+    for cell in cells:
+        own = trials[cell.source, cell.backbone, cell.target, cell.technique, cell.label_fraction]
+        against = [one for key in cell.compared_with for one in trials[key]]
+        made = [origins[one].made for one in (*own, *against)]
+        if any(provenance.differences(made[0], other) for other in made[1:]):
+            out.append(replace(cell, made=MIXED))
+        elif any(origins[one].changes for one in own):
+            out.append(replace(cell, made=OTHER))
+        else:
+            out.append(cell)
+    return out
+
+
+def reasons(origins: Mapping[str, Origin]) -> list[str]:
+    """A sentence on the trials that were not made as they would be now, and one for each reason;
+    none where there are none.
+    """
+    changed = [origin for origin in origins.values() if origin.changes]
+    if not changed:
+        return []
+    by_reason = Counter(_short(origin.changes) for origin in changed)
+    head = (
+        f"{len(changed)} of {len(origins)} trials were made by other code or versions than those "
+        "of now and are used as they are"
+    )
+    return [
+        f"{head}; --remake changed makes them anew",
+        *(f"{_trials(count)}: {reason}" for reason, count in by_reason.most_common()),
+    ]
+
+
+def _short(changes: Sequence[str]) -> str:
+    more = f" and {len(changes) - MOST_REASONS} more" if len(changes) > MOST_REASONS else ""
+    return ", ".join(changes[:MOST_REASONS]) + more
+
+
+def _trials(count: int) -> str:
+    return f"{count} trial{'' if count == 1 else 's'}"
+
+
+def versions_table(rows: Sequence[Row]) -> list[list[str]]:
+    """For each library the versions that trials were made with, and for how many: (library,
+    versions).
+    """
+    trials = {row["trial_id"]: row.get("versions") for row in rows}
+    found: dict[str, Counter[str]] = {name: Counter() for name in provenance.LIBRARIES}
+    for text in trials.values():
+        versions = json.loads(text) if text else {}
+        for name, count in found.items():
+            count[versions.get(name, NOT_RECORDED)] += 1
+    out = []
+    for name, count in found.items():
+        several = len(count) > 1
+        told = [
+            f"{version} ({_trials(number)})" if several else version
+            for version, number in count.most_common()
+        ]
+        out.append([name, ", ".join(told)])
+    return out if trials else []

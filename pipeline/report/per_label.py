@@ -1,0 +1,452 @@
+"""What the report says of single classes and labels: the confusion matrix of a target's best cell,
+and its labels or types of entities one by one.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pipeline.metrics import calibration, catalog
+from pipeline.report import results, stats
+from pipeline.report.blocks import (
+    DASH,
+    MARKS,
+    Block,
+    Figure,
+    Heading,
+    Heat,
+    Table,
+    Text,
+    Value,
+    places,
+    spread,
+)
+from pipeline.report.matrix import REFERENCE, SCRATCH, Cell, verdict
+from pipeline.report.plots import cell_label, reliability
+from pipeline.report.stats import Run
+
+MOST_CLASSES = 20
+"""A confusion matrix of more classes is not readable: then the commonest confusions are listed."""
+MOST_PAIRS = 10
+MOST_LABELS = 60
+
+SIGNS = (
+    " ▲ wins, ▼ loses, ○ not shown, ? too few test units to tell, not corrected for their number."
+)
+"""Said of tables of gains beside the job's own."""
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is told one by one: labels of rows, or types of entities. ``measures``: metrics of one,
+    and how the table calls them.
+    """
+
+    heading: str
+    first: str
+    counted: str
+    plural: str
+    measures: tuple[tuple[str, str], ...]
+    told: str = ""
+
+
+LABELS = Kind(
+    "Label by label",
+    "Label",
+    "Test rows",
+    "labels",
+    (("auroc", "AUROC"), ("average_precision", "AP")),
+    " AP: average precision.",
+)
+TYPES = Kind("Type by type", "Type", "Test entities", "types", (("entity_f1", "F1"),))
+
+
+def blocks(
+    target: str, done: Sequence[Cell], rows: Sequence[Row], runs: dict[str, Run]
+) -> list[Block]:
+    """Of the best finished cell of a target (by its primary metric; labels: the best with a source,
+    beside scratch). Nothing where the test predictions are not at hand or have no classes.
+
+    done: cells of the target with a mean. rows: results rows, of any target.
+    """
+    shown = [(cell, found) for cell in done if (found := runs_of(cell, rows, runs))]
+    if not shown:
+        return []
+    best, ours = _best(shown)
+    if all(_two(run) for run in ours):
+        return [
+            *two_classes(target, done, rows, runs),
+            *(_confusion(target, best, ours) if all(_classes(run) for run in ours) else []),
+        ]
+    if all(_classes(run) for run in ours):
+        return _confusion(target, best, ours)
+    kind = next(
+        (
+            kind
+            for kind, has in ((LABELS, _label_sets), (TYPES, _type_counts))
+            if all(has(run) for run in ours)
+        ),
+        None,
+    )
+    picked_one = picked(done, rows, runs)
+    return _each(kind, target, *picked_one) if kind is not None and picked_one is not None else []
+
+
+def picked(
+    done: Sequence[Cell], rows: Sequence[Row], runs: dict[str, Run]
+) -> tuple[Cell, list[Run], list[Run]] | None:
+    """The best finished cell with a source (without one the best of all), its runs, and those of
+    scratch with the same backbone and labels ([] for scratch itself). None where no test
+    predictions are at hand.
+    """
+    shown = [(cell, found) for cell in done if (found := runs_of(cell, rows, runs))]
+    if not shown:
+        return None
+    best, ours = _best([pair for pair in shown if pair[0].source != SCRATCH] or shown)
+    return (
+        best,
+        ours,
+        next(
+            (
+                found
+                for cell, found in shown
+                if cell.verdict == REFERENCE
+                and best.source != SCRATCH
+                and (cell.backbone, cell.label_fraction) == (best.backbone, best.label_fraction)
+            ),
+            [],
+        ),
+    )
+
+
+def _best(shown: list[tuple[Cell, list[Run]]]) -> tuple[Cell, list[Run]]:
+    return max(
+        shown, key=lambda pair: (pair[0].mean or 0.0) * (1 if pair[0].higher_is_better else -1)
+    )
+
+
+def runs_of(cell: Cell, rows: Sequence[Row], runs: dict[str, Run]) -> list[Run]:
+    """Test predictions of a cell's seeds."""
+    ids = dict.fromkeys(
+        row["trial_id"]
+        for row in rows
+        if row["trial_stage"] == "final"
+        and row["status"] == "done"
+        and row["target"] == cell.target
+        and row["source"] == cell.source
+        and (row["backbone"] or "") == cell.backbone
+        and row["label_fraction"] == cell.label_fraction
+        and results.technique(row) == cell.technique
+    )
+    return [runs[one] for one in ids if one in runs]
+
+
+def _two(run: Run) -> bool:
+    """Two classes, of each row or at each of its positions."""
+    p = run.predictions
+    return (
+        {"scores", "label"} <= set(p)
+        and len(run.labels) == 2
+        and p["scores"].shape == (*p["label"].shape, 2)
+    )
+
+
+def _classes(run: Run) -> bool:
+    p = run.predictions
+    return (
+        {"scores", "label"} <= set(p)
+        and p["scores"].ndim == 2
+        and p["label"].ndim == 1
+        and p["scores"].shape[1] == len(run.labels)
+    )
+
+
+def _label_sets(run: Run) -> bool:
+    p = run.predictions
+    return {"scores", "labels"} <= set(p) and p["scores"].shape == p["labels"].shape == (
+        len(run.rows),
+        len(run.labels),
+    )
+
+
+def _type_counts(run: Run) -> bool:
+    p = run.predictions
+    return {"hits", "guessed", "actual"} <= set(p) and p["hits"].shape == p["actual"].shape == (
+        len(run.rows),
+        len(run.labels),
+    )
+
+
+def _seeds(count: int) -> str:
+    return f"{count} seeds together" if count > 1 else "one seed"
+
+
+# ---------------------------------------------------------------- classes
+
+
+def _confusion(target: str, cell: Cell, runs: list[Run]) -> list[Block]:
+    names = runs[0].labels
+    counts = sum(
+        (catalog.confusion(run.predictions) for run in runs),
+        np.zeros((len(names), len(names)), np.int64),
+    )
+    sizes = counts.sum(1)
+    shares = counts / np.maximum(sizes[:, None], 1)
+    whose = f"{target}: {cell_label(cell)} of labels, {_seeds(len(runs))}"
+    if len(names) <= MOST_CLASSES:
+        each = [f"{name} ({size // len(runs):,})" for name, size in zip(names, sizes, strict=True)]
+        caption = (
+            f"{whose}. Per cent of the test rows of each true class (how many there are) that were "
+            "taken for each class."
+        )
+        return [
+            Heading("Confusion matrix", 3),
+            Heat("True class", [_short(name) for name in names], each, shares.tolist(), caption),
+        ]
+    wrong = np.where(np.eye(len(names), dtype=bool), 0, counts)
+    pairs = [
+        divmod(int(flat), len(names))
+        for flat in np.argsort(-wrong, axis=None, kind="stable")[:MOST_PAIRS]
+    ]
+    body = [
+        [names[i], names[j], f"{counts[i, j] / len(runs):,.1f}", f"{100 * shares[i, j]:.1f} %"]
+        for i, j in pairs
+        if wrong[i, j]
+    ]
+    if not body:
+        return []
+    return [
+        Heading("Commonest confusions", 3),
+        Text(f"{whose}, averaged over seeds.", "note"),
+        Table(["True class", "Taken for", "Test rows", "Of the true class"], body, 2),
+    ]
+
+
+# ---------------------------------------------------------------- two classes
+
+
+def two_classes(
+    target: str, done: Sequence[Cell], rows: Sequence[Row], runs: dict[str, Run]
+) -> list[Block]:
+    """Every metric of the best cell with a source beside scratch, and whether their probabilities
+    came true (a reliability diagram).
+    """
+    found = picked(done, rows, runs)
+    if found is None:
+        return []
+    best, ours, scratch = found
+    ids = {
+        row["metric"]: None
+        for row in rows
+        if row["target"] == best.target
+        and row["split"] == "test"
+        and row["metric"]
+        and row["value"] is not None
+    }
+    names = [
+        name
+        for name in ids
+        if name in catalog.METRICS and all(_has(name, run) for run in (*ours, *scratch))
+    ]
+    paired = bool({run.seed for run in ours} & {run.seed for run in scratch})
+    body: list[list[str | Value]] = []
+    for name in names:
+        of = catalog.metric(name)
+        means = [stats.mean_interval(of, side) for side in ((ours, scratch) if paired else (ours,))]
+        gain = stats.compare(of, ours, scratch) if paired else None
+        bounds = [(low, high) for _, low, high in means] + ([(gain.low, gain.high)] if gain else [])
+        digits = places(bounds)
+        enough = all(stats.evidence(run).enough for run in (*ours, *scratch))
+        line: list[str | Value] = [
+            f"{name} {'↑' if of.higher_is_better else '↓'}",
+            *(estimate(one, digits) for one in means),
+        ]
+        body.append([*line, *([gain_estimate(gain, digits, enough)] if gain else [])])
+    said = (
+        f"{target}: {cell_label(best)} of labels{' beside scratch' if paired else ''}, mean "
+        f"over {_plural(len(ours))} with 95 % intervals; the positive "
+        f"class is {ours[0].labels[1]}. ↑ higher is better, ↓ lower is; a positive gain is "
+        f"better.{SIGNS if paired else ''}"
+    )
+    out: list[Block] = (
+        [
+            Heading("All metrics", 3),
+            Text(said),
+            Table(["Metric", best.source, *(["scratch", "gain"] if paired else [])], body),
+        ]
+        if body
+        else []
+    )
+    return out + _reliability(target, best, ours, scratch if paired else [])
+
+
+def _has(name: str, run: Run) -> bool:
+    return not name.endswith("_at_threshold") or "threshold" in run.predictions
+
+
+def _reliability(target: str, cell: Cell, ours: list[Run], scratch: list[Run]) -> list[Block]:
+    """Of bins with equally many predictions, so many that each has at least 20 groups or rows:
+    nothing of single ones can be read from it.
+    """
+    curves: dict[str, list[tuple[float, float, int]]] = {}
+    for name, side in ((cell_label(cell), ours), ("scratch", scratch)):
+        pairs = [
+            calibration.confidence(
+                run.predictions["scores"][known], run.predictions["label"][known]
+            )
+            for run in side
+            for known in [run.predictions["label"] >= 0]
+        ]
+        most = max(
+            (
+                int(
+                    np.bincount(
+                        np.repeat(
+                            np.unique(
+                                run.rows if run.groups is None else run.groups, return_inverse=True
+                            )[1],
+                            (run.predictions["label"] >= 0).reshape(len(run.rows), -1).sum(1),
+                        )
+                    ).max(initial=1)
+                )
+                for run in side
+            ),
+            default=1,
+        )
+        said, true = (
+            (np.concatenate(parts) for parts in zip(*pairs, strict=True))
+            if pairs
+            else (np.zeros(0), np.zeros(0))
+        )
+        if points := calibration.reliability(said, true, least=20 * most * max(len(side), 1)):
+            curves[name] = points
+    if not curves:
+        return []
+    listed = [
+        [name, f"{100 * said:.3g} %", f"{100 * true:.3g} %", f"{n:,}"]
+        for name, points in curves.items()
+        for said, true, n in points
+    ]
+    caption = (
+        f"{target}: what share of the rows were {ours[0].labels[1]}, by the probability that "
+        "was said; on the line it is the same. Bins hold equally "
+        f"many predictions, {_seeds(len(ours))}."
+    )
+    return [
+        Heading("Calibration", 3),
+        Figure(
+            reliability(curves, ours[0].labels[1]),
+            caption,
+            Table(["Model", "Mean probability", "Came true", "Predictions"], listed),
+        ),
+    ]
+
+
+def _short(name: str, most: int = 14) -> str:
+    return name if len(name) <= most else name[: most - 1] + "…"
+
+
+# ---------------------------------------------------------------- labels and types
+
+
+def _each(kind: Kind, target: str, cell: Cell, ours: list[Run], scratch: list[Run]) -> list[Block]:
+    names, p = ours[0].labels, ours[0].predictions
+    positive = p["labels" if kind is LABELS else "actual"].sum(0, dtype=np.int64)
+    often = [
+        k
+        for k in np.argsort(-positive, kind="stable")
+        if 0 < positive[k] < (len(ours[0].rows) if kind is LABELS else np.inf)
+    ]
+    estimates: dict[str, list[tuple]] = defaultdict(list)
+    gains: dict[str, list[stats.Gain]] = defaultdict(list)
+    paired = bool(scratch) and bool({run.seed for run in ours} & {run.seed for run in scratch})
+    for k in often[:MOST_LABELS]:
+        for name, _ in kind.measures:
+            of = catalog.of_label(f"{name}/{names[k]}", int(k))
+            estimates[name].append(stats.mean_interval(of, ours))
+            if paired:
+                estimates[f"{name} scratch"].append(stats.mean_interval(of, scratch))
+                gains[name].append(stats.compare(of, ours, scratch))
+    digits = places([(low, high) for _, low, high in estimates[kind.measures[0][0]]])
+    head, body = (
+        [kind.first, kind.counted],
+        [[names[k], f"{positive[k]:,}"] for k in often[:MOST_LABELS]],
+    )
+    for name, said in kind.measures:
+        for extra in ("", " scratch") if paired else ("",):
+            head.append(f"{said}{extra.replace(' scratch', ', scratch')}")
+            for line, one in zip(body, estimates[f"{name}{extra}"], strict=True):
+                line.append(estimate(one, digits))
+        if paired:
+            head.append(f"{said}, gain")
+            for line, gain, k in zip(body, gains[name], often, strict=False):
+                line.append(gain_estimate(gain, digits, _enough_of_label(kind, ours[0], int(k))))
+    least = max(
+        int(run.predictions["min_positives"].max(initial=1))
+        if "min_positives" in run.predictions
+        else 1
+        for run in ours
+    )
+    told = (
+        f"{target}: {cell_label(cell)} of labels{' beside scratch' if paired else ''}, mean over "
+        f"{_plural(len(ours))} with 95 % intervals.{kind.told}"
+    )
+    told += (
+        f" Macro averages are over the labels with at least {least} test rows." if least > 1 else ""
+    )
+    told += (
+        f" The {MOST_LABELS} commonest of {len(often)} {kind.plural}; results.parquet has all."
+        if len(often) > MOST_LABELS
+        else ""
+    )
+    told += SIGNS if paired else ""
+    return [Heading(kind.heading, 3), Text(told), Table(head, body)] if body else []
+
+
+def _plural(seeds: int) -> str:
+    return "one seed" if seeds == 1 else f"{seeds} seeds"
+
+
+def _enough_of_label(kind: Kind, run: Run, column: int) -> bool:
+    """Whether a verdict can be given on one label: enough test units on its rarer side, or with an
+    entity of its type.
+    """
+    if kind is LABELS:
+        return (
+            stats.rarer_side(run.predictions["labels"][:, column] > 0, run.groups)
+            >= stats.LEAST_RARER_UNITS
+        )
+    return (
+        stats.count_units(run.predictions["actual"][:, column] > 0, run.groups) >= stats.LEAST_UNITS
+    )
+
+
+def estimate(found: tuple[float, float, float], digits: int) -> Value | str:
+    """A table cell of (middle, low, high), the interval below."""
+    middle, low, high = (None if np.isnan(v) else v for v in found)
+    return DASH if middle is None else _lines(spread(middle, low, high, digits))
+
+
+def gain_estimate(gain: stats.Gain, digits: int, enough: bool) -> Value | str:
+    """A table cell of a gain with its verdict, which needs ``enough`` test units and two paired
+    seeds.
+    """
+    middle, low, high = (None if np.isnan(v) else v for v in (gain.value, gain.low, gain.high))
+    if middle is None:
+        return DASH
+    word = verdict(low, high, gain.seeds, enough)
+    return _lines(spread(middle, low, high, digits, "+"), MARKS.get(word, ""), word)
+
+
+def _lines(text: str, mark: str = "", tone: str = "") -> Value:
+    """A value and, below it, its interval with its verdict's mark."""
+    first, _, bounds = text.partition(" ")
+    second = f"{bounds} {mark}".strip()
+    return Value((first, second) if second else (first,), tone)

@@ -1,0 +1,439 @@
+"""The report's figures, as SVG to stand inside the page: its fonts and its light and dark colours,
+no outside reference.
+
+matplotlib draws with placeholder colours, which are then replaced by the page's CSS variables
+(``--ink``, ``--s0`` ...).
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import itertools
+import math
+import re
+import warnings
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from pipeline.report.matrix import LOSES, NOT_SHOWN, WINS, Cell, fraction_order
+
+if TYPE_CHECKING:
+    import numpy as np
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Series = dict[tuple[str, str], list[tuple[float, float]]]
+"""(source, technique) -> points (step, value)."""
+
+_INK, _SOFT, _LINE, _PAPER, _WINS, _LOSES = (
+    "#010101",
+    "#010102",
+    "#010103",
+    "#010104",
+    "#010105",
+    "#010106",
+)
+_COLOURS = [f"#01020{i}" for i in range(8)]
+_NAMES = dict(
+    zip(
+        (_INK, _SOFT, _LINE, _PAPER, _WINS, _LOSES, *_COLOURS),
+        ("ink", "soft", "line", "paper", "wins", "loses", *(f"s{i}" for i in range(8))),
+        strict=True,
+    )
+)
+_DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
+_WIDTH = 8.0  # inches; 576 units of the page's 58 rem, so 9 pt is about 14 px there
+
+
+def forest(
+    cells: Sequence[Cell], title: str, limits: tuple[float, float], label_inches: float
+) -> str:
+    """Gains with their intervals and the zero line, one line a cell; the same ``limits`` and label
+    width align several of them.
+    """
+    with _style():
+        height = 0.75 + 0.235 * len(cells)
+        figure, (axes,) = _figure(height)
+        figure.set_layout_engine("none")
+        left = label_inches / _WIDTH
+        axes.set_position((left, 0.45 / height, 0.985 - left, 1 - 0.75 / height))
+        axes.axvline(0, color=_SOFT, linewidth=0.9, zorder=1)
+        looks = {
+            WINS: (_WINS, "^", _WINS),
+            LOSES: (_LOSES, "v", _LOSES),
+            NOT_SHOWN: (_SOFT, "o", _PAPER),
+        }
+        for y, cell in enumerate(cells):
+            colour, marker, fill = looks.get(cell.verdict, looks[NOT_SHOWN])
+            if cell.gain_low is not None and cell.gain_high is not None:
+                axes.plot(
+                    [cell.gain_low, cell.gain_high],
+                    [y, y],
+                    color=colour,
+                    linewidth=1.6,
+                    solid_capstyle="butt",
+                    zorder=2,
+                )
+            axes.plot(
+                [cell.gain or 0.0],
+                [y],
+                marker=marker,
+                markersize=5.5,
+                color=colour,
+                markerfacecolor=fill,
+                markeredgewidth=1.2,
+                zorder=3,
+            )
+        axes.set_yticks(range(len(cells)), [cell_label(cell) for cell in cells])
+        axes.set_ylim(len(cells) - 0.5, -0.5)
+        axes.set_xlim(*limits)
+        axes.grid(axis="x", color=_LINE, linewidth=0.6)
+        axes.spines["left"].set_visible(False)
+        axes.tick_params(axis="y", length=0)
+        figure.text(
+            0.004, 1 - 0.2 / height, title, color=_INK, fontsize=9.5, weight="bold", va="center"
+        )
+        return _svg(figure, f"Gain over scratch with 95 % intervals: {title}")
+
+
+def forest_layout(groups: dict[str, list[Cell]]) -> tuple[dict[str, tuple[float, float]], float]:
+    """x limits of each group, shared by groups of one metric, and the label width in inches that
+    fits all of them.
+    """
+    ends: dict[str, list[float]] = {}
+    for cells in groups.values():
+        for cell in cells:
+            ends.setdefault(cell.metric, [0.0]).extend(
+                v for v in (cell.gain, cell.gain_low, cell.gain_high) if v is not None
+            )
+    margins = {name: 0.06 * ((max(values) - min(values)) or 1.0) for name, values in ends.items()}
+    limits = {
+        group: (min(ends[m]) - margins[m], max(ends[m]) + margins[m])
+        for group, cells in groups.items()
+        for m in [cells[0].metric]
+    }
+    longest = max(
+        (len(cell_label(cell)) for cells in groups.values() for cell in cells), default=10
+    )
+    return limits, min(0.35 + 0.072 * longest, 0.55 * _WIDTH)
+
+
+def learning(panels: dict[str, Series], metric: str) -> str:
+    """Validation metric by step, a panel for each label fraction and a line for each (source,
+    technique).
+    """
+    with _style():
+        names = sorted(panels, key=fraction_order)
+        across = min(len(names), 3)
+        down = math.ceil(len(names) / across)
+        keys = _keys(key for series in panels.values() for key in series)
+        entries = _entries(keys)
+        figure, grid = _figure(0.1 + 2.3 * down + _legend_inches(entries), down, across)
+        for axes, name in itertools.zip_longest(grid, names):
+            if name is None:
+                axes.set_visible(False)
+                continue
+            for key, points in panels[name].items():
+                axes.plot(
+                    *zip(*points, strict=True),
+                    marker="o" if len(points) == 1 else None,
+                    markersize=4,
+                    **_look(key, keys),
+                )
+            axes.set_title(f"labels: {fraction_label(name)}", loc="left", fontsize=9, color=_SOFT)
+            axes.grid(color=_LINE, linewidth=0.6)
+            axes.set_xlabel("step")
+        grid[0].set_ylabel(f"validation {metric}")
+        _legend(figure, entries)
+        return _svg(figure, f"Validation {metric} by training step")
+
+
+def label_efficiency(cells: Sequence[Cell]) -> str:
+    """Test metric by number of labelled rows, a line for each (source, technique) with its
+    intervals; what was trained on none is a level line.
+    """
+    with _style():
+        shown = [cell for cell in cells if cell.mean is not None and cell.n_train]
+        untrained = [cell for cell in cells if cell.mean is not None and cell.n_train == 0]
+        keys = _keys((cell.source, cell.technique) for cell in [*shown, *untrained])
+        entries = _entries(keys)
+        figure, (axes,) = _figure(2.9 + _legend_inches(entries))
+        sizes = {cell.label_fraction: cell.n_train or 0 for cell in shown}
+        for i, key in enumerate(keys):
+            mine = sorted(
+                (cell for cell in shown if (cell.source, cell.technique) == key),
+                key=lambda cell: cell.n_train or 0,
+            )
+            nudge = 1 + 0.12 / len(keys) * (
+                i - (len(keys) - 1) / 2
+            )  # so that intervals at one size do not cover each other
+            x, y = (
+                [(cell.n_train or 0) * nudge for cell in mine],
+                [cell.mean or 0.0 for cell in mine],
+            )
+            below = [
+                cell.mean - cell.low if cell.mean is not None and cell.low is not None else 0.0
+                for cell in mine
+            ]
+            above = [
+                cell.high - cell.mean if cell.mean is not None and cell.high is not None else 0.0
+                for cell in mine
+            ]
+            bars = [[max(0.0, v) for v in below], [max(0.0, v) for v in above]]
+            axes.errorbar(
+                x, y, yerr=bars, marker="o", markersize=3.5, elinewidth=1, **_look(key, keys)
+            )
+        for cell in untrained:
+            axes.axhline(cell.mean or 0.0, **_look((cell.source, cell.technique), keys))
+        axes.set_xscale("log")
+        ticks = sorted(set(sizes.values()))
+        told = [
+            ", ".join(
+                fraction_label(f)
+                for f in sorted(sizes, key=fraction_order)
+                if sizes[f] == n and not f.endswith(" rows")
+            )
+            for n in ticks
+        ]
+        axes.set_xticks(ticks, [f"{n:,}\n{text}" for n, text in zip(ticks, told, strict=True)])
+        axes.set_xticks([], minor=True)
+        axes.grid(color=_LINE, linewidth=0.6)
+        axes.set_xlabel("labelled training rows")
+        axes.set_ylabel(f"test {shown[0].metric}")
+        _legend(figure, entries)
+        return _svg(figure, f"Test {shown[0].metric} by number of labels")
+
+
+def strips(films: dict[str, np.ndarray]) -> str:
+    """Pictures of an episode from left to right, (F, H, W, 3) uint8, a line for each name."""
+    with _style():
+        frames = max(len(film) for film in films.values())
+        figure, axes = _figure(1.25 * len(films), len(films), frames)
+        for axis in axes:
+            axis.set_axis_off()
+        for line, (name, film) in enumerate(films.items()):
+            axes[line * frames].set_title(_short(name, 60), loc="left")
+            for place, picture in enumerate(film):
+                axes[line * frames + place].imshow(picture)
+        return _svg(figure, f"Pictures of episodes: {', '.join(films)}")
+
+
+def reliability(curves: dict[str, list[tuple[float, float, int]]], positive: str) -> str:
+    """What came true by the probability that was said, a line for each name: (probability, share,
+    rows) points; the first is ours, the second grey.
+    """
+    with _style():
+        looks: list[dict[str, Any]] = [
+            {"color": _COLOURS[0], "linewidth": 1.8},
+            {"color": _SOFT, "linestyle": _DASHES[2], "linewidth": 1.8},
+        ]
+        entries = [(_short(name, 48), look) for name, look in zip(curves, looks, strict=False)]
+        figure, (axes,) = _figure(3.4 + _legend_inches(entries))
+        most = min(
+            1.0,
+            1.08 * max(max(said, true) for points in curves.values() for said, true, _ in points),
+        )
+        axes.plot([0, most], [0, most], color=_LINE, linewidth=1.2, zorder=1)
+        for points, (_, look) in zip(curves.values(), entries, strict=False):
+            axes.plot(
+                [said for said, _, _ in points],
+                [true for _, true, _ in points],
+                marker="o",
+                markersize=4,
+                **look,
+            )
+        axes.set_xlim(0, most)
+        axes.set_ylim(0, most)
+        axes.grid(color=_LINE, linewidth=0.6)
+        axes.set_xlabel(f"probability of {_short(positive, 40)} that was said")
+        axes.set_ylabel("share that came true")
+        _legend(figure, entries)
+        return _svg(figure, f"Calibration: share of {positive} by the probability that was said")
+
+
+def cell_label(cell: Cell) -> str:
+    return (
+        f"{_short(cell.source, 24)} · {_short(cell.technique, 28)} · "
+        f"{fraction_label(cell.label_fraction)}"
+    )
+
+
+def fraction_label(label_fraction: str) -> str:
+    """ "0.05" -> "5 %", "5/class" and "5 rows" as they are, "0 rows" -> "none"."""
+    if label_fraction in ("0/class", "0 rows"):
+        return "none"
+    if label_fraction == "1 rows":
+        return "1 row"
+    try:
+        return f"{100 * float(label_fraction):.4g} %"
+    except ValueError:
+        return label_fraction
+
+
+def _short(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+# ---------------------------------------------------------------- looks
+
+
+def _keys(found: Any) -> list[tuple[str, str]]:
+    """(source, technique) pairs, each once, scratch last."""
+    return sorted(set(found), key=lambda key: (key[0] == "none", key))
+
+
+def _look(key: tuple[str, str], keys: list[tuple[str, str]]) -> dict[str, Any]:
+    """A colour for each technique, a dash for each source; scratch is grey, and so is what else
+    starts from no source, with a dash of its own.
+    """
+    techniques = list(dict.fromkeys(technique for source, technique in keys if source != "none"))
+    sources = list(dict.fromkeys(source for source, _ in keys if source != "none"))
+    if key[0] == "none":
+        plain = [technique for source, technique in keys if source == "none"]
+        return {
+            "color": _SOFT,
+            "linestyle": _DASHES[(2 + plain.index(key[1])) % 4],
+            "linewidth": 1.8,
+        }
+    return {
+        "color": _COLOURS[techniques.index(key[1]) % 8],
+        "linestyle": _DASHES[sources.index(key[0]) % 4],
+        "linewidth": 1.6,
+    }
+
+
+def _entries(keys: list[tuple[str, str]]) -> list[tuple[str, dict[str, Any]]]:
+    """(name, look) of a legend: techniques, and with several sources also the dash of each."""
+    techniques = {
+        technique: _look((source, technique), keys)
+        for source, technique in reversed(keys)
+        if source != "none"
+    }
+    sources = {
+        source: _look((source, technique), keys)
+        for source, technique in reversed(keys)
+        if source != "none"
+    }
+    several = len(sources) > 1
+    out = [
+        (_short(name, 32), look | ({"linestyle": "-"} if several else {}))
+        for name, look in sorted(techniques.items())
+    ]
+    out += [
+        (_short(name, 32), look | {"color": _INK})
+        for name, look in sorted(sources.items())
+        if several
+    ]
+    return out + [
+        (_short(technique, 32), _look((source, technique), keys))
+        for source, technique in keys
+        if source == "none"
+    ]
+
+
+def _columns(entries: list[tuple[str, dict[str, Any]]]) -> int:
+    return max(
+        1, min(len(entries), int(104 / (max((len(name) for name, _ in entries), default=1) + 8)))
+    )
+
+
+def _legend_inches(entries: list[tuple[str, dict[str, Any]]]) -> float:
+    return 0.1 + 0.19 * math.ceil(len(entries) / _columns(entries))
+
+
+def _legend(figure: Figure, entries: list[tuple[str, dict[str, Any]]]) -> None:
+    from matplotlib.lines import Line2D
+
+    handles = [Line2D([], [], **look) for _, look in entries]
+    names = [
+        name.lstrip("_") or name for name, _ in entries
+    ]  # matplotlib hides names that begin with an underscore
+    figure.legend(
+        handles,
+        names,
+        loc="outside lower left",
+        ncols=_columns(entries),
+        frameon=False,
+        labelcolor=_INK,
+        handlelength=2.6,
+    )
+
+
+@contextmanager
+def _style() -> Iterator[None]:
+    import matplotlib
+
+    matplotlib.use("Agg", force=False)
+    settings: dict[Any, Any] = {
+        "font.size": 9,
+        "font.family": "sans-serif",
+        "font.sans-serif": ["DejaVu Sans"],
+        "text.parse_math": False,
+        "axes.formatter.use_mathtext": False,
+        "axes.unicode_minus": True,
+        "svg.fonttype": "none",
+        "svg.hashsalt": "onetomany",
+        "text.color": _INK,
+        "axes.labelcolor": _SOFT,
+        "axes.edgecolor": _LINE,
+        "xtick.color": _LINE,
+        "ytick.color": _LINE,
+        "xtick.labelcolor": _SOFT,
+        "ytick.labelcolor": _INK,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.facecolor": "none",
+        "figure.facecolor": "none",
+        "savefig.facecolor": "none",
+        "xtick.labelsize": 8.5,
+        "ytick.labelsize": 8.5,
+        "legend.fontsize": 8.5,
+    }
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message="Glyph .* missing"
+        )  # the reader's browser has the font
+        yield
+
+
+def _figure(height: float, down: int = 1, across: int = 1) -> tuple[Figure, list[Axes]]:
+    """A figure and its axes, without pyplot and its global state."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+    return figure, list(figure.subplots(down, across, sharey=True, squeeze=False).flat)
+
+
+def _svg(figure: Figure, description: str) -> str:
+    """The figure as an <svg> element with the page's fonts and colours and with ids of its own. The
+    same figure gives the same text.
+    """
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    text = re.sub(
+        r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->",
+        "",
+        text[text.index("<svg") :],
+        flags=re.DOTALL,
+    )
+    prefix = f"f{zlib.crc32(text.encode()):08x}-"
+
+    def tag(match: re.Match[str]) -> str:
+        out = re.sub(r'\bid="', f'id="{prefix}', match[0].replace("xlink:href", "href"))
+        out = re.sub(r'href="#|url\(#', lambda m: m[0] + prefix, out)
+        out = re.sub(r"font-family: [^;\"]*;? ?", "", out)
+        return re.sub(
+            "#010[12]0[0-9]", lambda m: f"var(--{_NAMES[m[0]]})" if m[0] in _NAMES else m[0], out
+        )
+
+    text = re.sub(r"<[^>]*>", tag, text)  # tags only: the text between them is the user's
+    box = re.search('viewBox="[^"]*"', text)
+    opening = (
+        f'<svg role="img" aria-label="{html.escape(description, quote=True)}" '
+        f"{box[0] if box else ''}>"
+    )
+    return opening + text[text.index(">") + 1 :].strip()

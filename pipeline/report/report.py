@@ -1,0 +1,968 @@
+"""The report of a job: the terminal's table, report.md and report.html.
+
+It says where transfer paid, where it did not and where that cannot be told, and from what. Cells
+come from ``transfer.cells``, figures from ``transfer.plots``, the two texts from ``transfer.page``;
+this module decides what is said.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from pipeline.config import provenance
+from pipeline.io import storage
+from pipeline.report import blocks as page
+from pipeline.report import code_versions, per_label, plots, results, rollouts, stats, subgroups
+from pipeline.report.blocks import (
+    Block,
+    Bullets,
+    Code,
+    Details,
+    Figure,
+    Heading,
+    Tally,
+    Text,
+    Value,
+)
+from pipeline.report.matrix import (
+    FAILED,
+    LEAST_SEEDS,
+    LOSES,
+    NOT_SHOWN,
+    REFERENCE,
+    SCRATCH,
+    SIGNIFICANT,
+    TOO_FEW,
+    UNCOMPARED,
+    WINS,
+    Cell,
+    cells,
+    fraction_order,
+)
+
+if TYPE_CHECKING:
+    import rich.table
+    import rich.text
+
+__all__ = ["Cell", "cells", "table", "write"]
+
+Row = dict[str, Any]
+_DASH = page.DASH
+SEARCH_NOISE = (
+    "Where hyper-parameters were searched, the settings that were tried again with further "
+    "seeds tell how much the choice itself varies, and "
+    "intervals of gains include that: in simulated comparisons without a difference 3 to 5 % "
+    "were won or lost. A search whose settings were "
+    "tried with one seed alone does not tell it, and its intervals say so: there 6 to 12 % "
+    "were won or lost. Nor does a search that "
+    "was judged by another metric than the tested one, whose intervals say that."
+)
+
+
+# ---------------------------------------------------------------- numbers
+
+
+def _places_by_target(shown: Sequence[Cell]) -> dict[str, int]:
+    by_target: dict[str, list[Cell]] = defaultdict(list)
+    for cell in shown:
+        by_target[cell.target].append(cell)
+    return {
+        target: page.places([(c.low, c.high) for c in group]) for target, group in by_target.items()
+    }
+
+
+def _value(cell: Cell, places: int) -> str:
+    return page.spread(cell.mean, cell.low, cell.high, places)
+
+
+def _gain(cell: Cell, places: int) -> str:
+    return page.spread(cell.gain, cell.gain_low, cell.gain_high, places, "+")
+
+
+def _seconds(seconds: float | None) -> str:
+    if seconds is None:
+        return _DASH
+    if seconds < 100:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def _count(number: float | None) -> str:
+    return _DASH if number is None else f"{number:,.0f}"
+
+
+def _plural(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+# ---------------------------------------------------------------- terminal
+
+
+def table(cells: Sequence[Cell]) -> rich.table.Table:
+    """The matrix for the terminal, grouped by target; it fits 100 columns, and verdicts have signs
+    as well as colours.
+
+    ``seeds`` counts the seeds that a cell has in common with what it is compared with, of those
+    that were started. Under a gain over the scratch network of a cell's own backbone stands the one
+    over the best scratch, where that is another.
+    """
+    from rich.table import Table
+    from rich.text import Text as Rich
+
+    out = Table(
+        box=None,
+        pad_edge=False,
+        padding=(0, 2, 0, 0),
+        collapse_padding=True,
+        caption_justify="left",
+        caption_style="dim",
+        caption=_caption(cells),
+    )
+    signs = [
+        f"{code_versions.SIGNS[made]} {made}"
+        for made in code_versions.SIGNS
+        if any(cell.made == made for cell in cells)
+    ]
+    if signs:
+        out.caption = f"{out.caption}\n{', '.join(signs)} (than those of now)."
+    out.add_column("source", overflow="fold")
+    out.add_column("technique", overflow="fold")
+    for name in ("labels", "mean [95 %]", "gain [95 %]", "seeds", "s/trial"):
+        out.add_column(name, justify="right", no_wrap=True)
+    places = _places_by_target(cells)
+    styles = {WINS: "bold green", LOSES: "bold red", FAILED: "bold red"}
+    target, several = None, False
+    for cell in cells:
+        if cell.target != target:
+            target = cell.target
+            several = len({other.backbone for other in cells if other.target == target}) > 1
+            better = (
+                "" if not cell.metric else f"{cell.metric} {'↑' if cell.higher_is_better else '↓'}"
+            )
+            out.add_row()
+            out.add_row(Rich(cell.target, "bold"), Rich(better, "dim"))
+        digits, mark = places[cell.target], page.MARKS.get(cell.verdict)
+        gain = (
+            f"{mark} {_gain(cell, digits)}"
+            if mark
+            else "scratch"
+            if cell.verdict == REFERENCE
+            else cell.verdict
+        )
+        gain += "*" if cell.survives else ""
+        seconds = (
+            _DASH
+            if cell.seconds is None
+            else f"{cell.seconds:.3g}"
+            if cell.seconds < 1000
+            else f"{cell.seconds:.0f}"
+        )
+        source = (
+            f"{cell.source} {cell.backbone.rpartition('/')[2]}"
+            if several and cell.source == SCRATCH
+            else cell.source
+        )
+        technique = f"{cell.technique} (against {cell.against})" if cell.against else cell.technique
+        technique += f" {code_versions.SIGNS[cell.made]}" if cell.made else ""
+        out.add_row(
+            Rich(f" {source}"),
+            Rich(technique),
+            Rich(plots.fraction_label(cell.label_fraction)),
+            Rich(_value(cell, digits)),
+            Rich(gain, styles.get(cell.verdict, "")),
+            _seeds_shown(cell),
+            Rich(seconds),
+        )
+        if _other_baseline(cell):
+            out.add_row(
+                "", Rich("best scratch", "dim"), "", "", Rich(_baseline_gain(cell, digits), "dim")
+            )
+    return out
+
+
+def _caption(cells: Sequence[Cell]) -> str:
+    """What the signs of the terminal's table mean."""
+    said = [
+        "▲ wins, ▼ loses: the 95 % interval of the gain over scratch excludes zero;",
+        "* also after Holm's correction for all comparisons. ○ not shown: it holds zero.",
+        "Positive is better. seeds: those that scratch has too; a verdict needs two.",
+    ]
+    if any(cell.verdict == TOO_FEW for cell in cells):
+        said.append(
+            "? too few to tell: too few test units for a verdict; the report has their number."
+        )
+    if any(_other_baseline(cell) for cell in cells):
+        said.append(
+            "Gains are over the scratch network of the same backbone; below them those over "
+            "the target's"
+        )
+        said.append("best scratch network (by validation), where that is of another backbone.")
+    return "\n" + "\n".join(said)
+
+
+def _seeds_shown(cell: Cell) -> rich.text.Text:
+    """Paired seeds of a cell (for scratch all that finished), and of how many that were started
+    where those are more.
+    """
+    from rich.text import Text as Rich
+
+    seeds = cell.n_seeds if cell.paired_seeds is None else cell.paired_seeds
+    started = cell.n_seeds + cell.n_failed
+    return Rich(str(seeds)) if seeds == started else Rich(f"{seeds} of {started}", "red")
+
+
+def _other_baseline(cell: Cell) -> bool:
+    """Whether another backbone's scratch is better than the one that a cell is held against."""
+    return bool(cell.baseline) and cell.baseline != cell.backbone and cell.baseline_gain is not None
+
+
+def _baseline_gain(cell: Cell, places: int) -> str:
+    return page.spread(cell.baseline_gain, cell.baseline_low, cell.baseline_high, places, "+")
+
+
+# ---------------------------------------------------------------- the written report
+
+
+def write(
+    root_uri: str,
+    *,
+    job_name: str,
+    cells: Sequence[Cell],
+    rows: Sequence[Row],
+    curves: dict[str, list[dict[str, Any]]],
+    pretraining: Sequence[dict[str, Any]],
+    splits: dict[str, str],
+    notes: Sequence[str],
+    versions: dict[str, str],
+    runs: dict[str, stats.Run] | None = None,
+    made: Sequence[str] = (),
+    scores: dict[str, dict[str, Any]] | None = None,
+) -> tuple[str, str]:
+    """Write report.md and report.html under ``root_uri``, each atomically, and give their URIs.
+
+    ``rows``: results rows (failures and totals are read from them). ``curves``: trial id to
+    ``[{"step", "loss", "validation": {metric: value}}]``. ``pretraining``: one dict a source with
+    ``source, backbone, objective, steps, rows, seconds, rows_per_second, metrics, transfer,
+    bundle_uri, splits``, any of which may be missing. ``splits``: target to where its splits come
+    from. ``versions``: whatever was fixed beside the libraries (the hash of the job); the versions
+    of the libraries are those that each trial was run with. ``runs``: trial id to test predictions,
+    for what is said of single classes and labels. ``made``: sentences on the trials that other code
+    or versions made. ``scores``: ``source|target`` to ``score_name`` and ``score_value``, also of
+    sources that were left out because of them; none: those of the rows.
+    """
+    rows = results.filled(rows)
+    groups: dict[str, list[Cell]] = defaultdict(list)
+    for cell in cells:
+        groups[cell.target].append(cell)
+    places = _places_by_target(cells)
+    blocks: list[Block] = [*_summary(cells, groups, rows, places), *_gains(groups, places)]
+    for target, group in groups.items():
+        blocks += _target(
+            target, group, rows, curves, places[target], splits.get(target, ""), runs or {}
+        )
+    blocks += [
+        *_cost(cells, rows),
+        *_scores(rows, scores),
+        *_pretraining(pretraining),
+        *_failures(rows),
+        *_duplicates(rows),
+    ]
+    blocks += [
+        *_splits({t: s for t, s in splits.items() if t not in groups}),
+        *_method(cells, rows, notes, versions, made),
+    ]
+    title = _headline(cells)
+    out = storage.join(root_uri, "report.md"), storage.join(root_uri, "report.html")
+    storage.write_bytes(
+        out[0], page.markdown(f"{job_name}: {title[0].lower()}{title[1:]}", blocks).encode()
+    )
+    storage.write_bytes(out[1], page.page(title, f"One to Many: job {job_name}", blocks).encode())
+    return out
+
+
+def _verdicts(cells: Iterable[Cell]) -> Counter[str]:
+    """How many cells with a source have each verdict."""
+    return Counter(
+        cell.verdict for cell in cells if cell.source != SCRATCH or cell.verdict == FAILED
+    )
+
+
+def _survivors(cells: Iterable[Cell]) -> Counter[str]:
+    """Wins and losses of cells with a source that stand after Holm's correction."""
+    return Counter(cell.verdict for cell in cells if cell.transfers and cell.survives)
+
+
+def _headline(cells: Sequence[Cell]) -> str:
+    """Wins and losses that survive the correction for the number of comparisons."""
+    compared = sum(cell.transfers for cell in cells)
+    if not compared:
+        return _no_verdict(cells)
+    stands = _survivors(cells)
+    lost = f", and lost in {stands[LOSES]}" if stands[LOSES] else ", and lost in none"
+    return f"Transfer paid in {stands[WINS]} of {_plural(compared, 'comparison')}{lost}"
+
+
+def _no_verdict(cells: Sequence[Cell]) -> str:
+    """Why nothing was won or lost, in a headline."""
+    if cells and all(cell.verdict == FAILED for cell in cells):
+        return "No trial finished"
+    if any(cell.verdict == TOO_FEW for cell in cells):
+        return "No verdict: the test rows are too few to tell"
+    if any(cell.paired_seeds == 1 for cell in cells):
+        return f"No verdict: one seed does not tell a gain from luck, {LEAST_SEEDS} are needed"
+    return "Nothing to compare with scratch yet"
+
+
+def _correction(cells: Sequence[Cell]) -> str:
+    """What the headline counts, in one sentence."""
+    found, stands = _verdicts(cells), _survivors(cells)
+    family = sum(cell.gain_p_holm is not None for cell in cells)
+    return (
+        "The headline counts wins and losses that survive Holm's correction for all "
+        f"{_plural(family, 'comparison')} of the job (corrected p below "
+        f"{SIGNIFICANT}, marked *): {stands[WINS]} of {_plural(found[WINS], 'win')} and "
+        f"{stands[LOSES]} of {found[LOSES]} "
+        f"loss{'' if found[LOSES] == 1 else 'es'} by the plain interval."
+    )
+
+
+def _summary(
+    cells: Sequence[Cell],
+    groups: dict[str, list[Cell]],
+    rows: Sequence[Row],
+    places: dict[str, int],
+) -> list[Block]:
+    found, stands = _verdicts(cells), _survivors(cells)
+    out: list[Block] = []
+    if any(cell.transfers for cell in cells):
+        out.append(
+            Text(
+                "A comparison is one source, technique and label fraction on one target "
+                "against training from scratch with the same backbone, labels, "
+                "seeds and search budget. It is won or lost where the 95 % interval of the "
+                f"gain excludes zero. {_correction(cells)}",
+                "lead",
+            )
+        )
+    tally = [(str(stands[WINS]), "won", WINS), (str(stands[LOSES]), "lost", LOSES)]
+    corrected_away = found[WINS] + found[LOSES] - stands[WINS] - stands[LOSES]
+    if corrected_away:
+        tally.append((str(corrected_away), "by the plain interval alone", NOT_SHOWN))
+    tally.append((str(found[NOT_SHOWN]), "not shown", NOT_SHOWN))
+    others = ((TOO_FEW, TOO_FEW), (UNCOMPARED, UNCOMPARED), (FAILED, "without a result"))
+    tally += [(str(found[name]), what, name) for name, what in others if found[name]]
+    trials = {(row["trial_id"], row["trial_stage"]) for row in rows}
+    out.append(Tally([*tally, (str(len(trials)), "trials", "")]))
+    body = []
+    for target, group in groups.items():
+        best = max(
+            (c for c in group if c.gain is not None and c.source != SCRATCH),
+            key=lambda c: c.gain or 0,
+            default=None,
+        )
+        counts = _verdicts(group)
+        told = (
+            Value(
+                (
+                    f"{_gain(best, places[target])}",
+                    f"{best.source} · {best.technique} · "
+                    f"{plots.fraction_label(best.label_fraction)}",
+                    f"{page.MARKS.get(best.verdict, '')} {best.verdict}",
+                ),
+                best.verdict,
+            )
+            if best
+            else _DASH
+        )
+        numbers = [counts[WINS], counts[LOSES], counts[NOT_SHOWN], sum(c.n_failed for c in group)]
+        body.append([target, group[0].metric or _DASH, told, *map(str, numbers)])
+    if body:
+        out.append(
+            page.Table(
+                [
+                    "Target",
+                    "Metric",
+                    "Largest gain over scratch",
+                    "Wins",
+                    "Loses",
+                    "Not shown",
+                    "Failed trials",
+                ],
+                body,
+                2,
+            )
+        )
+        out.append(
+            Text(
+                "The largest gain of several is picked by its test value, so it flatters a "
+                "little; the full matrix is below.",
+                "note",
+            )
+        )
+    return out
+
+
+def _gains(groups: dict[str, list[Cell]], places: dict[str, int]) -> list[Block]:
+    shown = {
+        target: compared
+        for target, group in groups.items()
+        if (compared := [c for c in group if c.gain is not None and not c.against])
+    }
+    if not shown:
+        return []
+    limits, label_inches = plots.forest_layout(shown)
+    out: list[Block] = [Heading("Gain over scratch")]
+    for target, group in shown.items():
+        group = sorted(group, key=lambda c: (fraction_order(c.label_fraction), -(c.gain or 0)))
+        svg = plots.forest(
+            group, f"{target}, gain in {group[0].metric}", limits[target], label_inches
+        )
+        listed = [[plots.cell_label(c), _gain(c, places[target]), *_comparison(c)] for c in group]
+        out.append(
+            Figure(svg, f"{target}: gain in {group[0].metric} over scratch, with 95 % intervals.")
+        )
+        out.append(
+            page.Table(
+                [target, f"Gain in {group[0].metric}", "Verdict", "Paired seeds", "p", "p (Holm)"],
+                listed,
+            )
+        )
+        out += _baselines(target, group, places[target])
+    out.append(
+        Text(
+            "▲ wins, ▼ loses, ○ not shown: the interval holds zero, which does not say that "
+            "there is no difference. ? too few to tell. * survives "
+            "Holm's correction. Positive (right of the line) is better than scratch, "
+            "whichever direction the metric has. "
+            "Targets with the same metric share one scale.",
+            "note",
+        )
+    )
+    return out
+
+
+def _comparison(cell: Cell) -> list[str]:
+    """Verdict, paired seeds and p values of a comparison, as a table shows them."""
+    word = f"{page.MARKS.get(cell.verdict, '')} {cell.verdict} {_sign(cell)}".strip()
+    corrected = _p_value(cell.gain_p_holm) + (" *" if cell.survives else "")
+    return [word, _count(cell.paired_seeds), _p_value(cell.gain_p), corrected]
+
+
+def _p_value(value: float | None) -> str:
+    return _DASH if value is None else f"{value:.3f}" if value >= 0.001 else "< 0.001"
+
+
+def _baselines(target: str, group: Sequence[Cell], places: int) -> list[Block]:
+    """With several scratch networks: that gains are measured against different ones, and the gains
+    over the best of them.
+    """
+    backbones = sorted({cell.backbone for cell in group})
+    if len(backbones) < 2:
+        return []
+    best = sorted(
+        {
+            f"{plots.fraction_label(cell.label_fraction)}: {cell.baseline}"
+            for cell in group
+            if cell.baseline
+        }
+    )
+    said = (
+        f"{target}: these gains are measured against {len(backbones)} different scratch "
+        "networks, each against that of its own backbone "
+        f"({', '.join(backbones)}), so they cannot be compared with each other. The target's "
+        "best scratch network by validation: "
+        f"{'; '.join(best) or 'unknown'}. Gains over it:"
+    )
+    listed = [
+        [plots.cell_label(c), c.backbone, _gain(c, places), _baseline_gain(c, places)]
+        for c in group
+    ]
+    return [
+        Text(said),
+        page.Table(
+            [target, "Backbone", "Gain over its own scratch", "Gain over the best scratch"],
+            listed,
+            2,
+        ),
+    ]
+
+
+# ---------------------------------------------------------------- one target
+
+
+def _label(cell: Cell, backbones: bool) -> str:
+    return f"{cell.source} · {cell.technique}" + (f" ({cell.backbone})" if backbones else "")
+
+
+def _target(
+    target: str,
+    group: list[Cell],
+    rows: Sequence[Row],
+    curves: dict[str, list[dict[str, Any]]],
+    places: int,
+    split: str,
+    runs: dict[str, stats.Run],
+) -> list[Block]:
+    metric = next((c.metric for c in group if c.metric), "")
+    done = [c for c in group if c.mean is not None]
+    out: list[Block] = [Heading(target)]
+    if done:
+        sizes = sorted({c.n_test for c in done if c.n_test})
+        seeds = sorted({c.n_seeds for c in done})
+        better = "higher" if done[0].higher_is_better else "lower"
+        averaged = (
+            _plural(seeds[0], "seed") if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]} seeds"
+        )
+        rows_read = " or ".join(_count(n) for n in sizes) or "an unknown number of"
+        out.append(
+            Text(
+                f"Test {metric} ({better} is better), mean over {averaged} on {rows_read} test "
+                "rows, with 95 % intervals; "
+                "below it the gain over scratch (▲ wins, ▼ loses, ○ not shown, ? too few to "
+                "tell, * survives Holm's correction)."
+            )
+        )
+    out.append(_matrix(group, places))
+    if split:
+        out.append(Text(f"Splits: {split}", "note"))
+    followed = _followed(metric, target, rows, curves)
+    panels = _curves(target, followed, rows, curves)
+    if panels:
+        out.append(
+            Figure(
+                plots.learning(panels, followed),
+                f"{target}: validation {followed} while fine-tuning, mean over seeds.",
+            )
+        )
+    if len({c.label_fraction for c in done if c.n_train}) > 1:
+        out.append(
+            Figure(
+                plots.label_efficiency(done),
+                f"{target}: test {metric} by number of labelled rows, with 95 % intervals.",
+            )
+        )
+    return (
+        out
+        + per_label.blocks(target, done, rows, runs)
+        + subgroups.blocks(target, done, rows, runs)
+        + rollouts.blocks(target, done, rows, runs)
+    )
+
+
+def _matrix(group: list[Cell], places: int) -> page.Table:
+    fractions = sorted({c.label_fraction for c in group}, key=fraction_order)
+    several = len({c.backbone for c in group}) > 1
+    lines: dict[tuple[str, str, str], dict[str, Cell]] = defaultdict(dict)
+    for cell in sorted(
+        group, key=lambda c: (c.source == SCRATCH, c.source, c.backbone, c.technique)
+    ):
+        lines[cell.source, cell.backbone, cell.technique][cell.label_fraction] = cell
+    sizes = {c.label_fraction: c.n_train for c in group if c.n_train}
+    header = [
+        "Source · technique",
+        *(
+            f"{plots.fraction_label(f)} of labels"
+            if f.replace(".", "").isdigit()
+            else plots.fraction_label(f)
+            for f in fractions
+        ),
+    ]
+    counted = {
+        f: f"{name} ({_count(sizes[f])} rows)" if f in sizes and not f.endswith(" rows") else name
+        for name, f in zip(header[1:], fractions, strict=True)
+    }
+    header = [header[0], *counted.values()]
+    body = [
+        [
+            _label(next(iter(line.values())), several),
+            *(_matrix_value(line.get(f), places) for f in fractions),
+        ]
+        for line in lines.values()
+    ]
+    return page.Table(header, body)
+
+
+def _sign(cell: Cell) -> str:
+    """The mark of a cell whose trials were made by other code or versions, with its words."""
+    return f"{code_versions.SIGNS[cell.made]} {cell.made}" if cell.made else ""
+
+
+def _matrix_value(cell: Cell | None, places: int) -> str | Value:
+    if cell is None:
+        return _DASH
+    if cell.verdict == FAILED:
+        return Value(("failed", _plural(cell.n_failed, "trial")), FAILED)
+    lines = [page.spread(cell.mean, None, None, places)]
+    lines += (
+        [_value(cell, places).partition(" ")[2]]
+        if cell.low is not None and cell.high is not None
+        else []
+    )
+    lines += [_sign(cell)] if cell.made else []
+    if cell.n_failed:
+        lines.append(f"{_plural(cell.n_failed, 'trial')} failed")
+    if cell.evidence:
+        lines.append(cell.evidence)
+    if cell.against:
+        lines.append(f"against {cell.against}:")
+    if cell.gain is not None:
+        survives = " *" if cell.survives else ""
+        lines.append(f"{page.MARKS.get(cell.verdict, '')} {_gain(cell, places)}{survives}".strip())
+    if cell.verdict == UNCOMPARED:
+        seeds = (
+            f" ({_plural(cell.paired_seeds, 'paired seed')})"
+            if cell.paired_seeds is not None
+            else ""
+        )
+        lines.append(f"{UNCOMPARED}{seeds}")
+    return Value(tuple(lines), cell.verdict)
+
+
+def _followed(
+    metric: str, target: str, rows: Sequence[Row], curves: dict[str, list[dict[str, Any]]]
+) -> str:
+    """The metric that learning curves show: the primary one, or what validations have in its place
+    where it is told of test rows alone.
+    """
+    held = (
+        point.get("validation") or {}
+        for row in rows
+        if row["target"] == target
+        for point in curves.get(row["trial_id"], ())
+    )
+    names = list(next(held, {}))
+    return metric if metric in names or not names else names[0]
+
+
+def _curves(
+    target: str, metric: str, rows: Sequence[Row], curves: dict[str, list[dict[str, Any]]]
+) -> dict[str, plots.Series]:
+    """label fraction -> (source, technique) -> (step, mean over seeds) of the validation metric."""
+    trials = {
+        row["trial_id"]: row
+        for row in rows
+        if row["target"] == target and row["trial_stage"] == "final" and row["status"] == "done"
+    }
+    points: dict[tuple[str, str, str], dict[float, list[float]]] = defaultdict(
+        lambda: defaultdict(list)
+    )
+    for trial_id, row in trials.items():
+        for point in curves.get(trial_id, ()):
+            value = (point.get("validation") or {}).get(metric)
+            if (
+                value is not None and math.isfinite(value) and point["step"]
+            ):  # what was not trained has no curve
+                points[row["label_fraction"], row["source"], results.technique(row)][
+                    point["step"]
+                ].append(value)
+    out: dict[str, plots.Series] = defaultdict(dict)
+    for (fraction, source, technique), by_step in points.items():
+        out[fraction][source, technique] = [
+            (step, fmean(values)) for step, values in sorted(by_step.items())
+        ]
+    return dict(out)
+
+
+# ---------------------------------------------------------------- the rest
+
+
+def _trials(rows: Sequence[Row]) -> list[Row]:
+    """One row for each trial and stage."""
+    return list({(row["trial_id"], row["trial_stage"]): row for row in reversed(rows)}.values())[
+        ::-1
+    ]
+
+
+def _cost(cells: Sequence[Cell], rows: Sequence[Row]) -> list[Block]:
+    shown: dict[tuple[str, str, str, str], list[Cell]] = defaultdict(list)
+    for cell in cells:
+        if cell.seconds is not None:
+            shown[cell.target, cell.source, cell.backbone, cell.technique].append(cell)
+    if not shown:
+        return []
+    spent: dict[tuple[str, str, str, str], list[float]] = defaultdict(list)
+    for row in _trials(rows):
+        spent[
+            row["target"], row["source"], row.get("backbone") or "", results.technique(row)
+        ].append(row.get("seconds") or 0.0)
+    several = {
+        target for target, *_ in shown if len({key[2] for key in shown if key[0] == target}) > 1
+    }
+    body = []
+    for key, group in shown.items():
+        seconds = sum((c.seconds or 0) * c.n_seeds for c in group) / sum(c.n_seeds for c in group)
+        params = [c.params_trained for c in group if c.params_trained is not None]
+        trials = spent.get(key, [])
+        name = _label(group[0], key[0] in several)
+        body.append(
+            [
+                key[0],
+                name,
+                _seconds(seconds),
+                _count(max(params, default=None)),
+                _count(len(trials)),
+                _seconds(sum(trials)),
+            ]
+        )
+    return [
+        Heading("Cost"),
+        page.Table(
+            [
+                "Target",
+                "Source · technique",
+                "Final trial",
+                "Parameters trained",
+                "Trials with search",
+                "All trials",
+            ],
+            body,
+            2,
+        ),
+    ]
+
+
+def _scores(rows: Sequence[Row], scores: dict[str, dict[str, Any]] | None) -> list[Block]:
+    """The score of every source, also of those that were left out because of theirs."""
+    tried = {(row["target"], row["source"]) for row in rows}
+    found = {
+        (r["target"], r["source"], r["score_name"]): r["score_value"]
+        for r in rows
+        if r.get("score_name") and r.get("score_value") is not None
+    }
+    for pair, scored in (scores or {}).items():
+        source, _, target = pair.rpartition("|")
+        value = scored["score_value"]
+        found.setdefault(
+            (target, source, scored["score_name"]), math.nan if value is None else value
+        )
+    if not found:
+        return []
+    body = []
+    best_first = sorted(
+        found.items(), key=lambda kv: (kv[0][0], kv[0][2], math.isnan(kv[1]), -kv[1])
+    )
+    for (target, source, name), value in best_first:
+        what = "fine-tuned" if (target, source) in tried else "left out"
+        body.append([target, source, name, what, _DASH if math.isnan(value) else f"{value:.4g}"])
+    return [
+        Heading("Transferability scores"),
+        page.Table(["Target", "Source", "Score", "What became of it", "Value"], body, 4),
+    ]
+
+
+def _pretraining(pretraining: Sequence[dict[str, Any]]) -> list[Block]:
+    if not pretraining:
+        return []
+    body, more = [], []
+    for item in pretraining:
+        values = (item.get("metrics") or {}).items()
+        measured = ", ".join(
+            f"{name} {value:.4g}" if isinstance(value, (int, float)) else f"{name} {value}"
+            for name, value in values
+        )
+        body.append(
+            [
+                str(item.get("source", _DASH)),
+                str(item.get("backbone") or _DASH),
+                str(item.get("objective") or _DASH),
+                measured or _DASH,
+                _count(item.get("steps")),
+                _count(item.get("rows")),
+                _seconds(item.get("seconds")),
+                _count(item.get("rows_per_second")),
+            ]
+        )
+        said = (
+            [Text(f"Source {code_versions.OTHER}: {', '.join(item['changes'])}", "warning")]
+            if item.get("changes")
+            else []
+        )
+        ran = {
+            name: version
+            for name, version in (item.get("versions") or {}).items()
+            if name in provenance.LIBRARIES
+        }
+        said += (
+            [Text("Versions: " + ", ".join(f"{name} {version}" for name, version in ran.items()))]
+            if ran
+            else []
+        )
+        said += [
+            Text(f"{what}: {item[name]}")
+            for name, what in (("bundle_uri", "Bundle"), ("splits", "Splits"))
+            if item.get(name)
+        ]
+        said += (
+            [Text("Transfer of tensors:"), Code(str(item["transfer"]))]
+            if item.get("transfer")
+            else []
+        )
+        more += (
+            [
+                Details(
+                    f"{item.get('source', 'source')}: where it comes from and what was carried "
+                    "over",
+                    said,
+                )
+            ]
+            if said
+            else []
+        )
+    head = ["Source", "Backbone", "Objective", "Metrics", "Steps", "Rows read", "Time", "Rows/s"]
+    return [Heading("Pretraining"), page.Table(head, body, 4), *more]
+
+
+def _failures(rows: Sequence[Row]) -> list[Block]:
+    failed = [row for row in _trials(rows) if row["status"] == "failed"]
+    if not failed:
+        return []
+    by_error: dict[str, list[Row]] = defaultdict(list)
+    for row in failed:
+        by_error[row.get("error") or "no error was recorded"].append(row)
+    out: list[Block] = [
+        Heading("Failures"),
+        Text(f"{_plural(len(failed), 'trial')} failed; the others went on without them."),
+    ]
+    for error, group in sorted(by_error.items(), key=lambda kv: -len(kv[1])):
+        lines = error.strip().splitlines() or [error]
+        which = [
+            f"{r['trial_id']}: {r['target']} · {r['source']} · {results.technique(r)} · labels "
+            f"{r['label_fraction']} · seed {r['seed']} "
+            f"({r['trial_stage']}) {r.get('hyper_parameters') or ''}".strip()
+            for r in group[:20]
+        ]
+        which += [f"and {len(group) - 20} more"] if len(group) > 20 else []
+        out.append(
+            Details(
+                f"{_plural(len(group), 'trial')}: {lines[-1][:160]}", [Bullets(which), Code(error)]
+            )
+        )
+    return out
+
+
+def _duplicates(rows: Sequence[Row]) -> list[Block]:
+    found = results.duplicates(list(rows))
+    if not found:
+        return []
+    return [
+        Heading("Identical results under different settings"),
+        Text(
+            "Trials that differ in a setting and still agree to 12 digits say that the "
+            "setting had no effect: look at these before you "
+            "trust them.",
+            "warning",
+        ),
+        Bullets(found),
+    ]
+
+
+def _splits(splits: dict[str, str]) -> list[Block]:
+    return (
+        [Heading("Splits"), Bullets([f"{name}: {text}" for name, text in splits.items()])]
+        if splits
+        else []
+    )
+
+
+def _method(
+    cells: Sequence[Cell],
+    rows: Sequence[Row],
+    notes: Sequence[str],
+    versions: dict[str, str],
+    made: Sequence[str],
+) -> list[Block]:
+    compared = sum(cell.gain_p_holm is not None for cell in cells)
+    method = (
+        "Intervals are 95 % and take seeds for the readers and test units for the cases of a "
+        "multi-reader study (Obuchowski and Rockette, 1995; degrees "
+        "of freedom as Hillis, 2007): the variance between seeds by Student's t, and the "
+        "covariance over test units, whole groups where the data "
+        f"declare them, by a paired bootstrap (Efron and Tibshirani, 1993) with {stats.DRAWS} "
+        f"draws (down to {stats.RECOMPUTED_DRAWS} where rows are "
+        "many and the metric is no sum over them). Of one seed they are percentile bootstraps "
+        "over test units alone."
+    )
+    said = [
+        method,
+        "Gains are paired: the same seeds and the same test rows, drawn together for both "
+        "sides. Positive is better. A verdict needs "
+        f"{LEAST_SEEDS} paired seeds, and {stats.LEAST_RARER_UNITS} test units of the rarer "
+        f"class ({stats.LEAST_UNITS} test units where rows have no "
+        "classes). No interval passes the bounds of its metric.",
+    ]
+    if compared:
+        said.append(
+            "The plain intervals are not corrected for the number of comparisons: of "
+            f"{compared} comparisons without any true difference, about "
+            f"{SIGNIFICANT * compared:.1f} would still be won or lost by them. Corrected p "
+            "values are Holm's (1979)."
+        )
+    if any(row["trial_stage"] == "search" for row in rows):
+        said.append(SEARCH_NOISE)
+    ways = Counter(cell.interval for cell in cells if cell.interval)
+    said += [f"{way}: {_plural(count, 'cell')}." for way, count in ways.items()]
+    out: list[Block] = [Heading("How this was made"), Bullets(said)]
+    if notes:
+        out += [Heading("Notes", 3), Bullets(list(notes))]
+    if made:
+        out += [
+            Heading("Trials of other code or versions", 3),
+            Text(made[0], "warning"),
+            Bullets(list(made[1:])),
+        ]
+    ran = [
+        *code_versions.versions_table(rows),
+        *([name, str(version)] for name, version in versions.items()),
+    ]
+    for column, what in (
+        ("spec_hash", "spec hash"),
+        ("git_sha", "git commit"),
+        ("device", "device"),
+    ):
+        values = sorted({str(row[column]) for row in rows if row.get(column)})
+        if values and not set(values) <= set(map(str, versions.values())):
+            ran.append(
+                [
+                    what,
+                    ", ".join(values[:6])
+                    + (f" and {len(values) - 6} more" if len(values) > 6 else ""),
+                ]
+            )
+    times = [row["started_at"] for row in rows if row.get("started_at")]
+    ran += [["first trial started", f"{min(times):%Y-%m-%d %H:%M} UTC"]] if times else []
+    if ran:
+        out += [Heading("Versions", 3), page.Table(["What", "Which"], ran, 2)]
+    winners = [
+        [
+            c.target,
+            _label(c, False),
+            plots.fraction_label(c.label_fraction),
+            _parameters(c.hyper_parameters),
+        ]
+        for c in cells
+        if c.n_seeds
+    ]
+    if winners:
+        out.append(
+            Details(
+                "Hyper-parameters of the final trials",
+                [
+                    page.Table(
+                        ["Target", "Source · technique", "Labels", "Hyper-parameters"], winners, 4
+                    )
+                ],
+            )
+        )
+    return out
+
+
+def _parameters(text: str) -> str:
+    try:
+        return ", ".join(f"{name} {value}" for name, value in json.loads(text).items()) or _DASH
+    except (ValueError, AttributeError):
+        return text

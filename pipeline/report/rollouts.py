@@ -1,0 +1,131 @@
+"""Policies in the simulator: what the report says of success, return and length of their episodes,
+beside the expert and random actions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from pipeline.metrics.catalog import METRICS
+from pipeline.report import plots, stats
+from pipeline.report.blocks import DASH, Block, Figure, Heading, Table, Text, Value, places, spread
+from pipeline.report.matrix import REFERENCE, Cell, fraction_order
+from pipeline.report.per_label import runs_of
+from pipeline.report.stats import Run
+
+Row = dict[str, Any]
+TOLD = ("success", "return", "steps")
+"""Metrics of an episode, also of the expert's (``expert_success``) and of random actions'
+(``random_success``) in the same worlds.
+"""
+MOST_STRIPS = 5
+Estimate = tuple[float, float, float]
+
+
+def blocks(
+    target: str, done: Sequence[Cell], rows: Sequence[Row], runs: dict[str, Run]
+) -> list[Block]:
+    """How the policies of a target fare in its simulator: the expert, random actions, and every
+    cell by number of demonstrations, the untrained ones (zero shot) first. Nothing where no policy
+    was tried in one.
+    """
+    ran = [
+        (cell, found)
+        for cell in done
+        if (found := [run for run in runs_of(cell, rows, runs) if "return" in run.predictions])
+    ]
+    if not ran:
+        return []
+    shown: list[tuple[str, str, list[Run]]] = []
+    first = ran[0][1][:1]
+    for who in ("expert", "random"):
+        if any(
+            not np.isnan(first[0].predictions.get(f"{who}_{name}", np.full(1, np.nan))).all()
+            for name in TOLD
+        ):
+            shown.append((who, f"{who}_", first))
+    ran.sort(
+        key=lambda pair: (
+            fraction_order(pair[0].label_fraction),
+            pair[0].verdict == REFERENCE,
+            pair[0].source,
+            pair[0].technique,
+        )
+    )
+    several = len({cell.backbone for cell, _ in ran}) > 1
+    shown += [(_label(cell, several), "", found) for cell, found in ran]
+    estimates = [
+        [_estimate(f"{prefix}{name}", found) for name in TOLD] for _, prefix, found in shown
+    ]
+    digits = [places([line[i][1:] for line in estimates]) for i in range(len(TOLD))]
+    body: list[list[str | Value]] = [
+        [label, *(_told(one, digit) for one, digit in zip(line, digits, strict=True))]
+        for (label, *_), line in zip(shown, estimates, strict=True)
+    ]
+    gone = sum(
+        int(run.predictions["diverged"].sum())
+        for _, found in ran
+        for run in found
+        if "diverged" in run.predictions
+    )
+    said = (
+        f"{target}: mean over the {len(first[0].rows)} test worlds and seeds, with 95 % "
+        "intervals; every policy starts from the same states. "
+        + (
+            f"In {gone} episodes the simulation diverged; none of them is a success."
+            if gone
+            else ""
+        )
+    )
+    out: list[Block] = [
+        Heading("In the simulator", 3),
+        Text(said.strip()),
+        Table(["Policy", "Success", "Return", "Steps"], body),
+    ]
+    return [*out, *_strips(target, ran, several)]
+
+
+def _strips(target: str, ran: list[tuple[Cell, list[Run]]], several: bool) -> list[Block]:
+    """Pictures of the first test world for untrained policies and those of the fewest
+    demonstrations; nothing where none could be made.
+    """
+    filmed = [(cell, film) for cell, found in ran if (film := found[0].film) is not None]
+    if not filmed:
+        return []
+    least = min((cell.n_train or 0 for cell, _ in filmed if cell.n_train), default=0)
+    shown = {
+        _label(cell, several): frames
+        for cell, frames in filmed
+        if not cell.n_train or cell.n_train == least
+    }
+    told = f"{target}: the first test world, one of the seeds; black is behind an episode's end."
+    return [Figure(plots.strips(dict(list(shown.items())[:MOST_STRIPS])), told)]
+
+
+def _label(cell: Cell, several: bool) -> str:
+    """``several``: there are several backbones, so that each is named."""
+    who = f"{cell.source} · {cell.technique}"
+    who += f" ({cell.backbone})" if several else ""
+    return (
+        f"{who}, {cell.n_train} episode{'s' if cell.n_train != 1 else ''}" if cell.n_train else who
+    )
+
+
+def _estimate(name: str, found: list[Run]) -> Estimate:
+    """(mean, low, high), NaN where it was not recorded."""
+    if any(name not in run.predictions for run in found):
+        return math.nan, math.nan, math.nan
+    return stats.mean_interval(METRICS[name], found)
+
+
+def _told(value: Estimate, digits: int) -> str | Value:
+    if math.isnan(value[0]):
+        return DASH
+    middle, low, high = value
+    return spread(
+        middle, None if math.isnan(low) else low, None if math.isnan(high) else high, digits
+    )

@@ -1,0 +1,102 @@
+"""What a source or a target says that cannot be: found before any row is read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipeline.config import registry
+from pipeline.config.schema import Data, Source, Train
+from pipeline.core.contracts import Modality, Objective
+
+
+def source(place: str, spec: Source) -> None:
+    """Raises ValueError for options of a source with data that do not suit each other."""
+    assert spec.data is not None and spec.objective is not None
+    modality, objective = (
+        registry.get("modality", spec.data.modality.name),
+        registry.get("objective", spec.objective.name),
+    )
+    if problem := modality.without_effect(spec.data.modality.options):
+        raise ValueError(f"{place}.data.modality: {problem}")
+    check_modality(place, spec.data.modality.name, spec.data.modality.options, spec.objective.name)
+    if objective.packed:
+        check_packed(place, spec.data, spec.objective.name)
+    check_costs(place, spec.data, spec.train, objective)
+    if objective.couples_rows and spec.train.micro_batch is not None:
+        raise ValueError(
+            f"{place}.train.micro_batch: the loss of {spec.objective.name} is that of a whole "
+            "global batch, which parts of it would "
+            "not give; leave it out, and use more workers, or a smaller global_batch or batch_cost"
+        )
+    if objective.views is not Objective.views and modality.views is Modality.views:
+        raise ValueError(
+            f"{place}.objective: {spec.objective.name} compares random views of a row, and "
+            f"{spec.data.modality.name} rows have none; "
+            "it is for images"
+        )
+    if (
+        objective.couples_rows
+        and spec.train.keep == "best"
+        and "keep" in spec.train.model_fields_set
+    ):
+        raise ValueError(
+            f"{place}.train.keep: the validation loss of {spec.objective.name} says little of "
+            "the backbone (its teacher, codes or "
+            "distractors change as it learns); leave it out: the last weights are kept"
+        )
+    if spec.data.decode == "device" and modality.encoded is Modality.encoded:
+        raise ValueError(
+            f"{place}.data.decode: {spec.data.modality.name} rows are not decoded on the "
+            "device; use workers, train, memory or auto"
+        )
+
+
+def check_modality(place: str, name: str, options: dict[str, Any], objective: str) -> None:
+    """Raises ValueError where a modality's options do not suit the objective."""
+    kind = registry.get("modality", name)
+    try:
+        kind(kind.options_class(**options), {}).check(registry.get("objective", objective).roles)
+    except ValueError as error:
+        raise ValueError(f"{place}.data.modality: {error}") from None
+
+
+def check_packed(place: str, data: Data, objective: str) -> None:
+    """Raises ValueError where rows cannot be packed for an objective that wants it, or have more
+    than the one text that is packed.
+    """
+    kind = registry.get("modality", data.modality.name)
+    if kind.pack is Modality.pack:
+        able = [
+            name
+            for name in registry.names("modality")
+            if registry.get("modality", name).pack is not Modality.pack
+        ]
+        raise ValueError(
+            f"{place}.objective: {objective} reads packed documents, and {data.modality.name} "
+            f"rows cannot be packed: it is for {', '.join(able)}"
+        )
+    for role in kind.optional_roles:
+        if role in data.columns:
+            raise ValueError(
+                f"{place}.data.columns.{role}: {objective} reads one text a row, packed with "
+                f"others: leave {role} out, or write both texts "
+                "into one column"
+            )
+
+
+def check_costs(place: str, data: Data, train: Train, objective: type[Objective]) -> None:
+    """Raises ValueError where batches cannot be cut by what rows cost."""
+    if train.batch_cost is None:
+        return
+    able = [
+        name
+        for name in registry.names("modality")
+        if registry.get("modality", name).costs is not Modality.costs
+    ]
+    why = ""
+    if data.modality.name not in able or objective.packed:
+        why = f"rows of {data.modality.name} all cost the same here (it is for {', '.join(able)})"
+    elif any(weight is not None for weight in data.weights):
+        why = "corpora with weights are drawn row by row"
+    if why:
+        raise ValueError(f"{place}.train.batch_cost: {why}; say global_batch")

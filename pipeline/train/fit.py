@@ -1,0 +1,185 @@
+"""How a corpus is read: the modality that is fitted on some of its rows, or that a checkpoint
+brings, completed by what these rows have besides.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.checkpoints import bundle, pretrained
+from pipeline.config import registry
+from pipeline.config.schema import Plug, Source, spec_hash
+from pipeline.config.yaml_loader import PLACES
+from pipeline.core.contracts import Modality, Objective
+from pipeline.data import manifest as manifests
+from pipeline.data.manifest import Selection
+from pipeline.io import checksums, file_identity, storage
+
+FIT_ROWS, FIT_TEXT_BYTES = 2048, 64 << 20
+TOKENIZER = ("tokenizer.json", "special_tokens_map.json", "tokenizer_config.json")
+"""Files of a folder that decide what a tokenizer does."""
+
+
+def by_content(plug: Plug) -> dict[str, Any]:
+    """The options of a modality or objective with what a place holds instead of the place: a
+    tokenizer is the same wherever its folder lies.
+
+    Raises StorageError when nothing is there.
+    """
+
+    def held(name: str, place: str) -> str:
+        files = [storage.join(place, one) for one in TOKENIZER] if name == "tokenizer" else [place]
+        return spec_hash(
+            [
+                file_identity.fingerprint(file)
+                if file == files[0] or storage.exists(file)
+                else None
+                for file in files
+            ]
+        )
+
+    return {
+        name: held(name, value) if value and name in PLACES.get(plug.name, ()) else value
+        for name, value in plug.options.items()
+    }
+
+
+def sample(
+    selection: Selection, columns: list[str], rows: int, strata: list[str] | None = None
+) -> pa.Table:
+    """Up to ``rows`` rows, evenly spread. With ``strata``, columns of which every value (together)
+    is to be there, drawn from a fixed seed, since what comes in turn may be missed by even steps,
+    and one more row of each value that was not drawn, ``rows`` of those at most.
+    """
+    n = len(selection)
+    places = np.unique(np.linspace(0, n - 1, min(rows, n)).astype(np.int64))
+    if strata and n > rows:
+        coded = [
+            manifests.units(column.cast(pa.string()).fill_null(""))
+            for column in manifests.read_columns(selection, strata).itercolumns()
+        ]
+        _, first, which = np.unique(np.stack(coded), axis=1, return_index=True, return_inverse=True)
+        places = np.random.default_rng(0).choice(n, rows, replace=False)
+        missed = np.delete(first, np.unique(which.reshape(-1)[places]))
+        places = np.union1d(places, missed[:rows])
+    return manifests.Reader(selection.manifest, columns).take(selection.ids(places))
+
+
+def fit_modality(
+    spec: Source,
+    rows: Selection,
+    start: pretrained.Start | None,
+    place: str,
+    path: str,
+    most_rows: int | None = None,
+) -> tuple[dict[str, Any], str]:
+    """The source's modality as it stands in its bundle, and in words what a checkpoint's knows of
+    its training ``rows`` (`completed`). ``place``: the source in the job file; ``path``: where what
+    was fitted is kept. ``most_rows``: an estimate from so many rows, of which nothing is kept.
+    Raises ValueError where the job contradicts the checkpoint.
+    """
+    assert spec.data is not None
+    plug, objective = (
+        spec.data.modality,
+        registry.get("objective", spec.objective.name) if spec.objective else Objective,
+    )
+    if start and start.modality:
+        if start.modality["name"] != plug.name:
+            raise ValueError(
+                f"{place}: {start.origin} reads {start.modality['name']}, the data are {plug.name}"
+            )
+        theirs = start.modality["options"]
+        own, named = registry.get("modality", plug.name).target_options, by_content(plug)
+        given = {
+            k: plug.options[k]
+            for k, v in named.items()
+            if k not in own
+            and theirs.get(k, v if k not in PLACES.get(plug.name, ()) else None) != v
+        }  # a checkpoint brings its own tokenizer
+        if problem := registry.get("modality", plug.name).without_effect(named, theirs):
+            raise ValueError(f"{place}.data.modality: {problem}")
+        if given:
+            raise ValueError(
+                f"{place}.data.modality: {given} contradicts {start.origin} ({theirs}); leave "
+                "it out"
+            )
+        return completed(
+            {**start.modality, "options": {**theirs, **named}}, rows, objective, spec.data.columns
+        )
+    if (fitted := checksums.document_or_none(path, "it is fitted again")) is not None:
+        return fitted, ""
+    kind = registry.get("modality", plug.name)
+    options = kind.options_class(**plug.options)
+    names = fitted_columns(kind, objective, spec.data.columns)
+    most = FIT_ROWS
+    if objective.packed:  # a tokenizer wants many documents, as many as a bounded memory holds
+        per_row = max(1, rows.manifest.size // max(1, rows.manifest.rows))
+        most = max(FIT_ROWS, FIT_TEXT_BYTES // per_row)
+    most = min(most, most_rows or most)
+    state = kind.fit(
+        options,
+        sample(rows, names, most, strata_of(kind, spec.data.columns)),
+        spec.data.columns,
+        spec.backbone.name,
+    )
+    found = {
+        "name": plug.name,
+        "options": {**options.model_dump(), **by_content(plug)},
+        "state": state,
+    }
+    if most_rows is None:
+        checksums.write_document(path, found)
+    return found, ""
+
+
+def completed(
+    modality: dict[str, Any], rows: Selection, objective: type[Objective], columns: dict[str, str]
+) -> tuple[dict[str, Any], str]:
+    """A fitted modality that reads other rows than it was fitted on: with what it learns of a
+    sample of them (``Modality.grown``), and in words what it knew of them before
+    (``Modality.known``).
+    """
+    reads = bundle.build_modality(modality)
+    if type(reads).grown is Modality.grown and type(reads).known is Modality.known:
+        return modality, ""
+    table = sample(
+        rows,
+        fitted_columns(type(reads), objective, columns),
+        FIT_ROWS,
+        strata_of(type(reads), columns),
+    )
+    return {**modality, "state": reads.grown(table, columns)}, reads.known(table, columns)
+
+
+def fitted_columns(
+    modality: type[Modality], objective: type[Objective], columns: dict[str, str]
+) -> list[str]:
+    """`input_columns` without those that nothing is learned of and that may take gigabytes
+    (``Modality.unfitted_roles``).
+    """
+    left_out = {columns.get(role) for role in modality.unfitted_roles}
+    return [name for name in input_columns(modality, objective, columns) if name not in left_out]
+
+
+def strata_of(modality: type[Modality], columns: dict[str, str]) -> list[str]:
+    """Columns of ``Modality.strata``."""
+    return [columns[role] for role in modality.strata if role in columns]
+
+
+def input_columns(
+    modality: type[Modality], objective: type[Objective], columns: dict[str, str]
+) -> list[str]:
+    """Columns of what a row is, without what is to be found out about it (a mask that moves with
+    its image is the objective's).
+    """
+    theirs = {*objective.roles, *objective.optional_roles} - set(modality.fitted_roles)
+    return list(
+        dict.fromkeys(
+            columns[role]
+            for role in (*modality.roles, *modality.optional_roles)
+            if role in columns and role not in theirs
+        )
+    )

@@ -1,0 +1,257 @@
+"""Features of a backbone and their nearest neighbours; the online probe: how well they tell labels,
+while the backbone is pretrained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from pipeline.config import registry
+from pipeline.config.schema import Data, Source
+from pipeline.core.contracts import Backbone, Modality, Objective, Task
+from pipeline.data import manifest as manifests
+from pipeline.data.manifest import Selection, Splits
+from pipeline.data.stream import Decoder, Rows, check_budget, eval_batches
+from pipeline.train import evaluate
+
+FEATURE_ROWS = 256
+KNN = 5
+METRIC = "probe_knn"
+LABELS = "classification"
+"""The objective that reads the probe's labels."""
+PROBE_ROWS, PROBE_BYTES = (4000, 1000), 512 << 20
+"""The most training and validation rows of a probe, evenly spread, and the bytes that each of both
+may take decoded: it must cost little.
+"""
+
+
+@torch.no_grad()
+def features(
+    backbone: nn.Module, rows: Rows, device: torch.device, autocast: Any = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(n, D) pooled features of rows in evaluation mode, and the rows' other tensors (labels), both
+    on the device.
+    """
+    backbone.to(device).eval()
+    labels = (
+        registry.get("objective", rows.decoder.objective).label_tensors
+        if rows.decoder.objective
+        else ()
+    )
+    ready = evaluate.ready_for(rows)
+    pooled, rest, ids = [], [], []
+    for batch, _, _ in eval_batches(rows, FEATURE_ROWS):
+        batch = ready(batch.to(device), False)
+        with autocast or nullcontext():
+            pooled.append(backbone(batch).pooled.float())
+        rest.append({name: tensor for name, tensor in batch.data.items() if name in labels})
+        ids.append(batch.rows)
+    order = torch.from_numpy(np.argsort(np.concatenate(ids), kind="stable")).to(device)
+    return torch.cat(pooled)[order], {
+        name: torch.cat([part[name] for part in rest])[order] for name in rest[0]
+    }
+
+
+def neighbours(found: np.ndarray, k: int, tried: np.ndarray | None = None) -> Tensor:
+    """(m, k) places of the k rows of ``found`` (n, D) that are nearest to each of ``tried`` (m, D)
+    by cosine; none: to each of ``found`` itself, which is not its own neighbour.
+    """
+    f = nn.functional.normalize(torch.from_numpy(found.astype(np.float32)), dim=1)
+    own = tried is None
+    t = (
+        f
+        if tried is None
+        else nn.functional.normalize(torch.from_numpy(tried.astype(np.float32)), dim=1)
+    )
+    out = []
+    for start in range(0, len(t), 1024):
+        near = t[start : start + 1024] @ f.T
+        if own:
+            near[torch.arange(len(near)), torch.arange(start, start + len(near))] = -2.0
+        out.append(near.topk(min(k, len(f) - own), dim=1).indices)
+    return torch.cat(out)
+
+
+# ---------------------------------------------------------------- what the job says
+
+
+def splits(spec: Source, place: str, validated: bool, imports_uri: str) -> Splits | None:
+    """The probe's rows, as a source names them. Raises ValueError for what it cannot try, or try
+    on.
+    """
+    data = spec.probe
+    if data is None or spec.data is None:
+        return None
+    if not validated:
+        raise ValueError(
+            f"{place}.probe: it is tried at every validation, and this source has no "
+            "validation rows: give data.validation files, "
+            "a split_column or a validation_fraction"
+        )
+    plug, own = data.modality, spec.data.modality
+    given = registry.get("modality", own.name).options_class(**own.options).model_dump()
+    differ = {name: value for name, value in plug.options.items() if given[name] != value}
+    if differ:
+        raise ValueError(
+            f"{place}.probe.modality: {differ} contradicts the source's own ({own}); a probe "
+            "is read as its source is: leave it out"
+        )
+    roles = (*registry.get("modality", plug.name).roles, *registry.get("objective", LABELS).roles)
+    try:
+        found = manifests.splits(data, roles, f"{place}.probe", imports_uri, need_test=False)
+    except ValueError as error:
+        raise ValueError(str(error).replace(f"{place}.probe.data", f"{place}.probe")) from None
+    kind = found.train.manifest.schema.field(data.columns["label"]).type
+    if pa.types.is_nested(kind):
+        raise ValueError(
+            f"{place}.probe.columns: label column {data.columns['label']!r} holds {kind} "
+            "values; a probe takes one label a row, not several"
+        )
+    if not len(found.validation):
+        raise ValueError(
+            f"{place}.probe: its validation split is empty ({found.sizes()}); give validation "
+            "files, a split_column or a validation_fraction"
+        )
+    try:
+        _encoded(found.validation, data, _state(found, data))
+    except ValueError as error:
+        raise ValueError(f"{place}.probe: {error}") from None
+    return found
+
+
+def _state(found: Splits, data: Data) -> dict[str, Any]:
+    objective = registry.get("objective", LABELS)
+    return objective.fit(
+        objective.options_class(),
+        manifests.read_columns(found.train, [data.columns["label"]]),
+        {"label": data.columns["label"]},
+    )
+
+
+def _encoded(selection: Selection, data: Data, state: dict[str, Any]) -> np.ndarray:
+    return registry.get("objective", LABELS).encode(
+        manifests.read_columns(selection, [data.columns["label"]]), data.columns, state
+    )["label"]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The rows that a probe reads, and how."""
+
+    train: Selection
+    validation: Selection
+    columns: dict[str, str]
+    state: dict[str, Any]
+    max_bad_rows: float
+
+    def decoder(self, modality: Modality) -> Decoder:
+        return Decoder(modality, LABELS, self.state, self.columns)
+
+
+def prepare(data: Data, found: Splits, modality: Modality) -> Probe:
+    """At most PROBE_ROWS rows of the probe's splits, fewer where they are large."""
+    probe = Probe(
+        found.train, found.validation, dict(data.columns), _state(found, data), data.max_bad_rows
+    )
+    kept: list[Selection] = []
+    for selection, most in zip((found.train, found.validation), PROBE_ROWS, strict=True):
+        n = len(selection)
+        each = max(1, probe.decoder(modality).size(selection) // n)
+        places = np.unique(
+            np.linspace(0, n - 1, max(1, min(n, most, PROBE_BYTES // each))).astype(np.int64)
+        )
+        kept.append(Selection(selection.manifest, selection.ids(places)))
+    return replace(probe, train=kept[0], validation=kept[1])
+
+
+# ---------------------------------------------------------------- in a run
+
+
+@contextmanager
+def carried(task: Task) -> Iterator[Backbone]:
+    """The backbone as a bundle written now would hold it: a teacher that is what is carried over
+    stands in it for as long, and then the weights of before.
+    """
+    if type(task.objective).after_training is Objective.after_training:
+        yield task.backbone
+        return
+    held = {name: tensor.detach().clone() for name, tensor in task.backbone.state_dict().items()}
+    task.objective.after_training(task.backbone)
+    try:
+        yield task.backbone
+    finally:
+        task.backbone.load_state_dict(held)
+
+
+def prober(
+    probe: Probe,
+    modality: Modality,
+    ranks: Any,
+    autocast: Callable[[], Any],
+    on_bad: Callable[[list[dict[str, Any]]], Any] = lambda rows: None,
+) -> Callable[[Task], float]:
+    """A function that gives the probe's accuracy, the same on every rank: each computes the
+    features of its part of the rows, which are decoded now and once.
+
+    Every rank must call both at the same time. Raises TooManyBadRowsError on all of them or on
+    none.
+    """
+    parts = [
+        Rows(selection, probe.decoder(modality))
+        .part(ranks.rank, ranks.count)
+        .in_memory(1.0, cpus=0)
+        for selection in (probe.train, probe.validation)
+    ]
+    names = ("probe train", "probe validation")
+    for name, rows, selection in zip(names, parts, (probe.train, probe.validation), strict=True):
+        bad = [list(rows.bad)]
+        if ranks.count > 1:
+            bad = [[]] * ranks.count
+            dist.all_gather_object(bad, list(rows.bad))
+        everyone = [one for part in bad for one in part]
+        on_bad(
+            [
+                {
+                    "split": name,
+                    "row": row,
+                    "place": selection.manifest.place(row),
+                    "reason": reason,
+                }
+                for row, reason in everyone
+            ]
+        )
+        check_budget(everyone, len(selection), probe.max_bad_rows, selection)
+
+    def tried(task: Task) -> float:
+        found = []
+        with carried(task) as backbone:
+            for rows in parts:
+                mine = {}
+                if len(rows):
+                    pooled, rest = features(backbone, rows, ranks.device, autocast())
+                    mine = {
+                        "row": rows.selection.ids(np.arange(len(rows))),
+                        "features": pooled.cpu().numpy(),
+                        "label": rest["label"].cpu().numpy(),
+                    }
+                found.append(evaluate.gathered(mine, ranks))
+        train, validation = found
+        votes = (
+            torch.from_numpy(train["label"])[
+                neighbours(train["features"], KNN, validation["features"])
+            ]
+            .mode(1)
+            .values
+        )
+        return float((votes.numpy() == validation["label"]).mean())
+
+    return tried

@@ -1,0 +1,129 @@
+"""What made the parts of a source or trial that is not complete yet.
+
+A killed run is gone on with from its resume points, also by code or library versions other than
+those that wrote them. So that a result never mixes them without a word, its folder names what
+worked in it, and the complete result what began it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipeline.config import provenance
+from pipeline.config.provenance import MadeBy
+from pipeline.io import checksums, storage
+from pipeline.train import checkpoint
+
+FILE = "made_by.json"
+"""In the folder of a source, trial or stack: what worked in it, oldest first."""
+CHECKPOINTS = "checkpoints"
+"""In the same folder: its resume points."""
+_PARTS = (CHECKPOINTS, "initial", "tokens")
+"""What a run that was killed leaves and the next one goes on with."""
+_NOT_RECORDED: dict[str, Any] = {}
+"""Stands for code and versions of which nothing was recorded (`provenance.recorded` reads it
+so).
+"""
+_WEIGHTS = "parent_weights"
+
+
+def by(folder: str) -> list[dict[str, Any]]:
+    """What has worked in a folder, as `MadeBy.facts` has it; empty where nothing has.
+
+    Parts that are there without a record (it is damaged, or they are older than the record)
+    count as made by something that was not recorded.
+    """
+    remedy = "what code began it is not known any more"
+    kept = checksums.document_or_none(storage.join(folder, FILE), remedy)
+    if kept is not None:
+        return kept.get("begun_by", [])
+    has_parts = any(storage.is_dir(storage.join(folder, part)) for part in _PARTS)
+    return [_NOT_RECORDED] if has_parts else []
+
+
+def by_others(folder: str, now: MadeBy) -> list[dict[str, Any]]:
+    """Of these what differs from what works now."""
+    return _others(by(folder), now)
+
+
+def _others(found: list[dict[str, Any]], now: MadeBy) -> list[dict[str, Any]]:
+    return [facts for facts in found if provenance.changes(provenance.recorded(facts), now)]
+
+
+def record(folder: str, now: MadeBy) -> list[dict[str, Any]]:
+    """Record that ``now`` works in the folder of a source.
+
+    Returns:
+        What else has worked in it before.
+    """
+    before = by(folder)
+    others = _others(before, now)
+    if len(others) == len(before):
+        checksums.write_document(storage.join(folder, FILE), {"begun_by": [*before, now.facts()]})
+    return others
+
+
+def forget(folder: str) -> None:
+    """Remove the resume points and the record: a complete result says itself what made it."""
+    checkpoint.clear(storage.join(folder, CHECKPOINTS))
+    storage.remove_tree(storage.join(folder, FILE))
+
+
+# ---------------------------------------------------------------- trials and stacks of heads
+
+
+def drop_unfit(folder: str, now: MadeBy, weights: str | None, remake: bool) -> None:
+    """Remove resume points that a trial or stack must not go on from, before it looks for them.
+
+    Those trained from other weights of the source are never gone on with: the result would name
+    the weights of now. Those of other code or versions go where they are to be made anew.
+
+    Args:
+        weights: SHA-256 of the source's weights as they are now; None for scratch.
+        remake: Whether what other code or versions made is made anew.
+    """
+    if not storage.is_dir(storage.join(folder, CHECKPOINTS)):
+        return
+    found = by(folder)
+    is_of_other_weights = any(_WEIGHTS in facts and facts[_WEIGHTS] != weights for facts in found)
+    if is_of_other_weights:
+        checksums.tell(
+            f"{folder}: its resume points were trained from other weights of the source "
+            "than those of now: training starts again from step 0"
+        )
+    if is_of_other_weights or (remake and _others(found, now)):
+        forget(folder)
+
+
+def started(
+    folder: str, now: MadeBy, weights: str | None, step: int, trials: list[str]
+) -> list[dict[str, Any]]:
+    """Record that ``now`` trains a trial or stack from ``step`` on.
+
+    What worked there before counts only where its resume point is gone on from: at step 0
+    nothing of it is used.
+
+    Args:
+        weights: SHA-256 of the source's weights as they are now; None for scratch.
+        trials: Ids of the trials that the resume points belong to.
+
+    Returns:
+        What else has made the resume point.
+    """
+    before = by(folder) if step else []
+    others = _others(before, now)
+    worked = before
+    if len(others) == len(before):
+        worked = [*before, {**now.facts(), _WEIGHTS: weights}]
+    checksums.write_document(storage.join(folder, FILE), {"begun_by": worked, "trials": trials})
+    return others
+
+
+def trials_of(folder: str) -> list[str]:
+    """Ids of the trials that the resume points in a folder belong to; empty where that is not
+    known.
+    """
+    kept = checksums.document_or_none(
+        storage.join(folder, FILE), "its trials are not known any more"
+    )
+    return (kept or {}).get("trials", [])

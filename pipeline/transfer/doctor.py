@@ -1,0 +1,240 @@
+"""What ``doctor`` looks at: this machine, its cluster, and a job's data, storage and resources."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+import torch
+
+from pipeline.checkpoints.bundle import versions
+from pipeline.config.schema import Job
+from pipeline.io import storage
+from pipeline.train import launch
+from pipeline.train.progress import Progress
+from pipeline.transfer import dry_run, fanout, stages
+
+EXTRAS = {"beam": "flashlight", "robotics": "mujoco", "video": "av"}
+"""Extras of pyproject.toml, and a module of each."""
+
+
+class Line(NamedTuple):
+    mark: str
+    what: str
+    found: str
+    advice: str = ""
+
+
+def examine(job: Job | None, address: str | None) -> list[Line]:
+    """One line a check: ok, warn or FAIL, what was found and what to do."""
+    lines = _machine()
+    found, on = _ray(address)
+    lines += found
+    if job is not None:
+        lines += _job(job)
+        if on is not None:
+            lines += _resources(job, on)
+    return lines
+
+
+def _judged(good: bool, what: str, found: str, advice: str) -> Line:
+    """Fine, or a warning with what to do."""
+    return Line("ok" if good else "warn", what, found, "" if good else advice)
+
+
+LEAST_DRIVER = {"11": "450.80.02", "12": "525.60.13", "13": "580.65.06"}
+"""The oldest NVIDIA driver on Linux that runs builds for a major version of CUDA (table 2 of the
+CUDA release notes).
+"""
+
+
+def nvidia_driver() -> str | None:
+    """The version of NVIDIA's driver here, such as ``580.95.05``, or none where there is none."""
+    try:
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        found = subprocess.run(
+            query, capture_output=True, text=True, timeout=30, check=False
+        ).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        found = ""
+    module = Path("/proc/driver/nvidia/version")
+    if not found.strip() and module.exists():
+        found = module.read_text()
+    version = re.search(r"\b\d{3,}\.\d+(\.\d+)?\b", found)
+    return version.group() if version else None
+
+
+def driver_line(driver: str | None, cuda: str | None) -> Line:
+    """Whether NVIDIA's driver runs the CUDA that torch was built for.
+
+    Args:
+        driver: the driver's version (`nvidia_driver`), none without one.
+        cuda: ``torch.version.cuda``, none for a build without CUDA.
+    """
+    if driver is None:
+        return Line(
+            "ok",
+            "NVIDIA driver",
+            "none" if cuda is None else f"none (torch is built for CUDA {cuda})",
+        )
+    if cuda is None:
+        return Line(
+            "warn",
+            "NVIDIA driver",
+            f"{driver}; torch is built without CUDA",
+            "install a build of torch with CUDA to use the GPUs",
+        )
+    found = f"{driver}; torch is built for CUDA {cuda}"
+    least = LEAST_DRIVER.get(cuda.partition(".")[0])
+    if least is None or _numbers(driver) >= _numbers(least):
+        return Line("ok", "NVIDIA driver", found)
+    return Line(
+        "FAIL",
+        "NVIDIA driver",
+        found,
+        f"the GPUs cannot be used: update the driver to {least} or newer, or take a build of "
+        "torch for an older CUDA",
+    )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(map(int, version.split(".")))
+
+
+def _machine() -> list[Line]:
+    python = platform.python_version()
+    right = (3, 11) <= sys.version_info[:2] <= (3, 12)
+    memory = psutil.virtual_memory()
+    shm = shutil.disk_usage("/dev/shm") if os.path.isdir("/dev/shm") else None
+    disk = shutil.disk_usage(os.getcwd())
+    found = versions()
+    lines = [
+        Line("ok" if right else "FAIL", "Python", python, "" if right else "use 3.11 or 3.12"),
+        Line(
+            "ok",
+            "libraries",
+            ", ".join(f"{k} {found[k]}" for k in ("torch", "ray", "timm", "transformers")),
+        ),
+        _judged(
+            (os.cpu_count() or 1) > 1,
+            "CPU cores",
+            str(os.cpu_count()),
+            "two or more let data workers run beside training",
+        ),
+        _judged(
+            memory.available > 4 << 30,
+            "memory",
+            f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free",
+            "the quickstart wants 4 GiB free",
+        ),
+        _judged(
+            disk.free > 5 << 30,
+            "disk here",
+            f"{disk.free / 2**30:.1f} GiB free",
+            "runs and Ray's spill want some GiB",
+        ),
+    ]
+    if shm is not None:
+        lines.append(
+            _judged(
+                shm.total > 0.25 * memory.total,
+                "/dev/shm",
+                f"{shm.total / 2**30:.1f} GiB",
+                "Ray's object store falls back to disk: give the container --shm-size",
+            )
+        )
+    lines.append(driver_line(nvidia_driver(), torch.version.cuda))
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        lines.append(
+            Line(
+                "ok",
+                "GPUs",
+                ", ".join(names)
+                + (", bf16" if torch.cuda.is_bf16_supported() else ", no bf16 (fp32 is used)"),
+            )
+        )
+    else:
+        lines.append(Line("ok", "GPUs", "none; everything runs on the CPU"))
+    missing = [name for name, module in EXTRAS.items() if importlib.util.find_spec(module) is None]
+    found_extras = f"not installed: {', '.join(missing)}" if missing else "all there"
+    lines.append(
+        Line("ok", "extras", found_extras, f"uv sync --extra {missing[0]}" if missing else "")
+    )
+    return lines
+
+
+def _ray(address: str | None) -> tuple[list[Line], launch.Cluster | None]:
+    """What Ray says, and the cluster when it answers."""
+    what = f"Ray ({address or os.environ.get('RAY_ADDRESS') or 'started here'})"
+    try:
+        launch.start(address, verbose=False)
+        have = launch.resources()
+        text = (
+            f"{have['nodes']:g} nodes, {have['CPU']:g} CPU, {have['GPU']:g} GPU, "
+            f"{have['object_store_memory'] / 2**30:.1f} GiB object store"
+        )
+        on = launch.cluster()
+        lines = [Line("ok", what, text)]
+        if on.grows:
+            lines.append(Line("ok", "autoscaler", f"can start {launch.told(on.nodes)}"))
+        return lines, on
+    except launch.ClusterError as error:
+        return [Line("FAIL", what, str(error)[:300], "see there")], None
+    finally:
+        launch.stop()
+
+
+def _resources(job: Job, on: launch.Cluster) -> list[Line]:
+    """Whether the cluster can ever give what the sources and the trials ask for."""
+    lines = []
+    for name, spec in job.sources.items():
+        mine = launch.share_of(spec, on)
+        try:
+            found = (
+                launch.check_fits(
+                    spec, mine, launch.nodes_for(spec, on), f"sources.{name}", on.grows
+                )
+                if spec.data is not None
+                else []
+            )
+            lines += [
+                Line("warn", f"source {name}", text.removeprefix("warning: ")) for text in found
+            ]
+            if spec.data is not None and not found:
+                lines.append(
+                    Line(
+                        "ok",
+                        f"source {name}",
+                        f"{spec.workers} ranks of {mine.cpus:g} CPU and {mine.gpus:g} GPU",
+                    )
+                )
+        except launch.ClusterError as error:
+            lines.append(Line("FAIL", f"source {name}", str(error)))
+    try:
+        fanout.check_fits(job, on.nodes, on.grows)
+    except launch.ClusterError as error:
+        lines.append(Line("FAIL", "fan-out", str(error)))
+    return lines
+
+
+def _job(job: Job) -> list[Line]:
+    lines = []
+    try:
+        storage.check_writable(job.root)
+        lines.append(Line("ok", "storage", job.root))
+    except storage.StorageError as error:
+        return [Line("FAIL", "storage", str(error), "choose another with --set storage=...")]
+    try:
+        state = stages.check(job, Progress())
+    except (ValueError, storage.StorageError) as error:
+        return [*lines, *(Line("FAIL", "job", text) for text in str(error).splitlines())]
+    return [*lines, *(Line("ok", "job", text) for text in dry_run.describe(state))]

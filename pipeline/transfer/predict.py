@@ -1,0 +1,663 @@
+"""Use of a bundle after training: predictions on new files, and export."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+from safetensors.torch import load_file, save_file
+
+from pipeline.checkpoints import bundle, classifier_export, export_check, hf_text
+from pipeline.checkpoints.bundle import BundleError
+from pipeline.config import registry
+from pipeline.config.schema import spec_hash
+from pipeline.core import arrow_lists
+from pipeline.core.contracts import Arrays, Modality, Objective
+from pipeline.data import manifest as manifests
+from pipeline.data.manifest import Selection
+from pipeline.data.plan import Item
+from pipeline.data.stream import DataWorkers, Decoder, Rows, eval_batches, map_blocks
+from pipeline.io import atomic_folder, checksums, file_identity, storage
+from pipeline.media import transcripts
+from pipeline.train import evaluate, launch
+from pipeline.train.loop import Ranks
+from pipeline.train.progress import Progress
+
+ROWS_A_PART, PIECES_A_PART = 1024, 128
+"""Rows of a file of predictions; of recordings fewer, as a row of half a minute takes a megabyte in
+memory.
+"""
+PIECE = ("start", "seconds")
+"""Roles of a row that is a piece of a longer recording: rows to predict have them or not, whatever
+those of training had.
+"""
+IDS = ("id", "image_id", "entity")
+"""Columns that name a row, as importers write them: predictions have them too."""
+INPUT = "input_"
+"""Before the name of a column of the rows that is called as one of the predictions is."""
+MOST_NAMED, MOST_LETTERS = 20, 120
+"""Classes that are named in what is printed, and letters of a type."""
+EXPORTED = "onetomany.json"
+"""Of an exported folder: where it is from, and each file's checksum."""
+
+
+class _Predictor:
+    """A bundle in a data worker: rows of an item to columns. Opened at the first item, once a
+    process. ``carried``: columns of the rows that stand beside the predictions, by the names that
+    they have there.
+    """
+
+    def __init__(
+        self,
+        uri: str,
+        selection: Selection,
+        columns: dict[str, str],
+        carried: dict[str, str] | None = None,
+    ):
+        self.uri, self.selection, self.columns, self.carried = (
+            uri,
+            selection,
+            columns,
+            carried or {},
+        )
+        self._task: Any = None
+
+    def __getstate__(self):
+        return {**self.__dict__, "_task": None}
+
+    def __call__(self, item: Item) -> Arrays:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if self._task is None:
+            found = bundle.load(self.uri)
+            self._task, self._modality = found.task().to(device), found.modality()
+        ids = self.selection.ids(np.arange(item.start, item.stop))
+        rows = Rows(
+            Selection(self.selection.manifest, ids), Decoder(self._modality, None, {}, self.columns)
+        ).in_memory(1.0, cpus=0, keep_bad=True)
+        found = evaluate.predictions(
+            self._task,
+            eval_batches(rows, 128),
+            evaluate.ready_for(rows),
+            Ranks(device=device),
+            torch.no_grad(),
+        )
+        found.pop("row")
+        objective = self._task.objective
+        return {
+            **_table(
+                ids,
+                objective.written(found, evaluate.Completer(rows).origin(objective, ids)),
+                dict(rows.bad),
+            ),
+            **self._pieces(ids),
+        }
+
+    def _pieces(self, ids: np.ndarray) -> Arrays:
+        """(n,) each: the recording's name, and where in it a row begins and how long it is, in
+        seconds, NaN where that is not told.
+        """
+        if not self.carried:
+            return {}
+        table = manifests.Reader(
+            self.selection.manifest, list(dict.fromkeys(self.carried.values()))
+        ).take(ids)
+        held = {name: table[column].to_pylist() for name, column in self.carried.items()}
+        return {
+            name: np.array(
+                [str(value) if value is not None else "" for value in values], dtype=object
+            )
+            if name == "recording"
+            else np.array(
+                [np.nan if value is None else value for value in values], dtype=np.float64
+            )
+            for name, values in held.items()
+        }
+
+
+def _table(ids: np.ndarray, found: Arrays, reasons: dict[int, str]) -> Arrays:
+    """One line a row, in order; a row that cannot be decoded was predicted from zeros: it has its
+    reason and no prediction.
+    """
+    bad = np.array([int(i) in reasons for i in ids], dtype=bool)
+    out: Arrays = {
+        "row": ids,
+        "error": np.array([reasons.get(int(i), "") for i in ids], dtype=object),
+    }
+    for name, array in found.items():
+        if array.dtype == object:
+            for place in np.flatnonzero(bad):
+                array[place] = type(
+                    array[place]
+                )()  # an empty one of its kind, so that all parts have one schema
+        else:
+            array[bad] = np.nan if array.dtype.kind == "f" else -1
+        out[name] = array
+    return out
+
+
+def check(uri: str, srt: bool = False) -> dict[str, Any]:
+    """The manifest of a bundle that predictions can be made with (``srt``: subtitles of them too).
+    Raises BundleError or StorageError, a damaged file named.
+    """
+    found = bundle.load(uri)
+    name = found.manifest["objective"]["name"]
+    if name == "none":
+        raise BundleError(f"{uri}: this bundle is a backbone without a head; fine-tune it first")
+    objective = registry.get("objective", name)
+    if objective.views is not Objective.views:
+        raise BundleError(
+            f"{uri}: {name} compares views of a row and predicts nothing; fine-tune it first"
+        )
+    if srt and "words" not in objective.written_types:
+        raise BundleError(
+            f"{uri}: --srt writes what was said and when, and this bundle's {name} transcribes "
+            "nothing; leave --srt out"
+        )
+    return found.manifest
+
+
+def predict(
+    uri: str,
+    data: list[str],
+    output: str,
+    columns: dict[str, str],
+    form: str,
+    progress: Progress,
+    srt: bool = False,
+    keep: tuple[str, ...] = (),
+) -> str:
+    """Predict files with Ray Data into ``output``/part-NNNNN.parquet, in row order; parts that are
+    there already are kept.
+
+    Beside the predictions stand, where the rows have them: ``file``, the place of the file that a
+    row is (of folders), their id (``IDS``), and the columns that ``keep`` names, as they are in the
+    rows (as ``input_NAME`` where predictions have a column NAME); of recordings ``recording``,
+    ``start`` and ``seconds``. The names of the classes that ``probabilities`` are of stand as JSON
+    in the Parquet files' own metadata (``classes``), and in what is returned. ``srt``: also one
+    .srt a recording, its rows joined in the order of ``start``. Raises BundleError for a bundle
+    without a head, or one that transcribes nothing where subtitles are wanted; ValueError for a
+    missing column, one of another type than the bundle reads, or an output of something else.
+    """
+    manifest = check(uri, srt)
+    with file_identity.shown_by(progress.update):
+        found, named = manifests.build_with_named(data, form, storage.join(output, ".imports"))
+    modality = bundle.build_modality(manifest["modality"])
+    objective = registry.get("objective", manifest["objective"]["name"])
+    where = (
+        data[0]
+        if found.files and found.files[0].startswith(storage.join(output, ".imports"))
+        else found.files[0]
+    )
+    columns = _columns(modality, objective, manifest.get("columns", {}), columns, found, where)
+    _check_types(modality, columns, found, where)
+    carried = _carried(modality, columns, found)
+    kept = _kept(modality, columns, found, keep, where)
+    reads = [*(file for file in found.identities if file is not None), *named]
+    selection = Selection(found)
+    if not named:
+        files = tuple(columns[role] for role in modality.file_roles if role in columns)
+        (selection,), more = manifests.with_named_files([selection], files, "content")
+        found, reads = selection.manifest, [*reads, *more]
+    key = spec_hash(manifest["files"], found.fingerprint, columns, kept)
+    begun = storage.join(output, "_predictions.json")
+    if storage.exists(begun) and checksums.read_document(begun).get("key") != key:
+        raise ValueError(
+            f"{output} holds predictions of another bundle, of other files or with other "
+            "columns of the rows (--keep); give an empty folder"
+        )
+    classes = manifest["objective"]["state"].get("labels")
+    checksums.write_document(
+        begun,
+        {
+            "key": key,
+            "bundle": uri,
+            "files": list(found.files),
+            "rows": found.rows,
+            "labels": classes,
+        },
+    )
+    step = PIECES_A_PART if modality.cost_role else ROWS_A_PART
+    items = [Item(-1, i, min(i + step, found.rows)) for i in range(0, found.rows, step)]
+    parts = {
+        item: storage.join(output, f"part-{number:05d}.parquet")
+        for number, item in enumerate(items)
+    }
+    todo = [item for item in items if not storage.exists(parts[item])]
+    have = launch.resources()
+    gpus = have.get("GPU", 0.0)
+    actors = int(max(1, gpus if gpus else have.get("CPU", 1) // 1))
+    workers = DataWorkers(
+        min(actors, max(1, len(todo))),
+        1.0,
+        int(have.get("object_store_memory", 1 << 30) // 2),
+        1.0 if gpus else 0.0,
+    )
+    work = _Predictor(uri, selection, columns, carried)
+    bad, reader = 0, manifests.Reader(found, list(dict.fromkeys(kept.values())))
+    for item, block in zip(todo, map_blocks(work, todo, workers), strict=True):
+        bad += sum(1 for reason in block["error"] if reason)
+        sink = io.BytesIO()
+        rows = reader.take(selection.ids(np.arange(item.start, item.stop))) if kept else None
+        pq.write_table(
+            _with_kept(_arrow(block, objective.written_types), rows, kept, classes), sink
+        )
+        storage.write_bytes(parts[item], sink.getvalue())
+        progress.update(
+            f"predict: rows {item.stop}/{found.rows}  {bad} could not be read",
+            item.stop == found.rows,
+        )
+    file_identity.check_unchanged(reads)
+    return (
+        f"{output}: {found.rows} rows in {len(items)} parts"
+        + (f", {len(items) - len(todo)} of them from before" if len(todo) < len(items) else "")
+        + (f", {_subtitles(output, list(parts.values()))} recordings as .srt" if srt else "")
+        + (f"; {bad} rows could not be read, see column error" if bad else "")
+        + _named_classes(classes, list(parts.values()))
+    )
+
+
+def _named_classes(classes: list[str] | None, parts: list[str]) -> str:
+    """In words, which class each number of ``probabilities`` is of, where the predictions have that
+    column.
+    """
+    if not classes or not parts:
+        return ""
+    with storage.open_read(parts[0]) as handle:
+        names = pq.read_schema(handle).names
+    if "probabilities" not in names:
+        return ""
+    first = ", ".join(classes[:MOST_NAMED])
+    more = (
+        f" and {len(classes) - MOST_NAMED} more (all in the files' metadata, key classes)"
+        if len(classes) > MOST_NAMED
+        else ""
+    )
+    return f"; probabilities are of the classes, in this order: {first}{more}"
+
+
+def _kept(
+    modality: Modality,
+    columns: dict[str, str],
+    found: manifests.Manifest,
+    keep: tuple[str, ...],
+    where: str,
+) -> dict[str, str]:
+    """Columns of the rows that stand beside their predictions, by the names that they have there.
+    Raises ValueError for one that is not there.
+    """
+    names, out = found.schema.names, {}
+    files = [columns[role] for role in modality.file_roles[:1] if role in columns]
+    if files and _tells_place(found.schema.field(files[0]).type):
+        out["file"] = files[0]
+    out |= {name: name for name in IDS if name in names}
+    for name in keep:
+        if name not in names:
+            raise ValueError(
+                f"--keep {name}: {where} has no such column; columns are {', '.join(names)}"
+            )
+        out[name] = name
+    return out
+
+
+def _tells_place(kind: pa.DataType) -> bool:
+    """Whether a column of files holds their paths, by themselves or in Hugging Face's structs of
+    bytes and path.
+    """
+    if pa.types.is_struct(kind):
+        return "path" in {field.name for field in kind}
+    return arrow_lists.is_text(kind)
+
+
+def _with_kept(
+    found: pa.Table, rows: pa.Table | None, kept: dict[str, str], classes: list[str] | None
+) -> pa.Table:
+    """Predictions with the rows' own columns behind ``row``, and the names of the classes in the
+    table's metadata.
+
+    A column of the rows that is called as one of the predictions is stands as ``input_NAME``:
+    ``text`` of a transcribed recording is what the model heard, ``input_text`` what the rows say.
+    """
+    place, written_as = 1, _names_of_kept(list(kept), found.column_names)
+    for name, column in kept.items():
+        assert rows is not None
+        values = rows[column]
+        if name == "file" and pa.types.is_struct(values.type):
+            values = pc.struct_field(values, "path")  # pyright: ignore[reportAttributeAccessIssue]
+        found = found.add_column(place, pa.field(written_as[name], values.type), values)
+        place += 1
+    if classes:
+        found = found.replace_schema_metadata(
+            {**(found.schema.metadata or {}), "classes": json.dumps(classes, ensure_ascii=False)}
+        )
+    return found
+
+
+def _names_of_kept(kept: list[str], of_predictions: list[str]) -> dict[str, str]:
+    """The name that each kept column of the rows has beside predictions: its own, where no
+    prediction has that.
+    """
+    taken, out = {*of_predictions, *kept}, {}
+    for name in kept:
+        out[name] = name
+        if name in of_predictions:
+            while out[name] in taken:
+                out[name] = INPUT + out[name]
+            taken.add(out[name])
+    return out
+
+
+def _check_types(
+    modality: Modality, columns: dict[str, str], found: manifests.Manifest, where: str
+) -> None:
+    """Raises ValueError with file, column, the type that it has and the one that is needed, before
+    anything is read.
+    """
+    for role, name in columns.items():
+        kind = found.schema.field(name).type if name in found.schema.names else None
+        needed = modality.needed_type(role, kind) if kind is not None else ""
+        if needed:
+            raise ValueError(
+                f"{where}: column {name} holds {_short(kind)}, and this bundle's {role} needs "
+                f"{needed}"
+                + (
+                    _prepared(where)
+                    if modality.registered_name == "table" and not pa.types.is_struct(kind)
+                    else ""
+                )
+            )
+
+
+def _short(kind: Any) -> str:
+    """A type in words; long ones (structs of many fields) cut."""
+    text = str(kind)
+    return text if len(text) <= MOST_LETTERS else f"{text[:MOST_LETTERS]}..."
+
+
+def _prepared(where: str) -> str:
+    return (
+        f". Plain tables are brought into this form by: onetomany prepare table {where} -o FOLDER "
+        "(with the options of the training rows)"
+    )
+
+
+def _columns(
+    modality: Modality,
+    objective: type[Objective],
+    known: dict[str, str],
+    given: dict[str, str],
+    found: manifests.Manifest,
+    where: str = "",
+) -> dict[str, str]:
+    """The column of each role that rows to predict need: as told, or named as in training, or as
+    the role itself (an imported folder's).
+
+    Raises ValueError for one that is not there, and for a label, which rows to predict need not
+    have. A piece's roles are taken where they were in training, and from a folder of files, which
+    was cut into them.
+    """
+    labels, out, where = (
+        (*objective.roles, *objective.optional_roles),
+        dict(given),
+        where or found.files[0],
+    )
+    if known_labels := [
+        role
+        for role in given
+        if role in labels and role not in (*modality.roles, *modality.optional_roles)
+    ]:
+        raise ValueError(
+            f"--column {known_labels[0]}: rows to predict need no {known_labels[0]}; leave it out"
+        )
+    names = found.schema.names
+    for role in (
+        *modality.roles,
+        *(role for role in modality.optional_roles if role not in labels),
+    ):
+        told = [given[role]] if role in given else [known.get(role, role), role]
+        there = next((name for name in told if name in names), None)
+        needed = role in given or role in modality.roles or (role in known and role not in PIECE)
+        if there is not None and (
+            needed
+            or (role in PIECE and (role in known or _are_places(found, out[modality.roles[0]])))
+        ):
+            out[role] = there
+        elif needed:
+            if modality.registered_name == "table":
+                raise ValueError(
+                    f"{where} has no column {told[0]!r} with the features as a struct; columns "
+                    f"are {', '.join(names)}{_prepared(where)}"
+                )
+            raise ValueError(
+                f"{where} has no column {told[0]!r} for {role}; columns are "
+                f"{', '.join(names)}; say --column {role}=NAME"
+            )
+    return out
+
+
+def _are_places(found: manifests.Manifest, name: str) -> bool:
+    """Whether the column holds places of files, not their bytes."""
+    kind = found.schema.field(name).type
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def _carried(
+    modality: Modality, columns: dict[str, str], found: manifests.Manifest
+) -> dict[str, str]:
+    """Columns that tell of which recording a row is a piece; a column of files' names is one of
+    recordings.
+    """
+    if not set(PIECE) & set(modality.optional_roles):
+        return {}
+    out = {role: columns[role] for role in PIECE if role in columns}
+    recording, first = columns.get("recording", "recording"), columns[modality.roles[0]]
+    if recording not in found.schema.names and "recording" in columns:
+        raise ValueError(
+            f"{found.files[0]} has no column {recording!r} for recording; columns are "
+            f"{', '.join(found.schema.names)}"
+        )
+    if recording in found.schema.names or _are_places(found, first):
+        out["recording"] = recording if recording in found.schema.names else first
+    return out
+
+
+def _subtitles(output: str, parts: list[str]) -> int:
+    """One .srt a recording beside the parts, each written at once; how many. A recording's rows are
+    held until its last one is read.
+    """
+
+    def read(part: str, wanted: tuple[str, ...]) -> list[dict[str, Any]]:
+        with storage.open_read(part) as handle:
+            file = pq.ParquetFile(handle)
+            return file.read(
+                [name for name in wanted if name in file.schema_arrow.names]
+            ).to_pylist()
+
+    def name(row: dict[str, Any]) -> str:
+        return row.get("recording") or f"row-{row['row']:06d}"
+
+    def begin(row: dict[str, Any]) -> float:
+        told = row.get("start")
+        return 0.0 if told is None or math.isnan(told) else told
+
+    ends = {
+        name(row): number
+        for number, part in enumerate(parts)
+        for row in read(part, ("row", "recording"))
+    }
+    files, held = transcripts.file_names(ends, ".srt"), {}
+    for number, part in enumerate(parts):
+        for row in read(part, ("row", "recording", "start", "words")):
+            held.setdefault(name(row), []).append(row)
+        for recording in [one for one in held if ends[one] == number]:
+            rows = sorted(held.pop(recording), key=begin)
+            said = transcripts.cues(word for row in rows for word in row["words"] or ())
+            storage.write_bytes(
+                storage.join(output, *files[recording].split("/")), transcripts.srt(said).encode()
+            )
+    return len(files)
+
+
+def _arrow(block: Arrays, types: dict[str, pa.DataType]) -> pa.Table:
+    return pa.table(
+        {
+            name: pa.array(
+                array.tolist() if array.ndim > 1 or array.dtype == object else array,
+                types.get(name),
+            )
+            for name, array in block.items()
+        }
+    )
+
+
+def export(uri: str, output: str, kind: str, backbone_only: bool) -> str:
+    """A verified copy of a bundle, its weights as one .safetensors or .pt file, or a folder that
+    transformers (or timm) opens.
+
+    Every export is read again and compared with the bundle on random rows (``export_check``) before
+    it is put in its place; what is returned tells the largest difference. Raises ValueError for
+    another kind or suffix, and where an export is there already; BundleError for what the other
+    library has no class for, and for an export that gives other numbers than the bundle.
+    """
+    found = bundle.load(uri)
+    if kind == "bundle":
+        return _export_bundle(found, output)
+    if kind == "hugging-face":
+        return _export_folder(found, output, backbone_only)
+    if kind == "state-dict":
+        return _export_state_dict(found, output, backbone_only)
+    raise ValueError(f"--kind {kind}: kinds are bundle, hugging-face and state-dict")
+
+
+def _export_bundle(found: bundle.Bundle, output: str) -> str:
+    manifest = {k: v for k, v in found.manifest.items() if k != "files"}
+    with storage.scratch_folder() as scratch:
+        folder = atomic_folder.fetch_folder(found.uri, Path(scratch, "copy"))
+        compared = export_check.compare_tensors(
+            found, load_file(Path(folder, "weights.safetensors"))
+        )
+        export_check.require(compared, found.uri)
+        atomic_folder.commit_folder(
+            output,
+            {"weights.safetensors": Path(folder, "weights.safetensors").read_bytes()},
+            manifest,
+        )
+    return (
+        f"{output}: bundle of {found.manifest['arch']['name']}, {len(found.tensors)} tensors; "
+        f"{compared.text()}"
+    )
+
+
+def _export_folder(found: bundle.Bundle, output: str, backbone_only: bool) -> str:
+    if storage.exists(storage.join(output, EXPORTED)) or (
+        storage.exists(output) and not storage.is_dir(output)
+    ):
+        raise ValueError(f"{output} is there already; give a new folder, or remove it first")
+    facts = {
+        "kind": "export",
+        "bundle": found.uri,
+        "sha256_of_bundle": found.manifest["sha256"],
+        "backbone_only": backbone_only,
+        "versions": bundle.versions(),
+    }
+    with storage.scratch_folder() as scratch:
+        folder = Path(scratch, "folder")
+        folder.mkdir()
+        text = hf_text.write(found, folder, backbone_only)
+        compared = export_check.require(
+            export_check.compare_folder(found, folder, backbone_only), found.uri
+        )
+        facts["largest_difference"], facts["compared_rows"] = compared.difference, compared.rows
+        atomic_folder.commit_folder(
+            output, {path.name: path for path in sorted(folder.iterdir())}, facts, EXPORTED
+        )
+    return f"{output}: {text}; {compared.text()}"
+
+
+def _export_state_dict(found: bundle.Bundle, output: str, backbone_only: bool) -> str:
+    """One file of tensors. With a head a description lies beside it, and for a linear head on timm
+    or transformers the code that loads it: the layer norm before it has no parameters, so the
+    tensors alone would not tell that it is there.
+    """
+    if not output.endswith((".safetensors", ".pt", ".pth")):
+        raise ValueError(f"{output}: a state dict is a .safetensors, .pt or .pth file")
+    name = output.rpartition("/")[2]
+    stem = name.rpartition(".")[0]
+    with storage.scratch_folder() as scratch:
+        place = Path(scratch, name)
+        beside: dict[str, str] = {}
+        if backbone_only or found.manifest["objective"]["name"] == "none":
+            tensors = {
+                one.removeprefix("backbone.").removeprefix("model."): tensor
+                for one, tensor in found.backbone_tensors().items()
+            }
+            if not backbone_only:
+                tensors = found.tensors
+            _write_tensors(place, tensors)
+            compare = (
+                export_check.compare_backbone if backbone_only else export_check.compare_tensors
+            )
+            compared = compare(found, export_check.read_state_dict(place))
+        else:
+            tensors, beside = _with_norm(found, stem)
+            _write_tensors(place, tensors)
+            for other, text in beside.items():
+                Path(scratch, other).write_text(text, encoding="utf-8")
+            if f"{stem}_classifier.json" in beside:
+                compared = export_check.compare_classifier(found, place)
+            else:
+                compared = export_check.compare_tensors(found, export_check.read_state_dict(place))
+        export_check.require(compared, found.uri)
+        storage.write_bytes(output, place.read_bytes())
+        for other, text in beside.items():
+            storage.write_bytes(output.removesuffix(name) + other, text.encode())
+    also = (
+        f", with {' and '.join(sorted(beside))} beside it, which say how the head is built"
+        if beside
+        else ""
+    )
+    return f"{output}: {len(tensors)} tensors{also}; {compared.text()}"
+
+
+def _with_norm(found: bundle.Bundle, stem: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """(tensors of a task, the norm before its linear layer as ones and noughts, texts of the files
+    beside them).
+    """
+    task, modality = found.task(), found.modality()
+    tensors = dict(found.tensors)
+    head = getattr(task.objective, "head", None)
+    if classifier_export.has_norm(task) and isinstance(head, torch.nn.Linear):
+        tensors |= {
+            f"objective.norm.{part}": tensor
+            for part, tensor in classifier_export.norm_tensors(task).items()
+        }
+    if classifier_export.is_carried(task):
+        tensors |= {
+            f"objective.head.{part}": tensor
+            for part, tensor in classifier_export.linear_tensors(task).items()
+        }
+        spec = classifier_export.describe(task, modality)
+        return tensors, {
+            f"{stem}_classifier.json": json.dumps(spec, indent=2, ensure_ascii=False),
+            f"{stem}_classifier.py": classifier_export.code(),
+        }
+    told = {key: found.manifest[key] for key in ("arch", "modality", "objective")}
+    return tensors, {f"{stem}_model.json": json.dumps(told, indent=2, ensure_ascii=False)}
+
+
+def _write_tensors(place: Path, tensors: dict[str, Any]) -> None:
+    if place.suffix == ".safetensors":
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()},
+            place,
+            metadata={"format": "pt"},
+        )
+    else:
+        torch.save(tensors, place)

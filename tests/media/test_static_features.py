@@ -1,0 +1,148 @@
+"""Facts of rows: numbers standardised by hand, texts by name, gaps kept apart from zeros."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from pipeline.media.static_features import MOST, Facts
+
+KIND = pa.struct(
+    {
+        "age": pa.float64(),
+        "beds": pa.int32(),
+        "sex": pa.string(),
+        "codes": pa.list_(pa.string()),
+        "smoker": pa.bool_(),
+    }
+)
+ROWS = [
+    {"age": 20.0, "beds": 1, "sex": "f", "codes": ["a", "b"], "smoker": True},
+    {"age": 40.0, "beds": None, "sex": "m", "codes": [], "smoker": False},
+    {"age": None, "beds": 3, "sex": "f", "codes": ["a", "a", None], "smoker": None},
+    None,
+]
+
+
+def facts(rows=ROWS, kind=KIND, min_rows=1):
+    return Facts(Facts.fit(pa.chunked_array([pa.array(rows, kind)]), "static", min_rows))
+
+
+def test_numbers_are_standardised_and_gaps_are_told_apart_from_means():
+    found = facts().decode(pa.array(ROWS, KIND), 4, "static")
+    ages, beds = (
+        np.array(two, float).clip(*np.quantile(two, (0.001, 0.999))).std()
+        for two in ([20, 40], [1, 3])
+    )
+    np.testing.assert_allclose(
+        found["numbers"],
+        [[-10 / ages, -1 / beds], [10 / ages, 0], [0, 1 / beds], [0, 0]],
+        rtol=1e-6,
+    )  # means are 30 and 2
+    assert found["numbers_known"].tolist() == [
+        [True, True],
+        [True, False],
+        [False, True],
+        [False, False],
+    ]
+
+
+def test_texts_are_places_in_a_vocabulary_of_field_and_text():
+    one = facts()
+    assert one.state["codes"] == [
+        "codes=a",
+        "codes=b",
+        "sex=f",
+        "sex=m",
+        "smoker=False",
+        "smoker=True",
+    ]
+    found = [row.tolist() for row in one.decode(pa.array(ROWS, KIND), 4, "static")["codes"]]
+    assert found == [[1, 2, 3, 6], [4, 5], [1, 3], []]
+
+
+def test_rare_texts_are_not_known():
+    assert facts(min_rows=2).state["codes"] == [
+        "codes=a",
+        "sex=f",
+    ]  # a stands twice in the third row, which is one row
+
+
+def test_fields_are_known_by_name_in_any_order_and_types_may_differ():
+    other = pa.array(
+        [{"sex": "m", "age": 50, "weight": 3.0}, {"sex": "x", "age": None, "weight": None}],
+        pa.struct(
+            {
+                "sex": pa.dictionary(pa.int8(), pa.string()),
+                "weight": pa.float32(),
+                "age": pa.int64(),
+            }
+        ),
+    )
+    found = facts().decode(other, 2, "static")
+    np.testing.assert_allclose(
+        found["numbers"], [[20 / 9.98, 0], [0, 0]], rtol=1e-6
+    )  # 50 is 20 above the mean; the quantiles are 20.02 and 39.98
+    assert [row.tolist() for row in found["codes"]] == [[4], []]
+    assert (
+        facts().known(other, "static")
+        == "numbers of static left out: weight; not there: beds; 1 of 2 texts of static are unknown"
+    )
+    assert facts().known(pa.array(ROWS, KIND), "static") == ""
+
+
+def test_a_number_that_few_rows_have_is_not_known_and_one_far_out_moves_little():
+    """Its mean would be that patient's own value."""
+    rows = [{"age": float(i), "height": 170.1234 if i == 3 else None} for i in range(20)]
+    state = facts(rows, pa.struct({"age": pa.float64(), "height": pa.float64()}), min_rows=10).state
+    assert state["numbers"] == ["age"] and "170" not in str(state)
+    ages = np.append(np.arange(5000.0) % 80, 1e9)
+    one = facts([{"age": age} for age in ages], pa.struct({"age": pa.float64()}), min_rows=10).state
+    assert one["mean"][0] < 50 and one["std"][0] < 50
+
+
+def test_a_field_of_another_kind_than_it_was_fitted_on_is_refused_and_no_value_is_told():
+    for field, value, told in (
+        ("age", "63", "holds string here and numbers"),
+        ("sex", 1.0, "holds double here and texts"),
+    ):
+        with pytest.raises(ValueError, match=told) as error:
+            facts().decode(pa.array([{field: value}]), 1, "facts")
+        assert "63" not in str(error.value) and "column facts" in str(error.value)
+    assert (
+        not facts().decode(pa.array([{"age": None}]), 1, "facts")["numbers_known"].any()
+    )  # a column of nulls is no other kind
+    large = pa.array([{"age": 9007199254740995}], pa.struct({"age": pa.int64()}))
+    assert facts().decode(large, 1, "facts")["numbers"][0, 0] == MOST
+
+
+def test_numbers_far_out_and_no_numbers_are_clipped_and_missing():
+    found = facts().decode(
+        pa.array(
+            [{"age": 1e9}, {"age": float("nan")}, {"age": float("inf")}],
+            pa.struct({"age": pa.float64()}),
+        ),
+        3,
+        "static",
+    )
+    assert found["numbers"][:, 0].tolist() == [MOST, 0, 0] and found["numbers_known"][
+        :, 0
+    ].tolist() == [True, False, False]
+
+
+def test_a_constant_number_stays_finite():
+    one = facts([{"age": 7.0}] * 3, pa.struct({"age": pa.float64()}))
+    assert one.decode(
+        pa.array([{"age": 7.0}, {"age": 8.0}], pa.struct({"age": pa.float64()})), 2, "static"
+    )["numbers"][:, 0].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        (pa.float64(), "it holds double; facts are a struct"),
+        (pa.struct({"when": pa.timestamp("s")}), r"field when: it holds timestamp\[s\]"),
+    ],
+)
+def test_another_type_is_refused_with_its_name(kind, told):
+    with pytest.raises(ValueError, match=told):
+        Facts.fit(pa.chunked_array([pa.array([None], kind)]), "static", 1)

@@ -1,0 +1,181 @@
+"""Cells of a results table: what a search adds to the interval of a gain, and what a gain is
+over.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline.config.provenance import MadeBy
+from pipeline.metrics import catalog
+from pipeline.report import code_versions, matrix
+from pipeline.report.stats import Run
+
+UNITS = 200
+NOW, BEFORE = (
+    MadeBy(code={"pipeline.metrics.catalog": "same"}, versions={"timm": version})
+    for version in ("2.0", "1.0")
+)
+
+
+def row_of(source: str, technique: str, seed: int, **more: Any) -> dict[str, Any]:
+    backbone = more.get("backbone", "b")
+    return {
+        "trial_id": f"{source}-{backbone}-{technique}-{seed}",
+        "source": source,
+        "backbone": backbone,
+        "target": "t",
+        "technique": technique,
+        "label_fraction": "1.0",
+        "seed": seed,
+        "trial_stage": "final",
+        "status": "done",
+        "split": "test",
+        "metric": "accuracy",
+        "higher_is_better": True,
+        "hyper_parameters": "{}",
+        "drawn": "{}",
+        **more,
+    }
+
+
+def of_seeds(
+    source: str, technique: str, level: float, **more: Any
+) -> tuple[list[dict[str, Any]], dict[str, Run]]:
+    """Test and validation rows and test predictions of three seeds of a cell."""
+    rows, runs = [], {}
+    for seed in range(3):
+        rng = np.random.default_rng([seed, len(source), len(technique)])
+        label = np.arange(UNITS) % 2
+        right = rng.random(UNITS) < level
+        scores = (np.eye(2)[label] == right[:, None]).astype(np.float32)
+        row = row_of(source, technique, seed, **more)
+        run = Run(
+            np.arange(UNITS),
+            {"scores": scores, "label": label, "loss": np.zeros(UNITS), "count": np.ones(UNITS)},
+            seed,
+        )
+        row["value"] = catalog.metric("accuracy").value(run.predictions)
+        rows += [row, {**row, "split": "validation"}]
+        runs[row["trial_id"]] = run
+    return rows, runs
+
+
+def searched(
+    source: str, technique: str, metric: str = "accuracy", **ran: list[int]
+) -> list[dict[str, Any]]:
+    """Validation rows of a search: two settings with three seeds each, about equally good."""
+    rng, rows = np.random.default_rng(0), []
+    for lr in (0.1, 0.2):
+        for place, seed in enumerate((0, 1000, 1001)):
+            hyper_parameters = {"lr": lr, **{name: values[place] for name, values in ran.items()}}
+            row = row_of(
+                source, technique, seed, trial_stage="search", split="validation", metric=metric
+            )
+            row |= {
+                "trial_id": f"{source}-{technique}-{lr}-{seed}",
+                "value": 0.7 + rng.normal(0, 0.05),
+            }
+            row |= {
+                "hyper_parameters": json.dumps(hyper_parameters),
+                "drawn": json.dumps({"lr": lr}),
+            }
+            rows.append(row)
+    return rows
+
+
+def compared(*searches: dict[str, Any]) -> matrix.Cell:
+    """The cell of a source, beside scratch; both were searched in the same way, or not at all."""
+    scratch, fine_tuned = of_seeds("none", "scratch", 0.7), of_seeds("a", "full", 0.75)
+    rows = [*scratch[0], *fine_tuned[0]]
+    for options in searches:
+        rows += searched("none", "scratch", **options) + searched("a", "full", **options)
+    return next(
+        cell for cell in matrix.cells(rows, scratch[1] | fine_tuned[1]) if cell.source == "a"
+    )
+
+
+def width(cell: matrix.Cell) -> float:
+    assert cell.gain_low is not None and cell.gain_high is not None
+    return cell.gain_high - cell.gain_low
+
+
+def test_seeds_of_a_setting_belong_together_though_their_steps_differ():
+    """Batches by cost and a label share: an epoch has other steps with every seed."""
+    without, alike, by_seed = (
+        compared(),
+        compared({"steps": [30, 30, 30]}),
+        compared({"steps": [33, 27, 30]}),
+    )
+    assert by_seed.interval.endswith("3 paired seeds and the choice of hyper-parameters")
+    assert by_seed == alike and width(by_seed) != width(without)
+
+
+def test_a_search_by_another_metric_than_the_tested_one_says_that_its_noise_is_not_included():
+    """Policies: tested by their success in worlds, validated by the error of single actions."""
+    without, other = compared(), compared({"metric": "action_error"})
+    assert other.interval.endswith(
+        "without the noise of the search, which was judged by action_error"
+    )
+    assert width(other) == pytest.approx(width(without))
+
+
+def test_where_there_is_nothing_to_choose_from_nothing_is_said():
+    assert compared().interval.endswith("gain: 95 % over test units and 3 paired seeds")
+
+
+# ---------------------------------------------------------------- what a gain is over
+
+
+def marks(
+    old: str, *parts: tuple[list[dict[str, Any]], dict[str, Run]]
+) -> dict[tuple[str, str, str], str]:
+    """How cells are marked where the trials whose id starts with ``old`` are of before, and the
+    others of now.
+    """
+    rows, runs = [], {}
+    for more_rows, more_runs in parts:
+        rows += more_rows
+        runs |= more_runs
+    made = {name: code_versions.Origin(BEFORE if name.startswith(old) else NOW) for name in runs}
+    found = code_versions.marked(matrix.cells(rows, runs), rows, made)
+    return {(cell.source, cell.backbone, cell.technique): cell.made for cell in found}
+
+
+def test_a_random_probe_is_mixed_with_the_linear_probe_that_it_is_held_against():
+    scratch, probed = of_seeds("none", "scratch", 0.7), of_seeds("a", "linear_probe", 0.75)
+    random = of_seeds("none", "random_probe", 0.6)
+    assert marks("a-b-linear_probe", scratch, probed, random) == {
+        ("none", "b", "scratch"): "",
+        ("a", "b", "linear_probe"): code_versions.MIXED,
+        ("none", "b", "random_probe"): code_versions.MIXED,
+    }
+    assert marks("none-b-scratch", scratch, probed, random)["none", "b", "random_probe"] == "", (
+        "scratch is no part of it"
+    )
+
+
+def test_a_gain_over_the_best_scratch_of_another_backbone_is_mixed_too():
+    own, best = of_seeds("none", "scratch", 0.6), of_seeds("none", "scratch", 0.8, backbone="c")
+    fine_tuned = of_seeds("a", "full", 0.75)
+    assert marks("none-c-scratch", own, best, fine_tuned)["a", "b", "full"] == code_versions.MIXED
+    worse = of_seeds("none", "scratch", 0.5, backbone="c")
+    assert marks("none-c-scratch", own, worse, fine_tuned)["a", "b", "full"] == "", (
+        "no gain is over it"
+    )
+
+
+def test_a_cell_names_what_its_gains_are_over():
+    own, best = of_seeds("none", "scratch", 0.6), of_seeds("none", "scratch", 0.8, backbone="c")
+    fine_tuned = of_seeds("a", "full", 0.75)
+    found = matrix.cells([*own[0], *best[0], *fine_tuned[0]], own[1] | best[1] | fine_tuned[1])
+    by_source = {(cell.source, cell.backbone): cell for cell in found}
+    assert set(by_source["a", "b"].compared_with) == {
+        ("none", "b", "t", "scratch", "1.0"),
+        ("none", "c", "t", "scratch", "1.0"),
+    }
+    assert by_source["none", "b"].compared_with == ()

@@ -1,0 +1,450 @@
+"""Classes and labels one by one: result rows of a multi-label target, the confusion matrix and the
+table of labels in the report.
+"""
+
+import json
+import re
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import sklearn.metrics as theirs
+from toys import image_files, job_of, shared_of, trial_of
+
+from pipeline.config.schema import Job
+from pipeline.io import storage
+from pipeline.metrics import catalog
+from pipeline.report import blocks as page
+from pipeline.report import matrix, per_label, report, results
+from pipeline.report.stats import Run
+from pipeline.transfer import cached_heads, targets
+from pipeline.transfer import trial as one_trial
+
+NAMES = ("coat", "bag & belt", "shoe")
+
+
+def classes(n: int, names, seed: int, skill: float) -> Run:
+    truth = np.random.default_rng(3).integers(0, len(names), n)
+    scores = (
+        np.random.default_rng([seed, int(10 * skill)])
+        .normal(size=(n, len(names)))
+        .astype(np.float32)
+    )
+    scores[np.arange(n), truth] += skill
+    return Run(
+        np.arange(n),
+        {"scores": scores, "label": truth, "loss": np.zeros(n)},
+        seed,
+        labels=tuple(names),
+    )
+
+
+def findings(n: int, names, seed: int, skill: float, least: int = 1) -> Run:
+    truth = np.random.default_rng(3).random((n, len(names))) < np.linspace(0.05, 0.5, len(names))
+    scores = np.random.default_rng([seed, int(10 * skill)]).normal(size=truth.shape) + skill * truth
+    predictions = {
+        "scores": scores.astype(np.float32),
+        "labels": truth.astype(np.uint8),
+        "loss": np.zeros(n),
+        "min_positives": np.full(n, least, np.int32),
+    }
+    return Run(np.arange(n), predictions, seed, labels=tuple(names))
+
+
+def table(metric: str, made: dict[tuple[str, str], list[Run]]) -> tuple[list[dict], dict[str, Run]]:
+    """Results rows and predictions of (source, technique) pairs, a run a seed."""
+    rows, runs = [], {}
+    for (source, technique), seeds in made.items():
+        for run in seeds:
+            trial_id = f"{source}-{technique}-{run.seed}"
+            rows.append(
+                {
+                    "job": "j",
+                    "source": source,
+                    "backbone": "b",
+                    "target": "t",
+                    "technique": technique,
+                    "hyper_parameters": "{}",
+                    "seed": run.seed,
+                    "label_fraction": "1.0",
+                    "trial_id": trial_id,
+                    "trial_stage": "final",
+                    "status": "done",
+                    "split": "test",
+                    "n_eval": len(run.rows),
+                    "metric": metric,
+                    "value": catalog.metric(metric).value(run.predictions),
+                    "higher_is_better": True,
+                }
+            )
+            runs[trial_id] = run
+    return results.filled(rows), runs
+
+
+def said(rows, runs) -> list[page.Block]:
+    cells = matrix.cells(rows, runs)
+    return per_label.blocks("t", [cell for cell in cells if cell.mean is not None], rows, runs)
+
+
+# ---------------------------------------------------------------- the report's blocks
+
+
+def test_the_confusion_matrix_is_that_of_the_best_cell():
+    made = {
+        ("none", "scratch"): [classes(90, NAMES, s, 0.2) for s in (0, 1)],
+        ("src", "full"): [classes(90, NAMES, s, 1.5) for s in (0, 1)],
+        ("src", "linear_probe"): [classes(90, NAMES, s, 0.6) for s in (0, 1)],
+    }
+    heading, heat = said(*table("accuracy", made))
+    assert heading.text == "Confusion matrix" and isinstance(heat, page.Heat)
+    best = made["src", "full"]
+    want = sum(
+        theirs.confusion_matrix(run.predictions["label"], run.predictions["scores"].argmax(1))
+        for run in best
+    )
+    assert (
+        np.allclose(heat.shares, want / want.sum(1, keepdims=True))
+        and "src · full" in heat.caption
+        and "2 seeds together" in heat.caption
+    )
+    assert heat.names == [
+        f"{name} ({size // 2})" for name, size in zip(NAMES, want.sum(1), strict=True)
+    ]
+
+
+def test_of_many_classes_the_commonest_confusions_are_listed():
+    names = [f"class {k}" for k in range(30)]
+    run = classes(600, names, 0, 2.0)
+    truth = run.predictions["label"]
+    run.predictions["scores"][truth == 7] = np.eye(30, dtype=np.float32)[12]
+    heading, _, listed = said(*table("accuracy", {("src", "full"): [run]}))
+    assert heading.text == "Commonest confusions" and len(listed.rows) == per_label.MOST_PAIRS
+    assert listed.rows[0] == ["class 7", "class 12", f"{(truth == 7).sum():.1f}", "100.0 %"]
+
+
+def test_the_table_of_labels_has_ours_beside_scratch():
+    names = ("Mass", "Edema", "Effusion")
+    made = {
+        ("none", "scratch"): [findings(300, names, s, 0.3, 20) for s in (0, 1, 2)],
+        ("src", "full"): [findings(300, names, s, 1.8, 20) for s in (0, 1, 2)],
+    }
+    _, text, listed = said(*table("macro_auroc", made))
+    assert "at least 20 test rows" in text.text and "beside scratch, mean over 3 seeds" in text.text
+    assert listed.header == [
+        "Label",
+        "Test rows",
+        "AUROC",
+        "AUROC, scratch",
+        "AUROC, gain",
+        "AP",
+        "AP, scratch",
+        "AP, gain",
+    ]
+    truth = made["src", "full"][0].predictions["labels"]
+    assert [line[:2] for line in listed.rows] == [
+        [names[k], str(truth[:, k].sum())] for k in (2, 1, 0)
+    ]  # the commonest first
+    for k, line in zip((2, 1, 0), listed.rows, strict=True):
+        ours, scratch = (
+            np.mean(
+                [
+                    theirs.roc_auc_score(
+                        run.predictions["labels"][:, k], run.predictions["scores"][:, k]
+                    )
+                    for run in made[key]
+                ]
+            )
+            for key in (("src", "full"), ("none", "scratch"))
+        )
+        assert float(line[2].lines[0]) == pytest.approx(ours, abs=0.006) and float(
+            line[3].lines[0]
+        ) == pytest.approx(scratch, abs=0.006)
+        assert float(line[4].lines[0]) == pytest.approx(ours - scratch, abs=0.006)
+        low, mark = re.match(r"\[([+-]\d\.\d+), \+\d\.\d+\] ([▲○?])$", line[4].lines[1]).groups()
+        word = (
+            "too few to tell"
+            if truth[:, k].sum() < 10
+            else "wins"
+            if float(low) > 0
+            else "not shown"
+        )
+        assert line[4].tone == word and mark == page.MARKS[word]
+    assert listed.rows[0][4].tone == "wins"
+
+
+def test_scratch_is_no_probe_of_random_weights():
+    made = {
+        ("none", "random_probe"): [findings(200, NAMES, 0, 0.9)],
+        ("none", "scratch"): [findings(200, NAMES, 0, 0.3)],
+        ("src", "linear_probe"): [findings(200, NAMES, 0, 1.8)],
+    }
+    rows, runs = table("macro_auroc", made)
+    shown = next(block for block in said(rows, runs) if isinstance(block, page.Table))
+    [scratch] = made["none", "scratch"]
+    for line in shown.rows:
+        want = catalog.of_label(f"auroc/{line[0]}", NAMES.index(line[0])).value(scratch.predictions)
+        assert float(line[list(shown.header).index("AUROC, scratch")].lines[0]) == pytest.approx(
+            want, abs=0.05
+        )
+    verdicts = {cell.technique: cell.verdict for cell in matrix.cells(rows, runs)}
+    assert verdicts["scratch"] == matrix.REFERENCE and verdicts["random_probe"] == matrix.UNCOMPARED
+
+
+def test_labels_are_compared_with_scratch_where_scratch_is_the_better():
+    made = {
+        ("none", "scratch"): [findings(200, ("a", "b"), 0, 1.8)],
+        ("src", "full"): [findings(200, ("a", "b"), 0, 1.2)],
+        ("src", "linear_probe"): [findings(200, ("a", "b"), 0, 0.3)],
+    }
+    _, text, listed = said(*table("macro_auroc", made))
+    assert (
+        "src · full" in text.text
+        and "beside scratch" in text.text
+        and float(listed.rows[0][4].lines[0]) < 0
+    )
+
+
+def test_nothing_is_said_without_predictions_or_names():
+    rows, runs = table("accuracy", {("src", "full"): [classes(40, NAMES, 0, 1.0)]})
+    assert said(rows, {}) == []
+    unnamed = {key: Run(run.rows, run.predictions, run.seed) for key, run in runs.items()}
+    assert said(rows, unnamed) == []
+    boxes = Run(
+        np.arange(4),
+        {"scores": np.zeros((4, 9)), "labels": np.zeros((4, 5)), "boxes": np.zeros((4, 9, 4))},
+        0,
+        labels=("a", "b"),
+    )
+    assert (
+        per_label.blocks(
+            "t",
+            [c for c in matrix.cells(rows, runs) if c.mean is not None],
+            rows,
+            dict.fromkeys(runs, boxes),
+        )
+        == []
+    )
+
+
+def test_both_are_written_for_readers(tmp_path):
+    rows, runs = table(
+        "accuracy",
+        {
+            ("none", "scratch"): [classes(90, NAMES, 0, 0.2)],
+            ("src", "full"): [classes(90, NAMES, 0, 2.0)],
+        },
+    )
+    uris = report.write(
+        str(tmp_path),
+        job_name="j",
+        cells=matrix.cells(rows, runs),
+        rows=rows,
+        curves={},
+        pretraining=[],
+        splits={},
+        notes=[],
+        versions={},
+        runs=runs,
+    )
+    markdown, html = (storage.read_bytes(uri).decode() for uri in uris)
+    share = (runs["src-full-0"].predictions["scores"].argmax(1) == 0)[
+        runs["src-full-0"].predictions["label"] == 0
+    ].mean()
+    assert (
+        f"| coat ({(runs['src-full-0'].predictions['label'] == 0).sum()}) | {100 * share:.0f} |"
+        in markdown
+        and "### Confusion matrix" in markdown
+    )
+    assert (
+        '<table class="heat">' in html
+        and "bag &amp; belt" in html
+        and f"var(--s0) {55 * share:.0f}%" in html
+    )
+    assert not re.search(r"https?:|<script", html)
+
+
+# ---------------------------------------------------------------- from trials to the table
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A target whose rows have "a" unless their class is 0, "b" for class 2, and "rare" once in
+    training alone.
+    """
+    folder = tmp_path_factory.mktemp("labels")
+    paths = image_files(folder / "data", {"train": 48, "validation": 24, "test": 30})
+    for split, path in paths.items():
+        found = pq.read_table(path)
+        kinds = [int(text.split()[1]) for text in found["class"].to_pylist()]
+        sets = [
+            ["a"] * (k != 0) + ["b"] * (k == 2) + ["rare"] * (split == "train" and i == 0)
+            for i, k in enumerate(kinds)
+        ]
+        pq.write_table(found.append_column("sets", pa.array(sets)), path, row_group_size=16)
+
+    def job(**objective) -> Job:
+        data = job_of(folder, paths, {"eval_every_steps": 6}).model_dump(mode="json")
+        data["targets"]["task"]["objective"] = objective
+        if "multilabel" in objective:
+            data["targets"]["task"]["data"]["columns"] = {"image": "picture", "labels": "sets"}
+        return Job.model_validate(data)
+
+    return folder, paths, job
+
+
+def test_heads_of_label_sets_trained_together_equal_one_at_a_time(world):
+    folder, paths, job_with = world
+    job = job_with(multilabel={"pos_weight": "balanced"})
+    shared = [shared_of(folder, job, paths, root=root) for root in ("together", "alone")]
+    group = [
+        trial_of(job, shared[0], "linear_probe", {"lr": lr}, fraction)
+        for lr, fraction in ((0.01, 1.0), (0.1, 0.5))
+    ]
+    assert cached_heads.batchable(group, shared[0])
+    together = {record["trial_id"]: record for record in cached_heads.run(group, shared[0])}
+    for one in group:
+        rows, alone = together[one.id]["rows"], one_trial.run(one, shared[1])["rows"]
+        assert [(row["split"], row["metric"]) for row in rows] == [
+            (row["split"], row["metric"]) for row in alone
+        ]
+        for x, y in zip(rows, alone, strict=True):
+            assert (x["value"], x.get("value_low")) == pytest.approx(
+                (y["value"], y.get("value_low")), abs=1e-5
+            )
+
+
+def test_rows_of_single_labels_go_into_the_table_and_not_into_the_matrix(world, tmp_path):
+    _, paths, job_with = world
+    job = job_with(multilabel={"min_positives": 5})
+    shared = shared_of(tmp_path, job, paths)
+    tries = [
+        trial_of(job, shared, technique, seed=seed)
+        for technique in ("scratch", "linear_probe")
+        for seed in (0, 1)
+    ]
+    records = [one_trial.run(one, shared) for one in tries]
+    tested = [row["metric"] for row in records[0]["rows"] if row["split"] == "test"]
+    assert tested == [
+        "macro_auroc",
+        "macro_average_precision",
+        "macro_f1",
+        "micro_f1",
+        "loss",
+        "auroc/a",
+        "auroc/b",
+        "average_precision/a",
+        "average_precision/b",
+    ]
+    found = one_trial.read_predictions(shared.root, tries[0].id, 0)
+    assert found is not None and found.labels == ("a", "b", "rare")
+    for row in records[0]["rows"][5:9]:
+        name, _, label = row["metric"].partition("/")
+        k = found.labels.index(label)
+        other = {
+            "auroc": theirs.roc_auc_score,
+            "average_precision": theirs.average_precision_score,
+        }[name]
+        assert row["value"] == pytest.approx(
+            other(found.predictions["labels"][:, k], found.predictions["scores"][:, k]), abs=1e-9
+        )
+        assert (
+            row["value_low"] < row["value"] < row["value_high"]
+            and row["n_units"] == 30
+            and row["higher_is_better"]
+        )
+    macro = records[0]["rows"][0]
+    assert macro["value"] == pytest.approx(
+        np.mean([row["value"] for row in records[0]["rows"] if row["metric"].startswith("auroc/")])
+    )
+    rows = [
+        {**row, "hyper_parameters": json.dumps(row["hyper_parameters"]), "started_at": None}
+        for record in records
+        for row in record["rows"]
+    ]
+    results.append(str(tmp_path), rows)
+    read = results.read(str(tmp_path))
+    runs = {
+        one.id: run
+        for one in tries
+        if (run := one_trial.read_predictions(shared.root, one.id, one.seed)) is not None
+    }
+    cells = matrix.cells(read, runs)
+    assert [cell.metric for cell in cells] == ["macro_auroc"] * 2 and all(
+        cell.n_seeds == 2 and cell.low is not None for cell in cells
+    )
+    blocks = per_label.blocks("task", cells, read, runs)
+    assert [line[0] for line in blocks[-1].rows] == ["a", "b"]
+
+
+def test_kept_features_follow_which_column_is_which_label(world, tmp_path):
+    """The rows' labels are kept beside their features: other labels, or another order of them, are
+    other rows.
+    """
+    _, paths, job_with = world
+    found = {}
+    for names in (["a", "b", "rare"], ["b", "a", "rare"]):
+        job = job_with(multilabel={"labels": names})
+        shared = shared_of(tmp_path, job, paths)
+        shared.source_keys["src"] = "key"
+        one = trial_of(job, shared, "linear_probe")
+        [record] = cached_heads.run([one], shared)
+        run = one_trial.read_predictions(shared.root, one.id, 0)
+        assert run is not None and run.labels == tuple(names)
+        found[names[0]] = (
+            dict(zip(names, run.predictions["labels"].T.tolist(), strict=True)),
+            record["status"],
+        )
+    assert found["a"] == found["b"] and found["a"][0]["a"] != found["a"][0]["b"]
+
+
+def test_mixed_images_are_not_trained_from_cached_features(world):
+    folder, paths, job_with = world
+    plain, mixing = job_with(classification={}), job_with(classification={"mixup": 0.4})
+    assert cached_heads.batchable(
+        [trial_of(plain, shared_of(folder, plain, paths))], shared_of(folder, plain, paths)
+    )
+    shared = shared_of(folder, mixing, paths, root="mixing")
+    one = trial_of(mixing, shared)
+    assert not cached_heads.batchable([one], shared)
+    assert one_trial.run(one, shared)["status"] == "done"
+
+
+def test_test_rows_must_have_the_positives_that_were_asked_for(world, tmp_path):
+    """30 test rows, 20 of them with "a": one is left out after the job was checked. Search trials
+    read no test rows; validation has no such label either.
+    """
+    _, paths, job_with = world
+    job = job_with(multilabel={"min_positives": 20})
+    shared = shared_of(tmp_path, job, paths)
+    assert one_trial.run(trial_of(job, shared, stage="search"), shared)["status"] == "done"
+    data = next(iter(shared.targets.values()))
+    with_a = np.flatnonzero(data.test.arrays["labels"][:, 0])
+    data.test = data.test.subset(np.setdiff1d(np.arange(30), with_a[:1]))
+    with pytest.raises(
+        ValueError,
+        match=r"none of 3 labels has 20 positive rows and a negative one among these 29 rows \(at "
+        r"most 19 positive\)",
+    ):
+        one_trial.run(trial_of(job, shared), shared)
+
+
+def test_too_few_positives_and_rows_a_class_of_no_class_are_told_before_anything_is_trained(world):
+    _, _, job_with = world
+    job = job_with(multilabel={"min_positives": 20})
+    targets.stage(job, "task")
+    job = job_with(multilabel={"min_positives": 21})
+    with pytest.raises(
+        ValueError,
+        match=r"targets\.task\.data, test split: none of 3 labels has 21 positive rows .* these "
+        r"30 \(at most 20 positive\)",
+    ):
+        targets.stage(job, "task")
+    spec = job_with(multilabel={}).model_dump(mode="json")
+    spec["targets"]["task"]["label_fractions"] = [5]
+    with pytest.raises(
+        ValueError,
+        match=r"targets\.task\.label_fractions: 5 means 5 rows a class, and a row of multilabel "
+        r"has no single class",
+    ):
+        targets.stage(Job.model_validate(spec), "task")

@@ -1,0 +1,902 @@
+import io
+import json
+import re
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from pipeline.io import storage
+from pipeline.metrics import catalog
+from pipeline.report import blocks as page
+from pipeline.report import matrix as cells_module
+from pipeline.report import plots, report, results
+from pipeline.report.stats import Run
+
+# skill of each (source, technique) by target: what the simulated trials are good for
+SKILL = {
+    "clothing": {
+        ("none", "scratch"): 0.72,
+        ("garments", "full"): 0.83,
+        ("garments", "lp_ft"): 0.84,
+        ("garments", "linear_probe"): 0.76,
+        ("digits", "full"): 0.725,
+    },
+    "handwriting": {
+        ("none", "scratch"): 0.90,
+        ("garments", "full"): 0.905,
+        ("garments", "lp_ft"): 0.91,
+        ("garments", "linear_probe"): 0.78,
+        ("digits", "full"): 0.95,
+    },
+}
+
+
+def trial(target, source, technique, fraction, seed, skill, n=400):
+    """(results rows, Run, curve) of one simulated finished trial."""
+    rng = np.random.default_rng([seed, len(technique), len(source), len(target), len(fraction)])
+    easy = np.random.default_rng(len(target)).normal(
+        size=n
+    )  # shared by all trials: some test rows are easier
+    level = (
+        skill
+        - (0.15 if fraction != "1.0" else 0.0) * (2 if source == "none" else 1)
+        + rng.normal(0, 0.004)
+    )
+    right = easy + rng.normal(0, 0.6, n) < np.quantile(easy, min(level, 0.99))
+    label = np.arange(n) % 2
+    scores = np.where((label[:, None] == [0, 1]) == right[:, None], 3.0, 0.0).astype(np.float32)
+    predictions = {
+        "scores": scores,
+        "label": label,
+        "loss": np.where(right, 0.05, 3.05) + rng.random(n) * 0.01,
+        "count": np.ones(n),
+    }
+    trial_id = f"{target[:2]}-{source[:2]}-{technique}-{fraction.replace('/', '')}-{seed}"
+    common = {
+        "job": "vision",
+        "source": source,
+        "backbone": "timm/resnet18",
+        "target": target,
+        "objective": "classification",
+        "technique": technique,
+        "hyper_parameters": json.dumps({"lr": 0.001 if technique == "full" else 0.01}),
+        "seed": seed,
+        "label_fraction": fraction,
+        "trial_id": trial_id,
+        "trial_stage": "final",
+        "status": "done",
+        "split": "test",
+        "n_train": 12000 if fraction == "1.0" else 600,
+        "n_eval": n,
+        "n_units": n,
+        "params_trained": 5130 if technique == "linear_probe" else 11_181_642,
+        "steps": 300,
+        "seconds": 4.2 if technique == "linear_probe" else 41.0 + seed,
+        "device": "cpu",
+        "spec_hash": "0f3c9a12be77",
+        "git_sha": "ab12cd3",
+        "started_at": datetime(2025, 6, 1, 9, tzinfo=UTC) + timedelta(minutes=seed),
+    }
+    rows = [
+        {
+            **common,
+            "metric": name,
+            "value": catalog.metric(name).value(predictions),
+            "higher_is_better": catalog.metric(name).higher_is_better,
+        }
+        for name in ("accuracy", "loss")
+    ]
+    curve = [
+        {
+            "step": s,
+            "loss": 2 / (1 + s / 60),
+            "validation": {
+                "accuracy": level * (1 - np.exp(-s / (60 if source != "none" else 120)))
+            },
+        }
+        for s in range(30, 301, 30)
+    ]
+    return rows, Run(np.arange(n), predictions, seed), curve
+
+
+def failure(target, error, trial_id="fa-1", **more):
+    return {
+        "job": "vision",
+        "source": "garments",
+        "backbone": "timm/resnet18",
+        "target": target,
+        "technique": "lora",
+        "hyper_parameters": "{}",
+        "seed": 1,
+        "label_fraction": "1.0",
+        "trial_id": trial_id,
+        "trial_stage": "final",
+        "status": "failed",
+        "error": error,
+        **more,
+    }
+
+
+def simulate(skill=SKILL, fractions=("0.05", "1.0"), seeds=3):
+    rows, runs, curves = [], {}, {}
+    for target, by_method in skill.items():
+        for (source, technique), level in by_method.items():
+            for fraction in fractions:
+                for seed in range(seeds):
+                    new, run, curve = trial(target, source, technique, fraction, seed, level)
+                    rows += new
+                    runs[new[0]["trial_id"]], curves[new[0]["trial_id"]] = run, curve
+    return rows, runs, curves
+
+
+PRETRAINING = [
+    {
+        "source": "garments",
+        "backbone": "timm/resnet18",
+        "objective": "classification",
+        "steps": 2000,
+        "rows": 512_000,
+        "seconds": 803.0,
+        "rows_per_second": 638.0,
+        "metrics": {"accuracy": 0.912},
+        "transfer": "kept 120 tensors\nnew 2: head.weight, head.bias\ndropped 2: fc.weight, "
+        "fc.bias",
+        "bundle_uri": "runs/vision/sources/garments",
+        "splits": "the publisher's train file, 10 % of it held out by hash as validation",
+    }
+]
+TRACEBACK = (
+    'Traceback (most recent call last):\n  File "train/loop.py", line 12, in fit\nValueError: '
+    "label 'coat' is not in the state <classes>"
+)
+
+
+def write(root, rows, runs, curves, **more):
+    given = {
+        "pretraining": PRETRAINING,
+        "splits": dict.fromkeys(SKILL, "the publisher's own train and test files"),
+        "notes": ["2 rows of clothing also stand in garments."],
+        "versions": {"torch": "2.11.0", "job spec hash": "0f3c9a12be77"},
+        **more,
+    }
+    cells = report.cells(rows, runs)
+    uris = report.write(
+        str(root), job_name="vision", cells=cells, rows=rows, curves=curves, **given
+    )
+    return cells, *(storage.read_bytes(uri).decode() for uri in uris)
+
+
+def example(root):
+    """A realistic job: wins, losses, ties, a failure and a duplicate."""
+    rows, runs, curves = simulate()
+    rows += [
+        failure("clothing", TRACEBACK, "cl-lora-1"),
+        failure("clothing", TRACEBACK, "cl-lora-2", seed=2),
+        failure("handwriting", "RuntimeError: out of memory", "ha-lora-1"),
+    ]
+    twins = [r for r in rows if r["trial_id"] == "cl-di-full-1.0-0" and r["metric"] == "loss"]
+    rows += [
+        {
+            **r,
+            "trial_id": "cl-di-full-search",
+            "trial_stage": "search",
+            "hyper_parameters": '{"lr": 0.1}',
+        }
+        for r in twins
+    ]
+    return write(root, rows, runs, curves)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    return example(tmp_path_factory.mktemp("report"))
+
+
+class Page(HTMLParser):
+    """Checks that tags nest, and collects attributes and text."""
+
+    VOID = ("meta", "br")
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.attributes, self.text = [], [], [], []
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value) for name, value in attrs]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value) for name, value in attrs]
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self.open and self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+# ---------------------------------------------------------------- cells
+
+
+def find(cells, target="clothing", source="garments", technique="full", fraction="1.0"):
+    (cell,) = (
+        c
+        for c in cells
+        if (c.target, c.source, c.technique, c.label_fraction)
+        == (target, source, technique, fraction)
+    )
+    return cell
+
+
+def test_cells_hold_the_mean_over_seeds_and_the_paired_gain(written):
+    cells = written[0]
+    rows, _, _ = simulate()
+
+    def mean(source, technique):
+        return np.mean(
+            [
+                r["value"]
+                for r in rows
+                if (r["target"], r["source"], r["technique"], r["label_fraction"], r["metric"])
+                == ("clothing", source, technique, "1.0", "accuracy")
+            ]
+        )
+
+    cell = find(cells)
+    assert (
+        cell.metric == "accuracy"
+        and cell.n_seeds == 3
+        and cell.n_failed == 0
+        and cell.n_test == 400
+        and cell.n_train == 12000
+    )
+    assert cell.mean == pytest.approx(mean("garments", "full")) and cell.low < cell.mean < cell.high
+    assert (
+        cell.gain == pytest.approx(mean("garments", "full") - mean("none", "scratch"))
+        and cell.gain_low < cell.gain < cell.gain_high
+    )
+    assert (
+        cell.seconds == pytest.approx(42)
+        and cell.params_trained == 11_181_642
+        and json.loads(cell.hyper_parameters) == {"lr": 0.001}
+    )
+    assert (
+        cell.interval
+        == "mean: 95 % over test units and 3 seeds; gain: 95 % over test units and 3 paired seeds"
+        and cell.paired_seeds == 3
+    )
+    scratch = find(cells, source="none", technique="scratch")
+    assert (
+        scratch.gain is scratch.gain_low is None
+        and scratch.verdict == "reference"
+        and scratch.mean is not None
+    )
+
+
+def test_verdicts_follow_the_interval(written):
+    cells = written[0]
+    assert find(cells).verdict == "wins"
+    assert find(cells, "handwriting", technique="linear_probe").verdict == "loses"
+    assert find(cells, source="digits").verdict == "not shown"
+    for cell in cells:
+        if cell.gain_low is not None:
+            assert (cell.verdict == "wins") == (cell.gain_low > 0) and (
+                cell.verdict == "loses"
+            ) == (cell.gain_high < 0)
+
+
+def test_cells_are_sorted_by_target_fraction_and_gain(written):
+    cells = written[0]
+    assert [c.target for c in cells] == sorted(c.target for c in cells)
+    for target in SKILL:
+        group = [c for c in cells if c.target == target]
+        assert [c.label_fraction for c in group] == sorted(
+            (c.label_fraction for c in group), key=float
+        )
+        gains = [c.gain for c in group if c.label_fraction == "0.05" and c.gain is not None]
+        assert gains == sorted(gains, reverse=True)
+    assert sorted(["1.0", "0.05", "5/class", "10/class"], key=cells_module.fraction_order) == [
+        "5/class",
+        "10/class",
+        "0.05",
+        "1.0",
+    ]
+    assert [plots.fraction_label(f) for f in ("0 rows", "1 rows", "2 rows", "0.05")] == [
+        "none",
+        "1 row",
+        "2 rows",
+        "5 %",
+    ]
+    assert sorted(["0.5", "10 rows", "2 rows"], key=cells_module.fraction_order) == [
+        "2 rows",
+        "10 rows",
+        "0.5",
+    ]
+
+
+def test_scratch_is_matched_on_backbone_target_and_fraction():
+    rows, runs, _ = simulate({"clothing": SKILL["clothing"]})
+    other = [
+        {**r, "backbone": "timm/vit", "trial_id": r["trial_id"] + "v"}
+        for r in rows
+        if r["source"] != "none"
+    ]
+    rows = [
+        r for r in rows if not (r["source"] == "none" and r["label_fraction"] == "0.05")
+    ] + other
+    for cell in report.cells(rows, runs | {r["trial_id"]: runs[r["trial_id"][:-1]] for r in other}):
+        compared = cell.backbone == "timm/resnet18" and cell.label_fraction == "1.0"
+        assert cell.verdict in (
+            {"reference", "wins", "loses", "not shown"} if compared else {"not compared"}
+        )
+
+
+def test_missing_predictions_fall_back_to_the_seeds_and_say_so():
+    rows, runs, _ = simulate({"clothing": SKILL["clothing"]}, fractions=("1.0",))
+    whole = find(report.cells(rows, runs))
+    cell = find(report.cells(rows, {k: v for k, v in runs.items() if not k.endswith("full-1.0-1")}))
+    assert (
+        "Student's t over seeds" in cell.interval
+        and whole.verdict == "wins"
+        and cell.verdict == "not compared"
+    ), "seeds alone do not tell"
+    assert (
+        cell.mean == pytest.approx(whole.mean)
+        and cell.gain == pytest.approx(whole.gain)
+        and cell.gain_low < cell.gain < cell.gain_high
+    )
+    (one,) = (
+        c for c in report.cells([r for r in rows if r["seed"] == 0], {}) if c.technique == "lp_ft"
+    )
+    assert (
+        one.gain is not None
+        and one.gain_low is None
+        and one.verdict == "not compared"
+        and "one seed" in one.interval
+    )
+    unpaired = {
+        k: replace(v, rows=v.rows + 1000) if "-scratch-" in k else v for k, v in runs.items()
+    }
+    assert "no test row in common" in find(report.cells(rows, unpaired)).interval
+
+
+def test_lower_is_better_turns_the_gain():
+    rows, runs, _ = simulate({"clothing": SKILL["clothing"]}, fractions=("1.0",))
+    cell = find(report.cells([r for r in rows if r["metric"] == "loss"], runs))
+    assert (
+        cell.metric == "loss"
+        and not cell.higher_is_better
+        and cell.verdict == "wins"
+        and cell.gain > 0
+    )
+    assert find(report.cells([r for r in rows if r["metric"] == "loss"], {})).gain == pytest.approx(
+        cell.gain
+    )
+
+
+def test_failures_are_counted_also_when_the_search_never_finished():
+    rows, runs, _ = simulate({"clothing": SKILL["clothing"]}, fractions=("1.0",))
+    lost = [
+        r["trial_id"]
+        for r in rows
+        if r["technique"] == "full" and r["source"] == "garments" and r["seed"] == 2
+    ]
+    rows = [r for r in rows if r["trial_id"] not in lost] + [
+        failure("clothing", "boom", lost[0], technique="full", seed=2)
+    ]
+    rows += [failure("clothing", "boom", f"s{i}", trial_stage="search") for i in range(4)]
+    rows += [
+        failure("clothing", "slow", "p", technique="gradual", trial_stage="search", status="pruned")
+    ]
+    cells = report.cells(rows, runs)
+    assert (find(cells).n_seeds, find(cells).n_failed, find(cells).paired_seeds) == (2, 1, 2)
+    lora = find(cells, technique="lora")
+    assert (lora.n_seeds, lora.n_failed, lora.verdict, lora.mean) == (0, 4, "failed", None)
+    assert not [c for c in cells if c.technique == "gradual"]
+
+
+def test_groups_of_the_runs_are_used():
+    rows, runs, _ = simulate({"clothing": SKILL["clothing"]}, fractions=("1.0",))
+    grouped = {k: replace(v, groups=v.rows // 20) for k, v in runs.items()}
+    assert (
+        find(report.cells(rows, grouped)).interval
+        == "mean: 95 % over test groups and 3 seeds; gain: 95 % over test groups and 3 paired seeds"
+    )
+
+
+# ---------------------------------------------------------------- what a verdict needs
+
+
+def kept(rows, runs, keep):
+    """Rows and runs of the trials that ``keep`` says of a row."""
+    rows = [row for row in rows if keep(row)]
+    ids = {row["trial_id"] for row in rows}
+    return rows, {name: run for name, run in runs.items() if name in ids}
+
+
+def test_below_two_paired_seeds_nothing_is_won_or_lost():
+    """Of three seeds against one of scratch one is paired; likewise where the other seeds
+    failed.
+    """
+    rows, runs, _ = simulate({"clothing": SKILL["clothing"]}, fractions=("1.0",))
+    for seeds, of in ((3, "none"), (1, "garments")):
+        cell = find(
+            report.cells(
+                *kept(rows, runs, lambda row, of=of: row["source"] != of or row["seed"] == 0)
+            )
+        )
+        assert (cell.n_seeds, cell.paired_seeds, cell.verdict, cell.gain_p_holm) == (
+            seeds,
+            1,
+            "not compared",
+            None,
+        )
+        assert (
+            cell.gain is not None
+            and "gain: 95 % over test units of one seed, whose spread is unknown" in cell.interval
+        )
+    two = find(
+        report.cells(*kept(rows, runs, lambda row: row["source"] != "none" or row["seed"] < 2))
+    )
+    assert (
+        (two.n_seeds, two.paired_seeds) == (3, 2)
+        and two.verdict in cells_module.COMPARED
+        and "and 2 paired seeds" in two.interval
+    )
+
+
+def test_the_number_of_paired_seeds_stands_in_table_and_report(tmp_path):
+    rows, runs, curves = simulate({"clothing": SKILL["clothing"]}, fractions=("1.0",))
+    rows, runs = kept(rows, runs, lambda row: row["source"] != "none" or row["seed"] == 0)
+    cells, md, _ = write(tmp_path, rows, runs, curves)
+    lines = render(cells).splitlines()
+    assert any(
+        "garments" in line and "not compared" in line and " 1 of 3 " in line for line in lines
+    )
+    assert "not compared (1 paired seed)" in md and md.startswith(
+        "# vision: no verdict: one seed does not tell a gain from luck, 2 are needed"
+    )
+    assert "| garments · full · 100 % |" in md and " not compared | 1 | – | – |" in md
+
+
+def test_comparisons_are_corrected_for_their_number(written):
+    from pipeline.report import stats
+
+    cells = [cell for cell in written[0] if cell.verdict in cells_module.COMPARED]
+    assert [cell.gain_p_holm for cell in cells] == pytest.approx(
+        stats.holm([cell.gain_p for cell in cells])
+    )
+    assert all((cell.gain_p < 0.05) == (cell.verdict != "not shown") for cell in cells)
+    stands = [cell for cell in cells if cell.survives]
+    text = render(written[0])
+    assert 0 < len(stands) < sum(cell.verdict != "not shown" for cell in cells) and text.count(
+        "]*"
+    ) == len(stands)
+    assert written[1].count("Holm's correction for all 16 comparisons of the job") == 1
+    plain = sum(cell.verdict != "not shown" for cell in cells) - len(stands)
+    assert f"**{plain}** by the plain interval alone" in written[1]
+    assert {cell.gain_p_holm for cell in written[0] if cell.verdict == "reference"} == {None}
+
+
+def test_too_few_units_of_the_rarer_class_are_too_few_to_tell(tmp_path):
+    """59 test rows with 3 of one class, on which every trial of a source is right and scratch is
+    wrong.
+    """
+    rows, runs, curves = simulate(
+        {"clothing": {("none", "scratch"): 0.3, ("garments", "full"): 0.95}}, fractions=("1.0",)
+    )
+
+    def few(run):
+        label = (np.arange(400) < 3).astype(np.int64)
+        right = run.predictions["scores"].argmax(1) == run.predictions["label"]
+        scores = np.where((label[:, None] == [0, 1]) == right[:, None], 3.0, 0.0)
+        return replace(run, predictions={**run.predictions, "label": label, "scores": scores})
+
+    cells, md, _ = write(tmp_path, rows, {name: few(run) for name, run in runs.items()}, curves)
+    cell = find(cells)
+    assert (
+        cell.verdict == "too few to tell"
+        and cell.gain_low > 0
+        and cell.evidence == "3 test rows of the rarer class, a verdict needs 10"
+    )
+    assert (
+        cell.gain_p_holm is None
+        and "3 test rows of the rarer class, a verdict needs 10" in md
+        and "? +0." in render(cells)
+    )
+    assert md.startswith("# vision: no verdict: the test rows are too few to tell")
+    assert find(report.cells(rows, runs)).verdict == "wins"
+
+
+# ---------------------------------------------------------------- words
+
+
+def test_no_difference_is_never_claimed(written):
+    for text in (*written[1:], render(written[0])):
+        assert (
+            "no difference"
+            not in text.replace("does not say that there is no difference", "").lower()
+        )
+        assert "not shown" in text
+
+
+def test_scratch_has_one_name_for_its_source(written):
+    _, md, html = written
+    assert "none · scratch" in md and "none · scratch" in html
+    assert any(
+        line.startswith(" none ") and "scratch" in line for line in render(written[0]).splitlines()
+    )
+    assert "| scratch |" not in md
+
+
+def test_a_random_probe_is_held_against_the_linear_probe_of_the_best_source(tmp_path):
+    skill = {
+        "clothing": {
+            ("none", "scratch"): 0.72,
+            ("none", "random_probe"): 0.5,
+            ("garments", "linear_probe"): 0.8,
+            ("digits", "linear_probe"): 0.7,
+        }
+    }
+    rows, runs, curves = simulate(skill, fractions=("1.0",))
+    rows += [{**row, "split": "validation"} for row in rows if row["metric"] == "accuracy"]
+    cells, md, _ = write(tmp_path, rows, runs, curves)
+    cell = find(cells, source="none", technique="random_probe")
+    best = find(cells, technique="linear_probe")
+    assert (cell.against, cell.verdict, cell.paired_seeds) == (
+        "linear_probe of garments",
+        "loses",
+        3,
+    )
+    assert cell.gain == pytest.approx(cell.mean - best.mean) and not cell.transfers
+    assert "against linear_probe of garments:" in md and "of 2 comparisons" in md, (
+        "not a comparison with scratch"
+    )
+    assert "linear_probe of" in render(cells)
+    alone = find(
+        report.cells(*kept(rows, runs, lambda row: row["technique"] != "linear_probe")),
+        source="none",
+        technique="random_probe",
+    )
+    assert (alone.verdict, alone.gain) == ("not compared", None)
+
+
+def backbones(tmp_path=None):
+    """A weak and a strong backbone, each with scratch and one source."""
+    rows, runs, curves = simulate(
+        {"clothing": {("none", "scratch"): 0.6, ("garments", "full"): 0.8}}, fractions=("1.0",)
+    )
+    more, more_runs, more_curves = simulate(
+        {"clothing": {("none", "scratch"): 0.78, ("digits", "full"): 0.82}}, fractions=("1.0",)
+    )
+    more = [
+        {**row, "backbone": "timm/vit", "trial_id": f"v{row['trial_id']}", "seconds": 900.0}
+        for row in more
+    ]
+    rows, runs = [*rows, *more], runs | {f"v{name}": run for name, run in more_runs.items()}
+    rows += [{**row, "split": "validation"} for row in rows if row["metric"] == "accuracy"]
+    return rows, runs, curves | {f"v{name}": curve for name, curve in more_curves.items()}
+
+
+def test_gains_over_different_scratch_networks_say_so_and_stand_beside_the_gain_over_the_best(
+    tmp_path,
+):
+    cells, md, _ = write(tmp_path, *backbones())
+    weak, strong = find(cells), find(cells, source="digits")
+    best = next(cell for cell in cells if cell.source == "none" and cell.backbone == "timm/vit")
+    assert weak.baseline == strong.baseline == "timm/vit"
+    assert (
+        weak.baseline_gain == pytest.approx(weak.mean - best.mean)
+        and weak.baseline_low < weak.baseline_gain < weak.baseline_high
+    )
+    assert weak.gain > weak.baseline_gain and strong.baseline_gain == strong.gain
+    assert (
+        "measured against 2 different scratch networks" in md
+        and "best scratch network by validation: 100 %: timm/vit" in md
+    )
+    assert f"{weak.baseline_gain:+.3f} [" in md
+    assert any(
+        "best scratch" in line and f"{weak.baseline_gain:+.3f}" in line
+        for line in render(cells).splitlines()
+    )
+    rows, runs, _ = backbones()
+    turned = [
+        {**row, "value": -row["value"]} if row["split"] == "validation" else row for row in rows
+    ]
+    assert {cell.baseline for cell in report.cells(turned, runs) if cell.source != "none"} == {
+        "timm/resnet18"
+    }, "validation rows decide, not test rows"
+    assert (
+        "different scratch networks"
+        not in write(tmp_path / "one", *simulate({"clothing": SKILL["clothing"]}))[1]
+    )
+
+
+def test_costs_are_not_pooled_over_backbones(tmp_path):
+    _, md, _ = write(tmp_path, *backbones())
+    cost = md[md.index("## Cost") :].split("\n\n")[1]
+    assert (
+        "none · scratch (timm/resnet18) | 42 s" in cost
+        and "none · scratch (timm/vit) | 15.0 min" in cost
+    )
+
+
+def test_scores_of_sources_that_were_left_out_stay(tmp_path):
+    rows, runs, curves = simulate({"clothing": SKILL["clothing"]}, fractions=("1.0",))
+    scores = {
+        "garments|clothing": {"score_name": "logme", "score_value": 0.5},
+        "letters|clothing": {"score_name": "logme", "score_value": 0.1},
+    }
+    _, md, _ = write(tmp_path, rows, runs, curves, scores=scores)
+    assert (
+        "| clothing | garments | logme | fine-tuned | 0.5 |" in md
+        and "| clothing | letters | logme | left out | 0.1 |" in md
+    )
+
+
+# ---------------------------------------------------------------- terminal
+
+
+def render(cells, width=100):
+    console = Console(file=io.StringIO(), width=width, color_system=None)
+    console.print(report.table(cells))
+    return console.file.getvalue()
+
+
+def test_scratch_is_told_apart_where_a_target_has_several_backbones(written):
+    cells = [c for c in written[0] if c.target == "clothing"]
+    one = cells + [replace(c, backbone="timm/vgg11") for c in cells if c.source == "none"]
+    assert any(
+        " none vgg11" in line for line in render(one).splitlines()
+    ) and "vgg11" not in render(cells)
+
+
+def test_table_is_readable_in_100_columns_without_colour(written):
+    text = render(written[0])
+    assert max(len(line) for line in text.splitlines()) <= 100 and "…" not in text
+    for target in SKILL:
+        assert len(re.findall(rf"^{target}\b", text, re.MULTILINE)) == 1
+    wins = [line for line in text.splitlines() if "▲ +" in line]
+    losses = [line for line in text.splitlines() if "▼ -" in line]
+    assert (
+        len(wins) == sum(c.verdict == "wins" for c in written[0])
+        and len(losses) == sum(c.verdict == "loses" for c in written[0]) > 0
+    )
+    cell = find(written[0])
+    (line,) = (line for line in wins if f"{cell.gain:+.3f}" in line)
+    assert (
+        "garments" in line
+        and "full" in line
+        and "100 %" in line
+        and f"{cell.mean:.3f} [{cell.low:.3f}, {cell.high:.3f}]" in line
+        and "42" in line
+    )
+
+
+def test_table_takes_names_as_they_are(written):
+    assert "[bold]x[/bold]" in render(
+        [replace(written[0][0], source="[bold]x[/bold]", target="[red]t")], 140
+    )
+    assert "gain over scratch" in render([])
+
+
+# ---------------------------------------------------------------- written
+
+
+def test_html_is_self_contained_and_well_formed(written):
+    html = written[2]
+    assert not re.search(r"https?:|//[a-z]|@import|<script|<link", html)
+    parsed = Page(html)
+    for tag, name, value in parsed.attributes:
+        if name in ("src", "href", "xlink:href"):
+            assert value.startswith("#"), (tag, name, value)
+    ids = [value for _, name, value in parsed.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+    used = re.findall(r"url\(#([^)]*)\)", html) + [
+        value[1:] for _, name, value in parsed.attributes if name == "href"
+    ]
+    assert used and set(used) <= set(ids)
+    assert (
+        parsed.tags.count("svg") == 6 and "#0101" not in html and "#0102" not in html
+    )  # forest, learning, labels for each of two targets
+    assert "prefers-color-scheme:dark" in html and 'name="viewport"' in html
+    assert set(re.findall(r"var\((--\w+)\)", html)) <= set(re.findall(r"(--\w+):", html))
+
+
+def test_every_number_appears_and_losses_are_not_hidden(written):
+    cells, md, html = written
+    for text in (md, html):
+        for cell in cells:
+            if cell.mean is None:
+                continue
+            shown = [f"{cell.mean:.3f}", f"[{cell.low:.3f}, {cell.high:.3f}]"]
+            if cell.gain is not None:
+                shown.append(
+                    f"{page.MARKS[cell.verdict]} {cell.gain:+.3f} [{cell.gain_low:+.3f}, "
+                    f"{cell.gain_high:+.3f}]"
+                )
+            for number in shown:
+                assert (page.typographic(number) if text is html else number) in text, number
+    wins, losses = (sum(c.verdict == v for c in cells) for v in ("wins", "loses"))
+    assert wins and losses
+    kept, kept_losses = (
+        sum(c.verdict == v and c.gain_p_holm < 0.05 for c in cells) for v in ("wins", "loses")
+    )
+    assert 0 < kept < wins and kept_losses, "some wins do not survive the correction"
+    assert f"Transfer paid in {kept} of 16 comparisons, and lost in {kept_losses}" in html
+    assert f"transfer paid in {kept} of 16 comparisons, and lost in {kept_losses}" in md
+    assert f"{kept} of {wins} wins and {kept_losses} of {losses} loss" in md
+
+
+def test_the_report_says_where_everything_comes_from(written):
+    for text in written[1:]:
+        for needle in (
+            "0f3c9a12be77",
+            "2.11.0",
+            "ab12cd3",
+            "the publisher's own train and test files",
+            "11,181,642",
+            "2 rows of clothing also stand in garments.",
+            "512,000",
+            "dropped 2: fc.weight",
+            "cl-lora-2",
+            "out of memory",
+            "identical in 2 trials that differ in hyper parameters",
+            "2025-06-01",
+            "Efron and Tibshirani",
+            "of 16 comparisons without any true difference, about 0.8",
+            "lr 0.001",
+        ):
+            assert needle in text.replace("&#x27;", "'"), needle
+
+
+def test_markdown_tables_are_well_formed(written):
+    check_markdown(written[1])
+
+
+def unfenced(text):
+    return re.sub(r"(?ms)^(`{3,})\n.*?^\1$", "", text)
+
+
+def check_markdown(text):
+    blocks = [b for b in unfenced(text).split("\n\n") if b.startswith("|")]
+    assert blocks
+    for block in blocks:
+        lines = [re.split(r"(?<!\\)\|", line.strip())[1:-1] for line in block.splitlines()]
+        assert len({len(line) for line in lines}) == 1, block
+        assert all(re.fullmatch(r" (:--|--:) ", part) for part in lines[1])
+
+
+EVIL = '<b>|"x"&`$y$*'
+
+
+def test_names_and_errors_are_escaped_everywhere(tmp_path):
+    skill = {EVIL: {("none", "scratch"): 0.7, (EVIL, EVIL): 0.8}}
+    rows, runs, curves = simulate(skill)
+    rows += [failure(EVIL, "<script>alert(1)</script>\n```\nend")]
+    pretraining = [
+        {**PRETRAINING[0], "source": EVIL, "transfer": EVIL, "splits": EVIL, "metrics": {EVIL: 1.0}}
+    ]
+    _, md, html = write(
+        tmp_path,
+        rows,
+        runs,
+        curves,
+        pretraining=pretraining,
+        splits={EVIL: EVIL, "<i>other": EVIL},
+        notes=[EVIL],
+        versions={EVIL: EVIL},
+    )
+    parsed = Page(html)
+    assert not {"b", "i", "script", "x"} & (set(parsed.tags) - {"b"}) and html.count(
+        "<b>"
+    ) == html.count("</b>")
+    assert "<b>|" not in html and "<script>" not in html and EVIL in "".join(parsed.text)
+    assert (
+        '<svg role="img" aria-label="Gain over scratch with 95 % intervals: &lt;b&gt;|&quot;x&quot;'
+        in html
+    )
+    check_markdown(md)
+    assert (
+        not re.search(r"<(?!br>)", unfenced(md))
+        and "````\n<script>alert(1)</script>\n```\nend\n````" in md
+    )
+
+
+def test_a_job_whose_trials_all_failed_still_reports(tmp_path):
+    rows = [failure("clothing", TRACEBACK, f"t{i}", seed=i) for i in range(3)]
+    cells, md, html = write(tmp_path, rows, {}, {}, pretraining=[])
+    assert [c.verdict for c in cells] == ["failed"]
+    for text in (md, html):
+        assert (
+            "o trial finished" in text
+            and "3 trials failed" in text
+            and "t0" in text
+            and "is not in the state" in text
+        )
+    Page(html)
+    check_markdown(md)
+    assert "failed" in render(cells)
+
+
+def test_nothing_at_all_still_reports(tmp_path):
+    _, md, html = write(tmp_path, [], {}, {}, pretraining=[], splits={}, notes=[], versions={})
+    Page(html)
+    assert (
+        "nothing to compare with scratch yet" in md
+        and "Nothing to compare with scratch yet" in html
+    )
+
+
+def test_sparse_input_is_taken(tmp_path):
+    """One fraction, no curves, no n_train, a source that was only loaded."""
+    rows, runs, _ = simulate({"clothing": SKILL["clothing"]}, fractions=("5/class",), seeds=1)
+    rows = [
+        {
+            **r,
+            "n_train": None,
+            "seconds": None,
+            "params_trained": None,
+            "started_at": None,
+            "device": None,
+        }
+        for r in rows
+    ]
+    results.append(str(tmp_path), rows)
+    cells, _, html = write(
+        tmp_path, results.read(str(tmp_path)), runs, {}, pretraining=[{"source": "loaded"}]
+    )
+    assert Page(html).tags.count("svg") == 1 and "5/class" in html
+    assert all("one seed" in cell.interval for cell in cells)
+
+
+def test_the_same_input_gives_the_same_bytes(tmp_path):
+    rows, runs, curves = simulate({"clothing": SKILL["clothing"]}, seeds=2)
+    first, second = (write(tmp_path / name, rows, runs, curves)[1:] for name in ("a", "b"))
+    assert first == second
+
+
+def test_decimals_follow_the_interval():
+    assert page.places([(0.81, 0.83), (0.5, 0.6), (0.7, 0.72)]) == 3
+    assert page.places([(20.0, 21.0)]) == 2 and page.places([(1000.0, 1400.0)]) == 0
+    assert page.places([(0.5, 0.5), (None, None)]) == 3
+
+
+def test_curves_are_means_over_seeds():
+    rows, _, curves = simulate({"clothing": {("garments", "full"): 0.8}}, fractions=("1.0",))
+    panels = report._curves("clothing", "accuracy", rows, curves)
+    points = dict(panels["1.0"]["garments", "full"])
+    assert points[30] == pytest.approx(
+        np.mean([c[0]["validation"]["accuracy"] for c in curves.values()])
+    )
+    assert report._curves("clothing", "auroc", rows, curves) == {}
+
+
+def test_plots_leave_matplotlib_as_it_was():
+    import matplotlib
+
+    before = dict(matplotlib.rcParams)
+    svg = plots.learning(
+        {
+            "1.0": {
+                ("garments", "full"): [(1.0, 0.5), (2.0, 0.6)],
+                ("none", "scratch"): [(1.0, 0.4)],
+            }
+        },
+        "accuracy",
+    )
+    assert svg.startswith("<svg") and svg.endswith("</svg>")
+    assert {k: v for k, v in matplotlib.rcParams.items() if k != "backend"} == {
+        k: v for k, v in before.items() if k != "backend"
+    }

@@ -1,0 +1,77 @@
+"""What ``doctor`` says of a driver and of the CUDA that torch was built for."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from pipeline.transfer import doctor
+from pipeline.transfer.doctor import LEAST_DRIVER, driver_line
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    ("driver", "cuda", "mark"),
+    [
+        ("580.65.06", "13.0", "ok"),
+        ("580.95.05", "13.0", "ok"),
+        ("595.91.07", "13.2", "ok"),
+        ("580.65.05", "13.0", "FAIL"),
+        ("550.54.15", "13.0", "FAIL"),
+        ("470.256.02", "12.8", "FAIL"),
+        ("550.54", "12.8", "ok"),
+        ("535.104.05", "11.8", "ok"),
+        ("999.1.1", "14.0", "ok"),
+        (None, "13.0", "ok"),
+        (None, None, "ok"),
+        ("580.65.06", None, "warn"),
+    ],
+)
+def test_a_driver_that_cannot_run_the_build_of_torch_is_a_failure(driver, cuda, mark):
+    line = driver_line(driver, cuda)
+    assert line.mark == mark
+    assert (driver or "none") in line.found and (cuda or "") in line.found
+    if mark == "FAIL":
+        assert (
+            LEAST_DRIVER[cuda.partition(".")[0]] in line.advice
+            and "update the driver" in line.advice
+        )
+
+
+@pytest.mark.parametrize(
+    ("text", "version"),
+    [
+        ("580.95.05\n580.95.05\n", "580.95.05"),
+        (
+            "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 22:23:56 "
+            "UTC 2024\nGCC version: gcc 11.4.0\n",
+            "550.54.15",
+        ),
+        ("NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.\n", None),
+        ("", None),
+    ],
+)
+def test_the_driver_is_read_from_what_nvidia_prints(monkeypatch, tmp_path, text, version):
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\ncat <<'END'\n{text}END\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    if version is None and Path("/proc/driver/nvidia/version").exists():
+        pytest.skip("this machine has a driver, which is read where nvidia-smi says nothing")
+    assert doctor.nvidia_driver() == version
+
+
+def test_doctor_has_a_line_for_the_driver():
+    assert "NVIDIA driver" in [line.what for line in doctor._machine()]
+
+
+def test_the_clouds_that_ship_here_say_the_least_driver_of_the_locked_build():
+    """The CUDA of the locked wheels is told by NVIDIA's runtime, which torch's build asks for."""
+    lock = (ROOT / "requirements.lock").read_text()
+    major = re.search(r"^nvidia-cuda-runtime==(\d+)\.", lock, re.MULTILINE)
+    assert major is not None
+    for name in ("aws.yaml", "gcp.yaml", "Dockerfile", "README.md"):
+        assert LEAST_DRIVER[major.group(1)] in (ROOT / "cluster" / name).read_text(), name

@@ -1,0 +1,782 @@
+"""A trial's id names its content; label subsets are stratified and nested; draws are shared; a seed
+changes what a seed should.
+"""
+
+import dataclasses
+import itertools
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from toys import image_files, image_rows, job_of, rows_of, shared_of, trial_of
+
+from pipeline.checkpoints import bundle
+from pipeline.config.schema import Job, Plug, Train
+from pipeline.data import manifest
+from pipeline.data.stream import Rows
+from pipeline.transfer import cached_heads, grid
+from pipeline.transfer import trial as one_trial
+from pipeline.transfer.grid import label_subset
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    return image_files(tmp_path_factory.mktemp("data"), {"train": 60, "validation": 24, "test": 24})
+
+
+@pytest.fixture(scope="module")
+def world(paths, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    job = job_of(folder, paths)
+    return job, shared_of(folder, job, paths)
+
+
+def changed(job: Job, path: str, value) -> Job:
+    data = job.model_dump(mode="json")
+    *parents, last = path.split(".")
+    at = data
+    for name in parents:
+        at = at[name]
+    at[last] = value
+    return Job.model_validate(data)
+
+
+# ---------------------------------------------------------------- ids
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        {"hyper": {"lr": 0.02}},
+        {"fraction": 0.5},
+        {"fraction": 1},
+        {"seed": 1},
+        {"stage": "search"},
+        {"technique": "full"},
+        {"technique": "scratch"},
+        {"technique": {"lp_ft": {}}},
+        {"technique": {"lp_ft": {"probe_share": 0.4}}},
+    ],
+    ids=str,
+)
+def test_an_id_follows_what_the_trial_is(world, words):
+    job, shared = world
+    plain = trial_of(job, shared)
+    assert trial_of(job, shared).id == plain.id
+    assert trial_of(job, shared, **words).id != plain.id
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("seed", 5),
+        ("targets.task.metric", "macro_f1"),
+        ("targets.task.objective.options", {"label_smoothing": 0.1}),
+        *[
+            (f"targets.task.train.{name}", value)
+            for name, value in {
+                "steps": 13,
+                "global_batch": 8,
+                "optimizer": "sgd",
+                "lr": 0.02,
+                "beta1": 0.8,
+                "beta2": 0.9,
+                "weight_decay": 0.2,
+                "warmup": 0.3,
+                "schedule": "constant",
+                "clip_norm": None,
+                "precision": "bf16",
+                "ema": 0.9,
+                "augment": False,
+                "keep": "last",
+                "eval_every_steps": 3,
+                "canonical_shards": 4,
+                "max_bad_steps": 2,
+            }.items()
+        ],
+    ],
+)
+def test_an_id_follows_every_setting_that_matters(world, path, value):
+    job, shared = world
+    assert trial_of(changed(job, path, value), shared).id != trial_of(job, shared).id
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("name", "other"),
+        ("storage", "elsewhere"),
+        ("fanout.seeds", 7),
+        ("fanout.cpus_per_trial", 0.5),
+        ("techniques", [{"name": "full"}]),
+        ("targets.task.label_fractions", [0.1, 1.0]),
+        ("targets.task.techniques", [{"name": "full"}]),
+        ("targets.task.data.max_bad_rows", 0.5),
+        ("sources.src.workers", 4),
+        *[
+            (f"targets.task.train.{name}", value)
+            for name, value in {
+                "log_every_steps": 3,
+                "checkpoint_every_steps": 7,
+                "checkpoint_every_minutes": 2.5,
+                "trace_rows": True,
+            }.items()
+        ],
+    ],
+)
+def test_an_id_does_not_follow_what_changes_no_number(world, path, value):
+    job, shared = world
+    assert trial_of(changed(job, path, value), shared).id == trial_of(job, shared).id
+
+
+def test_an_id_follows_weights_and_rows_and_scratch_has_no_weights(world):
+    job, shared = world
+    base = next(iter(shared.bases.values()))
+
+    def made(source, technique, source_key, data_key):
+        return grid.make(
+            job,
+            "task",
+            (base, source, Plug(name=technique), 1.0),
+            {},
+            0,
+            "final",
+            source_key,
+            data_key,
+        ).id
+
+    assert made("src", "full", "a", "d") != made("src", "full", "b", "d")
+    assert made("src", "full", "a", "d") != made("src", "full", "a", "e")
+    assert (
+        made(grid.SCRATCH, "scratch", "a", "d")
+        == made(grid.SCRATCH, "scratch", "b", "d")
+        != made(grid.SCRATCH, "scratch", "a", "e")
+    )
+
+
+# ---------------------------------------------------------------- label subsets
+
+
+def labelled(counts=(200, 100, 40, 3)):
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(len(counts)), counts))
+    rows = image_rows(len(labels))
+    return rows_of(
+        rows.modality, {"image": np.zeros((len(labels), 1, 8, 8), np.uint8), "label": labels}
+    ), labels
+
+
+def test_shares_are_stratified_and_leave_no_class_out():
+    rows, labels = labelled()
+    for share in (0.01, 0.05, 0.25, 0.5):
+        places = label_subset(rows, labels, share, seed=1)
+        found = Counter(labels[places].tolist())
+        assert found == {c: max(1, round(share * n)) for c, n in enumerate((200, 100, 40, 3))}
+        assert (np.diff(places) > 0).all()
+    assert np.array_equal(label_subset(rows, labels, 1.0, seed=1), np.arange(343))
+
+
+@pytest.mark.parametrize("kind", ["share", "number"])
+def test_subsets_of_one_seed_are_nested(kind):
+    rows, labels = labelled()
+    sizes = (0.01, 0.05, 0.1, 0.25, 0.5, 0.9, 1.0) if kind == "share" else (1, 2, 5, 30, 500)
+    for seed in range(3):
+        found = [set(label_subset(rows, labels, size, seed).tolist()) for size in sizes]
+        assert all(a < b for a, b in itertools.pairwise(found))
+
+
+def test_seeds_choose_other_rows_and_the_same_seed_the_same():
+    rows, labels = labelled()
+    found = [label_subset(rows, labels, 0.25, seed) for seed in range(8)]
+    assert len({tuple(places) for places in found}) == 8 and np.array_equal(
+        found[0], label_subset(rows, labels, 0.25, 0)
+    )
+    assert {len(places) for places in found} == {len(found[0])}
+    often = np.bincount(
+        np.concatenate([label_subset(rows, labels, 0.25, seed) for seed in range(200)]),
+        minlength=343,
+    )[labels == 0]
+    assert often.min() > 20 and often.max() < 85  # 50 on average: every row has its chance
+
+
+def test_integers_are_rows_a_class():
+    rows, labels = labelled()
+    for n in (1, 5, 40):
+        assert Counter(labels[label_subset(rows, labels, n, 0)].tolist()) == {
+            0: n,
+            1: n,
+            2: n,
+            3: min(n, 3),
+        }
+
+
+def test_a_subset_follows_row_ids_and_not_places():
+    """The same rows in another selection (one bad row left out) give the same choice."""
+    rows, labels = labelled()
+    keep = np.arange(343) != 17
+    fewer = rows.subset(np.flatnonzero(keep))
+    whole = set(rows.selection.ids(label_subset(rows, labels, 5, 0)).tolist())
+    part = set(fewer.selection.ids(label_subset(fewer, labels[keep], 5, 0)).tolist())
+    assert len(whole - part) <= 1 and whole - part <= {rows.selection.ids(np.array([17]))[0]}
+
+
+def test_without_labels_a_share_is_of_all_rows():
+    rows, _ = labelled()
+    assert len(label_subset(rows, None, 0.1, 0)) == 34 and len(label_subset(rows, None, 7, 0)) == 7
+
+
+@pytest.mark.parametrize("share", [0.0, -0.5, 1.5])
+def test_a_share_outside_its_range_is_refused(share):
+    rows, labels = labelled()
+    with pytest.raises(
+        ValueError, match=r"must be above 0 and at most 1\.0; integers are rows a class"
+    ):
+        label_subset(rows, labels, share, 0)
+
+
+def test_fractions_are_told_apart_in_words():
+    assert [grid.fraction_text(f, "behaviour_cloning") for f in (1, 0.05, 0)] == [
+        "1 rows",
+        "0.05",
+        "0 rows",
+    ]
+    assert [grid.fraction_text(f) for f in (1, 1.0, 0.05, 0.25, 10)] == [
+        "1/class",
+        "1.0",
+        "0.05",
+        "0.25",
+        "10/class",
+    ]
+
+
+# ---------------------------------------------------------------- draws
+
+
+def searching(job: Job, search: dict, count: int = 400, seed: int = 0) -> Job:
+    return changed(
+        changed(changed(job, "seed", seed), "fanout.search", search), "fanout.trials", count
+    )
+
+
+def test_draws_are_log_uniform_within_their_range(world):
+    low, high = 1e-4, 1e-1
+    found = np.array([draw["lr"] for draw in grid.draws(searching(world[0], {"lr": [low, high]}))])
+    place = (np.log(found) - math.log(low)) / (math.log(high) - math.log(low))
+    assert place.min() > -1e-6 and place.max() < 1 + 1e-6 and len(set(found)) == 400
+    counts = np.histogram(place, bins=10, range=(0, 1))[0]
+    assert ((counts - 40) ** 2 / 40).sum() < 27.9  # chi square, 9 degrees of freedom, p = 0.001
+
+
+def test_draws_of_choices_and_whole_numbers(world):
+    found = grid.draws(
+        searching(world[0], {"weight_decay": [0.0, 0.1, 0.5], "global_batch": [8, 64]})
+    )
+    assert (
+        set(Counter(d["weight_decay"] for d in found)) == {0.0, 0.1, 0.5}
+        and min(Counter(d["weight_decay"] for d in found).values()) > 90
+    )
+    assert all(isinstance(d["global_batch"], int) and 8 <= d["global_batch"] <= 64 for d in found)
+    Train.model_validate(found[0])
+
+
+def test_draws_come_from_the_jobs_seed_alone(world):
+    """No cell, source or technique enters: scratch is searched over the same draws."""
+    search = {"lr": [1e-4, 1e-1]}
+    assert grid.draws(searching(world[0], search)) == grid.draws(searching(world[0], search))
+    assert grid.draws(searching(world[0], search)) != grid.draws(
+        searching(world[0], search, seed=1)
+    )
+    assert (
+        grid.draws(searching(world[0], search, count=5))
+        == grid.draws(searching(world[0], search, count=9))[:5]
+    )
+    assert grid.draws(world[0]) == [{}]
+
+
+# ---------------------------------------------------------------- cells
+
+
+def bases_of(*names):
+    modality = {"name": "image", "options": {}, "state": {}}
+    return grid.bases(
+        {
+            name: (
+                {"name": f"timm/{arch}", "options": {}, "inputs": {}},
+                {**modality, "state": {"mean": [mean]}},
+            )
+            for name, arch, mean in names
+        }
+    )
+
+
+def test_sources_that_read_alike_share_one_scratch(world):
+    found = bases_of(("a", "r", 0.5), ("b", "r", 0.5), ("c", "r", 0.1), ("d", "v", 0.5))
+    assert [base.sources for base in found] == [("a", "b"), ("c",), ("d",)]
+    assert [base.label for base in found] == ["timm/r@a", "timm/r@c", "timm/v"]
+    assert len({base.key for base in found}) == 3
+    job = changed(world[0], "targets.task.label_fractions", [0.1, 1.0])
+    cells = grid.cells(job, "task", found, {"a", "b", "c"})
+    assert all(
+        base.label != "timm/v" for base, *_ in cells
+    )  # no chosen source, so no scratch either
+    scratch = Counter(
+        (base.label, fraction) for base, source, plug, fraction in cells if source == grid.SCRATCH
+    )
+    assert scratch == {
+        (label, fraction): 1 for label in ("timm/r@a", "timm/r@c") for fraction in (0.1, 1.0)
+    }
+    assert Counter(source for _, source, _, _ in cells) == {"none": 4, "a": 6, "b": 6, "c": 6}
+
+
+def test_scratch_is_always_there_and_first(world):
+    job = changed(world[0], "techniques", [{"name": "full"}])
+    assert [plug.name for plug in grid.techniques(job, job.targets["task"])] == [
+        "scratch",
+        "full",
+    ]
+    job = changed(world[0], "targets.task.techniques", [{"name": "lp_ft"}, {"name": "scratch"}])
+    assert [plug.name for plug in grid.techniques(job, job.targets["task"])] == [
+        "scratch",
+        "lp_ft",
+    ]
+    job = changed(world[0], "targets.task.techniques", [{"name": "random_probe"}, {"name": "full"}])
+    assert [plug.name for plug in grid.techniques(job, job.targets["task"])] == [
+        "scratch",
+        "random_probe",
+        "full",
+    ]
+
+
+def test_a_probe_of_random_weights_starts_where_scratch_does_and_moves_the_head_alone(world):
+    job, shared = world
+    found = {name: trial_of(job, shared, name) for name in ("scratch", "random_probe")}
+    start, kept = (one_trial.build(one, shared)[0].backbone.state_dict() for one in found.values())
+    assert all(torch.equal(start[name], kept[name]) for name in start)
+    record = one_trial.run(found["random_probe"], shared)
+    task = one_trial.build(found["random_probe"], shared)[0]
+    assert record["rows"][0]["params_trained"] == sum(
+        p.numel() for p in task.objective.parameters()
+    )
+    assert cached_heads.batchable([found["random_probe"]], shared) and not cached_heads.batchable(
+        [found["scratch"]], shared
+    )
+
+
+# ---------------------------------------------------------------- seeds and what a trial is made of
+
+
+def test_a_seed_changes_initialisation_order_and_subset(world):
+    job, shared = world
+    seen = []
+    for seed in range(3):
+        one = trial_of(job, shared, "full", fraction=0.5, seed=seed)
+        task, moved, start = one_trial.build(one, shared)
+        train, rows, _ = one_trial.resolved(one, shared)
+        plan = one_trial.order_of(one, shared, train, rows)
+        ids = rows.selection.ids(np.arange(len(rows)))
+        seen.append(
+            (
+                start,
+                tuple(plan.batch(0)[0]),
+                tuple(ids),
+                task.objective.head.weight.detach().clone(),
+                task.backbone.state_dict(),
+            )
+        )
+        assert moved.endswith("; head new") and "0 new, 0 dropped" in moved
+    for part in range(3):
+        assert len({row[part] for row in seen}) == 3
+    assert not torch.equal(seen[0][3], seen[1][3])
+    assert all(
+        torch.equal(a, b) for a, b in zip(seen[0][4].values(), seen[1][4].values(), strict=True)
+    )  # the source's weights are one
+
+
+def test_the_same_trial_starts_the_same(world):
+    job, shared = world
+    for technique in ("full", "scratch"):
+        one = trial_of(job, shared, technique)
+        assert one_trial.build(one, shared)[2] == one_trial.build(one, shared)[2]
+
+
+def test_scratch_starts_from_nothing_of_the_source(world):
+    job, shared = world
+    starts = [
+        one_trial.build(trial_of(job, shared, "scratch", seed=seed), shared) for seed in range(2)
+    ]
+    assert starts[0][1] == "backbone and head new (scratch)" and starts[0][2] != starts[1][2]
+    matrices = [name for name, p in starts[0][0].backbone.named_parameters() if p.dim() > 1]
+    for name in matrices:
+        own, source = (
+            starts[0][0].backbone.state_dict()[name],
+            torch.from_numpy(shared.weights["src"][name]),
+        )
+        assert not torch.equal(own, source)
+        assert not torch.equal(own, starts[1][0].backbone.state_dict()[name])
+
+
+def test_the_head_of_a_seed_is_the_same_for_every_technique(world):
+    """Paired by seed: scratch and full differ by their backbone alone."""
+    job, shared = world
+    heads = [
+        one_trial.build(trial_of(job, shared, technique, seed=4), shared)[0].objective.head.weight
+        for technique in ("scratch", "full", "linear_probe")
+    ]
+    assert all(torch.equal(heads[0], head) for head in heads)
+
+
+def test_the_batch_is_never_larger_than_the_rows(world):
+    job, shared = world
+    train, rows, steps = one_trial.resolved(trial_of(job, shared, "full", fraction=2), shared)
+    assert len(rows) == 6 and train.global_batch == 6 and steps == 12
+    train, rows, steps = one_trial.resolved(
+        trial_of(job, shared, "full", {"lr": 0.5, "global_batch": 7}), shared
+    )
+    assert (train.lr, train.global_batch, len(rows)) == (0.5, 7, 60)
+    assert one_trial.resolved(trial_of(job, shared, "linear_probe"), shared)[0].augment is False
+    assert one_trial.resolved(trial_of(job, shared, "full"), shared)[0].augment is True
+
+
+# ---------------------------------------------------------------- a trial runs
+
+
+def test_a_trial_writes_what_truly_ran(world, paths, tmp_path):
+    job, _ = world
+    shared = shared_of(tmp_path, job, paths, keep_bundles=True)
+    one = trial_of(job, shared, "lp_ft", {"lr": 0.004}, fraction=0.5, seed=2)
+    record = one_trial.run(one, shared)
+    rows = record["rows"]
+    assert {(row["split"], row["metric"]) for row in rows} == {
+        (s, m) for s in ("test", "validation") for m in ("accuracy", "macro_f1", "loss")
+    }
+    first = rows[0]
+    assert (
+        first["split"],
+        first["metric"],
+        first["status"],
+        first["steps"],
+        first["n_train"],
+        first["n_eval"],
+        first["n_units"],
+    ) == ("test", "accuracy", "done", 12, 30, 24, 24)
+    assert (
+        first["hyper_parameters"]["lr"] == 0.004 and first["hyper_parameters"]["global_batch"] == 16
+    )
+    task, _, start = one_trial.build(one, shared)
+    assert first["hyper_parameters"]["start_weights"] == start and first["params_trained"] == sum(
+        p.numel() for p in task.parameters()
+    )
+    assert (
+        first["value_low"] <= first["value"] <= first["value_high"]
+        and first["interval"] == "95% bootstrap over test rows"
+    )
+    assert one_trial.read_record(shared.root, one.id)["trial_id"] == one.id
+    run = one_trial.read_predictions(shared.root, one.id, 2)
+    assert run is not None and run.rows.tolist() == list(range(24))
+    assert (
+        run.predictions["scores"].argmax(1) == run.predictions["label"]
+    ).mean() == pytest.approx(first["value"])
+    from pipeline.checkpoints import bundle
+
+    again = bundle.load(first["bundle_uri"]).task()
+    assert list(again.objective.state["labels"]) == ["class 0", "class 1", "class 2"]
+    assert one_trial.weights_hash(again) != start
+
+
+class Killed(Exception):  # noqa: N818 - a stand-in for a kill, not an error
+    pass
+
+
+def killed_after(steps: int):
+    """Called at every step that a trial takes; ends it at one of them."""
+    taken = iter(range(1, 10**6))
+
+    def alive():
+        if next(taken) == steps:
+            raise Killed
+
+    return alive
+
+
+def without_time(record: dict) -> dict:
+    """A record but for what is another every time, and for where it lies."""
+    rows = [
+        {
+            name: value
+            for name, value in row.items()
+            if name not in ("seconds", "started_at", "bundle_uri")
+        }
+        for row in record["rows"]
+    ]
+    return {**record, "rows": rows, "resumed_from": None}
+
+
+@pytest.mark.parametrize("technique", ["full", "lp_ft", "scratch", "linear_probe"])
+def test_a_trial_that_was_killed_goes_on_bit_for_bit(paths, tmp_path, technique):
+    """As a source does, by the same resume points, in the trial's own folder; they go when the
+    record is written.
+    """
+    job = job_of(
+        tmp_path,
+        paths,
+        {"checkpoint_every_steps": 4, "eval_every_steps": 3, "ema": 0.9, "trace_rows": True},
+    )
+    whole, parts = (
+        shared_of(tmp_path, job, paths, root=root, keep_bundles=True) for root in ("whole", "parts")
+    )
+    one = trial_of(job, whole, technique)
+    want = one_trial.run(one, whole)
+    with pytest.raises(Killed):
+        one_trial.run(one, parts, alive=killed_after(7))
+    points = Path(one_trial.checkpoints(parts, one))
+    assert sorted(p.name for p in points.iterdir()) == ["step-0000000004"]
+    torch.manual_seed(12345)  # the process that goes on has a random state of its own
+    taken = []
+    found = one_trial.run(one, parts, alive=lambda: taken.append(1))
+    assert found["resumed_from"] == 4 and len(taken) == 12 - 4 and want["resumed_from"] == 0
+    assert without_time(found) == without_time(want) and not points.exists()
+    weights = [bundle.load(record["rows"][0]["bundle_uri"]).tensors for record in (found, want)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
+    logs = [
+        [
+            json.loads(line)
+            for line in Path(one_trial.folder(world, one), "metrics.jsonl").read_text().splitlines()
+        ]
+        for world in (parts, whole)
+    ]
+    assert [line["step"] for line in logs[0]] == [line["step"] for line in logs[1]], (
+        "no step stands twice"
+    )
+    traces = [
+        {
+            line["step"]: line["rows"]
+            for line in map(
+                json.loads,
+                Path(one_trial.folder(world, one), "rows-rank0.jsonl").read_text().splitlines(),
+            )
+        }
+        for world in (parts, whole)
+    ]
+    assert traces[0] == traces[1] and sorted(traces[0]) == list(range(12)), (
+        "trace_rows: every step's rows, as for a source"
+    )
+
+
+def test_a_trial_that_failed_keeps_its_resume_points_for_the_next_run(paths, tmp_path):
+    job = job_of(tmp_path, paths, {"checkpoint_every_steps": 4})
+    shared = shared_of(tmp_path, job, paths)
+    one = trial_of(job, shared, "full")
+    with pytest.raises(Killed):
+        one_trial.run(one, shared, alive=killed_after(7))
+    one_trial.failed(one, shared, "the trial's process died")
+    assert Path(one_trial.checkpoints(shared, one), "step-0000000004").exists()
+    one_trial.failed(one, shared, "stopped early by asha", "pruned")
+    assert not Path(one_trial.checkpoints(shared, one)).exists()
+
+
+def streamed(job: Job, shared, paths) -> None:
+    """The target's rows read from their files as the trials of ``shared`` go on."""
+    ((place, data),) = shared.targets.items()
+    shared.targets[place] = dataclasses.replace(
+        data, train=dataclasses.replace(data.train, arrays=None)
+    )
+
+
+@pytest.mark.parametrize(("shuffle", "most"), [("auto", 2.0), ("blocks", 2.0), ("rows", None)])
+def test_a_target_beyond_memory_is_shuffled_by_the_sources_rule(
+    tmp_path, monkeypatch, shuffle, most
+):
+    """How often its file is read in an epoch: a full permutation of rows in many row groups reads
+    each of them again and again.
+    """
+    paths = image_files(tmp_path / "data", {"train": 512, "validation": 8, "test": 8})
+    job = changed(
+        job_of(tmp_path, paths, {"steps": None, "epochs": 1.0, "global_batch": 8}),
+        "targets.task.data.shuffle",
+        shuffle,
+    )
+    shared = shared_of(tmp_path, job, paths)
+    streamed(job, shared, paths)
+    monkeypatch.setattr(
+        "pipeline.train.pretrain.ROWS_SHUFFLE_BYTES", 0
+    )  # as if the files were larger than what is read as single rows
+    monkeypatch.setattr(
+        "pipeline.data.loader.READER_BYTES", 1 << 17
+    )  # and a reader kept few of the 32 row groups
+    monkeypatch.setattr("pipeline.data.stream.ITEM_ROWS", (8, 8))
+    reads = Counter()
+    original = manifest.pq.ParquetFile.read_row_group
+
+    def counted(self, number, *args, **words):
+        reads.update([number])
+        return original(self, number, *args, **words)
+
+    monkeypatch.setattr(manifest.pq.ParquetFile, "read_row_group", counted)
+    one_trial.run(trial_of(job, shared, "full", stage="search"), shared)
+    epochs = sum(reads.values()) / len(reads)
+    assert len(reads) == 32 and (epochs < most if most else epochs > 5), (
+        f"each row group is read {epochs:.1f} times an epoch"
+    )
+
+
+def test_a_search_trial_never_reads_the_test_rows(world, paths, tmp_path):
+    job, _ = world
+    shared = shared_of(tmp_path, job, paths)
+    data = next(iter(shared.targets.values()))
+    data.test = None  # type: ignore[assignment]
+    record = one_trial.run(trial_of(job, shared, "full", stage="search"), shared)
+    assert {row["split"] for row in record["rows"]} == {"validation"} and all(
+        "value_low" not in row for row in record["rows"]
+    )
+
+
+def test_a_failed_trial_has_its_row(world, paths, tmp_path):
+    job, _ = world
+    shared = shared_of(tmp_path, job, paths)
+    one = trial_of(job, shared, "full", {"lr": 0.7})
+    record = one_trial.failed(one, shared, "OutOfMemoryError: no more")
+    assert one_trial.read_record(shared.root, one.id) == record
+    assert [
+        (row["status"], row["error"], row["hyper_parameters"]["lr"]) for row in record["rows"]
+    ] == [("failed", "OutOfMemoryError: no more", 0.7)]
+
+
+def test_boxes_of_a_checkpoint_that_reads_cropped_images_are_refused(tmp_path, paths):
+    """The job says nothing of how a checkpoint's images are read: it is known when the target's
+    are.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from pipeline.transfer import targets
+
+    boxed = {}
+    for split, path in paths.items():
+        table = pq.read_table(path)
+        boxed[split] = str(tmp_path / f"{split}.parquet")
+        pq.write_table(
+            table.append_column(
+                "boxes", pa.array([[[0.1, 0.1, 0.9, 0.9]]] * len(table))
+            ).append_column("kinds", pa.array([[1]] * len(table))),
+            boxed[split],
+        )
+    job = job_of(
+        tmp_path,
+        paths,
+        data={
+            **boxed,
+            "modality": "image",
+            "columns": {"image": "picture", "boxes": "boxes", "labels": "kinds"},
+        },
+        objective="detection",
+    )
+    stage, options = targets.stage(job, "task"), {"size": 32, "channels": 3}
+    crops, pads = (
+        grid.bases(
+            {
+                "src": (
+                    {
+                        "name": "timm/test_resnet",
+                        "options": {},
+                        "inputs": {"channels": 3, "size": 32},
+                    },
+                    {
+                        "name": "image",
+                        "options": {**options, "fit": fit},
+                        "state": {"mean": [0.5] * 3, "std": [0.2] * 3},
+                    },
+                )
+            }
+        )[0]
+        for fit in ("crop", "pad")
+    )
+    with pytest.raises(ValueError, match=r"data\.modality: fit: crop cuts away .* say fit: pad"):
+        targets.prepare(stage, crops)
+    assert len(targets.prepare(stage, pads).train) == 60
+
+
+def test_a_crop_share_of_a_target_is_for_rows_that_are_cropped(tmp_path, paths):
+    """What a target itself says is refused; a share that it inherits from its source and that its
+    own fit has no use for is not.
+    """
+    from pipeline.transfer import targets
+
+    def stage(**options):
+        data = {
+            **paths,
+            "modality": {"image": options},
+            "columns": {"image": "picture", "label": "class"},
+        }
+        return targets.stage(job_of(tmp_path, paths, data=data), "task")
+
+    def base(**options):
+        modality = {
+            "name": "image",
+            "options": {"size": 32, "channels": 3, **options},
+            "state": {"mean": [0.5] * 3, "std": [0.2] * 3},
+        }
+        return grid.bases(
+            {
+                "src": (
+                    {
+                        "name": "timm/test_resnet",
+                        "options": {},
+                        "inputs": {"channels": 3, "size": 32},
+                    },
+                    modality,
+                )
+            }
+        )[0]
+
+    with pytest.raises(
+        ValueError,
+        match=r"targets\.task\.data\.modality: crop_share 0\.5 has no effect with fit: squash",
+    ):
+        targets.reading_of(stage(crop_share=0.5), base(fit="squash"))
+    assert targets.reading_of(stage(fit="pad"), base(crop_share=0.9)).modality.options.fit == "pad"
+
+
+@pytest.mark.parametrize(
+    ("objective", "technique", "in_memory", "batch"),
+    [
+        ("classification", "linear_probe", True, (None, 9)),
+        ("classification", "linear_probe", False, (60.0, 64)),
+        ("classification", "full", True, (60.0, 64)),
+        ("ctc", "linear_probe", True, (60.0, 64)),
+        ("ctc", "full", True, (60.0, 64)),
+    ],
+)
+def test_rows_are_read_by_cost_unless_features_of_one_length_are_kept(
+    objective, technique, in_memory, batch, tmp_path
+):
+    """Recognition has no features computed once: one long row among short ones must not be padded
+    to by a batch of many.
+    """
+    pq.write_table(pa.table({"x": list(range(100))}), tmp_path / "rows.parquet")
+    costs = np.where(np.arange(100) % 10, 4.0, 30.0)  # 6.6 on average
+    decoder = SimpleNamespace(size=len)
+    rows = Rows(
+        manifest.Selection(manifest.build(str(tmp_path / "rows.parquet"), "auto", str(tmp_path))),
+        decoder,
+        costs=costs,
+    )
+    train = Train.model_validate({"batch_cost": 60.0, "steps": 5})
+    spec = SimpleNamespace(train=train, workers=0, data=SimpleNamespace(shuffle="auto"))
+    data = SimpleNamespace(
+        train=rows, labels=None, spec=spec, objective={"name": objective}, in_memory=in_memory
+    )
+    shared = SimpleNamespace(targets={("task", "base"): data}, seed=0)
+    plug = Plug.model_validate(technique)
+    one = grid.Trial("src", "base", "base", "task", plug, {}, 1.0, 0, "final", "id")
+    found, _, steps = one_trial.resolved(one, shared)
+    assert (
+        (found.batch_cost, found.global_batch) == batch
+        and steps == 5
+        and found.augment == (technique == "full")
+    )

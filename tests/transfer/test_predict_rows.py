@@ -1,0 +1,346 @@
+"""What stands beside predictions (file, id, columns asked for, names of classes), and rows whose
+columns have another type.
+"""
+
+import json
+import os
+import stat
+
+import numpy as np
+import PIL.Image
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from toys import (
+    SMALL,
+    episodes,
+    event_rows,
+    label_state,
+    table_rows,
+    task_of,
+    text_modality,
+    trajectory_rows,
+)
+from typer.testing import CliRunner
+
+from pipeline import cli
+from pipeline.checkpoints import bundle
+from pipeline.data import manifest
+from pipeline.modalities.audio import Audio, AudioOptions
+from pipeline.modalities.image import Image, ImageOptions
+from pipeline.train.progress import Progress
+from pipeline.transfer import predict
+
+PIXELS = {
+    "name": "image",
+    "options": {"size": 16, "channels": 1},
+    "state": {"mean": [0.5], "std": [0.2]},
+}
+
+
+def image_bundle(folder) -> str:
+    task = task_of("timm/test_resnet", {"channels": 1, "size": 16}, "classification", label_state())
+    bundle.save(str(folder / "bundle"), task, PIXELS, columns={"image": "image", "label": "label"})
+    return str(folder / "bundle")
+
+
+def picture(path, seed: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    PIL.Image.fromarray(
+        np.random.default_rng(seed).integers(0, 256, (16, 16), dtype=np.uint8)
+    ).save(path)
+
+
+@pytest.mark.ray
+def test_predictions_of_a_folder_name_their_files_and_those_of_rows_keep_what_is_asked_for(
+    tmp_path,
+):
+    """The way from a prediction to its file lay in a hidden folder."""
+    uri = image_bundle(tmp_path)
+    names = [f"ward/{letter}.png" for letter in "cab"]
+    for seed, name in enumerate(names):
+        picture(tmp_path / "photos" / name, seed)
+    run = CliRunner()
+    said = run.invoke(
+        cli.app, ["predict", uri, str(tmp_path / "photos"), "-o", str(tmp_path / "out")]
+    )
+    assert said.exit_code == 0, said.output
+    assert (
+        "probabilities are of the classes, in this order: class 0, class 1, class 2"
+        in said.output.replace("\n", " ")
+    )
+    found = pq.read_table(tmp_path / "out" / "part-00000.parquet")
+    assert found["file"].to_pylist() == sorted(str(tmp_path / "photos" / name) for name in names)
+    assert json.loads(found.schema.metadata[b"classes"]) == ["class 0", "class 1", "class 2"]
+    files = [(tmp_path / "photos" / name).read_bytes() for name in names]
+    rows = pa.table(
+        {
+            "image": files,
+            "id": pa.array([7, None, 9], pa.int64()),
+            "seen": pa.array([1, 2, None], pa.timestamp("s")),
+            "tags": pa.array([["a"], [], None], pa.list_(pa.string())),
+        }
+    )
+    pq.write_table(rows, tmp_path / "rows.parquet")
+    rows = pq.read_table(tmp_path / "rows.parquet")
+    words = ["predict", uri, str(tmp_path / "rows.parquet"), "-o", str(tmp_path / "kept")]
+    assert run.invoke(cli.app, [*words, "--keep", "seen, tags"]).exit_code == 0
+    kept = pq.read_table(tmp_path / "kept" / "part-00000.parquet")
+    for name in ("id", "seen", "tags"):
+        assert (
+            kept.schema.field(name).type == rows.schema.field(name).type
+            and kept[name].to_pylist() == rows[name].to_pylist()
+        )
+    assert "file" not in kept.column_names and {
+        "row",
+        "prediction",
+        "probabilities",
+        "error",
+    } <= set(kept.column_names)
+    assert run.invoke(cli.app, [*words, "--keep", "tags"]).exit_code == 2, (
+        "other columns are other predictions"
+    )
+    pq.write_table(
+        rows.append_column("prediction", pa.array(["a", "b", "c"])), tmp_path / "taken.parquet"
+    )
+    taken = run.invoke(
+        cli.app,
+        [
+            "predict",
+            uri,
+            str(tmp_path / "taken.parquet"),
+            "-o",
+            str(tmp_path / "taken"),
+            "--keep",
+            "prediction",
+        ],
+    )
+    assert taken.exit_code == 0, taken.output
+    found = pq.read_table(tmp_path / "taken" / "part-00000.parquet")
+    assert found["input_prediction"].to_pylist() == ["a", "b", "c"], (
+        "the rows' own, beside the model's"
+    )
+    assert found["prediction"].to_pylist() == kept["prediction"].to_pylist()
+
+
+@pytest.mark.ray
+def test_an_error_in_a_data_worker_is_one_line(tmp_path):
+    """It came with Ray's account of the way that it took, 90 lines of it."""
+    from pipeline.data.plan import Item
+    from pipeline.data.stream import DataWorkers, map_blocks
+    from pipeline.train import launch
+
+    class Refusing:
+        def __call__(self, item):
+            raise ValueError("column x: what is wrong")
+
+    try:
+        launch.start(None, False)
+        with pytest.raises(ValueError, match=r"^column x: what is wrong$") as caught:
+            list(map_blocks(Refusing(), [Item(-1, 0, 1)], DataWorkers(1)))
+        assert type(caught.value) is ValueError
+    finally:
+        launch.stop()
+
+
+def modalities():
+    return {
+        "image": (Image(ImageOptions(**PIXELS["options"]), PIXELS["state"]), "timm/test_resnet"),
+        "text": (text_modality(), "transformers/bert"),
+        "audio": (
+            Audio(
+                AudioOptions(mels=20), {"features": "mel", "mean": [0.0] * 20, "std": [1.0] * 20}
+            ),
+            "torchaudio/deepspeech2",
+        ),
+        "table": (table_rows(8).modality, "table/ft_transformer"),
+        "events": (event_rows(8).modality, "events/gru"),
+        "trajectory": (trajectory_rows(4).modality, "policy/mlp"),
+    }
+
+
+NUMBERS = pa.array([1.5, 2.5])
+LISTS = {"times": pa.array([[1.0]]), "variables": pa.array([["v0"]]), "values": pa.array([[1.0]])}
+
+
+@pytest.mark.parametrize(
+    ("name", "columns", "said"),
+    [
+        (
+            "image",
+            {"image": NUMBERS},
+            r"column image holds double, and this bundle's image needs images: their files' "
+            r"bytes \(binary\), their paths",
+        ),
+        (
+            "image",
+            {"image": pa.array([{"pixels": 1}])},
+            r"column image holds struct<pixels: int64>, and this bundle's image needs images",
+        ),
+        (
+            "text",
+            {"text": pa.array([1, 2])},
+            r"column text holds int64, and this bundle's text needs texts \(string or binary\) "
+            r"or lists of words",
+        ),
+        (
+            "audio",
+            {"audio": NUMBERS},
+            "column audio holds double, and this bundle's audio needs recordings",
+        ),
+        (
+            "audio",
+            {"audio": pa.array([b"x"]), "start": pa.array(["0"])},
+            "column start holds string, and this bundle's start needs seconds, a number",
+        ),
+        (
+            "table",
+            {"features": pa.array([1, 2])},
+            "column features holds int64, .* needs a struct .* onetomany prepare table "
+            ".*rows.parquet -o FOLDER",
+        ),
+        (
+            "table",
+            {"features": pa.array([{"Age": "old"}])},
+            "column features holds struct<Age: string>, and this bundle's features needs "
+            "numbers in its field Age",
+        ),
+        (
+            "table",
+            {"Age": pa.array([50]), "Gender": pa.array(["male"])},
+            "has no column 'features' with the features as a struct; columns are Age, Gender. "
+            "Plain tables are brought into this form by: onetomany prepare table ",
+        ),
+        (
+            "events",
+            {**LISTS, "values": pa.array([["a"]])},
+            "column values holds list<.*: string>, and this bundle's values needs lists of numbers",
+        ),
+        (
+            "events",
+            {**LISTS, "times": pa.array([1.0])},
+            "column times holds double, and this bundle's times needs lists of numbers",
+        ),
+        (
+            "trajectory",
+            {"observations": pa.array([[1.0]])},
+            "column observations holds list<.*double>, .* needs lists, one entry a step, of "
+            "lists of numbers",
+        ),
+    ],
+)
+def test_a_column_of_another_type_is_one_line_before_anything_starts(name, columns, said, tmp_path):
+    modality, backbone = modalities()[name]
+    options = SMALL if name == "text" else {}
+    task = task_of(backbone, modality.inputs(), "classification", label_state(), **options)
+    roles = {
+        role: role
+        for role in (*modality.roles, *columns)
+        if role in (*modality.roles, *modality.optional_roles)
+    }
+    bundle.save(
+        str(tmp_path / "b"),
+        task,
+        {"name": name, "options": modality.options.model_dump(), "state": modality.state},
+        columns=roles,
+    )
+    pq.write_table(pa.table(columns), tmp_path / "rows.parquet")
+    with pytest.raises(ValueError, match=said) as caught:
+        predict.predict(
+            str(tmp_path / "b"),
+            [str(tmp_path / "rows.parquet")],
+            str(tmp_path / "out"),
+            {},
+            "auto",
+            Progress(),
+        )
+    assert "\n" not in str(caught.value) and str(tmp_path / "rows.parquet") in str(caught.value)
+    assert not (tmp_path / "out" / "_predictions.json").exists()
+
+
+@pytest.mark.parametrize("name", ["image", "text", "audio", "table", "events", "trajectory"])
+def test_columns_of_training_suit(name):
+    modality, _ = modalities()[name]
+    table = {
+        "image": pa.table({"image": [b""]}),
+        "text": pa.table({"text": [["a"]], "text_pair": ["b"]}),
+        "audio": pa.table({"audio": [{"bytes": b"", "path": ""}], "start": [1], "seconds": [1.5]}),
+        "table": None,
+        "events": None,
+        "trajectory": episodes(3),
+    }[name]
+    if table is None:
+        from toys import stays
+
+        table = stays(3)
+        if name == "table":
+            table = pa.table({"features": table["static"]})
+    for role in (*modality.roles, *modality.optional_roles):
+        if role in table.column_names:
+            assert modality.needed_type(role, table.schema.field(role).type) == ""
+
+
+def test_what_is_to_be_kept_must_be_there(tmp_path):
+    modality = modalities()["image"][0]
+    pq.write_table(
+        pa.table({"image": [b""], "id": [1], "error": [2], "weight": [0.5]}),
+        tmp_path / "rows.parquet",
+    )
+    found = manifest.build([str(tmp_path / "rows.parquet")], "auto", str(tmp_path / "imports"))
+    assert predict._kept(modality, {"image": "image"}, found, ("weight",), "rows") == {
+        "id": "id",
+        "weight": "weight",
+    }
+    with pytest.raises(
+        ValueError,
+        match="--keep hospital: rows has no such column; columns are image, id, error, weight",
+    ):
+        predict._kept(modality, {"image": "image"}, found, ("hospital",), "rows")
+    assert predict._kept(modality, {"image": "image"}, found, ("error",), "rows") == {
+        "id": "id",
+        "error": "error",
+    }
+
+
+def test_a_kept_column_that_is_called_as_a_prediction_is_stands_as_an_input():
+    """The transcript of a row stands beside the one that was heard; no block is computed first to
+    find that the names are the same.
+    """
+    predictions = pa.table({"row": [0, 1], "text": ["herd", "word"], "error": ["", ""]})
+    rows = pa.table({"text": ["heard", "word"], "input_text": ["a", "b"], "speaker": [5, 6]})
+    found = predict._with_kept(predictions, rows, {name: name for name in rows.column_names}, None)
+    assert found.column_names == [
+        "row",
+        "input_input_text",
+        "input_text",
+        "speaker",
+        "text",
+        "error",
+    ]
+    assert found["input_input_text"].to_pylist() == ["heard", "word"] and found[
+        "input_text"
+    ].to_pylist() == ["a", "b"]
+    assert found["text"].to_pylist() == ["herd", "word"]
+
+
+def test_weights_are_readable_by_the_group(tmp_path):
+    """safetensors writes 0600: a colleague could not open a bundle or an export."""
+    before = os.umask(0o027)
+    try:
+        uri = image_bundle(tmp_path)
+        predict.export(uri, str(tmp_path / "out"), "hugging-face", False)
+        predict.export(uri, str(tmp_path / "weights.safetensors"), "state-dict", False)
+        predict.export(uri, str(tmp_path / "copy"), "bundle", False)
+    finally:
+        os.umask(before)
+    places = [
+        "bundle/weights.safetensors",
+        "bundle/manifest.json",
+        "out/model.safetensors",
+        "out/head.safetensors",
+        "weights.safetensors",
+        "copy/weights.safetensors",
+    ]
+    assert {
+        place: oct(stat.S_IMODE((tmp_path / place).stat().st_mode)) for place in places
+    } == dict.fromkeys(places, "0o640")

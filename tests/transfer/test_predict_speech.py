@@ -1,0 +1,431 @@
+"""Predictions on recordings: pieces keep their place, broken rows their reason, and subtitles stand
+where words were said.
+"""
+
+import io
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import soundfile
+import torch
+from toys import label_state, task_of
+from typer.testing import CliRunner
+
+from pipeline import cli
+from pipeline.checkpoints import bundle
+from pipeline.checkpoints.bundle import BundleError
+from pipeline.config import registry
+from pipeline.core.contracts import Batch
+from pipeline.data import manifest
+from pipeline.data.manifest import Selection
+from pipeline.data.plan import Item
+from pipeline.io import storage
+from pipeline.modalities.audio import Audio, AudioOptions
+from pipeline.objectives.ctc import CTC, CTCOptions
+from pipeline.transfer import predict
+
+RATE, TONE, GAP, PAUSE = 16000, 0.12, 0.06, 0.3
+"""A letter is a tone of its own, with silence behind it, and more behind a word."""
+TONES = {"A": 400.0, "B": 800.0, "C": 1600.0, "D": 3200.0}
+SMALL = {"hidden": 32, "channels": 32, "kernels": [11], "strides": [2], "layers": 1}
+MELS = {"mels": 20}
+
+
+def sound(
+    text: str, seed: int = 0, lead: float = 0.2
+) -> tuple[np.ndarray, list[tuple[str, float, float]]]:
+    """(n,) float32 of a text in tones, and each word with the seconds in which it sounds."""
+    rng = np.random.default_rng(seed)
+    parts, words, at = [np.zeros(int(lead * RATE))], [], lead
+    for word in text.split():
+        begin = at
+        for letter in word:
+            parts += [
+                0.3 * np.sin(2 * np.pi * TONES[letter] * np.arange(int(TONE * RATE)) / RATE),
+                np.zeros(int(GAP * RATE)),
+            ]
+            at += TONE + GAP
+        words.append((word, begin, at - GAP))
+        parts.append(np.zeros(int(PAUSE * RATE)))
+        at += PAUSE
+    samples = np.concatenate(parts)
+    return (samples + 0.003 * rng.standard_normal(len(samples))).astype(np.float32), words
+
+
+def texts(n: int, seed: int, words: int = 3) -> list[str]:
+    rng = np.random.default_rng(seed)
+    return [
+        " ".join(
+            "".join(rng.choice(list(TONES), rng.integers(1, 4)))
+            for _ in range(rng.integers(1, words + 1))
+        )
+        for _ in range(n)
+    ]
+
+
+def encoded(samples: np.ndarray, kind: str = "WAV") -> bytes:
+    sink = io.BytesIO()
+    soundfile.write(sink, samples, RATE, format=kind)
+    return sink.getvalue()
+
+
+def save(folder, steps: int = 0) -> str:
+    """A bundle that recognises tones, after so many steps of training."""
+    said = texts(96, 1)
+    heard = pa.table(
+        {"sound": [encoded(sound(text, i)[0]) for i, text in enumerate(said)], "said": said}
+    )
+    options, columns = AudioOptions(**MELS), {"audio": "sound", "transcript": "said"}
+    modality = Audio(
+        options, Audio.fit(options, heard.slice(0, 32), columns, "torchaudio/deepspeech2")
+    )
+    state = CTC.fit(CTCOptions(), heard, columns)
+    state = CTC.suit(
+        state, task_of("torchaudio/deepspeech2", modality.inputs(), "ctc", state, **SMALL).backbone
+    )
+    task = task_of("torchaudio/deepspeech2", modality.inputs(), "ctc", state, **SMALL, dropout=0.0)
+    optimizer = torch.optim.Adam(task.parameters(), 0.005)
+    arrays = {**modality.decode(heard, columns)[0], **CTC.encode(heard, columns, state)}
+    assert not any(CTC.refused(heard, columns, state)) and not any(
+        CTC.unlearnable(heard, columns, state, arrays) or ()
+    )
+    for step in range(steps):
+        rows = np.random.default_rng(step).choice(len(said), 16, replace=False)
+        batch = modality.finish(
+            Batch(
+                rows,
+                torch.from_numpy(rows),
+                modality.collate({name: array[rows] for name, array in arrays.items()}),
+            )
+        )
+        optimizer.zero_grad()
+        total, count, _ = task(batch)
+        (total / count).backward()
+        torch.nn.utils.clip_grad_norm_(task.parameters(), 1.0)
+        optimizer.step()
+    named = {"name": "audio", "options": options.model_dump(), "state": modality.state}
+    bundle.save(str(folder / "bundle"), task.eval(), named, columns=columns)
+    return str(folder / "bundle")
+
+
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory) -> str:
+    return save(tmp_path_factory.mktemp("untrained"))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> str:
+    return save(tmp_path_factory.mktemp("trained"), 200)
+
+
+def found(uri: str, table: pa.Table, folder, **columns: str) -> list[pa.Table]:
+    """What is written of the table, in items of three rows."""
+    folder.mkdir(exist_ok=True)
+    pq.write_table(table, folder / "rows.parquet")
+    rows = manifest.build([str(folder / "rows.parquet")], "auto", str(folder / "imports"))
+    kind, modality = registry.get("objective", "ctc"), bundle.load(uri).modality()
+    columns = predict._columns(modality, kind, bundle.load(uri).manifest["columns"], columns, rows)
+    work = predict._Predictor(
+        uri, Selection(rows), columns, predict._carried(modality, columns, rows)
+    )
+    return [
+        predict._arrow(work(Item(-1, i, min(i + 3, rows.rows))), kind.written_types)
+        for i in range(0, rows.rows, 3)
+    ]
+
+
+# ---------------------------------------------------------------- rows
+
+
+def test_a_piece_has_its_own_place_and_a_broken_row_its_reason(untrained, tmp_path):
+    samples = np.concatenate([sound("AB")[0], sound("CAD B")[0]])
+    cut, length = len(sound("AB")[0]) / RATE, len(samples) / RATE
+    data = encoded(samples)
+    whole = found(
+        untrained,
+        pa.table(
+            {"sound": [encoded(samples[: int(cut * RATE)]), encoded(samples[int(cut * RATE) :])]}
+        ),
+        tmp_path / "a",
+    )
+    table = {
+        "sound": [data, data, b"no sound", b"", encoded(np.zeros(0, dtype=np.float32))],
+        "start": [0.0, cut, None, 1.0, 0.0],
+        "seconds": [cut, length - cut, None, 1.0, None],
+        "take": ["x", "x", "y", "z", None],
+    }
+    pieces = found(
+        untrained,
+        pa.table(table),
+        tmp_path / "b",
+        recording="take",
+        start="start",
+        seconds="seconds",
+    )
+    assert pieces[0].schema == pieces[1].schema and "null" not in str(pieces[0].schema)
+    rows, alone = pa.concat_tables(pieces).to_pylist(), pa.concat_tables(whole).to_pylist()
+    assert [row["row"] for row in rows] == list(range(5)) and [
+        bool(row["error"]) for row in rows
+    ] == [False, False, True, True, True]
+    assert [row["recording"] for row in rows] == [
+        "x",
+        "x",
+        "y",
+        "z",
+        "",
+    ] and "recording" not in alone[0]
+    assert [row["text"] for row in rows[:2]] == [row["text"] for row in alone] and alone[0]["text"]
+    for row in rows[2:]:
+        assert (row["text"], row["words"]) == ("", []) and np.isnan(row["confidence"])
+    assert (
+        rows[1]["start"] == pytest.approx(cut)
+        and rows[1]["seconds"] == pytest.approx(length - cut)
+        and np.isnan(rows[2]["start"])
+    )
+    assert len(rows[1]["words"]) == len(alone[1]["words"]) > 0
+    for here, there in zip(rows[1]["words"], alone[1]["words"], strict=True):
+        assert here["word"] == there["word"] and here["start"] == pytest.approx(
+            there["start"] + cut, abs=2e-4
+        )
+        assert cut <= here["start"] < here["end"] <= length
+
+
+def test_a_start_that_is_no_number_is_that_of_the_whole_recording(untrained, tmp_path):
+    data = encoded(sound("CAD B")[0])
+    rows = found(
+        untrained,
+        pa.table({"sound": [data] * 3, "start": [None, float("nan"), 0.0]}),
+        tmp_path,
+        start="start",
+    )[0].to_pylist()
+    assert (
+        rows[0]["words"]
+        and rows[0]["words"] == rows[1]["words"] == rows[2]["words"]
+        and not any(row["error"] for row in rows)
+    )
+
+
+def test_items_without_any_good_row_have_the_same_columns(untrained, tmp_path):
+    broken = found(
+        untrained, pa.table({"sound": [b"a", b"b", b"c", encoded(sound("A")[0])]}), tmp_path
+    )
+    assert (
+        broken[0].schema == broken[1].schema
+        and broken[0]["text"].to_pylist() == [""] * 3
+        and all(broken[0]["error"].to_pylist())
+    )
+
+
+def test_columns_are_those_of_training_or_named_as_their_roles(untrained, tmp_path):
+    kind, modality = registry.get("objective", "ctc"), bundle.load(untrained).modality()
+
+    def columns(known, given, **table):
+        pq.write_table(
+            pa.table({name: pa.array([], kind) for name, kind in table.items()}),
+            tmp_path / "rows.parquet",
+        )
+        rows = manifest.build([str(tmp_path / "rows.parquet")], "auto", str(tmp_path / "imports"))
+        named = predict._columns(modality, kind, known, given, rows)
+        return named, predict._carried(modality, named, rows)
+
+    known, number = {"audio": "sound", "transcript": "said", "seconds": "length"}, pa.float64()
+    assert columns(known, {}, sound=pa.binary(), said=pa.string()) == ({"audio": "sound"}, {})
+    assert columns(known, {}, sound=pa.string(), length=number) == (
+        {"audio": "sound", "seconds": "length"},
+        {"seconds": "length", "recording": "sound"},
+    )
+    imported = dict(
+        audio=pa.string(), label=pa.string(), recording=pa.string(), start=number, seconds=number
+    )
+    assert columns(known, {}, **imported) == (
+        {"audio": "audio", "start": "start", "seconds": "seconds"},
+        {"start": "start", "seconds": "seconds", "recording": "recording"},
+    )
+    assert columns({"audio": "a"}, {"audio": "b"}, a=pa.binary(), b=pa.binary())[0] == {
+        "audio": "b"
+    }
+    for given, name in (
+        ({}, "sound"),
+        ({"audio": "voice"}, "voice"),
+        ({"audio": "a", "start": "from"}, "from"),
+        ({"audio": "a", "recording": "take"}, "take"),
+    ):
+        with pytest.raises(
+            ValueError, match=f"rows.parquet has no column '{name}' for .*; columns are a, b"
+        ):
+            columns(known, given, a=pa.binary(), b=pa.binary())
+    segments = dict(sound=pa.binary(), start=number, seconds=number)
+    assert columns({"audio": "sound"}, {}, **segments) == ({"audio": "sound"}, {}), (
+        "where a recording was cut from another one says nothing of it"
+    )
+    assert (
+        columns({"audio": "sound", "start": "start"}, {}, **segments)[0]
+        == columns({"audio": "sound"}, {"start": "start"}, **segments)[0]
+        == {"audio": "sound", "start": "start"}
+    )
+    with pytest.raises(
+        ValueError, match="--column transcript: rows to predict need no transcript; leave it out"
+    ):
+        columns(known, {"transcript": "said"}, sound=pa.binary(), said=pa.string())
+    text, image = (registry.get("modality", name) for name in ("text", "image"))
+    assert not set(predict.PIECE) & {*text.optional_roles, *image.optional_roles}
+
+
+# ---------------------------------------------------------------- subtitles
+
+
+def word(text: str, start: float, end: float):
+    return {"word": text, "start": start, "end": end}
+
+
+def test_subtitles_join_the_rows_of_a_recording_in_their_order(root):
+    rows = [
+        ("calls/a.wav", 30.0, [word("LAST", 30.5, 31.0)]),
+        ("../../b", None, [word("OTHER", 0.25, 0.5)]),
+        ("calls/a.wav", 0.0, [word("FIRST", 1.0, 2.5)]),
+        ("calls/c.wav", np.nan, []),
+        ("calls/c.wav", np.nan, []),
+        ("calls/a.wav", 10.0, [word("THEN", 12.0, 12.2), word("MORE", 12.3, 14.0)]),
+    ]
+    parts = []
+    for number, some in enumerate((rows[:3], rows[3:])):
+        sink, parts = io.BytesIO(), [*parts, storage.join(root, f"part-0000{number}.parquet")]
+        table = pa.table(
+            {
+                "row": [3 * number + i for i in range(len(some))],
+                "recording": [name for name, *_ in some],
+                "start": [at for _, at, _ in some],
+                "words": pa.array([words for *_, words in some], CTC.written_types["words"]),
+            }
+        )
+        pq.write_table(table, sink)
+        storage.write_bytes(parts[-1], sink.getvalue())
+    assert predict._subtitles(root, parts) == 3
+    written = {
+        one.removeprefix(root).lstrip("/"): storage.read_bytes(one).decode()
+        for one in storage.list_files(root)
+        if one.endswith(".srt")
+    }
+    assert written == {
+        "b.srt": "1\n00:00:00,250 --> 00:00:01,250\nOTHER\n\n",
+        "calls/c.srt": "",
+        "calls/a.srt": "1\n00:00:01,000 --> 00:00:02,500\nFIRST\n\n2\n00:00:12,000 --> "
+        "00:00:14,000\nTHEN MORE\n\n3\n00:00:30,500 --> 00:00:31,500\nLAST\n\n",
+    }
+    sink = io.BytesIO()
+    pq.write_table(
+        pa.table(
+            {"row": [7], "words": pa.array([[word("A", 0.0, 2.0)]], CTC.written_types["words"])}
+        ),
+        sink,
+    )
+    storage.write_bytes(storage.join(root, "alone", "part-00000.parquet"), sink.getvalue())
+    assert (
+        predict._subtitles(
+            storage.join(root, "alone"), [storage.join(root, "alone", "part-00000.parquet")]
+        )
+        == 1
+    )
+    assert storage.exists(storage.join(root, "alone", "row-000007.srt"))
+
+
+def test_subtitles_of_what_transcribes_nothing_are_refused(untrained, tmp_path):
+    task = task_of("timm/test_resnet", {"channels": 3, "size": 32}, "classification", label_state())
+    bundle.save(
+        str(tmp_path / "bundle"),
+        task,
+        {"name": "image", "options": {"size": 32}, "state": {"mean": [0.5] * 3, "std": [0.2] * 3}},
+    )
+    with pytest.raises(
+        BundleError,
+        match="--srt writes what was said and when, and this bundle's classification transcribes "
+        "nothing; leave --srt out",
+    ):
+        predict.check(str(tmp_path / "bundle"), srt=True)
+    told = CliRunner().invoke(
+        cli.app,
+        ["predict", str(tmp_path / "bundle"), "nowhere", "-o", str(tmp_path / "out"), "--srt"],
+    )
+    assert (
+        told.exit_code == 2
+        and "transcribes nothing" in told.output
+        and not (tmp_path / "out").exists()
+    )
+    assert predict.check(untrained, srt=True)["objective"]["name"] == "ctc"
+
+
+# ---------------------------------------------------------------- whole
+
+
+@pytest.mark.slow
+def test_words_stand_where_they_sound(trained, tmp_path):
+    said = texts(24, 2)
+    heard = [sound(text, 500 + i) for i, text in enumerate(said)]
+    rows = pa.concat_tables(
+        found(trained, pa.table({"sound": [encoded(samples) for samples, _ in heard]}), tmp_path)
+    ).to_pylist()
+    right = [
+        (row, words)
+        for row, text, (_, words) in zip(rows, said, heard, strict=True)
+        if row["text"] == text
+    ]
+    assert len(right) >= 20
+    for row, words in right:
+        for one, (text, start, end) in zip(row["words"], words, strict=True):
+            assert (
+                one["word"] == text
+                and abs(one["start"] - start) < 0.15
+                and abs(one["end"] - end) < 0.15
+            )
+    sure = [row["confidence"] for row, _ in right]
+    assert 0.5 < np.mean(sure) <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_folder_of_recordings_is_transcribed_with_subtitles(trained, tmp_path):
+    """One file is too long for a row: it is cut, its pieces are joined again, and its words keep
+    their times.
+    """
+    (tmp_path / "calls").mkdir()
+    text = " ".join(texts(40, 3, words=2))
+    samples, words = sound(text, 9)
+    assert len(samples) > 31 * RATE
+    soundfile.write(tmp_path / "calls" / "long.wav", samples, RATE)
+    soundfile.write(tmp_path / "short.flac", sound("DAB", 4)[0], RATE)
+    (tmp_path / "broken.wav").write_bytes(b"RIFF no sound")
+    line = [
+        "predict",
+        trained,
+        str(tmp_path),
+        "-o",
+        str(tmp_path / "out"),
+        "--srt",
+        "--format",
+        "audio",
+    ]
+    told = CliRunner().invoke(cli.app, line)
+    assert told.exit_code == 0, told.output
+    assert "3 recordings as .srt" in told.output and "1 rows could not be read" in told.output
+    rows = pq.read_table(tmp_path / "out" / "part-00000.parquet").to_pylist()
+    long = [row for row in rows if row["recording"] == "calls/long.wav"]
+    assert len(long) > 1 and [row["start"] for row in long] == sorted(row["start"] for row in long)
+    got = [one for row in long for one in row["words"]]
+    near = [
+        any(one["word"] == name and abs(one["start"] - start) < 0.15 for one in got)
+        for name, start, _ in words
+    ]
+    assert np.mean(near) > 0.7
+    subtitles = (tmp_path / "out" / "calls" / "long.srt").read_text()
+    shown = " ".join(
+        line for line in subtitles.splitlines() if line and "-->" not in line and not line.isdigit()
+    )
+    assert shown.split() == [one["word"] for one in got]
+    assert (
+        "DAB" in (tmp_path / "out" / "short.srt").read_text()
+        and (tmp_path / "out" / "broken.srt").read_text() == ""
+    )
+    again = CliRunner().invoke(cli.app, line)
+    assert again.exit_code == 0 and "1 of them from before" in again.output
