@@ -125,7 +125,7 @@ def _stages(
     from pipeline.train.progress import Progress
     from pipeline.transfer import stages
 
-    with Progress() as progress, checksums.telling(progress.note):
+    with Progress() as progress, checksums.notifications_to(progress.note):
         try:
             state = stages.check(
                 job, progress, verbose=verbose, wait=wait, remake=_remade(remake, verbs)
@@ -134,7 +134,7 @@ def _stages(
                 from pipeline.transfer import dry_run, preflight
 
                 out.print("\n".join(dry_run.describe(state)), markup=False, soft_wrap=True)
-                for line in preflight.look(state):
+                for line in preflight.check_rows(state):
                     out.print(line, markup=False, soft_wrap=True)
                 return
             with run_lock.hold(job.root, progress.note):
@@ -157,9 +157,13 @@ def _run(state: Any, address: str | None, verbs: tuple[str, ...]) -> int:
     from pipeline.train import launch
     from pipeline.transfer import fanout, stages
 
-    if "finetune" in verbs and (before := stages.ended(state)) and all(done for _, done in before):
+    if (
+        "finetune" in verbs
+        and (before := stages.trial_status(state))
+        and all(done for _, done in before)
+    ):
         for name in state.sources:
-            stages.note_done(state, name)
+            stages.report_done(state, name)
         state.progress.note(f"all {len(before)} trials are done; nothing to run")
         return _show(state, stages.current(state))
     launch.start(address, state.verbose)
@@ -183,7 +187,7 @@ def _rows_of(state: Any, trials: list[Any]) -> list[dict[str, Any]]:
     from pipeline.report import results
     from pipeline.transfer import stages
 
-    return results.filled(stages.collect(state, trials))
+    return results.with_all_columns(stages.collect(state, trials))
 
 
 def _show(state: Any, rows: list[dict[str, Any]]) -> int:
@@ -194,8 +198,8 @@ def _show(state: Any, rows: list[dict[str, Any]]) -> int:
     cells, where = stages.show(state, rows)
     out.print(report.table(cells))
     for line in (
-        *code_versions.reasons(state.origins),
-        *pruning.told(results.read(state.job.root)),
+        *code_versions.describe_changes(state.trial_provenance),
+        *pruning.describe_stale(results.read(state.job.root)),
     ):
         err.print(f"note: {line}", markup=False)
     for line in results.duplicates(rows):
@@ -335,7 +339,7 @@ def report(
 
     progress = Progress()
     try:
-        with checksums.telling(progress.note):
+        with checksums.notifications_to(progress.note):
             state = stages.check(spec, progress)
             if prune_stale:
                 _prune(state, dry_run)
@@ -541,13 +545,13 @@ def prepare(
                 "--verify -o OUTPUT"
             )
         settings = write.Settings(resize, quality, rows_per_part, max_bad, part_mb)
-        with Progress() as progress, file_identity.shown_by(progress.update):
+        with Progress() as progress, file_identity.progress_to(progress.update):
             work = write.Preparation(
                 name, source, output, importing.options_of(name, set_ or []), settings
             )
         with (
             Progress() as progress,
-            checksums.telling(progress.note),
+            checksums.notifications_to(progress.note),
             run_lock.hold(output, progress.note),
         ):
             if work.todo:
@@ -561,7 +565,7 @@ def prepare(
         raise _fail(str(error), 1) from None
     finally:
         launch.stop()
-    out.print(work.told(), markup=False, soft_wrap=True)
+    out.print(work.describe(), markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -667,7 +671,7 @@ def doctor(
     """Is this machine or cluster ready, and what is missing."""
     from pipeline.transfer import doctor as doctoring
 
-    lines = doctoring.examine(_job(job, set_) if job else None, address)
+    lines = doctoring.run_checks(_job(job, set_) if job else None, address)
     table = Table("", "what", "found", "what to do", box=None, pad_edge=False)
     for line in lines:
         table.add_row(line.mark, line.what, line.found, line.advice)

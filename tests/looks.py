@@ -15,7 +15,7 @@ from toys import furthest, image_rows, make_run, weights
 from pipeline.config import registry
 from pipeline.core.contracts import Backbone, Batch, Features, Task, View
 from pipeline.core.rng import uniform
-from pipeline.data.stream import Loaded
+from pipeline.data.stream import LoadedBatch
 from pipeline.train import loop
 from pipeline.train.loop import Ranks
 
@@ -75,7 +75,7 @@ def some(n: int, views: tuple[View, ...], seed: int = 0) -> Batch:
 
 def run_of(
     made: Task, ranks: Ranks | None = None, lost: dict[int, list[int]] | None = None, **words: Any
-) -> loop.Run:
+) -> loop.TrainingRun:
     """A run on small rows; the rows ``lost`` of a step are taken out of whatever rank has them."""
     rows = image_rows(48, size=SIZE)
     run = make_run(rows, made, ranks=ranks, **{"steps": 4, "lr": 0.01, "global_batch": 8, **words})
@@ -88,7 +88,7 @@ def run_of(
         for step, loaded in zip(steps, whole(steps), strict=True):
             keep = ~np.isin(loaded.batch.rows, (lost or {}).get(step, []))
             where, batch = torch.from_numpy(keep), loaded.batch
-            yield Loaded(
+            yield LoadedBatch(
                 Batch(
                     batch.rows[keep],
                     batch.keys[where],
@@ -132,15 +132,15 @@ def check_ranks(team, objective: str, tolerance: float = 1e-5, **options: Any) -
     whole = team(trained, objective, options, **sgd)
     first, second = (rank[1] for rank in whole)
     for lost in ({}, {0: first[0][:3], 1: second[1], 2: first[2], 3: first[3] + second[3]}):
-        (a, _, told), (b, _, same) = (
+        (a, _, description), (b, _, same) = (
             whole if not lost else team(trained, objective, options, lost, **sgd)
         )
         one, _, want = trained(Ranks(), objective, options, lost, **sgd)
-        assert furthest(a, b) == 0.0 and told[:3] == same[:3]
+        assert furthest(a, b) == 0.0 and description[:3] == same[:3]
         assert furthest(a, one) < tolerance
         start = weights(task(objective, **options))
         assert furthest(one, start) > 100 * tolerance, "it learned something"
-        for mine, theirs in zip(told[:3] if lost else told, want, strict=False):
+        for mine, theirs in zip(description[:3] if lost else description, want, strict=False):
             assert all(abs(mine[name] - theirs[name]) < 1e-4 for name in mine)
 
 

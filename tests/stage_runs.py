@@ -94,10 +94,12 @@ def primary(rows: list[dict[str, Any]], **where) -> list[dict[str, Any]]:
     ]
 
 
-def prepared(job: Job, *remake: str) -> stages.State:
+def prepared(job: Job, *remake: str) -> stages.JobState:
     return stages.check(job, Silent(), remake=remake)
 
 
-def run_through(job: Job, *remake: str) -> tuple[stages.State, list[dict[str, Any]]]:
+def run_through(job: Job, *remake: str) -> tuple[stages.JobState, list[dict[str, Any]]]:
     state = prepared(job, *remake)
-    return state, results.filled(stages.collect(state, stages.finetune(state, stages.share(state))))
+    return state, results.with_all_columns(
+        stages.collect(state, stages.finetune(state, stages.share(state)))
+    )

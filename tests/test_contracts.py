@@ -164,12 +164,12 @@ def test_features_have_the_declared_shapes(case):
     if case.backbone.token_dim is not None:
         assert found.tokens.shape[0] == 4 and found.tokens.shape[2] == case.backbone.token_dim
         assert found.mask is None or found.mask.shape == found.tokens.shape[:2]
-    if case.backbone.stage_info:
+    if case.backbone.feature_map_specs:
         staged = case.backbone(case.batch, want=("stages",))
         torch.testing.assert_close(staged.pooled, found.pooled)
-        assert list(staged.stages) == [stage.name for stage in case.backbone.stage_info]
+        assert list(staged.stages) == [stage.name for stage in case.backbone.feature_map_specs]
         size = case.batch["image"].shape[-1]
-        for stage in case.backbone.stage_info:
+        for stage in case.backbone.feature_map_specs:
             shape = staged.stages[stage.name].shape
             assert shape[:2] == (4, stage.channels)
             # Inception's convolutions without padding lose a border at every layer
@@ -274,12 +274,12 @@ def test_arch_rebuilds_it_from_a_seed(case):
     assert {n: t.shape for n, t in a.state_dict().items()} == {
         n: t.shape for n, t in case.backbone.state_dict().items()
     }
-    assert (type(a), a.arch, a.pooled_dim, a.token_dim, a.stage_info) == (
+    assert (type(a), a.arch, a.pooled_dim, a.token_dim, a.feature_map_specs) == (
         type(case.backbone),
         case.backbone.arch,
         case.backbone.pooled_dim,
         case.backbone.token_dim,
-        case.backbone.stage_info,
+        case.backbone.feature_map_specs,
     )
     b, other = (bundle.build_backbone(case.backbone.arch, seed=seed) for seed in (5, 6))
     assert all(
@@ -540,7 +540,7 @@ def test_phases_fill_the_steps_and_rates_cover_every_layer(technique):
     layers = net_task().layers()
     for steps in (1, 2, 3, 10, 1000):
         phases = technique.phases(steps)
-        assert sum(phase.steps for phase in phases) == (steps if technique.learns else 0)
+        assert sum(phase.steps for phase in phases) == (steps if technique.needs_training else 0)
         assert all(phase.steps > 0 and phase.lr_scale > 0 for phase in phases)
         for phase in phases:
             rates = technique.rates(layers, phase.name)
@@ -557,7 +557,7 @@ def test_a_technique_trains_what_it_says_and_nothing_else(technique):
     run = make_run(
         image_rows(32), task, steps=6, technique=technique, lr=0.01, warmup=0.0, weight_decay=0.1
     )
-    outcome = loop.fit(run) if technique.learns else loop.untrained(run)
+    outcome = loop.fit(run) if technique.needs_training else loop.evaluate_untrained(run)
     layers = task.layers()
     moving = {
         name
@@ -572,7 +572,7 @@ def test_a_technique_trains_what_it_says_and_nothing_else(technique):
     assert outcome.params_trained == sum(
         p.numel() for name, p in task.named_parameters() if name in moving
     )
-    if not technique.learns:
+    if not technique.needs_training:
         assert not changed and outcome.steps == 0
     elif technique.frozen:
         assert not any(name.startswith("backbone.") for name in changed)

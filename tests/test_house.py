@@ -27,7 +27,9 @@ FLOORS = [
     {"cli"},
     {"__main__"},
 ]
-"""Folders of pipeline/ from the lowest floor to the highest; a folder imports those of lower floors."""
+"""Folders of pipeline/ from the lowest floor to the highest; a folder imports those of lower
+floors.
+"""
 SIBLINGS = {"modalities", "models", "objectives", "techniques"}
 """Folders whose files do not import each other."""
 RAY = (

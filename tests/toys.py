@@ -291,7 +291,7 @@ def take(
         keys,
         rows.modality.collate({name: array[places] for name, array in rows.arrays.items()}),
     )
-    return evaluate.ready_for(rows, objective)(batch, training)
+    return evaluate.device_preprocessing(rows, objective)(batch, training)
 
 
 # ---------------------------------------------------------------- models
@@ -376,20 +376,20 @@ def make_run(
     keep: str = "best",
     checkpoints: str | None = None,
     **train: Any,
-) -> loop.Run:
+) -> loop.TrainingRun:
     """A run on rows in memory, with the stream, the plan and the evaluation of the library."""
     ranks = ranks or Ranks()
     words = {"global_batch": 8, "augment": False, "log_every_steps": 1, **train}
     spec = Train(steps=steps, keep=keep, **words)  # type: ignore[arg-type]
     plan = Plan(len(rows), seed, spec.global_batch, shards=plan_shards)
-    ready = evaluate.ready_for(rows)
+    ready = evaluate.device_preprocessing(rows)
     names = task.objective.metrics
     check = None
     if validation is not None:
         check = evaluate.evaluator(
             validation, names, ready, ranks, lambda: loop.autocast(spec, ranks.device), 16
         )
-    return loop.Run(
+    return loop.TrainingRun(
         task=task,
         technique=technique or Full(),
         train=spec,
@@ -538,15 +538,15 @@ def trial_of(
     stage: str = "final",
 ):
     from pipeline.config import registry
-    from pipeline.config.schema import Plug
+    from pipeline.config.schema import ComponentConfig
     from pipeline.transfer import grid
 
-    base, plug = next(iter(shared.bases.values())), Plug.model_validate(technique)
-    source = "src" if registry.get("technique", plug.name).from_source else grid.SCRATCH
-    return grid.make(
+    base, component = next(iter(shared.bases.values())), ComponentConfig.model_validate(technique)
+    source = "src" if registry.get("technique", component.name).from_source else grid.SCRATCH
+    return grid.make_trial(
         job,
         "task",
-        (base, source, plug, fraction),
+        (base, source, component, fraction),
         hyper or {},
         seed,
         stage,

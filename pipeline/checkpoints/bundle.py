@@ -105,12 +105,13 @@ def transfer(
 ) -> Transfer:
     """Load a backbone strictly: every one of its tensors must be given with its shape.
 
-    The backbone may put a tensor into the shape that its input asks for (``Backbone.adapted``),
-    which is told. Tensors under a prefix of ``drop`` (a classifier) may be left over. Raises
-    BundleError naming what is missing, has another shape or is left over without having been named.
+    The backbone may put a tensor into the shape that its input asks for
+    (``Backbone.convert_checkpoint``), which is told. Tensors under a prefix of ``drop`` (a
+    classifier) may be left over. Raises BundleError naming what is missing, has another shape or is
+    left over without having been named.
     """
     own = backbone.state_dict()
-    tensors, changed = backbone.adapted(dict(tensors))
+    tensors, changed = backbone.convert_checkpoint(dict(tensors))
     shapes = [
         f"{n} is {tuple(tensors[n].shape)} there and {tuple(own[n].shape)} here"
         for n in own
@@ -182,8 +183,8 @@ def carry_tensors(
     mine: Objective, theirs: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> tuple[int, str]:
     """Load what a source's head has of the same name, shape and meaning
-    (``Objective.carries_head``): how many tensors were kept, and in words. ``theirs``: the source's
-    objective, {name, options}.
+    (``Objective.transfers_head``): how many tensors were kept, and in words. ``theirs``: the
+    source's objective, {name, options}.
     """
     if theirs["name"] != mine.registered_name:
         return 0, f"head new: the source's objective was {theirs['name']}"
@@ -191,15 +192,15 @@ def carry_tensors(
     kept = {
         n: t
         for n, t in tensors.items()
-        if n in own and own[n].shape == t.shape and mine.carried(theirs["options"], n)
+        if n in own and own[n].shape == t.shape and mine.is_transferable(theirs["options"], n)
     }
     mine.load_state_dict(kept, strict=False)
-    told = Transfer(
+    description = Transfer(
         tuple(kept),
         tuple(n for n in own if n not in kept),
         tuple(n for n in tensors if n not in kept),
     )
-    return len(kept), f"head: {told.text()}"
+    return len(kept), f"head: {description.text()}"
 
 
 @dataclass(frozen=True)
@@ -238,10 +239,10 @@ class Bundle:
         }
 
 
-def save(uri: str, model: Task | Backbone, modality: Mapping[str, Any], **facts: Any) -> None:
+def save(uri: str, model: Task | Backbone, modality: Mapping[str, Any], **extra: Any) -> None:
     """Write a bundle of a task, or of a backbone alone (an imported checkpoint).
 
-    ``modality`` is ``{name, options, state}``; ``facts`` (parent, metrics, spec, transfer...) go
+    ``modality`` is ``{name, options, state}``; ``extra`` (parent, metrics, spec, transfer...) go
     into the manifest.
     """
     backbone = model.backbone if isinstance(model, Task) else model
@@ -261,7 +262,7 @@ def save(uri: str, model: Task | Backbone, modality: Mapping[str, Any], **facts:
         "arch": backbone.arch,
         "modality": dict(modality),
         "objective": objective,
-        **facts,
+        **extra,
     }
     prefix = "" if isinstance(model, Task) else "backbone."
     tensors = {

@@ -24,7 +24,7 @@ CODE, SPEC, HEAD = "classifier.py", "classifier.json", "head.safetensors"
 """Files of an exported folder: the code that loads it, what the head is, and the head's tensors."""
 
 
-def is_carried(task: Task) -> bool:
+def is_exportable(task: Task) -> bool:
     """Whether ``exported_classifier`` can build this task: a linear head on a model of timm or
     transformers.
     """

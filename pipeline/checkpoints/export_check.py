@@ -144,9 +144,11 @@ def _texts(modality: Any, rows: int, rng: np.random.Generator) -> dict[str, Tens
     return {"tokens": torch.from_numpy(tokens), "mask": torch.from_numpy(mask)}
 
 
-def _fact_columns(facts: Any, rows: int, rng: np.random.Generator) -> list[dict[str, Any]]:
+def _fact_columns(
+    static_features: Any, rows: int, rng: np.random.Generator
+) -> list[dict[str, Any]]:
     """Values for every known number, and a known text of each field."""
-    state, out = facts.state, []
+    state, out = static_features.state, []
     fields: dict[str, list[str]] = {}
     for code in state["codes"]:
         name, _, text = code.partition("=")
@@ -161,7 +163,9 @@ def _fact_columns(facts: Any, rows: int, rng: np.random.Generator) -> list[dict[
 
 
 def _facts(modality: Any, rows: int, rng: np.random.Generator) -> dict[str, Tensor]:
-    return _decoded(modality, pa.table({"features": _fact_columns(modality.facts, rows, rng)}))
+    return _decoded(
+        modality, pa.table({"features": _fact_columns(modality.static_features, rows, rng)})
+    )
 
 
 def _events(modality: Any, rows: int, rng: np.random.Generator) -> dict[str, Tensor]:
@@ -178,8 +182,8 @@ def _events(modality: Any, rows: int, rng: np.random.Generator) -> dict[str, Ten
             ]
         )
     static = (
-        {"static": _fact_columns(modality.facts, rows, rng)}
-        if any(modality.facts.sizes().values())
+        {"static": _fact_columns(modality.static_features, rows, rng)}
+        if any(modality.static_features.sizes().values())
         else {}
     )
     return _decoded(modality, pa.table({**table, **static}))

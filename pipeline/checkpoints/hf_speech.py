@@ -49,27 +49,29 @@ def modality(folder: str) -> dict[str, Any]:
     """The audio modality of a folder's feature extractor: its rate, and whether recordings are
     normalised. Raises ValueError for another kind.
     """
-    told = _json(folder, PREPROCESSOR) or _json(folder, PROCESSOR).get("feature_extractor")
-    if not isinstance(told, dict) or not told:
+    extractor_config = _json(folder, PREPROCESSOR) or _json(folder, PROCESSOR).get(
+        "feature_extractor"
+    )
+    if not isinstance(extractor_config, dict) or not extractor_config:
         raise ValueError(
             f"{folder}: {PREPROCESSOR} is missing, which says the rate of the samples; save "
             "the model again with its feature extractor "
             "(transformers' AutoFeatureExtractor, save_pretrained)"
         )
     rate, normalize, kind = (
-        told.get("sampling_rate"),
-        told.get("do_normalize", True),
-        told.get("feature_extractor_type", EXTRACTOR),
+        extractor_config.get("sampling_rate"),
+        extractor_config.get("do_normalize", True),
+        extractor_config.get("feature_extractor_type", EXTRACTOR),
     )
     if (
         kind != EXTRACTOR
-        or told.get("feature_size", 1) != 1
+        or extractor_config.get("feature_size", 1) != 1
         or not isinstance(rate, int)
         or not isinstance(normalize, bool)
     ):
         raise ValueError(
             f"{folder}: {PREPROCESSOR} is none of samples (feature_extractor_type {kind}, "
-            f"feature_size {told.get('feature_size', 1)}, "
+            f"feature_size {extractor_config.get('feature_size', 1)}, "
             f"sampling_rate {rate}, do_normalize {normalize}); wav2vec 2.0 has a {EXTRACTOR} "
             "of feature_size 1"
         )
@@ -112,7 +114,7 @@ def _labels(folder: str, config: dict[str, Any], count: int) -> dict[str, int] |
     """Our labels, the blank first, and their rows in the head: its special tokens but the blank,
     which no transcript holds, are left out. Else why not.
     """
-    vocabulary, told = (
+    vocabulary, token_config = (
         _json(folder, VOCABULARY),
         {**_json(folder, "special_tokens_map.json"), **_json(folder, TOKENIZER_CONFIG)},
     )
@@ -124,10 +126,13 @@ def _labels(folder: str, config: dict[str, Any], count: int) -> dict[str, int] |
             if vocabulary
             else f"the folder has no {VOCABULARY}"
         )
-    blank, delimiter = config.get("pad_token_id", 0), _token(told, "word_delimiter_token", SPACE)
+    blank, delimiter = (
+        config.get("pad_token_id", 0),
+        _token(token_config, "word_delimiter_token", SPACE),
+    )
     named = {number: " " if token == delimiter else token for token, number in vocabulary.items()}
     special = {
-        _token(told, role, token)
+        _token(token_config, role, token)
         for role, token in (("bos_token", "<s>"), ("eos_token", "</s>"), ("unk_token", "<unk>"))
     }
     return {
@@ -140,8 +145,8 @@ def _labels(folder: str, config: dict[str, Any], count: int) -> dict[str, int] |
     }
 
 
-def _token(told: dict[str, Any], role: str, usual: str) -> str | None:
-    value = told.get(role, usual)
+def _token(token_config: dict[str, Any], role: str, usual: str) -> str | None:
+    value = token_config.get(role, usual)
     return value.get("content") if isinstance(value, dict) else value
 
 
@@ -171,7 +176,7 @@ class Folder:
     files: dict[str, Any] = field(default_factory=dict)
 
 
-def written(backbone: Any, objective: Any, reader: Modality) -> Folder:
+def export_folder(backbone: Any, objective: Any, reader: Modality) -> Folder:
     """The folder of a wav2vec 2.0 backbone, with its head where an ``objective`` is given. Raises
     ValueError for a head that transformers has no class for.
     """

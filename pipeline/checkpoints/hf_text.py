@@ -129,7 +129,7 @@ def read(folder: str, config: dict[str, Any]) -> Checkpoint:
             f"hf:{folder}: {TOKENIZER} is missing; save the model again with transformers' "
             "save_pretrained, and its tokenizer"
         )
-    tensors = _today(_weights(folder, weights), FAMILIES[family][1])
+    tensors = _current_names(_weights(folder, weights), FAMILIES[family][1])
     if (
         family == "roberta" and "pooler.dense.weight" not in tensors
     ):  # RobertaForSequenceClassification counts its pooler to the classifier
@@ -180,7 +180,7 @@ def _speech(
     """wav2vec 2.0's: a model that was trained without masks (mask_time_prob: 0) has no embedding
     for them, and one that was published without it gets one.
     """
-    tensors = _today(tensors, hf_speech.PREFIX)
+    tensors = _current_names(tensors, hf_speech.PREFIX)
     try:
         modality = hf_speech.modality(folder)
         heads, labels, headless = hf_speech.heads(folder, config, tensors)
@@ -282,7 +282,7 @@ def _weights(folder: str, files: list[str]) -> dict[str, Tensor]:
     return tensors
 
 
-def _today(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def _current_names(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """Names as transformers has them today, without the family's prefix: bert-base-uncased says
     LayerNorm.gamma and .beta.
     """
@@ -323,13 +323,13 @@ def _heads(
         }
         if any(held.get(name) is None for name in names.values()):
             headless["mlm"] = "the checkpoint holds no masked-language-model head"
-        elif not _same(tensors.get(tied), embedding):
+        elif not _is_tied(tensors.get(tied), embedding):
             headless["mlm"] = (
                 f"the checkpoint's output ({tied}) is not its embedding, and that of mlm is"
             )
         else:
             heads["mlm"] = {mine: held[theirs] for mine, theirs in names.items()}
-    elif _same(tensors.get("lm_head.weight"), embedding):
+    elif _is_tied(tensors.get("lm_head.weight"), embedding):
         heads["clm"] = {}
     else:
         headless["clm"] = (
@@ -365,7 +365,7 @@ def _masked(family: str) -> dict[str, str]:
     }
 
 
-def _same(output: Tensor | None, embedding: Tensor | None) -> bool:
+def _is_tied(output: Tensor | None, embedding: Tensor | None) -> bool:
     """Whether an output is tied to its embedding; transformers leaves it out where it is."""
     return output is None or (embedding is not None and torch.equal(output, embedding))
 
@@ -418,22 +418,24 @@ def write(found: bundle.Bundle, folder: Path, backbone_only: bool) -> str:
         backbone, head = task.backbone, task.objective
     if family == "wav2vec2":
         return _write_speech(found, backbone, head, folder)
-    if head is not None and (lacking := _lacking(family, backbone, head)):
-        return _write_carried(found, Task(backbone, head), folder, lacking)
+    if head is not None and (lacking := _missing_in_family(family, backbone, head)):
+        return _write_with_own_head(found, Task(backbone, head), folder, lacking)
     model: Any = backbone.model
     name = FAMILIES[family][0] + CLASSES[objective]
     tensors, config = (
         {n: t.detach() for n, t in model.state_dict().items()},
         copy.deepcopy(model.config),
     )
-    tokenizer, specials = _framed(found.manifest["modality"]["state"], words=objective == "tagging")
+    tokenizer, specials = _with_post_processor(
+        found.manifest["modality"]["state"], words=objective == "tagging"
+    )
     note = ""
     if head is not None:
         if objective in LINEAR_HEADS:
             tensors, note = _sequence(family, Task(backbone, head), tensors)
             if family == "gpt2" and specials["pad_token"] == specials["sep_token"]:
                 tensors, note = (
-                    _padded(tokenizer, specials, tensors),
+                    _with_padding_token(tokenizer, specials, tensors),
                     f"{note}; a token for padding was added, as the end of a text was that too",
                 )
         else:
@@ -447,7 +449,7 @@ def write(found: bundle.Bundle, folder: Path, backbone_only: bool) -> str:
     return f"{name} with {sum(t.numel() for t in tensors.values())} parameters{note}"
 
 
-def _lacking(family: str, backbone: Any, head: Any) -> str:
+def _missing_in_family(family: str, backbone: Any, head: Any) -> str:
     """What the family's own class with a head for the objective has not, in words; nothing where it
     gives the same scores.
     """
@@ -471,7 +473,7 @@ def _lacking(family: str, backbone: Any, head: Any) -> str:
     )
 
 
-def _write_carried(found: bundle.Bundle, task: Any, folder: Path, lacking: str) -> str:
+def _write_with_own_head(found: bundle.Bundle, task: Any, folder: Path, lacking: str) -> str:
     """The plain model as the library opens it, and beside it the head, what it is and the code that
     joins both.
     """
@@ -501,9 +503,9 @@ def _write_speech(found: bundle.Bundle, backbone: Any, head: Any, folder: Path) 
             "Wav2Vec2ForSequenceClassification of transformers has no layer norm before the "
             "linear layer"
         )
-        return _write_carried(found, Task(backbone, head), folder, lacking)
+        return _write_with_own_head(found, Task(backbone, head), folder, lacking)
     try:
-        made = hf_speech.written(backbone, head, found.modality())
+        made = hf_speech.export_folder(backbone, head, found.modality())
     except ValueError as error:
         raise BundleError(f"{found.uri}: {error}") from None
     _save(getattr(transformers, made.kind), made.config, made.tensors, folder)
@@ -571,7 +573,7 @@ def _with_head(
 
 def _sequence(family: str, task: Any, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
     """(tensors of the family's ForSequenceClassification that give the head's scores, a note), for
-    a head that it has (``_lacking``).
+    a head that it has (``_missing_in_family``).
     """
     prefix = FAMILIES[family][1]
     weight, bias = classifier_export.linear_tensors(task).values()
@@ -630,7 +632,7 @@ def _ln_f_shift(head: Any) -> Tensor | None:
     return None if wrong else shift
 
 
-def _padded(
+def _with_padding_token(
     tokenizer: Any, specials: dict[str, str], tensors: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     """A token of its own for padding: GPT2ForSequenceClassification reads the last token that is
@@ -667,7 +669,7 @@ def _save(kind: Any, config: Any, tensors: dict[str, Tensor], folder: Path) -> N
     )
 
 
-def _framed(state: dict[str, Any], words: bool) -> tuple[Any, dict[str, str]]:
+def _with_post_processor(state: dict[str, Any], words: bool) -> tuple[Any, dict[str, str]]:
     """The tokenizer with the frame that the modality gives its rows ([CLS] a [SEP] b [SEP]) as its
     post-processor, and its special tokens by role.
 
@@ -707,7 +709,7 @@ def _save_tokenizer(
     """
     tokenizer.save(str(folder / TOKENIZER))
     types = ["token_type_ids"] if getattr(config, "type_vocab_size", 1) > 1 else []
-    told = {
+    tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": length,
         "clean_up_tokenization_spaces": False,
@@ -716,11 +718,11 @@ def _save_tokenizer(
         "eos_token": specials["sep_token"],
         "model_input_names": ["input_ids", *types, "attention_mask"],
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(told, indent=2))
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2))
     (folder / "special_tokens_map.json").write_text(json.dumps(specials, indent=2))
 
 
-def _timm_lacking(backbone: Any, head: Any) -> str:
+def _attach_timm_classifier(backbone: Any, head: Any) -> str:
     """Give timm's model its classifier for the head's labels; in words why that cannot give the
     head's scores, or nothing.
     """
@@ -756,13 +758,13 @@ def _write_timm(found: bundle.Bundle, folder: Path, backbone_only: bool) -> str:
             )
     else:
         backbone = task.backbone
-    model, modality, told = backbone.model, found.modality(), {}
+    model, modality, timm_config = backbone.model, found.modality(), {}
     if task is not None and not backbone_only:
-        lacking = _timm_lacking(backbone, task.objective)
+        lacking = _attach_timm_classifier(backbone, task.objective)
         if lacking:
-            return _write_carried(found, task, folder, lacking)
+            return _write_with_own_head(found, task, folder, lacking)
         model.get_classifier().load_state_dict(classifier_export.linear_tensors(task))
-        told = {"label_names": task.objective.state["labels"]}
+        timm_config = {"label_names": task.objective.state["labels"]}
     crop = {"crop": "center", "squash": "squash", "pad": "border"}[modality.options.fit]
     size = (modality.options.channels, modality.options.size, modality.options.size)
     crop_share = (
@@ -777,9 +779,9 @@ def _write_timm(found: bundle.Bundle, folder: Path, backbone_only: bool) -> str:
         "crop_mode": crop,
     }
     timm.models.save_for_hf(
-        model, str(folder), model_config=told, safe_serialization=True, data_config=input_
+        model, str(folder), model_config=timm_config, safe_serialization=True, data_config=input_
     )
     return (
         f"{backbone.arch['name']} with {sum(p.numel() for p in model.parameters())} parameters, "
-        f"{len(told.get('label_names', []))} labels"
+        f"{len(timm_config.get('label_names', []))} labels"
     )

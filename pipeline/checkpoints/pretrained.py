@@ -22,7 +22,7 @@ from torch import Tensor
 from pipeline.checkpoints import bundle, hf_speech, hf_text
 from pipeline.checkpoints.bundle import BundleError
 from pipeline.config import registry
-from pipeline.config.schema import Plug
+from pipeline.config.schema import ComponentConfig
 from pipeline.core.contracts import Backbone, Task
 from pipeline.io import atomic_folder, file_identity, storage
 
@@ -50,7 +50,7 @@ SPEECH = ("torchaudio/", "wavenet/", "transformers/wav2vec2")
 
 
 @dataclass(frozen=True)
-class Start:
+class PretrainedCheckpoint:
     """Tensors under the backbone's own names; ``arch`` and ``modality`` when the checkpoint tells
     them.
     """
@@ -72,7 +72,7 @@ class Start:
     headless: dict[str, str] = field(default_factory=dict)
     """Why it has no head for an objective."""
 
-    def onto(self, backbone: Backbone) -> bundle.Transfer:
+    def load_into(self, backbone: Backbone) -> bundle.Transfer:
         """Load the backbone strictly (``bundle.transfer``), the notes among what was changed.
 
         What is ``FRESH`` that the backbone has and the checkpoint has not stays as it was
@@ -96,12 +96,12 @@ class Start:
             changed=(*self.notes, *moved.changed),
         )
 
-    def head_onto(self, task: Task) -> str:
+    def load_head_into(self, task: Task) -> str:
         """Load the head that fits the task's objective; says in words what was done, nothing for a
         checkpoint that never holds heads.
         """
         name, objective = task.objective.registered_name, task.objective
-        if self.bundle and type(objective).carries_head:
+        if self.bundle and type(objective).transfers_head:
             return bundle.carry_tensors(
                 objective, self.bundle.manifest["objective"], self.bundle.head_tensors()
             )[1]
@@ -165,12 +165,12 @@ def modality_name(text: str) -> str:
     prefix, _, uri = text.partition(":")
     config = storage.join(uri, "config.json") if prefix == "hf" else ""
     if config and storage.exists(config):
-        told = storage.read_json(config)
+        model_config = storage.read_json(config)
         return (
             "image"
-            if "architecture" in told
+            if "architecture" in model_config
             else "audio"
-            if told.get("model_type") == "wav2vec2"
+            if model_config.get("model_type") == "wav2vec2"
             else "text"
         )
     if text.startswith("timm"):
@@ -182,16 +182,16 @@ def modality_name(text: str) -> str:
     )
 
 
-def read(text: str, architecture: str | None = None) -> Start:
+def read(text: str, architecture: str | None = None) -> PretrainedCheckpoint:
     """Open ``bundle:URI``, ``file:PATH``, ``file-by-order:PATH``, ``hf:FOLDER``, ``hf-hub:NAME`` or
     ``timm-hub:NAME``; files need the ``architecture`` (library/model) that they are for. Raises
     BundleError with what to do.
     """
     prefix, _, uri = text.partition(":")
-    architecture = untagged(architecture or "")
+    architecture = strip_weights_tag(architecture or "")
     if prefix == "bundle":
         found = bundle.load(uri)
-        return Start(
+        return PretrainedCheckpoint(
             text,
             found.backbone_tensors(),
             found.manifest["arch"],
@@ -200,9 +200,9 @@ def read(text: str, architecture: str | None = None) -> Start:
             drop=(),
         )
     if prefix == "file":
-        return _file(text, uri, architecture)
+        return _read_weights_file(text, uri, architecture)
     if prefix == "file-by-order":
-        return _by_order(text, uri, architecture)
+        return _read_by_order(text, uri, architecture)
     if prefix == "hf":
         return _hugging_face(uri)
     if prefix == "timm-hub":
@@ -238,7 +238,7 @@ def _tensors(uri: str) -> dict[str, Tensor]:
     return found
 
 
-def _named(tensors: dict[str, Tensor], architecture: str) -> dict[str, Tensor]:
+def _with_backbone_names(tensors: dict[str, Tensor], architecture: str) -> dict[str, Tensor]:
     """Names as the backbone has them: wrappers' prefixes off, in whatever order, ``model.`` in
     front.
     """
@@ -268,34 +268,36 @@ def _named(tensors: dict[str, Tensor], architecture: str) -> dict[str, Tensor]:
     return {f"model.{name}": tensor for name, tensor in tensors.items()}
 
 
-def _file(text: str, uri: str, architecture: str) -> Start:
+def _read_weights_file(text: str, uri: str, architecture: str) -> PretrainedCheckpoint:
     """A weights file under the backbone's names. Raises BundleError that tells of
     ``file-by-order:`` where that would fit and names do not.
     """
     found = _tensors(uri)
-    tensors = _named(found, architecture)
+    tensors = _with_backbone_names(found, architecture)
     if not architecture.startswith("timm/"):
-        return Start(text, tensors)
-    own = _blank(architecture, tensors)
+        return PretrainedCheckpoint(text, tensors)
+    own = _meta_backbone(architecture, tensors)
     drop = (*HEADS, *_classifiers(own))
     missing = _missing(own, tensors)
     if not missing:
-        return Start(text, tensors, drop=drop)
+        return PretrainedCheckpoint(text, tensors, drop=drop)
     for renamed, rules in (
-        (_renamed(tensors, own), "its rules"),
+        (_convert_published_names(tensors, own), "its rules"),
         (_from_torchvision(tensors, own), "torchvision's"),
     ):
         if renamed is not None and not _missing(own, renamed):
-            return Start(
+            return PretrainedCheckpoint(
                 text,
                 renamed,
                 drop=drop,
                 notes=(f"names put into timm's by {rules} for {type(own.model).__module__}",),
             )
     try:
-        _paired(found, own)
+        _pair_by_order(found, own)
     except BundleError:
-        return Start(text, tensors, drop=drop)  # bundle.transfer says what does not fit
+        return PretrainedCheckpoint(
+            text, tensors, drop=drop
+        )  # bundle.transfer says what does not fit
     raise BundleError(
         f"{uri}: the names of its tensors are not those of {architecture} "
         f"({missing[0].removeprefix('model.')} is none of them), but their "
@@ -316,7 +318,7 @@ def _classifiers(backbone: Any) -> tuple[str, ...]:
     return tuple(f"model.{name}." for name in ((names,) if isinstance(names, str) else names))
 
 
-def _renamed(tensors: dict[str, Tensor], backbone: Any) -> dict[str, Tensor] | None:
+def _convert_published_names(tensors: dict[str, Tensor], backbone: Any) -> dict[str, Tensor] | None:
     """The file's tensors by the rules that timm keeps for publishers' own files: torchvision's VGG,
     FAIR's ConvNeXt, DINOv2, CLIP, ...
 
@@ -409,11 +411,11 @@ COUNTER = "num_batches_tracked"
 """Batches that a batch norm has seen: old files have none, and none is needed."""
 
 
-def _blank(architecture: str, tensors: dict[str, Tensor]) -> Backbone:
+def _meta_backbone(architecture: str, tensors: dict[str, Tensor]) -> Backbone:
     """The timm backbone at its own input size, without memory for its weights, with the channels of
     the checkpoint's first convolution.
     """
-    arch, _ = described(architecture, {})
+    arch, _ = timm_input_spec(architecture, {})
     channels = next((tensor.shape[1] for tensor in tensors.values() if tensor.dim() == 4), 16)
     if channels >= 16:  # a stem that turns blocks of 4 x 4 pixels into channels, or another network
         channels = arch["inputs"]["channels"]
@@ -421,7 +423,7 @@ def _blank(architecture: str, tensors: dict[str, Tensor]) -> Backbone:
         return bundle.build_backbone({**arch, "inputs": {**arch["inputs"], "channels": channels}})
 
 
-def _by_order(text: str, uri: str, architecture: str) -> Start:
+def _read_by_order(text: str, uri: str, architecture: str) -> PretrainedCheckpoint:
     """A state dict of other names, its tensors paired with the backbone's in their order.
 
     Shapes tell most mix-ups, not all: padding and activations are no tensors, so another variant of
@@ -441,18 +443,18 @@ def _by_order(text: str, uri: str, architecture: str) -> Start:
             "give a state dict as torch.save writes it"
         )
     found = _tensors(uri)
-    own = _blank(architecture, found)
-    pairs = _paired(found, own)
+    own = _meta_backbone(architecture, found)
+    pairs = _pair_by_order(found, own)
     left = tuple(name for name in found if name not in pairs)
     note = (
         f"{len(pairs)} tensors paired by order and shape, names unread ({next(iter(pairs))} became "
         f"{next(iter(pairs.values()))})"
     )
     tensors = {pairs.get(name, name): tensor for name, tensor in found.items()}
-    return Start(text, tensors, drop=left, notes=(note,))
+    return PretrainedCheckpoint(text, tensors, drop=left, notes=(note,))
 
 
-def _paired(found: dict[str, Tensor], backbone: Backbone) -> dict[str, str]:
+def _pair_by_order(found: dict[str, Tensor], backbone: Backbone) -> dict[str, str]:
     """The backbone's name for each of the file's, by order. Counters of batch norms are paired
     among themselves, or left where their number differs; what stands behind the backbone's last
     tensor must be a classifier. Raises BundleError.
@@ -490,7 +492,7 @@ def _paired(found: dict[str, Tensor], backbone: Backbone) -> dict[str, str]:
     return {name: pairs[name] for name in found if name in pairs}
 
 
-def _hugging_face(folder: str) -> Start:
+def _hugging_face(folder: str) -> PretrainedCheckpoint:
     path = storage.join(folder, "config.json")
     if not storage.exists(path):
         raise BundleError(
@@ -503,7 +505,7 @@ def _hugging_face(folder: str) -> Start:
     if "architecture" in config:
         return _timm_folder(folder, config)
     found = hf_text.read(folder, config)
-    return Start(
+    return PretrainedCheckpoint(
         f"hf:{folder}",
         found.tensors,
         found.arch,
@@ -545,7 +547,7 @@ def _hub_folder(name: str) -> str:
         ) from error
 
 
-def _timm_hub(name: str) -> Start:
+def _timm_hub(name: str) -> PretrainedCheckpoint:
     import timm
 
     try:
@@ -557,18 +559,18 @@ def _timm_hub(name: str) -> Start:
             f"download them elsewhere and give backbone timm/{name.split('.')[0]} with init: "
             "file:PATH"
         ) from error
-    arch, modality = _told(name.split(".")[0], dict(model.pretrained_cfg))
+    arch, modality = _timm_input_spec(name.split(".")[0], dict(model.pretrained_cfg))
     tensors = {f"model.{n}": t for n, t in model.state_dict().items()}
-    return Start(
+    return PretrainedCheckpoint(
         f"timm-hub:{name}",
         tensors,
         arch,
         modality,
-        drop=(*HEADS, *_classifiers(_blank(arch["name"], tensors))),
+        drop=(*HEADS, *_classifiers(_meta_backbone(arch["name"], tensors))),
     )
 
 
-BESIDE = (
+IGNORED_ARGUMENTS = (
     "img_size",
     "in_chans",
     "num_classes",
@@ -583,7 +585,7 @@ backbone.
 """
 
 
-def _timm_folder(folder: str, config: dict[str, Any]) -> Start:
+def _timm_folder(folder: str, config: dict[str, Any]) -> PretrainedCheckpoint:
     """A folder as timm.models.save_for_hf writes it: config.json with architecture and
     pretrained_cfg (input size, mean, std), model.safetensors.
     """
@@ -598,7 +600,7 @@ def _timm_folder(folder: str, config: dict[str, Any]) -> Start:
             f"hf:{folder}: model.safetensors is missing; save the model with "
             "timm.models.save_for_hf(model, folder, safe_serialization=True)"
         )
-    built = {k: v for k, v in config.get("model_args", {}).items() if k not in BESIDE}
+    built = {k: v for k, v in config.get("model_args", {}).items() if k not in IGNORED_ARGUMENTS}
     options = (
         {"patch_size": built.pop("patch_size")} if isinstance(built.get("patch_size"), int) else {}
     )
@@ -613,19 +615,21 @@ def _timm_folder(folder: str, config: dict[str, Any]) -> Start:
             f"hf:{folder}: pretrained_cfg in config.json has no {', '.join(absent)}; say "
             f"backbone: timm/{architecture}, init: file:{weights}"
         )
-    arch, modality = _told(architecture, there)
+    arch, modality = _timm_input_spec(architecture, there)
     arch["options"] = options
-    tensors = _named(_tensors(weights), architecture)
-    return Start(
+    tensors = _with_backbone_names(_tensors(weights), architecture)
+    return PretrainedCheckpoint(
         f"hf:{folder}",
         tensors,
         arch,
         modality,
-        drop=(*HEADS, *_classifiers(_blank(arch["name"], tensors))),
+        drop=(*HEADS, *_classifiers(_meta_backbone(arch["name"], tensors))),
     )
 
 
-def _told(architecture: str, config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _timm_input_spec(
+    architecture: str, config: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """(arch, modality) from timm's ``pretrained_cfg``. Raises BundleError for an input that no
     model has.
     """
@@ -655,14 +659,14 @@ def _told(architecture: str, config: dict[str, Any]) -> tuple[dict[str, Any], di
     }, modality
 
 
-def untagged(name: str) -> str:
+def strip_weights_tag(name: str) -> str:
     """A backbone's name without the tag of its published weights: timm/vit_small_patch16_224 of
     timm/vit_small_patch16_224.dino.
     """
     return name.partition(".")[0] if name.startswith("timm/") else name
 
 
-def described(name: str, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def timm_input_spec(name: str, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Arch and modality of a timm model whose weights file says nothing of its input: timm's own
     configuration does.
 
@@ -685,13 +689,13 @@ def described(name: str, options: dict[str, Any]) -> tuple[dict[str, Any], dict[
             f"{name}: timm has no input configuration for it; give the source data, or a name "
             "without a tag"
         )
-    arch, modality = _told(architecture.partition(".")[0], config.to_dict())
+    arch, modality = _timm_input_spec(architecture.partition(".")[0], config.to_dict())
     if "." in architecture:
-        modality["options"] |= _cropped(config)
+        modality["options"] |= _crop_options(config)
     return {**arch, "options": options}, modality
 
 
-def _cropped(config: Any) -> dict[str, Any]:
+def _crop_options(config: Any) -> dict[str, Any]:
     """Options of the image modality for timm's crop and interpolation, where it has the like."""
     fit = {"center": "crop", "squash": "squash", "border": "pad"}.get(config.crop_mode, "crop")
     share = {"crop_share": float(config.crop_pct)} if fit == "crop" and config.crop_pct else {}
@@ -702,8 +706,8 @@ def _cropped(config: Any) -> dict[str, Any]:
     }
 
 
-def stated(
-    arch: dict[str, Any], modality: dict[str, Any], given: Plug | None, place: str
+def override_modality(
+    arch: dict[str, Any], modality: dict[str, Any], given: ComponentConfig | None, place: str
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Arch and modality of a checkpoint with what the job states of its rows
     (``sources.NAME.modality``).
@@ -718,7 +722,7 @@ def stated(
             "leave it out"
         )
     kind = registry.get("modality", given.name)
-    if problem := kind.without_effect(given.options, modality["options"]):
+    if problem := kind.ineffective_options(given.options, modality["options"]):
         raise BundleError(f"{place}: {problem}")
     options = {**modality["options"], **given.options}
     try:
@@ -733,13 +737,15 @@ def stated(
     }
 
 
-def input_note(modality: dict[str, Any], name: str, given: Plug | None, told: str) -> str:
+def describe_input(
+    modality: dict[str, Any], name: str, given: ComponentConfig | None, checkpoint: str
+) -> str:
     """In words, how the images of a checkpoint without data are read and who says so; "" for rows
     that are no images.
 
     Args:
-        told: what the checkpoint itself is, where it says how its images are read (a folder, a
-            bundle); "" where only its name does.
+        checkpoint: what the checkpoint itself is, where it says how its images are read (a folder,
+            a bundle); "" where only its name does.
     """
     if modality["name"] != "image":
         return ""
@@ -756,8 +762,8 @@ def input_note(modality: dict[str, Any], name: str, given: Plug | None, told: st
     said = f"; {', '.join(stated_here)} as the job states" if stated_here else ""
     if {"mean", "std"} <= set(stated_here):
         return text + said
-    if told:
-        return f"{text}{said}, as {told} says"
+    if checkpoint:
+        return f"{text}{said}, as {checkpoint} says"
     if "." in name:
         return f"{text}{said}, as timm says of {name.partition('/')[2]}"
     return (

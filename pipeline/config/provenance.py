@@ -89,12 +89,12 @@ seen.
 """
 NOT_RECORDED = "made before code and versions were recorded"
 
-Piece = tuple[str, str]
+Component = tuple[str, str]
 """A registered (kind, name)."""
 
 
 @dataclass(frozen=True)
-class MadeBy:
+class Provenance:
     """What made a source or a trial. ``code``: part to the hash of its normalised source;
     ``versions``: library to version.
     """
@@ -107,25 +107,25 @@ class MadeBy:
         """One hash for all the code, as the column ``made_by`` has it."""
         return hashlib.sha256(json.dumps(sorted(self.code.items())).encode()).hexdigest()[:12]
 
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """The two entries of a record or manifest, as `recorded` reads them."""
         return {"made_by": {"hash": self.hash, "code": self.code}, "versions": self.versions}
 
 
-def recorded(facts: Mapping[str, Any]) -> MadeBy | None:
+def from_metadata(record: Mapping[str, Any]) -> Provenance | None:
     """What a record or a bundle's manifest says of who made it; None for one that was written
     before this was recorded.
     """
-    made_by = facts.get("made_by")
+    made_by = record.get("made_by")
     if not isinstance(made_by, Mapping):
         return None
-    versions = facts.get("versions") or {}
-    return MadeBy(
+    versions = record.get("versions") or {}
+    return Provenance(
         dict(made_by["code"]), {name: versions[name] for name in LIBRARIES if name in versions}
     )
 
 
-def changes(then: MadeBy | None, now: MadeBy) -> tuple[str, ...]:
+def changes(then: Provenance | None, now: Provenance) -> tuple[str, ...]:
     """In words, each part of the code and each library in which ``now`` differs from what made a
     result; empty where nothing does.
     """
@@ -142,7 +142,7 @@ def changes(then: MadeBy | None, now: MadeBy) -> tuple[str, ...]:
     return (*out, *_other_versions(then, now))
 
 
-def differences(one: MadeBy | None, other: MadeBy | None) -> tuple[str, ...]:
+def differences(one: Provenance | None, other: Provenance | None) -> tuple[str, ...]:
     """In words, why two results that are compared were not made alike. Parts that only one of them
     uses (its technique) do not count.
     """
@@ -155,7 +155,7 @@ def differences(one: MadeBy | None, other: MadeBy | None) -> tuple[str, ...]:
     return (*differ, *_other_versions(one, other, "and"))
 
 
-def _other_versions(then: MadeBy, now: MadeBy, between: str = "then, now") -> Iterator[str]:
+def _other_versions(then: Provenance, now: Provenance, between: str = "then, now") -> Iterator[str]:
     for name in LIBRARIES:
         before, after = then.versions.get(name, "unknown"), now.versions.get(name, "unknown")
         if before != after:
@@ -175,23 +175,23 @@ def versions() -> dict[str, str]:
 
 
 @cache
-def made_by(modules: tuple[str, ...], pieces: tuple[Piece, ...]) -> MadeBy:
+def made_by(modules: tuple[str, ...], components: tuple[Component, ...]) -> Provenance:
     """What makes a result now.
 
     Args:
         modules: Dotted names of the modules that it starts from.
         pieces: The registered pieces that it uses.
     """
-    return MadeBy(code_of(modules, pieces), versions())
+    return Provenance(code_of(modules, components), versions())
 
 
-def pieces_of(
+def components_of(
     modality: str | None,
     arch: str,
     options: Mapping[str, Any],
     objective: str | None = None,
     technique: str | None = None,
-) -> tuple[Piece, ...]:
+) -> tuple[Component, ...]:
     """The registered pieces of a source or trial.
 
     Args:
@@ -214,15 +214,15 @@ def pieces_of(
 # ---------------------------------------------------------------- the parts of the code
 
 
-def code_of(modules: Iterable[str], pieces: Iterable[Piece]) -> dict[str, str]:
+def code_of(modules: Iterable[str], components: Iterable[Component]) -> dict[str, str]:
     """Part to hash: the pieces, the modules, and every module of ours that their imports lead
     to.
     """
     out: dict[str, str] = {}
     waiting = list(modules)
-    for kind, name in pieces:
+    for kind, name in components:
         module = registry.entry(kind, name).module
-        hashed, used = _piece(module, kind, name)
+        hashed, used = _component_source(module, kind, name)
         out[f"{kind} {name}"] = hashed
         waiting += [other for other in used if other not in MAKES_NO_NUMBERS]
     while waiting:
@@ -264,22 +264,22 @@ def _source(module: str) -> ast.Module | None:
 def _module(module: str) -> tuple[str, tuple[str, ...]]:
     """The hash of a whole module, and the modules of ours that it imports."""
     tree = _source(module)
-    return (_hash(tree.body), _ours(module, tree.body)) if tree else (WITHOUT_SOURCE, ())
+    return (_hash(tree.body), _own_modules(module, tree.body)) if tree else (WITHOUT_SOURCE, ())
 
 
 @cache
-def _piece(module: str, kind: str, name: str) -> tuple[str, tuple[str, ...]]:
+def _component_source(module: str, kind: str, name: str) -> tuple[str, tuple[str, ...]]:
     """The same of the part of a module that a registered class or function reaches, so that its
     neighbours in the file do not count.
     """
     tree = _source(module)
     if tree is None:
         return WITHOUT_SOURCE, ()
-    body = _reached(tree, kind, name)
-    return _hash(body), _ours(module, body)
+    body = _reachable_statements(tree, kind, name)
+    return _hash(body), _own_modules(module, body)
 
 
-def _reached(tree: ast.Module, kind: str, name: str) -> list[ast.stmt]:
+def _reachable_statements(tree: ast.Module, kind: str, name: str) -> list[ast.stmt]:
     """The statements of a module that define a registered piece and all that it names, in their
     order.
     """
@@ -328,7 +328,7 @@ def _defined(statement: ast.stmt) -> Iterator[str]:
             yield from (node.id for node in ast.walk(target) if isinstance(node, ast.Name))
 
 
-def _ours(module: str, body: Iterable[ast.stmt]) -> tuple[str, ...]:
+def _own_modules(module: str, body: Iterable[ast.stmt]) -> tuple[str, ...]:
     """Modules of this package, or of the plugin's that ``module`` lies in, that some statements
     import, in functions too.
     """
@@ -374,7 +374,7 @@ def _hash(body: Iterable[ast.stmt]) -> str:
     words: list[str] = []
     imports: set[str] = set()
     for statement in body:
-        _tell(statement, words, imports)
+        _serialize_node(statement, words, imports)
     return hashlib.sha256("\n".join([*sorted(imports), *words]).encode()).hexdigest()[:12]
 
 
@@ -383,7 +383,7 @@ def _fields(kind: type[ast.AST]) -> tuple[str, ...]:
     return tuple(sorted(name for name in kind._fields if name != "type_comment"))
 
 
-def _tell(node: Any, words: list[str], imports: set[str]) -> None:
+def _serialize_node(node: Any, words: list[str], imports: set[str]) -> None:
     """Append a syntax tree as words, without what does nothing.
 
     Fields that are empty are left out, as later versions of Python have more of them. Imports are
@@ -407,12 +407,12 @@ def _tell(node: Any, words: list[str], imports: set[str]) -> None:
     elif isinstance(node, ast.JoinedStr):
         words.append("(JoinedStr")
         for value in _joined(node.values):
-            _tell(value, words, imports)
+            _serialize_node(value, words, imports)
         words.append(")")
     elif isinstance(node, ast.AST):
         words.append(f"({type(node).__name__}")
         for name in _fields(type(node)):
-            _tell_field(name, getattr(node, name, None), words, imports)
+            _serialize_field(name, getattr(node, name, None), words, imports)
         words.append(")")
     else:
         words.append(ascii(node))  # a name, a number of dots, or the None of a dictionary's key
@@ -432,13 +432,13 @@ def _joined(values: list[ast.expr]) -> list[ast.expr]:
     return [value for value in out if getattr(value, "value", None) != ""]
 
 
-def _tell_field(name: str, value: Any, words: list[str], imports: set[str]) -> None:
+def _serialize_field(name: str, value: Any, words: list[str], imports: set[str]) -> None:
     before = len(words)
     words.append(f".{name}")
     if isinstance(value, list):
         for item in value:
-            _tell(item, words, imports)
+            _serialize_node(item, words, imports)
     elif value is not None:
-        _tell(value, words, imports)
+        _serialize_node(value, words, imports)
     if len(words) == before + 1:
         words.pop()

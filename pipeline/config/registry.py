@@ -32,7 +32,7 @@ FOLDERS = {
 }
 
 
-def no_truth(value: Any) -> Any:
+def reject_bool(value: Any) -> Any:
     """The value, unless it is true or false. Raises ValueError: pydantic would read them as 1 and
     0.
     """
@@ -54,7 +54,7 @@ class Strict(BaseModel):
         return (
             value
             if "bool" in str(cls.model_fields[info.field_name].annotation)
-            else no_truth(value)
+            else reject_bool(value)
         )
 
 
@@ -96,7 +96,7 @@ def register(kind: str, name: str, options: type[Options] = Options):
     return keep
 
 
-def _calls(tree: ast.Module):
+def _register_calls(tree: ast.Module):
     for node in tree.body:
         for decorator in getattr(node, "decorator_list", ()):
             if (
@@ -190,7 +190,7 @@ def entries(kind: str) -> dict[str, Entry]:
     out: dict[str, Entry] = {}
     for file in sorted(folder.glob("*.py")):
         tree = ast.parse(file.read_text())
-        for node, call in _calls(tree):
+        for node, call in _register_calls(tree):
             declared, name = (ast.literal_eval(argument) for argument in call.args[:2])
             if declared != kind:
                 raise ValueError(

@@ -27,7 +27,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 from pipeline.config import registry
 from pipeline.io import s3, storage
 
-STARTS = ("bundle:", "file:", "file-by-order:", "hf:", "hf-hub:", "timm-hub:")
+CHECKPOINT_PREFIXES = ("bundle:", "file:", "file-by-order:", "hf:", "hf-hub:", "timm-hub:")
 """Prefixes of an existing checkpoint: a bundle, a safetensors or state-dict file (by its names, or
 by order and shape where they differ), a Hugging Face folder, a name on the hub.
 """
@@ -49,8 +49,8 @@ class Spec(registry.Strict):
     """
 
 
-Whole = Annotated[int, BeforeValidator(registry.no_truth)]
-Number = Annotated[float, BeforeValidator(registry.no_truth)]
+Whole = Annotated[int, BeforeValidator(registry.reject_bool)]
+Number = Annotated[float, BeforeValidator(registry.reject_bool)]
 """Numbers in lists: pydantic alone would read true as 1."""
 
 
@@ -70,7 +70,7 @@ def _refuse(problems: list[tuple[tuple[str | int, ...], str]]) -> None:
         )
 
 
-class Plug(Spec):
+class ComponentConfig(Spec):
     """A registered name with its options: ``full`` or ``{lp_ft: {probe_share: 0.3}}``."""
 
     name: str = Field(description="a registered name")
@@ -122,7 +122,7 @@ class Data(Spec):
         None, description="files of the validation split; absent: validation_fraction of train"
     )
     test: Uris | None = Field(None, description="files of the test split")
-    modality: Plug = Field(description="image, text, ...: how a row becomes tensors")
+    modality: ComponentConfig = Field(description="image, text, ...: how a row becomes tensors")
     columns: dict[str, str] = Field(
         default_factory=dict,
         description="role to column name, e.g. {image: image, label: label}, for the roles that "
@@ -217,18 +217,18 @@ class Data(Spec):
             )
         problems: list[tuple[tuple[str | int, ...], str]] = []
         if self.validation is not None and self.validation_fraction:
-            problems += _meaningless(
+            problems += _unused_field_problems(
                 self,
                 ["validation_fraction"],
                 (),
                 "nothing is held out where validation files are given",
             )
         if self.test is not None:
-            problems += _meaningless(
+            problems += _unused_field_problems(
                 self, ["test_fraction"], (), "nothing is held out where test files are given"
             )
         if self.split_column is None:
-            problems += _meaningless(
+            problems += _unused_field_problems(
                 self, ["split_values"], (), "they are values of split_column, and there is none"
             )
         _refuse(problems)
@@ -393,7 +393,7 @@ class Train(Spec):
             )
         unread = ("momentum",) if self.optimizer == "adamw" else ("beta1", "beta2")
         _refuse(
-            _meaningless(
+            _unused_field_problems(
                 self, unread, (), f"the optimizer is {self.optimizer}, which does not read it"
             )
         )
@@ -410,7 +410,7 @@ NUMERIC = tuple(
 """Fields of train that can be searched: numbers that change what is learned."""
 
 
-def drawn(train: Train, hyper: Mapping[str, Any]) -> Train:
+def with_hyper_parameters(train: Train, hyper: Mapping[str, Any]) -> Train:
     """The train spec with some fields set: steps take the place of epochs, and epochs that of
     steps.
 
@@ -421,7 +421,7 @@ def drawn(train: Train, hyper: Mapping[str, Any]) -> Train:
     return Train.model_validate({**own, **dict.fromkeys(lengths), **hyper})
 
 
-def rounded(name: str, value: float) -> float:
+def round_hyper_parameter(name: str, value: float) -> float:
     """A value of a search as it is drawn: whole for a field of whole numbers, else of six
     digits.
     """
@@ -440,10 +440,10 @@ def search_problems(
     out: dict[tuple[str, str], None] = {}
     for name, values in search.items():
         for value in values:
-            draw = rounded(name, value)
+            draw = round_hyper_parameter(name, value)
             for train in specs:
                 try:
-                    drawn(train, {name: draw})
+                    with_hyper_parameters(train, {name: draw})
                 except ValidationError as error:
                     shown = f"{value}" if draw == value else f"{value} (drawn as {draw})"
                     out[
@@ -467,7 +467,7 @@ def changed_fields(spec: BaseModel) -> set[str]:
     return {name for name, default in defaults.items() if getattr(spec, name) != default}
 
 
-def _meaningless(
+def _unused_field_problems(
     spec: BaseModel, fields: Iterable[str], at: tuple[str | int, ...], why: str
 ) -> list[tuple[tuple[str | int, ...], str]]:
     """A problem of each of the fields that is changed although nothing would read it."""
@@ -476,7 +476,9 @@ def _meaningless(
     ]
 
 
-def _weighted(data: Data | None, at: str, why: str) -> list[tuple[tuple[str | int, ...], str]]:
+def _weight_problems(
+    data: Data | None, at: str, why: str
+) -> list[tuple[tuple[str | int, ...], str]]:
     """A problem of every weight in a data spec whose corpora are not drawn from by weights."""
     given = data.weights if data is not None else ()
     return [
@@ -495,7 +497,7 @@ class Source(Spec):
     """
 
     data: Data | None = Field(None, description="the source corpus")
-    backbone: Plug = Field(
+    backbone: ComponentConfig = Field(
         description="library/model, e.g. timm/resnet18 or {transformers/bert: {layers: 4}}; or "
         "bundle:URI, hf:FOLDER, hf-hub:NAME, "
         "timm-hub:NAME"
@@ -506,14 +508,14 @@ class Source(Spec):
         "hf:FOLDER; file-by-order:PATH "
         "pairs tensors by order and shape where the file's names differ",
     )
-    modality: Plug | None = Field(
+    modality: ComponentConfig | None = Field(
         None,
         description="of a checkpoint without data, how its rows are read, e.g. {image: {mean: "
         "imagenet, std: imagenet, size: 224, crop_share: 0.9, "
         "interpolation: bicubic}}; none: what the checkpoint says, else what timm says of its "
         "model (a tag, timm/NAME.TAG, has its own)",
     )
-    objective: Plug | None = Field(None, description="classification, mlm, clm, ...")
+    objective: ComponentConfig | None = Field(None, description="classification, mlm, clm, ...")
     probe: Data | None = Field(
         None,
         description="labelled rows on which the backbone's features are tried at every "
@@ -550,12 +552,16 @@ class Source(Spec):
                     )
                 ]
             )
-        if self.data is None and self.init is None and not self.backbone.name.startswith(STARTS):
+        if (
+            self.data is None
+            and self.init is None
+            and not self.backbone.name.startswith(CHECKPOINT_PREFIXES)
+        ):
             raise ValueError(
                 "a source needs data to pretrain on, or a checkpoint: init, or a backbone "
-                f"that starts with {', '.join(STARTS)}"
+                f"that starts with {', '.join(CHECKPOINT_PREFIXES)}"
             )
-        if self.init is not None and self.backbone.name.startswith(STARTS):
+        if self.init is not None and self.backbone.name.startswith(CHECKPOINT_PREFIXES):
             raise ValueError(
                 f"init {self.init} and backbone {self.backbone.name} are both checkpoints: "
                 "start from one of them; beside init the backbone is "
@@ -580,13 +586,13 @@ class Source(Spec):
             else []
         )
         if self.probe is not None:
-            problems += _meaningless(
+            problems += _unused_field_problems(
                 self.probe,
                 ["decode", "shuffle"],
                 ("probe",),
                 "the rows of a probe are decoded into memory, and never shuffled",
             )
-            problems += _meaningless(
+            problems += _unused_field_problems(
                 self.probe,
                 ["test_fraction"],
                 ("probe",),
@@ -601,13 +607,18 @@ class Source(Spec):
                 "gpus_per_worker",
                 "max_failures",
             )
-            problems += _meaningless(
+            problems += _unused_field_problems(
                 self,
                 unread,
                 (),
                 "a source without data is a checkpoint as it is, and nothing is trained",
             )
-        _refuse([*problems, *_weighted(self.probe, "probe", "the rows of a probe are read whole")])
+        _refuse(
+            [
+                *problems,
+                *_weight_problems(self.probe, "probe", "the rows of a probe are read whole"),
+            ]
+        )
         low, high = self.worker_range
         if not 1 <= low <= high:
             raise ValueError(
@@ -624,10 +635,10 @@ class Target(Spec):
     """One task to adapt the backbones to."""
 
     data: Data = Field(description="the target's rows")
-    objective: Plug = Field(description="classification, ...")
+    objective: ComponentConfig = Field(description="classification, ...")
     metric: str | None = Field(None, description="primary metric; none: the objective's first")
     label_fractions: list[
-        Annotated[float | int, BeforeValidator(registry.no_truth), AfterValidator(_fraction)]
+        Annotated[float | int, BeforeValidator(registry.reject_bool), AfterValidator(_fraction)]
     ] = Field(
         default_factory=lambda: [1.0],
         description="floats: shares (stratified, nested), 1.0 is all; integers: rows a class",
@@ -635,7 +646,7 @@ class Target(Spec):
     sources: list[str] | None = Field(
         None, description="which sources to adapt; none: all of the same modality"
     )
-    techniques: list[Plug] | None = Field(
+    techniques: list[ComponentConfig] | None = Field(
         None, description="techniques for this target alone; none: the job's"
     )
     train: Train = Field(
@@ -682,7 +693,7 @@ class Target(Spec):
     @model_validator(mode="after")
     def _unweighted(self):
         _refuse(
-            _weighted(
+            _weight_problems(
                 self.data,
                 "data",
                 "a target's rows are trained on as they are, and its label fractions are "
@@ -823,8 +834,8 @@ class Fanout(Spec):
             )
         if self.trials == 1:
             nothing = "trials is 1, so that nothing is drawn"
-            problems += _meaningless(self, ["search_finalists"], (), nothing)
-            problems += _meaningless(
+            problems += _unused_field_problems(self, ["search_finalists"], (), nothing)
+            problems += _unused_field_problems(
                 self, ["scheduler"], (), f"{nothing}, and asha stops draws alone"
             )
         _refuse(problems)
@@ -846,8 +857,10 @@ class Job(Spec):
         description="what to pretrain on, or existing checkpoints", min_length=1
     )
     targets: dict[str, Target] = Field(default_factory=dict, description="the tasks")
-    techniques: list[Plug] = Field(
-        default_factory=lambda: [Plug(name=n) for n in ("scratch", "linear_probe", "full")],
+    techniques: list[ComponentConfig] = Field(
+        default_factory=lambda: [
+            ComponentConfig(name=n) for n in ("scratch", "linear_probe", "full")
+        ],
         description="how to adapt; scratch is always added",
     )
     fanout: Fanout = Field(
@@ -900,8 +913,8 @@ def schema() -> dict:
     enumerations.
     """
     out = Job.model_json_schema()
-    plug = out["$defs"].pop("Plug")
-    del plug
+    component = out["$defs"].pop("ComponentConfig")
+    del component
 
     def choice(kind: str) -> dict:
         names = registry.names(kind)
@@ -910,7 +923,7 @@ def schema() -> dict:
             if kind != "model"
             else {
                 "type": "string",
-                "pattern": rf"^(({'|'.join(names)})/.+|({'|'.join(p[:-1] for p in STARTS)}):.+)$",
+                "pattern": rf"^(({'|'.join(names)})/.+|({'|'.join(p[:-1] for p in CHECKPOINT_PREFIXES)}):.+)$",
             }
         )
         options = {
@@ -923,7 +936,7 @@ def schema() -> dict:
         if kind == "model":
             table["additionalProperties"] = False
             table["patternProperties"] = {f"^{name}/": value for name, value in options.items()}
-            table["patternProperties"][rf"^({'|'.join(p[:-1] for p in STARTS)}):"] = {
+            table["patternProperties"][rf"^({'|'.join(p[:-1] for p in CHECKPOINT_PREFIXES)}):"] = {
                 "anyOf": list(options.values())
             }  # the checkpoint tells which
         else:
@@ -942,7 +955,7 @@ def schema() -> dict:
             return [put(item, field) for item in node]
         if not isinstance(node, dict):
             return node
-        if node.get("$ref") == "#/$defs/Plug":
+        if node.get("$ref") == "#/$defs/ComponentConfig":
             return {**choice(kinds[field]), **{k: v for k, v in node.items() if k == "description"}}
         return {
             k: (

@@ -20,13 +20,13 @@ from pydantic import ValidationError
 
 from pipeline.config import registry
 from pipeline.config.schema import (
+    CHECKPOINT_PREFIXES,
     HUBS,
-    STARTS,
+    ComponentConfig,
     Data,
     Fanout,
     Job,
     JobError,
-    Plug,
     Select,
     Source,
     Spec,
@@ -114,12 +114,14 @@ def _plain(
         problems.append(
             (
                 lines[path],
-                f"{_dots(path)}: {node.value!r} is no {node.tag.removeprefix(_YAML)} "
+                f"{_dotted_path(path)}: {node.value!r} is no {node.tag.removeprefix(_YAML)} "
                 f"({error}); put it in quotes if it is text",
             )
         )
         return node.value
-    return _expand(value, lines[path], path, problems) if isinstance(value, str) else value
+    return (
+        _expand_environment(value, lines[path], path, problems) if isinstance(value, str) else value
+    )
 
 
 def _pairs(
@@ -141,15 +143,18 @@ def _pairs(
         loader.visit()
         line = key_node.start_mark.line + 1
         if not isinstance(key_node, yaml.ScalarNode):
-            problems.append((line, f"{_dots(path)}: a key is a text, no list or mapping"))
+            problems.append((line, f"{_dotted_path(path)}: a key is a text, no list or mapping"))
             continue
-        key, merge = _expand(key_node.value, line, path, problems), key_node.tag == f"{_YAML}merge"
+        key, merge = (
+            _expand_environment(key_node.value, line, path, problems),
+            key_node.tag == f"{_YAML}merge",
+        )
         merges += merge
         if key in own or (merge and merges > 1):
             problems.append(
                 (
                     line,
-                    f"{_dots((*path, key))}: this key stands here twice; "
+                    f"{_dotted_path((*path, key))}: this key stands here twice; "
                     f"{'write <<: [*one, *two]' if merge else 'remove one'}",
                 )
             )
@@ -163,20 +168,21 @@ def _pairs(
                 problems.append(
                     (
                         line,
-                        f"{_dots((*path, key))}: merges a mapping or a list of mappings, e.g. "
+                        f"{_dotted_path((*path, key))}: merges a mapping or a list of "
+                        "mappings, e.g. "
                         "<<: *anchor",
                     )
                 )
     return {**merged, **own}
 
 
-def _expand(text: str, line: int, path: Path_, problems: list[tuple[int, str]]) -> str:
+def _expand_environment(text: str, line: int, path: Path_, problems: list[tuple[int, str]]) -> str:
     def value(match: re.Match[str]) -> str:
         if match[1] not in os.environ:
             problems.append(
                 (
                     line,
-                    f"{_dots(path)}: environment variable {match[1]} is not set; set it or "
+                    f"{_dotted_path(path)}: environment variable {match[1]} is not set; set it or "
                     "write the value",
                 )
             )
@@ -185,9 +191,9 @@ def _expand(text: str, line: int, path: Path_, problems: list[tuple[int, str]]) 
     return _VARIABLE.sub(value, text)
 
 
-def _hidden(message: str, written: list[str]) -> str:
-    """A message with ``${NAME}`` in the place of the values that the texts in ``written`` take from
-    the environment: they may be secrets.
+def _mask_environment(message: str, written: list[str]) -> str:
+    """A message with ``${NAME}`` in the place of the values that the texts in ``output_columns``
+    take from the environment: they may be secrets.
     """
     names = dict.fromkeys(
         name for text in written for name in _VARIABLE.findall(text) if os.environ.get(name)
@@ -205,7 +211,7 @@ def _hidden(message: str, written: list[str]) -> str:
     return message
 
 
-def _dots(path: Path_) -> str:
+def _dotted_path(path: Path_) -> str:
     return ".".join(str(part) for part in path) or "the job"
 
 
@@ -240,7 +246,7 @@ def _read(text: str, problems: list[tuple[int, str]]) -> tuple[Any, dict[Path_, 
     return data, lines
 
 
-def _override(data: dict, setting: str, problems: list[tuple[int, str]]) -> Path_:
+def _apply_override(data: dict, setting: str, problems: list[tuple[int, str]]) -> Path_:
     dotted, equals, text = setting.partition("=")
     path = tuple(dotted.split("."))
     if not equals or not all(path):
@@ -269,7 +275,8 @@ def _override(data: dict, setting: str, problems: list[tuple[int, str]]) -> Path
                 problems.append(
                     (
                         0,
-                        f"--set {setting}: {_dots(path[:i])} is a list of {len(at)}; write its "
+                        f"--set {setting}: {_dotted_path(path[:i])} is a list of {len(at)}; "
+                        "write its "
                         "index",
                     )
                 )
@@ -279,7 +286,7 @@ def _override(data: dict, setting: str, problems: list[tuple[int, str]]) -> Path
             problems.append(
                 (
                     0,
-                    f"--set {setting}: {_dots(path[:i])} is "
+                    f"--set {setting}: {_dotted_path(path[:i])} is "
                     f"{'the text ' if isinstance(at, str) else ''}{at!r}, it has no fields",
                 )
             )
@@ -315,7 +322,7 @@ def _fields_at(loc: Path_) -> dict[str, Any]:
     return dict(spec.model_fields)
 
 
-def _say(error: Any) -> str:
+def _describe_error(error: Any) -> str:
     value, kind = error["input"], error["type"]
     if kind == "extra_forbidden":
         return (
@@ -332,7 +339,7 @@ def _say(error: Any) -> str:
     return error["msg"].removeprefix("Value error, ") + shown
 
 
-def _typed_problems(error: ValidationError) -> list[tuple[Path_, str]]:
+def _union_problems(error: ValidationError) -> list[tuple[Path_, str]]:
     """Each wrong value once, at its own place: pydantic tells every member of a union, under a
     made-up part of the path.
     """
@@ -348,7 +355,9 @@ def _typed_problems(error: ValidationError) -> list[tuple[Path_, str]]:
         loc = tuple(part for part, no_part in zip(item["loc"], made_up, strict=True) if not no_part)
         if item["loc"][-1:] != ("[key]",) and any(item["loc"][: len(key)] == key for key in keys):
             continue  # the value of a wrong key
-        out[loc] = f"{out[loc]}; or: {_say(item)}" if loc in out else _say(item)
+        out[loc] = (
+            f"{out[loc]}; or: {_describe_error(item)}" if loc in out else _describe_error(item)
+        )
         if made_up[-1:] == [True]:
             unions.add(loc)
     inner = {loc[:n] for loc in out for n in range(len(loc))}
@@ -357,15 +366,15 @@ def _typed_problems(error: ValidationError) -> list[tuple[Path_, str]]:
     ]  # "no number" of a list whose second item is wrong
 
 
-def _plug_problems(kind: str, raw: Any, path: Path_) -> list[tuple[Path_, str]]:
+def _component_problems(kind: str, raw: Any, path: Path_) -> list[tuple[Path_, str]]:
     try:
-        plug = Plug.model_validate(raw)
+        component = ComponentConfig.model_validate(raw)
     except ValidationError:
         return []  # reported with its place by the typed pass
-    at = (*path, plug.name) if isinstance(raw, dict) and plug.name in raw else path
-    name = plug.name
+    at = (*path, component.name) if isinstance(raw, dict) and component.name in raw else path
+    name = component.name
     if kind == "model":
-        if name.startswith(STARTS):
+        if name.startswith(CHECKPOINT_PREFIXES):
             known = {
                 field
                 for library in registry.names("model")
@@ -373,7 +382,7 @@ def _plug_problems(kind: str, raw: Any, path: Path_) -> list[tuple[Path_, str]]:
             }
             return [
                 ((*at, one), f"unknown option of a backbone; {registry.nearest(one, known)}")
-                for one in plug.options
+                for one in component.options
                 if one not in known
             ]
         library, slash, model = name.partition("/")
@@ -409,13 +418,13 @@ def _plug_problems(kind: str, raw: Any, path: Path_) -> list[tuple[Path_, str]]:
         return [(at, str(error))]
     out: list[tuple[Path_, str]] = []
     try:
-        options.model_validate(plug.options)
+        options.model_validate(component.options)
     except ValidationError as error:
         for item in error.errors():
-            text = _say(item)
+            text = _describe_error(item)
             if item["type"] == "extra_forbidden":
                 text = (
-                    f"unknown option of {plug.name}; "
+                    f"unknown option of {component.name}; "
                     f"{registry.nearest(str(item['loc'][-1]), options.model_fields)}"
                 )
             out.append(((*at, *item["loc"]), text))
@@ -427,7 +436,7 @@ def _input_problems(part: dict, path: Path_) -> list[tuple[Path_, str]]:
     of timm where data decide.
     """
     out = (
-        _plug_problems("modality", part["modality"], (*path, "modality"))
+        _component_problems("modality", part["modality"], (*path, "modality"))
         if part.get("modality") is not None
         else []
     )
@@ -444,14 +453,17 @@ def _input_problems(part: dict, path: Path_) -> list[tuple[Path_, str]]:
     return out
 
 
-def _start_problems(
+def _checkpoint_problems(
     text: Any, path: Path_, folder: Path, elsewhere: bool
 ) -> list[tuple[Path_, str]]:
-    if not isinstance(text, str) or not text.startswith(STARTS):
-        known = f"{text!r} is no checkpoint; write one of {', '.join(STARTS)} followed by a path"
+    if not isinstance(text, str) or not text.startswith(CHECKPOINT_PREFIXES):
+        known = (
+            f"{text!r} is no checkpoint; write one of {', '.join(CHECKPOINT_PREFIXES)} followed by "
+            "a path"
+        )
         return [(path, known)] if path[-1] == "init" and isinstance(text, str) else []
     prefix, uri = text.split(":", 1)
-    problem = "" if prefix in HUBS else _missing(uri, folder, elsewhere, globs=False)
+    problem = "" if prefix in HUBS else _uri_problem(uri, folder, elsewhere, globs=False)
     return (
         [(path, f"{prefix} {problem}; a hub name needs the prefix hf-hub: or timm-hub:")]
         if problem
@@ -459,16 +471,20 @@ def _start_problems(
     )
 
 
-def _name_of(plug: Any) -> Any:
+def _name_of(component: Any) -> Any:
     """The name in a plug as it is written: by itself, or with its options."""
-    return plug.get("name", next(iter(plug), None)) if isinstance(plug, dict) else plug
+    return (
+        component.get("name", next(iter(component), None))
+        if isinstance(component, dict)
+        else component
+    )
 
 
 def _listed(value: Any) -> list:
     return value if isinstance(value, list) else []
 
 
-def _place(uri: str, folder: Path) -> str:
+def _resolve_uri(uri: str, folder: Path) -> str:
     """A URI as it is, a path relative to the job file made absolute. Raises StorageError for what
     names no place.
     """
@@ -483,14 +499,14 @@ def _is_absolute(uri: str) -> bool:
     return uri.startswith("file:///") or Path(uri).is_absolute()
 
 
-def _missing(uri: str, folder: Path, elsewhere: bool, globs: bool = True) -> str:
+def _uri_problem(uri: str, folder: Path, elsewhere: bool, globs: bool = True) -> str:
     """What is wrong with a place of data or of a checkpoint, or nothing; nothing too where a
     variable in it is not set, which is told already.
     """
     if _VARIABLE.search(uri):
         return ""
     try:
-        place = _place(uri, folder)
+        place = _resolve_uri(uri, folder)
         found = (
             storage.is_remote(place)
             or (elsewhere and _is_absolute(uri))
@@ -513,12 +529,12 @@ def _role_problems(rows: dict, objective: Any, at: Path_) -> list[tuple[Path_, s
     columns = rows.get("columns", {})
     try:
         inputs, optional_inputs = registry.roles(
-            "modality", Plug.model_validate(rows.get("modality")).name
+            "modality", ComponentConfig.model_validate(rows.get("modality")).name
         )
         labels, optional_labels = (
             (("label",), ())
             if at[-1] == "probe"
-            else registry.roles("objective", Plug.model_validate(objective).name)
+            else registry.roles("objective", ComponentConfig.model_validate(objective).name)
         )
     except ValueError:
         return []  # an unknown name or a wrong shape, reported with its place elsewhere
@@ -596,7 +612,7 @@ def _corpora(part: dict, path: Path_) -> Iterator[tuple[dict, Path_]]:
             )
 
 
-def _named(rows: dict) -> Iterator[tuple[Any, Any, Path_]]:
+def _named_uris(rows: dict) -> Iterator[tuple[Any, Any, Path_]]:
     """Every text of a data spec, or of what holds an objective, that names a place: what holds it,
     its key there, its field.
     """
@@ -608,9 +624,13 @@ def _named(rows: dict) -> Iterator[tuple[Any, Any, Path_]]:
         )
         yield from ((holder, key, (field,)) for key in keys if isinstance(holder[key], str))
     for kind in ("modality", "objective"):
-        plug = rows[kind] if isinstance(rows.get(kind), dict) else {}
-        name, way = (plug["name"], "options") if "name" in plug else [next(iter(plug), "")] * 2
-        if isinstance(options := plug.get(way), dict):
+        component = rows[kind] if isinstance(rows.get(kind), dict) else {}
+        name, way = (
+            (component["name"], "options")
+            if "name" in component
+            else [next(iter(component), "")] * 2
+        )
+        if isinstance(options := component.get(way), dict):
             yield from (
                 (options, one, (kind, way, one))
                 for one in PLACES.get(str(name), ())
@@ -624,14 +644,14 @@ def _data_problems(
     out: list[tuple[Path_, str]] = []
     for rows, at in _corpora(part, path):
         out += (
-            _plug_problems("modality", rows["modality"], (*at, "modality"))
+            _component_problems("modality", rows["modality"], (*at, "modality"))
             if "modality" in rows
             else []
         )
         out += [
             ((*at, *field), problem)
-            for holder, key, field in _named(rows)
-            if (problem := _missing(holder[key], folder, elsewhere))
+            for holder, key, field in _named_uris(rows)
+            if (problem := _uri_problem(holder[key], folder, elsewhere))
         ]
         if at[-1] in ("data", "probe"):
             out += _role_problems(rows, part.get("objective"), at)
@@ -672,16 +692,16 @@ def _name_problems(data: dict, folder: Path, elsewhere: bool) -> list[tuple[Path
     ]:
         out += _data_problems(part, (kind, name), folder, elsewhere)
         if part.get("objective") is not None:
-            out += _plug_problems("objective", part["objective"], (kind, name, "objective"))
-            places = _named({"objective": part["objective"]})
+            out += _component_problems("objective", part["objective"], (kind, name, "objective"))
+            places = _named_uris({"objective": part["objective"]})
             out += [
                 ((kind, name, *at), problem)
                 for held, key, at in places
-                if (problem := _missing(held[key], folder, elsewhere))
+                if (problem := _uri_problem(held[key], folder, elsewhere))
             ]
         if kind == "sources" and "backbone" in part:
-            out += _plug_problems("model", part["backbone"], (kind, name, "backbone"))
-            out += _start_problems(
+            out += _component_problems("model", part["backbone"], (kind, name, "backbone"))
+            out += _checkpoint_problems(
                 _name_of(part["backbone"]), (kind, name, "backbone"), folder, elsewhere
             )
             out += _input_problems(part, (kind, name))
@@ -697,7 +717,7 @@ def _name_problems(data: dict, folder: Path, elsewhere: bool) -> list[tuple[Path
                 )
             )
         if part.get("init") is not None and kind == "sources":
-            out += _start_problems(part["init"], (kind, name, "init"), folder, elsewhere)
+            out += _checkpoint_problems(part["init"], (kind, name, "init"), folder, elsewhere)
         if (
             remote
             and isinstance(part.get("train"), dict)
@@ -712,13 +732,13 @@ def _name_problems(data: dict, folder: Path, elsewhere: bool) -> list[tuple[Path
             )
         out += [
             one
-            for i, plug in enumerate(_listed(part.get("techniques")))
-            for one in _plug_problems("technique", plug, (kind, name, "techniques", i))
+            for i, component in enumerate(_listed(part.get("techniques")))
+            for one in _component_problems("technique", component, (kind, name, "techniques", i))
         ]
     return out + [
         one
-        for i, plug in enumerate(_listed(data.get("techniques")))
-        for one in _plug_problems("technique", plug, ("techniques", i))
+        for i, component in enumerate(_listed(data.get("techniques")))
+        for one in _component_problems("technique", component, ("techniques", i))
     ]
 
 
@@ -726,15 +746,15 @@ def _absolute(job: dict, folder: Path) -> dict:
     """Data paths and checkpoints made absolute: they are relative to the job file."""
     for part in [*job["sources"].values(), *job.get("targets", {}).values()]:
         for rows, _ in (*_corpora(part, ()), ({"objective": part.get("objective")}, ())):
-            for holder, key, _ in _named(rows):
-                holder[key] = _place(holder[key], folder)
+            for holder, key, _ in _named_uris(rows):
+                holder[key] = _resolve_uri(holder[key], folder)
         for field in ("backbone", "init"):
-            if (text := str(_name_of(part.get(field)))).startswith(STARTS) and (
+            if (text := str(_name_of(part.get(field)))).startswith(CHECKPOINT_PREFIXES) and (
                 prefix := text.partition(":")[0]
             ) not in HUBS:
-                place = f"{prefix}:{_place(text.partition(':')[2], folder)}"
+                place = f"{prefix}:{_resolve_uri(text.partition(':')[2], folder)}"
                 part[field] = (
-                    {**Plug.model_validate(part[field]).model_dump(), "name": place}
+                    {**ComponentConfig.model_validate(part[field]).model_dump(), "name": place}
                     if isinstance(part[field], dict)
                     else place
                 )
@@ -765,10 +785,10 @@ def relative_places(path: str | Path, overrides: list[str] | tuple[str, ...] = (
     named: list[str] = []
     for part in [*job["sources"].values(), *job.get("targets", {}).values()]:
         for rows, _ in (*_corpora(part, ()), ({"objective": part.get("objective")}, ())):
-            named += [holder[key] for holder, key, _ in _named(rows)]
+            named += [holder[key] for holder, key, _ in _named_uris(rows)]
         for text in [str(_name_of(part.get(field))) for field in ("backbone", "init")]:
             prefix, _, place = text.partition(":")
-            if text.startswith(STARTS) and prefix not in HUBS:
+            if text.startswith(CHECKPOINT_PREFIXES) and prefix not in HUBS:
                 named.append(place)
     here = [
         place
@@ -793,13 +813,13 @@ def _checked(path: Path, overrides: list[str] | tuple[str, ...], elsewhere: bool
     set_by: dict[Path_, str] = {}
     if data is not None:
         for setting in overrides:
-            set_by[_override(data, setting, problems)] = setting
+            set_by[_apply_override(data, setting, problems)] = setting
         found: list[tuple[Path_, str]] = _name_problems(data, path.parent, elsewhere)
         job = None
         try:
             job = Job.model_validate(data)
         except ValidationError as error:
-            found += _typed_problems(error)
+            found += _union_problems(error)
         for loc, message in dict.fromkeys(found):
             known = next(loc[:n] for n in range(len(loc), -1, -1) if loc[:n] in lines or n == 0)
             at = next((lines[loc[:n]] for n in range(len(loc), -1, -1) if loc[:n] in lines), 1)
@@ -819,12 +839,14 @@ def _checked(path: Path, overrides: list[str] | tuple[str, ...], elsewhere: bool
             problems.append(
                 (
                     0 if by else at,
-                    f"{_dots(loc)}: {message}" + (f" (from --set {by})" if by else ""),
+                    f"{_dotted_path(loc)}: {message}" + (f" (from --set {by})" if by else ""),
                 )
             )
         if job is not None and not problems:
             return data
-    problems = [(line, _hidden(message, [text, *overrides])) for line, message in problems]
+    problems = [
+        (line, _mask_environment(message, [text, *overrides])) for line, message in problems
+    ]
     raise JobError(
         [
             f"{path}:{line}: {message}" if line else f"{path}: {message}"

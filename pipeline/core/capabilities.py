@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 
-class CutRows(NamedTuple):
+class TruncationStats(NamedTuple):
     """How much of some rows lies beyond what is read of each: ``lost`` of ``units`` (words, tokens)
     in ``cut`` of ``rows`` rows.
     """
@@ -29,17 +29,17 @@ class CutRows(NamedTuple):
 
 
 @runtime_checkable
-class CutsLongRows(Protocol):
+class TruncatesLongRows(Protocol):
     """A modality that reads only the beginning of long rows (texts)."""
 
-    def cut_rows(self, table: Any, columns: dict[str, str]) -> CutRows | None:
+    def truncation(self, table: Any, columns: dict[str, str]) -> TruncationStats | None:
         """How much of the table's rows is cut off; None where rows of this kind are read whole or
         refused.
         """
         ...
 
 
-class Unshared(NamedTuple):
+class NameDifference(NamedTuple):
     """Names that one side of a transfer has and the other has not: ``names``, and ``rare`` further
     ones that too few rows have to be named (a rare name may tell who somebody is).
     """
@@ -57,10 +57,10 @@ class Unshared(NamedTuple):
 
 
 @runtime_checkable
-class ComparesNames(Protocol):
+class ComparesFeatureNames(Protocol):
     """A modality whose inputs are known by name (variables, fields, categories)."""
 
-    def unshared(self, table: Any, columns: dict[str, str]) -> list[Unshared]:
+    def name_differences(self, table: Any, columns: dict[str, str]) -> list[NameDifference]:
         """All names that these rows lack of what the fitted state knows, and that the state lacks
         of theirs.
         """
@@ -68,7 +68,7 @@ class ComparesNames(Protocol):
 
 
 @runtime_checkable
-class NamesFeatures(Protocol):
+class HasSingleFeatures(Protocol):
     """A modality whose rows are made of single features (columns of a table, variables of a
     record).
     """

@@ -23,12 +23,12 @@ __all__ = [
     "Arrays",
     "Backbone",
     "Batch",
+    "FeatureMapSpec",
     "Features",
     "Modality",
     "Objective",
-    "Origin",
     "Phase",
-    "Stage",
+    "RawRows",
     "Task",
     "Technique",
     "View",
@@ -54,7 +54,7 @@ class Features:
 
 
 @dataclass(frozen=True)
-class Origin:
+class RawRows:
     """Rows as they stand in their files, for what numbers cannot tell (text): ``table`` holds the
     columns that modality and objective read (a pyarrow table), ``columns`` names the column of each
     role, ``modality`` is the one that decoded them.
@@ -66,7 +66,7 @@ class Origin:
 
 
 @dataclass(frozen=True)
-class Stage:
+class FeatureMapSpec:
     """One named feature map of a backbone, its channels and its stride in input pixels."""
 
     name: str
@@ -117,15 +117,15 @@ class Modality(ABC):
     packed_roles: ClassVar[tuple[str, ...]] = ()
     """Column roles of the rows that ``pack`` makes; ``tokenize`` makes the first one."""
     fitted_roles: ClassVar[tuple[str, ...]] = ()
-    """Optional roles that ``fit`` and ``grown`` read even where an objective has them (actions are
-    history and label).
+    """Optional roles that ``fit`` and ``extend_state`` read even where an objective has them
+    (actions are history and label).
     """
     strata: ClassVar[tuple[str, ...]] = ()
-    """Optional roles whose every value is to be among the rows that ``fit``, ``grown`` and
-    ``known`` get (robots, tasks).
+    """Optional roles whose every value is to be among the rows that ``fit``, ``extend_state`` and
+    ``coverage`` get (robots, tasks).
     """
     unfitted_roles: ClassVar[tuple[str, ...]] = ()
-    """Optional roles of which ``fit``, ``grown`` and ``known`` get no column: large ones
+    """Optional roles of which ``fit``, ``extend_state`` and ``coverage`` get no column: large ones
     (frames).
     """
     cost_role: ClassVar[str | None] = None
@@ -147,7 +147,7 @@ class Modality(ABC):
         """
 
     @classmethod
-    def without_effect(
+    def ineffective_options(
         cls, stated: Mapping[str, Any], inherited: Mapping[str, Any] | None = None
     ) -> str:
         """In words, which of the options that a job states would change nothing beside the others;
@@ -159,7 +159,7 @@ class Modality(ABC):
         """
         return ""
 
-    def needed_type(self, role: str, kind: Any) -> str:
+    def required_type(self, role: str, kind: Any) -> str:
         """ "" where a column of this Arrow type can hold the role, else in words what the role
         needs ("encoded images: binary, ...").
 
@@ -180,13 +180,13 @@ class Modality(ABC):
         """
         return None
 
-    def known(self, table: Any, columns: dict[str, str]) -> str:
+    def coverage(self, table: Any, columns: dict[str, str]) -> str:
         """In words, what of these rows the fitted state knows and what it leaves out (variables of
         another hospital); "" where that is no question.
         """
         return ""
 
-    def grown(self, table: Any, columns: dict[str, str]) -> dict[str, Any]:
+    def extend_state(self, table: Any, columns: dict[str, str]) -> dict[str, Any]:
         """The state, completed by what a target's or a continuing source's training rows have
         besides (another robot's spaces); what is known stays.
         """
@@ -272,7 +272,7 @@ class Backbone(nn.Module, ABC):
 
     pooled_dim: int
     token_dim: int | None = None
-    stage_info: tuple[Stage, ...] = ()
+    feature_map_specs: tuple[FeatureMapSpec, ...] = ()
     causal: bool = False
     convolutions: tuple[tuple[int, int, int], ...] | None = None
     """(kernel, stride, padding) of what lies between an input's samples and ``tokens``, in that
@@ -303,7 +303,7 @@ class Backbone(nn.Module, ABC):
         once.
         """
 
-    def adapted(self, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    def convert_checkpoint(self, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
         """A checkpoint's tensors, under this backbone's names, in the shapes that this input asks
         for (an embedding of positions resampled, a first layer's channels summed), and in words
         what was changed. By default nothing is.
@@ -339,7 +339,7 @@ class Objective(nn.Module, ABC):
     """True for losses that compare the rows of a global batch with each other: they gather over
     ranks and take no micro-batches.
     """
-    carries_head: ClassVar[bool] = False
+    transfers_head: ClassVar[bool] = False
     """True: a target with the same objective starts with its source's head, tensors of the same
     name and shape that are ``carried`` (a decoder).
     """
@@ -357,22 +357,24 @@ class Objective(nn.Module, ABC):
     """
     label_tensors: ClassVar[tuple[str, ...]] = ("label",)
     """Tensors that ``head_loss`` and ``head_predict`` read beside the features."""
-    origin_roles: ClassVar[tuple[str, ...] | None] = None
-    """Roles whose columns ``complete`` and ``written`` read; none: all."""
-    written_types: ClassVar[dict[str, Any]] = {}
-    """Arrow types of those columns of ``written`` that hold lists: where all lists of a file are
-    empty, nothing else tells.
+    raw_roles: ClassVar[tuple[str, ...] | None] = None
+    """Roles whose columns ``postprocess`` and ``output_columns`` read; none: all."""
+    output_types: ClassVar[dict[str, Any]] = {}
+    """Arrow types of those columns of ``output_columns`` that hold lists: where all lists of a file
+    are empty, nothing else tells.
     """
-    mixes: bool = False
+    mixes_inputs: bool = False
     """True for an objective that changes its inputs in training (mixup): features computed once are
     then not those that it trains on.
     """
-    calibrates: bool = False
+    needs_calibration: bool = False
     """True where ``calibrate`` has something to do, which costs the predictions of the validation
     rows.
     """
-    film: np.ndarray | None = None
-    """(F, H, W, 3) uint8 pictures of what ``tested`` tried first, where some could be made."""
+    rollout_frames: np.ndarray | None = None
+    """(F, H, W, 3) uint8 pictures of what ``rollout_evaluation`` tried first, where some could be
+    made.
+    """
 
     options: Any
     state: dict[str, Any]
@@ -389,35 +391,37 @@ class Objective(nn.Module, ABC):
         """
         return {}
 
-    def carried(self, options: dict[str, Any], name: str) -> bool:
+    def is_transferable(self, options: dict[str, Any], name: str) -> bool:
         """Whether a tensor of a source's head that was made with ``options`` means the same
         here.
         """
         return True
 
     @classmethod
-    def beyond(cls, theirs: dict[str, Any], mine: dict[str, Any]) -> str:
+    def unseen_inputs(cls, theirs: dict[str, Any], mine: dict[str, Any]) -> str:
         """In words, what of a target's rows a source's network cannot have learned, by what
         backbones know of their rows (``Modality.inputs``); "" nothing.
         """
         return ""
 
     @classmethod
-    def refused(cls, table: Any, columns: dict[str, str], state: dict[str, Any]) -> list[str]:
+    def invalid_label_reasons(
+        cls, table: Any, columns: dict[str, str], state: dict[str, Any]
+    ) -> list[str]:
         """For each row "" or why its labels cannot be used (a box without area): such a row is left
         out, listed and held against the budget.
         """
         return [""] * len(table)
 
     @classmethod
-    def suit(cls, state: dict[str, Any], backbone: Backbone) -> dict[str, Any]:
+    def bind_to_backbone(cls, state: dict[str, Any], backbone: Backbone) -> dict[str, Any]:
         """The state, completed by what follows from the backbone (how long its tokens are).
         ``backbone`` may lie on the meta device.
         """
         return state
 
     @classmethod
-    def unlearnable(
+    def untrainable_reasons(
         cls,
         table: Any,
         columns: dict[str, str],
@@ -444,7 +448,7 @@ class Objective(nn.Module, ABC):
         self.options, self.state = options, state
 
     @classmethod
-    def measures(cls, options: Any, state: dict[str, Any]) -> tuple[str, ...]:
+    def target_metrics(cls, options: Any, state: dict[str, Any]) -> tuple[str, ...]:
         """Metrics that a target is told by, the primary one first: ``metrics``, or those of what
         the state tells (how many classes).
         """
@@ -457,8 +461,8 @@ class Objective(nn.Module, ABC):
 
     @classmethod
     def test_metrics(cls, options: Any, state: dict[str, Any]) -> tuple[str, ...]:
-        """Metrics of what ``tested`` adds, told of test rows alone; the first one is then the
-        primary one there, unless the target names another.
+        """Metrics of what ``rollout_evaluation`` adds, told of test rows alone; the first one is
+        then the primary one there, unless the target names another.
         """
         return ()
 
@@ -489,7 +493,7 @@ class Objective(nn.Module, ABC):
     def head_predict(self, features: Tensor, batch: Batch) -> dict[str, Tensor] | None:
         return None
 
-    def absent(self, backbone: Backbone) -> None:
+    def forward_without_rows(self, backbone: Backbone) -> None:
         """What a rank without rows does in the place of ``loss``: an objective with
         ``couples_rows`` takes part in its gathering.
         """
@@ -511,7 +515,7 @@ class Objective(nn.Module, ABC):
         with), and so into the bundle; ``predict`` uses it from then on.
         """
 
-    def complete(self, found: dict[str, np.ndarray], origin: Origin) -> dict[str, np.ndarray]:
+    def postprocess(self, found: dict[str, np.ndarray], raw_rows: RawRows) -> dict[str, np.ndarray]:
         """The predictions with what only the rows' own text tells (whether an answer is right), for
         the metrics: arrays of numbers, rows first.
 
@@ -519,8 +523,8 @@ class Objective(nn.Module, ABC):
         """
         return found
 
-    def tested(
-        self, backbone: Backbone, found: dict[str, np.ndarray], origin: Origin
+    def rollout_evaluation(
+        self, backbone: Backbone, found: dict[str, np.ndarray], raw_rows: RawRows
     ) -> dict[str, np.ndarray]:
         """The predictions of test rows with what takes more than a pass over them (a policy's own
         episodes in the simulator): once, after training, on the host, with the rows of ``found`` in
@@ -528,7 +532,9 @@ class Objective(nn.Module, ABC):
         """
         return found
 
-    def written(self, found: dict[str, np.ndarray], origin: Origin) -> dict[str, np.ndarray]:
+    def output_columns(
+        self, found: dict[str, np.ndarray], raw_rows: RawRows
+    ) -> dict[str, np.ndarray]:
         """What ``onetomany predict`` writes of predictions: named columns, rows first; text as
         object arrays. By default the predictions.
         """
@@ -549,7 +555,7 @@ class Task(nn.Module):
             zero = sum(
                 ((p * 0.0).sum() for p in self.parameters() if p.requires_grad), torch.zeros(())
             )
-            self.objective.absent(self.backbone)
+            self.objective.forward_without_rows(self.backbone)
             return zero, torch.zeros((), device=zero.device), {}
         return self.objective.loss(self.backbone, batch)
 
@@ -581,7 +587,7 @@ class Technique:
     options_class: ClassVar[type[Options]]
     from_source: ClassVar[bool] = True
     """False: the backbone starts from its random initialisation."""
-    learns: ClassVar[bool] = True
+    needs_training: ClassVar[bool] = True
     """False: the source's network is tried as it is; one trial stands for all label fractions and
     seeds.
     """

@@ -55,7 +55,7 @@ PAIRS = 1 << 20
 
 
 @dataclass(frozen=True)
-class Signs:
+class RowSignatures:
     """What rows are compared by: ``digest`` (n,) uint64 of their content and ``readable`` (n,)
     bool; of images also ``hash`` (n,) uint64 and ``thumb`` (n, 256) uint8. A row that cannot be
     read, and a record without events, equals no other.
@@ -74,14 +74,14 @@ class Signs:
         return len(self.digest)
 
 
-def signs(
+def row_signatures(
     selection: Selection,
     modality: str,
     columns: tuple[str, ...],
     folder: str,
     piece: tuple[str | None, str | None] = (None, None),
     record: str = "",
-) -> Signs:
+) -> RowSignatures:
     """Of every row of a selection by all the columns together, read once and kept under the folder:
     the same rows are not read again. On Ray where it runs and it pays. ``piece``: the columns of
     ``start`` and ``seconds`` of rows that are pieces of recordings. ``record``: the column with the
@@ -103,8 +103,8 @@ def signs(
     content = checksums.kept_bytes(uri, "the rows are compared anew")
     if content is not None:
         with np.load(io.BytesIO(content), allow_pickle=False) as found:
-            return Signs(**{name: found[name] for name in found.files})
-    work = _Signer(selection, modality, columns, piece, record)
+            return RowSignatures(**{name: found[name] for name in found.files})
+    work = _SignatureMaker(selection, modality, columns, piece, record)
     cuts = selection.boundaries.tolist()
     spans = list(pairwise(cuts))  # row groups, which are read whole
     large = selection.manifest.size > SPREAD_BYTES or (
@@ -117,10 +117,10 @@ def signs(
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)  # type: ignore[arg-type]
     checksums.keep_bytes(uri, buffer.getvalue())
-    return Signs(**arrays)
+    return RowSignatures(**arrays)
 
 
-class _Signer:
+class _SignatureMaker:
     """A span of a selection to its signs, in this process or in a Ray task."""
 
     def __init__(
@@ -328,26 +328,26 @@ def phash(grey: np.ndarray) -> np.ndarray:
     return np.packbits(bits, axis=1).view("<u8").reshape(-1)
 
 
-def exact(rows: Signs, others: Signs) -> np.ndarray:
+def exact_duplicates(rows: RowSignatures, others: RowSignatures) -> np.ndarray:
     """(n,) which of the rows have the content of one of the others."""
     return np.isin(rows.digest, others.digest[others.readable]) & rows.readable
 
 
-def same_record(rows: Signs, others: Signs) -> np.ndarray:
+def same_record(rows: RowSignatures, others: RowSignatures) -> np.ndarray:
     """(n,) which of the rows are cuts of a record of which one of the others is a cut too."""
     if rows.record is None or others.record is None:
         return np.zeros(len(rows), dtype=bool)
     return np.isin(rows.record, others.record) & (rows.record != 0)
 
 
-def near(rows: Signs, others: Signs) -> np.ndarray:
+def near_duplicates(rows: RowSignatures, others: RowSignatures) -> np.ndarray:
     """(n,) which of the images are one of the others or nearly so.
 
     Two hashes that differ in at most d bits agree in one of d + 1 bands of theirs (the pigeonhole
     principle; Norouzi et al., "Fast search in Hamming space with multi-index hashing", CVPR 2012),
     so only rows that share a band are compared: of uniform hashes 1 pair in 1600.
     """
-    found = exact(rows, others)
+    found = exact_duplicates(rows, others)
     if rows.hash is None or others.hash is None:
         return found
     theirs = _Images(others)
@@ -378,7 +378,7 @@ class _Images:
     contrast have a correlation of 0 with all others.
     """
 
-    def __init__(self, rows: Signs):
+    def __init__(self, rows: RowSignatures):
         assert rows.hash is not None and rows.thumb is not None
         whole = np.ascontiguousarray(
             np.concatenate(

@@ -90,13 +90,15 @@ class Decoder:
             bad = [
                 mine or theirs
                 for mine, theirs in zip(
-                    bad, objective.refused(table, self.columns, self.objective_state), strict=True
+                    bad,
+                    objective.invalid_label_reasons(table, self.columns, self.objective_state),
+                    strict=True,
                 )
             ]
             if (
                 self.training
                 and (
-                    reasons := objective.unlearnable(
+                    reasons := objective.untrainable_reasons(
                         table, self.columns, self.objective_state, arrays
                     )
                 )
@@ -207,23 +209,23 @@ class Loader:
         return Block(rows, epochs, arrays, bad.tolist())
 
 
-class Costs:
+class RowCosts:
     """What the rows of an item cost (`Modality.costs`), read from the column that tells or from the
     rows' own headers.
     """
 
     def __init__(self, selection: Selection, modality: Modality, columns: dict[str, str]):
         self.selection, self.modality = selection, modality
-        told = columns.get(modality.cost_role or "")
+        role_column = columns.get(modality.cost_role or "")
         self.columns = columns
-        self.tells = told is not None
+        self.tells = role_column is not None
 
     def __call__(self, item: Item) -> np.ndarray:
         ids = self.selection.ids(np.arange(item.start, item.stop))
         if not self.tells:
             return self._of(self._reader(self.columns), ids, self.columns)
-        told = {str(self.modality.cost_role): self.columns[str(self.modality.cost_role)]}
-        found = self._of(self._reader(told), ids, told)
+        column = {str(self.modality.cost_role): self.columns[str(self.modality.cost_role)]}
+        found = self._of(self._reader(column), ids, column)
         silent, reader = np.flatnonzero(found == 0), self._reader(self.columns)
         for start in range(
             0, len(silent), SILENT_ROWS

@@ -223,7 +223,7 @@ class Reader:
                 )
                 return file.read_row_group(group.number, columns=self.columns)
 
-        table = typed(storage.retry(read), self.manifest.schema)
+        table = cast_to_schema(storage.retry(read), self.manifest.schema)
         self._groups[g], self._held = table, self._held + table.nbytes
         while self._held > self.cache_bytes and len(self._groups) > 1:
             _, old = self._groups.popitem(last=False)
@@ -336,7 +336,7 @@ def _too_large(name: str, number: int, size: int, packed: int) -> str:
     )
 
 
-def typed(table: pa.Table, schema: pa.Schema) -> pa.Table:
+def cast_to_schema(table: pa.Table, schema: pa.Schema) -> pa.Table:
     """The table with the schema's types: files of joined corpora may hold text or whole numbers in
     another width.
     """
@@ -359,7 +359,9 @@ def read_columns(selection: Selection, columns: list[str]) -> pa.Table:
                 for group in range(file.num_row_groups):
                     _check_group(handle, file, group, columns, selection.manifest.files[number])
                 parts.append(
-                    typed(pq.read_table(handle, columns=columns), selection.manifest.schema)
+                    cast_to_schema(
+                        pq.read_table(handle, columns=columns), selection.manifest.schema
+                    )
                 )
     table = _plain_columns(
         pa.concat_tables(parts)
@@ -416,7 +418,7 @@ class Splits:
         )
 
 
-def units(values: pa.ChunkedArray) -> np.ndarray:
+def group_numbers(values: pa.ChunkedArray) -> np.ndarray:
     """(n,) int64: one number for all rows of a group; each row without one (null) has a number of
     its own.
     """
@@ -545,7 +547,7 @@ def _values_of(coded: pa.DictionaryArray, name: str, selection: Selection, data:
     if name == data.group or not 0 < len(counts) <= MOST_VALUES or counts.min() < 2:
         return in_words
     if data.group:
-        groups = units(read_columns(selection, [data.group])[data.group])
+        groups = group_numbers(read_columns(selection, [data.group])[data.group])
         pairs = np.unique(np.stack([codes[is_there], groups[is_there]]), axis=1)
         groups_of_each = np.bincount(pairs[0], minlength=len(counts))
         if groups_of_each.min() < 2:
@@ -842,15 +844,15 @@ def _joined(parts: list[Splits], columns: list[str], at: str, texts: frozenset[s
         )
         for name, found in chosen.items()
     }
-    told = "; ".join(f"corpus {i + 1}: {part.origin}" for i, part in enumerate(parts))
+    origin = "; ".join(f"corpus {i + 1}: {part.origin}" for i, part in enumerate(parts))
     if len({part.origin for part in parts}) == 1:
-        told = f"each of {len(parts)} corpora: {parts[0].origin}"
+        origin = f"each of {len(parts)} corpora: {parts[0].origin}"
     reads = tuple(dict.fromkeys(file for part in parts for file in part.reads))
     return Splits(
         whole["train"],
         whole["validation"],
         whole["test"],
-        told,
+        origin,
         tuple(len(part.train) for part in parts),
         tuple(part.train for part in parts),
         reads,

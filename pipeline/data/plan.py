@@ -124,7 +124,7 @@ class Order:
         return np.concatenate(indices), np.concatenate(epochs)
 
 
-class Mixed:
+class MixtureOrder:
     """Corpora drawn from by weights, each in the order of its own. Within a chunk the draws of a
     corpus lie in equal stretches, one at random in each, so that its share is near its weight after
     any number of places and not at the chunk's end alone.
@@ -259,7 +259,7 @@ class Plan(Order):
         super().__init__(rows, seed, min(shards, global_batch), shuffle, bounds)
         self.global_batch, self.item_rows = global_batch, item_rows
         self.batches_an_epoch: float = rows / global_batch
-        self.mixed = Mixed(mixture, self) if mixture is not None else None
+        self.mixed = MixtureOrder(mixture, self) if mixture is not None else None
 
     def sequence(self, shard: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """(n,) row indices and (n,) epochs, of a mixture those of each row's corpus, of places

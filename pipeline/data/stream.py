@@ -26,7 +26,7 @@ from pipeline.core.contracts import Arrays, Batch, Modality
 from pipeline.core.ragged import lengths
 from pipeline.core.rng import row_keys
 from pipeline.data.length_buckets import WINDOW_ROWS, BucketPlan
-from pipeline.data.loader import Block, Costs, Decoder, Loader, row_bytes, threaded_map
+from pipeline.data.loader import Block, Decoder, Loader, RowCosts, row_bytes, threaded_map
 from pipeline.data.manifest import Selection
 from pipeline.data.plan import Item, Mixture, Plan, Shuffle
 from pipeline.io import heartbeat, write_fence
@@ -174,7 +174,7 @@ def map_items(
         return
     task = ray.remote(num_cpus=cpus, max_retries=3)(_apply)
     window = ahead or max(2, int(2 * ray.cluster_resources().get("CPU", 1) / cpus))
-    held, fences = ray.put(fn), write_fence.entered()
+    held, fences = ray.put(fn), write_fence.current_fences()
     items = iter(items)
     pending = deque(task.remote(held, item, fences) for item in islice(items, window))
     while pending:
@@ -191,7 +191,7 @@ def map_items(
 
 def _apply(fn, item, fences):
     torch.set_num_threads(1)
-    with write_fence.inside(fences):  # what a task writes belongs to the run that asked for it
+    with write_fence.guarded_by(fences):  # what a task writes belongs to the run that asked for it
         return fn(item)
 
 
@@ -250,7 +250,7 @@ class Rows:
             for row, reason in zip(block.rows, block.bad, strict=True)
             if reason
         )
-        check_budget(bad, n, max_bad, self.selection, lost)
+        check_bad_row_budget(bad, n, max_bad, self.selection, lost)
         arrays = (
             {
                 name: np.concatenate([block.arrays[name] for block in blocks])
@@ -270,7 +270,7 @@ class Rows:
         """The same rows with what each costs: from the column that tells, or from the rows' headers
         by Ray tasks of ``cpus`` each (0: in this process).
         """
-        work, n = Costs(self.selection, self.modality, self.decoder.columns), len(self)
+        work, n = RowCosts(self.selection, self.modality, self.decoder.columns), len(self)
         items = [
             Item(-1, start, stop)
             for start, stop in pairwise([0, n] if work.tells else self._cost_cuts())
@@ -328,7 +328,7 @@ def rows_an_item(rows: Rows, shards: int) -> int:
     return max(low, min(high, ITEM_BYTES // each, len(rows) // shards))
 
 
-def check_budget(
+def check_bad_row_budget(
     bad: Iterable[tuple[int, str]], rows: int, share: float, selection: Selection, lost: int = 0
 ) -> None:
     """Raise TooManyBadRowsError when more than ``share`` of the ``rows`` of a split are bad (one
@@ -387,7 +387,7 @@ def plan_of(
     )
 
 
-class Loaded(NamedTuple):
+class LoadedBatch(NamedTuple):
     """A batch, the rows left out of it with their reasons, and the seconds that the consumer waited
     for it.
     """
@@ -500,7 +500,7 @@ def train_batches(
     workers: DataWorkers | None = None,
     ahead: int = 3,
     device: torch.device | None = None,
-) -> Iterator[Loaded]:
+) -> Iterator[LoadedBatch]:
     """The rank's part of the global batches ``steps``, in order, exactly len(steps) of them.
 
     Batches are made ``ahead`` in a thread (pinned for a GPU); rows in memory on a CPU are cut when
@@ -528,7 +528,7 @@ def train_batches(
 
 def eval_batches(
     rows: Rows, size: int, *, rank: int = 0, ranks: int = 1, threads: int = 1, pin: bool = False
-) -> Iterator[Loaded]:
+) -> Iterator[LoadedBatch]:
     """Each row exactly once over all ranks: rank r reads a contiguous part, the last batch may be
     short. Ragged rows come in batches of like length, and not in their order.
     """
@@ -555,7 +555,7 @@ def eval_batches(
                 if bad:
                     good = np.array([not reason for reason in reasons])
                     ids, arrays = ids[good], {name: array[good] for name, array in arrays.items()}
-            for part in _alike(arrays, len(ids)):
+            for part in _places_of_like_length(arrays, len(ids)):
                 batch = _collate(
                     rows,
                     0,
@@ -569,7 +569,7 @@ def eval_batches(
     return _timed(batches())
 
 
-def _alike(arrays: Arrays, rows: int) -> list[Any]:
+def _places_of_like_length(arrays: Arrays, rows: int) -> list[Any]:
     """Places of the rows that are evaluated together: all, or of ragged rows those of like length,
     as many as EVAL_SAMPLES allow.
     """
@@ -589,11 +589,11 @@ def _alike(arrays: Arrays, rows: int) -> list[Any]:
     return out
 
 
-def _timed(batches: Iterator[tuple[Batch, list]]) -> Iterator[Loaded]:
+def _timed(batches: Iterator[tuple[Batch, list]]) -> Iterator[LoadedBatch]:
     started = time.perf_counter()
     for batch, bad in batches:
         heartbeat.beat()
-        yield Loaded(batch, bad, time.perf_counter() - started)
+        yield LoadedBatch(batch, bad, time.perf_counter() - started)
         started = time.perf_counter()
 
 

@@ -170,7 +170,7 @@ def _expand(uris: list[str], form: str) -> list[tuple[str, str]]:
     return sorted({file: root for root, file in reversed(out)}.items())
 
 
-class Imported(NamedTuple):
+class ImportedFiles(NamedTuple):
     """The Parquet files that hold the rows of some files."""
 
     files: list[str]
@@ -184,7 +184,7 @@ class Imported(NamedTuple):
 
 def to_parquet(
     uris: list[str], form: str, imports_uri: str, mode: identity.Mode = "content"
-) -> Imported:
+) -> ImportedFiles:
     """The given files as Parquet: themselves, or an import of them under ``imports_uri``. ``mode``:
     how files are identified (`identity`).
 
@@ -231,14 +231,14 @@ def to_parquet(
         read = identity.identify(files, mode)
         if kind == "parquet":
             _check_prepared(read)
-            return Imported(files, own=tuple(read))
+            return ImportedFiles(files, own=tuple(read))
         key = spec_hash(
             kind,
             [[PurePosixPath(file.uri).name, file.content] for file in read],
             *([TEXT_VERSION] if kind in TEXTS else []),
         )
     folder = storage.join(imports_uri, key)
-    if checksums.whole_folder(folder, "the files are brought in again") is None:
+    if checksums.intact_folder(folder, "the files are brought in again") is None:
         with storage.scratch_folder() as scratch:
             path = Path(scratch, "rows.parquet")
             with s3.naming("write", path, only_full_disk=True):
@@ -254,7 +254,7 @@ def to_parquet(
             atomic_folder.commit_folder(
                 folder, {"rows.parquet": path}, {"kind": kind, "format_version": 1}
             )
-    return Imported(
+    return ImportedFiles(
         [storage.join(folder, "rows.parquet")],
         fingerprint,
         named=tuple(read) if kind in LISTED else (),

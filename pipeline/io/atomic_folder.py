@@ -29,7 +29,7 @@ _PARTS = {
 }  # 42 MiB in memory at any size; s3fs's defaults take 1 GB
 
 
-def sealed(manifest: Mapping[str, Any], key: str = "sha256") -> dict[str, Any]:
+def with_checksum(manifest: Mapping[str, Any], key: str = "sha256") -> dict[str, Any]:
     """A manifest with the SHA-256 of its own content (canonical JSON) under ``key``, replacing an
     older one.
     """
@@ -111,7 +111,7 @@ def _commit_local(
     temporary = storage.beside(final)
     try:
         temporary.mkdir(parents=True)
-        whole = sealed(
+        whole = with_checksum(
             {
                 **manifest,
                 "files": {name: _stage(source, temporary / name) for name, source in files.items()},
@@ -242,7 +242,7 @@ def _commit_s3(
         with suppress(StorageError):  # a manifest that cannot be read is replaced all the same
             old = set(entries(uri, open_folder(uri, manifest_name)))
         s3.remove_key(manifest_uri)
-    whole = sealed(
+    whole = with_checksum(
         {
             **manifest,
             "files": {
@@ -298,7 +298,7 @@ def open_folder(uri: Uri, manifest_name: str = "manifest.json") -> dict[str, Any
             f"{storage.join(uri, manifest_name)} is not a manifest (a JSON object); write the "
             "folder again"
         )
-    if manifest.get("sha256") != sealed(manifest)["sha256"]:
+    if manifest.get("sha256") != with_checksum(manifest)["sha256"]:
         raise DamagedError(
             f"{storage.join(uri, manifest_name)} is damaged: its content does not have the "
             "SHA-256 that it states; write the folder again"

@@ -32,7 +32,7 @@ _CONTENT = "content"
 
 def write_document(uri: Uri, value: Mapping[str, Any]) -> None:
     """Write a JSON object with the SHA-256 of its content, atomically."""
-    storage.write_json(uri, atomic_folder.sealed(value, _SEAL))
+    storage.write_json(uri, atomic_folder.with_checksum(value, _SEAL))
 
 
 def read_document(uri: Uri) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def read_document(uri: Uri) -> dict[str, Any]:
 
 def _has_broken_seal(found: Mapping[str, Any]) -> bool:
     if _SEAL in found:
-        return found[_SEAL] != atomic_folder.sealed(found, _SEAL)[_SEAL]
+        return found[_SEAL] != atomic_folder.with_checksum(found, _SEAL)[_SEAL]
     # a flipped bit in the name of the seal must not make the document look like one of an earlier
     # version
     digest_length = 64
@@ -70,7 +70,7 @@ def document_or_none(uri: Uri, remedy: str) -> dict[str, Any] | None:
     except storage.NotFoundError:
         return None
     except DamagedError as error:
-        tell(f"{error}: {remedy}")
+        notify(f"{error}: {remedy}")
         return None
 
 
@@ -109,7 +109,7 @@ def kept_bytes(uri: Uri, remedy: str) -> bytes | None:
     except storage.NotFoundError:
         return None
     except DamagedError as error:
-        tell(f"{error}: {remedy}")
+        notify(f"{error}: {remedy}")
         return None
 
 
@@ -157,7 +157,7 @@ def check_folder(uri: Uri, manifest: Mapping[str, Any]) -> None:
     storage.at_once(lambda one: atomic_folder.verify_file(*one), to_read)
 
 
-def whole_folder(uri: Uri, remedy: str) -> dict[str, Any] | None:
+def intact_folder(uri: Uri, remedy: str) -> dict[str, Any] | None:
     """The manifest of a folder whose files are as they were written, or none where there is none or
     a damaged one.
 
@@ -169,7 +169,7 @@ def whole_folder(uri: Uri, remedy: str) -> dict[str, Any] | None:
     except storage.NotFoundError:
         return None
     except DamagedError as error:
-        tell(f"{error}: {remedy}")
+        notify(f"{error}: {remedy}")
         return None
     return manifest
 
@@ -198,25 +198,25 @@ def _contents(entry: Mapping[str, Any]) -> set[str]:
 # ---------------------------------------------------------------- what is told
 
 _LISTENERS: list[Callable[[str], object]] = []
-_TOLD: set[str] = set()
+_ALREADY_SENT: set[str] = set()
 
 
 @contextlib.contextmanager
-def telling(listener: Callable[[str], object]) -> Iterator[None]:
+def notifications_to(listener: Callable[[str], object]) -> Iterator[None]:
     """Within this block what `tell` says goes to ``listener``, each line once."""
     _LISTENERS.append(listener)
-    _TOLD.clear()
+    _ALREADY_SENT.clear()
     try:
         yield
     finally:
         _LISTENERS.remove(listener)
 
 
-def tell(line: str) -> None:
+def notify(line: str) -> None:
     """Say a line to who listens, else to the log. A line that was said before is not repeated."""
-    if line in _TOLD:
+    if line in _ALREADY_SENT:
         return
-    _TOLD.add(line)
+    _ALREADY_SENT.add(line)
     if _LISTENERS:
         _LISTENERS[-1](f"warning: {line}")
     else:

@@ -40,7 +40,7 @@ GRAIN_SECONDS = 2.0
 """Two changes of a file within this time may have the same time of change (2 s on FAT). Only a file
 that was left alone for so long before it was read is remembered.
 """
-SAVE_SECONDS, TELL_AFTER_SECONDS = 5.0, 2.0
+SAVE_SECONDS, PROGRESS_AFTER_SECONDS = 5.0, 2.0
 LISTED_FILES = 10
 """From so many objects in a folder on S3 on the folder is listed, instead of asking for each
 object.
@@ -49,7 +49,7 @@ ABSENT = "absent"
 NUL = "\0"
 """No name of a file holds it."""
 _FORMAT = 1
-_TELL: ContextVar[Callable[[str], object] | None] = ContextVar("identity_tell", default=None)
+_PROGRESS: ContextVar[Callable[[str], object] | None] = ContextVar("identity_tell", default=None)
 
 
 class ChangedFileError(storage.StorageError):
@@ -130,15 +130,15 @@ def open_unchanged(file: FileIdentity) -> BinaryIO:
 
 
 @contextmanager
-def shown_by(tell: Callable[[str], object]) -> Iterator[None]:
-    """Within this context, `identify` calls ``tell`` with a line on its progress when reading takes
-    long.
+def progress_to(report_progress: Callable[[str], object]) -> Iterator[None]:
+    """Within this context, `identify` calls ``report_progress`` with a line on its progress when
+    reading takes long.
     """
-    token = _TELL.set(tell)
+    token = _PROGRESS.set(report_progress)
     try:
         yield
     finally:
-        _TELL.reset(token)
+        _PROGRESS.reset(token)
 
 
 def _check_content(file: FileIdentity) -> None:
@@ -263,10 +263,10 @@ def _read(files: dict[str, _Stamp]) -> Iterator[tuple[str, str, bool]]:
         nonlocal done_files, done_bytes
         stamp = files[uri]
         done_files, done_bytes = done_files + 1, done_bytes + stamp.size
-        tell = _TELL.get()
-        if tell is not None and time.monotonic() - began > TELL_AFTER_SECONDS:
+        report_progress = _PROGRESS.get()
+        if report_progress is not None and time.monotonic() - began > PROGRESS_AFTER_SECONDS:
             share = f"{done_files} of {len(files)} files, {done_bytes >> 20} of {total >> 20} MiB"
-            tell(f"reading the data to know them by content (once): {share}")
+            report_progress(f"reading the data to know them by content (once): {share}")
         age_ns = began_ns - max(stamp.modified_ns, stamp.changed_ns)
         return uri, f"{stamp.size}-{digest}", age_ns > GRAIN_SECONDS * 1e9
 

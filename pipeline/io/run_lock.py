@@ -92,7 +92,7 @@ def hold(root: str, note: Callable[[str], None] = lambda line: None) -> Iterator
     thread = threading.Thread(target=renew, name="lease", daemon=True)
     thread.start()
     try:
-        with write_fence.inside([write_fence.Fence(root, mine["id"])]):
+        with write_fence.guarded_by([write_fence.Fence(root, mine["id"])]):
             _sweep(root, mine, note)
             yield
     except KeyboardInterrupt:

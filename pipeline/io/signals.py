@@ -36,7 +36,7 @@ def _answer(number: int, frame: Any) -> None:
 
 
 @contextlib.contextmanager
-def kept() -> Iterator[None]:
+def keep_signal_handler() -> Iterator[None]:
     """Keep our answer to SIGTERM through calls that install one of their own, as ``ray.init`` does.
 
     Raises KeyboardInterrupt when SIGTERM came while theirs was there: Ray's ends the process by

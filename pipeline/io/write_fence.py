@@ -47,7 +47,7 @@ _ENTERED: list[Fence] = []
 
 
 @contextlib.contextmanager
-def inside(fences: Sequence[Fence]) -> Iterator[None]:
+def guarded_by(fences: Sequence[Fence]) -> Iterator[None]:
     """Hold this process to the fences until the block ends."""
     fences = list(fences)
     _ENTERED.extend(fences)
@@ -58,7 +58,7 @@ def inside(fences: Sequence[Fence]) -> Iterator[None]:
             _ENTERED.remove(fence)
 
 
-def entered() -> tuple[Fence, ...]:
+def current_fences() -> tuple[Fence, ...]:
     """The fences that this process is held to, to be sent along with work for other processes."""
     return tuple(_ENTERED)
 

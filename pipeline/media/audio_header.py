@@ -49,8 +49,8 @@ def promised(file: Any) -> float:
         b"NIST": _sphere,
     }.get(start[:4])
     if find is not None:
-        told, at = find(file, size, start)
-        return max(1.0, told / max(1, size - at))
+        size_in_header, at = find(file, size, start)
+        return max(1.0, size_in_header / max(1, size - at))
     return float("inf") if start[:4] == b"OggS" and not _ends_whole(file, size) else 1.0
 
 
@@ -123,8 +123,8 @@ def _caf(file: Any, size: int, start: bytes) -> tuple[int, int]:
 def _au(file: Any, size: int, start: bytes) -> tuple[int, int]:
     if len(start) < 12:
         return 0, 0
-    at, told = struct.unpack(">II" if start[:1] == b"." else "<II", start[4:12])
-    return (0, 0) if told == 0xFFFFFFFF or at > size else (told, at)
+    at, size_in_header = struct.unpack(">II" if start[:1] == b"." else "<II", start[4:12])
+    return (0, 0) if size_in_header == 0xFFFFFFFF or at > size else (size_in_header, at)
 
 
 def _sphere(file: Any, size: int, start: bytes) -> tuple[int, int]:
@@ -138,12 +138,12 @@ def _sphere(file: Any, size: int, start: bytes) -> tuple[int, int]:
         )
         if b"shorten" in fields.get(b"sample_coding", b""):
             return 0, 0
-        told = (
+        size_in_header = (
             int(fields[b"sample_count"])
             * int(fields.get(b"channel_count", 1))
             * int(fields[b"sample_n_bytes"])
         )
-        return (told, at) if 0 < at <= size else (0, 0)
+        return (size_in_header, at) if 0 < at <= size else (0, 0)
     except (ValueError, KeyError):
         return 0, 0
 
@@ -246,10 +246,10 @@ def _frame(head: bytes) -> tuple[int, int]:
         or rate == 3
     ):
         return 0, 0
-    told = MP3_KBITS[3 if version == 3 else 2][kbits]
-    return (144 if version == 3 else 72) * told * 1000 // MP3_RATES[version][rate] + (
+    kbits_listed = MP3_KBITS[3 if version == 3 else 2][kbits]
+    return (144 if version == 3 else 72) * kbits_listed * 1000 // MP3_RATES[version][rate] + (
         bits >> 1 & 1
-    ), told
+    ), kbits_listed
 
 
 def _has_table(frame: bytes) -> bool:

@@ -174,25 +174,25 @@ class Episodes:
             ).most_common(1)[0]
             mine = mine[(self.widths[mine] == width) & (self.action_widths[mine] == action)]
             discrete = sorted(self.classes(mine)) if action == CLASSES else None
-            facts: dict[str, Any] = {
+            metadata: dict[str, Any] = {
                 "observation": width,
                 "action": max(0, action) if discrete is None else len(discrete),
                 "discrete": discrete,
             }
-            facts |= _statistics(self.observations, mine, "observation", width) | _statistics(
+            metadata |= _statistics(self.observations, mine, "observation", width) | _statistics(
                 self.acts, mine, "action", action
             )
-            told = (
-                f"{name}{facts['action']}"
+            space_name = (
+                f"{name}{metadata['action']}"
                 if action == CLASSES and self.robot[mine[0]] < 0
                 else name
             )
             free = next(
                 text
-                for text in (told, *(f"{told}_{n}" for n in range(2, 1 << 20)))
+                for text in (space_name, *(f"{space_name}_{n}" for n in range(2, 1 << 20)))
                 if text not in {*taken, *out}
             )
-            out[free] = facts
+            out[free] = metadata
         return out
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.core.capabilities import Unshared
+from pipeline.core.capabilities import NameDifference
 from pipeline.core.ragged import ragged
 
 MOST = 8.0
@@ -23,7 +23,7 @@ which may be one patient's, are not kept.
 """
 
 
-class Facts:
+class StaticFeatures:
     """``state``: ``numbers`` (names), their ``mean`` and ``std``, and ``codes``: known texts as
     ``FIELD=TEXT``. Fields are known by name; truth values are texts.
     """
@@ -33,7 +33,7 @@ class Facts:
         self.place = {code: place + 1 for place, code in enumerate(state["codes"])}
 
     @staticmethod
-    def nothing() -> dict[str, Any]:
+    def empty_state() -> dict[str, Any]:
         return {"numbers": [], "mean": [], "std": [], "codes": []}
 
     @staticmethod
@@ -41,7 +41,7 @@ class Facts:
         """State from a column of structs. A number or a text is known where ``min_rows`` rows have
         it. Raises ValueError for another type, named.
         """
-        out = Facts.nothing()
+        out = StaticFeatures.empty_state()
         found = Counter()
         for field, values in _fields(column, name):
             if _numeric(values.type):
@@ -66,7 +66,7 @@ class Facts:
     def sizes(self) -> dict[str, int]:
         return {"numbers": len(self.state["numbers"]), "codes": len(self.state["codes"])}
 
-    def needed_type(self, kind: pa.DataType) -> str:
+    def required_type(self, kind: pa.DataType) -> str:
         """ "" where a column of this type can be read with this state, else in words what is
         needed.
         """
@@ -83,7 +83,7 @@ class Facts:
                 return f"texts in its field {field.name}, as in training"
         return ""
 
-    def known(self, column: Any, name: str) -> str:
+    def coverage(self, column: Any, name: str) -> str:
         """In words, which fields and texts of these rows are not known, and which known numbers
         they lack; "" where all are the same.
         """
@@ -109,7 +109,7 @@ class Facts:
             )
         )
 
-    def unshared(self, column: Any, name: str, min_rows: int) -> list[Unshared]:
+    def name_differences(self, column: Any, name: str, min_rows: int) -> list[NameDifference]:
         """All numbers and texts that these rows lack of those known, or have beyond them; texts
         that fewer than ``min_rows`` rows have are only counted.
         """
@@ -123,19 +123,19 @@ class Facts:
         unknown = sorted(code for code in rows_with if code not in self.place)
         named = tuple(code for code in unknown if rows_with[code] >= min_rows)
         found = [
-            Unshared(
+            NameDifference(
                 f"numbers of {name} that the source knows and its rows lack",
                 tuple(n for n in self.state["numbers"] if n not in numbers),
             ),
-            Unshared(
+            NameDifference(
                 f"numbers of {name} that its rows have and the source does not know (left out)",
                 tuple(n for n in numbers if n not in self.state["numbers"]),
             ),
-            Unshared(
+            NameDifference(
                 f"texts of {name} that the source knows and its rows lack",
                 tuple(code for code in self.place if code not in rows_with),
             ),
-            Unshared(
+            NameDifference(
                 f"texts of {name} that its rows have and the source does not know (left out)",
                 named,
                 len(unknown) - len(named),

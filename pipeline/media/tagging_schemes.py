@@ -87,7 +87,7 @@ def scheme(tags: Iterable[str]) -> str:
 
 
 @cache
-def parted(tag: str, scheme: str) -> tuple[str, str]:
+def split_tag(tag: str, scheme: str) -> tuple[str, str]:
     """(prefix, type) of a tag, ("O", "") outside. Raises ValueError for one that is not of the
     scheme.
     """
@@ -109,7 +109,7 @@ def check(tags: Sequence[str], scheme: str) -> str:
         return ""
     before, kind = "O", ""
     for place, tag in enumerate([*tags, "O"]):
-        letter, own = parted(tag, scheme)
+        letter, own = split_tag(tag, scheme)
         goes_on = letter in "IE" and before in "BI" and own == kind
         where = "it is the first word" if place == 0 else f"word {place - 1} is {tags[place - 1]}"
         if letter in "IE" and not goes_on:
@@ -155,7 +155,7 @@ class Tagset:
         if scheme == "none":
             labels = tuple(sorted(set(tags)))
             return cls(labels, labels, scheme)
-        types = tuple(sorted({parted(tag, scheme)[1] for tag in set(tags) - {"O"}}))
+        types = tuple(sorted({split_tag(tag, scheme)[1] for tag in set(tags) - {"O"}}))
         return cls(
             ("O", *(f"{letter}-{kind}" for kind in types for letter in LETTERS[scheme])),
             types,
@@ -174,7 +174,7 @@ class Tagset:
                 np.append(np.ones(count, bool), False),
                 np.append(np.ones(count, bool), False),
             )
-        parts = [*(parted(tag, self.scheme) for tag in self.labels), ("O", "")]
+        parts = [*(split_tag(tag, self.scheme) for tag in self.labels), ("O", "")]
         kinds = np.array([self.types.index(kind) if kind else -1 for _, kind in parts])
         return kinds, *(
             np.array([letter in letters for letter, _ in parts]) for letters in ("BS", "ES")

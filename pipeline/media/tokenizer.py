@@ -178,7 +178,7 @@ def from_folder(folder: str) -> tuple[str, int, list[int]]:
 
 def _declared(folder: str) -> dict[str, str]:
     """Special tokens by role, as the files beside tokenizer.json name them."""
-    told: dict[str, Any] = {}
+    token_config: dict[str, Any] = {}
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         path = storage.join(folder, name)
         if storage.exists(path):
@@ -187,8 +187,8 @@ def _declared(folder: str) -> dict[str, str]:
                 raise ValueError(
                     f"{path}: not a JSON object; write the tokenizer again with save_pretrained"
                 )
-            told |= {key: value for key, value in found.items() if value is not None}
-    names = {role: told.get(f"{role}_token") for role in (*USUAL, "bos", "eos")}
+            token_config |= {key: value for key, value in found.items() if value is not None}
+    names = {role: token_config.get(f"{role}_token") for role in (*USUAL, "bos", "eos")}
     plain = {
         role: value["content"] if isinstance(value, dict) else value
         for role, value in names.items()

@@ -230,7 +230,7 @@ class Audio(Modality):
             "std": [round(value, 5) for value in std.tolist()],
         }
 
-    def needed_type(self, role, kind) -> str:
+    def required_type(self, role, kind) -> str:
         if role == "audio":
             return (
                 ""
@@ -320,11 +320,11 @@ class Audio(Modality):
         """(B,) float64 seconds of each row: the column ``seconds`` where it has a number, else what
         the file's header says; 0 where neither can be read, or ``columns`` has no role ``audio``.
         """
-        told = columns.get("seconds")
+        column = columns.get("seconds")
         out = (
             np.zeros(len(table))
-            if told not in table.column_names
-            else pc.cast(table[told], pa.float64()).to_numpy()
+            if column not in table.column_names
+            else pc.cast(table[column], pa.float64()).to_numpy()
         )
         known = np.isfinite(out) & (out > 0)
         out = np.where(known, out, 0.0)

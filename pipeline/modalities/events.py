@@ -17,11 +17,11 @@ from torch import Tensor
 
 from pipeline.config.registry import Options, register
 from pipeline.core.arrow_lists import filled, floats, is_list, joined, lengths
-from pipeline.core.capabilities import Unshared
+from pipeline.core.capabilities import NameDifference
 from pipeline.core.contracts import Arrays, Batch, Modality
 from pipeline.core.ragged import padded, ragged
 from pipeline.core.rng import uniform
-from pipeline.media.static_features import MOST, TAILS, Facts
+from pipeline.media.static_features import MOST, TAILS, StaticFeatures
 
 NAMED = 8
 DROP = 0
@@ -64,7 +64,7 @@ class Events(Modality):
 
     A variable is known by its name: rows of another origin share what they have in common with
     those that the state was fitted on, whatever the order of columns or codes; events of other
-    variables are left out (``known`` tells which). Values are standardised by variable, and lie
+    variables are left out (``coverage`` tells which). Values are standardised by variable, and lie
     within 8 deviations.
 
     Tensors: ``times`` (B, N) float32 hours ascending, ``variables`` (B, N) int64, ``values`` (B, N)
@@ -82,7 +82,7 @@ class Events(Modality):
 
     def __init__(self, options: Any, state: dict[str, Any]):
         super().__init__(options, state)
-        self.facts = Facts(state.get("static") or Facts.nothing())
+        self.static_features = StaticFeatures(state.get("static") or StaticFeatures.empty_state())
         self.names = pa.array(state.get("variables", []), pa.string())
         self.mean, self.std = (
             np.array(state.get(name, []), dtype=np.float32) for name in ("mean", "std")
@@ -90,8 +90,8 @@ class Events(Modality):
 
     @classmethod
     def fit(cls, options, table, columns, backbone):
-        """Known variables with their means and deviations, and what ``Facts`` keeps. Raises
-        ValueError when no row can be decoded.
+        """Known variables with their means and deviations, and what ``StaticFeatures`` keeps.
+        Raises ValueError when no row can be decoded.
         """
         parts, reasons = _lists(table, columns)
         if not any(not reason for reason in reasons):
@@ -139,14 +139,14 @@ class Events(Modality):
             ):
                 state[key].append(float(f"{number:.7g}"))
         if "static" in columns:
-            state["static"] = Facts.fit(
+            state["static"] = StaticFeatures.fit(
                 table[columns["static"]], columns["static"], options.min_rows
             )
         return state
 
-    def needed_type(self, role, kind) -> str:
+    def required_type(self, role, kind) -> str:
         if role == "static":
-            return self.facts.needed_type(kind)
+            return self.static_features.required_type(kind)
         if role not in self.roles or (is_list(kind) and _suits(role, kind.value_type)):
             return ""
         return f"lists of {'texts' if role == 'variables' else 'numbers'}"
@@ -157,12 +157,12 @@ class Events(Modality):
         """
         return {
             "variables": len(self.names),
-            **self.facts.sizes(),
+            **self.static_features.sizes(),
             "start": -self.options.before,
             "hours": self.options.hours,
         }
 
-    def known(self, table, columns) -> str:
+    def coverage(self, table, columns) -> str:
         """In words, which of these rows' variables and static facts the state knows, and which it
         lacks: those are left out.
         """
@@ -185,13 +185,13 @@ class Events(Modality):
                 f"{', '.join([*named, *([f'{len(lost) - len(named)} others'] if len(named) < len(lost) else [])])}"
             )
         static = (
-            self.facts.known(table[columns["static"]], columns["static"])
+            self.static_features.coverage(table[columns["static"]], columns["static"])
             if columns.get("static") in table.column_names
             else ""
         )
         return text + (f"; {static}" if static else "")
 
-    def unshared(self, table, columns) -> list[Unshared]:
+    def name_differences(self, table, columns) -> list[NameDifference]:
         """All variables and static facts that these rows lack of those known, or have beyond them;
         a variable that few rows have is only counted.
         """
@@ -207,18 +207,20 @@ class Events(Modality):
         )
         named = tuple(name for name in unknown if rows[name] >= self.options.min_rows)
         found = [
-            Unshared(
+            NameDifference(
                 "variables that the source knows and its rows lack",
                 tuple(name for name in self.state["variables"] if not rows.get(name)),
             ),
-            Unshared(
+            NameDifference(
                 "variables that its rows have and the source does not know (left out)",
                 named,
                 len(unknown) - len(named),
             ),
         ]
         static = (
-            self.facts.unshared(table[columns["static"]], columns["static"], self.options.min_rows)
+            self.static_features.name_differences(
+                table[columns["static"]], columns["static"], self.options.min_rows
+            )
             if columns.get("static") in table.column_names
             else []
         )
@@ -229,7 +231,7 @@ class Events(Modality):
         and its first, last, least and largest value.
         """
         if columns.get("static") in table.column_names:
-            yield from self.facts.features(
+            yield from self.static_features.features(
                 table[columns["static"]], columns["static"], self.options.min_rows
             )
         (row, time, names, value), _ = _lists(table, columns)
@@ -283,7 +285,7 @@ class Events(Modality):
                 ("values", value),
             )
         }
-        return out | self.facts.decode(
+        return out | self.static_features.decode(
             table[columns["static"]] if "static" in columns else None,
             len(table),
             columns.get("static", ""),
@@ -293,10 +295,10 @@ class Events(Modality):
         """(B,) float64 events of each row, and 1, so that no row is for nothing: the column
         ``events`` where there is one, else as long as its times are.
         """
-        told = columns.get("events")
-        if told in table.column_names:
+        column = columns.get("events")
+        if column in table.column_names:
             return (
-                np.maximum(pc.fill_null(pc.cast(table[told], pa.float64()), 0.0).to_numpy(), 0.0)
+                np.maximum(pc.fill_null(pc.cast(table[column], pa.float64()), 0.0).to_numpy(), 0.0)
                 + 1.0
             )
         return (
@@ -355,11 +357,11 @@ def _lists(table: pa.Table, columns: dict[str, str]) -> tuple[Parts, list[str]]:
     counts = {role: lengths(column).astype(np.int64) for role, column in found.items()}
     n = counts["times"]
     for i in np.flatnonzero((n < 0) | (n != counts["variables"]) | (n != counts["values"])):
-        told = ", ".join(
+        description = ", ".join(
             f"{counts[role][i]} {role}" if counts[role][i] >= 0 else f"null {role}"
             for role in Events.roles
         )
-        reasons[i] = f"an event is a time, a variable and a value, and the row has {told}"
+        reasons[i] = f"an event is a time, a variable and a value, and the row has {description}"
     good = np.array([not reason for reason in reasons], dtype=bool)
     if not good.all():
         found = {role: column.filter(pa.array(good)) for role, column in found.items()}

@@ -160,7 +160,7 @@ class Image(Modality):
                 )
 
     @classmethod
-    def without_effect(cls, stated, inherited=None) -> str:
+    def ineffective_options(cls, stated, inherited=None) -> str:
         fit = {"fit": "crop", **(inherited or {}), **stated}["fit"]
         share = stated.get("crop_share", 1.0)
         if fit == "crop" or share == 1:
@@ -210,7 +210,7 @@ class Image(Modality):
             "std": np.maximum(std / 255, 1e-3).round(6).tolist(),
         }
 
-    def needed_type(self, role, kind) -> str:
+    def required_type(self, role, kind) -> str:
         return (
             ""
             if holds_files(kind)

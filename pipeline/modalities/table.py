@@ -11,7 +11,7 @@ from torch import Tensor
 from pipeline.config.registry import Options, register
 from pipeline.core.contracts import Arrays, Modality
 from pipeline.core.ragged import padded
-from pipeline.media.static_features import Facts
+from pipeline.media.static_features import StaticFeatures
 
 
 class TableOptions(Options):
@@ -37,14 +37,16 @@ class Table(Modality):
 
     def __init__(self, options: Any, state: dict[str, Any]):
         super().__init__(options, state)
-        self.facts = Facts(state or Facts.nothing())
+        self.static_features = StaticFeatures(state or StaticFeatures.empty_state())
 
     @classmethod
     def fit(cls, options, table, columns, backbone):
         """Raises ValueError for a column that is no struct, and where it holds neither a number nor
         a text that can be known.
         """
-        found = Facts.fit(table[columns["features"]], columns["features"], options.min_rows)
+        found = StaticFeatures.fit(
+            table[columns["features"]], columns["features"], options.min_rows
+        )
         if not found["numbers"] and not found["codes"]:
             raise ValueError(
                 f"column {columns['features']}: no field holds a number, or a text that "
@@ -52,30 +54,30 @@ class Table(Modality):
             )
         return found
 
-    def needed_type(self, role, kind) -> str:
-        return self.facts.needed_type(kind)
+    def required_type(self, role, kind) -> str:
+        return self.static_features.required_type(kind)
 
     def inputs(self) -> dict[str, Any]:
         """How many numbers and texts are known."""
-        return {"features": "table", **self.facts.sizes()}
+        return {"features": "table", **self.static_features.sizes()}
 
-    def known(self, table, columns) -> str:
+    def coverage(self, table, columns) -> str:
         """In words, which fields and texts of these rows the state lacks; "" where it knows all."""
-        return self.facts.known(table[columns["features"]], columns["features"])
+        return self.static_features.coverage(table[columns["features"]], columns["features"])
 
-    def unshared(self, table, columns):
-        return self.facts.unshared(
+    def name_differences(self, table, columns):
+        return self.static_features.name_differences(
             table[columns["features"]], columns["features"], self.options.min_rows
         )
 
     def single_features(self, table, columns):
-        yield from self.facts.features(
+        yield from self.static_features.features(
             table[columns["features"]], columns["features"], self.options.min_rows
         )
 
     def decode(self, table, columns) -> tuple[Arrays, list[str]]:
         column = table[columns["features"]]
-        return self.facts.decode(column, len(table), columns["features"]), [
+        return self.static_features.decode(column, len(table), columns["features"]), [
             "" if value.is_valid else "the features are null" for value in column
         ]
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pipeline.config.registry import Options, register
 from pipeline.core.arrow_lists import is_bytes, is_list, is_text
-from pipeline.core.capabilities import CutRows
+from pipeline.core.capabilities import TruncationStats
 from pipeline.core.contracts import Arrays, Modality
 from pipeline.media import tokenizer as tokenizers
 from pipeline.media.tokenizer import PIECE_BYTES, SPECIALS
@@ -123,7 +123,7 @@ class Text(Modality):
             "specials": list(range(len(SPECIALS))),
         }
 
-    def needed_type(self, role, kind) -> str:
+    def required_type(self, role, kind) -> str:
         if role not in ("text", "text_pair"):
             return ""
         values = kind.value_type if is_list(kind) and role == "text" else kind
@@ -350,7 +350,7 @@ class Text(Modality):
             )
         return range(0, count * max(1, room - stride), max(1, room - stride)), ""
 
-    def cut_rows(self, table, columns) -> CutRows | None:
+    def truncation(self, table, columns) -> TruncationStats | None:
         """How many words (of lists of words) or tokens lie beyond ``length``. None where texts are
         read in windows: what does not fit is refused there.
 
@@ -379,11 +379,11 @@ class Text(Modality):
         lost = np.maximum(
             0, tokens - room
         )  # of a pair the longer text is cut first, until both have room
-        return CutRows(
+        return TruncationStats(
             len(table), int(np.count_nonzero(lost)), int(tokens.sum()), int(lost.sum()), "tokens"
         )
 
-    def _cut_words(self, column) -> CutRows:
+    def _cut_words(self, column) -> TruncationStats:
         """A word is cut off where its first token has no room."""
         lists, _ = _words(column, "text")
         room = self.options.length - 2
@@ -396,7 +396,7 @@ class Text(Modality):
         for i, (ids, of) in enumerate(encoded):
             if len(ids) > room:
                 lost[i] = total[i] - (int(of[:room].max()) + 1)
-        return CutRows(
+        return TruncationStats(
             len(lists), int(np.count_nonzero(lost)), int(total.sum()), int(lost.sum()), "words"
         )
 

@@ -23,7 +23,7 @@ from pipeline.media import image_io
 from pipeline.media.episodes import CLASSES, NONE, Episodes, Numbers, first_of_rows, texts
 
 NAMED = 8
-TOLD_SHARE = 0.01
+WARN_SHARE_OUT_OF_RANGE = 0.01
 """Numbers beyond MOST are told of where they are so many."""
 MOST = 10.0
 """Standardised observations lie within so many deviations: a network is not asked about a world
@@ -83,7 +83,7 @@ class Trajectory(Modality):
     def __init__(self, options: Any, state: dict[str, Any]):
         super().__init__(options, state)
         self.spaces: dict[str, Space] = {
-            name: Space(name, **facts) for name, facts in state.get("spaces", {}).items()
+            name: Space(name, **properties) for name, properties in state.get("spaces", {}).items()
         }
         self.names: tuple[str, ...] = tuple(self.spaces)
         """Names of the spaces, in the order of their numbers."""
@@ -123,7 +123,7 @@ class Trajectory(Modality):
                 )
             )
 
-    def needed_type(self, role, kind) -> str:
+    def required_type(self, role, kind) -> str:
         if role != "observations":
             return ""
         deep = kind.value_type.value_type if is_list(kind) and is_list(kind.value_type) else None
@@ -151,12 +151,12 @@ class Trajectory(Modality):
             "images": None if size is None else [CHANNELS, size, size],
         }
 
-    def known(self, table, columns) -> str:
+    def coverage(self, table, columns) -> str:
         """In words, which spaces and tasks of these rows the state has, and what it lacks."""
         rows = Episodes.read(table, columns)
-        place, lacking, _ = self._settled(rows)
+        place, lacking, _ = self._resolve_spaces(rows)
         parts = [
-            _told(
+            _describe_names(
                 "space",
                 Counter(self.names[i] for i in place.tolist() if i >= 0),
                 Counter(map(rows.name, lacking.tolist())),
@@ -170,8 +170,8 @@ class Trajectory(Modality):
                 if lost
                 else []
             )
-            far = space.beyond(rows.observations, mine)
-            if far >= TOLD_SHARE:
+            far = space.share_out_of_range(rows.observations, mine)
+            if far >= WARN_SHARE_OUT_OF_RANGE:
                 parts.append(
                     f"{far:.0%} of the numbers that {space.name} observes lie beyond {MOST:g} "
                     "of its deviations, and are cut there"
@@ -179,22 +179,22 @@ class Trajectory(Modality):
         tasks = Counter(text for text in texts(table, columns, "task") if text)
         if tasks:
             have = Counter({text: count for text, count in tasks.items() if text in self.tasks})
-            parts.append(_told("task", have, tasks - have))
+            parts.append(_describe_names("task", have, tasks - have))
         return "; ".join(parts)
 
-    def grown(self, table, columns) -> dict[str, Any]:
+    def extend_state(self, table, columns) -> dict[str, Any]:
         """The state with the spaces and tasks of these rows that it lacks behind its own, which
         stay as they are. Rows without a name whose classes are not all known make a new space.
         """
         self._check_frames(self.options, columns)
         rows = Episodes.read(table, columns)
-        _, lacking, chosen = self._settled(rows)
+        _, lacking, chosen = self._resolve_spaces(rows)
         tasks = sorted(set(texts(table, columns, "task")) - {"", *self.tasks})
         new = rows.spaces(lacking, self.names)
         chosen |= {
-            str(facts["observation"]): name
-            for name, facts in new.items()
-            if facts["discrete"] and BY_WIDTH.fullmatch(name)
+            str(properties["observation"]): name
+            for name, properties in new.items()
+            if properties["discrete"] and BY_WIDTH.fullmatch(name)
         }
         if not new and not tasks and chosen == self.state.get("chosen", {}):
             return self.state
@@ -205,7 +205,7 @@ class Trajectory(Modality):
             **({"chosen": chosen} if chosen else {}),
         }
 
-    def _settled(self, rows: Episodes) -> tuple[np.ndarray, np.ndarray, dict[str, str]]:
+    def _resolve_spaces(self, rows: Episodes) -> tuple[np.ndarray, np.ndarray, dict[str, str]]:
         """(B,) number of each row's space or -1, the good rows of spaces that the state lacks, and,
         by width of observations, which space rows without a name whose actions are classes are of:
         the one that they are taken for, or the last one that has all their classes, else a new one.
@@ -275,7 +275,7 @@ class Trajectory(Modality):
         own = self._by_width(observation, action)
         if (
             action == CLASSES and own
-        ):  # their names tell of their number alone: ``grown`` has looked which are meant
+        ):  # their names tell of their number alone: ``extend_state`` has looked which are meant
             return self.state.get("chosen", {}).get(str(observation), own[-1]), ""
         if len(own or fits) == 1:
             return (own or fits)[0], ""
@@ -395,9 +395,11 @@ class Trajectory(Modality):
         """(B,) float64 steps of each row: the column ``steps`` where there is one, else as many as
         it has observations; 0 where that cannot be told.
         """
-        told = columns.get("steps")
-        if told in table.column_names:
-            return np.maximum(pc.fill_null(pc.cast(table[told], pa.float64()), 0.0).to_numpy(), 0.0)
+        column = columns.get("steps")
+        if column in table.column_names:
+            return np.maximum(
+                pc.fill_null(pc.cast(table[column], pa.float64()), 0.0).to_numpy(), 0.0
+            )
         return (
             pc.fill_null(pc.list_value_length(table[columns["observations"]]), 0)
             .to_numpy()
@@ -515,7 +517,7 @@ class Space:
                 np.tile((1 / std).astype(np.float32), times),
             )
 
-    def beyond(self, observations: Numbers, rows: np.ndarray) -> float:
+    def share_out_of_range(self, observations: Numbers, rows: np.ndarray) -> float:
         """The share of the numbers that these rows observe that lie beyond MOST deviations."""
         mine = np.concatenate(
             [
@@ -563,7 +565,7 @@ class Space:
         return out
 
 
-def _told(kind: str, have: Counter, fresh: Counter) -> str:
+def _describe_names(kind: str, have: Counter, fresh: Counter) -> str:
     """In words: how many names of a kind are known, and which are new, with their rows."""
     new = [f"{name} ({count} rows)" for name, count in fresh.most_common(NAMED)]
     return f"{len(have)} of {len({*have, *fresh})} {kind}s are known" + (

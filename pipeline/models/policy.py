@@ -226,7 +226,7 @@ class Policy(Backbone):
                 (last if name.startswith("body.model.ln_f.") else out["encoders"]).append(name)
         return out | ({"norm": last} if last else {})
 
-    def adapted(self, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    def convert_checkpoint(self, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
         """Encoders of spaces that the checkpoint lacks stay as they are here, a new task begins as
         the mean of those that it has (zeros where it has none); what is not asked for is dropped.
         """
@@ -248,8 +248,8 @@ class Policy(Backbone):
                     for n in mine.get(space, ())
                     if n.endswith("weight") and n in tensors
                 ]
-                told = "".join(f" ({had} numbers there, {has} here)" for had, has in differ)
-                notes.append(f"{part}.{space} {'new' if space in mine else 'dropped'}{told}")
+                description = "".join(f" ({had} numbers there, {has} here)" for had, has in differ)
+                notes.append(f"{part}.{space} {'new' if space in mine else 'dropped'}{description}")
         old, new = tensors.get("tasks.weight"), own["tasks.weight"]
         if old is not None and old.shape != new.shape and old.shape[1:] == new.shape[1:]:
             kept = min(len(old), len(new))

@@ -19,7 +19,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from pipeline.config.registry import Options, register
-from pipeline.core.contracts import Backbone, Batch, Features, Stage
+from pipeline.core.contracts import Backbone, Batch, FeatureMapSpec, Features
 
 ARCHITECTURES = ("timm", "models/*.py", r"^@register_model\ndef (\w+)")
 
@@ -59,7 +59,7 @@ class Timm(Backbone):
         ):
             if getattr(options, option) and argument not in _arguments(architecture):
                 raise ValueError(f"timm/{architecture} has no {option}: leave it out")
-        if problem := _refused(
+        if problem := _size_problem(
             architecture, inputs["channels"], inputs["size"], options.patch_size
         ):
             raise ValueError(problem)
@@ -79,7 +79,9 @@ class Timm(Backbone):
         depth.
         """
         self.pooled_dim = getattr(self.model, "head_hidden_size", None) or self.model.num_features
-        shape, _ = _probed(architecture, inputs["channels"], inputs["size"], options.patch_size)
+        shape, _ = _probe_output_shape(
+            architecture, inputs["channels"], inputs["size"], options.patch_size
+        )
         self.token_dim = shape[2] if len(shape) == 3 else None
         embed: Any = (
             self.model.patch_embed if issubclass(type(self.model), VisionTransformer) else None
@@ -90,8 +92,8 @@ class Timm(Backbone):
         """
         info = self.model.feature_info
         info = info.info if hasattr(info, "info") else info
-        self.stage_info = tuple(
-            Stage(str(i["module"]), int(i["num_chs"]), int(i["reduction"])) for i in info
+        self.feature_map_specs = tuple(
+            FeatureMapSpec(str(i["module"]), int(i["num_chs"]), int(i["reduction"])) for i in info
         )
 
     def forward(
@@ -101,7 +103,7 @@ class Timm(Backbone):
         stages: dict[str, Tensor] = {}
         if "stages" in want:
             x, maps = self.model.forward_intermediates(x)
-            stages = dict(zip((stage.name for stage in self.stage_info), maps, strict=True))
+            stages = dict(zip((stage.name for stage in self.feature_map_specs), maps, strict=True))
         else:
             x = (
                 self.model.forward_features(x)
@@ -127,7 +129,7 @@ class Timm(Backbone):
         kept = x[:, prefix:].gather(1, places[:, :, None].expand(-1, -1, x.shape[2]))
         return m.norm(m.blocks(m.norm_pre(torch.cat([x[:, :prefix], kept], dim=1))))
 
-    def adapted(self, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    def convert_checkpoint(self, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
         """timm's rules (timm.models.adapt_input_conv, timm.layers): the first convolution's weights
         are summed over colours for one channel, one channel's are repeated and divided; position
         embeddings are resampled bicubically to this input's grid (Dosovitskiy et al. 2021, section
@@ -258,7 +260,7 @@ SEVERAL = "gives several tensors, not one"
 
 
 @cache
-def _probed(
+def _probe_output_shape(
     architecture: str, channels: int, size: int, patch_size: int | None = None
 ) -> tuple[tuple[int, ...], str]:
     """(shape of what the model makes of one such image, "") or ((), why it cannot), by a pass
@@ -277,22 +279,22 @@ def _probed(
 
 
 @cache
-def _refused(architecture: str, channels: int, size: int, patch_size: int | None) -> str:
+def _size_problem(architecture: str, channels: int, size: int, patch_size: int | None) -> str:
     """What is wrong with a size, with the next one that is right; or nothing, also for a model that
     cannot be asked without memory.
     """
-    reason = _probed(architecture, channels, size, patch_size)[1]
+    reason = _probe_output_shape(architecture, channels, size, patch_size)[1]
     if reason == SEVERAL:
         return f"timm/{architecture} cannot be a backbone here: its forward_features {SEVERAL}"
     config = timm.models.get_pretrained_cfg(architecture, allow_unregistered=True)
     usual = config.input_size[-1] if config is not None else 224
-    if not reason or (patch_size is None and _probed(architecture, channels, usual)[1]):
+    if not reason or (patch_size is None and _probe_output_shape(architecture, channels, usual)[1]):
         return ""
     least = next(
         (
             other
             for other in range(size + 1, max(size, usual) + 65)
-            if not _probed(architecture, channels, other, patch_size)[1]
+            if not _probe_output_shape(architecture, channels, other, patch_size)[1]
         ),
         usual,
     )

@@ -526,7 +526,7 @@ class Wav2Vec2(Backbone):
             out["norm"] = ["model.encoder.layer_norm.weight", "model.encoder.layer_norm.bias"]
         return out
 
-    def adapted(self, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    def convert_checkpoint(self, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
         """Files of before torch 2.1 name the two parts of the positions' weight weight_g and
         weight_v, as transformers reads them still.
         """

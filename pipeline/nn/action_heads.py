@@ -78,7 +78,7 @@ def counts(column: pa.ChunkedArray) -> np.ndarray:
 # ---------------------------------------------------------------- heads and chunks
 
 
-def ensembled(plans: list[np.ndarray], rate: float | None) -> np.ndarray:
+def temporal_ensemble(plans: list[np.ndarray], rate: float | None) -> np.ndarray:
     """(n, A) the action of now from the chunks (n, H, A) of the last steps, the oldest first and
     the last one made now: their predictions of it, weighed by exp(-rate i), i = 0 for the oldest,
     as ACT's code has it; without a rate the newest alone.
@@ -108,7 +108,7 @@ def head_of(asked: str, discrete: bool) -> str:
     return "mse" if asked in ("auto", "categorical") else asked
 
 
-def outputs(head: str, action: int, components: int) -> int:
+def output_width(head: str, action: int, components: int) -> int:
     """Numbers that tell of one action."""
     return {
         "mse": action,

@@ -16,7 +16,7 @@ from torchvision.models.convnext import LayerNorm2d
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
-from pipeline.core.contracts import Backbone, Features, Stage
+from pipeline.core.contracts import Backbone, FeatureMapSpec, Features
 
 
 class Pyramid(nn.Module):
@@ -37,16 +37,18 @@ class Pyramid(nn.Module):
     ):
         super().__init__()
         name = backbone.arch["name"]
-        if not backbone.stage_info:
+        if not backbone.feature_map_specs:
             raise ValueError(
                 f"{name} gives no feature maps (stages); detection and segmentation need an "
                 "image backbone such as timm/resnet50 or a ViT"
             )
-        last = {stage.stride: stage for stage in backbone.stage_info}  # the last one of each stride
+        last = {
+            stage.stride: stage for stage in backbone.feature_map_specs
+        }  # the last one of each stride
         self.out_channels = channels
         self.simple: SimplePyramid | None = None
         if len(last) == 1:
-            self.simple = SimplePyramid(backbone.stage_info[-1], wanted, channels)
+            self.simple = SimplePyramid(backbone.feature_map_specs[-1], wanted, channels)
             self.names, strides = (self.simple.stage,), self.simple.strides
         else:
             used = [last[stride] for stride in sorted(wanted) if stride in last]
@@ -103,7 +105,7 @@ class SimplePyramid(nn.Module):
     a 1x1 and a 3x3 convolution with layer norms (Li et al. 2022, section 3).
     """
 
-    def __init__(self, stage: Stage, wanted: tuple[int, ...], channels: int):
+    def __init__(self, stage: FeatureMapSpec, wanted: tuple[int, ...], channels: int):
         super().__init__()
         self.stage = stage.name
         powers = sorted({round(math.log2(stride / stage.stride)) for stride in wanted})

@@ -20,7 +20,7 @@ from pipeline.config.registry import Options, nearest, register
 from pipeline.core.contracts import Arrays, Backbone, Batch, Objective
 from pipeline.nn import action_heads
 from pipeline.simulation.environment import World, make
-from pipeline.simulation.rollout import judged, rollout
+from pipeline.simulation.rollout import has_success_criterion, rollout
 
 COMPARED = ("return", "success", "steps", "random_return", "random_success", "random_steps")
 """Columns of an episode that tell what its expert, and a random policy in its place, reached; the
@@ -92,12 +92,12 @@ class BehaviourCloning(Objective):
     -1 there; where spaces have other classes, a class is its place in its own space;
     ``squared_error`` is how many are wrong. State: ``kind`` (continuous or discrete), ``labels``
     (class names, in the modality's order), ``columns`` (the optional ones that the rows have) and
-    ``judged`` (whether it is known what success is in their worlds).
+    ``has_success_criterion`` (whether it is known what success is in their worlds).
 
-    Where rows have ``environment``, ``tested`` puts the policy into each test row's world, with its
-    seed and dynamics, and tells success, return and steps beside the expert's and a random
-    policy's. Raises ValueError for a backbone that is none of policies, and for a head that does
-    not suit the actions.
+    Where rows have ``environment``, ``rollout_evaluation`` puts the policy into each test row's
+    world, with its seed and dynamics, and tells success, return and steps beside the expert's and a
+    random policy's. Raises ValueError for a backbone that is none of policies, and for a head that
+    does not suit the actions.
     """
 
     roles = ("actions",)
@@ -110,19 +110,19 @@ class BehaviourCloning(Objective):
         "random_success",
         "random_steps",
     )
-    origin_roles = optional_roles
+    raw_roles = optional_roles
     metrics = ("loss", "action_error")
     log_names = ("error",)
-    carries_head = True
+    transfers_head = True
     whole_rows = True
-    written_types = {
+    output_types = {
         "actions": pa.list_(pa.list_(pa.float32())),
         "prediction": pa.list_(pa.string()),
         "probabilities": pa.list_(pa.list_(pa.float32())),
     }
 
     @classmethod
-    def measures(cls, options, state):
+    def target_metrics(cls, options, state):
         """Of numbers a source is judged by its loss, which is standardised: of several robots none
         counts more by its units.
         """
@@ -139,11 +139,11 @@ class BehaviourCloning(Objective):
         """
         if "environment" not in state["columns"]:
             return ()
-        told = REACHED if state.get("judged", True) else REACHED[1:]
+        metric_names = REACHED if state.get("judged", True) else REACHED[1:]
         return (
-            *told,
-            *(f"expert_{name}" for name in told if name in state["columns"]),
-            *(f"random_{name}" for name in told if f"random_{name}" in state["columns"]),
+            *metric_names,
+            *(f"expert_{name}" for name in metric_names if name in state["columns"]),
+            *(f"random_{name}" for name in metric_names if f"random_{name}" in state["columns"]),
         )
 
     @classmethod
@@ -152,7 +152,7 @@ class BehaviourCloning(Objective):
         actions.
         """
         name = columns["actions"]
-        kind, told = (
+        kind, present_roles = (
             action_heads.kind_of(table[name], name),
             [role for role in cls.optional_roles if role in columns],
         )
@@ -165,15 +165,17 @@ class BehaviourCloning(Objective):
                 f"{name}, whose actions are "
                 f"{'class names' if kind == 'discrete' else 'numbers'}: say {fine}, or leave it out"
             )
-        state = {"kind": kind, "columns": told}
+        state = {"kind": kind, "columns": present_roles}
         if columns.get("environment") in table.column_names:
             worlds = _worlds(
                 table[columns["environment"]].drop_null().slice(0, TRIED), columns["environment"]
             )
-            told = columns.get("success") in table.column_names and table[
+            present_roles = columns.get("success") in table.column_names and table[
                 columns["success"]
             ].null_count < len(table)
-            state["judged"] = told or all(judged(world.id) for world in worlds)
+            state["judged"] = present_roles or all(
+                has_success_criterion(world.id) for world in worlds
+            )
         return (
             state
             if kind == "continuous"
@@ -203,7 +205,7 @@ class BehaviourCloning(Objective):
         return {"graded": action_heads.counts(table[name])}
 
     @classmethod
-    def refused(cls, table, columns, state):
+    def invalid_label_reasons(cls, table, columns, state):
         name = columns.get("actions", "")
         if name not in table.column_names:
             return [""] * len(table)
@@ -211,9 +213,9 @@ class BehaviourCloning(Objective):
             "" if many else f"{name} holds no action" for many in action_heads.counts(table[name])
         ]
         if pc.list_flatten(table[name]).null_count:  # pyright: ignore[reportAttributeAccessIssue]
-            for row, told in enumerate(table[name].to_pylist()):
+            for row, steps in enumerate(table[name].to_pylist()):
                 reasons[row] = reasons[row] or (
-                    f"{name} lacks the action of a step" if None in told else ""
+                    f"{name} lacks the action of a step" if None in steps else ""
                 )
         return reasons
 
@@ -249,8 +251,8 @@ class BehaviourCloning(Objective):
             name: action_heads.head_of(options.head, space["discrete"])
             for name, space in self.spaces.items()
         }
-        told = {
-            name: action_heads.outputs(self.heads[name], space["action"], options.components)
+        output_widths = {
+            name: action_heads.output_width(self.heads[name], space["action"], options.components)
             for name, space in self.spaces.items()
         }
         self.remembers = any(
@@ -260,7 +262,7 @@ class BehaviourCloning(Objective):
         self.decoders = nn.ModuleDict(
             {
                 name: nn.Linear(backbone.token_dim, options.chunk * many)
-                for name, many in told.items()
+                for name, many in output_widths.items()
             }
         )
         self.widest = max(
@@ -272,7 +274,7 @@ class BehaviourCloning(Objective):
             default=1,
         )
 
-    def carried(self, options, name):
+    def is_transferable(self, options, name):
         """Decoders mean the same where they tell of as many actions by a head of the same kind."""
         theirs, space = BehaviourCloningOptions(**options), self.spaces[name.split(".")[1]]
         head = action_heads.head_of(self.options.head, space["discrete"])
@@ -283,7 +285,7 @@ class BehaviourCloning(Objective):
         )
 
     @classmethod
-    def beyond(cls, theirs, mine):
+    def unseen_inputs(cls, theirs, mine):
         new = [name for name in mine["spaces"] if name not in theirs["spaces"]]
         return (
             f"its rows are of space {', '.join(new)}, which no row of the source is of"
@@ -313,7 +315,7 @@ class BehaviourCloning(Objective):
                 )
         return out
 
-    def _told(self, backbone: Backbone, batch: Batch) -> list[tuple[str, Tensor, Tensor]]:
+    def _decode_actions(self, backbone: Backbone, batch: Batch) -> list[tuple[str, Tensor, Tensor]]:
         tokens = backbone(batch, want=("tokens",)).tokens
         assert tokens is not None
         return self.decoded(tokens, batch["space"])
@@ -346,7 +348,7 @@ class BehaviourCloning(Objective):
             torch.zeros((), device=mask.device),
             torch.zeros((), device=mask.device),
         )
-        for name, rows, out in self._told(backbone, batch):
+        for name, rows, out in self._decode_actions(backbone, batch):
             losses, known, errors = self._losses(
                 name, out, batch["actions"][rows], batch["action_std"][rows], mask[rows]
             )
@@ -383,7 +385,7 @@ class BehaviourCloning(Objective):
         best = torch.full(
             (*mask.shape, self.widest), -torch.inf if discrete else 0.0, device=device
         )
-        for name, rows, of in self._told(backbone, batch):
+        for name, rows, of in self._decode_actions(backbone, batch):
             width = self.spaces[name]["action"]
             best[rows, :, :width] = action_heads.likeliest(
                 self.heads[name], of[:, :, 0], self.options.components
@@ -411,11 +413,11 @@ class BehaviourCloning(Objective):
 
     # ----------------------------------------------------- what is written, and episodes of its own
 
-    def written(self, found, origin):
+    def output_columns(self, found, raw_rows):
         """Lists, one entry a step. Of numbers: ``actions``, in the environment's own units. Of
         classes: ``prediction``, names, and ``probabilities`` (of each class of the row's space).
         """
-        modality: Any = origin.modality
+        modality: Any = raw_rows.modality
         known = modality.state["spaces"]
         out: dict[str, np.ndarray] = {}
         for row, number in enumerate(found["space"]):
@@ -426,39 +428,41 @@ class BehaviourCloning(Objective):
             of = of[~np.isnan(of).any(1)]
             if "scores" in found:
                 chance = torch.from_numpy(of).softmax(-1).numpy()
-                told = {
+                values = {
                     "prediction": [known[space]["discrete"][k] for k in chance.argmax(1)]
                     if len(chance)
                     else [],
                     "probabilities": chance.tolist(),
                 }
             else:
-                told = {
+                values = {
                     "actions": np.asarray(modality.act(space, of), dtype=np.float32).tolist()
                     if len(of)
                     else []
                 }
-            for name, value in told.items():
+            for name, value in values.items():
                 out.setdefault(name, np.empty(len(found["space"]), dtype=object))[row] = value
         return out
 
-    def tested(self, backbone, found, origin):
+    def rollout_evaluation(self, backbone, found, raw_rows):
         """With ``environment``: an episode of the policy in each row's world, and arrays (n,)
         float64 ``success`` (0 or 1, NaN where it is not known what that is), ``return``, ``steps``,
         the same of ``expert_`` and ``random_`` from the rows' columns, ``most_steps`` (after which
         a world ends an episode) and ``diverged`` (0 or 1): a simulation that went wrong is no
-        success, its return that until then. ``film`` has FRAMES pictures of the first world where
-        they can be made, black behind an episode's end.
+        success, its return that until then. ``rollout_frames`` has FRAMES pictures of the first
+        world where they can be made, black behind an episode's end.
 
         All rows go in step, one forward pass a step, in float32 on the backbone's device. The pass
         always holds all rows, also ended ones, so that what a row does never follows from when
         others end.
         """
-        if "environment" not in origin.columns:
+        if "environment" not in raw_rows.columns:
             return found
-        worlds = _worlds(origin.table[origin.columns["environment"]], origin.columns["environment"])
+        worlds = _worlds(
+            raw_rows.table[raw_rows.columns["environment"]], raw_rows.columns["environment"]
+        )
         self.eval()
-        pilot = Pilot(backbone.eval(), self, origin.modality, found["space"], found["task"])
+        pilot = Pilot(backbone.eval(), self, raw_rows.modality, found["space"], found["task"])
         episodes = rollout(
             worlds,
             pilot,
@@ -474,12 +478,17 @@ class BehaviourCloning(Objective):
         out["success"] = np.array([one.success for one in episodes], dtype=np.float64) * (
             1 - out["diverged"]
         )
-        if film := episodes[0].frames[:FRAMES]:
-            self.film = np.stack([*film, *[np.zeros_like(film[0])] * (FRAMES - len(film))])
+        if rollout_frames := episodes[0].frames[:FRAMES]:
+            self.rollout_frames = np.stack(
+                [
+                    *rollout_frames,
+                    *[np.zeros_like(rollout_frames[0])] * (FRAMES - len(rollout_frames)),
+                ]
+            )
         for role in COMPARED:
-            if role in origin.columns:
+            if role in raw_rows.columns:
                 out[role if role.startswith("random_") else f"expert_{role}"] = _numbers(
-                    origin.table[origin.columns[role]]
+                    raw_rows.table[raw_rows.columns[role]]
                 )
         return {**found, **out}
 
@@ -559,7 +568,7 @@ class Pilot:
         self.seen.append(now)
         self.done.append(np.zeros((n, self.widths[1]), dtype=np.float32))
         self.plans.append(self._plan(n))
-        value = action_heads.ensembled(list(self.plans), self.objective.options.ensemble)
+        value = action_heads.temporal_ensemble(list(self.plans), self.objective.options.ensemble)
         out: list[Any] = [None] * n
         for name, rows in self.rows.items():
             space, width = self.known[name], self.objective.spaces[name]["action"]
@@ -606,9 +615,9 @@ class Pilot:
         with torch.autocast(self.device.type, enabled=False):
             tokens = self.backbone(self.modality.finish(batch), want=("tokens",)).tokens
             assert tokens is not None
-            told = self.objective.decoded(tokens[:, -1:], self.fixed["space"])
+            outputs = self.objective.decoded(tokens[:, -1:], self.fixed["space"])
         out = np.zeros((n, self.objective.options.chunk, self.widths[1]), dtype=np.float32)
-        for name, rows, of in told:
+        for name, rows, of in outputs:
             best = action_heads.likeliest(
                 self.objective.heads[name], of[:, 0], self.objective.options.components
             )

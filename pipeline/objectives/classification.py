@@ -96,7 +96,7 @@ class Classification(Objective):
     log_names = ("accuracy",)
 
     @classmethod
-    def measures(cls, options, state):
+    def target_metrics(cls, options, state):
         """Of two classes also how well the positive one is ranked, and how far probabilities are
         off.
         """
@@ -192,12 +192,12 @@ class Classification(Objective):
         return self.head(F.dropout(pooled, self.options.dropout, self.training))
 
     @property
-    def mixes(self) -> bool:
+    def mixes_inputs(self) -> bool:
         """Whether training needs the images themselves, so that cached features will not do."""
         return self.options.mixup > 0 or self.options.cutmix > 0
 
     @property
-    def calibrates(self) -> bool:
+    def needs_calibration(self) -> bool:
         return self.options.calibrate != "none" or self.options.threshold != "none"
 
     def _losses(self, scores: Tensor, label: Tensor) -> Tensor:
@@ -212,7 +212,7 @@ class Classification(Objective):
         )
 
     def head_loss(self, features: Tensor, batch: Batch):
-        if self.mixes and self.training:
+        if self.mixes_inputs and self.training:
             raise ValueError(
                 "options mixup and cutmix of classification mix images: they cannot train a "
                 "head on cached features; leave them out"
@@ -227,7 +227,7 @@ class Classification(Objective):
         return total, torch.full((), float(label.shape[0]), device=label.device), {"accuracy": hits}
 
     def loss(self, backbone: Backbone, batch: Batch):
-        if not (self.mixes and self.training):
+        if not (self.mixes_inputs and self.training):
             return self.head_loss(backbone(batch).pooled, batch)
         # pyright: ignore
         other, share, images = mixed(batch, self.options.mixup, self.options.cutmix)
@@ -263,7 +263,7 @@ class Classification(Objective):
         return self.head_predict(backbone(batch).pooled, batch)
 
     def calibrate(self, found):
-        if not self.calibrates:
+        if not self.needs_calibration:
             return
         scores = found["scores"]
         if self.options.calibrate == "temperature":
@@ -281,7 +281,7 @@ class Classification(Objective):
                 ),
             }
 
-    def written(self, found, origin):
+    def output_columns(self, found, raw_rows):
         """``prediction``: the likeliest label's name, or by the threshold. ``probabilities`` (n,
         C), in the order of the bundle's labels.
         """

@@ -108,8 +108,8 @@ class CTC(Objective):
     shortened one.
 
     State: ``labels``, ``characters``, ``tokenizer`` (``transcripts.Alphabet``), ``normalization``
-    (names of the rules), and of the backbone (``suit``) ``convolutions`` and ``rate``, from which a
-    recording's frames follow.
+    (names of the rules), and of the backbone (``bind_to_backbone``) ``convolutions`` and ``rate``,
+    from which a recording's frames follow.
     """
 
     roles = ("transcript",)
@@ -117,8 +117,8 @@ class CTC(Objective):
     metrics = ("wer", "cer", "loss")
     log_names = ("dropped",)
     label_tensors = ("transcript", "transcript_lengths")
-    origin_roles = ("transcript", "start")
-    written_types = {
+    raw_roles = ("transcript", "start")
+    output_types = {
         "words": pa.list_(
             pa.struct({"word": pa.string(), "start": pa.float64(), "end": pa.float64()})
         )
@@ -160,7 +160,7 @@ class CTC(Objective):
         }
 
     @classmethod
-    def refused(cls, table, columns, state):
+    def invalid_label_reasons(cls, table, columns, state):
         """Rows whose transcript is null or empty."""
         if columns.get("transcript") not in table.column_names:
             return [""] * len(table)
@@ -170,7 +170,7 @@ class CTC(Objective):
         ]
 
     @classmethod
-    def suit(cls, state, backbone):
+    def bind_to_backbone(cls, state, backbone):
         """``convolutions`` and ``rate`` (samples a second). Raises ValueError for a backbone whose
         tokens are no frames of a recording.
         """
@@ -182,7 +182,7 @@ class CTC(Objective):
         }
 
     @classmethod
-    def unlearnable(cls, table, columns, state, arrays=None, seconds=None):
+    def untrainable_reasons(cls, table, columns, state, arrays=None, seconds=None):
         """Rows whose transcript has characters that no training transcript has, and those with more
         labels than frames: each label takes one, and so does the blank between two equal ones.
         ``seconds`` are those of the recordings, give or take SLACK: what is closer is left to
@@ -268,30 +268,30 @@ class CTC(Objective):
         confidence = (-nats / count.clamp(min=1)).exp().masked_fill(ends == 0, float("nan"))
         return {**out, "confidence": confidence, "first": first, "last": last}
 
-    def complete(self, found, origin):
+    def postprocess(self, found, raw_rows):
         """``word_errors``, ``words``, ``char_errors`` and ``chars`` (n,) against the rows' own
         normalised transcripts; without them as it is.
         """
-        if origin.columns.get("transcript") not in origin.table.column_names:
+        if raw_rows.columns.get("transcript") not in raw_rows.table.column_names:
             return found
         said = [self.alphabet.decode(labels) for labels in found["prediction"]]
         return {
             **found,
             **transcripts.errors(
-                said, _normalised(origin.table, origin.columns, self.state["normalization"])
+                said, _normalised(raw_rows.table, raw_rows.columns, self.state["normalization"])
             ),
         }
 
-    def written(self, found, origin):
+    def output_columns(self, found, raw_rows):
         """``text``. ``confidence``: the probability that the model gives the text, over all its
         alignments, a label: the root of as many as it has labels. ``words``: lists of {word, start,
         end}, seconds of the recording; where a row is a piece of one (role ``start``), of the
         whole.
         """
         begins = np.zeros(len(found["prediction"]))
-        if origin.columns.get("start") in origin.table.column_names:
+        if raw_rows.columns.get("start") in raw_rows.table.column_names:
             begins = np.array(
-                [start or 0.0 for start in origin.table[origin.columns["start"]].to_pylist()],
+                [start or 0.0 for start in raw_rows.table[raw_rows.columns["start"]].to_pylist()],
                 dtype=np.float64,
             )
             begins = np.where(np.isfinite(begins), begins, 0.0)

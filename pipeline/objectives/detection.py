@@ -122,7 +122,7 @@ class Detection(Objective):
     optional_roles = ("crowd", "width", "height")
     metrics = ("map", "map50", "loss")
     label_tensors = ("boxes", "labels", "crowd", "frame")
-    written_types = {
+    output_types = {
         "boxes": pa.list_(pa.list_(pa.float64())),
         "scores": pa.list_(pa.float64()),
         "labels": pa.list_(pa.string()),
@@ -211,7 +211,7 @@ class Detection(Objective):
         return out
 
     @classmethod
-    def refused(cls, table, columns, state):
+    def invalid_label_reasons(cls, table, columns, state):
         more = (
             () if state["relative"] else ("image",)
         )  # its own size: boxes in pixels are of the upright picture
@@ -284,7 +284,7 @@ class Detection(Objective):
             }
         return out
 
-    def written(self, found, origin):
+    def output_columns(self, found, raw_rows):
         """A list a row: ``boxes`` (corners x0 y0 x1 y1 as shares of the image), ``scores`` and
         ``labels`` (class names), the surest first.
         """

@@ -251,7 +251,7 @@ class DINO(Objective):
             },
         )
 
-    def absent(self, backbone: Backbone) -> None:
+    def forward_without_rows(self, backbone: Backbone) -> None:
         self._begin(backbone)
         nothing = torch.zeros_like(self.center)
         self._centered(nothing, nothing, 0)

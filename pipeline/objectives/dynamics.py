@@ -79,7 +79,7 @@ class Dynamics(Objective):
         return {}
 
     @classmethod
-    def refused(cls, table, columns, state):
+    def invalid_label_reasons(cls, table, columns, state):
         name = columns.get("actions", "")
         if name not in table.column_names:
             return [""] * len(table)
@@ -159,23 +159,23 @@ class Dynamics(Objective):
             if seeing is not None and options.forward:
                 seen = batch["observations"][rows, :, : space["observation"]]
                 change = self.changes[name](seen[:, 1:] - seen[:, :-1], there)
-                told = self.forward_heads[name](
+                predicted = self.forward_heads[name](
                     torch.cat([seeing[rows, :-1], acts.to(seeing.dtype)], -1)
                 ).float()
-                error = (told - change).square().mean(-1)
+                error = (predicted - change).square().mean(-1)
                 parts["loss"][rows] = parts["loss"][rows] + options.forward * error
                 parts["forward_error"][rows], parts["forward_zero"][rows] = (
                     error.detach(),
                     change.square().mean(-1),
                 )
             if blind is not None and options.inverse:
-                told = self.inverse_heads[name](
+                predicted = self.inverse_heads[name](
                     torch.cat([blind[rows, :-1], blind[rows, 1:]], -1)
                 ).float()
                 head = "categorical" if space["discrete"] else "mse"
-                found = action_heads.losses(head, told, acts, 1)
+                found = action_heads.losses(head, predicted, acts, 1)
                 parts["loss"][rows] = parts["loss"][rows] + options.inverse * found
-                wrong = (told.argmax(-1) != acts.argmax(-1)).float()
+                wrong = (predicted.argmax(-1) != acts.argmax(-1)).float()
                 parts["inverse_error"][rows] = wrong if space["discrete"] else found.detach()
                 parts["inverse_zero"][rows] = (
                     torch.full_like(wrong, 1 - 1 / space["action"])

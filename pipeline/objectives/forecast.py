@@ -152,10 +152,10 @@ class Forecast(Objective):
         real = real & present.any(2) & (hours <= self.latest)
         value, logit = self.head(found).float().unflatten(-1, (2, self.variables)).unbind(-2)
         squares = (value - mean).clamp(-FARTHEST, FARTHEST).square() * present
-        told = F.binary_cross_entropy_with_logits(logit, present.float(), reduction="none")
+        presence_loss = F.binary_cross_entropy_with_logits(logit, present.float(), reduction="none")
         losses = (
             squares.mean(2)
-            + self.options.presence * told.mean(2)
+            + self.options.presence * presence_loss.mean(2)
             + 0.0 * unused.float().sum(1, keepdim=True)
         )
         zero = mean.clamp(-FARTHEST, FARTHEST).square() * present

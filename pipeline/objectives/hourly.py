@@ -90,14 +90,14 @@ class Hourly(Objective):
     metrics = ("auroc", "auprc", "loss", "min_precision_sensitivity", "brier", "ece")
     log_names = ("accuracy",)
     label_tensors = ("label_times", "label_values", "label_times_lengths")
-    written_types = {
+    output_types = {
         "times": pa.list_(pa.float32()),
         "prediction": pa.list_(pa.int32()),
         "probabilities": pa.list_(pa.list_(pa.float32())),
     }
 
     @classmethod
-    def measures(cls, options, state):
+    def target_metrics(cls, options, state):
         return (
             cls.metrics if options.task == "binary" else ("kappa", "macro_f1", "accuracy", "loss")
         )
@@ -124,7 +124,9 @@ class Hourly(Objective):
     @classmethod
     def _values(cls, table: pa.Table, columns: dict[str, str], state: dict[str, Any]) -> np.ndarray:
         """(m,) int64, every label of the rows that can be used."""
-        fine = np.array([not reason for reason in cls.refused(table, columns, state)], dtype=bool)
+        fine = np.array(
+            [not reason for reason in cls.invalid_label_reasons(table, columns, state)], dtype=bool
+        )
         return _lists(
             table[columns["label_values"]].filter(pa.array(fine)), columns["label_values"]
         )[0].astype(np.int64)
@@ -132,11 +134,13 @@ class Hourly(Objective):
     @classmethod
     def encode(cls, table, columns, state) -> Arrays:
         """``label_times`` and ``label_values``: (n,) ragged float32 and int16; none for rows that
-        ``refused`` names.
+        ``invalid_label_reasons`` names.
         """
         if columns.get("label_values") not in table.column_names:  # new rows to predict
             return {}
-        fine = np.array([not reason for reason in cls.refused(table, columns, state)], dtype=bool)
+        fine = np.array(
+            [not reason for reason in cls.invalid_label_reasons(table, columns, state)], dtype=bool
+        )
         late = (
             _lists(table[columns["label_times"]], columns["label_times"])[0]
             > state.get("hours", np.inf)
@@ -159,13 +163,13 @@ class Hourly(Objective):
         return out
 
     @classmethod
-    def suit(cls, state, backbone):
+    def bind_to_backbone(cls, state, backbone):
         """``hours``: up to which events are read."""
         hours = backbone.arch["inputs"].get("hours")
         return state if hours is None else {**state, "hours": hours}
 
     @classmethod
-    def refused(cls, table, columns, state):
+    def invalid_label_reasons(cls, table, columns, state):
         """Rows with other times than values, with times that are no numbers or do not ascend, or
         with values that are no class. No value is told.
         """
@@ -210,7 +214,7 @@ class Hourly(Objective):
         self.start = nn.Parameter(torch.randn(backbone.token_dim) * 0.02)
 
     @property
-    def calibrates(self) -> bool:
+    def needs_calibration(self) -> bool:
         return self.options.calibrate != "none"
 
     def _scores(self, backbone: Backbone, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -305,7 +309,7 @@ class Hourly(Objective):
         return {**out, "label": label, "loss": losses.sum(1), "count": known.sum(1).float()}
 
     def calibrate(self, found):
-        if self.calibrates:
+        if self.needs_calibration:
             known = found["label"] >= 0
             self.state = {
                 **self.state,
@@ -314,7 +318,7 @@ class Hourly(Objective):
                 ),
             }
 
-    def written(self, found, origin):
+    def output_columns(self, found, raw_rows):
         """Lists, one value a time: ``times`` in hours, ``prediction`` (the likeliest class) and
         ``probabilities`` (of each class).
         """

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.config.registry import Options, register
-from pipeline.core.contracts import Backbone, Batch, Objective, Origin
+from pipeline.core.contracts import Backbone, Batch, Objective, RawRows
 from pipeline.core.rng import uniform
 
 NEVER = 2.0
@@ -224,7 +224,9 @@ class MaskedLM(Objective):
             out["bytes"] = batch["bytes"] * out["count"] / spelt.sum(1).clamp(min=1)
         return out
 
-    def written(self, found: dict[str, np.ndarray], origin: Origin) -> dict[str, np.ndarray]:
+    def output_columns(
+        self, found: dict[str, np.ndarray], raw_rows: RawRows
+    ) -> dict[str, np.ndarray]:
         """With ``perplexity`` of each row (NaN where nothing was predicted)."""
         return _with_perplexity(found)
 
@@ -362,13 +364,15 @@ class CausalLM(Objective):
         below = (values / self.options.temperature).softmax(1).cumsum(1) <= u[:, None]
         return ids.gather(1, below.sum(1, keepdim=True).clamp(max=ids.shape[1] - 1))[:, 0]
 
-    def written(self, found: dict[str, np.ndarray], origin: Origin) -> dict[str, np.ndarray]:
+    def output_columns(
+        self, found: dict[str, np.ndarray], raw_rows: RawRows
+    ) -> dict[str, np.ndarray]:
         """With ``perplexity`` of each row (NaN where nothing was predicted) and ``generated`` as
         text.
         """
         out = _with_perplexity(found)
         if "generated" in found:
-            tokenizer: Any = origin.modality.tokenizer  # type: ignore[attr-defined]
+            tokenizer: Any = raw_rows.modality.tokenizer  # type: ignore[attr-defined]
             texts = tokenizer.decode_batch(
                 [row[row >= 0].tolist() for row in found["generated"]], skip_special_tokens=True
             )

@@ -84,14 +84,14 @@ class MaskedEvents(Objective):
         )
         error = (self.value(features.tokens)[..., 0].float() - batch["values"]).square() * hidden
         squares = error.sum(1) / hidden.sum(1).clamp(min=1)
-        told = (
+        was_hidden = (
             torch.zeros(len(batch), self.variables, device=mask.device).scatter_add_(
                 1, batch["variables"], gone.float()
             )
             > 0
         )
         entropy = F.binary_cross_entropy_with_logits(
-            self.left_out(features.pooled).float(), told.float(), reduction="none"
+            self.left_out(features.pooled).float(), was_hidden.float(), reduction="none"
         ).mean(1)
         return squares, entropy, hidden.any(1), mask.any(1)
 

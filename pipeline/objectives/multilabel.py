@@ -78,7 +78,7 @@ class Multilabel(Objective):
     metrics = ("macro_auroc", "macro_average_precision", "macro_f1", "micro_f1", "loss")
     null_label_means = "a row without any label"
     label_tensors = ("labels",)
-    written_types = {"prediction": pa.list_(pa.string())}
+    output_types = {"prediction": pa.list_(pa.string())}
 
     @classmethod
     def fit(cls, options, table, columns):
@@ -142,11 +142,11 @@ class Multilabel(Objective):
         )
 
     @property
-    def calibrates(self) -> bool:
+    def needs_calibration(self) -> bool:
         return self.options.calibrate != "none"
 
     def calibrate(self, found):
-        if self.calibrates:
+        if self.needs_calibration:
             self.state = {
                 **self.state,
                 "temperature": calibration.temperature(found["scores"], found["labels"]),
@@ -187,7 +187,7 @@ class Multilabel(Objective):
     def predict(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
         return self.head_predict(backbone(batch).pooled, batch)
 
-    def written(self, found, origin):
+    def output_columns(self, found, raw_rows):
         """``prediction``: names of the labels above 0.5. ``probabilities`` (n, L), in the order of
         the bundle's labels.
         """

@@ -77,7 +77,7 @@ class QuestionAnswering(Objective):
                 "question answering reads two texts: name them both (columns: {text: "
                 "QUESTION, text_pair: CONTEXT})"
             )
-        golds, state = _golds(table, columns), {"unanswerable": options.unanswerable}
+        golds, state = _right_answers(table, columns), {"unanswerable": options.unanswerable}
         if not any(answers for answers, *_ in golds):
             raise ValueError(
                 f"column {columns['answers']}: none of {len(golds)} training rows has an answer"
@@ -93,7 +93,7 @@ class QuestionAnswering(Objective):
         if columns.get("answers") not in table.column_names:  # new rows to predict
             return {}
         span = np.full((len(table), 2), -2, dtype=np.int32)
-        golds = _golds(table, columns)
+        golds = _right_answers(table, columns)
         _answerable(golds, columns, state)
         for i, (answers, starts, reason) in enumerate(golds):
             if not reason:
@@ -101,7 +101,7 @@ class QuestionAnswering(Objective):
         return {"span": span}
 
     @classmethod
-    def refused(cls, table, columns, state):
+    def invalid_label_reasons(cls, table, columns, state):
         """Rows with an answer that does not stand where it is said to stand; where it does, is
         told.
         """
@@ -118,14 +118,14 @@ class QuestionAnswering(Objective):
                 filter(
                     None,
                     (
-                        _misplaced(answer, start, context)
+                        _position_problem(answer, start, context)
                         for answer, start in zip(answers, starts, strict=True)
                     ),
                 ),
                 "",
             )
             for (answers, starts, reason), context in zip(
-                _golds(table, columns), contexts, strict=True
+                _right_answers(table, columns), contexts, strict=True
             )
         ]
 
@@ -221,14 +221,14 @@ class QuestionAnswering(Objective):
             else out
         )
 
-    def complete(self, found, origin):
+    def postprocess(self, found, raw_rows):
         """``exact`` and ``f1`` (n,): the best over a row's right answers, as the official script
         has it; without them as it is.
         """
-        if origin.columns.get("answers") not in origin.table.column_names:
+        if raw_rows.columns.get("answers") not in raw_rows.table.column_names:
             return found
-        golds = (answers for answers, *_ in _golds(origin.table, origin.columns))
-        contexts = _contexts(origin.table, origin.columns)
+        golds = (answers for answers, *_ in _right_answers(raw_rows.table, raw_rows.columns))
+        contexts = _contexts(raw_rows.table, raw_rows.columns)
         said = [
             context[first:last] if first >= 0 else ""
             for context, (first, last) in zip(contexts, found["answer"], strict=True)
@@ -238,7 +238,7 @@ class QuestionAnswering(Objective):
         ).reshape(-1, 2)
         return {**found, "exact": scores[:, 0], "f1": scores[:, 1]}
 
-    def written(self, found, origin):
+    def output_columns(self, found, raw_rows):
         """``answer`` ("": none), ``start`` and ``end`` in characters of the context (-1: none), and
         ``score``.
         """
@@ -247,7 +247,7 @@ class QuestionAnswering(Objective):
             np.full((len(found["answer"]), 2), -1, dtype=np.int64),
         )
         for i, (context, (first, last)) in enumerate(
-            zip(_contexts(origin.table, origin.columns), found["answer"].tolist(), strict=True)
+            zip(_contexts(raw_rows.table, raw_rows.columns), found["answer"].tolist(), strict=True)
         ):
             answer[i] = context[first:last].strip() if first >= 0 else ""
             if answer[i]:
@@ -354,7 +354,9 @@ def _column(table: pa.Table, columns: dict[str, str], role: str) -> list[Any]:
     ]
 
 
-def _golds(table: pa.Table, columns: dict[str, str]) -> list[tuple[list[str], list[int], str]]:
+def _right_answers(
+    table: pa.Table, columns: dict[str, str]
+) -> list[tuple[list[str], list[int], str]]:
     """For each row its right answers, where they begin, and "" or why they cannot be used. Without
     an answer both are empty, whatever begins.
     """
@@ -395,7 +397,7 @@ def _stripped(answer: str, start: int) -> tuple[int, int]:
     return start + len(answer) - len(answer.lstrip()), start + len(answer.rstrip())
 
 
-def _misplaced(answer: str, start: int, context: str | None) -> str:
+def _position_problem(answer: str, start: int, context: str | None) -> str:
     """ "" or where the answer truly stands."""
     if context is None or (start >= 0 and context[start : start + len(answer)] == answer):
         return ""

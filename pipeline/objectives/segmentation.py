@@ -79,14 +79,14 @@ class Segmentation(Objective):
         return {"labels": names, "ignore": options.ignore}
 
     @classmethod
-    def refused(cls, table, columns, state):
+    def invalid_label_reasons(cls, table, columns, state):
         """Masks are decoded once more for it: on a GPU a class out of range would otherwise be an
         assertion without a name.
         """
         if columns.get("mask") not in table.column_names:
             return [""] * len(table)
         return [
-            _refused(value.as_py(), len(state["labels"]), state["ignore"])
+            _mask_problem(value.as_py(), len(state["labels"]), state["ignore"])
             for value in table[columns["mask"]]
         ]
 
@@ -170,7 +170,7 @@ class Segmentation(Objective):
             "count": there.sum((1, 2)).float(),
         }
 
-    def written(self, found, origin):
+    def output_columns(self, found, raw_rows):
         """``mask``: a PNG of class numbers a row, the whole image at the input's resolution (to be
         resized to the image's own, nearest pixel).
         """
@@ -187,7 +187,7 @@ class Segmentation(Objective):
         return {"mask": out}
 
 
-def _refused(value: Any, classes: int, ignore: int) -> str:
+def _mask_problem(value: Any, classes: int, ignore: int) -> str:
     """Why a mask's classes cannot be learned; nothing for one that cannot be read, which the
     modality tells.
     """

@@ -105,7 +105,7 @@ class SimCLR(Objective):
         )  # the value of this rank's rows, the gradient of all rows' loss
         return total, total.new_full((), 2.0 * len(batch)), {"top1": hits[mine].sum()}
 
-    def absent(self, backbone: Backbone) -> None:
+    def forward_without_rows(self, backbone: Backbone) -> None:
         gather(
             next(self.head.parameters()).new_zeros(0, 2, self.options.width, dtype=torch.float32)
         )

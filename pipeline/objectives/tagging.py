@@ -77,7 +77,7 @@ class Tagging(Objective):
     metrics = ("entity_f1", "word_accuracy", "loss")
     log_names = ("accuracy",)
     label_tensors = ("tags",)
-    written_types = {
+    output_types = {
         "tags": pa.list_(pa.string()),
         "entities": pa.list_(
             pa.struct(
@@ -87,13 +87,13 @@ class Tagging(Objective):
     }
 
     @classmethod
-    def measures(cls, options, state):
+    def target_metrics(cls, options, state):
         """Plain classes are judged by the share of words that are right, entities by their F1."""
         return ("word_accuracy", "entity_f1", "loss") if state["scheme"] == "none" else cls.metrics
 
     @classmethod
     def source_metrics(cls, options, state):
-        return cls.measures(options, state)
+        return cls.target_metrics(options, state)
 
     @classmethod
     def fit(cls, options, table, columns):
@@ -161,7 +161,7 @@ class Tagging(Objective):
         return {"tags": tags}
 
     @classmethod
-    def refused(cls, table, columns, state):
+    def invalid_label_reasons(cls, table, columns, state):
         """Rows with a null, with other words than tags, with too many words, or whose tags break
         the scheme.
         """
@@ -177,7 +177,7 @@ class Tagging(Objective):
                 )
             words = pc.list_value_length(column).to_pylist()  # pyright: ignore
         rows = texts(_lists(table[columns["tags"]], columns["tags"], flat=False)[0])
-        return [_refused(tags, count, state) for tags, count in zip(rows, words, strict=True)]
+        return [_row_problem(tags, count, state) for tags, count in zip(rows, words, strict=True)]
 
     @classmethod
     def check_test(cls, options, table, columns, state):
@@ -270,12 +270,12 @@ class Tagging(Objective):
             "count": (truth >= 0).sum(1).float(),
         }
 
-    def written(self, found, origin):
+    def output_columns(self, found, raw_rows):
         """``tags``: the name of each word's tag (without a scheme null for a word that has no
         position). With a scheme ``entities``: lists of {type, first, last, text}, words numbered
         from 0.
         """
-        rows = [row or [] for row in texts(origin.table[origin.columns["text"]])]
+        rows = [row or [] for row in texts(raw_rows.table[raw_rows.columns["text"]])]
         plain = self.tagset.scheme == "none"
         named = np.array([*self.state["labels"], None if plain else "O"], dtype=object)
         tags: Any = np.empty(len(rows), dtype=object)
@@ -357,7 +357,7 @@ def _numbered(flat: pa.Array, name: str, state: dict[str, Any]) -> np.ndarray:
     return numbers[pc.fill_null(found, -1).to_numpy(zero_copy_only=False)]  # pyright: ignore
 
 
-def _refused(tags: list[str | None] | None, words: int | None, state: dict[str, Any]) -> str:
+def _row_problem(tags: list[str | None] | None, words: int | None, state: dict[str, Any]) -> str:
     if tags is None:
         return "its tags are null"
     if words is not None and words != len(tags):

@@ -166,7 +166,7 @@ class Wav2Vec2Pretraining(Objective):
         self.drop = nn.Dropout(options.dropout)
         self.register_buffer("progress", torch.zeros(()))
         self.register_buffer("usage", torch.full((), float("inf")), persistent=False)
-        self._told = False
+        self._has_warned = False
 
     def spans(self, keys: Tensor, real: Tensor) -> Tensor:
         """(B, N) true where a frame is hidden, from (B,) keys and (B, N) true where a row has
@@ -316,7 +316,7 @@ class Wav2Vec2Pretraining(Objective):
             logs,
         )  # each rank's share, the gradient of the whole
 
-    def absent(self, backbone: Backbone) -> None:
+    def forward_without_rows(self, backbone: Backbone) -> None:
         if self.training:
             all_gather.summed(
                 self.progress.new_zeros(2 * self.options.groups * self.options.entries + 3)
@@ -324,12 +324,17 @@ class Wav2Vec2Pretraining(Objective):
 
     def after_step(self, backbone: Backbone, step: int, steps: int) -> str | None:
         self.progress.fill_((step + 1) / steps)
-        if self._told or step < 0.2 * steps or step % max(1, steps // 20) or all_gather.ranks()[0]:
+        if (
+            self._has_warned
+            or step < 0.2 * steps
+            or step % max(1, steps // 20)
+            or all_gather.ranks()[0]
+        ):
             return None
         usage, least = float(self.usage), min(COLLAPSED, 1 + 0.1 * (self.options.entries - 1))
         if usage >= least:
             return None
-        self._told = True
+        self._has_warned = True
         return (
             f"wav2vec2: the quantiser has collapsed: at step {step + 1} of {steps} the "
             f"perplexity of its codes is {usage:.1f} of "

@@ -77,7 +77,7 @@ class Heat:
 
 
 @dataclass(frozen=True)
-class Tally:
+class KeyFigures:
     """Numbers to see first: (number, what, tone)."""
 
     items: Sequence[tuple[str, str, str]]
@@ -100,7 +100,7 @@ class Details:
     blocks: Sequence[Block] = field(default_factory=tuple)
 
 
-Block = Heading | Text | Bullets | Code | Table | Heat | Tally | Figure | Details
+Block = Heading | Text | Bullets | Code | Table | Heat | KeyFigures | Figure | Details
 
 
 # ---------------------------------------------------------------- numbers
@@ -171,7 +171,7 @@ def _md_block(block: Block) -> str:
         return "\n".join(f"- {_md(item)}" for item in block.items)
     if isinstance(block, Code):
         return _fence(block.text)
-    if isinstance(block, Tally):
+    if isinstance(block, KeyFigures):
         return " · ".join(f"**{_md(number)}** {_md(what)}" for number, what, _ in block.items)
     if isinstance(block, Table):
         rule = [":--" if i < block.text_columns else "--:" for i in range(len(block.header))]
@@ -296,7 +296,7 @@ def _html_block(block: Block) -> str:
         return _html_table(block)
     if isinstance(block, Heat):
         return _html_heat(block)
-    if isinstance(block, Tally):
+    if isinstance(block, KeyFigures):
         items = (
             f'<div class="{_slug(tone)}"><dd>{_h(number)}</dd><dt>{_h(what)}</dt></div>'
             for number, what, tone in block.items

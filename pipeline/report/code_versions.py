@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.config import provenance
-from pipeline.config.provenance import MadeBy
+from pipeline.config.provenance import Provenance
 from pipeline.report.matrix import Cell, cell_key
 
 OTHER = "made by other code or versions"
@@ -25,12 +25,12 @@ Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Origin:
+class TrialProvenance:
     """What made a trial. ``changes``: in words, how that differs from what would make it now; empty
     where nothing does.
     """
 
-    made: MadeBy | None
+    made: Provenance | None
     changes: tuple[str, ...] = ()
 
     def columns(self) -> dict[str, str | None]:
@@ -43,7 +43,9 @@ class Origin:
         }
 
 
-def of_record(record: Mapping[str, Any], now: MadeBy, source: str, weights: str | None) -> Origin:
+def provenance_of_record(
+    record: Mapping[str, Any], now: Provenance, source: str, weights: str | None
+) -> TrialProvenance:
     """What made the trial of a record.
 
     Args:
@@ -51,18 +53,20 @@ def of_record(record: Mapping[str, Any], now: MadeBy, source: str, weights: str 
         weights: The SHA-256 of its source's weights as they are now; none for scratch, or where
             there are none yet.
     """
-    made = provenance.recorded(record)
+    made = provenance.from_metadata(record)
     found = provenance.changes(made, now)
-    for facts in record.get("begun_by") or ():
-        begun = provenance.changes(provenance.recorded(facts), now)
+    for metadata in record.get("begun_by") or ():
+        begun = provenance.changes(provenance.from_metadata(metadata), now)
         found += (f"begun by other code or versions ({', '.join(begun)})",) if begun else ()
     started_from = record.get("parent_weights")
     if weights and started_from and started_from != weights:
         found += (f"source {source} was made anew since",)
-    return Origin(made, found)
+    return TrialProvenance(made, found)
 
 
-def marked(cells: Sequence[Cell], rows: Sequence[Row], origins: Mapping[str, Origin]) -> list[Cell]:
+def mark_cells(
+    cells: Sequence[Cell], rows: Sequence[Row], trial_provenance: Mapping[str, TrialProvenance]
+) -> list[Cell]:
     """The cells, each with ``made``: empty, or how it is marked.
 
     A cell is mixed where two of its trials, or one of them and one of those that its gains are over
@@ -77,7 +81,7 @@ def marked(cells: Sequence[Cell], rows: Sequence[Row], origins: Mapping[str, Ori
         )
         if (
             is_tested
-            and row["trial_id"] in origins
+            and row["trial_id"] in trial_provenance
             and row["trial_id"] not in trials[cell_key(row)]
         ):
             trials[cell_key(row)].append(row["trial_id"])
@@ -85,26 +89,27 @@ def marked(cells: Sequence[Cell], rows: Sequence[Row], origins: Mapping[str, Ori
     for cell in cells:
         own = trials[cell.source, cell.backbone, cell.target, cell.technique, cell.label_fraction]
         against = [one for key in cell.compared_with for one in trials[key]]
-        made = [origins[one].made for one in (*own, *against)]
+        made = [trial_provenance[one].made for one in (*own, *against)]
         if any(provenance.differences(made[0], other) for other in made[1:]):
             out.append(replace(cell, made=MIXED))
-        elif any(origins[one].changes for one in own):
+        elif any(trial_provenance[one].changes for one in own):
             out.append(replace(cell, made=OTHER))
         else:
             out.append(cell)
     return out
 
 
-def reasons(origins: Mapping[str, Origin]) -> list[str]:
+def describe_changes(trial_provenance: Mapping[str, TrialProvenance]) -> list[str]:
     """A sentence on the trials that were not made as they would be now, and one for each reason;
     none where there are none.
     """
-    changed = [origin for origin in origins.values() if origin.changes]
+    changed = [origin for origin in trial_provenance.values() if origin.changes]
     if not changed:
         return []
     by_reason = Counter(_short(origin.changes) for origin in changed)
     head = (
-        f"{len(changed)} of {len(origins)} trials were made by other code or versions than those "
+        f"{len(changed)} of {len(trial_provenance)} trials were made by other code or versions "
+        "than those "
         "of now and are used as they are"
     )
     return [
@@ -135,9 +140,9 @@ def versions_table(rows: Sequence[Row]) -> list[list[str]]:
     out = []
     for name, count in found.items():
         several = len(count) > 1
-        told = [
+        version_texts = [
             f"{version} ({_trials(number)})" if several else version
             for version, number in count.most_common()
         ]
-        out.append([name, ", ".join(told)])
+        out.append([name, ", ".join(version_texts)])
     return out if trials else []

@@ -15,7 +15,7 @@ import numpy as np
 
 from pipeline.metrics import catalog
 from pipeline.report import results, stats
-from pipeline.report.stats import Run
+from pipeline.report.stats import RunPredictions
 
 Row = dict[str, Any]
 Estimate = tuple[float | None, float | None, float | None]
@@ -226,7 +226,7 @@ def _draw(row: Row) -> str:
     return row["drawn"] or row["trial_id"]
 
 
-def cells(rows: list[Row], runs: dict[str, Run]) -> list[Cell]:
+def matrix_cells(rows: list[Row], runs: dict[str, RunPredictions]) -> list[Cell]:
     """One Cell for each (source, backbone, target, technique, label fraction) of ``rows``, which
     are results rows.
 
@@ -236,7 +236,7 @@ def cells(rows: list[Row], runs: dict[str, Run]) -> list[Cell]:
     the largest first (scratch stands at zero, what has no gain comes last).
     """
     groups: dict[tuple, list[Row]] = defaultdict(list)
-    for row in results.filled(rows):
+    for row in results.with_all_columns(rows):
         groups[cell_key(row)].append(row)
     found = []
     for key, group in groups.items():
@@ -377,7 +377,10 @@ def _finite(values: Estimate) -> Estimate:
 
 
 def _cell(
-    one: _Trials, reference: _Trials | None, best_scratch: _Trials | None, runs: dict[str, Run]
+    one: _Trials,
+    reference: _Trials | None,
+    best_scratch: _Trials | None,
+    runs: dict[str, RunPredictions],
 ) -> Cell:
     source, backbone, target, technique, fraction = one.key
     done, group = one.rows, one.group
@@ -386,7 +389,7 @@ def _cell(
     mean, how = _mean_of(one, runs)
     gain = _gain_of(one, reference, runs)
     compared = reference is not None and bool(reference.done) and bool(done)
-    baseline, own = _Gained(), best_scratch is None or best_scratch is reference
+    baseline, own = _GainEstimate(), best_scratch is None or best_scratch is reference
     if best_scratch is not None and done:
         baseline = gain if own else _gain_of(one, best_scratch, runs)
     gained_over = ((reference, gain), (best_scratch, baseline))
@@ -436,7 +439,7 @@ def _cell(
 
 
 @dataclass(frozen=True)
-class _Gained:
+class _GainEstimate:
     """The gain of a cell over another: (gain, low, high), how it was made, its p value and on how
     many paired seeds and units it rests.
 
@@ -451,7 +454,7 @@ class _Gained:
     predicted: bool = False
 
 
-def _verdict(one: _Trials, gain: _Gained) -> str:
+def _verdict(one: _Trials, gain: _GainEstimate) -> str:
     if not one.done:
         return FAILED
     if _is_scratch(one.key):
@@ -473,13 +476,13 @@ def verdict(low: float | None, high: float | None, seeds: int, enough: bool) -> 
     return WINS if low > 0 else LOSES if high < 0 else NOT_SHOWN
 
 
-def _predictions(rows: list[Row], runs: dict[str, Run]) -> list[Run] | None:
+def _predictions(rows: list[Row], runs: dict[str, RunPredictions]) -> list[RunPredictions] | None:
     """Test predictions of all these trials; None where some are not at hand."""
     found = [runs[row["trial_id"]] for row in rows if row["trial_id"] in runs]
     return found if found and len(found) == len(rows) else None
 
 
-def _mean_of(one: _Trials, runs: dict[str, Run]) -> tuple[Estimate, str]:
+def _mean_of(one: _Trials, runs: dict[str, RunPredictions]) -> tuple[Estimate, str]:
     """((mean, low, high), how): from predictions where all are at hand, else over seeds."""
     rows = one.rows
     if not rows:
@@ -512,14 +515,14 @@ def _bounds(metric: catalog.Metric | None) -> tuple[float, float]:
     return metric.bounds({}) if metric is not None and known else (-math.inf, math.inf)
 
 
-def _gain_of(one: _Trials, other: _Trials | None, runs: dict[str, Run]) -> _Gained:
+def _gain_of(one: _Trials, other: _Trials | None, runs: dict[str, RunPredictions]) -> _GainEstimate:
     """The gain of a cell over another cell, paired on their common seeds."""
     if other is None or not one.done:
-        return _Gained()
+        return _GainEstimate()
     rows, theirs = one.rows, [row for row in other.done if row["metric"] == one.metric]
     seeds = _seeds(rows) & _seeds(theirs)
     if not seeds:
-        return _Gained(
+        return _GainEstimate(
             how=f"gain: no seed in common ({len(rows)} and {len(theirs)} seeds finished)"
             if theirs
             else ""
@@ -535,7 +538,7 @@ def _gain_of(one: _Trials, other: _Trials | None, runs: dict[str, Run]) -> _Gain
                 metric, ours, scratch, choice=sum(choice.variance for choice in choices)
             )
             estimate = _finite((found.value, found.low, found.high))
-            return _Gained(
+            return _GainEstimate(
                 estimate,
                 _how(ours, scratch, found.seeds, choices),
                 _number(found.p_value),
@@ -553,12 +556,12 @@ def _gain_of(one: _Trials, other: _Trials | None, runs: dict[str, Run]) -> _Gain
         if row["value"] is not None and by_seed[row["seed"]] is not None
     ]
     if not pairs:
-        return _Gained(seeds=len(seeds))
+        return _GainEstimate(seeds=len(seeds))
     value, *ends = stats.t_interval([sign * (mine - their) for mine, their in pairs])
     least, most = _bounds(metric)
     estimate = _finite((value, *np.clip(ends, least - most, most - least)))
     how = ONE_SEED if len(seeds) == 1 else f"{T_INTERVAL}{why}"
-    return _Gained(estimate, f"gain: {how}", seeds=len(seeds))
+    return _GainEstimate(estimate, f"gain: {how}", seeds=len(seeds))
 
 
 def _number(value: float) -> float | None:
@@ -569,7 +572,7 @@ def _seeds(rows: list[Row]) -> set:
     return {row["seed"] for row in rows}
 
 
-def _too_few(runs: list[Run]) -> str:
+def _too_few(runs: list[RunPredictions]) -> str:
     """Which test units are too few for a verdict; empty where they are enough."""
     least = min(
         (stats.evidence(run) for run in runs), key=lambda found: (found.enough, found.count)
@@ -577,7 +580,7 @@ def _too_few(runs: list[Run]) -> str:
     return "" if least.enough else least.text()
 
 
-def _resampled(runs: list[Run]) -> str:
+def _resampled(runs: list[RunPredictions]) -> str:
     return "test groups" if all(run.groups is not None for run in runs) else "test units"
 
 
@@ -585,7 +588,9 @@ def _seed_words(count: int, noun: str) -> str:
     return f"and {count} {noun}s" if count > 1 else f"of {ONE_SEED}"
 
 
-def _how(ours: list[Run], theirs: list[Run], seeds: int, choices: Sequence[_Choice]) -> str:
+def _how(
+    ours: list[RunPredictions], theirs: list[RunPredictions], seeds: int, choices: Sequence[_Choice]
+) -> str:
     """What the interval of a gain was made of, in words."""
     everyone = [*ours, *theirs]
     how = f"gain: 95 % over {_resampled(everyone)} {_seed_words(seeds, 'paired seed')}"

@@ -28,7 +28,7 @@ from pipeline.report.blocks import (
 )
 from pipeline.report.matrix import REFERENCE, SCRATCH, Cell, verdict
 from pipeline.report.plots import cell_label, reliability
-from pipeline.report.stats import Run
+from pipeline.report.stats import RunPredictions
 
 MOST_CLASSES = 20
 """A confusion matrix of more classes is not readable: then the commonest confusions are listed."""
@@ -44,7 +44,7 @@ Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Kind:
+class LabelKind:
     """What is told one by one: labels of rows, or types of entities. ``measures``: metrics of one,
     and how the table calls them.
     """
@@ -54,10 +54,10 @@ class Kind:
     counted: str
     plural: str
     measures: tuple[tuple[str, str], ...]
-    told: str = ""
+    explanation: str = ""
 
 
-LABELS = Kind(
+LABELS = LabelKind(
     "Label by label",
     "Label",
     "Test rows",
@@ -65,11 +65,11 @@ LABELS = Kind(
     (("auroc", "AUROC"), ("average_precision", "AP")),
     " AP: average precision.",
 )
-TYPES = Kind("Type by type", "Type", "Test entities", "types", (("entity_f1", "F1"),))
+TYPES = LabelKind("Type by type", "Type", "Test entities", "types", (("entity_f1", "F1"),))
 
 
 def blocks(
-    target: str, done: Sequence[Cell], rows: Sequence[Row], runs: dict[str, Run]
+    target: str, done: Sequence[Cell], rows: Sequence[Row], runs: dict[str, RunPredictions]
 ) -> list[Block]:
     """Of the best finished cell of a target (by its primary metric; labels: the best with a source,
     beside scratch). Nothing where the test predictions are not at hand or have no classes.
@@ -95,13 +95,13 @@ def blocks(
         ),
         None,
     )
-    picked_one = picked(done, rows, runs)
+    picked_one = best_cell(done, rows, runs)
     return _each(kind, target, *picked_one) if kind is not None and picked_one is not None else []
 
 
-def picked(
-    done: Sequence[Cell], rows: Sequence[Row], runs: dict[str, Run]
-) -> tuple[Cell, list[Run], list[Run]] | None:
+def best_cell(
+    done: Sequence[Cell], rows: Sequence[Row], runs: dict[str, RunPredictions]
+) -> tuple[Cell, list[RunPredictions], list[RunPredictions]] | None:
     """The best finished cell with a source (without one the best of all), its runs, and those of
     scratch with the same backbone and labels ([] for scratch itself). None where no test
     predictions are at hand.
@@ -126,13 +126,15 @@ def picked(
     )
 
 
-def _best(shown: list[tuple[Cell, list[Run]]]) -> tuple[Cell, list[Run]]:
+def _best(shown: list[tuple[Cell, list[RunPredictions]]]) -> tuple[Cell, list[RunPredictions]]:
     return max(
         shown, key=lambda pair: (pair[0].mean or 0.0) * (1 if pair[0].higher_is_better else -1)
     )
 
 
-def runs_of(cell: Cell, rows: Sequence[Row], runs: dict[str, Run]) -> list[Run]:
+def runs_of(
+    cell: Cell, rows: Sequence[Row], runs: dict[str, RunPredictions]
+) -> list[RunPredictions]:
     """Test predictions of a cell's seeds."""
     ids = dict.fromkeys(
         row["trial_id"]
@@ -148,7 +150,7 @@ def runs_of(cell: Cell, rows: Sequence[Row], runs: dict[str, Run]) -> list[Run]:
     return [runs[one] for one in ids if one in runs]
 
 
-def _two(run: Run) -> bool:
+def _two(run: RunPredictions) -> bool:
     """Two classes, of each row or at each of its positions."""
     p = run.predictions
     return (
@@ -158,7 +160,7 @@ def _two(run: Run) -> bool:
     )
 
 
-def _classes(run: Run) -> bool:
+def _classes(run: RunPredictions) -> bool:
     p = run.predictions
     return (
         {"scores", "label"} <= set(p)
@@ -168,7 +170,7 @@ def _classes(run: Run) -> bool:
     )
 
 
-def _label_sets(run: Run) -> bool:
+def _label_sets(run: RunPredictions) -> bool:
     p = run.predictions
     return {"scores", "labels"} <= set(p) and p["scores"].shape == p["labels"].shape == (
         len(run.rows),
@@ -176,7 +178,7 @@ def _label_sets(run: Run) -> bool:
     )
 
 
-def _type_counts(run: Run) -> bool:
+def _type_counts(run: RunPredictions) -> bool:
     p = run.predictions
     return {"hits", "guessed", "actual"} <= set(p) and p["hits"].shape == p["actual"].shape == (
         len(run.rows),
@@ -191,7 +193,7 @@ def _seeds(count: int) -> str:
 # ---------------------------------------------------------------- classes
 
 
-def _confusion(target: str, cell: Cell, runs: list[Run]) -> list[Block]:
+def _confusion(target: str, cell: Cell, runs: list[RunPredictions]) -> list[Block]:
     names = runs[0].labels
     counts = sum(
         (catalog.confusion(run.predictions) for run in runs),
@@ -233,12 +235,12 @@ def _confusion(target: str, cell: Cell, runs: list[Run]) -> list[Block]:
 
 
 def two_classes(
-    target: str, done: Sequence[Cell], rows: Sequence[Row], runs: dict[str, Run]
+    target: str, done: Sequence[Cell], rows: Sequence[Row], runs: dict[str, RunPredictions]
 ) -> list[Block]:
     """Every metric of the best cell with a source beside scratch, and whether their probabilities
     came true (a reliability diagram).
     """
-    found = picked(done, rows, runs)
+    found = best_cell(done, rows, runs)
     if found is None:
         return []
     best, ours, scratch = found
@@ -287,11 +289,13 @@ def two_classes(
     return out + _reliability(target, best, ours, scratch if paired else [])
 
 
-def _has(name: str, run: Run) -> bool:
+def _has(name: str, run: RunPredictions) -> bool:
     return not name.endswith("_at_threshold") or "threshold" in run.predictions
 
 
-def _reliability(target: str, cell: Cell, ours: list[Run], scratch: list[Run]) -> list[Block]:
+def _reliability(
+    target: str, cell: Cell, ours: list[RunPredictions], scratch: list[RunPredictions]
+) -> list[Block]:
     """Of bins with equally many predictions, so many that each has at least 20 groups or rows:
     nothing of single ones can be read from it.
     """
@@ -356,7 +360,13 @@ def _short(name: str, most: int = 14) -> str:
 # ---------------------------------------------------------------- labels and types
 
 
-def _each(kind: Kind, target: str, cell: Cell, ours: list[Run], scratch: list[Run]) -> list[Block]:
+def _each(
+    kind: LabelKind,
+    target: str,
+    cell: Cell,
+    ours: list[RunPredictions],
+    scratch: list[RunPredictions],
+) -> list[Block]:
     names, p = ours[0].labels, ours[0].predictions
     positive = p["labels" if kind is LABELS else "actual"].sum(0, dtype=np.int64)
     often = [
@@ -394,27 +404,27 @@ def _each(kind: Kind, target: str, cell: Cell, ours: list[Run], scratch: list[Ru
         else 1
         for run in ours
     )
-    told = (
+    caption = (
         f"{target}: {cell_label(cell)} of labels{' beside scratch' if paired else ''}, mean over "
-        f"{_plural(len(ours))} with 95 % intervals.{kind.told}"
+        f"{_plural(len(ours))} with 95 % intervals.{kind.explanation}"
     )
-    told += (
+    caption += (
         f" Macro averages are over the labels with at least {least} test rows." if least > 1 else ""
     )
-    told += (
+    caption += (
         f" The {MOST_LABELS} commonest of {len(often)} {kind.plural}; results.parquet has all."
         if len(often) > MOST_LABELS
         else ""
     )
-    told += SIGNS if paired else ""
-    return [Heading(kind.heading, 3), Text(told), Table(head, body)] if body else []
+    caption += SIGNS if paired else ""
+    return [Heading(kind.heading, 3), Text(caption), Table(head, body)] if body else []
 
 
 def _plural(seeds: int) -> str:
     return "one seed" if seeds == 1 else f"{seeds} seeds"
 
 
-def _enough_of_label(kind: Kind, run: Run, column: int) -> bool:
+def _enough_of_label(kind: LabelKind, run: RunPredictions, column: int) -> bool:
     """Whether a verdict can be given on one label: enough test units on its rarer side, or with an
     entity of its type.
     """

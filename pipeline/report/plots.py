@@ -190,7 +190,7 @@ def label_efficiency(cells: Sequence[Cell]) -> str:
             axes.axhline(cell.mean or 0.0, **_look((cell.source, cell.technique), keys))
         axes.set_xscale("log")
         ticks = sorted(set(sizes.values()))
-        told = [
+        sizes_text = [
             ", ".join(
                 fraction_label(f)
                 for f in sorted(sizes, key=fraction_order)
@@ -198,7 +198,9 @@ def label_efficiency(cells: Sequence[Cell]) -> str:
             )
             for n in ticks
         ]
-        axes.set_xticks(ticks, [f"{n:,}\n{text}" for n, text in zip(ticks, told, strict=True)])
+        axes.set_xticks(
+            ticks, [f"{n:,}\n{text}" for n, text in zip(ticks, sizes_text, strict=True)]
+        )
         axes.set_xticks([], minor=True)
         axes.grid(color=_LINE, linewidth=0.6)
         axes.set_xlabel("labelled training rows")
@@ -207,18 +209,18 @@ def label_efficiency(cells: Sequence[Cell]) -> str:
         return _svg(figure, f"Test {shown[0].metric} by number of labels")
 
 
-def strips(films: dict[str, np.ndarray]) -> str:
+def strips(rollouts: dict[str, np.ndarray]) -> str:
     """Pictures of an episode from left to right, (F, H, W, 3) uint8, a line for each name."""
     with _style():
-        frames = max(len(film) for film in films.values())
-        figure, axes = _figure(1.25 * len(films), len(films), frames)
+        frames = max(len(rollout_frames) for rollout_frames in rollouts.values())
+        figure, axes = _figure(1.25 * len(rollouts), len(rollouts), frames)
         for axis in axes:
             axis.set_axis_off()
-        for line, (name, film) in enumerate(films.items()):
+        for line, (name, rollout_frames) in enumerate(rollouts.items()):
             axes[line * frames].set_title(_short(name, 60), loc="left")
-            for place, picture in enumerate(film):
+            for place, picture in enumerate(rollout_frames):
                 axes[line * frames + place].imshow(picture)
-        return _svg(figure, f"Pictures of episodes: {', '.join(films)}")
+        return _svg(figure, f"Pictures of episodes: {', '.join(rollouts)}")
 
 
 def reliability(curves: dict[str, list[tuple[float, float, int]]], positive: str) -> str:

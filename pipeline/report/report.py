@@ -25,7 +25,7 @@ from pipeline.report.blocks import (
     Details,
     Figure,
     Heading,
-    Tally,
+    KeyFigures,
     Text,
     Value,
 )
@@ -41,15 +41,15 @@ from pipeline.report.matrix import (
     UNCOMPARED,
     WINS,
     Cell,
-    cells,
     fraction_order,
+    matrix_cells,
 )
 
 if TYPE_CHECKING:
     import rich.table
     import rich.text
 
-__all__ = ["Cell", "cells", "table", "write"]
+__all__ = ["Cell", "matrix_cells", "table", "write"]
 
 Row = dict[str, Any]
 _DASH = page.DASH
@@ -239,7 +239,7 @@ def write(
     splits: dict[str, str],
     notes: Sequence[str],
     versions: dict[str, str],
-    runs: dict[str, stats.Run] | None = None,
+    runs: dict[str, stats.RunPredictions] | None = None,
     made: Sequence[str] = (),
     scores: dict[str, dict[str, Any]] | None = None,
 ) -> tuple[str, str]:
@@ -255,7 +255,7 @@ def write(
     or versions made. ``scores``: ``source|target`` to ``score_name`` and ``score_value``, also of
     sources that were left out because of them; none: those of the rows.
     """
-    rows = results.filled(rows)
+    rows = results.with_all_columns(rows)
     groups: dict[str, list[Cell]] = defaultdict(list)
     for cell in cells:
         groups[cell.target].append(cell)
@@ -357,7 +357,7 @@ def _summary(
     others = ((TOO_FEW, TOO_FEW), (UNCOMPARED, UNCOMPARED), (FAILED, "without a result"))
     tally += [(str(found[name]), what, name) for name, what in others if found[name]]
     trials = {(row["trial_id"], row["trial_stage"]) for row in rows}
-    out.append(Tally([*tally, (str(len(trials)), "trials", "")]))
+    out.append(KeyFigures([*tally, (str(len(trials)), "trials", "")]))
     body = []
     for target, group in groups.items():
         best = max(
@@ -366,7 +366,7 @@ def _summary(
             default=None,
         )
         counts = _verdicts(group)
-        told = (
+        value = (
             Value(
                 (
                     f"{_gain(best, places[target])}",
@@ -380,7 +380,7 @@ def _summary(
             else _DASH
         )
         numbers = [counts[WINS], counts[LOSES], counts[NOT_SHOWN], sum(c.n_failed for c in group)]
-        body.append([target, group[0].metric or _DASH, told, *map(str, numbers)])
+        body.append([target, group[0].metric or _DASH, value, *map(str, numbers)])
     if body:
         out.append(
             page.Table(
@@ -506,7 +506,7 @@ def _target(
     curves: dict[str, list[dict[str, Any]]],
     places: int,
     split: str,
-    runs: dict[str, stats.Run],
+    runs: dict[str, stats.RunPredictions],
 ) -> list[Block]:
     metric = next((c.metric for c in group if c.metric), "")
     done = [c for c in group if c.mean is not None]

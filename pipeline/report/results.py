@@ -136,7 +136,7 @@ def _read_or_none(uri: str) -> list[Row]:
     try:
         return read(uri)
     except storage.DamagedError as error:
-        checksums.tell(
+        checksums.notify(
             f"{error}: it is written again from the records of the job's trials (those of "
             "trials that the job no longer has stay under trials/)"
         )
@@ -179,7 +179,7 @@ def read(uri: str) -> list[Row]:
             f"{path} has columns that this version does not know: {', '.join(unknown)}; it was "
             "written by a newer one"
         )
-    return filled(table.to_pylist())
+    return with_all_columns(table.to_pylist())
 
 
 def _parsed(path: str, data: bytes) -> pa.Table:
@@ -216,12 +216,12 @@ def select(rows: Iterable[Row], trial_ids: Collection[str]) -> list[Row]:
     return [row for row in rows if row["trial_id"] in wanted]
 
 
-def filled(rows: Iterable[Row]) -> list[Row]:
+def with_all_columns(rows: Iterable[Row]) -> list[Row]:
     """The rows with every column of the table, None where they lack it."""
     return [{name: row.get(name) for name in SCHEMA.names} for row in rows]
 
 
-def told_apart(rows: Iterable[Row]) -> list[Row]:
+def disambiguate_targets(rows: Iterable[Row]) -> list[Row]:
     """The rows; where those of one target were split in several ways, its name says which: an
     official split and a random one never share a table.
     """
@@ -243,8 +243,8 @@ def technique(row: Row) -> str:
     """
     ran = row.get("hyper_parameters") or "{}"
     options = (json.loads(ran) if isinstance(ran, str) else ran).get("technique") or {}
-    told = ", ".join(f"{name} {value}" for name, value in sorted(options.items()))
-    return f"{row['technique']} ({told})" if told else row["technique"]
+    description = ", ".join(f"{name} {value}" for name, value in sorted(options.items()))
+    return f"{row['technique']} ({description})" if description else row["technique"]
 
 
 def _key(row: Row) -> tuple:

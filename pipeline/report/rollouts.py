@@ -15,10 +15,10 @@ from pipeline.report import plots, stats
 from pipeline.report.blocks import DASH, Block, Figure, Heading, Table, Text, Value, places, spread
 from pipeline.report.matrix import REFERENCE, Cell, fraction_order
 from pipeline.report.per_label import runs_of
-from pipeline.report.stats import Run
+from pipeline.report.stats import RunPredictions
 
 Row = dict[str, Any]
-TOLD = ("success", "return", "steps")
+SHOWN_METRICS = ("success", "return", "steps")
 """Metrics of an episode, also of the expert's (``expert_success``) and of random actions'
 (``random_success``) in the same worlds.
 """
@@ -27,7 +27,7 @@ Estimate = tuple[float, float, float]
 
 
 def blocks(
-    target: str, done: Sequence[Cell], rows: Sequence[Row], runs: dict[str, Run]
+    target: str, done: Sequence[Cell], rows: Sequence[Row], runs: dict[str, RunPredictions]
 ) -> list[Block]:
     """How the policies of a target fare in its simulator: the expert, random actions, and every
     cell by number of demonstrations, the untrained ones (zero shot) first. Nothing where no policy
@@ -40,12 +40,12 @@ def blocks(
     ]
     if not ran:
         return []
-    shown: list[tuple[str, str, list[Run]]] = []
+    shown: list[tuple[str, str, list[RunPredictions]]] = []
     first = ran[0][1][:1]
     for who in ("expert", "random"):
         if any(
             not np.isnan(first[0].predictions.get(f"{who}_{name}", np.full(1, np.nan))).all()
-            for name in TOLD
+            for name in SHOWN_METRICS
         ):
             shown.append((who, f"{who}_", first))
     ran.sort(
@@ -59,11 +59,12 @@ def blocks(
     several = len({cell.backbone for cell, _ in ran}) > 1
     shown += [(_label(cell, several), "", found) for cell, found in ran]
     estimates = [
-        [_estimate(f"{prefix}{name}", found) for name in TOLD] for _, prefix, found in shown
+        [_estimate(f"{prefix}{name}", found) for name in SHOWN_METRICS]
+        for _, prefix, found in shown
     ]
-    digits = [places([line[i][1:] for line in estimates]) for i in range(len(TOLD))]
+    digits = [places([line[i][1:] for line in estimates]) for i in range(len(SHOWN_METRICS))]
     body: list[list[str | Value]] = [
-        [label, *(_told(one, digit) for one, digit in zip(line, digits, strict=True))]
+        [label, *(_format_estimate(one, digit) for one, digit in zip(line, digits, strict=True))]
         for (label, *_), line in zip(shown, estimates, strict=True)
     ]
     gone = sum(
@@ -89,11 +90,17 @@ def blocks(
     return [*out, *_strips(target, ran, several)]
 
 
-def _strips(target: str, ran: list[tuple[Cell, list[Run]]], several: bool) -> list[Block]:
+def _strips(
+    target: str, ran: list[tuple[Cell, list[RunPredictions]]], several: bool
+) -> list[Block]:
     """Pictures of the first test world for untrained policies and those of the fewest
     demonstrations; nothing where none could be made.
     """
-    filmed = [(cell, film) for cell, found in ran if (film := found[0].film) is not None]
+    filmed = [
+        (cell, rollout_frames)
+        for cell, found in ran
+        if (rollout_frames := found[0].rollout_frames) is not None
+    ]
     if not filmed:
         return []
     least = min((cell.n_train or 0 for cell, _ in filmed if cell.n_train), default=0)
@@ -102,8 +109,8 @@ def _strips(target: str, ran: list[tuple[Cell, list[Run]]], several: bool) -> li
         for cell, frames in filmed
         if not cell.n_train or cell.n_train == least
     }
-    told = f"{target}: the first test world, one of the seeds; black is behind an episode's end."
-    return [Figure(plots.strips(dict(list(shown.items())[:MOST_STRIPS])), told)]
+    caption = f"{target}: the first test world, one of the seeds; black is behind an episode's end."
+    return [Figure(plots.strips(dict(list(shown.items())[:MOST_STRIPS])), caption)]
 
 
 def _label(cell: Cell, several: bool) -> str:
@@ -115,14 +122,14 @@ def _label(cell: Cell, several: bool) -> str:
     )
 
 
-def _estimate(name: str, found: list[Run]) -> Estimate:
+def _estimate(name: str, found: list[RunPredictions]) -> Estimate:
     """(mean, low, high), NaN where it was not recorded."""
     if any(name not in run.predictions for run in found):
         return math.nan, math.nan, math.nan
     return stats.mean_interval(METRICS[name], found)
 
 
-def _told(value: Estimate, digits: int) -> str | Value:
+def _format_estimate(value: Estimate, digits: int) -> str | Value:
     if math.isnan(value[0]):
         return DASH
     middle, low, high = value

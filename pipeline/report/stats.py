@@ -72,14 +72,14 @@ one less.
 
 
 @dataclass(frozen=True, eq=False)
-class Run:
+class RunPredictions:
     """Test predictions of one trial: ``rows`` (n,) int64 row ids, each once, and what was predicted
     for them.
 
     ``groups`` (n,) names the patient, speaker or scene of each row, where the data declare one;
     ``labels`` the columns of the scores; ``subgroups`` the value of each row (n,) in each column
-    that the target is told apart by. ``film``: (F, H, W, 3) uint8 pictures of the first row's
-    episode.
+    that the target is told apart by. ``rollout_frames``: (F, H, W, 3) uint8 pictures of the first
+    row's episode.
     """
 
     rows: np.ndarray
@@ -88,7 +88,7 @@ class Run:
     groups: np.ndarray | None = None
     labels: tuple[str, ...] = ()
     subgroups: dict[str, np.ndarray] = field(default_factory=dict)
-    film: np.ndarray | None = None
+    rollout_frames: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ def interval(
 
 def mean_interval(
     metric: Metric,
-    runs: list[Run],
+    runs: list[RunPredictions],
     groups: np.ndarray | None = None,
     *,
     draws: int = DRAWS,
@@ -218,8 +218,8 @@ def mean_interval(
 
 def gain(
     metric: Metric,
-    ours: list[Run],
-    scratch: list[Run],
+    ours: list[RunPredictions],
+    scratch: list[RunPredictions],
     groups: np.ndarray | None = None,
     *,
     draws: int = DRAWS,
@@ -232,8 +232,8 @@ def gain(
 
 def compare(
     metric: Metric,
-    ours: list[Run],
-    scratch: list[Run],
+    ours: list[RunPredictions],
+    scratch: list[RunPredictions],
     groups: np.ndarray | None = None,
     *,
     choice: float = 0.0,
@@ -291,7 +291,7 @@ class Evidence:
         return f"{self.count} test {self.what}, a verdict needs {self.least}"
 
 
-def evidence(run: Run) -> Evidence:
+def evidence(run: RunPredictions) -> Evidence:
     """The test units that tell two networks apart.
 
     Of rows with a class: those of the commonest class, or those of all others, whichever are fewer.
@@ -345,7 +345,7 @@ def count_units(where: np.ndarray, groups: np.ndarray | None) -> int:
     return int(where.sum()) if groups is None else len(np.unique(groups[where]))
 
 
-def common_rows(runs: list[Run]) -> np.ndarray:
+def common_rows(runs: list[RunPredictions]) -> np.ndarray:
     """Sorted ids of the rows that every run has. Raises ValueError when a row stands twice in a
     run.
     """
@@ -385,7 +385,7 @@ def _for_rows(groups: np.ndarray, rows: np.ndarray, wanted: np.ndarray) -> np.nd
 
 
 def _aligned(
-    runs: list[Run], groups: np.ndarray | None, owner: Run
+    runs: list[RunPredictions], groups: np.ndarray | None, owner: RunPredictions
 ) -> tuple[list[Predictions], np.ndarray | None]:
     """Every run's predictions for the common rows, sorted by row id, and the groups of those rows.
 

@@ -24,7 +24,7 @@ from pipeline.report import per_label, stats
 from pipeline.report.blocks import DASH, Block, Heading, Table, Text, Value, places
 from pipeline.report.matrix import Cell
 from pipeline.report.plots import cell_label
-from pipeline.report.stats import Run
+from pipeline.report.stats import RunPredictions
 
 LEAST_UNITS, HIDDEN_BELOW, MOST_VALUES = 20, 5, 20
 UNKNOWN = "not recorded"
@@ -72,7 +72,9 @@ def read(selection: Selection, columns: Sequence[str], place: str) -> dict[str, 
     return out
 
 
-def told(run: Run, selection: Selection, found: dict[str, np.ndarray]) -> Run:
+def with_subgroups(
+    run: RunPredictions, selection: Selection, found: dict[str, np.ndarray]
+) -> RunPredictions:
     """The run with what ``read`` gave of its rows."""
     where = np.searchsorted(selection.ids(np.arange(len(selection))), run.rows)
     return replace(run, subgroups={name: texts[where] for name, texts in found.items()})
@@ -82,7 +84,7 @@ def told(run: Run, selection: Selection, found: dict[str, np.ndarray]) -> Run:
 
 
 @dataclass(frozen=True)
-class Part:
+class Subgroup:
     """Some test rows: ``where`` (n,) bool, ``units`` how many groups or rows, ``positives`` where
     there are two classes.
     """
@@ -94,7 +96,7 @@ class Part:
     scored: bool
 
 
-def parts(run: Run, of: Metric) -> list[Part]:
+def split_by_subgroup(run: RunPredictions, of: Metric) -> list[Subgroup]:
     """Every value of every column, by its name; those that fewer than 5 units have stand together
     without theirs, with the smallest others where they would be fewer than 5 still. ``scored``: it
     has enough units, and the metric a value.
@@ -102,7 +104,7 @@ def parts(run: Run, of: Metric) -> list[Part]:
     out = []
     for column, texts in run.subgroups.items():
         found = sorted(
-            (_part(f"{column}={value}", texts == value, run, of) for value in set(texts)),
+            (_subgroup(f"{column}={value}", texts == value, run, of) for value in set(texts)),
             key=lambda part: (part.units, part.name),
         )
         small, where = 0, np.zeros(len(texts), dtype=bool)
@@ -112,20 +114,20 @@ def parts(run: Run, of: Metric) -> list[Part]:
             where = where | found[small].where
             small += 1
         out += sorted(found[small:], key=lambda part: part.name)
-        out += [_part(f"{column}: others", where, run, of)] if small else []
+        out += [_subgroup(f"{column}: others", where, run, of)] if small else []
     return out
 
 
-def _units(run: Run, where: np.ndarray) -> int:
+def _units(run: RunPredictions, where: np.ndarray) -> int:
     return int(where.sum()) if run.groups is None else len(np.unique(run.groups[where]))
 
 
-def _part(name: str, where: np.ndarray, run: Run, of: Metric) -> Part:
+def _subgroup(name: str, where: np.ndarray, run: RunPredictions, of: Metric) -> Subgroup:
     p = _masked(run.predictions, where)
     units = _units(run, where)
     label = p["label"] if "label" in p and p.get("scores", np.zeros(0)).shape[-1] == 2 else None
     both = label is None or ((label == 1).any() and (label == 0).any())
-    return Part(
+    return Subgroup(
         name,
         where,
         units,
@@ -145,9 +147,9 @@ def _masked(p: Predictions, where: np.ndarray) -> Predictions:
     return {name: array[where] for name, array in p.items()}
 
 
-def of_part(run: Run, where: np.ndarray) -> Run:
+def select_subgroup(run: RunPredictions, where: np.ndarray) -> RunPredictions:
     """The run with those rows alone."""
-    return Run(
+    return RunPredictions(
         run.rows[where],
         _masked(run.predictions, where),
         run.seed,
@@ -159,15 +161,15 @@ def of_part(run: Run, where: np.ndarray) -> Run:
 # ---------------------------------------------------------------- results rows
 
 
-def result_rows(run: Run, row: Row) -> list[Row]:
+def result_rows(run: RunPredictions, row: Row) -> list[Row]:
     """A results row for each part that is scored: ``auroc@sex=female`` of the primary metric's
     ``row``.
     """
     of = catalog.metric(row["metric"])
     out = []
-    for part in parts(run, of):
+    for part in split_by_subgroup(run, of):
         if part.scored:
-            mine = of_part(run, part.where)
+            mine = select_subgroup(run, part.where)
             low, high = stats.interval(of, mine.predictions, groups=mine.groups)
             out.append(
                 {
@@ -188,18 +190,18 @@ def result_rows(run: Run, row: Row) -> list[Row]:
 
 
 def blocks(
-    target: str, done: Sequence[Cell], rows: Sequence[Row], runs: dict[str, Run]
+    target: str, done: Sequence[Cell], rows: Sequence[Row], runs: dict[str, RunPredictions]
 ) -> list[Block]:
     """Of the best finished cell with a source, beside scratch. Nothing where no subgroups were
     named, or test predictions are not at hand.
     """
-    picked = per_label.picked(done, rows, runs)
+    picked = per_label.best_cell(done, rows, runs)
     if picked is None or not all(run.subgroups for run in picked[1]):
         return []
     best, ours, scratch = picked
     of = catalog.metric(best.metric)
-    every = _part("all test rows", np.ones(len(ours[0].rows), dtype=bool), ours[0], of)
-    shown = [every, *parts(ours[0], of)]
+    every = _subgroup("all test rows", np.ones(len(ours[0].rows), dtype=bool), ours[0], of)
+    shown = [every, *split_by_subgroup(ours[0], of)]
     paired = (
         bool(scratch)
         and bool({run.seed for run in ours} & {run.seed for run in scratch})
@@ -243,21 +245,27 @@ def blocks(
     return [Heading("Subgroups", 3), Text(said), Table(head, body)]
 
 
-def _alike(run: Run, other: Run) -> bool:
+def _alike(run: RunPredictions, other: RunPredictions) -> bool:
     return np.array_equal(run.rows, other.rows)
 
 
 def _means(
-    of: Metric, part: Part, ours: list[Run], scratch: list[Run]
+    of: Metric, part: Subgroup, ours: list[RunPredictions], scratch: list[RunPredictions]
 ) -> list[tuple[float, float, float]]:
     """The mean of ours, and where there is scratch, that of scratch, on the rows of a part."""
-    sides = [[of_part(run, part.where) for run in side] for side in (ours, scratch) if side]
+    sides = [[select_subgroup(run, part.where) for run in side] for side in (ours, scratch) if side]
     return [stats.mean_interval(of, side) for side in sides]
 
 
-def _gain(of: Metric, part: Part, ours: list[Run], scratch: list[Run], digits: int) -> Value | str:
+def _gain(
+    of: Metric,
+    part: Subgroup,
+    ours: list[RunPredictions],
+    scratch: list[RunPredictions],
+    digits: int,
+) -> Value | str:
     """A table cell of the gain of ours over scratch on the rows of a part."""
-    mine, theirs = ([of_part(run, part.where) for run in side] for side in (ours, scratch))
+    mine, theirs = ([select_subgroup(run, part.where) for run in side] for side in (ours, scratch))
     enough = all(stats.evidence(run).enough for run in (*mine, *theirs))
     return per_label.gain_estimate(stats.compare(of, mine, theirs), digits, enough)
 

@@ -118,7 +118,7 @@ class World:
             ) from None
 
 
-def drawn(ranges: Mapping[str, float | Sequence[float]], seed: int) -> dict[str, float]:
+def sample_dynamics(ranges: Mapping[str, float | Sequence[float]], seed: int) -> dict[str, float]:
     """Dynamics: numbers as they are, (low, high) drawn by the seed, log-uniform for multipliers and
     uniform for latency (whole) and noise. What one of them is follows from the others' names too,
     as all come from one stream. Raises ValueError for a range that is none.
@@ -145,7 +145,7 @@ def drawn(ranges: Mapping[str, float | Sequence[float]], seed: int) -> dict[str,
     return out
 
 
-def check_named(ident: str) -> None:
+def check_environment_id(ident: str) -> None:
     """Raises ValueError for an environment that is not known by this very name: without its version
     it would be another one with another gymnasium.
     """

@@ -179,22 +179,24 @@ class RangeWorld:
         """
         rays = (self.heading + ANGLES[:, None] + BEAM).ravel()
         distance, cosine, wall, corner = cast(self.walls, self.place, rays)
-        told = (
+        distances = (
             np.where((cosine >= self.mirror) | corner, distance, np.inf).reshape(SENSORS, -1).min(1)
         )
-        deaf = np.flatnonzero(np.isinf(told))
+        deaf = np.flatnonzero(np.isinf(distances))
         if len(deaf):
             ray = deaf * len(BEAM) + len(BEAM) // 2
             along = self.walls[wall[ray], 2:] - self.walls[wall[ray], :2]
             angle = 2 * np.arctan2(along[:, 1], along[:, 0]) - rays[ray]  # mirrored
             way = np.stack([np.cos(rays[ray]), np.sin(rays[ray])], 1)
             second = cast(self.walls, self.place + (distance[ray] - 1e-6)[:, None] * way, angle)[0]
-            told[deaf] = np.where(self.luck[deaf] < self.lost, FARTHEST, distance[ray] + second)
+            distances[deaf] = np.where(
+                self.luck[deaf] < self.lost, FARTHEST, distance[ray] + second
+            )
         anew = self.rng.random(SENSORS) < RENEWED
         self.luck = np.where(anew, self.rng.random(SENSORS), self.luck)
-        return np.clip(told + JITTER * self.rng.standard_normal(SENSORS), 0.0, FARTHEST).astype(
-            np.float32
-        )
+        return np.clip(
+            distances + JITTER * self.rng.standard_normal(SENSORS), 0.0, FARTHEST
+        ).astype(np.float32)
 
 
 def cast(

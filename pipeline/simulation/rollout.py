@@ -77,7 +77,7 @@ class _Running:
     frames: list[np.ndarray] = field(default_factory=list)
 
 
-def judged(ident: str) -> bool:
+def has_success_criterion(ident: str) -> bool:
     """Whether it is known what success is in an environment, or its own module may say it
     (``module:id``).
     """
@@ -188,9 +188,9 @@ def _given(space: Any, action: Any) -> Any:
 
 def divergence(env: Any, observation: np.ndarray, reward: float) -> str:
     """Why the simulation has diverged with this step, or ""."""
-    told = _warned(env)  # first: after a bad state MuJoCo starts anew, and all is finite again
-    if told:
-        return f"MuJoCo warns of {told}"
+    warning = _warned(env)  # first: after a bad state MuJoCo starts anew, and all is finite again
+    if warning:
+        return f"MuJoCo warns of {warning}"
     least, most = float(observation.min(initial=0)), float(observation.max(initial=0))
     if not (math.isfinite(reward) and math.isfinite(least) and math.isfinite(most)):
         return f"{'the reward' if not math.isfinite(reward) else 'an observation'} is not finite"

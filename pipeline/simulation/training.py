@@ -26,7 +26,7 @@ EXPERT, TRAINING = "onetomany-expert-1", "onetomany-training-1"
 
 
 @dataclass
-class Trained:
+class TrainedPolicy:
     """A policy that `train` made. Acts without torch and without chance.
 
     `weights`: name -> float32 array; linear layers as torch names them in a Sequential, 0.weight
@@ -44,7 +44,7 @@ class Trained:
     low: np.ndarray
     high: np.ndarray
     curve: np.ndarray
-    facts: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._bounds = Bounds(self.low, self.high)
@@ -59,7 +59,7 @@ class Trained:
             raise ValueError(
                 f"this expert was trained on observations of shape {self.mean.shape}, got one "
                 f"of {np.shape(observation)}: use it in its "
-                f"own world, {self.facts.get('world')}"
+                f"own world, {self.metadata.get('world')}"
             )
         return self._bounds.units(
             mean_actions(self.weights, scaled(observation, self.mean, self.std))
@@ -70,19 +70,19 @@ class Trained:
         arrays = {f"actor.{name}": value for name, value in self.weights.items()} | {
             name: getattr(self, name) for name in _ARRAYS
         }
-        return _save(arrays, EXPERT, self.facts)
+        return _save(arrays, EXPERT, self.metadata)
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> Trained:
+    def from_bytes(cls, data: bytes) -> TrainedPolicy:
         """What `to_bytes` wrote; ValueError for anything else."""
-        arrays, facts = _load(data, EXPERT, "not an expert that `train` made")
+        arrays, metadata = _load(data, EXPERT, "not an expert that `train` made")
         try:
             weights = {
                 f"{layer}.{part}": arrays[f"actor.{layer}.{part}"]
                 for layer in ("0", "2", "4")
                 for part in ("weight", "bias")
             }
-            return cls(weights, **{name: arrays[name] for name in _ARRAYS}, facts=facts)
+            return cls(weights, **{name: arrays[name] for name in _ARRAYS}, metadata=metadata)
         except KeyError as error:
             raise ValueError(
                 f"not a whole expert, without {error}: delete its file and train again"
@@ -101,7 +101,7 @@ def train(
     checkpoint: str | None = None,
     others: Sequence[World] = (),
     settings: Settings | None = None,
-) -> Trained:
+) -> TrainedPolicy:
     """A policy for `world` with its dynamics, after `env_steps` steps in it (rounded up to whole
     iterations). A line to `progress` at each block.
 
@@ -125,10 +125,10 @@ def train(
     settings = settings or Settings()
     worlds = [world, *others]
     _check_spaces(worlds)
-    told = [replace(each, seed=0).text() for each in worlds]
-    facts = {
-        "world": told[0],
-        "others": told[1:],
+    other_worlds = [replace(each, seed=0).text() for each in worlds]
+    metadata = {
+        "world": other_worlds[0],
+        "others": other_worlds[1:],
         "env_steps": env_steps,
         "seed": seed,
         "settings": asdict(settings),
@@ -140,7 +140,7 @@ def train(
         settings,
     )
     if checkpoint is not None and storage.exists(checkpoint):
-        _restore(ppo, storage.read_bytes(checkpoint), facts, checkpoint)
+        _restore(ppo, storage.read_bytes(checkpoint), metadata, checkpoint)
         progress(f"{world.id}: training goes on from {ppo.steps} steps, found in {checkpoint}")
     while ppo.iteration < ppo.iterations:
         ppo.block()
@@ -154,16 +154,16 @@ def train(
             )
         )
         if checkpoint is not None:
-            storage.write_bytes(checkpoint, _save(ppo.state(), TRAINING, facts))
+            storage.write_bytes(checkpoint, _save(ppo.state(), TRAINING, metadata))
     weights = {name: value.copy() for name, value in ppo.network.actor().items()}
-    return Trained(
+    return TrainedPolicy(
         weights,
         ppo.observations.mean.copy(),
         ppo.observations.std,
         ppo.bounds.low,
         ppo.bounds.high,
         np.array(ppo.curve),
-        facts,
+        metadata,
     )
 
 
@@ -187,12 +187,12 @@ def _check_spaces(worlds: list[World]) -> None:
         first = spaces
 
 
-def _restore(ppo: Ppo, data: bytes, facts: dict[str, Any], where: str) -> None:
+def _restore(ppo: Ppo, data: bytes, metadata: dict[str, Any], where: str) -> None:
     arrays, found = _load(data, TRAINING, f"{where} is no training's checkpoint")
     other = [
-        f"{name} {found.get(name)!r} there and {facts[name]!r} here"
-        for name in facts
-        if found.get(name) != facts[name]
+        f"{name} {found.get(name)!r} there and {metadata[name]!r} here"
+        for name in metadata
+        if found.get(name) != metadata[name]
     ]
     if other:
         raise ValueError(
@@ -207,12 +207,12 @@ def _restore(ppo: Ppo, data: bytes, facts: dict[str, Any], where: str) -> None:
         ) from error
 
 
-def _save(arrays: dict[str, np.ndarray], kind: str, facts: dict[str, Any]) -> bytes:
+def _save(arrays: dict[str, np.ndarray], kind: str, metadata: dict[str, Any]) -> bytes:
     """A safetensors file that says it is of `kind`. One note holds all: several would come in an
     order that changes.
     """
     arrays = {name: np.ascontiguousarray(value) for name, value in arrays.items()}
-    about = {"kind": kind, "facts": facts}
+    about = {"kind": kind, "facts": metadata}
     return save(arrays, {"onetomany": json.dumps({**about, "sha256": _checksum(arrays, about)})})
 
 

@@ -1,8 +1,8 @@
 """Techniques that train small additions inside a frozen backbone (library peft): lora.
 
-A further method is one options class and one small class over ``Adapters``: ``settings`` says how
-peft is to build it, what it adds is trained, and ``finish`` merges it. It suits every method of
-peft that replaces modules and can be merged (IA3, AdaLoRA, VeRA, OFT).
+A further method is one options class and one small class over ``AdapterTechnique``: ``settings``
+says how peft is to build it, what it adds is trained, and ``finish`` merges it. It suits every
+method of peft that replaces modules and can be merged (IA3, AdaLoRA, VeRA, OFT).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ ATTENTION = (
 """Names that query, key and value projections end with, by family."""
 
 
-class Adapted(Task):
+class AdaptedTask(Task):
     """A task whose backbone holds peft's modules. Its layers are the plain task's, under the names
     of now, and ``adapters``.
 
@@ -132,7 +132,7 @@ class _Note:
         self.called.add(self.name)
 
 
-class Adapters(Technique, ABC):
+class AdapterTechnique(Technique, ABC):
     """What methods of peft have in common. The head trains at ``lr``, what is added at ``lr_scale``
     times it, the backbone's own weights stay.
     """
@@ -145,12 +145,12 @@ class Adapters(Technique, ABC):
 
     def wrap(self, task: Task) -> Task:
         """Raises ValueError where the backbone has no module of those that the options name."""
-        chosen = choose(task.backbone, self.options.modules)
+        chosen = choose_modules(task.backbone, self.options.modules)
         tuner, settings = self.settings(chosen)
         settings.target_modules = "|".join(
             name.replace(".", r"\.") for name in chosen
         )  # an expression of whole names: a list would match endings
-        return Adapted(task, tuner, settings)
+        return AdaptedTask(task, tuner, settings)
 
     def rates(self, layers, phase):
         return {
@@ -159,15 +159,15 @@ class Adapters(Technique, ABC):
         }
 
     def penalty(self, task, batch):
-        if isinstance(task, Adapted) and len(batch):
+        if isinstance(task, AdaptedTask) and len(batch):
             task.check_called()
         return None
 
     def finish(self, task):
-        return task.merged() if isinstance(task, Adapted) else task
+        return task.merged() if isinstance(task, AdaptedTask) else task
 
 
-def adaptable(backbone: nn.Module) -> dict[str, nn.Module]:
+def adaptable_modules(backbone: nn.Module) -> dict[str, nn.Module]:
     """Modules whose output is linear in a weight that may be merged into, by name: linear layers,
     GPT-2's Conv1D and plain convolutions.
 
@@ -191,11 +191,11 @@ def adaptable(backbone: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in backbone.named_modules() if plain(module)}
 
 
-def choose(backbone: Backbone, modules: str | list[str]) -> dict[str, nn.Module]:
+def choose_modules(backbone: Backbone, modules: str | list[str]) -> dict[str, nn.Module]:
     """The adaptable modules that ``modules`` means ("attention", "all", or endings of names).
     Raises ValueError where one of them means none.
     """
-    found = adaptable(backbone)
+    found = adaptable_modules(backbone)
     wanted = ("",) if modules == "all" else ATTENTION if modules == "attention" else tuple(modules)
     hits = {
         ending: [name for name in found if not ending or f".{name}".endswith(f".{ending}")]
@@ -252,7 +252,7 @@ class LoraOptions(Options):
 
 
 @register("technique", "lora", options=LoraOptions)
-class Lora(Adapters):
+class Lora(AdapterTechnique):
     """Low-rank updates of frozen weights (Hu et al. 2022): W + alpha / rank B A, with A (rank, in)
     random and B (out, rank) zero at the start.
 

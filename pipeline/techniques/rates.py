@@ -38,7 +38,7 @@ class ZeroShot(Technique):
     starts. For objectives whose head is carried over.
     """
 
-    learns = False
+    needs_training = False
 
     def phases(self, steps):
         return ()

@@ -16,7 +16,7 @@ def source(place: str, spec: Source) -> None:
         registry.get("modality", spec.data.modality.name),
         registry.get("objective", spec.objective.name),
     )
-    if problem := modality.without_effect(spec.data.modality.options):
+    if problem := modality.ineffective_options(spec.data.modality.options):
         raise ValueError(f"{place}.data.modality: {problem}")
     check_modality(place, spec.data.modality.name, spec.data.modality.options, spec.objective.name)
     if objective.packed:

@@ -13,11 +13,11 @@ from scipy.stats import beta
 
 from pipeline.checkpoints import bundle, pretrained
 from pipeline.config import registry
-from pipeline.config.schema import HUBS, STARTS
+from pipeline.config.schema import CHECKPOINT_PREFIXES, HUBS
 from pipeline.core.contracts import Modality, Objective, Task
 from pipeline.data import manifest as manifests
 from pipeline.data.manifest import Selection, Splits
-from pipeline.data.stream import Decoder, check_budget
+from pipeline.data.stream import Decoder, check_bad_row_budget
 from pipeline.io import file_identity, storage
 from pipeline.train import fit
 from pipeline.train import source as train_source
@@ -36,7 +36,7 @@ confidence (Clopper and Pearson 1934); else it is told.
 """
 
 
-class Foreseen(NamedTuple):
+class PlannedSource(NamedTuple):
     """A source as a run would make it: ``arch`` and ``modality`` of its bundle; ``is_estimated``
     where the modality was fitted on fewer rows.
     """
@@ -47,7 +47,7 @@ class Foreseen(NamedTuple):
     is_estimated: bool = False
 
 
-def source(stage: SourceStage) -> Foreseen | None:
+def source(stage: SourceStage) -> PlannedSource | None:
     """What a run would make of the source; None where that needs a model from a hub, which only a
     run fetches.
 
@@ -57,9 +57,11 @@ def source(stage: SourceStage) -> Foreseen | None:
     """
     if stage.done:
         found = storage.read_json(storage.join(stage.bundle_uri, "manifest.json"))
-        return Foreseen(found["arch"], found["modality"], [])
+        return PlannedSource(found["arch"], found["modality"], [])
     text = stage.spec.init or (
-        stage.spec.backbone.name if stage.spec.backbone.name.startswith(STARTS) else None
+        stage.spec.backbone.name
+        if stage.spec.backbone.name.startswith(CHECKPOINT_PREFIXES)
+        else None
     )
     if text and text.partition(":")[0] in HUBS:
         return None
@@ -67,15 +69,15 @@ def source(stage: SourceStage) -> Foreseen | None:
     return _checkpoint(stage, start) if stage.splits is None else _corpus(stage, start)
 
 
-def _checkpoint(stage: SourceStage, start: pretrained.Start | None) -> Foreseen:
+def _checkpoint(stage: SourceStage, start: pretrained.PretrainedCheckpoint | None) -> PlannedSource:
     """A source without data, as `train_source.import_checkpoint` reads it."""
     assert start is not None
     arch, modality = train_source.checkpoint_parts(stage.spec, start, f"sources.{stage.name}")
-    start.onto(bundle.build_backbone(arch, stage.seed))
-    return Foreseen(arch, modality, [])
+    start.load_into(bundle.build_backbone(arch, stage.seed))
+    return PlannedSource(arch, modality, [])
 
 
-def _corpus(stage: SourceStage, start: pretrained.Start | None) -> Foreseen:
+def _corpus(stage: SourceStage, start: pretrained.PretrainedCheckpoint | None) -> PlannedSource:
     """A source with data, as `train_source.fit` makes it ready."""
     spec, splits = stage.spec, stage.splits
     assert spec.data is not None and splits is not None and spec.objective is not None
@@ -98,10 +100,10 @@ def _corpus(stage: SourceStage, start: pretrained.Start | None) -> Foreseen:
     state = objective.fit(options, labels, columns)
     reads = bundle.build_modality(modality)
     arch = train_source.arch_of(spec, start, reads.inputs())
-    state = train_source.suited(objective, state, arch)
+    state = train_source.bind_state(objective, state, arch)
     fitted = {"name": spec.objective.name, "options": options.model_dump(), "state": state}
     if start:
-        start.onto(bundle.build_task(arch, fitted, seed=stage.seed).backbone)
+        start.load_into(bundle.build_task(arch, fitted, seed=stage.seed).backbone)
     else:
         build(arch, fitted)
     found = train_source.findings_of(stage, modality, bool(start))
@@ -109,7 +111,9 @@ def _corpus(stage: SourceStage, start: pretrained.Start | None) -> Foreseen:
     for name in ("train", "validation"):
         found += rows(name, getattr(splits, name), decoder, spec.data.max_bad_rows)
     found += _packed_batches(stage, decoder)
-    return Foreseen(arch, modality, found, is_estimated=start is None and not storage.exists(path))
+    return PlannedSource(
+        arch, modality, found, is_estimated=start is None and not storage.exists(path)
+    )
 
 
 def _packed_batches(stage: SourceStage, decoder: Decoder) -> list[Finding]:
@@ -182,15 +186,17 @@ def rows(split: str, selection: Selection, decoder: Decoder, max_bad: float) -> 
     surely_bad = float(beta.ppf(1 - CONFIDENCE, len(bad), len(part) - len(bad) + 1)) if bad else 0.0
     if is_whole or surely_bad > max_bad:
         try:
-            check_budget(bad, len(part), max_bad, part)
+            check_bad_row_budget(bad, len(part), max_bad, part)
         except ValueError as error:
             sampled = "" if is_whole else f" (of a sample of the {len(selection)})"
             raise type(error)(f"{split} split: {error}{sampled}") from None
     if not bad:
         return []
     row, reason = bad[0]
-    told = f"{len(bad)} of {len(part)} {split} rows that were looked at cannot be used"
-    return [Finding(f"{told}; the first one: {selection.manifest.place(row)}: {reason}", True)]
+    description = f"{len(bad)} of {len(part)} {split} rows that were looked at cannot be used"
+    return [
+        Finding(f"{description}; the first one: {selection.manifest.place(row)}: {reason}", True)
+    ]
 
 
 def _places(selection: Selection) -> np.ndarray:

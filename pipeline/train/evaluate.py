@@ -9,27 +9,27 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from pipeline.core.contracts import Batch, Objective, Origin, Task
+from pipeline.core.contracts import Batch, Objective, RawRows, Task
 from pipeline.data.manifest import Reader
-from pipeline.data.stream import Loaded, Rows, eval_batches
+from pipeline.data.stream import LoadedBatch, Rows, eval_batches
 from pipeline.metrics.catalog import Predictions, metric
 
 OnBad = Callable[[list[tuple[int, str]]], None]
 """Told of rows that could not be decoded, with their reasons."""
 
 
-def _unheard(bad: list[tuple[int, str]]) -> None:
+def _ignore_bad_rows(bad: list[tuple[int, str]]) -> None:
     """Rows in memory have been looked through before: nothing is told of them again."""
 
 
 @torch.no_grad()
 def predictions(
     task: Task,
-    batches: Iterator[Loaded],
+    batches: Iterator[LoadedBatch],
     ready: Callable[[Batch, bool], Batch],
     ranks: Any,
     autocast: Any,
-    on_bad: OnBad = _unheard,
+    on_bad: OnBad = _ignore_bad_rows,
 ) -> Predictions:
     """Arrays of this rank's rows, ordered by row: what the objective predicts, and ``row``. The
     task is left in evaluation mode.
@@ -80,9 +80,9 @@ def _stacked(arrays: list[np.ndarray]) -> np.ndarray:
     return np.concatenate(arrays)
 
 
-class Completer:
+class Postprocessor:
     """Brings the rows' own text to their predictions, where the objective asks for it
-    (``Objective.complete``).
+    (``Objective.postprocess``).
     """
 
     def __init__(self, rows: Rows):
@@ -90,31 +90,31 @@ class Completer:
         self._reader: Reader | None = None
 
     def __call__(self, objective: Objective, found: Predictions) -> Predictions:
-        if not found or type(objective).complete is Objective.complete:
+        if not found or type(objective).postprocess is Objective.postprocess:
             return found
-        return objective.complete(found, self.origin(objective, found["row"]))
+        return objective.postprocess(found, self.raw_rows(objective, found["row"]))
 
-    def tested(self, task: Task, found: Predictions) -> Predictions:
+    def rollout_evaluation(self, task: Task, found: Predictions) -> Predictions:
         """As calling it, and what the objective finds out about test rows alone
-        (``Objective.tested``).
+        (``Objective.rollout_evaluation``).
         """
         found = self(task.objective, found)
-        if not found or type(task.objective).tested is Objective.tested:
+        if not found or type(task.objective).rollout_evaluation is Objective.rollout_evaluation:
             return found
-        return task.objective.tested(
-            task.backbone, found, self.origin(task.objective, found["row"])
+        return task.objective.rollout_evaluation(
+            task.backbone, found, self.raw_rows(task.objective, found["row"])
         )
 
-    def origin(self, objective: Objective, ids: np.ndarray) -> Origin:
+    def raw_rows(self, objective: Objective, ids: np.ndarray) -> RawRows:
         decoder, schema = self.rows.decoder, self.rows.selection.manifest.schema
         self._reader = self._reader or Reader(
             self.rows.selection.manifest,
-            [name for name in decoder.names(objective.origin_roles) if name in schema.names],
+            [name for name in decoder.names(objective.raw_roles) if name in schema.names],
         )
-        return Origin(self._reader.take(ids), decoder.columns, decoder.modality)
+        return RawRows(self._reader.take(ids), decoder.columns, decoder.modality)
 
 
-def gathered(mine: Predictions, ranks: Any) -> Predictions:
+def gather_predictions(mine: Predictions, ranks: Any) -> Predictions:
     """Every rank's predictions, ordered by row."""
     everyone = [mine]
     if ranks.count > 1:
@@ -144,13 +144,13 @@ def evaluator(
     batch_rows: int,
     threads: int = 1,
     part: bool = False,
-    on_bad: OnBad = _unheard,
+    on_bad: OnBad = _ignore_bad_rows,
 ) -> Callable[[Task], dict[str, float]]:
     """A function that evaluates a task on ``rows``, the same values on every rank. ``part``: the
     rows are this rank's share already.
     """
     rank, count = (0, 1) if part else (ranks.rank, ranks.count)
-    complete = Completer(rows)
+    complete = Postprocessor(rows)
 
     def evaluate(task: Task) -> dict[str, float]:
         batches = eval_batches(
@@ -164,12 +164,14 @@ def evaluator(
         mine = complete(
             task.objective, predictions(task, batches, ready, ranks, autocast(), on_bad)
         )
-        return values(gathered(mine, ranks), names)
+        return values(gather_predictions(mine, ranks), names)
 
     return evaluate
 
 
-def ready_for(rows: Rows, objective: Objective | None = None) -> Callable[[Batch, bool], Batch]:
+def device_preprocessing(
+    rows: Rows, objective: Objective | None = None
+) -> Callable[[Batch, bool], Batch]:
     """The device part of the rows' modality: its augmentation, or the views that the objective
     compares, and its finish.
     """

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from pipeline.checkpoints import bundle, pretrained
 from pipeline.config import registry
-from pipeline.config.schema import Plug, Source, spec_hash
+from pipeline.config.schema import ComponentConfig, Source, spec_hash
 from pipeline.config.yaml_loader import PLACES
 from pipeline.core.contracts import Modality, Objective
 from pipeline.data import manifest as manifests
@@ -23,7 +23,7 @@ TOKENIZER = ("tokenizer.json", "special_tokens_map.json", "tokenizer_config.json
 """Files of a folder that decide what a tokenizer does."""
 
 
-def by_content(plug: Plug) -> dict[str, Any]:
+def options_by_content(component: ComponentConfig) -> dict[str, Any]:
     """The options of a modality or objective with what a place holds instead of the place: a
     tokenizer is the same wherever its folder lies.
 
@@ -42,8 +42,8 @@ def by_content(plug: Plug) -> dict[str, Any]:
         )
 
     return {
-        name: held(name, value) if value and name in PLACES.get(plug.name, ()) else value
-        for name, value in plug.options.items()
+        name: held(name, value) if value and name in PLACES.get(component.name, ()) else value
+        for name, value in component.options.items()
     }
 
 
@@ -58,7 +58,7 @@ def sample(
     places = np.unique(np.linspace(0, n - 1, min(rows, n)).astype(np.int64))
     if strata and n > rows:
         coded = [
-            manifests.units(column.cast(pa.string()).fill_null(""))
+            manifests.group_numbers(column.cast(pa.string()).fill_null(""))
             for column in manifests.read_columns(selection, strata).itercolumns()
         ]
         _, first, which = np.unique(np.stack(coded), axis=1, return_index=True, return_inverse=True)
@@ -71,7 +71,7 @@ def sample(
 def fit_modality(
     spec: Source,
     rows: Selection,
-    start: pretrained.Start | None,
+    start: pretrained.PretrainedCheckpoint | None,
     place: str,
     path: str,
     most_rows: int | None = None,
@@ -82,37 +82,41 @@ def fit_modality(
     Raises ValueError where the job contradicts the checkpoint.
     """
     assert spec.data is not None
-    plug, objective = (
+    component, objective = (
         spec.data.modality,
         registry.get("objective", spec.objective.name) if spec.objective else Objective,
     )
     if start and start.modality:
-        if start.modality["name"] != plug.name:
+        if start.modality["name"] != component.name:
             raise ValueError(
-                f"{place}: {start.origin} reads {start.modality['name']}, the data are {plug.name}"
+                f"{place}: {start.origin} reads {start.modality['name']}, the data are "
+                f"{component.name}"
             )
         theirs = start.modality["options"]
-        own, named = registry.get("modality", plug.name).target_options, by_content(plug)
+        own, named = (
+            registry.get("modality", component.name).target_options,
+            options_by_content(component),
+        )
         given = {
-            k: plug.options[k]
+            k: component.options[k]
             for k, v in named.items()
             if k not in own
-            and theirs.get(k, v if k not in PLACES.get(plug.name, ()) else None) != v
+            and theirs.get(k, v if k not in PLACES.get(component.name, ()) else None) != v
         }  # a checkpoint brings its own tokenizer
-        if problem := registry.get("modality", plug.name).without_effect(named, theirs):
+        if problem := registry.get("modality", component.name).ineffective_options(named, theirs):
             raise ValueError(f"{place}.data.modality: {problem}")
         if given:
             raise ValueError(
                 f"{place}.data.modality: {given} contradicts {start.origin} ({theirs}); leave "
                 "it out"
             )
-        return completed(
+        return extend_modality(
             {**start.modality, "options": {**theirs, **named}}, rows, objective, spec.data.columns
         )
     if (fitted := checksums.document_or_none(path, "it is fitted again")) is not None:
         return fitted, ""
-    kind = registry.get("modality", plug.name)
-    options = kind.options_class(**plug.options)
+    kind = registry.get("modality", component.name)
+    options = kind.options_class(**component.options)
     names = fitted_columns(kind, objective, spec.data.columns)
     most = FIT_ROWS
     if objective.packed:  # a tokenizer wants many documents, as many as a bounded memory holds
@@ -126,8 +130,8 @@ def fit_modality(
         spec.backbone.name,
     )
     found = {
-        "name": plug.name,
-        "options": {**options.model_dump(), **by_content(plug)},
+        "name": component.name,
+        "options": {**options.model_dump(), **options_by_content(component)},
         "state": state,
     }
     if most_rows is None:
@@ -135,15 +139,18 @@ def fit_modality(
     return found, ""
 
 
-def completed(
+def extend_modality(
     modality: dict[str, Any], rows: Selection, objective: type[Objective], columns: dict[str, str]
 ) -> tuple[dict[str, Any], str]:
     """A fitted modality that reads other rows than it was fitted on: with what it learns of a
-    sample of them (``Modality.grown``), and in words what it knew of them before
-    (``Modality.known``).
+    sample of them (``Modality.extend_state``), and in words what it knew of them before
+    (``Modality.coverage``).
     """
     reads = bundle.build_modality(modality)
-    if type(reads).grown is Modality.grown and type(reads).known is Modality.known:
+    if (
+        type(reads).extend_state is Modality.extend_state
+        and type(reads).coverage is Modality.coverage
+    ):
         return modality, ""
     table = sample(
         rows,
@@ -151,7 +158,7 @@ def completed(
         FIT_ROWS,
         strata_of(type(reads), columns),
     )
-    return {**modality, "state": reads.grown(table, columns)}, reads.known(table, columns)
+    return {**modality, "state": reads.extend_state(table, columns)}, reads.coverage(table, columns)
 
 
 def fitted_columns(

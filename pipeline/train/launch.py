@@ -34,7 +34,7 @@ from pipeline.train import node_types, source
 from pipeline.train import pretrain as work_of
 from pipeline.train.loop import NonFiniteError, Ranks
 from pipeline.train.progress import Progress, duration, training_line
-from pipeline.train.row_checks import Finding, findings_of
+from pipeline.train.row_checks import Finding, findings_from_metadata
 
 
 class ClusterError(RuntimeError):
@@ -88,7 +88,7 @@ def start(address: str | None, verbose: bool) -> None:
     where = address or os.environ.get("RAY_ADDRESS") or "local"
     extra: dict[str, Any] = {"include_dashboard": False} if where == "local" else {}
     try:
-        with signals.kept():  # Ray installs a handler of its own
+        with signals.keep_signal_handler():  # Ray installs a handler of its own
             ray.init(
                 address=where,
                 logging_level=level,
@@ -352,7 +352,7 @@ def check_fits(
     ):
         verb = "can grow to" if grows else "has"
         raise ClusterError(
-            f"{place}: the cluster {verb} {told(have)}, "
+            f"{place}: the cluster {verb} {describe_nodes(have)}, "
             f"the request is {fewest} ranks x ({mine.cpus:g} CPU + {mine.gpus:g} GPU, each on "
             "one node) "
             f"and {mine.data.cpus_per_actor:g} CPU of data workers a rank; it can never be "
@@ -373,7 +373,7 @@ def check_fits(
     return warnings
 
 
-def told(have: Nodes) -> str:
+def describe_nodes(have: Nodes) -> str:
     """The cluster in words."""
     each = [f"{cpus:g} CPU + {gpus:g} GPU" for cpus, gpus in sorted(set(have))]
     return (
@@ -424,12 +424,12 @@ def _rank_main(config: dict[str, Any]) -> None:
             board.post.remote(record)
 
     try:
-        with write_fence.inside(work.fences):
+        with write_fence.guarded_by(work.fences):
             work_of.train_rank(
                 work,
                 ranks,
                 on_progress,
-                held(config["rows"]) if config["rows"] is not None else None,
+                get_shared(config["rows"]) if config["rows"] is not None else None,
             )
     except (
         ValueError,
@@ -462,16 +462,18 @@ def _first_cause(error: BaseException) -> str:
 
 
 def _watch(board: Any, name: str, progress: Progress, stop: threading.Event) -> None:
-    told = ""
+    last_warning = ""
     while not stop.wait(0.5):
         try:
             record, _ = ray.get(board.read.remote(), timeout=5)
         except (RayError, GetTimeoutError):
             continue
         if record:
-            if (warning := record.get("warning", told)) != told:  # all later records have it too
+            if (
+                warning := record.get("warning", last_warning)
+            ) != last_warning:  # all later records have it too
                 progress.note(f"warning: {name}: {warning}")
-                told = warning
+                last_warning = warning
             progress.update(training_line(name, record))
 
 
@@ -488,7 +490,7 @@ def resources() -> dict[str, float]:
     }
 
 
-def facts_of(stage: source.SourceStage) -> dict[str, Any]:
+def source_metadata(stage: source.SourceStage) -> dict[str, Any]:
     """The report's facts of a source that is done."""
     manifest = atomic_folder.open_folder(stage.bundle_uri)
     made = {"versions": manifest.get("versions", {}), "changes": stage.changes()}
@@ -500,7 +502,7 @@ def facts_of(stage: source.SourceStage) -> dict[str, Any]:
     }
 
 
-def _tell_findings(name: str, findings: Iterable[Finding], progress: Progress) -> None:
+def _report_findings(name: str, findings: Iterable[Finding], progress: Progress) -> None:
     """Say in the terminal what belongs there."""
     for finding in findings:
         if finding.in_terminal:
@@ -520,11 +522,11 @@ def pretrain(
     import ray.train
 
     if stage.done:
-        return {**facts_of(stage), "cached": True}
+        return {**source_metadata(stage), "cached": True}
     if stage.splits is None:
-        facts = work_of.import_checkpoint(stage)
-        _tell_findings(stage.name, findings_of(facts), progress)
-        return {**facts, "bundle": stage.bundle_uri}
+        metadata = work_of.import_checkpoint(stage)
+        _report_findings(stage.name, findings_from_metadata(metadata), progress)
+        return {**metadata, "bundle": stage.bundle_uri}
     on = cluster(wait)
     mine, planned = share_of(stage.spec, on), nodes_for(stage.spec, on)
     for line in check_fits(stage.spec, mine, planned, f"sources.{stage.name}", on.grows):
@@ -540,7 +542,7 @@ def pretrain(
     fitted = source.fit(stage)
     work = work_of.rank_job(stage, fitted, mine.data, mine.threads)
     progress.note(f"{stage.name}: {work.split_text}")
-    _tell_findings(stage.name, fitted.findings, progress)
+    _report_findings(stage.name, fitted.findings, progress)
     if work.place == "memory":
         progress.update(f"{stage.name}: decoding {len(fitted.train)} rows")
     rows = work_of.decoded(work)
@@ -556,7 +558,11 @@ def pretrain(
             _trainer(
                 stage,
                 mine,
-                {"work": work, "board": board, "rows": hold(rows) if rows is not None else None},
+                {
+                    "work": work,
+                    "board": board,
+                    "rows": put_shared(rows) if rows is not None else None,
+                },
                 verbose,
                 most,
             )
@@ -575,7 +581,7 @@ def pretrain(
         raise StageError(f"sources.{stage.name}: {fatal or _reason(error)}")
     storage.remove_tree(storage.join(stage.uri, "ray"))
     progress.update(training_line(stage.name, record), final=True)
-    return facts_of(stage)
+    return source_metadata(stage)
 
 
 def _fit(trainer: Any) -> Any:
@@ -627,12 +633,12 @@ def _trainer(
     )
 
 
-def hold(value: Any) -> Any:
+def put_shared(value: Any) -> Any:
     """A reference to a value that was put into the object store once, for all that read it."""
     return ray.put(value)
 
 
-def held(reference: Any) -> Any:
+def get_shared(reference: Any) -> Any:
     """The value behind a reference; its arrays are read where they lie, without a copy."""
     return ray.get(reference)
 
@@ -663,16 +669,16 @@ def run_ranks(
     import ray.train
     import ray.train.torch
 
-    fences = write_fence.entered()
+    fences = write_fence.current_fences()
 
     def main(config: dict[str, Any]) -> Any:
         context = ray.train.get_context()
         given = {
-            name: held(value) if isinstance(value, ray.ObjectRef) else value
+            name: get_shared(value) if isinstance(value, ray.ObjectRef) else value
             for name, value in config.items()
         }
         torch.set_num_threads(max(1, int(cpus)))
-        with write_fence.inside(fences):
+        with write_fence.guarded_by(fences):
             out = fn(
                 given,
                 Ranks(

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pipeline.config.schema import Train
 from pipeline.core.contracts import Batch, Phase, Task, Technique
 from pipeline.core.rng import mix
-from pipeline.data.stream import Loaded
+from pipeline.data.stream import LoadedBatch
 from pipeline.io import heartbeat
 from pipeline.metrics.catalog import metric
 from pipeline.train import checkpoint, optim
@@ -99,7 +99,7 @@ class KeepBest:
 
 
 @dataclass
-class Run:
+class TrainingRun:
     """Everything that one training run is made of."""
 
     task: Task
@@ -107,7 +107,7 @@ class Run:
     train: Train
     steps: int
     seed: int
-    batches: Callable[[range], Iterator[Loaded]]
+    batches: Callable[[range], Iterator[LoadedBatch]]
     """The rank's batches of a range of steps (data/stream)."""
     ready: Callable[[Batch, bool], Batch]
     """Device part of the modality: augmentation (when true) and normalisation."""
@@ -159,7 +159,7 @@ class Outcome:
 class _Live:
     """What lives for one phase: the wrapped module, its optimiser and its parameters."""
 
-    def __init__(self, run: Run, phase: Phase):
+    def __init__(self, run: TrainingRun, phase: Phase):
         task, train = run.task, run.train
         layers = task.layers()
         rates = optim.apply_rates(task, layers, run.technique.rates(layers, phase.name))
@@ -181,7 +181,7 @@ class _Live:
         self.sound = [buffer.clone() for buffer in self.statistics]
 
     @torch.no_grad()
-    def mend(self) -> None:
+    def restore_norm_statistics(self) -> None:
         """Norm statistics that a batch has made non-finite go back to what they last were: no later
         batch would mend them.
         """
@@ -209,7 +209,7 @@ def autocast(train: Train, device: torch.device):
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=on)
 
 
-def fit(run: Run) -> Outcome:
+def fit(run: TrainingRun) -> Outcome:
     """Train to ``run.steps``, from the newest resume point if there is one; the task ends with the
     weights that were kept.
 
@@ -332,9 +332,9 @@ def fit(run: Run) -> Outcome:
                 and done < run.steps
             )
             if asks_clock and save_minutes is not None and not saves:
-                saves = _agreed(run.clock() - saved_at >= 60 * save_minutes, ranks)
+                saves = _rank_zero_verdict(run.clock() - saved_at >= 60 * save_minutes, ranks)
             if device.type == "cpu" or logs or checks or saves:
-                live.mend()
+                live.restore_norm_statistics()
                 if int(bad_run) >= train.max_bad_steps:
                     rows = np.concatenate(list(recent))[:50].tolist()
                     raise NonFiniteError(
@@ -417,16 +417,16 @@ def fit(run: Run) -> Outcome:
     )
 
 
-def _agreed(verdict: bool, ranks: Ranks) -> bool:
+def _rank_zero_verdict(verdict: bool, ranks: Ranks) -> bool:
     """Rank 0's verdict, on every rank: clocks differ, and all must take part in a resume point."""
     if ranks.count == 1:
         return verdict
-    told = torch.tensor([int(verdict)], device=ranks.device)
-    dist.broadcast(told, src=0)
-    return bool(told.item())
+    agreed = torch.tensor([int(verdict)], device=ranks.device)
+    dist.broadcast(agreed, src=0)
+    return bool(agreed.item())
 
 
-def untrained(run: Run) -> Outcome:
+def evaluate_untrained(run: TrainingRun) -> Outcome:
     """The task as it is: validated once, nothing trained."""
     run.task.to(run.ranks.device)
     run.on_start(0, [])
@@ -446,7 +446,7 @@ def untrained(run: Run) -> Outcome:
     )
 
 
-def _params_trained(run: Run, phases: tuple[Phase, ...]) -> int:
+def _params_trained(run: TrainingRun, phases: tuple[Phase, ...]) -> int:
     """Parameters that any phase moves."""
     layers, named = run.task.layers(), dict(run.task.named_parameters())
     moved = {
@@ -496,7 +496,7 @@ def _step(
     return norm
 
 
-def _evaluated(run: Run, ema: optim.EMA | None, step: int) -> dict[str, Any]:
+def _evaluated(run: TrainingRun, ema: optim.EMA | None, step: int) -> dict[str, Any]:
     """Validation metrics of the current (averaged) weights, the same on every rank; modes are put
     back.
     """

@@ -20,7 +20,7 @@ from pipeline.config.schema import Data, Source
 from pipeline.core.contracts import Backbone, Modality, Objective, Task
 from pipeline.data import manifest as manifests
 from pipeline.data.manifest import Selection, Splits
-from pipeline.data.stream import Decoder, Rows, check_budget, eval_batches
+from pipeline.data.stream import Decoder, Rows, check_bad_row_budget, eval_batches
 from pipeline.train import evaluate
 
 FEATURE_ROWS = 256
@@ -47,7 +47,7 @@ def features(
         if rows.decoder.objective
         else ()
     )
-    ready = evaluate.ready_for(rows)
+    ready = evaluate.device_preprocessing(rows)
     pooled, rest, ids = [], [], []
     for batch, _, _ in eval_batches(rows, FEATURE_ROWS):
         batch = ready(batch.to(device), False)
@@ -97,15 +97,18 @@ def splits(spec: Source, place: str, validated: bool, imports_uri: str) -> Split
             "validation rows: give data.validation files, "
             "a split_column or a validation_fraction"
         )
-    plug, own = data.modality, spec.data.modality
+    component, own = data.modality, spec.data.modality
     given = registry.get("modality", own.name).options_class(**own.options).model_dump()
-    differ = {name: value for name, value in plug.options.items() if given[name] != value}
+    differ = {name: value for name, value in component.options.items() if given[name] != value}
     if differ:
         raise ValueError(
             f"{place}.probe.modality: {differ} contradicts the source's own ({own}); a probe "
             "is read as its source is: leave it out"
         )
-    roles = (*registry.get("modality", plug.name).roles, *registry.get("objective", LABELS).roles)
+    roles = (
+        *registry.get("modality", component.name).roles,
+        *registry.get("objective", LABELS).roles,
+    )
     try:
         found = manifests.splits(data, roles, f"{place}.probe", imports_uri, need_test=False)
     except ValueError as error:
@@ -177,7 +180,7 @@ def prepare(data: Data, found: Splits, modality: Modality) -> Probe:
 
 
 @contextmanager
-def carried(task: Task) -> Iterator[Backbone]:
+def exported_backbone(task: Task) -> Iterator[Backbone]:
     """The backbone as a bundle written now would hold it: a teacher that is what is carried over
     stands in it for as long, and then the weights of before.
     """
@@ -192,7 +195,7 @@ def carried(task: Task) -> Iterator[Backbone]:
         task.backbone.load_state_dict(held)
 
 
-def prober(
+def probe_evaluator(
     probe: Probe,
     modality: Modality,
     ranks: Any,
@@ -229,11 +232,11 @@ def prober(
                 for row, reason in everyone
             ]
         )
-        check_budget(everyone, len(selection), probe.max_bad_rows, selection)
+        check_bad_row_budget(everyone, len(selection), probe.max_bad_rows, selection)
 
     def tried(task: Task) -> float:
         found = []
-        with carried(task) as backbone:
+        with exported_backbone(task) as backbone:
             for rows in parts:
                 mine = {}
                 if len(rows):
@@ -243,7 +246,7 @@ def prober(
                         "features": pooled.cpu().numpy(),
                         "label": rest["label"].cpu().numpy(),
                     }
-                found.append(evaluate.gathered(mine, ranks))
+                found.append(evaluate.gather_predictions(mine, ranks))
         train, validation = found
         votes = (
             torch.from_numpy(train["label"])[

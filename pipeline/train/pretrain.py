@@ -20,7 +20,7 @@ from pipeline.data.stream import (
     Decoder,
     Place,
     Rows,
-    check_budget,
+    check_bad_row_budget,
     plan_of,
     rows_an_item,
     train_batches,
@@ -33,7 +33,7 @@ from pipeline.train.log import MetricsLog, RowTrace
 from pipeline.train.loop import Ranks
 from pipeline.train.row_checks import Finding
 from pipeline.train.source import (
-    Fitted,
+    FittedSource,
     SourceStage,
     canonical_shards,
     check_plan,
@@ -57,7 +57,7 @@ class RankJob:
     seed: int
     train: Train
     steps: int
-    fitted: Fitted
+    fitted: FittedSource
     shards: int
     shuffle: str
     place: Place
@@ -91,14 +91,16 @@ def shuffle_of(data: Data, rows: Selection) -> Shuffle:
     return "rows" if rows.manifest.size <= ROWS_SHUFFLE_BYTES else "blocks"
 
 
-def rank_job(stage: SourceStage, fitted: Fitted, workers: DataWorkers, threads: int) -> RankJob:
+def rank_job(
+    stage: SourceStage, fitted: FittedSource, workers: DataWorkers, threads: int
+) -> RankJob:
     spec = stage.spec
     assert spec.data is not None
     shards = canonical_shards(spec)
     shuffle = shuffle_of(spec.data, fitted.train)
     place: Place = "workers" if spec.data.decode == "auto" else spec.data.decode
     check_plan(stage, fitted.corpora)
-    made = made_by(spec, fitted.arch).facts()["made_by"] | (
+    made = made_by(spec, fitted.arch).metadata()["made_by"] | (
         {"begun_by": list(fitted.begun_by)} if fitted.begun_by else {}
     )
     work = RankJob(
@@ -118,7 +120,7 @@ def rank_job(stage: SourceStage, fitted: Fitted, workers: DataWorkers, threads: 
         fitted.text,
         mixture(spec, fitted.corpora),
         reads=stage.reads,
-        fences=write_fence.entered(),
+        fences=write_fence.current_fences(),
         made_by=made,
     )
     rows = Rows(fitted.train, decoder_of(fitted), costs=fitted.costs)
@@ -145,7 +147,7 @@ def order_of(work: RankJob, rows: Rows, item_rows: int) -> Plan:
     )
 
 
-def decoder_of(fitted: Fitted) -> Decoder:
+def decoder_of(fitted: FittedSource) -> Decoder:
     return Decoder(
         bundle.build_modality(fitted.modality),
         fitted.objective["name"],
@@ -210,7 +212,7 @@ class _BadRows:
                 ]
             )
         for split, selection in selections.items():
-            check_budget(
+            check_bad_row_budget(
                 [(row, reason) for (s, row), reason in self.found.items() if s == split],
                 len(selection),
                 self.work.max_bad_rows,
@@ -252,7 +254,7 @@ def train_rank(
         device=ranks.device,
     )
     objective = task.objective
-    ready = evaluate.ready_for(rows, objective)
+    ready = evaluate.device_preprocessing(rows, objective)
     metrics_of_source = type(objective).source_metrics(objective.options, objective.state)
     check = None
     if len(fitted.validation):
@@ -292,7 +294,7 @@ def train_rank(
             log.quarantine([*fitted.left_out, *found_early])
 
     if check and fitted.probe:
-        tried = online_probe.prober(
+        tried = online_probe.probe_evaluator(
             fitted.probe,
             rows.modality,
             ranks,
@@ -327,7 +329,7 @@ def train_rank(
 
     trace = RowTrace(work.uri, ranks.rank) if train.trace_rows else None
     began = time.time()
-    run = loop.Run(
+    run = loop.TrainingRun(
         task=task,
         technique=Full(),
         train=train,
@@ -355,7 +357,7 @@ def train_rank(
         raise
     if log:
         log.close()
-    facts = {
+    metadata = {
         "source": work.name,
         "backbone": fitted.arch["name"],
         "objective": fitted.objective["name"],
@@ -389,7 +391,7 @@ def train_rank(
             task,
             fitted.modality,
             parent=fitted.start,
-            training=facts,
+            training=metadata,
             spec_hash=work.key,
             metrics=run.keeper.metrics,
             made_by=work.made_by,
@@ -397,7 +399,7 @@ def train_rank(
         checkpoint.clear(checkpoints)
         if fitted.initial:
             storage.remove_tree(fitted.initial)
-    return facts
+    return metadata
 
 
 def _both(
@@ -440,14 +442,14 @@ def import_checkpoint(stage: SourceStage) -> dict[str, Any]:
         }
     text = spec.init or spec.backbone.name
     start = pretrained.read(text, spec.backbone.name)
-    stage.check_start()
+    stage.check_checkpoint()
     began = time.time()
     arch, modality = checkpoint_parts(spec, start, f"sources.{stage.name}")
-    told = text if start.arch is not None and start.modality is not None else ""
-    note = pretrained.input_note(modality, spec.backbone.name, spec.modality, told)
+    checkpoint_name = text if start.arch is not None and start.modality is not None else ""
+    note = pretrained.describe_input(modality, spec.backbone.name, spec.modality, checkpoint_name)
     backbone = bundle.build_backbone(arch, stage.seed)
-    moved = start.onto(backbone)
-    facts = {
+    moved = start.load_into(backbone)
+    metadata = {
         "source": stage.name,
         "backbone": arch["name"],
         "objective": "none (checkpoint)",
@@ -470,9 +472,9 @@ def import_checkpoint(stage: SourceStage) -> dict[str, Any]:
         backbone,
         modality,
         parent=text,
-        training=facts,
+        training=metadata,
         spec_hash=stage.key,
         metrics={},
-        made_by=made.facts()["made_by"],
+        made_by=made.metadata()["made_by"],
     )
-    return facts
+    return metadata

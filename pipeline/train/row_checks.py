@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from pipeline.checkpoints import bundle
-from pipeline.core.capabilities import ComparesNames, CutRows, CutsLongRows
+from pipeline.core.capabilities import ComparesFeatureNames, TruncatesLongRows, TruncationStats
 from pipeline.core.contracts import Modality, Objective
 from pipeline.data import manifest as manifests
 from pipeline.data.manifest import Selection
@@ -41,19 +41,19 @@ class Finding(NamedTuple):
         return f"{'warning: ' if self.is_warning else ''}{name}: {self.text}"
 
 
-def findings_of(facts: Mapping[str, Any]) -> list[Finding]:
+def findings_from_metadata(metadata: Mapping[str, Any]) -> list[Finding]:
     """The findings among a source's facts, as its bundle keeps them.
 
     Each is the list of a Finding's fields. Bundles of imported checkpoints that an earlier version
     wrote hold the sentence alone.
     """
     found = []
-    for kept in facts.get("findings", ()):
+    for kept in metadata.get("findings", ()):
         found.append(Finding(kept) if isinstance(kept, str) else Finding(*kept))
     return found
 
 
-def cut_texts(
+def truncated_texts(
     modality: Modality,
     objective: type[Objective],
     splits: dict[str, Selection],
@@ -62,11 +62,11 @@ def cut_texts(
     """The share of each split that its modality cuts off, in one sentence; nothing where nothing is
     cut, or documents are packed without loss.
     """
-    if objective.packed or not isinstance(modality, CutsLongRows):
+    if objective.packed or not isinstance(modality, TruncatesLongRows):
         return []
     parts, largest = [], 0.0
     for name, selection in splits.items():
-        found, rows = _cut_rows(modality, selection, columns)
+        found, rows = _truncation(modality, selection, columns)
         if found is None or not found.lost:
             continue
         largest = max(largest, found.share)
@@ -80,13 +80,13 @@ def cut_texts(
     if not parts:
         return []
     length = modality.inputs().get("length")
-    told = (
+    description = (
         f"texts are cut at length {length}, and what lies beyond is never read: {'; '.join(parts)}"
     )
     is_warning = largest > WARN_SHARE
     return [
         Finding(
-            told
+            description
             + (
                 "; raise data.modality.text.length, or cut the texts into rows"
                 if is_warning
@@ -97,9 +97,9 @@ def cut_texts(
     ]
 
 
-def _cut_rows(
-    modality: CutsLongRows, selection: Selection, columns: dict[str, str]
-) -> tuple[CutRows | None, int]:
+def _truncation(
+    modality: TruncatesLongRows, selection: Selection, columns: dict[str, str]
+) -> tuple[TruncationStats | None, int]:
     """What is cut of a sample of the rows, and how many rows that sample has."""
     if not len(selection):
         return None, 0
@@ -107,7 +107,7 @@ def _cut_rows(
     rows = min(SAMPLE_ROWS, max(FEWEST_ROWS, SAMPLE_BYTES // bytes_a_row))
     names = [columns[role] for role in ("text", "text_pair") if role in columns]
     table = fit.sample(selection, names, rows)
-    return modality.cut_rows(table, columns), len(table)
+    return modality.truncation(table, columns), len(table)
 
 
 def unshared_names(
@@ -116,15 +116,16 @@ def unshared_names(
     """The complete lists of variables, fields and categories that a source knows and these rows
     lack, and the other way round.
 
-    The terminal has them in short (``Modality.known``).
+    The terminal has them in short (``Modality.coverage``).
     """
     reads = bundle.build_modality(modality)
-    if not isinstance(reads, ComparesNames) or not len(rows):
+    if not isinstance(reads, ComparesFeatureNames) or not len(rows):
         return []
     table = fit.sample(rows, fit.fitted_columns(type(reads), objective, columns), fit.FIT_ROWS)
     sampled = f" (of {len(table):,} of {len(rows):,} rows)" if len(table) < len(rows) else ""
     return [
-        Finding(one.text() + sampled, in_terminal=False) for one in reads.unshared(table, columns)
+        Finding(one.text() + sampled, in_terminal=False)
+        for one in reads.name_differences(table, columns)
     ]
 
 
@@ -144,14 +145,15 @@ def null_labels(
     }
     if not any(counts.values()):
         return []
-    told = ", ".join(
+    description = ", ".join(
         f"{count:,} of {len(splits[split]):,} {split} rows"
         for split, count in counts.items()
         if count
     )
     return [
         Finding(
-            f"column {name} is null in {told}, which counts as {objective.null_label_means}; "
+            f"column {name} is null in {description}, which counts as "
+            f"{objective.null_label_means}; "
             "if it is not known there, leave these rows out"
         )
     ]

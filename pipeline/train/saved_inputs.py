@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from pipeline.config import provenance
-from pipeline.config.provenance import MadeBy
+from pipeline.config.provenance import Provenance
 from pipeline.io import checksums, storage
 from pipeline.train import checkpoint
 
@@ -27,7 +27,7 @@ so).
 _WEIGHTS = "parent_weights"
 
 
-def by(folder: str) -> list[dict[str, Any]]:
+def read_provenance(folder: str) -> list[dict[str, Any]]:
     """What has worked in a folder, as `MadeBy.facts` has it; empty where nothing has.
 
     Parts that are there without a record (it is damaged, or they are older than the record)
@@ -41,29 +41,35 @@ def by(folder: str) -> list[dict[str, Any]]:
     return [_NOT_RECORDED] if has_parts else []
 
 
-def by_others(folder: str, now: MadeBy) -> list[dict[str, Any]]:
+def changed_since(folder: str, now: Provenance) -> list[dict[str, Any]]:
     """Of these what differs from what works now."""
-    return _others(by(folder), now)
+    return _others(read_provenance(folder), now)
 
 
-def _others(found: list[dict[str, Any]], now: MadeBy) -> list[dict[str, Any]]:
-    return [facts for facts in found if provenance.changes(provenance.recorded(facts), now)]
+def _others(found: list[dict[str, Any]], now: Provenance) -> list[dict[str, Any]]:
+    return [
+        metadata
+        for metadata in found
+        if provenance.changes(provenance.from_metadata(metadata), now)
+    ]
 
 
-def record(folder: str, now: MadeBy) -> list[dict[str, Any]]:
+def record(folder: str, now: Provenance) -> list[dict[str, Any]]:
     """Record that ``now`` works in the folder of a source.
 
     Returns:
         What else has worked in it before.
     """
-    before = by(folder)
+    before = read_provenance(folder)
     others = _others(before, now)
     if len(others) == len(before):
-        checksums.write_document(storage.join(folder, FILE), {"begun_by": [*before, now.facts()]})
+        checksums.write_document(
+            storage.join(folder, FILE), {"begun_by": [*before, now.metadata()]}
+        )
     return others
 
 
-def forget(folder: str) -> None:
+def clear(folder: str) -> None:
     """Remove the resume points and the record: a complete result says itself what made it."""
     checkpoint.clear(storage.join(folder, CHECKPOINTS))
     storage.remove_tree(storage.join(folder, FILE))
@@ -72,7 +78,7 @@ def forget(folder: str) -> None:
 # ---------------------------------------------------------------- trials and stacks of heads
 
 
-def drop_unfit(folder: str, now: MadeBy, weights: str | None, remake: bool) -> None:
+def drop_incompatible(folder: str, now: Provenance, weights: str | None, remake: bool) -> None:
     """Remove resume points that a trial or stack must not go on from, before it looks for them.
 
     Those trained from other weights of the source are never gone on with: the result would name
@@ -84,19 +90,21 @@ def drop_unfit(folder: str, now: MadeBy, weights: str | None, remake: bool) -> N
     """
     if not storage.is_dir(storage.join(folder, CHECKPOINTS)):
         return
-    found = by(folder)
-    is_of_other_weights = any(_WEIGHTS in facts and facts[_WEIGHTS] != weights for facts in found)
+    found = read_provenance(folder)
+    is_of_other_weights = any(
+        _WEIGHTS in metadata and metadata[_WEIGHTS] != weights for metadata in found
+    )
     if is_of_other_weights:
-        checksums.tell(
+        checksums.notify(
             f"{folder}: its resume points were trained from other weights of the source "
             "than those of now: training starts again from step 0"
         )
     if is_of_other_weights or (remake and _others(found, now)):
-        forget(folder)
+        clear(folder)
 
 
-def started(
-    folder: str, now: MadeBy, weights: str | None, step: int, trials: list[str]
+def record_start(
+    folder: str, now: Provenance, weights: str | None, step: int, trials: list[str]
 ) -> list[dict[str, Any]]:
     """Record that ``now`` trains a trial or stack from ``step`` on.
 
@@ -110,11 +118,11 @@ def started(
     Returns:
         What else has made the resume point.
     """
-    before = by(folder) if step else []
+    before = read_provenance(folder) if step else []
     others = _others(before, now)
     worked = before
     if len(others) == len(before):
-        worked = [*before, {**now.facts(), _WEIGHTS: weights}]
+        worked = [*before, {**now.metadata(), _WEIGHTS: weights}]
     checksums.write_document(storage.join(folder, FILE), {"begun_by": worked, "trials": trials})
     return others
 

@@ -16,14 +16,14 @@ import torch
 from pipeline.checkpoints import bundle, pretrained
 from pipeline.checkpoints.bundle import BundleError
 from pipeline.config import provenance, registry
-from pipeline.config.provenance import MadeBy
-from pipeline.config.schema import STARTS, Data, Job, Source, spec_hash
+from pipeline.config.provenance import Provenance
+from pipeline.config.schema import CHECKPOINT_PREFIXES, Data, Job, Source, spec_hash
 from pipeline.core.contracts import Modality, Objective
 from pipeline.core.rng import mix
 from pipeline.data import manifest as manifests
 from pipeline.data.manifest import Selection, Splits
 from pipeline.data.plan import Mixture, Plan
-from pipeline.data.stream import Decoder, Rows, check_budget, map_items
+from pipeline.data.stream import Decoder, Rows, check_bad_row_budget, map_items
 from pipeline.io import atomic_folder, checksums, s3, storage
 from pipeline.io.file_identity import ChangedFileError, FileIdentity
 from pipeline.train import config_checks, row_checks, saved_inputs
@@ -69,7 +69,7 @@ def data_key(data: Data) -> dict[str, Any]:
     left_out = dict.fromkeys(WHERE_NOT_WHAT | {"decode", "max_bad_rows", "identity"}, True)
     out = data.model_dump(mode="json", exclude={**left_out, "more": {"__all__": left_out}})
     for one, part in ((out, data), *zip(out["more"], data.more, strict=True)):
-        one["modality"]["options"] = fitting.by_content(part.modality)
+        one["modality"]["options"] = fitting.options_by_content(part.modality)
     return out
 
 
@@ -101,19 +101,21 @@ class SourceStage:
         )
 
     @property
-    def start_text(self) -> str:
+    def checkpoint_text(self) -> str:
         """The checkpoint that the job names, or nothing."""
         return self.spec.init or (
-            self.spec.backbone.name if self.spec.backbone.name.startswith(STARTS) else ""
+            self.spec.backbone.name
+            if self.spec.backbone.name.startswith(CHECKPOINT_PREFIXES)
+            else ""
         )
 
-    def check_start(self) -> None:
+    def check_checkpoint(self) -> None:
         """Raise ChangedFileError when the checkpoint holds something else than when the stage was
         planned.
         """
-        if self.start_text and pretrained.fingerprint(self.start_text) != self.start:
+        if self.checkpoint_text and pretrained.fingerprint(self.checkpoint_text) != self.start:
             raise ChangedFileError(
-                f"sources.{self.name}: {self.start_text} was changed while it was in use: it "
+                f"sources.{self.name}: {self.checkpoint_text} was changed while it was in use: it "
                 "holds something else than when the run "
                 "was planned; leave it alone until the run ends, and run again"
             )
@@ -155,10 +157,10 @@ class SourceStage:
             return ()
         manifest = atomic_folder.open_folder(self.bundle_uri)
         now = made_by(self.spec, manifest["arch"], manifest["modality"]["name"])
-        found = provenance.changes(provenance.recorded(manifest), now)
+        found = provenance.changes(provenance.from_metadata(manifest), now)
         earlier = [
-            provenance.recorded(facts)
-            for facts in (manifest.get("made_by") or {}).get("begun_by", ())
+            provenance.from_metadata(metadata)
+            for metadata in (manifest.get("made_by") or {}).get("begun_by", ())
         ]
         since = [provenance.changes(before, made_by(self.spec)) for before in earlier]
         return (
@@ -218,9 +220,9 @@ def stage(job: Job, name: str) -> SourceStage:
         del what["modality"]
     what["start"] = start = pretrained.fingerprint(spec.init) if spec.init else None
     if spec.objective is not None:
-        what["objective"]["options"] = fitting.by_content(spec.objective)
+        what["objective"]["options"] = fitting.options_by_content(spec.objective)
     if spec.backbone.name.startswith(
-        STARTS
+        CHECKPOINT_PREFIXES
     ):  # where a checkpoint lies does not count, what it holds does
         what["backbone"]["name"] = start = pretrained.fingerprint(spec.backbone.name)
     key = spec_hash(
@@ -242,7 +244,7 @@ def stage(job: Job, name: str) -> SourceStage:
 
 def made_by(
     spec: Source, arch: dict[str, Any] | None = None, modality: str | None = None
-) -> MadeBy:
+) -> Provenance:
     """What makes a source now.
 
     Args:
@@ -250,10 +252,10 @@ def made_by(
         modality: The name of the modality of a checkpoint without data.
     """
     arch = arch or {
-        "name": pretrained.untagged(spec.backbone.name),
+        "name": pretrained.strip_weights_tag(spec.backbone.name),
         "options": spec.backbone.options,
     }
-    imported = spec.init is not None or spec.backbone.name.startswith(STARTS)
+    imported = spec.init is not None or spec.backbone.name.startswith(CHECKPOINT_PREFIXES)
     modules = (
         *(provenance.SOURCE_CODE if spec.data else ()),
         *(provenance.CHECKPOINT_CODE if imported else ()),
@@ -262,7 +264,7 @@ def made_by(
     objective = spec.objective.name if spec.objective and spec.data else None
     return provenance.made_by(
         modules,
-        provenance.pieces_of(
+        provenance.components_of(
             modality, arch["name"], arch["options"], objective, "full" if spec.data else None
         ),
     )
@@ -276,8 +278,8 @@ def begin(stage: SourceStage) -> list[dict[str, Any]]:
     the parts of other code go. The bundle that is there stays until the new one is whole.
     """
     now = made_by(stage.spec)
-    is_of_others = bool(saved_inputs.by_others(stage.uri, now)) or (
-        stage.has_bundle and not saved_inputs.by(stage.uri)
+    is_of_others = bool(saved_inputs.changed_since(stage.uri, now)) or (
+        stage.has_bundle and not saved_inputs.read_provenance(stage.uri)
     )
     if stage.remake and is_of_others:
         for part in WORKING_PARTS:
@@ -323,7 +325,7 @@ def canonical_shards(spec: Source) -> int:
 
 
 @dataclass(frozen=True)
-class Fitted:
+class FittedSource:
     """What was fitted on the corpus, and the rows as training reads them (packed or tokenised ones
     for text). ``corpora``: how many of ``train`` each corpus has, in their order.
     """
@@ -356,7 +358,7 @@ class Fitted:
     """What was noticed in the rows before any training, for terminal and report."""
 
 
-def fit(stage: SourceStage) -> Fitted:
+def fit(stage: SourceStage) -> FittedSource:
     """Fit modality and objective on the training rows, pack or tokenise text, bring in a
     checkpoint: once, kept in the stage's folder.
 
@@ -366,11 +368,13 @@ def fit(stage: SourceStage) -> Fitted:
     spec, splits = stage.spec, stage.splits
     assert spec.data is not None and splits is not None and spec.objective is not None
     begun_by = begin(stage)
-    text = spec.init or (spec.backbone.name if spec.backbone.name.startswith(STARTS) else None)
+    text = spec.init or (
+        spec.backbone.name if spec.backbone.name.startswith(CHECKPOINT_PREFIXES) else None
+    )
     initial = storage.join(stage.uri, "initial")
     held = bundle.load(initial) if text and bundle.exists(initial) else None
     start = pretrained.read(text, spec.backbone.name) if text and held is None else None
-    modality, known = (
+    modality, coverage = (
         (held.manifest["modality"], "")
         if held
         else fitting.fit_modality(
@@ -398,12 +402,12 @@ def fit(stage: SourceStage) -> Fitted:
         if held
         else arch_of(spec, start, bundle.build_modality(modality).inputs())
     )
-    state = suited(objective, state, arch)
+    state = bind_state(objective, state, arch)
     fitted = {"name": spec.objective.name, "options": options.model_dump(), "state": state}
     moved = held.manifest["training"]["transfer"] if held else ""
     if start:
-        stage.check_start()
-        moved = import_start(stage, start, arch, modality, fitted, initial, known)
+        stage.check_checkpoint()
+        moved = import_pretrained(stage, start, arch, modality, fitted, initial, coverage)
     findings = findings_of(stage, modality, bool(start))
     left_out: list[dict[str, Any]] = []
     train, validation, corpora, note = (
@@ -412,10 +416,12 @@ def fit(stage: SourceStage) -> Fitted:
         splits.corpora,
         splits.sizes(),
     )
-    work = Work(modality, columns, form_of(objective, modality, train, columns), tuple(needed))
+    work = RowPreparation(
+        modality, columns, preparation_form(objective, modality, train, columns), tuple(needed)
+    )
     if work.form:
         made = [
-            shards(
+            prepare_split(
                 storage.join(stage.uri, "tokens", name),
                 name,
                 selection,
@@ -437,8 +443,10 @@ def fit(stage: SourceStage) -> Fitted:
     costs: np.ndarray | None = None
     lost: list[tuple[int, str]] = []
     decoder = Decoder(bundle.build_modality(modality), spec.objective.name, state, columns)
-    if spec.train.batch_cost is not None or judged(objective, decoder.modality, columns):
-        rows, lost = learnable(Rows(train, decoder).with_costs(), spec.data.max_bad_rows)
+    if spec.train.batch_cost is not None or checks_labels_before_decoding(
+        objective, decoder.modality, columns
+    ):
+        rows, lost = drop_untrainable(Rows(train, decoder).with_costs(), spec.data.max_bad_rows)
         left_out += [
             {"split": "train", "row": row, "place": train.manifest.place(row), "reason": reason}
             for row, reason in lost
@@ -470,7 +478,7 @@ def fit(stage: SourceStage) -> Fitted:
             f"; {len(left_out)} rows left out ({left_out[0]['place']}: "
             f"{left_out[0]['reason']}{', ...' if len(left_out) > 1 else ''})"
         )
-    return Fitted(
+    return FittedSource(
         arch,
         modality,
         fitted,
@@ -499,7 +507,7 @@ def findings_of(stage: SourceStage, modality: dict[str, Any], continues: bool) -
     assert spec.data is not None and splits is not None and spec.objective is not None
     objective = registry.get("objective", spec.objective.name)
     rows = {"train": splits.train, "validation": splits.validation}
-    found = row_checks.cut_texts(
+    found = row_checks.truncated_texts(
         bundle.build_modality(modality), objective, rows, spec.data.columns
     )
     found += row_checks.null_labels(objective, rows, spec.data.columns)
@@ -513,20 +521,22 @@ def findings_of(stage: SourceStage, modality: dict[str, Any], continues: bool) -
     ]
 
 
-def judged(objective: type[Objective], modality: Modality, columns: dict[str, str]) -> bool:
-    """Whether rows that can be scored but not learned from (``Objective.unlearnable``) are found
-    before any is decoded: where a column tells how long they are. Else only batches that are cut by
-    it are worth a look into every file.
+def checks_labels_before_decoding(
+    objective: type[Objective], modality: Modality, columns: dict[str, str]
+) -> bool:
+    """Whether rows that can be scored but not learned from (``Objective.untrainable_reasons``) are
+    found before any is decoded: where a column tells how long they are. Else only batches that are
+    cut by it are worth a look into every file.
     """
-    return _judges(objective) and modality.cost_role in columns
+    return _has_untrainable_check(objective) and modality.cost_role in columns
 
 
-def _judges(objective: type[Objective]) -> bool:
+def _has_untrainable_check(objective: type[Objective]) -> bool:
     # type: ignore[attr-defined]
-    return objective.unlearnable.__func__ is not Objective.unlearnable.__func__
+    return objective.untrainable_reasons.__func__ is not Objective.untrainable_reasons.__func__
 
 
-def learnable(rows: Rows, max_bad: float) -> tuple[Rows, list[tuple[int, str]]]:
+def drop_untrainable(rows: Rows, max_bad: float) -> tuple[Rows, list[tuple[int, str]]]:
     """The rows that can be learned from by what they cost, before any is decoded, and (row, reason)
     of the others. Raises TooManyBadRowsError.
 
@@ -535,7 +545,7 @@ def learnable(rows: Rows, max_bad: float) -> tuple[Rows, list[tuple[int, str]]]:
     """
     decoder, ids, costs = rows.decoder, rows.selection.ids(np.arange(len(rows))), rows.costs
     objective = registry.get("objective", str(decoder.objective))
-    if not _judges(objective) or not len(rows):
+    if not _has_untrainable_check(objective) or not len(rows):
         return rows, []
     assert costs is not None
     table = manifests.read_columns(
@@ -552,7 +562,7 @@ def learnable(rows: Rows, max_bad: float) -> tuple[Rows, list[tuple[int, str]]]:
         )
     least = np.where(whole, np.maximum(costs / 2, (costs - ROUNDED) / STRETCHED), costs)
     reasons = np.array(
-        objective.unlearnable(table, decoder.columns, decoder.objective_state, None, least)
+        objective.untrainable_reasons(table, decoder.columns, decoder.objective_state, None, least)
         or [""] * len(rows),
         dtype=object,
     )
@@ -569,27 +579,29 @@ def learnable(rows: Rows, max_bad: float) -> tuple[Rows, list[tuple[int, str]]]:
         seconds = np.where(
             own > 0, own, STRETCHED * costs[places] + ROUNDED
         )  # 0: a file that cannot be read
-        reasons[places] = objective.unlearnable(
+        reasons[places] = objective.untrainable_reasons(
             table.take(places), decoder.columns, decoder.objective_state, None, seconds
         )
     bad = [(int(row), reason) for row, reason in zip(ids, reasons, strict=True) if reason]
-    check_budget(bad, len(rows), max_bad, rows.selection)
+    check_bad_row_budget(bad, len(rows), max_bad, rows.selection)
     return rows.subset(np.flatnonzero(reasons == "")), bad
 
 
-def suited(
+def bind_state(
     objective: type[Objective], state: dict[str, Any], arch: dict[str, Any]
 ) -> dict[str, Any]:
     """What an objective learned, with what it must know of the backbone (`Objective.suit`). Raises
     ValueError where that is not for it.
     """
-    if objective.suit.__func__ is Objective.suit.__func__:
+    if objective.bind_to_backbone.__func__ is Objective.bind_to_backbone.__func__:
         return state
     with torch.device("meta"):
-        return objective.suit(state, bundle.build_backbone(arch, seed=0))
+        return objective.bind_to_backbone(state, bundle.build_backbone(arch, seed=0))
 
 
-def arch_of(spec: Source, start: pretrained.Start | None, inputs: dict[str, Any]) -> dict[str, Any]:
+def arch_of(
+    spec: Source, start: pretrained.PretrainedCheckpoint | None, inputs: dict[str, Any]
+) -> dict[str, Any]:
     """The architecture that the job names, or that its checkpoint tells. Raises BundleError where
     the two contradict each other.
     """
@@ -601,8 +613,8 @@ def arch_of(spec: Source, start: pretrained.Start | None, inputs: dict[str, Any]
         }
     given = dict(spec.backbone.options)
     if (
-        not spec.backbone.name.startswith(STARTS)
-        and pretrained.untagged(spec.backbone.name) != start.arch["name"]
+        not spec.backbone.name.startswith(CHECKPOINT_PREFIXES)
+        and pretrained.strip_weights_tag(spec.backbone.name) != start.arch["name"]
     ):
         raise BundleError(
             f"{start.origin} holds a {start.arch['name']}, the job says {spec.backbone.name}: "
@@ -614,14 +626,14 @@ def arch_of(spec: Source, start: pretrained.Start | None, inputs: dict[str, Any]
             f"backbone options {', '.join(fixed)}: the configuration of {start.origin} decides "
             "them; leave them out"
         )
-    return read_otherwise(
+    return adapt_arch_to_inputs(
         {**start.arch, "options": {**start.arch["options"], **given}},
         {**start.arch["inputs"], **inputs},
     )
 
 
 def checkpoint_parts(
-    spec: Source, start: pretrained.Start, place: str
+    spec: Source, start: pretrained.PretrainedCheckpoint, place: str
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Arch and modality of a source without data: what its checkpoint tells, else timm's own, with
     what the job states of its rows.
@@ -633,13 +645,13 @@ def checkpoint_parts(
     together.
     """
     if start.arch is None or start.modality is None:
-        arch, modality = pretrained.described(spec.backbone.name, dict(spec.backbone.options))
+        arch, modality = pretrained.timm_input_spec(spec.backbone.name, dict(spec.backbone.options))
     else:
         arch, modality = arch_of(spec, start, {}), start.modality
-    return pretrained.stated(arch, modality, spec.modality, f"{place}.modality")
+    return pretrained.override_modality(arch, modality, spec.modality, f"{place}.modality")
 
 
-def read_otherwise(arch: dict[str, Any], inputs: dict[str, Any]) -> dict[str, Any]:
+def adapt_arch_to_inputs(arch: dict[str, Any], inputs: dict[str, Any]) -> dict[str, Any]:
     """An architecture whose weights are there, for rows that are read otherwise than theirs were:
     with as many positions as it had, where their number followed from the length of those rows.
     """
@@ -657,21 +669,21 @@ def read_otherwise(arch: dict[str, Any], inputs: dict[str, Any]) -> dict[str, An
     return {**arch, "options": options, "inputs": inputs}
 
 
-def import_start(
+def import_pretrained(
     stage: SourceStage,
-    start: pretrained.Start,
+    start: pretrained.PretrainedCheckpoint,
     arch: dict[str, Any],
     modality: dict[str, Any],
     objective: dict[str, Any],
     uri: str,
-    known: str,
+    coverage: str,
 ) -> str:
     """A checkpoint read once for all ranks and restarts: the task as it starts, as a bundle.
-    Returns in words what was carried over, and ``known``.
+    Returns in words what was carried over, and ``coverage``.
     """
     task = bundle.build_task(arch, objective, seed=stage.seed)
     moved = "; ".join(
-        filter(None, (start.onto(task.backbone).text(), start.head_onto(task), known))
+        filter(None, (start.load_into(task.backbone).text(), start.load_head_into(task), coverage))
     )
     bundle.save(
         uri,
@@ -692,7 +704,7 @@ counts against the budget.
 
 
 @dataclass(frozen=True)
-class Work:
+class RowPreparation:
     """How rows are made from texts, plain enough to be sent to a Ray task: ``form`` is "packed",
     "tokenised" or, where rows stay as they are, nothing; ``kept`` names the columns that stay
     beside the tokens.
@@ -716,7 +728,7 @@ class Work:
         )
 
 
-def form_of(
+def preparation_form(
     objective: type[Objective], modality: dict[str, Any], rows: Selection, columns: dict[str, str]
 ) -> str:
     """The form of `Work` that suits an objective and the rows, of which the first is looked at."""
@@ -740,7 +752,7 @@ class _Shard:
     that is left out.
     """
 
-    def __init__(self, selection: Selection, work: Work):
+    def __init__(self, selection: Selection, work: RowPreparation):
         self.selection, self.work = selection, work
 
     def __call__(self, span: tuple[int, int, int]) -> tuple[int, pa.Table, list[tuple[int, str]]]:
@@ -769,7 +781,7 @@ class _Shard:
 
 
 @dataclass(frozen=True)
-class Shards:
+class PreparedSplit:
     """The rows that were made of a split, how many of each corpus, and the texts that were left
     out.
     """
@@ -804,14 +816,14 @@ def spans(selection: Selection, corpora: tuple[int, ...]) -> list[tuple[int, int
     return out
 
 
-def shards(
+def prepare_split(
     folder: str,
     split: str,
     selection: Selection,
-    work: Work,
+    work: RowPreparation,
     max_bad_rows: float,
     corpora: tuple[int, ...],
-) -> Shards:
+) -> PreparedSplit:
     """Pack or tokenise a split once into Parquet in a folder of its own; a second call finds it
     there. No packed row holds texts of two of the ``corpora``, which are given as how many of the
     selection's rows each has.
@@ -820,11 +832,11 @@ def shards(
     """
 
     def check(bad: Iterable[tuple[int, str]]) -> None:
-        check_budget(
+        check_bad_row_budget(
             [one for one in bad if one[1] != EMPTY], len(selection), max_bad_rows, selection
         )
 
-    if checksums.whole_folder(folder, "these rows are made again") is None:
+    if checksums.intact_folder(folder, "these rows are made again") is None:
         tasks, do = spans(selection, corpora), _Shard(selection, work)
         made = map_items(do, tasks) if len(tasks) > 1 else map(do, tasks)
         bad: list[tuple[int, str]] = []
@@ -859,6 +871,6 @@ def shards(
     )  # the budget may be another one by now
     found = [storage.join(folder, name) for name in sorted(kept["files"])]
     rows = Selection(manifests.build(found, "parquet", "")) if found else selection
-    return Shards(
+    return PreparedSplit(
         rows, tuple(kept["corpora"]), tuple({"split": split, **row} for row in kept["left_out"])
     )

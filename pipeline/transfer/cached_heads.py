@@ -23,7 +23,7 @@ from pipeline.config import provenance
 from pipeline.config.schema import Train, spec_hash
 from pipeline.core.contracts import Backbone, Batch, Objective, Task
 from pipeline.core.rng import mix
-from pipeline.data.stream import Loaded, Rows
+from pipeline.data.stream import LoadedBatch, Rows
 from pipeline.io import checksums, heartbeat, storage
 from pipeline.metrics.catalog import Predictions
 from pipeline.train import evaluate, loop, saved_inputs
@@ -65,7 +65,7 @@ def kept_features(
     arch = shared.bases[base].arch
     made = provenance.made_by(
         FEATURES_CODE,
-        provenance.pieces_of(data.spec.data.modality.name, arch["name"], arch["options"]),
+        provenance.components_of(data.spec.data.modality.name, arch["name"], arch["options"]),
     )
     by = [
         shared.parent_weights.get(source),
@@ -265,7 +265,7 @@ def batchable(group: list[Trial], shared: Shared) -> bool:
     data = shared.targets[first.target, first.base]
     objective = trials.build(first, shared)[0].objective
     pooled = (
-        type(objective).head_loss is not Objective.head_loss and not objective.mixes
+        type(objective).head_loss is not Objective.head_loss and not objective.mixes_inputs
     )  # mixed images have no cached features
     return first.technique_object.frozen and data.spec.workers == 0 and pooled
 
@@ -298,9 +298,11 @@ def run(
     failed: list[Record] = []
     for trial in group:
         try:
-            train, rows, steps = trials.resolved(trial, shared)
+            train, rows, steps = trials.resolve_training(trial, shared)
         except ValueError as error:  # this trial's settings are no settings; the others are fine
-            failed.append(trials.failed(trial, shared, f"{type(error).__name__}: {error}"[:2000]))
+            failed.append(
+                trials.failed_record(trial, shared, f"{type(error).__name__}: {error}"[:2000])
+            )
             continue
         like = train.model_dump(exclude={"lr", "weight_decay"})
         alone = trial.id if noisy else ""
@@ -370,14 +372,14 @@ def _stack(
         else []
     )
 
-    def batches(span: range) -> Iterator[Loaded]:
+    def batches(span: range) -> Iterator[LoadedBatch]:
         for step in span:
             index = torch.from_numpy(
                 np.stack(
                     [place[plan.batch(step)[0]] for plan, place in zip(plans, places, strict=True)]
                 )
             ).to(device)
-            yield Loaded(
+            yield LoadedBatch(
                 Batch(
                     index[0].cpu().numpy(),
                     torch.zeros(0),
@@ -411,9 +413,9 @@ def _stack(
 
     def on_start(step: int, passed_over: list[str]) -> None:
         notes.extend(passed_over)
-        began_with.extend(saved_inputs.started(folder, made, parent_weights, step, ids))
+        began_with.extend(saved_inputs.record_start(folder, made, parent_weights, step, ids))
 
-    work = loop.Run(
+    work = loop.TrainingRun(
         task=stack,
         technique=members[0][0].technique_object,
         train=train,
@@ -430,7 +432,7 @@ def _stack(
         on_rows=on_rows if traces else None,
         alive=alive,
     )
-    saved_inputs.drop_unfit(folder, made, parent_weights, shared.remake)
+    saved_inputs.drop_incompatible(folder, made, parent_weights, shared.remake)
     outcome = loop.fit(work)
     moved += "".join(f"; {note}" for note in notes)
     tests: list[Predictions] | list[None] = (
@@ -438,7 +440,7 @@ def _stack(
     )
     held = (
         _predicted(stack, cached["validation"], train)
-        if "test" in cached and built[0][0].calibrates
+        if "test" in cached and built[0][0].needs_calibration
         else []
     )
     seconds = (outcome.seconds_before + time.time() - began) / len(members) + shared_seconds
@@ -448,7 +450,9 @@ def _stack(
             try:
                 out.append(trials.run(trial, shared, alive=alive))
             except Exception as error:  # it is this head's alone: the others are done
-                out.append(trials.failed(trial, shared, f"{type(error).__name__}: {error}"[:2000]))
+                out.append(
+                    trials.failed_record(trial, shared, f"{type(error).__name__}: {error}"[:2000])
+                )
             continue
         head, start_hash = built[k]
         _put(head, stack, k)
@@ -461,7 +465,7 @@ def _stack(
             if found is None
             else {"row": data.test.selection.ids(np.arange(len(data.test))), **found}
         )
-        facts = {
+        metadata = {
             "params_trained": sum(p[k].numel() for p in stack.stacked),
             "steps": outcome.steps,
             "seconds": seconds,
@@ -473,9 +477,11 @@ def _stack(
             "kept_step": keeper.best[k].step,
             "resumed_from": outcome.resumed_from,
             "begun_by": began_with,
-            "fitted": trials.fitted(head),
+            "fitted": trials.calibration_of(head),
         }
-        record = trials.make_record(trial, shared, own, began, facts, keeper.best[k].metrics, test)
+        record = trials.make_record(
+            trial, shared, own, began, metadata, keeper.best[k].metrics, test
+        )
         trials.write(
             trial,
             shared,

@@ -33,7 +33,7 @@ class Line(NamedTuple):
     advice: str = ""
 
 
-def examine(job: Job | None, address: str | None) -> list[Line]:
+def run_checks(job: Job | None, address: str | None) -> list[Line]:
     """One line a check: ok, warn or FAIL, what was found and what to do."""
     lines = _machine()
     found, on = _ray(address)
@@ -185,7 +185,7 @@ def _ray(address: str | None) -> tuple[list[Line], launch.Cluster | None]:
         on = launch.cluster()
         lines = [Line("ok", what, text)]
         if on.grows:
-            lines.append(Line("ok", "autoscaler", f"can start {launch.told(on.nodes)}"))
+            lines.append(Line("ok", "autoscaler", f"can start {launch.describe_nodes(on.nodes)}"))
         return lines, on
     except launch.ClusterError as error:
         return [Line("FAIL", what, str(error)[:300], "see there")], None

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from pipeline.config import registry
-from pipeline.config.schema import Plug, Train, spec_hash
+from pipeline.config.schema import ComponentConfig, Train, spec_hash
 from pipeline.core.contracts import Technique
 from pipeline.data.plan import Plan
-from pipeline.report.code_versions import OTHER, reasons
+from pipeline.report.code_versions import OTHER, describe_changes
 from pipeline.train import source
 from pipeline.transfer import grid, stages
-from pipeline.transfer.stages import State
+from pipeline.transfer.stages import JobState
 from pipeline.transfer.targets import TargetStage
 
 
-def describe(state: State) -> list[str]:
+def describe(state: JobState) -> list[str]:
     """The resolved stages, trials and cost of ``--dry-run``."""
     job, lines = state.job, []
     for name, stage in state.sources.items():
@@ -31,15 +31,15 @@ def describe(state: State) -> list[str]:
         train = stage.spec.train
         rows = len(stage.splits.train)
         steps = _steps(train, rows, stage.packed)
-        told = (
+        summary = (
             f"{steps} steps" if isinstance(steps, int) else f"{train.epochs or 1:g} epochs in steps"
         )
         lines.append(
-            f"source {name}: {stage.spec.backbone} by {stage.spec.objective}, {told} of "
+            f"source {name}: {stage.spec.backbone} by {stage.spec.objective}, {summary} of "
             f"{_size(train)} on "
             f"{stage.spec.workers} ranks; {stage.splits.sizes()} [{done}]"
         )
-    ready = stages.ended(state)
+    ready = stages.trial_status(state)
     total, steps_total, unknown = 0, 0, ""
     for name, stage in state.targets.items():
         names = stages.matching(state, name)
@@ -47,14 +47,14 @@ def describe(state: State) -> list[str]:
             names = names[: job.fanout.select.top]
         kinds = {_kind(state, n) for n in names}
         plugs = grid.techniques(job, stage.spec)
-        tried = sum(not grid.learns(plug) for plug in plugs) * len(names)
-        plugs = [plug for plug in plugs if grid.learns(plug)]
+        tried = sum(not grid.needs_training(component) for component in plugs) * len(names)
+        plugs = [component for component in plugs if grid.needs_training(component)]
         counts = [
             (
-                _technique(plug),
-                len(names) if registry.get("technique", plug.name).from_source else len(kinds),
+                _technique(component),
+                len(names) if registry.get("technique", component.name).from_source else len(kinds),
             )
-            for plug in plugs
+            for component in plugs
         ]
         cells = sum(many for _, many in counts)
         tries, seeds = job.fanout.trials if job.fanout.trials > 1 else 0, job.fanout.seeds
@@ -67,13 +67,15 @@ def describe(state: State) -> list[str]:
                 update={"global_batch": min(stage.spec.train.global_batch, rows)}
             )
             steps = _steps(train, rows, stage.packed)
-            told = f"{steps} steps" if isinstance(steps, int) else f"{train.epochs or 1:g} epochs"
+            summary = (
+                f"{steps} steps" if isinstance(steps, int) else f"{train.epochs or 1:g} epochs"
+            )
             if isinstance(steps, int):
                 steps_total += sum(
                     many * (tries + seeds) * technique.steps(steps) for technique, many in counts
                 )
                 longer = sorted({technique.steps(steps) for technique, _ in counts} - {steps})
-                told += (
+                summary += (
                     f" (with a budget of its own {', '.join(map(str, longer))})" if longer else ""
                 )
             else:
@@ -90,7 +92,7 @@ def describe(state: State) -> list[str]:
             lines.append(
                 f"target {name} at {share} labels: {cells} cells = {searched} + "
                 f"{cells * seeds} final trials of "
-                f"{told}{drawn} on {rows} {'documents' if stage.packed else 'rows'}; "
+                f"{summary}{drawn} on {rows} {'documents' if stage.packed else 'rows'}; "
                 f"{stage.splits.sizes()}"
             )
         lines += _evidence(stage)
@@ -103,17 +105,17 @@ def describe(state: State) -> list[str]:
     lines.append(
         f"in all: {total} trials, {steps_total} steps{unknown}{kept}; results in {job.root}"
     )
-    _, origins = stages.kept(state)
-    told = reasons(origins)
-    if told and "trials" in state.remake:
-        told[0] = told[0].partition(" and are used")[0] + " and are made anew"
+    _, origins = stages.reusable_results(state)
+    summary = describe_changes(origins)
+    if summary and "trials" in state.remake:
+        summary[0] = summary[0].partition(" and are used")[0] + " and are made anew"
     anew = [name for name, stage in state.sources.items() if stage.remake and stage.changes()]
     if anew and "trials" in state.remake:
-        told.append(
+        summary.append(
             f"the trials of {', '.join(anew)} are made anew too, unless the weights of the "
             "source come out as they were"
         )
-    return [*lines, *told]
+    return [*lines, *summary]
 
 
 def _evidence(stage: TargetStage) -> list[str]:
@@ -133,9 +135,9 @@ def _evidence(stage: TargetStage) -> list[str]:
     return [f"target {stage.name}, {test.what}: {counts}; {enough}"]
 
 
-def _technique(plug: Plug) -> Technique:
-    kind = registry.get("technique", plug.name)
-    return kind(kind.options_class(**plug.options))
+def _technique(component: ComponentConfig) -> Technique:
+    kind = registry.get("technique", component.name)
+    return kind(kind.options_class(**component.options))
 
 
 def _steps(train: Train, rows: int, packed: bool) -> int | str:
@@ -159,7 +161,7 @@ def _size(train: Train) -> str:
     )
 
 
-def _kind(state: State, name: str) -> tuple[str, ...]:
+def _kind(state: JobState, name: str) -> tuple[str, ...]:
     """What tells apart the networks that scratch is trained for: the backbone and what is fitted on
     a source's rows.
     """

@@ -100,12 +100,12 @@ class Pulse:
 
     def listener(self) -> Callable[[], None]:
         """For `heartbeat.listening`: passes some of the beats on, and waits for nothing."""
-        told = float("-inf")
+        last_beat = float("-inf")
 
         def heard() -> None:
-            nonlocal told
-            if time.monotonic() - told > self.every_seconds:
-                told = time.monotonic()
+            nonlocal last_beat
+            if time.monotonic() - last_beat > self.every_seconds:
+                last_beat = time.monotonic()
                 self.board.beat.remote(self.actor_id, self.unit)
 
         return heard
@@ -251,7 +251,7 @@ def _run_unit(
         if board is not None
         else None
     )
-    shared: Shared = launch.held(held[0])
+    shared: Shared = launch.get_shared(held[0])
     warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
     unit = work[config["unit"]]
     torch.set_num_threads(config["threads"])
@@ -270,11 +270,11 @@ def _run_unit(
             }
         )
 
-    told: list[str] = []
+    notes: list[str] = []
     try:
         with (
-            write_fence.inside(shared.fences),
-            checksums.telling(told.append),
+            write_fence.guarded_by(shared.fences),
+            checksums.notifications_to(notes.append),
             heartbeat.listening(pulse.listener() if pulse else lambda: None),
         ):
             records = _records(
@@ -286,7 +286,7 @@ def _run_unit(
                 pulse,
             )
     finally:
-        release()
+        release_memory()
     failed = sum(record["status"] == "failed" for record in records)
     tune.report(
         {
@@ -294,7 +294,7 @@ def _run_unit(
             "done_trials": len(unit.trials),
             "failed_trials": failed,
             "finished": True,
-            **({"notes": told} if told else {}),
+            **({"notes": notes} if notes else {}),
         }
     )
 
@@ -343,11 +343,13 @@ def _records(
         write_fence.check(shared.root)
         reason = f"{type(error).__name__}: {error}"[:2000]
         return [
-            trial.failed(one, shared, reason) for one in unit.trials if written(shared, one) is None
+            trial.failed_record(one, shared, reason)
+            for one in unit.trials
+            if record_of_this_run(shared, one) is None
         ]
 
 
-def release() -> None:
+def release_memory() -> None:
     """What a trial took goes back to the device and to the system: glibc would keep it, and one
     process serves many trials.
     """
@@ -405,7 +407,7 @@ class GroupedASHA(TrialScheduler):
         return f"ASHA in {len(self.groups)} cells"
 
 
-class _Show(tune.Callback):
+class _ProgressCallback(tune.Callback):
     """Counts trials on the progress line and lets losing bundles go as soon as a better one is
     there.
     """
@@ -497,13 +499,13 @@ def prune_bundles(root: str, trials: list[Trial], keep: str, best: dict[str, Rec
             continue
         old = best.get(one.cell)
         loser = record
-        if old is None or _beats(record, old):
+        if old is None or _is_better(record, old):
             best[one.cell], loser = record, old
         if loser is not None and loser["trial_id"] != best[one.cell]["trial_id"]:
             storage.remove_tree(loser["rows"][0]["bundle_uri"])
 
 
-def _beats(a: Record, b: Record) -> bool:
+def _is_better(a: Record, b: Record) -> bool:
     """By the primary metric of validation rows, which may be another than that of test rows. Of
     equals the smaller seed wins, whichever ended first: else each would be removed for the other,
     one as they end and one at the end of the run.
@@ -565,7 +567,7 @@ def unfinished(root: str, one: Trial, spec: Fanout) -> bool:
         or (record["status"] == "pruned" and spec.scheduler != "asha")
     ):
         return True
-    return not trial.is_whole(root, one.id, record)
+    return not trial.is_complete(root, one.id, record)
 
 
 def _by_workers(work: list[Unit], shared: Shared) -> dict[int, list[Unit]]:
@@ -602,7 +604,7 @@ def check_fits(job: Job, have: launch.Nodes, grows: bool = False) -> None:
             ranks = f" for each of {target.workers} ranks" if target.workers else ""
             raise launch.ClusterError(
                 f"targets.{name}: a trial asks for {cpus:g} CPU and {gpus:g} GPU{ranks}, the "
-                f"cluster {verb} {launch.told(have)}; it can "
+                f"cluster {verb} {launch.describe_nodes(have)}; it can "
                 "never be met. Lower fanout.cpus_per_trial, fanout.gpus_per_trial or the "
                 "target's workers, or join a larger cluster"
             )
@@ -631,7 +633,7 @@ def _tune(
     wait: bool | None = None,
 ) -> None:
     keep_keys_out_of_runtime_environments()
-    shared = replace(shared, facts={**shared.facts, "run": uuid.uuid4().hex})
+    shared = replace(shared, metadata={**shared.metadata, "run": uuid.uuid4().hex})
     on = launch.cluster(wait)
     cpus, gpus = per_trial(spec, on.nodes)
     if on.grows:
@@ -659,12 +661,12 @@ def _tune(
     scratch = tempfile.mkdtemp(prefix="onetomany-tune-")
     watchdog = _Watchdog(work, spec, progress)
     try:
-        show = _Show(name, work, shared, progress, spec.keep_bundles, watchdog.ended)
+        show = _ProgressCallback(name, work, shared, progress, spec.keep_bundles, watchdog.ended)
         tuner = tune.Tuner(
             tune.with_resources(
                 tune.with_parameters(
                     _run_unit,
-                    held=[launch.hold(shared)],
+                    held=[launch.put_shared(shared)],
                     work=work,
                     asha=asha,
                     board=watchdog.board,
@@ -690,31 +692,35 @@ def _tune(
             grid = tuner.fit()
         for result in grid:
             number = result.config["unit"]  # type: ignore[index]
-            _account(work[number], result, shared, watchdog.reasons.get(number))
+            _record_lost_trials(work[number], result, shared, watchdog.reasons.get(number))
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def written(shared: Shared, one: Trial) -> Record | None:
+def record_of_this_run(shared: Shared, one: Trial) -> Record | None:
     """The record that this very run has written of a trial. One of before, of a failure or of other
     code, stays until this run's takes its place.
     """
     record = trial.read_record(shared.root, one.id)
-    return record if record is not None and record.get("run") == shared.facts.get("run") else None
+    return (
+        record if record is not None and record.get("run") == shared.metadata.get("run") else None
+    )
 
 
-def _account(unit: Unit, result: Any, shared: Shared, ended_because: str | None = None) -> None:
+def _record_lost_trials(
+    unit: Unit, result: Any, shared: Shared, ended_because: str | None = None
+) -> None:
     """Records of trials that could not write their own: the process died or was ended, or the
     scheduler stopped them.
     """
     for one in unit.trials:
-        if written(shared, one) is not None:
+        if record_of_this_run(shared, one) is not None:
             continue
         if result.error is not None and ended_because:
-            trial.failed(one, shared, ended_because)
+            trial.failed_record(one, shared, ended_because)
         elif result.error is not None:
             lines = [line for line in str(result.error).splitlines() if line.strip()]
-            trial.failed(
+            trial.failed_record(
                 one,
                 shared,
                 f"the trial's process died: {lines[-1] if lines else type(result.error).__name__}"[
@@ -723,7 +729,7 @@ def _account(unit: Unit, result: Any, shared: Shared, ended_because: str | None 
             )
         else:
             last = result.metrics or {}
-            trial.failed(
+            trial.failed_record(
                 one,
                 shared,
                 "stopped early by asha",

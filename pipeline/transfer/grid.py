@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from pipeline.config import provenance, registry
-from pipeline.config.provenance import MadeBy
-from pipeline.config.schema import Job, Plug, Target, rounded, spec_hash
+from pipeline.config.provenance import Provenance
+from pipeline.config.schema import ComponentConfig, Job, Target, round_hyper_parameter, spec_hash
 from pipeline.core.contracts import Technique
 from pipeline.core.rng import mix, row_keys
 from pipeline.data.stream import Rows
-from pipeline.train.fit import by_content
+from pipeline.train.fit import options_by_content
 from pipeline.train.source import HOW_NOT_WHAT
 
 TRIAL_FORMAT = 8
@@ -54,7 +54,7 @@ class Trial:
     base: str
     backbone: str
     target: str
-    technique: Plug
+    technique: ComponentConfig
     hyper_parameters: dict[str, float]
     label_fraction: Fraction
     seed: int
@@ -133,71 +133,77 @@ def draws(job: Job) -> list[dict[str, float]]:
                 if len(values) == 2
                 else values[int(generator.integers(len(values)))]
             )
-            draw[name] = rounded(name, value)
+            draw[name] = round_hyper_parameter(name, value)
         out.append(draw)
     return out
 
 
-def techniques(job: Job, target: Target) -> list[Plug]:
+def techniques(job: Job, target: Target) -> list[ComponentConfig]:
     """The target's or the job's techniques, scratch first and always."""
     named = target.techniques if target.techniques is not None else job.techniques
-    rest = [plug for plug in named if registry.get("technique", plug.name).from_source]
-    unsourced = [plug for plug in named if not registry.get("technique", plug.name).from_source]
-    plain = Plug(name="scratch")
-    return [plain, *(plug for plug in unsourced if plug != plain), *rest]
+    rest = [
+        component for component in named if registry.get("technique", component.name).from_source
+    ]
+    unsourced = [
+        component
+        for component in named
+        if not registry.get("technique", component.name).from_source
+    ]
+    plain = ComponentConfig(name="scratch")
+    return [plain, *(component for component in unsourced if component != plain), *rest]
 
 
-def learns(plug: Plug) -> bool:
+def needs_training(component: ComponentConfig) -> bool:
     """Whether a technique trains at all; what does not is tried once."""
-    return registry.get("technique", plug.name).learns
+    return registry.get("technique", component.name).needs_training
 
 
-def cells(
+def planned_cells(
     job: Job, target_name: str, found: list[Base], chosen: set[str]
-) -> list[tuple[Base, str, Plug, Fraction]]:
+) -> list[tuple[Base, str, ComponentConfig, Fraction]]:
     """(base, source, technique, label fraction) of a target; ``chosen`` are the sources that may be
     used. What learns nothing stands at no rows, 0.
     """
     target = job.targets[target_name]
-    out: list[tuple[Base, str, Plug, Fraction]] = []
+    out: list[tuple[Base, str, ComponentConfig, Fraction]] = []
     for base in found:
         sources = [s for s in base.sources if s in chosen]
         if not sources:
             continue
         for fraction in target.label_fractions:
-            for plug in techniques(job, target):
-                if not learns(plug):
+            for component in techniques(job, target):
+                if not needs_training(component):
                     continue
-                if registry.get("technique", plug.name).from_source:
-                    out += [(base, source, plug, fraction) for source in sources]
+                if registry.get("technique", component.name).from_source:
+                    out += [(base, source, component, fraction) for source in sources]
                 else:
-                    out.append((base, SCRATCH, plug, fraction))
+                    out.append((base, SCRATCH, component, fraction))
         out += [
-            (base, source, plug, 0)
-            for plug in techniques(job, target)
-            if not learns(plug)
+            (base, source, component, 0)
+            for component in techniques(job, target)
+            if not needs_training(component)
             for source in sources
         ]
     return out
 
 
-def make(
+def make_trial(
     job: Job,
     target_name: str,
-    cell: tuple[Base, str, Plug, Fraction],
+    cell: tuple[Base, str, ComponentConfig, Fraction],
     hyper: dict[str, float],
     seed: int,
     stage: str,
     source_key: str,
     data_key: str,
 ) -> Trial:
-    base, source, plug, fraction = cell
+    base, source, component, fraction = cell
     target = job.targets[target_name]
     what = [
         target.model_dump(mode="json", include={"objective", "metric", "workers"}),
         target.train.model_dump(mode="json", exclude=HOW_NOT_WHAT),
     ]
-    what[0]["objective"]["options"] = by_content(target.objective)
+    what[0]["objective"]["options"] = options_by_content(target.objective)
     identity = spec_hash(
         TRIAL_FORMAT,
         source,
@@ -207,7 +213,7 @@ def make(
         source_key if source != SCRATCH else None,
         data_key,
         what,
-        plug,
+        component,
         hyper,
         fraction_text(fraction),
         seed,
@@ -215,11 +221,11 @@ def make(
         job.seed,
     )
     return Trial(
-        source, base.key, base.label, target_name, plug, hyper, fraction, seed, stage, identity
+        source, base.key, base.label, target_name, component, hyper, fraction, seed, stage, identity
     )
 
 
-def made_by(target: Target, base: Base, technique: Plug) -> MadeBy:
+def made_by(target: Target, base: Base, technique: ComponentConfig) -> Provenance:
     """What makes a trial of a target now: the code of its pieces and of the loop, and the versions
     of libraries.
     """
@@ -229,7 +235,7 @@ def made_by(target: Target, base: Base, technique: Plug) -> MadeBy:
         *(provenance.FROZEN_CODE if frozen else ()),
         *(provenance.OVERLAP_CODE if target.drop_overlap != "none" else ()),
     )
-    pieces = provenance.pieces_of(
+    pieces = provenance.components_of(
         target.data.modality.name,
         base.arch["name"],
         base.arch["options"],

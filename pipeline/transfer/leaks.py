@@ -15,7 +15,7 @@ import numpy as np
 
 from pipeline.config import registry
 from pipeline.config.schema import Target
-from pipeline.core.capabilities import NamesFeatures
+from pipeline.core.capabilities import HasSingleFeatures
 from pipeline.core.contracts import Modality
 from pipeline.data import manifest as manifests
 from pipeline.data.manifest import Selection
@@ -35,13 +35,13 @@ class, or each side of a label, must have.
 MOST_LABELS, SHOWN = 50, 5
 
 
-def look(modality: Modality, spec: Target, rows: Selection, state: dict) -> list[Finding]:
+def find_leaks(modality: Modality, spec: Target, rows: Selection, state: dict) -> list[Finding]:
     """A warning where a feature decides the label of training rows; of multilabel targets each
     label is looked at alone.
     """
     objective = registry.get("objective", spec.objective.name)
     role = next((role for role in ("label", "labels") if role in objective.roles), None)
-    if role is None or not isinstance(modality, NamesFeatures) or not len(rows):
+    if role is None or not isinstance(modality, HasSingleFeatures) or not len(rows):
         return []
     columns = spec.data.columns
     label_columns = [

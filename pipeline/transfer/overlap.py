@@ -129,7 +129,7 @@ def _bytes(selection: Selection, modality: str, columns: dict[str, str]) -> int:
     return len(selection) * sum(sizes) // max(1, len(sizes))
 
 
-def look(target: TargetStage, sources: dict[str, SourceStage], folder: str) -> Overlap:
+def find_overlap(target: TargetStage, sources: dict[str, SourceStage], folder: str) -> Overlap:
     """Compare the test rows with the training rows of every source and of the target itself; what
     rows are compared by is kept under the folder.
 
@@ -200,7 +200,7 @@ def look(target: TargetStage, sources: dict[str, SourceStage], folder: str) -> O
         roles = compared(modality, target.spec.data.columns, columns)
         record = record_column(modality, test, selection)
         mine, theirs = (
-            duplicates.signs(
+            duplicates.row_signatures(
                 rows,
                 modality,
                 tuple(named[role] for role in roles),
@@ -210,18 +210,18 @@ def look(target: TargetStage, sources: dict[str, SourceStage], folder: str) -> O
             )
             for rows, named in ((test, target.spec.data.columns), (selection, columns))
         )
-        same = duplicates.exact(mine, theirs)
+        same = duplicates.exact_duplicates(mine, theirs)
         cut = duplicates.same_record(mine, theirs) & ~same
-        like = duplicates.near(mine, theirs) & ~same
+        like = duplicates.near_duplicates(mine, theirs) & ~same
         if same.any() or cut.any() or like.any():
-            told = f"{same.sum()} of {len(test)} test rows also stand in {where}"
-            told += (
+            description = f"{same.sum()} of {len(test)} test rows also stand in {where}"
+            description += (
                 f", {cut.sum()} more as another cut of the same record (column {record})"
                 if cut.any()
                 else ""
             )
-            told += f", {like.sum()} more nearly so (perceptual hash)" if like.any() else ""
-            notes.append(f"{name}: {told}")
+            description += f", {like.sum()} more nearly so (perceptual hash)" if like.any() else ""
+            notes.append(f"{name}: {description}")
         if mode != "none" and not ours:
             gone |= same | cut | like if mode == "near" else same | cut
     if mode != "none":

@@ -31,7 +31,7 @@ from pipeline.train import evaluate, launch
 from pipeline.train.loop import Ranks
 from pipeline.train.progress import Progress
 
-ROWS_A_PART, PIECES_A_PART = 1024, 128
+ROWS_A_PART, PIECES_A_SHARD = 1024, 128
 """Rows of a file of predictions; of recordings fewer, as a row of half a minute takes a megabyte in
 memory.
 """
@@ -85,7 +85,7 @@ class _Predictor:
         found = evaluate.predictions(
             self._task,
             eval_batches(rows, 128),
-            evaluate.ready_for(rows),
+            evaluate.device_preprocessing(rows),
             Ranks(device=device),
             torch.no_grad(),
         )
@@ -94,7 +94,9 @@ class _Predictor:
         return {
             **_table(
                 ids,
-                objective.written(found, evaluate.Completer(rows).origin(objective, ids)),
+                objective.output_columns(
+                    found, evaluate.Postprocessor(rows).raw_rows(objective, ids)
+                ),
                 dict(rows.bad),
             ),
             **self._pieces(ids),
@@ -156,7 +158,7 @@ def check(uri: str, srt: bool = False) -> dict[str, Any]:
         raise BundleError(
             f"{uri}: {name} compares views of a row and predicts nothing; fine-tune it first"
         )
-    if srt and "words" not in objective.written_types:
+    if srt and "words" not in objective.output_types:
         raise BundleError(
             f"{uri}: --srt writes what was said and when, and this bundle's {name} transcribes "
             "nothing; leave --srt out"
@@ -187,7 +189,7 @@ def predict(
     missing column, one of another type than the bundle reads, or an output of something else.
     """
     manifest = check(uri, srt)
-    with file_identity.shown_by(progress.update):
+    with file_identity.progress_to(progress.update):
         found, named = manifests.build_with_named(data, form, storage.join(output, ".imports"))
     modality = bundle.build_modality(manifest["modality"])
     objective = registry.get("objective", manifest["objective"]["name"])
@@ -224,7 +226,7 @@ def predict(
             "labels": classes,
         },
     )
-    step = PIECES_A_PART if modality.cost_role else ROWS_A_PART
+    step = PIECES_A_SHARD if modality.cost_role else ROWS_A_PART
     items = [Item(-1, i, min(i + step, found.rows)) for i in range(0, found.rows, step)]
     parts = {
         item: storage.join(output, f"part-{number:05d}.parquet")
@@ -246,9 +248,7 @@ def predict(
         bad += sum(1 for reason in block["error"] if reason)
         sink = io.BytesIO()
         rows = reader.take(selection.ids(np.arange(item.start, item.stop))) if kept else None
-        pq.write_table(
-            _with_kept(_arrow(block, objective.written_types), rows, kept, classes), sink
-        )
+        pq.write_table(_with_kept(_arrow(block, objective.output_types), rows, kept, classes), sink)
         storage.write_bytes(parts[item], sink.getvalue())
         progress.update(
             f"predict: rows {item.stop}/{found.rows}  {bad} could not be read",
@@ -362,7 +362,7 @@ def _check_types(
     """
     for role, name in columns.items():
         kind = found.schema.field(name).type if name in found.schema.names else None
-        needed = modality.needed_type(role, kind) if kind is not None else ""
+        needed = modality.required_type(role, kind) if kind is not None else ""
         if needed:
             raise ValueError(
                 f"{where}: column {name} holds {_short(kind)}, and this bundle's {role} needs "
@@ -421,8 +421,8 @@ def _columns(
         *modality.roles,
         *(role for role in modality.optional_roles if role not in labels),
     ):
-        told = [given[role]] if role in given else [known.get(role, role), role]
-        there = next((name for name in told if name in names), None)
+        candidates = [given[role]] if role in given else [known.get(role, role), role]
+        there = next((name for name in candidates if name in names), None)
         needed = role in given or role in modality.roles or (role in known and role not in PIECE)
         if there is not None and (
             needed
@@ -432,11 +432,12 @@ def _columns(
         elif needed:
             if modality.registered_name == "table":
                 raise ValueError(
-                    f"{where} has no column {told[0]!r} with the features as a struct; columns "
+                    f"{where} has no column {candidates[0]!r} with the features as a struct; "
+                    "columns "
                     f"are {', '.join(names)}{_prepared(where)}"
                 )
             raise ValueError(
-                f"{where} has no column {told[0]!r} for {role}; columns are "
+                f"{where} has no column {candidates[0]!r} for {role}; columns are "
                 f"{', '.join(names)}; say --column {role}=NAME"
             )
     return out
@@ -484,8 +485,8 @@ def _subtitles(output: str, parts: list[str]) -> int:
         return row.get("recording") or f"row-{row['row']:06d}"
 
     def begin(row: dict[str, Any]) -> float:
-        told = row.get("start")
-        return 0.0 if told is None or math.isnan(told) else told
+        start = row.get("start")
+        return 0.0 if start is None or math.isnan(start) else start
 
     ends = {
         name(row): number
@@ -560,7 +561,7 @@ def _export_folder(found: bundle.Bundle, output: str, backbone_only: bool) -> st
         storage.exists(output) and not storage.is_dir(output)
     ):
         raise ValueError(f"{output} is there already; give a new folder, or remove it first")
-    facts = {
+    metadata = {
         "kind": "export",
         "bundle": found.uri,
         "sha256_of_bundle": found.manifest["sha256"],
@@ -574,9 +575,12 @@ def _export_folder(found: bundle.Bundle, output: str, backbone_only: bool) -> st
         compared = export_check.require(
             export_check.compare_folder(found, folder, backbone_only), found.uri
         )
-        facts["largest_difference"], facts["compared_rows"] = compared.difference, compared.rows
+        metadata["largest_difference"], metadata["compared_rows"] = (
+            compared.difference,
+            compared.rows,
+        )
         atomic_folder.commit_folder(
-            output, {path.name: path for path in sorted(folder.iterdir())}, facts, EXPORTED
+            output, {path.name: path for path in sorted(folder.iterdir())}, metadata, EXPORTED
         )
     return f"{output}: {text}; {compared.text()}"
 
@@ -638,7 +642,7 @@ def _with_norm(found: bundle.Bundle, stem: str) -> tuple[dict[str, Any], dict[st
             f"objective.norm.{part}": tensor
             for part, tensor in classifier_export.norm_tensors(task).items()
         }
-    if classifier_export.is_carried(task):
+    if classifier_export.is_exportable(task):
         tensors |= {
             f"objective.head.{part}": tensor
             for part, tensor in classifier_export.linear_tensors(task).items()
@@ -648,8 +652,8 @@ def _with_norm(found: bundle.Bundle, stem: str) -> tuple[dict[str, Any], dict[st
             f"{stem}_classifier.json": json.dumps(spec, indent=2, ensure_ascii=False),
             f"{stem}_classifier.py": classifier_export.code(),
         }
-    told = {key: found.manifest[key] for key in ("arch", "modality", "objective")}
-    return tensors, {f"{stem}_model.json": json.dumps(told, indent=2, ensure_ascii=False)}
+    description = {key: found.manifest[key] for key in ("arch", "modality", "objective")}
+    return tensors, {f"{stem}_model.json": json.dumps(description, indent=2, ensure_ascii=False)}
 
 
 def _write_tensors(place: Path, tensors: dict[str, Any]) -> None:

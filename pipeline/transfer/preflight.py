@@ -9,22 +9,22 @@ from collections.abc import Iterable
 from pipeline.data.stream import Decoder
 from pipeline.io import storage
 from pipeline.train import dry_checks
-from pipeline.train.dry_checks import Foreseen
+from pipeline.train.dry_checks import PlannedSource
 from pipeline.train.row_checks import Finding
 from pipeline.transfer import grid, stages, targets
 from pipeline.transfer.grid import Base
-from pipeline.transfer.stages import State
+from pipeline.transfer.stages import JobState
 
 ESTIMATED = " (estimated: a run trains its tokenizer on more rows)"
 
 
-def look(state: State) -> list[str]:
+def check_rows(state: JobState) -> list[str]:
     """Sentences about sources and targets, from a sample of their rows. Raises ValueError with all
     that a run would refuse, each problem on a line of its own.
     """
     lines: list[str] = []
     problems: list[str] = []
-    seen: dict[str, Foreseen] = {}
+    seen: dict[str, PlannedSource] = {}
     for name, stage in state.sources.items():
         place = f"sources.{name}"
         try:
@@ -53,7 +53,7 @@ def look(state: State) -> list[str]:
     return lines
 
 
-def _target(state: State, name: str, bases: list[Base], estimated: set[str]) -> list[str]:
+def _target(state: JobState, name: str, bases: list[Base], estimated: set[str]) -> list[str]:
     """What is noticed in a target's rows as each base reads them. Raises ValueError or StorageError
     as the run would.
     """
@@ -61,7 +61,7 @@ def _target(state: State, name: str, bases: list[Base], estimated: set[str]) -> 
     dry_checks.check_named_files(target.splits)
     lines = _lines(
         f"target {name}",
-        targets.more_than_there_is(target, state.job.fanout.search.get("global_batch", ())),
+        targets.unmet_requests(target, state.job.fanout.search.get("global_batch", ())),
         False,
     )
     known: set[str] = set()
@@ -69,7 +69,7 @@ def _target(state: State, name: str, bases: list[Base], estimated: set[str]) -> 
         if not matching & set(base.sources):
             continue
         read = targets.reading_of(target, base)
-        key = targets.reading(target, base)
+        key = targets.reading_key(target, base)
         if key in known:
             continue
         known.add(key)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.checkpoints import bundle
-from pipeline.config.schema import STARTS
+from pipeline.config.schema import CHECKPOINT_PREFIXES
 from pipeline.io import atomic_folder, checksums, storage
 from pipeline.report import results
 from pipeline.report.matrix import SCRATCH, cell_key
@@ -33,7 +33,7 @@ Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Stale:
+class StaleTrials:
     """What pruning would remove. ``rows``: rows of results.parquet; ``trials``: ids whose folders
     (record, predictions, bundle, log) go.
     """
@@ -70,7 +70,7 @@ class Stale:
         ]
 
 
-def told(rows: Sequence[Row]) -> list[str]:
+def describe_stale(rows: Sequence[Row]) -> list[str]:
     """A sentence on the rows of the results table whose trials the job no longer has; none where
     there are none.
     """
@@ -101,7 +101,7 @@ def _cells(rows: Iterable[Row]) -> list[str]:
     return sorted(out)
 
 
-def find(root: str, current: set[str], used: Mapping[str, str]) -> Stale:
+def find_stale(root: str, current: set[str], used: Mapping[str, str]) -> StaleTrials:
     """The stale trials of the job in the folder ``root``.
 
     Args:
@@ -119,7 +119,7 @@ def find(root: str, current: set[str], used: Mapping[str, str]) -> Stale:
     gone = there - kept.keys()
     stale = [row for row in rows if row["trial_id"] in gone]
     stacks = _stale_stacks(root, current)
-    return Stale(len(stale), tuple(sorted(gone)), tuple(_cells(stale)), kept, stacks)
+    return StaleTrials(len(stale), tuple(sorted(gone)), tuple(_cells(stale)), kept, stacks)
 
 
 def _stale_stacks(root: str, current: set[str]) -> tuple[str, ...]:
@@ -134,7 +134,7 @@ def _stale_stacks(root: str, current: set[str]) -> tuple[str, ...]:
     return tuple(out)
 
 
-def prune(root: str, stale: Stale) -> None:
+def prune(root: str, stale: StaleTrials) -> None:
     """Remove what is stale: the rows first, so that the table never names a bundle that is gone."""
     results.remove(root, stale.trials)
     for name in stale.trials:
@@ -146,7 +146,7 @@ def prune(root: str, stale: Stale) -> None:
 # ---------------------------------------------------------------- what other jobs use
 
 
-def note_uses(root: str, sources: Mapping[str, Sequence[str]]) -> None:
+def record_uses(root: str, sources: Mapping[str, Sequence[str]]) -> None:
     """Record in a job's folder what its sources start from: source to the places of bundles and
     checkpoints.
     """
@@ -196,7 +196,7 @@ def _place(text: str) -> str:
     """A bundle's or checkpoint's place as it compares: without what a job writes before it, and a
     local one without links.
     """
-    place = text.partition(":")[2] if text.startswith(STARTS) else text
+    place = text.partition(":")[2] if text.startswith(CHECKPOINT_PREFIXES) else text
     place = place.rstrip("/")
     return place if storage.is_remote(place) else os.path.realpath(place)
 

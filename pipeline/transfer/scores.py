@@ -31,9 +31,9 @@ def logme(found: np.ndarray, labels: np.ndarray) -> float:
     n = len(f)
     u, s, _ = np.linalg.svd(f, full_matrices=False)
     sigma = s**2  # (r,)
-    y = (_telling(labels) if labels.ndim > 1 else labels[:, None] == np.unique(labels)).astype(
-        np.float64
-    )  # (n, C)
+    y = (
+        _varying_columns(labels) if labels.ndim > 1 else labels[:, None] == np.unique(labels)
+    ).astype(np.float64)  # (n, C)
     if not y.shape[1]:
         return float("nan")
     z2 = (u.T @ y) ** 2  # (r, C)
@@ -53,7 +53,7 @@ def logme(found: np.ndarray, labels: np.ndarray) -> float:
     return float(np.where(value.max(0) > best, value.max(0), peak).mean())
 
 
-def _telling(labels: np.ndarray) -> np.ndarray:
+def _varying_columns(labels: np.ndarray) -> np.ndarray:
     """The columns of (n, L) labels that hold both 0 and 1."""
     return labels[:, labels.any(0) & ~labels.all(0)]
 

@@ -23,10 +23,10 @@ from pipeline.io import atomic_folder, checksums, file_identity, storage, write_
 from pipeline.metrics.catalog import metric
 from pipeline.report import code_versions as origins
 from pipeline.report import matrix, report, results, stats, subgroups
-from pipeline.report.code_versions import Origin
+from pipeline.report.code_versions import TrialProvenance
 from pipeline.train import launch, source
 from pipeline.train.progress import Progress
-from pipeline.train.row_checks import findings_of
+from pipeline.train.row_checks import findings_from_metadata
 from pipeline.transfer import fanout, grid, overlap, pruning, scores, targets, trial
 from pipeline.transfer.grid import SCRATCH, Base, Trial
 from pipeline.transfer.targets import TargetStage
@@ -34,7 +34,7 @@ from pipeline.transfer.trial import Shared
 
 
 @dataclass
-class State:
+class JobState:
     """What the stages of one command know so far."""
 
     job: Job
@@ -60,16 +60,16 @@ class State:
     """Of all that the facts of a run depend on (`_keep_facts`)."""
     subgroups: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
     """Of each target that names some: column to the values of its test rows."""
-    origins: dict[str, Origin] = field(default_factory=dict)
+    trial_provenance: dict[str, TrialProvenance] = field(default_factory=dict)
     """Trial id to what made it, of the trials in the table."""
 
 
-def check(job: Job, progress: Progress, **options: Any) -> State:
+def check(job: Job, progress: Progress, **options: Any) -> JobState:
     """Everything that can be known before anything starts: data, columns, splits, storage. Raises
     ValueError with all problems.
     """
     storage.check_writable(job.root)
-    state, problems = State(job, progress, **options), []
+    state, problems = JobState(job, progress, **options), []
 
     def each(make: Callable[[Job, str], Any], names, into: dict[str, Any]) -> None:
         for name in names:
@@ -78,7 +78,7 @@ def check(job: Job, progress: Progress, **options: Any) -> State:
             except (ValueError, storage.StorageError) as error:
                 problems.append(str(error))
 
-    with file_identity.shown_by(progress.update):
+    with file_identity.progress_to(progress.update):
         each(source.stage, job.sources, state.sources)
         each(targets.stage, job.targets, state.targets)
     for name, target in state.targets.items():
@@ -149,7 +149,7 @@ def _modality_name(stage: source.SourceStage) -> str | None:
     return pretrained.modality_name(stage.spec.backbone.name)
 
 
-def matching(state: State, target: str) -> list[str]:
+def matching(state: JobState, target: str) -> list[str]:
     """Sources that a target fans out: those it names, or all of its modality."""
     spec = state.job.targets[target]
     named = spec.sources if spec.sources is not None else list(state.sources)
@@ -160,42 +160,44 @@ def matching(state: State, target: str) -> list[str]:
     ]
 
 
-def ended(state: State) -> list[tuple[Trial, bool]]:
+def trial_status(state: JobState) -> list[tuple[Trial, bool]]:
     """Every trial of the job and whether it needs no run any more; empty while a source has no
     bundle, or the search is not through.
     """
     if (
         not state.targets
         or not all(stage.done for stage in state.sources.values())
-        or _facts(state).get("broken")
+        or _read_metadata(state).get("broken")
     ):
         return []  # a target that was left out is tried again
-    if checksums.is_damaged(_facts_uri(state)):
+    if checksums.is_damaged(_metadata_uri(state)):
         return []  # the run goes through its stages once more, which makes them again
     bases, chosen = _bases(state), _chosen_before(state)
     if chosen is None:
         return []
     draws = search_trials(state, bases, chosen)
-    done = _ended(state, draws, bases)
+    done = _trial_status(state, draws, bases)
     if not all(one for _, one in done):
         return []
     again = finalist_trials(state, bases, chosen, _ranked(draws, _records(state, draws)))
-    done += _ended(state, again, bases)
+    done += _trial_status(state, again, bases)
     if not all(one for _, one in done):
         return []
     search = [*draws, *again]
-    return done + _ended(
+    return done + _trial_status(
         state, final_trials(state, bases, chosen, _winners(search, _records(state, search))), bases
     )
 
 
-def _records(state: State, found: list[Trial]) -> list[Any]:
+def _records(state: JobState, found: list[Trial]) -> list[Any]:
     records = trial.read_records(state.job.root, [one.id for one in found])
     return [records.get(one.id) for one in found]
 
 
-def _ended(state: State, found: list[Trial], bases: list[Base]) -> list[tuple[Trial, bool]]:
-    anew = _anew(state, found, bases)
+def _trial_status(
+    state: JobState, found: list[Trial], bases: list[Base]
+) -> list[tuple[Trial, bool]]:
+    anew = _trials_to_remake(state, found, bases)
     as_they_are = [one for one in found if one.id not in anew]
     unfinished = fanout.unfinished_of(state.job.root, as_they_are, state.job.fanout)
     return [(one, one.id not in anew and one.id not in unfinished) for one in found]
@@ -204,7 +206,9 @@ def _ended(state: State, found: list[Trial], bases: list[Base]) -> list[tuple[Tr
 # -------------------------------------------------------------- what made the trials that are there
 
 
-def origins_of(state: State, found: list[Trial], bases: list[Base]) -> dict[str, Origin]:
+def provenance_of_trials(
+    state: JobState, found: list[Trial], bases: list[Base]
+) -> dict[str, TrialProvenance]:
     """Trial id to what made it, of those that have ended."""
     by_key = {base.key: base for base in bases}
     weights = {
@@ -216,18 +220,24 @@ def origins_of(state: State, found: list[Trial], bases: list[Base]) -> dict[str,
     for one, record in zip(found, _records(state, found), strict=True):
         if record is not None:
             now = grid.made_by(state.job.targets[one.target], by_key[one.base], one.technique)
-            out[one.id] = origins.of_record(record, now, one.source, weights.get(one.source))
+            out[one.id] = origins.provenance_of_record(
+                record, now, one.source, weights.get(one.source)
+            )
     return out
 
 
-def _anew(state: State, found: list[Trial], bases: list[Base]) -> set[str]:
+def _trials_to_remake(state: JobState, found: list[Trial], bases: list[Base]) -> set[str]:
     """Ids of the trials that have ended and are to be made anew."""
     if "trials" not in state.remake:
         return set()
-    return {one for one, origin in origins_of(state, found, bases).items() if origin.changes}
+    return {
+        one for one, origin in provenance_of_trials(state, found, bases).items() if origin.changes
+    }
 
 
-def kept(state: State) -> tuple[dict[str, tuple[str, ...]], dict[str, Origin]]:
+def reusable_results(
+    state: JobState,
+) -> tuple[dict[str, tuple[str, ...]], dict[str, TrialProvenance]]:
     """What is there and would be used as it is: source to how code and versions have changed since,
     and the trials that are known, by id.
 
@@ -239,12 +249,12 @@ def kept(state: State) -> tuple[dict[str, tuple[str, ...]], dict[str, Origin]]:
     if len(changed) < len(state.sources) or chosen is None:
         return changed, {}
     bases = _bases(state)
-    search, final = _known_trials(state, bases, chosen)
-    return changed, origins_of(state, [*search, *final], bases)
+    search, final = _planned_trials(state, bases, chosen)
+    return changed, provenance_of_trials(state, [*search, *final], bases)
 
 
-def _known_trials(
-    state: State, bases: list[Base], chosen: dict[str, set[str]]
+def _planned_trials(
+    state: JobState, bases: list[Base], chosen: dict[str, set[str]]
 ) -> tuple[list[Trial], list[Trial]]:
     """The search trials that have ended, and the final trials that follow from them."""
     search = _search(state, bases, chosen)
@@ -253,7 +263,7 @@ def _known_trials(
     return there, final_trials(state, bases, chosen, _winners(search, records))
 
 
-def _search(state: State, bases: list[Base], chosen: dict[str, set[str]]) -> list[Trial]:
+def _search(state: JobState, bases: list[Base], chosen: dict[str, set[str]]) -> list[Trial]:
     """All draws of the search, and the best of those that have ended once more with further
     seeds.
     """
@@ -261,7 +271,7 @@ def _search(state: State, bases: list[Base], chosen: dict[str, set[str]]) -> lis
     return [*draws, *finalist_trials(state, bases, chosen, _ranked(draws, _records(state, draws)))]
 
 
-def _bases(state: State) -> list[Base]:
+def _bases(state: JobState) -> list[Base]:
     manifests = {
         name: atomic_folder.open_folder(stage.bundle_uri) for name, stage in state.sources.items()
     }
@@ -273,12 +283,12 @@ def _bases(state: State) -> list[Base]:
 # ------------------------------------------------- what a run leaves for `report` beside its trials
 
 
-def _facts_uri(state: State) -> str:
+def _metadata_uri(state: JobState) -> str:
     return storage.join(state.job.root, "facts.json")
 
 
-def _keep_facts(state: State, chosen: dict[str, set[str]]) -> None:
-    facts = {
+def _save_metadata(state: JobState, chosen: dict[str, set[str]]) -> None:
+    metadata = {
         "key": state.key,
         "notes": state.notes,
         "broken": state.broken,
@@ -286,47 +296,47 @@ def _keep_facts(state: State, chosen: dict[str, set[str]]) -> None:
         "left_out": state.left_out,
     }
     checksums.write_document(
-        _facts_uri(state),
-        {**facts, "chosen": {name: sorted(found) for name, found in chosen.items()}},
+        _metadata_uri(state),
+        {**metadata, "chosen": {name: sorted(found) for name, found in chosen.items()}},
     )
 
 
-def _facts(state: State) -> dict[str, Any]:
+def _read_metadata(state: JobState) -> dict[str, Any]:
     """The facts that the newest run of these same sources and targets left, or none."""
     remedy = (
         "what it told the report (notes, scores, targets that were left out) is missing until the "
         "job runs again"
     )
-    found = checksums.document_or_none(_facts_uri(state), remedy) or {}
+    found = checksums.document_or_none(_metadata_uri(state), remedy) or {}
     return found if found.get("key") == state.key else {}
 
 
-def _chosen_before(state: State) -> dict[str, set[str]] | None:
+def _chosen_before(state: JobState) -> dict[str, set[str]] | None:
     """Sources of each target as the newest run chose them; none when that must still be found out
     by scores.
     """
     if state.job.fanout.select is None:
         return {name: set(matching(state, name)) for name in state.targets}
-    found = _facts(state).get("chosen")
+    found = _read_metadata(state).get("chosen")
     return None if found is None else {name: set(found.get(name, ())) for name in state.targets}
 
 
-def used_places(state: State) -> dict[str, tuple[str, ...]]:
+def used_places(state: JobState) -> dict[str, tuple[str, ...]]:
     """Of each source the bundle that trials start from, and the checkpoint that it started from
     itself.
     """
     return {
-        name: tuple(filter(None, (stage.bundle_uri, stage.start_text)))
+        name: tuple(filter(None, (stage.bundle_uri, stage.checkpoint_text)))
         for name, stage in state.sources.items()
     }
 
 
-def all_ids(state: State) -> set[str]:
+def all_ids(state: JobState) -> set[str]:
     """Ids of all trials of the job, whether they have run or not. Raises ValueError while they
     cannot be known.
     """
     lacking = [name for name, stage in state.sources.items() if not stage.has_bundle]
-    broken, chosen = _facts(state).get("broken") or {}, _chosen_before(state)
+    broken, chosen = _read_metadata(state).get("broken") or {}, _chosen_before(state)
     why = ""
     if lacking:
         why = f"sources {', '.join(lacking)} have no bundle yet"
@@ -350,37 +360,39 @@ def all_ids(state: State) -> set[str]:
     )
 
 
-def stale(state: State) -> pruning.Stale:
+def stale(state: JobState) -> pruning.StaleTrials:
     """The trials that are kept and that the job no longer has. Raises ValueError while that cannot
     be known.
     """
-    return pruning.find(
+    return pruning.find_stale(
         state.job.root, all_ids(state), pruning.uses(state.job.root, used_places(state))
     )
 
 
-def pretrain(state: State) -> None:
+def pretrain(state: JobState) -> None:
     """Every source to its bundle."""
-    pruning.note_uses(state.job.root, used_places(state))
+    pruning.record_uses(state.job.root, used_places(state))
     for name, stage in state.sources.items():
-        facts = launch.pretrain(stage, state.progress, state.verbose, state.wait)
-        state.pretraining.append(facts)
-        if facts.get("cached"):
-            note_done(state, name)
+        metadata = launch.pretrain(stage, state.progress, state.verbose, state.wait)
+        state.pretraining.append(metadata)
+        if metadata.get("cached"):
+            report_done(state, name)
         else:
-            values = ", ".join(f"{k} {v:.4g}" for k, v in facts["metrics"].items())
+            values = ", ".join(f"{k} {v:.4g}" for k, v in metadata["metrics"].items())
             state.progress.note(
-                f"{name}: {facts['steps']} steps in {facts['seconds']:.0f} s; validation "
+                f"{name}: {metadata['steps']} steps in {metadata['seconds']:.0f} s; validation "
                 f"{values or 'none'}; bundle {stage.bundle_uri}"
             )
-        if facts.get("transfer"):
-            state.progress.note(f"{name}: {facts['transfer']}")
-        if facts.get("warning"):
-            state.notes.append(f"sources.{name}: {facts['warning']}")
-        state.notes += [finding.line(f"sources.{name}") for finding in findings_of(facts)]
+        if metadata.get("transfer"):
+            state.progress.note(f"{name}: {metadata['transfer']}")
+        if metadata.get("warning"):
+            state.notes.append(f"sources.{name}: {metadata['warning']}")
+        state.notes += [
+            finding.line(f"sources.{name}") for finding in findings_from_metadata(metadata)
+        ]
 
 
-def note_done(state: State, name: str) -> None:
+def report_done(state: JobState, name: str) -> None:
     """Tell of a source that is done, and of what has changed since it was made."""
     stage = state.sources[name]
     state.progress.note(f"{name}: done before ({stage.bundle_uri})")
@@ -391,7 +403,7 @@ def note_done(state: State, name: str) -> None:
         )
 
 
-def share(state: State) -> Shared:
+def share(state: JobState) -> Shared:
     """What the trials read: weights, decoded targets. Raises ValueError when a source has no bundle
     yet.
     """
@@ -401,7 +413,7 @@ def share(state: State) -> Shared:
         raise ValueError(
             f"sources {', '.join(missing)} have no bundle yet: run `pretrain` (or `run`) first"
         )
-    pruning.note_uses(job.root, used_places(state))
+    pruning.record_uses(job.root, used_places(state))
     loaded = {name: targets.weights(stage.bundle_uri) for name, stage in state.sources.items()}
     found = grid.bases(
         {
@@ -414,7 +426,7 @@ def share(state: State) -> Shared:
         by_modality: dict[str, trial.TargetData] = {}
         state.progress.update(f"{name}: reading")
         try:
-            seen = overlap.look(
+            seen = overlap.find_overlap(
                 target,
                 {n: state.sources[n] for n in matching(state, name)},
                 storage.join(job.root, "signs"),
@@ -422,7 +434,7 @@ def share(state: State) -> Shared:
             target = replace(target, splits=replace(target.splits, test=seen.test))
             for base in found:
                 if set(base.sources) & set(matching(state, name)):
-                    key = targets.reading(target, base)
+                    key = targets.reading_key(target, base)
                     by_modality[key] = held[name, base.key] = (
                         targets.for_base(by_modality[key], base)
                         if key in by_modality
@@ -442,7 +454,7 @@ def share(state: State) -> Shared:
         for finding in dict.fromkeys(
             [
                 *found_in_rows,
-                *targets.more_than_there_is(target, job.fanout.search.get("global_batch", ())),
+                *targets.unmet_requests(target, job.fanout.search.get("global_batch", ())),
             ]
         ):
             state.notes.append(finding.line(name))
@@ -456,7 +468,7 @@ def share(state: State) -> Shared:
         raise ValueError(
             "\n".join(f"targets.{name}: {reason}" for name, reason in state.broken.items())
         )
-    facts = {"git_sha": _git_sha(), "spec_hash": spec_hash(job)}
+    metadata = {"git_sha": _git_sha(), "spec_hash": spec_hash(job)}
     return Shared(
         job.name,
         job.root,
@@ -467,9 +479,9 @@ def share(state: State) -> Shared:
         held,
         job.fanout.keep_bundles != "none",
         {name: stage.key for name, stage in state.sources.items()},
-        facts,
+        metadata,
         {name: (manifest["objective"], head) for name, (_, head, manifest) in loaded.items()},
-        write_fence.entered(),
+        write_fence.current_fences(),
         {name: bundle.weights_sha256(stage.bundle_uri) for name, stage in state.sources.items()},
         remake="trials" in state.remake,
     )
@@ -490,7 +502,7 @@ def _git_sha() -> str | None:
     return out.stdout.strip() or None
 
 
-def score(state: State, shared: Shared) -> list[dict[str, Any]]:
+def score(state: JobState, shared: Shared) -> list[dict[str, Any]]:
     """Transferability of every source for every target."""
     out = []
     for name, target in state.targets.items():
@@ -513,7 +525,7 @@ def score(state: State, shared: Shared) -> list[dict[str, Any]]:
 
 
 def _score_of(
-    state: State, shared: Shared, source_name: str, base_key: str, target: str
+    state: JobState, shared: Shared, source_name: str, base_key: str, target: str
 ) -> dict[str, float]:
     """The scores of one source, NaN where they cannot be computed: it is noted, and the other
     sources go on.
@@ -544,7 +556,7 @@ def _rank(score: float) -> tuple[bool, float]:
     return missing, 0.0 if missing else -score
 
 
-def _select(state: State, shared: Shared) -> dict[str, set[str]]:
+def _select(state: JobState, shared: Shared) -> dict[str, set[str]]:
     """Sources to fan out for each target: all, or the best-scored."""
     select = state.job.fanout.select
     chosen = {name: set(matching(state, name)) for name in state.targets}
@@ -572,12 +584,12 @@ def _select(state: State, shared: Shared) -> dict[str, set[str]]:
 
 
 def _cells(
-    state: State, bases: list[Base], chosen: dict[str, set[str]]
+    state: JobState, bases: list[Base], chosen: dict[str, set[str]]
 ) -> list[tuple[str, tuple[Base, str, Any, Any]]]:
     return [
         (name, cell)
         for name in state.targets
-        for cell in grid.cells(
+        for cell in grid.planned_cells(
             state.job,
             name,
             [b for b in bases if set(b.sources) & set(matching(state, name))],
@@ -587,7 +599,7 @@ def _cells(
 
 
 def _trial(
-    state: State,
+    state: JobState,
     name: str,
     cell: tuple[Base, str, Any, Any],
     hyper: dict[str, float],
@@ -595,23 +607,23 @@ def _trial(
     stage: str,
 ) -> Trial:
     key = state.sources[cell[1]].key if cell[1] != SCRATCH else ""
-    return grid.make(state.job, name, cell, hyper, seed, stage, key, state.targets[name].key)
+    return grid.make_trial(state.job, name, cell, hyper, seed, stage, key, state.targets[name].key)
 
 
-def search_trials(state: State, bases: list[Base], chosen: dict[str, set[str]]) -> list[Trial]:
+def search_trials(state: JobState, bases: list[Base], chosen: dict[str, set[str]]) -> list[Trial]:
     """Every cell with every draw; none when there is only one draw."""
     draws = grid.draws(state.job)
     found = _cells(state, bases, chosen) if len(draws) > 1 else []
     return [
         _trial(state, name, cell, hyper, 0, "search")
         for name, cell in found
-        if grid.learns(cell[2])
+        if grid.needs_training(cell[2])
         for hyper in draws
     ]
 
 
 def finalist_trials(
-    state: State,
+    state: JobState,
     bases: list[Base],
     chosen: dict[str, set[str]],
     ranked: dict[str, list[dict[str, float]]],
@@ -634,7 +646,7 @@ def finalist_trials(
 
 
 def final_trials(
-    state: State,
+    state: JobState,
     bases: list[Base],
     chosen: dict[str, set[str]],
     winners: dict[str, dict[str, float]],
@@ -647,12 +659,12 @@ def final_trials(
         hyper = winners.get(_trial(state, name, cell, {}, 0, "final").cell, {})
         out += [
             _trial(state, name, cell, hyper, seed, "final")
-            for seed in range(state.job.fanout.seeds if grid.learns(cell[2]) else 1)
+            for seed in range(state.job.fanout.seeds if grid.needs_training(cell[2]) else 1)
         ]
     return out
 
 
-def finetune(state: State, shared: Shared) -> list[Trial]:
+def finetune(state: JobState, shared: Shared) -> list[Trial]:
     """Search (when there are draws), try the best draws again, then every cell's winner with every
     seed. Returns all trials of the job.
     """
@@ -666,7 +678,7 @@ def finetune(state: State, shared: Shared) -> list[Trial]:
             shared,
             job.fanout,
             state.progress,
-            _anew(state, search, bases),
+            _trials_to_remake(state, search, bases),
             state.wait,
         )
         if search
@@ -683,7 +695,7 @@ def finetune(state: State, shared: Shared) -> list[Trial]:
             shared,
             unpruned,
             state.progress,
-            _anew(state, again, bases),
+            _trials_to_remake(state, again, bases),
             state.wait,
         )
         search = [*search, *again]
@@ -694,7 +706,7 @@ def finetune(state: State, shared: Shared) -> list[Trial]:
             "with the target's own settings"
         )
         state.progress.note(f"warning: {state.notes[-1]}")
-    _keep_facts(state, chosen)
+    _save_metadata(state, chosen)
     final = final_trials(state, bases, chosen, winners)
     fanout.run(
         "fine-tune",
@@ -702,22 +714,22 @@ def finetune(state: State, shared: Shared) -> list[Trial]:
         shared,
         job.fanout,
         state.progress,
-        _anew(state, final, bases),
+        _trials_to_remake(state, final, bases),
         state.wait,
     )
     return [*search, *final]
 
 
-def current(state: State) -> list[dict[str, Any]]:
+def current(state: JobState) -> list[dict[str, Any]]:
     """Rows of the job as it is now, from the records of the trials that have ended, with the notes
     of the run that left them.
     """
     if not state.targets or not all(stage.has_bundle for stage in state.sources.values()):
         return []
-    facts = _facts(state)
+    metadata = _read_metadata(state)
     state.notes, state.broken, state.scores, state.left_out = (
-        facts.get("notes", []),
-        *(facts.get(name, {}) for name in ("broken", "scores", "left_out")),
+        metadata.get("notes", []),
+        *(metadata.get(name, {}) for name in ("broken", "scores", "left_out")),
     )
     state.targets = {
         name: stage for name, stage in state.targets.items() if name not in state.broken
@@ -726,8 +738,8 @@ def current(state: State) -> list[dict[str, Any]]:
         _bases(state),
         _chosen_before(state) or {name: set(matching(state, name)) for name in state.targets},
     )
-    search, final = _known_trials(state, bases, chosen)
-    return results.filled(collect(state, [*search, *final]))
+    search, final = _planned_trials(state, bases, chosen)
+    return results.with_all_columns(collect(state, [*search, *final]))
 
 
 def _tried(
@@ -761,7 +773,7 @@ def _ranked(search: list[Trial], records: list[Any]) -> dict[str, list[dict[str,
     first.
     """
     return {
-        cell: [hyper for hyper, _ in sorted(draws, key=_standing, reverse=True)]
+        cell: [hyper for hyper, _ in sorted(draws, key=_draw_sort_key, reverse=True)]
         for cell, draws in _tried(search, records).items()
     }
 
@@ -773,7 +785,7 @@ def _winners(search: list[Trial], records: list[Any]) -> dict[str, dict[str, flo
     return {cell: ranked[0] for cell, ranked in _ranked(search, records).items()}
 
 
-def _standing(draw: tuple[dict[str, float], list[float]]) -> tuple[int, float]:
+def _draw_sort_key(draw: tuple[dict[str, float], list[float]]) -> tuple[int, float]:
     """A draw that more seeds have finished of comes first: draws that were not tried again, or
     failed with a seed, were found worse.
     """
@@ -781,7 +793,7 @@ def _standing(draw: tuple[dict[str, float], list[float]]) -> tuple[int, float]:
     return len(values), float(np.mean(values))
 
 
-def collect(state: State, found: list[Trial]) -> list[dict[str, Any]]:
+def collect(state: JobState, found: list[Trial]) -> list[dict[str, Any]]:
     """Records of trials to rows of the results table, with the gain of each over scratch at the
     same seed.
 
@@ -789,7 +801,7 @@ def collect(state: State, found: list[Trial]) -> list[dict[str, Any]]:
     """
     root = state.job.root
     records = trial.read_records(root, [one.id for one in found])
-    state.origins = origins_of(state, found, _bases(state))
+    state.trial_provenance = provenance_of_trials(state, found, _bases(state))
     if state.job.fanout.keep_bundles == "best":
         best: dict[str, Any] = {}
         fanout.prune_bundles(root, [one for one in found if one.stage == "final"], "best", best)
@@ -826,7 +838,7 @@ def collect(state: State, found: list[Trial]) -> list[dict[str, Any]]:
             }
             row |= state.scores.get(f"{one.source}|{one.target}", {})
             row["drawn"] = json.dumps(one.hyper_parameters, sort_keys=True)
-            row |= state.origins[one.id].columns()
+            row |= state.trial_provenance[one.id].columns()
             if one.id not in kept:
                 row["bundle_uri"] = None
             against = scratch.get(
@@ -840,7 +852,7 @@ def collect(state: State, found: list[Trial]) -> list[dict[str, Any]]:
             ):
                 row |= _gain(predictions, one, against, row, records)
                 if mixed := provenance.differences(
-                    state.origins[one.id].made, state.origins[against.id].made
+                    state.trial_provenance[one.id].made, state.trial_provenance[against.id].made
                 ):
                     note = f"the gain {origins.MIXED} ({', '.join(mixed)})"
                     row["interval"] = f"{row['interval']}; {note}" if row.get("interval") else note
@@ -848,15 +860,15 @@ def collect(state: State, found: list[Trial]) -> list[dict[str, Any]]:
         rows += _by_subgroup(state, predictions, rows, one)
     results.append(
         root,
-        _compared(rows, matrix.cells(rows, _tested_runs(state, rows, targets_of))),
+        _compared(rows, matrix.matrix_cells(rows, _tested_runs(state, rows, targets_of))),
         current={one.id for one in found},
     )
     return rows
 
 
 def _tested_runs(
-    state: State, rows: list[dict[str, Any]], targets_of: dict[str, str]
-) -> dict[str, stats.Run]:
+    state: JobState, rows: list[dict[str, Any]], targets_of: dict[str, str]
+) -> dict[str, stats.RunPredictions]:
     """Test predictions of the finished final trials of these rows, by trial id."""
     tested = {
         row["trial_id"]: row["seed"]
@@ -865,7 +877,9 @@ def _tested_runs(
     }
     found = {one: trial.read_predictions(state.job.root, one, seed) for one, seed in tested.items()}
     return {
-        one: _told(state, targets_of[one], run) for one, run in found.items() if run is not None
+        one: _with_subgroups(state, targets_of[one], run)
+        for one, run in found.items()
+        if run is not None
     }
 
 
@@ -909,8 +923,8 @@ def _compared(rows: list[dict[str, Any]], cells: list[matrix.Cell]) -> list[dict
 
 
 def _by_subgroup(
-    state: State,
-    predictions: Callable[[str, int], stats.Run | None],
+    state: JobState,
+    predictions: Callable[[str, int], stats.RunPredictions | None],
     rows: list[dict[str, Any]],
     one: Trial,
 ) -> list[dict[str, Any]]:
@@ -921,13 +935,15 @@ def _by_subgroup(
     )
     run = predictions(one.id, one.seed) if spec.subgroups and primary is not None else None
     return (
-        subgroups.result_rows(_told(state, one.target, run), primary)
+        subgroups.result_rows(_with_subgroups(state, one.target, run), primary)
         if run is not None and primary is not None
         else []
     )
 
 
-def _told(state: State, target: str, run: stats.Run) -> stats.Run:
+def _with_subgroups(
+    state: JobState, target: str, run: stats.RunPredictions
+) -> stats.RunPredictions:
     """The run with the subgroups that its target names."""
     stage = state.targets.get(target)
     if stage is None or not stage.spec.subgroups:
@@ -936,11 +952,11 @@ def _told(state: State, target: str, run: stats.Run) -> stats.Run:
         state.subgroups[target] = subgroups.read(
             stage.splits.test, stage.spec.subgroups, f"targets.{target}.subgroups"
         )
-    return subgroups.told(run, stage.splits.test, state.subgroups[target])
+    return subgroups.with_subgroups(run, stage.splits.test, state.subgroups[target])
 
 
 def _gain(
-    predictions: Callable[[str, int], stats.Run | None],
+    predictions: Callable[[str, int], stats.RunPredictions | None],
     one: Trial,
     against: Trial,
     row: dict[str, Any],
@@ -973,13 +989,13 @@ def _gain(
     return out
 
 
-def show(state: State, rows: list[dict[str, Any]]) -> tuple[list[matrix.Cell], tuple[str, str]]:
+def show(state: JobState, rows: list[dict[str, Any]]) -> tuple[list[matrix.Cell], tuple[str, str]]:
     """Cells of the job's table, and the written report."""
     root, named = state.job.root, {row["trial_id"]: row["target"] for row in rows}
-    rows = results.told_apart(rows)
+    rows = results.disambiguate_targets(rows)
     final = [row for row in rows if row["trial_stage"] == "final"]
     runs = _tested_runs(state, rows, named)
-    cells = origins.marked(matrix.cells(rows, runs), rows, state.origins)
+    cells = origins.mark_cells(matrix.matrix_cells(rows, runs), rows, state.trial_provenance)
     curves = {}
     for trial_id, record in trial.read_records(root, {row["trial_id"] for row in final}).items():
         if record:
@@ -993,36 +1009,38 @@ def show(state: State, rows: list[dict[str, Any]]) -> tuple[list[matrix.Cell], t
             ]
     if not state.pretraining:
         state.pretraining = [
-            launch.facts_of(stage) for stage in state.sources.values() if stage.has_bundle
+            launch.source_metadata(stage) for stage in state.sources.values() if stage.has_bundle
         ]
-    notes = [*state.notes, *pruning.told(results.read(root))]
+    notes = [*state.notes, *pruning.describe_stale(results.read(root))]
     where = report.write(
         root,
         job_name=state.job.name,
         cells=cells,
         rows=rows,
         curves=curves,
-        pretraining=[{**facts, "bundle_uri": facts.get("bundle")} for facts in state.pretraining],
-        splits={name: _splits_told(state, stage) for name, stage in state.targets.items()},
+        pretraining=[
+            {**metadata, "bundle_uri": metadata.get("bundle")} for metadata in state.pretraining
+        ],
+        splits={name: _describe_splits(state, stage) for name, stage in state.targets.items()},
         notes=notes,
         versions={"job": spec_hash(state.job)},
         runs=runs,
-        made=origins.reasons(state.origins),
+        made=origins.describe_changes(state.trial_provenance),
         scores=state.scores,
     )
     return cells, where
 
 
-def _splits_told(state: State, stage: TargetStage) -> str:
+def _describe_splits(state: JobState, stage: TargetStage) -> str:
     gone = state.left_out.get(stage.name)
-    told = (
+    description = (
         f"; {gone} of the test rows also stand in a source and were left out (drop_overlap: "
         f"{stage.spec.drop_overlap})"
     )
-    return stage.splits.sizes() + (told if gone else "")
+    return stage.splits.sizes() + (description if gone else "")
 
 
-def failures(state: State, rows: list[dict[str, Any]]) -> list[str]:
+def failures(state: JobState, rows: list[dict[str, Any]]) -> list[str]:
     """A line for each target that was left out and each trial that failed."""
     left_out = [f"targets.{name}: {reason}" for name, reason in state.broken.items()]
     return left_out + sorted(

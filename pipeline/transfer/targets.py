@@ -14,7 +14,14 @@ import pyarrow as pa
 
 from pipeline.checkpoints import bundle
 from pipeline.config import provenance, registry
-from pipeline.config.schema import STARTS, Job, Plug, Source, Target, spec_hash
+from pipeline.config.schema import (
+    CHECKPOINT_PREFIXES,
+    ComponentConfig,
+    Job,
+    Source,
+    Target,
+    spec_hash,
+)
 from pipeline.config.yaml_loader import PLACES
 from pipeline.core.contracts import Modality, Objective, Task, Technique
 from pipeline.data import manifest as manifests
@@ -61,7 +68,7 @@ class TargetStage:
     """What the test rows that are left out depend on (`overlap.key`)."""
     root: str = ""
     """The job's folder, where packed rows are kept."""
-    techniques: tuple[Plug, ...] = ()
+    techniques: tuple[ComponentConfig, ...] = ()
 
     @property
     def key(self) -> str:
@@ -104,7 +111,7 @@ class TargetStage:
         unit, out = "groups" if group else "rows", {}
         for name, selection in self.splits.by_name().items():
             table = manifests.read_columns(selection, list(dict.fromkeys(columns)))
-            groups = manifests.units(table[group]) if group else None
+            groups = manifests.group_numbers(table[group]) if group else None
             encoded = (
                 objective.encode(table, self.spec.data.columns, self.state) if self.scored else {}
             )
@@ -191,7 +198,7 @@ def stage(job: Job, name: str) -> TargetStage:
     except ValueError as error:
         raise ValueError(f"targets.{name}.data, train split: {error}") from None
     options = objective.options_class(**spec.objective.options)
-    known = (*objective.measures(options, state), *objective.test_metrics(options, state))
+    known = (*objective.target_metrics(options, state), *objective.test_metrics(options, state))
     if spec.metric is not None and metric(spec.metric).name not in (
         *known,
         *(OF_CLASSES if "label" in objective.roles else ()),
@@ -260,7 +267,7 @@ def _try_rows(
     table = fit.sample(selection, names, TRIED_ROWS)
     try:
         objective.encode(table, spec.data.columns, state)
-        objective.refused(table, spec.data.columns, state)
+        objective.invalid_label_reasons(table, spec.data.columns, state)
     except (
         TypeError,
         AttributeError,
@@ -311,23 +318,23 @@ def _modality(target: TargetStage, base: Base) -> tuple[dict[str, Any], str]:
     """The source's modality with the options that a target may set for itself, and completed by the
     target's own rows (`fitting.completed`).
     """
-    plug = target.spec.data.modality
-    own = registry.get("modality", plug.name).target_options
-    named = fit.by_content(plug)
-    if problem := registry.get("modality", plug.name).without_effect(
+    component = target.spec.data.modality
+    own = registry.get("modality", component.name).target_options
+    named = fit.options_by_content(component)
+    if problem := registry.get("modality", component.name).ineffective_options(
         named, base.modality["options"]
     ):
         raise ValueError(f"targets.{target.name}.data.modality: {problem}")
     _refuse(
         target,
         {
-            k: plug.options[k]
+            k: component.options[k]
             for k, v in named.items()
             if k not in own and base.modality["options"].get(k) != v
         },
         base.modality["options"],
     )
-    return fit.completed(
+    return fit.extend_modality(
         {**base.modality, "options": {**base.modality["options"], **named}},
         target.splits.train,
         registry.get("objective", target.spec.objective.name),
@@ -348,12 +355,12 @@ def _refuse(target: TargetStage, differ: dict[str, Any], theirs: dict[str, Any])
         )
 
 
-class Reading(NamedTuple):
+class TargetReading(NamedTuple):
     """How a target's rows are read for one base, before any is decoded."""
 
     spec_of_modality: dict[str, Any]
     modality: Modality
-    known: str
+    coverage: str
     """In words, what the source knows of these rows (`Modality.known`)."""
     arch: dict[str, Any]
     objective: dict[str, Any]
@@ -363,7 +370,7 @@ class Reading(NamedTuple):
         return self.objective["state"]
 
 
-def reading_of(target: TargetStage, base: Base) -> Reading:
+def reading_of(target: TargetStage, base: Base) -> TargetReading:
     """Raises ValueError where rows, objective, techniques or backbone do not suit each other."""
     spec_of_modality, known = _modality(target, base)
     modality = bundle.build_modality(spec_of_modality)
@@ -375,30 +382,30 @@ def reading_of(target: TargetStage, base: Base) -> Reading:
     except ValueError as error:
         raise ValueError(f"data.modality: {error}") from None
     options = objective.options_class(**target.spec.objective.options)
-    arch = train_source.read_otherwise(base.arch, modality.inputs() or base.arch["inputs"])
-    state = train_source.suited(
+    arch = train_source.adapt_arch_to_inputs(base.arch, modality.inputs() or base.arch["inputs"])
+    state = train_source.bind_state(
         objective, target.state or fit_labels(target.spec, target.splits), arch
     )
     fitted = {"name": target.spec.objective.name, "options": options.model_dump(), "state": state}
     _check_base(target, base, arch, fitted)
-    return Reading(spec_of_modality, modality, known, arch, fitted)
+    return TargetReading(spec_of_modality, modality, known, arch, fitted)
 
 
-def findings(target: TargetStage, reading: Reading) -> list[Finding]:
+def findings(target: TargetStage, reading: TargetReading) -> list[Finding]:
     """What a look at a sample of the rows tells: texts that are cut, a feature that decides the
     label, names that one side lacks, null labels.
     """
     spec, objective = target.spec, registry.get("objective", target.spec.objective.name)
     splits, columns = target.splits.by_name(), target.spec.data.columns
     return [
-        *row_checks.cut_texts(reading.modality, objective, splits, columns),
-        *leaks.look(reading.modality, spec, splits["train"], reading.state),
+        *row_checks.truncated_texts(reading.modality, objective, splits, columns),
+        *leaks.find_leaks(reading.modality, spec, splits["train"], reading.state),
         *row_checks.null_labels(objective, splits, columns),
         *row_checks.unshared_names(reading.spec_of_modality, objective, splits["train"], columns),
     ]
 
 
-def more_than_there_is(target: TargetStage, searched: Sequence[float] = ()) -> list[Finding]:
+def unmet_requests(target: TargetStage, searched: Sequence[float] = ()) -> list[Finding]:
     """Batches and label counts that the job asks for and the training rows do not give;
     ``searched``: batches that may be drawn.
     """
@@ -407,13 +414,13 @@ def more_than_there_is(target: TargetStage, searched: Sequence[float] = ()) -> l
     batch = int(max(train.global_batch, *searched)) if searched else train.global_batch
     short = {fraction: count for fraction, count in rows.items() if count < batch}
     if short and train.batch_cost is None and not target.packed:
-        told = ", ".join(
+        description = ", ".join(
             f"{count:,} at {fraction_text(fraction, target.spec.objective.name)}"
             for fraction, count in short.items()
         )
         out.append(
             Finding(
-                f"a batch of {batch} rows is more than the labelled training rows ({told}): "
+                f"a batch of {batch} rows is more than the labelled training rows ({description}): "
                 "there a step takes all of them"
             )
         )
@@ -425,11 +432,11 @@ def more_than_there_is(target: TargetStage, searched: Sequence[float] = ()) -> l
     ):
         lacking = np.flatnonzero((counts < wanted) & (counts > 0))
         if len(lacking) and names:
-            told = ", ".join(f"{names[k]} has {counts[k]}" for k in lacking)
+            description = ", ".join(f"{names[k]} has {counts[k]}" for k in lacking)
             out.append(
                 Finding(
                     f"{wanted} rows of each class were asked for (label_fractions), and "
-                    f"{told}: all of these are taken"
+                    f"{description}: all of these are taken"
                 )
             )
         elif len(lacking):
@@ -476,11 +483,11 @@ def prepare(target: TargetStage, base: Base) -> TargetData:
         parts = [rows.in_memory(spec.data.max_bad_rows) for rows in parts]
     streamed = parts[0].arrays is None  # rows in memory have been looked through
     if spec.train.batch_cost is not None or (
-        streamed and train_source.judged(objective, modality, columns)
+        streamed and train_source.checks_labels_before_decoding(objective, modality, columns)
     ):
         parts[0] = parts[0].with_costs()
         if streamed:
-            parts[0], short = train_source.learnable(parts[0], spec.data.max_bad_rows)
+            parts[0], short = train_source.drop_untrainable(parts[0], spec.data.max_bad_rows)
             parts[0] = (
                 parts[0] if spec.train.batch_cost is not None else replace(parts[0], costs=None)
             )
@@ -505,7 +512,7 @@ def prepare(target: TargetStage, base: Base) -> TargetData:
     )
     groups = None
     if spec.data.group and not target.packed:
-        groups = manifests.units(
+        groups = manifests.group_numbers(
             manifests.read_columns(parts[2].selection, [spec.data.group])[spec.data.group]
         )
     file_identity.check_unchanged(splits.reads)
@@ -529,11 +536,11 @@ def prepare(target: TargetStage, base: Base) -> TargetData:
 
 def _packed(
     target: TargetStage, split: str, selection: manifests.Selection, modality: dict[str, Any]
-) -> train_source.Shards:
+) -> train_source.PreparedSplit:
     """The split's documents packed into rows, once for all bases that read alike. Raises ValueError
     where none is left.
     """
-    work = train_source.Work(modality, target.spec.data.columns, "packed", ())
+    work = train_source.RowPreparation(modality, target.spec.data.columns, "packed", ())
     made = provenance.made_by(
         ("pipeline.train.source",), (("modality", modality["name"]),)
     )  # texts that other code has packed are not used again
@@ -542,7 +549,7 @@ def _packed(
         "packed",
         f"{target.name}-{split}-{spec_hash(STAGE_FORMAT, target.key, modality, made.hash, made.versions)}",
     )
-    made = train_source.shards(
+    made = train_source.prepare_split(
         folder, split, selection, work, target.spec.data.max_bad_rows, (len(selection),)
     )
     if not len(made.rows):
@@ -553,11 +560,11 @@ def _packed(
     return made
 
 
-def reading(target: TargetStage, base: Base) -> str:
+def reading_key(target: TargetStage, base: Base) -> str:
     """What the decoded rows of a target depend on: bases that read them alike share them."""
     objective = registry.get("objective", target.spec.objective.name)
     suits = (
-        objective.suit.__func__ is not Objective.suit.__func__
+        objective.bind_to_backbone.__func__ is not Objective.bind_to_backbone.__func__
     )  # which rows can be used follows from the backbone too
     return spec_hash(base.modality, *([base.arch] if suits else []))
 
@@ -566,7 +573,7 @@ def for_base(data: TargetData, base: Base) -> TargetData:
     """The same rows for another base that reads them alike. Raises ValueError where its backbone
     does not suit them.
     """
-    arch = train_source.read_otherwise(
+    arch = train_source.adapt_arch_to_inputs(
         base.arch, bundle.build_modality(data.modality).inputs() or base.arch["inputs"]
     )
     _build(base, arch, data.objective)
@@ -602,23 +609,25 @@ def _check_base(
     where the objective has none of its own.
     """
     task = _build(base, arch, objective)
-    for plug in target.techniques:
-        kind = registry.get("technique", plug.name)
-        one = kind(kind.options_class(**plug.options))
+    for component in target.techniques:
+        kind = registry.get("technique", component.name)
+        one = kind(kind.options_class(**component.options))
         layers = task.layers()
-        if not kind.learns and not type(task.objective).carries_head:
+        if not kind.needs_training and not type(task.objective).transfers_head:
             raise ValueError(
-                f"techniques: {plug.name} tries the source's own head, and {objective['name']} "
+                f"techniques: {component.name} tries the source's own head, and "
+                f"{objective['name']} "
                 "starts with a new one: leave it out, or give "
                 f"targets.{target.name} techniques of its own"
             )
         if (
-            (one.frozen or not kind.learns)
+            (one.frozen or not kind.needs_training)
             and kind.from_source
-            and (why := type(task.objective).beyond(base.arch["inputs"], arch["inputs"]))
+            and (why := type(task.objective).unseen_inputs(base.arch["inputs"], arch["inputs"]))
         ):
             raise ValueError(
-                f"techniques: {plug.name} takes the source's network as it is, and {why}: give "
+                f"techniques: {component.name} takes the source's network as it is, and {why}: "
+                "give "
                 f"targets.{target.name} techniques of its own, such "
                 "as [scratch, full]"
             )
@@ -629,7 +638,7 @@ def _check_base(
                 layers[name] for name, rate in one.rates(layers, phase.name).items() if rate
             ):
                 raise ValueError(
-                    f"techniques: {plug.name} trains the head alone, and {objective['name']} "
+                    f"techniques: {component.name} trains the head alone, and {objective['name']} "
                     "has none (its output is the backbone's own "
                     f"embedding): give targets.{target.name} techniques of its own, such as "
                     "[scratch, full, lora]"
@@ -640,41 +649,41 @@ def check_modality(target: TargetStage, source: Source) -> None:
     """Raises ValueError where the target's objective does not suit how its rows would be read: with
     its source's options and its own.
     """
-    plug, place = target.spec.data.modality, f"targets.{target.name}"
+    component, place = target.spec.data.modality, f"targets.{target.name}"
     if source.data is None:
         return
-    if problem := registry.get("modality", plug.name).without_effect(
-        plug.options, source.data.modality.options
+    if problem := registry.get("modality", component.name).ineffective_options(
+        component.options, source.data.modality.options
     ):
         raise ValueError(f"{place}.data.modality: {problem}")
     config_checks.check_modality(
         place,
-        plug.name,
-        {**source.data.modality.options, **plug.options},
+        component.name,
+        {**source.data.modality.options, **component.options},
         target.spec.objective.name,
     )
-    kind = registry.get("modality", plug.name)
+    kind = registry.get("modality", component.name)
     theirs = kind.options_class(**source.data.modality.options)
     if not source.init and not source.backbone.name.startswith(
-        STARTS
+        CHECKPOINT_PREFIXES
     ):  # a checkpoint brings its own options, and a tokenizer counts by what it holds
         fixed = [
             k
-            for k in plug.options
-            if k not in kind.target_options and k not in PLACES.get(plug.name, ())
+            for k in component.options
+            if k not in kind.target_options and k not in PLACES.get(component.name, ())
         ]
         _refuse(
             target,
             {
-                k: plug.options[k]
+                k: component.options[k]
                 for k in fixed
-                if getattr(kind.options_class(**plug.options), k) != getattr(theirs, k)
+                if getattr(kind.options_class(**component.options), k) != getattr(theirs, k)
             },
             theirs.model_dump(),
         )
     room, wanted = (
         source.backbone.options.get("positions") or getattr(theirs, "length", None),
-        plug.options.get("length"),
+        component.options.get("length"),
     )
     if (
         wanted

@@ -17,14 +17,14 @@ import torch
 
 from pipeline.checkpoints import bundle
 from pipeline.config import registry
-from pipeline.config.schema import Target, Train, drawn
+from pipeline.config.schema import Target, Train, with_hyper_parameters
 from pipeline.core.contracts import Objective, Task
 from pipeline.core.rng import mix
 from pipeline.data.length_buckets import BucketPlan
 from pipeline.data.plan import Plan
 from pipeline.data.stream import (
     Rows,
-    check_budget,
+    check_bad_row_budget,
     eval_batches,
     plan_of,
     rows_an_item,
@@ -87,7 +87,7 @@ class TargetData:
     def metrics(self) -> tuple[str, ...]:
         """Metric names, the primary one first."""
         kind = registry.get("objective", self.objective["name"])
-        declared = kind.measures(
+        declared = kind.target_metrics(
             kind.options_class(**self.objective["options"]), self.objective["state"]
         )
         primary = (
@@ -128,7 +128,7 @@ class Shared:
     targets: dict[tuple[str, str], TargetData]
     keep_bundles: bool
     source_keys: dict[str, str] = field(default_factory=dict)
-    facts: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
     heads: dict[str, tuple[dict[str, Any], dict[str, np.ndarray]]] = field(default_factory=dict)
     """Of each source its objective and the tensors of its head, for objectives that carry them
     over.
@@ -156,7 +156,7 @@ def read_record(root: str, trial_id: str) -> Record | None:
     """The record of a trial, or none where it has none or a damaged one, which is told."""
     record = checksums.document_or_none(storage.join(root, "trials", trial_id, RECORD), AGAIN)
     if record is not None and not isinstance(record.get("rows"), list):
-        checksums.tell(
+        checksums.notify(
             f"{storage.join(root, 'trials', trial_id, RECORD)} is damaged: it is no record of "
             f"a trial: {AGAIN}"
         )
@@ -173,7 +173,7 @@ def read_records(root: str, trial_ids: Iterable[str]) -> dict[str, Record]:
     return {one: record for one, record in zip(wanted, found, strict=True) if record is not None}
 
 
-def is_whole(root: str, trial_id: str, record: Record) -> bool:
+def is_complete(root: str, trial_id: str, record: Record) -> bool:
     """Whether the predictions that the record names are there as they were written; damage is
     told.
     """
@@ -198,10 +198,10 @@ def _predictions(root: str, trial_id: str, record: Record) -> bytes | None:
             checksums.check_bytes(uri, data, entry)
     except storage.NotFoundError:
         if entry is not None:
-            checksums.tell(f"{uri} is gone: {AGAIN}")
+            checksums.notify(f"{uri} is gone: {AGAIN}")
         return None
     except storage.DamagedError as error:
-        checksums.tell(f"{error}: {AGAIN}")
+        checksums.notify(f"{error}: {AGAIN}")
         return None
     return data
 
@@ -217,20 +217,20 @@ def build(trial: Trial, shared: Shared) -> tuple[Task, str, str]:
             name: torch.from_numpy(array) for name, array in shared.weights[trial.source].items()
         }
         moved = bundle.transfer(task.backbone, tensors, trial.source).text()
-        kept, told = 0, "head new"
-        if type(task.objective).carries_head:
+        kept, description = 0, "head new"
+        if type(task.objective).transfers_head:
             theirs, head = shared.heads[trial.source]
-            kept, told = bundle.carry_tensors(
+            kept, description = bundle.carry_tensors(
                 task.objective,
                 theirs,
                 {name: torch.from_numpy(array) for name, array in head.items()},
             )
-        if not trial.technique_object.learns and not kept:
+        if not trial.technique_object.needs_training and not kept:
             raise ValueError(
                 f"{trial.technique.name}: nothing of the head of source {trial.source} fits "
-                f"this target ({told}): it can only be fine-tuned"
+                f"this target ({description}): it can only be fine-tuned"
             )
-        moved += f"; {told}"
+        moved += f"; {description}"
     return task, moved, weights_hash(task)
 
 
@@ -242,7 +242,7 @@ def weights_hash(task: torch.nn.Module) -> str:
     return digest.hexdigest()[:12]
 
 
-def resolved(trial: Trial, shared: Shared) -> tuple[Train, Rows, int]:
+def resolve_training(trial: Trial, shared: Shared) -> tuple[Train, Rows, int]:
     """The training spec as it runs, the labelled rows of this trial and the steps.
 
     The batch is never larger than the rows; a frozen backbone reads rows without augmentation.
@@ -250,7 +250,7 @@ def resolved(trial: Trial, shared: Shared) -> tuple[Train, Rows, int]:
     average: features are all of one length.
     """
     data = shared.targets[trial.target, trial.base]
-    if not trial.technique_object.learns:
+    if not trial.technique_object.needs_training:
         return (
             data.spec.train.model_copy(
                 update={"global_batch": min(data.spec.train.global_batch, len(data.train))}
@@ -261,7 +261,7 @@ def resolved(trial: Trial, shared: Shared) -> tuple[Train, Rows, int]:
     rows = data.train.subset(
         label_subset(data.train, data.labels, trial.label_fraction, mix(shared.seed, trial.seed))
     )
-    train = drawn(data.spec.train, trial.hyper_parameters)
+    train = with_hyper_parameters(data.spec.train, trial.hyper_parameters)
     change: dict[str, Any] = {"augment": False} if trial.technique_object.frozen else {}
     batch = train.global_batch
     kept = (
@@ -328,7 +328,7 @@ def run(
     ranks = ranks or Ranks(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     began = time.time()
     data = shared.targets[trial.target, trial.base]
-    train, rows, steps = resolved(trial, shared)
+    train, rows, steps = resolve_training(trial, shared)
     task, moved, start_hash = build(trial, shared)
     technique = trial.technique_object
     with torch.random.fork_rng(
@@ -337,7 +337,7 @@ def run(
         torch.manual_seed(mix(shared.seed, trial.seed, 4))
         task = technique.wrap(task)
     plan = order_of(trial, shared, train, rows)
-    ready = evaluate.ready_for(rows, task.objective)
+    ready = evaluate.device_preprocessing(rows, task.objective)
     autocast = partial(loop.autocast, train, ranks.device)
     check = evaluate.evaluator(data.validation, data.metrics, ready, ranks, autocast, EVAL_ROWS)
     log: MetricsLog | None = None
@@ -351,7 +351,9 @@ def run(
         notes.extend(passed_over)
         if ranks.first:
             where = folder(shared, trial)
-            began_with.extend(saved_inputs.started(where, made, parent_weights, step, [trial.id]))
+            began_with.extend(
+                saved_inputs.record_start(where, made, parent_weights, step, [trial.id])
+            )
             log = MetricsLog(where, step)
 
     def on_log(record: dict[str, Any]) -> None:
@@ -366,11 +368,11 @@ def run(
 
     def bad_rows(found: list[tuple[int, str]], seen: int) -> None:
         bad.extend(found)
-        check_budget(bad, len(rows), data.spec.data.max_bad_rows, rows.selection)
+        check_bad_row_budget(bad, len(rows), data.spec.data.max_bad_rows, rows.selection)
 
     keeper = loop.KeepBest(data.metrics[0], train.keep)
     trace = RowTrace(folder(shared, trial), ranks.rank) if train.trace_rows else None
-    work = loop.Run(
+    work = loop.TrainingRun(
         task=task,
         technique=technique,
         train=train,
@@ -399,9 +401,9 @@ def run(
         restarts=True,
     )
     if ranks.first:
-        saved_inputs.drop_unfit(folder(shared, trial), made, parent_weights, shared.remake)
+        saved_inputs.drop_incompatible(folder(shared, trial), made, parent_weights, shared.remake)
     try:
-        outcome = loop.fit(work) if technique.learns else loop.untrained(work)
+        outcome = loop.fit(work) if technique.needs_training else loop.evaluate_untrained(work)
     except BaseException:
         if log:
             log.abandon()
@@ -411,27 +413,29 @@ def run(
     test: Predictions | None = None
     task = technique.finish(task)
     if trial.stage == "final":
-        if task.objective.calibrates:
+        if task.objective.needs_calibration:
             held = evaluate.predictions(
                 task, _batches(data.validation, ranks), ready, ranks, autocast()
             )
             task.objective.calibrate(
-                evaluate.gathered(evaluate.Completer(data.validation)(task.objective, held), ranks)
+                evaluate.gather_predictions(
+                    evaluate.Postprocessor(data.validation)(task.objective, held), ranks
+                )
             )
         task = technique.at_test(task, None)
         lost: list[tuple[int, str]] = []
         mine = evaluate.predictions(
             task, _batches(data.test, ranks), ready, ranks, autocast(), lost.extend
         )
-        check_budget(lost, len(data.test), data.spec.data.max_bad_rows, data.test.selection)
-        mine = evaluate.Completer(data.test).tested(task, mine)
-        test = evaluate.gathered(mine, ranks)
+        check_bad_row_budget(lost, len(data.test), data.spec.data.max_bad_rows, data.test.selection)
+        mine = evaluate.Postprocessor(data.test).rollout_evaluation(task, mine)
+        test = evaluate.gather_predictions(mine, ranks)
         moved += (
             f"; {len(data.test) - len(test['row'])} test rows could not be read"
             if len(test["row"]) < len(data.test)
             else ""
         )
-    unread = _lost(bad, ranks)
+    unread = _unreadable_rows(bad, ranks)
     if unread:
         row, reason = min(unread.items())
         moved += (
@@ -440,23 +444,23 @@ def run(
         )
     moved += "".join(f"; {note}" for note in notes)
     seconds = outcome.seconds_before + time.time() - began
-    facts = {
+    metadata = {
         "params_trained": outcome.params_trained,
         "steps": outcome.steps,
         "seconds": seconds,
         "device": device_name(ranks.device),
         "start_weights": start_hash,
         "transfer": moved,
-        "n_train": len(rows) - len(unread) if technique.learns else 0,
+        "n_train": len(rows) - len(unread) if technique.needs_training else 0,
         "curve": outcome.curve,
         "kept_step": keeper.step,
         "skipped_steps": outcome.skipped_steps,
         "resumed_from": outcome.resumed_from,
         "begun_by": began_with,
-        "fitted": fitted(task.objective),
+        "fitted": calibration_of(task.objective),
         **({"padding_share": round(plan.padding(), 4)} if isinstance(plan, BucketPlan) else {}),
     }
-    record = make_record(trial, shared, train, began, facts, keeper.metrics, test)
+    record = make_record(trial, shared, train, began, metadata, keeper.metrics, test)
     if ranks.first:
         file_identity.check_unchanged(data.reads)
         write(
@@ -465,12 +469,12 @@ def run(
             record,
             test,
             task if shared.keep_bundles and trial.stage == "final" else None,
-            task.objective.film,
+            task.objective.rollout_frames,
         )
     return record
 
 
-def _lost(bad: list[tuple[int, str]], ranks: Ranks) -> dict[int, str]:
+def _unreadable_rows(bad: list[tuple[int, str]], ranks: Ranks) -> dict[int, str]:
     """Rows that some rank could not read, each once, with the reason."""
     everyone: list[Any] = [bad]
     if ranks.count > 1:
@@ -490,7 +494,7 @@ def make_record(
     shared: Shared,
     train: Train,
     began: float,
-    facts: dict[str, Any],
+    metadata: dict[str, Any],
     validation: dict[str, float],
     test: Predictions | None,
     status: str = "done",
@@ -503,12 +507,12 @@ def make_record(
     ran = {
         **trial.hyper_parameters,
         **{k: getattr(train, k) for k in ("lr", "global_batch", "weight_decay", "optimizer")},
-        "steps": facts.get("steps"),
+        "steps": metadata.get("steps"),
         **(
             {
                 "batch_cost": train.batch_cost,
                 "global_batch": None,
-                "padding_share": facts.get("padding_share"),
+                "padding_share": metadata.get("padding_share"),
             }
             if train.batch_cost
             else {}
@@ -518,8 +522,8 @@ def make_record(
             if "normalization" in data.objective["state"]
             else {}
         ),
-        "start_weights": facts.get("start_weights"),
-        **facts.get("fitted", {}),
+        "start_weights": metadata.get("start_weights"),
+        **metadata.get("fitted", {}),
         **({"technique": trial.technique.options} if trial.technique.options else {}),
     }
     groups = groups_of(data, test)
@@ -537,19 +541,22 @@ def make_record(
         "trial_stage": trial.stage,
         "status": status,
         "error": error,
-        "n_train": facts.get("n_train"),
-        "params_trained": facts.get("params_trained"),
-        "steps": facts.get("steps"),
-        "seconds": facts.get("seconds"),
-        "device": facts.get("device"),
+        "n_train": metadata.get("n_train"),
+        "params_trained": metadata.get("params_trained"),
+        "steps": metadata.get("steps"),
+        "seconds": metadata.get("seconds"),
+        "device": metadata.get("device"),
         "bundle_uri": None,
         "parent_uri": shared.parents.get(trial.source),
-        "spec_hash": shared.facts.get("spec_hash"),
-        "git_sha": shared.facts.get("git_sha"),
+        "spec_hash": shared.metadata.get("spec_hash"),
+        "git_sha": shared.metadata.get("git_sha"),
         "started_at": began,
     }
     rows: list[dict[str, Any]] = []
-    for split, found in (("test", tested(data, test) if test else {}), ("validation", validation)):
+    for split, found in (
+        ("test", compute_test_metrics(data, test) if test else {}),
+        ("validation", validation),
+    ):
         for name in found if split == "test" else data.metrics if found else ():
             of = metric(name, data.label_names)
             row = {
@@ -577,21 +584,21 @@ def make_record(
         "cell": trial.cell,
         "status": status,
         "error": error,
-        **made.facts(),
+        **made.metadata(),
         "parent_weights": shared.parent_weights.get(trial.source),
-        "run": shared.facts.get("run"),
-        "begun_by": facts.get("begun_by", []),
+        "run": shared.metadata.get("run"),
+        "begun_by": metadata.get("begun_by", []),
         "rows": rows,
-        "curve": facts.get("curve", []),
-        "transfer": facts.get("transfer", ""),
+        "curve": metadata.get("curve", []),
+        "transfer": metadata.get("transfer", ""),
         "validation": validation,
-        "kept_step": facts.get("kept_step"),
-        "skipped_steps": facts.get("skipped_steps", 0),
-        "resumed_from": facts.get("resumed_from", 0),
+        "kept_step": metadata.get("kept_step"),
+        "skipped_steps": metadata.get("skipped_steps", 0),
+        "resumed_from": metadata.get("resumed_from", 0),
     }
 
 
-def tested(data: TargetData, test: Predictions) -> dict[str, float]:
+def compute_test_metrics(data: TargetData, test: Predictions) -> dict[str, float]:
     """Test values by metric, the primary one first. Behind them those of single labels
     (``auroc/Effusion``) that a metric of several averages: of every label that some test rows have
     and some have not. Raises ValueError where no label has the positives that it needs to be
@@ -612,12 +619,12 @@ def tested(data: TargetData, test: Predictions) -> dict[str, float]:
     return found
 
 
-def fitted(objective: Objective) -> dict[str, float]:
+def calibration_of(objective: Objective) -> dict[str, float]:
     """What was fitted on the validation rows after training."""
     return {
         name: objective.state[name]
         for name in ("temperature", "threshold")
-        if objective.calibrates and name in objective.state
+        if objective.needs_calibration and name in objective.state
     }
 
 
@@ -630,13 +637,13 @@ def groups_of(data: TargetData, test: Predictions | None) -> np.ndarray | None:
     ]
 
 
-def failed(
+def failed_record(
     trial: Trial,
     shared: Shared,
     error: str,
     status: str = "failed",
     validation: dict[str, float] | None = None,
-    facts: dict[str, Any] | None = None,
+    metadata: dict[str, Any] | None = None,
 ) -> Record:
     """The record of a trial that did not end well. It is written too, so that the table has its
     row.
@@ -646,7 +653,7 @@ def failed(
         update=trial.hyper_parameters
     )  # not checked: it may be what failed
     record = make_record(
-        trial, shared, train, time.time(), facts or {}, validation or {}, None, status, error
+        trial, shared, train, time.time(), metadata or {}, validation or {}, None, status, error
     )
     write(trial, shared, record, None, None)
     return record
@@ -658,10 +665,10 @@ def write(
     record: Record,
     test: Predictions | None,
     task: Task | None,
-    film: np.ndarray | None = None,
+    rollout_frames: np.ndarray | None = None,
 ) -> None:
-    """Predictions (and pictures, ``film``) and bundle first, the record last: a trial with a record
-    is complete.
+    """Predictions (and pictures, ``rollout_frames``) and bundle first, the record last: a trial
+    with a record is complete.
 
     Its resume points go then; those of a failed trial stay, since the next run tries it again.
     """
@@ -669,7 +676,7 @@ def write(
     if test is not None:
         extra = {} if data.groups is None else {"group": groups_of(data, test)}
         extra |= {"label_names": np.array(data.label_names)} if data.label_names else {}
-        extra |= {} if film is None else {"film": film}
+        extra |= {} if rollout_frames is None else {"film": rollout_frames}
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **test, **extra)  # type: ignore[arg-type]
         storage.write_bytes(storage.join(where, PREDICTIONS), buffer.getvalue())
@@ -691,10 +698,10 @@ def write(
             row["bundle_uri"] = uri
     checksums.write_document(storage.join(where, RECORD), record)
     if record["status"] != "failed":
-        saved_inputs.forget(where)
+        saved_inputs.clear(where)
 
 
-def read_predictions(root: str, trial_id: str, seed: int) -> stats.Run | None:
+def read_predictions(root: str, trial_id: str, seed: int) -> stats.RunPredictions | None:
     """Test predictions of a finished trial, for paired intervals; none where there are none or
     damaged ones, which is told.
     """
@@ -703,9 +710,11 @@ def read_predictions(root: str, trial_id: str, seed: int) -> stats.Run | None:
         return None
     with np.load(io.BytesIO(data), allow_pickle=False) as found:
         arrays = {name: found[name] for name in found.files}
-    groups, labels, film = (
+    groups, labels, rollout_frames = (
         arrays.pop("group", None),
         tuple(arrays.pop("label_names", np.zeros(0, str)).tolist()),
         arrays.pop("film", None),
     )
-    return stats.Run(arrays.pop("row"), arrays, seed, groups, labels, film=film)
+    return stats.RunPredictions(
+        arrays.pop("row"), arrays, seed, groups, labels, rollout_frames=rollout_frames
+    )

@@ -208,7 +208,7 @@ def epoch(
     from pipeline.data.stream import DataWorkers, rows_an_item, train_batches
     from pipeline.techniques.rates import Full
     from pipeline.train import loop
-    from pipeline.train.evaluate import ready_for
+    from pipeline.train.evaluate import device_preprocessing
 
     steps = len(rows) // spec["batch"]
     plan = Plan(len(rows), 0, spec["batch"], item_rows=rows_an_item(rows, 8))
@@ -235,14 +235,14 @@ def epoch(
                 yield next(stream)
 
         loop.fit(
-            loop.Run(
+            loop.TrainingRun(
                 task=copy.deepcopy(task),
                 technique=Full(),
                 train=train,
                 steps=steps,
                 seed=0,
                 batches=batches,
-                ready=ready_for(rows),
+                ready=device_preprocessing(rows),
                 keeper=loop.KeepBest("accuracy", "best"),
             )
         )

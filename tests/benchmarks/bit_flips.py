@@ -140,7 +140,7 @@ def run_job(job: Job) -> Any:
     shared = stages.share(state)
     real, fanout.run = fanout.run, run_here
     try:
-        rows = results.filled(stages.collect(state, stages.finetune(state, shared)))
+        rows = results.with_all_columns(stages.collect(state, stages.finetune(state, shared)))
     finally:
         fanout.run = real
     stages.show(state, rows)
@@ -222,7 +222,7 @@ def kind_of(path: Path, folder: Path) -> str:
 def read_job(job: Job) -> Any:
     """What the table and the report are made of, and which trials need no run."""
     state = stages.check(job, Silent())
-    done = {one.id: ended for one, ended in stages.ended(state)}
+    done = {one.id: ended for one, ended in stages.trial_status(state)}
     rows = stages.current(state)
     runs = {
         row["trial_id"]: trial.read_predictions(job.root, row["trial_id"], 0)
@@ -269,17 +269,17 @@ def read_features(shared: Any) -> Any:
 
 def read_signs(job: Job) -> Any:
     """As the comparison of a target's test rows with those of a source reads them."""
-    real, read = duplicates.signs, []
+    real, read = duplicates.row_signatures, []
 
     def remember(*words: Any, **named: Any) -> Any:
         read.append(real(*words, **named))
         return read[-1]
 
-    duplicates.signs = remember
+    duplicates.row_signatures = remember
     try:
         stages.share(stages.check(job, Silent()))
     finally:
-        duplicates.signs = real
+        duplicates.row_signatures = real
     assert read, "rows are compared"
     return [vars(one) for one in read]
 
@@ -288,7 +288,7 @@ def read_points(uri: str) -> Any:
     found = checkpoint.load(uri, Ranks())
     state, notes = found if isinstance(found, tuple) else (found, [])
     for line in notes:
-        checksums.tell(line)
+        checksums.notify(line)
     return state
 
 
@@ -313,9 +313,9 @@ class Prepare:
 
 
 def outcome_of(read: Callable[[], Any], expected: bytes, path: Path) -> tuple[str, str]:
-    told: list[str] = []
+    description: list[str] = []
     try:
-        with checksums.telling(told.append):
+        with checksums.notifications_to(description.append):
             found = read()
     except (storage.StorageError, BundleError, ValueError, run_lock.BusyError) as error:
         text = str(error)
@@ -323,8 +323,8 @@ def outcome_of(read: Callable[[], Any], expected: bytes, path: Path) -> tuple[st
         return ("detected", text) if is_clear else ("traceback", f"{type(error).__name__}: {text}")
     except Exception as error:  # of any kind: that is what is counted
         return "traceback", f"{type(error).__name__}: {error}"
-    if told:
-        return "detected", told[0]
+    if description:
+        return "detected", description[0]
     return ("harmless" if comparable(found) == expected else "silent"), ""
 
 

@@ -191,7 +191,7 @@ class Cell:
     test: np.ndarray
     validation: np.ndarray
 
-    def tested(self, quality: float) -> dict[str, np.ndarray]:
+    def rollout_evaluation(self, quality: float) -> dict[str, np.ndarray]:
         """Test predictions of a new seed."""
         latent = self._latent(self.target.test + self.test, quality)
         label = self.target.label
@@ -228,12 +228,12 @@ def matrix_of(case: Case, seed: int) -> list[Any]:
     """The cells of one simulated job, as its report would have them."""
     from pipeline.metrics import catalog
     from pipeline.report import matrix
-    from pipeline.report.stats import Run
+    from pipeline.report.stats import RunPredictions
 
     rng = np.random.default_rng([seed, len(case.name)])
     name = "accuracy" if case.positives is None else "auroc"
     rows: list[dict[str, Any]] = []
-    runs: dict[str, Run] = {}
+    runs: dict[str, RunPredictions] = {}
     draws = rng.uniform(-1, 1, DRAWS)
     for place in range(TARGETS):
         target = Target(case, rng)
@@ -257,8 +257,11 @@ def matrix_of(case: Case, seed: int) -> list[Any]:
             draw = _searched(case, cell, draws, common, rows) if case.finalists else 0.0
             for one in range(seeds - (case.lost if number else 0)):
                 trial_id = f"{place}-{number}-{one}"
-                runs[trial_id] = Run(
-                    np.arange(case.rows), cell.tested(-LOSS_PER_DECADE * draw**2), one, target.group
+                runs[trial_id] = RunPredictions(
+                    np.arange(case.rows),
+                    cell.rollout_evaluation(-LOSS_PER_DECADE * draw**2),
+                    one,
+                    target.group,
                 )
                 value = catalog.metric(name).value(runs[trial_id].predictions)
                 rows.append(
@@ -272,7 +275,7 @@ def matrix_of(case: Case, seed: int) -> list[Any]:
                         "hyper_parameters": "{}",
                     }
                 )
-    return [cell for cell in matrix.cells(rows, runs) if cell.source != "none"]
+    return [cell for cell in matrix.matrix_cells(rows, runs) if cell.source != "none"]
 
 
 def _searched(
@@ -319,19 +322,19 @@ def measured(case: Case, matrices: int, first: int = 0) -> dict[str, Any]:
     shares, plain, family, judged, total = [], [], 0, 0, 0
     for seed in range(first, first + matrices):
         found = matrix_of(case, seed)
-        told = [
+        description = [
             cell.verdict in ("wins", "loses")
             for cell in found
             if cell.verdict in ("wins", "loses", "not shown")
         ]
-        shares += [float(np.mean(told))] if told else []
+        shares += [float(np.mean(description))] if description else []
         plain.append(
             float(
                 np.mean([(cell.gain_low or 0) > 0 or (cell.gain_high or 0) < 0 for cell in found])
             )
         )
         family += any(cell.survives for cell in found)
-        judged, total = judged + len(told), total + len(found)
+        judged, total = judged + len(description), total + len(found)
     mean = float(np.mean(shares)) if shares else 0.0
     spread = (
         1.96 * float(np.std(shares, ddof=1)) / math.sqrt(len(shares)) if len(shares) > 1 else 0.0
@@ -353,7 +356,7 @@ def main() -> None:
     for case in cases():
         one = measured(case, matrices)
         results[f"{case.name}, {case.deviation}"] = one
-        told = (
+        description = (
             "–"
             if one["not_judged"] == 1
             else f"{100 * one['false']:.1f} ± {100 * one['spread']:.1f} %"
@@ -363,7 +366,7 @@ def main() -> None:
             [
                 case.name,
                 f"{case.deviation}",
-                told,
+                description,
                 f"{100 * one['not_judged']:.0f} %",
                 alone,
                 f"{100 * one['holm']:.1f} %",

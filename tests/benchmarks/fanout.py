@@ -30,7 +30,7 @@ def shared_of(root: str) -> tuple[Any, Any]:
     import pyarrow as pa
 
     from pipeline.checkpoints import bundle
-    from pipeline.config.schema import Job, Plug
+    from pipeline.config.schema import ComponentConfig, Job
     from pipeline.data.manifest import Group, Manifest, Selection
     from pipeline.data.stream import Decoder, Rows
     from pipeline.transfer import grid as trials
@@ -109,9 +109,9 @@ def shared_of(root: str) -> tuple[Any, Any]:
     )
 
     def some(count: int, first: int) -> list[Any]:
-        cell = (base, "source", Plug(name="full"), 1.0)
+        cell = (base, "source", ComponentConfig(name="full"), 1.0)
         return [
-            trials.make(job, "target", cell, {}, first + k, "final", "random", "memory")
+            trials.make_trial(job, "target", cell, {}, first + k, "final", "random", "memory")
             for k in range(count)
         ]
 

@@ -272,7 +272,7 @@ def measure(case: Case, device: Any, turns: int) -> dict[str, list[float]]:
     import torch
 
     from pipeline.config.schema import Train
-    from pipeline.data.stream import Loaded
+    from pipeline.data.stream import LoadedBatch
     from pipeline.techniques.rates import Full
     from pipeline.train import loop
     from pipeline.train.loop import Ranks
@@ -299,18 +299,18 @@ def measure(case: Case, device: Any, turns: int) -> dict[str, list[float]]:
         else:
             times[name].append(took / steps)
 
-    def batches(span: range) -> Iterator[Loaded]:
+    def batches(span: range) -> Iterator[LoadedBatch]:
         for steps in (WARM_STEPS, *[TURN_STEPS] * turns):
             sync()
             began = time.perf_counter()
             for i in range(steps):
-                yield Loaded(case.batches[i % len(case.batches)], [], 0.0)
+                yield LoadedBatch(case.batches[i % len(case.batches)], [], 0.0)
             timed("loop", began, steps)
             for name, other in others.items():
                 began = time.perf_counter()
                 other(steps)
                 timed(name, began, steps)
-        yield Loaded(
+        yield LoadedBatch(
             case.batches[0], [], 0.0
         )  # the loop asks for one more: that is how the last turn's end is seen
 
@@ -326,7 +326,7 @@ def measure(case: Case, device: Any, turns: int) -> dict[str, list[float]]:
         **case.train,
     )
     loop.fit(
-        loop.Run(
+        loop.TrainingRun(
             task=case.task,
             technique=Full(),
             train=train,

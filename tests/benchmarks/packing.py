@@ -280,7 +280,7 @@ def loop_rate(setting: Setting, task: Any, rows: Any, size: int) -> Callable[[],
     from pipeline.data.stream import train_batches
     from pipeline.techniques.rates import Full
     from pipeline.train import loop
-    from pipeline.train.evaluate import ready_for
+    from pipeline.train.evaluate import device_preprocessing
 
     task, total = copy.deepcopy(task), WARM_STEPS + setting.steps + 1
     plan = Plan(len(rows), 0, size)
@@ -306,14 +306,14 @@ def loop_rate(setting: Setting, task: Any, rows: Any, size: int) -> Callable[[],
                 yield loaded
 
         loop.fit(
-            loop.Run(
+            loop.TrainingRun(
                 task=task,
                 technique=Full(),
                 train=train,
                 steps=total,
                 seed=0,
                 batches=batches,
-                ready=ready_for(rows),
+                ready=device_preprocessing(rows),
                 keeper=loop.KeepBest("perplexity", "last"),
                 ranks=loop.Ranks(device=setting.device),
             )
@@ -529,7 +529,7 @@ def loop_bits(
     from pipeline.config.schema import Train
     from pipeline.techniques.rates import Full
     from pipeline.train import loop
-    from pipeline.train.evaluate import ready_for
+    from pipeline.train.evaluate import device_preprocessing
 
     train = Train(
         steps=steps,
@@ -541,14 +541,14 @@ def loop_bits(
         precision="fp32",
     )
     loop.fit(
-        loop.Run(
+        loop.TrainingRun(
             task=task,
             technique=Full(),
             train=train,
             steps=steps,
             seed=seed,
             batches=lambda span: shakespeare_plan(rows, steps, seed),
-            ready=ready_for(rows),
+            ready=device_preprocessing(rows),
             keeper=loop.KeepBest("perplexity", "last"),
             ranks=loop.Ranks(device=setting.device),
         )

@@ -33,7 +33,7 @@ def shared_of(root: str, quick: bool) -> tuple[Any, list[Any]]:
     weights are random.
     """
     from pipeline.checkpoints import bundle
-    from pipeline.config.schema import Job, Plug
+    from pipeline.config.schema import ComponentConfig, Job
     from pipeline.transfer import grid, targets
     from pipeline.transfer.trial import Shared
 
@@ -83,9 +83,9 @@ def shared_of(root: str, quick: bool) -> tuple[Any, list[Any]]:
         held,
         False,
     )
-    cell = (base, "photos", Plug(name="linear_probe"), 1.0)
+    cell = (base, "photos", ComponentConfig(name="linear_probe"), 1.0)
     made = [
-        grid.make(
+        grid.make_trial(
             job, "clothing", cell, {"lr": 1e-3 * 1.1 ** (k % 8)}, k, "final", "random", stage.key
         )
         for k in range(QUICK_HEADS if quick else HEADS)
@@ -102,7 +102,7 @@ def main() -> None:
         shared, group = shared_of(root, args.quick)
         data, count = shared.targets[group[0].target, group[0].base], len(group)
         print(
-            f"  {data.split_text}; {trial.resolved(group[0], shared)[2]} steps a probe; "
+            f"  {data.split_text}; {trial.resolve_training(group[0], shared)[2]} steps a probe; "
             f"seconds for {count} probes"
         )
         records: dict[str, list[Any]] = {"together": [], "recompute": []}
@@ -188,7 +188,7 @@ def heads(shared: Any, data: Any, cached: dict[str, Any], stacks: list[list[Any]
     for members in stacks:
         ready = []
         for one in members:
-            train, rows, steps = trial.resolved(one, shared)
+            train, rows, steps = trial.resolve_training(one, shared)
             ready.append((one, train, rows, steps))
         backbone = trial.build(members[0], shared)[0].backbone
         cached_heads._stack(

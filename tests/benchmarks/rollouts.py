@@ -72,8 +72,9 @@ def imported(name: str, steps: int, clock: Callable[[], float]) -> float:
         began = clock()
         work.run()
         took = clock() - began
-        told = pq.read_table(Path(folder, "out"), columns=["steps", "random_steps"])
-    return sum(pc.sum(column).as_py() for column in told.itercolumns()) / took  # pyright: ignore
+        description = pq.read_table(Path(folder, "out"), columns=["steps", "random_steps"])
+    # pyright: ignore
+    return sum(pc.sum(column).as_py() for column in description.itercolumns()) / took
 
 
 def main() -> None:
@@ -111,7 +112,7 @@ def main() -> None:
             share = timing.ratio(
                 values, costs["bare, processor"] if side in costs else rates["bare"]
             )
-            told = (
+            description = (
                 timing.verdict(share.median >= TARGET, f"at least {TARGET}")
                 if side == "rollouts"
                 else ""
@@ -122,7 +123,7 @@ def main() -> None:
                     side,
                     timing.Spread.of(values).text(4),
                     "" if side.startswith("bare") else share.text(),
-                    told,
+                    description,
                 ]
             )
     timing.table(

@@ -117,7 +117,7 @@ def _case(
     from pipeline.core.rng import row_keys
     from pipeline.data.manifest import Group, Manifest, Selection
     from pipeline.data.stream import Decoder, Rows
-    from pipeline.train.evaluate import ready_for
+    from pipeline.train.evaluate import device_preprocessing
 
     task = bundle.build_task(arch, objective, seed=0)
     made, n = bundle.build_modality(modality), len(next(iter(arrays.values())))
@@ -133,7 +133,7 @@ def _case(
     from pipeline.core.contracts import Batch
 
     keys = torch.from_numpy(row_keys(0, np.zeros(n, dtype=np.int64), np.arange(n)))
-    whole = ready_for(rows)(Batch(np.arange(n), keys, made.collate(arrays)), False)
+    whole = device_preprocessing(rows)(Batch(np.arange(n), keys, made.collate(arrays)), False)
     return Case(name, task, rows, batch, {"keys": keys, **whole.data}, metric)
 
 
@@ -161,7 +161,7 @@ def loop_side(case: Case, steps: int) -> Callable[[], float]:
     from pipeline.data.stream import train_batches
     from pipeline.techniques.rates import Full
     from pipeline.train import loop
-    from pipeline.train.evaluate import ready_for
+    from pipeline.train.evaluate import device_preprocessing
 
     task, total = copy.deepcopy(case.task), WARM_STEPS + steps + 1
     plan = Plan(len(case.rows), 0, case.batch)
@@ -176,14 +176,14 @@ def loop_side(case: Case, steps: int) -> Callable[[], float]:
                 yield next(stream)
 
         loop.fit(
-            loop.Run(
+            loop.TrainingRun(
                 task=task,
                 technique=Full(),
                 train=_spec(case, total),
                 steps=total,
                 seed=0,
                 batches=batches,
-                ready=ready_for(case.rows),
+                ready=device_preprocessing(case.rows),
                 keeper=loop.KeepBest(case.metric, "best"),
             )
         )

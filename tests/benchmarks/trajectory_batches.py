@@ -96,12 +96,12 @@ def main() -> None:
     lines = []
     for name, values in rates.items():
         share = timing.ratio(values, rates[name.replace("stream", "bare")])
-        told = (
+        description = (
             ["", ""]
             if name.startswith("bare")
             else [share.text(), timing.verdict(share.median >= TARGET, f"at least {TARGET}")]
         )
-        lines.append([name, timing.Spread.of(values).text(4), *told])
+        lines.append([name, timing.Spread.of(values).text(4), *description])
     timing.table(
         "Megabytes of trajectories per second of one core, median [min, max]",
         ["side", "MB/s", "of bare", "target"],

@@ -125,17 +125,19 @@ def test_a_newer_format_is_refused(saved):
 
 
 @pytest.mark.parametrize(
-    "facts", [{"kind": "resume point"}, {"format_version": None}, {"format_version": "1"}]
+    "extra", [{"kind": "resume point"}, {"format_version": None}, {"format_version": "1"}]
 )
-def test_another_folder_is_no_bundle(saved, facts):
-    change(saved, **facts)
+def test_another_folder_is_no_bundle(saved, extra):
+    change(saved, **extra)
     with pytest.raises(BundleError, match="this folder is no bundle"):
         bundle.load(str(saved))
 
 
-def change(folder: Path, **facts) -> None:
+def change(folder: Path, **extra) -> None:
     path = folder / "manifest.json"
-    path.write_text(json.dumps(atomic_folder.sealed({**json.loads(path.read_text()), **facts})))
+    path.write_text(
+        json.dumps(atomic_folder.with_checksum({**json.loads(path.read_text()), **extra}))
+    )
 
 
 def test_saving_again_replaces_the_whole(task, batch, saved):

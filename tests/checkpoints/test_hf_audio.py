@@ -122,7 +122,7 @@ def test_a_folder_gives_transformers_own_states(ending, norm, normalize, tmp_pat
         and start.arch["name"] == "transformers/wav2vec2"
     )
     backbone = bundle.build_backbone(start.arch, seed=1).eval()
-    moved = start.onto(backbone)
+    moved = start.load_into(backbone)
     heads = {
         "Model": set(),
         "ForPreTraining": {"quantizer", "project_hid", "project_q"},
@@ -166,7 +166,7 @@ def test_a_checkpoint_without_an_embedding_for_masks_gets_one(tmp_path):
     )
     start = pretrained.read(f"hf:{tmp_path}")
     backbone = bundle.build_backbone(start.arch, seed=1)
-    assert start.onto(backbone).new == ("model.masked_spec_embed",)
+    assert start.load_into(backbone).new == ("model.masked_spec_embed",)
     other = bundle.build_backbone(
         {
             **start.arch,
@@ -174,11 +174,11 @@ def test_a_checkpoint_without_an_embedding_for_masks_gets_one(tmp_path):
         },
         seed=1,
     )
-    assert not start.onto(other).new, "a model that never hides frames needs none"
+    assert not start.load_into(other).new, "a model that never hides frames needs none"
     lacking = {name: t for name, t in tensors.items() if "layer_norm.weight" not in name}
     save_file(lacking, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(BundleError, match=r"tensors are missing \(model\.feature_"):
-        pretrained.read(f"hf:{tmp_path}").onto(backbone)
+        pretrained.read(f"hf:{tmp_path}").load_into(backbone)
 
 
 def test_files_of_before_torch_2_1(tmp_path):
@@ -193,9 +193,10 @@ def test_files_of_before_torch_2_1(tmp_path):
     }
     save_file(old, tmp_path / "model.safetensors", metadata={"format": "pt"})
     a, b = (bundle.build_backbone(want.arch, seed=seed) for seed in (1, 2))
-    want.onto(a)
+    want.load_into(a)
     assert (
-        not pretrained.read(f"hf:{tmp_path}").onto(b).new and furthest(weights(a), weights(b)) == 0
+        not pretrained.read(f"hf:{tmp_path}").load_into(b).new
+        and furthest(weights(a), weights(b)) == 0
     )
 
 
@@ -234,9 +235,9 @@ def test_an_incomplete_folder_says_what_is_missing(tmp_path, spoil, message):
 def test_a_processors_configuration_tells_the_rate_too(tmp_path):
     """As transformers 5 saves a processor."""
     saved("ForCTC", tmp_path, normalize=False)
-    told = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    message = json.loads((tmp_path / "preprocessor_config.json").read_text())
     (tmp_path / "preprocessor_config.json").unlink()
-    (tmp_path / "processor_config.json").write_text(json.dumps({"feature_extractor": told}))
+    (tmp_path / "processor_config.json").write_text(json.dumps({"feature_extractor": message}))
     before = pretrained.fingerprint(f"hf:{tmp_path}")
     assert pretrained.read(f"hf:{tmp_path}").modality["options"] == {
         "rate": 16000,
@@ -244,7 +245,7 @@ def test_a_processors_configuration_tells_the_rate_too(tmp_path):
         "normalize": False,
     }
     (tmp_path / "processor_config.json").write_text(
-        json.dumps({"feature_extractor": {**told, "do_normalize": True}})
+        json.dumps({"feature_extractor": {**message, "do_normalize": True}})
     )
     assert pretrained.fingerprint(f"hf:{tmp_path}") != before, (
         "recordings are read otherwise: the source is trained anew"
@@ -274,8 +275,8 @@ def task_from(start, objective: str, state=None, options=None):
     task = bundle.build_task(
         start.arch, {"name": objective, "options": options or {}, "state": state or {}}, seed=3
     ).eval()
-    start.onto(task.backbone)
-    return task, start.head_onto(task)
+    start.load_into(task.backbone)
+    return task, start.load_head_into(task)
 
 
 @torch.no_grad()

@@ -187,7 +187,7 @@ def compare(folder, masks=()):
     start = pretrained.read(f"hf:{folder}")
     assert start.arch is not None and start.modality is not None
     backbone = bundle.build_backbone(start.arch, seed=1).eval()
-    moved = start.onto(backbone)
+    moved = start.load_into(backbone)
     assert not moved.new and {name for name in moved.dropped if ".attn." in name} == set(masks)
     batch = rows(bundle.build_modality(start.modality), sentences(3, seed=8)[0])
     assert not batch["mask"].all()
@@ -288,12 +288,12 @@ def test_a_hub_name_without_a_network_says_what_to_do(monkeypatch):
 def test_a_backbone_from_a_folder_survives_a_bundle(folder, tmp_path):
     start = pretrained.read(f"hf:{folder}")
     backbone = bundle.build_backbone(start.arch, seed=1)
-    start.onto(backbone)
+    start.load_into(backbone)
     bundle.save(str(tmp_path / "b"), backbone, start.modality)
     again = pretrained.read(f"bundle:{tmp_path / 'b'}")
     assert again.arch == backbone.arch and again.modality == start.modality
     twin = bundle.build_backbone(again.arch)
-    assert not again.onto(twin).dropped and furthest(weights(twin), weights(backbone)) == 0
+    assert not again.load_into(twin).dropped and furthest(weights(twin), weights(backbone)) == 0
 
 
 def edited(path, **values):
@@ -419,7 +419,7 @@ def test_the_pooler_is_kept_where_it_is_wanted(family, tmp_path):
     start = pretrained.read(f"hf:{saved(family, tmp_path / 'with')}")
     arch = {**start.arch, "options": {**start.arch["options"], "pool": "pooler"}}
     backbone = bundle.build_backbone(arch, seed=1).eval()
-    moved = start.onto(backbone)
+    moved = start.load_into(backbone)
     assert not moved.new and not any(".pooler." in name for name in moved.dropped)
     batch = rows(bundle.build_modality(start.modality), sentences(3, seed=8)[0])
     theirs = (
@@ -431,7 +431,7 @@ def test_the_pooler_is_kept_where_it_is_wanted(family, tmp_path):
     without = pretrained.read(f"hf:{saved(f'{family}.ForMaskedLM', tmp_path / 'without')}")
     fresh = weights(bundle.build_backbone(arch, seed=5))
     twin = bundle.build_backbone(arch, seed=5)
-    moved = without.onto(twin)
+    moved = without.load_into(twin)
     assert moved.new == ("model.pooler.dense.weight", "model.pooler.dense.bias") and not set(
         moved.new
     ) & set(moved.kept)
@@ -439,7 +439,7 @@ def test_the_pooler_is_kept_where_it_is_wanted(family, tmp_path):
     with pytest.raises(
         BundleError, match="2 tensors are missing"
     ):  # a bundle's backbone is whole: nothing is made up
-        pretrained.Start("bundle:x", without.tensors, arch, drop=()).onto(twin)
+        pretrained.PretrainedCheckpoint("bundle:x", without.tensors, arch, drop=()).load_into(twin)
 
 
 # ---------------------------------------------------------------- heads of checkpoints
@@ -449,8 +449,8 @@ def task_from(start, objective: str, state=None, options=None, seed: int = 3):
     task = bundle.build_task(
         start.arch, {"name": objective, "options": options or {}, "state": state or {}}, seed=seed
     ).eval()
-    start.onto(task.backbone)
-    return task, start.head_onto(task)
+    start.load_into(task.backbone)
+    return task, start.load_head_into(task)
 
 
 @torch.no_grad()
@@ -490,7 +490,9 @@ def test_masked_language_modelling_goes_on_with_the_checkpoints_own_head(kind, m
     loss, n, _ = task.objective.loss(task.backbone, batch)
     assert count == int(n) > 20 and float(loss / n) == pytest.approx(float(total / count), rel=1e-5)
     fresh, _ = task_from(
-        pretrained.Start(start.origin, start.tensors, start.arch, start.modality, drop=start.drop),
+        pretrained.PretrainedCheckpoint(
+            start.origin, start.tensors, start.arch, start.modality, drop=start.drop
+        ),
         "mlm",
     )
     assert abs(float(fresh.objective.loss(fresh.backbone, batch)[0] - loss)) > 1  # the head decides
@@ -753,10 +755,10 @@ def test_an_export_starts_again_with_the_same_weights(family, objective, tmp_pat
         },
         seed=9,
     )
-    assert not start.onto(twin.backbone).new
+    assert not start.load_into(twin.backbone).new
     assert furthest(weights(twin.backbone), weights(task.backbone)) == 0
     assert start.modality["state"]["specials"] == modality_of(family).state["specials"]
-    said = start.head_onto(twin)
+    said = start.load_head_into(twin)
     if objective != "classification":
         assert said.startswith(("head kept", "no head to carry")) and (
             objective == "clm" or furthest(weights(twin.objective), weights(task.objective)) == 0
@@ -909,7 +911,7 @@ def test_a_classifier_that_transformers_does_not_have_is_written_beside_the_plai
         "options": {**start.arch["options"], "pool": task.backbone.arch["options"]["pool"]},
     }
     twin = bundle.build_backbone(arch, seed=9)
-    assert not start.onto(twin).new and furthest(weights(twin), weights(task.backbone)) == 0
+    assert not start.load_into(twin).new and furthest(weights(twin), weights(task.backbone)) == 0
     predict.export(uri, str(tmp_path / "weights.safetensors"), "state-dict", False)
     again = exported_classifier.load(tmp_path / "weights.safetensors")
     assert furthest(weights(again), weights(exported_classifier.load(out))) == 0
@@ -1058,7 +1060,7 @@ def test_a_published_sentence_encoder_gives_its_own_states_and_embeddings():
         "model.pooler.dense.weight",
     ]
     backbone = bundle.build_backbone(start.arch, seed=1).eval()
-    start.onto(backbone)
+    start.load_into(backbone)
     texts = [
         "The cat sits outside, and the small dog sleeps.",
         "A man is playing the guitar.",

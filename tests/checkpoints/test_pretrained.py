@@ -168,7 +168,7 @@ def test_files_that_are_no_weights_are_refused(tmp_path):
 
 
 def test_an_input_is_described_by_timm():
-    arch, modality = pretrained.described("timm/resnet18", {"drop_rate": 0.1})
+    arch, modality = pretrained.timm_input_spec("timm/resnet18", {"drop_rate": 0.1})
     assert arch == {
         "name": "timm/resnet18",
         "options": {"drop_rate": 0.1},
@@ -178,7 +178,7 @@ def test_an_input_is_described_by_timm():
         "mean"
     ] == pytest.approx([0.485, 0.456, 0.406])
     with pytest.raises(BundleError, match="a weights file does not tell its input"):
-        pretrained.described("transformers/bert", {})
+        pretrained.timm_input_spec("transformers/bert", {})
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_an_input_is_described_by_timm():
 )
 def test_a_tag_of_timm_has_its_own_input(tag, mean):
     """DINO's and MAE's weights want ImageNet's mean, the default ones of the same name 0.5."""
-    arch, modality = pretrained.described(f"timm/{tag}", {})
+    arch, modality = pretrained.timm_input_spec(f"timm/{tag}", {})
     assert arch["name"] == f"timm/{tag.partition('.')[0]}" and modality["state"]["mean"][0] == mean
     options = {key: modality["options"].get(key) for key in ("crop_share", "interpolation")}
     assert options == (
@@ -199,7 +199,7 @@ def test_a_tag_of_timm_has_its_own_input(tag, mean):
         if "." in tag
         else {"crop_share": None, "interpolation": None}
     )
-    note = pretrained.input_note(modality, f"timm/{tag}", None, "")
+    note = pretrained.describe_input(modality, f"timm/{tag}", None, "")
     assert ("assumed" in note) == ("." not in tag) and f"mean {mean:g}" in note
 
 
@@ -252,7 +252,7 @@ def loaded(text: str, name: str, size: int = 64):
     backbone = bundle.build_backbone(
         {"name": name, "options": {}, "inputs": {"channels": 3, "size": size}}, seed=7
     ).eval()
-    return backbone, start.onto(backbone)
+    return backbone, start.load_into(backbone)
 
 
 @torch.no_grad()
@@ -488,7 +488,7 @@ def test_published_efficientnet_lite0_is_timms_tf_efficientnet_lite0():
     assert (
         (wrong - expected).abs().max() > 0.1 * expected.abs().max()
     )  # it fits and pads otherwise: names and shapes cannot tell
-    assert pretrained.described("timm/tf_efficientnet_lite0", {})[1]["state"] == {
+    assert pretrained.timm_input_spec("timm/tf_efficientnet_lite0", {})[1]["state"] == {
         "mean": [0.5] * 3,
         "std": [0.5] * 3,
     }
@@ -621,7 +621,7 @@ def test_a_folder_of_timm_gives_timms_own_features(timm_folder):
         "state": {"mean": [0.5], "std": [0.5]},
     }
     backbone = bundle.build_backbone(start.arch, seed=3).eval()
-    moved = start.onto(backbone)
+    moved = start.load_into(backbone)
     assert not moved.new and sorted(moved.dropped) == ["model.head.bias", "model.head.weight"]
     x = torch.randn(2, 1, config["input_size"][1], config["input_size"][1])
     ours = backbone(Batch(np.arange(2), torch.arange(2), {"image": x})).pooled

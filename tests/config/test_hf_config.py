@@ -45,7 +45,7 @@ def test_keys_that_fetch_or_import_code_never_reach_transformers(tmp_path, monke
     monkeypatch.setattr(hf.BertConfig, "__init__", watched)
     start = pretrained.read(f"hf:{folder}")
     backbone = bundle.build_backbone(start.arch, seed=1)
-    assert not start.onto(backbone).new
+    assert not start.load_into(backbone).new
     held = {
         "name": start.arch["name"],
         "inputs": start.arch["inputs"],

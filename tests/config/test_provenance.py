@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import provenance, registry
-from pipeline.config.provenance import MadeBy, changes, code_of, differences, recorded, source_hash
+from pipeline.config.provenance import (
+    Provenance,
+    changes,
+    code_of,
+    differences,
+    from_metadata,
+    source_hash,
+)
 
 SAMPLE = '''"""A sample that has what versions of Python parse or dump differently."""
 import os.path
@@ -171,14 +178,14 @@ def test_the_modules_that_are_named_are_there():
 
 
 def test_a_backbone_that_holds_another_brings_its_library_in():
-    pieces = provenance.pieces_of(
+    components = provenance.components_of(
         "trajectory",
         "policy/transformer",
         {"vision": "timm/resnet18", "width": 8, "note": "a/b"},
         "behaviour_cloning",
         "full",
     )
-    assert pieces == (
+    assert components == (
         ("modality", "trajectory"),
         ("model", "policy"),
         ("model", "timm"),
@@ -279,7 +286,12 @@ def test_a_piece_of_a_plugin_counts_with_the_plugins_own_modules(tmp_path, monke
     monkeypatch.setattr(registry, "entry", lambda kind, name: declared)
 
     def code() -> dict[str, str]:
-        for cached in (provenance._file, provenance._source, provenance._module, provenance._piece):
+        for cached in (
+            provenance._file,
+            provenance._source,
+            provenance._module,
+            provenance._component_source,
+        ):
             cached.cache_clear()
         return code_of((), (("technique", "shake"),))
 
@@ -299,7 +311,7 @@ def test_a_piece_of_a_plugin_counts_with_the_plugins_own_modules(tmp_path, monke
 
 # ---------------------------------------------------------------- what changed, in words
 
-NOW = MadeBy(
+NOW = Provenance(
     {"pipeline.core.rng": "1", "technique full": "2"}, {"torch": "2.11.0", "timm": "1.0.20"}
 )
 
@@ -307,7 +319,7 @@ NOW = MadeBy(
 def test_what_changed_is_told_part_by_part():
     assert changes(NOW, NOW) == ()
     assert changes(None, NOW) == (provenance.NOT_RECORDED,)
-    then = MadeBy(
+    then = Provenance(
         {"pipeline.core.rng": "0", "pipeline.old": "3"}, {"torch": "2.10.0", "timm": "1.0.20"}
     )
     assert changes(then, NOW) == (
@@ -320,26 +332,28 @@ def test_what_changed_is_told_part_by_part():
 
 def test_two_results_are_compared_by_the_code_that_both_use():
     assert (
-        differences(NOW, MadeBy({"pipeline.core.rng": "1", "technique scratch": "9"}, NOW.versions))
+        differences(
+            NOW, Provenance({"pipeline.core.rng": "1", "technique scratch": "9"}, NOW.versions)
+        )
         == ()
     )
     assert differences(
-        NOW, MadeBy({"pipeline.core.rng": "4"}, {"torch": "2.11.0", "timm": "1.0.19"})
+        NOW, Provenance({"pipeline.core.rng": "4"}, {"torch": "2.11.0", "timm": "1.0.19"})
     ) == ("pipeline.core.rng differs", "timm 1.0.20 and 1.0.19")
     assert differences(None, None) == () and differences(NOW, None)
 
 
 def test_what_is_recorded_is_read_back():
-    facts = {"rows": [], **NOW.facts()}
-    assert recorded(facts) == NOW and facts["made_by"]["hash"] == NOW.hash
+    record = {"rows": [], **NOW.metadata()}
+    assert from_metadata(record) == NOW and record["made_by"]["hash"] == NOW.hash
     assert (
-        recorded(
+        from_metadata(
             {
                 "versions": {"python": "3.11.1", "ray": "2", **NOW.versions},
-                "made_by": facts["made_by"],
+                "made_by": record["made_by"],
             }
         )
         == NOW
     ), "a bundle names more versions"
-    assert recorded({"versions": {"torch": "2.9.0"}}) is None
+    assert from_metadata({"versions": {"torch": "2.9.0"}}) is None
     assert set(provenance.versions()) == set(provenance.LIBRARIES)

@@ -16,7 +16,7 @@ import pytest
 
 from pipeline.config import registry, yaml_loader
 from pipeline.config import schema as job
-from pipeline.train.fit import by_content
+from pipeline.train.fit import options_by_content
 
 jsonschema = pytest.importorskip("jsonschema")
 ROOT = Path(job.__file__).parents[2]
@@ -121,9 +121,9 @@ def test_a_good_job_is_typed(load):
     assert got.name == "vision" and got.seed == 0
     assert garments.train.lr == 1e-3 and isinstance(garments.train.lr, float)
     assert garments.worker_range == (2, 8) and words.worker_range == (1, 1)
-    assert garments.data.modality == job.Plug(name="image", options={"size": 32})
+    assert garments.data.modality == job.ComponentConfig(name="image", options={"size": 32})
     assert garments.data.where == {"kind": [1, "a", True]}
-    assert words.backbone == job.Plug(
+    assert words.backbone == job.ComponentConfig(
         name="transformers/bert", options={"layers": 2, "hidden": 32, "heads": 2}
     )
     assert got.targets["clothing"].label_fractions == [0.05, 1.0, 4]
@@ -152,7 +152,7 @@ def test_defaults_are_documented_ones(load):
 def test_a_plug_may_be_written_in_several_ways(load, written):
     assert load(
         change=("[scratch, full, {lp_ft: {probe_share: 0.5}}]", f"[{written}]")
-    ).techniques == [job.Plug(name="full")]
+    ).techniques == [job.ComponentConfig(name="full")]
 
 
 @pytest.mark.parametrize(
@@ -619,11 +619,11 @@ targets:
 """
     objective = load(job).targets["words"].objective
     assert objective.options["lm"] == f"{folder}/words.arpa"
-    before = by_content(objective)
+    before = options_by_content(objective)
     (folder / "words.arpa").write_text("other words")
     assert (
         before["beam"] == 5
-        and before["lm"] != by_content(objective)["lm"]
+        and before["lm"] != options_by_content(objective)["lm"]
         and "words.arpa" not in str(before)
     )
     (folder / "words.arpa").unlink()
@@ -783,14 +783,14 @@ def test_a_job_is_frozen(load):
         (
             "techniques.2.lp_ft.probe_share=0.7",
             ("techniques", 2),
-            job.Plug(name="lp_ft", options={"probe_share": 0.7}),
+            job.ComponentConfig(name="lp_ft", options={"probe_share": 0.7}),
         ),
-        ("techniques.1=linear_probe", ("techniques", 1), job.Plug(name="linear_probe")),
+        ("techniques.1=linear_probe", ("techniques", 1), job.ComponentConfig(name="linear_probe")),
         ("fanout.search.lr=[1e-5, 1e-3]", ("fanout", "search", "lr"), [1e-5, 1e-3]),
         (
             "sources.words.objective={mlm: {mask_share: 0.3}}",
             ("sources", "words", "objective"),
-            job.Plug(name="mlm", options={"mask_share": 0.3}),
+            job.ComponentConfig(name="mlm", options={"mask_share": 0.3}),
         ),
     ],
 )
@@ -1437,13 +1437,16 @@ def test_a_search_is_checked_with_every_targets_train(load):
 
 def test_what_is_drawn_takes_the_place_of_what_was_there():
     train = job.Train(steps=20, lr=0.5)
-    assert job.drawn(train, {}) == train
-    assert job.drawn(train, {"epochs": 1.5, "lr": 1}) == job.Train(epochs=1.5, lr=1.0)
-    assert job.drawn(job.Train(epochs=2), {"steps": 3}) == job.Train(steps=3)
+    assert job.with_hyper_parameters(train, {}) == train
+    assert job.with_hyper_parameters(train, {"epochs": 1.5, "lr": 1}) == job.Train(
+        epochs=1.5, lr=1.0
+    )
+    assert job.with_hyper_parameters(job.Train(epochs=2), {"steps": 3}) == job.Train(steps=3)
     assert train == job.Train(steps=20, lr=0.5)
     assert (
-        job.drawn(job.Train(batch_cost=4.0), {"lr": 1}).batch_cost == 4.0
-        and job.drawn(job.Train(batch_cost=4.0), {"batch_cost": 2}).batch_cost == 2.0
+        job.with_hyper_parameters(job.Train(batch_cost=4.0), {"lr": 1}).batch_cost == 4.0
+        and job.with_hyper_parameters(job.Train(batch_cost=4.0), {"batch_cost": 2}).batch_cost
+        == 2.0
     )
     for wrong in (
         {"warmup": 2},
@@ -1453,14 +1456,15 @@ def test_what_is_drawn_takes_the_place_of_what_was_there():
         {"lr": True},
     ):
         with pytest.raises(pydantic.ValidationError):
-            job.drawn(train, wrong)
+            job.with_hyper_parameters(train, wrong)
 
 
 def test_draws_are_rounded():
     assert [
-        job.rounded(name, 2.6000000001) for name in ("steps", "micro_batch", "lr", "clip_norm")
+        job.round_hyper_parameter(name, 2.6000000001)
+        for name in ("steps", "micro_batch", "lr", "clip_norm")
     ] == [3, 3, 2.6, 2.6]
-    assert type(job.rounded("steps", 2.6)) is int
+    assert type(job.round_hyper_parameter("steps", 2.6)) is int
     assert {"steps", "epochs", "lr", "micro_batch", "ema"} <= set(job.NUMERIC) and not {
         "optimizer",
         "augment",
@@ -1711,8 +1715,8 @@ def test_a_wrong_file_is_refused_in_under_two_seconds_without_torch_or_ray(folde
     )
     spent = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0 and done.stderr == "", done.stderr
-    *told, loaded = done.stdout.splitlines()
-    assert len(told) == 2 and "resnet18" in told[0] and "did you mean seeds" in told[1]
+    *message, loaded = done.stdout.splitlines()
+    assert len(message) == 2 and "resnet18" in message[0] and "did you mean seeds" in message[1]
     assert loaded == "[]"
     assert spent.ru_utime + spent.ru_stime - before.ru_utime - before.ru_stime < 2
 
@@ -1809,7 +1813,7 @@ def validator(schema):
 def test_the_schema_is_a_json_schema(schema):
     jsonschema.Draft202012Validator.check_schema(schema)
     assert json.loads(json.dumps(schema)) == schema
-    assert "Plug" not in json.dumps(schema)
+    assert "ComponentConfig" not in json.dumps(schema)
 
 
 def properties(node, path=()):

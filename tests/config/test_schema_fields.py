@@ -19,7 +19,17 @@ from pydantic import ValidationError
 from toys import image_files, shared_of, trial_of
 
 from pipeline.config import schema as jobs
-from pipeline.config.schema import Data, Fanout, Finalists, Job, Plug, Select, Source, Target, Train
+from pipeline.config.schema import (
+    ComponentConfig,
+    Data,
+    Fanout,
+    Finalists,
+    Job,
+    Select,
+    Source,
+    Target,
+    Train,
+)
 from pipeline.data.stream import DataWorkers
 from pipeline.train import launch, pretrain, source
 from pipeline.train.loop import Ranks
@@ -202,7 +212,7 @@ def test_every_part_of_a_job_is_looked_at():
         for thing in vars(jobs).values()
         if isinstance(thing, type) and issubclass(thing, jobs.Spec) and thing is not jobs.Spec
     }
-    assert specs == {Plug, Data, Train, *NAMES}
+    assert specs == {ComponentConfig, Data, Train, *NAMES}
 
 
 # -------------------------------------------------------------- refused where nothing would read it

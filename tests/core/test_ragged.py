@@ -41,14 +41,14 @@ class Ramps(Modality):
         ]
 
     def costs(self, table, columns):
-        told = (
+        message = (
             np.nan_to_num(table[columns["seconds"]].to_numpy())
             if "seconds" in columns
             else np.zeros(len(table))
         )
         return np.where(
-            told > 0,
-            told,
+            message > 0,
+            message,
             [n % 13 for n in table[columns["wave"]].to_pylist()] if "wave" in columns else 0.0,
         )
 
@@ -144,10 +144,12 @@ def test_costs_come_from_their_column_or_from_the_rows(rows, tmp_path, monkeypat
     monkeypatch.setattr(stream, "COST_ROWS", 7)
     assert rows.with_costs(cpus=0).costs.tolist() == [i % 13 for i in range(N)]
     rows.decoder.columns["seconds"] = "seconds"
-    told = rows.with_costs(cpus=0)
-    assert told.costs.tolist() == [0.5 * (i % 13) for i in range(N)]
-    assert told.subset(np.array([5, 3])).costs.tolist() == [1.5, 2.5]
-    assert len(told.in_memory(1.0, cpus=0).costs) == N - 2, "those of bad rows are gone with them"
+    message = rows.with_costs(cpus=0)
+    assert message.costs.tolist() == [0.5 * (i % 13) for i in range(N)]
+    assert message.subset(np.array([5, 3])).costs.tolist() == [1.5, 2.5]
+    assert len(message.in_memory(1.0, cpus=0).costs) == N - 2, (
+        "those of bad rows are gone with them"
+    )
     half = pa.table(
         {"wave": list(range(N)), "seconds": [0.5 * (i % 13) if i % 2 else None for i in range(N)]}
     )
@@ -204,7 +206,7 @@ def test_labels_that_do_not_fit_their_row_are_bad(rows, monkeypatch):
         roles = ()
 
         @classmethod
-        def unlearnable(cls, table, columns, state, arrays=None, seconds=None):
+        def untrainable_reasons(cls, table, columns, state, arrays=None, seconds=None):
             return [
                 f"{len(row)} samples are too few" if len(row) < state["least"] else ""
                 for row in arrays["wave"]

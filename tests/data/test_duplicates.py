@@ -39,7 +39,7 @@ def signs(tmp_path):
         form: str = "auto",
         rows: list[int] | None = None,
         piece: tuple[str | None, str | None] = (None, None),
-    ) -> d.Signs:
+    ) -> d.RowSignatures:
         if isinstance(of, list):
             number = len(list(tmp_path.glob("made-*")))
             path = tmp_path / f"made-{number}.parquet"
@@ -51,7 +51,7 @@ def signs(tmp_path):
             pq.write_table(pa.table(made), path, row_group_size=50)
             of = path
         found = m.build(str(of), form, str(tmp_path / "imports"))
-        return d.signs(
+        return d.row_signatures(
             m.Selection(found, None if rows is None else np.array(rows)),
             modality,
             (column,) if isinstance(column, str) else column,
@@ -112,9 +112,9 @@ def test_the_hash_is_that_of_the_paper():
     assert (expected.sum(1) == 32).all()
 
 
-def made(hashes, thumbs, first: int) -> d.Signs:
+def made(hashes, thumbs, first: int) -> d.RowSignatures:
     digests = np.arange(first, first + len(hashes), dtype=np.uint64)
-    return d.Signs(
+    return d.RowSignatures(
         digests, np.ones(len(hashes), bool), np.array(hashes, np.uint64), np.array(thumbs, np.uint8)
     )
 
@@ -143,7 +143,7 @@ def test_the_search_finds_what_comparing_all_pairs_finds(seed, pairs):
     expected = (apart <= d.NEAR_BITS) & (alike >= d.NEAR_CORRELATION)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(d, "PAIRS", pairs)
-        found = d.near(rows, others)
+        found = d.near_duplicates(rows, others)
     assert (found == expected.any(1))[clear.all(1)].all()
     assert found.any() and not found.all(), "both happen"
 
@@ -162,9 +162,11 @@ def test_photos_encoded_or_resized_are_found(signs, change):
     whole = real(CLOTHING, 400)
     photos = signs(whole)
     changed = signs([CHANGES[change](data) for data in whole[:150]])
-    assert not d.exact(changed, photos).any()
-    assert d.near(changed, photos).mean() >= 0.98
-    assert d.near(changed, signs(whole[150:])).mean() <= 0.01, "others are not taken for them"
+    assert not d.exact_duplicates(changed, photos).any()
+    assert d.near_duplicates(changed, photos).mean() >= 0.98
+    assert d.near_duplicates(changed, signs(whole[150:])).mean() <= 0.01, (
+        "others are not taken for them"
+    )
 
 
 def test_photos_that_are_cut_or_mirrored_are_other_ones(signs):
@@ -173,16 +175,16 @@ def test_photos_that_are_cut_or_mirrored_are_other_ones(signs):
     with_changes = [
         png(np.asarray(PIL.Image.open(io.BytesIO(data)).convert("RGB"))[:, ::-1]) for data in whole
     ]
-    assert d.near(signs(with_changes), signs(whole)).mean() < 0.3
+    assert d.near_duplicates(signs(with_changes), signs(whole)).mean() < 0.3
 
 
 def test_different_photos_are_not_near(signs):
     photos = real(CLOTHING, 2313)
     half = len(photos) // 2
-    assert d.near(signs(photos[:half]), signs(photos[half:])).mean() < 0.003
+    assert d.near_duplicates(signs(photos[:half]), signs(photos[half:])).mean() < 0.003
 
 
-def neighbours(found: d.Signs) -> np.ndarray:
+def neighbours(found: d.RowSignatures) -> np.ndarray:
     """How many other rows each row is near to, by comparing every two."""
     assert found.hash is not None and found.thumb is not None
     close = np.bitwise_count(found.hash[:, None] ^ found.hash[None]) <= d.NEAR_BITS
@@ -210,7 +212,7 @@ def test_xrays_that_look_alike_are_not_near(signs, place, most):
     loose = np.bitwise_count(found.hash[:, None] ^ found.hash[None]) <= 6
     assert loose.sum() - len(found) > 10
     variants = signs([CHANGES["jpeg 75"](data) for data in real(path, 200)])
-    assert d.near(variants, found).mean() >= 0.99
+    assert d.near_duplicates(variants, found).mean() >= 0.99
 
 
 # ---------------------------------------------------------------- what is compared
@@ -225,13 +227,13 @@ def test_images_are_compared_by_their_bytes_wherever_they_lie(signs, tmp_path):
             (tmp_path / name / "cat" / f"{name}{i}.png").write_bytes(pictures[i])
     a, b = (signs(tmp_path / name, form="images") for name in "ab")
     assert (
-        d.exact(a, b).tolist() == [False] * 4 + [True] * 2
-        and d.exact(b, a).tolist() == [True] * 2 + [False] * 3
+        d.exact_duplicates(a, b).tolist() == [False] * 4 + [True] * 2
+        and d.exact_duplicates(b, a).tolist() == [True] * 2 + [False] * 3
     )
-    assert d.exact(signs(pictures), a).tolist() == [True] * 6 + [False] * 3, (
+    assert d.exact_duplicates(signs(pictures), a).tolist() == [True] * 6 + [False] * 3, (
         "bytes of a column against files"
     )
-    assert (d.near(a, b) == d.exact(a, b)).all()
+    assert (d.near_duplicates(a, b) == d.exact_duplicates(a, b)).all()
 
 
 def test_a_large_image_folder_is_read_on_ray(signs, tmp_path, monkeypatch):
@@ -254,21 +256,28 @@ def test_a_large_image_folder_is_read_on_ray(signs, tmp_path, monkeypatch):
 def test_texts_are_compared_as_texts_and_repeats_count_each(signs, tmp_path):
     source, test = ["a", "b", "b", str(tmp_path), None], ["b", "b", "c", str(tmp_path), None]
     theirs = signs(source, "text", "words")
-    assert d.exact(signs(test, "text", "words"), theirs).tolist() == [
+    assert d.exact_duplicates(signs(test, "text", "words"), theirs).tolist() == [
         True,
         True,
         False,
         True,
         False,
     ], "nothing is no text"
-    assert d.near(signs(test, "text", "words"), theirs).tolist() == [True, True, False, True, False]
+    assert d.near_duplicates(signs(test, "text", "words"), theirs).tolist() == [
+        True,
+        True,
+        False,
+        True,
+        False,
+    ]
     path = tmp_path / "made-1.parquet"
-    assert d.exact(signs(path, "text", "words", rows=[1, 2]), theirs).tolist() == [True, False], (
-        "of the selected rows alone"
-    )
+    assert d.exact_duplicates(signs(path, "text", "words", rows=[1, 2]), theirs).tolist() == [
+        True,
+        False,
+    ], "of the selected rows alone"
     assert (
         len(signs(path, "text", "words", rows=[])) == 0
-        and not d.exact(theirs, signs(path, "text", "words", rows=[])).any()
+        and not d.exact_duplicates(theirs, signs(path, "text", "words", rows=[])).any()
     )
 
 
@@ -276,7 +285,7 @@ def test_pairs_are_the_same_when_both_texts_are(signs):
     both = ("text", "text_pair")
     train = signs([("a cat", "sleeps"), ("a cat", "runs"), ("a", "bc"), (None, "x")], "text", both)
     test = signs([("a cat", "runs"), ("a cat", "eats"), ("ab", "c"), (None, "x")], "text", both)
-    assert d.exact(test, train).tolist() == [True, False, False, False]
+    assert d.exact_duplicates(test, train).tolist() == [True, False, False, False]
 
 
 def sound(seed: int, seconds: float = 1.0) -> bytes:
@@ -298,13 +307,13 @@ def test_recordings_are_compared_by_their_bytes_wherever_they_lie(signs, tmp_pat
             (tmp_path / name / "cat" / f"{name}{i}.flac").write_bytes(sounds[i])
     a, b = (signs(tmp_path / name, "audio", "audio", "audio") for name in "ab")
     assert (
-        d.exact(a, b).tolist() == [False] * 4 + [True] * 2
-        and d.exact(b, a).tolist() == [True] * 2 + [False] * 3
+        d.exact_duplicates(a, b).tolist() == [False] * 4 + [True] * 2
+        and d.exact_duplicates(b, a).tolist() == [True] * 2 + [False] * 3
     )
-    assert d.near(a, b).tolist() == d.exact(a, b).tolist()
-    assert d.exact(signs(sounds, "audio", "audio"), a).tolist() == [True] * 6 + [False] * 3, (
-        "bytes of a column against files"
-    )
+    assert d.near_duplicates(a, b).tolist() == d.exact_duplicates(a, b).tolist()
+    assert (
+        d.exact_duplicates(signs(sounds, "audio", "audio"), a).tolist() == [True] * 6 + [False] * 3
+    ), "bytes of a column against files"
     structs = [
         {"bytes": sounds[0], "path": "elsewhere"},
         {"bytes": None, "path": str(tmp_path / "a/cat/a3.flac")},
@@ -314,7 +323,7 @@ def test_recordings_are_compared_by_their_bytes_wherever_they_lie(signs, tmp_pat
     ]
     found = signs(structs, "audio", "audio")
     assert (
-        d.exact(found, a).tolist() == [True, True, False, False, False]
+        d.exact_duplicates(found, a).tolist() == [True, True, False, False, False]
         and found.readable.tolist() == [True] * 3 + [False] * 2
     )
     (tmp_path / "a/cat/a3.flac").unlink()
@@ -346,7 +355,7 @@ def test_pieces_of_one_recording_are_rows_of_their_own(signs, tmp_path, monkeypa
     theirs = made((str(path), 0.0, 1.0), (str(path), 1.0, 1.5), (str(path), 2.5, None))
     assert opened.count(str(path)) == 1, "each file is read once a row group"
     assert len({*theirs.digest.tolist()}) == 3
-    assert d.exact(
+    assert d.exact_duplicates(
         made(
             (long, 0.0, 1.0),
             (long, 1.0, 1.0),
@@ -357,7 +366,7 @@ def test_pieces_of_one_recording_are_rows_of_their_own(signs, tmp_path, monkeypa
         theirs,
     ).tolist() == [True, False, True, False, False]
     whole = signs([long], "audio", "audio")
-    assert d.exact(
+    assert d.exact_duplicates(
         made(
             (str(path), None, None),
             (str(path), 0.0, 4.0),
@@ -375,22 +384,25 @@ def test_images_that_cannot_be_read_or_show_nothing_are_near_to_none(signs):
     mine = signs([grey, dark, *broken])
     assert mine.readable.tolist() == [True, True, True, False, False]
     assert (
-        d.near(mine, signs([jpeg(grey, 80), b"another one", b"", None])).tolist() == [False] * 5
+        d.near_duplicates(mine, signs([jpeg(grey, 80), b"another one", b"", None])).tolist()
+        == [False] * 5
     ), "flat ones have nothing to compare"
-    assert d.exact(mine, mine).tolist() == [True, True, True, False, False]
-    assert d.near(mine, signs([grey])).tolist() == [True, False, False, False, False]
+    assert d.exact_duplicates(mine, mine).tolist() == [True, True, True, False, False]
+    assert d.near_duplicates(mine, signs([grey])).tolist() == [True, False, False, False, False]
 
 
 def test_rows_are_read_once_and_again_when_they_change(signs, tmp_path, monkeypatch):
     path, whole = tmp_path / "rows.parquet", real(CLOTHING, 120)
     pq.write_table(pa.table({"image": whole}), path, row_group_size=50)
     there = pickle.loads(
-        pickle.dumps(d._Signer(m.Selection(m.build(str(path), "auto", "")), "image", ("image",)))
+        pickle.dumps(
+            d._SignatureMaker(m.Selection(m.build(str(path), "auto", "")), "image", ("image",))
+        )
     )  # as a Ray task gets it
     assert (there((50, 100))["hash"] == signs(whole[50:100]).hash).all()
-    calls, work = [], d._Signer.__call__
+    calls, work = [], d._SignatureMaker.__call__
     monkeypatch.setattr(
-        d._Signer, "__call__", lambda self, span: calls.append(span) or work(self, span)
+        d._SignatureMaker, "__call__", lambda self, span: calls.append(span) or work(self, span)
     )
     first, again = signs(path), signs(path)
     assert calls == [(0, 50), (50, 100), (100, 120)], "row group by row group"
@@ -448,7 +460,7 @@ def test_numbers_stored_in_another_width_are_the_same(tmp_path):
         pq.write_table(table, path)
         rows = m.Selection(m.build(str(path), "auto", str(tmp_path)))
         found.append(
-            d.signs(
+            d.row_signatures(
                 rows,
                 "events",
                 ("times", "variables", "values"),
@@ -456,7 +468,7 @@ def test_numbers_stored_in_another_width_are_the_same(tmp_path):
                 record="entity",
             )
         )
-    assert d.exact(*found).tolist() == [True, False]
+    assert d.exact_duplicates(*found).tolist() == [True, False]
     assert d.same_record(*found).tolist() == [True, True]
 
 

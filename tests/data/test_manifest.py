@@ -615,9 +615,9 @@ def test_rows_without_a_group_stand_each_for_itself(tmp_path, split):
 
 
 def test_units_of_rows_are_their_groups():
-    found = m.units(pa.chunked_array([["a", None, "b"], [None, "a"]])).tolist()
+    found = m.group_numbers(pa.chunked_array([["a", None, "b"], [None, "a"]])).tolist()
     assert found[0] == found[4] and len({*found}) == 4
-    assert len({*m.units(pa.chunked_array([pa.nulls(3)])).tolist()}) == 3
+    assert len({*m.group_numbers(pa.chunked_array([pa.nulls(3)])).tolist()}) == 3
 
 
 def test_declared_splits_whose_groups_cross_are_refused(files, split):
@@ -641,12 +641,12 @@ def test_a_split_column_that_cuts_through_people_is_refused_without_naming_one(t
     crossing = sorted(
         person for person, parts in frame.groupby("person").part if parts.nunique() > 1
     )
-    told = str(caught.value)
-    assert told.startswith(
+    message = str(caught.value)
+    assert message.startswith(
         f"targets.t.data.group: {len(crossing)} of 15 values of person stand in more than one "
         "split: "
     )
-    assert "CANARY" not in told, "an error names rows by their position, never a person"
+    assert "CANARY" not in message, "an error names rows by their position, never a person"
     whole = frame.assign(
         part=np.where(frame.number < 20, "train", np.where(frame.number < 40, "dev", "test"))
     )
@@ -1055,7 +1055,7 @@ def test_where_that_keeps_no_row_says_what_there_is(files, split, where, message
 
 @pytest.mark.parametrize("by", ["where", "split_column"])
 @pytest.mark.parametrize(
-    ("values", "group", "told"),
+    ("values", "group", "message"),
     [
         (
             [f"MRN{i // 3:04}" for i in range(24)],
@@ -1069,7 +1069,7 @@ def test_where_that_keeps_no_row_says_what_there_is(files, split, where, message
     ],
     ids=["stays of people", "one row each", "one of one row", "kinds", "one group each"],
 )
-def test_values_that_may_name_people_are_not_told(tmp_path, split, by, values, group, told):
+def test_values_that_may_name_people_are_not_told(tmp_path, split, by, values, group, message):
     table = {"text": ["x"] * len(values), "of": values, **({"p": group} if group else {})}
     pq.write_table(pa.table(table), tmp_path / "a.parquet")
     fields = (
@@ -1077,7 +1077,7 @@ def test_values_that_may_name_people_are_not_told(tmp_path, split, by, values, g
         if by == "where"
         else {"split_column": "of", "split_values": {"train": ["CANARY"]}}
     )
-    with pytest.raises(ValueError, match=f"{told}(; set split_values)?$") as caught:
+    with pytest.raises(ValueError, match=f"{message}(; set split_values)?$") as caught:
         split(
             uri=str(tmp_path / "a.parquet"),
             group="p" if group else None,
@@ -1166,9 +1166,9 @@ def test_all_wrong_columns_are_told_at_once(files, split):
             where={"kin": ["a"], "flg": [True]},
             group="persn",
         )
-    told = str(caught.value)
-    assert all(word in told for word in ("role 'label'", "'txt'", "'kin'", "'flg'", "'persn'"))
-    assert len(told.splitlines()) == 5
+    message = str(caught.value)
+    assert all(word in message for word in ("role 'label'", "'txt'", "'kin'", "'flg'", "'persn'"))
+    assert len(message.splitlines()) == 5
 
 
 @pytest.mark.parametrize(
@@ -1458,19 +1458,19 @@ def test_a_name_with_nul_is_one_bad_row(pets, imports, tmp_path):
 
 @pytest.mark.parametrize("struct", [False, True])
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "message"),
     [
         ("http://somewhere/a.png", "http:// is not supported"),
         ("{folder}", "is a folder"),
         ("x" * 5000, "too long"),
     ],
 )
-def test_what_names_no_file_is_told_with_its_row(pets, imports, tmp_path, name, told, struct):
+def test_what_names_no_file_is_told_with_its_row(pets, imports, tmp_path, name, message, struct):
     paths = [*[str(path) for path in sorted(pets.rglob("*.png"))][:3], name.format(folder=pets)]
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())]) if struct else pa.string()
     data = named_rows(tmp_path, [{"path": path} if struct else path for path in paths], kind)
     with pytest.raises(
-        storage.StorageError, match=rf"rows\.parquet row 3, column 'picture': .*{told}"
+        storage.StorageError, match=rf"rows\.parquet row 3, column 'picture': .*{message}"
     ) as caught:
         m.splits(data, ("image",), "sources.s", imports, need_test=False)
     assert len(str(caught.value)) < 600
@@ -1850,9 +1850,11 @@ def test_tables_whose_columns_differ_are_refused_by_column(tmp_path, imports):
     (tmp_path / "t" / "b.csv").write_text("text,label\nx,one\n")
     with pytest.raises(ValueError) as caught:
         m.build(str(tmp_path / "t"), "auto", imports)
-    told = str(caught.value)
-    assert told.startswith(f"{tmp_path}/t/b.csv: ") and "a.csv" in told
-    assert "int64" in told and "string" in told, "the names are the same, so the types must be told"
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path}/t/b.csv: ") and "a.csv" in message
+    assert "int64" in message and "string" in message, (
+        "the names are the same, so the types must be told"
+    )
 
 
 def test_an_import_is_made_once_and_again_when_the_content_changes(tmp_path, imports):

@@ -270,7 +270,7 @@ BROKEN = {3: "bad 3", 41: "bad 41", 149: "bad 149"}
 def test_bad_rows_are_left_out_and_told_with_their_reason(tmp_path, ranks):
     rows = make(tmp_path / "rows", BROKEN)
     plan = plan_of(rows, batch=50)
-    got, told = [], []
+    got, message = [], []
     for rank in range(ranks):
         for step, (batch, bad, _) in enumerate(
             stream.train_batches(rows, plan, range(3), rank=rank, ranks=ranks)
@@ -283,8 +283,8 @@ def test_bad_rows_are_left_out_and_told_with_their_reason(tmp_path, ranks):
             )
             assert batch["square"].tolist() == (indices[left] ** 2).tolist()
             assert {row for row, _ in bad} == set(indices[~left].tolist())
-            got, told = got + batch.rows.tolist(), told + bad
-    assert sorted(told) == [(3, "3 is bad"), (41, "41 is bad"), (149, "149 is bad")]
+            got, message = got + batch.rows.tolist(), message + bad
+    assert sorted(message) == [(3, "3 is bad"), (41, "41 is bad"), (149, "149 is bad")]
     assert sorted(got) == sorted(set(range(N)) - set(BROKEN))
 
 
@@ -311,36 +311,38 @@ def test_over_the_budget_is_an_error_that_names_files_rows_and_reasons(tmp_path)
     rows = make(tmp_path / "rows", BROKEN)
     with pytest.raises(TooManyBadRowsError) as caught:
         rows.in_memory(0.01)
-    told = str(caught.value)
-    assert told.startswith("3 of 150 rows cannot be used, more than data.max_bad_rows=0.01 allows.")
+    message = str(caught.value)
+    assert message.startswith(
+        "3 of 150 rows cannot be used, more than data.max_bad_rows=0.01 allows."
+    )
     for place in (
         "a.parquet row 3: 3 is bad",
         "b.parquet row 1: 41 is bad",
         "c.parquet row 48: 149 is bad",
     ):
-        assert place in told
+        assert place in message
 
 
 def test_the_budget_counts_from_the_second_row(rows):
     check_one = [(1, "x")]
-    stream.check_budget(check_one, 10, 0.01, rows.selection)
-    stream.check_budget([(1, "x"), (2, "x")], 200, 0.01, rows.selection)
+    stream.check_bad_row_budget(check_one, 10, 0.01, rows.selection)
+    stream.check_bad_row_budget([(1, "x"), (2, "x")], 200, 0.01, rows.selection)
     with pytest.raises(TooManyBadRowsError, match="2 of 199 rows"):
-        stream.check_budget([(1, "x"), (2, "x")], 199, 0.01, rows.selection)
+        stream.check_bad_row_budget([(1, "x"), (2, "x")], 199, 0.01, rows.selection)
     with pytest.raises(TooManyBadRowsError, match="3 of 200 rows"):
-        stream.check_budget([(1, "x"), (2, "x")], 199, 0.01, rows.selection, lost=1)
+        stream.check_bad_row_budget([(1, "x"), (2, "x")], 199, 0.01, rows.selection, lost=1)
     with pytest.raises(TooManyBadRowsError, match=r"more than data\.max_bad_rows=0\.5"):
-        stream.check_budget(((i, "x") for i in range(6)), 10, 0.5, rows.selection)
+        stream.check_bad_row_budget(((i, "x") for i in range(6)), 10, 0.5, rows.selection)
 
 
 def test_the_budget_counts_a_row_once_however_often_it_is_met(rows):
     """In every epoch the same rows are bad, and its reason may be told in other words."""
-    stream.check_budget([(7, "x"), (7, "x"), (7, "y")] * 50, 10, 0.01, rows.selection)
-    stream.check_budget(
+    stream.check_bad_row_budget([(7, "x"), (7, "x"), (7, "y")] * 50, 10, 0.01, rows.selection)
+    stream.check_bad_row_budget(
         ((row, f"epoch {epoch}") for epoch in range(9) for row in (3, 8)), 200, 0.01, rows.selection
     )
     with pytest.raises(TooManyBadRowsError, match=r"^3 of 200 rows cannot be used"):
-        stream.check_budget(
+        stream.check_bad_row_budget(
             ((row, "x") for _ in range(9) for row in (3, 8, 11)), 200, 0.01, rows.selection
         )
 
@@ -359,7 +361,7 @@ def test_bad_rows_that_are_kept_in_memory_leave_the_batches_as_they_are(tmp_path
         and [row for row, _ in kept.bad] == sorted([*BROKEN, *range(60, 75)])
     )
     plan = plan_of(rows, shuffle=shuffle)
-    told = 0
+    message = 0
     for rank in range(ranks):
         ours, theirs = (
             list(stream.train_batches(source, plan, range(4, 30), rank=rank, ranks=ranks))
@@ -370,8 +372,8 @@ def test_bad_rows_that_are_kept_in_memory_leave_the_batches_as_they_are(tmp_path
             [loaded._replace(bad=[]) for loaded in ours],
             [loaded._replace(bad=[]) for loaded in theirs],
         )
-        told += sum(len(loaded.bad) for loaded in ours)
-    assert told > 18, "in more than one epoch"
+        message += sum(len(loaded.bad) for loaded in ours)
+    assert message > 18, "in more than one epoch"
 
 
 # ---------------------------------------------------------------- threads
@@ -513,7 +515,7 @@ def test_evaluation_leaves_bad_rows_out_and_tells_them(tmp_path):
     assert sorted(row for each in loaded for row in each.batch.rows.tolist()) == sorted(
         set(range(N)) - set(BROKEN)
     )
-    assert [told for each in loaded for told in each.bad] == [
+    assert [message for each in loaded for message in each.bad] == [
         (3, "3 is bad"),
         (41, "41 is bad"),
         (149, "149 is bad"),

@@ -83,8 +83,8 @@ def test_one_field_of_hundreds_of_megabytes_is_refused(name, opening, said, tmp_
         file.write(opening)
         for _ in range(200):
             file.write(b"a" * MEBIBYTE)
-    grew, told = tried(tmp_path / name, tmp_path)
-    assert said in told and "\n" not in told
+    grew, message = tried(tmp_path / name, tmp_path)
+    assert said in message and "\n" not in message
     assert grew < 1200
 
 

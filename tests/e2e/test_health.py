@@ -141,7 +141,7 @@ def test_a_bundle_predicts_new_patients_without_naming_them(done, health_data, o
         ["label", "labels", "label_times", "label_values"]
     )
     pq.write_table(table, tmp_path / "new.parquet")
-    told = None
+    message = None
     for bundle in bundles:
         ended = onetomany(
             "predict",
@@ -152,9 +152,9 @@ def test_a_bundle_predicts_new_patients_without_naming_them(done, health_data, o
             cwd=tmp_path,
         )
         if ended.returncode == 0:
-            told = ended
+            message = ended
             break
-    assert told is not None, ended.stderr[-2000:]
+    assert message is not None, ended.stderr[-2000:]
     assert not [
-        planted for planted in PLANTED[:4] if planted in (told.stdout + told.stderr).encode()
+        planted for planted in PLANTED[:4] if planted in (message.stdout + message.stderr).encode()
     ]

@@ -45,12 +45,12 @@ def test_an_edited_technique(onetomany, tmp_path):
         before.replace("class Scratch(Technique):\n", "class Scratch(Technique):\n    more = 1\n")
     )
     assert "1 trial: technique scratch changed" in command("--dry-run")
-    told = command()
-    assert "nothing to run" in told and "scratch †" in told and "full ‡" not in told, (
+    message = command()
+    assert "nothing to run" in message and "scratch †" in message and "full ‡" not in message, (
         "they share no code that differs"
     )
     assert started() == first
-    told = command("--remake", "changed")
-    assert "†" not in told and "trials 1/1" in told
+    message = command("--remake", "changed")
+    assert "†" not in message and "trials 1/1" in message
     again = started()
     assert again["full"] == first["full"] and again["scratch"] > first["scratch"]  # type: ignore[operator]

@@ -68,10 +68,10 @@ def test_policies_are_tried_in_each_test_world(done, rollouts):
         row["label_fraction"] for row in first
     } == {"0 rows", "1 rows", "2 rows"}
     shown = pq.read_table(rollouts / "shifted", filters=[("split", "=", "test")])
-    told = {row["metric"]: row["value"] for row in rows}
-    assert told["expert_steps"] == np.mean(shown["steps"].to_numpy()) == 60
-    assert told["random_return"] == pytest.approx(np.mean(shown["random_return"].to_numpy()))
-    assert {"success", "return", "action_error", "expert_success", "random_steps"} <= set(told)
+    message = {row["metric"]: row["value"] for row in rows}
+    assert message["expert_steps"] == np.mean(shown["steps"].to_numpy()) == 60
+    assert message["random_return"] == pytest.approx(np.mean(shown["random_return"].to_numpy()))
+    assert {"success", "return", "action_error", "expert_success", "random_steps"} <= set(message)
     zero = [row for row in first if row["technique"] == "zero_shot"]
     assert (
         len(zero) == 1

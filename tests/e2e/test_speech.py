@@ -114,15 +114,15 @@ def test_every_target_has_its_cells_and_metrics(done):
 
 
 def test_the_table_tells_how_transcripts_were_normalised(done):
-    told = {
+    message = {
         row["target"]: json.loads(row["hyper_parameters"]).get("normalization")
         for row in rows(done)
     }
     assert (
-        told["digits"] is None
-        and told["words"] != told["letters"]
-        and "upper" in str(told["words"])
-        and "lower" in str(told["letters"])
+        message["digits"] is None
+        and message["words"] != message["letters"]
+        and "upper" in str(message["words"])
+        and "lower" in str(message["letters"])
     )
 
 
@@ -141,15 +141,15 @@ def test_batches_by_duration_tell_their_padding(done):
         if "padding_share" in path.read_text()
     }
     assert set(found) == {"spoken", "heard"} and all(
-        0 <= facts["padding_share"] < 0.3 for facts in found.values()
+        0 <= metadata["padding_share"] < 0.3 for metadata in found.values()
     )
     assert found["spoken"]["padding_share"] > 0.01
     shares = re.findall(
         r"batches an epoch of up to \d+ seconds, ([0-9.]+)% of them padding",
-        " ".join(facts["splits"] for facts in found.values()),
+        " ".join(metadata["splits"] for metadata in found.values()),
     )
     assert [float(share) for share in shares] == [
-        pytest.approx(100 * facts["padding_share"], abs=0.06) for facts in found.values()
+        pytest.approx(100 * metadata["padding_share"], abs=0.06) for metadata in found.values()
     ]
     ran = [json.loads(row["hyper_parameters"]) for row in rows(done)]
     assert [one["padding_share"] for one in ran if one.get("batch_cost")] and all(

@@ -147,8 +147,8 @@ def test_perplexity_and_bits_per_byte_tell_the_same_loss(done):
 
 
 def test_the_report_tells_the_mixture_and_the_types(done):
-    told = (done / "report.md").read_text()
-    assert "person" in told and "place" in told and "0.7" in told
+    message = (done / "report.md").read_text()
+    assert "person" in message and "place" in message and "0.7" in message
 
 
 def best(done: Path, target: str, technique: str) -> str:

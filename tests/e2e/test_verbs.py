@@ -60,8 +60,12 @@ def test_every_verb_is_helpful(onetomany, tmp_path):
         re.search(rf"\b{verb}\b", helped.stdout) for verb in VERBS
     )
     for verb in ("run", "predict", "submit"):
-        told = onetomany(verb, "--help", cwd=tmp_path)
-        assert told.returncode == 0 and "Usage" in told.stdout and len(told.stdout.splitlines()) > 8
+        message = onetomany(verb, "--help", cwd=tmp_path)
+        assert (
+            message.returncode == 0
+            and "Usage" in message.stdout
+            and len(message.stdout.splitlines()) > 8
+        )
 
 
 def test_the_schema_takes_every_shipped_job(onetomany, tmp_path):
@@ -79,13 +83,14 @@ def test_a_dry_run_of_the_quickstart_tells_its_cost(onetomany, tmp_path):
     assert not list(tmp_path.rglob("*.json")), "nothing was run"
 
 
-def tells_its_cost(job: Path, told: str) -> None:
+def tells_its_cost(job: Path, message: str) -> None:
     spec = yaml.safe_load(job.read_text())
-    assert all(f"source {name}: " in told for name in spec["sources"]) and all(
-        f"target {name} at " in told for name in spec["targets"]
+    assert all(f"source {name}: " in message for name in spec["sources"]) and all(
+        f"target {name} at " in message for name in spec["targets"]
     )
     assert re.search(
-        r"in all: \d+ trials, \d+ steps( and those to be known after sorting)?; results in ", told
+        r"in all: \d+ trials, \d+ steps( and those to be known after sorting)?; results in ",
+        message,
     )
 
 
@@ -101,7 +106,7 @@ def test_every_small_job_fits_its_data_and_tells_its_cost(
     monkeypatch.chdir(tmp_path)
     state = stages.check(yaml_loader.load(job, []), Progress())
     tells_its_cost(job, "\n".join(dry_run.describe(state)))
-    preflight.look(state)
+    preflight.check_rows(state)
     assert re.search(r"^# Seen: ", job.read_text(), re.MULTILINE), (
         "a job opens with the figures to expect"
     )
@@ -269,7 +274,7 @@ def test_predict_refuses_a_flipped_bit_a_newer_format_and_half_a_column(onetoman
     weights.write_bytes(good)
     manifest = atomic_folder.open_folder(uri)
     storage.write_json(
-        f"{uri}/manifest.json", atomic_folder.sealed({**manifest, "format_version": 99})
+        f"{uri}/manifest.json", atomic_folder.with_checksum({**manifest, "format_version": 99})
     )
     newer = onetomany("predict", uri, data, "-o", tmp_path / "out", cwd=tmp_path)
     assert (

@@ -1,5 +1,5 @@
-"""pipeline.io.atomic_folder: a folder whole or absent, locally and on S3, also when its writer is killed;
-about 10 s.
+"""pipeline.io.atomic_folder: a folder whole or absent, locally and on S3, also when its writer is
+killed; about 10 s.
 """
 
 import ctypes
@@ -84,7 +84,7 @@ def test_manifest_is_not_trusted(root, tmp_path):
     entry = {"sha256": "0" * 64, "size": 1}
     for files in ({"../../escape": entry}, {"/etc/x": entry}, {"a": {"size": 1}}, ["a"], None):
         storage.write_json(
-            uri + "/manifest.json", atomic_folder.sealed({"files": files})
+            uri + "/manifest.json", atomic_folder.with_checksum({"files": files})
         )  # whoever forges names can seal them too
         with pytest.raises(StorageError, match="bundle: "):
             atomic_folder.verify_folder(uri, atomic_folder.open_folder(uri))

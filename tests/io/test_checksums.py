@@ -19,9 +19,9 @@ from tests.benchmarks import bit_flips, killed_writers
 
 
 @pytest.fixture
-def told():
+def message():
     lines: list[str] = []
-    with checksums.telling(lines.append):
+    with checksums.notifications_to(lines.append):
         yield lines
 
 
@@ -48,7 +48,7 @@ def test_ten_killed_writers_leave_whole_files_and_nothing_else(tmp_path):
     assert all(set(found) <= {"whole", "absent"} for found in table.values()), table
 
 
-def test_a_document_comes_back_as_it_was_and_its_damage_is_named(root, told):
+def test_a_document_comes_back_as_it_was_and_its_damage_is_named(root, message):
     uri, value = (
         storage.join(root, "record.json"),
         {
@@ -60,7 +60,7 @@ def test_a_document_comes_back_as_it_was_and_its_damage_is_named(root, told):
     )
     with pytest.raises(storage.NotFoundError):
         checksums.read_document(uri)
-    assert checksums.document_or_none(uri, "it is made again") is None and not told
+    assert checksums.document_or_none(uri, "it is made again") is None and not message
     checksums.write_document(uri, value)
     assert checksums.read_document(uri) == value and not checksums.is_damaged(uri)
     text = storage.read_bytes(uri)
@@ -79,9 +79,9 @@ def test_a_document_comes_back_as_it_was_and_its_damage_is_named(root, told):
     for _ in range(2):
         assert checksums.document_or_none(uri, "it is made again") is None
     assert (
-        len(told) == 1
-        and told[0].startswith("warning: ")
-        and told[0].endswith(": it is made again")
+        len(message) == 1
+        and message[0].startswith("warning: ")
+        and message[0].endswith(": it is made again")
     ), "said once"
 
 
@@ -91,15 +91,15 @@ def test_a_document_of_an_earlier_version_is_read_as_it_is(root):
     assert checksums.read_document(uri) == {"rows": []}
 
 
-def test_kept_bytes_come_back_or_are_missing(tmp_path, told):
+def test_kept_bytes_come_back_or_are_missing(tmp_path, message):
     uri = str(tmp_path / "features")
-    assert checksums.kept_bytes(uri, "it is made again") is None and not told
+    assert checksums.kept_bytes(uri, "it is made again") is None and not message
     checksums.keep_bytes(uri, b"numbers" * 100)
     assert checksums.kept_bytes(uri, "") == b"numbers" * 100
     for name in ("content", "manifest.json"):
         checksums.keep_bytes(uri, b"numbers" * 100)
         flip(tmp_path / "features" / name, 40)
-        assert checksums.kept_bytes(uri, "it is made again") is None and told.pop().endswith(
+        assert checksums.kept_bytes(uri, "it is made again") is None and message.pop().endswith(
             ": it is made again"
         )
         with pytest.raises(DamagedError):
@@ -128,7 +128,7 @@ def test_a_folder_is_read_once_and_damage_is_found_by_what_it_holds(tmp_path, mo
     (tmp_path / "folder/small").unlink()
     with pytest.raises(DamagedError):
         checksums.check_folder(uri, manifest)
-    assert checksums.whole_folder(uri, "") is None
+    assert checksums.intact_folder(uri, "") is None
     assert (
         json.loads((tmp_path / "folder/manifest.json").read_text())["sha256"] == manifest["sha256"]
     )
@@ -184,7 +184,7 @@ def test_files_of_a_folder_on_s3_are_known_without_being_read(s3_server, tmp_pat
             checksums.check_folder(uri, {"files": files})
 
 
-def test_a_damaged_part_of_prepare_is_refused_by_a_job_and_made_again_by_prepare(tmp_path, told):
+def test_a_damaged_part_of_prepare_is_refused_by_a_job_and_made_again_by_prepare(tmp_path, message):
     (tmp_path / "raw.csv").write_text(
         "text,label\n" + "\n".join(f"row {i},{i % 3}" for i in range(50))
     )
@@ -199,4 +199,4 @@ def test_a_damaged_part_of_prepare_is_refused_by_a_job_and_made_again_by_prepare
     ):
         read()
     (tmp_path / "out/_manifest.json").unlink()  # prepare is given again, to go on
-    assert read()[1] == rows and part.name in told[0] and told[0].endswith("it is made again")
+    assert read()[1] == rows and part.name in message[0] and message[0].endswith("it is made again")

@@ -211,7 +211,8 @@ def test_processes_share_the_cache(tmp_path, aged, own_cache):
     for i in range(40):
         (tmp_path / f"{i}.bin").write_bytes(b"%d" % i)
     code = (
-        "import sys; from pipeline.io import file_identity as identity; identity.GRAIN_SECONDS = -1e6\n"
+        "import sys; from pipeline.io import file_identity as identity; "
+        "identity.GRAIN_SECONDS = -1e6\n"
         "for _ in range(5): print(identity.identify([f'{sys.argv[1]}/{i}.bin' for i in "
         "range(40)])[7].content)"
     )
@@ -316,11 +317,11 @@ def test_a_file_that_is_written_while_it_is_hashed_is_an_error(tmp_path, monkeyp
 
 
 def test_long_reading_is_shown(tmp_path, monkeypatch):
-    monkeypatch.setattr(file_identity, "TELL_AFTER_SECONDS", -1.0)
+    monkeypatch.setattr(file_identity, "PROGRESS_AFTER_SECONDS", -1.0)
     for i in range(3):
         (tmp_path / str(i)).write_bytes(b"x")
     lines = []
-    with file_identity.shown_by(lines.append):
+    with file_identity.progress_to(lines.append):
         file_identity.identify(str(tmp_path / str(i)) for i in range(3))
     assert lines[-1].endswith("3 of 3 files, 0 of 0 MiB")
     file_identity.fingerprint(tmp_path / "0")

@@ -403,7 +403,7 @@ def test_a_lease_that_is_lost_while_nothing_is_written_ends_the_run(root, monkey
         left_behind(root, id="other", host="elsewhere", pid=12)
         threading.Event().wait(60)
         pytest.fail("nothing has stopped it")
-    assert not write_fence.entered()
+    assert not write_fence.current_fences()
 
 
 @pytest.mark.ray

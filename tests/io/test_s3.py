@@ -1,4 +1,6 @@
-"""pipeline.io.s3 through pipeline.io.storage: retries, answers of a bad server, one client a process."""
+"""pipeline.io.s3 through pipeline.io.storage: retries, answers of a bad server, one client a
+process.
+"""
 
 import errno
 import os

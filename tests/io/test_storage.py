@@ -237,7 +237,8 @@ def test_killed_write_leaves_the_old_file_and_sweep_clears_up(tmp_path):
     uri = str(tmp_path / "state.json")
     storage.write_bytes(uri, b"old")
     source = (
-        "import os, sys; from pipeline.io import file_identity as identity; from pipeline.io import storage; os.replace = lambda *_: "
+        "import os, sys; from pipeline.io import file_identity as identity; from pipeline.io "
+        "import storage; os.replace = lambda *_: "
         "os._exit(9); "
     )
     assert run_python(source + "storage.write_bytes(sys.argv[1], b'new')", uri).returncode == 9
@@ -331,7 +332,10 @@ def test_full_disk_is_named(tmp_path, monkeypatch):
 
 
 def test_imports_stay_on_floor_0():
-    source = "import sys; from pipeline.io import atomic_folder as folders; from pipeline.io import storage; storage.exists('/'); "
+    source = (
+        "import sys; from pipeline.io import atomic_folder as folders; from pipeline.io import "
+        "storage; storage.exists('/'); "
+    )
     heavy = (
         "sorted({'torch', 'ray', 's3fs', 'botocore', 'fsspec', 'numpy', 'pyarrow'} & "
         "set(sys.modules))"

@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline.media.static_features import MOST, Facts
+from pipeline.media.static_features import MOST, StaticFeatures
 
 KIND = pa.struct(
     {
@@ -24,7 +24,9 @@ ROWS = [
 
 
 def facts(rows=ROWS, kind=KIND, min_rows=1):
-    return Facts(Facts.fit(pa.chunked_array([pa.array(rows, kind)]), "static", min_rows))
+    return StaticFeatures(
+        StaticFeatures.fit(pa.chunked_array([pa.array(rows, kind)]), "static", min_rows)
+    )
 
 
 def test_numbers_are_standardised_and_gaps_are_told_apart_from_means():
@@ -84,10 +86,10 @@ def test_fields_are_known_by_name_in_any_order_and_types_may_differ():
     )  # 50 is 20 above the mean; the quantiles are 20.02 and 39.98
     assert [row.tolist() for row in found["codes"]] == [[4], []]
     assert (
-        facts().known(other, "static")
+        facts().coverage(other, "static")
         == "numbers of static left out: weight; not there: beds; 1 of 2 texts of static are unknown"
     )
-    assert facts().known(pa.array(ROWS, KIND), "static") == ""
+    assert facts().coverage(pa.array(ROWS, KIND), "static") == ""
 
 
 def test_a_number_that_few_rows_have_is_not_known_and_one_far_out_moves_little():
@@ -101,11 +103,11 @@ def test_a_number_that_few_rows_have_is_not_known_and_one_far_out_moves_little()
 
 
 def test_a_field_of_another_kind_than_it_was_fitted_on_is_refused_and_no_value_is_told():
-    for field, value, told in (
+    for field, value, message in (
         ("age", "63", "holds string here and numbers"),
         ("sex", 1.0, "holds double here and texts"),
     ):
-        with pytest.raises(ValueError, match=told) as error:
+        with pytest.raises(ValueError, match=message) as error:
             facts().decode(pa.array([{field: value}]), 1, "facts")
         assert "63" not in str(error.value) and "column facts" in str(error.value)
     assert (
@@ -137,12 +139,12 @@ def test_a_constant_number_stays_finite():
 
 
 @pytest.mark.parametrize(
-    ("kind", "told"),
+    ("kind", "message"),
     [
         (pa.float64(), "it holds double; facts are a struct"),
         (pa.struct({"when": pa.timestamp("s")}), r"field when: it holds timestamp\[s\]"),
     ],
 )
-def test_another_type_is_refused_with_its_name(kind, told):
-    with pytest.raises(ValueError, match=told):
-        Facts.fit(pa.chunked_array([pa.array([None], kind)]), "static", 1)
+def test_another_type_is_refused_with_its_name(kind, message):
+    with pytest.raises(ValueError, match=message):
+        StaticFeatures.fit(pa.chunked_array([pa.array([None], kind)]), "static", 1)

@@ -107,14 +107,14 @@ def test_a_row_without_events_is_a_row():
 
 
 @pytest.mark.parametrize(
-    ("column", "told"),
+    ("column", "message"),
     [
         (pa.array([1.0]), "it holds double; times are lists of numbers"),
         (pa.array([["a"]]), "it holds list<.*string>"),
     ],
 )
-def test_a_column_of_another_kind_is_refused(column, told):
-    with pytest.raises(ValueError, match=told):
+def test_a_column_of_another_kind_is_refused(column, message):
+    with pytest.raises(ValueError, match=message):
         Events(EventsOptions(), STATE).decode(
             table(([1.0], ["HR"], [1.0])).set_column(0, "times", column), COLUMNS
         )
@@ -179,7 +179,7 @@ def test_what_is_known_of_other_rows_is_told():
         ([1.0, 1.0], ["Temp", "drug: x"], [37.0, 1.0]),
     )
     assert (
-        Events(EventsOptions(min_rows=2), STATE).known(rows, COLUMNS)
+        Events(EventsOptions(min_rows=2), STATE).coverage(rows, COLUMNS)
         == "2 of 4 variables are known (40.0% of the events); left out: drug: x, 1 others"
     )
 

@@ -45,9 +45,9 @@ def test_what_nothing_can_be_learned_of_is_refused():
 
 def test_fields_that_are_not_known_are_told():
     modality = Table(TableOptions(), Table.fit(TableOptions(min_rows=1), stays(8), COLUMNS, ""))
-    assert modality.known(stays(8), COLUMNS) == ""
+    assert modality.coverage(stays(8), COLUMNS) == ""
     assert (
-        modality.known(pa.table({"static": pa.array([{"Age": 3.0, "Weight": 80.0}])}), COLUMNS)
+        modality.coverage(pa.table({"static": pa.array([{"Age": 3.0, "Weight": 80.0}])}), COLUMNS)
         == "numbers of static left out: Weight"
     )
 

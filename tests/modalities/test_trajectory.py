@@ -73,15 +73,20 @@ def test_steps_are_standardised_by_the_statistics_of_all_steps():
     rows = [walk(7, seed=1), walk(40, seed=2, shift=3.0), walk(1, seed=3)]
     modality = made(table(*rows))
     seen, done = (np.concatenate([np.array(row[k]) for row in rows]) for k in (0, 1))
-    facts = modality.state["spaces"]["o3a2"]
+    properties = modality.state["spaces"]["o3a2"]
     for key, want in {
         "observation_mean": seen.mean(0),
         "observation_std": seen.std(0),
         "action_mean": done.mean(0),
         "action_std": done.std(0),
     }.items():
-        np.testing.assert_allclose(facts[key], want, rtol=2e-6, err_msg=key)
-    assert (facts["observation"], facts["action"], facts["discrete"], modality.state["tasks"]) == (
+        np.testing.assert_allclose(properties[key], want, rtol=2e-6, err_msg=key)
+    assert (
+        properties["observation"],
+        properties["action"],
+        properties["discrete"],
+        modality.state["tasks"],
+    ) == (
         3,
         2,
         None,
@@ -429,7 +434,7 @@ def test_an_unknown_class_is_told_with_its_step():
 
 
 @pytest.mark.parametrize(
-    ("column", "values", "told"),
+    ("column", "values", "message"),
     [
         (
             "observations",
@@ -448,9 +453,9 @@ def test_an_unknown_class_is_told_with_its_step():
         ("actions", pa.array([[["left"]]]), "of lists of numbers or of class names"),
     ],
 )
-def test_a_column_of_another_kind_is_refused(column, values, told):
+def test_a_column_of_another_kind_is_refused(column, values, message):
     rows = table(([[1.0, 2.0, 3.0]], [[1.0, 2.0]]))
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         read(made(rows), rows.set_column(rows.column_names.index(column), column, values))
 
 
@@ -557,12 +562,12 @@ def test_a_target_grows_what_its_source_lacks_and_nothing_else():
         ],
         promote_options="default",
     )
-    assert source.known(target, COLUMNS) == (
+    assert source.coverage(target, COLUMNS) == (
         "1 of 2 spaces are known; new: UR5_e (2 rows); 1 of 3 tasks are known; new: turn (3 "
         "rows), lift (1 rows)"
     )
     before = json.dumps(source.state)
-    state = source.grown(target, COLUMNS)
+    state = source.extend_state(target, COLUMNS)
     assert json.dumps(source.state) == before, "trials share the source's state"
     assert list(state["spaces"]) == ["arm", "cart", "UR5_e"] and state["tasks"] == [
         "push",
@@ -580,10 +585,10 @@ def test_a_target_grows_what_its_source_lacks_and_nothing_else():
         and batch["task"].tolist() == [1, 4, 3, 0, 4, 4]
     )
     assert (
-        grown.known(target, COLUMNS) == "2 of 2 spaces are known; 3 of 3 tasks are known"
-        and grown.grown(target, COLUMNS) is grown.state
+        grown.coverage(target, COLUMNS) == "2 of 2 spaces are known; 3 of 3 tasks are known"
+        and grown.extend_state(target, COLUMNS) is grown.state
     )
-    assert source.grown(episodes(5, seed=9), COLUMNS) is source.state
+    assert source.extend_state(episodes(5, seed=9), COLUMNS) is source.state
 
 
 def test_classes_that_a_source_lacks_make_a_space_of_their_own():
@@ -594,25 +599,27 @@ def test_classes_that_a_source_lacks_make_a_space_of_their_own():
         ("wxyz", ["o3c4", "o3c4_2"]),
     ):
         target = table(steered(names), steered(names[:1]), actions=NAMES)
-        state = source.grown(target, COLUMNS)
+        state = source.extend_state(target, COLUMNS)
         assert list(state["spaces"]) == spaces
         batch, bad = read(Trajectory(source.options, state), target)
         assert not any(bad) and batch["space"].tolist() == [len(spaces) - 1] * 2
     assert (
-        source.known(table(steered("aexw"), actions=NAMES), COLUMNS)
+        source.coverage(table(steered("aexw"), actions=NAMES), COLUMNS)
         == "0 of 1 spaces are known; new: o3c (1 rows)"
     )
 
 
 def test_rows_without_a_name_find_the_space_that_has_their_classes():
     first = made(table(steered("abcd"), actions=NAMES))
-    second = Trajectory(first.options, first.grown(table(steered("abe"), actions=NAMES), COLUMNS))
+    second = Trajectory(
+        first.options, first.extend_state(table(steered("abe"), actions=NAMES), COLUMNS)
+    )
     assert second.names == ("o3c4", "o3c3") and read(second, table(steered("ab"), actions=NAMES))[
         0
     ]["space"].tolist() == [1], "those that it grew for"
     back = table(steered("abcd"), steered("ab"), actions=NAMES)
-    assert second.known(back, COLUMNS) == "1 of 1 spaces are known"
-    third = Trajectory(first.options, json.loads(json.dumps(second.grown(back, COLUMNS))))
+    assert second.coverage(back, COLUMNS) == "1 of 1 spaces are known"
+    third = Trajectory(first.options, json.loads(json.dumps(second.extend_state(back, COLUMNS))))
     assert third.names == ("o3c4", "o3c3"), "no third space of the same classes"
     batch, bad = read(third, back)
     assert not any(bad) and batch["space"].tolist() == [0, 0]
@@ -621,9 +628,9 @@ def test_rows_without_a_name_find_the_space_that_has_their_classes():
 def test_numbers_far_beyond_the_source_are_told():
     source = made(table(walk(50, 3, 2, seed=1)))
     near, far = table(walk(50, 3, 2, seed=2)), table(walk(50, 3, 2, seed=2, shift=1e4))
-    assert source.known(near, COLUMNS) == "1 of 1 spaces are known"
+    assert source.coverage(near, COLUMNS) == "1 of 1 spaces are known"
     assert (
-        source.known(far, COLUMNS)
+        source.coverage(far, COLUMNS)
         == "1 of 1 spaces are known; 100% of the numbers that o3a2 observes lie beyond 10 of its "
         "deviations, and are cut there"
     )
@@ -634,9 +641,9 @@ def test_small_units_are_no_rounding():
         np.random.default_rng(0).normal(0, 5e-7, (40, 3)),
         np.full((40, 2), 1000.0) + np.random.default_rng(1).normal(0, 1e-5, (40, 2)),
     )
-    facts = made(table((one.tolist(), two.tolist()))).state["spaces"]["o3a2"]
-    np.testing.assert_allclose(facts["observation_std"], one.std(0), rtol=1e-5)
-    assert facts["action_std"] == [1.0, 1.0], "float32 has no more digits: that is rounding"
+    properties = made(table((one.tolist(), two.tolist()))).state["spaces"]["o3a2"]
+    np.testing.assert_allclose(properties["observation_std"], one.std(0), rtol=1e-5)
+    assert properties["action_std"] == [1.0, 1.0], "float32 has no more digits: that is rounding"
 
 
 def test_what_was_executed_stands_beside_what_is_to_be_learned():
@@ -689,18 +696,18 @@ def test_what_was_executed_stands_beside_what_is_to_be_learned():
 
 def test_frames_that_a_source_does_not_read_are_refused_in_a_target():
     with pytest.raises(ValueError, match="column im holds frames and the modality reads none"):
-        made(table(walk(4))).grown(table(walk(4)), {**COLUMNS, "images": "im"})
+        made(table(walk(4))).extend_state(table(walk(4)), {**COLUMNS, "images": "im"})
 
 
 def test_new_robots_of_known_widths_are_new():
     source = made(table(walk(4), walk(4), embodiment=["arm", "leg"]))
-    assert list(source.grown(table(walk(4), embodiment=["tail"]), COLUMNS)["spaces"]) == [
+    assert list(source.extend_state(table(walk(4), embodiment=["tail"]), COLUMNS)["spaces"]) == [
         "arm",
         "leg",
         "tail",
     ]
     unnamed = table(walk(4))
-    state = source.grown(unnamed, COLUMNS)
+    state = source.extend_state(unnamed, COLUMNS)
     assert list(state["spaces"]) == ["arm", "leg", "o3a2"]
     assert read(Trajectory(source.options, state), unnamed)[0]["space"].tolist() == [2]
 
@@ -727,7 +734,7 @@ def test_run_time_sees_and_does_what_rows_say():
 
 
 @pytest.mark.parametrize(
-    ("call", "told"),
+    ("call", "message"),
     [
         (lambda m: m.observe("o3a3", np.zeros((1, 3))), "unknown space 'o3a3'; did you mean o3a2"),
         (
@@ -739,8 +746,8 @@ def test_run_time_sees_and_does_what_rows_say():
         (lambda m: m.act("o3a2", np.zeros(2)), r"shape \(2,\)"),
     ],
 )
-def test_run_time_refuses_what_is_of_another_shape(call, told):
-    with pytest.raises(ValueError, match=told):
+def test_run_time_refuses_what_is_of_another_shape(call, message):
+    with pytest.raises(ValueError, match=message):
         call(made(table(GOOD)))
 
 

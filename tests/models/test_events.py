@@ -146,14 +146,14 @@ def test_static_facts_are_read(rows, name):
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "inputs", "told"),
+    ("name", "options", "inputs", "message"),
     [
         ("gru", {}, {"channels": 3, "size": 32}, "reads events"),
         ("strats", {"width": 30, "heads": 4}, None, "width 30 is not divided by heads 4"),
     ],
 )
-def test_what_does_not_fit_is_refused(rows, name, options, inputs, told):
-    with pytest.raises(ValueError, match=told):
+def test_what_does_not_fit_is_refused(rows, name, options, inputs, message):
+    with pytest.raises(ValueError, match=message):
         built(name, inputs or rows.modality.inputs(), **options)
     with pytest.raises(ValueError, match="no token for each event"):
         built("gru", rows.modality.inputs())(

@@ -300,9 +300,9 @@ def test_another_robot_keeps_the_trunk_bit_for_bit_and_says_so(name):
     moved = bundle.transfer(target, source.state_dict(), "source")
     assert furthest(trunk(source), trunk(target)) == 0
     parts = ["encoders"] if name == "mlp" else ["encoders", "action_encoders"]
-    told = [words for part in parts for words in (f"{part}.o11a3 new", f"{part}.cart dropped")]
+    message = [words for part in parts for words in (f"{part}.o11a3 new", f"{part}.cart dropped")]
     assert moved.text().endswith(
-        "; ".join(["0 dropped", *told, "tasks: 2 kept, 2 new", "trunk kept"])
+        "; ".join(["0 dropped", *message, "tasks: 2 kept, 2 new", "trunk kept"])
     )
     theirs, mine = source.state_dict(), target.state_dict()
     for part in parts:
@@ -328,7 +328,7 @@ def test_a_grown_modality_and_its_source_agree_on_what_the_source_knew(name):
         .take([0, 2])
         .set_column(2, "task", [["turn"] * 2])
     )
-    grown = Trajectory(options, modality.grown(new, TRAJECTORY_COLUMNS))
+    grown = Trajectory(options, modality.extend_state(new, TRAJECTORY_COLUMNS))
     source, target = built(name, modality.inputs(), seed=1), built(name, grown.inputs(), seed=2)
     moved = bundle.transfer(target, source.state_dict(), "source")
     assert (
@@ -454,7 +454,7 @@ def test_a_frame_is_what_the_vision_backbone_says_of_it():
 
 
 @pytest.mark.parametrize(
-    ("inputs", "options", "told"),
+    ("inputs", "options", "message"),
     [
         (
             {"channels": 3, "size": 32},
@@ -477,8 +477,8 @@ def test_a_frame_is_what_the_vision_backbone_says_of_it():
         (FRAMES, {"vision": "transformers/bert"}, "vision: transformers/bert reads text"),
     ],
 )
-def test_what_does_not_fit_is_refused(inputs, options, told):
-    with pytest.raises(ValueError, match=told):
+def test_what_does_not_fit_is_refused(inputs, options, message):
+    with pytest.raises(ValueError, match=message):
         built("mlp", inputs, **options)
 
 

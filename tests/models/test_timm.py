@@ -103,12 +103,12 @@ def test_pooled_tokens_and_stages_have_their_shapes_at_every_size(name, sizes):
             backbone.token_dim,
         )
         assert (
-            list(found.stages) == [stage.name for stage in backbone.stage_info]
+            list(found.stages) == [stage.name for stage in backbone.feature_map_specs]
             and len(found.stages) >= 3
         )
-        strides = [stage.stride for stage in backbone.stage_info]
+        strides = [stage.stride for stage in backbone.feature_map_specs]
         assert strides == sorted(strides) and strides[-1] in (16, 32)
-        for stage in backbone.stage_info:
+        for stage in backbone.feature_map_specs:
             b, c, h, w = found.stages[stage.name].shape
             # Inception's convolutions without padding lose a border at every layer
             assert (
@@ -126,7 +126,7 @@ def test_stages_are_what_the_named_modules_of_the_plain_model_give(name):
     modules = dict(backbone.model.named_modules())
     hooks = [
         modules[s.name].register_forward_hook(lambda m, a, out, at=s.name: seen.update({at: out}))
-        for s in backbone.stage_info
+        for s in backbone.feature_map_specs
         if s.name in modules
     ]
     found = backbone(batch, want=("stages",))
@@ -147,7 +147,7 @@ def test_stages_are_what_the_named_modules_of_the_plain_model_give(name):
         found.pooled,
         reference.forward_head(reference.forward_features(batch["image"]), pre_logits=True),
     )
-    for stage in backbone.stage_info:
+    for stage in backbone.feature_map_specs:
         if not torch.is_tensor(out := seen.get(stage.name)):
             continue
         ours = found.stages[stage.name]
@@ -382,7 +382,7 @@ def test_small_images_may_have_small_patches():
             "inputs": {"channels": 1, "size": 32},
         }
     )
-    assert backbone.stage_info[0].stride == 4 and backbone(
+    assert backbone.feature_map_specs[0].stride == 4 and backbone(
         images(2, 32, 1), want=("stages",)
     ).stages["blocks.0"].shape[2:] == (8, 8)
     for name, patch, message in (

@@ -363,7 +363,7 @@ def test_a_bundle_gives_the_same_backbone(variant, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("variant", "inputs", "options", "told"),
+    ("variant", "inputs", "options", "message"),
     [
         (
             "deepspeech",
@@ -387,8 +387,8 @@ def test_a_bundle_gives_the_same_backbone(variant, tmp_path):
         ("conformer", None, {"hidden": 18, "heads": 4}, "heads 4 must divide hidden 18"),
     ],
 )
-def test_what_does_not_fit_is_refused(variant, inputs, options, told):
-    with pytest.raises(ValueError, match=f"torchaudio/{variant}.*{told}"):
+def test_what_does_not_fit_is_refused(variant, inputs, options, message):
+    with pytest.raises(ValueError, match=f"torchaudio/{variant}.*{message}"):
         build(variant, inputs, **options)
 
 

@@ -287,7 +287,7 @@ def test_bfloat16_gives_finite_states(kind):
 
 
 @pytest.mark.parametrize(
-    ("options", "inputs", "told"),
+    ("options", "inputs", "message"),
     [
         (
             {},
@@ -315,8 +315,8 @@ def test_bfloat16_gives_finite_states(kind):
         ),
     ],
 )
-def test_what_does_not_fit_is_refused(options, inputs, told):
-    with pytest.raises(ValueError, match=told):
+def test_what_does_not_fit_is_refused(options, inputs, message):
+    with pytest.raises(ValueError, match=message):
         build("sizes", inputs, **options)
 
 

@@ -289,7 +289,7 @@ def test_a_bundle_gives_the_same_backbone(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("inputs", "options", "told"),
+    ("inputs", "options", "message"),
     [
         (
             {"features": "mel", "rate": 16000, "channels": 80, "convolutions": [[400, 160, 0]]},
@@ -305,8 +305,8 @@ def test_a_bundle_gives_the_same_backbone(tmp_path):
         (INPUTS, {"frame_kernel": 4}, "frame_kernel 4 must be odd"),
     ],
 )
-def test_what_does_not_fit_is_refused(inputs, options, told):
-    with pytest.raises(ValueError, match=f"wavenet/wavenet.*{told}"):
+def test_what_does_not_fit_is_refused(inputs, options, message):
+    with pytest.raises(ValueError, match=f"wavenet/wavenet.*{message}"):
         build(inputs, **options)
 
 
@@ -328,7 +328,7 @@ def test_a_network_that_predicts_samples_goes_on_to_recognise_words(tmp_path):
         metrics={},
     )
     found = bundle.load(str(tmp_path / "source")).backbone_tensors()
-    state = CTC.suit(
+    state = CTC.bind_to_backbone(
         CTC.fit(CTCOptions(), pa.table({"said": ["AB", "BA"]}), {"transcript": "said"}),
         learned.backbone,
     )

@@ -8,25 +8,25 @@ import torch
 from torch import nn
 
 from pipeline.checkpoints import bundle
-from pipeline.core.contracts import Backbone, Batch, Features, Stage
+from pipeline.core.contracts import Backbone, Batch, FeatureMapSpec, Features
 from pipeline.nn.feature_pyramid import Pyramid
 
 
 class Maps(Backbone):
     """Random maps of given strides and sizes."""
 
-    def __init__(self, stages: tuple[Stage, ...], sizes: tuple[int, ...] = ()):
+    def __init__(self, stages: tuple[FeatureMapSpec, ...], sizes: tuple[int, ...] = ()):
         nn.Module.__init__(self)
-        self.stage_info, self.sizes, self.arch = stages, sizes, {"name": "toys/maps"}
+        self.feature_map_specs, self.sizes, self.arch = stages, sizes, {"name": "toys/maps"}
 
     def forward(self, batch, *, token_mask=None, want=()):
         b, side = len(batch), batch["image"].shape[-1]
-        sizes = self.sizes or tuple(-(-side // stage.stride) for stage in self.stage_info)
+        sizes = self.sizes or tuple(-(-side // stage.stride) for stage in self.feature_map_specs)
         return Features(
             torch.zeros(b, 4),
             stages={
                 s.name: torch.randn(b, s.channels, k, k)
-                for s, k in zip(self.stage_info, sizes, strict=True)
+                for s, k in zip(self.feature_map_specs, sizes, strict=True)
             },
         )
 
@@ -38,8 +38,10 @@ def images(side: int, rows: int = 2) -> Batch:
     return Batch(np.arange(rows), torch.arange(rows), {"image": torch.randn(rows, 3, side, side)})
 
 
-def stages(*pairs: tuple[int, int]) -> tuple[Stage, ...]:
-    return tuple(Stage(f"stage{i}", channels, stride) for i, (stride, channels) in enumerate(pairs))
+def stages(*pairs: tuple[int, int]) -> tuple[FeatureMapSpec, ...]:
+    return tuple(
+        FeatureMapSpec(f"stage{i}", channels, stride) for i, (stride, channels) in enumerate(pairs)
+    )
 
 
 def maps_of(backbone: Backbone, side: int, **words):

@@ -15,7 +15,7 @@ from torch import nn
 from toys import Net, rows_of
 
 from pipeline.checkpoints import bundle
-from pipeline.core.contracts import Backbone, Batch, Features, Origin, Task
+from pipeline.core.contracts import Backbone, Batch, Features, RawRows, Task
 from pipeline.data import manifest as manifests
 from pipeline.data.stream import Decoder, Rows
 from pipeline.metrics.catalog import METRICS, metric
@@ -226,11 +226,11 @@ def test_losses_are_those_of_distributions_step_by_step(options):
                             of[k : k + k * width].view(k, width),
                             std(of[k + k * width :]).view(k, width),
                         )
-                        told = dist.MixtureSameFamily(
+                        message = dist.MixtureSameFamily(
                             dist.Categorical(logits=of[:k]),
                             dist.Independent(dist.Normal(means, stds), 1),
                         )
-                        total -= float(told.log_prob(goal))
+                        total -= float(message.log_prob(goal))
                         mean = means[of[:k].argmax()]
                     error = float(
                         ((mean - goal) * torch.tensor(space["action_std"])).square().sum()
@@ -287,14 +287,14 @@ def test_in_training_densities_are_weighed_by_the_told_variance_which_gets_no_gr
     torch.testing.assert_close(
         *(torch.autograd.grad(one.sum(), out, retain_graph=True)[0] for one in (found, want))
     )
-    told = torch.randn(7, 2 * (1 + 2 * 3), requires_grad=True)
-    logits, deviation = told[:, :2], std(told[:, 8:]).view(7, 2, 3)
+    message = torch.randn(7, 2 * (1 + 2 * 3), requires_grad=True)
+    logits, deviation = message[:, :2], std(message[:, 8:]).view(7, 2, 3)
     weight = torch.exp(2 * beta * (logits.softmax(-1) * deviation.log().mean(-1)).sum(-1)).detach()
-    plain, weighed = (action_heads.losses("mixture", told, target, 2, b) for b in (0.0, beta))
+    plain, weighed = (action_heads.losses("mixture", message, target, 2, b) for b in (0.0, beta))
     torch.testing.assert_close(weighed, plain * weight)
     torch.testing.assert_close(
         *(
-            torch.autograd.grad(one.sum(), told, retain_graph=True)[0]
+            torch.autograd.grad(one.sum(), message, retain_graph=True)[0]
             for one in (weighed, plain * weight)
         )
     )
@@ -407,8 +407,8 @@ def test_a_mixture_tells_of_two_ways_where_a_mean_goes_between(head):
         (total / count).backward()
         optimiser.step()
     del batch.data["graded"]
-    told = task.objective.predict(task.backbone, batch)["action"].abs()
-    assert (told > 0.9).all() if head["head"] == "mixture" else (told < 0.3).all()
+    message = task.objective.predict(task.backbone, batch)["action"].abs()
+    assert (message > 0.9).all() if head["head"] == "mixture" else (message < 0.3).all()
 
 
 # ---------------------------------------------------------------- columns
@@ -417,26 +417,26 @@ DISCRETE = episodes(discrete=True)
 
 
 def test_what_is_fitted():
-    told = BehaviourCloning.fit(OPTIONS, DISCRETE, COLUMNS)
-    assert told == {"kind": "discrete", "columns": [], "labels": list(CLASSES)}
-    assert BehaviourCloning.measures(OPTIONS, told) == ("macro_f1", "accuracy", "loss")
+    message = BehaviourCloning.fit(OPTIONS, DISCRETE, COLUMNS)
+    assert message == {"kind": "discrete", "columns": [], "labels": list(CLASSES)}
+    assert BehaviourCloning.target_metrics(OPTIONS, message) == ("macro_f1", "accuracy", "loss")
     worlds = {**COLUMNS, "environment": "env", "return": "r", "random_steps": "n"}
-    told = BehaviourCloning.fit(OPTIONS, episodes(), worlds)
-    assert told == {"kind": "continuous", "columns": ["environment", "return", "random_steps"]}
+    message = BehaviourCloning.fit(OPTIONS, episodes(), worlds)
+    assert message == {"kind": "continuous", "columns": ["environment", "return", "random_steps"]}
     assert (
-        BehaviourCloning.measures(OPTIONS, told) == ("action_error", "loss")
+        BehaviourCloning.target_metrics(OPTIONS, message) == ("action_error", "loss")
         and BehaviourCloning.metrics[0] == "loss"
     ), "standardised, for many robots"
-    assert BehaviourCloning.test_metrics(OPTIONS, told) == (
+    assert BehaviourCloning.test_metrics(OPTIONS, message) == (
         "success",
         "return",
         "steps",
         "expert_return",
         "random_steps",
     )
-    assert BehaviourCloning.test_metrics(OPTIONS, {**told, "columns": ["return"]}) == ()
+    assert BehaviourCloning.test_metrics(OPTIONS, {**message, "columns": ["return"]}) == ()
     full = BehaviourCloning.test_metrics(
-        OPTIONS, {**told, "columns": list(BehaviourCloning.optional_roles)}
+        OPTIONS, {**message, "columns": list(BehaviourCloning.optional_roles)}
     )
     assert set(full) == {
         f"{who}{name}"
@@ -539,7 +539,7 @@ def test_an_action_never_seen_in_training_is_named_and_rows_without_one_are_refu
         BehaviourCloning.encode(episodes(), COLUMNS, state)
     gaps = pa.table({"done": pa.array([["left"], [], None, ["left", None]])})
     assert BehaviourCloning.encode(gaps, COLUMNS, state)["graded"].tolist() == [1, 0, 0, 2]
-    assert BehaviourCloning.refused(gaps, COLUMNS, state) == [
+    assert BehaviourCloning.invalid_label_reasons(gaps, COLUMNS, state) == [
         "",
         "done holds no action",
         "done holds no action",
@@ -548,7 +548,7 @@ def test_an_action_never_seen_in_training_is_named_and_rows_without_one_are_refu
     without = gaps.drop_columns(["done"]).append_column("x", pa.array([1, 2, 3, 4]))
     assert (
         BehaviourCloning.encode(without, COLUMNS, state) == {}
-        and BehaviourCloning.refused(without, COLUMNS, state) == [""] * 4
+        and BehaviourCloning.invalid_label_reasons(without, COLUMNS, state) == [""] * 4
     )
 
 
@@ -654,9 +654,9 @@ def test_new_rows_are_written_in_their_own_units(tmp_path, discrete):
         }
         tokens = task.backbone(batch, want=("tokens",)).tokens
         task.objective.train()
-    completer = evaluate.Completer(new)
-    origin = completer.origin(task.objective, selection.ids(np.arange(12)))
-    written = task.objective.written(found, origin)
+    completer = evaluate.Postprocessor(new)
+    raw_rows = completer.raw_rows(task.objective, selection.ids(np.arange(12)))
+    written = task.objective.output_columns(found, raw_rows)
     assert set(written) == ({"prediction", "probabilities"} if discrete else {"actions"})
     for i, (steps, robot) in enumerate(zip(seen, table["robot"].to_pylist(), strict=True)):
         space = rows.modality.state["spaces"][robot]
@@ -677,7 +677,7 @@ def test_new_rows_are_written_in_their_own_units(tmp_path, discrete):
             np.testing.assert_allclose(
                 np.array(written["actions"][i]).reshape(want.shape), want, rtol=1e-4, atol=1e-4
             )
-    kinds = BehaviourCloning.written_types
+    kinds = BehaviourCloning.output_types
     assert (
         len(
             pa.table(
@@ -703,7 +703,7 @@ def test_it_can_be_written_down_and_carried_over():
     ).inputs()
     backbone = Steps(inputs)
     head = BehaviourCloning(backbone, task.objective.options, task.objective.state)
-    many, told = bundle.carry_tensors(
+    many, message = bundle.carry_tensors(
         head,
         {"name": "behaviour_cloning", "options": task.objective.options.model_dump()},
         task.objective.state_dict(),
@@ -711,11 +711,11 @@ def test_it_can_be_written_down_and_carried_over():
     assert (
         many == 2
         and torch.equal(head.decoders["arm"].weight, task.objective.decoders["arm"].weight)
-        and "2 dropped (decoders.leg" in told
+        and "2 dropped (decoders.leg" in message
     )
     assert (
-        "decoders.hand.weight" in told
-        and BehaviourCloning.carries_head
+        "decoders.hand.weight" in message
+        and BehaviourCloning.transfers_head
         and BehaviourCloning.whole_rows
     )
 
@@ -752,9 +752,9 @@ def test_chunks_are_ensembled_as_the_paper_has_it():
     want = (
         weights[0] * plans[1][:, 2] + weights[1] * plans[2][:, 1] + weights[2] * plans[3][:, 0]
     ) / weights.sum()
-    np.testing.assert_allclose(action_heads.ensembled(plans[1:], 0.5), want, rtol=1e-6)
-    np.testing.assert_allclose(action_heads.ensembled(plans[:1], 0.5), plans[0][:, 0])
-    assert np.array_equal(action_heads.ensembled(plans[1:], None), plans[3][:, 0])
+    np.testing.assert_allclose(action_heads.temporal_ensemble(plans[1:], 0.5), want, rtol=1e-6)
+    np.testing.assert_allclose(action_heads.temporal_ensemble(plans[:1], 0.5), plans[0][:, 0])
+    assert np.array_equal(action_heads.temporal_ensemble(plans[1:], None), plans[3][:, 0])
 
 
 PENDULUM = {
@@ -802,7 +802,7 @@ LAW = {1: 4.0, 6: 0.5}
 """Place in the observation and factor: the hinge's sine and the pole's velocity."""
 
 
-def lawful(table: pa.Table, **options) -> tuple[Task, Origin, dict[str, np.ndarray]]:
+def lawful(table: pa.Table, **options) -> tuple[Task, RawRows, dict[str, np.ndarray]]:
     """A policy that does what LAW says; statistics that change nothing."""
     modality = Trajectory(
         TrajectoryOptions(), Trajectory.fit(TrajectoryOptions(), table, PENDULUM, "")
@@ -831,7 +831,7 @@ def lawful(table: pa.Table, **options) -> tuple[Task, Origin, dict[str, np.ndarr
         "task": np.zeros(n, dtype=np.int64),
         "loss": np.ones(n),
     }
-    return Task(backbone, head), Origin(table.select(list(PENDULUM)), PENDULUM, modality), found
+    return Task(backbone, head), RawRows(table.select(list(PENDULUM)), PENDULUM, modality), found
 
 
 def bare(world: World) -> list[float]:
@@ -859,8 +859,8 @@ def test_episodes_of_a_known_law_are_those_of_a_bare_loop():
     whatever their order.
     """
     table = demonstrations()
-    task, origin, found = lawful(table, head="gaussian")
-    out = task.objective.tested(task.backbone, found, origin)
+    task, raw_rows, found = lawful(table, head="gaussian")
+    out = task.objective.rollout_evaluation(task.backbone, found, raw_rows)
     each = [bare(world) for world in worlds(3)]
     assert (
         out["return"].tolist() == [float(np.sum(rewards)) for rewards in each]
@@ -886,8 +886,8 @@ def test_episodes_of_a_known_law_are_those_of_a_bare_loop():
         len(names) == 9
         and {name: metric(name).value(out) for name in names}["expert_return"] == 1.0
     )
-    last = Origin(origin.table.slice(2, 1), PENDULUM, origin.modality)
-    alone = task.objective.tested(
+    last = RawRows(raw_rows.table.slice(2, 1), PENDULUM, raw_rows.modality)
+    alone = task.objective.rollout_evaluation(
         task.backbone, {name: array[[2]] for name, array in found.items()}, last
     )
     assert alone["return"].tolist() == out["return"][[2]].tolist()
@@ -945,12 +945,12 @@ def test_what_a_policy_does_in_a_rollout_is_what_it_predicts_of_that_episode(arc
     arrays, bad = modality.decode(again, COLUMNS)
     assert not any(bad)
     with torch.no_grad():
-        told = task.objective.predict(
+        message = task.objective.predict(
             task.backbone, Batch(np.arange(2), torch.zeros(2), modality.collate(arrays))
         )
     for row, (i, width) in enumerate(((0, 2), (1, 4))):
         space = modality.state["spaces"][("arm", "leg")[i]]
-        want = told["action"][row, : len(done[i]), :width].numpy() * np.array(
+        want = message["action"][row, : len(done[i]), :width].numpy() * np.array(
             space["action_std"]
         ) + np.array(space["action_mean"])
         np.testing.assert_allclose(np.stack(done[i]), want, rtol=1e-4, atol=1e-4)
@@ -989,13 +989,15 @@ def test_classes_are_acted_by_name_and_remembered(architecture):
     again = table.slice(4, 1).set_column(1, "done", pa.array([acted]))
     again = again.set_column(3, "what", pa.array([modality.state["tasks"][1]]))
     with torch.no_grad():
-        told = task.objective.predict(
+        message = task.objective.predict(
             task.backbone,
             Batch(
                 np.arange(1), torch.zeros(1), modality.collate(modality.decode(again, COLUMNS)[0])
             ),
         )
-    assert [CLASSES[k] for k in told["scores"][0, : len(seen)].argmax(1)] == acted and len(seen) > 3
+    assert [CLASSES[k] for k in message["scores"][0, : len(seen)].argmax(1)] == acted and len(
+        seen
+    ) > 3
 
 
 def test_classes_that_the_rows_count_otherwise_than_the_world_are_done_by_their_names():
@@ -1023,7 +1025,7 @@ def test_classes_that_the_rows_count_otherwise_than_the_world_are_done_by_their_
         decoder.weight.zero_()
         decoder.bias.copy_(torch.tensor([0.0, 1.0]))
     found = {"space": np.zeros(1, dtype=np.int64), "task": np.zeros(1, dtype=np.int64)}
-    out = head.tested(backbone, found, Origin(table, columns, modality))
+    out = head.rollout_evaluation(backbone, found, RawRows(table, columns, modality))
     env = make(World("onetomany/WallFollowing-v0", 9, 5, {}))
     env.reset(seed=5)
     rewards, ended = [], False
@@ -1038,7 +1040,7 @@ def test_a_rollout_ensembles_its_chunks():
     """A chunk of three, each place of which is a constant: the first action is place 0, later ones
     are the mean of places 2, 1 and 0.
     """
-    task, origin, _ = lawful(demonstrations(1), chunk=3, ensemble=0.5)
+    task, raw_rows, _ = lawful(demonstrations(1), chunk=3, ensemble=0.5)
     (name,) = task.objective.decoders
     with torch.no_grad():
         task.objective.decoders[name].weight.zero_()
@@ -1046,7 +1048,7 @@ def test_a_rollout_ensembles_its_chunks():
     pilot = Pilot(
         task.backbone,
         task.objective,
-        origin.modality,
+        raw_rows.modality,
         np.zeros(1, dtype=np.int64),
         np.zeros(1, dtype=np.int64),
     )
@@ -1116,7 +1118,7 @@ def test_what_is_done_lies_within_the_bounds_and_is_remembered_so():
 
 def test_a_simulation_that_diverged_is_no_success(monkeypatch):
     table = demonstrations(2)
-    task, origin, found = lawful(table)
+    task, raw_rows, found = lawful(table)
 
     def made(these, policy, **also):
         return [
@@ -1135,17 +1137,17 @@ def test_a_simulation_that_diverged_is_no_success(monkeypatch):
         ]
 
     monkeypatch.setattr(behaviour_cloning, "rollout", made)
-    out = task.objective.tested(task.backbone, found, origin)
+    out = task.objective.rollout_evaluation(task.backbone, found, raw_rows)
     assert (
         out["success"].tolist() == [1, 0]
         and out["diverged"].tolist() == [0, 1]
         and out["return"].tolist() == [6.5, 6.5]
     )
-    film = task.objective.film
+    rollout_frames = task.objective.rollout_frames
     assert (
-        film.shape == (behaviour_cloning.FRAMES, 2, 4, 3)
-        and (film[:2] == 7).all()
-        and not film[2:].any()
+        rollout_frames.shape == (behaviour_cloning.FRAMES, 2, 4, 3)
+        and (rollout_frames[:2] == 7).all()
+        and not rollout_frames[2:].any()
     )  # pictures of the first alone
     assert out["success"].shape == (2,) and "film" not in out
 
@@ -1169,14 +1171,14 @@ def test_worlds_that_cannot_be_are_told_before_anything_is_trained():
 
 
 def test_rows_of_another_environment_are_told():
-    task, origin, found = lawful(demonstrations(2, width=8))
+    task, raw_rows, found = lawful(demonstrations(2, width=8))
     with pytest.raises(ValueError, match="space o8a1"):
-        task.objective.tested(task.backbone, found, origin)
+        task.objective.rollout_evaluation(task.backbone, found, raw_rows)
 
 
 def test_rows_without_a_world_are_left_as_they_are():
-    task, origin, found = lawful(demonstrations(2))
-    plain = Origin(
-        origin.table, {"observations": "observations", "actions": "actions"}, origin.modality
+    task, raw_rows, found = lawful(demonstrations(2))
+    plain = RawRows(
+        raw_rows.table, {"observations": "observations", "actions": "actions"}, raw_rows.modality
     )
-    assert task.objective.tested(task.backbone, found, plain) is found
+    assert task.objective.rollout_evaluation(task.backbone, found, plain) is found

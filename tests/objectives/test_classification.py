@@ -325,7 +325,7 @@ def test_options_of_two_classes_that_do_not_fit_are_told(options, column, messag
 
 
 def test_two_classes_are_measured_by_what_clinicians_read():
-    names = Classification.measures(OPTIONS, label_state(2))
+    names = Classification.target_metrics(OPTIONS, label_state(2))
     assert names == (
         "accuracy",
         "macro_f1",
@@ -336,7 +336,7 @@ def test_two_classes_are_measured_by_what_clinicians_read():
         "brier",
         "ece",
     )
-    assert Classification.measures(OPTIONS, label_state(3)) == Classification.metrics
+    assert Classification.target_metrics(OPTIONS, label_state(3)) == Classification.metrics
 
 
 def rare(**options) -> Task:
@@ -438,7 +438,7 @@ def test_temperature_and_threshold_come_from_the_rows_that_are_given():
         before = {
             name: tensor.numpy() for name, tensor in task.objective.predict(net, rows).items()
         }
-        assert task.objective.calibrates and "threshold" not in before
+        assert task.objective.needs_calibration and "threshold" not in before
         task.objective.calibrate(before)
         after = {name: tensor.numpy() for name, tensor in task.objective.predict(net, rows).items()}
     state = task.objective.state
@@ -454,10 +454,10 @@ def test_temperature_and_threshold_come_from_the_rows_that_are_given():
         and state["threshold"] < 0.5
     )
     chance = np.exp(after["scores"][:, 1]) / np.exp(after["scores"]).sum(1)
-    out = task.objective.written(after, None)
+    out = task.objective.output_columns(after, None)
     assert out["prediction"].tolist() == [
         "class 1" if p >= state["threshold"] else "class 0" for p in chance
     ]
     assert out["probabilities"][:, 1] == pytest.approx(chance, abs=1e-6)
     plain = task_with().objective
-    assert not plain.calibrates and plain.calibrate({}) is None
+    assert not plain.needs_calibration and plain.calibrate({}) is None

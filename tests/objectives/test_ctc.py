@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from pipeline.config import registry
-from pipeline.core.contracts import Backbone, Batch, Features, Origin, Task
+from pipeline.core.contracts import Backbone, Batch, Features, RawRows, Task
 from pipeline.core.ragged import ragged
 from pipeline.data import manifest
 from pipeline.data.loader import Decoder
@@ -68,7 +68,7 @@ def fitted(transcripts=("AB CA", "BB"), **options):
 def task_of(state=None, width: int | None = None, **options) -> Task:
     state = state or fitted()
     backbone = Known(width or len(state["labels"]))
-    objective = CTC(backbone, CTCOptions(**options), CTC.suit(state, backbone))
+    objective = CTC(backbone, CTCOptions(**options), CTC.bind_to_backbone(state, backbone))
     if width is None:
         with torch.no_grad():
             objective.head.weight.copy_(torch.eye(len(state["labels"])))
@@ -159,7 +159,7 @@ def test_rows_whose_transcript_cannot_be_used_have_a_reason_each(kind):
         {"said": pa.array(["ab, ca", None, " ?! ", "aéb7 é", "bb"], pa.string()).cast(kind)}
     )
     state = fitted()
-    assert CTC.refused(table, COLUMNS, state) == [
+    assert CTC.invalid_label_reasons(table, COLUMNS, state) == [
         "",
         "the transcript is empty",
         "the transcript is empty",
@@ -167,8 +167,8 @@ def test_rows_whose_transcript_cannot_be_used_have_a_reason_each(kind):
         "",
     ]
     heard = {"audio": ragged([np.zeros(16000, dtype=np.int16)] * 5)}
-    suited = CTC.suit(state, Known(4))
-    assert CTC.unlearnable(table, COLUMNS, suited, heard) == [
+    suited = CTC.bind_to_backbone(state, Known(4))
+    assert CTC.untrainable_reasons(table, COLUMNS, suited, heard) == [
         "",
         "",
         "",
@@ -182,11 +182,13 @@ def test_rows_whose_transcript_cannot_be_used_have_a_reason_each(kind):
         and labels[0].dtype == np.int32
     )
     new = pa.table({"sound": ["a", "b"]})
-    assert CTC.encode(new, COLUMNS, state) == {} and CTC.refused(new, COLUMNS, state) == ["", ""]
+    assert CTC.encode(new, COLUMNS, state) == {} and CTC.invalid_label_reasons(
+        new, COLUMNS, state
+    ) == ["", ""]
 
 
 def test_more_labels_than_frames_are_found_before_training():
-    state = CTC.suit(fitted(["AB", "C" * 9]), Known(4))
+    state = CTC.bind_to_backbone(fitted(["AB", "C" * 9]), Known(4))
     assert (state["convolutions"], state["rate"]) == (MEL, 16000) and conv_arithmetic.count(
         1200, MEL
     ) == 6
@@ -201,15 +203,17 @@ def test_more_labels_than_frames_are_found_before_training():
         "",
         "",
     ]
-    assert CTC.unlearnable(table, COLUMNS, state, arrays) == reasons
-    assert CTC.unlearnable(pa.table({"sound": ["a"]}), COLUMNS, state, arrays) is None
-    assert CTC.unlearnable(table, COLUMNS, state, None, samples / 16000) == [""] * 5, (
+    assert CTC.untrainable_reasons(table, COLUMNS, state, arrays) == reasons
+    assert CTC.untrainable_reasons(pa.table({"sound": ["a"]}), COLUMNS, state, arrays) is None
+    assert CTC.untrainable_reasons(table, COLUMNS, state, None, samples / 16000) == [""] * 5, (
         "what is close is left to the samples"
     )
     long = pa.table({"said": ["AB" * 60] * 3})
     assert [
         bool(reason)
-        for reason in CTC.unlearnable(long, COLUMNS, state, None, np.array([1.1, 0.0, 1.25]))
+        for reason in CTC.untrainable_reasons(
+            long, COLUMNS, state, None, np.array([1.1, 0.0, 1.25])
+        )
     ] == [True, False, False]
     log_probs, count = torch.randn(1, 6, 4).log_softmax(-1), torch.tensor
     for row, reason in zip(
@@ -235,9 +239,9 @@ def recording(seconds: float) -> bytes:
     return sink.getvalue()
 
 
-@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize("message", [True, False])
 def test_rows_that_cannot_be_learned_from_are_left_out_before_any_is_decoded(
-    told, tmp_path, monkeypatch
+    message, tmp_path, monkeypatch
 ):
     """By their headers, where the column of seconds is rounded and leaves it open; one that is
     clear by it is not opened.
@@ -255,12 +259,12 @@ def test_rows_that_cannot_be_learned_from_are_left_out_before_any_is_decoded(
         pa.table(dict(zip(("sound", "long", "said"), zip(*rows, strict=True), strict=True))),
         tmp_path / "rows.parquet",
     )
-    state, opened, measured = CTC.suit(fitted(["AB"]), Known(4)), [], Audio._measured
+    state, opened, measured = CTC.bind_to_backbone(fitted(["AB"]), Known(4)), [], Audio._measured
     decoder = Decoder(
         Audio(AudioOptions(), {"features": "mel"}),
         "ctc",
         state,
-        {"audio": "sound", **COLUMNS, **({"seconds": "long"} if told else {})},
+        {"audio": "sound", **COLUMNS, **({"seconds": "long"} if message else {})},
     )
     rows = Rows(
         manifest.Selection(manifest.build(str(tmp_path / "rows.parquet"), "auto", str(tmp_path))),
@@ -271,14 +275,14 @@ def test_rows_that_cannot_be_learned_from_are_left_out_before_any_is_decoded(
         "_measured",
         lambda self, cell, start: opened.append(len(cell.as_py())) or measured(self, cell, start),
     )
-    left, bad = source.learnable(rows, 0.5)
-    assert not told or len(recording(20.0)) not in opened
+    left, bad = source.drop_untrainable(rows, 0.5)
+    assert not message or len(recording(20.0)) not in opened
     reasons = {
         1: "the transcript's 92 labels need 92 frames, the recording has 90",
         4: "no training transcript holds 'Z' (1x)",
         **(
             {5: "the transcript's 180 labels need 180 frames, the recording has 111"}
-            if told
+            if message
             else {}
         ),
     }
@@ -286,7 +290,7 @@ def test_rows_that_cannot_be_learned_from_are_left_out_before_any_is_decoded(
         rows.costs[i] for i in range(7) if i not in reasons
     ]
     with pytest.raises(TooManyBadRowsError, match=f"{len(reasons)} of 7 rows cannot be used"):
-        source.learnable(rows, 0.25)
+        source.drop_untrainable(rows, 0.25)
 
 
 def test_a_piece_of_a_recording_is_as_long_as_told(tmp_path):
@@ -300,14 +304,14 @@ def test_a_piece_of_a_recording_is_as_long_as_told(tmp_path):
     decoder = Decoder(
         Audio(AudioOptions(), {"features": "mel"}),
         "ctc",
-        CTC.suit(fitted(["AB"]), Known(4)),
+        CTC.bind_to_backbone(fitted(["AB"]), Known(4)),
         {"audio": "sound", **COLUMNS, "seconds": "long", "start": "from"},
     )
     rows = Rows(
         manifest.Selection(manifest.build(str(tmp_path / "rows.parquet"), "auto", str(tmp_path))),
         decoder,
     ).with_costs(cpus=0)
-    assert [row for row, _ in source.learnable(rows, 1.0)[1]] == [0, 2], (
+    assert [row for row, _ in source.drop_untrainable(rows, 1.0)[1]] == [0, 2], (
         "the whole recording has 298 frames"
     )
 
@@ -326,7 +330,7 @@ def test_transcripts_are_read_again_without_their_recordings(tmp_path):
         decoder,
     )
     assert set(decoder.names()) == {"sound", "said"}
-    assert evaluate.Completer(rows).origin(
+    assert evaluate.Postprocessor(rows).raw_rows(
         task_of(width=4).objective, np.array([2, 0])
     ).table.to_pydict() == {"said": ["A", "AB"]}
 
@@ -336,7 +340,10 @@ def test_a_backbone_that_hears_nothing_is_refused():
         pass
 
     blind = Blind(4, None)
-    for refuse in (lambda: CTC.suit(fitted(), blind), lambda: CTC(blind, CTCOptions(), fitted())):
+    for refuse in (
+        lambda: CTC.bind_to_backbone(fitted(), blind),
+        lambda: CTC(blind, CTCOptions(), fitted()),
+    ):
         with pytest.raises(
             ValueError,
             match=r"toys/known gives no frames of a recording: ctc needs a backbone of speech "
@@ -358,12 +365,12 @@ def test_an4s_transcripts_are_read_as_they_are():
         for split in ("train", "test")
     )
     columns = {"transcript": "transcript"}
-    state = CTC.suit(
+    state = CTC.bind_to_backbone(
         CTC.fit(CTCOptions(), train, columns), Known(4, [*MEL, [11, 2, 5], [11, 2, 5]])
     )
     assert "".join(state["labels"][1:]) == " ABCDEFGHIJKLMNOPQRSTUVWXYZ"
     for table in (train, test):
-        assert not any(CTC.refused(table, columns, state))
+        assert not any(CTC.invalid_label_reasons(table, columns, state))
         labels = CTC.encode(table, columns, state)["transcript"]
         alphabet = transcripts.Alphabet.from_state(state)
         assert [alphabet.decode(row) for row in labels] == [
@@ -373,7 +380,7 @@ def test_an4s_transcripts_are_read_as_they_are():
             np.zeros(int(16000 * seconds), dtype=np.int8)
             for seconds in table["duration_s"].to_pylist()
         )
-        assert CTC.unlearnable(table, columns, state, {"audio": audio}) == [""] * len(table)
+        assert CTC.untrainable_reasons(table, columns, state, {"audio": audio}) == [""] * len(table)
 
 
 # ---------------------------------------------------------------- loss
@@ -532,7 +539,8 @@ def test_metrics_are_those_of_the_rows_own_transcripts():
     assert set(found) == {"prediction", "loss", "count"} and found["count"].tolist() == [5, 2, 1, 5]
     total, count, _ = task(batch_of(mels, labels))
     assert np.allclose(found["loss"].sum(), total.detach()) and found["count"].sum() == count
-    whole = task.objective.complete(found, Origin(table, COLUMNS, None))  # type: ignore[arg-type]
+    # type: ignore[arg-type]
+    whole = task.objective.postprocess(found, RawRows(table, COLUMNS, None))
     theirs, ours = ["AB CA", "BB", "A", "C A B"], ["AB CA", "BA", "", "C A B"]
     assert metric("wer").value(whole) == jiwer.wer(theirs, ours) and metric("cer").value(
         whole
@@ -543,7 +551,9 @@ def test_metrics_are_those_of_the_rows_own_transcripts():
         and whole["chars"].tolist() == [5, 2, 1, 5]
     )
     # type: ignore[arg-type]
-    assert task.objective.complete(found, Origin(table.select(["sound"]), COLUMNS, None)) is found
+    assert (
+        task.objective.postprocess(found, RawRows(table.select(["sound"]), COLUMNS, None)) is found
+    )
     assert metric("bits_per_sample").value(
         {"loss": np.array([math.log(2) * 6, 0.0]), "count": np.array([2, 1])}
     ) == pytest.approx(2.0)
@@ -696,7 +706,8 @@ def test_words_stand_where_they_were_said():
         {"audio": "sound", "start": "from"},
         pa.table({"sound": ["x"] * 3, "from": [0.0, 5.0, 100.25]}),
     )
-    out = task.objective.written(found, Origin(table, columns, None))  # type: ignore[arg-type]
+    # type: ignore[arg-type]
+    out = task.objective.output_columns(found, RawRows(table, columns, None))
     assert out["text"].tolist() == ["AB CC", "", "BB"]
     edge = [float(one) for one in conv_arithmetic.seconds(np.arange(30), MEL, 16000)]
     assert edge[4] == pytest.approx(
@@ -714,12 +725,14 @@ def test_words_stand_where_they_were_said():
         }
     ]
     # type: ignore[arg-type]
-    whole = task.objective.written(found, Origin(table.select(["sound"]), {"audio": "sound"}, None))
+    whole = task.objective.output_columns(
+        found, RawRows(table.select(["sound"]), {"audio": "sound"}, None)
+    )
     assert whole["words"][2][0]["start"] == pytest.approx(edge[0])
-    held = pa.array(out["words"].tolist(), CTC.written_types["words"])
+    held = pa.array(out["words"].tolist(), CTC.output_types["words"])
     assert (
         held.to_pylist() == out["words"].tolist()
-        and pa.array([[], []], CTC.written_types["words"]).type == held.type
+        and pa.array([[], []], CTC.output_types["words"]).type == held.type
     )
 
 
@@ -797,7 +810,7 @@ def test_a_head_learns_to_read_what_it_hears(units):
         optimizer.step()
     with torch.no_grad():
         found = task.objective.predict(task.backbone, batch_of(shown[120:], labels[120:]))
-    whole = task.objective.complete(
-        {n: t.numpy() for n, t in found.items()}, Origin(table.slice(120), COLUMNS, None)
+    whole = task.objective.postprocess(
+        {n: t.numpy() for n, t in found.items()}, RawRows(table.slice(120), COLUMNS, None)
     )  # type: ignore[arg-type]
     assert metric("cer").value(whole) < 0.02 and len(whole["chars"]) > 30

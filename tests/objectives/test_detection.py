@@ -110,7 +110,7 @@ def test_every_way_to_write_a_box(form, relative, box):
     columns = {**COLUMNS, "crowd": "crowd", "width": "w", "height": "h"}
     table = table_of([[box], []], [[7], []], crowd=[[1], []], w=[200, 200], h=[100, 100])
     state = fitted(table, columns, box_format=form, relative=relative)
-    assert Detection.refused(table, columns, state) == ["", ""]
+    assert Detection.invalid_label_reasons(table, columns, state) == ["", ""]
     found = Detection.encode(table, columns, json.loads(json.dumps(state)))
     np.testing.assert_allclose(found["boxes"][0, 0], [0.1, 0.2, 0.5, 0.8], atol=1e-6)
     assert (
@@ -183,7 +183,7 @@ def test_class_numbers_may_have_holes_and_names():
 def test_rows_that_cannot_be_used_are_refused_with_the_reason(boxes, labels, reason):
     good = [[0.1, 0.1, 0.5, 0.5]]
     table = table_of([good, boxes, good], [[1], labels, [2]])
-    found = Detection.refused(table, COLUMNS, STATE)
+    found = Detection.invalid_label_reasons(table, COLUMNS, STATE)
     assert found[0] == found[2] == ""
     assert not found[1] if not reason else pytest.importorskip("re").search(reason, found[1]), (
         found[1]
@@ -220,12 +220,12 @@ def test_boxes_in_pixels_of_a_picture_that_is_shown_otherwise_are_refused(form, 
     )
     wrong = "boxes in pixels of an image of 40.0 x 80.0, but upright (EXIF) the image is 80 x 40"
     state = {**STATE, "relative": False}
-    assert Detection.refused(table, columns, state) == ["", "", wrong, wrong]
-    assert Detection.refused(table.drop_columns(["image"]), columns, state) == [""] * 4, (
-        "labels alone tell no size"
-    )
+    assert Detection.invalid_label_reasons(table, columns, state) == ["", "", wrong, wrong]
     assert (
-        Detection.refused(
+        Detection.invalid_label_reasons(table.drop_columns(["image"]), columns, state) == [""] * 4
+    ), "labels alone tell no size"
+    assert (
+        Detection.invalid_label_reasons(
             table.set_column(4, "image", pa.array([b"no image", b"", None, None])), columns, state
         )
         == [""] * 4
@@ -233,23 +233,23 @@ def test_boxes_in_pixels_of_a_picture_that_is_shown_otherwise_are_refused(form, 
     smaller = table.set_column(2, "w", pa.array([799.0] * 4)).set_column(
         3, "h", pa.array([401] * 4)
     )
-    assert Detection.refused(smaller, columns, state) == [""] * 4, (
+    assert Detection.invalid_label_reasons(smaller, columns, state) == [""] * 4, (
         "of the picture before it was made smaller, to a pixel"
     )
     squashed = table.set_column(2, "w", pa.array([100.0] * 4)).set_column(
         3, "h", pa.array([90] * 4)
     )
-    assert Detection.refused(squashed, columns, state) == [""] * 4, "or was squashed"
+    assert Detection.invalid_label_reasons(squashed, columns, state) == [""] * 4, "or was squashed"
     shares = table.set_column(0, "boxes", pa.array([[[0.0, 0.5, 0.1, 0.9]]] * 4))
-    assert Detection.refused(shares, columns, STATE) == [""] * 4, (
+    assert Detection.invalid_label_reasons(shares, columns, STATE) == [""] * 4, (
         "shares are of the upright picture whatever the columns say"
     )
 
 
 def test_new_rows_have_no_labels():
-    assert Detection.encode(pa.table({"image": [b""]}), COLUMNS, STATE) == {} and Detection.refused(
+    assert Detection.encode(
         pa.table({"image": [b""]}), COLUMNS, STATE
-    ) == [""]
+    ) == {} and Detection.invalid_label_reasons(pa.table({"image": [b""]}), COLUMNS, STATE) == [""]
 
 
 # ---------------------------------------------------------------- losses
@@ -527,7 +527,7 @@ def test_predictions_are_shares_of_the_whole_image(fit, monkeypatch):
     np.testing.assert_allclose(found["boxes"][1, :1], boxes[1], atol=1e-5)
     np.testing.assert_allclose(found["true_boxes"][0, :2], boxes[0], atol=1e-5)
     assert metric("map").value(found) == metric("map50").value(found) == pytest.approx(1.0)
-    written = task.objective.written(found, None)
+    written = task.objective.output_columns(found, None)
     assert written["labels"].tolist() == [["dog", "cow"], ["cat"]] and written["boxes"][1] == [
         pytest.approx(boxes[1][0], abs=1e-5)
     ]
@@ -548,18 +548,18 @@ def test_many_images_are_predicted_in_parts(method, monkeypatch):
 
 
 @METHODS
-@pytest.mark.parametrize("told", [None, 0.8])
-def test_how_much_detections_may_overlap_is_as_told(method, told):
+@pytest.mark.parametrize("message", [None, 0.8])
+def test_how_much_detections_may_overlap_is_as_told(method, message):
     """Two boxes of one class, both sure, that overlap by 0.7."""
-    detector = task_of(method, nms_threshold=told).eval().objective.detector
+    detector = task_of(method, nms_threshold=message).eval().objective.detector
     held = detector if method == "fcos" else detector.roi_heads
-    assert held.nms_thresh == (told or {"fcos": 0.6, "faster_rcnn": 0.5}[method])
+    assert held.nms_thresh == (message or {"fcos": 0.6, "faster_rcnn": 0.5}[method])
     if method == "faster_rcnn":
         boxes = torch.tensor([[10.0, 10, 50, 50], [10, 10, 50, 38]])
         found = held.postprocess_detections(
             torch.tensor([[0.0, 9, 0, 0]] * 2), torch.zeros(2, 16), [boxes], [(SIDE, SIDE)]
         )[0][0]
-        assert len(found) == (2 if told else 1)
+        assert len(found) == (2 if message else 1)
 
 
 @METHODS

@@ -117,9 +117,9 @@ def test_the_loss_is_what_a_loop_finds(architecture, discrete):
                     / torch.tensor(space["action_std"])
                 )
             )
-            told = head.forward_heads[robot](torch.cat([seeing[i, t], action]))
+            message = head.forward_heads[robot](torch.cat([seeing[i, t], action]))
             answer = head.inverse_heads[robot](torch.cat([blind[i, t], blind[i, t + 1]]))
-            error = float((told - change).square().mean())
+            error = float((message - change).square().mean())
             inverse = float(
                 torch.nn.functional.cross_entropy(answer, action.argmax())
                 if discrete
@@ -318,7 +318,7 @@ def test_what_cannot_be_learned_is_told():
             {"actions": "done"},
         )
     gaps = pa.table({"done": pa.array([["left"], [], None])})
-    assert Dynamics.refused(gaps, {"actions": "done"}, {}) == [
+    assert Dynamics.invalid_label_reasons(gaps, {"actions": "done"}, {}) == [
         "",
         "done holds no action",
         "done holds no action",

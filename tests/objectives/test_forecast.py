@@ -70,13 +70,13 @@ def test_the_loss_is_the_formula_on_what_the_network_forecasts(rows, backbone):
         (real & seen.any(2) & (hours <= 20.0)).nonzero().tolist()
     ):  # 4 hours before the window's end
         chance = torch.sigmoid(logit[i, n]).double()
-        told = -torch.where(seen[i, n], chance, 1 - chance).log()
+        message = -torch.where(seen[i, n], chance, 1 - chance).log()
         squares = [
             min(abs(float(value[i, n, v] - mean[i, n, v])), FARTHEST) ** 2
             for v in range(5)
             if seen[i, n, v]
         ]
-        expected, count = expected + sum(squares) / 5 + 0.5 * float(told.mean()), count + 1
+        expected, count = expected + sum(squares) / 5 + 0.5 * float(message.mean()), count + 1
     total, number, logs = made(batch)
     assert (
         number == count
@@ -174,9 +174,9 @@ def test_hidden_events_are_those_of_the_keys_and_none_is_read(rows):
                 if len(which)
                 else 0.0
             )
-            told = torch.zeros(5, dtype=torch.bool)
-            told[batch["variables"][i][gone[i]]] = True
-            expected -= float(torch.where(told, chance[i], 1 - chance[i]).log().mean())
+            message = torch.zeros(5, dtype=torch.bool)
+            message[batch["variables"][i][gone[i]]] = True
+            expected -= float(torch.where(message, chance[i], 1 - chance[i]).log().mean())
     assert total.item() == pytest.approx(expected, rel=1e-5)
 
 

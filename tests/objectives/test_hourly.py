@@ -15,7 +15,7 @@ from toys import Net
 
 from pipeline.checkpoints import bundle
 from pipeline.config import registry
-from pipeline.config.schema import Job, Plug
+from pipeline.config.schema import ComponentConfig, Job
 from pipeline.core.contracts import Backbone, Batch, Features, Task
 from pipeline.core.ragged import ragged
 from pipeline.metrics.catalog import METRICS, metric
@@ -135,11 +135,11 @@ def test_lists_of_any_numbers_are_read(values, times):
     assert (
         found["label_times"][0].dtype == np.float32 and found["label_values"][0].dtype == np.int16
     )
-    assert Hourly.refused(table, COLUMNS, state) == [""] * 5
+    assert Hourly.invalid_label_reasons(table, COLUMNS, state) == [""] * 5
     assert len(Hourly.encode(table.slice(0, 0), COLUMNS, state)["label_times"]) == 0
     assert (
         Hourly.encode(table.select(["hours"]), COLUMNS, state) == {}
-        and Hourly.refused(table.select(["hours"]), COLUMNS, state) == [""] * 5
+        and Hourly.invalid_label_reasons(table.select(["hours"]), COLUMNS, state) == [""] * 5
     )
 
 
@@ -163,7 +163,7 @@ def test_rows_that_cannot_be_used_are_refused_without_their_values(hours, dies, 
             "dies": pa.array([[1], dies, [0]], pa.list_(pa.float64())),
         }
     )
-    assert Hourly.refused(table, COLUMNS, STATE) == ["", reason, ""]
+    assert Hourly.invalid_label_reasons(table, COLUMNS, STATE) == ["", reason, ""]
     assert Hourly.fit(BINARY, table, COLUMNS)["counts"] == [1, 1]
     assert [len(row) for row in Hourly.encode(table, COLUMNS, STATE)["label_values"]] == [1, 0, 1]
 
@@ -372,7 +372,7 @@ def test_it_learns_and_its_metrics_are_over_all_positions(classes):
     task, batch, found = learned(classes)
     known = (torch.arange(12) < batch["label_times_lengths"][:, None]).numpy()
     y, scores = batch["label_values"].numpy()[known], found["scores"][known]
-    names = Hourly.measures(task.objective.options, task.objective.state)
+    names = Hourly.target_metrics(task.objective.options, task.objective.state)
     values = {name: metric(name).value(found) for name in names}
     if classes == 2:
         assert names[:2] == ("auroc", "auprc") and values["auroc"] > 0.9
@@ -414,12 +414,12 @@ def test_calibration_takes_the_validation_labels_and_lowers_their_loss():
     assert (
         "temperature" not in state
         and task.objective.state["temperature"] > 2
-        and task.objective.calibrates
+        and task.objective.needs_calibration
     )
     assert metric("loss").value(after) < 0.8 * before and metric("auroc").value(
         after
     ) == pytest.approx(metric("auroc").value(sharp))
-    assert not task_of().objective.calibrates
+    assert not task_of().objective.needs_calibration
 
 
 @torch.no_grad()
@@ -432,8 +432,8 @@ def test_rows_without_label_times_are_predicted_by_the_hour():
     found = {
         name: tensor.numpy() for name, tensor in task.objective.predict(task.backbone, bare).items()
     }
-    out = task.objective.written(found, None)
-    assert set(found) == {"scores", "times"} and set(out) == set(Hourly.written_types)
+    out = task.objective.output_columns(found, None)
+    assert set(found) == {"scores", "times"} and set(out) == set(Hourly.output_types)
     for times, prediction, chances, ends in zip(
         out["times"], out["prediction"], out["probabilities"], batch["ends"], strict=True
     ):
@@ -445,7 +445,7 @@ def test_rows_without_label_times_are_predicted_by_the_hour():
             np.sum(chances, axis=1), 1
         )
     table = pa.table(
-        {name: pa.array(array.tolist(), Hourly.written_types[name]) for name, array in out.items()}
+        {name: pa.array(array.tolist(), Hourly.output_types[name]) for name, array in out.items()}
     )
     assert table.num_rows == 40
 
@@ -554,8 +554,15 @@ def test_a_trial_on_a_recurrent_backbone_of_events(tmp_path, classes):
         {("task", base.key): ready},
         keep_bundles=True,
     )
-    one = grid.make(
-        job, "task", (base, grid.SCRATCH, Plug(name="scratch"), 1.0), {}, 0, "final", "", ""
+    one = grid.make_trial(
+        job,
+        "task",
+        (base, grid.SCRATCH, ComponentConfig(name="scratch"), 1.0),
+        {},
+        0,
+        "final",
+        "",
+        "",
     )
     record = one_trial.run(one, shared)
     tested = {row["metric"]: row for row in record["rows"] if row["split"] == "test"}
@@ -577,10 +584,10 @@ def test_a_trial_on_a_recurrent_backbone_of_events(tmp_path, classes):
         label.shape[0] == 50
         and [row[row >= 0].tolist() for row in label] == tables["test"]["label_values"].to_pylist()
     )
-    told = subgroups.told(
+    message = subgroups.with_subgroups(
         run, stage.splits.test, subgroups.read(stage.splits.test, ["static.Gender"], "p")
     )
-    parts = subgroups.result_rows(told, record["rows"][0])
+    parts = subgroups.result_rows(message, record["rows"][0])
     assert [row["metric"] for row in parts] == [
         f"{names[0]}@Gender=female",
         f"{names[0]}@Gender=male",

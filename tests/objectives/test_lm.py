@@ -10,7 +10,7 @@ import torch
 import transformers as hf
 from toys import SMALL, sentences, task_of, text_modality
 
-from pipeline.core.contracts import Batch, Origin, Task
+from pipeline.core.contracts import Batch, RawRows, Task
 from pipeline.core.rng import uniform
 
 VOCABULARY, LENGTH = 60, 40
@@ -634,7 +634,7 @@ def test_what_predict_writes_is_text():
         name: tensor.numpy()
         for name, tensor in task.objective.predict(task.backbone, given).items()
     }
-    out = task.objective.written(found, Origin(table, {"text": "text"}, modality))
+    out = task.objective.output_columns(found, RawRows(table, {"text": "text"}, modality))
     assert set(out) == {"loss", "count", "perplexity", "generated"}
     assert out["perplexity"] == pytest.approx(np.exp(found["loss"] / found["count"]), rel=1e-5)
     ids = [[int(i) for i in row if i >= 0] for row in found["generated"]]
@@ -642,8 +642,8 @@ def test_what_predict_writes_is_text():
         modality.tokenizer.decode(row) for row in ids
     ]
     assert all(isinstance(text, str) for text in out["generated"]) and any(out["generated"])
-    nothing = task.objective.written(
+    nothing = task.objective.output_columns(
         {"loss": np.zeros(2, np.float32), "count": np.array([0, 1], np.float32)},
-        Origin(table, {}, modality),
+        RawRows(table, {}, modality),
     )
     assert np.isnan(nothing["perplexity"][0]) and nothing["perplexity"][1] == 1

@@ -131,7 +131,7 @@ def test_masks_follow_the_rows_keys():
 
 
 @pytest.mark.parametrize(
-    ("name", "inputs", "options", "told"),
+    ("name", "inputs", "options", "message"),
     [
         (
             "timm/test_resnet",
@@ -148,8 +148,8 @@ def test_masks_follow_the_rows_keys():
         ),
     ],
 )
-def test_what_cannot_be_masked_is_refused(name, inputs, options, told):
-    with pytest.raises(ValueError, match=told):
+def test_what_cannot_be_masked_is_refused(name, inputs, options, message):
+    with pytest.raises(ValueError, match=message):
         mae(name, inputs, **options)
 
 

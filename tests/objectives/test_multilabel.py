@@ -193,7 +193,7 @@ def test_training_finds_the_labels_and_written_names_them():
             name: tensor.numpy()
             for name, tensor in task.eval().objective.predict(task.backbone, rows).items()
         }
-    out = task.objective.written(found, None)
+    out = task.objective.output_columns(found, None)
     assert set(out) == {"prediction", "probabilities"} and out["probabilities"] == pytest.approx(
         1 / (1 + np.exp(-found["scores"])), rel=1e-5
     )
@@ -203,7 +203,8 @@ def test_training_finds_the_labels_and_written_names_them():
         and sum(a == b for a, b in zip(out["prediction"], named, strict=True)) >= 54
     )
     assert [
-        type(p) for p in task.objective.written({"scores": found["scores"][:1]}, None)["prediction"]
+        type(p)
+        for p in task.objective.output_columns({"scores": found["scores"][:1]}, None)["prediction"]
     ] == [list]
 
 
@@ -272,8 +273,8 @@ def test_one_temperature_is_fitted_for_all_labels():
     assert (
         "temperature" not in state
         and 2 < hot < 19
-        and task.objective.calibrates
-        and not built().objective.calibrates
+        and task.objective.needs_calibration
+        and not built().objective.needs_calibration
     )
     assert after["scores"] == pytest.approx(before["scores"] / hot, rel=1e-5)
     assert after["loss"].mean() < before["loss"].mean()

@@ -17,7 +17,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from pipeline.config import registry
-from pipeline.core.contracts import Backbone, Batch, Features, Origin, Task
+from pipeline.core.contracts import Backbone, Batch, Features, RawRows, Task
 from pipeline.data import manifest as manifests
 from pipeline.data.manifest import Selection
 from pipeline.data.stream import Decoder, Rows
@@ -51,7 +51,7 @@ def table_of(answers, starts, contexts=None) -> pa.Table:
 def golds(table, columns=COLUMNS) -> dict[str, Any]:
     return {
         "span": QuestionAnswering.encode(table, columns, {"unanswerable": True})["span"].tolist(),
-        "bad": QuestionAnswering.refused(table, columns, {}),
+        "bad": QuestionAnswering.invalid_label_reasons(table, columns, {}),
     }
 
 
@@ -170,9 +170,9 @@ def test_a_row_that_is_not_utf8_spoils_itself_alone():
         ]
         found = {"answer": np.array([[25, 31]] * 3), "score": np.zeros(3)}
         objective = words_task().objective
-        assert objective.complete(found, Origin(made, COLUMNS, None))["exact"][0] == 1
+        assert objective.postprocess(found, RawRows(made, COLUMNS, None))["exact"][0] == 1
         assert (
-            objective.written(found, Origin(made, COLUMNS, None))["answer"].tolist()[::2]
+            objective.output_columns(found, RawRows(made, COLUMNS, None))["answer"].tolist()[::2]
             == ["London"] * 2
         )
 
@@ -532,16 +532,16 @@ def test_answers_are_scored_against_all_that_are_right():
         "score": np.zeros(5),
     }
     objective = words_task().objective
-    done = objective.complete(found, Origin(table, COLUMNS, None))
+    done = objective.postprocess(found, RawRows(table, COLUMNS, None))
     assert done["exact"].tolist() == [1, 0, 1, 0, 0] and done["f1"] == pytest.approx(
         [1, 2 / 3, 1, 0, 0]
     )
     assert metric("exact_match").value(done) == pytest.approx(0.4) and metric("answer_f1").value(
         done
     ) == pytest.approx((2 + 2 / 3) / 5)
-    assert objective.complete(found, Origin(table.select(["context"]), COLUMNS, None)) is found
-    none = objective.complete(
-        {"answer": np.zeros((0, 2), np.int32)}, Origin(table.slice(0, 0), COLUMNS, None)
+    assert objective.postprocess(found, RawRows(table.select(["context"]), COLUMNS, None)) is found
+    none = objective.postprocess(
+        {"answer": np.zeros((0, 2), np.int32)}, RawRows(table.slice(0, 0), COLUMNS, None)
     )
     assert none["f1"].shape == (0,)
 
@@ -555,7 +555,7 @@ def test_what_is_written():
     table = pa.table(
         {"context": pa.array([c.encode() if isinstance(c, str) else c for c in contexts])}
     )
-    out = words_task().objective.written(found, Origin(table, COLUMNS, None))
+    out = words_task().objective.output_columns(found, RawRows(table, COLUMNS, None))
     assert out["answer"].tolist() == ["London,", "b", "", "London"]
     assert (
         out["start"].tolist() == [25, 3, -1, 25]
@@ -605,7 +605,7 @@ def test_it_learns_sixteen_questions_of_xquad(tmp_path):
     }
     table = pq.read_table(folder / "xquad_en.parquet")
     state = QuestionAnswering.fit(QAOptions(), table, columns)
-    assert not any(QuestionAnswering.refused(table, columns, state))
+    assert not any(QuestionAnswering.invalid_label_reasons(table, columns, state))
     table = table.take(np.arange(0, len(table), len(table) // 16)[:16])
     pq.write_table(table, tmp_path / "rows.parquet")
     kind = registry.get("modality", "text")

@@ -222,7 +222,10 @@ def test_classes_out_of_range_are_refused_by_number():
         None,
         {"bytes": png(wrong)},
     ]
-    found = [Segmentation.refused(pa.table({"mask": [mask]}), COLUMNS, state)[0] for mask in masks]
+    found = [
+        Segmentation.invalid_label_reasons(pa.table({"mask": [mask]}), COLUMNS, state)[0]
+        for mask in masks
+    ]
     reason = "the mask holds class 9, but objective.classes says 3 (0 to 2) and 7 is ignored"
     assert found == [
         "",
@@ -233,7 +236,7 @@ def test_classes_out_of_range_are_refused_by_number():
         "",
         reason,
     ]  # what cannot be read is the modality's to refuse
-    assert Segmentation.refused(pa.table({"image": [b""]}), COLUMNS, state) == [""]
+    assert Segmentation.invalid_label_reasons(pa.table({"image": [b""]}), COLUMNS, state) == [""]
     for classes in (1, 256, ["a", "a"]):
         with pytest.raises(
             ValueError, match=r"objective\.classes: .* give 2 to 255 different names"
@@ -273,7 +276,9 @@ def test_masks_move_with_their_images(fit):
     guess = {
         name: tensor.numpy() for name, tensor in task.objective.predict(task.backbone, new).items()
     }
-    written = np.array(PIL.Image.open(io.BytesIO(task.objective.written(guess, None)["mask"][0])))
+    written = np.array(
+        PIL.Image.open(io.BytesIO(task.objective.output_columns(guess, None)["mask"][0]))
+    )
     assert written.shape == ((SIDE // 2, SIDE) if fit == "pad" else (SIDE, SIDE))
     again = np.array(PIL.Image.fromarray(written).resize((80, 40), PIL.Image.Resampling.NEAREST))
     assert (again == mask).mean() > 0.95

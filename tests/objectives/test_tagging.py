@@ -18,13 +18,13 @@ from torch.nn import functional as F
 
 from pipeline.checkpoints import bundle
 from pipeline.config import registry
-from pipeline.core.contracts import Batch, Origin, Task
+from pipeline.core.contracts import Batch, RawRows, Task
 from pipeline.data.stream import Decoder
 from pipeline.metrics.catalog import metric
 from pipeline.objectives.tagging import Tagging, TaggingOptions
 from pipeline.report import per_label
 from pipeline.report.blocks import Heading, Table, Text
-from pipeline.report.stats import Run
+from pipeline.report.stats import RunPredictions
 from pipeline.train import evaluate, loop
 from tests import toys
 from tests.report import test_per_label as test_labels
@@ -93,7 +93,7 @@ def test_every_form_of_a_column_gives_the_same_tags(kind):
         NUMBERS[2:]
     )
     assert Tagging.encode(table.slice(0, 0), {"tags": "tags"}, state)["tags"].shape == (0, 6)
-    assert Tagging.refused(table, {"tags": "tags"}, state) == [""] * 3
+    assert Tagging.invalid_label_reasons(table, {"tags": "tags"}, state) == [""] * 3
     assert Tagging.encode(pa.table({"words": [["a"]]}), COLUMNS, state) == {}
 
 
@@ -120,12 +120,12 @@ def test_the_scheme_decides_the_primary_metric():
     entities, plain = fitted(), fitted([["DET", "NOUN"], ["VERB"]])
     options = TaggingOptions()
     assert (
-        Tagging.measures(options, entities)
+        Tagging.target_metrics(options, entities)
         == Tagging.source_metrics(options, entities)
         == ("entity_f1", "word_accuracy", "loss")
     )
     assert (
-        Tagging.measures(options, plain)
+        Tagging.target_metrics(options, plain)
         == Tagging.source_metrics(options, plain)
         == ("word_accuracy", "entity_f1", "loss")
     )
@@ -189,22 +189,22 @@ def test_rows_that_cannot_be_used_are_refused_with_their_reason():
         "",
     ]  # a null text is the modality's to tell
     table, state = table_of(tags, words, pa.list_(pa.string())), fitted()
-    assert Tagging.refused(table, COLUMNS, state) == want
+    assert Tagging.invalid_label_reasons(table, COLUMNS, state) == want
     assert Tagging.encode(table, COLUMNS, state)["tags"][4].tolist() == [1, 2, -1, -1, -1, -1]
     repaired = fitted(repair=True)
-    assert Tagging.refused(table.slice(0, 2), COLUMNS, repaired) == ["", ""]
+    assert Tagging.invalid_label_reasons(table.slice(0, 2), COLUMNS, repaired) == ["", ""]
     assert Tagging.encode(table.slice(0, 2), COLUMNS, repaired)["tags"].tolist() == padded(
         [[3, 0], [1, 3]]
     )
     numbered = fitted([[0, 2]], names=LABELS)
-    assert Tagging.refused(table_of([[0, 2]]), COLUMNS, numbered)[0].startswith(
+    assert Tagging.invalid_label_reasons(table_of([[0, 2]]), COLUMNS, numbered)[0].startswith(
         "tag I-loc of word 1 has no B-loc before it (word 0 is O)"
     )
     with pytest.raises(
         ValueError,
         match="column words holds string: tagging reads a list of words, one for each tag",
     ):
-        Tagging.refused(table_of([["O"]], ["a text"]), COLUMNS, state)
+        Tagging.invalid_label_reasons(table_of([["O"]], ["a text"]), COLUMNS, state)
 
 
 def test_test_rows_without_an_entity_are_told():
@@ -377,8 +377,8 @@ def test_what_is_written():
     task = task_of()
     words = [["Ada", "Lovelace", "of", "London"], ["x"] * 8, ["a", "b"], None]
     prediction = np.array(padded([[3, 4, 0, 1], [0, 2, 2, 0, 0, 1], [0], [0]]), np.int16)
-    out = task.objective.written(
-        {"prediction": prediction}, Origin(pa.table({"words": words}), COLUMNS, None)
+    out = task.objective.output_columns(
+        {"prediction": prediction}, RawRows(pa.table({"words": words}), COLUMNS, None)
     )
     assert out["tags"].tolist() == [
         ["B-per", "I-per", "O", "B-loc"],
@@ -394,15 +394,15 @@ def test_what_is_written():
         ("loc", 1, 2),
         ("loc", 5, 5),
     ] and out["entities"][2] == []
-    for name, kind in Tagging.written_types.items():
+    for name, kind in Tagging.output_types.items():
         assert pa.array(out[name].tolist(), kind).to_pylist() == out[name].tolist()
-    strict = task_of(strict=True).objective.written(
-        {"prediction": prediction[:2]}, Origin(pa.table({"words": words[:2]}), COLUMNS, None)
+    strict = task_of(strict=True).objective.output_columns(
+        {"prediction": prediction[:2]}, RawRows(pa.table({"words": words[:2]}), COLUMNS, None)
     )
     assert [e["first"] for e in strict["entities"][1]] == [5]
     plain = task_of(fitted([["A", "B", "C", "D", "E"]])).objective
-    assert plain.written(
-        {"prediction": prediction[2:3]}, Origin(pa.table({"words": words[2:3]}), COLUMNS, None)
+    assert plain.output_columns(
+        {"prediction": prediction[2:3]}, RawRows(pa.table({"words": words[2:3]}), COLUMNS, None)
     )["tags"].tolist() == [["A", None]]
 
 
@@ -416,7 +416,9 @@ def test_words_in_bytes_are_written_as_text():
     )
     for column in (words, as_text):
         found = {"prediction": np.array(padded([[3, 4], [3]]), np.int16)}
-        out = task_of().objective.written(found, Origin(pa.table({"words": column}), COLUMNS, None))
+        out = task_of().objective.output_columns(
+            found, RawRows(pa.table({"words": column}), COLUMNS, None)
+        )
         assert (
             out["entities"][0] == [{"type": "per", "first": 0, "last": 1, "text": "Zoë Lovelace"}]
             and len(out["tags"][1]) == 1
@@ -424,7 +426,7 @@ def test_words_in_bytes_are_written_as_text():
         with pytest.raises(ValueError, match="tag 'caf\ufffd' never stands in the training rows"):
             Tagging.encode(pa.table({"tags": as_text.slice(1)}), COLUMNS, fitted())
     assert (
-        Tagging.refused(
+        Tagging.invalid_label_reasons(
             pa.table({"tags": pa.chunked_array([table_of(ROWS)["tags"].chunk(0)])}),
             COLUMNS,
             fitted(),
@@ -504,10 +506,10 @@ def test_the_options_norm_and_dropout_are_obeyed():
 
 
 def test_the_report_tells_types_one_by_one():
-    def run(seed: int, skill: float) -> Run:
+    def run(seed: int, skill: float) -> RunPredictions:
         truth = np.random.default_rng(5).integers(0, 3, (80, 2))
         hits = np.random.default_rng([seed, int(10 * skill)]).binomial(truth, skill)
-        return Run(
+        return RunPredictions(
             np.arange(80),
             {"hits": hits, "guessed": hits + 1, "actual": truth, "loss": np.zeros(80)},
             seed,
@@ -568,7 +570,7 @@ def test_it_learns_sixteen_rows_of_wnut():
         "person",
         "product",
     ]
-    assert not any(Tagging.refused(table, columns, state))
+    assert not any(Tagging.invalid_label_reasons(table, columns, state))
     table = table.take(
         [i for i, tags in enumerate(table["ner_tags"].to_pylist()) if len(set(tags)) > 1][:16]
     )
@@ -600,7 +602,7 @@ def test_it_learns_sixteen_rows_of_wnut():
             name: tensor.numpy()
             for name, tensor in task.eval().objective.predict(task.backbone, batch).items()
         }
-    out = task.objective.written(found, Origin(table, columns, modality))
+    out = task.objective.output_columns(found, RawRows(table, columns, modality))
     y, p = table["ner_tags"].to_pylist(), out["tags"].tolist()
     assert theirs.f1_score(y, p) == pytest.approx(
         evaluate.values(found, ("entity_f1",))["entity_f1"], abs=1e-12

@@ -352,10 +352,10 @@ def test_codes_that_are_all_the_same_are_noticed_and_warned_of_once():
     assert made.objective.after_step(made.backbone, 10, 100) is None, (
         "at first few entries may be in use"
     )
-    told = made.objective.after_step(made.backbone, 50, 100)
+    message = made.objective.after_step(made.backbone, 50, 100)
     assert (
         "the quantiser has collapsed: at step 51 of 100 the perplexity of its codes is 1.0 of "
-        "12 entries of a group" in told
+        "12 entries of a group" in message
     )
     assert made.objective.after_step(made.backbone, 55, 100) is None, "once"
     half = task({"diversity": 0.0})
@@ -378,7 +378,7 @@ def test_codes_that_are_all_the_same_are_noticed_and_warned_of_once():
 
 
 @pytest.mark.parametrize(
-    ("name", "inputs", "options", "told"),
+    ("name", "inputs", "options", "message"),
     [
         (
             "transformers/bert",
@@ -395,8 +395,8 @@ def test_codes_that_are_all_the_same_are_noticed_and_warned_of_once():
         ),
     ],
 )
-def test_what_does_not_fit_is_refused(name, inputs, options, told):
-    with pytest.raises(ValueError, match=told):
+def test_what_does_not_fit_is_refused(name, inputs, options, message):
+    with pytest.raises(ValueError, match=message):
         task_of(
             name, inputs, "wav2vec2", options={**SMALL, **options}, layers=1, hidden=16, heads=2
         )

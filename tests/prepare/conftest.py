@@ -116,7 +116,7 @@ def webdataset(tmp_path):
 def chest(tmp_path):
     """Six films of four patients: 8-bit and 16-bit PNG, in two folders."""
     root = tmp_path / "chest"
-    films = [
+    rollouts = [
         ("00000001_000.png", "Cardiomegaly|Effusion", 1, "058Y", "M"),
         ("00000001_001.png", "No Finding", 1, "059Y", "M"),
         ("00000002_000.png", "No Finding", 2, "081Y", "F"),
@@ -135,13 +135,13 @@ def chest(tmp_path):
                 header,
                 *(
                     f"{name},{found},{i},{patient},{age},{sex},PA,2682,2749,"
-                    for i, (name, found, patient, age, sex) in enumerate(films)
+                    for i, (name, found, patient, age, sex) in enumerate(rollouts)
                 ),
             ]
         )
         + "\n",
     )
-    for i, (name, *_) in enumerate(films):
+    for i, (name, *_) in enumerate(rollouts):
         if i == 0:
             sink = io.BytesIO()
             PIL.Image.fromarray((np.arange(30 * 40, dtype=np.uint16) * 50).reshape(30, 40)).save(
@@ -151,8 +151,8 @@ def chest(tmp_path):
         else:
             data = encoded(i, form="PNG", mode="L")
         write(root / f"images_00{1 + i % 2}/images" / name, data)
-    write(root / "train_val_list.txt", "".join(f"{name}\n" for name, *_ in films[:4]))
-    write(root / "test_list.txt", "\n".join(name for name, *_ in films[4:]))
+    write(root / "train_val_list.txt", "".join(f"{name}\n" for name, *_ in rollouts[:4]))
+    write(root / "test_list.txt", "\n".join(name for name, *_ in rollouts[4:]))
     return root
 
 

@@ -178,7 +178,7 @@ def test_the_last_line_tells_rows_of_cut_recordings_without_dropped_ones(tmp_pat
     work = Preparation("manifest", str(source), str(tmp_path / "out"), None, Settings(max_bad=0.5))
     work.options.__dict__["longest"] = 4.0
     work.run()
-    assert "train 3 rows in 1 parts, 1 broken files left out" in work.told()
+    assert "train 3 rows in 1 parts, 1 broken files left out" in work.describe()
 
 
 def test_a_long_recording_with_a_transcript_is_broken_with_advice(tmp_path):
@@ -281,10 +281,10 @@ def test_broken_recordings_are_listed_with_their_reason(tmp_path):
     ):
         prepare("manifest", source, tmp_path / "out")
     rows, found = prepare("manifest", source, tmp_path / "out", max_bad=0.9)
-    told = reasons(found)
-    assert [row["path"] for row in rows] == ["good.bin.wav"] and len(told) == len(bad)
+    message = reasons(found)
+    assert [row["path"] for row in rows] == ["good.bin.wav"] and len(message) == len(bad)
     for name, (_, reason) in bad.items():
-        assert reason in told[f"{name}.bin.wav"]
+        assert reason in message[f"{name}.bin.wav"]
 
 
 def test_a_bad_stretch_of_a_long_recording_is_one_broken_piece(tmp_path):
@@ -413,7 +413,7 @@ def test_hours_and_speakers_are_counted_and_those_in_two_splits_told(tmp_path):
     }
     said = "2 speakers stand in two splits (test and train 1, train and validation 1)"
     assert (
-        f"warning: {said}" in work.told()
+        f"warning: {said}" in work.describe()
         and f"Warning: {said}" in (tmp_path / "out/_summary.md").read_text()
     )
     assert "| train | 0.0007 |" in (tmp_path / "out/_summary.md").read_text()

@@ -101,11 +101,11 @@ def test_a_cohort_in_many_parts_with_its_counts(task, stays, tmp_path):
         assert {name: row[name] for name in label if name != "until"} == {
             name: value for name, value in label.items() if name != "until"
         }
-    told = summary(tmp_path / "out")
-    assert told["notes"]["rows of the cohort"] == len(wanted) and sum(
-        told["notes"]["rows left out"].values()
+    message = summary(tmp_path / "out")
+    assert message["notes"]["rows of the cohort"] == len(wanted) and sum(
+        message["notes"]["rows left out"].values()
     ) == 260 - len(wanted)
-    assert told["notes"]["events"] == {
+    assert message["notes"]["events"] == {
         split: sum(row["events"] for row in found if row["split"] == split)
         for split in ("test", "train")
     }
@@ -116,7 +116,7 @@ def test_a_cohort_in_many_parts_with_its_counts(task, stays, tmp_path):
         if row["split"] == "test"
         for value in np.atleast_1d(np.array(row[column], dtype=object))
     )
-    assert told["classes"]["test"]["labels"] == counted
+    assert message["classes"]["test"]["labels"] == counted
     outcomes = {
         "hospital_death",
         "death_hours",
@@ -129,7 +129,7 @@ def test_a_cohort_in_many_parts_with_its_counts(task, stays, tmp_path):
     }
     assert (
         not outcomes & set(done["columns"])
-        and "hospital_death" in told["notes"]["columns not written (outcomes)"]
+        and "hospital_death" in message["notes"]["columns not written (outcomes)"]
     )
     assert prepare(folder, tmp_path / "out", f"task={task}", part_mb=SMALL) == done, (
         "a run that is complete does nothing"
@@ -152,13 +152,13 @@ def test_reasons_are_counted(tmp_path):
         "younger than 18": 1,
     }
     assert "3 dropped" not in (tmp_path / "out/_summary.md").read_text()
-    told = Preparation(
+    message = Preparation(
         "cohort",
         str(tmp_path / "a.parquet"),
         str(tmp_path / "out"),
         importing.options_of("cohort", ["task=mortality"]),
-    ).told()
-    assert "train 2 rows" in told and "4 dropped ones left out" in told
+    ).describe()
+    assert "train 2 rows" in message and "4 dropped ones left out" in message
 
 
 def test_other_events_behind_the_prediction_time_give_the_same_bytes(stays, tmp_path):
@@ -222,9 +222,9 @@ def test_broken_rows_are_listed_by_their_place_alone(tmp_path):
             "reason": "times, variables and values of different lengths",
         }
     ]
-    with pytest.raises(ValueError, match="1 of 101 rows are broken") as told:
+    with pytest.raises(ValueError, match="1 of 101 rows are broken") as message:
         prepare(source, tmp_path / "none", "task=mortality", max_bad=0)
-    assert "a.parquet:14: times" in str(told.value)
+    assert "a.parquet:14: times" in str(message.value)
     prepare(source, tmp_path / "cut", "task=mortality", part_mb=SMALL)
     assert [row["path"] for row in summary(tmp_path / "cut")["broken"]["files"]] == [
         "a.parquet:14"
@@ -428,7 +428,8 @@ def test_a_definition_of_ones_own_is_one_file(tmp_path):
     )
     write(tmp_path / "a.parquet", table)
     program = (
-        "from pipeline.prepare.engine import importing; from pipeline.prepare.engine import write; write.Preparation('cohort', "
+        "from pipeline.prepare.engine import importing; from pipeline.prepare.engine import "
+        "write; write.Preparation('cohort', "
         "'../a.parquet', '../out', "
         "importing.options_of('cohort', ['task=sepsis', 'lead=5'])).run()"
     )

@@ -611,7 +611,7 @@ def test_rows_that_are_no_event_rows_are_told():
         {**stay(3), "times": None},
         {**stay(4), "entity": None},
     )
-    assert cohort.wrong(rows(stay(5), nan, short, none, nobody)).tolist() == [
+    assert cohort.invalid_row_reasons(rows(stay(5), nan, short, none, nobody)).tolist() == [
         "",
         "a time that is no number",
         "times, variables and values of different lengths",
@@ -620,7 +620,7 @@ def test_rows_that_are_no_event_rows_are_told():
     ]
 
 
-class Careless(cohort.Definition):
+class Careless(cohort.CohortDefinition):
     registered_name, options_class = "careless", registry.Options
 
     def needs(self, names):

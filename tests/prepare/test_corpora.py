@@ -147,9 +147,9 @@ def test_ranges_of_a_file_give_every_document_once_with_its_place(documents, see
     )
     for size in (7, 23, 61, 150, 4000):
         found, before = [], 0
-        pieces, _, _ = importer.pieces(str(tmp_path / "a.txt"), size)
+        pieces, _, _ = importer.input_splits(str(tmp_path / "a.txt"), size)
         for piece in pieces:
-            reading = inputs.Reading(piece, inputs.Opener(), before=before)
+            reading = inputs.SplitReader(piece, inputs.Opener(), before=before)
             found += [(text, reading.place(at)) for at, text, _ in importer._documents(reading)]
             before += reading.lines
         assert found == wanted, size
@@ -272,13 +272,13 @@ def test_a_corpus_of_which_nothing_would_stay_is_refused(tmp_path):
     ):
         prepare(tmp_path / "a.txt", tmp_path / "out", "min_chars=5", "min_words=3")
     prepare(tmp_path / "a.txt", tmp_path / "out", "min_chars=5")
-    told = Preparation(
+    message = Preparation(
         "text",
         str(tmp_path / "a.txt"),
         str(tmp_path / "out"),
         importing.options_of("text", ["min_chars=5"]),
-    ).told()
-    assert told.endswith(
+    ).describe()
+    assert message.endswith(
         "train 1 rows in 1 parts, 0 broken rows and 2 dropped ones left out; see _summary.md there"
     )
 

@@ -121,7 +121,7 @@ def test_parts_do_not_change_rows(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(grouped, "FLUSH_EVENTS", 700)
         patch.setattr(csv_blocks, "BLOCK_BYTES", 5000)
-        patch.setattr(grouped, "CUT_BYTES", 50_000)
+        patch.setattr(grouped, "RANGE_BYTES", 50_000)
         many = prepare(
             "events",
             tmp_path / "long.csv",
@@ -136,8 +136,8 @@ def test_parts_do_not_change_rows(tmp_path):
             str(tmp_path / "x"),
             importing.options_of("events", [*COLUMNS, "newlines=false"]),
             Settings(part_mb=20 * KB),
-        ).work
-        assert len(work.sources.cuts) > 5
+        ).task
+        assert len(work.sources.byte_ranges) > 5
     assert len(many["files"]) > 10 and rows(tmp_path / "one") == rows(tmp_path / "many")
 
 

@@ -587,9 +587,9 @@ def test_options_are_texts_of_known_names():
 
 
 def test_every_importer_says_what_it_reads_and_its_options():
-    told = importing.describe(None)
+    message = importing.describe(None)
     for name in registry.names("importer"):
-        assert f"\n{name}\n" in f"\n{told}\n"
+        assert f"\n{name}\n" in f"\n{message}\n"
         assert all(
             f"--set {field}=" in importing.describe(name)
             for field in registry.entry("importer", name).options.model_fields

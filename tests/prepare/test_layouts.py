@@ -138,17 +138,17 @@ def test_broken_sentences_are_listed_with_their_line(tmp_path):
         "conll", write(tmp_path / "a.conll", text), tmp_path / "out", "scheme=bio", max_bad=0.2
     )
     assert len(rows) == 40
-    told = reasons(found)
-    assert list(told) == ["a.conll:1", "a.conll:3", "a.conll:6", "a.conll:9", "a.conll:11"]
+    message = reasons(found)
+    assert list(message) == ["a.conll:1", "a.conll:3", "a.conll:6", "a.conll:9", "a.conll:11"]
     assert (
-        "I-LOC" in told["a.conll:1"]
-        and "B-" in told["a.conll:1"]
-        and "I-PER" in told["a.conll:3"]
-        and "PER" in told["a.conll:11"]
+        "I-LOC" in message["a.conll:1"]
+        and "B-" in message["a.conll:1"]
+        and "I-PER" in message["a.conll:3"]
+        and "PER" in message["a.conll:11"]
     )
     assert (
-        "lines of 1 columns, where the others of the file have 2" in told["a.conll:6"]
-        and "lines of 3 columns" in told["a.conll:9"]
+        "lines of 1 columns, where the others of the file have 2" in message["a.conll:6"]
+        and "lines of 3 columns" in message["a.conll:9"]
     )
     fixed, found = prepare(
         "conll", tmp_path / "a.conll", tmp_path / "fixed", "scheme=bio", "repair=true", max_bad=0.2
@@ -303,22 +303,28 @@ def test_answers_are_checked_where_they_stand(tmp_path):
     rows, found = prepare(
         "squad", write(tmp_path / "dev-v2.0.json", text), tmp_path / "out", max_bad=0.3
     )
-    told = {path.removeprefix("dev-v2.0.json:"): reason for path, reason in reasons(found).items()}
+    message = {
+        path.removeprefix("dev-v2.0.json:"): reason for path, reason in reasons(found).items()
+    }
     assert (
-        told["off"]
+        message["off"]
         == "answer 'Denver' is not at 23: there stands 'n Denv'; the nearest place is 25"
     )
     assert (
-        told["never"].endswith("it stands nowhere in the context")
-        and told["doubled"] == "its id stood before"
+        message["never"].endswith("it stands nowhere in the context")
+        and message["doubled"] == "its id stood before"
     )
-    assert told["far"].endswith("the nearest place is 49") and told["behind"].endswith(
+    assert message["far"].endswith("the nearest place is 49") and message["behind"].endswith(
         "the nearest place is 25"
     )
-    assert told["none"].startswith("no answers, and nothing marks it") and told["both"].startswith(
-        "is_impossible, and yet"
+    assert message["none"].startswith("no answers, and nothing marks it") and message[
+        "both"
+    ].startswith("is_impossible, and yet")
+    assert (
+        message["blank"] == "no question"
+        and {"text", "true"} <= set(message)
+        and len(message) == 10
     )
-    assert told["blank"] == "no question" and {"text", "true"} <= set(told) and len(told) == 10
     kept = {row["id"]: row for row in rows}
     assert len(rows) == 42 and (
         kept["impossible"]["answers"],
@@ -376,12 +382,14 @@ def test_ids_that_are_none_or_cannot_be_written_or_stood_at_a_broken_question(tm
     )
     kept = {row["id"]: row["answer_start"] for row in rows}
     assert kept["off"] == [25] and kept["7"] == [25] and "None" not in kept
-    told = {path.removeprefix("dev.json:"): reason for path, reason in reasons(found).items()}
-    assert told.pop("off").startswith("answer 'Denver' is not at 23") and sorted(told.values()) == [
+    message = {path.removeprefix("dev.json:"): reason for path, reason in reasons(found).items()}
+    assert message.pop("off").startswith("answer 'Denver' is not at 23") and sorted(
+        message.values()
+    ) == [
         "no id",
         "the id is not UTF-8 text (at character 1)",
     ]
-    assert all(path.startswith("question ") for path in told)
+    assert all(path.startswith("question ") for path in message)
 
 
 def test_offsets_count_characters_also_beyond_the_basic_plane(tmp_path):
@@ -541,9 +549,9 @@ def test_quotes_line_ends_in_fields_and_a_quote_that_is_left_open(tmp_path):
         'disk,4\n"swallows,5\nthis"one,6\n' + "more,7\n" * 60 + '"at the end,8\nlast,9\n'
     )
     rows, found = prepare("csv", write(tmp_path / "a.csv", text), tmp_path / "out", max_bad=0.1)
-    told = reasons(found)
-    assert set(told) == {"a.csv:4", "a.csv:7", "a.csv:69"} and all(
-        "quote" in reason or "CSV" in reason for reason in told.values()
+    message = reasons(found)
+    assert set(message) == {"a.csv:4", "a.csv:7", "a.csv:69"} and all(
+        "quote" in reason or "CSV" in reason for reason in message.values()
     )
     kept = {row["text"]: row["label"] for row in rows}
     assert kept == {

@@ -149,8 +149,8 @@ def test_manifests_with_what_is_wrong_in_them(tmp_path):
         ("a.wav", "test", "x"),
         ("b.wav", "test", "y"),
     }
-    told = sorted((row["path"], row["reason"]) for row in found.broken if row["path"] != "a.wav")
-    at = {int(path.rpartition(":")[2]): reason for path, reason in told} | {
+    message = sorted((row["path"], row["reason"]) for row in found.broken if row["path"] != "a.wav")
+    at = {int(path.rpartition(":")[2]): reason for path, reason in message} | {
         13: bad(found)["a.wav"][1]
     }
     assert len(at) == len(found.broken) == len(wrong)

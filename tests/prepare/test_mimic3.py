@@ -730,7 +730,7 @@ def test_demo_stays_equal_sql(demo, prepared):
         from '{demo}/icustays.parquet' s join a using (hadm_id) join '{demo}/patients.parquet' p on p.subject_id = s.subject_id
         order by icustay_id""").fetchall()
 
-    def told(row: dict) -> tuple:
+    def message(row: dict) -> tuple:
         numbers = [
             None if row[name] is None else round(row[name], 6)
             for name in ("death_hours", "icu_hours", "discharge_hours", "readmission_days")
@@ -751,7 +751,7 @@ def test_demo_stays_equal_sql(demo, prepared):
             age,
         )
 
-    ours = [told(found[entity]) for entity in sorted(found)]
+    ours = [message(found[entity]) for entity in sorted(found)]
     assert [row[:-1] for row in ours] == [row[:-1] for row in sql]
     assert all(
         abs(a[-1] - b[-1]) < 0.11 or (a[-1] == 300 and b[-1] >= 299)

@@ -169,7 +169,7 @@ def test_a_start_in_another_format_is_told(usable, max_bad, said, tmp_path, monk
         "pipeline.prepare.engine.grouped._partition",
         lambda *_: pytest.fail("events were read before the entities were judged"),
     )
-    with pytest.raises(ValueError, match=said) as told:
+    with pytest.raises(ValueError, match=said) as message:
         prepare(
             "events",
             tmp_path / "long.csv",
@@ -179,7 +179,7 @@ def test_a_start_in_another_format_is_told(usable, max_bad, said, tmp_path, monk
             "start=begin",
             max_bad=max_bad,
         )
-    assert "SECRET" not in str(told.value)
+    assert "SECRET" not in str(message.value)
 
 
 def test_rows_of_which_no_event_is_left_are_refused(tmp_path):

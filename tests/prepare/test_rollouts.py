@@ -104,12 +104,12 @@ def test_rows_are_what_happens_in_the_environment(tmp_path):
         "validation": 1.0,
     }
     assert notes(tmp_path / "out")["steps"] == {"test": 24, "train": 60, "validation": 12}
-    for told, column in (
+    for message, column in (
         ("expert's return, mean", "return"),
         ("random policy's return, mean", "random_return"),
     ):
         assert np.isclose(
-            notes(tmp_path / "out")[told]["train"],
+            notes(tmp_path / "out")[message]["train"],
             np.mean([row[column] for row in rows if row["split"] == "train"]),
             atol=1e-3,
         )
@@ -319,12 +319,12 @@ def test_a_random_episode_that_diverged_has_no_figures(tmp_path, monkeypatch):
         **whole,
         "train-000001": {**whole["train-000001"], **blind},
     }
-    told = notes(tmp_path / "out")
-    assert told["episodes in which the random policy's simulation diverged"] == {
+    message = notes(tmp_path / "out")
+    assert message["episodes in which the random policy's simulation diverged"] == {
         "train": 1
-    } and told["random policy's success"] == {"train": 0.0}
+    } and message["random policy's success"] == {"train": 0.0}
     assert np.isclose(
-        told["random policy's return, mean"]["train"],
+        message["random policy's return, mean"]["train"],
         np.mean([whole[f"train-00000{i}"]["random_return"] for i in (0, 2)]),
         atol=1e-3,
     )
@@ -370,7 +370,7 @@ def test_an_expert_is_trained_stays_beside_the_rows_and_may_be_named_for_others(
     assert not (tmp_path / "a/_survey").exists()
     prepare(tmp_path / "b", f"expert={kept}", *pairs, source=source)
     assert read(tmp_path / "a") == read(tmp_path / "b")
-    trained = training.Trained.from_bytes(kept.read_bytes())
+    trained = training.TrainedPolicy.from_bytes(kept.read_bytes())
     for row in read(tmp_path / "a"):
         assert np.allclose(
             row["actions"],
@@ -433,9 +433,9 @@ def test_a_run_that_was_stopped_goes_on(tmp_path, monkeypatch):
     whole = prepare(tmp_path / "whole", *pairs, rows_per_part=2)
     work, made = prepared(tmp_path / "out", *pairs, rows_per_part=2), []
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        real = type(work.work).weight
+        real = type(work.task).weight
         patch.setattr(
-            type(work.work),
+            type(work.task),
             "weight",
             lambda self, part: (
                 (_ for _ in ()).throw(KeyboardInterrupt)

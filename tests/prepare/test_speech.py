@@ -187,8 +187,8 @@ def test_librispeech_with_what_is_wrong_in_it(tmp_path):
         and there["103-1241-0000"] == "CHAPTER D"
         and len(rows) == 7
     )
-    told = bad(found)
-    assert told.keys() == {
+    message = bad(found)
+    assert message.keys() == {
         "train-clean-100/103/1240/103-1240-0001.flac",
         "train-clean-100/103/1240/103-1240-0002.flac",
         "train-clean-100/103/1241/103-1241-0001.flac",
@@ -196,13 +196,14 @@ def test_librispeech_with_what_is_wrong_in_it(tmp_path):
     }
     assert (
         "(LibriSpeech/train-clean-100/103/1240/103-1240.trans.txt:2) is not UTF-8 text"
-        in told["train-clean-100/103/1240/103-1240-0001.flac"][1]
+        in message["train-clean-100/103/1240/103-1240-0001.flac"][1]
     )
     assert (
-        "a recording without a transcript" in told["train-clean-100/103/1240/103-1240-0002.flac"][1]
+        "a recording without a transcript"
+        in message["train-clean-100/103/1240/103-1240-0002.flac"][1]
     )
-    assert "two transcripts" in told["train-clean-100/103/1241/103-1241-0001.flac"][1]
-    assert told["LibriSpeech/train-clean-100/103/1240/103-1240.trans.txt:3"] == (
+    assert "two transcripts" in message["train-clean-100/103/1241/103-1241-0001.flac"][1]
+    assert message["LibriSpeech/train-clean-100/103/1240/103-1240.trans.txt:3"] == (
         "train",
         "a transcript without its recording",
     )
@@ -347,20 +348,21 @@ def test_commonvoice_with_what_is_wrong_in_it(tmp_path):
         ("4.mp3", "test"),
     }
     assert {row["locale"] for row in rows} == {"de"}, "no carriage return in the last column"
-    told = Counter(reason for _, reason in bad(found).values())
+    message = Counter(reason for _, reason in bad(found).values())
     place = "cv-corpus-17.0/de"
     assert (
-        told["10 cells, the header has 9"] == 1
-        and told[f"a transcript without its recording: no {place}/clips/common_voice_de_8.mp3"] == 1
+        message["10 cells, the header has 9"] == 1
+        and message[f"a transcript without its recording: no {place}/clips/common_voice_de_8.mp3"]
+        == 1
     )
     assert (
-        told[f"a transcript without its recording: no {place}/clips/../../../../etc/passwd"] == 1
-        and told["stands twice"] == 1
+        message[f"a transcript without its recording: no {place}/clips/../../../../etc/passwd"] == 1
+        and message["stands twice"] == 1
     )
     assert (
-        told["stands in validation too"] == 1
+        message["stands in validation too"] == 1
         and len(found.broken) == 6
-        and sum("not UTF-8" in reason for reason in told) == 1
+        and sum("not UTF-8" in reason for reason in message) == 1
     )
     table.write_text("client\tpath\n")
     with pytest.raises(ValueError, match=r"train\.tsv: no column 'client_id'"):
@@ -544,18 +546,20 @@ def test_an4_with_what_is_wrong_in_it(tmp_path):
     text.write_bytes(text.read_bytes().replace(b"GO", b"G\xd6"))
     rows, found = index("an4", tmp_path)
     assert {row["utterance"] for row in rows} == {"an251-fash-b", "cen2-mblw-b", "an406-fcaw-b"}
-    told = bad(found)
+    message = bad(found)
     assert (
-        told["etc/an4_train.fileids:2"][1].startswith("no recording wav/an4_clstk/fash/cen1-fash-b")
-        and "stands twice" in told["etc/an4_train.fileids:4"][1]
+        message["etc/an4_train.fileids:2"][1].startswith(
+            "no recording wav/an4_clstk/fash/cen1-fash-b"
+        )
+        and "stands twice" in message["etc/an4_train.fileids:4"][1]
     )
     assert (
-        told["etc/an4_train.transcription:4"] == ("train", "a transcript without its recording")
-        and len(told) == 5
+        message["etc/an4_train.transcription:4"] == ("train", "a transcript without its recording")
+        and len(message) == 5
     )
-    assert told["etc/an4_train.transcription:5"] == ("train", "no line that ends in (NAME)")
+    assert message["etc/an4_train.transcription:5"] == ("train", "no line that ends in (NAME)")
     assert (
-        "is not UTF-8 text" in told["wav/an4test_clstk/menk/an407-menk-b.sph"][1]
+        "is not UTF-8 text" in message["wav/an4test_clstk/menk/an407-menk-b.sph"][1]
         and found.notes["recordings that no list names"] == 1
     )
 

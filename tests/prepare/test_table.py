@@ -231,9 +231,9 @@ def test_broken_rows_are_told_by_place_without_their_values(tmp_path):
     ]
     with pytest.raises(
         ValueError, match=r"3 of 203 rows are broken, more than --max-bad 0\.01 allows"
-    ) as told:
+    ) as message:
         prepare(source, tmp_path / "none", *ROLES)
-    assert "SECRET" not in str(told.value)
+    assert "SECRET" not in str(message.value)
     assert not any(
         b"SECRET" in file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()
     )
@@ -389,7 +389,8 @@ def test_parquet_types(tmp_path):
 
 def test_distinct_values_are_counted_alike_in_every_process(tmp_path):
     program = (
-        "from pipeline.prepare.importers import table; print([table._hash(value) for value in ('a', 1, "
+        "from pipeline.prepare.importers import table; print([table._hash(value) for value in "
+        "('a', 1, "
         "'1', 2.0, '2', True)])"
     )
     runs = {

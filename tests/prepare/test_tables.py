@@ -231,9 +231,9 @@ def test_a_run_killed_in_either_pass_goes_on_to_the_same_bytes(killed, text, tmp
     assert (len(surveyed), len(kept), len(list(tmp_path.glob("out/_parts/*")))) == (
         (20, 5, 4) if writes else (4, 0, 0)
     )
-    asked, real = [], table_importer._survey
+    asked, real = [], table_importer._scan
     monkeypatch.setattr(
-        table_importer, "_survey", lambda importer, job: asked.append(job[0]) or real(importer, job)
+        table_importer, "_scan", lambda importer, job: asked.append(job[0]) or real(importer, job)
     )
     done = prepare("text", text, tmp_path / "out", "dedup=near", part_mb=SMALL)
     assert done["files"] == whole["files"] and parts(tmp_path / "out") == parts(tmp_path / "whole")
@@ -579,9 +579,9 @@ def test_memory_is_that_of_a_row_group_not_of_a_file(tmp_path):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     work = Preparation("text", str(tmp_path / "a.txt.gz"), str(tmp_path / "out"))
     made = table_importer._make(
-        work.work.importer,
+        work.task.importer,
         pa.schema([("text", pa.string()), ("id", pa.string()), ("split", pa.string())]),
-        [(work.work.pieces[0], 0, {"drop": [False] * 3_000_000, "kinds": {}})],
+        [(work.task.input_splits[0], 0, {"drop": [False] * 3_000_000, "kinds": {}})],
         tmp_path,
     )
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10

@@ -572,7 +572,7 @@ def test_a_run_that_was_stopped_goes_on_and_the_command_line_says_what_was_done(
     )
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(
-            type(work.work),
+            type(work.task),
             "weight",
             lambda self, part: (_ for _ in ()).throw(KeyboardInterrupt) if part.start else 1,
         )

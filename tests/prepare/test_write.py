@@ -199,7 +199,9 @@ def test_the_detection_objective_reads_coco(coco, tmp_path, settings):
     state = objective.fit(
         objective.options_class(box_format="xywh", relative=False), found, columns
     )
-    assert state["values"] == [1, 90] and objective.refused(found, columns, state) == ["", "", ""]
+    assert state["values"] == [1, 90] and objective.invalid_label_reasons(
+        found, columns, state
+    ) == ["", "", ""]
     arrays, row = objective.encode(found, columns, state), found["image_id"].to_pylist().index(1)
     assert np.allclose(
         arrays["boxes"][row, :2],
@@ -433,7 +435,7 @@ def test_a_run_that_is_complete_reads_no_image(folder, tmp_path, monkeypatch):
     before = {
         file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("*") if file.is_file()
     }
-    monkeypatch.setattr("pipeline.prepare.engine.write._write_part", None)
+    monkeypatch.setattr("pipeline.prepare.engine.write._write_shard", None)
     assert prepare("imagefolder", folder, tmp_path / "out", rows_per_part=3) == first
     assert {
         file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("*") if file.is_file()

@@ -27,7 +27,7 @@ from toys import image_files
 
 from pipeline.checkpoints import bundle
 from pipeline.config import provenance
-from pipeline.config.provenance import MadeBy
+from pipeline.config.provenance import Provenance
 from pipeline.config.schema import Job
 from pipeline.data.stream import DataWorkers
 from pipeline.io import checksums, storage
@@ -78,7 +78,7 @@ def toy(folder, bundles, paths) -> Job:
     return job_of(folder, {"a": {"backbone": bundles["a"]}}, paths)
 
 
-def shown(state: stages.State, rows: list[dict[str, Any]]) -> tuple[list[matrix.Cell], str, str]:
+def shown(state: stages.JobState, rows: list[dict[str, Any]]) -> tuple[list[matrix.Cell], str, str]:
     """The cells, report.md and the terminal's table."""
     found, (markdown, _) = stages.show(state, rows)
     text = io.StringIO()
@@ -95,7 +95,7 @@ def test_every_trial_and_bundle_records_what_made_it(tmp_path, bundles, paths, h
     for one in here:
         record = trial.read_record(job.root, one)
         assert record is not None
-        made = provenance.recorded(record)
+        made = provenance.from_metadata(record)
         assert (
             made is not None
             and made.versions == provenance.versions()
@@ -113,7 +113,7 @@ def test_every_trial_and_bundle_records_what_made_it(tmp_path, bundles, paths, h
         assert json.loads(row["versions"]) == provenance.versions() and len(row["made_by"]) == 12
     assert len({row["made_by"] for row in rows}) == 3, "three techniques"
     kept = next(row["bundle_uri"] for row in primary(rows) if row["bundle_uri"])
-    assert provenance.recorded(bundle.load(kept).manifest) is not None
+    assert provenance.from_metadata(bundle.load(kept).manifest) is not None
 
 
 def test_a_changed_technique_is_kept_marked_and_made_anew_on_request(
@@ -130,12 +130,12 @@ def test_a_changed_technique_is_kept_marked_and_made_anew_on_request(
 
     here.clear()
     edit("technique full")
-    told = dry_run.describe(prepared(job))
+    message = dry_run.describe(prepared(job))
     assert (
         "2 of 6 trials were made by other code or versions than those of now and are used as "
-        "they are; --remake changed makes them anew" in told
+        "they are; --remake changed makes them anew" in message
     )
-    assert "2 trials: technique full changed" in told
+    assert "2 trials: technique full changed" in message
     state, rows = again(job)
     assert here == [], "nothing that is done is redone in silence"
     found, markdown, terminal = shown(state, rows)
@@ -148,12 +148,12 @@ def test_a_changed_technique_is_kept_marked_and_made_anew_on_request(
         and "2 trials: technique full changed" in markdown
     )
 
-    told = dry_run.describe(prepared(job, "sources", "trials"))
+    message = dry_run.describe(prepared(job, "sources", "trials"))
     assert (
         "2 of 6 trials were made by other code or versions than those of now and are made anew"
-        in told
+        in message
     )
-    assert not all(done for _, done in stages.ended(prepared(job, "sources", "trials"))), (
+    assert not all(done for _, done in stages.trial_status(prepared(job, "sources", "trials"))), (
         "else `run` says that nothing is to run"
     )
     state, rows = again(job, "sources", "trials")
@@ -162,7 +162,7 @@ def test_a_changed_technique_is_kept_marked_and_made_anew_on_request(
     ), "exactly those"
     assert not any(cell.made for cell in shown(state, rows)[0])
     here.clear()
-    assert all(done for _, done in stages.ended(prepared(job, "trials"))), "and once"
+    assert all(done for _, done in stages.trial_status(prepared(job, "trials"))), "and once"
     again(job, "trials")
     assert here == []
 
@@ -183,7 +183,7 @@ def test_a_comparison_of_trials_of_different_versions_carries_the_mark(
         "lp_ft": code_versions.MIXED,
     }, "scratch is as old as full is"
     assert "lp_ft ‡" in terminal and "‡ compares trials of different code or versions" in terminal
-    before = provenance.recorded(
+    before = provenance.from_metadata(
         trial.read_record(job.root, primary(rows, technique="full")[0]["trial_id"]) or {}
     )
     assert before is not None
@@ -223,7 +223,7 @@ def test_records_of_before_count_as_not_recorded(tmp_path, bundles, paths, here)
     }
     assert any(
         "made before code and versions were recorded" in line
-        for line in code_versions.reasons(state.origins)
+        for line in code_versions.describe_changes(state.trial_provenance)
     )
     found, markdown, _ = shown(state, rows)
     assert {cell.made for cell in found} == {
@@ -235,14 +235,14 @@ def test_records_of_before_count_as_not_recorded(tmp_path, bundles, paths, here)
 
 def test_trials_of_a_source_that_was_made_anew_are_marked(tmp_path, bundles, paths, here):
     """Its key is the same, its weights are others: a trial's record says which it started from."""
-    record = {**MadeBy({}, {}).facts(), "parent_weights": "old"}
-    assert code_versions.of_record(record, MadeBy({}, {}), "a", "new").changes == (
+    record = {**Provenance({}, {}).metadata(), "parent_weights": "old"}
+    assert code_versions.provenance_of_record(record, Provenance({}, {}), "a", "new").changes == (
         "source a was made anew since",
     )
-    assert code_versions.of_record(record, MadeBy({}, {}), "a", "old").changes == ()
+    assert code_versions.provenance_of_record(record, Provenance({}, {}), "a", "old").changes == ()
     assert (
-        code_versions.of_record(
-            {**record, "parent_weights": None}, MadeBy({}, {}), "none", None
+        code_versions.provenance_of_record(
+            {**record, "parent_weights": None}, Provenance({}, {}), "none", None
         ).changes
         == ()
     )
@@ -298,19 +298,23 @@ def test_a_trial_that_other_code_goes_on_with_says_so(
     folder = storage.join(job.root, "trials", one)
     assert (
         storage.list_files(storage.join(folder, "checkpoints"))
-        and len(saved_inputs.by(folder)) == 1
+        and len(saved_inputs.read_provenance(folder)) == 1
     )
     edit("pipeline.train.loop")
     state, _ = again(job)
     record = trial.read_record(job.root, one)
     assert record is not None and record["resumed_from"] > 0 and len(record["begun_by"]) == 1
-    assert state.origins[one].changes == (
+    assert state.trial_provenance[one].changes == (
         "begun by other code or versions (pipeline.train.loop changed)",
     )
-    assert saved_inputs.by(folder) == [], "the record has it"
+    assert saved_inputs.read_provenance(folder) == [], "the record has it"
     state, _ = again(job, "trials")
     record = trial.read_record(job.root, one)
-    assert record is not None and record["resumed_from"] == 0 and state.origins[one].changes == ()
+    assert (
+        record is not None
+        and record["resumed_from"] == 0
+        and state.trial_provenance[one].changes == ()
+    )
 
 
 def test_a_trial_of_which_nothing_is_used_was_begun_by_nobody_else(
@@ -324,7 +328,7 @@ def test_a_trial_of_which_nothing_is_used_was_begun_by_nobody_else(
     state, _ = again(job)
     record = trial.read_record(job.root, one)
     assert record is not None and record["resumed_from"] == 0 and record["begun_by"] == []
-    assert state.origins[one].changes == ()
+    assert state.trial_provenance[one].changes == ()
 
 
 def full_trial(job: Job) -> tuple[trial.Shared, grid.Trial]:
@@ -344,15 +348,15 @@ def test_resume_points_of_other_weights_are_not_gone_on_with(tmp_path, bundles, 
     points = trial.checkpoints(shared, one)
     assert storage.list_files(points)
     anew = dataclasses.replace(shared, parent_weights={"a": "other"})
-    told: list[str] = []
-    with checksums.telling(told.append):
+    message: list[str] = []
+    with checksums.notifications_to(message.append):
         record = trial.run(one, anew, Ranks())
     assert (
         record["resumed_from"] == 0
         and record["parent_weights"] == "other"
         and record["begun_by"] == []
     )
-    assert "trained from other weights of the source" in told[0]
+    assert "trained from other weights of the source" in message[0]
 
 
 def test_what_was_left_half_trained_is_made_anew_on_request(
@@ -367,7 +371,11 @@ def test_what_was_left_half_trained_is_made_anew_on_request(
     edit("pipeline.train.loop")
     state, _ = again(job, "trials")
     record = trial.read_record(job.root, one)
-    assert record is not None and record["resumed_from"] == 0 and state.origins[one].changes == ()
+    assert (
+        record is not None
+        and record["resumed_from"] == 0
+        and state.trial_provenance[one].changes == ()
+    )
 
 
 def test_resume_points_of_before_they_had_a_record_count_as_not_recorded(
@@ -378,8 +386,8 @@ def test_resume_points_of_before_they_had_a_record_count_as_not_recorded(
     storage.remove_tree(storage.join(trial.folder(shared, one), saved_inputs.FILE))
     record = trial.run(one, shared, Ranks())
     assert record["resumed_from"] > 0
-    origin = code_versions.of_record(
-        record, provenance.recorded(record) or MadeBy({}, {}), "a", None
+    origin = code_versions.provenance_of_record(
+        record, provenance.from_metadata(record) or Provenance({}, {}), "a", None
     )
     assert origin.changes == (f"begun by other code or versions ({provenance.NOT_RECORDED})",)
 
@@ -450,16 +458,16 @@ def test_a_source_of_other_code_is_used_marked_and_made_anew_on_request(
     run_source(stage)
     assert stage.done and stage.changes() == ()
     first = bundle.load(stage.bundle_uri).manifest
-    assert provenance.recorded(first) is not None
+    assert provenance.from_metadata(first) is not None
 
     edit("pipeline.train.optim", torch="9.9")
     reasons = (
         "pipeline.train.optim changed",
-        f"torch {provenance.recorded(first).versions['torch']} then, now 9.9",
+        f"torch {provenance.from_metadata(first).versions['torch']} then, now 9.9",
     )  # type: ignore[union-attr]
     assert stage.changes() == reasons and stage.done
     state = prepared(job)
-    stages.note_done(state, "src")
+    stages.report_done(state, "src")
     assert any(
         "warning: src: made by other code or versions: pipeline.train.optim changed" in line
         for line in state.progress.lines
@@ -472,15 +480,15 @@ def test_a_source_of_other_code_is_used_marked_and_made_anew_on_request(
 
     anew = prepared(job, "sources").sources["src"]
     assert not anew.done and prepared(job, "trials").sources["src"].done
-    told = dry_run.describe(prepared(job, "sources", "trials"))
+    message = dry_run.describe(prepared(job, "sources", "trials"))
     assert any(
         "[to run anew, as it was made by other code or versions: pipeline.train.optim changed"
         in line
-        for line in told
+        for line in message
     )
     assert (
         "the trials of src are made anew too, unless the weights of the source come out as "
-        "they were" in told
+        "they were" in message
     )
     fitted = source.fit(anew)
     assert bundle.load(stage.bundle_uri).manifest == first, (
@@ -528,7 +536,9 @@ def test_a_half_trained_source_of_before_is_marked_or_made_anew(tmp_path, paths)
     record = storage.join(stage.uri, saved_inputs.FILE)
     storage.write_json(leftover, {})
     others = source.begin(stage)
-    assert len(others) == 1 and provenance.recorded(others[0]) is None, "marked as not recorded"
+    assert len(others) == 1 and provenance.from_metadata(others[0]) is None, (
+        "marked as not recorded"
+    )
     storage.remove_tree(record)
     assert source.begin(prepared(job, "sources").sources["src"]) == []
     assert not storage.exists(leftover)

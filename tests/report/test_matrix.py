@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.config.provenance import MadeBy
+from pipeline.config.provenance import Provenance
 from pipeline.metrics import catalog
 from pipeline.report import code_versions, matrix
-from pipeline.report.stats import Run
+from pipeline.report.stats import RunPredictions
 
 UNITS = 200
 NOW, BEFORE = (
-    MadeBy(code={"pipeline.metrics.catalog": "same"}, versions={"timm": version})
+    Provenance(code={"pipeline.metrics.catalog": "same"}, versions={"timm": version})
     for version in ("2.0", "1.0")
 )
 
@@ -45,7 +45,7 @@ def row_of(source: str, technique: str, seed: int, **more: Any) -> dict[str, Any
 
 def of_seeds(
     source: str, technique: str, level: float, **more: Any
-) -> tuple[list[dict[str, Any]], dict[str, Run]]:
+) -> tuple[list[dict[str, Any]], dict[str, RunPredictions]]:
     """Test and validation rows and test predictions of three seeds of a cell."""
     rows, runs = [], {}
     for seed in range(3):
@@ -54,7 +54,7 @@ def of_seeds(
         right = rng.random(UNITS) < level
         scores = (np.eye(2)[label] == right[:, None]).astype(np.float32)
         row = row_of(source, technique, seed, **more)
-        run = Run(
+        run = RunPredictions(
             np.arange(UNITS),
             {"scores": scores, "label": label, "loss": np.zeros(UNITS), "count": np.ones(UNITS)},
             seed,
@@ -95,7 +95,7 @@ def compared(*searches: dict[str, Any]) -> matrix.Cell:
     for options in searches:
         rows += searched("none", "scratch", **options) + searched("a", "full", **options)
     return next(
-        cell for cell in matrix.cells(rows, scratch[1] | fine_tuned[1]) if cell.source == "a"
+        cell for cell in matrix.matrix_cells(rows, scratch[1] | fine_tuned[1]) if cell.source == "a"
     )
 
 
@@ -132,7 +132,7 @@ def test_where_there_is_nothing_to_choose_from_nothing_is_said():
 
 
 def marks(
-    old: str, *parts: tuple[list[dict[str, Any]], dict[str, Run]]
+    old: str, *parts: tuple[list[dict[str, Any]], dict[str, RunPredictions]]
 ) -> dict[tuple[str, str, str], str]:
     """How cells are marked where the trials whose id starts with ``old`` are of before, and the
     others of now.
@@ -141,8 +141,11 @@ def marks(
     for more_rows, more_runs in parts:
         rows += more_rows
         runs |= more_runs
-    made = {name: code_versions.Origin(BEFORE if name.startswith(old) else NOW) for name in runs}
-    found = code_versions.marked(matrix.cells(rows, runs), rows, made)
+    made = {
+        name: code_versions.TrialProvenance(BEFORE if name.startswith(old) else NOW)
+        for name in runs
+    }
+    found = code_versions.mark_cells(matrix.matrix_cells(rows, runs), rows, made)
     return {(cell.source, cell.backbone, cell.technique): cell.made for cell in found}
 
 
@@ -172,7 +175,9 @@ def test_a_gain_over_the_best_scratch_of_another_backbone_is_mixed_too():
 def test_a_cell_names_what_its_gains_are_over():
     own, best = of_seeds("none", "scratch", 0.6), of_seeds("none", "scratch", 0.8, backbone="c")
     fine_tuned = of_seeds("a", "full", 0.75)
-    found = matrix.cells([*own[0], *best[0], *fine_tuned[0]], own[1] | best[1] | fine_tuned[1])
+    found = matrix.matrix_cells(
+        [*own[0], *best[0], *fine_tuned[0]], own[1] | best[1] | fine_tuned[1]
+    )
     by_source = {(cell.source, cell.backbone): cell for cell in found}
     assert set(by_source["a", "b"].compared_with) == {
         ("none", "b", "t", "scratch", "1.0"),

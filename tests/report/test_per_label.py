@@ -17,14 +17,14 @@ from pipeline.io import storage
 from pipeline.metrics import catalog
 from pipeline.report import blocks as page
 from pipeline.report import matrix, per_label, report, results
-from pipeline.report.stats import Run
+from pipeline.report.stats import RunPredictions
 from pipeline.transfer import cached_heads, targets
 from pipeline.transfer import trial as one_trial
 
 NAMES = ("coat", "bag & belt", "shoe")
 
 
-def classes(n: int, names, seed: int, skill: float) -> Run:
+def classes(n: int, names, seed: int, skill: float) -> RunPredictions:
     truth = np.random.default_rng(3).integers(0, len(names), n)
     scores = (
         np.random.default_rng([seed, int(10 * skill)])
@@ -32,7 +32,7 @@ def classes(n: int, names, seed: int, skill: float) -> Run:
         .astype(np.float32)
     )
     scores[np.arange(n), truth] += skill
-    return Run(
+    return RunPredictions(
         np.arange(n),
         {"scores": scores, "label": truth, "loss": np.zeros(n)},
         seed,
@@ -40,7 +40,7 @@ def classes(n: int, names, seed: int, skill: float) -> Run:
     )
 
 
-def findings(n: int, names, seed: int, skill: float, least: int = 1) -> Run:
+def findings(n: int, names, seed: int, skill: float, least: int = 1) -> RunPredictions:
     truth = np.random.default_rng(3).random((n, len(names))) < np.linspace(0.05, 0.5, len(names))
     scores = np.random.default_rng([seed, int(10 * skill)]).normal(size=truth.shape) + skill * truth
     predictions = {
@@ -49,10 +49,12 @@ def findings(n: int, names, seed: int, skill: float, least: int = 1) -> Run:
         "loss": np.zeros(n),
         "min_positives": np.full(n, least, np.int32),
     }
-    return Run(np.arange(n), predictions, seed, labels=tuple(names))
+    return RunPredictions(np.arange(n), predictions, seed, labels=tuple(names))
 
 
-def table(metric: str, made: dict[tuple[str, str], list[Run]]) -> tuple[list[dict], dict[str, Run]]:
+def table(
+    metric: str, made: dict[tuple[str, str], list[RunPredictions]]
+) -> tuple[list[dict], dict[str, RunPredictions]]:
     """Results rows and predictions of (source, technique) pairs, a run a seed."""
     rows, runs = [], {}
     for (source, technique), seeds in made.items():
@@ -79,11 +81,11 @@ def table(metric: str, made: dict[tuple[str, str], list[Run]]) -> tuple[list[dic
                 }
             )
             runs[trial_id] = run
-    return results.filled(rows), runs
+    return results.with_all_columns(rows), runs
 
 
 def said(rows, runs) -> list[page.Block]:
-    cells = matrix.cells(rows, runs)
+    cells = matrix.matrix_cells(rows, runs)
     return per_label.blocks("t", [cell for cell in cells if cell.mean is not None], rows, runs)
 
 
@@ -187,7 +189,7 @@ def test_scratch_is_no_probe_of_random_weights():
         assert float(line[list(shown.header).index("AUROC, scratch")].lines[0]) == pytest.approx(
             want, abs=0.05
         )
-    verdicts = {cell.technique: cell.verdict for cell in matrix.cells(rows, runs)}
+    verdicts = {cell.technique: cell.verdict for cell in matrix.matrix_cells(rows, runs)}
     assert verdicts["scratch"] == matrix.REFERENCE and verdicts["random_probe"] == matrix.UNCOMPARED
 
 
@@ -208,9 +210,11 @@ def test_labels_are_compared_with_scratch_where_scratch_is_the_better():
 def test_nothing_is_said_without_predictions_or_names():
     rows, runs = table("accuracy", {("src", "full"): [classes(40, NAMES, 0, 1.0)]})
     assert said(rows, {}) == []
-    unnamed = {key: Run(run.rows, run.predictions, run.seed) for key, run in runs.items()}
+    unnamed = {
+        key: RunPredictions(run.rows, run.predictions, run.seed) for key, run in runs.items()
+    }
     assert said(rows, unnamed) == []
-    boxes = Run(
+    boxes = RunPredictions(
         np.arange(4),
         {"scores": np.zeros((4, 9)), "labels": np.zeros((4, 5)), "boxes": np.zeros((4, 9, 4))},
         0,
@@ -219,7 +223,7 @@ def test_nothing_is_said_without_predictions_or_names():
     assert (
         per_label.blocks(
             "t",
-            [c for c in matrix.cells(rows, runs) if c.mean is not None],
+            [c for c in matrix.matrix_cells(rows, runs) if c.mean is not None],
             rows,
             dict.fromkeys(runs, boxes),
         )
@@ -238,7 +242,7 @@ def test_both_are_written_for_readers(tmp_path):
     uris = report.write(
         str(tmp_path),
         job_name="j",
-        cells=matrix.cells(rows, runs),
+        cells=matrix.matrix_cells(rows, runs),
         rows=rows,
         curves={},
         pretraining=[],
@@ -369,7 +373,7 @@ def test_rows_of_single_labels_go_into_the_table_and_not_into_the_matrix(world, 
         for one in tries
         if (run := one_trial.read_predictions(shared.root, one.id, one.seed)) is not None
     }
-    cells = matrix.cells(read, runs)
+    cells = matrix.matrix_cells(read, runs)
     assert [cell.metric for cell in cells] == ["macro_auroc"] * 2 and all(
         cell.n_seeds == 2 and cell.low is not None for cell in cells
     )

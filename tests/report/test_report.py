@@ -14,7 +14,7 @@ from pipeline.metrics import catalog
 from pipeline.report import blocks as page
 from pipeline.report import matrix as cells_module
 from pipeline.report import plots, report, results
-from pipeline.report.stats import Run
+from pipeline.report.stats import RunPredictions
 
 # skill of each (source, technique) by target: what the simulated trials are good for
 SKILL = {
@@ -100,7 +100,7 @@ def trial(target, source, technique, fraction, seed, skill, n=400):
         }
         for s in range(30, 301, 30)
     ]
-    return rows, Run(np.arange(n), predictions, seed), curve
+    return rows, RunPredictions(np.arange(n), predictions, seed), curve
 
 
 def failure(target, error, trial_id="fa-1", **more):
@@ -163,7 +163,7 @@ def write(root, rows, runs, curves, **more):
         "versions": {"torch": "2.11.0", "job spec hash": "0f3c9a12be77"},
         **more,
     }
-    cells = report.cells(rows, runs)
+    cells = report.matrix_cells(rows, runs)
     uris = report.write(
         str(root), job_name="vision", cells=cells, rows=rows, curves=curves, **given
     )
@@ -335,7 +335,9 @@ def test_scratch_is_matched_on_backbone_target_and_fraction():
     rows = [
         r for r in rows if not (r["source"] == "none" and r["label_fraction"] == "0.05")
     ] + other
-    for cell in report.cells(rows, runs | {r["trial_id"]: runs[r["trial_id"][:-1]] for r in other}):
+    for cell in report.matrix_cells(
+        rows, runs | {r["trial_id"]: runs[r["trial_id"][:-1]] for r in other}
+    ):
         compared = cell.backbone == "timm/resnet18" and cell.label_fraction == "1.0"
         assert cell.verdict in (
             {"reference", "wins", "loses", "not shown"} if compared else {"not compared"}
@@ -344,8 +346,10 @@ def test_scratch_is_matched_on_backbone_target_and_fraction():
 
 def test_missing_predictions_fall_back_to_the_seeds_and_say_so():
     rows, runs, _ = simulate({"clothing": SKILL["clothing"]}, fractions=("1.0",))
-    whole = find(report.cells(rows, runs))
-    cell = find(report.cells(rows, {k: v for k, v in runs.items() if not k.endswith("full-1.0-1")}))
+    whole = find(report.matrix_cells(rows, runs))
+    cell = find(
+        report.matrix_cells(rows, {k: v for k, v in runs.items() if not k.endswith("full-1.0-1")})
+    )
     assert (
         "Student's t over seeds" in cell.interval
         and whole.verdict == "wins"
@@ -357,7 +361,9 @@ def test_missing_predictions_fall_back_to_the_seeds_and_say_so():
         and cell.gain_low < cell.gain < cell.gain_high
     )
     (one,) = (
-        c for c in report.cells([r for r in rows if r["seed"] == 0], {}) if c.technique == "lp_ft"
+        c
+        for c in report.matrix_cells([r for r in rows if r["seed"] == 0], {})
+        if c.technique == "lp_ft"
     )
     assert (
         one.gain is not None
@@ -368,21 +374,21 @@ def test_missing_predictions_fall_back_to_the_seeds_and_say_so():
     unpaired = {
         k: replace(v, rows=v.rows + 1000) if "-scratch-" in k else v for k, v in runs.items()
     }
-    assert "no test row in common" in find(report.cells(rows, unpaired)).interval
+    assert "no test row in common" in find(report.matrix_cells(rows, unpaired)).interval
 
 
 def test_lower_is_better_turns_the_gain():
     rows, runs, _ = simulate({"clothing": SKILL["clothing"]}, fractions=("1.0",))
-    cell = find(report.cells([r for r in rows if r["metric"] == "loss"], runs))
+    cell = find(report.matrix_cells([r for r in rows if r["metric"] == "loss"], runs))
     assert (
         cell.metric == "loss"
         and not cell.higher_is_better
         and cell.verdict == "wins"
         and cell.gain > 0
     )
-    assert find(report.cells([r for r in rows if r["metric"] == "loss"], {})).gain == pytest.approx(
-        cell.gain
-    )
+    assert find(
+        report.matrix_cells([r for r in rows if r["metric"] == "loss"], {})
+    ).gain == pytest.approx(cell.gain)
 
 
 def test_failures_are_counted_also_when_the_search_never_finished():
@@ -399,7 +405,7 @@ def test_failures_are_counted_also_when_the_search_never_finished():
     rows += [
         failure("clothing", "slow", "p", technique="gradual", trial_stage="search", status="pruned")
     ]
-    cells = report.cells(rows, runs)
+    cells = report.matrix_cells(rows, runs)
     assert (find(cells).n_seeds, find(cells).n_failed, find(cells).paired_seeds) == (2, 1, 2)
     lora = find(cells, technique="lora")
     assert (lora.n_seeds, lora.n_failed, lora.verdict, lora.mean) == (0, 4, "failed", None)
@@ -410,7 +416,7 @@ def test_groups_of_the_runs_are_used():
     rows, runs, _ = simulate({"clothing": SKILL["clothing"]}, fractions=("1.0",))
     grouped = {k: replace(v, groups=v.rows // 20) for k, v in runs.items()}
     assert (
-        find(report.cells(rows, grouped)).interval
+        find(report.matrix_cells(rows, grouped)).interval
         == "mean: 95 % over test groups and 3 seeds; gain: 95 % over test groups and 3 paired seeds"
     )
 
@@ -432,7 +438,7 @@ def test_below_two_paired_seeds_nothing_is_won_or_lost():
     rows, runs, _ = simulate({"clothing": SKILL["clothing"]}, fractions=("1.0",))
     for seeds, of in ((3, "none"), (1, "garments")):
         cell = find(
-            report.cells(
+            report.matrix_cells(
                 *kept(rows, runs, lambda row, of=of: row["source"] != of or row["seed"] == 0)
             )
         )
@@ -447,7 +453,9 @@ def test_below_two_paired_seeds_nothing_is_won_or_lost():
             and "gain: 95 % over test units of one seed, whose spread is unknown" in cell.interval
         )
     two = find(
-        report.cells(*kept(rows, runs, lambda row: row["source"] != "none" or row["seed"] < 2))
+        report.matrix_cells(
+            *kept(rows, runs, lambda row: row["source"] != "none" or row["seed"] < 2)
+        )
     )
     assert (
         (two.n_seeds, two.paired_seeds) == (3, 2)
@@ -516,7 +524,7 @@ def test_too_few_units_of_the_rarer_class_are_too_few_to_tell(tmp_path):
         and "? +0." in render(cells)
     )
     assert md.startswith("# vision: no verdict: the test rows are too few to tell")
-    assert find(report.cells(rows, runs)).verdict == "wins"
+    assert find(report.matrix_cells(rows, runs)).verdict == "wins"
 
 
 # ---------------------------------------------------------------- words
@@ -565,7 +573,7 @@ def test_a_random_probe_is_held_against_the_linear_probe_of_the_best_source(tmp_
     )
     assert "linear_probe of" in render(cells)
     alone = find(
-        report.cells(*kept(rows, runs, lambda row: row["technique"] != "linear_probe")),
+        report.matrix_cells(*kept(rows, runs, lambda row: row["technique"] != "linear_probe")),
         source="none",
         technique="random_probe",
     )
@@ -614,9 +622,9 @@ def test_gains_over_different_scratch_networks_say_so_and_stand_beside_the_gain_
     turned = [
         {**row, "value": -row["value"]} if row["split"] == "validation" else row for row in rows
     ]
-    assert {cell.baseline for cell in report.cells(turned, runs) if cell.source != "none"} == {
-        "timm/resnet18"
-    }, "validation rows decide, not test rows"
+    assert {
+        cell.baseline for cell in report.matrix_cells(turned, runs) if cell.source != "none"
+    } == {"timm/resnet18"}, "validation rows decide, not test rows"
     assert (
         "different scratch networks"
         not in write(tmp_path / "one", *simulate({"clothing": SKILL["clothing"]}))[1]

@@ -248,16 +248,16 @@ def test_rows_of_one_target_that_were_split_in_two_ways_are_told_apart():
         {"target": "photos", "split_origin": "files"},
         {"target": "photos", "split_origin": "files"},
     ]
-    told = results.told_apart(rows)
-    assert [row["target"] for row in told] == [
+    message = results.disambiguate_targets(rows)
+    assert [row["target"] for row in message] == [
         "xray [column split_by_patient]",
         "xray [test: random 0.2]",
         "xray [splits not recorded]",
         "photos",
         "photos",
     ]
-    assert [row.get("value") for row in told] == [row.get("value") for row in rows]
+    assert [row.get("value") for row in message] == [row.get("value") for row in rows]
     assert (
-        results.told_apart(rows[:1] + rows[3:]) == rows[:1] + rows[3:]
+        results.disambiguate_targets(rows[:1] + rows[3:]) == rows[:1] + rows[3:]
         and rows[0]["target"] == "xray"
     )

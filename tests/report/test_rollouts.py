@@ -11,13 +11,13 @@ from toys import image_files, job_of, shared_of, trial_of
 from pipeline.io import storage
 from pipeline.objectives.classification import Classification
 from pipeline.report import blocks, matrix, rollouts
-from pipeline.report.stats import Run
+from pipeline.report.stats import RunPredictions
 from pipeline.transfer import trial
 
 WORLDS = 12
 
 
-def told(technique, source, fraction, n_train, seed, success, film=None):
+def message(technique, source, fraction, n_train, seed, success, rollout_frames=None):
     """A results row and the predictions of a trial that succeeds in so many of the worlds."""
     name = f"{technique}-{source}-{fraction}-{seed}"
     done = (np.arange(WORLDS) < success).astype(float)
@@ -48,21 +48,21 @@ def told(technique, source, fraction, n_train, seed, success, film=None):
         "hyper_parameters": "{}",
         "n_eval": WORLDS,
     }
-    return row, Run(np.arange(WORLDS), arrays, seed, film=film)
+    return row, RunPredictions(np.arange(WORLDS), arrays, seed, rollout_frames=rollout_frames)
 
 
 def shown(*trials):
     rows, runs = [row for row, _ in trials], {row["trial_id"]: run for row, run in trials}
-    found = matrix.cells(rows, runs)
+    found = matrix.matrix_cells(rows, runs)
     return rollouts.blocks("robot", found, rows, runs)
 
 
 def test_policies_stand_behind_expert_and_chance_by_how_much_they_saw():
     out = shown(
-        told("zero_shot", "sim", "0 rows", 0, 0, 1),
-        *(told("full", "sim", "5 rows", 5, seed, 9) for seed in range(2)),
-        *(told("scratch", "none", "5 rows", 5, seed, 3) for seed in range(2)),
-        told("full", "sim", "1 rows", 1, 0, 6),
+        message("zero_shot", "sim", "0 rows", 0, 0, 1),
+        *(message("full", "sim", "5 rows", 5, seed, 9) for seed in range(2)),
+        *(message("scratch", "none", "5 rows", 5, seed, 3) for seed in range(2)),
+        message("full", "sim", "1 rows", 1, 0, 6),
     )
     table = next(block for block in out if isinstance(block, blocks.Table))
     lines = {str(line[0]): line[1:] for line in table.rows}
@@ -86,8 +86,8 @@ def test_policies_stand_behind_expert_and_chance_by_how_much_they_saw():
 
 def test_backbones_are_named_where_there_are_several():
     first, second = (
-        told("scratch", "none", "5 rows", 5, 0, 9),
-        told("scratch", "none", "5 rows", 5, 1, 3),
+        message("scratch", "none", "5 rows", 5, 0, 9),
+        message("scratch", "none", "5 rows", 5, 1, 3),
     )
     second[0]["backbone"] = "policy/transformer"
     table = next(block for block in shown(first, second) if isinstance(block, blocks.Table))
@@ -99,7 +99,7 @@ def test_backbones_are_named_where_there_are_several():
 
 
 def test_an_expert_without_a_known_success_is_shown_by_its_return():
-    row, run = told("full", "sim", "1 rows", 1, 0, 6)
+    row, run = message("full", "sim", "1 rows", 1, 0, 6)
     run.predictions["expert_success"], run.predictions["success"] = (
         np.full(WORLDS, np.nan),
         np.full(WORLDS, np.nan),
@@ -110,23 +110,23 @@ def test_an_expert_without_a_known_success_is_shown_by_its_return():
 
 
 def test_episodes_that_diverged_are_counted():
-    row, run = told("full", "sim", "1 rows", 1, 0, 6)
+    row, run = message("full", "sim", "1 rows", 1, 0, 6)
     run.predictions["diverged"][:2] = 1
     assert "In 2 episodes the simulation diverged" in blocks.markdown("", shown((row, run)))
 
 
 def test_nothing_is_told_of_targets_without_a_simulator():
-    row, run = told("full", "sim", "1 rows", 1, 0, 6)
+    row, run = message("full", "sim", "1 rows", 1, 0, 6)
     run.predictions.pop("return")
     assert rollouts.blocks("robot", [], [row], {row["trial_id"]: run}) == [] == shown((row, run))
 
 
 def test_pictures_are_of_the_untrained_and_of_the_fewest_demonstrations():
-    film = np.random.default_rng(0).integers(0, 255, (4, 8, 10, 3), dtype=np.uint8)
+    rollout_frames = np.random.default_rng(0).integers(0, 255, (4, 8, 10, 3), dtype=np.uint8)
     out = shown(
-        told("zero_shot", "sim", "0 rows", 0, 0, 1, film),
-        told("full", "sim", "1 rows", 1, 0, 6, film),
-        told("full", "sim", "5 rows", 5, 0, 9, film),
+        message("zero_shot", "sim", "0 rows", 0, 0, 1, rollout_frames),
+        message("full", "sim", "1 rows", 1, 0, 6, rollout_frames),
+        message("full", "sim", "5 rows", 5, 0, 9, rollout_frames),
     )
     figure = next(block for block in out if isinstance(block, blocks.Figure))
     text = blocks.page("t", "e", out)
@@ -137,7 +137,7 @@ def test_pictures_are_of_the_untrained_and_of_the_fewest_demonstrations():
     )
     assert not [
         block
-        for block in shown(told("full", "sim", "1 rows", 1, 0, 6))
+        for block in shown(message("full", "sim", "1 rows", 1, 0, 6))
         if isinstance(block, blocks.Figure)
     ]
 
@@ -147,17 +147,17 @@ def test_a_trial_keeps_its_pictures_beside_its_predictions(tmp_path, monkeypatch
     pictures = np.arange(9 * 2 * 4 * 5 * 3, dtype=np.uint8).reshape(9, 2, 4, 5, 3)
 
     def tested(self, backbone, found, origin):
-        self.film = pictures[0]
+        self.rollout_frames = pictures[0]
         return found
 
-    monkeypatch.setattr(Classification, "tested", tested)
+    monkeypatch.setattr(Classification, "rollout_evaluation", tested)
     job = job_of(tmp_path, paths)
     shared = shared_of(tmp_path, job, paths)
     record = trial.run(trial_of(job, shared, "full"), shared)
     run = trial.read_predictions(shared.root, record["trial_id"], 0)
     assert (
         run is not None
-        and np.array_equal(run.film, pictures[0])
+        and np.array_equal(run.rollout_frames, pictures[0])
         and "film" not in run.predictions
         and len(run.rows) == 9
     )

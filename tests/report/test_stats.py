@@ -5,7 +5,7 @@ import pytest
 
 from pipeline.metrics import catalog
 from pipeline.report import stats
-from pipeline.report.stats import Run
+from pipeline.report.stats import RunPredictions
 
 ACCURACY, LOSS = catalog.metric("accuracy"), catalog.metric("loss")
 
@@ -26,9 +26,11 @@ def losses(values: np.ndarray) -> catalog.Predictions:
     return {"loss": np.asarray(values, np.float64), "count": np.ones(len(values))}
 
 
-def run(predictions, seed=0, rows=None, groups=None) -> Run:
+def run(predictions, seed=0, rows=None, groups=None) -> RunPredictions:
     n = len(predictions["loss"])
-    return Run(np.arange(n) if rows is None else np.asarray(rows), predictions, seed, groups)
+    return RunPredictions(
+        np.arange(n) if rows is None else np.asarray(rows), predictions, seed, groups
+    )
 
 
 def test_accuracy_interval_agrees_with_the_normal_approximation():
@@ -276,7 +278,9 @@ def test_coverage_is_near_nominal_with_three_seeds(across_seeds, across_units):
     assert 0.89 <= held / repeats <= 1.0
 
 
-def seeds_of(gains: np.ndarray, shared: np.ndarray, rng: np.random.Generator) -> list[Run]:
+def seeds_of(
+    gains: np.ndarray, shared: np.ndarray, rng: np.random.Generator
+) -> list[RunPredictions]:
     """One run a seed: losses of the rows that all seeds share, a gain of its own for each seed, and
     a little noise.
     """

@@ -18,7 +18,7 @@ from pipeline.io import storage
 from pipeline.metrics import catalog
 from pipeline.report import blocks as page
 from pipeline.report import matrix, per_label, plots, report, results, stats, subgroups
-from pipeline.report.stats import Run
+from pipeline.report.stats import RunPredictions
 from pipeline.transfer import targets
 from pipeline.transfer import trial as one_trial
 
@@ -37,27 +37,27 @@ def people(seed: int = 0) -> dict[str, np.ndarray]:
 
 def run_of(
     seed: int = 0, skill: float = 1.0, groups: np.ndarray | None = None, hours: int = 0
-) -> Run:
+) -> RunPredictions:
     """Predictions that are better for women; nobody in NICU is positive."""
-    told = people()
+    message = people()
     rng = np.random.default_rng([seed, int(10 * skill)])
     shape = (N, hours) if hours else (N,)
     label = (np.random.default_rng(5).random(shape) < 0.3).astype(np.int64)
-    label[told["unit"] == "NICU"] = 0
-    better = np.where(told["sex"] == "female", 2.0, 0.5).reshape(-1, *[1] * (len(shape) - 1))
+    label[message["unit"] == "NICU"] = 0
+    better = np.where(message["sex"] == "female", 2.0, 0.5).reshape(-1, *[1] * (len(shape) - 1))
     scores = rng.normal(size=(*shape, 2)).astype(np.float32)
     scores[..., 1] += skill * better * (label - 0.5)
-    return Run(
+    return RunPredictions(
         np.arange(N),
         {"scores": scores, "label": label, "loss": np.ones(N)},
         seed,
         groups,
         ("alive", "dead"),
-        told,
+        message,
     )
 
 
-def value(run: Run, where: np.ndarray) -> float:
+def value(run: RunPredictions, where: np.ndarray) -> float:
     p = run.predictions
     return theirs.roc_auc_score(p["label"][where], p["scores"][where, 1] - p["scores"][where, 0])
 
@@ -100,8 +100,10 @@ def test_columns_and_fields_of_structs_are_read(selection):
     }
     part = Selection(selection.manifest, np.array([1, 3]))
     assert subgroups.read(part, ["sex"], "p")["sex"].tolist() == ["m", "f"]
-    run = subgroups.told(
-        Run(np.array([3]), {"loss": np.ones(1)}, 0), part, subgroups.read(part, ["sex"], "p")
+    run = subgroups.with_subgroups(
+        RunPredictions(np.array([3]), {"loss": np.ones(1)}, 0),
+        part,
+        subgroups.read(part, ["sex"], "p"),
     )
     assert run.subgroups["sex"].tolist() == ["f"] and subgroups.read(selection, [], "p") == {}
 
@@ -139,7 +141,9 @@ def test_a_column_of_people_is_refused_and_not_told(selection, monkeypatch):
 
 
 def test_parts_are_scored_where_there_is_enough_to_score():
-    found = {part.name: part for part in subgroups.parts(run_of(), catalog.metric("auroc"))}
+    found = {
+        part.name: part for part in subgroups.split_by_subgroup(run_of(), catalog.metric("auroc"))
+    }
     assert list(found) == [
         "sex=female",
         "sex=male",
@@ -160,7 +164,9 @@ def test_parts_are_scored_where_there_is_enough_to_score():
         found["unit: others"].units == 15
     )  # the 3 of one unit would be told by what the others lack: they stand with the next smallest
     patients = run_of(groups=np.arange(N) // 10)  # 40 of them: no unit of few rows has 20
-    found = {part.name: part for part in subgroups.parts(patients, catalog.metric("auroc"))}
+    found = {
+        part.name: part for part in subgroups.split_by_subgroup(patients, catalog.metric("auroc"))
+    }
     assert found["sex=male"].units == 40 and found["sex=male"].scored
     small = np.isin(patients.subgroups["unit"], ["CCU", "CSRU"])
     assert found["unit: others"].units == len(np.unique(patients.groups[small])) and not {
@@ -179,7 +185,9 @@ def test_values_of_single_people_are_not_named():
     )
     names = [
         part.name
-        for part in subgroups.parts(replace(rare, subgroups={"age": ages}), catalog.metric("auroc"))
+        for part in subgroups.split_by_subgroup(
+            replace(rare, subgroups={"age": ages}), catalog.metric("auroc")
+        )
     ]
     assert names == [
         "age=old",
@@ -189,9 +197,10 @@ def test_values_of_single_people_are_not_named():
         run_of(groups=np.arange(N) // 40),
         subgroups={"id": (np.arange(N) // 40).astype(str).astype(object)},
     )
-    assert [(part.name, part.units) for part in subgroups.parts(ids, catalog.metric("auroc"))] == [
-        ("id: others", 10)
-    ]
+    assert [
+        (part.name, part.units)
+        for part in subgroups.split_by_subgroup(ids, catalog.metric("auroc"))
+    ] == [("id: others", 10)]
 
 
 @pytest.mark.parametrize("grouped", [False, True])
@@ -246,14 +255,14 @@ def test_a_part_without_a_macro_average_is_only_counted():
         "labels": truth,
         "min_positives": np.full(60, 1, np.int32),
     }
-    run = Run(
+    run = RunPredictions(
         np.arange(60),
         p,
         0,
         labels=("a", "b"),
         subgroups={"half": np.repeat(["first", "second"], 30).astype(object)},
     )
-    found = subgroups.parts(run, catalog.metric("macro_auroc"))
+    found = subgroups.split_by_subgroup(run, catalog.metric("macro_auroc"))
     assert [(part.name, part.scored, part.positives) for part in found] == [
         ("half=first", True, None),
         ("half=second", False, None),
@@ -264,8 +273,8 @@ def test_a_part_without_a_macro_average_is_only_counted():
 
 
 def table(
-    made: dict[tuple[str, str], list[Run]], metric: str = "auroc"
-) -> tuple[list[dict], dict[str, Run]]:
+    made: dict[tuple[str, str], list[RunPredictions]], metric: str = "auroc"
+) -> tuple[list[dict], dict[str, RunPredictions]]:
     rows, runs = [], {}
     for (source, technique), seeds in made.items():
         for run in seeds:
@@ -296,7 +305,7 @@ def table(
             ]
             rows += subgroups.result_rows(run, rows[-3])
             runs[trial_id] = run
-    return results.filled(rows), runs
+    return results.with_all_columns(rows), runs
 
 
 MADE = {
@@ -307,7 +316,7 @@ MADE = {
 
 def test_the_report_has_a_line_for_each_part_and_hides_small_ones():
     rows, runs = table(MADE)
-    cells = matrix.cells(rows, runs)
+    cells = matrix.matrix_cells(rows, runs)
     assert {cell.metric for cell in cells} == {
         "auroc"
     }  # rows of parts are not taken for the primary one
@@ -352,7 +361,7 @@ def test_the_report_has_a_line_for_each_part_and_hides_small_ones():
         )
     assert subgroups.blocks("t", cells, rows, {}) == []
     bare = {
-        key: Run(run.rows, run.predictions, run.seed, labels=run.labels)
+        key: RunPredictions(run.rows, run.predictions, run.seed, labels=run.labels)
         for key, run in runs.items()
     }
     assert subgroups.blocks("t", cells, rows, bare) == []
@@ -371,7 +380,7 @@ def test_few_positives_are_hidden_too():
 
 def test_two_classes_have_all_metrics_and_a_calibration_curve_in_the_report(tmp_path):
     rows, runs = table(MADE)
-    cells = matrix.cells(rows, runs)
+    cells = matrix.matrix_cells(rows, runs)
     blocks = per_label.blocks("t", cells, rows, runs)
     assert [block.text for block in blocks if isinstance(block, page.Heading)] == [
         "All metrics",
@@ -431,7 +440,7 @@ def test_predictions_at_positions_have_them_without_a_confusion_matrix():
         ("src", "full"): [run_of(0, 1.5, hours=4)],
     }
     rows, runs = table(made)
-    cells = matrix.cells(rows, runs)
+    cells = matrix.matrix_cells(rows, runs)
     assert [
         block.text
         for block in per_label.blocks("t", cells, rows, runs)
@@ -446,7 +455,7 @@ def test_predictions_at_positions_have_them_without_a_confusion_matrix():
 
 
 def test_a_curve_of_few_rows_is_not_drawn():
-    few = Run(
+    few = RunPredictions(
         np.arange(30),
         {name: array[:30] for name, array in run_of().predictions.items()},
         0,
@@ -455,7 +464,7 @@ def test_a_curve_of_few_rows_is_not_drawn():
     rows, runs = table({("src", "full"): [few]})
     assert "Calibration" not in [
         block.text
-        for block in per_label.blocks("t", matrix.cells(rows, runs), rows, runs)
+        for block in per_label.blocks("t", matrix.matrix_cells(rows, runs), rows, runs)
         if isinstance(block, page.Heading)
     ]
 
@@ -484,12 +493,14 @@ def test_a_job_names_columns_of_its_test_rows(tmp_path):
     assert one.id == plain.id  # a table more trains nothing anew
     record = one_trial.run(one, shared)
     run = one_trial.read_predictions(shared.root, one.id, 0)
-    told = subgroups.told(run, stage.splits.test, subgroups.read(stage.splits.test, ["sex"], "p"))
-    rows = subgroups.result_rows(told, record["rows"][0])
+    message = subgroups.with_subgroups(
+        run, stage.splits.test, subgroups.read(stage.splits.test, ["sex"], "p")
+    )
+    rows = subgroups.result_rows(message, record["rows"][0])
     assert [row["metric"] for row in rows] == ["auroc@sex=female", "auroc@sex=male"] and [
         row["n_eval"] for row in rows
     ] == [20, 40]
-    assert rows[1]["value"] == pytest.approx(value(told, np.arange(60) % 3 > 0))
+    assert rows[1]["value"] == pytest.approx(value(message, np.arange(60) % 3 > 0))
     results.append(
         str(tmp_path),
         [

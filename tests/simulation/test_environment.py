@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pipeline.simulation import environment
-from pipeline.simulation.environment import World, check_named, drawn, make
+from pipeline.simulation.environment import World, check_environment_id, make, sample_dynamics
 
 PENDULUM = "InvertedDoublePendulum-v5"
 
@@ -135,8 +135,8 @@ def test_noise_differs_from_episode_to_episode():
 
 def test_ranges_are_drawn_by_the_seed_within_their_bounds():
     ranges = {"mass": (0.5, 2.0), "gear": 0.7, "latency": (0, 3), "noise": (0.0, 0.1)}
-    found = [drawn(ranges, seed) for seed in range(400)]
-    assert found[5] == drawn(ranges, 5) and len({one["mass"] for one in found}) == 400
+    found = [sample_dynamics(ranges, seed) for seed in range(400)]
+    assert found[5] == sample_dynamics(ranges, 5) and len({one["mass"] for one in found}) == 400
     masses, late = np.array([one["mass"] for one in found]), {one["latency"] for one in found}
     assert (
         masses.min() >= 0.5
@@ -152,7 +152,7 @@ def test_ranges_are_drawn_by_the_seed_within_their_bounds():
 @pytest.mark.parametrize("ends", [(2.0, 0.5), (0.0, 1.0), (1.0,), (1.0, float("nan"))])
 def test_a_range_that_is_none_is_refused(ends):
     with pytest.raises(ValueError, match="dynamics mass="):
-        drawn({"mass": ends}, 0)
+        sample_dynamics({"mass": ends}, 0)
 
 
 def test_what_is_not_installed_is_named(monkeypatch):
@@ -165,7 +165,7 @@ def test_what_is_not_installed_is_named(monkeypatch):
     with pytest.raises(
         ValueError, match="environment 'Hopper' is not installed; did you mean Hopper-v5"
     ):
-        check_named("Hopper")
+        check_environment_id("Hopper")
     make(World("CartPole", 10, 0)).close()  # rows that say so are read
     with pytest.raises(ValueError, match="nowhere:Hopper-v5: No module named 'nowhere'"):
         make(World("nowhere:Hopper-v5", 10, 0))

@@ -47,7 +47,10 @@ def test_mujoco_draws_only_where_a_driver_is_named(monkeypatch):
 
 def test_mujoco_draws_through_egl_where_it_can():
     env = {**os.environ, "MUJOCO_GL": "egl"}
-    told = subprocess.run(
+    message = subprocess.run(
         [sys.executable, "-c", MUJOCO], env=env, capture_output=True, text=True, check=True
     ).stdout.strip()
-    assert told in ("7 [(96, 128, 3)] 3 3", "7 [] 0 0")  # the second: a machine without its driver
+    assert message in (
+        "7 [(96, 128, 3)] 3 3",
+        "7 [] 0 0",
+    )  # the second: a machine without its driver

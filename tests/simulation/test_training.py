@@ -22,7 +22,7 @@ from pipeline.simulation.ppo import (
     mean_actions,
     scaled,
 )
-from pipeline.simulation.training import Trained, train
+from pipeline.simulation.training import TrainedPolicy, train
 
 PENDULUM = World("InvertedPendulum-v5", steps=300, seed=0, dynamics={})
 QUICK = Settings(environments=4, horizon=32, epochs=2, minibatch=32, width=16, block=2)
@@ -157,7 +157,12 @@ def test_other_worlds_are_met_in_turn(monkeypatch):
     assert len({seed for _, seed in met[-8:]}) == 8, (
         "noise on observations, which comes from a world's seed, would be the same in all"
     )
-    assert [World.parse(text).dynamics["mass"] for text in expert.facts["others"]] == [2, 3, 4, 5]
+    assert [World.parse(text).dynamics["mass"] for text in expert.metadata["others"]] == [
+        2,
+        3,
+        4,
+        5,
+    ]
     with pytest.raises(
         ValueError, match="Hopper-v5 has other observations or actions than InvertedPendulum-v5"
     ):
@@ -333,12 +338,12 @@ def test_a_checkpoint_of_another_training_is_refused(tmp_path):
 
 def test_bytes_give_the_same_expert_back(tmp_path):
     expert = train(PENDULUM, env_steps=STEPS, seed=0, settings=QUICK)
-    again = Trained.from_bytes(expert.to_bytes())
-    assert again.to_bytes() == expert.to_bytes() and again.facts == expert.facts
+    again = TrainedPolicy.from_bytes(expert.to_bytes())
+    assert again.to_bytes() == expert.to_bytes() and again.metadata == expert.metadata
     assert (
-        World.parse(again.facts["world"]) == PENDULUM
-        and again.facts["env_steps"] == STEPS
-        and again.facts["seed"] == 0
+        World.parse(again.metadata["world"]) == PENDULUM
+        and again.metadata["env_steps"] == STEPS
+        and again.metadata["seed"] == 0
     )
     env = make(PENDULUM)
     for observation in np.random.default_rng(0).normal(0, 2, (20, 4)):
@@ -352,14 +357,14 @@ def test_bytes_give_the_same_expert_back(tmp_path):
         expert.act(env, np.zeros(3))
     for data in (b"no", expert.to_bytes()[:-8], save({"a": np.zeros(1)})):
         with pytest.raises(ValueError, match="not an expert that `train` made"):
-            Trained.from_bytes(data)
+            TrainedPolicy.from_bytes(data)
 
 
 def test_act_equals_the_network_in_torch():
     rng, network = np.random.default_rng(1), rough()
     mean, std = rng.normal(0, 3, 5), rng.uniform(0.1, 4, 5)
     low, high = np.array([-0.4, -1.0]), np.array([0.4, 3.0])
-    expert = Trained(network.actor(), mean, std, low, high, np.zeros((0, 3)))
+    expert = TrainedPolicy(network.actor(), mean, std, low, high, np.zeros((0, 3)))
     model = sequential(network.parts, "actor.")
     cut = 0
     for observation in rng.normal(0, 6, (200, 5)):

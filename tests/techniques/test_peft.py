@@ -37,7 +37,7 @@ from pipeline.checkpoints import bundle
 from pipeline.config.schema import Job
 from pipeline.core.contracts import Batch, Task
 from pipeline.io import storage
-from pipeline.techniques.peft import ADDED, Adapted, Lora, LoraOptions, adaptable
+from pipeline.techniques.peft import ADDED, AdaptedTask, Lora, LoraOptions, adaptable_modules
 from pipeline.techniques.rates import Full, LinearProbe
 from pipeline.train import loop, optim
 from pipeline.transfer import fanout, grid, targets, trial
@@ -79,14 +79,14 @@ def made(name: str, seed: int = 0, n: int = 8, **options) -> tuple[Task, Batch]:
     )
 
 
-def wrapped(task: Task, technique: Lora | None = None, seed: int = 0) -> Adapted:
+def wrapped(task: Task, technique: Lora | None = None, seed: int = 0) -> AdaptedTask:
     torch.manual_seed(seed)
     found = (technique or lora()).wrap(task)
-    assert isinstance(found, Adapted)
+    assert isinstance(found, AdaptedTask)
     return found.eval()
 
 
-def shaken(task: Adapted) -> Adapted:
+def shaken(task: AdaptedTask) -> AdaptedTask:
     """Adapters as if they had been trained."""
     with torch.no_grad():
         for name in task.layers()[ADDED]:
@@ -188,7 +188,7 @@ def test_attention_is_found_by_name(name, endings):
     with torch.device("meta"):
         task = task_of(name, inputs, "classification", label_state(), **options)
         adapted = lora(modules="attention").wrap(task)
-    assert isinstance(adapted, Adapted)
+    assert isinstance(adapted, AdaptedTask)
     assert {found.rpartition(".")[2] for found in adapted.adapters()} == endings
     assert all("att" in found for found in adapted.adapters())
 
@@ -201,8 +201,8 @@ def test_what_cannot_be_merged_is_left_alone():
         nn.Conv2d(4, 4, 3, dilation=2),
     )
     backbone.attention, backbone.kept = nn.MultiheadAttention(4, 2), nn.Conv2d(4, 4, 3)
-    assert list(adaptable(backbone)) == ["stem", "block", "kept"]
-    found = adaptable(made("timm/test_nfnet")[0].backbone)
+    assert list(adaptable_modules(backbone)) == ["stem", "block", "kept"]
+    found = adaptable_modules(made("timm/test_nfnet")[0].backbone)
     assert found and all(
         "attn" in name for name in found
     )  # its convolutions standardise their weights; squeeze and excitation do not
@@ -254,7 +254,9 @@ def test_adapters_that_a_block_goes_past_are_told_at_the_first_batch():
 # ---------------------------------------------------------------- training
 
 
-def adapted_run(task: Task | None = None, technique: Lora | None = None, **words) -> loop.Run:
+def adapted_run(
+    task: Task | None = None, technique: Lora | None = None, **words
+) -> loop.TrainingRun:
     technique = technique or lora()
     torch.manual_seed(5)
     task = technique.wrap(task or net_task(norm="batch", dropout=0.4))
@@ -365,7 +367,7 @@ def test_frozen_parts_are_in_evaluation_mode_and_the_adapters_dropout_is_on():
 
 
 def test_kept_weights_average_and_resume_go_on_bit_for_bit(tmp_path):
-    def run(folder) -> loop.Run:
+    def run(folder) -> loop.TrainingRun:
         return adapted_run(
             technique=lora(dropout=0.3),
             steps=12,

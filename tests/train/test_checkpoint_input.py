@@ -33,21 +33,21 @@ def written(folder, **fields):
 
 def imported(path):
     stage = source.stage(yaml_loader.load(path), "s")
-    facts = pretrain.import_checkpoint(stage)
-    return bundle.load(stage.bundle_uri), facts, stage
+    metadata = pretrain.import_checkpoint(stage)
+    return bundle.load(stage.bundle_uri), metadata, stage
 
 
 def test_what_the_job_states_is_how_rows_are_read(tmp_path):
-    plain, facts, before = imported(written(tmp_path))
+    plain, metadata, before = imported(written(tmp_path))
     assert plain.manifest["modality"]["state"]["mean"] == pytest.approx([0.5, 0.5, 0.5]), (
         "timm's own for test_resnet"
     )
-    (told,) = (finding.text for finding in row_checks.findings_of(facts))
-    assert told.startswith(
+    (message,) = (finding.text for finding in row_checks.findings_from_metadata(metadata))
+    assert message.startswith(
         "images are read at 160 pixels, 3 channels, mean 0.5/0.5/0.5, std 0.5/0.5/0.5; "
         "assumed, as timm says of its default weights"
     )
-    assert "say modality: {image: {mean: imagenet, std: imagenet}}" in told
+    assert "say modality: {image: {mean: imagenet, std: imagenet}}" in message
     given = {
         "mean": "imagenet",
         "std": "imagenet",
@@ -55,19 +55,21 @@ def test_what_the_job_states_is_how_rows_are_read(tmp_path):
         "crop_share": 0.875,
         "interpolation": "bicubic",
     }
-    found, facts, after = imported(written(tmp_path, modality={"image": given}))
+    found, metadata, after = imported(written(tmp_path, modality={"image": given}))
     modality = found.modality()
     assert (modality.state["mean"], modality.state["std"]) == IMAGENET and found.manifest[
         "modality"
     ]["state"]["mean"] == IMAGENET[0]
     assert modality.inputs() == {"channels": 3, "size": 96} == found.manifest["arch"]["inputs"]
     assert (modality.options.crop_share, modality.options.interpolation) == (0.875, "bicubic")
-    (told,) = (finding.text for finding in row_checks.findings_of(facts))
+    (message,) = (finding.text for finding in row_checks.findings_from_metadata(metadata))
     assert (
-        "mean 0.485/0.456/0.406" in told and "as the job states" in told and "assumed" not in told
+        "mean 0.485/0.456/0.406" in message
+        and "as the job states" in message
+        and "assumed" not in message
     )
     assert before.key != after.key, "rows that are read otherwise are another source"
-    assert facts["findings"] == found.manifest["training"]["findings"], (
+    assert metadata["findings"] == found.manifest["training"]["findings"], (
         "a run that finds it done tells it too"
     )
 
@@ -104,12 +106,14 @@ def test_a_dry_run_sees_what_the_run_would_make(tmp_path, modality):
 
 
 def test_a_tag_is_a_name_of_a_backbone(tmp_path):
-    found, facts, _ = imported(written(tmp_path, backbone="timm/test_resnet.r160_in1k"))
+    found, metadata, _ = imported(written(tmp_path, backbone="timm/test_resnet.r160_in1k"))
     assert (
         found.manifest["arch"]["name"] == "timm/test_resnet"
         and found.modality().options.crop_share == 0.95
     )
-    assert row_checks.findings_of(facts)[0].text.endswith("as timm says of test_resnet.r160_in1k")
+    assert row_checks.findings_from_metadata(metadata)[0].text.endswith(
+        "as timm says of test_resnet.r160_in1k"
+    )
 
 
 DATA = {"uri": "rows.parquet", "modality": "image", "columns": {"image": "image", "label": "label"}}
@@ -166,10 +170,10 @@ def test_what_does_not_suit_the_checkpoint_is_told(given, said, tmp_path):
 
 
 def test_a_crop_share_that_a_checkpoint_brings_is_not_told_where_nothing_is_cropped(tmp_path):
-    found, facts, _ = imported(
+    found, metadata, _ = imported(
         written(tmp_path, backbone="timm/test_resnet.r160_in1k", modality={"image": {"fit": "pad"}})
     )
-    assert found.modality().options.fit == "pad" and "crop_share" not in facts["findings"][0][0]
+    assert found.modality().options.fit == "pad" and "crop_share" not in metadata["findings"][0][0]
 
 
 def test_a_crop_keeps_its_share_of_the_shorter_side():

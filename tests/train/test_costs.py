@@ -51,7 +51,7 @@ def plan(rows: Rows) -> BucketPlan:
     return found
 
 
-def run_of(rows: Rows, folder) -> loop.Run:
+def run_of(rows: Rows, folder) -> loop.TrainingRun:
     options = {
         "layers": 2,
         "stacks": 1,
@@ -82,7 +82,7 @@ def run_of(rows: Rows, folder) -> loop.Run:
     return replace(run, batches=partial(train_batches, rows, plan(rows)))
 
 
-def traced(run: loop.Run) -> dict[int, list[int]]:
+def traced(run: loop.TrainingRun) -> dict[int, list[int]]:
     trace: dict[int, list[int]] = {}
     run.on_rows = lambda step, ids: trace.__setitem__(step, ids.tolist())
     return trace

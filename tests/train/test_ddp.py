@@ -27,7 +27,7 @@ from toys import (
 )
 
 from pipeline.core.contracts import Batch
-from pipeline.data.stream import Loaded, eval_batches
+from pipeline.data.stream import LoadedBatch, eval_batches
 from pipeline.techniques.rates import LPFT, LPFTOptions
 from pipeline.train import checkpoint, evaluate, loop
 from pipeline.train.loop import NonFiniteError, Ranks
@@ -211,11 +211,11 @@ def test_norm_statistics_are_those_of_one_rank_everywhere(team):
 
 def everything(ranks: Ranks, n: int):
     rows, task = image_rows(n), net_task()
-    found = evaluate.gathered(
+    found = evaluate.gather_predictions(
         evaluate.predictions(
             task,
             eval_batches(rows, 4, rank=ranks.rank, ranks=ranks.count),
-            evaluate.ready_for(rows),
+            evaluate.device_preprocessing(rows),
             ranks,
             torch.autocast("cpu", enabled=False),
         ),
@@ -247,7 +247,7 @@ def rows_that_metrics_see(ranks: Ranks, n: int) -> list[int]:
         check = evaluate.evaluator(
             rows,
             ("loss",),
-            evaluate.ready_for(rows),
+            evaluate.device_preprocessing(rows),
             ranks,
             lambda: torch.autocast("cpu", enabled=False),
             4,
@@ -285,7 +285,7 @@ def train_without(
 
     def batches(steps):
         for step, loaded in zip(steps, whole(steps), strict=True):
-            yield Loaded(
+            yield LoadedBatch(
                 drop(loaded.batch, ~np.isin(loaded.batch.rows, lost.get(step, []))), [], 0.0
             )
 

@@ -46,9 +46,9 @@ class Reads(Objective):
     def predict(self, backbone, batch):
         return {"sum": (batch["tokens"] * batch["mask"]).sum(1)}
 
-    def complete(self, found, origin):
-        assert len(origin.table) == len(found["row"]) and origin.table.column_names == ["words"]
-        arrays, _ = origin.modality.decode(origin.table, origin.columns)
+    def postprocess(self, found, raw_rows):
+        assert len(raw_rows.table) == len(found["row"]) and raw_rows.table.column_names == ["words"]
+        arrays, _ = raw_rows.modality.decode(raw_rows.table, raw_rows.columns)
         kept = np.arange(arrays["tokens"].shape[1]) < arrays["lengths"][:, None]
         return {**found, "again": (arrays["tokens"].astype(np.int64) * kept).sum(1)}
 
@@ -66,9 +66,9 @@ def test_predictions_are_completed_by_their_own_rows(rows, held):
             mine, 4, rank=0 if held == "part" else rank, ranks=1 if held == "part" else 2
         )
         found = evaluate.predictions(
-            task, batches, evaluate.ready_for(made), Ranks(), torch.no_grad()
+            task, batches, evaluate.device_preprocessing(made), Ranks(), torch.no_grad()
         )
-        got.append(evaluate.Completer(mine)(task.objective, found))
+        got.append(evaluate.Postprocessor(mine)(task.objective, found))
     whole = evaluate.concatenate(got)
     assert (
         whole["row"].tolist() == [i for i in ids.tolist() if i not in (7, 50)]
@@ -78,4 +78,4 @@ def test_predictions_are_completed_by_their_own_rows(rows, held):
 
 
 def test_a_rank_without_rows_completes_nothing(rows):
-    assert evaluate.Completer(rows)(Reads(), {}) == {}
+    assert evaluate.Postprocessor(rows)(Reads(), {}) == {}

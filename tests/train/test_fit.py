@@ -18,7 +18,7 @@ from transfer.test_stages import Silent
 
 from pipeline.checkpoints import bundle
 from pipeline.config import registry
-from pipeline.config.schema import Job, Plug
+from pipeline.config.schema import ComponentConfig, Job
 from pipeline.data import manifest as manifests
 from pipeline.modalities.trajectory import Trajectory
 from pipeline.train import fit, source
@@ -148,7 +148,7 @@ def test_a_source_that_continues_on_another_robot_grows_and_keeps_what_it_has(fi
 @pytest.mark.parametrize("technique", ["zero_shot", "linear_probe"])
 def test_a_policy_is_not_tried_as_it_is_on_a_robot_that_it_does_not_know(first, technique):
     job, _ = first
-    job = job.model_copy(update={"techniques": [Plug(name=technique)]})
+    job = job.model_copy(update={"techniques": [ComponentConfig(name=technique)]})
     with pytest.raises(
         ValueError,
         match=f"{technique} takes the source's network as it is, and its rows are of space o7a3, "

@@ -282,12 +282,12 @@ def test_what_can_never_be_met_is_refused_with_what_is_asked_and_what_is_there()
     asked = spec(2, cpus_per_worker=6)
     with pytest.raises(ClusterError) as caught:
         check_fits(asked, share(asked, 16, 0), [(4.0, 0.0)] * 4, "sources.big")
-    told = str(caught.value)
-    assert told.startswith(
+    message = str(caught.value)
+    assert message.startswith(
         "sources.big: the cluster has 4 nodes of 4 CPU + 0 GPU, the request is 2 ranks x (6 "
         "CPU + 0 GPU, each on one node) and 1 CPU of"
     )
-    assert "it can never be met. Lower workers, cpus_per_worker or gpus_per_worker" in told
+    assert "it can never be met. Lower workers, cpus_per_worker or gpus_per_worker" in message
 
 
 @pytest.mark.parametrize(
@@ -352,10 +352,10 @@ def test_ranks_that_share_gpus_are_a_warning():
 
 
 def test_a_cluster_in_words():
-    assert launch.told([]) == "no nodes"
-    assert launch.told([(4.0, 0.0)]) == "1 node of 4 CPU + 0 GPU"
+    assert launch.describe_nodes([]) == "no nodes"
+    assert launch.describe_nodes([(4.0, 0.0)]) == "1 node of 4 CPU + 0 GPU"
     assert (
-        launch.told([(8.0, 1.0), (4.0, 0.0), (4.0, 0.0)])
+        launch.describe_nodes([(8.0, 1.0), (4.0, 0.0), (4.0, 0.0)])
         == "3 nodes of 4 CPU + 0 GPU or 8 CPU + 1 GPU"
     )
 
@@ -434,15 +434,15 @@ def test_a_cluster_that_does_not_answer_is_one_clear_error(asked, monkeypatch, e
     monkeypatch.setattr(launch.ray, "init", init)
     with pytest.raises(ClusterError) as caught:
         launch.start(address, False)
-    told = str(caught.value)
-    assert told.startswith(
+    message = str(caught.value)
+    assert message.startswith(
         "no Ray cluster answers at 10.0.0.1:6379: " if address else "Ray does not start here: "
     )
     lines = [line for line in str(error).splitlines() if line.strip()]
     assert (
-        (lines[0] if lines else "ConnectionError") in told
-        and "\n" not in told
-        and "check the address, the token" in told
+        (lines[0] if lines else "ConnectionError") in message
+        and "\n" not in message
+        and "check the address, the token" in message
     )
 
 

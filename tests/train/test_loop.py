@@ -31,7 +31,7 @@ from toys import (
 from pipeline.config.registry import Options
 from pipeline.config.schema import Train
 from pipeline.core.contracts import Batch, Technique
-from pipeline.data.stream import Loaded
+from pipeline.data.stream import LoadedBatch
 from pipeline.io import storage
 from pipeline.techniques.rates import LPFT, LinearProbe, LPFTOptions
 from pipeline.train import checkpoint, evaluate, loop, optim
@@ -55,7 +55,7 @@ def validation():
 # ---------------------------------------------------------------- a bare torch loop
 
 
-def reference(run: loop.Run, skip: tuple[int, ...] = ()):
+def reference(run: loop.TrainingRun, skip: tuple[int, ...] = ()):
     """The same training as plain torch would do it; steps of ``skip`` are not taken. Returns
     weights and losses.
     """
@@ -164,7 +164,7 @@ def test_weights_with_a_penalty_equal_the_bare_loop_at_any_micro_batch(rows):
 # ---------------------------------------------------------------- global means
 
 
-def gradients(run: loop.Run) -> list[dict[str, torch.Tensor]]:
+def gradients(run: loop.TrainingRun) -> list[dict[str, torch.Tensor]]:
     """The mean gradient of every step, as the optimiser is handed it."""
     found = []
     original = loop._step
@@ -246,7 +246,7 @@ def test_a_short_batch_is_divided_by_what_it_holds(rows):
     and logs no number.
     """
     run = make_run(rows, net_task(), steps=2, lr=0.1, warmup=0.0, schedule="constant", **PLAIN)
-    whole, told, logs = run.batches, [], []
+    whole, message, logs = run.batches, [], []
 
     def short(steps):
         for step, loaded in zip(steps, whole(steps), strict=True):
@@ -256,13 +256,13 @@ def test_a_short_batch_is_divided_by_what_it_holds(rows):
                 whole_batch.keys[:n],
                 {name: tensor[:n] for name, tensor in whole_batch.data.items()},
             )
-            yield Loaded(
+            yield LoadedBatch(
                 kept, [(int(row), "broken") for row in loaded.batch.rows[len(kept) :]], 0.0
             )
 
     run.batches, run.bad_rows, run.on_log = (
         short,
-        lambda bad, seen: told.append((len(bad), seen)),
+        lambda bad, seen: message.append((len(bad), seen)),
         logs.append,
     )
     twin = copy.deepcopy(run.task)
@@ -272,7 +272,7 @@ def test_a_short_batch_is_divided_by_what_it_holds(rows):
     want = {name: p.detach() - 0.1 * p.grad for name, p in twin.named_parameters()}
     outcome = loop.fit(run)
     assert furthest(weights(run.task), want) < 1e-6
-    assert told == [(3, 5), (8, 5)] and outcome.skipped_steps == 0
+    assert message == [(3, 5), (8, 5)] and outcome.skipped_steps == 0
     assert logs[0]["loss"] == pytest.approx(total.item() / 5, abs=1e-6) and math.isnan(
         logs[1]["loss"]
     )
@@ -281,7 +281,7 @@ def test_a_short_batch_is_divided_by_what_it_holds(rows):
 # ---------------------------------------------------------------- what is not finite
 
 
-def poisoned(run: loop.Run, steps: tuple[int, ...]) -> loop.Run:
+def poisoned(run: loop.TrainingRun, steps: tuple[int, ...]) -> loop.TrainingRun:
     """NaN in one pixel of one row of the given steps."""
     bad = {int(next(iter(run.batches(range(step, step + 1)))).batch.rows[0]) for step in steps}
     ready = run.ready
@@ -392,7 +392,7 @@ def test_a_skipped_step_does_not_poison_norm_statistics(rows, validation):
 # ---------------------------------------------------------------- which weights
 
 
-def captured(run: loop.Run) -> list[dict[str, torch.Tensor]]:
+def captured(run: loop.TrainingRun) -> list[dict[str, torch.Tensor]]:
     """The live weights after every step, filled while the run goes."""
     found: list[dict[str, torch.Tensor]] = []
     run.on_rows = lambda step, ids: found.append(weights(run.task))
@@ -487,11 +487,11 @@ def test_a_stop_ends_the_run_early_with_what_was_kept(rows, validation):
 
 
 def test_gathered_predictions_stand_in_the_order_of_rows():
-    found = evaluate.gathered(
+    found = evaluate.gather_predictions(
         {"row": np.array([5, 2, 9]), "scores": np.array([[5.0], [2.0], [9.0]])}, Ranks()
     )
     assert found["row"].tolist() == [2, 5, 9] and found["scores"].tolist() == [[2.0], [5.0], [9.0]]
-    assert evaluate.gathered({}, Ranks()) == {}
+    assert evaluate.gather_predictions({}, Ranks()) == {}
     with pytest.raises(ValueError, match="no row of the split could be evaluated"):
         evaluate.values({}, ("accuracy",))
 
@@ -557,7 +557,7 @@ class Killed(Exception):  # noqa: N818 - a stand-in for a kill, not an error
     pass
 
 
-def resumable(rows, validation, folder, kind: str, optimizer: str = "adamw") -> loop.Run:
+def resumable(rows, validation, folder, kind: str, optimizer: str = "adamw") -> loop.TrainingRun:
     technique = LPFT(LPFTOptions(probe_share=0.5)) if kind == "lp_ft" else None
     return make_run(
         rows,
@@ -575,7 +575,7 @@ def resumable(rows, validation, folder, kind: str, optimizer: str = "adamw") -> 
     )
 
 
-def finish(run: loop.Run):
+def finish(run: loop.TrainingRun):
     trace: dict[int, list[int]] = {}
     run.on_rows = lambda step, ids: trace.__setitem__(step, ids.tolist())
     outcome = loop.fit(run)
@@ -762,7 +762,7 @@ def test_progress_is_told_by_the_clock_that_is_passed_in(rows):
     seconds = iter(range(100))
     run.clock = lambda: float(next(seconds))
     batches = run.batches
-    run.batches = lambda steps: (Loaded(loaded.batch, [], 0.25) for loaded in batches(steps))
+    run.batches = lambda steps: (LoadedBatch(loaded.batch, [], 0.25) for loaded in batches(steps))
     logs = []
     run.on_log = logs.append
     outcome = loop.fit(run)
@@ -888,7 +888,7 @@ def golden_text() -> list[float]:
     )
 
 
-def ten_losses(run: loop.Run) -> list[float]:
+def ten_losses(run: loop.TrainingRun) -> list[float]:
     logs = []
     run.on_log = logs.append
     loop.fit(run)

@@ -103,7 +103,7 @@ def test_neighbours_are_scikit_learns(k):
 
 def test_it_is_tried_at_every_validation_and_kept_with_the_bundle(tmp_path, images, labelled):
     seen = []
-    stage, fitted, facts = pretrained(
+    stage, fitted, metadata = pretrained(
         job(tmp_path, images, labelled, objective="mae", keep="last"), seen.append
     )
     assert "probe of 45 training and 21 validation rows" in fitted.text
@@ -115,7 +115,7 @@ def test_it_is_tried_at_every_validation_and_kept_with_the_bundle(tmp_path, imag
         "validation_loss" in line for line in lines if "probe_knn" in line
     )
     assert [record["probe_knn"] for record in seen if "probe_knn" in record] == logged
-    assert [point["probe_knn"] for point in facts["curve"]] == logged
+    assert [point["probe_knn"] for point in metadata["curve"]] == logged
     manifest = bundle.load(stage.bundle_uri).manifest
     assert (
         manifest["metrics"]["probe_knn"] == logged[-1]
@@ -234,7 +234,7 @@ def test_a_teacher_that_is_carried_over_is_what_is_tried():
     for carry in ("teacher", "student"):
         made = teacher_task(carry)
         before = weights(made)
-        with online_probe.carried(made) as backbone:
+        with online_probe.exported_backbone(made) as backbone:
             assert backbone is made.backbone
             found = weights(backbone)
         assert (
@@ -266,7 +266,7 @@ def tried(ranks: Ranks, n: int, m: int) -> float:
         made = online_probe.Probe(
             rows.selection, other.selection, {}, rows.decoder.objective_state, 0.0
         )
-        check = online_probe.prober(
+        check = online_probe.probe_evaluator(
             made, rows.modality, ranks, lambda: torch.autocast("cpu", enabled=False)
         )
     return check(
@@ -303,7 +303,7 @@ def write(path: Path, **columns) -> str:
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (
             {"columns": {"image": "picture"}},
@@ -324,8 +324,10 @@ def write(path: Path, **columns) -> str:
     ],
     ids=str,
 )
-def test_probes_that_cannot_be_tried_are_refused_at_once(tmp_path, images, labelled, change, told):
-    with pytest.raises(ValueError, match=told):
+def test_probes_that_cannot_be_tried_are_refused_at_once(
+    tmp_path, images, labelled, change, message
+):
+    with pytest.raises(ValueError, match=message):
         source.stage(job(tmp_path, images, {**labelled, **change}), "src")
 
 
@@ -405,5 +407,7 @@ def test_the_last_weights_of_a_loss_that_couples_rows_are_kept(tmp_path, images)
     ):
         source.stage(job(tmp_path, images, keep="best"), "src")
     source.stage(job(tmp_path, images, objective="mae", keep="best"), "src")
-    _, _, facts = pretrained(job(tmp_path, images, lr=0.5))  # a rate at which validation gets worse
-    assert facts["kept_step"] == 6 and len(facts["curve"]) == 2
+    _, _, metadata = pretrained(
+        job(tmp_path, images, lr=0.5)
+    )  # a rate at which validation gets worse
+    assert metadata["kept_step"] == 6 and len(metadata["curve"]) == 2

@@ -39,7 +39,7 @@ def tokens(modality: Text, text: str) -> int:
 def test_tokens_beyond_the_length_are_counted(length):
     modality, texts = having(length), long_texts(60)
     counts = np.array([tokens(modality, text) for text in texts])
-    found = modality.cut_rows(pa.table({"t": texts}), {"text": "t"})
+    found = modality.truncation(pa.table({"t": texts}), {"text": "t"})
     beyond = np.maximum(0, counts - (length - 2))
     assert found == (60, np.count_nonzero(beyond), counts.sum(), beyond.sum(), "tokens")
 
@@ -49,7 +49,7 @@ def test_of_pairs_both_texts_share_the_length():
     counts = np.array(
         [tokens(modality, x) + tokens(modality, y) for x, y in zip(a, b, strict=True)]
     )
-    found = modality.cut_rows(pa.table({"a": a, "b": b}), {"text": "a", "text_pair": "b"})
+    found = modality.truncation(pa.table({"a": a, "b": b}), {"text": "a", "text_pair": "b"})
     assert (
         found is not None
         and found.lost == np.maximum(0, counts - 21).sum()
@@ -59,7 +59,7 @@ def test_of_pairs_both_texts_share_the_length():
 
 def test_words_without_a_place_are_counted():
     modality, rows = having(12), [text.split() for text in long_texts(60)]
-    found = modality.cut_rows(pa.table({"w": rows}), {"text": "w"})
+    found = modality.truncation(pa.table({"w": rows}), {"text": "w"})
     arrays, _ = modality.decode(pa.table({"w": rows}), {"text": "w"})
     placed = [int(row.max()) + 1 for row in arrays["words"]]
     assert found == (
@@ -74,14 +74,14 @@ def test_words_without_a_place_are_counted():
 
 def test_a_text_of_several_pieces_is_estimated_and_windows_are_never_cut():
     modality, text = having(64), "a grey cat sat there. " * 60_000  # 1.3 MB
-    found = modality.cut_rows(pa.table({"t": [text]}), {"text": "t"})
+    found = modality.truncation(pa.table({"t": [text]}), {"text": "t"})
     assert (
         found is not None
         and found.units == pytest.approx(tokens(modality, text), rel=0.02)
         and found.lost == found.units - 62
     )
     assert (
-        having(64, windows=4).cut_rows(
+        having(64, windows=4).truncation(
             pa.table({"a": ["x"], "b": [text]}), {"text": "a", "text_pair": "b"}
         )
         is None
@@ -101,21 +101,23 @@ def test_what_is_cut_is_told_by_split_and_above_one_per_cent_it_is_a_warning(tmp
     )
     objective = registry.get("objective", "classification")
     modality = having(100)
-    (found,) = row_checks.cut_texts(
+    (found,) = row_checks.truncated_texts(
         modality, objective, {"train": train, "test": test}, {"text": "t"}
     )
     assert found.is_warning and found.line("task").startswith(
         "warning: task: texts are cut at length 100, and what lies beyond is never read: test "
     )
     assert "in 1 of 400 rows)" in found.text and "train" not in found.text
-    total = modality.cut_rows(pa.table({"t": ["the cat sat " * 40]}), {"text": "t"})
+    total = modality.truncation(pa.table({"t": ["the cat sat " * 40]}), {"text": "t"})
     assert total is not None
-    (found,) = row_checks.cut_texts(having(total.units), objective, {"test": test}, {"text": "t"})
+    (found,) = row_checks.truncated_texts(
+        having(total.units), objective, {"test": test}, {"text": "t"}
+    )
     assert not found.is_warning and "data.modality.text.length" not in found.text
-    assert not row_checks.cut_texts(
+    assert not row_checks.truncated_texts(
         having(4000), objective, {"train": train, "test": test}, {"text": "t"}
     )
-    assert not row_checks.cut_texts(
+    assert not row_checks.truncated_texts(
         modality, registry.get("objective", "mlm"), {"test": test}, {"text": "t"}
     ), "packed documents lose nothing"
 
@@ -123,7 +125,7 @@ def test_what_is_cut_is_told_by_split_and_above_one_per_cent_it_is_a_warning(tmp
 def test_large_splits_are_estimated_from_some_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(row_checks, "SAMPLE_ROWS", 50)
     rows = selected(tmp_path, "rows", pa.table({"t": ["the cat sat " * 40] * 300}))
-    (found,) = row_checks.cut_texts(
+    (found,) = row_checks.truncated_texts(
         having(100), registry.get("objective", "classification"), {"train": rows}, {"text": "t"}
     )
     assert "in 50 of 50 rows, estimated from 50 of 300 rows)" in found.text

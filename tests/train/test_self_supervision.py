@@ -95,15 +95,15 @@ def test_nearest_neighbours_get_better(tmp_path, name):
     work = pretrain.rank_job(stage, fitted, DataWorkers(), 1)
     task = bundle.build_task(fitted.arch, fitted.objective, seed=work.seed)
     assert fitted.probe is not None
-    tried = online_probe.prober(
+    tried = online_probe.probe_evaluator(
         fitted.probe,
         bundle.build_modality(fitted.modality),
         Ranks(),
         lambda: torch.autocast("cpu", enabled=False),
     )
     before = tried(task)
-    facts = pretrain.train_rank(work, Ranks(), held=pretrain.decoded(work))
-    after = facts["metrics"]["probe_knn"]
+    metadata = pretrain.train_rank(work, Ranks(), held=pretrain.decoded(work))
+    after = metadata["metrics"]["probe_knn"]
     print(
         f"{name}: {before:.3f} with random weights, {after:.3f} after {train['steps']} steps "
         f"of {train['global_batch']} rows"

@@ -19,7 +19,7 @@ from toys import image_files, label_state, sentences, task_of, text_modality
 from pipeline.checkpoints import bundle
 from pipeline.checkpoints.bundle import BundleError
 from pipeline.config import registry
-from pipeline.config.schema import Job, Plug
+from pipeline.config.schema import ComponentConfig, Job
 from pipeline.data import manifest as manifests
 from pipeline.data.stream import DataWorkers, TooManyBadRowsError
 from pipeline.io import storage
@@ -281,8 +281,8 @@ def test_ranks_start_from_the_checkpoint_that_was_read_once(tmp_path, images, ch
         and again.moved == fitted.moved
         and again.arch == fitted.arch
     )
-    facts = pretrain.train_rank(pretrain.rank_job(stage, again, DataWorkers(), 1), Ranks())
-    assert facts["transfer"] == fitted.moved and not storage.exists(fitted.initial), (
+    metadata = pretrain.train_rank(pretrain.rank_job(stage, again, DataWorkers(), 1), Ranks())
+    assert metadata["transfer"] == fitted.moved and not storage.exists(fitted.initial), (
         "the bundle stands in its place"
     )
 
@@ -317,7 +317,7 @@ def test_options_that_the_checkpoint_does_not_fix_are_the_jobs(tmp_path, images,
 
 
 def test_labelled_text_is_tokenised_once_and_trains(tmp_path, texts):
-    stage, fitted, facts = pretrained(text_job(tmp_path, texts))
+    stage, fitted, metadata = pretrained(text_job(tmp_path, texts))
     assert fitted.columns == {"tokens": "tokens", "label": "kind"}
     shards = sorted(Path(stage.uri, "tokens").rglob("*.parquet"))
     assert len(shards) == 2 and "tokenised into" in fitted.text
@@ -326,7 +326,7 @@ def test_labelled_text_is_tokenised_once_and_trains(tmp_path, texts):
     before = [path.stat().st_mtime_ns for path in shards]
     source.fit(source.stage(text_job(tmp_path, texts), "src"))
     assert [path.stat().st_mtime_ns for path in shards] == before
-    assert facts["steps"] == 6 and 0 <= facts["metrics"]["accuracy"] <= 1
+    assert metadata["steps"] == 6 and 0 <= metadata["metrics"]["accuracy"] <= 1
 
 
 def test_parts_of_another_packing_are_no_rows_and_the_budget_is_that_of_now(tmp_path, texts):
@@ -365,7 +365,7 @@ def test_a_source_goes_on_from_a_bundle_with_rows_of_another_length(tmp_path, te
         update={
             "sources": {
                 "src": job.sources["src"].model_copy(
-                    update={"backbone": Plug(name=f"bundle:{first.bundle_uri}")}
+                    update={"backbone": ComponentConfig(name=f"bundle:{first.bundle_uri}")}
                 )
             }
         }
@@ -374,11 +374,11 @@ def test_a_source_goes_on_from_a_bundle_with_rows_of_another_length(tmp_path, te
         with pytest.raises(ValueError, match="32 tokens are longer than the 24 positions"):
             pretrained(job)
         return
-    stage, fitted, facts = pretrained(job)
+    stage, fitted, metadata = pretrained(job)
     held = bundle.load(stage.bundle_uri)
     assert (
         held.tensors["backbone.model.embeddings.position_embeddings.weight"].shape[0] == 24
-        and "tensors kept, 0 new" in facts["transfer"]
+        and "tensors kept, 0 new" in metadata["transfer"]
     )
     assert held.modality().inputs()["length"] == length
     assert (fitted.arch == bundle.load(first.bundle_uri).manifest["arch"]) == (length == 24), (
@@ -397,12 +397,12 @@ def test_text_that_cannot_be_read_is_counted_listed_and_held_against_the_budget(
         TooManyBadRowsError, match=r"cannot be used, more than data\.max_bad_rows=0\.01"
     ):
         pretrained(text_job(tmp_path, uri, "mlm"))
-    stage, fitted, facts = pretrained(text_job(tmp_path, uri, "mlm", max_bad_rows=0.05))
+    stage, fitted, metadata = pretrained(text_job(tmp_path, uri, "mlm", max_bad_rows=0.05))
     listed = [
         json.loads(line)
         for line in Path(stage.uri, "log/quarantine.jsonl").read_text().splitlines()
     ]
-    assert sorted(row["row"] for row in listed) == [7, 12, 31, 58] and facts["bad_rows"] == 4
+    assert sorted(row["row"] for row in listed) == [7, 12, 31, 58] and metadata["bad_rows"] == 4
     assert {row["reason"] for row in listed if row["row"] == 12} == {source.EMPTY}
     assert all(
         "not UTF-8" in row["reason"] and "broken.parquet row" in row["place"]
@@ -420,12 +420,12 @@ def test_pairs_stay_as_they_are_and_keep_their_second_text(tmp_path, texts):
         str(tmp_path / "pairs.parquet"),
         columns={"text": "words", "text_pair": "other", "label": "kind"},
     )
-    stage, fitted, facts = pretrained(job)
+    stage, fitted, metadata = pretrained(job)
     assert (
         fitted.columns == {"text": "words", "text_pair": "other", "label": "kind"}
         and not Path(stage.uri, "tokens").exists()
     )
-    assert facts["steps"] == 6 and "tokenised" not in fitted.text
+    assert metadata["steps"] == 6 and "tokenised" not in fitted.text
 
 
 def test_a_packed_source_has_one_text_and_rows_that_can_be_packed(tmp_path, texts, images):
@@ -481,10 +481,10 @@ def tokenizer_job(folder: Path, uri: str, held: Path, **target) -> Job:
 
 def test_a_tokenizer_counts_by_what_it_holds_and_not_by_its_place(tmp_path, texts, tokenizer):
     job = tokenizer_job(tmp_path, texts, tokenizer)
-    stage, fitted, facts = pretrained(job)
+    stage, fitted, metadata = pretrained(job)
     assert (
         fitted.modality["state"]["tokenizer"] == text_modality().state["tokenizer"]
-        and facts["steps"] == 6
+        and metadata["steps"] == 6
     )
     assert str(tmp_path) not in json.dumps(fitted.modality), "no place of this machine travels"
     moved = tokenizer.rename(tmp_path / "elsewhere")
@@ -574,7 +574,7 @@ def test_corpora_are_drawn_by_their_weights_and_no_row_holds_two_of_them(tmp_pat
         global_batch=20,
         trace_rows=True,
     )
-    stage, fitted, facts = pretrained(job)
+    stage, fitted, metadata = pretrained(job)
     assert (
         stage.splits is not None
         and len(fitted.corpora) == 3
@@ -604,13 +604,13 @@ def test_corpora_are_drawn_by_their_weights_and_no_row_holds_two_of_them(tmp_pat
         ).max()
         < 0.02
     )
-    told = ", ".join(
+    message = ", ".join(
         f"{w} from corpus {i} ({n} rows)"
         for i, (w, n) in enumerate(zip((0.5, 0.2, 0.3), fitted.corpora, strict=True), 1)
     )
     assert (
-        f"drawn by weight, as shares of the training rows: {told}; validation is unweighted"
-        in facts["splits"]
+        f"drawn by weight, as shares of the training rows: {message}; validation is unweighted"
+        in metadata["splits"]
     )
     for c in range(
         3
@@ -643,8 +643,8 @@ def test_a_run_on_a_mixture_that_was_stopped_ends_with_the_same_bundle_and_rows(
     train = {"steps": 12, "checkpoint_every_steps": 4, "trace_rows": True}
     whole, _, _ = pretrained(mixed_job(tmp_path / "whole", files, **train))
     cut = source.stage(mixed_job(tmp_path / "cut", files, **train), "src")
-    facts = stopped_and_gone_on(cut)
-    assert facts["resumed_from"] == 4 and drawn(cut) == drawn(whole)
+    metadata = stopped_and_gone_on(cut)
+    assert metadata["resumed_from"] == 4 and drawn(cut) == drawn(whole)
     one, other = (bundle.load(stage.bundle_uri).tensors for stage in (whole, cut))
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
@@ -795,7 +795,7 @@ def test_bad_images_are_listed_once_and_counted(tmp_path, images, decode):
             }
         }
     )
-    stage, _, facts = pretrained(job)
+    stage, _, metadata = pretrained(job)
     listed = [
         json.loads(line)
         for line in Path(stage.uri, "log/quarantine.jsonl").read_text().splitlines()
@@ -803,7 +803,7 @@ def test_bad_images_are_listed_once_and_counted(tmp_path, images, decode):
     assert sorted((row["split"], row["row"]) for row in listed) == [("train", 3), ("train", 40)], (
         "two epochs, each row once"
     )
-    assert facts["bad_rows"] == 2
+    assert metadata["bad_rows"] == 2
 
 
 def test_decoding_in_memory_or_as_rows_come_gives_the_same_weights(tmp_path, images):
@@ -846,8 +846,8 @@ def test_a_run_that_was_stopped_goes_on_and_ends_with_the_same_bundle(tmp_path, 
     whole = bundle.load(stage.bundle_uri).tensors
     job = image_job(tmp_path / "cut", images, train=train)
     cut = source.stage(job, "src")
-    facts = stopped_and_gone_on(cut)
-    assert facts["resumed_from"] == 4
+    metadata = stopped_and_gone_on(cut)
+    assert metadata["resumed_from"] == 4
     assert all(torch.equal(t, whole[n]) for n, t in bundle.load(cut.bundle_uri).tensors.items())
     steps = [
         json.loads(line)["step"]
@@ -865,10 +865,10 @@ def test_what_the_objective_warns_of_is_a_fact_of_the_source(tmp_path, images, m
         "after_step",
         lambda self, backbone, step, steps: "collapsed" if step == 1 else None,
     )
-    stage, _, facts = pretrained(
+    stage, _, metadata = pretrained(
         image_job(tmp_path, images, train={"steps": 4, "global_batch": 12, "log_every_steps": 2})
     )
     assert (
-        facts["warning"] == "collapsed"
+        metadata["warning"] == "collapsed"
         and bundle.load(stage.bundle_uri).manifest["training"]["warning"] == "collapsed"
     )

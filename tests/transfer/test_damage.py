@@ -59,7 +59,7 @@ def test_a_trial_of_which_something_is_damaged_runs_again(job, here, caplog, dam
     path = damage(Path(job.root, "trials", one))
     state, left = reported(job)
     assert f"{path} is damaged" in caplog.text and "the next run makes it again" in caplog.text
-    assert stages.ended(state) and not all(done for _, done in stages.ended(state))
+    assert stages.trial_status(state) and not all(done for _, done in stages.trial_status(state))
     if damage is damage_record:
         assert {row["trial_id"] for row in left} == {row["trial_id"] for row in rows} - {one}, (
             "its numbers are not believed"
@@ -67,7 +67,7 @@ def test_a_trial_of_which_something_is_damaged_runs_again(job, here, caplog, dam
     _, again = whole(job)
     assert here == [one] and one in ran
     assert plain(again) == plain(rows)
-    assert all(done for _, done in stages.ended(state))
+    assert all(done for _, done in stages.trial_status(state))
 
 
 def test_a_damaged_table_is_written_again_from_the_records(job, here, caplog):
@@ -118,9 +118,13 @@ def test_damaged_facts_are_made_again(job, here, caplog):
     here.clear()
     path = Path(job.root, "facts.json")
     flip(path, path.read_bytes().index(b'"notes"') + 2)
-    assert stages.ended(state) == [], "the run goes through its stages"
+    assert stages.trial_status(state) == [], "the run goes through its stages"
     whole(job)
-    assert here == [] and all(done for _, done in stages.ended(state)) and stages.ended(state)
+    assert (
+        here == []
+        and all(done for _, done in stages.trial_status(state))
+        and stages.trial_status(state)
+    )
 
 
 def test_damaged_features_are_computed_again(tmp_path, bundles, paths, caplog):

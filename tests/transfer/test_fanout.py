@@ -22,7 +22,7 @@ from ray.tune.schedulers import TrialScheduler
 from rich.console import Console
 from toys import image_files, job_of, shared_of, trial_of
 
-from pipeline.config.schema import Fanout, Job, Plug
+from pipeline.config.schema import ComponentConfig, Fanout, Job
 from pipeline.modalities.image import Image
 from pipeline.train import launch
 from pipeline.train.launch import ClusterError
@@ -213,7 +213,7 @@ def run_unit(monkeypatch, shared, unit, run, asha=True, **config):
     """What ``_run_unit`` reports, with ``trial.run`` replaced."""
     reports = []
     monkeypatch.setattr(fanout.tune, "report", reports.append)
-    monkeypatch.setattr(launch, "held", lambda reference: reference)
+    monkeypatch.setattr(launch, "get_shared", lambda reference: reference)
     monkeypatch.setattr(one_trial, "run", run)
     fanout._run_unit(
         {"unit": 0, "threads": 1, "workers": 0, "cpus": 1.0, "gpus": 0.0, **config},
@@ -281,7 +281,16 @@ def made(
 ) -> Trial:
     """A trial as `trial.write` leaves it: its bundle, then its record."""
     one = Trial(
-        "src", "base", "timm/x", "task", Plug(name=cell), {}, 1.0, seed, "final", f"{cell}-{seed}"
+        "src",
+        "base",
+        "timm/x",
+        "task",
+        ComponentConfig(name=cell),
+        {},
+        1.0,
+        seed,
+        "final",
+        f"{cell}-{seed}",
     )
     folder = root / "trials" / one.id
     uri = str(folder / "bundle")
@@ -363,7 +372,16 @@ def test_cells_keep_a_bundle_each_and_failed_trials_do_not_count(tmp_path):
         made(tmp_path, 3, 0.4, cell="lp_ft"),
     ]
     missing = Trial(
-        "src", "base", "timm/x", "task", Plug(name="full"), {}, 1.0, 9, "final", "never-ran"
+        "src",
+        "base",
+        "timm/x",
+        "task",
+        ComponentConfig(name="full"),
+        {},
+        1.0,
+        9,
+        "final",
+        "never-ran",
     )
     fanout.prune_bundles(str(tmp_path), [missing, *trials], "best", {})
     assert left(tmp_path) == ["full-0", "full-1", "lp_ft-2"]
@@ -395,7 +413,7 @@ def asking(paths, folder, workers: int = 0, **words) -> Job:
 
 
 @pytest.mark.parametrize(
-    ("words", "workers", "nodes", "told"),
+    ("words", "workers", "nodes", "message"),
     [
         (
             {"cpus_per_trial": 6},
@@ -428,11 +446,11 @@ def asking(paths, folder, workers: int = 0, **words) -> Job:
     ids=str,
 )
 def test_a_trial_that_can_never_run_is_refused_with_its_target(
-    paths, tmp_path, words, workers, nodes, told
+    paths, tmp_path, words, workers, nodes, message
 ):
     with pytest.raises(ClusterError) as caught:
         fanout.check_fits(asking(paths, tmp_path, workers, **words), nodes)
-    assert str(caught.value).startswith("targets.task: a trial asks for") and told in str(
+    assert str(caught.value).startswith("targets.task: a trial asks for") and message in str(
         caught.value
     )
     assert (
@@ -508,13 +526,13 @@ def test_only_what_is_to_run_is_run(world, monkeypatch, tmp_path):
     job, shared = world
     trials = [trial_of(job, shared, "full", seed=seed) for seed in range(4)]
     for one, status in zip(trials, ("done", "failed", "pruned"), strict=False):
-        one_trial.failed(one, shared, "why", status)
+        one_trial.failed_record(one, shared, "why", status)
     ran = []
 
     def tune(name, work, shared, spec, workers, progress, wait):
         ran.extend(one.id for unit in work for one in unit.trials)
         for one in (one for unit in work for one in unit.trials):
-            one_trial.failed(one, shared, "", "done")
+            one_trial.failed_record(one, shared, "", "done")
 
     monkeypatch.setattr(fanout, "_tune", tune)
     records = fanout.run("x", trials, shared, job.fanout, None)  # type: ignore[arg-type]
@@ -607,7 +625,7 @@ def test_the_line_tells_trials_that_have_begun_since():
         SimpleNamespace(trials=("a",), first=None),
         SimpleNamespace(trials=("b", "c"), first=None),
     ]
-    show = fanout._Show(
+    show = fanout._ProgressCallback(
         "fine-tune",
         work,
         SimpleNamespace(root=""),
@@ -633,7 +651,7 @@ def test_the_time_left_falls_while_trials_run(monkeypatch):
     )
     monkeypatch.setattr(fanout.time, "time", lambda: now[0])
     work = [SimpleNamespace(trials=(str(i),), first=None) for i in range(6)]
-    show = fanout._Show(
+    show = fanout._ProgressCallback(
         "fine-tune",
         work,
         SimpleNamespace(root=""),
@@ -655,12 +673,12 @@ def test_the_time_left_falls_while_trials_run(monkeypatch):
     for passed in (60, 60, 120):
         now[0] += passed
         show.on_step_end(0, trials)
-    told = [
+    message = [
         line.rpartition("ETA ")[2]
         for line in console.file.getvalue().splitlines()
         if "trials 2/6" in line
     ]
-    assert told == ["3m20s", "2m20s", "1m20s", "0s"]
+    assert message == ["3m20s", "2m20s", "1m20s", "0s"]
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
@@ -669,7 +687,7 @@ def test_what_a_trial_took_goes_back_to_the_system():
         """MiB that are this process's own."""
         return int(Path("/proc/self/status").read_text().partition("RssAnon:")[2].split()[0]) >> 10
 
-    fanout.release()
+    fanout.release_memory()
     before = held()
     parts = [
         np.ones(8 << 10) for _ in range(8 << 10)
@@ -677,7 +695,7 @@ def test_what_a_trial_took_goes_back_to_the_system():
     last = parts[-1]
     del parts
     kept = held()
-    fanout.release()
+    fanout.release_memory()
     assert kept - before > 400 and held() - before < 100 and last.any()
 
 

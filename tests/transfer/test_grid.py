@@ -18,7 +18,7 @@ import torch
 from toys import image_files, image_rows, job_of, rows_of, shared_of, trial_of
 
 from pipeline.checkpoints import bundle
-from pipeline.config.schema import Job, Plug, Train
+from pipeline.config.schema import ComponentConfig, Job, Train
 from pipeline.data import manifest
 from pipeline.data.stream import Rows
 from pipeline.transfer import cached_heads, grid
@@ -141,10 +141,10 @@ def test_an_id_follows_weights_and_rows_and_scratch_has_no_weights(world):
     base = next(iter(shared.bases.values()))
 
     def made(source, technique, source_key, data_key):
-        return grid.make(
+        return grid.make_trial(
             job,
             "task",
-            (base, source, Plug(name=technique), 1.0),
+            (base, source, ComponentConfig(name=technique), 1.0),
             {},
             0,
             "final",
@@ -321,12 +321,14 @@ def test_sources_that_read_alike_share_one_scratch(world):
     assert [base.label for base in found] == ["timm/r@a", "timm/r@c", "timm/v"]
     assert len({base.key for base in found}) == 3
     job = changed(world[0], "targets.task.label_fractions", [0.1, 1.0])
-    cells = grid.cells(job, "task", found, {"a", "b", "c"})
+    cells = grid.planned_cells(job, "task", found, {"a", "b", "c"})
     assert all(
         base.label != "timm/v" for base, *_ in cells
     )  # no chosen source, so no scratch either
     scratch = Counter(
-        (base.label, fraction) for base, source, plug, fraction in cells if source == grid.SCRATCH
+        (base.label, fraction)
+        for base, source, component, fraction in cells
+        if source == grid.SCRATCH
     )
     assert scratch == {
         (label, fraction): 1 for label in ("timm/r@a", "timm/r@c") for fraction in (0.1, 1.0)
@@ -336,17 +338,17 @@ def test_sources_that_read_alike_share_one_scratch(world):
 
 def test_scratch_is_always_there_and_first(world):
     job = changed(world[0], "techniques", [{"name": "full"}])
-    assert [plug.name for plug in grid.techniques(job, job.targets["task"])] == [
+    assert [component.name for component in grid.techniques(job, job.targets["task"])] == [
         "scratch",
         "full",
     ]
     job = changed(world[0], "targets.task.techniques", [{"name": "lp_ft"}, {"name": "scratch"}])
-    assert [plug.name for plug in grid.techniques(job, job.targets["task"])] == [
+    assert [component.name for component in grid.techniques(job, job.targets["task"])] == [
         "scratch",
         "lp_ft",
     ]
     job = changed(world[0], "targets.task.techniques", [{"name": "random_probe"}, {"name": "full"}])
-    assert [plug.name for plug in grid.techniques(job, job.targets["task"])] == [
+    assert [component.name for component in grid.techniques(job, job.targets["task"])] == [
         "scratch",
         "random_probe",
         "full",
@@ -377,7 +379,7 @@ def test_a_seed_changes_initialisation_order_and_subset(world):
     for seed in range(3):
         one = trial_of(job, shared, "full", fraction=0.5, seed=seed)
         task, moved, start = one_trial.build(one, shared)
-        train, rows, _ = one_trial.resolved(one, shared)
+        train, rows, _ = one_trial.resolve_training(one, shared)
         plan = one_trial.order_of(one, shared, train, rows)
         ids = rows.selection.ids(np.arange(len(rows)))
         seen.append(
@@ -433,14 +435,19 @@ def test_the_head_of_a_seed_is_the_same_for_every_technique(world):
 
 def test_the_batch_is_never_larger_than_the_rows(world):
     job, shared = world
-    train, rows, steps = one_trial.resolved(trial_of(job, shared, "full", fraction=2), shared)
+    train, rows, steps = one_trial.resolve_training(
+        trial_of(job, shared, "full", fraction=2), shared
+    )
     assert len(rows) == 6 and train.global_batch == 6 and steps == 12
-    train, rows, steps = one_trial.resolved(
+    train, rows, steps = one_trial.resolve_training(
         trial_of(job, shared, "full", {"lr": 0.5, "global_batch": 7}), shared
     )
     assert (train.lr, train.global_batch, len(rows)) == (0.5, 7, 60)
-    assert one_trial.resolved(trial_of(job, shared, "linear_probe"), shared)[0].augment is False
-    assert one_trial.resolved(trial_of(job, shared, "full"), shared)[0].augment is True
+    assert (
+        one_trial.resolve_training(trial_of(job, shared, "linear_probe"), shared)[0].augment
+        is False
+    )
+    assert one_trial.resolve_training(trial_of(job, shared, "full"), shared)[0].augment is True
 
 
 # ---------------------------------------------------------------- a trial runs
@@ -574,9 +581,9 @@ def test_a_trial_that_failed_keeps_its_resume_points_for_the_next_run(paths, tmp
     one = trial_of(job, shared, "full")
     with pytest.raises(Killed):
         one_trial.run(one, shared, alive=killed_after(7))
-    one_trial.failed(one, shared, "the trial's process died")
+    one_trial.failed_record(one, shared, "the trial's process died")
     assert Path(one_trial.checkpoints(shared, one), "step-0000000004").exists()
-    one_trial.failed(one, shared, "stopped early by asha", "pruned")
+    one_trial.failed_record(one, shared, "stopped early by asha", "pruned")
     assert not Path(one_trial.checkpoints(shared, one)).exists()
 
 
@@ -640,7 +647,7 @@ def test_a_failed_trial_has_its_row(world, paths, tmp_path):
     job, _ = world
     shared = shared_of(tmp_path, job, paths)
     one = trial_of(job, shared, "full", {"lr": 0.7})
-    record = one_trial.failed(one, shared, "OutOfMemoryError: no more")
+    record = one_trial.failed_record(one, shared, "OutOfMemoryError: no more")
     assert one_trial.read_record(shared.root, one.id) == record
     assert [
         (row["status"], row["error"], row["hyper_parameters"]["lr"]) for row in record["rows"]
@@ -772,9 +779,9 @@ def test_rows_are_read_by_cost_unless_features_of_one_length_are_kept(
         train=rows, labels=None, spec=spec, objective={"name": objective}, in_memory=in_memory
     )
     shared = SimpleNamespace(targets={("task", "base"): data}, seed=0)
-    plug = Plug.model_validate(technique)
-    one = grid.Trial("src", "base", "base", "task", plug, {}, 1.0, 0, "final", "id")
-    found, _, steps = one_trial.resolved(one, shared)
+    component = ComponentConfig.model_validate(technique)
+    one = grid.Trial("src", "base", "base", "task", component, {}, 1.0, 0, "final", "id")
+    found, _, steps = one_trial.resolve_training(one, shared)
     assert (
         (found.batch_cost, found.global_batch) == batch
         and steps == 5

@@ -19,7 +19,7 @@ from pipeline.transfer import leaks, stages
 from tests.transfer.test_targets import Silent
 
 
-def told(values: Any, classes: Any) -> float:
+def message(values: Any, classes: Any) -> float:
     return leaks.balanced_accuracies(np.asarray(values), [np.asarray(classes, dtype=np.int64)])[0]
 
 
@@ -30,23 +30,23 @@ def test_a_number_that_was_cut_into_the_label_is_above_the_threshold(rows, share
     classes = (number > np.quantile(number, 1 - share)).astype(np.int64)
     if np.bincount(classes).min() < leaks.FEWEST:
         return
-    assert told(number, classes) >= leaks.DECIDES and told(-number, classes) >= leaks.DECIDES
+    assert message(number, classes) >= leaks.DECIDES and message(-number, classes) >= leaks.DECIDES
     noisy = np.where(np.random.default_rng(1).random(rows) < 0.2, 1 - classes, classes)
-    assert told(noisy, classes) < leaks.DECIDES, "a column that is wrong in a fifth of the rows"
+    assert message(noisy, classes) < leaks.DECIDES, "a column that is wrong in a fifth of the rows"
 
 
 def test_missing_values_that_tell_the_label_count():
     classes = np.arange(200) % 2
     assert (
-        told(np.where(classes == 1, np.nan, np.random.default_rng(0).normal(size=200)), classes)
+        message(np.where(classes == 1, np.nan, np.random.default_rng(0).normal(size=200)), classes)
         == 1.0
     )
 
 
 def test_categories_tell_by_themselves_and_numbers_of_rows_tell_nothing():
     classes = np.random.default_rng(0).integers(0, 3, 600)
-    assert told(classes * 10, classes) == 1.0 and told(np.arange(600), classes) == 0.0
-    assert told(np.random.default_rng(1).integers(0, 5, 600), classes) < 0.5
+    assert message(classes * 10, classes) == 1.0 and message(np.arange(600), classes) == 0.0
+    assert message(np.random.default_rng(1).integers(0, 5, 600), classes) < 0.5
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_categories_tell_by_themselves_and_numbers_of_rows_tell_nothing():
 )
 def test_no_column_of_published_tables_is_told(load):
     found = load()
-    assert max(told(column, found.target) for column in found.data.T) < 0.95
+    assert max(message(column, found.target) for column in found.data.T) < 0.95
 
 
 # ---------------------------------------------------------------- in a job
@@ -109,7 +109,7 @@ def notes_of(
     known: pa.Table | None = None,
 ) -> list[str]:
     """Notes of the report of a job on these rows, with a source whose modality was fitted on them
-    (or on ``known``).
+    (or on ``coverage``).
     """
     from pipeline.config import registry
 
@@ -240,7 +240,7 @@ def test_all_names_that_one_side_lacks_stand_in_the_report(tmp_path):
 def test_rows_without_single_features_are_left_alone(name):
     """A modality of another kind may have anything under any name, as audio has ``features``."""
     from pipeline.config import registry
-    from pipeline.core.capabilities import NamesFeatures
+    from pipeline.core.capabilities import HasSingleFeatures
 
     kind = registry.get("modality", name)
-    assert not isinstance(kind(kind.options_class(), {}), NamesFeatures)
+    assert not isinstance(kind(kind.options_class(), {}), HasSingleFeatures)

@@ -98,7 +98,7 @@ def stays(count: int, first: int = 0, shift: float = 0.0) -> pa.Table:
 
 def record_job(
     folder, source: pa.Table, target: pa.Table, group=("patient", "patient"), **fields
-) -> stages.State:
+) -> stages.JobState:
     """A source that forecasts on records, and a target that classifies others."""
     for name, table in (("source", source), ("target", target)):
         pq.write_table(table, folder / f"{name}.parquet")
@@ -137,12 +137,14 @@ def record_job(
     return stages.check(Job.model_validate(job), Progress(Console(quiet=True)))
 
 
-def looked(state: stages.State) -> overlap.Overlap:
-    return overlap.look(state.targets["task"], state.sources, storage.join(state.job.root, "signs"))
+def looked(state: stages.JobState) -> overlap.Overlap:
+    return overlap.find_overlap(
+        state.targets["task"], state.sources, storage.join(state.job.root, "signs")
+    )
 
 
 def cut(table: pa.Table, hours: float = 48.0, history: bool = True) -> pa.Table:
-    return definition.until(table, np.full(len(table), hours), history)[0]
+    return definition.truncate_events(table, np.full(len(table), hours), history)[0]
 
 
 @pytest.mark.parametrize("history", [True, False])
@@ -187,16 +189,16 @@ def test_test_rows_of_people_whose_other_rows_a_source_learned_from_are_counted(
     ]
     known = sum(int(row["patient"]) < 7_020 for row in test)
     assert 0 < known < len(test)
-    told = (
+    message = (
         f"task: {known} of {len(test)} test rows are of a group that also stands in the training "
         "rows of source stays (group: patient)"
     )
     found = looked(state)
-    assert found.notes == (told,) and len(found.test) == len(test)
+    assert found.notes == (message,) and len(found.test) == len(test)
     for mode, left in (("exact", len(test)), ("group", len(test) - known)):
         state = record_job(tmp_path, source, target, drop_overlap=mode)
         found = looked(state)
-        assert len(found.test) == left and told in found.notes, mode
+        assert len(found.test) == left and message in found.notes, mode
         assert not any(row["patient"] in note for row in test for note in found.notes), (
             "no patient's id is shown"
         )

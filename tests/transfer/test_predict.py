@@ -67,7 +67,7 @@ def test_a_row_that_cannot_be_read_has_its_reason_and_no_prediction(name, tmp_pa
     )
     work, types = (
         predict._Predictor(str(tmp_path / "bundle"), selection, {"image": "image"}),
-        registry.get("objective", name).written_types,
+        registry.get("objective", name).output_types,
     )
     (tmp_path / "out").mkdir()
     for start, stop in ((0, 3), (3, 5)):
@@ -166,7 +166,9 @@ def test_timm_gives_the_bundles_scores_and_its_folder_starts_again(name, objecti
     )
     start = pretrained.read(f"hf:{tmp_path / 'out'}")
     twin = bundle.build_backbone(start.arch).eval()
-    assert not start.onto(twin).new and torch.equal(twin(batch).pooled, task.backbone(batch).pooled)
+    assert not start.load_into(twin).new and torch.equal(
+        twin(batch).pooled, task.backbone(batch).pooled
+    )
     assert start.modality["state"] == {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
 
 
@@ -258,7 +260,7 @@ def test_a_classifier_trained_with_defaults_is_exported_with_its_norm(
     twin = bundle.build_backbone(
         {**arch, "inputs": task.backbone.arch["inputs"], "options": task.backbone.arch["options"]}
     )
-    assert not start.onto(twin).new and all(
+    assert not start.load_into(twin).new and all(
         torch.equal(t, weights(task.backbone)[n]) for n, t in weights(twin).items()
     )
 
@@ -317,8 +319,8 @@ def test_a_state_dict_of_another_head_says_how_it_is_built(tmp_path):
     assert (
         "weights_model.json beside it" in text and "largest difference of features 0.0e+00" in text
     )
-    told = json.loads((tmp_path / "weights_model.json").read_text())
-    assert told["objective"]["name"] == "segmentation" and told["arch"] == task.backbone.arch
+    message = json.loads((tmp_path / "weights_model.json").read_text())
+    assert message["objective"]["name"] == "segmentation" and message["arch"] == task.backbone.arch
     held = torch.load(tmp_path / "weights.pt", weights_only=True)
     assert all(torch.equal(tensor, held[name]) for name, tensor in task.state_dict().items())
     text = predict.export(uri, str(tmp_path / "copy"), "bundle", False)
@@ -360,11 +362,11 @@ def test_an_export_is_whole_or_absent_and_never_over_another_folder(
             predict.export(text_bundle, str(out), "hugging-face", False)
         assert not list(tmp_path.iterdir())
     predict.export(text_bundle, str(out), "hugging-face", False)
-    facts = atomic_folder.open_folder(out, predict.EXPORTED)
-    atomic_folder.verify_folder(out, facts)
+    metadata = atomic_folder.open_folder(out, predict.EXPORTED)
+    atomic_folder.verify_folder(out, metadata)
     assert (
-        facts["bundle"] == text_bundle
-        and facts["sha256_of_bundle"] == bundle.load(text_bundle).manifest["sha256"]
+        metadata["bundle"] == text_bundle
+        and metadata["sha256_of_bundle"] == bundle.load(text_bundle).manifest["sha256"]
     )
     with pytest.raises(
         ValueError, match=r"out is there already; give a new folder, or remove it first"
@@ -413,5 +415,5 @@ def test_the_command_writes_a_folder_that_transformers_opens(text_bundle, tmp_pa
         .exit_code
         == 2
     )
-    told = CliRunner().invoke(cli.app, ["export", "--help"], env={"COLUMNS": "200"}).output
-    assert all(kind in told for kind in ("bundle:", "hugging-face:", "state-dict:"))
+    message = CliRunner().invoke(cli.app, ["export", "--help"], env={"COLUMNS": "200"}).output
+    assert all(kind in message for kind in ("bundle:", "hugging-face:", "state-dict:"))

@@ -277,7 +277,7 @@ def test_columns_of_training_suit(name):
             table = pa.table({"features": table["static"]})
     for role in (*modality.roles, *modality.optional_roles):
         if role in table.column_names:
-            assert modality.needed_type(role, table.schema.field(role).type) == ""
+            assert modality.required_type(role, table.schema.field(role).type) == ""
 
 
 def test_what_is_to_be_kept_must_be_there(tmp_path):

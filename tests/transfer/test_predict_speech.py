@@ -82,14 +82,14 @@ def save(folder, steps: int = 0) -> str:
         options, Audio.fit(options, heard.slice(0, 32), columns, "torchaudio/deepspeech2")
     )
     state = CTC.fit(CTCOptions(), heard, columns)
-    state = CTC.suit(
+    state = CTC.bind_to_backbone(
         state, task_of("torchaudio/deepspeech2", modality.inputs(), "ctc", state, **SMALL).backbone
     )
     task = task_of("torchaudio/deepspeech2", modality.inputs(), "ctc", state, **SMALL, dropout=0.0)
     optimizer = torch.optim.Adam(task.parameters(), 0.005)
     arrays = {**modality.decode(heard, columns)[0], **CTC.encode(heard, columns, state)}
-    assert not any(CTC.refused(heard, columns, state)) and not any(
-        CTC.unlearnable(heard, columns, state, arrays) or ()
+    assert not any(CTC.invalid_label_reasons(heard, columns, state)) and not any(
+        CTC.untrainable_reasons(heard, columns, state, arrays) or ()
     )
     for step in range(steps):
         rows = np.random.default_rng(step).choice(len(said), 16, replace=False)
@@ -131,7 +131,7 @@ def found(uri: str, table: pa.Table, folder, **columns: str) -> list[pa.Table]:
         uri, Selection(rows), columns, predict._carried(modality, columns, rows)
     )
     return [
-        predict._arrow(work(Item(-1, i, min(i + 3, rows.rows))), kind.written_types)
+        predict._arrow(work(Item(-1, i, min(i + 3, rows.rows))), kind.output_types)
         for i in range(0, rows.rows, 3)
     ]
 
@@ -297,7 +297,7 @@ def test_subtitles_join_the_rows_of_a_recording_in_their_order(root):
                 "row": [3 * number + i for i in range(len(some))],
                 "recording": [name for name, *_ in some],
                 "start": [at for _, at, _ in some],
-                "words": pa.array([words for *_, words in some], CTC.written_types["words"]),
+                "words": pa.array([words for *_, words in some], CTC.output_types["words"]),
             }
         )
         pq.write_table(table, sink)
@@ -317,7 +317,7 @@ def test_subtitles_join_the_rows_of_a_recording_in_their_order(root):
     sink = io.BytesIO()
     pq.write_table(
         pa.table(
-            {"row": [7], "words": pa.array([[word("A", 0.0, 2.0)]], CTC.written_types["words"])}
+            {"row": [7], "words": pa.array([[word("A", 0.0, 2.0)]], CTC.output_types["words"])}
         ),
         sink,
     )
@@ -344,13 +344,13 @@ def test_subtitles_of_what_transcribes_nothing_are_refused(untrained, tmp_path):
         "nothing; leave --srt out",
     ):
         predict.check(str(tmp_path / "bundle"), srt=True)
-    told = CliRunner().invoke(
+    message = CliRunner().invoke(
         cli.app,
         ["predict", str(tmp_path / "bundle"), "nowhere", "-o", str(tmp_path / "out"), "--srt"],
     )
     assert (
-        told.exit_code == 2
-        and "transcribes nothing" in told.output
+        message.exit_code == 2
+        and "transcribes nothing" in message.output
         and not (tmp_path / "out").exists()
     )
     assert predict.check(untrained, srt=True)["objective"]["name"] == "ctc"
@@ -406,9 +406,9 @@ def test_a_folder_of_recordings_is_transcribed_with_subtitles(trained, tmp_path)
         "--format",
         "audio",
     ]
-    told = CliRunner().invoke(cli.app, line)
-    assert told.exit_code == 0, told.output
-    assert "3 recordings as .srt" in told.output and "1 rows could not be read" in told.output
+    message = CliRunner().invoke(cli.app, line)
+    assert message.exit_code == 0, message.output
+    assert "3 recordings as .srt" in message.output and "1 rows could not be read" in message.output
     rows = pq.read_table(tmp_path / "out" / "part-00000.parquet").to_pylist()
     long = [row for row in rows if row["recording"] == "calls/long.wav"]
     assert len(long) > 1 and [row["start"] for row in long] == sorted(row["start"] for row in long)

@@ -19,7 +19,7 @@ from pipeline.io import storage
 from pipeline.train import dry_checks, source
 from pipeline.transfer import preflight, stages, targets
 from pipeline.transfer.grid import bases
-from pipeline.transfer.stages import State
+from pipeline.transfer.stages import JobState
 
 # fixtures
 from tests.transfer.test_targets import Silent, job_of, models, saved, texts  # noqa: F401
@@ -28,13 +28,13 @@ COLUMNS = {"text": "words", "label": "kind"}
 BERT = {"transformers/bert": SMALL}
 
 
-def checked(job: Job) -> State:
+def checked(job: Job) -> JobState:
     return stages.check(job, Silent())  # type: ignore[arg-type]
 
 
 def refused(job: Job) -> str:
     with pytest.raises(ValueError) as caught:
-        preflight.look(checked(job))
+        preflight.check_rows(checked(job))
     return str(caught.value)
 
 
@@ -88,12 +88,12 @@ def with_source(
 @pytest.mark.parametrize("objective", ["mlm", "classification"])
 def test_null_texts_of_a_source_are_refused_as_its_run_refuses_them(tmp_path, objective):
     job = with_source(tmp_path, written(tmp_path / "rows.parquet", nulls=30), objective)
-    told = refused(job)
+    message = refused(job)
     assert (
-        told.startswith("sources.src: train split: ")
-        and "rows cannot be used, more than data.max_bad_rows=0.01 allows" in told
+        message.startswith("sources.src: train split: ")
+        and "rows cannot be used, more than data.max_bad_rows=0.01 allows" in message
     )
-    assert f"{tmp_path / 'rows.parquet'} row 0: the text is null" in told
+    assert f"{tmp_path / 'rows.parquet'} row 0: the text is null" in message
     with pytest.raises(
         ValueError, match=r"rows cannot be used, more than data\.max_bad_rows=0\.01 allows"
     ):
@@ -104,12 +104,12 @@ def test_documents_that_do_not_fill_a_batch_are_told(tmp_path):
     job = with_source(tmp_path, written(tmp_path / "rows.parquet"), "mlm")
     spec = job.sources["src"]
     large = spec.model_copy(update={"train": spec.train.model_copy(update={"global_batch": 512})})
-    (line,) = preflight.look(checked(job.model_copy(update={"sources": {"src": large}})))
+    (line,) = preflight.check_rows(checked(job.model_copy(update={"sources": {"src": large}})))
     assert (
         line.startswith("warning: source src: about ")
         and "fewer than the 512 of a batch: lower train.global_batch" in line
     )
-    assert not preflight.look(checked(job))
+    assert not preflight.check_rows(checked(job))
 
 
 def test_null_labels_of_a_source_are_refused_as_its_run_refuses_them(tmp_path):
@@ -162,7 +162,7 @@ def test_a_model_of_a_hub_is_left_to_the_run(tmp_path):
         COLUMNS,
     )
     assert (
-        preflight.look(checked(job))[0]
+        preflight.check_rows(checked(job))[0]
         == "source src: not looked at: only a run fetches hf-hub:nobody/nothing"
     )
 
@@ -174,7 +174,7 @@ def test_what_is_estimated_says_so_and_nothing_is_written(tmp_path):
         pq.read_table(long).set_column(0, "words", pa.array([" ".join(found)] * 120)), long
     )
     job = with_source(tmp_path, long, modality={"text": {"length": 16}})
-    (line,) = preflight.look(checked(job))
+    (line,) = preflight.check_rows(checked(job))
     assert line.startswith("warning: source src: texts are cut at length 16") and line.endswith(
         "(estimated: a run trains its tokenizer on more rows)"
     )
@@ -200,10 +200,10 @@ def test_null_texts_of_a_target_are_refused_as_its_run_refuses_them(tmp_path, mo
     state = checked(job)
     with pytest.raises(ValueError) as run:
         stages.share(state)
-    told = refused(job)
-    assert told.startswith("targets.task: train split: ") and "the text is null" in told
+    message = refused(job)
+    assert message.startswith("targets.task: train split: ") and "the text is null" in message
     assert (
-        "rows cannot be used, more than data.max_bad_rows=0.05 allows" in told
+        "rows cannot be used, more than data.max_bad_rows=0.05 allows" in message
         and "rows cannot be used, more than" in str(run.value)
     )
 
@@ -216,7 +216,7 @@ def test_a_few_bad_rows_are_told(tmp_path, models):  # noqa: F811
         "classification",
         COLUMNS,
     )
-    lines = preflight.look(checked(job))
+    lines = preflight.check_rows(checked(job))
     assert any(
         "1 of 64 train rows that were looked at cannot be used" in line
         or "2 of 64 train rows" in line
@@ -287,11 +287,11 @@ def test_files_that_a_column_names_and_that_are_not_there_are_refused(tmp_path, 
         }
     )
     place = "sources.src" if at == "source" else "targets.task"
-    told = refused(job)
+    message = refused(job)
     assert (
-        told.startswith(f"{place}: {tmp_path}/gone ")
-        and "no such file, while a column of the rows names it, and 1 more" in told
-        and "\n" not in told
+        message.startswith(f"{place}: {tmp_path}/gone ")
+        and "no such file, while a column of the rows names it, and 1 more" in message
+        and "\n" not in message
     )
 
 
@@ -341,7 +341,7 @@ def test_storage_errors_are_problems_too(tmp_path, models, monkeypatch):  # noqa
     state = checked(job)
     monkeypatch.setattr(dry_checks, "rows", broken)
     with pytest.raises(ValueError, match=r"targets\.task: the disk is gone"):
-        preflight.look(state)
+        preflight.check_rows(state)
 
 
 def test_the_command_refuses_what_a_run_would_refuse(tmp_path, monkeypatch):

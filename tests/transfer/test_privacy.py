@@ -101,7 +101,7 @@ KINDS = ["image", "text", "audio", "table", "events", "trajectory"]
 LABELS = [f"kind {i % 2}" for i in range(ROWS)]
 
 
-def told(job: Job) -> str:
+def message(job: Job) -> str:
     with pytest.raises(ValueError) as caught:
         targets.stage(job, "task")
     parts, error = [], caught.value
@@ -112,7 +112,7 @@ def told(job: Job) -> str:
 
 @pytest.mark.parametrize("modality", KINDS)
 def test_a_group_that_crosses_splits_is_told_by_counts_and_positions(tmp_path, modality):
-    text = told(job_of(tmp_path, modality, cut_groups(), LABELS))
+    text = message(job_of(tmp_path, modality, cut_groups(), LABELS))
     assert (
         "15 of 15 values of who stand in more than one split" in text
         and "row " in text
@@ -123,7 +123,7 @@ def test_a_group_that_crosses_splits_is_told_by_counts_and_positions(tmp_path, m
 @pytest.mark.parametrize("modality", KINDS)
 @pytest.mark.parametrize("column", ["who", "stay"])
 def test_where_on_a_group_or_an_id_tells_no_value(tmp_path, modality, column):
-    text = told(job_of(tmp_path, modality, whole_groups(), LABELS, where={column: ["nobody"]}))
+    text = message(job_of(tmp_path, modality, whole_groups(), LABELS, where={column: ["nobody"]}))
     assert (
         f"in column {column}; it holds " in text
         and " distinct values in 60 rows" in text
@@ -144,7 +144,7 @@ def test_where_on_a_group_or_an_id_tells_no_value(tmp_path, modality, column):
     ],
 )
 def test_errors_about_labels_name_nobody(tmp_path, modality, labels, said):
-    text = told(job_of(tmp_path, modality, whole_groups(), labels))
+    text = message(job_of(tmp_path, modality, whole_groups(), labels))
     assert said in text and text.startswith("targets.task.data, ") and CANARY not in text
 
 

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from pipeline import cli
 from pipeline.checkpoints import bundle
-from pipeline.config.provenance import MadeBy
+from pipeline.config.provenance import Provenance
 from pipeline.config.schema import Job
 from pipeline.io import storage
 from pipeline.report import results
@@ -61,18 +61,18 @@ def test_stale_rows_are_named_and_stand_in_no_table(both):
     job, _, _ = both
     state = prepared(job)
     rows = stages.current(state)
-    (told,) = pruning.told(results.read(job.root))
+    (message,) = pruning.describe_stale(results.read(job.root))
     total = len(results.read(job.root))
-    assert told.startswith(f"{total // 2} of the {total} rows of results.parquet are stale")
+    assert message.startswith(f"{total // 2} of the {total} rows of results.parquet are stale")
     assert (
         "task: a, full, 1.0 labels (2 trials); task: a, lp_ft, 1.0 labels (2 trials); task: "
-        "scratch of timm/test_vit, scratch, 1.0 labels (2 trials)" in told
+        "scratch of timm/test_vit, scratch, 1.0 labels (2 trials)" in message
     )
     cells, (markdown, _) = stages.show(state, rows)
     assert [cell.n_seeds for cell in cells] == [2, 2, 2], "two seeds of now, not four"
     assert "rows of results.parquet are stale" in storage.read_bytes(markdown).decode()
     assert state.notes == [], "told anew each time, not kept"
-    assert pruning.told([row for row in results.read(job.root) if row["current"]]) == []
+    assert pruning.describe_stale([row for row in results.read(job.root) if row["current"]]) == []
 
 
 def test_stale_trials_go_with_their_rows_and_bundles_and_nothing_else_does(both):
@@ -91,17 +91,17 @@ def test_stale_trials_go_with_their_rows_and_bundles_and_nothing_else_does(both)
     assert stages.stale(prepared(job)).lines() == [
         "nothing is stale: every trial that is kept belongs to the job"
     ]
-    assert all(done for _, done in stages.ended(prepared(job))), "nothing is to be run again"
+    assert all(done for _, done in stages.trial_status(prepared(job))), "nothing is to be run again"
 
 
 def test_stacks_of_stale_trials_go(both):
     """Heads that were killed leave resume points beside the trials."""
     job, old, new = both
-    now = MadeBy({}, {})
+    now = Provenance({}, {})
     for name, ids in (("old", old), ("mixed", old | new), ("new", new)):
         folder = storage.join(job.root, "stacks", name)
         storage.write_json(storage.join(folder, saved_inputs.CHECKPOINTS, "point.json"), {})
-        saved_inputs.started(folder, now, None, 0, sorted(ids))
+        saved_inputs.record_start(folder, now, None, 0, sorted(ids))
     storage.write_json(
         storage.join(job.root, "stacks", "of_before", "step-0000000004", "state.json"), {}
     )
@@ -171,7 +171,7 @@ def test_nothing_is_pruned_while_the_jobs_trials_are_not_known(both):
     ]
     assert again, "the best draws were tried again, and belong to the job"
     assert set(stages.stale(prepared(searching)).trials) == folders(job) - {
-        one.id for one, _ in stages.ended(prepared(searching))
+        one.id for one, _ in stages.trial_status(prepared(searching))
     }
 
 

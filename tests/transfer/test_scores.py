@@ -188,7 +188,9 @@ def test_scores_read_no_label_that_the_poorest_trials_may_not(tmp_path, fraction
     allowed = scores.fewest_labels(shared, data_)
     assert len(allowed) == rows
     for fraction in fractions:
-        trial_rows = trial.resolved(trial_of(job, shared, "full", fraction=fraction), shared)[1]
+        trial_rows = trial.resolve_training(
+            trial_of(job, shared, "full", fraction=fraction), shared
+        )[1]
         assert set(data_.train.subset(allowed).selection.ids(np.arange(rows))) <= set(
             trial_rows.selection.ids(np.arange(len(trial_rows)))
         )

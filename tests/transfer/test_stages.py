@@ -23,7 +23,7 @@ from toys import image_files, label_state, task_of
 
 from pipeline.checkpoints import bundle
 from pipeline.config import registry
-from pipeline.config.schema import Job, Plug
+from pipeline.config.schema import ComponentConfig, Job
 from pipeline.data import duplicates
 from pipeline.io import checksums, file_identity, storage
 from pipeline.report import results
@@ -101,7 +101,7 @@ def with_data(job: Job, name: str, **data) -> Job:
     return Job.model_validate(dumped)
 
 
-def prepared(job: Job) -> stages.State:
+def prepared(job: Job) -> stages.JobState:
     return stages.check(job, Silent())
 
 
@@ -111,15 +111,15 @@ def here(monkeypatch):
     return trials_in_this_process(monkeypatch)
 
 
-def whole(job: Job) -> tuple[stages.State, list[dict[str, Any]]]:
+def whole(job: Job) -> tuple[stages.JobState, list[dict[str, Any]]]:
     """The stages of `run` after pretraining."""
     state = prepared(job)
     shared = stages.share(state)
-    rows = results.filled(stages.collect(state, stages.finetune(state, shared)))
+    rows = results.with_all_columns(stages.collect(state, stages.finetune(state, shared)))
     return state, rows
 
 
-def reported(job: Job) -> tuple[stages.State, list[dict[str, Any]]]:
+def reported(job: Job) -> tuple[stages.JobState, list[dict[str, Any]]]:
     """What `report` finds, in a command of its own."""
     state = prepared(job)
     return state, stages.current(state)
@@ -150,8 +150,8 @@ def test_a_run_leaves_its_table_and_report_says_the_same(tmp_path, bundles, path
     job = job_of(tmp_path, {"a": bundles["a"], "b": bundles["b"]}, paths)
     before = prepared(job)
     assert (
-        stages.ended(before) == [(one, False) for one, _ in stages.ended(before)]
-        and len(stages.ended(before)) == 10
+        stages.trial_status(before) == [(one, False) for one, _ in stages.trial_status(before)]
+        and len(stages.trial_status(before)) == 10
     ), "known, and none done"
     _, rows = whole(job)
     assert len(here) == 2 * (1 + 2 * 2), "scratch once for the two sources, which read alike"
@@ -187,7 +187,7 @@ def test_a_run_leaves_its_table_and_report_says_the_same(tmp_path, bundles, path
     assert alike(written, rows) and len(written) == 10 * 2 * 3
     state, again = reported(job)
     assert alike(again, rows) and state.notes == [] and state.broken == {}
-    ended = stages.ended(prepared(job))
+    ended = stages.trial_status(prepared(job))
     assert (
         len(ended) == 10
         and all(done for _, done in ended)
@@ -323,7 +323,7 @@ def test_an_interrupted_run_is_reported_as_far_as_it_came(
         whole(job)
     _, rows = reported(job)
     assert {row["trial_id"] for row in rows} == set(count)
-    ended = stages.ended(prepared(job))
+    ended = stages.trial_status(prepared(job))
     assert sorted(done for _, done in ended) == [False, True, True, True]
     monkeypatch.setattr(trial, "run", real)
     here.clear()
@@ -414,7 +414,7 @@ def test_the_best_draws_are_tried_again_with_further_seeds_before_one_is_chosen(
         (chosen,) = {json.loads(row["hyper_parameters"])["lr"] for row in final}
         assert means[chosen] == max(means.values())
     assert alike(reported(job)[1], rows)
-    ended = stages.ended(prepared(job))
+    ended = stages.trial_status(prepared(job))
     assert len(ended) == 2 * (4 + 2 * 2 + 2) and all(done for _, done in ended)
     cell = next(cell for cell in stages.show(*reported(job))[0] if cell.source == "a")
     assert cell.interval.endswith(("paired seeds", "and the choice of hyper-parameters")), (
@@ -497,8 +497,8 @@ def test_a_search_picks_the_best_draw_and_is_kept(tmp_path, bundles, paths, here
         } == {best}, "of draws that are equally good, the first"
     assert alike(reported(job)[1], rows)
     assert (
-        all(done for _, done in stages.ended(prepared(job)))
-        and len(stages.ended(prepared(job))) == 2 * (2 + 2 * 2) + 4
+        all(done for _, done in stages.trial_status(prepared(job)))
+        and len(stages.trial_status(prepared(job))) == 2 * (2 + 2 * 2) + 4
     )
 
 
@@ -513,11 +513,11 @@ def test_ended_knows_nothing_of_the_finals_while_the_search_is_not_through(
         trials=2,
         search={"lr": [1e-4, 1e-1]},
     )
-    assert stages.ended(prepared(job)) == []
+    assert stages.trial_status(prepared(job)) == []
     whole(job)
-    one = next(one for one, _ in stages.ended(prepared(job)) if one.stage == "search")
+    one = next(one for one, _ in stages.trial_status(prepared(job)) if one.stage == "search")
     storage.remove_tree(storage.join(job.root, "trials", one.id, "record.json"))
-    assert stages.ended(prepared(job)) == []
+    assert stages.trial_status(prepared(job)) == []
 
 
 def test_ended_is_empty_while_a_source_has_no_bundle(tmp_path, bundles, paths):
@@ -533,7 +533,7 @@ def test_ended_is_empty_while_a_source_has_no_bundle(tmp_path, bundles, paths):
     }
     job = job_of(tmp_path, {"a": bundles["a"], "new": pretrained}, paths)
     state = prepared(job)
-    assert stages.ended(state) == [] and stages.current(state) == []
+    assert stages.trial_status(state) == [] and stages.current(state) == []
     with pytest.raises(ValueError, match="sources new have no bundle yet: run `pretrain`"):
         stages.share(state)
 
@@ -639,7 +639,9 @@ def test_the_best_scored_source_alone_is_fanned_out_and_report_agrees(
         techniques=("scratch", "full"),
         select={"score": "logme", "top": 1},
     )
-    assert stages.ended(prepared(job)) == [], "which sources are fanned out must be found out first"
+    assert stages.trial_status(prepared(job)) == [], (
+        "which sources are fanned out must be found out first"
+    )
     state, rows = whole(job)
     scored = stages.score(state, stages.share(prepared(job)))
     best = max(scored, key=lambda row: row["logme"])["source"]
@@ -659,8 +661,8 @@ def test_the_best_scored_source_alone_is_fanned_out_and_report_agrees(
         f"| task | {best} | logme | fine-tuned |" in text
         and f"| task | {other} | logme | left out |" in text
     ), "the score of each stays in the report"
-    assert len(stages.ended(prepared(job))) == 4 and all(
-        done for _, done in stages.ended(prepared(job))
+    assert len(stages.trial_status(prepared(job))) == 4 and all(
+        done for _, done in stages.trial_status(prepared(job))
     )
     here.clear()
     everything = changed(job, fanout={"seeds": 2})
@@ -714,7 +716,7 @@ def test_sources_that_a_target_names_now_are_those_that_are_fanned_out(
     dumped = job.model_dump(mode="json")
     dumped["targets"]["task"]["sources"] = [other]
     job = Job.model_validate(dumped)
-    ended = stages.ended(prepared(job))
+    ended = stages.trial_status(prepared(job))
     assert best not in {one.source for one, _ in ended} and not (
         ended and all(done for _, done in ended)
     ), "else `run` says that nothing is to run"
@@ -808,7 +810,7 @@ def test_a_target_that_was_left_out_is_tried_again(tmp_path, bundles, paths, her
     job = with_data(job, "bad", **damaged(paths, tmp_path / "damaged", "train", 9))
     whole(job)
     job = with_data(job, "bad", max_bad_rows=0.5)
-    ended = stages.ended(prepared(job))
+    ended = stages.trial_status(prepared(job))
     assert not (ended and all(done for _, done in ended)), "else `run` says that nothing is to run"
     here.clear()
     state, rows = whole(job)
@@ -866,8 +868,8 @@ def test_a_label_never_seen_in_training_is_refused_before_anything_starts(
     )
     with pytest.raises(ValueError) as caught:
         prepared(job)
-    told = str(caught.value)
-    assert told.startswith(
+    message = str(caught.value)
+    assert message.startswith(
         f"targets.task.data, {split} split: column class: label 'class 9' never stands in the "
         "training rows"
     )
@@ -887,11 +889,11 @@ def test_all_problems_of_a_job_are_told_at_once(tmp_path, bundles, paths):
     )
     with pytest.raises(ValueError) as caught:
         prepared(job)
-    told = str(caught.value).splitlines()
-    assert any("nowhere" in line for line in told) and any(
-        "targets.one.data.columns.image" in line and "picture" in line for line in told
+    message = str(caught.value).splitlines()
+    assert any("nowhere" in line for line in message) and any(
+        "targets.one.data.columns.image" in line and "picture" in line for line in message
     )
-    assert any("none.parquet" in line for line in told)
+    assert any("none.parquet" in line for line in message)
 
 
 # ----------------------------------------------------- rows of a target that also stand in a source
@@ -1051,11 +1053,11 @@ def test_test_rows_that_stand_in_a_source_are_counted_and_left_out_where_the_job
         "task: 5 of 18 test rows also stand in source corpus, 3 more nearly so (perceptual hash)"
     )
     assert counted in state.notes and counted in state.progress.lines
-    told = (
+    message = (
         f"task: {len(left_out)} of 18 test rows left out because they also stand in a source "
         f"(drop_overlap: {mode})"
     )
-    assert (told in state.notes) == (mode != "none")
+    assert (message in state.notes) == (mode != "none")
     assert (any("a is a checkpoint" in note for note in state.notes)) == (mode != "none")
     kept = [i for i in range(18) if i not in left_out]
     for row in primary(rows):
@@ -1097,7 +1099,7 @@ def test_another_way_to_leave_rows_out_is_other_trials(leaking, tmp_path, here, 
 
 def test_rows_are_read_once_to_be_compared(leaking, here, monkeypatch):
     stages.share(prepared(leaking))
-    monkeypatch.setattr(duplicates, "_Signer", None)
+    monkeypatch.setattr(duplicates, "_SignatureMaker", None)
     stages.share(prepared(leaking))
 
 
@@ -1313,7 +1315,7 @@ def test_which_targets_are_scored(tmp_path, paths, objective, scored):
     spec = job_of(tmp_path, {"a": "bundle:nowhere"}, paths).targets["task"]
     assert (
         targets.TargetStage(
-            "task", spec.model_copy(update={"objective": Plug(name=objective)}), None
+            "task", spec.model_copy(update={"objective": ComponentConfig(name=objective)}), None
         ).scored
         == scored
     )  # type: ignore[arg-type]
@@ -1449,9 +1451,9 @@ def test_a_source_that_is_a_checkpoint_without_data_is_made_and_its_note_kept(tm
         {"name": "toy", "storage": str(tmp_path / "runs"), "sources": {"s": spec}}
     )
 
-    def run() -> tuple[stages.State, list[str]]:
+    def run() -> tuple[stages.JobState, list[str]]:
         progress = Silent()
-        state = stages.State(job, progress, sources={"s": source.stage(job, "s")})
+        state = stages.JobState(job, progress, sources={"s": source.stage(job, "s")})
         stages.pretrain(state)
         return state, progress.lines
 
@@ -1462,12 +1464,15 @@ def test_a_source_that_is_a_checkpoint_without_data_is_made_and_its_note_kept(tm
     assert again.notes == made.notes and "done before" in lines[0]
     uri = made.sources["s"].bundle_uri
     manifest = bundle.load(uri).manifest
-    assert row_checks.findings_of(manifest["training"])[0].line("sources.s") == made.notes[0]
+    assert (
+        row_checks.findings_from_metadata(manifest["training"])[0].line("sources.s")
+        == made.notes[0]
+    )
 
 
 def test_findings_of_a_bundle_that_an_earlier_version_wrote_are_sentences():
     kept = {"findings": ["images are read at 32 pixels", ["few rows", True, False]]}
-    found = row_checks.findings_of(kept)
+    found = row_checks.findings_from_metadata(kept)
     assert [one.line("s") for one in found] == [
         "s: images are read at 32 pixels",
         "warning: s: few rows",

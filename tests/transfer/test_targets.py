@@ -118,7 +118,7 @@ def job_of(
     )
 
 
-def shared_of(job: Job) -> tuple[stages.State, Shared]:
+def shared_of(job: Job) -> tuple[stages.JobState, Shared]:
     state = stages.check(job, Silent())  # type: ignore[arg-type]
     return state, stages.share(state)
 
@@ -564,7 +564,7 @@ def pair_job(folder: Path, source: dict[str, str]) -> Job:
 def test_pairs_are_test_rows_of_a_source_when_both_texts_are_there(tmp_path):
     # type: ignore[arg-type]
     state = stages.check(pair_job(tmp_path, {"text": "a", "text_pair": "b"}), Silent())
-    found = overlap.look(state.targets["task"], state.sources, str(tmp_path / "signs"))
+    found = overlap.find_overlap(state.targets["task"], state.sources, str(tmp_path / "signs"))
     left_out = "4 of 12 test rows left out because they also stand in a source"
     assert (
         len(found.test) == 8
@@ -573,7 +573,7 @@ def test_pairs_are_test_rows_of_a_source_when_both_texts_are_there(tmp_path):
     )
     # type: ignore[arg-type]
     single = stages.check(pair_job(tmp_path / "single", {"text": "b"}), Silent())
-    assert overlap.look(
+    assert overlap.find_overlap(
         single.targets["task"], single.sources, str(tmp_path / "signs")
     ).test.rows.tolist() == list(range(2, 36, 3))  # type: ignore[union-attr]
     assert overlap.key(single.targets["task"], single.sources) != overlap.key(
@@ -764,9 +764,9 @@ def test_batches_and_label_counts_beyond_the_data_are_told(tmp_path, models, tex
             job.targets["task"], state.targets["task"].splits, state.targets["task"].state
         )
     )
-    told = ", ".join(f"kind {k} has {count}" for k, count in enumerate(counts) if count < 60)
+    message = ", ".join(f"kind {k} has {count}" for k, count in enumerate(counts) if count < 60)
     assert (
-        f"task: 60 rows of each class were asked for (label_fractions), and {told}: all of "
+        f"task: 60 rows of each class were asked for (label_fractions), and {message}: all of "
         "these are taken" in state.notes
     )
     job = job_of(

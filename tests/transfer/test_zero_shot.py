@@ -22,7 +22,7 @@ def paths(tmp_path_factory):
 
 @pytest.fixture
 def carried(monkeypatch):
-    monkeypatch.setattr(Classification, "carries_head", True)
+    monkeypatch.setattr(Classification, "transfers_head", True)
 
 
 def world(tmp_path, paths, **change):
@@ -65,8 +65,8 @@ def test_zero_shot_is_tried_once_whatever_the_labels_and_seeds(tmp_path, paths, 
             }
         }
     )
-    found = grid.cells(job, "task", list(shared.bases.values()), {"src"})
-    assert [(source, plug.name, fraction) for _, source, plug, fraction in found] == [
+    found = grid.planned_cells(job, "task", list(shared.bases.values()), {"src"})
+    assert [(source, component.name, fraction) for _, source, component, fraction in found] == [
         ("none", "scratch", 0.5),
         ("src", "full", 0.5),
         ("none", "scratch", 1.0),
@@ -133,14 +133,14 @@ def test_zero_shot_needs_a_head_that_is_carried(tmp_path, paths):
 
 def test_scratch_with_a_larger_budget_stands_beside_plain_scratch(tmp_path, paths):
     job, shared = world(tmp_path, paths, techniques=[{"scratch": {"budget": 2.5}}, "full"])
-    assert [str(plug) for plug in grid.techniques(job, job.targets["task"])] == [
+    assert [str(component) for component in grid.techniques(job, job.targets["task"])] == [
         "scratch",
         'scratch{"budget": 2.5}',
         "full",
     ]
     records = [
-        trial.run(trial_of(job, shared, plug), shared)
-        for plug in ("scratch", {"scratch": {"budget": 2.5}}, "full")
+        trial.run(trial_of(job, shared, component), shared)
+        for component in ("scratch", {"scratch": {"budget": 2.5}}, "full")
     ]
     assert [record["rows"][0]["steps"] for record in records] == [12, 30, 12]
     rows = [
@@ -148,7 +148,7 @@ def test_scratch_with_a_larger_budget_stands_beside_plain_scratch(tmp_path, path
         for record in records
         for row in record["rows"]
     ]
-    table = {(cell.source, cell.technique): cell.verdict for cell in matrix.cells(rows, {})}
+    table = {(cell.source, cell.technique): cell.verdict for cell in matrix.matrix_cells(rows, {})}
     assert (
         table.keys() == {("none", "scratch"), ("none", "scratch (budget 2.5)"), ("src", "full")}
         and table["none", "scratch"] == matrix.REFERENCE
@@ -166,7 +166,7 @@ def test_metrics_of_test_rows_alone_come_first_and_are_not_asked_of_validation_r
     )
     monkeypatch.setattr(
         Classification,
-        "tested",
+        "rollout_evaluation",
         lambda self, backbone, found, origin: {
             **found,
             "f1": np.full(len(found["row"]), 0.25),
@@ -193,7 +193,7 @@ def test_metrics_of_test_rows_alone_come_first_and_are_not_asked_of_validation_r
     data.spec = data.spec.model_copy(update={"metric": "macro_f1"})
     assert (
         data.metrics[0] == "macro_f1"
-        and next(iter(trial.tested(data, {**_read(shared, record)}))) == "macro_f1"
+        and next(iter(trial.compute_test_metrics(data, {**_read(shared, record)}))) == "macro_f1"
     )
 
 
@@ -207,7 +207,7 @@ def test_a_target_s_rows_may_complete_what_a_source_fitted(tmp_path, paths, monk
     seen = []
     monkeypatch.setattr(
         Image,
-        "grown",
+        "extend_state",
         lambda self, table, columns: (
             seen.append((len(table), columns)) or {**self.state, "mean": [0.25] * 3}
         ),

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from pipeline.prepare.engine.inputs import Opener, plain_suffix
 from pipeline.prepare.readers.archives import Entry, Listing
-from pipeline.prepare.readers.csv_blocks import SUFFIXES, Column, Tally, instants, stem, whole
+from pipeline.prepare.readers.csv_blocks import SUFFIXES, Column, RowCounts, instants, stem, whole
 
 NEEDED = {
     "chartevents": "vital signs",
@@ -152,7 +152,7 @@ def stays(tables: dict[str, list[Entry]]) -> Stays:
     Raises ValueError where the times of ICUSTAYS have a zone and those of ADMISSIONS have none, or
     the other way round. Days of birth are not compared: a few hours make no difference to an age.
     """
-    of_admissions, of_stays = Tally(), Tally()
+    of_admissions, of_stays = RowCounts(), RowCounts()
     with closing(Opener()) as opener:
         patients, admissions, wrong = (
             _patients(tables, opener),
@@ -333,7 +333,7 @@ class _Admissions(dict[int, _Admission]):
 
 
 def _admissions(
-    tables: dict[str, list[Entry]], opener: Opener, tally: Tally
+    tables: dict[str, list[Entry]], opener: Opener, tally: RowCounts
 ) -> tuple[_Admissions, dict[int, str]]:
     """(the admissions, and of the others why they make no sense, by hadm_id)."""
     table = _read(
@@ -427,7 +427,7 @@ def _read(
     tables: dict[str, list[Entry]],
     opener: Opener,
     kinds: dict[str, str],
-    tally: Tally | None = None,
+    tally: RowCounts | None = None,
 ) -> pa.Table:
     """A small table; a kind with a question mark may be missing."""
     return whole(

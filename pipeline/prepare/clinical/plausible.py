@@ -181,8 +181,8 @@ class Units:
             known[key, plain_unit(row["written"])] = float(row["factor"])
 
     def factor(self, written: str | None, variable: str, unit: str, conversion: str) -> float:
-        """What a value in the unit ``written`` is multiplied by to be in that of its item, before
-        the item's conversion; NaN where that is not known.
+        """What a value in the unit ``output_columns`` is multiplied by to be in that of its item,
+        before the item's conversion; NaN where that is not known.
 
         ``unit``: that of the variable. No unit at all is taken for the item's own.
         """

@@ -11,8 +11,8 @@ from pydantic import Field
 from pipeline.config.registry import Options, register
 from pipeline.prepare.cohorts.definition import (
     BENCHMARK,
-    Definition,
-    benchmark,
+    CohortDefinition,
+    benchmark_exclusions,
     first_event,
     hourly,
     last_hour,
@@ -35,7 +35,7 @@ class DecompensationOptions(Options):
 
 
 @register("cohort", "decompensation", options=DecompensationOptions)
-class Decompensation(Definition):
+class Decompensation(CohortDefinition):
     """``label_times``: hours from the fourth one on, after the first event, until ICU discharge or
     death; ``label_values``: 1 where death comes less than 24 hours later (at just 24 hours: 0),
     else 0 (Harutyunyan et al. 2019, Scientific Data 6:96; their code, unlike their text, begins
@@ -62,7 +62,7 @@ class Decompensation(Definition):
         counts, _ = self._hours(table)
         return reasons(
             len(table),
-            *benchmark(table, self.options.exclude),
+            *benchmark_exclusions(table, self.options.exclude),
             (~np.isin(death, (0, 1)), "outcome unknown"),
             ((death == 1) & np.isnan(lived), "hour of death unknown"),
             (np.isnan(stay), "length of stay unknown"),

@@ -42,7 +42,7 @@ BENCHMARK = {
 """Columns that `benchmark` reads, and what for."""
 
 
-class Definition(ABC):
+class CohortDefinition(ABC):
     """One cohort and its labels. Its methods are given a pyarrow table of B event rows and are
     vectorised over it; none may look at a later row.
 
@@ -85,7 +85,7 @@ class Definition(ABC):
 
 
 def select(
-    definition: Definition, table: pa.Table, history: bool = True
+    definition: CohortDefinition, table: pa.Table, history: bool = True
 ) -> tuple[pa.Table, np.ndarray]:
     """(rows of the cohort: inputs up to the window, labels, subgroups; (B,) objects, "" or why a
     row of ``table`` is left out).
@@ -100,7 +100,7 @@ def select(
             f"cohort {definition.registered_name} gives no window for rows that it includes; "
             "let include() leave them out"
         )
-    cut, seen = until(table, np.where(why == "", window, -np.inf), history)
+    cut, seen = truncate_events(table, np.where(why == "", window, -np.inf), history)
     why = np.where((why == "") & (seen == 0), UNSEEN, why)
     kept = cut.filter(pa.array(why == ""))
     made = {**definition.labels(kept), **subgroups(kept)}
@@ -115,11 +115,13 @@ def select(
     return pa.table({**columns, **made}), why
 
 
-def until(table: pa.Table, window: np.ndarray, history: bool = True) -> tuple[pa.Table, np.ndarray]:
+def truncate_events(
+    table: pa.Table, window: np.ndarray, history: bool = True
+) -> tuple[pa.Table, np.ndarray]:
     """(the table with events up to the window of each row alone, (B,) how many of them lie between
     the row's start and its window).
     """
-    lists = {name: whole(table, name) for name in LISTS}
+    lists = {name: column_array(table, name) for name in LISTS}
     row = rows_of(lists["times"])
     times = flat(lists["times"])
     early = times <= window[row] + EPS
@@ -141,20 +143,20 @@ def until(table: pa.Table, window: np.ndarray, history: bool = True) -> tuple[pa
     ), seen
 
 
-def wrong(table: pa.Table) -> np.ndarray:
+def invalid_row_reasons(table: pa.Table) -> np.ndarray:
     """(B,) objects: "", or why a row is none of events, in words without a value of it."""
     lengths = [
         # pyright: ignore
-        pc.list_value_length(whole(table, name)).fill_null(-1).to_numpy(zero_copy_only=False)
+        pc.list_value_length(column_array(table, name)).fill_null(-1).to_numpy(zero_copy_only=False)
         for name in LISTS
     ]
-    times = whole(table, "times")
+    times = column_array(table, "times")
     strange = np.zeros(len(table), dtype=bool)
     strange[rows_of(times)[~np.isfinite(flat(times))]] = True
-    empty = np.asarray(whole(table, "entity").is_null().to_numpy(zero_copy_only=False))
+    empty = np.asarray(column_array(table, "entity").is_null().to_numpy(zero_copy_only=False))
     shortest, longest = np.min(lengths, axis=0), np.max(lengths, axis=0)
     unsplit = (
-        np.asarray(whole(table, "split").is_null().to_numpy(zero_copy_only=False))
+        np.asarray(column_array(table, "split").is_null().to_numpy(zero_copy_only=False))
         if "split" in table.column_names
         else np.zeros(len(table), dtype=bool)
     )
@@ -171,7 +173,7 @@ def wrong(table: pa.Table) -> np.ndarray:
 # ---------------------------------------------------------------- columns
 
 
-def whole(table: pa.Table, name: str) -> Any:
+def column_array(table: pa.Table, name: str) -> Any:
     """A column (``static.Age`` for a field of a struct) as one array."""
     column, _, inner = name.partition(".")
     chunks = table[column].chunks
@@ -199,7 +201,7 @@ def numbers(table: pa.Table, name: str) -> np.ndarray:
     """(B,) float64 of a column of numbers or truths; NaN where it is null. Raises ValueError for
     other columns.
     """
-    column = whole(table, name)
+    column = column_array(table, name)
     try:
         found = column.cast(pa.int8()) if pa.types.is_boolean(column.type) else column
         return np.asarray(found.cast(pa.float64()).to_numpy(zero_copy_only=False), dtype=np.float64)
@@ -243,7 +245,7 @@ def reasons(rows: int, *pairs: tuple[np.ndarray, str]) -> np.ndarray:
     return out
 
 
-def benchmark(table: pa.Table, exclude: str) -> list[tuple[np.ndarray, str]]:
+def benchmark_exclusions(table: pa.Table, exclude: str) -> list[tuple[np.ndarray, str]]:
     """Masks and reasons of Harutyunyan et al. 2019's exclusions (moved between ICUs, several ICU
     stays in the admission, no adult), or none of them.
     """
@@ -265,7 +267,7 @@ def first_event(table: pa.Table) -> np.ndarray:
     """(B,) float64, the hour of the first event at or after the start; infinite where there is
     none.
     """
-    times = whole(table, "times")
+    times = column_array(table, "times")
     hours, row = flat(times), rows_of(times)
     out = np.full(len(table), np.inf)
     np.minimum.at(out, row[hours > -EPS], hours[hours > -EPS])
@@ -307,7 +309,7 @@ def subgroups(table: pa.Table) -> dict[str, pa.Array]:
     out: dict[str, pa.Array] = {}
     there = names_of(table.schema)
     if "static.Gender" in there:
-        out["sex"] = _named(whole(table, "static.Gender"), GENDERS)
+        out["sex"] = _named(column_array(table, "static.Gender"), GENDERS)
     if "static.Age" in there:
         ages = numbers(table, "static.Age").tolist()
         out["age_band"] = pa.array(
@@ -325,7 +327,9 @@ def subgroups(table: pa.Table) -> dict[str, pa.Array]:
     ):
         place = next((place for place in places if place in there), None)
         if place is not None:
-            out[name] = _named(whole(table, place), ICU_TYPES if place == "static.ICUType" else {})
+            out[name] = _named(
+                column_array(table, place), ICU_TYPES if place == "static.ICUType" else {}
+            )
     return out
 
 

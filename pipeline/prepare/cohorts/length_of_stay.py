@@ -12,8 +12,8 @@ from pipeline.config.registry import Options, register
 from pipeline.prepare.cohorts.definition import (
     BENCHMARK,
     EPS,
-    Definition,
-    benchmark,
+    CohortDefinition,
+    benchmark_exclusions,
     first_event,
     hourly,
     last_hour,
@@ -46,7 +46,7 @@ class LengthOfStayOptions(Options):
 
 
 @register("cohort", "length_of_stay", options=LengthOfStayOptions)
-class LengthOfStay(Definition):
+class LengthOfStay(CohortDefinition):
     """Remaining time in the ICU as the number of its bucket: 0 (less than a day), 1 to 7 (days
     begun), 8 (8 to 14 days), 9 (14 and more).
 
@@ -74,7 +74,7 @@ class LengthOfStay(Definition):
         )
         return reasons(
             len(table),
-            *benchmark(table, self.options.exclude),
+            *benchmark_exclusions(table, self.options.exclude),
             (np.isnan(stay), "length of stay unknown"),
             (np.isinf(first_event(table)), "no events in the window"),
             short,

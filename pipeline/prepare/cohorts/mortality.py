@@ -12,8 +12,8 @@ from pipeline.config.registry import Options, register
 from pipeline.prepare.cohorts.definition import (
     BENCHMARK,
     EPS,
-    Definition,
-    benchmark,
+    CohortDefinition,
+    benchmark_exclusions,
     numbers,
     reasons,
 )
@@ -38,7 +38,7 @@ class MortalityOptions(Options):
 
 
 @register("cohort", "mortality", options=MortalityOptions)
-class Mortality(Definition):
+class Mortality(CohortDefinition):
     """``label``: 1 for death in the hospital, else 0 (Harutyunyan et al. 2019, Scientific Data
     6:96; Silva et al. 2012 for PhysioNet 2012).
 
@@ -73,7 +73,7 @@ class Mortality(Definition):
         )
         return reasons(
             len(table),
-            *benchmark(table, self.options.exclude),
+            *benchmark_exclusions(table, self.options.exclude),
             unknown,
             (np.isnan(stay), "length of stay unknown"),
             (stay < self.options.hours - EPS, f"stay shorter than {self.options.hours:g} hours"),

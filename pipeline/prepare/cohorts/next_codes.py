@@ -13,13 +13,13 @@ from pydantic import Field
 from pipeline.config.registry import Options, register
 from pipeline.prepare.cohorts.definition import (
     BENCHMARK,
-    Definition,
-    benchmark,
+    CohortDefinition,
+    benchmark_exclusions,
+    column_array,
     lists,
     numbers,
     reasons,
     rows_of,
-    whole,
 )
 
 
@@ -40,7 +40,7 @@ class NextCodesOptions(Options):
 
 
 @register("cohort", "next_codes", options=NextCodesOptions)
-class NextCodes(Definition):
+class NextCodes(CohortDefinition):
     """``labels``: categories of the ICD-9 codes of the patient's next admission, sorted (as Doctor
     AI predicts them, Choi et al. 2016). Stays without a next admission, or whose next one has no
     codes, are left out. The whole ICU stay's events are inputs, with the codes of earlier
@@ -58,11 +58,14 @@ class NextCodes(Definition):
 
     def include(self, table: pa.Table) -> np.ndarray:
         counts = (
-            whole(table, "next_icd9").value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
+            column_array(table, "next_icd9")
+            .value_lengths()
+            .fill_null(0)
+            .to_numpy(zero_copy_only=False)
         )
         return reasons(
             len(table),
-            *benchmark(table, self.options.exclude),
+            *benchmark_exclusions(table, self.options.exclude),
             (np.isnan(numbers(table, "icu_hours")), "length of stay unknown"),
             (counts == 0, "no next admission with codes"),
         )
@@ -71,7 +74,7 @@ class NextCodes(Definition):
         return numbers(table, "icu_hours")
 
     def labels(self, table: pa.Table) -> dict[str, pa.Array]:
-        found = whole(table, "next_icd9")
+        found = column_array(table, "next_icd9")
         codes = [
             (code or "").strip().replace(".", "").upper()[: self.options.characters]
             for code in found.flatten().to_pylist()

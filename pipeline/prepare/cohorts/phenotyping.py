@@ -14,13 +14,13 @@ from pydantic import Field
 from pipeline.config.registry import Options, register
 from pipeline.prepare.cohorts.definition import (
     BENCHMARK,
-    Definition,
-    benchmark,
+    CohortDefinition,
+    benchmark_exclusions,
+    column_array,
     lists,
     numbers,
     reasons,
     rows_of,
-    whole,
 )
 
 
@@ -37,7 +37,7 @@ class PhenotypingOptions(Options):
 
 
 @register("cohort", "phenotyping", options=PhenotypingOptions)
-class Phenotyping(Definition):
+class Phenotyping(CohortDefinition):
     """``labels``: names of the conditions among the ICD-9 codes of the admission, sorted
     (Harutyunyan et al. 2019, Scientific Data 6:96; groups of codes are HCUP CCS 2015's, in
     phenotypes.csv). Codes of no group are passed over, and so are dots and blanks in codes.
@@ -53,10 +53,10 @@ class Phenotyping(Definition):
         }
 
     def include(self, table: pa.Table) -> np.ndarray:
-        codes = np.asarray(whole(table, "icd9").is_null().to_numpy(zero_copy_only=False))
+        codes = np.asarray(column_array(table, "icd9").is_null().to_numpy(zero_copy_only=False))
         return reasons(
             len(table),
-            *benchmark(table, self.options.exclude),
+            *benchmark_exclusions(table, self.options.exclude),
             (np.isnan(numbers(table, "icu_hours")), "length of stay unknown"),
             (codes, "codes unknown"),
         )
@@ -65,7 +65,7 @@ class Phenotyping(Definition):
         return numbers(table, "icu_hours")
 
     def labels(self, table: pa.Table) -> dict[str, pa.Array]:
-        found = whole(table, "icd9")
+        found = column_array(table, "icd9")
         groups = {
             code: name
             for code, (name, kind) in phenotypes().items()

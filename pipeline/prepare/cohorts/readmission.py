@@ -12,8 +12,8 @@ from pipeline.config.registry import Options, register
 from pipeline.prepare.cohorts.definition import (
     BENCHMARK,
     EPS,
-    Definition,
-    benchmark,
+    CohortDefinition,
+    benchmark_exclusions,
     numbers,
     reasons,
 )
@@ -34,7 +34,7 @@ class ReadmissionOptions(Options):
 
 
 @register("cohort", "readmission", options=ReadmissionOptions)
-class Readmission(Definition):
+class Readmission(CohortDefinition):
     """``label``: 1 where the patient's next admission begins at most 30 days after hospital
     discharge, else 0. Those who died in the hospital are left out. Death after discharge is not
     known and counts as no readmission. The whole ICU stay's events are inputs. No task of
@@ -53,7 +53,7 @@ class Readmission(Definition):
         death = numbers(table, "hospital_death")
         return reasons(
             len(table),
-            *benchmark(table, self.options.exclude),
+            *benchmark_exclusions(table, self.options.exclude),
             (death == 1, "died in the hospital"),
             (death != 0, "outcome unknown"),
             (np.isnan(numbers(table, "icu_hours")), "length of stay unknown"),

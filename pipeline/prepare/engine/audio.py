@@ -30,9 +30,9 @@ from pipeline.io import storage
 from pipeline.media import audio_io
 from pipeline.media.audio_io import BrokenAudioError, Info, Sound
 from pipeline.prepare.engine.importing import Index, place, table
-from pipeline.prepare.engine.indexed import GROUP_BYTES, IndexWork, is_one_way, loaded
-from pipeline.prepare.engine.inputs import HELD_OUT_FIRST, Opener, Piece, Reading, decoded
-from pipeline.prepare.engine.shard_tasks import Made, Settings
+from pipeline.prepare.engine.indexed import GROUP_BYTES, IndexShardTask, is_one_way, loaded
+from pipeline.prepare.engine.inputs import HELD_OUT_FIRST, InputSplit, Opener, SplitReader, decoded
+from pipeline.prepare.engine.shard_tasks import Settings, ShardResult
 from pipeline.prepare.readers.archives import GZIPPED, Entry, Listing, Reader, Window, open_archive
 from pipeline.prepare.readers.picture_check import BrokenImageError
 
@@ -59,7 +59,7 @@ COUNTED = ("silent", "clipped", "cut out of longer recordings", "written anew as
 
 
 @dataclass(frozen=True)
-class Terms:
+class SoundOptions:
     """What an importer's options say of the sound itself, by the same names. ``rate``: samples a
     second, 0 for its own; ``longest`` in seconds.
     """
@@ -79,7 +79,7 @@ class AudioImporter(ABC):
 
     def __init__(self, options: Any = None):
         self.options: Any = options if options is not None else self.options_class()
-        rate = self.terms.rate
+        rate = self.sound_options.rate
         if rate and not audio_io.RATES[0] <= rate <= audio_io.RATES[1]:
             raise ValueError(
                 f"--set rate={rate}: from {audio_io.RATES[0]} to {audio_io.RATES[1]} samples "
@@ -87,9 +87,11 @@ class AudioImporter(ABC):
             )
 
     @property
-    def terms(self) -> Terms:
+    def sound_options(self) -> SoundOptions:
         given = self.options.model_dump()
-        return Terms(**{one.name: given[one.name] for one in fields(Terms) if one.name in given})
+        return SoundOptions(
+            **{one.name: given[one.name] for one in fields(SoundOptions) if one.name in given}
+        )
 
     @abstractmethod
     def index(self, source: str) -> Index:
@@ -180,7 +182,7 @@ def lines_of(entries: Iterable[Entry]) -> Iterator[Line]:
 
     def read(entry: Entry) -> list[Line]:
         out = []
-        for number, _, raw in Reading(Piece(entry.name, "", entry), opener).numbered():
+        for number, _, raw in SplitReader(InputSplit(entry.name, "", entry), opener).numbered():
             text, reason = decoded(raw)
             text = text if raw is None or not reason else raw.decode(errors="replace")
             if reason or text.strip():
@@ -198,7 +200,7 @@ def broken(path: str, split: str, reason: str) -> dict[str, str]:
     return {"path": path, "split": split, "reason": reason}
 
 
-def joined(
+def join_transcripts(
     rows: dict[Any, dict[str, Any]],
     said: dict[Any, list[Line]],
     split_of: Callable[[Any], str],
@@ -248,7 +250,7 @@ def joined(
     return out, bad
 
 
-def once(
+def drop_repeated_keys(
     rows: list[dict[str, Any]], key: Callable[[dict[str, Any]], Any]
 ) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
     """(rows whose ``key`` stands once, broken ones): of several the held-out one stays, test before
@@ -280,7 +282,7 @@ def once(
 # ---------------------------------------------------------------- parts
 
 
-class AudioWork(IndexWork):
+class AudioShardTask(IndexShardTask):
     """The parts of an index of recordings.
 
     Columns: ``audio`` (a whole file), ``path``, ``split``, the importer's, ``recording_start``
@@ -301,7 +303,7 @@ class AudioWork(IndexWork):
         self.notes = {**self.notes, **{what: {} for what in COUNTED}, "levels": LEVELS}
 
     def sizes(self) -> np.ndarray:
-        rows, rate = self.index.rows, self.importer.terms.rate
+        rows, rate = self.index.rows, self.importer.sound_options.rate
         sizes = super().sizes()
         if rate:
             sizes = sizes * np.where(
@@ -329,17 +331,19 @@ class AudioWork(IndexWork):
         return pa.schema(made, metadata={"onetomany": json.dumps(about, ensure_ascii=False)})
 
     @property
-    def make(self) -> Callable[[Any, Path], Made]:
-        return partial(_make, self.importer.terms, self.schema)
+    def make(self) -> Callable[[Any, Path], ShardResult]:
+        return partial(_make, self.importer.sound_options, self.schema)
 
 
-def _make(terms: Terms, schema: pa.Schema, rows: pa.Table, scratch: Path) -> Made:
+def _make(
+    sound_options: SoundOptions, schema: pa.Schema, rows: pa.Table, scratch: Path
+) -> ShardResult:
     """Read, examine and write one part."""
     reader, listed, path = Reader(), rows.to_pylist(), scratch / "part.parquet"
     bad: list[dict[str, str]] = []
     counts: Counter[tuple[str, str]] = Counter()
     try:
-        made = _rows(terms, reader, listed, bad, counts)
+        made = _rows(sound_options, reader, listed, bad, counts)
         ordered = sorted(made, key=lambda one: one[0]) if is_one_way(listed) else made
         count = _write(path, schema, (row for _, row in ordered))
     finally:
@@ -347,7 +351,7 @@ def _make(terms: Terms, schema: pa.Schema, rows: pa.Table, scratch: Path) -> Mad
     amounts: dict[str, dict[str, int]] = {}
     for (what, split), number in sorted(counts.items()):
         amounts.setdefault(what, {})[split] = number
-    return Made(path, count, bad, amounts)
+    return ShardResult(path, count, bad, amounts)
 
 
 def _write(path: Path, schema: pa.Schema, rows: Iterator[dict[str, Any]]) -> int:
@@ -373,7 +377,7 @@ def _write(path: Path, schema: pa.Schema, rows: Iterator[dict[str, Any]]) -> int
 
 
 def _rows(
-    terms: Terms,
+    sound_options: SoundOptions,
     reader: Reader,
     listed: list[dict[str, Any]],
     bad: list[dict[str, str]],
@@ -389,10 +393,10 @@ def _rows(
             data = _with_header(row, data)
             with nullcontext(data) if isinstance(data, bytes) else data:
                 info = audio_io.inspect(data)
-                spans, whole = _spans(row, data, info, terms)
+                spans, whole = _spans(row, data, info, sound_options)
                 for span in spans:
                     try:
-                        made, told = _row(row, data, info, span, whole, terms)
+                        made, counted = _row(row, data, info, span, whole, sound_options)
                     except BrokenAudioError as error:
                         at = "" if whole else f" from {span[0]:.2f} s to {span[1]:.2f} s"
                         bad.append(
@@ -400,7 +404,7 @@ def _rows(
                             | ({"pieces": str(len(spans))} if len(spans) > 1 else {})
                         )
                         continue
-                    counts.update((what, row["split"]) for what in told)
+                    counts.update((what, row["split"]) for what in counted)
                     yield i, made
         except (BrokenAudioError, BrokenImageError) as error:
             bad.append(broken(row["path"], row["split"], str(error)))
@@ -450,7 +454,7 @@ def _with_header(row: dict[str, Any], data: Sound) -> Sound:
 
 
 def _spans(
-    row: dict[str, Any], data: Sound, info: Info, terms: Terms
+    row: dict[str, Any], data: Sound, info: Info, sound_options: SoundOptions
 ) -> tuple[list[tuple[float, float]], bool]:
     """((start, stop) in seconds of the rows that a row of the index becomes, whether that is all of
     the file as one).
@@ -460,15 +464,16 @@ def _spans(
     whole = start <= SLACK_SECONDS and abs(stop - info.seconds) <= SLACK_SECONDS
     if whole:
         start, stop = 0.0, info.seconds
-    if stop - start <= terms.longest:
+    if stop - start <= sound_options.longest:
         return [(start, stop)], whole
     if (row.get("transcript") or "").strip():
         raise BrokenAudioError(
-            f"{stop - start:.1f} s with a transcript, longer than longest={terms.longest:g}: "
+            f"{stop - start:.1f} s with a transcript, longer than "
+            f"longest={sound_options.longest:g}: "
             "align and cut it, or raise --set longest"
         )
     return audio_io.pieces(
-        data, None, terms.longest, terms.cut, start, None if whole else stop - start
+        data, None, sound_options.longest, sound_options.cut, start, None if whole else stop - start
     ), False
 
 
@@ -478,14 +483,14 @@ def _row(
     info: Info,
     span: tuple[float, float],
     whole: bool,
-    terms: Terms,
+    sound_options: SoundOptions,
 ) -> tuple[dict[str, Any], list[str]]:
     """(one row, which of COUNTED it is)."""
     start, stop = span
     samples, rate, peak, clipped = (
         audio_io.measured(data) if whole else audio_io.measured(data, start, stop - start)
     )
-    told = [
+    counted = [
         what
         for what, is_so in zip(
             COUNTED, (peak <= SILENT, clipped > CLIPPED, not whole), strict=False
@@ -493,12 +498,15 @@ def _row(
         if is_so
     ]
     content = _content(data) if whole else b""
-    if whole and terms.rate in (0, rate) and not (terms.mono and info.channels > 1):
+    if whole and sound_options.rate in (0, rate) and not (sound_options.mono and info.channels > 1):
         audio = content
     else:
-        samples, rate = audio_io.resample(samples, rate, terms.rate or rate), terms.rate or rate
+        samples, rate = (
+            audio_io.resample(samples, rate, sound_options.rate or rate),
+            sound_options.rate or rate,
+        )
         audio = audio_io.encode(audio_io.pcm(samples), rate)
-        told.append(COUNTED[-1])
+        counted.append(COUNTED[-1])
     return {
         **row,
         "audio": audio,
@@ -507,7 +515,7 @@ def _row(
         "rate": info.rate,
         "channels": info.channels,
         "sha256": hashlib.sha256(content if whole else audio).hexdigest(),
-    }, told
+    }, counted
 
 
 def _content(data: Sound) -> bytes:

@@ -22,8 +22,15 @@ import pyarrow.compute as pc
 
 from pipeline.config.registry import Options
 from pipeline.io import storage
-from pipeline.prepare.engine.shard_tasks import Check, Made, Part, Settings, Tell, Work
-from pipeline.prepare.engine.table_importer import SURVEYS, RowGroups
+from pipeline.prepare.engine.shard_tasks import (
+    BudgetCheck,
+    OutputShard,
+    ProgressCallback,
+    Settings,
+    ShardResult,
+    ShardTask,
+)
+from pipeline.prepare.engine.table_importer import SCANS, RowGroups
 
 VECTORS = pa.list_(pa.list_(pa.float32()))
 """(T, O) observations or (T, A) actions of a row."""
@@ -149,7 +156,7 @@ def matrix(column: Any, what: str, width: int = 0) -> np.ndarray:
     )
 
 
-def unfit(steps: np.ndarray, what: str, names: Sequence[str] = ()) -> str:
+def number_problem(steps: np.ndarray, what: str, names: Sequence[str] = ()) -> str:
     """Why numbers (T, n) or (T,) of an episode cannot be used, or "": the first that is none, or is
     infinite, by its step and column. ``names``: of columns.
     """
@@ -232,7 +239,7 @@ class EpisodeImporter(ABC):
     def episodes(self, items: list[Any], settings: Settings) -> Iterator[Result]:
         """What becomes of each of the items, in their order; in another process than ``index``."""
 
-    def begin(self, output: str, tell: Tell) -> None:
+    def begin(self, output: str, report_progress: ProgressCallback) -> None:
         """What is to be made before the first part, in this process; ``self`` then travels to
         others.
         """
@@ -243,7 +250,7 @@ class EpisodeImporter(ABC):
         return amounts
 
 
-class EpisodeWork(Work):
+class EpisodeShardTask(ShardTask):
     """The parts of such a source: neighbouring episodes of a split, in their order."""
 
     noun = "episodes"
@@ -258,21 +265,23 @@ class EpisodeWork(Work):
         self.name, self.importer, self.settings = name, importer, settings
         self.found = importer.index(source, settings)
         self.label = importer.label
-        self.parts = _parts(self.found, settings, importer.rows_a_part)
+        self.shards = _parts(self.found, settings, importer.rows_a_part)
         self.key = (
             self.found.mark,
             settings.resize,
             settings.quality,
-            [[part.name, part.start, part.stop] for part in self.parts],
+            [[shard.name, shard.start, shard.stop] for shard in self.shards],
         )
         self.broken, self.total = self.found.broken, len(self.found.items) + len(self.found.broken)
         self.notes, self.info = self.found.notes, self.found.info
 
-    def begin(self, output: str, check: Check, tell: Tell, cpus: float) -> None:
-        self.importer.begin(output, tell)
+    def begin(
+        self, output: str, check: BudgetCheck, report_progress: ProgressCallback, cpus: float
+    ) -> None:
+        self.importer.begin(output, report_progress)
 
     def clear(self, output: str) -> None:
-        storage.remove_tree(storage.join(output, SURVEYS))
+        storage.remove_tree(storage.join(output, SCANS))
 
     @property
     def schema(self) -> pa.Schema:
@@ -283,14 +292,14 @@ class EpisodeWork(Work):
         )
 
     @property
-    def make(self) -> Callable[[Any, Path], Made]:
+    def make(self) -> Callable[[Any, Path], ShardResult]:
         return partial(_make, self.importer, self.settings, self.schema)
 
-    def payload(self, part: Part) -> list[Any]:
-        return self.found.items[part.start : part.stop]
+    def payload(self, shard: OutputShard) -> list[Any]:
+        return self.found.items[shard.start : shard.stop]
 
-    def weight(self, part: Part) -> int:
-        return part.stop - part.start
+    def weight(self, shard: OutputShard) -> int:
+        return shard.stop - shard.start
 
     def shown(self, amounts: dict[str, dict[str, Any]]) -> dict[str, Any]:
         if not amounts.get("steps"):
@@ -301,7 +310,7 @@ class EpisodeWork(Work):
         return self.importer.shown(amounts)
 
 
-def _parts(found: Episodes, settings: Settings, rows: int) -> list[Part]:
+def _parts(found: Episodes, settings: Settings, rows: int) -> list[OutputShard]:
     """Neighbours of a split, as many as ``--rows-per-part`` says, else ``rows``, else as make about
     ``part_bytes``.
     """
@@ -317,7 +326,7 @@ def _parts(found: Episodes, settings: Settings, rows: int) -> list[Part]:
             held.append([i, i + 1])
             size = float(found.sizes[i])
     return [
-        Part(f"{split}-{i:05d}-of-{len(held):05d}.parquet", split, start, stop)
+        OutputShard(f"{split}-{i:05d}-of-{len(held):05d}.parquet", split, start, stop)
         for split, held in spans.items()
         for i, (start, stop) in enumerate(held)
     ]
@@ -329,7 +338,7 @@ def _make(
     schema: pa.Schema,
     items: list[Any],
     scratch: Path,
-) -> Made:
+) -> ShardResult:
     """The episodes of a part as Parquet in a file: no more in memory than a row group and one
     episode.
     """
@@ -345,4 +354,4 @@ def _make(
             for name, count in found.amounts.items():
                 held = amounts.setdefault(name, {})
                 held[found.split] = held.get(found.split, 0) + count
-    return Made(path, rows, broken, amounts)
+    return ShardResult(path, rows, broken, amounts)

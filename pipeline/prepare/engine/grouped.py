@@ -33,11 +33,18 @@ from pipeline.core.rng import mix, row_keys
 from pipeline.data.stream import map_items
 from pipeline.io import atomic_folder, checksums, storage
 from pipeline.prepare.engine.inputs import Opener
-from pipeline.prepare.engine.shard_tasks import Check, Made, Part, Settings, Tell, Work
-from pipeline.prepare.engine.table_importer import NAMED, SURVEYS
-from pipeline.prepare.readers.csv_blocks import Cut, Tally
+from pipeline.prepare.engine.shard_tasks import (
+    BudgetCheck,
+    OutputShard,
+    ProgressCallback,
+    Settings,
+    ShardResult,
+    ShardTask,
+)
+from pipeline.prepare.engine.table_importer import NAMED, SCANS
+from pipeline.prepare.readers.csv_blocks import ByteRange, RowCounts
 
-BUCKET_BYTES, CUT_BYTES = 64 << 20, 128 << 20
+BUCKET_BYTES, RANGE_BYTES = 64 << 20, 128 << 20
 """About so many bytes of source text in a bucket, and in what one task of the first pass reads."""
 FLUSH_EVENTS = 1 << 20
 """So many events wait in memory until they are sorted into their buckets."""
@@ -60,10 +67,10 @@ COLUMNS = (
 
 
 @dataclass(frozen=True)
-class Sources:
+class EventTables:
     """Tables of events in pieces; a mark that changes when any file does; notes for the summary."""
 
-    cuts: list[Cut]
+    byte_ranges: list[ByteRange]
     mark: str
     notes: dict[str, Any] = field(default_factory=dict)
 
@@ -107,7 +114,7 @@ class GroupedImporter(ABC):
         self.options: Any = options if options is not None else self.options_class()
 
     @abstractmethod
-    def sources(self, source: str, cut_bytes: int) -> Sources:
+    def sources(self, source: str, cut_bytes: int) -> EventTables:
         """The tables below ``source``, the same at every call. Raises ValueError for one that is
         missing, saying what it is needed for.
         """
@@ -118,7 +125,12 @@ class GroupedImporter(ABC):
 
     @abstractmethod
     def events(
-        self, cut: Cut, opener: Opener, keys: Any, tally: Tally, dropped: Counter[str]
+        self,
+        byte_range: ByteRange,
+        opener: Opener,
+        keys: Any,
+        tally: RowCounts,
+        dropped: Counter[str],
     ) -> Iterator[Events]:
         """The good events of a piece, in blocks; ``dropped`` counts the others by reason, under a
         name ``table: reason``.
@@ -138,7 +150,7 @@ class GroupedImporter(ABC):
         return None
 
 
-class GroupedWork(Work):
+class GroupedShardTask(ShardTask):
     """The parts of a source of long tables: for each split as many buckets as make about 64 MiB of
     source text each.
     """
@@ -159,7 +171,7 @@ class GroupedWork(Work):
             )
         most = settings.part_bytes if settings.part_mb else BUCKET_BYTES
         self.name, self.importer, self.label = name, importer, importer.label
-        self.sources = importer.sources(source, min(CUT_BYTES, 2 * most))
+        self.sources = importer.sources(source, min(RANGE_BYTES, 2 * most))
         self.entities = importer.entities(source)
         rows = self.entities.rows
         if not len(rows) and not self.entities.broken:
@@ -172,21 +184,29 @@ class GroupedWork(Work):
                 f"{source}: none of {count} entities can be used. First one: {first['path']}: "
                 f"{first['reason']}"
             )
-        self.buckets, self.parts = _buckets(
-            rows, self.entities.group, sum(cut.size for cut in self.sources.cuts), most
+        self.buckets, self.shards = _buckets(
+            rows,
+            self.entities.group,
+            sum(byte_range.size for byte_range in self.sources.byte_ranges),
+            most,
         )
         self.total, self.broken = len(rows) + len(self.entities.broken), self.entities.broken
         self.key = (
             self.sources.mark,
-            [[cut.table, len(cut.entries), cut.start, cut.stop] for cut in self.sources.cuts],
-            len(self.parts),
+            [
+                [byte_range.table, len(byte_range.entries), byte_range.start, byte_range.stop]
+                for byte_range in self.sources.byte_ranges
+            ],
+            len(self.shards),
         )
         self._order = np.argsort(self.buckets, kind="stable")
-        self._bounds = np.searchsorted(self.buckets[self._order], np.arange(len(self.parts) + 1))
+        self._bounds = np.searchsorted(self.buckets[self._order], np.arange(len(self.shards) + 1))
         self._scratch: list[str] = []
         self.notes, self.info = {**self.sources.notes, **self.entities.notes}, self.entities.info
 
-    def begin(self, output: str, check: Check, tell: Tell, cpus: float) -> None:
+    def begin(
+        self, output: str, check: BudgetCheck, report_progress: ProgressCallback, cpus: float
+    ) -> None:
         """The first pass: every piece of every table to scratch. Raises ValueError for more broken
         entities or lines than may be, and where rows are read but no event is left.
         """
@@ -196,16 +216,16 @@ class GroupedWork(Work):
             self.total,
         )
         self._scratch = [
-            storage.join(output, SURVEYS, f"{i:05d}-of-{len(self.sources.cuts):05d}")
-            for i in range(len(self.sources.cuts))
+            storage.join(output, SCANS, f"{i:05d}-of-{len(self.sources.byte_ranges):05d}")
+            for i in range(len(self.sources.byte_ranges))
         ]
         jobs = [
-            (uri, cut)
-            for uri, cut in zip(self._scratch, self.sources.cuts, strict=True)
-            if checksums.whole_folder(uri, "this piece is read again") is None
+            (uri, byte_range)
+            for uri, byte_range in zip(self._scratch, self.sources.byte_ranges, strict=True)
+            if checksums.intact_folder(uri, "this piece is read again") is None
         ]
         split = partial(
-            _partition, self.importer, self.entities.keys, self.buckets, len(self.parts)
+            _partition, self.importer, self.entities.keys, self.buckets, len(self.shards)
         )
         for number, (uri, error) in enumerate(map_items(split, jobs, cpus=cpus), 1):
             if error:
@@ -215,7 +235,7 @@ class GroupedWork(Work):
                     f"{uri}: a worker has written it on another machine; give an output that "
                     "all machines share, such as s3://"
                 )
-            tell(
+            report_progress(
                 f"prepare {self.name}: read "
                 f"{len(self._scratch) - len(jobs) + number}/{len(self._scratch)} pieces",
                 number == len(jobs),
@@ -257,20 +277,20 @@ class GroupedWork(Work):
         return pa.schema(fields, metadata={"onetomany": json.dumps(about, ensure_ascii=False)})
 
     @property
-    def make(self) -> Callable[[Any, Path], Made]:
+    def make(self) -> Callable[[Any, Path], ShardResult]:
         return partial(_make, self.importer, self.schema, self._scratch, self._counts)
 
-    def payload(self, part: Part) -> Any:
-        rows = self._order[part.start : part.stop]
+    def payload(self, shard: OutputShard) -> Any:
+        rows = self._order[shard.start : shard.stop]
         return (
             int(self.buckets[rows[0]]) if len(rows) else -1,
-            part.split,
+            shard.split,
             rows,
             self.entities.rows.take(pa.array(rows)),
         )
 
-    def weight(self, part: Part) -> int:
-        return part.stop - part.start
+    def weight(self, shard: OutputShard) -> int:
+        return shard.stop - shard.start
 
     def shown(self, amounts: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
         """Without the names of variables with so few events that they may tell of one patient."""
@@ -290,10 +310,12 @@ class GroupedWork(Work):
         }
 
     def clear(self, output: str) -> None:
-        storage.remove_tree(storage.join(output, SURVEYS))
+        storage.remove_tree(storage.join(output, SCANS))
 
 
-def _buckets(rows: pa.Table, group: str, size: int, most: int) -> tuple[np.ndarray, list[Part]]:
+def _buckets(
+    rows: pa.Table, group: str, size: int, most: int
+) -> tuple[np.ndarray, list[OutputShard]]:
     """((n,) int32 bucket of each row, the parts, one a bucket; they count places in the rows sorted
     by bucket).
     """
@@ -310,28 +332,32 @@ def _buckets(rows: pa.Table, group: str, size: int, most: int) -> tuple[np.ndarr
             blake2b(str(key).encode(), digest_size=8).digest() for key in keys.to_pylist()
         )
         hashed = np.frombuffer(digests, dtype="<i8")
-    out, parts, before = np.zeros(len(rows), dtype=np.int32), [], 0
+    out, shards, before = np.zeros(len(rows), dtype=np.int32), [], 0
     for split in sorted(set(splits.tolist())):
         here = np.flatnonzero(splits == split)
         count = max(1, min(len(here), -(-size * len(here) // len(rows) // most)))
         bucket = (hashed[here].view(np.uint64) % np.uint64(count)).astype(np.int64)
         used, bucket = np.unique(bucket, return_inverse=True)
-        out[here] = len(parts) + bucket
+        out[here] = len(shards) + bucket
         ends = before + np.cumsum(np.bincount(bucket, minlength=len(used)))
         starts = [before, *ends[:-1].tolist()]
-        parts += [
-            Part(f"{split}-{i:05d}-of-{len(used):05d}.parquet", split, start, int(end))
+        shards += [
+            OutputShard(f"{split}-{i:05d}-of-{len(used):05d}.parquet", split, start, int(end))
             for i, (start, end) in enumerate(zip(starts, ends, strict=True))
         ]
         before += len(here)
-    return out, parts
+    return out, shards
 
 
 # ---------------------------------------------------------------- the first pass
 
 
 def _partition(
-    importer: GroupedImporter, keys: Any, buckets: np.ndarray, count: int, job: tuple[str, Cut]
+    importer: GroupedImporter,
+    keys: Any,
+    buckets: np.ndarray,
+    count: int,
+    job: tuple[str, ByteRange],
 ) -> tuple[str, str]:
     """A piece's events to scratch, by bucket: (where, ""), or what stops the run as a text (Ray
     would wrap the error in its own).
@@ -339,8 +365,8 @@ def _partition(
     ``events``: records of 16 bytes; ``index.npy``: (flushes, buckets + 1) int64, where in it each
     bucket of each flush begins, in records.
     """
-    uri, cut = job
-    opener, tally, dropped, vocabulary = Opener(), Tally(), Counter[str](), dict[str, int]()
+    uri, byte_range = job
+    opener, tally, dropped, vocabulary = Opener(), RowCounts(), Counter[str](), dict[str, int]()
     local = None if storage.is_remote(uri) else Path(uri).parent
     if local is not None:
         local.mkdir(parents=True, exist_ok=True)
@@ -349,10 +375,10 @@ def _partition(
             path, index, written = Path(scratch) / "events", [], 0
             with open(path, "wb") as file:
                 for block in _flushes(
-                    importer.events(cut, opener, keys, tally, dropped),
+                    importer.events(byte_range, opener, keys, tally, dropped),
                     vocabulary,
                     dropped,
-                    cut.table,
+                    byte_range.table,
                 ):
                     bucket = buckets[block["row"]]
                     order = np.argsort(bucket, kind="stable")
@@ -416,7 +442,7 @@ def _make(
     counts: bool,
     payload: tuple[int, str, np.ndarray, pa.Table],
     scratch: Path,
-) -> Made:
+) -> ShardResult:
     """A bucket's entities as Parquet in a file: no more in memory than the bucket."""
     bucket, split, rows, table = payload
     found, names = _bucket(pieces, bucket)
@@ -478,7 +504,7 @@ def _make(
         per = np.bincount(found["variable"], minlength=len(names))
         for name, count in zip(names, per, strict=True):
             amounts.setdefault(f"{COUNTED}{_kind(name)}", {split: 0})[split] += int(count)
-    return Made(
+    return ShardResult(
         path,
         len(out),
         [],
@@ -515,7 +541,7 @@ def _bucket(pieces: list[str], bucket: int) -> tuple[np.ndarray, list[str]]:
                 data = file.read((end - begin) * EVENT.itemsize)
                 if len(data) != (end - begin) * EVENT.itemsize:
                     raise ValueError(
-                        f"{uri}: its events end early; remove {SURVEYS} in the output and give "
+                        f"{uri}: its events end early; remove {SCANS} in the output and give "
                         "the same command"
                     )
                 block = np.frombuffer(data, dtype=EVENT).copy()

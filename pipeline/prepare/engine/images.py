@@ -17,8 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.prepare.engine.importing import Importer
-from pipeline.prepare.engine.indexed import GROUP_BYTES, IndexWork, loaded
-from pipeline.prepare.engine.shard_tasks import Made, Settings
+from pipeline.prepare.engine.indexed import GROUP_BYTES, IndexShardTask, loaded
+from pipeline.prepare.engine.shard_tasks import Settings, ShardResult
 from pipeline.prepare.readers.archives import Reader
 from pipeline.prepare.readers.picture_check import BrokenImageError, examine
 
@@ -26,7 +26,7 @@ BYTES_A_PIXEL = 0.4
 """A JPEG at quality 92, for the size of parts when images are made smaller."""
 
 
-class ImageWork(IndexWork):
+class ImageShardTask(IndexShardTask):
     """The parts of an index of images."""
 
     measures = ("width", "height", "sha256")
@@ -53,18 +53,18 @@ class ImageWork(IndexWork):
         return pa.schema(made, metadata={"onetomany": json.dumps(about, ensure_ascii=False)})
 
     @property
-    def make(self) -> Callable[[Any, Path], Made]:
+    def make(self) -> Callable[[Any, Path], ShardResult]:
         return partial(_make, self.importer, self.settings, self.schema)
 
 
 def _make(
     importer: Importer, settings: Settings, schema: pa.Schema, rows: pa.Table, scratch: Path
-) -> Made:
+) -> ShardResult:
     """Read, examine and write one part."""
     reader = Reader()
     try:
         out, broken = _rows(importer, settings, reader, rows)
-        return Made(_parquet(out, schema), len(out), broken)
+        return ShardResult(_parquet(out, schema), len(out), broken)
     finally:
         reader.close()
 
@@ -81,7 +81,7 @@ def _rows(
             if isinstance(data, BrokenImageError):
                 raise data
             picture = examine(data, settings.resize, settings.quality)
-            made = importer.complete(row, picture)
+            made = importer.postprocess(row, picture)
         except BrokenImageError as error:
             broken.append({"path": row["path"], "split": row["split"], "reason": str(error)})
             continue

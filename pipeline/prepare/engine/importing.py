@@ -54,10 +54,10 @@ NAMED = 5
 @dataclass(frozen=True)
 class Index:
     """``rows``: PLACE and the importer's own columns, those that begin with an underscore not to be
-    written. ``extra``: columns that ``complete`` adds. ``notes``: counts for the summary. ``info``:
-    what the columns mean, kept in the manifest. ``mark``: changes when the files do. ``broken``:
-    rows without a place (a transcript without its recording): path, split and reason, listed and
-    held against the budget.
+    written. ``extra``: columns that ``postprocess`` adds. ``notes``: counts for the summary.
+    ``info``: what the columns mean, kept in the manifest. ``mark``: changes when the files do.
+    ``broken``: rows without a place (a transcript without its recording): path, split and reason,
+    listed and held against the budget.
     """
 
     rows: pa.Table
@@ -86,7 +86,7 @@ class Importer(ABC):
         gives.
         """
 
-    def complete(self, row: dict[str, Any], picture: Picture) -> dict[str, Any]:
+    def postprocess(self, row: dict[str, Any], picture: Picture) -> dict[str, Any]:
         """The row's columns once its image is known: what lies in pixels moves with it. Raises
         BrokenImageError for a row that cannot be used.
         """
@@ -120,7 +120,7 @@ def table(
     )
 
 
-def few(names: Iterable[Any]) -> str:
+def preview(names: Iterable[Any]) -> str:
     """The first few, and how many there are."""
     names = list(names)
     return ", ".join(map(str, names[:NAMED])) + (
@@ -128,7 +128,7 @@ def few(names: Iterable[Any]) -> str:
     )
 
 
-def first_there(source: str, *candidates: str) -> str | None:
+def first_existing(source: str, *candidates: str) -> str | None:
     """The first of some names below ``source`` that is there."""
     return next(
         (uri for name in candidates if storage.exists(uri := storage.join(source, name))), None
@@ -162,14 +162,14 @@ def records(uri: str, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
     yield from reader
 
 
-def no_empty_classes(names: Iterable[str], source: str) -> None:
+def check_no_empty_classes(names: Iterable[str], source: str) -> None:
     """Raises ValueError naming class folders that hold no image: they would be labels without
     rows.
     """
     names = sorted(names)
     if names:
         raise ValueError(
-            f"{source}: class folders without images: {few(names)}; fill or remove them"
+            f"{source}: class folders without images: {preview(names)}; fill or remove them"
         )
 
 

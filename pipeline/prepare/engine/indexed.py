@@ -19,7 +19,7 @@ from pipeline.core.rng import mix, row_keys
 from pipeline.data.loader import threaded_map
 from pipeline.media.audio_io import BrokenAudioError
 from pipeline.prepare.engine.importing import Index
-from pipeline.prepare.engine.shard_tasks import Part, Settings, Work
+from pipeline.prepare.engine.shard_tasks import OutputShard, Settings, ShardTask
 from pipeline.prepare.readers.archives import GZIPPED
 from pipeline.prepare.readers.picture_check import BrokenImageError
 
@@ -27,7 +27,7 @@ GROUP_BYTES = 8 << 20
 """About so many bytes of files in a row group: what a reader takes at once."""
 
 
-class IndexWork(Work):
+class IndexShardTask(ShardTask):
     """The parts of an index; a kind of file says what a row becomes."""
 
     noun = "files"
@@ -37,7 +37,7 @@ class IndexWork(Work):
         self.index: Index = importer.index(source)
         rows = self.index.rows
         self.order = _order(rows)
-        self.parts = _parts(
+        self.shards = _parts(
             rows["split"].take(pa.array(self.order)).to_pylist(), self.sizes()[self.order], settings
         )
         sized = [settings.part_mb] if settings.part_mb else []
@@ -66,11 +66,11 @@ class IndexWork(Work):
         """Columns of the index that are written."""
         return [field for field in self.index.rows.schema if not field.name.startswith("_")]
 
-    def payload(self, part: Part) -> pa.Table:
-        return self.index.rows.take(pa.array(self.order[part.start : part.stop]))
+    def payload(self, shard: OutputShard) -> pa.Table:
+        return self.index.rows.take(pa.array(self.order[shard.start : shard.stop]))
 
-    def weight(self, part: Part) -> int:
-        return part.stop - part.start
+    def weight(self, shard: OutputShard) -> int:
+        return shard.stop - shard.start
 
 
 def _order(rows: pa.Table) -> np.ndarray:
@@ -96,9 +96,9 @@ def _order(rows: pa.Table) -> np.ndarray:
     return places[np.lexsort((keys, streams, coded))]
 
 
-def _parts(listed: list[str], sizes: np.ndarray, settings: Settings) -> list[Part]:
+def _parts(listed: list[str], sizes: np.ndarray, settings: Settings) -> list[OutputShard]:
     """Even parts of each split; rows are in order."""
-    out: list[Part] = []
+    out: list[OutputShard] = []
     names, starts = np.unique(splits := np.array(listed), return_index=True)
     for split, start, stop in zip(names, starts, [*starts[1:], len(splits)], strict=True):
         rows_here = int(stop - start)
@@ -108,7 +108,7 @@ def _parts(listed: list[str], sizes: np.ndarray, settings: Settings) -> list[Par
         count = -(-rows_here // settings.rows_per_part) if settings.rows_per_part else by_bytes
         cuts = [int(start) + rows_here * i // count for i in range(count + 1)]
         out += [
-            Part(f"{split}-{i:05d}-of-{count:05d}.parquet", str(split), cuts[i], cuts[i + 1])
+            OutputShard(f"{split}-{i:05d}-of-{count:05d}.parquet", str(split), cuts[i], cuts[i + 1])
             for i in range(count)
         ]
     return out

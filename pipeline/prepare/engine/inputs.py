@@ -23,7 +23,7 @@ from typing import Any, BinaryIO, NamedTuple, cast
 import pyarrow as pa
 
 from pipeline.io import file_identity, storage
-from pipeline.prepare.engine.importing import SPLITS, few
+from pipeline.prepare.engine.importing import SPLITS, preview
 from pipeline.prepare.readers.archives import (
     ARCHIVES,
     COMPRESSED,
@@ -48,7 +48,7 @@ stays (``text``).
 MOST_LISTED = 1000
 
 
-class Piece(NamedTuple):
+class InputSplit(NamedTuple):
     """What is read at a time: bytes (row groups for Parquet) ``start`` to ``stop`` of a file, all
     of it where ``stop`` is -1; about ``size`` bytes.
     """
@@ -61,7 +61,7 @@ class Piece(NamedTuple):
     size: int = 0
 
 
-class Listed(NamedTuple):
+class InputFiles(NamedTuple):
     """Files that an importer reads, with their split, in reading order; how many of each other kind
     are left out; a mark that changes when they do.
     """
@@ -79,7 +79,7 @@ def plain_suffix(name: str) -> str:
     )[1]
 
 
-def find(source: str, suffixes: tuple[str, ...], split: str = "") -> Listed:
+def find_inputs(source: str, suffixes: tuple[str, ...], split: str = "") -> InputFiles:
     """The files of a folder, an archive or a glob whose suffix is one of those given, or the one
     file that is named; hidden ones, and those below a name with an underscore at its begin, are
     passed over. ``split``: that of all; else the file's or its folder's name says it
@@ -115,7 +115,7 @@ def find(source: str, suffixes: tuple[str, ...], split: str = "") -> Listed:
         found = listing(source)
     else:
         entry = Entry(posixpath.basename(source), source, "", -1, storage.size(source))
-        return Listed(
+        return InputFiles(
             [(entry, split or split_of(entry.name))], {}, file_identity.fingerprint(source)
         )
     seen = [entry for entry in found.entries if not re.search(r"(^|/)_", entry.name)]
@@ -125,13 +125,13 @@ def find(source: str, suffixes: tuple[str, ...], split: str = "") -> Listed:
         kind = entry.suffix or posixpath.basename(entry.name)
         others[kind] = others.get(kind, 0) + 1
     if not taken:
-        there = f"; there are {few(sorted(others))}" if others else ""
+        there = f"; there are {preview(sorted(others))}" if others else ""
         raise ValueError(
             f"{source}: no files with "
             f"{', '.join(suffix or 'no suffix' for suffix in suffixes)} there{there}"
         )
     listed = [(entry, split or split_of(entry.name)) for entry in taken]
-    return Listed(sorted(listed, key=_reading_order), dict(sorted(others.items())), found.mark)
+    return InputFiles(sorted(listed, key=_reading_order), dict(sorted(others.items())), found.mark)
 
 
 def _reading_order(file: tuple[Entry, str]) -> tuple[int, str, str, int, str]:
@@ -158,12 +158,14 @@ def split_of(name: str) -> str:
     return "train"
 
 
-def wholes(listed: Listed) -> list[Piece]:
+def whole_files(listed: InputFiles) -> list[InputSplit]:
     """Every file as one piece."""
-    return [Piece(entry.name, split, entry, size=_weight(entry)) for entry, split in listed.files]
+    return [
+        InputSplit(entry.name, split, entry, size=_weight(entry)) for entry, split in listed.files
+    ]
 
 
-def ranges(listed: Listed, most: int) -> list[Piece]:
+def split_files(listed: InputFiles, most: int) -> list[InputSplit]:
     """Files in ranges of about ``most`` bytes; compressed ones, which are read from their start
     alone, whole.
     """
@@ -177,9 +179,9 @@ def ranges(listed: Listed, most: int) -> list[Piece]:
         )
         cuts = [entry.size * i // count for i in range(count + 1)]
         out += (
-            [Piece(entry.name, split, entry, size=_weight(entry))]
+            [InputSplit(entry.name, split, entry, size=_weight(entry))]
             if count == 1
-            else [Piece(entry.name, split, entry, a, b, b - a) for a, b in pairwise(cuts)]
+            else [InputSplit(entry.name, split, entry, a, b, b - a) for a, b in pairwise(cuts)]
         )
     return out
 
@@ -241,17 +243,17 @@ class Opener:
 
 
 @dataclass
-class Reading:
-    """One pass over a piece. ``told``: what the survey of all pieces found out for this one;
+class SplitReader:
+    """One pass over a piece. ``description``: what the survey of all pieces found out for this one;
     nothing while it ``surveys``. ``before``: lines of the file before the piece. ``lines``: those
     that begin in it, known at the end. ``broken``: rows left out, the first ``most`` of them
     listed.
     """
 
-    piece: Piece
+    input_split: InputSplit
     opener: Opener
-    surveys: bool = True
-    told: dict[str, Any] = field(default_factory=dict)
+    is_scan: bool = True
+    scan_result: dict[str, Any] = field(default_factory=dict)
     before: int = 0
     most: int = MOST_LISTED
     lines: int = 0
@@ -260,14 +262,14 @@ class Reading:
 
     def place(self, at: int | str) -> str:
         """file:place; a number is a line of the piece, counted from 1."""
-        return f"{self.piece.name}:{at + self.before if isinstance(at, int) else at}"
+        return f"{self.input_split.name}:{at + self.before if isinstance(at, int) else at}"
 
     def bad(self, at: int | str, reason: str) -> None:
         """A row that is left out."""
         self.broken += 1
         if len(self.listed) < self.most:
             self.listed.append(
-                {"path": self.place(at), "split": self.piece.split, "reason": reason}
+                {"path": self.place(at), "split": self.input_split.split, "reason": reason}
             )
 
     @contextmanager
@@ -276,16 +278,16 @@ class Reading:
         for one that cannot be read.
         """
         try:
-            with self.opener(self.piece.entry) as handle:
+            with self.opener(self.input_split.entry) as handle:
                 yield handle
         except (gzip.BadGzipFile, zlib.error, zipfile.BadZipFile, EOFError) as error:
-            raise ValueError(f"{self.piece.name}: damaged ({error}); get it again") from None
+            raise ValueError(f"{self.input_split.name}: damaged ({error}); get it again") from None
         except OSError as error:
             if isinstance(error, storage.StorageError) or (
                 "compressed stream" not in str(error) and "ZSTD" not in str(error)
             ):
                 raise
-            raise ValueError(f"{self.piece.name}: damaged ({error}); get it again") from None
+            raise ValueError(f"{self.input_split.name}: damaged ({error}); get it again") from None
 
     def whole(self, most: int = MOST_BYTES) -> bytes | None:
         """All bytes; none where there are more than ``most``."""
@@ -297,11 +299,11 @@ class Reading:
         """(number from 1, byte where it begins, line without its end) of the lines that begin in
         the piece; None for a line that is too long.
 
-        ``beyond``: also those after the piece, up to where the caller stops.
+        ``unseen_inputs``: also those after the piece, up to where the caller stops.
 
         Raises ValueError for a file in UTF-16, or one whose lines end with a carriage return alone.
         """
-        start, stop = self.piece.start, self.piece.stop
+        start, stop = self.input_split.start, self.input_split.stop
         with self.open() as handle:
             at = start
             if start:
@@ -317,12 +319,12 @@ class Reading:
                 self.lines += stop < 0 or begins < stop
                 if begins == 0 and raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
                     raise ValueError(
-                        f"{self.piece.name}: UTF-16; convert the file to UTF-8 (iconv -f "
+                        f"{self.input_split.name}: UTF-16; convert the file to UTF-8 (iconv -f "
                         "UTF-16 -t UTF-8)"
                     )
                 if begins == 0 and not raw.endswith(b"\n") and b"\r" in raw.rstrip(b"\r"):
                     raise ValueError(
-                        f"{self.piece.name}: its lines end with a carriage return alone; "
+                        f"{self.input_split.name}: its lines end with a carriage return alone; "
                         "convert the file (tr '\\r' '\\n')"
                     )
                 if len(raw) > ROW_BYTES:
@@ -357,7 +359,7 @@ def decoded(raw: bytes | None, encoding: str = "utf-8") -> tuple[str, str]:
     return found, "a NUL character in it" if "\0" in found else ""
 
 
-def unfit(text: str, what: str) -> str:
+def text_problem(text: str, what: str) -> str:
     """Why a text out of JSON cannot be used, or "": it may hold what no UTF-8 file can."""
     if "\0" in text:
         return f"a NUL character in {what}"

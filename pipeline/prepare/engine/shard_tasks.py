@@ -49,7 +49,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Part:
+class OutputShard:
     """One file to write: ``start`` to ``stop`` of what its source is cut into (rows of an index;
     pieces of tables).
     """
@@ -61,7 +61,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Made:
+class ShardResult:
     """A part as Parquet (in memory, or a file that is moved away), its rows, those that were left
     out (``pieces``: one of so many that a recording was cut into), and what its importer adds up,
     by split.
@@ -73,21 +73,21 @@ class Made:
     amounts: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
-Check = Callable[[list[str], int, int], None]
+BudgetCheck = Callable[[list[str], int, int], None]
 """Takes the first broken rows in words, how many there are and of how many; raises ValueError when
 that is more than may be.
 """
-Tell = Callable[[str, bool], None]
+ProgressCallback = Callable[[str, bool], None]
 
 
-class Work(ABC):
+class ShardTask(ABC):
     """A source cut into parts. What it holds but parts and key is known after ``begin``."""
 
     noun: str
     """What broken ones are called."""
     measures: tuple[str, ...] = ()
     """Columns that the summary measures."""
-    parts: list[Part]
+    shards: list[OutputShard]
     key: tuple[Any, ...]
     """What the rows depend on beyond the importer's name and options."""
     label: str
@@ -99,7 +99,9 @@ class Work(ABC):
     notes: dict[str, Any]
     info: dict[str, Any]
 
-    def begin(self, output: str, check: Check, tell: Tell, cpus: float) -> None:
+    def begin(
+        self, output: str, check: BudgetCheck, report_progress: ProgressCallback, cpus: float
+    ) -> None:
         """What is to be known of all of the source before the first part is made."""
         return
 
@@ -110,17 +112,17 @@ class Work(ABC):
 
     @property
     @abstractmethod
-    def make(self) -> Callable[[Any, Path], Made]:
+    def make(self) -> Callable[[Any, Path], ShardResult]:
         """Makes a part of its ``payload``, with a folder for what is large; it travels to other
         processes.
         """
 
     @abstractmethod
-    def payload(self, part: Part) -> Any:
+    def payload(self, shard: OutputShard) -> Any:
         """What ``make`` needs for a part."""
 
     @abstractmethod
-    def weight(self, part: Part) -> int:
+    def weight(self, shard: OutputShard) -> int:
         """Rows of the source that stand in a part."""
 
     def shown(self, amounts: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:

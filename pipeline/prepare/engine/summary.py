@@ -174,7 +174,7 @@ def warnings(found: dict[str, Any]) -> list[str]:
     if not two.get("speakers"):
         return []
     return [
-        f"{two['speakers']} speakers stand in two splits ({_told(two['across'])}); "
+        f"{two['speakers']} speakers stand in two splits ({_format_counts(two['across'])}); "
         "a job without split_column that says group: speaker cuts splits of its own"
     ]
 
@@ -242,7 +242,7 @@ def markdown(title: str, found: dict[str, Any], noun: str = "files") -> str:
             for name, values in found["sizes"].items()
         ]
     out += _recording_table(found["recordings"]) if "recordings" in found else []
-    out += ["", *(f"Warning: {line}." for line in told)] if (told := warnings(found)) else []
+    out += ["", *(f"Warning: {line}." for line in lines)] if (lines := warnings(found)) else []
     out += _class_table(found["classes"])
     out += _duplicate_lines(found["duplicates"]) if found["duplicates"] else []
     out += ["", f"Broken {noun}, left out: {found['broken']['rows']}."]
@@ -254,7 +254,7 @@ def markdown(title: str, found: dict[str, Any], noun: str = "files") -> str:
         out += [
             "",
             *(
-                f"- {name}: {_told(value) if isinstance(value, dict) else value}"
+                f"- {name}: {_format_counts(value) if isinstance(value, dict) else value}"
                 for name, value in found["notes"].items()
             ),
         ]
@@ -287,7 +287,8 @@ def _duplicate_lines(same: dict[str, Any]) -> list[str]:
         "",
         f"Exact duplicates: {same['files']} files stand more than once "
         f"({same['rows_beyond_the_first']} rows beyond the first); "
-        f"within splits: {_told(same['within'])}; across splits: {_told(same['across'])}; with "
+        f"within splits: {_format_counts(same['within'])}; across splits: "
+        f"{_format_counts(same['across'])}; with "
         f"different labels: {same['with_different_labels']}.",
     ]
     return out + [f"- {' = '.join(group)}" for group in same["examples"]]
@@ -321,5 +322,5 @@ def _class_table(classes: dict[str, Any]) -> list[str]:
     return out + ([f"| (no label) | {' | '.join(map(str, without.values()))} |"] if without else [])
 
 
-def _told(counts: dict[str, Any]) -> str:
+def _format_counts(counts: dict[str, Any]) -> str:
     return ", ".join(f"{name} {n}" for name, n in counts.items()) or "none"

@@ -27,28 +27,35 @@ from pipeline.config.registry import Options
 from pipeline.core.rng import mix, row_keys
 from pipeline.data.stream import map_items
 from pipeline.io import checksums, storage
-from pipeline.prepare.engine.inputs import Opener, Piece, Reading
-from pipeline.prepare.engine.shard_tasks import Check, Made, Part, Settings, Tell, Work
+from pipeline.prepare.engine.inputs import InputSplit, Opener, SplitReader
+from pipeline.prepare.engine.shard_tasks import (
+    BudgetCheck,
+    OutputShard,
+    ProgressCallback,
+    Settings,
+    ShardResult,
+    ShardTask,
+)
 
 GROUP_BYTES, GROUP_ROWS = 8 << 20, 16384
 """At most about so many bytes of text, and so many rows, in a row group."""
 MIXED_BYTES = 512 << 20
 """Rows are mixed among so many bytes at most."""
-SURVEYS = "_survey"
+SCANS = "_survey"
 NAMED = 3
 Found = dict[str, np.ndarray]
 """What the survey of a piece found: arrays that numpy stores without pickling."""
 
 
 @dataclass(frozen=True)
-class Settled:
+class InferredSchema:
     """What the surveys of all pieces come to. ``columns``: those of the rows, without ``split``.
-    ``told``: for each piece what its rows need to know. ``dropped``: rows that were left out on
-    purpose, to be listed. ``notes`` and ``info`` as in ``Index``.
+    ``description``: for each piece what its rows need to know. ``dropped``: rows that were left out
+    on purpose, to be listed. ``notes`` and ``info`` as in ``Index``.
     """
 
     columns: list[pa.Field]
-    told: list[dict[str, Any]]
+    scan_results: list[dict[str, Any]]
     notes: dict[str, Any] = field(default_factory=dict)
     info: dict[str, Any] = field(default_factory=dict)
     dropped: pa.Table | None = None
@@ -56,34 +63,36 @@ class Settled:
 
 class TableImporter(ABC):
     """One format of text and tables. ``label`` names the column that the summary counts,
-    ``amounts`` what it adds up: a word to the column whose lengths those are. ``mixes``: rows of a
-    part stand in a random but fixed order, since files are often sorted by class; otherwise in that
-    of the files.
+    ``amounts`` what it adds up: a word to the column whose lengths those are. ``shuffles_rows``:
+    rows of a part stand in a random but fixed order, since files are often sorted by class;
+    otherwise in that of the files.
     """
 
     registered_name: ClassVar[str]
     options_class: ClassVar[type[Options]]
     label: str = ""
     amounts: ClassVar[dict[str, str]] = {}
-    mixes: ClassVar[bool] = False
+    shuffles_rows: ClassVar[bool] = False
 
     def __init__(self, options: Any = None):
         self.options: Any = options if options is not None else self.options_class()
 
     @abstractmethod
-    def pieces(self, source: str, part_bytes: int) -> tuple[list[Piece], str, dict[str, Any]]:
+    def input_splits(
+        self, source: str, part_bytes: int
+    ) -> tuple[list[InputSplit], str, dict[str, Any]]:
         """What is read at a time, in reading order, the same at every call; a mark that changes
         when the files do; notes for the summary.
         """
 
     @abstractmethod
-    def rows(self, reading: Reading) -> Iterator[dict[str, Any] | pa.Table]:
+    def rows(self, reading: SplitReader) -> Iterator[dict[str, Any] | pa.Table]:
         """The good rows of a piece, in order, one by one or many as a table; ``reading.bad`` takes
         the others. Raises ValueError for a file that is not what the publisher gives.
         """
 
-    def survey(self, reading: Reading) -> Found:
-        """What ``settle`` needs to know of a piece; ``rows``, their number, always."""
+    def scan(self, reading: SplitReader) -> Found:
+        """What ``infer_schema`` needs to know of a piece; ``rows``, their number, always."""
         return {
             "rows": np.array(
                 sum(1 if isinstance(row, dict) else len(row) for row in self.rows(reading))
@@ -91,7 +100,7 @@ class TableImporter(ABC):
         }
 
     @abstractmethod
-    def settle(self, pieces: list[Piece], found: list[Found]) -> Settled:
+    def infer_schema(self, input_splits: list[InputSplit], found: list[Found]) -> InferredSchema:
         """What follows from the surveys of all pieces, which have ``before`` too: lines of the file
         before the piece. Raises ValueError where they do not go together.
         """
@@ -135,7 +144,7 @@ def as_kind(value: Any, kind: int) -> Any:
 # ---------------------------------------------------------------- the two passes
 
 
-class TableWork(Work):
+class TableShardTask(ShardTask):
     """The parts of a source of tables: whole files and ranges of them, as many as make about
     ``part_mb`` of text.
     """
@@ -155,28 +164,36 @@ class TableWork(Work):
                 "files and ranges of bytes; say --part-mb"
             )
         self.name, self.importer, self.label = name, importer, importer.label
-        self.pieces, mark, self._found_notes = importer.pieces(source, settings.part_bytes)
-        self.parts = _parts(self.pieces, settings.part_bytes)
+        self.input_splits, mark, self._found_notes = importer.input_splits(
+            source, settings.part_bytes
+        )
+        self.shards = _parts(self.input_splits, settings.part_bytes)
         self.key = (
             mark,
-            [[piece.name, piece.split, piece.start, piece.stop] for piece in self.pieces],
-            [[part.start, part.stop] for part in self.parts],
+            [
+                [input_split.name, input_split.split, input_split.start, input_split.stop]
+                for input_split in self.input_splits
+            ],
+            [[shard.start, shard.stop] for shard in self.shards],
         )
-        self._settled: Settled | None = None
+        self._inferred_schema: InferredSchema | None = None
         self._before: list[int] = []
         self._read: list[int] = []
 
     @property
-    def settled(self) -> Settled:
-        assert self._settled is not None, "begin() comes first"
-        return self._settled
+    def inferred_schema(self) -> InferredSchema:
+        assert self._inferred_schema is not None, "begin() comes first"
+        return self._inferred_schema
 
-    def begin(self, output: str, check: Check, tell: Tell, cpus: float) -> None:
+    def begin(
+        self, output: str, check: BudgetCheck, report_progress: ProgressCallback, cpus: float
+    ) -> None:
         """The survey, part by part; what was surveyed before is taken as it is. Raises ValueError
         for more broken rows than may be.
         """
         uris = [
-            storage.join(output, SURVEYS, part.name.removesuffix(".parquet")) for part in self.parts
+            storage.join(output, SCANS, shard.name.removesuffix(".parquet"))
+            for shard in self.shards
         ]
         there = {
             uri
@@ -184,12 +201,12 @@ class TableWork(Work):
             if checksums.kept_bytes(uri, "this part is surveyed again") is not None
         }
         jobs = [
-            (uri, self.pieces[part.start : part.stop])
-            for uri, part in zip(uris, self.parts, strict=True)
+            (uri, self.input_splits[shard.start : shard.stop])
+            for uri, shard in zip(uris, self.shards, strict=True)
             if uri not in there
         ]
         for number, (uri, error) in enumerate(
-            map_items(partial(_survey, self.importer), jobs, cpus=cpus), 1
+            map_items(partial(_scan, self.importer), jobs, cpus=cpus), 1
         ):
             if error:
                 raise ValueError(error)
@@ -198,106 +215,118 @@ class TableWork(Work):
                     f"{uri}: a worker has written it on another machine; give an output that "
                     "all machines share, such as s3://"
                 )
-            tell(
+            report_progress(
                 f"prepare {self.name}: surveyed {len(uris) - len(jobs) + number}/{len(uris)} parts",
                 number == len(jobs),
             )
         found = [
             one
-            for uri, part in zip(uris, self.parts, strict=True)
-            for one in _load(uri, part.stop - part.start)
+            for uri, shard in zip(uris, self.shards, strict=True)
+            for one in _load(uri, shard.stop - shard.start)
         ]
         self._before, lines = [], Counter()
-        for piece, one in zip(self.pieces, found, strict=True):
-            self._before.append(lines[piece.entry])
-            lines[piece.entry] += int(one["lines"])
+        for input_split, one in zip(self.input_splits, found, strict=True):
+            self._before.append(lines[input_split.entry])
+            lines[input_split.entry] += int(one["lines"])
             one["before"] = np.array(self._before[-1])
         self._read = [int(one["rows"]) + int(one["broken"]) for one in found]
         self.total = sum(self._read)
         if not self.total:
             raise ValueError(
-                f"{self.pieces[0].entry.uri}: no rows in the layout that this importer reads; "
+                f"{self.input_splits[0].entry.uri}: no rows in the layout that this importer "
+                "reads; "
                 "see onetomany prepare --list"
             )
         examples = [
-            Reading(piece, Opener(), before=before).place(int(at) if at.isdigit() else at)
+            SplitReader(input_split, Opener(), before=before).place(int(at) if at.isdigit() else at)
             + f": {reason}"
-            for piece, one, before in zip(self.pieces, found, self._before, strict=True)
+            for input_split, one, before in zip(self.input_splits, found, self._before, strict=True)
             for at, reason in one["examples"].tolist()
         ]
         check(examples, sum(int(one["broken"]) for one in found), self.total)
-        self._settled = self.importer.settle(self.pieces, found)
+        self._inferred_schema = self.importer.infer_schema(self.input_splits, found)
         self.notes, self.info, self.label = (
-            {**self._found_notes, **self.settled.notes},
-            self.settled.info,
+            {**self._found_notes, **self.inferred_schema.notes},
+            self.inferred_schema.info,
             self.importer.label,
         )
 
     @property
     def schema(self) -> pa.Schema:
-        about = {"importer": self.name, **self.settled.info}
+        about = {"importer": self.name, **self.inferred_schema.info}
         return pa.schema(
-            [*self.settled.columns, pa.field("split", pa.string())],
+            [*self.inferred_schema.columns, pa.field("split", pa.string())],
             metadata={"onetomany": json.dumps(about, ensure_ascii=False)},
         )
 
     @property
-    def make(self) -> Callable[[Any, Path], Made]:
+    def make(self) -> Callable[[Any, Path], ShardResult]:
         return partial(_make, self.importer, self.schema)
 
-    def payload(self, part: Part) -> Any:
-        held = slice(part.start, part.stop)
+    def payload(self, shard: OutputShard) -> Any:
+        held = slice(shard.start, shard.stop)
         return list(
-            zip(self.pieces[held], self._before[held], self.settled.told[held], strict=True)
+            zip(
+                self.input_splits[held],
+                self._before[held],
+                self.inferred_schema.scan_results[held],
+                strict=True,
+            )
         )
 
-    def weight(self, part: Part) -> int:
-        return sum(self._read[part.start : part.stop])
+    def weight(self, shard: OutputShard) -> int:
+        return sum(self._read[shard.start : shard.stop])
 
     def end(self, output: str) -> None:
         """The list of dropped rows."""
-        if self.settled.dropped is not None:
+        if self.inferred_schema.dropped is not None:
             sink = io.BytesIO()
-            pq.write_table(self.settled.dropped, sink, compression="zstd")
+            pq.write_table(self.inferred_schema.dropped, sink, compression="zstd")
             storage.write_bytes(storage.join(output, "_dropped.parquet"), sink.getvalue())
 
     def clear(self, output: str) -> None:
-        storage.remove_tree(storage.join(output, SURVEYS))
+        storage.remove_tree(storage.join(output, SCANS))
 
 
-def _parts(pieces: list[Piece], part_bytes: int) -> list[Part]:
+def _parts(input_splits: list[InputSplit], part_bytes: int) -> list[OutputShard]:
     """Neighbouring pieces of a split together, up to about ``part_bytes``."""
     spans: list[list[int]] = []
     size = 0
-    for i, piece in enumerate(pieces):
-        if i and piece.split == pieces[i - 1].split and size + piece.size <= part_bytes:
-            spans[-1][1], size = i + 1, size + piece.size
+    for i, input_split in enumerate(input_splits):
+        if (
+            i
+            and input_split.split == input_splits[i - 1].split
+            and size + input_split.size <= part_bytes
+        ):
+            spans[-1][1], size = i + 1, size + input_split.size
         else:
             spans.append([i, i + 1])
-            size = piece.size
-    counts, seen, parts = Counter(pieces[start].split for start, _ in spans), Counter(), []
+            size = input_split.size
+    counts, seen, shards = Counter(input_splits[start].split for start, _ in spans), Counter(), []
     for start, stop in spans:
-        split = pieces[start].split
-        parts.append(
-            Part(f"{split}-{seen[split]:05d}-of-{counts[split]:05d}.parquet", split, start, stop)
+        split = input_splits[start].split
+        shards.append(
+            OutputShard(
+                f"{split}-{seen[split]:05d}-of-{counts[split]:05d}.parquet", split, start, stop
+            )
         )
         seen[split] += 1
-    return parts
+    return shards
 
 
-def _survey(importer: TableImporter, job: tuple[str, list[Piece]]) -> tuple[str, str]:
+def _scan(importer: TableImporter, job: tuple[str, list[InputSplit]]) -> tuple[str, str]:
     """Survey a part's pieces and keep what was found: (where, ""), or what stops the run as a text
     (Ray would wrap the error in its own).
     """
-    uri, pieces = job
+    uri, input_splits = job
     opener, out = Opener(), {}
     try:
-        for number, piece in enumerate(pieces):
-            reading = Reading(piece, opener, most=NAMED)
-            found = importer.survey(reading)
+        for number, input_split in enumerate(input_splits):
+            reading = SplitReader(input_split, opener, most=NAMED)
+            found = importer.scan(reading)
             examples = np.array(
                 [
-                    [row["path"].removeprefix(f"{piece.name}:"), row["reason"]]
+                    [row["path"].removeprefix(f"{input_split.name}:"), row["reason"]]
                     for row in reading.listed
                 ],
                 dtype=np.str_,
@@ -318,8 +347,8 @@ def _survey(importer: TableImporter, job: tuple[str, list[Piece]]) -> tuple[str,
     return uri, ""
 
 
-def _load(uri: str, pieces: int) -> list[Found]:
-    out: list[Found] = [{} for _ in range(pieces)]
+def _load(uri: str, input_splits: int) -> list[Found]:
+    out: list[Found] = [{} for _ in range(input_splits)]
     with np.load(io.BytesIO(checksums.read_kept(uri)), allow_pickle=False) as stored:
         for name in stored.files:
             number, _, key = name.partition("/")
@@ -330,30 +359,30 @@ def _load(uri: str, pieces: int) -> list[Found]:
 def _make(
     importer: TableImporter,
     schema: pa.Schema,
-    payload: list[tuple[Piece, int, dict[str, Any]]],
+    payload: list[tuple[InputSplit, int, dict[str, Any]]],
     scratch: Path,
-) -> Made:
+) -> ShardResult:
     """The rows of a part as Parquet in a file: no more in memory than one row group, or than are
     mixed.
     """
     path, opener, broken, counts = scratch / "part.parquet", Opener(), [], Counter()
     try:
-        with RowGroups(path, schema, importer.mixes) as writer:
-            for piece, before, told in payload:
-                reading = Reading(piece, opener, False, told, before, most=1 << 62)
+        with RowGroups(path, schema, importer.shuffles_rows) as writer:
+            for input_split, before, scan_result in payload:
+                reading = SplitReader(input_split, opener, False, scan_result, before, most=1 << 62)
                 for row in importer.rows(reading):
                     if not isinstance(row, dict):
                         block = (
                             row
                             if "split" in row.column_names
                             else row.append_column(
-                                "split", pa.array([piece.split] * len(row), pa.string())
+                                "split", pa.array([input_split.split] * len(row), pa.string())
                             )
                         )
                         counts.update(_counted(block, importer.amounts))
                         writer.add(block.select(schema.names).cast(schema))
                         continue
-                    row.setdefault("split", piece.split)
+                    row.setdefault("split", input_split.split)
                     counts[row["split"], "rows"] += 1
                     for name, column in importer.amounts.items():
                         counts[row["split"], name] += len(row[column])
@@ -365,7 +394,7 @@ def _make(
     for (split, name), count in sorted(counts.items()):
         amounts.setdefault(name, {})[split] = count
     rows = sum(amounts.pop("rows", {}).values())
-    return Made(path, rows, broken, amounts)
+    return ShardResult(path, rows, broken, amounts)
 
 
 def _counted(block: pa.Table, amounts: dict[str, str]) -> dict[tuple[str, str], int]:
@@ -426,7 +455,7 @@ class RowGroups:
     """
 
     def __init__(self, path: Path, schema: pa.Schema, mixes: bool):
-        self.schema, self.mixes, self.file = (
+        self.schema, self.shuffles_rows, self.file = (
             schema,
             mixes,
             pq.ParquetWriter(path, schema, compression="zstd"),
@@ -481,7 +510,7 @@ class RowGroups:
                 if self.held
                 else pa.concat_tables(self.blocks).combine_chunks()
             )
-            if not self.mixes:
+            if not self.shuffles_rows:
                 self.file.write_table(table)
             else:
                 self.waiting.append(table)

@@ -22,13 +22,19 @@ from pipeline.data.loader import threaded_map
 from pipeline.data.stream import map_items
 from pipeline.io import atomic_folder, checksums, file_identity, s3, storage, write_fence
 from pipeline.prepare.engine import summary
-from pipeline.prepare.engine.audio import AudioImporter, AudioWork
-from pipeline.prepare.engine.episodes import EpisodeImporter, EpisodeWork
-from pipeline.prepare.engine.grouped import GroupedImporter, GroupedWork
-from pipeline.prepare.engine.images import ImageWork
-from pipeline.prepare.engine.importing import few
-from pipeline.prepare.engine.shard_tasks import Made, Part, Settings, Tell, Work
-from pipeline.prepare.engine.table_importer import SURVEYS, TableImporter, TableWork
+from pipeline.prepare.engine.audio import AudioImporter, AudioShardTask
+from pipeline.prepare.engine.episodes import EpisodeImporter, EpisodeShardTask
+from pipeline.prepare.engine.grouped import GroupedImporter, GroupedShardTask
+from pipeline.prepare.engine.images import ImageShardTask
+from pipeline.prepare.engine.importing import preview
+from pipeline.prepare.engine.shard_tasks import (
+    OutputShard,
+    ProgressCallback,
+    Settings,
+    ShardResult,
+    ShardTask,
+)
+from pipeline.prepare.engine.table_importer import SCANS, TableImporter, TableShardTask
 from pipeline.prepare.readers.archives import absolute
 
 MANIFEST, BEGUN = "_manifest.json", "_prepare.json"
@@ -36,10 +42,10 @@ MANIFEST, BEGUN = "_manifest.json", "_prepare.json"
 FORMAT_VERSION = 1
 UPLOAD_BYTES = 16 << 20
 WORKS = (
-    (TableImporter, TableWork),
-    (AudioImporter, AudioWork),
-    (GroupedImporter, GroupedWork),
-    (EpisodeImporter, EpisodeWork),
+    (TableImporter, TableShardTask),
+    (AudioImporter, AudioShardTask),
+    (GroupedImporter, GroupedShardTask),
+    (EpisodeImporter, EpisodeShardTask),
 )
 """What makes the parts of each kind of importer; images otherwise."""
 NAMED = 3
@@ -73,10 +79,12 @@ class Preparation:
                 "they are made of; give a folder outside"
             )
         self.options = importer.options
-        kind: Any = next((work for base, work in WORKS if isinstance(importer, base)), ImageWork)
-        self.work: Work = kind(name, importer, self.source, self.settings)
-        self.parts = self.work.parts
-        self.key = spec_hash(FORMAT_VERSION, name, importer.options, *self.work.key)
+        kind: Any = next(
+            (work for base, work in WORKS if isinstance(importer, base)), ImageShardTask
+        )
+        self.task: ShardTask = kind(name, importer, self.source, self.settings)
+        self.shards = self.task.shards
+        self.key = spec_hash(FORMAT_VERSION, name, importer.options, *self.task.key)
         self._check_output()
 
     def _check_output(self) -> None:
@@ -94,7 +102,7 @@ class Preparation:
         ]:
             raise ValueError(
                 f"{self.output} holds other files "
-                f"({few(name.rpartition('/')[2] for name in others)}); give an empty folder"
+                f"({preview(name.rpartition('/')[2] for name in others)}); give an empty folder"
             )
 
     def _begun_key(self) -> str:
@@ -115,7 +123,7 @@ class Preparation:
         nothing to lose.
         """
         below = [uri[len(self.output) :].lstrip("/") for uri in storage.list_files(self.output)]
-        return any(name != BEGUN and not name.startswith((f"{SURVEYS}/", ".")) for name in below)
+        return any(name != BEGUN and not name.startswith((f"{SCANS}/", ".")) for name in below)
 
     @cached_property
     def records(self) -> dict[str, dict[str, Any]]:
@@ -124,16 +132,18 @@ class Preparation:
         """
         files = set(storage.list_files(self.output))
 
-        def record(part: Part) -> dict[str, Any] | None:
-            uri = storage.join(self.output, part.name)
-            if not {uri, self._record_uri(part)} <= files:
+        def record(shard: OutputShard) -> dict[str, Any] | None:
+            uri = storage.join(self.output, shard.name)
+            if not {uri, self._record_uri(shard)} <= files:
                 return None
-            found = checksums.document_or_none(self._record_uri(part), f"{part.name} is made again")
+            found = checksums.document_or_none(
+                self._record_uri(shard), f"{shard.name} is made again"
+            )
             return found if found is not None and storage.size(uri) == found["size"] else None
 
         found = {
-            part.name: one
-            for part, one in zip(self.parts, threaded_map(record, self.parts), strict=True)
+            shard.name: one
+            for shard, one in zip(self.shards, threaded_map(record, self.shards), strict=True)
             if one
         }
         is_finished = storage.join(self.output, MANIFEST) in files
@@ -149,34 +159,36 @@ class Preparation:
             if checksums.is_same(file.content, record):
                 out[name] = record
             else:
-                checksums.tell(
+                checksums.notify(
                     f"{file.uri} is damaged: it does not have the SHA-256 that was recorded "
                     "when it was written: it is made again"
                 )
         return out
 
     @property
-    def todo(self) -> list[Part]:
-        return [part for part in self.parts if part.name not in self.records]
+    def todo(self) -> list[OutputShard]:
+        return [shard for shard in self.shards if shard.name not in self.records]
 
-    def _record_uri(self, part: Part) -> str:
-        return storage.join(self.output, "_parts", part.name.removesuffix(".parquet") + ".json")
+    def _record_uri(self, shard: OutputShard) -> str:
+        return storage.join(self.output, "_parts", shard.name.removesuffix(".parquet") + ".json")
 
     @property
     def is_done(self) -> bool:
         return not self.todo and storage.exists(storage.join(self.output, MANIFEST))
 
-    def run(self, tell: Tell = lambda line, final: None, cpus: float = 1.0) -> dict[str, Any]:
+    def run(
+        self, report_progress: ProgressCallback = lambda line, final: None, cpus: float = 1.0
+    ) -> dict[str, Any]:
         """Write what is missing, as Ray tasks where Ray runs; the manifest, last. Raises ValueError
         when more rows are broken than ``max_bad`` allows.
         """
         broken = [
-            *self.work.broken,
+            *self.task.broken,
             *(
                 row
-                for part in self.parts
-                if part.name in self.records
-                for row in self.records[part.name]["broken"]
+                for shard in self.shards
+                if shard.name in self.records
+                for row in self.records[shard.name]["broken"]
             ),
         ]
         if self.is_done:
@@ -187,7 +199,7 @@ class Preparation:
             return manifest
         begun = storage.join(self.output, BEGUN)
         if storage.exists(begun) and self._begun_key() != self.key:
-            storage.remove_tree(storage.join(self.output, SURVEYS))
+            storage.remove_tree(storage.join(self.output, SCANS))
         checksums.write_document(
             begun,
             {
@@ -197,39 +209,39 @@ class Preparation:
                 "options": self.options.model_dump(mode="json"),
             },
         )
-        self.work.begin(self.output, self._check_budget, tell, cpus)
-        self._check_listed(broken, self.work.total)
+        self.task.begin(self.output, self._check_budget, report_progress, cpus)
+        self._check_listed(broken, self.task.total)
         todo = self.todo
-        done = len(self.work.broken) + sum(
-            self.work.weight(part) for part in self.parts if part.name in self.records
+        done = len(self.task.broken) + sum(
+            self.task.weight(shard) for shard in self.shards if shard.name in self.records
         )
-        for part, (record, error) in zip(
+        for shard, (record, error) in zip(
             todo,
             map_items(
-                partial(_write_part, self.work.make, self.output), self._jobs(todo), cpus=cpus
+                partial(_write_shard, self.task.make, self.output), self._jobs(todo), cpus=cpus
             ),
             strict=True,
         ):
             if error:
                 raise ValueError(error)
-            uri = storage.join(self.output, part.name)
+            uri = storage.join(self.output, shard.name)
             if not storage.exists(uri):
                 raise ValueError(
                     f"{uri}: a worker has written it on another machine; give an output that "
                     "all machines share, such as s3://"
                 )
-            self.records[part.name] = record
-            checksums.write_document(self._record_uri(part), record)
+            self.records[shard.name] = record
+            checksums.write_document(self._record_uri(shard), record)
             broken += record["broken"]
-            self._check_listed(broken, self.work.total)
-            done += self.work.weight(part)
-            tell(
-                f"prepare {self.name}: {done}/{self.work.total} rows  {len(broken)} broken",
-                done == self.work.total,
+            self._check_listed(broken, self.task.total)
+            done += self.task.weight(shard)
+            report_progress(
+                f"prepare {self.name}: {done}/{self.task.total} rows  {len(broken)} broken",
+                done == self.task.total,
             )
         return self._finish(broken)
 
-    def told(self) -> str:
+    def describe(self) -> str:
         """What stands in the output, in a line."""
         done = atomic_folder.open_folder(self.output, MANIFEST)
         rows = ", ".join(f"{split} {n}" for split, n in done["rows"].items())
@@ -238,7 +250,7 @@ class Preparation:
         )  # of recordings that were cut there are more than were read
         left = (
             f"{done['broken']} broken "
-            f"{self.work.noun}{f' and {dropped} dropped ones' if dropped else ''} left out"
+            f"{self.task.noun}{f' and {dropped} dropped ones' if dropped else ''} left out"
         )
         warnings = "".join(f"\nwarning: {line}" for line in done.get("warnings", ()))
         return (
@@ -246,9 +258,9 @@ class Preparation:
             f"there{warnings}"
         )
 
-    def _jobs(self, parts: list[Part]) -> Iterator[tuple[str, Any]]:
-        for part in parts:
-            yield part.name, self.work.payload(part)
+    def _jobs(self, shards: list[OutputShard]) -> Iterator[tuple[str, Any]]:
+        for shard in shards:
+            yield shard.name, self.task.payload(shard)
 
     def _check_listed(self, broken: list[dict[str, str]], total: int) -> None:
         """Broken rows of the source against all of them; pieces of recordings that were cut against
@@ -257,17 +269,17 @@ class Preparation:
         pieces = [row for row in broken if "pieces" in row]
         groups = [([row for row in broken if "pieces" not in row], total)]
         if pieces:
-            stand = [part for part in self.parts if part.name in self.records]
+            stand = [shard for shard in self.shards if shard.name in self.records]
             rows = sum(
-                self.records[part.name]["rows"] + len(self.records[part.name]["broken"])
-                for part in stand
+                self.records[shard.name]["rows"] + len(self.records[shard.name]["broken"])
+                for shard in stand
             )
             groups.append(
                 (
                     pieces,
                     rows
-                    * sum(map(self.work.weight, self.parts))
-                    // sum(map(self.work.weight, stand)),
+                    * sum(map(self.task.weight, self.shards))
+                    // sum(map(self.task.weight, stand)),
                 )
             )
         for found, of in groups:
@@ -285,28 +297,28 @@ class Preparation:
 
     def _finish(self, broken: list[dict[str, str]]) -> dict[str, Any]:
         notes = {
-            **self.work.notes,
-            **self.work.shown(
-                _added(
+            **self.task.notes,
+            **self.task.shown(
+                _sum_counts(
                     [record["amounts"] for record in self.records.values() if "amounts" in record]
                 )
             ),
         }
         found = summary.summarise(
             self.output,
-            [part.name for part in self.parts],
-            self.work.label,
-            self.work.measures,
+            [shard.name for shard in self.shards],
+            self.task.label,
+            self.task.measures,
             broken,
             notes,
         )
         storage.write_json(storage.join(self.output, "_summary.json"), found)
         storage.write_bytes(
             storage.join(self.output, "_summary.md"),
-            summary.markdown(f"{self.name}: {self.source}", found, self.work.noun).encode(),
+            summary.markdown(f"{self.name}: {self.source}", found, self.task.noun).encode(),
         )
-        self.work.end(self.output)
-        manifest = atomic_folder.sealed(
+        self.task.end(self.output)
+        manifest = atomic_folder.with_checksum(
             {
                 "format_version": FORMAT_VERSION,
                 "importer": self.name,
@@ -317,18 +329,18 @@ class Preparation:
                 "quality": self.settings.quality,
                 "rows": found["rows"],
                 "broken": len(broken),
-                "read": self.work.total,
+                "read": self.task.total,
                 **({"warnings": warned} if (warned := summary.warnings(found)) else {}),
-                "about": self.work.info,
-                "columns": {field.name: str(field.type) for field in self.work.schema},
+                "about": self.task.info,
+                "columns": {field.name: str(field.type) for field in self.task.schema},
                 "files": {
-                    part.name: _entry(self.records[part.name]) | {"split": part.split}
-                    for part in self.parts
+                    shard.name: _entry(self.records[shard.name]) | {"split": shard.split}
+                    for shard in self.shards
                 },
             }
         )
         storage.write_json(storage.join(self.output, MANIFEST), manifest)
-        self.work.clear(self.output)
+        self.task.clear(self.output)
         return manifest
 
 
@@ -354,18 +366,18 @@ def verify(output: str) -> dict[str, Any]:
     return manifest
 
 
-def _added(parts: list[dict[str, dict[str, int]]]) -> dict[str, dict[str, int]]:
+def _sum_counts(shards: list[dict[str, dict[str, int]]]) -> dict[str, dict[str, int]]:
     """The sums by split over all parts."""
     out: dict[str, dict[str, int]] = {}
-    for part in parts:
-        for name, counts in part.items():
+    for shard in shards:
+        for name, counts in shard.items():
             for split, count in counts.items():
                 out.setdefault(name, {})[split] = out.get(name, {}).get(split, 0) + count
     return out
 
 
-def _write_part(
-    make: Callable[[Any, Path], Made], output: str, job: tuple[str, Any]
+def _write_shard(
+    make: Callable[[Any, Path], ShardResult], output: str, job: tuple[str, Any]
 ) -> tuple[dict[str, Any], str]:
     """Make and write one part: (its record, ""), or what stops the run as a text (Ray would wrap
     the error in its own).

@@ -17,13 +17,13 @@ from pipeline.prepare.engine.audio import (
     AudioImporter,
     Line,
     broken,
-    joined,
+    join_transcripts,
     lines_of,
     others,
     recording,
     recordings,
 )
-from pipeline.prepare.engine.importing import Index, few
+from pipeline.prepare.engine.importing import Index, preview
 from pipeline.prepare.readers import archives
 
 RAW = ".raw"
@@ -81,7 +81,7 @@ class An4(AudioImporter):
         missing = [name for pair in LISTS.values() for name in pair if name not in here]
         if missing:
             raise ValueError(
-                f"{source}: no {few(missing)}; give the folder that holds etc/ and wav/, or "
+                f"{source}: no {preview(missing)}; give the folder that holds etc/ and wav/, or "
                 "the publisher's archive"
             )
         little = self.options.raw == "little" or (
@@ -117,7 +117,7 @@ class An4(AudioImporter):
             for line in lines_of([here[transcripts]]):
                 name, line = _said(line)
                 said.setdefault((split, name), []).append(line)
-        good, wrong = joined(
+        good, wrong = join_transcripts(
             rows,
             {key: lines for key, lines in said.items() if key not in unheard},
             lambda key: key[0],

@@ -11,7 +11,7 @@ from pydantic import Field
 from pipeline.config.registry import Options, nearest, register
 from pipeline.io import storage
 from pipeline.prepare.engine import importing
-from pipeline.prepare.engine.importing import Importer, Index, few, first_there, place, table
+from pipeline.prepare.engine.importing import Importer, Index, first_existing, place, preview, table
 from pipeline.prepare.readers import archives
 
 FINDINGS = (
@@ -74,7 +74,7 @@ class ChestXray14(Importer):
         uri = (
             storage.join(source, self.options.table)
             if self.options.table
-            else first_there(source, "Data_Entry_2017.csv", "Data_Entry_2017_v2020.csv")
+            else first_existing(source, "Data_Entry_2017.csv", "Data_Entry_2017_v2020.csv")
         )
         if uri is None:
             raise ValueError(
@@ -133,7 +133,7 @@ class ChestXray14(Importer):
             return {record["path"]: "train" for record in records}
         out: dict[str, str] = {}
         for split, name in (("train", "train_val_list.txt"), ("test", "test_list.txt")):
-            uri = first_there(source, name)
+            uri = first_existing(source, name)
             if uri is None:
                 raise ValueError(
                     f"{source}: {name} is not there; put the official lists beside the CSV, or "
@@ -235,4 +235,4 @@ def _refuse_patients_in_both(
 
 
 def _counted_lines(numbers: list[int]) -> str:
-    return f"line {numbers[0]}" if len(numbers) == 1 else f"lines {few(numbers)}"
+    return f"line {numbers[0]}" if len(numbers) == 1 else f"lines {preview(numbers)}"

@@ -21,9 +21,9 @@ from pipeline.prepare.engine.importing import (
     SPLITS,
     Importer,
     Index,
-    few,
-    first_there,
+    first_existing,
     place,
+    preview,
     table,
 )
 from pipeline.prepare.readers import archives, picture_check, rle
@@ -110,7 +110,7 @@ class Coco(Importer):
             wrong := [i for i in categories if not 0 <= i + shift < IGNORED]
         ):
             raise ValueError(
-                f"{found[0]}: category ids that a mask of 8 bits cannot hold: {few(wrong)}"
+                f"{found[0]}: category ids that a mask of 8 bits cannot hold: {preview(wrong)}"
             )
         for uri in found:
             name = re.sub(r"^instances?_", "", PurePosixPath(uri).stem)
@@ -122,7 +122,7 @@ class Coco(Importer):
         if twice:
             raise ValueError(
                 f"{source}: images that two of the annotation files put into one split: "
-                f"{few(twice)}; say --set annotations=NAME.json"
+                f"{preview(twice)}; say --set annotations=NAME.json"
             )
         extra = (pa.field("mask", pa.binary()),) if self.options.masks == "semantic" else ()
         named = [
@@ -143,7 +143,7 @@ class Coco(Importer):
             if self.options.images
             else [name, f"images/{name}", f"{name}.zip", f"{name}.tar", "images"]
         )
-        found = first_there(source, *candidates)
+        found = first_existing(source, *candidates)
         if found is None and self.options.images:
             raise ValueError(f"{source}: no {self.options.images} there (--set images=)")
         return found or source
@@ -216,13 +216,13 @@ class Coco(Importer):
     ) -> None:
         if wrong and self.options.missing == "refuse":
             raise ValueError(
-                f"{uri}: {what} ({names} {few(wrong)}); mend the file, or leave them out with "
+                f"{uri}: {what} ({names} {preview(wrong)}); mend the file, or leave them out with "
                 "--set missing=skip"
             )
         if wrong:
             counts[f"{what}, left out"] += len(wrong)
 
-    def complete(self, row: dict[str, Any], picture: Picture) -> dict[str, Any]:
+    def postprocess(self, row: dict[str, Any], picture: Picture) -> dict[str, Any]:
         width, height = row["_width"], row["_height"]
         if picture.seen != (width, height):
             raise BrokenImageError(
@@ -278,12 +278,12 @@ def _read(uri: str) -> dict[str, Any]:
         ]
         if wrong:
             raise ValueError(
-                f"{uri}: images whose {key} is no whole number: {few(map(repr, wrong))}"
+                f"{uri}: images whose {key} is no whole number: {preview(map(repr, wrong))}"
             )
     for name, key in (("images", "id"), ("images", "file_name"), ("categories", "id")):
         doubled = [value for value, n in Counter(item[key] for item in data[name]).items() if n > 1]
         if doubled:
-            raise ValueError(f"{uri}: {name} with the same {key}: {few(doubled)}")
+            raise ValueError(f"{uri}: {name} with the same {key}: {preview(doubled)}")
     return data
 
 
@@ -294,7 +294,7 @@ def _categories(data: dict[str, Any], uri: str) -> dict[int, str]:
         if isinstance(c["id"], bool) or not isinstance(c["id"], int)
     ]
     if wrong:
-        raise ValueError(f"{uri}: category ids that are no whole numbers: {few(wrong)}")
+        raise ValueError(f"{uri}: category ids that are no whole numbers: {preview(wrong)}")
     return {c["id"]: str(c["name"]) for c in data["categories"]}
 
 

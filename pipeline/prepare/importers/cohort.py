@@ -17,9 +17,9 @@ from pydantic import Field
 from pipeline.config import registry
 from pipeline.config.registry import Options, register
 from pipeline.prepare.cohorts import definition
-from pipeline.prepare.engine.importing import few
-from pipeline.prepare.engine.inputs import Piece, Reading, find
-from pipeline.prepare.engine.table_importer import Found, Settled, TableImporter
+from pipeline.prepare.engine.importing import preview
+from pipeline.prepare.engine.inputs import InputSplit, SplitReader, find_inputs
+from pipeline.prepare.engine.table_importer import Found, InferredSchema, TableImporter
 from pipeline.prepare.readers import parquet
 
 ROWS = {
@@ -78,19 +78,23 @@ class Cohort(TableImporter):
                 )
             return
         kind = registry.get("cohort", self.task)
-        self.definition: definition.Definition = kind(_options(self.task, self.options.options))
+        self.definition: definition.CohortDefinition = kind(
+            _options(self.task, self.options.options)
+        )
         self.label = self.definition.label
         self.schema: pa.Schema | None = None
 
-    def pieces(self, source: str, part_bytes: int) -> tuple[list[Piece], str, dict[str, Any]]:
+    def input_splits(
+        self, source: str, part_bytes: int
+    ) -> tuple[list[InputSplit], str, dict[str, Any]]:
         if not self.task:
             raise ValueError(
                 f"--set task=NAME is needed; tasks: {', '.join(registry.names('cohort'))}"
             )
-        listed = find(source, parquet.SUFFIXES)
-        pieces = parquet.pieces(listed, part_bytes)
-        first = {piece.name: piece for piece in pieces}
-        schemas = {name: parquet.schema(piece) for name, piece in first.items()}
+        listed = find_inputs(source, parquet.SUFFIXES)
+        input_splits = parquet.split_files(listed, part_bytes)
+        first = {input_split.name: input_split for input_split in input_splits}
+        schemas = {name: parquet.schema(input_split) for name, input_split in first.items()}
         self.schema = next(iter(schemas.values()))
         for name, schema in schemas.items():
             if schema != self.schema:
@@ -98,7 +102,7 @@ class Cohort(TableImporter):
                     f"{name}: other columns than {next(iter(schemas))}; give one kind of event rows"
                 )
         self._check(source)
-        return pieces, listed.mark, {"files left out": listed.others} if listed.others else {}
+        return input_splits, listed.mark, {"files left out": listed.others} if listed.others else {}
 
     def _check(self, source: str) -> None:
         """Raises ValueError for a column that is needed and not there."""
@@ -118,17 +122,17 @@ class Cohort(TableImporter):
                     "entity (onetomany prepare events)"
                 )
 
-    def _selected(self, reading: Reading) -> Iterator[tuple[pa.Table, np.ndarray]]:
+    def _selected(self, reading: SplitReader) -> Iterator[tuple[pa.Table, np.ndarray]]:
         """(rows of the cohort, for each good row "" or why it is left out) in batches."""
         for before, table in parquet.batches(reading):
-            reasons = definition.wrong(table)
+            reasons = definition.invalid_row_reasons(table)
             for i in np.flatnonzero(reasons != ""):
                 reading.bad(before + int(i) + 1, reasons[i])
             yield definition.select(
                 self.definition, table.filter(pa.array(reasons == "")), self.options.history
             )
 
-    def survey(self, reading: Reading) -> Found:
+    def scan(self, reading: SplitReader) -> Found:
         counts: Counter[str] = Counter()
         for _, reasons in self._selected(reading):
             counts.update(reasons.tolist())
@@ -138,7 +142,7 @@ class Cohort(TableImporter):
             "counts": np.array(list(counts.values()), dtype=np.int64),
         }
 
-    def settle(self, pieces: list[Piece], found: list[Found]) -> Settled:
+    def infer_schema(self, input_splits: list[InputSplit], found: list[Found]) -> InferredSchema:
         assert self.schema is not None
         counts: Counter[str] = Counter()
         for one in found:
@@ -158,7 +162,7 @@ class Cohort(TableImporter):
         notes = {
             "rows of the cohort": counts[""],
             "rows left out": left,
-            "columns not written (outcomes)": few(outcomes) if outcomes else "none",
+            "columns not written (outcomes)": preview(outcomes) if outcomes else "none",
         }
         about = {
             "task": self.task,
@@ -166,9 +170,9 @@ class Cohort(TableImporter):
             "history": self.options.history,
             "labels": inspect.cleandoc(type(self.definition).__doc__ or ""),
         }
-        return Settled(columns, [{}] * len(pieces), notes, about)
+        return InferredSchema(columns, [{}] * len(input_splits), notes, about)
 
-    def rows(self, reading: Reading) -> Iterator[pa.Table]:
+    def rows(self, reading: SplitReader) -> Iterator[pa.Table]:
         for rows, _ in self._selected(reading):
             yield rows
 

@@ -15,14 +15,14 @@ from pipeline.config.registry import Options, nearest, register
 from pipeline.prepare.engine.audio import (
     AudioImporter,
     broken,
+    drop_repeated_keys,
     lines_of,
-    once,
     others,
     recording,
     recordings,
     sounds,
 )
-from pipeline.prepare.engine.importing import SPLITS, Index, few
+from pipeline.prepare.engine.importing import SPLITS, Index, preview
 from pipeline.prepare.readers import archives
 
 NEEDED = ("client_id", "path", "sentence")
@@ -87,7 +87,7 @@ class CommonVoice(AudioImporter):
             more, wrong, names = _read(entry, language, clips)
             rows, bad = rows + more, bad + wrong
             columns |= {name: pa.int64() if name in NUMBERS else pa.string() for name in names}
-        good, doubled = once(rows, lambda row: row["path"])
+        good, doubled = drop_repeated_keys(rows, lambda row: row["path"])
         overlap = Counter(row["split"] for row in doubled) if self._overlaps else Counter()
         bad = bad if self._overlaps else [*bad, *doubled]
         kinds = {**dict.fromkeys(("transcript", "speaker", "language"), pa.string()), **columns}
@@ -157,7 +157,7 @@ class CommonVoice(AudioImporter):
                     ]
                     raise ValueError(
                         f"{source}: no {path}; say --set lists= with those that are there: "
-                        f"{few(sorted(listed))}"
+                        f"{preview(sorted(listed))}"
                     )
                 out.append((there[path], language))
         return out

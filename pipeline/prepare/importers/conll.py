@@ -15,9 +15,15 @@ from pydantic import Field
 
 from pipeline.config.registry import Options, register
 from pipeline.media.tagging_schemes import check
-from pipeline.prepare.engine.importing import few
-from pipeline.prepare.engine.inputs import Piece, Reading, decoded, find, wholes
-from pipeline.prepare.engine.table_importer import Found, Settled, TableImporter
+from pipeline.prepare.engine.importing import preview
+from pipeline.prepare.engine.inputs import (
+    InputSplit,
+    SplitReader,
+    decoded,
+    find_inputs,
+    whole_files,
+)
+from pipeline.prepare.engine.table_importer import Found, InferredSchema, TableImporter
 
 SUFFIXES = (
     ".conll",
@@ -97,20 +103,22 @@ class Conll(TableImporter):
     label = "tags"
     amounts = {"words": "words"}
 
-    def pieces(self, source: str, part_bytes: int) -> tuple[list[Piece], str, dict[str, Any]]:
+    def input_splits(
+        self, source: str, part_bytes: int
+    ) -> tuple[list[InputSplit], str, dict[str, Any]]:
         if self.options.repair and self.options.scheme in ("bioes", "none"):
             raise ValueError(
                 f"--set repair=true: not with scheme={self.options.scheme}: only an I- of bio "
                 "has one B- that it can become"
             )
-        listed = find(source, SUFFIXES, self.options.split)
+        listed = find_inputs(source, SUFFIXES, self.options.split)
         return (
-            wholes(listed),
+            whole_files(listed),
             listed.mark,
             {"files left out": listed.others} if listed.others else {},
         )
 
-    def _sentences(self, reading: Reading) -> Iterator[Sentence]:
+    def _sentences(self, reading: SplitReader) -> Iterator[Sentence]:
         """Every sentence of a file, good or not; what stands before the first -DOCSTART- is a
         document too.
         """
@@ -153,7 +161,7 @@ class Conll(TableImporter):
         if words or reason:
             yield Sentence(first, words, tags, widths, document, reason)
 
-    def survey(self, reading: Reading) -> Found:
+    def scan(self, reading: SplitReader) -> Found:
         """Sentences, documents, how many lines have how many columns, and of the tags what tells
         the scheme.
         """
@@ -184,12 +192,12 @@ class Conll(TableImporter):
             "begin": np.array(seen["B"]),
         }
 
-    def settle(self, pieces: list[Piece], found: list[Found]) -> Settled:
+    def infer_schema(self, input_splits: list[InputSplit], found: list[Found]) -> InferredSchema:
         scheme = self.options.scheme if self.options.scheme != "auto" else _scheme(found)
         inside = sum(int(one["inside"]) for one in found)
-        told, documents = [], 0
+        scan_results, documents = [], 0
         for one in found:
-            told.append(
+            scan_results.append(
                 {"scheme": scheme, "width": int(one["widths"].argmax()), "documents": documents}
             )
             documents += int(one["documents"])
@@ -206,10 +214,12 @@ class Conll(TableImporter):
             pa.field("tags", pa.list_(pa.string())),
             pa.field("document", pa.int64()),
         ]
-        return Settled(columns, told, notes, {"scheme": "bio" if scheme == "iob1" else scheme})
+        return InferredSchema(
+            columns, scan_results, notes, {"scheme": "bio" if scheme == "iob1" else scheme}
+        )
 
-    def rows(self, reading: Reading) -> Iterator[dict[str, Any]]:
-        width, scheme = reading.told["width"], reading.told["scheme"]
+    def rows(self, reading: SplitReader) -> Iterator[dict[str, Any]]:
+        width, scheme = reading.scan_result["width"], reading.scan_result["scheme"]
         for line, words, tags, widths, document, reason in self._sentences(reading):
             other = [n for n in widths if n != width]
             if not reason and other:
@@ -232,7 +242,7 @@ class Conll(TableImporter):
                 yield {
                     "words": words,
                     "tags": tags,
-                    "document": reading.told["documents"] + document,
+                    "document": reading.scan_result["documents"] + document,
                 }
 
 
@@ -264,7 +274,7 @@ def _scheme(found: list[Found]) -> str:
     prefixes = {str(name) for one in found for name in one["prefixes"]} - {""}
     if not prefixes <= {"B", "I", "O", "E", "S"}:
         raise ValueError(
-            f"tags that begin with {few(sorted(prefixes - set('BIOES')))}: neither bio, bioes "
+            f"tags that begin with {preview(sorted(prefixes - set('BIOES')))}: neither bio, bioes "
             "nor iob1; is tag_column right? "
             "--set scheme=none takes tags of any kind, --set scheme=bio lists such rows as broken"
         )

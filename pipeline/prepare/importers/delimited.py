@@ -13,9 +13,15 @@ from pydantic import Field
 
 from pipeline.config import registry
 from pipeline.config.registry import Options, register
-from pipeline.prepare.engine.importing import NO_SPLIT, SPLITS, few
-from pipeline.prepare.engine.inputs import Piece, Reading, find, wholes
-from pipeline.prepare.engine.table_importer import KINDS, Found, Settled, TableImporter, wider
+from pipeline.prepare.engine.importing import NO_SPLIT, SPLITS, preview
+from pipeline.prepare.engine.inputs import InputSplit, SplitReader, find_inputs, whole_files
+from pipeline.prepare.engine.table_importer import (
+    KINDS,
+    Found,
+    InferredSchema,
+    TableImporter,
+    wider,
+)
 from pipeline.prepare.readers.dialect import SUFFIXES, Dialect, field_kind, field_value
 
 NAMES = {"string": 4, "float": 3, "int": 2}
@@ -81,7 +87,7 @@ class Csv(TableImporter):
     """
 
     label = "label"
-    mixes = True
+    shuffles_rows = True
 
     def __init__(self, options: Any = None):
         super().__init__(options)
@@ -103,17 +109,19 @@ class Csv(TableImporter):
             )
         self.dialect = Dialect(o.delimiter, o.quote, o.encoding)
 
-    def pieces(self, source: str, part_bytes: int) -> tuple[list[Piece], str, dict[str, Any]]:
-        listed = find(
+    def input_splits(
+        self, source: str, part_bytes: int
+    ) -> tuple[list[InputSplit], str, dict[str, Any]]:
+        listed = find_inputs(
             source, SUFFIXES, self.options.split or ("all" if self.options.split_column else "")
         )
         return (
-            wholes(listed),
+            whole_files(listed),
             listed.mark,
             {"files left out": listed.others} if listed.others else {},
         )
 
-    def _named(self, reading: Reading) -> Iterator[dict[str, str]]:
+    def _named(self, reading: SplitReader) -> Iterator[dict[str, str]]:
         """Every row by the new names of its columns."""
         o, names = (
             self.options,
@@ -185,7 +193,7 @@ class Csv(TableImporter):
             )
         return [*taken, ("split", header.index(split))] if split else taken
 
-    def survey(self, reading: Reading) -> Found:
+    def scan(self, reading: SplitReader) -> Found:
         """The columns and what their values look like."""
         kinds: dict[str, int] = {}
         rows = 0
@@ -202,7 +210,7 @@ class Csv(TableImporter):
             "kinds": np.array(list(kinds.values()), dtype=np.int64),
         }
 
-    def settle(self, pieces: list[Piece], found: list[Found]) -> Settled:
+    def infer_schema(self, input_splits: list[InputSplit], found: list[Found]) -> InferredSchema:
         kinds: dict[str, int] = {}
         for one in found:
             for name, kind in zip(one["names"].tolist(), one["kinds"].tolist(), strict=True):
@@ -220,20 +228,20 @@ class Csv(TableImporter):
                 )
             kinds[name] = NAMES[kind]
         missing = {
-            name: few(
-                piece.name
-                for piece, one in zip(pieces, found, strict=True)
+            name: preview(
+                input_split.name
+                for input_split, one in zip(input_splits, found, strict=True)
                 if int(one["rows"]) and name not in one["names"]
             )
             for name in kinds
         }
-        told: dict[str, Any] = {"kinds": kinds}
+        schema_info: dict[str, Any] = {"kinds": kinds}
         columns = [
             pa.field(name, KINDS[kind] if kind else pa.string()) for name, kind in kinds.items()
         ]
-        return Settled(
+        return InferredSchema(
             columns,
-            [told] * len(pieces),
+            [schema_info] * len(input_splits),
             {
                 f"files without a column {name}, where it is null": where
                 for name, where in missing.items()
@@ -241,8 +249,8 @@ class Csv(TableImporter):
             },
         )
 
-    def rows(self, reading: Reading) -> Iterator[dict[str, Any]]:
-        kinds = reading.told["kinds"]
+    def rows(self, reading: SplitReader) -> Iterator[dict[str, Any]]:
+        kinds = reading.scan_result["kinds"]
         for row in self._named(reading):
             made = {
                 name: field_value(row[name], kind) if name in row else None

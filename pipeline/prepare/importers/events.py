@@ -18,20 +18,20 @@ from pipeline.config import registry
 from pipeline.config.registry import Options, register
 from pipeline.io import file_identity, storage
 from pipeline.prepare.clinical import plausible
-from pipeline.prepare.engine.grouped import Entities, Events, GroupedImporter, Sources
-from pipeline.prepare.engine.importing import few
-from pipeline.prepare.engine.inputs import Opener, find
+from pipeline.prepare.engine.grouped import Entities, Events, EventTables, GroupedImporter
+from pipeline.prepare.engine.importing import preview
+from pipeline.prepare.engine.inputs import Opener, find_inputs
 from pipeline.prepare.readers.archives import absolute
 from pipeline.prepare.readers.csv_blocks import (
     NULLS,
     SUFFIXES,
+    ByteRange,
     Column,
-    Cut,
-    Tally,
+    RowCounts,
     batches,
-    cuts,
     header,
     instants,
+    split_table,
     without_nulls,
     zones,
 )
@@ -109,7 +109,7 @@ class LongTable(GroupedImporter):
     events of nobody in the entities' table. Memory stays flat however long the table is.
     """
 
-    def sources(self, source: str, cut_bytes: int) -> Sources:
+    def sources(self, source: str, cut_bytes: int) -> EventTables:
         o = self.options
         if (o.unit == "timestamp") != bool(o.start):
             raise ValueError(
@@ -124,7 +124,7 @@ class LongTable(GroupedImporter):
                 )
         if o.entities and not storage.exists(o.entities):
             raise ValueError(f"{o.entities}: no such file for --set entities")
-        found = find(source, SUFFIXES, o.split)
+        found = find_inputs(source, SUFFIXES, o.split)
         taken = [
             entry
             for entry, _ in found.files
@@ -136,9 +136,9 @@ class LongTable(GroupedImporter):
             )
         with closing(Opener()) as opener:
             all_cuts = [
-                cut
+                byte_range
                 for entry in taken
-                for cut in cuts(TABLE, entry, cut_bytes, opener, not o.newlines)
+                for byte_range in split_table(TABLE, entry, cut_bytes, opener, not o.newlines)
             ]
             self._kind = "id" if _is_whole(taken[0], o.entity, opener) else "text"
         marks = [
@@ -147,7 +147,7 @@ class LongTable(GroupedImporter):
             *([plausible.mark()] if o.clean != "none" else []),
         ]
         self._taken = all_cuts
-        return Sources(
+        return EventTables(
             all_cuts, " ".join(marks), {"files left out": found.others} if found.others else {}
         )
 
@@ -262,9 +262,9 @@ class LongTable(GroupedImporter):
         """All entities that have events, sorted: one pass over that column alone."""
         seen: pa.Array | None = None
         with closing(Opener()) as opener:
-            for cut in self._taken:
+            for byte_range in self._taken:
                 for batch in batches(
-                    cut, {self.options.entity: Column(self._kind)}, opener, Tally()
+                    byte_range, {self.options.entity: Column(self._kind)}, opener, RowCounts()
                 ):
                     # pyright: ignore
                     found = pc.drop_null(pc.unique(_trimmed(batch.column(0).combine_chunks())))
@@ -279,7 +279,12 @@ class LongTable(GroupedImporter):
         return ids.take(pc.sort_indices(ids))  # pyright: ignore[reportAttributeAccessIssue]
 
     def events(
-        self, cut: Cut, opener: Opener, keys: Any, tally: Tally, dropped: Counter[str]
+        self,
+        byte_range: ByteRange,
+        opener: Opener,
+        keys: Any,
+        tally: RowCounts,
+        dropped: Counter[str],
     ) -> Iterator[Events]:
         o = self.options
         ids = keys["ids"]
@@ -295,7 +300,7 @@ class LongTable(GroupedImporter):
                 "two of them are the same column"
             )
         ranges = plausible.Ranges()
-        for batch in batches(cut, columns, opener, tally):
+        for batch in batches(byte_range, columns, opener, tally):
             if o.unit == "timestamp" and len(tally.zoned | keys["start_zoned"]) == 2:
                 with_zone = (
                     f"column {o.time!r} of the events"
@@ -303,13 +308,14 @@ class LongTable(GroupedImporter):
                     else f"column {o.start!r} of the entities"
                 )
                 raise ValueError(
-                    f"{few(entry.name for entry in cut.entries)}: {with_zone} has times with a "
+                    f"{preview(entry.name for entry in byte_range.entries)}: {with_zone} has "
+                    "times with a "
                     "zone (Z, +02:00), and the other column has none: "
                     "nobody can tell how far apart they are; write both with a zone, or both "
                     "without"
                 )
             rows = _found(ids, _trimmed(batch[o.entity].combine_chunks()))
-            hours, timed = self._hours(batch[o.time], rows, keys["start"], cut)
+            hours, timed = self._hours(batch[o.time], rows, keys["start"], byte_range)
             encoded = (
                 pc.utf8_trim_whitespace(batch[o.variable]).combine_chunks().dictionary_encode()
             )  # pyright: ignore[reportAttributeAccessIssue]
@@ -340,7 +346,7 @@ class LongTable(GroupedImporter):
             yield Events(rows, hours, codes, names, values)
 
     def _hours(
-        self, column: Any, rows: np.ndarray, start: np.ndarray | None, cut: Cut
+        self, column: Any, rows: np.ndarray, start: np.ndarray | None, byte_range: ByteRange
     ) -> tuple[np.ndarray, np.ndarray]:
         """((n,) hours since the entity's start, (n,) which there are). Raises ValueError for
         numbers that can be no such hours.
@@ -352,7 +358,8 @@ class LongTable(GroupedImporter):
         hours, timed = found.values * HOURS[self.options.unit], found.reasons == 0
         if far := np.count_nonzero(timed & (rows >= 0) & (np.abs(hours) > MOST_HOURS)):
             raise ValueError(
-                f"{few(entry.name for entry in cut.entries)}: {far} of {len(hours)} rows are "
+                f"{preview(entry.name for entry in byte_range.entries)}: {far} of {len(hours)} "
+                "rows are "
                 f"more than {MOST_HOURS} hours "
                 f"from the entity's start, with --set unit={self.options.unit}; name their "
                 "unit, or if they are absolute, write them as "
@@ -387,10 +394,10 @@ def _table(uri: str, ids: tuple[str, ...]) -> pa.Table:
     """A table with one row an entity: whole numbers as int64, texts as strings, and so the ``ids``
     of CSV. Raises ValueError for what is none.
     """
-    found = find(uri, SUFFIXES)
+    found = find_inputs(uri, SUFFIXES)
     if len(found.files) != 1:
         raise ValueError(
-            f"{uri}: {len(found.files)} tables ({few(entry.name for entry, _ in found.files)}) "
+            f"{uri}: {len(found.files)} tables ({preview(entry.name for entry, _ in found.files)}) "
             "for --set entities; name one file"
         )
     entry = found.files[0][0]

@@ -13,10 +13,10 @@ from pipeline.prepare.engine.importing import (
     SPLITS,
     Importer,
     Index,
+    check_no_empty_classes,
     depth,
-    few,
-    no_empty_classes,
     place,
+    preview,
     table,
 )
 from pipeline.prepare.readers import archives
@@ -63,10 +63,10 @@ class ImageFolder(Importer):
         if wrong:
             raise ValueError(
                 f"{source}: images that do not lie as "
-                f"{'SPLIT/CLASS/FILE' if split else 'CLASS/FILE'}: {few(wrong)}; "
+                f"{'SPLIT/CLASS/FILE' if split else 'CLASS/FILE'}: {preview(wrong)}; "
                 "move them, or say --set layout=split/class or class"
             )
-        no_empty_classes([*found.empty, *_without_images(found, wanted)], source)
+        check_no_empty_classes([*found.empty, *_without_images(found, wanted)], source)
         rows = []
         for entry in found.images:
             *before, label, _ = entry.name.split("/")

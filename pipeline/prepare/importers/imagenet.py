@@ -17,11 +17,11 @@ from pipeline.io import storage
 from pipeline.prepare.engine.importing import (
     Importer,
     Index,
-    few,
-    first_there,
+    check_no_empty_classes,
+    first_existing,
     lines,
-    no_empty_classes,
     place,
+    preview,
     records,
     table,
 )
@@ -90,13 +90,13 @@ class ImageNet(Importer):
             found = archives.listing(uri)
             marks.append(found.mark)
             left[split] = found.others()
-            no_empty_classes(found.empty, uri)
+            check_no_empty_classes(found.empty, uri)
             wnids = {entry.name: _wnid(entry.name) for entry in found.images}
             flat = [name for name, wnid in wnids.items() if wnid is None]
             if flat and (split == "train" or len(flat) < len(wnids)):
                 raise ValueError(
                     f"{uri}: not in a folder called by a WordNet id (n and eight digits): "
-                    f"{few(flat)}; use importer imagefolder for other layouts"
+                    f"{preview(flat)}; use importer imagefolder for other layouts"
                 )
             if flat:
                 wnids = _truth(source, found.images)
@@ -106,7 +106,7 @@ class ImageNet(Importer):
         if unknown:
             raise ValueError(
                 f"{source}: classes that {' or '.join((*NAMES, MAP))} does not name: "
-                f"{few(unknown)}; the file is not that of these images"
+                f"{preview(unknown)}; the file is not that of these images"
             )
         at = {wnid: i for i, wnid in enumerate(classes)}
         rows = [
@@ -136,11 +136,11 @@ def _find(source: str, chosen: str, known: tuple[str, ...]) -> str | None:
         return None
     if chosen:
         return storage.join(source, chosen)
-    return first_there(source, *(below + name for below in BELOW for name in known))
+    return first_existing(source, *(below + name for below in BELOW for name in known))
 
 
 def _beside(source: str, *names: str) -> str | None:
-    return first_there(source, *(below + name for below in DEVKIT for name in names))
+    return first_existing(source, *(below + name for below in DEVKIT for name in names))
 
 
 def _names(source: str) -> dict[str, str]:
@@ -210,7 +210,7 @@ def _truth(source: str, images: list[archives.Entry]) -> dict[str, str]:
         wrong = [f"{name}: {wnid!r}" for name, wnid in wnid_of.items() if not WNID.fullmatch(wnid)]
         if wrong:
             raise ValueError(
-                f"{solution}: PredictionString begins with no WordNet id: {few(wrong)}"
+                f"{solution}: PredictionString begins with no WordNet id: {preview(wrong)}"
             )
         keys = {entry.name: entry.name.rpartition("/")[2].partition(".")[0] for entry in images}
         where = solution
@@ -225,7 +225,8 @@ def _truth(source: str, images: list[archives.Entry]) -> dict[str, str]:
         outside = [number for number in numbers if number not in wnids]
         if outside:
             raise ValueError(
-                f"{truth}: numbers that the devkit's {MAP} or {META} does not have: {few(outside)}"
+                f"{truth}: numbers that the devkit's {MAP} or {META} does not have: "
+                f"{preview(outside)}"
             )
         wnid_of = {i: wnids[number] for i, number in enumerate(numbers, 1)}
         keys = {entry.name: _serial(entry.name) for entry in images}
@@ -237,7 +238,7 @@ def _truth(source: str, images: list[archives.Entry]) -> dict[str, str]:
         )
     unnamed = [name for name, key in keys.items() if key not in wnid_of]
     if unnamed:
-        raise ValueError(f"{where}: no class for {few(unnamed)}")
+        raise ValueError(f"{where}: no class for {preview(unnamed)}")
     return {name: wnid_of[key] for name, key in keys.items()}
 
 

@@ -22,15 +22,15 @@ from pipeline.prepare.engine.episodes import (
     UnusableError,
     fields,
     matrix,
+    number_problem,
     row,
-    unfit,
 )
 from pipeline.prepare.engine.images import BYTES_A_PIXEL
-from pipeline.prepare.engine.importing import few
-from pipeline.prepare.engine.inputs import Opener, Piece, Reading
+from pipeline.prepare.engine.importing import preview
+from pipeline.prepare.engine.inputs import InputSplit, Opener, SplitReader
 from pipeline.prepare.engine.shard_tasks import Settings
 from pipeline.prepare.readers import lerobot_layout, parquet, video
-from pipeline.prepare.readers.lerobot_layout import Known, Layout
+from pipeline.prepare.readers.lerobot_layout import EpisodeInfo, Layout
 from pipeline.prepare.readers.picture_check import BrokenImageError, examine
 
 INDICES = ("episode_index", "frame_index", "index", "timestamp", "task_index")
@@ -91,8 +91,8 @@ class Lerobot(EpisodeImporter):
                 "images=observation.images.front"
             )
         split, outside = lerobot_layout.splits(layout, o.split)
-        known = sorted(layout.episodes, key=lambda one: (split[one.number], one.number))
-        if not known:
+        episodes = sorted(layout.episodes, key=lambda one: (split[one.number], one.number))
+        if not episodes:
             raise ValueError(
                 f"{source}: no episodes"
                 + (
@@ -114,7 +114,7 @@ class Lerobot(EpisodeImporter):
         )  # travels to every task: without the episodes
         notes = {
             "layout": layout.version,
-            **({"cameras left out (--set images= takes one)": few(cameras)} if cameras else {}),
+            **({"cameras left out (--set images= takes one)": preview(cameras)} if cameras else {}),
             **({"episodes in no range of splits, taken as train": outside} if outside else {}),
         }
         info = {
@@ -137,9 +137,9 @@ class Lerobot(EpisodeImporter):
             False if o.actions else None, "next.reward" in layout.features, bool(o.images)
         )
         return Episodes(
-            [(one, split[one.number]) for one in known],
-            [split[one.number] for one in known],
-            np.array([one.length * each for one in known], dtype=np.float64),
+            [(one, split[one.number]) for one in episodes],
+            [split[one.number] for one in episodes],
+            np.array([one.length * each for one in episodes], dtype=np.float64),
             columns,
             layout.mark,
             notes,
@@ -185,7 +185,7 @@ class Lerobot(EpisodeImporter):
         if not found:
             raise ValueError(
                 f"{source}: no observation.* that is a row of numbers; name the features: "
-                f"--set observations=; there are {few(numbers)}"
+                f"--set observations=; there are {preview(numbers)}"
             )
         return found
 
@@ -202,10 +202,12 @@ class Lerobot(EpisodeImporter):
 
     # ------------------------------------------------------------ the episodes of a part
 
-    def episodes(self, items: list[tuple[Known, str]], settings: Settings) -> Iterator[Result]:
+    def episodes(
+        self, items: list[tuple[EpisodeInfo, str]], settings: Settings
+    ) -> Iterator[Result]:
         with closing(Opener()) as opener:
             for _, group in groupby(items, key=lambda item: item[0].data.uri):
-                wanted = {known.number: (known, split) for known, split in group}
+                wanted = {episode.number: (episode, split) for episode, split in group}
                 left = dict(wanted)
                 for number, rows in self._of_file(next(iter(wanted.values()))[0], wanted, opener):
                     if number not in left:
@@ -214,23 +216,25 @@ class Lerobot(EpisodeImporter):
                             "not stand together; get the file again"
                         )
                     yield self._result(*left.pop(number), rows, settings)
-                for known, split in left.values():
+                for episode, split in left.values():
                     yield self._left_out(
-                        known,
+                        episode,
                         split,
-                        f"no row of it in {known.data.name}, but its length in the metadata is "
-                        f"{known.length}",
+                        f"no row of it in {episode.data.name}, but its length in the metadata is "
+                        f"{episode.length}",
                     )
 
     def _of_file(
-        self, first: Known, wanted: dict[int, Any], opener: Opener
+        self, first: EpisodeInfo, wanted: dict[int, Any], opener: Opener
     ) -> Iterator[tuple[int, pa.Table]]:
         """(number, rows) of the wanted episodes of a file, in its order; no more than one of them
         in memory.
         """
         entry = first.data
-        piece = Piece(entry.name, "", entry, 0, max(1, len(parquet.groups(entry))), entry.size)
-        with parquet.opened(Reading(piece, opener)) as file:
+        input_split = InputSplit(
+            entry.name, "", entry, 0, max(1, len(parquet.groups(entry))), entry.size
+        )
+        with parquet.opened(SplitReader(input_split, opener)) as file:
             there = file.schema_arrow.names
             start, stop = _groups(file.metadata, there, wanted)
         more = [name for name in ("next.reward", "next.done") if name in self.layout.features]
@@ -243,17 +247,17 @@ class Lerobot(EpisodeImporter):
         if lacking := [name for name in ("episode_index", *needed) if name not in there]:
             raise ValueError(
                 f"{entry.name}: no column {lacking[0]!r}, which meta/info.json names; there "
-                f"are {few(there)}"
+                f"are {preview(there)}"
             )
         if first.video is not None and "timestamp" not in there:
             raise ValueError(
                 f"{entry.name}: no column 'timestamp', by which the frames of "
                 f"{self.options.images} are found; get the file again, or leave "
-                f"--set images= out; there are {few(there)}"
+                f"--set images= out; there are {preview(there)}"
             )
         held: list[pa.Table] = []
         current = -1
-        reading = Reading(piece._replace(start=start, stop=stop), opener)
+        reading = SplitReader(input_split._replace(start=start, stop=stop), opener)
         for _, batch in parquet.batches(
             reading, list(dict.fromkeys([*(name for name in INDICES if name in there), *needed]))
         ):
@@ -274,19 +278,21 @@ class Lerobot(EpisodeImporter):
         name = self.options.images
         return [name] if name and self.layout.features[name]["dtype"] == "image" else []
 
-    def _left_out(self, known: Known, split: str, reason: str) -> Result:
+    def _left_out(self, episode: EpisodeInfo, split: str, reason: str) -> Result:
         return Result(
-            split, broken={"path": f"episode {known.number}", "split": split, "reason": reason}
+            split, broken={"path": f"episode {episode.number}", "split": split, "reason": reason}
         )
 
-    def _result(self, known: Known, split: str, rows: pa.Table, settings: Settings) -> Result:
+    def _result(
+        self, episode: EpisodeInfo, split: str, rows: pa.Table, settings: Settings
+    ) -> Result:
         try:
-            _check_rows(known, rows)
+            _check_rows(episode, rows)
             if not len(rows):
                 raise UnusableError("it has no rows")
-            found = self._episode(known, rows, settings)
+            found = self._episode(episode, rows, settings)
         except (UnusableError, BrokenImageError) as error:
-            return self._left_out(known, split, str(error))
+            return self._left_out(episode, split, str(error))
         # pyright: ignore
         several = "task_index" in rows.column_names and len(pc.unique(rows["task_index"])) > 1
         amounts = {
@@ -295,7 +301,7 @@ class Lerobot(EpisodeImporter):
         }
         return Result(split, row(found, split), amounts=amounts)
 
-    def _episode(self, known: Known, rows: pa.Table, settings: Settings) -> Episode:
+    def _episode(self, episode: EpisodeInfo, rows: pa.Table, settings: Settings) -> Episode:
         o = self.options
         parts = [matrix(rows[name], name, self._width(name)) for name in self.observed]
         actions = matrix(rows[o.actions], o.actions, self._width(o.actions)) if o.actions else None
@@ -309,25 +315,25 @@ class Lerobot(EpisodeImporter):
             (o.actions, actions),
             ("next.reward", rewards),
         ]:
-            if values is not None and (why := unfit(values, name)):
+            if values is not None and (why := number_problem(values, name)):
                 raise UnusableError(why)
         done = "next.done" in self.layout.features and bool(
             matrix(rows["next.done"], "next.done", 1)[-1, 0]
         )
         robot = o.embodiment or str(self.layout.info.get("robot_type") or "")
         return Episode(
-            f"episode_{known.number:06d}",
+            f"episode_{episode.number:06d}",
             np.concatenate(parts, axis=1).astype(np.float32),
             actions,
             done,
             not done,
             rewards,
-            self._images(known, rows, settings),
-            self._task(known, rows),
+            self._images(episode, rows, settings),
+            self._task(episode, rows),
             "" if robot == "unknown" else robot,
         )
 
-    def _task(self, known: Known, rows: pa.Table) -> str:
+    def _task(self, episode: EpisodeInfo, rows: pa.Table) -> str:
         if "task_index" in rows.column_names and self.layout.tasks:
             number = rows["task_index"][0].as_py()
             if number not in self.layout.tasks:
@@ -336,13 +342,15 @@ class Lerobot(EpisodeImporter):
                     "meta/tasks"
                 )
             return self.layout.tasks[number]
-        return known.tasks[0] if known.tasks else ""
+        return episode.tasks[0] if episode.tasks else ""
 
-    def _images(self, known: Known, rows: pa.Table, settings: Settings) -> list[bytes] | None:
+    def _images(
+        self, episode: EpisodeInfo, rows: pa.Table, settings: Settings
+    ) -> list[bytes] | None:
         if not self.options.images:
             return None
-        if known.video is not None:
-            uri, start = known.video
+        if episode.video is not None:
+            uri, start = episode.video
             return video.frames(
                 uri,
                 start + rows["timestamp"].to_numpy().astype(np.float64),
@@ -382,20 +390,20 @@ def _groups(about: Any, names: list[str], wanted: dict[int, Any]) -> tuple[int, 
     return (held[0], held[-1] + 1) if held else (0, 0)
 
 
-def _check_rows(known: Known, rows: pa.Table) -> None:
+def _check_rows(episode: EpisodeInfo, rows: pa.Table) -> None:
     """Raises UnusableError where an episode's rows are not those that its metadata names; both
     numbers are told.
     """
-    where = known.data.name
-    if known.rows is not None and known.rows[1] - known.rows[0] != known.length:
+    where = episode.data.name
+    if episode.rows is not None and episode.rows[1] - episode.rows[0] != episode.length:
         raise UnusableError(
-            f"dataset_from_index {known.rows[0]} to dataset_to_index {known.rows[1]} are "
-            f"{known.rows[1] - known.rows[0]} rows, "
-            f"but its length in the metadata is {known.length}"
+            f"dataset_from_index {episode.rows[0]} to dataset_to_index {episode.rows[1]} are "
+            f"{episode.rows[1] - episode.rows[0]} rows, "
+            f"but its length in the metadata is {episode.length}"
         )
-    if len(rows) != known.length:
+    if len(rows) != episode.length:
         raise UnusableError(
-            f"{len(rows)} rows in {where}, but its length in the metadata is {known.length}"
+            f"{len(rows)} rows in {where}, but its length in the metadata is {episode.length}"
         )
     there = {
         name: rows[name].to_numpy()
@@ -404,13 +412,13 @@ def _check_rows(known: Known, rows: pa.Table) -> None:
     }
     index = there.get("index")
     if (
-        known.rows is not None
+        episode.rows is not None
         and index is not None
-        and (index[0] != known.rows[0] or index[-1] != known.rows[1] - 1)
+        and (index[0] != episode.rows[0] or index[-1] != episode.rows[1] - 1)
     ):
         raise UnusableError(
             f"index goes from {index[0]} to {index[-1]} in {where}, but the metadata has rows "
-            f"{known.rows[0]} to {known.rows[1] - 1}"
+            f"{episode.rows[0]} to {episode.rows[1] - 1}"
         )
     frame = there.get("frame_index")
     if frame is not None and (frame != np.arange(len(rows))).any():

@@ -15,15 +15,15 @@ from pipeline.config.registry import Options, nearest, register
 from pipeline.prepare.engine.audio import (
     AudioImporter,
     Line,
-    joined,
+    drop_repeated_keys,
+    join_transcripts,
     lines_of,
-    once,
     others,
     recording,
     recordings,
     sounds,
 )
-from pipeline.prepare.engine.importing import SPLITS, Index, few
+from pipeline.prepare.engine.importing import SPLITS, Index, preview
 from pipeline.prepare.readers import archives
 
 TRANSCRIPTS = ".trans.txt"
@@ -85,7 +85,7 @@ class LibriSpeech(AudioImporter):
         if strange:
             raise ValueError(
                 f"{source}: files that do not lie as SUBSET/SPEAKER/CHAPTER/FILE, SUBSET "
-                f"called train-, dev- or test-: {few(strange)}; "
+                f"called train-, dev- or test-: {preview(strange)}; "
                 "move them, or use importer manifest for other layouts"
             )
         there = {parts[0] for parts in by_subset.values() if parts}
@@ -113,7 +113,7 @@ class LibriSpeech(AudioImporter):
         genders = _genders(
             [entry for entry in found.entries if posixpath.basename(entry.name) == "SPEAKERS.TXT"]
         )
-        rows, doubled = once(
+        rows, doubled = drop_repeated_keys(
             [
                 _row(entry, taken[entry.name], genders)
                 for entry in sounds(found)
@@ -127,7 +127,7 @@ class LibriSpeech(AudioImporter):
             said.setdefault((taken[line.file][0], name), []).append(
                 line._replace(text=text.strip())
             )
-        good, wrong = joined(
+        good, wrong = join_transcripts(
             {(row["subset"], row["utterance"]): row for row in rows},
             said,
             lambda key: _split(key[0]),
@@ -142,7 +142,7 @@ class LibriSpeech(AudioImporter):
             notes={
                 "speakers of a known gender": len(genders),
                 "files left out": others(found, TRANSCRIPTS, "SPEAKERS.TXT"),
-                **({"empty folders": few(empty)} if empty else {}),
+                **({"empty folders": preview(empty)} if empty else {}),
             },
         )
 

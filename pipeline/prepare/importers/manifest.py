@@ -21,15 +21,15 @@ from pipeline.prepare.engine.audio import (
     AudioImporter,
     Line,
     broken,
+    drop_repeated_keys,
     lines_of,
-    once,
     others,
     recording,
     recordings,
     sounds,
 )
-from pipeline.prepare.engine.importing import Index, few
-from pipeline.prepare.engine.inputs import split_of, unfit
+from pipeline.prepare.engine.importing import Index, preview
+from pipeline.prepare.engine.inputs import split_of, text_problem
 from pipeline.prepare.engine.table_importer import KINDS, as_kind, kind_of, wider
 from pipeline.prepare.readers import archives
 
@@ -141,9 +141,9 @@ class Manifest(AudioImporter):
         if len(kinds) > MOST_FIELDS:
             raise ValueError(
                 f"{source}: {len(kinds)} different fields, more than {MOST_FIELDS}: "
-                f"{few(kinds)}; are the fields' names data?"
+                f"{preview(kinds)}; are the fields' names data?"
             )
-        good, doubled = once(
+        good, doubled = drop_repeated_keys(
             rows,
             lambda row: (
                 row["_uri"],
@@ -202,7 +202,7 @@ class Manifest(AudioImporter):
             if name not in there:
                 raise ValueError(
                     f"--set manifests={self.options.manifests}: no {name} in {source}; there "
-                    f"are {few(there) or 'no .json or .jsonl files'}"
+                    f"are {preview(there) or 'no .json or .jsonl files'}"
                 )
         named = [name for name in there if "manifest" in posixpath.basename(name).lower()]
         chosen = wanted or named or list(there)
@@ -328,7 +328,7 @@ def _wrong(fields: Any) -> str:
         (
             reason
             for name, value in fields.items()
-            if isinstance(value, str) and (reason := unfit(value, name))
+            if isinstance(value, str) and (reason := text_problem(value, name))
         ),
         "",
     )

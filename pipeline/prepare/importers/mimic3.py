@@ -16,10 +16,18 @@ from pydantic import Field
 
 from pipeline.config.registry import Options, register
 from pipeline.prepare.clinical import mimic3_stays, plausible
-from pipeline.prepare.engine.grouped import Entities, Events, GroupedImporter, Sources
+from pipeline.prepare.engine.grouped import Entities, Events, EventTables, GroupedImporter
 from pipeline.prepare.engine.inputs import Opener
 from pipeline.prepare.readers.archives import listing
-from pipeline.prepare.readers.csv_blocks import Column, Cut, Tally, batches, cuts, instants, whole
+from pipeline.prepare.readers.csv_blocks import (
+    ByteRange,
+    Column,
+    RowCounts,
+    batches,
+    instants,
+    split_table,
+    whole,
+)
 
 MEASURED = ("chartevents", "labevents", "outputevents")
 GIVEN = ("inputevents", "inputevents_cv", "inputevents_mv")
@@ -99,7 +107,7 @@ class Mimic3(GroupedImporter):
 
     label = "hospital_death"
 
-    def sources(self, source: str, cut_bytes: int) -> Sources:
+    def sources(self, source: str, cut_bytes: int) -> EventTables:
         found = listing(source)
         self.tables = mimic3_stays.find_tables(found, source)
         wanted = (
@@ -109,13 +117,13 @@ class Mimic3(GroupedImporter):
         )
         with closing(Opener()) as opener:
             out = [
-                cut
+                byte_range
                 for name in wanted
                 for entry in self.tables.get(name, ())
-                for cut in cuts(name, entry, cut_bytes, opener)
+                for byte_range in split_table(name, entry, cut_bytes, opener)
             ]
         lacking = mimic3_stays.missing(self.tables)
-        return Sources(
+        return EventTables(
             out,
             f"{found.mark} {plausible.mark()}",
             {"tables that are not there": lacking} if lacking else {},
@@ -201,21 +209,31 @@ class Mimic3(GroupedImporter):
     # ---------------------------------------------------------------- events
 
     def events(
-        self, cut: Cut, opener: Opener, keys: Any, tally: Tally, dropped: Counter[str]
+        self,
+        byte_range: ByteRange,
+        opener: Opener,
+        keys: Any,
+        tally: RowCounts,
+        dropped: Counter[str],
     ) -> Iterator[Events]:
         read = (
             self._measured
-            if cut.table in MEASURED
+            if byte_range.table in MEASURED
             else self._drugs
-            if cut.table == "prescriptions"
+            if byte_range.table == "prescriptions"
             else self._inputs
         )
-        ids = {"subject_id": Column("id"), "hadm_id": Column("id", cut.table != "labevents")}
-        block = _Block(cut.table, keys, dropped)
-        yield from read(cut, ids, opener, tally, block)
+        ids = {"subject_id": Column("id"), "hadm_id": Column("id", byte_range.table != "labevents")}
+        block = _Block(byte_range.table, keys, dropped)
+        yield from read(byte_range, ids, opener, tally, block)
 
     def _measured(
-        self, cut: Cut, ids: dict[str, Column], opener: Opener, tally: Tally, block: _Block
+        self,
+        byte_range: ByteRange,
+        ids: dict[str, Column],
+        opener: Opener,
+        tally: RowCounts,
+        block: _Block,
     ) -> Iterator[Events]:
         columns = {
             **ids,
@@ -227,10 +245,10 @@ class Mimic3(GroupedImporter):
             "error": Column("id", False),
             "iserror": Column("id", False),
         }
-        items, codes, conversions = block.keys["items"][cut.table]
+        items, codes, conversions = block.keys["items"][byte_range.table]
         names, ranges = block.keys["names"], plausible.Ranges()
-        units = _Factors(names, codes, conversions, block.keys["units"][cut.table])
-        for batch in block.batches(cut, columns, opener, tally):
+        units = _Factors(names, codes, conversions, block.keys["units"][byte_range.table])
+        for batch in block.batches(byte_range, columns, opener, tally):
             block.begin(len(batch))
             item = _whole(batch["itemid"])
             at = np.minimum(np.searchsorted(items, item), len(items) - 1)
@@ -261,14 +279,19 @@ class Mimic3(GroupedImporter):
                 column[block.good] for column in (rows, hours, at, values * factors)
             )
             values = plausible.converted(values, conversions[at], CONVERSIONS)
-            values, good = ranges.apply(values, codes[at], names, block.dropped, cut.table)
+            values, good = ranges.apply(values, codes[at], names, block.dropped, byte_range.table)
             yield Events(rows[good], hours[good], codes[at][good], names, values[good])
 
     def _drugs(
-        self, cut: Cut, ids: dict[str, Column], opener: Opener, tally: Tally, block: _Block
+        self,
+        byte_range: ByteRange,
+        ids: dict[str, Column],
+        opener: Opener,
+        tally: RowCounts,
+        block: _Block,
     ) -> Iterator[Events]:
         for batch in block.batches(
-            cut, {**ids, "startdate": Column("time"), "drug": Column("text")}, opener, tally
+            byte_range, {**ids, "startdate": Column("time"), "drug": Column("text")}, opener, tally
         ):
             names, codes = _named("drug: ", batch["drug"])
             block.begin(len(batch))
@@ -278,7 +301,12 @@ class Mimic3(GroupedImporter):
             yield Events(rows, hours, codes[block.good], names, np.ones(len(rows)))
 
     def _inputs(
-        self, cut: Cut, ids: dict[str, Column], opener: Opener, tally: Tally, block: _Block
+        self,
+        byte_range: ByteRange,
+        ids: dict[str, Column],
+        opener: Opener,
+        tally: RowCounts,
+        block: _Block,
     ) -> Iterator[Events]:
         """What was given by when: an amount counts once all of it was given, at its end."""
         columns = {
@@ -292,7 +320,7 @@ class Mimic3(GroupedImporter):
         }
         items, labels, own_kinds = block.keys["labels"]
         names = [f"input: {label}" for label in labels]
-        for batch in block.batches(cut, columns, opener, tally):
+        for batch in block.batches(byte_range, columns, opener, tally):
             block.begin(len(batch))
             item = _whole(batch["itemid"])
             at = np.minimum(np.searchsorted(items, item), max(0, len(items) - 1))
@@ -396,8 +424,8 @@ class _Factors:
         self.found: dict[tuple[str | None, int], float] = {}
 
     def of(self, written: Any, items: np.ndarray) -> np.ndarray:
-        """(n,) float64, NaN where the unit is not known. ``written``: (n,) texts; ``items``: (n,)
-        places of the items in their table.
+        """(n,) float64, NaN where the unit is not known. ``output_columns``: (n,) texts; ``items``:
+        (n,) places of the items in their table.
         """
         encoded = written.combine_chunks().dictionary_encode()
         texts = [*encoded.dictionary.to_pylist(), None]
@@ -433,13 +461,13 @@ class _Block:
         self.good = np.empty(0, dtype=bool)
 
     def batches(
-        self, cut: Cut, columns: dict[str, Column], opener: Opener, tally: Tally
+        self, byte_range: ByteRange, columns: dict[str, Column], opener: Opener, tally: RowCounts
     ) -> Iterator[pa.Table]:
         """As `columnar.batches`. Raises ValueError where times have a zone and those of the stays
         have none, or the other way round.
         """
-        for batch in batches(cut, columns, opener, tally):
-            names = ", ".join(entry.name for entry in cut.entries)
+        for batch in batches(byte_range, columns, opener, tally):
+            names = ", ".join(entry.name for entry in byte_range.entries)
             mimic3_stays.check_zones(
                 names, tally.zoned, self.keys["stays_table"], self.keys["zoned"]
             )
@@ -533,10 +561,10 @@ def _values(batch: pa.Table, conversions: np.ndarray) -> plausible.Numbers:
         np.int8
     )
     written = batch["value"].combine_chunks()
-    for name, told in (("refill", _refill), ("present", _present)):
+    for name, convert in (("refill", _refill), ("present", _present)):
         here = conversions == CONVERSIONS.index(name)
         if here.any():
-            found = told(written)
+            found = convert(written)
             values = np.where(here, found, values)
             reasons = np.where(here, np.where(np.isnan(found), 2, 0), reasons).astype(np.int8)
     return plausible.Numbers(values, reasons, censored)

@@ -20,18 +20,26 @@ from pydantic import Field
 
 from pipeline.config.registry import Options, register
 from pipeline.prepare.clinical import plausible
-from pipeline.prepare.engine.grouped import Entities, Events, GroupedImporter, Sources
-from pipeline.prepare.engine.importing import few
+from pipeline.prepare.engine.grouped import Entities, Events, EventTables, GroupedImporter
+from pipeline.prepare.engine.importing import preview
 from pipeline.prepare.engine.inputs import EXPANSION, Opener
 from pipeline.prepare.readers.archives import Entry, listing
-from pipeline.prepare.readers.csv_blocks import Column, Cut, Tally, batches, cuts, stem, whole
+from pipeline.prepare.readers.csv_blocks import (
+    ByteRange,
+    Column,
+    RowCounts,
+    batches,
+    split_table,
+    stem,
+    whole,
+)
 
 RECORD, OUTCOMES = (
     re.compile(r"(?:^|/)set-([a-z])/(\d+)\.txt$"),
     re.compile(r"(?:^|/)outcomes-([a-z])\.(?:txt|csv)$"),
 )
 TABLE = re.compile(r"(?:^|/)(events|records)_([a-z])\.(?:parquet|csv|csv\.gz)$")
-FILES_A_CUT = 500
+FILES_A_RANGE = 500
 DESCRIPTORS = ("RecordID", "Age", "Gender", "Height", "ICUType", "Weight")
 FACTS = ("Age", "Gender", "Height", "Weight", "CareUnit")
 GENDERS, UNITS = {0.0: "female", 1.0: "male"}, {1.0: "CCU", 2.0: "CSRU", 3.0: "MICU", 4.0: "SICU"}
@@ -81,7 +89,7 @@ class Physionet2012(GroupedImporter):
                 )
             self.splits[name] = split
 
-    def sources(self, source: str, cut_bytes: int) -> Sources:
+    def sources(self, source: str, cut_bytes: int) -> EventTables:
         found = listing(source)
         self._records: dict[str, list[Entry]] = {}
         self._outcomes: dict[str, Entry] = {}
@@ -116,24 +124,24 @@ class Physionet2012(GroupedImporter):
         with closing(Opener()) as opener:
             for name in wanted:
                 files = iter(sorted(self._records.get(name, ()), key=_place))
-                while some := tuple(islice(files, FILES_A_CUT)):
+                while some := tuple(islice(files, FILES_A_RANGE)):
                     squeezed = EXPANSION if some[0].uri.lower().endswith("gz") else 1
                     out.append(
-                        Cut(
+                        ByteRange(
                             f"set-{name}",
                             some,
                             size=max(1, squeezed * sum(entry.size for entry in some)),
                         )
                     )
                 if name in self._tables:
-                    out += cuts(f"set-{name}", self._tables[name][0], cut_bytes, opener)
+                    out += split_table(f"set-{name}", self._tables[name][0], cut_bytes, opener)
         if left := [name for name in there if name not in wanted]:
-            notes["sets left out"] = few(left)
+            notes["sets left out"] = preview(left)
         if bare := [
             name for name in wanted if name in self._records and name not in self._outcomes
         ]:
-            notes["sets without an Outcomes file, whose outcomes are null"] = few(bare)
-        return Sources(out, f"{found.mark} {plausible.mark()}", notes)
+            notes["sets without an Outcomes file, whose outcomes are null"] = preview(bare)
+        return EventTables(out, f"{found.mark} {plausible.mark()}", notes)
 
     # ---------------------------------------------------------------- one row a record
 
@@ -192,7 +200,7 @@ class Physionet2012(GroupedImporter):
             new: int(known[old]) if old in known else None for old, new in LABELS.items()
         }
         height, weight = (self._measured(key, known.get(key)) for key in ("Height", "Weight"))
-        facts = {
+        metadata = {
             "Age": known.get("Age"),
             "Gender": GENDERS.get(known.get("Gender", -1)),
             "Height": height,
@@ -201,7 +209,7 @@ class Physionet2012(GroupedImporter):
         }
         return {
             "entity": int(record["RecordID"]),
-            "static": facts,
+            "static": metadata,
             **whole_number,
             "icu_type": int(known["ICUType"]) if "ICUType" in known else None,
             "set": name,
@@ -290,27 +298,38 @@ class Physionet2012(GroupedImporter):
     # ---------------------------------------------------------------- events
 
     def events(
-        self, cut: Cut, opener: Opener, keys: Any, tally: Tally, dropped: Counter[str]
+        self,
+        byte_range: ByteRange,
+        opener: Opener,
+        keys: Any,
+        tally: RowCounts,
+        dropped: Counter[str],
     ) -> Iterator[Events]:
-        known = keys[cut.table.removeprefix("set-")]
-        if stem(cut.entries[0]).startswith("events_"):
+        known = keys[byte_range.table.removeprefix("set-")]
+        if stem(byte_range.entries[0]).startswith("events_"):
             columns = {
                 "recordid": Column("id"),
                 "minute": Column("number"),
                 "parameter": Column("text"),
                 "value": Column("number"),
             }
-            for batch in batches(cut, columns, opener, tally):
+            for batch in batches(byte_range, columns, opener, tally):
                 minutes = plausible.numbers(batch["minute"])
                 hours = np.where(minutes.reasons == 0, minutes.values / 60, np.nan)
                 records = batch["recordid"].combine_chunks().fill_null(-1).to_numpy()
                 yield self._clean(
-                    records, hours, batch["parameter"], batch["value"], known, cut.table, dropped
+                    records,
+                    hours,
+                    batch["parameter"],
+                    batch["value"],
+                    known,
+                    byte_range.table,
+                    dropped,
                 )
             return
-        for start in range(0, len(cut.entries), 100):
+        for start in range(0, len(byte_range.entries), 100):
             texts, sizes, ids = [], [], []
-            for entry in cut.entries[start : start + 100]:
+            for entry in byte_range.entries[start : start + 100]:
                 record, body, reason = _record(entry, _lines(entry, opener))
                 if reason:
                     continue
@@ -322,7 +341,7 @@ class Physionet2012(GroupedImporter):
                 texts,
                 np.repeat(np.array(ids, dtype=np.int64), sizes),
                 known,
-                cut.table,
+                byte_range.table,
                 tally,
                 dropped,
             )
@@ -333,7 +352,7 @@ class Physionet2012(GroupedImporter):
         records: np.ndarray,
         known: np.ndarray,
         table: str,
-        tally: Tally,
+        tally: RowCounts,
         dropped: Counter[str],
     ) -> Events:
         text = pa.array(lines, pa.string())

@@ -18,8 +18,8 @@ from pipeline.config.registry import Options, nearest, register
 from pipeline.core.rng import mix
 from pipeline.io import storage
 from pipeline.prepare.engine.episodes import Episode, EpisodeImporter, Episodes, Result, fields, row
-from pipeline.prepare.engine.shard_tasks import Settings, Tell
-from pipeline.prepare.engine.table_importer import SURVEYS
+from pipeline.prepare.engine.shard_tasks import ProgressCallback, Settings
+from pipeline.prepare.engine.table_importer import SCANS
 from pipeline.simulation import environment, experts, rollout, training
 from pipeline.simulation.environment import World
 
@@ -145,7 +145,7 @@ class Rollouts(EpisodeImporter):
 
     def index(self, source: str, settings: Settings) -> Episodes:
         o = self.options
-        environment.check_named(source)
+        environment.check_environment_id(source)
         self.robot = o.embodiment or source.rpartition("/")[2].rpartition("-v")[0] or source
         steps = o.max_steps or self._time_limit(source)
         self.world = World(source, steps, 0, {}, self.skills[0] if self.skills else "")
@@ -158,7 +158,13 @@ class Rollouts(EpisodeImporter):
                     Job(
                         split,
                         number,
-                        World(source, steps, seed, environment.drawn(self.ranges, seed), skill),
+                        World(
+                            source,
+                            steps,
+                            seed,
+                            environment.sample_dynamics(self.ranges, seed),
+                            skill,
+                        ),
                     )
                 )
         content = self._load()
@@ -166,7 +172,7 @@ class Rollouts(EpisodeImporter):
             self._look(job.world)
             for job in {job.world.skill: job for job in reversed(jobs)}.values()
         ]
-        judged = rollout.judged(source)
+        judged = rollout.has_success_criterion(source)
         self.label = "task" if self.skills else "success" if judged else ""
         if o.keep == "success" and not judged:
             raise ValueError(
@@ -208,24 +214,26 @@ class Rollouts(EpisodeImporter):
             )
         data = storage.read_bytes(name)
         try:
-            self.trained = training.Trained.from_bytes(data)
+            self.trained = training.TrainedPolicy.from_bytes(data)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         return hashlib.sha256(data).hexdigest()
 
-    def begin(self, output: str, tell: Tell) -> None:
+    def begin(self, output: str, report_progress: ProgressCallback) -> None:
         """Train the expert, where one is to be; a training that was stopped goes on."""
         if self.options.expert != PPO:
             return
         kept = storage.join(output, "_expert.safetensors")
         if storage.exists(kept):
-            self.trained = training.Trained.from_bytes(storage.read_bytes(kept))
+            self.trained = training.TrainedPolicy.from_bytes(storage.read_bytes(kept))
             return
         ranged = any(isinstance(value, tuple) for value in self.ranges.values())
         worlds = [
             replace(
                 self.world,
-                dynamics=environment.drawn(self.ranges, mix(self.options.seed, len(SPLITS), i)),
+                dynamics=environment.sample_dynamics(
+                    self.ranges, mix(self.options.seed, len(SPLITS), i)
+                ),
             )
             for i in range(WORLDS if ranged else 1)
         ]
@@ -234,8 +242,8 @@ class Rollouts(EpisodeImporter):
             env_steps=self.options.expert_steps,
             seed=self.options.seed,
             others=worlds[1:],
-            progress=lambda line: tell(f"expert: {line}", False),
-            checkpoint=storage.join(output, SURVEYS, "training.safetensors"),
+            progress=lambda line: report_progress(f"expert: {line}", False),
+            checkpoint=storage.join(output, SCANS, "training.safetensors"),
         )
         storage.write_bytes(kept, self.trained.to_bytes())
 
@@ -295,7 +303,7 @@ class Rollouts(EpisodeImporter):
         """Raises ValueError for an expert that was trained in another environment or for another
         skill, whatever its dynamics were.
         """
-        own = World.parse(self.trained.facts.get("world", ""))
+        own = World.parse(self.trained.metadata.get("world", ""))
         if (own.id, own.skill) != (world.id, world.skill):
             theirs, asked = (
                 f"{one.id} (skill {one.skill})" if one.skill else one.id for one in (own, world)
@@ -391,15 +399,15 @@ class Rollouts(EpisodeImporter):
             },
         }
         out: dict[str, Any] = {"steps": amounts["steps"]}
-        for told, (name, of) in shares.items():
+        for text, (name, of) in shares.items():
             if of in amounts:
-                out[told] = {
+                out[text] = {
                     split: round(amounts[name].get(split, 0) / count, 4)
                     for split, count in amounts[of].items()
                 }
         return out | {
-            told: amounts[name]
-            for name, told in (
+            text: amounts[name]
+            for name, text in (
                 ("diverged", "episodes in which the simulator diverged"),
                 ("random diverged", "episodes in which the random policy's simulation diverged"),
                 ("failed", "episodes left out, in which the expert failed"),

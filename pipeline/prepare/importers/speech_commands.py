@@ -23,7 +23,7 @@ from pipeline.prepare.engine.audio import (
     recordings,
     sounds,
 )
-from pipeline.prepare.engine.importing import Index, few
+from pipeline.prepare.engine.importing import Index, preview
 from pipeline.prepare.readers import archives
 from pipeline.prepare.readers.picture_check import BrokenImageError
 
@@ -92,7 +92,8 @@ class SpeechCommands(AudioImporter):
         bare = sorted({name for name in found.empty if "/" not in name} - {NOISE})
         if bare:
             raise ValueError(
-                f"{source}: folders of words without recordings: {few(bare)}; fill or remove them"
+                f"{source}: folders of words without recordings: {preview(bare)}; fill or "
+                "remove them"
             )
         split_of, unlisted = self._splits(source, found, words)
         labels = self._labels(source, words)
@@ -154,7 +155,7 @@ class SpeechCommands(AudioImporter):
         missing = [name for name in LISTS.values() if name not in lists]
         if missing:
             raise ValueError(
-                f"{source}: {few(missing)} not there; put the publisher's lists beside the "
+                f"{source}: {preview(missing)} not there; put the publisher's lists beside the "
                 "words, or say --set split=hash or split=train"
             )
         out: dict[str, str] = dict.fromkeys(names, "train")

@@ -14,8 +14,14 @@ import pyarrow as pa
 from pydantic import Field
 
 from pipeline.config.registry import Options, register
-from pipeline.prepare.engine.inputs import Piece, Reading, find, unfit, wholes
-from pipeline.prepare.engine.table_importer import Found, Settled, TableImporter
+from pipeline.prepare.engine.inputs import (
+    InputSplit,
+    SplitReader,
+    find_inputs,
+    text_problem,
+    whole_files,
+)
+from pipeline.prepare.engine.table_importer import Found, InferredSchema, TableImporter
 from pipeline.prepare.readers.archives import MOST_BYTES
 
 SHOWN = 40
@@ -53,15 +59,17 @@ class Squad(TableImporter):
 
     amounts = {"characters of questions": "question"}
 
-    def pieces(self, source: str, part_bytes: int) -> tuple[list[Piece], str, dict[str, Any]]:
-        listed = find(source, (".json",), self.options.split)
+    def input_splits(
+        self, source: str, part_bytes: int
+    ) -> tuple[list[InputSplit], str, dict[str, Any]]:
+        listed = find_inputs(source, (".json",), self.options.split)
         return (
-            wholes(listed),
+            whole_files(listed),
             listed.mark,
             {"files left out": listed.others} if listed.others else {},
         )
 
-    def survey(self, reading: Reading) -> Found:
+    def scan(self, reading: SplitReader) -> Found:
         """Ids of the good questions, to find those that stand twice, and what the questions are
         like.
         """
@@ -77,45 +85,45 @@ class Squad(TableImporter):
         numbers = {name: np.array(counts[name]) for name in ("rows", "unanswerable", "moved")}
         return {"ids": np.array([one.encode() for one in ids], dtype=np.bytes_), **numbers}
 
-    def settle(self, pieces: list[Piece], found: list[Found]) -> Settled:
+    def infer_schema(self, input_splits: list[InputSplit], found: list[Found]) -> InferredSchema:
         seen: set[bytes] = set()
-        told = []
+        scan_results = []
         for one in found:
             again = [
                 i
                 for i, name in enumerate(one["ids"].tolist())
                 if name and (name in seen or seen.add(name))
             ]
-            told.append({"again": frozenset(again)})
+            scan_results.append({"again": frozenset(again)})
         total = {name: sum(int(one[name]) for one in found) for name in ("unanswerable", "moved")}
         notes: dict[str, Any] = {"unanswerable questions": total["unanswerable"]}
         if self.options.repair:
             notes["answers moved to where they stand"] = total["moved"]
         texts = [pa.field(name, pa.string()) for name in ("id", "title", "context", "question")]
-        return Settled(
+        return InferredSchema(
             [
                 *texts,
                 pa.field("answers", pa.list_(pa.string())),
                 pa.field("answer_start", pa.list_(pa.int64())),
             ],
-            told,
+            scan_results,
             notes,
         )
 
-    def rows(self, reading: Reading) -> Iterator[dict[str, Any]]:
+    def rows(self, reading: SplitReader) -> Iterator[dict[str, Any]]:
         for number, (row, reason, _) in enumerate(self._questions(reading)):
-            if not reason and number in reading.told["again"]:
+            if not reason and number in reading.scan_result["again"]:
                 reason = "its id stood before"
             if reason:
                 reading.bad(_name(row, number + 1), reason)
             else:
                 yield row
 
-    def _questions(self, reading: Reading) -> Iterator[tuple[dict[str, Any], str, int]]:
+    def _questions(self, reading: SplitReader) -> Iterator[tuple[dict[str, Any], str, int]]:
         """(row, "" or why it is broken, how many answers were moved) for every question of a
         file.
         """
-        for title, context, qa in _walk(_document(reading), reading.piece.name):
+        for title, context, qa in _walk(_document(reading), reading.input_split.name):
             row = {
                 "id": "" if qa.get("id") is None else qa["id"],
                 "title": title,
@@ -134,7 +142,7 @@ class Squad(TableImporter):
                 "",
             )
             reason = reason or next(
-                (wrong for name in row if (wrong := unfit(row[name], f"the {name}"))), ""
+                (wrong for name in row if (wrong := text_problem(row[name], f"the {name}"))), ""
             )
             moved = 0
             if not reason and qa.get("is_impossible") and given:
@@ -195,7 +203,7 @@ def _name(row: dict[str, Any], number: int) -> str:
     """What a question is called in the list of broken rows: its id, where it has one that can be
     written.
     """
-    return f"question {number}" if not row["id"] or unfit(row["id"], "id") else row["id"]
+    return f"question {number}" if not row["id"] or text_problem(row["id"], "id") else row["id"]
 
 
 def _short(text: str) -> str:
@@ -203,18 +211,18 @@ def _short(text: str) -> str:
     return repr(text if len(text) <= SHOWN else text[:SHOWN] + "...")
 
 
-def _document(reading: Reading) -> Any:
+def _document(reading: SplitReader) -> Any:
     """The JSON of a file; bytes that are not UTF-8 break the rows that hold them alone."""
     data = reading.whole()
     if data is None:
         raise ValueError(
-            f"{reading.piece.name}: more than {MOST_BYTES >> 20} MiB of JSON; cut it into "
+            f"{reading.input_split.name}: more than {MOST_BYTES >> 20} MiB of JSON; cut it into "
             "several files"
         )
     try:
         return json.loads(data.decode("utf-8-sig", "surrogateescape"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{reading.piece.name}: not JSON ({error}); get it again") from None
+        raise ValueError(f"{reading.input_split.name}: not JSON ({error}); get it again") from None
 
 
 def _walk(document: Any, name: str) -> Iterator[tuple[str, Any, dict[str, Any]]]:

@@ -18,9 +18,22 @@ from pydantic import Field
 
 from pipeline.config import registry
 from pipeline.config.registry import Options, register
-from pipeline.prepare.engine.importing import NO_SPLIT, SPLITS, few
-from pipeline.prepare.engine.inputs import Listed, Piece, Reading, find, plain_suffix, wholes
-from pipeline.prepare.engine.table_importer import KINDS, Found, Settled, TableImporter, wider
+from pipeline.prepare.engine.importing import NO_SPLIT, SPLITS, preview
+from pipeline.prepare.engine.inputs import (
+    InputFiles,
+    InputSplit,
+    SplitReader,
+    find_inputs,
+    plain_suffix,
+    whole_files,
+)
+from pipeline.prepare.engine.table_importer import (
+    KINDS,
+    Found,
+    InferredSchema,
+    TableImporter,
+    wider,
+)
 from pipeline.prepare.readers import dialect, parquet
 
 FEW, MANY = 10, 1000
@@ -88,7 +101,7 @@ class Table(TableImporter):
     a part stand in a random but fixed order. A CSV file is one part: cut large ones up.
     """
 
-    mixes = True
+    shuffles_rows = True
 
     def __init__(self, options: Any = None):
         super().__init__(options)
@@ -124,39 +137,41 @@ class Table(TableImporter):
 
     # ------------------------------------------------------------ reading
 
-    def pieces(self, source: str, part_bytes: int) -> tuple[list[Piece], str, dict[str, Any]]:
-        listed = find(
+    def input_splits(
+        self, source: str, part_bytes: int
+    ) -> tuple[list[InputSplit], str, dict[str, Any]]:
+        listed = find_inputs(
             source,
             (*dialect.SUFFIXES, *parquet.SUFFIXES),
             self.options.split or ("all" if self.options.split_column else ""),
         )
-        pieces: list[Piece] = []
+        input_splits: list[InputSplit] = []
         for entry, split in listed.files:
-            one = Listed([(entry, split)], {}, "")
+            one = InputFiles([(entry, split)], {}, "")
             if plain_suffix(entry.name) not in (*dialect.SUFFIXES, *parquet.SUFFIXES):
                 raise ValueError(
                     f"{entry.name}: of no kind that is read "
                     f"({', '.join((*dialect.SUFFIXES, *parquet.SUFFIXES))}, also with .gz or "
                     ".zst)"
                 )
-            pieces += (
-                parquet.pieces(one, part_bytes)
+            input_splits += (
+                parquet.split_files(one, part_bytes)
                 if plain_suffix(entry.name) in parquet.SUFFIXES
-                else wholes(one)
+                else whole_files(one)
             )
-        return pieces, listed.mark, {"files left out": listed.others} if listed.others else {}
+        return input_splits, listed.mark, {"files left out": listed.others} if listed.others else {}
 
-    def _batches(self, reading: Reading) -> Iterator[tuple[list[int], dict[str, list[Any]]]]:
+    def _batches(self, reading: SplitReader) -> Iterator[tuple[list[int], dict[str, list[Any]]]]:
         """(place of each row, values of each column: texts of CSV, Python values of Parquet, None
         where missing) of good rows, some at a time.
         """
-        if plain_suffix(reading.piece.name) in parquet.SUFFIXES:
+        if plain_suffix(reading.input_split.name) in parquet.SUFFIXES:
             for before, block in parquet.batches(reading):
                 for name, kind in zip(block.column_names, block.schema.types, strict=True):
                     self._fits(name, kind, reading)
                 columns = {
                     name: self._there(_values(block[name]))
-                    for name in self._wanted(block.column_names, reading.piece.name)
+                    for name in self._wanted(block.column_names, reading.input_split.name)
                 }
                 yield from self._whole(
                     reading, [before + 1 + i for i in range(len(block))], columns
@@ -164,7 +179,7 @@ class Table(TableImporter):
             return
         records = self._records(reading)
         names = next(records)[1]
-        wanted = self._wanted(names, reading.piece.name)
+        wanted = self._wanted(names, reading.input_split.name)
         at = {name: names.index(name) for name in wanted}
         while batch := list(islice(records, ROWS)):
             columns = {
@@ -180,13 +195,13 @@ class Table(TableImporter):
             for value in stripped
         ]
 
-    def _records(self, reading: Reading) -> Iterator[tuple[int, list[str]]]:
+    def _records(self, reading: SplitReader) -> Iterator[tuple[int, list[str]]]:
         """The header, then the records of as many fields. Raises ValueError for a header that is
         none, or a file without one.
         """
         header, written = self.header, not self.header
         if header:
-            self.dialect.check_header(header, reading.piece.name, written=False)
+            self.dialect.check_header(header, reading.input_split.name, written=False)
             yield 0, header
         for number, fields in self.dialect.records(reading, written):
             if not header:
@@ -204,9 +219,9 @@ class Table(TableImporter):
             else:
                 yield number, fields
         if not header:
-            raise ValueError(f"{reading.piece.name}: empty, not even a header; leave it out")
+            raise ValueError(f"{reading.input_split.name}: empty, not even a header; leave it out")
 
-    def _fits(self, name: str, kind: pa.DataType, reading: Reading) -> None:
+    def _fits(self, name: str, kind: pa.DataType, reading: SplitReader) -> None:
         """Raises ValueError for a column of Parquet that is a feature and neither numbers nor
         texts.
         """
@@ -231,7 +246,7 @@ class Table(TableImporter):
             and (not self.columns or name in (*self.columns, *self.carried))
         ):
             raise ValueError(
-                f"{reading.piece.name}: column {name} is {kind}, neither a number nor a "
+                f"{reading.input_split.name}: column {name} is {kind}, neither a number nor a "
                 f"category; turn it into one, or say --set drop={name}"
             )
 
@@ -274,7 +289,7 @@ class Table(TableImporter):
         return [*features, *own]
 
     def _whole(
-        self, reading: Reading, places: list[int], columns: dict[str, list[Any]]
+        self, reading: SplitReader, places: list[int], columns: dict[str, list[Any]]
     ) -> Iterator[tuple[list[int], dict[str, list[Any]]]]:
         """The batch without rows that lack a label or a split, which are told to ``reading``."""
         lacking: dict[int, str] = {}
@@ -309,7 +324,7 @@ class Table(TableImporter):
 
     # ------------------------------------------------------------ the two passes
 
-    def survey(self, reading: Reading) -> Found:
+    def scan(self, reading: SplitReader) -> Found:
         """For each column the kind of its values, how many are missing or no number, and its
         distinct values as far as they are few.
         """
@@ -327,17 +342,23 @@ class Table(TableImporter):
             out[f"distinct{i}"] = np.array(sorted(column.distinct), dtype=np.int64)
         return out
 
-    def settle(self, pieces: list[Piece], found: list[Found]) -> Settled:
+    def infer_schema(self, input_splits: list[InputSplit], found: list[Found]) -> InferredSchema:
         columns: dict[str, _Column] = {}
         first = next(
-            (piece.name for piece, one in zip(pieces, found, strict=True) if len(one["names"])), ""
+            (
+                input_split.name
+                for input_split, one in zip(input_splits, found, strict=True)
+                if len(one["names"])
+            ),
+            "",
         )
-        for piece, one in zip(pieces, found, strict=True):
+        for input_split, one in zip(input_splits, found, strict=True):
             names = one["names"].tolist()
             if names and columns and set(names) != set(columns):
                 odd = sorted(set(names) ^ set(columns))
                 raise ValueError(
-                    f"{piece.name}: other columns than {first}: {few(odd)} in one of them "
+                    f"{input_split.name}: other columns than {first}: {preview(odd)} in one of "
+                    "them "
                     "alone; make them alike, or name the features: "
                     "--set columns="
                 )
@@ -364,7 +385,7 @@ class Table(TableImporter):
         if self.label and kinds[self.label] == 3:
             self.label = ""  # a number to estimate has no classes to count
         own = [pa.field(name, KINDS[kind] if kind else pa.string()) for name, kind in kinds.items()]
-        told = {"number": number, "kinds": kinds}
+        scan_results = {"number": number, "kinds": kinds}
         info = {
             "label": self.labels,
             "id": self.options.id,
@@ -373,8 +394,11 @@ class Table(TableImporter):
             "categorical": [name for name in features if not number[name]],
         }
         notes = self._notes(columns, number, sum(int(one["rows"]) for one in found))
-        return Settled(
-            [pa.field(FEATURES, pa.struct(fields)), *own], [told] * len(pieces), notes, info
+        return InferredSchema(
+            [pa.field(FEATURES, pa.struct(fields)), *own],
+            [scan_results] * len(input_splits),
+            notes,
+            info,
         )
 
     def _notes(
@@ -425,11 +449,11 @@ class Table(TableImporter):
             "categorical features": len(number) - sum(number.values()),
             **({"values missing": missing} if missing else {}),
             **({"values that are no number, now null": strange} if strange else {}),
-            **{name: few(found) for name, found in noted.items() if found},
+            **{name: preview(found) for name, found in noted.items() if found},
         }
 
-    def rows(self, reading: Reading) -> Iterator[pa.Table]:
-        number, kinds = reading.told["number"], reading.told["kinds"]
+    def rows(self, reading: SplitReader) -> Iterator[pa.Table]:
+        number, kinds = reading.scan_result["number"], reading.scan_result["kinds"]
         for places, found in self._batches(reading):
             arrays = [
                 pa.array([_number(value) for value in found[name]], pa.float64())

@@ -19,20 +19,20 @@ from pipeline.config.registry import Options, register
 from pipeline.data.loader import threaded_map
 from pipeline.prepare.engine.inputs import (
     ROW_BYTES,
-    Listed,
-    Piece,
-    Reading,
+    InputFiles,
+    InputSplit,
+    SplitReader,
     decoded,
-    find,
+    find_inputs,
     plain_suffix,
-    ranges,
-    unfit,
-    wholes,
+    split_files,
+    text_problem,
+    whole_files,
 )
 from pipeline.prepare.engine.table_importer import (
     KINDS,
     Found,
-    Settled,
+    InferredSchema,
     TableImporter,
     as_kind,
     kind_of,
@@ -155,8 +155,10 @@ class Text(TableImporter):
                 "columns; rename it in the source, or leave it out"
             )
 
-    def pieces(self, source: str, part_bytes: int) -> tuple[list[Piece], str, dict[str, Any]]:
-        listed = find(source, (*PLAIN, *LINES, *PARQUET), self.options.split)
+    def input_splits(
+        self, source: str, part_bytes: int
+    ) -> tuple[list[InputSplit], str, dict[str, Any]]:
+        listed = find_inputs(source, (*PLAIN, *LINES, *PARQUET), self.options.split)
         strange = [
             entry.name
             for entry, _ in listed.files
@@ -175,25 +177,25 @@ class Text(TableImporter):
                 strict=True,
             )
         )
-        pieces = []
+        input_splits = []
         for entry, split in listed.files:
-            one = Listed([(entry, split)], {}, "")
+            one = InputFiles([(entry, split)], {}, "")
             by_lines = plain_suffix(entry.name) in LINES or self.options.documents != "file"
             if groups[entry]:
-                pieces += parquet.row_groups(entry, split, groups[entry], part_bytes)
+                input_splits += parquet.row_groups(entry, split, groups[entry], part_bytes)
             else:
-                pieces += (
-                    ranges(one, part_bytes)
+                input_splits += (
+                    split_files(one, part_bytes)
                     if by_lines and plain_suffix(entry.name) not in PARQUET
-                    else wholes(one)
+                    else whole_files(one)
                 )
-        return pieces, listed.mark, {"files left out": listed.others} if listed.others else {}
+        return input_splits, listed.mark, {"files left out": listed.others} if listed.others else {}
 
     # ------------------------------------------------------------ documents
 
-    def _documents(self, reading: Reading) -> Iterator[Document]:
+    def _documents(self, reading: SplitReader) -> Iterator[Document]:
         """The documents of a piece in order; what is none is told to ``reading``."""
-        suffix = plain_suffix(reading.piece.name)
+        suffix = plain_suffix(reading.input_split.name)
         if suffix in PARQUET:
             yield from self._of_parquet(reading)
         elif suffix in LINES:
@@ -215,10 +217,10 @@ class Text(TableImporter):
                 elif text.strip():
                     yield Document(number, text, {})
 
-    def _between_blanks(self, reading: Reading) -> Iterator[Document]:
+    def _between_blanks(self, reading: SplitReader) -> Iterator[Document]:
         """A document belongs to the piece in which the blank line before it begins, or the file."""
-        held, first, reason, size, stop = [], 0, "", 0, reading.piece.stop
-        inside = not reading.piece.start
+        held, first, reason, size, stop = [], 0, "", 0, reading.input_split.stop
+        inside = not reading.input_split.start
 
         def done() -> Iterator[Document]:
             if reason:
@@ -249,7 +251,7 @@ class Text(TableImporter):
                 held.append(text)
         yield from done() if inside else ()
 
-    def _of_json(self, reading: Reading) -> Iterator[Document]:
+    def _of_json(self, reading: SplitReader) -> Iterator[Document]:
         for number, _, raw in reading.numbered():
             line, wrong = decoded(raw)
             if wrong or not line.strip():
@@ -276,23 +278,26 @@ class Text(TableImporter):
                 name: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False)
                 for name, v in kept.items()
             }
-            wrong = unfit(text, "the text") or next(
-                (w for name, v in texts.items() if (w := unfit(v, name))), ""
+            wrong = text_problem(text, "the text") or next(
+                (w for name, v in texts.items() if (w := text_problem(v, name))), ""
             )
             if wrong:
                 reading.bad(number, wrong)
             else:
                 yield Document(number, text, kept)
 
-    def _of_parquet(self, reading: Reading) -> Iterator[Document]:
-        name, (start, stop) = self.options.text, (reading.piece.start, reading.piece.stop)
+    def _of_parquet(self, reading: SplitReader) -> Iterator[Document]:
+        name, (start, stop) = (
+            self.options.text,
+            (reading.input_split.start, reading.input_split.stop),
+        )
         with reading.open() as handle:
             try:
                 file = pq.ParquetFile(handle if stop >= 0 else io.BytesIO(handle.read(MOST_BYTES)))
                 for wanted in (name, *self.kept):
                     if wanted not in file.schema_arrow.names:
                         raise ValueError(
-                            f"{reading.piece.name}: no column {wanted!r}; "
+                            f"{reading.input_split.name}: no column {wanted!r}; "
                             f"{registry.nearest(wanted, file.schema_arrow.names)}"
                         )
                 kind = file.schema_arrow.field(name).type
@@ -305,7 +310,9 @@ class Text(TableImporter):
                         pa.types.is_dictionary,
                     )
                 ):
-                    raise ValueError(f"{reading.piece.name}: column {name!r} is {kind}, no text")
+                    raise ValueError(
+                        f"{reading.input_split.name}: column {name!r} is {kind}, no text"
+                    )
                 row = sum(file.metadata.row_group(i).num_rows for i in range(start))
                 groups = list(range(start, stop)) if stop >= 0 else None
                 for batch in file.iter_batches(BATCH_ROWS, groups, [name, *self.kept]):
@@ -334,7 +341,7 @@ class Text(TableImporter):
                             yield Document(row, text, kept[i] if kept else {})
             except pa.ArrowInvalid as error:
                 raise ValueError(
-                    f"{reading.piece.name}: not a whole Parquet file ({error}); get it again"
+                    f"{reading.input_split.name}: not a whole Parquet file ({error}); get it again"
                 ) from None
 
     # ------------------------------------------------------------ what is left out
@@ -359,7 +366,7 @@ class Text(TableImporter):
                 return 6
         return 0
 
-    def survey(self, reading: Reading) -> Found:
+    def scan(self, reading: SplitReader) -> Found:
         """For each document its place and why it is dropped; of those that stay what they are
         compared by; what kinds the kept columns hold.
         """
@@ -390,7 +397,7 @@ class Text(TableImporter):
             "kinds": np.array(list(kinds.values()), dtype=np.int64),
         }
 
-    def settle(self, pieces: list[Piece], found: list[Found]) -> Settled:
+    def infer_schema(self, input_splits: list[InputSplit], found: list[Found]) -> InferredSchema:
         reasons = np.concatenate([one["reasons"] for one in found])
         twins = self._alike(found, reasons)
         cuts = np.cumsum([len(one["reasons"]) for one in found])[:-1]
@@ -402,7 +409,7 @@ class Text(TableImporter):
             pa.field(name, KINDS[kind] if kind else pa.string()) for name, kind in kinds.items()
         ]
         columns = [pa.field("text", pa.string()), pa.field("id", pa.string()), *kept]
-        told = [{"drop": part > 0, "kinds": kinds} for part in np.split(reasons, cuts)]
+        scan_results = [{"drop": part > 0, "kinds": kinds} for part in np.split(reasons, cuts)]
         counts = Counter(reasons[reasons > 0].tolist())
         notes = {
             "dropped": {REASONS[code]: count for code, count in sorted(counts.items())},
@@ -413,11 +420,11 @@ class Text(TableImporter):
             raise ValueError(
                 f"all of the {len(reasons)} documents would be dropped: {why}; loosen those options"
             )
-        return Settled(
+        return InferredSchema(
             columns,
-            told,
+            scan_results,
             notes,
-            dropped=self._list(pieces, found, reasons, twins) if counts else None,
+            dropped=self._list(input_splits, found, reasons, twins) if counts else None,
         )
 
     def _alike(self, found: list[Found], reasons: np.ndarray) -> np.ndarray:
@@ -442,17 +449,23 @@ class Text(TableImporter):
         return first
 
     def _list(
-        self, pieces: list[Piece], found: list[Found], reasons: np.ndarray, twins: np.ndarray
+        self,
+        input_splits: list[InputSplit],
+        found: list[Found],
+        reasons: np.ndarray,
+        twins: np.ndarray,
     ) -> pa.Table:
         """id, split, reason and the id of the kept twin of every document that is dropped."""
         places = np.concatenate([one["places"] + int(one["before"]) for one in found])
-        owner = np.repeat(np.arange(len(pieces)), [len(one["reasons"]) for one in found])
+        owner = np.repeat(np.arange(len(input_splits)), [len(one["reasons"]) for one in found])
         gone = np.flatnonzero(reasons)
 
         def ids(rows: np.ndarray) -> list[str]:
             return [
-                f"{pieces[piece].name}:{place}"
-                for piece, place in zip(owner[rows].tolist(), places[rows].tolist(), strict=True)
+                f"{input_splits[input_split].name}:{place}"
+                for input_split, place in zip(
+                    owner[rows].tolist(), places[rows].tolist(), strict=True
+                )
             ]
 
         twin = [
@@ -464,14 +477,14 @@ class Text(TableImporter):
         return pa.table(
             {
                 "id": ids(gone),
-                "split": [pieces[piece].split for piece in owner[gone].tolist()],
+                "split": [input_splits[input_split].split for input_split in owner[gone].tolist()],
                 "reason": [REASONS[code] for code in reasons[gone].tolist()],
                 "twin": pa.array(twin, pa.string()),
             }
         )
 
-    def rows(self, reading: Reading) -> Iterator[dict[str, Any]]:
-        drop, kinds = reading.told["drop"], reading.told["kinds"]
+    def rows(self, reading: SplitReader) -> Iterator[dict[str, Any]]:
+        drop, kinds = reading.scan_result["drop"], reading.scan_result["kinds"]
         for number, (place, text, kept) in enumerate(self._documents(reading)):
             if not drop[number]:
                 yield {

@@ -19,11 +19,18 @@ from pydantic import Field
 from pipeline.config import registry
 from pipeline.config.registry import Options, register
 from pipeline.prepare.engine import episodes
-from pipeline.prepare.engine.importing import few
-from pipeline.prepare.engine.inputs import Opener, Piece, Reading, find, wholes
-from pipeline.prepare.engine.table_importer import Found, Settled, TableImporter
+from pipeline.prepare.engine.importing import preview
+from pipeline.prepare.engine.inputs import InputSplit, Opener, SplitReader, find_inputs, whole_files
+from pipeline.prepare.engine.table_importer import Found, InferredSchema, TableImporter
 from pipeline.prepare.readers import logs
-from pipeline.prepare.readers.csv_blocks import SUFFIXES, Column, Cut, Tally, batches, header
+from pipeline.prepare.readers.csv_blocks import (
+    SUFFIXES,
+    ByteRange,
+    Column,
+    RowCounts,
+    batches,
+    header,
+)
 
 
 class TrajectoriesOptions(Options):
@@ -138,7 +145,7 @@ class Trajectories(TableImporter):
             _bounds("action_low", o.action_low),
             _bounds("action_high", o.action_high),
         )
-        self.rules = logs.Rules(
+        self.rules = logs.CutRules(
             o.episode_steps,
             o.validation_share,
             o.test_share,
@@ -146,19 +153,21 @@ class Trajectories(TableImporter):
             o.task_name,
             o.embodiment_name,
         )
-        self.roles = logs.Roles(())
+        self.roles = logs.ColumnRoles(())
         self.coded = False  # actions are classes because the first ones are whole numbers
 
-    def pieces(self, source: str, part_bytes: int) -> tuple[list[Piece], str, dict[str, Any]]:
+    def input_splits(
+        self, source: str, part_bytes: int
+    ) -> tuple[list[InputSplit], str, dict[str, Any]]:
         o = self.options
-        listed = find(
+        listed = find_inputs(
             source, SUFFIXES, o.split or ("all" if o.split_column or self._shares else "")
         )
         with closing(Opener()) as opener:
-            self.roles = self._roles(wholes(listed)[0], opener)
+            self.roles = self._roles(whole_files(listed)[0], opener)
         self.label = "actions" if self.roles.discrete else "task" if o.task else ""
         return (
-            wholes(listed),
+            whole_files(listed),
             listed.mark,
             {"files left out": listed.others} if listed.others else {},
         )
@@ -169,8 +178,8 @@ class Trajectories(TableImporter):
 
     # ---------------------------------------------------- what the columns are, from the first file
 
-    def _roles(self, piece: Piece, opener: Opener) -> logs.Roles:
-        o, names = self.options, [name.strip() for name in header(piece.entry, opener)]
+    def _roles(self, input_split: InputSplit, opener: Opener) -> logs.ColumnRoles:
+        o, names = self.options, [name.strip() for name in header(input_split.entry, opener)]
         own = {
             option: getattr(o, option)
             for option in (
@@ -186,14 +195,16 @@ class Trajectories(TableImporter):
         for option, name in own.items():
             if name and name not in names:
                 raise ValueError(
-                    f"{piece.name}: no column {name!r} for --set {option}; "
+                    f"{input_split.name}: no column {name!r} for --set {option}; "
                     f"{registry.nearest(name, names)}"
                 )
-        actions = _named(o.actions, names, "actions", piece.name, set(own.values()))
+        actions = _named(o.actions, names, "actions", input_split.name, set(own.values()))
         observations = _named(
-            o.observations, names, "observations", piece.name, {*own.values(), *actions}
+            o.observations, names, "observations", input_split.name, {*own.values(), *actions}
         )
-        types, first = _types(piece, opener, {*actions, *observations, *filter(None, [o.order])})
+        types, first = _types(
+            input_split, opener, {*actions, *observations, *filter(None, [o.order])}
+        )
         listed = tuple(
             name
             for name in dict.fromkeys((*observations, *actions))
@@ -202,7 +213,7 @@ class Trajectories(TableImporter):
         for option, given in (("observations", observations), ("actions", actions)):
             if len(given) > 1 and (name := next((name for name in given if name in listed), "")):
                 raise ValueError(
-                    f"{piece.name}: column {name} of --set {option} holds lists; name it "
+                    f"{input_split.name}: column {name} of --set {option} holds lists; name it "
                     "alone, or columns of one number each"
                 )
         discrete = self._discrete(actions, types, first) if actions else None
@@ -218,7 +229,7 @@ class Trajectories(TableImporter):
             )
         order = types.get(o.order)
         moments = order == "moment" or (order == "text" and not _all(first[o.order], logs.NUMBER))
-        return logs.Roles(
+        return logs.ColumnRoles(
             observations,
             actions,
             discrete,
@@ -262,25 +273,29 @@ class Trajectories(TableImporter):
     # ------------------------------------------------------------ the two passes
 
     def _episodes(
-        self, reading: Reading, counted: list[int] | None
+        self, reading: SplitReader, counted: list[int] | None
     ) -> Iterator[tuple[episodes.Episode, str]]:
         """(a good episode, its split) of a file; the others are told to ``reading``."""
-        o, name = self.options, re.sub(r"(\.\w+?)(\.gz|\.zst)?$", "", reading.piece.name)
+        o, name = self.options, re.sub(r"(\.\w+?)(\.gz|\.zst)?$", "", reading.input_split.name)
         is_cut = bool(
             self.rules.steps or self._shares or o.split_column or (o.done and not o.episode)
         )
-        cutter = logs.Cutter(reading.piece, name, self.roles, self.rules, counted)
-        for stretch in cutter.run(logs.tables(reading.piece, self.roles.columns(), reading.opener)):
+        cutter = logs.EpisodeCutter(reading.input_split, name, self.roles, self.rules, counted)
+        for stretch in cutter.run(
+            logs.tables(reading.input_split, self.roles.columns(), reading.opener)
+        ):
             called = f"{stretch.log}-{stretch.number:05d}" if is_cut else stretch.log
             try:
                 found = logs.episode(stretch, self.roles, self.rules, called)
             except logs.UnusableError as error:
                 reading.bad(f"episode {called} (from row {stretch.first})", str(error))
                 continue
-            yield found, stretch.split or reading.piece.split
+            yield found, stretch.split or reading.input_split.split
 
-    def survey(self, reading: Reading) -> Found:
-        counted = logs.lengths(reading.piece, self.roles, reading.opener) if self._shares else None
+    def scan(self, reading: SplitReader) -> Found:
+        counted = (
+            logs.lengths(reading.input_split, self.roles, reading.opener) if self._shares else None
+        )
         names, widths, classes = [], dict[tuple[str, int, int], str](), set[str]()
         for found, _ in self._episodes(reading, counted):
             names.append(found.name)
@@ -297,35 +312,35 @@ class Trajectories(TableImporter):
             "first": np.array(list(widths.values()), dtype=np.str_),
         }
 
-    def settle(self, pieces: list[Piece], found: list[Found]) -> Settled:
+    def infer_schema(self, input_splits: list[InputSplit], found: list[Found]) -> InferredSchema:
         if not any(int(one["rows"]) for one in found):
-            piece, (at, reason) = next(
-                (piece, one["examples"].tolist()[0])
-                for piece, one in zip(pieces, found, strict=True)
+            input_split, (at, reason) = next(
+                (input_split, one["examples"].tolist()[0])
+                for input_split, one in zip(input_splits, found, strict=True)
                 if len(one["examples"])
             )
             raise ValueError(
                 f"no episode is left of {sum(int(one['broken']) for one in found)}. First one: "
-                f"{piece.name}: {at}: {reason}"
+                f"{input_split.name}: {at}: {reason}"
             )
-        for piece, one in zip(pieces, found, strict=True):
+        for input_split, one in zip(input_splits, found, strict=True):
             if self.coded and (
                 text := next(
                     (text for text in one["classes"].tolist() if not re.match(logs.WHOLE, text)), ""
                 )
             ):
                 raise ValueError(
-                    f"{piece.name}: {self.roles.actions[0]} is {text!r}, while it began with "
+                    f"{input_split.name}: {self.roles.actions[0]} is {text!r}, while it began with "
                     "whole numbers and so was taken as classes; "
                     "say --set discrete=false where it is numbers, --set discrete=true where "
                     "it is names of classes"
                 )
         known: dict[str, tuple[list[int], str]] = {}
-        for piece, one in zip(pieces, found, strict=True):
+        for input_split, one in zip(input_splits, found, strict=True):
             for robot, widths, name in zip(
                 one["robots"].tolist(), one["widths"].tolist(), one["first"].tolist(), strict=True
             ):
-                first = known.setdefault(robot, (widths, f"{piece.name}: episode {name}"))
+                first = known.setdefault(robot, (widths, f"{input_split.name}: episode {name}"))
                 if first[0] != widths:
                     what, a, b = next(
                         (what, a, b)
@@ -335,14 +350,14 @@ class Trajectories(TableImporter):
                         if a != b
                     )
                     raise ValueError(
-                        f"{piece.name}: episode {name}: {what} of {b} numbers, where "
+                        f"{input_split.name}: episode {name}: {what} of {b} numbers, where "
                         f"{first[1]} has {a}, of the same robot; "
                         "name robots by --set embodiment=COLUMN, or prepare them apart"
                     )
         names = Counter(name for one in found for name in one["names"].tolist())
         doubled = sorted(name for name, count in names.items() if count > 1)
         classes = sorted({name for one in found for name in one["classes"].tolist()})
-        told = [
+        scan_results = [
             {"counted": one["lengths"].tolist() if self._shares else None, "prefix": bool(doubled)}
             for one in found
         ]
@@ -351,7 +366,7 @@ class Trajectories(TableImporter):
             **({"classes of actions": len(classes)} if self.roles.discrete else {}),
             **(
                 {
-                    "ids of episodes that stand in several files, which rows name FILE/ID": few(
+                    "ids of episodes that stand in several files, which rows name FILE/ID": preview(
                         doubled
                     )
                 }
@@ -367,13 +382,13 @@ class Trajectories(TableImporter):
             "test_share": self.rules.test,
             "validation_share": self.rules.validation,
         }
-        return Settled(
-            episodes.fields(self.roles.discrete, bool(self.roles.reward)), told, notes, info
+        return InferredSchema(
+            episodes.fields(self.roles.discrete, bool(self.roles.reward)), scan_results, notes, info
         )
 
-    def rows(self, reading: Reading) -> Iterator[pa.Table]:
-        prefix = f"{reading.piece.name}/" if reading.told["prefix"] else ""
-        for found, split in self._episodes(reading, reading.told["counted"]):
+    def rows(self, reading: SplitReader) -> Iterator[pa.Table]:
+        prefix = f"{reading.input_split.name}/" if reading.scan_result["prefix"] else ""
+        for found, split in self._episodes(reading, reading.scan_result["counted"]):
             row = episodes.row(found, split)
             yield row.set_column(0, "episode", pa.array([prefix + found.name])) if prefix else row
 
@@ -426,7 +441,7 @@ def _named(
         if not found:
             raise ValueError(
                 f"{place}: no column begins with {part[:-1]!r} for --set {option}={text}; "
-                f"there are {few(names)}"
+                f"there are {preview(names)}"
             )
         for name in found:
             if name not in names:
@@ -441,21 +456,23 @@ def _named(
 
 
 def _types(
-    piece: Piece, opener: Opener, names: set[str]
+    input_split: InputSplit, opener: Opener, names: set[str]
 ) -> tuple[dict[str, str], dict[str, pa.Array]]:
     """(what each column holds: numbers (lists of them), whole, moment, number, or text, which in
     CSV all are; the first values of texts).
     """
-    if not piece.entry.name.lower().endswith(".parquet"):
+    if not input_split.entry.name.lower().endswith(".parquet"):
         columns = {name: Column("text") for name in sorted(names)}
-        first = next(batches(Cut("", (piece.entry,)), columns, opener, Tally()), None)
+        first = next(
+            batches(ByteRange("", (input_split.entry,)), columns, opener, RowCounts()), None
+        )
         if first is None:
-            raise ValueError(f"{piece.name}: no rows below the header; leave it out")
+            raise ValueError(f"{input_split.name}: no rows below the header; leave it out")
         return dict.fromkeys(names, "text"), {name: first[name].combine_chunks() for name in names}
-    with Reading(piece, opener).open() as handle:
+    with SplitReader(input_split, opener).open() as handle:
         schema = pq.ParquetFile(
             handle
-            if not piece.entry.member and piece.entry.offset < 0
+            if not input_split.entry.member and input_split.entry.offset < 0
             else pa.BufferReader(handle.read())
         ).schema_arrow
     kinds = {

@@ -16,7 +16,7 @@ from pipeline.config.registry import Options, register
 from pipeline.data.loader import threaded_map
 from pipeline.data.to_parquet import IMAGE_SUFFIXES
 from pipeline.io import storage
-from pipeline.prepare.engine.importing import SPLITS, Importer, Index, few, place, table
+from pipeline.prepare.engine.importing import SPLITS, Importer, Index, place, preview, table
 from pipeline.prepare.readers import archives
 
 TEXTS = ("cls", "txt", "json")
@@ -130,7 +130,7 @@ def _shards(source: str) -> list[str]:
     ]
     missing = [text for text in spread if len(spread) > 1 and not storage.exists(text)]
     if missing:
-        raise ValueError(f"{source}: shards that are not there: {few(missing)}")
+        raise ValueError(f"{source}: shards that are not there: {preview(missing)}")
     tars = sorted(
         uri
         for uri in found

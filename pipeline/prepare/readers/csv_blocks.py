@@ -22,7 +22,7 @@ import pyarrow.csv as pcsv
 import pyarrow.parquet as pq
 
 from pipeline.config import registry
-from pipeline.prepare.engine.inputs import SQUEEZED, Opener, Piece, Reading, plain_suffix
+from pipeline.prepare.engine.inputs import SQUEEZED, InputSplit, Opener, SplitReader, plain_suffix
 from pipeline.prepare.readers.archives import GZIPPED, Entry, Window
 
 BLOCK_BYTES, BATCH_ROWS = 1 << 20, 16384
@@ -62,7 +62,7 @@ class Column(NamedTuple):
     needed: bool = True
 
 
-class Cut(NamedTuple):
+class ByteRange(NamedTuple):
     """What one task reads: files of one ``table``, whole, or bytes (row groups of Parquet)
     ``start`` to ``stop`` of one; about ``size`` bytes of text.
     """
@@ -75,7 +75,7 @@ class Cut(NamedTuple):
 
 
 @dataclass
-class Tally:
+class RowCounts:
     """Counts of one pass. ``bad``: lines that are no rows, the first ones listed as (place,
     reason).
     """
@@ -97,19 +97,21 @@ class _KindError(Exception):
     """A field is not of its column's kind: the table is read again as texts."""
 
 
-def cuts(table: str, entry: Entry, most: int, opener: Opener, ranges: bool = True) -> list[Cut]:
+def split_table(
+    table: str, entry: Entry, most: int, opener: Opener, ranges: bool = True
+) -> list[ByteRange]:
     """A table in pieces of about ``most`` bytes of text; what is compressed is read from its start
     alone, whole. ``ranges``: no field holds a line end.
     """
     if entry.name.lower().endswith(".parquet"):
-        with Reading(Piece(entry.name, "", entry), opener).open() as handle:
+        with SplitReader(InputSplit(entry.name, "", entry), opener).open() as handle:
             metadata = _parquet(entry, handle).metadata
         sizes = [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
         out, start = [], 0
         for i in range(len(sizes)):
             if i + 1 == len(sizes) or sum(sizes[start : i + 2]) > most:
                 out.append(
-                    Cut(table, (entry,), start, i + 1, max(1, 3 * sum(sizes[start : i + 1])))
+                    ByteRange(table, (entry,), start, i + 1, max(1, 3 * sum(sizes[start : i + 1])))
                 )
                 start = i + 1
         return out
@@ -122,7 +124,8 @@ def cuts(table: str, entry: Entry, most: int, opener: Opener, ranges: bool = Tru
     bounds = [entry.size * i // count for i in range(count)] + [-1]
     size = entry.size * (EXPANSION if entry.name.lower().endswith(SQUEEZED) else 1)
     return [
-        Cut(table, (entry,), bounds[i], bounds[i + 1], max(1, size // count)) for i in range(count)
+        ByteRange(table, (entry,), bounds[i], bounds[i + 1], max(1, size // count))
+        for i in range(count)
     ]
 
 
@@ -132,7 +135,7 @@ def stem(entry: Entry) -> str:
 
 
 def batches(
-    cut: Cut, columns: dict[str, Column], opener: Opener, tally: Tally
+    byte_range: ByteRange, columns: dict[str, Column], opener: Opener, tally: RowCounts
 ) -> Iterator[pa.Table]:
     """The cut's rows in tables that have all of ``columns``, in that order, by their lower-case
     names, as their kinds (id: int64, number: float64 or text, time: seconds, text); null where a
@@ -141,8 +144,8 @@ def batches(
     Raises ValueError for a column that is missing, a table that is no table, and one that ends
     early.
     """
-    for entry in cut.entries:
-        one = cut._replace(entries=(entry,))
+    for entry in byte_range.entries:
+        one = byte_range._replace(entries=(entry,))
         if entry.name.lower().endswith(".parquet"):
             yield from _of_parquet(one, columns, opener, tally)
             continue
@@ -161,13 +164,17 @@ def batches(
 
 
 def whole(
-    table: str, entry: Entry, columns: dict[str, Column], opener: Opener, tally: Tally | None = None
+    table: str,
+    entry: Entry,
+    columns: dict[str, Column],
+    opener: Opener,
+    tally: RowCounts | None = None,
 ) -> pa.Table:
     """A small table at once, as in ``batches``. Raises ValueError also for lines that are no rows,
     naming the first.
     """
-    tally = tally or Tally()
-    found = list(batches(Cut(table, (entry,)), columns, opener, tally))
+    tally = tally or RowCounts()
+    found = list(batches(ByteRange(table, (entry,)), columns, opener, tally))
     if tally.bad:
         raise ValueError(
             f"{tally.listed[0]}; {tally.bad} such lines: repair the table or get it again"
@@ -181,7 +188,7 @@ def whole(
 
 def header(entry: Entry, opener: Opener) -> list[str]:
     """The names of a table's columns, as they stand there."""
-    with Reading(Piece(entry.name, "", entry), opener).open() as handle:
+    with SplitReader(InputSplit(entry.name, "", entry), opener).open() as handle:
         return (
             list(_parquet(entry, handle).schema_arrow.names)
             if entry.name.lower().endswith(".parquet")
@@ -296,13 +303,17 @@ def _picked(entry: Entry, names: list[str], columns: dict[str, Column]) -> dict[
 
 
 def _of_parquet(
-    cut: Cut, columns: dict[str, Column], opener: Opener, tally: Tally
+    byte_range: ByteRange, columns: dict[str, Column], opener: Opener, tally: RowCounts
 ) -> Iterator[pa.Table]:
-    entry = cut.entries[0]
-    with Reading(Piece(entry.name, "", entry), opener).open() as handle:
+    entry = byte_range.entries[0]
+    with SplitReader(InputSplit(entry.name, "", entry), opener).open() as handle:
         file = _parquet(entry, handle)
         picked = _picked(entry, file.schema_arrow.names, columns)
-        groups = list(range(cut.start, cut.stop if cut.stop >= 0 else file.num_row_groups))
+        groups = list(
+            range(
+                byte_range.start, byte_range.stop if byte_range.stop >= 0 else file.num_row_groups
+            )
+        )
         try:
             for batch in file.iter_batches(
                 BATCH_ROWS, row_groups=groups, columns=list(picked.values())
@@ -333,7 +344,7 @@ def _parquet(entry: Entry, handle: BinaryIO) -> pq.ParquetFile:
         raise ValueError(f"{entry.name}: not a whole Parquet file; get it again") from None
 
 
-def _see_zones(found: dict[str, tuple[Any, str]], entry: Entry, tally: Tally) -> None:
+def _see_zones(found: dict[str, tuple[Any, str]], entry: Entry, tally: RowCounts) -> None:
     """Note whether the times of a batch have zones. Raises ValueError where some have one and
     others, in this batch or before it, have none.
     """
@@ -445,17 +456,20 @@ def _header(entry: Entry, handle: BinaryIO) -> tuple[list[str], str, int]:
 
 
 def _of_csv(
-    cut: Cut, columns: dict[str, Column], opener: Opener, tally: Tally, typed: bool
+    byte_range: ByteRange, columns: dict[str, Column], opener: Opener, tally: RowCounts, typed: bool
 ) -> Iterator[pa.Table]:
-    entry = cut.entries[0]
-    with Reading(Piece(entry.name, "", entry), opener).open() as handle:
+    entry = byte_range.entries[0]
+    with SplitReader(InputSplit(entry.name, "", entry), opener).open() as handle:
         names, delimiter, first = _header(entry, handle)
         picked = _picked(entry, names, columns)
         body = handle
-        if cut.start or cut.stop >= 0:
+        if byte_range.start or byte_range.stop >= 0:
             start, stop = (
                 _line_start(handle, at) if at > first else first
-                for at in (cut.start, cut.stop if cut.stop >= 0 else entry.size)
+                for at in (
+                    byte_range.start,
+                    byte_range.stop if byte_range.stop >= 0 else entry.size,
+                )
             )
             handle.seek(start)
             body = cast(BinaryIO, io.BufferedReader(Window(handle, start, stop - start), 1 << 20))
@@ -470,9 +484,9 @@ def _of_csv(
                 pcsv.ReadOptions(use_threads=False, block_size=BLOCK_BYTES, column_names=names),
                 pcsv.ParseOptions(
                     delimiter=delimiter,
-                    newlines_in_values=cut.start == 0 and cut.stop < 0,
+                    newlines_in_values=byte_range.start == 0 and byte_range.stop < 0,
                     invalid_row_handler=lambda row: tally.line(
-                        f"{entry.name}:{_place(row, cut)}", BAD_LINE
+                        f"{entry.name}:{_place(row, byte_range)}", BAD_LINE
                     ),
                 ),
                 pcsv.ConvertOptions(
@@ -518,11 +532,11 @@ def _of_csv(
             ) from None
 
 
-def _place(row: Any, cut: Cut) -> str:
+def _place(row: Any, byte_range: ByteRange) -> str:
     return (
         f"line {row.number + 1}"
-        if row.number is not None and not cut.start
-        else f"a line after byte {cut.start}"
+        if row.number is not None and not byte_range.start
+        else f"a line after byte {byte_range.start}"
     )
 
 

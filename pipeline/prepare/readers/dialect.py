@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.prepare.engine.inputs import ROW_BYTES, Reading, decoded, plain_suffix
+from pipeline.prepare.engine.inputs import ROW_BYTES, SplitReader, decoded, plain_suffix
 
 SUFFIXES = (".csv", ".tsv", ".tab")
 WHOLE, NUMBER = (
@@ -52,8 +52,8 @@ class Dialect:
             )
 
     def check_header(self, header: list[str], place: str, written: bool = True) -> None:
-        """Raises ValueError for one that looks divided by something else (where it is ``written``
-        in the file), or that has a name twice.
+        """Raises ValueError for one that looks divided by something else (where it is
+        ``output_columns`` in the file), or that has a name twice.
         """
         other = next((c for c in ";,|\t" if c in header[0]), "")
         if len(header) == 1 and other and written and not self.delimiter:
@@ -68,7 +68,7 @@ class Dialect:
                 "--set header=false, else rename one"
             )
 
-    def records(self, reading: Reading, header: bool) -> Iterator[tuple[int, list[str]]]:
+    def records(self, reading: SplitReader, header: bool) -> Iterator[tuple[int, list[str]]]:
         """(line, fields) of every record; those that cannot be parsed are told to ``reading``.
 
         A record goes over lines while a quote is open. One that no later line closes, or that
@@ -78,7 +78,7 @@ class Dialect:
         """
         again, width = deque[Line](), 0
         tab = self.delimiter in ("tab", "\\t") or (
-            not self.delimiter and plain_suffix(reading.piece.name) != ".csv"
+            not self.delimiter and plain_suffix(reading.input_split.name) != ".csv"
         )
         delimiter = "\t" if tab else self.delimiter or ","
         take = _taker(reading.numbered(), again)

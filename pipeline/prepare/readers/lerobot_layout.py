@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.io import storage
-from pipeline.prepare.engine.importing import SPLITS, few, lines
+from pipeline.prepare.engine.importing import SPLITS, lines, preview
 from pipeline.prepare.readers.archives import Entry, listing
 
 INFO = "meta/info.json"
@@ -37,7 +37,7 @@ PATHS = {
 
 
 @dataclass(frozen=True)
-class Known:
+class EpisodeInfo:
     """An episode as the metadata has it. ``rows``: the first of the data set and the one after the
     last, where it says so (v3). ``video``: (file, second at which the episode begins in it) of the
     camera that is wanted.
@@ -61,7 +61,7 @@ class Layout:
     info: dict[str, Any]
     features: dict[str, dict[str, Any]]
     tasks: dict[int, str]
-    episodes: list[Known]
+    episodes: list[EpisodeInfo]
     mark: str
     missing: list[tuple[int, str]] = field(default_factory=list)
 
@@ -119,7 +119,7 @@ def read(source: str, camera: str) -> Layout:
             else None
         )
         episodes.append(
-            Known(
+            EpisodeInfo(
                 number,
                 int(record["length"]),
                 tuple(record.get("tasks") or ()),
@@ -240,7 +240,7 @@ def _tables(source: str, there: dict[str, Entry]) -> Iterator[dict[str, Any]]:
         columns = [column for column in file.schema_arrow.names if not column.startswith("stats/")]
         for needed in ("episode_index", "length", "dataset_from_index", "dataset_to_index"):
             if needed not in columns:
-                raise ValueError(f"{name}: no column {needed!r}; there are {few(columns)}")
+                raise ValueError(f"{name}: no column {needed!r}; there are {preview(columns)}")
         yield from file.read(columns=columns).to_pylist()
 
 
@@ -254,7 +254,7 @@ def _tasks(source: str, there: dict[str, Entry]) -> dict[int, str]:
         if "task_index" not in table.column_names or not text:
             raise ValueError(
                 "meta/tasks.parquet: columns task_index and task are needed; there are "
-                f"{few(table.column_names)}"
+                f"{preview(table.column_names)}"
             )
         return dict(
             zip(

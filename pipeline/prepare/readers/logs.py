@@ -16,10 +16,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.prepare.engine.episodes import Episode, UnusableError, matrix, unfit
+from pipeline.prepare.engine.episodes import Episode, UnusableError, matrix, number_problem
 from pipeline.prepare.engine.importing import NO_SPLIT, SPLITS
-from pipeline.prepare.engine.inputs import Opener, Piece
-from pipeline.prepare.readers.csv_blocks import Column, Cut, Tally, batches
+from pipeline.prepare.engine.inputs import InputSplit, Opener
+from pipeline.prepare.readers.csv_blocks import ByteRange, Column, RowCounts, batches
 
 NUMBER = r"^\s*[+-]?((\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?|inf)\s*$"
 WHOLE = r"^\s*[+-]?\d{1,18}(\.0*)?\s*$"
@@ -29,7 +29,7 @@ TRUE, FALSE = ("true", "1", "1.0", "t", "yes"), ("false", "0", "0.0", "f", "no",
 
 
 @dataclass(frozen=True)
-class Roles:
+class ColumnRoles:
     """The columns of a table and what each is. ``listed``: observations and actions are each one
     column of lists. ``discrete``: actions are classes, ``names`` those of integer codes. ``low``
     and ``high``: bounds of each action, or one for all. ``moments``: the order is by times, not
@@ -75,7 +75,7 @@ class Roles:
 
 
 @dataclass(frozen=True)
-class Rules:
+class CutRules:
     """How a log is cut: ``steps`` of an episode (0: as many as it has), the last shares of its rows
     that are for validation and testing, and whether an episode without end may be used. ``task``
     and ``embodiment``: of all episodes, where no column says it.
@@ -97,7 +97,7 @@ class Rules:
 
 
 @dataclass(frozen=True)
-class Stretch:
+class EpisodeRows:
     """Rows of one episode. ``first``: its first row in the file, counted from 1; ``last``: its log
     ends with it.
     """
@@ -110,12 +110,14 @@ class Stretch:
     split: str
 
 
-def tables(piece: Piece, columns: dict[str, Column], opener: Opener) -> Iterator[pa.Table]:
+def tables(
+    input_split: InputSplit, columns: dict[str, Column], opener: Opener
+) -> Iterator[pa.Table]:
     """The rows of a file, some at a time: numbers are float64, NaN where there is none. Raises
     ValueError for a line that is no row: it may belong to any episode.
     """
-    tally = Tally()
-    for batch in batches(Cut("", (piece.entry,)), columns, opener, tally):
+    tally = RowCounts()
+    for batch in batches(ByteRange("", (input_split.entry,)), columns, opener, tally):
         if tally.bad:
             break
         yield pa.table(
@@ -141,12 +143,12 @@ def _numbers(column: Any) -> pa.Array:
     return array.cast(pa.float64(), safe=False).fill_null(float("nan"))
 
 
-def lengths(piece: Piece, roles: Roles, opener: Opener) -> list[int]:
+def lengths(input_split: InputSplit, roles: ColumnRoles, opener: Opener) -> list[int]:
     """Rows of each log of a file, in order: a pass over one column."""
     name = roles.episode or roles.observations[0]
     out: list[int] = []
     for _, a, b, is_new in _runs(
-        tables(piece, {name: roles.columns()[name]}, opener), roles.episode
+        tables(input_split, {name: roles.columns()[name]}, opener), roles.episode
     ):
         out += [0] if is_new else []
         out[-1] += b - a
@@ -177,16 +179,21 @@ def _runs(source: Iterator[pa.Table], column: str) -> Iterator[tuple[pa.Table, i
             before = own
 
 
-class Cutter:
+class EpisodeCutter:
     """Rows in, episodes out. ``counted``: rows of each log, where shares are cut. Raises ValueError
     for a log whose rows do not stand together, or that has no name.
     """
 
     def __init__(
-        self, piece: Piece, name: str, roles: Roles, rules: Rules, counted: list[int] | None
+        self,
+        input_split: InputSplit,
+        name: str,
+        roles: ColumnRoles,
+        rules: CutRules,
+        counted: list[int] | None,
     ):
-        self.piece, self.name, self.roles, self.rules, self.counted = (
-            piece,
+        self.input_split, self.name, self.roles, self.rules, self.counted = (
+            input_split,
             name,
             roles,
             rules,
@@ -199,7 +206,7 @@ class Cutter:
         self.ends = False
         self.split = ""
 
-    def run(self, source: Iterator[pa.Table]) -> Iterator[Stretch]:
+    def run(self, source: Iterator[pa.Table]) -> Iterator[EpisodeRows]:
         current, done, splits = None, np.zeros(0, dtype=bool), None
         for table, a, b, is_new in _runs(source, self.roles.episode):
             if table is not current:
@@ -224,13 +231,13 @@ class Cutter:
         """Another log."""
         if self.roles.episode and (own is None or not own.strip()):
             raise ValueError(
-                f"{self.piece.name}: no episode in row {self.row} (column "
+                f"{self.input_split.name}: no episode in row {self.row} (column "
                 f"{self.roles.episode!r}); fill it or remove the row"
             )
         self.log = (own or "").strip() or self.name
         if self.log in self.seen:
             raise ValueError(
-                f"{self.piece.name}: the rows of episode {self.log} do not stand together: "
+                f"{self.input_split.name}: the rows of episode {self.log} do not stand together: "
                 f"others lie before row {self.row}; sort the table "
                 f"by {self.roles.episode}"
                 + (f" and {self.roles.order}" if self.roles.order else "")
@@ -242,7 +249,7 @@ class Cutter:
 
     def _feed(
         self, table: pa.Table, a: int, b: int, done: np.ndarray, splits: list[str] | None
-    ) -> Iterator[Stretch]:
+    ) -> Iterator[EpisodeRows]:
         while a < b:
             if self.ends or (splits is not None and self.held and splits[a] != self.split):
                 yield from self._flush(False)
@@ -270,9 +277,9 @@ class Cutter:
             )
             a = stop
 
-    def _flush(self, last: bool) -> Iterator[Stretch]:
+    def _flush(self, last: bool) -> Iterator[EpisodeRows]:
         if self.held:
-            yield Stretch(
+            yield EpisodeRows(
                 self.log,
                 self.number,
                 self.row,
@@ -300,7 +307,7 @@ def _true(column: Any) -> np.ndarray:
 # ---------------------------------------------------------------- one episode
 
 
-def episode(stretch: Stretch, roles: Roles, rules: Rules, name: str) -> Episode:
+def episode(stretch: EpisodeRows, roles: ColumnRoles, rules: CutRules, name: str) -> Episode:
     """The steps of an episode, checked. Raises UnusableError with the reason why it is left out."""
     rows = stretch.rows
     if stretch.split.startswith("?"):
@@ -308,7 +315,7 @@ def episode(stretch: Stretch, roles: Roles, rules: Rules, name: str) -> Episode:
     terminated = _ended(rows, stretch, roles, rules)
     _check_order(rows, roles)
     observations = _steps(rows, roles.observations, roles, "observation")
-    if why := unfit(
+    if why := number_problem(
         observations,
         "observation",
         roles.observations if observations.shape[1] == len(roles.observations) else (),
@@ -322,7 +329,7 @@ def episode(stretch: Stretch, roles: Roles, rules: Rules, name: str) -> Episode:
         else _vector_actions(rows, roles)
     )
     rewards = rows[roles.reward].to_numpy() if roles.reward else None
-    if rewards is not None and (why := unfit(rewards, "reward")):
+    if rewards is not None and (why := number_problem(rewards, "reward")):
         raise UnusableError(why)
     task, embodiment = (
         _one(rows, column, what) if column else fixed
@@ -344,7 +351,7 @@ def episode(stretch: Stretch, roles: Roles, rules: Rules, name: str) -> Episode:
     )
 
 
-def _ended(rows: pa.Table, stretch: Stretch, roles: Roles, rules: Rules) -> bool:
+def _ended(rows: pa.Table, stretch: EpisodeRows, roles: ColumnRoles, rules: CutRules) -> bool:
     """Whether the episode ended by itself."""
     if not roles.done:
         return False
@@ -371,7 +378,7 @@ def _ended(rows: pa.Table, stretch: Stretch, roles: Roles, rules: Rules) -> bool
     return bool(done[-1])
 
 
-def _check_order(rows: pa.Table, roles: Roles) -> None:
+def _check_order(rows: pa.Table, roles: ColumnRoles) -> None:
     if not roles.order:
         return
     times = rows[roles.order].to_numpy()
@@ -386,17 +393,17 @@ def _check_order(rows: pa.Table, roles: Roles) -> None:
         )
 
 
-def _steps(rows: pa.Table, columns: tuple[str, ...], roles: Roles, what: str) -> np.ndarray:
+def _steps(rows: pa.Table, columns: tuple[str, ...], roles: ColumnRoles, what: str) -> np.ndarray:
     """(T, n) float64 of columns of numbers, or of one column of lists."""
     if columns[0] not in roles.listed:
         return np.stack([rows[name].to_numpy() for name in columns], axis=1)
     return matrix(rows[columns[0]], what)
 
 
-def _vector_actions(rows: pa.Table, roles: Roles) -> np.ndarray:
+def _vector_actions(rows: pa.Table, roles: ColumnRoles) -> np.ndarray:
     actions = _steps(rows, roles.actions, roles, "action")
     names = roles.actions if actions.shape[1] == len(roles.actions) else ()
-    if why := unfit(actions, "action", names):
+    if why := number_problem(actions, "action", names):
         raise UnusableError(why)
     beyond: tuple[tuple[str, tuple[float, ...], Callable[..., np.ndarray]], ...] = (
         ("action_low", roles.low, np.less),
@@ -419,7 +426,7 @@ def _vector_actions(rows: pa.Table, roles: Roles) -> np.ndarray:
     return actions.astype(np.float32)
 
 
-def _classes(rows: pa.Table, roles: Roles) -> list[str]:
+def _classes(rows: pa.Table, roles: ColumnRoles) -> list[str]:
     texts = pc.utf8_trim_whitespace(rows[roles.actions[0]])  # pyright: ignore
     texts = pc.replace_substring_regex(
         pc.replace_substring_regex(texts, ZEROS, r"\1\2"), "^-(0+)$", r"\1"

@@ -11,7 +11,14 @@ import pyarrow.parquet as pq
 
 from pipeline.data.loader import threaded_map
 from pipeline.io import storage
-from pipeline.prepare.engine.inputs import SQUEEZED, Listed, Opener, Piece, Reading, plain_suffix
+from pipeline.prepare.engine.inputs import (
+    SQUEEZED,
+    InputFiles,
+    InputSplit,
+    Opener,
+    SplitReader,
+    plain_suffix,
+)
 from pipeline.prepare.readers.archives import MOST_BYTES, Entry
 
 SUFFIXES = (".parquet", ".pq")
@@ -40,58 +47,60 @@ def groups(entry: Entry) -> list[int]:
         ) from None
 
 
-def row_groups(entry: Entry, split: str, sizes: list[int], most: int) -> list[Piece]:
+def row_groups(entry: Entry, split: str, sizes: list[int], most: int) -> list[InputSplit]:
     """Neighbouring row groups of a Parquet file, up to about ``most`` bytes of them."""
-    out: list[Piece] = []
+    out: list[InputSplit] = []
     for i, size in enumerate(sizes):
         if out and out[-1].size + size <= most:
             out[-1] = out[-1]._replace(stop=i + 1, size=out[-1].size + size)
         else:
-            out.append(Piece(entry.name, split, entry, i, i + 1, size))
+            out.append(InputSplit(entry.name, split, entry, i, i + 1, size))
     return out
 
 
-def pieces(listed: Listed, most: int) -> list[Piece]:
+def split_files(listed: InputFiles, most: int) -> list[InputSplit]:
     """The files in pieces of about ``most`` bytes; those in archives, compressed ones and ones
     without rows as a whole.
     """
-    out: list[Piece] = []
+    out: list[InputSplit] = []
     for (entry, split), sizes in zip(
         listed.files, threaded_map(groups, [entry for entry, _ in listed.files]), strict=True
     ):
         out += row_groups(entry, split, sizes, most) or [
-            Piece(entry.name, split, entry, size=entry.size)
+            InputSplit(entry.name, split, entry, size=entry.size)
         ]
     return out
 
 
 @contextmanager
-def opened(reading: Reading) -> Iterator[pq.ParquetFile]:
+def opened(reading: SplitReader) -> Iterator[pq.ParquetFile]:
     """The file of a piece. Raises ValueError for one that is damaged."""
     with reading.open() as handle:
         try:
             yield pq.ParquetFile(
-                handle if reading.piece.stop >= 0 else io.BytesIO(handle.read(MOST_BYTES))
+                handle if reading.input_split.stop >= 0 else io.BytesIO(handle.read(MOST_BYTES))
             )
         except pa.ArrowInvalid as error:
             raise ValueError(
-                f"{reading.piece.name}: not a whole Parquet file ({error}); get it again"
+                f"{reading.input_split.name}: not a whole Parquet file ({error}); get it again"
             ) from None
 
 
-def schema(piece: Piece) -> pa.Schema:
+def schema(input_split: InputSplit) -> pa.Schema:
     """The columns of a piece's file, without what else was written beside them."""
     opener = Opener()
     try:
-        with opened(Reading(piece, opener)) as file:
+        with opened(SplitReader(input_split, opener)) as file:
             return file.schema_arrow.remove_metadata()
     finally:
         opener.close()
 
 
-def batches(reading: Reading, columns: list[str] | None = None) -> Iterator[tuple[int, pa.Table]]:
+def batches(
+    reading: SplitReader, columns: list[str] | None = None
+) -> Iterator[tuple[int, pa.Table]]:
     """(rows of the file before them, rows) of a piece, in order."""
-    start, stop = reading.piece.start, reading.piece.stop
+    start, stop = reading.input_split.start, reading.input_split.stop
     with opened(reading) as file:
         about = file.metadata
         sizes = [about.row_group(i) for i in range(about.num_row_groups)]
