@@ -1,0 +1,22 @@
+"""What modalities, backbones, objectives and techniques promise each other: one page for each."""
+
+from pipeline.core.batch import Batch
+from pipeline.core.contracts.backbone import Backbone, FeatureMapSpec, Features
+from pipeline.core.contracts.modality import Arrays, Modality, View
+from pipeline.core.contracts.objective import Objective, RawRows, Task
+from pipeline.core.contracts.technique import Phase, Technique
+
+__all__ = [
+    "Arrays",
+    "Backbone",
+    "Batch",
+    "FeatureMapSpec",
+    "Features",
+    "Modality",
+    "Objective",
+    "Phase",
+    "RawRows",
+    "Task",
+    "Technique",
+    "View",
+]
