@@ -46,7 +46,7 @@ module before it.
 """
 MOST_STEPS = 1_000_000
 """Of an episode in a world that a row names."""
-NEEDED = "simulation needs gymnasium and MuJoCo: uv sync --extra robotics"
+NEEDED = "simulation needs gymnasium, MuJoCo and stable-baselines3: uv sync --extra robotics"
 
 
 @dataclass(frozen=True)

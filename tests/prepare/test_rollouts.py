@@ -21,6 +21,8 @@ from pipeline.prepare.engine import importing
 from pipeline.prepare.engine.write import Preparation, Settings, verify
 from pipeline.simulation import experts, training
 from pipeline.simulation.environment import World, make
+from pipeline.simulation.trained_policy import Settings as PpoSettings
+from pipeline.simulation.trained_policy import TrainedPolicy
 
 PENDULUM = "InvertedDoublePendulum-v5"
 SHORT = ("expert=lqr", "max_steps=12")
@@ -370,7 +372,7 @@ def test_an_expert_is_trained_stays_beside_the_rows_and_may_be_named_for_others(
     assert not (tmp_path / "a/_survey").exists()
     prepare(tmp_path / "b", f"expert={kept}", *pairs, source=source)
     assert read(tmp_path / "a") == read(tmp_path / "b")
-    trained = training.TrainedPolicy.from_bytes(kept.read_bytes())
+    trained = TrainedPolicy.from_bytes(kept.read_bytes())
     for row in read(tmp_path / "a"):
         assert np.allclose(
             row["actions"],
@@ -410,7 +412,7 @@ def test_an_expert_of_one_skill_is_not_taken_for_another(tmp_path):
             world,
             env_steps=1,
             seed=0,
-            settings=training.Settings(environments=1, horizon=8, epochs=1, minibatch=8),
+            settings=PpoSettings(environments=1, horizon=8, epochs=1, minibatch=8),
         ).to_bytes()
     )
     prepare(tmp_path / "out", f"expert={file}", "skills=mirror", "episodes=1", source=source)

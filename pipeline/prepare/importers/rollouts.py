@@ -22,6 +22,7 @@ from pipeline.prepare.engine.shard_tasks import ProgressCallback, Settings
 from pipeline.prepare.engine.table_importer import SCANS
 from pipeline.simulation import environment, experts, rollout, training
 from pipeline.simulation.environment import World
+from pipeline.simulation.trained_policy import TrainedPolicy
 
 SPLITS = {"train": "episodes", "validation": "validation_episodes", "test": "test_episodes"}
 """Splits, whose places here are part of the seeds, and the option that says how many episodes each
@@ -214,7 +215,7 @@ class Rollouts(EpisodeImporter):
             )
         data = storage.read_bytes(name)
         try:
-            self.trained = training.TrainedPolicy.from_bytes(data)
+            self.trained = TrainedPolicy.from_bytes(data)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         return hashlib.sha256(data).hexdigest()
@@ -225,7 +226,7 @@ class Rollouts(EpisodeImporter):
             return
         kept = storage.join(output, "_expert.safetensors")
         if storage.exists(kept):
-            self.trained = training.TrainedPolicy.from_bytes(storage.read_bytes(kept))
+            self.trained = TrainedPolicy.from_bytes(storage.read_bytes(kept))
             return
         ranged = any(isinstance(value, tuple) for value in self.ranges.values())
         worlds = [
