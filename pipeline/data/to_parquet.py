@@ -10,18 +10,18 @@ from __future__ import annotations
 import io
 import logging
 import os
-import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa
-import pyarrow.csv as pacsv
 import pyarrow.json as pajson
 import pyarrow.parquet as pq
 
 from pipeline.config.schema import spec_hash
+from pipeline.data.csv_tables import csv_tables
 from pipeline.io import atomic_folder, checksums, s3, storage
 from pipeline.io import file_identity as identity
 from pipeline.io.file_identity import FileIdentity
@@ -84,19 +84,6 @@ number: the limit of every row of text too.
 MARK = b"\xef\xbb\xbf"
 WIDE = (b"\xff\xfe", b"\xfe\xff")
 """How UTF-8 and UTF-16 say in a file's first bytes that they are it."""
-BLOCK_BYTES, ROW_BYTES = 4 << 20, 64 << 20
-"""The same for CSV, where Arrow reads a dozen or more blocks ahead: 0.25 GB in memory for a file of
-any size (2026-11-24, 4 MiB; 0.7 GB with 16).
-"""
-WIDER = {
-    pa.null(): pa.int64(),
-    pa.int64(): pa.float64(),
-    pa.float64(): pa.string(),
-    pa.string(): pa.binary(),
-}
-"""What a CSV column becomes when a value is not of its type; string for types that are not
-listed.
-"""
 
 
 def _kind(file: str) -> str:
@@ -434,55 +421,9 @@ def _columns(schema: pa.Schema) -> str:
 
 
 def _csv(file: str) -> Iterator[pa.Table]:
-    """Rows of a CSV file, block by block. The types of its columns come from a first pass over all
-    of it, for a block knows only its own.
-    """
-    types: dict[str, pa.DataType] = {}
-    names: list[str] = []
-    block_bytes = BLOCK_BYTES
-    while True:
-        try:
-            for table in _csv_blocks(file, types, block_bytes):
-                names, types = (
-                    table.column_names,
-                    dict(zip(table.column_names, table.schema.types, strict=True)),
-                )
-            break
-        except pa.ArrowInvalid as error:
-            text = str(error).splitlines()[0]
-            found = re.match(r"In CSV column #(\d+): .*conversion error", text)
-            name = names[int(found[1])] if found and names else ""
-            if "straddling" in text and block_bytes < ROW_BYTES:  # a row is longer than a block
-                block_bytes *= 2
-            elif "straddling" in text:
-                raise ValueError(
-                    f"{file}: not readable as csv: a row is longer than {ROW_BYTES >> 20} MiB; "
-                    "is a quote left open?"
-                ) from None
-            elif name and types[name] != pa.binary():
-                types[name] = WIDER.get(types[name], pa.string())
-            else:
-                raise ValueError(
-                    f"{file}: not readable as csv: {text}" + (f" (column {name!r})" if name else "")
-                ) from None
-    yield from _csv_blocks(file, types, block_bytes)
-
-
-def _csv_blocks(file: str, types: dict[str, pa.DataType], block_bytes: int) -> Iterator[pa.Table]:
-    """The first table has no rows. Types of columns that are not given follow from the first block;
-    another type in a later one is an error.
-    """
-    tab = ".tsv" in PurePosixPath(file.lower()).suffixes[-2:]
-    with _open(file) as handle:
-        reader = pacsv.open_csv(
-            handle,
-            pacsv.ReadOptions(block_size=block_bytes, use_threads=False),
-            pacsv.ParseOptions(delimiter="\t" if tab else ",", newlines_in_values=True),
-            pacsv.ConvertOptions(column_types=types),
-        )
-        yield reader.schema.empty_table()
-        for batch in reader:
-            yield pa.Table.from_batches([batch])
+    """Rows of a CSV file, block by block."""
+    is_tabbed = ".tsv" in PurePosixPath(file.lower()).suffixes[-2:]
+    return csv_tables(partial(_open, file), file, delimiter="\t" if is_tabbed else ",")
 
 
 def _json_lines(file: str) -> Iterator[pa.Table]:

@@ -1623,10 +1623,11 @@ def test_csv_and_tsv(tmp_path, imports, name, comma):
 
 @pytest.fixture
 def small_chunks(monkeypatch):
+    from pipeline.data import csv_tables
     from pipeline.data import to_parquet as imports
 
     monkeypatch.setattr(imports, "CHUNK_BYTES", 300)
-    monkeypatch.setattr(imports, "BLOCK_BYTES", 300)
+    monkeypatch.setattr(csv_tables, "BLOCK_BYTES", 300)
     return imports
 
 
@@ -1743,7 +1744,7 @@ def test_long_rows(tmp_path, imports):
 
 def test_a_line_beyond_the_largest_is_named(tmp_path, imports, small_chunks, monkeypatch):
     monkeypatch.setattr(small_chunks, "LINE_BYTES", 1000)
-    monkeypatch.setattr(small_chunks, "ROW_BYTES", 1000)
+    monkeypatch.setattr("pipeline.data.csv_tables.ROW_BYTES", 1000)
     lines_of(tmp_path / "a.jsonl", [{"a": "x"}] * 3 + [{"a": "x" * 5000}])
     with pytest.raises(ValueError, match=r"a\.jsonl:4: the line is longer than"):
         m.build(str(tmp_path / "a.jsonl"), "auto", imports)

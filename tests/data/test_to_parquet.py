@@ -11,6 +11,7 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
+from pipeline.data import csv_tables
 from pipeline.data import manifest as m
 from pipeline.data import to_parquet as made
 from pipeline.io import storage
@@ -109,8 +110,8 @@ def test_the_same_file_in_another_format_is_another_import(tmp_path, imports):
 @SUFFIXES
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "csv", "tsv"])
 def test_compressed_files_hold_what_the_plain_ones_do(tmp_path, imports, kind, suffix, monkeypatch):
-    for name in ("CHUNK_BYTES", "BLOCK_BYTES"):
-        monkeypatch.setattr(made, name, 300)
+    monkeypatch.setattr(made, "CHUNK_BYTES", 300)
+    monkeypatch.setattr(csv_tables, "BLOCK_BYTES", 300)
     frame = pd.DataFrame({"text": [f"ein Wörtchen, {i}" for i in range(500)], "label": range(500)})
     data = {
         "txt": "\n".join(frame.text),

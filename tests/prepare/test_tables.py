@@ -233,7 +233,9 @@ def test_a_run_killed_in_either_pass_goes_on_to_the_same_bytes(killed, text, tmp
     )
     asked, real = [], table_importer._scan
     monkeypatch.setattr(
-        table_importer, "_scan", lambda importer, job: asked.append(job[0]) or real(importer, job)
+        table_importer,
+        "_scan",
+        lambda importer, uri, pieces: asked.append(uri) or real(importer, uri, pieces),
     )
     done = prepare("text", text, tmp_path / "out", "dedup=near", part_mb=SMALL)
     assert done["files"] == whole["files"] and parts(tmp_path / "out") == parts(tmp_path / "whole")

@@ -11,10 +11,12 @@ import sys
 import textwrap
 import uuid
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from prepare.conftest import encoded, read, tar, write
@@ -24,10 +26,12 @@ from typer.testing import CliRunner
 
 from pipeline import cli
 from pipeline.config import registry
+from pipeline.config.registry import Options
 from pipeline.config.schema import Data
 from pipeline.data import manifest
 from pipeline.io import storage
 from pipeline.prepare.engine import importing
+from pipeline.prepare.engine.shard_tasks import Importer, ShardResult, ShardTask, added, neighbours
 from pipeline.prepare.engine.write import MANIFEST, Preparation, Settings, verify
 from pipeline.train import launch
 
@@ -593,3 +597,85 @@ def test_the_command_line_lists_the_importers():
         f"{name}\n" in done.output for name in registry.names("importer")
     )
     assert "coco\n" not in CliRunner().invoke(cli.app, ["prepare", "imagenet", "--list"]).output
+
+
+# ---------------------------------------------------------------- the contract
+
+
+class Squares(Importer):
+    """Numbers and their squares: the least that an importer is."""
+
+    options_class = Options
+    registered_name = "squares"
+    label = "even"
+    reads_files = False
+
+    def plan(self, source, settings):
+        return SquaresWork(self, int(source), settings)
+
+
+class SquaresWork(ShardTask):
+    noun = "numbers"
+
+    def __init__(self, importer, count, settings):
+        super().__init__(importer, settings)
+        self.parts = neighbours(
+            ["train"] * count, [1.0] * count, 1 << 20, settings.rows_per_part or 0
+        )
+        self.key, self.total = (count,), count
+
+    @property
+    def columns(self):
+        return [
+            pa.field(name, kind)
+            for name, kind in (
+                ("path", pa.string()),
+                ("square", pa.int64()),
+                ("even", pa.bool_()),
+                ("split", pa.string()),
+            )
+        ]
+
+    @property
+    def make(self):
+        return partial(squares_of, self.schema)
+
+    def payload(self, part):
+        return list(range(part.start, part.stop))
+
+
+def squares_of(schema, numbers, scratch):
+    good = [n for n in numbers if n != 13]
+    rows = [{"path": str(n), "square": n * n, "even": n % 2 == 0, "split": "train"} for n in good]
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), scratch / "part.parquet")
+    broken = [
+        {"path": str(n), "split": "train", "reason": "bad luck"} for n in numbers if n not in good
+    ]
+    return ShardResult(
+        scratch / "part.parquet", len(rows), broken, added([("sum", "train", sum(good))])
+    )
+
+
+def test_an_importer_is_one_class_with_a_plan(tmp_path, monkeypatch):
+    monkeypatch.setattr(registry, "get", lambda kind, name: Squares)
+    done = Preparation(
+        "squares", "20", str(tmp_path / "out"), None, Settings(rows_per_part=8, max_bad=0.1)
+    ).run()
+    assert done["rows"] == {"train": 19} and done["broken"] == 1 and len(done["files"]) == 3
+    assert [row["square"] for row in read(tmp_path / "out")] == [
+        n * n for n in range(20) if n != 13
+    ]
+    summary = json.loads((tmp_path / "out/_summary.json").read_text())
+    assert summary["notes"] == {"sum": {"train": sum(range(20)) - 13}} and summary["classes"][
+        "train"
+    ]["labels"] == {"False": 9, "True": 10}
+    with pytest.raises(
+        ValueError,
+        match=r"1 of 20 rows are broken, more than --max-bad 0 allows\. First ones: 13: bad luck",
+    ):
+        Preparation("squares", "20", str(tmp_path / "none"), None, Settings(max_bad=0)).run()
+
+
+def test_every_importer_keeps_the_contract():
+    for name in registry.names("importer"):
+        assert issubclass(registry.get("importer", name), Importer), name

@@ -43,9 +43,9 @@ class Numbers(NamedTuple):
 REASONS = ("", NO_VALUE, NO_NUMBER, PAIR)
 
 
-def rows_of(name: str) -> Iterator[dict[str, str]]:
-    """Rows of a file of ``clinical/``; its lines that begin with # are its own words."""
-    lines = (CLINICAL / name).read_text(encoding="utf-8").splitlines()
+def rows_of(name: str, folder: Path = CLINICAL) -> Iterator[dict[str, str]]:
+    """Rows of a CSV file of this package; its lines that begin with # are comments."""
+    lines = (folder / name).read_text(encoding="utf-8").splitlines()
     yield from csv.DictReader(line for line in lines if line.strip() and not line.startswith("#"))
 
 

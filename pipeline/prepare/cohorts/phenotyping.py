@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -12,6 +11,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from pipeline.config.registry import Options, register
+from pipeline.prepare.clinical import plausible
 from pipeline.prepare.cohorts.definition import (
     BENCHMARK,
     CohortDefinition,
@@ -97,8 +97,7 @@ class Phenotyping(CohortDefinition):
 @cache
 def phenotypes() -> dict[str, tuple[str, str]]:
     """(condition, acute, chronic or mixed) of each ICD-9 code."""
-    lines = Path(__file__).with_name("phenotypes.csv").read_text().splitlines()
-    rows = csv.DictReader(line for line in lines if not line.startswith("#"))
+    rows = plausible.rows_of("phenotypes.csv", Path(__file__).parent)
     return {code: (row["phenotype"], row["type"]) for row in rows for code in row["codes"].split()}
 
 

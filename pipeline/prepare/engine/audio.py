@@ -10,21 +10,19 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, Literal, NamedTuple, cast
+from typing import Any, BinaryIO, Literal, NamedTuple, cast
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.config.registry import Options
 from pipeline.data.loader import threaded_map
 from pipeline.io import storage
 from pipeline.media import audio_io
@@ -32,7 +30,7 @@ from pipeline.media.audio_io import BrokenAudioError, Info, Sound
 from pipeline.prepare.engine.importing import Index, place, table
 from pipeline.prepare.engine.indexed import GROUP_BYTES, IndexShardTask, is_one_way, loaded
 from pipeline.prepare.engine.inputs import HELD_OUT_FIRST, InputSplit, Opener, SplitReader, decoded
-from pipeline.prepare.engine.shard_tasks import Settings, ShardResult
+from pipeline.prepare.engine.shard_tasks import Importer, Settings, ShardResult, added
 from pipeline.prepare.readers.archives import GZIPPED, Entry, Listing, Reader, Window, open_archive
 from pipeline.prepare.readers.picture_check import BrokenImageError
 
@@ -70,15 +68,11 @@ class SoundOptions:
     mono: bool = False
 
 
-class AudioImporter(ABC):
-    """One publisher's format of recordings. ``label`` names the column that the summary counts."""
-
-    registered_name: ClassVar[str]
-    options_class: ClassVar[type[Options]]
-    label: ClassVar[str] = ""
+class AudioImporter(Importer):
+    """One publisher's format of recordings. Examples: `librispeech`, `manifest`."""
 
     def __init__(self, options: Any = None):
-        self.options: Any = options if options is not None else self.options_class()
+        super().__init__(options)
         rate = self.sound_options.rate
         if rate and not audio_io.RATES[0] <= rate <= audio_io.RATES[1]:
             raise ValueError(
@@ -99,6 +93,9 @@ class AudioImporter(ABC):
         or no transcript as broken. Raises ValueError for files that are not what the publisher
         gives.
         """
+
+    def plan(self, source: str, settings: Settings) -> AudioShardTask:
+        return AudioShardTask(self, source, settings)
 
 
 # ---------------------------------------------------------------- what importers make an index of
@@ -292,14 +289,12 @@ class AudioShardTask(IndexShardTask):
 
     measures = ("seconds", "speaker", "sha256", "transcript")
 
-    def __init__(self, name: str, importer: AudioImporter, source: str, settings: Settings):
-        for option in ("resize", "quality"):
-            if getattr(settings, option) is not None:
-                raise ValueError(
-                    f"--{option} {getattr(settings, option)}: importer {name} reads "
-                    "recordings, not images; leave it out"
-                )
-        super().__init__(name, importer, source, settings)
+    def __init__(self, importer: AudioImporter, source: str, settings: Settings):
+        settings.refuse(
+            ("resize", "quality"),
+            f"importer {importer.registered_name} reads recordings, not images; leave it out",
+        )
+        super().__init__(importer, source, settings)
         self.notes = {**self.notes, **{what: {} for what in COUNTED}, "levels": LEVELS}
 
     def sizes(self) -> np.ndarray:
@@ -317,8 +312,8 @@ class AudioShardTask(IndexShardTask):
         )
 
     @property
-    def schema(self) -> pa.Schema:
-        made = [
+    def columns(self) -> list[pa.Field]:
+        return [
             pa.field("audio", pa.binary()),
             *self.kept,
             pa.field("recording_start", pa.float64()),
@@ -327,8 +322,6 @@ class AudioShardTask(IndexShardTask):
             pa.field("channels", pa.int64()),
             pa.field("sha256", pa.string()),
         ]
-        about = {"importer": self.name, **self.index.info}
-        return pa.schema(made, metadata={"onetomany": json.dumps(about, ensure_ascii=False)})
 
     @property
     def make(self) -> Callable[[Any, Path], ShardResult]:
@@ -348,10 +341,12 @@ def _make(
         count = _write(path, schema, (row for _, row in ordered))
     finally:
         reader.close()
-    amounts: dict[str, dict[str, int]] = {}
-    for (what, split), number in sorted(counts.items()):
-        amounts.setdefault(what, {})[split] = number
-    return ShardResult(path, count, bad, amounts)
+    return ShardResult(
+        path,
+        count,
+        bad,
+        added((what, split, number) for (what, split), number in sorted(counts.items())),
+    )
 
 
 def _write(path: Path, schema: pa.Schema, rows: Iterator[dict[str, Any]]) -> int:

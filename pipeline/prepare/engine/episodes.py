@@ -8,8 +8,7 @@ k demonstrations.
 
 from __future__ import annotations
 
-import json
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,17 +19,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.config.registry import Options
-from pipeline.io import storage
 from pipeline.prepare.engine.shard_tasks import (
     BudgetCheck,
+    Importer,
     OutputShard,
     ProgressCallback,
     Settings,
     ShardResult,
     ShardTask,
+    added,
+    neighbours,
 )
-from pipeline.prepare.engine.table_importer import SCANS, RowGroups
+from pipeline.prepare.engine.table_importer import RowGroups
 
 VECTORS = pa.list_(pa.list_(pa.float32()))
 """(T, O) observations or (T, A) actions of a row."""
@@ -213,21 +213,16 @@ class Result(NamedTuple):
     amounts: Mapping[str, float] = {}
 
 
-class EpisodeImporter(ABC):
-    """One format of episodes. ``label`` names the column that the summary counts; ``sees``:
-    ``--resize`` and ``--quality`` say how images are written; ``reads_files``: its source is a
-    place of files; ``rows_a_part``: so many episodes make a part, 0: about ``part_mb`` of them.
+class EpisodeImporter(Importer):
+    """One format of episodes. Examples: `lerobot`, `rollouts`.
+
+    Attributes:
+        sees: ``--resize`` and ``--quality`` say how images are written.
+        rows_a_part: so many episodes make a part, 0: about ``part_mb`` of them.
     """
 
-    registered_name: ClassVar[str]
-    options_class: ClassVar[type[Options]]
-    label: str = ""
     sees: ClassVar[bool] = False
-    reads_files: ClassVar[bool] = True
     rows_a_part: ClassVar[int] = 0
-
-    def __init__(self, options: Any = None):
-        self.options: Any = options if options is not None else self.options_class()
 
     @abstractmethod
     def index(self, source: str, settings: Settings) -> Episodes:
@@ -249,23 +244,28 @@ class EpisodeImporter(ABC):
         """What the summary tells of the sums by split."""
         return amounts
 
+    def plan(self, source: str, settings: Settings) -> EpisodeShardTask:
+        return EpisodeShardTask(self, source, settings)
+
 
 class EpisodeShardTask(ShardTask):
     """The parts of such a source: neighbouring episodes of a split, in their order."""
 
     noun = "episodes"
 
-    def __init__(self, name: str, importer: EpisodeImporter, source: str, settings: Settings):
-        for option, what in (("resize", "a size"), ("quality", "a quality")):
-            if getattr(settings, option) is not None and not importer.sees:
-                raise ValueError(
-                    f"--{option} {getattr(settings, option)}: importer {name} writes no "
-                    f"images, which would have {what}; leave it out"
-                )
-        self.name, self.importer, self.settings = name, importer, settings
+    def __init__(self, importer: EpisodeImporter, source: str, settings: Settings):
+        if not importer.sees:
+            settings.refuse(
+                ("resize", "quality"),
+                f"importer {importer.registered_name} writes no images; leave it out",
+            )
+        super().__init__(importer, settings)
         self.found = importer.index(source, settings)
         self.label = importer.label
-        self.shards = _parts(self.found, settings, importer.rows_a_part)
+        rows = settings.rows_per_part or (0 if settings.part_mb else importer.rows_a_part)
+        self.shards = neighbours(
+            self.found.splits, self.found.sizes.tolist(), settings.part_bytes, rows
+        )
         self.key = (
             self.found.mark,
             settings.resize,
@@ -280,16 +280,9 @@ class EpisodeShardTask(ShardTask):
     ) -> None:
         self.importer.begin(output, report_progress)
 
-    def clear(self, output: str) -> None:
-        storage.remove_tree(storage.join(output, SCANS))
-
     @property
-    def schema(self) -> pa.Schema:
-        about = {"importer": self.name, **self.info}
-        return pa.schema(
-            [*self.found.columns, pa.field("split", pa.string())],
-            metadata={"onetomany": json.dumps(about, ensure_ascii=False)},
-        )
+    def columns(self) -> list[pa.Field]:
+        return [*self.found.columns, pa.field("split", pa.string())]
 
     @property
     def make(self) -> Callable[[Any, Path], ShardResult]:
@@ -298,9 +291,6 @@ class EpisodeShardTask(ShardTask):
     def payload(self, shard: OutputShard) -> list[Any]:
         return self.found.items[shard.start : shard.stop]
 
-    def weight(self, shard: OutputShard) -> int:
-        return shard.stop - shard.start
-
     def shown(self, amounts: dict[str, dict[str, Any]]) -> dict[str, Any]:
         if not amounts.get("steps"):
             raise ValueError(
@@ -308,28 +298,6 @@ class EpisodeShardTask(ShardTask):
                 "stands in _parts of the output"
             )
         return self.importer.shown(amounts)
-
-
-def _parts(found: Episodes, settings: Settings, rows: int) -> list[OutputShard]:
-    """Neighbours of a split, as many as ``--rows-per-part`` says, else ``rows``, else as make about
-    ``part_bytes``.
-    """
-    rows = settings.rows_per_part or (0 if settings.part_mb else rows)
-    spans: dict[str, list[list[int]]] = {}
-    size = 0.0
-    for i, split in enumerate(found.splits):
-        held = spans.setdefault(split, [])
-        size += float(found.sizes[i])
-        if held and (held[-1][1] - held[-1][0] < rows if rows else size <= settings.part_bytes):
-            held[-1][1] = i + 1
-        else:
-            held.append([i, i + 1])
-            size = float(found.sizes[i])
-    return [
-        OutputShard(f"{split}-{i:05d}-of-{len(held):05d}.parquet", split, start, stop)
-        for split, held in spans.items()
-        for i, (start, stop) in enumerate(held)
-    ]
 
 
 def _make(
@@ -342,8 +310,7 @@ def _make(
     """The episodes of a part as Parquet in a file: no more in memory than a row group and one
     episode.
     """
-    path, rows, broken = scratch / "part.parquet", 0, []
-    amounts: dict[str, dict[str, Any]] = {}
+    path, rows, broken, counts = scratch / "part.parquet", 0, [], []
     with RowGroups(path, schema, False) as writer:
         for found in importer.episodes(items, settings):
             if found.broken is not None:
@@ -351,7 +318,5 @@ def _make(
             elif found.row is not None:
                 writer.add(found.row.select(schema.names).cast(schema))
                 rows += 1
-            for name, count in found.amounts.items():
-                held = amounts.setdefault(name, {})
-                held[found.split] = held.get(found.split, 0) + count
-    return ShardResult(path, rows, broken, amounts)
+            counts += [(name, found.split, count) for name, count in found.amounts.items()]
+    return ShardResult(path, rows, broken, added(counts))

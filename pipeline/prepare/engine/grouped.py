@@ -12,36 +12,38 @@ stand in no message, list or summary: only positions of rows, and reasons.
 from __future__ import annotations
 
 import io
-import json
 import tempfile
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import blake2b
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.config.registry import Options
 from pipeline.core.rng import mix, row_keys
-from pipeline.data.stream import map_items
 from pipeline.io import atomic_folder, checksums, storage
 from pipeline.prepare.engine.inputs import Opener
 from pipeline.prepare.engine.shard_tasks import (
+    SCANS,
     BudgetCheck,
+    Importer,
     OutputShard,
     ProgressCallback,
     Settings,
     ShardResult,
     ShardTask,
+    named,
+    run_tasks,
 )
-from pipeline.prepare.engine.table_importer import NAMED, SCANS
+from pipeline.prepare.engine.table_importer import NAMED
 from pipeline.prepare.readers.csv_blocks import ByteRange, RowCounts
 
 BUCKET_BYTES, RANGE_BYTES = 64 << 20, 128 << 20
@@ -103,15 +105,8 @@ class Events(NamedTuple):
     values: np.ndarray
 
 
-class GroupedImporter(ABC):
-    """One format of long tables. ``label`` names the outcome that the summary counts."""
-
-    registered_name: ClassVar[str]
-    options_class: ClassVar[type[Options]]
-    label: ClassVar[str] = ""
-
-    def __init__(self, options: Any = None):
-        self.options: Any = options if options is not None else self.options_class()
+class GroupedImporter(Importer):
+    """One format of long tables. Examples: `events`, `mimic3`."""
 
     @abstractmethod
     def sources(self, source: str, cut_bytes: int) -> EventTables:
@@ -149,6 +144,9 @@ class GroupedImporter(ABC):
         """
         return None
 
+    def plan(self, source: str, settings: Settings) -> GroupedShardTask:
+        return GroupedShardTask(self, source, settings)
+
 
 class GroupedShardTask(ShardTask):
     """The parts of a source of long tables: for each split as many buckets as make about 64 MiB of
@@ -157,20 +155,17 @@ class GroupedShardTask(ShardTask):
 
     noun = "entities"
 
-    def __init__(self, name: str, importer: GroupedImporter, source: str, settings: Settings):
-        for option, what in (("resize", "a size"), ("quality", "a quality")):
-            if getattr(settings, option) is not None:
-                raise ValueError(
-                    f"--{option} {getattr(settings, option)}: importer {name} reads tables, "
-                    f"which have not {what}; leave it out"
-                )
-        if settings.rows_per_part is not None:
-            raise ValueError(
-                f"--rows-per-part {settings.rows_per_part}: importer {name} makes parts of "
-                "about so much source text; say --part-mb"
-            )
+    def __init__(self, importer: GroupedImporter, source: str, settings: Settings):
+        name = importer.registered_name
+        settings.refuse(
+            ("resize", "quality"), f"importer {name} reads tables, not images; leave it out"
+        )
+        settings.refuse(
+            ("rows_per_part",),
+            f"importer {name} makes parts of about so much source text; say --part-mb",
+        )
+        super().__init__(importer, settings)
         most = settings.part_bytes if settings.part_mb else BUCKET_BYTES
-        self.name, self.importer, self.label = name, importer, importer.label
         self.sources = importer.sources(source, min(RANGE_BYTES, 2 * most))
         self.entities = importer.entities(source)
         rows = self.entities.rows
@@ -220,23 +215,16 @@ class GroupedShardTask(ShardTask):
             for i in range(len(self.sources.byte_ranges))
         ]
         jobs = [
-            (uri, byte_range)
+            (storage.join(uri, "manifest.json"), byte_range)
             for uri, byte_range in zip(self._scratch, self.sources.byte_ranges, strict=True)
             if checksums.intact_folder(uri, "this piece is read again") is None
         ]
         split = partial(
             _partition, self.importer, self.entities.keys, self.buckets, len(self.shards)
         )
-        for number, (uri, error) in enumerate(map_items(split, jobs, cpus=cpus), 1):
-            if error:
-                raise ValueError(error)
-            if not storage.exists(storage.join(uri, "manifest.json")):
-                raise ValueError(
-                    f"{uri}: a worker has written it on another machine; give an output that "
-                    "all machines share, such as s3://"
-                )
+        for number, _ in enumerate(run_tasks(split, jobs, cpus), 1):
             report_progress(
-                f"prepare {self.name}: read "
+                f"prepare {self.importer.registered_name}: read "
                 f"{len(self._scratch) - len(jobs) + number}/{len(self._scratch)} pieces",
                 number == len(jobs),
             )
@@ -264,17 +252,15 @@ class GroupedShardTask(ShardTask):
         }
 
     @property
-    def schema(self) -> pa.Schema:
-        about = {"importer": self.name, **self.info}
+    def columns(self) -> list[pa.Field]:
         own = [column for column in self.entities.rows.schema if column.name != "split"]
         ids = [column for column in own if column.name in ("entity", "patient")]
-        fields = [
+        return [
             *ids,
             *COLUMNS,
             *(column for column in own if column not in ids),
             pa.field("split", pa.string()),
         ]
-        return pa.schema(fields, metadata={"onetomany": json.dumps(about, ensure_ascii=False)})
 
     @property
     def make(self) -> Callable[[Any, Path], ShardResult]:
@@ -288,9 +274,6 @@ class GroupedShardTask(ShardTask):
             rows,
             self.entities.rows.take(pa.array(rows)),
         )
-
-    def weight(self, shard: OutputShard) -> int:
-        return shard.stop - shard.start
 
     def shown(self, amounts: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
         """Without the names of variables with so few events that they may tell of one patient."""
@@ -308,9 +291,6 @@ class GroupedShardTask(ShardTask):
             **out,
             **({f"variables with fewer than {LEAST} events": dict(rare)} if rare else {}),
         }
-
-    def clear(self, output: str) -> None:
-        storage.remove_tree(storage.join(output, SCANS))
 
 
 def _buckets(
@@ -332,21 +312,17 @@ def _buckets(
             blake2b(str(key).encode(), digest_size=8).digest() for key in keys.to_pylist()
         )
         hashed = np.frombuffer(digests, dtype="<i8")
-    out, shards, before = np.zeros(len(rows), dtype=np.int32), [], 0
+    out, spans, before = np.zeros(len(rows), dtype=np.int32), [], 0
     for split in sorted(set(splits.tolist())):
         here = np.flatnonzero(splits == split)
         count = max(1, min(len(here), -(-size * len(here) // len(rows) // most)))
         bucket = (hashed[here].view(np.uint64) % np.uint64(count)).astype(np.int64)
         used, bucket = np.unique(bucket, return_inverse=True)
-        out[here] = len(shards) + bucket
+        out[here] = len(spans) + bucket
         ends = before + np.cumsum(np.bincount(bucket, minlength=len(used)))
-        starts = [before, *ends[:-1].tolist()]
-        shards += [
-            OutputShard(f"{split}-{i:05d}-of-{len(used):05d}.parquet", split, start, int(end))
-            for i, (start, end) in enumerate(zip(starts, ends, strict=True))
-        ]
+        spans += [(split, start, stop) for start, stop in pairwise([before, *ends.tolist()])]
         before += len(here)
-    return out, shards
+    return out, named(spans)
 
 
 # ---------------------------------------------------------------- the first pass
@@ -357,48 +333,44 @@ def _partition(
     keys: Any,
     buckets: np.ndarray,
     count: int,
-    job: tuple[str, ByteRange],
-) -> tuple[str, str]:
-    """A piece's events to scratch, by bucket: (where, ""), or what stops the run as a text (Ray
-    would wrap the error in its own).
+    manifest: str,
+    byte_range: ByteRange,
+) -> None:
+    """A piece's events to scratch, by bucket, beside the ``manifest`` that is written last.
 
     ``events``: records of 16 bytes; ``index.npy``: (flushes, buckets + 1) int64, where in it each
     bucket of each flush begins, in records.
     """
-    uri, byte_range = job
-    opener, tally, dropped, vocabulary = Opener(), RowCounts(), Counter[str](), dict[str, int]()
+    uri = manifest.rpartition("/")[0]
+    tally, dropped, vocabulary = RowCounts(), Counter[str](), dict[str, int]()
     local = None if storage.is_remote(uri) else Path(uri).parent
     if local is not None:
         local.mkdir(parents=True, exist_ok=True)
-    try:
-        with tempfile.TemporaryDirectory(dir=local, prefix=".") as scratch, closing(opener):
-            path, index, written = Path(scratch) / "events", [], 0
-            with open(path, "wb") as file:
-                for block in _flushes(
-                    importer.events(byte_range, opener, keys, tally, dropped),
-                    vocabulary,
-                    dropped,
-                    byte_range.table,
-                ):
-                    bucket = buckets[block["row"]]
-                    order = np.argsort(bucket, kind="stable")
-                    index.append(written + np.searchsorted(bucket[order], np.arange(count + 1)))
-                    block[order].tofile(file)
-                    written += len(block)
-            sink = io.BytesIO()
-            np.save(sink, np.array(index, dtype=np.int64).reshape(-1, count + 1))
-            about = {
-                "rows": tally.rows,
-                "bad": tally.bad,
-                "listed": tally.listed,
-                "dropped": dict(dropped),
-                "names": list(vocabulary),
-                "events": written,
-            }
-            atomic_folder.commit_folder(uri, {"events": path, "index.npy": sink.getvalue()}, about)
-    except (ValueError, storage.StorageError) as error:
-        return uri, str(error)
-    return uri, ""
+    with tempfile.TemporaryDirectory(dir=local, prefix=".") as scratch, closing(Opener()) as opener:
+        path, index, written = Path(scratch) / "events", [], 0
+        with open(path, "wb") as file:
+            for block in _flushes(
+                importer.events(byte_range, opener, keys, tally, dropped),
+                vocabulary,
+                dropped,
+                byte_range.table,
+            ):
+                bucket = buckets[block["row"]]
+                order = np.argsort(bucket, kind="stable")
+                index.append(written + np.searchsorted(bucket[order], np.arange(count + 1)))
+                block[order].tofile(file)
+                written += len(block)
+        sink = io.BytesIO()
+        np.save(sink, np.array(index, dtype=np.int64).reshape(-1, count + 1))
+        about = {
+            "rows": tally.rows,
+            "bad": tally.bad,
+            "listed": tally.listed,
+            "dropped": dict(dropped),
+            "names": list(vocabulary),
+            "events": written,
+        }
+        atomic_folder.commit_folder(uri, {"events": path, "index.npy": sink.getvalue()}, about)
 
 
 def _flushes(

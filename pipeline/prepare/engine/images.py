@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
+from abc import abstractmethod
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,14 +16,37 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.prepare.engine.importing import Importer
+from pipeline.prepare.engine.importing import Index
 from pipeline.prepare.engine.indexed import GROUP_BYTES, IndexShardTask, loaded
-from pipeline.prepare.engine.shard_tasks import Settings, ShardResult
+from pipeline.prepare.engine.shard_tasks import Importer, Settings, ShardResult
 from pipeline.prepare.readers.archives import Reader
-from pipeline.prepare.readers.picture_check import BrokenImageError, examine
+from pipeline.prepare.readers.picture_check import BrokenImageError, Picture, examine
 
 BYTES_A_PIXEL = 0.4
 """A JPEG at quality 92, for the size of parts when images are made smaller."""
+
+
+class ImageImporter(Importer):
+    """One publisher's format of images. Examples: `imagefolder`, `coco`."""
+
+    label = "label"
+
+    @abstractmethod
+    def index(self, source: str) -> Index:
+        """List every row of `source` without reading an image.
+
+        Raises ValueError for files that are not what the publisher gives.
+        """
+
+    def postprocess(self, row: dict[str, Any], picture: Picture) -> dict[str, Any]:
+        """Return the row's columns once its image is known: what lies in pixels moves with it.
+
+        Raises BrokenImageError for a row that cannot be used.
+        """
+        return row
+
+    def plan(self, source: str, settings: Settings) -> ImageShardTask:
+        return ImageShardTask(self, source, settings)
 
 
 class ImageShardTask(IndexShardTask):
@@ -40,8 +63,8 @@ class ImageShardTask(IndexShardTask):
         return np.minimum(sizes, BYTES_A_PIXEL * 1.4 * side**2) if side else sizes
 
     @property
-    def schema(self) -> pa.Schema:
-        made = [
+    def columns(self) -> list[pa.Field]:
+        return [
             pa.field("image", pa.binary()),
             *self.kept,
             *self.index.extra,
@@ -49,8 +72,6 @@ class ImageShardTask(IndexShardTask):
             pa.field("height", pa.int64()),
             pa.field("sha256", pa.string()),
         ]
-        about = {"importer": self.name, **self.index.info}
-        return pa.schema(made, metadata={"onetomany": json.dumps(about, ensure_ascii=False)})
 
     @property
     def make(self) -> Callable[[Any, Path], ShardResult]:
@@ -58,7 +79,7 @@ class ImageShardTask(IndexShardTask):
 
 
 def _make(
-    importer: Importer, settings: Settings, schema: pa.Schema, rows: pa.Table, scratch: Path
+    importer: ImageImporter, settings: Settings, schema: pa.Schema, rows: pa.Table, scratch: Path
 ) -> ShardResult:
     """Read, examine and write one part."""
     reader = Reader()
@@ -70,7 +91,7 @@ def _make(
 
 
 def _rows(
-    importer: Importer, settings: Settings, reader: Reader, rows: pa.Table
+    importer: ImageImporter, settings: Settings, reader: Reader, rows: pa.Table
 ) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
     out, broken = {}, []
     for i, row, data in loaded(

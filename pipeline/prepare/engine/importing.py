@@ -1,27 +1,22 @@
-"""What an importer promises: from a publisher's files to an index of rows, no image read; what is
-done with it is the same for all.
+"""What importers share: the index of a source's rows, small text files, options and their
+description.
 """
 
 from __future__ import annotations
 
-import csv
 import inspect
-import io
 import textwrap
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import Any, ClassVar
+from typing import Any
 
 import pyarrow as pa
 import pydantic
 
 from pipeline.config import registry
-from pipeline.config.registry import Options
 from pipeline.io import storage
 from pipeline.prepare.readers.archives import Entry
-from pipeline.prepare.readers.picture_check import Picture
 
 PLACE = pa.schema(
     [
@@ -66,31 +61,6 @@ class Index:
     notes: dict[str, Any] = field(default_factory=dict)
     info: dict[str, Any] = field(default_factory=dict)
     broken: list[dict[str, str]] = field(default_factory=list)
-
-
-class Importer(ABC):
-    """One publisher's format. ``label`` names the column (a value or a list of values a row) that
-    the summary counts.
-    """
-
-    registered_name: ClassVar[str]
-    options_class: ClassVar[type[Options]]
-    label: ClassVar[str] = "label"
-
-    def __init__(self, options: Any = None):
-        self.options: Any = options if options is not None else self.options_class()
-
-    @abstractmethod
-    def index(self, source: str) -> Index:
-        """Every row of ``source``. Raises ValueError for files that are not what the publisher
-        gives.
-        """
-
-    def postprocess(self, row: dict[str, Any], picture: Picture) -> dict[str, Any]:
-        """The row's columns once its image is known: what lies in pixels moves with it. Raises
-        BrokenImageError for a row that cannot be used.
-        """
-        return row
 
 
 def place(entry: Entry, split: str, **columns: Any) -> dict[str, Any]:
@@ -150,16 +120,6 @@ def lines(uri: str) -> list[str]:
     UTF-8.
     """
     return [line.strip() for line in text(uri).splitlines() if line.strip()]
-
-
-def records(uri: str, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    """Rows of a CSV file. Raises ValueError for one of the ``columns`` that it lacks."""
-    reader = csv.DictReader(io.StringIO(text(uri)))
-    names = [name or "" for name in reader.fieldnames or ()]
-    for name in columns:
-        if name not in names:
-            raise ValueError(f"{uri}: no column {name!r}; {registry.nearest(name, names)}")
-    yield from reader
 
 
 def check_no_empty_classes(names: Iterable[str], source: str) -> None:

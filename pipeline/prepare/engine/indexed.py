@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from pipeline.core.rng import mix, row_keys
 from pipeline.data.loader import threaded_map
 from pipeline.media.audio_io import BrokenAudioError
 from pipeline.prepare.engine.importing import Index
-from pipeline.prepare.engine.shard_tasks import OutputShard, Settings, ShardTask
+from pipeline.prepare.engine.shard_tasks import OutputShard, Settings, ShardTask, named
 from pipeline.prepare.readers.archives import GZIPPED
 from pipeline.prepare.readers.picture_check import BrokenImageError
 
@@ -30,10 +31,8 @@ GROUP_BYTES = 8 << 20
 class IndexShardTask(ShardTask):
     """The parts of an index; a kind of file says what a row becomes."""
 
-    noun = "files"
-
-    def __init__(self, name: str, importer: Any, source: str, settings: Settings):
-        self.name, self.importer, self.settings = name, importer, settings
+    def __init__(self, importer: Any, source: str, settings: Settings):
+        super().__init__(importer, settings)
         self.index: Index = importer.index(source)
         rows = self.index.rows
         self.order = _order(rows)
@@ -69,9 +68,6 @@ class IndexShardTask(ShardTask):
     def payload(self, shard: OutputShard) -> pa.Table:
         return self.index.rows.take(pa.array(self.order[shard.start : shard.stop]))
 
-    def weight(self, shard: OutputShard) -> int:
-        return shard.stop - shard.start
-
 
 def _order(rows: pa.Table) -> np.ndarray:
     """Places of the rows by split, those of a tar.gz together, then at random: a function of the
@@ -98,7 +94,7 @@ def _order(rows: pa.Table) -> np.ndarray:
 
 def _parts(listed: list[str], sizes: np.ndarray, settings: Settings) -> list[OutputShard]:
     """Even parts of each split; rows are in order."""
-    out: list[OutputShard] = []
+    out: list[tuple[str, int, int]] = []
     names, starts = np.unique(splits := np.array(listed), return_index=True)
     for split, start, stop in zip(names, starts, [*starts[1:], len(splits)], strict=True):
         rows_here = int(stop - start)
@@ -107,11 +103,8 @@ def _parts(listed: list[str], sizes: np.ndarray, settings: Settings) -> list[Out
         )
         count = -(-rows_here // settings.rows_per_part) if settings.rows_per_part else by_bytes
         cuts = [int(start) + rows_here * i // count for i in range(count + 1)]
-        out += [
-            OutputShard(f"{split}-{i:05d}-of-{count:05d}.parquet", str(split), cuts[i], cuts[i + 1])
-            for i in range(count)
-        ]
-    return out
+        out += [(str(split), a, b) for a, b in pairwise(cuts)]
+    return named(out)
 
 
 def _digest(rows: pa.Table) -> str:

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import io
 import json
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,25 +24,27 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.config.registry import Options
 from pipeline.core.rng import mix, row_keys
-from pipeline.data.stream import map_items
 from pipeline.io import checksums, storage
 from pipeline.prepare.engine.inputs import InputSplit, Opener, SplitReader
 from pipeline.prepare.engine.shard_tasks import (
+    SCANS,
     BudgetCheck,
+    Importer,
     OutputShard,
     ProgressCallback,
     Settings,
     ShardResult,
     ShardTask,
+    added,
+    neighbours,
+    run_tasks,
 )
 
 GROUP_BYTES, GROUP_ROWS = 8 << 20, 16384
 """At most about so many bytes of text, and so many rows, in a row group."""
 MIXED_BYTES = 512 << 20
 """Rows are mixed among so many bytes at most."""
-SCANS = "_survey"
 NAMED = 3
 Found = dict[str, np.ndarray]
 """What the survey of a piece found: arrays that numpy stores without pickling."""
@@ -61,21 +64,17 @@ class InferredSchema:
     dropped: pa.Table | None = None
 
 
-class TableImporter(ABC):
-    """One format of text and tables. ``label`` names the column that the summary counts,
-    ``amounts`` what it adds up: a word to the column whose lengths those are. ``shuffles_rows``:
-    rows of a part stand in a random but fixed order, since files are often sorted by class;
-    otherwise in that of the files.
+class TableImporter(Importer):
+    """One format of text and tables. Examples: `csv`, `text`, `squad`.
+
+    Attributes:
+        amounts: what the summary adds up: a word to the column whose lengths those are.
+        mixes: rows of a part stand in a random but fixed order, since files are often sorted by
+            class; otherwise in that of the files.
     """
 
-    registered_name: ClassVar[str]
-    options_class: ClassVar[type[Options]]
-    label: str = ""
     amounts: ClassVar[dict[str, str]] = {}
     shuffles_rows: ClassVar[bool] = False
-
-    def __init__(self, options: Any = None):
-        self.options: Any = options if options is not None else self.options_class()
 
     @abstractmethod
     def input_splits(
@@ -104,6 +103,9 @@ class TableImporter(ABC):
         """What follows from the surveys of all pieces, which have ``before`` too: lines of the file
         before the piece. Raises ValueError where they do not go together.
         """
+
+    def plan(self, source: str, settings: Settings) -> TableShardTask:
+        return TableShardTask(self, source, settings)
 
 
 # ---------------------------------------------------------------- kinds of values
@@ -151,23 +153,25 @@ class TableShardTask(ShardTask):
 
     noun = "rows"
 
-    def __init__(self, name: str, importer: TableImporter, source: str, settings: Settings):
-        for option, what in (("resize", "a size"), ("quality", "a quality")):
-            if getattr(settings, option) is not None:
-                raise ValueError(
-                    f"--{option} {getattr(settings, option)}: importer {name} reads text, "
-                    f"which has not {what}; leave it out"
-                )
-        if settings.rows_per_part is not None:
-            raise ValueError(
-                f"--rows-per-part {settings.rows_per_part}: importer {name} makes its parts of "
-                "files and ranges of bytes; say --part-mb"
-            )
-        self.name, self.importer, self.label = name, importer, importer.label
+    def __init__(self, importer: TableImporter, source: str, settings: Settings):
+        name = importer.registered_name
+        settings.refuse(
+            ("resize", "quality"), f"importer {name} reads text, not images; leave it out"
+        )
+        settings.refuse(
+            ("rows_per_part",),
+            f"importer {name} makes its parts of files and ranges of bytes; say --part-mb",
+        )
+        super().__init__(importer, settings)
         self.input_splits, mark, self._found_notes = importer.input_splits(
             source, settings.part_bytes
         )
-        self.shards = _parts(self.input_splits, settings.part_bytes)
+        self.label = importer.label
+        self.shards = neighbours(
+            [input_split.split for input_split in self.input_splits],
+            [input_split.size for input_split in self.input_splits],
+            settings.part_bytes,
+        )
         self.key = (
             mark,
             [
@@ -205,18 +209,10 @@ class TableShardTask(ShardTask):
             for uri, shard in zip(uris, self.shards, strict=True)
             if uri not in there
         ]
-        for number, (uri, error) in enumerate(
-            map_items(partial(_scan, self.importer), jobs, cpus=cpus), 1
-        ):
-            if error:
-                raise ValueError(error)
-            if not storage.exists(uri):
-                raise ValueError(
-                    f"{uri}: a worker has written it on another machine; give an output that "
-                    "all machines share, such as s3://"
-                )
+        for number, _ in enumerate(run_tasks(partial(_scan, self.importer), jobs, cpus), 1):
             report_progress(
-                f"prepare {self.name}: surveyed {len(uris) - len(jobs) + number}/{len(uris)} parts",
+                f"prepare {self.importer.registered_name}: surveyed "
+                f"{len(uris) - len(jobs) + number}/{len(uris)} parts",
                 number == len(jobs),
             )
         found = [
@@ -252,12 +248,8 @@ class TableShardTask(ShardTask):
         )
 
     @property
-    def schema(self) -> pa.Schema:
-        about = {"importer": self.name, **self.inferred_schema.info}
-        return pa.schema(
-            [*self.inferred_schema.columns, pa.field("split", pa.string())],
-            metadata={"onetomany": json.dumps(about, ensure_ascii=False)},
-        )
+    def columns(self) -> list[pa.Field]:
+        return [*self.inferred_schema.columns, pa.field("split", pa.string())]
 
     @property
     def make(self) -> Callable[[Any, Path], ShardResult]:
@@ -284,43 +276,11 @@ class TableShardTask(ShardTask):
             pq.write_table(self.inferred_schema.dropped, sink, compression="zstd")
             storage.write_bytes(storage.join(output, "_dropped.parquet"), sink.getvalue())
 
-    def clear(self, output: str) -> None:
-        storage.remove_tree(storage.join(output, SCANS))
 
-
-def _parts(input_splits: list[InputSplit], part_bytes: int) -> list[OutputShard]:
-    """Neighbouring pieces of a split together, up to about ``part_bytes``."""
-    spans: list[list[int]] = []
-    size = 0
-    for i, input_split in enumerate(input_splits):
-        if (
-            i
-            and input_split.split == input_splits[i - 1].split
-            and size + input_split.size <= part_bytes
-        ):
-            spans[-1][1], size = i + 1, size + input_split.size
-        else:
-            spans.append([i, i + 1])
-            size = input_split.size
-    counts, seen, shards = Counter(input_splits[start].split for start, _ in spans), Counter(), []
-    for start, stop in spans:
-        split = input_splits[start].split
-        shards.append(
-            OutputShard(
-                f"{split}-{seen[split]:05d}-of-{counts[split]:05d}.parquet", split, start, stop
-            )
-        )
-        seen[split] += 1
-    return shards
-
-
-def _scan(importer: TableImporter, job: tuple[str, list[InputSplit]]) -> tuple[str, str]:
-    """Survey a part's pieces and keep what was found: (where, ""), or what stops the run as a text
-    (Ray would wrap the error in its own).
-    """
-    uri, input_splits = job
-    opener, out = Opener(), {}
-    try:
+def _scan(importer: TableImporter, uri: str, input_splits: list[InputSplit]) -> None:
+    """Survey a part's pieces and keep what was found at `uri`."""
+    out = {}
+    with closing(Opener()) as opener:
         for number, input_split in enumerate(input_splits):
             reading = SplitReader(input_split, opener, most=NAMED)
             found = importer.scan(reading)
@@ -337,14 +297,9 @@ def _scan(importer: TableImporter, job: tuple[str, list[InputSplit]]) -> tuple[s
                 "examples": examples,
             }
             out |= {f"{number}/{name}": array for name, array in found.items()}
-        sink = io.BytesIO()
-        np.savez(sink, **out)
-        checksums.keep_bytes(uri, sink.getvalue())
-    except (ValueError, storage.StorageError) as error:
-        return uri, str(error)
-    finally:
-        opener.close()
-    return uri, ""
+    sink = io.BytesIO()
+    np.savez(sink, **out)
+    checksums.keep_bytes(uri, sink.getvalue())
 
 
 def _load(uri: str, input_splits: int) -> list[Found]:
@@ -365,34 +320,29 @@ def _make(
     """The rows of a part as Parquet in a file: no more in memory than one row group, or than are
     mixed.
     """
-    path, opener, broken, counts = scratch / "part.parquet", Opener(), [], Counter()
-    try:
-        with RowGroups(path, schema, importer.shuffles_rows) as writer:
-            for input_split, before, scan_result in payload:
-                reading = SplitReader(input_split, opener, False, scan_result, before, most=1 << 62)
-                for row in importer.rows(reading):
-                    if not isinstance(row, dict):
-                        block = (
-                            row
-                            if "split" in row.column_names
-                            else row.append_column(
-                                "split", pa.array([input_split.split] * len(row), pa.string())
-                            )
+    path, broken, counts = scratch / "part.parquet", [], Counter()
+    with closing(Opener()) as opener, RowGroups(path, schema, importer.shuffles_rows) as writer:
+        for input_split, before, scan_result in payload:
+            reading = SplitReader(input_split, opener, False, scan_result, before, most=1 << 62)
+            for row in importer.rows(reading):
+                if not isinstance(row, dict):
+                    block = (
+                        row
+                        if "split" in row.column_names
+                        else row.append_column(
+                            "split", pa.array([input_split.split] * len(row), pa.string())
                         )
-                        counts.update(_counted(block, importer.amounts))
-                        writer.add(block.select(schema.names).cast(schema))
-                        continue
-                    row.setdefault("split", input_split.split)
-                    counts[row["split"], "rows"] += 1
-                    for name, column in importer.amounts.items():
-                        counts[row["split"], name] += len(row[column])
-                    writer.write(row)
-                broken += reading.listed
-    finally:
-        opener.close()
-    amounts: dict[str, dict[str, int]] = {}
-    for (split, name), count in sorted(counts.items()):
-        amounts.setdefault(name, {})[split] = count
+                    )
+                    counts.update(_counted(block, importer.amounts))
+                    writer.add(block.select(schema.names).cast(schema))
+                    continue
+                row.setdefault("split", input_split.split)
+                counts[row["split"], "rows"] += 1
+                for name, column in importer.amounts.items():
+                    counts[row["split"], name] += len(row[column])
+                writer.write(row)
+            broken += reading.listed
+    amounts = added((name, split, count) for (split, name), count in sorted(counts.items()))
     rows = sum(amounts.pop("rows", {}).values())
     return ShardResult(path, rows, broken, amounts)
 

@@ -2,16 +2,14 @@
 already is kept.
 
 A part's rows follow from the source and the options alone, so a run that was killed and goes on
-writes the same bytes. What a part is and how one is made is another thing for images (``images``)
-than for recordings (``audio``), for text and tables (``tables``), for long tables of events
-(``grouped``) and for a robot's episodes (``episodes``).
+writes the same bytes. What a part is and how one is made says the importer's plan (``parts.Work``).
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -19,35 +17,25 @@ from typing import Any
 from pipeline.config import registry
 from pipeline.config.schema import spec_hash
 from pipeline.data.loader import threaded_map
-from pipeline.data.stream import map_items
 from pipeline.io import atomic_folder, checksums, file_identity, s3, storage, write_fence
 from pipeline.prepare.engine import summary
-from pipeline.prepare.engine.audio import AudioImporter, AudioShardTask
-from pipeline.prepare.engine.episodes import EpisodeImporter, EpisodeShardTask
-from pipeline.prepare.engine.grouped import GroupedImporter, GroupedShardTask
-from pipeline.prepare.engine.images import ImageShardTask
 from pipeline.prepare.engine.importing import preview
 from pipeline.prepare.engine.shard_tasks import (
+    SCANS,
+    Importer,
     OutputShard,
     ProgressCallback,
     Settings,
     ShardResult,
-    ShardTask,
+    added,
+    run_tasks,
 )
-from pipeline.prepare.engine.table_importer import SCANS, TableImporter, TableShardTask
 from pipeline.prepare.readers.archives import absolute
 
 MANIFEST, BEGUN = "_manifest.json", "_prepare.json"
 """Names that begin with an underscore are passed over where the folder is read as data."""
 FORMAT_VERSION = 1
 UPLOAD_BYTES = 16 << 20
-WORKS = (
-    (TableImporter, TableShardTask),
-    (AudioImporter, AudioShardTask),
-    (GroupedImporter, GroupedShardTask),
-    (EpisodeImporter, EpisodeShardTask),
-)
-"""What makes the parts of each kind of importer; images otherwise."""
 NAMED = 3
 """So many broken rows an error message names."""
 
@@ -67,22 +55,16 @@ class Preparation:
         options: Any = None,
         settings: Settings | None = None,
     ):
-        importer: Any = registry.get("importer", name)(options)
-        reads_files = getattr(
-            importer, "reads_files", True
-        )  # what is simulated has the name of an environment as its source
+        importer: Importer = registry.get("importer", name)(options)
         self.name, self.output, self.settings = name, absolute(output), settings or Settings()
-        self.source = absolute(source) if reads_files else source
-        if reads_files and f"{self.output}/".startswith(f"{self.source}/"):
+        self.source = absolute(source) if importer.reads_files else source
+        if importer.reads_files and f"{self.output}/".startswith(f"{self.source}/"):
             raise ValueError(
                 f"{self.output} lies in {self.source}: the parts would become part of what "
                 "they are made of; give a folder outside"
             )
         self.options = importer.options
-        kind: Any = next(
-            (work for base, work in WORKS if isinstance(importer, base)), ImageShardTask
-        )
-        self.task: ShardTask = kind(name, importer, self.source, self.settings)
+        self.task = importer.plan(self.source, self.settings)
         self.shards = self.task.shards
         self.key = spec_hash(FORMAT_VERSION, name, importer.options, *self.task.key)
         self._check_output()
@@ -215,21 +197,10 @@ class Preparation:
         done = len(self.task.broken) + sum(
             self.task.weight(shard) for shard in self.shards if shard.name in self.records
         )
-        for shard, (record, error) in zip(
-            todo,
-            map_items(
-                partial(_write_shard, self.task.make, self.output), self._jobs(todo), cpus=cpus
-            ),
-            strict=True,
+        jobs = ((storage.join(self.output, shard.name), self.task.payload(shard)) for shard in todo)
+        for shard, record in zip(
+            todo, run_tasks(partial(_write_shard, self.task.make), jobs, cpus), strict=True
         ):
-            if error:
-                raise ValueError(error)
-            uri = storage.join(self.output, shard.name)
-            if not storage.exists(uri):
-                raise ValueError(
-                    f"{uri}: a worker has written it on another machine; give an output that "
-                    "all machines share, such as s3://"
-                )
             self.records[shard.name] = record
             checksums.write_document(self._record_uri(shard), record)
             broken += record["broken"]
@@ -257,10 +228,6 @@ class Preparation:
             f"{self.output}: {rows} rows in {len(done['files'])} parts, {left}; see _summary.md "
             f"there{warnings}"
         )
-
-    def _jobs(self, shards: list[OutputShard]) -> Iterator[tuple[str, Any]]:
-        for shard in shards:
-            yield shard.name, self.task.payload(shard)
 
     def _check_listed(self, broken: list[dict[str, str]], total: int) -> None:
         """Broken rows of the source against all of them; pieces of recordings that were cut against
@@ -296,14 +263,13 @@ class Preparation:
             )
 
     def _finish(self, broken: list[dict[str, str]]) -> dict[str, Any]:
-        notes = {
-            **self.task.notes,
-            **self.task.shown(
-                _sum_counts(
-                    [record["amounts"] for record in self.records.values() if "amounts" in record]
-                )
-            ),
-        }
+        amounts = added(
+            (name, split, count)
+            for record in self.records.values()
+            for name, counts in record.get("amounts", {}).items()
+            for split, count in counts.items()
+        )
+        notes = {**self.task.notes, **self.task.shown(amounts)}
         found = summary.summarise(
             self.output,
             [shard.name for shard in self.shards],
@@ -340,7 +306,7 @@ class Preparation:
             }
         )
         storage.write_json(storage.join(self.output, MANIFEST), manifest)
-        self.task.clear(self.output)
+        storage.remove_tree(storage.join(self.output, SCANS))
         return manifest
 
 
@@ -366,41 +332,24 @@ def verify(output: str) -> dict[str, Any]:
     return manifest
 
 
-def _sum_counts(shards: list[dict[str, dict[str, int]]]) -> dict[str, dict[str, int]]:
-    """The sums by split over all parts."""
-    out: dict[str, dict[str, int]] = {}
-    for shard in shards:
-        for name, counts in shard.items():
-            for split, count in counts.items():
-                out.setdefault(name, {})[split] = out.get(name, {}).get(split, 0) + count
-    return out
-
-
 def _write_shard(
-    make: Callable[[Any, Path], ShardResult], output: str, job: tuple[str, Any]
-) -> tuple[dict[str, Any], str]:
-    """Make and write one part: (its record, ""), or what stops the run as a text (Ray would wrap
-    the error in its own).
-    """
-    name, payload = job
-    uri = storage.join(output, name)
-    try:
-        with storage.scratch_folder() as scratch:
-            made = make(payload, Path(scratch))
-            if isinstance(made.data, bytes):
-                entry = atomic_folder.entry_of_bytes(made.data)
-                storage.write_bytes(uri, made.data)
-            else:
-                entry = s3.call("read", made.data, atomic_folder.entry_of_file, made.data)
-                _write_file(uri, made.data)
-    except (ValueError, storage.StorageError) as error:
-        return {}, str(error)
+    make: Callable[[Any, Path], ShardResult], uri: str, payload: Any
+) -> dict[str, Any]:
+    """Make and write one part; return its record."""
+    with storage.scratch_folder() as scratch:
+        made = make(payload, Path(scratch))
+        if isinstance(made.data, bytes):
+            entry = atomic_folder.entry_of_bytes(made.data)
+            storage.write_bytes(uri, made.data)
+        else:
+            entry = s3.call("read", made.data, atomic_folder.entry_of_file, made.data)
+            _write_file(uri, made.data)
     return {
         **entry,
         "rows": made.rows,
         "broken": made.broken,
         **({"amounts": made.amounts} if made.amounts else {}),
-    }, ""
+    }
 
 
 def _write_file(uri: str, source: Path) -> None:

@@ -11,8 +11,10 @@ from pydantic import Field
 from pipeline.config.registry import Options, nearest, register
 from pipeline.io import storage
 from pipeline.prepare.engine import importing
-from pipeline.prepare.engine.importing import Importer, Index, first_existing, place, preview, table
+from pipeline.prepare.engine.images import ImageImporter
+from pipeline.prepare.engine.importing import Index, first_existing, place, preview, table
 from pipeline.prepare.readers import archives
+from pipeline.prepare.readers.dialect import rows_of
 
 FINDINGS = (
     "Atelectasis",
@@ -59,7 +61,7 @@ class ChestXray14Options(Options):
 
 
 @register("importer", "chestxray14", options=ChestXray14Options)
-class ChestXray14(Importer):
+class ChestXray14(ImageImporter):
     """Data_Entry_2017.csv, train_val_list.txt and test_list.txt, and the PNGs in images_001 to
     images_012 or one folder, also as tar, tar.gz or zip.
 
@@ -165,7 +167,7 @@ def _records(uri: str) -> list[dict[str, Any]]:
     ValueError naming the column, line or finding that is wrong.
     """
     out, seen = [], set()
-    for number, row in enumerate(importing.records(uri, COLUMNS), 2):
+    for number, row in rows_of(uri, COLUMNS):
         findings = sorted(
             {text.strip() for text in (row["Finding Labels"] or "").split("|")} - {NOTHING}
         )

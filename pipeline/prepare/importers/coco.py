@@ -13,21 +13,15 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+from pycocotools import mask as coco_mask
 from pydantic import Field
 
 from pipeline.config.registry import Options, register
 from pipeline.io import storage
-from pipeline.prepare.engine.importing import (
-    SPLITS,
-    Importer,
-    Index,
-    first_existing,
-    place,
-    preview,
-    table,
-)
-from pipeline.prepare.readers import archives, picture_check, rle
-from pipeline.prepare.readers.picture_check import BrokenImageError, Picture
+from pipeline.prepare.engine.images import ImageImporter
+from pipeline.prepare.engine.importing import SPLITS, Index, first_existing, place, preview, table
+from pipeline.prepare.readers import archives
+from pipeline.prepare.readers.picture_check import BrokenImageError, Picture, nearest, png
 
 IGNORED = 255
 """The class number of pixels that no metric counts: crowds."""
@@ -36,6 +30,8 @@ NEEDED = {
     "annotations": ("image_id", "category_id", "bbox"),
     "categories": ("id", "name"),
 }
+FARTHEST = 1 << 20
+"""Pixels that a polygon's points may lie from the origin: an edge takes memory by its length."""
 ROUNDING = 0.01
 """Pixels by which publishers' own rounding puts boxes outside: cut, but not worth a count."""
 COLUMNS = {
@@ -74,7 +70,7 @@ class CocoOptions(Options):
 
 
 @register("importer", "coco", options=CocoOptions)
-class Coco(Importer):
+class Coco(ImageImporter):
     """annotations/instances_NAME.json with the images in NAME/, images/NAME/, NAME.zip or images/.
 
     Columns: ``boxes`` (list of [x, y, width, height] in pixels of the written image), ``labels``
@@ -237,7 +233,7 @@ class Coco(Importer):
                 mask = semantic(objects, shift, height, width)
             except (ArithmeticError, LookupError, TypeError, ValueError) as error:
                 raise BrokenImageError(f"its mask cannot be drawn: {error}") from None
-            out["mask"] = picture_check.png(picture_check.nearest(mask, picture.size))
+            out["mask"] = png(nearest(mask, picture.size))
         return out
 
 
@@ -249,8 +245,70 @@ def semantic(objects: list[Any], shift: int, height: int, width: int) -> np.ndar
     for category, crowd, _, segmentation in sorted(objects, key=lambda o: (not o[1], -o[2])):
         if segmentation is None:
             raise ValueError("an annotation has no segmentation")
-        out[rle.mask_of(segmentation, height, width)] = IGNORED if crowd else category + shift
+        out[mask_of(segmentation, height, width)] = IGNORED if crowd else category + shift
     return out
+
+
+def mask_of(segmentation: Any, height: int, width: int) -> np.ndarray:
+    """Draw an annotation's segmentation.
+
+    Args:
+        segmentation: polygons [[x0, y0, x1, y1, ...], ...] in pixels (their union is drawn), or
+            {"size": [height, width], "counts": run lengths, as a list or as COCO's text}.
+        height, width: of the image, in pixels.
+
+    Returns:
+        (height, width) bool.
+
+    Raises:
+        ValueError: a polygon that is none, or a mask of another size. (pycocotools leaves pixels
+            that the run lengths do not reach as they were in memory, so these are counted here.)
+    """
+    if isinstance(segmentation, list):
+        for points in segmentation:
+            if len(points) < 6 or len(points) % 2:
+                raise ValueError(f"a polygon of {len(points)} numbers")
+            if not (np.abs(points) < FARTHEST).all():
+                raise ValueError(
+                    f"a polygon with a number that is not finite, or beyond {FARTHEST} pixels"
+                )
+        polygons = coco_mask.frPyObjects(segmentation, height, width) if segmentation else []
+        if not polygons:
+            return np.zeros((height, width), dtype=bool)
+        return coco_mask.decode(coco_mask.merge(polygons)).astype(bool)
+    rows, columns = segmentation["size"]
+    if (rows, columns) != (height, width):
+        raise ValueError(f"a mask of {columns} x {rows} pixels for an image of {width} x {height}")
+    counts = segmentation["counts"]
+    lengths = np.asarray(counts if isinstance(counts, list) else run_lengths(counts), np.int64)
+    pixels = height * width
+    if ((lengths < 0) | (lengths > pixels)).any() or lengths.sum() != pixels:
+        raise ValueError(f"run lengths of {int(lengths.sum())} pixels for an image of {pixels}")
+    return np.repeat(np.arange(len(lengths)) % 2 == 1, lengths).reshape(width, height).T
+
+
+def run_lengths(text: str | bytes) -> np.ndarray:
+    """Unpack COCO's compressed run lengths (cocoapi's rleFrString), which pycocotools keeps inside.
+
+    A number has 5 bits a character, the lowest first; from the fourth on it is the difference to
+    the run before the last. Raises ValueError for a text that is none.
+    """
+    data = np.frombuffer(text.encode() if isinstance(text, str) else text, np.uint8) - np.int64(48)
+    if ((data < 0) | (data > 63)).any():
+        raise ValueError("the compressed RLE holds a character that is none of it")
+    ends = np.flatnonzero(data & 0x20 == 0)
+    if len(data) and (not len(ends) or ends[-1] + 1 < len(data)):
+        raise ValueError("the compressed RLE ends in the middle of a number")
+    starts = np.append(0, ends[:-1] + 1)[: len(ends)]
+    lengths = ends - starts + 1
+    if (lengths > 7).any():
+        raise ValueError("the compressed RLE has a number of more than 35 bits")
+    shifts = 5 * (np.arange(len(data)) - np.repeat(starts, lengths))
+    values = np.add.reduceat((data & 0x1F) << shifts, starts) if len(data) else data
+    values = values - np.where(data[ends] & 0x10, np.int64(1) << 5 * lengths, 0)
+    for first in (1, 2):
+        values[first::2] = np.cumsum(values[first::2])
+    return values
 
 
 def _read(uri: str) -> dict[str, Any]:

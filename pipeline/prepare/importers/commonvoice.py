@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import posixpath
 from collections import Counter
+from contextlib import closing
 from typing import Any
 
 import pyarrow as pa
@@ -14,16 +15,16 @@ from pydantic import Field
 from pipeline.config.registry import Options, nearest, register
 from pipeline.prepare.engine.audio import (
     AudioImporter,
-    broken,
     drop_repeated_keys,
-    lines_of,
     others,
     recording,
     recordings,
     sounds,
 )
 from pipeline.prepare.engine.importing import SPLITS, Index, preview
+from pipeline.prepare.engine.inputs import InputSplit, Opener, SplitReader
 from pipeline.prepare.readers import archives
+from pipeline.prepare.readers.dialect import Dialect
 
 NEEDED = ("client_id", "path", "sentence")
 TEXTS = (
@@ -171,9 +172,12 @@ def _read(
     """
     folder, name = posixpath.split(table.name)
     split = SPLITS.get(name[:-4], "train")
-    rows, bad, header = [], [], []
-    for line in lines_of([table]):
-        cells = line.text.split("\t")
+    rows, header = [], []
+    with closing(Opener()) as opener:
+        reading = SplitReader(InputSplit(table.name, split, table), opener, most=1 << 62)
+        records = list(Dialect("tab", "").records(reading, True))
+    bad = reading.listed
+    for number, cells in records:
         if not header:
             header = [cell.strip() for cell in cells]
             for column in NEEDED:
@@ -182,19 +186,13 @@ def _read(
                         f"{table.name}: no column {column!r}; {nearest(column, header)}"
                     )
             continue
-        if line.reason or len(cells) != len(header):
-            bad.append(
-                broken(
-                    line.place,
-                    split,
-                    line.reason or f"{len(cells)} cells, the header has {len(header)}",
-                )
-            )
+        if len(cells) != len(header):
+            reading.bad(number, f"{len(cells)} cells, the header has {len(header)}")
             continue
         row = dict(zip(header, cells, strict=True))
         path = f"{folder}/clips/{row['path']}".lstrip("/")
         if path not in clips:
-            bad.append(broken(line.place, split, f"a transcript without its recording: no {path}"))
+            reading.bad(number, f"a transcript without its recording: no {path}")
             continue
         kept: dict[str, Any] = {column: row[column] or None for column in TEXTS if column in row}
         kept |= {

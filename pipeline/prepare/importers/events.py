@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing, suppress
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv as pcsv
 import pyarrow.parquet as pq
 from pydantic import Field
 
 from pipeline.config import registry
 from pipeline.config.registry import Options, register
+from pipeline.data.csv_tables import csv_tables
 from pipeline.io import file_identity, storage
 from pipeline.prepare.clinical import plausible
 from pipeline.prepare.engine.grouped import Entities, Events, EventTables, GroupedImporter
@@ -401,19 +403,27 @@ def _table(uri: str, ids: tuple[str, ...]) -> pa.Table:
             "for --set entities; name one file"
         )
     entry = found.files[0][0]
-    with closing(Opener()) as opener, opener(entry) as handle:
+    with closing(Opener()) as opener:
         try:
             if entry.name.lower().endswith(".parquet"):
-                table = pq.read_table(handle)
+                with opener(entry) as handle:
+                    table = pq.read_table(handle)
             else:
-                options = pcsv.ConvertOptions(
-                    null_values=NULLS, column_types={name: pa.string() for name in ids if name}
+                texts = {name: pa.string() for name in ids if name}
+                table = pa.concat_tables(
+                    csv_tables(partial(opener, entry), entry.name, types=texts, nulls=NULLS)
                 )
-                table = pcsv.read_csv(pa.PythonFile(handle, mode="r"), convert_options=options)
+                if pa.binary() in table.schema.types:
+                    raise ValueError("not UTF-8 text")
                 table = pa.table(
                     {name: without_nulls(table[name], True) for name in table.column_names}
                 )
-        except (pa.ArrowInvalid, OSError, EOFError):
+        except (
+            ValueError,
+            OSError,
+            EOFError,
+            zlib.error,
+        ):  # Arrow's words may hold a row: they are not shown
             raise ValueError(
                 f"{entry.name}: not a whole table with one row an entity; get it again"
             ) from None

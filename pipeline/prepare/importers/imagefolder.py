@@ -9,9 +9,9 @@ import pyarrow as pa
 from pydantic import Field
 
 from pipeline.config.registry import Options, register
+from pipeline.prepare.engine.images import ImageImporter
 from pipeline.prepare.engine.importing import (
     SPLITS,
-    Importer,
     Index,
     check_no_empty_classes,
     depth,
@@ -31,7 +31,7 @@ class ImageFolderOptions(Options):
 
 
 @register("importer", "imagefolder", options=ImageFolderOptions)
-class ImageFolder(Importer):
+class ImageFolder(ImageImporter):
     """SPLIT/CLASS/FILE or CLASS/FILE in a folder, zip or tar; a tar or zip in the folder counts as
     one, a top folder that holds all is passed over.
 

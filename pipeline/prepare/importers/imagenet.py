@@ -14,18 +14,18 @@ from pydantic import Field
 
 from pipeline.config.registry import Options, register
 from pipeline.io import storage
+from pipeline.prepare.engine.images import ImageImporter
 from pipeline.prepare.engine.importing import (
-    Importer,
     Index,
     check_no_empty_classes,
     first_existing,
     lines,
     place,
     preview,
-    records,
     table,
 )
 from pipeline.prepare.readers import archives
+from pipeline.prepare.readers.dialect import rows_of
 
 BELOW = ("", "Data/CLS-LOC/", "ILSVRC/Data/CLS-LOC/")
 TRAIN = ("train", "ILSVRC2012_img_train.tar", "ILSVRC2012_img_train", "train.tar")
@@ -57,7 +57,7 @@ class ImageNetOptions(Options):
 
 
 @register("importer", "imagenet", options=ImageNetOptions)
-class ImageNet(Importer):
+class ImageNet(ImageImporter):
     """train: WNID/FILE folders, WNID.tar files, or ILSVRC2012_img_train.tar (a tar of tars), read
     in place; val: WNID folders, or flat files with LOC_val_solution.csv, or with
     ILSVRC2012_validation_ground_truth.txt and the devkit's meta.mat (2012) or map_clsloc.txt (later
@@ -204,8 +204,8 @@ def _truth(source: str, images: list[archives.Entry]) -> dict[str, str]:
     solution, truth = _beside(source, SOLUTION), _beside(source, TRUTH)
     if solution is not None:
         wnid_of: dict[Any, str] = {
-            row["ImageId"]: (row["PredictionString"] or "").split(" ")[0]
-            for row in records(solution, ("ImageId", "PredictionString"))
+            row["ImageId"]: row["PredictionString"].split(" ")[0]
+            for _, row in rows_of(solution, ("ImageId", "PredictionString"))
         }
         wrong = [f"{name}: {wnid!r}" for name, wnid in wnid_of.items() if not WNID.fullmatch(wnid)]
         if wrong:

@@ -16,7 +16,8 @@ from pipeline.config.registry import Options, register
 from pipeline.data.loader import threaded_map
 from pipeline.data.to_parquet import IMAGE_SUFFIXES
 from pipeline.io import storage
-from pipeline.prepare.engine.importing import SPLITS, Importer, Index, place, preview, table
+from pipeline.prepare.engine.images import ImageImporter
+from pipeline.prepare.engine.importing import SPLITS, Index, place, preview, table
 from pipeline.prepare.readers import archives
 
 TEXTS = ("cls", "txt", "json")
@@ -35,7 +36,7 @@ class WebDatasetOptions(Options):
 
 
 @register("importer", "webdataset", options=WebDatasetOptions)
-class WebDataset(Importer):
+class WebDataset(ImageImporter):
     """Tar shards (a folder, a glob, NAME-{000..123}.tar) of KEY.jpg (or png, webp, gif, bmp) with
     KEY.cls, KEY.txt, KEY.json; other parts are left out.
 

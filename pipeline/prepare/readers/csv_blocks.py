@@ -18,10 +18,10 @@ from typing import Any, BinaryIO, NamedTuple, cast
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv as pcsv
 import pyarrow.parquet as pq
 
 from pipeline.config import registry
+from pipeline.data.csv_tables import open_csv
 from pipeline.prepare.engine.inputs import SQUEEZED, InputSplit, Opener, SplitReader, plain_suffix
 from pipeline.prepare.readers.archives import GZIPPED, Entry, Window
 
@@ -479,21 +479,17 @@ def _of_csv(
             own: _kind(columns[name].kind) if typed else pa.string() for name, own in picked.items()
         }
         try:
-            reader = pcsv.open_csv(
+            reader = open_csv(
                 pa.PythonFile(body, mode="r"),
-                pcsv.ReadOptions(use_threads=False, block_size=BLOCK_BYTES, column_names=names),
-                pcsv.ParseOptions(
-                    delimiter=delimiter,
-                    newlines_in_values=byte_range.start == 0 and byte_range.stop < 0,
-                    invalid_row_handler=lambda row: tally.line(
-                        f"{entry.name}:{_place(row, byte_range)}", BAD_LINE
-                    ),
-                ),
-                pcsv.ConvertOptions(
-                    column_types=types,
-                    include_columns=list(types),
-                    timestamp_parsers=[pcsv.ISO8601],
-                    null_values=NULLS,
+                block_bytes=BLOCK_BYTES,
+                delimiter=delimiter,
+                names=names,
+                types=types,
+                columns=list(types),
+                nulls=NULLS,
+                has_line_ends=byte_range.start == 0 and byte_range.stop < 0,
+                on_invalid_row=lambda row: tally.line(
+                    f"{entry.name}:{_place(row, byte_range)}", BAD_LINE
                 ),
             )
             for batch in reader:

@@ -9,10 +9,20 @@ import csv
 import re
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.prepare.engine.inputs import ROW_BYTES, SplitReader, decoded, plain_suffix
+from pipeline.config import registry
+from pipeline.prepare.engine.inputs import (
+    ROW_BYTES,
+    InputSplit,
+    Opener,
+    SplitReader,
+    decoded,
+    plain_suffix,
+)
+from pipeline.prepare.readers.archives import Entry
 
 SUFFIXES = (".csv", ".tsv", ".tab")
 WHOLE, NUMBER = (
@@ -136,6 +146,37 @@ class Dialect:
             return [], OPEN if "unexpected end" in str(error) else f"not of CSV: {error}", more
         except ValueError as error:  # of lines()
             return [], str(error), more
+
+
+def rows_of(uri: str, columns: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str]]]:
+    """Read a small CSV file with a header: (line, the row by the names of its columns).
+
+    A row with fewer fields than the header has empty ones for the others.
+
+    Raises ValueError for one of `columns` that it lacks, and for a line that cannot be read.
+    """
+    name = uri.rpartition("/")[2]
+    names: list[str] = []
+    with closing(Opener()) as opener:
+        reading = SplitReader(InputSplit(name, "", Entry(name, uri, "", -1, 0)), opener)
+        for number, fields in Dialect().records(reading, True):
+            if reading.broken:
+                break
+            if names:
+                yield number, dict(zip(names, [*fields, *[""] * len(names)], strict=False))
+                continue
+            names = [field.strip() for field in fields]
+            for column in columns:
+                if column not in names:
+                    raise ValueError(
+                        f"{uri}: no column {column!r}; {registry.nearest(column, names)}"
+                    )
+    if reading.broken:
+        raise ValueError(
+            f"{reading.listed[0]['path']}: {reading.listed[0]['reason']}; repair the table"
+        )
+    if not names:
+        raise ValueError(f"{uri}: an empty table; get it again")
 
 
 def _taker(
