@@ -386,8 +386,9 @@ def make_run(
     names = task.objective.metrics
     check = None
     if validation is not None:
+        mine = validation.part(ranks.rank, ranks.count)
         check = evaluate.evaluator(
-            validation, names, ready, ranks, lambda: loop.autocast(spec, ranks.device), 16
+            mine, names, ready, ranks, lambda: loop.autocast(spec, ranks.device), 16
         )
     return loop.TrainingRun(
         task=task,

@@ -94,6 +94,8 @@ class ComponentConfig(Spec):
         return self.name + (json.dumps(self.options, sort_keys=True) if self.options else "")
 
 
+FULL = ComponentConfig(name="full")
+"""The technique of a source that names none: every layer trains from the first step."""
 Uris = str | list[str]
 
 
@@ -516,6 +518,12 @@ class Source(Spec):
         "model (a tag, timm/NAME.TAG, has its own)",
     )
     objective: ComponentConfig | None = Field(None, description="classification, mlm, clm, ...")
+    technique: ComponentConfig = Field(
+        FULL,
+        description="how a source that continues a checkpoint is trained: full, lora, ...; modules"
+        " that a technique adds are merged into the weights of the bundle; a source with random"
+        " weights trains every layer",
+    )
     probe: Data | None = Field(
         None,
         description="labelled rows on which the backbone's features are tried at every "
@@ -601,6 +609,7 @@ class Source(Spec):
         if self.data is None:
             unread = (
                 "objective",
+                "technique",
                 "train",
                 "workers",
                 "cpus_per_worker",
@@ -947,6 +956,7 @@ def schema() -> dict:
         "modality": "modality",
         "backbone": "model",
         "objective": "objective",
+        "technique": "technique",
         "techniques": "technique",
     }
 
@@ -964,7 +974,7 @@ def schema() -> dict:
                 else put(v, field)
             )
             for k, v in node.items()
-            if not (k == "default" and field == "techniques")
+            if not (k == "default" and field in ("technique", "techniques"))
         }
 
     out = put(out)

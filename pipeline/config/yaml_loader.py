@@ -699,6 +699,9 @@ def _name_problems(data: dict, folder: Path, elsewhere: bool) -> list[tuple[Path
                 for held, key, at in places
                 if (problem := _uri_problem(held[key], folder, elsewhere))
             ]
+        if kind == "sources" and part.get("technique") is not None:
+            place = (kind, name, "technique")
+            out += _component_problems("technique", part["technique"], place)
         if kind == "sources" and "backbone" in part:
             out += _component_problems("model", part["backbone"], (kind, name, "backbone"))
             out += _checkpoint_problems(

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from pipeline.config import registry
-from pipeline.config.schema import Data, Source, Train
-from pipeline.core.contracts import Modality, Objective
+from pipeline.config.schema import CHECKPOINT_PREFIXES, Data, Source, Train
+from pipeline.core.contracts import Modality, Objective, Technique
 
 
 def source(place: str, spec: Source) -> None:
@@ -22,6 +22,7 @@ def source(place: str, spec: Source) -> None:
     if objective.packed:
         check_packed(place, spec.data, spec.objective.name)
     check_costs(place, spec.data, spec.train, objective)
+    check_technique(place, spec)
     if objective.couples_rows and spec.train.micro_batch is not None:
         raise ValueError(
             f"{place}.train.micro_batch: the loss of {spec.objective.name} is that of a whole "
@@ -100,3 +101,39 @@ def check_costs(place: str, data: Data, train: Train, objective: type[Objective]
         why = "corpora with weights are drawn row by row"
     if why:
         raise ValueError(f"{place}.train.batch_cost: {why}; say global_batch")
+
+
+def check_technique(place: str, spec: Source) -> None:
+    """Raises ValueError for a technique that makes no sense for a source."""
+    assert spec.objective is not None
+    kind = registry.get("technique", spec.technique.name)
+    name, where = spec.technique.name, f"{place}.technique"
+    if not kind.needs_training:
+        raise ValueError(
+            f"{where}: {name} trains nothing; a source without data is a checkpoint as it is"
+        )
+    if not kind.from_source:
+        raise ValueError(
+            f"{where}: {name} starts from random weights; so does every source that names no "
+            "checkpoint: leave the technique out"
+        )
+    continues = spec.init is not None or spec.backbone.name.startswith(CHECKPOINT_PREFIXES)
+    if not continues and _freezes_backbone(kind(kind.options_class(**spec.technique.options))):
+        raise ValueError(
+            f"{where}: {name} keeps weights of the backbone as they are, and these are random; "
+            "name a checkpoint to continue from (init), or leave the technique out"
+        )
+    adds_modules = kind.wrap is not Technique.wrap
+    objective = registry.get("objective", spec.objective.name)
+    if adds_modules and objective.after_training is not Objective.after_training:
+        raise ValueError(
+            f"{where}: {name} adds modules to the backbone, and {spec.objective.name} copies "
+            "weights to and from a backbone without them; use full"
+        )
+
+
+def _freezes_backbone(technique: Technique) -> bool:
+    """Whether a layer of the backbone stands still in some phase."""
+    layers = {"backbone": ["backbone.weight"], "head": ["objective.weight"]}
+    phases = technique.phases(100)
+    return any(technique.rates(layers, phase.name)["backbone"] == 0 for phase in phases)

@@ -143,24 +143,22 @@ def evaluator(
     autocast: Callable[[], Any],
     batch_rows: int,
     threads: int = 1,
-    part: bool = False,
     on_bad: OnBad = _ignore_bad_rows,
 ) -> Callable[[Task], dict[str, float]]:
-    """A function that evaluates a task on ``rows``, the same values on every rank. ``part``: the
-    rows are this rank's share already.
+    """A function that evaluates a task on the rows of all ranks; the same values on every rank.
+
+    Args:
+        rows: This rank's share (`Rows.part`).
+        names: Metrics.
+        batch_rows: Rows of a batch.
+        threads: For decoding.
+        on_bad: Called with rows that could not be decoded.
     """
-    rank, count = (0, 1) if part else (ranks.rank, ranks.count)
     complete = Postprocessor(rows)
 
     def evaluate(task: Task) -> dict[str, float]:
-        batches = eval_batches(
-            rows,
-            batch_rows,
-            rank=rank,
-            ranks=count,
-            threads=threads,
-            pin=ranks.device.type == "cuda",
-        )
+        is_cuda = ranks.device.type == "cuda"
+        batches = eval_batches(rows, batch_rows, threads=threads, pin=is_cuda)
         mine = complete(
             task.objective, predictions(task, batches, ready, ranks, autocast(), on_bad)
         )

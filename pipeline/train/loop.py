@@ -120,8 +120,8 @@ class TrainingRun:
     on_eval: Callable[[int, dict[str, Any]], None] = lambda step, metrics: None
     on_rows: Callable[[int, np.ndarray], None] | None = None
     """Told the row ids of every step that was taken (``trace_rows``)."""
-    bad_rows: Callable[[list[tuple[int, str]], int], None] = lambda bad, seen: None
-    """Told of undecodable rows; raises when they are over the budget."""
+    bad_rows: Callable[[list[tuple[int, str]]], None] = lambda bad: None
+    """Called with rows that could not be decoded, and why."""
     clock: Callable[[], float] = time.perf_counter
     alive: Callable[[], None] = heartbeat.beat
     """Called at every step that was taken: whoever waits for this run sees that it does not
@@ -210,11 +210,12 @@ def autocast(train: Train, device: torch.device):
 
 
 def fit(run: TrainingRun) -> Outcome:
-    """Train to ``run.steps``, from the newest resume point if there is one; the task ends with the
-    weights that were kept.
+    """Train to ``run.steps``, from the newest resume point if there is one.
 
-    Raises NonFiniteError after ``max_bad_steps`` non-finite steps in a row, naming the rows of the
-    last one.
+    The task ends with the weights that were kept.
+
+    Raises:
+        NonFiniteError: ``max_bad_steps`` steps in a row were not finite; names the rows of the last.
     """
     train, task, ranks, device = run.train, run.task, run.ranks, run.ranks.device
     phases = run.technique.phases(run.steps)
@@ -224,48 +225,30 @@ def fit(run: TrainingRun) -> Outcome:
     # ---- once: device, memory format, resume point (rank 0 reads it for all)
     task.to(device)
     if train.compile:
-        # trials share a process: without it the eighth one that compiles would quietly run eagerly
-        torch._dynamo.reset()
+        torch._dynamo.reset()  # trials share a process: the eighth that compiles would run eagerly
     if train.channels_last:
-        # nn.Module.to takes it
-        task.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        task.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] - it takes it
     torch.manual_seed(mix(run.seed, ranks.rank, 77))
-    saved, passed_over = (
-        checkpoint.load(run.checkpoints, ranks, run.restarts) if run.checkpoints else (None, [])
-    )
+    saved, damaged = None, []
+    if run.checkpoints:
+        saved, damaged = checkpoint.load(run.checkpoints, ranks, run.restarts)
     start = saved["step"] if saved else 0
-    run.on_start(start, passed_over)
-    curve: list[dict[str, Any]] = saved["curve"] if saved else []
+    run.on_start(start, damaged)
     ema = optim.EMA(task, train.ema) if train.ema else None
     if saved:
         task.load_state_dict(saved["task"])
         run.keeper.load_state_dict(saved["keeper"])
         if ema:
             ema.average = {name: tensor.to(device) for name, tensor in saved["ema"].items()}
+        if saved.get("bad_rows"):
+            run.bad_rows(list(saved["bad_rows"].items()))
     assert start < run.steps, "a run of zero steps trains nothing"
-    seconds_before = float(saved.get("seconds", 0.0)) if saved else 0.0
-    unread: dict[int, str] = dict(saved.get("bad_rows", {})) if saved else {}
-    if unread:
-        run.bad_rows(list(unread.items()), 0)
 
     eval_every = train.eval_every_steps or max(1, run.steps // 5)
-    save_every = train.checkpoint_every_steps or 1000
-    save_minutes = train.checkpoint_every_minutes
-    ask_clock_every = (
-        1 if ranks.count == 1 else min(10, train.log_every_steps)
-    )  # several ranks must agree, which costs a broadcast
-    names = ("loss", "count", *run.task.objective.log_names)
-    window = torch.zeros(len(names), device=device)  # sums since the last log line
-    bad_run = torch.zeros((), device=device)  # non-finite steps in a row, and in all
-    bad_total = torch.full((), float(saved["skipped"]) if saved else 0.0, device=device)
-    recent: deque[np.ndarray] = deque(maxlen=train.max_bad_steps)
-    began = logged = saved_at = run.clock()
-    waited = waited_all = 0.0
-    rows_seen = rows_logged = 0
+    progress = _Progress(run, saved, damaged)
     live: _Live | None = None
     phase_number = -1
-    norm = torch.zeros((), device=device)
-    stopped, warning = False, ""
+    stopped = False
     stream = run.batches(range(start, run.steps))
 
     step = start
@@ -275,123 +258,47 @@ def fit(run: TrainingRun) -> Outcome:
             if live is None or step == starts[phase_number + 1]:
                 phase_number = int(np.searchsorted(starts, step, side="right")) - 1
                 live = _Live(run, phases[phase_number])
-                if saved and saved["phase"] == phase_number and step == start:
-                    live.optimizer.load_state_dict(saved["optimizer"])
-                if step == start and saved:
+                if saved and step == start:
+                    if saved["phase"] == phase_number:
+                        live.optimizer.load_state_dict(saved["optimizer"])
                     checkpoint.restore_rng(saved, run.seed, ranks)
-            scale = optim.factor(step - starts[phase_number], phases[phase_number].steps, train)
+            phase = phases[phase_number]
+            scale = optim.factor(step - starts[phase_number], phase.steps, train)
             for group in live.optimizer.param_groups:
                 group["lr"] = group["peak"] * scale
 
-            # ---- one step: every micro-batch forward and backward, the last one reduces over ranks
-            batch, bad, wait = next(stream)
-            waited += wait
+            # ---- one step
+            batch, bad, waited = next(stream)
             if bad:
-                unread.update(bad)
-                run.bad_rows(bad, rows_seen + len(batch))
-            stats = torch.zeros(len(names), device=device)
-            parts = batch.split(train.micro_batch)
-            for number, part in enumerate(parts):
-                part = run.ready(part.to(device), train.augment)
-                with live.no_sync(number == len(parts) - 1), autocast(train, device):
-                    total, count, logs = live.module(part)
-                    penalty = run.technique.penalty(task, part)
-                    (total if penalty is None else total + penalty * count).backward()
-                zero = stats.new_zeros(())
-                stats += torch.stack(
-                    [
-                        total.detach().float(),
-                        count.float(),
-                        *(logs.get(n, zero).float() for n in names[2:]),
-                    ]
-                )
-            if ranks.count > 1:
-                dist.all_reduce(stats)
-            norm = _step(live, stats, ranks, train, task, bad_run, bad_total)
-            warning = task.objective.after_step(task.backbone, step, run.steps) or warning
+                progress.unread.update(bad)
+                run.bad_rows(bad)
+            sums = _backward(run, live, batch, progress.names)
+            norm = _step(live, sums, ranks, train, task, progress.bad_run, progress.bad_total)
+            warning = task.objective.after_step(task.backbone, step, run.steps)
             if ema:
                 ema.update(task)
-            recent.append(batch.rows)
-            rows_seen += len(batch)
-            window += stats
+            progress.add(batch, sums, waited, warning)
             if run.on_rows:
                 run.on_rows(step, batch.rows)
             run.alive()
 
             # ---- rare: log, check for trouble, validate, save
             done = step + 1
-            logs, checks = (
-                done % train.log_every_steps == 0 or done == run.steps,
-                run.evaluate and (done % eval_every == 0 or done == run.steps),
-            )
-            saves = bool(run.checkpoints) and done % save_every == 0 and done < run.steps
-            asks_clock = (
-                bool(run.checkpoints)
-                and save_minutes is not None
-                and done % ask_clock_every == 0
-                and done < run.steps
-            )
-            if asks_clock and save_minutes is not None and not saves:
-                saves = _rank_zero_verdict(run.clock() - saved_at >= 60 * save_minutes, ranks)
-            if device.type == "cpu" or logs or checks or saves:
+            is_last = done == run.steps
+            logs = done % train.log_every_steps == 0 or is_last
+            validates = bool(run.evaluate) and (done % eval_every == 0 or is_last)
+            saves = progress.saves(done)
+            if device.type == "cpu" or logs or validates or saves:
                 live.restore_norm_statistics()
-                if int(bad_run) >= train.max_bad_steps:
-                    rows = np.concatenate(list(recent))[:50].tolist()
-                    raise NonFiniteError(
-                        f"loss or gradient was not finite in {int(bad_run)} steps in a row up "
-                        f"to step {done}; lower train.lr, "
-                        f"check the inputs. Row ids of the last batches (rank {ranks.rank}): {rows}"
-                    )
+                progress.check_finite(done)
             if logs:
-                now = run.clock()
-                values = window.tolist()
-                record: Log = {
-                    "step": done,
-                    "steps": run.steps,
-                    "phase": phases[phase_number].name,
-                    "lr": live.optimizer.param_groups[0]["lr"],
-                    "grad_norm": float(norm),
-                    "rows_per_second": ranks.count
-                    * (rows_seen - rows_logged)
-                    / max(now - logged, 1e-9),
-                    "wait_share": waited / max(now - logged, 1e-9),
-                    "skipped_steps": int(bad_total),
-                    "eta_seconds": (now - began) / (done - start) * (run.steps - done),
-                }
-                record |= {
-                    name: value / values[1] if values[1] else float("nan")
-                    for name, value in zip(names, values, strict=True)
-                    if name != "count"
-                }
-                warnings = [*passed_over, *([warning] if warning else [])]
-                record |= {"warning": "; ".join(warnings)} if warnings else {}
-                run.on_log(record)
-                window.zero_()
-                waited_all, waited, logged, rows_logged = waited_all + waited, 0.0, now, rows_seen
-            if checks:
+                run.on_log(progress.record(done, phase, live, norm))
+            if validates:
                 metrics = _evaluated(run, ema, done)
-                if curve and curve[-1]["step"] >= done:
-                    curve = [c for c in curve if c["step"] < done]
-                curve.append({"step": done, **metrics})
+                progress.add_validation(done, metrics)
                 run.on_eval(done, metrics)
-            if saves and run.checkpoints:
-                checkpoint.save(
-                    run.checkpoints,
-                    ranks,
-                    {
-                        "step": done,
-                        "phase": phase_number,
-                        "task": task.state_dict(),
-                        "optimizer": live.optimizer.state_dict(),
-                        "ema": ema.average if ema else None,
-                        "keeper": run.keeper.state_dict(),
-                        "curve": curve,
-                        "skipped": int(bad_total),
-                        "seconds": seconds_before + run.clock() - began,
-                    },
-                    unread,
-                )
-                saved_at = run.clock()
+            if saves:
+                progress.save(done, phase_number, live, ema)
     except Stop:
         stopped = True
     finally:
@@ -402,19 +309,144 @@ def fit(run: TrainingRun) -> Outcome:
         ema.swap(task)
     if run.evaluate:
         run.keeper.restore(task)
-    seconds = run.clock() - began
+    seconds = run.clock() - progress.began
     return Outcome(
         steps=step + 1,
-        seconds=seconds_before + seconds,
-        rows_per_second=ranks.count * rows_seen / max(seconds, 1e-9),
-        wait_share=(waited_all + waited) / max(seconds, 1e-9),
-        skipped_steps=int(bad_total),
-        curve=curve,
+        seconds=progress.seconds_before + seconds,
+        rows_per_second=ranks.count * progress.rows / max(seconds, 1e-9),
+        wait_share=progress.waited / max(seconds, 1e-9),
+        skipped_steps=int(progress.bad_total),
+        curve=progress.curve,
         params_trained=_params_trained(run, phases),
         resumed_from=start,
         stopped_early=stopped,
-        seconds_before=seconds_before,
+        seconds_before=progress.seconds_before,
     )
+
+
+class _Progress:
+    """What a run has done so far, and the sums since its last log line."""
+
+    def __init__(self, run: TrainingRun, saved: dict[str, Any] | None, damaged: list[str]):
+        saved, device = saved or {}, run.ranks.device
+        self.run, self.damaged, self.warning = run, damaged, ""
+        self.start: int = saved.get("step", 0)
+        self.curve: list[dict[str, Any]] = saved.get("curve", [])
+        self.unread: dict[int, str] = dict(saved.get("bad_rows", {}))
+        self.seconds_before = float(saved.get("seconds", 0.0))
+        self.names = ("loss", "count", *run.task.objective.log_names)
+        self.window = torch.zeros(len(self.names), device=device)
+        self.bad_run = torch.zeros((), device=device)  # non-finite steps in a row
+        self.bad_total = torch.full((), float(saved.get("skipped", 0)), device=device)
+        self.recent: deque[np.ndarray] = deque(maxlen=run.train.max_bad_steps)
+        self.rows = self.rows_logged = 0
+        self.waited = self.waited_logged = 0.0
+        self.began = self.logged_at = self.saved_at = run.clock()
+
+    def add(self, batch: Batch, sums: Tensor, waited: float, warning: str | None) -> None:
+        """Count a step that was taken."""
+        self.recent.append(batch.rows)
+        self.rows += len(batch)
+        self.waited += waited
+        self.window += sums
+        self.warning = warning or self.warning
+
+    def check_finite(self, done: int) -> None:
+        """Raise NonFiniteError after too many non-finite steps in a row."""
+        train, rank = self.run.train, self.run.ranks.rank
+        if int(self.bad_run) < train.max_bad_steps:
+            return
+        rows = np.concatenate(list(self.recent))[:50].tolist()
+        raise NonFiniteError(
+            f"loss or gradient was not finite in {int(self.bad_run)} steps in a row up to step "
+            f"{done}; lower train.lr, check the inputs. Row ids of the last batches (rank {rank}): "
+            f"{rows}"
+        )
+
+    def record(self, done: int, phase: Phase, live: _Live, norm: Tensor) -> Log:
+        """The log line of the steps since the last one."""
+        run, now = self.run, self.run.clock()
+        seconds = max(now - self.logged_at, 1e-9)
+        sums = dict(zip(self.names, self.window.tolist(), strict=True))
+        count = sums.pop("count")
+        record: Log = {
+            "step": done,
+            "steps": run.steps,
+            "phase": phase.name,
+            "lr": live.optimizer.param_groups[0]["lr"],
+            "grad_norm": float(norm),
+            "rows_per_second": run.ranks.count * (self.rows - self.rows_logged) / seconds,
+            "wait_share": (self.waited - self.waited_logged) / seconds,
+            "skipped_steps": int(self.bad_total),
+            "eta_seconds": (now - self.began) / (done - self.start) * (run.steps - done),
+        }
+        record |= {name: value / count if count else float("nan") for name, value in sums.items()}
+        warnings = [*self.damaged, *([self.warning] if self.warning else [])]
+        if warnings:
+            record["warning"] = "; ".join(warnings)
+        self.window.zero_()
+        self.logged_at, self.rows_logged, self.waited_logged = now, self.rows, self.waited
+        return record
+
+    def add_validation(self, done: int, metrics: dict[str, Any]) -> None:
+        """A point of the curve; those of later steps were those of a part that is done again."""
+        self.curve = [point for point in self.curve if point["step"] < done]
+        self.curve.append({"step": done, **metrics})
+
+    def saves(self, done: int) -> bool:
+        """Whether a resume point is written after this step, the same on every rank."""
+        run, train = self.run, self.run.train
+        if not run.checkpoints or done == run.steps:
+            return False
+        if done % (train.checkpoint_every_steps or 1000) == 0:
+            return True
+        minutes = train.checkpoint_every_minutes
+        # several ranks must agree on the time, which costs a broadcast
+        ask_every = 1 if run.ranks.count == 1 else min(10, train.log_every_steps)
+        if minutes is None or done % ask_every:
+            return False
+        return _rank_zero_verdict(run.clock() - self.saved_at >= 60 * minutes, run.ranks)
+
+    def save(self, done: int, phase: int, live: _Live, ema: optim.EMA | None) -> None:
+        """Write a resume point."""
+        run = self.run
+        assert run.checkpoints is not None
+        state = {
+            "step": done,
+            "phase": phase,
+            "task": run.task.state_dict(),
+            "optimizer": live.optimizer.state_dict(),
+            "ema": ema.average if ema else None,
+            "keeper": run.keeper.state_dict(),
+            "curve": self.curve,
+            "skipped": int(self.bad_total),
+            "seconds": self.seconds_before + run.clock() - self.began,
+        }
+        checkpoint.save(run.checkpoints, run.ranks, state, self.unread)
+        self.saved_at = run.clock()
+
+
+def _backward(run: TrainingRun, live: _Live, batch: Batch, names: tuple[str, ...]) -> Tensor:
+    """Forward and backward of every micro-batch; the last one reduces gradients over ranks.
+
+    Returns:
+        Sums over all ranks: the losses, how many there are, and those that the objective logs.
+    """
+    train, device = run.train, run.ranks.device
+    sums = torch.zeros(len(names), device=device)
+    zero = sums.new_zeros(())
+    parts = batch.split(train.micro_batch)
+    for number, part in enumerate(parts, 1):
+        part = run.ready(part.to(device), train.augment)
+        with live.no_sync(number == len(parts)), autocast(train, device):
+            total, count, logs = live.module(part)
+            penalty = run.technique.penalty(run.task, part)
+            (total if penalty is None else total + penalty * count).backward()
+        logged = (logs.get(name, zero).float() for name in names[2:])
+        sums += torch.stack([total.detach().float(), count.float(), *logged])
+    if run.ranks.count > 1:
+        dist.all_reduce(sums)
+    return sums
 
 
 def _rank_zero_verdict(verdict: bool, ranks: Ranks) -> bool:

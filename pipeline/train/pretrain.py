@@ -11,7 +11,9 @@ from typing import Any
 import torch
 
 from pipeline.checkpoints import bundle, pretrained
-from pipeline.config.schema import Data, Train
+from pipeline.config.schema import FULL, ComponentConfig, Data, Train
+from pipeline.core.contracts import Task
+from pipeline.core.rng import mix
 from pipeline.data.length_buckets import BucketPlan
 from pipeline.data.manifest import Selection
 from pipeline.data.plan import Mixture, Plan, Shuffle
@@ -20,16 +22,13 @@ from pipeline.data.stream import (
     Decoder,
     Place,
     Rows,
-    check_bad_row_budget,
     plan_of,
     rows_an_item,
-    train_batches,
 )
 from pipeline.io import file_identity, storage, write_fence
 from pipeline.io.file_identity import FileIdentity
-from pipeline.techniques.rates import Full
-from pipeline.train import checkpoint, evaluate, loop, online_probe
-from pipeline.train.log import MetricsLog, RowTrace
+from pipeline.train import checkpoint, experiment, loop, online_probe
+from pipeline.train.experiment import Experiment, Finished
 from pipeline.train.loop import Ranks
 from pipeline.train.row_checks import Finding
 from pipeline.train.source import (
@@ -73,6 +72,8 @@ class RankJob:
     """The run that the rank belongs to: it writes while that run holds its lease."""
     made_by: dict[str, Any] = field(default_factory=dict)
     """What the bundle's manifest says of the code that made it."""
+    technique: ComponentConfig = FULL
+    """Which weights train, and how."""
 
 
 def steps_of(train: Train, plan: Plan) -> int:
@@ -122,6 +123,7 @@ def rank_job(
         reads=stage.reads,
         fences=write_fence.current_fences(),
         made_by=made,
+        technique=spec.technique,
     )
     rows = Rows(fitted.train, decoder_of(fitted), costs=fitted.costs)
     plan, text = order_of(work, rows, 1), fitted.text
@@ -130,7 +132,8 @@ def rank_job(
             f"; {plan.batches_an_epoch:.0f} batches an epoch of up to {plan.batch_cost:g} "
             f"{rows.modality.cost_unit}, {plan.padding():.1%} of them padding"
         )
-    return replace(work, steps=steps_of(spec.train, plan), split_text=text)
+    technique = experiment.technique_of(spec.technique)
+    return replace(work, steps=technique.steps(steps_of(spec.train, plan)), split_text=text)
 
 
 def order_of(work: RankJob, rows: Rows, item_rows: int) -> Plan:
@@ -167,246 +170,126 @@ def decoded(work: RankJob) -> Rows | None:
     )
 
 
-class _BadRows:
-    """Undecodable rows of all ranks, each once: told to the log, held against the budget by every
-    rank alike.
-    """
-
-    def __init__(self, work: RankJob, ranks: Ranks):
-        self.work, self.ranks = work, ranks
-        self.new: list[tuple[str, int, str]] = []
-        self.found: dict[tuple[str, int], str] = {}
-
-    def add(self, split: str, bad: list[tuple[int, str]]) -> None:
-        self.new += [(split, row, reason) for row, reason in bad]
-
-    def gather(self, log: MetricsLog | None) -> None:
-        """Called by every rank at the same steps. Raises TooManyBadRowsError on all of them or on
-        none.
-        """
-        everyone: list[Any] = [self.new]
-        if self.ranks.count > 1:
-            everyone = [None] * self.ranks.count
-            torch.distributed.all_gather_object(everyone, self.new)
-        self.new = []
-        fresh = {
-            (split, row): reason
-            for part in everyone
-            for split, row, reason in part
-            if (split, row) not in self.found
-        }
-        if not fresh:
-            return
-        self.found |= fresh
-        selections = {"train": self.work.fitted.train, "validation": self.work.fitted.validation}
-        if log:
-            log.quarantine(
-                [
-                    {
-                        "split": split,
-                        "row": row,
-                        "place": selections[split].manifest.place(row),
-                        "reason": reason,
-                    }
-                    for (split, row), reason in fresh.items()
-                ]
-            )
-        for split, selection in selections.items():
-            check_bad_row_budget(
-                [(row, reason) for (s, row), reason in self.found.items() if s == split],
-                len(selection),
-                self.work.max_bad_rows,
-                selection,
-                self.work.fitted.lost if split == "train" else 0,
-            )
-
-
 def train_rank(
     work: RankJob,
     ranks: Ranks,
     on_progress: Callable[[dict[str, Any]], None] = lambda record: None,
     held: Rows | None = None,
 ) -> dict[str, Any]:
-    """Pretrain on one of several ranks; rank 0 writes the log and the bundle. Returns the facts
-    that the report shows.
+    """Pretrain on one of several ranks; rank 0 writes the log and the bundle.
 
-    ``held``: the training rows where they were decoded before (`decoded`).
+    Args:
+        on_progress: Called on rank 0 with each record of the log.
+        held: The training rows where they were decoded before (`decoded`).
+
+    Returns:
+        The metadata that the bundle and the report show.
     """
-    train, fitted = work.train, work.fitted
-    checkpoints = storage.join(work.uri, "checkpoints")
-    task = bundle.build_task(fitted.arch, fitted.objective, seed=work.seed)
-    if fitted.initial and not checkpoint.newest(checkpoints):
-        task.load_state_dict(bundle.load(fitted.initial).tensors)
-    decoder, bad = decoder_of(fitted), _BadRows(work, ranks)
-    rows = held or Rows(fitted.train, decoder, costs=fitted.costs)
-    plan = order_of(work, rows, rows_an_item(rows, work.shards))
-    cuda = ranks.device.type == "cuda"
-    batches = partial(
-        train_batches,
-        rows,
-        plan,
-        rank=ranks.rank,
-        ranks=ranks.count,
-        place=work.place,
-        pin=cuda,
-        threads=work.threads,
-        workers=work.workers,
-        device=ranks.device,
-    )
-    objective = task.objective
-    ready = evaluate.device_preprocessing(rows, objective)
-    metrics_of_source = type(objective).source_metrics(objective.options, objective.state)
-    check = None
-    if len(fitted.validation):
-        mine = Rows(fitted.validation, replace(decoder, training=False)).part(
-            ranks.rank, ranks.count
-        )
-        if decoder.size(mine.selection) <= VALIDATION_BYTES:
-            mine = mine.in_memory(1.0, cpus=0)
-            bad.add("validation", list(mine.bad))
-        check = evaluate.evaluator(
-            mine,
-            metrics_of_source,
-            ready,
-            ranks,
-            lambda: loop.autocast(train, ranks.device),
-            train.micro_batch or -(-train.global_batch // ranks.count),
-            work.threads,
-            part=True,
-            on_bad=lambda found: bad.add("validation", found),
-        )
-    log: MetricsLog | None = None
-    found_early: list[dict[str, Any]] = []
-
-    def quarantine(rows: list[dict[str, Any]]) -> None:
-        """Bad rows of the probe: it reads its rows before the log is opened, which waits for the
-        resume point.
-        """
-        if log is None:
-            found_early.extend(rows)
-        else:
-            log.quarantine(rows)
-
-    def on_start(step: int, passed_over: list[str]) -> None:
-        nonlocal log
-        if ranks.first:
-            log = MetricsLog(storage.join(work.uri, "log"), step)
-            log.quarantine([*fitted.left_out, *found_early])
-
-    if check and fitted.probe:
-        tried = online_probe.probe_evaluator(
-            fitted.probe,
-            rows.modality,
-            ranks,
-            lambda: loop.autocast(train, ranks.device),
-            quarantine,
-        )
-        check = _both(check, tried)
-
-    warning = ""
-
-    def on_log(record: dict[str, Any]) -> None:
-        nonlocal warning
-        bad.gather(log)
-        warning = record.get("warning", warning)
-        if log:
-            if bad.found:
-                record["bad_rows"] = len(bad.found)
-            log.write(record)
-            on_progress(record)
-
-    def on_eval(step: int, metrics: dict[str, Any]) -> None:
-        on_log(
-            {
-                "step": step,
-                "steps": work.steps,
-                **{
-                    k if k == online_probe.METRIC else f"validation_{k}": v
-                    for k, v in metrics.items()
-                },
-            }
-        )
-
-    trace = RowTrace(work.uri, ranks.rank) if train.trace_rows else None
     began = time.time()
-    run = loop.TrainingRun(
-        task=task,
-        technique=Full(),
-        train=train,
-        steps=work.steps,
-        seed=work.seed,
-        batches=batches,
-        ready=ready,
-        keeper=loop.KeepBest(
-            metrics_of_source[0], "last" if objective.couples_rows else train.keep
-        ),
-        evaluate=check,
-        ranks=ranks,
-        checkpoints=checkpoints,
-        on_start=on_start,
-        on_log=on_log,
-        on_eval=on_eval,
-        on_rows=trace,
-        bad_rows=lambda found, seen: bad.add("train", found),
-    )
-    try:
-        outcome = loop.fit(run)
-    except BaseException:
-        if log:
-            log.abandon()
-        raise
-    if log:
-        log.close()
-    metadata = {
-        "source": work.name,
-        "backbone": fitted.arch["name"],
-        "objective": fitted.objective["name"],
-        "steps": outcome.steps,
-        "rows": len(rows),
-        "seconds": round(outcome.seconds, 2),
-        "rows_per_second": round(outcome.rows_per_second, 1),
-        "wait_share": round(outcome.wait_share, 4),
-        "skipped_steps": outcome.skipped_steps,
-        "params_trained": outcome.params_trained,
-        "resumed_from": outcome.resumed_from,
-        "bad_rows": len(bad.found) + len(fitted.left_out),
-        "ranks": ranks.count,
-        "device": device_name(ranks.device),
-        "metrics": run.keeper.metrics,
-        "kept_step": run.keeper.step,
-        "curve": outcome.curve,
-        "transfer": fitted.moved,
-        "splits": work.split_text,  # type: ignore[attr-defined]
-        "warning": warning,
-        "findings": [list(finding) for finding in fitted.findings],
-        "started_at": began,
-        "spec_hash": work.key,
-        **({"padding_share": round(plan.padding(), 4)} if isinstance(plan, BucketPlan) else {}),
-    }
+    made = experiment_of(work, ranks, on_progress, held)
+    finished = experiment.run(made, ranks)
+    metadata = metadata_of(work, made, finished, ranks, began)
     if ranks.first:
         file_identity.check_unchanged(work.reads)
-        objective.after_training(task.backbone)
-        bundle.save(
-            storage.join(work.uri, "bundle"),
-            task,
-            fitted.modality,
-            parent=fitted.start,
-            training=metadata,
-            spec_hash=work.key,
-            metrics=run.keeper.metrics,
-            made_by=work.made_by,
-        )  # type: ignore[attr-defined]
-        checkpoint.clear(checkpoints)
-        if fitted.initial:
-            storage.remove_tree(fitted.initial)
+        finished.task.objective.after_training(finished.task.backbone)
+        write(work, finished, metadata)
     return metadata
 
 
-def _both(
-    check: Callable[[Any], dict[str, float]], tried: Callable[[Any], float]
-) -> Callable[[Any], dict[str, float]]:
-    """The validation metrics and, beside them, the probe's."""
-    return lambda task: {**check(task), online_probe.METRIC: tried(task)}
+def experiment_of(
+    work: RankJob, ranks: Ranks, on_progress: Callable[[dict[str, Any]], None], held: Rows | None
+) -> Experiment:
+    """A source's training run as one of its ranks sees it."""
+    train, fitted = work.train, work.fitted
+    decoder = decoder_of(fitted)
+    rows = held or Rows(fitted.train, decoder, costs=fitted.costs)
+    task = start_task(work)
+    left_out = list(fitted.left_out)
+    extra_metrics = {}
+    if fitted.probe:
+        cast = partial(loop.autocast, train, ranks.device)
+        knn = online_probe.probe_evaluator(
+            fitted.probe, rows.modality, ranks, cast, left_out.extend
+        )
+        extra_metrics[online_probe.METRIC] = knn
+    validation = Rows(fitted.validation, replace(decoder, training=False))
+    objective = task.objective
+    return Experiment(
+        task=task,
+        technique=experiment.technique_of(work.technique),
+        technique_seed=mix(work.seed, 4),
+        train=train,
+        steps=work.steps,
+        seed=work.seed,
+        rows=rows,
+        plan=order_of(work, rows, rows_an_item(rows, work.shards)),
+        place=work.place,
+        threads=work.threads,
+        workers=work.workers,
+        validation=validation if len(validation) else None,
+        eval_batch=train.micro_batch or -(-train.global_batch // ranks.count),
+        decode_validation_bytes=VALIDATION_BYTES,
+        metrics=type(objective).source_metrics(objective.options, objective.state),
+        extra_metrics=extra_metrics,
+        max_bad_rows=work.max_bad_rows,
+        lost=fitted.lost,
+        quarantined=tuple(left_out),
+        folder=work.uri,
+        log_folder=storage.join(work.uri, "log"),
+        on_record=on_progress,
+    )
+
+
+def start_task(work: RankJob) -> Task:
+    """The task with the weights that it starts from; a resume point, if there is one, has its own."""
+    task = bundle.build_task(work.fitted.arch, work.fitted.objective, seed=work.seed)
+    if work.fitted.initial and not checkpoint.newest(experiment.checkpoints_of(work.uri)):
+        task.load_state_dict(bundle.load(work.fitted.initial).tensors)
+    return task
+
+
+def metadata_of(
+    work: RankJob, made: Experiment, finished: Finished, ranks: Ranks, began: float
+) -> dict[str, Any]:
+    """What the bundle and the report say of a source's training."""
+    fitted, outcome = work.fitted, finished.outcome
+    return {
+        "source": work.name,
+        "backbone": fitted.arch["name"],
+        "objective": fitted.objective["name"],
+        "rows": len(made.rows),
+        "seconds": round(outcome.seconds, 2),
+        "rows_per_second": round(outcome.rows_per_second, 1),
+        "wait_share": round(outcome.wait_share, 4),
+        "bad_rows": len(finished.bad_rows) + len(fitted.left_out),
+        "ranks": ranks.count,
+        "device": device_name(ranks.device),
+        "metrics": finished.metrics,
+        "transfer": fitted.moved,
+        "splits": work.split_text,
+        "warning": finished.warning,
+        "findings": [list(finding) for finding in fitted.findings],
+        "started_at": began,
+        "spec_hash": work.key,
+        **finished.metadata(),
+    }
+
+
+def write(work: RankJob, finished: Finished, metadata: dict[str, Any]) -> None:
+    """Write the bundle, then remove what only an unfinished source needs."""
+    bundle.save(
+        storage.join(work.uri, "bundle"),
+        finished.task,
+        work.fitted.modality,
+        parent=work.fitted.start,
+        training=metadata,
+        spec_hash=work.key,
+        metrics=finished.metrics,
+        made_by=work.made_by,
+    )
+    checkpoint.clear(experiment.checkpoints_of(work.uri))
+    if work.fitted.initial:
+        storage.remove_tree(work.fitted.initial)
 
 
 def device_name(device: torch.device) -> str:

@@ -17,7 +17,7 @@ from pipeline.checkpoints import bundle, pretrained
 from pipeline.checkpoints.bundle import BundleError
 from pipeline.config import provenance, registry
 from pipeline.config.provenance import Provenance
-from pipeline.config.schema import CHECKPOINT_PREFIXES, Data, Job, Source, spec_hash
+from pipeline.config.schema import CHECKPOINT_PREFIXES, FULL, Data, Job, Source, spec_hash
 from pipeline.core.contracts import Modality, Objective
 from pipeline.core.rng import mix
 from pipeline.data import manifest as manifests
@@ -218,6 +218,8 @@ def stage(job: Job, name: str) -> SourceStage:
     )
     if spec.modality is None:
         del what["modality"]
+    if spec.technique == FULL:
+        del what["technique"]  # keys are those of jobs from before sources had techniques
     what["start"] = start = pretrained.fingerprint(spec.init) if spec.init else None
     if spec.objective is not None:
         what["objective"]["options"] = fitting.options_by_content(spec.objective)
@@ -265,7 +267,11 @@ def made_by(
     return provenance.made_by(
         modules,
         provenance.components_of(
-            modality, arch["name"], arch["options"], objective, "full" if spec.data else None
+            modality,
+            arch["name"],
+            arch["options"],
+            objective,
+            spec.technique.name if spec.data else None,
         ),
     )
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pipeline.config import registry
-from pipeline.config.schema import ComponentConfig, Train, spec_hash
-from pipeline.core.contracts import Technique
+from pipeline.config.schema import FULL, Train, spec_hash
 from pipeline.data.plan import Plan
 from pipeline.report.code_versions import OTHER, describe_changes
 from pipeline.train import source
+from pipeline.train.experiment import technique_of
 from pipeline.transfer import grid, stages
 from pipeline.transfer.stages import JobState
 from pipeline.transfer.targets import TargetStage
@@ -34,8 +34,11 @@ def describe(state: JobState) -> list[str]:
         summary = (
             f"{steps} steps" if isinstance(steps, int) else f"{train.epochs or 1:g} epochs in steps"
         )
+        by = f"{stage.spec.objective}"
+        if stage.spec.technique != FULL:
+            by += f" with {stage.spec.technique}"
         lines.append(
-            f"source {name}: {stage.spec.backbone} by {stage.spec.objective}, {summary} of "
+            f"source {name}: {stage.spec.backbone} by {by}, {summary} of "
             f"{_size(train)} on "
             f"{stage.spec.workers} ranks; {stage.splits.sizes()} [{done}]"
         )
@@ -51,7 +54,7 @@ def describe(state: JobState) -> list[str]:
         plugs = [component for component in plugs if grid.needs_training(component)]
         counts = [
             (
-                _technique(component),
+                technique_of(component),
                 len(names) if registry.get("technique", component.name).from_source else len(kinds),
             )
             for component in plugs
@@ -133,11 +136,6 @@ def _evidence(stage: TargetStage) -> list[str]:
         else f"too few to tell anything: a verdict needs {test.least} in test"
     )
     return [f"target {stage.name}, {test.what}: {counts}; {enough}"]
-
-
-def _technique(component: ComponentConfig) -> Technique:
-    kind = registry.get("technique", component.name)
-    return kind(kind.options_class(**component.options))
 
 
 def _steps(train: Train, rows: int, packed: bool) -> int | str:

@@ -15,6 +15,7 @@ from pipeline.config.schema import ComponentConfig, Job, Target, round_hyper_par
 from pipeline.core.contracts import Technique
 from pipeline.core.rng import mix, row_keys
 from pipeline.data.stream import Rows
+from pipeline.train.experiment import technique_of
 from pipeline.train.fit import options_by_content
 from pipeline.train.source import HOW_NOT_WHAT
 
@@ -76,8 +77,7 @@ class Trial:
 
     @property
     def technique_object(self) -> Technique:
-        kind = registry.get("technique", self.technique.name)
-        return kind(kind.options_class(**self.technique.options))
+        return technique_of(self.technique)
 
 
 def fraction_text(fraction: Fraction, objective: str = "") -> str:

@@ -20,7 +20,6 @@ from pipeline.config import registry
 from pipeline.config.schema import Target, Train, with_hyper_parameters
 from pipeline.core.contracts import Objective, Task
 from pipeline.core.rng import mix
-from pipeline.data.length_buckets import BucketPlan
 from pipeline.data.plan import Plan
 from pipeline.data.stream import (
     Rows,
@@ -28,14 +27,13 @@ from pipeline.data.stream import (
     eval_batches,
     plan_of,
     rows_an_item,
-    train_batches,
 )
 from pipeline.io import atomic_folder, checksums, file_identity, heartbeat, storage, write_fence
 from pipeline.io.file_identity import FileIdentity
 from pipeline.metrics.catalog import Predictions, metric, per_label, scored
 from pipeline.report import stats
-from pipeline.train import evaluate, loop, saved_inputs
-from pipeline.train.log import MetricsLog, RowTrace
+from pipeline.train import evaluate, experiment, loop, saved_inputs
+from pipeline.train.experiment import Experiment
 from pipeline.train.loop import Ranks
 from pipeline.train.pretrain import device_name, shuffle_of, steps_of
 from pipeline.train.row_checks import Finding
@@ -317,170 +315,119 @@ def run(
     report: Report = lambda step, steps, metrics: None,
     alive: Callable[[], None] = heartbeat.beat,
 ) -> Record:
-    """Train, validate and (final trials) test once; write the record, predictions and bundle;
-    return the record.
+    """Train, validate and (final trials) test once; write record, predictions and bundle.
 
-    ``report`` is told the validations as they come, and may raise loop.Stop. ``alive`` is called at
-    every step. A trial that was killed goes on from its newest resume point; the points are removed
-    when the record is written. Raises TooManyBadRowsError when more rows of a streamed target than
-    its budget allows cannot be decoded.
+    A trial that was killed continues from its newest resume point; the points are removed when the
+    record is written.
+
+    Args:
+        report: Called at every validation; may raise loop.Stop.
+        alive: Called at every step.
+
+    Returns:
+        The record.
+
+    Raises:
+        TooManyBadRowsError: more rows of a streamed target than its budget allows cannot be decoded.
     """
     ranks = ranks or Ranks(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     began = time.time()
-    data = shared.targets[trial.target, trial.base]
+    data, where = shared.targets[trial.target, trial.base], folder(shared, trial)
     train, rows, steps = resolve_training(trial, shared)
     task, moved, start_hash = build(trial, shared)
-    technique = trial.technique_object
-    with torch.random.fork_rng(
-        devices=[]
-    ):  # what a technique adds starts from the trial's seed, as the head does
-        torch.manual_seed(mix(shared.seed, trial.seed, 4))
-        task = technique.wrap(task)
-    plan = order_of(trial, shared, train, rows)
-    ready = evaluate.device_preprocessing(rows, task.objective)
-    autocast = partial(loop.autocast, train, ranks.device)
-    check = evaluate.evaluator(data.validation, data.metrics, ready, ranks, autocast, EVAL_ROWS)
-    log: MetricsLog | None = None
-    notes: list[str] = []
     made = made_by(data.spec, shared.bases[trial.base], trial.technique)
     parent_weights = shared.parent_weights.get(trial.source)
-    began_with: list[dict[str, Any]] = []
+    begun_by: list[dict[str, Any]] = []
 
-    def on_start(step: int, passed_over: list[str]) -> None:
-        nonlocal log
-        notes.extend(passed_over)
-        if ranks.first:
-            where = folder(shared, trial)
-            began_with.extend(
-                saved_inputs.record_start(where, made, parent_weights, step, [trial.id])
-            )
-            log = MetricsLog(where, step)
+    def on_start(step: int) -> None:
+        begun_by.extend(saved_inputs.record_start(where, made, parent_weights, step, [trial.id]))
 
-    def on_log(record: dict[str, Any]) -> None:
-        if log:
-            log.write(record)
-
-    def on_eval(step: int, metrics: dict[str, Any]) -> None:
-        on_log({"step": step, "steps": steps, **{f"validation_{k}": v for k, v in metrics.items()}})
-        report(step, steps, metrics)
-
-    bad: list[tuple[int, str]] = []
-
-    def bad_rows(found: list[tuple[int, str]], seen: int) -> None:
-        bad.extend(found)
-        check_bad_row_budget(bad, len(rows), data.spec.data.max_bad_rows, rows.selection)
-
-    keeper = loop.KeepBest(data.metrics[0], train.keep)
-    trace = RowTrace(folder(shared, trial), ranks.rank) if train.trace_rows else None
-    work = loop.TrainingRun(
-        task=task,
-        technique=technique,
-        train=train,
-        steps=steps,
-        seed=mix(shared.seed, trial.seed, 3),
-        batches=partial(
-            train_batches,
-            rows,
-            plan,
-            rank=ranks.rank,
-            ranks=ranks.count,
-            place="train",
-            pin=ranks.device.type == "cuda",
-        ),
-        ready=ready,
-        keeper=keeper,
-        evaluate=check,
-        ranks=ranks,
-        checkpoints=checkpoints(shared, trial),
-        on_start=on_start,
-        on_log=on_log,
-        on_eval=on_eval,
-        on_rows=trace,
-        alive=alive,
-        bad_rows=bad_rows,
-        restarts=True,
-    )
     if ranks.first:
-        saved_inputs.drop_incompatible(folder(shared, trial), made, parent_weights, shared.remake)
-    try:
-        outcome = loop.fit(work) if technique.needs_training else loop.evaluate_untrained(work)
-    except BaseException:
-        if log:
-            log.abandon()
-        raise
-    if log:
-        log.close()
-    test: Predictions | None = None
-    task = technique.finish(task)
+        saved_inputs.drop_incompatible(where, made, parent_weights, shared.remake)
+    finished = experiment.run(
+        Experiment(
+            task=task,
+            technique=trial.technique_object,
+            technique_seed=mix(shared.seed, trial.seed, 4),
+            train=train,
+            steps=steps,
+            seed=mix(shared.seed, trial.seed, 3),
+            rows=rows,
+            plan=order_of(trial, shared, train, rows),
+            validation=data.validation,
+            metrics=data.metrics,
+            eval_batch=EVAL_ROWS,
+            max_bad_rows=data.spec.data.max_bad_rows,
+            folder=where,
+            log_folder=where,
+            restarts=True,
+            on_start=on_start,
+            on_validation=report,
+            on_step=alive,
+        ),
+        ranks,
+    )
+    task, test = finished.task, None
     if trial.stage == "final":
-        if task.objective.needs_calibration:
-            held = evaluate.predictions(
-                task, _batches(data.validation, ranks), ready, ranks, autocast()
-            )
-            task.objective.calibrate(
-                evaluate.gather_predictions(
-                    evaluate.Postprocessor(data.validation)(task.objective, held), ranks
-                )
-            )
-        task = technique.at_test(task, None)
-        lost: list[tuple[int, str]] = []
-        mine = evaluate.predictions(
-            task, _batches(data.test, ranks), ready, ranks, autocast(), lost.extend
-        )
-        check_bad_row_budget(lost, len(data.test), data.spec.data.max_bad_rows, data.test.selection)
-        mine = evaluate.Postprocessor(data.test).rollout_evaluation(task, mine)
-        test = evaluate.gather_predictions(mine, ranks)
-        moved += (
-            f"; {len(data.test) - len(test['row'])} test rows could not be read"
-            if len(test["row"]) < len(data.test)
-            else ""
-        )
-    unread = _unreadable_rows(bad, ranks)
-    if unread:
-        row, reason = min(unread.items())
-        moved += (
-            f"; {len(unread)} training rows left out ({rows.selection.manifest.place(row)}: "
-            f"{reason}{', ...' if len(unread) > 1 else ''})"
-        )
-    moved += "".join(f"; {note}" for note in notes)
-    seconds = outcome.seconds_before + time.time() - began
+        task, test = predict_test(task, trial, data, train, ranks)
+    unread = {row: why for (split, row), why in finished.bad_rows.items() if split == "train"}
+    moved = "; ".join([moved, *_rows_left_out(data, test, rows, unread), *finished.damaged])
     metadata = {
-        "params_trained": outcome.params_trained,
-        "steps": outcome.steps,
-        "seconds": seconds,
+        **finished.metadata(),
+        "seconds": finished.outcome.seconds_before + time.time() - began,
         "device": device_name(ranks.device),
         "start_weights": start_hash,
         "transfer": moved,
-        "n_train": len(rows) - len(unread) if technique.needs_training else 0,
-        "curve": outcome.curve,
-        "kept_step": keeper.step,
-        "skipped_steps": outcome.skipped_steps,
-        "resumed_from": outcome.resumed_from,
-        "begun_by": began_with,
+        "n_train": len(rows) - len(unread) if trial.technique_object.needs_training else 0,
+        "begun_by": begun_by,
         "fitted": calibration_of(task.objective),
-        **({"padding_share": round(plan.padding(), 4)} if isinstance(plan, BucketPlan) else {}),
     }
-    record = make_record(trial, shared, train, began, metadata, keeper.metrics, test)
+    record = make_record(trial, shared, train, began, metadata, finished.metrics, test)
     if ranks.first:
         file_identity.check_unchanged(data.reads)
-        write(
-            trial,
-            shared,
-            record,
-            test,
-            task if shared.keep_bundles and trial.stage == "final" else None,
-            task.objective.rollout_frames,
-        )
+        is_kept = shared.keep_bundles and trial.stage == "final"
+        write(trial, shared, record, test, task if is_kept else None, task.objective.rollout_frames)
     return record
 
 
-def _unreadable_rows(bad: list[tuple[int, str]], ranks: Ranks) -> dict[int, str]:
-    """Rows that some rank could not read, each once, with the reason."""
-    everyone: list[Any] = [bad]
-    if ranks.count > 1:
-        everyone = [None] * ranks.count
-        torch.distributed.all_gather_object(everyone, bad)
-    return {row: reason for part in everyone for row, reason in part}
+def predict_test(
+    task: Task, trial: Trial, data: TargetData, train: Train, ranks: Ranks
+) -> tuple[Task, Predictions]:
+    """Calibrate on the validation rows, then predict the test rows, each once.
+
+    Returns:
+        The task as it was tested, and the predictions of all ranks.
+    """
+    ready = evaluate.device_preprocessing(data.test, task.objective)
+    autocast = partial(loop.autocast, train, ranks.device)
+    objective = task.objective
+    if objective.needs_calibration:
+        batches = _batches(data.validation, ranks)
+        mine = evaluate.predictions(task, batches, ready, ranks, autocast())
+        mine = evaluate.Postprocessor(data.validation)(objective, mine)
+        objective.calibrate(evaluate.gather_predictions(mine, ranks))
+    task = trial.technique_object.at_test(task, None)
+    bad: list[tuple[int, str]] = []
+    batches = _batches(data.test, ranks)
+    mine = evaluate.predictions(task, batches, ready, ranks, autocast(), bad.extend)
+    check_bad_row_budget(bad, len(data.test), data.spec.data.max_bad_rows, data.test.selection)
+    mine = evaluate.Postprocessor(data.test).rollout_evaluation(task, mine)
+    return task, evaluate.gather_predictions(mine, ranks)
+
+
+def _rows_left_out(
+    data: TargetData, test: Predictions | None, rows: Rows, unread: dict[int, str]
+) -> list[str]:
+    """In words, how many test and training rows could not be read."""
+    notes = []
+    if test is not None and len(test["row"]) < len(data.test):
+        notes.append(f"{len(data.test) - len(test['row'])} test rows could not be read")
+    if unread:
+        row, reason = min(unread.items())
+        first = f"{rows.selection.manifest.place(row)}: {reason}"
+        more = ", ..." if len(unread) > 1 else ""
+        notes.append(f"{len(unread)} training rows left out ({first}{more})")
+    return notes
 
 
 def _batches(rows: Rows, ranks: Ranks):

@@ -245,7 +245,7 @@ def rows_that_metrics_see(ranks: Ranks, n: int) -> list[int]:
             evaluate, "values", lambda found, names: seen.extend(found["row"].tolist()) or {}
         )
         check = evaluate.evaluator(
-            rows,
+            rows.part(ranks.rank, ranks.count),
             ("loss",),
             evaluate.device_preprocessing(rows),
             ranks,

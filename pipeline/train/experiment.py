@@ -1,0 +1,322 @@
+"""One training run of a source or of a trial, put together the same way for both.
+
+`run` reads downward: the technique, the validation, the log, the loop, the technique's end. What
+tells sources and trials apart stays with them: the weights that a task starts with, how its rows
+are read, what is written at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pipeline.config import registry
+from pipeline.config.schema import ComponentConfig, Train
+from pipeline.core.contracts import Batch, Task, Technique
+from pipeline.data.length_buckets import BucketPlan
+from pipeline.data.plan import Plan
+from pipeline.data.stream import (
+    DataWorkers,
+    Place,
+    Rows,
+    check_bad_row_budget,
+    train_batches,
+)
+from pipeline.io import heartbeat, storage
+from pipeline.train import evaluate, loop, saved_inputs
+from pipeline.train.log import MetricsLog, RowTrace
+from pipeline.train.loop import Outcome, Ranks
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Everything that one training run is made of; the same on every rank."""
+
+    task: Task
+    """Backbone and objective with the weights that training starts from."""
+    technique: Technique
+    technique_seed: int
+    """Of the random numbers with which the technique initialises what it adds."""
+    train: Train
+    steps: int
+    seed: int
+    """Of the random numbers that are drawn in training."""
+    rows: Rows
+    """The training rows of all ranks."""
+    plan: Plan
+    """The order in which they are read."""
+    validation: Rows | None
+    """The validation rows of all ranks; None: the last weights are kept."""
+    metrics: tuple[str, ...]
+    """Metrics of the validation rows; the first one decides which weights are kept."""
+    eval_batch: int
+    """Rows of a validation batch."""
+    max_bad_rows: float
+    """Share of a split's rows that may be unusable before the run stops."""
+    folder: str
+    """Of the run: resume points (``checkpoints/``) and traces of rows are written here."""
+    log_folder: str
+    lost: int = 0
+    """Training rows that were left out before; they count against the same budget."""
+    quarantined: tuple[dict[str, Any], ...] = ()
+    """Rows that were left out before, for the list of them."""
+    place: Place = "train"
+    """Where training rows are decoded."""
+    threads: int = 1
+    """Of this process, for decoding."""
+    workers: DataWorkers | None = None
+    """Ray Data's share of the cluster, where it decodes."""
+    decode_validation_bytes: int = 0
+    """A rank's validation rows are decoded once where they take no more than this."""
+    extra_metrics: dict[str, Callable[[Task], float]] = field(default_factory=dict)
+    """Computed at every validation beside ``metrics``."""
+    restarts: bool = False
+    """Whether training starts again from step 0 where every resume point is damaged."""
+    on_start: Callable[[int], None] = lambda step: None
+    """Called on rank 0 with the step at which training starts, before anything is logged."""
+    on_record: Callable[[dict[str, Any]], None] = lambda record: None
+    """Called on rank 0 with each record of the log."""
+    on_validation: Callable[[int, int, dict[str, Any]], None] = lambda step, steps, metrics: None
+    """Called with step, steps in all and metrics; may raise loop.Stop."""
+    on_step: Callable[[], None] = heartbeat.beat
+    """Called at every step."""
+
+    @property
+    def checkpoints(self) -> str:
+        return checkpoints_of(self.folder)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a run leaves."""
+
+    task: Task
+    """As the technique leaves it: adapters are merged into the weights."""
+    outcome: Outcome
+    kept_step: int
+    metrics: dict[str, float]
+    """Validation metrics of the weights that were kept."""
+    bad_rows: dict[tuple[str, int], str]
+    """(split, row) to the reason why it could not be used, of all ranks."""
+    warning: str
+    """The objective's newest warning, or an empty string."""
+    damaged: list[str]
+    """A line for each damaged resume point that was passed over."""
+    padding: dict[str, float]
+
+    def metadata(self) -> dict[str, Any]:
+        """What the records of sources and of trials say alike."""
+        outcome = self.outcome
+        return {
+            "steps": outcome.steps,
+            "params_trained": outcome.params_trained,
+            "skipped_steps": outcome.skipped_steps,
+            "resumed_from": outcome.resumed_from,
+            "curve": outcome.curve,
+            "kept_step": self.kept_step,
+            **self.padding,
+        }
+
+
+def technique_of(config: ComponentConfig) -> Technique:
+    """A technique with the options that the job gives it."""
+    kind = registry.get("technique", config.name)
+    return kind(kind.options_class(**config.options))
+
+
+def checkpoints_of(folder: str) -> str:
+    """The folder of the resume points of a run."""
+    return storage.join(folder, saved_inputs.CHECKPOINTS)
+
+
+def run(experiment: Experiment, ranks: Ranks) -> Finished:
+    """Train from the newest resume point, if there is one, and validate; called by every rank.
+
+    Raises:
+        TooManyBadRowsError: more rows of a split are unusable than the budget allows.
+        NonFiniteError: too many steps in a row were not finite.
+    """
+    train, technique, rows = experiment.train, experiment.technique, experiment.rows
+    objective = experiment.task.objective
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(experiment.technique_seed)
+        task = technique.wrap(experiment.task)
+
+    ready = evaluate.device_preprocessing(rows, objective)
+    record = _Record(experiment, ranks)
+    check = _validator(experiment, ranks, ready, record.bad_rows)
+    keeper = loop.KeepBest(experiment.metrics[0], "last" if objective.couples_rows else train.keep)
+    batches = partial(
+        train_batches,
+        rows,
+        experiment.plan,
+        rank=ranks.rank,
+        ranks=ranks.count,
+        place=experiment.place,
+        pin=ranks.device.type == "cuda",
+        threads=experiment.threads,
+        workers=experiment.workers,
+        device=ranks.device,
+    )
+    work = loop.TrainingRun(
+        task=task,
+        technique=technique,
+        train=train,
+        steps=experiment.steps,
+        seed=experiment.seed,
+        batches=batches,
+        ready=ready,
+        keeper=keeper,
+        evaluate=check,
+        ranks=ranks,
+        checkpoints=experiment.checkpoints,
+        restarts=experiment.restarts,
+        on_start=record.start,
+        on_log=record.write,
+        on_eval=record.validated,
+        on_rows=RowTrace(experiment.folder, ranks.rank) if train.trace_rows else None,
+        bad_rows=partial(record.bad_rows.add, "train"),
+        alive=experiment.on_step,
+    )
+    with record:
+        outcome = loop.fit(work) if technique.needs_training else loop.evaluate_untrained(work)
+    plan = experiment.plan
+    return Finished(
+        task=technique.finish(task),
+        outcome=outcome,
+        kept_step=keeper.step,
+        metrics=keeper.metrics,
+        bad_rows=record.bad_rows.found,
+        warning=record.warning,
+        damaged=record.damaged,
+        padding={"padding_share": round(plan.padding(), 4)} if isinstance(plan, BucketPlan) else {},
+    )
+
+
+def _validator(
+    experiment: Experiment,
+    ranks: Ranks,
+    ready: Callable[[Batch, bool], Batch],
+    bad_rows: BadRows,
+) -> Callable[[Task], dict[str, float]] | None:
+    """A function that gives the validation metrics of a task, the same on every rank."""
+    if experiment.validation is None:
+        return None
+    mine = experiment.validation.part(ranks.rank, ranks.count)
+    limit = experiment.decode_validation_bytes
+    if mine.arrays is None and limit and mine.decoder.size(mine.selection) <= limit:
+        mine = mine.in_memory(1.0, cpus=0)
+        bad_rows.add("validation", mine.bad)
+    check = evaluate.evaluator(
+        mine,
+        experiment.metrics,
+        ready,
+        ranks,
+        partial(loop.autocast, experiment.train, ranks.device),
+        experiment.eval_batch,
+        experiment.threads,
+        on_bad=partial(bad_rows.add, "validation"),
+    )
+    extra = experiment.extra_metrics
+    return lambda task: {**check(task), **{name: compute(task) for name, compute in extra.items()}}
+
+
+class BadRows:
+    """Rows of all ranks that could not be used, each once; every rank holds them against the budget."""
+
+    def __init__(self, experiment: Experiment, ranks: Ranks):
+        self.selections = {"train": experiment.rows.selection}
+        if experiment.validation is not None:
+            self.selections["validation"] = experiment.validation.selection
+        self.lost = {"train": experiment.lost}
+        self.max_bad_rows, self.ranks = experiment.max_bad_rows, ranks
+        self.new: list[tuple[str, int, str]] = []
+        self.found: dict[tuple[str, int], str] = {}
+
+    def add(self, split: str, bad: Iterable[tuple[int, str]]) -> None:
+        """Note rows of this rank; the others learn of them at the next ``gather``."""
+        self.new += [(split, row, reason) for row, reason in bad]
+
+    def gather(self) -> list[dict[str, Any]]:
+        """Share what was noted with all ranks; called by every rank at the same steps.
+
+        Returns:
+            The rows that no rank had noted before, as the log lists them.
+        """
+        everyone: list[Any] = [self.new]
+        if self.ranks.count > 1:
+            everyone = [None] * self.ranks.count
+            dist.all_gather_object(everyone, self.new)
+        self.new = []
+        noted = {(split, row): reason for part in everyone for split, row, reason in part}
+        fresh = {key: reason for key, reason in noted.items() if key not in self.found}
+        self.found |= fresh
+        return [
+            {
+                "split": split,
+                "row": row,
+                "place": self.selections[split].manifest.place(row),
+                "reason": reason,
+            }
+            for (split, row), reason in fresh.items()
+        ]
+
+    def check(self) -> None:
+        """Raise TooManyBadRowsError, on all ranks or on none, where a split is over the budget."""
+        for split, selection in self.selections.items():
+            bad = [(row, reason) for (of, row), reason in self.found.items() if of == split]
+            lost = self.lost.get(split, 0)
+            check_bad_row_budget(bad, len(selection), self.max_bad_rows, selection, lost)
+
+
+class _Record:
+    """What a run reports as it goes: to its log, to the budget of bad rows, to whoever waits."""
+
+    def __init__(self, experiment: Experiment, ranks: Ranks):
+        self.experiment, self.ranks = experiment, ranks
+        self.bad_rows = BadRows(experiment, ranks)
+        self.log: MetricsLog | None = None
+        self.damaged: list[str] = []
+        self.warning = ""
+
+    def __enter__(self) -> _Record:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
+        if self.log and kind is None:
+            self.log.close()
+        elif self.log:
+            self.log.abandon()
+
+    def start(self, step: int, damaged: list[str]) -> None:
+        self.damaged = damaged
+        if self.ranks.first:
+            self.experiment.on_start(step)
+            self.log = MetricsLog(self.experiment.log_folder, step)
+            if self.experiment.quarantined:
+                self.log.quarantine(list(self.experiment.quarantined))
+
+    def write(self, record: dict[str, Any]) -> None:
+        fresh = self.bad_rows.gather()
+        if fresh and self.log:
+            self.log.quarantine(fresh)
+        if fresh:
+            self.bad_rows.check()
+        self.warning = record.get("warning", self.warning)
+        if not self.log:
+            return
+        if self.bad_rows.found:
+            record["bad_rows"] = len(self.bad_rows.found)
+        self.log.write(record)
+        self.experiment.on_record(record)
+
+    def validated(self, step: int, metrics: dict[str, Any]) -> None:
+        extra, steps = self.experiment.extra_metrics, self.experiment.steps
+        named = {k if k in extra else f"validation_{k}": value for k, value in metrics.items()}
+        self.write({"step": step, "steps": steps, **named})
+        self.experiment.on_validation(step, steps, metrics)
