@@ -1,7 +1,7 @@
 #!/bin/bash
 # One job on a Slurm cluster: Ray is started on the nodes of the allocation, the job runs on the first, Ray is stopped.
 #
-#   sbatch --nodes=4 cluster/slurm.sh jobs/vision.yaml --set storage=/shared/runs
+#   sbatch --nodes=4 cluster/slurm.sh jobs/vision/vision.yaml --set storage=/shared/runs
 #
 # Everything after the script's name goes to `onetomany run`. The repository, its environment and the storage must be on
 # a disk that all nodes share. Submit from the repository, or set ONETOMANY_HOME to it and ONETOMANY_PYTHON to a Python.

@@ -7,7 +7,7 @@ place of a pretrained network for records.
 scikit-learn's HistGradientBoostingClassifier with its defaults on, of each variable, mean, least,
 greatest, first, last, number and deviation over 48 hours and over the last 24, beside age, sex,
 height, weight and the kind of unit. Trained on the very stays that the trials of
-jobs/small/physionet2012.yaml are (target mortality, by its shares and seeds), ``and validation`` on
+jobs/healthcare/physionet2012_small.yaml are (target mortality, by its shares and seeds), ``and validation`` on
 those and the validation stays, which trials choose their step by; tested on all of set-b. The job's
 figures stand beside these in its header.
 """
@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import timing
 
-JOB, TARGET = Path(__file__).parents[2] / "jobs/small/physionet2012.yaml", "mortality"
+JOB, TARGET = Path(__file__).parents[2] / "jobs/healthcare/physionet2012_small.yaml", "mortality"
 STATISTICS = ("mean", "min", "max", "first", "last", "count", "std")
 
 

@@ -389,7 +389,7 @@ def slurm(tmp_path):
 
 
 def test_slurm_passes_the_job_on_and_its_exit_code_back(slurm, tmp_path):
-    ended = slurm("jobs/vision.yaml", "--set", "name=a b", "--set", "storage=/shared/it's")
+    ended = slurm("jobs/vision/vision.yaml", "--set", "name=a b", "--set", "storage=/shared/it's")
     assert ended.returncode == 3, ended.stderr
     ray_line, job_line = ended.stdout.splitlines()
     assert (
@@ -397,7 +397,7 @@ def test_slurm_passes_the_job_on_and_its_exit_code_back(slurm, tmp_path):
         in ray_line
     )
     assert job_line == (
-        "job: -P -m pipeline.cli run jobs/vision.yaml --set name=a b --set "
+        "job: -P -m pipeline.cli run jobs/vision/vision.yaml --set name=a b --set "
         "storage=/shared/it's --address auto"
     )
     assert len((tmp_path / "token").read_text()) == 64
@@ -406,7 +406,7 @@ def test_slurm_passes_the_job_on_and_its_exit_code_back(slurm, tmp_path):
 
 
 def test_slurm_does_not_take_a_ray_that_never_started_for_success(slurm):
-    ended = slurm("jobs/vision.yaml", RAY_FAILS="1")
+    ended = slurm("jobs/vision/vision.yaml", RAY_FAILS="1")
     assert ended.returncode == 1
     assert "the job did not start" in ended.stderr
     assert slurm().returncode == 2

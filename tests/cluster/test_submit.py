@@ -62,7 +62,7 @@ def job(tmp_path):
 
 def test_the_entrypoint_survives_the_shell():
     command = entrypoint(
-        Path("my jobs/vision.yaml"), ["name=it's", "fanout.search={lr: [1e-4, $HOME]}"]
+        Path("my jobs/vision/vision.yaml"), ["name=it's", "fanout.search={lr: [1e-4, $HOME]}"]
     )
     words = [
         "python",
@@ -70,7 +70,7 @@ def test_the_entrypoint_survives_the_shell():
         "-m",
         "pipeline.cli",
         "run",
-        "my jobs/vision.yaml",
+        "my jobs/vision/vision.yaml",
         "--address",
         "auto",
     ]

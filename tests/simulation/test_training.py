@@ -82,7 +82,7 @@ def test_the_pendulum_is_balanced():
 
 @pytest.mark.slow
 def test_the_hopper_hops():
-    """The figure that jobs/locomotion.yaml rests on: about four minutes of one core."""
+    """The figure that jobs/robotics/locomotion.yaml rests on: about four minutes of one core."""
     world = World("Hopper-v5", steps=1000, seed=0, dynamics={})
     assert (
         np.mean(returns(world, train(world, env_steps=1_000_000, seed=0).act, range(100, 110)))
