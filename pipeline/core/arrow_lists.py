@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
+
+from pipeline.core.arrow_compute import pc
 
 LONG_BYTES = 4096
 """Lists of lists are copied row by row where a row holds so much on average; of smaller ones
@@ -99,7 +100,7 @@ def joined(column: pa.ChunkedArray) -> Any:
 
 def lengths(lists: Any) -> np.ndarray:
     """(n,) whole numbers, how long each list is, -1 for null."""
-    return filled(pc.list_value_length(lists), -1)  # pyright: ignore[reportAttributeAccessIssue]
+    return filled(pc.list_value_length(lists), -1)
 
 
 def filled(array: Any, value: float) -> np.ndarray:

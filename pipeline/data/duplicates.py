@@ -29,12 +29,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 
 from pipeline.config import registry
 from pipeline.config.schema import spec_hash
 from pipeline.core import arrow_lists
+from pipeline.core.arrow_compute import pc
 from pipeline.data.loader import threaded_map
 from pipeline.data.manifest import Reader, Selection, value_text
 from pipeline.data.stream import map_items

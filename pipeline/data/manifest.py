@@ -19,13 +19,13 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.config import registry
 from pipeline.config.registry import nearest
 from pipeline.config.schema import Data, spec_hash
 from pipeline.core import arrow_lists
+from pipeline.core.arrow_compute import pc
 from pipeline.data import to_parquet
 from pipeline.io import file_identity, storage
 from pipeline.io.file_identity import FileIdentity
@@ -317,7 +317,7 @@ def _expanded_bytes(part: pa.Array) -> int:
         return part.nbytes
     # pyright: ignore
     sizes = pc.fill_null(pc.binary_length(part.dictionary), 0).to_numpy(zero_copy_only=False)
-    places = pc.drop_null(part.indices).to_numpy(zero_copy_only=False)  # pyright: ignore
+    places = pc.drop_null(part.indices).to_numpy(zero_copy_only=False)
     return (
         int(
             np.bincount(places, minlength=len(sizes))[: len(sizes)].astype(np.int64)
@@ -422,7 +422,7 @@ def group_numbers(values: pa.ChunkedArray) -> np.ndarray:
     """(n,) int64: one number for all rows of a group; each row without one (null) has a number of
     its own.
     """
-    coded = pc.dictionary_encode(values.combine_chunks())  # pyright: ignore
+    coded = pc.dictionary_encode(values.combine_chunks())
     found = coded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
     alone = found < 0
     found[alone] = len(coded.dictionary) + np.arange(alone.sum())
@@ -437,7 +437,7 @@ def _share(values: pa.ChunkedArray | None, ids: np.ndarray, salt: str) -> np.nda
     own = (keys.view(np.uint64) >> np.uint64(11)).astype(np.float64) / float(1 << 53)
     if values is None:
         return own
-    coded = pc.dictionary_encode(values.combine_chunks())  # pyright: ignore
+    coded = pc.dictionary_encode(values.combine_chunks())
     texts = [
         str(value) if isinstance(value, bool) else value_text(value)
         for value in coded.dictionary.to_pylist()
@@ -648,7 +648,7 @@ def _splits(data: Data, roles: tuple[str, ...], at: str, imports_uri: str) -> Sp
                 given[name] = whole.keep(mask)
         train = given.get("train", whole.keep(np.zeros(len(whole), dtype=bool)))
         if not len(train):
-            coded = pc.dictionary_encode(declared.combine_chunks())  # pyright: ignore
+            coded = pc.dictionary_encode(declared.combine_chunks())
             held = _values_of(coded, data.split_column, whole, data)
             # values that the job file states may come from the environment and be secret
             stated = data.values_of("train")
@@ -810,10 +810,10 @@ def _paths_of(selection: Selection, name: str) -> list[str]:
     reader = Reader(selection.manifest, [name])
     for start, stop in pairwise(selection.boundaries.tolist()):
         cells = reader.take(ids[start:stop])[name].combine_chunks()
-        paths = pc.struct_field(cells, "path").to_pylist()  # pyright: ignore
+        paths = pc.struct_field(cells, "path").to_pylist()
         has_bytes = np.zeros(len(paths), dtype=bool)
         if cells.type.get_field_index("bytes") >= 0:
-            has_bytes = _has_bytes(pc.struct_field(cells, "bytes"))  # pyright: ignore
+            has_bytes = _has_bytes(pc.struct_field(cells, "bytes"))
         out += [path for path, inside in zip(paths, has_bytes, strict=True) if path and not inside]
     return out
 
@@ -824,7 +824,7 @@ def _has_bytes(values: pa.Array) -> np.ndarray:
     """
     if pa.types.is_null(values.type):
         return np.zeros(len(values), dtype=bool)
-    sizes = pc.fill_null(pc.binary_length(values), 0)  # pyright: ignore[reportAttributeAccessIssue]
+    sizes = pc.fill_null(pc.binary_length(values), 0)
     return sizes.to_numpy(zero_copy_only=False) > 0
 
 

@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from torch import nn
 
+from pipeline.core.arrow_compute import pc
 from pipeline.core.arrow_lists import filled, floats, is_list, joined, lengths
 
 NONE, CLASSES = -1, -2
@@ -244,8 +244,8 @@ def _numbers(
             "numbers" + (" or of class names" if role == "actions" else "")
         )
     steps = lengths(column).astype(np.int64)
-    inner = pc.list_flatten(column)  # pyright: ignore[reportAttributeAccessIssue]
-    length, flat = lengths(inner), pc.list_flatten(inner)  # pyright: ignore
+    inner = pc.list_flatten(column)
+    length, flat = lengths(inner), pc.list_flatten(inner)
     values = floats(flat)
     starts = np.concatenate([[0], np.cumsum(np.maximum(steps, 0))])
     widths = np.zeros(len(column), dtype=np.int64)
@@ -303,7 +303,7 @@ def _classes(
             "numbers or of class names"
         )
     steps = lengths(column).astype(np.int64)
-    flat = pc.cast(pc.list_flatten(column), pa.string()).dictionary_encode()  # pyright: ignore
+    flat = pc.cast(pc.list_flatten(column), pa.string()).dictionary_encode()
     values, ends = filled(flat.indices, -1), np.concatenate([[0], np.cumsum(np.maximum(steps, 0))])
     for i in np.flatnonzero(steps < 0).tolist():
         reasons[i] = reasons[i] or f"the {role} are null"

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
+from pipeline.core.arrow_compute import pc
 from pipeline.core.capabilities import NameDifference
 from pipeline.core.ragged import ragged
 

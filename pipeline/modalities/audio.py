@@ -13,13 +13,13 @@ from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as nn
 
 from pipeline.config.registry import Options, register
+from pipeline.core.arrow_compute import pc
 from pipeline.core.arrow_lists import holds_files
 from pipeline.core.contracts import Arrays, Batch, Modality
 from pipeline.core.ragged import ragged

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from pipeline.config.registry import Options, register
+from pipeline.core.arrow_compute import pc
 from pipeline.core.arrow_lists import filled, floats, is_list, joined, lengths
 from pipeline.core.capabilities import NameDifference
 from pipeline.core.contracts import Arrays, Batch, Modality
@@ -267,7 +267,7 @@ class Events(Modality):
 
     def decode(self, table, columns) -> tuple[Arrays, list[str]]:
         (row, time, name, value), reasons = _lists(table, columns)
-        known = filled(pc.index_in(name.dictionary, value_set=self.names), -1)  # pyright: ignore
+        known = filled(pc.index_in(name.dictionary, value_set=self.names), -1)
         place = known[name.indices.to_numpy()]
         kept = (place >= 0) & (time >= -self.options.before) & (time < self.options.hours)
         if not kept.all():
@@ -365,7 +365,7 @@ def _lists(table: pa.Table, columns: dict[str, str]) -> tuple[Parts, list[str]]:
     good = np.array([not reason for reason in reasons], dtype=bool)
     if not good.all():
         found = {role: column.filter(pa.array(good)) for role, column in found.items()}
-    flat = {role: pc.list_flatten(column) for role, column in found.items()}  # pyright: ignore
+    flat = {role: pc.list_flatten(column) for role, column in found.items()}
     row = np.repeat(np.arange(len(table)), np.where(good, n, 0))
     time, value = floats(flat["times"]), floats(flat["values"])
     name = (

@@ -11,13 +11,13 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from pydantic import Field
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from pipeline.config.registry import Options, register
+from pipeline.core.arrow_compute import pc
 from pipeline.core.arrow_lists import is_bytes, is_list, is_text
 from pipeline.core.capabilities import TruncationStats
 from pipeline.core.contracts import Arrays, Modality
@@ -541,7 +541,7 @@ def _words(column, role: str) -> tuple[list[list[bytes]], list[str]]:
     column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     documents, bad = _documents(column.flatten(), "word")
     rows, reasons, place = [], [], 0
-    for count in pc.list_value_length(column).to_pylist():  # pyright: ignore
+    for count in pc.list_value_length(column).to_pylist():
         here = slice(place, place + (count or 0))
         place = here.stop
         row = [bytes(word) for word in documents[here]]

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from pipeline.config.registry import Options, nearest, register
+from pipeline.core.arrow_compute import pc
 from pipeline.core.arrow_lists import is_list
 from pipeline.core.contracts import Arrays, Modality
 from pipeline.core.ragged import ragged

@@ -11,11 +11,11 @@ from typing import Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pipeline.core.arrow_compute import pc
 from pipeline.core.arrow_lists import is_list
 
 LOG_STD = (-5.0, 2.0)
@@ -65,7 +65,7 @@ def names_of(column: pa.ChunkedArray) -> list[str]:
     """The class names of all rows, as texts, sorted: the order that modality trajectory gives
     them.
     """
-    flat = pc.cast(pc.list_flatten(column), pa.string())  # pyright: ignore
+    flat = pc.cast(pc.list_flatten(column), pa.string())
     return sorted(name for name in flat.unique().to_pylist() if name is not None)
 
 

@@ -10,13 +10,13 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.config.registry import Options, nearest, register
+from pipeline.core.arrow_compute import pc
 from pipeline.core.contracts import Arrays, Backbone, Batch, Objective
 from pipeline.nn import action_heads
 from pipeline.simulation.environment import World, make
@@ -212,7 +212,7 @@ class BehaviourCloning(Objective):
         reasons = [
             "" if many else f"{name} holds no action" for many in action_heads.counts(table[name])
         ]
-        if pc.list_flatten(table[name]).null_count:  # pyright: ignore[reportAttributeAccessIssue]
+        if pc.list_flatten(table[name]).null_count:
             for row, steps in enumerate(table[name].to_pylist()):
                 reasons[row] = reasons[row] or (
                     f"{name} lacks the action of a step" if None in steps else ""

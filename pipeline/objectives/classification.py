@@ -7,13 +7,13 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.config.registry import Options, nearest, register
+from pipeline.core.arrow_compute import pc
 from pipeline.core.contracts import Arrays, Backbone, Batch, Objective
 from pipeline.core.rng import uniform
 from pipeline.metrics import calibration
@@ -120,7 +120,7 @@ class Classification(Objective):
         )
         column = table[columns["label"]]
         _refuse_nulls(column, columns["label"])
-        values = sorted(pc.unique(column).to_pylist())  # pyright: ignore
+        values = sorted(pc.unique(column).to_pylist())
         if len(values) < 2:
             raise ValueError(
                 f"column {columns['label']}: the training rows hold one label only ({values}); "
@@ -173,9 +173,9 @@ class Classification(Objective):
                 "the training rows are like "
                 f"{state['values'][0]!r}; write both in one type"
             ) from None
-        found = pc.index_in(column, value_set=known)  # pyright: ignore[reportAttributeAccessIssue]
+        found = pc.index_in(column, value_set=known)
         if found.null_count:
-            value = column.filter(pc.is_null(found))[0].as_py()  # pyright: ignore
+            value = column.filter(pc.is_null(found))[0].as_py()
             raise ValueError(
                 f"column {columns['label']}: label {value!r} never stands in the training rows; "
                 f"{nearest(str(value), state['labels'])} ({len(state['labels'])} known)"
@@ -305,7 +305,7 @@ def _refuse_nulls(column: pa.ChunkedArray, name: str) -> None:
     """Raise ValueError where a row has no label (null), with how many and what to do."""
     if not column.null_count:
         return
-    values = [str(value) for value in pc.unique(column.drop_null()).to_pylist()]  # pyright: ignore
+    values = [str(value) for value in pc.unique(column.drop_null()).to_pylist()]
     shown = ", ".join(
         [*sorted(values)[:SHOWN_LABELS], *(["..."] if len(values) > SHOWN_LABELS else [])]
     )

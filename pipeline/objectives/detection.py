@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -32,6 +31,7 @@ from torchvision.ops import (
 )
 
 from pipeline.config.registry import Options, nearest, register
+from pipeline.core.arrow_compute import pc
 from pipeline.core.contracts import Arrays, Backbone, Batch, Features, Objective
 from pipeline.core.rng import uniform
 from pipeline.media import image_io

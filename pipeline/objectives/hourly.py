@@ -8,13 +8,13 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.config.registry import Options, register
+from pipeline.core.arrow_compute import pc
 from pipeline.core.arrow_lists import is_list
 from pipeline.core.contracts import Arrays, Backbone, Batch, Objective
 from pipeline.core.ragged import ragged
@@ -356,6 +356,6 @@ def _lists(column: pa.ChunkedArray, name: str) -> tuple[np.ndarray, np.ndarray]:
     lengths = (
         pc.fill_null(pc.list_value_length(whole), 0).to_numpy(zero_copy_only=False).astype(np.int64)
     )  # pyright: ignore[reportAttributeAccessIssue]
-    flat = pc.list_flatten(whole)  # pyright: ignore[reportAttributeAccessIssue]
+    flat = pc.list_flatten(whole)
     flat = flat.cast(pa.int8()) if pa.types.is_boolean(inner) else flat
     return flat.cast(pa.float64()).to_numpy(zero_copy_only=False), lengths

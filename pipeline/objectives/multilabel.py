@@ -8,13 +8,13 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.config.registry import Options, nearest, register
+from pipeline.core.arrow_compute import pc
 from pipeline.core.arrow_lists import is_list
 from pipeline.core.contracts import Arrays, Backbone, Batch, Objective
 from pipeline.metrics import calibration
@@ -86,7 +86,7 @@ class Multilabel(Objective):
         ``labels`` does not name.
         """
         found, _ = _entries(table[columns["labels"]], columns["labels"], options.separator)
-        names = options.labels or sorted(pc.unique(found).to_pylist())  # pyright: ignore
+        names = options.labels or sorted(pc.unique(found).to_pylist())
         if len(set(names)) != len(names):
             raise ValueError(
                 "option labels of multilabel: "
@@ -207,9 +207,9 @@ def _places(
     known.
     """
     found, rows = _entries(table[columns["labels"]], columns["labels"], state["separator"])
-    places = pc.index_in(found, value_set=pa.array(state["labels"], pa.string()))  # pyright: ignore
+    places = pc.index_in(found, value_set=pa.array(state["labels"], pa.string()))
     if places.null_count:
-        value = found.filter(pc.is_null(places))[0].as_py()  # pyright: ignore
+        value = found.filter(pc.is_null(places))[0].as_py()
         raise ValueError(
             f"column {columns['labels']}: label {value!r} is none of the "
             f"{len(state['labels'])} known ones (those of the training rows, or "
@@ -235,14 +235,14 @@ def _entries(column: pa.ChunkedArray, name: str, separator: str) -> tuple[pa.Arr
     if pa.types.is_null(kind):
         return pa.array([], pa.string()), np.zeros(0, dtype=np.int64)
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        column = pc.split_pattern(column, separator)  # pyright: ignore[reportAttributeAccessIssue]
+        column = pc.split_pattern(column, separator)
     elif not is_list(kind):
         raise ValueError(
             f"column {name} holds {kind}: labels are lists of texts or integers, or texts such "
             f"as 'A{separator}B'"
         )
     whole = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    rows, flat = pc.list_parent_indices(whole), pc.list_flatten(whole)  # pyright: ignore
+    rows, flat = pc.list_parent_indices(whole), pc.list_flatten(whole)
     if pa.types.is_dictionary(flat.type):
         flat = flat.cast(flat.type.value_type)
     if not (
@@ -257,6 +257,6 @@ def _entries(column: pa.ChunkedArray, name: str, separator: str) -> tuple[pa.Arr
             f"column {name}: {flat.null_count} labels inside its lists are null; a row without "
             "labels is an empty list"
         )
-    texts = pc.utf8_trim_whitespace(flat.cast(pa.string()))  # pyright: ignore
-    real = pc.not_equal(texts, "")  # pyright: ignore[reportAttributeAccessIssue]
+    texts = pc.utf8_trim_whitespace(flat.cast(pa.string()))
+    real = pc.not_equal(texts, "")
     return texts.filter(real), rows.filter(real).to_numpy().astype(np.int64)

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.config.registry import Options, register
+from pipeline.core.arrow_compute import pc
 from pipeline.core.contracts import Arrays, Backbone, Batch, Features, Objective
 from pipeline.media.tagging_schemes import answer_scores, texts
 
@@ -330,7 +330,7 @@ def _column(table: pa.Table, columns: dict[str, str], role: str) -> list[Any]:
         inner = {"answers": "text", "answer_start": "answer_start"}[role]
         if column.type.get_field_index(inner) < 0:
             raise ValueError(f"column {name} holds {column.type}, without a field {inner}")
-        column = pc.struct_field(column, inner)  # pyright: ignore[reportAttributeAccessIssue]
+        column = pc.struct_field(column, inner)
     kind = column.type
     while pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_dictionary(kind):
         kind = kind.value_type

@@ -8,13 +8,13 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.config.registry import Options, nearest, register
+from pipeline.core.arrow_compute import pc
 from pipeline.core.arrow_lists import is_list
 from pipeline.core.contracts import Arrays, Backbone, Batch, Features, Objective
 from pipeline.media.tagging_schemes import Tagset, check, scheme, texts
@@ -102,7 +102,7 @@ class Tagging(Objective):
         """
         name = columns["tags"]
         flat, _, numeric = _lists(table[name], name)
-        found = texts(pc.unique(flat).drop_null())  # pyright: ignore[reportAttributeAccessIssue]
+        found = texts(pc.unique(flat).drop_null())
         numbers: dict[str, str] = {}
         if options.names is not None:
             if not numeric:
@@ -175,7 +175,7 @@ class Tagging(Objective):
                     f"column {columns['text']} holds {column.type}: tagging reads a list of "
                     "words, one for each tag"
                 )
-            words = pc.list_value_length(column).to_pylist()  # pyright: ignore
+            words = pc.list_value_length(column).to_pylist()
         rows = texts(_lists(table[columns["tags"]], columns["tags"], flat=False)[0])
         return [_row_problem(tags, count, state) for tags, count in zip(rows, words, strict=True)]
 
@@ -337,7 +337,7 @@ def _lists(
     lengths = (
         pc.fill_null(pc.list_value_length(whole), 0).to_numpy(zero_copy_only=False).astype(np.int64)
     )  # pyright: ignore[reportAttributeAccessIssue]
-    return (pc.list_flatten(whole) if flat else whole), lengths, numeric  # pyright: ignore
+    return (pc.list_flatten(whole) if flat else whole), lengths, numeric
 
 
 def _numbered(flat: pa.Array, name: str, state: dict[str, Any]) -> np.ndarray:
@@ -345,8 +345,8 @@ def _numbered(flat: pa.Array, name: str, state: dict[str, Any]) -> np.ndarray:
     known = state["numbers"] or {label: label for label in state["labels"]}
     # pyright: ignore
     found = pc.index_in(flat, value_set=pa.array([*known], pa.string()), skip_nulls=True)
-    lost = pc.and_(pc.is_null(found), pc.is_valid(flat))  # pyright: ignore
-    if pc.any(lost).as_py():  # pyright: ignore[reportAttributeAccessIssue]
+    lost = pc.and_(pc.is_null(found), pc.is_valid(flat))
+    if pc.any(lost).as_py():
         value = texts(flat.filter(lost).slice(0, 1))[0]
         raise ValueError(
             f"column {name}: tag {value!r} never stands in the training rows (nor in "
@@ -354,7 +354,7 @@ def _numbered(flat: pa.Array, name: str, state: dict[str, Any]) -> np.ndarray:
             f"({len(known)} known)"
         )
     numbers = np.array([*(state["labels"].index(tag) for tag in known.values()), -1])
-    return numbers[pc.fill_null(found, -1).to_numpy(zero_copy_only=False)]  # pyright: ignore
+    return numbers[pc.fill_null(found, -1).to_numpy(zero_copy_only=False)]
 
 
 def _row_problem(tags: list[str | None] | None, words: int | None, state: dict[str, Any]) -> str:

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
+from pipeline.core.arrow_compute import pc
 from pipeline.data.manifest import Selection, read_columns
 from pipeline.metrics import catalog
 from pipeline.metrics.catalog import Metric, Predictions
@@ -51,7 +51,7 @@ def read(selection: Selection, columns: Sequence[str], place: str) -> dict[str, 
         for field in fields:
             if not pa.types.is_struct(values.type) or values.type.get_field_index(field) < 0:
                 raise ValueError(f"{place}: {at} has no field {field!r}; it holds {values.type}")
-            values, at = pc.struct_field(values, field), f"{at}.{field}"  # pyright: ignore
+            values, at = pc.struct_field(values, field), f"{at}.{field}"
         if pa.types.is_nested(values.type):
             raise ValueError(
                 f"{place}: {name} holds {values.type}; a subgroup is one text or number a row "

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from pipeline.config import registry
 from pipeline.config.schema import spec_hash
 from pipeline.core import arrow_lists
+from pipeline.core.arrow_compute import pc
 from pipeline.data import duplicates
 from pipeline.data import manifest as manifests
 from pipeline.data.manifest import Selection

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from safetensors.torch import load_file, save_file
@@ -20,6 +19,7 @@ from pipeline.checkpoints.bundle import BundleError
 from pipeline.config import registry
 from pipeline.config.schema import spec_hash
 from pipeline.core import arrow_lists
+from pipeline.core.arrow_compute import pc
 from pipeline.core.contracts import Arrays, Modality, Objective
 from pipeline.data import manifest as manifests
 from pipeline.data.manifest import Selection
@@ -330,7 +330,7 @@ def _with_kept(
         assert rows is not None
         values = rows[column]
         if name == "file" and pa.types.is_struct(values.type):
-            values = pc.struct_field(values, "path")  # pyright: ignore[reportAttributeAccessIssue]
+            values = pc.struct_field(values, "path")
         found = found.add_column(place, pa.field(written_as[name], values.type), values)
         place += 1
     if classes:

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
+
+from pipeline.core.arrow_compute import pc
 
 NUMBER = r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?"
 BOUND = r"^(?i:<=?|>=?|less than|greater than|under|over)\s*"
@@ -107,13 +108,13 @@ def _texts(values: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
     """For each distinct text (number, second number of a pair, place in REASONS, whether it is a
     bound).
     """
-    text = pc.utf8_trim_whitespace(values).fill_null("")  # pyright: ignore
-    bare = pc.replace_substring_regex(text, BOUND, "")  # pyright: ignore
-    is_number = np.asarray(pc.match_substring_regex(bare, f"^{NUMBER}$"))  # pyright: ignore
+    text = pc.utf8_trim_whitespace(values).fill_null("")
+    bare = pc.replace_substring_regex(text, BOUND, "")
+    is_number = np.asarray(pc.match_substring_regex(bare, f"^{NUMBER}$"))
     # pyright: ignore
     is_pair = np.asarray(pc.match_substring_regex(text, rf"^{NUMBER}\s*/\s*{NUMBER}$"))
-    empty = np.asarray(pc.equal(text, ""))  # pyright: ignore[reportAttributeAccessIssue]
-    censored = is_number & np.asarray(pc.not_equal(bare, text))  # pyright: ignore
+    empty = np.asarray(pc.equal(text, ""))
+    censored = is_number & np.asarray(pc.not_equal(bare, text))
     # pyright: ignore
     halves = pc.replace_substring_regex(pc.if_else(pa.array(is_pair), text, "0/0"), r"\s*/\s*", "/")
     # pyright: ignore

@@ -15,9 +15,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from pipeline.config.registry import Options
+from pipeline.core.arrow_compute import pc
 
 EPS = 1e-6
 """Hours; as Harutyunyan et al. 2019 compare times."""
@@ -178,7 +178,7 @@ def column_array(table: pa.Table, name: str) -> Any:
     column, _, inner = name.partition(".")
     chunks = table[column].chunks
     found = pa.concat_arrays(chunks) if chunks else pa.array([], table.schema.field(column).type)
-    return pc.struct_field(found, inner) if inner else found  # pyright: ignore
+    return pc.struct_field(found, inner) if inner else found
 
 
 def names_of(schema: pa.Schema) -> list[str]:

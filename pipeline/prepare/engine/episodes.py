@@ -17,8 +17,8 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
+from pipeline.core.arrow_compute import pc
 from pipeline.prepare.engine.shard_tasks import (
     BudgetCheck,
     Importer,
@@ -140,7 +140,7 @@ def matrix(column: Any, what: str, width: int = 0) -> np.ndarray:
             .to_numpy(zero_copy_only=False)[:, None]
         )
     held = held.cast(pa.list_(pa.float64()))
-    widths = pc.list_value_length(held).fill_null(0).to_numpy()  # pyright: ignore
+    widths = pc.list_value_length(held).fill_null(0).to_numpy()
     first = width or int(widths[0])
     if (widths != first).any() or not first:
         at = int(np.argmax(widths != first))

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipeline.core.arrow_compute import pc
 from pipeline.io import storage
 
 SHARES = (0, 5, 25, 50, 75, 95, 100)
@@ -120,7 +120,7 @@ def _recordings(rows: pa.Table) -> dict[str, Any]:
     """
     out: dict[str, Any] = {}
     for split in sorted(set(rows["split"].to_pylist())):
-        here = rows.filter(pc.equal(rows["split"], split))  # pyright: ignore
+        here = rows.filter(pc.equal(rows["split"], split))
         seconds = here["seconds"].to_numpy()
         out[split] = {
             "hours": round(float(seconds.sum()) / 3600, 4),
@@ -183,7 +183,7 @@ def duplicates(rows: pa.Table, label: str) -> dict[str, Any]:
     """Rows whose files have equal bytes (SHA-256): how many beyond the first, within and across
     splits, and where their labels differ.
     """
-    counts = pc.value_counts(rows["sha256"].combine_chunks())  # pyright: ignore
+    counts = pc.value_counts(rows["sha256"].combine_chunks())
     # pyright: ignore
     doubled = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
     same: dict[str, list[dict[str, Any]]] = {}

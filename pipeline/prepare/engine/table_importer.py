@@ -21,9 +21,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipeline.core.arrow_compute import pc
 from pipeline.core.rng import mix, row_keys
 from pipeline.io import checksums, storage
 from pipeline.prepare.engine.inputs import InputSplit, Opener, SplitReader
@@ -351,7 +351,7 @@ def _counted(block: pa.Table, amounts: dict[str, str]) -> dict[tuple[str, str], 
     """How many rows of each split a table has, and what its columns' lengths add up to."""
     out: dict[tuple[str, str], int] = {}
     for split in sorted(set(block["split"].to_pylist())):
-        here = block.filter(pc.equal(block["split"], split))  # pyright: ignore
+        here = block.filter(pc.equal(block["split"], split))
         out[split, "rows"] = len(here)
         for name, column in amounts.items():
             out[split, name] = int(_lengths(here[column]).sum())

@@ -11,12 +11,12 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import Field
 
 from pipeline.config import registry
 from pipeline.config.registry import Options, register
+from pipeline.core.arrow_compute import pc
 from pipeline.data.csv_tables import csv_tables
 from pipeline.io import file_identity, storage
 from pipeline.prepare.clinical import plausible
@@ -250,7 +250,7 @@ class LongTable(GroupedImporter):
             for i in np.flatnonzero(reasons != "")
         ]
         table = table.filter(pa.array(reasons == ""))
-        return table.take(pc.sort_indices(table[o.entity])), broken  # pyright: ignore
+        return table.take(pc.sort_indices(table[o.entity])), broken
 
     def _info(self, static: list[str], outcomes: list[str]) -> dict[str, Any]:
         return {
@@ -278,7 +278,7 @@ class LongTable(GroupedImporter):
             if seen is not None
             else pa.array([], pa.int64() if self._kind == "id" else pa.string())
         )
-        return ids.take(pc.sort_indices(ids))  # pyright: ignore[reportAttributeAccessIssue]
+        return ids.take(pc.sort_indices(ids))
 
     def events(
         self,
@@ -445,7 +445,7 @@ def _ids(column: Any, what: str) -> Any:
     if pa.types.is_string(kind):
         return _trimmed(column)
     if pa.types.is_floating(kind):
-        column = pc.if_else(pc.is_nan(column), None, column)  # pyright: ignore
+        column = pc.if_else(pc.is_nan(column), None, column)
     if pa.types.is_integer(kind) or pa.types.is_floating(kind):
         with suppress(pa.ArrowInvalid):  # a fraction, or more than an int64 holds
             return column.cast(pa.int64())
@@ -459,7 +459,7 @@ def _trimmed(column: Any) -> Any:
     """Ids without blanks around them, null where a text stands for nothing."""
     if not pa.types.is_string(column.type):
         return column
-    return without_nulls(pc.utf8_trim_whitespace(column), False)  # pyright: ignore
+    return without_nulls(pc.utf8_trim_whitespace(column), False)
 
 
 def _struct(table: pa.Table, names: list[str]) -> pa.Array:

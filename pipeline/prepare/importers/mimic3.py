@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from pydantic import Field
 
 from pipeline.config.registry import Options, register
+from pipeline.core.arrow_compute import pc
 from pipeline.prepare.clinical import mimic3_stays, plausible
 from pipeline.prepare.engine.grouped import Entities, Events, EventTables, GroupedImporter
 from pipeline.prepare.engine.inputs import Opener
@@ -326,7 +326,7 @@ class Mimic3(GroupedImporter):
             at = np.minimum(np.searchsorted(items, item), max(0, len(items) - 1))
             block.drop(NO_ITEM, item < 0)
             block.drop(UNKNOWN, items[at] != item if len(items) else np.ones(len(item), dtype=bool))
-            status = pc.utf8_lower(batch["statusdescription"].combine_chunks())  # pyright: ignore
+            status = pc.utf8_lower(batch["statusdescription"].combine_chunks())
             # pyright: ignore
             block.drop("rewritten", np.asarray(pc.is_in(status, value_set=pa.array(CANCELLED))))
             amount = plausible.numbers(batch["amount"])
@@ -340,7 +340,7 @@ class Mimic3(GroupedImporter):
             block.drop(OTHER_AMOUNT, (kinds >= 0) & (own >= 0) & (kinds != own))
             values = amount.values * factors
             batch, at, values = block.keep(batch), at[block.good], values[block.good]
-            time = pc.coalesce(batch["charttime"], batch["endtime"])  # pyright: ignore
+            time = pc.coalesce(batch["charttime"], batch["endtime"])
             rows, hours = block.place(batch, time)
             yield Events(rows, hours, at[block.good], names, values[block.good])
 

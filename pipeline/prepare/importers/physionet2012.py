@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from pydantic import Field
 
 from pipeline.config.registry import Options, register
+from pipeline.core.arrow_compute import pc
 from pipeline.prepare.clinical import plausible
 from pipeline.prepare.engine.grouped import Entities, Events, EventTables, GroupedImporter
 from pipeline.prepare.engine.importing import preview
@@ -359,9 +359,9 @@ class Physionet2012(GroupedImporter):
         # pyright: ignore
         good = np.asarray(pc.match_substring_regex(text, r"^\d+:\d\d,[^,]*,[^,]*$"))
         dropped[f"{table}: {LINE}"] += int(len(good) - np.count_nonzero(good))
-        parts = pc.split_pattern(text.filter(pa.array(good)), ",")  # pyright: ignore
-        time, names, values = (pc.list_element(parts, i) for i in range(3))  # pyright: ignore
-        clock = pc.split_pattern(time, ":")  # pyright: ignore[reportAttributeAccessIssue]
+        parts = pc.split_pattern(text.filter(pa.array(good)), ",")
+        time, names, values = (pc.list_element(parts, i) for i in range(3))
+        clock = pc.split_pattern(time, ":")
         hours, minutes = (
             pc.list_element(clock, i).cast(pa.int64()).to_numpy(zero_copy_only=False)
             for i in range(2)

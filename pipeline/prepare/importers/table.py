@@ -13,11 +13,11 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from pydantic import Field
 
 from pipeline.config import registry
 from pipeline.config.registry import Options, register
+from pipeline.core.arrow_compute import pc
 from pipeline.prepare.engine.importing import NO_SPLIT, SPLITS, preview
 from pipeline.prepare.engine.inputs import (
     InputFiles,

@@ -12,12 +12,12 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import Field
 
 from pipeline.config import registry
 from pipeline.config.registry import Options, register
+from pipeline.core.arrow_compute import pc
 from pipeline.prepare.engine import episodes
 from pipeline.prepare.engine.importing import preview
 from pipeline.prepare.engine.inputs import InputSplit, Opener, SplitReader, find_inputs, whole_files

@@ -17,10 +17,10 @@ from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.config import registry
+from pipeline.core.arrow_compute import pc
 from pipeline.data.csv_tables import open_csv
 from pipeline.prepare.engine.inputs import SQUEEZED, InputSplit, Opener, SplitReader, plain_suffix
 from pipeline.prepare.readers.archives import GZIPPED, Entry, Window
@@ -230,7 +230,7 @@ def zones(column: Any) -> set[bool]:
         return {column.type.tz is not None}
     if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
         return {False}
-    text = pc.utf8_trim_whitespace(column)  # pyright: ignore[reportAttributeAccessIssue]
+    text = pc.utf8_trim_whitespace(column)
     found = {True: ZONED, False: INSTANT}
     return {
         zoned
@@ -243,13 +243,13 @@ def _times(array: Any) -> Any:
     """Texts as times (UTC where they have a zone), null where they are none. Raises ValueError
     where some have a zone and others none.
     """
-    text = pc.utf8_trim_whitespace(array)  # pyright: ignore[reportAttributeAccessIssue]
+    text = pc.utf8_trim_whitespace(array)
     with_zone = zones(text)
     if len(with_zone) == 2:
         raise MixedZonesError(MIXED_ZONES)
     is_zoned = True in with_zone
-    good = pc.match_substring_regex(text, ZONED if is_zoned else INSTANT)  # pyright: ignore
-    text = pc.if_else(good, text, None)  # pyright: ignore[reportAttributeAccessIssue]
+    good = pc.match_substring_regex(text, ZONED if is_zoned else INSTANT)
+    text = pc.if_else(good, text, None)
     if is_zoned:
         text = pc.utf8_upper(
             pc.replace_substring_regex(text, r" ?([Zz]|[+-]\d\d(:?\d\d)?)$", r"\1")
@@ -362,8 +362,8 @@ def without_nulls(array: Any, text: bool) -> Any:
     """
     if not pa.types.is_string(array.type):
         return array
-    nothing = pc.is_in(array, value_set=pa.array([""] if text else NULLS))  # pyright: ignore
-    return pc.if_else(nothing, None, array)  # pyright: ignore[reportAttributeAccessIssue]
+    nothing = pc.is_in(array, value_set=pa.array([""] if text else NULLS))
+    return pc.if_else(nothing, None, array)
 
 
 def _fitting(array: Any, kind: str, name: str, entry: Entry) -> Any:
@@ -417,12 +417,12 @@ def _shape(array: Any, kind: str) -> Any:
             pa.int64()
         )
     if kind == "id" and pa.types.is_floating(array.type):
-        array = pc.if_else(pc.equal(pc.floor(array), array), array, None)  # pyright: ignore
+        array = pc.if_else(pc.equal(pc.floor(array), array), array, None)
     if kind == "id" and pa.types.is_string(array.type):
-        text = pc.utf8_trim_whitespace(array)  # pyright: ignore[reportAttributeAccessIssue]
+        text = pc.utf8_trim_whitespace(array)
         # pyright: ignore
         array = pc.if_else(pc.match_substring_regex(text, r"^[+-]?\d{1,18}(\.0+)?$"), text, None)
-        array = pc.replace_substring_regex(array, r"\.0+$|^\+", "")  # pyright: ignore
+        array = pc.replace_substring_regex(array, r"\.0+$|^\+", "")
     if kind == "number" and pa.types.is_string(array.type):
         return array
     return array.cast(KINDS[kind])

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
+from pipeline.core.arrow_compute import pc
 from pipeline.prepare.engine.episodes import Episode, UnusableError, matrix, number_problem
 from pipeline.prepare.engine.importing import NO_SPLIT, SPLITS
 from pipeline.prepare.engine.inputs import InputSplit, Opener
@@ -138,8 +138,8 @@ def tables(
 def _numbers(column: Any) -> pa.Array:
     array = column.combine_chunks()
     if pa.types.is_string(array.type):
-        good = pc.match_substring_regex(array, NUMBER)  # pyright: ignore
-        array = pc.utf8_trim_whitespace(pc.if_else(good, array, None))  # pyright: ignore
+        good = pc.match_substring_regex(array, NUMBER)
+        array = pc.utf8_trim_whitespace(pc.if_else(good, array, None))
     return array.cast(pa.float64(), safe=False).fill_null(float("nan"))
 
 
@@ -298,7 +298,7 @@ def _split(text: str | None) -> str:
 
 
 def _true(column: Any) -> np.ndarray:
-    lowered = pc.utf8_lower(pc.utf8_trim_whitespace(column))  # pyright: ignore
+    lowered = pc.utf8_lower(pc.utf8_trim_whitespace(column))
     return np.asarray(
         pc.is_in(lowered, value_set=pa.array(TRUE)).combine_chunks().to_numpy(zero_copy_only=False)
     )  # pyright: ignore[reportAttributeAccessIssue]
@@ -427,7 +427,7 @@ def _vector_actions(rows: pa.Table, roles: ColumnRoles) -> np.ndarray:
 
 
 def _classes(rows: pa.Table, roles: ColumnRoles) -> list[str]:
-    texts = pc.utf8_trim_whitespace(rows[roles.actions[0]])  # pyright: ignore
+    texts = pc.utf8_trim_whitespace(rows[roles.actions[0]])
     texts = pc.replace_substring_regex(
         pc.replace_substring_regex(texts, ZEROS, r"\1\2"), "^-(0+)$", r"\1"
     )  # pyright: ignore[reportAttributeAccessIssue]
@@ -436,7 +436,7 @@ def _classes(rows: pa.Table, roles: ColumnRoles) -> list[str]:
         raise UnusableError(f"no action in step {found.index('')}")
     if not roles.names:
         return found
-    whole = np.asarray(pc.match_substring_regex(texts, WHOLE).to_numpy())  # pyright: ignore
+    whole = np.asarray(pc.match_substring_regex(texts, WHOLE).to_numpy())
     codes = [int(float(text)) if good else -1 for text, good in zip(found, whole, strict=True)]
     bad = next((i for i, code in enumerate(codes) if not 0 <= code < len(roles.names)), None)
     if bad is not None:
@@ -449,7 +449,7 @@ def _classes(rows: pa.Table, roles: ColumnRoles) -> list[str]:
 
 def _one(rows: pa.Table, column: str, what: str) -> str:
     """The text of all its rows."""
-    found = pc.unique(rows[column].fill_null("")).to_pylist()  # pyright: ignore
+    found = pc.unique(rows[column].fill_null("")).to_pylist()
     if len(found) > 1:
         raise UnusableError(
             f"its rows have {len(found)} values of {what}: {found[0]!r}, {found[1]!r}"
