@@ -1,35 +1,141 @@
-"""Settings that must stand before anything imports ray, and an S3 server for the tests."""
+"""How the tests run: the environment, two processes for the whole of them, one Ray, and an S3 server.
+
+The environment stands here since Ray, tokenizers and others read it when they are imported.
+"""
 
 import os
+import sys
 import tempfile
 import uuid
+from contextlib import contextmanager
+
+WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")
+"""The name of this process, where pytest-xdist started it beside others."""
 
 for name, value in {
     "RAY_AUTH_MODE": "disabled",
     "RAY_USAGE_STATS_ENABLED": "0",
-    # else workers start through `uv run`, in an environment of their own
-    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # else workers start through `uv run`, in an environment of their own
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",
-    "ONETOMANY_CACHE": os.path.join(
-        tempfile.gettempdir(), f"onetomany-tests-{os.getuid()}"
-    ),  # not the user's own
 }.items():
     os.environ.setdefault(name, value)
+cache = os.path.join(tempfile.gettempdir(), f"onetomany-tests-{os.getuid()}")  # not the user's own
+os.environ["ONETOMANY_CACHE"] = os.path.join(os.environ.get("ONETOMANY_CACHE", cache), WORKER)
 
 import pytest  # noqa: E402
+
+MOST_PROCESSES = 4
+"""More gain little: the tests of Ray stay together in one process."""
+
+
+# ---------------------------------------------------------------- processes
+
+
+def pytest_xdist_auto_num_workers(config):
+    """Processes for the whole suite; none (0) for named files, which are done sooner in the process that is there."""
+    is_whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    return min(MOST_PROCESSES, os.cpu_count() or 1) if is_whole else 0
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def pytest_collection_modifyitems(items):
+    """Put the tests of Ray first and into one group, so that one process runs them all on one Ray."""
+    items.sort(key=lambda item: item.get_closest_marker("ray") is None)
+    for item in items:
+        if item.get_closest_marker("ray"):
+            item.add_marker(pytest.mark.xdist_group("ray"))
+
+
+def pytest_xdist_make_scheduler(config, log):
+    """Hand out the group of Ray first, then whole files, which share their fixtures."""
+    from xdist.scheduler import LoadGroupScheduling
+
+    class GroupsAndFiles(LoadGroupScheduling):
+        def _split_scope(self, nodeid):
+            return super()._split_scope(nodeid).partition("::")[0]
+
+    return GroupsAndFiles(config, log)
+
+
+# ---------------------------------------------------------------- Ray
+
+
+def pytest_runtest_setup(item):
+    """A test without the mark sees no Ray: what can run in this process then does."""
+    if item.get_closest_marker("ray") is None:
+        _stop_ray()
+
+
+def _stop_ray():
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():
+        ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def start_ray(s3_server):
+    """A function that starts the Ray that all tests share, unless it runs, and returns the module.
+
+    It has two logical CPUs. The S3 server comes first, since Ray's processes have the environment of their start.
+    """
+
+    def start():
+        import ray
+
+        from pipeline import prepare_ray
+        from pipeline.train.launch import OwnCode
+
+        if not ray.is_initialized():
+            prepare_ray()
+            ray.init(
+                address="local",
+                num_cpus=2,
+                include_dashboard=False,
+                object_store_memory=400 << 20,
+                log_to_driver=False,
+                logging_level="ERROR",
+                job_config=OwnCode(),
+            )
+        return ray
+
+    yield start
+    _stop_ray()
+
+
+@pytest.fixture
+def hide_ray():
+    """A context in which nothing sees the shared Ray: work stays in this process."""
+
+    @contextmanager
+    def hidden():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("ray.is_initialized", lambda: False)
+            yield
+
+    return hidden
+
+
+@pytest.fixture
+def ray_here(start_ray, request):
+    """The shared Ray, whose workers get what the test's file defines by value, since they cannot import it."""
+    ray = start_ray()
+    ray.cloudpickle.register_pickle_by_value(request.module)
+    yield ray
+    ray.cloudpickle.unregister_pickle_by_value(request.module)
+
+
+# ---------------------------------------------------------------- storage
 
 
 @pytest.fixture(scope="session")
 def s3_server():
-    """A bucket on moto's server at a real loopback port, so that subprocesses reach it too; yields
-    s3://bucket.
+    """A bucket on moto's server at a real loopback port, so that subprocesses reach it too; yields s3://bucket.
 
-    The AWS_* variables point to it until the session ends. Tests share the bucket: write below a
-    prefix of your own.
+    The AWS_* variables point to it until the session ends. Tests share the bucket: write below a prefix of your own.
     """
     import boto3
     from moto.server import ThreadedMotoServer

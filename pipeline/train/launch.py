@@ -72,10 +72,15 @@ def _job_config(where: str) -> dict[str, Any]:
     return {} if is_submitted or is_ray_client else {"job_config": OwnCode()}
 
 
+_is_ours = False
+"""Whether `start` started or joined the Ray of this process."""
+
+
 def start(address: str | None, verbose: bool) -> None:
     """Join the cluster that is named (``--address`` or RAY_ADDRESS), else start one of our own.
     Does nothing when Ray runs already.
     """
+    global _is_ours
     if ray.is_initialized():
         return
     prepare_ray()
@@ -105,11 +110,15 @@ def start(address: str | None, verbose: bool) -> None:
             f"{what}: {lines[0] if lines else type(error).__name__}; check the address, the "
             "token (RAY_AUTH_TOKEN) and Ray's version"
         ) from error
+    _is_ours = True
 
 
 def stop() -> None:
-    if ray.is_initialized():
+    """End what `start` began. A Ray that ran before, as in a notebook, stays."""
+    global _is_ours
+    if _is_ours and ray.is_initialized():
         ray.shutdown()
+    _is_ours = False
 
 
 @dataclass(frozen=True)

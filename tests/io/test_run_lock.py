@@ -407,9 +407,7 @@ def test_a_lease_that_is_lost_while_nothing_is_written_ends_the_run(root, monkey
 
 
 @pytest.mark.ray
-def test_ray_workers_are_inside_the_fence_of_their_run(tmp_path):
-    import ray
-
+def test_ray_workers_are_inside_the_fence_of_their_run(ray_here, tmp_path):
     from pipeline.data.stream import map_items
 
     root = str(tmp_path / "job")
@@ -421,20 +419,11 @@ def test_ray_workers_are_inside_the_fence_of_their_run(tmp_path):
             return str(error)
         return "written"
 
-    is_ours = not ray.is_initialized()  # tests of data/ keep one for all of them
-    if is_ours:
-        ray.init(num_cpus=1, include_dashboard=False, logging_level="ERROR")
-    try:
-        with run_lock.hold(root):
-            assert list(map_items(write, ["a"])) == ["written"]
-            left_behind(root, id="other", host="elsewhere", pid=12)
-            (refused,) = map_items(write, ["b"])
-            assert refused.startswith(f"{root}: this run no longer holds the lease")
-        left_behind(root, id="third", host="elsewhere", pid=13)
-        assert list(map_items(write, ["c"])) == ["written"], (
-            "outside of a run, the same worker is free"
-        )
-    finally:
-        if is_ours:
-            ray.shutdown()
+    with run_lock.hold(root):
+        assert list(map_items(write, ["a"])) == ["written"]
+        left_behind(root, id="other", host="elsewhere", pid=12)
+        (refused,) = map_items(write, ["b"])
+        assert refused.startswith(f"{root}: this run no longer holds the lease")
+    left_behind(root, id="third", host="elsewhere", pid=13)
+    assert list(map_items(write, ["c"])) == ["written"], "outside of a run, the same worker is free"
     assert sorted(path.name for path in (tmp_path / "job").glob("?")) == ["a", "c"]

@@ -541,21 +541,12 @@ def test_broken_rows_of_the_lists_count_in_the_budget_of_a_run_that_is_complete(
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_on_ray_recordings_become_the_same_bytes(tmp_path):
-    import ray
-
+def test_on_ray_recordings_become_the_same_bytes(ray_here, hide_ray, tmp_path):
     librispeech(tmp_path / "in")
-    here = prepare("librispeech", tmp_path / "in", tmp_path / "here", "rate=8000", rows_per_part=2)
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    try:
-        assert (
-            prepare(
-                "librispeech", tmp_path / "in", tmp_path / "there", "rate=8000", rows_per_part=2
-            )
-            == here
-        )
-    finally:
-        ray.shutdown()
+    words = ("librispeech", tmp_path / "in")
+    with hide_ray():
+        here = prepare(*words, tmp_path / "here", "rate=8000", rows_per_part=2)
+    assert prepare(*words, tmp_path / "there", "rate=8000", rows_per_part=2) == here
     assert parts(tmp_path / "here") == parts(tmp_path / "there")
     assert (
         storage.read_json(tmp_path / "here" / MANIFEST)["files"]

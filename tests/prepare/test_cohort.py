@@ -26,7 +26,6 @@ from pipeline.io import storage
 from pipeline.prepare.cohorts import phenotyping
 from pipeline.prepare.engine import importing, table_importer
 from pipeline.prepare.engine.write import MANIFEST, Preparation, Settings, verify
-from pipeline.train import launch
 
 SMALL = 2000 / 2**20
 """MiB: parts of a few rows."""
@@ -495,32 +494,26 @@ def test_labels_of_the_mimic3_demo_are_those_of_plain_sql(tmp_path):
 
 
 @pytest.mark.ray
-def test_on_ray_the_command_line_writes_the_same_bytes(stays, tmp_path, monkeypatch):
-    import ray
-
+def test_on_ray_the_command_line_writes_the_same_bytes(stays, ray_here, hide_ray, tmp_path):
     folder, _ = stays
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    monkeypatch.setattr(launch, "stop", lambda: None)
-    try:
+    with hide_ray():
         here = prepare(folder, tmp_path / "here", "task=length_of_stay", part_mb=SMALL)
-        line = [
-            "prepare",
-            "cohort",
-            str(folder),
-            "-o",
-            str(tmp_path / "ray"),
-            "--part-mb",
-            str(SMALL),
-            "--set",
-            "task=length_of_stay",
-        ]
-        done = CliRunner().invoke(cli.app, line)
-        assert done.exit_code == 0, done.output
-        assert storage.read_json(tmp_path / "ray" / MANIFEST)["files"] == here["files"] and parts(
-            tmp_path / "ray"
-        ) == parts(tmp_path / "here")
-    finally:
-        ray.shutdown()
+    line = [
+        "prepare",
+        "cohort",
+        str(folder),
+        "-o",
+        str(tmp_path / "ray"),
+        "--part-mb",
+        str(SMALL),
+        "--set",
+        "task=length_of_stay",
+    ]
+    done = CliRunner().invoke(cli.app, line)
+    assert done.exit_code == 0, done.output
+    assert storage.read_json(tmp_path / "ray" / MANIFEST)["files"] == here["files"] and parts(
+        tmp_path / "ray"
+    ) == parts(tmp_path / "here")
 
 
 @pytest.mark.parametrize("limit", ["GROUP_ROWS", "GROUP_BYTES"])

@@ -190,30 +190,12 @@ def test_s3(tmp_path, s3_server):
 
 
 @pytest.mark.ray
-def test_on_ray(tmp_path):
-    import ray
-
+def test_on_ray(ray_here, hide_ray, tmp_path):
     pcsv.write_csv(table(count=4000), tmp_path / "long.csv")
-    prepare(
-        "events",
-        tmp_path / "long.csv",
-        tmp_path / "here",
-        *COLUMNS,
-        "newlines=false",
-        part_mb=20 * KB,
-    )
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    try:
-        prepare(
-            "events",
-            tmp_path / "long.csv",
-            tmp_path / "there",
-            *COLUMNS,
-            "newlines=false",
-            part_mb=20 * KB,
-        )
-    finally:
-        ray.shutdown()
+    words = ("events", tmp_path / "long.csv")
+    with hide_ray():
+        prepare(*words, tmp_path / "here", *COLUMNS, "newlines=false", part_mb=20 * KB)
+    prepare(*words, tmp_path / "there", *COLUMNS, "newlines=false", part_mb=20 * KB)
     assert rows(tmp_path / "here") == rows(tmp_path / "there")
 
 

@@ -455,16 +455,11 @@ def test_a_run_that_was_stopped_goes_on(tmp_path, monkeypatch):
 
 
 @pytest.mark.ray
-def test_the_same_seeds_give_the_same_bytes_on_four_workers(tmp_path):
-    import ray
-
+def test_the_same_seeds_give_the_same_bytes_on_ray(ray_here, hide_ray, tmp_path):
     pairs = (*SHORT, "episodes=10", "test_episodes=3", "dynamics=mass=0.5..2", "explore=0.1")
-    here = prepare(tmp_path / "here", *pairs, rows_per_part=2)
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
-    try:
-        assert prepare(tmp_path / "there", *pairs, rows_per_part=2) == here
-    finally:
-        ray.shutdown()
+    with hide_ray():
+        here = prepare(tmp_path / "here", *pairs, rows_per_part=2)
+    assert prepare(tmp_path / "there", *pairs, rows_per_part=2) == here
     assert (
         hashes(tmp_path / "here") == hashes(tmp_path / "there")
         and len(hashes(tmp_path / "there")) == 7

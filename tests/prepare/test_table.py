@@ -23,7 +23,6 @@ from pipeline import cli
 from pipeline.io import storage
 from pipeline.prepare.engine import importing
 from pipeline.prepare.engine.write import MANIFEST, Preparation, Settings, verify
-from pipeline.train import launch
 
 HEAD = "stay,patient,age,sex,unit,lab,died\n"
 BODY = "1,7,54,f,2,0.5,0\n2,7,,m,1,<0.1,1\n3,8,61.5,?,1,ERROR,0\n4,9,NA,f,2,1e-3,1\n"
@@ -410,34 +409,28 @@ def test_distinct_values_are_counted_alike_in_every_process(tmp_path):
 
 
 @pytest.mark.ray
-def test_on_ray_the_command_line_writes_the_same_bytes(tmp_path, monkeypatch):
-    import ray
-
+def test_on_ray_the_command_line_writes_the_same_bytes(ray_here, hide_ray, tmp_path):
     for name in ("train-a", "train-b", "test"):
         frame().to_csv(write(tmp_path / f"in/{name}.csv", ""), index=False)
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    monkeypatch.setattr(launch, "stop", lambda: None)
-    try:
+    with hide_ray():
         here = prepare(tmp_path / "in", tmp_path / "here", "label=y", "id=id", part_mb=0.01)
-        done = CliRunner().invoke(
-            cli.app,
-            [
-                "prepare",
-                "table",
-                str(tmp_path / "in"),
-                "-o",
-                str(tmp_path / "ray"),
-                "--part-mb",
-                "0.01",
-                "--set",
-                "label=y",
-                "--set",
-                "id=id",
-            ],
-        )
-        assert done.exit_code == 0, done.output
-        assert storage.read_json(tmp_path / "ray" / MANIFEST)["files"] == here["files"] and parts(
-            tmp_path / "ray"
-        ) == parts(tmp_path / "here")
-    finally:
-        ray.shutdown()
+    done = CliRunner().invoke(
+        cli.app,
+        [
+            "prepare",
+            "table",
+            str(tmp_path / "in"),
+            "-o",
+            str(tmp_path / "ray"),
+            "--part-mb",
+            "0.01",
+            "--set",
+            "label=y",
+            "--set",
+            "id=id",
+        ],
+    )
+    assert done.exit_code == 0, done.output
+    assert storage.read_json(tmp_path / "ray" / MANIFEST)["files"] == here["files"] and parts(
+        tmp_path / "ray"
+    ) == parts(tmp_path / "here")

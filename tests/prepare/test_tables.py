@@ -27,7 +27,6 @@ from pipeline.data import manifest
 from pipeline.io import storage
 from pipeline.prepare.engine import importing, inputs, table_importer
 from pipeline.prepare.engine.write import MANIFEST, Preparation, Settings, verify
-from pipeline.train import launch
 
 SMALL = 200 / 2**20
 """MiB: parts of a few rows."""
@@ -598,26 +597,17 @@ def test_memory_is_that_of_a_row_group_not_of_a_file(tmp_path):
 # ---------------------------------------------------------------- on Ray, from the command line
 
 
-@pytest.fixture(scope="module")
-def ray_runs():
-    import ray
-
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
-
-
 @pytest.mark.ray
 def test_on_ray_every_importer_of_tables_writes_the_same_bytes(
-    ray_runs, request, tmp_path, monkeypatch
+    ray_here, hide_ray, request, tmp_path
 ):
-    monkeypatch.setattr(launch, "stop", lambda: None)
     for name, (fixture, pairs) in SOURCES.items():
         source, pairs = (
             request.getfixturevalue(fixture),
             [*pairs, *(["dedup=near"] if name == "text" else [])],
         )
-        here = prepare(name, source, tmp_path / f"{name}-here", *pairs, part_mb=SMALL)
+        with hide_ray():
+            here = prepare(name, source, tmp_path / f"{name}-here", *pairs, part_mb=SMALL)
         line = [
             "prepare",
             name,

@@ -33,7 +33,6 @@ from pipeline.io import storage
 from pipeline.prepare.engine import importing
 from pipeline.prepare.engine.shard_tasks import Importer, ShardResult, ShardTask, added, neighbours
 from pipeline.prepare.engine.write import MANIFEST, Preparation, Settings, verify
-from pipeline.train import launch
 
 ROOT = Path(cli.__file__).parents[1]
 SOURCES = {
@@ -519,28 +518,25 @@ def test_settings_out_of_range_are_refused(wrong):
 # ---------------------------------------------------------------- on Ray, from the command line
 
 
-@pytest.fixture(scope="module")
-def ray_runs():
-    import ray
-
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
-
-
 @pytest.mark.slow  # the engine is that of tables (test_tables), which starts Ray in the quick run
 @pytest.mark.ray
 def test_on_ray_every_importer_of_images_writes_the_same_bytes(
-    ray_runs, request, tmp_path, monkeypatch
+    ray_here, hide_ray, request, tmp_path
 ):
-    monkeypatch.setattr(launch, "stop", lambda: None)
     run = CliRunner().invoke
     for name, source in SOURCES.items():
         source = request.getfixturevalue(source)
         pairs = ["masks=semantic"] if name == "coco" else []
-        here = prepare(
-            name, source, tmp_path / f"{name}-here", *pairs, rows_per_part=2, resize=24, quality=90
-        )
+        with hide_ray():
+            here = prepare(
+                name,
+                source,
+                tmp_path / f"{name}-here",
+                *pairs,
+                rows_per_part=2,
+                resize=24,
+                quality=90,
+            )
         line = [
             "prepare",
             name,

@@ -10,14 +10,12 @@ import io
 import itertools
 import json
 import math
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import ray
 from ray.tune.schedulers import TrialScheduler
 from rich.console import Console
 from toys import image_files, job_of, shared_of, trial_of
@@ -740,17 +738,6 @@ class Notes:
         self.lines.append(line)
 
 
-@pytest.fixture(scope="module")
-def cluster():
-    ray.cloudpickle.register_pickle_by_value(
-        sys.modules[__name__]
-    )  # the workers cannot import this file
-    launch.start(None, verbose=False)
-    yield
-    launch.stop()
-    ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
-
-
 def with_targets(shared, one, **kinds):
     """A trial of ``one``'s kind on each of further targets, which are read by modalities of their
     own.
@@ -772,7 +759,7 @@ def with_targets(shared, one, **kinds):
 
 @pytest.mark.ray
 @pytest.mark.timeout(280)
-def test_a_trial_that_hangs_is_ended_and_the_others_go_on(paths, tmp_path, cluster):
+def test_a_trial_that_hangs_is_ended_and_the_others_go_on(paths, tmp_path, ray_here):
     """In Python, in C code that holds the lock, and as heads on cached features; what is slow but
     alive is left alone.
     """
@@ -799,7 +786,7 @@ def test_a_trial_that_hangs_is_ended_and_the_others_go_on(paths, tmp_path, clust
 
 @pytest.mark.ray
 @pytest.mark.timeout(280)
-def test_a_trial_that_takes_too_long_is_ended(paths, tmp_path, cluster):
+def test_a_trial_that_takes_too_long_is_ended(paths, tmp_path, ray_here):
     """It goes on step by step, so that silence does not catch it; its time does."""
     job = job_of(tmp_path, paths, {"steps": 10**5})
     shared = shared_of(tmp_path, job, paths)

@@ -53,7 +53,7 @@ def picture(path, seed: int) -> None:
 
 @pytest.mark.ray
 def test_predictions_of_a_folder_name_their_files_and_those_of_rows_keep_what_is_asked_for(
-    tmp_path,
+    ray_here, tmp_path
 ):
     """The way from a prediction to its file lay in a hidden folder."""
     uri = image_bundle(tmp_path)
@@ -124,23 +124,18 @@ def test_predictions_of_a_folder_name_their_files_and_those_of_rows_keep_what_is
 
 
 @pytest.mark.ray
-def test_an_error_in_a_data_worker_is_one_line(tmp_path):
+def test_an_error_in_a_data_worker_is_one_line(ray_here, tmp_path):
     """It came with Ray's account of the way that it took, 90 lines of it."""
     from pipeline.data.plan import Item
     from pipeline.data.stream import DataWorkers, map_blocks
-    from pipeline.train import launch
 
     class Refusing:
         def __call__(self, item):
             raise ValueError("column x: what is wrong")
 
-    try:
-        launch.start(None, False)
-        with pytest.raises(ValueError, match=r"^column x: what is wrong$") as caught:
-            list(map_blocks(Refusing(), [Item(-1, 0, 1)], DataWorkers(1)))
-        assert type(caught.value) is ValueError
-    finally:
-        launch.stop()
+    with pytest.raises(ValueError, match=r"^column x: what is wrong$") as caught:
+        list(map_blocks(Refusing(), [Item(-1, 0, 1)], DataWorkers(1)))
+    assert type(caught.value) is ValueError
 
 
 def modalities():

@@ -385,7 +385,7 @@ def test_words_stand_where_they_sound(trained, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_a_folder_of_recordings_is_transcribed_with_subtitles(trained, tmp_path):
+def test_a_folder_of_recordings_is_transcribed_with_subtitles(trained, ray_here, tmp_path):
     """One file is too long for a row: it is cut, its pieces are joined again, and its words keep
     their times.
     """
