@@ -107,6 +107,12 @@ def start_ray(s3_server):
 
 
 @pytest.fixture
+def ray_address(start_ray):
+    """What processes join the shared Ray by, as ``--address`` or RAY_ADDRESS."""
+    return start_ray().get_runtime_context().gcs_address
+
+
+@pytest.fixture
 def hide_ray():
     """A context in which nothing sees the shared Ray: work stays in this process."""
 

@@ -4,6 +4,7 @@ already.
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ from toys import label_state, task_of
 
 from pipeline.checkpoints import bundle
 from pipeline.config.schema import Job
+from pipeline.data.stream import DataWorkers
 from pipeline.report import results
+from pipeline.train import launch, pretrain, source
 from pipeline.train.loop import Ranks
 from pipeline.train.progress import Progress
-from pipeline.transfer import fanout, stages, trial
+from pipeline.transfer import fanout, predict, stages, trial
 
 COLUMNS = {"image": "picture", "label": "class"}
 MODALITY = {
@@ -59,6 +62,37 @@ def trials_in_this_process(monkeypatch) -> list[str]:
 
     monkeypatch.setattr(fanout, "run", run)
     return ran
+
+
+def sources_in_this_process(monkeypatch) -> None:
+    """Sources are trained by one rank, without Ray Train; rows are decoded as they are needed."""
+
+    def run(stage, progress, verbose, wait=None):
+        if stage.done:
+            return {**launch.source_metadata(stage), "cached": True}
+        if stage.splits is None:
+            return {**pretrain.import_checkpoint(stage), "bundle": stage.bundle_uri}
+        fitted = source.fit(stage)
+        work = pretrain.rank_job(stage, fitted, DataWorkers(1), threads=1)
+        progress.note(f"{stage.name}: {work.split_text}")
+        for finding in fitted.findings:
+            progress.note(finding.line(stage.name))
+        pretrain.train_rank(dataclasses.replace(work, place="train"), Ranks())
+        return launch.source_metadata(stage)
+
+    monkeypatch.setattr(launch, "pretrain", run)
+
+
+def without_ray(monkeypatch) -> None:
+    """Whatever a command does, it does in this process."""
+    resources = {"CPU": 2.0, "GPU": 0.0, "object_store_memory": 1 << 30, "nodes": 1.0}
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr(launch, "start", lambda address, verbose: None)
+    monkeypatch.setattr(launch, "resources", lambda: resources)
+    monkeypatch.setattr(launch, "cluster", lambda wait=None: launch.Cluster([(2.0, 0.0)], 1 << 30))
+    monkeypatch.setattr(predict, "map_blocks", lambda work, items, workers: map(work, items))
+    sources_in_this_process(monkeypatch)
+    trials_in_this_process(monkeypatch)
 
 
 def job_of(folder: Path, sources: dict[str, Any], paths: dict[str, str]) -> Job:

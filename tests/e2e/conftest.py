@@ -1,5 +1,8 @@
-"""Small real data for whole runs (cut from the samples that ship with the project), and the command
-as users call it.
+"""Small real data for whole runs (cut from the samples that ship with the project), and the command.
+
+`onetomany` calls it in this process. `onetomany_here` does so without Ray, whatever the verb, and
+`onetomany_on_ray` on the Ray that the tests share. `onetomany_alone` starts a process, for what only
+a process shows.
 """
 
 from __future__ import annotations
@@ -8,11 +11,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from stage_runs import without_ray
 
 ROOT = Path(__file__).parents[2]
 SAMPLES = ROOT / "jobs" / "data"
@@ -22,9 +27,7 @@ SMALL = Path(__file__).with_name("small.yaml")
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory) -> Path:
-    """images.parquet (300 Fashion-MNIST rows), stories.txt and reviews.parquet (sentiment
-    sentences).
-    """
+    """images.parquet (300 Fashion-MNIST rows), stories.txt and reviews.parquet (sentiment sentences)."""
     folder = tmp_path_factory.mktemp("tiny")
     images = pq.read_table(SAMPLES / "fashion_mnist_6000.parquet")
     labels = images["label"].to_numpy()
@@ -36,28 +39,93 @@ def tiny_data(tmp_path_factory) -> Path:
     return folder
 
 
+class Ended(NamedTuple):
+    """What a call of the command left, as `subprocess.CompletedProcess` has it."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
 @pytest.fixture(scope="session")
 def onetomany(tiny_data):
-    """Run the command in a process of its own: ``onetomany("run", job, ..., cwd=)``; returns the
-    completed process.
-    """
+    """Run the command in this process: ``onetomany("run", job, ..., cwd=, env=)``."""
+    from typer.testing import CliRunner
+
+    from pipeline import cli
+
+    def call(*words: object, cwd: Path, env: dict[str, str] | None = None) -> Ended:
+        with pytest.MonkeyPatch.context() as place:
+            place.chdir(cwd)
+            for name, value in {"TINY_DATA": str(tiny_data), **(env or {})}.items():
+                place.setenv(name, value)
+            ended = CliRunner().invoke(cli.app, list(map(str, words)), catch_exceptions=False)
+        return Ended(ended.exit_code, ended.stdout, ended.stderr)
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def onetomany_on_ray(onetomany, start_ray):
+    """The same on the Ray that the tests share."""
+
+    def call(*words: object, cwd: Path, env: dict[str, str] | None = None) -> Ended:
+        start_ray()
+        return onetomany(*words, cwd=cwd, env=env)
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def onetomany_alone(tiny_data):
+    """The same in a process of its own, which starts Ray where it needs it."""
 
     def call(
         *words: object, cwd: Path, env: dict[str, str] | None = None, timeout: float = 280
-    ) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            [sys.executable, "-P", "-m", "pipeline.cli", *map(str, words)],
+    ) -> Ended:
+        ended = subprocess.run(
+            command_line(*words),
             cwd=cwd,
             capture_output=True,
             text=True,
             timeout=timeout,
             env=environment(tiny_data, env),
         )
+        return Ended(ended.returncode, ended.stdout, ended.stderr)
 
     return call
 
 
+@pytest.fixture(scope="session")
+def onetomany_here(onetomany):
+    """The same without Ray: sources and trials one after the other, in this process, on one rank."""
+
+    def call(*words: object, cwd: Path, env: dict[str, str] | None = None) -> Ended:
+        with pytest.MonkeyPatch.context() as patch:
+            without_ray(patch)
+            return onetomany(*words, cwd=cwd, env=env)
+
+    return call
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param("onetomany_here", id="here"),
+        pytest.param("onetomany_on_ray", id="ray", marks=[pytest.mark.ray, pytest.mark.slow]),
+    ],
+)
+def command(request):
+    """The command for whole jobs: without Ray in the quick tests, and on Ray in the long ones."""
+    return request.getfixturevalue(request.param)
+
+
+def command_line(*words: object) -> list[str]:
+    return [sys.executable, "-P", "-m", "pipeline.cli", *map(str, words)]
+
+
 def environment(tiny_data: Path, extra: dict[str, str] | None = None) -> dict[str, str]:
-    found = {**os.environ, "TINY_DATA": str(tiny_data), "PYTHONPATH": str(ROOT), **(extra or {})}
+    """The environment of a command in a process of its own; without RAY_ADDRESS in ``extra`` it starts its own Ray."""
+    found = {**os.environ, "TINY_DATA": str(tiny_data), "PYTHONPATH": str(ROOT)}
     found.pop("RAY_ADDRESS", None)
-    return found
+    return found | (extra or {})

@@ -3,16 +3,13 @@ behind.
 """
 
 import shutil
-import subprocess
-import sys
+import threading
 import time
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-
-from tests.e2e.conftest import environment
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 JOB = """
@@ -26,32 +23,22 @@ sources:
 """
 
 
-def test_a_table_that_is_replaced_while_it_is_read_ends_the_run(tiny_data, tmp_path):
+def test_a_table_that_is_replaced_while_it_is_read_ends_the_run(
+    tiny_data, tmp_path, onetomany_on_ray
+):
     rows, job = tmp_path / "rows.parquet", tmp_path / "job.yaml"
     shutil.copy(tiny_data / "images.parquet", rows)
     job.write_text(JOB)
-    command = [sys.executable, "-P", "-m", "pipeline.cli", "pretrain", str(job)]
-    running = subprocess.Popen(
-        command,
-        cwd=tmp_path,
-        env=environment(tiny_data),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    try:
-        while running.poll() is None and not list(
-            tmp_path.glob("runs/toy/sources/*/log/metrics.jsonl")
-        ):
-            time.sleep(0.5)
+
+    def replace_the_table() -> None:
+        while not list(tmp_path.glob("runs/toy/sources/*/log/metrics.jsonl")):
+            time.sleep(0.2)
         table = pq.read_table(rows)
         pq.write_table(table.take(pa.array(np.arange(len(table))[::-1])), rows, row_group_size=64)
-        said = running.communicate(timeout=300)[0]
-    finally:
-        running.kill()
-    errors = [
-        line for line in said.splitlines() if line.startswith("error: ")
-    ]  # lines of the raylet may follow it
-    assert running.returncode == 1 and len(errors) == 1, said
-    assert f"{rows} was changed while it was in use" in errors[0], said
-    assert "Traceback" not in said and not list(tmp_path.glob("runs/toy/sources/*/bundle"))
+
+    threading.Thread(target=replace_the_table, daemon=True).start()
+    done = onetomany_on_ray("pretrain", job, cwd=tmp_path)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 1 and len(errors) == 1, done.stderr
+    assert f"{rows} was changed while it was in use" in errors[0], done.stderr
+    assert not list(tmp_path.glob("runs/toy/sources/*/bundle"))

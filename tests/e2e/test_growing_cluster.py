@@ -14,7 +14,7 @@ from growing import GrowingCluster
 
 from tests.e2e.conftest import SMALL, TINY
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKERS = {
@@ -37,12 +37,12 @@ def growing():
     cluster.shutdown()
 
 
-def submitted(onetomany, cluster, job: Path, tmp_path: Path, *words: str):
+def submitted(onetomany_alone, cluster, job: Path, tmp_path: Path, *words: str):
     env = {
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
         **cluster.handle.env,
     }
-    return onetomany(
+    return onetomany_alone(
         "submit",
         job,
         "--address",
@@ -68,10 +68,10 @@ def shrinks_to_nothing(cluster) -> bool:
 
 
 def test_a_job_makes_a_cluster_without_cpus_grow_and_it_shrinks_again(
-    growing, onetomany, tiny_data, tmp_path
+    growing, onetomany_alone, tiny_data, tmp_path
 ):
     assert growing.workers() == []
-    done = submitted(onetomany, growing, SMALL, tmp_path)
+    done = submitted(onetomany_alone, growing, SMALL, tmp_path)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert "asks the cluster for 2 x 1 CPU, and waits until the nodes are there" in done.stdout
     rows = pq.read_table(tmp_path / "runs/small/results.parquet").to_pylist()
@@ -81,10 +81,10 @@ def test_a_job_makes_a_cluster_without_cpus_grow_and_it_shrinks_again(
 
 
 def test_what_no_declared_node_can_hold_is_refused_before_anything_starts(
-    growing, onetomany, tiny_data, tmp_path
+    growing, onetomany_alone, tiny_data, tmp_path
 ):
     done = submitted(
-        onetomany, growing, SMALL, tmp_path, "--set", "sources.garments.cpus_per_worker=3"
+        onetomany_alone, growing, SMALL, tmp_path, "--set", "sources.garments.cpus_per_worker=3"
     )
     assert done.returncode == 1
     assert (
@@ -93,13 +93,14 @@ def test_what_no_declared_node_can_hold_is_refused_before_anything_starts(
     )
 
 
-@pytest.mark.slow
 def test_the_tiny_job_runs_on_a_cluster_that_grows_from_nothing(
-    growing, onetomany, tiny_data, tmp_path
+    growing, onetomany_alone, tiny_data, tmp_path
 ):
     """Two sources of two ranks, one of them elastic, and sixteen trials."""
     assert shrinks_to_nothing(growing)
-    done = submitted(onetomany, growing, TINY, tmp_path, "--set", "sources.garments.workers=[1, 2]")
+    done = submitted(
+        onetomany_alone, growing, TINY, tmp_path, "--set", "sources.garments.workers=[1, 2]"
+    )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     rows = pq.read_table(tmp_path / "runs/tiny/results.parquet").to_pylist()
     assert {row["status"] for row in rows} == {"done"} and {row["target"] for row in rows} == {

@@ -27,7 +27,7 @@ PLANTED = [
     struct.pack("<d", VALUE),
 ]
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture(scope="module")
@@ -67,10 +67,10 @@ def health_data(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def done(health_data, onetomany, tmp_path_factory):
+def done(health_data, command, tmp_path_factory):
     """(the folder of the job, all that it printed), run once."""
     where = tmp_path_factory.mktemp("run")
-    ended = onetomany("run", JOB, cwd=where, env={"HEALTH_DATA": str(health_data)})
+    ended = command("run", JOB, cwd=where, env={"HEALTH_DATA": str(health_data)})
     assert ended.returncode == 0, ended.stderr[-4000:]
     return where / "runs" / "health", ended.stdout + ended.stderr
 
@@ -131,7 +131,7 @@ def test_nothing_that_a_run_leaves_tells_of_a_patient(done, health_data):
     assert not found
 
 
-def test_a_bundle_predicts_new_patients_without_naming_them(done, health_data, onetomany, tmp_path):
+def test_a_bundle_predicts_new_patients_without_naming_them(done, health_data, command, tmp_path):
     bundles = sorted(
         folder
         for folder in done[0].rglob("bundle*")
@@ -143,7 +143,7 @@ def test_a_bundle_predicts_new_patients_without_naming_them(done, health_data, o
     pq.write_table(table, tmp_path / "new.parquet")
     message = None
     for bundle in bundles:
-        ended = onetomany(
+        ended = command(
             "predict",
             bundle,
             tmp_path / "new.parquet",

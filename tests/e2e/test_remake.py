@@ -16,7 +16,7 @@ pytestmark = pytest.mark.ray
 
 
 @pytest.mark.slow
-def test_an_edited_technique(onetomany, tmp_path):
+def test_an_edited_technique(onetomany_alone, tmp_path):
     code = tmp_path / "code"
     for package in ("pipeline", "cluster"):
         shutil.copytree(
@@ -26,7 +26,7 @@ def test_an_edited_technique(onetomany, tmp_path):
     work.mkdir()
 
     def command(*words: str) -> str:
-        done = onetomany("run", SMALL, *words, cwd=work, env={"PYTHONPATH": str(code)})
+        done = onetomany_alone("run", SMALL, *words, cwd=work, env={"PYTHONPATH": str(code)})
         assert done.returncode == 0, done.stderr[-4000:]
         return done.stdout + done.stderr
 

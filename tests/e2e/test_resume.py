@@ -8,7 +8,7 @@ import json
 import os
 import signal
 import subprocess
-import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -18,7 +18,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from tests.e2e.conftest import TINY, environment
+from tests.e2e.conftest import TINY, command_line, environment
 
 pytestmark = [pytest.mark.ray]
 STEPS, BATCH = 60, 16
@@ -40,15 +40,19 @@ def job(folder: Path) -> Path:
     return path
 
 
-def launch(folder: Path, tiny_data: Path, *more: str) -> subprocess.Popen:
-    words = [word for setting in (*SET, *more) for word in ("--set", setting)]
+def words(folder: Path, *more: str) -> list[object]:
+    return ["pretrain", job(folder), *(word for one in (*SET, *more) for word in ("--set", one))]
+
+
+def launch(folder: Path, tiny_data: Path, ray_address: str) -> subprocess.Popen:
+    """The run as a process that can be killed; it joins the tests' Ray."""
     return subprocess.Popen(
-        [sys.executable, "-m", "pipeline.cli", "pretrain", str(job(folder)), *words],
+        command_line(*words(folder)),
         cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=environment(tiny_data),
+        env=environment(tiny_data, {"RAY_ADDRESS": ray_address}),
     )
 
 
@@ -64,13 +68,12 @@ def trace(folder: Path, rank: int = 0) -> list[dict]:
     return out
 
 
-def wait_for_step(folder: Path, step: int, process: subprocess.Popen, rank: int = 0) -> dict:
-    end = time.monotonic() + 150
+def wait_for_step(folder: Path, step: int, rank: int = 0) -> dict:
+    end = time.monotonic() + 200
     while time.monotonic() < end:
         lines = trace(folder, rank)
         if lines and lines[-1]["step"] >= step:
             return lines[-1]
-        assert process.poll() is None, process.stdout.read()[-3000:]
         time.sleep(0.005)
     raise AssertionError("the run did not come to the step in time")
 
@@ -117,11 +120,10 @@ def check_exactly_once(rows: list[int]) -> None:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, tiny_data):
+def undisturbed(tmp_path_factory, onetomany_on_ray):
     folder = tmp_path_factory.mktemp("undisturbed")
-    process = launch(folder, tiny_data)
-    output = process.communicate(timeout=280)[0]
-    assert process.returncode == 0, output[-3000:]
+    done = onetomany_on_ray(*words(folder), cwd=folder)
+    assert done.returncode == 0, done.stderr[-3000:]
     check_exactly_once(committed(folder, 2))
     return weights(folder)
 
@@ -130,25 +132,27 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_driver_killed(undisturbed, tmp_path, tiny_data):
-    process = launch(tmp_path, tiny_data)
-    wait_for_step(tmp_path, 24, process)
+def test_driver_killed(undisturbed, tmp_path, tiny_data, ray_address, onetomany_on_ray):
+    process = launch(tmp_path, tiny_data, ray_address)
+    wait_for_step(tmp_path, 24)
     kill_all(folder=tmp_path, process=process)
-    again = launch(tmp_path, tiny_data)
-    output = again.communicate(timeout=280)[0]
-    assert again.returncode == 0, output[-3000:]
+    again = onetomany_on_ray(*words(tmp_path), cwd=tmp_path)
+    assert again.returncode == 0, again.stderr[-3000:]
     (manifest,) = tmp_path.glob("runs/tiny/sources/*/bundle/manifest.json")
     assert json.loads(manifest.read_text())["training"]["resumed_from"] >= 7
     check_exactly_once(committed(tmp_path, 2))
     assert equal(weights(tmp_path), undisturbed)
 
 
-def test_train_worker_killed(undisturbed, tmp_path, tiny_data):
-    process = launch(tmp_path, tiny_data)
-    victim = wait_for_step(tmp_path, 24, process, rank=1)["pid"]
-    os.kill(victim, signal.SIGKILL)
-    output = process.communicate(timeout=280)[0]
-    assert process.returncode == 0, output[-3000:]
+def test_train_worker_killed(undisturbed, tmp_path, onetomany_on_ray):
+    def kill_a_rank() -> None:
+        os.kill(wait_for_step(tmp_path, 24, rank=1)["pid"], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_a_rank)
+    killer.start()
+    done = onetomany_on_ray(*words(tmp_path), cwd=tmp_path)
+    killer.join()
+    assert done.returncode == 0, done.stderr[-3000:]
     pids = {line["pid"] for line in trace(tmp_path, 1)}
     assert len(pids) == 2, "the run went on in a new worker"
     check_exactly_once(committed(tmp_path, 2))
@@ -156,13 +160,14 @@ def test_train_worker_killed(undisturbed, tmp_path, tiny_data):
 
 
 @pytest.mark.slow
-def test_another_number_of_ranks_after_the_kill(undisturbed, tmp_path, tiny_data):
-    process = launch(tmp_path, tiny_data)
-    wait_for_step(tmp_path, 24, process)
+def test_another_number_of_ranks_after_the_kill(
+    undisturbed, tmp_path, tiny_data, ray_address, onetomany_on_ray
+):
+    process = launch(tmp_path, tiny_data, ray_address)
+    wait_for_step(tmp_path, 24)
     kill_all(folder=tmp_path, process=process)
-    again = launch(tmp_path, tiny_data, "sources.garments.workers=1")
-    output = again.communicate(timeout=280)[0]
-    assert again.returncode == 0, output[-3000:]
+    again = onetomany_on_ray(*words(tmp_path, "sources.garments.workers=1"), cwd=tmp_path)
+    assert again.returncode == 0, again.stderr[-3000:]
     (manifest,) = tmp_path.glob("runs/tiny/sources/*/bundle/manifest.json")
     point = json.loads(manifest.read_text())["training"][
         "resumed_from"

@@ -17,7 +17,7 @@ from pipeline.prepare.engine.write import Preparation
 JOB = Path(__file__).with_name("robotics.yaml")
 PENDULUM = "InvertedDoublePendulum-v5"
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.timeout(900)
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +48,10 @@ def rollouts(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def done(rollouts, onetomany, tmp_path_factory):
+def done(rollouts, command, tmp_path_factory):
     """(the folder of the job, all that it printed), run once."""
     where = tmp_path_factory.mktemp("run")
-    ended = onetomany("run", JOB, cwd=where, env={"ROLLOUTS": str(rollouts)}, timeout=800)
+    ended = command("run", JOB, cwd=where, env={"ROLLOUTS": str(rollouts)})
     assert ended.returncode == 0, ended.stderr[-4000:]
     return where / "runs" / "robotics", ended.stdout + ended.stderr
 
@@ -118,7 +118,7 @@ def test_the_report_shows_policies_beside_expert_and_chance(done):
     ) >= 1  # the walls are drawn without a graphics driver
 
 
-def test_a_bundle_tells_the_actions_of_new_episodes(done, rollouts, onetomany, tmp_path):
+def test_a_bundle_tells_the_actions_of_new_episodes(done, rollouts, command, tmp_path):
     bundle = next(
         path.parent for path in sorted(done[0].glob("sources/nominal-*/bundle/manifest.json"))
     )
@@ -126,7 +126,7 @@ def test_a_bundle_tells_the_actions_of_new_episodes(done, rollouts, onetomany, t
         ["actions"]
     )
     pq.write_table(table, tmp_path / "new.parquet")
-    ended = onetomany(
+    ended = command(
         "predict", bundle, tmp_path / "new.parquet", "-o", tmp_path / "out", cwd=tmp_path
     )
     assert ended.returncode == 0, ended.stderr[-3000:]

@@ -17,10 +17,10 @@ pytestmark = [pytest.mark.ray]
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory, onetomany):
+def ran(tmp_path_factory, onetomany_on_ray):
     """One `run` of the tiny job; (folder, its completed process)."""
     folder = tmp_path_factory.mktemp("ran")
-    done = onetomany("run", TINY, cwd=folder)
+    done = onetomany_on_ray("run", TINY, cwd=folder)
     assert done.returncode == 0, done.stderr[-4000:]
     return folder, done
 
@@ -120,14 +120,14 @@ def test_a_second_run_only_reports(ran, onetomany):
     )
 
 
-def test_changing_one_target_reruns_it_alone(ran, onetomany):
+def test_changing_one_target_reruns_it_alone(ran, onetomany_here):
     folder, _ = ran
     root = folder / "runs/tiny"
     before = set(root.glob("trials/*"))
     bundles = {
         path: path.stat().st_mtime_ns for path in root.glob("sources/*/bundle/weights.safetensors")
     }
-    done = onetomany("run", TINY, "--set", "targets.shoes.train.steps=5", cwd=folder)
+    done = onetomany_here("run", TINY, "--set", "targets.shoes.train.steps=5", cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
     new = [
         json.loads((path / "record.json").read_text())["rows"][0]
@@ -141,7 +141,7 @@ def test_changing_one_target_reruns_it_alone(ran, onetomany):
     } == bundles
 
 
-def test_a_failing_trial_leaves_its_row_and_stops_nothing(ran, onetomany):
+def test_a_failing_trial_leaves_its_row_and_stops_nothing(ran, onetomany_on_ray):
     folder, _ = ran
     words = (
         "--set",
@@ -155,7 +155,7 @@ def test_a_failing_trial_leaves_its_row_and_stops_nothing(ran, onetomany):
         "--set",
         "targets.shoes.train.steps=8",
     )
-    done = onetomany("run", TINY, *words, cwd=folder)
+    done = onetomany_on_ray("run", TINY, *words, cwd=folder)
     assert done.returncode == 1
     assert "not finite" in done.stderr and "Traceback" not in done.stderr
     failed = [row for row in table(folder) if row["status"] == "failed"]
@@ -165,14 +165,14 @@ def test_a_failing_trial_leaves_its_row_and_stops_nothing(ran, onetomany):
     assert "reviews" in done.stdout.replace("\n", "")  # the others are still in the printed table
 
 
-def test_score_ranks_sources(ran, onetomany):
+def test_score_ranks_sources(ran, onetomany_here):
     folder, _ = ran
-    done = onetomany("score", TINY, cwd=folder)
+    done = onetomany_here("score", TINY, cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "garments" in done.stdout and "stories" in done.stdout and "LogME" in done.stdout
 
 
-def test_predict_and_export(ran, onetomany, tiny_data, tmp_path):
+def test_predict_and_export(ran, onetomany_on_ray, tiny_data, tmp_path):
     folder, _ = ran
     best = next(
         row
@@ -183,7 +183,7 @@ def test_predict_and_export(ran, onetomany, tiny_data, tmp_path):
         and row["metric"] == "accuracy"
         and row["split"] == "test"
     )
-    done = onetomany(
+    done = onetomany_on_ray(
         "predict",
         best["bundle_uri"],
         tiny_data / "images.parquet",
@@ -204,7 +204,7 @@ def test_predict_and_export(ran, onetomany, tiny_data, tmp_path):
         assert np.allclose(
             probabilities[kept["row"]], scores / scores.sum(1, keepdims=True), atol=1e-4
         )
-    done = onetomany(
+    done = onetomany_on_ray(
         "export",
         best["bundle_uri"],
         tmp_path / "weights.safetensors",
@@ -220,11 +220,21 @@ def test_predict_and_export(ran, onetomany, tiny_data, tmp_path):
     timm.create_model("test_resnet", in_chans=1, num_classes=0).load_state_dict(
         load_file(tmp_path / "weights.safetensors")
     )
-    assert onetomany("export", best["bundle_uri"], tmp_path / "copy", cwd=folder).returncode == 0
+    assert (
+        onetomany_on_ray("export", best["bundle_uri"], tmp_path / "copy", cwd=folder).returncode
+        == 0
+    )
     assert json.loads((tmp_path / "copy/manifest.json").read_text())["kind"] == "bundle"
 
 
-def test_search_with_asha_picks_on_validation(ran, onetomany):
+@pytest.mark.parametrize(
+    ("command", "scheduler"),
+    [
+        pytest.param("onetomany_here", "fifo", id="here"),
+        pytest.param("onetomany_on_ray", "asha", id="asha", marks=pytest.mark.slow),
+    ],
+)
+def test_a_search_picks_on_validation(ran, request, command, scheduler):
     folder, _ = ran
     words = (
         "--set",
@@ -235,9 +245,9 @@ def test_search_with_asha_picks_on_validation(ran, onetomany):
         "--set",
         "techniques=[scratch, full]",
         "--set",
-        "fanout={seeds: 2, trials: 4, search: {lr: [1.0e-4, 1.0e-2]}, scheduler: asha}",
+        f"fanout={{seeds: 2, trials: 4, search: {{lr: [1.0e-4, 1.0e-2]}}, scheduler: {scheduler}}}",
     )
-    done = onetomany("run", TINY, *words, cwd=folder)
+    done = request.getfixturevalue(command)("run", TINY, *words, cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [
         row

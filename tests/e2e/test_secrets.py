@@ -16,7 +16,7 @@ from cluster.local import local_cluster
 from pipeline.io import storage
 from tests.e2e.conftest import SMALL
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
 SECRETS = {
     name: f"canary-{uuid.uuid4().hex}" for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
@@ -61,12 +61,12 @@ def objects_that_hold_a_secret(uri: str) -> list[str]:
 
 
 def test_a_run_leaves_no_secret_in_rays_session_or_in_its_results(
-    data_on_s3, s3_server, onetomany, ray_folder, tmp_path
+    data_on_s3, s3_server, onetomany_alone, ray_folder, tmp_path
 ):
     shutil.copy(SMALL, tmp_path / "job.yaml")
     runs = f"{s3_server}/secrets-run"
     env = {**SECRETS, "TINY_DATA": data_on_s3, "RAY_TMPDIR": str(ray_folder)}
-    done = onetomany("run", "job.yaml", "--set", f"storage={runs}", cwd=tmp_path, env=env)
+    done = onetomany_alone("run", "job.yaml", "--set", f"storage={runs}", cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stderr[-4000:]
     logs = list(ray_folder.rglob("logs/raylet.out"))
     assert logs, "the run's Ray session is not where it is looked for"
@@ -77,7 +77,7 @@ def test_a_run_leaves_no_secret_in_rays_session_or_in_its_results(
 
 
 def test_a_submitted_job_leaves_no_secret_on_the_cluster(
-    data_on_s3, s3_server, onetomany, tmp_path, monkeypatch
+    data_on_s3, s3_server, onetomany_alone, tmp_path, monkeypatch
 ):
     """The cluster's nodes have the key in their environment, as they have it from a Kubernetes
     Secret.
@@ -91,7 +91,7 @@ def test_a_submitted_job_leaves_no_secret_on_the_cluster(
         monkeypatch.setenv(name, secret)
     with local_cluster(1, cpus_per_node=2, object_store_mib=300) as cluster:
         words = ("--address", cluster.job_address, "--env", "TINY_DATA", "--set", f"storage={runs}")
-        done = onetomany(
+        done = onetomany_alone(
             "submit", "job.yaml", *words, cwd=tmp_path, env={"TINY_DATA": data_on_s3, **cluster.env}
         )
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]

@@ -76,15 +76,15 @@ def speech_data(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def done(speech_data, onetomany, tmp_path_factory) -> Path:
+def done(speech_data, command, tmp_path_factory) -> Path:
     """The folder of the job, run once."""
     where = tmp_path_factory.mktemp("run")
-    ended = onetomany("run", JOB, cwd=where, env={"SPEECH_DATA": str(speech_data)})
+    ended = command("run", JOB, cwd=where, env={"SPEECH_DATA": str(speech_data)})
     assert ended.returncode == 0, ended.stderr[-4000:]
     return where / "runs" / "speech"
 
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.timeout(600)
 
 
 def rows(done: Path) -> list[dict]:
@@ -166,9 +166,9 @@ def best(done: Path, target: str, technique: str) -> str:
 
 
 def test_a_folder_of_recordings_is_transcribed_with_times_and_subtitles(
-    done, speech_data, onetomany, tmp_path
+    done, speech_data, command, tmp_path
 ):
-    ended = onetomany(
+    ended = command(
         "predict",
         best(done, "words", "full"),
         speech_data / "recordings",
@@ -192,11 +192,11 @@ def test_a_folder_of_recordings_is_transcribed_with_times_and_subtitles(
     assert len(subtitles) == 13 and sum("talk" in name for name in subtitles) == 1
 
 
-def test_wav2vec2_leaves_as_a_folder_and_comes_back(done, onetomany, tmp_path):
+def test_wav2vec2_leaves_as_a_folder_and_comes_back(done, command, tmp_path):
     from transformers import Wav2Vec2ForCTC
 
     uri = best(done, "letters", "lora")
-    ended = onetomany("export", uri, tmp_path / "hf", "--kind", "hugging-face", cwd=tmp_path)
+    ended = command("export", uri, tmp_path / "hf", "--kind", "hugging-face", cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
     os.environ["HF_HUB_OFFLINE"] = "1"
     model, held = Wav2Vec2ForCTC.from_pretrained(tmp_path / "hf").eval(), bundle.load(uri)

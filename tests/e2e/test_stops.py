@@ -79,10 +79,10 @@ def terminated(
 
 
 @pytest.fixture(scope="module")
-def sources(tmp_path_factory, onetomany):
+def sources(tmp_path_factory, onetomany_on_ray):
     """A folder whose sources are trained."""
     folder = tmp_path_factory.mktemp("sources")
-    assert onetomany("pretrain", TINY, cwd=folder).returncode == 0
+    assert onetomany_on_ray("pretrain", TINY, cwd=folder).returncode == 0
     return folder
 
 
@@ -93,7 +93,7 @@ def records(folder: Path) -> dict[Path, int]:
     }
 
 
-def test_ctrl_c_in_pretraining_is_clean_and_goes_on(tmp_path, tiny_data, onetomany):
+def test_ctrl_c_in_pretraining_is_clean_and_goes_on(tmp_path, tiny_data, onetomany_on_ray):
     process = begin(tmp_path, tiny_data, "pretrain", str(TINY), *LONG)
     until(
         process,
@@ -121,7 +121,9 @@ def test_ctrl_c_in_pretraining_is_clean_and_goes_on(tmp_path, tiny_data, onetoma
     assert steps() == sorted(steps())
 
 
-def test_ctrl_c_and_a_killed_driver_in_the_fan_out_lose_nothing(sources, tiny_data, onetomany):
+def test_ctrl_c_and_a_killed_driver_in_the_fan_out_lose_nothing(
+    sources, tiny_data, onetomany_on_ray
+):
     for stop in (ctrl_c, lambda process: (os.kill(process.pid, signal.SIGKILL), process.wait())):
         before = len(records(sources))
         process = begin(sources, tiny_data, "run", str(TINY), *MANY)
@@ -129,7 +131,7 @@ def test_ctrl_c_and_a_killed_driver_in_the_fan_out_lose_nothing(sources, tiny_da
         stop(process)
         kept = records(sources)
         assert before + 4 <= len(kept) < 48
-    done = onetomany("run", TINY, *MANY, cwd=sources)
+    done = onetomany_on_ray("run", TINY, *MANY, cwd=sources)
     assert done.returncode == 0, done.stderr[-3000:]
     after = records(sources)
     assert len(after) == 48 and all(after[path] == time for path, time in kept.items()), (
@@ -176,7 +178,7 @@ def test_sigterm_in_the_fan_out_ends_as_ctrl_c_does(sources, tiny_data):
     assert not (sources / "runs/tiny/.run.json").exists()
 
 
-def test_sigterm_in_prepare_ends_as_ctrl_c_does_and_goes_on(tmp_path, tiny_data, onetomany):
+def test_sigterm_in_prepare_ends_as_ctrl_c_does_and_goes_on(tmp_path, tiny_data, onetomany_on_ray):
     texts = tmp_path / "texts"
     texts.mkdir()
     for number in range(40):
@@ -187,11 +189,11 @@ def test_sigterm_in_prepare_ends_as_ctrl_c_does_and_goes_on(tmp_path, tiny_data,
     process = begin(tmp_path, tiny_data, *words)
     until(process, lambda: list(tmp_path.glob("out/**/*.parquet")), "part")
     terminated(process, "error: stopped; the same command goes on from here")
-    done = onetomany(*words, cwd=tmp_path)
+    done = onetomany_on_ray(*words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_a_killed_fine_tune_goes_on_in_the_middle(sources, tiny_data, onetomany):
+def test_a_killed_fine_tune_goes_on_in_the_middle(sources, tiny_data, onetomany_on_ray):
     """kill -9 of the driver while a trial trains: the next run takes it up at its resume point, and
     it ends as if nothing had happened.
     """
@@ -216,7 +218,7 @@ def test_a_killed_fine_tune_goes_on_in_the_middle(sources, tiny_data, onetomany)
     )
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    done = onetomany(*words, cwd=sources)
+    done = onetomany_on_ray(*words, cwd=sources)
     assert done.returncode == 0, done.stderr[-3000:]
     found = [json.loads(path.read_text()) for path in records(sources)]
     (resumed,) = [record for record in found if record["rows"][0]["steps"] == 3000]
@@ -225,15 +227,15 @@ def test_a_killed_fine_tune_goes_on_in_the_middle(sources, tiny_data, onetomany)
     )
 
 
-def test_two_runs_of_one_job_at_once_are_refused(sources, tiny_data, onetomany):
+def test_two_runs_of_one_job_at_once_are_refused(sources, tiny_data, onetomany_on_ray):
     process = begin(sources, tiny_data, "run", str(TINY), "--set", "fanout.seeds=13")
     until(process, (sources / "runs/tiny/.run.json").exists, "lease")
-    second = onetomany("run", TINY, cwd=sources)
+    second = onetomany_on_ray("run", TINY, cwd=sources)
     assert second.returncode == 2 and f"process {process.pid}" in second.stderr
     ctrl_c(process)
 
 
-def test_trials_on_two_ranks_give_the_rows_of_one(sources, onetomany):
+def test_trials_on_two_ranks_give_the_rows_of_one(sources, onetomany_on_ray):
     """``workers: 2``: the same loop under Ray Train in a driver. A frozen backbone's rows differ by
     the order of float sums alone; where batch norm trains, each rank has its own half of the batch,
     as under any DDP.
@@ -252,7 +254,7 @@ def test_trials_on_two_ranks_give_the_rows_of_one(sources, onetomany):
     )
     found = {}
     for workers in (0, 2):
-        done = onetomany(
+        done = onetomany_on_ray(
             "run", TINY, *words, "--set", f"targets.shoes.workers={workers}", cwd=sources
         )
         assert done.returncode == 0, done.stderr[-3000:]
@@ -280,8 +282,10 @@ def test_trials_on_two_ranks_give_the_rows_of_one(sources, onetomany):
         ), cell
 
 
-def test_elastic_ranks_take_what_there_is(onetomany, tmp_path):
-    done = onetomany("pretrain", TINY, "--set", "sources.garments.workers=[1, 2]", cwd=tmp_path)
+def test_elastic_ranks_take_what_there_is(onetomany_on_ray, tmp_path):
+    done = onetomany_on_ray(
+        "pretrain", TINY, "--set", "sources.garments.workers=[1, 2]", cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     (manifest,) = tmp_path.glob("runs/tiny/sources/garments-*/bundle/manifest.json")
     assert json.loads(manifest.read_text())["training"]["ranks"] in (1, 2)

@@ -13,7 +13,7 @@ import pytest
 from cluster.local import local_cluster
 from tests.e2e.conftest import TINY
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def two_nodes():
 
 
 def test_a_job_file_runs_on_the_cluster_to_its_table_and_its_exit_code(
-    two_nodes, onetomany, tiny_data, tmp_path
+    two_nodes, onetomany_alone, tiny_data, tmp_path
 ):
     env = {
         "PYTHONPATH": os.pathsep.join(
@@ -39,7 +39,7 @@ def test_a_job_file_runs_on_the_cluster_to_its_table_and_its_exit_code(
         "--set",
         f"storage={tmp_path}/runs",
     )
-    done = onetomany("submit", TINY, *words, cwd=tmp_path, env=env, timeout=500)
+    done = onetomany_alone("submit", TINY, *words, cwd=tmp_path, env=env, timeout=500)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert (
         "submitted tiny-" in done.stdout
@@ -51,7 +51,7 @@ def test_a_job_file_runs_on_the_cluster_to_its_table_and_its_exit_code(
         "shoes",
         "reviews",
     }
-    bad = onetomany(
+    bad = onetomany_alone(
         "submit",
         TINY,
         *words,
@@ -62,7 +62,7 @@ def test_a_job_file_runs_on_the_cluster_to_its_table_and_its_exit_code(
         timeout=300,
     )
     assert bad.returncode == 1 and "it can never be met" in bad.stdout, bad.stdout[-3000:]
-    wrong = onetomany(
+    wrong = onetomany_alone(
         "submit", TINY, *words, "--set", "sources.garments.worker=2", cwd=tmp_path, env=env
     )
     assert (

@@ -84,15 +84,15 @@ def text_data(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def done(text_data, onetomany, tmp_path_factory) -> Path:
+def done(text_data, command, tmp_path_factory) -> Path:
     """The folder of the job, run once."""
     where = tmp_path_factory.mktemp("run")
-    ended = onetomany("run", JOB, cwd=where, env={"TEXT_DATA": str(text_data)})
+    ended = command("run", JOB, cwd=where, env={"TEXT_DATA": str(text_data)})
     assert ended.returncode == 0, ended.stderr[-4000:]
     return where / "runs" / "text"
 
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.timeout(600)
 
 
 def rows(done: Path) -> list[dict]:
@@ -159,15 +159,15 @@ def best(done: Path, target: str, technique: str) -> str:
     )
 
 
-def predicted(uri: str, data: Path, onetomany, where: Path, *words: str) -> pa.Table:
-    ended = onetomany("predict", uri, data, "-o", where / "out", *words, cwd=where)
+def predicted(uri: str, data: Path, command, where: Path, *words: str) -> pa.Table:
+    ended = command("predict", uri, data, "-o", where / "out", *words, cwd=where)
     assert ended.returncode == 0, ended.stderr[-3000:]
     return pq.read_table(where / "out" / "part-00000.parquet")
 
 
-def test_entities_are_predicted_as_words_and_types(done, text_data, onetomany, tmp_path):
+def test_entities_are_predicted_as_words_and_types(done, text_data, command, tmp_path):
     found = predicted(
-        best(done, "entities", "lora"), text_data / "entities.parquet", onetomany, tmp_path
+        best(done, "entities", "lora"), text_data / "entities.parquet", command, tmp_path
     )
     assert len(found) == 100 and all(len(tags) == 6 for tags in found["tags"].to_pylist())
     assert {tag for tags in found["tags"].to_pylist() for tag in tags} <= {
@@ -179,9 +179,9 @@ def test_entities_are_predicted_as_words_and_types(done, text_data, onetomany, t
     }
 
 
-def test_answers_stand_in_their_contexts(done, text_data, onetomany, tmp_path):
+def test_answers_stand_in_their_contexts(done, text_data, command, tmp_path):
     found = predicted(
-        best(done, "questions", "full"), text_data / "questions.parquet", onetomany, tmp_path
+        best(done, "questions", "full"), text_data / "questions.parquet", command, tmp_path
     )
     contexts = pq.read_table(text_data / "questions.parquet")["context"].to_pylist()
     given = [
@@ -192,20 +192,20 @@ def test_answers_stand_in_their_contexts(done, text_data, onetomany, tmp_path):
     assert all(context[row["start"] : row["end"]] == row["answer"] for row, context in given)
 
 
-def test_prompts_are_continued(done, onetomany, tmp_path):
+def test_prompts_are_continued(done, command, tmp_path):
     (tmp_path / "prompts.txt").write_text("the old film was\na new play\n")
-    found = predicted(best(done, "stories", "full"), tmp_path / "prompts.txt", onetomany, tmp_path)
+    found = predicted(best(done, "stories", "full"), tmp_path / "prompts.txt", command, tmp_path)
     assert len(found) == 2 and all(isinstance(text, str) for text in found["generated"].to_pylist())
 
 
-def test_a_language_model_leaves_as_a_folder_and_comes_back(done, onetomany, tmp_path):
+def test_a_language_model_leaves_as_a_folder_and_comes_back(done, command, tmp_path):
     """What transformers loads from the exported folder has the bundle's weights, adapters
     merged.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     uri = best(done, "stories", "lora")
-    ended = onetomany("export", uri, tmp_path / "hf", "--kind", "hugging-face", cwd=tmp_path)
+    ended = command("export", uri, tmp_path / "hf", "--kind", "hugging-face", cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
     os.environ["HF_HUB_OFFLINE"] = "1"
     model, tensors = (

@@ -54,8 +54,8 @@ VERBS = (
 # ---------------------------------------------------------------- quick ones, without Ray
 
 
-def test_every_verb_is_helpful(onetomany, tmp_path):
-    helped = onetomany("--help", cwd=tmp_path)
+def test_every_verb_is_helpful(onetomany, onetomany_alone, tmp_path):
+    helped = onetomany_alone("--help", cwd=tmp_path)
     assert helped.returncode == 0 and all(
         re.search(rf"\b{verb}\b", helped.stdout) for verb in VERBS
     )
@@ -287,8 +287,8 @@ def test_predict_refuses_a_flipped_bit_a_newer_format_and_half_a_column(onetoman
 
 
 @pytest.mark.ray
-def test_doctor_looks_at_machine_cluster_and_job(onetomany, tmp_path):
-    done = onetomany("doctor", TINY, cwd=tmp_path)
+def test_doctor_looks_at_machine_cluster_and_job(onetomany_on_ray, tmp_path):
+    done = onetomany_on_ray("doctor", TINY, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     for said in (
         "Python",
@@ -299,7 +299,7 @@ def test_doctor_looks_at_machine_cluster_and_job(onetomany, tmp_path):
         "2 ranks of",
     ):
         assert said in done.stdout
-    never = onetomany(
+    never = onetomany_on_ray(
         "doctor",
         TINY,
         "--set",
@@ -316,12 +316,12 @@ def test_doctor_looks_at_machine_cluster_and_job(onetomany, tmp_path):
 
 
 @pytest.mark.ray
-def test_more_than_the_cluster_can_ever_give_is_refused_before_a_step(onetomany, tmp_path):
+def test_more_than_the_cluster_can_ever_give_is_refused_before_a_step(onetomany_on_ray, tmp_path):
     for words, said in (
         ("sources.garments.cpus_per_worker=900", "2 ranks x (900 CPU"),
         ("targets.shoes.workers=500", "for each of 500 ranks"),
     ):
-        done = onetomany("run", TINY, "--set", words, cwd=tmp_path)
+        done = onetomany_on_ray("run", TINY, "--set", words, cwd=tmp_path)
         assert (
             done.returncode == 1
             and said in done.stderr
@@ -336,7 +336,7 @@ def test_more_than_the_cluster_can_ever_give_is_refused_before_a_step(onetomany,
 @pytest.mark.parametrize(
     "job", [pytest.param(job, marks=NEEDS_DATA) for job in SMALL], ids=lambda job: job.stem
 )
-def test_two_steps_of_every_small_job(job, onetomany, tmp_path, tmp_path_factory):
+def test_two_steps_of_every_small_job(job, onetomany_on_ray, tmp_path, tmp_path_factory):
     spec = yaml.safe_load(job.read_text())
     words = [
         f"sources.{name}.train={{steps: 2, global_batch: 8}}"
@@ -344,22 +344,24 @@ def test_two_steps_of_every_small_job(job, onetomany, tmp_path, tmp_path_factory
         if "data" in source
     ]
     words += [f"targets.{name}.train={{steps: 2, global_batch: 8}}" for name in spec["targets"]]
-    done = onetomany(
+    done = onetomany_on_ray(
         "run",
         job,
         *(word for each in [*words, "fanout.seeds=1"] for word in ("--set", each)),
         cwd=tmp_path,
         env=beside(job, tmp_path / "masks", tmp_path_factory.getbasetemp()),
-        timeout=880,
     )
     assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_the_quickstart_on_s3_wins_somewhere_and_hides_no_loss(s3_server, onetomany, tmp_path):
+def test_the_quickstart_on_s3_wins_somewhere_and_hides_no_loss(
+    s3_server, onetomany_alone, tmp_path
+):
     """The main job as README has it, with its runs on an S3 server."""
-    done = onetomany(
+    done = onetomany_alone(
         "run", QUICKSTART, "--set", f"storage={s3_server}/quick", cwd=tmp_path, timeout=880
     )
     assert done.returncode == 0, done.stderr[-4000:]

@@ -19,7 +19,7 @@ from pipeline.prepare.engine.write import Preparation
 JOB = Path(__file__).with_name("vision.yaml")
 WNIDS = ("n01440764", "n02100735", "n02119789")
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.timeout(600)
 
 
 def encoded(
@@ -97,7 +97,7 @@ def published(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def done(published, onetomany, tmp_path_factory) -> Path:
+def done(published, command, tmp_path_factory) -> Path:
     """The folder of the job, its sources and targets prepared and run once."""
     where = tmp_path_factory.mktemp("run")
     for name, kind, *words in (
@@ -108,7 +108,7 @@ def done(published, onetomany, tmp_path_factory) -> Path:
         Preparation(
             kind, str(published / name), str(where / "prepared" / name), options_of(kind, words)
         ).run()
-    ended = onetomany("run", JOB, cwd=where, env={"PREPARED": str(where / "prepared")}, timeout=500)
+    ended = command("run", JOB, cwd=where, env={"PREPARED": str(where / "prepared")})
     assert ended.returncode == 0, ended.stderr[-4000:]
     return where / "runs" / "vision"
 

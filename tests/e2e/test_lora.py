@@ -15,21 +15,19 @@ import torch
 
 from pipeline.checkpoints import bundle
 from pipeline.core.contracts import Batch
-from tests.e2e.conftest import TINY, onetomany, tiny_data  # noqa: F401 - fixtures
+from tests.e2e.conftest import TINY
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
-RUN_S = 700
-"""What a run may take where others use the machine's cores; alone it takes a minute."""
+pytestmark = pytest.mark.timeout(900)
 
 
-def test_lora_is_one_of_the_techniques(tmp_path, onetomany, tiny_data):  # noqa: F811
+def test_lora_is_one_of_the_techniques(tmp_path, command, tiny_data):
     job = tmp_path / "tiny.yaml"
     text = TINY.read_text()
     assert "[scratch, linear_probe, full, lp_ft]" in text and "seeds: 2" in text
     job.write_text(
         text.replace("full, lp_ft]", "full, lp_ft, lora]").replace("seeds: 2", "seeds: 1")
     )
-    done = onetomany("run", job, cwd=tmp_path, timeout=RUN_S)
+    done = command("run", job, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
     rows = pq.read_table(tmp_path / "runs/tiny/results.parquet").to_pylist()
     for target, source in (("shoes", "garments"), ("reviews", "stories")):
@@ -74,7 +72,9 @@ fanout: {seeds: 1}
 """
 
 
-def test_two_ranks_give_the_adapters_of_one(tmp_path, onetomany, tiny_data):  # noqa: F811
+@pytest.mark.ray
+@pytest.mark.slow
+def test_two_ranks_give_the_adapters_of_one(tmp_path, onetomany_on_ray, tiny_data):
     """Through Ray Train: adapters reduced over ranks, the best weights put back, merged and kept
     once.
     """
@@ -82,8 +82,8 @@ def test_two_ranks_give_the_adapters_of_one(tmp_path, onetomany, tiny_data):  # 
     job.write_text(RANKS)
     kept, values = {}, {}
     for workers in (0, 2):
-        done = onetomany(
-            "run", job, "--set", f"targets.reviews.workers={workers}", cwd=tmp_path, timeout=RUN_S
+        done = onetomany_on_ray(
+            "run", job, "--set", f"targets.reviews.workers={workers}", cwd=tmp_path
         )
         assert done.returncode == 0, done.stderr[-4000:]
         rows = pq.read_table(tmp_path / "runs/ranks/results.parquet").to_pylist()
