@@ -50,8 +50,8 @@ class Experiment:
     """The training rows of all ranks."""
     plan: Plan
     """The order in which they are read."""
-    validation: Rows | None
-    """The validation rows of all ranks; None: the last weights are kept."""
+    validation: Rows
+    """The validation rows of all ranks; where there are none, the last weights are kept."""
     metrics: tuple[str, ...]
     """Metrics of the validation rows; the first one decides which weights are kept."""
     eval_batch: int
@@ -63,8 +63,8 @@ class Experiment:
     log_folder: str
     lost: int = 0
     """Training rows that were left out before; they count against the same budget."""
-    quarantined: tuple[dict[str, Any], ...] = ()
-    """Rows that were left out before, for the list of them."""
+    left_out: list[dict[str, Any]] = field(default_factory=list)
+    """Split, row, place and reason of the rows that were left out before, for the list of them."""
     place: Place = "train"
     """Where training rows are decoded."""
     threads: int = 1
@@ -86,10 +86,6 @@ class Experiment:
     on_step: Callable[[], None] = heartbeat.beat
     """Called at every step."""
 
-    @property
-    def checkpoints(self) -> str:
-        return checkpoints_of(self.folder)
-
 
 @dataclass(frozen=True)
 class Finished:
@@ -98,29 +94,16 @@ class Finished:
     task: Task
     """As the technique leaves it: adapters are merged into the weights."""
     outcome: Outcome
-    kept_step: int
     metrics: dict[str, float]
     """Validation metrics of the weights that were kept."""
+    metadata: dict[str, Any]
+    """What the records of sources and of trials have in common."""
     bad_rows: dict[tuple[str, int], str]
     """(split, row) to the reason why it could not be used, of all ranks."""
     warning: str
     """The objective's newest warning, or an empty string."""
     damaged: list[str]
     """A line for each damaged resume point that was passed over."""
-    padding: dict[str, float]
-
-    def metadata(self) -> dict[str, Any]:
-        """What the records of sources and of trials say alike."""
-        outcome = self.outcome
-        return {
-            "steps": outcome.steps,
-            "params_trained": outcome.params_trained,
-            "skipped_steps": outcome.skipped_steps,
-            "resumed_from": outcome.resumed_from,
-            "curve": outcome.curve,
-            "kept_step": self.kept_step,
-            **self.padding,
-        }
 
 
 def technique_of(config: ComponentConfig) -> Technique:
@@ -174,7 +157,7 @@ def run(experiment: Experiment, ranks: Ranks) -> Finished:
         keeper=keeper,
         evaluate=check,
         ranks=ranks,
-        checkpoints=experiment.checkpoints,
+        checkpoints=checkpoints_of(experiment.folder),
         restarts=experiment.restarts,
         on_start=record.start,
         on_log=record.write,
@@ -185,17 +168,23 @@ def run(experiment: Experiment, ranks: Ranks) -> Finished:
     )
     with record:
         outcome = loop.fit(work) if technique.needs_training else loop.evaluate_untrained(work)
-    plan = experiment.plan
     return Finished(
         task=technique.finish(task),
         outcome=outcome,
-        kept_step=keeper.step,
         metrics=keeper.metrics,
+        metadata=_metadata(outcome, keeper.step, experiment.plan),
         bad_rows=record.bad_rows.found,
         warning=record.warning,
         damaged=record.damaged,
-        padding={"padding_share": round(plan.padding(), 4)} if isinstance(plan, BucketPlan) else {},
     )
+
+
+def _metadata(outcome: Outcome, kept_step: int, plan: Plan) -> dict[str, Any]:
+    names = ("steps", "params_trained", "skipped_steps", "resumed_from", "curve")
+    metadata = {name: getattr(outcome, name) for name in names} | {"kept_step": kept_step}
+    if isinstance(plan, BucketPlan):
+        metadata["padding_share"] = round(plan.padding(), 4)
+    return metadata
 
 
 def _validator(
@@ -205,7 +194,7 @@ def _validator(
     bad_rows: BadRows,
 ) -> Callable[[Task], dict[str, float]] | None:
     """A function that gives the validation metrics of a task, the same on every rank."""
-    if experiment.validation is None:
+    if not len(experiment.validation):
         return None
     mine = experiment.validation.part(ranks.rank, ranks.count)
     limit = experiment.decode_validation_bytes
@@ -230,10 +219,9 @@ class BadRows:
     """Rows of all ranks that could not be used, each once; every rank holds them against the budget."""
 
     def __init__(self, experiment: Experiment, ranks: Ranks):
-        self.selections = {"train": experiment.rows.selection}
-        if experiment.validation is not None:
-            self.selections["validation"] = experiment.validation.selection
-        self.lost = {"train": experiment.lost}
+        rows, validation = experiment.rows.selection, experiment.validation.selection
+        self.selections = {"train": rows, "validation": validation}
+        self.lost = {"train": experiment.lost, "validation": 0}
         self.max_bad_rows, self.ranks = experiment.max_bad_rows, ranks
         self.new: list[tuple[str, int, str]] = []
         self.found: dict[tuple[str, int], str] = {}
@@ -270,8 +258,9 @@ class BadRows:
         """Raise TooManyBadRowsError, on all ranks or on none, where a split is over the budget."""
         for split, selection in self.selections.items():
             bad = [(row, reason) for (of, row), reason in self.found.items() if of == split]
-            lost = self.lost.get(split, 0)
-            check_bad_row_budget(bad, len(selection), self.max_bad_rows, selection, lost)
+            check_bad_row_budget(
+                bad, len(selection), self.max_bad_rows, selection, self.lost[split]
+            )
 
 
 class _Record:
@@ -298,8 +287,8 @@ class _Record:
         if self.ranks.first:
             self.experiment.on_start(step)
             self.log = MetricsLog(self.experiment.log_folder, step)
-            if self.experiment.quarantined:
-                self.log.quarantine(list(self.experiment.quarantined))
+            if self.experiment.left_out:
+                self.log.quarantine(self.experiment.left_out)
 
     def write(self, record: dict[str, Any]) -> None:
         fresh = self.bad_rows.gather()

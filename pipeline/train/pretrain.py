@@ -1,30 +1,26 @@
-"""What the ranks of a source run: the plan of its rows, the loop, and at the end its bundle."""
+"""Pretraining of a source: what its ranks are given, what each of them runs, the bundle at the end.
+
+A source without data is an existing checkpoint: it is read into a bundle, and nothing is trained.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 
 from pipeline.checkpoints import bundle, pretrained
-from pipeline.config.schema import FULL, ComponentConfig, Data, Train
+from pipeline.config.schema import Data, Source, Train
 from pipeline.core.contracts import Task
 from pipeline.core.rng import mix
 from pipeline.data.length_buckets import BucketPlan
 from pipeline.data.manifest import Selection
-from pipeline.data.plan import Mixture, Plan, Shuffle
-from pipeline.data.stream import (
-    DataWorkers,
-    Decoder,
-    Place,
-    Rows,
-    plan_of,
-    rows_an_item,
-)
+from pipeline.data.plan import Plan, Shuffle
+from pipeline.data.stream import DataWorkers, Decoder, Place, Rows, plan_of, rows_an_item
 from pipeline.io import file_identity, storage, write_fence
 from pipeline.io.file_identity import FileIdentity
 from pipeline.train import checkpoint, experiment, loop, online_probe
@@ -48,32 +44,67 @@ VALIDATION_BYTES = 512 << 20
 
 @dataclass(frozen=True)
 class RankJob:
-    """All that a rank needs, plain enough to be sent to it."""
+    """What every rank of a source is given; it can be sent to another process."""
 
     name: str
     uri: str
     key: str
     seed: int
-    train: Train
-    steps: int
+    spec: Source
+    reads: tuple[FileIdentity, ...]
+    """Files that are read in training: no bundle is written when one of them has changed."""
     fitted: FittedSource
-    shards: int
-    shuffle: str
-    place: Place
-    max_bad_rows: float
     workers: DataWorkers
     threads: int
-    split_text: str
-    mixture: Mixture | None = None
-    """Ranges and weights of the corpora, where they have weights."""
-    reads: tuple[FileIdentity, ...] = ()
-    """Files that are read in training: no bundle is written when one of them has changed."""
-    fences: tuple[write_fence.Fence, ...] = ()
-    """The run that the rank belongs to: it writes while that run holds its lease."""
-    made_by: dict[str, Any] = field(default_factory=dict)
+    made_by: dict[str, Any]
     """What the bundle's manifest says of the code that made it."""
-    technique: ComponentConfig = FULL
-    """Which weights train, and how."""
+    fences: tuple[write_fence.Fence, ...]
+    """The run that the rank belongs to: it writes while that run holds its lease."""
+    steps: int = 0
+    split_text: str = ""
+
+    @property
+    def data(self) -> Data:
+        assert self.spec.data is not None
+        return self.spec.data
+
+    @property
+    def place(self) -> Place:
+        """Where training rows are decoded."""
+        return "workers" if self.data.decode == "auto" else self.data.decode
+
+
+def rank_job(
+    stage: SourceStage, fitted: FittedSource, workers: DataWorkers, threads: int
+) -> RankJob:
+    """Raises ValueError where the rows are too few for a batch."""
+    spec = stage.spec
+    check_plan(stage, fitted.corpora)
+    made = made_by(spec, fitted.arch).metadata()["made_by"]
+    if fitted.begun_by:
+        made |= {"begun_by": list(fitted.begun_by)}
+    work = RankJob(
+        name=stage.name,
+        uri=stage.uri,
+        key=stage.key,
+        seed=stage.seed,
+        spec=spec,
+        reads=stage.reads,
+        fitted=fitted,
+        workers=workers,
+        threads=threads,
+        made_by=made,
+        fences=write_fence.current_fences(),
+    )
+    rows = training_rows(work)
+    plan, text = order_of(work, rows, 1), fitted.text
+    if isinstance(plan, BucketPlan):
+        text += (
+            f"; {plan.batches_an_epoch:.0f} batches an epoch of up to {plan.batch_cost:g} "
+            f"{rows.modality.cost_unit}, {plan.padding():.1%} of them padding"
+        )
+    steps = experiment.technique_of(spec.technique).steps(steps_of(spec.train, plan))
+    return replace(work, steps=steps, split_text=text)
 
 
 def steps_of(train: Train, plan: Plan) -> int:
@@ -82,8 +113,7 @@ def steps_of(train: Train, plan: Plan) -> int:
 
 
 def shuffle_of(data: Data, rows: Selection) -> Shuffle:
-    """The order in which the training rows of a source or of a target are shuffled, when they are
-    read from files.
+    """How training rows that are read from files are shuffled.
 
     A full permutation of files that are larger than memory would read them many times an epoch.
     """
@@ -92,61 +122,19 @@ def shuffle_of(data: Data, rows: Selection) -> Shuffle:
     return "rows" if rows.manifest.size <= ROWS_SHUFFLE_BYTES else "blocks"
 
 
-def rank_job(
-    stage: SourceStage, fitted: FittedSource, workers: DataWorkers, threads: int
-) -> RankJob:
-    spec = stage.spec
-    assert spec.data is not None
-    shards = canonical_shards(spec)
-    shuffle = shuffle_of(spec.data, fitted.train)
-    place: Place = "workers" if spec.data.decode == "auto" else spec.data.decode
-    check_plan(stage, fitted.corpora)
-    made = made_by(spec, fitted.arch).metadata()["made_by"] | (
-        {"begun_by": list(fitted.begun_by)} if fitted.begun_by else {}
-    )
-    work = RankJob(
-        stage.name,
-        stage.uri,
-        stage.key,
-        stage.seed,
-        spec.train,
-        0,
-        fitted,
-        shards,
-        shuffle,
-        place,
-        spec.data.max_bad_rows,
-        workers,
-        threads,
-        fitted.text,
-        mixture(spec, fitted.corpora),
-        reads=stage.reads,
-        fences=write_fence.current_fences(),
-        made_by=made,
-        technique=spec.technique,
-    )
-    rows = Rows(fitted.train, decoder_of(fitted), costs=fitted.costs)
-    plan, text = order_of(work, rows, 1), fitted.text
-    if isinstance(plan, BucketPlan):
-        text += (
-            f"; {plan.batches_an_epoch:.0f} batches an epoch of up to {plan.batch_cost:g} "
-            f"{rows.modality.cost_unit}, {plan.padding():.1%} of them padding"
-        )
-    technique = experiment.technique_of(spec.technique)
-    return replace(work, steps=technique.steps(steps_of(spec.train, plan)), split_text=text)
-
-
-def order_of(work: RankJob, rows: Rows, item_rows: int) -> Plan:
+def order_of(work: RankJob, rows: Rows, item_rows: int | None = None) -> Plan:
     """The order in which a source's rows are read, ``item_rows`` at a time."""
+    spec = work.spec
+    shards = canonical_shards(spec)
     return plan_of(
         rows,
         work.seed,
-        work.train.global_batch,
-        work.train.batch_cost,
-        shards=work.shards,
-        shuffle=work.shuffle,  # type: ignore[arg-type]
-        item_rows=item_rows,
-        mixture=work.mixture,
+        spec.train.global_batch,
+        spec.train.batch_cost,
+        shards=shards,
+        shuffle=shuffle_of(work.data, work.fitted.train),
+        item_rows=item_rows or rows_an_item(rows, shards),
+        mixture=mixture(spec, work.fitted.corpora),
     )
 
 
@@ -159,15 +147,19 @@ def decoder_of(fitted: FittedSource) -> Decoder:
     )
 
 
+def training_rows(work: RankJob) -> Rows:
+    return Rows(work.fitted.train, decoder_of(work.fitted), costs=work.fitted.costs)
+
+
 def decoded(work: RankJob) -> Rows | None:
-    """The training rows decoded once, for ``decode: memory``: the driver does it, and all ranks
-    read them from shared memory.
+    """The training rows decoded once, for ``decode: memory``.
+
+    The driver decodes them, and all ranks read them from shared memory.
     """
     if work.place != "memory":
         return None
-    return Rows(work.fitted.train, decoder_of(work.fitted), costs=work.fitted.costs).in_memory(
-        work.max_bad_rows, keep_bad=True, lost=work.fitted.lost
-    )
+    rows, lost = training_rows(work), work.fitted.lost
+    return rows.in_memory(work.data.max_bad_rows, keep_bad=True, lost=lost)
 
 
 def train_rank(
@@ -183,77 +175,13 @@ def train_rank(
         held: The training rows where they were decoded before (`decoded`).
 
     Returns:
-        The metadata that the bundle and the report show.
+        What the bundle and the report say of the training.
     """
-    began = time.time()
+    began, fitted = time.time(), work.fitted
     made = experiment_of(work, ranks, on_progress, held)
     finished = experiment.run(made, ranks)
-    metadata = metadata_of(work, made, finished, ranks, began)
-    if ranks.first:
-        file_identity.check_unchanged(work.reads)
-        finished.task.objective.after_training(finished.task.backbone)
-        write(work, finished, metadata)
-    return metadata
-
-
-def experiment_of(
-    work: RankJob, ranks: Ranks, on_progress: Callable[[dict[str, Any]], None], held: Rows | None
-) -> Experiment:
-    """A source's training run as one of its ranks sees it."""
-    train, fitted = work.train, work.fitted
-    decoder = decoder_of(fitted)
-    rows = held or Rows(fitted.train, decoder, costs=fitted.costs)
-    task = start_task(work)
-    left_out = list(fitted.left_out)
-    extra_metrics = {}
-    if fitted.probe:
-        cast = partial(loop.autocast, train, ranks.device)
-        knn = online_probe.probe_evaluator(
-            fitted.probe, rows.modality, ranks, cast, left_out.extend
-        )
-        extra_metrics[online_probe.METRIC] = knn
-    validation = Rows(fitted.validation, replace(decoder, training=False))
-    objective = task.objective
-    return Experiment(
-        task=task,
-        technique=experiment.technique_of(work.technique),
-        technique_seed=mix(work.seed, 4),
-        train=train,
-        steps=work.steps,
-        seed=work.seed,
-        rows=rows,
-        plan=order_of(work, rows, rows_an_item(rows, work.shards)),
-        place=work.place,
-        threads=work.threads,
-        workers=work.workers,
-        validation=validation if len(validation) else None,
-        eval_batch=train.micro_batch or -(-train.global_batch // ranks.count),
-        decode_validation_bytes=VALIDATION_BYTES,
-        metrics=type(objective).source_metrics(objective.options, objective.state),
-        extra_metrics=extra_metrics,
-        max_bad_rows=work.max_bad_rows,
-        lost=fitted.lost,
-        quarantined=tuple(left_out),
-        folder=work.uri,
-        log_folder=storage.join(work.uri, "log"),
-        on_record=on_progress,
-    )
-
-
-def start_task(work: RankJob) -> Task:
-    """The task with the weights that it starts from; a resume point, if there is one, has its own."""
-    task = bundle.build_task(work.fitted.arch, work.fitted.objective, seed=work.seed)
-    if work.fitted.initial and not checkpoint.newest(experiment.checkpoints_of(work.uri)):
-        task.load_state_dict(bundle.load(work.fitted.initial).tensors)
-    return task
-
-
-def metadata_of(
-    work: RankJob, made: Experiment, finished: Finished, ranks: Ranks, began: float
-) -> dict[str, Any]:
-    """What the bundle and the report say of a source's training."""
-    fitted, outcome = work.fitted, finished.outcome
-    return {
+    outcome = finished.outcome
+    metadata = {
         "source": work.name,
         "backbone": fitted.arch["name"],
         "objective": fitted.objective["name"],
@@ -271,57 +199,119 @@ def metadata_of(
         "findings": [list(finding) for finding in fitted.findings],
         "started_at": began,
         "spec_hash": work.key,
-        **finished.metadata(),
+        **finished.metadata,
     }
+    if ranks.first:
+        file_identity.check_unchanged(work.reads)
+        write(work, finished, metadata)
+    return metadata
+
+
+def experiment_of(
+    work: RankJob, ranks: Ranks, on_progress: Callable[[dict[str, Any]], None], held: Rows | None
+) -> Experiment:
+    """A source's training run as one of its ranks sees it."""
+    fitted, train = work.fitted, work.spec.train
+    rows = held or training_rows(work)
+    task = start_task(work)
+    objective, left_out, extra_metrics = task.objective, list(fitted.left_out), {}
+    if fitted.probe:
+        cast = partial(loop.autocast, train, ranks.device)
+        extra_metrics[online_probe.METRIC] = online_probe.probe_evaluator(
+            fitted.probe, rows.modality, ranks, cast, left_out.extend
+        )
+    return Experiment(
+        task=task,
+        technique=experiment.technique_of(work.spec.technique),
+        technique_seed=mix(work.seed, 4),
+        train=train,
+        steps=work.steps,
+        seed=work.seed,
+        rows=rows,
+        plan=order_of(work, rows),
+        place=work.place,
+        threads=work.threads,
+        workers=work.workers,
+        validation=Rows(fitted.validation, replace(decoder_of(fitted), training=False)),
+        eval_batch=train.micro_batch or -(-train.global_batch // ranks.count),
+        decode_validation_bytes=VALIDATION_BYTES,
+        metrics=type(objective).source_metrics(objective.options, objective.state),
+        extra_metrics=extra_metrics,
+        max_bad_rows=work.data.max_bad_rows,
+        lost=fitted.lost,
+        left_out=left_out,
+        folder=work.uri,
+        log_folder=storage.join(work.uri, "log"),
+        on_record=on_progress,
+    )
+
+
+def start_task(work: RankJob) -> Task:
+    """The task with the weights that it starts from; a resume point, if there is one, has its own."""
+    fitted = work.fitted
+    task = bundle.build_task(fitted.arch, fitted.objective, seed=work.seed)
+    if fitted.initial and not checkpoint.newest(experiment.checkpoints_of(work.uri)):
+        task.load_state_dict(bundle.load(fitted.initial).tensors)
+    return task
 
 
 def write(work: RankJob, finished: Finished, metadata: dict[str, Any]) -> None:
     """Write the bundle, then remove what only an unfinished source needs."""
+    fitted, task = work.fitted, finished.task
+    task.objective.after_training(task.backbone)
     bundle.save(
         storage.join(work.uri, "bundle"),
-        finished.task,
-        work.fitted.modality,
-        parent=work.fitted.start,
+        task,
+        fitted.modality,
+        parent=fitted.start,
         training=metadata,
         spec_hash=work.key,
         metrics=finished.metrics,
         made_by=work.made_by,
     )
     checkpoint.clear(experiment.checkpoints_of(work.uri))
-    if work.fitted.initial:
-        storage.remove_tree(work.fitted.initial)
+    if fitted.initial:
+        storage.remove_tree(fitted.initial)
 
 
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
+# ---------------------------------------------------------------- a source without data
+
+UNTRAINED = {
+    "steps": 0,
+    "rows": 0,
+    "seconds": 0.0,
+    "rows_per_second": 0.0,
+    "splits": "none",
+    "curve": [],
+    "ranks": 0,
+    "device": "none",
+}
+
+
 def import_checkpoint(stage: SourceStage) -> dict[str, Any]:
-    """The bundle of a source that has no data: an existing checkpoint, brought into a bundle.
-    Returns the report's facts.
+    """Read the existing checkpoint that a source names into a bundle.
+
+    Returns:
+        What the bundle and the report say of it.
     """
     spec = stage.spec
-    if stage.bundle_uri == spec.backbone.name.partition(":")[2]:
+    metadata = {**UNTRAINED, "source": stage.name, "spec_hash": stage.key}
+    if stage.is_given:
         if spec.modality is not None:
             raise ValueError(
                 f"sources.{stage.name}.modality: a bundle says how its rows are read: leave it out"
             )
-        found = bundle.load(stage.bundle_uri)
+        manifest = bundle.load(stage.bundle_uri).manifest
         return {
-            "source": stage.name,
-            "backbone": found.manifest["arch"]["name"],
-            "objective": found.manifest["objective"]["name"],
-            "steps": 0,
-            "rows": 0,
-            "seconds": 0.0,
-            "rows_per_second": 0.0,
-            "metrics": found.manifest.get("metrics", {}),
+            **metadata,
+            "backbone": manifest["arch"]["name"],
+            "objective": manifest["objective"]["name"],
+            "metrics": manifest.get("metrics", {}),
             "transfer": "the bundle itself",
-            "splits": "none",
-            "curve": [],
-            "ranks": 0,
-            "device": "none",
-            "spec_hash": stage.key,
         }
     text = spec.init or spec.backbone.name
     start = pretrained.read(text, spec.backbone.name)
@@ -332,24 +322,14 @@ def import_checkpoint(stage: SourceStage) -> dict[str, Any]:
     note = pretrained.describe_input(modality, spec.backbone.name, spec.modality, checkpoint_name)
     backbone = bundle.build_backbone(arch, stage.seed)
     moved = start.load_into(backbone)
-    metadata = {
-        "source": stage.name,
+    metadata |= {
         "backbone": arch["name"],
         "objective": "none (checkpoint)",
-        "steps": 0,
-        "rows": 0,
-        "rows_per_second": 0.0,
         "seconds": round(time.time() - began, 2),
         "metrics": {},
         "transfer": moved.text(),
-        "splits": "none",
-        "curve": [],
-        "ranks": 0,
-        "device": "none",
-        "spec_hash": stage.key,
         "findings": [list(Finding(note))] if note else [],
     }
-    made = made_by(spec, arch, modality["name"])
     bundle.save(
         stage.bundle_uri,
         backbone,
@@ -358,6 +338,6 @@ def import_checkpoint(stage: SourceStage) -> dict[str, Any]:
         training=metadata,
         spec_hash=stage.key,
         metrics={},
-        made_by=made.metadata()["made_by"],
+        made_by=made_by(spec, arch, modality["name"]).metadata()["made_by"],
     )
     return metadata

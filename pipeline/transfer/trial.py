@@ -147,7 +147,7 @@ def folder(shared: Shared, trial: Trial) -> str:
 
 def checkpoints(shared: Shared, trial: Trial) -> str:
     """Folder of a trial's resume points, the same kind as a source's."""
-    return storage.join(folder(shared, trial), saved_inputs.CHECKPOINTS)
+    return experiment.checkpoints_of(folder(shared, trial))
 
 
 def read_record(root: str, trial_id: str) -> Record | None:
@@ -373,7 +373,7 @@ def run(
     unread = {row: why for (split, row), why in finished.bad_rows.items() if split == "train"}
     moved = "; ".join([moved, *_rows_left_out(data, test, rows, unread), *finished.damaged])
     metadata = {
-        **finished.metadata(),
+        **finished.metadata,
         "seconds": finished.outcome.seconds_before + time.time() - began,
         "device": device_name(ranks.device),
         "start_weights": start_hash,
