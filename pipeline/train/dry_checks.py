@@ -22,7 +22,8 @@ from pipeline.io import file_identity, storage
 from pipeline.train import fit
 from pipeline.train import source as train_source
 from pipeline.train.row_checks import Finding
-from pipeline.train.source import EMPTY, SourceStage
+from pipeline.train.source import SourceStage
+from pipeline.train.token_rows import EMPTY
 
 SAMPLE_ROWS, SAMPLE_BYTES = 64, 8 << 20
 """Rows of a split that are decoded, and of large rows so many that their files hold about so many
@@ -89,14 +90,7 @@ def _corpus(stage: SourceStage, start: pretrained.PretrainedCheckpoint | None) -
     objective = registry.get("objective", spec.objective.name)
     options = objective.options_class(**spec.objective.options)
     columns = dict(spec.data.columns)
-    roles = (
-        objective.fit_roles
-        if objective.fit_roles is not None
-        else (*objective.roles, *objective.optional_roles)
-    )
-    labels = manifests.read_columns(
-        splits.train, [columns[role] for role in roles if role in columns]
-    )
+    labels = train_source.labels_of(spec, splits)
     state = objective.fit(options, labels, columns)
     reads = bundle.build_modality(modality)
     arch = train_source.arch_of(spec, start, reads.inputs())
@@ -106,7 +100,7 @@ def _corpus(stage: SourceStage, start: pretrained.PretrainedCheckpoint | None) -
         start.load_into(bundle.build_task(arch, fitted, seed=stage.seed).backbone)
     else:
         build(arch, fitted)
-    found = train_source.findings_of(stage, modality, bool(start))
+    found = train_source.findings_of(stage, modality)
     decoder = Decoder(reads, spec.objective.name, state, columns)
     for name in ("train", "validation"):
         found += rows(name, getattr(splits, name), decoder, spec.data.max_bad_rows)

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from pipeline.checkpoints import bundle, pretrained
@@ -23,10 +19,10 @@ from pipeline.core.rng import mix
 from pipeline.data import manifest as manifests
 from pipeline.data.manifest import Selection, Splits
 from pipeline.data.plan import Mixture, Plan
-from pipeline.data.stream import Decoder, Rows, check_bad_row_budget, map_items
-from pipeline.io import atomic_folder, checksums, s3, storage
+from pipeline.data.stream import Decoder, Rows, check_bad_row_budget
+from pipeline.io import atomic_folder, storage
 from pipeline.io.file_identity import ChangedFileError, FileIdentity
-from pipeline.train import config_checks, row_checks, saved_inputs
+from pipeline.train import config_checks, row_checks, saved_inputs, token_rows
 from pipeline.train import fit as fitting
 from pipeline.train import online_probe as probes
 from pipeline.train.row_checks import Finding
@@ -47,10 +43,6 @@ WORKING_PARTS = (
 """What a source's folder holds beside its bundle."""
 STRETCHED, ROUNDED = 1.1, 1.0
 """A recording is at most so many times as long as a column tells, and so many seconds."""
-SPAN_ROWS, SPAN_BYTES = 8192, 16 << 20
-"""Texts that are packed or tokenised in one task: at most so many, and about so many bytes of their
-files.
-"""
 WHERE_NOT_WHAT = {"uri", "train", "validation", "test"}
 HOW_NOT_WHAT = {
     "log_every_steps",
@@ -58,8 +50,6 @@ HOW_NOT_WHAT = {
     "checkpoint_every_minutes",
     "trace_rows",
 }
-PACKED = {name: name for name in ("tokens", "segments", "bytes")}
-"""Columns of packed rows."""
 
 
 def data_key(data: Data) -> dict[str, Any]:
@@ -108,6 +98,11 @@ class SourceStage:
             if self.spec.backbone.name.startswith(CHECKPOINT_PREFIXES)
             else ""
         )
+
+    @property
+    def initial_uri(self) -> str:
+        """Where the task as it starts lies, once its checkpoint has been read."""
+        return storage.join(self.uri, "initial")
 
     def check_checkpoint(self) -> None:
         """Raise ChangedFileError when the checkpoint holds something else than when the stage was
@@ -332,9 +327,7 @@ def canonical_shards(spec: Source) -> int:
 
 @dataclass(frozen=True)
 class FittedSource:
-    """What was fitted on the corpus, and the rows as training reads them (packed or tokenised ones
-    for text). ``corpora``: how many of ``train`` each corpus has, in their order.
-    """
+    """What was fitted on the corpus, and the rows as training reads them."""
 
     arch: dict[str, Any]
     modality: dict[str, Any]
@@ -343,21 +336,22 @@ class FittedSource:
     train: Selection
     validation: Selection
     start: str | None
-    """The checkpoint that was named, and (``initial``) the bundle that was made of it for the ranks
-    to start from.
-    """
+    """The checkpoint that the job names."""
     initial: str | None
+    """The bundle that was made of it, for the ranks to start from."""
     moved: str
+    """In words, which of its tensors were carried over."""
     left_out: tuple[dict[str, Any], ...]
     text: str
+    """In words, how many rows there are and what became of them."""
     corpora: tuple[int, ...]
+    """How many of the training rows each corpus has, in their order."""
     probe: probes.Probe | None = None
     costs: np.ndarray | None = None
     """What each training row costs, where batches are cut by it."""
     lost: int = 0
-    """Training rows that were left out before any was decoded: held against the same budget as
-    those that cannot be decoded.
-    """
+    """Training rows that were left out before any was decoded; they count against the same budget
+    as those that cannot be decoded."""
     begun_by: tuple[dict[str, Any], ...] = ()
     """What made earlier parts of this source, where that was other code or versions (`begin`)."""
     findings: tuple[Finding, ...] = ()
@@ -365,166 +359,195 @@ class FittedSource:
 
 
 def fit(stage: SourceStage) -> FittedSource:
-    """Fit modality and objective on the training rows, pack or tokenise text, bring in a
-    checkpoint: once, kept in the stage's folder.
+    """Make a source ready for its ranks: once, kept in the stage's folder.
 
-    Raises BundleError when the checkpoint does not fit what the job says, TooManyBadRowsError for
-    text that cannot be read.
+    Modality and objective are fitted on the training rows, the checkpoint is read, texts are packed
+    or tokenised, rows that cannot be trained on are left out.
+
+    Raises:
+        BundleError: the checkpoint does not fit what the job says.
+        TooManyBadRowsError: more rows cannot be used than the budget allows.
     """
     spec, splits = stage.spec, stage.splits
-    assert spec.data is not None and splits is not None and spec.objective is not None
+    assert spec.data is not None and splits is not None
     begun_by = begin(stage)
-    text = spec.init or (
-        spec.backbone.name if spec.backbone.name.startswith(CHECKPOINT_PREFIXES) else None
+    arch, modality, objective, moved = _fit_network(stage)
+    rows = _fit_rows(stage, modality, objective)
+    notes = [splits.sizes(), *rows.notes, *_mixture_notes(spec, rows.corpora)]
+    probe = None
+    if spec.probe and stage.probe:
+        probe = probes.prepare(spec.probe, stage.probe, bundle.build_modality(modality))
+        sizes = f"{len(probe.train)} training and {len(probe.validation)} validation rows"
+        notes.append(f"probe of {sizes}")
+    if begun_by:
+        notes.append("gone on with what other code or versions began")
+    if rows.left_out:
+        first, more = rows.left_out[0], ", ..." if len(rows.left_out) > 1 else ""
+        example = f"{first['place']}: {first['reason']}{more}"
+        notes.append(f"{len(rows.left_out)} rows left out ({example})")
+    return FittedSource(
+        arch=arch,
+        modality=modality,
+        objective=objective,
+        columns=rows.columns,
+        train=rows.train,
+        validation=rows.validation,
+        start=stage.checkpoint_text or None,
+        initial=stage.initial_uri if stage.checkpoint_text else None,
+        moved=moved,
+        left_out=tuple(rows.left_out),
+        text="; ".join(notes),
+        corpora=rows.corpora,
+        probe=probe,
+        costs=rows.costs,
+        lost=rows.lost,
+        begun_by=tuple(begun_by),
+        findings=tuple(findings_of(stage, modality)),
     )
-    initial = storage.join(stage.uri, "initial")
-    held = bundle.load(initial) if text and bundle.exists(initial) else None
-    start = pretrained.read(text, spec.backbone.name) if text and held is None else None
-    modality, coverage = (
-        (held.manifest["modality"], "")
-        if held
-        else fitting.fit_modality(
-            spec,
-            splits.train,
-            start,
-            f"sources.{stage.name}",
-            storage.join(stage.uri, "modality.json"),
-        )
-    )
+
+
+def _fit_network(stage: SourceStage) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], str]:
+    """Architecture, modality and objective of the bundle, and in words what a checkpoint gave."""
+    spec, splits = stage.spec, stage.splits
+    assert spec.data is not None and splits is not None and spec.objective is not None
     objective = registry.get("objective", spec.objective.name)
     options = objective.options_class(**spec.objective.options)
-    columns = dict(spec.data.columns)
-    needed = [
-        columns[role] for role in (*objective.roles, *objective.optional_roles) if role in columns
-    ]
-    wanted = (
-        needed
-        if objective.fit_roles is None
-        else [columns[role] for role in objective.fit_roles if role in columns]
-    )
-    state = objective.fit(options, manifests.read_columns(splits.train, wanted), columns)
-    arch = (
-        held.manifest["arch"]
-        if held
-        else arch_of(spec, start, bundle.build_modality(modality).inputs())
-    )
+    start, arch, moved, coverage = None, None, "", ""
+    if stage.checkpoint_text and bundle.exists(stage.initial_uri):  # an earlier try has read it
+        manifest = bundle.load(stage.initial_uri).manifest
+        modality, arch = manifest["modality"], manifest["arch"]
+        moved = manifest["training"]["transfer"]
+    else:
+        if stage.checkpoint_text:
+            start = pretrained.read(stage.checkpoint_text, spec.backbone.name)
+        path = storage.join(stage.uri, "modality.json")
+        place = f"sources.{stage.name}"
+        modality, coverage = fitting.fit_modality(spec, splits.train, start, place, path)
+    state = objective.fit(options, labels_of(spec, splits), spec.data.columns)
+    if arch is None:
+        arch = arch_of(spec, start, bundle.build_modality(modality).inputs())
     state = bind_state(objective, state, arch)
-    fitted = {"name": spec.objective.name, "options": options.model_dump(), "state": state}
-    moved = held.manifest["training"]["transfer"] if held else ""
-    if start:
+    described = {"name": spec.objective.name, "options": options.model_dump(), "state": state}
+    if start is not None:
         stage.check_checkpoint()
-        moved = import_pretrained(stage, start, arch, modality, fitted, initial, coverage)
-    findings = findings_of(stage, modality, bool(start))
-    left_out: list[dict[str, Any]] = []
-    train, validation, corpora, note = (
-        splits.train,
-        splits.validation,
-        splits.corpora,
-        splits.sizes(),
-    )
-    work = RowPreparation(
-        modality, columns, preparation_form(objective, modality, train, columns), tuple(needed)
-    )
-    if work.form:
-        made = [
-            prepare_split(
-                storage.join(stage.uri, "tokens", name),
-                name,
-                selection,
-                work,
-                spec.data.max_bad_rows,
-                parts,
-            )
-            for name, selection, parts in (
-                ("train", train, corpora),
-                ("validation", validation, (len(validation),)),
-            )
-        ]
-        train, validation, corpora, columns = made[0].rows, made[1].rows, made[0].corpora, work.made
-        left_out = [row for one in made for row in one.left_out]
-        note += (
-            f"; {work.form} into {len(train)} and {len(validation)} rows of "
-            f"{bundle.build_modality(modality).inputs()['length']} tokens"
+        moved = import_pretrained(
+            stage, start, arch, modality, described, stage.initial_uri, coverage
         )
+    return arch, modality, described, moved
+
+
+def labels_of(spec: Source, splits: Splits) -> pa.Table:
+    """The columns of all training rows that the objective is fitted on."""
+    assert spec.data is not None and spec.objective is not None
+    objective, columns = registry.get("objective", spec.objective.name), spec.data.columns
+    roles = objective.fit_roles
+    if roles is None:
+        roles = (*objective.roles, *objective.optional_roles)
+    names = [columns[role] for role in roles if role in columns]
+    return manifests.read_columns(splits.train, names)
+
+
+@dataclass
+class _Rows:
+    """The rows of a source on their way to training."""
+
+    train: Selection
+    validation: Selection
+    columns: dict[str, str]
+    corpora: tuple[int, ...]
+    left_out: list[dict[str, Any]]
+    notes: list[str]
     costs: np.ndarray | None = None
-    lost: list[tuple[int, str]] = []
-    decoder = Decoder(bundle.build_modality(modality), spec.objective.name, state, columns)
+    lost: int = 0
+
+
+def _fit_rows(stage: SourceStage, modality: dict[str, Any], objective: dict[str, Any]) -> _Rows:
+    """Pack or tokenise texts, then leave out the rows that cannot be trained on."""
+    spec, splits = stage.spec, stage.splits
+    assert spec.data is not None and splits is not None
+    kind, columns = registry.get("objective", objective["name"]), dict(spec.data.columns)
+    rows = _Rows(splits.train, splits.validation, columns, splits.corpora, [], [])
+    roles = (*kind.roles, *kind.optional_roles)
+    labels = tuple(columns[role] for role in roles if role in columns)
+    form = token_rows.form_of(kind, modality, rows.train, columns)
+    if form:
+        _tokenise(stage, rows, token_rows.TextWork(modality, columns, form, labels))
+    reads = bundle.build_modality(modality)
+    decoder = Decoder(reads, objective["name"], objective["state"], rows.columns)
     if spec.train.batch_cost is not None or checks_labels_before_decoding(
-        objective, decoder.modality, columns
+        kind, reads, rows.columns
     ):
-        rows, lost = drop_untrainable(Rows(train, decoder).with_costs(), spec.data.max_bad_rows)
-        left_out += [
-            {"split": "train", "row": row, "place": train.manifest.place(row), "reason": reason}
-            for row, reason in lost
-        ]
-        gone = np.isin(train.ids(np.arange(len(train))), [row for row, _ in lost])
-        corpora = tuple(
-            len(part) - int(part.sum()) for part in np.split(gone, np.cumsum(corpora)[:-1])
-        )
-        train, costs = rows.selection, rows.costs if spec.train.batch_cost is not None else None
-    if mixed := mixture(spec, corpora):
-        note += "; drawn by weight, as shares of the training rows: " + ", ".join(
-            f"{weight / sum(w for *_, w in mixed):.3g} from corpus {i} ({stop - start} rows)"
-            for i, (start, stop, weight) in enumerate(mixed, 1)
-        )
-        note += "; validation is unweighted"
-    probe = (
-        probes.prepare(spec.probe, stage.probe, bundle.build_modality(modality))
-        if spec.probe and stage.probe
-        else None
-    )
-    if probe:
-        note += (
-            f"; probe of {len(probe.train)} training and {len(probe.validation)} validation rows"
-        )
-    if begun_by:
-        note += "; gone on with what other code or versions began"
-    if left_out:
-        note += (
-            f"; {len(left_out)} rows left out ({left_out[0]['place']}: "
-            f"{left_out[0]['reason']}{', ...' if len(left_out) > 1 else ''})"
-        )
-    return FittedSource(
-        arch,
-        modality,
-        fitted,
-        columns,
-        train,
-        validation,
-        text,
-        initial if text else None,
-        moved,
-        tuple(left_out),
-        note,
-        corpora,
-        probe,
-        costs,
-        len(lost),
-        tuple(begun_by),
-        tuple(findings),
-    )
+        _leave_out_untrainable(spec, rows, decoder)
+    return rows
 
 
-def findings_of(stage: SourceStage, modality: dict[str, Any], continues: bool) -> list[Finding]:
-    """What a look at a sample of a source's rows tells; ``continues``: its modality was fitted on
-    the rows of a checkpoint.
-    """
+def _tokenise(stage: SourceStage, rows: _Rows, work: token_rows.TextWork) -> None:
+    """Replace the rows by rows of tokens."""
+    assert stage.spec.data is not None
+    budget = stage.spec.data.max_bad_rows
+    folder = storage.join(stage.uri, "tokens")
+    train = token_rows.make(
+        storage.join(folder, "train"), "train", rows.train, work, budget, rows.corpora
+    )
+    validation = token_rows.make(
+        storage.join(folder, "validation"),
+        "validation",
+        rows.validation,
+        work,
+        budget,
+        (len(rows.validation),),
+    )
+    rows.train, rows.validation, rows.corpora = train.rows, validation.rows, train.corpora
+    rows.columns = work.output_columns
+    rows.left_out += [*train.left_out, *validation.left_out]
+    length = bundle.build_modality(work.modality).inputs()["length"]
+    sizes = f"{len(rows.train)} and {len(rows.validation)} rows of {length} tokens"
+    rows.notes.append(f"{work.form} into {sizes}")
+
+
+def _leave_out_untrainable(spec: Source, rows: _Rows, decoder: Decoder) -> None:
+    """Drop training rows that can be scored but not learned from; note what the others cost."""
+    assert spec.data is not None
+    costed = Rows(rows.train, decoder).with_costs()
+    kept, lost = drop_untrainable(costed, spec.data.max_bad_rows)
+    place = rows.train.manifest.place
+    rows.left_out += [
+        {"split": "train", "row": row, "place": place(row), "reason": reason}
+        for row, reason in lost
+    ]
+    is_lost = np.isin(rows.train.ids(np.arange(len(rows.train))), [row for row, _ in lost])
+    by_corpus = np.split(is_lost, np.cumsum(rows.corpora)[:-1])
+    rows.corpora = tuple(len(part) - int(part.sum()) for part in by_corpus)
+    rows.train, rows.lost = kept.selection, len(lost)
+    if spec.train.batch_cost is not None:
+        rows.costs = kept.costs
+
+
+def _mixture_notes(spec: Source, corpora: tuple[int, ...]) -> list[str]:
+    """In words, how often each corpus is drawn from, where corpora have weights."""
+    ranges = mixture(spec, corpora)
+    if not ranges:
+        return []
+    total = sum(weight for *_, weight in ranges)
+    shares = [
+        f"{weight / total:.3g} from corpus {number} ({stop - start} rows)"
+        for number, (start, stop, weight) in enumerate(ranges, 1)
+    ]
+    drawn = f"drawn by weight, as shares of the training rows: {', '.join(shares)}"
+    return [drawn, "validation is unweighted"]
+
+
+def findings_of(stage: SourceStage, modality: dict[str, Any]) -> list[Finding]:
+    """What a sample of a source's rows shows: texts that are cut, missing labels, unknown names."""
     spec, splits = stage.spec, stage.splits
     assert spec.data is not None and splits is not None and spec.objective is not None
-    objective = registry.get("objective", spec.objective.name)
+    objective, columns = registry.get("objective", spec.objective.name), spec.data.columns
     rows = {"train": splits.train, "validation": splits.validation}
-    found = row_checks.truncated_texts(
-        bundle.build_modality(modality), objective, rows, spec.data.columns
-    )
-    found += row_checks.null_labels(objective, rows, spec.data.columns)
-    return [
-        *found,
-        *(
-            row_checks.unshared_names(modality, objective, splits.train, spec.data.columns)
-            if continues
-            else ()
-        ),
-    ]
+    found = row_checks.truncated_texts(bundle.build_modality(modality), objective, rows, columns)
+    found += row_checks.null_labels(objective, rows, columns)
+    if stage.checkpoint_text:  # its modality was fitted on other rows
+        found += row_checks.unshared_names(modality, objective, splits.train, columns)
+    return found
 
 
 def checks_labels_before_decoding(
@@ -701,182 +724,3 @@ def import_pretrained(
         metrics={},
     )
     return moved
-
-
-EMPTY = "the text is empty"
-"""What modalities say of a text without a word: it is left out and listed, and is no damage that
-counts against the budget.
-"""
-
-
-@dataclass(frozen=True)
-class RowPreparation:
-    """How rows are made from texts, plain enough to be sent to a Ray task: ``form`` is "packed",
-    "tokenised" or, where rows stay as they are, nothing; ``kept`` names the columns that stay
-    beside the tokens.
-    """
-
-    modality: dict[str, Any]
-    columns: dict[str, str]
-    form: str
-    kept: tuple[str, ...]
-
-    @property
-    def made(self) -> dict[str, str]:
-        """Columns of the rows that are made, by their roles."""
-        return (
-            dict(PACKED)
-            if self.form == "packed"
-            else {
-                **{role: name for role, name in self.columns.items() if name in self.kept},
-                "tokens": "tokens",
-            }
-        )
-
-
-def preparation_form(
-    objective: type[Objective], modality: dict[str, Any], rows: Selection, columns: dict[str, str]
-) -> str:
-    """The form of `Work` that suits an objective and the rows, of which the first is looked at."""
-    if objective.packed:
-        return "packed"
-    reads = bundle.build_modality(modality)
-    if type(reads).tokenize is Modality.tokenize or not len(rows):
-        return ""
-    return (
-        "tokenised"
-        if reads.tokenize(
-            fitting.sample(rows, fitting.input_columns(type(reads), objective, columns), 1), columns
-        )
-        is not None
-        else ""
-    )
-
-
-class _Shard:
-    """One chunk of texts to packed or tokenised rows, in a Ray task, with the reason of each text
-    that is left out.
-    """
-
-    def __init__(self, selection: Selection, work: RowPreparation):
-        self.selection, self.work = selection, work
-
-    def __call__(self, span: tuple[int, int, int]) -> tuple[int, pa.Table, list[tuple[int, str]]]:
-        work, (corpus, start, stop) = self.work, span
-        modality = bundle.build_modality(work.modality)
-        read = [
-            work.columns[role]
-            for role in (*modality.roles, *modality.optional_roles)
-            if role in work.columns
-        ]
-        ids = self.selection.ids(np.arange(start, stop))
-        table = manifests.Reader(
-            self.selection.manifest, list(dict.fromkeys([*read, *work.kept]))
-        ).take(ids)
-        made = (
-            modality.pack(table, work.columns)
-            if work.form == "packed"
-            else modality.tokenize(table, work.columns)
-        )
-        assert made is not None
-        return (
-            corpus,
-            made[0],
-            [(int(row), reason) for row, reason in zip(ids, made[1], strict=True) if reason],
-        )
-
-
-@dataclass(frozen=True)
-class PreparedSplit:
-    """The rows that were made of a split, how many of each corpus, and the texts that were left
-    out.
-    """
-
-    rows: Selection
-    corpora: tuple[int, ...]
-    left_out: tuple[dict[str, Any], ...]
-
-
-def spans(selection: Selection, corpora: tuple[int, ...]) -> list[tuple[int, int, int]]:
-    """(corpus, first index, one past the last) of the texts of every task; which they are follows
-    from the files alone, as packed rows do from them.
-    """
-    groups = selection.manifest.groups
-    bytes_a_row = np.array([group.size / group.rows for group in groups])
-    out, start = [], 0
-    for corpus, count in enumerate(corpora):
-        end = start + count
-        while start < end:
-            stop = min(start + SPAN_ROWS, end)
-            ids = selection.ids(np.arange(start, stop))
-            held = np.cumsum(
-                bytes_a_row[np.searchsorted(selection.manifest.starts, ids, side="right") - 1]
-            )
-            parts = int(-(-held[-1] // SPAN_BYTES)) or 1
-            cuts = np.unique(
-                np.searchsorted(held, held[-1] * np.arange(1, parts) / parts) + 1
-            ).clip(max=len(held) - 1)
-            edges = [start, *(start + cuts).tolist(), stop]
-            out += [(corpus, first, last) for first, last in pairwise(edges) if first < last]
-            start = stop
-    return out
-
-
-def prepare_split(
-    folder: str,
-    split: str,
-    selection: Selection,
-    work: RowPreparation,
-    max_bad_rows: float,
-    corpora: tuple[int, ...],
-) -> PreparedSplit:
-    """Pack or tokenise a split once into Parquet in a folder of its own; a second call finds it
-    there. No packed row holds texts of two of the ``corpora``, which are given as how many of the
-    selection's rows each has.
-
-    Raises TooManyBadRowsError for more texts than the budget allows that cannot be read.
-    """
-
-    def check(bad: Iterable[tuple[int, str]]) -> None:
-        check_bad_row_budget(
-            [one for one in bad if one[1] != EMPTY], len(selection), max_bad_rows, selection
-        )
-
-    if checksums.intact_folder(folder, "these rows are made again") is None:
-        tasks, do = spans(selection, corpora), _Shard(selection, work)
-        made = map_items(do, tasks) if len(tasks) > 1 else map(do, tasks)
-        bad: list[tuple[int, str]] = []
-        counts = [0] * len(corpora)
-        with storage.scratch_folder() as scratch:
-            files: dict[str, Any] = {}
-            for number, (corpus, table, reasons) in enumerate(made):
-                bad += reasons
-                counts[corpus] += len(table)
-                name = f"part-{number:05d}.parquet"
-                files[name] = Path(scratch, name)
-                with s3.naming("write", files[name]):
-                    pq.write_table(table, files[name], row_group_size=4096)
-            check(bad)
-            listed = [
-                {"row": row, "place": selection.manifest.place(row), "reason": reason}
-                for row, reason in bad
-            ]
-            atomic_folder.commit_folder(
-                folder,
-                files,
-                {
-                    "split": split,
-                    "documents": len(selection),
-                    "corpora": counts,
-                    "left_out": listed,
-                },
-            )
-    kept = atomic_folder.open_folder(folder)
-    check(
-        (row["row"], row["reason"]) for row in kept["left_out"]
-    )  # the budget may be another one by now
-    found = [storage.join(folder, name) for name in sorted(kept["files"])]
-    rows = Selection(manifests.build(found, "parquet", "")) if found else selection
-    return PreparedSplit(
-        rows, tuple(kept["corpora"]), tuple({"split": split, **row} for row in kept["left_out"])
-    )

@@ -30,7 +30,7 @@ from pipeline.data.stream import Decoder, Rows
 from pipeline.io import file_identity, storage
 from pipeline.metrics.catalog import metric
 from pipeline.report import stats, subgroups
-from pipeline.train import config_checks, fit, row_checks
+from pipeline.train import config_checks, fit, row_checks, token_rows
 from pipeline.train import source as train_source
 from pipeline.train.row_checks import Finding
 from pipeline.train.source import STAGE_FORMAT, data_key
@@ -464,7 +464,7 @@ def prepare(target: TargetStage, base: Base) -> TargetData:
             _packed(target, name, selection, spec_of_modality)
             for name, selection in zip(manifests.SPLITS, selections, strict=True)
         ]
-        selections, columns = [one.rows for one in made], dict(train_source.PACKED)
+        selections, columns = [one.rows for one in made], dict(token_rows.PACKED)
         lost = [(row["split"], row["place"], row["reason"]) for one in made for row in one.left_out]
         text += (
             "; packed into "
@@ -536,20 +536,20 @@ def prepare(target: TargetStage, base: Base) -> TargetData:
 
 def _packed(
     target: TargetStage, split: str, selection: manifests.Selection, modality: dict[str, Any]
-) -> train_source.PreparedSplit:
+) -> token_rows.TokenRows:
     """The split's documents packed into rows, once for all bases that read alike. Raises ValueError
     where none is left.
     """
-    work = train_source.RowPreparation(modality, target.spec.data.columns, "packed", ())
+    work = token_rows.TextWork(modality, target.spec.data.columns, "packed", ())
     made = provenance.made_by(
-        ("pipeline.train.source",), (("modality", modality["name"]),)
+        ("pipeline.train.token_rows",), (("modality", modality["name"]),)
     )  # texts that other code has packed are not used again
     folder = storage.join(
         target.root,
         "packed",
         f"{target.name}-{split}-{spec_hash(STAGE_FORMAT, target.key, modality, made.hash, made.versions)}",
     )
-    made = train_source.prepare_split(
+    made = token_rows.make(
         folder, split, selection, work, target.spec.data.max_bad_rows, (len(selection),)
     )
     if not len(made.rows):

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 from pipeline.config.schema import Train
 from pipeline.data import manifest as manifests
 from pipeline.data.plan import Plan
-from pipeline.train import pretrain, source
+from pipeline.train import pretrain, token_rows
 
 
 def test_a_task_reads_a_bounded_number_of_bytes(tmp_path, monkeypatch):
@@ -20,8 +20,8 @@ def test_a_task_reads_a_bounded_number_of_bytes(tmp_path, monkeypatch):
     made = pa.table({"words": [*short, *long, *vast]})
     pq.write_table(made, tmp_path / "texts.parquet", row_group_size=100, use_dictionary=False)
     selection = manifests.Selection(manifests.build(str(tmp_path / "texts.parquet"), "auto", ""))
-    monkeypatch.setattr(source, "SPAN_BYTES", 8000)
-    found = source.spans(selection, (100, 103))
+    monkeypatch.setattr(token_rows, "TASK_BYTES", 8000)
+    found = token_rows.task_ranges(selection, (100, 103))
     assert [row for _, start, stop in found for row in range(start, stop)] == list(range(203))
     assert found[0] == (0, 0, 100) and {corpus for corpus, *_ in found[1:]} == {1}
     assert (
@@ -30,7 +30,7 @@ def test_a_task_reads_a_bounded_number_of_bytes(tmp_path, monkeypatch):
         and {start for _, start, _ in found} >= {201, 202}
     )
     part = manifests.Selection(selection.manifest, np.arange(100, 200, 2))
-    assert [stop - start for _, start, stop in source.spans(part, (50,))] == [
+    assert [stop - start for _, start, stop in token_rows.task_ranges(part, (50,))] == [
         8,
         7,
         7,

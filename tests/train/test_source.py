@@ -24,7 +24,7 @@ from pipeline.data import manifest as manifests
 from pipeline.data.stream import DataWorkers, TooManyBadRowsError
 from pipeline.io import storage
 from pipeline.io.file_identity import ChangedFileError
-from pipeline.train import pretrain, source
+from pipeline.train import pretrain, source, token_rows
 from pipeline.train.loop import Ranks
 from pipeline.transfer import grid, targets
 
@@ -403,7 +403,7 @@ def test_text_that_cannot_be_read_is_counted_listed_and_held_against_the_budget(
         for line in Path(stage.uri, "log/quarantine.jsonl").read_text().splitlines()
     ]
     assert sorted(row["row"] for row in listed) == [7, 12, 31, 58] and metadata["bad_rows"] == 4
-    assert {row["reason"] for row in listed if row["row"] == 12} == {source.EMPTY}
+    assert {row["reason"] for row in listed if row["row"] == 12} == {token_rows.EMPTY}
     assert all(
         "not UTF-8" in row["reason"] and "broken.parquet row" in row["place"]
         for row in listed

@@ -1,0 +1,193 @@
+"""Texts to rows of tokens, once for a split: packed documents for language models, else tokenised rows.
+
+Both are written as Parquet in a folder of their own, by Ray tasks of some thousand texts each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.checkpoints import bundle
+from pipeline.core.contracts import Modality, Objective
+from pipeline.data import manifest as manifests
+from pipeline.data.manifest import Selection
+from pipeline.data.stream import check_bad_row_budget, map_items
+from pipeline.io import atomic_folder, checksums, s3, storage
+from pipeline.train import fit as fitting
+
+TASK_ROWS, TASK_BYTES = 8192, 16 << 20
+"""Texts of one task: at most so many, of about so many bytes in their files."""
+PACKED = {name: name for name in ("tokens", "segments", "bytes")}
+"""Columns of packed rows, by role."""
+EMPTY = "the text is empty"
+"""Why a text without a word is left out; it does not count against the budget of bad rows."""
+
+
+@dataclass(frozen=True)
+class TextWork:
+    """How rows of tokens are made from texts; it can be sent to a Ray task."""
+
+    modality: dict[str, Any]
+    columns: dict[str, str]
+    """The column of each role, in the rows as they come."""
+    form: str
+    """"packed", "tokenised", or an empty string where rows stay as they are."""
+    kept: tuple[str, ...]
+    """Columns that stay beside the tokens."""
+
+    @property
+    def output_columns(self) -> dict[str, str]:
+        """The column of each role, in the rows of tokens."""
+        if self.form == "packed":
+            return dict(PACKED)
+        kept = {role: name for role, name in self.columns.items() if name in self.kept}
+        return {**kept, "tokens": "tokens"}
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """The rows of tokens that were made of a split."""
+
+    rows: Selection
+    corpora: tuple[int, ...]
+    """How many rows each corpus has."""
+    left_out: tuple[dict[str, Any], ...]
+    """Texts that were left out: split, row, place and reason of each."""
+
+
+def form_of(
+    objective: type[Objective],
+    modality: dict[str, Any],
+    rows: Selection,
+    columns: dict[str, str],
+) -> str:
+    """The form (`TextWork.form`) that the objective and the rows ask for; looks at the first row."""
+    if objective.packed:
+        return "packed"
+    reads = bundle.build_modality(modality)
+    if type(reads).tokenize is Modality.tokenize or not len(rows):
+        return ""
+    names = fitting.input_columns(type(reads), objective, columns)
+    tokenised = reads.tokenize(fitting.sample(rows, names, 1), columns)
+    return "" if tokenised is None else "tokenised"
+
+
+def make(
+    folder: str,
+    split: str,
+    selection: Selection,
+    work: TextWork,
+    max_bad_rows: float,
+    corpora: tuple[int, ...],
+) -> TokenRows:
+    """Pack or tokenise a split into a folder of its own; a second call finds it there.
+
+    Args:
+        corpora: How many of the selection's rows each corpus has; no packed row holds texts of two.
+
+    Raises:
+        TooManyBadRowsError: more texts than the budget allows cannot be read.
+    """
+    if checksums.intact_folder(folder, "these rows are made again") is None:
+        _write(folder, split, selection, work, max_bad_rows, corpora)
+    kept = atomic_folder.open_folder(folder)
+    left_out = kept["left_out"]
+    # the budget may have changed since they were written
+    _check([(row["row"], row["reason"]) for row in left_out], selection, max_bad_rows)
+    files = [storage.join(folder, name) for name in sorted(kept["files"])]
+    rows = Selection(manifests.build(files, "parquet", "")) if files else selection
+    listed = tuple({"split": split, **row} for row in left_out)
+    return TokenRows(rows, tuple(kept["corpora"]), listed)
+
+
+def _write(
+    folder: str,
+    split: str,
+    selection: Selection,
+    work: TextWork,
+    max_bad_rows: float,
+    corpora: tuple[int, ...],
+) -> None:
+    tasks, run_task = task_ranges(selection, corpora), _Task(selection, work)
+    results = map_items(run_task, tasks) if len(tasks) > 1 else map(run_task, tasks)
+    bad: list[tuple[int, str]] = []
+    counts = [0] * len(corpora)
+    with storage.scratch_folder() as scratch:
+        files: dict[str, Any] = {}
+        for number, (corpus, table, reasons) in enumerate(results):
+            bad += reasons
+            counts[corpus] += len(table)
+            name = f"part-{number:05d}.parquet"
+            files[name] = Path(scratch, name)
+            with s3.naming("write", files[name]):
+                pq.write_table(table, files[name], row_group_size=4096)
+        _check(bad, selection, max_bad_rows)
+        places = selection.manifest.place
+        left_out = [{"row": row, "place": places(row), "reason": why} for row, why in bad]
+        facts = {
+            "split": split,
+            "documents": len(selection),
+            "corpora": counts,
+            "left_out": left_out,
+        }
+        atomic_folder.commit_folder(folder, files, facts)
+
+
+def _check(bad: Iterable[tuple[int, str]], selection: Selection, max_bad_rows: float) -> None:
+    unreadable = [one for one in bad if one[1] != EMPTY]
+    check_bad_row_budget(unreadable, len(selection), max_bad_rows, selection)
+
+
+class _Task:
+    """Packs or tokenises some texts of one corpus, in a Ray task."""
+
+    def __init__(self, selection: Selection, work: TextWork):
+        self.selection, self.work = selection, work
+
+    def __call__(self, span: tuple[int, int, int]) -> tuple[int, pa.Table, list[tuple[int, str]]]:
+        """Corpus, rows of tokens, and (row, reason) of each text that is left out."""
+        work, (corpus, start, stop) = self.work, span
+        modality = bundle.build_modality(work.modality)
+        roles = (*modality.roles, *modality.optional_roles)
+        read = [work.columns[role] for role in roles if role in work.columns]
+        ids = self.selection.ids(np.arange(start, stop))
+        columns = list(dict.fromkeys([*read, *work.kept]))
+        table = manifests.Reader(self.selection.manifest, columns).take(ids)
+        make_rows = modality.pack if work.form == "packed" else modality.tokenize
+        made = make_rows(table, work.columns)
+        assert made is not None
+        rows, reasons = made
+        bad = [(int(row), why) for row, why in zip(ids, reasons, strict=True) if why]
+        return corpus, rows, bad
+
+
+def task_ranges(selection: Selection, corpora: tuple[int, ...]) -> list[tuple[int, int, int]]:
+    """(corpus, first index, one past the last) of the texts of every task.
+
+    They follow from the files alone, as packed rows do from them.
+    """
+    groups = selection.manifest.groups
+    bytes_a_row = np.array([group.size / group.rows for group in groups])
+    out, start = [], 0
+    for corpus, count in enumerate(corpora):
+        end = start + count
+        while start < end:
+            stop = min(start + TASK_ROWS, end)
+            ids = selection.ids(np.arange(start, stop))
+            group_of = np.searchsorted(selection.manifest.starts, ids, side="right") - 1
+            held = np.cumsum(bytes_a_row[group_of])
+            parts = int(-(-held[-1] // TASK_BYTES)) or 1
+            shares = held[-1] * np.arange(1, parts) / parts
+            cuts = np.unique(np.searchsorted(held, shares) + 1).clip(max=len(held) - 1)
+            edges = [start, *(start + cuts).tolist(), stop]
+            out += [(corpus, first, last) for first, last in pairwise(edges) if first < last]
+            start = stop
+    return out
