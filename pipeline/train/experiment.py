@@ -77,8 +77,9 @@ class Experiment:
     """Computed at every validation beside ``metrics``."""
     restarts: bool = False
     """Whether training starts again from step 0 where every resume point is damaged."""
-    on_start: Callable[[int], None] = lambda step: None
-    """Called on rank 0 with the step at which training starts, before anything is logged."""
+    on_start: Callable[[int, list[str]], None] = lambda step, damaged: None
+    """Called on rank 0, before anything is logged, with the step at which training starts and a
+    line for each damaged resume point."""
     on_record: Callable[[dict[str, Any]], None] = lambda record: None
     """Called on rank 0 with each record of the log."""
     on_validation: Callable[[int, int, dict[str, Any]], None] = lambda step, steps, metrics: None
@@ -285,7 +286,7 @@ class _Record:
     def start(self, step: int, damaged: list[str]) -> None:
         self.damaged = damaged
         if self.ranks.first:
-            self.experiment.on_start(step)
+            self.experiment.on_start(step, damaged)
             self.log = MetricsLog(self.experiment.log_folder, step)
             if self.experiment.left_out:
                 self.log.quarantine(self.experiment.left_out)

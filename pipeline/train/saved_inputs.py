@@ -7,6 +7,7 @@ worked in it, and the complete result what began it.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.config import provenance
@@ -125,6 +126,30 @@ def record_start(
         worked = [*before, {**now.metadata(), _WEIGHTS: weights}]
     checksums.write_document(storage.join(folder, FILE), {"begun_by": worked, "trials": trials})
     return others
+
+
+@dataclass
+class ResumeHistory:
+    """What made the resume points of a trial, or of a stack of heads."""
+
+    folder: str
+    now: Provenance
+    weights: str | None
+    """SHA-256 of the source's weights as they are now; None for scratch."""
+    trials: list[str]
+    """Ids of the trials that the resume points belong to."""
+    others: list[dict[str, Any]] = field(default_factory=list)
+    """What else made the resume point that training continues from."""
+    damaged: list[str] = field(default_factory=list)
+    """A line for each damaged resume point that was passed over."""
+
+    def drop_incompatible(self, remake: bool) -> None:
+        drop_incompatible(self.folder, self.now, self.weights, remake)
+
+    def start(self, step: int, damaged: list[str]) -> None:
+        """Record that training starts at ``step``; called once by rank 0."""
+        self.damaged = damaged
+        self.others = record_start(self.folder, self.now, self.weights, step, self.trials)
 
 
 def trials_of(folder: str) -> list[str]:

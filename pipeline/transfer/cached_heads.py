@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,13 +27,13 @@ from pipeline.core.rng import mix
 from pipeline.data.stream import LoadedBatch, Rows
 from pipeline.io import checksums, heartbeat, storage
 from pipeline.metrics.catalog import Predictions
-from pipeline.train import evaluate, loop, saved_inputs
+from pipeline.train import evaluate, experiment, loop
 from pipeline.train.log import RowTrace
 from pipeline.train.loop import Ranks
 from pipeline.train.online_probe import features
 from pipeline.train.pretrain import device_name
 from pipeline.transfer import trial as trials
-from pipeline.transfer.grid import Trial, made_by
+from pipeline.transfer.grid import Trial
 from pipeline.transfer.pruning import STACKS
 from pipeline.transfer.trial import Record, Shared, TargetData
 
@@ -270,54 +271,93 @@ def batchable(group: list[Trial], shared: Shared) -> bool:
     return first.technique_object.frozen and data.spec.workers == 0 and pooled
 
 
+Part = tuple[Tensor, dict[str, Tensor]]
+"""(n, D) features of a split and its rows' other tensors, on the device."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """One trial of a stack: its settings and its labelled rows."""
+
+    trial: Trial
+    train: Train
+    rows: Rows
+    steps: int
+
+
+@dataclass(frozen=True)
+class SharedFeatures:
+    """What the trials of one (source, backbone, target) share."""
+
+    data: TargetData
+    backbone: Backbone
+    splits: dict[str, Part]
+    transfer: str
+    """In words, which tensors came from the source."""
+    seconds: float
+    """Each trial's share of the time that the features took."""
+    device: torch.device
+
+
 def run(
     group: list[Trial], shared: Shared, alive: Callable[[], None] = heartbeat.beat
 ) -> list[Record]:
-    """Train the heads of several trials of one (source, backbone, target) together; same records as
-    ``trial.run``.
+    """Train the heads of several trials of one (source, backbone, target) together.
 
     Trials whose steps or batches differ are trained in stacks of their own, and so is a head that
-    draws random numbers. A head that met a non-finite step is trained again alone. ``alive`` is
-    called at every step.
+    draws random numbers. A head that met a non-finite step is trained again alone.
+
+    Args:
+        alive: Called at every step.
+
+    Returns:
+        The same records as ``trial.run`` gives.
     """
+    cached = _shared_features(group, shared)
+    records, stacks = _stacks(group, shared, cached)
+    for members in stacks:
+        records += _run_stack(members, shared, cached, alive)
+    return records
+
+
+def _shared_features(group: list[Trial], shared: Shared) -> SharedFeatures:
+    """Compute or read the features of the splits that the trials need."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    first = group[0]
+    first, began = group[0], time.time()
+    task, transfer, _ = trials.build(first, shared)
+    names = ["train", "validation", *(["test"] if first.stage == "final" else [])]
+    key = (first.source, first.base, first.target)
+    splits = {name: kept_features(task.backbone, shared, *key, name, device) for name in names}
+    seconds = (time.time() - began) / len(group)
     data = shared.targets[first.target, first.base]
-    began = time.time()
-    task, moved, _ = trials.build(first, shared)
-    splits = ("train", "validation", *(["test"] if first.stage == "final" else []))
-    cached = {
-        name: kept_features(
-            task.backbone, shared, first.source, first.base, first.target, name, device
-        )
-        for name in splits
-    }
-    shared_seconds = (time.time() - began) / len(group)
-    noisy = draws_random_numbers(task.objective, cached["train"])
-    stacks: dict[tuple, list[tuple[Trial, Train, Rows, int]]] = {}
+    return SharedFeatures(data, task.backbone, splits, transfer, seconds, device)
+
+
+def _stacks(
+    group: list[Trial], shared: Shared, cached: SharedFeatures
+) -> tuple[list[Record], list[list[Member]]]:
+    """Records of trials whose settings are invalid, and the others by the stack they train in."""
+    head = trials.build(group[0], shared)[0].objective
+    is_random = draws_random_numbers(head, cached.splits["train"])
     failed: list[Record] = []
+    stacks: dict[tuple[Any, ...], list[Member]] = {}
     for trial in group:
         try:
-            train, rows, steps = trials.resolve_training(trial, shared)
-        except ValueError as error:  # this trial's settings are no settings; the others are fine
-            failed.append(
-                trials.failed_record(trial, shared, f"{type(error).__name__}: {error}"[:2000])
-            )
+            member = Member(trial, *trials.resolve_training(trial, shared))
+        except ValueError as error:  # the settings of this trial alone
+            failed.append(_failed(trial, shared, error))
             continue
-        like = train.model_dump(exclude={"lr", "weight_decay"})
-        alone = trial.id if noisy else ""
-        stacks.setdefault((steps, str(sorted(like.items())), alone), []).append(
-            (trial, train, rows, steps)
-        )
-    out: list[Record] = failed
-    for members in stacks.values():
-        out += _stack(
-            members, shared, data, task.backbone, cached, moved, shared_seconds, device, alive
-        )
-    return out
+        alike = member.train.model_dump(exclude={"lr", "weight_decay"})
+        key = (member.steps, str(sorted(alike.items())), trial.id if is_random else "")
+        stacks.setdefault(key, []).append(member)
+    return failed, list(stacks.values())
 
 
-def draws_random_numbers(head: Objective, rows: tuple[Tensor, dict[str, Tensor]]) -> bool:
+def _failed(trial: Trial, shared: Shared, error: Exception) -> Record:
+    return trials.failed_record(trial, shared, f"{type(error).__name__}: {error}"[:2000])
+
+
+def draws_random_numbers(head: Objective, rows: Part) -> bool:
     """Whether the head's loss draws random numbers in training (dropout): torch tells, on two of
     the ``rows``.
     """
@@ -337,167 +377,144 @@ def draws_random_numbers(head: Objective, rows: tuple[Tensor, dict[str, Tensor]]
     return False
 
 
-def _stack(
-    members: list[tuple[Trial, Train, Rows, int]],
+def _run_stack(
+    members: list[Member],
     shared: Shared,
-    data: TargetData,
-    backbone: Backbone,
-    cached: dict[str, Any],
-    moved: str,
-    shared_seconds: float,
-    device: torch.device,
+    cached: SharedFeatures,
     alive: Callable[[], None],
 ) -> list[Record]:
-    began = time.time()
-    built: list[tuple[Objective, str]] = []
-    for trial, *_ in members:  # the backbone is the same for all: only the heads are kept
-        task, _, start_hash = trials.build(trial, shared)
-        built.append((task.objective, start_hash))
-    steps, train = (
-        members[0][3],
-        members[0][1].model_copy(update={"micro_batch": None, "compile": False}),
-    )  # a stack of heads is small, and one batch
-    stack = HeadStack([head for head, _ in built], [t for _, t, _, _ in members]).to(device)
-    keeper = KeepHeads(data.metrics[0], train.keep, len(members))
-    pooled, tensors = cached["train"]
-    whole = data.train.selection.ids(np.arange(len(data.train)))
-    plans = [trials.order_of(trial, shared, t, rows) for trial, t, rows, _ in members]
-    places = [
-        np.searchsorted(whole, rows.selection.ids(np.arange(len(rows))))
-        for _, _, rows, _ in members
-    ]
-    traces = (
-        [RowTrace(trials.folder(shared, trial), 0) for trial, *_ in members]
-        if train.trace_rows
-        else []
+    """Train the heads of one stack, test each of them and write its record."""
+    began, first = time.time(), members[0]
+    heads, start_hashes = zip(*(_build_head(one.trial, shared) for one in members), strict=True)
+    stack = HeadStack(list(heads), [member.train for member in members]).to(cached.device)
+    # a stack of heads is small, and one batch
+    train = first.train.model_copy(update={"micro_batch": None, "compile": False})
+    keeper = KeepHeads(cached.data.metrics[0], train.keep, len(members))
+    folder = storage.join(shared.root, STACKS, spec_hash([one.trial.id for one in members]))
+    history = trials.history_of(folder, [member.trial for member in members], shared)
+    history.drop_incompatible(shared.remake)
+    batches = _StackBatches(members, shared, cached)
+    validation = cached.splits["validation"]
+
+    def evaluate_heads(task: nn.Module) -> dict[str, Any]:
+        found = _predicted(stack, validation, train)
+        return {"heads": [evaluate.values(one, cached.data.metrics) for one in found]}
+
+    outcome = loop.fit(
+        loop.TrainingRun(
+            task=stack,  # type: ignore[arg-type]
+            technique=first.trial.technique_object,
+            train=train,
+            steps=first.steps,
+            # one head alone draws the random numbers of a trial alone; several draw none
+            seed=mix(shared.seed, first.trial.seed, 3) if len(members) == 1 else 0,
+            batches=batches,
+            ready=lambda batch, training: batch,
+            keeper=keeper,
+            evaluate=evaluate_heads,
+            ranks=Ranks(device=cached.device),
+            checkpoints=experiment.checkpoints_of(folder),
+            restarts=True,
+            on_start=history.start,
+            on_rows=batches.trace if train.trace_rows else None,
+            alive=alive,
+        )
     )
-
-    def batches(span: range) -> Iterator[LoadedBatch]:
-        for step in span:
-            index = torch.from_numpy(
-                np.stack(
-                    [place[plan.batch(step)[0]] for plan, place in zip(plans, places, strict=True)]
-                )
-            ).to(device)
-            yield LoadedBatch(
-                Batch(
-                    index[0].cpu().numpy(),
-                    torch.zeros(0),
-                    {"features": pooled[index], **{n: t[index] for n, t in tensors.items()}},
-                ),
-                [],
-                0.0,
-            )
-
-    def check(task: nn.Module) -> dict[str, Any]:
-        return {
-            "heads": [
-                evaluate.values(found, data.metrics)
-                for found in _predicted(stack, cached["validation"], train)
-            ]
-        }
-
-    def on_rows(step: int, rows: np.ndarray) -> None:
-        for trace, plan, place in zip(traces, plans, places, strict=True):
-            trace(step, whole[place[plan.batch(step)[0]]])
-
-    # one head alone is seeded as a trial alone, so that it draws the same random numbers; several
-    # draw none
-    seed = mix(shared.seed, members[0][0].seed, 3) if len(members) == 1 else 0
-    notes: list[str] = []
-    first, ids = members[0][0], [trial.id for trial, *_ in members]
-    folder = storage.join(shared.root, STACKS, spec_hash(ids))
-    made = made_by(data.spec, shared.bases[first.base], first.technique)
-    parent_weights = shared.parent_weights.get(first.source)
-    began_with: list[dict[str, Any]] = []
-
-    def on_start(step: int, passed_over: list[str]) -> None:
-        notes.extend(passed_over)
-        began_with.extend(saved_inputs.record_start(folder, made, parent_weights, step, ids))
-
-    work = loop.TrainingRun(
-        task=stack,
-        technique=members[0][0].technique_object,
-        train=train,
-        steps=steps,
-        seed=seed,
-        batches=batches,  # type: ignore[arg-type]
-        ready=lambda batch, training: batch,
-        keeper=keeper,
-        evaluate=check,
-        ranks=Ranks(device=device),
-        checkpoints=storage.join(folder, saved_inputs.CHECKPOINTS),
-        restarts=True,
-        on_start=on_start,
-        on_rows=on_rows if traces else None,
-        alive=alive,
-    )
-    saved_inputs.drop_incompatible(folder, made, parent_weights, shared.remake)
-    outcome = loop.fit(work)
-    moved += "".join(f"; {note}" for note in notes)
-    tests: list[Predictions] | list[None] = (
-        _predicted(stack, cached["test"], train) if "test" in cached else [None] * len(members)
-    )
-    held = (
-        _predicted(stack, cached["validation"], train)
-        if "test" in cached and built[0][0].needs_calibration
-        else []
-    )
-    seconds = (outcome.seconds_before + time.time() - began) / len(members) + shared_seconds
-    out = []
-    for k, (trial, own, rows, _) in enumerate(members):
+    seconds = (outcome.seconds_before + time.time() - began) / len(members) + cached.seconds
+    common = {
+        "steps": outcome.steps,
+        "seconds": seconds,
+        "device": device_name(cached.device),
+        "transfer": "; ".join([cached.transfer, *history.damaged]),
+        "resumed_from": outcome.resumed_from,
+        "begun_by": history.others,
+    }
+    tested = _predicted(stack, cached.splits["test"], train) if "test" in cached.splits else None
+    held = _predicted(stack, validation, train) if tested and heads[0].needs_calibration else None
+    records = []
+    for k, (member, head) in enumerate(zip(members, heads, strict=True)):
         if float(stack.bad[k]):
-            try:
-                out.append(trials.run(trial, shared, alive=alive))
-            except Exception as error:  # it is this head's alone: the others are done
-                out.append(
-                    trials.failed_record(trial, shared, f"{type(error).__name__}: {error}"[:2000])
-                )
+            records.append(_run_alone(member.trial, shared, alive))
             continue
-        head, start_hash = built[k]
-        _put(head, stack, k)
-        found = tests[k]
+        _copy_weights(head, stack, k)
+        test = tested[k] if tested else None
         if held:
             head.calibrate(held[k])
-            found = _alone(head, cached["test"], train)
-        test = (
-            None
-            if found is None
-            else {"row": data.test.selection.ids(np.arange(len(data.test))), **found}
-        )
+            test = _alone(head, cached.splits["test"], train)
+        if test is not None:
+            ids = cached.data.test.selection.ids(np.arange(len(cached.data.test)))
+            test = {"row": ids, **test}
         metadata = {
-            "params_trained": sum(p[k].numel() for p in stack.stacked),
-            "steps": outcome.steps,
-            "seconds": seconds,
-            "device": device_name(device),
-            "start_weights": start_hash,
-            "transfer": moved,
-            "n_train": len(rows),
+            **common,
+            "params_trained": sum(parameter[k].numel() for parameter in stack.stacked),
+            "start_weights": start_hashes[k],
+            "n_train": len(member.rows),
             "curve": keeper.curves[k],
             "kept_step": keeper.best[k].step,
-            "resumed_from": outcome.resumed_from,
-            "begun_by": began_with,
             "fitted": trials.calibration_of(head),
         }
         record = trials.make_record(
-            trial, shared, own, began, metadata, keeper.best[k].metrics, test
+            member.trial, shared, member.train, began, metadata, keeper.best[k].metrics, test
         )
-        trials.write(
-            trial,
-            shared,
-            record,
-            test,
-            Task(backbone, head) if shared.keep_bundles and trial.stage == "final" else None,
-        )
-        out.append(record)
+        is_kept = shared.keep_bundles and test is not None
+        task = Task(cached.backbone, head) if is_kept else None
+        trials.write(member.trial, shared, record, test, task)
+        records.append(record)
     storage.remove_tree(folder)
-    return out
+    return records
+
+
+def _build_head(trial: Trial, shared: Shared) -> tuple[Objective, str]:
+    """A trial's head and the hash of its start weights; the backbone is the same for all trials."""
+    task, _, start_hash = trials.build(trial, shared)
+    return task.objective, start_hash
+
+
+class _StackBatches:
+    """Batches of a stack: at every step the features of each head's own rows."""
+
+    def __init__(self, members: list[Member], shared: Shared, cached: SharedFeatures):
+        self.members, self.shared = members, shared
+        self.features, self.tensors = cached.splits["train"]
+        selection = cached.data.train.selection
+        self.ids = selection.ids(np.arange(len(selection)))
+        self.plans = [trials.order_of(m.trial, shared, m.train, m.rows) for m in members]
+        own_ids = [m.rows.selection.ids(np.arange(len(m.rows))) for m in members]
+        self.places = [np.searchsorted(self.ids, ids) for ids in own_ids]
+        self.traces: list[RowTrace] = []
+
+    def _rows(self, step: int) -> list[np.ndarray]:
+        """Places in the features of each head's rows at a step."""
+        pairs = zip(self.plans, self.places, strict=True)
+        return [places[plan.batch(step)[0]] for plan, places in pairs]
+
+    def __call__(self, span: range) -> Iterator[LoadedBatch]:
+        for step in span:
+            index = torch.from_numpy(np.stack(self._rows(step))).to(self.features.device)
+            data = {name: tensor[index] for name, tensor in self.tensors.items()}
+            rows = index[0].cpu().numpy()
+            batch = Batch(rows, torch.zeros(0), {"features": self.features[index], **data})
+            yield LoadedBatch(batch, [], 0.0)
+
+    def trace(self, step: int, rows: np.ndarray) -> None:
+        """Write the ids of each head's rows beside its trial."""
+        if not self.traces:
+            folders = [trials.folder(self.shared, member.trial) for member in self.members]
+            self.traces = [RowTrace(folder, 0) for folder in folders]
+        for trace, places in zip(self.traces, self._rows(step), strict=True):
+            trace(step, self.ids[places])
+
+
+def _run_alone(trial: Trial, shared: Shared, alive: Callable[[], None]) -> Record:
+    """Train a head again, without the others; an error is this head's alone."""
+    try:
+        return trials.run(trial, shared, alive=alive)
+    except Exception as error:
+        return _failed(trial, shared, error)
 
 
 @torch.no_grad()
-def _predicted(
-    stack: HeadStack, rows: tuple[Tensor, dict[str, Tensor]], train: Train
-) -> list[Predictions]:
+def _predicted(stack: HeadStack, rows: Part, train: Train) -> list[Predictions]:
     """Predictions of every head on the same rows, with the precision that one alone would have."""
     stack.eval()
     with loop.autocast(train, rows[0].device):
@@ -506,7 +523,7 @@ def _predicted(
 
 
 @torch.no_grad()
-def _alone(head: Objective, rows: tuple[Tensor, dict[str, Tensor]], train: Train) -> Predictions:
+def _alone(head: Objective, rows: Part, train: Train) -> Predictions:
     """Predictions of one head, with what it alone has fitted on the validation rows."""
     head = head.to(rows[0].device).eval()
     with loop.autocast(train, rows[0].device):
@@ -518,7 +535,7 @@ def _alone(head: Objective, rows: tuple[Tensor, dict[str, Tensor]], train: Train
 
 
 @torch.no_grad()
-def _put(head: Objective, stack: HeadStack, k: int) -> None:
+def _copy_weights(head: Objective, stack: HeadStack, k: int) -> None:
     own = dict(head.named_parameters())
     for name, parameter in zip(stack.names, stack.stacked, strict=True):
         own[name].copy_(parameter[k].cpu())

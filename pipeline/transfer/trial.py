@@ -335,15 +335,9 @@ def run(
     data, where = shared.targets[trial.target, trial.base], folder(shared, trial)
     train, rows, steps = resolve_training(trial, shared)
     task, moved, start_hash = build(trial, shared)
-    made = made_by(data.spec, shared.bases[trial.base], trial.technique)
-    parent_weights = shared.parent_weights.get(trial.source)
-    begun_by: list[dict[str, Any]] = []
-
-    def on_start(step: int) -> None:
-        begun_by.extend(saved_inputs.record_start(where, made, parent_weights, step, [trial.id]))
-
+    history = history_of(where, [trial], shared)
     if ranks.first:
-        saved_inputs.drop_incompatible(where, made, parent_weights, shared.remake)
+        history.drop_incompatible(shared.remake)
     finished = experiment.run(
         Experiment(
             task=task,
@@ -361,7 +355,7 @@ def run(
             folder=where,
             log_folder=where,
             restarts=True,
-            on_start=on_start,
+            on_start=history.start,
             on_validation=report,
             on_step=alive,
         ),
@@ -379,7 +373,7 @@ def run(
         "start_weights": start_hash,
         "transfer": moved,
         "n_train": len(rows) - len(unread) if trial.technique_object.needs_training else 0,
-        "begun_by": begun_by,
+        "begun_by": history.others,
         "fitted": calibration_of(task.objective),
     }
     record = make_record(trial, shared, train, began, metadata, finished.metrics, test)
@@ -388,6 +382,15 @@ def run(
         is_kept = shared.keep_bundles and trial.stage == "final"
         write(trial, shared, record, test, task if is_kept else None, task.objective.rollout_frames)
     return record
+
+
+def history_of(folder: str, trials: list[Trial], shared: Shared) -> saved_inputs.ResumeHistory:
+    """What made the resume points in a folder of trials that differ in seeds and settings alone."""
+    first = trials[0]
+    spec = shared.targets[first.target, first.base].spec
+    made = made_by(spec, shared.bases[first.base], first.technique)
+    weights = shared.parent_weights.get(first.source)
+    return saved_inputs.ResumeHistory(folder, made, weights, [trial.id for trial in trials])
 
 
 def predict_test(
