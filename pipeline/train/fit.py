@@ -11,11 +11,11 @@ import pyarrow as pa
 
 from pipeline.checkpoints import bundle, pretrained
 from pipeline.config import registry
-from pipeline.config.schema import ComponentConfig, Source, spec_hash
+from pipeline.config.schema import ComponentConfig, Source, Target, spec_hash
 from pipeline.config.yaml_loader import PLACES
 from pipeline.core.contracts import Modality, Objective
 from pipeline.data import manifest as manifests
-from pipeline.data.manifest import Selection
+from pipeline.data.manifest import Selection, Splits
 from pipeline.io import checksums, file_identity, storage
 
 FIT_ROWS, FIT_TEXT_BYTES = 2048, 64 << 20
@@ -137,6 +137,25 @@ def fit_modality(
     if most_rows is None:
         checksums.write_document(path, found)
     return found, ""
+
+
+def label_columns(spec: Source | Target) -> list[str]:
+    """The columns that an objective is fitted on."""
+    assert spec.data is not None and spec.objective is not None
+    objective, columns = registry.get("objective", spec.objective.name), spec.data.columns
+    roles = objective.fit_roles
+    if roles is None:
+        roles = (*objective.roles, *objective.optional_roles)
+    return [columns[role] for role in roles if role in columns]
+
+
+def fit_objective(spec: Source | Target, splits: Splits) -> dict[str, Any]:
+    """What the objective learns of the training rows' own columns."""
+    assert spec.data is not None and spec.objective is not None
+    objective = registry.get("objective", spec.objective.name)
+    options = objective.options_class(**spec.objective.options)
+    table = manifests.read_columns(splits.train, label_columns(spec))
+    return objective.fit(options, table, spec.data.columns)
 
 
 def extend_modality(

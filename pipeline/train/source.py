@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 
 from pipeline.checkpoints import bundle, pretrained
@@ -423,7 +422,7 @@ def _fit_network(stage: SourceStage) -> tuple[dict[str, Any], dict[str, Any], di
         path = storage.join(stage.uri, "modality.json")
         place = f"sources.{stage.name}"
         modality, coverage = fitting.fit_modality(spec, splits.train, start, place, path)
-    state = objective.fit(options, labels_of(spec, splits), spec.data.columns)
+    state = fitting.fit_objective(spec, splits)
     if arch is None:
         arch = arch_of(spec, start, bundle.build_modality(modality).inputs())
     state = bind_state(objective, state, arch)
@@ -434,17 +433,6 @@ def _fit_network(stage: SourceStage) -> tuple[dict[str, Any], dict[str, Any], di
             stage, start, arch, modality, described, stage.initial_uri, coverage
         )
     return arch, modality, described, moved
-
-
-def labels_of(spec: Source, splits: Splits) -> pa.Table:
-    """The columns of all training rows that the objective is fitted on."""
-    assert spec.data is not None and spec.objective is not None
-    objective, columns = registry.get("objective", spec.objective.name), spec.data.columns
-    roles = objective.fit_roles
-    if roles is None:
-        roles = (*objective.roles, *objective.optional_roles)
-    names = [columns[role] for role in roles if role in columns]
-    return manifests.read_columns(splits.train, names)
 
 
 @dataclass

@@ -32,6 +32,7 @@ from pipeline.metrics.catalog import metric
 from pipeline.report import stats, subgroups
 from pipeline.train import config_checks, fit, row_checks, token_rows
 from pipeline.train import source as train_source
+from pipeline.train.experiment import technique_of
 from pipeline.train.row_checks import Finding
 from pipeline.train.source import STAGE_FORMAT, data_key
 from pipeline.transfer import leaks
@@ -107,7 +108,7 @@ class TargetStage:
         if self.packed:
             return {}
         objective, group = registry.get("objective", self.spec.objective.name), self.spec.data.group
-        columns = [*_label_columns(self.spec), *([group] if group else [])]
+        columns = [*fit.label_columns(self.spec), *([group] if group else [])]
         unit, out = "groups" if group else "rows", {}
         for name, selection in self.splits.by_name().items():
             table = manifests.read_columns(selection, list(dict.fromkeys(columns)))
@@ -146,152 +147,133 @@ class TargetStage:
 
 
 def stage(job: Job, name: str) -> TargetStage:
-    """Raises ValueError for data that cannot be used or a metric that the objective does not
-    give.
+    """Read a target's splits and check all that can be checked before the sources are trained.
+
+    Raises:
+        ValueError: data that cannot be used, or a metric that the objective does not give.
     """
-    spec = job.targets[name]
-    modality, objective = (
-        registry.get("modality", spec.data.modality.name),
-        registry.get("objective", spec.objective.name),
-    )
+    spec, place = job.targets[name], f"targets.{name}"
+    modality = registry.get("modality", spec.data.modality.name)
+    objective = registry.get("objective", spec.objective.name)
+    _check_spec(place, spec, modality, objective)
+    roles = (*modality.roles, *objective.roles)
+    imports = storage.join(job.root, "imports")
+    splits = manifests.splits(spec.data, roles, place, imports, need_test=True)
+    try:
+        state = fit.fit_objective(spec, splits)
+    except ValueError as error:
+        raise ValueError(f"{place}.data, train split: {error}") from None
+    _check_metric(place, spec, objective, state)
+    subgroups.read(splits.test, spec.subgroups, f"{place}.subgroups")
+    for split, selection in splits.by_name().items():
+        try:
+            _check_labels(split, selection, spec, state)
+        except ValueError as error:
+            raise ValueError(f"{place}.data, {split} split: {error}") from None
+    chosen = tuple(techniques(job, spec))
+    return TargetStage(name, spec, splits, state, root=job.root, techniques=chosen)
+
+
+def _check_spec(
+    place: str, spec: Target, modality: type[Modality], objective: type[Objective]
+) -> None:
+    """Raises ValueError for settings that contradict each other, before any row is read."""
+    name = spec.objective.name
     if not _for_targets(objective):
-        usable = [
-            one
-            for one in registry.names("objective")
-            if _for_targets(registry.get("objective", one))
-        ]
+        names = registry.names("objective")
+        usable = [one for one in names if _for_targets(registry.get("objective", one))]
         raise ValueError(
-            f"targets.{name}.objective: {spec.objective.name} is for sources; a target's rows "
-            "have labels, or are texts to model: "
-            f"{', '.join(usable)}"
+            f"{place}.objective: {name} is for sources; a target's rows have labels, or are texts "
+            f"to model: {', '.join(usable)}"
         )
     if objective.packed:
-        config_checks.check_packed(f"targets.{name}", spec.data, spec.objective.name)
-    config_checks.check_costs(f"targets.{name}", spec.data, spec.train, objective)
-    whole = [fraction for fraction in spec.label_fractions if isinstance(fraction, int)]
-    if whole and "label" not in objective.roles and not objective.whole_rows:
+        config_checks.check_packed(place, spec.data, name)
+    config_checks.check_costs(place, spec.data, spec.train, objective)
+    counts = [fraction for fraction in spec.label_fractions if isinstance(fraction, int)]
+    if counts and "label" not in objective.roles and not objective.whole_rows:
         raise ValueError(
-            f"targets.{name}.label_fractions: {whole[0]} means {whole[0]} rows a class, and a "
-            f"row of {spec.objective.name} has no single class: "
-            "give shares, such as 0.1"
+            f"{place}.label_fractions: {counts[0]} means {counts[0]} rows a class, and a row of "
+            f"{name} has no single class: give shares, such as 0.1"
         )
     if spec.drop_overlap == "near" and modality.roles[0] != "image":
         raise ValueError(
-            f"targets.{name}.drop_overlap: near duplicates are found among images, these rows "
-            f"are {spec.data.modality.name}: say exact"
+            f"{place}.drop_overlap: near duplicates are found among images, these rows are "
+            f"{spec.data.modality.name}: say exact"
         )
     if spec.drop_overlap == "group" and not spec.data.group:
         raise ValueError(
-            f"targets.{name}.drop_overlap: group leaves out rows whose group stands in a "
-            "source, and data.group names no column: name the one "
-            "that holds the patient or speaker, or say exact"
-        )
-    found = manifests.splits(
-        spec.data,
-        (*modality.roles, *objective.roles),
-        f"targets.{name}",
-        storage.join(job.root, "imports"),
-        need_test=True,
-    )
-    try:
-        state = fit_labels(spec, found)
-    except ValueError as error:
-        raise ValueError(f"targets.{name}.data, train split: {error}") from None
-    options = objective.options_class(**spec.objective.options)
-    known = (*objective.target_metrics(options, state), *objective.test_metrics(options, state))
-    if spec.metric is not None and metric(spec.metric).name not in (
-        *known,
-        *(OF_CLASSES if "label" in objective.roles else ()),
-    ):
-        raise ValueError(
-            f"targets.{name}.metric: {spec.metric} is not a metric of {spec.objective.name} "
-            f"({', '.join(known)})"
+            f"{place}.drop_overlap: group leaves out rows whose group stands in a source, and "
+            "data.group names no column: name the one that holds the patient or speaker, or say "
+            "exact"
         )
     if spec.subgroups and objective.packed:
         raise ValueError(
-            f"targets.{name}.subgroups: the rows of {spec.objective.name} are packed from "
-            "several: leave them out"
+            f"{place}.subgroups: the rows of {name} are packed from several: leave them out"
         )
-    subgroups.read(found.test, spec.subgroups, f"targets.{name}.subgroups")
-    kinds = modality, objective
-    for split in (
-        "train",
-        "validation",
-        "test",
-    ):  # a label that training never sees is found now, not after the sources
-        selection = getattr(found, split)
-        table = manifests.read_columns(selection, _label_columns(spec))
-        try:
-            _try_rows(selection, spec, state, *kinds)
-            for start in range(
-                0, len(table), CHECKED_ROWS
-            ):  # boxes and label sets of a large corpus would take gigabytes at once
-                objective.encode(table.slice(start, CHECKED_ROWS), spec.data.columns, state)
-            if split == "test":
-                objective.check_test(
-                    objective.options_class(**spec.objective.options),
-                    table,
-                    spec.data.columns,
-                    state,
-                )
-        except ValueError as error:
-            raise ValueError(f"targets.{name}.data, {split} split: {error}") from None
-    return TargetStage(
-        name, spec, found, state, root=job.root, techniques=tuple(techniques(job, spec))
-    )
+
+
+def _check_metric(
+    place: str, spec: Target, objective: type[Objective], state: dict[str, Any]
+) -> None:
+    """Raises ValueError where the target names a metric that its objective does not give."""
+    if spec.metric is None:
+        return
+    options = objective.options_class(**spec.objective.options)
+    known = (*objective.target_metrics(options, state), *objective.test_metrics(options, state))
+    further = OF_CLASSES if "label" in objective.roles else ()
+    if metric(spec.metric).name not in (*known, *further):
+        raise ValueError(
+            f"{place}.metric: {spec.metric} is not a metric of {spec.objective.name} "
+            f"({', '.join(known)})"
+        )
+
+
+def _check_labels(
+    split: str, selection: manifests.Selection, spec: Target, state: dict[str, Any]
+) -> None:
+    """Raises ValueError for labels of a split that training would not know, or not score."""
+    objective, columns = registry.get("objective", spec.objective.name), spec.data.columns
+    table = manifests.read_columns(selection, fit.label_columns(spec))
+    _try_rows(selection, spec, state)
+    # boxes and label sets of a large corpus would take gigabytes at once
+    for start in range(0, len(table), CHECKED_ROWS):
+        objective.encode(table.slice(start, CHECKED_ROWS), columns, state)
+    if split == "test":
+        options = objective.options_class(**spec.objective.options)
+        objective.check_test(options, table, columns, state)
 
 
 def _for_targets(objective: type[Objective]) -> bool:
     return not objective.couples_rows and (objective.packed or bool(objective.roles))
 
 
-def _try_rows(
-    selection: manifests.Selection,
-    spec: Target,
-    state: dict[str, Any],
-    modality: type[Modality],
-    objective: type[Objective],
-) -> None:
-    """A few rows with all their columns: an objective may compare its labels with the row's own
-    text. Raises ValueError for columns of a wrong type.
+def _try_rows(selection: manifests.Selection, spec: Target, state: dict[str, Any]) -> None:
+    """Encode a few rows with all their columns, which an objective may compare with its labels.
+
+    Raises:
+        ValueError: a column does not hold what its role needs.
     """
-    mine = [
-        role
-        for role in (*modality.roles, *modality.optional_roles)
-        if role not in modality.unfitted_roles
-    ]
-    roles = (*mine, *objective.roles, *objective.optional_roles)
-    names = list(
-        dict.fromkeys(spec.data.columns[role] for role in roles if role in spec.data.columns)
-    )
+    modality = registry.get("modality", spec.data.modality.name)
+    objective, columns = registry.get("objective", spec.objective.name), spec.data.columns
+    inputs = (*modality.roles, *modality.optional_roles)
+    inputs = tuple(role for role in inputs if role not in modality.unfitted_roles)
+    roles = (*inputs, *objective.roles, *objective.optional_roles)
+    names = list(dict.fromkeys(columns[role] for role in roles if role in columns))
     table = fit.sample(selection, names, TRIED_ROWS)
+    wrong_types = (TypeError, AttributeError, pa.ArrowNotImplementedError, pa.ArrowTypeError)
     try:
-        objective.encode(table, spec.data.columns, state)
-        objective.invalid_label_reasons(table, spec.data.columns, state)
-    except (
-        TypeError,
-        AttributeError,
-        pa.ArrowNotImplementedError,
-        pa.ArrowTypeError,
-    ) as error:  # a value was not what its column should hold
-        held = ", ".join(
+        objective.encode(table, columns, state)
+        objective.invalid_label_reasons(table, columns, state)
+    except wrong_types as error:
+        types = ", ".join(
             f"{role}: {name} is {table.schema.field(name).type}"
-            for role, name in spec.data.columns.items()
+            for role, name in columns.items()
             if name in names
         )
         raise ValueError(
-            f"{spec.objective.name} cannot read these columns ({held}): {error}; check data.columns"
+            f"{spec.objective.name} cannot read these columns ({types}): {error}; check "
+            "data.columns"
         ) from error
-
-
-def _label_columns(spec: Target) -> list[str]:
-    objective = registry.get("objective", spec.objective.name)
-    roles = (
-        objective.fit_roles
-        if objective.fit_roles is not None
-        else (*objective.roles, *objective.optional_roles)
-    )
-    return [spec.data.columns[role] for role in roles if role in spec.data.columns]
 
 
 def _classes(spec: Target, splits: Splits, state: dict[str, Any]) -> np.ndarray | None:
@@ -299,19 +281,8 @@ def _classes(spec: Target, splits: Splits, state: dict[str, Any]) -> np.ndarray 
     objective = registry.get("objective", spec.objective.name)
     if "label" not in objective.roles:
         return None
-    return objective.encode(
-        manifests.read_columns(splits.train, _label_columns(spec)), spec.data.columns, state
-    )["label"]
-
-
-def fit_labels(spec: Target, splits: Splits) -> dict[str, Any]:
-    """What the objective learns of the training rows' own columns."""
-    objective, needed = registry.get("objective", spec.objective.name), _label_columns(spec)
-    return objective.fit(
-        objective.options_class(**spec.objective.options),
-        manifests.read_columns(splits.train, needed),
-        spec.data.columns,
-    )
+    table = manifests.read_columns(splits.train, fit.label_columns(spec))
+    return objective.encode(table, spec.data.columns, state)["label"]
 
 
 def _modality(target: TargetStage, base: Base) -> tuple[dict[str, Any], str]:
@@ -384,7 +355,7 @@ def reading_of(target: TargetStage, base: Base) -> TargetReading:
     options = objective.options_class(**target.spec.objective.options)
     arch = train_source.adapt_arch_to_inputs(base.arch, modality.inputs() or base.arch["inputs"])
     state = train_source.bind_state(
-        objective, target.state or fit_labels(target.spec, target.splits), arch
+        objective, target.state or fit.fit_objective(target.spec, target.splits), arch
     )
     fitted = {"name": target.spec.objective.name, "options": options.model_dump(), "state": state}
     _check_base(target, base, arch, fitted)
@@ -450,88 +421,112 @@ def unmet_requests(target: TargetStage, searched: Sequence[float] = ()) -> list[
 
 
 def prepare(target: TargetStage, base: Base) -> TargetData:
-    """Decode the three splits. Raises ValueError for a label that never stands in the training
-    rows, or too many bad rows; ChangedFileError for a file that holds something else than when the
-    run was planned.
+    """Read the three splits as a base reads them, decoded where they fit into memory.
+
+    Raises:
+        ValueError: a label that never stands in the training rows, or too many bad rows.
+        ChangedFileError: a file holds something else than when the run was planned.
     """
-    spec, splits, columns = target.spec, target.splits, target.spec.data.columns
-    read = reading_of(target, base)
-    spec_of_modality, modality, known, arch, fitted = read
-    objective, state = registry.get("objective", spec.objective.name), read.state
-    selections, lost, text = [splits.train, splits.validation, splits.test], [], splits.sizes()
-    if target.packed:
-        made = [
-            _packed(target, name, selection, spec_of_modality)
-            for name, selection in zip(manifests.SPLITS, selections, strict=True)
-        ]
-        selections, columns = [one.rows for one in made], dict(token_rows.PACKED)
-        lost = [(row["split"], row["place"], row["reason"]) for one in made for row in one.left_out]
-        text += (
-            "; packed into "
-            + ", ".join(f"{len(one.rows)}" for one in made)
-            + f" rows of {modality.inputs()['length']} tokens, which are the units"
-        )
-    elif known:
-        text += f"; {known}"
-    decoder = Decoder(modality, spec.objective.name, state, columns)
-    parts = [
-        Rows(selection, replace(decoder, training=name == "train"))
-        for name, selection in zip(manifests.SPLITS, selections, strict=True)
-    ]
-    wanted = sum(decoder.size(selection) for selection in selections)
-    if spec.data.decode == "memory" or (spec.data.decode == "auto" and wanted <= MEMORY_BYTES):
-        parts = [rows.in_memory(spec.data.max_bad_rows) for rows in parts]
-    streamed = parts[0].arrays is None  # rows in memory have been looked through
-    if spec.train.batch_cost is not None or (
-        streamed and train_source.checks_labels_before_decoding(objective, modality, columns)
-    ):
-        parts[0] = parts[0].with_costs()
-        if streamed:
-            parts[0], short = train_source.drop_untrainable(parts[0], spec.data.max_bad_rows)
-            parts[0] = (
-                parts[0] if spec.train.batch_cost is not None else replace(parts[0], costs=None)
-            )
-            lost += [("train", selections[0].manifest.place(row), reason) for row, reason in short]
-    held = parts[0].arrays
-    labels = (
-        _classes(spec, splits, state)
-        if held is None
-        else held.get("label")
-        if "label" in objective.roles
-        else None
-    )
-    bad = lost + [
-        (split, rows.selection.manifest.place(row), why)
-        for split, rows in zip(manifests.SPLITS, parts, strict=True)
-        for row, why in rows.bad
-    ]
-    text += (
-        f"; {len(bad)} rows left out: " + "; ".join(f"{s} {p}: {w}" for s, p, w in bad[:3])
-        if bad
-        else ""
-    )
-    groups = None
-    if spec.data.group and not target.packed:
-        groups = manifests.group_numbers(
-            manifests.read_columns(parts[2].selection, [spec.data.group])[spec.data.group]
-        )
+    spec, splits = target.spec, target.splits
+    reading = reading_of(target, base)
+    selections, columns, bad, notes = _selections(target, reading)
+    decoder = Decoder(reading.modality, spec.objective.name, reading.state, columns)
+    parts = {
+        name: Rows(selection, replace(decoder, training=name == "train"))
+        for name, selection in selections.items()
+    }
+    size = sum(decoder.size(selection) for selection in selections.values())
+    in_memory = spec.data.decode == "auto" and size <= MEMORY_BYTES
+    if in_memory or spec.data.decode == "memory":
+        parts = {name: rows.in_memory(spec.data.max_bad_rows) for name, rows in parts.items()}
+    parts["train"], untrainable = _trainable(target, parts["train"])
+    bad += untrainable
+    for name, rows in parts.items():
+        place = rows.selection.manifest.place
+        bad += [(name, place(row), reason) for row, reason in rows.bad]
+    if bad:
+        first = "; ".join(f"{split} {place}: {reason}" for split, place, reason in bad[:3])
+        notes.append(f"{len(bad)} rows left out: {first}")
     file_identity.check_unchanged(splits.reads)
-    is_held = all(rows.arrays is not None for rows in parts)
+    is_held = all(rows.arrays is not None for rows in parts.values())
     return TargetData(
-        spec,
-        fitted,
-        parts[0],
-        parts[1],
-        parts[2],
-        labels,
-        groups,
-        text,
-        arch,
-        spec_of_modality,
-        spec_hash(target.key, spec_of_modality),
-        () if is_held else splits.reads,
-        tuple(findings(target, read)),
+        spec=spec,
+        objective=reading.objective,
+        train=parts["train"],
+        validation=parts["validation"],
+        test=parts["test"],
+        labels=_labels(target, parts["train"], reading.state),
+        groups=None if target.packed else _groups(spec, parts["test"]),
+        split_text="; ".join([splits.sizes(), *notes]),
+        arch=reading.arch,
+        modality=reading.spec_of_modality,
+        key=spec_hash(target.key, reading.spec_of_modality),
+        reads=() if is_held else splits.reads,
+        findings=tuple(findings(target, reading)),
     )
+
+
+BadRow = tuple[str, str, str]
+"""Split, place and reason of a row that is left out."""
+
+
+def _selections(
+    target: TargetStage, reading: TargetReading
+) -> tuple[dict[str, manifests.Selection], dict[str, str], list[BadRow], list[str]]:
+    """The rows of each split, the column of each role, what was left out, and notes on it."""
+    splits = target.splits.by_name()
+    if not target.packed:
+        notes = [reading.coverage] if reading.coverage else []
+        return splits, target.spec.data.columns, [], notes
+    made = {
+        name: _packed(target, name, selection, reading.spec_of_modality)
+        for name, selection in splits.items()
+    }
+    counts = ", ".join(str(len(one.rows)) for one in made.values())
+    length = reading.modality.inputs()["length"]
+    note = f"packed into {counts} rows of {length} tokens, which are the units"
+    bad = [
+        (row["split"], row["place"], row["reason"]) for one in made.values() for row in one.left_out
+    ]
+    rows = {name: one.rows for name, one in made.items()}
+    return rows, dict(token_rows.PACKED), bad, [note]
+
+
+def _trainable(target: TargetStage, rows: Rows) -> tuple[Rows, list[BadRow]]:
+    """The training rows with their costs, where batches are cut by them, without those that are
+    too short to be trained on."""
+    spec = target.spec
+    objective = registry.get("objective", spec.objective.name)
+    is_streamed = rows.arrays is None  # rows in memory have been looked through
+    has_costs = spec.train.batch_cost is not None
+    is_checked = is_streamed and train_source.checks_labels_before_decoding(
+        objective, rows.modality, rows.decoder.columns
+    )
+    if not (has_costs or is_checked):
+        return rows, []
+    rows = rows.with_costs()
+    if not is_streamed:
+        return rows, []
+    kept, bad = train_source.drop_untrainable(rows, spec.data.max_bad_rows)
+    place = rows.selection.manifest.place
+    left_out = [("train", place(row), reason) for row, reason in bad]
+    return kept if has_costs else replace(kept, costs=None), left_out
+
+
+def _labels(target: TargetStage, rows: Rows, state: dict[str, Any]) -> np.ndarray | None:
+    """(n_train,) class numbers of the training rows, where rows have one class."""
+    if rows.arrays is None:
+        return _classes(target.spec, target.splits, state)
+    roles = registry.get("objective", target.spec.objective.name).roles
+    return rows.arrays.get("label") if "label" in roles else None
+
+
+def _groups(spec: Target, rows: Rows) -> np.ndarray | None:
+    """(n,) group numbers of the rows, where the target names a column of groups."""
+    if not spec.data.group:
+        return None
+    table = manifests.read_columns(rows.selection, [spec.data.group])
+    return manifests.group_numbers(table[spec.data.group])
 
 
 def _packed(
@@ -605,98 +600,79 @@ def _build(base: Base, arch: dict[str, Any], objective: dict[str, Any]) -> Task:
 def _check_base(
     target: TargetStage, base: Base, arch: dict[str, Any], objective: dict[str, Any]
 ) -> None:
-    """As `_build`, and raises ValueError for a technique that would train nothing: a head alone
-    where the objective has none of its own.
-    """
+    """Raises ValueError where a technique, the objective or the rows do not suit the backbone."""
     task = _build(base, arch, objective)
+    layers = task.layers()
+    unseen = type(task.objective).unseen_inputs(base.arch["inputs"], arch["inputs"])
+    own_techniques = f"give targets.{target.name} techniques of its own"
     for component in target.techniques:
-        kind = registry.get("technique", component.name)
-        one = kind(kind.options_class(**component.options))
-        layers = task.layers()
-        if not kind.needs_training and not type(task.objective).transfers_head:
+        technique, name = technique_of(component), component.name
+        if not technique.needs_training and not type(task.objective).transfers_head:
             raise ValueError(
-                f"techniques: {component.name} tries the source's own head, and "
-                f"{objective['name']} "
-                "starts with a new one: leave it out, or give "
-                f"targets.{target.name} techniques of its own"
+                f"techniques: {name} tries the source's own head, and {objective['name']} starts "
+                f"with a new one: leave it out, or {own_techniques}"
             )
-        if (
-            (one.frozen or not kind.needs_training)
-            and kind.from_source
-            and (why := type(task.objective).unseen_inputs(base.arch["inputs"], arch["inputs"]))
-        ):
+        is_unchanged = technique.frozen or not technique.needs_training
+        if is_unchanged and technique.from_source and unseen:
             raise ValueError(
-                f"techniques: {component.name} takes the source's network as it is, and {why}: "
-                "give "
-                f"targets.{target.name} techniques of its own, such "
-                "as [scratch, full]"
+                f"techniques: {name} takes the source's network as it is, and {unseen}: "
+                f"{own_techniques}, such as [scratch, full]"
             )
-        if kind.wrap is not Technique.wrap:
-            continue  # what it adds is trained
-        for phase in one.phases(10):
-            if not any(
-                layers[name] for name, rate in one.rates(layers, phase.name).items() if rate
-            ):
-                raise ValueError(
-                    f"techniques: {component.name} trains the head alone, and {objective['name']} "
-                    "has none (its output is the backbone's own "
-                    f"embedding): give targets.{target.name} techniques of its own, such as "
-                    "[scratch, full, lora]"
-                )
+        if not _trains_something(technique, layers):
+            raise ValueError(
+                f"techniques: {name} trains the head alone, and {objective['name']} has none (its "
+                f"output is the backbone's own embedding): {own_techniques}, such as "
+                "[scratch, full, lora]"
+            )
+
+
+def _trains_something(technique: Technique, layers: dict[str, list[str]]) -> bool:
+    """Whether some parameter moves in every phase."""
+    if type(technique).wrap is not Technique.wrap:
+        return True  # what it adds is trained
+    for phase in technique.phases(10):
+        rates = technique.rates(layers, phase.name)
+        if not any(layers[name] for name, rate in rates.items() if rate):
+            return False
+    return True
 
 
 def check_modality(target: TargetStage, source: Source) -> None:
-    """Raises ValueError where the target's objective does not suit how its rows would be read: with
-    its source's options and its own.
+    """Raises ValueError where the target's objective does not suit how its rows would be read.
+
+    They are read with the options of the source, and with those that the target may set itself.
     """
     component, place = target.spec.data.modality, f"targets.{target.name}"
     if source.data is None:
         return
-    if problem := registry.get("modality", component.name).ineffective_options(
-        component.options, source.data.modality.options
-    ):
+    kind, given = registry.get("modality", component.name), component.options
+    theirs = source.data.modality.options
+    if problem := kind.ineffective_options(given, theirs):
         raise ValueError(f"{place}.data.modality: {problem}")
-    config_checks.check_modality(
-        place,
-        component.name,
-        {**source.data.modality.options, **component.options},
-        target.spec.objective.name,
-    )
-    kind = registry.get("modality", component.name)
-    theirs = kind.options_class(**source.data.modality.options)
-    if not source.init and not source.backbone.name.startswith(
-        CHECKPOINT_PREFIXES
-    ):  # a checkpoint brings its own options, and a tokenizer counts by what it holds
-        fixed = [
-            k
-            for k in component.options
-            if k not in kind.target_options and k not in PLACES.get(component.name, ())
-        ]
-        _refuse(
-            target,
-            {
-                k: component.options[k]
-                for k in fixed
-                if getattr(kind.options_class(**component.options), k) != getattr(theirs, k)
-            },
-            theirs.model_dump(),
-        )
-    room, wanted = (
-        source.backbone.options.get("positions") or getattr(theirs, "length", None),
-        component.options.get("length"),
-    )
-    if (
-        wanted
-        and room
-        and wanted > room
-        and source.backbone.name.startswith("transformers/")
-        and not source.backbone.options.get("config")
-    ):
+    name = target.spec.objective.name
+    config_checks.check_modality(place, component.name, {**theirs, **given}, name)
+    continues = source.init or source.backbone.name.startswith(CHECKPOINT_PREFIXES)
+    inherited = kind.options_class(**theirs)
+    if not continues:  # a checkpoint brings its own options
+        own = kind.options_class(**given)
+        # a tokenizer is compared by what it holds
+        free = (*kind.target_options, *PLACES.get(component.name, ()))
+        fixed = [option for option in given if option not in free]
+        differ = {k: given[k] for k in fixed if getattr(own, k) != getattr(inherited, k)}
+        _refuse(target, differ, inherited.model_dump())
+    _check_length(place, source, given.get("length"), getattr(inherited, "length", None))
+
+
+def _check_length(place: str, source: Source, wanted: int | None, length: int | None) -> None:
+    """Raises ValueError where rows are longer than the positions that the source is trained with."""
+    backbone = source.backbone
+    room = backbone.options.get("positions") or length
+    has_positions = backbone.name.startswith("transformers/") and not backbone.options.get("config")
+    if has_positions and wanted and room and wanted > room:
         raise ValueError(
             f"{place}.data.modality: length {wanted} is longer than the {room} positions of "
-            f"{source.backbone.name} as its source is trained: "
-            f"raise positions there ({{{source.backbone.name}: {{positions: {wanted}}}}}), or "
-            "shorten length here"
+            f"{backbone.name} as its source is trained: raise positions there "
+            f"({{{backbone.name}: {{positions: {wanted}}}}}), or shorten length here"
         )
 
 
