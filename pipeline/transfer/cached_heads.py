@@ -509,7 +509,7 @@ def _run_alone(trial: Trial, shared: Shared, alive: Callable[[], None]) -> Recor
     """Train a head again, without the others; an error is this head's alone."""
     try:
         return trials.run(trial, shared, alive=alive)
-    except Exception as error:
+    except Exception as error:  # it is this head's alone: the others are done
         return _failed(trial, shared, error)
 
 
