@@ -486,7 +486,7 @@ def test_pieces_of_one_member_of_a_gzipped_tar_are_read_once(tmp_path, monkeypat
 KILLED = """
     import os, signal
     from pipeline.prepare.engine import importing; from pipeline.prepare.engine import write
-    real, calls = write._write_part, []
+    real, calls = write._write_shard, []
 
     def killed(*arguments):
         calls.append(1)
@@ -495,7 +495,7 @@ KILLED = """
             os.kill(os.getpid(), signal.SIGKILL)  # its part is there, its record is not
         return real(*arguments)
 
-    write._write_part = killed
+    write._write_shard = killed
     write.Preparation("librispeech", {source!r}, {output!r}, importing.options_of("librispeech", ["rate=8000"]), write.Settings(rows_per_part=2)).run()
 """
 

@@ -352,13 +352,13 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bytes(stays, tmp_path):
     program = textwrap.dedent(f"""
         import os, signal
         from pipeline.prepare.engine import importing; from pipeline.prepare.engine import write
-        real, calls = write._write_part, []
+        real, calls = write._write_shard, []
         def killed(*arguments):
             calls.append(1)
             if len(calls) == 4:
                 os.kill(os.getpid(), signal.SIGKILL)
             return real(*arguments)
-        write._write_part = killed
+        write._write_shard = killed
         write.Preparation("cohort", {str(folder)!r}, {str(tmp_path / "out")!r}, importing.options_of("cohort", ["task=decompensation"]),
                           write.Settings(part_mb={SMALL!r})).run()
     """)
@@ -392,14 +392,14 @@ def test_a_definition_of_ones_own_is_one_file(tmp_path):
         import numpy as np
         import pyarrow as pa
         from pydantic import Field
-        from pipeline.prepare.cohorts.definition import Definition, numbers, reasons
+        from pipeline.prepare.cohorts.definition import CohortDefinition, numbers, reasons
         from pipeline.config.registry import Options, register
 
         class SepsisOptions(Options):
             lead: float = Field(6.0, description="hours before onset at which events end")
 
         @register("cohort", "sepsis", options=SepsisOptions)
-        class Sepsis(Definition):
+        class Sepsis(CohortDefinition):
             """``label``: 1 for sepsis."""
 
             def needs(self, names):

@@ -435,10 +435,10 @@ def test_a_run_that_was_stopped_goes_on(tmp_path, monkeypatch):
     whole = prepare(tmp_path / "whole", *pairs, rows_per_part=2)
     work, made = prepared(tmp_path / "out", *pairs, rows_per_part=2), []
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        real = type(work.task).weight
+        real = type(work.task).source_rows
         patch.setattr(
             type(work.task),
-            "weight",
+            "source_rows",
             lambda self, part: (
                 (_ for _ in ()).throw(KeyboardInterrupt)
                 if len(made) > 1

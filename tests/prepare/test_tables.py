@@ -201,7 +201,7 @@ KILLED = """
 
 
 @pytest.mark.parametrize(
-    "killed", ["table_importer._survey", pytest.param("write._write_part", marks=pytest.mark.slow)]
+    "killed", ["table_importer._scan", pytest.param("write._write_shard", marks=pytest.mark.slow)]
 )
 def test_a_run_killed_in_either_pass_goes_on_to_the_same_bytes(killed, text, tmp_path, monkeypatch):
     write(text / "train-c.txt", "train-a.txt has a line 7 of words\nand another one\n")

@@ -573,7 +573,7 @@ def test_a_run_that_was_stopped_goes_on_and_the_command_line_says_what_was_done(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(
             type(work.task),
-            "weight",
+            "source_rows",
             lambda self, part: (_ for _ in ()).throw(KeyboardInterrupt) if part.start else 1,
         )
         work.run()

@@ -31,7 +31,13 @@ from pipeline.config.schema import Data
 from pipeline.data import manifest
 from pipeline.io import storage
 from pipeline.prepare.engine import importing
-from pipeline.prepare.engine.shard_tasks import Importer, ShardResult, ShardTask, added, neighbours
+from pipeline.prepare.engine.shard_tasks import (
+    Importer,
+    ShardResult,
+    ShardTask,
+    group_neighbours,
+    sum_by_split,
+)
 from pipeline.prepare.engine.write import MANIFEST, Preparation, Settings, verify
 
 ROOT = Path(cli.__file__).parents[1]
@@ -353,7 +359,7 @@ def test_lists_of_labels_are_counted_one_by_one(chest, tmp_path):
 KILLED = """
     import os, signal
     from pipeline.prepare.engine import write
-    real, calls = write._write_part, []
+    real, calls = write._write_shard, []
 
     def killed(*arguments):
         calls.append(1)
@@ -362,7 +368,7 @@ KILLED = """
             os.kill(os.getpid(), signal.SIGKILL)  # its part is there, its record is not
         return real(*arguments)
 
-    write._write_part = killed
+    write._write_shard = killed
     write.Preparation("imagefolder", {source!r}, {output!r}, None, write.Settings(rows_per_part=2, resize=20)).run()
 """
 
@@ -615,7 +621,7 @@ class SquaresWork(ShardTask):
 
     def __init__(self, importer, count, settings):
         super().__init__(importer, settings)
-        self.parts = neighbours(
+        self.shards = group_neighbours(
             ["train"] * count, [1.0] * count, 1 << 20, settings.rows_per_part or 0
         )
         self.key, self.total = (count,), count
@@ -633,7 +639,7 @@ class SquaresWork(ShardTask):
         ]
 
     @property
-    def make(self):
+    def make_shard(self):
         return partial(squares_of, self.schema)
 
     def payload(self, part):
@@ -648,7 +654,7 @@ def squares_of(schema, numbers, scratch):
         {"path": str(n), "split": "train", "reason": "bad luck"} for n in numbers if n not in good
     ]
     return ShardResult(
-        scratch / "part.parquet", len(rows), broken, added([("sum", "train", sum(good))])
+        scratch / "part.parquet", len(rows), broken, sum_by_split([("sum", "train", sum(good))])
     )
 
 

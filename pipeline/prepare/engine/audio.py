@@ -1,9 +1,9 @@
-"""Recordings of an index to parts: each decoded once and, where asked, resampled, mixed down or
-cut; what needs no change keeps the publisher's bytes.
+"""Recordings of an index to shards: each is decoded once and, where asked, resampled, mixed to mono
+or
+cut. What needs no change keeps the publisher's bytes.
 
-What is written anew is FLAC of 16 bits, mono: lossless for what had 16 bits and one channel. Rows
-stand in the file as they are made, so that a recording of hours takes no more memory than its
-pieces of a row group.
+New files are 16-bit mono FLAC: lossless for recordings that had 16 bits and one channel. Rows are
+written as they are made, so a recording of hours takes the memory of one row group.
 """
 
 from __future__ import annotations
@@ -30,26 +30,30 @@ from pipeline.media.audio_io import BrokenAudioError, Info, Sound
 from pipeline.prepare.engine.importing import Index, place, table
 from pipeline.prepare.engine.indexed import GROUP_BYTES, IndexShardTask, is_one_way, loaded
 from pipeline.prepare.engine.inputs import HELD_OUT_FIRST, InputSplit, Opener, SplitReader, decoded
-from pipeline.prepare.engine.shard_tasks import Importer, Settings, ShardResult, added
+from pipeline.prepare.engine.shard_tasks import Importer, Settings, ShardResult, sum_by_split
 from pipeline.prepare.readers.archives import GZIPPED, Entry, Listing, Reader, Window, open_archive
 from pipeline.prepare.readers.picture_check import BrokenImageError
 
 SUFFIXES = (".flac", ".wav", ".sph", ".mp3", ".ogg", ".oga", ".opus", ".aiff", ".aif", ".au")
-"""Of one recording that is there in several forms, the first of these is taken."""
+"""If a recording exists in several formats, the first of these is taken."""
 NAMED = 3
 LOSSY = (".mp3", ".ogg", ".oga", ".opus")
 GROWTH = 3.0
-"""About so much larger is FLAC than what it was compressed to with loss, for the size of parts."""
+"""Estimated size of FLAC relative to a lossy file, for the size of shards."""
 FLAC_BYTES = 1.2
-"""About so many bytes has a sample of speech in FLAC, for the same."""
+"""Estimated bytes of a sample of speech in FLAC, for the size of shards."""
 STREAMED = 64 << 20
-"""Larger files are read as a stream, where that can be: not out of zip and tar.gz."""
+"""Larger files are read as a stream where possible (not from zip or tar.gz)."""
 SLACK_SECONDS = 0.1
-"""A piece that begins and ends so near to its recording's ends is all of it: lists round their
-seconds.
+"""A segment that begins and ends this close to the recording's ends is the whole recording:
+publishers
+round seconds.
 """
 SILENT, CLIPPED = 1e-3, 1e-3
-"""No sample above this share of full scale (-60 dB); a larger share of samples at full scale."""
+"""Silent: no sample above this share of full scale (-60 dB). Clipped: a larger share of samples
+than
+this is at full scale.
+"""
 LEVELS = (
     "silent: no sample above 0.001 of full scale; clipped: over 0.1 % of the samples at full scale"
 )
@@ -58,8 +62,13 @@ COUNTED = ("silent", "clipped", "cut out of longer recordings", "written anew as
 
 @dataclass(frozen=True)
 class SoundOptions:
-    """What an importer's options say of the sound itself, by the same names. ``rate``: samples a
-    second, 0 for its own; ``longest`` in seconds.
+    """Options of an importer about the sound itself.
+
+    Attributes:
+        rate: samples a second; 0: the recording's own.
+        longest: seconds; longer recordings are cut.
+        cut: where they are cut.
+        mono: mix channels to one.
     """
 
     rate: int = 0
@@ -69,7 +78,7 @@ class SoundOptions:
 
 
 class AudioImporter(Importer):
-    """One publisher's format of recordings. Examples: `librispeech`, `manifest`."""
+    """Base class for audio data sets. Examples: `librispeech`, `manifest`."""
 
     def __init__(self, options: Any = None):
         super().__init__(options)
@@ -89,9 +98,10 @@ class AudioImporter(Importer):
 
     @abstractmethod
     def index(self, source: str) -> Index:
-        """Every recording of ``source`` by ``recording`` and ``recordings``; what has no recording
-        or no transcript as broken. Raises ValueError for files that are not what the publisher
-        gives.
+        """List every recording of `source` (`recording`, `recordings`).
+
+        Recordings without a transcript and transcripts without a recording are invalid rows. Raises
+        ValueError for files that are not in the publisher's format.
         """
 
     def plan(self, source: str, settings: Settings) -> AudioShardTask:
@@ -106,7 +116,7 @@ def sounds(found: Listing) -> list[Entry]:
 
 
 def others(found: Listing, *read: str) -> dict[str, int]:
-    """How many files of each other kind are left out; ``read``: ends of names that are not."""
+    """Count the files of each other suffix; `read`: suffixes that are read besides sound."""
     kinds = Counter(
         entry.suffix or entry.name.rpartition("/")[2]
         for entry in found.entries
@@ -124,8 +134,14 @@ def recording(
     layout: str = "",
     **columns: Any,
 ) -> dict[str, Any]:
-    """One row of an index. ``start`` and ``seconds``: the piece of the file that it stands for;
-    ``layout``: the numpy type of samples without a header, at 16 kHz, such as >i2.
+    """Make one row of an index.
+
+    Args:
+        entry: the file.
+        split: of the row.
+        start, seconds: the segment of the file that the row is; None: all of it.
+        layout: numpy type of headerless samples at 16 kHz, such as >i2.
+        columns: further columns of the row.
     """
     return {
         **place(entry, split),
@@ -142,9 +158,7 @@ def recordings(
     source: str,
     bad: list[dict[str, str]],
 ) -> pa.Table:
-    """The rows as a table. Raises ValueError when there are none, with the first of the broken
-    ones.
-    """
+    """Return the rows as a table. Raises ValueError if there are none, with the first invalid ones."""
     if not rows and bad:
         first = "; ".join(f"{row['path']}: {row['reason']}" for row in bad[:NAMED])
         raise ValueError(
@@ -159,7 +173,7 @@ def recordings(
 
 
 class Line(NamedTuple):
-    """A line of a text file; ``reason``: why it cannot be used, or ""."""
+    """A line of a text file; `reason`: why it is invalid, or ""."""
 
     file: str
     number: int
@@ -172,8 +186,9 @@ class Line(NamedTuple):
 
 
 def lines_of(entries: Iterable[Entry]) -> Iterator[Line]:
-    """Lines of text files, blank ones left out, by the place of the files: archives are read from
-    their start on. Raises ValueError for UTF-16.
+    """Yield the non-blank lines of text files, archives in their own order.
+
+    Raises ValueError for UTF-16.
     """
     opener = Opener()
 
@@ -203,8 +218,16 @@ def join_transcripts(
     split_of: Callable[[Any], str],
     wanted: str,
 ) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
-    """(rows with their transcript, broken ones): recordings by key, and for each key the lines
-    whose text is a transcript. ``wanted``: where one should stand, for the reasons.
+    """Join recordings with their transcripts.
+
+    Args:
+        rows: recordings by key.
+        said: lines of transcripts by key.
+        split_of: the split of a key that has no recording.
+        wanted: where a transcript should be, for the reasons.
+
+    Returns:
+        (rows with their transcript, invalid rows).
     """
     out, bad = [], []
     for key, row in rows.items():
@@ -250,8 +273,9 @@ def join_transcripts(
 def drop_repeated_keys(
     rows: list[dict[str, Any]], key: Callable[[dict[str, Any]], Any]
 ) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
-    """(rows whose ``key`` stands once, broken ones): of several the held-out one stays, test before
-    validation before train, then the first.
+    """Keep one row for each `key`: (rows, invalid ones).
+
+    The held-out one is kept: test before validation before train, then the first.
     """
     first: dict[Any, dict[str, Any]] = {}
     out, bad = [], []
@@ -280,17 +304,17 @@ def drop_repeated_keys(
 
 
 class AudioShardTask(IndexShardTask):
-    """The parts of an index of recordings.
+    """The shards of an index of recordings.
 
-    Columns: ``audio`` (a whole file), ``path``, ``split``, the importer's, ``recording_start``
-    (where the row begins in the publisher's file) and ``seconds``, ``rate`` and ``channels`` of
-    that file, ``sha256`` (of that file; of ``audio`` where the row is a piece of it).
+    Columns: `audio` (a whole file), `path`, `split`, the importer's own, `recording_start` (where
+    the row begins in the publisher's file), `seconds`, `rate` and `channels` of that file, and
+    `sha256` (of that file; of `audio` where the row is a segment).
     """
 
     measures = ("seconds", "speaker", "sha256", "transcript")
 
     def __init__(self, importer: AudioImporter, source: str, settings: Settings):
-        settings.refuse(
+        settings.reject(
             ("resize", "quality"),
             f"importer {importer.registered_name} reads recordings, not images; leave it out",
         )
@@ -324,14 +348,14 @@ class AudioShardTask(IndexShardTask):
         ]
 
     @property
-    def make(self) -> Callable[[Any, Path], ShardResult]:
+    def make_shard(self) -> Callable[[Any, Path], ShardResult]:
         return partial(_make, self.importer.sound_options, self.schema)
 
 
 def _make(
     sound_options: SoundOptions, schema: pa.Schema, rows: pa.Table, scratch: Path
 ) -> ShardResult:
-    """Read, examine and write one part."""
+    """Read, check and write one shard."""
     reader, listed, path = Reader(), rows.to_pylist(), scratch / "part.parquet"
     bad: list[dict[str, str]] = []
     counts: Counter[tuple[str, str]] = Counter()
@@ -345,21 +369,20 @@ def _make(
         path,
         count,
         bad,
-        added((what, split, number) for (what, split), number in sorted(counts.items())),
+        sum_by_split((what, split, number) for (what, split), number in sorted(counts.items())),
     )
 
 
 def _write(path: Path, schema: pa.Schema, rows: Iterator[dict[str, Any]]) -> int:
-    """Rows to row groups of about GROUP_BYTES; how many they are."""
+    """Write rows in row groups of about GROUP_BYTES; return how many there are."""
     texts = [
         field.name
         for field in schema
         if pa.types.is_string(field.type) and field.name not in ("sha256", "path", "transcript")
     ]
     held, size, count = [], 0, 0
-    # sound in FLAC does not get smaller
-    # pyright: ignore
-    with pq.ParquetWriter(path, schema, compression="none", use_dictionary=texts) as file:
+    kept: Any = texts  # pyarrow's stubs know a bool alone; FLAC does not get smaller by compression
+    with pq.ParquetWriter(path, schema, compression="none", use_dictionary=kept) as file:
         for row in rows:
             held.append(row)
             size, count = size + len(row["audio"]), count + 1
@@ -378,8 +401,8 @@ def _rows(
     bad: list[dict[str, str]],
     counts: Counter[tuple[str, str]],
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(place in the index, row) of what can be used; the others to ``bad``, what is to be told of
-    rows to ``counts``.
+    """Yield (position in the index, row); invalid rows go to `bad`, counts for the summary to
+    `counts`.
     """
     for i, row, data in loaded(listed, _Load(reader)):
         try:
@@ -406,9 +429,10 @@ def _rows(
 
 
 class _Load:
-    """A row's file: its bytes, or itself where it is large or only a piece of it is wanted. Of a
-    tar.gz the last member is kept: rows that are pieces of one file follow one another, and to read
-    it again would unpack all before it anew.
+    """Loads a row's file: its bytes, or an open file if it is large or only a segment is wanted.
+
+    The last member of a tar.gz is kept: rows that are segments of one file follow one another, and
+    reading it again would decompress the archive from its start.
     """
 
     def __init__(self, reader: Reader):
@@ -429,7 +453,7 @@ class _Load:
 
 
 class _Owning(Window):
-    """A part of a file that is closed with it."""
+    """A part of a file that closes the file with it."""
 
     def close(self) -> None:
         self.handle.close()
@@ -437,7 +461,7 @@ class _Owning(Window):
 
 
 def _with_header(row: dict[str, Any], data: Sound) -> Sound:
-    """Samples without a header as FLAC; any other file as it is."""
+    """Encode headerless samples as FLAC; return other files unchanged."""
     if not row["_layout"]:
         return data
     assert isinstance(data, bytes), "not read as a stream"
@@ -451,9 +475,7 @@ def _with_header(row: dict[str, Any], data: Sound) -> Sound:
 def _spans(
     row: dict[str, Any], data: Sound, info: Info, sound_options: SoundOptions
 ) -> tuple[list[tuple[float, float]], bool]:
-    """((start, stop) in seconds of the rows that a row of the index becomes, whether that is all of
-    the file as one).
-    """
+    """Return ([(start, stop) in seconds of each row], whether the one row is the whole file)."""
     start = row["_start"] or 0.0
     stop = info.seconds if row["_seconds"] is None else start + row["_seconds"]
     whole = start <= SLACK_SECONDS and abs(stop - info.seconds) <= SLACK_SECONDS
@@ -480,7 +502,7 @@ def _row(
     whole: bool,
     sound_options: SoundOptions,
 ) -> tuple[dict[str, Any], list[str]]:
-    """(one row, which of COUNTED it is)."""
+    """Return (the row, which of COUNTED it is)."""
     start, stop = span
     samples, rate, peak, clipped = (
         audio_io.measured(data) if whole else audio_io.measured(data, start, stop - start)

@@ -1,8 +1,7 @@
-"""Episodes of a robot as rows: the columns that every importer of them writes, and the parts of a
-source whose episodes are known before they are read (those of a LeRobot data set; those that are to
-be simulated).
+"""Episodes of a robot as rows: the columns of all importers of episodes, and a base class for those
+that know their episodes before reading them (LeRobot data sets, simulation).
 
-One row is one episode, whole: a plan that shuffles or splits rows keeps it together, and k rows are
+One row is one whole episode: a plan that shuffles or splits rows keeps it together, and k rows are
 k demonstrations.
 """
 
@@ -27,25 +26,33 @@ from pipeline.prepare.engine.shard_tasks import (
     Settings,
     ShardResult,
     ShardTask,
-    added,
-    neighbours,
+    group_neighbours,
+    sum_by_split,
 )
 from pipeline.prepare.engine.table_importer import RowGroups
 
 VECTORS = pa.list_(pa.list_(pa.float32()))
-"""(T, O) observations or (T, A) actions of a row."""
+"""Observations (T, O) or actions (T, A) of a row."""
 
 
 class UnusableError(ValueError):
-    """An episode that is left out, with the reason."""
+    """An episode is left out; the message is the reason."""
 
 
 @dataclass(frozen=True)
 class Episode:
-    """T steps: ``observations`` (T, O) float32, in whose place ``actions`` (T, A) float32 or T
-    names of classes were taken; ``rewards`` (T,) float32 and ``images`` T encoded files where there
-    are such. ``terminated``: it ended by itself; ``truncated``: it was cut, by a time limit or
-    where its log ends. ``executed``: what was done, like ``actions``, where those are labels.
+    """One episode of T steps.
+
+    Attributes:
+        name: of the episode.
+        observations: (T, O) float32.
+        actions: (T, A) float32, or T names of classes; None where there are none.
+        terminated: the episode ended by itself.
+        truncated: it was cut, by a time limit or at the end of its log.
+        rewards: (T,) float32.
+        images: T encoded files.
+        task, embodiment: names of the task and of the robot.
+        executed: what was done, like `actions`, where `actions` are labels.
     """
 
     name: str
@@ -63,8 +70,9 @@ class Episode:
 def fields(
     discrete: bool | None, rewards: bool, images: bool = False, executed: bool = False
 ) -> list[pa.Field]:
-    """The columns of an episode, without ``split``. ``discrete``: actions are names of classes;
-    None: there are none.
+    """Return the columns of an episode, without `split`.
+
+    `discrete`: actions are names of classes; None: there are no actions.
     """
     names = [] if discrete is None else ["actions", "executed"] if executed else ["actions"]
     actions = [pa.field(name, pa.list_(pa.string()) if discrete else VECTORS) for name in names]
@@ -83,7 +91,7 @@ def fields(
 
 
 def row(episode: Episode, split: str, more: dict[str, pa.Array] | None = None) -> pa.Table:
-    """The episode as a table of one row; ``more``: further columns, arrays of one value."""
+    """Return the episode as a table of one row; `more`: further columns, arrays of one value."""
     e = episode
     columns: dict[str, Any] = {
         "episode": [e.name],
@@ -111,7 +119,7 @@ def row(episode: Episode, split: str, more: dict[str, pa.Array] | None = None) -
 
 
 def _listed(values: pa.Array) -> pa.Array:
-    """One row that is the list of them."""
+    """One row that is the list of the values."""
     return pa.ListArray.from_arrays(pa.array([0, len(values)], pa.int32()), values)
 
 
@@ -125,10 +133,15 @@ def _vectors(steps: np.ndarray) -> pa.Array:
 
 
 def matrix(column: Any, what: str, width: int = 0) -> np.ndarray:
-    """A column of lists of numbers, or of numbers, as (T, n) float64, NaN where there is none.
-    ``width``: the n that it must have.
+    """Convert a column of lists of numbers, or of numbers, to (T, n) float64, NaN for missing ones.
 
-    Raises UnusableError for lists of differing lengths, and for another width, naming both.
+    Args:
+        column: the lists or numbers.
+        what: their name for errors.
+        width: the n that is required; 0: any.
+
+    Raises:
+        UnusableError: lists of different lengths, or of another width.
     """
     held = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     if not pa.types.is_nested(held.type):
@@ -157,8 +170,9 @@ def matrix(column: Any, what: str, width: int = 0) -> np.ndarray:
 
 
 def number_problem(steps: np.ndarray, what: str, names: Sequence[str] = ()) -> str:
-    """Why numbers (T, n) or (T,) of an episode cannot be used, or "": the first that is none, or is
-    infinite, by its step and column. ``names``: of columns.
+    """Return why numbers (T, n) or (T,) are invalid, or "": the first one that is not finite.
+
+    `names`: of the columns, for the reason.
     """
     with np.errstate(over="ignore"):
         found = np.argwhere(~np.isfinite(steps.astype(np.float32, copy=False)))
@@ -185,10 +199,17 @@ def number_problem(steps: np.ndarray, what: str, names: Sequence[str] = ()) -> s
 
 @dataclass(frozen=True)
 class Episodes:
-    """What there is to write. ``items``: what makes each episode, in order, those of a split
-    together; ``splits``: theirs; ``sizes``: about how many bytes each becomes. ``columns``: as they
-    are written, without ``split``. ``mark``: changes when the source does. ``broken``: episodes
-    known to be unusable (path, split, reason). ``notes`` and ``info`` as in ``Index``.
+    """The episodes of a source.
+
+    Attributes:
+        items: what makes each episode, in order, those of a split together.
+        splits: of the items.
+        sizes: estimated bytes of each.
+        columns: as they are written, without `split`.
+        mark: changes when the source does.
+        notes: counts for the summary.
+        info: what the columns mean, kept in the manifest.
+        broken: episodes known to be unusable: path, split and reason.
     """
 
     items: list[Any]
@@ -202,9 +223,13 @@ class Episodes:
 
 
 class Result(NamedTuple):
-    """What became of one episode: its ``row``, or none of it where it is left out on purpose, or
-    the reason why it is ``broken`` (path, split, reason). ``amounts``: what is added up over all,
-    by name; ``steps`` of every row.
+    """The result of one item.
+
+    Attributes:
+        split: of the item.
+        row: the episode; None where it is left out on purpose, or broken.
+        broken: path, split and reason of an unusable episode.
+        amounts: what is added up over all, by name; a row always has `steps`.
     """
 
     split: str
@@ -214,11 +239,11 @@ class Result(NamedTuple):
 
 
 class EpisodeImporter(Importer):
-    """One format of episodes. Examples: `lerobot`, `rollouts`.
+    """Base class for episodes that are known before they are read. Examples: `lerobot`, `rollouts`.
 
     Attributes:
-        sees: ``--resize`` and ``--quality`` say how images are written.
-        rows_a_part: so many episodes make a part, 0: about ``part_mb`` of them.
+        sees: episodes have images, which `--resize` and `--quality` apply to.
+        rows_a_part: episodes of a shard; 0: about `part_mb` of them.
     """
 
     sees: ClassVar[bool] = False
@@ -226,22 +251,21 @@ class EpisodeImporter(Importer):
 
     @abstractmethod
     def index(self, source: str, settings: Settings) -> Episodes:
-        """Every episode of ``source``, the same at every call. Raises ValueError for a source that
-        is not what is read.
+        """List every episode of `source`; the result is the same at every call.
+
+        Raises ValueError for a source that is not in this format.
         """
 
     @abstractmethod
     def episodes(self, items: list[Any], settings: Settings) -> Iterator[Result]:
-        """What becomes of each of the items, in their order; in another process than ``index``."""
+        """Yield the result of each item, in order; runs in another process than `index`."""
 
-    def begin(self, output: str, report_progress: ProgressCallback) -> None:
-        """What is to be made before the first part, in this process; ``self`` then travels to
-        others.
-        """
+    def before_shards(self, output: str, report_progress: ProgressCallback) -> None:
+        """Make what all shards need, in this process; `self` is then sent to the tasks."""
         return
 
-    def shown(self, amounts: dict[str, dict[str, Any]]) -> dict[str, Any]:
-        """What the summary tells of the sums by split."""
+    def summary_amounts(self, amounts: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        """Return what the summary shows of the sums by split."""
         return amounts
 
     def plan(self, source: str, settings: Settings) -> EpisodeShardTask:
@@ -249,13 +273,13 @@ class EpisodeImporter(Importer):
 
 
 class EpisodeShardTask(ShardTask):
-    """The parts of such a source: neighbouring episodes of a split, in their order."""
+    """The shards of such a source: neighbouring episodes of a split."""
 
     noun = "episodes"
 
     def __init__(self, importer: EpisodeImporter, source: str, settings: Settings):
         if not importer.sees:
-            settings.refuse(
+            settings.reject(
                 ("resize", "quality"),
                 f"importer {importer.registered_name} writes no images; leave it out",
             )
@@ -263,7 +287,7 @@ class EpisodeShardTask(ShardTask):
         self.found = importer.index(source, settings)
         self.label = importer.label
         rows = settings.rows_per_part or (0 if settings.part_mb else importer.rows_a_part)
-        self.shards = neighbours(
+        self.shards = group_neighbours(
             self.found.splits, self.found.sizes.tolist(), settings.part_bytes, rows
         )
         self.key = (
@@ -275,29 +299,29 @@ class EpisodeShardTask(ShardTask):
         self.broken, self.total = self.found.broken, len(self.found.items) + len(self.found.broken)
         self.notes, self.info = self.found.notes, self.found.info
 
-    def begin(
+    def before_shards(
         self, output: str, check: BudgetCheck, report_progress: ProgressCallback, cpus: float
     ) -> None:
-        self.importer.begin(output, report_progress)
+        self.importer.before_shards(output, report_progress)
 
     @property
     def columns(self) -> list[pa.Field]:
         return [*self.found.columns, pa.field("split", pa.string())]
 
     @property
-    def make(self) -> Callable[[Any, Path], ShardResult]:
+    def make_shard(self) -> Callable[[Any, Path], ShardResult]:
         return partial(_make, self.importer, self.settings, self.schema)
 
     def payload(self, shard: OutputShard) -> list[Any]:
         return self.found.items[shard.start : shard.stop]
 
-    def shown(self, amounts: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    def summary_amounts(self, amounts: dict[str, dict[str, Any]]) -> dict[str, Any]:
         if not amounts.get("steps"):
             raise ValueError(
                 f"no episode is left of {self.total}: all are broken or were left out; why "
                 "stands in _parts of the output"
             )
-        return self.importer.shown(amounts)
+        return self.importer.summary_amounts(amounts)
 
 
 def _make(
@@ -307,9 +331,7 @@ def _make(
     items: list[Any],
     scratch: Path,
 ) -> ShardResult:
-    """The episodes of a part as Parquet in a file: no more in memory than a row group and one
-    episode.
-    """
+    """Write the episodes of a shard to a Parquet file, with a row group and one episode in memory."""
     path, rows, broken, counts = scratch / "part.parquet", 0, [], []
     with RowGroups(path, schema, False) as writer:
         for found in importer.episodes(items, settings):
@@ -319,4 +341,4 @@ def _make(
                 writer.add(found.row.select(schema.names).cast(schema))
                 rows += 1
             counts += [(name, found.split, count) for name, count in found.amounts.items()]
-    return ShardResult(path, rows, broken, added(counts))
+    return ShardResult(path, rows, broken, sum_by_split(counts))

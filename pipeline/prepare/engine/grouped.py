@@ -1,12 +1,12 @@
-"""Long tables of events to one row an entity (an ICU stay, a machine), however long they are: what
-such an importer promises, and the two passes.
+"""Importers of long tables of events, of any length, to one row an entity (an ICU stay, a machine).
 
-First every table is read once, in pieces and in parallel; its events are written to scratch beside
-the output, sorted into buckets by a hash of their group (a patient). Then every bucket, which fits
-in memory, becomes a part: its events sorted by entity and time, the doubled ones dropped. The
-scratch stays while the run lasts, so a run that was killed goes on. An external partition, as
-databases join what is larger than memory (Grace hash join, Kitsuregawa et al. 1983). Ids and values
-stand in no message, list or summary: only positions of rows, and reasons.
+They read their source twice. First every table is read, in parallel byte ranges, and its events are
+partitioned into buckets by a hash of their group (a patient), in scratch files beside the output.
+Then every bucket, which fits in memory, becomes a shard: its events are sorted by entity and time,
+and duplicates dropped. This is the partition phase of a Grace hash join (Kitsuregawa et al. 1983).
+The scratch files are kept while the run lasts, so a run that was killed goes on.
+
+Messages, lists and summaries hold positions of rows and reasons, never ids or values.
 """
 
 from __future__ import annotations
@@ -40,23 +40,24 @@ from pipeline.prepare.engine.shard_tasks import (
     Settings,
     ShardResult,
     ShardTask,
-    named,
+    name_shards,
     run_tasks,
 )
 from pipeline.prepare.engine.table_importer import NAMED
 from pipeline.prepare.readers.csv_blocks import ByteRange, RowCounts
 
 BUCKET_BYTES, RANGE_BYTES = 64 << 20, 128 << 20
-"""About so many bytes of source text in a bucket, and in what one task of the first pass reads."""
+"""Approximate bytes of source text in a bucket, and in what one task of the first pass reads."""
 FLUSH_EVENTS = 1 << 20
-"""So many events wait in memory until they are sorted into their buckets."""
+"""Events that are held in memory before they are partitioned."""
 GROUP_EVENTS, GROUP_ROWS = 1 << 19, 16384
-"""At most about so many events, and so many rows, in a row group."""
+"""Most events (about), and most rows, of a row group."""
 NAMED_VARIABLES = 400
-"""Up to so many variables (all drugs are one) the summary counts one by one."""
+"""The summary counts variables one by one up to this many (all drugs count as one)."""
 LEAST, COUNTED = 5, "events of "
-"""Variables with fewer events of a split than that stand in no summary by their names; the others
-do after these words.
+"""A variable with fewer events in a split is not named in the summary: it may tell of one patient.
+The
+others are named after these words.
 """
 EVENT = np.dtype([("row", "<i4"), ("hours", "<f4"), ("variable", "<i4"), ("value", "<f4")])
 DUPLICATE, NOT_FINITE = "duplicate", "out of range"
@@ -70,7 +71,13 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class EventTables:
-    """Tables of events in pieces; a mark that changes when any file does; notes for the summary."""
+    """The tables of events.
+
+    Attributes:
+        byte_ranges: the tables, cut up.
+        mark: changes when any file does.
+        notes: counts for the summary.
+    """
 
     byte_ranges: list[ByteRange]
     mark: str
@@ -79,10 +86,16 @@ class EventTables:
 
 @dataclass(frozen=True)
 class Entities:
-    """One row an entity: ``entity``, ``patient``, facts, outcomes and ``split``, as they are
-    written but for the events. ``keys``: what ``events`` needs to find an event's row, and travels
-    to other processes. ``broken``: rows that cannot be used: path, split and reason. ``group``: the
-    column by which rows are put together in parts.
+    """The table of entities, one row each.
+
+    Attributes:
+        rows: `entity`, `patient`, static features, outcomes and `split`: all columns but the
+        events.
+        keys: what `events` needs to find an event's row; it is sent to tasks.
+        group: the column whose rows are kept in one shard.
+        broken: rows that cannot be used: path, split and reason.
+        notes: counts for the summary.
+        info: what the columns mean, kept in the manifest.
     """
 
     rows: pa.Table
@@ -94,8 +107,14 @@ class Entities:
 
 
 class Events(NamedTuple):
-    """``rows``: (n,) places in the table of entities; ``hours``: (n,) since its start; ``codes``:
-    (n,) places in ``names``; ``values``: (n,) numbers.
+    """A block of n events.
+
+    Attributes:
+        rows: (n,) positions in the table of entities.
+        hours: (n,) since the entity's start.
+        codes: (n,) positions in `names`.
+        names: of the variables.
+        values: (n,) numbers.
     """
 
     rows: np.ndarray
@@ -106,17 +125,18 @@ class Events(NamedTuple):
 
 
 class GroupedImporter(Importer):
-    """One format of long tables. Examples: `events`, `mimic3`."""
+    """Base class for long tables of events. Examples: `events`, `mimic3`."""
 
     @abstractmethod
     def sources(self, source: str, cut_bytes: int) -> EventTables:
-        """The tables below ``source``, the same at every call. Raises ValueError for one that is
-        missing, saying what it is needed for.
+        """Find the tables below `source`; the result is the same at every call.
+
+        Raises ValueError for a table that is missing, saying what it is needed for.
         """
 
     @abstractmethod
     def entities(self, source: str) -> Entities:
-        """All entities, in an order that does not depend on how the tables are stored."""
+        """Return all entities, in an order that does not depend on how the tables are stored."""
 
     @abstractmethod
     def events(
@@ -127,8 +147,9 @@ class GroupedImporter(Importer):
         tally: RowCounts,
         dropped: Counter[str],
     ) -> Iterator[Events]:
-        """The good events of a piece, in blocks; ``dropped`` counts the others by reason, under a
-        name ``table: reason``.
+        """Yield the valid events of a byte range, in blocks.
+
+        `dropped` counts the others by reason, as `table: reason`.
         """
 
     def derived(
@@ -139,8 +160,9 @@ class GroupedImporter(Importer):
         values: np.ndarray,
         names: list[str],
     ) -> Events | None:
-        """Events that follow from those of a bucket (a sum of scores), which are sorted by row and
-        time; none by default.
+        """Return events that follow from those of a bucket (a sum of scores); none by default.
+
+        The arguments are the bucket's events, sorted by row and time.
         """
         return None
 
@@ -149,18 +171,16 @@ class GroupedImporter(Importer):
 
 
 class GroupedShardTask(ShardTask):
-    """The parts of a source of long tables: for each split as many buckets as make about 64 MiB of
-    source text each.
-    """
+    """The shards of long tables: in each split as many buckets as give about 64 MiB of text each."""
 
     noun = "entities"
 
     def __init__(self, importer: GroupedImporter, source: str, settings: Settings):
         name = importer.registered_name
-        settings.refuse(
+        settings.reject(
             ("resize", "quality"), f"importer {name} reads tables, not images; leave it out"
         )
-        settings.refuse(
+        settings.reject(
             ("rows_per_part",),
             f"importer {name} makes parts of about so much source text; say --part-mb",
         )
@@ -199,11 +219,13 @@ class GroupedShardTask(ShardTask):
         self._scratch: list[str] = []
         self.notes, self.info = {**self.sources.notes, **self.entities.notes}, self.entities.info
 
-    def begin(
+    def before_shards(
         self, output: str, check: BudgetCheck, report_progress: ProgressCallback, cpus: float
     ) -> None:
-        """The first pass: every piece of every table to scratch. Raises ValueError for more broken
-        entities or lines than may be, and where rows are read but no event is left.
+        """Partition the events of every byte range of every table.
+
+        Raises ValueError when there are more invalid entities or lines than allowed, and when rows
+        were read but no event is left.
         """
         check(
             [f"{row['path']}: {row['reason']}" for row in self.broken[:NAMED]],
@@ -263,7 +285,7 @@ class GroupedShardTask(ShardTask):
         ]
 
     @property
-    def make(self) -> Callable[[Any, Path], ShardResult]:
+    def make_shard(self) -> Callable[[Any, Path], ShardResult]:
         return partial(_make, self.importer, self.schema, self._scratch, self._counts)
 
     def payload(self, shard: OutputShard) -> Any:
@@ -275,8 +297,8 @@ class GroupedShardTask(ShardTask):
             self.entities.rows.take(pa.array(rows)),
         )
 
-    def shown(self, amounts: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
-        """Without the names of variables with so few events that they may tell of one patient."""
+    def summary_amounts(self, amounts: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
+        """Leave out the names of variables with so few events that they may tell of one patient."""
         out, rare = {}, Counter[str]()
         for name, counts in amounts.items():
             few = (
@@ -296,8 +318,11 @@ class GroupedShardTask(ShardTask):
 def _buckets(
     rows: pa.Table, group: str, size: int, most: int
 ) -> tuple[np.ndarray, list[OutputShard]]:
-    """((n,) int32 bucket of each row, the parts, one a bucket; they count places in the rows sorted
-    by bucket).
+    """Assign rows to buckets.
+
+    Returns:
+        ((n,) int32 bucket of each row; the shards, one a bucket, which count positions in the rows
+        sorted by bucket).
     """
     splits = np.asarray(rows["split"].to_pylist(), dtype=np.str_)
     keys = rows[group].combine_chunks()
@@ -322,7 +347,7 @@ def _buckets(
         ends = before + np.cumsum(np.bincount(bucket, minlength=len(used)))
         spans += [(split, start, stop) for start, stop in pairwise([before, *ends.tolist()])]
         before += len(here)
-    return out, named(spans)
+    return out, name_shards(spans)
 
 
 # ---------------------------------------------------------------- the first pass
@@ -336,10 +361,10 @@ def _partition(
     manifest: str,
     byte_range: ByteRange,
 ) -> None:
-    """A piece's events to scratch, by bucket, beside the ``manifest`` that is written last.
+    """Partition the events of a byte range by bucket, beside the `manifest`, which is written last.
 
-    ``events``: records of 16 bytes; ``index.npy``: (flushes, buckets + 1) int64, where in it each
-    bucket of each flush begins, in records.
+    `events`: records of 16 bytes. `index.npy`: (flushes, buckets + 1) int64, the record at which
+    each bucket of each flush begins.
     """
     uri = manifest.rpartition("/")[0]
     tally, dropped, vocabulary = RowCounts(), Counter[str](), dict[str, int]()
@@ -376,8 +401,8 @@ def _partition(
 def _flushes(
     blocks: Iterator[Events], vocabulary: dict[str, int], dropped: Counter[str], table: str
 ) -> Iterator[np.ndarray]:
-    """Records of many events at a time; their variables are places in ``vocabulary``, which
-    grows.
+    """Yield records of many events at a time; their variables are positions in the growing
+    `vocabulary`.
     """
     held: list[np.ndarray] = []
     size = 0
@@ -415,7 +440,7 @@ def _make(
     payload: tuple[int, str, np.ndarray, pa.Table],
     scratch: Path,
 ) -> ShardResult:
-    """A bucket's entities as Parquet in a file: no more in memory than the bucket."""
+    """Write the entities of a bucket to a Parquet file, with the bucket in memory."""
     bucket, split, rows, table = payload
     found, names = _bucket(pieces, bucket)
     found["row"] = np.searchsorted(rows, found["row"])
@@ -485,14 +510,14 @@ def _make(
 
 
 def _kind(variable: str) -> str:
-    """What the summary counts a variable under: all drugs (drug: NAME) are one."""
+    """Return the name under which the summary counts a variable: all drugs (drug: NAME) are one."""
     kind, colon, _ = variable.partition(": ")
     return f"{kind}: ..." if colon else variable
 
 
 def _bucket(pieces: list[str], bucket: int) -> tuple[np.ndarray, list[str]]:
-    """(a bucket's records from all pieces, the names of its variables in their order, which its
-    records then count by).
+    """Read a bucket: (its records from all byte ranges, the sorted names that their variables count
+    by).
     """
     found, place, names = [np.empty(0, dtype=EVENT)], dict[str, int](), list[str]()
     for uri in pieces:
@@ -530,7 +555,9 @@ def _bucket(pieces: list[str], bucket: int) -> tuple[np.ndarray, list[str]]:
 
 
 def _sorted(records: np.ndarray) -> tuple[np.ndarray, int]:
-    """(records by row, time, variable and value, each once; how many more there were)."""
+    """Sort records by row, time, variable and value, without duplicates; also return how many those
+    were.
+    """
     records = records[
         np.lexsort((records["value"], records["variable"], records["hours"], records["row"]))
     ]

@@ -1,4 +1,5 @@
-"""Images of an index to parts: each examined, made smaller where asked, and written with its size
+"""Images of an index to shards: each is decoded once, resized where asked, and written with its
+size
 and the SHA-256 of the publisher's file.
 """
 
@@ -23,11 +24,11 @@ from pipeline.prepare.readers.archives import Reader
 from pipeline.prepare.readers.picture_check import BrokenImageError, Picture, examine
 
 BYTES_A_PIXEL = 0.4
-"""A JPEG at quality 92, for the size of parts when images are made smaller."""
+"""Of a JPEG at quality 92, to estimate the size of shards when images are resized."""
 
 
 class ImageImporter(Importer):
-    """One publisher's format of images. Examples: `imagefolder`, `coco`."""
+    """Base class for image data sets. Examples: `imagefolder`, `coco`."""
 
     label = "label"
 
@@ -35,11 +36,11 @@ class ImageImporter(Importer):
     def index(self, source: str) -> Index:
         """List every row of `source` without reading an image.
 
-        Raises ValueError for files that are not what the publisher gives.
+        Raises ValueError for files that are not in the publisher's format.
         """
 
     def postprocess(self, row: dict[str, Any], picture: Picture) -> dict[str, Any]:
-        """Return the row's columns once its image is known: what lies in pixels moves with it.
+        """Return the row's columns once its image is known: boxes and masks are scaled with it.
 
         Raises BrokenImageError for a row that cannot be used.
         """
@@ -50,7 +51,7 @@ class ImageImporter(Importer):
 
 
 class ImageShardTask(IndexShardTask):
-    """The parts of an index of images."""
+    """The shards of an index of images."""
 
     measures = ("width", "height", "sha256")
 
@@ -74,14 +75,14 @@ class ImageShardTask(IndexShardTask):
         ]
 
     @property
-    def make(self) -> Callable[[Any, Path], ShardResult]:
+    def make_shard(self) -> Callable[[Any, Path], ShardResult]:
         return partial(_make, self.importer, self.settings, self.schema)
 
 
 def _make(
     importer: ImageImporter, settings: Settings, schema: pa.Schema, rows: pa.Table, scratch: Path
 ) -> ShardResult:
-    """Read, examine and write one part."""
+    """Read, check and write one shard."""
     reader = Reader()
     try:
         out, broken = _rows(importer, settings, reader, rows)
@@ -124,7 +125,6 @@ def _parquet(rows: list[dict[str, Any]], schema: pa.Schema) -> bytes:
     texts = [
         field.name for field in schema if pa.types.is_string(field.type) and field.name != "sha256"
     ]
-    # encoded images do not get smaller
-    # pyright: ignore
-    pq.write_table(table, sink, row_group_size=group, compression="none", use_dictionary=texts)
+    kept: Any = texts  # pyarrow's stubs know a bool alone; images do not get smaller by compression
+    pq.write_table(table, sink, row_group_size=group, compression="none", use_dictionary=kept)
     return sink.getvalue()

@@ -1,6 +1,4 @@
-"""What importers share: the index of a source's rows, small text files, options and their
-description.
-"""
+"""What importers share: the index of a source's rows, small text files, options, help."""
 
 from __future__ import annotations
 
@@ -40,19 +38,24 @@ SPLITS = {
     "testing": "test",
     "testb": "test",
 }
-"""Publishers' names of splits to those of a job file."""
+"""Publishers' names of splits, and the names that a job uses."""
 NO_SPLIT = "its split is none of train, validation and test"
 NAMED = 5
-"""So many examples an error message names."""
+"""An error message names so many examples."""
 
 
 @dataclass(frozen=True)
 class Index:
-    """``rows``: PLACE and the importer's own columns, those that begin with an underscore not to be
-    written. ``extra``: columns that ``postprocess`` adds. ``notes``: counts for the summary.
-    ``info``: what the columns mean, kept in the manifest. ``mark``: changes when the files do.
-    ``broken``: rows without a place (a transcript without its recording): path, split and reason,
-    listed and held against the budget.
+    """The rows of a source, before any file is read.
+
+    Attributes:
+        rows: PLACE and the importer's own columns; those that begin with an underscore are not
+        written.
+        mark: changes when the files do.
+        extra: columns that `postprocess` adds.
+        notes: counts for the summary.
+        info: what the columns mean, kept in the manifest.
+        broken: rows without a file (a transcript without its recording): path, split and reason.
     """
 
     rows: pa.Table
@@ -64,7 +67,7 @@ class Index:
 
 
 def place(entry: Entry, split: str, **columns: Any) -> dict[str, Any]:
-    """One row of an index."""
+    """Make one row of an index."""
     return {
         "_uri": entry.uri,
         "_member": entry.member,
@@ -79,7 +82,7 @@ def place(entry: Entry, split: str, **columns: Any) -> dict[str, Any]:
 def table(
     rows: list[dict[str, Any]], columns: dict[str, pa.DataType], source: str, noun: str = "images"
 ) -> pa.Table:
-    """The rows as a table. Raises ValueError when there are none."""
+    """Return the rows as a table. Raises ValueError if there are none."""
     if not rows:
         raise ValueError(
             f"{source}: no {noun} found in the layout that this importer reads; see onetomany "
@@ -91,7 +94,7 @@ def table(
 
 
 def preview(names: Iterable[Any]) -> str:
-    """The first few, and how many there are."""
+    """Format the first few names, and how many there are."""
     names = list(names)
     return ", ".join(map(str, names[:NAMED])) + (
         f", ... ({len(names)} in all)" if len(names) > NAMED else ""
@@ -99,14 +102,14 @@ def preview(names: Iterable[Any]) -> str:
 
 
 def first_existing(source: str, *candidates: str) -> str | None:
-    """The first of some names below ``source`` that is there."""
+    """Return the first of some names below `source` that exists."""
     return next(
         (uri for name in candidates if storage.exists(uri := storage.join(source, name))), None
     )
 
 
 def text(uri: str) -> str:
-    """A text file. Raises ValueError for one that is not UTF-8."""
+    """Read a text file. Raises ValueError for one that is not UTF-8."""
     try:
         return storage.read_bytes(uri).decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -116,16 +119,12 @@ def text(uri: str) -> str:
 
 
 def lines(uri: str) -> list[str]:
-    """The lines of a text file, blank ones left out. Raises ValueError for one that is not
-    UTF-8.
-    """
+    """Read the non-blank lines of a text file. Raises ValueError for one that is not UTF-8."""
     return [line.strip() for line in text(uri).splitlines() if line.strip()]
 
 
 def check_no_empty_classes(names: Iterable[str], source: str) -> None:
-    """Raises ValueError naming class folders that hold no image: they would be labels without
-    rows.
-    """
+    """Raise ValueError if there are class folders without images: labels without rows."""
     names = sorted(names)
     if names:
         raise ValueError(
@@ -138,9 +137,10 @@ def depth(name: str) -> int:
 
 
 def options_of(name: str, pairs: list[str]) -> Any:
-    """The options of an importer from ``key=value`` texts; unknown ones go into its ``options``,
-    where it has such, to be checked by itself. Raises ValueError naming the wrong one and the
-    nearest right one.
+    """Parse an importer's options from `key=value` texts.
+
+    Unknown keys go into its `options`, if it has such, which then checks them. Raises ValueError
+    naming the wrong key and the nearest right one.
     """
     kind = registry.entry("importer", name).options
     given: dict[str, Any] = {}
@@ -175,8 +175,9 @@ def options_of(name: str, pairs: list[str]) -> Any:
 
 
 def describe(name: str | None) -> str:
-    """What the importers (or one) read, their columns and options. Raises ValueError for a name
-    that is none.
+    """Describe what the importers (or one) read, their columns and options.
+
+    Raises ValueError for an unknown name.
     """
     out = []
     for one in [name] if name else registry.names("importer"):

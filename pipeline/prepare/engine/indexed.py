@@ -1,8 +1,8 @@
-"""From an index of files to parts: what sources of images and of recordings have in common.
+"""From an index of files to shards: what image and audio importers share.
 
-Rows of a split stand in a random but fixed order: a block of them is a fair sample of the classes,
-which training that streams blocks relies on. Only rows of a tar.gz stay with their archive, in a
-random order there: it can be read from its start alone, so that each part costs a pass over it.
+Rows of a split are shuffled in a fixed order, so that a block of rows is a fair sample of the
+classes: training that streams blocks relies on it. Rows of a tar.gz stay with their archive
+(shuffled inside it), since each shard costs one pass over it from its start.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from pipeline.core.rng import mix, row_keys
 from pipeline.data.loader import threaded_map
 from pipeline.media.audio_io import BrokenAudioError
 from pipeline.prepare.engine.importing import Index
-from pipeline.prepare.engine.shard_tasks import OutputShard, Settings, ShardTask, named
+from pipeline.prepare.engine.shard_tasks import OutputShard, Settings, ShardTask, name_shards
 from pipeline.prepare.readers.archives import GZIPPED
 from pipeline.prepare.readers.picture_check import BrokenImageError
 
 GROUP_BYTES = 8 << 20
-"""About so many bytes of files in a row group: what a reader takes at once."""
+"""Approximate bytes of files in a row group, the unit that a reader loads."""
 
 
 class IndexShardTask(ShardTask):
-    """The parts of an index; a kind of file says what a row becomes."""
+    """The shards of an index. Subclasses say what a row becomes."""
 
     def __init__(self, importer: Any, source: str, settings: Settings):
         super().__init__(importer, settings)
@@ -53,11 +53,11 @@ class IndexShardTask(ShardTask):
 
     @property
     def depends(self) -> tuple[Any, ...]:
-        """Settings that what a row becomes depends on."""
+        """Settings that a row's content depends on."""
         return ()
 
     def sizes(self) -> np.ndarray:
-        """(rows,) float64: about how many bytes each row of the index becomes."""
+        """Estimate how many bytes each row of the index becomes: (rows,) float64."""
         return self.index.rows["_size"].to_numpy().astype(np.float64)
 
     @property
@@ -70,9 +70,7 @@ class IndexShardTask(ShardTask):
 
 
 def _order(rows: pa.Table) -> np.ndarray:
-    """Places of the rows by split, those of a tar.gz together, then at random: a function of the
-    paths alone.
-    """
+    """Return the order of rows: by split, those of a tar.gz together, else shuffled by path."""
     numbered = rows.select(["split", "path", "_uri"]).append_column(
         "at", pa.array(np.arange(len(rows)))
     )
@@ -93,7 +91,7 @@ def _order(rows: pa.Table) -> np.ndarray:
 
 
 def _parts(listed: list[str], sizes: np.ndarray, settings: Settings) -> list[OutputShard]:
-    """Even parts of each split; rows are in order."""
+    """Cut each split into shards of equal size."""
     out: list[tuple[str, int, int]] = []
     names, starts = np.unique(splits := np.array(listed), return_index=True)
     for split, start, stop in zip(names, starts, [*starts[1:], len(splits)], strict=True):
@@ -104,11 +102,11 @@ def _parts(listed: list[str], sizes: np.ndarray, settings: Settings) -> list[Out
         count = -(-rows_here // settings.rows_per_part) if settings.rows_per_part else by_bytes
         cuts = [int(start) + rows_here * i // count for i in range(count + 1)]
         out += [(str(split), a, b) for a, b in pairwise(cuts)]
-    return named(out)
+    return name_shards(out)
 
 
 def _digest(rows: pa.Table) -> str:
-    """SHA-256 of an index, wherever its files lie."""
+    """Return the SHA-256 of an index, independent of where its files are."""
     sink = io.BytesIO()
     plain = rows.drop_columns(["_uri"]).combine_chunks()
     with pa.ipc.new_stream(sink, plain.schema) as writer:
@@ -117,15 +115,16 @@ def _digest(rows: pa.Table) -> str:
 
 
 def is_one_way(rows: list[dict[str, Any]]) -> bool:
-    """Whether the rows lie in an archive that is read from its start alone."""
+    """Whether the rows are in an archive that can only be read from its start."""
     return any(row["_uri"].lower().endswith(GZIPPED) for row in rows)
 
 
 def loaded(
     rows: list[dict[str, Any]], load: Callable[[dict[str, Any]], Any]
 ) -> Iterator[tuple[int, dict[str, Any], Any]]:
-    """(place, row, what ``load`` gives of it, or the error of one that is broken): those of a
-    tar.gz as they lie there, others in order, read ahead.
+    """Load each row: yield (position, row, result of `load` or the error of an invalid file).
+
+    Rows of a tar.gz come in the order of the archive; others in order, read ahead by threads.
     """
 
     def attempt(row: dict[str, Any]) -> tuple[dict[str, Any], Any]:

@@ -1,8 +1,8 @@
-"""Publishers' files of text: which there are, in which pieces they are read, and their lines: in
-folders, archives and compressed, on disk and on S3.
+"""Find a publisher's text files, cut them into input splits, and read their lines.
 
-Nothing is read whole but what has no lines (JSON documents, members that are Parquet): a piece of
-any size takes the memory of one row.
+Files may lie in folders and archives, be compressed, and be on disk or on S3. Only what has no
+lines (JSON documents, Parquet inside an archive) is read whole: a split of any size takes the
+memory of one row.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ from pipeline.prepare.readers.archives import (
 
 SQUEEZED = (".gz", ".zst")
 EXPANSION = 4
-"""About so many bytes of text in one of a compressed file, for the size of parts."""
+"""Estimated bytes of text in one byte of a compressed file, for the size of shards."""
 ROW_BYTES = 32 << 20
-"""A longer line, record or document is a broken row."""
+"""A longer line, record or document is an invalid row."""
 HELD_OUT_FIRST = {"test": 0, "validation": 1, "train": 2}
-"""Pieces stand in this order of splits: of documents that are alike it is the held-out one that
-stays (``text``).
+"""Order of splits. Of duplicate documents the first is kept, so held-out ones come first (`text`).
 """
 MOST_LISTED = 1000
 
 
 class InputSplit(NamedTuple):
-    """What is read at a time: bytes (row groups for Parquet) ``start`` to ``stop`` of a file, all
-    of it where ``stop`` is -1; about ``size`` bytes.
+    """What one call reads: bytes `start` to `stop` of a file (row groups for Parquet).
+
+    The whole file where `stop` is -1. `size`: estimated bytes of text.
     """
 
     name: str
@@ -62,8 +62,12 @@ class InputSplit(NamedTuple):
 
 
 class InputFiles(NamedTuple):
-    """Files that an importer reads, with their split, in reading order; how many of each other kind
-    are left out; a mark that changes when they do.
+    """The files that an importer reads.
+
+    Attributes:
+        files: each with its split, in reading order.
+        others: how many files of each other suffix are left out.
+        mark: changes when any of the files does.
     """
 
     files: list[tuple[Entry, str]]
@@ -72,7 +76,7 @@ class InputFiles(NamedTuple):
 
 
 def plain_suffix(name: str) -> str:
-    """The suffix without that of compression: .txt of a.txt.gz."""
+    """Return the suffix without that of compression: .txt for a.txt.gz."""
     name = name.lower()
     return posixpath.splitext(
         name.removesuffix(next((s for s in SQUEEZED if name.endswith(s)), ""))
@@ -80,12 +84,18 @@ def plain_suffix(name: str) -> str:
 
 
 def find_inputs(source: str, suffixes: tuple[str, ...], split: str = "") -> InputFiles:
-    """The files of a folder, an archive or a glob whose suffix is one of those given, or the one
-    file that is named; hidden ones, and those below a name with an underscore at its begin, are
-    passed over. ``split``: that of all; else the file's or its folder's name says it
-    (``split_of``).
+    """Find the files of a folder, an archive or a glob by their suffix, or the one file that is
+    named.
 
-    Raises ValueError where there is none.
+    Hidden files, and those whose name or folder begins with an underscore, are left out.
+
+    Args:
+        source: folder, archive, glob or file; local or s3://.
+        suffixes: those that are read, without that of compression.
+        split: of all files; empty: as their names say (`split_of`).
+
+    Raises:
+        ValueError: no such file.
     """
     if re.search(r"[*?[]", source) and not storage.exists(source) and not storage.is_dir(source):
         names = storage.glob(source)
@@ -135,7 +145,7 @@ def find_inputs(source: str, suffixes: tuple[str, ...], split: str = "") -> Inpu
 
 
 def _reading_order(file: tuple[Entry, str]) -> tuple[int, str, str, int, str]:
-    """By split and name; in a tar.gz as they lie there, for it is read from its start alone."""
+    """Sort key: by split and name; in a tar.gz by offset, since it can only be read from its start."""
     entry, split = file
     return (
         HELD_OUT_FIRST.get(split, 3),
@@ -147,8 +157,9 @@ def _reading_order(file: tuple[Entry, str]) -> tuple[int, str, str, int, str]:
 
 
 def split_of(name: str) -> str:
-    """The split that a file's name says (eng.testa, wnut17train.conll, dev-v2.0.json, testset.csv),
-    else that of the nearest folder that does, else train.
+    """Return the split that a file's name says, else that of its nearest folder, else train.
+
+    Examples: eng.testa, wnut17train.conll, dev-v2.0.json, testset.csv.
     """
     for part in reversed(name.lower().split("/")):
         words = (word.removesuffix("set") for word in re.split(r"[^a-z]+", part))
@@ -159,16 +170,14 @@ def split_of(name: str) -> str:
 
 
 def whole_files(listed: InputFiles) -> list[InputSplit]:
-    """Every file as one piece."""
+    """Return one split for each file."""
     return [
         InputSplit(entry.name, split, entry, size=_weight(entry)) for entry, split in listed.files
     ]
 
 
 def split_files(listed: InputFiles, most: int) -> list[InputSplit]:
-    """Files in ranges of about ``most`` bytes; compressed ones, which are read from their start
-    alone, whole.
-    """
+    """Cut files into ranges of about `most` bytes; compressed ones are read whole."""
     out = []
     for entry, split in listed.files:
         count = (
@@ -194,14 +203,14 @@ def _weight(entry: Entry) -> int:
 
 
 class Opener:
-    """Streams of entries; an archive stays open between them."""
+    """Opens entries as streams, and keeps archives open between them."""
 
     def __init__(self):
         self._zips: dict[str, zipfile.ZipFile] = {}
         self._archives: dict[str, BinaryIO] = {}
 
     def __call__(self, entry: Entry) -> BinaryIO:
-        """The entry's bytes, decompressed where its name says so; to be read from one thread."""
+        """Open an entry, decompressed if its suffix says so; the stream is for one thread."""
         handle = self._stored(entry)
         name = entry.name.lower()
         if name.endswith(".gz"):
@@ -244,10 +253,17 @@ class Opener:
 
 @dataclass
 class SplitReader:
-    """One pass over a piece. ``description``: what the survey of all pieces found out for this one;
-    nothing while it ``surveys``. ``before``: lines of the file before the piece. ``lines``: those
-    that begin in it, known at the end. ``broken``: rows left out, the first ``most`` of them
-    listed.
+    """One pass over an input split.
+
+    Attributes:
+        input_split: what is read.
+        is_scan: this is the first pass, before the schema is known.
+        scan_result: what `infer_schema` found for this split; empty in a scan.
+        before: lines of the file before the split.
+        most: how many invalid rows are listed.
+        lines: how many lines begin in the split, known at the end.
+        broken: how many invalid rows there are.
+        listed: the first of them: path, split and reason.
     """
 
     input_split: InputSplit
@@ -261,11 +277,11 @@ class SplitReader:
     listed: list[dict[str, str]] = field(default_factory=list)
 
     def place(self, at: int | str) -> str:
-        """file:place; a number is a line of the piece, counted from 1."""
+        """Return file:place; a number is a line of the split, counted from 1."""
         return f"{self.input_split.name}:{at + self.before if isinstance(at, int) else at}"
 
     def bad(self, at: int | str, reason: str) -> None:
-        """A row that is left out."""
+        """Record an invalid row."""
         self.broken += 1
         if len(self.listed) < self.most:
             self.listed.append(
@@ -274,8 +290,9 @@ class SplitReader:
 
     @contextmanager
     def open(self) -> Iterator[BinaryIO]:
-        """The file's bytes. Raises ValueError for one whose compression is damaged, StorageError
-        for one that cannot be read.
+        """Open the file.
+
+        Raises ValueError for damaged compression, StorageError for a file that cannot be read.
         """
         try:
             with self.opener(self.input_split.entry) as handle:
@@ -290,18 +307,21 @@ class SplitReader:
             raise ValueError(f"{self.input_split.name}: damaged ({error}); get it again") from None
 
     def whole(self, most: int = MOST_BYTES) -> bytes | None:
-        """All bytes; none where there are more than ``most``."""
+        """Return all bytes, or None where there are more than `most`."""
         with self.open() as handle:
             data = handle.read(most + 1)
         return data if len(data) <= most else None
 
-    def numbered(self, beyond: bool = False) -> Iterator[tuple[int, int, bytes | None]]:
-        """(number from 1, byte where it begins, line without its end) of the lines that begin in
-        the piece; None for a line that is too long.
+    def numbered(self, past_end: bool = False) -> Iterator[tuple[int, int, bytes | None]]:
+        """Yield the lines that begin in the split: (number from 1, offset in the file, line).
 
-        ``unseen_inputs``: also those after the piece, up to where the caller stops.
+        A line comes without its end, and is None where it is longer than ROW_BYTES.
 
-        Raises ValueError for a file in UTF-16, or one whose lines end with a carriage return alone.
+        Args:
+            past_end: go on after the split, until the caller stops.
+
+        Raises:
+            ValueError: a file in UTF-16, or whose lines end with a carriage return alone.
         """
         start, stop = self.input_split.start, self.input_split.stop
         with self.open() as handle:
@@ -310,7 +330,7 @@ class SplitReader:
                 handle.seek(start - 1)
                 at = start - 1 + _length(handle, 1 << 20)  # the rest of a line that begins before
             number = 0
-            while stop < 0 or at < stop or beyond:
+            while stop < 0 or at < stop or past_end:
                 begins, raw = at, handle.readline(ROW_BYTES + 1)
                 if not raw:
                     return
@@ -339,7 +359,7 @@ class SplitReader:
 
 
 def _length(handle: BinaryIO, step: int) -> int:
-    """Bytes to the end of the line, which is passed."""
+    """Skip to the end of the line; return how many bytes that were."""
     count = 0
     while raw := handle.readline(step):
         count += len(raw)
@@ -349,7 +369,7 @@ def _length(handle: BinaryIO, step: int) -> int:
 
 
 def decoded(raw: bytes | None, encoding: str = "utf-8") -> tuple[str, str]:
-    """(text, "") of a line or document, or ("", the reason why it cannot be used)."""
+    """Return (text, "") for a line or document, or ("", why it is invalid)."""
     if raw is None:
         return "", f"longer than {ROW_BYTES >> 20} MiB"
     try:
@@ -360,7 +380,7 @@ def decoded(raw: bytes | None, encoding: str = "utf-8") -> tuple[str, str]:
 
 
 def text_problem(text: str, what: str) -> str:
-    """Why a text out of JSON cannot be used, or "": it may hold what no UTF-8 file can."""
+    """Return why a text from JSON is invalid, or "": it may hold what UTF-8 cannot."""
     if "\0" in text:
         return f"a NUL character in {what}"
     try:

@@ -1,7 +1,7 @@
-"""The contract of importers, and the one way in which their work is cut up and run.
+"""The contract of importers, and how their work is cut into shards and run.
 
-An `Importer` plans its source: the `Work` that it gives knows the parts to write and how one of
-them is made. `run_tasks` runs what is to be run in parallel: passes over a source and parts alike.
+An `Importer` plans its source: the `ShardTask` that it returns knows the shards to write and how
+one of them is made. `run_tasks` runs what can be done in parallel: scans of a source, and shards.
 """
 
 from __future__ import annotations
@@ -22,14 +22,22 @@ from pipeline.data.stream import map_items
 from pipeline.io import storage
 
 PART_BYTES = 96 << 20
-"""About so many bytes of files or of text in a part."""
+"""Approximate bytes of files or of text in a shard."""
 SCANS = "_survey"
-"""Below the output: what passes over the source have found, while the run lasts."""
+"""Folder below the output for the results of scans, while the run lasts."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What holds for every importer. ``max_bad``: the share of rows that may be broken."""
+    """Settings of every importer.
+
+    Attributes:
+        resize: shorter side of images, in pixels; only downwards.
+        quality: of JPEG; images are then encoded again.
+        rows_per_part: rows of a shard.
+        max_bad: share of rows that may be invalid.
+        part_mb: MiB of files or text in a shard.
+    """
 
     resize: int | None = None
     quality: int | None = None
@@ -58,10 +66,8 @@ class Settings:
     def part_bytes(self) -> int:
         return round(self.part_mb * 2**20) if self.part_mb else PART_BYTES
 
-    def refuse(self, names: Iterable[str], reason: str) -> None:
-        """Raise ValueError for the first of some settings that is given, though it means
-        nothing.
-        """
+    def reject(self, names: Iterable[str], reason: str) -> None:
+        """Raise ValueError for the first of some settings that is given although it has no effect."""
         for name in names:
             if (value := getattr(self, name)) is not None:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: {reason}")
@@ -69,9 +75,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class OutputShard:
-    """One file to write: ``start`` to ``stop`` of what its source is cut into (rows of an index;
-    pieces of tables).
-    """
+    """One file to write: `start` to `stop` of what the source is cut into (rows, or input splits)."""
 
     name: str
     split: str
@@ -81,9 +85,14 @@ class OutputShard:
 
 @dataclass(frozen=True)
 class ShardResult:
-    """A part as Parquet (in memory, or a file that is moved away), its rows, those that were left
-    out (``pieces``: one of so many that a recording was cut into), and what its importer adds up,
-    by split.
+    """A shard that was made.
+
+    Attributes:
+        data: Parquet in memory, or a file that is moved to its place.
+        rows: how many it holds.
+        broken: rows that were left out: path, split, reason, and `pieces` for one of so many
+        segments that a recording was cut into.
+        amounts: what the importer adds up, by name and split.
     """
 
     data: bytes | Path
@@ -93,21 +102,22 @@ class ShardResult:
 
 
 BudgetCheck = Callable[[list[str], int, int], None]
-"""Takes the first broken rows in words, how many there are and of how many; raises ValueError when
-that is more than may be.
+"""Takes descriptions of the first invalid rows, their number, and the number of all rows. Raises
+ValueError when there are too many.
 """
 ProgressCallback = Callable[[str, bool], None]
 
 
 class Importer(ABC):
-    """A publisher's format: what its files become.
+    """A publisher's format.
 
-    An importer derives from the base class of its kind of data, which has `plan`: `ImageImporter`,
-    `AudioImporter`, `TableImporter`, `EpisodeImporter`, or `GroupedImporter` for tables of events.
+    An importer derives from the base class of its kind of data, which implements `plan`:
+    `ImageImporter`, `AudioImporter`, `TableImporter`, `EpisodeImporter`, or `GroupedImporter` for
+    tables of events.
 
     Attributes:
         label: the column whose values the summary counts, or "".
-        reads_files: the source is a place of files (and not the name of a simulation).
+        reads_files: the source is a place of files (not the name of a simulation).
     """
 
     registered_name: ClassVar[str]
@@ -120,21 +130,22 @@ class Importer(ABC):
 
     @abstractmethod
     def plan(self, source: str, settings: Settings) -> ShardTask:
-        """Cut `source` into parts. Raises ValueError for files that are not in this format."""
+        """Cut `source` into shards. Raises ValueError for files that are not in this format."""
 
 
 class ShardTask(ABC):
-    """A source cut into parts, and how one of them is made.
+    """A source cut into shards, and how one of them is made.
 
-    What it holds but `parts` and `key` is known after `begin`.
+    All but `shards` and `key` may be set by `before_shards`.
 
     Attributes:
-        noun: what broken rows are called.
+        noun: what invalid rows are called.
         measures: columns that the summary measures.
-        parts: the files to write.
-        key: what the rows depend on beyond the importer's name and options.
-        total: how many rows of the source there are, broken ones included.
-        broken: rows that cannot become part of a part, known from the publisher's lists.
+        shards: the files to write.
+        key: what the rows depend on besides the importer's name and options.
+        label: the column whose values the summary counts, or "".
+        total: number of rows of the source, invalid ones included.
+        broken: invalid rows that are known from the publisher's lists.
         notes: counts for the summary.
         info: what the columns mean, kept in the manifest.
     """
@@ -152,50 +163,52 @@ class ShardTask(ABC):
         self.notes: dict[str, Any] = {}
         self.info: dict[str, Any] = {}
 
-    def begin(
+    def before_shards(
         self, output: str, check: BudgetCheck, report_progress: ProgressCallback, cpus: float
     ) -> None:
-        """Learn what is to be known of all of the source before the first part is made."""
+        """Learn what must be known of the whole source before the first shard is made."""
         return
 
     @property
     @abstractmethod
     def columns(self) -> list[pa.Field]:
-        """Columns of every part."""
+        """Columns of every shard."""
 
     @property
     def schema(self) -> pa.Schema:
-        """The columns, with what they mean beside them."""
+        """The columns, with what they mean as metadata."""
         about = {"importer": self.importer.registered_name, **self.info}
         return pa.schema(self.columns, {"onetomany": json.dumps(about, ensure_ascii=False)})
 
     @property
     @abstractmethod
-    def make(self) -> Callable[[Any, Path], ShardResult]:
-        """What makes a part of its payload, with a folder for large files; it is sent to tasks."""
+    def make_shard(self) -> Callable[[Any, Path], ShardResult]:
+        """The function that makes a shard: (payload, scratch folder) to a result. It is sent to
+        tasks.
+        """
 
     @abstractmethod
     def payload(self, shard: OutputShard) -> Any:
-        """What `make` needs for a part."""
+        """Return what `make_shard` needs for a shard."""
 
-    def weight(self, shard: OutputShard) -> int:
-        """Rows of the source that stand in a part."""
+    def source_rows(self, shard: OutputShard) -> int:
+        """Return how many rows of the source are in a shard."""
         return shard.stop - shard.start
 
-    def shown(self, amounts: dict[str, dict[str, Any]]) -> dict[str, Any]:
-        """What the summary tells of the sums over all parts."""
+    def summary_amounts(self, amounts: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        """Return what the summary shows of the sums over all shards."""
         return amounts
 
-    def end(self, output: str) -> None:
-        """Write what is to be written when all parts are there."""
+    def after_shards(self, output: str) -> None:
+        """Write what is to be written once all shards are complete."""
         return
 
 
 # ---------------------------------------------------------------- cutting up
 
 
-def named(spans: list[tuple[str, int, int]]) -> list[OutputShard]:
-    """Parts of (split, start, stop), numbered within their split."""
+def name_shards(spans: list[tuple[str, int, int]]) -> list[OutputShard]:
+    """Make shards of (split, start, stop), numbered within their split."""
     counts, seen, out = Counter(split for split, _, _ in spans), Counter[str](), []
     for split, start, stop in spans:
         name = f"{split}-{seen[split]:05d}-of-{counts[split]:05d}.parquet"
@@ -204,10 +217,10 @@ def named(spans: list[tuple[str, int, int]]) -> list[OutputShard]:
     return out
 
 
-def neighbours(
+def group_neighbours(
     splits: Sequence[str], sizes: Sequence[float], most: float, rows: int = 0
 ) -> list[OutputShard]:
-    """Put neighbouring items of one split into one part, up to `most` bytes, or so many `rows`."""
+    """Group neighbouring items of one split into shards of up to `most` bytes, or of `rows` items."""
     spans: list[tuple[str, int, int]] = []
     held = 0.0
     for i, (split, size) in enumerate(zip(splits, sizes, strict=True)):
@@ -219,11 +232,11 @@ def neighbours(
         else:
             spans[-1] = (split, spans[-1][1], i + 1)
             held += size
-    return named(spans)
+    return name_shards(spans)
 
 
-def added(counts: Iterable[tuple[str, str, Any]]) -> dict[str, dict[str, Any]]:
-    """Sums by name and split of (name, split, count), in the order in which they come."""
+def sum_by_split(counts: Iterable[tuple[str, str, Any]]) -> dict[str, dict[str, Any]]:
+    """Add up (name, split, count): {name: {split: sum}}, in the order of first appearance."""
     out: dict[str, dict[str, Any]] = {}
     for name, split, count in counts:
         held = out.setdefault(name, {})
@@ -237,13 +250,13 @@ def added(counts: Iterable[tuple[str, str, Any]]) -> dict[str, dict[str, Any]]:
 def run_tasks(
     function: Callable[[str, Any], Any], jobs: Iterable[tuple[str, Any]], cpus: float
 ) -> Iterator[Any]:
-    """Run `function(uri, payload)` for each job (uri, payload), as Ray tasks where Ray runs.
+    """Run `function(uri, payload)` for each job (uri, payload), as Ray tasks if Ray is running.
 
     Yields:
-        What it returns, in order, once the file at `uri` that it has written is there.
+        What the function returns, in order, once the file at `uri` that it wrote is there.
 
     Raises:
-        ValueError: what a task found wrong, also with a file that it could not read or write.
+        ValueError: what a task found wrong, or a file that it could not read or write.
     """
     for uri, result in map_items(partial(_task, function), jobs, cpus=cpus):
         if not storage.exists(uri):

@@ -1,5 +1,5 @@
-"""What was prepared: sizes, classes, exact duplicates and broken files, counted from the parts
-themselves.
+"""Summary of a finished preparation, counted from the shards: sizes, classes, exact duplicates and
+invalid files.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pipeline.io import storage
 
 SHARES = (0, 5, 25, 50, 75, 95, 100)
 EXAMPLES = 20
-"""So many of each kind are named in the Markdown; the JSON has all broken files."""
+"""The Markdown names so many of each kind; the JSON has all invalid files."""
 
 
 def summarise(
@@ -28,9 +28,10 @@ def summarise(
     broken: list[dict[str, str]],
     notes: dict[str, Any],
 ) -> dict[str, Any]:
-    """Counts over all parts: rows and classes of each split, what is broken and why; by the columns
-    that are there to be measured also images' sizes, recordings' hours and speakers, and files with
-    equal bytes within and across splits.
+    """Count rows and classes of each split, and invalid rows by reason.
+
+    If the columns to measure are there: also sizes of images, hours and speakers of recordings, and
+    files with equal bytes within and across splits.
     """
     tables = []
     for name in parts:
@@ -68,9 +69,7 @@ def summarise(
 
 
 def _classes(rows: pa.Table, label: str) -> dict[str, Any]:
-    """For each split how often each label stands there; for columns that are lists also how many
-    rows have none.
-    """
+    """Count the labels of each split; for columns of lists also the rows without any."""
     if label not in rows.column_names:
         return {}
     listed = pa.types.is_list(rows.schema.field(label).type)
@@ -95,7 +94,7 @@ def _classes(rows: pa.Table, label: str) -> dict[str, Any]:
 
 
 def _sizes(rows: pa.Table, measures: tuple[str, ...]) -> dict[str, Any]:
-    """Pixels at the given percentiles, of the images as written."""
+    """Percentiles of the written images' sizes in pixels."""
     if not len(rows) or "width" not in measures:
         return {}
     width, height = (rows[name].to_numpy() for name in ("width", "height"))
@@ -115,8 +114,9 @@ def _sizes(rows: pa.Table, measures: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _recordings(rows: pa.Table) -> dict[str, Any]:
-    """For each split its hours, seconds a row at the given percentiles, and speakers with the
-    fewest and most rows of one.
+    """For each split its hours, percentiles of seconds a row, number of speakers, and fewest and
+    most
+    rows of a speaker.
     """
     out: dict[str, Any] = {}
     for split in sorted(set(rows["split"].to_pylist())):
@@ -143,8 +143,8 @@ def _recordings(rows: pa.Table) -> dict[str, Any]:
 
 
 def _speakers(rows: pa.Table) -> dict[str, Any]:
-    """Rows of each speaker by split, and those who stand in two splits: what is learned of a voice
-    is then tested on it.
+    """Count rows of each speaker by split, and speakers in two splits, whose voice would be both
+    trained on and tested.
     """
     if "speaker" not in rows.column_names:
         return {}
@@ -169,7 +169,7 @@ def _speakers(rows: pa.Table) -> dict[str, Any]:
 
 
 def warnings(found: dict[str, Any]) -> list[str]:
-    """What the user is told at the end, beyond the file."""
+    """Return what is also shown at the end of the run."""
     two = found.get("speakers", {}).get("in_two_splits", {})
     if not two.get("speakers"):
         return []
@@ -180,8 +180,8 @@ def warnings(found: dict[str, Any]) -> list[str]:
 
 
 def duplicates(rows: pa.Table, label: str) -> dict[str, Any]:
-    """Rows whose files have equal bytes (SHA-256): how many beyond the first, within and across
-    splits, and where their labels differ.
+    """Count rows whose files have equal bytes (SHA-256): within splits, across splits, and with
+    different labels.
     """
     counts = pc.value_counts(rows["sha256"].combine_chunks())
     # pyright: ignore
@@ -221,7 +221,7 @@ def duplicates(rows: pa.Table, label: str) -> dict[str, Any]:
 
 
 def markdown(title: str, found: dict[str, Any], noun: str = "files") -> str:
-    """The same in short, for people; ``noun``: what broken ones are."""
+    """Format the summary for people; `noun`: what invalid rows are called."""
     out = [
         f"# {title}",
         "",

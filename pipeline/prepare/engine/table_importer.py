@@ -1,9 +1,9 @@
-"""What an importer of tables promises, and its two passes: a survey of all pieces (what only all of
-them tell: types, doubled ids, which documents are alike), then the rows.
+"""Importers of text and tables, which read their source twice: a scan, then the rows.
 
-The survey counts rows and broken ones, so that the budget is checked before a part is written. Its
-findings are kept beside the parts while the run lasts: a run that was killed does not read again
-what was surveyed.
+The scan finds what only all of the source tells: column types, repeated ids, duplicate documents.
+It counts rows and invalid ones, so that the budget is checked before a shard is written. Its
+results are kept beside the shards while the run lasts, so that a run that was killed does not scan
+again.
 """
 
 from __future__ import annotations
@@ -36,25 +36,30 @@ from pipeline.prepare.engine.shard_tasks import (
     Settings,
     ShardResult,
     ShardTask,
-    added,
-    neighbours,
+    group_neighbours,
     run_tasks,
+    sum_by_split,
 )
 
 GROUP_BYTES, GROUP_ROWS = 8 << 20, 16384
-"""At most about so many bytes of text, and so many rows, in a row group."""
+"""Most bytes of text (about), and most rows, of a row group."""
 MIXED_BYTES = 512 << 20
-"""Rows are mixed among so many bytes at most."""
+"""Rows are shuffled among at most so many bytes."""
 NAMED = 3
 Found = dict[str, np.ndarray]
-"""What the survey of a piece found: arrays that numpy stores without pickling."""
+"""The result of scanning an input split: arrays that numpy stores without pickling."""
 
 
 @dataclass(frozen=True)
 class InferredSchema:
-    """What the surveys of all pieces come to. ``columns``: those of the rows, without ``split``.
-    ``description``: for each piece what its rows need to know. ``dropped``: rows that were left out
-    on purpose, to be listed. ``notes`` and ``info`` as in ``Index``.
+    """What the scans of all input splits come to.
+
+    Attributes:
+        columns: of the rows, without `split`.
+        description: for each input split, what reading its rows needs to know.
+        notes: counts for the summary.
+        info: what the columns mean, kept in the manifest.
+        dropped: rows that were left out on purpose, to be listed.
     """
 
     columns: list[pa.Field]
@@ -65,12 +70,12 @@ class InferredSchema:
 
 
 class TableImporter(Importer):
-    """One format of text and tables. Examples: `csv`, `text`, `squad`.
+    """Base class for text and tables. Examples: `csv`, `text`, `squad`.
 
     Attributes:
-        amounts: what the summary adds up: a word to the column whose lengths those are.
-        mixes: rows of a part stand in a random but fixed order, since files are often sorted by
-            class; otherwise in that of the files.
+        amounts: what the summary adds up: {word: the column whose lengths are added}.
+        mixes: shuffle the rows of a shard in a fixed order, since files are often sorted by class;
+        otherwise they keep the order of the files.
     """
 
     amounts: ClassVar[dict[str, str]] = {}
@@ -80,18 +85,23 @@ class TableImporter(Importer):
     def input_splits(
         self, source: str, part_bytes: int
     ) -> tuple[list[InputSplit], str, dict[str, Any]]:
-        """What is read at a time, in reading order, the same at every call; a mark that changes
-        when the files do; notes for the summary.
+        """Find the files and cut them up.
+
+        Returns:
+            (the input splits in reading order, the same at every call; a mark that changes when the
+            files do; notes for the summary).
         """
 
     @abstractmethod
     def rows(self, reading: SplitReader) -> Iterator[dict[str, Any] | pa.Table]:
-        """The good rows of a piece, in order, one by one or many as a table; ``reading.bad`` takes
-        the others. Raises ValueError for a file that is not what the publisher gives.
+        """Yield the valid rows of an input split, in order: dicts, or tables of many.
+
+        Invalid rows go to `reading.bad`. Raises ValueError for a file that is not in the
+        publisher's format.
         """
 
     def scan(self, reading: SplitReader) -> Found:
-        """What ``infer_schema`` needs to know of a piece; ``rows``, their number, always."""
+        """Return what `infer_schema` needs to know of an input split; always `rows`, their number."""
         return {
             "rows": np.array(
                 sum(1 if isinstance(row, dict) else len(row) for row in self.rows(reading))
@@ -100,8 +110,10 @@ class TableImporter(Importer):
 
     @abstractmethod
     def infer_schema(self, input_splits: list[InputSplit], found: list[Found]) -> InferredSchema:
-        """What follows from the surveys of all pieces, which have ``before`` too: lines of the file
-        before the piece. Raises ValueError where they do not go together.
+        """Combine the scans of all input splits.
+
+        Each scan also has `before`: lines of the file before the split. Raises ValueError where the
+        files do not go together.
         """
 
     def plan(self, source: str, settings: Settings) -> TableShardTask:
@@ -111,11 +123,11 @@ class TableImporter(Importer):
 # ---------------------------------------------------------------- kinds of values
 
 KINDS = (pa.null(), pa.bool_(), pa.int64(), pa.float64(), pa.string())
-"""Each of them holds the values of those before it, but for bool, which only a string can join."""
+"""Each type holds the values of those before it, except that only a string holds a bool."""
 
 
 def kind_of(value: Any) -> int:
-    """The place in KINDS of a value."""
+    """Return the index in KINDS of a value's type."""
     if value is None:
         return 0
     if isinstance(value, bool):
@@ -126,12 +138,12 @@ def kind_of(value: Any) -> int:
 
 
 def wider(a: int, b: int) -> int:
-    """The kind that holds the values of both."""
+    """Return the type (an index in KINDS) that holds the values of both."""
     return 4 if {1} < {a, b} - {0} else max(a, b)
 
 
 def as_kind(value: Any, kind: int) -> Any:
-    """The value as one of that kind."""
+    """Convert a value to a type of KINDS."""
     if value is None or isinstance(value, str) or (kind < 4 and kind_of(value) == kind):
         return value
     if kind == 3:
@@ -147,18 +159,16 @@ def as_kind(value: Any, kind: int) -> Any:
 
 
 class TableShardTask(ShardTask):
-    """The parts of a source of tables: whole files and ranges of them, as many as make about
-    ``part_mb`` of text.
-    """
+    """The shards of text and tables: neighbouring input splits, up to about `part_mb` of text."""
 
     noun = "rows"
 
     def __init__(self, importer: TableImporter, source: str, settings: Settings):
         name = importer.registered_name
-        settings.refuse(
+        settings.reject(
             ("resize", "quality"), f"importer {name} reads text, not images; leave it out"
         )
-        settings.refuse(
+        settings.reject(
             ("rows_per_part",),
             f"importer {name} makes its parts of files and ranges of bytes; say --part-mb",
         )
@@ -167,7 +177,7 @@ class TableShardTask(ShardTask):
             source, settings.part_bytes
         )
         self.label = importer.label
-        self.shards = neighbours(
+        self.shards = group_neighbours(
             [input_split.split for input_split in self.input_splits],
             [input_split.size for input_split in self.input_splits],
             settings.part_bytes,
@@ -186,14 +196,15 @@ class TableShardTask(ShardTask):
 
     @property
     def inferred_schema(self) -> InferredSchema:
-        assert self._inferred_schema is not None, "begin() comes first"
+        assert self._inferred_schema is not None, "before_shards() comes first"
         return self._inferred_schema
 
-    def begin(
+    def before_shards(
         self, output: str, check: BudgetCheck, report_progress: ProgressCallback, cpus: float
     ) -> None:
-        """The survey, part by part; what was surveyed before is taken as it is. Raises ValueError
-        for more broken rows than may be.
+        """Scan the source, shard by shard; scans that were kept are not repeated.
+
+        Raises ValueError when there are more invalid rows than allowed.
         """
         uris = [
             storage.join(output, SCANS, shard.name.removesuffix(".parquet"))
@@ -252,7 +263,7 @@ class TableShardTask(ShardTask):
         return [*self.inferred_schema.columns, pa.field("split", pa.string())]
 
     @property
-    def make(self) -> Callable[[Any, Path], ShardResult]:
+    def make_shard(self) -> Callable[[Any, Path], ShardResult]:
         return partial(_make, self.importer, self.schema)
 
     def payload(self, shard: OutputShard) -> Any:
@@ -266,11 +277,11 @@ class TableShardTask(ShardTask):
             )
         )
 
-    def weight(self, shard: OutputShard) -> int:
+    def source_rows(self, shard: OutputShard) -> int:
         return sum(self._read[shard.start : shard.stop])
 
-    def end(self, output: str) -> None:
-        """The list of dropped rows."""
+    def after_shards(self, output: str) -> None:
+        """Write the list of dropped rows."""
         if self.inferred_schema.dropped is not None:
             sink = io.BytesIO()
             pq.write_table(self.inferred_schema.dropped, sink, compression="zstd")
@@ -278,7 +289,7 @@ class TableShardTask(ShardTask):
 
 
 def _scan(importer: TableImporter, uri: str, input_splits: list[InputSplit]) -> None:
-    """Survey a part's pieces and keep what was found at `uri`."""
+    """Scan the input splits of a shard and keep the results at `uri`."""
     out = {}
     with closing(Opener()) as opener:
         for number, input_split in enumerate(input_splits):
@@ -317,8 +328,8 @@ def _make(
     payload: list[tuple[InputSplit, int, dict[str, Any]]],
     scratch: Path,
 ) -> ShardResult:
-    """The rows of a part as Parquet in a file: no more in memory than one row group, or than are
-    mixed.
+    """Write the rows of a shard to a Parquet file, with one row group (or what is shuffled) in
+    memory.
     """
     path, broken, counts = scratch / "part.parquet", [], Counter()
     with closing(Opener()) as opener, RowGroups(path, schema, importer.shuffles_rows) as writer:
@@ -342,13 +353,13 @@ def _make(
                     counts[row["split"], name] += len(row[column])
                 writer.write(row)
             broken += reading.listed
-    amounts = added((name, split, count) for (split, name), count in sorted(counts.items()))
+    amounts = sum_by_split((name, split, count) for (split, name), count in sorted(counts.items()))
     rows = sum(amounts.pop("rows", {}).values())
     return ShardResult(path, rows, broken, amounts)
 
 
 def _counted(block: pa.Table, amounts: dict[str, str]) -> dict[tuple[str, str], int]:
-    """How many rows of each split a table has, and what its columns' lengths add up to."""
+    """Count the rows of each split of a table, and add up the lengths of its columns."""
     out: dict[tuple[str, str], int] = {}
     for split in sorted(set(block["split"].to_pylist())):
         here = block.filter(pc.equal(block["split"], split))
@@ -359,7 +370,7 @@ def _counted(block: pa.Table, amounts: dict[str, str]) -> dict[tuple[str, str], 
 
 
 def _lengths(column: Any) -> np.ndarray:
-    """(rows,) int64, of lists and texts; 0 for null."""
+    """Lengths of lists and texts, (rows,) int64; 0 for null."""
     kind = column.type
     count = (
         pc.list_value_length
@@ -370,7 +381,7 @@ def _lengths(column: Any) -> np.ndarray:
 
 
 def _weights(block: pa.Table) -> np.ndarray:
-    """(rows,) int64, about how many bytes each row takes, as `RowGroups.write` counts them."""
+    """Estimated bytes of each row, (rows,) int64, as `RowGroups.write` counts them."""
     out = np.zeros(len(block), dtype=np.int64)
     for column in block.columns:
         kind = column.type
@@ -390,9 +401,7 @@ def _weights(block: pa.Table) -> np.ndarray:
 
 
 def _inner_weights(column: Any, each: int) -> np.ndarray:
-    """(rows,) int64, bytes of what lies in lists of lists (of ``each`` bytes a value) or of
-    files.
-    """
+    """Bytes in lists of lists (`each` bytes a value) or in lists of files, (rows,) int64."""
     held, lengths = column.combine_chunks(), _lengths(column)
     bounds = np.concatenate([[0], np.cumsum(_lengths(held.flatten()) * each)])
     ends = np.cumsum(lengths)
@@ -400,8 +409,9 @@ def _inner_weights(column: Any, each: int) -> np.ndarray:
 
 
 class RowGroups:
-    """Rows, one by one or as tables, to row groups of a Parquet file; those that are mixed wait
-    until there are MIXED_BYTES of them, or all.
+    """Writes rows, one by one or as tables, in row groups of a Parquet file.
+
+    Rows that are shuffled wait until there are MIXED_BYTES of them, or all.
     """
 
     def __init__(self, path: Path, schema: pa.Schema, mixes: bool):
@@ -436,9 +446,7 @@ class RowGroups:
             self._flush()
 
     def add(self, block: pa.Table) -> None:
-        """Rows as a table; where row groups end does not depend on how rows were cut into
-        tables.
-        """
+        """Add a table of rows; the row groups do not depend on how rows were cut into tables."""
         if self.held:
             self._flush()
         total, at = np.cumsum(_weights(block)), 0

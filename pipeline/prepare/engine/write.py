@@ -1,8 +1,9 @@
-"""From a source to parts on disk: in parallel, each written whole, with checksums; what is there
-already is kept.
+"""Write a source as Parquet shards: in parallel, each shard whole and with checksums; shards that
+exist are kept.
 
-A part's rows follow from the source and the options alone, so a run that was killed and goes on
-writes the same bytes. What a part is and how one is made says the importer's plan (``parts.Work``).
+A shard's rows follow from the source and the options alone, so a run that was killed and goes on
+writes the same bytes. What a shard is and how it is made is the importer's plan
+(`shard_tasks.ShardTask`).
 """
 
 from __future__ import annotations
@@ -27,23 +28,23 @@ from pipeline.prepare.engine.shard_tasks import (
     ProgressCallback,
     Settings,
     ShardResult,
-    added,
     run_tasks,
+    sum_by_split,
 )
 from pipeline.prepare.readers.archives import absolute
 
 MANIFEST, BEGUN = "_manifest.json", "_prepare.json"
-"""Names that begin with an underscore are passed over where the folder is read as data."""
+"""Names that begin with an underscore are ignored where the folder is read as data."""
 FORMAT_VERSION = 1
 UPLOAD_BYTES = 16 << 20
 NAMED = 3
-"""So many broken rows an error message names."""
+"""An error message names so many invalid rows."""
 
 
 class Preparation:
-    """All parts of one source, and which are left to write.
+    """The shards of one source, and which of them are still to be written.
 
-    Raises ValueError for a source that is not what the importer reads, and for an output folder
+    Raises ValueError for a source that is not in the importer's format, and for an output folder
     that holds something else.
     """
 
@@ -88,8 +89,9 @@ class Preparation:
             )
 
     def _begun_key(self) -> str:
-        """Of what the folder was begun with. Raises DamagedError, with what to do, where nobody can
-        tell any more.
+        """Return the key that the folder was begun with.
+
+        Raises DamagedError, with what to do, if it cannot be read.
         """
         begun = storage.join(self.output, BEGUN)
         try:
@@ -101,16 +103,14 @@ class Preparation:
             ) from None
 
     def _holds_parts(self) -> bool:
-        """Whether a run that began here came to write anything: one that was refused before leaves
-        nothing to lose.
-        """
+        """Whether a run that began here has written anything but scans."""
         below = [uri[len(self.output) :].lstrip("/") for uri in storage.list_files(self.output)]
         return any(name != BEGUN and not name.startswith((f"{SCANS}/", ".")) for name in below)
 
     @cached_property
     def records(self) -> dict[str, dict[str, Any]]:
-        """What was recorded of each part that stands: one without its record, or of another size
-        than it says, is not whole.
+        """Records of the shards that are complete: those with a record and of the size that it
+        states.
         """
         files = set(storage.list_files(self.output))
 
@@ -132,8 +132,9 @@ class Preparation:
         return found if is_finished or storage.is_remote(self.output) else self._undamaged(found)
 
     def _undamaged(self, records: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        """The records of parts that are as they were written. Those of a finished folder are
-        checked where they are read.
+        """Keep the records of shards whose SHA-256 is as recorded.
+
+        Shards of a finished folder are not compared here, but where they are read.
         """
         files = file_identity.identify([storage.join(self.output, name) for name in records])
         out = {}
@@ -161,8 +162,17 @@ class Preparation:
     def run(
         self, report_progress: ProgressCallback = lambda line, final: None, cpus: float = 1.0
     ) -> dict[str, Any]:
-        """Write what is missing, as Ray tasks where Ray runs; the manifest, last. Raises ValueError
-        when more rows are broken than ``max_bad`` allows.
+        """Write the missing shards, as Ray tasks if Ray is running, and the manifest last.
+
+        Args:
+            report_progress: takes a line, and whether it is the last of its kind.
+            cpus: of each task.
+
+        Returns:
+            The manifest.
+
+        Raises:
+            ValueError: more invalid rows than `max_bad` allows.
         """
         broken = [
             *self.task.broken,
@@ -191,21 +201,21 @@ class Preparation:
                 "options": self.options.model_dump(mode="json"),
             },
         )
-        self.task.begin(self.output, self._check_budget, report_progress, cpus)
+        self.task.before_shards(self.output, self._check_budget, report_progress, cpus)
         self._check_listed(broken, self.task.total)
         todo = self.todo
         done = len(self.task.broken) + sum(
-            self.task.weight(shard) for shard in self.shards if shard.name in self.records
+            self.task.source_rows(shard) for shard in self.shards if shard.name in self.records
         )
         jobs = ((storage.join(self.output, shard.name), self.task.payload(shard)) for shard in todo)
         for shard, record in zip(
-            todo, run_tasks(partial(_write_shard, self.task.make), jobs, cpus), strict=True
+            todo, run_tasks(partial(_write_shard, self.task.make_shard), jobs, cpus), strict=True
         ):
             self.records[shard.name] = record
             checksums.write_document(self._record_uri(shard), record)
             broken += record["broken"]
             self._check_listed(broken, self.task.total)
-            done += self.task.weight(shard)
+            done += self.task.source_rows(shard)
             report_progress(
                 f"prepare {self.name}: {done}/{self.task.total} rows  {len(broken)} broken",
                 done == self.task.total,
@@ -213,7 +223,7 @@ class Preparation:
         return self._finish(broken)
 
     def describe(self) -> str:
-        """What stands in the output, in a line."""
+        """Describe the finished output in a line."""
         done = atomic_folder.open_folder(self.output, MANIFEST)
         rows = ", ".join(f"{split} {n}" for split, n in done["rows"].items())
         dropped = max(
@@ -230,8 +240,10 @@ class Preparation:
         )
 
     def _check_listed(self, broken: list[dict[str, str]], total: int) -> None:
-        """Broken rows of the source against all of them; pieces of recordings that were cut against
-        as many rows as are to be expected by those of the parts that stand.
+        """Check the invalid rows against the budget.
+
+        Invalid segments of recordings that were cut are compared with the expected number of rows,
+        extrapolated from the shards that are complete.
         """
         pieces = [row for row in broken if "pieces" in row]
         groups = [([row for row in broken if "pieces" not in row], total)]
@@ -245,8 +257,8 @@ class Preparation:
                 (
                     pieces,
                     rows
-                    * sum(map(self.task.weight, self.shards))
-                    // sum(map(self.task.weight, stand)),
+                    * sum(map(self.task.source_rows, self.shards))
+                    // sum(map(self.task.source_rows, stand)),
                 )
             )
         for found, of in groups:
@@ -263,13 +275,13 @@ class Preparation:
             )
 
     def _finish(self, broken: list[dict[str, str]]) -> dict[str, Any]:
-        amounts = added(
+        amounts = sum_by_split(
             (name, split, count)
             for record in self.records.values()
             for name, counts in record.get("amounts", {}).items()
             for split, count in counts.items()
         )
-        notes = {**self.task.notes, **self.task.shown(amounts)}
+        notes = {**self.task.notes, **self.task.summary_amounts(amounts)}
         found = summary.summarise(
             self.output,
             [shard.name for shard in self.shards],
@@ -283,7 +295,7 @@ class Preparation:
             storage.join(self.output, "_summary.md"),
             summary.markdown(f"{self.name}: {self.source}", found, self.task.noun).encode(),
         )
-        self.task.end(self.output)
+        self.task.after_shards(self.output)
         manifest = atomic_folder.with_checksum(
             {
                 "format_version": FORMAT_VERSION,
@@ -311,15 +323,16 @@ class Preparation:
 
 
 def _entry(record: dict[str, Any]) -> dict[str, Any]:
-    """What the manifest says of a part."""
+    """What the manifest says of a shard."""
     return {
         name: record[name] for name in ("sha256", "size", "sha256_pieces", "rows") if name in record
     }
 
 
 def verify(output: str) -> dict[str, Any]:
-    """Read every part and compare its SHA-256 with the manifest, which is returned. Raises
-    StorageError naming the first that differs.
+    """Compare the SHA-256 of every shard with the manifest, and return the manifest.
+
+    Raises StorageError for the first shard that differs.
     """
     manifest = atomic_folder.open_folder(output, MANIFEST)
     try:
@@ -335,7 +348,7 @@ def verify(output: str) -> dict[str, Any]:
 def _write_shard(
     make: Callable[[Any, Path], ShardResult], uri: str, payload: Any
 ) -> dict[str, Any]:
-    """Make and write one part; return its record."""
+    """Make and write one shard; return its record."""
     with storage.scratch_folder() as scratch:
         made = make(payload, Path(scratch))
         if isinstance(made.data, bytes):
@@ -353,7 +366,7 @@ def _write_shard(
 
 
 def _write_file(uri: str, source: Path) -> None:
-    """As storage.write_bytes, without the bytes in memory."""
+    """Copy a file to `uri`, whole, as storage.write_bytes does with bytes."""
     write_fence.check(uri)
     remote, path = s3.split(uri)
     if remote:

@@ -220,7 +220,7 @@ class Rollouts(EpisodeImporter):
             raise ValueError(f"{name}: {error}") from None
         return hashlib.sha256(data).hexdigest()
 
-    def begin(self, output: str, report_progress: ProgressCallback) -> None:
+    def before_shards(self, output: str, report_progress: ProgressCallback) -> None:
         """Train the expert, where one is to be; a training that was stopped goes on."""
         if self.options.expert != PPO:
             return
@@ -388,7 +388,7 @@ class Rollouts(EpisodeImporter):
             amounts={**amounts, "steps": len(found.rewards)},
         )
 
-    def shown(self, amounts: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    def summary_amounts(self, amounts: dict[str, dict[str, Any]]) -> dict[str, Any]:
         shares = {
             "expert's success": ("success", "judged"),
             "expert's return, mean": ("return", "simulated"),

@@ -228,7 +228,7 @@ class Text(TableImporter):
             elif held:
                 yield Document(first, "\n".join(held), {})
 
-        for number, begins, raw in reading.numbered(beyond=True):
+        for number, begins, raw in reading.numbered(past_end=True):
             if raw is not None and not raw.strip():
                 yield from done() if inside else ()
                 held, first, reason, size, inside = [], 0, "", 0, True
