@@ -7,7 +7,7 @@ are read, what is written at the end.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -20,13 +20,7 @@ from pipeline.config.schema import ComponentConfig, Train
 from pipeline.core.contracts import Batch, Task, Technique
 from pipeline.data.length_buckets import BucketPlan
 from pipeline.data.plan import Plan
-from pipeline.data.stream import (
-    DataWorkers,
-    Place,
-    Rows,
-    check_bad_row_budget,
-    train_batches,
-)
+from pipeline.data.stream import LoadedBatch, Rows, check_bad_row_budget, train_batches
 from pipeline.io import heartbeat, storage
 from pipeline.train import evaluate, loop, saved_inputs
 from pipeline.train.log import MetricsLog, RowTrace
@@ -65,12 +59,10 @@ class Experiment:
     """Training rows that were left out before; they count against the same budget."""
     left_out: list[dict[str, Any]] = field(default_factory=list)
     """Split, row, place and reason of the rows that were left out before, for the list of them."""
-    place: Place = "train"
-    """Where training rows are decoded."""
+    read: Callable[..., Iterator[LoadedBatch]] = train_batches
+    """Reads and decodes training rows; with its place and workers where others do it."""
     threads: int = 1
-    """Of this process, for decoding."""
-    workers: DataWorkers | None = None
-    """Ray Data's share of the cluster, where it decodes."""
+    """For decoding validation rows."""
     decode_validation_bytes: int = 0
     """A rank's validation rows are decoded once where they take no more than this."""
     extra_metrics: dict[str, Callable[[Task], float]] = field(default_factory=dict)
@@ -136,16 +128,12 @@ def run(experiment: Experiment, ranks: Ranks) -> Finished:
     check = _validator(experiment, ranks, ready, record.bad_rows)
     keeper = loop.KeepBest(experiment.metrics[0], "last" if objective.couples_rows else train.keep)
     batches = partial(
-        train_batches,
+        experiment.read,
         rows,
         experiment.plan,
         rank=ranks.rank,
         ranks=ranks.count,
-        place=experiment.place,
         pin=ranks.device.type == "cuda",
-        threads=experiment.threads,
-        workers=experiment.workers,
-        device=ranks.device,
     )
     work = loop.TrainingRun(
         task=task,
@@ -222,8 +210,7 @@ class BadRows:
     def __init__(self, experiment: Experiment, ranks: Ranks):
         rows, validation = experiment.rows.selection, experiment.validation.selection
         self.selections = {"train": rows, "validation": validation}
-        self.lost = {"train": experiment.lost, "validation": 0}
-        self.max_bad_rows, self.ranks = experiment.max_bad_rows, ranks
+        self.max_bad_rows, self.lost, self.ranks = experiment.max_bad_rows, experiment.lost, ranks
         self.new: list[tuple[str, int, str]] = []
         self.found: dict[tuple[str, int], str] = {}
 
@@ -231,11 +218,11 @@ class BadRows:
         """Note rows of this rank; the others learn of them at the next ``gather``."""
         self.new += [(split, row, reason) for row, reason in bad]
 
-    def gather(self) -> list[dict[str, Any]]:
+    def gather(self, log: MetricsLog | None) -> None:
         """Share what was noted with all ranks; called by every rank at the same steps.
 
-        Returns:
-            The rows that no rank had noted before, as the log lists them.
+        Raises:
+            TooManyBadRowsError: a split is over the budget; on all ranks or on none.
         """
         everyone: list[Any] = [self.new]
         if self.ranks.count > 1:
@@ -244,24 +231,24 @@ class BadRows:
         self.new = []
         noted = {(split, row): reason for part in everyone for split, row, reason in part}
         fresh = {key: reason for key, reason in noted.items() if key not in self.found}
+        if not fresh:
+            return
         self.found |= fresh
-        return [
-            {
-                "split": split,
-                "row": row,
-                "place": self.selections[split].manifest.place(row),
-                "reason": reason,
-            }
-            for (split, row), reason in fresh.items()
-        ]
-
-    def check(self) -> None:
-        """Raise TooManyBadRowsError, on all ranks or on none, where a split is over the budget."""
+        if log:
+            log.quarantine(
+                [
+                    {"split": split, "row": row, "place": self.place(split, row), "reason": reason}
+                    for (split, row), reason in fresh.items()
+                ]
+            )
         for split, selection in self.selections.items():
             bad = [(row, reason) for (of, row), reason in self.found.items() if of == split]
-            check_bad_row_budget(
-                bad, len(selection), self.max_bad_rows, selection, self.lost[split]
-            )
+            lost = self.lost if split == "train" else 0
+            check_bad_row_budget(bad, len(selection), self.max_bad_rows, selection, lost)
+
+    def place(self, split: str, row: int) -> str:
+        """File and number of a row."""
+        return self.selections[split].manifest.place(row)
 
 
 class _Record:
@@ -292,11 +279,7 @@ class _Record:
                 self.log.quarantine(self.experiment.left_out)
 
     def write(self, record: dict[str, Any]) -> None:
-        fresh = self.bad_rows.gather()
-        if fresh and self.log:
-            self.log.quarantine(fresh)
-        if fresh:
-            self.bad_rows.check()
+        self.bad_rows.gather(self.log)
         self.warning = record.get("warning", self.warning)
         if not self.log:
             return

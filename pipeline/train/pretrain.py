@@ -20,7 +20,15 @@ from pipeline.core.rng import mix
 from pipeline.data.length_buckets import BucketPlan
 from pipeline.data.manifest import Selection
 from pipeline.data.plan import Plan, Shuffle
-from pipeline.data.stream import DataWorkers, Decoder, Place, Rows, plan_of, rows_an_item
+from pipeline.data.stream import (
+    DataWorkers,
+    Decoder,
+    Place,
+    Rows,
+    plan_of,
+    rows_an_item,
+    train_batches,
+)
 from pipeline.io import file_identity, storage, write_fence
 from pipeline.io.file_identity import FileIdentity
 from pipeline.train import checkpoint, experiment, loop, online_probe
@@ -229,9 +237,14 @@ def experiment_of(
         seed=work.seed,
         rows=rows,
         plan=order_of(work, rows),
-        place=work.place,
+        read=partial(
+            train_batches,
+            place=work.place,
+            threads=work.threads,
+            workers=work.workers,
+            device=ranks.device,
+        ),
         threads=work.threads,
-        workers=work.workers,
         validation=Rows(fitted.validation, replace(decoder_of(fitted), training=False)),
         eval_batch=train.micro_batch or -(-train.global_batch // ranks.count),
         decode_validation_bytes=VALIDATION_BYTES,
