@@ -65,8 +65,10 @@ class JobState:
 
 
 def check(job: Job, progress: Progress, **options: Any) -> JobState:
-    """Everything that can be known before anything starts: data, columns, splits, storage. Raises
-    ValueError with all problems.
+    """Everything that can be known before anything starts: data, columns, splits, storage.
+
+    Raises:
+        ValueError: names all problems.
     """
     storage.check_writable(job.root)
     state, problems = JobState(job, progress, **options), []
@@ -81,33 +83,18 @@ def check(job: Job, progress: Progress, **options: Any) -> JobState:
     with file_identity.progress_to(progress.update):
         each(source.stage, job.sources, state.sources)
         each(targets.stage, job.targets, state.targets)
-    for name, target in state.targets.items():
-        if not problems and not matching(state, name):
-            problems.append(
-                f"targets.{name}: no source reads {target.spec.data.modality.name}; add one or "
-                "name it in sources"
-            )
-        elif not problems:
-            for source_name in matching(state, name):
-                try:
-                    targets.check_modality(target, job.sources[source_name])
-                except ValueError as error:
-                    problems.append(str(error))
-        if job.fanout.select is not None and not target.scored:
-            problems.append(
-                f"fanout.select: targets.{name} is {target.spec.objective.name}, and "
-                f"{job.fanout.select.score} scores sources by classes or labels "
-                "of rows: leave select out, or put the target in a job of its own"
-            )
+    are_read = not problems
+    for target in state.targets.values():
+        if are_read:
+            problems += _source_problems(state, target)
+        problems += _score_problems(job, target)
     if problems:
         raise ValueError("\n".join(dict.fromkeys(problems)))
     if "sources" in state.remake:
         state.sources = {name: replace(stage, remake=True) for name, stage in state.sources.items()}
     for name, target in state.targets.items():
-        state.targets[name] = replace(
-            target,
-            against=overlap.key(target, {n: state.sources[n] for n in matching(state, name)}),
-        )
+        sources = {one: state.sources[one] for one in matching(state, name)}
+        state.targets[name] = replace(target, against=overlap.key(target, sources))
     for note in _notes_on_identity(job):
         state.notes.append(note)
         progress.note(note)
@@ -117,6 +104,32 @@ def check(job: Job, progress: Progress, **options: Any) -> JobState:
         job.fanout.select,
     )
     return state
+
+
+def _source_problems(state: JobState, target: TargetStage) -> list[str]:
+    """What is wrong with a target beside the sources that it is to be adapted from."""
+    names, problems = matching(state, target.name), []
+    if not names:
+        modality = target.spec.data.modality.name
+        return [f"targets.{target.name}: no source reads {modality}; add one or name it in sources"]
+    for name in names:
+        try:
+            targets.check_modality(target, state.job.sources[name])
+        except ValueError as error:
+            problems.append(str(error))
+    return problems
+
+
+def _score_problems(job: Job, target: TargetStage) -> list[str]:
+    """What is wrong where sources are chosen by scores that the target's rows do not have."""
+    select = job.fanout.select
+    if select is None or target.scored:
+        return []
+    return [
+        f"fanout.select: targets.{target.name} is {target.spec.objective.name}, and {select.score} "
+        "scores sources by classes or labels of rows: leave select out, or put the target in a job "
+        "of its own"
+    ]
 
 
 def _notes_on_identity(job: Job) -> list[str]:
@@ -404,8 +417,10 @@ def report_done(state: JobState, name: str) -> None:
 
 
 def share(state: JobState) -> Shared:
-    """What the trials read: weights, decoded targets. Raises ValueError when a source has no bundle
-    yet.
+    """What the trials read: weights, decoded targets.
+
+    Raises:
+        ValueError: a source has no bundle yet, or no target could be made ready.
     """
     job = state.job
     missing = [name for name, stage in state.sources.items() if not stage.has_bundle]
@@ -414,77 +429,77 @@ def share(state: JobState) -> Shared:
             f"sources {', '.join(missing)} have no bundle yet: run `pretrain` (or `run`) first"
         )
     pruning.record_uses(job.root, used_places(state))
-    loaded = {name: targets.weights(stage.bundle_uri) for name, stage in state.sources.items()}
-    found = grid.bases(
-        {
-            name: (manifest["arch"], manifest["modality"])
-            for name, (_, _, manifest) in loaded.items()
-        }
-    )
-    held: dict[tuple[str, str], trial.TargetData] = {}
-    for name, target in list(state.targets.items()):
-        by_modality: dict[str, trial.TargetData] = {}
+    uris = {name: stage.bundle_uri for name, stage in state.sources.items()}
+    loaded = {name: targets.weights(uri) for name, uri in uris.items()}
+    manifests = {name: manifest for name, (_, _, manifest) in loaded.items()}
+    bases = grid.bases({name: (one["arch"], one["modality"]) for name, one in manifests.items()})
+    data: dict[tuple[str, str], trial.TargetData] = {}
+    for name in list(state.targets):
         state.progress.update(f"{name}: reading")
         try:
-            seen = overlap.find_overlap(
-                target,
-                {n: state.sources[n] for n in matching(state, name)},
-                storage.join(job.root, "signs"),
-            )
-            target = replace(target, splits=replace(target.splits, test=seen.test))
-            for base in found:
-                if set(base.sources) & set(matching(state, name)):
-                    key = targets.reading_key(target, base)
-                    by_modality[key] = held[name, base.key] = (
-                        targets.for_base(by_modality[key], base)
-                        if key in by_modality
-                        else targets.prepare(target, base)
-                    )
+            data |= {(name, base): one for base, one in _prepare_target(state, name, bases).items()}
         except ValueError as error:  # one bad target: the others go on
             state.broken[name] = str(error)
             state.notes.append(f"{name}: left out: {error}")
             state.progress.note(f"warning: targets.{name} is left out: {error}")
             state.targets.pop(name)
-            held = {place: data for place, data in held.items() if place[0] != name}
-            continue
-        text = next(iter(by_modality.values())).split_text
-        state.notes.append(f"{name}: {text}") if "rows left out" in text else None
-        state.progress.note(f"{name}: {text}")
-        found_in_rows = [finding for data in by_modality.values() for finding in data.findings]
-        for finding in dict.fromkeys(
-            [
-                *found_in_rows,
-                *targets.unmet_requests(target, job.fanout.search.get("global_batch", ())),
-            ]
-        ):
-            state.notes.append(finding.line(name))
-            if finding.in_terminal:
-                state.progress.note(finding.line(name))
-        state.left_out[name] = len(state.targets[name].splits.test) - len(seen.test)
-        for note in seen.notes:
-            state.notes.append(note)
-            state.progress.note(note)
     if not state.targets:
-        raise ValueError(
-            "\n".join(f"targets.{name}: {reason}" for name, reason in state.broken.items())
-        )
-    metadata = {"git_sha": _git_sha(), "spec_hash": spec_hash(job)}
+        problems = [f"targets.{name}: {reason}" for name, reason in state.broken.items()]
+        raise ValueError("\n".join(problems))
     return Shared(
-        job.name,
-        job.root,
-        job.seed,
-        {base.key: base for base in found},
-        {name: w for name, (w, _, _) in loaded.items()},
-        {name: stage.bundle_uri for name, stage in state.sources.items()},
-        held,
-        job.fanout.keep_bundles != "none",
-        {name: stage.key for name, stage in state.sources.items()},
-        metadata,
-        {name: (manifest["objective"], head) for name, (_, head, manifest) in loaded.items()},
-        write_fence.current_fences(),
-        {name: bundle.weights_sha256(stage.bundle_uri) for name, stage in state.sources.items()},
+        job=job.name,
+        root=job.root,
+        seed=job.seed,
+        bases={base.key: base for base in bases},
+        weights={name: backbone for name, (backbone, _, _) in loaded.items()},
+        parents=uris,
+        targets=data,
+        keep_bundles=job.fanout.keep_bundles != "none",
+        source_keys={name: stage.key for name, stage in state.sources.items()},
+        metadata={"git_sha": _git_sha(), "spec_hash": spec_hash(job)},
+        heads={name: (manifests[name]["objective"], head) for name, (_, head, _) in loaded.items()},
+        fences=write_fence.current_fences(),
+        parent_weights={name: bundle.weights_sha256(uri) for name, uri in uris.items()},
         remake="trials" in state.remake,
     )
+
+
+def _prepare_target(state: JobState, name: str, bases: list[Base]) -> dict[str, trial.TargetData]:
+    """A target as each base reads it, by the base's key; what was noticed goes into the notes.
+
+    Raises:
+        ValueError: the target cannot be used.
+    """
+    job, target = state.job, state.targets[name]
+    sources = {one: state.sources[one] for one in matching(state, name)}
+    seen = overlap.find_overlap(target, sources, storage.join(job.root, "signs"))
+    target = replace(target, splits=replace(target.splits, test=seen.test))
+    data: dict[str, trial.TargetData] = {}
+    by_reading: dict[str, trial.TargetData] = {}
+    for base in bases:
+        if not set(base.sources) & set(sources):
+            continue
+        key = targets.reading_key(target, base)
+        if key in by_reading:
+            data[base.key] = targets.for_base(by_reading[key], base)
+        else:
+            data[base.key] = targets.prepare(target, base)
+        by_reading[key] = data[base.key]
+    text = f"{name}: {next(iter(data.values())).split_text}"
+    if "rows left out" in text:
+        state.notes.append(text)
+    state.progress.note(text)
+    batches = job.fanout.search.get("global_batch", ())
+    found = [finding for one in by_reading.values() for finding in one.findings]
+    for finding in dict.fromkeys([*found, *targets.unmet_requests(target, batches)]):
+        state.notes.append(finding.line(name))
+        if finding.in_terminal:
+            state.progress.note(finding.line(name))
+    state.left_out[name] = len(state.targets[name].splits.test) - len(seen.test)
+    for note in seen.notes:
+        state.notes.append(note)
+        state.progress.note(note)
+    return data
 
 
 def _git_sha() -> str | None:
