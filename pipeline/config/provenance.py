@@ -68,7 +68,7 @@ MAKES_NO_NUMBERS = frozenset(
         "pipeline.transfer.leaks",
         # tells of results that are there
         "pipeline.report.subgroups",
-        "pipeline.train.saved_inputs",
+        "pipeline.train.resume_history",
         # reads other people's checkpoints: counted for the sources that start from one
         "pipeline.checkpoints.pretrained",
         "pipeline.checkpoints.hf_text",

@@ -1,5 +1,6 @@
-"""Resume points: model, optimiser, average, kept weights, position and every rank's random state,
-whole or absent.
+"""Resume points of a run: weights, optimiser, moving average, position, every rank's random state.
+
+A resume point is complete or absent; its bytes are checked before it is used.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pipeline.core.rng import mix
 from pipeline.io import atomic_folder, s3, storage
 
 KEPT = 2
-"""So many resume points are kept: when the newest is damaged, the one before it still serves."""
+"""How many resume points are kept: where the newest is damaged, the one before it is used."""
 
 
 def _steps(uri: str) -> list[int]:
@@ -32,12 +33,12 @@ def _folder(uri: str, step: int) -> str:
 def save(
     uri: str, ranks: Any, state: dict[str, Any], bad_rows: dict[int, str] | None = None
 ) -> None:
-    """Called by every rank at the same step; returns when the resume point is visible.
+    """Write a resume point; called by every rank at the same step.
 
     Args:
         state: The same on every rank.
         bad_rows: Row id to reason of the rows that this rank could not read so far; those of all
-            ranks are kept.
+            ranks are written.
     """
     random = {
         "cpu": torch.get_rng_state(),
@@ -70,7 +71,7 @@ def save(
 def load(uri: str, ranks: Any, restarts: bool = False) -> tuple[dict[str, Any] | None, list[str]]:
     """Read the newest resume point that is intact, the same one on every rank.
 
-    Rank 0 looks for it and tells the others. Damaged resume points that are newer are removed:
+    Rank 0 finds it and broadcasts its step. Damaged resume points that are newer are removed:
     the run writes those steps again.
 
     Args:

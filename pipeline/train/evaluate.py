@@ -15,11 +15,11 @@ from pipeline.data.stream import LoadedBatch, Rows, eval_batches
 from pipeline.metrics.catalog import Predictions, metric
 
 OnBad = Callable[[list[tuple[int, str]]], None]
-"""Told of rows that could not be decoded, with their reasons."""
+"""Called with rows that could not be decoded, and why."""
 
 
 def _ignore_bad_rows(bad: list[tuple[int, str]]) -> None:
-    """Rows in memory have been looked through before: nothing is told of them again."""
+    """Do nothing: bad rows in memory have been reported before."""
 
 
 @torch.no_grad()

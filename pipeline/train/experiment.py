@@ -22,7 +22,7 @@ from pipeline.data.length_buckets import BucketPlan
 from pipeline.data.plan import Plan
 from pipeline.data.stream import LoadedBatch, Rows, check_bad_row_budget, train_batches
 from pipeline.io import heartbeat, storage
-from pipeline.train import evaluate, loop, saved_inputs
+from pipeline.train import evaluate, loop, resume_history
 from pipeline.train.log import MetricsLog, RowTrace
 from pipeline.train.loop import Outcome, Ranks
 
@@ -107,7 +107,7 @@ def technique_of(config: ComponentConfig) -> Technique:
 
 def checkpoints_of(folder: str) -> str:
     """The folder of the resume points of a run."""
-    return storage.join(folder, saved_inputs.CHECKPOINTS)
+    return storage.join(folder, resume_history.CHECKPOINTS)
 
 
 def run(experiment: Experiment, ranks: Ranks) -> Finished:

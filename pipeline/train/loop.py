@@ -119,21 +119,17 @@ class TrainingRun:
     on_log: Callable[[Log], None] = lambda record: None
     on_eval: Callable[[int, dict[str, Any]], None] = lambda step, metrics: None
     on_rows: Callable[[int, np.ndarray], None] | None = None
-    """Told the row ids of every step that was taken (``trace_rows``)."""
+    """Called with the row ids of every step (``train.trace_rows``)."""
     bad_rows: Callable[[list[tuple[int, str]]], None] = lambda bad: None
     """Called with rows that could not be decoded, and why."""
     clock: Callable[[], float] = time.perf_counter
     alive: Callable[[], None] = heartbeat.beat
-    """Called at every step that was taken: whoever waits for this run sees that it does not
-    hang.
-    """
+    """Called at every step, so that a watchdog sees that the run does not hang."""
     restarts: bool = False
-    """Whether training starts again from step 0 where every resume point is damaged; else that is
-    an error.
-    """
+    """Start again from step 0 where every resume point is damaged, instead of raising an error."""
     on_start: Callable[[int, list[str]], None] = lambda step, notes: None
-    """Told, before anything is logged, the step at which training starts (0, or that of the resume
-    point) and a line for each damaged resume point that was passed over.
+    """Called before anything is logged with the step at which training starts (0, or that of the
+    resume point) and a line for each damaged resume point that was skipped.
     """
 
 
@@ -156,8 +152,8 @@ class Outcome:
     seconds_before: float = 0.0
 
 
-class _Live:
-    """What lives for one phase: the wrapped module, its optimiser and its parameters."""
+class _PhaseState:
+    """The wrapped module, the optimiser and the parameters of one phase."""
 
     def __init__(self, run: TrainingRun, phase: Phase):
         task, train = run.task, run.train
@@ -175,7 +171,7 @@ class _Live:
             )
         self.optimizer = optim.optimizer(self.groups, train)
         self.module: nn.Module = torch.compile(task) if train.compile else task  # type: ignore[assignment]
-        if run.ranks.count > 1:  # wrapped anew: DDP would not reduce a layer that is thawed later
+        if run.ranks.count > 1:  # wrapped again: DDP does not reduce layers that are thawed later
             self.module = DistributedDataParallel(self.module, gradient_as_bucket_view=True)
         self.statistics = [buffer for buffer in task.buffers() if buffer.is_floating_point()]
         self.sound = [buffer.clone() for buffer in self.statistics]
@@ -199,8 +195,10 @@ class _Live:
 
 
 def autocast(train: Train, device: torch.device):
-    """bf16 where the hardware has it (auto), or as told. Raises ValueError for bf16 on a GPU
-    without it.
+    """The autocast context of ``train.precision``; auto is bf16 where the GPU has it.
+
+    Raises:
+        ValueError: bf16 on a GPU without it.
     """
     able = device.type == "cuda" and torch.cuda.is_bf16_supported()
     if train.precision == "bf16" and device.type == "cuda" and not able:
@@ -246,7 +244,7 @@ def fit(run: TrainingRun) -> Outcome:
 
     eval_every = train.eval_every_steps or max(1, run.steps // 5)
     progress = _Progress(run, saved, damaged)
-    live: _Live | None = None
+    live: _PhaseState | None = None
     phase_number = -1
     stopped = False
     stream = run.batches(range(start, run.steps))
@@ -257,7 +255,7 @@ def fit(run: TrainingRun) -> Outcome:
             # ---- a new phase: freeze, thaw, wrap, new optimiser
             if live is None or step == starts[phase_number + 1]:
                 phase_number = int(np.searchsorted(starts, step, side="right")) - 1
-                live = _Live(run, phases[phase_number])
+                live = _PhaseState(run, phases[phase_number])
                 if saved and step == start:
                     if saved["phase"] == phase_number:
                         live.optimizer.load_state_dict(saved["optimizer"])
@@ -363,7 +361,7 @@ class _Progress:
             f"{rows}"
         )
 
-    def record(self, done: int, phase: Phase, live: _Live, norm: Tensor) -> Log:
+    def record(self, done: int, phase: Phase, live: _PhaseState, norm: Tensor) -> Log:
         """The log line of the steps since the last one."""
         run, now = self.run, self.run.clock()
         seconds = max(now - self.logged_at, 1e-9)
@@ -407,7 +405,7 @@ class _Progress:
             return False
         return _rank_zero_verdict(run.clock() - self.saved_at >= 60 * minutes, run.ranks)
 
-    def save(self, done: int, phase: int, live: _Live, ema: optim.EMA | None) -> None:
+    def save(self, done: int, phase: int, live: _PhaseState, ema: optim.EMA | None) -> None:
         """Write a resume point."""
         run = self.run
         assert run.checkpoints is not None
@@ -426,7 +424,7 @@ class _Progress:
         self.saved_at = run.clock()
 
 
-def _backward(run: TrainingRun, live: _Live, batch: Batch, names: tuple[str, ...]) -> Tensor:
+def _backward(run: TrainingRun, live: _PhaseState, batch: Batch, names: tuple[str, ...]) -> Tensor:
     """Forward and backward of every micro-batch; the last one reduces gradients over ranks.
 
     Returns:
@@ -492,7 +490,7 @@ def _params_trained(run: TrainingRun, phases: tuple[Phase, ...]) -> int:
 
 @torch.no_grad()
 def _step(
-    live: _Live,
+    live: _PhaseState,
     stats: Tensor,
     ranks: Ranks,
     train: Train,

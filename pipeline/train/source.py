@@ -21,7 +21,7 @@ from pipeline.data.plan import Mixture, Plan
 from pipeline.data.stream import Decoder, Rows, check_bad_row_budget
 from pipeline.io import atomic_folder, storage
 from pipeline.io.file_identity import ChangedFileError, FileIdentity
-from pipeline.train import config_checks, row_checks, saved_inputs, token_rows
+from pipeline.train import config_checks, resume_history, row_checks, token_rows
 from pipeline.train import fit as fitting
 from pipeline.train import online_probe as probes
 from pipeline.train.row_checks import Finding
@@ -37,7 +37,7 @@ WORKING_PARTS = (
     "modality.json",
     "log",
     "ray",
-    saved_inputs.FILE,
+    resume_history.FILE,
 )
 """What a source's folder holds beside its bundle."""
 STRETCHED, ROUNDED = 1.1, 1.0
@@ -278,8 +278,8 @@ def begin(stage: SourceStage) -> list[dict[str, Any]]:
     the parts of other code go. The bundle that is there stays until the new one is whole.
     """
     now = made_by(stage.spec)
-    is_of_others = bool(saved_inputs.changed_since(stage.uri, now)) or (
-        stage.has_bundle and not saved_inputs.read_provenance(stage.uri)
+    is_of_others = bool(resume_history.changed_since(stage.uri, now)) or (
+        stage.has_bundle and not resume_history.read_provenance(stage.uri)
     )
     if stage.remake and is_of_others:
         for part in WORKING_PARTS:
@@ -287,7 +287,7 @@ def begin(stage: SourceStage) -> list[dict[str, Any]]:
         for file in storage.list_files(stage.uri, recursive=False):
             if file.rpartition("/")[2].startswith("rows-rank"):
                 storage.remove_tree(file)
-    return saved_inputs.record(stage.uri, now)
+    return resume_history.record(stage.uri, now)
 
 
 def check_plan(stage: SourceStage, corpora: tuple[int, ...]) -> None:

@@ -19,7 +19,7 @@ from pipeline.config.schema import CHECKPOINT_PREFIXES
 from pipeline.io import atomic_folder, checksums, storage
 from pipeline.report import results
 from pipeline.report.matrix import SCRATCH, cell_key
-from pipeline.train import saved_inputs
+from pipeline.train import resume_history
 
 USES_FILE = "uses.json"
 """In a job's folder: the bundles and checkpoints that its sources start from, so that no other job
@@ -128,7 +128,7 @@ def _stale_stacks(root: str, current: set[str]) -> tuple[str, ...]:
     """
     out = []
     for name in _folders(storage.join(root, STACKS)):
-        trials = saved_inputs.trials_of(storage.join(root, STACKS, name))
+        trials = resume_history.trials_of(storage.join(root, STACKS, name))
         if not trials or not set(trials) <= current:
             out.append(name)
     return tuple(out)

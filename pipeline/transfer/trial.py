@@ -32,7 +32,7 @@ from pipeline.io import atomic_folder, checksums, file_identity, heartbeat, stor
 from pipeline.io.file_identity import FileIdentity
 from pipeline.metrics.catalog import Predictions, metric, per_label, scored
 from pipeline.report import stats
-from pipeline.train import evaluate, experiment, loop, saved_inputs
+from pipeline.train import evaluate, experiment, loop, resume_history
 from pipeline.train.experiment import Experiment
 from pipeline.train.loop import Ranks
 from pipeline.train.pretrain import device_name, shuffle_of, steps_of
@@ -384,13 +384,13 @@ def run(
     return record
 
 
-def history_of(folder: str, trials: list[Trial], shared: Shared) -> saved_inputs.ResumeHistory:
+def history_of(folder: str, trials: list[Trial], shared: Shared) -> resume_history.ResumeHistory:
     """What made the resume points in a folder of trials that differ in seeds and settings alone."""
     first = trials[0]
     spec = shared.targets[first.target, first.base].spec
     made = made_by(spec, shared.bases[first.base], first.technique)
     weights = shared.parent_weights.get(first.source)
-    return saved_inputs.ResumeHistory(folder, made, weights, [trial.id for trial in trials])
+    return resume_history.ResumeHistory(folder, made, weights, [trial.id for trial in trials])
 
 
 def predict_test(
@@ -648,7 +648,7 @@ def write(
             row["bundle_uri"] = uri
     checksums.write_document(storage.join(where, RECORD), record)
     if record["status"] != "failed":
-        saved_inputs.clear(where)
+        resume_history.clear(where)
 
 
 def read_predictions(root: str, trial_id: str, seed: int) -> stats.RunPredictions | None:

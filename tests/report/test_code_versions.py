@@ -32,7 +32,7 @@ from pipeline.config.schema import Job
 from pipeline.data.stream import DataWorkers
 from pipeline.io import checksums, storage
 from pipeline.report import code_versions, matrix, report, results
-from pipeline.train import loop, pretrain, saved_inputs, source
+from pipeline.train import loop, pretrain, resume_history, source
 from pipeline.train.loop import Ranks
 from pipeline.transfer import cached_heads, dry_run, grid, stages, trial
 
@@ -298,7 +298,7 @@ def test_a_trial_that_other_code_goes_on_with_says_so(
     folder = storage.join(job.root, "trials", one)
     assert (
         storage.list_files(storage.join(folder, "checkpoints"))
-        and len(saved_inputs.read_provenance(folder)) == 1
+        and len(resume_history.read_provenance(folder)) == 1
     )
     edit("pipeline.train.loop")
     state, _ = again(job)
@@ -307,7 +307,7 @@ def test_a_trial_that_other_code_goes_on_with_says_so(
     assert state.trial_provenance[one].changes == (
         "begun by other code or versions (pipeline.train.loop changed)",
     )
-    assert saved_inputs.read_provenance(folder) == [], "the record has it"
+    assert resume_history.read_provenance(folder) == [], "the record has it"
     state, _ = again(job, "trials")
     record = trial.read_record(job.root, one)
     assert (
@@ -383,7 +383,7 @@ def test_resume_points_of_before_they_had_a_record_count_as_not_recorded(
 ):
     shared, one = full_trial(with_resume_points(toy(tmp_path, bundles, paths), "full"))
     killed_in_training(monkeypatch, lambda: trial.run(one, shared, Ranks()))
-    storage.remove_tree(storage.join(trial.folder(shared, one), saved_inputs.FILE))
+    storage.remove_tree(storage.join(trial.folder(shared, one), resume_history.FILE))
     record = trial.run(one, shared, Ranks())
     assert record["resumed_from"] > 0
     origin = code_versions.provenance_of_record(
@@ -533,7 +533,7 @@ def test_a_half_trained_source_of_before_is_marked_or_made_anew(tmp_path, paths)
     job = pretraining(tmp_path, paths)
     stage = prepared(job).sources["src"]
     leftover = storage.join(stage.uri, "checkpoints", "old.json")
-    record = storage.join(stage.uri, saved_inputs.FILE)
+    record = storage.join(stage.uri, resume_history.FILE)
     storage.write_json(leftover, {})
     others = source.begin(stage)
     assert len(others) == 1 and provenance.from_metadata(others[0]) is None, (

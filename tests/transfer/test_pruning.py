@@ -17,7 +17,7 @@ from pipeline.config.provenance import Provenance
 from pipeline.config.schema import Job
 from pipeline.io import storage
 from pipeline.report import results
-from pipeline.train import saved_inputs
+from pipeline.train import resume_history
 from pipeline.transfer import pruning, stages, trial
 
 
@@ -100,8 +100,8 @@ def test_stacks_of_stale_trials_go(both):
     now = Provenance({}, {})
     for name, ids in (("old", old), ("mixed", old | new), ("new", new)):
         folder = storage.join(job.root, "stacks", name)
-        storage.write_json(storage.join(folder, saved_inputs.CHECKPOINTS, "point.json"), {})
-        saved_inputs.record_start(folder, now, None, 0, sorted(ids))
+        storage.write_json(storage.join(folder, resume_history.CHECKPOINTS, "point.json"), {})
+        resume_history.record_start(folder, now, None, 0, sorted(ids))
     storage.write_json(
         storage.join(job.root, "stacks", "of_before", "step-0000000004", "state.json"), {}
     )

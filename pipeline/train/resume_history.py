@@ -1,8 +1,8 @@
-"""What made the parts of a source or trial that is not complete yet.
+"""Which code and library versions have worked on a source or trial that is not complete yet.
 
-A killed run is gone on with from its resume points, also by code or library versions other than
-those that wrote them. So that a result never mixes them without a word, its folder names what
-worked in it, and the complete result what began it.
+A killed run continues from its resume points, even where the code or a library has changed since.
+So that a result never mixes versions unnoticed, its folder lists those that worked in it, and the
+complete result says which ones began it.
 """
 
 from __future__ import annotations
@@ -16,23 +16,21 @@ from pipeline.io import checksums, storage
 from pipeline.train import checkpoint
 
 FILE = "made_by.json"
-"""In the folder of a source, trial or stack: what worked in it, oldest first."""
+"""In the folder of a source, trial or stack of heads: what worked in it, oldest first."""
 CHECKPOINTS = "checkpoints"
 """In the same folder: its resume points."""
 _PARTS = (CHECKPOINTS, "initial", "tokens")
-"""What a run that was killed leaves and the next one goes on with."""
+"""What a killed run leaves for the next one to continue from."""
 _NOT_RECORDED: dict[str, Any] = {}
-"""Stands for code and versions of which nothing was recorded (`provenance.recorded` reads it
-so).
-"""
+"""Stands for code and versions that were not recorded (`provenance.from_metadata`)."""
 _WEIGHTS = "parent_weights"
 
 
 def read_provenance(folder: str) -> list[dict[str, Any]]:
-    """What has worked in a folder, as `MadeBy.facts` has it; empty where nothing has.
+    """Code and versions that have worked in a folder (`Provenance.metadata`), oldest first.
 
-    Parts that are there without a record (it is damaged, or they are older than the record)
-    count as made by something that was not recorded.
+    Parts without a record (it is damaged, or they are older than the record) count as made by
+    something that was not recorded.
     """
     remedy = "what code began it is not known any more"
     kept = checksums.document_or_none(storage.join(folder, FILE), remedy)
@@ -43,7 +41,7 @@ def read_provenance(folder: str) -> list[dict[str, Any]]:
 
 
 def changed_since(folder: str, now: Provenance) -> list[dict[str, Any]]:
-    """Of these what differs from what works now."""
+    """Those that have worked in a folder and differ from ``now``."""
     return _others(read_provenance(folder), now)
 
 
@@ -59,7 +57,7 @@ def record(folder: str, now: Provenance) -> list[dict[str, Any]]:
     """Record that ``now`` works in the folder of a source.
 
     Returns:
-        What else has worked in it before.
+        Other code and versions that have worked in it before.
     """
     before = read_provenance(folder)
     others = _others(before, now)
@@ -71,7 +69,7 @@ def record(folder: str, now: Provenance) -> list[dict[str, Any]]:
 
 
 def clear(folder: str) -> None:
-    """Remove the resume points and the record: a complete result says itself what made it."""
+    """Remove the resume points and the record; a complete result has a record of its own."""
     checkpoint.clear(storage.join(folder, CHECKPOINTS))
     storage.remove_tree(storage.join(folder, FILE))
 
@@ -80,14 +78,14 @@ def clear(folder: str) -> None:
 
 
 def drop_incompatible(folder: str, now: Provenance, weights: str | None, remake: bool) -> None:
-    """Remove resume points that a trial or stack must not go on from, before it looks for them.
+    """Remove resume points that a trial or stack of heads must not continue from.
 
-    Those trained from other weights of the source are never gone on with: the result would name
-    the weights of now. Those of other code or versions go where they are to be made anew.
+    That is those trained from other weights of the source, since the result would name the present
+    weights; and, where results of other versions are to be remade, those of other versions.
 
     Args:
-        weights: SHA-256 of the source's weights as they are now; None for scratch.
-        remake: Whether what other code or versions made is made anew.
+        weights: SHA-256 of the source's present weights; None for scratch.
+        remake: Whether what other code or versions made is to be made again.
     """
     if not storage.is_dir(storage.join(folder, CHECKPOINTS)):
         return
@@ -107,24 +105,24 @@ def drop_incompatible(folder: str, now: Provenance, weights: str | None, remake:
 def record_start(
     folder: str, now: Provenance, weights: str | None, step: int, trials: list[str]
 ) -> list[dict[str, Any]]:
-    """Record that ``now`` trains a trial or stack from ``step`` on.
+    """Record that ``now`` trains a trial or stack of heads from ``step`` on.
 
-    What worked there before counts only where its resume point is gone on from: at step 0
+    What worked there before counts only where training continues from its resume point; at step 0
     nothing of it is used.
 
     Args:
-        weights: SHA-256 of the source's weights as they are now; None for scratch.
+        weights: SHA-256 of the source's present weights; None for scratch.
         trials: Ids of the trials that the resume points belong to.
 
     Returns:
-        What else has made the resume point.
+        Other code and versions that have made the resume point.
     """
     before = read_provenance(folder) if step else []
     others = _others(before, now)
-    worked = before
+    begun_by = before
     if len(others) == len(before):
-        worked = [*before, {**now.metadata(), _WEIGHTS: weights}]
-    checksums.write_document(storage.join(folder, FILE), {"begun_by": worked, "trials": trials})
+        begun_by = [*before, {**now.metadata(), _WEIGHTS: weights}]
+    checksums.write_document(storage.join(folder, FILE), {"begun_by": begun_by, "trials": trials})
     return others
 
 
@@ -135,11 +133,11 @@ class ResumeHistory:
     folder: str
     now: Provenance
     weights: str | None
-    """SHA-256 of the source's weights as they are now; None for scratch."""
+    """SHA-256 of the source's present weights; None for scratch."""
     trials: list[str]
     """Ids of the trials that the resume points belong to."""
     others: list[dict[str, Any]] = field(default_factory=list)
-    """What else made the resume point that training continues from."""
+    """Other code and versions that made the resume point that training continues from."""
     damaged: list[str] = field(default_factory=list)
     """A line for each damaged resume point that was passed over."""
 
@@ -153,9 +151,7 @@ class ResumeHistory:
 
 
 def trials_of(folder: str) -> list[str]:
-    """Ids of the trials that the resume points in a folder belong to; empty where that is not
-    known.
-    """
+    """Ids of the trials that the resume points in a folder belong to, as far as it is known."""
     kept = checksums.document_or_none(
         storage.join(folder, FILE), "its trials are not known any more"
     )
