@@ -205,31 +205,35 @@ def _predictions(root: str, trial_id: str, record: Record) -> bytes | None:
 
 
 def build(trial: Trial, shared: Shared) -> tuple[Task, str, str]:
-    """The task at its start, what was transferred in words, and a hash of its start weights."""
+    """Build the task that a trial starts with.
+
+    Returns:
+        The task, which tensors came from the source (in words), and a hash of its weights.
+
+    Raises:
+        ValueError: a trial without training whose head has nothing of the source's.
+    """
     data = shared.targets[trial.target, trial.base]
     seed = mix(shared.seed, trial.seed)
     task = bundle.build_task(data.arch, data.objective, seed=seed, head_seed=mix(seed, 1))
-    moved = "backbone and head new (scratch)"
-    if trial.source != SCRATCH:
-        tensors = {
-            name: torch.from_numpy(array) for name, array in shared.weights[trial.source].items()
-        }
-        moved = bundle.transfer(task.backbone, tensors, trial.source).text()
-        kept, description = 0, "head new"
-        if type(task.objective).transfers_head:
-            theirs, head = shared.heads[trial.source]
-            kept, description = bundle.carry_tensors(
-                task.objective,
-                theirs,
-                {name: torch.from_numpy(array) for name, array in head.items()},
-            )
-        if not trial.technique_object.needs_training and not kept:
-            raise ValueError(
-                f"{trial.technique.name}: nothing of the head of source {trial.source} fits "
-                f"this target ({description}): it can only be fine-tuned"
-            )
-        moved += f"; {description}"
-    return task, moved, weights_hash(task)
+    if trial.source == SCRATCH:
+        return task, "backbone and head new (scratch)", weights_hash(task)
+    weights = _tensors(shared.weights[trial.source])
+    backbone = bundle.transfer(task.backbone, weights, trial.source).text()
+    kept, head = 0, "head new"
+    if type(task.objective).transfers_head:
+        source_objective, arrays = shared.heads[trial.source]
+        kept, head = bundle.carry_tensors(task.objective, source_objective, _tensors(arrays))
+    if not trial.technique_object.needs_training and not kept:
+        raise ValueError(
+            f"{trial.technique.name}: nothing of the head of source {trial.source} fits this "
+            f"target ({head}): it can only be fine-tuned"
+        )
+    return task, f"{backbone}; {head}", weights_hash(task)
+
+
+def _tensors(arrays: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 def weights_hash(task: torch.nn.Module) -> str:
@@ -241,58 +245,49 @@ def weights_hash(task: torch.nn.Module) -> str:
 
 
 def resolve_training(trial: Trial, shared: Shared) -> tuple[Train, Rows, int]:
-    """The training spec as it runs, the labelled rows of this trial and the steps.
+    """The training settings as they are used, the labelled rows of this trial, and its steps.
 
-    The batch is never larger than the rows; a frozen backbone reads rows without augmentation.
-    Where its features are computed once, batches have as many rows as ``batch_cost`` holds on
-    average: features are all of one length.
+    The batch is never larger than the rows. A frozen backbone reads rows without augmentation;
+    where its features are computed once they are all of one length, so batches by ``batch_cost``
+    have as many rows as it stands for on average.
     """
-    data = shared.targets[trial.target, trial.base]
-    if not trial.technique_object.needs_training:
-        return (
-            data.spec.train.model_copy(
-                update={"global_batch": min(data.spec.train.global_batch, len(data.train))}
-            ),
-            data.train,
-            0,
-        )
-    rows = data.train.subset(
-        label_subset(data.train, data.labels, trial.label_fraction, mix(shared.seed, trial.seed))
-    )
-    train = with_hyper_parameters(data.spec.train, trial.hyper_parameters)
-    change: dict[str, Any] = {"augment": False} if trial.technique_object.frozen else {}
-    batch = train.global_batch
-    kept = (
-        data.in_memory
-        and not data.spec.workers
-        and registry.get("objective", data.objective["name"]).head_loss is not Objective.head_loss
-    )
-    if trial.technique_object.frozen and kept and train.batch_cost is not None:
-        assert data.train.costs is not None
-        batch, change["batch_cost"] = (
-            max(1, round(train.batch_cost / max(float(data.train.costs.mean()), 1e-9))),
-            None,
-        )
-    train = train.model_copy(update={**change, "global_batch": min(batch, len(rows))})
-    return (
-        train,
-        rows,
-        trial.technique_object.steps(steps_of(train, order_of(trial, shared, train, rows))),
-    )
+    data, technique = shared.targets[trial.target, trial.base], trial.technique_object
+    train, rows = data.spec.train, data.train
+    if not technique.needs_training:
+        batch = min(train.global_batch, len(rows))
+        return train.model_copy(update={"global_batch": batch}), rows, 0
+    seed = mix(shared.seed, trial.seed)
+    rows = rows.subset(label_subset(rows, data.labels, trial.label_fraction, seed))
+    train = with_hyper_parameters(train, trial.hyper_parameters)
+    batch, changes = train.global_batch, {}
+    if technique.frozen:
+        changes["augment"] = False
+        if train.batch_cost is not None and _caches_features(data):
+            assert data.train.costs is not None
+            mean_cost = max(float(data.train.costs.mean()), 1e-9)
+            batch, changes["batch_cost"] = max(1, round(train.batch_cost / mean_cost)), None
+    train = train.model_copy(update={**changes, "global_batch": min(batch, len(rows))})
+    steps = steps_of(train, order_of(trial, shared, train, rows))
+    return train, rows, technique.steps(steps)
+
+
+def _caches_features(data: TargetData) -> bool:
+    """Whether a frozen backbone's features are computed once for all trials."""
+    objective = registry.get("objective", data.objective["name"])
+    has_cached_head = objective.head_loss is not Objective.head_loss
+    return data.in_memory and not data.spec.workers and has_cached_head
 
 
 def order_of(trial: Trial, shared: Shared, train: Train, rows: Rows) -> Plan:
-    """The order in which a trial's training rows are read: the source's rule, but rows in memory
-    are permuted as a whole where nothing is said.
+    """The order in which a trial's training rows are read.
+
+    It is that of a source, but rows in memory are fully permuted unless the job says otherwise.
     """
     data = shared.targets[trial.target, trial.base]
     shards = train.canonical_shards or max(8, data.spec.workers)
-    shuffle = (
-        "rows"
-        if data.in_memory and data.spec.data.shuffle == "auto"
-        else shuffle_of(data.spec.data, rows.selection)
-    )
-    item_rows = 256 if data.in_memory else rows_an_item(rows, shards)  # no order depends on it
+    shuffle = shuffle_of(data.spec.data, rows.selection)
+    if data.in_memory and data.spec.data.shuffle == "auto":
+        shuffle = "rows"
     return plan_of(
         rows,
         mix(shared.seed, trial.seed, 2),
@@ -300,12 +295,13 @@ def order_of(trial: Trial, shared: Shared, train: Train, rows: Rows) -> Plan:
         train.batch_cost,
         shards=shards,
         shuffle=shuffle,
-        item_rows=item_rows,
+        # the order does not depend on it
+        item_rows=256 if data.in_memory else rows_an_item(rows, shards),
     )
 
 
 Report = Callable[[int, int, dict[str, Any]], None]
-"""Told the step, the steps in all and the validation metrics."""
+"""Called with step, steps in all and validation metrics."""
 
 
 def run(
