@@ -2,7 +2,7 @@
 which split each row is in.
 
 Everything that is read is Parquet: image folders, JSON Lines, CSV and plain text are brought into
-Parquet once (``imports``). A row id is the row's place in the sorted files of its manifest.
+Parquet once (``to_parquet``). A row id is the row's place in the sorted files of its manifest.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def build_with_named(
     uris: str | list[str], form: str, imports_uri: str, mode: file_identity.Mode = "content"
 ) -> tuple[Manifest, tuple[FileIdentity, ...]]:
     """As `build`, with the images or recordings that the rows of a folder of them name. ``mode``:
-    how files are identified (`identity`).
+    how files are identified (`file_identity`).
     """
     found = to_parquet.to_parquet(
         [uris] if isinstance(uris, str) else uris, form, imports_uri, mode

@@ -173,7 +173,7 @@ def to_parquet(
     uris: list[str], form: str, imports_uri: str, mode: identity.Mode = "content"
 ) -> ImportedFiles:
     """The given files as Parquet: themselves, or an import of them under ``imports_uri``. ``mode``:
-    how files are identified (`identity`).
+    how files are identified (`file_identity`).
 
     Raises ValueError for no files, kinds that are mixed, an empty file, or one that is cut off or
     has a row beyond the limit (file and line named); ChangedFileError for a file that changes while

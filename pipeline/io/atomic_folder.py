@@ -1,8 +1,7 @@
-"""Folders that are whole or absent: committed in one step, with a manifest that has every file's
-SHA-256.
+"""Commit folders in one step, so that they are complete or absent, with every file's SHA-256.
 
-A reader sees a committed folder whole, or the one before, or nothing; a flipped bit is found.
-Errors as in `storage`.
+A reader sees the complete committed folder, or the one before it, or none. The manifest holds the
+checksums, so that a flipped bit is found. Errors are those of `storage`.
 """
 
 from __future__ import annotations
@@ -23,22 +22,19 @@ from pipeline.io.s3 import DamagedError, NotFoundError, StorageError, Uri
 
 Files = Mapping[str, bytes | Path]
 
-_PARTS = {
-    "chunksize": 5 * 2**20,
-    "max_concurrency": 4,
-}  # 42 MiB in memory at any size; s3fs's defaults take 1 GB
+_PARTS = {"chunksize": 5 * 2**20, "max_concurrency": 4}
+"""Options of an upload: 42 MiB in memory for files of any size, where s3fs's defaults take 1 GB."""
 
 
 def with_checksum(manifest: Mapping[str, Any], key: str = "sha256") -> dict[str, Any]:
-    """A manifest with the SHA-256 of its own content (canonical JSON) under ``key``, replacing an
-    older one.
-    """
+    """Return a manifest with the SHA-256 of its own content (canonical JSON) under ``key``."""
     plain = {name: value for name, value in manifest.items() if name != key}
     canonical = json.dumps(json.loads(json.dumps(plain)), sort_keys=True, separators=(",", ":"))
     return {**plain, key: hashlib.sha256(canonical.encode()).hexdigest()}
 
 
 def _check_names(uri: Uri, names: Iterable[str], manifest_name: str = "") -> None:
+    """Raise StorageError for a name that is no relative path inside the folder."""
     for name in names:
         path = PurePosixPath(name)
         outside = path.is_absolute() or ".." in path.parts or "\\" in name
@@ -50,8 +46,11 @@ def _check_names(uri: Uri, names: Iterable[str], manifest_name: str = "") -> Non
 
 
 def entries(uri: Uri, manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """manifest["files"], which is data from outside: names stay in the folder, each has its size
-    and SHA-256.
+    """Return ``manifest["files"]``, checked, because a manifest is data from outside.
+
+    Raises:
+        DamagedError: An entry lacks its size or SHA-256.
+        StorageError: A name leads out of the folder.
     """
     found = manifest.get("files")
     if not isinstance(found, dict) or not all(
@@ -71,15 +70,27 @@ def entries(uri: Uri, manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def commit_folder(
     uri: Uri, files: Files, manifest: Mapping[str, Any], manifest_name: str = "manifest.json"
 ) -> dict[str, Any]:
-    """Write a folder that a reader sees whole or not at all; returns the manifest, with its "files"
-    filled in.
+    """Write a folder that a reader sees complete or not at all.
 
-    files: name in the folder (may hold slashes) -> bytes, or a local file that is handed over:
-    moved or streamed, never read whole into memory, gone after a success and untouched after a
-    failure. A folder committed at `uri` before is replaced: locally in one step, on S3 with a time
-    of absence. A local one with files but no manifest is refused; on S3 such files are what a
-    killed commit left, and are written over. Raises fence.LostLeaseError, with nothing changed, in
-    the folder of a run that lost its lease.
+    A folder that was committed at ``uri`` before is replaced: locally in one step, on S3 with a
+    moment of absence. A local folder with files but no manifest is refused. On S3 such files are
+    what a killed commit left, and are overwritten.
+
+    Args:
+        uri: The folder.
+        files: Name in the folder (with slashes, where it has subfolders) to bytes, or to a local
+            file
+            that is handed over: it is moved or streamed, never read whole into memory, gone after a
+                success and untouched after a failure.
+        manifest: What else the manifest says.
+        manifest_name: The manifest's file name.
+
+    Returns:
+        The manifest as it was written, with ``files`` and its own checksum.
+
+    Raises:
+        write_fence.LostLeaseError: The folder belongs to a run that lost its lease. Nothing is
+        changed.
     """
     write_fence.check(uri)
     remote, path = s3.split(uri, below_root=True)
@@ -88,15 +99,8 @@ def commit_folder(
     if remote:
         whole = _commit_s3(os.fspath(uri), files, manifest, manifest_name)
     else:
-        whole = s3.call(
-            "commit",
-            uri,
-            _commit_local,
-            Path(os.path.realpath(path)),
-            files,
-            manifest,
-            manifest_name,
-        )
+        final = Path(os.path.realpath(path))
+        whole = s3.call("commit", uri, _commit_local, final, files, manifest, manifest_name)
     for source in files.values():
         if not isinstance(source, bytes):
             with suppress(OSError):
@@ -107,16 +111,13 @@ def commit_folder(
 def _commit_local(
     final: Path, files: Files, manifest: Mapping[str, Any], manifest_name: str
 ) -> dict[str, Any]:
+    """Commit a local folder by way of a temporary one that is then moved into place."""
     _refuse_foreign(final, manifest_name)
     temporary = storage.beside(final)
     try:
         temporary.mkdir(parents=True)
-        whole = with_checksum(
-            {
-                **manifest,
-                "files": {name: _stage(source, temporary / name) for name, source in files.items()},
-            }
-        )
+        staged = {name: _stage(source, temporary / name) for name, source in files.items()}
+        whole = with_checksum({**manifest, "files": staged})
         for folder in {(temporary / name).parent for name in files}:
             storage.sync_folder(folder)
         storage.write_local(temporary / manifest_name, storage.encode(whole))
@@ -129,8 +130,9 @@ def _commit_local(
 
 
 def _stage(source: bytes | Path, target: Path) -> dict[str, Any]:
-    """Put one file on disk, by a hard link where that works, so that a failure leaves the source;
-    returns its entry.
+    """Write one file to disk and return its entry.
+
+    A local file is hard-linked where that works, so that a failure leaves the source as it was.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(source, bytes):
@@ -149,13 +151,15 @@ def _stage(source: bytes | Path, target: Path) -> dict[str, Any]:
 
 
 def entry_of_bytes(data: bytes) -> dict[str, Any]:
-    """What a manifest says of a file: its SHA-256 and size."""
+    """Return what a manifest says of a file with these bytes: its SHA-256 and size."""
     return {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
 
 
 def entry_of_file(path: Path) -> dict[str, Any]:
-    """The same of a local file; of a large one also the digest by which `identity` knows it, so
-    that nobody reads it twice.
+    """Return what a manifest says of a local file: its SHA-256 and size.
+
+    The entry of a large file also has the digest by which `file_identity` knows it, so that nobody
+    reads the file again for that.
     """
     whole, pieces = hashlib.sha256(), []
     count = os.path.getsize(path)
@@ -174,12 +178,15 @@ def entry_of_file(path: Path) -> dict[str, Any]:
 
 
 def _reads(total: int, size: int = 4 * 2**20) -> list[int]:
+    """Return the sizes of the reads that a number of bytes takes."""
     return [min(size, total - start) for start in range(0, total, size)]
 
 
 def _usual_mode() -> int:
-    """The mode of a file that ``open`` makes here: files that are handed over (safetensors',
-    temporary ones) are 0600, and a colleague of the same group could not read a bundle.
+    """Return the mode of a file that ``open`` makes here.
+
+    Files that are handed over (those of safetensors, temporary ones) have mode 0600. With that a
+    colleague of the same group could not read a bundle.
     """
     try:
         status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
@@ -193,6 +200,7 @@ def _usual_mode() -> int:
 
 
 def _refuse_foreign(final: Path, manifest_name: str) -> None:
+    """Raise StorageError for a folder that has files but no manifest."""
     if final.is_dir() and not (final / manifest_name).exists() and any(final.iterdir()):
         raise StorageError(
             f"{final} has files but no {manifest_name}; replacing it could lose work: choose "
@@ -201,17 +209,17 @@ def _refuse_foreign(final: Path, manifest_name: str) -> None:
 
 
 def _swap_in(temporary: Path, final: Path) -> None:
-    """Make `temporary` the folder at `final`; one there before is exchanged with it in one step,
-    then removed.
+    """Move ``temporary`` to ``final``.
+
+    A folder that is there is exchanged in one step and removed.
     """
     try:
         os.rename(temporary, final)  # nothing there, or an empty folder
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
-        if not _exchange(
-            temporary, final
-        ):  # such as NFS: two renames, with nothing there between them
+        if not _exchange(temporary, final):
+            # such as NFS: two renames, with nothing there between them
             aside = storage.beside(final)
             os.rename(final, aside)
             try:
@@ -225,7 +233,7 @@ def _swap_in(temporary: Path, final: Path) -> None:
 
 
 def _exchange(left: Path, right: Path) -> bool:
-    """Linux's renameat2(RENAME_EXCHANGE); False where the system or the filesystem has none."""
+    """Exchange two paths by Linux's renameat2. Return false where there is no such call."""
     try:
         rename = ctypes.CDLL(None, use_errno=True).renameat2
     except (OSError, AttributeError):
@@ -237,55 +245,50 @@ def _exchange(left: Path, right: Path) -> bool:
 def _commit_s3(
     uri: str, files: Files, manifest: Mapping[str, Any], manifest_name: str
 ) -> dict[str, Any]:
+    """Commit a folder on S3: the manifest is removed first and written last."""
     manifest_uri, old = storage.join(uri, manifest_name), set()
     if storage.exists(manifest_uri):
         with suppress(StorageError):  # a manifest that cannot be read is replaced all the same
             old = set(entries(uri, open_folder(uri, manifest_name)))
         s3.remove_key(manifest_uri)
-    whole = with_checksum(
-        {
-            **manifest,
-            "files": {
-                name: _upload(storage.join(uri, name), source) for name, source in files.items()
-            },
-        }
-    )
-    for name in old.difference(
-        files
-    ):  # only what the old manifest names: no other key is ours to remove
+    uploaded = {name: _upload(storage.join(uri, name), source) for name, source in files.items()}
+    whole = with_checksum({**manifest, "files": uploaded})
+    # only what the old manifest names: no other key is ours to remove
+    for name in old.difference(files):
         s3.remove_key(storage.join(uri, name))
     storage.write_bytes(manifest_uri, storage.encode(whole))
     return whole
 
 
 def _upload(uri: str, source: bytes | Path) -> dict[str, Any]:
-    """Write one file of a folder on S3; returns its entry.
+    """Write one file of a folder on S3 and return its entry.
 
-    The entry has the object's ETag too, by which `checked.check_folder` knows it without reading
-    it.
+    The entry also has the object's ETag, by which `checksums.check_folder` knows the file without
+    reading it.
     """
     if isinstance(source, bytes):
         storage.write_bytes(uri, source)
         return {**entry_of_bytes(source), "etag": _etag(uri)}
     write_fence.check(uri)
     entry = s3.call("read", source, entry_of_file, source)
-    parts = {
-        **_PARTS,
-        "chunksize": max(_PARTS["chunksize"], -(-entry["size"] // 9_000)),
-    }  # S3 takes 10,000 parts at most
-    s3.call(
-        "write", uri, lambda: s3.client().put_file(os.fspath(source), s3.split(uri)[1], **parts)
-    )
+    # S3 takes 10,000 parts at most
+    parts = {**_PARTS, "chunksize": max(_PARTS["chunksize"], -(-entry["size"] // 9_000))}
+    target = s3.split(uri)[1]
+    s3.call("write", uri, lambda: s3.client().put_file(os.fspath(source), target, **parts))
     return {**entry, "etag": _etag(uri)}
 
 
 def _etag(uri: str) -> str:
+    """Return the ETag of an object, without quotation marks."""
     return storage.file_info(uri)["ETag"].strip('"')
 
 
 def open_folder(uri: Uri, manifest_name: str = "manifest.json") -> dict[str, Any]:
-    """The manifest of a committed folder, its own checksum verified. Raises NotFoundError when no
-    complete folder is there.
+    """Return the manifest of a committed folder, its own checksum verified.
+
+    Raises:
+        NotFoundError: There is no complete folder.
+        DamagedError: The manifest is not what was written.
     """
     try:
         manifest = storage.read_json(storage.join(uri, manifest_name))
@@ -307,15 +310,21 @@ def open_folder(uri: Uri, manifest_name: str = "manifest.json") -> dict[str, Any
 
 
 def verify_folder(uri: Uri, manifest: Mapping[str, Any]) -> None:
-    """Read every file that the manifest names; the error names the first one that is missing or
-    damaged.
+    """Read every file that the manifest names and compare it with its entry.
+
+    Raises:
+        DamagedError: Names the first file that differs.
+        NotFoundError: Names the first file that is missing.
     """
     for name, entry in entries(uri, manifest).items():
         verify_file(storage.join(uri, name), entry)
 
 
 def verify_file(uri: str, entry: Mapping[str, Any], copy: Path | None = None) -> None:
-    """Read a file (or its ``copy``) and compare it with its entry. Raises DamagedError."""
+    """Read a file, or its ``copy``, and compare it with its entry.
+
+    Raise DamagedError if they differ.
+    """
     checksum, count = storage.sha256(copy or uri)
     if (checksum, count) != (entry["sha256"], entry["size"]):
         raise DamagedError(
@@ -325,7 +334,7 @@ def verify_file(uri: str, entry: Mapping[str, Any], copy: Path | None = None) ->
 
 
 def describe_damage(uri: Uri, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """One line on a file whose bytes are not those of its entry."""
+    """Return one line on a file whose bytes are not those of its entry."""
     is_now = f"SHA-256 {found['sha256'][:12]} and {found['size']} bytes"
     was = f"{str(wanted.get('sha256'))[:12]} and {wanted.get('size')}"
     return f"{os.fspath(uri)} is damaged: {is_now}, its manifest says {was}"
@@ -334,11 +343,14 @@ def describe_damage(uri: Uri, found: Mapping[str, Any], wanted: Mapping[str, Any
 def fetch_folder(
     uri: Uri, destination: Path, verify: bool = True, manifest_name: str = "manifest.json"
 ) -> Path:
-    """A committed folder as a local one: a local folder itself; one on S3 copied to `destination`,
-    whole or not at all.
+    """Return a committed folder as a local one.
 
-    A `destination` that holds the same folder already is kept; one with other files in it is
+    A local folder is returned itself. A folder on S3 is copied to ``destination``, complete or not
+    at all. A ``destination`` that already holds the same folder is kept, one with other files is
     refused.
+
+    Args:
+        verify: Whether to compare every file with the manifest.
     """
     manifest, (remote, path) = open_folder(uri, manifest_name), s3.split(uri)
     final = Path(os.path.realpath(destination)) if remote else Path(path)

@@ -1,12 +1,11 @@
-"""The door by which what the program wrote is read back: nothing comes through that is not what was
-written.
+"""Read back what the program wrote, and notice when it is no longer what was written.
 
 Everything carries a SHA-256: a JSON document its own (`write_document`), bytes and files that of
-their folder's manifest (`keep_bytes`, `folders.commit_folder`). Damage is a `DamagedError`, one
-line that names the file. What can be made again is made again by whoever asked for it, and `tell`
-says so in the terminal.
+their folder's manifest (`keep_bytes`, `atomic_folder.commit_folder`). Damage raises a
+`DamagedError` whose message names the file in one line. What can be made again is made again by the
+caller, and `notify` says so in the terminal.
 
-A document that an earlier version wrote has no checksum. It is read as it is.
+A document of an earlier version has no checksum and is read as it is.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ log = logging.getLogger(__name__)
 _SEAL = "content_sha256"
 """The field of a document that holds the SHA-256 of all others."""
 _CONTENT = "content"
-"""The file in a folder of `keep_bytes`."""
+"""The name of the file in a folder of `keep_bytes`."""
 
 
 # ---------------------------------------------------------------- documents
@@ -36,8 +35,11 @@ def write_document(uri: Uri, value: Mapping[str, Any]) -> None:
 
 
 def read_document(uri: Uri) -> dict[str, Any]:
-    """A JSON object as `write_document` wrote it. Raises NotFoundError, and DamagedError where it
-    is not that.
+    """Return a JSON object that `write_document` wrote.
+
+    Raises:
+        NotFoundError: Nothing is there.
+        DamagedError: It is not what was written.
     """
     found = storage.read_json(uri)
     if not isinstance(found, dict):
@@ -50,6 +52,7 @@ def read_document(uri: Uri) -> dict[str, Any]:
 
 
 def _has_broken_seal(found: Mapping[str, Any]) -> bool:
+    """Return whether the checksum of a document is wrong, or its field's name seems damaged."""
     if _SEAL in found:
         return found[_SEAL] != atomic_folder.with_checksum(found, _SEAL)[_SEAL]
     # a flipped bit in the name of the seal must not make the document look like one of an earlier
@@ -62,8 +65,10 @@ def _has_broken_seal(found: Mapping[str, Any]) -> bool:
 
 
 def document_or_none(uri: Uri, remedy: str) -> dict[str, Any] | None:
-    """A document, or none where nothing is there or it is damaged; damage is told with what happens
-    now (``remedy``).
+    """Return a document, or None where nothing is there or where it is damaged.
+
+    Args:
+        remedy: What happens now, for the notification about damage.
     """
     try:
         return read_document(uri)
@@ -75,7 +80,7 @@ def document_or_none(uri: Uri, remedy: str) -> dict[str, Any] | None:
 
 
 def is_damaged(uri: Uri) -> bool:
-    """Whether a document is there and is not what was written."""
+    """Return whether a document is there and is not what was written."""
     try:
         read_document(uri)
     except storage.NotFoundError:
@@ -89,20 +94,25 @@ def is_damaged(uri: Uri) -> bool:
 
 
 def keep_bytes(uri: Uri, data: bytes) -> None:
-    """Keep bytes in a folder of their own, with a manifest; what was kept there before is
-    replaced.
-    """
+    """Write bytes into a folder of their own, with a manifest, in the place of earlier ones."""
     atomic_folder.commit_folder(uri, {_CONTENT: data}, {})
 
 
 def read_kept(uri: Uri) -> bytes:
-    """What `keep_bytes` kept. Raises NotFoundError, and DamagedError where it is not that."""
+    """Return what `keep_bytes` wrote.
+
+    Raises:
+        NotFoundError: Nothing is there.
+        DamagedError: It is not what was written.
+    """
     return read_file(uri, atomic_folder.open_folder(uri), _CONTENT)
 
 
 def kept_bytes(uri: Uri, remedy: str) -> bytes | None:
-    """What `keep_bytes` kept, or none where nothing is there or it is damaged, which is told with
-    what happens now.
+    """Return what `keep_bytes` wrote, or None where nothing is there or where it is damaged.
+
+    Args:
+        remedy: What happens now, for the notification about damage.
     """
     try:
         return read_kept(uri)
@@ -114,8 +124,10 @@ def kept_bytes(uri: Uri, remedy: str) -> bytes | None:
 
 
 def read_file(uri: Uri, manifest: Mapping[str, Any], name: str) -> bytes:
-    """The bytes of a file that a folder's manifest names. Raises DamagedError where they are not
-    those that were written.
+    """Return the bytes of a file that a folder's manifest names.
+
+    Raises:
+        DamagedError: They are not those that were written, or the file is gone.
     """
     entry = atomic_folder.entries(uri, manifest).get(name)
     place = storage.join(uri, name)
@@ -137,12 +149,14 @@ def check_bytes(uri: Uri, data: bytes, entry: Mapping[str, Any]) -> None:
 
 
 def check_folder(uri: Uri, manifest: Mapping[str, Any]) -> None:
-    """Compare every file with the manifest of its folder. Raises DamagedError naming the first that
-    differs or is gone.
+    """Compare every file of a folder with the folder's manifest.
 
-    A local file is read once: what was read is remembered while its times of change, size and inode
-    stay (`identity`). An object on S3 is known by its ETag. Where the manifest has none, as those
-    of earlier versions, it is read, several at once.
+    A local file is read once: its digest is remembered while its times of change, size and inode
+    stay the same (`file_identity`). An object on S3 is compared by its ETag. Where the manifest has
+    none, as those of earlier versions, the objects are read, several at once.
+
+    Raises:
+        DamagedError: Names the first file that differs or is gone.
     """
     entries = atomic_folder.entries(uri, manifest)
     places = [storage.join(uri, name) for name in entries]
@@ -158,10 +172,10 @@ def check_folder(uri: Uri, manifest: Mapping[str, Any]) -> None:
 
 
 def intact_folder(uri: Uri, remedy: str) -> dict[str, Any] | None:
-    """The manifest of a folder whose files are as they were written, or none where there is none or
-    a damaged one.
+    """Return the manifest of a folder whose files are as they were written, else None.
 
-    Damage is told with what happens now (``remedy``).
+    Args:
+        remedy: What happens now, for the notification about damage.
     """
     try:
         manifest = atomic_folder.open_folder(uri)
@@ -175,8 +189,9 @@ def intact_folder(uri: Uri, remedy: str) -> dict[str, Any] | None:
 
 
 def is_same(content: str, entry: Mapping[str, Any]) -> bool:
-    """Whether what `identity` read of a file is what its entry says. Of a large file whose entry is
-    older than digests of pieces the size decides.
+    """Return whether a content that `file_identity` found is the one that a manifest's entry says.
+
+    Entries of older versions have no digest of pieces for a large file. Then its size decides.
     """
     is_old_large = (
         content.startswith(f"{entry['size']}-sha256-pieces:") and "sha256_pieces" not in entry
@@ -185,7 +200,7 @@ def is_same(content: str, entry: Mapping[str, Any]) -> bool:
 
 
 def _contents(entry: Mapping[str, Any]) -> set[str]:
-    """What `identity` calls the content of a file with this entry."""
+    """Return what `file_identity` may call the content of a file with this entry."""
     size = entry["size"]
     found = {f"{size}-sha256:{entry['sha256']}"}
     if "sha256_pieces" in entry:
@@ -195,7 +210,7 @@ def _contents(entry: Mapping[str, Any]) -> set[str]:
     return found
 
 
-# ---------------------------------------------------------------- what is told
+# ---------------------------------------------------------------- notifications
 
 _LISTENERS: list[Callable[[str], object]] = []
 _ALREADY_SENT: set[str] = set()
@@ -203,7 +218,7 @@ _ALREADY_SENT: set[str] = set()
 
 @contextlib.contextmanager
 def notifications_to(listener: Callable[[str], object]) -> Iterator[None]:
-    """Within this block what `tell` says goes to ``listener``, each line once."""
+    """Send what `notify` says in this block to ``listener``, each line once."""
     _LISTENERS.append(listener)
     _ALREADY_SENT.clear()
     try:
@@ -213,7 +228,9 @@ def notifications_to(listener: Callable[[str], object]) -> Iterator[None]:
 
 
 def notify(line: str) -> None:
-    """Say a line to who listens, else to the log. A line that was said before is not repeated."""
+    """Send a line to the newest listener, or to the log when there is none; repeated lines are
+    dropped.
+    """
     if line in _ALREADY_SENT:
         return
     _ALREADY_SENT.add(line)

@@ -1,10 +1,9 @@
-"""The identity of files: what they hold as one short text, and whether they still hold it. Every
-key asks here.
+"""Identify files by what they hold, and find out whether they still hold it.
 
-A local file is identified by the SHA-256 of all of its bytes. It is read once: what was read is
-remembered in the user's cache folder by path, size, times of change and inode (`_Memory`). An
-object on S3 is identified by its ETag. With the mode ``stat`` a local file is not read at all: its
-size and its time of change stand for what it holds.
+All keys come from here. A local file is identified by the SHA-256 of all of its bytes. It is read
+once: its digest is remembered in the user's cache folder by path, size, times of change and inode
+(`_Memory`). An object on S3 is identified by its ETag. With the mode ``stat`` a local file is not
+read at all: its size and its time of change stand for its content.
 """
 
 from __future__ import annotations
@@ -30,26 +29,29 @@ Mode = Literal["content", "stat"]
 log = logging.getLogger(__name__)
 
 PIECE_BYTES = 64 << 20
-"""Pieces of this size are hashed by several threads at once. A file of one piece has its plain
-SHA-256, a larger one the SHA-256 of the digests of its pieces.
+"""Large files are hashed in pieces of this size, by several threads.
+
+A file of one piece is identified by its plain SHA-256, a larger one by the SHA-256 of the digests
+of its pieces.
 """
 READ_BYTES = 1 << 20
 THREADS = 16
 FILES_A_TASK = 64
 GRAIN_SECONDS = 2.0
-"""Two changes of a file within this time may have the same time of change (2 s on FAT). Only a file
-that was left alone for so long before it was read is remembered.
+"""Two changes of a file within this time may have the same time of change (2 s on FAT).
+
+Only a file that had been left alone for so long before it was read is remembered.
 """
 SAVE_SECONDS, PROGRESS_AFTER_SECONDS = 5.0, 2.0
 LISTED_FILES = 10
-"""From so many objects in a folder on S3 on the folder is listed, instead of asking for each
-object.
-"""
+"""Number of objects in one S3 folder from which on the folder is listed instead."""
 ABSENT = "absent"
 NUL = "\0"
-"""No name of a file holds it."""
+"""A character that no file name holds."""
 _FORMAT = 1
-_PROGRESS: ContextVar[Callable[[str], object] | None] = ContextVar("identity_tell", default=None)
+_PROGRESS: ContextVar[Callable[[str], object] | None] = ContextVar(
+    "identity_progress", default=None
+)
 
 
 class ChangedFileError(storage.StorageError):
@@ -57,11 +59,16 @@ class ChangedFileError(storage.StorageError):
 
 
 class FileIdentity(NamedTuple):
-    """A file as it was when it was looked at.
+    """A file as it was when it was identified.
 
-    ``content`` is its size and what identifies its bytes: ``12-sha256:...``, on S3 ``12-etag:...``,
-    with the mode ``stat`` ``12-stat:...``; ``absent`` when there is no file. While ``stamp`` (size,
-    times of change and inode; on S3 the content) is the same, the content is taken to be the same.
+    Attributes:
+        uri: The file.
+        content: Its size and what identifies its bytes: ``12-sha256:...``, on S3 ``12-etag:...``,
+            with
+            the mode ``stat`` ``12-stat:...``; ``absent`` when there is no file.
+        stamp: Size, times of change and inode; on S3 the content. While it is the same, the content
+            is
+            taken to be the same.
     """
 
     uri: str
@@ -69,18 +76,23 @@ class FileIdentity(NamedTuple):
     stamp: str
 
 
-# ---------------------------------------------------------------- the door
+# ---------------------------------------------------------------- identify and compare
 
 
 def identify(
     uris: Iterable[str], mode: Mode = "content", absent_ok: bool = False
 ) -> list[FileIdentity]:
-    """Identities of files, in the order given, read by several threads where they are not known
-    yet.
+    """Return the identities of files in the order given.
 
-    Raises StorageError for a folder and for a file that is not there or cannot be read (with
-    ``absent_ok`` a file that is not there has the content ``absent``), and ChangedFileError for a
-    file that changes while it is read.
+    Files that are not remembered are read, by several threads.
+
+    Args:
+        mode: "content" to read local files, "stat" to trust their size and time of change.
+        absent_ok: Give the content ``absent`` to a file that is not there.
+
+    Raises:
+        StorageError: A folder, or a file that is not there or cannot be read.
+        ChangedFileError: A file changes while it is read.
     """
     wanted = [os.fspath(uri) for uri in uris]
     unique = list(dict.fromkeys(wanted))
@@ -95,13 +107,12 @@ def identify(
 
 
 def fingerprint(uri: str | os.PathLike[str], mode: Mode = "content") -> str:
-    """The content of one file (`FileIdentity`). Raises as `identify`."""
+    """Return the content of one file, as in `FileIdentity`. Raises as `identify` does."""
     return identify([os.fspath(uri)], mode)[0].content
 
 
 def check_unchanged(files: Iterable[FileIdentity]) -> None:
-    """Raise ChangedFileError, naming the file, when one holds something else than when it was
-    identified.
+    """Raise ChangedFileError, naming the file, when one holds something else than before.
 
     A file with other times of change but the same content (it was copied, or touched) is unchanged.
     """
@@ -116,8 +127,10 @@ def check_unchanged(files: Iterable[FileIdentity]) -> None:
 
 
 def open_unchanged(file: FileIdentity) -> BinaryIO:
-    """Open a file for reading (`storage.open_read`). Raises ChangedFileError when it holds
-    something else by now.
+    """Open a file for reading (`storage.open_read`).
+
+    Raises:
+        ChangedFileError: It holds something else by now.
     """
     handle = storage.open_read(file.uri)
     try:
@@ -131,9 +144,7 @@ def open_unchanged(file: FileIdentity) -> BinaryIO:
 
 @contextmanager
 def progress_to(report_progress: Callable[[str], object]) -> Iterator[None]:
-    """Within this context, `identify` calls ``report_progress`` with a line on its progress when
-    reading takes long.
-    """
+    """Let `identify` call ``report_progress`` with a line when reading takes long."""
     token = _PROGRESS.set(report_progress)
     try:
         yield
@@ -142,6 +153,7 @@ def progress_to(report_progress: Callable[[str], object]) -> Iterator[None]:
 
 
 def _check_content(file: FileIdentity) -> None:
+    """Raise ChangedFileError when the content of a file is not what it was."""
     by_stat = "-stat:" in file.content
     now = identify([file.uri], "stat" if by_stat else "content", absent_ok=True)[0]
     if now.content == file.content:
@@ -166,16 +178,17 @@ def _check_content(file: FileIdentity) -> None:
 
 
 class _Stamp(NamedTuple):
-    """What the filesystem tells of a file without reading it."""
+    """What the filesystem says of a file without reading it."""
 
     size: int
     modified_ns: int
     changed_ns: int
-    """Of the inode: a tool that sets the time of change back cannot set this one."""
+    """Time of change of the inode, which tools that set the time of change back cannot set."""
     inode: int
 
     @property
     def text(self) -> str:
+        """Return the stamp as one text."""
         return " ".join(map(str, self)) if self.inode >= 0 else ABSENT
 
 
@@ -183,10 +196,12 @@ _NOT_THERE = _Stamp(-1, -1, -1, -1)
 
 
 def _stamp(status: os.stat_result) -> _Stamp:
+    """Return the stamp of a file from its status."""
     return _Stamp(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
 
 
 def _look(uri: str, absent_ok: bool) -> _Stamp:
+    """Return the stamp of a local file."""
     if NUL in uri:
         if absent_ok:
             return _NOT_THERE
@@ -203,6 +218,7 @@ def _look(uri: str, absent_ok: bool) -> _Stamp:
 
 
 def _stamps_of_local(uris: Sequence[str], absent_ok: bool) -> dict[str, _Stamp]:
+    """Return the stamps of local files, looked up by several threads."""
     found = _in_threads(
         lambda some: [_look(uri, absent_ok) for uri in some], _parted(uris, FILES_A_TASK)
     )
@@ -210,6 +226,7 @@ def _stamps_of_local(uris: Sequence[str], absent_ok: bool) -> dict[str, _Stamp]:
 
 
 def _stamp_of_open(handle: BinaryIO) -> str:
+    """Return the stamp of an open file, local or on S3."""
     raw = getattr(handle, "raw", None)
     if isinstance(raw, s3.Reader):
         return _etag_text(raw.size, raw.etag)
@@ -217,6 +234,7 @@ def _stamp_of_open(handle: BinaryIO) -> str:
 
 
 def _by_stat(stamps: dict[str, _Stamp]) -> dict[str, str]:
+    """Return the contents of files by size and time of change alone."""
     return {
         uri: f"{s.size}-stat:{s.modified_ns}" if s.inode >= 0 else ABSENT
         for uri, s in stamps.items()
@@ -224,6 +242,7 @@ def _by_stat(stamps: dict[str, _Stamp]) -> dict[str, str]:
 
 
 def _by_content(stamps: dict[str, _Stamp]) -> dict[str, str]:
+    """Return the contents of files by their bytes, read where they are not remembered."""
     found = {uri: ABSENT for uri, stamp in stamps.items() if stamp.inode < 0}
     there = {uri: stamp for uri, stamp in stamps.items() if stamp.inode >= 0}
     if not there:
@@ -248,10 +267,10 @@ def _by_content(stamps: dict[str, _Stamp]) -> dict[str, str]:
 
 
 def _read(files: dict[str, _Stamp]) -> Iterator[tuple[str, str, bool]]:
-    """(file, its content, whether it was left alone for long enough to be remembered) of each, in
-    order.
+    """Read files and yield (file, its content, whether it may be remembered), in order.
 
-    Small files are hashed several a task, large ones a piece a task.
+    A file may be remembered when nothing had changed it for GRAIN_SECONDS before. Small files are
+    hashed several a task, large ones one piece a task.
     """
     _wait_for_new_large_files(files)
     began_ns, began = time.time_ns(), time.monotonic()
@@ -293,9 +312,7 @@ def _read(files: dict[str, _Stamp]) -> Iterator[tuple[str, str, bool]]:
 
 
 def _wait_for_new_large_files(files: dict[str, _Stamp]) -> None:
-    """A large file that was written a moment ago is read a little later, so that it can be
-    remembered.
-    """
+    """Wait until a large file that was just written is old enough to be remembered."""
     newest_ns = max(
         (max(s.modified_ns, s.changed_ns) for s in files.values() if s.size > PIECE_BYTES),
         default=0,
@@ -306,6 +323,7 @@ def _wait_for_new_large_files(files: dict[str, _Stamp]) -> None:
 
 
 def _hash_whole(uri: str, stamp: _Stamp) -> str:
+    """Return the SHA-256 of a file in hex. Raise ChangedFileError when it changes meanwhile."""
     digest = hashlib.sha256()
     with open(s3.split(uri)[1], "rb", buffering=0) as file:
         _hash_bytes(file, stamp.size + 1, digest)
@@ -314,6 +332,7 @@ def _hash_whole(uri: str, stamp: _Stamp) -> str:
 
 
 def _hash_piece(uri: str, number: int) -> bytes:
+    """Return the SHA-256 of one piece of a file."""
     digest = hashlib.sha256()
     with open(s3.split(uri)[1], "rb", buffering=0) as file:
         file.seek(number * PIECE_BYTES)
@@ -322,7 +341,7 @@ def _hash_piece(uri: str, number: int) -> bytes:
 
 
 def _hash_bytes(file: Any, most: int, digest: Any) -> None:
-    """Hash up to ``most`` bytes from where the file stands."""
+    """Hash up to ``most`` bytes from the file's position on."""
     buffer = memoryview(bytearray(min(READ_BYTES, most)))
     while most > 0 and (count := file.readinto(buffer[: min(len(buffer), most)])):
         digest.update(buffer[:count])
@@ -330,6 +349,7 @@ def _hash_bytes(file: Any, most: int, digest: Any) -> None:
 
 
 def _refuse_changed(uri: str, now: _Stamp, before: _Stamp) -> None:
+    """Raise ChangedFileError when two stamps of a file differ."""
     if (now.size, now.modified_ns, now.inode) != (before.size, before.modified_ns, before.inode):
         raise ChangedFileError(
             f"{uri} was changed while it was read; wait until nothing writes to it, and run again"
@@ -337,11 +357,12 @@ def _refuse_changed(uri: str, now: _Stamp, before: _Stamp) -> None:
 
 
 def _parted(items: Sequence[str], size: int) -> list[Sequence[str]]:
+    """Return the items in groups of ``size``."""
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 def _in_threads(work: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
-    """Results in order; one item needs no thread."""
+    """Yield the results of ``work`` in order. One item needs no thread."""
     if len(items) <= 1:
         yield from map(work, items)
         return
@@ -356,12 +377,14 @@ def _in_threads(work: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[An
 
 
 def _etag_text(size: int, etag: str) -> str:
+    """Return the content of an object from its size and ETag."""
     return f"{size}-etag:{etag.strip(chr(34))}"
 
 
 def _etags(uris: Sequence[str], absent_ok: bool) -> dict[str, str]:
-    """The content of objects: a request for each, or a thousand a request where many lie in one
-    folder.
+    """Return the contents of objects.
+
+    It takes one request for each object, or one for a thousand where many lie in one folder.
     """
     folders = defaultdict(list)
     for uri in uris:
@@ -404,10 +427,12 @@ def _etags(uris: Sequence[str], absent_ok: bool) -> dict[str, str]:
 
 
 def cache_folder() -> Path:
-    """The folder of this user's caches: $ONETOMANY_CACHE, else $XDG_CACHE_HOME/onetomany, else
-    ~/.cache/onetomany.
+    """Return the folder of this user's caches.
 
-    Raises RuntimeError for a user without a home folder.
+    It is $ONETOMANY_CACHE, else $XDG_CACHE_HOME/onetomany, else ~/.cache/onetomany.
+
+    Raises:
+        RuntimeError: The user has no home folder.
     """
     own = os.environ.get("ONETOMANY_CACHE", "")
     if os.path.isabs(own):
@@ -418,12 +443,12 @@ def cache_folder() -> Path:
 
 
 class _Memory:
-    """Contents of local files that were read before, in an SQLite file that processes may share.
+    """Remembered contents of local files, in an SQLite file that several processes may share.
 
-    An entry is a digest of the path (the names of files may be private), the stamp, the content,
-    and a seal: a digest of the three. An entry whose seal does not fit is not believed, a file that
-    is no database is made anew. Where the folder cannot be written, what is read is forgotten when
-    the call ends, and a warning says so.
+    An entry is a digest of the path (file names may be private), the stamp, the content, and a
+    checksum of the three. An entry with a wrong checksum is ignored, and a file that is no database
+    is made anew. Where the folder cannot be written, what is read is forgotten when the call ends,
+    with a warning.
     """
 
     def __enter__(self) -> _Memory:
@@ -458,9 +483,8 @@ class _Memory:
     @staticmethod
     def _connect(name: str) -> sqlite3.Connection:
         db = sqlite3.connect(name, timeout=20, isolation_level=None)
-        db.execute(
-            "PRAGMA synchronous = OFF"
-        )  # what a power cut spoils is found by its seal, or made anew
+        # what a power cut spoils is found by its checksum, or made anew
+        db.execute("PRAGMA synchronous = OFF")
         table = (
             "CREATE TABLE IF NOT EXISTS files (place BLOB PRIMARY KEY, stamp TEXT, content TEXT, "
             "seal BLOB)"
@@ -469,12 +493,14 @@ class _Memory:
         return db
 
     def _give_up(self, error: Exception) -> None:
+        """Warn that the cache cannot be used, and do without it."""
         log.warning(
             "%s cannot be used (%s): files are read anew by the next command", self._file, error
         )
         self._file = None
 
     def _make_anew(self, error: Exception) -> sqlite3.Connection:
+        """Replace a damaged cache by an empty one."""
         assert self._file is not None
         log.warning(
             "%s is damaged (%s): it is made anew, and files are read once more", self._file, error
@@ -490,17 +516,17 @@ class _Memory:
             return self._connect(":memory:")
 
     def _try(self, work: Callable[[sqlite3.Connection], Any], otherwise: Any) -> Any:
-        """``work`` on the database; after an error on it, the database is replaced and
-        ``otherwise`` is given.
+        """Call ``work`` on the database.
+
+        After an error replace the database and return ``otherwise``.
         """
         try:
             return work(self._db)
         except sqlite3.Error as error:
             with suppress(sqlite3.Error):
                 self._db.close()
-            if isinstance(
-                error, sqlite3.OperationalError
-            ):  # locked for long, disk full, a filesystem without locks
+            # locked for long, disk full, a filesystem without locks
+            if isinstance(error, sqlite3.OperationalError):
                 self._give_up(error)
                 self._db = self._connect(":memory:")
             else:
@@ -508,7 +534,7 @@ class _Memory:
             return otherwise
 
     def recall(self, files: dict[str, _Stamp]) -> dict[str, str]:
-        """Contents of those files, by absolute path, that were read before and have the same
+        """Return the contents of those files, by absolute path, that are remembered with the same
         stamp.
         """
         places = {_digest(path.encode("utf-8", "surrogateescape")): path for path in files}
@@ -531,7 +557,7 @@ class _Memory:
         return found
 
     def remember(self, entries: list[tuple[str, _Stamp, str]]) -> None:
-        """Keep (absolute path, stamp, content) of files that were read."""
+        """Remember (absolute path, stamp, content) of files that were read."""
         if not entries:
             return
         rows = []

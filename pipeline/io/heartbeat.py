@@ -1,6 +1,7 @@
-"""Signs of life of long work: whoever waits for another process learns that it still goes on.
+"""Signs of life of long work, so that whoever waits for a process learns that it still goes on.
 
-What takes steps or reads batches calls `beat`; it costs next to nothing while nobody listens.
+Code that takes steps or reads batches calls `beat`, which costs next to nothing when nobody
+listens.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Which machine this is, and whether a process of it has ended.
+"""Identify this machine, and find out whether a process of it has ended.
 
-Leases and the names of unfinished files say who wrote them. Whether that writer is gone can only be
-asked on the machine where it ran, and only where process numbers mean the same.
+Leases and the names of unfinished files say which process wrote them. Whether that process has
+ended can be found out only on its own machine, and only where process numbers mean the same.
 """
 
 from __future__ import annotations
@@ -15,18 +15,15 @@ from pathlib import Path
 import psutil
 
 CLOCK_SECONDS = 1.0
-"""The clock of a machine may be set a little, so that a process seems to have begun at another
-time.
-"""
+"""Tolerance for a process's start time, because the clock of a machine may be set a little."""
 
 
 def machine() -> str:
-    """A name for this machine since it was started, and for the space of its process numbers: 16
-    letters.
+    """Return a name of 16 letters for this machine since its start, and for its process numbers.
 
-    Two machines may have the same host name, and two containers of one machine each a process with
-    our number. The number of the first process namespace is the same on all machines, so the id
-    of the start of the machine goes into the name too.
+    Two machines may have the same host name, and two containers of one machine may each have a
+    process with our number. The number of the first process namespace is the same on all machines,
+    so the machine's boot id is part of the name too.
     """
     started = ""
     with suppress(OSError):  # no Linux
@@ -36,7 +33,7 @@ def machine() -> str:
 
 
 def process_namespace() -> int | None:
-    """The number of the space of process numbers; none where the system does not tell it."""
+    """Return the number of this process namespace, or None where the system does not tell."""
     try:
         return os.stat("/proc/self/ns/pid").st_ino
     except OSError:
@@ -44,15 +41,16 @@ def process_namespace() -> int | None:
 
 
 def has_ended(number: int, began: float | None = None) -> bool:
-    """Whether the process of this number has ended, here on this machine.
+    """Return whether the process of this number has ended, on this machine.
 
-    A process that has ended and that its parent has not asked for yet (a zombie) has ended: in a
-    container whose first process asks for none it stays in the list for ever.
+    A zombie, which has ended but was not yet waited for by its parent, counts as ended: in a
+    container whose first process waits for none it stays in the list for ever.
 
     Args:
         number: The process number.
-        began: When the process began, by `psutil`; a number that went to another process since
-            then is not it.
+        began: When the process began, by ``psutil``. A number that another process has got since
+            does
+            not count.
     """
     try:
         process = psutil.Process(number)

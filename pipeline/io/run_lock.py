@@ -1,17 +1,17 @@
-"""One run of a job at a time: a lease in the job's folder, renewed while the run lives.
+"""Let only one run of a job work at a time, by a lease in the job's folder that the run renews.
 
 Two runs at once would train into the same folders and write the same table. A lease is a small JSON
-file, so it works on S3 too; a run that was killed leaves one that is taken over when its process is
-gone (same machine) or nothing has renewed it for a while. A run renews its lease in a file of its
-own, beside the lease, which it never writes again.
+file, so it works on S3 too. The lease of a run that was killed is taken over when its process has
+ended (same machine) or when nothing has renewed it for a while. A run renews its lease in a file of
+its own beside it, and never writes the lease itself again.
 
-Getting in is exclusive: the file is made only where none is (a hard link locally, a conditional put
-on S3). Taking over is exclusive too: who wants the place of a dead lease first makes a claim, a
-file named by the dead lease's id, in the same way. A store without conditional writes is used with
-`_enter_without_conditions`, and the run says so.
+Entering is exclusive: the lease is written only where none is (a hard link locally, a conditional
+put on S3). Taking over is exclusive too: a run that wants to replace a dead lease first makes a
+claim in the same way, a file named by the dead lease's id. For a store without conditional writes
+there is `_enter_without_conditions`, and the run says so.
 
-While the lease is held the process is inside its `fence`: every write under the root checks that
-the lease is still ours.
+While the lease is held the process is inside its fence (`write_fence`): every write below the root
+checks that the lease is still ours.
 """
 
 from __future__ import annotations
@@ -33,19 +33,16 @@ from pipeline.io import processes, storage, write_fence
 
 RENEW_SECONDS, STALE_SECONDS = 20.0, 90.0
 SWEEP_SECONDS = 3600.0
-"""What killed writers left goes when a run begins: at once where their process is known to be gone,
-else when it is so old.
+"""Age at which what killed writers left is removed when a run begins.
+
+It is removed at once where their process is known to have ended.
 """
 TURNS_SECONDS = 60.0
-"""So long a run tries to get in where several start at once."""
+"""How long a run tries to enter while several start at once."""
 Lease = dict[str, Any]
-"""``id``, ``host``, ``pid``, ``process_began``, ``machine`` and ``time``, when it was made or
-renewed.
-"""
+"""``id``, ``host``, ``pid``, ``process_began``, ``machine``, and ``time`` (last renewal)."""
 _RENEWAL_PREFIX = f"{write_fence.LEASE_PREFIX}-alive-"
-"""Beside the lease lies a file with this name and the lease's id: it says when the run renewed its
-lease.
-"""
+"""Prefix of the file, named by the lease's id, that says when the run renewed its lease."""
 
 
 class BusyError(ValueError):
@@ -54,20 +51,25 @@ class BusyError(ValueError):
 
 @contextlib.contextmanager
 def hold(root: str, note: Callable[[str], None] = lambda line: None) -> Iterator[None]:
-    """Hold the lease of the folder ``root`` and stay inside its fence.
+    """Hold the lease of the folder ``root`` and stay inside its fence until the block ends.
 
-    ``note`` is told how the lease is kept where the store has no conditional writes. Raises
-    BusyError naming who has it, and fence.LostLeaseError when it went to another run in the
-    meantime: the main thread is interrupted then.
+    The main thread is interrupted when the lease goes to another run in the meantime.
+
+    Args:
+        note: Called with a line on how the lease is kept where the store has no conditional writes.
+
+    Raises:
+        BusyError: Another run has the lease; the message names it. write_fence.LostLeaseError: The
+            lease went to another run.
     """
     mine = _new_lease()
     if storage.keeps_conditions(root):
         _enter(root, mine)
     else:
         note(
-            f"{root}: this store has no conditional writes; runs that start at once find out "
-            "by listing who is first, "
-            "which needs listings that show a write at once"
+            f"{root}: this store has no conditional writes; runs that start at the same time "
+            "find out by listing which one is first, which needs listings that show a write at "
+            "once"
         )
         _enter_without_conditions(root, mine)
     ended, lost = threading.Event(), threading.Event()
@@ -75,12 +77,10 @@ def hold(root: str, note: Callable[[str], None] = lambda line: None) -> Iterator
 
     def renew() -> None:
         while not ended.wait(RENEW_SECONDS):
-            with contextlib.suppress(
-                storage.StorageError
-            ):  # the next one, or the run itself, will say what is wrong
-                if not _is_held(
-                    root, mine
-                ):  # a run that was taken for dead does not take the lease back
+            # an error: the next renewal, or the run itself, will say what is wrong
+            with contextlib.suppress(storage.StorageError):
+                # a run that was taken for dead does not take the lease back
+                if not _is_held(root, mine):
                     lost.set()
                     if not ended.is_set():
                         _interrupt(holder)
@@ -112,17 +112,16 @@ def hold(root: str, note: Callable[[str], None] = lambda line: None) -> Iterator
 
 
 def _interrupt(holder: threading.Thread) -> None:
-    """Stop the thread that holds the lease, as Ctrl-C does. Only the main thread can be stopped so:
-    others are stopped by the fence.
+    """Stop the thread that holds the lease, as Ctrl-C does.
+
+    Only the main thread can be stopped so. Others are stopped by the fence.
     """
     if holder is threading.main_thread() and holder.ident is not None:
         signal.pthread_kill(holder.ident, signal.SIGINT)
 
 
 def _sweep(root: str, mine: Lease, note: Callable[[str], None]) -> None:
-    """Remove what writers and runs left that were killed. The lease is ours, so renewals of other
-    runs are of no use.
-    """
+    """Remove what killed writers and runs left. The lease is ours: no other run renews one here."""
     try:
         removed = storage.sweep(root, SWEEP_SECONDS) + storage.sweep_scratch(SWEEP_SECONDS)
         for claim in _claims(root):
@@ -136,17 +135,15 @@ def _sweep(root: str, mine: Lease, note: Callable[[str], None]) -> None:
         note(f"warning: what killed writers left cannot be removed: {error}")
         return
     if removed:
-        note(
-            f"{root}: {len(removed)} unfinished file{'s' if len(removed) > 1 else ''} of "
-            "writers that were killed removed"
-        )
+        files = f"{len(removed)} unfinished file{'s' if len(removed) > 1 else ''}"
+        note(f"{root}: removed {files} of writers that were killed")
 
 
 # ---------------------------------------------------------------- getting in
 
 
 def _enter(root: str, mine: Lease) -> None:
-    """Make the lease ours where none is, or where the one that is there is dead."""
+    """Write our lease where there is none, or where the one that is there is dead."""
     uri = write_fence.lease_uri(root)
     for _ in _turns(root):
         if storage.create(uri, storage.encode(_now(mine))):
@@ -163,12 +160,11 @@ def _enter(root: str, mine: Lease) -> None:
 
 
 def _take_over(root: str, dead: Lease, mine: Lease) -> bool:
-    """Put our lease in the place of a dead one; false when another run was quicker.
+    """Replace a dead lease by ours. Return false when another run was quicker.
 
-    The claim on a dead lease is made by one run alone, and is removed only after the dead lease was
-    replaced. So whoever has made a claim and then still finds the dead lease in its place is the
-    only one to replace it. A run that died with its claim leaves it behind: that claim is claimed
-    in turn.
+    One run alone makes the claim on a dead lease, and removes it only after the dead lease was
+    replaced. So a run that has made a claim and then still finds the dead lease is the only one to
+    replace it. A run that died with its claim leaves it behind, and that claim is claimed in turn.
     """
     left: list[str] = []
     blocking = dead
@@ -194,11 +190,11 @@ def _take_over(root: str, dead: Lease, mine: Lease) -> bool:
 
 
 def _enter_without_conditions(root: str, mine: Lease) -> None:
-    """Get in where the store cannot make a file only where none is: by claims that all runs list.
+    """Enter by claims that all runs list, for stores without conditional writes.
 
     A claim is visible before its run looks at those of others, and stays until its run has written
-    the lease. So of two runs that claim at once at least one sees the other's claim; who sees one
-    steps back and tries again a little later.
+    the lease. So of two runs that claim at once at least one sees the other's claim. A run that
+    sees one steps back and tries again a little later.
     """
     claim = storage.join(root, f"{write_fence.LEASE_PREFIX}-claim-{mine['id']}.json")
     try:
@@ -217,6 +213,7 @@ def _enter_without_conditions(root: str, mine: Lease) -> None:
 
 
 def _claims(root: str) -> list[Lease]:
+    """Return all claims in the folder, each with its ``uri``."""
     names = (
         uri
         for uri in storage.list_files(root, recursive=False)
@@ -226,7 +223,11 @@ def _claims(root: str) -> list[Lease]:
 
 
 def _turns(root: str) -> Iterator[None]:
-    """Tries with random pauses between them. Raises BusyError when they have taken too long."""
+    """Yield once for every try, with random pauses between them.
+
+    Raises:
+        BusyError: They have taken longer than TURNS_SECONDS.
+    """
     chance = random.SystemRandom()  # the global generator belongs to training
     began, pause = time.monotonic(), 0.02
     while time.monotonic() - began < TURNS_SECONDS:
@@ -234,16 +235,16 @@ def _turns(root: str) -> Iterator[None]:
         time.sleep(chance.uniform(0.1, 1.0) * pause)
         pause = min(1.0, 2 * pause)
     raise BusyError(
-        f"{root}: other runs of this job start in this moment; give the command again when "
-        "they have ended"
+        f"{root}: other runs of this job are starting at this moment; give the command again "
+        "when they have ended"
     )
 
 
 def _busy(root: str, held: Lease) -> BusyError:
+    """Return the error for a folder whose lease another run holds."""
     return BusyError(
         f"{root}: a run of this job is at work already (process {held.get('pid')} on "
-        f"{held.get('host')}); wait for it, "
-        "stop it, or give this one another name or storage"
+        f"{held.get('host')}); wait for it, stop it, or give this one another name or storage"
     )
 
 
@@ -251,6 +252,7 @@ def _busy(root: str, held: Lease) -> BusyError:
 
 
 def _new_lease() -> Lease:
+    """Return a lease of this process."""
     return {
         "id": uuid.uuid4().hex,
         "host": socket.gethostname(),
@@ -261,10 +263,12 @@ def _new_lease() -> Lease:
 
 
 def _now(lease: Lease) -> Lease:
+    """Return the lease with the time of now."""
     return {**lease, "time": time.time()}
 
 
 def _read(uri: str) -> Lease | None:
+    """Return a lease or claim, or None where the file is gone."""
     try:
         return write_fence.parse_lease(uri, storage.read_bytes(uri))
     except storage.NotFoundError:
@@ -272,26 +276,27 @@ def _read(uri: str) -> Lease | None:
 
 
 def _is_held(root: str, mine: Lease) -> bool:
+    """Return whether the lease of the folder is ours."""
     found = write_fence.read_lease(root)
     return found is not None and found["id"] == mine["id"]
 
 
 def _renewal_uri(root: str, lease_id: str) -> str:
+    """Return the place of the file in which a run renews its lease."""
     return storage.join(root, f"{_RENEWAL_PREFIX}{lease_id}.json")
 
 
 def _holder_is_alive(root: str, held: Lease) -> bool:
-    """Whether the run that has the lease still lives, by its process or by when it renewed the
-    lease.
-    """
+    """Return whether the run that has the lease lives, by its process or by its last renewal."""
     renewed = _read(_renewal_uri(root, held["id"])) or {}
     newest = max(held.get("time", 0.0), renewed.get("time", 0.0))
     return _is_alive({**held, "time": newest})
 
 
 def _is_alive(held: Lease) -> bool:
-    """Whether the run of a lease or claim lives: on this machine its process, else how old it
-    is.
+    """Return whether the run of a lease or claim lives.
+
+    On this machine its process decides, elsewhere the time since its last renewal.
     """
     if not _is_of_this_machine(held):
         return time.time() - held.get("time", 0.0) < STALE_SECONDS
@@ -299,6 +304,7 @@ def _is_alive(held: Lease) -> bool:
 
 
 def _is_of_this_machine(held: Lease) -> bool:
+    """Return whether a lease was written on this machine."""
     if "machine" in held:
         return held["machine"] == processes.machine()
     # earlier versions named the host and the namespace alone

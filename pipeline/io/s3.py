@@ -1,10 +1,8 @@
-"""The S3 client of the storage, and what local files share with it: errors, retries, the reading of
-names.
+"""S3 by s3fs: what talks to the server, with its errors, retries and URIs.
 
 A URI is a plain path, file:///path or s3://bucket/key on any server that speaks S3 (AWS, MinIO,
 Ceph), with endpoint, keys and region from the usual AWS_* variables. An I/O error that may pass is
-retried with growing pauses, one that will not (403, 404, disk full) fails at once with
-`StorageError`.
+retried with growing pauses. One that will not (403, 404, disk full) raises `StorageError` at once.
 """
 
 from __future__ import annotations
@@ -26,9 +24,8 @@ Result = TypeVar("Result")
 log = logging.getLogger(__name__)
 
 ATTEMPTS = 5
-_JITTER = (
-    random.SystemRandom()
-)  # the global generator belongs to training: drawing from it would break bitwise resume
+_JITTER = random.SystemRandom()
+"""Not the global generator: that belongs to training, and drawing from it would break resume."""
 _PERMANENT = (
     FileNotFoundError,
     PermissionError,
@@ -38,7 +35,7 @@ _PERMANENT = (
 )
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 _FULL_WORDS = ("No space left on device", "Disk quota exceeded")
-"""How libraries that lose the number say it."""
+"""What the messages of libraries say that lose the error number."""
 _PERMANENT_NUMBERS = _FULL | {
     errno.EINVAL,
     errno.ENOSYS,
@@ -47,22 +44,17 @@ _PERMANENT_NUMBERS = _FULL | {
     errno.EFBIG,
     errno.ELOOP,
 }
-_CLIENTS = {
-    "botocore",
-    "aiobotocore",
-    "boto3",
-    "aiohttp",
-    "urllib3",
-}  # their errors are not OSErrors
+_CLIENTS = {"botocore", "aiobotocore", "boto3", "aiohttp", "urllib3"}
+"""Libraries of the S3 client, whose errors are no OSErrors."""
 _TRANSIENT_NAMES = {
-    *(
-        "ConnectionError",
-        "HTTPClientError",
-        "ResponseParserError",
-        "IncompleteReadError",
-        "FlexibleChecksumError",
-    ),
-    *("IncompleteRead", "ClientPayloadError", "ClientConnectionError"),
+    "ConnectionError",
+    "HTTPClientError",
+    "ResponseParserError",
+    "IncompleteReadError",
+    "FlexibleChecksumError",
+    "IncompleteRead",
+    "ClientPayloadError",
+    "ClientConnectionError",
 }
 _TRANSIENT_CODES = {
     "SlowDown",
@@ -94,31 +86,32 @@ class StorageError(OSError):
 
 
 class NoConditionsError(StorageError):
-    """The server does not know conditional writes."""
+    """The server does not support conditional writes."""
 
 
 class DamagedError(StorageError):
-    """What is there is not what was written: its checksum says so, or it cannot be read at all."""
+    """A file is not what was written: its checksum differs, or it cannot be read at all."""
 
 
 class NotFoundError(StorageError, FileNotFoundError):
-    """The file, folder or bucket is not there (so `except FileNotFoundError` works too)."""
+    """The file, folder or bucket is not there. ``except FileNotFoundError`` catches it too."""
 
 
 # --- errors and retries ---
 
 
 def _is_client_error(error: BaseException) -> bool:
+    """Return whether an error comes from a library of the S3 client."""
     return type(error).__module__.partition(".")[0] in _CLIENTS
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether the same call may succeed a moment later: connection, timeout, 5xx, EIO; not 403,
-    404, disk full.
+    """Return whether the same call may succeed a moment later.
+
+    Connection errors, timeouts, 5xx and EIO may pass; 403, 404 and a full disk will not.
     """
-    if (
-        isinstance(error, (StorageError, *_PERMANENT)) or type(error).__name__ == "FileExpired"
-    ):  # replaced while read
+    was_replaced_while_read = type(error).__name__ == "FileExpired"
+    if isinstance(error, (StorageError, *_PERMANENT)) or was_replaced_while_read:
         return False
     if isinstance(error, OSError):
         return error.errno not in _PERMANENT_NUMBERS
@@ -143,11 +136,15 @@ def retry(
     sleep: Callable[[float], object] = time.sleep,
     **kw: Any,
 ) -> Result:
-    """`fn(*args, **kw)`, called again after a transient I/O error (`is_transient`), up to
-    `attempts` calls in all.
+    """Call ``fn(*args, **kw)``, again after each transient I/O error (`is_transient`).
 
-    The pause after call n is between half and all of first_delay_s * 2 ** (n - 1). The last error
-    is raised as it is.
+    The pause after call n is between half and all of ``first_delay_s * 2 ** (n - 1)`` seconds.
+
+    Args:
+        attempts: The most calls, the first one included.
+
+    Raises:
+        Exception: The error of the last call, as it is.
     """
     for attempt in itertools.count(1):
         try:
@@ -165,8 +162,10 @@ def retry(
 
 
 def call(action: str, uri: Uri, fn: Callable[..., Result], *args: Any, **kw: Any) -> Result:
-    """`fn(*args, **kw)` with retries; an I/O error that remains becomes a StorageError naming
-    `uri`.
+    """Call ``fn(*args, **kw)`` with retries.
+
+    Raises:
+        StorageError: An I/O error remains; the message names ``action`` and ``uri``.
     """
     try:
         return retry(fn, *args, **kw)
@@ -181,11 +180,13 @@ def call(action: str, uri: Uri, fn: Callable[..., Result], *args: Any, **kw: Any
 
 @contextmanager
 def naming(action: str, uri: Uri, only_full_disk: bool = False) -> Iterator[None]:
-    """Make an I/O error of what is done inside (by another library, or not to be done twice) a
-    StorageError naming `uri`.
+    """Turn an I/O error of the block into a StorageError that names ``uri``.
 
-    Libraries that make something else of a full disk (torch, safetensors) are understood too.
-    ``only_full_disk``: any other error stays as it is, for work that reads other files as well.
+    For work that another library does, or that must not be done twice. Errors of libraries that
+    hide a full disk (torch, safetensors) are recognised too.
+
+    Args:
+        only_full_disk: Leave any other error as it is, for work that reads other files as well.
     """
     try:
         yield
@@ -200,6 +201,7 @@ def naming(action: str, uri: Uri, only_full_disk: bool = False) -> Iterator[None
 
 
 def _tells_of_full_disk(error: BaseException | None) -> bool:
+    """Return whether an error, or one that it was raised from, was caused by a full disk."""
     while error is not None:
         if is_full(error) or any(word in str(error) for word in _FULL_WORDS):
             return True
@@ -208,19 +210,17 @@ def _tells_of_full_disk(error: BaseException | None) -> bool:
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether the disk is full, the quota used up or the disk read-only: trying again does not
-    help.
-    """
+    """Return whether the disk is full or read-only, or the quota used up: retrying is no help."""
     return isinstance(error, OSError) and (
         error.errno in _FULL or any(word in str(error) for word in _FULL_WORDS)
     )
 
 
 def _failure(action: str, uri: Uri, error: Exception, attempts: int) -> StorageError:
+    """Return the StorageError that names the action, the URI, the cause and the fix."""
     text, number = os.fspath(uri), getattr(error, "errno", None)
-    cause = (
-        (getattr(error, "strerror", None) or str(error) or type(error).__name__).strip().rstrip(".")
-    )
+    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    cause = reason.strip().rstrip(".")
     filename = getattr(error, "filename", None)
     if isinstance(filename, str) and filename not in f"{text} {cause}":
         cause += f" ({filename})"
@@ -231,9 +231,8 @@ def _failure(action: str, uri: Uri, error: Exception, attempts: int) -> StorageE
         fix = "free space there or choose another storage"
     elif attempts > 1 and is_transient(error):
         fix = f"tried {attempts} times, so {fix} and run again"
-    failure = (NotFoundError if isinstance(error, FileNotFoundError) else StorageError)(
-        f"cannot {action} {text}: {cause}; {fix}"
-    )
+    kind = NotFoundError if isinstance(error, FileNotFoundError) else StorageError
+    failure = kind(f"cannot {action} {text}: {cause}; {fix}")
     failure.errno = number
     return failure
 
@@ -242,8 +241,10 @@ def _failure(action: str, uri: Uri, error: Exception, attempts: int) -> StorageE
 
 
 def split(uri: Uri, below_root: bool = False) -> tuple[bool, str]:
-    """(is on S3, path): bucket/key there, else a local path. below_root: for what replaces or
-    removes.
+    """Return whether a URI is on S3, and its path: bucket/key there, else a local path.
+
+    Args:
+        below_root: Refuse a whole bucket or disk, for what replaces or removes.
     """
     text = os.fspath(uri)
     scheme, colon, rest = text.partition(":/")
@@ -268,12 +269,12 @@ def split(uri: Uri, below_root: bool = False) -> tuple[bool, str]:
 
 
 def client(attempts: int = 1) -> Any:
-    """The S3 filesystem of this process and environment; one attempt a request, since `retry` makes
-    the others.
+    """Return the S3 filesystem of this process and environment, one attempt a request.
 
-    Keyed by process, because sockets and event loops do not survive a fork, and by environment, so
-    that other keys or another endpoint take effect. Keys stay in the environment: a filesystem
-    pickled to a worker carries none.
+    `retry` makes the further attempts. There is one filesystem a process, because sockets and event
+    loops do not survive a fork, and one for each set of AWS_* variables, so that other keys or
+    another endpoint take effect. Keys stay in the environment: a filesystem pickled to a worker
+    carries none.
     """
     import s3fs
 
@@ -282,14 +283,12 @@ def client(attempts: int = 1) -> Any:
     if key not in _FILESYSTEMS:
         config: dict[str, Any] = {"retries": {"mode": "standard", "total_max_attempts": attempts}}
         if any(name.startswith("AWS_ENDPOINT_URL") for name, _ in environment):
+            # older MinIO and Ceph refuse the checksum trailers that botocore sends by itself
             for option in ("request_checksum_calculation", "response_checksum_validation"):
-                if (
-                    f"AWS_{option.upper()}" not in os.environ
-                ):  # older MinIO and Ceph refuse botocore's new trailers
+                if f"AWS_{option.upper()}" not in os.environ:
                     config[option] = "when_required"
-        region = (
-            {"region_name": os.environ["AWS_REGION"]} if "AWS_REGION" in os.environ else {}
-        )  # unknown to botocore
+        # botocore itself does not read AWS_REGION
+        region = {"region_name": os.environ["AWS_REGION"]} if "AWS_REGION" in os.environ else {}
         new = s3fs.S3FileSystem(
             config_kwargs=config,
             client_kwargs=region,
@@ -302,13 +301,14 @@ def client(attempts: int = 1) -> Any:
 
 
 def on_s3(action: str, uri: Uri, method: str, *args: Any, **kw: Any) -> Any:
-    """`filesystem.method(bucket/key, *args, **kw)`, retried."""
+    """Call ``filesystem.method(bucket/key, *args, **kw)`` with retries."""
     return call(action, uri, lambda: getattr(client(), method)(split(uri)[1], *args, **kw))
 
 
 class Reader(io.RawIOBase):
-    """Seekable reads of one S3 object, each range retried. If-Match holds every range to the object
-    first opened.
+    """Seekable reads of one S3 object, each range retried.
+
+    Every range must come from the object that was first opened (If-Match).
     """
 
     def __init__(self, uri: Uri):
@@ -350,17 +350,15 @@ class Reader(io.RawIOBase):
 
 
 def list_objects(path: str, recursive: bool) -> list[dict[str, Any]]:
-    """Key, Size and ETag of the objects below bucket/prefix.
+    """Return Key, Size and ETag of the objects below bucket/prefix.
 
-    Not by s3fs's find or glob: given a depth they walk with on_error="omit", so a 503 reads as an
-    empty folder.
+    s3fs's find and glob are not used: given a depth they walk with on_error="omit", so that a 503
+    reads as an empty folder.
     """
     bucket, _, prefix = f"{path}/".partition("/")
-    options: dict[str, Any] = {
-        "Bucket": bucket,
-        "Prefix": prefix,
-        **({} if recursive else {"Delimiter": "/"}),
-    }
+    options: dict[str, Any] = {"Bucket": bucket, "Prefix": prefix}
+    if not recursive:
+        options["Delimiter"] = "/"
     found: list[dict[str, Any]] = []
     more = True
     while more:
@@ -372,18 +370,24 @@ def list_objects(path: str, recursive: bool) -> list[dict[str, Any]]:
 
 
 def list_keys(path: str, recursive: bool) -> list[str]:
-    """URIs of the objects below bucket/prefix."""
+    """Return the URIs of the objects below bucket/prefix."""
     bucket = path.partition("/")[0]
     return [f"s3://{bucket}/{entry['Key']}" for entry in list_objects(path, recursive)]
 
 
 def remove_key(uri: str) -> None:
+    """Remove one object."""
     on_s3("remove", uri, "rm_file")
 
 
 def create_key(uri: Uri, data: bytes) -> bool:
-    """Put a small object only where none is; false when one is there. Raises NoConditionsError
-    where the server cannot.
+    """Put a small object only where none is there.
+
+    Returns:
+        True when this call wrote it, false when an object was already there.
+
+    Raises:
+        NoConditionsError: The server does not support conditional writes.
     """
     bucket, _, key = split(uri)[1].partition("/")
 
@@ -407,7 +411,7 @@ def create_key(uri: Uri, data: bytes) -> bool:
 
 
 def _code(error: BaseException | None) -> str:
-    """The S3 error code of an exception, or of one that it was made from; "" when there is none."""
+    """Return the S3 error code of an exception or of one that it was raised from; "" for none."""
     while error is not None:
         response = getattr(error, "response", None)
         if isinstance(response, dict):

@@ -1,11 +1,11 @@
-"""SIGTERM, which every cluster sends before it takes a machine away, ends a command as Ctrl-C does.
+"""Let SIGTERM, which clusters send before they take a machine away, end a command as Ctrl-C does.
 
-The handler passes the signal on as SIGINT, so that whoever answers Ctrl-C at that moment (Python's
-KeyboardInterrupt, Ray Train's way of ending its ranks) answers SIGTERM too. `exit_code` then tells
-the two apart.
+The handler passes the signal on as SIGINT, so that whatever handles Ctrl-C at that moment (Python's
+KeyboardInterrupt, Ray Train's way of ending its ranks) handles SIGTERM too. `exit_code` tells the
+two apart afterwards.
 
-A command in the background of a script ignores Ctrl-C (the shell sets it so). It still answers
-SIGTERM.
+A command in the background of a script ignores Ctrl-C, because the shell sets it so. It still ends
+on SIGTERM.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ from collections.abc import Iterator
 from typing import Any
 
 CTRL_C, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
-"""Exit codes, as shells give them to a process that a signal has ended."""
+"""Exit codes as shells give them to a process that a signal has ended."""
 _received = threading.Event()
 
 
 def install() -> None:
-    """Answer SIGTERM from now on. Call it once, in the main thread of a command."""
+    """Handle SIGTERM from now on. Call this once, in the main thread of a command."""
     signal.signal(signal.SIGTERM, _answer)
 
 
 def _answer(number: int, frame: Any) -> None:
+    """Handle SIGTERM: raise SIGINT, or KeyboardInterrupt where SIGINT is ignored."""
     if _received.is_set():  # a second one would only disturb the way out
         return
     _received.set()
@@ -37,10 +38,12 @@ def _answer(number: int, frame: Any) -> None:
 
 @contextlib.contextmanager
 def keep_signal_handler() -> Iterator[None]:
-    """Keep our answer to SIGTERM through calls that install one of their own, as ``ray.init`` does.
+    """Keep our handler of SIGTERM through calls that install their own, as ``ray.init`` does.
 
-    Raises KeyboardInterrupt when SIGTERM came while theirs was there: Ray's ends the process by
-    SystemExit.
+    Raises:
+        KeyboardInterrupt: SIGTERM came while the other handler was there. Ray's ends the process
+            with
+            SystemExit.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -58,5 +61,5 @@ def keep_signal_handler() -> Iterator[None]:
 
 
 def exit_code() -> int:
-    """The exit code of a command that was stopped: 143 after SIGTERM, else 130."""
+    """Return the exit code of a command that was stopped: 143 after SIGTERM, else 130."""
     return TERMINATED if _received.is_set() else CTRL_C

@@ -1,9 +1,8 @@
-"""Files in local folders and on s3:// behind one small interface: read, write, list, remove;
-`folders` builds on it.
+"""Read, write, list and remove files in local folders and on S3, behind one small interface.
 
-A URI is a plain path, file:///path or s3://bucket/key. A reader sees a written file whole, or the
-one before, or nothing; I/O errors that may pass are retried (`s3`). Every function raises
-`StorageError` when that fails for good; docstrings name only what comes on top.
+A URI is a plain path, file:///path or s3://bucket/key. A reader sees the whole new file, the whole
+old one, or none. I/O errors that may pass are retried (`s3`). Every function raises `StorageError`
+when an error remains; the docstrings name only further errors. `atomic_folder` builds on this.
 """
 
 from __future__ import annotations
@@ -38,7 +37,8 @@ if TYPE_CHECKING:
 
 _MIB = 2**20
 READERS = 16
-"""So many files are asked for at once by `at_once`."""
+"""Number of files that `at_once` asks for at the same time."""
+_NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -46,36 +46,40 @@ Result = TypeVar("Result")
 
 
 def is_remote(uri: Uri) -> bool:
-    """Whether `uri` is on S3; an error for a scheme other than file:// and s3://."""
+    """Return whether a URI is on S3. Schemes other than file:// and s3:// are an error."""
     return s3.split(uri)[0]
 
 
 def join(uri: Uri, *parts: str) -> str:
-    """`uri` and `parts` with one slash between each."""
+    """Return ``uri`` and ``parts`` with one slash between each."""
     head, tail = os.fspath(uri), "/".join(part.strip("/") for part in parts if part.strip("/"))
     head = head if head.endswith("://") else head.rstrip("/") or head[:1]
     return head + ("/" if head and tail and not head.endswith("/") else "") + tail
 
 
 def filesystem(uri: Uri) -> tuple[AbstractFileSystem, str]:
-    """(fsspec filesystem, path in it) for libraries that want one; this one retries by itself,
-    inside botocore.
+    """Return an fsspec filesystem and the path in it, for libraries that want one.
+
+    This filesystem retries by itself, inside botocore.
     """
     import fsspec
 
     remote, path = s3.split(uri)
-    return (
-        (s3.client(s3.ATTEMPTS), path)
-        if remote
-        else (fsspec.filesystem("file"), os.path.abspath(path))
-    )
+    if remote:
+        return s3.client(s3.ATTEMPTS), path
+    return fsspec.filesystem("file"), os.path.abspath(path)
 
 
 def at_once(work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-    """``work`` on each item, several at once; results in the order of the items.
+    """Call ``work`` on every item, several at the same time.
 
-    For many small reads, each of which waits for an answer of the store. The first error, in the
-    order of the items, is raised.
+    For many small reads, each of which waits for an answer of the store.
+
+    Returns:
+        The results, in the order of the items.
+
+    Raises:
+        Exception: The first error, in the order of the items.
     """
     every = list(items)
     if len(every) <= 1:
@@ -88,7 +92,10 @@ def at_once(work: Callable[[Item], Result], items: Iterable[Item]) -> list[Resul
 
 
 def _info(uri: Uri) -> dict[str, Any]:
-    """{size, type: file or directory, on S3 ETag}; type none and no more when nothing is there."""
+    """Return {size, type and, on S3, ETag} of a place.
+
+    The type is "file", "directory", or "none" where nothing is there; then ``error`` says so.
+    """
     remote, path = s3.split(uri)
     try:
         if remote:
@@ -102,22 +109,26 @@ def _info(uri: Uri) -> dict[str, Any]:
 
 
 def exists(uri: Uri) -> bool:
-    """Whether a file or folder is there; an error when that cannot be known (403, server down)."""
+    """Return whether a file or folder is there.
+
+    Raises:
+        StorageError: It cannot be known (403, server down).
+    """
     return _info(uri)["type"] != "none"
 
 
 def is_dir(uri: Uri) -> bool:
-    """Whether a folder is there (on S3: a bucket, or a prefix with keys below it)."""
+    """Return whether a folder is there (on S3: a bucket, or a prefix with keys below it)."""
     return _info(uri)["type"] == "directory"
 
 
 def size(uri: Uri) -> int:
-    """Bytes in a file."""
+    """Return the size of a file in bytes."""
     return file_info(uri)["size"]
 
 
 def file_info(uri: Uri) -> dict[str, Any]:
-    """{size, on S3 ETag} of a file; an error for a folder and for nothing there."""
+    """Return the size of a file and, on S3, its ETag. A folder or a missing file is an error."""
     info = _info(uri)
     if info["type"] == "directory":
         raise StorageError(f"{os.fspath(uri)} is a folder; name a file in it")
@@ -127,19 +138,18 @@ def file_info(uri: Uri) -> dict[str, Any]:
 
 
 def open_read(uri: Uri) -> BinaryIO:
-    """A binary, seekable, buffered file object (pyarrow takes it); on S3 its reads are retried
-    too.
+    """Open a file for reading: binary, seekable and buffered, as pyarrow takes it.
+
+    On S3 the reads are retried too.
     """
     remote, path = s3.split(uri)
-    return (
-        io.BufferedReader(s3.Reader(uri), _MIB)
-        if remote
-        else s3.call("read", uri, open, path, "rb")
-    )
+    if remote:
+        return io.BufferedReader(s3.Reader(uri), _MIB)
+    return s3.call("read", uri, open, path, "rb")
 
 
 def read_bytes(uri: Uri) -> bytes:
-    """All bytes of a file."""
+    """Return all bytes of a file."""
     remote, path = s3.split(uri)
     if remote:  # max_concurrency=1, else s3fs asks for the size first: one more request
         return s3.on_s3("read", uri, "cat_file", max_concurrency=1)
@@ -147,9 +157,10 @@ def read_bytes(uri: Uri) -> bytes:
 
 
 def write_bytes(uri: Uri, data: bytes) -> None:
-    """Write a file so that a reader sees the old one or all of the new. Makes parent folders.
+    """Write a file so that a reader sees the old one or all of the new one. Makes parent folders.
 
-    Raises fence.LostLeaseError when the file lies in the folder of a run that lost its lease.
+    Raises:
+        write_fence.LostLeaseError: The file is in the folder of a run that lost its lease.
     """
     write_fence.check(uri)
     remote, path = s3.split(uri)
@@ -160,19 +171,20 @@ def write_bytes(uri: Uri, data: bytes) -> None:
 
 
 def create(uri: Uri, data: bytes) -> bool:
-    """Write a file only where nothing is there: true when this call made it, false when something
-    was there.
+    """Write a file only where nothing is there. Makes parent folders.
 
-    Of several processes that call it at once, one gets true. On S3 that is so where the server
-    keeps conditional writes (`keeps_conditions`). Makes parent folders.
+    Of several processes that call this at the same time, one gets true. On S3 that holds where the
+    server supports conditional writes (`keeps_conditions`).
+
+    Returns:
+        True when this call wrote the file, false when something was already there.
     """
     write_fence.check(uri)
     remote, path = s3.split(uri)
-    made = (
-        s3.create_key(uri, data)
-        if remote
-        else s3.call("write", uri, _create_local, Path(path), data)
-    )
+    if remote:
+        made = s3.create_key(uri, data)
+    else:
+        made = s3.call("write", uri, _create_local, Path(path), data)
     if made:
         return True
     with suppress(NotFoundError):  # an answer that got lost on the way: what is there may be ours
@@ -181,7 +193,10 @@ def create(uri: Uri, data: bytes) -> bool:
 
 
 def _create_local(path: Path, data: bytes) -> bool:
-    """A hard link is made only where nothing is there, and what it shows is whole at once."""
+    """Write a local file only where nothing is there.
+
+    A hard link is made only where nothing is there, and the file it shows is complete at once.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = beside(path)
     try:
@@ -191,13 +206,7 @@ def _create_local(path: Path, data: bytes) -> bool:
         except FileExistsError:
             return False
         except OSError as error:
-            if error.errno not in (
-                errno.EPERM,
-                errno.ENOTSUP,
-                errno.EOPNOTSUPP,
-                errno.ENOSYS,
-                errno.EMLINK,
-            ):
+            if error.errno not in _NO_HARD_LINKS:
                 raise
             try:  # a filesystem without hard links
                 _write_new(path, data)
@@ -210,6 +219,7 @@ def _create_local(path: Path, data: bytes) -> bool:
 
 
 def _write_new(path: Path, data: bytes) -> None:
+    """Write a new local file and flush it to disk. An existing file is an error."""
     with open(path, "xb") as file:
         file.write(data)
         file.flush()
@@ -217,8 +227,10 @@ def _write_new(path: Path, data: bytes) -> None:
 
 
 def keeps_conditions(folder: Uri) -> bool:
-    """Whether `create` is exclusive here: always so locally, on S3 where the server refuses a
-    second conditional put.
+    """Return whether `create` is exclusive in this folder.
+
+    Local folders always are; on S3 it depends on whether the server refuses a second conditional
+    put.
     """
     if not is_remote(folder):
         return True
@@ -232,6 +244,7 @@ def keeps_conditions(folder: Uri) -> bool:
 
 
 def write_local(path: Path, data: bytes) -> None:
+    """Write a local file by way of a temporary one that then takes its place."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = beside(path)
     try:
@@ -244,7 +257,7 @@ def write_local(path: Path, data: bytes) -> None:
 
 
 def read_json(uri: Uri) -> Any:
-    """The value in a JSON file. Raises DamagedError when it is not JSON."""
+    """Return the value in a JSON file. Raise DamagedError when the file is not JSON."""
     try:
         return json.loads(read_bytes(uri))
     except (ValueError, RecursionError) as error:
@@ -254,16 +267,17 @@ def read_json(uri: Uri) -> Any:
 
 
 def write_json(uri: Uri, value: Any) -> None:
-    """Write a value as JSON, atomically. Raises TypeError for a value that JSON has no form for."""
+    """Write a value as JSON, atomically. Raise TypeError for a value that JSON has no form for."""
     write_bytes(uri, encode(value))
 
 
 def encode(value: Any) -> bytes:
+    """Return a value as the bytes of an indented JSON file."""
     return json.dumps(value, indent=2, ensure_ascii=False).encode()
 
 
 def sha256(uri: Uri) -> tuple[str, int]:
-    """(SHA-256 in hex, bytes) of a file, read in pieces."""
+    """Return the SHA-256 of a file in hex, and its size in bytes. The file is read in chunks."""
 
     def read() -> tuple[str, int]:
         digest, count = hashlib.sha256(), 0
@@ -283,57 +297,49 @@ def _list_local(uri: str, path: str, recursive: bool) -> list[str]:
     def failed(error: OSError) -> None:  # os.walk would pass over it in silence
         raise error
 
+    if not os.path.isdir(path):
+        return []
     found: list[str] = []
-    for folder, subfolders, names in (
-        os.walk(path, onerror=failed, followlinks=True) if os.path.isdir(path) else ()
-    ):
+    for folder, subfolders, names in os.walk(path, onerror=failed, followlinks=True):
         here, inside = os.path.realpath(folder) + "/", os.path.relpath(folder, path)
-        upwards = {
-            name
-            for name in subfolders
-            if here.startswith(os.path.realpath(os.path.join(folder, name)) + "/")
-        }
-        subfolders[:] = [
-            name
-            for name in subfolders
-            if recursive and name not in upwards and not _is_leftover(name)
-        ]
-        found += [
-            join(uri, "" if inside == "." else inside, name)
-            for name in names
-            if not _is_leftover(name)
-        ]
+
+        def is_entered(name: str, folder: str = folder, here: str = here) -> bool:
+            target = os.path.realpath(os.path.join(folder, name)) + "/"
+            is_link_upwards = here.startswith(target)
+            return recursive and not is_link_upwards and not _is_leftover(name)
+
+        subfolders[:] = filter(is_entered, subfolders)
+        below = join(uri, "" if inside == "." else inside)
+        found += [join(below, name) for name in names if not _is_leftover(name)]
     return found
 
 
 def list_files(uri: Uri, recursive: bool = True) -> list[str]:
-    """Full URIs of the files below a folder, sorted; a file gives itself, a missing folder (but no
-    bucket) gives none.
+    """Return the full URIs of all files below a folder, sorted.
 
-    Links to folders are followed; half-written files (`.*.tmp-*`) are left out.
+    A file gives itself. A missing folder gives none, a missing bucket is an error. Links to folders
+    are followed; half-written files (``.*.tmp-*``) are left out.
     """
     remote, path = s3.split(uri)
     text = os.fspath(uri)
-    found = (
-        s3.list_keys(path, recursive)
-        if remote
-        else s3.call("list", uri, _list_local, text, path, recursive)
-    )
+    if remote:
+        found = s3.list_keys(path, recursive)
+    else:
+        found = s3.call("list", uri, _list_local, text, path, recursive)
     return sorted(found) or ([text] if _info(uri)["type"] == "file" else [])
 
 
 def glob(pattern: Uri) -> list[str]:
-    """Full URIs of the files (not folders) that match, sorted: *, ?, [...] within a name, **/ for
-    any folders.
+    """Return the full URIs of the files (not folders) that match a pattern, sorted.
 
-    Names that begin with a dot match only a pattern that spells one out. Text without a wildcard
+    The wildcards are ``*``, ``?`` and ``[...]`` within a name, and ``**/`` for any folders. Names
+    that begin with a dot match only a pattern that spells the dot out. Text without a wildcard
     gives itself when a file or a folder is there.
     """
     text = os.fspath(pattern)
     if not re.search(r"[*?[]", text):
-        return (
-            [text] if exists(text) else list_files(text)
-        )  # none; an error for a bucket that is not there
+        # where nothing is there: no files, or an error for a bucket that does not exist
+        return [text] if exists(text) else list_files(text)
     folder = re.split(r"[*?[]", text, maxsplit=1)[0].rpartition("/")[0]
     root = folder or ("/" if text.startswith("/") else ".")
     rest = text[len(folder) :].lstrip("/")
@@ -362,35 +368,36 @@ def _remove_local(path: Path) -> None:
 
 
 def remove_tree(uri: Uri) -> None:
-    """Remove a folder with all below it, or a file; nothing there is no error. A whole bucket is
-    refused.
+    """Remove a file, or a folder with all that is below it. Nothing there is no error.
 
-    Raises fence.LostLeaseError in the folder of a run that lost its lease.
+    Raises:
+        StorageError: The URI is a whole bucket or disk. write_fence.LostLeaseError: It is in the
+            folder of a run that lost its lease.
     """
     write_fence.check(uri)
     remote, path = s3.split(uri, below_root=True)
     if not remote:
         return s3.call("remove", uri, _remove_local, Path(os.path.abspath(path)))
     keys = list_files(uri)
-    for key in [
-        key for key in keys if key.endswith(".json")
-    ]:  # manifests first: a reader never sees half a folder
+    manifests = [key for key in keys if key.endswith(".json")]
+    others = [key for key in keys if not key.endswith(".json")]
+    for key in manifests:  # first of all: a reader never sees half a folder
         s3.remove_key(key)
-    with ThreadPoolExecutor(
-        8
-    ) as pool:  # one by one: stores disagree on the checksum that a bulk delete must carry
-        list(pool.map(s3.remove_key, [key for key in keys if not key.endswith(".json")]))
+    # one by one: stores disagree on the checksum that a bulk delete must carry
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(s3.remove_key, others))
 
 
 def beside(path: Path) -> Path:
-    """Where a file or folder is written before it takes its place; the name tells `sweep` who
-    writes it.
+    """Return the temporary path at which a file or folder is written before it takes its place.
+
+    The name says which process writes it, which `sweep` needs to know.
     """
     return path.parent / f".{path.name}.tmp-{_machine()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
 
 
 def _machine() -> str:
-    """Eight letters for this machine: names of files should not grow long."""
+    """Return eight letters for this machine; file names should not grow long."""
     return processes.machine()[:8]
 
 
@@ -398,17 +405,19 @@ _SCRATCH = ".onetomany"
 
 
 def _is_leftover(name: str) -> bool:
+    """Return whether a name is that of an unfinished file or folder."""
     return fnmatch.fnmatchcase(name, ".*.tmp-*")
 
 
 def _is_probe(name: str) -> bool:
-    """What `check_writable` and `keeps_conditions` write and remove at once."""
+    """Return whether `check_writable` or `keeps_conditions` wrote a file of this name."""
     return name.startswith((".probe-", ".run-probe-"))
 
 
 def _writer_is_gone(name: str) -> bool:
-    """Whether the process that was writing is known to have ended; unknown for other machines and
-    older names.
+    """Return whether the process that was writing this file is known to have ended.
+
+    It is not known for other machines and for names that older versions gave.
     """
     found = re.search(r"\.tmp-([0-9a-f]{8})-(\d+)-[0-9a-f]{8}$", name)
     if found is None or found[1] != _machine():
@@ -417,35 +426,37 @@ def _writer_is_gone(name: str) -> bool:
 
 
 def sweep(uri: Uri, older_than_s: float) -> list[str]:
-    """Remove what killed writers left (`.*.tmp-*`) anywhere in a local folder and beside it;
-    returns the paths removed.
+    """Remove what killed writers left (``.*.tmp-*``) below a local folder and beside it.
 
-    What a process of this machine was writing goes when that process has ended, everything else
-    when nothing has written to it for `older_than_s`. On S3 there is nothing to do: unfinished
+    A file of a process of this machine is removed when that process has ended, any other when
+    nothing has written to it for ``older_than_s`` seconds. On S3 there is nothing to do: unfinished
     uploads are invisible, and a lifecycle rule of the bucket ends them.
+
+    Returns:
+        The paths that were removed.
     """
     remote, path = s3.split(uri)
+    if remote:
+        return []
     folder = Path(os.path.abspath(path))
-    return (
-        []
-        if remote
-        else _remove_left(
-            {*_leftovers_below(folder), *filter(_is_left, folder.parent.glob(".*"))}, older_than_s
-        )
-    )
+    beside_folder = filter(_is_left, folder.parent.glob(".*"))
+    return _remove_left({*_leftovers_below(folder), *beside_folder}, older_than_s)
 
 
 def sweep_scratch(older_than_s: float) -> list[str]:
-    """Remove folders of `scratch_folder` on this machine that killed processes left, as `sweep`
-    does.
+    """Remove the `scratch_folder` folders that killed processes left on this machine.
+
+    Returns:
+        The paths that were removed.
     """
     return _remove_left(set(Path(tempfile.gettempdir()).glob(f"{_SCRATCH}.tmp-*")), older_than_s)
 
 
 @contextmanager
 def scratch_folder() -> Iterator[Path]:
-    """A folder for what is made here and then handed on, gone at the end; `sweep_scratch` removes
-    that of a killed process.
+    """Make a temporary folder for files that are then handed on, and remove it at the end.
+
+    `sweep_scratch` removes the folder of a process that was killed.
     """
     folder = beside(Path(tempfile.gettempdir(), _SCRATCH.removeprefix(".")))
     s3.call("write", folder, folder.mkdir, 0o700, parents=True)
@@ -472,15 +483,15 @@ def _is_left(path: Path) -> bool:
 
 def _leftovers_below(folder: Path) -> list[Path]:
     found = []
-    for here, folders, names in os.walk(
-        folder
-    ):  # links are not followed: what lies behind them is not ours
+    # links are not followed: what lies behind them is not ours
+    for here, folders, names in os.walk(folder):
         found += [Path(here, name) for name in (*folders, *names) if _is_left(Path(name))]
         folders[:] = [name for name in folders if not _is_leftover(name)]
     return found
 
 
 def sync_folder(path: Path) -> None:
+    """Flush a folder's entries to disk, where the filesystem can do so."""
     with suppress(OSError):  # some network filesystems cannot sync a folder
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -490,7 +501,7 @@ def sync_folder(path: Path) -> None:
 
 
 def check_writable(uri: Uri) -> None:
-    """Write and remove a probe file, making the folder; the error says why that fails."""
+    """Write and remove a probe file, making the folder. The error says why that fails."""
     probe = join(uri, f".probe-{uuid.uuid4().hex[:12]}")
     write_bytes(probe, b"probe")
     s3.remove_key(probe) if is_remote(uri) else remove_tree(probe)

@@ -1,14 +1,13 @@
-"""A fence around a job's folder: a process writes there only while the run that it belongs to still
-holds the lease.
+"""Keep a process from writing into a job's folder once its run has lost the lease of that folder.
 
-A run that was taken for dead (a suspended machine, a network that was away) may wake up while
-another run has begun. Everything that is written under a job's root goes through `storage`,
-`folders` and the metrics log, and each of them calls `check` first: one small read. The driver
-enters the fence when it takes the lease (`lease.hold`); its Ray workers enter the same fence, which
-travels to them with their work.
+A run that was taken for dead (a suspended machine, a network that was down) may wake up while
+another run has begun. All that is written below a job's root goes through `storage`,
+`atomic_folder` and the metrics log, and each of them calls `check` first, which is one small read.
+The driver enters the fence when it takes the lease (`run_lock.hold`). Its Ray workers enter the
+same fence, which travels to them with their work.
 
-Between the check and the write lies a moment in which the lease may change hands; what is written
-in it is one file or folder that is whole, and the next check stops the run.
+The lease may change hands between the check and the write. What is written then is one complete
+file or folder, and the next check stops the run.
 """
 
 from __future__ import annotations
@@ -25,9 +24,9 @@ from pipeline.io import s3
 from pipeline.io.s3 import StorageError, Uri
 
 LEASE_FILE = ".run.json"
-"""The lease, directly below a job's root."""
+"""Name of the lease, directly below a job's root."""
 LEASE_PREFIX = ".run"
-"""Names of files directly below the root that belong to the lease itself and are never fenced."""
+"""Prefix of the files directly below the root that belong to the lease and are never fenced."""
 
 
 class LostLeaseError(StorageError):
@@ -36,7 +35,7 @@ class LostLeaseError(StorageError):
 
 @dataclass(frozen=True)
 class Fence:
-    """The folder ``root`` may be written to while its lease has the id ``lease_id``."""
+    """Allow writing to the folder ``root`` while its lease has the id ``lease_id``."""
 
     root: str
     lease_id: str
@@ -59,14 +58,12 @@ def guarded_by(fences: Sequence[Fence]) -> Iterator[None]:
 
 
 def current_fences() -> tuple[Fence, ...]:
-    """The fences that this process is held to, to be sent along with work for other processes."""
+    """Return the fences that hold this process, to be sent along with work for other processes."""
     return tuple(_ENTERED)
 
 
 def check(uri: Uri) -> None:
-    """Do nothing where ``uri`` may be written. Raises LostLeaseError where the lease of its folder
-    is no longer ours.
-    """
+    """Raise LostLeaseError where ``uri`` lies in a folder whose lease this run no longer holds."""
     for fence in _ENTERED:
         if _is_below(uri, fence.root):
             holder = read_lease(fence.root)
@@ -75,7 +72,7 @@ def check(uri: Uri) -> None:
 
 
 def describe_loss(root: str, holder: dict[str, Any] | None) -> str:
-    """One line for a run that lost its lease, saying who has it now."""
+    """Return one line for a run that lost its lease, which says who has it now."""
     why = f"its file {LEASE_FILE} is gone"
     if holder is not None:
         why = f"process {holder.get('pid')} on {holder.get('host')} has it now"
@@ -87,7 +84,11 @@ def describe_loss(root: str, holder: dict[str, Any] | None) -> str:
 
 
 def read_lease(root: str) -> dict[str, Any] | None:
-    """The lease of a job's folder, or none. Raises StorageError for a file that cannot be read."""
+    """Return the lease of a job's folder, or None where there is none.
+
+    Raises:
+        StorageError: The file is no lease.
+    """
     uri = lease_uri(root)
     remote, path = s3.split(uri)
     try:
@@ -102,11 +103,12 @@ def read_lease(root: str) -> dict[str, Any] | None:
 
 
 def lease_uri(root: str) -> str:
+    """Return the place of the lease of a job's folder."""
     return f"{root.rstrip('/')}/{LEASE_FILE}"
 
 
 def parse_lease(uri: str, data: bytes) -> dict[str, Any]:
-    """A lease from the bytes of its file. Raises StorageError for what is no lease."""
+    """Return a lease from the bytes of its file. Raise StorageError for what is no lease."""
     with contextlib.suppress(ValueError):
         found = json.loads(data)
         if isinstance(found, dict) and isinstance(found.get("id"), str):
@@ -118,7 +120,7 @@ def parse_lease(uri: str, data: bytes) -> dict[str, Any]:
 
 
 def _is_below(uri: Uri, root: str) -> bool:
-    """Whether ``uri`` is the root or lies below it, and is no file of the lease itself."""
+    """Return whether ``uri`` is the root or lies below it, and is no file of the lease itself."""
     here, there = _plain(uri), _plain(root)
     if here == there:
         return True
@@ -128,5 +130,6 @@ def _is_below(uri: Uri, root: str) -> bool:
 
 
 def _plain(uri: Uri) -> str:
+    """Return a URI in a form that compares equal for the same place."""
     remote, path = s3.split(uri)
     return f"s3://{path}" if remote else os.path.realpath(path)

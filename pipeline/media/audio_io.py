@@ -239,7 +239,7 @@ def _frames(sound: soundfile.SoundFile) -> int:
 
 
 def _promised(file: _Watched) -> float:
-    """As ``audioheader.promised``. Raises BrokenAudioError for MP3 whose end nothing tells, and OGG
+    """As ``audio_header.promised``. Raises BrokenAudioError for MP3 whose end nothing tells, and OGG
     of several recordings.
     """
     if audio_header.is_joined(file):

@@ -462,7 +462,7 @@ class Image(Modality):
 
     def finish(self, batch: Batch) -> Batch:
         """The image normalised; boxes from shares of the image to pixels of the input
-        (``pixels.placed_boxes``).
+        (``image_ops.placed_boxes``).
         """
         if "boxes" in batch.data:
             batch = batch.replace(

@@ -258,7 +258,7 @@ def _config(
     kind: Any, architecture: str, options: TransformersOptions, sizes: Callable[[], dict[str, Any]]
 ) -> Any:
     """A configuration of the family's class: of a whole one that was given, only the plain keys
-    (`plain_config`). Raises ValueError.
+    (`hf_config`). Raises ValueError.
     """
     if options.config is None:
         return kind(**sizes())

@@ -77,7 +77,7 @@ class BehaviourCloning(Objective):
     over the places of chunks that lie within their episode: mse, squared errors averaged over an
     action's numbers; gaussian and mixture, the negative log-density in nats of independent numbers
     (mixture density networks, Bishop 1994), the logarithm of a deviation kept within
-    ``actions.LOG_STD`` by a tanh, in training weighed (``beta``); categorical, the cross entropy.
+    ``action_heads.LOG_STD`` by a tanh, in training weighed (``beta``); categorical, the cross entropy.
     Policies are deterministic: the mean, the mean of the likeliest component, the likeliest class.
 
     ``auto`` takes mse for numbers, which did best for a deterministic expert.

@@ -75,7 +75,7 @@ class SourceStage:
     key: str
     probe: Splits | None = None
     start: str = ""
-    """What identifies the checkpoint that it starts from (`starts.fingerprint`), or nothing."""
+    """What identifies the checkpoint that it starts from (`pretrained.fingerprint`), or nothing."""
     remake: bool = False
     """Whether a bundle that other code or versions made is made anew."""
 

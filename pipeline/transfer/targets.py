@@ -287,7 +287,7 @@ def _classes(spec: Target, splits: Splits, state: dict[str, Any]) -> np.ndarray 
 
 def _modality(target: TargetStage, base: Base) -> tuple[dict[str, Any], str]:
     """The source's modality with the options that a target may set for itself, and completed by the
-    target's own rows (`fitting.completed`).
+    target's own rows (`fit.extend_modality`).
     """
     component = target.spec.data.modality
     own = registry.get("modality", component.name).target_options

@@ -282,9 +282,9 @@ def test_a_store_without_conditional_writes_is_named(s3_server, monkeypatch):
     assert (
         said
         == [
-            f"{root}: this store has no conditional writes; runs that start at once find out "
-            "by listing who is first, "
-            "which needs listings that show a write at once"
+            f"{root}: this store has no conditional writes; runs that start at the same time "
+            "find out by listing which one is first, which needs listings that show a write at "
+            "once"
         ]
         * 2
     )

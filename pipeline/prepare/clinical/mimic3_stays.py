@@ -80,7 +80,7 @@ GENDERS = {"F": "female", "M": "male"}
 class Stays(NamedTuple):
     """``rows``: SCHEMA, sorted by patient and start. ``times``: (n, 3) int64 seconds: admission to
     hospital, to intensive care, discharge from it; ``admissions``: (n,) hadm_id. ``zoned``: whether
-    those times had a zone in the tables (`columnar.Tally`).
+    those times had a zone in the tables (`csv_blocks.RowCounts`).
     """
 
     rows: pa.Table
@@ -254,7 +254,7 @@ def check_zones(name: str, zoned: set[bool], other: str, other_zoned: set[bool])
 
     Args:
         name, other: what the two are called in the error.
-        zoned, other_zoned: whether the times that were read had a zone, as `columnar.Tally` has it.
+        zoned, other_zoned: whether the times that were read had a zone, as `csv_blocks.RowCounts` has it.
     """
     if len(zoned | other_zoned) < 2:
         return

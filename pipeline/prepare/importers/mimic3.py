@@ -463,7 +463,7 @@ class _Block:
     def batches(
         self, byte_range: ByteRange, columns: dict[str, Column], opener: Opener, tally: RowCounts
     ) -> Iterator[pa.Table]:
-        """As `columnar.batches`. Raises ValueError where times have a zone and those of the stays
+        """As `csv_blocks.batches`. Raises ValueError where times have a zone and those of the stays
         have none, or the other way round.
         """
         for batch in batches(byte_range, columns, opener, tally):

@@ -196,7 +196,7 @@ def _taker(
 
 
 def field_kind(value: str) -> int:
-    """What a field looks like: the place in ``tables.KINDS``."""
+    """What a field looks like: the place in ``table_importer.KINDS``."""
     value = value.strip()
     if not value:
         return 0
