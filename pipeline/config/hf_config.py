@@ -1,9 +1,10 @@
-"""Configurations of transformers that come from outside: plain keys alone, and no absurd sizes.
+"""Check configurations of transformers that come from outside: plain keys, and no absurd sizes.
 
 A config.json can make transformers fetch or import code: ``auto_map`` names a Python file,
-``attn_implementation`` and ``kernel_config`` kernels of the hub, ``quantization_config`` further
-packages. So only the keys listed here, which say how a model of one of our families is built, reach
-a configuration class, each with a plain value (a number, a truth value, a word, a list of numbers).
+``attn_implementation`` and ``kernel_config`` name kernels of the hub, ``quantization_config`` names
+further packages. So only the keys listed here reach a configuration class. They say how a model of
+one of our families is built, and each has a plain value (a number, true or false, a word, a list of
+numbers).
 """
 
 from __future__ import annotations
@@ -55,8 +56,9 @@ KEYS: dict[str, frozenset[str]] = {
 }
 """Keys of each family that say how its model is built."""
 CHANGES = ("auto_map", "quantization_config")
-"""Keys with which the folder's weights mean something else than the family's own class makes of
-them: such a folder is refused.
+"""Keys with which the weights mean something else than for the family's own class.
+
+A folder that has one of them is refused.
 """
 LAYERS, WIDTH, LENGTH, VOCABULARY = 512, 1 << 16, 1 << 20, 1 << 23
 """Most layers and heads, the widest layer, the longest row and the largest vocabulary."""
@@ -80,15 +82,19 @@ BOUNDS = {
 LISTED = 64
 """Most entries of a list (convolutions)."""
 PARAMETERS = 20_000_000_000
-"""Most parameters of a model of these families: the largest published one has 1.6 billion."""
+"""Most parameters of a model of these families. The largest published one has 1.6 billion."""
 _WORD = re.compile(r"[A-Za-z0-9_]+")
 
 
 def plain(family: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The plain part of a configuration of one of `KEYS`' families: other keys are left out.
+    """Return the plain part of a configuration; other keys are left out.
 
-    Raises ValueError for a key in `CHANGES`, a value of another kind, and sizes beyond the bounds;
-    each one line.
+    Args:
+        family: One of `KEYS`.
+        config: The configuration, as JSON.
+
+    Raises:
+        ValueError: A key in `CHANGES`, a value of another kind, or a size beyond its bound.
     """
     if wrong := [key for key in CHANGES if config.get(key)]:
         raise ValueError(
@@ -109,7 +115,7 @@ def plain(family: str, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check(key: str, value: Any) -> None:
-    """Raises ValueError for a value that is not plain, or a size beyond its bound."""
+    """Raise ValueError for a value that is not plain, or for a size beyond its bound."""
     many = value if isinstance(value, list | tuple) else [value]
     if len(many) > LISTED or not all(
         one is None or isinstance(one, int | float | str | bool) for one in many
@@ -138,13 +144,15 @@ def _check(key: str, value: Any) -> None:
 
 
 def _short(value: Any) -> str:
+    """Return a value as text, cut after 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def _parameters(family: str, config: Mapping[str, Any]) -> float:
-    """About how many parameters the configuration's model has; sizes that it does not give are
-    small ones of the family's defaults.
+    """Return about how many parameters the configuration's model has.
+
+    Sizes that it does not give are taken as the family's defaults.
     """
 
     def size(*names: str, usual: int) -> int:

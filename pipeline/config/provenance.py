@@ -1,14 +1,14 @@
-"""What made a result: a hash of the code that it depends on, and the versions of the libraries that
-make numbers.
+"""Record what made a result: a hash of the code it depends on, and the versions of the libraries.
 
-Every bundle and every trial's record keeps both. What was made by other code or other versions is
-kept and marked, never reused in silence; ``--remake changed`` makes it anew. Whether two results
-may be compared follows from the same records.
+Every bundle and every trial's record keeps both. Results of other code or other versions are kept
+and marked, never reused in silence; ``--remake changed`` makes them anew. Whether two results may
+be compared follows from the same records.
 
-The code is known part by part: each registered piece (a technique, an objective, ...) is the
-definitions of its file that its class reaches, and each further module is a part of its own. Parts
-are found by reading the sources and following their imports of our own modules, so nothing is
-imported, a plugin's modules count as ours do, and where the package lies does not matter.
+The code is hashed in parts. The part of a registered component (a technique, an objective, ...)
+consists of those definitions of its file that its class reaches. Each further module is a part of
+its own. Parts are found by reading the sources and following their imports of our own modules, so
+nothing is imported, a plugin's modules count as ours do, and where the package lies does not
+matter.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import Any
 from pipeline.config import registry
 
 LIBRARIES = ("torch", "torchvision", "torchaudio", "timm", "transformers", "peft")
-"""Libraries that make numbers: another version of one of them may give other results."""
+"""Libraries that compute numbers: another version of one of them may give other results."""
 
 SOURCE_CODE = ("pipeline.train.source", "pipeline.train.pretrain")
 CHECKPOINT_CODE = (
@@ -38,9 +38,11 @@ CHECKPOINT_CODE = (
 TRIAL_CODE = ("pipeline.transfer.targets", "pipeline.transfer.trial")
 FROZEN_CODE = ("pipeline.transfer.cached_heads",)
 OVERLAP_CODE = ("pipeline.transfer.overlap",)
-"""Modules that a source, an imported checkpoint, a trial, a trial of a frozen backbone, and one
-whose test rows leave out those of the sources start from. The loop, the optimiser, the plan, the
-loader, the metrics and the evaluation are found by following their imports.
+"""Modules that a kind of result starts from.
+
+In this order: a source, an imported checkpoint, a trial, a trial of a frozen backbone, and a trial
+whose test rows leave out those of the sources. The loop, the optimiser, the plan, the loader, the
+metrics and the evaluation are found by following their imports.
 """
 
 MAKES_NO_NUMBERS = frozenset(
@@ -79,24 +81,29 @@ MAKES_NO_NUMBERS = frozenset(
         "pipeline.techniques.rates",
     }
 )
-"""Modules that are passed over when imports are followed, unless a result starts from them. Any
-other module of ours counts, a new one too.
+"""Modules that are skipped when imports are followed, unless a result starts from them.
+
+Any other module of ours counts, also a new one.
 """
 
 WITHOUT_SOURCE = "without source"
-"""Recorded for a module that has no source in Python (a plugin's compiled one): its changes are not
-seen.
+"""Recorded for a module without Python source, such as a plugin's compiled one.
+
+Its changes are not seen.
 """
 NOT_RECORDED = "made before code and versions were recorded"
 
 Component = tuple[str, str]
-"""A registered (kind, name)."""
+"""The (kind, name) of a registered component."""
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """What made a source or a trial. ``code``: part to the hash of its normalised source;
-    ``versions``: library to version.
+    """What made a source or a trial.
+
+    Attributes:
+        code: Part of the code to the hash of its normalised source.
+        versions: Library to version.
     """
 
     code: dict[str, str]
@@ -104,17 +111,18 @@ class Provenance:
 
     @property
     def hash(self) -> str:
-        """One hash for all the code, as the column ``made_by`` has it."""
+        """Return one hash for all the code, as the column ``made_by`` has it."""
         return hashlib.sha256(json.dumps(sorted(self.code.items())).encode()).hexdigest()[:12]
 
     def metadata(self) -> dict[str, Any]:
-        """The two entries of a record or manifest, as `recorded` reads them."""
+        """Return the two entries of a record or manifest that `from_metadata` reads."""
         return {"made_by": {"hash": self.hash, "code": self.code}, "versions": self.versions}
 
 
 def from_metadata(record: Mapping[str, Any]) -> Provenance | None:
-    """What a record or a bundle's manifest says of who made it; None for one that was written
-    before this was recorded.
+    """Return what a record or a bundle's manifest says of who made it.
+
+    None where it was written before that was recorded.
     """
     made_by = record.get("made_by")
     if not isinstance(made_by, Mapping):
@@ -126,8 +134,14 @@ def from_metadata(record: Mapping[str, Any]) -> Provenance | None:
 
 
 def changes(then: Provenance | None, now: Provenance) -> tuple[str, ...]:
-    """In words, each part of the code and each library in which ``now`` differs from what made a
-    result; empty where nothing does.
+    """Describe each part of the code and each library that differs between two provenances.
+
+    Args:
+        then: What made a result; None where that was not recorded.
+        now: What would make it now.
+
+    Returns:
+        A phrase for each difference; empty where there is none.
     """
     if then is None:
         return (NOT_RECORDED,)
@@ -143,8 +157,9 @@ def changes(then: Provenance | None, now: Provenance) -> tuple[str, ...]:
 
 
 def differences(one: Provenance | None, other: Provenance | None) -> tuple[str, ...]:
-    """In words, why two results that are compared were not made alike. Parts that only one of them
-    uses (its technique) do not count.
+    """Describe why two results that are compared were not made alike.
+
+    Parts that only one of them uses (its technique) do not count.
     """
     if one is None and other is None:
         return ()
@@ -156,6 +171,7 @@ def differences(one: Provenance | None, other: Provenance | None) -> tuple[str, 
 
 
 def _other_versions(then: Provenance, now: Provenance, between: str = "then, now") -> Iterator[str]:
+    """Yield a phrase for each library whose version differs."""
     for name in LIBRARIES:
         before, after = then.versions.get(name, "unknown"), now.versions.get(name, "unknown")
         if before != after:
@@ -164,7 +180,7 @@ def _other_versions(then: Provenance, now: Provenance, between: str = "then, now
 
 @cache
 def versions() -> dict[str, str]:
-    """The installed version of each library that makes numbers."""
+    """Return the installed version of each library that computes numbers."""
     found = {}
     for name in LIBRARIES:
         try:
@@ -176,11 +192,11 @@ def versions() -> dict[str, str]:
 
 @cache
 def made_by(modules: tuple[str, ...], components: tuple[Component, ...]) -> Provenance:
-    """What makes a result now.
+    """Return what makes a result now.
 
     Args:
         modules: Dotted names of the modules that it starts from.
-        pieces: The registered pieces that it uses.
+        components: The registered components that it uses.
     """
     return Provenance(code_of(modules, components), versions())
 
@@ -192,12 +208,13 @@ def components_of(
     objective: str | None = None,
     technique: str | None = None,
 ) -> tuple[Component, ...]:
-    """The registered pieces of a source or trial.
+    """Return the registered components of a source or trial.
 
     Args:
-        arch: library/model; one that names a checkpoint brings in no library.
-        options: The backbone's. One that names a backbone itself (``vision: timm/resnet18``) brings
-            in that library too.
+        arch: library/model. An arch that names a checkpoint brings in no library.
+        options: Options of the backbone. One that names a backbone itself (``vision:
+            timm/resnet18``)
+            brings in that library too.
     """
     libraries = {arch.partition("/")[0]} & registry.entries("model").keys()
     for value in options.values():
@@ -215,9 +232,7 @@ def components_of(
 
 
 def code_of(modules: Iterable[str], components: Iterable[Component]) -> dict[str, str]:
-    """Part to hash: the pieces, the modules, and every module of ours that their imports lead
-    to.
-    """
+    """Return part to hash: the components, the modules, and every module of ours that is imported."""
     out: dict[str, str] = {}
     waiting = list(modules)
     for kind, name in components:
@@ -236,8 +251,9 @@ def code_of(modules: Iterable[str], components: Iterable[Component]) -> dict[str
 
 @cache
 def _file(module: str) -> Path | None:
-    """Where a module's source lies; None where there is no such module. Found without importing it
-    or the packages that it lies in.
+    """Return where a module's source lies, or None where there is no such module.
+
+    It is found without importing the module or its packages.
     """
     top, *rest = module.split(".")
     spec = importlib.util.find_spec(top)
@@ -255,22 +271,23 @@ def _file(module: str) -> Path | None:
 
 @cache
 def _source(module: str) -> ast.Module | None:
-    """A module's syntax tree; None where it has no source in Python."""
+    """Return a module's syntax tree, or None where it has no Python source."""
     file = _file(module)
     return ast.parse(file.read_bytes(), str(file)) if file else None
 
 
 @cache
 def _module(module: str) -> tuple[str, tuple[str, ...]]:
-    """The hash of a whole module, and the modules of ours that it imports."""
+    """Return the hash of a whole module, and the modules of ours that it imports."""
     tree = _source(module)
     return (_hash(tree.body), _own_modules(module, tree.body)) if tree else (WITHOUT_SOURCE, ())
 
 
 @cache
 def _component_source(module: str, kind: str, name: str) -> tuple[str, tuple[str, ...]]:
-    """The same of the part of a module that a registered class or function reaches, so that its
-    neighbours in the file do not count.
+    """Return the hash and the imports of that part of a module which a registered object reaches.
+
+    Its neighbours in the file do not count.
     """
     tree = _source(module)
     if tree is None:
@@ -280,9 +297,7 @@ def _component_source(module: str, kind: str, name: str) -> tuple[str, tuple[str
 
 
 def _reachable_statements(tree: ast.Module, kind: str, name: str) -> list[ast.stmt]:
-    """The statements of a module that define a registered piece and all that it names, in their
-    order.
-    """
+    """Return the statements that define a registered object and all that it names, in order."""
     defines: dict[str, list[ast.stmt]] = {}
     always, waiting = [], []
     for statement in tree.body:
@@ -304,6 +319,7 @@ def _reachable_statements(tree: ast.Module, kind: str, name: str) -> list[ast.st
 
 
 def _registers(statement: ast.stmt, kind: str, name: str) -> bool:
+    """Return whether a statement registers the name."""
     for decorator in getattr(statement, "decorator_list", ()):
         is_register = (
             isinstance(decorator, ast.Call) and getattr(decorator.func, "id", None) == "register"
@@ -316,7 +332,7 @@ def _registers(statement: ast.stmt, kind: str, name: str) -> bool:
 
 
 def _defined(statement: ast.stmt) -> Iterator[str]:
-    """Names that a statement of a module defines."""
+    """Yield the names that a statement of a module defines."""
     if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
         yield statement.name
     elif isinstance(statement, (ast.Import, ast.ImportFrom)):
@@ -329,8 +345,9 @@ def _defined(statement: ast.stmt) -> Iterator[str]:
 
 
 def _own_modules(module: str, body: Iterable[ast.stmt]) -> tuple[str, ...]:
-    """Modules of this package, or of the plugin's that ``module`` lies in, that some statements
-    import, in functions too.
+    """Return the modules that some statements import, in functions too, and that are our own.
+
+    Ours are those of this package and of the plugin's package that ``module`` lies in.
     """
     roots = {"pipeline", module.partition(".")[0]}
     found: set[str] = set()
@@ -344,8 +361,9 @@ def _own_modules(module: str, body: Iterable[ast.stmt]) -> tuple[str, ...]:
 
 
 def _imported(module: str, node: ast.AST, roots: set[str]) -> Iterator[str]:
-    """Modules that an import statement names; other packages' members are not told from their
-    modules.
+    """Yield the modules that an import statement names.
+
+    Members of other packages' modules are not told apart from modules.
     """
     if isinstance(node, ast.Import):
         yield from (alias.name for alias in node.names)
@@ -364,8 +382,9 @@ def _imported(module: str, node: ast.AST, roots: set[str]) -> Iterator[str]:
 
 
 def source_hash(text: str | bytes) -> str:
-    """Hash of Python source with comments, docstrings and formatting left out; the same on every
-    version of Python that reads it.
+    """Return the hash of Python source, ignoring comments, docstrings and formatting.
+
+    It is the same on every version of Python that can read the source.
     """
     return _hash(ast.parse(text).body)
 
@@ -384,10 +403,10 @@ def _fields(kind: type[ast.AST]) -> tuple[str, ...]:
 
 
 def _serialize_node(node: Any, words: list[str], imports: set[str]) -> None:
-    """Append a syntax tree as words, without what does nothing.
+    """Append a syntax tree as words, without what has no effect.
 
-    Fields that are empty are left out, as later versions of Python have more of them. Imports are
-    taken out of their places, since their order says nothing, and collected.
+    Empty fields are left out, because later versions of Python have more of them. Imports are taken
+    out of their places, because their order has no meaning, and collected in ``imports``.
     """
     if isinstance(node, ast.Constant):
         words.append(f"{type(node.value).__name__} {node.value!a}")
@@ -419,8 +438,9 @@ def _serialize_node(node: Any, words: list[str], imports: set[str]) -> None:
 
 
 def _joined(values: list[ast.expr]) -> list[ast.expr]:
-    """The parts of a formatted string with the texts that stand side by side put together and empty
-    ones left out: versions of Python cut them differently.
+    """Return the parts of a formatted string, neighbouring texts joined and empty ones left out.
+
+    Versions of Python cut these parts differently.
     """
     out: list[ast.expr] = []
     for value in values:
@@ -433,6 +453,7 @@ def _joined(values: list[ast.expr]) -> list[ast.expr]:
 
 
 def _serialize_field(name: str, value: Any, words: list[str], imports: set[str]) -> None:
+    """Append a field of a syntax tree's node, unless it is empty."""
     before = len(words)
     words.append(f".{name}")
     if isinstance(value, list):

@@ -1,9 +1,8 @@
-"""Names of modalities, models, objectives, techniques and importers, found by reading the source
-files, not by importing them.
+"""Find registered names (modalities, models, objectives, ...) by reading source, not by importing it.
 
 A file in ``pipeline/<kind folder>/`` that holds ``@register("technique", "lp_ft",
 options=LPFTOptions)`` adds that name; nothing else has to be edited. Names, options and column
-roles are known before torch is imported (a job file is checked in well under a second); ``get``
+roles are known before torch is imported, so a job file is checked in well under a second. `get`
 imports the one file that is needed.
 """
 
@@ -33,8 +32,9 @@ FOLDERS = {
 
 
 def reject_bool(value: Any) -> Any:
-    """The value, unless it is true or false. Raises ValueError: pydantic would read them as 1 and
-    0.
+    """Return the value.
+
+    Raise ValueError for true and false, which pydantic would read as 1 and 0.
     """
     if isinstance(value, bool):
         raise ValueError("true and false are no value here")
@@ -42,20 +42,15 @@ def reject_bool(value: Any) -> Any:
 
 
 class Strict(BaseModel):
-    """Frozen; a key that is not declared is refused, and so is true or false where no bool is
-    declared.
-    """
+    """Base of frozen models that refuse keys and booleans which are not declared."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     @field_validator("*", mode="before")
     @classmethod
-    def _truth_is_no_number(cls, value, info):
-        return (
-            value
-            if "bool" in str(cls.model_fields[info.field_name].annotation)
-            else reject_bool(value)
-        )
+    def _reject_bool(cls, value, info):
+        is_bool = "bool" in str(cls.model_fields[info.field_name].annotation)
+        return value if is_bool else reject_bool(value)
 
 
 class Options(Strict):
@@ -68,8 +63,13 @@ class Options(Strict):
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a name is declared: its module, the declared options class, and the column roles it
-    must have and may have.
+    """Where a name is declared.
+
+    Attributes:
+        module: Dotted name of its module.
+        options: The declared options class.
+        roles: Column roles that it must have.
+        optional_roles: Column roles that it may have.
     """
 
     kind: str
@@ -84,7 +84,7 @@ _registered: dict[tuple[str, str], Any] = {}
 
 
 def register(kind: str, name: str, options: type[Options] = Options):
-    """Class or function decorator that files its object under ``(kind, name)``."""
+    """Register the decorated class or function under ``(kind, name)``."""
 
     def keep(thing):
         if kind not in FOLDERS:
@@ -97,6 +97,7 @@ def register(kind: str, name: str, options: type[Options] = Options):
 
 
 def _register_calls(tree: ast.Module):
+    """Yield each decorated definition of a module with its ``register`` call."""
     for node in tree.body:
         for decorator in getattr(node, "decorator_list", ()):
             if (
@@ -107,7 +108,7 @@ def _register_calls(tree: ast.Module):
 
 
 def _options_class(tree: ast.Module, name: str, file: Path) -> type[Options]:
-    """The pydantic class ``name``, compiled alone out of a file that is not imported."""
+    """Return the options class ``name``, compiled alone from a file that is not imported."""
     found = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name]
     if not found:
         raise ValueError(f"{file}: options class {name} must stand in the same file")
@@ -122,13 +123,13 @@ def _options_class(tree: ast.Module, name: str, file: Path) -> type[Options]:
         node for node in tree.body if isinstance(node, ast.ClassDef) and _is_options(node, tree)
     ]
     module = ast.Module(body=wanted, type_ignores=[])
-    exec(
-        compile(module, str(file), "exec", dont_inherit=True), space
-    )  # our own source, as an import runs it; types now, not as text
+    # our own source, as an import would run it; annotations are evaluated, not kept as text
+    exec(compile(module, str(file), "exec", dont_inherit=True), space)
     return space[name]
 
 
 def _is_options(node: ast.ClassDef, tree: ast.Module) -> bool:
+    """Return whether a class derives from Options, by way of classes of the same file."""
     bases = {getattr(base, "id", "") for base in node.bases}
     if "Options" in bases:
         return True
@@ -139,10 +140,10 @@ def _is_options(node: ast.ClassDef, tree: ast.Module) -> bool:
 
 
 def _roles(node: Any, attribute: str, tree: ast.Module, file: Path) -> tuple[str, ...] | None:
-    """Roles that a class attribute names: the class's own, else those of a base in the same file;
-    None when neither says.
+    """Return the roles that a class attribute lists, or None when neither the class nor a base does.
 
-    Raises ValueError when they are not written out, since the file is not imported.
+    Raises:
+        ValueError: They are not written out as a tuple of texts. The file is not imported.
     """
     for item in node.body if isinstance(node, ast.ClassDef) else ():
         targets = (
@@ -185,7 +186,7 @@ def _roles(node: Any, attribute: str, tree: ast.Module, file: Path) -> tuple[str
 
 @cache
 def entries(kind: str) -> dict[str, Entry]:
-    """Every declared name of a kind, in the order of file and line."""
+    """Return every declared name of a kind, in the order of file and line."""
     folder = PACKAGE / FOLDERS[kind]
     out: dict[str, Entry] = {}
     for file in sorted(folder.glob("*.py")):
@@ -221,11 +222,12 @@ def entries(kind: str) -> dict[str, Entry]:
 
 
 def names(kind: str) -> list[str]:
+    """Return every declared name of a kind, sorted."""
     return sorted(entries(kind))
 
 
 def nearest(value: str, valid) -> str:
-    """``did you mean a, b?`` or the list of valid names, for error messages."""
+    """Return ``did you mean a, b?`` or the list of valid names, for error messages."""
     valid = sorted(valid)
     close = (
         difflib.get_close_matches(value, valid, n=3, cutoff=0.6)
@@ -238,7 +240,7 @@ def nearest(value: str, valid) -> str:
 
 
 def entry(kind: str, name: str) -> Entry:
-    """The declaration of a name. Raises ValueError with the nearest valid names."""
+    """Return the declaration of a name. Raise ValueError with the nearest valid names."""
     known = entries(kind)
     if name not in known:
         raise ValueError(f"unknown {kind} {name!r}; {nearest(name, known)}")
@@ -246,15 +248,19 @@ def entry(kind: str, name: str) -> Entry:
 
 
 def roles(kind: str, name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """(required, optional) column roles of a modality or objective, read from its source. Raises
-    ValueError with the nearest valid names.
+    """Return the (required, optional) column roles of a modality or objective.
+
+    They are read from its source.
+
+    Raises:
+        ValueError: The name is unknown; the message has the nearest valid names.
     """
     found = entry(kind, name)
     return found.roles, found.optional_roles
 
 
 def get(kind: str, name: str) -> Any:
-    """The registered object, its file imported now if it was not yet."""
+    """Return the registered object, importing its file if that has not been done yet."""
     found = entry(kind, name)
     importlib.import_module(found.module)
     return _registered[kind, name]
@@ -262,7 +268,7 @@ def get(kind: str, name: str) -> Any:
 
 @cache
 def metrics() -> frozenset[str]:
-    """Names of pipeline.metrics.catalog, read from its source."""
+    """Return the names of pipeline.metrics.catalog, read from its source."""
     return frozenset(
         re.findall(r"(?:_ratio|Metric)\(\s*\"(\w+)\"", (PACKAGE / "metrics/catalog.py").read_text())
     )
@@ -270,7 +276,7 @@ def metrics() -> frozenset[str]:
 
 @cache
 def architectures(library: str) -> frozenset[str]:
-    """Model names that a model library knows, without importing it.
+    """Return the model names that a model library knows, without importing it.
 
     A file in models/ says in ``ARCHITECTURES`` either the names themselves, or ``(package, glob,
     regular expression)``: the names are then what the expression's group finds in the package's
@@ -288,13 +294,15 @@ def architectures(library: str) -> frozenset[str]:
 
 
 def tags(model: str) -> frozenset[str]:
-    """Names of the published weights of a timm model (``dino`` of ``vit_small_patch16_224.dino``),
-    found in timm's sources without importing it.
+    """Return the names of a timm model's published weights, found in timm's sources.
+
+    For example ``dino`` of ``vit_small_patch16_224.dino``. timm is not imported.
     """
     return _scan("timm", "models/*.py", rf"""^\s+['"]{re.escape(model)}\.(\w+)['"]:""")
 
 
 def _scan(package: str, pattern: str, expression: str) -> frozenset[str]:
+    """Return what the expression's group finds in the package's sources."""
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
         raise ValueError(

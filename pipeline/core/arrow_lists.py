@@ -1,5 +1,6 @@
-"""Arrow columns of lists: their rows by place, and their lengths and values as arrays. What need
-not be copied is not.
+"""Arrow columns of lists: take rows of them, and read their lengths and values as arrays.
+
+Nothing is copied that need not be.
 """
 
 from __future__ import annotations
@@ -13,19 +14,21 @@ import pyarrow as pa
 from pipeline.core.arrow_compute import pc
 
 LONG_BYTES = 4096
-"""Lists of lists are copied row by row where a row holds so much on average; of smaller ones
-pyarrow's own way is the faster one.
+"""Bytes a row on average from which on lists of lists are copied row by row.
+
+For smaller rows pyarrow's own way is faster.
 """
 
 
 def is_list(kind: pa.DataType) -> bool:
+    """Return whether values are lists of any kind."""
     return (
         pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
     )
 
 
 def is_text(kind: pa.DataType) -> bool:
-    """Whether values are texts, also those that are stored as a dictionary."""
+    """Return whether values are texts, also where they are stored as a dictionary."""
     plain = kind.value_type if pa.types.is_dictionary(kind) else kind
     return (
         pa.types.is_string(plain)
@@ -35,6 +38,7 @@ def is_text(kind: pa.DataType) -> bool:
 
 
 def is_bytes(kind: pa.DataType) -> bool:
+    """Return whether values are bytes of any kind."""
     return (
         pa.types.is_binary(kind)
         or pa.types.is_large_binary(kind)
@@ -44,72 +48,66 @@ def is_bytes(kind: pa.DataType) -> bool:
 
 
 def holds_files(kind: pa.DataType) -> bool:
-    """Whether values can be files: their bytes, their paths, or structs of both as Hugging Face has
-    them.
-    """
+    """Return whether values can be files: bytes, paths, or Hugging Face's structs of both."""
     if pa.types.is_struct(kind):
         return bool({"bytes", "path"} & {field.name for field in kind})
     return is_text(kind) or is_bytes(kind) or pa.types.is_null(kind)
 
 
 def take(table: pa.Table, places: np.ndarray) -> pa.Table:
-    """``table.take``, which looks up lists of lists one inner list at a time: in columns of long
-    ones each stretch of rows is copied as a whole.
+    """Return the rows of a table at some places, as ``table.take`` does.
+
+    ``table.take`` looks up lists of lists one inner list at a time. Here, each run of neighbouring
+    rows is copied as a whole where the lists are long.
     """
-    long = (
-        {
-            name
-            for name in table.column_names
-            if is_list(kind := table[name].type)
-            and is_list(kind.value_type)
-            and table[name].nbytes >= LONG_BYTES * len(table)
-        }
-        if len(places)
-        else set()
-    )
-    if not long:
+    long = {name for name in table.column_names if _has_long_lists(table[name])}
+    if not long or not len(places):
         return table.take(pa.array(places))
     others = table.drop_columns(list(long))
     others = others.take(pa.array(places)) if others.num_columns else others
     cuts = [0, *(np.flatnonzero(np.diff(places) != 1) + 1).tolist(), len(places)]
     columns = []
     for name in table.column_names:
-        parts = (
-            [
-                part
-                for start, stop in pairwise(cuts)
-                for part in table[name].slice(int(places[start]), stop - start).chunks
-            ]
-            if name in long
-            else []
-        )
-        columns.append(pa.chunked_array(parts).combine_chunks() if name in long else others[name])
+        if name not in long:
+            columns.append(others[name])
+            continue
+        parts = []
+        for start, stop in pairwise(cuts):
+            parts += table[name].slice(int(places[start]), stop - start).chunks
+        columns.append(pa.chunked_array(parts).combine_chunks())
     return pa.table(columns, schema=table.schema)
 
 
+def _has_long_lists(column: pa.ChunkedArray) -> bool:
+    """Return whether a column holds lists of lists, with many bytes a row."""
+    kind = column.type
+    is_nested = is_list(kind) and is_list(kind.value_type)
+    return is_nested and column.nbytes >= LONG_BYTES * len(column)
+
+
 def joined(column: pa.ChunkedArray) -> Any:
-    """A column as one array."""
+    """Return a column as one array."""
+    if not column.num_chunks:
+        return pa.array([], column.type)
     if column.num_chunks == 1:
         return column.chunk(0)
-    return (
-        pa.concat_arrays(column.unify_dictionaries().chunks)
-        if column.num_chunks
-        else pa.array([], column.type)
-    )
+    return pa.concat_arrays(column.unify_dictionaries().chunks)
 
 
 def lengths(lists: Any) -> np.ndarray:
-    """(n,) whole numbers, how long each list is, -1 for null."""
+    """Return the length of each list, (n,) whole numbers, -1 for null."""
     return filled(pc.list_value_length(lists), -1)
 
 
 def filled(array: Any, value: float) -> np.ndarray:
-    """An array with a value for null; ``fill_null`` copies even where there is nothing to fill."""
+    """Return an array in numpy, with a value in the place of nulls.
+
+    ``fill_null`` would copy even where there is no null.
+    """
     return (pc.fill_null(array, value) if array.null_count else array).to_numpy()
 
 
 def floats(array: Any) -> np.ndarray:
-    """(n,) float32 of an array of numbers, NaN for null."""
-    return filled(
-        array if array.type == pa.float32() else pc.cast(array, pa.float32(), safe=False), np.nan
-    )
+    """Return an array of numbers as (n,) float32, NaN for null."""
+    is_float = array.type == pa.float32()
+    return filled(array if is_float else pc.cast(array, pa.float32(), safe=False), np.nan)

@@ -1,4 +1,4 @@
-"""Rows on their way through a model, as every part of the pipeline hands them on."""
+"""A batch of rows, as every part of the pipeline hands it on."""
 
 from __future__ import annotations
 
@@ -14,16 +14,19 @@ from torch import Tensor
 class Batch:
     """Rows on their way through a model.
 
-    ``rows``: (B,) int64 row ids of the manifest, on the host. ``keys``: (B,) int64, one random key
-    a row from (seed, epoch, row): whatever is random about a row (crop, mask) follows from its key,
-    so it is the same at any number of ranks. ``data``: named tensors, each with first dimension B.
-    ``shards``: (B,) the canonical shard of each row, where a plan made the batch.
+    For dense tasks on images some tensors have fixed names. ``boxes`` (B, M, 4) float32 are corners
+    x0 y0 x1 y1, where a box without area stands for no box: shares of the row's own image until the
+    modality's ``finish``, and pixels of the input after it. ``mask`` (B, H, W) has one class number
+    for each pixel of the input. ``frame`` (B, 4) float32 (width, height, left, top) says in pixels
+    of the input where the whole image lies.
 
-    Names with a meaning of their own, for dense tasks on images: ``boxes`` (B, M, 4) float32
-    corners x0 y0 x1 y1, a box without area standing for no box, as shares of the row's own image
-    until the modality's ``finish`` and in pixels of the input after it; ``mask`` (B, H, W) one
-    class number a pixel of the input; ``frame`` (B, 4) float32 (width, height, left, top) in pixels
-    of the input: where the whole image lies.
+    Attributes:
+        rows: (B,) int64 row ids of the manifest, on the host.
+        keys: (B,) int64, one random key a row from (seed, epoch, row). All that is random about a
+            row
+            (crop, mask) follows from its key, so it is the same at any number of ranks.
+        data: Named tensors, each with first dimension B.
+        shards: (B,) the canonical shard of each row, where a plan made the batch.
     """
 
     rows: np.ndarray
@@ -38,12 +41,17 @@ class Batch:
         return self.data[name]
 
     def replace(self, **tensors: Tensor) -> Batch:
+        """Return the batch with other or further tensors."""
         return Batch(self.rows, self.keys, {**self.data, **tensors}, self.shards)
 
     def partners(self) -> Tensor:
-        """(B,) int64 on the keys' device: for each row the next one of its canonical shard, in a
-        ring: a pairing (mixup) that is the same at any number of ranks. Without shards all rows are
-        one ring.
+        """Return another row for each row, for pairings such as mixup.
+
+        It is the next row of the same canonical shard, in a ring, so that the pairing is the same
+        at any number of ranks. Without shards all rows are one ring.
+
+        Returns:
+            (B,) int64 on the device of the keys.
         """
         shards = self.shards if self.shards is not None else np.zeros(len(self), dtype=np.int64)
         order = np.argsort(shards, kind="stable")
@@ -53,12 +61,14 @@ class Batch:
         return torch.from_numpy(out).to(self.keys.device)
 
     def to(self, device: torch.device) -> Batch:
+        """Return the batch on a device."""
         if device.type == "cpu":
             return self
         move = {name: tensor.to(device, non_blocking=True) for name, tensor in self.data.items()}
         return Batch(self.rows, self.keys.to(device, non_blocking=True), move, self.shards)
 
     def pin(self) -> Batch:
+        """Return the batch in pinned memory."""
         return Batch(
             self.rows,
             self.keys.pin_memory(),
@@ -67,8 +77,9 @@ class Batch:
         )
 
     def split(self, size: int | None) -> list[Batch]:
-        """Micro-batches of at most ``size`` rows, in order and as even as can be (batch norm wants
-        no part of one row); itself when size is none.
+        """Return micro-batches of at most ``size`` rows, in order and as even as possible.
+
+        Batch norm allows no part of a single row. Without a size the batch itself is returned.
         """
         if size is None or len(self) <= size:
             return [self]

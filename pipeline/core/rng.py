@@ -1,9 +1,8 @@
-"""Random numbers as pure functions of a key, on any device: SplitMix64 (Steele, Lea and Flood,
-OOPSLA 2014).
+"""Random numbers as pure functions of a key, on any device.
 
-A row's key comes from (seed, epoch, row); its k-th uniform number is a hash of (key, k). No state
-is kept, so what is random about a row does not depend on the rank, the batch or the step that meets
-it.
+SplitMix64 (Steele, Lea and Flood, OOPSLA 2014). A row's key comes from (seed, epoch, row), and its
+k-th uniform number is a hash of (key, k). No state is kept, so what is random about a row does not
+depend on the rank, the batch or the step that it is in.
 """
 
 from __future__ import annotations
@@ -17,12 +16,13 @@ _MASK = (1 << 64) - 1
 
 
 def _signed(value: int) -> int:
+    """Return the lowest 64 bits of a whole number as a signed one."""
     value &= _MASK
     return value - (1 << 64) if value >> 63 else value
 
 
 def mix(*parts: int) -> int:
-    """One 63-bit seed from several integers."""
+    """Return one 63-bit seed from several integers."""
     z = 0
     for part in parts:
         z = (z + _GAMMA + part) & _MASK
@@ -33,7 +33,7 @@ def mix(*parts: int) -> int:
 
 
 def row_keys(seed: int, epochs: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """(B,) int64 keys of rows in their epochs."""
+    """Return the (B,) int64 keys of rows in their epochs."""
     with np.errstate(over="ignore"):
         z = (
             np.uint64(mix(seed))
@@ -46,13 +46,15 @@ def row_keys(seed: int, epochs: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 
 def _shift(z: Tensor, bits: int) -> Tensor:
-    """Logical right shift of int64 (torch's is arithmetic)."""
+    """Shift int64 to the right logically, where torch's shift is arithmetic."""
     return (z >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def uniform(keys: Tensor, count: int, stream: int = 0) -> Tensor:
-    """(B, count) float32 in [0, 1) from (B,) int64 keys; ``stream`` separates uses of the same
-    key.
+    """Return (B, count) float32 in [0, 1) from (B,) int64 keys.
+
+    Args:
+        stream: Separates uses of the same key.
     """
     index = torch.arange(1, count + 1, device=keys.device, dtype=torch.int64) + (stream << 40)
     z = keys[:, None] + index[None, :] * _signed(_GAMMA)

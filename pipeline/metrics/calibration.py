@@ -1,9 +1,8 @@
-"""Probabilities that mean what they say: calibration error, reliability, temperature and decision
-threshold, from scores.
+"""Calibration of probabilities: calibration error, reliability, temperature and decision threshold.
 
 Scores are logits, as predictions hold them: (..., C) of classes, or (..., L) of labels that are
-true or not by themselves. What is fitted here (temperature, threshold) is fitted on validation
-rows; the callers see to that.
+independently true or false. Temperature and threshold are fitted on validation rows; the callers
+see to that.
 """
 
 from __future__ import annotations
@@ -15,20 +14,21 @@ import numpy as np
 BINS = 15
 """Equal-width bins of the calibration error (Guo et al. 2017)."""
 COLDEST, HOTTEST = 0.05, 20.0
-"""Temperatures that are looked at: rows that are all right would want 0, rows without any skill
-infinity.
+"""Bounds of the temperature.
+
+Rows that are all right would want 0, rows without any skill infinity.
 """
 
 
 def softmax(scores: np.ndarray) -> np.ndarray:
-    """Probabilities (..., C) float64."""
+    """Return probabilities (..., C) float64."""
     scores = scores.astype(np.float64)
     powers = np.exp(scores - scores.max(-1, keepdims=True))
     return powers / powers.sum(-1, keepdims=True)
 
 
 def sigmoid(scores: np.ndarray) -> np.ndarray:
-    """Probabilities, float64, of logits of any shape."""
+    """Return probabilities, float64, of logits of any shape."""
     half = np.tanh(scores.astype(np.float64) / 2)
     return (1 + half) / 2
 
@@ -37,10 +37,13 @@ def sigmoid(scores: np.ndarray) -> np.ndarray:
 
 
 def confidence(scores: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(K,) float64 probability that was said, and (K,) bool whether it came true.
+    """Return the predicted probability and whether the prediction came true.
 
-    Of two classes it is the positive (second) one's, as a calibration curve shows it; of more the
-    likeliest class's (Guo et al. 2017).
+    Of two classes the probability is that of the positive (second) one, as a calibration curve
+    shows it; of more classes that of the likeliest one (Guo et al. 2017).
+
+    Returns:
+        (K,) float64 and (K,) bool.
     """
     chance = softmax(scores)
     if scores.shape[-1] == 2:
@@ -51,11 +54,17 @@ def confidence(scores: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.nd
 def weighted_calibration_error(
     chance: np.ndarray, true: np.ndarray, drawn: np.ndarray
 ) -> np.ndarray:
-    """(R,) expected calibration errors: the mean over rows of the distance between what their bin
-    said and what came true in it.
+    """Return expected calibration errors, one a resample.
 
-    chance, true: (K,) as ``confidence`` gives them. drawn: (K, R) float64, how often each was
-    drawn. NaN without rows, or where a chance is NaN.
+    It is the mean over rows of the distance between the mean probability of their bin and the share
+    that came true in it.
+
+    Args:
+        chance, true: (K,) as `confidence` returns them.
+        drawn: (K, R) float64, how often each row was drawn in each resample.
+
+    Returns:
+        (R,); NaN without rows, or where a probability is NaN.
     """
     if not len(chance) or np.isnan(chance).any():
         return np.full(drawn.shape[1], np.nan)
@@ -70,8 +79,14 @@ def weighted_calibration_error(
 def reliability(
     chance: np.ndarray, true: np.ndarray, bins: int = 10, least: int = 20
 ) -> list[tuple[float, float, int]]:
-    """(mean probability said, share that came true, rows) of bins with equally many rows each, at
-    least ``least``; [] for fewer rows than two bins take.
+    """Return the points of a reliability curve, of bins with equally many rows.
+
+    Args:
+        least: The fewest rows of a bin.
+
+    Returns:
+        (mean probability, share that came true, rows) of each bin; [] for fewer rows than two bins
+        need.
     """
     bins = min(bins, len(chance) // least)
     if bins < 2:
@@ -84,22 +99,27 @@ def reliability(
 
 
 def temperature(scores: np.ndarray, label: np.ndarray) -> float:
-    """The scalar that scores are divided by for the smallest loss of these rows (temperature
-    scaling, Guo et al. 2017), within [0.05, 20].
+    """Return the scalar to divide scores by for the smallest loss of these rows.
 
-    scores: (K, C) with label (K,) class numbers, or (K, L) with label (K, L) 0 or 1, whose loss is
-    the binary one. The loss is convex in 1 / temperature, so its slope is bisected. 1.0 without
-    rows or where a score is not finite.
+    Temperature scaling (Guo et al. 2017), within [0.05, 20]. The loss is convex in 1 / temperature,
+    so its slope is bisected.
+
+    Args:
+        scores: (K, C) of classes, or (K, L) of labels.
+        label: (K,) class numbers, or (K, L) 0 or 1, for which the loss is the binary one.
+
+    Returns:
+        The temperature; 1.0 without rows or where a score is not finite.
     """
     if not len(scores) or not np.isfinite(scores).all():
         return 1.0
     scores = scores.astype(np.float64)
-    goal = (
-        scores[np.arange(len(scores)), label].sum() if label.ndim == 1 else (scores * label).sum()
-    )
+    has_classes = label.ndim == 1
+    true_scores = scores[np.arange(len(scores)), label] if has_classes else scores * label
+    goal = true_scores.sum()
 
     def too_sharp(inverse: float) -> bool:
-        chance = softmax(inverse * scores) if label.ndim == 1 else sigmoid(inverse * scores)
+        chance = softmax(inverse * scores) if has_classes else sigmoid(inverse * scores)
         return (chance * scores).sum() > goal
 
     low, high = np.log(1 / HOTTEST), np.log(1 / COLDEST)
@@ -112,11 +132,17 @@ def temperature(scores: np.ndarray, label: np.ndarray) -> float:
 def best_threshold(
     chance: np.ndarray, positive: np.ndarray, goal: Literal["f1", "youden"]
 ) -> float:
-    """The probability at and above which rows are called positive, for the largest F1 of these
-    rows, or sensitivity + specificity (Youden 1950).
+    """Return the probability at and above which rows are called positive.
 
-    chance: (K,). positive: (K,) bool. It lies half way to the next lower probability, so that none
-    of these rows lies on it. 0.5 without both classes.
+    It gives the largest F1 of these rows, or sensitivity + specificity (Youden 1950). It lies half
+    way to the next lower probability, so that none of these rows lies on it.
+
+    Args:
+        chance: (K,) probabilities.
+        positive: (K,) bool.
+
+    Returns:
+        The threshold; 0.5 where not both classes are there.
     """
     if positive.all() or not positive.any() or np.isnan(chance).any():
         return 0.5
@@ -126,11 +152,10 @@ def best_threshold(
     ends = np.flatnonzero(np.concatenate([ranked[1:] != ranked[:-1], [True]]))
     hits, calls = hits[ends], calls[ends]
     true = int(positive.sum())
-    value = (
-        2 * hits / (calls + true)
-        if goal == "f1"
-        else hits / true - (calls - hits) / (len(positive) - true)
-    )
+    if goal == "f1":
+        value = 2 * hits / (calls + true)
+    else:
+        value = hits / true - (calls - hits) / (len(positive) - true)
     best = int(np.argmax(value))
     below = ranked[ends[best] + 1] if best + 1 < len(ends) else 0.0
     found = np.float32((ranked[ends[best]] + below) / 2)  # as test predictions hold it

@@ -1,11 +1,11 @@
-"""Average precision of object detection as COCO defines it (Lin et al. 2014; pycocotools' COCOeval
-with area "all" and 100 detections an image).
+"""Average precision of object detection as COCO defines it (Lin et al. 2014).
 
-Boxes are matched once an image; from how often each image counts follow the precision-recall curves
-of any number of resamples. IoU does not depend on the unit of the axes, so boxes may be pixels or
-shares of their image. pycocotools keeps the matches of an image in Python lists and
-faster-coco-eval in C++ objects without fields, so neither can be resampled without matching anew:
-the tests hold this file against both.
+The same as pycocotools' COCOeval with area "all" and 100 detections an image. Boxes are matched
+once an image; from how often each image counts follow the precision-recall curves of any number of
+resamples. IoU does not depend on the unit of the axes, so boxes may be pixels or shares of their
+image. pycocotools keeps the matches of an image in Python lists and faster-coco-eval in C++ objects
+without fields, so neither can be resampled without matching anew. The tests compare this module
+with both.
 """
 
 from __future__ import annotations
@@ -26,29 +26,32 @@ def average_precision(
     thresholds: np.ndarray = IOU_THRESHOLDS,
     counts: np.ndarray | None = None,
 ) -> np.ndarray:
-    """(R,) mean average precision over classes and ``thresholds``, one for each row of ``counts``
-    (R, n), how often each image counts (none: once).
+    """Return the mean average precision over classes and ``thresholds``, one for each resample.
 
-    ``found``: ``boxes`` (n, D, 4) corners x0 y0 x1 y1, D at most 100, ``scores`` (n, D),
-    ``classes`` (n, D; -1 for no detection), and the truth: ``true_boxes`` (n, M, 4),
-    ``true_classes`` (n, M; -1 for no box), ``true_crowd`` (n, M). A crowd may be matched by any
-    number of detections, which then count neither as hits nor as errors. Classes without a box that
-    is no crowd are left out; NaN where no class is left.
+    Args:
+        found: ``boxes`` (n, D, 4) corners x0 y0 x1 y1, D at most 100; ``scores`` (n, D);
+            ``classes``
+            (n, D), -1 for no detection; and the truth: ``true_boxes`` (n, M, 4), ``true_classes``
+            (n, M), -1 for no box; ``true_crowd`` (n, M). A crowd may be matched by any number of
+            detections, which then count neither as hits nor as errors.
+        thresholds: (T,) of IoU.
+        counts: (R, n) how often each image counts; None for once.
+
+    Returns:
+        (R,). Classes whose boxes are all crowds are left out; NaN where no class is left.
     """
     n = len(found["scores"])
-    counts = (
-        np.ones((1, n), dtype=np.int64) if counts is None else np.asarray(counts).astype(np.int64)
-    )
-    order = np.argsort(
-        -np.where(found["classes"] >= 0, found["scores"], -np.inf), axis=1, kind="stable"
-    )
+    if counts is None:
+        counts = np.ones((1, n), dtype=np.int64)
+    counts = np.asarray(counts).astype(np.int64)
+    sureness = np.where(found["classes"] >= 0, found["scores"], -np.inf)
+    order = np.argsort(-sureness, axis=1, kind="stable")
     scores, classes = (np.take_along_axis(found[name], order, 1) for name in ("scores", "classes"))
     boxes = np.take_along_axis(found["boxes"], order[:, :, None], 1)
     hit, ignored = _matched(boxes, classes, found, thresholds)
     image, slot = np.nonzero(classes >= 0)
-    by_score = np.argsort(
-        -scores[image, slot], kind="stable"
-    )  # ties stay in the order of images, as in COCOeval
+    # ties stay in the order of images, as in COCOeval
+    by_score = np.argsort(-scores[image, slot], kind="stable")
     image, slot = image[by_score], slot[by_score]
     kinds, hit, ignored = classes[image, slot], hit[:, image, slot], ignored[:, image, slot]
     real = (found["true_classes"] >= 0) & ~found["true_crowd"].astype(bool)
@@ -64,25 +67,23 @@ def average_precision(
 def _matched(
     boxes: np.ndarray, classes: np.ndarray, found: dict[str, np.ndarray], thresholds: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(T, n, D) whether each detection, the surest first, hits a box of its class, and whether a
-    crowd swallows it: COCOeval's greedy matching.
+    """Match detections with boxes, as COCOeval does: greedily, in the order of their scores.
 
-    One loop over the places of detections does all images and thresholds at once; classes do not
-    meet, as the IoU across them is -1.
+    One loop over the places of detections does all images and thresholds at once. Classes do not
+    mix, as the IoU across them is -1.
+
+    Returns:
+        (T, n, D) whether each detection hits a box of its class, and whether a crowd absorbs it.
     """
     n, d = classes.shape
-    hit, ignored = (
-        np.zeros((len(thresholds), n, d), dtype=bool),
-        np.zeros((len(thresholds), n, d), dtype=bool),
-    )
+    hit = np.zeros((len(thresholds), n, d), dtype=bool)
+    ignored = np.zeros((len(thresholds), n, d), dtype=bool)
     limit = np.minimum(thresholds, 1 - 1e-10)[:, None, None]
     for start in range(0, n, _IMAGES):
         part = slice(start, start + _IMAGES)
         true_classes, crowd = found["true_classes"][part], found["true_crowd"][part].astype(bool)
-        width, depth = (
-            int(np.flatnonzero((true_classes >= 0).any(0)).max(initial=-1)) + 1,
-            int((classes[part] >= 0).sum(1).max(initial=0)),
-        )
+        width = int(np.flatnonzero((true_classes >= 0).any(0)).max(initial=-1)) + 1
+        depth = int((classes[part] >= 0).sum(1).max(initial=0))
         if not width or not depth:
             continue
         true_classes, crowd = true_classes[:, :width], crowd[:, :width]
@@ -91,10 +92,8 @@ def _matched(
             found["true_boxes"][part, :width].astype(np.float64),
             crowd,
         )
-        iou[
-            (classes[part, :depth, None] != true_classes[:, None, :])
-            | (true_classes[:, None, :] < 0)
-        ] = -1.0
+        is_other_class = classes[part, :depth, None] != true_classes[:, None, :]
+        iou[is_other_class | (true_classes[:, None, :] < 0)] = -1.0
         free = np.broadcast_to(~crowd, (len(thresholds), *crowd.shape)).copy()
         rows = np.arange(len(crowd))
         for place in range(depth):
@@ -109,12 +108,13 @@ def _matched(
 
 
 def _iou(a: np.ndarray, b: np.ndarray, crowd: np.ndarray) -> np.ndarray:
-    """(n, D, M) intersection over union of boxes (n, D, 4) and (n, M, 4); over the first one's own
-    area where the second is a crowd.
+    """Return the intersection over union of boxes (n, D, 4) and (n, M, 4), (n, D, M).
+
+    Where the second box is a crowd, the union is the area of the first box.
     """
-    sides = np.minimum(a[:, :, None, 2:], b[:, None, :, 2:]) - np.maximum(
-        a[:, :, None, :2], b[:, None, :, :2]
-    )
+    low = np.maximum(a[:, :, None, :2], b[:, None, :, :2])
+    high = np.minimum(a[:, :, None, 2:], b[:, None, :, 2:])
+    sides = high - low
     inner = np.maximum(sides, 0).prod(-1)
     of_a, of_b = ((box[..., 2:] - box[..., :2]).prod(-1) for box in (a, b))
     union = np.where(
@@ -126,11 +126,16 @@ def _iou(a: np.ndarray, b: np.ndarray, crowd: np.ndarray) -> np.ndarray:
 def _areas(
     counts: np.ndarray, image: np.ndarray, hit: np.ndarray, ignored: np.ndarray, boxes: np.ndarray
 ) -> np.ndarray:
-    """(R, T) average precision of one class: its detections by falling score, their images (N,),
-    and in each resample the number of boxes (R,).
+    """Return the average precision of one class, (R, T).
 
-    Precision interpolated at 101 recalls. It only rises at a hit, so the curve is looked at there
-    alone, each hit standing for the recalls that it is the first to reach.
+    Precision is interpolated at 101 recalls. It only rises at a hit, so the curve is looked at
+    there alone, each hit standing for the recalls that it is the first to reach.
+
+    Args:
+        counts: (R, n) how often each image counts.
+        image: (N,) image of each detection, by falling score.
+        hit, ignored: (T, N) as `_matched` returns them.
+        boxes: (R,) number of boxes in each resample.
     """
     out = np.zeros((len(counts), len(hit)))
     size = max(1, _CELLS // max(1, len(image)))
@@ -145,10 +150,8 @@ def _areas(
             hits, seen = drawn[:, at].cumsum(1), so_far[:, at]
             aside = np.flatnonzero(ignored[t])
             if len(aside):
-                before = np.concatenate(
-                    [np.zeros((len(drawn), 1), dtype=drawn.dtype), drawn[:, aside].cumsum(1)],
-                    axis=1,
-                )
+                nothing = np.zeros((len(drawn), 1), dtype=drawn.dtype)
+                before = np.concatenate([nothing, drawn[:, aside].cumsum(1)], axis=1)
                 seen = seen - before[:, np.searchsorted(aside, at)]
             precision = hits / (seen + np.spacing(1))
             precision = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]

@@ -1,7 +1,7 @@
 """Metrics that rank rows, as weighted sums: one sort serves every bootstrap draw.
 
-Scores: (n,) float, higher is more likely. Positive: (n,) bool. Drawn: (n, R) float64, how often
-each row was drawn in each of R resamples.
+Scores are (n,) floats, higher is more likely. Positive is (n,) bool. Drawn is (n, R) float64, how
+often each row was drawn in each of R resamples.
 """
 
 from __future__ import annotations
@@ -11,14 +11,18 @@ from collections.abc import Callable
 import numpy as np
 
 Ranking = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
-"""(scores, positive, drawn) to (R,) values; NaN without both classes, or where a score is NaN."""
+"""(scores, positive, drawn) -> (R,) values; NaN without both classes or where a score is NaN."""
 
 
 def _ranked(
     scores: np.ndarray, positive: np.ndarray, drawn: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(G, R) drawn positives and negatives of each run of equal scores, the highest first;
-    neighbouring runs without a positive are one.
+    """Return how often positives and negatives of each run of equal scores were drawn.
+
+    Runs are in order of falling scores; neighbouring runs without a positive are joined.
+
+    Returns:
+        (G, R) positives and (G, R) negatives.
     """
     order = np.argsort(-scores, kind="stable")
     s, y, drawn = scores[order], positive[order], drawn[order]
@@ -31,8 +35,9 @@ def _ranked(
 
 
 def weighted_auroc(scores: np.ndarray, positive: np.ndarray, drawn: np.ndarray) -> np.ndarray:
-    """(R,) areas under the ROC curve: how often a positive scores above a negative, ties counted
-    half (Mann and Whitney, 1947).
+    """Return (R,) areas under the ROC curve.
+
+    It is how often a positive scores above a negative, ties counted half (Mann and Whitney 1947).
     """
     if not len(scores) or np.isnan(scores).any():
         return np.full(drawn.shape[1], np.nan)
@@ -47,8 +52,10 @@ def weighted_auroc(scores: np.ndarray, positive: np.ndarray, drawn: np.ndarray) 
 def weighted_average_precision(
     scores: np.ndarray, positive: np.ndarray, drawn: np.ndarray
 ) -> np.ndarray:
-    """(R,) average precisions: the precision at each threshold times the recall that it adds, not
-    interpolated (as scikit-learn has it).
+    """Return (R,) average precisions.
+
+    It is the sum over thresholds of the precision times the recall that is added, not interpolated,
+    as in scikit-learn.
     """
     if not len(scores) or np.isnan(scores).any():
         return np.full(drawn.shape[1], np.nan)
@@ -62,8 +69,9 @@ def weighted_average_precision(
 def weighted_min_precision_sensitivity(
     scores: np.ndarray, positive: np.ndarray, drawn: np.ndarray
 ) -> np.ndarray:
-    """(R,) the best min(precision, sensitivity) over all thresholds (Silva et al. 2012: event 1 of
-    the CinC Challenge 2012).
+    """Return (R,) the best min(precision, sensitivity) over all thresholds.
+
+    Event 1 of the CinC Challenge 2012 (Silva et al. 2012).
     """
     if not len(scores) or np.isnan(scores).any():
         return np.full(drawn.shape[1], np.nan)
