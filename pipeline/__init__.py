@@ -25,7 +25,7 @@ KEEP_MEMORY = {
     # glibc hands blocks above 32 MiB back to the system whenever they are freed, and the next
     # tensor's pages are then made anew, one by one: WaveNet's step on a CPU took 3.5 s so, and
     # takes 1.2 s. Its arenas of 64 MiB a thread would each be wasted on one large tensor (2.7 GB in
-    # the place of 1.9). What a trial took goes back at its end (`fanout.release`).
+    # the place of 1.9). What a trial took goes back at its end (`fanout.release_memory`).
     "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
     "MALLOC_TRIM_THRESHOLD_": str(1 << 32),
     "MALLOC_ARENA_MAX": "1",

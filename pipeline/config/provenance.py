@@ -232,7 +232,7 @@ def components_of(
 
 
 def code_of(modules: Iterable[str], components: Iterable[Component]) -> dict[str, str]:
-    """Return part to hash: the components, the modules, and every module of ours that is imported."""
+    """Return part to hash: of the components, the modules, and all modules of ours they import."""
     out: dict[str, str] = {}
     waiting = list(modules)
     for kind, name in components:

@@ -1,4 +1,4 @@
-"""Find registered names (modalities, models, objectives, ...) by reading source, not by importing it.
+"""Find registered names (modalities, models, ...) by reading source files, not by importing them.
 
 A file in ``pipeline/<kind folder>/`` that holds ``@register("technique", "lp_ft",
 options=LPFTOptions)`` adds that name; nothing else has to be edited. Names, options and column
@@ -140,7 +140,7 @@ def _is_options(node: ast.ClassDef, tree: ast.Module) -> bool:
 
 
 def _roles(node: Any, attribute: str, tree: ast.Module, file: Path) -> tuple[str, ...] | None:
-    """Return the roles that a class attribute lists, or None when neither the class nor a base does.
+    """Return the roles that a class attribute lists, or None when neither it nor a base has any.
 
     Raises:
         ValueError: They are not written out as a tuple of texts. The file is not imported.

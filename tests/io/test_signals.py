@@ -77,7 +77,7 @@ def test_a_handler_that_a_library_installs_does_not_stay(when):
         from pipeline.io import signals as stopping
         stopping.install()
         try:
-            with stopping.kept():
+            with stopping.keep_signal_handler():
                 signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))
                 if sys.argv[1] == "during":
                     os.kill(os.getpid(), signal.SIGTERM)
@@ -96,7 +96,7 @@ def test_outside_a_command_nothing_is_installed():
         import os, signal
         from pipeline.io import signals as stopping
         from pipeline.train import launch
-        with stopping.kept():
+        with stopping.keep_signal_handler():
             signal.signal(signal.SIGTERM, lambda number, frame: None)
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     """)

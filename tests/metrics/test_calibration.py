@@ -47,7 +47,7 @@ def ran(request, paths, tmp_path_factory):
 
 
 def predicted(task, rows, shared):
-    ready = one_trial.evaluate.ready_for(rows)
+    ready = one_trial.evaluate.device_preprocessing(rows)
     return one_trial.evaluate.predictions(
         task,
         one_trial._batches(rows, one_trial.Ranks()),
