@@ -107,7 +107,7 @@ def test_every_small_job_fits_its_data_and_tells_its_cost(
     state = stages.check(yaml_loader.load(job, []), Progress())
     tells_its_cost(job, "\n".join(dry_run.describe(state)))
     preflight.check_rows(state)
-    assert re.search(r"^# Seen: ", job.read_text(), re.MULTILINE), (
+    assert re.search(r"^# Measured: ", job.read_text(), re.MULTILINE), (
         "a job opens with the figures to expect"
     )
 
