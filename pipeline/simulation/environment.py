@@ -1,7 +1,7 @@
-"""Worlds: an environment of gymnasium or of our own with its dynamics, so that what was learned in
-one can be tried in another.
+"""Simulated worlds: an environment of gymnasium, or of this package, with given dynamics.
 
-A world is data: its text stands in the rows that were made in it, and makes it again.
+A policy that was trained with some dynamics can so be tried with others. A world is data: its text
+is stored in the rows that were made in it, and makes it again.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from pipeline.config.registry import nearest
 from pipeline.core.rng import mix
 
 MULTIPLIERS = ("mass", "friction", "damping", "gear")
-"""Of body masses and inertias, of sliding, torsional and rolling friction, of joint damping, and of
-actuator gears; 1 as published.
+"""Factors for body masses and inertias; sliding, torsional and rolling friction; joint damping;
+and actuator gears. 1: as published.
 """
 FIELDS = {
     "mass": ("body_mass", "body_inertia"),
@@ -31,29 +31,34 @@ FIELDS = {
 }
 """The arrays of a MuJoCo model that each of them multiplies."""
 ADDED = ("latency", "noise")
-"""Whole steps that actions come late, and the standard deviation of Gaussian noise on observations;
-0 as published.
+"""Delay of actions in whole steps, and standard deviation of Gaussian noise on observations. 0: as
+published.
 """
 OWN = {
     "onetomany/Reach-v0": "reach",
     "onetomany/Push-v0": "push",
     "onetomany/WallFollowing-v0": "range_world",
 }
-"""Environments of this package, and the module that has each."""
+"""Environments of this package, and the module of each."""
 PLAIN_ID = re.compile(r"([A-Za-z0-9_-]+/)?[A-Za-z0-9_.-]+")
 """Ids that rows may name, as gymnasium registers them: namespace/Name-v0. A colon would import the
 module before it.
 """
 MOST_STEPS = 1_000_000
-"""Of an episode in a world that a row names."""
+"""Longest episode of a world that a row names."""
 NEEDED = "simulation needs gymnasium, MuJoCo and stable-baselines3: uv sync --extra robotics"
 
 
 @dataclass(frozen=True)
 class World:
-    """An environment ``id``, the ``steps`` after which an episode is cut, the ``seed`` of its start
-    and of its noise, ``dynamics`` (see MULTIPLIERS and ADDED; what is left out is as published),
-    and ``skill`` where an environment has several. Raises ValueError for dynamics that are none.
+    """An environment and its dynamics. Raises ValueError for values that are not allowed.
+
+    Attributes:
+        id: of the environment.
+        steps: an episode is truncated after so many.
+        seed: of the episode's start and of noise.
+        dynamics: see MULTIPLIERS and ADDED; others are as published.
+        skill: for environments with several.
     """
 
     id: str
@@ -85,14 +90,16 @@ class World:
             raise ValueError(f"seed {self.seed}: a whole number from 0")
 
     def text(self) -> str:
-        """Canonical JSON, which ``parse`` reads."""
+        """Return canonical JSON, which `parse` reads."""
         return json.dumps(asdict(self), sort_keys=True)
 
     @classmethod
     def parse(cls, text: str) -> World:
-        """The world of a row. Raises ValueError for a text that is no world, and for an id that
-        would import a module (module:Env): rows are data, and name environments that are installed,
-        by their registered ids.
+        """Read the world of a row.
+
+        Raises ValueError for a text that is no world, and for an id that would import a module
+        (module:Env): rows are data, and may only name installed environments by their registered
+        ids.
         """
         try:
             found = json.loads(text)
@@ -119,9 +126,11 @@ class World:
 
 
 def sample_dynamics(ranges: Mapping[str, float | Sequence[float]], seed: int) -> dict[str, float]:
-    """Dynamics: numbers as they are, (low, high) drawn by the seed, log-uniform for multipliers and
-    uniform for latency (whole) and noise. What one of them is follows from the others' names too,
-    as all come from one stream. Raises ValueError for a range that is none.
+    """Draw dynamics from ranges.
+
+    Numbers are kept; (low, high) is drawn log-uniformly for multipliers, and uniformly for latency
+    (whole steps) and noise. All come from one stream: a value depends on the names of the others.
+    Raises ValueError for an invalid range.
     """
     rng = np.random.default_rng(mix(seed, 0xD1A))
     out = {}
@@ -146,8 +155,9 @@ def sample_dynamics(ranges: Mapping[str, float | Sequence[float]], seed: int) ->
 
 
 def check_environment_id(ident: str) -> None:
-    """Raises ValueError for an environment that is not known by this very name: without its version
-    it would be another one with another gymnasium.
+    """Raise ValueError for an environment that is not registered by exactly this name.
+
+    An id without its version would mean another environment with another release of gymnasium.
     """
     try:
         import gymnasium
@@ -162,9 +172,10 @@ def check_environment_id(ident: str) -> None:
 
 
 def make(world: World) -> Any:
-    """A fresh environment with the world's dynamics, to be reset with its seed. Raises ValueError
-    for an id that is not installed, with the nearest names, for a skill that it has not, for
-    dynamics that it has not, and where gymnasium is missing.
+    """Make an environment with the world's dynamics; it is to be reset with the world's seed.
+
+    Raises ValueError for an unknown id (with the nearest ones), a skill or dynamics that the
+    environment does not have, and where gymnasium is missing.
     """
     try:
         import gymnasium
@@ -193,7 +204,7 @@ def make(world: World) -> Any:
 
 
 def simulator() -> Any:
-    """The module mujoco. Raises ValueError where it is missing."""
+    """Return the module mujoco. Raises ValueError if it is not installed."""
     try:
         return importlib.import_module("mujoco")
     except ModuleNotFoundError:
@@ -206,9 +217,7 @@ def _own(world: World) -> Any:
 
 
 def _quiet(env: Any) -> None:
-    """MuJoCo writes its warnings to a file of the working directory unless somebody takes them;
-    rollouts count them themselves.
-    """
+    """Ignore MuJoCo's warnings, which it would write to a file; rollouts count them themselves."""
     if getattr(env.unwrapped, "model", None) is not None:
         mujoco = simulator()
         if mujoco.get_mju_user_warning() is None:
@@ -220,9 +229,7 @@ def _ignored(text: str) -> None:
 
 
 def _change(env: Any, world: World) -> None:
-    """Multiply what the world says in the MuJoCo model, and bring up to date what follows from
-    masses.
-    """
+    """Multiply the arrays of the MuJoCo model, and update what follows from masses."""
     own = getattr(
         env.unwrapped, "takes", ()
     )  # multipliers that an environment without MuJoCo sees to itself
@@ -246,9 +253,7 @@ def _change(env: Any, world: World) -> None:
 
 
 class _Cut:
-    """An environment whose episodes are cut after so many steps (gymnasium's own TimeLimit takes
-    its own environments alone).
-    """
+    """An environment whose episodes are truncated (gymnasium's TimeLimit only wraps its own)."""
 
     def __init__(self, env: Any, steps: int):
         self.env, self.limit, self.steps = env, steps, 0
@@ -267,8 +272,10 @@ class _Cut:
 
 
 class _Late:
-    """Actions that come ``latency`` steps late (the first ones are zero, or class 0), and Gaussian
-    noise on observations, from the seed given to ``reset``, else going on from the world's.
+    """Delays actions by `latency` steps and adds Gaussian noise to observations.
+
+    The first actions are zero, or class 0. The noise's seed is that given to `reset`, else the
+    world's stream goes on.
     """
 
     def __init__(self, env: Any, latency: int, noise: float, seed: int):

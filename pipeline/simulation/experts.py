@@ -1,5 +1,5 @@
-"""Experts: what demonstrations are made by. They may read the simulator's own state, which the
-policies that learn from them never see.
+"""Experts that demonstrations are made by. They may read the simulator's state, which policies
+that learn from them never see.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pipeline.simulation.rollout import Episode, rollout
 
 class Expert(Protocol):
     def act(self, env: Any, observation: np.ndarray) -> Any:
-        """The action (A,) in the environment's units, or a class's number."""
+        """Return the action (A,) in the environment's units, or the number of a class."""
         ...
 
 
@@ -38,21 +38,23 @@ class Random:
 
 
 class LQR:
-    """The linear-quadratic regulator about the upright rest of a pendulum on a cart: u = -K x with
-    K from the discrete algebraic Riccati equation of the simulator's own linearisation of this very
-    world, so it knows the masses, gears and damping. x is (qpos, qvel) of the simulator.
+    """The linear-quadratic regulator about the upright rest of a pendulum on a cart.
 
-    One step of the linearisation is one action (`frame_skip` steps of the simulator), taken by
-    central differences of whole steps: MuJoCo's mjd_transitionFD refuses these models' RK4
-    integrator. Of 150 starts, InvertedDoublePendulum stays up for 400 steps in all as published,
-    and in 141 with masses x 2.5, gear x 0.45 and damping x 3: from the others the saturated motor
-    cannot catch it (neither could predictive control that knows the bounds, 140). Cheap actions, or
-    a dearer place of the cart, lose more. Raises ValueError for a world that is no such pendulum.
+    u = -K x, with K from the discrete algebraic Riccati equation of the simulator's own
+    linearisation of this world, so it knows the masses, gears and damping. x is (qpos, qvel).
+
+    One step of the linearisation is one action (`frame_skip` steps of the simulator), by central
+    differences of whole steps: MuJoCo's mjd_transitionFD refuses these models' RK4 integrator. Of
+    150 starts, InvertedDoublePendulum stays up for 400 steps in all as published, and in 141 with
+    masses x 2.5, gear x 0.45 and damping x 3: from the others the saturated motor cannot catch it
+    (neither could predictive control that knows the bounds, 140). A lower cost of actions, or a
+    higher one of the cart's position, loses more. Raises ValueError for a world that is no such
+    pendulum.
     """
 
     IDS = ("InvertedPendulum", "InvertedDoublePendulum")
     WEIGHTS = 0.3, 10.0, 10.0
-    """Prices of the cart's place, of each angle, and of the action; velocities are free."""
+    """Costs of the cart's position, of each angle, and of the action; velocities cost nothing."""
 
     def __init__(self, world: World):
         if world.id.partition("-")[0] not in self.IDS:
@@ -66,7 +68,7 @@ class LQR:
     def _solved(
         cls, ident: str, dynamics: tuple[tuple[str, float], ...]
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The two matrices of the linearisation and K. Kept, as many episodes have the same
+        """Return the two matrices of the linearisation, and K. Cached: many episodes have the same
         dynamics.
         """
         from scipy.linalg import solve_discrete_are
@@ -103,7 +105,7 @@ class LQR:
         return whole, pushed, np.linalg.solve(price + pushed.T @ p @ pushed, pushed.T @ p @ whole)
 
     def act(self, env: Any, observation: np.ndarray) -> np.ndarray:
-        """(1,) float32, which the bounds may cut."""
+        """Return the action (1,) float32, not clipped."""
         data = env.unwrapped.data
         return (-self.gain @ np.concatenate([data.qpos, data.qvel])).astype(np.float32)
 
@@ -133,21 +135,28 @@ EXPERTS: dict[str, Callable[[World], Expert]] = {
     "push": _push,
     "wall": _wall,
 }
-"""Experts by name; each is made for the world that it acts in."""
+"""Experts by name; each is made for the world in which it acts."""
 
 
 def expert(name: str, world: World) -> Expert:
-    """Raises ValueError with the nearest names, and for a world that the expert is not for."""
+    """Make an expert by name.
+
+    Raises ValueError for an unknown name (with the nearest ones) and for a world that the expert is
+    not for.
+    """
     if name not in EXPERTS:
         raise ValueError(f"unknown expert {name!r}; {nearest(name, EXPERTS)}")
     return EXPERTS[name](world)
 
 
 class Demonstrator:
-    """Experts as the policy of a rollout: one for each world. ``explore``: standard deviation, as a
-    share of half an action's range, of Gaussian noise that is added to what is executed; ``clean``
-    holds what the experts would have done (labels of noisy demonstrations, DART, Laskey et al.
-    2017).
+    """Experts as the policy of a rollout, one for each world.
+
+    Attributes:
+        explore: standard deviation of Gaussian noise on what is executed, as a share of half an
+        action's range.
+        clean: what the experts would have done: the labels of noisy demonstrations (DART, Laskey et
+        al. 2017).
     """
 
     def __init__(self, experts: Sequence[Expert], explore: float = 0.0):
@@ -186,8 +195,9 @@ class Demonstrator:
 def demonstrations(
     worlds: Sequence[World], experts: Sequence[Expert], explore: float = 0.0
 ) -> list[Episode]:
-    """An episode of its expert in each world; their ``actions`` are the experts' own, also where
-    what was ``executed`` was noisy.
+    """Roll out one episode of an expert in each world.
+
+    The episodes' `actions` are the experts' own, also where what was `executed` had noise.
     """
     who = Demonstrator(experts, explore)
     episodes = rollout(worlds, who, start=who.start)

@@ -1,6 +1,7 @@
-"""Small pictures of what happens in an environment, where they can be made: MuJoCo's through
-MUJOCO_GL=egl or osmesa, which MuJoCo reads when it is first imported; an environment without MuJoCo
-may draw itself (`picture`).
+"""Small pictures of an environment, where they can be made.
+
+MuJoCo draws with MUJOCO_GL=egl or osmesa, which it reads when it is first imported; an environment
+without MuJoCo may draw itself (`picture`).
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ SIZE = 96, 128
 """Height and width in pixels."""
 HEADLESS = ("egl", "osmesa")
 CLOSER = 0.6
-"""Share of gymnasium's distance of a free camera: its pictures are larger."""
+"""Share of gymnasium's distance of a free camera, for larger pictures."""
 
 
 def picture(env: Any) -> list[np.ndarray]:
-    """One (H, W, 3) uint8 picture of now; none where none can be made, without a word."""
+    """Return one (H, W, 3) uint8 picture of the current state, or an empty list if none can be
+    made.
+    """
     plain = env.unwrapped
     if hasattr(plain, "picture"):
         return [plain.picture(*SIZE)]
@@ -45,7 +48,7 @@ def picture(env: Any) -> list[np.ndarray]:
 
 
 def _camera(plain: Any) -> Any:
-    """The model's own tracking camera, or a free one where gymnasium has it."""
+    """Return the model's own tracking camera, or a free one as gymnasium has it."""
     mujoco = simulator()
     if mujoco.mj_name2id(plain.model, mujoco.mjtObj.mjOBJ_CAMERA, "track") >= 0:
         return "track"

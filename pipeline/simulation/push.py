@@ -1,5 +1,5 @@
-"""A round pusher on a table that brings a puck to a goal: two motors, one contact, ground friction.
-The model is written here.
+"""A round pusher on a table that brings a puck to a goal: two motors, one contact, ground
+friction. The MuJoCo model is defined here.
 """
 
 from __future__ import annotations
@@ -40,19 +40,20 @@ XML = f"""
     <motor joint="pusher_y" gear="6" ctrllimited="true" ctrlrange="-1 1"/>
   </actuator>
 </mujoco>"""
-"""Pusher without weight on the table; the puck lies on it and slides by its friction."""
+"""The pusher has no weight on the table; the puck lies on it and slides with friction."""
 LAST, NEAR = 10, 0.03
-"""Success: over the last so many steps the puck is so many metres from the goal, on average."""
+"""Success: over so many last steps the puck is on average within so many metres of the goal."""
 ACTION_COST = 0.01
 
 
 class Push:
-    """Observations (10,) float32: x, y of the pusher, its velocity, of the puck, its velocity, of
-    the goal; metres and m/s. Actions (2,): forces as shares of the largest, 6 N. The reward is
-    -(metres from puck to goal) - ACTION_COST |action|^2; an episode never ends by itself. 40 steps
-    a second.
+    """The environment; 40 steps a second.
 
-    The seed draws the puck within 20 cm of the middle, the goal 15 to 30 cm from it, and the pusher
+    Observations (10,) float32: x, y of the pusher, its velocity, of the puck, its velocity, of the
+    goal; metres and m/s. Actions (2,): forces as shares of the largest, 6 N. The reward is -(metres
+    from puck to goal) - ACTION_COST |action|^2; an episode never terminates.
+
+    The seed draws the puck within 20 cm of the centre, the goal 15 to 30 cm from it, and the pusher
     where it touches neither. Raises ValueError for a skill.
     """
 
@@ -86,7 +87,7 @@ class Push:
     def reset(
         self, *, seed: int | None = None, options: Any = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        """A puck, a goal and a pusher of the seed; without one, others."""
+        """Draw puck, goal and pusher by the seed, or by the stream if there is none."""
         if seed is not None:
             self.rng = np.random.default_rng(mix(seed, 0x905))
         rng, self.distances = self.rng, []
@@ -103,7 +104,7 @@ class Push:
         return self._seen(), {}
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        """Forces (2,), kept for one step."""
+        """Apply forces (2,) for one step."""
         self.data.ctrl[:] = action
         self.mujoco.mj_step(self.model, self.data, self.frame_skip)
         self.distances.append(float(np.linalg.norm(self.data.qpos[2:4] - self.goal)))
@@ -119,22 +120,24 @@ class Push:
 
 
 class Pushing:
-    """Goes round the puck until it is behind it as seen from the goal, then pushes along the line
-    from puck to goal, slower as they near. It reads the simulator's state, masses, damping and
+    """An expert that goes around the puck until it is behind it as seen from the goal, then
+    pushes.
+
+    It slows down as the puck nears the goal. It reads the simulator's state, masses, damping and
     gears. Raises ValueError for another environment.
     """
 
     FAST, PUSH = 0.6, 0.25
-    """Metres a second, of going and of pushing."""
+    """Speed of going and of pushing, m/s."""
     GRIP = 12.0
-    """Share a second of a difference in speed that is made up for."""
+    """Share of a difference in speed that is corrected in a second."""
 
     def __init__(self, world: World):
         if not world.id.startswith("onetomany/Push"):
             raise ValueError(f"expert push moves the puck of onetomany/Push-v0, not {world.id}")
 
     def act(self, env: Any, observation: np.ndarray) -> np.ndarray:
-        """(2,) float32, which the bounds may cut."""
+        """Return the action (2,) float32, not clipped."""
         plain = env.unwrapped
         model, data = plain.model, plain.data
         pusher, puck, goal = data.qpos[:2], data.qpos[2:4], plain.goal
@@ -153,7 +156,7 @@ class Pushing:
     def _way(
         self, pusher: np.ndarray, puck: np.ndarray, goal: np.ndarray
     ) -> tuple[np.ndarray, bool]:
-        """(2,) the velocity that the pusher should have, and whether it pushes by it."""
+        """Return (the velocity (2,) that the pusher should have, whether it pushes with it)."""
         left = goal - puck
         far = float(np.linalg.norm(left))
         if far < 0.004:
@@ -185,16 +188,16 @@ class Pushing:
         return self._towards(behind - pusher, float(np.linalg.norm(behind - pusher))), False
 
     def _towards(self, to: np.ndarray, far: float) -> np.ndarray:
-        """A velocity along `to` that falls with the `far` metres that are left."""
+        """Return a velocity along `to` that falls with the `far` metres that are left."""
         return to / max(float(np.linalg.norm(to)), 1e-9) * min(self.FAST, 5.0 * far)
 
 
 def environment(world: World) -> Push:
-    """A fresh one, which `pipeline.simulation.environment.make` cuts at the world's steps."""
+    """Make the environment, which `pipeline.simulation.environment.make` truncates."""
     return Push(world)
 
 
 def _around(rng: np.random.Generator, low: float, high: float) -> np.ndarray:
-    """(2,) a place from `low` to `high` metres from the origin, as likely in equal areas."""
+    """Draw a point (2,) uniformly by area, from `low` to `high` metres from the origin."""
     angle, far = rng.uniform(-np.pi, np.pi), np.sqrt(rng.uniform(low**2, high**2))
     return far * np.array([np.cos(angle), np.sin(angle)])

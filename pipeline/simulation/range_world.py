@@ -33,47 +33,47 @@ from pipeline.core.rng import mix
 from pipeline.simulation.environment import World
 
 ACTIONS = ("Move-Forward", "Sharp-Right-Turn", "Slight-Left-Turn", "Slight-Right-Turn")
-"""Names of the actions, in the order of their numbers: that of the published log."""
+"""Names of the actions by number, as in the published log."""
 SENSORS, FARTHEST, HERTZ = 24, 5.0, 9.0
-"""How many, metres beyond which there is no echo, readings and actions a second."""
+"""Number of sensors, their range in metres, readings and actions a second."""
 ANGLES = np.deg2rad(-180 + 15 * np.arange(SENSORS))
 AHEAD, LEFT = slice(10, 15), slice(17, 20)
-"""Sensors S11..S15 and S18..S20, by which the robot was driven."""
+"""Sensors S11..S15 and S18..S20, which the driver used."""
 NEAR_AHEAD, NEAR_LEFT, FAR_LEFT = 0.9, 0.4945, 0.9
-"""Metres of the rule by which the robot was driven."""
+"""Thresholds of the driver's rule, in metres."""
 SPEED, SLIGHT_LEFT, SLIGHT_RIGHT, SHARP_RIGHT = (0.15, 0.2), (6.0, 11.0), (1.0, 3.0), (8.0, 13.0)
-"""Ranges of m/s and degrees/s, one draw a room."""
+"""Ranges of m/s and degrees/s, drawn once a room."""
 BEAM = np.deg2rad((-14.0, -7.0, 0.0, 7.0, 14.0))
-"""Rays of one sensor's beam; it tells the nearest echo of them."""
+"""Rays of one sensor's beam; it reads the nearest echo."""
 GLANCING = (35.0, 50.0)
-"""Degrees from a wall's normal from which on it sends no echo straight back (ultrasound: walls are
-mirrors), one draw a room; corners always do.
+"""Degrees from a wall's normal beyond which it sends no echo straight back (ultrasound: walls are
+mirrors), drawn once a room; corners always do.
 """
 CORNER = 0.04
 """Metres from a wall's end that count as its corner."""
 LOST, RENEWED = (0.3, 0.9), 0.2
-"""Share of echoes by way of a second wall that are lost, one draw a room; and chance a step that a
-sensor's luck is drawn anew.
+"""Share of lost echoes that came by way of a second wall, drawn once a room; and the chance a step
+that this is drawn again for a sensor.
 """
 JITTER = 0.006
-"""Metres, standard deviation of a reading."""
+"""Standard deviation of a reading, in metres."""
 RADIUS = 0.25
-"""Metres from the robot's middle: a wall that is closer is hit."""
+"""Of the robot, in metres: a wall that is closer is hit."""
 FOLLOWED, LEAST = (0.3, 1.1), 0.05
-"""Metres on the left where there is a wall to follow, and metres a second to drive along one, over
-an episode, for success.
+"""Metres to a wall on the left that is followed; metres a second along one, over an episode, for
+success.
 """
 
 
 class RangeWorld:
-    """A room with boxes in it, by the seed; so are the robot's start beside a wall, its speeds and
-    its sensors' luck.
+    """A room with boxes in it, drawn by the seed together with the robot's start, speeds and
+    sensors.
 
-    Actions are places in ACTIONS. An observation is (24,) float32 metres from 0 to FARTHEST. The
-    reward is the metres driven in a step where the nearest wall on the left is FOLLOWED metres
-    away, else 0. A hit ends the episode. Success: none up to the time limit, and LEAST metres a
-    second driven so. Dynamics: gear multiplies all speeds; latency and noise as everywhere. Raises
-    ValueError for a skill.
+    Actions are indices in ACTIONS. An observation is (24,) float32 metres from 0 to FARTHEST. The
+    reward is the metres driven in a step while the nearest wall on the left is FOLLOWED metres
+    away, else 0. A collision terminates the episode. Success: no collision up to the time limit,
+    and LEAST metres a second driven so. Dynamics: gear multiplies all speeds; latency and noise as
+    in every environment. Raises ValueError for a skill.
     """
 
     classes, time_limit, takes = ACTIONS, 450, ("gear",)
@@ -103,7 +103,7 @@ class RangeWorld:
     def reset(
         self, *, seed: int | None = None, options: Any = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        """A room, and a place in it, of the seed; without one, another room."""
+        """Draw a room and a start by the seed, or by the stream if there is none."""
         if seed is not None:
             self.rng = np.random.default_rng(mix(seed, 0x5C1))
         rng = self.rng
@@ -127,7 +127,7 @@ class RangeWorld:
         return self._seen(), {}
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        """Raises ValueError for an action that is none."""
+        """Take one step. Raises ValueError for an unknown action."""
         if not 0 <= int(action) < len(ACTIONS):
             raise ValueError(
                 f"action {action}: there are {len(ACTIONS)}, {', '.join(ACTIONS)}, numbered from 0"
@@ -150,8 +150,8 @@ class RangeWorld:
         )
 
     def picture(self, height: int, width: int) -> np.ndarray:
-        """(height, width, 3) uint8: the room from above, walls black, the robot red and its front
-        blue, on white.
+        """Draw the room from above, (height, width, 3) uint8: walls black, robot red with a blue
+        front.
         """
         out = np.full((height, width, 3), 255, dtype=np.uint8)
         scale = min((width - 1) / self.walls[:, 0].max(), (height - 1) / self.walls[:, 1].max())
@@ -174,8 +174,10 @@ class RangeWorld:
         return out
 
     def _seen(self) -> np.ndarray:
-        """What the sensors tell from here: the nearest echo of their beams; where all walls are
-        glanced, that of the second wall to which the beam is thrown, or none.
+        """Return the sensors' readings: the nearest echo of their beams.
+
+        Where all walls are met at a glancing angle, the echo is that of the second wall to which
+        the beam is reflected, or none.
         """
         rays = (self.heading + ANGLES[:, None] + BEAM).ravel()
         distance, cosine, wall, corner = cast(self.walls, self.place, rays)
@@ -202,9 +204,16 @@ class RangeWorld:
 def cast(
     walls: np.ndarray, place: np.ndarray, angles: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Of rays from `place` (2,), or one place a ray (n, 2), at `angles` (n,) of the room: (n,)
-    metres to the nearest of `walls` (M, 4), cosine between the ray and its normal, its number, and
-    whether the ray meets its corner. A ray that meets none goes on for ever (inf).
+    """Intersect rays with walls.
+
+    Args:
+        place: (2,) origin of all rays, or (n, 2).
+        angles: (n,) in the room.
+        walls: (M, 4).
+
+    Returns:
+        (n,) each: metres to the nearest wall (inf: none), cosine between the ray and its normal,
+        its index, and whether the ray meets its corner.
     """
     start, along = walls[:, :2], walls[:, 2:] - walls[:, :2]
     x, y = np.cos(angles)[:, None], np.sin(angles)[:, None]
@@ -226,15 +235,15 @@ def cast(
 
 
 def clearance(walls: np.ndarray, place: np.ndarray) -> float:
-    """Metres from a place (2,) to the nearest of `walls` (M, 4)."""
+    """Return the metres from a point (2,) to the nearest of `walls` (M, 4)."""
     start, along = walls[:, :2], walls[:, 2:] - walls[:, :2]
     share = np.clip(((place - start) * along).sum(1) / (along**2).sum(1), 0, 1)
     return float(np.linalg.norm(start + share[:, None] * along - place, axis=1).min())
 
 
 def room(rng: np.random.Generator) -> np.ndarray:
-    """(M, 4) walls, from (x, y) to (x, y): a rectangle of 3.5 to 8 by 3 to 6 metres, and up to five
-    boxes, of which one may stand free.
+    """Draw (M, 4) walls, from (x, y) to (x, y): a rectangle of 3.5 to 8 by 3 to 6 metres, and up
+    to five boxes, of which one may stand free.
     """
     width, height = rng.uniform(3.5, 8), rng.uniform(3, 6)
     boxes = [(0.0, 0.0, width, height)]
@@ -273,9 +282,7 @@ def room(rng: np.random.Generator) -> np.ndarray:
 
 
 def _start(walls: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, float]:
-    """A place beside one of the outermost walls, and a heading that has it on the left, more or
-    less.
-    """
+    """Draw a place beside one of the outer walls, and a heading that has it roughly on the left."""
     corner = walls[:4].reshape(-1, 2).max(0)
     while True:
         wall = walls[rng.integers(4)]
@@ -295,14 +302,15 @@ def _start(walls: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, flo
 
 
 def _within(walls: np.ndarray, place: np.ndarray) -> bool:
-    """Whether a place is in one of the boxes."""
+    """Whether a point is in one of the boxes."""
     boxes = walls[4:].reshape(-1, 4, 4)
     low, high = boxes[:, 0, :2], boxes[:, 1, 2:]
     return bool(((place > low) & (place < high)).all(1).any())
 
 
 class WallFollower:
-    """The rule by which the real robot was driven (see the table above), on what its sensors tell.
+    """The rule by which the real robot was driven (see above), applied to the sensors' readings.
+
     Raises ValueError for another environment.
     """
 
@@ -311,7 +319,7 @@ class WallFollower:
             raise ValueError(f"expert wall drives in onetomany/WallFollowing-v0, not in {world.id}")
 
     def act(self, env: Any, observation: np.ndarray) -> int:
-        """A place in ACTIONS for (24,) metres."""
+        """Return the index in ACTIONS for readings (24,) in metres."""
         ahead, left = observation[AHEAD].min(), observation[LEFT].min()
         if ahead <= NEAR_AHEAD:
             return 1
@@ -319,5 +327,5 @@ class WallFollower:
 
 
 def environment(world: World) -> RangeWorld:
-    """A fresh one, which `pipeline.simulation.environment.make` cuts at the world's steps."""
+    """Make the environment, which `pipeline.simulation.environment.make` truncates."""
     return RangeWorld(world)

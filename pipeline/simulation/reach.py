@@ -1,5 +1,5 @@
-"""Skills of a planar arm with two joints (gymnasium's Reacher-v5): its fingertip is to be where a
-skill says, as a function of the target that it sees.
+"""Skills of a planar arm with two joints (gymnasium's Reacher-v5): each moves the fingertip to a
+point that is a function of the target.
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ BASE = "Reacher-v5"
 UPPER, LOWER = 0.1, 0.11
 """Metres from the base to the elbow, and from there to the fingertip."""
 LAST, NEAR = 10, 0.02
-"""Success: over the last so many steps the fingertip is so many metres from where it should be, on
-average.
+"""Success: over so many last steps the fingertip is on average within so many metres of its point.
 """
 ACTION_COST = 0.01
 STIFF, SLOW = 150.0, 25.0
-"""The expert's torque for a joint that is a radian off, and for one that moves at a radian a
-second; at the joint, before the gear of the published model.
+"""The expert's torque per radian of error, and per radian a second, at the joint before the gear
+of the published model.
 """
 GEAR = 200.0
 
@@ -38,16 +37,17 @@ SKILLS: dict[str, Callable[[np.ndarray, float], np.ndarray]] = {
     "half": lambda target, seconds: 0.5 * target,
     "orbit": _orbit,
 }
-"""(2,) metres from the base, of (2,) the target and the seconds since the start: the target, its
-mirror image through the base, it turned by a quarter about the base, half-way to it, and a circle
-of 4 cm about a point near it.
+"""The point (2,) in metres from the base, of the target (2,) and the seconds since the start: the
+target, its mirror image through the base, the target turned by a quarter about the base, half-way
+to it, and a circle of 4 cm about a point near it.
 """
 
 
 class Reach:
-    """The published model, rewarded by -distance - ACTION_COST |action|^2 of the skill's point.
-    Observations (10,) are the published ones, which know nothing of the skill; actions (2,) are
-    torques as shares of the largest. Raises ValueError for a skill that is none.
+    """The published model, rewarded by -distance - ACTION_COST |action|^2 to the skill's point.
+
+    Observations (10,) are the published ones, which do not depend on the skill; actions (2,) are
+    torques as shares of the largest. Raises ValueError for an unknown skill.
     """
 
     time_limit = 75
@@ -76,7 +76,7 @@ class Reach:
         return self.env.reset(**options)
 
     def wanted(self, ahead: int = 0) -> np.ndarray:
-        """(2,) where the fingertip should be now, or so many steps later."""
+        """Return the fingertip's point (2,), now or so many steps later."""
         return self.point(self.env.data.qpos[2:4].copy(), (self.steps + ahead) * self.env.dt)
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
@@ -99,13 +99,12 @@ class Reach:
 
 
 class Reaching:
-    """Inverse kinematics of the two links with the elbow to one side, and torques as of springs and
-    dampers at the joints. It reads the simulator's state.
+    """Inverse kinematics of the two links, and torques as of springs and dampers at the joints.
 
-    The published joints have an armature of 1 and a damping of 1, beside which the links' own
-    masses are next to nothing: gear and damping are the dynamics that matter here. Of 40 starts a
-    skill, as published and with gear x 0.5 and masses x 2, it succeeds in all, and in 37 or more
-    where it has to orbit. Raises ValueError for another environment.
+    It reads the simulator's state. The published joints have an armature of 1 and a damping of 1,
+    beside which the links' masses hardly matter: gear and damping are the dynamics that count here.
+    Of 40 starts a skill, as published and with gear x 0.5 and masses x 2, it succeeds in all, and
+    in 37 or more where it has to orbit. Raises ValueError for another environment.
     """
 
     def __init__(self, world: World):
@@ -113,7 +112,7 @@ class Reaching:
             raise ValueError(f"expert reach moves the arm of onetomany/Reach-v0, not {world.id}")
 
     def act(self, env: Any, observation: np.ndarray) -> np.ndarray:
-        """(2,) float32, which the bounds may cut."""
+        """Return the action (2,) float32, not clipped."""
         arm = env.unwrapped
         x, y = arm.wanted(1)  # what its action is measured by
         far = np.clip(np.hypot(x, y), abs(UPPER - LOWER) + 0.01, UPPER + LOWER - 1e-4)
@@ -127,5 +126,5 @@ class Reaching:
 
 
 def environment(world: World) -> Reach:
-    """A fresh one, which `pipeline.simulation.environment.make` cuts at the world's steps."""
+    """Make the environment, which `pipeline.simulation.environment.make` truncates."""
     return Reach(world)

@@ -1,6 +1,4 @@
-"""Episodes of a policy in many worlds at once: all go in step, so that a network is asked once a
-step for all of them.
-"""
+"""Roll out a policy in many worlds in step, so that a network is called once a step for all."""
 
 from __future__ import annotations
 
@@ -18,36 +16,42 @@ from pipeline.simulation.pictures import picture
 UPRIGHT = ("InvertedPendulum", "InvertedDoublePendulum", "CartPole")
 WALKERS = ("Hopper", "Walker2d", "HalfCheetah", "Ant", "Humanoid")
 PLACED = {"Reacher": ("fingertip", "target", 0.02), "Pusher": ("object", "goal", 0.05)}
-"""Environments of gymnasium whose success is known, without their versions. PLACED: a body, the one
-where it should be, and metres between them.
+"""Environments of gymnasium with a known criterion of success, without versions. PLACED: a body,
+the body where it should be, and the tolerance in metres.
 """
 JUDGED = (*(ident.partition("-")[0] for ident in OWN), *UPRIGHT, *WALKERS, *PLACED)
 LEAST_SPEED = 0.5
-"""Metres a second, over the whole episode, that a walker or hopper makes at least where it
-succeeds.
-"""
+"""Metres a second over a whole episode that a walker or hopper needs for success."""
 FAR = 1e6
-"""A simulation whose observations or rewards are larger has diverged."""
+"""A simulation with larger observations or rewards has diverged."""
 
 
 class Policy(Protocol):
     def begin(self, worlds: Sequence[World]) -> None:
-        """Forget what was seen: these worlds begin."""
+        """Reset the policy: episodes begin in these worlds."""
 
     def act(self, observations: list[np.ndarray | None], rewards: list[float]) -> list[Any]:
-        """An action for each world, in its own units or as a class's number; None for a world that
-        has ended, whose observation is None.
+        """Return an action for each world, in its units or as the number of a class.
+
+        None for a world that has ended, whose observation is None.
         """
         ...
 
 
 @dataclass
 class Episode:
-    """One episode of T steps. ``observations`` (T, O) float32, of which each was there before its
-    action; ``actions`` (T, A) float32 or (T,) int64, as the policy gave them, within the
-    environment's bounds; ``rewards`` (T,) float64; ``success``: None where it is not known what
-    that is; ``diverged``: why the simulation went wrong, or "" ; ``frames``: small (H, W, 3) uint8
-    pictures; ``executed``: of demonstrations, what was done where ``actions`` are labels.
+    """One episode of T steps.
+
+    Attributes:
+        world: where it took place.
+        observations: (T, O) float32, each before its action.
+        actions: (T, A) float32 or (T,) int64, of the policy, clipped to the bounds.
+        rewards: (T,) float64.
+        terminated, truncated: how it ended.
+        success: None where there is no criterion.
+        diverged: why the simulation failed, or "".
+        frames: small (H, W, 3) uint8 pictures.
+        executed: in demonstrations, what was done where `actions` are labels.
     """
 
     world: World
@@ -78,9 +82,7 @@ class _Running:
 
 
 def has_success_criterion(ident: str) -> bool:
-    """Whether it is known what success is in an environment, or its own module may say it
-    (``module:id``).
-    """
+    """Whether success is defined for an environment, or may be by its own module (`module:id`)."""
     return ":" in ident or ident.partition("-")[0] in JUDGED
 
 
@@ -90,13 +92,20 @@ def rollout(
     frames: int = 0,
     start: Callable[[list[Any]], None] | None = None,
 ) -> list[Episode]:
-    """An episode in each world. What happens in one follows from its own text and the policy alone,
-    whatever stands beside it.
+    """Roll out one episode in each world.
 
-    ``frames``: a picture of the first world every so many steps where pictures can be made, none
-    without fuss where not. ``start``: told of the environments before the first step (experts read
-    the simulator's state). Actions outside the bounds are clipped. Raises ValueError for worlds
-    that cannot be made.
+    An episode depends on its own world and the policy alone, whatever is rolled out beside it.
+    Actions are clipped to the bounds.
+
+    Args:
+        worlds: where to act.
+        policy: what acts.
+        frames: take a picture of the first world every so many steps, where that is possible; 0:
+        none.
+        start: is called with the environments before the first step (experts read their state).
+
+    Raises:
+        ValueError: a world that cannot be made.
     """
     running = []
     try:
@@ -150,9 +159,7 @@ def _step(one: _Running, action: Any, frames: int) -> None:
 
 
 def _numbered(env: Any, name: str) -> int:
-    """The number of a class's name, as the environment counts them. Raises ValueError for a name
-    that it has not.
-    """
+    """Return the number of a class by its name. Raises ValueError for an unknown name."""
     names = list(
         getattr(env.unwrapped, "classes", None)
         or map(str, range(getattr(env.action_space, "n", 0)))
@@ -165,8 +172,10 @@ def _numbered(env: Any, name: str) -> int:
 
 
 def _given(space: Any, action: Any) -> Any:
-    """A policy's action as the environment takes it: (A,) float32 within the bounds, or a class's
-    number. Raises ValueError for one of another kind.
+    """Convert a policy's action to the environment's: (A,) float32 within the bounds, or a class's
+    number.
+
+    Raises ValueError for an action of another shape.
     """
     if space.shape:
         array = np.asarray(action, dtype=np.float32)
@@ -187,7 +196,7 @@ def _given(space: Any, action: Any) -> Any:
 
 
 def divergence(env: Any, observation: np.ndarray, reward: float) -> str:
-    """Why the simulation has diverged with this step, or ""."""
+    """Return why the simulation has diverged with this step, or ""."""
     warning = _warned(env)  # first: after a bad state MuJoCo starts anew, and all is finite again
     if warning:
         return f"MuJoCo warns of {warning}"
@@ -199,8 +208,8 @@ def divergence(env: Any, observation: np.ndarray, reward: float) -> str:
 
 
 def _warned(env: Any) -> str:
-    """What MuJoCo found bad in this episode: positions, velocities, accelerations or controls that
-    are not finite or huge.
+    """Return what MuJoCo warns of in this episode: bad positions, velocities, accelerations,
+    controls.
     """
     data = getattr(env.unwrapped, "data", None)
     if data is None or not data.warning.number.any():
@@ -235,16 +244,16 @@ def _ended(one: _Running, world: World) -> Episode:
 def succeeded(
     world: World, env: Any, info: dict[str, Any], terminated: bool, steps: int, start: float
 ) -> bool | None:
-    """Whether an episode that has ended is a success; None where it is not known what that is.
+    """Whether an episode succeeded; None where that is not defined.
 
     | environment | success |
     |---|---|
-    | our own, and others that say it themselves | ``info["success"]`` |
-    | InvertedPendulum, InvertedDoublePendulum, CartPole | not ended (fallen) before the time limit |
-    | Hopper, Walker2d, HalfCheetah, Ant, Humanoid | not fallen up to the time limit, and LEAST_SPEED metres a second on the way |
+    | this package's, and others that report it | `info["success"]` |
+    | InvertedPendulum, InvertedDoublePendulum, CartPole | not fallen before the time limit |
+    | Hopper, Walker2d, HalfCheetah, Ant, Humanoid | the same, and LEAST_SPEED metres a second |
     | Reacher | the fingertip within 2 cm of the target in the end |
     | Pusher | the object within 5 cm of the goal in the end |
-    | others | None: what an end means differs (MountainCar ends where it succeeds), and Swimmer is too slow for LEAST_SPEED |
+    | others | None: MountainCar ends where it succeeds, Swimmer is too slow for LEAST_SPEED |
     """
     if world.id in OWN or "success" in info:
         return bool(info.get("success"))
@@ -263,6 +272,6 @@ def succeeded(
 
 
 def _place(env: Any) -> float:
-    """Metres along the first axis, where the environment has such."""
+    """Return metres along the first axis; 0 where the environment has none."""
     data = getattr(env.unwrapped, "data", None)
     return float(data.qpos[0]) if data is not None and len(data.qpos) else 0.0

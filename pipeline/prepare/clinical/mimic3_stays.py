@@ -1,9 +1,8 @@
-"""MIMIC-III's small tables: which there are, and one row an intensive care stay with its facts and
-outcomes.
+"""MIMIC-III's small tables: one row an intensive care stay with its static features and outcomes.
 
-Dates are shifted into the years 2100 to 2200, each patient's by an amount of its own; patients
-above 89 were born 300 years before their first stay (Johnson et al. 2016, MIMIC-III, a freely
-accessible critical care database, doi 10.1038/sdata.2016.35).
+Dates are shifted into the years 2100 to 2200, for each patient by another amount; patients above 89
+were born 300 years before their first stay (Johnson et al. 2016, MIMIC-III, a freely accessible
+critical care database, doi 10.1038/sdata.2016.35).
 """
 
 from __future__ import annotations
@@ -39,8 +38,8 @@ OPTIONAL = {
     "d_icd_diagnoses": "",
     "d_icd_procedures": "",
 }
-"""Tables and what they are for; those for nothing carry no time, or names that
-``clinical/items.csv`` has.
+"""Tables and what they are for; those with an empty text have no times, or names that
+`clinical/items.csv` has.
 """
 OLDEST, SHIFTED = 150, 91.4
 """Nobody is older; ages above 89 are given as their median (documentation of PATIENTS)."""
@@ -78,9 +77,15 @@ GENDERS = {"F": "female", "M": "male"}
 
 
 class Stays(NamedTuple):
-    """``rows``: SCHEMA, sorted by patient and start. ``times``: (n, 3) int64 seconds: admission to
-    hospital, to intensive care, discharge from it; ``admissions``: (n,) hadm_id. ``zoned``: whether
-    those times had a zone in the tables (`csv_blocks.RowCounts`).
+    """The valid stays.
+
+    Attributes:
+        rows: as in SCHEMA, sorted by patient and start.
+        times: (n, 3) int64 seconds: admission to hospital, to intensive care, discharge from it.
+        admissions: (n,) hadm_id.
+        broken: invalid stays: path, split and reason.
+        notes: counts for the summary.
+        zoned: whether the times had a zone in the tables (`csv_blocks.RowCounts`).
     """
 
     rows: pa.Table
@@ -92,8 +97,9 @@ class Stays(NamedTuple):
 
 
 def find_tables(found: Listing, source: str) -> dict[str, list[Entry]]:
-    """The files of each table, by its lower-case name (CHARTEVENTS may stand in several:
-    chartevents_1.csv). Raises ValueError naming what is missing.
+    """Find the files of each table, by its lower-case name (CHARTEVENTS may be several files).
+
+    Raises ValueError naming what is missing.
     """
     tables: dict[str, list[Entry]] = {}
     for entry in found.entries:
@@ -119,7 +125,7 @@ def find_tables(found: Listing, source: str) -> dict[str, list[Entry]]:
 
 
 def missing(tables: dict[str, list[Entry]]) -> dict[str, str]:
-    """Tables that are not there, and what is then lacking."""
+    """Return tables that are not there, and what is then lacking."""
     inputs = {"inputevents", "inputevents_cv", "inputevents_mv"}
     given = inputs.intersection(tables)
     unasked = (
@@ -146,8 +152,7 @@ class _Admission(NamedTuple):
 
 
 def stays(tables: dict[str, list[Entry]]) -> Stays:
-    """Every stay whose times make sense; the others are listed by their place in ICUSTAYS, counted
-    from 1.
+    """Read every stay whose times make sense; the others are listed by their row in ICUSTAYS.
 
     Raises ValueError where the times of ICUSTAYS have a zone and those of ADMISSIONS have none, or
     the other way round. Days of birth are not compared: a few hours make no difference to an age.
@@ -254,7 +259,7 @@ def check_zones(name: str, zoned: set[bool], other: str, other_zoned: set[bool])
 
     Args:
         name, other: what the two are called in the error.
-        zoned, other_zoned: whether the times that were read had a zone, as `csv_blocks.RowCounts` has it.
+        zoned, other_zoned: whether the times had a zone (`csv_blocks.RowCounts`).
     """
     if len(zoned | other_zoned) < 2:
         return
@@ -275,8 +280,10 @@ def _row(
     codes: dict[int, list[str]],
     counts: Counter[int],
 ) -> dict[str, Any]:
-    """A stay by SCHEMA. Facts are what is known at its begin: of diagnoses only those of admissions
-    that ended before this one began.
+    """Return a stay as in SCHEMA.
+
+    Static features are what is known at its start: of diagnoses only those of admissions that ended
+    before this one began.
     """
     number, patient = row["hadm_id"], row["subject_id"]
     own: _Admission = admissions[number]
@@ -320,12 +327,14 @@ def _row(
 
 
 def _distinct(codes: dict[int, list[str]], number: int) -> list[str] | None:
-    """An admission's codes, each once; None where none are known, which is not the same as none."""
+    """Return an admission's codes, each once; None where none are known (not the same as no
+    codes).
+    """
     return list(dict.fromkeys(codes[number])) if number in codes else None
 
 
 class _Admissions(dict[int, _Admission]):
-    """Those that make sense, by hadm_id; ``of``: by patient."""
+    """Valid admissions by hadm_id; `of`: by patient."""
 
     def __init__(self):
         super().__init__()
@@ -335,7 +344,7 @@ class _Admissions(dict[int, _Admission]):
 def _admissions(
     tables: dict[str, list[Entry]], opener: Opener, tally: RowCounts
 ) -> tuple[_Admissions, dict[int, str]]:
-    """(the admissions, and of the others why they make no sense, by hadm_id)."""
+    """Return (the valid admissions, {hadm_id: reason} of the others)."""
     table = _read(
         "admissions",
         tables,
@@ -389,7 +398,7 @@ def _admissions(
 def _patients(
     tables: dict[str, list[Entry]], opener: Opener
 ) -> dict[int, tuple[str | None, int | None]]:
-    """Sex and second of birth by subject_id."""
+    """Return sex and second of birth by subject_id."""
     table = _read("patients", tables, opener, {"subject_id": "id", "gender": "text", "dob": "time"})
     born, known = instants(table["dob"])
     return {
@@ -402,7 +411,7 @@ def _patients(
 
 
 def _codes(tables: dict[str, list[Entry]], opener: Opener) -> dict[int, list[str]]:
-    """ICD-9 codes of each admission, in the order of their importance."""
+    """Return the ICD-9 codes of each admission, in the order of their importance."""
     if "diagnoses_icd" not in tables:
         return {}
     table = _read(
@@ -429,7 +438,7 @@ def _read(
     kinds: dict[str, str],
     tally: RowCounts | None = None,
 ) -> pa.Table:
-    """A small table; a kind with a question mark may be missing."""
+    """Read a small table; a column whose kind has a question mark may be missing."""
     return whole(
         name,
         tables[name][0],

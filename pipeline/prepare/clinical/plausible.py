@@ -1,7 +1,6 @@
-"""Numbers out of what a hospital writes down: texts to numbers, units to those of this project, and
-what no body can have left out.
+"""Clinical values: parse texts to numbers, convert units, and reject implausible values.
 
-The ranges are a data file (``clinical/ranges.csv``), so that a hospital can see and change them.
+The ranges are a data file (`clinical/ranges.csv`), so that a hospital can see and change them.
 Everything here works on whole columns.
 """
 
@@ -32,8 +31,12 @@ CLINICAL = Path(__file__).parent
 
 
 class Numbers(NamedTuple):
-    """``values``: (n,) float64, not a number where there is none. ``reasons``: (n,) int8, what is
-    wrong, as a place in ``REASONS``. ``censored``: (n,) bool.
+    """Parsed numbers.
+
+    Attributes:
+        values: (n,) float64, NaN where there is none.
+        reasons: (n,) int8, why there is none, as an index in REASONS.
+        censored: (n,) bool, the value is a bound.
     """
 
     values: np.ndarray
@@ -45,23 +48,26 @@ REASONS = ("", NO_VALUE, NO_NUMBER, PAIR)
 
 
 def rows_of(name: str, folder: Path = CLINICAL) -> Iterator[dict[str, str]]:
-    """Rows of a CSV file of this package; its lines that begin with # are comments."""
+    """Read a CSV file of this package; lines that begin with # are comments."""
     lines = (folder / name).read_text(encoding="utf-8").splitlines()
     yield from csv.DictReader(line for line in lines if line.strip() and not line.startswith("#"))
 
 
 def mark() -> str:
-    """Changes when the data files do."""
+    """Return a digest that changes when the data files do."""
     return hashlib.sha256(
         b"".join(file.read_bytes() for file in sorted(CLINICAL.glob("*.csv")))
     ).hexdigest()
 
 
 def numbers(column: Any, pair: int | np.ndarray = 0) -> Numbers:
-    """The numbers of a column: "<0.1" and "LESS THAN 0.1" are their bound; of "120/80" the first
-    (``pair`` 1) or second (2), or none (0).
+    """Parse the numbers of a column.
 
-    ``column``: (n,) texts, numbers or bools; ``pair``: one for all, or (n,).
+    "<0.1" and "LESS THAN 0.1" give their bound.
+
+    Args:
+        column: (n,) texts, numbers or bools.
+        pair: of "120/80" take the first (1), the second (2) or none (0); one for all, or (n,).
     """
     array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     if pa.types.is_dictionary(array.type):
@@ -90,7 +96,7 @@ def numbers(column: Any, pair: int | np.ndarray = 0) -> Numbers:
 
 
 def _plain(array: Any) -> np.ndarray:
-    """(n,) float64 of a column that is no text; not a number where it is null or infinite."""
+    """Convert a column that is no text to (n,) float64; NaN where it is null or infinite."""
     try:
         found = (
             array.cast(pa.float64(), safe=False)
@@ -105,7 +111,7 @@ def _plain(array: Any) -> np.ndarray:
 
 
 def _texts(values: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """For each distinct text (number, second number of a pair, place in REASONS, whether it is a
+    """Parse distinct texts: (number, second number of a pair, index in REASONS, whether it is a
     bound).
     """
     text = pc.utf8_trim_whitespace(values).fill_null("")
@@ -145,15 +151,11 @@ OTHER_UNIT, CONVERTED = (
     "values converted from another unit",
 )
 RAW_UNITS = {"inches": "in", "pounds": "lb"}
-"""The unit that an item's values have before its conversion, where that is not the unit of its
-variable.
-"""
+"""Units of an item's values before its conversion, where they differ from that of its variable."""
 
 
 def plain_unit(text: str) -> str:
-    """A unit without what hospitals write differently: case, blanks, signs for micro, dots; "None"
-    is no unit.
-    """
+    """Normalise a unit: case, blanks, micro signs, dots; "None" is no unit."""
     plain = (
         "".join(text.lower().split())
         .replace("\u00b5", "u")
@@ -166,9 +168,7 @@ def plain_unit(text: str) -> str:
 
 
 class Units:
-    """Which units a variable's values may be written in, and what each is multiplied by
-    (``clinical/units.csv``).
-    """
+    """Units in which a variable's values may be written, and their factors (`clinical/units.csv`)."""
 
     def __init__(self):
         self.of_variable: dict[tuple[str, str], float] = {}
@@ -182,10 +182,10 @@ class Units:
             known[key, plain_unit(row["written"])] = float(row["factor"])
 
     def factor(self, written: str | None, variable: str, unit: str, conversion: str) -> float:
-        """What a value in the unit ``output_columns`` is multiplied by to be in that of its item,
-        before the item's conversion; NaN where that is not known.
+        """Return the factor from the unit `written` to that of the item, before the item's
+        conversion.
 
-        ``unit``: that of the variable. No unit at all is taken for the item's own.
+        NaN for an unknown unit; no unit counts as the item's own. `unit`: that of the variable.
         """
         plain = plain_unit(written or "")
         own = RAW_UNITS.get(conversion, unit)
@@ -196,10 +196,11 @@ class Units:
 
 
 def converted(values: np.ndarray, conversions: np.ndarray, names: tuple[str, ...]) -> np.ndarray:
-    """(n,) float64 in this project's units; ``conversions``: (n,) each value's place in ``names``.
+    """Convert values to this project's units, (n,) float64.
 
-    As in Harutyunyan et al. 2019 (mimic3benchmark/preprocessing.py): from 79 on a temperature is in
-    Fahrenheit, whatever its column says.
+    As in Harutyunyan et al. 2019 (mimic3benchmark/preprocessing.py), a temperature from 79 on is in
+    Fahrenheit, whatever its column says. `conversions`: (n,) index of each value's conversion in
+    `names`.
     """
     out = values.astype(np.float64, copy=True)
     for number, name in enumerate(names):
@@ -219,18 +220,16 @@ CONVERSIONS: dict[str, Any] = {
         (x >= 630) & (x <= 850), x / 100, np.where((x >= 63) & (x <= 85), x / 10, x)
     ),
 }
-"""``acidity``: a pH without its point (735 is 7.35)."""
+"""`acidity`: a pH without its point (735 is 7.35)."""
 OWN = {"Temp": "celsius", "FiO2": "percent", "SaO2": "percent", "SpO2": "percent", "pH": "acidity"}
-"""What values under a canonical name go through where nothing else is known of them."""
+"""Conversions of values under a canonical name where nothing else is known of them."""
 
 
 # ---------------------------------------------------------------- ranges
 
 
 class Ranges:
-    """Bounds by name of variable: (outlier low, valid low, valid high, outlier high); others have
-    none.
-    """
+    """Bounds of variables: (outlier low, valid low, valid high, outlier high); others have none."""
 
     def __init__(self):
         columns = ("outlier_low", "valid_low", "valid_high", "outlier_high")
@@ -246,9 +245,17 @@ class Ranges:
         tally: Counter[str],
         table: str,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(values within the valid bounds, which are plausible at all) of (n,) values whose
-        variables are ``codes``, places in ``names``; counts those that are not, and those set to a
-        bound.
+        """Clip values to the valid bounds, and find implausible ones.
+
+        Args:
+            values: (n,).
+            codes: (n,) index of each value's variable in `names`.
+            names: of the variables.
+            tally: takes the counts of implausible and of clipped values.
+            table: its name in the counts.
+
+        Returns:
+            ((n,) clipped values, (n,) whether they are plausible).
         """
         bounds = np.array(
             [self.known.get(name, [-np.inf, -np.inf, np.inf, np.inf]) for name in names],
@@ -270,8 +277,9 @@ def canonical(
     tally: Counter[str],
     table: str,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(values in canonical units and valid bounds, which are plausible) of (n,) values under
-    canonical names (``OWN``); others pass as they are.
+    """Convert values under canonical names (`OWN`) and apply their ranges; others are unchanged.
+
+    Returns (values, whether they are plausible), as `Ranges.apply`.
     """
     kinds = tuple(CONVERSIONS)
     own = np.array(
@@ -283,7 +291,7 @@ def canonical(
 
 
 def units() -> dict[str, str]:
-    """The unit of each canonical variable."""
+    """Return the unit of each canonical variable."""
     return {
         row["variable"]: row["unit"]
         for name in ("items.csv", "ranges.csv")

@@ -1,4 +1,4 @@
-"""Death within the next day, judged every hour of the ICU stay: patient monitoring."""
+"""Decompensation: death within the next 24 hours, predicted every hour of the ICU stay."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ class DecompensationOptions(Options):
 
 @register("cohort", "decompensation", options=DecompensationOptions)
 class Decompensation(CohortDefinition):
-    """``label_times``: hours from the fourth one on, after the first event, until ICU discharge or
-    death; ``label_values``: 1 where death comes less than 24 hours later (at just 24 hours: 0),
-    else 0 (Harutyunyan et al. 2019, Scientific Data 6:96; their code, unlike their text, begins
-    after hour 4: first=5).
+    """`label_times`: hours from the fourth one on, after the first event, until ICU discharge or
+    death; `label_values`: 1 where death comes less than 24 hours later (exactly 24 hours: 0), else
+    0 (Harutyunyan et al. 2019, Scientific Data 6:96; their code, unlike their text, begins after
+    hour 4: first=5).
 
     Events are kept up to the last of these hours: a model that predicts at an hour must not look
-    beyond it itself.
+    beyond it.
     """
 
     label = "label_values"
@@ -82,7 +82,7 @@ class Decompensation(CohortDefinition):
         }
 
     def _lived(self, table: pa.Table) -> np.ndarray:
-        """(B,) hours from ICU admission to death in the hospital, infinite for those who left it
+        """Return (B,) hours from ICU admission to death in hospital; inf for patients who left it
         alive.
         """
         return np.where(

@@ -1,11 +1,10 @@
-"""What a definition of a cohort promises: which event rows belong to it, up to which hour their
-events may be seen, and their labels.
+"""Definition of a cohort: which rows of events belong to it, up to which hour their events may be
+seen, and their labels.
 
-Event rows (one an ICU stay, a machine): ``entity``, ``patient``, ``times`` (list<float32>, hours
-since the entity's start), ``variables`` (list<string>), ``values`` (list<float32>), ``events``
-(int32), ``static`` (struct of what is known at the start), and outcomes, of which labels are made.
-What `select` gives holds inputs from before the prediction time, the definition's labels and
-subgroups, and no outcome.
+Rows of events (one an ICU stay, a machine): `entity`, `patient`, `times` (list<float32>, hours
+since the entity's start), `variables` (list<string>), `values` (list<float32>), `events` (int32),
+`static` (struct of what is known at the start), and outcomes, of which labels are made. `select`
+returns inputs from before the prediction time, labels and subgroups, and no outcome.
 """
 
 from __future__ import annotations
@@ -20,33 +19,32 @@ from pipeline.config.registry import Options
 from pipeline.core.arrow_compute import pc
 
 EPS = 1e-6
-"""Hours; as Harutyunyan et al. 2019 compare times."""
+"""Hours; tolerance of comparisons, as in Harutyunyan et al. 2019."""
 KEPT = ("entity", "patient", "times", "variables", "values", "events", "static", "split")
 LISTS = ("times", "variables", "values")
 UNSEEN = "no events in the window"
 ADULT = 18
 AGE_BANDS = ((18, "0-17"), (45, "18-44"), (65, "45-64"), (80, "65-79"), (np.inf, "80+"))
-"""(ages below this one, what they are called)."""
+"""(upper bound of age, name)."""
 GENDERS, ICU_TYPES = (
     {0.0: "female", 1.0: "male"},
     {1.0: "CCU", 2.0: "CSRU", 3.0: "MICU", 4.0: "SICU"},
 )
-"""PhysioNet 2012's numbers of Gender and ICUType, under MIMIC-III's names; others (-1) are
-unknown.
+"""PhysioNet 2012's codes of Gender and ICUType, under MIMIC-III's names; others (-1) are unknown.
 """
 BENCHMARK = {
     "static.Age": "age at admission, as the benchmark has adults alone",
     "transfers": "moved between ICUs, which the benchmark leaves out",
     "stays_in_admission": "ICU stays of the admission, of which the benchmark has but one",
 }
-"""Columns that `benchmark` reads, and what for."""
+"""Columns that `benchmark_exclusions` reads, and what for."""
 
 
 class CohortDefinition(ABC):
-    """One cohort and its labels. Its methods are given a pyarrow table of B event rows and are
-    vectorised over it; none may look at a later row.
+    """Base class: one cohort and its labels. Example: `mortality`.
 
-    ``label``: the column of ``labels`` that the summary counts.
+    Its methods take a pyarrow table of B rows of events and are vectorised over it; no row may
+    depend on a later one. `label`: the column of `labels` that the summary counts.
     """
 
     registered_name: ClassVar[str]
@@ -58,26 +56,30 @@ class CohortDefinition(ABC):
 
     @abstractmethod
     def needs(self, names: list[str]) -> dict[str, str]:
-        """Columns that it reads (``static.Age`` for a field of ``static``), and what for.
-        ``names``: those that there are.
+        """Return the columns that it reads (`static.Age` for a field of `static`), and what for.
+
+        `names`: those that there are.
         """
 
     @abstractmethod
     def include(self, table: pa.Table) -> np.ndarray:
-        """(B,) objects: "", or in words why the row does not belong (no value of it); `reasons`
-        makes them.
+        """Return (B,) objects: "", or why the row does not belong (`reasons` makes them).
+
+        The reason must not hold a value of the row.
         """
 
     @abstractmethod
     def window(self, table: pa.Table) -> np.ndarray:
-        """(B,) float64, the hour up to which events are inputs, itself included: the (last)
-        prediction time. Not read where a row does not belong.
+        """Return (B,) float64, the hour up to which (inclusive) events are inputs: the last
+        prediction time.
+
+        Ignored for rows that do not belong.
         """
 
     @abstractmethod
     def labels(self, table: pa.Table) -> dict[str, pa.Array]:
-        """Label columns of rows that belong, their types the same for every table, an empty one
-        too.
+        """Return the label columns of rows that belong; types must not depend on the table, even
+        if empty.
         """
 
 
@@ -87,11 +89,10 @@ class CohortDefinition(ABC):
 def select(
     definition: CohortDefinition, table: pa.Table, history: bool = True
 ) -> tuple[pa.Table, np.ndarray]:
-    """(rows of the cohort: inputs up to the window, labels, subgroups; (B,) objects, "" or why a
-    row of ``table`` is left out).
+    """Return (rows of the cohort, (B,) objects: "" or why a row of `table` is left out).
 
-    ``history``: also events from before the entity's start. Raises ValueError for a definition that
-    gives no window, or labels that do not fit.
+    The rows have inputs up to the window, labels and subgroups. `history`: keep events from before
+    the entity's start. Raises ValueError for a definition whose window or labels do not fit.
     """
     why = definition.include(table)
     window = definition.window(table)
@@ -118,9 +119,7 @@ def select(
 def truncate_events(
     table: pa.Table, window: np.ndarray, history: bool = True
 ) -> tuple[pa.Table, np.ndarray]:
-    """(the table with events up to the window of each row alone, (B,) how many of them lie between
-    the row's start and its window).
-    """
+    """Drop events after the window: (the table, (B,) number of events between start and window)."""
     lists = {name: column_array(table, name) for name in LISTS}
     row = rows_of(lists["times"])
     times = flat(lists["times"])
@@ -144,7 +143,7 @@ def truncate_events(
 
 
 def invalid_row_reasons(table: pa.Table) -> np.ndarray:
-    """(B,) objects: "", or why a row is none of events, in words without a value of it."""
+    """Return (B,) objects: "", or why a row is no row of events (without a value of it)."""
     lengths = [
         # pyright: ignore
         pc.list_value_length(column_array(table, name)).fill_null(-1).to_numpy(zero_copy_only=False)
@@ -174,7 +173,7 @@ def invalid_row_reasons(table: pa.Table) -> np.ndarray:
 
 
 def column_array(table: pa.Table, name: str) -> Any:
-    """A column (``static.Age`` for a field of a struct) as one array."""
+    """Return a column (`static.Age` for a field of a struct) as one array."""
     column, _, inner = name.partition(".")
     chunks = table[column].chunks
     found = pa.concat_arrays(chunks) if chunks else pa.array([], table.schema.field(column).type)
@@ -182,7 +181,7 @@ def column_array(table: pa.Table, name: str) -> Any:
 
 
 def names_of(schema: pa.Schema) -> list[str]:
-    """All columns, and fields of structs as static.Age."""
+    """Return all columns, and fields of structs as static.Age."""
     return [
         name
         for field in schema
@@ -198,8 +197,9 @@ def names_of(schema: pa.Schema) -> list[str]:
 
 
 def numbers(table: pa.Table, name: str) -> np.ndarray:
-    """(B,) float64 of a column of numbers or truths; NaN where it is null. Raises ValueError for
-    other columns.
+    """Return a column of numbers or bools as (B,) float64, NaN where it is null.
+
+    Raises ValueError for other columns.
     """
     column = column_array(table, name)
     try:
@@ -210,25 +210,25 @@ def numbers(table: pa.Table, name: str) -> np.ndarray:
 
 
 def flat(column: Any) -> np.ndarray:
-    """The numbers of all lists, one after the other, float64; NaN for null."""
+    """Return the numbers of all lists, concatenated, float64; NaN for null."""
     return np.asarray(
         column.flatten().cast(pa.float64()).to_numpy(zero_copy_only=False), dtype=np.float64
     )
 
 
 def rows_of(column: Any) -> np.ndarray:
-    """For each value of all lists the row in which it stands."""
+    """Return the row of each value of all lists."""
     # pyright: ignore
     return np.asarray(pc.list_parent_indices(column).to_numpy(zero_copy_only=False), dtype=np.int64)
 
 
 def offsets_of(counts: np.ndarray) -> np.ndarray:
-    """(B + 1,) where each list begins, of their lengths (B,)."""
+    """Return the offsets (B + 1,) of lists of lengths (B,)."""
     return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
 
 
 def lists(counts: np.ndarray, values: np.ndarray, kind: pa.DataType) -> pa.Array:
-    """(B,) lists of ``counts`` values each, those that stand one after the other in ``values``."""
+    """Return (B,) lists of `counts` values each, taken in order from `values`."""
     return pa.ListArray.from_arrays(
         pa.array(offsets_of(counts), pa.int32()), pa.array(values, kind)
     )
@@ -238,7 +238,7 @@ def lists(counts: np.ndarray, values: np.ndarray, kind: pa.DataType) -> pa.Array
 
 
 def reasons(rows: int, *pairs: tuple[np.ndarray, str]) -> np.ndarray:
-    """(rows,) objects: the reason of the first mask that holds, "" where none does."""
+    """Return (rows,) objects: the reason of the first mask that holds, or ""."""
     out = np.full(rows, "", dtype=object)
     for mask, reason in reversed(pairs):
         out[mask] = reason
@@ -246,8 +246,9 @@ def reasons(rows: int, *pairs: tuple[np.ndarray, str]) -> np.ndarray:
 
 
 def benchmark_exclusions(table: pa.Table, exclude: str) -> list[tuple[np.ndarray, str]]:
-    """Masks and reasons of Harutyunyan et al. 2019's exclusions (moved between ICUs, several ICU
-    stays in the admission, no adult), or none of them.
+    """Return the exclusions of Harutyunyan et al. 2019 as masks with reasons, or none of them.
+
+    Moved between ICUs, several ICU stays in the admission, no adult.
     """
     if exclude == "none":
         return []
@@ -264,7 +265,7 @@ def benchmark_exclusions(table: pa.Table, exclude: str) -> list[tuple[np.ndarray
 
 
 def first_event(table: pa.Table) -> np.ndarray:
-    """(B,) float64, the hour of the first event at or after the start; infinite where there is
+    """Return (B,) float64, the hour of the first event at or after the start; inf where there is
     none.
     """
     times = column_array(table, "times")
@@ -277,9 +278,10 @@ def first_event(table: pa.Table) -> np.ndarray:
 def hourly(
     after: np.ndarray, first: float, last: np.ndarray, every: float = 1.0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """((B,) how many, all of them in a row) hours at which a prediction is made: multiples of
-    ``every`` from ``first`` to ``last`` (B,), those two included, later than ``after`` (B,), the
-    first event. A row whose bounds are not finite has none.
+    """Return the hours at which predictions are made: ((B,) how many, all of them concatenated).
+
+    They are multiples of `every` from `first` to `last` (B,), inclusive, and later than `after`
+    (B,), the first event. A row whose bounds are not finite has none.
     """
     fine = np.isfinite(after) & np.isfinite(last)
     low = np.maximum(np.ceil(first / every - EPS), np.floor(np.where(fine, after, 0.0) / every) + 1)
@@ -290,7 +292,7 @@ def hourly(
 
 
 def last_hour(counts: np.ndarray, hours: np.ndarray) -> np.ndarray:
-    """(B,) the last hour of each row of `hourly`; NaN where it has none."""
+    """Return (B,) the last hour of each row of `hourly`; NaN where it has none."""
     ends = np.cumsum(counts) - 1
     return np.where(
         counts > 0,
@@ -303,8 +305,8 @@ def last_hour(counts: np.ndarray, hours: np.ndarray) -> np.ndarray:
 
 
 def subgroups(table: pa.Table) -> dict[str, pa.Array]:
-    """Columns that results are told by: sex, age_band, care_unit, dbsource; those that the rows
-    tell of.
+    """Return the columns by which results are split: sex, age_band, care_unit, dbsource, as far as
+    known.
     """
     out: dict[str, pa.Array] = {}
     there = names_of(table.schema)
@@ -334,7 +336,7 @@ def subgroups(table: pa.Table) -> dict[str, pa.Array]:
 
 
 def _named(column: Any, names: dict[float, str]) -> pa.Array:
-    """Texts as they are, numbers by their names."""
+    """Return texts unchanged, and numbers by their names."""
     if not names or pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
         return column.cast(pa.string())
     return pa.array(

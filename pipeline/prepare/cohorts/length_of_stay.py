@@ -1,4 +1,4 @@
-"""How long the ICU stay goes on, judged every hour, in ten buckets."""
+"""Remaining length of the ICU stay, predicted every hour, in ten buckets."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from pipeline.prepare.cohorts.definition import (
 )
 
 DAYS = (1, 2, 3, 4, 5, 6, 7, 8, 14)
-"""Bounds of the buckets: 0 is less than a day, 1 to 7 that many days begun, 8 is 8 to 14 days, 9 is
-14 days and more.
+"""Bounds of the buckets: 0 is less than a day, 1 to 7 that many days, 8 is 8 to 14 days, 9 is 14
+days and more.
 """
 
 
@@ -47,12 +47,12 @@ class LengthOfStayOptions(Options):
 
 @register("cohort", "length_of_stay", options=LengthOfStayOptions)
 class LengthOfStay(CohortDefinition):
-    """Remaining time in the ICU as the number of its bucket: 0 (less than a day), 1 to 7 (days
-    begun), 8 (8 to 14 days), 9 (14 and more).
+    """Remaining time in the ICU as a bucket: 0 (less than a day), 1 to 7 (days), 8 (8 to 14 days),
+    9 (14 and more).
 
-    ``label_times`` and ``label_values`` every hour from the fourth one on, after the first event,
-    until ICU discharge (Harutyunyan et al. 2019, Scientific Data 6:96; their code begins after hour
-    4: first=5), or with at=24 one ``label`` at that hour.
+    `label_times` and `label_values` every hour from the fourth one on, after the first event, until
+    ICU discharge (Harutyunyan et al. 2019, Scientific Data 6:96; their code begins after hour 4:
+    first=5), or with at=24 one `label` at that hour.
     """
 
     def __init__(self, options: LengthOfStayOptions | None = None):
@@ -104,5 +104,5 @@ class LengthOfStay(CohortDefinition):
 
 
 def _bucket(hours: np.ndarray) -> np.ndarray:
-    """The bucket of remaining hours, each one holding its lower bound."""
+    """Return the bucket of remaining hours; lower bounds are inclusive."""
     return np.searchsorted(24.0 * np.array(DAYS), hours, side="right")

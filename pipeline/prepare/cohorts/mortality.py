@@ -1,4 +1,4 @@
-"""In-hospital death, from the first hours of the ICU stay."""
+"""In-hospital mortality, from the first hours of the ICU stay."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ class MortalityOptions(Options):
 
 @register("cohort", "mortality", options=MortalityOptions)
 class Mortality(CohortDefinition):
-    """``label``: 1 for death in the hospital, else 0 (Harutyunyan et al. 2019, Scientific Data
-    6:96; Silva et al. 2012 for PhysioNet 2012).
+    """`label`: 1 for death in hospital, else 0 (Harutyunyan et al. 2019, Scientific Data 6:96;
+    Silva et al. 2012 for PhysioNet 2012).
 
-    Rows of MIMIC-III: ``hospital_death``, stays of at least ``hours``. Rows of PhysioNet 2012:
-    ``in_hospital_death``; the challenge chose stays of 48 hours and more itself and tells no length
-    of the ICU stay, so none is left out by length, age or unit; nor is one where --set outcome=
-    names another column. A stay whose ``death_hours`` (where there are such) lie before the
-    prediction time is left out: its label is known by then. The benchmark's own code keeps those
-    (times of death and of discharge from intensive care do not always agree).
+    Rows of MIMIC-III: `hospital_death`, stays of at least `hours`. Rows of PhysioNet 2012:
+    `in_hospital_death`; the challenge selected stays of 48 hours and more itself and gives no
+    length of the ICU stay, so none is left out by length, age or unit; nor is one where --set
+    outcome= names another column. A stay with `death_hours` before the prediction time is left out:
+    its label is already known. The benchmark's own code keeps those (times of death and of ICU
+    discharge do not always agree).
     """
 
     def needs(self, names: list[str]) -> dict[str, str]:

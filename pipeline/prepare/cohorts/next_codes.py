@@ -1,5 +1,5 @@
-"""Codes of the patient's next visit, from the ICU stay before it: a label that asks nobody, to
-pretrain on.
+"""Diagnosis codes of the patient's next admission, from the ICU stay before it: labels for
+pretraining that need no annotation.
 """
 
 from __future__ import annotations
@@ -41,10 +41,11 @@ class NextCodesOptions(Options):
 
 @register("cohort", "next_codes", options=NextCodesOptions)
 class NextCodes(CohortDefinition):
-    """``labels``: categories of the ICD-9 codes of the patient's next admission, sorted (as Doctor
-    AI predicts them, Choi et al. 2016). Stays without a next admission, or whose next one has no
-    codes, are left out. The whole ICU stay's events are inputs, with the codes of earlier
-    admissions.
+    """`labels`: categories of the ICD-9 codes of the patient's next admission, sorted (as in
+    Doctor AI, Choi et al. 2016).
+
+    Stays without a next admission, or whose next one has no codes, are left out. Events of the
+    whole ICU stay are inputs, with the codes of earlier admissions.
     """
 
     label = "labels"

@@ -38,9 +38,9 @@ class PhenotypingOptions(Options):
 
 @register("cohort", "phenotyping", options=PhenotypingOptions)
 class Phenotyping(CohortDefinition):
-    """``labels``: names of the conditions among the ICD-9 codes of the admission, sorted
+    """`labels`: names of the conditions among the ICD-9 codes of the admission, sorted
     (Harutyunyan et al. 2019, Scientific Data 6:96; groups of codes are HCUP CCS 2015's, in
-    phenotypes.csv). Codes of no group are passed over, and so are dots and blanks in codes.
+    phenotypes.csv). Codes of no group, and dots and blanks in codes, are ignored.
     """
 
     label = "labels"
@@ -96,7 +96,7 @@ class Phenotyping(CohortDefinition):
 
 @cache
 def phenotypes() -> dict[str, tuple[str, str]]:
-    """(condition, acute, chronic or mixed) of each ICD-9 code."""
+    """Return (condition; acute, chronic or mixed) of each ICD-9 code."""
     rows = plausible.rows_of("phenotypes.csv", Path(__file__).parent)
     return {code: (row["phenotype"], row["type"]) for row in rows for code in row["codes"].split()}
 

@@ -1,4 +1,4 @@
-"""Another admission to the hospital soon after discharge, from the whole ICU stay."""
+"""Readmission to hospital within 30 days of discharge, from the whole ICU stay."""
 
 from __future__ import annotations
 
@@ -35,10 +35,11 @@ class ReadmissionOptions(Options):
 
 @register("cohort", "readmission", options=ReadmissionOptions)
 class Readmission(CohortDefinition):
-    """``label``: 1 where the patient's next admission begins at most 30 days after hospital
-    discharge, else 0. Those who died in the hospital are left out. Death after discharge is not
-    known and counts as no readmission. The whole ICU stay's events are inputs. No task of
-    Harutyunyan et al. 2019.
+    """`label`: 1 where the patient's next admission begins at most 30 days after hospital
+    discharge, else 0.
+
+    Patients who died in hospital are left out. Death after discharge is not known and counts as no
+    readmission. Events of the whole ICU stay are inputs. Not a task of Harutyunyan et al. 2019.
     """
 
     def needs(self, names: list[str]) -> dict[str, str]:

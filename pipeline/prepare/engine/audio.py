@@ -1,6 +1,5 @@
-"""Recordings of an index to shards: each is decoded once and, where asked, resampled, mixed to mono
-or
-cut. What needs no change keeps the publisher's bytes.
+"""Recordings of an index to shards: each is decoded once and, where asked, resampled, mixed to
+mono or cut. What needs no change keeps the publisher's bytes.
 
 New files are 16-bit mono FLAC: lossless for recordings that had 16 bits and one channel. Rows are
 written as they are made, so a recording of hours takes the memory of one row group.
@@ -46,13 +45,11 @@ STREAMED = 64 << 20
 """Larger files are read as a stream where possible (not from zip or tar.gz)."""
 SLACK_SECONDS = 0.1
 """A segment that begins and ends this close to the recording's ends is the whole recording:
-publishers
-round seconds.
+publishers round seconds.
 """
 SILENT, CLIPPED = 1e-3, 1e-3
 """Silent: no sample above this share of full scale (-60 dB). Clipped: a larger share of samples
-than
-this is at full scale.
+than this is at full scale.
 """
 LEVELS = (
     "silent: no sample above 0.001 of full scale; clipped: over 0.1 % of the samples at full scale"
@@ -158,7 +155,9 @@ def recordings(
     source: str,
     bad: list[dict[str, str]],
 ) -> pa.Table:
-    """Return the rows as a table. Raises ValueError if there are none, with the first invalid ones."""
+    """Return the rows as a table. Raises ValueError if there are none, with the first invalid
+    ones.
+    """
     if not rows and bad:
         first = "; ".join(f"{row['path']}: {row['reason']}" for row in bad[:NAMED])
         raise ValueError(

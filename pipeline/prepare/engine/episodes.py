@@ -1,5 +1,5 @@
-"""Episodes of a robot as rows: the columns of all importers of episodes, and a base class for those
-that know their episodes before reading them (LeRobot data sets, simulation).
+"""Episodes of a robot as rows: the columns of all importers of episodes, and a base class for
+those that know their episodes before reading them (LeRobot data sets, simulation).
 
 One row is one whole episode: a plan that shuffles or splits rows keeps it together, and k rows are
 k demonstrations.
@@ -133,7 +133,8 @@ def _vectors(steps: np.ndarray) -> pa.Array:
 
 
 def matrix(column: Any, what: str, width: int = 0) -> np.ndarray:
-    """Convert a column of lists of numbers, or of numbers, to (T, n) float64, NaN for missing ones.
+    """Convert a column of lists of numbers, or of numbers, to (T, n) float64, NaN for missing
+    ones.
 
     Args:
         column: the lists or numbers.
@@ -239,7 +240,8 @@ class Result(NamedTuple):
 
 
 class EpisodeImporter(Importer):
-    """Base class for episodes that are known before they are read. Examples: `lerobot`, `rollouts`.
+    """Base class for episodes that are known before they are read. Examples: `lerobot`,
+    `rollouts`.
 
     Attributes:
         sees: episodes have images, which `--resize` and `--quality` apply to.

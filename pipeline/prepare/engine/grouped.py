@@ -1,4 +1,5 @@
-"""Importers of long tables of events, of any length, to one row an entity (an ICU stay, a machine).
+"""Importers of long tables of events, of any length, to one row an entity (an ICU stay, a
+machine).
 
 They read their source twice. First every table is read, in parallel byte ranges, and its events are
 partitioned into buckets by a hash of their group (a patient), in scratch files beside the output.
@@ -56,8 +57,7 @@ NAMED_VARIABLES = 400
 """The summary counts variables one by one up to this many (all drugs count as one)."""
 LEAST, COUNTED = 5, "events of "
 """A variable with fewer events in a split is not named in the summary: it may tell of one patient.
-The
-others are named after these words.
+The others are named after these words.
 """
 EVENT = np.dtype([("row", "<i4"), ("hours", "<f4"), ("variable", "<i4"), ("value", "<f4")])
 DUPLICATE, NOT_FINITE = "duplicate", "out of range"
@@ -361,7 +361,8 @@ def _partition(
     manifest: str,
     byte_range: ByteRange,
 ) -> None:
-    """Partition the events of a byte range by bucket, beside the `manifest`, which is written last.
+    """Partition the events of a byte range by bucket, beside the `manifest`, which is written
+    last.
 
     `events`: records of 16 bytes. `index.npy`: (flushes, buckets + 1) int64, the record at which
     each bucket of each flush begins.
@@ -516,8 +517,8 @@ def _kind(variable: str) -> str:
 
 
 def _bucket(pieces: list[str], bucket: int) -> tuple[np.ndarray, list[str]]:
-    """Read a bucket: (its records from all byte ranges, the sorted names that their variables count
-    by).
+    """Read a bucket: (its records from all byte ranges, the sorted names that their variables
+    count by).
     """
     found, place, names = [np.empty(0, dtype=EVENT)], dict[str, int](), list[str]()
     for uri in pieces:
@@ -555,8 +556,8 @@ def _bucket(pieces: list[str], bucket: int) -> tuple[np.ndarray, list[str]]:
 
 
 def _sorted(records: np.ndarray) -> tuple[np.ndarray, int]:
-    """Sort records by row, time, variable and value, without duplicates; also return how many those
-    were.
+    """Sort records by row, time, variable and value, without duplicates; also return how many
+    those were.
     """
     records = records[
         np.lexsort((records["value"], records["variable"], records["hours"], records["row"]))

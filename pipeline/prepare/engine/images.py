@@ -1,6 +1,5 @@
 """Images of an index to shards: each is decoded once, resized where asked, and written with its
-size
-and the SHA-256 of the publisher's file.
+size and the SHA-256 of the publisher's file.
 """
 
 from __future__ import annotations

@@ -182,7 +182,7 @@ def describe(name: str | None) -> str:
     out = []
     for one in [name] if name else registry.names("importer"):
         importer = registry.get("importer", one)
-        out += [one, textwrap.indent(inspect.cleandoc(importer.__doc__).replace("``", ""), "  ")]
+        out += [one, textwrap.indent(inspect.cleandoc(importer.__doc__).replace("`", ""), "  ")]
         out += [
             f"  --set {key}={info.default}: {info.description}"
             for key, info in importer.options_class.model_fields.items()

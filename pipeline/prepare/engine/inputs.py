@@ -145,7 +145,9 @@ def find_inputs(source: str, suffixes: tuple[str, ...], split: str = "") -> Inpu
 
 
 def _reading_order(file: tuple[Entry, str]) -> tuple[int, str, str, int, str]:
-    """Sort key: by split and name; in a tar.gz by offset, since it can only be read from its start."""
+    """Sort key: by split and name; in a tar.gz by offset, since it can only be read from its
+    start.
+    """
     entry, split = file
     return (
         HELD_OUT_FIRST.get(split, 3),

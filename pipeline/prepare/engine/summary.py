@@ -115,8 +115,7 @@ def _sizes(rows: pa.Table, measures: tuple[str, ...]) -> dict[str, Any]:
 
 def _recordings(rows: pa.Table) -> dict[str, Any]:
     """For each split its hours, percentiles of seconds a row, number of speakers, and fewest and
-    most
-    rows of a speaker.
+    most rows of a speaker.
     """
     out: dict[str, Any] = {}
     for split in sorted(set(rows["split"].to_pylist())):

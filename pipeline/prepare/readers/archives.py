@@ -1,5 +1,8 @@
-"""Where a publisher's files lie: in folders, in zip and tar archives, and in tars within tars.
-Archives are read in place, never extracted.
+"""Find a publisher's files in folders, zip and tar archives, and tars within tars.
+
+Archives are read in place, never extracted. They are not trusted: names that lead outside, links,
+and members that unpack to more than they may are refused. fsspec's archive file systems do not
+check these, do not look into inner tars, and are not safe to read from several threads.
 """
 
 from __future__ import annotations
@@ -29,18 +32,24 @@ from pipeline.io import file_identity, s3, storage
 from pipeline.prepare.readers.picture_check import BrokenImageError
 
 GZIPPED = (".tar.gz", ".tgz")
-"""Read from the start alone: rows of one stand together (``write``), and each part of them costs
-one pass.
+"""Can only be read from their start: their rows are kept together (`indexed`), and each shard
+costs one pass.
 """
 ARCHIVES = (".tar", ".zip", *GZIPPED)
 COMPRESSED = (".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 MOST_BYTES = 256 << 20
-"""No single file is larger; a zip that claims so is not unpacked."""
+"""Largest file; a zip member that claims to be larger is not decompressed."""
 
 
 class Entry(NamedTuple):
-    """One file: its name below where the listing began, and the bytes that hold it: a whole file
-    (offset -1), ``size`` bytes of a tar from ``offset``, or a ``member`` of a zip.
+    """One file and where its bytes are.
+
+    Attributes:
+        name: path below the source.
+        uri: the file or archive.
+        member: name in a zip, or "".
+        offset: in a tar; -1: a whole file.
+        size: in bytes.
     """
 
     name: str
@@ -60,8 +69,12 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class Listing:
-    """Files sorted by name, folders that hold nothing, and a mark: a digest of the names and of
-    what the files hold (ETags on S3).
+    """The files of a source.
+
+    Attributes:
+        entries: sorted by name.
+        empty: folders without files.
+        mark: a digest of names and contents (ETags on S3).
     """
 
     entries: list[Entry]
@@ -73,7 +86,7 @@ class Listing:
         return [entry for entry in self.entries if entry.is_image]
 
     def others(self) -> dict[str, int]:
-        """How many files of each other kind are left out."""
+        """Count the files that are no images, by suffix."""
         return dict(
             Counter(
                 entry.suffix or posixpath.basename(entry.name)
@@ -83,8 +96,9 @@ class Listing:
         )
 
     def without_common_folder(self, keep: Container[str] = ()) -> Listing:
-        """The same files below the one folder that holds them all (train2017.zip holds train2017/):
-        its name is dropped, and deeper, up to one of ``keep``.
+        """Drop the folder that holds all files from their names (train2017.zip holds train2017/).
+
+        Repeats for deeper folders, up to one of `keep`.
         """
         shared = (
             posixpath.commonpath([posixpath.dirname(entry.name) for entry in self.entries])
@@ -104,17 +118,19 @@ class Listing:
 
 
 def absolute(uri: str) -> str:
-    """The same place for processes that run in another folder."""
+    """Return the same place for processes that run in another folder."""
     remote, path = s3.split(uri)
     return uri.rstrip("/") if remote else os.path.abspath(path)
 
 
 def listing(uri: str) -> Listing:
-    """All files below a folder or in a zip, tar or tar.gz; archives in a folder, and tars in a tar,
-    are looked into under their own name without suffix.
+    """List all files below a folder or in a zip, tar or tar.gz.
 
-    Raises ValueError for nothing there, a tar compressed otherwise, a damaged archive, or a name or
-    link in it that leads outside.
+    Archives in a folder, and tars in a tar, are listed as folders of their name without suffix.
+
+    Raises:
+        ValueError: nothing there, another compression, a damaged archive, or a name or link in it
+        that leads outside.
     """
     uri = absolute(uri)
     if storage.is_dir(uri):
@@ -183,8 +199,9 @@ def _refuse_doubled(entries: list[Entry], uri: str, fix: str) -> None:
 
 
 def _archive(uri: str, prefix: str, content: str | None = None) -> Listing:
-    """Members of an archive, their names behind ``prefix``. ``content``: what identifies the
-    archive, where that is known already.
+    """List the members of an archive, with `prefix` before their names.
+
+    `content`: the archive's fingerprint, where it is already known.
     """
     if uri.lower().endswith(COMPRESSED):
         raise ValueError(
@@ -213,7 +230,7 @@ def _archive(uri: str, prefix: str, content: str | None = None) -> Listing:
 
 
 def open_archive(uri: str) -> BinaryIO:
-    """Headers of a tar lie as far apart as its members: on S3 larger pieces make fewer requests."""
+    """Open an archive; on S3 with a large buffer, since the headers of a tar are far apart."""
     return (
         io.BufferedReader(s3.Reader(uri), 16 << 20)
         if storage.is_remote(uri)
@@ -222,7 +239,7 @@ def open_archive(uri: str) -> BinaryIO:
 
 
 def _inside(name: str, where: str) -> str:
-    """The member's name, cleaned. Raises ValueError when it leads out of the archive."""
+    """Return the member's normalised name. Raises ValueError if it leads out of the archive."""
     path = name.replace("\\", "/")
     if (
         path.startswith("/")
@@ -260,9 +277,7 @@ def _zip(uri: str, handle: BinaryIO, where: str) -> tuple[list[Entry], list[str]
 def _tar(
     uri: str, handle: BinaryIO, where: str, start: int = 0, size: int | None = None
 ) -> tuple[list[Entry], list[str]]:
-    """Members of the tar that lies in ``size`` bytes of ``handle`` from ``start``. Offsets are
-    those in ``handle``.
-    """
+    """List the members of a tar in `size` bytes of `handle` from `start`; offsets are in `handle`."""
     view = io.BufferedReader(Window(handle, start, size)) if size is not None else handle
     entries, folders = [], []
     try:
@@ -312,7 +327,7 @@ def _tar(
 
 
 class Window(io.RawIOBase):
-    """A part of a file as a file."""
+    """A range of a file, as a file."""
 
     def __init__(self, handle: BinaryIO, start: int, size: int):
         self.handle, self.start, self.size, self.at = handle, start, size, 0
@@ -339,8 +354,10 @@ class Window(io.RawIOBase):
 
 
 class Reader:
-    """Bytes of entries; a zip or tar.gz stays open between them, and of a tar.gz the next lies
-    behind the last, or all is unpacked anew. Threads may share one.
+    """Reads entries whole; archives stay open between them. Threads may share one.
+
+    Members of a tar.gz should be read in their order: to go back, it is decompressed from its
+    start.
     """
 
     def __init__(self):
@@ -349,8 +366,9 @@ class Reader:
         self._lock = threading.Lock()
 
     def __call__(self, uri: str, member: str, offset: int, size: int) -> bytes:
-        """Raises BrokenImageError for a member that is cut or damaged, StorageError for a file that
-        cannot be read.
+        """Read one entry.
+
+        Raises BrokenImageError for a cut or damaged member, StorageError for an unreadable file.
         """
         if size > MOST_BYTES:
             raise BrokenImageError(f"{size} bytes are more than an image has")

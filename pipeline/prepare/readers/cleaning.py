@@ -1,12 +1,13 @@
-"""Which documents of a corpus are left out: too short or long, of other letters, or alike.
+"""Filters for documents of a corpus: length, share of letters, script, and duplicates.
 
-Near duplicates are those whose sets of word 5-shingles have a Jaccard similarity of at least a
-threshold, estimated by MinHash (Broder 1997) and found by banding; of each connected component the
-first one stays, as Lee et al. 2022 (Deduplicating Training Data Makes Language Models Better) do.
+Near duplicates are documents whose sets of word 5-shingles have at least a given Jaccard
+similarity, estimated by MinHash (Broder 1997) and found by banding. The first document of each
+connected component is kept, as in Lee et al. 2022 (Deduplicating Training Data Makes Language
+Models Better).
 
-Memory: in the process that decides, a document takes 25 bytes, with MinHash 537 (128 signatures of
-4 bytes), up to three times as much while they are put together: 1.8 kB a document at the peak of a
-run of 100,000 documents of 20 words, 9 s of one processor for both passes (2026-11-25).
+Memory of the deciding process: 25 bytes a document, with MinHash 537 (128 signatures of 4 bytes),
+up to three times as much while they are joined: 1.8 kB a document at the peak of a run of 100,000
+documents of 20 words, 9 s of one processor for both passes (2026-11-25).
 """
 
 from __future__ import annotations
@@ -25,15 +26,12 @@ from scipy.sparse.csgraph import connected_components
 
 NUM_PERM, SHINGLE = 128, 5
 RECALL = 0.999
-"""Two documents of just the threshold's similarity meet in a band with at least this
-probability.
-"""
+"""Two documents exactly at the threshold share a band with at least this probability."""
 NEIGHBOURS = 32
-"""Of documents that share a band, each is compared with the first one and with so many before
-it.
+"""Of documents that share a band, each is compared with the first one and with so many before it.
 """
 AT_A_TIME = 8192
-"""Shingles that are hashed at a time: a book's would take gigabytes."""
+"""Shingles that are hashed at a time: those of a book would take gigabytes."""
 PAIRS = 1 << 20
 """Pairs that are compared at a time."""
 WORD = re.compile(r"\w+")
@@ -44,8 +42,8 @@ WORD = re.compile(r"\w+")
 
 @lru_cache(1 << 16)
 def _letter(character: str) -> str:
-    """The script of a letter or of a mark on one, from its Unicode name (LATIN SMALL LETTER A; han
-    for CJK), or "" for what is no letter.
+    """Return the script of a letter or combining mark by its Unicode name (latin, han, ...), else
+    "".
     """
     if unicodedata.category(character)[0] not in "LM":
         return ""
@@ -54,8 +52,9 @@ def _letter(character: str) -> str:
 
 
 def shares(text: str, script: str) -> tuple[float, float]:
-    """(letters among the characters that are not blank, letters of the script among the letters
-    that have one); 0 where there are none.
+    """Return (letters / non-blank characters, letters of the script / letters that have a script).
+
+    0 where there are none.
     """
     characters = Counter(text)
     solid = letters = own = of_any = 0
@@ -72,15 +71,16 @@ def shares(text: str, script: str) -> tuple[float, float]:
 
 
 def digest(text: str) -> bytes:
-    """16 bytes of the SHA-1 of the text in lower case, with single spaces."""
+    """Return 16 bytes of the SHA-1 of the text in lower case with single spaces."""
     return hashlib.sha1(" ".join(text.lower().split()).encode(), usedforsecurity=False).digest()[
         :16
     ]
 
 
 def shingles(text: str) -> set[bytes]:
-    """Runs of SHINGLE words in lower case, without punctuation (unless there is nothing else); one
-    of all words for a shorter text.
+    """Return all runs of SHINGLE words, in lower case and without punctuation.
+
+    A shorter text has one shingle of all its words; one without words has its punctuation.
     """
     words = WORD.findall(text.lower()) or text.split()
     return {
@@ -89,7 +89,7 @@ def shingles(text: str) -> set[bytes]:
 
 
 def signatures(texts: Iterator[str]) -> Iterator[np.ndarray]:
-    """(NUM_PERM,) uint32 for each text."""
+    """Yield the MinHash signature of each text, (NUM_PERM,) uint32."""
     empty = MinHash(num_perm=NUM_PERM, seed=1)
     for text in texts:
         one, found = empty.copy(), list(shingles(text))
@@ -102,9 +102,7 @@ def signatures(texts: Iterator[str]) -> Iterator[np.ndarray]:
 
 
 def exact(digests: np.ndarray) -> np.ndarray:
-    """(n,) int64: for each row of (n, 2) uint64 digests the first row that is equal to it, itself
-    when none is before.
-    """
+    """For each of (n, 2) uint64 digests, return the index of the first equal one: (n,) int64."""
     order = np.lexsort((np.arange(len(digests)), digests[:, 1], digests[:, 0]))
     ordered = digests[order]
     new = np.ones(len(order), dtype=bool)
@@ -115,8 +113,8 @@ def exact(digests: np.ndarray) -> np.ndarray:
 
 
 def rows_a_band(threshold: float) -> int:
-    """The most rows of a band, which make the fewest pairs, with which a pair at the threshold
-    meets with probability RECALL.
+    """Return the most rows of a band with which a pair at the threshold shares a band with
+    probability RECALL (more rows make fewer pairs).
     """
     return max(
         (r for r in range(1, NUM_PERM + 1) if 1 - (1 - threshold**r) ** (NUM_PERM // r) >= RECALL),
@@ -125,8 +123,9 @@ def rows_a_band(threshold: float) -> int:
 
 
 def near(signs: np.ndarray, threshold: float) -> np.ndarray:
-    """(n,) int64: for each of (n, NUM_PERM) signatures the first of its component, whose neighbours
-    agree in at least that share of their signatures.
+    """Return the first document of each one's component of near duplicates, (n,) int64.
+
+    `signs`: (n, NUM_PERM) signatures; neighbours agree in at least `threshold` of them.
     """
     n, rows = len(signs), rows_a_band(threshold)
     if n < 2:
@@ -149,9 +148,7 @@ def near(signs: np.ndarray, threshold: float) -> np.ndarray:
 
 
 def _mixed(band: np.ndarray) -> np.ndarray:
-    """(n,) uint64 of a band (n, r): equal for equal rows, and hardly ever else (which costs a
-    comparison, no more).
-    """
+    """Hash a band (n, r) to (n,) uint64. A collision costs one comparison."""
     out = np.zeros(len(band), dtype=np.uint64)
     for column in band.T:
         out = (out ^ column.astype(np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
@@ -160,7 +157,7 @@ def _mixed(band: np.ndarray) -> np.ndarray:
 
 
 def _candidates(keys: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Pairs of rows with equal keys: each with the NEIGHBOURS before it and with the first."""
+    """Yield pairs of rows with equal keys: each with the NEIGHBOURS before it and with the first."""
     order = np.argsort(keys, kind="stable")
     ordered = keys[order]
     starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])

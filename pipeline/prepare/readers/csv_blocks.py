@@ -1,7 +1,6 @@
-"""Tables in batches of columns: CSV (also compressed, and in ranges of bytes) and Parquet, their
-columns in any order and case.
+"""Read long tables in batches of columns: CSV (also compressed, and in byte ranges) and Parquet.
 
-For long tables that no memory holds: what is read at a time is a block of some MiB, and nothing is
+Columns may be in any order and case. What is read at a time is a block of some MiB, and nothing is
 done for each row in Python. No error message holds a value of the table.
 """
 
@@ -26,9 +25,9 @@ from pipeline.prepare.engine.inputs import SQUEEZED, InputSplit, Opener, SplitRe
 from pipeline.prepare.readers.archives import GZIPPED, Entry, Window
 
 BLOCK_BYTES, BATCH_ROWS = 1 << 20, 16384
-"""Of CSV and of Parquet at a time."""
+"""What is read of CSV and of Parquet at a time."""
 EXPANSION = 8
-"""About so many bytes of text in one of a compressed table (CHARTEVENTS: 33 GB in 4.2)."""
+"""Estimated bytes of text in a byte of a compressed table (CHARTEVENTS: 33 GB in 4.2)."""
 SUFFIXES = (".csv", ".tsv", ".parquet")
 INSTANT = r"^\d{4}-\d\d-\d\d([ T]\d\d:\d\d(:\d\d(\.\d{1,9})?)?)?$"
 ZONED = r"^\d{4}-\d\d-\d\d[ T]\d\d:\d\d(:\d\d(\.\d{1,9})?)? ?([Zz]|[+-]\d\d(:?\d\d)?)$"
@@ -39,8 +38,8 @@ MIXED_ZONES = (
 )
 BAD_LINE = "another number of fields than the header has"
 NULLS = ["", "NULL", "NA", "NaN", "nan"]
-"""What a field of numbers, times or ids may hold for nothing; of texts the empty one alone is: a
-variable may be called NA, a drug nan.
+"""Fields that mean nothing in columns of numbers, times or ids. In texts only the empty field
+does: a variable may be called NA, a drug nan.
 """
 KINDS = {
     "id": pa.int64(),
@@ -50,21 +49,22 @@ KINDS = {
     "text": pa.string(),
     "numbers": pa.list_(pa.float64()),
 }
-"""``moment``: a time whose parts of a second count; it comes as int64 microseconds since 1970.
-``numbers``: a list of them, which Parquet alone has.
+"""`moment`: a time with fractions of a second, as int64 microseconds since 1970. `numbers`: a list
+of numbers (Parquet only).
 """
 
 
 class Column(NamedTuple):
-    """A column that is wanted: its kind, and whether the table must have it."""
+    """A wanted column: its kind, and whether the table must have it."""
 
     kind: str
     needed: bool = True
 
 
 class ByteRange(NamedTuple):
-    """What one task reads: files of one ``table``, whole, or bytes (row groups of Parquet)
-    ``start`` to ``stop`` of one; about ``size`` bytes of text.
+    """What one task reads of a table: whole files, or bytes (row groups of Parquet) of one file.
+
+    `size`: estimated bytes of text.
     """
 
     table: str
@@ -76,15 +76,19 @@ class ByteRange(NamedTuple):
 
 @dataclass
 class RowCounts:
-    """Counts of one pass. ``bad``: lines that are no rows, the first ones listed as (place,
-    reason).
+    """Counts of one pass.
+
+    Attributes:
+        rows: valid rows.
+        bad: lines that are no rows.
+        listed: the first of them, as place and reason.
+        zoned: whether the times had a zone; both values where some had one and some had none.
     """
 
     rows: int = 0
     bad: int = 0
     listed: list[str] = field(default_factory=list)
     zoned: set[bool] = field(default_factory=set)
-    """Whether the times that were read had a zone: both where some had one and some none."""
 
     def line(self, place: str, reason: str) -> str:
         self.bad += 1
@@ -100,8 +104,10 @@ class _KindError(Exception):
 def split_table(
     table: str, entry: Entry, most: int, opener: Opener, ranges: bool = True
 ) -> list[ByteRange]:
-    """A table in pieces of about ``most`` bytes of text; what is compressed is read from its start
-    alone, whole. ``ranges``: no field holds a line end.
+    """Cut a table into byte ranges of about `most` bytes of text.
+
+    A compressed table can only be read from its start and stays whole. `ranges`: no field holds a
+    line end, so that CSV can be cut.
     """
     if entry.name.lower().endswith(".parquet"):
         with SplitReader(InputSplit(entry.name, "", entry), opener).open() as handle:
@@ -130,19 +136,29 @@ def split_table(
 
 
 def stem(entry: Entry) -> str:
-    """The name without folder and suffixes, in lower case: chartevents of a/CHARTEVENTS.csv.gz."""
+    """Return the name without folder and suffixes, in lower case: chartevents of
+    a/CHARTEVENTS.csv.gz.
+    """
     return posixpath.basename(entry.name).lower().split(".")[0]
 
 
 def batches(
     byte_range: ByteRange, columns: dict[str, Column], opener: Opener, tally: RowCounts
 ) -> Iterator[pa.Table]:
-    """The cut's rows in tables that have all of ``columns``, in that order, by their lower-case
-    names, as their kinds (id: int64, number: float64 or text, time: seconds, text); null where a
-    field is empty or not of its kind, and where the table has no such column.
+    """Yield the rows of a byte range as tables with all of `columns`, in that order.
 
-    Raises ValueError for a column that is missing, a table that is no table, and one that ends
-    early.
+    A value is null where a field is empty or not of its column's kind, and where the table has no
+    such column.
+
+    Args:
+        byte_range: what to read.
+        columns: wanted columns by their lower-case names. Kinds: id: int64; number: float64 or
+        text; time: seconds; text.
+        opener: opens the files.
+        tally: takes the counts.
+
+    Raises:
+        ValueError: a missing column, a file that is no table, or one that ends early.
     """
     for entry in byte_range.entries:
         one = byte_range._replace(entries=(entry,))
@@ -170,8 +186,9 @@ def whole(
     opener: Opener,
     tally: RowCounts | None = None,
 ) -> pa.Table:
-    """A small table at once, as in ``batches``. Raises ValueError also for lines that are no rows,
-    naming the first.
+    """Read a small table at once, as `batches` does.
+
+    Raises ValueError also for lines that are no rows, naming the first.
     """
     tally = tally or RowCounts()
     found = list(batches(ByteRange(table, (entry,)), columns, opener, tally))
@@ -187,7 +204,7 @@ def whole(
 
 
 def header(entry: Entry, opener: Opener) -> list[str]:
-    """The names of a table's columns, as they stand there."""
+    """Return the names of a table's columns, unchanged."""
     with SplitReader(InputSplit(entry.name, "", entry), opener).open() as handle:
         return (
             list(_parquet(entry, handle).schema_arrow.names)
@@ -197,11 +214,14 @@ def header(entry: Entry, opener: Opener) -> list[str]:
 
 
 def instants(column: Any) -> tuple[np.ndarray, np.ndarray]:
-    """((n,) int64 seconds since 1970, (n,) bool whether there is a time) of times or of texts such
-    as 2101-10-20 19:08:00 or 2101-10-20T19:08:00+02:00.
+    """Convert times, or texts such as 2101-10-20T19:08:00+02:00, to seconds.
 
-    A time with a zone is counted in UTC. Raises ValueError for another type, and where some texts
-    have a zone and others none.
+    Returns:
+        ((n,) int64 seconds since 1970, UTC where there is a zone; (n,) bool whether there is a
+        time).
+
+    Raises:
+        ValueError: another type, or texts of which some have a zone and others none.
     """
     array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     if pa.types.is_string(array.type) or pa.types.is_large_string(array.type):
@@ -219,9 +239,7 @@ def instants(column: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def zones(column: Any) -> set[bool]:
-    """Whether the times of a column have a zone: {True}, {False}, both, or nothing where there is
-    no time.
-    """
+    """Return whether the times of a column have a zone: {True}, {False}, both, or an empty set."""
     if column.null_count == len(column):
         return set()
     if pa.types.is_dictionary(column.type):
@@ -240,8 +258,9 @@ def zones(column: Any) -> set[bool]:
 
 
 def _times(array: Any) -> Any:
-    """Texts as times (UTC where they have a zone), null where they are none. Raises ValueError
-    where some have a zone and others none.
+    """Parse texts as times (UTC where they have a zone), null where they are none.
+
+    Raises ValueError where some have a zone and others none.
     """
     text = pc.utf8_trim_whitespace(array)
     with_zone = zones(text)
@@ -284,9 +303,7 @@ def _kind(kind: str) -> pa.DataType:
 
 
 def _picked(entry: Entry, names: list[str], columns: dict[str, Column]) -> dict[str, str]:
-    """Wanted name to the table's own. Raises ValueError for one that is missing or stands there
-    twice.
-    """
+    """Map wanted names to the table's own. Raises ValueError for a missing or repeated column."""
     own: dict[str, list[str]] = {}
     for name in names:
         own.setdefault(name.strip().lower(), []).append(name)
@@ -345,8 +362,9 @@ def _parquet(entry: Entry, handle: BinaryIO) -> pq.ParquetFile:
 
 
 def _see_zones(found: dict[str, tuple[Any, str]], entry: Entry, tally: RowCounts) -> None:
-    """Note whether the times of a batch have zones. Raises ValueError where some have one and
-    others, in this batch or before it, have none.
+    """Record whether the times of a batch have zones.
+
+    Raises ValueError where some have one and others, in this batch or before it, have none.
     """
     for own, (column, kind) in found.items():
         if kind not in ("time", "moment"):
@@ -357,8 +375,8 @@ def _see_zones(found: dict[str, tuple[Any, str]], entry: Entry, tally: RowCounts
 
 
 def without_nulls(array: Any, text: bool) -> Any:
-    """A column of CSV, null where a text stands for nothing: the empty one in a column of texts,
-    any of NULLS in others.
+    """Set texts that mean nothing to null: the empty one in a column of texts, any of NULLS in
+    others.
     """
     if not pa.types.is_string(array.type):
         return array
@@ -367,9 +385,7 @@ def without_nulls(array: Any, text: bool) -> Any:
 
 
 def _fitting(array: Any, kind: str, name: str, entry: Entry) -> Any:
-    """As ``_shape``. Raises ValueError naming the column and its type where that is of another
-    kind.
-    """
+    """Convert a column of Parquet to a kind. Raises ValueError naming the column and its type."""
     types, found = pa.types, array.type
     try:
         bytes_ = (
@@ -401,7 +417,7 @@ def _fitting(array: Any, kind: str, name: str, entry: Entry) -> Any:
 
 
 def _shape(array: Any, kind: str) -> Any:
-    """A column of Parquet as one of a kind; numbers may stay texts, for ``plausible.numbers``."""
+    """Convert a column to a kind; numbers may stay texts, for `plausible.numbers`."""
     if pa.types.is_dictionary(array.type) or pa.types.is_large_string(array.type):
         array = (
             array.cast(pa.string())
@@ -438,7 +454,7 @@ def _shaped(found: dict[str, Any], columns: dict[str, Column], rows: int) -> pa.
 
 
 def _header(entry: Entry, handle: BinaryIO) -> tuple[list[str], str, int]:
-    """(names, delimiter, bytes of the first line)."""
+    """Return (names, delimiter, bytes of the first line)."""
     raw = handle.readline(1 << 20)
     try:
         line = raw.decode("utf-8-sig").rstrip("\r\n")
@@ -537,6 +553,6 @@ def _place(row: Any, byte_range: ByteRange) -> str:
 
 
 def _line_start(handle: BinaryIO, at: int) -> int:
-    """Where the first line begins that does so at ``at`` or after it."""
+    """Return the offset of the first line that begins at `at` or after it."""
     handle.seek(at - 1)
     return at - 1 + len(handle.readline())

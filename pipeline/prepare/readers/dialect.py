@@ -1,5 +1,8 @@
-"""CSV and TSV as records (RFC 4180: fields in quotes may hold delimiters, line ends and doubled
-quotes), and what their fields look like.
+"""Read CSV and TSV record by record, with the place of each line that cannot be parsed.
+
+Fields in quotes may hold delimiters, line ends and doubled quotes (RFC 4180). This reader is slower
+than pyarrow's (`csv_blocks`), and is used where one bad line must stay one bad line: after a quote
+that is left open pyarrow and duckdb (2.0.1, store_rejects) lose the rows that follow.
 """
 
 from __future__ import annotations
@@ -39,8 +42,12 @@ Line = tuple[int, bytes | None]
 
 @dataclass(frozen=True)
 class Dialect:
-    """How fields are divided. ``delimiter``: one character, or tab; empty: tab for .tsv and .tab,
-    else a comma. ``quote``: empty: every line is a record. Raises ValueError for what is none.
+    """How fields are divided. Raises ValueError for values that are not allowed.
+
+    Attributes:
+        delimiter: one character, or tab; empty: tab for .tsv and .tab, else a comma.
+        quote: encloses fields; empty: nothing does, every line is a record.
+        encoding: of the files; one in which ASCII is ASCII.
     """
 
     delimiter: str = ""
@@ -62,8 +69,8 @@ class Dialect:
             )
 
     def check_header(self, header: list[str], place: str, written: bool = True) -> None:
-        """Raises ValueError for one that looks divided by something else (where it is
-        ``output_columns`` in the file), or that has a name twice.
+        """Raise ValueError for a header with a repeated name or, if it is `written` in the file,
+        one that seems to use another delimiter.
         """
         other = next((c for c in ";,|\t" if c in header[0]), "")
         if len(header) == 1 and other and written and not self.delimiter:
@@ -79,12 +86,13 @@ class Dialect:
             )
 
     def records(self, reading: SplitReader, header: bool) -> Iterator[tuple[int, list[str]]]:
-        """(line, fields) of every record; those that cannot be parsed are told to ``reading``.
+        """Yield (line, fields) of every record; invalid ones go to `reading.bad`.
 
-        A record goes over lines while a quote is open. One that no later line closes, or that
-        becomes a row only by swallowing others (another number of fields), is the first line alone:
-        the lines after it are read anew. ``header``: the first record is one; ValueError where it
-        cannot be read.
+        A record spans several lines while a quote is open. If no later line closes the quote, or if
+        closing it gives another number of fields than the first record has, only the first of these
+        lines is invalid, and the lines after it are read again.
+
+        `header`: the first record is the header. Raises ValueError if it cannot be read.
         """
         again, width = deque[Line](), 0
         tab = self.delimiter in ("tab", "\\t") or (
@@ -119,8 +127,8 @@ class Dialect:
     def _quoted(
         self, text: str, delimiter: str, take: Callable[[], Line | None]
     ) -> tuple[list[str], str, list[Line]]:
-        """(fields, "" or what is wrong, further lines that were taken) of a record that begins with
-        a line.
+        """Parse a record that begins with a line: (fields, error or "", further lines that it
+        took).
         """
         more: list[Line] = []
 
@@ -149,11 +157,10 @@ class Dialect:
 
 
 def rows_of(uri: str, columns: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str]]]:
-    """Read a small CSV file with a header: (line, the row by the names of its columns).
+    """Read a small CSV file with a header: yield (line, {column: field}).
 
-    A row with fewer fields than the header has empty ones for the others.
-
-    Raises ValueError for one of `columns` that it lacks, and for a line that cannot be read.
+    A row with fewer fields than the header has empty ones for the others. Raises ValueError for one
+    of `columns` that is missing, and for a line that cannot be read.
     """
     name = uri.rpartition("/")[2]
     names: list[str] = []
@@ -182,8 +189,9 @@ def rows_of(uri: str, columns: tuple[str, ...]) -> Iterator[tuple[int, dict[str,
 def _taker(
     fresh: Iterator[tuple[int, int, bytes | None]], again: deque[Line]
 ) -> Callable[[], Line | None]:
-    """Gives the lines that were given back, then new ones, then None; no generator, which would be
-    at its end when lines of the end are given back.
+    """Return a function that gives the lines that were given back, then new ones, then None.
+
+    It is no generator, which would be finished when the last lines of a file are given back.
     """
 
     def take() -> Line | None:
@@ -196,7 +204,7 @@ def _taker(
 
 
 def field_kind(value: str) -> int:
-    """What a field looks like: the place in ``table_importer.KINDS``."""
+    """Return what a field looks like, as an index in `table_importer.KINDS`."""
     value = value.strip()
     if not value:
         return 0
@@ -206,7 +214,7 @@ def field_kind(value: str) -> int:
 
 
 def field_value(text: str, kind: int) -> Any:
-    """The field as a value of that kind; None where it is empty."""
+    """Convert a field to that kind; None where it is empty."""
     if kind != 4:
         text = text.strip()
     if not text:

@@ -1,5 +1,5 @@
-"""What the metadata of a LeRobot data set says (github.com/huggingface/lerobot): its episodes,
-their files, tasks and splits; layouts v2.0, v2.1 and v3.0.
+"""The metadata of a LeRobot data set (github.com/huggingface/lerobot), layouts v2.0, v2.1 and
+v3.0.
 
 v2: meta/episodes.jsonl and tasks.jsonl; one Parquet file and one video a camera for each episode.
 v3: meta/episodes/chunk-*/file-*.parquet and tasks.parquet; Parquet files and videos that hold many
@@ -33,14 +33,16 @@ PATHS = {
         "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4",
     ),
 }
-"""Where data and videos lie, unless meta/info.json says otherwise."""
+"""Paths of data and videos, unless meta/info.json has others."""
 
 
 @dataclass(frozen=True)
 class EpisodeInfo:
-    """An episode as the metadata has it. ``rows``: the first of the data set and the one after the
-    last, where it says so (v3). ``video``: (file, second at which the episode begins in it) of the
-    camera that is wanted.
+    """An episode in the metadata.
+
+    Attributes:
+        rows: (first row in the data set, row after the last), where it is known (v3).
+        video: (file, second at which the episode begins in it) of the wanted camera.
     """
 
     number: int
@@ -53,8 +55,12 @@ class EpisodeInfo:
 
 @dataclass(frozen=True)
 class Layout:
-    """The data set. ``features``: name to dtype, shape and names. ``tasks``: by their index.
-    ``missing``: (episode, why) of those without a file.
+    """The data set.
+
+    Attributes:
+        features: name to dtype, shape and names.
+        tasks: texts by index.
+        missing: (episode, reason) of those without a file.
     """
 
     version: str
@@ -71,11 +77,10 @@ class Layout:
 
 
 def read(source: str, camera: str) -> Layout:
-    """The metadata below ``source``. ``camera``: the feature whose files are wanted, where it is a
-    video.
+    """Read the metadata below `source`.
 
-    Raises ValueError for a folder that is no LeRobot data set, another version, and metadata that
-    lacks what is needed or says it twice.
+    `camera`: the feature whose files are wanted, if it is a video. Raises ValueError for a folder
+    that is no LeRobot data set, another version, and incomplete or contradictory metadata.
     """
     if not storage.exists(storage.join(source, INFO)):
         raise ValueError(
@@ -132,10 +137,10 @@ def read(source: str, camera: str) -> Layout:
 
 
 def splits(layout: Layout, fixed: str = "") -> tuple[dict[int, str], int]:
-    """(the split of every episode, how many are in no range of meta/info.json's and so are train).
-    ``fixed``: that of all, whatever stands there.
+    """Return (the split of every episode, how many are in no range of meta/info.json and so are
+    train).
 
-    Raises ValueError for a split of another name or form, and for ranges that overlap.
+    `fixed`: the split of all episodes. Raises ValueError for unknown splits and overlapping ranges.
     """
     numbers = [*(one.number for one in layout.episodes), *(number for number, _ in layout.missing)]
     if fixed:
@@ -167,9 +172,7 @@ def splits(layout: Layout, fixed: str = "") -> tuple[dict[int, str], int]:
 def _paths(
     info: dict[str, Any], major: int, record: dict[str, Any], camera: str
 ) -> tuple[str, tuple[str, float] | None]:
-    """(an episode's Parquet file, (its video, the second at which it begins there)), below the data
-    set's folder.
-    """
+    """Return an episode's Parquet file and (its video, the second at which it begins there)."""
     data, video = (
         info.get(name) or default
         for name, default in zip(("data_path", "video_path"), PATHS[major], strict=True)
@@ -205,7 +208,7 @@ def _paths(
 
 
 def _lines(source: str, name: str, there: dict[str, Entry]) -> Iterator[dict[str, Any]]:
-    """The objects of a file of JSON lines."""
+    """Read the objects of a file of JSON lines."""
     if name not in there:
         raise ValueError(f"{source}: no {name}, which a data set of layout v2 has; get it again")
     for number, line in enumerate(lines(there[name].uri), 1):
@@ -226,7 +229,7 @@ def _lines(source: str, name: str, there: dict[str, Entry]) -> Iterator[dict[str
 
 
 def _tables(source: str, there: dict[str, Entry]) -> Iterator[dict[str, Any]]:
-    """The rows of meta/episodes, without the statistics."""
+    """Read the rows of meta/episodes, without the statistics."""
     names = [
         name for name in there if name.startswith("meta/episodes/") and name.endswith(".parquet")
     ]
@@ -245,7 +248,7 @@ def _tables(source: str, there: dict[str, Entry]) -> Iterator[dict[str, Any]]:
 
 
 def _tasks(source: str, there: dict[str, Entry]) -> dict[int, str]:
-    """Texts by index; none where the data set names no tasks."""
+    """Return the texts of tasks by index; empty where the data set names none."""
     if "meta/tasks.parquet" in there:
         table = _parquet(there["meta/tasks.parquet"]).read()
         text = next(

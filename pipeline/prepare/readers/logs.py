@@ -1,8 +1,7 @@
-"""Tables with one row a step, cut into episodes: where one ends and the next begins, and why one
-cannot be used.
+"""Tables with one row a step, cut into episodes.
 
-Rows of a log stand together and in the order of time, so that a table of any length is read in one
-pass with one episode in memory.
+Rows of a log are contiguous and in the order of time, so a table of any length is read in one pass
+with one episode in memory.
 """
 
 from __future__ import annotations
@@ -24,16 +23,22 @@ from pipeline.prepare.readers.csv_blocks import ByteRange, Column, RowCounts, ba
 NUMBER = r"^\s*[+-]?((\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?|inf)\s*$"
 WHOLE = r"^\s*[+-]?\d{1,18}(\.0*)?\s*$"
 ZEROS = r"^(-?)\+?(\d{1,18})\.0*$"
-"""A whole number as a column of floats has it: class 0.0 is class 0, and so is -0.0."""
+"""Whole numbers in a column of floats: class 0.0 is class 0, and so is -0.0."""
 TRUE, FALSE = ("true", "1", "1.0", "t", "yes"), ("false", "0", "0.0", "f", "no", "")
 
 
 @dataclass(frozen=True)
 class ColumnRoles:
-    """The columns of a table and what each is. ``listed``: observations and actions are each one
-    column of lists. ``discrete``: actions are classes, ``names`` those of integer codes. ``low``
-    and ``high``: bounds of each action, or one for all. ``moments``: the order is by times, not
-    numbers.
+    """What the columns of a table are.
+
+    Attributes:
+        observations, actions: names of their columns.
+        discrete: actions are classes; None: there are none.
+        listed: columns of lists of numbers.
+        names: of integer codes of classes.
+        low, high: bounds of each action, or one for all.
+        episode, order, reward, done, task, embodiment, split: names of single columns, or "".
+        moments: the order is by times, not by numbers.
     """
 
     observations: tuple[str, ...]
@@ -53,9 +58,7 @@ class ColumnRoles:
     split: str = ""
 
     def columns(self) -> dict[str, Column]:
-        """What is read, as which kind. Raises ValueError for a column that is named as two
-        things.
-        """
+        """Return the columns to read. Raises ValueError for a column with two kinds."""
         out: dict[str, str] = {}
         texts = [self.episode, self.done, self.task, self.embodiment, self.split]
         for name, kind in [
@@ -76,9 +79,13 @@ class ColumnRoles:
 
 @dataclass(frozen=True)
 class CutRules:
-    """How a log is cut: ``steps`` of an episode (0: as many as it has), the last shares of its rows
-    that are for validation and testing, and whether an episode without end may be used. ``task``
-    and ``embodiment``: of all episodes, where no column says it.
+    """How logs are cut into episodes.
+
+    Attributes:
+        steps: of an episode; 0: all of the log.
+        validation, test: the last shares of a log's rows.
+        open: an episode without an end may be used.
+        task, embodiment: of all episodes, where no column has them.
     """
 
     steps: int = 0
@@ -89,8 +96,8 @@ class CutRules:
     embodiment: str = ""
 
     def bounds(self, length: int) -> list[tuple[int, str]]:
-        """(row after the last one, split) of the pieces of a log of so many rows, which are counted
-        from 0: first train, then validation, then test.
+        """Return [(end row, split)] of a log of so many rows: first train, then validation, then
+        test.
         """
         test, both = round(length * self.test), round(length * (self.test + self.validation))
         return [(length - both, "train"), (length - test, "validation"), (length, "test")]
@@ -98,8 +105,15 @@ class CutRules:
 
 @dataclass(frozen=True)
 class EpisodeRows:
-    """Rows of one episode. ``first``: its first row in the file, counted from 1; ``last``: its log
-    ends with it.
+    """The rows of one episode.
+
+    Attributes:
+        log: name of its log.
+        number: in the log.
+        first: its first row in the file, counted from 1.
+        rows: the steps.
+        last: its log ends with it.
+        split: of the episode, or "".
     """
 
     log: str
@@ -113,8 +127,9 @@ class EpisodeRows:
 def tables(
     input_split: InputSplit, columns: dict[str, Column], opener: Opener
 ) -> Iterator[pa.Table]:
-    """The rows of a file, some at a time: numbers are float64, NaN where there is none. Raises
-    ValueError for a line that is no row: it may belong to any episode.
+    """Yield the rows of a file in batches; numbers are float64, NaN where there is none.
+
+    Raises ValueError for a line that is no row, since it may belong to any episode.
     """
     tally = RowCounts()
     for batch in batches(ByteRange("", (input_split.entry,)), columns, opener, tally):
@@ -144,7 +159,7 @@ def _numbers(column: Any) -> pa.Array:
 
 
 def lengths(input_split: InputSplit, roles: ColumnRoles, opener: Opener) -> list[int]:
-    """Rows of each log of a file, in order: a pass over one column."""
+    """Return the number of rows of each log of a file: a pass over one column."""
     name = roles.episode or roles.observations[0]
     out: list[int] = []
     for _, a, b, is_new in _runs(
@@ -156,8 +171,9 @@ def lengths(input_split: InputSplit, roles: ColumnRoles, opener: Opener) -> list
 
 
 def _runs(source: Iterator[pa.Table], column: str) -> Iterator[tuple[pa.Table, int, int, bool]]:
-    """(table, first row, row after the last, whether another log begins) of neighbouring rows with
-    one id in ``column``; without such one all are one log.
+    """Yield runs of rows with one id in `column`: (table, start, stop, whether a new log begins).
+
+    Without a column all rows are one log.
     """
     before: Any = source  # what no id is
     for table in source:
@@ -180,8 +196,10 @@ def _runs(source: Iterator[pa.Table], column: str) -> Iterator[tuple[pa.Table, i
 
 
 class EpisodeCutter:
-    """Rows in, episodes out. ``counted``: rows of each log, where shares are cut. Raises ValueError
-    for a log whose rows do not stand together, or that has no name.
+    """Cuts rows into episodes.
+
+    `counted`: rows of each log, needed where shares of a log are cut. Raises ValueError for a log
+    whose rows are not contiguous, or that has no name.
     """
 
     def __init__(
@@ -228,7 +246,7 @@ class EpisodeCutter:
         yield from self._flush(True)
 
     def _begin(self, own: str | None) -> None:
-        """Another log."""
+        """Begin another log."""
         if self.roles.episode and (own is None or not own.strip()):
             raise ValueError(
                 f"{self.input_split.name}: no episode in row {self.row} (column "
@@ -292,7 +310,7 @@ class EpisodeCutter:
 
 
 def _split(text: str | None) -> str:
-    """The split that a text names; else what stands there, with a mark that no name has."""
+    """Return the split that a text names; other texts come with a question mark before them."""
     found = (text or "").strip().lower()
     return SPLITS.get(found, f"?{found}")
 
@@ -308,7 +326,7 @@ def _true(column: Any) -> np.ndarray:
 
 
 def episode(stretch: EpisodeRows, roles: ColumnRoles, rules: CutRules, name: str) -> Episode:
-    """The steps of an episode, checked. Raises UnusableError with the reason why it is left out."""
+    """Check the steps of an episode and return it. Raises UnusableError with the reason."""
     rows = stretch.rows
     if stretch.split.startswith("?"):
         raise UnusableError(NO_SPLIT if len(stretch.split) > 1 else "no split")
@@ -394,7 +412,7 @@ def _check_order(rows: pa.Table, roles: ColumnRoles) -> None:
 
 
 def _steps(rows: pa.Table, columns: tuple[str, ...], roles: ColumnRoles, what: str) -> np.ndarray:
-    """(T, n) float64 of columns of numbers, or of one column of lists."""
+    """Return columns of numbers, or one column of lists, as (T, n) float64."""
     if columns[0] not in roles.listed:
         return np.stack([rows[name].to_numpy() for name in columns], axis=1)
     return matrix(rows[columns[0]], what)
@@ -448,7 +466,7 @@ def _classes(rows: pa.Table, roles: ColumnRoles) -> list[str]:
 
 
 def _one(rows: pa.Table, column: str, what: str) -> str:
-    """The text of all its rows."""
+    """Return the one text that all rows have."""
     found = pc.unique(rows[column].fill_null("")).to_pylist()
     if len(found) > 1:
         raise UnusableError(

@@ -1,4 +1,4 @@
-"""Parquet files as a source: pieces of whole row groups, read in batches of bounded size."""
+"""Parquet files as a source: input splits of whole row groups, read in batches of bounded size."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ from pipeline.prepare.readers.archives import MOST_BYTES, Entry
 
 SUFFIXES = (".parquet", ".pq")
 BATCH_BYTES, BATCH_ROWS = 32 << 20, 4096
-"""About so many bytes, and at most so many rows, at a time."""
+"""Most bytes (about), and most rows, at a time."""
 
 
 def groups(entry: Entry) -> list[int]:
-    """Bytes of the row groups of a Parquet file that can be read in parts; none for other files.
-    Raises ValueError for one that is damaged.
+    """Return the bytes of each row group, or nothing for a file that cannot be read in parts.
+
+    Raises ValueError for a damaged file.
     """
     if (
         plain_suffix(entry.name) not in SUFFIXES
@@ -48,7 +49,7 @@ def groups(entry: Entry) -> list[int]:
 
 
 def row_groups(entry: Entry, split: str, sizes: list[int], most: int) -> list[InputSplit]:
-    """Neighbouring row groups of a Parquet file, up to about ``most`` bytes of them."""
+    """Group neighbouring row groups into input splits of up to about `most` bytes."""
     out: list[InputSplit] = []
     for i, size in enumerate(sizes):
         if out and out[-1].size + size <= most:
@@ -59,8 +60,9 @@ def row_groups(entry: Entry, split: str, sizes: list[int], most: int) -> list[In
 
 
 def split_files(listed: InputFiles, most: int) -> list[InputSplit]:
-    """The files in pieces of about ``most`` bytes; those in archives, compressed ones and ones
-    without rows as a whole.
+    """Cut files into input splits of about `most` bytes.
+
+    Files in archives, compressed ones and ones without rows stay whole.
     """
     out: list[InputSplit] = []
     for (entry, split), sizes in zip(
@@ -74,7 +76,7 @@ def split_files(listed: InputFiles, most: int) -> list[InputSplit]:
 
 @contextmanager
 def opened(reading: SplitReader) -> Iterator[pq.ParquetFile]:
-    """The file of a piece. Raises ValueError for one that is damaged."""
+    """Open the file of an input split. Raises ValueError for a damaged one."""
     with reading.open() as handle:
         try:
             yield pq.ParquetFile(
@@ -87,7 +89,7 @@ def opened(reading: SplitReader) -> Iterator[pq.ParquetFile]:
 
 
 def schema(input_split: InputSplit) -> pa.Schema:
-    """The columns of a piece's file, without what else was written beside them."""
+    """Return the columns of an input split's file, without metadata."""
     opener = Opener()
     try:
         with opened(SplitReader(input_split, opener)) as file:
@@ -99,7 +101,7 @@ def schema(input_split: InputSplit) -> pa.Schema:
 def batches(
     reading: SplitReader, columns: list[str] | None = None
 ) -> Iterator[tuple[int, pa.Table]]:
-    """(rows of the file before them, rows) of a piece, in order."""
+    """Yield (rows of the file before them, rows) of an input split, in order."""
     start, stop = reading.input_split.start, reading.input_split.stop
     with opened(reading) as file:
         about = file.metadata

@@ -1,6 +1,4 @@
-"""One encoded image: is it whole, how large is it as it is seen, and, where asked, smaller and as
-JPEG.
-"""
+"""Check one encoded image, measure it and, where asked, resize it or encode it as JPEG."""
 
 from __future__ import annotations
 
@@ -24,17 +22,22 @@ _UPRIGHT = {
     7: PIL.Image.Transpose.TRANSVERSE,
     8: PIL.Image.Transpose.ROTATE_90,
 }
-"""What undoes each EXIF orientation."""
+"""The transposition that undoes each EXIF orientation."""
 
 
 class BrokenImageError(ValueError):
-    """A row that is left out, with the reason."""
+    """A row is left out; the message is the reason."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """``data``: the file to keep. ``stored``: (width, height) as its header says; ``seen``: after
-    EXIF orientation; ``size``: what ``data`` shows.
+    """A checked image.
+
+    Attributes:
+        data: the file to keep.
+        stored: (width, height) in its header.
+        seen: the same after EXIF orientation.
+        size: of what `data` shows.
     """
 
     data: bytes
@@ -44,11 +47,18 @@ class Picture:
 
 
 def examine(data: bytes, resize: int | None = None, quality: int | None = None) -> Picture:
-    """Decode an image once. ``resize``: its shorter side in pixels, only downwards, antialiased;
-    ``quality``: write it as JPEG anew, whatever its size.
+    """Decode an image once.
 
-    What is written anew is upright (EXIF orientation applied), 8 bits, grey or RGB; what is not
-    keeps its bytes. Raises BrokenImageError.
+    An image that is encoded again is upright (EXIF orientation applied), 8 bits, grey or RGB; any
+    other keeps its bytes.
+
+    Args:
+        data: the file.
+        resize: shorter side in pixels, only downwards, antialiased.
+        quality: encode it as JPEG, whatever its size.
+
+    Raises:
+        BrokenImageError: it is no whole image.
     """
     if not data:
         raise BrokenImageError("the file is empty (0 bytes)")
@@ -86,8 +96,9 @@ def _turned(size: tuple[int, int]) -> tuple[int, int]:
 def _decoded(
     data: bytes, resize: int | None
 ) -> tuple[PIL.Image.Image, tuple[int, int], tuple[float, float, float, float] | None]:
-    """The image, its size as stored, and, when it was decoded smaller (a JPEG, to twice the size
-    that is wanted at least), what part of it is the image.
+    """Return (image, size as stored, box of the image in it).
+
+    A JPEG to be resized is decoded at a reduced size, at least twice the wanted one.
     """
     from pipeline.media.image_io import (
         MOST_PIXELS,
@@ -126,7 +137,7 @@ def _decoded(
 
 
 def _orientation(image: PIL.Image.Image) -> int:
-    """From EXIF alone, as decoders read it; Pillow's getexif would look into XMP too."""
+    """Read the orientation from EXIF alone, as decoders do; Pillow's getexif also looks into XMP."""
     exif = PIL.Image.Exif()
     try:
         exif.load(image.info.get("exif", b""))
@@ -138,9 +149,7 @@ def _orientation(image: PIL.Image.Image) -> int:
 
 
 def _eight_bits(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Grey or RGB; 16 bits rounded to 8, transparency dropped, as the image modality decodes
-    them.
-    """
+    """Convert to grey or RGB with 8 bits, without transparency, as the image modality decodes."""
     if image.mode.startswith("I"):
         return PIL.Image.fromarray(
             ((np.asarray(image).astype(np.int64) + 128) // 257).clip(0, 255).astype(np.uint8)
@@ -162,14 +171,16 @@ def _jpeg(image: PIL.Image.Image, quality: int) -> bytes:
 
 
 def png(mask: np.ndarray) -> bytes:
-    """(H, W) uint8 as a grey PNG."""
+    """Encode (H, W) uint8 as a grey PNG."""
     sink = io.BytesIO()
     PIL.Image.fromarray(mask, "L").save(sink, "PNG")
     return sink.getvalue()
 
 
 def nearest(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """(H, W) uint8 to (height, width) of ``size``: no class is mixed from two others."""
+    """Resize (H, W) uint8 to (width, height) by nearest neighbour, so that no class is mixed from
+    two.
+    """
     if mask.shape[::-1] == size:
         return mask
     return np.asarray(PIL.Image.fromarray(mask, "L").resize(size, PIL.Image.Resampling.NEAREST))

@@ -1,4 +1,4 @@
-"""Frames of a video at given times, as JPEG. Needs the extra ``video`` (PyAV, which holds FFmpeg's
+"""Frames of a video at given times, as JPEG. Needs the extra `video` (PyAV, with FFmpeg's
 decoders).
 """
 
@@ -17,7 +17,7 @@ from pipeline.prepare.readers.picture_check import QUALITY
 
 
 def library() -> Any:
-    """PyAV. Raises ValueError naming the extra where it is not installed."""
+    """Return PyAV. Raises ValueError naming the extra if it is not installed."""
     try:
         import av
     except ImportError:
@@ -34,12 +34,21 @@ def frames(
     resize: int | None = None,
     quality: int | None = None,
 ) -> list[bytes]:
-    """For each of the ascending ``times`` (n,) in seconds the frame nearest to it, encoded as JPEG
-    (``resize``: its shorter side in pixels, only downwards).
+    """Return the frame nearest to each time, encoded as JPEG.
 
-    Decoded once, from the key frame before the first time; what is held is encoded. Raises
-    UnusableError for a video that cannot be decoded or that has no frame within ``tolerance``
-    seconds of a time, StorageError for one that cannot be read.
+    The video is decoded once, from the key frame before the first time; only encoded frames are
+    held.
+
+    Args:
+        uri: the video.
+        times: (n,) seconds, ascending.
+        tolerance: largest distance of a frame from its time, in seconds.
+        resize: shorter side in pixels, only downwards.
+        quality: of JPEG.
+
+    Raises:
+        UnusableError: the video cannot be decoded, or has no frame near one of the times.
+        StorageError: it cannot be read.
     """
     av = library()
     name = uri.rpartition("/")[2]
@@ -65,7 +74,7 @@ def frames(
 
 
 def _decoded(av: Any, uri: str, start: float) -> Generator[tuple[float, Any], None, None]:
-    """(seconds, frame) in order, from the last key frame before ``start``."""
+    """Yield (seconds, frame) in order, from the last key frame before `start`."""
     with storage.open_read(uri) as handle, av.open(handle) as container:
         stream = container.streams.video[0]
         if start > 0:
